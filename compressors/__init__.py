@@ -1,0 +1,15 @@
+"""The science: pure torch and pydantic. Knows no Prefect, no network, no registry.
+
+Read in this order:
+
+contracts.py   the words that cross layers (types only; the one module ``infra`` may import)
+step.py        the two step protocols and the one place that runs every step
+steps.py       the list of methods; to add one, write its file and list it there
+state.py       a module as tensors plus records, and back
+batches.py     prepared data as batches of model inputs
+tables/        methods for embedding tables, one file each
+dense/         methods for dense layers, one file each
+lower/         how a compressed module is written down for one target, and the audit of it
+metrics.py     AUC, log loss, NDCG and their paired bootstrap intervals
+judge.py       limits against estimates
+"""

@@ -1,0 +1,361 @@
+"""The words that cross layers: types only, no maths, no I/O.
+
+``infra`` may import this module and nothing else of ``compressors``. It imports neither torch
+nor any adapter, so a command line can read an order without loading a tensor library.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterable
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+TargetKind = Literal["onnxruntime", "tensorrt", "tensorrt-rtx"]
+OutOfRange = Literal["error", "clamp", "default_row"]
+Outcome = Literal["accepted", "rejected", "undecided", "built-unmeasured"]
+
+
+class Frozen(BaseModel):
+    """A value: equal when its fields are equal, and never changed after it was made."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+def digest(value: Any) -> str:
+    """SHA-256 of a value's canonical JSON: sorted keys, no spaces, models as their fields."""
+
+    def plain(item: Any) -> Any:
+        if isinstance(item, BaseModel):
+            return item.model_dump(mode="json")
+        raise TypeError(f"{type(item).__name__} has no canonical JSON form")
+
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), default=plain)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+class Artifact(Frozen):
+    """Something stored, named by what it contains; the only thing tasks hand each other.
+
+    ``sha256`` is the root over the manifest's chunk hashes, ``bytes`` the size of all files.
+    """
+
+    uri: str
+    sha256: Sha256
+    bytes: int = Field(ge=0)
+
+
+# --- what a model takes in -------------------------------------------------------------------
+
+
+class IdInput(Frozen):
+    """One id per row, or several ids of one table: int, shape ``()`` or ``(fields,)``."""
+
+    kind: Literal["id"] = "id"
+    name: str
+    columns: tuple[str, ...] = ()
+    dtype: Literal["int64", "int32"] = "int64"
+    shape: tuple[int, ...] = ()
+    table: str
+    out_of_range: OutOfRange = "error"
+    default_row: int = Field(0, ge=0)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _columns_default_to_the_name(cls, data: Any) -> Any:
+        return _with_columns(data)
+
+    @model_validator(mode="after")
+    def _shape_fits(self) -> Self:
+        wanted = () if len(self.columns) == 1 else (len(self.columns),)
+        if self.shape != wanted:
+            raise ValueError(
+                f"input {self.name!r} reads {len(self.columns)} column(s), so its shape is "
+                f"{list(wanted)}; found {list(self.shape)}"
+            )
+        return self
+
+
+class DenseInput(Frozen):
+    """A dense vector per row: float32, shape ``(width,)``.
+
+    ``columns`` is either ``width`` scalar columns or one column of lists of that length.
+    """
+
+    kind: Literal["dense"] = "dense"
+    name: str
+    columns: tuple[str, ...] = ()
+    dtype: Literal["float32"] = "float32"
+    shape: tuple[int, ...]
+
+    @model_validator(mode="before")
+    @classmethod
+    def _columns_default_to_the_name(cls, data: Any) -> Any:
+        return _with_columns(data)
+
+    @model_validator(mode="after")
+    def _shape_fits(self) -> Self:
+        if len(self.shape) != 1 or self.shape[0] < 1:
+            raise ValueError(f"dense input {self.name!r} needs shape [width]")
+        if len(self.columns) not in (1, self.shape[0]):
+            raise ValueError(
+                f"dense input {self.name!r} of width {self.shape[0]} needs 1 list column or "
+                f"{self.shape[0]} scalar columns; found {len(self.columns)}"
+            )
+        return self
+
+
+class PaddedBag(Frozen):
+    """A list of ids per row, padded at the end with ``padding_id``: int, shape ``(length,)``."""
+
+    kind: Literal["padded_bag"] = "padded_bag"
+    name: str
+    columns: tuple[str, ...] = ()
+    dtype: Literal["int64", "int32"] = "int64"
+    shape: tuple[int, ...]
+    table: str
+    padding_id: int = Field(0, ge=0)
+    out_of_range: OutOfRange = "error"
+    default_row: int = Field(0, ge=0)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _columns_default_to_the_name(cls, data: Any) -> Any:
+        return _with_columns(data)
+
+    @model_validator(mode="after")
+    def _shape_fits(self) -> Self:
+        _check_bag(self)
+        return self
+
+
+class JaggedBag(Frozen):
+    """A list of ids per row, all lists end to end.
+
+    The model is called with ``name`` (values, int ``(all ids,)``) and ``name_offsets``
+    (where each row begins, int ``(rows,)``) or ``name_lengths`` (ids per row, int ``(rows,)``).
+    ``shape`` is ``(longest,)``: the longest list a request may carry, because a served graph
+    pads inside itself. A longer list scores NaN, never a silently shortened answer.
+    """
+
+    kind: Literal["jagged_bag"] = "jagged_bag"
+    name: str
+    columns: tuple[str, ...] = ()
+    dtype: Literal["int64", "int32"] = "int64"
+    shape: tuple[int, ...]
+    table: str
+    layout: Literal["offsets", "lengths"] = "offsets"
+    out_of_range: OutOfRange = "error"
+    default_row: int = Field(0, ge=0)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _columns_default_to_the_name(cls, data: Any) -> Any:
+        return _with_columns(data)
+
+    @model_validator(mode="after")
+    def _shape_fits(self) -> Self:
+        _check_bag(self)
+        return self
+
+
+def _with_columns(data: Any) -> Any:
+    if isinstance(data, dict) and not data.get("columns") and isinstance(data.get("name"), str):
+        return {**data, "columns": (data["name"],)}
+    return data
+
+
+def _check_bag(bag: PaddedBag | JaggedBag) -> None:
+    if len(bag.shape) != 1 or bag.shape[0] < 1:
+        raise ValueError(f"bag {bag.name!r} needs shape [length], at least 1")
+    if len(bag.columns) != 1:
+        raise ValueError(f"bag {bag.name!r} reads exactly one list column")
+
+
+AnyInput = Annotated[IdInput | DenseInput | PaddedBag | JaggedBag, Field(discriminator="kind")]
+Metric = Literal["auc", "gauc", "ndcg@10"]
+
+
+class Schema(Frozen):
+    """What a model takes in, what it gives out, and what its data is judged by.
+
+    A model is called with its inputs by name and returns ``(rows,)`` or ``(rows, 1)``: a logit
+    or a probability for ``ctr``, any score (higher ranks first) for ``ranking``.
+    """
+
+    task: Literal["ctr", "ranking", "retrieval"]
+    inputs: tuple[AnyInput, ...] = Field(min_length=1)
+    output: Literal["logit", "probability", "score"]
+    label: str
+    group: str | None = None
+    time: str | None = None
+    metric: Metric
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Self:
+        names = [name for item in self.inputs for name in tensor_names(item)]
+        repeated = sorted({name for name in names if names.count(name) > 1})
+        if repeated:
+            raise ValueError(f"inputs share the name(s) {', '.join(repeated)}")
+        if self.metric != "auc" and self.group is None:
+            raise ValueError(f"metric {self.metric!r} needs a group column")
+        if self.task == "ctr" and self.output == "score":
+            raise ValueError("task 'ctr' needs output 'logit' or 'probability'")
+        return self
+
+
+def tensor_names(item: AnyInput) -> tuple[str, ...]:
+    """The arguments of the model's forward that one input becomes."""
+    if isinstance(item, JaggedBag):
+        return (item.name, f"{item.name}_{item.layout}")
+    return (item.name,)
+
+
+# --- what a model is -------------------------------------------------------------------------
+
+
+class Architecture(Frozen):
+    """Where the network's class lies and what it is built with."""
+
+    path: str = Field(pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$", description="module:Class")
+    config: dict[str, Any] = Field(default_factory=dict, description="Keyword arguments.")
+
+
+class ModuleRecord(Frozen):
+    """What stands where the architecture built an Embedding, EmbeddingBag or Linear."""
+
+    kind: Literal["table", "bag", "linear"]
+    format: str
+    settings: dict[str, Any] = Field(default_factory=dict)
+
+
+class Network(Frozen):
+    """All that is needed, beside the tensors, to build a module."""
+
+    architecture: Architecture
+    modules: dict[str, ModuleRecord] = Field(default_factory=dict)
+    ties: dict[str, str] = Field(
+        default_factory=dict, description="Tensor name -> the stored tensor it shares."
+    )
+
+
+class PlanLine(Frozen):
+    """What a recipe decided for one table or dense layer, and why."""
+
+    module: str
+    role: Literal["table", "dense", "other"]
+    format: str
+    bytes_before: int = Field(ge=0)
+    bytes_after: int = Field(ge=0)
+    reason: str
+
+
+class Plan(Frozen):
+    """One explicit line for every table and every dense layer."""
+
+    lines: tuple[PlanLine, ...] = ()
+
+    def of(self, module: str) -> PlanLine | None:
+        """The line of one module, or None."""
+        return next((line for line in self.lines if line.module == module), None)
+
+
+# --- what a step may look at -----------------------------------------------------------------
+
+
+class Split(Frozen):
+    """One part of the data as tensors on this machine's disk, named by its content."""
+
+    path: str
+    sha256: Sha256
+    rows: int = Field(ge=1)
+
+
+class Bench(Frozen):
+    """What a step may learn from. It never holds test data."""
+
+    train: Split | None = None
+    calibration: Split | None = None
+    validation: Split | None = None
+    teacher: Artifact | None = None
+    seed: int = 0
+    device: str = "cpu"
+    seconds: float | None = Field(None, gt=0, description="Time budget of one step.")
+
+
+# --- what is promised and what was measured --------------------------------------------------
+
+
+class Limit(Frozen):
+    """One promise about one measured number.
+
+    ``absolute`` compares the number itself. ``baseline`` and ``champion`` compare with that
+    model: the difference (candidate minus other) for quality, the ratio (candidate / other) for
+    bytes and latency.
+    """
+
+    metric: str = Field(
+        pattern=r"^(auc|gauc|ndcg@10|logloss|normalized_entropy|bytes|p(50|99)_ms@(1|64|1024))$",
+        description="auc, gauc, ndcg@10, logloss, normalized_entropy, bytes, or a latency such "
+        "as p99_ms@64 (99th percentile in ms at batch 64).",
+        json_schema_extra={"position": 0},
+    )
+    against: Literal["absolute", "baseline", "champion"] = Field(
+        "baseline",
+        description="Quality: difference to it. Bytes and latency: ratio to it.",
+        json_schema_extra={"position": 1},
+    )
+    at_least: float | None = Field(None, json_schema_extra={"position": 2})
+    at_most: float | None = Field(None, json_schema_extra={"position": 3})
+
+    @model_validator(mode="after")
+    def _one_bound(self) -> Self:
+        if (self.at_least is None) == (self.at_most is None):
+            raise ValueError(f"limit on {self.metric!r} needs exactly one of at_least, at_most")
+        return self
+
+    def __str__(self) -> str:
+        versus = "" if self.against == "absolute" else f" vs {self.against}"
+        if self.at_least is not None:
+            return f"{self.metric}{versus} >= {self.at_least:g}"
+        return f"{self.metric}{versus} <= {self.at_most:g}"
+
+
+class Estimate(Frozen):
+    """A number with its 95 % interval; exact numbers have ``low == point == high``."""
+
+    point: float
+    low: float
+    high: float
+    rows: int | None = Field(None, description="How many rows it was estimated from.")
+
+
+class Judgement(Frozen):
+    """What measuring said about one limit."""
+
+    limit: Limit
+    measured: Estimate | None
+    outcome: Literal["accepted", "rejected", "undecided"]
+    rows_to_decide: int | None = None
+    reason: str
+
+
+class Verdict(Frozen):
+    """What the gate said about one target."""
+
+    target: TargetKind
+    outcome: Outcome
+    judgements: tuple[Judgement, ...] = ()
+    reason: str
+
+
+def overall(verdicts: Iterable[Verdict]) -> Outcome:
+    """The order's outcome: the worst of its measured targets (contract 5).
+
+    ``built-unmeasured`` neither blocks nor counts as accepted: an order with nothing measured
+    stays ``built-unmeasured``.
+    """
+    outcomes = {verdict.outcome for verdict in verdicts}
+    order: tuple[Outcome, ...] = ("rejected", "undecided", "accepted")
+    return next((outcome for outcome in order if outcome in outcomes), "built-unmeasured")
