@@ -275,6 +275,7 @@ class Split(Frozen):
 class Bench(Frozen):
     """What a step may learn from. It never holds test data."""
 
+    signature: Schema
     train: Split | None = None
     calibration: Split | None = None
     validation: Split | None = None

@@ -1,1 +1,8 @@
-""""""
+"""How a compressed module is written down for one serving target, and the audit of it.
+
+served.py       the graph around the model: the policy for ids out of range, the score
+onnxruntime.py  one translation a storage format, for ONNX Runtime
+tensorrt.py     one translation a storage format, for TensorRT and TensorRT-RTX
+export.py       torch.onnx.export with a target's translations
+audit.py        what an optimized graph must and must not contain
+"""

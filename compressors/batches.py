@@ -1,0 +1,99 @@
+"""Prepared data as batches of model inputs.
+
+A prepared split is a folder with one ``data.safetensors``: a tensor per input under the input's
+name, ``@label``, and where the schema names them ``@group`` and ``@time``. A jagged bag is its
+values plus ``@bounds/<name>``, int64 ``(rows + 1,)``.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from compressors.contracts import (
+    AnyInput,
+    DenseInput,
+    IdInput,
+    JaggedBag,
+    PaddedBag,
+    Schema,
+    Split,
+    tensor_names,
+)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Some consecutive rows: keyword arguments of the model's forward, and their labels."""
+
+    inputs: dict[str, Tensor]
+    label: Tensor
+    group: Tensor | None
+
+
+def batches(split: Split, schema: Schema, size: int, limit: int | None = None) -> Iterator[Batch]:
+    """Batches of up to ``size`` rows in stored order, of the first ``limit`` rows.
+
+    Reads only what it yields: the file is memory-mapped and sliced.
+    """
+    rows = split.rows if limit is None else min(limit, split.rows)
+    with safe_open(Path(split.path) / "data.safetensors", framework="pt") as file:
+        slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+        bounds = {
+            item.name: file.get_tensor(f"@bounds/{item.name}")
+            for item in schema.inputs
+            if isinstance(item, JaggedBag)
+        }
+        for begin in range(0, rows, size):
+            end = min(begin + size, rows)
+            inputs: dict[str, Tensor] = {}
+            for item in schema.inputs:
+                if isinstance(item, JaggedBag):
+                    edges = bounds[item.name][begin : end + 1]
+                    values = slices[item.name][int(edges[0]) : int(edges[-1])]
+                    inputs.update(jagged(item, values, edges - edges[0]))
+                else:
+                    inputs[item.name] = slices[item.name][begin:end]
+            group = slices["@group"][begin:end] if "@group" in slices else None
+            yield Batch(inputs, slices["@label"][begin:end], group)
+
+
+def jagged(item: JaggedBag, values: Tensor, bounds: Tensor) -> dict[str, Tensor]:
+    """A jagged bag's two arguments, from values and bounds ``(rows + 1,)``."""
+    second = bounds[:-1] if item.layout == "offsets" else bounds.diff()
+    return dict(zip(tensor_names(item), (values, second), strict=True))
+
+
+def example(
+    schema: Schema, rows_of_table: dict[str, int], rows: int, seed: int = 0
+) -> dict[str, Tensor]:
+    """Made-up inputs every id of which lies in its table: what contracts are checked on.
+
+    Bags run from empty to their longest, so that both edges are looked at.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    inputs: dict[str, Tensor] = {}
+    for item in schema.inputs:
+        inputs.update(_example(item, rows_of_table, rows, generator))
+    return inputs
+
+
+def _example(
+    item: AnyInput, rows_of_table: dict[str, int], rows: int, generator: torch.Generator
+) -> dict[str, Tensor]:
+    if isinstance(item, DenseInput):
+        return {item.name: torch.randn((rows, *item.shape), generator=generator)}
+    high, dtype = rows_of_table[item.table], getattr(torch, item.dtype)
+    if isinstance(item, IdInput | PaddedBag):
+        ids = torch.randint(high, (rows, *item.shape), generator=generator, dtype=dtype)
+        if isinstance(item, PaddedBag):
+            lengths = torch.randint(item.shape[0] + 1, (rows, 1), generator=generator)
+            ids[torch.arange(item.shape[0]) >= lengths] = item.padding_id
+        return {item.name: ids}
+    lengths = torch.randint(item.shape[0] + 1, (rows,), generator=generator)
+    bounds = torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)])
+    values = torch.randint(high, (int(bounds[-1]),), generator=generator, dtype=dtype)
+    return jagged(item, values, bounds)

@@ -1,0 +1,103 @@
+"""What a target's own graph must and must not contain.
+
+A runtime may quietly rewrite an ordered graph into something slower: an int8 Gemm that was not
+fused computes in float32 behind a DequantizeLinear, a folded table is float32 again. So the
+graph is read back after the runtime has optimized it, and judged here.
+"""
+
+import math
+from collections import Counter
+
+import onnx
+
+from compressors.contracts import Frozen, Plan
+from compressors.errors import AuditFailed
+from compressors.lower.export import TableInitializers
+
+FLOAT_PRODUCTS = {"Gemm", "FusedGemm", "MatMul", "FusedMatMul", "Conv", "FusedConv"}
+INT8_PRODUCTS = {"QGemm", "QLinearMatMul", "MatMulInteger", "MatMulIntegerToFloat"}
+
+
+class GraphAudit(Frozen):
+    """What an optimized graph was found to hold."""
+
+    nodes: dict[str, int]
+    int8_products: int
+    packed_tables: int
+    weight_bytes: int
+
+
+def audit(
+    graph: onnx.GraphProto, plan: Plan | None, tables: tuple[TableInitializers, ...]
+) -> GraphAudit:
+    """Judge an ONNX Runtime graph as optimized by the runtime itself.
+
+    Args:
+        graph: the optimized graph; initializers may lie outside it, their shapes not.
+        plan: what was decided; None for an untouched model.
+        tables: the stored tensors of every table, by their names in the graph.
+
+    Raises:
+        AuditFailed: a Gemm stayed in float behind a DequantizeLinear, fewer int8 products than
+            ordered, a table widened before its Gather, or a table that is not there as packed.
+    """
+    maker = {output: node for node in graph.node for output in node.output}
+    held = {item.name: item for item in graph.initializer}
+    faults = [*_unfused(graph, maker), *_widened(graph, maker, held)]
+    lines = plan.lines if plan else ()
+    ordered = sum(line.format == "static_int8" for line in lines)
+    fused = sum(node.op_type in INT8_PRODUCTS for node in graph.node)
+    if fused < ordered:
+        faults.append(f"{ordered} int8 layers were ordered and {fused} run in int8")
+    for table in tables:
+        for name in table.names:
+            if name not in held:
+                faults.append(f"table {table.module!r}: {name!r} was replaced by the runtime")
+            elif held[name].dims[0] != table.rows:
+                faults.append(f"table {table.module!r}: {name!r} lost rows")
+    if faults:
+        raise AuditFailed(
+            "ONNX Runtime would not serve what was ordered: " + "; ".join(faults) + ". Leave the "
+            "layer or table out of the step, or report the network's form."
+        )
+    return GraphAudit(
+        nodes=dict(Counter(node.op_type for node in graph.node).most_common()),
+        int8_products=fused,
+        packed_tables=sum(table.format != "float32" for table in tables),
+        weight_bytes=sum(_bytes(item) for item in graph.initializer),
+    )
+
+
+def _unfused(graph: onnx.GraphProto, maker: dict[str, onnx.NodeProto]) -> list[str]:
+    return [
+        f"{node.op_type} {node.name or node.output[0]!r} computes in float32 behind a "
+        f"DequantizeLinear"
+        for node in graph.node
+        if node.op_type in FLOAT_PRODUCTS
+        and any(name in maker and maker[name].op_type == "DequantizeLinear" for name in node.input)
+    ]
+
+
+def _widened(
+    graph: onnx.GraphProto, maker: dict[str, onnx.NodeProto], held: dict[str, onnx.TensorProto]
+) -> list[str]:
+    """Gathers from a stored tensor that is computed on the way, as a whole, at every call."""
+    faults = []
+    for node in graph.node:
+        if not node.op_type.startswith("Gather") or not node.input:
+            continue
+        name, path = node.input[0], []
+        while name in maker and maker[name].op_type in {"DequantizeLinear", "Cast", "Mul", "Sub"}:
+            path.append(maker[name].op_type)
+            name = maker[name].input[0]
+        if path and name in held and len(held[name].dims) > 1:
+            faults.append(f"table {name!r} is widened ({', '.join(path)}) before its Gather")
+    return faults
+
+
+def _bytes(item: onnx.TensorProto) -> int:
+    packed = {int(onnx.TensorProto.INT4): 4, int(onnx.TensorProto.UINT4): 4}
+    bits = packed.get(item.data_type)
+    if bits is None:
+        bits = 8 * int(onnx.helper.tensor_dtype_to_np_dtype(item.data_type).itemsize)
+    return (math.prod(item.dims) * bits + 7) // 8

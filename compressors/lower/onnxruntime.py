@@ -1,0 +1,119 @@
+"""How each storage format is written down for ONNX Runtime.
+
+Tables are gathered first and widened after, so a lookup touches only its own rows: the form
+TensorRT wants, DequantizeLinear before Gather, makes ONNX Runtime widen the whole table at every
+call. Dense int8 must have explicit zero points on weight and bias, and unsigned inputs after a
+Relu, or it silently stays float (``benchmarks/qdq_forms.py``).
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import torch
+from onnxscript import opset21 as op
+
+FLOAT, FLOAT16, INT32 = (int(getattr(onnx.TensorProto, n)) for n in ("FLOAT", "FLOAT16", "INT32"))
+
+
+def constant(dtype: int, values: list[int] | int) -> Any:
+    """A small constant of a given ONNX type: a scalar, or a vector."""
+    dims = [len(values)] if isinstance(values, list) else []
+    flat = values if isinstance(values, list) else [values]
+    return op.Constant(value=onnx.helper.make_tensor("", dtype, dims, flat))
+
+
+def rowwise_int8(codes: Any, scale: Any, ids: Any) -> Any:
+    """Gather codes and scales of the rows asked for, then multiply in float32."""
+    rows = op.Cast(op.Gather(codes, ids, axis=0), to=FLOAT)
+    return op.Mul(rows, op.Cast(op.Gather(scale, ids, axis=0), to=FLOAT))
+
+
+def rowwise_int4(codes: Any, scale: Any, ids: Any, dim: int) -> Any:
+    """Gather packed bytes, split the two planes, drop the padding of an odd width."""
+    packed = op.Gather(codes, ids, axis=0)
+    low = op.BitwiseAnd(packed, constant(onnx.TensorProto.UINT8, 15))
+    high = op.BitShift(packed, constant(onnx.TensorProto.UINT8, 4), direction="RIGHT")
+    rows = op.Cast(op.Concat(low, high, axis=-1), to=FLOAT)
+    if dim % 2:
+        rows = op.Slice(rows, [0], [dim], [-1])
+    rows = op.Sub(rows, op.Constant(value_float=8.0))
+    return op.Mul(rows, op.Cast(op.Gather(scale, ids, axis=0), to=FLOAT))
+
+
+def float16_table(weight: Any, ids: Any) -> Any:
+    """Gather float16 rows, then widen them."""
+    return op.Cast(op.Gather(weight, ids, axis=0), to=FLOAT)
+
+
+def static_int8_linear(x: Any, codes: Any, weight_scale: Any, input_scale: Any, bias: Any) -> Any:
+    """Q/DQ around a Gemm in the one form ONNX Runtime fuses to QGemm."""
+    zero = constant(onnx.TensorProto.INT8, 0)
+    channels = int(codes.shape[0])
+    flat, restore = as_matrix(x, int(codes.shape[1]), channels)
+    inputs = op.DequantizeLinear(op.QuantizeLinear(flat, input_scale, zero), input_scale, zero)
+    weight_zero = constant(onnx.TensorProto.INT8, [0] * channels)
+    weight = op.DequantizeLinear(codes, weight_scale, weight_zero, axis=0)
+    step = op.Mul(weight_scale, input_scale)
+    whole = op.Cast(op.Round(op.Div(bias, step)), to=INT32)
+    bias_zero = constant(INT32, [0] * channels)
+    offset = op.DequantizeLinear(whole, step, bias_zero, axis=0)
+    return restore(op.Gemm(inputs, weight, offset, transB=1))
+
+
+def float16_linear(x: Any, weight: Any, bias: Any) -> Any:
+    """Weights widened once when the session starts: CPUs have no float16 Gemm."""
+    flat, restore = as_matrix(x, int(weight.shape[1]), int(weight.shape[0]))
+    return restore(op.Gemm(flat, op.Cast(weight, to=FLOAT), op.Cast(bias, to=FLOAT), transB=1))
+
+
+def as_matrix(x: Any, inputs: int, outputs: int) -> tuple[Any, Callable[[Any], Any]]:
+    """``x`` as ``(rows, inputs)`` for a Gemm, and what brings its output back into shape."""
+    if len(x.shape) == 2:
+        return x, lambda y: y
+    leading = op.Slice(op.Shape(x), [0], [len(x.shape) - 1], [0])
+    flat = op.Reshape(x, op.Constant(value_ints=[-1, inputs]))
+    shape = op.Concat(leading, op.Constant(value_ints=[outputs]), axis=0)
+    return flat, lambda y: op.Reshape(y, shape)
+
+
+def translations() -> dict[Any, Callable[..., Any]]:
+    """Custom op -> the subgraph that stands for it."""
+    ops = torch.ops.recpress
+    return {
+        ops.rowwise_int8.default: rowwise_int8,
+        ops.rowwise_int4.default: rowwise_int4,
+        ops.float16_table.default: float16_table,
+        ops.static_int8_linear.default: static_int8_linear,
+        ops.float16_linear.default: float16_linear,
+    }
+
+
+def unsigned_after_relu(model: ir.Model) -> None:
+    """Quantize what a Relu or Sigmoid gives to uint8 instead of int8, same scale, zero point 0.
+
+    With int8 ONNX Runtime tries to fold the Relu into the quantization, cannot (zero is not
+    int8's lowest number), and leaves the *whole* Gemm in float32: 3.5 times slower than fused.
+    The numbers are the same for every calibrated input: [0, 127] in both types.
+    """
+    zero = None
+    for node in list(model.graph):
+        if node.op_type != "QuantizeLinear":
+            continue
+        source = node.inputs[0].producer() if node.inputs[0] is not None else None
+        if source is None or source.op_type not in {"Relu", "Sigmoid"}:
+            continue
+        if zero is None:
+            zero = ir.Value(
+                name="uint8_zero",
+                shape=ir.Shape(()),
+                type=ir.TensorType(ir.DataType.UINT8),
+                const_value=ir.Tensor(np.array(0, np.uint8), name="uint8_zero"),
+            )
+            model.graph.initializers["uint8_zero"] = zero
+        node.replace_input_with(2, zero)
+        node.outputs[0].dtype = ir.DataType.UINT8
+        for consumer, _ in list(node.outputs[0].uses()):
+            consumer.replace_input_with(2, zero)

@@ -1,0 +1,120 @@
+"""The graph around a model: what a serving target runs, the same on every target.
+
+Inputs come in by name and one tensor leaves: ``score`` float32 ``(rows,)``, a probability for
+``ctr``. The policy for ids out of range is part of the graph. ``error`` cannot raise inside a
+graph (ONNX Runtime answers -1 with the last row, TensorRT does not look), so such a row's score
+is NaN: an answer nobody can mistake for one.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from compressors.contracts import AnyInput, DenseInput, JaggedBag, Schema, tensor_names
+from compressors.formats import Bag, pad_positions, padded
+from compressors.units import private_copy, swap
+
+SCORE = "score"
+
+
+class Served(nn.Module):
+    """A model with its input policy and output form; takes tensors in the schema's order."""
+
+    def __init__(self, model: nn.Module, schema: Schema, rows_of_table: dict[str, int]) -> None:
+        super().__init__()
+        self.model = model
+        self.schema = schema
+        self.rows_of_table = rows_of_table
+
+    def forward(self, *tensors: Tensor) -> Tensor:
+        given = dict(zip(input_names(self.schema), tensors, strict=True))
+        refused: Tensor | None = None
+        for item in self.schema.inputs:
+            if isinstance(item, DenseInput):
+                continue
+            ids = given[item.name]
+            rows = self.rows_of_table[item.table]
+            outside = (ids < 0) | (ids >= rows)
+            if item.out_of_range == "default_row":
+                given[item.name] = torch.where(outside, item.default_row, ids)
+            else:
+                given[item.name] = ids.clamp(0, rows - 1)
+            bad = _refused_rows(item, outside, given)
+            if bad is not None:
+                refused = bad if refused is None else refused | bad
+        score: Tensor = self.model(**given)
+        if score.dim() == 2:  # (rows, 1)
+            score = score.squeeze(1)
+        if self.schema.output == "logit":
+            score = torch.sigmoid(score)
+        if refused is not None:
+            score = torch.where(refused, torch.nan, score)
+        return score.to(torch.float32)
+
+
+def _refused_rows(item: AnyInput, outside: Tensor, given: dict[str, Tensor]) -> Tensor | None:
+    """Rows that must not get a score: an id the policy forbids, or a list that is too long."""
+    if isinstance(item, JaggedBag):
+        second = given[tensor_names(item)[1]]
+        begin = second if item.layout == "offsets" else second.cumsum(0) - second
+        count = outside.shape[0]
+        end = torch.cat([begin[1:], begin.new_full((1,), count)])
+        bad = (end - begin) > item.shape[0]
+        if item.out_of_range == "error":
+            inside, position = pad_positions(begin, end, count, item.shape[0])
+            # As numbers: not every target gathers or reduces booleans.
+            hits = padded(outside.to(torch.float32), position) * inside
+            bad = bad | (hits.sum(dim=1) > 0)
+        return bad
+    if isinstance(item, DenseInput) or item.out_of_range != "error":
+        return None
+    return outside if outside.dim() == 1 else outside.to(torch.float32).sum(dim=1) > 0
+
+
+def input_names(schema: Schema) -> tuple[str, ...]:
+    """The graph's inputs in order."""
+    return tuple(name for item in schema.inputs for name in tensor_names(item))
+
+
+def served(model: nn.Module, schema: Schema, rows_of_table: dict[str, int]) -> Served:
+    """A model ready to be exported or compared: bags rewritten, policy and output around it.
+
+    The given module is left as it is; the tensors are shared.
+    """
+    copy = private_copy(model).eval()
+    longest: dict[str, int] = {}
+    for item in schema.inputs:
+        if isinstance(item, JaggedBag):
+            longest[item.table] = max(longest.get(item.table, 0), item.shape[0])
+    for name, module in list(copy.named_modules()):
+        if isinstance(module, nn.EmbeddingBag):
+            swap(copy, name, _plain_bag(module, longest.get(name)))
+        elif isinstance(module, Bag):
+            module.longest = longest.get(name)
+    return Served(copy, schema, rows_of_table).eval()
+
+
+def _plain_bag(old: nn.EmbeddingBag, longest: int | None) -> Bag:
+    table = nn.Embedding(1, 1)  # its weight is replaced at once: nothing large is made
+    table.num_embeddings, table.embedding_dim = old.num_embeddings, old.embedding_dim
+    table.weight = old.weight
+    return Bag(
+        table,
+        mode=old.mode,
+        padding_idx=old.padding_idx,
+        include_last_offset=old.include_last_offset,
+        longest=longest,
+    )
+
+
+def dynamic_shapes(schema: Schema, most_rows: int) -> tuple[dict[int, Any], ...]:
+    """Which dimensions of the graph's inputs may vary, for ``torch.export``."""
+    batch = torch.export.Dim("batch", min=1, max=most_rows)
+    shapes: list[dict[int, Any]] = []
+    for item in schema.inputs:
+        if isinstance(item, JaggedBag):
+            most = most_rows * item.shape[0]
+            shapes.append({0: torch.export.Dim(f"ids_{len(shapes)}", min=0, max=most)})
+        shapes.append({0: batch})
+    return tuple(shapes)

@@ -1,0 +1,267 @@
+"""A module as tensors plus records, and back, without ever holding a table twice.
+
+Loading (contract 2): build the architecture with parameters on the meta device and buffers
+real, put compressed modules where the records say, assign memory-mapped tensors, restore ties,
+and refuse to go on if anything is still on meta.
+"""
+
+import json
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from compressors.contracts import ModuleRecord, Network, Plan
+from compressors.errors import ModelRefused
+from compressors.formats import Bag, PackedLinear, PackedTable
+from compressors.steps import LINEAR_FORMATS, TABLE_FORMATS
+from compressors.units import swap
+
+SHARD_BYTES = 2 * 2**30
+INDEX = "model.safetensors.index.json"
+_META_LOCK = threading.Lock()
+
+
+@dataclass(frozen=True)
+class Model:
+    """A loaded network: the module, the class it was built from, and what describes it."""
+
+    module: nn.Module
+    architecture: type[nn.Module]
+    network: Network
+    plan: Plan | None = None
+
+
+@contextmanager
+def parameters_on_meta() -> Iterator[None]:
+    """Inside, parameters registered by this thread land on the meta device; buffers stay real.
+
+    ``torch.device("meta")`` would catch buffers and plain tensor attributes too, and nothing
+    could bring back those that no file stores (offsets, position ids).
+    """
+    here = threading.get_ident()
+    register = nn.Module.register_parameter
+
+    def on_meta(module: nn.Module, name: str, param: nn.Parameter | None) -> None:
+        if param is not None and threading.get_ident() == here and not param.is_meta:
+            param = nn.Parameter(param.detach().to("meta"), requires_grad=param.requires_grad)
+        register(module, name, param)
+
+    with _META_LOCK:
+        nn.Module.register_parameter = on_meta  # type: ignore[method-assign, assignment]
+        try:
+            yield
+        finally:
+            nn.Module.register_parameter = register  # type: ignore[method-assign]
+
+
+def build(architecture: type[nn.Module], network: Network) -> nn.Module:
+    """The module with its compressed parts in place, parameters on meta.
+
+    Raises:
+        ModelRefused: the configuration does not fit the class, or a record fits no module.
+    """
+    try:
+        with parameters_on_meta():
+            model = architecture(**network.architecture.config)
+    except Exception as fault:
+        raise ModelRefused(
+            f"{network.architecture.path} cannot be built from its configuration: {fault}. The "
+            f"'config' of model.json must be the class's keyword arguments."
+        ) from fault
+    for name, record in network.modules.items():
+        try:
+            model.get_submodule(name)
+        except AttributeError as fault:
+            raise ModelRefused(
+                f"model.json describes a compressed module {name!r}, and "
+                f"{network.architecture.path} has none of that name."
+            ) from fault
+        swap(model, name, module_of(name, record))
+    return model
+
+
+def module_of(name: str, record: ModuleRecord) -> nn.Module:
+    """An empty compressed module from its record.
+
+    Raises:
+        ModelRefused: the format is unknown here or the record is incomplete.
+    """
+    formats: Mapping[str, Any] = LINEAR_FORMATS if record.kind == "linear" else TABLE_FORMATS
+    if record.format not in formats:
+        raise ModelRefused(
+            f"{name!r} is stored as {record.format!r}; this version of recpress knows "
+            f"{', '.join(sorted(formats))}. Upgrade recpress."
+        )
+    storage, settings = formats[record.format], dict(record.settings)
+    try:
+        if record.kind == "linear":
+            return PackedLinear(
+                storage, settings["in_features"], settings["out_features"], bias=settings["bias"]
+            )
+        bag = {
+            key: settings.pop(key)
+            for key in ("mode", "padding_idx", "include_last_offset")
+            if record.kind == "bag"
+        }
+        rows, dim = int(settings.pop("rows")), int(settings.pop("dim"))
+        table = PackedTable(storage, rows, dim, settings)
+    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as fault:
+        raise ModelRefused(
+            f"The record of {name!r} in model.json is incomplete: {fault!r}."
+        ) from fault
+    return Bag(table, **bag) if record.kind == "bag" else table
+
+
+def load(architecture: type[nn.Module], network: Network, folder: Path) -> nn.Module:
+    """The module in evaluation mode over memory-mapped tensors of ``folder``.
+
+    Raises:
+        ModelRefused: tensors are missing, left over, of the wrong shape or type, or something
+            is still on the meta device.
+    """
+    model = build(architecture, network)
+    tensors = mapped(folder)
+    for name, stored in network.ties.items():
+        if stored not in tensors:
+            raise ModelRefused(f"{name!r} is tied to {stored!r}, which no file holds.")
+    _check_fit(model, tensors, network)
+    model.load_state_dict(tensors, strict=False, assign=True)
+    for name, stored in network.ties.items():
+        owner, _, leaf = name.rpartition(".")
+        setattr(model.get_submodule(owner), leaf, _tensor(model, stored))
+    left = [name for name, tensor in _all_tensors(model) if tensor.is_meta]
+    if left:
+        raise ModelRefused(
+            f"After loading, {', '.join(left[:5])} still has no values. Store it with the "
+            f"weights, or compute it from the configuration in the class's __init__."
+        )
+    return model.eval()
+
+
+def _check_fit(model: nn.Module, tensors: Mapping[str, Tensor], network: Network) -> None:
+    wanted = dict(model.state_dict(keep_vars=True))
+    missing = sorted(wanted.keys() - tensors.keys() - network.ties.keys())
+    extra = sorted(tensors.keys() - wanted.keys())
+    if missing or extra:
+        found = "; ".join(
+            f"{word} {', '.join(names[:5])}{' and more' if len(names) > 5 else ''}"
+            for word, names in (("missing", missing), ("left over", extra))
+            if names
+        )
+        raise ModelRefused(
+            f"The stored tensors do not fit {network.architecture.path}: {found}. A tensor that "
+            f"shares another's memory belongs in 'ties'."
+        )
+    for name, tensor in tensors.items():
+        if tensor.shape != wanted[name].shape:
+            raise ModelRefused(
+                f"{name!r} is {list(tensor.shape)} in the file and {list(wanted[name].shape)} in "
+                f"{network.architecture.path}. The widths of every layer must come from 'config'."
+            )
+        if tensor.is_floating_point() != wanted[name].is_floating_point():
+            raise ModelRefused(
+                f"{name!r} is {tensor.dtype} in the file and {wanted[name].dtype} in the model."
+            )
+
+
+def _tensor(model: nn.Module, name: str) -> Tensor:
+    owner, _, leaf = name.rpartition(".")
+    tensor: Tensor = getattr(model.get_submodule(owner), leaf)
+    return tensor
+
+
+def _all_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    yield from model.named_parameters()
+    yield from model.named_buffers()
+    for name, module in model.named_modules():
+        for attribute, value in vars(module).items():
+            if isinstance(value, Tensor):
+                yield f"{name}.{attribute}", value
+
+
+def mapped(folder: Path) -> dict[str, Tensor]:
+    """Every tensor of a folder's safetensors files, memory-mapped.
+
+    Raises:
+        ModelRefused: two files hold a tensor of the same name.
+    """
+    tensors: dict[str, Tensor] = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(path, framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118
+                if name in tensors:
+                    raise ModelRefused(f"{name!r} lies in two files of {folder.name}.")
+                tensors[name] = file.get_tensor(name)
+    return tensors
+
+
+def tensors_of(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """A module's stored tensors, each once, and the names that share one of them.
+
+    A tensor that shares only part of another's memory is stored whole: a view is no tie.
+    """
+    stored: dict[str, Tensor] = {}
+    ties: dict[str, str] = {}
+    seen: dict[tuple[int, torch.Size, tuple[int, ...]], str] = {}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        key = (tensor.data_ptr(), tensor.shape, tensor.stride())
+        if tensor.numel() and key in seen:
+            ties[name] = seen[key]
+            continue
+        seen[key] = name
+        stored[name] = tensor.detach().contiguous()
+    return stored, ties
+
+
+def records_of(model: nn.Module) -> dict[str, ModuleRecord]:
+    """The records of every compressed module; a bag speaks for the table inside it."""
+    records: dict[str, ModuleRecord] = {}
+    inside: set[str] = set()
+    for name, module in model.named_modules():
+        if isinstance(module, Bag):
+            inside.add(f"{name}.table")
+        if name in inside or not isinstance(module, Bag | PackedTable | PackedLinear):
+            continue
+        record = module.record()
+        if record is not None:
+            records[name] = record
+    return records
+
+
+def save(model: nn.Module, folder: Path, shard_bytes: int = SHARD_BYTES) -> dict[str, str]:
+    """Write a module's tensors as safetensors, sharded with an index above ``shard_bytes``.
+
+    Returns:
+        The ties that ``model.json`` must carry.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors, ties = tensors_of(model)
+    shards: list[dict[str, Tensor]] = [{}]
+    filled = 0
+    for name, tensor in tensors.items():
+        size = tensor.numel() * tensor.element_size()
+        if shards[-1] and filled + size > shard_bytes:
+            shards.append({})
+            filled = 0
+        shards[-1][name] = tensor
+        filled += size
+    if len(shards) == 1:
+        save_file(shards[0], folder / "model.safetensors")
+        return ties
+    where: dict[str, str] = {}
+    for number, shard in enumerate(shards, start=1):
+        file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        save_file(shard, folder / file)
+        where.update(dict.fromkeys(shard, file))
+    total = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+    index = {"metadata": {"total_size": total}, "weight_map": where}
+    (folder / INDEX).write_text(json.dumps(index, indent=1, sort_keys=True))
+    return ties

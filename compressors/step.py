@@ -1,0 +1,245 @@
+"""The two step protocols, and the one place that runs every step and checks its contract.
+
+Tables may be larger than memory, so a table step sees row blocks of a memory-mapped weight; a
+model step sees the whole module. Both say first, in ``choose``, what they will do with every
+table and dense layer, and are held to it.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor, nn
+
+from compressors.batches import example
+from compressors.contracts import Bench, Network, Plan, PlanLine, Schema
+from compressors.errors import ContractBroken, NothingToCompress
+from compressors.formats import PackedTable, TableFormat
+from compressors.state import Model, load, records_of, save
+from compressors.units import (
+    Choice,
+    Unit,
+    choose_tables,
+    pack_table,
+    private_copy,
+    swap,
+    tensor_bytes,
+)
+
+BLOCK_ROWS = 65_536
+CHECK_ROWS = 32
+
+
+@runtime_checkable
+class TableStep(Protocol):
+    """A method for embedding tables, row block by row block."""
+
+    @property
+    def kind(self) -> str:
+        """The method's tag."""
+
+    @property
+    def tables(self) -> tuple[str, ...]:
+        """Name patterns of the tables it takes."""
+
+    @property
+    def min_rows(self) -> int:
+        """Tables with fewer rows stay as they are."""
+
+    @property
+    def storage(self) -> TableFormat:
+        """The format it writes."""
+
+    def settings(self) -> dict[str, Any]:
+        """What the format needs to know to lay a table out."""
+
+    def fit(self, rows: Tensor) -> dict[str, Tensor]:
+        """What is learned from a table, float ``(rows, dim)``, before its blocks are encoded."""
+
+    def encode(self, block: Tensor, params: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Stored tensors of one block of rows, float ``(rows, dim)``."""
+
+
+@runtime_checkable
+class ModelStep(Protocol):
+    """A method that needs the whole module."""
+
+    @property
+    def kind(self) -> str:
+        """The method's tag."""
+
+    def choose(self, units: tuple[Unit, ...]) -> dict[str, Choice]:
+        """Which units it takes, and why not the others. Units of no interest may be left out."""
+
+    def apply(self, model: nn.Module, bench: Bench) -> nn.Module:
+        """The compressed module; ``model`` is a private copy over shared tensors."""
+
+
+def run(step: TableStep | ModelStep, source: Model, bench: Bench, folder: Path) -> Model:
+    """Apply one step, write the result to ``folder``, and give it back as loaded from there.
+
+    Args:
+        step: the method and its settings.
+        source: the model to compress; left as it is.
+        bench: what the step may learn from.
+        folder: where the tensors are written; the returned module maps them.
+
+    Raises:
+        NothingToCompress: the step takes no unit of this model.
+        ContractBroken: the step changed its input, gave numbers that are not finite, did other
+            than it chose, or its result does not survive being stored.
+        CompressionError: the step cannot be carried out on this model.
+    """
+    versions = _versions(source.module)
+    model = private_copy(source.module).eval()
+    before = Unit.of(model)
+    choices = _choices(step, before)
+    if isinstance(step, ModelStep):
+        model = step.apply(model, bench).eval()
+    else:
+        for unit in before:
+            if choices[unit.name].compress:
+                swap(model, unit.name, _encode_table(step, unit))
+    if _versions(source.module) != versions:
+        raise ContractBroken(f"{step.kind!r} wrote into the tensors of the model it was given.")
+    after = Unit.of(model)
+    _check_choices(step, choices, before, after)
+    inputs = example(bench.signature, rows_of_tables(model, bench.signature), CHECK_ROWS)
+    with torch.no_grad():
+        expected = model(**inputs)
+    if not bool(torch.isfinite(expected).all()):
+        raise ContractBroken(f"After {step.kind!r} the model's scores are not finite numbers.")
+    ties = save(model, folder)
+    network = Network(
+        architecture=source.network.architecture, modules=records_of(model), ties=ties
+    )
+    stored = load(source.architecture, network, folder)
+    with torch.no_grad():
+        again = stored(**inputs)
+    if not torch.equal(again, expected):
+        gap = float((again - expected).abs().max())
+        raise ContractBroken(
+            f"After {step.kind!r} the stored model scores differently from the one in memory (by "
+            f"up to {gap:g}): some of its state is not among its tensors."
+        )
+    plan = _plan(source, choices, before, after, tensor_bytes(source.module), tensor_bytes(stored))
+    return Model(stored, source.architecture, network, plan)
+
+
+def rows_of_tables(model: nn.Module, schema: Schema) -> dict[str, int]:
+    """Rows of every table an input of the schema names.
+
+    Raises:
+        NothingToCompress: an input names a table the model does not have.
+    """
+    rows = {unit.name: unit.rows for unit in Unit.of(model) if unit.role == "table"}
+    for item in schema.inputs:
+        table = getattr(item, "table", None)
+        if table is not None and table not in rows:
+            raise NothingToCompress(
+                step="schema",
+                wanted=f"table {table!r} of input {item.name!r}",
+                closest=", ".join(rows) or "no table",
+                remedy="Correct 'table' in model.json.",
+            )
+    return rows
+
+
+def _choices(step: TableStep | ModelStep, units: tuple[Unit, ...]) -> dict[str, Choice]:
+    if isinstance(step, ModelStep):
+        chosen = step.choose(units)
+    else:
+        chosen = choose_tables(units, step.tables, step.min_rows, step.kind)
+    if not any(choice.compress for choice in chosen.values()):
+        reasons = "; ".join(f"{name}: {choice.reason}" for name, choice in chosen.items())
+        raise NothingToCompress(
+            step=step.kind,
+            wanted="a table or dense layer it may compress",
+            closest=reasons or "none of that kind",
+            remedy="Drop this step, or widen what it takes.",
+        )
+    rest = {unit.name: Choice(False, f"{step.kind} takes no {unit.role}") for unit in units}
+    return {**rest, **chosen}
+
+
+def _encode_table(step: TableStep, unit: Unit) -> nn.Module:
+    weight = unit.weight
+    rows, dim = weight.shape
+    params = step.fit(weight)
+    layout = step.storage.layout(rows, dim, step.settings())
+    stored = {name: torch.empty(spec.shape, dtype=spec.dtype) for name, spec in layout.items()}
+    for begin in range(0, rows, BLOCK_ROWS):
+        block = weight[begin : begin + BLOCK_ROWS]
+        for name, tensor in step.encode(block, params).items():
+            if tensor.dtype != layout[name].dtype:
+                raise ContractBroken(
+                    f"{step.kind!r} encodes {name!r} as {tensor.dtype} and lays it out as "
+                    f"{layout[name].dtype}."
+                )
+            stored[name][begin : begin + len(block)] = tensor
+    return pack_table(unit.module, PackedTable(step.storage, rows, dim, step.settings(), stored))
+
+
+def _check_choices(
+    step: TableStep | ModelStep,
+    choices: Mapping[str, Choice],
+    before: tuple[Unit, ...],
+    after: tuple[Unit, ...],
+) -> None:
+    formats = {unit.name: unit.format for unit in after}
+    for unit in before:
+        if unit.name not in formats:
+            raise ContractBroken(f"After {step.kind!r} nothing stands at {unit.name!r} any more.")
+        if (formats[unit.name] != unit.format) != choices[unit.name].compress:
+            did = "changed" if formats[unit.name] != unit.format else "kept"
+            raise ContractBroken(f"{step.kind!r} {did} {unit.name!r} against its own choice.")
+
+
+def _versions(model: nn.Module) -> list[tuple[str, int, int]]:
+    """A tensor's version counter moves with every in-place write, whatever its size."""
+    named = (*model.named_parameters(), *model.named_buffers())
+    return [(name, tensor.data_ptr(), tensor._version) for name, tensor in named]
+
+
+def _plan(
+    source: Model,
+    choices: Mapping[str, Choice],
+    before: tuple[Unit, ...],
+    after: tuple[Unit, ...],
+    bytes_before: int,
+    bytes_after: int,
+) -> Plan:
+    """One line a unit; what earlier steps decided stays, what this one decided is new."""
+    now = {unit.name: unit for unit in after}
+    lines = []
+    for unit in before:
+        earlier = source.plan.of(unit.name) if source.plan else None
+        choice = choices[unit.name]
+        reason = choice.reason
+        if not choice.compress and earlier is not None:
+            kept = earlier.format != "float32"
+            reason = earlier.reason if kept else f"{earlier.reason}; {choice.reason}"
+        lines.append(
+            PlanLine(
+                module=unit.name,
+                role=unit.role,
+                format=now[unit.name].format,
+                bytes_before=earlier.bytes_before if earlier else unit.bytes,
+                bytes_after=now[unit.name].bytes,
+                reason=reason,
+            )
+        )
+    other = source.plan.of("(other)") if source.plan else None
+    rest_before = bytes_before - sum(unit.bytes for unit in before)
+    lines.append(
+        PlanLine(
+            module="(other)",
+            role="other",
+            format="as trained",
+            bytes_before=other.bytes_before if other else max(rest_before, 0),
+            bytes_after=max(bytes_after - sum(unit.bytes for unit in after), 0),
+            reason="norms, biases outside dense layers, buffers",
+        )
+    )
+    return Plan(lines=tuple(lines))

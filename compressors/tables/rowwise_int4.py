@@ -1,0 +1,140 @@
+"""Embedding tables as half a byte per weight and one scale per row.
+
+A table of ``rows x dim`` float32 shrinks from ``4 * rows * dim`` to
+``rows * (ceil(dim / 2) + 2)`` bytes with float16 scales.
+
+Paper: Guan et al. 2019, https://arxiv.org/abs/1911.02079 (row-wise 4-bit).
+Differs: symmetric (TensorRT takes no zero point) and plain min-max instead of greedy search.
+
+Stored *planar*: the low nibbles of a row are the first half of its weights, the high nibbles
+the second, each plus 8. Unpacking is then two element-wise ops and one concatenation, which
+ONNX Runtime runs several times faster than its own 4-bit lookup, GatherBlockQuantized
+(``benchmarks/int4_lookup.py``). TensorRT's own packing is made when the graph is written.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from compressors.contracts import Frozen
+from compressors.formats import TableFormat, TensorSpec
+from compressors.tables.rowwise_int8 import ScaleType, row_scale
+
+LEVELS = 7
+OFFSET = 8
+
+
+def encode(table: Tensor, scale_type: ScaleType = "float16") -> tuple[Tensor, Tensor]:
+    """Round each row to 15 even levels, symmetric around zero.
+
+    Args:
+        table: float, ``(rows, dim)``.
+        scale_type: how the scales are stored; codes are fitted to the stored scale.
+
+    Returns:
+        ``packed`` uint8 ``(rows, ceil(dim / 2))`` and ``scale`` ``(rows, 1)``, always positive.
+
+    Raises:
+        CompressionError: a weight is too large for a float16 scale.
+    """
+    scale = row_scale(table, LEVELS, scale_type)
+    codes = (table.float() / scale.float()).round().clamp(-LEVELS, LEVELS).to(torch.int8)
+    return pack(codes), scale
+
+
+def pack(codes: Tensor) -> Tensor:
+    """Int8 codes in [-8, 7], ``(rows, dim)``, as planar nibbles uint8 ``(rows, ceil(dim/2))``."""
+    half = (codes.shape[1] + 1) // 2
+    shifted = torch.full((codes.shape[0], 2 * half), OFFSET, dtype=torch.uint8)
+    shifted[:, : codes.shape[1]] = (codes + OFFSET).to(torch.uint8)
+    return shifted[:, :half] | (shifted[:, half:] << 4)
+
+
+def unpack(packed: Tensor, dim: int) -> Tensor:
+    """Planar nibbles uint8 ``(*, ceil(dim / 2))`` as int8 codes ``(*, dim)``."""
+    planes = torch.cat([packed & 15, packed >> 4], dim=-1)
+    return planes[..., :dim].to(torch.int8) - OFFSET
+
+
+def decode(packed: Tensor, scale: Tensor, dim: int) -> Tensor:
+    """Weights as float32, ``(*, dim)``."""
+    return unpack(packed, dim).float() * scale.float()
+
+
+@torch.library.custom_op("recpress::rowwise_int4", mutates_args=())
+def rowwise_int4(codes: Tensor, scale: Tensor, ids: Tensor, dim: int) -> Tensor:
+    """Rows of a stored table: planar ``(rows, ceil(dim/2))``, ids -> ``(*ids, dim)``."""
+    return decode(codes[ids], scale[ids], dim)
+
+
+@rowwise_int4.register_fake
+def _(codes: Tensor, scale: Tensor, ids: Tensor, dim: int) -> Tensor:  # noqa: ARG001
+    return scale.new_empty((*ids.shape, dim), dtype=torch.float32)
+
+
+def _keep(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor, int], output: Tensor) -> None:  # noqa: ARG001
+    *tensors, ctx.dim = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor, None, None]:
+    codes, scale, ids = ctx.saved_tensors
+    each = (grad * unpack(codes[ids], ctx.dim).float()).sum(dim=-1).reshape(-1)
+    total = torch.zeros(scale.shape[0], device=scale.device).index_add_(0, ids.reshape(-1), each)
+    return None, total.unsqueeze(1).to(scale.dtype), None, None
+
+
+rowwise_int4.register_autograd(_backward, setup_context=_keep)
+
+
+@dataclass(frozen=True)
+class RowwiseInt4Format:
+    """``codes`` uint8 ``(rows, ceil(dim / 2))``, planar nibbles, and ``scale`` ``(rows, 1)``."""
+
+    name: str = "rowwise_int4"
+
+    def layout(self, rows: int, dim: int, settings: Mapping[str, Any]) -> dict[str, TensorSpec]:
+        return {
+            "codes": TensorSpec((rows, (dim + 1) // 2), torch.uint8),
+            "scale": TensorSpec((rows, 1), getattr(torch, settings["scale"])),
+        }
+
+    def lookup(self, stored: Mapping[str, Tensor], ids: Tensor, dim: int) -> Tensor:
+        rows: Tensor = torch.ops.recpress.rowwise_int4(stored["codes"], stored["scale"], ids, dim)
+        return rows
+
+
+FORMAT = RowwiseInt4Format()
+
+
+class RowwiseInt4(Frozen):
+    """Store embedding tables as half a byte per weight and one scale per row."""
+
+    kind: Literal["rowwise_int4"] = "rowwise_int4"
+    tables: tuple[str, ...] = Field(
+        ("*",), description="Tables to compress: module names, with * for any characters."
+    )
+    min_rows: int = Field(1, ge=1, description="Tables with fewer rows stay as they are.")
+    scale: ScaleType = Field("float16", description="How the scale of each row is stored.")
+
+    @property
+    def storage(self) -> TableFormat:
+        """The format this step writes."""
+        return FORMAT
+
+    def settings(self) -> dict[str, Any]:
+        """What the format needs to know to lay a table out."""
+        return {"scale": self.scale}
+
+    def fit(self, rows: Tensor) -> dict[str, Tensor]:  # noqa: ARG002
+        """Nothing is learned: each row is encoded from itself."""
+        return {}
+
+    def encode(self, block: Tensor, params: Mapping[str, Tensor]) -> dict[str, Tensor]:  # noqa: ARG002
+        """Stored tensors of one block of rows, float ``(rows, dim)``."""
+        codes, scale = encode(block, self.scale)
+        return {"codes": codes, "scale": scale}

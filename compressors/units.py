@@ -1,0 +1,187 @@
+"""The tables and dense layers of a module: finding, choosing and replacing them."""
+
+import copy
+import fnmatch
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import Tensor, nn
+
+from compressors.errors import CompressionError, NothingToCompress
+from compressors.formats import Bag, PackedLinear, PackedTable
+
+Role = Literal["table", "dense"]
+
+
+@dataclass(frozen=True)
+class Unit:
+    """One table or dense layer, as it stands in a module now."""
+
+    name: str
+    role: Role
+    module: nn.Module
+    format: str
+    bytes: int
+    rows: int
+    shared_with: str | None
+
+    @staticmethod
+    def of(model: nn.Module) -> tuple["Unit", ...]:
+        """Every table and dense layer of a module, in the module's own order."""
+        return tuple(_walk(model))
+
+    @property
+    def weight(self) -> Tensor:
+        """The float weight of a unit that is not compressed: ``(rows, dim)`` or ``(out, in)``."""
+        module = self.module.table if isinstance(self.module, Bag) else self.module
+        if not isinstance(module, nn.Embedding | nn.EmbeddingBag | nn.Linear):
+            raise CompressionError(f"{self.name!r} is already stored as {self.format}.")
+        return module.weight.detach()
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The float bias of a dense layer, or None."""
+        bias = getattr(self.module, "bias", None)
+        return bias.detach() if isinstance(bias, Tensor) else None
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Whether a step takes a unit, and why."""
+
+    compress: bool
+    reason: str
+
+
+def tensor_bytes(module: nn.Module) -> int:
+    """Bytes of a module's own parameters and buffers, each counted once."""
+    held = {id(t): t for t in (*module.parameters(), *module.buffers())}
+    return sum(tensor.numel() * tensor.element_size() for tensor in held.values())
+
+
+def choose_tables(
+    units: tuple[Unit, ...], patterns: tuple[str, ...], min_rows: int, kind: str
+) -> dict[str, Choice]:
+    """Which tables a step takes, and why not the others."""
+    tables = [unit for unit in units if unit.role == "table"]
+    _all_match(patterns, tables, kind, "table")
+    choices = {}
+    for unit in tables:
+        keep = _keep(unit, patterns)
+        if keep is None and unit.rows < min_rows:
+            keep = f"{unit.rows} rows, fewer than min_rows {min_rows}"
+        choices[unit.name] = Choice(keep is None, keep or f"{kind} as ordered")
+    return choices
+
+
+def choose_dense(
+    units: tuple[Unit, ...], patterns: tuple[str, ...], kind: str
+) -> dict[str, Choice]:
+    """Which dense layers a step takes, and why not the others."""
+    layers = [unit for unit in units if unit.role == "dense"]
+    _all_match(patterns, layers, kind, "dense layer")
+    choices = {}
+    for unit in layers:
+        keep = _keep(unit, patterns)
+        choices[unit.name] = Choice(keep is None, keep or f"{kind} as ordered")
+    return choices
+
+
+def _keep(unit: Unit, patterns: tuple[str, ...]) -> str | None:
+    if unit.format != "float32":
+        return f"already {unit.format}"
+    if unit.shared_with is not None:
+        return f"shares its weight with {unit.shared_with}"
+    if not any(fnmatch.fnmatchcase(unit.name, pattern) for pattern in patterns):
+        return f"not among {', '.join(patterns)}"
+    return None
+
+
+def _all_match(patterns: tuple[str, ...], units: list[Unit], kind: str, what: str) -> None:
+    for pattern in patterns:
+        if pattern != "*" and not any(fnmatch.fnmatchcase(u.name, pattern) for u in units):
+            raise NothingToCompress(
+                step=kind,
+                wanted=f"a {what} named like {pattern!r}",
+                closest=", ".join(unit.name for unit in units) or f"no {what}",
+                remedy="Correct the name, or leave it out.",
+            )
+
+
+def swap(model: nn.Module, name: str, new: nn.Module) -> None:
+    """Put ``new`` wherever the module called ``name`` stands, under every name it has."""
+    old = model.get_submodule(name)
+    for parent in list(model.modules()):
+        for child, module in list(parent._modules.items()):
+            if module is old:
+                parent._modules[child] = new
+
+
+def pack_table(old: nn.Module, table: nn.Module) -> nn.Module:
+    """``table`` in the form of what it replaces: a bag where there was a bag."""
+    if isinstance(old, nn.EmbeddingBag):
+        return Bag(
+            table,
+            mode=old.mode,
+            padding_idx=old.padding_idx,
+            include_last_offset=old.include_last_offset,
+        )
+    return table
+
+
+def private_copy(model: nn.Module) -> nn.Module:
+    """A module tree of its own over the same tensors, so that a table is never held twice."""
+    tensors = (*model.parameters(), *model.buffers())
+    return copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
+
+
+def _walk(model: nn.Module) -> Iterator[Unit]:
+    users: dict[int, list[nn.Module]] = {}
+    names: dict[nn.Module, str] = {}
+    for name, module in model.named_modules():
+        names[module] = name
+        for parameter in module.parameters(recurse=False):
+            users.setdefault(id(parameter), []).append(module)
+    inside: set[nn.Module] = set()
+    for name, module in model.named_modules():
+        described = None if module in inside else _describe(name, module)
+        if described is None:
+            continue
+        if isinstance(module, Bag):
+            inside.add(module.table)
+        own = {module, *inside}
+        shared = [
+            names[user]
+            for parameter in module.parameters()
+            for user in users[id(parameter)]
+            if user not in own
+        ]
+        role, form, rows = described
+        yield Unit(name, role, module, form, tensor_bytes(module), rows, next(iter(shared), None))
+
+
+def _describe(name: str, module: nn.Module) -> tuple[Role, str, int] | None:
+    match module:
+        case Bag(table=nn.Embedding() as table):
+            return "table", _float(table.weight), table.num_embeddings
+        case Bag(table=PackedTable() as packed):
+            return "table", packed.storage.name, packed.rows
+        case PackedTable():
+            return "table", module.storage.name, module.rows
+        case PackedLinear():
+            return "dense", module.storage.name, module.out_features
+        case nn.Embedding() | nn.EmbeddingBag():
+            if module.max_norm is not None:
+                raise CompressionError(
+                    f"Table {name!r} renormalizes its rows while it is read (max_norm). Apply it "
+                    f"to the weights once and build the table without max_norm."
+                )
+            return "table", _float(module.weight), module.num_embeddings
+        case nn.Linear():
+            return "dense", _float(module.weight), module.out_features
+    return None
+
+
+def _float(weight: Tensor) -> str:
+    return str(weight.dtype).removeprefix("torch.")

@@ -1,0 +1,134 @@
+"""ONNX Runtime on CPU: sessions, the graph a session really runs, and interleaved timing."""
+
+import contextlib
+import os
+import platform
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+
+from compressors.contracts import Frozen
+from infra.errors import BuildRefused, InfraError
+
+FloatArray = NDArray[np.float32]
+PROVIDERS = ["CPUExecutionProvider"]
+
+
+class Machine(Frozen):
+    """Where a latency was measured."""
+
+    processor: str
+    cores: int
+    system: str
+    onnxruntime: str
+    threads: int
+
+
+class Session:
+    """One served graph: arrays in by name, scores out."""
+
+    def __init__(self, path: Path, threads: int) -> None:
+        """Load ``path`` with full graph optimization.
+
+        Raises:
+            BuildRefused: ONNX Runtime does not accept the graph.
+        """
+        self._session = _open(path, threads, None)
+        self.inputs = tuple(item.name for item in self._session.get_inputs())
+
+    def scores(self, inputs: Mapping[str, NDArray[Any]]) -> FloatArray:
+        """Float32 ``(rows,)``; NaN where the graph's own policy refuses a row.
+
+        Raises:
+            InfraError: the runtime failed on these inputs.
+        """
+        try:
+            answer = self._session.run(None, {name: inputs[name] for name in self.inputs})
+        except Exception as fault:
+            raise InfraError(f"ONNX Runtime failed while scoring: {fault}") from fault
+        scores: FloatArray = answer[0]
+        return scores
+
+
+def optimized_graph(path: Path, threads: int = 1) -> onnx.GraphProto:
+    """The graph as the runtime rewrote it; large weights stay out of memory.
+
+    Raises:
+        BuildRefused: ONNX Runtime does not accept the graph.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "optimized.onnx"
+        _open(path, threads, out)
+        graph: onnx.GraphProto = onnx.load(out, load_external_data=False).graph
+        return graph
+
+
+def _open(path: Path, threads: int, optimized: Path | None) -> Any:
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    options.log_severity_level = 3
+    if optimized is not None:
+        options.optimized_model_filepath = str(optimized)
+        # Weights of the optimized graph go beside it: one protobuf holds at most 2 GiB.
+        options.add_session_config_entry(
+            "session.optimized_model_external_initializers_file_name", "weights.bin"
+        )
+        options.add_session_config_entry(
+            "session.optimized_model_external_initializers_min_size_in_bytes", "1048576"
+        )
+    try:
+        return onnxruntime.InferenceSession(str(path), options, providers=PROVIDERS)
+    except Exception as fault:
+        raise BuildRefused(f"ONNX Runtime does not accept {path.name}: {fault}") from fault
+
+
+def interleaved_ms(
+    sessions: Sequence[Session],
+    inputs: Mapping[str, NDArray[Any]],
+    rounds: int,
+    warmup: int = 20,
+) -> tuple[FloatArray, ...]:
+    """Milliseconds of each call, one array a session, measured in turn.
+
+    The sessions run A B A B ..., so that a machine that slows down slows all of them, and the
+    n-th numbers belong together.
+    """
+    for session in sessions:
+        for _ in range(warmup):
+            session.scores(inputs)
+    times = np.empty((len(sessions), rounds), dtype=np.float32)
+    for turn in range(rounds):
+        for index, session in enumerate(sessions):
+            begin = time.perf_counter_ns()
+            session.scores(inputs)
+            times[index, turn] = (time.perf_counter_ns() - begin) / 1e6
+    return tuple(times)
+
+
+def machine(threads: int) -> Machine:
+    """What the numbers were measured on."""
+    import onnxruntime
+
+    return Machine(
+        processor=next(_processor_names(), platform.processor() or platform.machine()),
+        cores=os.cpu_count() or 1,
+        system=f"{platform.system()} {platform.machine()}",
+        onnxruntime=onnxruntime.__version__,
+        threads=threads,
+    )
+
+
+def _processor_names() -> Iterator[str]:
+    with contextlib.suppress(OSError), Path("/proc/cpuinfo").open() as lines:
+        for line in lines:
+            if line.startswith("model name"):
+                yield line.partition(":")[2].strip()
