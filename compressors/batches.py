@@ -97,3 +97,19 @@ def _example(
     bounds = torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)])
     values = torch.randint(high, (int(bounds[-1]),), generator=generator, dtype=dtype)
     return jagged(item, values, bounds)
+
+
+def edge_example(
+    schema: Schema, rows_of_table: dict[str, int], rows: int, seed: int = 1
+) -> dict[str, Tensor]:
+    """Made-up inputs with ids below and above their table, to compare two graphs on.
+
+    The first id-like values of every input are -1 and one past the last row.
+    """
+    inputs = example(schema, rows_of_table, rows, seed)
+    for item in schema.inputs:
+        if not isinstance(item, DenseInput):
+            flat = inputs[item.name].reshape(-1)
+            outside = torch.tensor([-1, rows_of_table[item.table]], dtype=flat.dtype)
+            flat[: min(2, flat.numel())] = outside[: min(2, flat.numel())]
+    return inputs

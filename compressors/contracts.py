@@ -6,6 +6,7 @@ nor any adapter, so a command line can read an order without loading a tensor li
 
 import hashlib
 import json
+import re
 from collections.abc import Iterable
 from typing import Annotated, Any, Literal, Self
 
@@ -307,14 +308,50 @@ class Limit(Frozen):
         description="Quality: difference to it. Bytes and latency: ratio to it.",
         json_schema_extra={"position": 1},
     )
-    at_least: float | None = Field(None, json_schema_extra={"position": 2})
-    at_most: float | None = Field(None, json_schema_extra={"position": 3})
+    at_least: float | None = Field(
+        None,
+        allow_inf_nan=False,
+        description="Give one of at_least and at_most.",
+        json_schema_extra={"position": 2},
+    )
+    at_most: float | None = Field(
+        None,
+        allow_inf_nan=False,
+        description="Give one of at_least and at_most.",
+        json_schema_extra={"position": 3},
+    )
 
     @model_validator(mode="after")
     def _one_bound(self) -> Self:
         if (self.at_least is None) == (self.at_most is None):
             raise ValueError(f"limit on {self.metric!r} needs exactly one of at_least, at_most")
         return self
+
+    @classmethod
+    def parse(cls, text: str) -> Self:
+        """Read a limit as people write it: ``auc vs baseline >= -0.002``, ``bytes <= 500000``.
+
+        Raises:
+            ValueError: it is not of that form.
+        """
+        found = re.fullmatch(
+            r"\s*(?P<metric>[\w@]+)(\s+vs\s+(?P<against>baseline|champion))?"
+            r"\s*(?P<sign>>=|<=)\s*(?P<value>\S+)\s*",
+            text,
+        )
+        if found is None:
+            raise ValueError(
+                f"limit {text!r} is not of the form 'auc vs baseline >= -0.002' (vs baseline, vs "
+                f"champion or neither; >= or <=)"
+            )
+        bound = "at_least" if found["sign"] == ">=" else "at_most"
+        return cls.model_validate(
+            {
+                "metric": found["metric"],
+                "against": found["against"] or "absolute",
+                bound: found["value"],
+            }
+        )
 
     def __str__(self) -> str:
         versus = "" if self.against == "absolute" else f" vs {self.against}"

@@ -5,13 +5,14 @@ import os
 import platform
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx
 from numpy.typing import NDArray
+from pydantic import Field
 
 from compressors.contracts import Frozen
 from infra.errors import BuildRefused, InfraError
@@ -28,6 +29,7 @@ class Machine(Frozen):
     system: str
     onnxruntime: str
     threads: int
+    int8_dot: bool = Field(description="VNNI or its like: int8 products are exact and fast.")
 
 
 class Session:
@@ -118,17 +120,22 @@ def machine(threads: int) -> Machine:
     """What the numbers were measured on."""
     import onnxruntime
 
+    features = set((_cpuinfo("flags") or _cpuinfo("Features")).split())
     return Machine(
-        processor=next(_processor_names(), platform.processor() or platform.machine()),
+        processor=_cpuinfo("model name") or platform.processor() or platform.machine(),
         cores=os.cpu_count() or 1,
         system=f"{platform.system()} {platform.machine()}",
         onnxruntime=onnxruntime.__version__,
         threads=threads,
+        int8_dot=bool({"avx512_vnni", "avx_vnni", "asimddp"} & features),
     )
 
 
-def _processor_names() -> Iterator[str]:
+def _cpuinfo(key: str) -> str:
+    """One entry of the first processor on Linux; empty elsewhere."""
     with contextlib.suppress(OSError), Path("/proc/cpuinfo").open() as lines:
         for line in lines:
-            if line.startswith("model name"):
-                yield line.partition(":")[2].strip()
+            name, _, value = line.partition(":")
+            if name.strip() == key:
+                return value.strip()
+    return ""

@@ -1,1 +1,24 @@
-""""""
+"""One side effect each, wrapped for Prefect: load, call, store. Tasks hand each other artifacts.
+
+policy.py      what may be retried, what is cached under which key
+pull.py        verify a bundle completely
+validate.py    Great Expectations on every split
+prepare.py     parquet to tensors
+compress.py    one step of a recipe
+lower.py       one ONNX graph for one target, parity-checked and audited
+build.py       one TensorRT engine
+measure.py     quality, latency and bytes of what is served
+gate.py        limits against what was measured
+publish.py     the release and its registry version
+announce.py    progress and artifacts on Prefect's pages
+
+Without Prefect, for the command line as well:
+
+stored.py      the store, local copies, the digest of our code
+subject.py     the bundle an order is about
+bundles.py     pack, check, show and find bundles
+loading.py     a stored bundle as a module, a stored split as tensors
+documents.py   what is stored as JSON beside the files
+report.py      the report as a table and as Markdown
+promotion.py   promote, roll back, fetch
+"""

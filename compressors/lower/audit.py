@@ -43,7 +43,7 @@ def audit(
     """
     maker = {output: node for node in graph.node for output in node.output}
     held = {item.name: item for item in graph.initializer}
-    faults = [*_unfused(graph, maker), *_widened(graph, maker, held)]
+    faults = [*_unfused(graph, maker), *_slow(graph, maker, held), *_widened(graph, maker, held)]
     lines = plan.lines if plan else ()
     ordered = sum(line.format == "static_int8" for line in lines)
     fused = sum(node.op_type in INT8_PRODUCTS for node in graph.node)
@@ -78,6 +78,21 @@ def _unfused(graph: onnx.GraphProto, maker: dict[str, onnx.NodeProto]) -> list[s
     ]
 
 
+def _slow(
+    graph: onnx.GraphProto, maker: dict[str, onnx.NodeProto], held: dict[str, onnx.TensorProto]
+) -> list[str]:
+    """Int8 products on signed inputs: the runtime packs weights ahead for unsigned ones only."""
+    faults = []
+    for node in graph.node:
+        source = maker.get(node.input[0]) if node.op_type == "QGemm" else None
+        if source is None or source.op_type != "QuantizeLinear" or len(source.input) < 3:
+            continue
+        zero = held.get(source.input[2])
+        if zero is not None and zero.data_type == onnx.TensorProto.INT8:
+            faults.append(f"QGemm {node.name!r} reads signed inputs and repacks at every call")
+    return faults
+
+
 def _widened(
     graph: onnx.GraphProto, maker: dict[str, onnx.NodeProto], held: dict[str, onnx.TensorProto]
 ) -> list[str]:
@@ -100,4 +115,5 @@ def _bytes(item: onnx.TensorProto) -> int:
     bits = packed.get(item.data_type)
     if bits is None:
         bits = 8 * int(onnx.helper.tensor_dtype_to_np_dtype(item.data_type).itemsize)
-    return (math.prod(item.dims) * bits + 7) // 8
+    count: int = math.prod(item.dims)
+    return (count * bits + 7) // 8

@@ -73,11 +73,12 @@ def lower(
             f"Its forward must be free of Python control flow that depends on tensor values."
         ) from fault
     tables = _tables(wrapper)
-    if target == "onnxruntime":
-        onnxruntime.unsigned_after_relu(program.model)
-    else:
+    if target != "onnxruntime":
         _retype(program.model, tables)
     program.optimize()
+    if target == "onnxruntime":
+        onnxruntime.spell_out_clipping(program.model)
+    _strip(program.model)
     size = sum(value.const_value.nbytes for value in program.model.graph.initializers.values())
     program.save(str(path), external_data=size > EXTERNAL_BYTES)
     return Lowered(wrapper, tables)
@@ -112,6 +113,19 @@ def _export(
             return program
     finally:
         quiet.setLevel(level)
+
+
+def _strip(model: ir.Model) -> None:
+    """Drop the exporter's notes (stack traces of every node): they can outweigh small weights."""
+    model.metadata_props.clear()
+    model.graph.metadata_props.clear()
+    for node in model.graph.all_nodes():
+        node.metadata_props.clear()
+        node.doc_string = None
+        for value in node.outputs:
+            value.metadata_props.clear()
+    for value in (*model.graph.inputs, *model.graph.initializers.values()):
+        value.metadata_props.clear()
 
 
 def _tables(wrapper: Served) -> tuple[TableInitializers, ...]:

@@ -2,8 +2,8 @@
 
 Tables are gathered first and widened after, so a lookup touches only its own rows: the form
 TensorRT wants, DequantizeLinear before Gather, makes ONNX Runtime widen the whole table at every
-call. Dense int8 must have explicit zero points on weight and bias, and unsigned inputs after a
-Relu, or it silently stays float (``benchmarks/qdq_forms.py``).
+call. Dense int8 must have explicit zero points on weight and bias, and no Relu right behind the
+Gemm, or it silently stays float (``benchmarks/qdq_forms.py``).
 """
 
 from collections.abc import Callable
@@ -49,8 +49,13 @@ def float16_table(weight: Any, ids: Any) -> Any:
 
 
 def static_int8_linear(x: Any, codes: Any, weight_scale: Any, input_scale: Any, bias: Any) -> Any:
-    """Q/DQ around a Gemm in the one form ONNX Runtime fuses to QGemm."""
-    zero = constant(onnx.TensorProto.INT8, 0)
+    """Q/DQ around a Gemm in the one form ONNX Runtime fuses to a fast QGemm.
+
+    Inputs are uint8 around 128, the same levels as int8 around 0: ONNX Runtime packs weights
+    ahead for unsigned inputs only, and its own rewriting to unsigned stops where two layers
+    read the same input.
+    """
+    zero = constant(onnx.TensorProto.UINT8, 128)
     channels = int(codes.shape[0])
     flat, restore = as_matrix(x, int(codes.shape[1]), channels)
     inputs = op.DequantizeLinear(op.QuantizeLinear(flat, input_scale, zero), input_scale, zero)
@@ -91,29 +96,42 @@ def translations() -> dict[Any, Callable[..., Any]]:
     }
 
 
-def unsigned_after_relu(model: ir.Model) -> None:
-    """Quantize what a Relu or Sigmoid gives to uint8 instead of int8, same scale, zero point 0.
+def spell_out_clipping(model: ir.Model) -> None:
+    """Write a Relu or Clip right after an int8 Gemm as Max and Min, which mean the same.
 
-    With int8 ONNX Runtime tries to fold the Relu into the quantization, cannot (zero is not
-    int8's lowest number), and leaves the *whole* Gemm in float32: 3.5 times slower than fused.
-    The numbers are the same for every calibrated input: [0, 127] in both types.
+    ONNX Runtime merges Gemm and Relu into a float FusedGemm *before* it looks for int8 products,
+    and leaves the whole layer in float32 behind a DequantizeLinear: 3.5 times slower than fused
+    (``benchmarks/qdq_forms.py``). It has no such rule for Max and Min.
     """
-    zero = None
     for node in list(model.graph):
-        if node.op_type != "QuantizeLinear":
+        if node.op_type not in {"Relu", "Clip"} or node.inputs[0] is None:
             continue
-        source = node.inputs[0].producer() if node.inputs[0] is not None else None
-        if source is None or source.op_type not in {"Relu", "Sigmoid"}:
+        gemm = node.inputs[0].producer()
+        if gemm is None or gemm.op_type != "Gemm" or gemm.inputs[0] is None:
             continue
-        if zero is None:
-            zero = ir.Value(
-                name="uint8_zero",
-                shape=ir.Shape(()),
-                type=ir.TensorType(ir.DataType.UINT8),
-                const_value=ir.Tensor(np.array(0, np.uint8), name="uint8_zero"),
-            )
-            model.graph.initializers["uint8_zero"] = zero
-        node.replace_input_with(2, zero)
-        node.outputs[0].dtype = ir.DataType.UINT8
-        for consumer, _ in list(node.outputs[0].uses()):
-            consumer.replace_input_with(2, zero)
+        source = gemm.inputs[0].producer()
+        if source is None or source.op_type != "DequantizeLinear":
+            continue
+        low, high = (*node.inputs[1:], None, None)[:2]
+        if node.op_type == "Relu":
+            low = _scalar(model, "relu_floor", 0.0)
+        current, new = node.inputs[0], []
+        for op_type, bound in (("Max", low), ("Min", high)):
+            if bound is not None:
+                new.append(ir.node(op_type, [current, bound]))
+                current = new[-1].outputs[0]
+                current.dtype, current.shape = node.outputs[0].dtype, node.outputs[0].shape
+        current.name = node.outputs[0].name
+        ir.convenience.replace_nodes_and_values(
+            model.graph, node, [node], new, node.outputs, [current]
+        )
+
+
+def _scalar(model: ir.Model, name: str, value: float) -> ir.Value:
+    if name not in model.graph.initializers:
+        tensor = ir.Tensor(np.array(value, np.float32), name=name)
+        kind = ir.TensorType(ir.DataType.FLOAT)
+        model.graph.initializers[name] = ir.Value(
+            name=name, shape=ir.Shape(()), type=kind, const_value=tensor
+        )
+    return model.graph.initializers[name]

@@ -1,0 +1,113 @@
+"""DCN-v2, a click model for rows of categorical, multi-valued and dense fields.
+
+Paper: Wang et al. 2021, https://arxiv.org/abs/2008.13535.
+Differs: full-rank cross layers only (no mixture of low-rank experts), and every field has the
+same width, so that a table can be swapped without touching the layers above it.
+
+The architecture is built from JSON-able keyword arguments alone, because that is all a bundle
+stores of it.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+
+class DCNv2(nn.Module):
+    """Cross layers beside, or below, a multilayer perceptron.
+
+    ``fields`` and ``bags`` are lists, not mappings, because their order is the order in which
+    vectors are concatenated and a JSON writer may sort the keys of a mapping.
+
+    Args:
+        fields: one ``{"name": str, "rows": int}`` per single-valued field; its table is
+            ``tables.<name>``.
+        bags: the same per multi-valued field; its table is ``bags.<name>`` and pools by mean.
+        dense: width of the dense input called ``dense``; 0 means there is none.
+        dim: width of every embedding.
+        cross_layers: how many cross layers.
+        hidden: widths of the perceptron; empty means it passes its input on.
+        dropout: share of hidden units dropped while training.
+        batch_norm: normalise every hidden layer.
+        structure: "parallel" feeds the perceptron the input, "stacked" the last cross layer.
+    """
+
+    def __init__(
+        self,
+        *,
+        fields: Sequence[Mapping[str, str | int]],
+        bags: Sequence[Mapping[str, str | int]] = (),
+        dense: int = 0,
+        dim: int = 16,
+        cross_layers: int = 3,
+        hidden: Sequence[int] = (256, 128),
+        dropout: float = 0.0,
+        batch_norm: bool = False,
+        structure: Literal["parallel", "stacked"] = "parallel",
+    ) -> None:
+        super().__init__()
+        if structure not in ("parallel", "stacked"):
+            raise ValueError(f"structure is 'parallel' or 'stacked'; got {structure!r}.")
+        self.dense = dense
+        self.structure = structure
+        self.tables = nn.ModuleDict(
+            {str(item["name"]): nn.Embedding(int(item["rows"]), dim) for item in fields}
+        )
+        self.bags = nn.ModuleDict(
+            {
+                str(item["name"]): nn.EmbeddingBag(int(item["rows"]), dim, mode="mean")
+                for item in bags
+            }
+        )
+        for weight in (*self.tables.parameters(), *self.bags.parameters()):
+            # Small enough that the first scores are near the click rate, whatever the ids.
+            nn.init.normal_(weight, std=0.01)
+
+        width = (len(self.tables) + len(self.bags)) * dim + dense
+        if not width:
+            raise ValueError("DCNv2 needs at least one field, bag or dense input.")
+        self.cross = nn.ModuleList(nn.Linear(width, width) for _ in range(cross_layers))
+        layers: list[nn.Module] = []
+        last = width
+        for units in hidden:
+            layers.append(nn.Linear(last, units))
+            if batch_norm:
+                layers.append(nn.BatchNorm1d(units))
+            layers += [nn.ReLU(), nn.Dropout(dropout)]
+            last = units
+        self.perceptron = nn.Sequential(*layers)
+        self.head = nn.Linear(last if structure == "stacked" else width + last, 1)
+
+    def forward(self, **inputs: Tensor) -> Tensor:
+        """Score rows.
+
+        Args:
+            **inputs: by name: every field int ``(rows,)``; every bag's ids end to end, int
+                ``(all ids,)``, with ``<name>_offsets``, where each row begins, int
+                ``(rows,)``; ``dense`` float ``(rows, dense)`` if there is one.
+
+        Returns:
+            float ``(rows,)``: the logit of a click. A row whose bag is empty gets a zero
+            vector for it.
+        """
+        parts = [table(inputs[name]) for name, table in self.tables.items()]  # (rows, dim) each
+        parts += [
+            bag(inputs[name], inputs[f"{name}_offsets"])  # (rows, dim) each
+            for name, bag in self.bags.items()
+        ]
+        if self.dense:
+            parts.append(inputs["dense"])  # (rows, dense)
+        first = torch.cat(parts, dim=1)  # (rows, width)
+
+        crossed = first  # (rows, width)
+        for layer in self.cross:
+            crossed = first * layer(crossed) + crossed  # (rows, width)
+
+        if self.structure == "stacked":
+            top = self.perceptron(crossed)  # (rows, hidden[-1])
+        else:
+            top = torch.cat([crossed, self.perceptron(first)], dim=1)  # (rows, width + hidden[-1])
+        logit: Tensor = self.head(top).squeeze(1)  # (rows,)
+        return logit

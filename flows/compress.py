@@ -1,0 +1,160 @@
+"""The way of one model: pull, validate, compress, lower, build, measure, gate, publish.
+
+Every task's result is found again by content, so a flow that was killed goes on where it was,
+and an order that was carried out before is one cache hit after another.
+"""
+
+import logging
+from typing import Any
+
+from prefect import flow
+from prefect.client.schemas.objects import State
+from prefect.states import Completed
+
+from compressors.contracts import Artifact, TargetKind, Verdict, digest
+from compressors.errors import CompressionError
+from flows.order import Order
+from flows.resolve import champion_of, order_digest, promote_if_ordered
+from infra.errors import InfraError, Refused
+from tasks.announce import Progress, announce
+from tasks.build import build, need_builder
+from tasks.compress import compress as compress_step
+from tasks.documents import Finished, report_from
+from tasks.gate import gate
+from tasks.lower import lower_model
+from tasks.measure import measure
+from tasks.policy import kept, remembered
+from tasks.prepare import prepare
+from tasks.publish import publish, still_published
+from tasks.pull import pull
+from tasks.stored import code_digest
+from tasks.subject import Subject, find
+from tasks.validate import validate
+
+log = logging.getLogger(__name__)
+
+
+@flow(name="compress", flow_run_name="{order.model} {order.preset}", result_serializer="json")
+def compress(order: Order) -> Finished | State[Any]:
+    """Compress a model, judge what will be served, and register the result.
+
+    A rejected or undecided candidate is a result, not a crash: the run completes with that name.
+    """
+    subject = find(order.model)
+    champion = champion_of(order, subject)
+    code = digest([code_digest(), subject.architecture])
+    targets = order.targets.wanted()
+    progress = Progress(stages=7 + len(order.recipe()) + 2 * len(targets))
+
+    progress.stage(f"pull {subject.name} {subject.version}")
+    for target, wanted in targets.items():
+        if wanted == "required":
+            need_builder(target)
+    bundle = kept(pull, artifact=subject.artifact, code=code)
+    progress.stage("validate the data")
+    validation = kept(validate, bundle=bundle, rules=order.rules, code=code)
+    progress.stage("prepare tensors")
+    calibrated_on = subject.calibration()
+    splits = {"calibration": kept(prepare, bundle=bundle, split=calibrated_on, code=code)}
+    test = kept(prepare, bundle=bundle, split="test", code=code)
+    lowering = {
+        "probe": splits["calibration"],
+        "probe_rows": subject.rows[calibrated_on],
+        "most_rows": 65_536,
+        "code": code,
+    }
+    progress.stage("lower the untouched model")
+    baseline = kept(lower_model, bundle=bundle, target="onnxruntime", **lowering)
+
+    candidate = bundle
+    for step in order.recipe():
+        progress.stage(step.kind)
+        candidate = kept(
+            compress_step,
+            source=candidate,
+            step=step,
+            splits=splits,
+            original=bundle,
+            seed=order.seed,
+            code=code,
+        )
+
+    built: dict[TargetKind, Artifact] = {}
+    skipped: dict[str, str] = {}
+    for target, wanted in targets.items():
+        try:
+            progress.stage(f"lower for {target}")
+            graph = kept(lower_model, bundle=candidate, target=target, **lowering)
+            progress.stage(f"build {target}")
+            built[target] = _built(order, subject, target, graph, code)
+        except (CompressionError, Refused, InfraError) as fault:
+            if wanted == "required":
+                raise
+            log.warning("%s is optional and left out: %s", target, fault)
+            skipped[target] = str(fault)
+
+    progress.stage("measure")
+    measurement = None
+    if "onnxruntime" in built:
+        measurement = kept(
+            measure,
+            bundle=bundle,
+            baseline=baseline,
+            candidate=built["onnxruntime"],
+            champion=champion,
+            test=test,
+            test_rows=subject.rows["test"],
+            seed=order.seed,
+            code=code,
+        )
+    progress.stage("judge")
+    verdicts: dict[TargetKind, Verdict] = {
+        target: remembered(
+            gate,
+            target=target,
+            limits=order.limits,
+            measurement=measurement if target == "onnxruntime" else None,
+            code=code,
+        )
+        for target in built
+    }
+    progress.stage("publish")
+    report = report_from(
+        order=order_digest(order, subject, champion),
+        subject=subject,
+        compressed=candidate,
+        recipe=order.recipe(),
+        limits=order.limits,
+        baseline=baseline,
+        built=built,
+        required={target: wanted == "required" for target, wanted in targets.items()},
+        verdicts=verdicts,
+        skipped=skipped,
+        measurement=measurement,
+        validation=validation,
+    )
+    finished: Finished = remembered(publish, still_published, report=report, code=code)
+    promote_if_ordered(order, finished)
+    announce(finished)
+    progress.finish()
+    if report.outcome in {"accepted", "built-unmeasured"}:
+        return finished
+    reasons = "; ".join(verdict.reason for verdict in verdicts.values())
+    return Completed(name=report.outcome.capitalize(), message=reasons, data=finished)
+
+
+def _built(
+    order: Order, subject: Subject, target: TargetKind, graph: Artifact, code: str
+) -> Artifact:
+    """What the target loads: the graph itself, or an engine made from it."""
+    if target == "onnxruntime":
+        return graph
+    return kept(
+        build,
+        lowered=graph,
+        target=target,
+        batch=order.targets.batch(),
+        longest=subject.longest,
+        seconds=order.targets.build_seconds,
+        code=code,
+    )

@@ -1,0 +1,120 @@
+"""What a person at a terminal sees: the flow running, and what it came to."""
+
+import logging
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.status import Status
+
+    from flows.order import Order
+    from tasks.documents import Finished
+
+EMBEDDED = {
+    # A loaded machine needs more than the default 20 s to start the embedded server.
+    "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "90",
+    "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+    "DO_NOT_TRACK": "1",
+    # The embedded server tells of its own shutdown as errors; faults of a run reach us anyhow.
+    "PREFECT_SERVER_LOGGING_LEVEL": "CRITICAL",
+    "PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL": "CRITICAL",
+    "PREFECT_LOGGING_EXTRA_LOGGERS": "flows,tasks,infra,compressors",
+    "PREFECT_LOGGING_TO_API_WHEN_MISSING_FLOW": "ignore",
+}
+STYLE = {"accepted": "bold green", "rejected": "bold red", "undecided": "bold yellow"}
+
+
+def console(*, error: bool = False) -> "Console":
+    """A rich console; plain text where there is no terminal."""
+    from rich.console import Console
+
+    return Console(stderr=error, highlight=False, soft_wrap=not sys.stdout.isatty())
+
+
+def say(text: str, *, quiet: bool = False) -> None:
+    """One line for a person, on standard error so that results can be piped."""
+    if not quiet:
+        console(error=True).print(text)
+
+
+def run(order: "Order", *, force: bool, quiet: bool) -> "Finished":
+    """Run the flow in this process, with what it does shown on a terminal."""
+    for name, value in EMBEDDED.items():
+        os.environ.setdefault(name, value)
+    if force:
+        os.environ["PREFECT_TASKS_REFRESH_CACHE"] = "true"
+    with _shown(quiet=quiet):
+        from prefect.client.schemas.objects import State
+
+        from flows.compress import compress
+        from tasks.documents import Finished
+
+        outcome = compress(order, return_state=True).result()
+        while isinstance(outcome, State):
+            outcome = outcome.result()
+        return Finished.model_validate(outcome)
+
+
+def show(finished: "Finished") -> None:
+    """The table of before and after, the verdicts, and how to get the result."""
+    from rich.table import Table
+
+    from tasks.report import headline, resolution
+
+    report, out = finished.report, console()
+    rows = headline(report)
+    table = Table(title=f"{report.name} {report.bundle_version}", title_justify="left")
+    for column in rows[0]:
+        table.add_column(column, justify="left" if column == "what" else "right")
+    for row in rows:
+        table.add_row(*row.values())
+    out.print(table)
+    out.print(resolution(report))
+    for target in report.targets:
+        style = STYLE.get(target.verdict.outcome, "bold")
+        out.print(
+            f"[{style}]{target.target}: {target.verdict.outcome}[/] - ", end="", soft_wrap=True
+        )
+        out.print(target.verdict.reason, markup=False, soft_wrap=True)
+    for name, why in report.skipped.items():
+        out.print(f"{name}: left out (optional) - {why}", markup=False, soft_wrap=True)
+    version = f"{report.name} version {finished.version}"
+    out.print(f"Registered: {version} in {finished.registry}", markup=False, soft_wrap=True)
+    out.print(f"Report:     {finished.release.uri}/files/report.md", markup=False, soft_wrap=True)
+    out.print(f"Get it:     {finished.fetch_command()}", markup=False, soft_wrap=True)
+
+
+@contextmanager
+def _shown(*, quiet: bool) -> Iterator[None]:
+    """Show each stage the flow logs: a spinner on a terminal, plain lines elsewhere."""
+    if quiet:
+        yield
+        return
+    err = console(error=True)
+    stages = logging.getLogger("tasks.announce")
+    stages.setLevel(logging.INFO)
+    with err.status("starting the flow") as status:
+        handler = _Stages(err, status)
+        stages.addHandler(handler)
+        try:
+            yield
+        finally:
+            stages.removeHandler(handler)
+
+
+class _Stages(logging.Handler):
+    """Log lines of the flow's progress, one at a time on the terminal."""
+
+    def __init__(self, out: "Console", status: "Status") -> None:
+        super().__init__(logging.INFO)
+        self._out = out
+        self._status = status
+
+    def emit(self, record: logging.LogRecord) -> None:
+        line = record.getMessage()
+        self._out.print(line, markup=False)
+        self._status.update(line)

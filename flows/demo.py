@@ -1,0 +1,76 @@
+"""The demo's order: a click model trained on MovieLens 100K, packed into the embedded store."""
+
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from compressors.contracts import Limit, digest
+from flows.console import say
+from flows.order import Order, Targets
+from infra.errors import ArtifactMissing, InfraError, Refused
+from tasks.bundles import pack, resolve
+from tasks.stored import store
+
+BUNDLE = "ml100k-dcnv2"
+TRAINER = "examples.movielens"
+
+# What the test set's 20,000 rows can decide: their interval is narrower than this.
+LIMITS = (
+    Limit(metric="auc", against="baseline", at_least=-0.002),
+    Limit(metric="bytes", against="baseline", at_most=0.5),
+)
+
+
+def demo_order() -> Order:
+    """Train and pack the demo's model unless it is there, and give the order for it.
+
+    Raises:
+        Refused: the examples are not beside this installation.
+        InfraError: training failed.
+    """
+    root = Path(__file__).parent.parent
+    sources = sorted((root / "examples").glob("*.py"))
+    if not sources:
+        raise Refused(
+            "The demo trains the model in examples/, which lies in the repository and not in the "
+            "installed package. Clone the repository and run 'make demo' there."
+        )
+    version = digest([path.read_text() for path in sources])[:12]
+    model = f"{BUNDLE}@{version}"
+    if not _is_packed(model):
+        _train_and_pack(root, version)
+    return Order(
+        model=model,
+        preset="small",
+        limits=LIMITS,
+        targets=Targets(onnxruntime="required", tensorrt_rtx="required"),
+    )
+
+
+def _is_packed(model: str) -> bool:
+    try:
+        store().manifest(resolve(model))
+    except ArtifactMissing:
+        return False
+    return True
+
+
+def _train_and_pack(root: Path, version: str) -> None:
+    with tempfile.TemporaryDirectory(prefix="recpress-demo-") as scratch:
+        draft = Path(scratch) / "draft"
+        say("Training a DCN-v2 click model on MovieLens 100K ...")
+        trained = subprocess.run(
+            [sys.executable, "-m", TRAINER, str(draft)],
+            cwd=root,
+            stdout=sys.stderr,
+            check=False,
+        )
+        if trained.returncode:
+            raise InfraError(f"{TRAINER} ended with exit code {trained.returncode}; see above.")
+        described = json.loads((draft / "model.json").read_text())
+        described["version"] = version
+        (draft / "model.json").write_text(json.dumps(described, indent=1))
+        say("Packing it into the object store ...")
+        pack(draft)

@@ -1,0 +1,152 @@
+"""Processes that can be killed.
+
+A native build cannot be interrupted from Python: a time limit around the call only takes effect
+after it has returned. So such work runs as ``python -m <module>`` in a session of its own, talks
+through two JSON files, and the whole group is killed when its time is over.
+
+``run_child`` is the parent's side; ``serve`` is what the module's main calls. POSIX only.
+"""
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NoReturn
+
+from pydantic import BaseModel
+
+from infra.errors import BuildRefused, ChildFailed, Refused
+
+REFUSED = 2
+"""Exit code of a child that says no: its answer holds the reason under ``error``."""
+
+GRACE_SECONDS = 5.0
+"""How long after its limit a child lives at most if nobody is left to kill it."""
+
+_TAIL_LINES = 12
+_TAIL_COLUMNS = 300
+
+
+def run_child(
+    module: str, request: BaseModel | dict[str, Any], folder: Path, seconds: float
+) -> dict[str, Any]:
+    """Run ``python -m module`` on a request and return its answer.
+
+    ``folder`` receives ``request.json``, ``answer.json`` and ``child.log`` (all the child printed)
+    and is created if missing. Whatever way this ends, no process of the child's group survives.
+
+    Args:
+        module: a module whose main calls ``serve``; found on this process's own ``sys.path``.
+        request: what the child is asked, as JSON.
+        folder: where the files lie.
+        seconds: wall-clock limit.
+
+    Raises:
+        BuildRefused: the child said no (exit code 2); the message is its sentence.
+        ChildFailed: the limit passed, the child died of a signal, or left no answer.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    question, answer, log = (folder / n for n in ("request.json", "answer.json", "child.log"))
+    text = request.model_dump_json() if isinstance(request, BaseModel) else json.dumps(request)
+    question.write_text(text, encoding="utf-8")
+    answer.unlink(missing_ok=True)
+    command = [sys.executable, "-u", "-P", "-m", module, str(question), str(answer)]
+    command += [str(seconds + GRACE_SECONDS), str(os.getpid())]
+    # -P and our own path: the child imports what we import, never what lies in the working folder.
+    environment = os.environ | {
+        "PYTHONPATH": os.pathsep.join(p or str(Path.cwd()) for p in sys.path)
+    }
+    with log.open("wb") as out:
+        process = subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=out,
+            stderr=subprocess.STDOUT,
+            env=environment,
+            start_new_session=True,
+        )
+        try:
+            code = process.wait(timeout=seconds)
+        except subprocess.TimeoutExpired as fault:
+            raise ChildFailed(
+                f"{module} was killed at its limit of {seconds:g} s. Allow more seconds, or make "
+                f"the model smaller. {_tail(log)}"
+            ) from fault
+        finally:
+            _kill_group(process)
+    if code == REFUSED:
+        raise BuildRefused(str(_read(answer, module, log).get("error", "no reason was given")))
+    if code != 0:
+        raise ChildFailed(f"{module} {_cause(code)}. {_tail(log)}")
+    return _read(answer, module, log)
+
+
+def serve(work: Callable[[dict[str, Any]], dict[str, Any]]) -> NoReturn:
+    """Answer one request and exit; the main of a module that ``run_child`` starts.
+
+    A ``Refused`` raised by ``work`` becomes exit code 2 and its sentence the answer. Anything else
+    ends as a traceback in the log and exit code 1. The process dies when its parent does.
+    """
+    question, answer, limit, parent = sys.argv[1:5]
+    # Two guards against outliving a killed parent. The thread takes the whole group down within a
+    # second, but cannot run while native code holds the interpreter's lock; the timer is the
+    # kernel's, needs no lock, and ends this process a little after the parent would have.
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    signal.setitimer(signal.ITIMER_REAL, float(limit))
+    threading.Thread(target=_die_with, args=(int(parent),), daemon=True).start()
+    code = 0
+    try:
+        reply = work(json.loads(Path(question).read_text(encoding="utf-8")))
+    except Refused as fault:
+        reply, code = {"error": str(fault)}, REFUSED
+    part = Path(answer + ".part")
+    part.write_text(json.dumps(reply), encoding="utf-8")
+    part.replace(answer)
+    sys.exit(code)
+
+
+def _die_with(parent: int) -> None:
+    while os.getppid() == parent:
+        time.sleep(0.5)
+    try:
+        os.killpg(os.getpid(), signal.SIGKILL)
+    finally:
+        os._exit(1)  # only reached when this process leads no group
+
+
+def _kill_group(process: subprocess.Popen[bytes]) -> None:
+    """Kill what is left of the child's session, the child included, and reap the child."""
+    with contextlib.suppress(ProcessLookupError):  # nothing is left: what we want
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def _read(answer: Path, module: str, log: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(answer.read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError) as fault:
+        raise ChildFailed(f"{module} ended without a readable answer. {_tail(log)}") from fault
+    if not isinstance(value, dict):
+        raise ChildFailed(f"{module} answered with a {type(value).__name__}, not an object.")
+    return value
+
+
+def _cause(code: int) -> str:
+    if code >= 0:
+        return f"failed with exit code {code}"
+    name = signal.Signals(-code).name
+    hint = " (often: the machine ran out of memory)" if name == "SIGKILL" else ""
+    return f"died of {name}{hint}"
+
+
+def _tail(log: Path) -> str:
+    lines = log.read_text(encoding="utf-8", errors="replace").splitlines()[-_TAIL_LINES:]
+    if not lines:
+        return f"It printed nothing ({log})."
+    return f"Last lines of {log}:\n" + "\n".join(line[:_TAIL_COLUMNS] for line in lines)

@@ -1,0 +1,217 @@
+"""Who is champion: one entry after the other in the object store, never changed.
+
+A registry's alias has no compare-and-swap, so two people who promote at once would overwrite
+each other unseen. Here every entry is a key of its own, ``ledger/<model>/<sequence>.json``,
+written by a conditional create: of two writers of one number exactly one wins. The registry's
+alias is made to follow (``Registry.repair``).
+"""
+
+from datetime import UTC, datetime
+from typing import Literal
+
+from pydantic import Field, ValidationError
+
+from compressors.contracts import Frozen
+from infra.errors import AlreadyThere, ArtifactDamaged, ArtifactMissing, InfraError, Refused
+from infra.store import Store
+from infra.store_manifest import plain_path
+
+Action = Literal["promote", "rollback"]
+
+ATTEMPTS = 100  # lost races in a row before we say that the ledger is too busy
+
+
+class Entry(Frozen):
+    """One change of champion. ``previous`` is the version it took the place of."""
+
+    sequence: int = Field(ge=1)
+    model: str
+    version: str = Field(min_length=1)
+    order: str
+    action: Action
+    previous: str | None
+    at: str = Field(description="UTC, ISO 8601.")
+    by: str
+    reason: str
+
+
+class Ledger:
+    """The entries of one model.
+
+    Args:
+        store: where they lie.
+        model: the model's name; one part of a path.
+
+    Raises:
+        Refused: ``model`` cannot be part of a key.
+    """
+
+    def __init__(self, store: Store, model: str) -> None:
+        try:
+            plain_path(model)
+        except ValueError as fault:
+            raise Refused(f"A model's name is part of a path: {fault}.") from fault
+        if "/" in model or ":" in model:
+            raise Refused(f"A model's name has neither '/' nor ':'; found {model!r}.")
+        self._store = store
+        self._model = model
+        self._home = f"ledger/{model}/"
+
+    def entries(self) -> tuple[Entry, ...]:
+        """All entries, oldest first.
+
+        Raises:
+            ArtifactDamaged: one is missing between others, cannot be read, or does not continue
+                the one before it.
+        """
+        last = 0
+        for key in self._store.keys(self._home):
+            number = key.removeprefix(self._home).removesuffix(".json")
+            if key != self._key_of(number):
+                raise ArtifactDamaged(f"{self._store.root}/{key} does not belong in a ledger.")
+            last = max(last, int(number))
+        found: list[Entry] = []
+        # By number and not by the listing: a listing of a folder is no snapshot, so it may show
+        # entry 6 without the 5 that was written before it.
+        for sequence in range(1, last + 1):
+            found.append(self._next(tuple(found), sequence))
+        return tuple(found)
+
+    def champion(self) -> Entry | None:
+        """The entry that made the present champion, or None if there never was one."""
+        entries = self.entries()
+        return entries[-1] if entries else None
+
+    def append(
+        self,
+        version: str,
+        order: str,
+        action: Action,
+        by: str,
+        reason: str,
+        expected: int | None = None,
+    ) -> Entry:
+        """Make ``version`` champion.
+
+        Args:
+            version: the registry version. For a rollback: the one ``before`` names.
+            order: its order's digest.
+            action: whether this is a new choice or the way back.
+            by: who decided.
+            reason: why.
+            expected: the last sequence the caller saw, 0 for none. If somebody appended
+                since, nothing is written. None: append after whatever is there.
+
+        Raises:
+            AlreadyThere: the ledger moved on since ``expected``; it says who won.
+            Refused: a rollback to another version than ``before`` names.
+            ArtifactDamaged: as ``entries``.
+        """
+        for _ in range(ATTEMPTS):
+            entries = self.entries()
+            if expected is not None and len(entries) != expected:
+                raise AlreadyThere(self._moved_on(entries, expected))
+            if action == "rollback":
+                self._check_rollback(entries, version, order)
+            entry = Entry(
+                sequence=len(entries) + 1,
+                model=self._model,
+                version=version,
+                order=order,
+                action=action,
+                previous=entries[-1].version if entries else None,
+                at=datetime.now(UTC).isoformat(timespec="microseconds"),
+                by=by,
+                reason=reason,
+            )
+            key, body = self._key(entry.sequence), entry.model_dump_json(indent=1).encode()
+            try:
+                self._store.create(key, body)
+            except AlreadyThere:
+                # If the answer to our own create was lost and the client asked again, we lost to
+                # ourselves. Appending once more would enter one decision twice.
+                if self._store.read(key) == body:
+                    return entry
+            else:
+                return entry
+        raise InfraError(
+            f"The ledger of {self._model!r} was appended to by others {ATTEMPTS} times in a row. "
+            "Try again."
+        )
+
+    def _next(self, found: tuple[Entry, ...], sequence: int) -> Entry:
+        key = self._key(sequence)
+        at = f"{self._store.root}/{key}"
+        try:
+            entry = Entry.model_validate_json(self._store.read(key))
+        except ArtifactMissing as fault:
+            raise ArtifactDamaged(
+                f"The ledger of {self._model!r} has a gap: {at} is missing, later entries are "
+                "there. Restore it from a backup of the store."
+            ) from fault
+        except ValidationError as fault:
+            raise ArtifactDamaged(
+                f"{at} is not an entry of a ledger. Restore it from a backup of the store."
+            ) from fault
+        previous = found[-1].version if found else None
+        if (entry.sequence, entry.model, entry.previous) != (sequence, self._model, previous):
+            raise ArtifactDamaged(
+                f"{at} does not continue the entry before it: it says entry {entry.sequence} of "
+                f"{entry.model!r} after version {entry.previous}, and version {previous} came "
+                "before. Restore it from a backup of the store."
+            )
+        if entry.action == "rollback":
+            target = before(found)
+            if target is None or target.version != entry.version:
+                raise ArtifactDamaged(
+                    f"{at} rolls back to version {entry.version}, which was not champion before. "
+                    "Restore it from a backup of the store."
+                )
+        return entry
+
+    def _check_rollback(self, entries: tuple[Entry, ...], version: str, order: str) -> None:
+        target = before(entries)
+        if target is None:
+            raise Refused(
+                f"No version of {self._model!r} was champion before the present one, so there "
+                "is nothing to roll back to."
+            )
+        if (target.version, target.order) != (version, order):
+            raise Refused(
+                f"A rollback of {self._model!r} goes to version {target.version}, not to "
+                f"{version}. To choose another version, promote it."
+            )
+
+    def _moved_on(self, entries: tuple[Entry, ...], expected: int) -> str:
+        if len(entries) < expected:
+            return f"The ledger of {self._model!r} has no entry {expected} (any more)."
+        won = entries[expected]
+        return (
+            f"The ledger of {self._model!r} moved on: {won.by} made version {won.version} "
+            f"champion at {won.at} ({won.action}: {won.reason}). Look at it, then decide again."
+        )
+
+    def _key(self, sequence: int) -> str:
+        return f"{self._home}{sequence:08d}.json"
+
+    def _key_of(self, number: str) -> str | None:
+        return self._key(int(number)) if number.isascii() and number.isdigit() else None
+
+
+def before(entries: tuple[Entry, ...]) -> Entry | None:
+    """Where a rollback goes: the entry that promoted the champion before the present one.
+
+    A promotion puts a version on top of a pile, a rollback takes the top off. So rolling back
+    twice goes two steps back, not back and forth, and a version that was rolled back is not come
+    back to after a later promotion. Promoting the champion again changes nothing.
+
+    Returns:
+        None if there is nothing below the champion.
+    """
+    pile: list[Entry] = []
+    for entry in entries:
+        if entry.action == "rollback":
+            pile.pop()
+        elif not pile or pile[-1].version != entry.version:
+            pile.append(entry)
+    return pile[-2] if len(pile) > 1 else None

@@ -1,0 +1,403 @@
+"""The model registry: MLflow, which serving teams read. It holds pointers, never bytes.
+
+A version's ``source`` is the URI of a release in the object store; everything that is known
+about it travels as tags of the one call that creates it, so no reader ever sees half of them.
+The embedded registry is a SQLite file (mlflow-skinny, sqlalchemy and alembic); ``http(s)://``
+is a tracking server of your own.
+"""
+
+import logging
+import os
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from compressors.contracts import Frozen
+from infra.errors import Refused, RegistryUnavailable, SettingRefused
+
+ORDER_TAG = "recpress.order"
+CHAMPION = "champion"
+
+# The narrowest limits of MLflow's own checks and of the columns its SQL stores use.
+MAX_NAME = 256
+MAX_TAG_KEY = 250
+MAX_TAG_VALUE = 100_000
+MAX_SOURCE = 500
+MAX_DESCRIPTION = 5_000
+
+_SCHEME = re.compile(r"(sqlite|postgresql|mysql|mssql)(\+\w+)?://|https?://")
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+_NAME = re.compile(r"[^/:'\"`\x00-\x1f]+")
+_TAG_KEY = re.compile(r"[\w\-./: ]+")
+
+# A registry that is down must say so within seconds; tasks retry on top of this.
+_ENVIRONMENT = {
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",
+    "MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR": "1",
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
+}
+_FORBIDDEN = {"PERMISSION_DENIED", "UNAUTHENTICATED", "CUSTOMER_UNAUTHORIZED"}
+_REFUSED = {
+    "BAD_REQUEST",
+    "ENDPOINT_NOT_FOUND",
+    "INVALID_PARAMETER_VALUE",
+    "NOT_FOUND",
+    "NOT_IMPLEMENTED",
+    "RESOURCE_ALREADY_EXISTS",
+    "RESOURCE_DOES_NOT_EXIST",
+}
+
+
+class Registered(Frozen):
+    """One registered version."""
+
+    model: str
+    version: str
+    source: str
+    tags: dict[str, str]
+    aliases: tuple[str, ...]
+
+
+class Registry:
+    """The versions and aliases of every model.
+
+    Args:
+        uri: ``sqlite:///file`` (made if it does not exist), ``http(s)://server``, or another
+            database MLflow knows. Nothing is opened before the first use.
+
+    Raises:
+        SettingRefused: ``uri`` is none of these.
+
+    Every method may also raise ``RegistryUnavailable`` (a retry may help) or ``SettingRefused``
+    (credentials or permissions are wrong).
+    """
+
+    def __init__(self, uri: str) -> None:
+        if not _SCHEME.match(uri):
+            raise SettingRefused(
+                f"MLFLOW_TRACKING_URI {uri.partition(':')[0]!r}... is no registry. Give "
+                "sqlite:///folder/registry.db, http(s)://server or a database URI."
+            )
+        self._uri = uri
+
+    def publish(
+        self, model: str, order: str, source: str, tags: dict[str, str], description: str
+    ) -> Registered:
+        """Register a release once: the version with this order digest, made if need be.
+
+        Args:
+            model: the registered model's name; made if need be.
+            order: digest of the order the release was made by.
+            source: the release artifact's URI.
+            tags: everything that is known about it, written in the call that creates it.
+            description: for people; shortened to what the registry can keep.
+
+        Raises:
+            Refused: a name, tag or URI is longer than the registry keeps, or has characters
+                it does not take.
+        """
+        tags = {**tags, ORDER_TAG: order}
+        _check(model, order, source, tags)
+        if found := self.by_order(order, model):
+            return found
+        with self._translated():
+            self._make_model(model)
+            made = self._client.create_model_version(
+                name=model,
+                source=source,
+                tags=tags,
+                description=_shortened(description),
+                await_creation_for=None,
+            )
+        # The registry has no unique tags. Whoever else made a version of this order meanwhile
+        # sees both as well, and both keep the lower one.
+        winner = self.by_order(order, model)
+        if winner is None:
+            raise RegistryUnavailable(
+                f"Version {made.version} of {model!r} was made but is not found again. Was it "
+                "deleted meanwhile? Run again."
+            )
+        if winner.version != str(made.version):
+            with self._translated():
+                self._client.delete_model_version(model, str(made.version))
+        return winner
+
+    def versions(self, model: str) -> tuple[Registered, ...]:
+        """All versions of a model, newest first.
+
+        Raises:
+            Refused: there is no such model; it names those there are.
+        """
+        aliases = self._aliases(model)
+        return self._search(f"name = '{model}'", aliases)
+
+    def models(self) -> tuple[str, ...]:
+        """The names of all models, sorted."""
+        with self._translated():
+            found = _all_pages(
+                lambda token: self._client.search_registered_models(page_token=token)
+            )
+        return tuple(sorted(model.name for model in found))
+
+    def version(self, model: str, ref: str) -> Registered:
+        """One version by number (``"3"``) or alias (``"@champion"``).
+
+        Raises:
+            Refused: there is no such model, version or alias; it names those there are.
+        """
+        aliases = self._aliases(model)
+        number = aliases.get(ref[1:]) if ref.startswith("@") else ref
+        for found in self._search(f"name = '{model}'", aliases):
+            if found.version == number:
+                return found
+        if ref.startswith("@"):
+            there = ", ".join(f"@{alias}" for alias in sorted(aliases)) or "none"
+            raise Refused(f"{model!r} has no alias {ref!r}; it has {there}.")
+        there = ", ".join(found.version for found in self.versions(model)[:10]) or "none"
+        raise Refused(
+            f"{model!r} has no version {ref!r}; the newest are {there}. Give a number or @alias."
+        )
+
+    def by_order(self, order: str, model: str) -> Registered | None:
+        """The version made by this order, or None.
+
+        Of several (left by a crash between two racers) it is the one with the lowest number,
+        which is the one ``publish`` keeps.
+        """
+        _check_order(order)
+        aliases = self._aliases_if_any(model)
+        if aliases is None:
+            return None
+        found = self._search(f"name = '{model}' and tags.`{ORDER_TAG}` = '{order}'", aliases)
+        return found[-1] if found else None
+
+    def point(self, model: str, alias: str, version: str) -> None:
+        """Let an alias name this version.
+
+        Raises:
+            Refused: there is no such model or version, or MLflow does not take the alias.
+        """
+        self.version(model, version)
+        with self._translated():
+            self._client.set_registered_model_alias(model, alias, version)
+
+    def repair(self, model: str, champion: str | None) -> bool:
+        """Make the alias ``champion`` say what the ledger says.
+
+        Args:
+            model: the model's name.
+            champion: the ledger's version; None if it names none.
+
+        Returns:
+            Whether the alias had to change.
+        """
+        if self._aliases(model).get(CHAMPION) == champion:
+            return False
+        if champion is not None:
+            self.point(model, CHAMPION, champion)
+        else:
+            with self._translated():
+                self._client.delete_registered_model_alias(model, CHAMPION)
+        return True
+
+    @cached_property
+    def _client(self) -> Any:
+        from mlflow import MlflowClient
+
+        for name in ("mlflow", "alembic"):
+            logging.getLogger(name).setLevel(logging.WARNING)
+        # It logs what it raises, with a traceback; we translate that.
+        logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)
+        with self._first_use():
+            client = MlflowClient(tracking_uri=self._uri, registry_uri=self._uri)
+            client.search_registered_models(max_results=1)  # makes or checks the tables
+        return client
+
+    @contextmanager
+    def _first_use(self) -> Iterator[None]:
+        """One process at a time makes the tables of a fresh SQLite file."""
+        file = _sqlite_file(self._uri)
+        if file is None:
+            yield
+            return
+        import fcntl
+
+        try:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            lock = file.with_name(file.name + ".lock").open("ab")
+        except OSError as fault:
+            raise SettingRefused(
+                f"The registry {file} cannot be made there: {fault.strerror}. Set RECPRESS_HOME "
+                "to a folder you may write, or MLFLOW_TRACKING_URI."
+            ) from fault
+        with lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # let go when the file is closed
+            yield
+
+    def _make_model(self, model: str) -> None:
+        from mlflow.exceptions import MlflowException
+
+        try:
+            self._client.create_registered_model(model)
+        except MlflowException as fault:
+            if fault.error_code != "RESOURCE_ALREADY_EXISTS":
+                raise
+
+    def _aliases(self, model: str) -> dict[str, str]:
+        """Alias -> version of a model that must exist."""
+        aliases = self._aliases_if_any(model)
+        if aliases is None:
+            there = ", ".join(self.models()) or "none yet"
+            raise Refused(f"There is no model {model!r} in the registry; there are: {there}.")
+        return aliases
+
+    def _aliases_if_any(self, model: str) -> dict[str, str] | None:
+        """Alias -> version, or None if there is no such model."""
+        _check_name(model)
+        with self._translated():
+            from mlflow.exceptions import MlflowException
+
+            try:
+                found = self._client.get_registered_model(model)
+            except MlflowException as fault:
+                if fault.error_code != "RESOURCE_DOES_NOT_EXIST":
+                    raise
+                return None
+        return {alias: str(version) for alias, version in found.aliases.items()}
+
+    def _search(self, wanted: str, aliases: dict[str, str]) -> tuple[Registered, ...]:
+        with self._translated():
+            found = _all_pages(
+                lambda token: self._client.search_model_versions(wanted, page_token=token)
+            )
+        versions = (
+            Registered(
+                model=entry.name,
+                version=str(entry.version),
+                source=entry.source,
+                tags=dict(entry.tags),
+                aliases=tuple(
+                    sorted(alias for alias, at in aliases.items() if at == str(entry.version))
+                ),
+            )
+            for entry in found
+        )
+        return tuple(sorted(versions, key=lambda entry: -int(entry.version)))
+
+    @contextmanager
+    def _translated(self) -> Iterator[None]:
+        """Sort MLflow's and its libraries' errors by whether a retry may help."""
+        for name, value in _ENVIRONMENT.items():  # MLflow reads some of them on import
+            os.environ.setdefault(name, value)
+        try:
+            import alembic  # noqa: F401 (MLflow imports it late)
+            from mlflow.exceptions import MlflowException
+            from sqlalchemy.exc import NoSuchModuleError, OperationalError, SQLAlchemyError
+        except ImportError as fault:
+            raise SettingRefused(
+                f"The registry needs {fault.name}. Run: pip install mlflow-skinny 'sqlalchemy<2.1' "
+                "alembic"
+            ) from fault
+        try:
+            yield
+        except MlflowException as fault:
+            said = self._said(fault.message)
+            if fault.error_code in _FORBIDDEN:
+                raise SettingRefused(
+                    f"The registry refused the credentials: {said}. Set "
+                    "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or "
+                    "MLFLOW_TRACKING_TOKEN."
+                ) from fault
+            if "local path as a model version source" in said:
+                raise Refused(
+                    "An MLflow server takes no local folder as a model's source, since its "
+                    "readers could not reach it. Set RECPRESS_STORE to s3://bucket/prefix."
+                ) from fault
+            if fault.error_code in _REFUSED:
+                raise Refused(f"The registry refused: {said}") from fault
+            if "out-of-date database schema" in said:
+                raise SettingRefused(
+                    f"The registry was made by another MLflow version: {said}"
+                ) from fault
+            raise RegistryUnavailable(f"The registry did not answer: {said}") from fault
+        except (NoSuchModuleError, ImportError) as fault:
+            raise SettingRefused(
+                f"MLFLOW_TRACKING_URI needs a driver that is not installed: {fault}."
+            ) from fault
+        except (OperationalError, OSError) as fault:
+            raise RegistryUnavailable(
+                f"The registry did not answer: {self._said(fault)}"
+            ) from fault
+        except SQLAlchemyError as fault:
+            raise SettingRefused(
+                f"The database cannot be used as a registry: {self._said(fault)}. Check "
+                "MLFLOW_TRACKING_URI, or move the file away."
+            ) from fault
+
+    def _said(self, message: object) -> str:
+        """The first line of a foreign message, without the password of the URI."""
+        line = str(message).strip().partition("\n")[0][:400]
+        secret = re.search(r"://[^/@:]*:([^/@]+)@", self._uri)
+        return line.replace(secret[1], "***") if secret else line
+
+
+def _all_pages(page_after: Callable[[str | None], Any]) -> list[Any]:
+    found: list[Any] = []
+    token: str | None = None
+    while True:
+        page = page_after(token)
+        found.extend(page)
+        token = page.token
+        if not token:
+            return found
+
+
+def _sqlite_file(uri: str) -> Path | None:
+    if not uri.startswith("sqlite"):
+        return None
+    from sqlalchemy.engine import make_url
+
+    database = make_url(uri).database
+    return Path(database) if database and database != ":memory:" else None
+
+
+def _check(model: str, order: str, source: str, tags: dict[str, str]) -> None:
+    _check_name(model)
+    _check_order(order)
+    if len(source) > MAX_SOURCE:
+        raise Refused(
+            f"The source has {len(source)} characters, the registry keeps {MAX_SOURCE}: "
+            f"{source[:60]}... Use a store with a shorter root."
+        )
+    for name, value in tags.items():
+        if not _TAG_KEY.fullmatch(name) or len(name) > MAX_TAG_KEY:
+            raise Refused(
+                f"Tag {name[:60]!r} is no name the registry takes: up to {MAX_TAG_KEY} letters, "
+                "digits, spaces and _-./:"
+            )
+        if len(value) > MAX_TAG_VALUE:
+            raise Refused(
+                f"Tag {name!r} has {len(value)} characters, the registry keeps {MAX_TAG_VALUE}. "
+                "Put it into the release and tag its digest."
+            )
+
+
+def _check_name(model: str) -> None:
+    if not _NAME.fullmatch(model) or model.strip() != model or len(model) > MAX_NAME:
+        raise Refused(
+            f"{model[:60]!r} is no model name the registry takes: 1 to {MAX_NAME} characters, "
+            "without / : and quotes."
+        )
+
+
+def _check_order(order: str) -> None:
+    if not _SHA256.fullmatch(order):
+        raise Refused(f"An order's digest is 64 hex digits; found {order[:60]!r}.")
+
+
+def _shortened(text: str) -> str:
+    return text if len(text) <= MAX_DESCRIPTION else text[: MAX_DESCRIPTION - 3] + "..."

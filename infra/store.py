@@ -1,0 +1,418 @@
+"""The object store: a local folder or ``s3://bucket/prefix``, content-addressed, verified.
+
+::
+
+    <root>/artifacts/<sha256>/files/...       the files of one artifact
+    <root>/artifacts/<sha256>/manifest.json   written last; without it the artifact does not exist
+    <root>/<key>                              small records: the ledger, reports
+
+``store_manifest.py`` says what a manifest is, ``store_chunks.py`` reads and hashes files,
+``store_folder.py`` and ``store_s3.py`` are the two places things can lie.
+"""
+
+import os
+import re
+import shutil
+import uuid
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Protocol
+from urllib.parse import unquote
+
+from pydantic import ValidationError
+
+from compressors.contracts import Artifact
+from infra.errors import (
+    AlreadyThere,
+    ArtifactDamaged,
+    ArtifactMissing,
+    InfraError,
+    Refused,
+    SettingRefused,
+)
+from infra.store_chunks import checked_chunks, hashed, in_order, regular_files, sha256
+from infra.store_folder import TEMPORARY, Folder, translate
+from infra.store_manifest import CHUNK_BYTES, FileEntry, StoreManifest, plain_path, root_of
+from infra.store_s3 import Bucket
+
+__all__ = ["CHUNK_BYTES", "MAX_RECORD_BYTES", "FileEntry", "Store", "StoreManifest"]
+
+MAX_RECORD_BYTES = 16 * 2**20
+MAX_MANIFEST_BYTES = 512 * 2**20  # 8 MiB chunks at 67 bytes a hash: 60 TB of model
+
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+_SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:")
+_BUCKET = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{1,61}[A-Za-z0-9]")
+
+
+class Place(Protocol):
+    """Where keys lie. Errors are ours, and no key is ever visible half-written."""
+
+    uri: str
+
+    def in_place(self, key: str) -> Path | None:
+        """The local path of a key prefix, if this place is a local folder."""
+
+    def sizes(self, prefix: str) -> dict[str, int]:
+        """Every key that begins with ``prefix``, with its size in bytes."""
+
+    def read(self, key: str, start: int, stop: int) -> bytes:
+        """Bytes ``start`` to ``stop``; fewer if it ends before. ``ArtifactMissing``."""
+
+    def create(self, key: str, body: bytes) -> None:
+        """Write a new key, atomic with its content. ``AlreadyThere``."""
+
+    def write(self, key: str, body: bytes) -> None:
+        """Write a key, replacing what it held."""
+
+    def upload(self, key: str, size: int, chunks: Iterable[bytes]) -> None:
+        """Write a large file; if ``chunks`` raises, the key is as it was before."""
+
+
+class Store:
+    """Artifacts by content and small records by key, below one root.
+
+    Args:
+        root: a folder, ``file:///folder`` or ``s3://bucket/prefix``. Nothing is contacted or
+            created until something is read or written.
+
+    Raises:
+        SettingRefused: ``root`` is none of these.
+
+    Every method that reaches the store may also raise ``StoreUnavailable`` (a retry may help)
+    or ``SettingRefused`` (credentials, bucket or permissions are wrong).
+    """
+
+    def __init__(self, root: str) -> None:
+        self._place = _place_of(root)
+        self.root = self._place.uri
+
+    def put(self, folder: Path) -> Artifact:
+        """Store every regular file below ``folder``, unless the same content is there already.
+
+        Returns:
+            The artifact, named by its content.
+
+        Raises:
+            Refused: the folder is missing or empty, or holds a symlink or a device.
+            InfraError: a file changed while it was being stored. Nothing was stored.
+        """
+        manifest = StoreManifest.of(hashed(folder, regular_files(folder)))
+        if found := self.find(manifest.root):
+            return found
+        home = f"artifacts/{manifest.root}"
+        for entry in manifest.files:
+            key = f"{home}/files/{entry.path}"
+            self._place.upload(key, entry.bytes, checked_chunks(folder, entry))
+        # Losing to somebody who stored the same content is as good as winning.
+        with suppress(AlreadyThere):
+            self._place.create(f"{home}/manifest.json", manifest.model_dump_json().encode())
+        return self._named(manifest)
+
+    def find(self, sha256: str) -> Artifact | None:
+        """The artifact of this name, or None if it does not exist (or is not complete)."""
+        try:
+            return self._named(self._manifest(sha256))
+        except ArtifactMissing:
+            return None
+
+    def artifact(self, uri: str) -> Artifact:
+        """The artifact that a URI below this root names.
+
+        Raises:
+            ArtifactMissing: there is no complete artifact under this name.
+            Refused: the URI is not of the form ``<root>/artifacts/<sha256>``.
+        """
+        return self._named(self._manifest(self._name_in(uri)))
+
+    def manifest(self, artifact: Artifact) -> StoreManifest:
+        """The files of an artifact, verified against its name.
+
+        Raises:
+            ArtifactMissing: it has no manifest, so for us it does not exist.
+            ArtifactDamaged: the manifest is not the one this name was made from.
+        """
+        if self._name_in(artifact.uri) != artifact.sha256:
+            raise ArtifactDamaged(
+                f"{artifact.uri} and sha256 {artifact.sha256} name two different artifacts."
+            )
+        manifest = self._manifest(artifact.sha256)
+        if manifest.bytes != artifact.bytes:
+            raise ArtifactDamaged(
+                f"{artifact.uri} was handed over as {artifact.bytes} bytes, its manifest says "
+                f"{manifest.bytes}."
+            )
+        return manifest
+
+    def get(self, artifact: Artifact, into: Path) -> Path:
+        """Copy an artifact's files to a folder, every chunk verified. All or nothing.
+
+        Args:
+            artifact: what to copy.
+            into: must not exist, or be an empty folder.
+
+        Raises:
+            ArtifactMissing, ArtifactDamaged: as ``manifest``; also a file or chunk is damaged.
+            Refused: ``into`` holds something already.
+        """
+        _must_be_free(into)
+        manifest = self.manifest(artifact)
+        with _sibling(into) as partial:
+            self._copy(artifact, manifest, partial)
+            try:
+                partial.rename(into)  # replaces an empty folder, fails on any other
+            except OSError as fault:
+                _must_be_free(into)
+                raise translate(fault, into, "write") from fault
+        return into
+
+    def local(self, artifact: Artifact, cache: Path) -> Path:
+        """A verified folder on this machine to memory-map; treat it as read-only.
+
+        For a folder store that is where the files lie, for S3 a copy at ``cache/<sha256>``,
+        verified again each time and fetched anew if it was damaged.
+        """
+        manifest = self.manifest(artifact)
+        place = self._place.in_place(self._files_of(artifact))
+        if place is not None:
+            self._verify(artifact, manifest, extra_refused=True)
+            return place
+        kept = cache / artifact.sha256
+        for _ in range(2):
+            if _is_intact(kept, manifest):
+                return kept
+            _drop(kept)
+            try:
+                return self.get(artifact, kept)
+            except Refused:
+                if not kept.exists():
+                    raise  # otherwise somebody else put the copy there meanwhile: look at it
+        raise InfraError(f"{kept} keeps changing. Is another program writing to the cache?")
+
+    def create(self, key: str, body: bytes) -> None:
+        """Write a small record unless its key exists; atomic with its content.
+
+        Raises:
+            AlreadyThere: the key exists, also if somebody else won by a moment.
+        """
+        self._place.create(_record_key(key, body), body)
+
+    def read(self, key: str) -> bytes:
+        """A small record (up to 16 MiB).
+
+        Raises:
+            ArtifactMissing: there is no such key.
+        """
+        return self._whole(_checked_key(key), MAX_RECORD_BYTES)
+
+    def write(self, key: str, body: bytes) -> None:
+        """Write a small record, replacing what the key held; readers see the old or the new."""
+        self._place.write(_record_key(key, body), body)
+
+    def keys(self, prefix: str) -> tuple[str, ...]:
+        """Every key that begins with ``prefix``, relative to the root, sorted."""
+        if prefix:
+            _checked_key(prefix.rstrip("/"))
+        return tuple(sorted(self._place.sizes(prefix)))
+
+    def _named(self, manifest: StoreManifest) -> Artifact:
+        uri = f"{self.root}/artifacts/{manifest.root}"
+        return Artifact(uri=uri, sha256=manifest.root, bytes=manifest.bytes)
+
+    def _name_in(self, uri: str) -> str:
+        start = f"{self.root}/artifacts/"
+        name = uri.rstrip("/").removeprefix(start)
+        if not uri.startswith(start):
+            raise ArtifactMissing(
+                f"{uri} lies outside the store {self.root}. Set RECPRESS_STORE to the store it "
+                "was put into."
+            )
+        if not _SHA256.fullmatch(name):
+            raise Refused(f"An artifact's URI is {start}<sha256>; found {uri}.")
+        return name
+
+    def _files_of(self, artifact: Artifact) -> str:
+        return f"artifacts/{artifact.sha256}/files"
+
+    def _manifest(self, name: str) -> StoreManifest:
+        if not _SHA256.fullmatch(name):
+            raise Refused(f"An artifact's name is 64 hex digits; found {name!r}.")
+        uri = f"{self.root}/artifacts/{name}"
+        try:
+            body = self._whole(f"artifacts/{name}/manifest.json", MAX_MANIFEST_BYTES)
+        except ArtifactMissing as fault:
+            raise ArtifactMissing(
+                f"{uri} has no manifest, so it does not exist (a put that was cut short leaves "
+                "none). Run the step that makes it again."
+            ) from fault
+        try:
+            manifest = StoreManifest.model_validate_json(body)
+        except ValidationError as fault:
+            first = fault.errors()[0]
+            where = ".".join(str(part) for part in first["loc"])
+            raise _damaged(uri, f"its manifest cannot be used ({where}: {first['msg']})") from fault
+        if not name == manifest.root == root_of(manifest.files, manifest.chunk_bytes):
+            raise _damaged(uri, "its manifest was changed: the root over it is another")
+        return manifest
+
+    def _whole(self, key: str, limit: int) -> bytes:
+        body = self._place.read(key, 0, limit + 1)
+        if len(body) > limit:
+            raise Refused(f"{self.root}/{key} is larger than {limit} bytes, so it is no record.")
+        return body
+
+    def _verify(
+        self, artifact: Artifact, manifest: StoreManifest, *, extra_refused: bool = False
+    ) -> None:
+        self._check_sizes(artifact, manifest, extra_refused=extra_refused)
+        for _ in self._chunks(artifact, manifest):
+            pass
+
+    def _copy(self, artifact: Artifact, manifest: StoreManifest, into: Path) -> None:
+        self._check_sizes(artifact, manifest)
+        chunks = self._chunks(artifact, manifest)
+        for entry in manifest.files:
+            path = into / entry.path
+            try:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                with path.open("xb") as file:
+                    for _ in entry.chunks:
+                        file.write(next(chunks))
+            except OSError as fault:
+                raise translate(fault, path, "write") from fault
+
+    def _check_sizes(
+        self, artifact: Artifact, manifest: StoreManifest, *, extra_refused: bool = False
+    ) -> None:
+        """One listing finds missing, cut and lengthened files before any byte is read."""
+        below = self._files_of(artifact) + "/"
+        sizes = self._place.sizes(below)
+        for entry in manifest.files:
+            size = sizes.pop(below + entry.path, None)
+            if size is None:
+                raise _damaged(artifact.uri, f"{entry.path} is missing")
+            if size != entry.bytes:
+                raise _damaged(
+                    artifact.uri, f"{entry.path} has {size} bytes instead of {entry.bytes}"
+                )
+        if extra_refused and sizes:
+            raise _damaged(artifact.uri, f"{min(sizes).removeprefix(below)} does not belong to it")
+
+    def _chunks(self, artifact: Artifact, manifest: StoreManifest) -> Iterator[bytes]:
+        """All chunks of all files in order, each verified."""
+        below, step = self._files_of(artifact), manifest.chunk_bytes
+
+        def one(place: tuple[FileEntry, int]) -> bytes:
+            entry, index = place
+            start, stop = index * step, min((index + 1) * step, entry.bytes)
+            data = self._place.read(f"{below}/{entry.path}", start, stop)
+            if sha256(data) != entry.chunks[index]:
+                raise _damaged(
+                    artifact.uri,
+                    f"{entry.path}, chunk {index} (bytes {start} to {stop - 1}) is not what was "
+                    "written",
+                )
+            return data
+
+        places = ((entry, at) for entry in manifest.files for at in range(len(entry.chunks)))
+        return in_order(one, places)
+
+
+def _place_of(root: str) -> Place:
+    if root.startswith("s3://"):
+        bucket, _, prefix = root.removeprefix("s3://").partition("/")
+        prefix = prefix.strip("/")
+        if not _BUCKET.fullmatch(bucket):
+            raise _root_refused(root, "the bucket's name is not valid")
+        try:
+            return Bucket(bucket, plain_path(prefix) if prefix else "")
+        except ValueError as fault:
+            raise _root_refused(root, "the prefix is not a plain path") from fault
+    path = root
+    if root.startswith("file://"):
+        path = unquote(root.removeprefix("file://"))
+        if not path.startswith("/"):
+            raise _root_refused(root, "a file URI has three slashes and an absolute path")
+    elif _SCHEME.match(root):
+        raise _root_refused(root, "this scheme is not known")
+    if not path.strip() or "\0" in path:
+        raise _root_refused(root, "it is empty")
+    return Folder(Path(os.path.abspath(Path(path).expanduser())))  # noqa: PTH100 (keeps symlinks)
+
+
+def _root_refused(root: str, why: str) -> SettingRefused:
+    # A URI of another kind may hold a password; its scheme is enough to recognise it.
+    shown = root if root.startswith(("s3://", "file://")) else root.partition("//")[0]
+    return SettingRefused(
+        f"RECPRESS_STORE {shown!r} cannot be used: {why}. Give a folder, file:///folder or "
+        "s3://bucket/prefix."
+    )
+
+
+def _checked_key(key: str) -> str:
+    try:
+        return plain_path(key)
+    except ValueError as fault:
+        raise Refused(f"A key of the store is a plain relative path: {fault}.") from fault
+
+
+def _record_key(key: str, body: bytes) -> str:
+    if key.partition("/")[0] in {"artifacts", TEMPORARY}:
+        raise Refused(f"{key!r} belongs to the store itself; records go elsewhere.")
+    if len(body) > MAX_RECORD_BYTES:
+        raise Refused(f"{key!r} has {len(body)} bytes; a record has at most {MAX_RECORD_BYTES}.")
+    return _checked_key(key)
+
+
+def _damaged(uri: str, what: str) -> ArtifactDamaged:
+    return ArtifactDamaged(
+        f"{uri} is damaged: {what}. Delete it from the store and run the step that makes it again."
+    )
+
+
+def _must_be_free(into: Path) -> None:
+    if into.is_symlink() or (into.exists() and not into.is_dir()):
+        raise Refused(f"{into} is not a folder. Name a folder that does not exist or is empty.")
+    if into.is_dir() and any(into.iterdir()):
+        raise Refused(f"{into} is not empty. Name a folder that does not exist or is empty.")
+
+
+@contextmanager
+def _sibling(into: Path) -> Iterator[Path]:
+    """A temporary folder beside ``into``. Unless it is renamed away, no trace of it is left."""
+    into = into.absolute()
+    made = [parent for parent in into.parents if not parent.exists()]
+    partial = into.parent / f".{into.name}.{uuid.uuid4().hex}.part"
+    try:
+        try:
+            partial.mkdir(parents=True)
+        except OSError as fault:
+            raise translate(fault, partial, "write") from fault
+        yield partial
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        for parent in made:  # innermost first
+            with suppress(OSError):
+                parent.rmdir()
+        raise
+
+
+def _is_intact(folder: Path, manifest: StoreManifest) -> bool:
+    """Whether a cached copy is complete and unchanged; any trouble reading it means no."""
+    try:
+        return hashed(folder, regular_files(folder), manifest.chunk_bytes) == manifest.files
+    except (Refused, InfraError):
+        return False
+
+
+def _drop(folder: Path) -> None:
+    """Remove a damaged copy: renamed first, so that nobody sees it half-removed."""
+    aside = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}.damaged")
+    try:
+        folder.rename(aside)
+    except FileNotFoundError:
+        return
+    except OSError as fault:
+        raise translate(fault, folder, "write") from fault
+    shutil.rmtree(aside, ignore_errors=True)

@@ -1,0 +1,146 @@
+"""The object store in a local folder: what S3 gives, made of temporary files, rename and link.
+
+Plain system calls rather than fsspec's local file system: that one has neither an exclusive
+create which is atomic with its content, nor a way to keep half a file from being seen.
+"""
+
+import errno
+import os
+import uuid
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from urllib.parse import quote
+
+from infra.errors import (
+    AlreadyThere,
+    ArtifactMissing,
+    InfraError,
+    Refused,
+    SettingRefused,
+    StoreUnavailable,
+)
+from infra.store_chunks import pread
+
+TEMPORARY = ".tmp"
+
+_FULL = {errno.ENOSPC, errno.EDQUOT}
+_FORBIDDEN = {
+    errno.EROFS,
+    errno.EACCES,
+    errno.EPERM,
+    errno.EOPNOTSUPP,
+    errno.ENAMETOOLONG,
+    errno.ELOOP,
+}
+
+
+class Folder:
+    """Keys are paths below one folder. Nothing is ever visible half-written under its key."""
+
+    def __init__(self, root: Path) -> None:
+        self._root = root
+        self.uri = "file://" + quote(str(root))
+
+    def in_place(self, key: str) -> Path | None:
+        """Where the files of a key prefix lie on this machine."""
+        return self._root / key
+
+    def sizes(self, prefix: str) -> dict[str, int]:
+        """Every key that begins with ``prefix``, with its size in bytes."""
+        found: dict[str, int] = {}
+        top = prefix.rpartition("/")[0]
+        with _translated(self._root / top, "list"):
+            self._walk(top, found)
+        return {key: size for key, size in found.items() if key.startswith(prefix)}
+
+    def read(self, key: str, start: int, stop: int) -> bytes:
+        """Bytes ``start`` to ``stop``; fewer if the file ends before."""
+        with _translated(self._root / key, "read"):
+            file = os.open(self._root / key, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+            try:
+                return pread(file, start, stop)
+            finally:
+                os.close(file)
+
+    def create(self, key: str, body: bytes) -> None:
+        """Write a new key; ``AlreadyThere`` if it exists."""
+        path = self._root / key
+        with self._written(path, (body,)) as temporary:
+            # rename would replace; link is the one call that fails if the name is taken.
+            try:
+                os.link(temporary, path)
+            except FileExistsError as fault:
+                raise AlreadyThere(f"{path} exists already; it is never overwritten.") from fault
+
+    def write(self, key: str, body: bytes) -> None:
+        """Write a key, replacing what it held."""
+        path = self._root / key
+        with self._written(path, (body,)) as temporary:
+            temporary.replace(path)
+
+    def upload(self, key: str, size: int, chunks: Iterable[bytes]) -> None:  # noqa: ARG002
+        """Write a large file; if ``chunks`` raises, the key is as it was before."""
+        path = self._root / key
+        with self._written(path, chunks) as temporary:
+            temporary.replace(path)
+
+    @contextmanager
+    def _written(self, path: Path, chunks: Iterable[bytes]) -> Iterator[Path]:
+        """A complete temporary file on the same disk as ``path``, removed at the end."""
+        with _translated(path, "write"):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            temporary = self._root / TEMPORARY / uuid.uuid4().hex
+            temporary.parent.mkdir(exist_ok=True)
+            try:
+                # Read-only from the start: readers map these files in place.
+                flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
+                with os.fdopen(os.open(temporary, flags, 0o444), "wb") as file:
+                    for chunk in chunks:
+                        file.write(chunk)
+                yield temporary
+            finally:
+                with suppress(OSError):
+                    temporary.unlink(missing_ok=True)
+
+    def _walk(self, top: str, found: dict[str, int]) -> None:
+        try:
+            entries = list(os.scandir(self._root / top))
+        except (FileNotFoundError, NotADirectoryError):
+            return  # as in S3: a prefix that nobody used has no keys
+        for entry in entries:
+            key = f"{top}/{entry.name}" if top else entry.name
+            if key == TEMPORARY:
+                continue
+            if entry.is_dir(follow_symlinks=False):
+                self._walk(key, found)
+            else:
+                with suppress(FileNotFoundError):  # deleted since it was listed
+                    found[key] = entry.stat(follow_symlinks=False).st_size
+
+
+@contextmanager
+def _translated(path: Path, doing: str) -> Iterator[None]:
+    try:
+        yield
+    except OSError as fault:
+        raise translate(fault, path, doing) from fault
+
+
+def translate(fault: OSError, path: Path, doing: str) -> Refused | InfraError:
+    """What an error of the local disk means: full or failing may pass, forbidden will not."""
+    if isinstance(fault, FileNotFoundError) and doing == "read":
+        return ArtifactMissing(f"{path} does not exist. Run the step that writes it again.")
+    if fault.errno in _FULL:
+        return StoreUnavailable(f"The disk of {path} is full. Free some space, then run again.")
+    if fault.errno in _FORBIDDEN:
+        return SettingRefused(
+            f"Could not {doing} {path}: {fault.strerror}. Choose a folder where you may "
+            f"{doing} (RECPRESS_STORE, RECPRESS_HOME), or change its permissions."
+        )
+    if isinstance(fault, NotADirectoryError | IsADirectoryError | FileExistsError):
+        return SettingRefused(
+            f"Could not {doing} {path}: {fault.strerror}. A file lies where a folder is needed, "
+            "or the other way round; move it away."
+        )
+    return StoreUnavailable(f"Could not {doing} {path}: {fault.strerror}. Check the disk.")

@@ -1,0 +1,86 @@
+"""What a stored artifact consists of: paths, sizes, chunk hashes and the root over them.
+
+A hash per chunk instead of one per file lets several threads hash, send and verify a large file
+at once, and names the place of a damage instead of a file of many gigabytes.
+"""
+
+from typing import Annotated, Literal, Self
+
+from pydantic import AfterValidator, Field, model_validator
+
+from compressors.contracts import Frozen, Sha256, digest
+
+CHUNK_BYTES = 8 * 2**20
+MAX_CHUNK_BYTES = 2**30
+
+
+def plain_path(path: str) -> str:
+    """Return ``path`` if it is a relative posix path that stays below its folder.
+
+    Raises:
+        ValueError: it is empty or absolute, has a ``.``, ``..`` or empty part, a backslash, or a
+            character that is not printable text.
+    """
+    parts = path.split("/")
+    if not path or any(part in {"", ".", ".."} for part in parts):
+        raise ValueError(f"{path!r} is not a relative path that stays in its folder")
+    if "\\" in path or any(ord(letter) < 32 or ord(letter) == 127 for letter in path):
+        raise ValueError(f"{path!r} has a backslash or a control character")
+    try:
+        path.encode()
+    except UnicodeEncodeError:
+        raise ValueError(f"{path!r} is not valid Unicode") from None
+    return path
+
+
+class FileEntry(Frozen):
+    """One file of an artifact: where it lies, its size, and the hash of each chunk in order."""
+
+    path: Annotated[str, AfterValidator(plain_path)]
+    bytes: int = Field(ge=0)
+    chunks: tuple[Sha256, ...]
+
+
+class StoreManifest(Frozen):
+    """The files of an artifact, sorted by path. ``root`` is its name: a digest over the rest."""
+
+    schema_version: Literal[1] = 1
+    chunk_bytes: int = Field(CHUNK_BYTES, ge=1, le=MAX_CHUNK_BYTES)
+    files: tuple[FileEntry, ...] = Field(min_length=1)
+    root: Sha256
+
+    @classmethod
+    def of(cls, files: tuple[FileEntry, ...]) -> Self:
+        """The manifest of these files, cut into chunks of ``CHUNK_BYTES``."""
+        return cls(files=files, chunk_bytes=CHUNK_BYTES, root=root_of(files, CHUNK_BYTES))
+
+    @property
+    def bytes(self) -> int:
+        """Size of all files together."""
+        return sum(entry.bytes for entry in self.files)
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Self:
+        paths = [entry.path for entry in self.files]
+        if paths != sorted(set(paths)):
+            raise ValueError("the files are not sorted by path, or a path occurs twice")
+        folders = {path[:cut] for path in paths for cut in _slashes(path)}
+        if both := sorted(folders.intersection(paths)):
+            raise ValueError(f"{both[0]!r} is a file and a folder at once")
+        for entry in self.files:
+            wanted = -(-entry.bytes // self.chunk_bytes)
+            if len(entry.chunks) != wanted:
+                raise ValueError(
+                    f"{entry.path!r} of {entry.bytes} bytes needs {wanted} chunk hashes; "
+                    f"found {len(entry.chunks)}"
+                )
+        return self
+
+
+def root_of(files: tuple[FileEntry, ...], chunk_bytes: int) -> str:
+    """The name of an artifact: SHA-256 over its files, their chunk hashes and the chunk size."""
+    return digest({"chunk_bytes": chunk_bytes, "files": files})
+
+
+def _slashes(path: str) -> list[int]:
+    return [at for at, letter in enumerate(path) if letter == "/"]

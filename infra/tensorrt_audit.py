@@ -1,0 +1,202 @@
+"""What a TensorRT engine must prove before it is accepted; needs no GPU and no TensorRT.
+
+*Weights.* The builder logs the bytes of weights the engine holds. If they exceed what the plan
+packed, something was widened: a table, a scale, a dense layer.
+
+*Scratch.* A table that is widened before its Gather is written, whole, into scratch memory at
+every call. So scratch memory that is smaller than one fp16 copy of the table proves it is not.
+A twin of the graph with half the rows is built as well: its scratch must be the same.
+"""
+
+import re
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Literal
+
+from infra.errors import BuildRefused
+from infra.tensorrt import TableWeights
+
+if TYPE_CHECKING:
+    import onnx
+
+TWIN_ROWS = 200_000
+"""Tables with fewer rows get no twin: below, other scratch memory hides what a table adds."""
+
+GROWTH = 0.1
+"""Share of the smallest cut table's removed bytes by which the two scratch sizes may differ.
+
+Measured: flat graphs differ by exactly 0, a materialised table by 1.3 to 1.9 times
+what was removed.
+"""
+
+WIDENED = 1.1
+WIDENED_BYTES = 64 * 1024
+"""Weights may be ``packed * WIDENED + WIDENED_BYTES``.
+
+Measured with TensorRT-RTX 1.7: packed + 2.5 KB for int8, int4 and fp16 tables and for int8 and
+fp16 dense layers from 0.3 KB to 13 MB. The constant is for the padding of many small tensors, the
+10 % for builders that were never measured. The cheapest widening that changes a whole model, fp16
+scales folded to fp32, adds 11 % to int8 rows of 16 and more to anything smaller.
+"""
+
+_WIDE_BYTES = 2  # the narrowest type a table can be widened to
+_SCRATCH = re.compile(r"\b(?:Max|Total) Scratch Memory:\s*(\d+)")
+_WEIGHTS = re.compile(r"\bTotal Weights Memory:\s*(\d+)")
+
+Scratch = tuple[Literal["flat", "grows", "not checkable"], str, tuple[str, ...]]
+
+
+def log_bytes(messages: Sequence[str], version: str) -> tuple[int, int]:
+    """Scratch and weights bytes of the engine, from the builder's log.
+
+    Raises:
+        BuildRefused: this version does not log them, so nothing can be audited.
+    """
+    found = []
+    for name, pattern in (("Max Scratch Memory", _SCRATCH), ("Total Weights Memory", _WEIGHTS)):
+        values = [int(hit.group(1)) for text in messages for hit in pattern.finditer(text)]
+        if not values:
+            raise BuildRefused(
+                f"the log of TensorRT {version} has no line {name!r}, so the engine cannot be "
+                "audited. Use a version named in docs/tensorrt.md."
+            )
+        found.append(max(values))
+    return found[0], found[1]
+
+
+def check_weights(weights_bytes: int, packed_bytes: int, constant_bytes: dict[str, int]) -> None:
+    """Refuse an engine that holds more bytes of weights than the plan packed.
+
+    Raises:
+        BuildRefused: something was widened.
+    """
+    limit = int(packed_bytes * WIDENED) + WIDENED_BYTES
+    if weights_bytes > limit:
+        parts = ", ".join(f"{kind} {size:,}" for kind, size in sorted(constant_bytes.items()))
+        raise BuildRefused(
+            f"the engine holds {weights_bytes:,} bytes of weights; the plan packed "
+            f"{packed_bytes:,} and at most {limit:,} are allowed, so something was widened. The "
+            f"graph's constants by type: {parts}."
+        )
+
+
+def find_tables(
+    model: "onnx.ModelProto", tables: Sequence[TableWeights]
+) -> dict[str, list["onnx.TensorProto"]]:
+    """The initializers of every table, by module.
+
+    Raises:
+        BuildRefused: the graph lacks one, or its first dimension is not the table's rows.
+    """
+    stored = {tensor.name: tensor for tensor in model.graph.initializer}
+    found: dict[str, list[onnx.TensorProto]] = {}
+    for table in tables:
+        for name in table.initializers:
+            if name not in stored:
+                raise BuildRefused(
+                    f"table {table.module!r} should lie in initializer {name!r}, which the graph "
+                    "does not have; the audit cannot find the table."
+                )
+            shape = list(stored[name].dims)
+            if not shape or shape[0] != table.rows:
+                raise BuildRefused(
+                    f"initializer {name!r} of table {table.module!r} should have {table.rows} "
+                    f"rows; its shape is {shape}."
+                )
+            found.setdefault(table.module, []).append(stored[name])
+    return found
+
+
+def widened_bytes(tensors: Sequence["onnx.TensorProto"]) -> int:
+    """Bytes of one whole fp16 copy of a table: its largest initializer, 2 bytes an element."""
+    return max(_elements(tensor) for tensor in tensors) * _WIDE_BYTES
+
+
+def halve(model: "onnx.ModelProto", tables: Sequence[TableWeights]) -> int | None:
+    """Cut every table with ``TWIN_ROWS`` rows or more to half its rows, in place.
+
+    External data stays where it is: rows lie one after the other, so only the length changes.
+
+    Returns:
+        Bytes removed from the table that lost least; None if no table is large enough.
+    """
+    found = find_tables(model, [table for table in tables if table.rows >= TWIN_ROWS])
+    # A shared table may be named twice; it is cut once.
+    cut: dict[str, int] = {}
+    removed = []
+    for tensors in found.values():
+        for tensor in tensors:
+            if tensor.name not in cut:
+                cut[tensor.name] = _cut(tensor, tensor.dims[0] // 4 * 2)
+        removed.append(sum(cut[tensor.name] for tensor in tensors))
+    del model.graph.value_info[:]  # shapes of the uncut graph
+    return min(removed, default=None)
+
+
+def judge_scratch(
+    scratch_bytes: int,
+    twin_bytes: int | None,
+    removed_bytes: int | None,
+    widened: dict[str, int],
+) -> Scratch:
+    """Say whether scratch memory depends on the rows, why, and for which tables that is proven.
+
+    Args:
+        scratch_bytes: of the engine.
+        twin_bytes: of the twin with half the rows; None if no table is large enough for one.
+        removed_bytes: what ``halve`` returned.
+        widened: bytes of a whole fp16 copy per table.
+    """
+    proven = tuple(sorted(name for name, size in widened.items() if size > scratch_bytes))
+    if twin_bytes is not None and removed_bytes is not None:
+        growth = abs(scratch_bytes - twin_bytes)
+        if growth > GROWTH * removed_bytes:
+            return (
+                "grows",
+                f"a table is widened before its Gather: scratch memory is {scratch_bytes:,} bytes, "
+                f"and {twin_bytes:,} with half the rows. Gather the rows first, then widen them.",
+                (),
+            )
+    if not widened:
+        return "not checkable", "the model has no table", ()
+    largest = max(widened, key=lambda name: widened[name])
+    if largest not in proven:
+        return (
+            "not checkable",
+            f"the largest table {largest!r} takes {widened[largest]:,} bytes as fp16, which the "
+            f"{scratch_bytes:,} bytes of scratch memory for activations could hide",
+            proven,
+        )
+    reason = f"{scratch_bytes:,} bytes, less than an fp16 copy of {largest!r}"
+    if twin_bytes is not None:
+        reason += f"; {twin_bytes:,} with half the rows"
+    return "flat", reason, proven
+
+
+def _elements(tensor: "onnx.TensorProto") -> int:
+    count = 1
+    for size in tensor.dims:
+        count *= size
+    return count
+
+
+def _cut(tensor: "onnx.TensorProto", rows: int) -> int:
+    """Keep the first ``rows`` (even, so that 4-bit rows end on a byte); return bytes removed."""
+    import onnx
+    from onnx import numpy_helper
+
+    external = {entry.key: entry for entry in tensor.external_data}
+    outside = tensor.data_location == onnx.TensorProto.EXTERNAL
+    if not outside and not tensor.raw_data:  # values in a typed field: rewrite as raw bytes
+        tensor.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(tensor), tensor.name))
+    if outside and "length" not in external:
+        raise BuildRefused(f"external initializer {tensor.name!r} does not say its length.")
+    before = int(external["length"].value) if outside else len(tensor.raw_data)
+    whole = _elements(tensor)
+    bits = round(8 * before / whole)
+    tensor.dims[0] = rows
+    after = _elements(tensor) * bits // 8
+    if outside:
+        external["length"].value = str(after)
+    else:
+        tensor.raw_data = tensor.raw_data[:after]
+    return before - after

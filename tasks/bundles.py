@@ -1,0 +1,214 @@
+"""Pack, check and find bundles. No Prefect: the command line calls these, and flows do."""
+
+import json
+import shutil
+import tempfile
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+from compressors.contracts import Artifact, Frozen
+from infra.architecture import network_class
+from infra.bundle import (
+    DataReference,
+    Draft,
+    Manifest,
+    SplitName,
+    TensorFact,
+    check_weights,
+    read,
+    read_draft,
+    seal,
+    table_rows,
+)
+from infra.data import SplitStatistics, check_ids, split_statistics
+from infra.errors import AlreadyThere, ArtifactMissing, BundleRefused
+from infra.settings import load_settings
+from infra.store import Store
+from tasks.loading import data_path, model_of
+from tasks.stored import local, store
+
+
+class Packed(Frozen):
+    """A bundle as it was stored."""
+
+    name: str
+    version: str
+    artifact: Artifact
+    rows: dict[str, int]
+    tables: dict[str, int]
+
+
+def pack(folder: Path) -> Packed:
+    """Check a draft folder completely and store it as a bundle.
+
+    The weights, the data and the vocabularies go into the object store as artifacts; the bundle
+    refers to them by hash. Packing the same draft again changes nothing.
+
+    Raises:
+        BundleRefused: the draft is unsafe or does not fit together.
+        DataRefused: the data does not fit the schema or the tables.
+        AlreadyThere: another bundle was packed under this name and version.
+    """
+    draft = read_draft(folder)
+    architecture = draft.network.architecture
+    network_class(architecture.path, load_settings().allowed_modules)
+    if "test" not in draft.data:
+        raise BundleRefused(
+            f"{folder} refers to no test data; without it nothing can be gated. Add 'test' to "
+            f"'data' in model.json."
+        )
+    statistics = {
+        split: split_statistics(folder / path, draft.signature)
+        for split, path in draft.data.items()
+    }
+    to = store()
+    with tempfile.TemporaryDirectory(prefix="recpress-pack-") as scratch:
+        staged = Path(scratch) / "bundle"
+        staged.mkdir()
+        for path in sorted(folder.glob("*.safetensors*")):
+            _place(path, staged / path.name)
+        manifest = _seal(staged, draft, folder, statistics, to)
+        facts = _check_model(staged, manifest)
+        rows_of_table = table_rows(facts, manifest)
+        check_ids(_by_name(statistics), draft.signature, rows_of_table)
+        artifact = to.put(staged)
+    _name(to, manifest.name, manifest.version, artifact)
+    return Packed(
+        name=manifest.name,
+        version=manifest.version,
+        artifact=artifact,
+        rows={split: found.rows for split, found in statistics.items()},
+        tables=rows_of_table,
+    )
+
+
+def check(reference: str) -> tuple[Manifest, dict[str, TensorFact]]:
+    """Verify a bundle from its bytes to its loaded module, and its data's ids.
+
+    Args:
+        reference: an artifact URI, ``name@version``, ``name``, or a folder holding a sealed
+            bundle.
+
+    Raises:
+        BundleRefused, DataRefused, ModelRefused, ArtifactMissing, ArtifactDamaged: what is wrong.
+    """
+    folder = Path(reference)
+    if not folder.is_dir():
+        folder = local(resolve(reference))
+    manifest = read(folder)
+    facts = _check_model(folder, manifest)
+    statistics = {
+        split: split_statistics(data_path(manifest, split), manifest.signature)
+        for split in manifest.data
+    }
+    check_ids(_by_name(statistics), manifest.signature, table_rows(facts, manifest))
+    return manifest, facts
+
+
+def show(reference: str) -> Manifest:
+    """A bundle's manifest, its files verified."""
+    folder = Path(reference)
+    return read(folder if folder.is_dir() else local(resolve(reference)))
+
+
+def resolve(reference: str) -> Artifact:
+    """The artifact a bundle is meant by: its URI, ``name@version``, or the newest of ``name``.
+
+    Raises:
+        ArtifactMissing: no such bundle; names those that exist.
+    """
+    held = store()
+    if "/" in reference or ":" in reference:
+        return held.artifact(reference)
+    name, _, version = reference.partition("@")
+    keys = held.keys("bundles")
+    mine = [key for key in keys if key.startswith(f"bundles/{name}/")]
+    if version:
+        mine = [key for key in mine if key == _key(name, version)]
+    if not mine:
+        known = sorted({key.split("/")[1] + "@" + Path(key).stem for key in keys})
+        raise ArtifactMissing(
+            f"There is no bundle {reference!r} in {held.root}; there is "
+            f"{', '.join(known) or 'none yet'}. Pack one: 'recpress bundle pack FOLDER'."
+        )
+    records = [json.loads(held.read(key)) for key in mine]
+    newest = max(records, key=lambda record: float(record["packed_at"]))
+    return Artifact.model_validate(newest["artifact"])
+
+
+def _seal(
+    staged: Path,
+    draft: Draft,
+    folder: Path,
+    statistics: Mapping[SplitName, SplitStatistics],
+    to: Store,
+) -> Manifest:
+    data: dict[SplitName, DataReference] = {
+        split: _reference(to, folder / path, statistics[split].rows)
+        for split, path in draft.data.items()
+    }
+    return seal(
+        staged,
+        name=draft.name,
+        version=draft.version,
+        signature=draft.signature,
+        network=draft.network,
+        data=data,
+        vocabularies={key: _alone(to, folder / path) for key, path in draft.vocabularies.items()},
+        transforms={key: _alone(to, folder / path) for key, path in draft.transforms.items()},
+    )
+
+
+def _by_name(statistics: Mapping[SplitName, SplitStatistics]) -> dict[str, SplitStatistics]:
+    return {str(split): found for split, found in statistics.items()}
+
+
+def _check_model(folder: Path, manifest: Manifest) -> dict[str, TensorFact]:
+    facts = check_weights(folder, manifest)
+    model_of(folder, manifest)
+    return facts
+
+
+def _reference(to: Store, path: Path, rows: int) -> DataReference:
+    return DataReference(artifact=_alone(to, path), file=path.name, rows=rows)
+
+
+def _alone(to: Store, path: Path) -> Artifact:
+    """Store one file, or one folder of part files, as an artifact of its own."""
+    with tempfile.TemporaryDirectory(prefix="recpress-pack-") as scratch:
+        if path.is_dir():
+            shutil.copytree(path, Path(scratch) / path.name, copy_function=_link_or_copy)
+        else:
+            _place(path, Path(scratch) / path.name)
+        return to.put(Path(scratch))
+
+
+def _place(source: Path, target: Path) -> None:
+    _link_or_copy(str(source), str(target))
+
+
+def _link_or_copy(source: str, target: str) -> str:
+    """A hard link where the file system allows, so that packing needs no second copy on disk."""
+    try:
+        Path(target).hardlink_to(source)
+    except OSError:
+        shutil.copyfile(source, target)
+    return target
+
+
+def _name(to: Store, name: str, version: str, artifact: Artifact) -> None:
+    record = {"artifact": artifact.model_dump(mode="json"), "packed_at": time.time()}
+    try:
+        to.create(_key(name, version), json.dumps(record).encode())
+    except AlreadyThere as fault:
+        held = Artifact.model_validate(json.loads(to.read(_key(name, version)))["artifact"])
+        if held.sha256 != artifact.sha256:
+            raise AlreadyThere(
+                f"{name}@{version} was packed before with other contents ({held.sha256[:12]}, now "
+                f"{artifact.sha256[:12]}). A version never changes: raise 'version' in model.json."
+            ) from fault
+
+
+def _key(name: str, version: str) -> str:
+    return f"bundles/{name}/{version}.json"

@@ -1,0 +1,65 @@
+"""One step of a recipe: a bundle in, a bundle out."""
+
+import logging
+import tempfile
+from pathlib import Path
+
+from prefect import task
+
+from compressors.contracts import Artifact
+from compressors.step import run
+from compressors.steps import AnyStep
+from infra.bundle import seal
+from tasks.loading import bench_of, load_bundle, split_of
+from tasks.policy import KEPT
+from tasks.stored import store
+
+log = logging.getLogger(__name__)
+
+
+@task(task_run_name="{step.kind}", **KEPT)
+def compress(
+    source: Artifact,
+    step: AnyStep,
+    splits: dict[str, Artifact],
+    original: Artifact,
+    seed: int,
+    code: str,  # noqa: ARG001
+) -> Artifact:
+    """Apply one step to a stored model and store the result.
+
+    Args:
+        source: the bundle to compress.
+        step: the method and its settings.
+        splits: prepared train / calibration / validation data, by name; never test data.
+        original: the bundle the recipe began with: the teacher, and the result's parent.
+        seed: for whatever the step draws.
+        code: digest of the code that compresses; part of the cache key.
+    """
+    loaded = load_bundle(source)
+    manifest = loaded.manifest
+    rows = {name: reference.rows for name, reference in manifest.data.items()}
+    # Without calibration data of its own a bundle is calibrated on what it was trained on.
+    held = {
+        name: split_of(artifact, rows.get(name, rows.get("train", 1)))  # type: ignore[call-overload]
+        for name, artifact in splits.items()
+    }
+    bench = bench_of(manifest, held, original, seed)
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        result = run(step, loaded.model, bench, folder)
+        seal(
+            folder,
+            name=manifest.name,
+            version=manifest.version,
+            signature=manifest.signature,
+            network=result.network,
+            data=manifest.data,
+            vocabularies=manifest.vocabularies,
+            transforms=manifest.transforms,
+            parents=tuple(dict.fromkeys((original, source))),
+            plan=result.plan,
+        )
+        artifact = store().put(folder)
+    log.info("%s: %d -> %d bytes", step.kind, source.bytes, artifact.bytes)
+    return artifact

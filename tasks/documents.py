@@ -1,0 +1,219 @@
+"""What tasks store as JSON beside their files, and how it is read back. No Prefect.
+
+``Report`` is what an order came to: for people, programs and the registry alike.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field
+
+from compressors import judge
+from compressors.contracts import (
+    Artifact,
+    Frozen,
+    Limit,
+    Outcome,
+    Plan,
+    TargetKind,
+    Verdict,
+    overall,
+)
+from compressors.lower.audit import GraphAudit
+from compressors.lower.parity import Parity
+from compressors.steps import AnyStep
+from infra.bundle import read
+from infra.errors import ArtifactMissing
+from infra.onnxruntime import Machine
+from infra.tensorrt import FILES
+from tasks.stored import local, store
+from tasks.subject import Subject
+
+MODEL = "model.onnx"
+REPORT = "report.json"
+
+
+class Batch(Frozen):
+    """Expected batch sizes of a target: smallest, the one to be fastest at, largest."""
+
+    low: int
+    best: int
+    high: int
+
+
+class GraphInput(Frozen):
+    """One input a caller must send: ``shape`` without the varying first dimension."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+
+
+class Lowering(Frozen):
+    """What is stored beside a graph."""
+
+    target: TargetKind
+    name: str
+    inputs: tuple[GraphInput, ...]
+    output: str
+    rows_parity: Parity
+    edge_parity: Parity
+    graph: GraphAudit | None
+    tables: tuple[dict[str, Any], ...]
+    packed_bytes: int
+
+
+class Measurement(Frozen):
+    """What measuring one target said: the candidate's and the baseline's own numbers."""
+
+    numbers: judge.Measured
+    baseline: judge.Measured
+    resolves: dict[str, float]
+    rows: int
+    machine: Machine
+
+
+class TargetReport(Frozen):
+    """One target: what is served, and what is known about it."""
+
+    target: TargetKind
+    required: bool
+    artifact: Artifact
+    bytes: int
+    verdict: Verdict
+    lowering: Lowering
+    audit: dict[str, object] = Field(default_factory=dict)
+
+
+class Report(Frozen):
+    """An order and its result; the document a registry version points to."""
+
+    schema_version: int = 1
+    order: str = Field(description="Digest of everything the result was made from.")
+    name: str
+    bundle_version: str
+    metric: str
+    source: Artifact
+    compressed: Artifact
+    recipe: tuple[AnyStep, ...]
+    limits: tuple[Limit, ...]
+    plan: Plan
+    outcome: Outcome
+    targets: tuple[TargetReport, ...]
+    skipped: dict[str, str] = Field(default_factory=dict)
+    baseline_bytes: int
+    measurement: Measurement | None
+    validation: Artifact
+    calibrated_on: str
+
+
+class Finished(Frozen):
+    """A report that was published: where it lies and which registry version it became."""
+
+    report: Report
+    release: Artifact
+    version: str
+    registry: str
+
+    def fetch_command(self) -> str:
+        """What a serving team types to get the result."""
+        target = self.report.targets[0].target
+        return (
+            f"recpress registry fetch {self.report.name} --version {self.version} "
+            f"--target {target} --into ./{self.report.name}"
+        )
+
+
+def lowering_of(folder: Path) -> Lowering:
+    """What is stored beside a graph."""
+    return Lowering.model_validate(json.loads((folder / "lowering.json").read_text()))
+
+
+def served_bytes(folder: Path) -> int:
+    """Bytes of what a target loads: the graph with its weights, or the engine."""
+    engines = [folder / name for name in FILES.values() if (folder / name).exists()]
+    return sum(path.stat().st_size for path in engines or folder.glob(f"{MODEL}*"))
+
+
+def measurement_of(artifact: Artifact) -> Measurement:
+    """A stored measurement."""
+    return Measurement.model_validate_json((local(artifact) / "measurement.json").read_text())
+
+
+def report_from(
+    *,
+    order: str,
+    subject: Subject,
+    compressed: Artifact,
+    recipe: tuple[AnyStep, ...],
+    limits: tuple[Limit, ...],
+    baseline: Artifact,
+    built: dict[TargetKind, Artifact],
+    required: dict[TargetKind, bool],
+    verdicts: dict[TargetKind, Verdict],
+    skipped: dict[str, str],
+    measurement: Artifact | None,
+    validation: Artifact,
+) -> Report:
+    """Put what the tasks stored together."""
+    plan = read(local(compressed)).plan
+    return Report(
+        order=order,
+        name=subject.name,
+        bundle_version=subject.version,
+        metric=subject.metric,
+        source=subject.artifact,
+        compressed=compressed,
+        recipe=recipe,
+        limits=limits,
+        plan=plan if plan is not None else Plan(),
+        outcome=overall(verdicts.values()),
+        targets=tuple(
+            _target(target, artifact, required[target], verdicts[target])
+            for target, artifact in built.items()
+        ),
+        skipped=skipped,
+        baseline_bytes=served_bytes(local(baseline)),
+        measurement=None if measurement is None else measurement_of(measurement),
+        validation=validation,
+        calibrated_on=f"{subject.calibration()} ({subject.rows[subject.calibration()]:,} rows)",
+    )
+
+
+def _target(
+    target: TargetKind, artifact: Artifact, required: bool, verdict: Verdict
+) -> TargetReport:
+    folder = local(artifact)
+    build = folder / "build.json"
+    audit = json.loads(build.read_text())["engine"]["audit"] if build.exists() else {}
+    return TargetReport(
+        target=target,
+        required=required,
+        artifact=artifact,
+        bytes=served_bytes(folder),
+        verdict=verdict,
+        lowering=lowering_of(folder),
+        audit=audit,
+    )
+
+
+def finished(order: str) -> Finished | None:
+    """The finished report of an order digest, if its release is still stored."""
+    held = store()
+    try:
+        found = Finished.model_validate(json.loads(held.read(finished_key(order))))
+        held.manifest(found.release)
+    except ArtifactMissing:
+        return None
+    return found
+
+
+def finished_key(order: str) -> str:
+    """Where the finished report of an order lies in the store."""
+    return f"orders/{order}.json"
+
+
+def report_of(release: Artifact) -> Report:
+    """A stored report."""
+    return Report.model_validate(json.loads((local(release) / REPORT).read_text()))

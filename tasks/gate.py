@@ -1,0 +1,30 @@
+"""Limits against what was measured: one verdict a target."""
+
+from prefect import task
+
+from compressors import judge
+from compressors.contracts import Artifact, Limit, TargetKind, Verdict
+from tasks.documents import measurement_of
+from tasks.policy import KEPT
+
+
+@task(task_run_name="gate {target}", **KEPT)
+def gate(
+    target: TargetKind,
+    limits: tuple[Limit, ...],
+    measurement: Artifact | None,
+    code: str,  # noqa: ARG001
+) -> Verdict:
+    """Judge one built target.
+
+    Args:
+        target: which.
+        limits: what was promised.
+        measurement: its stored numbers, or None where it could not run on this machine.
+        code: digest of the code that judges; part of the cache key.
+
+    Raises:
+        CompressionError: no limits, or a limit on a number that was not measured.
+    """
+    numbers = None if measurement is None else measurement_of(measurement).numbers
+    return judge.verdict(target, limits, numbers, built=True)

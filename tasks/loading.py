@@ -1,0 +1,76 @@
+"""A stored bundle as a module, and a stored split as tensors."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from compressors.contracts import Artifact, Bench, Split
+from compressors.state import Model, load
+from infra.architecture import network_class
+from infra.bundle import Manifest, SplitName, read
+from infra.errors import BundleRefused
+from infra.settings import load_settings
+from tasks.stored import local
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A bundle on this machine: its manifest, its folder, its module."""
+
+    artifact: Artifact
+    manifest: Manifest
+    folder: Path
+    model: Model
+
+
+def load_bundle(artifact: Artifact) -> Loaded:
+    """Verify a stored bundle and load its module over memory-mapped tensors.
+
+    Raises:
+        BundleRefused: the bundle is unsafe or its architecture is not allowed.
+        ModelRefused: its tensors do not fit its architecture.
+    """
+    folder = local(artifact)
+    manifest = read(folder)
+    return Loaded(artifact, manifest, folder, model_of(folder, manifest))
+
+
+def model_of(folder: Path, manifest: Manifest) -> Model:
+    """The module of a verified bundle folder."""
+    network = manifest.network
+    architecture = network_class(network.architecture.path, load_settings().allowed_modules)
+    return Model(load(architecture, network, folder), architecture, network, manifest.plan)
+
+
+def data_path(manifest: Manifest, split: SplitName) -> Path:
+    """The verified parquet file or folder of one split.
+
+    Raises:
+        BundleRefused: the bundle has no such split.
+    """
+    reference = manifest.data.get(split)
+    if reference is None:
+        raise BundleRefused(
+            f"{manifest.name} {manifest.version} refers to no {split} data; it has "
+            f"{', '.join(manifest.data) or 'none'}. Add it to model.json and pack again."
+        )
+    return local(reference.artifact) / reference.file
+
+
+def split_of(prepared: Artifact, rows: int) -> Split:
+    """A prepared split on this machine."""
+    return Split(path=str(local(prepared)), sha256=prepared.sha256, rows=rows)
+
+
+def bench_of(
+    manifest: Manifest, splits: dict[str, Split], teacher: Artifact, seed: int, device: str = "cpu"
+) -> Bench:
+    """What a step may learn from; test data is not among it."""
+    return Bench(
+        signature=manifest.signature,
+        train=splits.get("train"),
+        calibration=splits.get("calibration"),
+        validation=splits.get("validation"),
+        teacher=teacher,
+        seed=seed,
+        device=device,
+    )

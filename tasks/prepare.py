@@ -1,0 +1,32 @@
+"""One split of a bundle's data as tensors."""
+
+import logging
+import tempfile
+from pathlib import Path
+
+from prefect import task
+
+from compressors.contracts import Artifact
+from infra import data
+from infra.bundle import SplitName, read
+from tasks.loading import data_path
+from tasks.policy import KEPT
+from tasks.stored import local, store
+
+log = logging.getLogger(__name__)
+
+
+@task(task_run_name="prepare {split}", **KEPT)
+def prepare(bundle: Artifact, split: SplitName, code: str) -> Artifact:  # noqa: ARG001
+    """Turn one parquet split into memory-mappable tensors and store them.
+
+    Args:
+        bundle: whose data, and the schema it is read by.
+        split: which part.
+        code: digest of the code that reads; part of the cache key.
+    """
+    manifest = read(local(bundle))
+    with tempfile.TemporaryDirectory() as scratch:
+        prepared = data.prepare(data_path(manifest, split), manifest.signature, Path(scratch))
+        log.info("%s: %d rows, %d bytes of tensors", split, prepared.rows, prepared.bytes)
+        return store().put(Path(scratch))

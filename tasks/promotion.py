@@ -1,0 +1,157 @@
+"""Which version serves: promote, roll back, fetch. No Prefect: people and servers call these.
+
+The ledger in the object store decides; the registry's alias is repaired from it.
+"""
+
+import getpass
+import logging
+import os
+from pathlib import Path
+
+from infra.ledger import Entry, Ledger, before
+from infra.registry import Registered, Registry
+
+from compressors.contracts import Artifact, TargetKind
+from infra.errors import ArtifactMissing, PromotionRefused
+from infra.settings import load_settings
+from tasks.documents import Report, TargetReport, report_of
+from tasks.stored import store
+
+log = logging.getLogger(__name__)
+
+
+def registry() -> Registry:
+    """The registry of this process's settings."""
+    return Registry(load_settings().registry_uri)
+
+
+def version_report(model: str, reference: str) -> tuple[Registered, Report]:
+    """A registry version and the report it points to.
+
+    Args:
+        model: registered name.
+        reference: ``3``, ``@champion`` or ``@candidate``.
+    """
+    if reference == "@champion":
+        repair(model)
+    registered = registry().version(model, reference)
+    return registered, report_of(store().artifact(registered.source))
+
+
+def repair(model: str) -> Entry | None:
+    """Make the registry's alias say what the ledger says."""
+    entry = Ledger(store(), model).champion()
+    changed = registry().repair(model, None if entry is None else entry.version)
+    if changed:
+        log.warning("%s: the registry's champion was repaired from the ledger", model)
+    return entry
+
+
+def promote(model: str, reference: str, reason: str) -> Entry:
+    """Make a version the champion: first the ledger, then the alias.
+
+    Raises:
+        PromotionRefused: its outcome is not accepted.
+        AlreadyThere: somebody else changed the champion meanwhile.
+    """
+    ledger = Ledger(store(), model)
+    entries = ledger.entries()
+    registered, report = version_report(model, reference)
+    if report.outcome != "accepted":
+        reasons = "; ".join(t.verdict.reason for t in report.targets)
+        raise PromotionRefused(
+            f"{model} version {registered.version} is {report.outcome} ({reasons}). Only an "
+            f"accepted version can become champion."
+        )
+    if entries and entries[-1].version == registered.version:
+        repair(model)
+        return entries[-1]
+    entry = ledger.append(
+        registered.version, report.order, "promote", whoami(), reason, expected=len(entries)
+    )
+    repair(model)
+    return entry
+
+
+def rollback(model: str, reason: str) -> Entry:
+    """Make the version before the current champion the champion again.
+
+    Raises:
+        PromotionRefused: there is none before it.
+    """
+    ledger = Ledger(store(), model)
+    entries = ledger.entries()
+    earlier = before(entries)
+    if earlier is None:
+        raise PromotionRefused(
+            f"{model} has no champion before the current one to go back to; "
+            f"{len(entries)} entries in its ledger."
+        )
+    entry = ledger.append(
+        earlier.version, earlier.order, "rollback", whoami(), reason, expected=len(entries)
+    )
+    repair(model)
+    return entry
+
+
+def champion_graph(model: str) -> Artifact | None:
+    """The ONNX Runtime graph of the current champion, or None."""
+    entry = Ledger(store(), model).champion()
+    if entry is None:
+        return None
+    _, report = version_report(model, entry.version)
+    return _target(report, "onnxruntime", model, entry.version).artifact
+
+
+def fetch(
+    model: str,
+    reference: str,
+    target: TargetKind,
+    into: Path,
+    *,
+    unmeasured: bool = False,
+    unaccepted: bool = False,
+) -> tuple[Registered, TargetReport]:
+    """Copy one target of a version to a folder, every chunk verified.
+
+    Args:
+        model: registered name.
+        reference: ``3``, ``@champion`` or ``@candidate``.
+        target: which target's files.
+        into: a folder that does not exist yet, or an empty one.
+        unmeasured: take a target that was built but never measured.
+        unaccepted: take a target that was rejected or is undecided.
+
+    Raises:
+        PromotionRefused: the target's verdict does not allow it.
+        ArtifactMissing: there is no such version or target.
+        ArtifactDamaged: stored bytes are not what was written.
+    """
+    registered, report = version_report(model, reference)
+    found = _target(report, target, model, registered.version)
+    outcome = found.verdict.outcome
+    where = f"{target} of {model} version {registered.version} is {outcome}"
+    if outcome == "built-unmeasured" and not unmeasured:
+        raise PromotionRefused(
+            f"{where}: it was built and audited on a machine that could not run it. Measure it "
+            f"where it will serve; to take it as it is, add --unmeasured."
+        )
+    if outcome in {"rejected", "undecided"} and not unaccepted:
+        raise PromotionRefused(
+            f"{where}: {found.verdict.reason}. To take it all the same, add --unaccepted."
+        )
+    store().get(found.artifact, into)
+    return registered, found
+
+
+def whoami() -> str:
+    """Who is written into the ledger."""
+    return os.environ.get("RECPRESS_USER") or getpass.getuser()
+
+
+def _target(report: Report, target: TargetKind, model: str, version: str) -> TargetReport:
+    for item in report.targets:
+        if item.target == target:
+            return item
+    held = ", ".join(item.target for item in report.targets) or "none"
+    raise ArtifactMissing(f"{model} version {version} has no {target}; it has {held}.")

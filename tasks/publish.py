@@ -1,0 +1,95 @@
+"""The release of an order: stored, registered once, and found again by its order digest."""
+
+import json
+import logging
+import tempfile
+from pathlib import Path
+
+from infra.registry import Registry
+from prefect import task
+
+from compressors.contracts import Artifact, digest
+from infra.errors import ArtifactMissing
+from infra.settings import load_settings
+from tasks.documents import REPORT, Finished, Report, finished_key
+from tasks.policy import KEPT
+from tasks.report import markdown
+from tasks.stored import store
+
+log = logging.getLogger(__name__)
+
+
+@task(task_run_name="publish {report.name}", **KEPT)
+def publish(report: Report, code: str) -> Finished:  # noqa: ARG001
+    """Store the report with its pointers, then register it: one version an order.
+
+    The version carries all its tags from the moment it exists. The alias ``candidate`` moves to
+    it if the order was accepted.
+
+    Args:
+        report: what the order came to.
+        code: digest of the code that publishes; part of the cache key.
+    """
+    with tempfile.TemporaryDirectory() as scratch:
+        (Path(scratch) / REPORT).write_text(report.model_dump_json(indent=1))
+        (Path(scratch) / "report.md").write_text(markdown(report))
+        release = store().put(Path(scratch))
+    uri = load_settings().registry_uri
+    registry = Registry(uri)
+    registered = registry.publish(
+        report.name,
+        report.order,
+        release.uri,
+        _tags(report, release),
+        f"{report.outcome}: {', '.join(step.kind for step in report.recipe)}",
+    )
+    if report.outcome == "accepted":
+        registry.point(report.name, "candidate", registered.version)
+    finished = Finished(
+        report=report, release=release, version=registered.version, registry=_public(uri)
+    )
+    store().write(finished_key(report.order), finished.model_dump_json().encode())
+    log.info("%s version %s: %s", report.name, registered.version, report.outcome)
+    return finished
+
+
+def is_registered(found: Finished) -> bool:
+    """Whether the registry still knows a finished order."""
+    registry = Registry(load_settings().registry_uri)
+    return registry.by_order(found.report.order, found.report.name) is not None
+
+
+def still_published(found: Finished) -> None:
+    """Refuse a remembered result the registry or the store no longer holds.
+
+    Raises:
+        ArtifactMissing: so that it is published again.
+    """
+    store().manifest(found.release)
+    if not is_registered(found):
+        raise ArtifactMissing(f"The registry no longer holds order {found.report.order[:12]}.")
+
+
+def _tags(report: Report, release: Artifact) -> dict[str, str]:
+    tags = {
+        "recpress.order": report.order,
+        "recpress.release": release.sha256,
+        "recpress.outcome": report.outcome,
+        "recpress.bundle": f"{report.name}@{report.bundle_version}",
+        "recpress.source": report.source.sha256,
+        "recpress.compressed": report.compressed.sha256,
+        "recpress.recipe": json.dumps([step.model_dump(mode="json") for step in report.recipe]),
+        "recpress.limits": "; ".join(str(limit) for limit in report.limits),
+        "recpress.plan": digest(report.plan),
+    }
+    for target in report.targets:
+        tags[f"recpress.verdict.{target.target}"] = target.verdict.outcome
+        tags[f"recpress.artifact.{target.target}"] = target.artifact.uri
+        tags[f"recpress.sha256.{target.target}"] = target.artifact.sha256
+    return tags
+
+
+def _public(uri: str) -> str:
+    """The registry without whatever credentials its address may carry."""
+    scheme, separator, rest = uri.partition("://")
+    return f"{scheme}{separator}{rest.rpartition('@')[2]}"

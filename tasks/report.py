@@ -1,0 +1,153 @@
+"""The report as a table and as Markdown. No Prefect."""
+
+from compressors.contracts import Estimate, Plan
+from tasks.documents import Report
+
+
+def headline(report: Report) -> list[dict[str, str]]:
+    """The table of before and after: one row a number, one column a model and target."""
+    rows: list[dict[str, str]] = []
+    served = next((t for t in report.targets if t.target == "onnxruntime"), None)
+    rows.append(
+        {
+            "what": "bytes served",
+            "before": f"{report.baseline_bytes:,}",
+            **{t.target: f"{t.bytes:,}" for t in report.targets},
+            "change": "" if served is None else f"{served.bytes / report.baseline_bytes:.2f}x",
+        }
+    )
+    rows.append(
+        {
+            "what": "bytes of weights",
+            "before": f"{sum(line.bytes_before for line in report.plan.lines):,}",
+            **{t.target: f"{t.lowering.packed_bytes:,}" for t in report.targets},
+            "change": f"{_ratio(report.plan):.2f}x",
+        }
+    )
+    if report.measurement is None:
+        return rows
+    for number in report.measurement.baseline.numbers:
+        if number.metric == "bytes":
+            continue
+        own = report.measurement.numbers.of(number.metric, "absolute")
+        change = report.measurement.numbers.of(number.metric, "baseline")
+        latency = "_ms@" in number.metric
+        row = {"what": _label(number.metric), "before": _plain(number.estimate, latency)}
+        for t in report.targets:
+            measured = t.target == "onnxruntime" and own is not None
+            row[t.target] = _plain(own, latency) if measured and own else "unmeasured here"
+        row["change"] = "" if change is None else _change(change, latency)
+        rows.append(row)
+    return rows
+
+
+def markdown(report: Report) -> str:
+    """The whole report as Markdown."""
+    rows = headline(report)
+    columns = list(rows[0])
+    lines = [
+        f"# {report.name} {report.bundle_version}: {report.outcome}",
+        "",
+        f"Order `{report.order}`",
+        "",
+        "| " + " | ".join(columns) + " |",
+        "|" + "---|" * len(columns),
+        *("| " + " | ".join(row.get(column, "") for column in columns) + " |" for row in rows),
+        "",
+        resolution(report),
+        "",
+        "## Verdicts",
+        "",
+        "| target | verdict | why |",
+        "|---|---|---|",
+        *(f"| {t.target} | {t.verdict.outcome} | {t.verdict.reason} |" for t in report.targets),
+        *(f"| {name} | skipped (optional) | {why} |" for name, why in report.skipped.items()),
+        "",
+        "## Limits",
+        "",
+        *(f"- `{limit}`" for limit in report.limits),
+        "",
+        "## Plan",
+        "",
+        "| table or layer | role | stored as | bytes before | after | why |",
+        "|---|---|---|---|---|---|",
+        *(
+            f"| {line.module} | {line.role} | {line.format} | {line.bytes_before:,} | "
+            f"{line.bytes_after:,} | {line.reason} |"
+            for line in report.plan.lines
+        ),
+        "",
+        "## Checks of each graph",
+        "",
+        *_checks(report),
+        "",
+        "## Made from",
+        "",
+        f"- bundle `{report.source.uri}`",
+        f"- compressed bundle `{report.compressed.uri}`",
+        f"- validation `{report.validation.uri}` (open validation.html)",
+        f"- calibrated on: {report.calibrated_on}",
+    ]
+    if report.measurement is not None:
+        machine = report.measurement.machine
+        lines.append(
+            f"- measured on {machine.processor}, {machine.cores} cores, {machine.system}, ONNX "
+            f"Runtime {machine.onnxruntime} with {machine.threads} thread(s)"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def resolution(report: Report) -> str:
+    """What loss the test set can tell from none."""
+    if report.measurement is None:
+        return "Nothing was measured on this machine."
+    metric = report.metric
+    resolves = report.measurement.resolves[metric]
+    return (
+        f"The {report.measurement.rows:,} test rows resolve a change of {_label(metric)} of about "
+        f"{resolves:.4f} (half the width of its 95 % interval)."
+    )
+
+
+def _checks(report: Report) -> list[str]:
+    lines = []
+    for t in report.targets:
+        parity = t.lowering.rows_parity
+        lines.append(
+            f"- {t.target}: scores differ from torch by at most {parity.largest:.2g} (root mean "
+            f"square {parity.root_mean_square:.2g}) on {parity.rows} rows"
+        )
+        if t.lowering.graph is not None:
+            lines.append(
+                f"- {t.target}: optimized graph holds {t.lowering.graph.int8_products} int8 "
+                f"products and {t.lowering.graph.packed_tables} packed tables; nothing widened"
+            )
+        lines.extend(
+            f"- {t.target}: {name.replace('_', ' ')}: {t.audit[name]}"
+            for name in ("scratch", "scratch_reason", "weights_bytes", "packed_bytes")
+            if name in t.audit
+        )
+    return lines
+
+
+def _ratio(plan: Plan) -> float:
+    before = sum(line.bytes_before for line in plan.lines)
+    return sum(line.bytes_after for line in plan.lines) / before if before else 1.0
+
+
+def _label(metric: str) -> str:
+    names = {"auc": "AUC", "gauc": "GAUC", "logloss": "log loss", "ndcg@10": "NDCG@10"}
+    if "_ms@" in metric:
+        quantile, _, size = metric.partition("_ms@")
+        return f"{quantile} ms at batch {size}"
+    return names.get(metric, metric.replace("_", " "))
+
+
+def _plain(estimate: Estimate, latency: bool) -> str:
+    return f"{estimate.point:.3f}" if latency else f"{estimate.point:.5f}"
+
+
+def _change(estimate: Estimate, latency: bool) -> str:
+    if latency:
+        return f"{estimate.point:.2f}x [{estimate.low:.2f}, {estimate.high:.2f}]"
+    return f"{estimate.point:+.5f} [{estimate.low:+.5f}, {estimate.high:+.5f}]"

@@ -1,0 +1,47 @@
+"""The bundle an order is about. No Prefect: the command line looks too."""
+
+from compressors.contracts import Artifact, Frozen, JaggedBag
+from infra.architecture import source_digest
+from infra.bundle import SplitName, read
+from infra.settings import load_settings
+from tasks.bundles import resolve
+from tasks.stored import local
+
+
+class Subject(Frozen):
+    """The bundle an order is about, as far as a flow must know it."""
+
+    artifact: Artifact
+    name: str
+    version: str
+    metric: str
+    rows: dict[str, int]
+    longest: dict[str, int]
+    architecture: str
+
+    def calibration(self) -> SplitName:
+        """Without calibration rows of its own a bundle is calibrated on what it learned from."""
+        return "calibration" if "calibration" in self.rows else "train"
+
+
+def find(reference: str) -> Subject:
+    """The bundle that is meant, and a digest of its architecture's source.
+
+    Not a task: a name may mean another bundle tomorrow, so it is looked up every time.
+    """
+    artifact = resolve(reference)
+    manifest = read(local(artifact))
+    path = manifest.network.architecture.path
+    return Subject(
+        artifact=artifact,
+        name=manifest.name,
+        version=manifest.version,
+        metric=manifest.signature.metric,
+        rows={split: held.rows for split, held in manifest.data.items()},
+        longest={
+            item.name: item.shape[0]
+            for item in manifest.signature.inputs
+            if isinstance(item, JaggedBag)
+        },
+        architecture=source_digest(path, load_settings().allowed_modules),
+    )

@@ -1,0 +1,50 @@
+"""Great Expectations on every split of a bundle's data."""
+
+import logging
+import tempfile
+from pathlib import Path
+
+from prefect import task
+
+from compressors.contracts import Artifact
+from infra.bundle import check_weights, read, table_rows
+from infra.checks import Rules
+from infra.expectations import refuse_failures
+from infra.expectations import validate as run_checks
+from infra.page import validation_page
+from tasks.loading import data_path
+from tasks.policy import KEPT
+from tasks.stored import local, store
+
+log = logging.getLogger(__name__)
+
+
+@task(task_run_name="validate {bundle.sha256}", **KEPT)
+def validate(bundle: Artifact, rules: Rules, code: str) -> Artifact:  # noqa: ARG001
+    """Run the checks made from a bundle's schema; store the result and a page of it.
+
+    Args:
+        bundle: whose data to check.
+        rules: what the schema cannot know, such as the fewest rows.
+        code: digest of the code that checks; part of the cache key.
+
+    Raises:
+        DataRefused: a check failed, or fewer were evaluated than intended. The page is stored
+            before, and the message says where.
+    """
+    folder = local(bundle)
+    manifest = read(folder)
+    tables = table_rows(check_weights(folder, manifest), manifest)
+    splits: dict[str, Path] = {split: data_path(manifest, split) for split in manifest.data}
+    validation = run_checks(splits, manifest.signature, tables, rules)
+    with tempfile.TemporaryDirectory() as scratch:
+        out = Path(scratch)
+        (out / "validation.json").write_text(validation.model_dump_json(indent=1))
+        title = f"{manifest.name} {manifest.version}"
+        (out / "validation.html").write_text(validation_page(validation, title))
+        artifact = store().put(out)
+    log.info(
+        "%d of %d checks evaluated; %s", validation.evaluated, validation.intended, artifact.uri
+    )
+    refuse_failures(validation)
+    return artifact

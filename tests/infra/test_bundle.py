@@ -1,0 +1,820 @@
+"""A bundle is exactly what was sealed, and everything else is refused in a sentence.
+
+Each refusal is checked by the words a user needs: what was found and what to do.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import re
+import shutil
+import struct
+import sys
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from compressors.contracts import (
+    Architecture,
+    Artifact,
+    ModuleRecord,
+    Network,
+    Schema,
+    tensor_names,
+)
+from infra import bundle, bundle_json, bundle_shards
+from infra.architecture import network_class
+from infra.errors import BundleRefused
+
+ARTIFACT = Artifact(uri="file:///data", sha256="1" * 64, bytes=10)
+DATA = {
+    "train": bundle.DataReference(artifact=ARTIFACT, file="train.parquet", rows=100),
+    "test": bundle.DataReference(artifact=ARTIFACT, file="test", rows=10),
+}
+SIGNATURE = Schema.model_validate(
+    {
+        "task": "ctr",
+        "inputs": [
+            {"kind": "id", "name": "user", "table": "embed.user"},
+            {"kind": "jagged_bag", "name": "genres", "shape": [8], "table": "embed.genres"},
+            {"kind": "dense", "name": "age", "shape": [1]},
+        ],
+        "output": "logit",
+        "label": "click",
+        "metric": "auc",
+    }
+)
+NETWORK = Network(architecture=Architecture(path="examples.tiny:Net", config={"dim": 4, "p": 0.5}))
+WEIGHTS = {
+    "embed.user.weight": torch.arange(20, dtype=torch.float32).reshape(5, 4),
+    "embed.genres.weight": torch.ones(3, 4, dtype=torch.bfloat16),
+    "dense.bias": torch.zeros(7),
+}
+FIELDS = {
+    "name": "tiny",
+    "version": "V1",
+    "signature": SIGNATURE,
+    "network": NETWORK,
+    "data": DATA,
+}
+EVERY_SHARDING = pytest.mark.parametrize("shard_bytes", [1 << 20, 60], ids=["one", "several"])
+
+
+def make(folder, shard_bytes=1 << 20, **changes):
+    folder.mkdir(exist_ok=True)
+    bundle.write_tensors(folder, WEIGHTS, shard_bytes)
+    bundle.seal(folder, **{**FIELDS, **changes})
+    return folder
+
+
+@pytest.fixture
+def sealed(tmp_path):
+    return make(tmp_path / "sealed")
+
+
+@pytest.fixture
+def sharded(tmp_path):
+    return make(tmp_path / "sharded", 60)
+
+
+@pytest.fixture
+def draft(tmp_path):
+    folder = tmp_path / "draft"
+    folder.mkdir()
+    bundle.write_tensors(folder, WEIGHTS)
+    (folder / "train.parquet").write_bytes(b"PAR1")
+    write_draft(folder)
+    return folder
+
+
+def draft_document():
+    return {
+        "schema_version": 1,
+        "name": "tiny",
+        "version": "V1",
+        "signature": SIGNATURE.model_dump(mode="json"),
+        "network": NETWORK.model_dump(mode="json"),
+        "data": {"train": "train.parquet"},
+    }
+
+
+def write_draft(folder, **changes):
+    (folder / "model.json").write_text(json.dumps(draft_document() | changes))
+
+
+def document_of(folder):
+    return json.loads((folder / "model.json").read_text())
+
+
+def reseal(folder, document):
+    """Write a manifest as a hostile tool would: any content, with a seal that fits."""
+    fields = {name: value for name, value in document.items() if name != "seal"}
+    body = json.dumps(fields, indent=2).removesuffix("\n}").encode() + b",\n"
+    digest = hashlib.sha256(body).hexdigest()
+    (folder / "model.json").write_bytes(body + f'  "seal": "{digest}"\n}}\n'.encode())
+
+
+def rehash(folder):
+    """List and hash whatever lies in a folder, as a hostile tool would."""
+    document = document_of(folder)
+    document["files"] = {
+        path.name: {
+            "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
+            "bytes": path.stat().st_size,
+        }
+        for path in folder.iterdir()
+        if path.name != "model.json"
+    }
+    reseal(folder, document)
+
+
+def refusal(function, *arguments, **keywords):
+    with pytest.raises(BundleRefused) as caught:
+        function(*arguments, **keywords)
+    return str(caught.value)
+
+
+def shard_bytes_of(header, body=b""):
+    raw = header if isinstance(header, bytes) else json.dumps(header).encode()
+    return struct.pack("<Q", len(raw)) + raw + body
+
+
+# --- what is accepted ------------------------------------------------------------------------
+
+
+@EVERY_SHARDING
+def test_what_was_sealed_is_what_is_read(tmp_path, shard_bytes):
+    folder = tmp_path / "b"
+    folder.mkdir()
+    paths = bundle.write_tensors(folder, WEIGHTS, shard_bytes)
+    manifest = bundle.seal(folder, **FIELDS, parents=[ARTIFACT], vocabularies={"genres": ARTIFACT})
+    assert bundle.read(folder) == manifest
+    assert bundle.tensor_files(folder) == paths
+    assert len(paths) == (1 if shard_bytes > 60 else 2)
+    assert (folder / bundle.INDEX).exists() == (len(paths) > 1)
+    facts = bundle.check_weights(folder, manifest)
+    assert facts == {
+        "embed.user.weight": bundle.TensorFact(shape=(5, 4), dtype="F32", bytes=80),
+        "embed.genres.weight": bundle.TensorFact(shape=(3, 4), dtype="BF16", bytes=24),
+        "dense.bias": bundle.TensorFact(shape=(7,), dtype="F32", bytes=28),
+    }
+    assert bundle.table_rows(facts, manifest) == {"embed.user": 5, "embed.genres": 3}
+
+
+def test_the_index_has_the_standard_form(sharded):
+    index = json.loads((sharded / bundle.INDEX).read_text())
+    assert index["metadata"] == {"total_size": 132}
+    assert index["weight_map"]["embed.user.weight"] == "model-00001-of-00002.safetensors"
+
+
+def test_sealing_again_replaces_the_manifest_and_a_killed_runs_leftover(sealed):
+    (sealed / "model.json.partial").write_text("half")
+    bundle.seal(sealed, **{**FIELDS, "version": "V2"})
+    assert bundle.read(sealed).version == "V2"
+    assert sorted(p.name for p in sealed.iterdir()) == ["model.json", "model.safetensors"]
+
+
+def test_tuples_in_settings_come_back_as_lists_and_seal_says_so(sealed):
+    network = Network(architecture=Architecture(path="a:B", config={"hidden": (4, 2)}))
+    manifest = bundle.seal(sealed, **{**FIELDS, "network": network})
+    assert manifest.network.architecture.config == {"hidden": [4, 2]}
+    assert bundle.read(sealed) == manifest
+
+
+def test_a_header_that_begins_like_a_pickle_is_no_pickle(tmp_path):
+    """Header lengths 0x0280 to 0x0580 begin with the two bytes that open a pickle."""
+    entry = {"a": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}
+    for length in (0x280, 0x380, 0x480, 0x580):
+        raw = json.dumps(entry).encode()
+        (tmp_path / "model.safetensors").write_bytes(
+            shard_bytes_of(raw + b" " * (length - len(raw)), b"\0" * 4)
+        )
+        bundle.seal(tmp_path, **FIELDS)
+        assert list(bundle.check_weights(tmp_path, bundle.read(tmp_path))) == ["a"]
+
+
+def test_a_compressed_and_a_tied_table_have_rows(tmp_path):
+    network = Network(
+        architecture=NETWORK.architecture,
+        modules={"embed.user": ModuleRecord(kind="table", format="int8", settings={"rows": 9})},
+        ties={"embed.genres.weight": "shared"},
+    )
+    bundle.write_tensors(tmp_path, {"shared": torch.ones(6, 2), "embed.user.codes": torch.ones(9)})
+    manifest = bundle.seal(tmp_path, **{**FIELDS, "network": network})
+    facts = bundle.check_weights(tmp_path, manifest)
+    assert bundle.table_rows(facts, manifest) == {"embed.user": 9, "embed.genres": 6}
+
+
+def test_a_draft_is_read_with_relative_and_absolute_paths(draft, tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    write_draft(
+        draft,
+        data={"train": "train.parquet", "test": str(tmp_path / "elsewhere")},
+        vocabularies={"genres": "./train.parquet"},
+    )
+    read = bundle.read_draft(draft)
+    assert read.data["train"] == "train.parquet"
+    assert (draft / read.data["test"]).is_dir()
+
+
+# --- the folder ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("ending", bundle_shards.PICKLE_ENDINGS)
+def test_a_file_named_like_a_pickle_is_refused(sealed, draft, ending):
+    for folder, look in ((sealed, bundle.read), (draft, bundle.read_draft)):
+        (folder / f"model{ending.upper()}").write_bytes(b"")
+        message = refusal(look, folder)
+        assert "named like a pickle" in message
+        assert "safetensors.torch.save_file" in message
+    assert "named like a pickle" in refusal(bundle.seal, sealed, **FIELDS)
+
+
+def pickles():
+    yield "protocol 2", b"\x80\x02}q\x00."
+    yield "protocol 4", b"\x80\x04\x95\x05\x00\x00\x00\x00\x00\x00\x00}\x94."
+    yield "protocol 0 dict", b"(dp0\n."
+    yield "protocol 0 call", b"cos\nsystem\n(S'true'\ntR."
+    yield "zip", b"PK\x03\x04" + b"\0" * 60
+
+
+@pytest.mark.parametrize("raw", [raw for _, raw in pickles()], ids=[name for name, _ in pickles()])
+def test_a_pickle_renamed_to_safetensors_is_refused_even_when_hashed(sealed, draft, raw):
+    for folder, look in ((sealed, bundle.read), (draft, bundle.read_draft)):
+        (folder / "model.safetensors").write_bytes(raw)
+        rehash(folder) if folder is sealed else None
+        message = refusal(look, folder)
+        assert "is a pickle, whatever its name" in message
+        assert "safetensors.torch.save_file" in message
+    assert "is a pickle" in refusal(bundle.seal, sealed, **FIELDS)
+
+
+def test_what_torch_save_writes_is_refused_under_any_name(sealed):
+    for old in (False, True):
+        torch.save(WEIGHTS, sealed / "model.safetensors", _use_new_zipfile_serialization=not old)
+        assert zipfile.is_zipfile(sealed / "model.safetensors") != old
+        assert "is a pickle, whatever its name" in refusal(bundle.read, sealed)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "words"),
+    [
+        (lambda f: (f / "README.md").write_text("hi"), "'README.md' is extra"),
+        (lambda f: (f / "more.safetensors").write_bytes(b"x"), "'more.safetensors' is extra"),
+        (lambda f: (f / "model.safetensors").unlink(), "'model.safetensors' is missing"),
+        (lambda f: (f / "model.json").unlink(), "model.json is missing"),
+        (lambda f: (f / "sub").mkdir(), "'sub' is a folder; a bundle is flat"),
+        (lambda f: os.mkfifo(f / "pipe.safetensors"), "is not a regular file"),
+        (lambda f: (f / "m.safetensors").symlink_to("/etc/hosts"), "is a symbolic link"),
+        (lambda f: (f / "m.safetensors").symlink_to("gone"), "is a symbolic link"),
+        (lambda f: link_out(f, "model.safetensors"), "is a symbolic link"),
+        (lambda f: link_out(f, "model.json"), "is a symbolic link"),
+        (lambda f: append(f / "model.safetensors"), "has 357 bytes, not 356"),
+        (lambda f: shutil.rmtree(f), "is not a folder that can be read"),
+    ],
+)
+def test_a_folder_that_is_not_what_was_sealed_is_refused(sealed, spoil, words):
+    size = (sealed / "model.safetensors").stat().st_size
+    spoil(sealed)
+    words = words.replace("357", str(size + 1)).replace("356", str(size))
+    assert words in refusal(bundle.read, sealed)
+
+
+def link_out(folder, name):
+    (folder / name).rename(folder.parent / name)
+    (folder / name).symlink_to(folder.parent / name)
+
+
+def append(path):
+    path.write_bytes(path.read_bytes() + b"\0")
+
+
+def test_a_file_is_no_bundle(sealed):
+    assert "is not a folder" in refusal(bundle.read, sealed / "model.json")
+
+
+def test_all_problems_of_a_folder_are_told_at_once(sharded):
+    (sharded / FIRST).unlink()
+    append(sharded / "model-00002-of-00002.safetensors")
+    (sharded / "extra.safetensors").write_bytes(b"")
+    message = refusal(bundle.read, sharded)
+    assert re.search(r"00001.*missing[^-]*\n- 'extra.*extra.*\n- .*00002.*bytes, not", message)
+
+
+@EVERY_SHARDING
+def test_any_single_changed_byte_is_refused(tmp_path_factory, shard_bytes):
+    folder = make(tmp_path_factory.mktemp("flip") / "b", shard_bytes)
+    originals = {path: path.read_bytes() for path in sorted(folder.iterdir())}
+    total = sum(map(len, originals.values()))
+
+    @settings(max_examples=250, deadline=None)
+    @given(offset=st.integers(0, total - 1), flip=st.integers(1, 255))
+    def check(offset, flip):
+        for path, raw in originals.items():
+            if offset < len(raw):
+                changed = bytearray(raw)
+                changed[offset] ^= flip
+                path.write_bytes(changed)
+                try:
+                    refusal(bundle.read, folder)
+                finally:
+                    path.write_bytes(raw)
+                return
+            offset -= len(raw)
+
+    check()
+    bundle.read(folder)
+
+
+def test_a_changed_weight_is_called_changed(sealed):
+    path = sealed / "model.safetensors"
+    raw = bytearray(path.read_bytes())
+    raw[-1] ^= 1
+    path.write_bytes(raw)
+    assert "was changed, its hash is wrong" in refusal(bundle.read, sealed)
+
+
+def test_an_edited_manifest_is_called_changed(sealed):
+    text = (sealed / "model.json").read_text()
+    (sealed / "model.json").write_text(text.replace('"tiny"', '"tony"'))
+    assert "was changed after it was sealed" in refusal(bundle.read, sealed)
+
+
+# --- model.json ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("raw", "words"),
+    [
+        (b"", "not usable JSON"),
+        (b"{", "not usable JSON"),
+        (b"\xff\xfe", "not usable JSON"),
+        (b"\xef\xbb\xbf{}", "not usable JSON"),
+        (b"[]", "must be one JSON object, not a list"),
+        (b"null", "must be one JSON object, not a NoneType"),
+        (b'{"name": 1, "name": 2}', "duplicate name 'name'"),
+        (b'{"a": {"b": 1, "b": 1}}', "duplicate name 'b'"),
+        (b'{"a": NaN}', "NaN is not a JSON number"),
+        (b'{"a": -Infinity}', "Infinity is not a JSON number"),
+        (b'{"a": 1e999}', "too large for a number"),
+        (b'{"a": ' + b"1" * 5000 + b"}", "not usable JSON"),
+        (b'{"a": "\\ud800"}', "surrogates not allowed"),
+        (b'{"\\ud800": 1}', "surrogates not allowed"),
+        (b'{"a": ' + b"[" * 70 + b"]" * 70 + b"}", "nested too deep"),
+        (b"[" * 200_000, "nested too deep"),
+        (b'{"a":' * 100_000, "nested too deep"),
+        (b"[" + b"1," * 1_100_000 + b"1]", "more than 1000000 values"),
+        (b"{}", "has schema_version None; this recpress knows 1"),
+        (b'{"schema_version": 2}', "knows 1. Upgrade recpress"),
+        (b'{"schema_version": 0}', 'Write "schema_version": 1'),
+        (b'{"schema_version": true}', "has schema_version True"),
+        (b'{"schema_version": 1.0}', "has schema_version 1.0"),
+        (b'{"schema_version": "1"}', "has schema_version '1'"),
+    ],
+    ids=range(24),
+)
+@pytest.mark.parametrize("look", [bundle.read, bundle.read_draft])
+def test_a_model_json_that_cannot_be_trusted_is_refused(sealed, look, raw, words):
+    (sealed / "model.json").write_bytes(raw)
+    assert words in refusal(look, sealed)
+
+
+@pytest.mark.parametrize("look", [bundle.read, bundle.read_draft])
+def test_a_large_model_json_is_refused_unread(sealed, look):
+    with (sealed / "model.json").open("r+b") as file:
+        file.truncate(bundle_json.MAX_JSON_BYTES + 1)  # sparse: takes no disk
+    assert "too large: at most 67108864" in refusal(look, sealed)
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "words"),
+    [
+        (("name",), "Upper", "name: String should match pattern"),
+        (("name",), "../x", "name: String should match pattern"),
+        (("version",), "a" * 65, "version: String should match pattern"),
+        (("signature", "label"), ..., "signature.label is missing; add it"),
+        (("signature", "labels"), "x", "signature.labels is not a field of this format"),
+        (("signature", "inputs", 0, "kind"), "ids", "signature.inputs[0]: Input tag 'ids'"),
+        (("signature", "inputs", 0, "table"), ..., "signature.inputs[0].table is missing"),
+        (("signature", "inputs", 1, "shape"), [0], "signature.inputs[1]: bag 'genres' needs"),
+        (("signature", "inputs", 1, "name"), "user", "'user'"),
+        (("network", "architecture", "path"), "os.system", "network.architecture.path"),
+        (("data", "holdout"), "x", "data.holdout: Input should be 'train'"),
+        (("files", "model.safetensors", "sha256"), "0", "files.model.safetensors.sha256"),
+        (("files", "model.safetensors", "bytes"), -1, "greater than or equal to 0; found -1"),
+        (("files", "model.json"), {"sha256": "0" * 64, "bytes": 1}, "cannot hold its own hash"),
+        (("\x1b[2J",), 1, r"'\x1b[2J' is not a field"),
+    ],
+)
+def test_a_wrong_field_is_named_with_its_place(sealed, path, value, words):
+    document = document_of(sealed)
+    place = document
+    for part in path[:-1]:
+        place = place[part]
+    if value is ...:
+        del place[path[-1]]
+    else:
+        place[path[-1]] = value
+    reseal(sealed, document)
+    if path == ("signature", "inputs", 1, "name"):
+        document["signature"]["inputs"][1]["columns"] = ["user"]
+        words = "inputs share the name(s) user"
+    assert words in refusal(bundle.read, sealed)
+
+
+def test_all_wrong_fields_are_told_at_once_up_to_a_limit(draft):
+    write_draft(draft, name="X", version="", data={}, signature=1)
+    message = refusal(bundle.read_draft, draft)
+    assert re.search(r"\n- name: .*\n- version: .*\n- signature: ", message)
+    write_draft(draft, **{f"x{number}": 1 for number in range(50)})
+    message = refusal(bundle.read_draft, draft)
+    assert message.count("\n") == 21
+    assert message.endswith("and more.")
+
+
+LEAVING = [
+    ("../model.safetensors", "has '..', which leaves the folder"),
+    ("a/../../model.safetensors", "has '..', which leaves the folder"),
+    ("..", "has '..', which leaves the folder"),
+    ("..\\model.safetensors", "has a backslash"),
+    ("a\0b", "characters that cannot be shown"),
+    ("", "is empty"),
+    ("C:model", "drive letter"),
+    ("s3://bucket/model", "has a scheme"),
+    ("a" * 300, "longer than a file system allows"),
+]
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [*LEAVING, ("/etc/passwd", "is absolute"), ("sub/model.safetensors", "a bundle is flat")],
+)
+def test_a_manifest_naming_files_outside_the_bundle_is_refused(sealed, name, words):
+    document = document_of(sealed)
+    document["files"][name] = document["files"]["model.safetensors"]
+    reseal(sealed, document)
+    assert words in refusal(bundle.read, sealed)
+
+
+@pytest.mark.parametrize(("name", "words"), [*LEAVING, ("/etc/passwd", "is absolute")])
+@pytest.mark.parametrize("place", ["data", "vocabularies", "transforms"])
+def test_a_manifest_naming_data_outside_its_artifact_is_refused(sealed, place, name, words):
+    document = document_of(sealed)
+    if place == "data":
+        document["data"]["train"]["file"] = name
+    else:
+        document[place][name] = ARTIFACT.model_dump()
+    reseal(sealed, document)
+    assert words in refusal(bundle.read, sealed)
+
+
+@pytest.mark.parametrize(("path", "words"), [*LEAVING, ("/a/../b", "has '..'")])
+@pytest.mark.parametrize("place", ["data", "vocabularies", "transforms"])
+def test_a_draft_path_that_climbs_out_is_refused(draft, place, path, words):
+    write_draft(draft, **{place: {"train": path}})
+    assert words in refusal(bundle.read_draft, draft)
+
+
+@pytest.mark.parametrize("path", ["gone.parquet", "/nowhere/gone.parquet"])
+def test_a_draft_path_to_nothing_is_refused(draft, path):
+    write_draft(draft, data={"train": path})
+    message = refusal(bundle.read_draft, draft)
+    assert f"data.train: '{path}' is not there" in message
+
+
+def test_a_draft_path_through_a_link_that_leaves_is_refused(draft, tmp_path):
+    (tmp_path / "secret.parquet").write_bytes(b"PAR1")
+    (draft / "linked.parquet").symlink_to(tmp_path / "secret.parquet")
+    write_draft(draft, data={"train": "linked.parquet"})
+    assert "leaves the folder by a symbolic link" in refusal(bundle.read_draft, draft)
+
+
+def test_a_draft_is_no_bundle_and_a_bundle_no_draft(sealed, draft):
+    (draft / "train.parquet").unlink()
+    assert "is a draft. Pack it first: 'recpress bundle pack" in refusal(bundle.read, draft)
+    assert "already a sealed bundle" in refusal(bundle.read_draft, sealed)
+
+
+def test_a_draft_without_weights_is_refused(draft):
+    (draft / "model.safetensors").unlink()
+    assert "holds no tensor" in refusal(bundle.read_draft, draft)
+
+
+def test_settings_without_a_json_form_are_refused(sealed):
+    for value in (torch.float16, float("nan"), -float("inf"), {1, 2}, {1: 2}, np.int64(3)):
+        network = Network(architecture=Architecture(path="a:B", config={"x": value}))
+        message = refusal(bundle.seal, sealed, **{**FIELDS, "network": network})
+        assert "has no JSON form" in message
+    assert bundle.read(sealed).network == NETWORK, "the old manifest still stands"
+
+
+JSON_VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=5), inner),
+    max_leaves=8,
+)
+
+
+def test_no_model_json_raises_anything_but_a_refusal(tmp_path_factory):
+    folder = make(tmp_path_factory.mktemp("fuzz") / "b")
+    good = (folder / "model.json").read_text()
+
+    def places(value, path=()):
+        yield path
+        if isinstance(value, dict):
+            for name in value:
+                yield from places(value[name], (*path, name))
+        elif isinstance(value, list):
+            for number, item in enumerate(value):
+                yield from places(item, (*path, number))
+
+    every_place = list(places(json.loads(good)))[1:]
+
+    @settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+    @given(
+        raw=st.binary(max_size=60)
+        | JSON_VALUES.map(lambda value: json.dumps(value).encode())
+        | st.text(alphabet='{}[]":,0e-\\u', max_size=60).map(str.encode)
+        | st.dictionaries(st.sampled_from(sorted(json.loads(good))), JSON_VALUES).map(
+            lambda value: json.dumps(value | {"schema_version": 1}).encode()
+        )
+    )
+    def garbage(raw):
+        (folder / "model.json").write_bytes(raw)
+        refusal(bundle.read, folder)
+        refusal(bundle.read_draft, folder)
+
+    @settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+    @given(
+        path=st.sampled_from(every_place), value=JSON_VALUES, how=st.sampled_from(["set", "add"])
+    )
+    def mutation(path, value, how):
+        document = json.loads(good)
+        place = document
+        for part in path[:-1]:
+            place = place[part]
+        if how == "add" and isinstance(place, dict):
+            place["something else"] = value
+        else:
+            place[path[-1]] = value
+        reseal(folder, document)
+        with contextlib.suppress(BundleRefused):  # some mutations are still good bundles
+            manifest = bundle.read(folder)
+            bundle.table_rows(bundle.check_weights(folder, manifest), manifest)
+        document.pop("files", None)
+        document.pop("seal", None)
+        (folder / "model.json").write_text(json.dumps(document))
+        refusal(bundle.read, folder)
+
+    garbage()
+    mutation()
+
+
+# --- shards ----------------------------------------------------------------------------------
+
+FLOAT = {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}
+
+
+@pytest.mark.parametrize(
+    ("raw", "words"),
+    [
+        (b"", "header too small"),
+        (b"abc", "header too small"),
+        (struct.pack("<Q", 10**6) + b"{}", "is not a safetensors file"),
+        (struct.pack("<Q", 2**63) + b"{}", "is not a safetensors file"),
+        (shard_bytes_of({"a": FLOAT, "b": FLOAT}, b"0" * 4), "is not a safetensors file"),
+        (shard_bytes_of({"a": FLOAT}, b"0" * 5), "is not a safetensors file"),
+        (shard_bytes_of({"a": FLOAT}, b"0" * 3), "is not a safetensors file"),
+        (shard_bytes_of({"a": {**FLOAT, "dtype": "X"}}, b"0" * 4), "unknown variant"),
+        (shard_bytes_of({"a": {**FLOAT, "shape": [2**40] * 2}}, b"0" * 4), "overflow"),
+        (shard_bytes_of(b"[1]"), "is not a safetensors file"),
+        (shard_bytes_of(b"\xff\xff"), "is not a safetensors file"),
+        (shard_bytes_of(b'{"a":%b,"a":%b}' % ((json.dumps(FLOAT).encode(),) * 2), b"0" * 4), "dup"),
+        (shard_bytes_of({}), "holds no tensor"),
+    ],
+    ids=range(13),
+)
+def test_a_malformed_shard_is_refused_even_when_hashed(sealed, draft, raw, words):
+    for folder, look in ((sealed, bundle.read), (draft, bundle.read_draft)):
+        (folder / "model.safetensors").write_bytes(raw)
+        rehash(folder) if folder is sealed else None
+        assert words in refusal(look, folder)
+    assert words in refusal(bundle.seal, sealed, **FIELDS)
+
+
+@settings(max_examples=200, deadline=None, suppress_health_check=list(HealthCheck))
+@given(
+    header=JSON_VALUES | st.dictionaries(st.text(max_size=3), JSON_VALUES), size=st.integers(0, 9)
+)
+def test_no_shard_raises_anything_but_a_refusal(tmp_path_factory, header, size):
+    folder = tmp_path_factory.getbasetemp() / "shards"
+    folder.mkdir(exist_ok=True)
+    (folder / "model.safetensors").write_bytes(shard_bytes_of(header, b"0" * size))
+    refusal(bundle_shards.stored_tensors, folder)
+
+
+def change_index(folder, change):
+    path = folder / bundle.INDEX
+    index = json.loads(path.read_text())
+    change(index)
+    path.write_text(json.dumps(index))
+    rehash(folder)
+
+
+FIRST = "model-00001-of-00002.safetensors"
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda i: i.pop("weight_map"), "needs 'weight_map'"),
+        (lambda i: i.update(weight_map=[]), "needs 'weight_map'"),
+        (lambda i: i["weight_map"].update({"dense.bias": 3}), "needs 'weight_map'"),
+        (lambda i: i["weight_map"].update({"dense.bias": "../x"}), "'../x', which leaves the"),
+        (lambda i: i["weight_map"].update({"dense.bias": "/x"}), "'/x', which leaves the bundle"),
+        (lambda i: i["weight_map"].update({"dense.bias": "a\\x"}), "which leaves the bundle"),
+        (lambda i: i["weight_map"].update({"dense.bias": ".."}), "which leaves the bundle"),
+        (lambda i: i["weight_map"].update({"dense.bias": "x.safetensors"}), "which is missing"),
+        (lambda i: i["weight_map"].update({"dense.bias": FIRST}), "but it lies in model-00002"),
+        (lambda i: i["weight_map"].update({"ghost": FIRST}), "'ghost', which is in no shard"),
+        (lambda i: i["weight_map"].pop("dense.bias"), "does not name tensor 'dense.bias'"),
+    ],
+    ids=range(11),
+)
+def test_an_index_that_disagrees_with_its_shards_is_refused(sharded, change, words):
+    manifest = bundle.read(sharded)
+    change_index(sharded, change)
+    assert words in refusal(bundle.read, sharded)
+    assert words in refusal(bundle.check_weights, sharded, manifest)
+
+
+def test_several_shards_without_an_index_are_refused(sharded):
+    (sharded / bundle.INDEX).unlink()
+    rehash(sharded)
+    assert f"2 shards but no {bundle.INDEX}" in refusal(bundle.read, sharded)
+
+
+def test_a_tensor_in_two_shards_is_refused(sharded):
+    shutil.copy(sharded / FIRST, sharded / "more.safetensors")
+    rehash(sharded)
+    message = refusal(bundle.read, sharded)
+    assert f"'embed.user.weight' lies in two shards, {FIRST} and more.safetensors" in message
+
+
+def test_tensors_that_share_memory_are_not_written_twice(tmp_path):
+    shared = torch.ones(4)
+    message = refusal(bundle.write_tensors, tmp_path, {"a": shared, "b": shared})
+    assert "name the others in network.ties" in message
+    assert "no tensor to write" in refusal(bundle.write_tensors, tmp_path, {})
+
+
+# --- weights ---------------------------------------------------------------------------------
+
+FLOATS = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "C64": torch.complex64,
+    "F8_E5M2": torch.float8_e5m2,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E8M0": torch.float8_e8m0fnu,
+    "F8_E5M2FNUZ": torch.float8_e5m2fnuz,
+    "F8_E4M3FNUZ": torch.float8_e4m3fnuz,
+}
+
+
+@pytest.mark.parametrize("dtype", FLOATS.values(), ids=FLOATS)
+def test_every_bit_pattern_is_called_finite_exactly_when_torch_says_so(tmp_path, dtype):
+    """All patterns of the small formats, random ones of the large, against torch as reference."""
+    width = dtype.itemsize
+    if width == 1:
+        raw = np.arange(256, dtype=np.uint8)
+    elif width == 2:
+        raw = np.arange(65536, dtype=np.uint16).view(np.uint8)
+    else:
+        raw = np.random.default_rng(0).integers(0, 256, 4096 * width, dtype=np.uint8)
+    patterns = torch.from_numpy(raw.copy()).view(dtype)
+    if width > 2:
+        special = torch.tensor([float("nan"), float("inf"), -float("inf"), 1.0]).to(dtype)
+        patterns = torch.cat([patterns, special])
+    wide = patterns if dtype.is_complex else patterns.to(torch.float64)
+    bad = ~torch.isfinite(wide)
+    assert bad.any() != bad.all()
+    for name, values in (("good", patterns[~bad]), ("all", patterns)):
+        folder = tmp_path / name
+        folder.mkdir()
+        bundle.write_tensors(folder, {"w": values})
+        manifest = bundle.seal(folder, **FIELDS)
+        if name == "good":
+            assert bundle.check_weights(folder, manifest)["w"].dtype in FLOATS
+        else:
+            message = refusal(bundle.check_weights, folder, manifest)
+            first = int(bad.nonzero()[0])
+            assert f"'w' has {int(bad.sum())} NaN or infinite value(s), the first at [{first}]" in (
+                message
+            )
+
+
+def test_nan_is_found_across_blocks_and_all_bad_tensors_are_told(tmp_path, monkeypatch):
+    monkeypatch.setattr(bundle, "BLOCK_BYTES", 64)
+    table = torch.ones(40, 5)
+    table[17, 3] = float("nan")
+    table[39, 4] = -float("inf")
+    scale = torch.ones(9, dtype=torch.float16)
+    scale[8] = float("inf")
+    weights = {"t": table, "s": scale, "ids": torch.full((9,), -1), "fine": torch.ones(100)}
+    bundle.write_tensors(tmp_path, weights, 500)
+    message = refusal(bundle.check_weights, tmp_path, bundle.seal(tmp_path, **FIELDS))
+    assert "'t' has 2 NaN or infinite value(s), the first at [17, 3]" in message
+    assert "'s' has 1 NaN or infinite value(s), the first at [8]" in message
+    assert "'ids'" not in message
+    assert "'fine'" not in message
+
+
+def test_a_shard_that_shrinks_while_it_is_read_is_refused(sealed):
+    stored = bundle_shards.stored_tensors(sealed)["dense.bias"]
+    with (sealed / "model.safetensors").open("r+b") as file:
+        file.truncate(stored.start + 4)
+    message = refusal(bundle_shards.nonfinite_problem, "dense.bias", stored, bytearray(64))
+    assert "ended early" in message
+
+
+@pytest.mark.parametrize(
+    ("ties", "words"),
+    [
+        ({"a": "dense.bia"}, "'a' shares 'dense.bia', which is not stored; there is 'dense.bias'"),
+        ({"dense.bias": "embed.user.weight"}, "'dense.bias' is both tied and stored"),
+    ],
+)
+def test_ties_that_do_not_fit_the_shards_are_refused(tmp_path, ties, words):
+    network = Network(architecture=NETWORK.architecture, ties=ties)
+    folder = make(tmp_path / "b", network=network)
+    assert words in refusal(bundle.check_weights, folder, bundle.read(folder))
+
+
+@pytest.mark.parametrize(
+    ("table", "modules", "words"),
+    [
+        ("embed.users", {}, "'embed.users.weight' is not stored"),
+        ("embed.users", {}, "there is 'embed.user'"),
+        ("dense.bias", {}, "there is 'embed.genres'"),
+        ("flat", {}, "'flat.weight' has shape [3]"),
+        ("embed.user", {"kind": "table", "format": "int8"}, "a table with rows None"),
+        ("embed.user", {"kind": "bag", "format": "x", "settings": {"rows": True}}, "rows True"),
+        (
+            "embed.user",
+            {"kind": "linear", "format": "x", "settings": {"rows": 3}},
+            "network.modules has a linear with rows 3",
+        ),
+    ],
+)
+def test_an_input_whose_table_is_not_there_is_refused(tmp_path, table, modules, words):
+    inputs = [{"kind": "id", "name": "user", "table": table}]
+    signature = Schema.model_validate(SIGNATURE.model_dump() | {"inputs": inputs})
+    network = Network(
+        architecture=NETWORK.architecture,
+        modules={"embed.user": ModuleRecord.model_validate(modules)} if modules else {},
+    )
+    manifest = bundle.seal(
+        make(tmp_path / "b"), **{**FIELDS, "signature": signature} | {"network": network}
+    )
+    facts = bundle.check_weights(tmp_path / "b", manifest)
+    facts["flat.weight"] = bundle.TensorFact(shape=(3,), dtype="F32", bytes=12)
+    message = refusal(bundle.table_rows, facts, manifest)
+    assert message.startswith("Inputs and weights do not fit: input 'user'")
+    assert words in message
+
+
+def test_the_guides_example_is_a_draft_whose_network_can_be_called(tmp_path, monkeypatch):
+    guide = (Path(__file__).parents[2] / "docs" / "bundle.md").read_text()
+    network, save = re.findall(r"```python\n(.*?)```", guide, re.DOTALL)
+    (document,) = re.findall(r"```json\n(.*?)```", guide, re.DOTALL)
+    (tmp_path / "shop_net.py").write_text(network)
+    (tmp_path / "model.json").write_text(document)
+    for split in ("train", "test"):
+        (tmp_path / f"{split}.parquet").write_bytes(b"PAR1")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    exec(compile(save, "docs/bundle.md", "exec"), {})  # noqa: S102
+    draft = bundle.read_draft(tmp_path)
+    architecture = draft.network.architecture
+    model = network_class(architecture.path, ("shop_net",))(**architecture.config)
+    inputs = {
+        "user": torch.tensor([1, 2]),
+        "history": torch.zeros(2, 5, dtype=torch.int64),
+        "tags": torch.tensor([1, 2, 3]),
+        "tags_offsets": torch.tensor([0, 1]),
+        "prices": torch.ones(2, 2),
+    }
+    assert set(inputs) == {n for item in draft.signature.inputs for n in tensor_names(item)}
+    assert model(**inputs).shape == (2, 1)
+    facts = {n: found.fact for n, found in bundle_shards.stored_tensors(tmp_path).items()}
+    assert bundle.table_rows(facts, draft) == {"user": 50, "item": 30, "tags": 8}
+    del sys.modules["shop_net"]

@@ -1,0 +1,210 @@
+"""The ledger: gapless under a race, and rollbacks that lead somewhere."""
+
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from infra.errors import AlreadyThere, ArtifactDamaged, Refused
+from infra.ledger import Entry, Ledger, before
+from infra.store import Store
+
+
+@pytest.fixture
+def ledger(tmp_path) -> Ledger:
+    return Ledger(Store(str(tmp_path / "store")), "ranker")
+
+
+def promote(ledger: Ledger, version: str, expected: int | None = None) -> Entry:
+    return ledger.append(version, f"order-{version}", "promote", "ann", "better", expected)
+
+
+def roll_back(ledger: Ledger) -> str:
+    target = before(ledger.entries())
+    assert target is not None
+    return ledger.append(target.version, target.order, "rollback", "bob", "worse").version
+
+
+def test_entries_are_kept_in_order_and_name_what_they_replaced(ledger):
+    assert ledger.champion() is None
+    assert ledger.entries() == ()
+    first, second = promote(ledger, "1"), promote(ledger, "4")
+    assert (first.sequence, first.previous) == (1, None)
+    assert (second.sequence, second.previous) == (2, "1")
+    assert ledger.entries() == (first, second)
+    assert ledger.champion() == second
+    assert second.at.endswith("+00:00")
+
+
+@pytest.mark.parametrize("place", ["folder", "s3"])
+def test_six_who_append_at_once_leave_a_gapless_ledger_with_each_once(place, tmp_path, request):
+    if place == "s3":
+        request.getfixturevalue("s3")
+    root = str(tmp_path) if place == "folder" else f"s3://models/ledger-{time.time_ns()}"
+    barrier = threading.Barrier(6)
+
+    def append(number: int) -> int:
+        barrier.wait()
+        return promote(Ledger(Store(root), "ranker"), str(number)).sequence
+
+    with ThreadPoolExecutor(6) as pool:
+        sequences = sorted(pool.map(append, range(6)))
+    assert sequences == [1, 2, 3, 4, 5, 6]
+    entries = Ledger(Store(root), "ranker").entries()
+    assert [entry.sequence for entry in entries] == sequences
+    assert {entry.version for entry in entries} == set("012345")
+
+
+def test_who_expected_an_older_ledger_is_told_who_won(ledger):
+    promote(ledger, "1", expected=0)
+    promote(ledger, "2", expected=1)
+    with pytest.raises(AlreadyThere, match=r"ann made version 2 champion at .*promote: better"):
+        promote(ledger, "3", expected=1)
+    with pytest.raises(AlreadyThere, match="no entry 7"):
+        promote(ledger, "3", expected=7)
+    assert [entry.version for entry in ledger.entries()] == ["1", "2"]
+
+
+def test_of_six_who_expect_the_same_ledger_one_wins(ledger):
+    barrier = threading.Barrier(6)
+
+    def append(number: int) -> bool:
+        barrier.wait()
+        try:
+            promote(ledger, str(number), expected=0)
+        except AlreadyThere:
+            return False
+        return True
+
+    with ThreadPoolExecutor(6) as pool:
+        assert list(pool.map(append, range(6))).count(True) == 1
+    assert len(ledger.entries()) == 1
+
+
+def test_a_create_whose_answer_was_lost_is_not_entered_twice(ledger, monkeypatch):
+    create = ledger._store.create
+
+    def loses_the_answer(key, body):
+        create(key, body)
+        raise AlreadyThere("the client asked again and found its own key")
+
+    monkeypatch.setattr(ledger._store, "create", loses_the_answer)
+    entry = promote(ledger, "1")
+    assert ledger.entries() == (entry,)
+
+
+# --- rollback --------------------------------------------------------------------------------
+
+
+def test_rolling_back_twice_goes_two_steps_back(ledger):
+    for version in ("1", "2", "3"):
+        promote(ledger, version)
+    assert roll_back(ledger) == "2"
+    assert roll_back(ledger) == "1"
+    assert before(ledger.entries()) is None
+    with pytest.raises(Refused, match="nothing to roll back to"):
+        ledger.append("2", "order-2", "rollback", "bob", "worse")
+
+
+def test_a_version_that_was_rolled_back_is_not_come_back_to(ledger):
+    for version in ("1", "2"):
+        promote(ledger, version)
+    assert roll_back(ledger) == "1"
+    promote(ledger, "3")
+    assert roll_back(ledger) == "1"
+
+
+def test_promoting_the_champion_again_adds_no_step(ledger):
+    for version in ("1", "2", "2"):
+        promote(ledger, version)
+    assert roll_back(ledger) == "1"
+
+
+def test_a_version_may_be_champion_twice(ledger):
+    for version in ("1", "2", "1"):
+        promote(ledger, version)
+    assert roll_back(ledger) == "2"
+    assert roll_back(ledger) == "1"
+
+
+def test_a_rollback_goes_only_where_before_says(ledger):
+    for version in ("1", "2", "3"):
+        promote(ledger, version)
+    with pytest.raises(Refused, match="goes to version 2, not to 1"):
+        ledger.append("1", "order-1", "rollback", "bob", "worse")
+
+
+def entry(sequence: int, version: str, action: str, previous: str | None) -> Entry:
+    return Entry(
+        sequence=sequence,
+        model="m",
+        version=version,
+        order=version,
+        action=action,
+        previous=previous,
+        at="",
+        by="",
+        reason="",
+    )
+
+
+@given(st.lists(st.sampled_from(["a", "b", "c", "back"]), max_size=20))
+def test_a_rollback_undoes_the_promotion_it_follows(moves):
+    entries: list[Entry] = []
+
+    def add(version: str, action: str) -> None:
+        previous = entries[-1].version if entries else None
+        entries.append(entry(len(entries) + 1, version, action, previous))
+
+    for move in moves:
+        target = before(tuple(entries))
+        if move != "back":
+            add(move, "promote")
+        elif target is not None:
+            add(target.version, "rollback")
+    standing, target = entries[-1].version if entries else None, before(tuple(entries))
+    add("new", "promote")
+    undone = before(tuple(entries))
+    assert (undone.version if undone else None) == standing
+    if undone is not None:
+        add(undone.version, "rollback")
+        assert before(tuple(entries)) == target
+
+
+# --- damage ----------------------------------------------------------------------------------
+
+
+def test_a_gap_is_damage(ledger, tmp_path):
+    for version in ("1", "2", "3"):
+        promote(ledger, version)
+    (tmp_path / "store" / "ledger" / "ranker" / "00000002.json").unlink()
+    with pytest.raises(ArtifactDamaged, match=r"gap: .*00000002\.json is missing"):
+        ledger.entries()
+
+
+def test_an_entry_that_does_not_continue_the_one_before_is_damage(ledger):
+    first = promote(ledger, "1")
+    for forged in (
+        first.model_copy(update={"sequence": 2, "previous": "9"}),
+        first.model_copy(update={"sequence": 3, "previous": "1"}),
+        first.model_copy(update={"sequence": 2, "previous": "1", "action": "rollback"}),
+    ):
+        ledger._store.write("ledger/ranker/00000002.json", forged.model_dump_json().encode())
+        with pytest.raises(ArtifactDamaged, match=r"00000002\.json"):
+            ledger.champion()
+
+
+@pytest.mark.parametrize("name", ["2.json", "x.json", "00000002.txt", "00000002.json/x"])
+def test_a_stranger_among_the_entries_is_damage(ledger, name):
+    ledger._store.write(f"ledger/ranker/{name}", b"{}")
+    with pytest.raises(ArtifactDamaged, match="does not belong in a ledger"):
+        ledger.entries()
+
+
+@pytest.mark.parametrize("model", ["", "..", "a/b", "a:b", "/a", "a\\b"])
+def test_a_models_name_is_one_part_of_a_path(tmp_path, model):
+    with pytest.raises(Refused, match="name"):
+        Ledger(Store(str(tmp_path)), model)

@@ -1,0 +1,237 @@
+"""The registry on a real SQLite file."""
+
+import shutil
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from infra.errors import Refused, RegistryUnavailable, SettingRefused
+from infra.registry import MAX_TAG_VALUE, ORDER_TAG, Registered, Registry
+
+ORDER = "a" * 64
+OTHER = "b" * 64
+
+PUBLISH = """
+import sys
+from infra.registry import Registry
+made = Registry(sys.argv[1]).publish("ranker", "a" * 64, "s3://models/x", {"by": sys.argv[2]}, "")
+print(made.version, made.tags["by"])
+"""
+
+
+@pytest.fixture(scope="module")
+def fresh(tmp_path_factory) -> Path:
+    """An empty registry. Making its tables takes seconds, so it is made once and copied."""
+    file = tmp_path_factory.mktemp("registry") / "empty.db"
+    assert Registry(f"sqlite:///{file}").models() == ()
+    return file
+
+
+@pytest.fixture
+def registry(fresh, tmp_path) -> Registry:
+    return Registry(f"sqlite:///{shutil.copy(fresh, tmp_path / 'registry.db')}")
+
+
+def publish(registry: Registry, order: str = ORDER, model: str = "ranker") -> Registered:
+    return registry.publish(model, order, f"s3://models/{order[:4]}", {"recipe": "[]"}, "text")
+
+
+def test_publishing_twice_makes_one_version(registry):
+    first = publish(registry)
+    assert first == publish(registry)
+    assert first == Registered(
+        model="ranker",
+        version="1",
+        source="s3://models/aaaa",
+        tags={"recipe": "[]", ORDER_TAG: ORDER},
+        aliases=(),
+    )
+    assert registry.versions("ranker") == (first,)
+    assert registry.by_order(ORDER, "ranker") == first
+    assert registry.by_order(OTHER, "ranker") is None
+    assert registry.by_order(ORDER, "other") is None
+
+
+def test_versions_come_newest_first_also_past_nine(registry):
+    for number in range(11):
+        publish(registry, f"{number:064x}")
+    assert [found.version for found in registry.versions("ranker")] == [
+        str(number) for number in range(11, 0, -1)
+    ]
+
+
+def test_the_same_order_of_another_model_is_another_version(registry):
+    publish(registry)
+    assert publish(registry, model="tower").model == "tower"
+    assert registry.models() == ("ranker", "tower")
+
+
+def test_two_processes_that_publish_into_a_registry_not_yet_made_share_one_version(tmp_path):
+    uri = f"sqlite:///{tmp_path}/new folder/registry.db"
+    said = in_processes(uri, 2)
+    assert said[0] == said[1], "both were told of the same version"
+    assert [found.version for found in Registry(uri).versions("ranker")] == [said[0].split()[0]]
+
+
+def in_processes(uri: str, count: int) -> list[str]:
+    running = [
+        subprocess.Popen(
+            [sys.executable, "-c", PUBLISH, uri, str(number)],
+            cwd=Path(__file__).parents[2],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for number in range(count)
+    ]
+    answers = [process.communicate(timeout=120) for process in running]
+    assert [process.returncode for process in running] == [0] * count, answers
+    assert all(not noise for _, noise in answers), "no migration or telemetry noise"
+    return [said for said, _ in answers]
+
+
+def test_racers_that_saw_nothing_keep_the_lowest_version_and_delete_the_others(
+    registry, monkeypatch
+):
+    """Force the race: everybody's first look finds no version of the order."""
+    publish(registry, OTHER)
+    looks = []
+    by_order = Registry.by_order
+
+    def blind_at_first(self, order, model):
+        looks.append(order)
+        return None if len(looks) in (1, 3, 5) else by_order(self, order, model)
+
+    monkeypatch.setattr(Registry, "by_order", blind_at_first)
+    made = {publish(registry).version for _ in range(3)}
+    assert made == {"2"}
+    assert [found.version for found in registry.versions("ranker")] == ["2", "1"]
+
+
+def test_threads_of_one_process_publish_once(registry):
+    registry.models()
+    with ThreadPoolExecutor(4) as pool:
+        made = {found.version for found in pool.map(lambda _: publish(registry), range(4))}
+    assert len(made) == 1
+    assert len(registry.versions("ranker")) == 1
+
+
+# --- looking things up -----------------------------------------------------------------------
+
+
+def test_an_unknown_model_is_answered_with_those_there_are(registry):
+    with pytest.raises(Refused, match="there are: none yet"):
+        registry.versions("ranker")
+    publish(registry)
+    publish(registry, model="tower")
+    for use in (registry.versions, lambda model: registry.version(model, "1")):
+        with pytest.raises(Refused, match=r"no model 'rankr' .* there are: ranker, tower"):
+            use("rankr")
+
+
+def test_a_version_is_found_by_number_and_alias(registry):
+    publish(registry)
+    second = publish(registry, OTHER)
+    registry.point("ranker", "candidate", "2")
+    assert registry.version("ranker", "2").source == second.source
+    assert registry.version("ranker", "@candidate").version == "2"
+    assert registry.version("ranker", "2").aliases == ("candidate",)
+    assert registry.version("ranker", "1").aliases == ()
+    registry.point("ranker", "candidate", "1")
+    assert registry.version("ranker", "@candidate").version == "1"
+    with pytest.raises(Refused, match="no alias '@champion'; it has @candidate"):
+        registry.version("ranker", "@champion")
+    for ref in ("3", "one", "", "@"):
+        with pytest.raises(Refused, match="has no "):
+            registry.version("ranker", ref)
+    with pytest.raises(Refused, match="no version '9'; the newest are 2, 1"):
+        registry.point("ranker", "champion", "9")
+
+
+def test_the_champion_alias_is_made_to_follow_the_ledger(registry):
+    publish(registry)
+    publish(registry, OTHER)
+    assert registry.repair("ranker", "2") is True
+    assert registry.repair("ranker", "2") is False
+    registry.point("ranker", "champion", "1")
+    assert registry.repair("ranker", "2") is True
+    assert registry.version("ranker", "@champion").version == "2"
+    assert registry.repair("ranker", None) is True
+    assert registry.repair("ranker", None) is False
+    with pytest.raises(Refused, match="no alias"):
+        registry.version("ranker", "@champion")
+
+
+# --- what the registry does not take ---------------------------------------------------------
+
+
+def test_the_longest_tag_is_kept_and_a_longer_one_refused_by_name(registry):
+    tags = {"plan": "x" * MAX_TAG_VALUE}
+    assert (
+        registry.publish("ranker", ORDER, "s3://x", tags, "d" * 9999).tags["plan"] == tags["plan"]
+    )
+    with pytest.raises(Refused, match="Tag 'plan' has 100001 characters"):
+        registry.publish("ranker", OTHER, "s3://x", {"plan": "x" * (MAX_TAG_VALUE + 1)}, "")
+    for name in ("k" * 251, "a'b", ""):
+        with pytest.raises(Refused, match="no name the registry takes"):
+            registry.publish("ranker", OTHER, "s3://x", {name: "x"}, "")
+    with pytest.raises(Refused, match="source has 501 characters"):
+        registry.publish("ranker", OTHER, "s" * 501, {}, "")
+    with pytest.raises(Refused, match="64 hex digits"):
+        registry.publish("ranker", "x", "s3://x", {}, "")
+    assert len(registry.versions("ranker")) == 1
+
+
+@pytest.mark.parametrize("model", ["", " a", "a/b", "a:b", "it's", 'a"b', "a`b", "x" * 257])
+def test_names_the_registry_does_not_take_are_refused(registry, model):
+    with pytest.raises(Refused, match="no model name the registry takes"):
+        publish(registry, model=model)
+
+
+def test_an_alias_the_registry_does_not_take_is_refused(registry):
+    publish(registry)
+    for alias in ("latest", "v1", "a b", ""):
+        with pytest.raises(Refused, match="The registry refused"):
+            registry.point("ranker", alias, "1")
+
+
+# --- faults of the registry itself -----------------------------------------------------------
+
+
+def test_a_server_that_is_down_says_so_within_seconds():
+    began = time.monotonic()
+    with pytest.raises(RegistryUnavailable, match="did not answer"):
+        Registry("http://user:hunter2@127.0.0.1:9").models()
+    assert time.monotonic() - began < 20
+
+
+def test_what_is_no_registry_is_a_setting(tmp_path):
+    for uri in ("", "registry.db", "ftp://host/x", "databricks"):
+        with pytest.raises(SettingRefused, match="is no registry"):
+            Registry(uri)
+    (tmp_path / "text.db").write_text("not a database" * 100)
+    with pytest.raises(SettingRefused, match="not a database"):
+        Registry(f"sqlite:///{tmp_path}/text.db").models()
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(SettingRefused, match="cannot be made there"):
+        Registry(f"sqlite:///{tmp_path}/file/registry.db").models()
+
+
+def test_an_older_or_newer_registry_file_says_how_to_upgrade(registry, tmp_path):
+    import sqlite3
+
+    with sqlite3.connect(tmp_path / "registry.db") as database:
+        database.execute("update alembic_version set version_num = 'somebody-elses'")
+    with pytest.raises(SettingRefused, match="mlflow db upgrade"):
+        registry.models()
+
+
+def test_passwords_in_the_uri_stay_out_of_messages():
+    registry = Registry("postgresql://ann:hunter2@host/x")
+    assert registry._said("cannot reach postgresql://ann:hunter2@host/x") == (
+        "cannot reach postgresql://ann:***@host/x"
+    )

@@ -1,0 +1,624 @@
+"""One suite for both places a store can lie: a local folder and a real S3 server."""
+
+import errno
+import json
+import os
+import threading
+import time
+import tracemalloc
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from compressors.contracts import Artifact
+from infra import store_chunks
+from infra.errors import (
+    AlreadyThere,
+    ArtifactDamaged,
+    ArtifactMissing,
+    InfraError,
+    Refused,
+    SettingRefused,
+    StoreUnavailable,
+)
+from infra.store import CHUNK_BYTES, FileEntry, Store, StoreManifest
+from infra.store_manifest import plain_path, root_of
+
+BIG = 2 * CHUNK_BYTES + 17
+
+
+@dataclass
+class Stored:
+    """A store and a way round it, to damage what lies there."""
+
+    store: Store
+    raw: Callable[[str], bytes]
+    overwrite: Callable[[str, bytes], None]
+    remove: Callable[[str], None]
+
+
+def in_folder(root: Path) -> Stored:
+    def overwrite(key: str, body: bytes) -> None:
+        path = root / key
+        path.unlink(missing_ok=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(body)
+
+    return Stored(
+        store=Store(str(root)),
+        raw=lambda key: (root / key).read_bytes(),
+        overwrite=overwrite,
+        remove=lambda key: (root / key).unlink(),
+    )
+
+
+def in_bucket(prefix: str) -> Stored:
+    client = s3_client()
+    return Stored(
+        store=Store(f"s3://models/{prefix}"),
+        raw=lambda key: client.get_object(Bucket="models", Key=f"{prefix}/{key}")["Body"].read(),
+        overwrite=lambda key, body: client.put_object(
+            Bucket="models", Key=f"{prefix}/{key}", Body=body
+        ),
+        remove=lambda key: client.delete_object(Bucket="models", Key=f"{prefix}/{key}"),
+    )
+
+
+def s3_client() -> Any:
+    import boto3
+
+    return boto3.client("s3")
+
+
+@pytest.fixture(params=["folder", "s3"])
+def stored(request, tmp_path) -> Stored:
+    if request.param == "folder":
+        return in_folder(tmp_path / "store")
+    request.getfixturevalue("s3")
+    return in_bucket(f"{tmp_path.name}-{time.time_ns()}/deep")
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    return make_folder(tmp_path / "model", largest=1000)
+
+
+@pytest.fixture
+def big_folder(tmp_path) -> Path:
+    return make_folder(tmp_path / "model", largest=BIG)
+
+
+def make_folder(path: Path, largest: int) -> Path:
+    (path / "shards" / "tables").mkdir(parents=True)
+    (path / "model.json").write_text("{}")
+    (path / "empty.bin").write_bytes(b"")
+    (path / "manifest.json").write_text("a file of the model that is called like ours")
+    (path / "shards" / "tables" / "big.safetensors").write_bytes(os.urandom(largest))
+    (path / "shards" / "für [1] ?versionId=3 #%20.txt").write_text("an awkward name")
+    return path
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {
+        path.relative_to(folder).as_posix(): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
+
+
+def home(artifact: Artifact) -> str:
+    return f"artifacts/{artifact.sha256}"
+
+
+# --- the round trip --------------------------------------------------------------------------
+
+
+def test_get_returns_every_byte_that_was_put(stored, big_folder, tmp_path):
+    artifact = stored.store.put(big_folder)
+    into = stored.store.get(artifact, tmp_path / "new" / "out")
+    assert contents(into) == contents(big_folder)
+    assert artifact.bytes == sum(len(body) for body in contents(big_folder).values())
+    assert artifact.uri == f"{stored.store.root}/artifacts/{artifact.sha256}"
+
+
+def test_the_same_content_is_stored_once_under_the_same_name(stored, folder, tmp_path):
+    first = stored.store.put(folder)
+    stored.store._place.upload = None  # a second upload would fail
+    again = stored.store.put(make_copy(folder, tmp_path / "copy"))
+    assert again == first
+    assert stored.store.find(first.sha256) == first
+    assert stored.store.artifact(first.uri) == first
+    assert stored.store.artifact(first.uri + "/") == first
+
+
+def make_copy(folder: Path, into: Path) -> Path:
+    for path, body in contents(folder).items():
+        (into / path).parent.mkdir(parents=True, exist_ok=True)
+        (into / path).write_bytes(body)
+    return into
+
+
+def test_another_name_or_another_byte_is_another_artifact(tmp_path):
+    store = Store(str(tmp_path / "store"))
+    names = set()
+    for path, body in (("a", b"1"), ("b", b"1"), ("a", b"2"), ("a/b", b"1")):
+        source = tmp_path / f"{len(names)}"
+        (source / path).parent.mkdir(parents=True)
+        (source / path).write_bytes(body)
+        names.add(store.put(source).sha256)
+    assert len(names) == 4
+
+
+def test_local_gives_a_folder_to_map_without_copying_a_local_store(stored, folder, tmp_path):
+    artifact = stored.store.put(folder)
+    path = stored.store.local(artifact, tmp_path / "cache")
+    assert contents(path) == contents(folder)
+    in_cache = path == tmp_path / "cache" / artifact.sha256
+    assert in_cache == stored.store.root.startswith("s3://")
+    assert stored.store.local(artifact, tmp_path / "cache") == path
+
+
+def test_a_damaged_cached_copy_is_fetched_again(s3, folder, tmp_path):
+    store = in_bucket(f"cache-{time.time_ns()}").store
+    artifact = store.put(folder)
+    path = store.local(artifact, tmp_path / "cache")
+    kept = (path / "model.json").stat().st_ino
+    store.local(artifact, tmp_path / "cache")
+    assert (path / "model.json").stat().st_ino == kept, "an intact copy is not fetched again"
+    (path / "model.json").write_text("[]")
+    (path / "extra").write_text("x")
+    assert contents(store.local(artifact, tmp_path / "cache")) == contents(folder)
+    assert [entry.name for entry in (tmp_path / "cache").iterdir()] == [artifact.sha256]
+
+
+@pytest.mark.parametrize("kind", ["folder", pytest.param("s3", marks=pytest.mark.slow)])
+def test_memory_stays_flat_however_large_the_file(kind, tmp_path, request):
+    if kind == "s3":
+        request.getfixturevalue("s3")
+    root = str(tmp_path / "store") if kind == "folder" else f"s3://models/flat-{time.time_ns()}"
+    source = tmp_path / "large"
+    source.mkdir()
+    with (source / "table").open("wb") as file:
+        file.truncate(200 * 2**20)
+    store = Store(root)
+    tracemalloc.start()
+    try:
+        artifact = store.put(source)
+        put_peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.reset_peak()
+        store.get(artifact, tmp_path / "out")
+        get_peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    # 5 chunks read ahead and, for S3, 5 parts on their way: 80 MiB whatever the file's size, and
+    # up to one more copy of each part inside the HTTP client. The file itself is 200 MiB.
+    assert put_peak < 150 * 2**20
+    assert get_peak < 150 * 2**20
+
+
+# --- damage ----------------------------------------------------------------------------------
+
+
+def test_a_flipped_byte_is_found_and_its_chunk_named(stored, big_folder, tmp_path):
+    artifact = stored.store.put(big_folder)
+    key = f"{home(artifact)}/files/shards/tables/big.safetensors"
+    body = bytearray(stored.raw(key))
+    body[CHUNK_BYTES + 5] ^= 1
+    stored.overwrite(key, bytes(body))
+    with pytest.raises(ArtifactDamaged, match=r"big\.safetensors, chunk 1 \(bytes 8388608 to"):
+        stored.store.get(artifact, tmp_path / "deep" / "out")
+    assert not (tmp_path / "deep").exists(), "a failed get leaves nothing behind"
+    with pytest.raises(ArtifactDamaged, match=r"big\.safetensors, chunk 1"):
+        stored.store.local(artifact, tmp_path / "cache")
+
+
+@pytest.mark.parametrize("change", [lambda body: body[:-1], lambda body: body + b"\0"])
+def test_a_cut_or_lengthened_file_is_damage(stored, folder, tmp_path, change):
+    artifact = stored.store.put(folder)
+    key = f"{home(artifact)}/files/model.json"
+    stored.overwrite(key, change(stored.raw(key)))
+    with pytest.raises(ArtifactDamaged, match=r"model\.json has \d bytes instead of 2"):
+        stored.store.get(artifact, tmp_path / "out")
+
+
+def test_a_missing_file_is_damage_and_a_missing_manifest_is_absence(stored, folder, tmp_path):
+    artifact = stored.store.put(folder)
+    stored.remove(f"{home(artifact)}/files/model.json")
+    with pytest.raises(ArtifactDamaged, match=r"model\.json is missing"):
+        stored.store.get(artifact, tmp_path / "out")
+    stored.remove(f"{home(artifact)}/manifest.json")
+    assert stored.store.find(artifact.sha256) is None
+    for attempt in (
+        lambda: stored.store.get(artifact, tmp_path / "out"),
+        lambda: stored.store.manifest(artifact),
+        lambda: stored.store.artifact(artifact.uri),
+        lambda: stored.store.local(artifact, tmp_path / "cache"),
+    ):
+        with pytest.raises(ArtifactMissing, match="has no manifest, so it does not exist"):
+            attempt()
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_file_that_does_not_belong_is_not_handed_out_in_place(tmp_path, folder):
+    stored = in_folder(tmp_path / "store")
+    artifact = stored.store.put(folder)
+    stored.overwrite(f"{home(artifact)}/files/evil.pkl", b"")
+    with pytest.raises(ArtifactDamaged, match=r"evil\.pkl does not belong to it"):
+        stored.store.local(artifact, tmp_path / "cache")
+    assert contents(stored.store.get(artifact, tmp_path / "out")) == contents(folder)
+
+
+def test_a_tampered_manifest_is_damage(stored, folder):
+    artifact = stored.store.put(folder)
+    key = f"{home(artifact)}/manifest.json"
+    manifest = json.loads(stored.raw(key))
+    victim = next(entry for entry in manifest["files"] if entry["path"] == "model.json")
+    victim["chunks"] = ["0" * 64]
+    stored.overwrite(key, json.dumps(manifest).encode())
+    with pytest.raises(ArtifactDamaged, match="the root over it is another"):
+        stored.store.manifest(artifact)
+    # Also when the root inside was made to fit: the name is the promise.
+    forged = StoreManifest.of(tuple(FileEntry(**entry) for entry in manifest["files"]))
+    stored.overwrite(key, forged.model_dump_json().encode())
+    with pytest.raises(ArtifactDamaged, match="the root over it is another"):
+        stored.store.manifest(artifact)
+    stored.overwrite(key, b"not json")
+    with pytest.raises(ArtifactDamaged, match="its manifest cannot be used"):
+        stored.store.find(artifact.sha256)
+
+
+@pytest.mark.parametrize("path", ["../up", "/etc/passwd", "a/../../b", "a\\..\\b", "", "a//b", "."])
+def test_a_manifest_path_that_leaves_the_artifact_is_refused(stored, tmp_path, path):
+    entry = {"path": path, "bytes": 0, "chunks": ()}
+    files = (FileEntry.model_construct(**entry),)
+    root = root_of(files, CHUNK_BYTES)
+    body = {"schema_version": 1, "chunk_bytes": CHUNK_BYTES, "files": [entry], "root": root}
+    stored.overwrite(f"artifacts/{root}/manifest.json", json.dumps(body).encode())
+    artifact = Artifact(uri=f"{stored.store.root}/artifacts/{root}", sha256=root, bytes=0)
+    with pytest.raises(ArtifactDamaged, match=r"manifest cannot be used \(files\.0\.path"):
+        stored.store.get(artifact, tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("files", "wrong"),
+    [
+        ([("b", 0, 0), ("a", 0, 0)], "not sorted"),
+        ([("a", 0, 0), ("a", 0, 0)], "occurs twice"),
+        ([("a", 0, 0), ("a/b", 0, 0)], "a file and a folder at once"),
+        ([("a", 1, 0)], "needs 1 chunk hashes"),
+        ([("a", CHUNK_BYTES, 2)], "needs 1 chunk hashes"),
+        ([], "at least 1 item"),
+    ],
+)
+def test_a_manifest_that_contradicts_itself_is_refused(files, wrong):
+    entries = tuple(
+        FileEntry(path=path, bytes=size, chunks=("0" * 64,) * chunks)
+        for path, size, chunks in files
+    )
+    with pytest.raises(ValueError, match=wrong):
+        StoreManifest.of(entries)
+
+
+@given(st.text(alphabet="ab./\\\0é", max_size=8))
+def test_a_plain_path_never_leaves_its_folder(path):
+    try:
+        plain_path(path)
+    except ValueError:
+        return
+    landed = os.path.normpath(f"/folder/{path}")
+    assert landed == f"/folder/{path}"
+
+
+# --- what put refuses, and what a cut put leaves ---------------------------------------------
+
+
+def test_put_refuses_symlinks_devices_and_emptiness(tmp_path):
+    store = Store(str(tmp_path / "store"))
+    source = tmp_path / "source"
+    with pytest.raises(Refused, match="cannot be read as a folder of files: No such file"):
+        store.put(source)
+    (source / "below").mkdir(parents=True)
+    with pytest.raises(Refused, match="holds no file"):
+        store.put(source)
+    for target in ("/etc/hostname", "/etc", "nowhere"):
+        link = source / "below" / "link"
+        link.symlink_to(target)
+        with pytest.raises(Refused, match="link is a symlink"):
+            store.put(source)
+        link.unlink()
+    os.mkfifo(source / "pipe")
+    with pytest.raises(Refused, match="pipe is neither a file nor a folder"):
+        store.put(source)
+    (source / "pipe").unlink()
+    (source / "a\\b").write_text("x")
+    with pytest.raises(Refused, match="backslash"):
+        store.put(source)
+    assert not (tmp_path / "store").exists()
+
+
+def test_a_put_cut_short_does_not_exist_until_a_second_put_completes_it(
+    stored, big_folder, tmp_path, monkeypatch
+):
+    uploaded = []
+    upload = stored.store._place.upload
+
+    def dies_in_the_middle(key, size, chunks):
+        def some():
+            yield next(chunks)
+            raise KeyboardInterrupt
+
+        if key.endswith("big.safetensors"):
+            upload(key, size, some())
+        upload(key, size, chunks)
+        uploaded.append(key)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(stored.store._place, "upload", dies_in_the_middle)
+        with pytest.raises(KeyboardInterrupt):
+            stored.store.put(big_folder)
+    name = uploaded[0].split("/")[1]
+    assert uploaded, "it died after some files were there"
+    assert set(stored.store.keys("artifacts/")) == set(uploaded), "no partial file is visible"
+    assert stored.store.find(name) is None
+    artifact = stored.store.put(big_folder)
+    assert artifact.sha256 == name
+    assert contents(stored.store.get(artifact, tmp_path / "out")) == contents(big_folder)
+    if stored.store.root.startswith("s3://"):
+        open_uploads = s3_client().list_multipart_uploads(Bucket="models").get("Uploads", [])
+        assert not [entry for entry in open_uploads if name in entry["Key"]]
+    else:
+        assert not list((tmp_path / "store" / ".tmp").iterdir())
+
+
+@pytest.mark.parametrize("change", ["rewritten", "grown", "cut", "gone"])
+def test_a_file_that_changes_while_it_is_stored_is_never_stored(
+    stored, big_folder, monkeypatch, change
+):
+    victim = big_folder / "shards" / "tables" / "big.safetensors"
+
+    def and_then_it_changes(*args):
+        entries = store_chunks.hashed(*args)
+        if change == "gone":
+            victim.unlink()
+        else:
+            body = bytearray(victim.read_bytes())
+            body[0] ^= change == "rewritten"
+            victim.write_bytes(
+                body + b"!" if change == "grown" else body[: BIG - (change == "cut")]
+            )
+        return entries
+
+    monkeypatch.setattr("infra.store.hashed", and_then_it_changes)
+    with pytest.raises(InfraError, match=r"big\.safetensors (changed while|could not be read)"):
+        stored.store.put(big_folder)
+    assert not [key for key in stored.store.keys("artifacts/") if "big" in key]
+    complete = f"{stored.store.keys('artifacts/')[0][: len('artifacts/') + 64]}/manifest.json"
+    assert complete not in stored.store.keys("artifacts/")
+
+
+def test_two_puts_of_the_same_content_at_once_both_succeed(stored, big_folder, tmp_path):
+    with ThreadPoolExecutor(3) as pool:
+        found = {artifact.sha256 for artifact in pool.map(stored.store.put, [big_folder] * 3)}
+    assert len(found) == 1
+    artifact = stored.store.find(found.pop())
+    assert contents(stored.store.get(artifact, tmp_path / "out")) == contents(big_folder)
+
+
+def test_get_does_not_touch_a_folder_that_holds_something(tmp_path, folder):
+    store = Store(str(tmp_path / "store"))
+    artifact = store.put(folder)
+    taken = tmp_path / "taken"
+    taken.mkdir()
+    assert store.get(artifact, taken) == taken, "an empty folder may be filled"
+    (taken / "model.json").write_text("mine")
+    with pytest.raises(Refused, match="is not empty"):
+        store.get(artifact, taken)
+    assert (taken / "model.json").read_text() == "mine"
+    with pytest.raises(Refused, match="is not a folder"):
+        store.get(artifact, taken / "model.json")
+
+
+# --- records ---------------------------------------------------------------------------------
+
+
+def test_of_eight_creates_at_once_exactly_one_wins_and_its_body_is_there(stored):
+    barrier = threading.Barrier(8)
+
+    def create(number: int) -> bool:
+        barrier.wait()
+        try:
+            stored.store.create("ledger/m/1.json", str(number).encode() * 1000)
+        except AlreadyThere:
+            return False
+        return True
+
+    with ThreadPoolExecutor(8) as pool:
+        won = list(pool.map(create, range(8)))
+    assert won.count(True) == 1
+    assert stored.store.read("ledger/m/1.json") == str(won.index(True)).encode() * 1000
+
+
+def test_records_are_replaced_listed_and_missed(stored):
+    store = stored.store
+    assert store.keys("") == ()
+    for key in ("b/2", "b/10", "a/x/y", "bb"):
+        store.write(key, key.encode())
+    store.write("b/2", b"")
+    assert store.read("b/2") == b""
+    assert store.read("a/x/y") == b"a/x/y"
+    assert store.keys("") == ("a/x/y", "b/10", "b/2", "bb")
+    assert store.keys("b/") == ("b/10", "b/2")
+    assert store.keys("b") == ("b/10", "b/2", "bb")
+    assert store.keys("none/") == ()
+    with pytest.raises(ArtifactMissing, match="does not exist"):
+        store.read("b/3")
+
+
+def test_records_stay_small_and_leave_the_artifacts_alone(tmp_path):
+    store = Store(str(tmp_path))
+    for key in ("artifacts/x", ".tmp/x"):
+        with pytest.raises(Refused, match="belongs to the store itself"):
+            store.write(key, b"")
+    for key in ("../x", "/x", "a//b", "a\\b", ""):
+        for use in (store.read, lambda key: store.create(key, b"")):
+            with pytest.raises(Refused, match="plain relative path"):
+                use(key)
+    with pytest.raises(Refused, match="at most 16777216"):
+        store.write("x", b"\0" * (16 * 2**20 + 1))
+    (tmp_path / "large").write_bytes(b"\0" * (16 * 2**20 + 1))
+    with pytest.raises(Refused, match="larger than 16777216"):
+        store.read("large")
+
+
+# --- roots and references --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "root",
+    [
+        "",
+        " ",
+        "gs://bucket",
+        "http://u:secret@host/x",
+        "memory://",
+        "file://host/x",
+        "s3://",
+        "s3://b",
+        "s3://bu/../x",
+        "s3://bucket//x/..",
+        "s3:/bucket/x",
+        "S3://bucket/x",
+    ],
+)
+def test_other_roots_are_refused(root):
+    with pytest.raises(SettingRefused, match="RECPRESS_STORE") as refused:
+        Store(root)
+    assert "secret" not in str(refused.value)
+
+
+def test_a_root_has_one_spelling(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    odd = tmp_path / "my store %20#"
+    assert Store("x/../store").root == f"file://{tmp_path}/store"
+    assert Store(Store(str(odd)).root).root == Store(str(odd)).root
+    assert Store(Store(str(odd)).root)._place.in_place("k") == odd / "k"
+    assert Store("s3://bucket/a/b/").root == "s3://bucket/a/b"
+    assert Store("s3://bucket/").root == "s3://bucket"
+
+
+def test_a_reference_to_another_store_or_of_another_form_is_refused(tmp_path, folder):
+    store = Store(str(tmp_path / "store"))
+    artifact = store.put(folder)
+    with pytest.raises(ArtifactMissing, match="outside the store"):
+        store.artifact(f"file:///elsewhere/artifacts/{artifact.sha256}")
+    with pytest.raises(Refused, match="<sha256>; found"):
+        store.artifact(f"{store.root}/artifacts/../x")
+    with pytest.raises(Refused, match="64 hex digits"):
+        store.find("../../etc")
+    with pytest.raises(ArtifactDamaged, match="two different artifacts"):
+        store.manifest(artifact.model_copy(update={"sha256": "0" * 64}))
+    with pytest.raises(ArtifactDamaged, match="its manifest says"):
+        store.manifest(artifact.model_copy(update={"bytes": 1}))
+
+
+# --- faults of the store itself --------------------------------------------------------------
+
+
+def test_wrong_credentials_name_the_variable_and_not_its_value(s3, monkeypatch):
+    for name in ("AWS_SECRET_ACCESS_KEY", "AWS_ACCESS_KEY_ID"):
+        monkeypatch.setenv(name, "wrong-value-0123456789")
+        with pytest.raises(SettingRefused, match="AWS_ACCESS_KEY_ID") as refused:
+            Store("s3://models/x").read("key")
+        assert "wrong-value" not in str(refused.value)
+    for name in ("AWS_SECRET_ACCESS_KEY", "AWS_ACCESS_KEY_ID"):
+        monkeypatch.delenv(name)
+    with pytest.raises(SettingRefused, match="none found"):
+        Store("s3://models/x").read("key")
+
+
+def test_a_bucket_that_does_not_exist_is_a_setting(s3, folder):
+    store = Store("s3://no-such-bucket/x")
+    for use in (lambda: store.find("0" * 64), lambda: store.put(folder), lambda: store.keys("")):
+        with pytest.raises(SettingRefused, match="no bucket 'no-such-bucket'"):
+            use()
+
+
+def test_a_store_that_is_down_says_so_within_seconds(s3, folder, monkeypatch):
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")  # discard: nobody listens
+    store = Store("s3://models/x")
+    began = time.monotonic()
+    with pytest.raises(StoreUnavailable, match="did not answer"):
+        store.put(folder)
+    assert time.monotonic() - began < 20
+
+
+@pytest.mark.parametrize(
+    ("status", "code", "expected"),
+    [
+        (503, "SlowDown", StoreUnavailable),
+        (500, "InternalError", StoreUnavailable),
+        (400, "RequestTimeout", StoreUnavailable),
+        (403, "AccessDenied", SettingRefused),
+        (301, "PermanentRedirect", SettingRefused),
+        (404, "", SettingRefused),
+    ],
+)
+def test_the_stores_own_answers_are_sorted_by_whether_a_retry_helps(
+    s3, monkeypatch, status, code, expected
+):
+    class Answer(BaseHTTPRequestHandler):
+        def do_GET(self):
+            body = f"<Error><Code>{code}</Code><Message>m</Message></Error>" if code else "?"
+            self.send_response(status)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body.encode())
+
+        def log_message(self, *args):
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Answer) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{server.server_port}")
+        try:
+            with pytest.raises(expected, match=code):
+                Store("s3://models/x").read("key")
+        finally:
+            server.shutdown()
+
+
+def test_a_folder_that_cannot_be_written_is_named(tmp_path, folder):
+    (tmp_path / "file").write_text("x")
+    store = Store(str(tmp_path / "file" / "store"))
+    with pytest.raises(SettingRefused, match=str(tmp_path / "file")):
+        store.put(folder)
+
+
+@pytest.mark.parametrize(
+    ("number", "expected"),
+    [
+        (errno.ENOSPC, StoreUnavailable),
+        (errno.EROFS, SettingRefused),
+        (errno.EIO, StoreUnavailable),
+    ],
+)
+def test_a_disk_that_fails_is_sorted_by_whether_a_retry_helps(
+    tmp_path, monkeypatch, number, expected
+):
+    def fails(*args):
+        raise OSError(number, os.strerror(number))
+
+    store = Store(str(tmp_path))
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "link", fails)
+        with pytest.raises(expected, match=f"{tmp_path}/ledger/1"):
+            store.create("ledger/1", b"x")
+    assert store.keys("") == ()
+    assert not list((tmp_path / ".tmp").iterdir())

@@ -1,0 +1,180 @@
+"""Every TensorRT name in the code exists in TensorRT 10, 11 and RTX.
+
+The datacenter builder cannot run without its vendor's libraries and a GPU, but its binding wheels
+are small and list every name. So the code is held against ``NAMES``, and ``NAMES`` against them.
+"""
+
+import ast
+import json
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from functools import reduce
+from pathlib import Path
+
+import pytest
+
+import infra.tensorrt_build
+from infra.tensorrt import NAMES
+
+WHEELS = ("tensorrt-cu12-bindings==10.13.3.9", "tensorrt-cu13-bindings==11.4.0.106")
+HANDLES = {
+    "trt": "",
+    "builder": "Builder",
+    "network": "INetworkDefinition",
+    "parser": "OnnxParser",
+    "fault": "ParserError",
+    "config": "IBuilderConfig",
+    "profile": "IOptimizationProfile",
+    "layer": "ILayer",
+    "tensor": "ITensor",
+}
+# What the bindings need of the libraries they wrap, to be imported at all.
+STUBS = [
+    "createInferBuilder_INTERNAL",
+    "createInferRefitter_INTERNAL",
+    "createInferRuntime_INTERNAL",
+    "createNvOnnxParserRefitter_INTERNAL",
+    "createNvOnnxParser_INTERNAL",
+    "getBuilderPluginRegistry",
+    "getNvOnnxParserVersion",
+    "getPluginRegistry",
+    "initLibNvInferPlugins",
+]
+
+
+def used_names(source):
+    """The dotted TensorRT names a source uses through its handles, and chains it may not have."""
+    names, chains = set(), []
+    for node in ast.walk(ast.parse(source)):
+        if not isinstance(node, ast.Attribute):
+            continue
+        parts, base, plain = [node.attr], node.value, True
+        while isinstance(base, ast.Attribute | ast.Call | ast.Subscript):
+            plain = plain and isinstance(base, ast.Attribute)
+            if isinstance(base, ast.Attribute):
+                parts.append(base.attr)
+            base = base.func if isinstance(base, ast.Call) else base.value
+        if not (isinstance(base, ast.Name) and base.id in HANDLES):
+            continue
+        if plain:
+            prefix = [HANDLES[base.id]] if HANDLES[base.id] else []
+            names.add(".".join(prefix + parts[::-1]))
+        else:
+            chains.append(ast.unparse(node))
+    return names, chains
+
+
+def source():
+    return Path(infra.tensorrt_build.__file__).read_text()
+
+
+def test_the_code_uses_no_tensorrt_name_that_is_not_listed_and_lists_none_it_does_not_use():
+    names, chains = used_names(source())
+    assert chains == [], "give each TensorRT object a name of its own, so this test can see it"
+    inherited = {"ILogger.__init__"}  # what constructing any Python subclass needs
+    assert names - inherited == set(NAMES)
+
+
+@pytest.mark.parametrize(
+    ("line", "seen"),
+    [
+        ("trt.BuilderFlag.FP16", "trt.BuilderFlag.FP16"),
+        ("config.set_flag(1)", "IBuilderConfig.set_flag"),
+    ],
+)
+def test_an_unlisted_name_would_be_seen(line, seen):
+    names, _ = used_names(line)
+    assert any(seen.endswith(name) for name in names - set(NAMES))
+
+
+def test_a_chain_that_hides_a_name_would_be_seen():
+    assert used_names("network.get_layer(0).precision")[1] == ["network.get_layer(0).precision"]
+
+
+def test_tensorrt_is_only_called_in_the_child():
+    for path in Path(infra.tensorrt_build.__file__).parent.glob("tensorrt*.py"):
+        if path.name != "tensorrt_build.py":
+            assert "trt" not in {
+                n.id for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.Name)
+            }
+
+
+def test_rtx_has_every_name():
+    trt = pytest.importorskip(
+        "tensorrt_rtx_bindings", reason="install with: pip install 'recpress[tensorrt-rtx]'"
+    )
+    assert [name for name in NAMES if not has(trt, name)] == []
+
+
+def has(trt, name):
+    try:
+        reduce(getattr, name.split("."), trt)
+    except AttributeError:
+        return False
+    return True
+
+
+@pytest.fixture(scope="module", params=WHEELS)
+def bindings(request, tmp_path_factory):
+    """The unpacked package of one real binding wheel, about 1.2 MB from the package index."""
+    folder = tmp_path_factory.mktemp("wheel")
+    pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "-d", str(folder)]
+    subprocess.run([*pip, request.param], check=True, timeout=120)
+    (wheel,) = folder.glob("*.whl")
+    with zipfile.ZipFile(wheel) as packed:
+        packed.extractall(folder)
+    return folder / "tensorrt_bindings"
+
+
+@pytest.mark.slow
+def test_the_datacenter_bindings_carry_every_name_as_a_string(bindings):
+    native = (bindings / "tensorrt.so").read_bytes()
+    python = (bindings / "__init__.py").read_bytes()
+    leaves = {name.rsplit(".", 1)[-1].encode() for name in NAMES}
+    missing = [leaf for leaf in leaves if leaf + b"\0" not in native and leaf not in python]
+    assert missing == []
+    assert b"set_no_such_thing\0" not in native
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("cc") is None, reason="needs a C compiler for empty libraries")
+def test_the_datacenter_bindings_have_every_name_where_the_code_looks_for_it(bindings):
+    """Imports the real bindings on empty libraries, so that names are looked up, not guessed."""
+    native = (bindings / "tensorrt.so").read_bytes()
+    major = next(v for v in (b"10", b"11") if b"libnvinfer.so." + v + b"\0" in native).decode()
+    libraries = bindings.parent / "libraries"
+    libraries.mkdir()
+    stub = libraries / "stub.c"
+    stub.write_text("".join(f"void *{name}(void) {{ return 0; }}\n" for name in STUBS))
+    for name in ("libnvinfer", "libnvinfer_plugin", "libnvonnxparser"):
+        out = f"{name}.so.{major}"
+        link = ["cc", "-shared", "-fPIC", f"-Wl,-soname,{out}", "-o", str(libraries / out)]
+        subprocess.run([*link, str(stub)], check=True, timeout=60)
+    script = (
+        "import json, sys, tensorrt_bindings as trt\n"
+        "from functools import reduce\n"
+        "def has(name):\n"
+        "    try:\n"
+        "        reduce(getattr, name.split('.'), trt)\n"
+        "        return True\n"
+        "    except AttributeError:\n"
+        "        return False\n"
+        "names = json.loads(sys.argv[1])\n"
+        "print(json.dumps([trt.__version__, [n for n in names if not has(n)]]))\n"
+    )
+    names = json.dumps([*NAMES, "BuilderFlag.NO_SUCH_FLAG"])
+    done = subprocess.run(
+        [sys.executable, "-c", script, names],
+        env=os.environ | {"LD_LIBRARY_PATH": str(libraries)},
+        cwd=bindings.parent,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == 0, done.stderr
+    version, missing = json.loads(done.stdout)
+    assert version.startswith(major)
+    assert missing == ["BuilderFlag.NO_SUCH_FLAG"]
