@@ -186,7 +186,8 @@ class Bag(nn.Module):
                 )
             longest = self.longest
         else:
-            longest = int((end - begin).max()) if len(begin) else 0
+            # At least one place, so that there is something to reduce where every bag is empty.
+            longest = max(1, int((end - begin).max())) if len(begin) else 1
         inside, position = pad_positions(begin, end, count, longest)
         return padded(values, position), inside, position
 

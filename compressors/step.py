@@ -14,7 +14,12 @@ from torch import Tensor, nn
 
 from compressors.batches import example
 from compressors.contracts import Bench, Network, Plan, PlanLine, Schema
-from compressors.errors import ContractBroken, NothingToCompress
+from compressors.errors import (
+    CompressionError,
+    ContractBroken,
+    ModelRefused,
+    NothingToCompress,
+)
 from compressors.formats import PackedTable, TableFormat
 from compressors.state import Model, load, records_of, save
 from compressors.units import (
@@ -23,8 +28,8 @@ from compressors.units import (
     choose_tables,
     pack_table,
     private_copy,
+    stored_bytes,
     swap,
-    tensor_bytes,
 )
 
 BLOCK_ROWS = 65_536
@@ -89,6 +94,7 @@ def run(step: TableStep | ModelStep, source: Model, bench: Bench, folder: Path) 
         NothingToCompress: the step takes no unit of this model.
         ContractBroken: the step changed its input, gave numbers that are not finite, did other
             than it chose, or its result does not survive being stored.
+        ModelRefused: the network does not run on inputs that its schema allows.
         CompressionError: the step cannot be carried out on this model.
     """
     versions = _versions(source.module)
@@ -106,8 +112,7 @@ def run(step: TableStep | ModelStep, source: Model, bench: Bench, folder: Path) 
     after = Unit.of(model)
     _check_choices(step, choices, before, after)
     inputs = example(bench.signature, rows_of_tables(model, bench.signature), CHECK_ROWS)
-    with torch.no_grad():
-        expected = model(**inputs)
+    expected = _scores(step, source, model, inputs)
     if not bool(torch.isfinite(expected).all()):
         raise ContractBroken(f"After {step.kind!r} the model's scores are not finite numbers.")
     ties = save(model, folder)
@@ -123,8 +128,32 @@ def run(step: TableStep | ModelStep, source: Model, bench: Bench, folder: Path) 
             f"After {step.kind!r} the stored model scores differently from the one in memory (by "
             f"up to {gap:g}): some of its state is not among its tensors."
         )
-    plan = _plan(source, choices, before, after, tensor_bytes(source.module), tensor_bytes(stored))
+    plan = _plan(source, choices, before, after, stored_bytes(source.module), stored_bytes(stored))
     return Model(stored, source.architecture, network, plan)
+
+
+def _scores(
+    step: TableStep | ModelStep, source: Model, model: nn.Module, inputs: dict[str, Tensor]
+) -> Tensor:
+    """Scores of the compressed module, or whose fault it is that there are none."""
+    try:
+        with torch.no_grad():
+            scores: Tensor = model(**inputs)
+    except Exception as fault:
+        try:
+            with torch.no_grad():
+                private_copy(source.module).eval()(**inputs)
+        except Exception as first:
+            raise ModelRefused(
+                f"{source.network.architecture.path} fails on made-up inputs that its schema "
+                f"allows, such as any id below the rows of its table: {first!r}. Correct the "
+                f"inputs in model.json, or the network."
+            ) from first
+        raise CompressionError(
+            f"After {step.kind!r} the network no longer runs: {fault!r}. Some code of it reads "
+            f"the weights of a layer instead of calling it; leave that layer out of the step."
+        ) from fault
+    return scores
 
 
 def rows_of_tables(model: nn.Module, schema: Schema) -> dict[str, int]:

@@ -2,7 +2,7 @@
 
 import copy
 import fnmatch
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -54,10 +54,13 @@ class Choice:
     reason: str
 
 
-def tensor_bytes(module: nn.Module) -> int:
-    """Bytes of a module's own parameters and buffers, each counted once."""
-    held = {id(t): t for t in (*module.parameters(), *module.buffers())}
-    return sum(tensor.numel() * tensor.element_size() for tensor in held.values())
+def stored_bytes(module: nn.Module, counted: Collection[int] = ()) -> int:
+    """Bytes of the tensors that a file of this module holds, each once.
+
+    Buffers that no file holds are left out, and so are the tensors whose ids are in ``counted``.
+    """
+    held = {id(tensor): tensor for tensor in module.state_dict(keep_vars=True).values()}
+    return sum(t.numel() * t.element_size() for key, t in held.items() if key not in counted)
 
 
 def choose_tables(
@@ -144,6 +147,7 @@ def _walk(model: nn.Module) -> Iterator[Unit]:
         for parameter in module.parameters(recurse=False):
             users.setdefault(id(parameter), []).append(module)
     inside: set[nn.Module] = set()
+    counted: set[int] = set()  # a tied weight's bytes belong to the first unit that holds it
     for name, module in model.named_modules():
         described = None if module in inside else _describe(name, module)
         if described is None:
@@ -158,7 +162,9 @@ def _walk(model: nn.Module) -> Iterator[Unit]:
             if user not in own
         ]
         role, form, rows = described
-        yield Unit(name, role, module, form, tensor_bytes(module), rows, next(iter(shared), None))
+        size = stored_bytes(module, counted)
+        counted |= {id(tensor) for tensor in module.state_dict(keep_vars=True).values()}
+        yield Unit(name, role, module, form, size, rows, next(iter(shared), None))
 
 
 def _describe(name: str, module: nn.Module) -> tuple[Role, str, int] | None:

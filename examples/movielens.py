@@ -213,6 +213,8 @@ def encode(frame: pd.DataFrame, known: Mapping[str, Mapping[str, int]]) -> pa.Ta
     columns[BAG] = pa.array(bags, pa.list_(pa.int64()))
     columns["click"] = pa.array(frame["click"], pa.int64())
     columns["timestamp"] = pa.array(frame["timestamp"], pa.int64())
+    # The person behind a row: `user` is no group, since it holds all new people as one id.
+    columns["person"] = pa.array(frame["user"], pa.string())
     return pa.table(columns)
 
 
@@ -325,7 +327,7 @@ def signature() -> Schema:
     policy = {"out_of_range": "default_row", "default_row": UNKNOWN}
     ids = [{"kind": "id", "name": name, "table": f"tables.{name}", **policy} for name in FIELDS]
     genres = {"kind": "jagged_bag", "name": BAG, "table": f"bags.{BAG}", "shape": [LONGEST_BAG]}
-    judged = {"label": "click", "group": "user", "time": "timestamp", "metric": "auc"}
+    judged = {"label": "click", "group": "person", "time": "timestamp", "metric": "auc"}
     return Schema.model_validate(
         {"task": "ctr", "inputs": [*ids, genres | policy], "output": "logit", **judged}
     )

@@ -38,17 +38,12 @@ Target = Annotated[
 def main() -> None:
     """Run the command line; every known fault becomes one sentence and an exit code."""
     try:
-        app(standalone_mode=False)
-    except typer.Exit as end:
-        sys.exit(end.exit_code)
-    except (typer.Abort, KeyboardInterrupt):
-        sys.exit(130)
+        app()
     except Exception as fault:
         sys.exit(_explain(fault))
 
 
 def _explain(fault: Exception) -> int:
-    import click
     from pydantic import ValidationError
 
     from compressors.errors import CompressionError
@@ -56,9 +51,6 @@ def _explain(fault: Exception) -> int:
 
     if os.environ.get("RECPRESS_DEBUG"):
         traceback.print_exception(fault)
-    if isinstance(fault, click.ClickException):
-        fault.show()
-        return 2
     if isinstance(fault, ValidationError):
         lines = [
             f"{'.'.join(str(part) for part in error['loc']) or fault.title}: {error['msg']}"

@@ -12,7 +12,7 @@ from prefect.client.schemas.objects import State
 from prefect.states import Completed
 
 from compressors.contracts import Artifact, TargetKind, Verdict, digest
-from compressors.errors import CompressionError
+from compressors.errors import CompressionError, NothingToCompress
 from flows.order import Order
 from flows.resolve import champion_of, order_digest, promote_if_ordered
 from infra.errors import InfraError, Refused
@@ -67,16 +67,28 @@ def compress(order: Order) -> Finished | State[Any]:
     baseline = kept(lower_model, bundle=bundle, target="onnxruntime", **lowering)
 
     candidate = bundle
+    idle: dict[str, str] = {}
     for step in order.recipe():
         progress.stage(step.kind)
-        candidate = kept(
-            compress_step,
-            source=candidate,
-            step=step,
-            splits=splits,
-            original=bundle,
-            seed=order.seed,
-            code=code,
+        try:
+            candidate = kept(
+                compress_step,
+                source=candidate,
+                step=step,
+                splits=splits,
+                original=bundle,
+                seed=order.seed,
+                code=code,
+            )
+        except NothingToCompress as fault:
+            # A preset is written for models of any make; a recipe of one's own is meant.
+            if order.preset == "custom":
+                raise
+            log.warning("%s has nothing to do in this model: %s", step.kind, fault)
+            idle[step.kind] = str(fault)
+    if candidate == bundle:
+        raise CompressionError(
+            f"No step of preset {order.preset!r} fits this model: {'; '.join(idle.values())}"
         )
 
     built: dict[TargetKind, Artifact] = {}
@@ -130,6 +142,7 @@ def compress(order: Order) -> Finished | State[Any]:
         required={target: wanted == "required" for target, wanted in targets.items()},
         verdicts=verdicts,
         skipped=skipped,
+        idle=idle,
         measurement=measurement,
         validation=validation,
     )

@@ -63,7 +63,7 @@ def show(finished: "Finished") -> None:
     """The table of before and after, the verdicts, and how to get the result."""
     from rich.table import Table
 
-    from tasks.report import headline, resolution
+    from tasks.report import headline, limit_lines, resolution
 
     report, out = finished.report, console()
     rows = headline(report)
@@ -74,6 +74,8 @@ def show(finished: "Finished") -> None:
         table.add_row(*row.values())
     out.print(table)
     out.print(resolution(report))
+    for line in limit_lines(report):
+        out.print(line, markup=False, soft_wrap=True)
     for target in report.targets:
         style = STYLE.get(target.verdict.outcome, "bold")
         out.print(

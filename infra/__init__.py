@@ -1,16 +1,26 @@
 """Adapters: one file hides one outside thing. Knows no Prefect and nothing of the maths.
 
-settings.py       the environment
-errors.py         what can go wrong here, split by whether a retry helps
-store.py          the object store: a folder or S3, content-addressed, verified on read
-ledger.py         who is champion: appended with conditional creates
-registry.py       MLflow's model registry, a projection of what the store holds
-bundle.py         the bundle format: model.json + safetensors
-architecture.py   importing a network's class, allow-listed modules only
-data.py           parquet files as tensors
-expectations.py   Great Expectations suites made from a bundle's schema
-page.py           our own page for a validation result
-onnxruntime.py    sessions: scores, latency, the optimized graph
-tensorrt.py       engines of TensorRT 10 / 11 and TensorRT-RTX, built in a child process
-child.py          processes that can be killed
+settings.py        the environment
+errors.py          what can go wrong here, split by whether a retry helps
+store.py           the object store: a folder or S3, content-addressed, verified on read
+store_manifest.py  what a stored artifact's manifest says
+store_chunks.py    files as hashed chunks
+store_folder.py    the store in a folder
+store_s3.py        the store in an S3 bucket
+ledger.py          who is champion: appended with conditional creates
+registry.py        MLflow's model registry, a projection of what the store holds
+bundle.py          the bundle format: model.json + safetensors
+bundle_json.py     model.json read strictly, its faults in sentences
+bundle_shards.py   safetensors files looked at without loading them
+architecture.py    importing a network's class, allow-listed modules only
+data.py            parquet files as tensors
+parquet.py         parquet as record batches, kinds of columns
+checks.py          which checks a schema asks for
+expectations.py    Great Expectations, running those checks
+page.py            our own page for a validation result
+onnxruntime.py     sessions: scores, latency, the optimized graph
+tensorrt.py        engines of TensorRT 10 / 11 and TensorRT-RTX
+tensorrt_build.py  the child process that builds one
+tensorrt_audit.py  what an engine must prove
+child.py           processes that can be killed
 """

@@ -55,9 +55,7 @@ def build(
         onnx=str(folder / MODEL),
         profiles=_profiles(lowering, batch, longest),
         tables=tuple(
-            TableWeights(
-                module=table["module"], rows=table["rows"], initializers=tuple(table["names"])
-            )
+            TableWeights(module=table.module, rows=table.rows, initializers=table.names)
             for table in lowering.tables
         ),
         packed_bytes=lowering.packed_bytes,

@@ -5,7 +5,6 @@
 
 import json
 from pathlib import Path
-from typing import Any
 
 from pydantic import Field
 
@@ -20,7 +19,7 @@ from compressors.contracts import (
     Verdict,
     overall,
 )
-from compressors.lower.audit import GraphAudit
+from compressors.lower.found import GraphAudit, TableInitializers
 from compressors.lower.parity import Parity
 from compressors.steps import AnyStep
 from infra.bundle import read
@@ -60,7 +59,7 @@ class Lowering(Frozen):
     rows_parity: Parity
     edge_parity: Parity
     graph: GraphAudit | None
-    tables: tuple[dict[str, Any], ...]
+    tables: tuple[TableInitializers, ...]
     packed_bytes: int
 
 
@@ -101,7 +100,12 @@ class Report(Frozen):
     plan: Plan
     outcome: Outcome
     targets: tuple[TargetReport, ...]
-    skipped: dict[str, str] = Field(default_factory=dict)
+    skipped: dict[str, str] = Field(
+        default_factory=dict, description="Optional targets that were left out, and why."
+    )
+    idle: dict[str, str] = Field(
+        default_factory=dict, description="Steps of a preset with nothing to do, and why."
+    )
     baseline_bytes: int
     measurement: Measurement | None
     validation: Artifact
@@ -153,6 +157,7 @@ def report_from(
     required: dict[TargetKind, bool],
     verdicts: dict[TargetKind, Verdict],
     skipped: dict[str, str],
+    idle: dict[str, str],
     measurement: Artifact | None,
     validation: Artifact,
 ) -> Report:
@@ -174,6 +179,7 @@ def report_from(
             for target, artifact in built.items()
         ),
         skipped=skipped,
+        idle=idle,
         baseline_bytes=served_bytes(local(baseline)),
         measurement=None if measurement is None else measurement_of(measurement),
         validation=validation,

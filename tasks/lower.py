@@ -3,7 +3,6 @@
 import logging
 import tempfile
 from pathlib import Path
-from typing import Any
 
 import torch
 from prefect import task
@@ -12,7 +11,7 @@ from torch import Tensor
 from compressors.batches import batches, edge_example
 from compressors.contracts import Artifact, Schema, TargetKind
 from compressors.lower.audit import audit
-from compressors.lower.export import Lowered, TableInitializers, lower
+from compressors.lower.export import Lowered, lower
 from compressors.lower.parity import FloatArray, compare
 from compressors.lower.served import input_names
 from compressors.step import rows_of_tables
@@ -95,7 +94,7 @@ def _examine(
         rows_parity=rows_parity,
         edge_parity=edge_parity,
         graph=graph,
-        tables=tuple(_plain(table) for table in lowered.tables),
+        tables=lowered.tables,
         packed_bytes=_packed_bytes(loaded),
     )
 
@@ -123,10 +122,6 @@ def _inputs(example: dict[str, Tensor], schema: Schema) -> list[GraphInput]:
         )
         for name in input_names(schema)
     ]
-
-
-def _plain(table: TableInitializers) -> dict[str, Any]:
-    return {"module": table.module, "rows": table.rows, "names": list(table.names)}
 
 
 def _packed_bytes(loaded: Loaded) -> int:

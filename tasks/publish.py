@@ -5,11 +5,11 @@ import logging
 import tempfile
 from pathlib import Path
 
-from infra.registry import Registry
 from prefect import task
 
 from compressors.contracts import Artifact, digest
 from infra.errors import ArtifactMissing
+from infra.registry import Registry
 from infra.settings import load_settings
 from tasks.documents import REPORT, Finished, Report, finished_key
 from tasks.policy import KEPT
@@ -76,7 +76,7 @@ def _tags(report: Report, release: Artifact) -> dict[str, str]:
         "recpress.release": release.sha256,
         "recpress.outcome": report.outcome,
         "recpress.bundle": f"{report.name}@{report.bundle_version}",
-        "recpress.source": report.source.sha256,
+        "recpress.parents": report.source.sha256,
         "recpress.compressed": report.compressed.sha256,
         "recpress.recipe": json.dumps([step.model_dump(mode="json") for step in report.recipe]),
         "recpress.limits": "; ".join(str(limit) for limit in report.limits),

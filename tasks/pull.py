@@ -11,7 +11,7 @@ from tasks.policy import KEPT
 log = logging.getLogger(__name__)
 
 
-@task(task_run_name="pull {artifact.sha256}", **KEPT)
+@task(task_run_name="pull", **KEPT)
 def pull(artifact: Artifact, code: str) -> Artifact:  # noqa: ARG001
     """Check every hash, weight and id of a stored bundle, and that its module loads.
 

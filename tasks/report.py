@@ -35,7 +35,7 @@ def headline(report: Report) -> list[dict[str, str]]:
         row = {"what": _label(number.metric), "before": _plain(number.estimate, latency)}
         for t in report.targets:
             measured = t.target == "onnxruntime" and own is not None
-            row[t.target] = _plain(own, latency) if measured and own else "unmeasured here"
+            row[t.target] = _plain(own, latency) if measured and own else "-"
         row["change"] = "" if change is None else _change(change, latency)
         rows.append(row)
     return rows
@@ -61,11 +61,11 @@ def markdown(report: Report) -> str:
         "| target | verdict | why |",
         "|---|---|---|",
         *(f"| {t.target} | {t.verdict.outcome} | {t.verdict.reason} |" for t in report.targets),
-        *(f"| {name} | skipped (optional) | {why} |" for name, why in report.skipped.items()),
+        *(f"| {name} | left out (optional) | {why} |" for name, why in report.skipped.items()),
         "",
         "## Limits",
         "",
-        *(f"- `{limit}`" for limit in report.limits),
+        *limit_lines(report),
         "",
         "## Plan",
         "",
@@ -77,6 +77,7 @@ def markdown(report: Report) -> str:
             for line in report.plan.lines
         ),
         "",
+        *(f"Step {kind} had nothing to do: {why}\n" for kind, why in report.idle.items()),
         "## Checks of each graph",
         "",
         *_checks(report),
@@ -97,6 +98,14 @@ def markdown(report: Report) -> str:
     return "\n".join(lines) + "\n"
 
 
+def limit_lines(report: Report) -> list[str]:
+    """Every limit and what was found about it, one line each."""
+    judged = [item for target in report.targets for item in target.verdict.judgements]
+    if not judged:
+        return [f"- `{limit}`: not measured here" for limit in report.limits]
+    return [f"- `{item.limit}`: {item.outcome}. {item.reason}" for item in judged]
+
+
 def resolution(report: Report) -> str:
     """What loss the test set can tell from none."""
     if report.measurement is None:
@@ -105,7 +114,7 @@ def resolution(report: Report) -> str:
     resolves = report.measurement.resolves[metric]
     return (
         f"The {report.measurement.rows:,} test rows resolve a change of {_label(metric)} of about "
-        f"{resolves:.4f} (half the width of its 95 % interval)."
+        f"{resolves:.2g} (half the width of its 95 % interval)."
     )
 
 
@@ -139,7 +148,7 @@ def _label(metric: str) -> str:
     names = {"auc": "AUC", "gauc": "GAUC", "logloss": "log loss", "ndcg@10": "NDCG@10"}
     if "_ms@" in metric:
         quantile, _, size = metric.partition("_ms@")
-        return f"{quantile} ms at batch {size}"
+        return f"{quantile} ms, batch {size}"
     return names.get(metric, metric.replace("_", " "))
 
 

@@ -19,7 +19,7 @@ from tasks.stored import local, store
 log = logging.getLogger(__name__)
 
 
-@task(task_run_name="validate {bundle.sha256}", **KEPT)
+@task(task_run_name="validate", **KEPT)
 def validate(bundle: Artifact, rules: Rules, code: str) -> Artifact:  # noqa: ARG001
     """Run the checks made from a bundle's schema; store the result and a page of it.
 

@@ -4,5 +4,7 @@ served.py       the graph around the model: the policy for ids out of range, the
 onnxruntime.py  one translation a storage format, for ONNX Runtime
 tensorrt.py     one translation a storage format, for TensorRT and TensorRT-RTX
 export.py       torch.onnx.export with a target's translations
+found.py        what lowering says about a graph
+parity.py       does a graph compute what the module computes
 audit.py        what an optimized graph must and must not contain
 """

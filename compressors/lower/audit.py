@@ -10,21 +10,12 @@ from collections import Counter
 
 import onnx
 
-from compressors.contracts import Frozen, Plan
+from compressors.contracts import Plan
 from compressors.errors import AuditFailed
-from compressors.lower.export import TableInitializers
+from compressors.lower.found import GraphAudit, TableInitializers
 
 FLOAT_PRODUCTS = {"Gemm", "FusedGemm", "MatMul", "FusedMatMul", "Conv", "FusedConv"}
 INT8_PRODUCTS = {"QGemm", "QLinearMatMul", "MatMulInteger", "MatMulIntegerToFloat"}
-
-
-class GraphAudit(Frozen):
-    """What an optimized graph was found to hold."""
-
-    nodes: dict[str, int]
-    int8_products: int
-    packed_tables: int
-    weight_bytes: int
 
 
 def audit(

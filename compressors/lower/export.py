@@ -2,7 +2,7 @@
 
 import logging
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from compressors.contracts import Schema, TargetKind
 from compressors.errors import NotLowerable
 from compressors.formats import Bag, PackedTable
 from compressors.lower import onnxruntime, tensorrt
+from compressors.lower.found import TableInitializers
 from compressors.lower.served import SCORE, Served, dynamic_shapes, input_names, served
 from compressors.step import rows_of_tables
 
@@ -25,18 +26,11 @@ TRACE_ROWS = 3
 
 
 @dataclass(frozen=True)
-class TableInitializers:
-    """The stored tensors of one table in a graph, by name; the first dimension is its rows."""
-
-    module: str
-    rows: int
-    format: str
-    names: tuple[str, ...]
-
-
-@dataclass(frozen=True)
 class Lowered:
-    """What was exported: the wrapper to compare with, and where each table lies in the graph."""
+    """What was exported: the wrapper to compare with, and where its tables lie in the graph.
+
+    Tables that no request looks anything up in are left out.
+    """
 
     served: Served
     tables: tuple[TableInitializers, ...]
@@ -72,16 +66,17 @@ def lower(
             f"The network cannot be written down for {target}: {reason}. "
             f"Its forward must be free of Python control flow that depends on tensor values."
         ) from fault
-    tables = _tables(wrapper)
+    tables = _tables(wrapper, program.model.graph)
     if target != "onnxruntime":
         _retype(program.model, tables)
+    looked_up = tuple(table for table in tables if _varies(program.model.graph, table))
     program.optimize()
     if target == "onnxruntime":
         onnxruntime.spell_out_clipping(program.model)
     _strip(program.model)
     size = sum(value.const_value.nbytes for value in program.model.graph.initializers.values())
     program.save(str(path), external_data=size > EXTERNAL_BYTES)
-    return Lowered(wrapper, tables)
+    return Lowered(wrapper, looked_up)
 
 
 def _export(
@@ -128,20 +123,55 @@ def _strip(model: ir.Model) -> None:
         value.metadata_props.clear()
 
 
-def _tables(wrapper: Served) -> tuple[TableInitializers, ...]:
+def _tables(wrapper: Served, graph: ir.Graph) -> tuple[TableInitializers, ...]:
+    """Where each table lies in a graph; tables that the network never reads are in none."""
+    names: dict[int, list[str]] = {}  # a tied tensor stands in the graph under one of its names
+    for name, tensor in wrapper.state_dict(keep_vars=True).items():
+        names.setdefault(id(tensor), []).append(name)
     found = []
     for name, module in wrapper.named_modules():
-        public = name.removeprefix("model.").removesuffix(".table")
         if isinstance(module, PackedTable):
-            tensors = tuple(f"{name}.{leaf}" for leaf, _ in module.named_buffers())
-            found.append(TableInitializers(public, module.rows, module.storage.name, tensors))
+            rows, form, stored = module.rows, module.storage.name, list(module.buffers())
         elif isinstance(module, nn.Embedding):
-            inside_bag = isinstance(wrapper.get_submodule(name.rpartition(".")[0]), Bag)
-            label = public if inside_bag else name.removeprefix("model.")
-            found.append(
-                TableInitializers(label, module.num_embeddings, "float32", (f"{name}.weight",))
-            )
+            rows, form, stored = module.num_embeddings, "float32", [module.weight]
+        else:
+            continue
+        owner, _, leaf = name.rpartition(".")
+        # A table inside a bag goes by the bag's name.
+        label = owner if leaf == "table" and isinstance(wrapper.get_submodule(owner), Bag) else name
+        held = [next((n for n in names[id(t)] if n in graph.initializers), None) for t in stored]
+        if None not in held:
+            module_name = label.removeprefix("model.")
+            found.append(TableInitializers(module=module_name, rows=rows, format=form, names=held))
     return tuple(found)
+
+
+def _varies(graph: ir.Graph, table: TableInitializers) -> bool:
+    """Whether a table is read at rows that a request decides.
+
+    Positions and the like are read at the same rows in every call; a runtime computes such a
+    read once and drops the table, which is no fault.
+    """
+    return any(
+        not _constant(gather.inputs[1])
+        for name in table.names
+        for gather in _gathers(graph.initializers[name])
+    )
+
+
+def _gathers(value: ir.Value) -> Iterator[ir.Node]:
+    for node in value.consumers():
+        if node.op_type == "Gather":
+            yield node
+        elif node.op_type == "DequantizeLinear":
+            yield from _gathers(node.outputs[0])
+
+
+def _constant(value: ir.Value | None) -> bool:
+    if value is None or value.is_initializer():
+        return True
+    node = value.producer()
+    return node is not None and all(_constant(item) for item in node.inputs)
 
 
 def _retype(model: ir.Model, tables: tuple[TableInitializers, ...]) -> None:
@@ -153,7 +183,9 @@ def _retype(model: ir.Model, tables: tuple[TableInitializers, ...]) -> None:
         if table.format == "rowwise_int4":
             packed = tensorrt.packed_int4(codes.const_value.numpy())
             shape = (packed.shape[0], 2 * packed.shape[1])
-            _set(codes, ir.PackedTensor(packed, ir.DataType.INT4, shape=ir.Shape(shape)))
+            _set(
+                codes, ir.PackedTensor(packed.reshape(-1), ir.DataType.INT4, shape=ir.Shape(shape))
+            )
         else:
             _set(scale, ir.Tensor(scale.const_value.numpy().reshape(-1)))
 

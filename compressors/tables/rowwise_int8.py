@@ -64,7 +64,11 @@ def row_scale(table: Tensor, levels: int, scale_type: ScaleType) -> Tensor:
     # TensorRT wants every scale positive: the smallest stored step stands for "nearly nothing",
     # and a row of zeros has zero codes under any scale.
     smallest = 2.0**-24 if scale_type == "float16" else torch.finfo(torch.float32).tiny
-    return scale.clamp(min=smallest).to(dtype)
+    stored = scale.clamp(min=smallest).to(dtype)
+    # Float16 steps evenly by 2^-24 below 2^-14: a scale rounded down there by more than half a
+    # level over the whole row would clip the row's largest weights, so it is rounded up.
+    clipped = scale * levels > stored.float() * (levels + 0.5)
+    return torch.where(clipped, stored + smallest, stored)
 
 
 @torch.library.custom_op("recpress::rowwise_int8", mutates_args=())

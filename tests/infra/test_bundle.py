@@ -386,7 +386,8 @@ def test_a_model_json_that_cannot_be_trusted_is_refused(sealed, look, raw, words
 
 
 @pytest.mark.parametrize("look", [bundle.read, bundle.read_draft])
-def test_a_large_model_json_is_refused_unread(sealed, look):
+def test_a_large_model_json_is_refused_unread(sealed, look, monkeypatch):
+    monkeypatch.setattr(Path, "read_bytes", lambda path: pytest.fail(f"{path} was read"))
     with (sealed / "model.json").open("r+b") as file:
         file.truncate(bundle_json.MAX_JSON_BYTES + 1)  # sparse: takes no disk
     assert "too large: at most 67108864" in refusal(look, sealed)

@@ -1,0 +1,197 @@
+"""Static int8: the module computes what an integer Gemm computes, and trains through it."""
+
+import hypothesis.extra.numpy as arrays
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from models import RANKER
+from torch import Tensor
+
+from compressors.batches import batches
+from compressors.dense.static_int8 import (
+    EXACT_INPUTS,
+    StaticInt8,
+    encode,
+    quantize,
+    static_int8_linear,
+)
+from compressors.step import run
+
+OP = torch.ops.recpress.static_int8_linear
+
+
+def layer(
+    inputs: int, outputs: int, seed: int = 0, input_scale: float = 0.02
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Codes, weight scales, input scale and bias of one layer."""
+    generator = torch.Generator().manual_seed(seed)
+    weight = torch.randn(outputs, inputs, generator=generator) / inputs**0.5
+    bias = torch.randn(outputs, generator=generator)
+    scale = torch.tensor(input_scale)
+    codes, weight_scale = encode(weight, bias, scale)
+    return codes, weight_scale, scale, bias
+
+
+def integer_gemm(
+    x: Tensor, codes: Tensor, weight_scale: Tensor, input_scale: Tensor, bias: Tensor
+) -> np.ndarray:
+    """What an int8 Gemm with an int32 bias computes, in int64, scaled in float64 at the end."""
+    ratio = x.numpy() / input_scale.numpy()  # float32, as QuantizeLinear divides
+    whole = np.clip(np.rint(ratio), -128, 127).astype(np.int64)
+    step = weight_scale.numpy() * input_scale.numpy()
+    offset = np.rint(bias.numpy() / step).astype(np.int64)
+    total = whole @ codes.numpy().astype(np.int64).T + offset
+    return total.astype(np.float64) * step.astype(np.float64)
+
+
+@pytest.mark.parametrize("inputs", [1, 7, EXACT_INPUTS, EXACT_INPUTS + 1, 5000])
+@pytest.mark.parametrize("extreme", [False, True])
+def test_the_op_equals_exact_integer_arithmetic(inputs, extreme):
+    codes, weight_scale, input_scale, bias = layer(inputs, 9)
+    generator = torch.Generator().manual_seed(2)
+    x = 2 * torch.randn(33, inputs, generator=generator)
+    if extreme:  # every product as large as it gets, all of one sign
+        codes, x = torch.full_like(codes, -127), torch.full_like(x, -1e6)
+    found = OP(x, codes, weight_scale, input_scale, bias)
+    expected = integer_gemm(x, codes, weight_scale, input_scale, bias)
+    # Adding the bias, scaling, and one rounding to float32 each cost one part in 2^24 of the
+    # numbers added; an inexact sum of products would be off by whole levels.
+    room = 3 * 2.0**-24 * (np.abs(expected) + bias.abs().numpy())
+    assert np.all(np.abs(found.numpy() - expected) <= room)
+
+
+def test_more_inputs_than_float32_sums_exactly_need_the_wider_sum():
+    inputs = 4 * EXACT_INPUTS
+    codes = torch.full((1, inputs), 127, dtype=torch.int8)
+    codes[0, -1] = 1
+    x = torch.full((1, inputs), 127.0)
+    x[0, -1] = 1.0
+    one, zero = torch.ones(1), torch.zeros(1)
+    expected = 127 * 127 * (inputs - 1) + 1
+    # As float32 the result itself rounds to a multiple of 8 up there, so it is offset to be small.
+    found = OP(x, codes, one, torch.tensor(1.0), zero - expected + 5)
+    assert abs(found.item() - 5) <= 4
+
+
+@given(
+    weight=arrays.arrays(
+        np.float32,
+        st.tuples(st.integers(1, 6), st.integers(1, 6)),
+        elements=st.floats(-100, 100, width=32, allow_subnormal=False),
+    ),
+    bias=st.floats(-1000, 1000, width=32),
+    input_scale=st.floats(2.0**-20, 100, width=32),
+)
+@settings(max_examples=150)
+def test_every_weight_returns_within_half_a_level_of_its_channel(weight, bias, input_scale):
+    table = torch.from_numpy(weight)
+    offset = torch.full((len(table),), bias)
+    codes, scale = encode(table, offset, torch.tensor(input_scale))
+    assert torch.all(scale > 0)
+    error = (codes.float() * scale[:, None] - table).abs()
+    # the quotient, its rounding and the product back: one part in 2^24 each
+    slack = 4 * 2.0**-24 * table.abs().amax(dim=1, keepdim=True)
+    assert torch.all(error <= scale[:, None] / 2 + slack)
+    # The runtime's bias is an int32 with room above it for the sum of products.
+    assert torch.all((offset / (scale * input_scale)).abs() <= 2**23 * (1 + 1e-6))
+
+
+def test_each_channel_has_its_own_scale_and_zeros_stay_zeros():
+    weight = torch.tensor([[1.0, -2.0], [0.001, 0.002], [0.0, 0.0]])
+    codes, scale = encode(weight, None, torch.tensor(0.1))
+    torch.testing.assert_close(scale, torch.tensor([2 / 127, 0.002 / 127, 1.0]))
+    assert codes.tolist() == [[64, -127], [64, 127], [0, 0]]
+
+
+@given(
+    x=arrays.arrays(np.float32, 8, elements=st.floats(-1e6, 1e6, width=32)),
+    scale=st.floats(2.0**-10, 10, width=32),
+)
+def test_inputs_are_rounded_half_to_even_and_clipped_to_int8(x, scale):
+    found = quantize(torch.from_numpy(x), torch.tensor(scale)).numpy()
+    expected = np.clip(np.rint(x / np.float32(scale)), -128, 127)
+    assert np.array_equal(found, expected)
+
+
+@pytest.mark.parametrize("shape", [(5,), (0,), (2, 3), (2, 0, 4)])
+def test_leading_dimensions_are_kept(shape):
+    stored = layer(6, 4)
+    x = torch.randn(*shape, 6)
+    y = OP(x, *stored)
+    assert y.shape == (*shape, 4)
+    assert y.dtype == torch.float32
+    flat = OP(x.reshape(-1, 6), *stored)
+    assert torch.equal(y.reshape(-1, 4), flat)
+
+
+@pytest.mark.parametrize("shape", [(5, 6), (2, 3, 6)])
+def test_the_op_keeps_torchs_rules_for_custom_ops(shape):
+    codes, weight_scale, input_scale, bias = layer(6, 4)
+    parts = (torch.randn(shape), codes, weight_scale, input_scale, bias)
+    args = tuple(part.requires_grad_() if part.is_floating_point() else part for part in parts)
+    torch.library.opcheck(OP.default, args)
+
+
+def straight_through(
+    x: Tensor, codes: Tensor, weight_scale: Tensor, input_scale: Tensor, bias: Tensor
+) -> Tensor:
+    """The same function in plain torch, with every rounding passed straight through."""
+    ratio = (x / input_scale).clamp(-128, 127)
+    whole = ratio + (ratio.round() - ratio).detach()
+    weight = codes.to(x.dtype) * weight_scale[:, None]
+    return whole * input_scale @ weight.T + bias
+
+
+@pytest.mark.parametrize("shape", [(5, 6), (2, 3, 6)])
+def test_gradients_are_those_of_the_straight_through_estimate(shape):
+    codes, weight_scale, input_scale, bias = layer(6, 4)
+    generator = torch.Generator().manual_seed(3)
+    x = 1.5 * torch.randn(shape, generator=generator)
+    x.view(-1)[:2] = torch.tensor([40.0, -40.0])  # clipped: 0.02 * 127 is 2.54
+    up = torch.randn(*shape[:-1], 4, generator=generator)
+
+    def gradients(function):
+        leaves = [t.clone().requires_grad_() for t in (x, weight_scale, input_scale, bias)]
+        (function(leaves[0], codes, *leaves[1:]) * up).sum().backward()
+        return [leaf.grad for leaf in leaves]
+
+    ours, plain = gradients(static_int8_linear), gradients(straight_through)
+    for found, expected in zip(ours, plain, strict=True):
+        # float32 sums in another order
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+        assert found.abs().sum() > 0
+    assert ours[0].view(-1)[:2].tolist() == [0, 0]
+    assert ours[0].view(-1)[2:].abs().min() > 0
+
+
+def test_the_weight_scales_gradient_is_the_slope_of_the_function():
+    # The scale of the weights enters without rounding but for the bias, which is zero here.
+    codes, weight_scale, input_scale, _ = layer(6, 4)
+    zero, x = torch.zeros(4), torch.randn(5, 6, generator=torch.Generator().manual_seed(4))
+    leaf = weight_scale.clone().requires_grad_()
+    OP(x, codes, leaf, input_scale, zero).sum().backward()
+    for channel in range(4):
+        moved = weight_scale.clone()
+        moved[channel] *= 1.5
+        rise = OP(x, codes, moved, input_scale, zero) - OP(
+            x, codes, weight_scale, input_scale, zero
+        )
+        slope = rise.sum() / (0.5 * weight_scale[channel])
+        torch.testing.assert_close(leaf.grad[channel], slope, rtol=1e-3, atol=1e-3)
+
+
+def test_the_input_scale_is_the_largest_input_seen_on_the_calibration_rows(tmp_path):
+    source, bench = RANKER.model(), RANKER.bench(tmp_path / "data")
+    seen: list[Tensor] = []
+    source.module.capped.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    with torch.no_grad():
+        for batch in batches(bench.calibration, RANKER.schema, 10, 50):
+            source.module(**batch.inputs)
+    largest = torch.cat(seen).abs().max()
+    source.module.capped._forward_pre_hooks.clear()
+    result = run(StaticInt8(rows=50, batch=7), source, bench, tmp_path / "out")
+    # batches of another size sum in another order
+    torch.testing.assert_close(result.module.capped.input_scale, largest / 127, rtol=1e-6, atol=0)
+    assert not source.module.capped._forward_pre_hooks

@@ -1,0 +1,500 @@
+"""The contract of every step. A new step joins by being listed in ``compressors.steps``."""
+
+import itertools
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import models
+import pytest
+import torch
+from models import METHODS, RANKER, REFERENCES, TIED, Reference, Step, tensors_apart
+from pydantic import TypeAdapter, ValidationError
+from torch import Tensor, nn
+
+import compressors.step
+from compressors.contracts import Bench, Plan
+from compressors.dense import float16
+from compressors.dense.float16 import Float16
+from compressors.dense.static_int8 import StaticInt8
+from compressors.errors import (
+    CompressionError,
+    ContractBroken,
+    ModelRefused,
+    NothingToCompress,
+)
+from compressors.formats import PackedLinear
+from compressors.state import Model, load, mapped, records_of, save, tensors_of
+from compressors.step import ModelStep, TableStep, run
+from compressors.steps import AnyStep
+from compressors.tables.rowwise_int4 import RowwiseInt4
+from compressors.tables.rowwise_int8 import RowwiseInt8
+from compressors.units import Choice, Unit
+
+RECIPES = TypeAdapter(AnyStep)
+
+
+def takes(method: type[Step]) -> set[str]:
+    """Which settings name what a method works on."""
+    return {"tables", "layers"} & set(method.model_fields)
+
+
+@pytest.fixture(params=METHODS, ids=lambda method: method.__name__)
+def method(request) -> type[Step]:
+    return request.param
+
+
+@pytest.fixture
+def step(method) -> Step:
+    return method()
+
+
+@pytest.fixture(params=REFERENCES, ids=lambda item: item.network.__name__)
+def reference(request) -> Reference:
+    return request.param
+
+
+@pytest.fixture
+def bench(reference, tmp_path) -> Bench:
+    return reference.bench(tmp_path / "data")
+
+
+def versions(model: nn.Module) -> dict[str, tuple[int, int]]:
+    named = (*model.named_parameters(), *model.named_buffers())
+    return {name: (tensor.data_ptr(), tensor._version) for name, tensor in named}
+
+
+def size(tensors: dict[str, Tensor]) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+
+
+def scores(model: Model, reference: Reference, rows: int = 9) -> Tensor:
+    inputs = models.example(reference.schema, reference.rows_of_tables(), rows, seed=3)
+    with torch.no_grad():
+        return model.module(**inputs)
+
+
+# --- what every step keeps -------------------------------------------------------------------
+
+
+def test_the_callers_model_is_left_alone_bit_for_bit(step, reference, bench, tmp_path):
+    source = reference.model()
+    source.module.train()
+    modules = [
+        (name, id(module), module.training) for name, module in source.module.named_modules()
+    ]
+    tensors, counters = tensors_apart(source.module), versions(source.module)
+    run(step, source, bench, tmp_path / "out")
+    assert versions(source.module) == counters
+    torch.testing.assert_close(tensors_apart(source.module), tensors, rtol=0, atol=0)
+    after = [(name, id(module), module.training) for name, module in source.module.named_modules()]
+    assert after == modules
+
+
+def test_scores_are_finite_and_near_the_originals(step, reference, bench, tmp_path):
+    source = reference.model()
+    result = scores(run(step, source, bench, tmp_path / "out"), reference)
+    before = scores(source, reference)
+    assert torch.isfinite(result).all()
+    assert result.shape == before.shape
+    # Four bits keep a weight within 1/14 of its row's largest; an error that has nothing to do
+    # with rounding (rows swapped, a scale forgotten) moves scores by their whole spread.
+    assert (result - before).abs().max() < 0.5 * before.std()
+
+
+def test_every_table_and_dense_layer_has_one_plan_line(step, reference, bench, tmp_path):
+    source = reference.model()
+    plan = run(step, source, bench, tmp_path / "out").plan
+    assert isinstance(plan, Plan)
+    named = [line.module for line in plan.lines]
+    assert named == [*(unit.name for unit in Unit.of(source.module)), "(other)"]
+    assert all(line.reason for line in plan.lines)
+
+
+def test_a_plans_bytes_are_those_of_the_stored_tensors(step, reference, bench, tmp_path):
+    source = reference.model()
+    result = run(step, source, bench, tmp_path / "out")
+    assert sum(line.bytes_before for line in result.plan.lines) == size(
+        tensors_of(source.module)[0]
+    )
+    assert sum(line.bytes_after for line in result.plan.lines) == size(mapped(tmp_path / "out"))
+    assert result.plan.of("(other)").bytes_before == result.plan.of("(other)").bytes_after
+
+
+def test_every_plan_line_says_what_its_module_holds(step, reference, bench, tmp_path):
+    result = run(step, reference.model(), bench, tmp_path / "out")
+    records = result.network.modules
+    stored = mapped(tmp_path / "out")
+    for line in result.plan.lines:
+        if line.module in records:
+            assert line.format == records[line.module].format
+            inside = {k: v for k, v in stored.items() if k.startswith(f"{line.module}.")}
+            assert line.bytes_after == size(inside) < line.bytes_before
+        elif line.role != "other":
+            assert line.format == "float32"
+            assert line.bytes_after == line.bytes_before
+    assert any(line.module in records for line in result.plan.lines)
+
+
+def test_the_stored_model_is_the_one_in_memory_bit_for_bit(step, reference, bench, tmp_path):
+    result = run(step, reference.model(), bench, tmp_path / "out")
+    ties = save(result.module, tmp_path / "again")
+    assert ties == result.network.ties
+    assert records_of(result.module) == result.network.modules
+    loaded = load(result.architecture, result.network, tmp_path / "again")
+    expected, found = result.module.state_dict(), loaded.state_dict()
+    torch.testing.assert_close(dict(found), dict(expected), rtol=0, atol=0)
+    assert {k: v.dtype for k, v in found.items()} == {k: v.dtype for k, v in expected.items()}
+    again = Model(loaded, result.architecture, result.network)
+    assert torch.equal(scores(again, reference), scores(result, reference))
+
+
+def test_the_same_seed_gives_the_same_tensors(method, reference, bench, tmp_path):
+    for folder in ("a", "b"):
+        run(method(), reference.model(), bench, tmp_path / folder)
+    first, second = mapped(tmp_path / "a"), mapped(tmp_path / "b")
+    torch.testing.assert_close(first, second, rtol=0, atol=0)
+
+
+def test_only_what_was_chosen_changes(method, tmp_path):
+    patterns = {"tables": ("h*",), "layers": ("cross",)}
+    step = method(**{where: patterns[where] for where in takes(method)})
+    source = RANKER.model()
+    result = run(step, source, RANKER.bench(tmp_path / "data"), tmp_path / "out")
+    wanted = {{"tables": "history", "layers": "cross"}[where] for where in takes(method)}
+    assert set(result.network.modules) == wanted
+    kept = result.module.state_dict()
+    for name, tensor in source.module.state_dict().items():
+        if name.partition(".")[0] not in wanted:
+            assert torch.equal(kept[name], tensor), name
+    for line in result.plan.lines:
+        if line.module not in wanted and line.role != "other":
+            assert "not among" in line.reason or "takes no" in line.reason
+
+
+def test_a_step_is_json_and_back_told_apart_by_its_kind(step):
+    text = RECIPES.dump_json(step)
+    assert RECIPES.validate_json(text) == step
+    assert type(RECIPES.validate_json(text)) is type(step)
+    assert RECIPES.validate_python({"kind": step.kind}) == step
+    choices = RECIPES.json_schema()["discriminator"]
+    assert choices["propertyName"] == "kind"
+    assert step.kind in choices["mapping"]
+
+
+def test_kinds_are_unique_and_every_method_keeps_one_protocol():
+    kinds = [method().kind for method in METHODS]
+    assert len(set(kinds)) == len(kinds) >= 4
+    for method in METHODS:
+        assert isinstance(method(), TableStep | ModelStep)
+
+
+def test_a_step_is_frozen_and_refuses_settings_it_does_not_have(method):
+    with pytest.raises(ValidationError, match="frozen"):
+        method().kind = "other"
+    with pytest.raises(ValidationError, match="Extra inputs"):
+        method(strength=1)
+    with pytest.raises(ValidationError):
+        RECIPES.validate_python({"kind": "no_such_method"})
+    assert method() == method()
+    assert hash(method()) == hash(method())
+
+
+def test_every_setting_explains_itself_in_a_form(method):
+    assert method.__doc__
+    for name, field in method.model_fields.items():
+        assert name == "kind" or field.description, name
+
+
+def test_nothing_to_compress_on_a_compressed_model(step, reference, bench, tmp_path):
+    once = run(step, reference.model(), bench, tmp_path / "once")
+    with pytest.raises(NothingToCompress, match=f"already {step.kind}"):
+        run(step, once, bench, tmp_path / "twice")
+
+
+@pytest.mark.parametrize(
+    ("method", "where"), [(method, where) for method in METHODS for where in sorted(takes(method))]
+)
+def test_a_pattern_that_matches_nothing_names_what_there_is(method, where, tmp_path):
+    step = method(**{where: ("usre",)})
+    with pytest.raises(
+        NothingToCompress, match=r"named like 'usre'.*(user|cross).*Correct the name"
+    ):
+        run(step, RANKER.model(), RANKER.bench(tmp_path / "data"), tmp_path / "out")
+
+
+@pytest.mark.parametrize("method", [method for method in METHODS if "tables" in takes(method)])
+def test_tables_below_min_rows_are_kept_with_that_reason(method, tmp_path):
+    bench = RANKER.bench(tmp_path / "data")
+    plan = run(method(min_rows=40), RANKER.model(), bench, tmp_path / "out").plan
+    assert plan.of("city").format == plan.of("tags").format == "float32"
+    assert plan.of("city").reason == "9 rows, fewer than min_rows 40"
+    assert plan.of("user").format != "float32"
+
+
+def test_tied_tables_are_kept_and_the_reason_names_the_tie(step, tmp_path):
+    source = TIED.model()
+    result = run(step, source, TIED.bench(tmp_path / "data"), tmp_path / "out")
+    for name in ("item", "similar"):
+        line = result.plan.of(name)
+        assert line.format == "float32"
+        if "tables" in takes(type(step)):
+            other = {"item": "similar", "similar": "item"}[name]
+            assert line.reason == f"shares its weight with {other}"
+    assert result.module.item.weight is result.module.similar.weight
+    assert result.network.ties["similar.weight"] == "item.weight"
+
+
+def test_a_module_in_two_places_is_replaced_in_both(step, tmp_path):
+    source = TIED.model()
+    result = run(step, source, TIED.bench(tmp_path / "data"), tmp_path / "out")
+    assert result.module.friend is result.module.user
+    assert (source.module.friend is result.module.friend) is False
+    assert result.plan.of("friend") is None
+
+
+@pytest.mark.parametrize("kind", [nn.Embedding, nn.EmbeddingBag])
+def test_a_table_that_renormalizes_while_read_is_refused(step, kind, tmp_path):
+    source = RANKER.model()
+    source.module.user = kind(40, 6, max_norm=1.0)
+    with pytest.raises(CompressionError, match=r"'user'.*max_norm"):
+        run(step, source, RANKER.bench(tmp_path / "data"), tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [(a, b) for a, b in itertools.permutations(METHODS, 2) if not takes(b) <= takes(a)],
+    ids=lambda method: method.__name__,
+)
+def test_recipes_compose_in_both_orders(first, second, reference, bench, tmp_path):
+    once = run(first(), reference.model(), bench, tmp_path / "once")
+    twice = run(second(), once, bench, tmp_path / "twice")
+    assert torch.isfinite(scores(twice, reference)).all()
+    assert set(once.network.modules) < set(twice.network.modules)
+    for line in once.plan.lines:
+        if line.module in once.network.modules:
+            assert twice.plan.of(line.module) == line
+    assert sum(line.bytes_before for line in twice.plan.lines) == sum(
+        line.bytes_before for line in once.plan.lines
+    )
+    assert sum(line.bytes_after for line in twice.plan.lines) == size(mapped(tmp_path / "twice"))
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [(a, b) for a, b in itertools.permutations(METHODS, 2) if takes(b) <= takes(a)],
+    ids=lambda method: method.__name__,
+)
+def test_a_step_finds_nothing_left_by_one_that_takes_the_same(first, second, tmp_path):
+    bench = RANKER.bench(tmp_path / "data")
+    once = run(first(), RANKER.model(), bench, tmp_path / "once")
+    with pytest.raises(NothingToCompress, match=rf"already {first().kind}.*Drop this step"):
+        run(second(), once, bench, tmp_path / "twice")
+
+
+@pytest.mark.parametrize("method", [m for m in METHODS if isinstance(m(), TableStep)])
+def test_row_blocks_give_what_one_block_gives(method, tmp_path, monkeypatch):
+    bench = RANKER.bench(tmp_path / "data")
+    run(method(), RANKER.model(), bench, tmp_path / "whole")
+    monkeypatch.setattr(compressors.step, "BLOCK_ROWS", 7)  # 40 and 300 rows: a short last block
+    run(method(), RANKER.model(), bench, tmp_path / "blocks")
+    whole, blocks = mapped(tmp_path / "whole"), mapped(tmp_path / "blocks")
+    torch.testing.assert_close(blocks, whole, rtol=0, atol=0)
+
+
+# --- what a step may not do ------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Changed:
+    """Float16, and something that the contract forbids."""
+
+    what: Any
+    chosen: Literal["as float16", "nothing but user", "everything"] = "as float16"
+    kind: str = "changed"
+
+    def choose(self, units: tuple[Unit, ...]) -> dict[str, Choice]:
+        if self.chosen == "nothing but user":
+            return {"user": Choice(True, "as ordered")}
+        if self.chosen == "everything":
+            return {unit.name: Choice(True, "as ordered") for unit in units}
+        return Float16().choose(units)
+
+    def apply(self, model: nn.Module, bench: Bench) -> nn.Module:
+        return self.what(model, bench)
+
+
+def writes_in_place(model: nn.Module, bench: Bench) -> nn.Module:
+    with torch.no_grad():
+        model.user.weight.mul_(2)
+    return Float16().apply(model, bench)
+
+
+def writes_a_buffer(model: nn.Module, bench: Bench) -> nn.Module:
+    model.norm.running_mean.add_(1)
+    return Float16().apply(model, bench)
+
+
+def gives_nan(model: nn.Module, bench: Bench) -> nn.Module:
+    model = Float16().apply(model, bench)
+    model.out.bias.fill_(torch.nan)
+    return model
+
+
+def does_more(model: nn.Module, bench: Bench) -> nn.Module:
+    return Float16().apply(model, bench)
+
+
+def does_less(model: nn.Module, bench: Bench) -> nn.Module:
+    return Float16(layers=("out",)).apply(model, bench)
+
+
+def drops_a_table(model: nn.Module, bench: Bench) -> nn.Module:
+    model = Float16().apply(model, bench)
+    model.user = nn.Identity()
+    return model
+
+
+@dataclass(frozen=True)
+class Doubled:
+    """A format that answers to float16's name and computes something else."""
+
+    name: str = "float16"
+    layout: Any = float16.LINEAR_FORMAT.layout
+
+    def apply(self, stored: dict[str, Tensor], x: Tensor) -> Tensor:
+        return 2 * float16.LINEAR_FORMAT.apply(stored, x)
+
+
+def hides_state(model: nn.Module, bench: Bench) -> nn.Module:
+    model = Float16().apply(model, bench)
+    model.out.storage = Doubled()
+    return model
+
+
+def drops_the_weights_on_the_way(model: nn.Module, bench: Bench) -> nn.Module:
+    model = Float16().apply(model, bench)
+    model.get_submodule("out")._non_persistent_buffers_set.add("bias")
+    return model
+
+
+@pytest.mark.parametrize(
+    ("what", "chosen", "fault"),
+    [
+        (writes_in_place, "as float16", "wrote into the tensors"),
+        (gives_nan, "as float16", "not finite"),
+        (does_more, "nothing but user", "changed '[a-z]+' against its own choice"),
+        (does_less, "everything", "kept '[a-z]+' against its own choice"),
+        (drops_a_table, "as float16", "nothing stands at 'user'"),
+        (hides_state, "as float16", "not among its tensors"),
+    ],
+)
+def test_a_step_that_breaks_its_contract_is_refused(what, chosen, fault, tmp_path):
+    bench = RANKER.bench(tmp_path / "data")
+    with pytest.raises(ContractBroken, match=f"'changed'.*{fault}|'changed' {fault}"):
+        run(Changed(what, chosen), RANKER.model(), bench, tmp_path / "out")
+
+
+def test_a_step_that_writes_a_buffer_is_refused(tmp_path):
+    bench = models.NORMED.bench(tmp_path / "data")
+    with pytest.raises(ContractBroken, match="wrote into the tensors"):
+        run(Changed(writes_a_buffer), models.NORMED.model(), bench, tmp_path / "out")
+
+
+def test_a_step_whose_state_is_not_stored_is_refused(tmp_path):
+    bench = RANKER.bench(tmp_path / "data")
+    with pytest.raises(ModelRefused, match=r"missing out\.bias"):
+        run(Changed(drops_the_weights_on_the_way), RANKER.model(), bench, tmp_path / "out")
+
+
+def test_a_table_step_that_encodes_other_than_it_lays_out_is_refused(tmp_path):
+    class Wide(RowwiseInt8):
+        kind: Literal["wide"] = "wide"  # type: ignore[assignment]
+
+        def encode(self, block: Tensor, params: Any) -> dict[str, Tensor]:
+            return {k: v.to(torch.int32) for k, v in super().encode(block, params).items()}
+
+    bench = RANKER.bench(tmp_path / "data")
+    with pytest.raises(ContractBroken, match=r"'wide' encodes 'codes' as torch.int32"):
+        run(Wide(), RANKER.model(), bench, tmp_path / "out")
+
+
+class ReadsWeights(nn.Module):
+    """Uses a layer's weight without calling the layer, as torch's own attention does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.user = nn.Embedding(15, 6)
+        self.out = nn.Linear(8, 1)
+
+    def forward(self, user: Tensor, price: Tensor) -> Tensor:
+        x = torch.cat([self.user(user), price], dim=1)
+        return nn.functional.linear(x, self.out.weight, self.out.bias)
+
+
+class Offset(nn.Module):
+    """Moves its ids itself, so that ids its schema allows lie outside the table."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.user = nn.Embedding(15, 6)
+        self.out = nn.Linear(8, 1)
+
+    def forward(self, user: Tensor, price: Tensor) -> Tensor:
+        return self.out(torch.cat([self.user(user + 10), price], dim=1))
+
+
+def test_a_layer_whose_weight_is_read_around_it_is_named_as_such(tmp_path):
+    reference = Reference(ReadsWeights, models.NORMED.schema)
+    bench = reference.bench(tmp_path / "data")
+    with pytest.raises(CompressionError, match=r"'float16' the network no longer runs.*leave that"):
+        run(Float16(), reference.model(), bench, tmp_path / "out")
+    run(RowwiseInt8(), reference.model(), bench, tmp_path / "tables")
+
+
+def test_a_network_that_fails_on_ids_its_schema_allows_is_refused(tmp_path):
+    reference = Reference(Offset, models.NORMED.schema)
+    with pytest.raises(ModelRefused, match=r"models:Offset fails on made-up inputs.*IndexError"):
+        run(RowwiseInt8(), reference.model(), reference.bench(tmp_path / "data"), tmp_path / "out")
+
+
+# --- single methods under the runner ---------------------------------------------------------
+
+
+def test_static_int8_needs_calibration_rows(tmp_path):
+    bench = Bench(signature=RANKER.schema)
+    with pytest.raises(CompressionError, match=r"needs calibration rows.*model\.json.*'float16'"):
+        run(StaticInt8(), RANKER.model(), bench, tmp_path / "out")
+
+
+def test_a_layer_that_sees_only_zeros_has_no_scale(tmp_path):
+    source = RANKER.model()
+    nn.init.zeros_(source.module.hidden.weight)
+    nn.init.zeros_(source.module.hidden.bias)
+    with pytest.raises(CompressionError, match=r"'capped' saw no input but zeros.*'layers'"):
+        run(StaticInt8(), source, RANKER.bench(tmp_path / "data"), tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("step", "weight", "limit"),
+    [
+        (Float16(), 7e4, "70000, beyond float16's 65504"),
+        (RowwiseInt8(), 1e8, "1e.08 needs a scale above float16"),
+        (RowwiseInt4(), 1e6, "1e.06 needs a scale above float16"),
+    ],
+)
+def test_weights_beyond_the_format_are_refused_with_the_number(step, weight, limit, tmp_path):
+    source = RANKER.model()
+    with torch.no_grad():
+        source.module.item.weight[7, 2] = -weight
+    with pytest.raises(CompressionError, match=limit):
+        run(step, source, RANKER.bench(tmp_path / "data"), tmp_path / "out")
+
+
+def test_a_layer_without_bias_stays_without_one(tmp_path):
+    for step in (Float16(), StaticInt8()):
+        folder = tmp_path / step.kind
+        result = run(step, RANKER.model(), RANKER.bench(tmp_path / "data"), folder)
+        plain = result.module.plain
+        assert isinstance(plain, PackedLinear)
+        assert not plain.has_bias
+        assert not plain.bias.any()

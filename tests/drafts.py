@@ -1,0 +1,192 @@
+"""Tiny but real drafts of bundles, and the environment to pack and compress them in.
+
+The weights are drawn, and the clicks are then drawn from the network's own probabilities: so the
+network is the best there is for its data, and every compression can only lose.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from draft_network import ClickNet
+from safetensors.torch import load_file, save_file
+from sklearn.metrics import roc_auc_score
+
+ROOT = Path(__file__).parents[1]
+NETWORK = "draft_network:ClickNet"
+ALLOWED = "draft_network"
+
+USERS, ITEMS, TAGS, DENSE = 3_000, 1_500, 300, 4
+LONGEST = 5
+ROWS = {"train": 4_000, "calibration": 1_000, "validation": 1_000, "test": 3_000}
+PER_QUERY = 15  # rows of one group in the ranking draft
+SPREAD = 1.1  # standard deviation of the logits; gives an AUC of about 0.75
+
+Task = Literal["ctr", "ranking"]
+
+
+def write_draft(
+    folder: Path,
+    *,
+    name: str = "clicks",
+    version: str = "1",
+    task: Task = "ctr",
+    seed: int = 0,
+    rows: Mapping[str, int] = ROWS,
+    network: str = NETWORK,
+) -> Path:
+    """Write ``model.json``, the weights and one parquet file a split; return the folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    torch.manual_seed(seed)
+    config = {
+        "users": USERS,
+        "items": ITEMS,
+        "tags": TAGS,
+        "dense": DENSE,
+        "dim": 16,
+        "hidden": 64,
+    }
+    model = ClickNet(**config).eval()
+    draw = np.random.default_rng(seed)
+    columns = {split: _columns(count, draw) for split, count in rows.items()}
+    with torch.no_grad():
+        logits = _logits(model, columns["train"])
+        model.out.weight *= SPREAD / logits.std()
+        model.out.bias.copy_(-(logits * SPREAD / logits.std()).mean() - 0.5)
+    start = 0
+    for split, found in columns.items():
+        with torch.no_grad():
+            logits = _logits(model, found).numpy()
+        count = len(logits)
+        chance = 1 / (1 + np.exp(-logits))
+        if task == "ctr":
+            found["label"] = pa.array((draw.random(count) < chance).astype(np.int64))
+        else:  # grades 0 to 3, higher where the score is higher
+            grade = np.clip(np.round(2 * chance + draw.normal(0, 0.5, count)), 0, 3)
+            found["label"] = pa.array(grade.astype(np.int64))
+            found["query"] = pa.array(start // PER_QUERY + np.arange(count) // PER_QUERY)
+        found["at"] = pa.array(start + np.arange(count))
+        start += count
+        pq.write_table(pa.table(found), folder / f"{split}.parquet")
+    save_file(model.state_dict(), folder / "model.safetensors")
+    document = {
+        "schema_version": 1,
+        "name": name,
+        "version": version,
+        "signature": signature(task),
+        "network": {"architecture": {"path": network, "config": config}},
+        "data": {split: f"{split}.parquet" for split in rows},
+    }
+    (folder / "model.json").write_text(json.dumps(document, indent=1))
+    return folder
+
+
+def signature(task: Task) -> dict[str, Any]:
+    """What the network takes in and what its data is judged by."""
+    ranking = task == "ranking"
+    return {
+        "task": task,
+        "inputs": [
+            {"kind": "id", "name": "user", "table": "user"},
+            {
+                "kind": "id",
+                "name": "item",
+                "table": "item",
+                "out_of_range": "default_row",
+                "default_row": 0,
+            },
+            {"kind": "jagged_bag", "name": "tags", "table": "tags", "shape": [LONGEST]},
+            {
+                "kind": "dense",
+                "name": "dense",
+                "columns": [f"d{place}" for place in range(DENSE)],
+                "shape": [DENSE],
+            },
+        ],
+        "output": "score" if ranking else "logit",
+        "label": "label",
+        "group": "query" if ranking else None,
+        "time": "at",
+        "metric": "ndcg@10" if ranking else "auc",
+    }
+
+
+def planted_auc(folder: Path) -> float:
+    """AUC of the draft's own network on its test rows, computed without anything of recpress."""
+    document = json.loads((folder / "model.json").read_text())
+    model = ClickNet(**document["network"]["architecture"]["config"])
+    model.load_state_dict(load_file(folder / "model.safetensors"))
+    table = pq.read_table(folder / "test.parquet")
+    columns = {name: table[name].combine_chunks() for name in table.column_names}
+    with torch.no_grad():
+        scores = _logits(model.eval(), columns).numpy()
+    return float(roc_auc_score(table["label"].to_numpy(), scores))
+
+
+def environment(home: Path, **more: str) -> dict[str, str]:
+    """What a child process is started with: nothing of the person's own, a home below ``home``."""
+    kept = {
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith(("AWS_", "RECPRESS_", "PREFECT_", "MLFLOW_"))
+    }
+    return {
+        **kept,
+        "PYTHONPATH": str(ROOT / "tests"),
+        "RECPRESS_HOME": str(home / "recpress"),
+        "PREFECT_HOME": str(home / "prefect"),
+        "RECPRESS_ALLOWED_MODULES": ALLOWED,
+        "AWS_SHARED_CREDENTIALS_FILE": str(home / "no-credentials"),
+        "AWS_CONFIG_FILE": str(home / "no-config"),
+        "AWS_EC2_METADATA_DISABLED": "true",
+        **more,
+    }
+
+
+def recpress(
+    *arguments: str, env: Mapping[str, str], seconds: float = 200
+) -> "subprocess.CompletedProcess[str]":
+    """Run the command line as a process of its own."""
+    return subprocess.run(
+        [sys.executable, "-m", "flows.cli", *arguments],
+        cwd=ROOT,
+        env=dict(env),
+        capture_output=True,
+        text=True,
+        timeout=seconds,
+        check=False,
+    )
+
+
+def _columns(count: int, draw: np.random.Generator) -> dict[str, pa.Array]:
+    lengths = draw.integers(0, LONGEST + 1, count)
+    bags = [draw.integers(0, TAGS, length).tolist() for length in lengths]
+    columns = {
+        "user": pa.array(draw.integers(0, USERS, count)),
+        "item": pa.array(draw.integers(0, ITEMS, count)),
+        "tags": pa.array(bags, pa.list_(pa.int64())),
+    }
+    for place in range(DENSE):
+        columns[f"d{place}"] = pa.array(draw.normal(size=count).astype(np.float32))
+    return columns
+
+
+def _logits(model: ClickNet, columns: Mapping[str, pa.Array]) -> torch.Tensor:
+    bags = columns["tags"].to_pylist()
+    lengths = torch.tensor([len(ids) for ids in bags])
+    dense = np.stack([columns[f"d{place}"].to_numpy() for place in range(DENSE)], axis=1)
+    return model(
+        user=torch.tensor(columns["user"].to_numpy()),
+        item=torch.tensor(columns["item"].to_numpy()),
+        tags=torch.tensor([number for ids in bags for number in ids]),
+        tags_offsets=lengths.cumsum(0) - lengths,
+        dense=torch.tensor(dense),
+    )

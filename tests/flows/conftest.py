@@ -1,0 +1,43 @@
+"""One Prefect server and one finished order for all tests of flows: both take long to make."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from drafts import write_draft
+from orders import ACCEPTED, BOTH, World, carry_out, surroundings
+from prefect.testing.utilities import prefect_test_harness
+
+from flows.order import Order
+from tasks.bundles import pack
+
+
+@pytest.fixture(scope="session")
+def prefect_server() -> Iterator[None]:
+    with prefect_test_harness(server_startup_timeout=90):
+        yield
+
+
+@pytest.fixture(scope="session")
+def the_world(prefect_server: None, tmp_path_factory: pytest.TempPathFactory) -> World:
+    home = tmp_path_factory.mktemp("world")
+    with pytest.MonkeyPatch.context() as patch:
+        surroundings(patch, home / "recpress")
+        draft = write_draft(home / "draft")
+        packed = pack(draft)
+        order = Order(model="clicks@1", preset="small", limits=(ACCEPTED,), targets=BOTH)
+        return World(home / "recpress", draft, packed, order, carry_out(order))
+
+
+@pytest.fixture
+def world(the_world: World, monkeypatch: pytest.MonkeyPatch) -> World:
+    """The finished order, with this test's environment in its home."""
+    surroundings(monkeypatch, the_world.home)
+    return the_world
+
+
+@pytest.fixture
+def fresh(prefect_server: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A home in which nothing happened yet, and the Prefect server."""
+    surroundings(monkeypatch, tmp_path / "recpress")
+    return tmp_path

@@ -1,0 +1,74 @@
+"""Carrying out orders in tests: how a run ended, and the home it ended in."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from drafts import ALLOWED
+from prefect.client.orchestration import get_client
+from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterId
+from prefect.client.schemas.objects import State
+
+from compressors.contracts import Limit
+from flows.compress import compress
+from flows.order import Order, Targets
+from tasks.bundles import Packed
+from tasks.documents import Finished
+
+ACCEPTED = Limit(metric="auc", against="baseline", at_least=-0.02)
+BOTH = Targets(onnxruntime="required", tensorrt_rtx="required")
+
+
+@dataclass(frozen=True)
+class Ran:
+    """How a flow run ended: its state's name and message, its result, every task run's state."""
+
+    state: str
+    message: str
+    finished: Finished
+    tasks: tuple[tuple[str, str], ...]
+
+    def of(self, task: str) -> list[str]:
+        """The states of the runs of one task."""
+        return [state for name, state in self.tasks if name.startswith(task)]
+
+
+def carry_out(order: Order) -> Ran:
+    """Run the flow as Prefect would, and ask the server what became of every task."""
+    state = compress(order, return_state=True)
+    outcome = state.result()
+    while isinstance(outcome, State):
+        outcome = outcome.result()
+    run = state.state_details.flow_run_id
+    assert run is not None
+    with get_client(sync_client=True) as client:
+        held = client.read_flow_run(run).state
+        found = client.read_task_runs(
+            flow_run_filter=FlowRunFilter(id=FlowRunFilterId(any_=[run])), limit=200
+        )
+    assert held is not None
+    return Ran(
+        state=held.name or "",
+        message=held.message or "",
+        finished=Finished.model_validate(outcome),
+        tasks=tuple((task.name, task.state_name or "") for task in found),
+    )
+
+
+def surroundings(patch: pytest.MonkeyPatch, home: Path) -> None:
+    """Work in this home, with the drafts' network allowed."""
+    patch.setenv("RECPRESS_HOME", str(home))
+    patch.setenv("RECPRESS_ALLOWED_MODULES", ALLOWED)
+    for name in ("RECPRESS_STORE", "MLFLOW_TRACKING_URI"):
+        patch.delenv(name, raising=False)
+
+
+@dataclass(frozen=True)
+class World:
+    """A home in which one draft was packed and one order was carried out, and was accepted."""
+
+    home: Path
+    draft: Path
+    packed: Packed
+    order: Order
+    first: Ran

@@ -1,0 +1,369 @@
+"""The way of one model, with the real tasks: what becomes of it, and what a second run costs."""
+
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime
+import pyarrow.parquet as pq
+import pytest
+from drafts import DENSE, ROOT, ROWS, environment, planted_auc, recpress, write_draft
+from orders import World, carry_out
+from prefect import flow
+from prefect.client.orchestration import get_client
+from sklearn.metrics import roc_auc_score
+
+from compressors.contracts import Limit
+from flows.order import Order, Targets
+from infra.checks import Rules
+from infra.errors import BuildRefused, DataRefused, StoreUnavailable
+from infra.registry import Registry
+from infra.settings import load_settings
+from tasks import prepare as preparing
+from tasks.bundles import pack
+from tasks.documents import Lowering
+from tasks.policy import kept
+from tasks.prepare import prepare
+from tasks.promotion import champion_graph, fetch, promote
+from tasks.stored import store
+
+ANY = Limit.parse("auc vs baseline >= -0.02")
+EARLY_TASKS = ("pull", "validate", "prepare", "rowwise_int4")  # done before the second step
+
+
+def with_limits(world: World, *limits: str) -> Order:
+    """The world's order with other limits: everything but the gate is remembered."""
+    return world.order.model_copy(update={"limits": tuple(map(Limit.parse, limits))})
+
+
+def registered(model: str) -> list[str]:
+    return [item.version for item in Registry(load_settings().registry_uri).versions(model)]
+
+
+# --- what becomes of an order ----------------------------------------------------------------
+
+
+def test_an_order_within_its_limits_is_accepted_registered_and_measured(world: World) -> None:
+    ran = world.first
+    report = ran.finished.report
+    assert (ran.state, report.outcome) == ("Completed", "accepted")
+    assert [(t.target, t.verdict.outcome) for t in report.targets] == [
+        ("onnxruntime", "accepted"),
+        ("tensorrt-rtx", "built-unmeasured"),
+    ]
+    measured = report.measurement
+    assert measured is not None
+    assert measured.rows == ROWS["test"]
+    before = measured.baseline.of("auc", "absolute")
+    assert before is not None
+    # Float32 sums in another order swap hardly any of 2 million pairs of scores.
+    assert before.point == pytest.approx(planted_auc(world.draft), abs=1e-6)
+    # int4 rows and int8 layers: an eighth and a quarter of the weights, and the graph around it.
+    assert report.targets[0].bytes < 0.3 * report.baseline_bytes
+    lines = {line.module: line.format for line in report.plan.lines}
+    assert set(lines) == {"user", "item", "tags", "cross", "first", "second", "out"}
+    version = Registry(load_settings().registry_uri).version("clicks", "@candidate")
+    assert version.version == ran.finished.version
+    assert version.tags["recpress.outcome"] == "accepted"
+    assert version.tags["recpress.verdict.tensorrt-rtx"] == "built-unmeasured"
+
+
+def test_what_was_found_is_on_the_runs_pages(world: World) -> None:
+    with get_client(sync_client=True) as client:
+        kinds = {item.type: item for item in client.read_artifacts()}
+    assert {"markdown", "table", "progress"} <= set(kinds)
+    assert "recpress registry fetch clicks" in str(kinds["markdown"].data)
+
+
+def test_the_fetched_graph_gives_the_reported_auc_in_a_plain_session(
+    world: World, tmp_path: Path
+) -> None:
+    """With nothing but what lies in the folder: model.onnx, lowering.json, and the test data."""
+    into = tmp_path / "served"
+    fetch("clicks", world.first.finished.version, "onnxruntime", into)
+    described = Lowering.model_validate_json((into / "lowering.json").read_text())
+    rows = pq.read_table(world.draft / "test.parquet")
+    bags = rows["tags"].to_pylist()
+    lengths = np.array([len(ids) for ids in bags])
+    given: dict[str, Any] = {
+        "user": rows["user"].to_numpy(),
+        "item": rows["item"].to_numpy(),
+        "tags": np.concatenate([np.array(ids, np.int64) for ids in bags]),
+        "tags_offsets": np.cumsum(lengths) - lengths,
+        "dense": np.stack([rows[f"d{place}"].to_numpy() for place in range(DENSE)], axis=1),
+    }
+    assert [item.name for item in described.inputs] == list(given)
+    session = onnxruntime.InferenceSession(str(into / "model.onnx"))
+    inputs = {item.name: given[item.name].astype(item.dtype) for item in described.inputs}
+    (scores,) = session.run([described.output], inputs)
+    measured = world.first.finished.report.measurement
+    assert measured is not None
+    reported = measured.numbers.of("auc", "absolute")
+    assert reported is not None
+    # Scored in one batch here and in blocks there; ties and last digits move single pairs.
+    found = roc_auc_score(rows["label"].to_numpy(), scores)
+    assert found == pytest.approx(reported.point, abs=1e-5)
+    assert (scores > 0).all()
+    assert (scores < 1).all()
+
+
+def test_an_order_over_a_limit_completes_as_rejected_with_the_numbers(world: World) -> None:
+    ran = carry_out(with_limits(world, "bytes vs baseline <= 0.01"))
+    assert ran.state == "Rejected"
+    assert "the limit is <= 0.010 times; rejected" in ran.message
+    assert ran.finished.report.outcome == "rejected"
+    version = Registry(load_settings().registry_uri).version("clicks", ran.finished.version)
+    assert version.tags["recpress.outcome"] == "rejected"
+    assert "candidate" not in version.aliases
+
+
+def test_a_limit_inside_the_interval_is_undecided_and_says_how_many_rows_would_decide(
+    world: World,
+) -> None:
+    measured = world.first.finished.report.measurement
+    assert measured is not None
+    change = measured.numbers.of("auc", "baseline")
+    assert change is not None
+    assert change.low < change.point
+    between = (change.point + change.low) / 2
+    ran = carry_out(with_limits(world, f"auc vs baseline >= {between!r}"))
+    assert ran.state == "Undecided"
+    (judgement,) = ran.finished.report.targets[0].verdict.judgements
+    assert judgement.outcome == "undecided"
+    assert judgement.rows_to_decide is not None
+    assert judgement.rows_to_decide > ROWS["test"]
+    assert "rows would decide" in ran.message
+
+
+def test_data_that_breaks_a_rule_stops_the_flow_before_anything_is_compressed(
+    world: World,
+) -> None:
+    order = world.order.model_copy(update={"rules": Rules(min_rows={"test": 100_000})})
+    with pytest.raises(DataRefused, match=r"test.*100,?000"):
+        carry_out(order)
+
+
+# --- what is made twice ----------------------------------------------------------------------
+
+
+def test_the_same_order_again_takes_every_task_from_the_cache_and_registers_nothing(
+    world: World,
+) -> None:
+    versions = registered("clicks")
+    ran = carry_out(world.order)
+    assert {state for _, state in ran.tasks} == {"Cached"}, ran.tasks
+    assert len(ran.tasks) == len(world.first.tasks)
+    assert ran.finished == world.first.finished
+    assert registered("clicks") == versions
+
+
+def test_other_limits_measure_nothing_anew(world: World) -> None:
+    ran = carry_out(with_limits(world, "auc vs baseline >= -0.03"))
+    made = [name for name, state in ran.tasks if state != "Cached"]
+    assert {name.split()[0] for name in made} == {"gate", "publish"}, made
+
+
+def test_an_artifact_that_was_deleted_from_the_store_is_made_again(world: World) -> None:
+    compressed = world.first.finished.report.compressed
+    shutil.rmtree(world.home / "store" / "artifacts" / compressed.sha256)
+    ran = carry_out(world.order)
+    assert ran.finished == world.first.finished  # the same bits, so the same name
+    assert store().find(compressed.sha256) == compressed
+    assert sorted(ran.of("static_int8")) == ["Cached", "Completed"]
+    assert ran.of("rowwise_int4") == ["Cached"]
+    assert set(ran.of("measure")) == {"Cached"}
+
+
+def test_an_order_forgotten_by_the_registry_is_registered_again(
+    world: World, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path / 'other.db'}")
+    ran = carry_out(world.order)
+    assert sorted(ran.of("publish")) == ["Cached", "Completed"]
+    assert registered("clicks") == ["1"]
+    assert "other.db" in ran.finished.registry
+
+
+def test_a_killed_flow_goes_on_where_it_was(fresh: Path) -> None:
+    """kill -9 of the process and its embedded server, in the second of two steps."""
+    pack(write_draft(fresh / "draft", name="killed"))
+    limit = str(ANY)
+    environ = environment(fresh)
+    command = [sys.executable, "-m", "flows.cli", "compress", "killed", "--preset", "small"]
+    process = subprocess.Popen(
+        [*command, "--limit", limit],
+        cwd=ROOT,
+        env=environ,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    assert process.stderr is not None
+    lines = []
+    for line in process.stderr:
+        lines.append(line)
+        if "static_int8" in line:
+            break
+    os.killpg(process.pid, signal.SIGKILL)
+    process.stderr.close()
+    assert process.wait() == -signal.SIGKILL, lines
+    assert Registry(load_settings().registry_uri).models() == ()
+
+    order = Order(model="killed", preset="small", limits=(ANY,))
+    ran = carry_out(order)
+    assert ran.state == "Completed"
+    for task in EARLY_TASKS:
+        assert set(ran.of(task)) == {"Cached"}, (task, ran.tasks)
+    assert ran.of("measure") == ["Completed"]
+    assert registered("killed") == ["1"]
+
+    # What the resumed run made is what the command line now finds.
+    again = recpress("compress", "killed", "--preset", "small", "--limit", limit, env=environ)
+    assert again.returncode == 0, again.stderr
+    assert "was carried out before" in again.stderr
+
+
+# --- targets ---------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def without_tensorrt(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a machine where the datacenter package is not installed."""
+    monkeypatch.setitem(sys.modules, "tensorrt", None)
+
+
+def test_an_optional_target_that_cannot_be_built_is_left_out_with_its_reason(
+    world: World, without_tensorrt: None
+) -> None:
+    targets = world.order.targets.model_copy(update={"tensorrt": "optional"})
+    ran = carry_out(world.order.model_copy(update={"targets": targets}))
+    report = ran.finished.report
+    assert (ran.state, report.outcome) == ("Completed", "accepted")
+    assert [item.target for item in report.targets] == ["onnxruntime", "tensorrt-rtx"]
+    assert "pip install 'recpress[tensorrt]'" in report.skipped["tensorrt"]
+
+
+def test_a_required_target_that_cannot_be_built_is_refused_before_anything_is_done(
+    world: World, without_tensorrt: None
+) -> None:
+    order = world.order.model_copy(
+        update={"model": "clicks", "targets": Targets(tensorrt="required"), "seed": 5}
+    )
+    with pytest.raises(BuildRefused, match=r"pip install 'recpress\[tensorrt\]'"):
+        carry_out(order)
+
+
+# --- the champion ----------------------------------------------------------------------------
+
+
+def test_a_limit_against_the_champion_holds_without_one_and_is_measured_with_one(
+    fresh: Path, world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    order = with_limits(world, "bytes vs champion <= 1.01", "auc vs champion >= -0.0001")
+    # A champion of its own; the results that are remembered stay the world's.
+    shutil.copytree(world.home, fresh / "recpress")
+    monkeypatch.setenv("RECPRESS_HOME", str(fresh / "recpress"))
+    assert champion_graph("clicks") is None
+
+    ran = carry_out(order)
+    judgements = ran.finished.report.targets[0].verdict.judgements
+    assert ran.finished.report.outcome == "accepted"
+    assert all("no champion yet" in judgement.reason for judgement in judgements)
+
+    promote("clicks", world.first.finished.version, "the first")
+    ran = carry_out(order)
+    size, quality = ran.finished.report.targets[0].verdict.judgements
+    assert ran.of("measure") == ["Completed"]
+    assert size.measured is not None
+    assert quality.measured is not None
+    # The champion is this very graph: as many bytes, and not one score differs.
+    assert (size.measured.point, quality.measured.point) == (1.0, 0.0)
+    assert ran.state == "Completed"
+
+
+# --- retries ---------------------------------------------------------------------------------
+
+
+@flow
+def only_prepare(bundle: Any) -> Any:
+    return kept(prepare, bundle=bundle, split="validation", code=f"retries {time.time_ns()}")
+
+
+def runs_of(name: str) -> list[int]:
+    """How often each run of a task was tried, newest flow run first."""
+    with get_client(sync_client=True) as client:
+        found = client.read_task_runs(limit=200)
+    newest = max(found, key=lambda run: run.created or 0)
+    return [run.run_count for run in found if run.flow_run_id == newest.flow_run_id]
+
+
+def test_a_store_that_fails_once_is_asked_again(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+
+    def failing_once() -> Any:
+        asked.append(1)
+        if len(asked) == 1:
+            raise StoreUnavailable("The store did not answer.")
+        return store()
+
+    monkeypatch.setattr(preparing, "store", failing_once)
+    assert only_prepare(world.packed.artifact).bytes > 0
+    assert runs_of("prepare") == [2]
+
+
+def test_what_is_refused_is_not_tried_again(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def refusing() -> Any:
+        asked.append(1)
+        raise DataRefused("a column is missing")
+
+    monkeypatch.setattr(preparing, "store", refusing)
+    with pytest.raises(DataRefused, match="a column is missing"):
+        only_prepare(world.packed.artifact)
+    assert len(asked) == 1
+
+
+def test_a_store_that_is_down_is_said_in_one_sentence_within_a_minute(tmp_path: Path) -> None:
+    with socket.socket() as held:  # bound and never listening: nothing else can answer there
+        held.bind(("127.0.0.1", 0))
+        environ = environment(
+            tmp_path,
+            RECPRESS_STORE="s3://models",
+            AWS_ENDPOINT_URL=f"http://127.0.0.1:{held.getsockname()[1]}",
+            AWS_ACCESS_KEY_ID="key",
+            AWS_SECRET_ACCESS_KEY="canary-of-a-secret",
+            AWS_DEFAULT_REGION="us-east-1",
+        )
+        began = time.monotonic()
+        ended = recpress("compress", "clicks", "--limit", str(ANY), env=environ)
+    assert time.monotonic() - began < 60
+    assert ended.returncode == 1
+    assert "s3://models" in ended.stderr
+    assert "Traceback" not in ended.stderr
+    assert "canary" not in ended.stdout + ended.stderr
+
+
+# --- another kind of model -------------------------------------------------------------------
+
+
+def test_a_ranking_model_is_judged_by_its_groups(fresh: Path) -> None:
+    pack(write_draft(fresh / "draft", name="ranker", task="ranking"))
+    limits = (Limit.parse("ndcg@10 vs baseline >= -0.02"), Limit.parse("bytes vs baseline <= 0.5"))
+    ran = carry_out(Order(model="ranker", preset="safe", limits=limits))
+    report = ran.finished.report
+    assert report.outcome == "accepted", report.targets[0].verdict.reason
+    assert report.measurement is not None
+    found = report.measurement.numbers.of("ndcg@10", "absolute")
+    assert found is not None
+    assert 0.5 < found.point < 1

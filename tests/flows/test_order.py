@@ -1,0 +1,185 @@
+"""An order is the form people fill in, the file they send, and the name of the result."""
+
+import typing
+
+import pytest
+from prefect.utilities.callables import parameter_schema
+from pydantic import ValidationError
+
+from compressors.contracts import Artifact, Limit
+from compressors.dense.float16 import Float16
+from compressors.steps import AnyStep
+from compressors.tables.rowwise_int8 import RowwiseInt8
+from flows import resolve
+from flows.compress import compress
+from flows.order import PRESETS, Order, Preset, Targets
+from flows.resolve import order_digest
+from infra.checks import Rules
+from tasks.subject import Subject
+
+LIMIT = Limit(metric="auc", against="baseline", at_least=-0.002)
+ORDER = Order(model="clicks@1", limits=(LIMIT,))
+SUBJECT = Subject(
+    artifact=Artifact(uri="file:///s/artifacts/a", sha256="a" * 64, bytes=1),
+    name="clicks",
+    version="1",
+    metric="auc",
+    rows={"train": 10, "test": 10},
+    longest={},
+    architecture="b" * 64,
+)
+CHAMPION = Artifact(uri="file:///s/artifacts/c", sha256="c" * 64, bytes=1)
+
+
+def changed(**fields: object) -> Order:
+    return Order.model_validate(ORDER.model_dump() | fields)
+
+
+def test_an_order_without_limits_is_refused_because_nothing_would_be_judged() -> None:
+    with pytest.raises(ValidationError, match="limits"):
+        changed(limits=())
+    with pytest.raises(ValidationError, match="limits"):
+        Order.model_validate({"model": "clicks@1"})
+
+
+def test_steps_belong_to_the_preset_custom_and_to_no_other() -> None:
+    with pytest.raises(ValidationError, match="preset 'custom' needs steps"):
+        changed(preset="custom")
+    with pytest.raises(ValidationError, match="steps need preset 'custom'; found preset 'safe'"):
+        changed(steps=(RowwiseInt8(),))
+    assert changed(preset="custom", steps=(Float16(),)).recipe() == (Float16(),)
+
+
+@pytest.mark.parametrize("preset", [name for name in typing.get_args(Preset) if name != "custom"])
+def test_every_preset_has_a_recipe(preset: Preset) -> None:
+    assert changed(preset=preset).recipe() == PRESETS[preset] != ()
+
+
+def test_an_order_for_no_target_is_refused() -> None:
+    with pytest.raises(ValidationError, match="at least one target that is not 'off'"):
+        Targets(onnxruntime="off")
+
+
+def test_targets_that_are_off_are_not_wanted() -> None:
+    targets = Targets(onnxruntime="optional", tensorrt_rtx="required")
+    assert targets.wanted() == {"onnxruntime": "optional", "tensorrt-rtx": "required"}
+
+
+def test_batch_sizes_must_grow() -> None:
+    with pytest.raises(ValidationError, match="must not shrink"):
+        Targets(smallest_batch=65)
+
+
+def test_an_unknown_field_is_refused_rather_than_left_out() -> None:
+    with pytest.raises(ValidationError, match="promot"):
+        changed(promot=True)
+
+
+def test_an_order_survives_json() -> None:
+    order = changed(
+        preset="custom",
+        steps=(RowwiseInt8(), Float16()),
+        targets=Targets(tensorrt="optional"),
+        rules=Rules(label_rate=(0.1, 0.9)),
+        limits=(LIMIT, Limit.parse("bytes <= 500000"), Limit.parse("p99_ms@64 vs champion <= 1.2")),
+        promote=True,
+        seed=3,
+    )
+    assert Order.model_validate_json(order.model_dump_json()) == order
+
+
+# --- the form --------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def form() -> dict[str, typing.Any]:
+    """What Prefect's UI draws the flow's form from."""
+    schema = parameter_schema(compress).model_dump()
+    definitions = schema["definitions"]
+    return {"Order": definitions["Order"], **definitions}
+
+
+def test_the_form_asks_for_the_model_first_and_numbers_every_field(
+    form: dict[str, typing.Any],
+) -> None:
+    for name in ("Order", "Targets", "Limit"):
+        fields = form[name]["properties"]
+        positions = {key: held.get("position") for key, held in fields.items()}
+        assert sorted(positions.values()) == list(range(len(fields))), (name, positions)
+        # A field that is a model of its own takes that model's title.
+        titles = {
+            key: held.get("title") or form[held["$ref"].rpartition("/")[2]]["title"]
+            for key, held in fields.items()
+        }
+        assert all(titles.values()), titles
+    assert form["Order"]["properties"]["model"]["position"] == 0
+    assert {"model", "limits"} <= set(form["Order"]["required"])
+
+
+def test_the_form_offers_choices_where_there_are_choices(form: dict[str, typing.Any]) -> None:
+    assert form["Order"]["properties"]["preset"]["enum"] == list(typing.get_args(Preset))
+    for target in ("onnxruntime", "tensorrt_rtx", "tensorrt"):
+        assert form["Targets"]["properties"][target]["enum"] == ["required", "optional", "off"]
+    assert form["Limit"]["properties"]["against"]["enum"] == ["absolute", "baseline", "champion"]
+    assert {"auc", "bytes", "p99_ms@64"} <= set(form["Limit"]["properties"]["metric"]["enum"])
+
+
+def test_the_form_tells_steps_apart_by_their_kind(form: dict[str, typing.Any]) -> None:
+    """Without a discriminator Prefect's form cannot say which of several models is meant."""
+    items = form["Order"]["properties"]["steps"]["items"]
+    kinds = {
+        member.model_fields["kind"].default
+        for member in typing.get_args(typing.get_args(AnyStep)[0])
+    }
+    assert items["discriminator"]["propertyName"] == "kind"
+    assert set(items["discriminator"]["mapping"]) == kinds
+    assert len(items["oneOf"]) == len(kinds) >= 4
+
+
+# --- the name of the result ------------------------------------------------------------------
+
+SAME = order_digest(ORDER, SUBJECT, None)
+
+
+@pytest.mark.parametrize(
+    ("order", "subject", "champion"),
+    [
+        pytest.param(changed(preset="small"), SUBJECT, None, id="recipe"),
+        pytest.param(
+            changed(limits=(Limit.parse("auc vs baseline >= -0.0021"),)), SUBJECT, None, id="limits"
+        ),
+        pytest.param(changed(targets=Targets(tensorrt_rtx="optional")), SUBJECT, None, id="target"),
+        pytest.param(changed(targets=Targets(best_batch=32)), SUBJECT, None, id="batch"),
+        pytest.param(changed(rules=Rules(min_rows=7)), SUBJECT, None, id="rules"),
+        pytest.param(changed(seed=1), SUBJECT, None, id="seed"),
+        pytest.param(ORDER, SUBJECT, CHAMPION, id="champion"),
+        pytest.param(
+            ORDER,
+            SUBJECT.model_copy(update={"artifact": CHAMPION}),
+            None,
+            id="model",
+        ),
+        pytest.param(
+            ORDER, SUBJECT.model_copy(update={"architecture": "d" * 64}), None, id="architecture"
+        ),
+    ],
+)
+def test_whatever_changes_the_result_changes_the_orders_digest(
+    order: Order, subject: Subject, champion: Artifact | None
+) -> None:
+    assert order_digest(order, subject, champion) != SAME
+
+
+def test_our_own_code_changes_the_orders_digest(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(resolve, "code_digest", lambda: "e" * 64)
+    assert order_digest(ORDER, SUBJECT, None) != SAME
+
+
+def test_promoting_or_the_way_a_model_is_called_does_not_change_the_digest() -> None:
+    assert order_digest(changed(promote=True), SUBJECT, None) == SAME
+    assert order_digest(changed(model="clicks"), SUBJECT, None) == SAME
+
+
+def test_a_preset_and_the_same_steps_spelled_out_are_one_order() -> None:
+    spelled = changed(preset="custom", steps=PRESETS["safe"])
+    assert order_digest(spelled, SUBJECT, None) == SAME

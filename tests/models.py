@@ -1,0 +1,332 @@
+"""Small reference networks: every shape of table, bag and dense layer that people bring along.
+
+Each is a ``Reference``: the class, what it is built with, and the schema of its inputs. They are
+trained by nobody; their weights come from a seed.
+"""
+
+import functools
+import tempfile
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from compressors.batches import example
+from compressors.contracts import (
+    Architecture,
+    Bench,
+    DenseInput,
+    IdInput,
+    JaggedBag,
+    Network,
+    PaddedBag,
+    Schema,
+    Split,
+    TargetKind,
+)
+from compressors.lower.export import Lowered, lower
+from compressors.state import Model
+from compressors.step import ModelStep, TableStep, rows_of_tables, run
+from compressors.steps import AnyStep
+
+torch.set_num_threads(1)
+
+Step = TableStep | ModelStep
+METHODS: tuple[type[Step], ...] = typing.get_args(typing.get_args(AnyStep)[0])
+BENCH_ROWS = 96
+LONGEST = 5
+
+
+class Ranker(nn.Module):
+    """Ids, bags of three kinds and a dense vector; a cross layer beside a small tower.
+
+    ``cross`` and ``hidden`` read the same vector, ``hidden`` has a Relu and ``capped`` a Relu6
+    behind it, ``plain`` has no bias, ``item`` an odd width.
+    """
+
+    def __init__(self, dim: int = 6, width: int = 16) -> None:
+        super().__init__()
+        self.user = nn.Embedding(40, dim)
+        self.item = nn.Embedding(300, dim + 1)
+        self.city = nn.Embedding(9, dim)
+        self.genres = nn.EmbeddingBag(20, dim, mode="mean", padding_idx=0)
+        self.history = nn.EmbeddingBag(50, dim, mode="sum")
+        self.tags = nn.EmbeddingBag(30, dim, mode="max", include_last_offset=True)
+        total = 6 * dim + 1 + 3
+        self.cross = nn.Linear(total, total)
+        self.hidden = nn.Linear(total, width)
+        self.capped = nn.Linear(width, width)
+        self.plain = nn.Linear(width, width, bias=False)
+        self.out = nn.Linear(total + width, 1)
+
+    def forward(
+        self,
+        user: Tensor,
+        item: Tensor,
+        city: Tensor,
+        genres: Tensor,
+        history: Tensor,
+        history_offsets: Tensor,
+        tags: Tensor,
+        tags_lengths: Tensor,
+        price: Tensor,
+    ) -> Tensor:
+        edges = torch.cat([tags_lengths.new_zeros(1), tags_lengths.cumsum(0)])  # (rows + 1,)
+        parts = (
+            self.user(user),
+            self.item(item),
+            self.city(city),
+            self.genres(genres),
+            self.history(history, history_offsets),
+            self.tags(tags, edges),
+            price,
+        )
+        x = torch.cat(parts, dim=1)  # (rows, total)
+        crossed = x * self.cross(x) + x
+        deep = F.relu(self.hidden(x))
+        deep = self.plain(F.relu6(self.capped(deep)))
+        logit: Tensor = self.out(torch.cat([crossed, deep], dim=1))  # (rows, 1)
+        return logit
+
+
+class Tied(nn.Module):
+    """Two tables over one weight, and one module standing in two places."""
+
+    def __init__(self, dim: int = 6) -> None:
+        super().__init__()
+        self.item = nn.Embedding(30, dim)
+        self.similar = nn.Embedding(30, dim)
+        self.similar.weight = self.item.weight
+        self.user = nn.Embedding(20, dim)
+        self.friend = self.user
+        self.out = nn.Linear(4 * dim, 1)
+
+    def forward(self, item: Tensor, similar: Tensor, user: Tensor, friend: Tensor) -> Tensor:
+        parts = (self.item(item), self.similar(similar), self.user(user), self.friend(friend))
+        score: Tensor = self.out(torch.cat(parts, dim=1)).squeeze(1)
+        return score
+
+
+class Buffered(nn.Module):
+    """Keeps a buffer that no file stores, one that files store, and a plain tensor attribute.
+
+    The table of positions is read at the same rows in every call.
+    """
+
+    places: Tensor
+    gain: Tensor
+
+    def __init__(self, dim: int = 4, fields: int = 3) -> None:
+        super().__init__()
+        self.register_buffer("places", torch.arange(fields), persistent=False)
+        self.register_buffer("gain", torch.full((fields * dim,), 0.5))
+        self.floor = torch.full((1,), -1.0)
+        self.fields = nn.Embedding(30, dim)
+        self.position = nn.Embedding(fields, dim)
+        self.out = nn.Linear(fields * dim, 1)
+
+    def forward(self, fields: Tensor) -> Tensor:
+        rows = self.fields(fields) + self.position(self.places)  # (rows, fields, dim)
+        x = torch.maximum(rows.flatten(1) * self.gain, self.floor)
+        score: Tensor = self.out(x).squeeze(1)
+        return score
+
+
+class Attention(nn.Module):
+    """A user attends to a padded history: a Linear over ``(rows, length, dim)``."""
+
+    def __init__(self, dim: int = 8) -> None:
+        super().__init__()
+        self.user = nn.Embedding(25, dim)
+        self.item = nn.Embedding(60, dim, padding_idx=0)
+        self.key = nn.Linear(dim, dim)
+        self.value = nn.Linear(dim, dim)
+        self.out = nn.Linear(dim, 1)
+
+    def forward(self, user: Tensor, history: Tensor) -> Tensor:
+        rows = self.item(history)  # (rows, length, dim)
+        keys, values = F.relu(self.key(rows)), self.value(rows)
+        fit = (keys * self.user(user).unsqueeze(1)).sum(dim=2)  # (rows, length)
+        seen = torch.matmul(fit.softmax(dim=1).unsqueeze(1), values).squeeze(1)  # (rows, dim)
+        score: Tensor = self.out(seen).squeeze(1)
+        return score
+
+
+class Normed(nn.Module):
+    """Batch norm and dropout, and a probability at the end."""
+
+    def __init__(self, dim: int = 6, width: int = 12) -> None:
+        super().__init__()
+        self.user = nn.Embedding(15, dim)
+        self.hidden = nn.Linear(dim + 2, width)
+        self.norm = nn.BatchNorm1d(width)
+        self.out = nn.Linear(width, 1)
+
+    def forward(self, user: Tensor, price: Tensor) -> Tensor:
+        x = self.hidden(torch.cat([self.user(user), price], dim=1))
+        x = F.dropout(F.relu(self.norm(x)), 0.3, self.training)
+        return torch.sigmoid(self.out(x))
+
+
+@dataclass(frozen=True)
+class Reference:
+    """A network's class with the schema of its inputs."""
+
+    network: type[nn.Module]
+    schema: Schema
+    config: Mapping[str, Any] = field(default_factory=dict)
+
+    def model(self, seed: int = 0) -> Model:
+        """The network as it would come out of a bundle."""
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            module = self.network(**self.config)
+            for layer in module.modules():
+                if isinstance(layer, nn.BatchNorm1d):  # statistics of a trained network
+                    nn.init.uniform_(layer.running_mean, -0.5, 0.5)
+                    nn.init.uniform_(layer.running_var, 0.5, 2.0)
+        path = f"models:{self.network.__name__}"
+        description = Network(architecture=Architecture(path=path, config=dict(self.config)))
+        return Model(module.eval(), self.network, description)
+
+    def rows_of_tables(self) -> dict[str, int]:
+        """Rows of every table an input names."""
+        return rows_of_tables(self.model().module, self.schema)
+
+    def bench(self, folder: Path) -> Bench:
+        """A bench whose calibration rows lie in ``folder``."""
+        split = prepared(self.schema, self.rows_of_tables(), folder)
+        return Bench(signature=self.schema, calibration=split)
+
+
+def _schema(*inputs: Any, output: str, **more: Any) -> Schema:
+    settings = {"task": "ctr", "label": "label", "metric": "auc", **more}
+    return Schema(inputs=inputs, output=output, **settings)
+
+
+RANKER = Reference(
+    Ranker,
+    _schema(
+        IdInput(name="user", table="user"),
+        IdInput(name="item", table="item", out_of_range="clamp"),
+        IdInput(
+            name="city", table="city", dtype="int32", out_of_range="default_row", default_row=3
+        ),
+        PaddedBag(name="genres", table="genres", shape=(4,)),
+        JaggedBag(name="history", table="history", shape=(LONGEST,)),
+        JaggedBag(
+            name="tags",
+            table="tags",
+            shape=(LONGEST,),
+            dtype="int32",
+            layout="lengths",
+            out_of_range="default_row",
+            default_row=2,
+        ),
+        DenseInput(name="price", shape=(3,)),
+        output="logit",
+    ),
+)
+TIED = Reference(
+    Tied,
+    _schema(
+        *(IdInput(name=name, table=name) for name in ("item", "similar", "user")),
+        IdInput(name="friend", table="user"),
+        output="logit",
+    ),
+)
+BUFFERED = Reference(
+    Buffered,
+    _schema(
+        IdInput(name="fields", table="fields", columns=("a", "b", "c"), shape=(3,)),
+        output="logit",
+    ),
+)
+ATTENTION = Reference(
+    Attention,
+    _schema(
+        IdInput(name="user", table="user"),
+        PaddedBag(name="history", table="item", shape=(6,)),
+        output="score",
+        task="ranking",
+        group="user",
+        metric="ndcg@10",
+    ),
+)
+NORMED = Reference(
+    Normed,
+    _schema(
+        IdInput(name="user", table="user"),
+        DenseInput(name="price", shape=(2,)),
+        output="probability",
+    ),
+)
+REFERENCES = (RANKER, TIED, BUFFERED, ATTENTION, NORMED)
+
+
+def prepared(schema: Schema, rows_of_table: dict[str, int], folder: Path) -> Split:
+    """A split of made-up rows, written as ``compressors.batches`` reads it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    made = example(schema, rows_of_table, BENCH_ROWS, seed=7)
+    for item in schema.inputs:
+        if isinstance(item, JaggedBag):
+            second = made.pop(f"{item.name}_{item.layout}")
+            count = len(made[item.name])
+            if item.layout == "offsets":
+                bounds = torch.cat([second, torch.tensor([count])])
+            else:
+                bounds = torch.cat([torch.zeros(1, dtype=torch.int64), second.cumsum(0)])
+            made[f"@bounds/{item.name}"] = bounds
+    made["@label"] = torch.arange(BENCH_ROWS, dtype=torch.float32) % 2
+    if schema.group is not None:
+        made["@group"] = torch.arange(BENCH_ROWS) // 8
+    save_file(made, folder / "data.safetensors")
+    return Split(path=str(folder), sha256="0" * 64, rows=BENCH_ROWS)
+
+
+def tensors_apart(model: nn.Module) -> dict[str, Tensor]:
+    """A copy of every tensor of a module, to compare with later."""
+    return {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
+
+
+# --- exports are slow (one to three seconds), so every test file shares them -----------------
+
+_SCRATCH = tempfile.TemporaryDirectory(prefix="lowered-")
+
+
+@dataclass(frozen=True)
+class Graph:
+    """A reference, compressed and written down for one target."""
+
+    model: Model
+    lowered: Lowered
+    schema: Schema
+    path: Path
+
+
+@functools.cache
+def compressed(reference_name: str, kinds: tuple[str, ...]) -> Model:
+    """A reference after the steps of these kinds, each with its default settings."""
+    reference = {item.network.__name__: item for item in REFERENCES}[reference_name]
+    folder = Path(tempfile.mkdtemp(dir=_SCRATCH.name))
+    methods = {method.model_fields["kind"].default: method for method in METHODS}  # type: ignore[attr-defined]
+    model, bench = reference.model(), reference.bench(folder / "data")
+    for number, kind in enumerate(kinds):
+        model = run(methods[kind](), model, bench, folder / str(number))
+    return model
+
+
+@functools.cache
+def graph(reference_name: str, kinds: tuple[str, ...], target: TargetKind) -> Graph:
+    """A compressed reference's graph for one target; plain where ``kinds`` is empty."""
+    reference = {item.network.__name__: item for item in REFERENCES}[reference_name]
+    model = compressed(reference_name, kinds)
+    path = Path(tempfile.mkdtemp(dir=_SCRATCH.name)) / "model.onnx"
+    lowered = lower(model.module, reference.schema, target, path)
+    return Graph(model, lowered, reference.schema, path)
