@@ -24,7 +24,7 @@ from compressors.formats import Bag, PackedLinear, PackedTable
 from compressors.steps import LINEAR_FORMATS, TABLE_FORMATS
 from compressors.units import swap
 
-SHARD_BYTES = 2 * 2**30
+SHARD_BYTES = 2**30  # safetensors holds a shard twice while it writes it
 INDEX = "model.safetensors.index.json"
 _META_LOCK = threading.Lock()
 
@@ -237,31 +237,38 @@ def records_of(model: nn.Module) -> dict[str, ModuleRecord]:
 
 
 def save(model: nn.Module, folder: Path, shard_bytes: int = SHARD_BYTES) -> dict[str, str]:
-    """Write a module's tensors as safetensors, sharded with an index above ``shard_bytes``.
+    """Write a module's tensors as safetensors.
 
     Returns:
         The ties that ``model.json`` must carry.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     tensors, ties = tensors_of(model)
+    write_tensors(tensors, folder, shard_bytes)
+    return ties
+
+
+def write_tensors(
+    tensors: Mapping[str, Tensor], folder: Path, shard_bytes: int = SHARD_BYTES
+) -> tuple[Path, ...]:
+    """Write tensors as one safetensors file, or above ``shard_bytes`` as several with an index."""
+    folder.mkdir(parents=True, exist_ok=True)
     shards: list[dict[str, Tensor]] = [{}]
     filled = 0
     for name, tensor in tensors.items():
-        size = tensor.numel() * tensor.element_size()
-        if shards[-1] and filled + size > shard_bytes:
+        if shards[-1] and filled + tensor.nbytes > shard_bytes:
             shards.append({})
             filled = 0
         shards[-1][name] = tensor
-        filled += size
+        filled += tensor.nbytes
     if len(shards) == 1:
         save_file(shards[0], folder / "model.safetensors")
-        return ties
+        return (folder / "model.safetensors",)
     where: dict[str, str] = {}
     for number, shard in enumerate(shards, start=1):
         file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         save_file(shard, folder / file)
         where.update(dict.fromkeys(shard, file))
-    total = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+    total = sum(tensor.nbytes for tensor in tensors.values())
     index = {"metadata": {"total_size": total}, "weight_map": where}
     (folder / INDEX).write_text(json.dumps(index, indent=1, sort_keys=True))
-    return ties
+    return tuple(folder / file for file in dict.fromkeys(where.values()))

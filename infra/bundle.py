@@ -32,7 +32,6 @@ from infra.bundle_shards import (
     pickle_problem,
     stored_tensors,
     tensor_files,
-    write_tensors,
 )
 from infra.errors import BundleRefused
 
@@ -47,7 +46,6 @@ __all__ = [
     "SplitName",
     "TensorFact",
     "read_draft",
-    "write_tensors",
     "seal",
     "read",
     "check_weights",
@@ -203,8 +201,8 @@ def seal(
 ) -> Manifest:
     """Hash every file in ``folder`` and write ``model.json``, whole or not at all.
 
-    The weights must be there already (``write_tensors``, or copies of a draft's shards and
-    index). An older ``model.json`` is replaced. Returns what ``read`` will return.
+    The weights must be there already: shards, and their index where there are several. An
+    older ``model.json`` is replaced. Returns what ``read`` will return.
 
     Raises:
         BundleRefused: the folder holds what does not belong there, or the fields do not fit.
@@ -251,14 +249,29 @@ def read(folder: Path) -> Manifest:
         BundleRefused: anything in the folder is missing, extra, changed, unsafe or malformed.
     """
     names = _names(folder)
+    raw, _ = read_json(folder / MANIFEST)
+    manifest = manifest_of(raw, folder)
+    refuse_if(folder, _differences(folder, names - {MANIFEST}, manifest.files))
+    stored_tensors(folder)
+    return manifest
+
+
+def manifest_of(raw: bytes, folder: Path) -> Manifest:
+    """A sealed bundle's ``model.json``, without a look at the files it speaks of.
+
+    Args:
+        raw: its bytes.
+        folder: where it lies, for the message.
+
+    Raises:
+        BundleRefused: it is a draft, malformed, of an unknown version, or changed after sealing.
+    """
     path = folder / MANIFEST
-    raw, document = read_json(path)
+    document = decode(raw, path)
     _check_version(path, document)
     if "seal" not in document and "files" not in document:
         raise BundleRefused(f"{folder} is a draft. Pack it first: 'recpress bundle pack {folder}'.")
     manifest = parse(Manifest, _without_seal(document), path)
-    refuse_if(folder, _differences(folder, names - {MANIFEST}, manifest.files))
-    stored_tensors(folder)
     tail = len(_seal_line(b""))
     if raw[-tail:] != _seal_line(raw[:-tail]):
         raise BundleRefused(

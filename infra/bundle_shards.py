@@ -4,7 +4,6 @@ Headers are validated by the safetensors library; weights are read block by bloc
 bytes, so neither torch nor memory for a table is needed to check one.
 """
 
-import json
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -19,10 +18,9 @@ from infra.bundle_json import MAX_JSON_BYTES, clean, decode, read_json, refuse_i
 from infra.errors import BundleRefused
 
 if TYPE_CHECKING:
-    import torch
+    pass
 
 INDEX = "model.safetensors.index.json"
-SHARD_BYTES = 1 << 30  # safetensors holds a shard twice while it writes it
 BLOCK_BYTES = 16 << 20
 
 PICKLE_ENDINGS = (".pt", ".pth", ".bin", ".pkl", ".pickle", ".ckpt", ".joblib")
@@ -86,46 +84,6 @@ def listing(folder: Path) -> list[Path]:
 def tensor_files(folder: Path) -> tuple[Path, ...]:
     """The ``*.safetensors`` shards of a folder by name; the index (``INDEX``) is not one."""
     return tuple(p for p in listing(folder) if p.suffix == ".safetensors" and p.is_file())
-
-
-def write_tensors(
-    folder: Path, tensors: Mapping[str, "torch.Tensor"], shard_bytes: int = SHARD_BYTES
-) -> tuple[Path, ...]:
-    """Write tensors as one shard, or as several of about ``shard_bytes`` with their index.
-
-    Raises:
-        BundleRefused: there is no tensor, or two of one shard share memory.
-    """
-    from safetensors.torch import save_file
-
-    shards: list[dict[str, torch.Tensor]] = [{}]
-    filled = 0
-    for name, tensor in tensors.items():
-        if shards[-1] and filled + tensor.nbytes > shard_bytes:
-            shards.append({})
-            filled = 0
-        shards[-1][name] = tensor.detach()
-        filled += tensor.nbytes
-    if not shards[0]:
-        raise BundleRefused(f"{folder}: there is no tensor to write.")
-    total = len(shards)
-    weight_map: dict[str, str] = {}
-    for number, shard in enumerate(shards, start=1):
-        several = f"model-{number:05d}-of-{total:05d}.safetensors"
-        file = several if total > 1 else "model.safetensors"
-        try:
-            save_file({n: item.cpu().contiguous() for n, item in shard.items()}, folder / file)
-        except RuntimeError as fault:
-            raise BundleRefused(
-                f"{folder / file} cannot be written ({clean(fault)}). Store a shared tensor once "
-                "and name the others in network.ties."
-            ) from fault
-        weight_map |= dict.fromkeys(shard, file)
-    if total > 1:
-        metadata = {"total_size": sum(tensor.nbytes for tensor in tensors.values())}
-        index = json.dumps({"metadata": metadata, "weight_map": weight_map}, indent=2)
-        (folder / INDEX).write_text(index + "\n", encoding="utf-8")
-    return tuple(folder / file for file in dict.fromkeys(weight_map.values()))
 
 
 def stored_tensors(folder: Path) -> dict[str, StoredTensor]:

@@ -190,6 +190,18 @@ class Store:
                     raise  # otherwise somebody else put the copy there meanwhile: look at it
         raise InfraError(f"{kept} keeps changing. Is another program writing to the cache?")
 
+    def file(self, artifact: Artifact, path: str) -> bytes:
+        """One small file of an artifact (up to 64 MiB), its own chunks verified.
+
+        Raises:
+            ArtifactMissing, ArtifactDamaged: as ``manifest``; also there is no such file in it.
+        """
+        manifest = self.manifest(artifact)
+        entry = next((entry for entry in manifest.files if entry.path == path), None)
+        if entry is None or entry.bytes > MAX_MANIFEST_BYTES:
+            raise ArtifactMissing(f"{artifact.uri} holds no small file {path!r}.")
+        return b"".join(self._chunks(artifact, manifest.model_copy(update={"files": (entry,)})))
+
     def create(self, key: str, body: bytes) -> None:
         """Write a small record unless its key exists; atomic with its content.
 

@@ -1,11 +1,13 @@
 """The bundle an order is about. No Prefect: the command line looks too."""
 
+from pathlib import Path
+
 from compressors.contracts import Artifact, Frozen, JaggedBag
 from infra.architecture import source_digest
-from infra.bundle import SplitName, read
+from infra.bundle import MANIFEST, SplitName, manifest_of
 from infra.settings import load_settings
 from tasks.bundles import resolve
-from tasks.stored import local
+from tasks.stored import store
 
 
 class Subject(Frozen):
@@ -27,10 +29,11 @@ class Subject(Frozen):
 def find(reference: str) -> Subject:
     """The bundle that is meant, and a digest of its architecture's source.
 
-    Not a task: a name may mean another bundle tomorrow, so it is looked up every time.
+    Not a task: a name may mean another bundle tomorrow, so it is looked up every time. Only
+    ``model.json`` is read; ``pull`` verifies the rest.
     """
     artifact = resolve(reference)
-    manifest = read(local(artifact))
+    manifest = manifest_of(store().file(artifact, MANIFEST), Path(artifact.uri))
     path = manifest.network.architecture.path
     return Subject(
         artifact=artifact,

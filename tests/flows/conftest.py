@@ -1,5 +1,6 @@
 """One Prefect server and one finished order for all tests of flows: both take long to make."""
 
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from prefect.testing.utilities import prefect_test_harness
 
 from flows.order import Order
 from tasks.bundles import pack
+from tasks.promotion import repair
 
 
 @pytest.fixture(scope="session")
@@ -34,6 +36,17 @@ def world(the_world: World, monkeypatch: pytest.MonkeyPatch) -> World:
     """The finished order, with this test's environment in its home."""
     surroundings(monkeypatch, the_world.home)
     return the_world
+
+
+@pytest.fixture
+def no_champion(world: World) -> Iterator[None]:
+    """Before and after this test the world has no champion, whatever other tests promoted."""
+    ledger = world.home / "store" / "ledger"
+    shutil.rmtree(ledger, ignore_errors=True)
+    repair("clicks")
+    yield
+    shutil.rmtree(ledger, ignore_errors=True)
+    repair("clicks")
 
 
 @pytest.fixture

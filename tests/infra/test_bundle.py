@@ -28,6 +28,7 @@ from compressors.contracts import (
     Schema,
     tensor_names,
 )
+from compressors.state import write_tensors
 from infra import bundle, bundle_json, bundle_shards
 from infra.architecture import network_class
 from infra.errors import BundleRefused
@@ -68,7 +69,7 @@ EVERY_SHARDING = pytest.mark.parametrize("shard_bytes", [1 << 20, 60], ids=["one
 
 def make(folder, shard_bytes=1 << 20, **changes):
     folder.mkdir(exist_ok=True)
-    bundle.write_tensors(folder, WEIGHTS, shard_bytes)
+    write_tensors(WEIGHTS, folder, shard_bytes)
     bundle.seal(folder, **{**FIELDS, **changes})
     return folder
 
@@ -87,7 +88,7 @@ def sharded(tmp_path):
 def draft(tmp_path):
     folder = tmp_path / "draft"
     folder.mkdir()
-    bundle.write_tensors(folder, WEIGHTS)
+    write_tensors(WEIGHTS, folder)
     (folder / "train.parquet").write_bytes(b"PAR1")
     write_draft(folder)
     return folder
@@ -152,7 +153,7 @@ def shard_bytes_of(header, body=b""):
 def test_what_was_sealed_is_what_is_read(tmp_path, shard_bytes):
     folder = tmp_path / "b"
     folder.mkdir()
-    paths = bundle.write_tensors(folder, WEIGHTS, shard_bytes)
+    paths = write_tensors(WEIGHTS, folder, shard_bytes)
     manifest = bundle.seal(folder, **FIELDS, parents=[ARTIFACT], vocabularies={"genres": ARTIFACT})
     assert bundle.read(folder) == manifest
     assert bundle.tensor_files(folder) == paths
@@ -205,7 +206,7 @@ def test_a_compressed_and_a_tied_table_have_rows(tmp_path):
         modules={"embed.user": ModuleRecord(kind="table", format="int8", settings={"rows": 9})},
         ties={"embed.genres.weight": "shared"},
     )
-    bundle.write_tensors(tmp_path, {"shared": torch.ones(6, 2), "embed.user.codes": torch.ones(9)})
+    write_tensors({"shared": torch.ones(6, 2), "embed.user.codes": torch.ones(9)}, tmp_path)
     manifest = bundle.seal(tmp_path, **{**FIELDS, "network": network})
     facts = bundle.check_weights(tmp_path, manifest)
     assert bundle.table_rows(facts, manifest) == {"embed.user": 9, "embed.genres": 6}
@@ -668,13 +669,6 @@ def test_a_tensor_in_two_shards_is_refused(sharded):
     assert f"'embed.user.weight' lies in two shards, {FIRST} and more.safetensors" in message
 
 
-def test_tensors_that_share_memory_are_not_written_twice(tmp_path):
-    shared = torch.ones(4)
-    message = refusal(bundle.write_tensors, tmp_path, {"a": shared, "b": shared})
-    assert "name the others in network.ties" in message
-    assert "no tensor to write" in refusal(bundle.write_tensors, tmp_path, {})
-
-
 # --- weights ---------------------------------------------------------------------------------
 
 FLOATS = {
@@ -711,7 +705,7 @@ def test_every_bit_pattern_is_called_finite_exactly_when_torch_says_so(tmp_path,
     for name, values in (("good", patterns[~bad]), ("all", patterns)):
         folder = tmp_path / name
         folder.mkdir()
-        bundle.write_tensors(folder, {"w": values})
+        write_tensors({"w": values}, folder)
         manifest = bundle.seal(folder, **FIELDS)
         if name == "good":
             assert bundle.check_weights(folder, manifest)["w"].dtype in FLOATS
@@ -731,7 +725,7 @@ def test_nan_is_found_across_blocks_and_all_bad_tensors_are_told(tmp_path, monke
     scale = torch.ones(9, dtype=torch.float16)
     scale[8] = float("inf")
     weights = {"t": table, "s": scale, "ids": torch.full((9,), -1), "fine": torch.ones(100)}
-    bundle.write_tensors(tmp_path, weights, 500)
+    write_tensors(weights, tmp_path, 500)
     message = refusal(bundle.check_weights, tmp_path, bundle.seal(tmp_path, **FIELDS))
     assert "'t' has 2 NaN or infinite value(s), the first at [17, 3]" in message
     assert "'s' has 1 NaN or infinite value(s), the first at [8]" in message

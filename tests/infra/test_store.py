@@ -128,6 +128,17 @@ def test_get_returns_every_byte_that_was_put(stored, big_folder, tmp_path):
     assert artifact.uri == f"{stored.store.root}/artifacts/{artifact.sha256}"
 
 
+def test_one_small_file_is_read_without_the_others(stored, big_folder):
+    artifact = stored.store.put(big_folder)
+    stored.overwrite(f"{home(artifact)}/files/shards/tables/big.safetensors", b"damaged")
+    assert stored.store.file(artifact, "model.json") == b"{}"
+    with pytest.raises(ArtifactMissing, match="no small file 'absent.json'"):
+        stored.store.file(artifact, "absent.json")
+    stored.overwrite(f"{home(artifact)}/files/model.json", b"[]")
+    with pytest.raises(ArtifactDamaged, match="model.json, chunk 0"):
+        stored.store.file(artifact, "model.json")
+
+
 def test_the_same_content_is_stored_once_under_the_same_name(stored, folder, tmp_path):
     first = stored.store.put(folder)
     stored.store._place.upload = None  # a second upload would fail

@@ -1,0 +1,170 @@
+"""Steps that break their contract are refused by the one place that runs them."""
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import pytest
+import torch
+from models import NORMED, RANKER, Reference
+from torch import Tensor, nn
+
+from compressors.contracts import Bench
+from compressors.dense import float16
+from compressors.dense.float16 import Float16
+from compressors.errors import CompressionError, ContractBroken, ModelRefused
+from compressors.step import run
+from compressors.tables.rowwise_int8 import RowwiseInt8
+from compressors.units import Choice, Unit
+
+
+@dataclass(frozen=True)
+class Changed:
+    """Float16, and something that the contract forbids."""
+
+    what: Any
+    chosen: Literal["as float16", "nothing but user", "everything"] = "as float16"
+    kind: str = "changed"
+
+    def choose(self, units: tuple[Unit, ...]) -> dict[str, Choice]:
+        if self.chosen == "nothing but user":
+            return {"user": Choice(True, "as ordered")}
+        if self.chosen == "everything":
+            return {unit.name: Choice(True, "as ordered") for unit in units}
+        return Float16().choose(units)
+
+    def apply(self, model: nn.Module, bench: Bench) -> nn.Module:
+        return self.what(model, bench)
+
+
+def writes_in_place(model: nn.Module, bench: Bench) -> nn.Module:
+    with torch.no_grad():
+        model.user.weight.mul_(2)
+    return Float16().apply(model, bench)
+
+
+def writes_a_buffer(model: nn.Module, bench: Bench) -> nn.Module:
+    model.norm.running_mean.add_(1)
+    return Float16().apply(model, bench)
+
+
+def gives_nan(model: nn.Module, bench: Bench) -> nn.Module:
+    model = Float16().apply(model, bench)
+    model.out.bias.fill_(torch.nan)
+    return model
+
+
+def does_more(model: nn.Module, bench: Bench) -> nn.Module:
+    return Float16().apply(model, bench)
+
+
+def does_less(model: nn.Module, bench: Bench) -> nn.Module:
+    return Float16(layers=("out",)).apply(model, bench)
+
+
+def drops_a_table(model: nn.Module, bench: Bench) -> nn.Module:
+    model = Float16().apply(model, bench)
+    model.user = nn.Identity()
+    return model
+
+
+@dataclass(frozen=True)
+class Doubled:
+    """A format that answers to float16's name and computes something else."""
+
+    name: str = "float16"
+    layout: Any = float16.LINEAR_FORMAT.layout
+
+    def apply(self, stored: dict[str, Tensor], x: Tensor) -> Tensor:
+        return 2 * float16.LINEAR_FORMAT.apply(stored, x)
+
+
+def hides_state(model: nn.Module, bench: Bench) -> nn.Module:
+    model = Float16().apply(model, bench)
+    model.out.storage = Doubled()
+    return model
+
+
+def drops_the_weights_on_the_way(model: nn.Module, bench: Bench) -> nn.Module:
+    model = Float16().apply(model, bench)
+    model.get_submodule("out")._non_persistent_buffers_set.add("bias")
+    return model
+
+
+@pytest.mark.parametrize(
+    ("what", "chosen", "fault"),
+    [
+        (writes_in_place, "as float16", "wrote into the tensors"),
+        (gives_nan, "as float16", "not finite"),
+        (does_more, "nothing but user", "changed '[a-z]+' against its own choice"),
+        (does_less, "everything", "kept '[a-z]+' against its own choice"),
+        (drops_a_table, "as float16", "nothing stands at 'user'"),
+        (hides_state, "as float16", "not among its tensors"),
+    ],
+)
+def test_a_step_that_breaks_its_contract_is_refused(what, chosen, fault, tmp_path):
+    bench = RANKER.bench(tmp_path / "data")
+    with pytest.raises(ContractBroken, match=f"'changed'.*{fault}|'changed' {fault}"):
+        run(Changed(what, chosen), RANKER.model(), bench, tmp_path / "out")
+
+
+def test_a_step_that_writes_a_buffer_is_refused(tmp_path):
+    bench = NORMED.bench(tmp_path / "data")
+    with pytest.raises(ContractBroken, match="wrote into the tensors"):
+        run(Changed(writes_a_buffer), NORMED.model(), bench, tmp_path / "out")
+
+
+def test_a_step_whose_state_is_not_stored_is_refused(tmp_path):
+    bench = RANKER.bench(tmp_path / "data")
+    with pytest.raises(ModelRefused, match=r"missing out\.bias"):
+        run(Changed(drops_the_weights_on_the_way), RANKER.model(), bench, tmp_path / "out")
+
+
+def test_a_table_step_that_encodes_other_than_it_lays_out_is_refused(tmp_path):
+    class Wide(RowwiseInt8):
+        kind: Literal["wide"] = "wide"  # type: ignore[assignment]
+
+        def encode(self, block: Tensor, params: Any) -> dict[str, Tensor]:
+            return {k: v.to(torch.int32) for k, v in super().encode(block, params).items()}
+
+    bench = RANKER.bench(tmp_path / "data")
+    with pytest.raises(ContractBroken, match=r"'wide' encodes 'codes' as torch.int32"):
+        run(Wide(), RANKER.model(), bench, tmp_path / "out")
+
+
+class ReadsWeights(nn.Module):
+    """Uses a layer's weight without calling the layer, as torch's own attention does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.user = nn.Embedding(15, 6)
+        self.out = nn.Linear(8, 1)
+
+    def forward(self, user: Tensor, price: Tensor) -> Tensor:
+        x = torch.cat([self.user(user), price], dim=1)
+        return nn.functional.linear(x, self.out.weight, self.out.bias)
+
+
+class Offset(nn.Module):
+    """Moves its ids itself, so that ids its schema allows lie outside the table."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.user = nn.Embedding(15, 6)
+        self.out = nn.Linear(8, 1)
+
+    def forward(self, user: Tensor, price: Tensor) -> Tensor:
+        return self.out(torch.cat([self.user(user + 10), price], dim=1))
+
+
+def test_a_layer_whose_weight_is_read_around_it_is_named_as_such(tmp_path):
+    reference = Reference(ReadsWeights, NORMED.schema)
+    bench = reference.bench(tmp_path / "data")
+    with pytest.raises(CompressionError, match=r"'float16' the network no longer runs.*leave that"):
+        run(Float16(), reference.model(), bench, tmp_path / "out")
+    run(RowwiseInt8(), reference.model(), bench, tmp_path / "tables")
+
+
+def test_a_network_that_fails_on_ids_its_schema_allows_is_refused(tmp_path):
+    reference = Reference(Offset, NORMED.schema)
+    with pytest.raises(ModelRefused, match=r"models:Offset fails on made-up inputs.*IndexError"):
+        run(RowwiseInt8(), reference.model(), reference.bench(tmp_path / "data"), tmp_path / "out")
