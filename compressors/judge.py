@@ -187,10 +187,6 @@ def verdict(
 
 def _judge_one(limit: Limit, measured: Measured) -> Judgement:
     bound = _bound(limit)
-    if not math.isfinite(bound):
-        raise CompressionError(
-            f"limit '{limit}' needs a finite bound; nothing can be judged by this one."
-        )
     estimate = measured.of(limit.metric, limit.against)
     if estimate is None:
         if limit.against == "champion" and not measured.has_champion:

@@ -61,7 +61,10 @@ def lower(
         shapes = dynamic_shapes(schema, most_rows)
         program = _export(wrapper, args, names, form.translations(), shapes)
     except Exception as fault:
-        reason = (str(fault).strip().splitlines() or [repr(fault)])[-1]
+        first = _first_fault(fault)
+        if isinstance(first, NotLowerable):
+            raise NotLowerable(str(first)) from fault
+        reason = (str(first).strip().splitlines() or [repr(first)])[0].rstrip(".")
         raise NotLowerable(
             f"The network cannot be written down for {target}: {reason}. "
             f"Its forward must be free of Python control flow that depends on tensor values."
@@ -77,6 +80,13 @@ def lower(
     size = sum(value.const_value.nbytes for value in program.model.graph.initializers.values())
     program.save(str(path), external_data=size > EXTERNAL_BYTES)
     return Lowered(wrapper, looked_up)
+
+
+def _first_fault(fault: BaseException) -> BaseException:
+    """What torch's exporter wrapped, under its own advice to people who work on torch."""
+    while fault.__cause__ is not None:
+        fault = fault.__cause__
+    return fault
 
 
 def _export(

@@ -2,7 +2,7 @@
 
 import json
 import os
-import pickle  # noqa: S403, TID251 (what is refused has to be made first)
+import pickle  # noqa: TID251 (what is refused has to be made first)
 import subprocess
 import sys
 from collections.abc import Mapping
