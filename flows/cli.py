@@ -9,11 +9,12 @@ import os
 import sys
 import traceback
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, get_args
 
 import typer
 
 if TYPE_CHECKING:
+    from compressors.contracts import TargetKind
     from flows.order import Order
 
 app = typer.Typer(
@@ -127,7 +128,7 @@ def _order(
     promote: bool,
     seed: int,
 ) -> "Order":
-    from compressors.contracts import Limit
+    from compressors.contracts import Limit, TargetKind
     from flows.order import Order
     from infra.errors import Refused
 
@@ -140,12 +141,8 @@ def _order(
         parsed = tuple(Limit.parse(text) for text in limits)
     except ValueError as fault:
         raise Refused(str(fault)) from fault
-    known = ("onnxruntime", "tensorrt-rtx", "tensorrt")
-    names = (["onnxruntime"] if targets is None else targets) + optional
-    for name in names:
-        if name not in known:
-            raise Refused(f"Target {name!r} is not among {', '.join(known)}.")
-    wanted = dict.fromkeys((name.replace("-", "_") for name in known), "off")
+    names = [_target(n) for n in (["onnxruntime"] if targets is None else targets) + optional]
+    wanted = dict.fromkeys((name.replace("-", "_") for name in get_args(TargetKind)), "off")
     wanted.update({name.replace("-", "_"): "optional" for name in optional})
     wanted.update({name.replace("-", "_"): "required" for name in names if name not in optional})
     return Order.model_validate(
@@ -158,6 +155,17 @@ def _order(
             "seed": seed,
         }
     )
+
+
+def _target(name: str) -> "TargetKind":
+    """A target's name, checked; ``"RTX"`` is refused with those there are."""
+    from compressors.contracts import TargetKind
+    from infra.errors import Refused
+
+    for known in get_args(TargetKind):
+        if name == known:
+            return known  # type: ignore[no-any-return]  # get_args forgets the literal's type
+    raise Refused(f"Target {name!r} is not among {', '.join(get_args(TargetKind))}.")
 
 
 def _carry_out(order: "Order", *, force: bool, as_json: bool) -> int:
@@ -184,6 +192,8 @@ def _read(path: Path) -> str:
         return path.read_text()
     except OSError as fault:
         raise Refused(f"{path} cannot be read: {fault.strerror}.") from fault
+    except UnicodeDecodeError as fault:
+        raise Refused(f"{path} is no text, so it is no order: {fault}.") from fault
 
 
 # --- bundle ----------------------------------------------------------------------------------
@@ -335,14 +345,10 @@ def registry_fetch(
     as_json: Json = False,
 ) -> None:
     """Copy one target of a version to a folder, every chunk verified."""
-    from pydantic import TypeAdapter
-
-    from compressors.contracts import TargetKind
     from tasks.promotion import fetch
 
-    kind = TypeAdapter(TargetKind).validate_python(target)
     registered, found = fetch(
-        model, version, kind, into, unmeasured=unmeasured, unaccepted=unaccepted
+        model, version, _target(target), into, unmeasured=unmeasured, unaccepted=unaccepted
     )
     if as_json:
         _print(found.model_dump_json(indent=1))

@@ -205,11 +205,12 @@ def _target(
 
 
 def finished(order: str) -> Finished | None:
-    """The finished report of an order digest, if its release is still stored."""
+    """The finished report of an order digest, if it and what it speaks of are still stored."""
     held = store()
     try:
         found = Finished.model_validate(json.loads(held.read(finished_key(order))))
-        held.manifest(found.release)
+        for artifact in (found.release, *(item.artifact for item in found.report.targets)):
+            held.manifest(artifact)
     except ArtifactMissing:
         return None
     return found

@@ -12,7 +12,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -31,9 +33,11 @@ from compressors.contracts import (
     TargetKind,
 )
 from compressors.lower.export import Lowered, lower
+from compressors.lower.served import input_names
 from compressors.state import Model
 from compressors.step import ModelStep, TableStep, rows_of_tables, run
 from compressors.steps import AnyStep
+from infra.onnxruntime import Session
 
 torch.set_num_threads(1)
 
@@ -308,6 +312,21 @@ class Graph:
     lowered: Lowered
     schema: Schema
     path: Path
+
+    def rows(self, count: int, seed: int = 5) -> dict[str, Tensor]:
+        """Made-up inputs, every id within its table."""
+        return example(self.schema, self.lowered.served.rows_of_table, count, seed)
+
+    def in_torch(self, inputs: dict[str, Tensor]) -> NDArray[np.float32]:
+        """Scores of the module inside its input policy."""
+        with torch.no_grad():
+            scores: Tensor = self.lowered.served(*(inputs[n] for n in input_names(self.schema)))
+        return scores.numpy()
+
+    def in_onnx(self, inputs: dict[str, Tensor]) -> NDArray[np.float32]:
+        """Scores of the graph in ONNX Runtime; the forms for TensorRT run there too, slowly."""
+        arrays = {name: tensor.numpy() for name, tensor in inputs.items()}
+        return Session(self.path, threads=1).scores(arrays)
 
 
 @functools.cache

@@ -132,10 +132,10 @@ def test_one_small_file_is_read_without_the_others(stored, big_folder):
     artifact = stored.store.put(big_folder)
     stored.overwrite(f"{home(artifact)}/files/shards/tables/big.safetensors", b"damaged")
     assert stored.store.file(artifact, "model.json") == b"{}"
-    with pytest.raises(ArtifactMissing, match="no small file 'absent.json'"):
+    with pytest.raises(ArtifactMissing, match="no small file 'absent"):
         stored.store.file(artifact, "absent.json")
     stored.overwrite(f"{home(artifact)}/files/model.json", b"[]")
-    with pytest.raises(ArtifactDamaged, match="model.json, chunk 0"):
+    with pytest.raises(ArtifactDamaged, match="chunk 0"):
         stored.store.file(artifact, "model.json")
 
 

@@ -1,0 +1,289 @@
+"""What a lowered graph looks like, which tables it holds, and which networks have none."""
+
+from collections.abc import Iterator
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from models import METHODS, NORMED, RANKER, Ranker, compressed, graph
+from onnx import TensorProto
+from torch import Tensor, nn
+
+from compressors.contracts import Schema, TargetKind
+from compressors.errors import NothingToCompress, NotLowerable
+from compressors.lower.export import lower
+from compressors.lower.served import SCORE, input_names, served
+from compressors.lower.tensorrt import packed_int4
+from compressors.tables import rowwise_int4
+from infra.onnxruntime import optimized_graph
+
+ORT: TargetKind = "onnxruntime"
+RTX: TargetKind = "tensorrt-rtx"
+KINDS = [method.model_fields["kind"].default for method in METHODS]
+EVERYTHING = ("rowwise_int8", "static_int8")
+
+each_target = pytest.mark.parametrize("target", [ORT, RTX])
+
+
+@each_target
+def test_inputs_and_output_are_the_schemas(target):
+    written = onnx.load(graph("Ranker", EVERYTHING, target).path).graph
+    assert [item.name for item in written.input] == list(input_names(RANKER.schema))
+    types = {item.name: item.type.tensor_type.elem_type for item in written.input}
+    assert types["user"] == TensorProto.INT64
+    assert types["city"] == types["tags"] == TensorProto.INT32
+    assert types["price"] == TensorProto.FLOAT
+    (score,) = written.output
+    assert score.name == SCORE
+    assert score.type.tensor_type.elem_type == TensorProto.FLOAT
+    assert len(score.type.tensor_type.shape.dim) == 1
+
+
+def test_a_ranking_score_is_given_as_it_is():
+    lowered = graph("Attention", (), ORT)
+    inputs = lowered.rows(50)
+    found = lowered.in_onnx(inputs)
+    with torch.no_grad():
+        # float32 sums in another order
+        np.testing.assert_allclose(found, lowered.model.module(**inputs).numpy(), atol=1e-6)
+    assert found.min() < 0
+
+
+def test_a_probability_is_not_squashed_twice():
+    lowered = graph("Normed", (), ORT)
+    inputs = lowered.rows(50)
+    with torch.no_grad():
+        expected = lowered.model.module(**inputs).squeeze(1).numpy()
+    np.testing.assert_allclose(lowered.in_onnx(inputs), expected, atol=1e-6)
+
+
+def walk(found: onnx.GraphProto, start: str) -> Iterator[onnx.NodeProto]:
+    """The nodes that read a tensor."""
+    return (node for node in found.node if start in node.input)
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "static_int8"])
+def test_onnxruntime_gathers_a_table_before_anything_else_touches_it(kind):
+    lowered = graph("Ranker", (kind,), ORT)
+    found = optimized_graph(lowered.path)
+    held = {item.name for item in found.initializer}
+    assert len(lowered.lowered.tables) == 6
+    for table in lowered.lowered.tables:
+        for name in table.names:
+            assert name in held
+            assert [node.op_type for node in walk(found, name)] == ["Gather"], name
+
+
+TYPES = {
+    "rowwise_int8": TensorProto.INT8,
+    "rowwise_int4": TensorProto.INT4,
+    "float16": TensorProto.FLOAT16,
+}
+
+
+@pytest.mark.parametrize("kind", sorted(TYPES))
+def test_tensorrt_gets_packed_tables_that_feed_nothing_but_a_dequantize(kind):
+    lowered = graph("Ranker", (kind,), RTX)
+    written = onnx.load(lowered.path).graph
+    held = {item.name: item for item in written.initializer}
+    reads = {"Gather"} if kind == "float16" else {"DequantizeLinear"}
+    for table in lowered.lowered.tables:
+        codes = held[table.names[0]]
+        assert codes.data_type == TYPES[kind]
+        assert codes.dims[0] == table.rows
+        assert {node.op_type for node in walk(written, codes.name)} == reads
+        for node in walk(written, codes.name):
+            if kind != "float16":
+                after = [reader.op_type for reader in walk(written, node.output[0])]
+                assert after == ["Gather"]
+
+
+def test_tensorrt_gets_symmetric_int8_layers_with_a_float_bias():
+    written = onnx.load(graph("Ranker", EVERYTHING, RTX).path).graph
+    held = {item.name: item for item in written.initializer}
+    for item in held.values():
+        if item.data_type == TensorProto.INT8:
+            readers = {node.op_type for node in walk(written, item.name)}
+            assert readers in ({"DequantizeLinear"}, {"QuantizeLinear"}), item.name
+    maker = {output: node for node in written.node for output in node.output}
+    gemms = [node for node in written.node if node.op_type == "Gemm"]
+    assert len(gemms) == 5
+    for gemm in gemms:
+        assert [maker[name].op_type for name in gemm.input[:2]] == ["DequantizeLinear"] * 2
+        assert all(held[name].data_type == TensorProto.FLOAT for name in gemm.input[2:])
+    types = {item.data_type for item in held.values()}
+    assert not types & {TensorProto.UINT8, TensorProto.INT32}
+
+
+@each_target
+@pytest.mark.parametrize("kinds", [(), EVERYTHING, ("rowwise_int4",)])
+def test_the_exporters_notes_are_stripped(kinds, target):
+    model = onnx.load(graph("Ranker", kinds, target).path)
+    assert not model.metadata_props
+    everything = (*model.graph.node, *model.graph.input, *model.graph.initializer)
+    assert not any(item.metadata_props for item in (*everything, *model.graph.value_info))
+    assert not any(item.doc_string for item in everything)
+    assert b"models.py" not in model.SerializeToString()
+
+
+@each_target
+@pytest.mark.parametrize("kind", sorted(TYPES))
+def test_packed_bytes_are_what_the_file_holds(kind, target):
+    lowered = graph("Ranker", (kind,), target)
+    written = onnx.load(lowered.path).graph
+    held = {item.name: item for item in written.initializer}
+    for table in lowered.lowered.tables:
+        line = lowered.model.plan.of(table.module)
+        assert line.format == table.format == kind
+        stored = sum(len(held[name].raw_data) for name in table.names)
+        assert stored == line.bytes_after
+
+
+@pytest.mark.parametrize("dim", [1, 2, 5, 8])
+def test_int4_is_repacked_without_a_code_changing(dim):
+    codes = torch.randint(-7, 8, (6, dim), dtype=torch.int8)
+    packed = packed_int4(rowwise_int4.pack(codes).numpy())
+    width = dim + dim % 2
+    tensor = onnx.TensorProto(
+        data_type=TensorProto.INT4, dims=[6, width], raw_data=packed.tobytes()
+    )
+    found = onnx.numpy_helper.to_array(tensor).astype(np.int8)
+    assert np.array_equal(found[:, :dim], codes.numpy())
+    assert not found[:, dim:].any()
+
+
+# --- shared, unread and constant tables ------------------------------------------------------
+
+
+@each_target
+def test_tied_and_shared_tables_lie_in_the_graph_once(target):
+    lowered = graph("Tied", EVERYTHING, target)
+    by_module = {table.module: table.names for table in lowered.lowered.tables}
+    assert by_module["item"] == by_module["similar"]
+    written = onnx.load(lowered.path).graph
+    held = [item.name for item in written.initializer]
+    assert all(held.count(name) == 1 for names in by_module.values() for name in names)
+    wide = [item for item in written.initializer if list(item.dims) == [30, 6]]
+    assert len(wide) == 1
+
+
+@each_target
+@pytest.mark.parametrize("kinds", [(), EVERYTHING, ("rowwise_int4", "float16")])
+def test_a_table_read_at_the_same_rows_in_every_call_is_no_lookup(kinds, target):
+    # A runtime computes such a read once and drops the table.
+    assert [t.module for t in graph("Buffered", kinds, target).lowered.tables] == ["fields"]
+
+
+@each_target
+def test_a_table_that_nothing_reads_does_not_stop_lowering(target, tmp_path):
+    model = NORMED.model().module
+    model.spare = nn.Embedding(3, 4)
+    tables = lower(model, NORMED.schema, target, tmp_path / "model.onnx").tables
+    assert [table.module for table in tables] == ["user"]
+
+
+def test_a_table_called_table_keeps_its_name(tmp_path):
+    model = NORMED.model().module
+    model.user = nn.Sequential()
+    model.user.add_module("table", nn.Embedding(15, 6))
+    schema = Schema.model_validate_json(
+        NORMED.schema.model_dump_json().replace('"table":"user"', '"table":"user.table"')
+    )
+    tables = lower(model, schema, ORT, tmp_path / "model.onnx").tables
+    assert [table.module for table in tables] == ["user.table"]
+
+
+# --- refusals, and what stays as it was ------------------------------------------------------
+
+
+class Branching(nn.Module):
+    """Looks at a value to decide what to compute."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.user = nn.Embedding(15, 6)
+        self.out = nn.Linear(8, 1)
+
+    def forward(self, user: Tensor, price: Tensor) -> Tensor:
+        x = torch.cat([self.user(user), price], dim=1)
+        if x.sum() > 0:
+            x = -x
+        return self.out(x)
+
+
+@each_target
+def test_a_network_that_branches_on_values_is_refused_in_a_sentence(target, tmp_path):
+    path = tmp_path / "model.onnx"
+    with pytest.raises(
+        NotLowerable,
+        match=rf"written down for {target}: .*data-dependent.*\. Its forward must be",
+    ) as refusal:
+        lower(Branching(), NORMED.schema, target, path)
+    assert refusal.value.__cause__ is not None
+    assert not path.exists()
+
+
+class OutsideOnnx(nn.Module):
+    """Computes what ONNX has no operator for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.user = nn.Embedding(15, 6)
+
+    def forward(self, user: Tensor, price: Tensor) -> Tensor:
+        rows = self.user(user)
+        return torch.linalg.eigvals(rows.T @ rows).real.sum() + price.sum(dim=1)
+
+
+def test_an_operator_that_onnx_lacks_is_named(tmp_path):
+    with pytest.raises(NotLowerable, match=r"No ONNX function found for .*linalg_eig"):
+        lower(OutsideOnnx(), NORMED.schema, ORT, tmp_path / "model.onnx")
+
+
+class Undeclared(nn.Module):
+    """Reads a second jagged bag's table through an input that names another one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.history = nn.EmbeddingBag(50, 4, mode="sum")
+        self.again = nn.EmbeddingBag(50, 4, mode="sum")
+
+    def forward(self, history: Tensor, history_offsets: Tensor) -> Tensor:
+        bags = self.history(history, history_offsets) + self.again(history, history_offsets)
+        return bags.sum(dim=1)
+
+
+def test_a_jagged_bag_without_a_declared_longest_list_is_refused(tmp_path):
+    (item,) = (item for item in RANKER.schema.inputs if item.name == "history")
+    schema = RANKER.schema.model_copy(update={"inputs": (item,)})
+    with pytest.raises(NotLowerable, match=r"jagged_bag with shape \[longest\]"):
+        lower(Undeclared(), schema, ORT, tmp_path / "model.onnx")
+
+
+def test_a_schema_that_names_a_missing_table_is_refused(tmp_path):
+    text = NORMED.schema.model_dump_json().replace('"table":"user"', '"table":"usre"')
+    schema = Schema.model_validate_json(text)
+    with pytest.raises(NothingToCompress, match=r"table 'usre' of input 'user'.*has user"):
+        lower(NORMED.model().module, schema, ORT, tmp_path / "model.onnx")
+
+
+def test_serving_leaves_the_given_module_as_it_is():
+    model = RANKER.model().module.train()
+    wrapper = served(model, RANKER.schema, RANKER.rows_of_tables())
+    assert isinstance(model, Ranker)
+    assert isinstance(model.history, nn.EmbeddingBag)
+    assert model.training
+    assert model.history.training
+    assert wrapper.model.history.table.weight is model.history.weight
+
+
+@each_target
+def test_lowering_leaves_the_given_module_as_it_is(target, tmp_path):
+    model = compressed("Normed", EVERYTHING).module
+    before = {name: (id(module), module.training) for name, module in model.named_modules()}
+    tensors = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    lower(model, NORMED.schema, target, tmp_path / "model.onnx")
+    after = {name: (id(module), module.training) for name, module in model.named_modules()}
+    assert after == before
+    torch.testing.assert_close(dict(model.state_dict()), tensors, rtol=0, atol=0)
