@@ -15,7 +15,7 @@ import typer
 
 if TYPE_CHECKING:
     from compressors.contracts import TargetKind
-    from flows.order import Order
+    from flows.terms import Terms
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -94,17 +94,17 @@ def compress(
     as_json: Json = False,
 ) -> None:
     """Compress a model, judge what will be served, and register the result."""
-    from flows.order import Order
     from infra.errors import Refused
 
+    wanted: Terms
     if order is not None:
         if model is not None or limit or target or optional:
             raise Refused("Give either --order FILE or a model with options, not both.")
-        wanted = Order.model_validate_json(_read(order))
+        wanted = _read_order(order)
     elif model is None:
         raise Refused("Name a model: recpress compress NAME --limit 'auc vs baseline >= -0.002'.")
     else:
-        wanted = _order(model, preset, limit or [], target, optional or [], promote, seed)
+        wanted = _terms(model, preset, limit or [], target, optional or [], promote, seed)
     raise typer.Exit(_carry_out(wanted, force=force, as_json=as_json))
 
 
@@ -119,7 +119,7 @@ def demo(
     raise typer.Exit(_carry_out(demo_order(), force=force, as_json=as_json))
 
 
-def _order(
+def _terms(
     model: str,
     preset: str,
     limits: list[str],
@@ -127,9 +127,9 @@ def _order(
     optional: list[str],
     promote: bool,
     seed: int,
-) -> "Order":
+) -> "Terms":
     from compressors.contracts import Limit, TargetKind
-    from flows.order import Order
+    from flows.terms import Terms
     from infra.errors import Refused
 
     if not limits:
@@ -145,7 +145,7 @@ def _order(
     wanted = dict.fromkeys((name.replace("-", "_") for name in get_args(TargetKind)), "off")
     wanted.update({name.replace("-", "_"): "optional" for name in optional})
     wanted.update({name.replace("-", "_"): "required" for name in names if name not in optional})
-    return Order.model_validate(
+    return Terms.model_validate(
         {
             "model": model,
             "preset": preset,
@@ -168,7 +168,7 @@ def _target(name: str) -> "TargetKind":
     raise Refused(f"Target {name!r} is not among {', '.join(get_args(TargetKind))}.")
 
 
-def _carry_out(order: "Order", *, force: bool, as_json: bool) -> int:
+def _carry_out(order: "Terms", *, force: bool, as_json: bool) -> int:
     """Find the finished report of this order, or run the flow; print it; give the exit code."""
     from flows import console
     from flows.resolve import earlier
@@ -185,15 +185,15 @@ def _carry_out(order: "Order", *, force: bool, as_json: bool) -> int:
     return EXIT[found.report.outcome]
 
 
-def _read(path: Path) -> str:
+def _read_order(path: Path) -> "Terms":
+    from flows.order import Order
     from infra.errors import Refused
 
     try:
-        return path.read_text()
-    except OSError as fault:
-        raise Refused(f"{path} cannot be read: {fault.strerror}.") from fault
-    except UnicodeDecodeError as fault:
-        raise Refused(f"{path} is no text, so it is no order: {fault}.") from fault
+        text = path.read_text()
+    except (OSError, UnicodeDecodeError) as fault:
+        raise Refused(f"{path} cannot be read: {fault}.") from fault
+    return Order.model_validate_json(text)
 
 
 # --- bundle ----------------------------------------------------------------------------------

@@ -135,7 +135,7 @@ def compress(order: Order) -> Finished | State[Any]:
         order=order_digest(order, subject, champion),
         subject=subject,
         compressed=candidate,
-        recipe=order.recipe(),
+        recipe=tuple(step.model_dump(mode="json") for step in order.recipe()),
         limits=order.limits,
         baseline=baseline,
         built=built,

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.status import Status
 
-    from flows.order import Order
+    from flows.terms import Terms
     from tasks.documents import Finished
 
 EMBEDDED = {
@@ -25,6 +25,7 @@ EMBEDDED = {
     "PREFECT_LOGGING_EXTRA_LOGGERS": "flows,tasks,infra,compressors",
     "PREFECT_LOGGING_TO_API_WHEN_MISSING_FLOW": "ignore",
 }
+WIDE = 100
 STYLE = {"accepted": "bold green", "rejected": "bold red", "undecided": "bold yellow"}
 
 
@@ -41,7 +42,7 @@ def say(text: str, *, quiet: bool = False) -> None:
         console(error=True).print(text)
 
 
-def run(order: "Order", *, force: bool, quiet: bool) -> "Finished":
+def run(order: "Terms", *, force: bool, quiet: bool) -> "Finished":
     """Run the flow in this process, with what it does shown on a terminal."""
     for name, value in EMBEDDED.items():
         os.environ.setdefault(name, value)
@@ -51,8 +52,11 @@ def run(order: "Order", *, force: bool, quiet: bool) -> "Finished":
         from prefect.client.schemas.objects import State
 
         from flows.compress import compress
+        from flows.order import Order
         from tasks.documents import Finished
 
+        if not isinstance(order, Order):
+            order = Order.model_validate(order.model_dump())
         outcome = compress(order, return_state=True).result()
         while isinstance(outcome, State):
             outcome = outcome.result()
@@ -61,17 +65,24 @@ def run(order: "Order", *, force: bool, quiet: bool) -> "Finished":
 
 def show(finished: "Finished") -> None:
     """The table of before and after, the verdicts, and how to get the result."""
+    from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
     from tasks.report import headline, limit_lines, resolution
 
     report, out = finished.report, console()
     rows = headline(report)
-    table = Table(title=f"{report.name} {report.bundle_version}", title_justify="left")
+    title = f"{report.name} {report.bundle_version}"
+    table = Table(
+        title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1), pad_edge=False
+    )
     for column in rows[0]:
-        table.add_column(column, justify="left" if column == "what" else "right")
+        table.add_column(column, justify="left" if column == "what" else "right", no_wrap=True)
     for row in rows:
-        table.add_row(*row.values())
+        # Intervals need a wide window; they stand in the report in any case.
+        short = out.width < WIDE and "[" in row["change"]
+        cells = {**row, "change": row["change"].partition(" [")[0]} if short else row
+        table.add_row(*cells.values())
     out.print(table)
     out.print(resolution(report))
     for line in limit_lines(report):

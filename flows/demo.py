@@ -8,10 +8,10 @@ from pathlib import Path
 
 from compressors.contracts import Limit, digest
 from flows.console import say
-from flows.order import Order, Targets
+from flows.terms import Targets, Terms
 from infra.errors import ArtifactMissing, InfraError, Refused
-from tasks.bundles import pack, resolve
 from tasks.stored import store
+from tasks.subject import resolve
 
 BUNDLE = "ml100k-dcnv2"
 TRAINER = "examples.movielens"
@@ -23,7 +23,7 @@ LIMITS = (
 )
 
 
-def demo_order() -> Order:
+def demo_order() -> Terms:
     """Train and pack the demo's model unless it is there, and give the order for it.
 
     Raises:
@@ -41,7 +41,7 @@ def demo_order() -> Order:
     model = f"{BUNDLE}@{version}"
     if not _is_packed(model):
         _train_and_pack(root, version)
-    return Order(
+    return Terms(
         model=model,
         preset="small",
         limits=LIMITS,
@@ -72,5 +72,7 @@ def _train_and_pack(root: Path, version: str) -> None:
         described = json.loads((draft / "model.json").read_text())
         described["version"] = version
         (draft / "model.json").write_text(json.dumps(described, indent=1))
+        from tasks.bundles import pack  # torch: not needed where the model is packed already
+
         say("Packing it into the object store ...")
         pack(draft)

@@ -1,28 +1,29 @@
-"""What an order means today: its subject, its champion, its digest. No Prefect.
+"""What an order means today: its subject, its champion, its digest. No Prefect, no torch.
 
 The command line asks this before it starts anything, so an order that was carried out before is
 answered at once.
 """
 
 from compressors.contracts import Artifact, digest
-from flows.order import Order
+from flows.terms import Terms
 from tasks.documents import Finished, finished
 from tasks.promotion import champion_graph, promote
 from tasks.stored import code_digest
 from tasks.subject import Subject, find
 
 
-def champion_of(order: Order, subject: Subject) -> Artifact | None:
+def champion_of(order: Terms, subject: Subject) -> Artifact | None:
     """What production runs now, if the order compares with it."""
     return champion_graph(subject.name) if order.against_champion() else None
 
 
-def order_digest(order: Order, subject: Subject, champion: Artifact | None) -> str:
+def order_digest(order: Terms, subject: Subject, champion: Artifact | None) -> str:
     """The name of everything a result is made from; equal orders have equal results."""
     return digest(
         {
             "model": subject.artifact.sha256,
-            "recipe": list(order.recipe()),
+            "preset": order.preset,  # what a preset stands for is part of the code
+            "steps": order.own_steps(),
             "limits": list(order.limits),
             "targets": order.targets,
             "rules": order.rules,
@@ -33,13 +34,13 @@ def order_digest(order: Order, subject: Subject, champion: Artifact | None) -> s
     )
 
 
-def promote_if_ordered(order: Order, finished: Finished) -> None:
+def promote_if_ordered(order: Terms, finished: Finished) -> None:
     """Move the champion to an accepted result, where the order asks for it."""
     if order.promote and finished.report.outcome == "accepted":
         promote(finished.report.name, finished.version, f"order {finished.report.order[:12]}")
 
 
-def earlier(order: Order) -> Finished | None:
+def earlier(order: Terms) -> Finished | None:
     """The finished report of the same order, if there is one."""
     subject = find(order.model)
     found = finished(order_digest(order, subject, champion_of(order, subject)))

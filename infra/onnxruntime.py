@@ -7,15 +7,17 @@ import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import onnx
 from numpy.typing import NDArray
 from pydantic import Field
 
 from compressors.contracts import Frozen
 from infra.errors import BuildRefused, InfraError
+
+if TYPE_CHECKING:
+    import onnx
 
 FloatArray = NDArray[np.float32]
 PROVIDERS = ["CPUExecutionProvider"]
@@ -58,12 +60,14 @@ class Session:
         return scores
 
 
-def optimized_graph(path: Path, threads: int = 1) -> onnx.GraphProto:
+def optimized_graph(path: Path, threads: int = 1) -> "onnx.GraphProto":
     """The graph as the runtime rewrote it; large weights stay out of memory.
 
     Raises:
         BuildRefused: ONNX Runtime does not accept the graph.
     """
+    import onnx
+
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "optimized.onnx"
         _open(path, threads, out)

@@ -22,11 +22,12 @@ from infra.bundle import (
     table_rows,
 )
 from infra.data import SplitStatistics, check_ids, split_statistics
-from infra.errors import AlreadyThere, ArtifactMissing, BundleRefused
+from infra.errors import AlreadyThere, BundleRefused
 from infra.settings import load_settings
 from infra.store import Store
 from tasks.loading import data_path, model_of
 from tasks.stored import local, store
+from tasks.subject import bundle_key, resolve
 
 
 class Packed(Frozen):
@@ -112,31 +113,6 @@ def show(reference: str) -> Manifest:
     return read(folder if folder.is_dir() else local(resolve(reference)))
 
 
-def resolve(reference: str) -> Artifact:
-    """The artifact a bundle is meant by: its URI, ``name@version``, or the newest of ``name``.
-
-    Raises:
-        ArtifactMissing: no such bundle; names those that exist.
-    """
-    held = store()
-    if "/" in reference or ":" in reference:
-        return held.artifact(reference)
-    name, _, version = reference.partition("@")
-    keys = held.keys("bundles")
-    mine = [key for key in keys if key.startswith(f"bundles/{name}/")]
-    if version:
-        mine = [key for key in mine if key == _key(name, version)]
-    if not mine:
-        known = sorted({key.split("/")[1] + "@" + Path(key).stem for key in keys})
-        raise ArtifactMissing(
-            f"There is no bundle {reference!r} in {held.root}; there is "
-            f"{', '.join(known) or 'none yet'}. Pack one: 'recpress bundle pack FOLDER'."
-        )
-    records = [json.loads(held.read(key)) for key in mine]
-    newest = max(records, key=lambda record: float(record["packed_at"]))
-    return Artifact.model_validate(newest["artifact"])
-
-
 def _seal(
     staged: Path,
     draft: Draft,
@@ -200,15 +176,11 @@ def _link_or_copy(source: str, target: str) -> str:
 def _name(to: Store, name: str, version: str, artifact: Artifact) -> None:
     record = {"artifact": artifact.model_dump(mode="json"), "packed_at": time.time()}
     try:
-        to.create(_key(name, version), json.dumps(record).encode())
+        to.create(bundle_key(name, version), json.dumps(record).encode())
     except AlreadyThere as fault:
-        held = Artifact.model_validate(json.loads(to.read(_key(name, version)))["artifact"])
+        held = Artifact.model_validate(json.loads(to.read(bundle_key(name, version)))["artifact"])
         if held.sha256 != artifact.sha256:
             raise AlreadyThere(
                 f"{name}@{version} was packed before with other contents ({held.sha256[:12]}, now "
                 f"{artifact.sha256[:12]}). A version never changes: raise 'version' in model.json."
             ) from fault
-
-
-def _key(name: str, version: str) -> str:
-    return f"bundles/{name}/{version}.json"

@@ -5,6 +5,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 from pydantic import Field
 
@@ -21,7 +22,6 @@ from compressors.contracts import (
 )
 from compressors.lower.found import GraphAudit, TableInitializers
 from compressors.lower.parity import Parity
-from compressors.steps import AnyStep
 from infra.bundle import read
 from infra.errors import ArtifactMissing
 from infra.onnxruntime import Machine
@@ -95,7 +95,7 @@ class Report(Frozen):
     metric: str
     source: Artifact
     compressed: Artifact
-    recipe: tuple[AnyStep, ...]
+    recipe: tuple[dict[str, Any], ...]
     limits: tuple[Limit, ...]
     plan: Plan
     outcome: Outcome
@@ -150,7 +150,7 @@ def report_from(
     order: str,
     subject: Subject,
     compressed: Artifact,
-    recipe: tuple[AnyStep, ...],
+    recipe: tuple[dict[str, Any], ...],
     limits: tuple[Limit, ...],
     baseline: Artifact,
     built: dict[TargetKind, Artifact],

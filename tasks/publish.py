@@ -41,7 +41,7 @@ def publish(report: Report, code: str) -> Finished:  # noqa: ARG001
         report.order,
         release.uri,
         _tags(report, release),
-        f"{report.outcome}: {', '.join(step.kind for step in report.recipe)}",
+        f"{report.outcome}: {', '.join(step['kind'] for step in report.recipe)}",
     )
     if report.outcome == "accepted":
         registry.point(report.name, "candidate", registered.version)
@@ -78,7 +78,7 @@ def _tags(report: Report, release: Artifact) -> dict[str, str]:
         "recpress.bundle": f"{report.name}@{report.bundle_version}",
         "recpress.parents": report.source.sha256,
         "recpress.compressed": report.compressed.sha256,
-        "recpress.recipe": json.dumps([step.model_dump(mode="json") for step in report.recipe]),
+        "recpress.recipe": json.dumps(list(report.recipe)),
         "recpress.limits": "; ".join(str(limit) for limit in report.limits),
         "recpress.plan": digest(report.plan),
     }

@@ -60,8 +60,14 @@ def markdown(report: Report) -> str:
         "",
         "| target | verdict | why |",
         "|---|---|---|",
-        *(f"| {t.target} | {t.verdict.outcome} | {t.verdict.reason} |" for t in report.targets),
-        *(f"| {name} | left out (optional) | {why} |" for name, why in report.skipped.items()),
+        *(
+            f"| {t.target} | {t.verdict.outcome} | {_cell(t.verdict.reason)} |"
+            for t in report.targets
+        ),
+        *(
+            f"| {name} | left out (optional) | {_cell(why)} |"
+            for name, why in report.skipped.items()
+        ),
         "",
         "## Limits",
         "",
@@ -73,7 +79,7 @@ def markdown(report: Report) -> str:
         "|---|---|---|---|---|---|",
         *(
             f"| {line.module} | {line.role} | {line.format} | {line.bytes_before:,} | "
-            f"{line.bytes_after:,} | {line.reason} |"
+            f"{line.bytes_after:,} | {_cell(line.reason)} |"
             for line in report.plan.lines
         ),
         "",
@@ -137,6 +143,11 @@ def _checks(report: Report) -> list[str]:
             if name in t.audit
         )
     return lines
+
+
+def _cell(text: str) -> str:
+    """A foreign message as one cell: neither a pipe nor a line break may end its row."""
+    return " ".join(text.split()).replace("|", "\\|")
 
 
 def _ratio(plan: Plan) -> float:

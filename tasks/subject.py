@@ -1,12 +1,13 @@
-"""The bundle an order is about. No Prefect: the command line looks too."""
+"""The bundle an order is about. No Prefect, no torch: the command line looks too."""
 
+import json
 from pathlib import Path
 
 from compressors.contracts import Artifact, Frozen, JaggedBag
 from infra.architecture import source_digest
 from infra.bundle import MANIFEST, SplitName, manifest_of
+from infra.errors import ArtifactMissing
 from infra.settings import load_settings
-from tasks.bundles import resolve
 from tasks.stored import store
 
 
@@ -48,3 +49,33 @@ def find(reference: str) -> Subject:
         },
         architecture=source_digest(path, load_settings().allowed_modules),
     )
+
+
+def resolve(reference: str) -> Artifact:
+    """The artifact a bundle is meant by: its URI, ``name@version``, or the newest of ``name``.
+
+    Raises:
+        ArtifactMissing: no such bundle; names those that exist.
+    """
+    held = store()
+    if "/" in reference or ":" in reference:
+        return held.artifact(reference)
+    name, _, version = reference.partition("@")
+    keys = held.keys("bundles")
+    mine = [key for key in keys if key.startswith(f"bundles/{name}/")]
+    if version:
+        mine = [key for key in mine if key == bundle_key(name, version)]
+    if not mine:
+        known = sorted({key.split("/")[1] + "@" + Path(key).stem for key in keys})
+        raise ArtifactMissing(
+            f"There is no bundle {reference!r} in {held.root}; there is "
+            f"{', '.join(known) or 'none yet'}. Pack one: 'recpress bundle pack FOLDER'."
+        )
+    records = [json.loads(held.read(key)) for key in mine]
+    newest = max(records, key=lambda record: float(record["packed_at"]))
+    return Artifact.model_validate(newest["artifact"])
+
+
+def bundle_key(name: str, version: str) -> str:
+    """Where the store says which artifact a packed bundle is."""
+    return f"bundles/{name}/{version}.json"

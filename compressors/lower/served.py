@@ -35,11 +35,11 @@ class Served(nn.Module):
                 continue
             ids = given[item.name]
             rows = self.rows_of_table[item.table]
-            outside = (ids < 0) | (ids >= rows)
+            inside = ids.clamp(0, rows - 1)
+            outside = inside != ids  # two operators where comparing with both ends takes three
             if item.out_of_range == "default_row":
-                given[item.name] = torch.where(outside, item.default_row, ids)
-            else:
-                given[item.name] = ids.clamp(0, rows - 1)
+                inside = torch.where(outside, item.default_row, ids)
+            given[item.name] = inside
             bad = _refused_rows(item, outside, given)
             if bad is not None:
                 refused = bad if refused is None else refused | bad

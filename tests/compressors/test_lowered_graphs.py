@@ -112,8 +112,10 @@ def test_tensorrt_gets_symmetric_int8_layers_with_a_float_bias():
     for gemm in gemms:
         assert [maker[name].op_type for name in gemm.input[:2]] == ["DequantizeLinear"] * 2
         assert all(held[name].data_type == TensorProto.FLOAT for name in gemm.input[2:])
-    types = {item.data_type for item in held.values()}
-    assert not types & {TensorProto.UINT8, TensorProto.INT32}
+    for node in written.node:  # the builder refuses unsigned and int32 codes
+        if node.op_type in {"DequantizeLinear", "QuantizeLinear"}:
+            given = [held[name].data_type for name in node.input if name in held]
+            assert set(given) <= {TensorProto.INT8, TensorProto.FLOAT, TensorProto.FLOAT16}
 
 
 @each_target

@@ -1,0 +1,115 @@
+"""What somebody wants, without the recipe's own types: reading this loads no tensor library.
+
+The command line asks with these terms whether an order was carried out before. ``Order`` in
+``order.py`` adds a recipe of one's own.
+"""
+
+from typing import Any, Literal, Self
+
+from pydantic import Field, model_validator
+
+from compressors.contracts import Frozen, Limit, TargetKind
+from infra.checks import Rules
+from tasks.documents import Batch
+
+Wanted = Literal["required", "optional", "off"]
+Preset = Literal["small", "fast", "safe", "custom"]
+
+
+class Targets(Frozen):
+    """Where the result will be served. An optional target that cannot be built is left out."""
+
+    onnxruntime: Wanted = Field(
+        "required",
+        title="ONNX Runtime (CPU)",
+        description="Measured and gated here.",
+        json_schema_extra={"position": 0},
+    )
+    tensorrt_rtx: Wanted = Field(
+        "off",
+        title="TensorRT-RTX",
+        description="Built without a GPU and portable; runs on compute capability 8.0, 8.6, 8.9 "
+        "and 12.0 or later.",
+        json_schema_extra={"position": 1},
+    )
+    tensorrt: Wanted = Field(
+        "off",
+        title="TensorRT",
+        description="Needs the tensorrt package and the GPU it will be served on.",
+        json_schema_extra={"position": 2},
+    )
+    smallest_batch: int = Field(1, ge=1, json_schema_extra={"position": 3})
+    best_batch: int = Field(
+        64, ge=1, description="Engines are tuned for it.", json_schema_extra={"position": 4}
+    )
+    largest_batch: int = Field(1024, ge=1, json_schema_extra={"position": 5})
+    build_seconds: float = Field(
+        600, gt=0, description="Time limit of one engine build.", json_schema_extra={"position": 6}
+    )
+
+    @model_validator(mode="after")
+    def _in_order(self) -> Self:
+        if not self.smallest_batch <= self.best_batch <= self.largest_batch:
+            raise ValueError("batch sizes must not shrink from smallest to best to largest")
+        if not self.wanted():
+            raise ValueError("an order needs at least one target that is not 'off'")
+        return self
+
+    def wanted(self) -> dict[TargetKind, Wanted]:
+        """The targets that are not off."""
+        every: dict[TargetKind, Wanted] = {
+            "onnxruntime": self.onnxruntime,
+            "tensorrt-rtx": self.tensorrt_rtx,
+            "tensorrt": self.tensorrt,
+        }
+        return {target: wanted for target, wanted in every.items() if wanted != "off"}
+
+    def batch(self) -> Batch:
+        """The expected batch sizes."""
+        return Batch(low=self.smallest_batch, best=self.best_batch, high=self.largest_batch)
+
+
+class Terms(Frozen):
+    """Compress one model, judge what will be served, and register the result."""
+
+    model: str = Field(
+        min_length=1,
+        title="Model",
+        description="A packed bundle: name@version, name (its newest), or an artifact URI.",
+        json_schema_extra={"position": 0},
+    )
+    preset: Preset = Field(
+        "safe",
+        title="Preset",
+        description="small: int4 tables, int8 layers. fast: int8 tables and layers. safe: int8 "
+        "tables, float16 layers. custom: the steps below.",
+        json_schema_extra={"position": 1},
+    )
+    limits: tuple[Limit, ...] = Field(
+        min_length=1,
+        title="Limits",
+        description="What the result must keep; at least one. A usual first one: auc, against "
+        "baseline, at_least -0.002.",
+        json_schema_extra={"position": 2},
+    )
+    targets: Targets = Field(
+        default_factory=Targets, title="Targets", json_schema_extra={"position": 3}
+    )
+    rules: Rules = Field(
+        default_factory=Rules, title="Data rules", json_schema_extra={"position": 5}
+    )
+    promote: bool = Field(
+        False,
+        title="Promote if accepted",
+        description="Make the result champion at once if every limit holds.",
+        json_schema_extra={"position": 6},
+    )
+    seed: int = Field(0, ge=0, json_schema_extra={"position": 7})
+
+    def against_champion(self) -> bool:
+        """Whether any limit compares with the champion."""
+        return any(limit.against == "champion" for limit in self.limits)
+
+    def own_steps(self) -> list[dict[str, Any]]:
+        """The steps of preset ``custom`` as plain values; none for the other presets."""
+        return []

@@ -1,0 +1,125 @@
+"""Reports as an order would leave them, with real files in the store but without the work."""
+
+from pathlib import Path
+from typing import Any
+
+from compressors import judge
+from compressors.contracts import (
+    Artifact,
+    Estimate,
+    Limit,
+    Outcome,
+    Plan,
+    PlanLine,
+    TargetKind,
+    Verdict,
+    overall,
+)
+from compressors.lower.parity import Parity
+from compressors.tables.rowwise_int8 import RowwiseInt8
+from infra.onnxruntime import Machine
+from tasks.documents import GraphInput, Lowering, Measurement, Report, TargetReport
+from tasks.stored import store
+
+LIMIT = Limit.parse("auc vs baseline >= -0.002")
+MACHINE = Machine(
+    processor="a processor", cores=2, system="Linux", onnxruntime="1", threads=1, int8_dot=True
+)
+
+
+def stored(folder: Path, **files: str) -> Artifact:
+    """An artifact of a few text files; ``model_onnx="..."`` becomes ``model.onnx``."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, text in files.items():
+        (folder / name.replace("_", ".")).write_text(text)
+    return store().put(folder)
+
+
+def parity() -> Parity:
+    fields: dict[str, Any] = {"rows": 8, "largest": 1e-7, "root_mean_square": 1e-8}
+    known = Parity.model_fields
+    return Parity.model_validate(
+        {name: fields.get(name, 0) for name in known if known[name].is_required()} | fields
+    )
+
+
+def lowering(target: TargetKind) -> Lowering:
+    return Lowering(
+        target=target,
+        name="m@1",
+        inputs=(GraphInput(name="user", dtype="int64", shape=()),),
+        output="score",
+        rows_parity=parity(),
+        edge_parity=parity(),
+        graph=None,
+        tables=(),
+        packed_bytes=300,
+    )
+
+
+def measurement() -> Measurement:
+    def number(metric: str, against: Any, point: float, half: float) -> judge.Number:
+        estimate = Estimate(point=point, low=point - half, high=point + half, rows=1234)
+        return judge.Number(metric=metric, against=against, estimate=estimate)
+
+    return Measurement(
+        numbers=judge.Measured(
+            numbers=(
+                number("auc", "absolute", 0.75, 0.01),
+                number("auc", "baseline", -0.0005, 0.0012),
+                number("p99_ms@64", "absolute", 0.5, 0.1),
+                number("p99_ms@64", "baseline", 0.8, 0.1),
+            )
+        ),
+        baseline=judge.Measured(
+            numbers=(
+                number("auc", "absolute", 0.7505, 0.01),
+                number("bytes", "absolute", 1000, 0),
+                number("p99_ms@64", "absolute", 0.625, 0.1),
+            )
+        ),
+        resolves={"auc": 0.0012},
+        rows=1234,
+        machine=MACHINE,
+    )
+
+
+def report(folder: Path, order: str, outcomes: dict[TargetKind, Outcome]) -> Report:
+    """A report of one order whose targets came to these outcomes."""
+    targets = tuple(
+        TargetReport(
+            target=target,
+            required=True,
+            artifact=stored(folder / order[:4] / target, model_onnx=f"{target} {order}"),
+            bytes=400,
+            verdict=Verdict(target=target, outcome=outcome, reason=f"the gate said {outcome}"),
+            lowering=lowering(target),
+        )
+        for target, outcome in outcomes.items()
+    )
+    anything = stored(folder / "anything", x_txt="x")
+    line = PlanLine(
+        module="user",
+        role="table",
+        format="rowwise_int8",
+        bytes_before=1000,
+        bytes_after=300,
+        reason="as ordered",
+    )
+    return Report(
+        order=order,
+        name="m",
+        bundle_version="1",
+        metric="auc",
+        source=anything,
+        compressed=anything,
+        recipe=(RowwiseInt8(),),
+        limits=(LIMIT,),
+        plan=Plan(lines=(line,)),
+        outcome=overall(target.verdict for target in targets),
+        targets=targets,
+        baseline_bytes=1000,
+        measurement=measurement(),
+        validation=anything,
+        calibrated_on="train (10 rows)",
+    )

@@ -1,0 +1,228 @@
+"""Packing, finding and checking bundles: what is stored, what is refused, what is never lost."""
+
+import json
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from drafts import ALLOWED, DENSE, ROWS, write_draft
+
+from compressors.errors import ModelRefused
+from infra.errors import (
+    AlreadyThere,
+    ArtifactDamaged,
+    ArtifactMissing,
+    BundleRefused,
+    DataRefused,
+    Refused,
+)
+from tasks.bundles import check, pack, resolve, show
+from tasks.loading import data_path, load_bundle
+from tasks.stored import local, store
+from tasks.subject import find
+
+
+@pytest.fixture
+def draft(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("RECPRESS_HOME", str(tmp_path / "recpress"))
+    monkeypatch.setenv("RECPRESS_ALLOWED_MODULES", ALLOWED)
+    return write_draft(tmp_path / "draft")
+
+
+def described(draft: Path, **fields: object) -> None:
+    path = draft / "model.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+
+
+def bundles() -> tuple[str, ...]:
+    return store().keys("bundles")
+
+
+def test_a_packed_bundle_is_the_draft_with_its_data_by_hash(draft: Path) -> None:
+    packed = pack(draft)
+    assert (packed.name, packed.version, packed.rows) == ("clicks", "1", ROWS)
+    assert packed.tables == {"user": 3000, "item": 1500, "tags": 300}
+    manifest = show("clicks@1")
+    assert set(manifest.files) == {"model.safetensors"}
+    for split, reference in manifest.data.items():
+        held = local(reference.artifact) / reference.file
+        assert held.read_bytes() == (draft / f"{split}.parquet").read_bytes()
+    model = load_bundle(packed.artifact).model.module
+    assert sum(value.numel() for value in model.state_dict().values()) > 70_000
+
+
+def test_packing_again_changes_nothing_and_another_content_is_refused(
+    draft: Path, tmp_path: Path
+) -> None:
+    packed = pack(draft)
+    keys = store().keys("")
+    assert pack(draft) == packed
+    assert store().keys("") == keys
+    other = write_draft(tmp_path / "other", seed=1)
+    with pytest.raises(AlreadyThere, match=r"clicks@1 .*raise 'version'"):
+        pack(other)
+    assert resolve("clicks@1") == packed.artifact
+    check("clicks@1")
+
+
+def test_packing_changes_nothing_in_the_draft(draft: Path) -> None:
+    before = {path.name: path.read_bytes() for path in draft.iterdir()}
+    pack(draft)
+    assert {path.name: path.read_bytes() for path in draft.iterdir()} == before
+    for path in draft.iterdir():
+        path.write_bytes(path.read_bytes())  # still the person's own, still writable
+    check("clicks@1")
+
+
+def test_changing_the_draft_in_place_afterwards_does_not_change_what_was_packed(
+    draft: Path,
+) -> None:
+    """Packing may share bytes by hard links, so an edit in place must not reach the store."""
+    pack(draft)
+    with (draft / "model.safetensors").open("r+b") as file:
+        file.seek(-4, 2)
+        file.write(b"\1\2\3\4")
+    check("clicks@1")
+
+
+def test_a_name_means_its_newest_version(draft: Path, tmp_path: Path) -> None:
+    first = pack(draft)
+    second = pack(write_draft(tmp_path / "second", version="0.9", seed=1))
+    assert resolve("clicks") == second.artifact
+    assert resolve("clicks@1") == first.artifact
+    assert resolve(first.artifact.uri) == first.artifact
+
+
+def test_a_version_that_another_one_begins_with_is_not_taken_for_it(
+    draft: Path, tmp_path: Path
+) -> None:
+    pack(write_draft(tmp_path / "second", version="1.1", seed=1))
+    with pytest.raises(ArtifactMissing, match=r"there is clicks@1\.1"):
+        resolve("clicks@1")
+    with pytest.raises(ArtifactMissing):
+        resolve("click")
+
+
+def test_an_unknown_bundle_is_refused_with_those_there_are(draft: Path) -> None:
+    with pytest.raises(ArtifactMissing, match="none yet"):
+        resolve("clicks")
+    pack(draft)
+    with pytest.raises(ArtifactMissing, match=r"'nobody'.*clicks@1.*bundle pack"):
+        resolve("nobody")
+    with pytest.raises(Refused, match="artifacts/"):
+        resolve(f"{store().root}/artifacts/short")
+
+
+# --- refused, and nothing is named in the store ----------------------------------------------
+
+
+def test_without_test_data_nothing_could_be_gated(draft: Path) -> None:
+    described(draft, data={"train": "train.parquet"})
+    with pytest.raises(BundleRefused, match="no test data"):
+        pack(draft)
+    assert bundles() == ()
+
+
+def test_an_architecture_outside_the_allow_list_is_refused_without_importing_it(
+    draft: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RECPRESS_ALLOWED_MODULES", "examples")
+    with pytest.raises(BundleRefused, match="RECPRESS_ALLOWED_MODULES=examples,draft_network"):
+        pack(draft)
+    assert bundles() == ()
+
+
+def test_an_id_outside_its_table_is_refused_with_split_input_and_id(draft: Path) -> None:
+    table = pq.read_table(draft / "test.parquet")
+    users = table["user"].to_pylist()
+    users[17] = 3_000
+    at = table.column_names.index("user")
+    pq.write_table(table.set_column(at, "user", pa.array(users)), draft / "test.parquet")
+    with pytest.raises(DataRefused, match=r"'test', input 'user': id 3000 .*3000 rows"):
+        pack(draft)
+    assert bundles() == ()
+
+
+def test_a_column_the_signature_names_must_be_in_the_data(draft: Path) -> None:
+    table = pq.read_table(draft / "test.parquet").drop_columns([f"d{DENSE - 1}"])
+    pq.write_table(table, draft / "test.parquet")
+    with pytest.raises(DataRefused, match=f"d{DENSE - 1}"):
+        pack(draft)
+    assert bundles() == ()
+
+
+def test_weights_that_do_not_fit_the_architecture_are_refused(draft: Path) -> None:
+    document = json.loads((draft / "model.json").read_text())
+    document["network"]["architecture"]["config"]["dim"] = 8
+    (draft / "model.json").write_text(json.dumps(document))
+    with pytest.raises(ModelRefused, match=r"weight|bias"):
+        pack(draft)
+    assert bundles() == ()
+
+
+# --- check ----------------------------------------------------------------------------------
+
+
+def test_check_reads_every_byte_of_the_bundle_and_of_its_data(draft: Path) -> None:
+    packed = pack(draft)
+    manifest = show("clicks")
+    for artifact, file in (
+        (packed.artifact, "model.safetensors"),
+        (manifest.data["test"].artifact, "test.parquet"),
+    ):
+        path = Path(artifact.uri.removeprefix("file://")) / "files" / file
+        whole = path.read_bytes()
+        spoiled = bytearray(whole)
+        spoiled[len(spoiled) // 2] ^= 1
+        path.chmod(0o644)
+        path.write_bytes(spoiled)
+        with pytest.raises(ArtifactDamaged, match=file):
+            check("clicks")
+        path.write_bytes(whole)
+    check("clicks")
+
+
+def test_a_sealed_folder_is_checked_where_it_lies(draft: Path) -> None:
+    packed = pack(draft)
+    manifest, facts = check(str(local(packed.artifact)))
+    assert manifest == show("clicks")
+    assert facts["user.weight"].shape == (3000, 16)
+    for path in draft.glob("*.parquet"):
+        path.unlink()
+    with pytest.raises(BundleRefused, match=r"is a draft.*bundle pack"):
+        check(str(draft))
+
+
+def test_a_split_a_bundle_does_not_have_is_refused_with_those_it_has(
+    draft: Path,
+) -> None:
+    described(draft, data={"test": "test.parquet"})
+    pack(draft)
+    with pytest.raises(BundleRefused, match="no validation data; it has test"):
+        data_path(show("clicks"), "validation")
+
+
+# --- what an order is about ------------------------------------------------------------------
+
+
+def test_a_subject_knows_what_a_flow_must_know_and_notices_an_edited_architecture(
+    draft: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = (Path(__file__).parents[1] / "draft_network.py").read_text()
+    own = tmp_path / "own_network_of_this_test.py"
+    own.write_text(source)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setenv("RECPRESS_ALLOWED_MODULES", own.stem)
+    network = json.loads((draft / "model.json").read_text())["network"]
+    network["architecture"]["path"] = f"{own.stem}:ClickNet"
+    described(draft, network=network)
+    pack(draft)
+    subject = find("clicks")
+    assert (subject.name, subject.version, subject.metric) == ("clicks", "1", "auc")
+    assert (subject.rows, subject.longest) == (ROWS, {"tags": 5})
+    assert subject.calibration() == "calibration"
+    own.write_text(source.replace("torch.relu", "torch.tanh"))
+    edited = find("clicks")
+    assert edited.architecture != subject.architecture
+    assert edited.artifact == subject.artifact

@@ -1,0 +1,188 @@
+"""Measuring what is served: real graphs of a real bundle, without the flow around them."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from drafts import ALLOWED, ROWS, planted_auc, write_draft
+
+from compressors import judge
+from compressors.contracts import Artifact
+from compressors.errors import CompressionError
+from tasks import measure as measuring
+from tasks.bundles import pack
+from tasks.documents import Measurement, lowering_of, measurement_of, served_bytes
+from tasks.lower import lower_model
+from tasks.prepare import prepare
+from tasks.stored import local, store
+
+QUALITY = {"auc", "logloss", "normalized_entropy"}
+
+
+@dataclass(frozen=True)
+class Graphs:
+    """One bundle, its graph, its prepared test rows, and what measuring it against itself said."""
+
+    home: Path
+    bundle: Artifact
+    graph: Artifact
+    test: Artifact
+    draft: Path
+    itself: Measurement
+
+
+def surroundings(patch: pytest.MonkeyPatch, home: Path) -> None:
+    patch.setenv("RECPRESS_HOME", str(home))
+    patch.setenv("RECPRESS_ALLOWED_MODULES", ALLOWED)
+
+
+def measured(made: Graphs, champion: Artifact | None = None, **changes: object) -> Measurement:
+    arguments = {
+        "bundle": made.bundle,
+        "baseline": made.graph,
+        "candidate": made.graph,
+        "champion": champion,
+        "test": made.test,
+        "test_rows": ROWS["test"],
+        "seed": 0,
+        "code": "c",
+    }
+    return measurement_of(measuring.measure.fn(**(arguments | changes)))
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Graphs:
+    home = tmp_path_factory.mktemp("measure")
+    with pytest.MonkeyPatch.context() as patch:
+        surroundings(patch, home)
+        draft = write_draft(home / "draft")
+        bundle = pack(draft).artifact
+        test = prepare.fn(bundle, "test", code="c")
+        graph = lower_model.fn(bundle, "onnxruntime", test, ROWS["test"], 65_536, code="c")
+        unmeasured = Graphs(home, bundle, graph, test, draft, Measurement.model_construct())
+        itself = measured(unmeasured)
+    return Graphs(home, bundle, graph, test, draft, itself)
+
+
+@pytest.fixture(autouse=True)
+def _here(made: Graphs, monkeypatch: pytest.MonkeyPatch) -> None:
+    surroundings(monkeypatch, made.home)
+
+
+def test_a_lowered_graph_says_what_a_caller_must_send_and_how_far_it_is_from_torch(
+    made: Graphs,
+) -> None:
+    found = lowering_of(local(made.graph))
+    sent = {item.name: (item.dtype, item.shape) for item in found.inputs}
+    assert sent == {
+        "user": ("int64", ()),
+        "item": ("int64", ()),
+        "tags": ("int64", ()),
+        "tags_offsets": ("int64", ()),
+        "dense": ("float32", (4,)),
+    }
+    # Nothing is quantized: what is left is the order of float32 sums.
+    assert found.rows_parity.largest < 1e-5
+    assert found.rows_parity.rows == 2048
+
+
+def test_the_served_graphs_auc_is_the_networks_own(made: Graphs) -> None:
+    auc = made.itself.numbers.of("auc", "absolute")
+    assert auc is not None
+    assert auc.point == pytest.approx(planted_auc(made.draft), abs=1e-6)
+    assert auc.low < auc.point < auc.high
+    assert auc.rows == made.itself.rows == ROWS["test"]
+
+
+def test_a_model_against_itself_differs_in_nothing_but_its_latency(made: Graphs) -> None:
+    for metric in QUALITY:
+        change = made.itself.numbers.of(metric, "baseline")
+        assert change is not None
+        assert (change.low, change.point, change.high) == (0.0, 0.0, 0.0), metric
+    assert made.itself.numbers.of("bytes", "baseline") == judge.exact(1.0)
+    for size in measuring.BATCH_SIZES:
+        ratio = made.itself.numbers.of(f"p50_ms@{size}", "baseline")
+        assert ratio is not None
+        # The same graph, timed in turn: medians of a thousand calls lie close together even on
+        # a busy machine.
+        assert 0.7 < ratio.point < 1.4, size
+
+
+def test_every_number_a_limit_may_name_is_there_for_the_candidate_and_the_baseline(
+    made: Graphs,
+) -> None:
+    wanted = QUALITY | {"bytes"}
+    wanted |= {f"{name}_ms@{size}" for name in measuring.QUANTILES for size in (1, 64, 1024)}
+    for against in ("absolute", "baseline"):
+        found = {n.metric for n in made.itself.numbers.numbers if n.against == against}
+        assert found == wanted
+    assert {n.metric for n in made.itself.baseline.numbers} == wanted
+    assert made.itself.resolves.keys() == QUALITY
+    assert not made.itself.numbers.has_champion
+
+
+def test_bytes_are_those_of_the_served_files_alone(made: Graphs) -> None:
+    folder = local(made.graph)
+    found = made.itself.numbers.of("bytes", "absolute")
+    assert found is not None
+    assert found.point == served_bytes(folder) == (folder / "model.onnx").stat().st_size
+
+
+def test_a_champion_adds_its_own_comparison(
+    made: Graphs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(measuring, "BATCH_SIZES", (1,))
+    found = measured(made, champion=made.graph)
+    assert found.numbers.has_champion
+    for metric in (*QUALITY, "bytes", "p99_ms@1"):
+        assert found.numbers.of(metric, "champion") is not None, metric
+
+
+def test_a_batch_larger_than_the_test_data_is_left_out(
+    made: Graphs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(measuring, "BATCH_SIZES", (ROWS["test"] + 1,))
+    found = measured(made)
+    assert {number.metric for number in found.numbers.numbers} == QUALITY | {"bytes"}
+
+
+def test_a_graph_with_other_inputs_is_not_compared(
+    made: Graphs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A champion of an earlier signature cannot be scored on these rows."""
+    import onnx
+
+    model = onnx.load(local(made.graph) / "model.onnx")
+    for node in model.graph.node:
+        node.input[:] = ["person" if name == "user" else name for name in node.input]
+    next(item for item in model.graph.input if item.name == "user").name = "person"
+    other = tmp_path / "other"
+    other.mkdir()
+    onnx.save(model, other / "model.onnx")
+    with pytest.raises(CompressionError, match="champion takes the inputs .*person"):
+        measured(made, champion=store().put(other))
+
+
+def test_rows_without_a_score_are_an_error_that_counts_them(
+    made: Graphs, tmp_path: Path
+) -> None:
+    """An id outside a table whose policy is 'error' scores NaN; a NaN must not reach the AUC."""
+    from safetensors.numpy import load_file, save_file
+
+    tensors = load_file(local(made.test) / "data.safetensors")
+    tensors["user"] = tensors["user"].copy()
+    tensors["user"][[5, 9]] = 3_000
+    spoiled = tmp_path / "spoiled"
+    spoiled.mkdir()
+    save_file(tensors, spoiled / "data.safetensors")
+    with pytest.raises(CompressionError, match="no score for 2 test rows, the first is row 5"):
+        measured(made, test=store().put(spoiled))
+
+
+def test_the_planted_clicks_are_what_the_test_needs(made: Graphs) -> None:
+    """An AUC near a half or near one would make every comparison above easy."""
+    clicks = pq.read_table(made.draft / "test.parquet")["label"].to_numpy()
+    assert 0.25 < np.mean(clicks) < 0.55
+    assert 0.7 < planted_auc(made.draft) < 0.8

@@ -1,0 +1,251 @@
+"""Who serves: the ledger decides, the registry's alias follows, and rejected goes nowhere."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+from reports import report
+
+from compressors.contracts import Outcome, TargetKind
+from infra.errors import AlreadyThere, ArtifactDamaged, ArtifactMissing, PromotionRefused, Refused
+from infra.ledger import Ledger
+from infra.registry import Registry
+from tasks import publish as publishing
+from tasks.documents import Finished, finished
+from tasks.promotion import (
+    champion_graph,
+    fetch,
+    promote,
+    registry,
+    repair,
+    rollback,
+    version_report,
+    whoami,
+)
+from tasks.stored import store
+
+GOOD: dict[TargetKind, Outcome] = {"onnxruntime": "accepted", "tensorrt-rtx": "built-unmeasured"}
+
+
+@pytest.fixture(scope="module")
+def empty_registry(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """MLflow takes two seconds to make its tables; copying them takes none."""
+    file = tmp_path_factory.mktemp("registry") / "registry.db"
+    assert Registry(f"sqlite:///{file}").models() == ()
+    return file
+
+
+@pytest.fixture
+def home(empty_registry: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("RECPRESS_HOME", str(tmp_path / "recpress"))
+    (tmp_path / "recpress").mkdir()
+    shutil.copy(empty_registry, tmp_path / "recpress" / "registry.db")
+    monkeypatch.setenv("RECPRESS_USER", "tester")
+    return tmp_path
+
+
+def published(home: Path, digit: str, outcomes: dict[TargetKind, Outcome] = GOOD) -> Finished:
+    """Publish an order named by one repeated hex digit, as the task does."""
+    return publishing.publish.fn(report(home, digit * 64, outcomes), code="c")
+
+
+def aliases(model: str = "m") -> dict[str, str]:
+    return {
+        alias: item.version for item in registry().versions(model) for alias in item.aliases
+    }
+
+
+def test_an_order_is_registered_once_with_everything_that_is_known_about_it(home: Path) -> None:
+    first = published(home, "a")
+    again = published(home, "a")
+    assert (first, len(registry().versions("m"))) == (again, 1)
+    version, found = version_report("m", "@candidate")
+    assert found == first.report
+    assert version.source == first.release.uri
+    target = found.targets[0]
+    assert {
+        "recpress.order": "a" * 64,
+        "recpress.outcome": "accepted",
+        "recpress.bundle": "m@1",
+        "recpress.verdict.tensorrt-rtx": "built-unmeasured",
+        "recpress.sha256.onnxruntime": target.artifact.sha256,
+        "recpress.limits": "auc vs baseline >= -0.002",
+    }.items() <= version.tags.items()
+
+
+def test_a_finished_order_is_found_again_until_its_files_are_gone(home: Path) -> None:
+    done = published(home, "a")
+    assert finished("a" * 64) == done
+    assert finished("b" * 64) is None
+    served = done.report.targets[1].artifact
+    folder = home / "recpress" / "store" / "artifacts" / served.sha256
+    (folder / "manifest.json").unlink()
+    assert finished("a" * 64) is None
+
+
+def test_a_published_result_the_registry_or_store_lost_is_published_again(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done = published(home, "a")
+    publishing.still_published(done)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{home / 'other.db'}")
+    with pytest.raises(ArtifactMissing, match="no longer holds order aaaaaaaaaaaa"):
+        publishing.still_published(done)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI")
+    lying = home / "recpress" / "store" / "artifacts" / done.release.sha256
+    (lying / "manifest.json").unlink()
+    with pytest.raises(ArtifactMissing):
+        publishing.still_published(done)
+
+
+@pytest.mark.parametrize("outcome", ["rejected", "undecided", "built-unmeasured"])
+def test_only_an_accepted_version_becomes_candidate_or_champion(
+    home: Path, outcome: Outcome
+) -> None:
+    version = published(home, "a", {"onnxruntime": outcome}).version
+    assert aliases() == {}
+    with pytest.raises(PromotionRefused, match=f"version {version} is {outcome}"):
+        promote("m", version, "")
+    assert Ledger(store(), "m").entries() == ()
+    assert aliases() == {}
+
+
+def test_a_promotion_is_in_the_ledger_with_who_and_why_and_on_the_alias(home: Path) -> None:
+    version = published(home, "a").version
+    entry = promote("m", "@candidate", "smaller and as good")
+    assert (entry.version, entry.by, entry.reason) == (version, "tester", "smaller and as good")
+    assert entry.order == "a" * 64
+    assert aliases() == {"candidate": version, "champion": version}
+
+
+def test_promoting_the_champion_again_changes_nothing(home: Path) -> None:
+    version = published(home, "a").version
+    first = promote("m", version, "once")
+    assert promote("m", version, "twice") == first
+    assert len(Ledger(store(), "m").entries()) == 1
+
+
+def test_rolling_back_goes_to_the_version_before_and_needs_one(home: Path) -> None:
+    one = published(home, "a").version
+    two = published(home, "b").version
+    promote("m", one, "")
+    with pytest.raises(PromotionRefused, match="no champion before"):
+        rollback("m", "")
+    promote("m", two, "")
+    entry = rollback("m", "clicks fell")
+    assert (entry.action, entry.version, entry.previous) == ("rollback", one, two)
+    assert aliases()["champion"] == one
+    with pytest.raises(PromotionRefused):
+        rollback("m", "")
+
+
+def test_an_alias_that_somebody_moved_is_repaired_from_the_ledger(home: Path) -> None:
+    one = published(home, "a").version
+    two = published(home, "b", {"onnxruntime": "rejected"}).version
+    promote("m", one, "")
+    registry().point("m", "champion", two)
+    version, found = version_report("m", "@champion")
+    assert (version.version, found.outcome) == (one, "accepted")
+    assert aliases()["champion"] == one
+    registry().point("m", "champion", two)
+    repair("m")
+    assert aliases()["champion"] == one
+
+
+def test_a_champion_without_a_ledger_is_no_champion(home: Path) -> None:
+    version = published(home, "a").version
+    registry().point("m", "champion", version)
+    with pytest.raises(Refused, match="@champion"):
+        version_report("m", "@champion")
+    assert champion_graph("m") is None
+
+
+def test_of_two_who_promote_at_once_one_is_told(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one = published(home, "a").version
+    two = published(home, "b").version
+    real = Ledger.entries
+
+    def and_meanwhile(ledger: Ledger) -> object:
+        seen = real(ledger)
+        monkeypatch.setattr(Ledger, "entries", real)
+        promote("m", one, "the other one")
+        return seen
+
+    monkeypatch.setattr(Ledger, "entries", and_meanwhile)
+    with pytest.raises(AlreadyThere, match="moved on"):
+        promote("m", two, "me")
+    assert aliases()["champion"] == one
+
+
+def test_the_champions_graph_is_what_a_candidate_is_compared_with(home: Path) -> None:
+    done = published(home, "a")
+    assert champion_graph("nobody") is None
+    assert champion_graph("m") is None
+    promote("m", done.version, "")
+    assert champion_graph("m") == done.report.targets[0].artifact
+
+
+# --- fetch ----------------------------------------------------------------------------------
+
+
+def test_fetch_copies_the_target_that_was_asked_for(home: Path) -> None:
+    done = published(home, "a")
+    registered, target = fetch("m", done.version, "onnxruntime", home / "out")
+    assert registered.version == done.version
+    assert target == done.report.targets[0]
+    assert (home / "out" / "model.onnx").read_text() == f"onnxruntime {'a' * 64}"
+
+
+@pytest.mark.parametrize(
+    ("outcome", "option"),
+    [
+        ("built-unmeasured", "unmeasured"),
+        ("rejected", "unaccepted"),
+        ("undecided", "unaccepted"),
+    ],
+)
+def test_what_was_not_accepted_is_only_given_by_its_own_option(
+    home: Path, outcome: Outcome, option: str
+) -> None:
+    version = published(home, "a", {"onnxruntime": outcome}).version
+    into = home / "out"
+    other = {"unmeasured": "unaccepted", "unaccepted": "unmeasured"}[option]
+    for options in ({}, {other: True}):
+        with pytest.raises(PromotionRefused, match=f"--{option}"):
+            fetch("m", version, "onnxruntime", into, **options)
+        assert not into.exists()
+    fetch("m", version, "onnxruntime", into, **{option: True})
+    assert into.is_dir()
+
+
+def test_a_target_a_version_does_not_have_is_refused_with_those_it_has(home: Path) -> None:
+    version = published(home, "a").version
+    with pytest.raises(ArtifactMissing, match="has no tensorrt; it has onnxruntime, tensorrt-rtx"):
+        fetch("m", version, "tensorrt", home / "out")
+
+
+def test_a_changed_byte_is_noticed_before_anything_is_handed_over(home: Path) -> None:
+    done = published(home, "a")
+    sha256 = done.report.targets[0].artifact.sha256
+    path = home / "recpress" / "store" / "artifacts" / sha256 / "files" / "model.onnx"
+    path.chmod(0o644)
+    path.write_text(path.read_text().replace("a", "b", 1))
+    with pytest.raises(ArtifactDamaged, match="model.onnx"):
+        fetch("m", done.version, "onnxruntime", home / "new" / "out")
+    assert not (home / "new").exists()
+
+
+def test_the_ledger_names_a_person(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RECPRESS_USER", "somebody")
+    assert whoami() == "somebody"
+    monkeypatch.delenv("RECPRESS_USER")
+    monkeypatch.setenv("LOGNAME", "logged-in")
+    assert whoami() == "logged-in"
+
+
+def test_a_registrys_password_is_in_no_record(home: Path) -> None:
+    assert publishing._public("postgresql://me:canary@db.example/m") == "postgresql://db.example/m"
+    assert publishing._public("https://me:can@ary@host/m") == "https://host/m"
+    assert publishing._public("sqlite:////home/me/registry.db") == "sqlite:////home/me/registry.db"

@@ -1,0 +1,104 @@
+"""The report as people read it: every number it has, and no number it has not."""
+
+from pathlib import Path
+
+import pytest
+from reports import report
+
+from compressors.contracts import Outcome, TargetKind
+from tasks.documents import Finished, Report, finished_key, report_of
+from tasks.report import headline, markdown, resolution
+from tasks.stored import store
+
+OUTCOMES: dict[TargetKind, Outcome] = {
+    "onnxruntime": "accepted",
+    "tensorrt-rtx": "built-unmeasured",
+}
+
+
+@pytest.fixture
+def made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Report:
+    monkeypatch.setenv("RECPRESS_HOME", str(tmp_path / "recpress"))
+    return report(tmp_path, "a" * 64, OUTCOMES)
+
+
+def row(made: Report, what: str) -> dict[str, str]:
+    return next(line for line in headline(made) if line["what"] == what)
+
+
+def test_the_table_has_what_was_measured_for_who_was_measured(made: Report) -> None:
+    assert row(made, "AUC") == {
+        "what": "AUC",
+        "before": "0.75050",
+        "onnxruntime": "0.75000",
+        "tensorrt-rtx": "-",
+        "change": "-0.00050 [-0.00170, +0.00070]",
+    }
+    assert row(made, "p99 ms, batch 64") == {
+        "what": "p99 ms, batch 64",
+        "before": "0.625",
+        "onnxruntime": "0.500",
+        "tensorrt-rtx": "-",
+        "change": "0.80x [0.70, 0.90]",
+    }
+
+
+def test_bytes_are_what_is_served_on_each_target(made: Report) -> None:
+    served = row(made, "bytes served")
+    assert (served["before"], served["onnxruntime"], served["change"]) == ("1,000", "400", "0.40x")
+    assert row(made, "bytes of weights")["change"] == "0.30x"
+
+
+def test_every_row_has_the_same_columns_so_it_can_be_a_table(made: Report) -> None:
+    assert len({tuple(line) for line in headline(made)}) == 1
+
+
+def test_the_output_says_what_loss_the_test_rows_can_resolve(made: Report) -> None:
+    assert "1,234 test rows resolve a change of AUC of about 0.0012" in resolution(made)
+
+
+def test_nothing_measured_is_said_and_no_number_is_made_up(made: Report) -> None:
+    without = made.model_copy(update={"measurement": None})
+    assert resolution(without) == "Nothing was measured on this machine."
+    assert {line["what"] for line in headline(without)} == {"bytes served", "bytes of weights"}
+    assert "AUC" not in markdown(without)
+
+
+def test_the_page_holds_verdicts_limits_plan_and_where_everything_came_from(made: Report) -> None:
+    skipped = made.model_copy(update={"skipped": {"tensorrt": "not installed"}})
+    page = markdown(skipped)
+    for text in (
+        "# m 1: accepted",
+        "a" * 64,
+        "| onnxruntime | accepted | the gate said accepted |",
+        "| tensorrt-rtx | built-unmeasured |",
+        "| tensorrt | left out (optional) | not installed |",
+        "- `auc vs baseline >= -0.002`",
+        "| user | table | rowwise_int8 | 1,000 | 300 | as ordered |",
+        made.source.uri,
+        "calibrated on: train (10 rows)",
+        "measured on a processor, 2 cores",
+    ):
+        assert text in page, text
+
+
+def test_the_page_is_a_table_whatever_a_reason_contains(made: Report) -> None:
+    """A builder's message may hold pipes and line breaks; each row must stay one row."""
+    page = markdown(made.model_copy(update={"skipped": {"tensorrt": "a | b\nc"}}))
+    line = next(line for line in page.splitlines() if line.startswith("| tensorrt |"))
+    cells = line.replace("\\|", "").split("|")
+    assert len(cells) == 5, line
+    assert "c" in line
+
+
+def test_a_report_survives_the_store(made: Report, tmp_path: Path) -> None:
+    folder = tmp_path / "release"
+    folder.mkdir()
+    (folder / "report.json").write_text(made.model_dump_json())
+    release = store().put(folder)
+    assert report_of(release) == made
+    done = Finished(report=made, release=release, version="3", registry="sqlite:///r.db")
+    assert finished_key(made.order) == f"orders/{'a' * 64}.json"
+    assert done.fetch_command() == (
+        "recpress registry fetch m --version 3 --target onnxruntime --into ./m"
+    )
