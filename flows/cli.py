@@ -7,6 +7,7 @@ Imports happen inside the commands, so that help answers at once. Exit codes: 0 
 import json
 import os
 import sys
+import time
 import traceback
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, get_args
@@ -30,6 +31,9 @@ app.add_typer(registry_app, name="registry")
 
 EXIT = {"accepted": 0, "rejected": 3, "undecided": 4, "built-unmeasured": 4}
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of a table.")]
+Force = Annotated[
+    bool, typer.Option(help="Carry the order out anew, as a new version; data and model stay.")
+]
 Target = Annotated[
     list[str] | None,
     typer.Option(help="Required target: onnxruntime, tensorrt-rtx or tensorrt. Repeatable."),
@@ -90,7 +94,9 @@ def compress(
     ] = None,
     promote: Annotated[bool, typer.Option(help="Make an accepted result champion.")] = False,
     seed: Annotated[int, typer.Option(help="Seed of everything drawn.")] = 0,
-    force: Annotated[bool, typer.Option(help="Carry the order out anew.")] = False,
+    force: Annotated[
+        bool, typer.Option(help="Carry the order out anew, as a new version.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Compress a model, judge what will be served, and register the result."""
@@ -110,7 +116,9 @@ def compress(
 
 @app.command()
 def demo(
-    force: Annotated[bool, typer.Option(help="Compress anew; the trained model is kept.")] = False,
+    force: Annotated[
+        bool, typer.Option(help="Compress anew, as a new version; the trained model is kept.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Train a click model on MovieLens 100K, compress it, judge it, register it."""
@@ -173,9 +181,11 @@ def _carry_out(order: "Terms", *, force: bool, as_json: bool) -> int:
     from flows import console
     from flows.resolve import earlier
 
-    found = None if force else earlier(order)
+    if force:
+        order = order.model_copy(update={"attempt": int(time.time())})
+    found = earlier(order)
     if found is None:
-        found = console.run(order, force=force, quiet=as_json)
+        found = console.run(order, quiet=as_json)
     else:
         console.say(f"Order {found.report.order[:12]} was carried out before.", quiet=as_json)
     if as_json:

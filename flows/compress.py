@@ -11,10 +11,10 @@ from prefect import flow
 from prefect.client.schemas.objects import State
 from prefect.states import Completed
 
-from compressors.contracts import Artifact, TargetKind, Verdict, digest
+from compressors.contracts import Artifact, TargetKind, Verdict
 from compressors.errors import CompressionError, NothingToCompress
 from flows.order import Order
-from flows.resolve import champion_of, order_digest, promote_if_ordered
+from flows.resolve import champion_of, code_of, order_digest, promote_if_ordered
 from infra.errors import InfraError, Refused
 from tasks.announce import Progress, announce
 from tasks.build import build, need_builder
@@ -27,7 +27,6 @@ from tasks.policy import kept, remembered
 from tasks.prepare import prepare
 from tasks.publish import publish, still_published
 from tasks.pull import pull
-from tasks.stored import code_digest
 from tasks.subject import Subject, find
 from tasks.validate import validate
 
@@ -42,7 +41,7 @@ def compress(order: Order) -> Finished | State[Any]:
     """
     subject = find(order.model)
     champion = champion_of(order, subject)
-    code = digest([code_digest(), subject.architecture])
+    code = code_of(order, subject)
     targets = order.targets.wanted()
     progress = Progress(stages=7 + len(order.recipe()) + 2 * len(targets))
 

@@ -42,12 +42,10 @@ def say(text: str, *, quiet: bool = False) -> None:
         console(error=True).print(text)
 
 
-def run(order: "Terms", *, force: bool, quiet: bool) -> "Finished":
+def run(order: "Terms", *, quiet: bool) -> "Finished":
     """Run the flow in this process, with what it does shown on a terminal."""
     for name, value in EMBEDDED.items():
         os.environ.setdefault(name, value)
-    if force:
-        os.environ["PREFECT_TASKS_REFRESH_CACHE"] = "true"
     with _shown(quiet=quiet):
         from prefect.client.schemas.objects import State
 

@@ -29,9 +29,14 @@ def order_digest(order: Terms, subject: Subject, champion: Artifact | None) -> s
             "rules": order.rules,
             "seed": order.seed,
             "champion": None if champion is None else champion.sha256,
-            "code": [code_digest(), subject.architecture],
+            "code": code_of(order, subject),
         }
     )
+
+
+def code_of(order: Terms, subject: Subject) -> str:
+    """What every task of an order carries in its cache key beside its own arguments."""
+    return digest([code_digest(), subject.architecture, order.attempt])
 
 
 def promote_if_ordered(order: Terms, finished: Finished) -> None:

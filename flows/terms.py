@@ -105,6 +105,13 @@ class Terms(Frozen):
         json_schema_extra={"position": 6},
     )
     seed: int = Field(0, ge=0, json_schema_extra={"position": 7})
+    attempt: int = Field(
+        0,
+        ge=0,
+        title="Attempt",
+        description="Raise it to carry the same order out anew, as a new version.",
+        json_schema_extra={"position": 8},
+    )
 
     def against_champion(self) -> bool:
         """Whether any limit compares with the champion."""

@@ -5,7 +5,7 @@ import hashlib
 import importlib.metadata
 from pathlib import Path
 
-from compressors.contracts import Artifact
+from compressors.contracts import Artifact, digest
 from infra.settings import load_settings
 from infra.store import Store
 
@@ -21,9 +21,13 @@ LIBRARIES = (
 )
 
 
-@functools.cache
 def code_digest() -> str:
-    """SHA-256 over our own sources and the versions of the libraries that make results."""
+    """What changes results without an order changing: our sources, libraries, thread count."""
+    return digest([_sources_digest(), load_settings().threads])
+
+
+@functools.cache
+def _sources_digest() -> str:
     digester = hashlib.sha256()
     root = Path(__file__).parent.parent
     for package in ("compressors", "infra", "tasks"):
