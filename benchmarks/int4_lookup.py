@@ -9,7 +9,9 @@ checked against the same decoded weights first.
 """
 
 import argparse
+import logging
 import tempfile
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -139,6 +141,8 @@ def main() -> None:
     for dim in order.dims:
         if dim < SMALLEST_BLOCK or dim & (dim - 1):
             parser.error(f"GatherBlockQuantized takes blocks of 16, 32, 64, ...; found dim {dim}")
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # it warns once per missing op
+    warnings.simplefilter("ignore")
     here = machine(threads=1)
     print(f"{here.processor}, ONNX Runtime {here.onnxruntime}, 1 thread, {order.rows:,} rows,")
     print(f"{FIELDS} ids a row of the batch, median of {order.rounds} interleaved calls")

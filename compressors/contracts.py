@@ -341,6 +341,16 @@ class Limit(Frozen):
             raise ValueError(f"limit on {self.metric!r} needs exactly one of at_least, at_most")
         return self
 
+    @model_validator(mode="after")
+    def _possible(self) -> Self:
+        bound = self.at_least if self.at_least is not None else self.at_most
+        if self.against == "absolute" and bound is not None and bound < 0:
+            raise ValueError(
+                f"{self.metric} itself is never below 0; to limit a change write "
+                f"'{self.metric} vs baseline'"
+            )
+        return self
+
     @classmethod
     def parse(cls, text: str) -> Self:
         """Read a limit as people write it: ``auc vs baseline >= -0.002``, ``bytes <= 500000``.

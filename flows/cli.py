@@ -36,7 +36,7 @@ Force = Annotated[
 ]
 Target = Annotated[
     list[str] | None,
-    typer.Option(help="Required target: onnxruntime, tensorrt-rtx or tensorrt. Repeatable."),
+    typer.Option(help="Required beside onnxruntime: tensorrt-rtx or tensorrt. Repeatable."),
 ]
 
 
@@ -136,6 +136,8 @@ def _terms(
     promote: bool,
     seed: int,
 ) -> "Terms":
+    from pydantic import ValidationError
+
     from compressors.contracts import Limit, TargetKind
     from flows.terms import Terms
     from infra.errors import Refused
@@ -147,9 +149,13 @@ def _terms(
         )
     try:
         parsed = tuple(Limit.parse(text) for text in limits)
+    except ValidationError as fault:
+        reasons = "; ".join(error["msg"] for error in fault.errors())
+        raise Refused(f"--limit: {reasons}") from fault
     except ValueError as fault:
         raise Refused(str(fault)) from fault
-    names = [_target(n) for n in (["onnxruntime"] if targets is None else targets) + optional]
+    # The quality of a result is measured in ONNX Runtime, so it is always among the targets.
+    names = [_target(name) for name in ["onnxruntime", *(targets or []), *optional]]
     wanted = dict.fromkeys((name.replace("-", "_") for name in get_args(TargetKind)), "off")
     wanted.update({name.replace("-", "_"): "optional" for name in optional})
     wanted.update({name.replace("-", "_"): "required" for name in names if name not in optional})
@@ -315,15 +321,15 @@ def registry_list(
         _print("Nothing is registered yet. Try: recpress demo")
         return
     _table(
-        ["model", "version", "aliases", "outcome", "bundle", "order"],
+        ["model", "version", "aliases", "outcome", "recipe", "bundle"],
         [
             [
                 item.model,
                 item.version,
                 " ".join(item.aliases),
                 item.tags.get("recpress.outcome", ""),
+                ", ".join(step["kind"] for step in json.loads(item.tags["recpress.recipe"])),
                 item.tags.get("recpress.bundle", ""),
-                item.tags.get("recpress.order", "")[:12],
             ]
             for item in found
         ],
@@ -420,6 +426,7 @@ def doctor(as_json: Json = False) -> None:
 
 
 def _table(columns: list[str], rows: list[list[str]]) -> None:
+    from rich.markup import escape
     from rich.table import Table
 
     from flows.console import console
@@ -428,7 +435,7 @@ def _table(columns: list[str], rows: list[list[str]]) -> None:
     for column in columns:
         table.add_column(column, overflow="fold")
     for row in rows:
-        table.add_row(*row)
+        table.add_row(*(escape(cell) for cell in row))
     console().print(table)
 
 

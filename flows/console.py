@@ -66,7 +66,7 @@ def show(finished: "Finished") -> None:
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
-    from tasks.report import headline, limit_lines, resolution
+    from tasks.report import headline, limit_lines, remarks, resolution
 
     report, out = finished.report, console()
     rows = headline(report)
@@ -83,7 +83,7 @@ def show(finished: "Finished") -> None:
         table.add_row(*cells.values())
     out.print(table)
     out.print(resolution(report))
-    for line in limit_lines(report):
+    for line in (*remarks(report), *limit_lines(report)):
         out.print(line, markup=False, soft_wrap=True)
     for target in report.targets:
         style = STYLE.get(target.verdict.outcome, "bold")

@@ -121,11 +121,14 @@ class Finished(Frozen):
     registry: str
 
     def fetch_command(self) -> str:
-        """What a serving team types to get the result."""
-        target = self.report.targets[0].target
+        """What a serving team types to get the result, with the flag its verdict asks for."""
+        first = self.report.targets[0]
+        flag = {"accepted": "", "built-unmeasured": " --unmeasured"}.get(
+            first.verdict.outcome, " --unaccepted"
+        )
         return (
             f"recpress registry fetch {self.report.name} --version {self.version} "
-            f"--target {target} --into ./{self.report.name}"
+            f"--target {first.target} --into ./{self.report.name}{flag}"
         )
 
 

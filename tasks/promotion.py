@@ -8,11 +8,10 @@ import logging
 import os
 from pathlib import Path
 
-from infra.ledger import Entry, Ledger, before
-from infra.registry import Registered, Registry
-
 from compressors.contracts import Artifact, TargetKind
 from infra.errors import ArtifactMissing, PromotionRefused
+from infra.ledger import Entry, Ledger, before
+from infra.registry import Registered, Registry
 from infra.settings import load_settings
 from tasks.documents import Report, TargetReport, report_of
 from tasks.stored import store
@@ -38,11 +37,11 @@ def version_report(model: str, reference: str) -> tuple[Registered, Report]:
     return registered, report_of(store().artifact(registered.source))
 
 
-def repair(model: str) -> Entry | None:
-    """Make the registry's alias say what the ledger says."""
+def repair(model: str, *, expected: bool = False) -> Entry | None:
+    """Make the registry's alias say what the ledger says; log it unless it was to be expected."""
     entry = Ledger(store(), model).champion()
     changed = registry().repair(model, None if entry is None else entry.version)
-    if changed:
+    if changed and not expected:
         log.warning("%s: the registry's champion was repaired from the ledger", model)
     return entry
 
@@ -69,7 +68,7 @@ def promote(model: str, reference: str, reason: str) -> Entry:
     entry = ledger.append(
         registered.version, report.order, "promote", whoami(), reason, expected=len(entries)
     )
-    repair(model)
+    repair(model, expected=True)
     return entry
 
 
@@ -85,12 +84,12 @@ def rollback(model: str, reason: str) -> Entry:
     if earlier is None:
         raise PromotionRefused(
             f"{model} has no champion before the current one to go back to; "
-            f"{len(entries)} entries in its ledger."
+            f"its ledger has {len(entries)} line(s)."
         )
     entry = ledger.append(
         earlier.version, earlier.order, "rollback", whoami(), reason, expected=len(entries)
     )
-    repair(model)
+    repair(model, expected=True)
     return entry
 
 

@@ -56,6 +56,8 @@ def markdown(report: Report) -> str:
         "",
         resolution(report),
         "",
+        *(f"- {remark}" for remark in remarks(report)),
+        "",
         "## Verdicts",
         "",
         "| target | verdict | why |",
@@ -83,7 +85,6 @@ def markdown(report: Report) -> str:
             for line in report.plan.lines
         ),
         "",
-        *(f"Step {kind} had nothing to do: {why}\n" for kind, why in report.idle.items()),
         "## Checks of each graph",
         "",
         *_checks(report),
@@ -102,6 +103,37 @@ def markdown(report: Report) -> str:
             f"Runtime {machine.onnxruntime} with {machine.threads} thread(s)"
         )
     return "\n".join(lines) + "\n"
+
+
+def remarks(report: Report) -> list[str]:
+    """What a reader of the table should not overlook, a sentence each."""
+    found = []
+    if report.measurement is not None:
+        slower = [
+            f"{number.metric.rpartition('@')[2]} ({number.estimate.point:.2f}x)"
+            for number in report.measurement.numbers.numbers
+            if number.metric.startswith("p50_ms")
+            and number.against == "baseline"
+            and number.estimate.low > 1
+        ]
+        if slower:
+            found.append(
+                f"Slower than before at batch {', '.join(slower)}: put a limit on p50_ms or p99_ms "
+                f"where that matters, or try preset 'safe' or 'fast'."
+            )
+        found.append("'change' compares ONNX Runtime with the untouched model in the same run.")
+        if not report.measurement.machine.int8_dot:
+            found.append(
+                "This processor has no int8 dot product: int8 layers may be slower and saturate."
+            )
+    found += [
+        f"The {target.target} engine holds {target.lowering.packed_bytes:,} bytes of weights; the "
+        f"rest of its {target.bytes:,} bytes is the same for a model of any size."
+        for target in report.targets
+        if target.audit
+    ]
+    found += [f"Step {kind} had nothing to do: {why}" for kind, why in report.idle.items()]
+    return found
 
 
 def limit_lines(report: Report) -> list[str]:

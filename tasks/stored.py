@@ -30,7 +30,7 @@ def code_digest() -> str:
 def _sources_digest() -> str:
     digester = hashlib.sha256()
     root = Path(__file__).parent.parent
-    for package in ("compressors", "infra", "tasks"):
+    for package in ("flows", "tasks", "compressors", "infra"):
         for path in sorted((root / package).rglob("*.py")):
             digester.update(f"{path.relative_to(root)}\0".encode())
             digester.update(path.read_bytes())

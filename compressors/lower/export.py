@@ -9,12 +9,13 @@ from typing import Any
 
 import onnx_ir as ir
 import torch
+from onnxscript.optimizer import optimize_ir
 from torch import Tensor, nn
 
 from compressors.batches import example
 from compressors.contracts import Schema, TargetKind
-from compressors.errors import NotLowerable
-from compressors.formats import Bag, PackedTable
+from compressors.errors import AuditFailed, NotLowerable
+from compressors.formats import Bag, PackedLinear, PackedTable
 from compressors.lower import onnxruntime, tensorrt
 from compressors.lower.found import TableInitializers
 from compressors.lower.served import SCORE, Served, dynamic_shapes, input_names, served
@@ -50,6 +51,7 @@ def lower(
 
     Raises:
         NotLowerable: torch.export cannot trace the module, or an op has no ONNX form.
+        AuditFailed: a packed weight did not reach the graph as it is stored.
     """
     rows = rows_of_tables(model, schema)
     wrapper = served(model, schema, rows)
@@ -73,10 +75,11 @@ def lower(
     if target != "onnxruntime":
         _retype(program.model, tables)
     looked_up = tuple(table for table in tables if _varies(program.model.graph, table))
-    program.optimize()
+    optimize_ir(program.model, should_fold=_may_fold)
     if target == "onnxruntime":
         onnxruntime.spell_out_clipping(program.model)
     _strip(program.model)
+    _need_packed(wrapper, program.model, target)
     size = sum(value.const_value.nbytes for value in program.model.graph.initializers.values())
     program.save(str(path), external_data=size > EXTERNAL_BYTES)
     return Lowered(wrapper, looked_up)
@@ -118,6 +121,35 @@ def _export(
             return program
     finally:
         quiet.setLevel(level)
+
+
+def _may_fold(node: ir.Node) -> bool | None:
+    """Keep a stored weight as it is stored: folding its Cast would write it down as float32."""
+    source = node.inputs[0] if node.inputs else None
+    if node.op_type == "Cast" and source is not None and source.dtype == ir.DataType.FLOAT16:
+        return False
+    return None
+
+
+def _need_packed(wrapper: Served, model: ir.Model, target: TargetKind) -> None:
+    """Refuse a graph whose weights are not the packed ones of the module.
+
+    Raises:
+        AuditFailed: a table's or layer's codes are missing, or took more bytes.
+    """
+    held = model.graph.initializers
+    for name, module in wrapper.named_modules():
+        if not isinstance(module, PackedTable | PackedLinear):
+            continue
+        leaf, stored = max(module.named_buffers(), key=lambda item: item[1].nbytes)
+        value = held.get(f"{name}.{leaf}")
+        found = None if value is None or value.const_value is None else value.const_value.nbytes
+        if found is None or found > stored.nbytes:
+            raise AuditFailed(
+                f"The {target} graph holds {name.removeprefix('model.')!r} as "
+                f"{'another tensor' if found is None else f'{found} bytes'} instead of its "
+                f"{stored.nbytes} bytes of {module.storage.name}. Leave it out of the step."
+            )
 
 
 def _strip(model: ir.Model) -> None:

@@ -7,9 +7,10 @@ Paper: Guan et al. 2019, https://arxiv.org/abs/1911.02079 (row-wise 4-bit).
 Differs: symmetric (TensorRT takes no zero point) and plain min-max instead of greedy search.
 
 Stored *planar*: the low nibbles of a row are the first half of its weights, the high nibbles
-the second, each plus 8. Unpacking is then two element-wise ops and one concatenation, which
-ONNX Runtime runs several times faster than its own 4-bit lookup, GatherBlockQuantized
-(``benchmarks/int4_lookup.py``). TensorRT's own packing is made when the graph is written.
+the second, each plus 8. Unpacking is then two element-wise ops and one concatenation. For
+batches ONNX Runtime runs these several times faster than its own 4-bit lookup,
+GatherBlockQuantized; for single rows the two are about equal (``benchmarks/int4_lookup.py``).
+TensorRT's own packing is made when the graph is written.
 """
 
 from collections.abc import Mapping

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import example, given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
@@ -11,6 +11,8 @@ from compressors.formats import Bag, PackedTable, pad_positions, padded
 from compressors.steps import TABLE_FORMATS
 from compressors.tables import rowwise_int4, rowwise_int8
 from compressors.units import pack_table
+
+unhurried = settings(deadline=None)  # a busy machine is not a wrong answer
 
 ROWS, DIM = 9, 3
 MODES = ("sum", "mean", "max")
@@ -48,6 +50,7 @@ def same(found: Tensor, expected: Tensor) -> None:
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("last", [False, True])
+@unhurried
 @given(lists=bags, padding_idx=st.sampled_from([None, 0, 4]))
 @example(lists=[[]], padding_idx=None)
 @example(lists=[[], [], []], padding_idx=0)
@@ -62,6 +65,7 @@ def test_jagged_bags(mode, last, lists, padding_idx):
 
 
 @pytest.mark.parametrize("mode", MODES)
+@unhurried
 @given(
     rows=st.integers(0, 4),
     length=st.integers(1, 6),
@@ -78,6 +82,7 @@ def test_padded_bags(mode, rows, length, padding_idx, seed):
         same(ours(old)(ids), old(ids))
 
 
+@unhurried
 @given(lists=bags, padding_idx=st.sampled_from([None, 0, 4]), seed=st.integers(0, 9))
 def test_weights_per_id_of_jagged_bags(lists, padding_idx, seed):
     old = torchs("sum", padding_idx)
@@ -129,6 +134,7 @@ def test_a_compressed_table_inside_is_torchs_bag_over_the_decoded_table(name, mo
             same(pack_table(old, packed)(values, offsets), old(values, offsets))
 
 
+@unhurried
 @given(lists=bags.filter(bool), room=st.integers(0, 2))
 def test_places_in_a_bag_hold_its_ids_in_order_and_zero_beyond(lists, room):
     values, bounds = jagged(lists, last=True)

@@ -19,6 +19,8 @@ from compressors.dense.static_int8 import (
 )
 from compressors.step import run
 
+unhurried = settings(deadline=None)  # a busy machine is not a wrong answer
+
 OP = torch.ops.recpress.static_int8_linear
 
 
@@ -75,6 +77,7 @@ def test_more_inputs_than_float32_sums_exactly_need_the_wider_sum():
     assert abs(found.item() - 5) <= 4
 
 
+@unhurried
 @given(
     weight=arrays.arrays(
         np.float32,
@@ -84,7 +87,6 @@ def test_more_inputs_than_float32_sums_exactly_need_the_wider_sum():
     bias=st.floats(-1000, 1000, width=32),
     input_scale=st.floats(2.0**-20, 100, width=32),
 )
-@settings(max_examples=150)
 def test_every_weight_returns_within_half_a_level_of_its_channel(weight, bias, input_scale):
     table = torch.from_numpy(weight)
     offset = torch.full((len(table),), bias)
@@ -105,6 +107,7 @@ def test_each_channel_has_its_own_scale_and_zeros_stay_zeros():
     assert codes.tolist() == [[64, -127], [64, 127], [0, 0]]
 
 
+@unhurried
 @given(
     x=arrays.arrays(np.float32, 8, elements=st.floats(-1e6, 1e6, width=32)),
     scale=st.floats(2.0**-10, 10, width=32),

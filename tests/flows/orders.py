@@ -11,7 +11,8 @@ from prefect.client.schemas.objects import State
 
 from compressors.contracts import Limit
 from flows.compress import compress
-from flows.order import Order, Targets
+from flows.order import Order
+from flows.terms import Targets
 from tasks.bundles import Packed
 from tasks.documents import Finished
 

@@ -108,7 +108,7 @@ def test_an_order_that_was_carried_out_before_is_answered_without_prefect_or_the
     env = environment(world.home.parent) | {"RECPRESS_HOME": str(world.home)}
     loaded = imported_by(code, env)
     assert "flows" in loaded
-    assert not loaded & {"prefect", "mlflow", "great_expectations", "onnxscript", "onnxruntime"}
+    assert not loaded & {"prefect", "mlflow", "great_expectations", "onnxscript", "torch"}
 
 
 # --- compress -------------------------------------------------------------------------------
@@ -140,9 +140,7 @@ def test_a_result_that_is_not_accepted_has_an_exit_code_of_its_own(
         assert change is not None
         limit = f"auc vs baseline >= {(change.point + change.high) / 2!r}"
     carry_out(world.order.model_copy(update={"limits": (Limit.parse(limit),)}))
-    said = call(
-        "compress", "clicks", "--preset", "small", "--limit", limit, *TARGETS, "--json"
-    )
+    said = call("compress", "clicks", "--preset", "small", "--limit", limit, *TARGETS, "--json")
     assert said.code == code, said.err
     assert Finished.model_validate_json(said.out).report.outcome == outcome
 

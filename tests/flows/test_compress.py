@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,8 @@ from prefect.client.orchestration import get_client
 from sklearn.metrics import roc_auc_score
 
 from compressors.contracts import Limit
-from flows.order import Order, Targets
+from flows.order import Order
+from flows.terms import Targets
 from infra.checks import Rules
 from infra.errors import BuildRefused, DataRefused, StoreUnavailable
 from infra.registry import Registry
@@ -70,8 +72,8 @@ def test_an_order_within_its_limits_is_accepted_registered_and_measured(world: W
     lines = {line.module: line.format for line in report.plan.lines}
     assert {"user", "item", "tags", "cross", "first", "second", "out"} <= set(lines)
     assert {lines[table] for table in ("user", "item", "tags")} == {"rowwise_int4"}
-    version = Registry(load_settings().registry_uri).version("clicks", "@candidate")
-    assert version.version == ran.finished.version
+    version = Registry(load_settings().registry_uri).version("clicks", ran.finished.version)
+    assert version.source == ran.finished.release.uri
     assert version.tags["recpress.outcome"] == "accepted"
     assert version.tags["recpress.verdict.tensorrt-rtx"] == "built-unmeasured"
 
@@ -208,12 +210,13 @@ def test_a_killed_flow_goes_on_where_it_was(fresh: Path) -> None:
         start_new_session=True,
     )
     assert process.stderr is not None
-    lines = []
-    for line in process.stderr:
-        lines.append(line)
-        if "static_int8" in line:
-            break
-    os.killpg(process.pid, signal.SIGKILL)
+    lines = [""]
+    try:
+        while "static_int8" not in lines[-1] and (line := process.stderr.readline()):
+            lines.append(line)
+    finally:
+        with suppress(ProcessLookupError):  # it ended by itself, which the next line tells
+            os.killpg(process.pid, signal.SIGKILL)
     process.stderr.close()
     assert process.wait() == -signal.SIGKILL, lines
     assert Registry(load_settings().registry_uri).models() == ()

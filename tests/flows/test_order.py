@@ -1,6 +1,8 @@
 """An order is the form people fill in, the file they send, and the name of the result."""
 
+import inspect
 import typing
+from pathlib import Path
 
 import pytest
 from prefect.utilities.callables import parameter_schema
@@ -12,9 +14,11 @@ from compressors.steps import AnyStep
 from compressors.tables.rowwise_int8 import RowwiseInt8
 from flows import resolve
 from flows.compress import compress
-from flows.order import PRESETS, Order, Preset, Targets
+from flows.order import PRESETS, Order
 from flows.resolve import order_digest
+from flows.terms import Preset, Targets, Terms
 from infra.checks import Rules
+from tasks import stored
 from tasks.subject import Subject
 
 LIMIT = Limit(metric="auc", against="baseline", at_least=-0.002)
@@ -180,6 +184,30 @@ def test_promoting_or_the_way_a_model_is_called_does_not_change_the_digest() -> 
     assert order_digest(changed(model="clicks"), SUBJECT, None) == SAME
 
 
-def test_a_preset_and_the_same_steps_spelled_out_are_one_order() -> None:
-    spelled = changed(preset="custom", steps=PRESETS["safe"])
-    assert order_digest(spelled, SUBJECT, None) == SAME
+def test_the_terms_of_an_order_have_its_digest_so_the_command_line_finds_it() -> None:
+    terms = Terms.model_validate(ORDER.model_dump(exclude={"steps"}))
+    assert order_digest(terms, SUBJECT, None) == SAME
+
+
+def test_steps_of_ones_own_are_part_of_the_digest() -> None:
+    one = changed(preset="custom", steps=(RowwiseInt8(),))
+    other = changed(preset="custom", steps=(RowwiseInt8(min_rows=7),))
+    digests = {order_digest(order, SUBJECT, None) for order in (one, other)}
+    assert len(digests | {SAME}) == 3
+
+
+def test_what_a_preset_stands_for_is_part_of_the_code_that_is_digested(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The digest holds a preset's name only, so the file that defines it must be in the code."""
+    definition = Path(inspect.getfile(Order)).resolve()
+    read: list[Path] = []
+    real = Path.read_bytes
+
+    def reading(path: Path) -> bytes:
+        read.append(path.resolve())
+        return real(path)
+
+    monkeypatch.setattr(Path, "read_bytes", reading)
+    stored._sources_digest.__wrapped__()
+    assert definition in read

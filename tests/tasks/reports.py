@@ -113,7 +113,7 @@ def report(folder: Path, order: str, outcomes: dict[TargetKind, Outcome]) -> Rep
         metric="auc",
         source=anything,
         compressed=anything,
-        recipe=(RowwiseInt8(),),
+        recipe=(RowwiseInt8().model_dump(mode="json"),),
         limits=(LIMIT,),
         plan=Plan(lines=(line,)),
         outcome=overall(target.verdict for target in targets),

@@ -17,10 +17,10 @@ from infra.errors import (
     DataRefused,
     Refused,
 )
-from tasks.bundles import check, pack, resolve, show
+from tasks.bundles import check, pack, show
 from tasks.loading import data_path, load_bundle
 from tasks.stored import local, store
-from tasks.subject import find
+from tasks.subject import find, resolve
 
 
 @pytest.fixture

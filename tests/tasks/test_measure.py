@@ -130,9 +130,7 @@ def test_bytes_are_those_of_the_served_files_alone(made: Graphs) -> None:
     assert found.point == served_bytes(folder) == (folder / "model.onnx").stat().st_size
 
 
-def test_a_champion_adds_its_own_comparison(
-    made: Graphs, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_champion_adds_its_own_comparison(made: Graphs, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(measuring, "BATCH_SIZES", (1,))
     found = measured(made, champion=made.graph)
     assert found.numbers.has_champion
@@ -161,13 +159,11 @@ def test_a_graph_with_other_inputs_is_not_compared(
     other = tmp_path / "other"
     other.mkdir()
     onnx.save(model, other / "model.onnx")
-    with pytest.raises(CompressionError, match="champion takes the inputs .*person"):
+    with pytest.raises(CompressionError, match=r"champion takes the inputs .*person"):
         measured(made, champion=store().put(other))
 
 
-def test_rows_without_a_score_are_an_error_that_counts_them(
-    made: Graphs, tmp_path: Path
-) -> None:
+def test_rows_without_a_score_are_an_error_that_counts_them(made: Graphs, tmp_path: Path) -> None:
     """An id outside a table whose policy is 'error' scores NaN; a NaN must not reach the AUC."""
     from safetensors.numpy import load_file, save_file
 

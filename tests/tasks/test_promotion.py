@@ -50,9 +50,7 @@ def published(home: Path, digit: str, outcomes: dict[TargetKind, Outcome] = GOOD
 
 
 def aliases(model: str = "m") -> dict[str, str]:
-    return {
-        alias: item.version for item in registry().versions(model) for alias in item.aliases
-    }
+    return {alias: item.version for item in registry().versions(model) for alias in item.aliases}
 
 
 def test_an_order_is_registered_once_with_everything_that_is_known_about_it(home: Path) -> None:
@@ -232,7 +230,7 @@ def test_a_changed_byte_is_noticed_before_anything_is_handed_over(home: Path) ->
     path = home / "recpress" / "store" / "artifacts" / sha256 / "files" / "model.onnx"
     path.chmod(0o644)
     path.write_text(path.read_text().replace("a", "b", 1))
-    with pytest.raises(ArtifactDamaged, match="model.onnx"):
+    with pytest.raises(ArtifactDamaged, match=r"model\.onnx"):
         fetch("m", done.version, "onnxruntime", home / "new" / "out")
     assert not (home / "new").exists()
 
