@@ -104,12 +104,30 @@ def edge_example(
 ) -> dict[str, Tensor]:
     """Made-up inputs with ids below and above their table, to compare two graphs on.
 
-    The first id-like values of every input are -1 and one past the last row.
+    Every input has its bad ids in rows of its own, where all other inputs are valid: a policy
+    that refuses a row would hide what the others' policies answer there. Needs two rows an input.
+
+    Raises:
+        ValueError: too few rows for the schema's inputs.
     """
     inputs = example(schema, rows_of_table, rows, seed)
-    for item in schema.inputs:
-        if not isinstance(item, DenseInput):
-            flat = inputs[item.name].reshape(-1)
-            outside = torch.tensor([-1, rows_of_table[item.table]], dtype=flat.dtype)
-            flat[: min(2, flat.numel())] = outside[: min(2, flat.numel())]
+    named = [item for item in schema.inputs if not isinstance(item, DenseInput)]
+    if rows < 2 * len(named):
+        raise ValueError(f"{len(named)} inputs need {2 * len(named)} rows; found {rows}")
+    for place, item in enumerate(named):
+        for row, bad in ((2 * place, -1), (2 * place + 1, rows_of_table[item.table])):
+            _plant(item, inputs, row, bad)
     return inputs
+
+
+def _plant(item: AnyInput, inputs: dict[str, Tensor], row: int, bad: int) -> None:
+    """Write a bad id into one row; into a list at its first and, for the second, its last place."""
+    ids = inputs[item.name]
+    if not isinstance(item, JaggedBag):
+        ids[row].reshape(-1)[0 if bad < 0 else -1] = bad
+        return
+    second = inputs[tensor_names(item)[1]]
+    begin = second if item.layout == "offsets" else second.cumsum(0) - second
+    end = torch.cat([begin[1:], begin.new_full((1,), ids.shape[0])])
+    if end[row] > begin[row]:  # an empty list has no place for it
+        ids[begin[row] if bad < 0 else end[row] - 1] = bad

@@ -68,8 +68,8 @@ class PackedTable(nn.Module):
         self.settings = dict(settings)
         _register(self, storage.layout(rows, dim, settings), stored)
 
-    def forward(self, ids: Tensor) -> Tensor:
-        return self.storage.lookup(dict(self.named_buffers()), ids, self.dim)
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - torch's own name for the ids
+        return self.storage.lookup(dict(self.named_buffers()), input, self.dim)
 
     def record(self) -> ModuleRecord:
         """What a bundle must say so that this module can be built again."""
@@ -99,8 +99,8 @@ class PackedLinear(nn.Module):
         self.has_bias = bias
         _register(self, storage.layout(in_features, out_features, bias=bias), stored)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.storage.apply(dict(self.named_buffers()), x)
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - torch's own name
+        return self.storage.apply(dict(self.named_buffers()), input)
 
     def record(self) -> ModuleRecord:
         """What a bundle must say so that this module can be built again."""

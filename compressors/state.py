@@ -129,9 +129,15 @@ def load(architecture: type[nn.Module], network: Network, folder: Path) -> nn.Mo
     """
     model = build(architecture, network)
     tensors = mapped(folder)
+    own = model.state_dict(keep_vars=True)
     for name, stored in network.ties.items():
         if stored not in tensors:
             raise ModelRefused(f"{name!r} is tied to {stored!r}, which no file holds.")
+        if name not in own or stored not in own:
+            raise ModelRefused(
+                f"A tie names {name!r} and {stored!r}; both must be weights of "
+                f"{network.architecture.path}."
+            )
     _check_fit(model, tensors, network)
     model.load_state_dict(tensors, strict=False, assign=True)
     for name, stored in network.ties.items():

@@ -104,7 +104,7 @@ def compress(
 
     wanted: Terms
     if order is not None:
-        if model is not None or limit or target or optional:
+        if model is not None or limit or target or optional or promote or seed or preset != "safe":
             raise Refused("Give either --order FILE or a model with options, not both.")
         wanted = _read_order(order)
     elif model is None:
@@ -188,7 +188,7 @@ def _carry_out(order: "Terms", *, force: bool, as_json: bool) -> int:
     from flows.resolve import earlier
 
     if force:
-        order = order.model_copy(update={"attempt": int(time.time())})
+        order = order.model_copy(update={"attempt": time.time_ns()})
     found = earlier(order)
     if found is None:
         found = console.run(order, quiet=as_json)
@@ -306,14 +306,9 @@ def registry_list(
     as_json: Json = False,
 ) -> None:
     """List registered versions with their verdicts."""
-    from tasks.promotion import registry, repair
+    from tasks.promotion import listed
 
-    held = registry()
-    names = [model] if model else list(held.models())
-    found = []
-    for name in names:
-        repair(name)
-        found += list(held.versions(name))
+    found = listed(model)
     if as_json:
         _print(json.dumps([item.model_dump(mode="json") for item in found], indent=1))
         return

@@ -27,7 +27,7 @@ from tasks.policy import kept, remembered
 from tasks.prepare import prepare
 from tasks.publish import publish, still_published
 from tasks.pull import pull
-from tasks.subject import Subject, find
+from tasks.subject import Subject, find, need_measurable
 from tasks.validate import validate
 
 log = logging.getLogger(__name__)
@@ -40,6 +40,7 @@ def compress(order: Order) -> Finished | State[Any]:
     A rejected or undecided candidate is a result, not a crash: the run completes with that name.
     """
     subject = find(order.model)
+    need_measurable(subject, order.limits)
     champion = champion_of(order, subject)
     code = code_of(order, subject)
     targets = order.targets.wanted()
@@ -103,6 +104,10 @@ def compress(order: Order) -> Finished | State[Any]:
                 raise
             log.warning("%s is optional and left out: %s", target, fault)
             skipped[target] = str(fault)
+
+    if not built:
+        reasons = "; ".join(f"{target}: {why}" for target, why in skipped.items())
+        raise CompressionError(f"None of the optional targets could be built: {reasons}")
 
     progress.stage("measure")
     measurement = None

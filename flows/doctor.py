@@ -24,7 +24,7 @@ def examine() -> tuple[Found, ...]:
     """Look at the store, the registry, the builders and the Prefect server that are configured."""
     settings = load_settings()
     return (
-        _try("object store", lambda: f"{store().root}: {len(store().keys('bundles'))} bundle(s)"),
+        _try("object store", lambda: f"{store().root}: {len(store().keys('bundles/'))} bundle(s)"),
         _try("registry", lambda: f"{len(registry().models())} model(s)"),
         _try("ONNX Runtime", _onnxruntime),
         _try("TensorRT-RTX", lambda: str(load("tensorrt-rtx").__version__), needed=False),

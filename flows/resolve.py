@@ -6,7 +6,7 @@ answered at once.
 
 from compressors.contracts import Artifact, digest
 from flows.terms import Terms
-from tasks.documents import Finished, finished
+from tasks.documents import Finished, finished, registry_is_there
 from tasks.promotion import champion_graph, promote
 from tasks.stored import code_digest
 from tasks.subject import Subject, find
@@ -49,6 +49,7 @@ def earlier(order: Terms) -> Finished | None:
     """The finished report of the same order, if there is one."""
     subject = find(order.model)
     found = finished(order_digest(order, subject, champion_of(order, subject)))
-    if found is not None:
-        promote_if_ordered(order, found)
+    if found is None or not registry_is_there(found):
+        return None
+    promote_if_ordered(order, found)
     return found

@@ -248,9 +248,9 @@ def read(folder: Path) -> Manifest:
     Raises:
         BundleRefused: anything in the folder is missing, extra, changed, unsafe or malformed.
     """
-    names = _names(folder)
     raw, _ = read_json(folder / MANIFEST)
-    manifest = manifest_of(raw, folder)
+    manifest = manifest_of(raw, folder)  # first, so that a draft is told from a broken bundle
+    names = _names(folder)
     refuse_if(folder, _differences(folder, names - {MANIFEST}, manifest.files))
     stored_tensors(folder)
     return manifest

@@ -17,6 +17,7 @@ from typing import Any
 
 from compressors.contracts import Frozen
 from infra.errors import Refused, RegistryUnavailable, SettingRefused
+from infra.settings import shown
 
 ORDER_TAG = "recpress.order"
 CHAMPION = "champion"
@@ -340,9 +341,9 @@ class Registry:
 
     def _said(self, message: object) -> str:
         """The first line of a foreign message, without the password of the URI."""
-        line = str(message).strip().partition("\n")[0][:400]
-        secret = re.search(r"://[^/@:]*:([^/@]+)@", self._uri)
-        return line.replace(secret[1], "***") if secret else line
+        line = str(message).strip().partition("\n")[0].replace(self._uri, shown(self._uri))
+        secret = re.search(r"://[^:@]*:(.+)@", self._uri)
+        return (line.replace(secret[1], "***") if secret else line)[:400]
 
 
 def _all_pages(page_after: Callable[[str | None], Any]) -> list[Any]:

@@ -74,3 +74,17 @@ def load_settings() -> RecpressSettings:
         first = fault.errors()[0]
         name = "RECPRESS_" + ".".join(str(part) for part in first["loc"]).upper()
         raise SettingRefused(f"{name}: {first['msg']}; got {first['input']!r}.") from fault
+
+
+def shown(uri: str) -> str:
+    """A URI fit for messages, tags and reports: scheme, host and path, nothing secret.
+
+    User, password and query are dropped; each of them can carry a credential.
+    """
+    scheme, separator, rest = uri.partition("://")
+    if not separator:
+        return uri.partition("?")[0]
+    host, slash, path = rest.partition("?")[0].partition("/")
+    if "@" in path:  # a password with a slash in it: only what follows the last @ is safe
+        host, slash, path = path.rpartition("@")[2].partition("/")
+    return f"{scheme}://{host.rpartition('@')[2]}{slash}{path}"

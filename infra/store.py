@@ -31,6 +31,7 @@ from infra.errors import (
     Refused,
     SettingRefused,
 )
+from infra.settings import shown
 from infra.store_chunks import checked_chunks, hashed, in_order, regular_files, sha256
 from infra.store_folder import TEMPORARY, Folder, translate
 from infra.store_manifest import CHUNK_BYTES, FileEntry, StoreManifest, plain_path, root_of
@@ -191,7 +192,7 @@ class Store:
         raise InfraError(f"{kept} keeps changing. Is another program writing to the cache?")
 
     def file(self, artifact: Artifact, path: str) -> bytes:
-        """One small file of an artifact (up to 64 MiB), its own chunks verified.
+        """One small file of an artifact, its own chunks verified; at most a manifest's size.
 
         Raises:
             ArtifactMissing, ArtifactDamaged: as ``manifest``; also there is no such file in it.
@@ -354,10 +355,8 @@ def _place_of(root: str) -> Place:
 
 
 def _root_refused(root: str, why: str) -> SettingRefused:
-    # A URI of another kind may hold a password; its scheme is enough to recognise it.
-    shown = root if root.startswith(("s3://", "file://")) else root.partition("//")[0]
     return SettingRefused(
-        f"RECPRESS_STORE {shown!r} cannot be used: {why}. Give a folder, file:///folder or "
+        f"RECPRESS_STORE {shown(root)!r} cannot be used: {why}. Give a folder, file:///folder or "
         "s3://bucket/prefix."
     )
 

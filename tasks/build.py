@@ -63,9 +63,16 @@ def build(
     )
     with tempfile.TemporaryDirectory() as scratch:
         engine = build_engine(request, Path(scratch))
-        (Path(scratch) / "lowering.json").write_text(lowering.model_dump_json(indent=1))
+        kept_files = Path(scratch) / "release"
+        kept_files.mkdir()
+        name = Path(engine.path).name
+        Path(engine.path).rename(kept_files / name)
+        # What is served travels without this machine's paths.
+        record = engine.model_copy(update={"path": name})
+        (kept_files / "build.json").write_text(record.model_dump_json(indent=1))
+        (kept_files / "lowering.json").write_text(lowering.model_dump_json(indent=1))
         log.info("%s %s: %d bytes", target, engine.version, engine.bytes)
-        return store().put(Path(scratch))
+        return store().put(kept_files)
 
 
 def _profiles(lowering: Lowering, batch: Batch, longest: dict[str, int]) -> tuple[Profile, ...]:

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from compressors.contracts import Artifact, Frozen
+from compressors.trial import try_out
 from infra.architecture import network_class
 from infra.bundle import (
     DataReference,
@@ -21,8 +22,8 @@ from infra.bundle import (
     seal,
     table_rows,
 )
-from infra.data import SplitStatistics, check_ids, split_statistics
-from infra.errors import AlreadyThere, BundleRefused
+from infra.data import SplitStatistics, check_ids, prepare, split_statistics
+from infra.errors import AlreadyThere, BundleRefused, DataRefused
 from infra.settings import load_settings
 from infra.store import Store
 from tasks.loading import data_path, model_of
@@ -52,6 +53,7 @@ def pack(folder: Path) -> Packed:
         AlreadyThere: another bundle was packed under this name and version.
     """
     draft = read_draft(folder)
+    _inside(folder, draft)
     architecture = draft.network.architecture
     network_class(architecture.path, load_settings().allowed_modules)
     if "test" not in draft.data:
@@ -63,12 +65,25 @@ def pack(folder: Path) -> Packed:
         split: split_statistics(folder / path, draft.signature)
         for split, path in draft.data.items()
     }
+    if "train" not in draft.data and "calibration" not in draft.data:
+        raise BundleRefused(
+            f"{folder} refers to neither train nor calibration data; a compressed model is "
+            f"compared with the original on rows it may learn from. Add one of them."
+        )
+    for split, path in draft.data.items():
+        with tempfile.TemporaryDirectory(prefix="recpress-pack-") as scratch:
+            # The strictest reading there is: nulls, NaN, types, lengths. Its result is made
+            # again, and kept, when the bundle is compressed.
+            try:
+                prepare(folder / path, draft.signature, Path(scratch))
+            except DataRefused as fault:
+                raise DataRefused(f"split {split!r}: {fault}") from fault
     to = store()
     with tempfile.TemporaryDirectory(prefix="recpress-pack-") as scratch:
         staged = Path(scratch) / "bundle"
         staged.mkdir()
-        for path in sorted(folder.glob("*.safetensors*")):
-            _place(path, staged / path.name)
+        for shard in sorted(folder.glob("*.safetensors*")):
+            _place(shard, staged / shard.name)
         manifest = _seal(staged, draft, folder, statistics, to)
         facts = _check_model(staged, manifest)
         rows_of_table = table_rows(facts, manifest)
@@ -141,9 +156,29 @@ def _by_name(statistics: Mapping[SplitName, SplitStatistics]) -> dict[str, Split
 
 
 def _check_model(folder: Path, manifest: Manifest) -> dict[str, TensorFact]:
+    """Weights are finite, the network loads, and it runs on what its schema allows."""
     facts = check_weights(folder, manifest)
-    model_of(folder, manifest)
+    model = model_of(folder, manifest)
+    try_out(model.module, manifest.signature, manifest.network.architecture.path)
     return facts
+
+
+def _inside(folder: Path, draft: Draft) -> None:
+    """Refuse vocabularies and transforms from outside the draft; only data may lie elsewhere.
+
+    Raises:
+        BundleRefused: names the entry.
+    """
+    for section, entries in (
+        ("vocabularies", draft.vocabularies),
+        ("transforms", draft.transforms),
+    ):
+        for key, path in entries.items():
+            if not (folder / path).resolve().is_relative_to(folder.resolve()):
+                raise BundleRefused(
+                    f"{section}.{key} names {path!r}, outside {folder}. Copy the file into the "
+                    f"draft's folder; only data may lie elsewhere."
+                )
 
 
 def _reference(to: Store, path: Path, rows: int) -> DataReference:
@@ -154,7 +189,10 @@ def _alone(to: Store, path: Path) -> Artifact:
     """Store one file, or one folder of part files, as an artifact of its own."""
     with tempfile.TemporaryDirectory(prefix="recpress-pack-") as scratch:
         if path.is_dir():
-            shutil.copytree(path, Path(scratch) / path.name, copy_function=_link_or_copy)
+            # Links inside are kept as links, which the store refuses: they may lead anywhere.
+            shutil.copytree(
+                path, Path(scratch) / path.name, symlinks=True, copy_function=_link_or_copy
+            )
         else:
             _place(path, Path(scratch) / path.name)
         return to.put(Path(scratch))
@@ -167,7 +205,7 @@ def _place(source: Path, target: Path) -> None:
 def _link_or_copy(source: str, target: str) -> str:
     """A hard link where the file system allows, so that packing needs no second copy on disk."""
     try:
-        Path(target).hardlink_to(source)
+        Path(target).hardlink_to(Path(source).resolve())
     except OSError:
         shutil.copyfile(source, target)
     return target

@@ -4,17 +4,20 @@ import logging
 import tempfile
 from pathlib import Path
 
+import numpy as np
 import torch
 from prefect import task
 from torch import Tensor
 
 from compressors.batches import batches, edge_example
-from compressors.contracts import Artifact, Schema, TargetKind
+from compressors.contracts import Artifact, Schema, Split, TargetKind
+from compressors.errors import ParityLost
 from compressors.lower.audit import audit
 from compressors.lower.export import Lowered, lower
-from compressors.lower.parity import FloatArray, compare
+from compressors.lower.parity import FloatArray, Parity, compare
 from compressors.lower.served import input_names
 from compressors.step import rows_of_tables
+from infra.errors import InfraError
 from infra.onnxruntime import Session, optimized_graph
 from infra.settings import load_settings
 from tasks.documents import MODEL, GraphInput, Lowering
@@ -24,6 +27,7 @@ from tasks.stored import store
 
 log = logging.getLogger(__name__)
 PROBE_ROWS = 2048
+SMALL_BATCHES = (1, 2)
 EDGE_ROWS = 64
 
 
@@ -77,12 +81,15 @@ def _examine(
 ) -> Lowering:
     schema, plan = loaded.manifest.signature, loaded.model.plan
     session = Session(path, load_settings().threads)
-    rows_parity = compare(
-        *_both(lowered, session, schema, _probe(probe, probe_rows, schema)), plan, target
-    )
+    split = split_of(probe, probe_rows)
+    expected, found = _both(lowered, session, schema, _first(split, schema, PROBE_ROWS), target)
+    rows_parity = compare(expected, found, plan, target)
+    for few in SMALL_BATCHES:
+        small = _both(lowered, session, schema, _first(split, schema, few), target)
+        _same_alone(expected[:few], small, rows_parity, target)
     tables = rows_of_tables(loaded.model.module, schema)
-    edge = edge_example(schema, tables, EDGE_ROWS)
-    edge_parity = compare(*_both(lowered, session, schema, edge), plan, target)
+    edge = edge_example(schema, tables, max(EDGE_ROWS, 2 * len(schema.inputs)))
+    edge_parity = compare(*_both(lowered, session, schema, edge, target), plan, target)
     graph = None
     if target == "onnxruntime":
         graph = audit(optimized_graph(path), plan, lowered.tables)
@@ -99,18 +106,47 @@ def _examine(
     )
 
 
-def _probe(probe: Artifact, rows: int, schema: Schema) -> dict[str, Tensor]:
-    split = split_of(probe, rows)
-    return next(batches(split, schema, PROBE_ROWS)).inputs
+def _first(split: Split, schema: Schema, rows: int) -> dict[str, Tensor]:
+    return next(batches(split, schema, rows)).inputs
 
 
 def _both(
-    lowered: Lowered, session: Session, schema: Schema, inputs: dict[str, Tensor]
+    lowered: Lowered,
+    session: Session,
+    schema: Schema,
+    inputs: dict[str, Tensor],
+    target: TargetKind,
 ) -> tuple[FloatArray, FloatArray]:
     with torch.no_grad():
         expected = lowered.served(*(inputs[name] for name in input_names(schema)))
-    found = session.scores({name: tensor.numpy() for name, tensor in inputs.items()})
+    try:
+        found = session.scores({name: tensor.numpy() for name, tensor in inputs.items()})
+    except InfraError as fault:
+        rows = expected.shape[0]
+        raise ParityLost(f"The {target} graph does not run on {rows} rows: {fault}") from fault
     return expected.numpy(), found
+
+
+def _same_alone(
+    together: FloatArray,
+    alone: tuple[FloatArray, FloatArray],
+    parity: Parity,
+    target: TargetKind,
+) -> None:
+    """Refuse a model or graph whose answer for a row depends on the rows beside it.
+
+    Raises:
+        ParityLost: says which of the two, and by how much.
+    """
+    for what, scores in zip(("network", f"{target} graph"), alone, strict=True):
+        gap = np.abs(scores - together)
+        if scores.shape != together.shape or np.nanmax(gap, initial=0.0) > parity.largest_limit:
+            raise ParityLost(
+                f"The {what} scores {len(together)} row(s) alone differently than among others, by "
+                f"up to {np.nanmax(gap, initial=0.0):.2g} (limit {parity.largest_limit:.2g}). A "
+                f"served score must not depend on the batch: leave batch statistics and branches "
+                f"on the batch size out of forward."
+            )
 
 
 def _inputs(example: dict[str, Tensor], schema: Schema) -> list[GraphInput]:

@@ -21,11 +21,11 @@ from tasks.documents import MODEL, Measurement, served_bytes
 from tasks.loading import split_of
 from tasks.policy import KEPT
 from tasks.stored import local, store
+from tasks.subject import LATENCY_BATCHES, quality_metrics
 
 log = logging.getLogger(__name__)
 Array = NDArray[Any]
 
-BATCH_SIZES = (1, 64, 1024)
 QUANTILES = {"p50": 0.5, "p99": 0.99}
 SCORING_ROWS = 4096
 BUDGET_MS = 15_000.0  # of one batch size, all sessions together
@@ -71,7 +71,7 @@ def measure(
     own: list[judge.Number] = []
     reference: list[judge.Number] = []
     resolves: dict[str, float] = {}
-    for metric in _metrics(schema, group is not None):
+    for metric in quality_metrics(schema.task, grouped=group is not None):
         pair = intervals.paired(
             metric, label, scores["baseline"], scores["candidate"], group, seed=seed
         )
@@ -90,7 +90,7 @@ def measure(
             metric="bytes", against="absolute", estimate=judge.exact(float(sizes["baseline"]))
         )
     )
-    for size in BATCH_SIZES:
+    for size in LATENCY_BATCHES:
         _time(size, sessions, schema, test, test_rows, seed, own, reference)
     measurement = Measurement(
         numbers=judge.Measured(numbers=tuple(own), has_champion=champion is not None),
@@ -113,17 +113,6 @@ def _same_inputs(sessions: dict[str, Session]) -> None:
                 f"{', '.join(sorted(wanted))}: they cannot be compared on the same rows. Leave "
                 f"limits against the champion out of this order."
             )
-
-
-def _metrics(schema: Schema, grouped: bool) -> tuple[str, ...]:
-    if schema.task == "ranking":
-        return ("ndcg@10",)
-    if schema.task == "retrieval":
-        raise CompressionError(
-            "task 'retrieval' can be packed and checked; its metrics (Recall@k) are not measured "
-            "yet, so it cannot be gated. 'ctr' and 'ranking' can."
-        )
-    return ("auc", "logloss", "normalized_entropy", *(("gauc",) if grouped else ()))
 
 
 def _group(rows: list[Batch]) -> Array | None:

@@ -24,6 +24,14 @@ def registry() -> Registry:
     return Registry(load_settings().registry_uri)
 
 
+def listed(model: str | None) -> tuple[Registered, ...]:
+    """Our versions of one model or of all; what others registered is left out."""
+    held = registry()
+    names = [model] if model else held.models()
+    found = [version for name in names for version in held.versions(name)]
+    return tuple(version for version in found if "recpress.order" in version.tags)
+
+
 def version_report(model: str, reference: str) -> tuple[Registered, Report]:
     """A registry version and the report it points to.
 
@@ -32,17 +40,37 @@ def version_report(model: str, reference: str) -> tuple[Registered, Report]:
         reference: ``3``, ``@champion`` or ``@candidate``.
     """
     if reference == "@champion":
-        repair(model)
+        entry = repair(model)
+        if entry is None:
+            raise PromotionRefused(
+                f"{model} has no champion in the ledger, so there is no @champion. Make one: "
+                f"'recpress registry promote {model}', or name a version."
+            )
+        reference = entry.version
     registered = registry().version(model, reference)
-    return registered, report_of(store().artifact(registered.source))
+    report = report_of(store().artifact(registered.source))
+    if (report.name, report.order) != (model, registered.tags.get("recpress.order")):
+        raise PromotionRefused(
+            f"{model} version {registered.version} points to the release of {report.name}, order "
+            f"{report.order[:12]}: it was not registered by recpress as it stands."
+        )
+    return registered, report
 
 
 def repair(model: str, *, expected: bool = False) -> Entry | None:
-    """Make the registry's alias say what the ledger says; log it unless it was to be expected."""
-    entry = Ledger(store(), model).champion()
-    changed = registry().repair(model, None if entry is None else entry.version)
-    if changed and not expected:
-        log.warning("%s: the registry's champion was repaired from the ledger", model)
+    """Make the registry's alias say what the ledger says; log it unless it was to be expected.
+
+    A model without a ledger is not ours to touch: its alias may be another system's.
+    """
+    ledger = Ledger(store(), model)
+    entry = ledger.champion()
+    while entry is not None:
+        if registry().repair(model, entry.version) and not expected:
+            log.warning("%s: the registry's champion was repaired from the ledger", model)
+        newest = ledger.champion()
+        if newest == entry:
+            break
+        entry = newest  # somebody promoted meanwhile: the alias follows the last word
     return entry
 
 

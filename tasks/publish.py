@@ -10,8 +10,8 @@ from prefect import task
 from compressors.contracts import Artifact, digest
 from infra.errors import ArtifactMissing
 from infra.registry import Registry
-from infra.settings import load_settings
-from tasks.documents import REPORT, Finished, Report, finished_key
+from infra.settings import load_settings, shown
+from tasks.documents import REPORT, Finished, Report, finished_key, report_of
 from tasks.policy import KEPT
 from tasks.report import markdown
 from tasks.stored import store
@@ -43,10 +43,15 @@ def publish(report: Report, code: str) -> Finished:  # noqa: ARG001
         _tags(report, release),
         f"{report.outcome}: {', '.join(step['kind'] for step in report.recipe)}",
     )
+    if registered.source != release.uri:
+        # Somebody else carried out the same order first: theirs is the version, so theirs is
+        # the report, whatever was measured here.
+        release = store().artifact(registered.source)
+        report = report_of(release)
     if report.outcome == "accepted":
         registry.point(report.name, "candidate", registered.version)
     finished = Finished(
-        report=report, release=release, version=registered.version, registry=_public(uri)
+        report=report, release=release, version=registered.version, registry=shown(uri)
     )
     store().write(finished_key(report.order), finished.model_dump_json().encode())
     log.info("%s version %s: %s", report.name, registered.version, report.outcome)
@@ -87,9 +92,3 @@ def _tags(report: Report, release: Artifact) -> dict[str, str]:
         tags[f"recpress.artifact.{target.target}"] = target.artifact.uri
         tags[f"recpress.sha256.{target.target}"] = target.artifact.sha256
     return tags
-
-
-def _public(uri: str) -> str:
-    """The registry without whatever credentials its address may carry."""
-    scheme, separator, rest = uri.partition("://")
-    return f"{scheme}{separator}{rest.rpartition('@')[2]}"

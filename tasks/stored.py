@@ -12,7 +12,11 @@ from infra.store import Store
 # What changes results without a line of ours changing.
 LIBRARIES = (
     "torch",
+    "numpy",
+    "safetensors",
+    "pyarrow",
     "onnx",
+    "onnx-ir",
     "onnxscript",
     "onnxruntime",
     "great-expectations",

@@ -3,7 +3,8 @@
 import json
 from pathlib import Path
 
-from compressors.contracts import Artifact, Frozen, JaggedBag
+from compressors.contracts import Artifact, Frozen, JaggedBag, Limit
+from compressors.errors import CompressionError
 from infra.architecture import source_digest
 from infra.bundle import MANIFEST, SplitName, manifest_of
 from infra.errors import ArtifactMissing
@@ -21,10 +22,53 @@ class Subject(Frozen):
     rows: dict[str, int]
     longest: dict[str, int]
     architecture: str
+    task: str
+    grouped: bool
 
     def calibration(self) -> SplitName:
         """Without calibration rows of its own a bundle is calibrated on what it learned from."""
         return "calibration" if "calibration" in self.rows else "train"
+
+
+LATENCY_BATCHES = (1, 64, 1024)
+
+
+def quality_metrics(task: str, *, grouped: bool) -> tuple[str, ...]:
+    """The quality metrics measured for a task.
+
+    Raises:
+        CompressionError: the task's metrics are not measured yet.
+    """
+    if task == "ranking":
+        return ("ndcg@10",)
+    if task == "retrieval":
+        raise CompressionError(
+            "task 'retrieval' can be packed and checked; its metrics (Recall@k) are not measured "
+            "yet, so it cannot be gated. 'ctr' and 'ranking' can."
+        )
+    return ("auc", "logloss", "normalized_entropy", *(("gauc",) if grouped else ()))
+
+
+def need_measurable(subject: Subject, limits: tuple[Limit, ...]) -> None:
+    """Refuse before a long run a limit on a number that its end would not have.
+
+    Raises:
+        CompressionError: names the limit and what is measured.
+    """
+    batches = [size for size in LATENCY_BATCHES if size <= subject.rows["test"]]
+    measured = (
+        *quality_metrics(subject.task, grouped=subject.grouped),
+        "bytes",
+        *(f"{quantile}_ms@{size}" for size in batches for quantile in ("p50", "p99")),
+    )
+    for limit in limits:
+        if limit.metric not in measured:
+            raise CompressionError(
+                f"Limit '{limit}' speaks of a number that is not measured for this bundle "
+                f"(task {subject.task}, {subject.rows['test']} test rows, "
+                f"{'a' if subject.grouped else 'no'} group column). Measured are "
+                f"{', '.join(measured)}."
+            )
 
 
 def find(reference: str) -> Subject:
@@ -47,6 +91,8 @@ def find(reference: str) -> Subject:
             for item in manifest.signature.inputs
             if isinstance(item, JaggedBag)
         },
+        task=manifest.signature.task,
+        grouped=manifest.signature.group is not None,
         architecture=source_digest(path, load_settings().allowed_modules),
     )
 
@@ -58,10 +104,15 @@ def resolve(reference: str) -> Artifact:
         ArtifactMissing: no such bundle; names those that exist.
     """
     held = store()
+    if Path(reference).is_dir():
+        raise ArtifactMissing(
+            f"{reference} is a folder, not a packed bundle. Pack it first: 'recpress bundle pack "
+            f"{reference}', then name it by name@version."
+        )
     if "/" in reference or ":" in reference:
         return held.artifact(reference)
     name, _, version = reference.partition("@")
-    keys = held.keys("bundles")
+    keys = held.keys("bundles/")
     mine = [key for key in keys if key.startswith(f"bundles/{name}/")]
     if version:
         mine = [key for key in mine if key == bundle_key(name, version)]

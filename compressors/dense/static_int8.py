@@ -42,6 +42,9 @@ def encode(weight: Tensor, bias: Tensor | None, input_scale: Tensor) -> tuple[Te
     if bias is not None:
         scale = torch.maximum(scale, bias.float().abs() / (input_scale * 2**23))
     scale = torch.where(scale > 0, scale, torch.ones_like(scale))
+    # A dead channel's weights may have decayed to next to nothing: the step of its products,
+    # which the bias is divided by, must not underflow to zero.
+    scale = scale.clamp(min=torch.finfo(torch.float32).tiny / min(float(input_scale), 1.0))
     codes = (weight.float() / scale[:, None]).round().clamp(-LEVELS, LEVELS).to(torch.int8)
     return codes, scale
 
@@ -155,12 +158,16 @@ class StaticInt8(Frozen):
         largest = {unit.name: torch.zeros(()) for unit in chosen}
 
         def watch(name: str) -> Any:
-            def hook(_: nn.Module, args: tuple[Tensor, ...]) -> None:
-                largest[name] = torch.maximum(largest[name], args[0].detach().abs().amax())
+            def hook(_: nn.Module, args: tuple[Tensor, ...], named: dict[str, Tensor]) -> None:
+                x = args[0] if args else named["input"]
+                largest[name] = torch.maximum(largest[name], x.detach().abs().amax())
 
             return hook
 
-        handles = [unit.module.register_forward_pre_hook(watch(unit.name)) for unit in chosen]
+        handles = [
+            unit.module.register_forward_pre_hook(watch(unit.name), with_kwargs=True)
+            for unit in chosen
+        ]
         try:
             with torch.no_grad():
                 for batch in batches(bench.calibration, bench.signature, self.batch, self.rows):

@@ -74,12 +74,16 @@ def lower(
     tables = _tables(wrapper, program.model.graph)
     if target != "onnxruntime":
         _retype(program.model, tables)
-    looked_up = tuple(table for table in tables if _varies(program.model.graph, table))
+    held = program.model.graph.initializers
+    looked_up = tuple(
+        table for table in tables if any(_looked_up(held[name]) for name in table.names)
+    )
+    packed = _packed(wrapper, program.model.graph)
     optimize_ir(program.model, should_fold=_may_fold)
     if target == "onnxruntime":
         onnxruntime.spell_out_clipping(program.model)
     _strip(program.model)
-    _need_packed(wrapper, program.model, target)
+    _need_packed(packed, program.model.graph, target)
     size = sum(value.const_value.nbytes for value in program.model.graph.initializers.values())
     program.save(str(path), external_data=size > EXTERNAL_BYTES)
     return Lowered(wrapper, looked_up)
@@ -131,24 +135,48 @@ def _may_fold(node: ir.Node) -> bool | None:
     return None
 
 
-def _need_packed(wrapper: Served, model: ir.Model, target: TargetKind) -> None:
-    """Refuse a graph whose weights are not the packed ones of the module.
+@dataclass(frozen=True)
+class _Packed:
+    """One packed weight and where it lies in the exported graph."""
+
+    module: str
+    format: str
+    bytes: int
+    name: str
+
+
+def _packed(wrapper: Served, graph: ir.Graph) -> tuple[_Packed, ...]:
+    """The largest tensor of every packed module that a graph reads where a request decides."""
+    names = _names(wrapper)
+    found = []
+    for module_name, module in wrapper.named_modules():
+        if not isinstance(module, PackedTable | PackedLinear):
+            continue
+        stored = max(module.buffers(), key=lambda tensor: tensor.nbytes)
+        name = next((n for n in names[id(stored)] if n in graph.initializers), None)
+        if name is None:  # nothing reads it
+            continue
+        if isinstance(module, PackedTable) and not _looked_up(graph.initializers[name]):
+            continue
+        label = module_name.removeprefix("model.")
+        found.append(_Packed(label, module.storage.name, stored.nbytes, name))
+    return tuple(found)
+
+
+def _need_packed(packed: tuple[_Packed, ...], graph: ir.Graph, target: TargetKind) -> None:
+    """Refuse a graph whose packed weights are not those of the module.
 
     Raises:
         AuditFailed: a table's or layer's codes are missing, or took more bytes.
     """
-    held = model.graph.initializers
-    for name, module in wrapper.named_modules():
-        if not isinstance(module, PackedTable | PackedLinear):
-            continue
-        leaf, stored = max(module.named_buffers(), key=lambda item: item[1].nbytes)
-        value = held.get(f"{name}.{leaf}")
+    for weight in packed:
+        value = graph.initializers.get(weight.name)
         found = None if value is None or value.const_value is None else value.const_value.nbytes
-        if found is None or found > stored.nbytes:
+        if found is None or found > weight.bytes:
             raise AuditFailed(
-                f"The {target} graph holds {name.removeprefix('model.')!r} as "
+                f"The {target} graph holds {weight.module!r} as "
                 f"{'another tensor' if found is None else f'{found} bytes'} instead of its "
-                f"{stored.nbytes} bytes of {module.storage.name}. Leave it out of the step."
+                f"{weight.bytes} bytes of {weight.format}. Leave it out of the step."
             )
 
 
@@ -165,11 +193,17 @@ def _strip(model: ir.Model) -> None:
         value.metadata_props.clear()
 
 
-def _tables(wrapper: Served, graph: ir.Graph) -> tuple[TableInitializers, ...]:
-    """Where each table lies in a graph; tables that the network never reads are in none."""
-    names: dict[int, list[str]] = {}  # a tied tensor stands in the graph under one of its names
+def _names(wrapper: Served) -> dict[int, list[str]]:
+    """All names of each tensor: a tied one stands in the graph under any one of them."""
+    names: dict[int, list[str]] = {}
     for name, tensor in wrapper.state_dict(keep_vars=True).items():
         names.setdefault(id(tensor), []).append(name)
+    return names
+
+
+def _tables(wrapper: Served, graph: ir.Graph) -> tuple[TableInitializers, ...]:
+    """Where each table lies in a graph; tables that the network never reads are in none."""
+    names = _names(wrapper)
     found = []
     for name, module in wrapper.named_modules():
         if isinstance(module, PackedTable):
@@ -188,17 +222,13 @@ def _tables(wrapper: Served, graph: ir.Graph) -> tuple[TableInitializers, ...]:
     return tuple(found)
 
 
-def _varies(graph: ir.Graph, table: TableInitializers) -> bool:
-    """Whether a table is read at rows that a request decides.
+def _looked_up(value: ir.Value) -> bool:
+    """Whether a stored tensor is read at rows that a request decides.
 
     Positions and the like are read at the same rows in every call; a runtime computes such a
     read once and drops the table, which is no fault.
     """
-    return any(
-        not _constant(gather.inputs[1])
-        for name in table.names
-        for gather in _gathers(graph.initializers[name])
-    )
+    return any(not _constant(gather.inputs[1]) for gather in _gathers(value))
 
 
 def _gathers(value: ir.Value) -> Iterator[ir.Node]:

@@ -1,10 +1,12 @@
 """Does a lowered graph compute what the module computes?
 
-Scores are compared on the same rows. A graph without int8 arithmetic differs by float rounding
-only. With int8 inputs a value on the edge between two levels may fall to either side, in any of
-the layers, so single scores may differ by a level's worth while a wrong lowering (a transposed
-weight, a forgotten scale) moves scores by their whole spread. Hence a limit relative to that
-spread, on the root mean square and on the largest difference.
+Scores are compared on the same rows, in units of their spread. A graph without int8 arithmetic
+differs by float rounding only. With int8 inputs a value on the edge between two levels may fall to
+either side, so a few scores differ by a level's worth; ONNX Runtime's graph computes the same
+float32 numbers up to such an edge, so nine of ten scores must agree to rounding there. TensorRT's
+rounds looked-up weights to float16 once, which moves many values across an edge by a little. A
+wrong lowering moves all scores: an input scale 15 % off, a table 3 % too large or a zero point a
+tenth of a level off move them by 3 to 5 % of their spread.
 """
 
 import numpy as np
@@ -22,9 +24,11 @@ class Parity(Frozen):
     rows: int
     largest: float
     root_mean_square: float
+    quantile_90: float
     spread: float
     rms_limit: float
     largest_limit: float
+    quantile_90_limit: float
 
 
 def compare(
@@ -43,28 +47,36 @@ def compare(
         raise ParityLost(f"Module and {target} graph refuse different rows, such as {rows}.")
     gap = np.abs(expected[~refused] - found[~refused]).astype(np.float64)
     spread = float(expected[~refused].std()) if gap.size else 0.0
-    rms_share, largest_share = _shares(plan, target)
+    rms_share, largest_share, most_share = _shares(plan, target)
     parity = Parity(
         rows=int(expected.size),
         largest=float(gap.max(initial=0.0)),
         root_mean_square=float(np.sqrt((gap**2).mean())) if gap.size else 0.0,
+        quantile_90=float(np.quantile(gap, 0.9)) if gap.size else 0.0,
         spread=spread,
         rms_limit=1e-6 + rms_share * spread,
         largest_limit=1e-5 + largest_share * spread,
+        quantile_90_limit=1e-6 + most_share * spread,
     )
-    if parity.root_mean_square > parity.rms_limit or parity.largest > parity.largest_limit:
+    if (
+        parity.root_mean_square > parity.rms_limit
+        or parity.largest > parity.largest_limit
+        or parity.quantile_90 > parity.quantile_90_limit
+    ):
         raise ParityLost(
             f"The {target} graph is off by {parity.root_mean_square:.2g} (root mean square; limit "
-            f"{parity.rms_limit:.2g}) and at most {parity.largest:.2g} (limit "
+            f"{parity.rms_limit:.2g}), {parity.quantile_90:.2g} in nine of ten rows (limit "
+            f"{parity.quantile_90_limit:.2g}) and at most {parity.largest:.2g} (limit "
             f"{parity.largest_limit:.2g}) where scores spread by {spread:.2g}."
         )
     return parity
 
 
-def _shares(plan: Plan | None, target: TargetKind) -> tuple[float, float]:
+def _shares(plan: Plan | None, target: TargetKind) -> tuple[float, float, float]:
+    """Limits as shares of the spread: root mean square, largest, nine of ten rows."""
     formats = {line.format for line in plan.lines} if plan else set()
     if "static_int8" in formats:
-        return 0.05, 0.5
+        return (0.005, 0.2, 1e-3) if target == "onnxruntime" else (0.01, 0.2, 0.015)
     if target != "onnxruntime" and formats & {"float16", "rowwise_int8", "rowwise_int4"}:
-        return 0.005, 0.05  # one float16 rounding of looked-up weights, or a float16 Gemm
-    return 1e-4, 1e-3
+        return 0.005, 0.05, 0.01  # one float16 rounding of looked-up weights, or a float16 Gemm
+    return 1e-4, 1e-3, 2e-4

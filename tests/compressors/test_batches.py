@@ -103,13 +103,25 @@ def test_the_same_seed_makes_the_same_rows_and_another_seed_others():
     assert not torch.equal(first["user"], other["user"])
 
 
-def test_edge_rows_hold_ids_below_and_above_every_table():
-    made = edge_example(RANKER.schema, ROWS, 30)
-    for item in RANKER.schema.inputs:
-        if not isinstance(item, DenseInput):
-            assert made[item.name].min() == -1
-            assert made[item.name].max() == ROWS[item.table]
+def test_edge_rows_give_every_input_bad_ids_in_rows_of_its_own():
+    made, good = (make(RANKER.schema, ROWS, 30, 4) for make in (edge_example, example))
+    named = [item for item in RANKER.schema.inputs if not isinstance(item, DenseInput)]
+    for place, item in enumerate(named):
+        if isinstance(item, JaggedBag):
+            both = (bags(item, Batch(rows, torch.zeros(30), None)) for rows in (made, good))
+            rows = [[*map(str, ids)] for ids in next(both)]
+            before = [[*map(str, ids)] for ids in next(both)]
+        else:
+            rows, before = (made[item.name].tolist() for made in (made, good))
+        changed = {row for row in range(30) if rows[row] != before[row]}
+        expected = {2 * place, 2 * place + 1}
+        if isinstance(item, JaggedBag):  # an empty list has no place for one
+            expected = {row for row in expected if before[row]}
+        assert changed == expected, item.name
+        ids = made[item.name]
+        assert set(ids[(ids < 0) | (ids >= ROWS[item.table])].tolist()) <= {-1, ROWS[item.table]}
 
 
-def test_edge_rows_work_with_one_row():
-    assert edge_example(RANKER.schema, ROWS, 1)["user"].tolist() == [-1]
+def test_edge_rows_need_two_rows_an_input():
+    with pytest.raises(ValueError, match="6 inputs need 12 rows; found 11"):
+        edge_example(RANKER.schema, ROWS, 11)

@@ -62,18 +62,24 @@ def test_packed_tables_are_held_to_float_rounding_in_onnxruntime_only(form):
 
 
 def test_int8_layers_may_differ_by_a_level_in_single_rows_but_not_in_all():
-    one, all_of_them = scores(), scores() + np.float32(0.2 * SPREAD)
-    one[7] += 0.4 * SPREAD
-    compare(scores(), one, plan("static_int8"), "onnxruntime")
+    # In ONNX Runtime's graph only rows at the edge of a level differ at all; TensorRT's rounds
+    # looked-up weights to float16, which moves every row a little.
+    one = scores(5000)
+    one[7] += 0.15 * SPREAD
+    compare(scores(5000), one, plan("static_int8"), "onnxruntime")
+    a_little, much = (scores() + np.float32(share * SPREAD) for share in (0.003, 0.03))
+    compare(scores(), a_little, plan("static_int8"), "tensorrt-rtx")
+    with pytest.raises(ParityLost, match="nine of ten"):
+        compare(scores(), a_little, plan("static_int8"), "onnxruntime")
     with pytest.raises(ParityLost):
-        compare(scores(), all_of_them, plan("static_int8"), "onnxruntime")
+        compare(scores(), much, plan("static_int8"), "tensorrt-rtx")
 
 
 def test_one_row_far_off_is_enough_to_fail():
-    wrong = scores()
-    wrong[7] += 0.6 * SPREAD
+    wrong = scores(5000)
+    wrong[7] += 0.25 * SPREAD
     with pytest.raises(ParityLost, match="at most"):
-        compare(scores(), wrong, plan("static_int8"), "onnxruntime")
+        compare(scores(5000), wrong, plan("static_int8"), "onnxruntime")
 
 
 @pytest.mark.parametrize("swapped", [False, True])

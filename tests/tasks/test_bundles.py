@@ -197,9 +197,9 @@ def test_a_sealed_folder_is_checked_where_it_lies(draft: Path) -> None:
 def test_a_split_a_bundle_does_not_have_is_refused_with_those_it_has(
     draft: Path,
 ) -> None:
-    described(draft, data={"test": "test.parquet"})
+    described(draft, data={"train": "train.parquet", "test": "test.parquet"})
     pack(draft)
-    with pytest.raises(BundleRefused, match="no validation data; it has test"):
+    with pytest.raises(BundleRefused, match="no validation data; it has train, test"):
         data_path(show("clicks"), "validation")
 
 

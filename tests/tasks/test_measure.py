@@ -102,7 +102,7 @@ def test_a_model_against_itself_differs_in_nothing_but_its_latency(made: Graphs)
         assert change is not None
         assert (change.low, change.point, change.high) == (0.0, 0.0, 0.0), metric
     assert made.itself.numbers.of("bytes", "baseline") == judge.exact(1.0)
-    for size in measuring.BATCH_SIZES:
+    for size in measuring.LATENCY_BATCHES:
         ratio = made.itself.numbers.of(f"p50_ms@{size}", "baseline")
         assert ratio is not None
         # The same graph, timed in turn: medians of a thousand calls lie close together even on
@@ -131,7 +131,7 @@ def test_bytes_are_those_of_the_served_files_alone(made: Graphs) -> None:
 
 
 def test_a_champion_adds_its_own_comparison(made: Graphs, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(measuring, "BATCH_SIZES", (1,))
+    monkeypatch.setattr(measuring, "LATENCY_BATCHES", (1,))
     found = measured(made, champion=made.graph)
     assert found.numbers.has_champion
     for metric in (*QUALITY, "bytes", "p99_ms@1"):
@@ -141,7 +141,7 @@ def test_a_champion_adds_its_own_comparison(made: Graphs, monkeypatch: pytest.Mo
 def test_a_batch_larger_than_the_test_data_is_left_out(
     made: Graphs, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(measuring, "BATCH_SIZES", (ROWS["test"] + 1,))
+    monkeypatch.setattr(measuring, "LATENCY_BATCHES", (ROWS["test"] + 1,))
     found = measured(made)
     assert {number.metric for number in found.numbers.numbers} == QUALITY | {"bytes"}
 

@@ -10,6 +10,7 @@ from compressors.contracts import Outcome, TargetKind
 from infra.errors import AlreadyThere, ArtifactDamaged, ArtifactMissing, PromotionRefused, Refused
 from infra.ledger import Ledger
 from infra.registry import Registry
+from infra.settings import shown
 from tasks import publish as publishing
 from tasks.documents import Finished, finished
 from tasks.promotion import (
@@ -243,7 +244,16 @@ def test_the_ledger_names_a_person(monkeypatch: pytest.MonkeyPatch) -> None:
     assert whoami() == "logged-in"
 
 
-def test_a_registrys_password_is_in_no_record(home: Path) -> None:
-    assert publishing._public("postgresql://me:canary@db.example/m") == "postgresql://db.example/m"
-    assert publishing._public("https://me:can@ary@host/m") == "https://host/m"
-    assert publishing._public("sqlite:////home/me/registry.db") == "sqlite:////home/me/registry.db"
+@pytest.mark.parametrize(
+    ("uri", "public"),
+    [
+        ("postgresql://me:canary@db.example/m", "postgresql://db.example/m"),
+        ("postgresql://db.example/m?user=u&password=canary", "postgresql://db.example/m"),
+        ("https://me:can@ary@host/m", "https://host/m"),
+        ("https://me:can/ary@host/m", "https://host/m"),
+        ("s3://KEY:canary@bucket/prefix", "s3://bucket/prefix"),
+        ("sqlite:////home/me/registry.db", "sqlite:////home/me/registry.db"),
+    ],
+)
+def test_what_is_shown_of_an_address_holds_no_secret(uri: str, public: str) -> None:
+    assert shown(uri) == public
