@@ -150,7 +150,11 @@ def _terms(
     try:
         parsed = tuple(Limit.parse(text) for text in limits)
     except ValidationError as fault:
-        reasons = "; ".join(error["msg"] for error in fault.errors())
+        reasons = "; ".join(
+            error["msg"]
+            + (f" (found {error['input']!r})" if error["type"] != "value_error" else "")
+            for error in fault.errors()
+        )
         raise Refused(f"--limit: {reasons}") from fault
     except ValueError as fault:
         raise Refused(str(fault)) from fault

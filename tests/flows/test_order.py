@@ -30,6 +30,8 @@ SUBJECT = Subject(
     metric="auc",
     rows={"train": 10, "test": 10},
     longest={},
+    task="ctr",
+    grouped=False,
     architecture="b" * 64,
 )
 CHAMPION = Artifact(uri="file:///s/artifacts/c", sha256="c" * 64, bytes=1)

@@ -252,7 +252,7 @@ def test_the_ledger_names_a_person(monkeypatch: pytest.MonkeyPatch) -> None:
         ("https://me:can@ary@host/m", "https://host/m"),
         ("https://me:can/ary@host/m", "https://host/m"),
         ("s3://KEY:canary@bucket/prefix", "s3://bucket/prefix"),
-        ("sqlite:////home/me/registry.db", "sqlite:////home/me/registry.db"),
+        ("sqlite:////srv/registry.db", "sqlite:////srv/registry.db"),
     ],
 )
 def test_what_is_shown_of_an_address_holds_no_secret(uri: str, public: str) -> None:
