@@ -17,6 +17,7 @@ from tasks.report import markdown
 from tasks.stored import store
 
 log = logging.getLogger(__name__)
+PLAN_CHARACTERS = 50_000  # a registry's tag holds twice as many
 
 
 @task(task_run_name="publish {report.name}", **KEPT)
@@ -85,10 +86,17 @@ def _tags(report: Report, release: Artifact) -> dict[str, str]:
         "recpress.compressed": report.compressed.sha256,
         "recpress.recipe": json.dumps(list(report.recipe)),
         "recpress.limits": "; ".join(str(limit) for limit in report.limits),
-        "recpress.plan": digest(report.plan),
+        "recpress.plan": _plan_tag(report),
     }
     for target in report.targets:
         tags[f"recpress.verdict.{target.target}"] = target.verdict.outcome
         tags[f"recpress.artifact.{target.target}"] = target.artifact.uri
         tags[f"recpress.sha256.{target.target}"] = target.artifact.sha256
     return tags
+
+
+def _plan_tag(report: Report) -> str:
+    """The plan itself, or its digest where a tag cannot hold it (thousands of tables)."""
+    lines = {line.module: f"{line.format}, {line.bytes_after} bytes" for line in report.plan.lines}
+    text = json.dumps(lines)
+    return text if len(text) <= PLAN_CHARACTERS else f"sha256:{digest(report.plan)}"
