@@ -2,6 +2,7 @@
 
 import json
 import pickle  # noqa: TID251 (what is refused has to be made first)
+import shlex
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -18,6 +19,7 @@ from flows import cli
 from flows.console import EMBEDDED
 from tasks.bundles import Packed, pack
 from tasks.documents import Finished, Report, finished
+from tasks.report_page import page, validation_of
 
 LIMIT = "auc vs baseline >= -0.02"
 TARGETS = ("--target", "onnxruntime", "--target", "tensorrt-rtx")
@@ -377,6 +379,46 @@ def test_list_and_show_print_the_versions_and_the_report(world: World, call: Any
     markdown = call("registry", "show", "clicks", "--version", version).out
     assert "# clicks 1: accepted" in markdown
     assert "| tensorrt-rtx | built-unmeasured |" in markdown
+
+
+def test_the_reports_page_is_written_as_it_was_published(
+    world: World, call: Any, tmp_path: Path
+) -> None:
+    version = world.first.finished.version
+    show = ("registry", "show", "clicks", "--version", version)
+    said = call(*show, "--html", str(tmp_path / "report.html"))
+    assert said.code == 0, said.err
+    html = (tmp_path / "report.html").read_text()
+    assert f"{tmp_path}/report.html" in said.out
+    report = world.first.finished.report
+    assert html == page(report, validation_of(report.validation))
+    for line in report.plan.lines:
+        assert f"<code>{line.module}</code>" in html
+    assert report.reproduction.command.startswith("recpress compress clicks@1")
+    refused(call(*show, "--html", str(tmp_path / "no" / "report.html")), "cannot be written")
+
+
+def test_the_registry_and_the_command_line_say_where_the_reports_page_lies(
+    world: World, call: Any
+) -> None:
+    listed = json.loads(call("registry", "list", "clicks", "--json").out)
+    mine = next(item for item in listed if item["version"] == world.first.finished.version)
+    where = mine["tags"]["recpress.report"]
+    assert where == f"{world.first.finished.release.uri}/files/report.html"
+    assert Path(where.removeprefix("file://")).read_text().startswith("<!doctype html>")
+    said = call("compress", "clicks", "--preset", "small", "--limit", LIMIT, *TARGETS)
+    assert where in said.out
+
+
+def test_the_command_that_a_report_shows_is_answered_with_that_report(
+    world: World, call: Any, tmp_path: Path
+) -> None:
+    again = world.first.finished.report.reproduction
+    said = call(*shlex.split(again.command.replace("\\\n", ""))[1:], "--json")
+    assert Finished.model_validate_json(said.out) == world.first.finished
+    (tmp_path / "order.json").write_text(json.dumps(again.order))
+    said = call("compress", "--order", str(tmp_path / "order.json"), "--json")
+    assert Finished.model_validate_json(said.out) == world.first.finished
 
 
 def test_an_empty_registry_says_what_to_do(home: Path, call: Any) -> None:
