@@ -40,6 +40,7 @@ p + .wide, p + figure { margin-top: 0.75rem; }
 .gap { margin-top: 0.9rem; }
 .measured, .measured small { white-space: nowrap; font-variant-numeric: tabular-nums; }
 .picture { min-width: 13rem; width: 36%; }
+tbody th { min-width: 8.5rem; }
 .reason { min-width: 13rem; }
 .bars { min-width: 8rem; width: 22%; }
 td.bars { padding-top: 0.75rem; }
@@ -368,5 +369,8 @@ def _plain(value: object) -> str:
         case list():
             return ", ".join(map(_plain, value)) or "none"
         case dict():
-            return ", ".join(f"{name} {_plain(item)}" for name, item in value.items()) or "none"
+            return (
+                ", ".join(f"{name} {_plain(item)}" for name, item in sorted(value.items()))
+                or "none"
+            )
     return json.dumps(value)

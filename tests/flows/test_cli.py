@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from drafts import ALLOWED, ROOT, ROWS, environment, recpress, write_draft
 from orders import ACCEPTED, World, carry_out
+from prefect.client.orchestration import get_client
 from safetensors.torch import load_file, save_file
 
 from compressors.contracts import Limit
@@ -19,6 +20,7 @@ from flows import cli
 from flows.console import EMBEDDED
 from tasks.bundles import Packed, pack
 from tasks.documents import Finished, Report, finished
+from tasks.publish import publish
 from tasks.report_page import page, validation_of
 
 LIMIT = "auc vs baseline >= -0.02"
@@ -398,7 +400,7 @@ def test_the_reports_page_is_written_as_it_was_published(
     refused(call(*show, "--html", str(tmp_path / "no" / "report.html")), "cannot be written")
 
 
-def test_the_registry_and_the_command_line_say_where_the_reports_page_lies(
+def test_registry_command_line_and_prefect_say_where_the_reports_page_lies(
     world: World, call: Any
 ) -> None:
     listed = json.loads(call("registry", "list", "clicks", "--json").out)
@@ -408,6 +410,14 @@ def test_the_registry_and_the_command_line_say_where_the_reports_page_lies(
     assert Path(where.removeprefix("file://")).read_text().startswith("<!doctype html>")
     said = call("compress", "clicks", "--preset", "small", "--limit", LIMIT, *TARGETS)
     assert where in said.out
+    with get_client(sync_client=True) as client:
+        shown = [str(item.data) for item in client.read_artifacts() if item.type == "markdown"]
+    assert any(where in text and f"--version {mine['version']} --html" in text for text in shown)
+
+
+def test_a_report_that_is_published_again_is_the_same_artifact(world: World) -> None:
+    again = publish.fn(world.first.finished.report, "other code")
+    assert again == world.first.finished
 
 
 def test_the_command_that_a_report_shows_is_answered_with_that_report(

@@ -41,7 +41,7 @@ def read_by_the_command_line(command: str) -> Terms:
         given.setdefault(option.removeprefix("--"), []).append(value)
     (preset,), (seed,) = given["preset"], given.get("seed", ["0"])
     targets, optional = given["target"], given.get("optional", [])
-    return cli._order(model, preset, given["limit"], targets, optional, False, int(seed))
+    return cli._terms(model, preset, given["limit"], targets, optional, False, int(seed))
 
 
 @pytest.mark.parametrize(

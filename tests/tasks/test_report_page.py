@@ -192,7 +192,7 @@ def test_every_target_has_its_verdict_and_its_audit(html):
         "5 int8 products, 9 packed tables, 145,190 bytes of weights; nothing widened",
         "Scratch bytes12,476,416",
         "Twin scratch bytesnone",
-        "Layer typesint8 9, fp16 27",
+        "Layer typesfp16 27, int8 9",
         "Tables checkednone",
         "prices float32 [rows, 4]",
         "Left out, as it was optional: needs the package <tensorrt>",
