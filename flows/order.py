@@ -67,7 +67,7 @@ def _command(order: Order) -> str:
     """The command that gives this order: with options where they say all of it."""
     wanted = order.targets.wanted()
     required = [target for target, how in wanted.items() if how == "required"]
-    if order.preset == "custom" or not required or not _options_say_it(order):
+    if order.preset == "custom" or not _options_say_it(order):
         return f"recpress compress --order {ORDER_FILE}"
     options = [("--preset", str(order.preset))]
     options += [("--limit", str(limit)) for limit in order.limits]
@@ -85,6 +85,7 @@ def _options_say_it(order: Order) -> bool:
     chosen = {target.replace("-", "_") for target in get_args(TargetKind)}
     return (
         order.rules == Rules()
+        and order.targets.onnxruntime != "off"  # with options it always is a target
         and order.targets.model_dump(exclude=chosen) == Targets().model_dump(exclude=chosen)
         and all(Limit.parse(str(limit)) == limit for limit in order.limits)
     )

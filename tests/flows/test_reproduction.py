@@ -40,7 +40,7 @@ def read_by_the_command_line(command: str) -> Terms:
     for option, value in zip(options[::2], options[1::2], strict=True):
         given.setdefault(option.removeprefix("--"), []).append(value)
     (preset,), (seed,) = given["preset"], given.get("seed", ["0"])
-    targets, optional = given["target"], given.get("optional", [])
+    targets, optional = given.get("target", []), given.get("optional", [])
     return cli._terms(model, preset, given["limit"], targets, optional, False, int(seed))
 
 
@@ -50,7 +50,8 @@ def read_by_the_command_line(command: str) -> Terms:
         {},
         {"preset": "small", "seed": 7},
         {"targets": Targets(tensorrt_rtx="required", tensorrt="optional")},
-        {"targets": Targets(onnxruntime="off", tensorrt_rtx="required")},
+        {"targets": Targets(onnxruntime="optional", tensorrt_rtx="required")},
+        {"targets": Targets(onnxruntime="optional", tensorrt_rtx="optional")},
         {"limits": (LIMIT, Limit(metric="p99_ms@64", at_most=1.1))},
     ],
 )
@@ -69,7 +70,7 @@ def test_the_command_of_a_report_gives_an_order_of_the_same_digest(fields: dict[
         {"preset": "custom", "steps": (Float16(),)},
         {"rules": Rules(min_rows=5)},
         {"targets": Targets(best_batch=128)},
-        {"targets": Targets(onnxruntime="off", tensorrt_rtx="optional")},
+        {"targets": Targets(onnxruntime="off", tensorrt_rtx="required")},
         # More digits than a limit is written with: the command would promise something else.
         {"limits": (Limit(metric="auc", at_least=-0.00123456789),)},
     ],
