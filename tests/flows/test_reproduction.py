@@ -24,6 +24,8 @@ SUBJECT = Subject(
     metric="auc",
     rows={"train": 10, "test": 10},
     longest={},
+    task="ctr",
+    grouped=False,
     architecture="b" * 64,
 )
 

@@ -134,6 +134,8 @@ def lowering(target: Any) -> Lowering:
         spread=0.23,
         rms_limit=0.012,
         largest_limit=0.12,
+        quantile_90=1e-6,
+        quantile_90_limit=2e-4,
     )
     return Lowering(
         target=target,
