@@ -216,6 +216,15 @@ def _read_order(path: Path) -> "Terms":
     return Order.model_validate_json(text)
 
 
+def _write(path: Path, body: bytes) -> None:
+    from infra.errors import Refused
+
+    try:
+        path.write_bytes(body)
+    except OSError as fault:
+        raise Refused(f"{path} cannot be written: {fault.strerror}.") from fault
+
+
 # --- bundle ----------------------------------------------------------------------------------
 
 
@@ -336,11 +345,23 @@ def registry_list(
 
 
 @registry_app.command("show")
-def registry_show(model: Model, version: Version = "@candidate", as_json: Json = False) -> None:
-    """Print the report of one version."""
-    from tasks.promotion import version_report
+def registry_show(
+    model: Model,
+    version: Version = "@candidate",
+    html: Annotated[
+        Path | None, typer.Option(help="Write the report's page, with pictures, to this file.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Print the report of one version, or write its page to a file."""
+    from tasks.promotion import version_page, version_report
     from tasks.report import markdown
 
+    if html is not None:
+        registered, page = version_page(model, version)
+        _write(html, page)
+        _print(f"{model} version {registered.version}: its report is in {html}")
+        return
     _, report = version_report(model, version)
     _print(report.model_dump_json(indent=1) if as_json else markdown(report))
 

@@ -139,6 +139,7 @@ def compress(order: Order) -> Finished | State[Any]:
         order=order_digest(order, subject, champion),
         subject=subject,
         compressed=candidate,
+        champion=champion,
         recipe=tuple(step.model_dump(mode="json") for step in order.recipe()),
         limits=order.limits,
         baseline=baseline,
@@ -149,6 +150,7 @@ def compress(order: Order) -> Finished | State[Any]:
         idle=idle,
         measurement=measurement,
         validation=validation,
+        reproduction=order.reproduction(f"{subject.name}@{subject.version}"),
     )
     finished: Finished = remembered(publish, still_published, report=report, code=code)
     promote_if_ordered(order, finished)

@@ -95,7 +95,7 @@ def show(finished: "Finished") -> None:
         out.print(f"{name}: left out (optional) - {why}", markup=False, soft_wrap=True)
     version = f"{report.name} version {finished.version}"
     out.print(f"Registered: {version} in {finished.registry}", markup=False, soft_wrap=True)
-    out.print(f"Report:     {finished.release.uri}/files/report.md", markup=False, soft_wrap=True)
+    out.print(f"Report:     {finished.page_uri()}", markup=False, soft_wrap=True)
     out.print(f"Get it:     {finished.fetch_command()}", markup=False, soft_wrap=True)
 
 

@@ -1,15 +1,19 @@
 """An order: which model, how small, for which targets, within which limits."""
 
-from typing import Any, Self
+import shlex
+from typing import Any, Self, get_args
 
 from pydantic import Field, model_validator
 
+from compressors.contracts import Limit, TargetKind
 from compressors.dense.float16 import Float16
 from compressors.dense.static_int8 import StaticInt8
 from compressors.steps import AnyStep
 from compressors.tables.rowwise_int4 import RowwiseInt4
 from compressors.tables.rowwise_int8 import RowwiseInt8
-from flows.terms import Preset, Terms
+from flows.terms import Preset, Targets, Terms
+from infra.checks import Rules
+from tasks.documents import ORDER_FILE, Reproduction
 
 PRESETS: dict[Preset, tuple[AnyStep, ...]] = {
     "small": (RowwiseInt4(), StaticInt8()),
@@ -45,3 +49,43 @@ class Order(Terms):
     def own_steps(self) -> list[dict[str, Any]]:
         """The steps of preset ``custom`` as plain values; none for the other presets."""
         return [step.model_dump(mode="json") for step in self.steps]
+
+    def reproduction(self, model: str) -> Reproduction:
+        """How to get the same result again: a command, and the order as a file would hold it.
+
+        What does not change the result is left out, so that orders that are the same but for it
+        have the same report: whether it was promoted, and which attempt it was.
+
+        Args:
+            model: the bundle the order came to mean, name@version.
+        """
+        same = self.model_copy(update={"model": model, "promote": False, "attempt": 0})
+        return Reproduction(command=_command(same), order=same.model_dump(mode="json"))
+
+
+def _command(order: Order) -> str:
+    """The command that gives this order: with options where they say all of it."""
+    wanted = order.targets.wanted()
+    required = [target for target, how in wanted.items() if how == "required"]
+    if order.preset == "custom" or not _options_say_it(order):
+        return f"recpress compress --order {ORDER_FILE}"
+    options = [("--preset", str(order.preset))]
+    options += [("--limit", str(limit)) for limit in order.limits]
+    options += [("--target", str(target)) for target in required]
+    options += [("--optional", str(target)) for target in wanted if target not in required]
+    if order.seed:
+        options.append(("--seed", str(order.seed)))
+    parts = [f"recpress compress {shlex.quote(order.model)}"]
+    parts += [f"{name} {shlex.quote(value)}" for name, value in options]
+    return " \\\n    ".join(parts)
+
+
+def _options_say_it(order: Order) -> bool:
+    """Whether what has no option is as it is without one, and limits read back as they are."""
+    chosen = {target.replace("-", "_") for target in get_args(TargetKind)}
+    return (
+        order.rules == Rules()
+        and order.targets.onnxruntime != "off"  # with options it always is a target
+        and order.targets.model_dump(exclude=chosen) == Targets().model_dump(exclude=chosen)
+        and all(Limit.parse(str(limit)) == limit for limit in order.limits)
+    )

@@ -17,7 +17,9 @@ data.py            parquet files as tensors
 parquet.py         parquet as record batches, kinds of columns
 checks.py          which checks a schema asks for
 expectations.py    Great Expectations, running those checks
+html.py            what our HTML pages have in common
 page.py            our own page for a validation result
+pictures.py        the report's pictures as SVG
 onnxruntime.py     sessions: scores, latency, the optimized graph
 tensorrt.py        engines of TensorRT 10 / 11 and TensorRT-RTX
 tensorrt_build.py  the child process that builds one

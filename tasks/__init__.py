@@ -20,5 +20,6 @@ bundles.py     pack, check, show and find bundles
 loading.py     a stored bundle as a module, a stored split as tensors
 documents.py   what is stored as JSON beside the files
 report.py      the report as a table and as Markdown
+report_page.py the report as one HTML page; report_measured.py is its middle
 promotion.py   promote, roll back, fetch
 """

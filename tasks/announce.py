@@ -22,7 +22,8 @@ def announce(finished: Finished) -> None:
     report = finished.report
     key = "recpress-" + "".join(c if c.isalnum() else "-" for c in report.name.lower())
     create_markdown_artifact(
-        markdown(report) + f"\n```\n{finished.fetch_command()}\n```\n",
+        f"{markdown(report)}\nThe same with pictures: `{finished.page_uri()}`, or\n\n"
+        f"```\n{finished.page_command()}\n{finished.fetch_command()}\n```\n",
         key=key,
         description=f"{report.name} {report.bundle_version}: {report.outcome}",
     )

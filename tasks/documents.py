@@ -32,6 +32,9 @@ from tasks.subject import Subject
 
 MODEL = "model.onnx"
 REPORT = "report.json"
+MARKDOWN = "report.md"
+PAGE = "report.html"
+ORDER_FILE = "order.json"
 
 
 class Batch(Frozen):
@@ -86,6 +89,13 @@ class TargetReport(Frozen):
     audit: dict[str, object] = Field(default_factory=dict)
 
 
+class Reproduction(Frozen):
+    """How to carry an order out again: the command, and the order as ``ORDER_FILE`` holds it."""
+
+    command: str
+    order: dict[str, Any]
+
+
 class Report(Frozen):
     """An order and its result; the document a registry version points to."""
 
@@ -96,6 +106,9 @@ class Report(Frozen):
     metric: str
     source: Artifact
     compressed: Artifact
+    champion: Artifact | None = Field(
+        None, description="The graph it was compared with, if a limit asked for that."
+    )
     recipe: tuple[dict[str, Any], ...]
     limits: tuple[Limit, ...]
     plan: Plan
@@ -111,6 +124,7 @@ class Report(Frozen):
     measurement: Measurement | None
     validation: Artifact
     calibrated_on: str
+    reproduction: Reproduction
 
 
 class Finished(Frozen):
@@ -131,6 +145,19 @@ class Finished(Frozen):
             f"recpress registry fetch {self.report.name} --version {self.version} "
             f"--target {first.target} --into ./{self.report.name}{flag}"
         )
+
+    def page_uri(self) -> str:
+        """Where the report's page lies."""
+        return page_uri(self.release)
+
+    def page_command(self) -> str:
+        """What anybody types to read the report's page."""
+        return f"recpress registry show {self.report.name} --version {self.version} --html ./{PAGE}"
+
+
+def page_uri(release: Artifact) -> str:
+    """Where the page of a release's report lies."""
+    return f"{release.uri}/files/{PAGE}"
 
 
 def lowering_of(folder: Path) -> Lowering:
@@ -154,6 +181,7 @@ def report_from(
     order: str,
     subject: Subject,
     compressed: Artifact,
+    champion: Artifact | None,
     recipe: tuple[dict[str, Any], ...],
     limits: tuple[Limit, ...],
     baseline: Artifact,
@@ -164,6 +192,7 @@ def report_from(
     idle: dict[str, str],
     measurement: Artifact | None,
     validation: Artifact,
+    reproduction: Reproduction,
 ) -> Report:
     """Put what the tasks stored together."""
     plan = read(local(compressed)).plan
@@ -174,6 +203,7 @@ def report_from(
         metric=subject.metric,
         source=subject.artifact,
         compressed=compressed,
+        champion=champion,
         recipe=recipe,
         limits=limits,
         plan=plan if plan is not None else Plan(),
@@ -188,6 +218,7 @@ def report_from(
         measurement=None if measurement is None else measurement_of(measurement),
         validation=validation,
         calibrated_on=f"{subject.calibration()} ({subject.rows[subject.calibration()]:,} rows)",
+        reproduction=reproduction,
     )
 
 

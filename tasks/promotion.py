@@ -13,7 +13,7 @@ from infra.errors import ArtifactMissing, PromotionRefused
 from infra.ledger import Entry, Ledger, before
 from infra.registry import Registered, Registry
 from infra.settings import load_settings
-from tasks.documents import Report, TargetReport, report_of
+from tasks.documents import PAGE, Report, TargetReport, report_of
 from tasks.stored import store
 
 log = logging.getLogger(__name__)
@@ -55,6 +55,17 @@ def version_report(model: str, reference: str) -> tuple[Registered, Report]:
             f"{report.order[:12]}: it was not registered by recpress as it stands."
         )
     return registered, report
+
+
+def version_page(model: str, reference: str) -> tuple[Registered, bytes]:
+    """A registry version and the page of its report, as it was published.
+
+    Args:
+        model: registered name.
+        reference: ``3``, ``@champion`` or ``@candidate``.
+    """
+    registered, _ = version_report(model, reference)
+    return registered, store().file(store().artifact(registered.source), PAGE)
 
 
 def repair(model: str, *, expected: bool = False) -> Entry | None:

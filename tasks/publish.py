@@ -11,9 +11,19 @@ from compressors.contracts import Artifact, digest
 from infra.errors import ArtifactMissing
 from infra.registry import Registry
 from infra.settings import load_settings, shown
-from tasks.documents import REPORT, Finished, Report, finished_key, report_of
+from tasks.documents import (
+    MARKDOWN,
+    PAGE,
+    REPORT,
+    Finished,
+    Report,
+    finished_key,
+    page_uri,
+    report_of,
+)
 from tasks.policy import KEPT
 from tasks.report import markdown
+from tasks.report_page import page, validation_of
 from tasks.stored import store
 
 log = logging.getLogger(__name__)
@@ -22,7 +32,7 @@ PLAN_CHARACTERS = 50_000  # a registry's tag holds twice as many
 
 @task(task_run_name="publish {report.name}", **KEPT)
 def publish(report: Report, code: str) -> Finished:  # noqa: ARG001
-    """Store the report with its pointers, then register it: one version an order.
+    """Store the report as JSON, Markdown and a page, then register it: one version an order.
 
     The version carries all its tags from the moment it exists. The alias ``candidate`` moves to
     it if the order was accepted.
@@ -33,7 +43,8 @@ def publish(report: Report, code: str) -> Finished:  # noqa: ARG001
     """
     with tempfile.TemporaryDirectory() as scratch:
         (Path(scratch) / REPORT).write_text(report.model_dump_json(indent=1))
-        (Path(scratch) / "report.md").write_text(markdown(report))
+        (Path(scratch) / MARKDOWN).write_text(markdown(report))
+        (Path(scratch) / PAGE).write_text(page(report, validation_of(report.validation)))
         release = store().put(Path(scratch))
     uri = load_settings().registry_uri
     registry = Registry(uri)
@@ -42,7 +53,8 @@ def publish(report: Report, code: str) -> Finished:  # noqa: ARG001
         report.order,
         release.uri,
         _tags(report, release),
-        f"{report.outcome}: {', '.join(step['kind'] for step in report.recipe)}",
+        f"{report.outcome}: {', '.join(step['kind'] for step in report.recipe)}. "
+        f"Report: {page_uri(release)}",
     )
     if registered.source != release.uri:
         # Somebody else carried out the same order first: theirs is the version, so theirs is
@@ -80,6 +92,7 @@ def _tags(report: Report, release: Artifact) -> dict[str, str]:
     tags = {
         "recpress.order": report.order,
         "recpress.release": release.sha256,
+        "recpress.report": page_uri(release),
         "recpress.outcome": report.outcome,
         "recpress.bundle": f"{report.name}@{report.bundle_version}",
         "recpress.parents": report.source.sha256,

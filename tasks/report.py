@@ -1,7 +1,10 @@
 """The report as a table and as Markdown. No Prefect."""
 
+import json
+from html import escape
+
 from compressors.contracts import Estimate, Plan
-from tasks.documents import Report
+from tasks.documents import ORDER_FILE, Report
 
 
 def headline(report: Report) -> list[dict[str, str]]:
@@ -32,11 +35,11 @@ def headline(report: Report) -> list[dict[str, str]]:
         own = report.measurement.numbers.of(number.metric, "absolute")
         change = report.measurement.numbers.of(number.metric, "baseline")
         latency = "_ms@" in number.metric
-        row = {"what": _label(number.metric), "before": _plain(number.estimate, latency)}
+        row = {"what": label(number.metric), "before": _plain(number.estimate, latency)}
         for t in report.targets:
             measured = t.target == "onnxruntime" and own is not None
             row[t.target] = _plain(own, latency) if measured and own else "-"
-        row["change"] = "" if change is None else _change(change, latency)
+        row["change"] = "" if change is None else change_of(change, latency)
         rows.append(row)
     return rows
 
@@ -80,7 +83,7 @@ def markdown(report: Report) -> str:
         "| table or layer | role | stored as | bytes before | after | why |",
         "|---|---|---|---|---|---|",
         *(
-            f"| {line.module} | {line.role} | {line.format} | {line.bytes_before:,} | "
+            f"| {_cell(line.module)} | {line.role} | {line.format} | {line.bytes_before:,} | "
             f"{line.bytes_after:,} | {_cell(line.reason)} |"
             for line in report.plan.lines
         ),
@@ -94,6 +97,7 @@ def markdown(report: Report) -> str:
         f"- bundle `{report.source.uri}`",
         f"- compressed bundle `{report.compressed.uri}`",
         f"- validation `{report.validation.uri}` (open validation.html)",
+        *(f"- {t.target} `{t.artifact.uri}`" for t in report.targets),
         f"- calibrated on: {report.calibrated_on}",
     ]
     if report.measurement is not None:
@@ -102,6 +106,10 @@ def markdown(report: Report) -> str:
             f"- measured on {machine.processor}, {machine.cores} cores, {machine.system}, ONNX "
             f"Runtime {machine.onnxruntime} with {machine.threads} thread(s)"
         )
+    again = report.reproduction
+    lines += ["", "## Carry it out again", "", f"```bash\n{again.command}\n```"]
+    if ORDER_FILE in again.command:
+        lines += ["", f"```json\n{json.dumps(again.order, indent=1)}\n```"]
     return "\n".join(lines) + "\n"
 
 
@@ -151,7 +159,7 @@ def resolution(report: Report) -> str:
     metric = report.metric
     resolves = report.measurement.resolves[metric]
     return (
-        f"The {report.measurement.rows:,} test rows resolve a change of {_label(metric)} of about "
+        f"The {report.measurement.rows:,} test rows resolve a change of {label(metric)} of about "
         f"{resolves:.2g} (half the width of its 95 % interval)."
     )
 
@@ -178,8 +186,8 @@ def _checks(report: Report) -> list[str]:
 
 
 def _cell(text: str) -> str:
-    """A foreign message as one cell: neither a pipe nor a line break may end its row."""
-    return " ".join(text.split()).replace("|", "\\|")
+    """A name or a sentence inside a table: it neither ends the cell nor becomes HTML."""
+    return escape(" ".join(text.split()), quote=False).replace("|", "\\|")
 
 
 def _ratio(plan: Plan) -> float:
@@ -187,7 +195,8 @@ def _ratio(plan: Plan) -> float:
     return sum(line.bytes_after for line in plan.lines) / before if before else 1.0
 
 
-def _label(metric: str) -> str:
+def label(metric: str) -> str:
+    """A metric as people write it."""
     names = {"auc": "AUC", "gauc": "GAUC", "logloss": "log loss", "ndcg@10": "NDCG@10"}
     if "_ms@" in metric:
         quantile, _, size = metric.partition("_ms@")
@@ -199,7 +208,10 @@ def _plain(estimate: Estimate, latency: bool) -> str:
     return f"{estimate.point:.3f}" if latency else f"{estimate.point:.5f}"
 
 
-def _change(estimate: Estimate, latency: bool) -> str:
+def change_of(estimate: Estimate, latency: bool) -> str:
+    """A change and its interval if it has one: a ratio, or a signed difference for quality."""
+    if estimate.low == estimate.high:  # exact, such as bytes
+        return f"{estimate.point:.2f}x" if latency else f"{estimate.point:+.5f}"
     if latency:
         return f"{estimate.point:.2f}x [{estimate.low:.2f}, {estimate.high:.2f}]"
     return f"{estimate.point:+.5f} [{estimate.low:+.5f}, {estimate.high:+.5f}]"

@@ -2,6 +2,7 @@
 
 import json
 import pickle  # noqa: TID251 (what is refused has to be made first)
+import shlex
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -11,6 +12,7 @@ from typing import Any
 import pytest
 from drafts import ALLOWED, ROOT, ROWS, environment, recpress, write_draft
 from orders import ACCEPTED, World, carry_out
+from prefect.client.orchestration import get_client
 from safetensors.torch import load_file, save_file
 
 from compressors.contracts import Limit
@@ -18,6 +20,8 @@ from flows import cli
 from flows.console import EMBEDDED
 from tasks.bundles import Packed, pack
 from tasks.documents import Finished, Report, finished
+from tasks.publish import publish
+from tasks.report_page import page, validation_of
 
 LIMIT = "auc vs baseline >= -0.02"
 TARGETS = ("--target", "onnxruntime", "--target", "tensorrt-rtx")
@@ -377,6 +381,54 @@ def test_list_and_show_print_the_versions_and_the_report(world: World, call: Any
     markdown = call("registry", "show", "clicks", "--version", version).out
     assert "# clicks 1: accepted" in markdown
     assert "| tensorrt-rtx | built-unmeasured |" in markdown
+
+
+def test_the_reports_page_is_written_as_it_was_published(
+    world: World, call: Any, tmp_path: Path
+) -> None:
+    version = world.first.finished.version
+    show = ("registry", "show", "clicks", "--version", version)
+    said = call(*show, "--html", str(tmp_path / "report.html"))
+    assert said.code == 0, said.err
+    html = (tmp_path / "report.html").read_text()
+    assert f"{tmp_path}/report.html" in said.out
+    report = world.first.finished.report
+    assert html == page(report, validation_of(report.validation))
+    for line in report.plan.lines:
+        assert f"<code>{line.module}</code>" in html
+    assert report.reproduction.command.startswith("recpress compress clicks@1")
+    refused(call(*show, "--html", str(tmp_path / "no" / "report.html")), "cannot be written")
+
+
+def test_registry_command_line_and_prefect_say_where_the_reports_page_lies(
+    world: World, call: Any
+) -> None:
+    listed = json.loads(call("registry", "list", "clicks", "--json").out)
+    mine = next(item for item in listed if item["version"] == world.first.finished.version)
+    where = mine["tags"]["recpress.report"]
+    assert where == f"{world.first.finished.release.uri}/files/report.html"
+    assert Path(where.removeprefix("file://")).read_text().startswith("<!doctype html>")
+    said = call("compress", "clicks", "--preset", "small", "--limit", LIMIT, *TARGETS)
+    assert where in said.out
+    with get_client(sync_client=True) as client:
+        shown = [str(item.data) for item in client.read_artifacts() if item.type == "markdown"]
+    assert any(where in text and f"--version {mine['version']} --html" in text for text in shown)
+
+
+def test_a_report_that_is_published_again_is_the_same_artifact(world: World) -> None:
+    again = publish.fn(world.first.finished.report, "other code")
+    assert again == world.first.finished
+
+
+def test_the_command_that_a_report_shows_is_answered_with_that_report(
+    world: World, call: Any, tmp_path: Path
+) -> None:
+    again = world.first.finished.report.reproduction
+    said = call(*shlex.split(again.command.replace("\\\n", ""))[1:], "--json")
+    assert Finished.model_validate_json(said.out) == world.first.finished
+    (tmp_path / "order.json").write_text(json.dumps(again.order))
+    said = call("compress", "--order", str(tmp_path / "order.json"), "--json")
+    assert Finished.model_validate_json(said.out) == world.first.finished
 
 
 def test_an_empty_registry_says_what_to_do(home: Path, call: Any) -> None:

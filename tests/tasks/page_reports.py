@@ -1,0 +1,214 @@
+"""Reports as an order may leave them, made up without running one: what pages are tested on."""
+
+from typing import Any
+
+from compressors.contracts import Artifact, Estimate, Judgement, Limit, Plan, PlanLine, Verdict
+from compressors.judge import Measured, Number
+from compressors.lower.found import GraphAudit
+from compressors.lower.parity import Parity
+from flows.order import Order
+from flows.terms import Targets
+from infra.expectations import Finding, Validation
+from infra.onnxruntime import Machine
+from tasks.documents import GraphInput, Lowering, Measurement, Report, TargetReport
+
+HOSTILE = "<script>alert('|table|')</script>"
+
+PASSED = Validation(
+    success=True,
+    evaluated=2,
+    intended=2,
+    findings=tuple(
+        Finding(split=split, column="user", rule="no null", success=True, observed="all held")
+        for split in ("train", "test")
+    ),
+    seconds=0.5,
+)
+
+
+def artifact(letter: str, size: int = 1000) -> Artifact:
+    return Artifact(uri=f"file:///store/artifacts/{letter * 64}", sha256=letter * 64, bytes=size)
+
+
+def estimate(point: float, reach: float = 0.0, rows: int | None = None) -> Estimate:
+    return Estimate(point=point, low=point - reach, high=point + reach, rows=rows)
+
+
+def plan(tables: int) -> Plan:
+    """Tables of growing size, one dense layer, one module with a hostile name."""
+    lines = [
+        PlanLine(
+            module=f"tables.t{place:04}",
+            role="table",
+            format="rowwise_int4",
+            bytes_before=640 * (place + 1),
+            bytes_after=100 * (place + 1),
+            reason=f"because of {place:04}",
+        )
+        for place in range(tables)
+    ]
+    dense = PlanLine(
+        module="head",
+        role="dense",
+        format="static_int8",
+        bytes_before=4000,
+        bytes_after=1100,
+        reason="static_int8 as ordered",
+    )
+    hostile = PlanLine(
+        module=HOSTILE,
+        role="other",
+        format="as trained",
+        bytes_before=8,
+        bytes_after=8,
+        reason="</td></table><img src=x onerror=alert(1)>",
+    )
+    return Plan(lines=(*lines, dense, hostile))
+
+
+def measurement() -> Measurement:
+    own, before = [], []
+    for metric, value, moved in (("auc", 0.71, -0.0009), ("logloss", 0.55, 0.0007)):
+        own.append(Number(metric=metric, against="absolute", estimate=estimate(value, 0.006)))
+        own.append(Number(metric=metric, against="baseline", estimate=estimate(moved, 0.0006)))
+        before.append(Number(metric=metric, against="absolute", estimate=estimate(value - moved)))
+    own.append(Number(metric="bytes", against="absolute", estimate=estimate(250_000)))
+    own.append(Number(metric="bytes", against="baseline", estimate=estimate(0.25)))
+    for quantile, factor in (("p50", 1.0), ("p99", 2.5)):
+        for size, once, ratio in ((1, 0.06, 1.3), (64, 0.3, 0.9), (1024, 3.0, 0.7)):
+            metric, value = f"{quantile}_ms@{size}", once * factor
+            found = estimate(value * ratio, value * 0.05)
+            own.append(Number(metric=metric, against="absolute", estimate=found))
+            own.append(Number(metric=metric, against="baseline", estimate=estimate(ratio, 0.05)))
+            found = estimate(value, value * 0.04)
+            before.append(Number(metric=metric, against="absolute", estimate=found))
+    return Measurement(
+        numbers=Measured(numbers=tuple(own)),
+        baseline=Measured(numbers=tuple(before)),
+        resolves={"auc": 0.0006},
+        rows=20_000,
+        machine=Machine(
+            processor="A <b>processor</b>",
+            cores=2,
+            system="Linux x86_64",
+            onnxruntime="1.30.0",
+            threads=1,
+            int8_dot=True,
+        ),
+    )
+
+
+JUDGED = (
+    Judgement(
+        limit=Limit.parse("auc vs baseline >= -0.002"),
+        measured=estimate(-0.0009, 0.0006, rows=20_000),
+        outcome="accepted",
+        reason="AUC vs baseline is -0.0009 [-0.0015, -0.0003]; the limit is >= -0.0020; accepted",
+    ),
+    Judgement(
+        limit=Limit.parse("p99_ms@64 vs baseline <= 0.92"),
+        measured=estimate(0.9, 0.05),
+        outcome="undecided",
+        reason="p99 latency at batch 64 vs baseline is 0.900 times; undecided",
+    ),
+    Judgement(
+        limit=Limit.parse("bytes <= 200000"),
+        measured=estimate(250_000),
+        outcome="rejected",
+        reason="size is 250,000 bytes; the limit is <= 200,000 bytes; rejected",
+    ),
+    Judgement(
+        limit=Limit.parse("auc vs champion >= 0"),
+        measured=None,
+        outcome="accepted",
+        reason="no champion yet: nothing to compare AUC with; accepted",
+    ),
+)
+
+
+def lowering(target: Any) -> Lowering:
+    parity = Parity(
+        rows=2048,
+        largest=1.2e-7,
+        root_mean_square=3.1e-8,
+        spread=0.23,
+        rms_limit=0.012,
+        largest_limit=0.12,
+        quantile_90=1e-6,
+        quantile_90_limit=2e-4,
+    )
+    return Lowering(
+        target=target,
+        name="clicks@1",
+        inputs=(
+            GraphInput(name="user", dtype="int64", shape=()),
+            GraphInput(name="prices", dtype="float32", shape=(4,)),
+        ),
+        output="score",
+        rows_parity=parity,
+        edge_parity=parity.model_copy(update={"rows": 64}),
+        graph=GraphAudit(
+            nodes={"QGemm": 5, "Gather": 18}, int8_products=5, packed_tables=9, weight_bytes=145_190
+        ),
+        tables=(),
+        packed_bytes=240_000,
+    )
+
+
+def report(tables: int = 12, **changes: Any) -> Report:
+    """A rejected order with every kind of judgement, an engine, and what was left out."""
+    order = Order(
+        model="clicks@1",
+        preset="small",
+        limits=tuple(item.limit for item in JUDGED),
+        targets=Targets(tensorrt_rtx="required", tensorrt="optional"),
+    )
+    served = TargetReport(
+        target="onnxruntime",
+        required=True,
+        artifact=artifact("d", 250_400),
+        bytes=250_000,
+        verdict=Verdict(
+            target="onnxruntime", outcome="rejected", judgements=JUDGED, reason=JUDGED[2].reason
+        ),
+        lowering=lowering("onnxruntime"),
+    )
+    engine = TargetReport(
+        target="tensorrt-rtx",
+        required=True,
+        artifact=artifact("e", 1_300_000),
+        bytes=1_296_900,
+        verdict=Verdict(
+            target="tensorrt-rtx", outcome="built-unmeasured", reason="it cannot run here"
+        ),
+        lowering=lowering("tensorrt-rtx"),
+        audit={
+            "scratch": "not checkable",
+            "scratch_bytes": 12_476_416,
+            "twin_scratch_bytes": None,
+            "layer_types": {"int8": 9, "fp16": 27},
+            "tables_checked": [],
+        },
+    )
+    fields: dict[str, Any] = {
+        "order": "0" * 64,
+        "name": "clicks",
+        "bundle_version": "1",
+        "metric": "auc",
+        "source": artifact("a"),
+        "compressed": artifact("b"),
+        "champion": artifact("c"),
+        "recipe": tuple(step.model_dump(mode="json") for step in order.recipe()),
+        "limits": order.limits,
+        "plan": plan(tables),
+        "outcome": "rejected",
+        "targets": (served, engine),
+        "skipped": {"tensorrt": "needs the package <tensorrt>"},
+        "idle": {"static_int8": "no <dense> layer is large enough"},
+        "baseline_bytes": 1_000_000,
+        "measurement": measurement(),
+        "validation": artifact("f"),
+        "calibrated_on": "calibration (4,096 rows)",
+        "reproduction": order.reproduction("clicks@1"),
+    }
+    return Report(**(fields | changes))

@@ -1,0 +1,142 @@
+"""The report's page in a real browser: nothing to complain about, and pictures one can see."""
+
+import json
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+from page_reports import PASSED, report
+
+from infra.pictures import STYLE
+from tasks.report_page import page
+
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser"))), None)
+pytestmark = pytest.mark.skipif(
+    CHROMIUM is None, reason="needs a browser: no 'chromium' or 'chromium-browser' on PATH"
+)
+FLAGS = (
+    "--headless",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+    "--enable-logging=stderr",
+    "--v=0",
+    "--virtual-time-budget=5000",
+)
+# The frame is as wide as a phone; what it reports is read from the dumped document.
+FRAME = """<!doctype html><iframe id="f" style="border:0;width:{width}px;height:9000px"></iframe>
+<script>
+const frame = document.getElementById("f");
+frame.onload = () => {{
+  const inside = frame.contentDocument;
+  const boxes = selector => [...inside.querySelectorAll(selector)].map(item => {{
+    const box = item.getBoundingClientRect(), held = item.ownerSVGElement || item;
+    const around = held.getBoundingClientRect(), style = frame.contentWindow.getComputedStyle(item);
+    return {{tag: item.tagName, name: item.getAttribute("class"), width: box.width,
+      height: box.height, left: box.left - around.left, right: around.right - box.right,
+      fill: style.fill, stroke: style.stroke, text: item.textContent}};
+  }});
+  document.title = JSON.stringify({{
+    across: inside.documentElement.scrollWidth, pictures: boxes("svg"),
+    shapes: boxes("svg rect, svg circle, svg line.interval, svg line.curve, svg line.limit"),
+    words: boxes("svg text"), ink: frame.contentWindow.getComputedStyle(inside.body).color,
+  }});
+}};
+frame.srcdoc = {page};
+</script>"""
+
+
+def browse(path: Path, profile: Path, *flags: str) -> tuple[str, str]:
+    """What a browser prints about a page and what it complains about."""
+    command = [str(CHROMIUM), *FLAGS, f"--user-data-dir={profile}", *flags, path.as_uri()]
+    ended = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120)
+    return ended.stdout, ended.stderr
+
+
+def complaints(said: str) -> list[str]:
+    return [line for line in said.splitlines() if "CONSOLE" in line or "Refused to" in line]
+
+
+def looked_at(folder: Path, width: int, *flags: str) -> dict:
+    """Boxes and colours of what is drawn when the page is ``width`` wide.
+
+    The page forbids scripts, so the copy that is measured goes without that policy.
+    """
+    html = re.sub(r"<meta http-equiv[^>]*>", "", page(report(40), PASSED))
+    path = folder / "frame.html"
+    escaped = json.dumps(html).replace("</", "<\\/")
+    path.write_text(FRAME.format(width=width, page=escaped))
+    dumped, _ = browse(path, folder / "profile", "--window-size=1400,1000", "--dump-dom", *flags)
+    title = re.search(r"<title>(.*?)</title>", dumped, re.DOTALL)
+    assert title is not None, "the page did not load"
+    return json.loads(title[1].replace("&lt;", "<").replace("&gt;", ">").replace("&amp;", "&"))
+
+
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory) -> dict:
+    return looked_at(tmp_path_factory.mktemp("wide"), 1200)
+
+
+@pytest.fixture(scope="module")
+def narrow(tmp_path_factory) -> dict:
+    return looked_at(tmp_path_factory.mktemp("narrow"), 360)
+
+
+def test_the_browser_has_nothing_to_complain_about(tmp_path):
+    path = tmp_path / "report.html"
+    path.write_text(page(report(), PASSED))
+    dumped, said = browse(path, tmp_path / "profile", "--dump-dom")
+    assert complaints(said) == []
+    assert "<title>clicks 1: rejected</title>" in dumped
+    assert dumped.count("<section") == page(report(), PASSED).count("<section")
+    (tmp_path / "bad.html").write_text(
+        page(report(), PASSED).replace("</main>", "<script>1</script></main>")
+    )
+    _, said = browse(tmp_path / "bad.html", tmp_path / "profile", "--dump-dom")
+    assert len(complaints(said)) >= 1, "a script would not have been noticed"
+
+
+@pytest.mark.parametrize("size", ["wide", "narrow"])
+def test_every_picture_and_everything_drawn_in_it_can_be_seen(size, request):
+    found = request.getfixturevalue(size)
+    assert len(found["pictures"]) > 10
+    for picture in found["pictures"]:
+        assert picture["width"] > 100, picture
+        assert picture["height"] > 15, picture
+    assert len(found["shapes"]) > 100
+    for shape in found["shapes"]:
+        # A line along an axis has no thickness of its own in its box.
+        assert shape["width"] + shape["height"] > 0.3, shape
+        colour = shape["stroke"] if shape["tag"] == "line" else shape["fill"]
+        # None of our colours is pure black: that is a shape no rule gave a colour.
+        assert colour not in {"none", "rgba(0, 0, 0, 0)", "rgb(0, 0, 0)"}, shape
+
+
+@pytest.mark.parametrize("size", ["wide", "narrow"])
+def test_words_in_pictures_stay_inside_them_and_keep_their_size(size, request):
+    words = request.getfixturevalue(size)["words"]
+    assert len(words) > 20
+    for word in words:
+        assert word["left"] > -6, word  # a picture stands in a cell with 11 px and more around it
+        assert word["right"] > -6, word
+        assert 12 < word["height"] < 24, word
+
+
+def test_the_page_itself_never_scrolls_sideways(narrow, wide):
+    assert narrow["across"] <= 360
+    assert wide["across"] <= 1200
+
+
+def test_pictures_follow_the_dark_colours(wide, tmp_path):
+    dark = looked_at(tmp_path, 1200, "--blink-settings=preferredColorScheme=0")
+    assert dark["ink"] != wide["ink"]
+    colours = [{shape["fill"] for shape in found["shapes"]} for found in (dark, wide)]
+    assert len(colours[0]) >= 5
+    assert not (colours[0] & colours[1]) - {"rgb(0, 0, 0)", "none"}
+    assert "prefers-color-scheme: dark" in STYLE

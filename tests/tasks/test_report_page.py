@@ -1,0 +1,276 @@
+import json
+import re
+from html import unescape
+from html.parser import HTMLParser
+
+import pytest
+from page_reports import HOSTILE, JUDGED, PASSED, artifact, measurement, report
+
+from compressors.contracts import Limit, Plan, Verdict
+from compressors.dense.static_int8 import StaticInt8
+from flows.order import Order
+from infra.expectations import Finding
+from tasks.report import headline, markdown
+from tasks.report_page import LARGEST, page
+
+VOID = {"meta", "br", "link", "img", "input"}
+# What an SVG draws with is written <rect .../>, which the parser hands over as opened and closed.
+
+
+class Tree(HTMLParser):
+    """Tags in order, visible text, and whether every tag was closed where it was opened."""
+
+    def __init__(self, html):
+        super().__init__()
+        self.open, self.tags, self.text, self.balanced = [], [], "", True
+        self.feed(html)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag):
+        self.balanced &= bool(self.open) and self.open.pop() == tag
+
+    def handle_data(self, data):
+        if self.open[-1:] != ["style"]:
+            self.text += data
+
+    def attributes(self, name):
+        return [attrs[name] for _, attrs in self.tags if name in attrs]
+
+
+def section(html, anchor):
+    """The HTML of one section of the page."""
+    start = html.index(f'<section aria-labelledby="{anchor}">')
+    following = re.compile(r'<section aria-labelledby="(?!failing|all)|</main>')  # not inner ones
+    found = following.search(html, start + 1)
+    assert found is not None
+    return html[start : found.start()]
+
+
+@pytest.fixture(scope="module")
+def html():
+    return page(report(), PASSED)
+
+
+def test_the_verdict_of_the_order_and_of_every_target_comes_first(html):
+    top = html[: html.index("<nav")]
+    assert "<strong>Rejected</strong>" in top
+    assert 'class="verdict broken"' in top
+    assert "onnxruntime: size is 250,000 bytes; the limit is &lt;= 200,000 bytes" in top
+    assert "tensorrt-rtx: it cannot run here" in top
+    assert "2 of 2" in top
+
+
+@pytest.mark.parametrize(
+    ("outcome", "tone"),
+    [("accepted", "held"), ("undecided", "unsure"), ("built-unmeasured", "unsure")],
+)
+def test_the_banner_has_the_colour_of_the_outcome(outcome, tone):
+    assert f'<div class="verdict {tone}">' in page(report(outcome=outcome), PASSED)
+
+
+def test_the_table_before_and_after_is_the_one_of_the_command_line(html):
+    text = Tree(section(html, "numbers")).text
+    for row in headline(report()):
+        assert "".join(row.values()) in text
+    assert "The 20,000 test rows resolve a change of AUC of about 0.0006" in text
+
+
+def test_every_limit_is_there_with_its_picture_its_numbers_and_its_reason(html):
+    found = section(html, "limits")
+    rows = found.split("<tr>")[2:]
+    for row, item in zip(rows, JUDGED, strict=False):
+        text = Tree(row).text
+        assert str(item.limit) in text
+        assert item.reason in text
+        assert item.outcome in text
+        assert row.count("<svg") == (item.measured is not None)
+    assert "-0.00090[-0.00150, -0.00030]" in Tree(rows[0]).text
+    assert ["refused" in row for row in rows[:4]] == [True, True, True, False]
+
+
+def test_quality_without_a_limit_is_shown_and_said_to_have_none(html):
+    rows = section(html, "limits").split("<tr>")[2 + len(JUDGED) :]
+    (row,) = rows  # auc has a limit against the baseline, log loss has not
+    assert "log loss vs baselinelower is better" in Tree(row).text
+    assert "no limit" in row
+
+
+def test_limits_are_listed_although_nothing_was_measured():
+    target = report().targets[1]
+    verdict = Verdict(target="tensorrt-rtx", outcome="built-unmeasured", reason="cannot run")
+    alone = report(
+        targets=(target.model_copy(update={"verdict": verdict}),),
+        measurement=None,
+        outcome="built-unmeasured",
+    )
+    html = page(alone, PASSED)
+    text = Tree(section(html, "limits")).text
+    for limit in alone.limits:
+        assert f"{limit}" in text
+    assert text.count("not measured") == len(alone.limits)
+    assert "Nothing was measured on this machine." in section(html, "latency")
+
+
+def test_every_latency_is_written_at_its_point(html):
+    found = section(html, "latency")
+    numbers = measurement()
+    for number in (*numbers.numbers.numbers, *numbers.baseline.numbers):
+        if "_ms@" in number.metric and number.against == "absolute":
+            assert f">{number.estimate.point:.3g}</text>" in found
+    assert found.count("<svg") == 2
+    assert found.count('class="whisker') == 12
+    assert "1.30x" in found
+
+
+def test_every_line_of_the_plan_is_there_the_largest_first():
+    made = report(200)
+    found = section(page(made, PASSED), "plan")
+    shown, folded = found.split("<details>")
+    assert shown.count('class="bars"') == LARGEST
+    assert "tables.t0199" in shown
+    assert f"<b>{len(made.plan.lines) - LARGEST} smaller ones</b>" in folded
+    text = Tree(found).text
+    rows = re.findall(r'<tr><th scope="row"><code>(.*?)</code>', found)
+    largest_first = sorted(made.plan.lines, key=lambda line: (-line.bytes_before, line.module))
+    assert list(map(unescape, rows)) == [line.module for line in largest_first]
+    for line in made.plan.lines:
+        assert line.module in text
+        assert line.reason in text
+        assert line.format in text
+
+
+def test_a_short_plan_is_not_folded(html):
+    assert "<details>" not in section(html, "plan")
+
+
+def test_a_plan_of_a_thousand_tables_stays_small_enough_to_open():
+    assert len(page(report(1000), PASSED)) < 600_000  # bytes; about 400 a line
+
+
+def test_an_empty_plan_is_no_fault():
+    assert "0 bytes of weights" in page(report(plan=Plan()), PASSED)
+
+
+def test_data_checks_say_how_many_were_evaluated_and_what_failed_first():
+    bad = Finding(
+        split="test",
+        column="user",
+        rule="id in table",
+        success=False,
+        observed="3 of 9",
+        failing_rows=(4,),
+        failing_count=1,
+        failing_values=("<99>",),
+    )
+    failed = PASSED.model_copy(
+        update={
+            "success": False,
+            "evaluated": 3,
+            "intended": 4,
+            "findings": (*PASSED.findings, bad),
+        }
+    )
+    found = section(page(report(), failed), "data")
+    assert "Data failed." in found
+    assert "3 of 4 intended checks evaluated." in found
+    assert found.index("3 of 9") < found.index("All checks by split") < found.index("all held")
+    assert "<code>&lt;99&gt;</code>" in found
+    assert "2 of 2 intended checks evaluated." in section(page(report(), PASSED), "data")
+
+
+def test_every_target_has_its_verdict_and_its_audit(html):
+    text = Tree(section(html, "targets")).text
+    for words in (
+        "at most 1.2e-07 apart (allowed 0.12)",
+        "5 int8 products, 9 packed tables, 145,190 bytes of weights; nothing widened",
+        "Scratch bytes12,476,416",
+        "Twin scratch bytesnone",
+        "Layer typesfp16 27, int8 9",
+        "Tables checkednone",
+        "prices float32 [rows, 4]",
+        "Left out, as it was optional: needs the package <tensorrt>",
+    ):
+        assert words in text
+
+
+def test_every_hash_is_there(html):
+    text = Tree(section(html, "hashes")).text
+    for letter in "abcdef":  # bundle, compressed, champion, two targets, validation
+        assert text.count(artifact(letter).sha256) == 2  # the hash and the address
+    assert report().order in text
+    assert "Champion" not in page(report(champion=None), PASSED)
+
+
+def test_the_command_that_gives_the_same_result_is_there_with_the_order(html):
+    text = Tree(section(html, "again")).text
+    again = report().reproduction
+    assert again.command in text
+    assert json.dumps(again.order, indent=1) in text
+
+
+def test_an_order_no_option_can_say_is_shown_in_full_as_a_file():
+    order = Order(
+        model="clicks@1",
+        preset="custom",
+        steps=(StaticInt8(rows=512),),
+        limits=(Limit(metric="auc", against="baseline", at_least=-0.002),),
+    )
+    custom = report(reproduction=order.reproduction("clicks@1"))
+    found = section(page(custom, PASSED), "again")
+    assert "recpress compress --order order.json" in found
+    assert "<details>" not in found
+    (shown,) = re.findall(r"<pre><code>(\{.*?)</code>", found, re.DOTALL)
+    assert Order.model_validate_json(unescape(shown)) == order
+    assert '"rows": 512' in markdown(custom)
+
+
+def test_what_comes_from_a_model_or_its_data_is_escaped():
+    html = page(report(name="<b>n</b>", bundle_version="<i>1</i>"), PASSED)
+    tree = Tree(html)
+    assert {tag for tag, _ in tree.tags}.isdisjoint({"script", "img", "tensorrt"})
+    assert not [name for _, attrs in tree.tags for name in attrs if name.startswith("on")]
+    for text in (HOSTILE, "<b>n</b>", "<i>1</i>", "A <b>processor</b>", "no <dense> layer"):
+        assert text in tree.text
+    assert f"{HOSTILE}: 8 bytes" in tree.text  # what a pointer shows over its bar
+
+
+def test_a_hostile_name_neither_becomes_html_nor_ends_its_cell_in_the_markdown():
+    lines = [line for line in markdown(report()).splitlines() if "table" in line]
+    (line,) = [line for line in lines if "alert('" in line]
+    assert "<" not in line
+    assert len(re.findall(r"(?<!\\)\|", line)) == 7  # six cells
+
+
+def test_the_page_needs_nothing_but_itself(html):
+    tree = Tree(html)
+    assert not [attrs for _, attrs in tree.tags if {"src", "style", "srcset"} & set(attrs)]
+    links = tree.attributes("href")
+    assert links
+    assert set(links) <= {f"#{anchor}" for anchor in tree.attributes("id")}
+    assert not re.search(r"url\(|@import|https?:|<script|<use|xlink", html)
+    assert "default-src 'none'" in html
+
+
+def test_the_page_is_well_formed_and_named_for_screen_readers(html):
+    tree = Tree(html)
+    assert tree.balanced
+    assert tree.open == []
+    ids = tree.attributes("id")
+    assert len(ids) == len(set(ids))
+    assert set(tree.attributes("aria-labelledby")) <= set(ids)
+    assert all("scope" in attrs for tag, attrs in tree.tags if tag == "th")
+    for drawn in re.findall(r"<svg.*?</svg>", html, re.DOTALL):
+        hidden = 'aria-hidden="true"' in drawn  # its numbers stand beside it
+        assert hidden or re.match(r'<svg height="\d+" role="img"><title>[^<]+</title>', drawn)
+
+
+def test_the_same_report_gives_the_same_page(html):
+    again = type(report()).model_validate_json(report().model_dump_json())
+    assert page(again, PASSED) == html
