@@ -248,6 +248,8 @@ def read(folder: Path) -> Manifest:
     Raises:
         BundleRefused: anything in the folder is missing, extra, changed, unsafe or malformed.
     """
+    if not folder.is_dir() or folder.is_symlink():
+        _names(folder)  # says why it cannot be read
     raw, _ = read_json(folder / MANIFEST)
     manifest = manifest_of(raw, folder)  # first, so that a draft is told from a broken bundle
     names = _names(folder)

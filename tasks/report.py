@@ -136,7 +136,7 @@ def remarks(report: Report) -> list[str]:
             )
     found += [
         f"The {target.target} engine holds {target.lowering.packed_bytes:,} bytes of weights; the "
-        f"rest of its {target.bytes:,} bytes is the same for a model of any size."
+        f"rest of its {target.bytes:,} bytes is code, which does not grow with a table's rows."
         for target in report.targets
         if target.audit
     ]
