@@ -7,7 +7,6 @@ bytes, so neither torch nor memory for a table is needed to check one.
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 from pydantic import Field
@@ -16,9 +15,6 @@ from safetensors import SafetensorError, safe_open
 from compressors.contracts import Frozen
 from infra.bundle_json import MAX_JSON_BYTES, clean, decode, read_json, refuse_if, short
 from infra.errors import BundleRefused
-
-if TYPE_CHECKING:
-    pass
 
 INDEX = "model.safetensors.index.json"
 BLOCK_BYTES = 16 << 20
