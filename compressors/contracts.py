@@ -264,6 +264,7 @@ class PlanLine(Frozen):
     format: str
     bytes_before: int = Field(ge=0)
     bytes_after: int = Field(ge=0)
+    steps: tuple[str, ...] = Field((), description="The steps that changed it, in order.")
     reason: str
 
 
@@ -288,14 +289,26 @@ class Split(Frozen):
     rows: int = Field(ge=1)
 
 
+Part = Literal["train", "calibration", "validation", "soft_labels"]
+Change = Literal["format", "values"]
+
+
 class Bench(Frozen):
-    """What a step may learn from. It never holds test data."""
+    """What a step may learn from. It never holds test data.
+
+    ``soft_labels`` holds what the teacher answers to every row of ``train``, in its order:
+    ``score`` float32 ``(rows,)`` in the form of the schema's output.
+    """
 
     signature: Schema
     train: Split | None = None
     calibration: Split | None = None
     validation: Split | None = None
     teacher: Artifact | None = None
+    soft_labels: Split | None = None
+    checkpoints: str | None = Field(
+        None, description="A folder of this machine where a long step keeps its progress."
+    )
     seed: int = 0
     device: str = "cpu"
     seconds: float | None = Field(None, gt=0, description="Time budget of one step.")

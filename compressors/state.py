@@ -9,7 +9,6 @@ import json
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from compressors.contracts import ModuleRecord, Network, Plan
+from compressors.contracts import ModuleRecord, Network
 from compressors.errors import ModelRefused
 from compressors.formats import Bag, PackedLinear, PackedTable
 from compressors.steps import LINEAR_FORMATS, TABLE_FORMATS
@@ -27,16 +26,6 @@ from compressors.units import swap
 SHARD_BYTES = 2**30  # safetensors holds a shard twice while it writes it
 INDEX = "model.safetensors.index.json"
 _META_LOCK = threading.Lock()
-
-
-@dataclass(frozen=True)
-class Model:
-    """A loaded network: the module, the class it was built from, and what describes it."""
-
-    module: nn.Module
-    architecture: type[nn.Module]
-    network: Network
-    plan: Plan | None = None
 
 
 @contextmanager

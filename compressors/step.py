@@ -7,13 +7,13 @@ table and dense layer, and are held to it.
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, get_args, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 
 from compressors.batches import example
-from compressors.contracts import Bench, Network, Plan, PlanLine, Schema
+from compressors.contracts import Bench, Change, Network, Part, Plan, PlanLine, Schema
 from compressors.errors import (
     CompressionError,
     ContractBroken,
@@ -21,19 +21,20 @@ from compressors.errors import (
     NothingToCompress,
 )
 from compressors.formats import PackedTable, TableFormat
-from compressors.state import Model, load, records_of, save
+from compressors.model import Model
+from compressors.state import load, records_of, save
 from compressors.units import (
     Choice,
     Unit,
     choose_tables,
     pack_table,
-    private_copy,
     stored_bytes,
     swap,
 )
 
 BLOCK_ROWS = 65_536
 CHECK_ROWS = 32
+DROPPED = "dropped"
 
 
 @runtime_checkable
@@ -74,11 +75,32 @@ class ModelStep(Protocol):
     def kind(self) -> str:
         """The method's tag."""
 
-    def choose(self, units: tuple[Unit, ...]) -> dict[str, Choice]:
+    @property
+    def needs(self) -> tuple[Part, ...]:
+        """The parts of the bench it cannot do without."""
+
+    @property
+    def changes(self) -> Change:
+        """What becomes of a unit it takes.
+
+        ``format``: it is stored in another format. ``values``: its format stays, and its weights
+        change, it becomes narrower, or it is gone.
+        """
+
+    def choose(self, model: Model, bench: Bench) -> dict[str, Choice]:
         """Which units it takes, and why not the others. Units of no interest may be left out."""
 
-    def apply(self, model: nn.Module, bench: Bench) -> nn.Module:
-        """The compressed module; ``model`` is a private copy over shared tensors."""
+    def apply(self, model: Model, bench: Bench) -> Model:
+        """The compressed model; ``model`` has a module tree of its own over shared tensors.
+
+        The architecture's configuration may be another one; records and ties are found by
+        ``run``.
+        """
+
+
+def needs(step: TableStep | ModelStep) -> tuple[Part, ...]:
+    """The parts of the bench a step cannot do without; a table step sees only its tables."""
+    return step.needs if isinstance(step, ModelStep) else ()
 
 
 def run(step: TableStep | ModelStep, source: Model, bench: Bench, folder: Path) -> Model:
@@ -91,33 +113,35 @@ def run(step: TableStep | ModelStep, source: Model, bench: Bench, folder: Path) 
         folder: where the tensors are written; the returned module maps them.
 
     Raises:
-        NothingToCompress: the step takes no unit of this model.
+        NothingToCompress: the step takes no unit of this model, or the bench lacks a part.
         ContractBroken: the step changed its input, gave numbers that are not finite, did other
             than it chose, or its result does not survive being stored.
         ModelRefused: the network does not run on inputs that its schema allows.
         CompressionError: the step cannot be carried out on this model.
     """
+    _need_parts(step, bench)
     versions = _versions(source.module)
-    model = private_copy(source.module).eval()
-    before = Unit.of(model)
-    choices = _choices(step, before)
+    model = source.private()
+    before = Unit.of(model.module)
+    choices = _choices(step, model, bench)
     if isinstance(step, ModelStep):
-        model = step.apply(model, bench).eval()
+        model = step.apply(model, bench)
     else:
         for unit in before:
-            if choices[unit.name].compress:
-                swap(model, unit.name, _encode_table(step, unit))
+            if choices[unit.name].take:
+                swap(model.module, unit.name, _encode_table(step, unit))
+    module = model.module.eval()
     if _versions(source.module) != versions:
         raise ContractBroken(f"{step.kind!r} wrote into the tensors of the model it was given.")
-    after = Unit.of(model)
-    _check_choices(step, choices, before, after)
-    inputs = example(bench.signature, rows_of_tables(model, bench.signature), CHECK_ROWS)
-    expected = _scores(step, source, model, inputs)
+    after = Unit.of(module)
+    _check_choices(step, choices, Unit.of(source.module), after)
+    inputs = example(bench.signature, rows_of_tables(module, bench.signature), CHECK_ROWS)
+    expected = _scores(step, source, module, inputs)
     if not bool(torch.isfinite(expected).all()):
         raise ContractBroken(f"After {step.kind!r} the model's scores are not finite numbers.")
-    ties = save(model, folder)
+    ties = save(module, folder)
     network = Network(
-        architecture=source.network.architecture, modules=records_of(model), ties=ties
+        architecture=model.network.architecture, modules=records_of(module), ties=ties
     )
     stored = load(source.architecture, network, folder)
     with torch.no_grad():
@@ -128,8 +152,21 @@ def run(step: TableStep | ModelStep, source: Model, bench: Bench, folder: Path) 
             f"After {step.kind!r} the stored model scores differently from the one in memory (by "
             f"up to {gap:g}): some of its state is not among its tensors."
         )
-    plan = _plan(source, choices, before, after, stored_bytes(source.module), stored_bytes(stored))
+    sizes = stored_bytes(source.module), stored_bytes(stored)
+    plan = _plan(step.kind, source, choices, before, after, *sizes)
     return Model(stored, source.architecture, network, plan)
+
+
+def _need_parts(step: TableStep | ModelStep, bench: Bench) -> None:
+    missing = [part for part in needs(step) if getattr(bench, part) is None]
+    if missing:
+        held = [part for part in get_args(Part) if getattr(bench, part) is not None]
+        raise NothingToCompress(
+            step=step.kind,
+            wanted=f"{' and '.join(part.replace('_', ' ') for part in missing)} rows",
+            closest=", ".join(part.replace("_", " ") for part in held) or "no data",
+            remedy="Add the data to model.json and pack again, or leave this step out.",
+        )
 
 
 def _scores(
@@ -142,7 +179,7 @@ def _scores(
     except Exception as fault:
         try:
             with torch.no_grad():
-                private_copy(source.module).eval()(**inputs)
+                source.private().module(**inputs)
         except Exception as first:
             raise ModelRefused(
                 f"{source.network.architecture.path} fails on made-up inputs that its schema "
@@ -175,12 +212,13 @@ def rows_of_tables(model: nn.Module, schema: Schema) -> dict[str, int]:
     return rows
 
 
-def _choices(step: TableStep | ModelStep, units: tuple[Unit, ...]) -> dict[str, Choice]:
+def _choices(step: TableStep | ModelStep, model: Model, bench: Bench) -> dict[str, Choice]:
+    units = Unit.of(model.module)
     if isinstance(step, ModelStep):
-        chosen = step.choose(units)
+        chosen = step.choose(model, bench)
     else:
         chosen = choose_tables(units, step.tables, step.min_rows, step.kind)
-    if not any(choice.compress for choice in chosen.values()):
+    if not any(choice.take for choice in chosen.values()):
         reasons = "; ".join(f"{name}: {choice.reason}" for name, choice in chosen.items())
         raise NothingToCompress(
             step=step.kind,
@@ -216,13 +254,34 @@ def _check_choices(
     before: tuple[Unit, ...],
     after: tuple[Unit, ...],
 ) -> None:
-    formats = {unit.name: unit.format for unit in after}
+    now = {unit.name: unit for unit in after}
+    values = isinstance(step, ModelStep) and step.changes == "values"
     for unit in before:
-        if unit.name not in formats:
+        taken, new = choices[unit.name].take, now.get(unit.name)
+        if new is None:
+            if values and taken:
+                continue
             raise ContractBroken(f"After {step.kind!r} nothing stands at {unit.name!r} any more.")
-        if (formats[unit.name] != unit.format) != choices[unit.name].compress:
-            did = "changed" if formats[unit.name] != unit.format else "kept"
+        # A method that changes values may find that they are best left as they are.
+        kept = new.format == unit.format if not values else _equal(unit.module, new.module)
+        if kept == taken and not (values and taken):
+            did = "kept" if kept else "changed"
             raise ContractBroken(f"{step.kind!r} {did} {unit.name!r} against its own choice.")
+        if values and new.format != unit.format:
+            raise ContractBroken(f"{step.kind!r} stores {unit.name!r} in another format.")
+    more = sorted(now.keys() - {unit.name for unit in before})
+    if more:
+        raise ContractBroken(f"After {step.kind!r} there is {more[0]!r}, which was not there.")
+
+
+def _equal(old: nn.Module, new: nn.Module) -> bool:
+    """Whether two modules hold the same tensors; the same memory is not read."""
+    first, second = old.state_dict(), new.state_dict()
+    return first.keys() == second.keys() and all(
+        tensor.data_ptr() == second[name].data_ptr()
+        or (tensor.shape == second[name].shape and torch.equal(tensor, second[name]))
+        for name, tensor in first.items()
+    )
 
 
 def _versions(model: nn.Module) -> list[tuple[str, int, int]]:
@@ -232,6 +291,7 @@ def _versions(model: nn.Module) -> list[tuple[str, int, int]]:
 
 
 def _plan(
+    kind: str,
     source: Model,
     choices: Mapping[str, Choice],
     before: tuple[Unit, ...],
@@ -244,21 +304,22 @@ def _plan(
     lines = []
     for unit in before:
         earlier = source.plan.of(unit.name) if source.plan else None
-        choice = choices[unit.name]
-        reason = choice.reason
-        if not choice.compress and earlier is not None:
-            kept = earlier.format != "float32"
-            reason = earlier.reason if kept else f"{earlier.reason}; {choice.reason}"
+        choice, new = choices[unit.name], now.get(unit.name)
+        steps = earlier.steps if earlier else ()
         lines.append(
             PlanLine(
                 module=unit.name,
                 role=unit.role,
-                format=now[unit.name].format,
+                format=new.format if new else DROPPED,
                 bytes_before=earlier.bytes_before if earlier else unit.bytes,
-                bytes_after=now[unit.name].bytes,
-                reason=reason,
+                bytes_after=new.bytes if new else 0,
+                steps=(*steps, kind) if choice.take else steps,
+                reason=_reason(earlier, choice),
             )
         )
+    # What an earlier step dropped keeps its line.
+    gone = [line for line in (source.plan.lines if source.plan else ()) if line.format == DROPPED]
+    lines += gone
     other = source.plan.of("(other)") if source.plan else None
     rest_before = bytes_before - sum(unit.bytes for unit in before)
     lines.append(
@@ -272,3 +333,12 @@ def _plan(
         )
     )
     return Plan(lines=tuple(lines))
+
+
+def _reason(earlier: PlanLine | None, choice: Choice) -> str:
+    """What was done to a unit so far; where nothing was, every reason why not."""
+    if earlier is None:
+        return choice.reason
+    if choice.take:
+        return f"{earlier.reason}; {choice.reason}" if earlier.steps else choice.reason
+    return earlier.reason if earlier.steps else f"{earlier.reason}; {choice.reason}"

@@ -50,7 +50,7 @@ class Unit:
 class Choice:
     """Whether a step takes a unit, and why."""
 
-    compress: bool
+    take: bool
     reason: str
 
 

@@ -4,7 +4,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from compressors.contracts import Artifact, Bench, Split
-from compressors.state import Model, load
+from compressors.model import Model
+from compressors.state import load
 from infra.architecture import network_class
 from infra.bundle import Manifest, SplitName, read
 from infra.errors import BundleRefused

@@ -34,7 +34,7 @@ from compressors.contracts import (
 )
 from compressors.lower.export import Lowered, lower
 from compressors.lower.served import input_names
-from compressors.state import Model
+from compressors.model import Model
 from compressors.step import ModelStep, TableStep, rows_of_tables, run
 from compressors.steps import AnyStep
 from infra.onnxruntime import Session

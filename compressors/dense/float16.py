@@ -11,12 +11,13 @@ from typing import Any, Literal
 
 import torch
 from pydantic import Field
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
-from compressors.contracts import Bench, Frozen
+from compressors.contracts import Bench, Change, Frozen, Part
 from compressors.errors import CompressionError
 from compressors.formats import LinearFormat, PackedLinear, PackedTable, TableFormat, TensorSpec
+from compressors.model import Model
 from compressors.units import Choice, Unit, choose_dense, choose_tables, pack_table, swap
 
 
@@ -129,25 +130,35 @@ class Float16(Frozen):
     )
     min_rows: int = Field(1, ge=1, description="Tables with fewer rows stay as they are.")
 
-    def choose(self, units: tuple[Unit, ...]) -> dict[str, Choice]:
+    @property
+    def needs(self) -> tuple[Part, ...]:
+        """No data: narrowing is the same whatever the rows are."""
+        return ()
+
+    @property
+    def changes(self) -> Change:
+        """Each unit it takes is stored in another format."""
+        return "format"
+
+    def choose(self, model: Model, bench: Bench) -> dict[str, Choice]:  # noqa: ARG002
         """Which tables and dense layers this step takes, and why not the others."""
+        units = Unit.of(model.module)
         return {
             **choose_tables(units, self.tables, self.min_rows, self.kind),
             **choose_dense(units, self.layers, self.kind),
         }
 
-    def apply(self, model: nn.Module, bench: Bench) -> nn.Module:  # noqa: ARG002
+    def apply(self, model: Model, bench: Bench) -> Model:
         """Replace every chosen table and layer."""
-        units = Unit.of(model)
-        choices = self.choose(units)
-        for unit in units:
-            if not choices[unit.name].compress:
+        module, choices = model.module, self.choose(model, bench)
+        for unit in Unit.of(module):
+            if not choices[unit.name].take:
                 continue
             weight = narrow(f"{unit.name}.weight", unit.weight)
             if unit.role == "table":
                 rows, dim = weight.shape
                 packed = PackedTable(TABLE_FORMAT, rows, dim, {}, {"weight": weight})
-                swap(model, unit.name, pack_table(unit.module, packed))
+                swap(module, unit.name, pack_table(unit.module, packed))
                 continue
             bias = unit.bias
             stored = {
@@ -158,7 +169,7 @@ class Float16(Frozen):
             }
             outputs, inputs = weight.shape
             swap(
-                model,
+                module,
                 unit.name,
                 PackedLinear(LINEAR_FORMAT, inputs, outputs, bias=bias is not None, stored=stored),
             )

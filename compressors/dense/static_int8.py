@@ -16,9 +16,10 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from compressors.batches import batches
-from compressors.contracts import Bench, Frozen
+from compressors.contracts import Bench, Change, Frozen, Part
 from compressors.errors import CompressionError
 from compressors.formats import LinearFormat, PackedLinear, TensorSpec
+from compressors.model import Model
 from compressors.units import Choice, Unit, choose_dense, swap
 
 LEVELS = 127
@@ -137,11 +138,21 @@ class StaticInt8(Frozen):
     rows: int = Field(4096, ge=1, description="Calibration rows read, at most.")
     batch: int = Field(1024, ge=1, description="Rows of one calibration batch.")
 
-    def choose(self, units: tuple[Unit, ...]) -> dict[str, Choice]:
-        """Which dense layers this step takes, and why not the others."""
-        return choose_dense(units, self.layers, self.kind)
+    @property
+    def needs(self) -> tuple[Part, ...]:
+        """Rows to see how large the inputs of each layer become."""
+        return ("calibration",)
 
-    def apply(self, model: nn.Module, bench: Bench) -> nn.Module:
+    @property
+    def changes(self) -> Change:
+        """Each layer it takes is stored in another format."""
+        return "format"
+
+    def choose(self, model: Model, bench: Bench) -> dict[str, Choice]:  # noqa: ARG002
+        """Which dense layers this step takes, and why not the others."""
+        return choose_dense(Unit.of(model.module), self.layers, self.kind)
+
+    def apply(self, model: Model, bench: Bench) -> Model:
         """Calibrate on ``bench.calibration`` and replace every chosen layer.
 
         Raises:
@@ -152,9 +163,9 @@ class StaticInt8(Frozen):
                 "'static_int8' needs calibration rows; this bundle has neither calibration nor "
                 "train data. Add one to model.json, or use 'float16' for the dense layers."
             )
-        units = Unit.of(model)
-        choices = self.choose(units)
-        chosen = [unit for unit in units if unit.name in choices and choices[unit.name].compress]
+        module, choices = model.module, self.choose(model, bench)
+        units = Unit.of(module)
+        chosen = [unit for unit in units if unit.name in choices and choices[unit.name].take]
         largest = {unit.name: torch.zeros(()) for unit in chosen}
 
         def watch(name: str) -> Any:
@@ -171,7 +182,7 @@ class StaticInt8(Frozen):
         try:
             with torch.no_grad():
                 for batch in batches(bench.calibration, bench.signature, self.batch, self.rows):
-                    model(**batch.inputs)
+                    module(**batch.inputs)
         finally:
             for handle in handles:
                 handle.remove()
@@ -198,5 +209,5 @@ class StaticInt8(Frozen):
                 bias=layer.bias is not None,
                 stored=stored,
             )
-            swap(model, unit.name, packed)
+            swap(module, unit.name, packed)
         return model

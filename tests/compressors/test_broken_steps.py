@@ -8,10 +8,11 @@ import torch
 from models import NORMED, RANKER, Reference
 from torch import Tensor, nn
 
-from compressors.contracts import Bench
+from compressors.contracts import Architecture, Bench, Network
 from compressors.dense import float16
 from compressors.dense.float16 import Float16
 from compressors.errors import CompressionError, ContractBroken, ModelRefused
+from compressors.model import Model
 from compressors.step import run
 from compressors.tables.rowwise_int8 import RowwiseInt8
 from compressors.units import Choice, Unit
@@ -24,47 +25,55 @@ class Changed:
     what: Any
     chosen: Literal["as float16", "nothing but user", "everything"] = "as float16"
     kind: str = "changed"
+    changes: str = "format"
+    needs: tuple[str, ...] = ()
 
-    def choose(self, units: tuple[Unit, ...]) -> dict[str, Choice]:
+    def choose(self, model: Model, bench: Bench) -> dict[str, Choice]:
         if self.chosen == "nothing but user":
             return {"user": Choice(True, "as ordered")}
         if self.chosen == "everything":
+            units = Unit.of(model.module)
             return {unit.name: Choice(True, "as ordered") for unit in units}
-        return Float16().choose(units)
+        return Float16().choose(model, bench)
 
-    def apply(self, model: nn.Module, bench: Bench) -> nn.Module:
-        return self.what(model, bench)
+    def apply(self, model: Model, bench: Bench) -> Model:
+        self.what(model.module)
+        return model
 
 
-def writes_in_place(model: nn.Module, bench: Bench) -> nn.Module:
+def narrow(module: nn.Module, **settings: Any) -> None:
+    """Float16 on a module of our own: its tensors are shared, its tree is not."""
+    model = Model(module, type(module), Network(architecture=Architecture(path="models:Any")))
+    Float16(**settings).apply(model, Bench(signature=RANKER.schema))
+
+
+def writes_in_place(module: nn.Module) -> None:
     with torch.no_grad():
-        model.user.weight.mul_(2)
-    return Float16().apply(model, bench)
+        module.user.weight.mul_(2)
+    narrow(module)
 
 
-def writes_a_buffer(model: nn.Module, bench: Bench) -> nn.Module:
-    model.norm.running_mean.add_(1)
-    return Float16().apply(model, bench)
+def writes_a_buffer(module: nn.Module) -> None:
+    module.norm.running_mean.add_(1)
+    narrow(module)
 
 
-def gives_nan(model: nn.Module, bench: Bench) -> nn.Module:
-    model = Float16().apply(model, bench)
-    model.out.bias.fill_(torch.nan)
-    return model
+def gives_nan(module: nn.Module) -> None:
+    narrow(module)
+    module.out.bias.fill_(torch.nan)
 
 
-def does_more(model: nn.Module, bench: Bench) -> nn.Module:
-    return Float16().apply(model, bench)
+def does_more(module: nn.Module) -> None:
+    narrow(module)
 
 
-def does_less(model: nn.Module, bench: Bench) -> nn.Module:
-    return Float16(layers=("out",)).apply(model, bench)
+def does_less(module: nn.Module) -> None:
+    narrow(module, layers=("out",))
 
 
-def drops_a_table(model: nn.Module, bench: Bench) -> nn.Module:
-    model = Float16().apply(model, bench)
-    model.user = nn.Identity()
-    return model
+def drops_a_table(module: nn.Module) -> None:
+    narrow(module)
+    module.user = nn.Identity()
 
 
 @dataclass(frozen=True)
@@ -78,16 +87,14 @@ class Doubled:
         return 2 * float16.LINEAR_FORMAT.apply(stored, x)
 
 
-def hides_state(model: nn.Module, bench: Bench) -> nn.Module:
-    model = Float16().apply(model, bench)
-    model.out.storage = Doubled()
-    return model
+def hides_state(module: nn.Module) -> None:
+    narrow(module)
+    module.out.storage = Doubled()
 
 
-def drops_the_weights_on_the_way(model: nn.Module, bench: Bench) -> nn.Module:
-    model = Float16().apply(model, bench)
-    model.get_submodule("out")._non_persistent_buffers_set.add("bias")
-    return model
+def drops_the_weights_on_the_way(module: nn.Module) -> None:
+    narrow(module)
+    module.get_submodule("out")._non_persistent_buffers_set.add("bias")
 
 
 @pytest.mark.parametrize(
