@@ -61,6 +61,40 @@ def batches(split: Split, schema: Schema, size: int, limit: int | None = None) -
             yield Batch(inputs, slices["@label"][begin:end], group)
 
 
+class Rows:
+    """A prepared split from which any rows can be taken, in any order.
+
+    The file is memory-mapped, so only what is taken is read. ``label`` is float ``(rows,)``,
+    ``group`` int ``(rows,)`` or None.
+    """
+
+    def __init__(self, split: Split, schema: Schema) -> None:
+        with safe_open(Path(split.path) / "data.safetensors", framework="pt") as file:
+            self._tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        self._schema = schema
+        self.label = self._tensors["@label"]
+        self.group = self._tensors.get("@group")
+
+    def __len__(self) -> int:
+        return len(self.label)
+
+    def take(self, rows: Tensor) -> Batch:
+        """Some rows, by number: int64 ``(batch,)``."""
+        inputs: dict[str, Tensor] = {}
+        for item in self._schema.inputs:
+            values = self._tensors[item.name]
+            if not isinstance(item, JaggedBag):
+                inputs[item.name] = values[rows]
+                continue
+            bounds = self._tensors[f"@bounds/{item.name}"]
+            begin, length = bounds[rows], bounds[rows + 1] - bounds[rows]  # (batch,)
+            edges = torch.cat([length.new_zeros(1), length.cumsum(0)])  # (batch + 1,)
+            # Where each id of each row lies: its place in the batch, moved to its row's begin.
+            moved = torch.repeat_interleave(begin - edges[:-1], length)  # (all ids,)
+            inputs.update(jagged(item, values[torch.arange(int(edges[-1])) + moved], edges))
+        return Batch(inputs, self.label[rows], None if self.group is None else self.group[rows])
+
+
 def jagged(item: JaggedBag, values: Tensor, bounds: Tensor) -> dict[str, Tensor]:
     """A jagged bag's two arguments, from values and bounds ``(rows + 1,)``."""
     second = bounds[:-1] if item.layout == "offsets" else bounds.diff()

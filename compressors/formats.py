@@ -43,6 +43,10 @@ class LinearFormat(Protocol):
     def name(self) -> str:
         """The format's tag in plans and bundles."""
 
+    @property
+    def learned(self) -> tuple[str, ...]:
+        """The float32 tensors that training may change; their op passes gradients to them."""
+
     def layout(self, inputs: int, outputs: int, *, bias: bool) -> dict[str, TensorSpec]:
         """The stored tensors of a layer from ``inputs`` to ``outputs`` features."""
 

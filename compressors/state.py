@@ -6,9 +6,7 @@ and refuse to go on if anything is still on meta.
 """
 
 import json
-import threading
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,35 +18,12 @@ from torch import Tensor, nn
 from compressors.contracts import ModuleRecord, Network
 from compressors.errors import ModelRefused
 from compressors.formats import Bag, PackedLinear, PackedTable
+from compressors.meta import parameters_on_meta
 from compressors.steps import LINEAR_FORMATS, TABLE_FORMATS
 from compressors.units import swap
 
 SHARD_BYTES = 2**30  # safetensors holds a shard twice while it writes it
 INDEX = "model.safetensors.index.json"
-_META_LOCK = threading.Lock()
-
-
-@contextmanager
-def parameters_on_meta() -> Iterator[None]:
-    """Inside, parameters registered by this thread land on the meta device; buffers stay real.
-
-    ``torch.device("meta")`` would catch buffers and plain tensor attributes too, and nothing
-    could bring back those that no file stores (offsets, position ids).
-    """
-    here = threading.get_ident()
-    register = nn.Module.register_parameter
-
-    def on_meta(module: nn.Module, name: str, param: nn.Parameter | None) -> None:
-        if param is not None and threading.get_ident() == here and not param.is_meta:
-            param = nn.Parameter(param.detach().to("meta"), requires_grad=param.requires_grad)
-        register(module, name, param)
-
-    with _META_LOCK:
-        nn.Module.register_parameter = on_meta  # type: ignore[method-assign, assignment]
-        try:
-            yield
-        finally:
-            nn.Module.register_parameter = register  # type: ignore[method-assign]
 
 
 def build(architecture: type[nn.Module], network: Network) -> nn.Module:

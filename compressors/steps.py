@@ -9,14 +9,21 @@ from typing import Annotated
 from pydantic import Field
 
 from compressors.dense import float16, static_int8
+from compressors.dense.channels import Channels
 from compressors.dense.float16 import Float16
+from compressors.dense.magnitude import Magnitude
 from compressors.dense.static_int8 import StaticInt8
+from compressors.distill.distill import Distill
+from compressors.distill.fine_tune import FineTune
 from compressors.formats import LinearFormat, TableFormat
 from compressors.tables import rowwise_int4, rowwise_int8
 from compressors.tables.rowwise_int4 import RowwiseInt4
 from compressors.tables.rowwise_int8 import RowwiseInt8
 
-AnyStep = Annotated[RowwiseInt8 | RowwiseInt4 | StaticInt8 | Float16, Field(discriminator="kind")]
+AnyStep = Annotated[
+    Magnitude | Channels | Distill | FineTune | RowwiseInt8 | RowwiseInt4 | StaticInt8 | Float16,
+    Field(discriminator="kind"),
+]
 
 TABLE_FORMATS: dict[str, TableFormat] = {
     form.name: form for form in (rowwise_int8.FORMAT, rowwise_int4.FORMAT, float16.TABLE_FORMAT)

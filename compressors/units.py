@@ -191,3 +191,10 @@ def _describe(name: str, module: nn.Module) -> tuple[Role, str, int] | None:
 
 def _float(weight: Tensor) -> str:
     return str(weight.dtype).removeprefix("torch.")
+
+
+def own_weight(module: nn.Module, name: str, value: Tensor) -> nn.Parameter:
+    """Give a module of a private tree another parameter, and leave the shared one as it is."""
+    parameter = nn.Parameter(value.detach(), requires_grad=value.is_floating_point())
+    setattr(module, name, parameter)
+    return parameter

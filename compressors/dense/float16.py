@@ -104,6 +104,7 @@ class Float16LinearFormat:
     """``weight`` float16 ``(out, in)`` and ``bias`` ``(out,)`` (zeros where there is none)."""
 
     name: str = "float16"
+    learned: tuple[str, ...] = ()  # too coarse to be trained in: Adam's small steps would vanish
 
     def layout(self, inputs: int, outputs: int, *, bias: bool) -> dict[str, TensorSpec]:  # noqa: ARG002
         return {

@@ -109,6 +109,7 @@ class StaticInt8Format:
     """``codes`` int8 ``(out, in)``, two scales and a float32 bias (zeros where there is none)."""
 
     name: str = "static_int8"
+    learned: tuple[str, ...] = ("weight_scale", "input_scale", "bias")
 
     def layout(self, inputs: int, outputs: int, *, bias: bool) -> dict[str, TensorSpec]:  # noqa: ARG002
         return {

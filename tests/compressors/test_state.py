@@ -12,13 +12,13 @@ from torch import nn
 
 from compressors.contracts import Architecture, ModuleRecord, Network
 from compressors.errors import ModelRefused
+from compressors.meta import parameters_on_meta
 from compressors.state import (
     INDEX,
     build,
     load,
     mapped,
     module_of,
-    parameters_on_meta,
     save,
     tensors_of,
 )

@@ -302,7 +302,7 @@ def test_row_blocks_give_what_one_block_gives(method, tmp_path, monkeypatch):
 
 def test_static_int8_needs_calibration_rows(tmp_path):
     bench = Bench(signature=RANKER.schema)
-    with pytest.raises(CompressionError, match=r"needs calibration rows; this model has no data.*model\.json"):
+    with pytest.raises(CompressionError, match=r"calibration rows; this model has no data.*model"):
         run(StaticInt8(), RANKER.model(), bench, tmp_path / "out")
 
 

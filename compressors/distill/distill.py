@@ -1,0 +1,148 @@
+"""Training a pruned or smaller network to answer as the original does.
+
+Soft labels are what the teacher, the bundle the recipe began with, answers to each training row;
+they are computed once, stored, and mixed with the hard labels.
+
+Source: Hinton et al. 2015, https://arxiv.org/abs/1503.02531 (soft targets with a temperature).
+Differs: binary for click models, where it is the soft form of their own loss; for ranking the
+softmax runs over each list instead of classes.
+"""
+
+import copy
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from pydantic import Field
+from safetensors import safe_open
+from torch import Tensor, nn
+
+from compressors.batches import Batch
+from compressors.contracts import Bench, Change, Frozen, Part
+from compressors.errors import CompressionError
+from compressors.loss import hard_loss, soft_loss
+from compressors.meta import parameters_on_meta
+from compressors.model import Model
+from compressors.trained import choose_trained
+from compressors.training import Training, train
+from compressors.units import Choice, Unit
+
+
+class Distill(Frozen):
+    """Train dense layers to answer as the original does, mixed with the labels."""
+
+    kind: Literal["distill"] = "distill"
+    soft_share: float = Field(
+        0.5, gt=0, le=1, description="Weight of the teacher's answers against the labels."
+    )
+    temperature: float = Field(
+        1.0, gt=0, description="Both answers are divided by it before they are compared."
+    )
+    student: dict[str, Any] | None = Field(
+        None,
+        description="Keyword arguments of the architecture that differ in a smaller student, such "
+        'as {"hidden": [64, 32]}. Without it the network is trained as it stands, for instance '
+        "after pruning.",
+    )
+    training: Training = Field(default_factory=Training, description="How it is trained.")
+
+    @property
+    def needs(self) -> tuple[Part, ...]:
+        """Rows to learn from, what the teacher answers to them, and rows that say when to stop."""
+        return ("train", "validation", "soft_labels")
+
+    @property
+    def changes(self) -> Change:
+        """Values change, and a student's layers may be smaller or gone."""
+        return "values"
+
+    def choose(self, model: Model, bench: Bench) -> dict[str, Choice]:
+        """What is trained, and what becomes of each layer in a smaller student."""
+        choices = choose_trained(model, bench, self.kind, tables=self.training.tables)
+        if self.student is None:
+            return choices
+        shapes = {unit.name: _shape(unit) for unit in Unit.of(model.module)}
+        with parameters_on_meta():
+            smaller = {unit.name: _shape(unit) for unit in Unit.of(self._built(model))}
+        for name, shape in shapes.items():
+            if name not in smaller:
+                choices[name] = Choice(True, "distill: not in the student")
+            elif smaller[name] != shape:
+                words = " -> ".join("x".join(map(str, size)) for size in (shape, smaller[name]))
+                choices[name] = Choice(True, f"distill: {words} in the student")
+        return choices
+
+    def apply(self, model: Model, bench: Bench) -> Model:
+        """Train on soft and hard labels, and leave the network as it was in its best epoch.
+
+        Raises:
+            CompressionError: the bench lacks rows, the student cannot be built, or training
+                diverged.
+        """
+        if bench.train is None or bench.validation is None or bench.soft_labels is None:
+            raise CompressionError("'distill' needs train and validation rows and soft labels.")
+        if self.student is not None:
+            model = self._student(model, bench.seed)
+        with safe_open(Path(bench.soft_labels.path) / "data.safetensors", framework="pt") as file:
+            teacher = file.get_tensor("score")  # (rows,)
+        if len(teacher) != bench.train.rows:
+            raise CompressionError(
+                f"'distill' needs one soft label per training row; found {len(teacher)} for "
+                f"{bench.train.rows} rows."
+            )
+
+        def loss(output: Tensor, batch: Batch, numbers: Tensor) -> Tensor:
+            soft = soft_loss(bench.signature, output, teacher[numbers], batch, self.temperature)
+            hard = hard_loss(bench.signature, output, batch)
+            return self.soft_share * soft + (1 - self.soft_share) * hard
+
+        train(
+            model.module,
+            bench.signature,
+            bench.train,
+            bench.validation,
+            loss,
+            self.training,
+            seed=bench.seed,
+            checkpoints=bench.checkpoints,
+        )
+        return model
+
+    def _built(self, model: Model) -> nn.Module:
+        config = {**copy.deepcopy(model.network.architecture.config), **(self.student or {})}
+        try:
+            return model.architecture(**config)
+        except Exception as fault:
+            raise CompressionError(
+                f"'distill' cannot build its student: {model.network.architecture.path} with "
+                f"{self.student}: {fault}. Give keyword arguments of that class."
+            ) from fault
+
+    def _student(self, model: Model, seed: int) -> Model:
+        """The smaller network: fresh layers, and the original's tensors where they fit."""
+        packed = [unit.name for unit in Unit.of(model.module) if unit.format != "float32"]
+        if packed:
+            raise CompressionError(
+                f"'distill' into a smaller student must come before quantization; "
+                f"{packed[0]!r} is already packed. Move it to the front of the recipe."
+            )
+        with torch.random.fork_rng(devices=()):
+            torch.manual_seed(seed)
+            student = self._built(model)
+        own = student.state_dict(keep_vars=True)
+        fitting = {
+            name: tensor
+            for name, tensor in model.module.state_dict(keep_vars=True).items()
+            if name in own and tensor.shape == own[name].shape
+        }
+        student.load_state_dict(fitting, strict=False, assign=True)
+        config = {**model.network.architecture.config, **(self.student or {})}
+        architecture = model.network.architecture.model_copy(update={"config": config})
+        network = model.network.model_copy(update={"architecture": architecture})
+        return replace(model, module=student.eval(), network=network)
+
+
+def _shape(unit: Unit) -> tuple[int, ...]:
+    weight = getattr(unit.module, "weight", None)
+    return tuple(weight.shape) if isinstance(weight, Tensor) else (unit.rows,)

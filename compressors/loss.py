@@ -1,0 +1,129 @@
+"""What training minimises: plain functions of scores, by the task of the schema.
+
+A loss takes the network's raw output in the form the schema names (a logit, a probability, or
+any score) and gives one number, averaged over rows or, for ranking, over groups.
+"""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from compressors.batches import Batch, Rows
+from compressors.contracts import Schema, Split
+
+EDGE = 1e-6  # a probability this near 0 or 1 counts as that near: its logit stays finite
+
+
+def hard_loss(schema: Schema, output: Tensor, batch: Batch) -> Tensor:
+    """The loss against the labels.
+
+    Args:
+        schema: task and form of the output.
+        output: float ``(rows,)`` or ``(rows, 1)``.
+        batch: labels, and for ranking the groups.
+
+    Returns:
+        A scalar: binary cross entropy for ``ctr``; for ``ranking`` the listwise softmax cross
+        entropy (ListNet, Cao et al. 2007, top-one probabilities) with gains ``2^label - 1``.
+        Groups without a positive label teach nothing and do not count.
+    """
+    score, label = output.reshape(-1), batch.label.to(torch.float32)
+    if schema.task == "ctr":
+        return F.binary_cross_entropy_with_logits(logits(schema, score), label)
+    segment, groups = _segments(batch, len(score))
+    gains = torch.exp2(label) - 1
+    total = _sums(gains, segment, groups)
+    wanted = gains / total.clamp(min=EDGE)[segment]
+    return _listwise(score, wanted, segment, total > 0)
+
+
+def soft_loss(
+    schema: Schema, output: Tensor, teacher: Tensor, batch: Batch, temperature: float
+) -> Tensor:
+    """The loss against what the teacher answers (Hinton et al. 2015, arXiv 1503.02531).
+
+    Args:
+        schema: task and form of both outputs.
+        output: the student's, float ``(rows,)`` or ``(rows, 1)``.
+        teacher: the teacher's on the same rows, float ``(rows,)``.
+        batch: for ranking, the groups.
+        temperature: both are divided by it before they become probabilities; the loss is
+            multiplied by its square, so that gradients keep their size.
+    """
+    score = output.reshape(-1)
+    if schema.task == "ctr":
+        wanted = torch.sigmoid(logits(schema, teacher) / temperature)
+        loss = F.binary_cross_entropy_with_logits(logits(schema, score) / temperature, wanted)
+        return loss * temperature**2
+    segment, groups = _segments(batch, len(score))
+    wanted = _log_softmax(teacher / temperature, segment, groups).exp()
+    every = torch.ones(groups, dtype=torch.bool)
+    return _listwise(score / temperature, wanted, segment, every) * temperature**2
+
+
+def logits(schema: Schema, output: Tensor) -> Tensor:
+    """The output as a logit."""
+    return output if schema.output == "logit" else torch.logit(output, eps=EDGE)
+
+
+def shuffled(
+    split: Split, schema: Schema, size: int, seed: int, limit: int | None = None
+) -> Iterator[Batch]:
+    """Batches of about ``size`` rows in random order, of ``limit`` rows at most."""
+    rows = Rows(split, schema)
+    read = 0
+    for numbers in shuffled_rows(rows, schema, size, seed):
+        if limit is not None and read >= limit:
+            return
+        read += len(numbers)
+        yield rows.take(numbers)
+
+
+def shuffled_rows(rows: Rows, schema: Schema, size: int, seed: int) -> Iterator[Tensor]:
+    """The numbers of the rows of each batch, int64 ``(about size,)``, each row once.
+
+    For ranking a batch holds whole groups, since a list is compared with itself.
+    """
+    drawn = torch.Generator().manual_seed(seed)
+    if schema.task != "ranking" or rows.group is None:
+        yield from torch.split(torch.randperm(len(rows), generator=drawn), size)
+        return
+    order = rows.group.argsort(stable=True)  # rows of a group side by side
+    counts = torch.unique(rows.group, return_counts=True)[1]
+    begins = counts.cumsum(0) - counts
+    held: list[Tensor] = []
+    for number in torch.randperm(len(counts), generator=drawn).tolist():
+        held.append(order[begins[number] : begins[number] + counts[number]])
+        if sum(map(len, held)) >= size:
+            yield torch.cat(held)
+            held = []
+    if held:
+        yield torch.cat(held)
+
+
+def _segments(batch: Batch, rows: int) -> tuple[Tensor, int]:
+    """The number of each row's group, int64 ``(rows,)``, and how many groups there are."""
+    if batch.group is None:
+        return torch.zeros(rows, dtype=torch.int64), 1
+    found, segment = torch.unique(batch.group, return_inverse=True)
+    return segment, len(found)
+
+
+def _sums(values: Tensor, segment: Tensor, groups: int) -> Tensor:
+    return values.new_zeros(groups).index_add(0, segment, values)
+
+
+def _log_softmax(score: Tensor, segment: Tensor, groups: int) -> Tensor:
+    """Log of each row's share of its group, ``(rows,)``."""
+    top = score.detach().new_full((groups,), -torch.inf)
+    top = top.scatter_reduce(0, segment, score.detach(), "amax")
+    shifted = score - top[segment]
+    return shifted - _sums(shifted.exp(), segment, groups).log()[segment]
+
+
+def _listwise(score: Tensor, wanted: Tensor, segment: Tensor, counts: Tensor) -> Tensor:
+    """Cross entropy of each group's shares, averaged over the groups that count."""
+    each = _sums(-wanted * _log_softmax(score, segment, len(counts)), segment, len(counts))
+    return (each * counts).sum() / counts.sum().clamp(min=1)

@@ -1,0 +1,34 @@
+"""Which units a training step takes; shared by ``fine_tune`` and ``distill``."""
+
+from compressors.contracts import Bench
+from compressors.errors import NothingToCompress
+from compressors.model import Model
+from compressors.training import trainable
+from compressors.units import Choice, Unit
+
+
+def choose_trained(model: Model, bench: Bench, kind: str, *, tables: bool) -> dict[str, Choice]:
+    """What training may change, and why the rest stays.
+
+    Raises:
+        NothingToCompress: the schema's task has no loss yet.
+    """
+    if bench.signature.task == "retrieval":
+        raise NothingToCompress(
+            step=kind,
+            wanted="a model of task 'ctr' or 'ranking'",
+            closest="task 'retrieval', whose training is not written yet",
+            remedy="Leave this step out.",
+        )
+    names = trainable(model.module, tables=tables)
+    rows = bench.train.rows if bench.train else 0
+    choices = {}
+    for unit in Unit.of(model.module):
+        learned = any(name.startswith(f"{unit.name}.") for name in names)
+        if learned:
+            choices[unit.name] = Choice(True, f"{kind} on {rows:,} rows")
+        elif unit.role == "table" and not tables:
+            choices[unit.name] = Choice(False, f"{kind} leaves tables as they are")
+        else:
+            choices[unit.name] = Choice(False, f"{unit.format} holds nothing that {kind} can train")
+    return choices

@@ -1,0 +1,384 @@
+"""Training a compressed network a little: what is trained, how long, and how it goes on.
+
+Tables stay as they are unless asked for: they hold most of the weights, overfit soonest, and
+training them without the original's regularisation loses more than it wins.
+
+The state before training counts as an attempt, so a training that only harms gives it back.
+After every epoch everything needed to go on is written down (``compressors.checkpoint``), and a
+run that was killed ends with the same bits as one that was not: each epoch draws from a seed of
+its own, and nothing else carries over.
+"""
+
+import logging
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from compressors import metrics
+from compressors.batches import Batch, Rows, batches
+from compressors.checkpoint import Progress, read_progress, write_progress
+from compressors.contracts import Frozen, Schema, Split
+from compressors.errors import CompressionError
+from compressors.formats import Bag, PackedLinear, PackedTable
+from compressors.loss import shuffled_rows
+from compressors.units import own_weight
+
+log = logging.getLogger(__name__)
+SCORING_ROWS = 8192
+# A scale that has moved further than this has left the range its codes were rounded for.
+SCALE_REACH = 16.0
+
+Loss = Callable[[Tensor, Batch, Tensor], Tensor]
+"""From the network's output, the rows, and their numbers int64 ``(batch,)``, to a scalar."""
+
+
+class Training(Frozen):
+    """How a network is trained on: Adam, a warm-up, and early stopping on validation rows."""
+
+    epochs: int = Field(
+        10,
+        ge=1,
+        description="Passes over the training rows, at most.",
+        json_schema_extra={"position": 0},
+    )
+    batch: int = Field(
+        1024, ge=1, description="Training rows of one step.", json_schema_extra={"position": 1}
+    )
+    learning_rate: float = Field(
+        1e-3, gt=0, description="Adam's, at its highest.", json_schema_extra={"position": 2}
+    )
+    schedule: Literal["plateau", "cosine"] = Field(
+        "plateau",
+        description="plateau: divided by 10 whenever validation does not improve. cosine: falls "
+        "to zero over all epochs.",
+        json_schema_extra={"position": 3},
+    )
+    warmup: int = Field(
+        50,
+        ge=0,
+        description="Steps over which the learning rate rises from zero.",
+        json_schema_extra={"position": 4},
+    )
+    patience: int = Field(
+        2,
+        ge=1,
+        description="Epochs without a better validation metric before it stops.",
+        json_schema_extra={"position": 5},
+    )
+    weight_decay: float = Field(
+        0.0,
+        ge=0,
+        description="Decoupled (AdamW), on dense weights.",
+        json_schema_extra={"position": 6},
+    )
+    tables: bool = Field(
+        False,
+        description="Train float32 tables as well. Give table_l2 as the original had it.",
+        json_schema_extra={"position": 7},
+    )
+    table_l2: float = Field(
+        0.0,
+        ge=0,
+        description="Penalty on whole tables: half of it times their squared norm.",
+        json_schema_extra={"position": 8},
+    )
+
+
+@dataclass(frozen=True)
+class Epoch:
+    """What one epoch came to; number 0 is the state before training."""
+
+    number: int
+    loss: float
+    quality: float
+
+
+def trainable(module: nn.Module, *, tables: bool) -> tuple[str, ...]:
+    """Names of the tensors that training may change.
+
+    Parameters in float32, and of compressed layers the float32 tensors that their format says
+    can be learned; of tables only where asked for.
+    """
+    names = []
+    inside: set[nn.Module] = set()
+    for part in module.modules():
+        if isinstance(part, nn.Embedding | nn.EmbeddingBag | PackedTable | Bag):
+            inside |= set(part.modules())
+    for owner, part in module.named_modules():
+        prefix = f"{owner}." if owner else ""
+        learned = part.storage.learned if isinstance(part, PackedLinear) else ()
+        for name, tensor in (*part.named_parameters(recurse=False), *part.named_buffers("", False)):
+            free = isinstance(tensor, nn.Parameter) or name in learned
+            if free and tensor.dtype == torch.float32 and (tables or part not in inside):
+                names.append(prefix + name)
+    return tuple(names)
+
+
+def train(
+    module: nn.Module,
+    schema: Schema,
+    rows: Split,
+    validation: Split,
+    loss: Loss,
+    settings: Training,
+    *,
+    seed: int,
+    checkpoints: str | None,
+) -> tuple[Epoch, ...]:
+    """Train a module of a private tree in place; it ends as it was in its best epoch.
+
+    Args:
+        module: its tensors may be shared with others; those that change are replaced first.
+        schema: inputs and the metric that epochs are compared by (higher is better).
+        rows: what it learns from.
+        validation: what decides when to stop.
+        loss: what is minimised.
+        settings: how.
+        seed: of the order of rows and of dropout.
+        checkpoints: a folder where progress is kept, and found again after a crash.
+
+    Raises:
+        CompressionError: the loss is no longer a finite number, or there is nothing to train.
+    """
+    run = _Run(module, schema, Rows(rows, schema), validation, loss, settings, seed)
+    progress = read_progress(checkpoints, run.held()) if checkpoints else None
+    if progress is None:
+        run.begin()
+    else:
+        run.go_on(progress)
+    while not run.over():
+        run.epoch()
+        if checkpoints is not None:
+            write_progress(checkpoints, run.progress())
+    run.finish()
+    return tuple(run.epochs)
+
+
+class _Run:
+    """One training in progress: everything that a checkpoint must hold is an attribute here."""
+
+    def __init__(
+        self,
+        module: nn.Module,
+        schema: Schema,
+        rows: Rows,
+        validation: Split,
+        loss: Loss,
+        settings: Training,
+        seed: int,
+    ) -> None:
+        self.module, self.schema, self.rows = module, schema, rows
+        self.validation, self.loss, self.settings, self.seed = validation, loss, settings, seed
+        names = trainable(module, tables=settings.tables)
+        if not names:
+            raise CompressionError("Nothing in this network can be trained: all of it is packed.")
+        self.leaves = _own(module, names)
+        self.statistics = _own_statistics(module)
+        self.tables = [leaf for name, leaf in self.leaves.items() if _is_table(module, name)]
+        self.zeros = {
+            name: leaf.detach() != 0
+            for name, leaf in self.leaves.items()
+            if leaf.dim() == 2 and bool((leaf == 0).any())
+        }
+        self.scales = {
+            name: leaf.detach().clone()
+            for name, leaf in self.leaves.items()
+            if not isinstance(leaf, nn.Parameter) and name.endswith("scale")
+        }
+        decayed = [leaf for leaf in self.leaves.values() if leaf.dim() == 2]
+        others = [leaf for leaf in self.leaves.values() if leaf.dim() != 2]
+        self.optimizer = torch.optim.AdamW(
+            [
+                {"params": decayed, "weight_decay": settings.weight_decay},
+                {"params": others, "weight_decay": 0.0},
+            ],
+            lr=settings.learning_rate,
+        )
+        self.epochs: list[Epoch] = []
+        self.best: dict[str, Tensor] = {}
+        self.factor, self.stale, self.steps = 1.0, 0, 0
+
+    def held(self) -> dict[str, Tensor]:
+        """Every tensor that training changes, by name."""
+        return {**self.leaves, **self.statistics}
+
+    def begin(self) -> None:
+        """Judge the state before training, the first attempt."""
+        self.epochs = [Epoch(0, math.nan, self._quality())]
+        self.best = _copied(self.held())
+
+    def over(self) -> bool:
+        """Whether the epochs or the patience are used up."""
+        done = len(self.epochs) > self.settings.epochs
+        return done or self.stale >= self.settings.patience
+
+    def epoch(self) -> None:
+        """One pass over the training rows, judged on the validation rows."""
+        number = len(self.epochs)
+        seed = int(np.random.SeedSequence([self.seed, number]).generate_state(1)[0])
+        self.module.train()
+        total = counted = 0.0
+        with torch.random.fork_rng(devices=()):
+            torch.manual_seed(seed)  # dropout
+            for numbers in shuffled_rows(self.rows, self.schema, self.settings.batch, seed):
+                total += self._step(numbers) * len(numbers)
+                counted += len(numbers)
+        self.module.eval()
+        found = Epoch(number, total / counted, self._quality())
+        log.info("epoch %d: loss %.5f, validation %.5f", number, found.loss, found.quality)
+        if found.quality > max(epoch.quality for epoch in self.epochs):
+            self.best, self.stale = _copied(self.held()), 0
+        else:
+            self.stale += 1
+            if self.settings.schedule == "plateau":
+                self.factor /= 10
+        self.epochs.append(found)
+
+    def finish(self) -> None:
+        """Leave the module as it was in its best epoch, with nothing that trains."""
+        with torch.no_grad():
+            for name, tensor in self.held().items():
+                tensor.copy_(self.best[name])
+        for leaf in self.leaves.values():
+            leaf.grad = None
+            if not isinstance(leaf, nn.Parameter):
+                leaf.requires_grad_(False)
+        self.module.eval()
+
+    def progress(self) -> Progress:
+        """All that is needed to go on after this epoch."""
+        moments = {
+            f"{name}/{moment}": value
+            for name, leaf in self.leaves.items()
+            for moment, value in self.optimizer.state[leaf].items()
+        }
+        return Progress(
+            tensors={
+                **{f"now/{name}": tensor.detach() for name, tensor in self.held().items()},
+                **{f"best/{name}": tensor for name, tensor in self.best.items()},
+                **{f"moments/{name}": tensor for name, tensor in moments.items()},
+            },
+            facts={
+                "epochs": [[epoch.number, epoch.loss, epoch.quality] for epoch in self.epochs],
+                "factor": self.factor,
+                "stale": self.stale,
+                "steps": self.steps,
+            },
+        )
+
+    def go_on(self, progress: Progress) -> None:
+        """Take up a training where it was left."""
+        with torch.no_grad():
+            for name, tensor in self.held().items():
+                tensor.copy_(progress.tensors[f"now/{name}"])
+        self.best = {name: progress.tensors[f"best/{name}"] for name in self.held()}
+        for name, leaf in self.leaves.items():
+            prefix = f"moments/{name}/"
+            self.optimizer.state[leaf] = {
+                key.removeprefix(prefix): value
+                for key, value in progress.tensors.items()
+                if key.startswith(prefix)
+            }
+        facts = progress.facts
+        self.epochs = [Epoch(*epoch) for epoch in facts["epochs"]]
+        self.factor, self.stale, self.steps = facts["factor"], facts["stale"], facts["steps"]
+        log.info("going on after epoch %d", self.epochs[-1].number)
+
+    def _step(self, numbers: Tensor) -> float:
+        batch = self.rows.take(numbers)
+        loss = self.loss(self.module(**batch.inputs), batch, numbers)
+        if not bool(loss.isfinite()):
+            raise CompressionError(
+                f"Training diverged: the loss is {float(loss)} in epoch {len(self.epochs)}. Lower "
+                f"learning_rate, or raise warmup."
+            )
+        total = loss
+        for table in self.tables:
+            total = total + self.settings.table_l2 / 2 * table.square().sum()
+        for group in self.optimizer.param_groups:
+            group["lr"] = self._rate()
+        self.optimizer.zero_grad(set_to_none=True)
+        torch.autograd.backward(total)
+        self.optimizer.step()
+        self.steps += 1
+        with torch.no_grad():
+            for name, mask in self.zeros.items():  # what was pruned stays pruned
+                self.leaves[name].mul_(mask)
+            for name, first in self.scales.items():
+                leaf = self.leaves[name]
+                leaf.copy_(leaf.clamp(first / SCALE_REACH, first * SCALE_REACH))
+        return float(loss)
+
+    def _rate(self) -> float:
+        """Adam's learning rate of the next step."""
+        settings = self.settings
+        risen = min(1.0, (self.steps + 1) / settings.warmup) if settings.warmup else 1.0
+        if settings.schedule == "plateau":
+            return settings.learning_rate * risen * self.factor
+        whole = settings.epochs * math.ceil(len(self.rows) / settings.batch)
+        fallen = (1 + math.cos(math.pi * min(1.0, self.steps / whole))) / 2
+        return settings.learning_rate * risen * fallen
+
+    def _quality(self) -> float:
+        """The schema's metric on the validation rows."""
+        parts = list(batches(self.validation, self.schema, SCORING_ROWS))
+        with torch.no_grad():
+            scores = torch.cat([self.module(**part.inputs).reshape(-1) for part in parts]).numpy()
+        label = np.concatenate([part.label.numpy() for part in parts])
+        if self.schema.metric == "auc":
+            return metrics.auc(label, scores)
+        group = np.concatenate([part.group.numpy() for part in parts if part.group is not None])
+        if self.schema.metric == "gauc":
+            return metrics.gauc(label, scores, group)
+        return metrics.ndcg(label, scores, group, k=int(self.schema.metric.rpartition("@")[2]))
+
+
+def _own(module: nn.Module, names: tuple[str, ...]) -> dict[str, Tensor]:
+    """Replace the named tensors by copies that train; what was tied stays tied."""
+    copies: dict[int, Tensor] = {}
+    leaves: dict[str, Tensor] = {}
+    for name in names:
+        owner, _, own = name.rpartition(".")
+        part = module.get_submodule(owner)
+        old: Tensor = getattr(part, own)
+        if id(old) in copies:
+            setattr(part, own, copies[id(old)])
+            continue
+        if isinstance(old, nn.Parameter):
+            new: Tensor = own_weight(part, own, old.detach().clone())
+        else:
+            new = old.detach().clone().requires_grad_(True)
+            setattr(part, own, new)
+        copies[id(old)] = leaves[name] = new
+    # Whatever else could train is told not to, without touching the tensor others hold.
+    for part in module.modules():
+        for name, parameter in list(part.named_parameters(recurse=False)):
+            if not any(parameter is leaf for leaf in leaves.values()):
+                setattr(part, name, nn.Parameter(parameter.detach(), requires_grad=False))
+    return leaves
+
+
+def _own_statistics(module: nn.Module) -> dict[str, Tensor]:
+    """Replace the running statistics of norms by copies; training moves them."""
+    copies: dict[str, Tensor] = {}
+    for owner, part in module.named_modules():
+        if isinstance(part, nn.modules.batchnorm._BatchNorm):
+            for name, buffer in list(part.named_buffers(recurse=False)):
+                copies[f"{owner}.{name}"] = buffer.clone()
+                setattr(part, name, copies[f"{owner}.{name}"])
+    return copies
+
+
+def _is_table(module: nn.Module, name: str) -> bool:
+    owner = module.get_submodule(name.rpartition(".")[0])
+    return isinstance(owner, nn.Embedding | nn.EmbeddingBag)
+
+
+def _copied(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.detach().clone() for name, tensor in tensors.items()}
