@@ -12,13 +12,13 @@ from prefect.client.schemas.objects import State
 from prefect.states import Completed
 
 from compressors.contracts import Artifact, TargetKind, Verdict
-from compressors.errors import CompressionError, NothingToCompress
+from compressors.errors import CompressionError
 from flows.order import Order
+from flows.recipe import carry_out, weighed
 from flows.resolve import champion_of, code_of, order_digest, promote_if_ordered
 from infra.errors import InfraError, Refused
 from tasks.announce import Progress, announce
 from tasks.build import build, need_builder
-from tasks.compress import compress as compress_step
 from tasks.documents import Finished, report_from
 from tasks.gate import gate
 from tasks.lower import lower_model
@@ -44,7 +44,7 @@ def compress(order: Order) -> Finished | State[Any]:
     champion = champion_of(order, subject)
     code = code_of(order, subject)
     targets = order.targets.wanted()
-    progress = Progress(stages=7 + len(order.recipe()) + 2 * len(targets))
+    progress = Progress(stages=8 + len(order.recipe()) + 2 * len(targets))
 
     progress.stage(f"pull {subject.name} {subject.version}")
     for target, wanted in targets.items():
@@ -55,10 +55,9 @@ def compress(order: Order) -> Finished | State[Any]:
     validation = kept(validate, bundle=bundle, rules=order.rules, code=code)
     progress.stage("prepare tensors")
     calibrated_on = subject.calibration()
-    splits = {"calibration": kept(prepare, bundle=bundle, split=calibrated_on, code=code)}
     test = kept(prepare, bundle=bundle, split="test", code=code)
     lowering = {
-        "probe": splits["calibration"],
+        "probe": kept(prepare, bundle=bundle, split=calibrated_on, code=code),
         "probe_rows": subject.rows[calibrated_on],
         "most_rows": 65_536,
         "code": code,
@@ -66,30 +65,8 @@ def compress(order: Order) -> Finished | State[Any]:
     progress.stage("lower the untouched model")
     baseline = kept(lower_model, bundle=bundle, target="onnxruntime", **lowering)
 
-    candidate = bundle
-    idle: dict[str, str] = {}
-    for step in order.recipe():
-        progress.stage(step.kind)
-        try:
-            candidate = kept(
-                compress_step,
-                source=candidate,
-                step=step,
-                splits=splits,
-                original=bundle,
-                seed=order.seed,
-                code=code,
-            )
-        except NothingToCompress as fault:
-            # A preset is written for models of any make; a recipe of one's own is meant.
-            if order.preset == "custom":
-                raise
-            log.warning("%s has nothing to do in this model: %s", step.kind, fault)
-            idle[step.kind] = str(fault)
-    if candidate == bundle:
-        raise CompressionError(
-            f"No step of preset {order.preset!r} fits this model: {'; '.join(idle.values())}"
-        )
+    compressed = carry_out(order, subject, bundle, code, progress)
+    candidate = compressed.bundle
 
     built: dict[TargetKind, Artifact] = {}
     skipped: dict[str, str] = {}
@@ -123,6 +100,8 @@ def compress(order: Order) -> Finished | State[Any]:
             seed=order.seed,
             code=code,
         )
+    progress.stage("weigh the stages")
+    stages = weighed(compressed, subject, test, order.seed, code)
     progress.stage("judge")
     verdicts: dict[TargetKind, Verdict] = {
         target: remembered(
@@ -147,7 +126,8 @@ def compress(order: Order) -> Finished | State[Any]:
         required={target: wanted == "required" for target, wanted in targets.items()},
         verdicts=verdicts,
         skipped=skipped,
-        idle=idle,
+        idle=compressed.idle,
+        stages=stages,
         measurement=measurement,
         validation=validation,
         reproduction=order.reproduction(f"{subject.name}@{subject.version}"),

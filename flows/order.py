@@ -6,8 +6,10 @@ from typing import Any, Self, get_args
 from pydantic import Field, model_validator
 
 from compressors.contracts import Limit, TargetKind
+from compressors.dense.channels import Channels
 from compressors.dense.float16 import Float16
 from compressors.dense.static_int8 import StaticInt8
+from compressors.distill.distill import Distill
 from compressors.steps import AnyStep
 from compressors.tables.rowwise_int4 import RowwiseInt4
 from compressors.tables.rowwise_int8 import RowwiseInt8
@@ -15,10 +17,12 @@ from flows.terms import Preset, Targets, Terms
 from infra.checks import Rules
 from tasks.documents import ORDER_FILE, Reproduction
 
-PRESETS: dict[Preset, tuple[AnyStep, ...]] = {
-    "small": (RowwiseInt4(), StaticInt8()),
-    "fast": (RowwiseInt8(), StaticInt8()),
-    "safe": (RowwiseInt8(), Float16()),
+# Steps in one group only make sense together: where one has nothing to do, the group is left out.
+Group = tuple[AnyStep, ...]
+PRESETS: dict[Preset, tuple[Group, ...]] = {
+    "small": ((Channels(), Distill()), (RowwiseInt4(),), (StaticInt8(),)),
+    "fast": ((RowwiseInt8(),), (StaticInt8(),)),
+    "safe": ((RowwiseInt8(),), (Float16(),)),
 }
 
 
@@ -44,7 +48,12 @@ class Order(Terms):
 
     def recipe(self) -> tuple[AnyStep, ...]:
         """The steps that will run."""
-        return self.steps if self.preset == "custom" else PRESETS[self.preset]
+        return tuple(step for group in self.groups() for step in group)
+
+    def groups(self) -> tuple[Group, ...]:
+        """The same, where a preset has them in groups that are carried out whole or not at all."""
+        own = tuple((step,) for step in self.steps)
+        return own if self.preset == "custom" else PRESETS[self.preset]
 
     def own_steps(self) -> list[dict[str, Any]]:
         """The steps of preset ``custom`` as plain values; none for the other presets."""

@@ -1,15 +1,17 @@
 """One step of a recipe: a bundle in, a bundle out."""
 
 import logging
+import shutil
 import tempfile
 from pathlib import Path
 
 from prefect import task
 
-from compressors.contracts import Artifact
+from compressors.contracts import Artifact, Part, digest
 from compressors.step import run
 from compressors.steps import AnyStep
 from infra.bundle import seal
+from infra.settings import load_settings
 from tasks.loading import bench_of, load_bundle, split_of
 from tasks.policy import KEPT
 from tasks.stored import store
@@ -21,17 +23,17 @@ log = logging.getLogger(__name__)
 def compress(
     source: Artifact,
     step: AnyStep,
-    splits: dict[str, Artifact],
+    splits: dict[Part, Artifact],
     original: Artifact,
     seed: int,
-    code: str,  # noqa: ARG001
+    code: str,
 ) -> Artifact:
     """Apply one step to a stored model and store the result.
 
     Args:
         source: the bundle to compress.
         step: the method and its settings.
-        splits: prepared train / calibration / validation data, by name; never test data.
+        splits: what the step needs of the prepared data and soft labels; never test data.
         original: the bundle the recipe began with: the teacher, and the result's parent.
         seed: for whatever the step draws.
         code: digest of the code that compresses; part of the cache key.
@@ -39,12 +41,14 @@ def compress(
     loaded = load_bundle(source)
     manifest = loaded.manifest
     rows = {name: reference.rows for name, reference in manifest.data.items()}
-    # Without calibration data of its own a bundle is calibrated on what it was trained on.
+    # Without calibration data of its own a bundle is calibrated on what it was trained on, and
+    # soft labels are those of the training rows.
     held = {
-        name: split_of(artifact, rows.get(name, rows.get("train", 1)))  # type: ignore[call-overload]
-        for name, artifact in splits.items()
+        part: split_of(artifact, rows[part if part in rows else "train"])
+        for part, artifact in splits.items()
     }
-    bench = bench_of(manifest, held, original, seed)
+    progress = load_settings().home / "progress" / digest([source, step, splits, seed, code])
+    bench = bench_of(manifest, held, original, seed, progress)
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         result = run(step, loaded.model, bench, folder)
@@ -61,5 +65,6 @@ def compress(
             plan=result.plan,
         )
         artifact = store().put(folder)
+    shutil.rmtree(progress, ignore_errors=True)  # there is none unless the step trains
     log.info("%s: %d -> %d bytes", step.kind, source.bytes, artifact.bytes)
     return artifact

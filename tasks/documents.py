@@ -7,11 +7,12 @@ import json
 from pathlib import Path
 from typing import Any
 
-from pydantic import Field
+from pydantic import Field, TypeAdapter
 
 from compressors import judge
 from compressors.contracts import (
     Artifact,
+    Estimate,
     Frozen,
     Limit,
     Outcome,
@@ -35,6 +36,8 @@ REPORT = "report.json"
 MARKDOWN = "report.md"
 PAGE = "report.html"
 ORDER_FILE = "order.json"
+STAGES = "stages.json"
+AS_TRAINED = "as trained"
 
 
 class Batch(Frozen):
@@ -75,6 +78,30 @@ class Measurement(Frozen):
     resolves: dict[str, float]
     rows: int
     machine: Machine
+
+
+class Scored(Frozen):
+    """A model on its way through a recipe, and what it answers to the test rows."""
+
+    step: str
+    bundle: Artifact
+    score: Artifact
+
+
+class Stage(Frozen):
+    """A model on its way through a recipe: bytes of its weights and its quality in torch.
+
+    ``change`` is the difference to the stage before; the untouched model has none.
+    """
+
+    step: str
+    bundle: Artifact
+    bytes: int
+    quality: Estimate
+    change: Estimate | None = None
+
+
+Stages = TypeAdapter(tuple[Stage, ...])
 
 
 class TargetReport(Frozen):
@@ -119,6 +146,9 @@ class Report(Frozen):
     )
     idle: dict[str, str] = Field(
         default_factory=dict, description="Steps of a preset with nothing to do, and why."
+    )
+    stages: tuple[Stage, ...] = Field(
+        (), description="What each step was worth, in torch on the test rows; nothing judges by it."
     )
     baseline_bytes: int
     measurement: Measurement | None
@@ -190,6 +220,7 @@ def report_from(
     verdicts: dict[TargetKind, Verdict],
     skipped: dict[str, str],
     idle: dict[str, str],
+    stages: Artifact,
     measurement: Artifact | None,
     validation: Artifact,
     reproduction: Reproduction,
@@ -214,6 +245,7 @@ def report_from(
         ),
         skipped=skipped,
         idle=idle,
+        stages=Stages.validate_json((local(stages) / STAGES).read_bytes()),
         baseline_bytes=served_bytes(local(baseline)),
         measurement=None if measurement is None else measurement_of(measurement),
         validation=validation,

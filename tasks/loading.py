@@ -1,9 +1,10 @@
 """A stored bundle as a module, and a stored split as tensors."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from compressors.contracts import Artifact, Bench, Split
+from compressors.contracts import Artifact, Bench, Part, Split
 from compressors.model import Model
 from compressors.state import load
 from infra.architecture import network_class
@@ -63,7 +64,11 @@ def split_of(prepared: Artifact, rows: int) -> Split:
 
 
 def bench_of(
-    manifest: Manifest, splits: dict[str, Split], teacher: Artifact, seed: int, device: str = "cpu"
+    manifest: Manifest,
+    splits: Mapping[Part, Split],
+    teacher: Artifact,
+    seed: int,
+    checkpoints: Path | None = None,
 ) -> Bench:
     """What a step may learn from; test data is not among it."""
     return Bench(
@@ -71,7 +76,8 @@ def bench_of(
         train=splits.get("train"),
         calibration=splits.get("calibration"),
         validation=splits.get("validation"),
+        soft_labels=splits.get("soft_labels"),
         teacher=teacher,
         seed=seed,
-        device=device,
+        checkpoints=None if checkpoints is None else str(checkpoints),
     )
