@@ -153,6 +153,7 @@ def run(step: TableStep | ModelStep, source: Model, bench: Bench, folder: Path) 
             f"up to {gap:g}): some of its state is not among its tensors."
         )
     sizes = stored_bytes(source.module), stored_bytes(stored)
+    choices = _as_found(step, choices, Unit.of(source.module), after)
     plan = _plan(step.kind, source, choices, before, after, *sizes)
     return Model(stored, source.architecture, network, plan)
 
@@ -272,6 +273,25 @@ def _check_choices(
     more = sorted(now.keys() - {unit.name for unit in before})
     if more:
         raise ContractBroken(f"After {step.kind!r} there is {more[0]!r}, which was not there.")
+
+
+def _as_found(
+    step: TableStep | ModelStep,
+    choices: Mapping[str, Choice],
+    before: tuple[Unit, ...],
+    after: tuple[Unit, ...],
+) -> dict[str, Choice]:
+    """The choices, with a word where the method looked for better values and found none."""
+    if not isinstance(step, ModelStep) or step.changes != "values":
+        return dict(choices)
+    now = {unit.name: unit for unit in after}
+    found = dict(choices)
+    for unit in before:
+        new, choice = now.get(unit.name), choices[unit.name]
+        if choice.take and new is not None and _equal(unit.module, new.module):
+            reason = f"{choice.reason}: nothing better was found, kept as it was"
+            found[unit.name] = Choice(False, reason)
+    return found
 
 
 def _equal(old: nn.Module, new: nn.Module) -> bool:

@@ -174,4 +174,4 @@ def test_a_layer_whose_weight_is_read_around_it_is_named_as_such(tmp_path):
 def test_a_network_that_fails_on_ids_its_schema_allows_is_refused(tmp_path):
     reference = Reference(Offset, NORMED.schema)
     with pytest.raises(ModelRefused, match=r"models:Offset fails on made-up inputs.*IndexError"):
-        run(RowwiseInt8(), reference.model(), reference.bench(tmp_path / "data"), tmp_path / "out")
+        run(RowwiseInt8(), reference.model(), Bench(signature=NORMED.schema), tmp_path / "out")
