@@ -295,7 +295,7 @@ class _Run:
         loss = self.loss(self.module(**batch.inputs), batch, numbers)
         if not bool(loss.isfinite()):
             raise CompressionError(
-                f"Training diverged: the loss is {float(loss)} in epoch {len(self.epochs)}. Lower "
+                f"Training diverged: the loss is {float(loss.detach())} in epoch {len(self.epochs)}. Lower "
                 f"learning_rate, or raise warmup."
             )
         total = loss
