@@ -295,8 +295,8 @@ class _Run:
         loss = self.loss(self.module(**batch.inputs), batch, numbers)
         if not bool(loss.isfinite()):
             raise CompressionError(
-                f"Training diverged: the loss is {float(loss.detach())} in epoch {len(self.epochs)}. Lower "
-                f"learning_rate, or raise warmup."
+                f"Training diverged: the loss is {float(loss.detach())} in epoch "
+                f"{len(self.epochs)}. Lower learning_rate, or raise warmup."
             )
         total = loss
         for table in self.tables:

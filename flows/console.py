@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.status import Status
+    from rich.table import Table
 
     from flows.terms import Terms
     from tasks.documents import Finished
@@ -63,25 +64,13 @@ def run(order: "Terms", *, quiet: bool) -> "Finished":
 
 def show(finished: "Finished") -> None:
     """The table of before and after, the verdicts, and how to get the result."""
-    from rich.box import SIMPLE_HEAD
-    from rich.table import Table
-
     from tasks.report import headline, limit_lines, remarks, resolution
+    from tasks.report_stages import stage_rows
 
     report, out = finished.report, console()
-    rows = headline(report)
-    title = f"{report.name} {report.bundle_version}"
-    table = Table(
-        title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1), pad_edge=False
-    )
-    for column in rows[0]:
-        table.add_column(column, justify="left" if column == "what" else "right", no_wrap=True)
-    for row in rows:
-        # Intervals need a wide window; they stand in the report in any case.
-        short = out.width < WIDE and "[" in row["change"]
-        cells = {**row, "change": row["change"].partition(" [")[0]} if short else row
-        table.add_row(*cells.values())
-    out.print(table)
+    out.print(_table(f"{report.name} {report.bundle_version}", headline(report), out.width))
+    if report.stages:
+        out.print(_table("What each step was worth", stage_rows(report), out.width))
     out.print(resolution(report))
     for line in (*remarks(report), *limit_lines(report)):
         out.print(line, markup=False, soft_wrap=True)
@@ -97,6 +86,22 @@ def show(finished: "Finished") -> None:
     out.print(f"Registered: {version} in {finished.registry}", markup=False, soft_wrap=True)
     out.print(f"Report:     {finished.page_uri()}", markup=False, soft_wrap=True)
     out.print(f"Get it:     {finished.fetch_command()}", markup=False, soft_wrap=True)
+
+
+def _table(title: str, rows: list[dict[str, str]], width: int) -> "Table":
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+
+    table = Table(
+        title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1), pad_edge=False
+    )
+    for place, column in enumerate(rows[0]):
+        table.add_column(column, justify="right" if place else "left", no_wrap=True)
+    for row in rows:
+        # Intervals need a wide window; they stand in the report in any case.
+        cells = (cell.partition(" [")[0] if width < WIDE else cell for cell in row.values())
+        table.add_row(*cells)
+    return table
 
 
 @contextmanager

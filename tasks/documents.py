@@ -80,6 +80,12 @@ class Measurement(Frozen):
     machine: Machine
 
 
+class Idle(Frozen):
+    """A step of a recipe that has nothing to do in this model, and why."""
+
+    reason: str
+
+
 class Scored(Frozen):
     """A model on its way through a recipe, and what it answers to the test rows."""
 
