@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from rich.status import Status
     from rich.table import Table
 
+    from flows.explain import Explanation
     from flows.terms import Terms
     from tasks.documents import Finished
 
@@ -86,6 +87,57 @@ def show(finished: "Finished") -> None:
     out.print(f"Registered: {version} in {finished.registry}", markup=False, soft_wrap=True)
     out.print(f"Report:     {finished.page_uri()}", markup=False, soft_wrap=True)
     out.print(f"Get it:     {finished.fetch_command()}", markup=False, soft_wrap=True)
+
+
+def explained(found: "Explanation") -> None:
+    """What an order would run, with its bytes and its peak memory."""
+    from tasks.report_cells import mebibytes
+
+    out = console()
+    rows = ", ".join(f"{split} {count:,}" for split, count in found.rows.items())
+    out.print(f"{found.model} ({found.task}; rows: {rows})", markup=False, soft_wrap=True)
+    if found.earlier is not None:
+        out.print(
+            f"Carried out before: version {found.earlier}. Nothing would run again.",
+            soft_wrap=True,
+        )
+    first = found.steps[0].bytes
+    stages = [
+        {
+            "step": item.step if item.idle is None else f"{item.step} (left out)",
+            "bytes of weights": f"{item.bytes:,}",
+            "share": f"{item.bytes / first:.2f}x" if first else "-",
+        }
+        for item in found.steps
+    ]
+    out.print(_table("What would run, and what would be left after it", stages, out.width))
+    for item in found.steps:
+        if item.idle is not None:
+            out.print(f"{item.step} is left out: {item.idle}", markup=False, soft_wrap=True)
+    lines = [
+        {
+            "table or layer": line.module,
+            "stored as": line.format,
+            "before": f"{line.bytes_before:,}",
+            "after": f"{line.bytes_after:,}",
+        }
+        for line in found.plan.lines
+    ]
+    out.print(_table("Plan", lines, out.width))
+    for line in found.plan.lines:
+        out.print(f"{line.module}: {line.reason}", markup=False, soft_wrap=True)
+    for target in found.targets:
+        note = "" if target.missing is None else f" - cannot be built here: {target.missing}"
+        out.print(f"target {target.target}, {target.wanted}{note}", markup=False, soft_wrap=True)
+    for limit in found.limits:
+        out.print(f"limit {limit}", markup=False, soft_wrap=True)
+    memory = found.memory
+    out.print(
+        f"Peak memory of the flow's process: about {mebibytes(memory.peak)} MiB, reached in "
+        f"{memory.moment} ({mebibytes(memory.process)} MiB of libraries, "
+        f"{mebibytes(memory.weights)} of weights, {mebibytes(memory.rows)} of rows).",
+        soft_wrap=True,
+    )
 
 
 def _table(title: str, rows: list[dict[str, str]], width: int) -> "Table":

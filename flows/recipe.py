@@ -48,7 +48,7 @@ def carry_out(
     idle: dict[str, str] = {}
     for group in order.groups():
         done: list[tuple[str, Artifact]] = []
-        why = next(filter(None, (_lacking(step, subject) for step in group)), None)
+        why = next(filter(None, (lacking(step, subject) for step in group)), None)
         for step in group if why is None else ():
             progress.stage(step.kind)
             made = _made(order, step, (stages + done)[-1][1], subject, bundle, code)
@@ -110,9 +110,9 @@ def _made(
     return made
 
 
-def _lacking(step: AnyStep, subject: Subject) -> str | None:
+def lacking(step: AnyStep, subject: Subject) -> str | None:
     """Which rows a step needs and the bundle does not bring, before anything has run."""
-    wanted = dict.fromkeys(_split_of(part, subject) for part in needs(step))
+    wanted = dict.fromkeys(split_name(part, subject) for part in needs(step))
     missing = [split for split in wanted if split not in subject.rows]
     if not missing:
         return None
@@ -123,7 +123,7 @@ def _lacking(step: AnyStep, subject: Subject) -> str | None:
     )
 
 
-def _split_of(part: Part, subject: Subject) -> SplitName:
+def split_name(part: Part, subject: Subject) -> SplitName:
     """The split a part of the bench is made from."""
     if part == "soft_labels":
         return "train"
@@ -134,7 +134,7 @@ def _splits(step: AnyStep, subject: Subject, bundle: Artifact, code: str) -> dic
     """What a step may look at, and no more, so that nothing else is part of its cache key."""
     splits: dict[Part, Artifact] = {}
     for part in needs(step):
-        prepared = kept(prepare, bundle=bundle, split=_split_of(part, subject), code=code)
+        prepared = kept(prepare, bundle=bundle, split=split_name(part, subject), code=code)
         if part == "soft_labels":
             rows = subject.rows["train"]
             splits[part] = kept(score, bundle=bundle, split=prepared, rows=rows, code=code)

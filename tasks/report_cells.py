@@ -26,3 +26,8 @@ def change_of(estimate: Estimate, latency: bool) -> str:
 def cell(text: str) -> str:
     """A name or a sentence inside a table: it neither ends the cell nor becomes HTML."""
     return escape(" ".join(text.split()), quote=False).replace("|", "\\|")
+
+
+def mebibytes(size: int) -> str:
+    """A size as people write it."""
+    return f"{size / 2**20:,.0f}"

@@ -77,5 +77,5 @@ def test_a_model_is_left_as_it_is():
 
 
 def test_what_has_nothing_to_do_says_so():
-    with pytest.raises(NothingToCompress, match="is also a size of"):
+    with pytest.raises(NothingToCompress, match="has a single output"):
         outline(Channels(), TIED.model(), Bench(signature=TIED.schema))
