@@ -65,6 +65,6 @@ def stage_table(report: Report) -> str:
         + "</tr>"
         for row in rows
     ]
-    heads = [escape(column.capitalize() if column[0].islower() else column) for column in columns]
+    heads = [escape(column[0].upper() + column[1:]) for column in columns]
     listed = scrollable(table(heads, lines, heads[1:]), "stages")
     return f'{listed}<p class="soft gap">{escape(NOTE)}</p>'
