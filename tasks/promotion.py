@@ -12,7 +12,7 @@ import os
 from pathlib import Path
 
 from compressors.contracts import Artifact, TargetKind
-from infra.errors import ArtifactMissing, PromotionRefused
+from infra.errors import ArtifactMissing, InfraError, PromotionRefused, Refused
 from infra.ledger import Entry, Ledger, before
 from infra.registry import Registered, Registry
 from infra.settings import load_settings
@@ -45,7 +45,7 @@ def version_report(model: str, reference: str) -> tuple[Registered, Report]:
         reference: ``3``, ``@champion`` or ``@candidate``.
     """
     if reference == "@champion":
-        entry = repair(model)
+        entry = repair(model, reading=True)
         if entry is None:
             raise PromotionRefused(
                 f"{model} has no champion in the ledger, so there is no @champion. Make one: "
@@ -73,18 +73,29 @@ def version_page(model: str, reference: str) -> tuple[Registered, bytes]:
     return registered, store().file(store().artifact(registered.source), PAGE)
 
 
-def repair(model: str, *, expected: bool = False) -> Entry | None:
-    """Make alias and Triton repository say what the ledger says; log it unless it was expected.
+def repair(model: str, *, expected: bool = False, reading: bool = False) -> Entry | None:
+    """Make alias and Triton repository say what the ledger says.
 
     A model without a ledger is not ours to touch: its alias may be another system's.
+
+    Args:
+        model: registered name.
+        expected: a change of champion was just written, so there is something to do.
+        reading: the caller only wants to know the champion, which a Triton repository that cannot
+            be repaired does not keep from anybody. It is logged.
     """
     ledger = Ledger(store(), model)
     entry = ledger.champion()
     while entry is not None:
         if registry().repair(model, entry.version) and not expected:
             log.warning("%s: the registry's champion was repaired from the ledger", model)
-        if _followed(model, entry) and not expected:
-            log.warning("%s: the Triton repository was repaired from the ledger", model)
+        try:
+            if _followed(model, entry) and not expected:
+                log.warning("%s: the Triton repository was repaired from the ledger", model)
+        except (InfraError, Refused) as fault:
+            if not reading:
+                raise
+            log.warning("%s: the Triton repository does not follow: %s", model, fault)
         newest = ledger.champion()
         if newest == entry:
             break
