@@ -7,6 +7,7 @@ or the new one, whole. What a promotion that was cut short left undone, ``follow
 
 import logging
 import re
+from dataclasses import dataclass
 from typing import Literal
 
 from pydantic import ValidationError
@@ -18,7 +19,7 @@ from infra.settings import load_settings
 from infra.store import Store
 from infra.tensorrt import FILES, Engine
 from infra.triton import Served, Tensor, triton_name
-from tasks.documents import MODEL, Report, TargetReport
+from tasks.documents import MODEL, Lowering, Report, TargetReport
 from tasks.stored import store
 
 log = logging.getLogger(__name__)
@@ -28,6 +29,15 @@ PARTS = ("", "query", "item")
 
 TARGETS: tuple[triton.Target, ...] = ("onnxruntime", "tensorrt")
 _LATENCY = re.compile(r"p50_ms@([0-9]+)")
+
+
+@dataclass(frozen=True)
+class Part:
+    """One graph of a target: ``name`` is one of ``PARTS``, ``file`` its ONNX file."""
+
+    name: str
+    file: str
+    lowering: Lowering
 
 
 class Laid(Frozen):
@@ -96,9 +106,10 @@ def graphs(version: str, report: Report, *, unmeasured: bool = False) -> tuple[S
     """
     outcomes = {"accepted", "built-unmeasured"} if unmeasured else {"accepted"}
     return tuple(
-        _served(version, report, target, kind)
+        _served(version, report, target, kind, part)
         for target in report.targets
         for kind in TARGETS
+        for part in _parts(target)
         if target.target == kind and target.verdict.outcome in outcomes
     )
 
@@ -122,14 +133,11 @@ def follow(root: str, model: str, found: tuple[Served, ...]) -> tuple[str, ...]:
     Returns:
         The Triton models that had to change.
     """
-    changed = []
-    for served in found:
-        home = _home(root, served.name)
-        if triton.follows(home, store(), served):
-            continue
-        triton.stage(home, store(), served)
-        triton.point(home, served)
-        changed.append(served.name)
+    late = [item for item in found if not triton.follows(_home(root, item.name), store(), item)]
+    for served in late:  # all files before the first configuration: graphs belong together
+        triton.stage(_home(root, served.name), store(), served)
+    for served in late:
+        triton.point(_home(root, served.name), served)
     for name in left_behind(root, model, found):
         log.warning(
             "%s: the champion of %s has nothing to serve under this name, so the server keeps "
@@ -138,7 +146,7 @@ def follow(root: str, model: str, found: tuple[Served, ...]) -> tuple[str, ...]:
             model,
             root,
         )
-    return tuple(changed)
+    return tuple(served.name for served in late)
 
 
 def left_behind(root: str, model: str, found: tuple[Served, ...]) -> tuple[str, ...]:
@@ -209,7 +217,14 @@ def _follows(home: Store, model: str) -> bool:
         return False
 
 
-def _served(version: str, report: Report, target: TargetReport, kind: triton.Target) -> Served:
+def _parts(target: TargetReport) -> tuple[Part, ...]:
+    """The graphs of one target, each a Triton model of its own."""
+    return (Part("", MODEL, target.lowering),)
+
+
+def _served(
+    version: str, report: Report, target: TargetReport, kind: triton.Target, part: Part
+) -> Served:
     held = {entry.path for entry in store().manifest(target.artifact).files}
     capability = None
     if kind == "tensorrt":
@@ -221,14 +236,13 @@ def _served(version: str, report: Report, target: TargetReport, kind: triton.Tar
         batches, threads = _ordered_batches(report), None
     else:
         # Large weights lie beside the graph and have to be there before it.
-        beside = sorted(path for path in held if path.startswith(f"{MODEL}."))
-        files = {path: path for path in (*beside, MODEL)}
+        beside = sorted(path for path in held if path.startswith(f"{part.file}."))
+        files = {path: path for path in (*beside, part.file)}
         batches = _measured_batches(report)
         threads = report.measurement.machine.threads if report.measurement else None
-    lowering = target.lowering
     try:
         return Served(
-            name=triton_name(report.name, kind),
+            name=triton_name(report.name, kind, part.name),
             model=report.name,
             version=int(version),
             order=report.order,
@@ -237,9 +251,9 @@ def _served(version: str, report: Report, target: TargetReport, kind: triton.Tar
             files=files,
             inputs=tuple(
                 Tensor(name=item.name, dtype=item.dtype, shape=item.shape, longest=item.longest)
-                for item in lowering.inputs
+                for item in part.lowering.inputs
             ),
-            outputs=(Tensor(name=lowering.output, dtype="float32"),),
+            outputs=(Tensor(name=part.lowering.output, dtype="float32"),),
             batches=batches,
             threads=threads,
             capability=capability,
