@@ -23,3 +23,10 @@ def home(empty_registry: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     shutil.copy(empty_registry, tmp_path / "recpress" / "registry.db")
     monkeypatch.setenv("RECPRESS_USER", "tester")
     return tmp_path
+
+
+@pytest.fixture
+def triton(home: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The repository that follows."""
+    monkeypatch.setenv("RECPRESS_TRITON", str(home / "triton"))
+    return home / "triton"
