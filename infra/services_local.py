@@ -1,8 +1,8 @@
 """``make up-local``: the services of docker-compose.yml as processes, until Ctrl-C.
 
 They listen on loopback, keep their state below ``RECPRESS_HOME/services``, and get the secrets
-that are not set from a file there that only you may read. The last line that is printed says how
-to use them. All are stopped, by their own process ids, when this ends.
+that are not set from a file there that only you may read. What is printed when they are
+ready says how to use them. All are stopped, by their own process ids, when this ends.
 """
 
 import argparse
@@ -100,6 +100,7 @@ class Running:
                 _say(f"{name} did not stop within {service.stop_seconds:g} s and is killed")
             _signal(process, signal.SIGKILL, group=True)  # and what it left behind
             process.wait()
+        self._processes.clear()  # their ids may soon be somebody else's
 
     def _may_start(self, service: Service) -> bool:
         return all(
