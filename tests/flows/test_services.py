@@ -104,8 +104,8 @@ def test_the_release_is_in_the_s3_store_and_is_fetched_with_every_chunk_verified
     )
     assert said.returncode == 0, said.stderr
     assert (into / "model.onnx").stat().st_size > 0
-    held = s3(client).list_objects_v2(Bucket="recpress", Prefix="store/orders/")
-    assert held["KeyCount"] == 1
+    held = s3(client).list_objects_v2(Bucket="recpress", Prefix="store/bundles/clicks/")
+    assert [entry["Key"] for entry in held["Contents"]] == ["store/bundles/clicks/1.json"]
 
 
 @pytest.mark.parametrize(
