@@ -49,6 +49,10 @@ class _Faulty(Exception):
 def examine() -> tuple[Found, ...]:
     """Look at the store, the registry, the Prefect server, the libraries and the builders."""
     settings = load_settings()
+    # Imports have no part in a service's seconds: they come before anything is asked.
+    importlib.import_module("prefect.settings")
+    if settings.store_root.startswith("s3://"):
+        importlib.import_module("s3fs")
     asked = [
         _asked("object store", settings.store_root.startswith("s3://"), _store, _STORE),
         _asked("registry", not settings.registry_uri.startswith("sqlite"), _registry, _REGISTRY),
@@ -72,9 +76,6 @@ def _asked(what: str, remote: bool, look: Callable[[], str], remedy: str) -> Cal
     """Begin to look, and give what waits for the result."""
     if not remote:
         return lambda: _try(what, look, remedy)
-    # Imports have no part in a service's seconds, and threads would do them one by one anyhow.
-    for name in {"object store": ["s3fs"], "Prefect": ["prefect.settings"]}.get(what, []):
-        importlib.import_module(name)
     question = Question(look)
     return lambda: _try(what, question.answer, remedy)
 

@@ -18,7 +18,7 @@ from drafts import ALLOWED, ROOT, environment
 from infra.postgres import programs
 
 START_SECONDS = 240
-STOP_SECONDS = 60
+STOP_SECONDS = 120
 READY = "Ctrl-C stops them."
 
 
