@@ -8,10 +8,10 @@ BEGUN := .venv/.recpress-begun
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install demo test lint types clean
+.PHONY: help install demo test up-local lint types clean
 
 help:     ## Show this list.
-	@sed -n 's/^\([.a-z]*\): .*## \(.*\)/make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 14
+	@sed -n 's/^\([.a-z-]*\): .*## \(.*\)/make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 14
 
 .venv: $(DONE) ## Create .venv and install the pinned packages (again only if pyproject.toml or constraints.txt changed).
 .PHONY: .venv
@@ -27,7 +27,7 @@ $(DONE): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet -c constraints.txt torch uv
 	@$(TORCH) > $(BEGUN)
-	$(BIN)/uv pip install --quiet --python $(BIN)/python -c constraints.txt -b constraints.txt -e '.[dev,tensorrt-rtx]'
+	$(BIN)/uv pip install --quiet --python $(BIN)/python -c constraints.txt -b constraints.txt -e '.[dev,services,tensorrt-rtx]'
 	$(BIN)/uv pip install --quiet --python $(BIN)/python -c constraints.txt --no-deps recbole
 	@[ "$$($(TORCH))" = "$$(cat $(BEGUN))" ] || { echo "uv replaced torch $$(cat $(BEGUN)) by $$($(TORCH)): report this" >&2; exit 1; }
 	@rm $(BEGUN) && touch $@
@@ -37,6 +37,9 @@ demo: $(DONE) ## Train, compress, build, judge and register a click model on Mov
 
 test: $(DONE) ## Run the tests; ARGS are passed on to pytest.
 	$(BIN)/pytest $(ARGS)
+
+up-local: $(DONE) ## Run Prefect, MLflow, Postgres, an S3 store and a worker here until Ctrl-C, without Docker.
+	@$(BIN)/python -m infra.services_local $(ARGS)
 
 lint: $(DONE) ## Check style and formatting.
 	$(BIN)/ruff check .

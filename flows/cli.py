@@ -378,6 +378,9 @@ def doctor(as_json: Json = False) -> None:
             ["what", "state", "found"],
             [[item.what, item.state, item.found] for item in findings],
         )
+        for item in findings:
+            if item.remedy:
+                _print(f"{item.what}: {item.remedy}")
     raise typer.Exit(1 if any(item.state == "fault" for item in findings) else 0)
 
 

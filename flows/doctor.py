@@ -1,16 +1,37 @@
-"""What this installation uses, and whether it answers."""
+"""What this installation uses, whether it answers, and what to do where it does not.
 
+Services are asked at the same time and have ``SECONDS`` each, so an address that swallows
+everything costs no more than that. What lies on this machine has no limit.
+"""
+
+import importlib
 import os
+import time
 from collections.abc import Callable
 from typing import Literal
 
 from compressors.contracts import Frozen
+from infra.answers import Answer, NoAnswer, Question, basic, get
 from infra.errors import InfraError, Refused
-from infra.settings import load_settings
+from infra.settings import load_settings, shown
 from infra.tensorrt import load
 from tasks.promotion import registry
 from tasks.stored import store
 from tasks.triton import contents
+
+PROBE = "doctor/written.json"
+
+_SILENT = "Start it, or correct the address; a firewall in between may swallow what is sent."
+_STORE = (
+    "Set RECPRESS_STORE and, for s3://, AWS_ENDPOINT_URL and a key that may list, read and write "
+    "below it."
+)
+_REGISTRY = "Set MLFLOW_TRACKING_URI to a server that runs, or unset it for the embedded registry."
+_TRITON = (
+    "Set RECPRESS_TRITON to a folder or s3://bucket/prefix that this key may list, read and write, "
+    "or unset it."
+)
+_PREFECT = "Set PREFECT_API_URL to a server that runs, or unset it for the embedded one."
 
 
 class Found(Frozen):
@@ -19,23 +40,38 @@ class Found(Frozen):
     what: str
     state: Literal["ok", "absent", "fault"]
     found: str
+    remedy: str = ""
+
+
+class _Faulty(Exception):
+    """It answered, but not as it should: what was found, and what to do."""
+
+    def __init__(self, found: str, remedy: str) -> None:
+        super().__init__(found)
+        self.remedy = remedy
 
 
 def examine() -> tuple[Found, ...]:
-    """Look at the store, the registry, the builders and the Prefect server that are configured."""
+    """Look at the store, the registry, the Prefect server, the libraries and the builders."""
     settings = load_settings()
+    # Imports have no part in a service's seconds: they come before anything is asked.
+    importlib.import_module("prefect.settings")
+    if settings.store_root.startswith("s3://") or settings.triton.startswith("s3://"):
+        importlib.import_module("s3fs")
+    asked = [
+        _asked("object store", settings.store_root.startswith("s3://"), _store, _STORE),
+        _asked("registry", not settings.registry_uri.startswith("sqlite"), _registry, _REGISTRY),
+        _asked("Prefect", True, _prefect, _PREFECT),
+    ]
+    triton = _asked("Triton repository", settings.triton.startswith("s3://"), _triton, _TRITON)
+    unset = Found(what="Triton repository", state="absent", found="RECPRESS_TRITON is not set")
     return (
-        _try("object store", lambda: f"{store().root}: {len(store().keys('bundles/'))} bundle(s)"),
-        _try("registry", lambda: f"{len(registry().models())} model(s)"),
-        _triton(),
-        _try("ONNX Runtime", _onnxruntime),
-        _try("TensorRT-RTX", lambda: str(load("tensorrt-rtx").__version__), needed=False),
-        _try("TensorRT", lambda: str(load("tensorrt").__version__), needed=False),
-        Found(
-            what="Prefect",
-            state="ok",
-            found=os.environ.get("PREFECT_API_URL") or "embedded, started with each command",
-        ),
+        *(wait() for wait in asked),
+        triton() if settings.triton else unset,
+        _try("torch", _torch, "Install it again: make .venv"),
+        _try("ONNX Runtime", lambda: _version("onnxruntime"), "Install it again: make .venv"),
+        _try("TensorRT-RTX", lambda: str(load("tensorrt-rtx").__version__), "", needed=False),
+        _try("TensorRT", lambda: str(load("tensorrt").__version__), "", needed=False),
         Found(
             what="architectures from",
             state="ok",
@@ -44,21 +80,134 @@ def examine() -> tuple[Found, ...]:
     )
 
 
-def _triton() -> Found:
-    what = "Triton repository"
-    if not load_settings().triton:
-        return Found(what=what, state="absent", found="RECPRESS_TRITON is not set")
-    return _try(what, lambda: "{}: {} model(s)".format(*contents()))
+def _triton() -> str:
+    return "{}: {} model(s)".format(*contents())
 
 
-def _onnxruntime() -> str:
-    import onnxruntime
+def _asked(what: str, remote: bool, look: Callable[[], str], remedy: str) -> Callable[[], Found]:
+    """Begin to look, and give what waits for the result."""
+    if not remote:
+        return lambda: _try(what, look, remedy)
+    question = Question(look)
+    return lambda: _try(what, question.answer, remedy)
 
-    return str(onnxruntime.__version__)
 
-
-def _try(what: str, look: Callable[[], str], *, needed: bool = True) -> Found:
+def _try(what: str, look: Callable[[], str], remedy: str, *, needed: bool = True) -> Found:
     try:
         return Found(what=what, state="ok", found=look())
+    except _Faulty as fault:
+        return Found(what=what, state="fault", found=str(fault), remedy=fault.remedy)
+    except NoAnswer as fault:
+        return Found(what=what, state="fault", found=str(fault), remedy=f"{_SILENT} {remedy}")
+    except (InfraError, Refused, ImportError, OSError) as fault:
+        state: Literal["absent", "fault"] = "fault" if needed else "absent"
+        return Found(what=what, state=state, found=str(fault), remedy=remedy)
+
+
+def _store() -> str:
+    held = store()
+    begun = time.monotonic()
+    bundles = len(held.keys("bundles/"))
+    ms = 1000 * (time.monotonic() - begun)
+    try:
+        held.write(PROBE, b"{}")
+        written = held.read(PROBE) == b"{}"
     except (InfraError, Refused) as fault:
-        return Found(what=what, state="fault" if needed else "absent", found=str(fault))
+        raise _Faulty(
+            f"{held.root} is read ({bundles} bundle(s)) but not written: {fault}",
+            "Fetching works; to pack and compress, use a key or user that may write there.",
+        ) from fault
+    if not written:
+        raise _Faulty(f"{held.root} does not give back what was written to {PROBE}", _STORE)
+    return f"{held.root}: {bundles} bundle(s), {ms:.0f} ms, writable"
+
+
+def _registry() -> str:
+    uri = load_settings().registry_uri
+    if not uri.startswith(("http://", "https://")):
+        begun = time.monotonic()
+        models = len(registry().models())
+        ms = 1000 * (time.monotonic() - begun)
+        return f"{shown(uri)}: {models} model(s), {ms:.0f} ms"
+    base = uri.rstrip("/")
+    path = "/api/2.0/mlflow/registered-models/search?max_results=1000"
+    answer = get(base + path, headers=_mlflow_credentials())
+    _accepted(
+        answer,
+        f"MLflow at {shown(uri)}",
+        "Set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD (or MLFLOW_TRACKING_TOKEN); a "
+        "server that says 'Invalid Host' needs this host in its --allowed-hosts.",
+        _REGISTRY,
+    )
+    found = answer.value()
+    if not isinstance(found, dict) or found.keys() - {"registered_models", "next_page_token"}:
+        raise _Faulty(f"{shown(uri)} answers, but not as MLflow does", _REGISTRY)
+    more = "+" if found.get("next_page_token") else ""
+    models = len(found.get("registered_models", ()))
+    version = get(f"{base}/version", headers=_mlflow_credentials())
+    named = version.body.decode("ascii", "replace")[:20] if version.status == 200 else "?"
+    return f"MLflow {named} at {shown(uri)}: {models}{more} model(s), {answer.ms:.0f} ms"
+
+
+def _mlflow_credentials() -> dict[str, str]:
+    if token := os.environ.get("MLFLOW_TRACKING_TOKEN"):
+        return {"Authorization": f"Bearer {token}"}
+    user = os.environ.get("MLFLOW_TRACKING_USERNAME")
+    return basic(user, os.environ.get("MLFLOW_TRACKING_PASSWORD", "")) if user else {}
+
+
+def _prefect() -> str:
+    from prefect.settings import Settings
+
+    api = Settings().api  # the environment and the profile, as a command started now reads them
+    if not api.url:
+        return "embedded, started with each command"
+    base, headers = api.url.rstrip("/"), dict[str, str]()
+    if api.key is not None:
+        headers = {"Authorization": f"Bearer {api.key.get_secret_value()}"}
+    elif api.auth_string is not None:
+        headers = basic(*api.auth_string.get_secret_value().partition(":")[::2])
+    answer = get(f"{base}/work_pools/filter", headers=headers, posted={"limit": 200})
+    _accepted(
+        answer,
+        f"Prefect at {shown(api.url)}",
+        "Set PREFECT_API_AUTH_STRING (a server of your own) or PREFECT_API_KEY (Prefect Cloud).",
+        _PREFECT,
+    )
+    pools = answer.value()
+    if not isinstance(pools, list):
+        raise _Faulty(f"{shown(api.url)} answers, but not as Prefect does", _PREFECT)
+    version = get(f"{base}/admin/version", headers=headers)
+    named = str(version.value())[:20] if version.status == 200 else "?"
+    ready = ", ".join(str(pool.get("name")) for pool in pools if pool.get("status") == "READY")
+    workers = f"workers of {ready}" if ready else "no worker online"
+    return f"Prefect {named} at {shown(api.url)}: {workers}, {answer.ms:.0f} ms"
+
+
+def _accepted(answer: Answer, whose: str, credentials: str, otherwise: str) -> None:
+    """Nothing, if the answer is 200.
+
+    Raises:
+        _Faulty: it is not; the body is left out, since some servers repeat the request in it.
+    """
+    if answer.status == 200:
+        return
+    if answer.status in {401, 403}:
+        raise _Faulty(f"{whose} refuses the credentials ({answer.status})", credentials)
+    if answer.status >= 500:
+        raise _Faulty(
+            f"{whose} answers with its own failure ({answer.status})",
+            "Its log says more; it may wait for its database.",
+        )
+    raise _Faulty(f"{whose} answers {answer.status}", otherwise)
+
+
+def _torch() -> str:
+    import torch
+
+    gpu = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ", no GPU"
+    return f"{torch.__version__}{gpu}"
+
+
+def _version(module: str) -> str:
+    return str(importlib.import_module(module).__version__)

@@ -25,4 +25,9 @@ tensorrt.py        engines of TensorRT 10 / 11 and TensorRT-RTX
 tensorrt_build.py  the child process that builds one
 tensorrt_audit.py  what an engine must prove
 child.py           processes that can be killed
+answers.py         what a service answers to one question, within seconds
+services.py        docker-compose.yml read as plain processes
+services_local.py  those processes, started in order, watched and stopped (make up-local)
+postgres.py        a Postgres cluster as its image would make it
+setup.py           what the services need once: buckets, work pools, deployments
 """

@@ -15,7 +15,8 @@ from packaging.version import Version
 
 ROOT = Path(__file__).parents[1]
 LARGEST = 1_000_000
-INSTALLED_EXTRAS = ("dev", "tensorrt-rtx")  # what `make .venv` names, besides the demo's data
+# What `make .venv` names, besides the demo's data.
+INSTALLED_EXTRAS = ("dev", "services", "tensorrt-rtx")
 # CUDA builds of torch pin these themselves, CPU builds do not have them.
 PINNED_BY_TORCH = re.compile(r"^(nvidia|cuda)-|^triton$")
 MACHINE_PATH = re.compile(r"(?<![\w.])/(?:work|root|Users|home)/[\w.]")
@@ -106,7 +107,7 @@ def texts() -> list[tuple[Path, str]]:
 
 def targets() -> set[str]:
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
-    return set(re.findall(r"^([.a-z]+):(?!=)", makefile, re.MULTILINE)) - {".PHONY"}
+    return set(re.findall(r"^([.a-z-]+):(?!=)", makefile, re.MULTILINE)) - {".PHONY"}
 
 
 def test_every_package_that_make_installs_is_pinned_to_what_is_installed():
@@ -190,7 +191,7 @@ def test_a_machine_path_or_registry_host_would_be_found(pattern, text):
 def test_every_make_command_in_the_prose_is_a_target():
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     prose = readme + (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
-    command = re.compile(r"(?:^|`)make ([.a-z]+)", re.MULTILINE)
+    command = re.compile(r"(?:^|`)make ([.a-z-]+)", re.MULTILINE)
     assert {"demo", "test"} <= set(command.findall(readme))
     assert set(command.findall(prose)) - targets() == set()
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 from drafts import write_draft
+from local_services import LocalServices, lacking, running_services
 from orders import ACCEPTED, BOTH, World, carry_out, surroundings
 from prefect.testing.utilities import prefect_test_harness
 
@@ -54,3 +55,12 @@ def fresh(prefect_server: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     """A home in which nothing happened yet, and the Prefect server."""
     surroundings(monkeypatch, tmp_path / "recpress")
     return tmp_path
+
+
+@pytest.fixture(scope="session")
+def local_services() -> Iterator[LocalServices]:
+    """Prefect, MLflow, Postgres, an S3 store and a worker, as `make up-local` runs them."""
+    if reason := lacking():
+        pytest.skip(reason)
+    with running_services() as services:
+        yield services

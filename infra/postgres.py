@@ -1,0 +1,110 @@
+"""A Postgres cluster as the official image would make it: one user, one database, a password.
+
+Postgres refuses to run as root, so for root its programs run as ``postgres`` or ``nobody``.
+"""
+
+import os
+import pwd
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+from infra.errors import InfraError, SettingRefused
+
+UNPRIVILEGED = ("postgres", "nobody")
+PLACES = ("/usr/lib/postgresql", "/usr/pgsql", "/opt/homebrew/opt", "/usr/local/opt")
+
+
+def programs() -> list[Path]:
+    """Folders that ``initdb`` and ``postgres`` may lie in though they are not on PATH."""
+    found = [
+        folder
+        for place in PLACES
+        for folder in Path(place).glob("*/bin")
+        if (folder / "initdb").exists()
+    ]
+    return sorted(found, reverse=True)
+
+
+def as_whom() -> dict[str, Any]:
+    """Arguments for ``subprocess`` that give the process a user Postgres accepts.
+
+    Raises:
+        SettingRefused: this is root, and there is no unprivileged user to become.
+    """
+    if os.geteuid() != 0:
+        return {}
+    for name in UNPRIVILEGED:
+        try:
+            user = pwd.getpwnam(name)
+        except KeyError:
+            continue
+        return {"user": user.pw_uid, "group": user.pw_gid, "extra_groups": []}
+    raise SettingRefused(
+        f"Postgres refuses to run as root, and none of the users {', '.join(UNPRIVILEGED)} is "
+        "here to run it. Start this as another user."
+    )
+
+
+def prepare(environment: dict[str, str]) -> None:
+    """Make the cluster if it is not there.
+
+    Args:
+        environment: the image's own variables (``PGDATA``, ``POSTGRES_USER``, ``_PASSWORD`` and
+            ``_DB``) and a PATH.
+
+    Raises:
+        InfraError: ``initdb`` failed; what it said is in the message.
+        SettingRefused: the user that has to run Postgres may not reach the folder.
+    """
+    cluster, whom = Path(environment["PGDATA"]), as_whom()
+    home = cluster.parent
+    home.mkdir(parents=True, exist_ok=True)
+    if whom:
+        os.chown(home, whom["user"], whom["group"])
+    if subprocess.run(["test", "-w", str(home)], check=False, **whom).returncode:  # noqa: S607
+        raise SettingRefused(
+            f"Postgres runs as user {whom.get('user', os.geteuid())} and cannot reach {home}. Set "
+            "RECPRESS_HOME to a folder whose parents every user may enter, such as one in /var/lib."
+        )
+    if (cluster / "PG_VERSION").exists():
+        return
+    # Made beside and moved into place when complete, so that a stop in between leaves nothing.
+    part = home / "part"
+    shutil.rmtree(part, ignore_errors=True)
+    password = home / "password"
+    password.touch(0o600)
+    password.write_text(environment["POSTGRES_PASSWORD"], encoding="utf-8")
+    if whom:
+        os.chown(password, whom["user"], whom["group"])
+    options = [f"--username={environment['POSTGRES_USER']}", f"--pwfile={password}"]
+    options += ["--auth=scram-sha-256", "--encoding=UTF8", "--no-locale"]
+    try:
+        _run(["initdb", f"--pgdata={part}", *options], environment, home, whom)
+    finally:
+        password.unlink()
+    made = f'CREATE DATABASE "{environment["POSTGRES_DB"]}";\n\n'
+    _run(["postgres", "--single", "-j", "-D", str(part), "postgres"], environment, home, whom, made)
+    part.rename(cluster)
+
+
+def _run(
+    command: list[str],
+    environment: dict[str, str],
+    home: Path,
+    whom: dict[str, Any],
+    said: str = "",
+) -> None:
+    ended = subprocess.run(
+        command,
+        env=environment,
+        cwd=home,
+        input=said,
+        capture_output=True,
+        text=True,
+        check=False,
+        **whom,
+    )
+    if ended.returncode or "ERROR:" in ended.stderr:
+        raise InfraError(f"'{command[0]}' failed: {(ended.stdout + ended.stderr)[-1500:]}")

@@ -1,0 +1,251 @@
+"""The doctor in front of real sockets: services that are down, hang, refuse, fail or are others."""
+
+import json
+import os
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+from drafts import environment, recpress
+from s3_server import S3Server
+
+from flows.doctor import Found, examine
+from infra.answers import SECONDS, NoAnswer, Question, get
+
+SECRET = "canary-of-a-password"
+# Two more seconds than the limit, for a machine that does other things as well.
+AT_MOST = SECONDS + 2
+
+Reply = tuple[int, dict[str, str], bytes]
+
+
+@contextmanager
+def serving(reply: Callable[[BaseHTTPRequestHandler], Reply]) -> Iterator[str]:
+    """A server on loopback whose every answer is ``reply``'s; gives its URI."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.rfile.read(int(self.headers.get("Content-Length", 0)))
+            status, headers, body = reply(self)
+            self.send_response(status)
+            for name, value in {**headers, "Content-Length": str(len(body))}.items():
+                self.send_header(name, value)
+            self.end_headers()
+            self.wfile.write(body)
+
+        do_POST = do_PUT = do_HEAD = do_GET  # noqa: N815
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    class Server(ThreadingHTTPServer):
+        def handle_error(self, *_: object) -> None:
+            """A client that has read enough goes away: nothing to print about."""
+
+    server = Server(("127.0.0.1", 0), Handler)
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}"
+    finally:
+        server.shutdown()
+        thread.join()
+        server.server_close()
+
+
+@pytest.fixture
+def silent() -> Iterator[int]:
+    """The port of a server that accepts every connection and never says a word."""
+    with socket.socket() as listening:
+        listening.bind(("127.0.0.1", 0))
+        listening.listen(64)
+        yield listening.getsockname()[1]
+
+
+@pytest.fixture
+def refused() -> int:
+    """A port on which nothing listens."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def configured(patch: pytest.MonkeyPatch, uri: str) -> None:
+    """All three services at one address, with a password in every place there is for one."""
+    patch.setenv("RECPRESS_STORE", "s3://models/here")
+    patch.setenv("AWS_ENDPOINT_URL", uri)
+    patch.setenv("AWS_ACCESS_KEY_ID", "somebody")
+    patch.setenv("AWS_SECRET_ACCESS_KEY", SECRET)
+    patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+    patch.setenv("MLFLOW_TRACKING_URI", uri.replace("://", f"://somebody:{SECRET}@"))
+    patch.setenv("PREFECT_API_URL", f"{uri}/api")
+    patch.setenv("PREFECT_API_AUTH_STRING", f"admin:{SECRET}")
+
+
+def services() -> tuple[Found, Found, Found]:
+    """What the doctor says of store, registry and Prefect; never a secret."""
+    found = {item.what: item for item in examine()}
+    assert SECRET not in "".join(item.model_dump_json() for item in found.values())
+    return found["object store"], found["registry"], found["Prefect"]
+
+
+def test_services_that_are_down_are_named_with_what_to_do(
+    refused: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    configured(monkeypatch, f"http://127.0.0.1:{refused}")
+    store, registry, prefect = services()
+    assert {item.state for item in (store, registry, prefect)} == {"fault"}
+    assert "did not answer" in store.found
+    assert "AWS_ENDPOINT_URL" in store.remedy
+    assert f"no answer from http://127.0.0.1:{refused}" in registry.found
+    assert "MLFLOW_TRACKING_URI" in registry.remedy
+    assert "refused" in prefect.found
+    assert "PREFECT_API_URL" in prefect.remedy
+
+
+def test_services_that_accept_and_never_answer_cost_one_limit_and_not_three(
+    silent: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    examine()  # imports and libraries have no part in it
+    configured(monkeypatch, f"http://127.0.0.1:{silent}")
+    begun = time.monotonic()
+    found = services()
+    assert SECONDS - 1 < time.monotonic() - begun < AT_MOST
+    for item in found:
+        assert item.state == "fault"
+        assert "no answer" in item.found
+        assert "firewall" in item.remedy
+
+
+@pytest.mark.slow
+def test_the_whole_command_ends_soon_though_its_services_hang(
+    silent: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    configured(monkeypatch, f"http://127.0.0.1:{silent}")
+    hanging = {
+        name: value
+        for name, value in os.environ.items()
+        if name.startswith("AWS_")
+        or name in {"RECPRESS_STORE", "MLFLOW_TRACKING_URI", "PREFECT_API_URL"}
+    }
+    begun = time.monotonic()
+    said = recpress("doctor", env=environment(tmp_path, **hanging), seconds=60)
+    assert said.returncode == 1
+    # Start-up, imports and torch take most of it; a client's own retries would take minutes.
+    assert time.monotonic() - begun < 40
+    assert said.stdout.count("no answer") >= 3
+    assert "registry: Start it, or correct the address" in said.stdout
+    assert SECRET not in said.stdout + said.stderr
+
+
+@pytest.mark.parametrize(
+    ("status", "words"),
+    [(401, "refuses the credentials (401)"), (403, "(403)"), (500, "its own failure (500)")],
+)
+def test_an_error_status_is_told_with_its_remedy(
+    status: int, words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with serving(lambda _: (status, {}, SECRET.encode())) as uri:
+        configured(monkeypatch, uri)
+        store, registry, prefect = services()
+    assert store.state == "fault"
+    for item in (registry, prefect):
+        assert item.state == "fault"
+        assert words in item.found
+        assert ("PREFECT_API" in item.remedy or "MLFLOW_TRACKING" in item.remedy) == (status < 500)
+        assert item.remedy
+
+
+def test_a_server_that_is_neither_mlflow_nor_prefect_is_not_taken_for_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with serving(lambda _: (200, {}, b"<html>It works!</html>")) as uri:
+        configured(monkeypatch, uri)
+        _, registry, prefect = services()
+    assert "not as MLflow does" in registry.found
+    assert "not as Prefect does" in prefect.found
+
+
+def test_credentials_are_sent_and_a_redirect_does_not_take_them_elsewhere(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    seen: list[str | None] = []
+    elsewhere: list[str | None] = []
+
+    def there(request: BaseHTTPRequestHandler) -> Reply:
+        elsewhere.append(request.headers.get("Authorization"))
+        return 200, {}, b"{}"
+
+    with serving(there) as other:
+
+        def here(request: BaseHTTPRequestHandler) -> Reply:
+            seen.append(request.headers.get("Authorization"))
+            return 302, {"Location": other}, b""
+
+        with serving(here) as uri:
+            answer = get(uri.replace("://", f"://somebody:{SECRET}@"))
+    assert answer.status == 302
+    assert seen == ["Basic c29tZWJvZHk6Y2FuYXJ5LW9mLWEtcGFzc3dvcmQ="]
+    assert elsewhere == []
+
+
+def test_an_s3_store_answers_with_its_latency_and_whether_it_is_written(
+    s3: S3Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RECPRESS_STORE", "s3://models/doctor")
+    store, _, _ = services()
+    assert store.state == "ok"
+    assert "0 bundle(s)" in store.found
+    assert "ms, writable" in store.found
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", SECRET)
+    store, _, _ = services()
+    assert store.state == "fault"
+    assert "refused the credentials" in store.found
+
+
+def test_a_folder_that_is_only_read_is_a_fault_that_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "store").mkdir()
+    (tmp_path / "store" / "doctor").write_text("a file where a folder has to be")
+    monkeypatch.setenv("RECPRESS_STORE", str(tmp_path / "store"))
+    store, _, _ = services()
+    assert store.state == "fault"
+    assert "read (0 bundle(s)) but not written" in store.found
+    assert "pack and compress" in store.remedy
+
+
+def test_without_settings_everything_is_embedded_and_well() -> None:
+    store, registry, prefect = services()
+    assert [store.state, registry.state, prefect.state] == ["ok", "ok", "ok"]
+    assert registry.found.startswith("sqlite:///")
+    assert prefect.found.startswith("embedded")
+
+
+def test_a_question_is_given_up_at_its_limit_though_it_drips() -> None:
+    begun = time.monotonic()
+    with pytest.raises(NoAnswer, match=r"within 0\.2 s"):
+        Question(lambda: time.sleep(2)).answer(0.2)
+    assert time.monotonic() - begun < 1
+
+
+def test_what_asking_raised_is_raised_where_the_answer_is_read() -> None:
+    def ask() -> None:
+        raise PermissionError("no")
+
+    with pytest.raises(PermissionError, match="no"):
+        Question(ask).answer()
+
+
+def test_json_of_the_command_has_the_remedy(tmp_path: Path, refused: int) -> None:
+    env = environment(tmp_path, MLFLOW_TRACKING_URI=f"http://127.0.0.1:{refused}")
+    said = recpress("doctor", "--json", env=env)
+    assert said.returncode == 1
+    remedies = {item["what"]: item["remedy"] for item in json.loads(said.stdout)}
+    assert "MLFLOW_TRACKING_URI" in remedies["registry"]
+    assert remedies["torch"] == ""

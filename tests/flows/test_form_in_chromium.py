@@ -1,0 +1,89 @@
+"""What a person does without a terminal: fill in the form, wait for the run, read its report."""
+
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from drafts import environment, recpress, write_draft
+from local_services import LocalServices
+from playwright.sync_api import Locator, Page, expect, sync_playwright
+
+BROWSERS = ("chromium", "chromium-browser", "google-chrome-stable", "google-chrome")
+CHROMIUM = next(filter(None, map(shutil.which, BROWSERS)), None)
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.timeout(900),
+    pytest.mark.skipif(CHROMIUM is None, reason=f"needs a browser: none of {BROWSERS} on PATH"),
+]
+
+PAGE_MS = 60_000
+RUN_MS = 300_000
+
+
+@pytest.fixture
+def page() -> Iterator[Page]:
+    """A window of a browser of this machine; playwright brings none of its own."""
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(
+            executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu", "--disable-quic"]
+        )
+        opened = browser.new_page(viewport={"width": 1300, "height": 1800})
+        opened.set_default_timeout(PAGE_MS)
+        yield opened
+        browser.close()
+
+
+def field(within: Page | Locator, title: str) -> Locator:
+    """The innermost field of the form with this title."""
+    page = within if isinstance(within, Page) else within.page
+    heading = re.compile(rf"^{re.escape(title)}( \(Optional\))?$")
+    label = page.locator(".schema-form-property__label", has_text=heading)
+    return within.locator(".schema-form-property", has=label).last
+
+
+def choose(held: Locator, option: str) -> None:
+    """Pick from a dropdown: the arrow key opens it; its options stand outside the form."""
+    button = held.locator(".p-select-button__control")
+    button.press("ArrowDown")
+    held.page.get_by_role("option", name=option, exact=True).click()
+    expect(button).to_have_text(option)
+
+
+def test_an_order_from_the_form_is_carried_out_and_its_report_is_read_in_the_browser(
+    local_services: LocalServices, page: Page, tmp_path: Path
+) -> None:
+    env = environment(tmp_path, **local_services.client)
+    draft = write_draft(tmp_path / "draft", name="forms", seed=1)
+    packing = recpress("bundle", "pack", str(draft), env=env)
+    assert packing.returncode == 0, packing.stderr
+
+    page.goto(local_services.client["PREFECT_API_URL"].removesuffix("/api") + "/deployments")
+    page.get_by_role("link", name="compress", exact=True).first.click()
+    page.get_by_role("button", name="Run", exact=True).click()
+    page.get_by_text("Custom run").click()
+    field(page, "Model").locator("textarea").fill("forms@1")
+    choose(field(page, "Preset"), "fast")
+    limits = field(page, "Limits")
+    limits.get_by_role("button", name="Add item").click()
+    choose(field(limits, "Metric"), "auc")
+    least = field(limits, "At Least")
+    least.get_by_role("button", name="float").click()
+    least.locator("input").fill("-0.02")
+    page.screenshot(path=tmp_path / "form.png")
+
+    page.get_by_role("button", name="Submit").click()
+    page.locator("a[href*='/runs/flow-run/']").first.click()
+    page.wait_for_url(re.compile("/runs/flow-run/"))
+    badge = page.locator(".state-badge", has_text=re.compile("Completed|Failed|Crashed")).first
+    expect(badge).to_be_visible(timeout=RUN_MS)
+    page.screenshot(path=tmp_path / "run.png")
+    expect(badge).to_have_text("Completed")
+
+    page.get_by_text("Artifacts", exact=True).click()
+    page.get_by_text("recpress-forms", exact=True).first.click()
+    headline = page.get_by_role("heading", name="forms 1: accepted")
+    expect(headline).to_be_visible()
+    page.screenshot(path=tmp_path / "artifact.png")
+    page.get_by_text("bytes served").first.wait_for()

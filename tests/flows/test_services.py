@@ -1,0 +1,178 @@
+"""The deployment carried out by the worker, between the real services of docker-compose.yml."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import boto3
+import pytest
+from botocore import UNSIGNED
+from botocore.config import Config
+from botocore.exceptions import ClientError
+from drafts import environment, recpress, write_draft
+from local_services import LocalServices
+from mlflow import MlflowClient
+from prefect.client.orchestration import get_client
+from prefect.client.schemas.filters import ArtifactFilter, ArtifactFilterFlowRunId
+from prefect.client.schemas.objects import FlowRun
+from prefect.deployments import run_deployment
+from prefect.settings import PREFECT_API_URL, temporary_settings
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+
+RUN_SECONDS = 300
+ORDER = {
+    "model": "clicks@1",
+    "preset": "fast",
+    "limits": [{"metric": "auc", "against": "baseline", "at_least": -0.02}],
+}
+
+
+@pytest.fixture(scope="module")
+def client(local_services: LocalServices) -> Iterator[dict[str, str]]:
+    """What a client of the services has, with Prefect's own client pointing there as well."""
+    found = local_services.client
+    with temporary_settings({PREFECT_API_URL: found["PREFECT_API_URL"]}):
+        yield found
+
+
+@pytest.fixture(scope="module")
+def carried_out(client: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> FlowRun:
+    """A draft packed into the store, and the order carried out by the worker."""
+    folder = tmp_path_factory.mktemp("services")
+    env = environment(folder, **client)
+    packing = recpress("bundle", "pack", str(write_draft(folder / "draft")), env=env)
+    assert packing.returncode == 0, packing.stderr
+    return run_deployment(
+        "compress/compress", parameters={"order": ORDER}, timeout=RUN_SECONDS, poll_interval=1
+    )
+
+
+def s3(client: dict[str, str], **options: Any) -> Any:
+    """Another client of the store than ours."""
+    return boto3.client(
+        "s3",
+        **{
+            "endpoint_url": client["AWS_ENDPOINT_URL"],
+            "aws_access_key_id": client["AWS_ACCESS_KEY_ID"],
+            "aws_secret_access_key": client["AWS_SECRET_ACCESS_KEY"],
+            "region_name": "us-east-1",
+        }
+        | options,
+    )
+
+
+def test_the_workers_run_completes_and_leaves_its_report_in_prefect(carried_out: FlowRun) -> None:
+    assert carried_out.state is not None
+    assert (carried_out.state.name, carried_out.work_pool_name) == ("Completed", "recpress-cpu")
+    with get_client(sync_client=True) as prefect:
+        artifacts = prefect.read_artifacts(
+            artifact_filter=ArtifactFilter(
+                flow_run_id=ArtifactFilterFlowRunId(any_=[carried_out.id])
+            )
+        )
+    written = [item for item in artifacts if item.type == "markdown"]
+    assert [item.key for item in written] == ["recpress-clicks"]
+    text = str(written[0].data)
+    assert text.startswith("# clicks 1: accepted")
+    assert "recpress registry fetch clicks" in text
+
+
+def test_the_version_is_in_the_mlflow_server_with_its_tags_and_alias(
+    client: dict[str, str], carried_out: FlowRun
+) -> None:
+    mlflow = MlflowClient(client["MLFLOW_TRACKING_URI"], client["MLFLOW_TRACKING_URI"])
+    version = mlflow.get_model_version_by_alias("clicks", "candidate")
+    assert version.tags["recpress.outcome"] == "accepted"
+    assert version.tags["recpress.bundle"] == "clicks@1"
+    assert version.tags["recpress.report"].startswith("s3://recpress/store/artifacts/")
+    assert [step["kind"] for step in json.loads(version.tags["recpress.recipe"])] == [
+        "rowwise_int8",
+        "static_int8",
+    ]
+    assert version.source.startswith("s3://recpress/store/artifacts/")
+
+
+def test_the_release_is_in_the_s3_store_and_is_fetched_with_every_chunk_verified(
+    client: dict[str, str], carried_out: FlowRun, tmp_path: Path
+) -> None:
+    into = tmp_path / "served"
+    said = recpress(
+        *("registry", "fetch", "clicks", "--version", "@candidate", "--into", str(into)),
+        env=environment(tmp_path, **client),
+    )
+    assert said.returncode == 0, said.stderr
+    assert (into / "model.onnx").stat().st_size > 0
+    held = s3(client).list_objects_v2(Bucket="recpress", Prefix="store/bundles/clicks/")
+    assert [entry["Key"] for entry in held["Contents"]] == ["store/bundles/clicks/1.json"]
+
+
+@pytest.mark.parametrize(
+    ("options", "code"),
+    [
+        ({"aws_secret_access_key": "wrong"}, "SignatureDoesNotMatch"),
+        ({"aws_access_key_id": "nobody"}, "InvalidAccessKeyId"),
+        ({"config": Config(signature_version=UNSIGNED)}, "AccessDenied"),
+    ],
+    ids=["secret", "key", "anonymous"],
+)
+def test_the_s3_store_refuses_whoever_has_not_the_key(
+    client: dict[str, str], options: dict[str, Any], code: str
+) -> None:
+    with pytest.raises(ClientError) as raised:
+        s3(client, **options).list_objects_v2(Bucket="recpress")
+    assert raised.value.response["Error"]["Code"] == code
+
+
+def test_the_clients_key_may_not_make_buckets_and_the_worker_has_no_other(
+    client: dict[str, str], local_services: LocalServices
+) -> None:
+    with pytest.raises(ClientError) as raised:
+        s3(client).create_bucket(Bucket="another")
+    assert raised.value.response["Error"]["Code"] == "AccessDenied"
+    secret = (local_services.home / "services" / "secrets.env").read_text()
+    assert client["AWS_SECRET_ACCESS_KEY"] in secret
+    assert "S3_SETUP_SECRET_KEY" in secret
+
+
+def test_the_doctor_finds_all_of_them_well(client: dict[str, str], tmp_path: Path) -> None:
+    said = recpress("doctor", "--json", env=environment(tmp_path, **client))
+    assert said.returncode == 0, said.stdout
+    found = {item["what"]: item["found"] for item in json.loads(said.stdout)}
+    assert "writable" in found["object store"]
+    assert found["registry"].startswith("MLflow 3.")
+    assert "workers of recpress-cpu" in found["Prefect"]
+    assert client["AWS_SECRET_ACCESS_KEY"] not in said.stdout + said.stderr
+
+
+def test_secrets_are_readable_by_their_owner_only_and_in_no_log(
+    local_services: LocalServices, carried_out: FlowRun
+) -> None:
+    state = local_services.home / "services"
+    private = [state / "secrets.env", state / "client.env", state / "configs" / "identities"]
+    assert [path.stat().st_mode & 0o777 for path in private] == [0o600] * 3
+    lines = (state / "secrets.env").read_text().splitlines()
+    values = [line.partition("=")[2] for line in lines]
+    assert len(set(values)) == len(values) == 4
+    logs = {path.name: path.read_text(errors="replace") for path in state.glob("logs/*.log")}
+    assert logs.keys() >= {"prefect.log", "mlflow.log", "s3.log", "worker.log"}
+    assert [name for name, text in logs.items() for value in values if value in text] == []
+
+
+def test_every_port_listens_on_loopback_only(local_services: LocalServices) -> None:
+    logs = local_services.home / "services"
+    listening = {}
+    for table in ("tcp", "tcp6"):
+        for line in Path(f"/proc/net/{table}").read_text().splitlines()[1:]:
+            fields = line.split()
+            if fields[3] == "0A":  # listening
+                address, _, port = fields[1].partition(":")
+                listening.setdefault(int(port, 16), set()).add(address)
+    ports = {
+        int(value.rsplit(":", 1)[1].partition("/")[0])
+        for value in local_services.client.values()
+        if "://127.0.0.1:" in value
+    }
+    assert len(ports) == 3, logs
+    assert {port: listening.get(port) for port in ports} == {port: {"0100007F"} for port in ports}

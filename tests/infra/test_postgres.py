@@ -1,0 +1,65 @@
+"""A Postgres cluster of one's own, made by Postgres's real programs."""
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from infra import postgres
+from infra.errors import InfraError, SettingRefused
+
+PATH = os.pathsep.join([os.environ.get("PATH", ""), *map(str, postgres.programs())])
+needs_initdb = pytest.mark.skipif(
+    shutil.which("initdb", path=PATH) is None, reason="needs PostgreSQL's programs"
+)
+
+
+def variables(folder: Path, **more: str) -> dict[str, str]:
+    names = {"POSTGRES_USER": "someone", "POSTGRES_DB": "things", "POSTGRES_PASSWORD": "secret-pw"}
+    return {"PATH": PATH, "PGDATA": str(folder / "db" / "cluster"), **names, **more}
+
+
+@pytest.fixture
+def open_folder() -> Iterator[Path]:
+    """A folder that every user may enter, unlike those of pytest."""
+    folder = Path(tempfile.mkdtemp(prefix="recpress-postgres-"))
+    folder.chmod(0o755)
+    yield folder
+    shutil.rmtree(folder)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root has to become somebody else")
+def test_a_folder_its_user_cannot_enter_is_refused_before_anything_is_made(tmp_path: Path) -> None:
+    tmp_path.chmod(0o700)
+    with pytest.raises(SettingRefused, match=r"cannot reach .*Set RECPRESS_HOME"):
+        postgres.prepare(variables(tmp_path))
+    assert list((tmp_path / "db").iterdir()) == []
+
+
+@needs_initdb
+def test_a_cluster_is_made_once_with_passwords_required_and_none_left_behind(
+    open_folder: Path,
+) -> None:
+    postgres.prepare(variables(open_folder))
+    cluster = open_folder / "db" / "cluster"
+    rules = [
+        line.split()[-1]
+        for line in (cluster / "pg_hba.conf").read_text().splitlines()
+        if line and not line.startswith("#")
+    ]
+    assert set(rules) == {"scram-sha-256"}
+    assert [path.name for path in cluster.parent.iterdir()] == ["cluster"]
+    made = (cluster / "PG_VERSION").stat().st_mtime_ns
+    postgres.prepare(variables(open_folder, POSTGRES_PASSWORD="another"))
+    assert (cluster / "PG_VERSION").stat().st_mtime_ns == made
+
+
+@needs_initdb
+def test_what_initdb_refuses_is_told_and_leaves_no_cluster(open_folder: Path) -> None:
+    with pytest.raises(InfraError, match="'initdb' failed"):
+        postgres.prepare(variables(open_folder, POSTGRES_USER="pg_reserved"))
+    assert not (open_folder / "db" / "cluster").exists()
+    assert not (open_folder / "db" / "password").exists()
