@@ -175,12 +175,17 @@ def _check_bag(bag: PaddedBag | JaggedBag) -> None:
         raise ValueError(f"bag {bag.name!r} reads exactly one list column")
 
 
+ITEMS = "items"
+"""The split of a retrieval model that lists what can be found: its catalogue, a row an item."""
+
 AnyInput = Annotated[IdInput | DenseInput | PaddedBag | JaggedBag, Field(discriminator="kind")]
-Metric = Literal["auc", "gauc", "ndcg@10"]
+Metric = Literal["auc", "gauc", "ndcg@10", "recall@20", "ndcg@20"]
 Measure = Literal[
     "auc",
     "gauc",
     "ndcg@10",
+    "recall@20",
+    "ndcg@20",
     "logloss",
     "normalized_entropy",
     "bytes",
@@ -193,20 +198,47 @@ Measure = Literal[
 ]
 
 
+class Tower(Frozen):
+    """One half of a retrieval model: a submodule, and the inputs it is called with by name.
+
+    It returns vectors ``(rows, dim)``, of the same ``dim`` as the other tower's.
+    """
+
+    module: str = Field(pattern=r"^[A-Za-z_]\w*(\.\w+)*$", description="Its attribute path.")
+    inputs: tuple[str, ...] = Field(min_length=1)
+
+
+class Towers(Frozen):
+    """What is served of a retrieval model: a pair's score is the dot product of both vectors."""
+
+    query: Tower
+    item: Tower
+
+    def named(self) -> dict[str, Tower]:
+        """Both, by the name of the graph each of them becomes."""
+        return {"query": self.query, "item": self.item}
+
+
 class Schema(Frozen):
     """What a model takes in, what it gives out, and what its data is judged by.
 
     A model is called with its inputs by name and returns ``(rows,)`` or ``(rows, 1)``: a logit
-    or a probability for ``ctr``, any score (higher ranks first) for ``ranking``.
+    or a probability for ``ctr``, any score (higher ranks first) for ``ranking`` and
+    ``retrieval``.
+
+    ``retrieval`` alone has ``towers``, and ``item``: the input that is the item's id. Its rows
+    are interactions of whoever ``group`` says; all of them count where there is no ``label``.
     """
 
     task: Literal["ctr", "ranking", "retrieval"]
     inputs: tuple[AnyInput, ...] = Field(min_length=1)
     output: Literal["logit", "probability", "score"]
-    label: str
+    label: str | None = None
     group: str | None = None
     time: str | None = None
     metric: Metric
+    towers: Towers | None = None
+    item: str | None = None
 
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
@@ -218,7 +250,57 @@ class Schema(Frozen):
             raise ValueError(f"metric {self.metric!r} needs a group column")
         if self.task == "ctr" and self.output == "score":
             raise ValueError("task 'ctr' needs output 'logit' or 'probability'")
+        if self.task != "retrieval" and self.label is None:
+            raise ValueError(f"label is missing; task {self.task!r} needs a label column")
+        retrieves = self.metric in ("recall@20", "ndcg@20")
+        if retrieves != (self.task == "retrieval"):
+            own = "recall@20 or ndcg@20" if self.task == "retrieval" else "auc, gauc or ndcg@10"
+            raise ValueError(f"task {self.task!r} needs metric {own}; found {self.metric!r}")
         return self
+
+    @model_validator(mode="after")
+    def _towers_fit(self) -> Self:
+        if self.task != "retrieval":
+            if self.towers is not None or self.item is not None:
+                raise ValueError(f"towers and item belong to task 'retrieval', not {self.task!r}")
+            return self
+        if self.towers is None or self.item is None:
+            raise ValueError("task 'retrieval' needs towers (query and item) and item, the id")
+        if self.output != "score":
+            raise ValueError("task 'retrieval' needs output 'score', the dot product of vectors")
+        read = (*self.towers.query.inputs, *self.towers.item.inputs)
+        known = {item.name: item for item in self.inputs}
+        if sorted(read) != sorted(known):
+            raise ValueError(
+                f"every input belongs to exactly one tower; inputs are {', '.join(sorted(known))}, "
+                f"the towers read {', '.join(sorted(read))}"
+            )
+        if self.item not in self.towers.item.inputs:
+            raise ValueError(f"item {self.item!r} is not among the item tower's inputs")
+        found = known[self.item]
+        if not isinstance(found, IdInput) or found.shape:
+            raise ValueError(f"item {self.item!r} must be an id input of one column")
+        return self
+
+    def only(self, names: Iterable[str]) -> Self:
+        """The same schema with some of its inputs, in its own order."""
+        kept = set(names)
+        return self.model_copy(
+            update={"inputs": tuple(item for item in self.inputs if item.name in kept)}
+        )
+
+    def of_split(self, split: str) -> Self:
+        """What the files of one split hold.
+
+        That is everything, except for ``retrieval``: there ``items`` holds what the item tower
+        reads, a row an item, and the other splits what the query tower reads and the item's id.
+        """
+        if self.towers is None or self.item is None:
+            return self
+        if split == ITEMS:
+            plain = {"label": None, "group": None, "time": None}
+            return self.only(self.towers.item.inputs).model_copy(update=plain)
+        return self.only((*self.towers.query.inputs, self.item))
 
 
 def tensor_names(item: AnyInput) -> tuple[str, ...]:

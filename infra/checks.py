@@ -185,6 +185,8 @@ def _of_input(
 
 def _of_label(split: str, schema: Schema, rules: Rules) -> list[Check]:
     label = schema.label
+    if label is None:
+        return []
     if schema.task != "ctr":
         return [
             _not_null(split, label, ROWS),

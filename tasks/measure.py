@@ -14,10 +14,11 @@ from compressors import intervals, judge
 from compressors.batches import Batch, batches
 from compressors.contracts import Artifact, Schema
 from compressors.errors import CompressionError
+from compressors.lower.served import forms
 from infra.bundle import read
 from infra.onnxruntime import Session, interleaved_ms, machine
 from infra.settings import load_settings
-from tasks.documents import MODEL, Measurement, served_bytes
+from tasks.documents import Measurement, served_bytes
 from tasks.loading import split_of
 from tasks.policy import KEPT
 from tasks.stored import local, store
@@ -61,7 +62,10 @@ def measure(
     if champion is not None:
         graphs["champion"] = champion
     folders = {name: local(artifact) for name, artifact in graphs.items()}
-    sessions = {name: Session(folder / MODEL, threads) for name, folder in folders.items()}
+    (form,) = forms(schema)
+    sessions = {
+        name: Session(folder / f"{form.name}.onnx", threads) for name, folder in folders.items()
+    }
     _same_inputs(sessions)
     rows = list(batches(split_of(test, test_rows), schema, SCORING_ROWS))
     label = np.concatenate([batch.label.numpy() for batch in rows])

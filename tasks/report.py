@@ -4,7 +4,7 @@ import json
 from html import escape
 
 from compressors.contracts import Estimate, Plan
-from tasks.documents import ORDER_FILE, Report
+from tasks.documents import ORDER_FILE, LoweredGraph, Report
 
 
 def headline(report: Report) -> list[dict[str, str]]:
@@ -138,7 +138,7 @@ def remarks(report: Report) -> list[str]:
         f"The {target.target} engine holds {target.lowering.packed_bytes:,} bytes of weights; the "
         f"rest of its {target.bytes:,} bytes is code, which does not grow with a table's rows."
         for target in report.targets
-        if target.audit
+        if target.audits
     ]
     found += [f"Step {kind} had nothing to do: {why}" for kind, why in report.idle.items()]
     return found
@@ -167,21 +167,28 @@ def resolution(report: Report) -> str:
 def _checks(report: Report) -> list[str]:
     lines = []
     for t in report.targets:
-        parity = t.lowering.rows_parity
+        for graph in t.lowering.graphs:
+            where = t.target if len(t.lowering.graphs) == 1 else f"{t.target}, {graph.name}"
+            lines += _graph_checks(where, graph, t.audits.get(graph.name, {}))
+    return lines
+
+
+def _graph_checks(where: str, graph: LoweredGraph, audit: dict[str, object]) -> list[str]:
+    parity = graph.rows_parity
+    lines = [
+        f"- {where}: {graph.output}s differ from torch by at most {parity.largest:.2g} (root mean "
+        f"square {parity.root_mean_square:.2g}) on {parity.rows} rows"
+    ]
+    if graph.audit is not None:
         lines.append(
-            f"- {t.target}: scores differ from torch by at most {parity.largest:.2g} (root mean "
-            f"square {parity.root_mean_square:.2g}) on {parity.rows} rows"
+            f"- {where}: optimized graph holds {graph.audit.int8_products} int8 "
+            f"products and {graph.audit.packed_tables} packed tables; nothing widened"
         )
-        if t.lowering.graph is not None:
-            lines.append(
-                f"- {t.target}: optimized graph holds {t.lowering.graph.int8_products} int8 "
-                f"products and {t.lowering.graph.packed_tables} packed tables; nothing widened"
-            )
-        lines.extend(
-            f"- {t.target}: {name.replace('_', ' ')}: {t.audit[name]}"
-            for name in ("scratch", "scratch_reason", "weights_bytes", "packed_bytes")
-            if name in t.audit
-        )
+    lines += [
+        f"- {where}: {name.replace('_', ' ')}: {audit[name]}"
+        for name in ("scratch", "scratch_reason", "weights_bytes", "packed_bytes")
+        if name in audit
+    ]
     return lines
 
 
@@ -197,7 +204,9 @@ def _ratio(plan: Plan) -> float:
 
 def label(metric: str) -> str:
     """A metric as people write it."""
-    names = {"auc": "AUC", "gauc": "GAUC", "logloss": "log loss", "ndcg@10": "NDCG@10"}
+    names = {"auc": "AUC", "gauc": "GAUC", "logloss": "log loss"}
+    if metric.startswith(("ndcg@", "recall@")):
+        return metric.upper() if metric.startswith("ndcg") else metric.capitalize()
     if "_ms@" in metric:
         quantile, _, size = metric.partition("_ms@")
         return f"{quantile} ms, batch {size}"

@@ -11,7 +11,7 @@ from infra.pictures import Curve, Mark, Tone
 from tasks.documents import Measurement, Report, TargetReport
 from tasks.report import change_of, label
 
-HIGHER_IS_BETTER = {"auc", "gauc", "ndcg@10"}
+HIGHER_IS_BETTER = {"auc", "gauc", "ndcg@10", "recall@20", "ndcg@20"}
 
 TONES: dict[Outcome, Tone] = {
     "accepted": "held",

@@ -74,7 +74,8 @@ def _here(made: Graphs, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_lowered_graph_says_what_a_caller_must_send_and_how_far_it_is_from_torch(
     made: Graphs,
 ) -> None:
-    found = lowering_of(local(made.graph))
+    (found,) = lowering_of(local(made.graph)).graphs
+    assert (found.name, found.output, found.width) == ("model", "score", None)
     sent = {item.name: (item.dtype, item.shape) for item in found.inputs}
     assert sent == {
         "user": ("int64", ()),
