@@ -43,6 +43,7 @@ from infra.parquet import (
     survey,
 )
 
+FILE = "data.safetensors"
 INT32 = np.iinfo(np.int32)
 FLOAT32_MAX = float(np.finfo(np.float32).max)
 
@@ -113,13 +114,13 @@ def prepare(parquet: Path, schema: Schema, into: Path) -> Prepared:
     for item in schema.inputs:
         if isinstance(item, JaggedBag):
             out[item.name] = out[item.name][: out[f"@bounds/{item.name}"][-1]]
-    return Prepared(rows=found.rows, bytes=_save(out, into), tensors=tuple(out))
+    return Prepared(rows=found.rows, bytes=save(out, into), tensors=tuple(out))
 
 
-def _save(tensors: dict[str, Array], into: Path) -> int:
+def save(tensors: dict[str, Array], into: Path) -> int:
     """Write beside the final name and rename: a file that is there is whole."""
     into.mkdir(parents=True, exist_ok=True)
-    final, partial = into / "data.safetensors", into / f".data-{os.getpid()}.partial"
+    final, partial = into / FILE, into / f".data-{os.getpid()}.partial"
     try:
         save_file(tensors, partial)
         size = partial.stat().st_size
@@ -340,7 +341,9 @@ def check_ids(
             if value >= rows
         ]
         for split, facts in statistics.items():
-            seen = facts.inputs[item.name]
+            seen = facts.inputs.get(item.name)
+            if seen is None:  # the catalogue lists items, the other splits interactions
+                continue
             wrong = {seen.min_id, seen.max_id} - {None} if policed(split, item) else set()
             lines += [
                 f"split {split!r}, input {item.name!r}: id {found} is not in {where} "
