@@ -100,8 +100,25 @@ class Measurement(Frozen):
     machine: Machine
 
 
+class PreparedRows(Frozen):
+    """A prepared split and how many rows it has."""
+
+    artifact: Artifact
+    rows: int
+
+
+class Ranking(Frozen):
+    """What a full ranking needs beside the test rows: the catalogue, and what was seen before."""
+
+    items: PreparedRows
+    seen: tuple[PreparedRows, ...]
+
+
 class Scored(Frozen):
-    """A model on its way through a recipe, and what it answers to the test rows."""
+    """A model on its way through a recipe, and what it answers to the test rows.
+
+    ``score`` holds a score a row, or for ``retrieval`` the metrics of every query.
+    """
 
     step: str
     bundle: Artifact

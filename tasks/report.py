@@ -130,6 +130,7 @@ def remarks(report: Report) -> list[str]:
                 f"where that matters, or try preset 'safe' or 'fast'."
             )
         found.append("'change' compares ONNX Runtime with the untouched model in the same run.")
+        found += timed(report)
         if not report.measurement.machine.int8_dot:
             found.append(
                 "This processor has no int8 dot product: int8 layers may be slower and saturate."
@@ -142,6 +143,17 @@ def remarks(report: Report) -> list[str]:
     ]
     found += [f"Step {kind} had nothing to do: {why}" for kind, why in report.idle.items()]
     return found
+
+
+def timed(report: Report) -> list[str]:
+    """Which of several graphs the latency is of; nothing where there is one."""
+    names = [graph.name for graph in report.targets[0].lowering.graphs]
+    if len(names) == 1:
+        return []
+    return [
+        f"Bytes are of all graphs ({', '.join(names)}); latency is of the {names[0]} graph alone: "
+        f"a request waits for it, while the items' vectors are made beforehand."
+    ]
 
 
 def limit_lines(report: Report) -> list[str]:

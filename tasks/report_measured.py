@@ -9,7 +9,7 @@ from infra import pictures
 from infra.html import many, scrollable, table
 from infra.pictures import Curve, Mark, Tone
 from tasks.documents import Measurement, Report, TargetReport
-from tasks.report import change_of, label
+from tasks.report import change_of, label, timed
 
 HIGHER_IS_BETTER = {"auc", "gauc", "ndcg@10", "recall@20", "ndcg@20"}
 
@@ -123,6 +123,7 @@ def latency(report: Report) -> str:
         f"{'with' if machine.int8_dot else 'without'} int8 dot products. Both models are called "
         "in turn, so what slows the machine slows both. Whiskers are 95 % intervals."
     )
+    where = " ".join([where, *timed(report)])
     return f'<p class="soft">{escape(where)}</p><div class="charts">{"".join(charts)}</div>'
 
 

@@ -46,6 +46,7 @@ def measured(made: Graphs, champion: Artifact | None = None, **changes: object) 
         "champion": champion,
         "test": made.test,
         "test_rows": ROWS["test"],
+        "ranking": None,
         "seed": 0,
         "code": "c",
     }
