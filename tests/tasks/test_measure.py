@@ -161,7 +161,15 @@ def test_a_graph_with_other_inputs_is_not_compared(
     other = tmp_path / "other"
     other.mkdir()
     onnx.save(model, other / "model.onnx")
+    lowering = lowering_of(local(made.graph))
+    (other / "lowering.json").write_text(lowering.model_dump_json())
     with pytest.raises(CompressionError, match=r"champion takes the inputs .*person"):
+        measured(made, champion=store().put(other))
+
+    towers = tuple(lowering.graphs[0].model_copy(update={"name": n}) for n in ("query", "item"))
+    several = lowering.model_copy(update={"graphs": towers})
+    (other / "lowering.json").write_text(several.model_dump_json())
+    with pytest.raises(CompressionError, match=r"served as model; .* is served as query, item"):
         measured(made, champion=store().put(other))
 
 
