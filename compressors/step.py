@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from compressors.batches import example
-from compressors.contracts import Bench, Change, Network, Part, Plan, PlanLine, Schema
+from compressors.contracts import Bench, Change, Network, Part, Schema
 from compressors.errors import (
     CompressionError,
     ContractBroken,
@@ -22,6 +22,7 @@ from compressors.errors import (
 )
 from compressors.formats import PackedTable, TableFormat
 from compressors.model import Model
+from compressors.plan import plan_of
 from compressors.state import load, records_of, save
 from compressors.units import (
     Choice,
@@ -34,7 +35,6 @@ from compressors.units import (
 
 BLOCK_ROWS = 65_536
 CHECK_ROWS = 32
-DROPPED = "dropped"
 
 
 @runtime_checkable
@@ -97,6 +97,9 @@ class ModelStep(Protocol):
         ``run``.
         """
 
+    def outline(self, model: Model, bench: Bench) -> Model:
+        """The same without data and without work: every shape of the result, whatever values."""
+
 
 def needs(step: TableStep | ModelStep) -> tuple[Part, ...]:
     """The parts of the bench a step cannot do without; a table step sees only its tables."""
@@ -123,7 +126,7 @@ def run(step: TableStep | ModelStep, source: Model, bench: Bench, folder: Path) 
     versions = _versions(source.module)
     model = source.private()
     before = Unit.of(model.module)
-    choices = _choices(step, model, bench)
+    choices = choices_of(step, model, bench)
     if isinstance(step, ModelStep):
         model = step.apply(model, bench)
     else:
@@ -153,7 +156,8 @@ def run(step: TableStep | ModelStep, source: Model, bench: Bench, folder: Path) 
             f"up to {gap:g}): some of its state is not among its tensors."
         )
     sizes = stored_bytes(source.module), stored_bytes(stored)
-    plan = _plan(step.kind, source, choices, before, after, *sizes)
+    choices = _as_found(step, choices, Unit.of(source.module), after)
+    plan = plan_of(step.kind, source, choices, before, after, sizes)
     return Model(stored, source.architecture, network, plan)
 
 
@@ -212,7 +216,12 @@ def rows_of_tables(model: nn.Module, schema: Schema) -> dict[str, int]:
     return rows
 
 
-def _choices(step: TableStep | ModelStep, model: Model, bench: Bench) -> dict[str, Choice]:
+def choices_of(step: TableStep | ModelStep, model: Model, bench: Bench) -> dict[str, Choice]:
+    """What a step will do with every unit of a model, and why.
+
+    Raises:
+        NothingToCompress: it takes none of them.
+    """
     units = Unit.of(model.module)
     if isinstance(step, ModelStep):
         chosen = step.choose(model, bench)
@@ -274,6 +283,25 @@ def _check_choices(
         raise ContractBroken(f"After {step.kind!r} there is {more[0]!r}, which was not there.")
 
 
+def _as_found(
+    step: TableStep | ModelStep,
+    choices: Mapping[str, Choice],
+    before: tuple[Unit, ...],
+    after: tuple[Unit, ...],
+) -> dict[str, Choice]:
+    """The choices, with a word where the method looked for better values and found none."""
+    if not isinstance(step, ModelStep) or step.changes != "values":
+        return dict(choices)
+    now = {unit.name: unit for unit in after}
+    found = dict(choices)
+    for unit in before:
+        new, choice = now.get(unit.name), choices[unit.name]
+        if choice.take and new is not None and _equal(unit.module, new.module):
+            reason = f"{choice.reason}: nothing better was found, kept as it was"
+            found[unit.name] = Choice(False, reason)
+    return found
+
+
 def _equal(old: nn.Module, new: nn.Module) -> bool:
     """Whether two modules hold the same tensors; the same memory is not read."""
     first, second = old.state_dict(), new.state_dict()
@@ -288,57 +316,3 @@ def _versions(model: nn.Module) -> list[tuple[str, int, int]]:
     """A tensor's version counter moves with every in-place write, whatever its size."""
     named = (*model.named_parameters(), *model.named_buffers())
     return [(name, tensor.data_ptr(), tensor._version) for name, tensor in named]
-
-
-def _plan(
-    kind: str,
-    source: Model,
-    choices: Mapping[str, Choice],
-    before: tuple[Unit, ...],
-    after: tuple[Unit, ...],
-    bytes_before: int,
-    bytes_after: int,
-) -> Plan:
-    """One line a unit; what earlier steps decided stays, what this one decided is new."""
-    now = {unit.name: unit for unit in after}
-    lines = []
-    for unit in before:
-        earlier = source.plan.of(unit.name) if source.plan else None
-        choice, new = choices[unit.name], now.get(unit.name)
-        steps = earlier.steps if earlier else ()
-        lines.append(
-            PlanLine(
-                module=unit.name,
-                role=unit.role,
-                format=new.format if new else DROPPED,
-                bytes_before=earlier.bytes_before if earlier else unit.bytes,
-                bytes_after=new.bytes if new else 0,
-                steps=(*steps, kind) if choice.take else steps,
-                reason=_reason(earlier, choice),
-            )
-        )
-    # What an earlier step dropped keeps its line.
-    gone = [line for line in (source.plan.lines if source.plan else ()) if line.format == DROPPED]
-    lines += gone
-    other = source.plan.of("(other)") if source.plan else None
-    rest_before = bytes_before - sum(unit.bytes for unit in before)
-    lines.append(
-        PlanLine(
-            module="(other)",
-            role="other",
-            format="as trained",
-            bytes_before=other.bytes_before if other else max(rest_before, 0),
-            bytes_after=max(bytes_after - sum(unit.bytes for unit in after), 0),
-            reason="norms, biases outside dense layers, buffers",
-        )
-    )
-    return Plan(lines=tuple(lines))
-
-
-def _reason(earlier: PlanLine | None, choice: Choice) -> str:
-    """What was done to a unit so far; where nothing was, every reason why not."""
-    if earlier is None:
-        return choice.reason
-    if choice.take:
-        return f"{earlier.reason}; {choice.reason}" if earlier.steps else choice.reason
-    return earlier.reason if earlier.steps else f"{earlier.reason}; {choice.reason}"

@@ -51,7 +51,7 @@ class Training(Frozen):
         1024, ge=1, description="Training rows of one step.", json_schema_extra={"position": 1}
     )
     learning_rate: float = Field(
-        1e-3, gt=0, description="Adam's, at its highest.", json_schema_extra={"position": 2}
+        3e-3, gt=0, description="Adam's, at its highest.", json_schema_extra={"position": 2}
     )
     schedule: Literal["plateau", "cosine"] = Field(
         "plateau",
@@ -295,8 +295,8 @@ class _Run:
         loss = self.loss(self.module(**batch.inputs), batch, numbers)
         if not bool(loss.isfinite()):
             raise CompressionError(
-                f"Training diverged: the loss is {float(loss)} in epoch {len(self.epochs)}. Lower "
-                f"learning_rate, or raise warmup."
+                f"Training diverged: the loss is {float(loss.detach())} in epoch "
+                f"{len(self.epochs)}. Lower learning_rate, or raise warmup."
             )
         total = loss
         for table in self.tables:
@@ -313,7 +313,7 @@ class _Run:
             for name, first in self.scales.items():
                 leaf = self.leaves[name]
                 leaf.copy_(leaf.clamp(first / SCALE_REACH, first * SCALE_REACH))
-        return float(loss)
+        return float(loss.detach())
 
     def _rate(self) -> float:
         """Adam's learning rate of the next step."""
@@ -357,10 +357,12 @@ def _own(module: nn.Module, names: tuple[str, ...]) -> dict[str, Tensor]:
             setattr(part, own, new)
         copies[id(old)] = leaves[name] = new
     # Whatever else could train is told not to, without touching the tensor others hold.
+    frozen: dict[int, nn.Parameter] = {}
     for part in module.modules():
         for name, parameter in list(part.named_parameters(recurse=False)):
             if not any(parameter is leaf for leaf in leaves.values()):
-                setattr(part, name, nn.Parameter(parameter.detach(), requires_grad=False))
+                still = nn.Parameter(parameter.detach(), requires_grad=False)
+                setattr(part, name, frozen.setdefault(id(parameter), still))
     return leaves
 
 

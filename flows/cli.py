@@ -10,12 +10,13 @@ import sys
 import time
 import traceback
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, get_args
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from flows import cli_order
+
 if TYPE_CHECKING:
-    from compressors.contracts import TargetKind
     from flows.terms import Terms
 
 app = typer.Typer(
@@ -31,13 +32,6 @@ app.add_typer(registry_app, name="registry")
 
 EXIT = {"accepted": 0, "rejected": 3, "undecided": 4, "built-unmeasured": 4}
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of a table.")]
-Force = Annotated[
-    bool, typer.Option(help="Carry the order out anew, as a new version; data and model stay.")
-]
-Target = Annotated[
-    list[str] | None,
-    typer.Option(help="Required beside onnxruntime: tensorrt-rtx or tensorrt. Repeatable."),
-]
 
 
 def main() -> None:
@@ -77,41 +71,46 @@ def _explain(fault: Exception) -> int:
 
 @app.command()
 def compress(
-    model: Annotated[
-        str | None, typer.Argument(help="A packed bundle: name@version, name, or artifact URI.")
-    ] = None,
-    preset: Annotated[str, typer.Option(help="small, fast or safe.")] = "safe",
-    limit: Annotated[
-        list[str] | None,
-        typer.Option(help="What must hold, such as 'auc vs baseline >= -0.002'. Repeatable."),
-    ] = None,
-    target: Target = None,
-    optional: Annotated[
-        list[str] | None, typer.Option(help="Optional target, left out if it cannot be built.")
-    ] = None,
-    order: Annotated[
-        Path | None, typer.Option(help="A whole order as a JSON file, instead of the options.")
-    ] = None,
-    promote: Annotated[bool, typer.Option(help="Make an accepted result champion.")] = False,
-    seed: Annotated[int, typer.Option(help="Seed of everything drawn.")] = 0,
+    model: cli_order.Model = None,
+    preset: cli_order.Preset = "safe",
+    limit: cli_order.Limits = None,
+    target: cli_order.Target = None,
+    optional: cli_order.Optionals = None,
+    order: cli_order.File = None,
+    promote: cli_order.Promote = False,
+    seed: cli_order.Seed = 0,
     force: Annotated[
         bool, typer.Option(help="Carry the order out anew, as a new version.")
     ] = False,
     as_json: Json = False,
 ) -> None:
     """Compress a model, judge what will be served, and register the result."""
-    from infra.errors import Refused
+    terms = cli_order.wanted(model, preset, limit, target, optional, order, promote, seed)
+    raise typer.Exit(_carry_out(terms, force=force, as_json=as_json))
 
-    wanted: Terms
-    if order is not None:
-        if model is not None or limit or target or optional or promote or seed or preset != "safe":
-            raise Refused("Give either --order FILE or a model with options, not both.")
-        wanted = _read_order(order)
-    elif model is None:
-        raise Refused("Name a model: recpress compress NAME --limit 'auc vs baseline >= -0.002'.")
+
+@app.command()
+def explain(
+    model: cli_order.Model = None,
+    preset: cli_order.Preset = "safe",
+    limit: cli_order.Limits = None,
+    target: cli_order.Target = None,
+    optional: cli_order.Optionals = None,
+    order: cli_order.File = None,
+    promote: cli_order.Promote = False,
+    seed: cli_order.Seed = 0,
+    as_json: Json = False,
+) -> None:
+    """Say what an order would run, its bytes and its peak memory, without running it."""
+    from flows.console import explained
+    from flows.explain import explain
+
+    terms = cli_order.wanted(model, preset, limit, target, optional, order, promote, seed)
+    found = explain(terms)
+    if as_json:
+        _print(found.model_dump_json(indent=1))
     else:
-        wanted = _terms(model, preset, limit or [], target, optional or [], promote, seed)
-    raise typer.Exit(_carry_out(wanted, force=force, as_json=as_json))
+        explained(found)
 
 
 @app.command()
@@ -125,65 +124,6 @@ def demo(
     from flows.demo import demo_order
 
     raise typer.Exit(_carry_out(demo_order(), force=force, as_json=as_json))
-
-
-def _terms(
-    model: str,
-    preset: str,
-    limits: list[str],
-    targets: list[str] | None,
-    optional: list[str],
-    promote: bool,
-    seed: int,
-) -> "Terms":
-    from pydantic import ValidationError
-
-    from compressors.contracts import Limit, TargetKind
-    from flows.terms import Terms
-    from infra.errors import Refused
-
-    if not limits:
-        raise Refused(
-            "An order needs at least one limit, or nothing would be judged: --limit 'auc vs "
-            "baseline >= -0.002'."
-        )
-    try:
-        parsed = tuple(Limit.parse(text) for text in limits)
-    except ValidationError as fault:
-        reasons = "; ".join(
-            error["msg"]
-            + (f" (found {error['input']!r})" if error["type"] != "value_error" else "")
-            for error in fault.errors()
-        )
-        raise Refused(f"--limit: {reasons}") from fault
-    except ValueError as fault:
-        raise Refused(str(fault)) from fault
-    # The quality of a result is measured in ONNX Runtime, so it is always among the targets.
-    names = [_target(name) for name in ["onnxruntime", *(targets or []), *optional]]
-    wanted = dict.fromkeys((name.replace("-", "_") for name in get_args(TargetKind)), "off")
-    wanted.update({name.replace("-", "_"): "optional" for name in optional})
-    wanted.update({name.replace("-", "_"): "required" for name in names if name not in optional})
-    return Terms.model_validate(
-        {
-            "model": model,
-            "preset": preset,
-            "limits": parsed,
-            "targets": wanted,
-            "promote": promote,
-            "seed": seed,
-        }
-    )
-
-
-def _target(name: str) -> "TargetKind":
-    """A target's name, checked; ``"RTX"`` is refused with those there are."""
-    from compressors.contracts import TargetKind
-    from infra.errors import Refused
-
-    for known in get_args(TargetKind):
-        if name == known:
-            return known  # type: ignore[no-any-return]  # get_args forgets the literal's type
-    raise Refused(f"Target {name!r} is not among {', '.join(get_args(TargetKind))}.")
 
 
 def _carry_out(order: "Terms", *, force: bool, as_json: bool) -> int:
@@ -203,17 +143,6 @@ def _carry_out(order: "Terms", *, force: bool, as_json: bool) -> int:
     else:
         console.show(found)
     return EXIT[found.report.outcome]
-
-
-def _read_order(path: Path) -> "Terms":
-    from flows.order import Order
-    from infra.errors import Refused
-
-    try:
-        text = path.read_text()
-    except (OSError, UnicodeDecodeError) as fault:
-        raise Refused(f"{path} cannot be read: {fault}.") from fault
-    return Order.model_validate_json(text)
 
 
 def _write(path: Path, body: bytes) -> None:
@@ -384,7 +313,12 @@ def registry_fetch(
     from tasks.promotion import fetch
 
     registered, found = fetch(
-        model, version, _target(target), into, unmeasured=unmeasured, unaccepted=unaccepted
+        model,
+        version,
+        cli_order.target_named(target),
+        into,
+        unmeasured=unmeasured,
+        unaccepted=unaccepted,
     )
     if as_json:
         _print(found.model_dump_json(indent=1))

@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.status import Status
+    from rich.table import Table
 
+    from flows.explain import Explanation
     from flows.terms import Terms
     from tasks.documents import Finished
 
@@ -63,25 +65,13 @@ def run(order: "Terms", *, quiet: bool) -> "Finished":
 
 def show(finished: "Finished") -> None:
     """The table of before and after, the verdicts, and how to get the result."""
-    from rich.box import SIMPLE_HEAD
-    from rich.table import Table
-
     from tasks.report import headline, limit_lines, remarks, resolution
+    from tasks.report_stages import stage_rows
 
     report, out = finished.report, console()
-    rows = headline(report)
-    title = f"{report.name} {report.bundle_version}"
-    table = Table(
-        title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1), pad_edge=False
-    )
-    for column in rows[0]:
-        table.add_column(column, justify="left" if column == "what" else "right", no_wrap=True)
-    for row in rows:
-        # Intervals need a wide window; they stand in the report in any case.
-        short = out.width < WIDE and "[" in row["change"]
-        cells = {**row, "change": row["change"].partition(" [")[0]} if short else row
-        table.add_row(*cells.values())
-    out.print(table)
+    out.print(_table(f"{report.name} {report.bundle_version}", headline(report), out.width))
+    if report.stages:
+        out.print(_table("What each step was worth", stage_rows(report), out.width))
     out.print(resolution(report))
     for line in (*remarks(report), *limit_lines(report)):
         out.print(line, markup=False, soft_wrap=True)
@@ -97,6 +87,73 @@ def show(finished: "Finished") -> None:
     out.print(f"Registered: {version} in {finished.registry}", markup=False, soft_wrap=True)
     out.print(f"Report:     {finished.page_uri()}", markup=False, soft_wrap=True)
     out.print(f"Get it:     {finished.fetch_command()}", markup=False, soft_wrap=True)
+
+
+def explained(found: "Explanation") -> None:
+    """What an order would run, with its bytes and its peak memory."""
+    from tasks.report_cells import mebibytes
+
+    out = console()
+    rows = ", ".join(f"{split} {count:,}" for split, count in found.rows.items())
+    out.print(f"{found.model} ({found.task}; rows: {rows})", markup=False, soft_wrap=True)
+    if found.earlier is not None:
+        out.print(
+            f"Carried out before: version {found.earlier}. Nothing would run again.",
+            soft_wrap=True,
+        )
+    first = found.steps[0].bytes
+    stages = [
+        {
+            "step": item.step if item.idle is None else f"{item.step} (left out)",
+            "bytes of weights": f"{item.bytes:,}",
+            "share": f"{item.bytes / first:.2f}x" if first else "-",
+        }
+        for item in found.steps
+    ]
+    out.print(_table("What would run, and what would be left after it", stages, out.width))
+    for item in found.steps:
+        if item.idle is not None:
+            out.print(f"{item.step} is left out: {item.idle}", markup=False, soft_wrap=True)
+    lines = [
+        {
+            "table or layer": line.module,
+            "stored as": line.format,
+            "before": f"{line.bytes_before:,}",
+            "after": f"{line.bytes_after:,}",
+        }
+        for line in found.plan.lines
+    ]
+    out.print(_table("Plan", lines, out.width))
+    for line in found.plan.lines:
+        out.print(f"{line.module}: {line.reason}", markup=False, soft_wrap=True)
+    for target in found.targets:
+        note = "" if target.missing is None else f" - cannot be built here: {target.missing}"
+        out.print(f"target {target.target}, {target.wanted}{note}", markup=False, soft_wrap=True)
+    for limit in found.limits:
+        out.print(f"limit {limit}", markup=False, soft_wrap=True)
+    memory = found.memory
+    out.print(
+        f"Peak memory of the flow's process: about {mebibytes(memory.peak)} MiB, reached in "
+        f"{memory.moment} ({mebibytes(memory.process)} MiB of libraries, "
+        f"{mebibytes(memory.weights)} of weights, {mebibytes(memory.rows)} of rows).",
+        soft_wrap=True,
+    )
+
+
+def _table(title: str, rows: list[dict[str, str]], width: int) -> "Table":
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+
+    table = Table(
+        title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1), pad_edge=False
+    )
+    for place, column in enumerate(rows[0]):
+        table.add_column(column, justify="right" if place else "left", no_wrap=True)
+    for row in rows:
+        # Intervals need a wide window; they stand in the report in any case.
+        cells = (cell.partition(" [")[0] if width < WIDE else cell for cell in row.values())
+        table.add_row(*cells)
+    return table
 
 
 @contextmanager

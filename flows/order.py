@@ -20,7 +20,7 @@ from tasks.documents import ORDER_FILE, Reproduction
 # Steps in one group only make sense together: where one has nothing to do, the group is left out.
 Group = tuple[AnyStep, ...]
 PRESETS: dict[Preset, tuple[Group, ...]] = {
-    "small": ((Channels(), Distill()), (RowwiseInt4(),), (StaticInt8(),)),
+    "small": ((Channels(keep=0.25), Distill()), (RowwiseInt4(),), (StaticInt8(),)),
     "fast": ((RowwiseInt8(),), (StaticInt8(),)),
     "safe": ((RowwiseInt8(),), (Float16(),)),
 }

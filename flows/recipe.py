@@ -1,25 +1,23 @@
 """A recipe carried out: the steps in order, and what each of them was worth."""
 
-import logging
 from dataclasses import dataclass
 
 from compressors.contracts import Artifact, Part
-from compressors.errors import CompressionError, NothingToCompress
+from compressors.errors import CompressionError
 from compressors.step import needs
 from compressors.steps import AnyStep
 from flows.order import Order
 from infra.bundle import SplitName
 from tasks.announce import Progress
 from tasks.compress import compress as compress_step
-from tasks.documents import AS_TRAINED, PreparedRows, Ranking, Scored
-from tasks.policy import kept
+from tasks.documents import AS_TRAINED, Idle, PreparedRows, Ranking, Scored
+from tasks.policy import kept, remembered
 from tasks.prepare import prepare
 from tasks.rank import rank
 from tasks.score import score
 from tasks.stages import weigh
+from tasks.stored import store
 from tasks.subject import Subject
-
-log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -44,37 +42,27 @@ def carry_out(
     left out whole, with the reason; in a recipe of one's own that is an error.
 
     Raises:
-        NothingToCompress: a step of preset ``custom`` has nothing to do, or lacks data.
-        CompressionError: no step of the preset fits.
+        CompressionError: a step of preset ``custom`` has nothing to do or lacks data, or no step
+            of another preset fits.
     """
     stages = [(AS_TRAINED, bundle)]
     idle: dict[str, str] = {}
     for group in order.groups():
         done: list[tuple[str, Artifact]] = []
-        try:
-            for step in group:
-                _need_rows(step, subject)
-            for step in group:
-                progress.stage(step.kind)
-                source = (stages + done)[-1][1]
-                made = kept(
-                    compress_step,
-                    source=source,
-                    step=step,
-                    splits=_splits(step, subject, bundle, code),
-                    original=bundle,
-                    seed=order.seed,
-                    code=code,
-                )
-                done.append((step.kind, made))
-        except NothingToCompress as fault:
-            if order.preset == "custom":
-                raise
-            for step in group:
-                log.warning("%s has nothing to do in this model: %s", step.kind, fault)
-                idle[step.kind] = str(fault)
-            continue
-        stages += done
+        why = next(filter(None, (lacking(step, subject) for step in group)), None)
+        for step in group if why is None else ():
+            progress.stage(step.kind)
+            made = _made(order, step, (stages + done)[-1][1], subject, bundle, code)
+            if isinstance(made, Idle):
+                why = made.reason
+                break
+            done.append((step.kind, made))
+        if why is None:
+            stages += done
+        elif order.preset == "custom":
+            raise CompressionError(why)
+        else:
+            idle.update(dict.fromkeys((step.kind for step in group), why))
     if len(stages) == 1:
         raise CompressionError(
             f"No step of preset {order.preset!r} fits this model: {'; '.join(idle.values())}"
@@ -128,24 +116,37 @@ def ranking_of(subject: Subject, bundle: Artifact, code: str) -> Ranking | None:
     return Ranking(items=rows_of("items"), seen=seen)
 
 
-def _need_rows(step: AnyStep, subject: Subject) -> None:
-    """Refuse a step whose rows the bundle does not bring, before anything before it has run.
+def _made(
+    order: Order, step: AnyStep, source: Artifact, subject: Subject, bundle: Artifact, code: str
+) -> Artifact | Idle:
+    """The result of one step, if it is an artifact one that is still stored."""
+    made: Artifact | Idle = remembered(
+        compress_step,
+        lambda result: isinstance(result, Idle) or store().manifest(result),
+        source=source,
+        step=step,
+        splits=_splits(step, subject, bundle, code),
+        original=bundle,
+        seed=order.seed,
+        code=code,
+    )
+    return made
 
-    Raises:
-        NothingToCompress: names what is missing.
-    """
-    wanted = dict.fromkeys(_split_of(part, subject) for part in needs(step))
+
+def lacking(step: AnyStep, subject: Subject) -> str | None:
+    """Which rows a step needs and the bundle does not bring, before anything has run."""
+    wanted = dict.fromkeys(split_name(part, subject) for part in needs(step))
     missing = [split for split in wanted if split not in subject.rows]
-    if missing:
-        raise NothingToCompress(
-            step=step.kind,
-            wanted=f"{' and '.join(missing)} data",
-            closest=", ".join(subject.rows) or "none",
-            remedy="Add it to model.json and pack again, or leave the step out.",
-        )
+    if not missing:
+        return None
+    return (
+        f"{step.kind!r} needs {' and '.join(missing)} data; this model has "
+        f"{', '.join(subject.rows) or 'none'}. Add it to model.json and pack again, or leave the "
+        f"step out."
+    )
 
 
-def _split_of(part: Part, subject: Subject) -> SplitName:
+def split_name(part: Part, subject: Subject) -> SplitName:
     """The split a part of the bench is made from."""
     if part == "soft_labels":
         return "train"
@@ -156,7 +157,7 @@ def _splits(step: AnyStep, subject: Subject, bundle: Artifact, code: str) -> dic
     """What a step may look at, and no more, so that nothing else is part of its cache key."""
     splits: dict[Part, Artifact] = {}
     for part in needs(step):
-        prepared = kept(prepare, bundle=bundle, split=_split_of(part, subject), code=code)
+        prepared = kept(prepare, bundle=bundle, split=split_name(part, subject), code=code)
         if part == "soft_labels":
             rows = subject.rows["train"]
             splits[part] = kept(score, bundle=bundle, split=prepared, rows=rows, code=code)

@@ -46,10 +46,15 @@ def promote_if_ordered(order: Terms, finished: Finished) -> None:
 
 
 def earlier(order: Terms) -> Finished | None:
-    """The finished report of the same order, if there is one."""
+    """The finished report of the same order, if there is one; promoted where the order asks."""
+    found = already(order)
+    if found is not None:
+        promote_if_ordered(order, found)
+    return found
+
+
+def already(order: Terms) -> Finished | None:
+    """The finished report of the same order, if there is one; only looked at."""
     subject = find(order.model)
     found = finished(order_digest(order, subject, champion_of(order, subject)))
-    if found is None or not registry_is_there(found):
-        return None
-    promote_if_ordered(order, found)
-    return found
+    return found if found is not None and registry_is_there(found) else None

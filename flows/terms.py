@@ -81,8 +81,8 @@ class Terms(Frozen):
     preset: Preset = Field(
         "safe",
         title="Preset",
-        description="small: half the dense channels, distilled; int4 tables, int8 layers. fast: "
-        "int8 tables and layers. safe: int8 tables, float16 layers. custom: the steps below.",
+        description="small: a quarter of the dense channels, distilled; int4 tables, int8 layers. "
+        "fast: int8 tables and layers. safe: int8 tables, float16 layers. custom: the steps below.",
         json_schema_extra={"position": 1},
     )
     limits: tuple[Limit, ...] = Field(

@@ -8,10 +8,12 @@ from pathlib import Path
 from prefect import task
 
 from compressors.contracts import Artifact, Part, digest
+from compressors.errors import NothingToCompress
 from compressors.step import run
 from compressors.steps import AnyStep
 from infra.bundle import seal
 from infra.settings import load_settings
+from tasks.documents import Idle
 from tasks.loading import bench_of, load_bundle, split_of
 from tasks.policy import KEPT
 from tasks.stored import store
@@ -27,8 +29,10 @@ def compress(
     original: Artifact,
     seed: int,
     code: str,
-) -> Artifact:
+) -> Artifact | Idle:
     """Apply one step to a stored model and store the result.
+
+    A step that fits nothing is a result too: whether that is a fault is for the recipe to say.
 
     Args:
         source: the bundle to compress.
@@ -51,7 +55,11 @@ def compress(
     bench = bench_of(manifest, held, original, seed, progress)
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
-        result = run(step, loaded.model, bench, folder)
+        try:
+            result = run(step, loaded.model, bench, folder)
+        except NothingToCompress as fault:
+            log.warning("%s has nothing to do in this model: %s", step.kind, fault)
+            return Idle(reason=str(fault))
         seal(
             folder,
             name=manifest.name,

@@ -114,6 +114,12 @@ class Ranking(Frozen):
     seen: tuple[PreparedRows, ...]
 
 
+class Idle(Frozen):
+    """A step of a recipe that has nothing to do in this model, and why."""
+
+    reason: str
+
+
 class Scored(Frozen):
     """A model on its way through a recipe, and what it answers to the test rows.
 

@@ -1,10 +1,11 @@
 """The report as a table and as Markdown. No Prefect."""
 
 import json
-from html import escape
 
 from compressors.contracts import Estimate, Plan
 from tasks.documents import ORDER_FILE, LoweredGraph, Report
+from tasks.report_cells import cell, change_of, label
+from tasks.report_stages import stage_lines
 
 
 def headline(report: Report) -> list[dict[str, str]]:
@@ -66,25 +67,26 @@ def markdown(report: Report) -> str:
         "| target | verdict | why |",
         "|---|---|---|",
         *(
-            f"| {t.target} | {t.verdict.outcome} | {_cell(t.verdict.reason)} |"
+            f"| {t.target} | {t.verdict.outcome} | {cell(t.verdict.reason)} |"
             for t in report.targets
         ),
         *(
-            f"| {name} | left out (optional) | {_cell(why)} |"
+            f"| {name} | left out (optional) | {cell(why)} |"
             for name, why in report.skipped.items()
         ),
         "",
         "## Limits",
         "",
         *limit_lines(report),
+        *stage_lines(report),
         "",
         "## Plan",
         "",
         "| table or layer | role | stored as | bytes before | after | why |",
         "|---|---|---|---|---|---|",
         *(
-            f"| {_cell(line.module)} | {line.role} | {line.format} | {line.bytes_before:,} | "
-            f"{line.bytes_after:,} | {_cell(line.reason)} |"
+            f"| {cell(line.module)} | {line.role} | {line.format} | {line.bytes_before:,} | "
+            f"{line.bytes_after:,} | {cell(line.reason)} |"
             for line in report.plan.lines
         ),
         "",
@@ -204,35 +206,10 @@ def _graph_checks(where: str, graph: LoweredGraph, audit: dict[str, object]) -> 
     return lines
 
 
-def _cell(text: str) -> str:
-    """A name or a sentence inside a table: it neither ends the cell nor becomes HTML."""
-    return escape(" ".join(text.split()), quote=False).replace("|", "\\|")
-
-
 def _ratio(plan: Plan) -> float:
     before = sum(line.bytes_before for line in plan.lines)
     return sum(line.bytes_after for line in plan.lines) / before if before else 1.0
 
 
-def label(metric: str) -> str:
-    """A metric as people write it."""
-    names = {"auc": "AUC", "gauc": "GAUC", "logloss": "log loss"}
-    if metric.startswith(("ndcg@", "recall@")):
-        return metric.upper() if metric.startswith("ndcg") else metric.capitalize()
-    if "_ms@" in metric:
-        quantile, _, size = metric.partition("_ms@")
-        return f"{quantile} ms, batch {size}"
-    return names.get(metric, metric.replace("_", " "))
-
-
 def _plain(estimate: Estimate, latency: bool) -> str:
     return f"{estimate.point:.3f}" if latency else f"{estimate.point:.5f}"
-
-
-def change_of(estimate: Estimate, latency: bool) -> str:
-    """A change and its interval if it has one: a ratio, or a signed difference for quality."""
-    if estimate.low == estimate.high:  # exact, such as bytes
-        return f"{estimate.point:.2f}x" if latency else f"{estimate.point:+.5f}"
-    if latency:
-        return f"{estimate.point:.2f}x [{estimate.low:.2f}, {estimate.high:.2f}]"
-    return f"{estimate.point:+.5f} [{estimate.low:+.5f}, {estimate.high:+.5f}]"

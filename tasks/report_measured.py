@@ -9,7 +9,8 @@ from infra import pictures
 from infra.html import many, scrollable, table
 from infra.pictures import Curve, Mark, Tone
 from tasks.documents import Measurement, Report, TargetReport
-from tasks.report import change_of, label, timed
+from tasks.report import timed
+from tasks.report_cells import change_of, label
 
 HIGHER_IS_BETTER = {"auc", "gauc", "ndcg@10", "recall@20", "ndcg@20"}
 

@@ -17,8 +17,10 @@ from infra.html import document, many, scrollable, table
 from infra.page import findings, summary
 from infra.pictures import Part
 from tasks.documents import ORDER_FILE, LoweredGraph, Report, TargetReport
-from tasks.report import change_of, headline, label, resolution
+from tasks.report import headline, resolution
+from tasks.report_cells import change_of, label
 from tasks.report_measured import TONES, WORDS, latency, limits
+from tasks.report_stages import stage_table
 from tasks.stored import local
 
 LARGEST = 20
@@ -83,6 +85,7 @@ def page(report: Report, validation: Validation) -> str:
         "numbers": ("Before and after", _numbers(report)),
         "limits": ("Limits and quality", limits(report)),
         "latency": ("Latency", latency(report)),
+        "stages": ("What each step was worth", stage_table(report)),
         "plan": ("Plan and bytes", _plan(report)),
         "data": ("Data checks", _data(validation)),
         "targets": ("Targets", _targets(report)),

@@ -7,7 +7,7 @@ trained by nobody; their weights come from a seed.
 import functools
 import tempfile
 import typing
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from compressors.batches import example
+from compressors.batches import batches, example
 from compressors.contracts import (
     Architecture,
     Bench,
@@ -37,12 +37,18 @@ from compressors.lower.served import Form, forms, input_names
 from compressors.model import Model
 from compressors.step import ModelStep, TableStep, rows_of_tables, run
 from compressors.steps import AnyStep
+from compressors.training import Training
 from infra.onnxruntime import Session
 
 torch.set_num_threads(1)
 
 Step = TableStep | ModelStep
 METHODS: tuple[type[Step], ...] = typing.get_args(typing.get_args(AnyStep)[0])
+# Methods that store units in another format, and those that change what a format holds.
+VALUES = tuple(method for method in METHODS if getattr(method(), "changes", "format") == "values")
+FORMATS = tuple(method for method in METHODS if method not in VALUES)
+# Steps enough for 96 rows to move the weights.
+QUICKLY = Training(batch=16, learning_rate=0.02, warmup=0)
 BENCH_ROWS = 96
 LONGEST = 5
 
@@ -178,6 +184,12 @@ class Normed(nn.Module):
         return torch.sigmoid(self.out(x))
 
 
+def default(method: type[Step]) -> Step:
+    """The method with its default settings, but for how it trains."""
+    fields: Mapping[str, Any] = method.model_fields  # type: ignore[attr-defined]
+    return method(training=QUICKLY) if "training" in fields else method()  # type: ignore[call-arg]
+
+
 @dataclass(frozen=True)
 class Reference:
     """A network's class with the schema of its inputs."""
@@ -204,9 +216,27 @@ class Reference:
         return rows_of_tables(self.model().module, self.schema)
 
     def bench(self, folder: Path) -> Bench:
-        """A bench whose calibration rows lie in ``folder``."""
-        split = prepared(self.schema, self.rows_of_tables(), folder)
-        return Bench(signature=self.schema, calibration=split)
+        """A bench of made-up rows in ``folder``, written once.
+
+        Labels and soft labels are the opposite of what the untrained network answers, so that
+        there is something to learn.
+        """
+        tables = self.rows_of_tables()
+        parts = {
+            part: prepared(self.schema, tables, folder / part, seed, self._opposite)
+            for seed, part in enumerate(("calibration", "train", "validation"), 7)
+        }
+        (rows,) = batches(parts["train"], self.schema, BENCH_ROWS)
+        answered = folder / "soft_labels"
+        answered.mkdir(exist_ok=True)
+        save_file({"score": self._opposite(rows.inputs)}, answered / "data.safetensors")
+        soft = Split(path=str(answered), sha256="1" * 64, rows=BENCH_ROWS)
+        return Bench(signature=self.schema, soft_labels=soft, **parts)
+
+    def _opposite(self, inputs: dict[str, Tensor]) -> Tensor:
+        with torch.no_grad():
+            answers = self.model().module(**inputs).reshape(-1)
+        return 1 - answers if self.schema.output == "probability" else -answers
 
 
 def _schema(*inputs: Any, output: str, **more: Any) -> Schema:
@@ -274,10 +304,23 @@ NORMED = Reference(
 REFERENCES = (RANKER, TIED, BUFFERED, ATTENTION, NORMED)
 
 
-def prepared(schema: Schema, rows_of_table: dict[str, int], folder: Path) -> Split:
-    """A split of made-up rows, written as ``compressors.batches`` reads it."""
+def prepared(
+    schema: Schema,
+    rows_of_table: dict[str, int],
+    folder: Path,
+    seed: int = 7,
+    answer: Callable[[dict[str, Tensor]], Tensor] | None = None,
+) -> Split:
+    """A split of made-up rows, written as ``compressors.batches`` reads it.
+
+    Labels are 0 and 1 in turn, or, with an ``answer``, whether it lies above its median.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    made = example(schema, rows_of_table, BENCH_ROWS, seed=7)
+    made = example(schema, rows_of_table, BENCH_ROWS, seed=seed)
+    label = torch.arange(BENCH_ROWS, dtype=torch.float32) % 2
+    if answer is not None:
+        answers = answer(made)
+        label = (answers > answers.median()).to(torch.float32)
     for item in schema.inputs:
         if isinstance(item, JaggedBag):
             second = made.pop(f"{item.name}_{item.layout}")
@@ -287,7 +330,7 @@ def prepared(schema: Schema, rows_of_table: dict[str, int], folder: Path) -> Spl
             else:
                 bounds = torch.cat([torch.zeros(1, dtype=torch.int64), second.cumsum(0)])
             made[f"@bounds/{item.name}"] = bounds
-    made["@label"] = torch.arange(BENCH_ROWS, dtype=torch.float32) % 2
+    made["@label"] = label
     if schema.group is not None:
         made["@group"] = torch.arange(BENCH_ROWS) // 8
     save_file(made, folder / "data.safetensors")
@@ -343,7 +386,7 @@ def compressed(reference_name: str, kinds: tuple[str, ...]) -> Model:
     methods = {method.model_fields["kind"].default: method for method in METHODS}  # type: ignore[attr-defined]
     model, bench = reference.model(), reference.bench(folder / "data")
     for number, kind in enumerate(kinds):
-        model = run(methods[kind](), model, bench, folder / str(number))
+        model = run(default(methods[kind]), model, bench, folder / str(number))
     return model
 
 

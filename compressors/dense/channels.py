@@ -136,8 +136,16 @@ class Channels(Frozen):
         Raises:
             CompressionError: the narrower network is not the old one without those channels.
         """
+        return self._cut(model, bench, self._sizes(model, bench))
+
+    def outline(self, model: Model, bench: Bench) -> Model:
+        """Cut the last channels of every width: as many as importance would choose."""
+        weights = model.module.named_parameters(remove_duplicate=False)
+        none = {name: torch.zeros(()).expand(weight.shape) for name, weight in weights}
+        return self._cut(model, bench, none)
+
+    def _cut(self, model: Model, bench: Bench, sizes: Mapping[str, Tensor]) -> Model:
         cuts, _ = self._cuts(model, bench.signature)
-        sizes = self._sizes(model, bench)
         outputs: dict[str, Tensor] = {}
         inputs: dict[str, Tensor] = {}
         config = full_config(model)

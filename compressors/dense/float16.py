@@ -18,6 +18,7 @@ from compressors.contracts import Bench, Change, Frozen, Part
 from compressors.errors import CompressionError
 from compressors.formats import LinearFormat, PackedLinear, PackedTable, TableFormat, TensorSpec
 from compressors.model import Model
+from compressors.stand_ins import packed_outline
 from compressors.units import Choice, Unit, choose_dense, choose_tables, pack_table, swap
 
 
@@ -175,3 +176,8 @@ class Float16(Frozen):
                 PackedLinear(LINEAR_FORMAT, inputs, outputs, bias=bias is not None, stored=stored),
             )
         return model
+
+    def outline(self, model: Model, bench: Bench) -> Model:
+        """Every chosen table and layer in the format."""
+        choices = self.choose(model, bench)
+        return packed_outline(model, choices, table=TABLE_FORMAT, linear=LINEAR_FORMAT)

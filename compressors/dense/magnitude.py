@@ -86,3 +86,7 @@ class Magnitude(Frozen):
                 if isinstance(layer, nn.Linear):
                     own_weight(layer, "weight", weight)
         return model
+
+    def outline(self, model: Model, bench: Bench) -> Model:  # noqa: ARG002
+        """Zeros are stored like other weights."""
+        return model

@@ -20,6 +20,7 @@ from compressors.contracts import Bench, Change, Frozen, Part
 from compressors.errors import CompressionError
 from compressors.formats import LinearFormat, PackedLinear, TensorSpec
 from compressors.model import Model
+from compressors.stand_ins import packed_outline
 from compressors.units import Choice, Unit, choose_dense, swap
 
 LEVELS = 127
@@ -212,3 +213,7 @@ class StaticInt8(Frozen):
             )
             swap(module, unit.name, packed)
         return model
+
+    def outline(self, model: Model, bench: Bench) -> Model:
+        """Every chosen layer in the format, without calibration."""
+        return packed_outline(model, self.choose(model, bench), linear=FORMAT)

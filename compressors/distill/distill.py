@@ -24,6 +24,7 @@ from compressors.errors import CompressionError
 from compressors.loss import hard_loss, soft_loss
 from compressors.meta import parameters_on_meta
 from compressors.model import Model
+from compressors.stand_ins import with_stand_ins
 from compressors.trained import choose_trained
 from compressors.training import Training, train
 from compressors.units import Choice, Unit
@@ -109,6 +110,14 @@ class Distill(Frozen):
         )
         return model
 
+    def outline(self, model: Model, bench: Bench) -> Model:  # noqa: ARG002
+        """The student, if it is a smaller one; training changes no shape."""
+        if self.student is None:
+            return model
+        with parameters_on_meta():
+            student = self._built(model)
+        return self._over(model, with_stand_ins(student))
+
     def _built(self, model: Model) -> nn.Module:
         config = {**copy.deepcopy(model.network.architecture.config), **(self.student or {})}
         try:
@@ -121,15 +130,19 @@ class Distill(Frozen):
 
     def _student(self, model: Model, seed: int) -> Model:
         """The smaller network: fresh layers, and the original's tensors where they fit."""
+        with torch.random.fork_rng(devices=()):
+            torch.manual_seed(seed)
+            student = self._built(model)
+        return self._over(model, student)
+
+    def _over(self, model: Model, student: nn.Module) -> Model:
+        """The student with the original's tensors where they fit."""
         packed = [unit.name for unit in Unit.of(model.module) if unit.format != "float32"]
         if packed:
             raise CompressionError(
                 f"'distill' into a smaller student must come before quantization; "
                 f"{packed[0]!r} is already packed. Move it to the front of the recipe."
             )
-        with torch.random.fork_rng(devices=()):
-            torch.manual_seed(seed)
-            student = self._built(model)
         own = student.state_dict(keep_vars=True)
         fitting = {
             name: tensor

@@ -10,7 +10,15 @@ from flows.order import Order
 from flows.terms import Targets
 from infra.expectations import Finding, Validation
 from infra.onnxruntime import Machine
-from tasks.documents import GraphInput, LoweredGraph, Lowering, Measurement, Report, TargetReport
+from tasks.documents import (
+    GraphInput,
+    LoweredGraph,
+    Lowering,
+    Measurement,
+    Report,
+    Stage,
+    TargetReport,
+)
 
 HOSTILE = "<script>alert('|table|')</script>"
 
@@ -155,6 +163,21 @@ def lowering(target: Any) -> Lowering:
     return Lowering(target=target, name="clicks@1", graphs=(graph,), packed_bytes=240_000)
 
 
+def stages() -> tuple[Stage, ...]:
+    """Three stages, one of them with a hostile name."""
+    told = (("as trained", 1_000_000, None), ("channels", 700_000, -0.002), (HOSTILE, 250_000, 0.0))
+    return tuple(
+        Stage(
+            step=step,
+            bundle=artifact("a"),
+            bytes=size,
+            quality=estimate(0.71, 0.006),
+            change=None if change is None else estimate(change, 0.0004),
+        )
+        for step, size, change in told
+    )
+
+
 def report(tables: int = 12, **changes: Any) -> Report:
     """A rejected order with every kind of judgement, an engine, and what was left out."""
     order = Order(
@@ -211,6 +234,7 @@ def report(tables: int = 12, **changes: Any) -> Report:
         "measurement": measurement(),
         "validation": artifact("f"),
         "calibrated_on": "calibration (4,096 rows)",
+        "stages": stages(),
         "reproduction": order.reproduction("clicks@1"),
     }
     return Report(**(fields | changes))

@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 from reports import report
 
-from compressors.contracts import Outcome, TargetKind
-from tasks.documents import Finished, Report, finished_key, report_of
+from compressors.contracts import Estimate, Outcome, TargetKind
+from tasks.documents import Finished, Report, Stage, finished_key, report_of
 from tasks.report import headline, markdown, resolution
 from tasks.stored import store
 
@@ -89,6 +89,27 @@ def test_the_page_is_a_table_whatever_a_reason_contains(made: Report) -> None:
     cells = line.replace("\\|", "").split("|")
     assert len(cells) == 5, line
     assert "c" in line
+
+
+def test_each_steps_worth_is_the_change_from_the_stage_before(made: Report) -> None:
+    assert "What each step was worth" not in markdown(made)
+    half = Estimate(point=-0.002, low=-0.003, high=-0.001, rows=9)
+    stages = tuple(
+        Stage(
+            step=step,
+            bundle=made.source,
+            bytes=size,
+            quality=Estimate(point=quality, low=quality, high=quality),
+            change=change,
+        )
+        for step, size, quality, change in (
+            ("as trained", 1000, 0.75, None),
+            ("channels", 400, 0.748, half),
+        )
+    )
+    page = markdown(made.model_copy(update={"stages": stages}))
+    assert "| as trained | 1,000 | 1.00x | 0.75000 |  |  |" in page
+    assert ("| channels | 400 | 0.40x | 0.74800 | -600 | -0.00200 [-0.00300, -0.00100] |") in page
 
 
 def test_a_report_survives_the_store(made: Report, tmp_path: Path) -> None:

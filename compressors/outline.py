@@ -1,0 +1,36 @@
+"""What a step would make of a model, without doing it: every format, shape and byte."""
+
+from compressors.contracts import Bench
+from compressors.model import Model
+from compressors.plan import plan_of
+from compressors.stand_ins import packed_outline
+from compressors.step import ModelStep, TableStep, choices_of
+from compressors.units import Unit, stored_bytes
+
+
+def outline(step: TableStep | ModelStep, source: Model, bench: Bench) -> Model:
+    """The outcome of ``compressors.step.run`` over stand-ins, with the plan it would have.
+
+    The plan is exact but for what only the values tell: a training that finds nothing better is
+    predicted to have found something.
+
+    Args:
+        step: the method and its settings.
+        source: the model, or an earlier outline; left as it is.
+        bench: its schema and the rows of its splits count; none of its files is read.
+
+    Raises:
+        NothingToCompress: the step takes no unit of this model.
+        CompressionError: the step cannot be carried out on this model.
+    """
+    model = source.private()
+    choices = choices_of(step, model, bench)
+    before = Unit.of(source.module)
+    if isinstance(step, ModelStep):
+        model = step.outline(model, bench)
+    else:
+        model = packed_outline(model, choices, table=step.storage, settings=step.settings())
+    after = Unit.of(model.module)
+    sizes = stored_bytes(source.module), stored_bytes(model.module)
+    plan = plan_of(step.kind, source, choices, before, after, sizes)
+    return Model(model.module, source.architecture, model.network, plan)

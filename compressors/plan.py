@@ -1,0 +1,70 @@
+"""The plan of a step: one line for every table and dense layer, with bytes and reason."""
+
+from collections.abc import Mapping
+
+from compressors.contracts import Plan, PlanLine
+from compressors.model import Model
+from compressors.units import Choice, Unit
+
+DROPPED = "dropped"
+
+
+def plan_of(
+    kind: str,
+    source: Model,
+    choices: Mapping[str, Choice],
+    before: tuple[Unit, ...],
+    after: tuple[Unit, ...],
+    sizes: tuple[int, int],
+) -> Plan:
+    """What earlier steps decided stays, what this one decided is new.
+
+    Args:
+        kind: the step's tag.
+        source: the model before, for its plan so far.
+        choices: what the step takes, for every unit, and why.
+        before: the units before.
+        after: the units now; those that are missing were dropped.
+        sizes: bytes of all tensors before and now.
+    """
+    now = {unit.name: unit for unit in after}
+    lines = []
+    for unit in before:
+        earlier = source.plan.of(unit.name) if source.plan else None
+        choice, new = choices[unit.name], now.get(unit.name)
+        steps = earlier.steps if earlier else ()
+        lines.append(
+            PlanLine(
+                module=unit.name,
+                role=unit.role,
+                format=new.format if new else DROPPED,
+                bytes_before=earlier.bytes_before if earlier else unit.bytes,
+                bytes_after=new.bytes if new else 0,
+                steps=(*steps, kind) if choice.take else steps,
+                reason=_reason(earlier, choice),
+            )
+        )
+    # What an earlier step dropped keeps its line.
+    lines += [line for line in (source.plan.lines if source.plan else ()) if line.format == DROPPED]
+    other = source.plan.of("(other)") if source.plan else None
+    rest_before = sizes[0] - sum(unit.bytes for unit in before)
+    lines.append(
+        PlanLine(
+            module="(other)",
+            role="other",
+            format="as trained",
+            bytes_before=other.bytes_before if other else max(rest_before, 0),
+            bytes_after=max(sizes[1] - sum(unit.bytes for unit in after), 0),
+            reason="norms, biases outside dense layers, buffers",
+        )
+    )
+    return Plan(lines=tuple(lines))
+
+
+def _reason(earlier: PlanLine | None, choice: Choice) -> str:
+    """What was done to a unit so far; where nothing was, every reason why not."""
+    if earlier is None:
+        return choice.reason
+    if choice.take:
+        return f"{earlier.reason}; {choice.reason}" if earlier.steps else choice.reason
+    return earlier.reason if earlier.steps else f"{earlier.reason}; {choice.reason}"

@@ -1,0 +1,71 @@
+"""Tensors that have a shape and no weight of their own: what a prediction is made with.
+
+A stand-in is one zero, seen as a whole tensor. A network over stand-ins runs, and its bytes can
+be counted, but nothing is read, learned or held.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from compressors.errors import CompressionError
+from compressors.formats import LinearFormat, PackedLinear, PackedTable, TableFormat, TensorSpec
+from compressors.model import Model
+from compressors.units import Choice, Unit, pack_table, swap
+
+
+def stand_in(spec: TensorSpec) -> Tensor:
+    """One zero in the shape of a tensor."""
+    return torch.zeros((), dtype=spec.dtype).expand(spec.shape)
+
+
+def with_stand_ins(module: nn.Module) -> nn.Module:
+    """Replace parameters that were built without weights (on the meta device)."""
+    for part in module.modules():
+        for name, parameter in list(part.named_parameters(recurse=False)):
+            if parameter.is_meta:
+                zero = stand_in(TensorSpec(tuple(parameter.shape), parameter.dtype))
+                setattr(part, name, nn.Parameter(zero, requires_grad=False))
+    return module
+
+
+def packed_outline(
+    model: Model,
+    choices: Mapping[str, Choice],
+    *,
+    table: TableFormat | None = None,
+    linear: LinearFormat | None = None,
+    settings: Mapping[str, Any] | None = None,
+) -> Model:
+    """The model with every chosen unit in another format, over stand-ins.
+
+    Args:
+        model: of a private tree; its units are replaced.
+        choices: by unit; what is not named stays.
+        table: the format of tables.
+        linear: the format of dense layers.
+        settings: of the table format.
+    """
+    for unit in Unit.of(model.module):
+        if unit.name not in choices or not choices[unit.name].take:
+            continue
+        first, second = unit.weight.shape  # (rows, dim) or (out, in)
+        if unit.role == "table" and table is not None:
+            laid = table.layout(first, second, settings or {})
+            stored = {name: stand_in(spec) for name, spec in laid.items()}
+            packed = PackedTable(table, first, second, settings or {}, stored)
+            swap(model.module, unit.name, pack_table(unit.module, packed))
+        elif unit.role == "dense" and linear is not None:
+            bias = unit.bias is not None
+            laid = linear.layout(second, first, bias=bias)
+            stored = {name: stand_in(spec) for name, spec in laid.items()}
+            swap(
+                model.module,
+                unit.name,
+                PackedLinear(linear, second, first, bias=bias, stored=stored),
+            )
+        else:
+            raise CompressionError(f"No format was given for {unit.role} {unit.name!r}.")
+    return model

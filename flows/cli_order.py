@@ -1,0 +1,138 @@
+"""An order as the command line gives it: a model with options, or a file."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, get_args
+
+import typer
+
+if TYPE_CHECKING:
+    from compressors.contracts import TargetKind
+    from flows.terms import Terms
+
+Model = Annotated[
+    str | None, typer.Argument(help="A packed bundle: name@version, name, or artifact URI.")
+]
+Preset = Annotated[str, typer.Option(help="small, fast or safe.")]
+Limits = Annotated[
+    list[str] | None,
+    typer.Option(help="What must hold, such as 'auc vs baseline >= -0.002'. Repeatable."),
+]
+Target = Annotated[
+    list[str] | None,
+    typer.Option(help="Required beside onnxruntime: tensorrt-rtx or tensorrt. Repeatable."),
+]
+Optionals = Annotated[
+    list[str] | None, typer.Option(help="Optional target, left out if it cannot be built.")
+]
+File = Annotated[
+    Path | None, typer.Option(help="A whole order as a JSON file, instead of the options.")
+]
+Promote = Annotated[bool, typer.Option(help="Make an accepted result champion.")]
+Seed = Annotated[int, typer.Option(help="Seed of everything drawn.")]
+
+
+def wanted(
+    model: str | None,
+    preset: str,
+    limit: list[str] | None,
+    target: list[str] | None,
+    optional: list[str] | None,
+    order: Path | None,
+    promote: bool,
+    seed: int,
+) -> "Terms":
+    """The order that the options or the file give.
+
+    Raises:
+        Refused: both or neither are given, or what is given is not an order.
+    """
+    from infra.errors import Refused
+
+    if order is not None:
+        if model is not None or limit or target or optional or promote or seed or preset != "safe":
+            raise Refused("Give either --order FILE or a model with options, not both.")
+        return read_order(order)
+    if model is None:
+        raise Refused("Name a model: recpress compress NAME --limit 'auc vs baseline >= -0.002'.")
+    return terms(model, preset, limit or [], target, optional or [], promote, seed)
+
+
+def terms(
+    model: str,
+    preset: str,
+    limits: list[str],
+    targets: list[str] | None,
+    optional: list[str],
+    promote: bool,
+    seed: int,
+) -> "Terms":
+    """The order that options give.
+
+    Raises:
+        Refused: a limit or a target is not one, or there is no limit.
+    """
+    from pydantic import ValidationError
+
+    from compressors.contracts import Limit, TargetKind
+    from flows.terms import Terms
+    from infra.errors import Refused
+
+    if not limits:
+        raise Refused(
+            "An order needs at least one limit, or nothing would be judged: --limit 'auc vs "
+            "baseline >= -0.002'."
+        )
+    try:
+        parsed = tuple(Limit.parse(text) for text in limits)
+    except ValidationError as fault:
+        reasons = "; ".join(
+            error["msg"]
+            + (f" (found {error['input']!r})" if error["type"] != "value_error" else "")
+            for error in fault.errors()
+        )
+        raise Refused(f"--limit: {reasons}") from fault
+    except ValueError as fault:
+        raise Refused(str(fault)) from fault
+    # The quality of a result is measured in ONNX Runtime, so it is always among the targets.
+    names = [target_named(name) for name in ["onnxruntime", *(targets or []), *optional]]
+    wanted = dict.fromkeys((name.replace("-", "_") for name in get_args(TargetKind)), "off")
+    wanted.update({name.replace("-", "_"): "optional" for name in optional})
+    wanted.update({name.replace("-", "_"): "required" for name in names if name not in optional})
+    return Terms.model_validate(
+        {
+            "model": model,
+            "preset": preset,
+            "limits": parsed,
+            "targets": wanted,
+            "promote": promote,
+            "seed": seed,
+        }
+    )
+
+
+def target_named(name: str) -> "TargetKind":
+    """A target's name, checked; ``"RTX"`` is refused with those there are."""
+    from compressors.contracts import TargetKind
+    from infra.errors import Refused
+
+    for known in get_args(TargetKind):
+        if name == known:
+            return known  # type: ignore[no-any-return]  # get_args forgets the literal's type
+    raise Refused(f"Target {name!r} is not among {', '.join(get_args(TargetKind))}.")
+
+
+def read_order(path: Path) -> "Terms":
+    """The order in a JSON file.
+
+    Raises:
+        Refused: the file cannot be read.
+        ValidationError: it holds no order.
+    """
+    from flows.order import Order
+    from infra.errors import Refused
+
+    try:
+        text = path.read_text()
+    except (OSError, UnicodeDecodeError) as fault:
+        raise Refused(f"{path} cannot be read: {fault}.") from fault
+    return Order.model_validate_json(text)

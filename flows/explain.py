@@ -1,0 +1,135 @@
+"""What an order would run, and what it would come to, without running it.
+
+Formats, widths and bytes are worked out by the steps themselves (``compressors.outline``), so
+they are exact; peak memory is an estimate from sizes (``tasks.memory``).
+"""
+
+from compressors.contracts import Bench, Frozen, Part, Plan, Schema, Split, TargetKind
+from compressors.errors import CompressionError, NothingToCompress
+from compressors.model import Model
+from compressors.outline import outline
+from compressors.step import needs
+from compressors.units import stored_bytes
+from flows.order import Order
+from flows.recipe import lacking, split_name
+from flows.resolve import already
+from flows.terms import Terms, Wanted
+from infra.errors import Refused
+from tasks.build import need_builder
+from tasks.documents import AS_TRAINED
+from tasks.loading import load_bundle
+from tasks.memory import Memory, peak_memory
+from tasks.subject import Subject, find, need_measurable
+
+
+class Foreseen(Frozen):
+    """One step of the recipe: what is left after it, or why it would be left out."""
+
+    step: str
+    bytes: int
+    idle: str | None = None
+
+
+class ForeseenTarget(Frozen):
+    """One target: whether it is required, and why it could not be built here, if so."""
+
+    target: TargetKind
+    wanted: Wanted
+    missing: str | None = None
+
+
+class Explanation(Frozen):
+    """What an order means on this machine today."""
+
+    model: str
+    task: str
+    rows: dict[str, int]
+    limits: tuple[str, ...]
+    earlier: str | None
+    steps: tuple[Foreseen, ...]
+    plan: Plan
+    targets: tuple[ForeseenTarget, ...]
+    memory: Memory
+
+
+def explain(terms: Terms) -> Explanation:
+    """Work out what an order would do.
+
+    The bundle is fetched, verified and loaded as tensors of a mapped file; nothing is compressed,
+    built, measured or stored.
+
+    Raises:
+        Refused: there is no such bundle, or it is unsafe.
+        CompressionError: the order could not be carried out: a limit on a number that is not
+            measured, a step of one's own with nothing to do, or no step that fits.
+    """
+    order = terms if isinstance(terms, Order) else Order.model_validate(terms.model_dump())
+    subject = find(order.model)
+    need_measurable(subject, order.limits)
+    before = already(order)
+    loaded = load_bundle(subject.artifact)
+    schema = loaded.manifest.signature
+    model, steps = _steps(order, subject, schema, loaded.model)
+    original = stored_bytes(loaded.model.module)
+    plan = model.plan if model.plan is not None else Plan()
+    return Explanation(
+        model=f"{subject.name}@{subject.version}",
+        task=subject.task,
+        rows=subject.rows,
+        limits=tuple(map(str, order.limits)),
+        earlier=None if before is None else before.version,
+        steps=(Foreseen(step=AS_TRAINED, bytes=original), *steps),
+        plan=plan,
+        targets=tuple(_target(kind, wanted) for kind, wanted in order.targets.wanted().items()),
+        memory=peak_memory(
+            bytes_before=original,
+            bytes_after=sum(line.bytes_after for line in plan.lines),
+            data_bytes=max(held.artifact.bytes for held in loaded.manifest.data.values()),
+            builds=any(kind != "onnxruntime" for kind in order.targets.wanted()),
+        ),
+    )
+
+
+def _steps(
+    order: Order, subject: Subject, schema: Schema, model: Model
+) -> tuple[Model, list[Foreseen]]:
+    """Outline the recipe, with groups left out as ``flows.recipe`` would leave them out."""
+    found: list[Foreseen] = []
+    for group in order.groups():
+        tried, done = model, list[Foreseen]()
+        why = next(filter(None, (lacking(step, subject) for step in group)), None)
+        for step in group if why is None else ():
+            bench = Bench(signature=schema, **_rows(needs(step), subject))
+            try:
+                tried = outline(step, tried, bench)
+            except NothingToCompress as fault:
+                why = str(fault)
+                break
+            done.append(Foreseen(step=step.kind, bytes=stored_bytes(tried.module)))
+        if why is None:
+            model, found = tried, found + done
+        elif order.preset == "custom":
+            raise CompressionError(why)
+        else:
+            held = stored_bytes(model.module)
+            found += [Foreseen(step=step.kind, bytes=held, idle=why) for step in group]
+    if all(item.idle is not None for item in found):
+        reasons = "; ".join(dict.fromkeys(item.idle or "" for item in found))
+        raise CompressionError(f"No step of preset {order.preset!r} fits this model: {reasons}")
+    return model, found
+
+
+def _rows(parts: tuple[Part, ...], subject: Subject) -> dict[str, Split]:
+    """The rows a step would see, counted but not prepared: an outline reads none."""
+    return {
+        part: Split(path="", sha256="0" * 64, rows=subject.rows[split_name(part, subject)])
+        for part in parts
+    }
+
+
+def _target(kind: TargetKind, wanted: Wanted) -> ForeseenTarget:
+    try:
+        need_builder(kind)
+    except Refused as fault:
+        return ForeseenTarget(target=kind, wanted=wanted, missing=str(fault))
+    return ForeseenTarget(target=kind, wanted=wanted)

@@ -1,0 +1,51 @@
+"""How much memory carrying out an order takes at most, from sizes alone. No Prefect.
+
+Weights lie in mapped files and are read through them, so what counts is what is copied: the
+exporter's and ONNX Runtime's copies while the untouched model is lowered and looked at, which is
+where every run so far was at its largest; and packed tables before they are written.
+"""
+
+from compressors.contracts import Frozen
+
+MIB = 2**20
+# Measured with the versions of constraints.txt: python -m benchmarks.peak_memory
+PROCESS = 900 * MIB
+BUILDER = 300 * MIB
+LOWERING = 3.2
+PACKING = 1.3
+READING = 2.5
+
+
+class Memory(Frozen):
+    """An estimate in bytes of the largest resident set of the flow's process.
+
+    ``peak`` is the sum of the others. Pages of mapped files are counted, which the system can
+    take back; so a smaller machine may still do.
+    """
+
+    peak: int
+    process: int
+    weights: int
+    rows: int
+    moment: str
+
+
+def peak_memory(*, bytes_before: int, bytes_after: int, data_bytes: int, builds: bool) -> Memory:
+    """Estimate the peak.
+
+    Args:
+        bytes_before: of the untouched model's weights.
+        bytes_after: of the compressed model's.
+        data_bytes: of the largest split's parquet file.
+        builds: whether an engine is built.
+    """
+    process = PROCESS + (BUILDER if builds else 0)
+    moments = {
+        "lowering the untouched model": (round(LOWERING * bytes_before), 0),
+        "packing": (round(bytes_before + PACKING * bytes_after), 0),
+        "preparing the rows": (0, round(READING * data_bytes)),
+    }
+    moment, (weights, rows) = max(moments.items(), key=lambda item: sum(item[1]))
+    return Memory(
+        peak=process + weights + rows, process=process, weights=weights, rows=rows, moment=moment
+    )

@@ -1,0 +1,35 @@
+"""How a report writes metrics and changes. No Prefect."""
+
+from html import escape
+
+from compressors.contracts import Estimate
+
+
+def label(metric: str) -> str:
+    """A metric as people write it."""
+    names = {"auc": "AUC", "gauc": "GAUC", "logloss": "log loss", "recall@20": "Recall@20"}
+    if metric.startswith("ndcg@"):
+        return metric.upper()
+    if "_ms@" in metric:
+        quantile, _, size = metric.partition("_ms@")
+        return f"{quantile} ms, batch {size}"
+    return names.get(metric, metric.replace("_", " "))
+
+
+def change_of(estimate: Estimate, latency: bool) -> str:
+    """A change and its interval if it has one: a ratio, or a signed difference for quality."""
+    if estimate.low == estimate.high:  # exact, such as bytes
+        return f"{estimate.point:.2f}x" if latency else f"{estimate.point:+.5f}"
+    if latency:
+        return f"{estimate.point:.2f}x [{estimate.low:.2f}, {estimate.high:.2f}]"
+    return f"{estimate.point:+.5f} [{estimate.low:+.5f}, {estimate.high:+.5f}]"
+
+
+def cell(text: str) -> str:
+    """A name or a sentence inside a table: it neither ends the cell nor becomes HTML."""
+    return escape(" ".join(text.split()), quote=False).replace("|", "\\|")
+
+
+def mebibytes(size: int) -> str:
+    """A size as people write it."""
+    return f"{size / 2**20:,.0f}"

@@ -1,0 +1,81 @@
+"""What a step is predicted to make is what it makes."""
+
+import models
+import pytest
+import torch
+from models import METHODS, NORMED, RANKER, REFERENCES, TIED, Reference, Step
+from test_steps import fits
+
+from compressors.contracts import Bench, Split
+from compressors.dense.channels import Channels
+from compressors.dense.static_int8 import StaticInt8
+from compressors.distill.distill import Distill
+from compressors.errors import NothingToCompress
+from compressors.outline import outline
+from compressors.step import run
+from compressors.tables.rowwise_int4 import RowwiseInt4
+from compressors.tables.rowwise_int8 import RowwiseInt8
+from compressors.units import stored_bytes
+
+PAIRS = [(m, r) for m in METHODS for r in REFERENCES if fits(m, r)]
+NAMES = [f"{m.__name__}-{r.network.__name__}" for m, r in PAIRS]
+RECIPES: tuple[tuple[Step, ...], ...] = (
+    (Channels(), Distill(training=models.QUICKLY), RowwiseInt4(), StaticInt8()),
+    (RowwiseInt8(), Channels(), StaticInt8()),
+    (Distill(student={"width": 8}, training=models.QUICKLY), RowwiseInt4()),
+)
+
+
+def without_files(bench: Bench) -> Bench:
+    """The same rows, of which no file can be read."""
+    parts = ("train", "validation", "calibration", "soft_labels")
+    nowhere = {
+        part: Split(path="/nowhere", sha256="0" * 64, rows=getattr(bench, part).rows)
+        for part in parts
+    }
+    return bench.model_copy(update=nowhere)
+
+
+@pytest.mark.parametrize(("method", "reference"), PAIRS, ids=NAMES)
+def test_a_steps_plan_is_known_before(method, reference: Reference, tmp_path):
+    step, bench = models.default(method), reference.bench(tmp_path / "data")
+    predicted = outline(step, reference.model(), without_files(bench))
+    made = run(step, reference.model(), bench, tmp_path / "out")
+    assert predicted.plan == made.plan
+    assert predicted.network.architecture == made.network.architecture
+    assert stored_bytes(predicted.module) == stored_bytes(made.module)
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda steps: "-".join(s.kind for s in steps))
+def test_a_recipes_plan_is_known_before(recipe, tmp_path):
+    bench = RANKER.bench(tmp_path / "data")
+    predicted = made = RANKER.model()
+    for number, step in enumerate(recipe):
+        predicted = outline(step, predicted, without_files(bench))
+        made = run(step, made, bench, tmp_path / str(number))
+        assert predicted.plan == made.plan
+
+
+def test_a_prediction_holds_no_weights_of_its_own():
+    """A table of a terabyte is predicted as quickly as any."""
+    reference = NORMED.model()
+    with torch.device("meta"):
+        table = torch.nn.Embedding(10**10, 64)
+    reference.module.user = table
+    bench = Bench(signature=NORMED.schema)
+    predicted = outline(RowwiseInt4(), reference, bench)
+    assert predicted.plan.of("user").bytes_after == 10**10 * (32 + 2)
+    own = [t.untyped_storage().nbytes() for t in predicted.module.user.buffers()]
+    assert max(own) <= 4
+
+
+def test_a_model_is_left_as_it_is():
+    source = RANKER.model()
+    before = models.tensors_apart(source.module)
+    outline(Channels(), source, Bench(signature=RANKER.schema))
+    torch.testing.assert_close(models.tensors_apart(source.module), before, rtol=0, atol=0)
+
+
+def test_what_has_nothing_to_do_says_so():
+    with pytest.raises(NothingToCompress, match="has a single output"):
+        outline(Channels(), TIED.model(), Bench(signature=TIED.schema))

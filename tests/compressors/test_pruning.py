@@ -1,0 +1,356 @@
+"""Weights set to zero, and channels removed together with all that reads them."""
+
+import hypothesis.strategies as st
+import models
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from models import ATTENTION, NORMED, RANKER, Reference
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from compressors.contracts import DenseInput, IdInput, Schema
+from compressors.dense.channels import (
+    Channels,
+    kept_channels,
+    narrower,
+    per_channel,
+)
+from compressors.dense.magnitude import Magnitude, zeroed
+from compressors.dense.static_int8 import StaticInt8
+from compressors.errors import CompressionError, NothingToCompress
+from compressors.model import Model
+from compressors.step import run
+from compressors.widths import find_widths, trace
+
+SCHEMA = Schema(
+    task="ctr",
+    label="label",
+    metric="auc",
+    output="logit",
+    inputs=(IdInput(name="user", table="user"), DenseInput(name="price", shape=(5,))),
+)
+
+
+class Branched(nn.Module):
+    """A residual sum of two layers, a concatenation of two branches, and a norm."""
+
+    def __init__(self, left: int = 16, right: int = 24, deep: int = 32) -> None:
+        super().__init__()
+        self.user = nn.Embedding(30, 4)
+        self.left = nn.Linear(9, left)
+        self.again = nn.Linear(left, left)
+        self.right = nn.Linear(9, right)
+        self.norm = nn.BatchNorm1d(right)
+        self.slope = nn.PReLU(right)
+        self.deep = nn.Linear(left + right, deep)
+        self.out = nn.Linear(deep, 1)
+
+    def forward(self, user: Tensor, price: Tensor) -> Tensor:
+        x = torch.cat([self.user(user), price], dim=1)
+        left = F.relu(self.left(x))
+        left = left + F.relu(self.again(left))  # the channels of both layers meet
+        right = self.slope(self.norm(self.right(x)))
+        score: Tensor = self.out(F.relu(self.deep(torch.cat([right, left], dim=1))))
+        return score
+
+
+class Plain(nn.Module):
+    """One hidden layer and something between it and the layer that reads it."""
+
+    def __init__(self, width: int = 16, twice: bool = False, dim: int = 4) -> None:
+        super().__init__()
+        self.user = nn.Embedding(30, dim)
+        self.hidden = nn.Linear(dim + 5, width)
+        self.out = nn.Linear(width * 2 if twice else width, 1)
+        self.twice = twice
+
+    def between(self, x: Tensor) -> Tensor:
+        return F.relu(x)
+
+    def forward(self, user: Tensor, price: Tensor) -> Tensor:
+        x = self.between(self.hidden(torch.cat([self.user(user), price], dim=1)))
+        score: Tensor = self.out(torch.cat([x, -x], dim=1) if self.twice else x)
+        return score
+
+
+class Softmaxed(Plain):
+    def between(self, x: Tensor) -> Tensor:
+        return x.softmax(dim=1)
+
+
+class Reversed(Plain):
+    """Channels arrive in another order than they were made in."""
+
+    def between(self, x: Tensor) -> Tensor:
+        return F.relu(x).flip(1)
+
+
+class Leaking(Plain):
+    """A channel reaches the score past every layer."""
+
+    def forward(self, user: Tensor, price: Tensor) -> Tensor:
+        x = self.between(self.hidden(torch.cat([self.user(user), price], dim=1)))
+        return self.out(x) + x[:, :1]
+
+
+BRANCHED = Reference(Branched, SCHEMA)
+
+
+def narrowed(reference: Reference, folder, **settings) -> tuple[Model, Model]:
+    source = reference.model()
+    bench = reference.bench(folder / "data")
+    return source, run(Channels(**settings), source, bench, folder / "out")
+
+
+def answers(model: Model, reference: Reference) -> Tensor:
+    inputs = models.example(reference.schema, reference.rows_of_tables(), 50, seed=11)
+    with torch.no_grad():
+        return model.module(**inputs).reshape(-1)
+
+
+# --- magnitude -------------------------------------------------------------------------------
+
+sizes = st.lists(st.tuples(st.integers(1, 7), st.integers(1, 9)), min_size=1, max_size=4)
+
+
+@given(sizes, st.floats(0, 1), st.integers(0, 2**20))
+def test_the_smallest_weights_become_zero_and_no_other_changes(shapes, share, seed):
+    drawn = np.random.default_rng(seed)
+    weights = [torch.tensor(drawn.normal(size=shape)) for shape in shapes]
+    result = zeroed(weights, share)
+    before = torch.cat([weight.flatten() for weight in weights])
+    after = torch.cat([weight.flatten() for weight in result])
+    gone = after == 0
+    assert int(gone.sum()) == round(share * len(before))
+    assert torch.equal(after[~gone], before[~gone])
+    if bool(gone.any()) and not bool(gone.all()):
+        assert before[gone].abs().max() <= before[~gone].abs().min()
+
+
+def test_of_equal_weights_exactly_the_share_goes():
+    (result,) = zeroed([torch.full((4, 5), -2.0)], 0.25)
+    assert int((result == 0).sum()) == 5
+
+
+def test_a_share_of_each_layer_or_of_all_layers_together(tmp_path):
+    bench = RANKER.bench(tmp_path / "data")
+    source = RANKER.model()
+    with torch.no_grad():
+        source.module.cross.weight.mul_(1e-6)
+    layers = ("cross", "hidden")
+    for scope in ("layer", "global"):
+        step = Magnitude(share=0.5, scope=scope, layers=layers)
+        result = run(step, source, bench, tmp_path / scope).module
+        shares = [float((getattr(result, name).weight == 0).float().mean()) for name in layers]
+        cells = [getattr(result, name).weight.numel() for name in layers]
+        if scope == "layer":
+            assert shares == pytest.approx([0.5, 0.5], abs=0.01)
+        else:  # cross's are all smaller, so they go first
+            assert shares[0] == pytest.approx(min(1, 0.5 * sum(cells) / cells[0]))
+            assert shares[1] == 0
+        assert bool((result.plain.weight != 0).all())
+
+
+# --- channels --------------------------------------------------------------------------------
+
+
+@given(st.integers(1, 4096), st.floats(0.01, 0.99), st.integers(1, 64))
+def test_a_new_width_is_the_nearest_multiple_and_at_least_one_of_them(value, keep, multiple):
+    width = narrower(value, keep, multiple)
+    assert width % multiple == 0
+    assert width >= multiple
+    assert abs(width - value * keep) <= multiple / 2 or width == multiple
+
+
+@pytest.mark.parametrize("importance", ["l1", "l2", "gradient", "random"])
+@pytest.mark.parametrize(
+    "reference", [BRANCHED, RANKER, NORMED], ids=lambda item: item.network.__name__
+)
+def test_a_narrower_network_is_the_old_one_without_those_channels(reference, importance, tmp_path):
+    """``apply`` compares with zeroed channels; here the widths and bytes are looked at."""
+    source, result = narrowed(reference, tmp_path, importance=importance)
+    before, after = dict(source.module.named_parameters()), dict(result.module.named_parameters())
+    assert before.keys() == after.keys()
+    changed = {name for name in before if before[name].shape != after[name].shape}
+    assert changed
+    for name in before.keys() - changed:
+        assert torch.equal(before[name], after[name]), name
+    for name in changed:  # every number that is left was there before
+        assert torch.isin(after[name], before[name]).all(), name
+    built = reference.network(**result.network.architecture.config)
+    assert {k: v.shape for k, v in built.state_dict().items()} == {
+        k: v.shape for k, v in result.module.state_dict().items()
+    }
+
+
+def test_zero_channels_are_found_and_nothing_changes_without_them(tmp_path):
+    """Half the channels do nothing; a criterion of size must cut exactly those."""
+    for importance in ("l1", "l2", "gradient"):
+        source = BRANCHED.model()
+        idle = {"left": slice(0, 8), "again": slice(0, 8), "right": slice(12, 24)}
+        with torch.no_grad():
+            for name, channels in idle.items():
+                layer = getattr(source.module, name)
+                layer.weight[channels] = 0
+                layer.bias[channels] = 0
+            # A norm moves a channel of zeros: its own numbers must be idle as well.
+            source.module.norm.weight[12:] = 0
+            source.module.norm.bias[12:] = 0
+            source.module.slope.weight[12:] = 0
+            source.module.again.weight[:, :8] = 0
+            source.module.deep.weight[:, 12:32] = 0
+            source.module.deep.weight[16:] = 0
+            source.module.deep.bias[16:] = 0
+            source.module.out.weight[:, 16:] = 0
+        bench = BRANCHED.bench(tmp_path / "data")
+        step = Channels(importance=importance, multiple=4)
+        result = run(step, source, bench, tmp_path / importance)
+        config = result.network.architecture.config
+        assert config == {"left": 8, "right": 12, "deep": 16}
+        difference = answers(result, BRANCHED) - answers(source, BRANCHED)
+        # Sums of fewer terms round otherwise; a cut channel that was in use moves scores by 0.1.
+        assert difference.abs().max() < 1e-5
+
+
+def test_layers_whose_channels_meet_keep_the_same_ones():
+    source = BRANCHED.model()
+    widths, _ = find_widths(source)
+    readers = trace(source.module, SCHEMA, {"user": 30}, widths["left"])
+    assert readers.tied == (("again", "left"),)
+    importance = {"left": torch.zeros(16), "again": torch.zeros(16)}
+    importance["left"][[3, 5]] = 1.0
+    importance["again"][[5, 9]] = 2.0
+    kept = kept_channels(readers, importance, 3)
+    assert kept["left"].nonzero().flatten().tolist() == [3, 5, 9]
+    assert torch.equal(kept["left"], kept["again"])
+
+
+def test_a_channels_importance_is_its_own_weights_and_those_that_read_it():
+    source = Reference(Plain, SCHEMA).model()
+    widths, _ = find_widths(source)
+    readers = trace(source.module, SCHEMA, {"user": 30}, widths["hidden"])
+    sizes = {
+        name: weight.detach().square()
+        for name, weight in source.module.named_parameters()
+        if not name.startswith("user")
+    }
+    found = per_channel(readers, sizes)["hidden"]
+    hidden, out = source.module.hidden, source.module.out
+    own = [(hidden.weight[c] ** 2).sum() + hidden.bias[c] ** 2 for c in range(16)]
+    read = [(out.weight[:, c] ** 2).sum() for c in range(16)]
+    torch.testing.assert_close(found, torch.stack(own) + torch.stack(read))
+
+
+def test_a_layer_that_reads_every_channel_twice_loses_both(tmp_path):
+    reference = Reference(Plain, SCHEMA, {"twice": True})
+    _, result = narrowed(reference, tmp_path)
+    assert result.module.hidden.out_features == 8
+    assert result.module.out.in_features == 16
+    assert result.network.architecture.config == {"twice": True, "width": 8, "dim": 4}
+
+
+def test_channels_in_another_order_are_followed(tmp_path):
+    source, result = narrowed(Reference(Reversed, SCHEMA), tmp_path)
+    rows = {tuple(row) for row in source.module.hidden.weight.tolist()}
+    kept = [tuple(row) for row in result.module.hidden.weight.tolist()]
+    assert set(kept) < rows
+    # Column j of the reader belongs to the maker's channel 15 - j.
+    places = [source.module.hidden.weight.tolist().index(list(row)) for row in kept]
+    expected = source.module.out.weight[0, [15 - place for place in reversed(places)]]
+    assert torch.equal(result.module.out.weight[0], expected)
+
+
+def test_gradient_importance_needs_training_rows(tmp_path):
+    bench = NORMED.bench(tmp_path / "data").model_copy(update={"train": None})
+    with pytest.raises(NothingToCompress, match="'channels' needs train rows"):
+        run(Channels(importance="gradient"), NORMED.model(), bench, tmp_path / "out")
+
+
+def test_random_channels_follow_the_seed(tmp_path):
+    bench = BRANCHED.bench(tmp_path / "data")
+    kept = []
+    for number, seed in enumerate((1, 1, 2)):
+        other = bench.model_copy(update={"seed": seed})
+        step = Channels(importance="random")
+        result = run(step, BRANCHED.model(), other, tmp_path / str(number))
+        kept.append(result.module.deep.weight)
+    assert torch.equal(kept[0], kept[1])
+    assert not torch.equal(kept[0], kept[2])
+
+
+@pytest.mark.parametrize(
+    ("reference", "reason"),
+    [
+        (Reference(Softmaxed, SCHEMA), "mixed on their way to 'out'"),
+        (Reference(Leaking, SCHEMA), "'hidden' reach the score without a dense layer"),
+        (ATTENTION, "is also a size of"),
+        (
+            Reference(Plain, SCHEMA, {"width": 8}),
+            "8 channels: 50% of them, as a multiple of 8, is no fewer",
+        ),
+    ],
+    ids=["softmax", "past the layers", "a table's dimension", "narrow already"],
+)
+def test_a_layer_that_cannot_be_narrower_says_why(reference, reason, tmp_path):
+    with pytest.raises(NothingToCompress, match=reason):
+        narrowed(reference, tmp_path)
+
+
+def test_a_layer_without_a_number_in_the_configuration_says_so(tmp_path):
+    reference = Reference(Fixed, SCHEMA)
+    with pytest.raises(NothingToCompress, match="no number of the architecture's configuration"):
+        narrowed(reference, tmp_path)
+
+
+class Fixed(Plain):
+    def __init__(self) -> None:
+        super().__init__(16)
+
+
+def test_a_channel_that_is_not_zero_when_cut_is_refused(tmp_path):
+    with pytest.raises(CompressionError, match="scores otherwise"):
+        narrowed(Reference(Centred, SCHEMA), tmp_path)
+
+
+class Centred(Plain):
+    """Reads the weights of its layer past the layer itself."""
+
+    def between(self, x: Tensor) -> Tensor:
+        return F.relu(x) * self.hidden.weight.abs().sum()
+
+
+def test_quantized_layers_are_pruned_before(tmp_path):
+    bench = NORMED.bench(tmp_path / "data")
+    packed = run(StaticInt8(), NORMED.model(), bench, tmp_path / "packed")
+    with pytest.raises(NothingToCompress, match="already static_int8"):
+        run(Channels(), packed, bench, tmp_path / "out")
+
+
+def test_a_layer_that_shares_its_width_with_one_left_out_stays(tmp_path):
+    with pytest.raises(NothingToCompress, match=r"shares left with 'again': .*not among"):
+        narrowed(BRANCHED, tmp_path, layers=("left",))
+
+
+def test_the_plan_says_what_became_of_every_layer(tmp_path):
+    _, result = narrowed(BRANCHED, tmp_path)
+    reasons = {line.module: line.reason for line in result.plan.lines}
+    assert reasons["left"] == "channels: 16 -> 8 outputs (left) by l2"
+    assert "inputs follow" in reasons["again"]
+    assert "channels: 16 -> 8" in reasons["again"]
+    assert reasons["out"] == "inputs follow deep"
+    assert reasons["user"] == "channels takes no table"
+    assert result.plan.of("user").steps == ()
+
+
+@settings(max_examples=15, deadline=None)
+@given(st.integers(2, 6), st.integers(2, 6), st.integers(2, 6), st.integers(0, 99))
+def test_any_widths_and_weights_survive_the_cut(left, right, deep, seed):
+    """The check inside ``apply`` compares with zeroed channels on every call."""
+    config = {"left": left * 4, "right": right * 4, "deep": deep * 4}
+    model = Reference(Branched, SCHEMA, config).model(seed).private()
+    bench = models.Bench(signature=SCHEMA)
+    result = Channels(multiple=4).apply(model, bench)
+    expected = {name: narrower(value, 0.5, 4) for name, value in config.items()}
+    assert result.network.architecture.config == expected

@@ -1,0 +1,488 @@
+"""Training a compressed network on: losses, early stopping, what may change, and going on."""
+
+import json
+import math
+from pathlib import Path
+
+import hypothesis.strategies as st
+import models
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from models import ATTENTION, BENCH_ROWS, NORMED, QUICKLY, RANKER, Reference
+from torch import Tensor, nn
+
+from compressors import metrics, training
+from compressors.batches import Batch, Rows, batches
+from compressors.checkpoint import Progress, read_progress, write_progress
+from compressors.contracts import Bench, Schema, Split
+from compressors.dense.channels import Channels
+from compressors.dense.magnitude import Magnitude
+from compressors.dense.static_int8 import StaticInt8
+from compressors.distill.distill import Distill
+from compressors.distill.fine_tune import FineTune
+from compressors.errors import CompressionError, NothingToCompress
+from compressors.loss import hard_loss, logits, shuffled_rows, soft_loss
+from compressors.model import Model
+from compressors.step import run
+from compressors.tables.rowwise_int8 import RowwiseInt8
+from compressors.training import Training, train, trainable
+
+LISTS = ATTENTION.schema
+CLICKS = RANKER.schema
+PROBABILITIES = NORMED.schema
+
+
+def batch(label: list[float], group: list[int] | None = None) -> Batch:
+    held = None if group is None else torch.tensor(group)
+    return Batch(inputs={}, label=torch.tensor(label), group=held)
+
+
+# --- losses ----------------------------------------------------------------------------------
+
+numbers = st.floats(-8, 8, width=32)
+rows = st.lists(st.tuples(numbers, numbers, st.integers(0, 1)), min_size=1, max_size=12)
+
+
+@given(rows, st.floats(0.5, 8))
+def test_the_soft_loss_of_clicks_is_the_cross_entropy_of_two_softened_answers(made, temperature):
+    score, teacher, _ = (np.array(column, np.float64) for column in zip(*made, strict=True))
+    own, wanted = (1 / (1 + np.exp(-x / temperature)) for x in (score, teacher))
+    expected = -np.mean(wanted * np.log(own) + (1 - wanted) * np.log1p(-own)) * temperature**2
+    found = soft_loss(CLICKS, torch.tensor(score), torch.tensor(teacher), batch([0.0]), temperature)
+    assert float(found) == pytest.approx(expected, rel=1e-6)
+
+
+@given(rows)
+def test_a_probability_and_its_logit_have_the_same_loss(made):
+    score, teacher, label = zip(*made, strict=True)
+    of_logits, answered = torch.tensor(score), torch.tensor(teacher)
+    held = batch([float(value) for value in label])
+    own = hard_loss(CLICKS, of_logits, held), soft_loss(CLICKS, of_logits, answered, held, 1.0)
+    probability = torch.sigmoid(of_logits), torch.sigmoid(answered)
+    other = (
+        hard_loss(PROBABILITIES, probability[0], held),
+        soft_loss(PROBABILITIES, *probability, held, 1.0),
+    )
+    # The sigmoid of 8 is stored in float32 with 2e-4 of relative error in 1 - p.
+    torch.testing.assert_close(torch.stack(other), torch.stack(own), rtol=2e-3, atol=1e-4)
+
+
+listed = st.lists(
+    st.tuples(numbers, numbers, st.integers(0, 3), st.integers(0, 3)), min_size=1, max_size=14
+)
+
+
+@given(listed)
+def test_list_losses_are_cross_entropies_of_each_lists_shares(made):
+    score, teacher, label, group = (np.array(c) for c in zip(*made, strict=True))
+    held = batch(label.astype(np.float32).tolist(), group.tolist())
+
+    def shares(x):
+        return np.exp(x - x.max()) / np.exp(x - x.max()).sum()
+
+    hard, soft = [], []
+    for one in np.unique(group):
+        inside = group == one
+        own = np.log(shares(score[inside].astype(np.float64)))
+        soft.append(-(shares(teacher[inside].astype(np.float64)) * own).sum())
+        gains = 2.0 ** label[inside] - 1
+        if gains.sum():
+            hard.append(-(gains / gains.sum() * own).sum())
+    given_scores = torch.tensor(score.astype(np.float64))
+    answered = torch.tensor(teacher.astype(np.float64))
+    found = hard_loss(LISTS, given_scores, held), soft_loss(LISTS, given_scores, answered, held, 1)
+    assert float(found[0]) == pytest.approx(np.mean(hard) if hard else 0.0, rel=1e-5, abs=1e-6)
+    assert float(found[1]) == pytest.approx(np.mean(soft), rel=1e-5, abs=1e-6)
+
+
+def test_the_teachers_own_answers_are_the_soft_losss_minimum():
+    teacher = torch.randn(20, generator=torch.Generator().manual_seed(1))
+    held = batch([0.0] * 20, [place // 5 for place in range(20)])
+    for schema in (CLICKS, LISTS):
+        own = teacher.clone().requires_grad_(True)
+        (grad,) = torch.autograd.grad(soft_loss(schema, own, teacher, held, 2.0), own)
+        assert grad.abs().max() < 1e-6
+        assert soft_loss(schema, own + torch.arange(20) * 0.1, teacher, held, 2.0) > soft_loss(
+            schema, own, teacher, held, 2.0
+        )
+
+
+def test_the_ends_of_a_probability_have_finite_logits():
+    assert logits(PROBABILITIES, torch.tensor([0.0, 1.0])).isfinite().all()
+
+
+# --- rows ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("reference", [RANKER, ATTENTION], ids=["rows", "lists"])
+def test_every_row_comes_once_an_epoch_and_lists_stay_whole(reference, tmp_path):
+    split = reference.bench(tmp_path).train
+    held = Rows(split, reference.schema)
+    drawn = list(shuffled_rows(held, reference.schema, 20, seed=3))
+    assert sorted(torch.cat(drawn).tolist()) == list(range(BENCH_ROWS))
+    assert torch.cat(drawn).tolist() != list(range(BENCH_ROWS))
+    if held.group is not None:
+        seen = [set(held.group[numbers].tolist()) for numbers in drawn]
+        assert sum(map(len, seen)) == len(set().union(*seen))
+
+
+def test_rows_taken_by_number_are_those_of_the_file(tmp_path):
+    split = RANKER.bench(tmp_path).train
+    (whole,) = batches(split, RANKER.schema, BENCH_ROWS)
+    model = RANKER.model().module
+    numbers = torch.tensor([5, 90, 0, 17])
+    taken = Rows(split, RANKER.schema).take(numbers)
+    with torch.no_grad():
+        torch.testing.assert_close(model(**taken.inputs), model(**whole.inputs)[numbers])
+    assert torch.equal(taken.label, whole.label[numbers])
+
+
+# --- training --------------------------------------------------------------------------------
+
+
+def trained(
+    model: Model, bench: Bench, how: Training = QUICKLY, folder: Path | None = None, seed: int = 0
+) -> tuple[nn.Module, tuple[training.Epoch, ...]]:
+    module = model.private().module
+
+    def loss(output: Tensor, held: Batch, numbers: Tensor) -> Tensor:
+        return hard_loss(bench.signature, output, held)
+
+    assert bench.train is not None
+    assert bench.validation is not None
+    epochs = train(
+        module,
+        bench.signature,
+        bench.train,
+        bench.validation,
+        loss,
+        how,
+        seed=seed,
+        checkpoints=None if folder is None else str(folder),
+    )
+    return module, epochs
+
+
+def same(first: nn.Module, second: nn.Module) -> bool:
+    one, other = first.state_dict(), second.state_dict()
+    return one.keys() == other.keys() and all(torch.equal(one[k], other[k]) for k in one)
+
+
+@pytest.mark.parametrize("reference", [RANKER, ATTENTION, NORMED], ids=["auc", "ndcg", "norm"])
+def test_training_learns_and_ends_as_in_its_best_epoch(reference, tmp_path):
+    bench = reference.bench(tmp_path)
+    module, epochs = trained(reference.model(), bench)
+    best = max(epochs, key=lambda epoch: epoch.quality)
+    assert best.number > 0
+    assert best.quality > epochs[0].quality
+    found = training._Run(
+        module,
+        bench.signature,
+        Rows(bench.train, bench.signature),
+        bench.validation,
+        lambda *_: torch.zeros(()),
+        QUICKLY,
+        0,
+    )._quality()
+    assert found == best.quality
+    assert not module.training
+    assert not any(parameter.requires_grad for parameter in tables_of(module))
+
+
+def tables_of(module: nn.Module) -> list[nn.Parameter]:
+    held = (nn.Embedding, nn.EmbeddingBag)
+    return [part.weight for part in module.modules() if isinstance(part, held)]
+
+
+def test_it_stops_when_nothing_improves_and_gives_back_what_it_was_given(tmp_path):
+    """Labels of the validation rows are turned round, so every epoch only harms."""
+    bench = RANKER.bench(tmp_path / "data")
+    turned = models.prepared(
+        RANKER.schema,
+        RANKER.rows_of_tables(),
+        tmp_path / "turned",
+        9,
+        lambda x: -RANKER._opposite(x),
+    )
+    source = RANKER.model()
+    how = QUICKLY.model_copy(update={"patience": 3})
+    module, epochs = trained(source, bench.model_copy(update={"validation": turned}), how)
+    assert len(epochs) == 1 + 3
+    assert same(module, source.module)
+
+
+def test_what_is_trained(tmp_path):
+    source = RANKER.model()
+    dense = {"cross", "hidden", "capped", "plain", "out"}
+    assert {name.partition(".")[0] for name in trainable(source.module, tables=False)} == dense
+    every = {name.partition(".")[0] for name in trainable(source.module, tables=True)}
+    assert every == dense | {"user", "item", "city", "genres", "history", "tags"}
+    bench = RANKER.bench(tmp_path / "data")
+    packed = run(StaticInt8(layers=("hidden",)), source, bench, tmp_path / "packed")
+    inside = {n for n in trainable(packed.module, tables=False) if n.startswith("hidden")}
+    assert inside
+    assert all(packed.module.get_submodule("hidden").get_buffer(n[7:]).dtype == torch.float32
+               for n in inside)  # fmt: skip
+
+
+def test_tables_train_only_where_asked_for(tmp_path):
+    bench = RANKER.bench(tmp_path)
+    source = RANKER.model()
+    before = source.module.item.weight.detach().clone()
+    for tables in (False, True):
+        how = QUICKLY.model_copy(update={"tables": tables})
+        module, _ = trained(source, bench, how)
+        assert torch.equal(module.item.weight, before) != tables
+    assert torch.equal(source.module.item.weight, before)
+
+
+def test_a_penalty_on_tables_makes_them_smaller(tmp_path):
+    bench = RANKER.bench(tmp_path)
+    norms = []
+    for penalty in (0.0, 0.1):
+        how = QUICKLY.model_copy(update={"tables": True, "table_l2": penalty})
+        module, _ = trained(RANKER.model(), bench, how)
+        norms.append(float(module.item.weight.detach().norm()))
+    assert norms[1] < norms[0]
+
+
+@pytest.mark.parametrize("method", [FineTune, Distill])
+def test_what_was_pruned_stays_pruned(method, tmp_path):
+    bench = RANKER.bench(tmp_path / "data")
+    pruned = run(Magnitude(share=0.7), RANKER.model(), bench, tmp_path / "pruned")
+    result = run(method(training=QUICKLY), pruned, bench, tmp_path / "out")
+    for name in ("cross", "hidden", "out"):
+        before = pruned.module.get_submodule(name).weight
+        after = result.module.get_submodule(name).weight
+        assert not torch.equal(before, after)
+        assert bool((after[before == 0] == 0).all())
+        assert bool((after[before != 0] != 0).any())
+
+
+def test_training_of_quantized_layers_moves_scales_and_keeps_codes(tmp_path):
+    bench = RANKER.bench(tmp_path / "data")
+    packed = run(StaticInt8(), RANKER.model(), bench, tmp_path / "packed")
+    result = run(FineTune(training=QUICKLY), packed, bench, tmp_path / "out")
+    before, after = packed.module.state_dict(), result.module.state_dict()
+    moved = {name for name in before if not torch.equal(before[name], after[name])}
+    assert moved
+    assert all(before[name].dtype == torch.float32 for name in moved)
+    codes = [name for name in before if before[name].dtype == torch.int8]
+    assert codes
+    assert not moved & set(codes)
+
+
+def test_nothing_to_train_is_said(tmp_path):
+    bench = NORMED.bench(tmp_path / "data")
+    with pytest.raises(CompressionError, match="Nothing in this network can be trained"):
+        trained(Reference(Still, NORMED.schema).model(), bench)
+
+
+class Still(nn.Module):
+    """A table and nothing else."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.user = nn.Embedding(15, 1)
+
+    def forward(self, user: Tensor, price: Tensor) -> Tensor:
+        score: Tensor = torch.sigmoid(self.user(user) + price[:, :1])
+        return score
+
+
+def test_a_training_that_diverges_says_what_to_do(tmp_path):
+    bench = RANKER.bench(tmp_path / "data")
+    how = QUICKLY.model_copy(update={"learning_rate": 1e30})
+    with pytest.raises(CompressionError, match=r"diverged: the loss is .* Lower learning_rate"):
+        trained(RANKER.model(), bench, how)
+
+
+def test_rates_rise_fall_and_are_divided(tmp_path):
+    bench = RANKER.bench(tmp_path)
+
+    def rates(**settings) -> list[float]:
+        run = training._Run(
+            RANKER.model().private().module,
+            RANKER.schema,
+            Rows(bench.train, RANKER.schema),
+            bench.validation,
+            lambda *_: torch.zeros(()),
+            Training(batch=48, learning_rate=1.0, **settings),
+            0,
+        )
+        found = []
+        for step in range(21):
+            run.steps = step
+            found.append(run._rate())
+        run.factor = 0.1
+        return [*found, run._rate()]
+
+    plateau = rates(warmup=4)
+    assert plateau[:5] == [0.25, 0.5, 0.75, 1.0, 1.0]
+    assert plateau[-1] == pytest.approx(0.1)
+    cosine = rates(warmup=0, schedule="cosine", epochs=10)  # 2 steps an epoch, 20 in all
+    assert cosine[0] == 1.0
+    assert cosine[10] == pytest.approx(0.5)
+    assert cosine[20] == pytest.approx(0.0, abs=1e-12)
+
+
+# --- going on after a crash ------------------------------------------------------------------
+
+
+class Killed(Exception):
+    pass
+
+
+@pytest.mark.parametrize("schedule", ["plateau", "cosine"])
+@pytest.mark.parametrize("reference", [RANKER, NORMED], ids=["plain", "norm and dropout"])
+def test_a_killed_training_ends_with_the_same_bits(reference, schedule, tmp_path, monkeypatch):
+    bench = reference.bench(tmp_path / "data")
+    how = QUICKLY.model_copy(update={"schedule": schedule, "epochs": 6, "patience": 6})
+    whole, epochs = trained(reference.model(), bench, how, tmp_path / "whole")
+    assert len(epochs) == 7
+
+    def dying(folder: str, progress: Progress) -> None:
+        write_progress(folder, progress)
+        if len(progress.facts["epochs"]) == 4:
+            raise Killed
+
+    monkeypatch.setattr(training, "write_progress", dying)
+    with pytest.raises(Killed):
+        trained(reference.model(), bench, how, tmp_path / "killed")
+    monkeypatch.undo()
+    seen = []
+    monkeypatch.setattr(training, "shuffled_rows", lambda *a: seen.append(1) or shuffled_rows(*a))
+    again, found = trained(reference.model(), bench, how, tmp_path / "killed")
+    assert len(seen) == 3  # epochs 4 to 6, not all six
+    assert same(again, whole)
+    assert found[1:] == epochs[1:]
+    assert found[0].quality == epochs[0].quality
+
+
+def test_a_crash_while_progress_is_written_leaves_the_earlier_one(tmp_path, monkeypatch):
+    tensors = {"now/a": torch.ones(3)}
+    facts = {"epochs": [[0, math.nan, 0.5]]}
+    write_progress(str(tmp_path), Progress(tensors, facts))
+
+    def refused(*_: object) -> None:
+        raise Killed
+
+    monkeypatch.setattr("compressors.checkpoint.os.replace", refused)
+    later = Progress({"now/a": torch.zeros(3)}, {"epochs": [*facts["epochs"], [1, 0.3, 0.6]]})
+    with pytest.raises(Killed):
+        write_progress(str(tmp_path), later)
+    monkeypatch.undo()
+    found = read_progress(str(tmp_path), {"a": torch.empty(3)})
+    assert found is not None
+    assert torch.equal(found.tensors["now/a"], torch.ones(3))
+    assert len(found.facts["epochs"]) == 1
+
+
+def test_progress_of_another_network_is_not_taken_up(tmp_path):
+    assert read_progress(str(tmp_path / "none"), {}) is None
+    facts = {"epochs": [[0, 0.1, 0.5]]}
+    write_progress(str(tmp_path), Progress({"now/a": torch.ones(3)}, facts))
+    assert read_progress(str(tmp_path), {"a": torch.empty(4)}) is None
+    assert read_progress(str(tmp_path), {"b": torch.empty(3)}) is None
+    assert read_progress(str(tmp_path), {"a": torch.empty(3)}) is not None
+
+
+@settings(max_examples=10, deadline=None)
+@given(st.integers(1, 5))
+def test_only_the_newest_progress_is_kept(tmp_path_factory, epochs):
+    folder = tmp_path_factory.mktemp("progress")
+    for count in range(1, epochs + 1):
+        facts = {"epochs": [[number, 0.1, 0.5] for number in range(count)]}
+        write_progress(str(folder), Progress({"now/a": torch.full((2,), count)}, facts))
+    assert len(list(folder.iterdir())) == 2
+    named = json.loads((folder / "progress.json").read_text())["tensors"]
+    assert (folder / named).exists()
+
+
+# --- distillation ----------------------------------------------------------------------------
+
+
+def test_a_student_answers_more_like_the_teacher_than_before(tmp_path):
+    """The teacher's answers are the opposite of the network's, so they say what was learned."""
+    bench = RANKER.bench(tmp_path / "data")
+    source = RANKER.model()
+    step = Distill(soft_share=1.0, training=QUICKLY)
+    result = run(step, source, bench, tmp_path / "out")
+    (held,) = batches(bench.validation, RANKER.schema, BENCH_ROWS)
+    with torch.no_grad():
+        teacher = -source.module(**held.inputs).reshape(-1)
+        student = result.module(**held.inputs).reshape(-1)
+    both = torch.stack([teacher, student])
+    assert float(torch.corrcoef(both)[0, 1]) > 0.5  # it was -1
+
+
+def test_the_soft_share_weighs_labels_against_the_teacher(tmp_path):
+    """Labels contradict the teacher here: what the student learns says which one it heard."""
+    bench = RANKER.bench(tmp_path / "data")
+    agreeing = models.prepared(
+        RANKER.schema, RANKER.rows_of_tables(), tmp_path / "l", 8, lambda x: -RANKER._opposite(x)
+    )
+    bench = bench.model_copy(update={"train": agreeing})
+    (held,) = batches(bench.validation, RANKER.schema, BENCH_ROWS)
+    found = {}
+    for share in (0.05, 1.0):
+        step = Distill(soft_share=share, training=QUICKLY)
+        result = run(step, RANKER.model(), bench, tmp_path / str(share))
+        with torch.no_grad():
+            scores = result.module(**held.inputs).reshape(-1)
+        found[share] = metrics.auc(held.label.numpy(), scores.numpy())
+    # The teacher answers what the validation rows ask for, the labels say the opposite.
+    assert found[1.0] > 0.6
+    assert found[0.05] < 0.4
+
+
+def test_a_smaller_student_is_built_from_a_configuration(tmp_path):
+    bench = RANKER.bench(tmp_path / "data")
+    step = Distill(student={"width": 8}, training=QUICKLY)
+    result = run(step, RANKER.model(), bench, tmp_path / "out")
+    assert result.network.architecture.config == {"width": 8}
+    assert result.module.hidden.out_features == 8
+    assert torch.equal(result.module.item.weight, RANKER.model().module.item.weight)
+    assert result.plan.of("hidden").reason == "distill: 16x40 -> 8x40 in the student"
+    assert result.plan.of("item").reason == "distill leaves tables as they are"
+
+
+def test_a_student_that_cannot_be_built_or_comes_too_late_is_refused(tmp_path):
+    bench = RANKER.bench(tmp_path / "data")
+    with pytest.raises(CompressionError, match=r"cannot build its student.*models:Ranker"):
+        run(Distill(student={"widht": 8}), RANKER.model(), bench, tmp_path / "a")
+    packed = run(RowwiseInt8(), RANKER.model(), bench, tmp_path / "packed")
+    with pytest.raises(CompressionError, match="must come before quantization"):
+        run(Distill(student={"width": 8}), packed, bench, tmp_path / "b")
+
+
+def test_soft_labels_must_be_one_a_row(tmp_path):
+    bench = RANKER.bench(tmp_path / "data")
+    other = NORMED.bench(tmp_path / "other")
+    cut = tmp_path / "cut"
+    cut.mkdir()
+    models.save_file({"score": torch.zeros(5)}, cut / "data.safetensors")
+    wrong = bench.model_copy(update={"soft_labels": Split(path=str(cut), sha256="2" * 64, rows=5)})
+    with pytest.raises(CompressionError, match="found 5 for 96 rows"):
+        run(Distill(), RANKER.model(), wrong, tmp_path / "out")
+    without = other.model_copy(update={"soft_labels": None})
+    with pytest.raises(NothingToCompress, match="'distill' needs soft labels rows"):
+        run(Distill(), NORMED.model(), without, tmp_path / "out")
+
+
+def test_retrieval_is_refused_until_it_has_a_loss(tmp_path):
+    bench = RANKER.bench(tmp_path / "data")
+
+    schema = Schema.model_construct(**{**dict(RANKER.schema), "task": "retrieval"})
+    with pytest.raises(NothingToCompress, match="whose training is not written yet"):
+        FineTune().choose(RANKER.model(), bench.model_copy(update={"signature": schema}))
+
+
+def test_a_pruned_network_learns_after_the_cut(tmp_path):
+    bench = RANKER.bench(tmp_path / "data")
+    cut = run(Channels(), RANKER.model(), bench, tmp_path / "cut")
+    result = run(Distill(training=QUICKLY), cut, bench, tmp_path / "out")
+    assert result.network.architecture == cut.network.architecture
+    assert result.plan.of("hidden").steps == ("channels", "distill")

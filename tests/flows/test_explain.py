@@ -1,0 +1,108 @@
+"""What ``recpress explain`` foretells is what carrying the order out comes to."""
+
+import json
+from pathlib import Path
+
+import pytest
+from drafts import write_draft
+from orders import World
+from test_recipe import ANY, STEPS, recipe  # noqa: F401 - a fixture
+
+from compressors.dense.channels import Channels
+from compressors.errors import CompressionError
+from flows.explain import explain
+from flows.order import Order
+from infra.errors import ArtifactMissing
+from infra.settings import load_settings
+from tasks.bundles import pack
+from tasks.documents import Report
+
+
+def stored(home: Path) -> set[Path]:
+    """Every file of a home but the local copies of what is in the store."""
+    return {path for path in home.rglob("*") if path.is_file() and "cache" not in path.parts}
+
+
+def test_a_presets_stages_plan_and_idle_steps_are_known_before(world: World) -> None:
+    report = world.first.finished.report
+    found = explain(world.order)
+    assert found.plan == report.plan
+    done = [(item.step, item.bytes) for item in found.steps if item.idle is None]
+    assert done == [(stage.step, stage.bytes) for stage in report.stages]
+    assert {item.step: item.idle for item in found.steps if item.idle} == report.idle
+    assert [target.target for target in found.targets] == ["onnxruntime", "tensorrt-rtx"]
+    assert found.earlier == world.first.finished.version
+
+
+def test_a_recipe_that_trains_is_known_before(
+    recipe: tuple[World, Report],  # noqa: F811
+    world: World,
+) -> None:
+    order = Order(model="clicks@1", preset="custom", steps=STEPS, limits=(ANY,))
+    _, report = recipe
+    found = explain(order)
+    assert [(item.step, item.bytes) for item in found.steps] == [
+        (stage.step, stage.bytes) for stage in report.stages
+    ]
+    predicted = {line.module: (line.format, line.bytes_after) for line in found.plan.lines}
+    assert predicted == {line.module: (line.format, line.bytes_after) for line in report.plan.lines}
+
+
+def test_nothing_is_stored_and_nothing_is_run(world: World) -> None:
+    before = stored(load_settings().home)
+    order = Order(model="clicks@1", preset="fast", limits=(ANY,))
+    assert explain(order).earlier is None
+    assert stored(load_settings().home) == before
+
+
+def test_what_would_be_refused_is_refused_now(world: World) -> None:
+    order = Order(model="clicks@1", preset="custom", steps=(Channels(),), limits=(ANY,))
+    with pytest.raises(CompressionError, match="grows by other than hidden"):
+        explain(order)
+    with pytest.raises(ArtifactMissing, match="There is no bundle"):
+        explain(Order(model="nothing", preset="fast", limits=(ANY,)))
+
+
+def test_rows_that_are_missing_are_told(fresh: Path) -> None:
+    pack(write_draft(fresh / "draft", name="few", rows={"train": 500, "test": 500}))
+    found = explain(Order(model="few", preset="small", limits=(ANY,)))
+    idle = {item.step: item.idle for item in found.steps if item.idle}
+    assert set(idle) == {"channels", "distill"}
+    assert "'distill' needs validation data; this model has train, test" in idle["distill"]
+
+
+def test_a_model_of_any_size_is_explained_in_the_memory_of_its_libraries(world: World) -> None:
+    memory = explain(world.order).memory
+    assert memory.peak == memory.process + memory.weights + memory.rows
+    assert memory.process > memory.weights  # the draft has 300 kB of weights
+
+
+def test_the_command_prints_it_and_speaks_json(
+    world: World, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from flows import cli
+
+    def called(*arguments: str) -> tuple[int, str, str]:
+        monkeypatch.setattr("sys.argv", ["recpress", "explain", *arguments])
+        capsys.readouterr()
+        code = 0
+        try:
+            cli.main()
+        except SystemExit as ended:
+            code = int(ended.code or 0)
+        return code, *capsys.readouterr()
+
+    limit = ("--limit", "auc vs baseline >= -0.2")
+    code, out, _ = called("clicks@1", "--preset", "fast", *limit)
+    assert code == 0
+    for text in ("rowwise_int8", "static_int8", "Peak memory", "target onnxruntime, required"):
+        assert text in out
+    code, out, _ = called("clicks@1", "--preset", "fast", *limit, "--json")
+    assert code == 0
+    assert json.loads(out)["steps"][0]["step"] == "as trained"
+    code, _, err = called("clicks@1", "--limit", "gauc vs baseline >= 0")
+    assert code == 2
+    assert "not measured for this bundle" in err
+    code, _, err = called("clicks@1")
+    assert code == 2
+    assert "at least one limit" in err

@@ -1,0 +1,121 @@
+"""Recipes that prune and train, through the whole flow; and what each step of them was worth."""
+
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+import torch
+from drafts import ROWS, write_draft
+from orders import World, carry_out, surroundings
+from safetensors.torch import load_file
+from sklearn.metrics import roc_auc_score
+
+from compressors.contracts import Artifact, Limit
+from compressors.dense.channels import Channels
+from compressors.distill.distill import Distill
+from compressors.distill.fine_tune import FineTune
+from compressors.errors import CompressionError
+from compressors.tables.rowwise_int8 import RowwiseInt8
+from compressors.training import Training
+from flows.order import Order
+from infra.settings import load_settings
+from tasks.bundles import pack
+from tasks.documents import Report
+from tasks.loading import data_path, load_bundle
+from tasks.stored import local
+
+ANY = Limit.parse("auc vs baseline >= -0.2")
+SHORT = Training(epochs=2, patience=2, batch=256)
+STEPS = (Distill(student={"hidden": 32}, training=SHORT), FineTune(training=SHORT), RowwiseInt8())
+
+
+@pytest.fixture(scope="module")
+def recipe(the_world: World) -> tuple[World, Report]:
+    with pytest.MonkeyPatch.context() as patch:
+        surroundings(patch, the_world.home)
+        order = Order(model="clicks@1", preset="custom", steps=STEPS, limits=(ANY,))
+        return the_world, carry_out(order).finished.report
+
+
+def auc_of(bundle: Artifact) -> float:
+    """AUC on the test rows by other code than ours."""
+    loaded = load_bundle(bundle)
+    rows = pq.read_table(data_path(loaded.manifest, "test"))
+    tags = rows["tags"].combine_chunks()
+    with torch.no_grad():
+        scores = loaded.model.module(
+            user=torch.tensor(rows["user"].to_numpy()),
+            item=torch.tensor(rows["item"].to_numpy()),
+            tags=torch.tensor(tags.values.to_numpy()),
+            tags_offsets=torch.tensor(tags.offsets.to_numpy()[:-1].astype("int64")),
+            dense=torch.stack(
+                [torch.tensor(rows[f"d{place}"].to_numpy()) for place in range(4)], dim=1
+            ).float(),
+        )
+    return float(roc_auc_score(rows["label"].to_numpy(), scores.reshape(-1).numpy()))
+
+
+def test_every_stage_has_the_bytes_and_the_quality_of_its_bundle(
+    recipe: tuple[World, Report], world: World
+) -> None:
+    _, report = recipe
+    assert [stage.step for stage in report.stages] == [
+        "as trained",
+        *(step.kind for step in STEPS),
+    ]
+    assert report.stages[0].bundle == report.source
+    assert report.stages[-1].bundle == report.compressed
+    for stage in report.stages:
+        tensors = local(stage.bundle).glob("*.safetensors")
+        held = [t for path in tensors for t in load_file(path).values()]
+        assert stage.bytes == sum(t.numel() * t.element_size() for t in held)
+        assert stage.quality.point == pytest.approx(auc_of(stage.bundle), abs=1e-6)
+        assert stage.quality.rows == ROWS["test"]
+    for before, after in zip(report.stages, report.stages[1:], strict=False):
+        assert after.change is not None
+        moved = after.quality.point - before.quality.point
+        assert after.change.point == pytest.approx(moved, abs=1e-9)
+        assert after.change.low <= after.change.point <= after.change.high
+    assert report.stages[0].change is None
+
+
+def test_the_student_is_stored_with_its_own_configuration(
+    recipe: tuple[World, Report], world: World
+) -> None:
+    _, report = recipe
+    loaded = load_bundle(report.compressed)
+    assert loaded.manifest.network.architecture.config["hidden"] == 32
+    assert loaded.model.module.first.out_features == 32
+    line = report.plan.of("first")
+    assert line is not None
+    assert line.reason.startswith("distill: 64x52 -> 32x52 in the student; fine_tune on 4,000 rows")
+    assert line.bytes_after < line.bytes_before
+
+
+def test_no_progress_is_left_behind(recipe: tuple[World, Report], world: World) -> None:
+    folder = load_settings().home / "progress"
+    assert not list(folder.iterdir())
+
+
+def test_what_a_preset_could_not_do_is_said_and_fails_nothing(world: World) -> None:
+    """The draft's one width is also half of another, so nothing can be pruned alone."""
+    report = world.first.finished.report
+    assert set(report.idle) == {"channels", "distill"}
+    assert report.idle["channels"] == report.idle["distill"]
+    assert "'second' grows by other than hidden does" in report.idle["channels"]
+    assert [stage.step for stage in report.stages] == ["as trained", "rowwise_int4", "static_int8"]
+    assert {state for _, state in world.first.tasks} <= {"Completed", "Cached"}
+
+
+def test_a_recipe_of_ones_own_must_fit(world: World) -> None:
+    order = Order(model="clicks@1", preset="custom", steps=(Channels(),), limits=(ANY,))
+    with pytest.raises(CompressionError, match=r"'channels' needs .*grows by other than hidden"):
+        carry_out(order)
+
+
+def test_rows_that_a_step_needs_are_asked_for_before_anything_runs(fresh: Path) -> None:
+    rows = {split: count for split, count in ROWS.items() if split != "validation"}
+    pack(write_draft(fresh / "draft", name="few", rows=rows))
+    order = Order(model="few", preset="custom", steps=STEPS[1:], limits=(ANY,))
+    with pytest.raises(CompressionError, match=r"'fine_tune' needs validation data; this model"):
+        carry_out(order)
