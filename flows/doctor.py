@@ -10,6 +10,7 @@ from infra.settings import load_settings
 from infra.tensorrt import load
 from tasks.promotion import registry
 from tasks.stored import store
+from tasks.triton import contents
 
 
 class Found(Frozen):
@@ -26,6 +27,7 @@ def examine() -> tuple[Found, ...]:
     return (
         _try("object store", lambda: f"{store().root}: {len(store().keys('bundles/'))} bundle(s)"),
         _try("registry", lambda: f"{len(registry().models())} model(s)"),
+        _triton(),
         _try("ONNX Runtime", _onnxruntime),
         _try("TensorRT-RTX", lambda: str(load("tensorrt-rtx").__version__), needed=False),
         _try("TensorRT", lambda: str(load("tensorrt").__version__), needed=False),
@@ -40,6 +42,13 @@ def examine() -> tuple[Found, ...]:
             found=", ".join(settings.allowed_modules) + " (RECPRESS_ALLOWED_MODULES)",
         ),
     )
+
+
+def _triton() -> Found:
+    what = "Triton repository"
+    if not load_settings().triton:
+        return Found(what=what, state="absent", found="RECPRESS_TRITON is not set")
+    return _try(what, lambda: "{}: {} model(s)".format(*contents()))
 
 
 def _onnxruntime() -> str:

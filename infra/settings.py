@@ -25,6 +25,11 @@ class RecpressSettings(BaseSettings):
     store: str = Field(
         default="", description="Object store: a folder or s3://bucket/prefix. Default HOME/store."
     )
+    triton: str = Field(
+        default="",
+        description="Triton model repository that follows the champion: a folder or "
+        "s3://bucket/prefix. Empty: none.",
+    )
     allowed_modules: Annotated[tuple[str, ...], NoDecode] = Field(
         default=("examples",),
         description="Modules (and what lies below them) an architecture may be imported from.",

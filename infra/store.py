@@ -7,18 +7,16 @@
     <root>/<key>                              small records: the ledger, reports
 
 ``store_manifest.py`` says what a manifest is, ``store_chunks.py`` reads and hashes files,
-``store_folder.py`` and ``store_s3.py`` are the two places things can lie.
+``store_place.py`` says what a place where things lie can do, ``store_folder.py`` and
+``store_s3.py`` are the two there are.
 """
 
-import os
 import re
 import shutil
 import uuid
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Protocol
-from urllib.parse import unquote
 
 from pydantic import ValidationError
 
@@ -29,13 +27,11 @@ from infra.errors import (
     ArtifactMissing,
     InfraError,
     Refused,
-    SettingRefused,
 )
-from infra.settings import shown
 from infra.store_chunks import checked_chunks, hashed, in_order, regular_files, sha256
-from infra.store_folder import TEMPORARY, Folder, translate
+from infra.store_folder import TEMPORARY, translate
 from infra.store_manifest import CHUNK_BYTES, FileEntry, StoreManifest, plain_path, root_of
-from infra.store_s3 import Bucket
+from infra.store_place import place_of
 
 __all__ = ["CHUNK_BYTES", "MAX_RECORD_BYTES", "FileEntry", "Store", "StoreManifest"]
 
@@ -43,32 +39,6 @@ MAX_RECORD_BYTES = 16 * 2**20
 MAX_MANIFEST_BYTES = 512 * 2**20  # 8 MiB chunks at 67 bytes a hash: 60 TB of model
 
 _SHA256 = re.compile(r"[0-9a-f]{64}")
-_SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:")
-_BUCKET = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{1,61}[A-Za-z0-9]")
-
-
-class Place(Protocol):
-    """Where keys lie. Errors are ours, and no key is ever visible half-written."""
-
-    uri: str
-
-    def in_place(self, key: str) -> Path | None:
-        """The local path of a key prefix, if this place is a local folder."""
-
-    def sizes(self, prefix: str) -> dict[str, int]:
-        """Every key that begins with ``prefix``, with its size in bytes."""
-
-    def read(self, key: str, start: int, stop: int) -> bytes:
-        """Bytes ``start`` to ``stop``; fewer if it ends before. ``ArtifactMissing``."""
-
-    def create(self, key: str, body: bytes) -> None:
-        """Write a new key, atomic with its content. ``AlreadyThere``."""
-
-    def write(self, key: str, body: bytes) -> None:
-        """Write a key, replacing what it held."""
-
-    def upload(self, key: str, size: int, chunks: Iterable[bytes]) -> None:
-        """Write a large file; if ``chunks`` raises, the key is as it was before."""
 
 
 class Store:
@@ -77,6 +47,7 @@ class Store:
     Args:
         root: a folder, ``file:///folder`` or ``s3://bucket/prefix``. Nothing is contacted or
             created until something is read or written.
+        setting: where ``root`` came from, for the message.
 
     Raises:
         SettingRefused: ``root`` is none of these.
@@ -85,8 +56,8 @@ class Store:
     or ``SettingRefused`` (credentials, bucket or permissions are wrong).
     """
 
-    def __init__(self, root: str) -> None:
-        self._place = _place_of(root)
+    def __init__(self, root: str, setting: str = "RECPRESS_STORE") -> None:
+        self._place = place_of(root, setting)
         self.root = self._place.uri
 
     def put(self, folder: Path) -> Artifact:
@@ -198,10 +169,20 @@ class Store:
             ArtifactMissing, ArtifactDamaged: as ``manifest``; also there is no such file in it.
         """
         manifest = self.manifest(artifact)
-        entry = next((entry for entry in manifest.files if entry.path == path), None)
-        if entry is None or entry.bytes > MAX_MANIFEST_BYTES:
+        entry = _entry(artifact, manifest, path)
+        if entry.bytes > MAX_MANIFEST_BYTES:
             raise ArtifactMissing(f"{artifact.uri} holds no small file {path!r}.")
         return b"".join(self._chunks(artifact, manifest.model_copy(update={"files": (entry,)})))
+
+    def chunks(self, artifact: Artifact, path: str) -> Iterator[bytes]:
+        """One file of an artifact in order and piece by piece, each piece verified.
+
+        Raises:
+            ArtifactMissing, ArtifactDamaged: as ``file``, whatever the size.
+        """
+        manifest = self.manifest(artifact)
+        entry = _entry(artifact, manifest, path)
+        return self._chunks(artifact, manifest.model_copy(update={"files": (entry,)}))
 
     def create(self, key: str, body: bytes) -> None:
         """Write a small record unless its key exists; atomic with its content.
@@ -225,9 +206,26 @@ class Store:
 
     def keys(self, prefix: str) -> tuple[str, ...]:
         """Every key that begins with ``prefix``, relative to the root, sorted."""
+        return tuple(sorted(self.sizes(prefix)))
+
+    def sizes(self, prefix: str) -> dict[str, int]:
+        """The same with the size of each in bytes, in no order."""
         if prefix:
             _checked_key(prefix.rstrip("/"))
-        return tuple(sorted(self._place.sizes(prefix)))
+        return self._place.sizes(prefix)
+
+    def upload(self, key: str, size: int, chunks: Iterable[bytes]) -> None:
+        """Write a file of any size under a key; if ``chunks`` raises, the key is as it was."""
+        self._place.upload(_record_key(key, b""), size, chunks)
+
+    def holds(self, key: str, entry: FileEntry, chunk_bytes: int = CHUNK_BYTES) -> bool:
+        """Whether a key holds exactly the bytes of this file; reads all of it."""
+        if self._place.sizes(_checked_key(key)).get(key) != entry.bytes:
+            return False
+        return all(
+            sha256(self._place.read(key, at * chunk_bytes, (at + 1) * chunk_bytes)) == wanted
+            for at, wanted in enumerate(entry.chunks)
+        )
 
     def _named(self, manifest: StoreManifest) -> Artifact:
         uri = f"{self.root}/artifacts/{manifest.root}"
@@ -332,33 +330,11 @@ class Store:
         return in_order(one, places)
 
 
-def _place_of(root: str) -> Place:
-    if root.startswith("s3://"):
-        bucket, _, prefix = root.removeprefix("s3://").partition("/")
-        prefix = prefix.strip("/")
-        if not _BUCKET.fullmatch(bucket):
-            raise _root_refused(root, "the bucket's name is not valid")
-        try:
-            return Bucket(bucket, plain_path(prefix) if prefix else "")
-        except ValueError as fault:
-            raise _root_refused(root, "the prefix is not a plain path") from fault
-    path = root
-    if root.startswith("file://"):
-        path = unquote(root.removeprefix("file://"))
-        if not path.startswith("/"):
-            raise _root_refused(root, "a file URI has three slashes and an absolute path")
-    elif _SCHEME.match(root):
-        raise _root_refused(root, "this scheme is not known")
-    if not path.strip() or "\0" in path:
-        raise _root_refused(root, "it is empty")
-    return Folder(Path(os.path.abspath(Path(path).expanduser())))  # noqa: PTH100 (keeps symlinks)
-
-
-def _root_refused(root: str, why: str) -> SettingRefused:
-    return SettingRefused(
-        f"RECPRESS_STORE {shown(root)!r} cannot be used: {why}. Give a folder, file:///folder or "
-        "s3://bucket/prefix."
-    )
+def _entry(artifact: Artifact, manifest: StoreManifest, path: str) -> FileEntry:
+    entry = next((entry for entry in manifest.files if entry.path == path), None)
+    if entry is None:
+        raise ArtifactMissing(f"{artifact.uri} holds no file {path!r}.")
+    return entry
 
 
 def _checked_key(key: str) -> str:

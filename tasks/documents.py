@@ -48,11 +48,16 @@ class Batch(Frozen):
 
 
 class GraphInput(Frozen):
-    """One input a caller must send: ``shape`` without the varying first dimension."""
+    """One input a caller must send: ``shape`` without the varying first dimension.
+
+    That dimension is the rows, except for the values of a jagged bag: those are all ids of all
+    rows end to end, at most ``longest`` a row.
+    """
 
     name: str
     dtype: str
     shape: tuple[int, ...]
+    longest: int | None = None
 
 
 class LoweredGraph(Frozen):

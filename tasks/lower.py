@@ -10,7 +10,7 @@ from prefect import task
 from torch import Tensor
 
 from compressors.batches import batches, edge_example
-from compressors.contracts import Artifact, Plan, Schema, Split, TargetKind
+from compressors.contracts import Artifact, JaggedBag, Plan, Schema, Split, TargetKind
 from compressors.errors import ParityLost
 from compressors.lower.audit import audit
 from compressors.lower.export import Lowered, lower
@@ -166,11 +166,13 @@ def _same_alone(
 
 
 def _inputs(example: dict[str, Tensor], schema: Schema) -> list[GraphInput]:
+    longest = {item.name: item.shape[0] for item in schema.inputs if isinstance(item, JaggedBag)}
     return [
         GraphInput(
             name=name,
             dtype=str(example[name].dtype).removeprefix("torch."),
             shape=tuple(example[name].shape[1:]),
+            longest=longest.get(name),
         )
         for name in input_names(schema)
     ]

@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 from s3_server import S3Server, running_server
 
+PLACES = {"RECPRESS_STORE", "RECPRESS_TRITON", "MLFLOW_TRACKING_URI"}
+
 # Prefect reads this when it is imported, which is before any fixture runs.
 os.environ["PREFECT_HOME"] = tempfile.mkdtemp(prefix="prefect-")
 
@@ -19,7 +21,7 @@ def _own_surroundings(
     """Never a person's own store, registry or cloud account."""
     home = tmp_path_factory.mktemp("home")
     for name in list(os.environ):
-        if name.startswith("AWS_") or name in {"RECPRESS_STORE", "MLFLOW_TRACKING_URI"}:
+        if name.startswith("AWS_") or name in PLACES:
             monkeypatch.delenv(name)
     monkeypatch.setenv("RECPRESS_HOME", str(home / "recpress"))
     monkeypatch.setenv("PREFECT_HOME", str(home / "prefect"))

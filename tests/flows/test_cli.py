@@ -95,7 +95,7 @@ def test_help_imports_nothing_heavy_so_it_answers_at_once(tmp_path: Path) -> Non
 def test_help_lists_every_command(tmp_path: Path) -> None:
     ended = recpress("--help", env=environment(tmp_path, COLUMNS="100"))
     assert ended.returncode == 0
-    for command in ("compress", "demo", "bundle", "registry", "doctor"):
+    for command in ("compress", "demo", "bundle", "registry", "triton", "doctor"):
         assert command in ended.stdout
     assert ended.stderr == ""
 

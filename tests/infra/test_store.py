@@ -132,11 +132,37 @@ def test_one_small_file_is_read_without_the_others(stored, big_folder):
     artifact = stored.store.put(big_folder)
     stored.overwrite(f"{home(artifact)}/files/shards/tables/big.safetensors", b"damaged")
     assert stored.store.file(artifact, "model.json") == b"{}"
-    with pytest.raises(ArtifactMissing, match="no small file 'absent"):
+    with pytest.raises(ArtifactMissing, match="holds no file 'absent"):
         stored.store.file(artifact, "absent.json")
     stored.overwrite(f"{home(artifact)}/files/model.json", b"[]")
     with pytest.raises(ArtifactDamaged, match="chunk 0"):
         stored.store.file(artifact, "model.json")
+
+
+def test_a_file_of_an_artifact_is_copied_to_a_key_and_compared_byte_by_byte(stored, big_folder):
+    artifact = stored.store.put(big_folder)
+    path = "shards/tables/big.safetensors"
+    entry = next(e for e in stored.store.manifest(artifact).files if e.path == path)
+    assert not stored.store.holds("copies/1/big", entry)
+    stored.store.upload("copies/1/big", entry.bytes, stored.store.chunks(artifact, path))
+    body = (big_folder / path).read_bytes()
+    assert stored.raw("copies/1/big") == body
+    assert stored.store.sizes("copies/") == {"copies/1/big": len(body)}
+    assert stored.store.holds("copies/1/big", entry)
+    last = body[:-1] + bytes([body[-1] ^ 1])
+    for wrong in (last, body[:-1], body + b"x"):
+        stored.overwrite("copies/1/big", wrong)
+        assert not stored.store.holds("copies/1/big", entry)
+
+
+def test_a_damaged_file_is_not_copied(stored, big_folder):
+    artifact = stored.store.put(big_folder)
+    path = "shards/tables/big.safetensors"
+    entry = next(e for e in stored.store.manifest(artifact).files if e.path == path)
+    stored.overwrite(f"{home(artifact)}/files/{path}", bytes(entry.bytes))
+    with pytest.raises(ArtifactDamaged, match="chunk 0"):
+        stored.store.upload("copy", entry.bytes, stored.store.chunks(artifact, path))
+    assert stored.store.keys("copy") == ()
 
 
 def test_the_same_content_is_stored_once_under_the_same_name(stored, folder, tmp_path):

@@ -1,6 +1,5 @@
 """Who serves: the ledger decides, the registry's alias follows, and rejected goes nowhere."""
 
-import shutil
 from pathlib import Path
 
 import pytest
@@ -9,7 +8,6 @@ from reports import report
 from compressors.contracts import Outcome, TargetKind
 from infra.errors import AlreadyThere, ArtifactDamaged, ArtifactMissing, PromotionRefused, Refused
 from infra.ledger import Ledger
-from infra.registry import Registry
 from infra.settings import shown
 from tasks import publish as publishing
 from tasks.documents import Finished, finished
@@ -26,23 +24,6 @@ from tasks.promotion import (
 from tasks.stored import store
 
 GOOD: dict[TargetKind, Outcome] = {"onnxruntime": "accepted", "tensorrt-rtx": "built-unmeasured"}
-
-
-@pytest.fixture(scope="module")
-def empty_registry(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """MLflow takes two seconds to make its tables; copying them takes none."""
-    file = tmp_path_factory.mktemp("registry") / "registry.db"
-    assert Registry(f"sqlite:///{file}").models() == ()
-    return file
-
-
-@pytest.fixture
-def home(empty_registry: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv("RECPRESS_HOME", str(tmp_path / "recpress"))
-    (tmp_path / "recpress").mkdir()
-    shutil.copy(empty_registry, tmp_path / "recpress" / "registry.db")
-    monkeypatch.setenv("RECPRESS_USER", "tester")
-    return tmp_path
 
 
 def published(home: Path, digit: str, outcomes: dict[TargetKind, Outcome] = GOOD) -> Finished:

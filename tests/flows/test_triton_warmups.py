@@ -1,0 +1,43 @@
+"""What an order really published, laid out for Triton and asked what the server's warm-ups ask."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime
+import pytest
+from drafts import LONGEST
+from orders import World
+from pbtxt_reader import read
+from triton_configs import warmups
+
+from tasks.promotion import promote
+
+pytestmark = pytest.mark.usefixtures("no_champion")
+
+
+def test_a_published_model_answers_the_warm_ups_of_its_own_configuration(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RECPRESS_TRITON", str(tmp_path))
+    version = promote("clicks", "@candidate", "").version
+    text = (tmp_path / "clicks" / "config.pbtxt").read_text()
+    path = tmp_path / "clicks" / version / "model.onnx"
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    message = read(text)
+    assert _names(message["input"]) == [item.name for item in session.get_inputs()]
+    assert _names(message["output"]) == [item.name for item in session.get_outputs()]
+    answered = []
+    for rows, arrays in warmups(text):
+        (scores,) = session.run(None, arrays)
+        assert scores.shape == (rows,)
+        assert np.isfinite(scores).all()
+        assert arrays["tags"].shape == (LONGEST,)
+        answered.append(rows)
+    # Measured at 1, 64 and 1024 rows; which of them is the best is the machine's business.
+    assert {1, 1024} <= set(answered) <= {1, 64, 1024}
+    assert message["max_batch_size"] == [0]  # a bag's values are no rows
+
+
+def _names(items: list[dict[str, Any]]) -> list[str]:
+    return [item["name"][0] for item in items]

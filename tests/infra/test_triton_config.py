@@ -1,0 +1,297 @@
+"""Triton's configurations: what they say, that graphs answer warm-ups, that Triton reads them."""
+
+import subprocess
+import sys
+import venv
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from models import REFERENCES, graph
+from pbtxt_reader import read
+from pydantic import ValidationError
+from triton_configs import PRICE, SCORE, TAGS, USER, served, tensors, warmups
+
+from infra.errors import Refused, SettingRefused
+from infra.store import Store
+from infra.triton import (
+    Tensor,
+    config,
+    contents,
+    owner,
+    place,
+    refuse_overlap,
+    triton_name,
+    version_in,
+)
+
+ALL = (USER, PRICE, *TAGS)
+
+
+def configured(*inputs: Tensor, **more: Any) -> dict[str, Any]:
+    return read(config(served(*inputs, **more)).decode())
+
+
+# --- what is said ---------------------------------------------------------------------------
+
+
+def test_rows_are_joined_where_every_input_has_one_entry_a_row() -> None:
+    message = configured(USER, PRICE)
+    assert message["max_batch_size"] == [1024]
+    assert message["dynamic_batching"] == [{"max_queue_delay_microseconds": [0]}]
+    assert message["input"] == [
+        {
+            "name": ["user"],
+            "data_type": ["TYPE_INT64"],
+            "dims": [1],
+            "reshape": [{"shape": []}],
+        },
+        {"name": ["price"], "data_type": ["TYPE_FP32"], "dims": [3]},
+    ]
+    assert message["output"][0] | {"name": []} == {
+        "name": [],
+        "data_type": ["TYPE_FP32"],
+        "dims": [1],
+        "reshape": [{"shape": []}],
+    }
+
+
+def test_lists_end_to_end_cannot_be_joined_so_dimensions_are_given_in_full() -> None:
+    message = configured(*ALL)
+    assert message["max_batch_size"] == [0]
+    assert "dynamic_batching" not in message
+    assert [item["dims"] for item in message["input"]] == [[-1], [-1, 3], [-1], [-1]]
+    assert message["output"][0]["dims"] == [-1]
+    assert not any("reshape" in item for item in (*message["input"], *message["output"]))
+    assert {tuple(item["batch_size"]) for item in message["model_warmup"]} == {(1,)}
+
+
+def test_the_version_the_processor_and_the_threads_are_said() -> None:
+    message = configured(USER)
+    assert (message["name"], message["platform"]) == (["m"], ["onnxruntime_onnx"])
+    assert message["version_policy"] == [{"specific": [{"versions": [3]}]}]
+    assert message["instance_group"] == [{"count": [1], "kind": ["KIND_CPU"]}]
+    assert message["default_model_filename"] == ["model.onnx"]
+    said = {item["key"][0]: item["value"][0]["string_value"][0] for item in message["parameters"]}
+    assert said == {
+        "recpress.model": "m",
+        "recpress.version": "3",
+        "recpress.order": "b" * 64,
+        "recpress.sha256": "a" * 64,
+        "intra_op_thread_count": "2",
+        "inter_op_thread_count": "1",
+    }
+    unknown = configured(USER, threads=None)["parameters"]
+    assert not any("thread" in item["key"][0] for item in unknown)
+    assert version_in(config(served(USER))) == "3"
+
+
+def test_a_plan_is_served_on_the_gpus_it_was_built_for() -> None:
+    message = configured(
+        USER,
+        target="tensorrt",
+        capability="9.0",
+        files={"model-9.0.plan": "model.plan"},
+        batches=(2, 8, 32),
+    )
+    assert message["platform"] == ["tensorrt_plan"]
+    assert message["instance_group"] == [{"count": [1], "kind": ["KIND_GPU"]}]
+    assert message["cc_model_filenames"] == [{"key": ["9.0"], "value": ["model-9.0.plan"]}]
+    assert "default_model_filename" not in message
+    assert [item["batch_size"] for item in message["model_warmup"]] == [[2], [8], [32]]
+    assert not any("thread" in item["key"][0] for item in message["parameters"])
+
+
+def test_a_model_of_one_graph_keeps_its_name_and_others_say_which_they_are() -> None:
+    assert triton_name("m", "onnxruntime") == "m"
+    assert triton_name("m", "tensorrt") == "m_tensorrt"
+    assert triton_name("m", "onnxruntime", "query") == "m_query"
+    assert triton_name("m", "tensorrt", "item") == "m_item_tensorrt"
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"outputs": (Tensor(name="score", dtype="bfloat16"),)},
+        {"target": "tensorrt-rtx"},
+        {"version": 0},
+        {"batches": (1, 8, 4)},
+        {"batches": (0, 8, 8)},
+        {"name": "a/b"},
+        {"files": {}},
+    ],
+    ids=lambda more: next(iter(more)),
+)
+def test_what_triton_could_not_serve_is_refused(more: dict[str, Any]) -> None:
+    with pytest.raises(ValidationError):
+        served(USER, **more)
+
+
+# --- warm-ups -------------------------------------------------------------------------------
+
+
+def test_warm_ups_ask_for_one_row_the_best_batch_and_the_largest() -> None:
+    found = dict(warmups(config(served(*ALL, batches=(1, 64, 1024))).decode()))
+    assert list(found) == [1, 64, 1024]
+    assert {name: array.shape for name, array in found[64].items()} == {
+        "user": (64,),
+        "price": (64, 3),
+        "tags": (5,),
+        "tags_lengths": (64,),
+    }
+    assert found[1]["tags"].dtype == np.int32
+    assert list(dict(warmups(config(served(USER, batches=(1, 1, 1))).decode()))) == [1]
+    joined = dict(warmups(config(served(USER, PRICE)).decode()))[64]
+    assert {name: array.shape for name, array in joined.items()} == {
+        "user": (64,),
+        "price": (64, 3),
+    }
+
+
+@pytest.mark.parametrize("reference", REFERENCES, ids=lambda item: item.network.__name__)
+def test_every_warm_up_is_a_request_the_graph_answers(reference: Any) -> None:
+    lowered = graph(reference.network.__name__, (), "onnxruntime")
+    inputs = tensors(lowered.schema, lowered.lowered.served.rows_of_table)
+    text = config(served(*inputs, batches=(1, 7, 130))).decode()
+    answered = []
+    for rows, arrays in warmups(text):
+        scores = _run(lowered.path, arrays)
+        assert (scores.shape, scores.dtype) == ((rows,), np.float32)
+        assert np.isfinite(scores).all()
+        answered.append(rows)
+    assert answered == [1, 7, 130]
+    batched = not any(item.longest for item in inputs)
+    assert (read(text)["max_batch_size"] == [130]) is batched
+
+
+def test_the_configuration_has_the_graphs_own_inputs_and_output() -> None:
+    import onnx
+
+    lowered = graph("Ranker", (), "onnxruntime")
+    inputs = tensors(lowered.schema, lowered.lowered.served.rows_of_table)
+    message = read(config(served(*inputs)).decode())
+    held = onnx.load(lowered.path).graph
+    for ours, theirs in ((message["input"], held.input), (message["output"], held.output)):
+        assert [item["name"][0] for item in ours] == [item.name for item in theirs]
+        for item, value in zip(ours, theirs, strict=True):
+            kind = value.type.tensor_type
+            sizes = [dim.dim_value or -1 for dim in kind.shape.dim]
+            assert (item["dims"], sizes[0]) == (sizes, -1)
+            wanted = {"TYPE_INT64": 7, "TYPE_INT32": 6, "TYPE_FP32": 1}[item["data_type"][0]]
+            assert kind.elem_type == wanted
+
+
+def _run(path: Path, arrays: dict[str, Any]) -> Any:
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    return session.run(None, arrays)[0]
+
+
+# --- folders --------------------------------------------------------------------------------
+
+
+def test_a_strangers_configuration_is_left_alone(tmp_path: Path) -> None:
+    home = place(str(tmp_path), "m")
+    assert owner(home) is None
+    home.write("config.pbtxt", config(served(USER)))
+    assert owner(home) == "m"
+    home.write("config.pbtxt", b'name: "m"\n')
+    with pytest.raises(Refused, match="not written by recpress"):
+        owner(home)
+
+
+def test_models_are_folders_below_the_root_and_nothing_else_is(tmp_path: Path) -> None:
+    for root in (str(tmp_path / "a b"), (tmp_path / "c").as_uri()):
+        place(root, "m.1").write("config.pbtxt", b"x")
+        assert contents(root)[1] == 1
+    assert (tmp_path / "a b" / "m.1" / "config.pbtxt").read_bytes() == b"x"
+    # The server takes every folder of the root for a model: temporary files must not be there.
+    assert [path.name for path in (tmp_path / "a b").iterdir()] == ["m.1"]
+
+
+def test_a_repository_around_the_object_store_is_refused(tmp_path: Path) -> None:
+    store = Store(str(tmp_path / "a" / "store"))
+    for root in (tmp_path / "a", tmp_path / "a" / "store"):
+        with pytest.raises(SettingRefused, match="holds the object store"):
+            refuse_overlap(str(root), store)
+    refuse_overlap(str(tmp_path / "a" / "store" / "triton"), store)
+    refuse_overlap(str(tmp_path / "a" / "sto"), store)
+    with pytest.raises(SettingRefused, match="--to 'gs://x/y' cannot be used"):
+        refuse_overlap("gs://x/y", store, "--to")
+
+
+# --- Triton's own reader --------------------------------------------------------------------
+
+PARSE = """
+import sys
+from google.protobuf import json_format, text_format
+from tritonclient.grpc.model_config_pb2 import ModelConfig
+message = text_format.Parse(open(sys.argv[1]).read(), ModelConfig())
+print(json_format.MessageToJson(message, preserving_proto_field_name=True, indent=None))
+"""
+
+
+@pytest.fixture(scope="module")
+def client_python(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An interpreter with Triton's client: its protobuf must not meet the versions pinned here."""
+    folder = tmp_path_factory.mktemp("client")
+    venv.create(folder, with_pip=True)
+    python = folder / ("Scripts" if sys.platform == "win32" else "bin") / "python"
+    installed = subprocess.run(
+        [str(python), "-m", "pip", "install", "--quiet", "tritonclient[grpc]>=2.50"],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=250,
+    )
+    if installed.returncode:
+        reachable = "No matching distribution" not in installed.stderr
+        unconnected = "connection" in installed.stderr.lower() or not reachable
+        assert unconnected, installed.stderr
+        pytest.skip(f"tritonclient cannot be installed from here: {installed.stderr[-300:]}")
+    return python
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["batched", "jagged", "plan"])
+def test_tritons_own_schema_reads_what_is_written(
+    client_python: Path, kind: str, tmp_path: Path
+) -> None:
+    import json
+
+    graph = {
+        "batched": served(USER, PRICE),
+        "jagged": served(*ALL, name='a "quoted" näme', threads=None),
+        "plan": served(
+            USER, target="tensorrt", capability="8.9", files={"model-8.9.plan": "model.plan"}
+        ),
+    }[kind]
+    path = tmp_path / "config.pbtxt"
+    path.write_bytes(config(graph))
+    ran = subprocess.run(
+        [str(client_python), "-c", PARSE, str(path)], capture_output=True, text=True, check=False
+    )
+    assert ran.returncode == 0, ran.stderr
+    message = json.loads(ran.stdout)
+    assert message["name"] == graph.name
+    assert message["version_policy"] == {"specific": {"versions": ["3"]}}
+    assert [item["name"] for item in message["input"]] == [item.name for item in graph.inputs]
+    assert message["output"][0]["name"] == SCORE.name
+    assert message["parameters"]["recpress.sha256"] == {"string_value": "a" * 64}
+    assert [item["batch_size"] for item in message["model_warmup"]] == (
+        [1, 1, 1] if kind == "jagged" else [1, 64, 1024]
+    )
+    first = message["model_warmup"][0]["inputs"]["user"]
+    assert first == {"data_type": "TYPE_INT64", "dims": ["1"], "zero_data": True}
+    if kind == "jagged":
+        assert message["input"][1]["dims"] == ["-1", "3"]
+        assert "max_batch_size" not in message  # 0 is the default
+    else:
+        assert message["max_batch_size"] == 1024
+        assert message["input"][0]["reshape"] == {}
+        assert "dynamic_batching" in message
+    if kind == "plan":
+        assert message["cc_model_filenames"] == {"8.9": "model-8.9.plan"}
+        assert message["instance_group"][0]["kind"] == "KIND_GPU"

@@ -1,0 +1,304 @@
+"""A Triton repository follows the champion; a process that dies anywhere leaves it servable."""
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pbtxt_reader import read
+from reports import report, stored
+from triton_configs import served_by
+from triton_versions import body, champion, published
+
+from infra.errors import Refused, StoreUnavailable
+from infra.ledger import Ledger
+from infra.registry import Registry
+from infra.store import Store
+from infra.store_folder import Folder
+from tasks.promotion import export, laid_out, promote, registry, repair, rollback, version_report
+from tasks.stored import store
+
+# --- following ------------------------------------------------------------------------------
+
+
+def test_promotions_and_rollbacks_are_followed(home: Path, triton: Path) -> None:
+    one, two = published(home, "a").version, published(home, "b").version
+    assert not triton.exists()
+    promote("m", one, "")
+    assert served_by(triton) == (one, body("a"))
+    promote("m", two, "")
+    assert served_by(triton) == (two, body("b"))
+    rollback("m", "clicks fell")
+    assert served_by(triton) == (one, body("a"))
+    assert (triton / "m" / two / "model.onnx").read_bytes() == body("b")
+    assert sorted(path.name for path in triton.iterdir()) == ["m"]
+
+
+def test_without_the_setting_nothing_is_laid_out(home: Path) -> None:
+    promote("m", published(home, "a").version, "")
+    assert list(home.rglob("config.pbtxt")) == []
+
+
+def test_a_repository_set_up_later_is_filled_by_the_next_repair(
+    home: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    one = published(home, "a").version
+    promote("m", one, "")
+    monkeypatch.setenv("RECPRESS_TRITON", str(home / "late"))
+    repair("m")
+    assert served_by(home / "late") == (one, body("a"))
+    assert "the Triton repository was repaired from the ledger" in caplog.text
+    caplog.clear()
+    repair("m")
+    assert caplog.text == ""
+
+
+def test_what_somebody_changed_or_removed_is_put_right(home: Path, triton: Path) -> None:
+    one, two = published(home, "a").version, published(home, "b").version
+    promote("m", one, "")
+    promote("m", two, "")
+    config = triton / "m" / "config.pbtxt"
+    good = config.read_bytes()
+    config.chmod(0o644)
+    config.write_bytes(good.replace(f"[{two}]".encode(), f"[{one}]".encode()))
+    version_report("m", "@champion")
+    assert config.read_bytes() == good
+    (triton / "m" / two / "model.onnx").unlink()
+    promote("m", two, "again")
+    assert served_by(triton) == (two, body("b"))
+
+
+def test_a_file_left_from_another_registry_is_compared_byte_by_byte(
+    home: Path, triton: Path
+) -> None:
+    one = published(home, "a").version
+    left = triton / "m" / one / "model.onnx"
+    left.parent.mkdir(parents=True)
+    left.write_bytes(body("f"))  # the same size
+    promote("m", one, "")
+    assert served_by(triton) == (one, body("a"))
+
+
+def test_large_weights_beside_the_graph_are_in_place_before_it(
+    home: Path, triton: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = report(home, "a" * 64, {"onnxruntime": "accepted"})
+    artifact = stored(home / "large", model_onnx="graph", model_onnx_data="weights")
+    target = made.targets[0].model_copy(update={"artifact": artifact})
+    order = []
+    real = Folder.upload
+
+    def noted(place: Folder, key: str, *rest: Any) -> None:
+        order.append(key)
+        real(place, key, *rest)
+
+    one = published(home, "a", targets=(target,)).version
+    monkeypatch.setattr(Folder, "upload", noted)
+    promote("m", one, "")
+    assert order == [f"{one}/model.onnx.data", f"{one}/model.onnx"]
+
+
+def test_a_promotion_that_lost_a_race_changes_nothing_that_is_served(
+    home: Path, triton: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one, two = published(home, "a").version, published(home, "b").version
+    real = Ledger.entries
+
+    def and_meanwhile(ledger: Ledger) -> object:
+        seen = real(ledger)
+        monkeypatch.setattr(Ledger, "entries", real)
+        promote("m", one, "the other one")
+        return seen
+
+    monkeypatch.setattr(Ledger, "entries", and_meanwhile)
+    with pytest.raises(Refused, match="moved on"):
+        promote("m", two, "me")
+    assert served_by(triton) == (one, body("a"))
+
+
+def test_whoever_writes_last_looks_again_who_is_champion(
+    home: Path, triton: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one, two = published(home, "a").version, published(home, "b").version
+    real = Folder.write
+
+    def and_meanwhile(place: Folder, key: str, body: bytes) -> None:
+        if key == "config.pbtxt":
+            monkeypatch.setattr(Folder, "write", real)
+            promote("m", two, "in between")
+        real(place, key, body)
+
+    monkeypatch.setattr(Folder, "write", and_meanwhile)
+    promote("m", one, "")
+    assert champion() == two
+    assert served_by(triton) == (two, body("b"))
+
+
+# --- dying in between -----------------------------------------------------------------------
+
+
+class Died(Exception):
+    """The process was killed here."""
+
+
+def dying(monkeypatch: pytest.MonkeyPatch, at: int, *, after: bool) -> Callable[[], int]:
+    """Kill the process at its n-th write to a store or to the registry, before or after it.
+
+    Returns:
+        How many writes there were.
+    """
+    seen = 0
+
+    def wrapped(real: Callable[..., Any]) -> Callable[..., Any]:
+        def write(*given: Any) -> Any:
+            nonlocal seen
+            seen += 1
+            if seen > at or (seen == at and not after):
+                raise Died
+            done = real(*given)
+            if seen == at:
+                raise Died
+            return done
+
+        return write
+
+    for owner, name in (
+        (Folder, "write"),
+        (Folder, "create"),
+        (Folder, "upload"),
+        (Registry, "point"),
+    ):
+        monkeypatch.setattr(owner, name, wrapped(getattr(owner, name)))
+    return lambda: seen
+
+
+WRITES = 4  # the file, the ledger, the alias, the configuration
+
+
+@pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
+@pytest.mark.parametrize("at", range(1, WRITES + 1))
+@pytest.mark.parametrize("mend", ["again", "repair"])
+def test_a_promotion_that_dies_leaves_old_or_new_and_is_mended(
+    home: Path, triton: Path, at: int, after: bool, mend: str
+) -> None:
+    one, two = published(home, "a").version, published(home, "b").version
+    promote("m", one, "")
+    whole = {(one, body("a")), (two, body("b"))}
+    with pytest.MonkeyPatch.context() as patch:
+        dying(patch, at, after=after)
+        with pytest.raises(Died):
+            promote("m", two, "")
+    found = served_by(triton)
+    assert found in whole
+    if found == (two, body("b")):  # nobody is served what the ledger does not name
+        assert champion() == two
+    assert (triton / "m" / one / "model.onnx").read_bytes() == body("a")
+    if champion() == two:
+        assert (triton / "m" / two / "model.onnx").read_bytes() == body("b")
+    if mend == "again":
+        promote("m", two, "")
+    else:
+        repair("m")
+    assert served_by(triton) == {one: (one, body("a")), two: (two, body("b"))}[champion()]
+    assert (champion() == two) or mend == "repair"
+    (named,) = (item for item in registry().versions("m") if "champion" in item.aliases)
+    assert named.version == champion()
+
+
+@pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
+@pytest.mark.parametrize("at", range(1, WRITES))
+def test_a_rollback_that_dies_leaves_old_or_new_and_is_mended(
+    home: Path, triton: Path, at: int, after: bool
+) -> None:
+    """The earlier version's file is there already: three writes."""
+    one, two = published(home, "a").version, published(home, "b").version
+    promote("m", one, "")
+    promote("m", two, "")
+    with pytest.MonkeyPatch.context() as patch:
+        dying(patch, at, after=after)
+        with pytest.raises(Died):
+            rollback("m", "")
+    found = served_by(triton)
+    assert found in {(one, body("a")), (two, body("b"))}
+    if champion() == two:
+        assert found == (two, body("b"))
+        rollback("m", "once more")
+    else:
+        repair("m")
+    assert champion() == one
+    assert served_by(triton) == (one, body("a"))
+
+
+def test_the_writes_of_a_promotion_are_the_four_that_are_cut(home: Path, triton: Path) -> None:
+    one = published(home, "a").version
+    with pytest.MonkeyPatch.context() as patch:
+        writes = dying(patch, 99, after=False)
+        promote("m", one, "")
+    assert writes() == WRITES
+
+
+def test_a_first_promotion_that_dies_serves_nothing_before_the_ledger_does(
+    home: Path, triton: Path
+) -> None:
+    one = published(home, "a").version
+    for at in (1, 2):
+        with pytest.MonkeyPatch.context() as patch:
+            dying(patch, at, after=False)
+            with pytest.raises(Died):
+                promote("m", one, "")
+        assert served_by(triton) is None
+        assert Ledger(store(), "m").champion() is None
+
+
+def test_a_repository_that_does_not_answer_stops_a_promotion_before_the_ledger(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one = published(home, "a").version
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "k")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "s")
+    monkeypatch.setenv("RECPRESS_TRITON", "s3://models/triton")
+    with pytest.raises(StoreUnavailable):
+        promote("m", one, "")
+    assert Ledger(store(), "m").entries() == ()
+
+
+def test_reading_the_champion_does_not_need_the_repository(
+    home: Path, triton: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    one = published(home, "a").version
+    promote("m", one, "")
+    config = triton / "m" / "config.pbtxt"
+    config.chmod(0o644)
+    config.write_text("mine")
+    assert version_report("m", "@champion")[0].version == one
+    assert "the Triton repository does not follow" in caplog.text
+    with pytest.raises(Refused, match="not written by recpress"):
+        repair("m")
+    assert config.read_text() == "mine"
+
+
+# --- S3 -------------------------------------------------------------------------------------
+
+
+def test_a_bucket_follows_as_a_folder_does(
+    home: Path, s3: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = f"s3://models/triton-{time.time_ns()}"
+    monkeypatch.setenv("RECPRESS_TRITON", root)
+    one, two = published(home, "a").version, published(home, "b").version
+    promote("m", one, "")
+    promote("m", two, "")
+    bucket = Store(root)
+    assert bucket.keys("") == ("m/1/model.onnx", "m/2/model.onnx", "m/config.pbtxt")
+    assert bucket.read(f"m/{two}/model.onnx") == body("b")
+    text = bucket.read("m/config.pbtxt").decode()
+    assert read(text)["version_policy"] == [{"specific": [{"versions": [int(two)]}]}]
+    bucket.write(f"m/{two}/model.onnx", body("f"))
+    (laid,) = laid_out("m", None)
+    assert (laid.state, laid.files) == ("champion", {f"{two}/model.onnx": "changed"})
+    (laid,) = export("m", None)
+    assert laid.sound
+    rollback("m", "")
+    assert f"versions: [{one}]" in bucket.read("m/config.pbtxt").decode()

@@ -1,0 +1,289 @@
+"""What of a version Triton is given, how it is configured, and the commands that lay it out."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pbtxt_reader import read
+from reports import measurement, report, stored
+from triton_configs import served_by
+from triton_versions import body, published
+
+from compressors import judge
+from compressors.contracts import Estimate, Outcome
+from flows import cli
+from flows.doctor import examine
+from infra.errors import PromotionRefused, Refused, SettingRefused
+from infra.ledger import Ledger
+from infra.tensorrt import Engine, EngineAudit
+from tasks.documents import Finished, GraphInput
+from tasks.promotion import export, laid_out, promote
+from tasks.stored import store
+
+# --- what is configured ---------------------------------------------------------------------
+
+
+def timed(**milliseconds: float) -> Any:
+    """A measurement with these medians: ``b64=0.2`` is 0.2 ms for 64 rows."""
+    made = measurement()
+    numbers = tuple(
+        judge.Number(
+            metric=f"p50_ms@{name[1:]}",
+            against="absolute",
+            estimate=Estimate(point=point, low=point, high=point),
+        )
+        for name, point in milliseconds.items()
+    )
+    own = judge.Measured(numbers=(*made.numbers.numbers, *numbers))
+    return made.model_copy(update={"numbers": own})
+
+
+def configuration(root: Path, model: str = "m") -> dict[str, Any]:
+    return read((root / model / "config.pbtxt").read_text())
+
+
+def test_batches_and_threads_are_those_that_were_measured(home: Path, triton: Path) -> None:
+    measured = timed(b1=0.1, b64=0.2, b1024=10.0)  # 10, 320 and 102 rows a millisecond
+    promote("m", published(home, "a", measurement=measured).version, "")
+    found = configuration(triton)
+    assert found["max_batch_size"] == [1024]
+    assert [item["batch_size"] for item in found["model_warmup"]] == [[1], [64], [1024]]
+    promote("m", published(home, "b", measurement=timed(b1=0.1, b64=9.0)).version, "")
+    found = configuration(triton)
+    assert found["max_batch_size"] == [64]
+    assert [item["batch_size"] for item in found["model_warmup"]] == [[1], [64]]
+    promote("m", published(home, "c").version, "")
+    assert configuration(triton)["max_batch_size"] == [1]  # nothing was measured by rows
+    said = {item["key"][0]: item["value"][0] for item in configuration(triton)["parameters"]}
+    assert said["intra_op_thread_count"] == {"string_value": ["1"]}
+
+
+def test_a_graph_that_takes_lists_end_to_end_is_not_joined(home: Path, triton: Path) -> None:
+    made = report(home, "a" * 64, {"onnxruntime": "accepted"})
+    inputs = (
+        GraphInput(name="tags", dtype="int64", shape=(), longest=5),
+        GraphInput(name="tags_offsets", dtype="int64", shape=()),
+    )
+    whole = made.targets[0].lowering
+    graph = whole.graphs[0].model_copy(update={"inputs": inputs})
+    lowering = whole.model_copy(update={"graphs": (graph,)})
+    target = made.targets[0].model_copy(update={"lowering": lowering})
+    promote("m", published(home, "a", targets=(target,)).version, "")
+    found = configuration(triton)
+    assert found["max_batch_size"] == [0]
+    assert [item["dims"] for item in found["input"]] == [[-1], [-1]]
+
+
+def test_each_tower_of_a_retrieval_model_is_a_triton_model(home: Path, triton: Path) -> None:
+    made = report(home, "a" * 64, {"onnxruntime": "accepted"}).targets[0]
+    towers = tuple(
+        made.lowering.graphs[0].model_copy(update={"name": name, "output": "vector", "width": 16})
+        for name in ("query", "item")
+    )
+    target = made.model_copy(
+        update={
+            "lowering": made.lowering.model_copy(update={"graphs": towers}),
+            "artifact": stored(home / "towers", query_onnx="q", item_onnx="i"),
+        }
+    )
+    promote("m", published(home, "a", targets=(target,)).version, "")
+    assert (triton / "m_query" / "1" / "query.onnx").read_text() == "q"
+    assert (triton / "m_item" / "1" / "item.onnx").read_text() == "i"
+    said = (triton / "m_item" / "config.pbtxt").read_text()
+    assert '"vector"' in said
+    assert '"item.onnx"' in said
+
+
+ENGINE = Engine(
+    path="model.plan",
+    bytes=4,
+    sha256="c" * 64,
+    target="tensorrt",
+    version="10.9",
+    seconds=1,
+    capability="9.0",
+    audit=EngineAudit(
+        scratch="flat",
+        scratch_reason="",
+        scratch_bytes=1,
+        weights_bytes=1,
+        packed_bytes=1,
+        layer_types={},
+        constant_bytes={},
+    ),
+)
+
+
+def with_plan(home: Path, digit: str, outcome: Outcome, ordered: Any = None) -> Finished:
+    """A version with an accepted ONNX graph and a plan for one compute capability."""
+    made = report(home, digit * 64, {"onnxruntime": "accepted", "tensorrt": outcome})
+    plan = stored(home / f"plan{digit}", model_plan=digit, build_json=ENGINE.model_dump_json())
+    targets = (made.targets[0], made.targets[1].model_copy(update={"artifact": plan}))
+    batches = {"smallest_batch": 1, "best_batch": 8, "largest_batch": 32}
+    order = {"targets": batches if ordered is None else ordered}
+    reproduction = made.reproduction.model_copy(update={"order": order})
+    return published(home, digit, targets=targets, reproduction=reproduction)
+
+
+def test_an_accepted_plan_is_a_second_model_for_its_gpus(home: Path, triton: Path) -> None:
+    one = with_plan(home, "a", "accepted").version
+    promote("m", one, "")
+    found = configuration(triton, "m_tensorrt")
+    assert found["cc_model_filenames"] == [{"key": ["9.0"], "value": ["model-9.0.plan"]}]
+    assert found["max_batch_size"] == [32]
+    assert [item["batch_size"] for item in found["model_warmup"]] == [[1], [8], [32]]
+    assert (triton / "m_tensorrt" / one / "model-9.0.plan").read_text() == "a"
+    assert served_by(triton) == (one, body("a"))
+
+
+def test_a_plan_nobody_measured_is_only_laid_out_when_asked_for(
+    home: Path, triton: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    one = with_plan(home, "a", "built-unmeasured").version
+    promote("m", one, "")
+    assert [path.name for path in triton.iterdir()] == ["m"]
+    assert {item.name for item in export("m", None, unmeasured=True)} == {"m", "m_tensorrt"}
+    assert served_by(triton) == (one, body("a"))
+    # A promotion without a plan that may be served cannot take it back; it says so.
+    two = published(home, "b").version
+    promote("m", two, "")
+    assert "m_tensorrt: the champion of m has nothing to serve under this name" in caplog.text
+    stale = {item.name: item for item in laid_out("m", None)}["m_tensorrt"]
+    assert (stale.state, stale.served, stale.sound) == ("stale", one, False)
+
+
+def test_a_plan_of_unknown_batch_sizes_is_refused_before_the_ledger(
+    home: Path, triton: Path
+) -> None:
+    one = with_plan(home, "a", "accepted", ordered={}).version
+    with pytest.raises(Refused, match="for which batch sizes"):
+        promote("m", one, "")
+    assert Ledger(store(), "m").entries() == ()
+
+
+def test_an_engine_of_tensorrt_rtx_is_never_laid_out(home: Path, triton: Path) -> None:
+    outcomes = {"onnxruntime": "accepted", "tensorrt-rtx": "accepted"}
+    promote("m", published(home, "a", outcomes=outcomes).version, "")
+    assert [path.name for path in triton.iterdir()] == ["m"]
+    only = {"tensorrt-rtx": "accepted"}
+    promote("m", published(home, "b", outcomes=only).version, "")
+    with pytest.raises(PromotionRefused, match="never engines of TensorRT-RTX"):
+        export("m", None, unmeasured=True)
+
+
+def test_two_models_cannot_share_a_folder(home: Path, triton: Path) -> None:
+    other = published(home, "c", name="m_tensorrt").version
+    promote("m_tensorrt", other, "")
+    with pytest.raises(Refused, match="already follows model 'm_tensorrt'"):
+        promote("m", with_plan(home, "a", "accepted").version, "")
+    assert Ledger(store(), "m").entries() == ()
+    # Without a plan there is no clash, and the other's folder is nobody's business.
+    promote("m", published(home, "b").version, "")
+    assert [item.name for item in laid_out("m", None)] == ["m"]
+
+
+def test_a_repository_that_is_the_object_store_is_refused(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one = published(home, "a").version
+    monkeypatch.setenv("RECPRESS_TRITON", str(home / "recpress"))
+    with pytest.raises(SettingRefused, match="Triton takes every folder for a model"):
+        promote("m", one, "")
+    assert Ledger(store(), "m").entries() == ()
+
+
+# --- the command line -----------------------------------------------------------------------
+
+
+@pytest.fixture
+def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Any:
+    """Run ``main`` with these arguments: exit code, standard output, standard error."""
+
+    def called(*arguments: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["recpress", "triton", *arguments])
+        capsys.readouterr()
+        try:
+            cli.main()
+            code: Any = 0
+        except SystemExit as ended:
+            code = ended.code or 0
+        out, err = capsys.readouterr()
+        return code, out, err
+
+    return called
+
+
+def test_a_champion_is_exported_and_shown(home: Path, call: Any) -> None:
+    one = published(home, "a").version
+    promote("m", one, "")
+    to = ("--to", str(home / "by hand"))
+    code, out, _ = call("show", "m", *to)
+    assert (code, "m is not laid out; the champion is 1" in out) == (1, True)
+    assert f"{one}/model.onnx: missing" in out
+    code, out, _ = call("export", "m", *to)
+    assert (code, out.startswith("m: version 1 of m is served from file://")) == (0, True)
+    assert served_by(home / "by hand") == (one, body("a"))
+    code, out, _ = call("show", "m", *to)
+    assert code == 0
+    assert "m serves version 1, the champion." in out
+    assert f"{one}/model.onnx: ok, every hash verified" in out
+    assert (home / "by hand" / "m" / "config.pbtxt").read_text() in out
+
+
+def test_what_is_behind_or_damaged_is_shown_and_mended(home: Path, call: Any) -> None:
+    one, two = published(home, "a").version, published(home, "b").version
+    to = ("--to", str(home / "by hand"))
+    promote("m", one, "")
+    call("export", "m", *to)
+    promote("m", two, "")
+    code, out, _ = call("show", "m", *to)
+    assert (code, "serves version 1 or an older configuration; the champion is 2" in out) == (
+        1,
+        True,
+    )
+    call("export", "m", *to)
+    file = home / "by hand" / "m" / two / "model.onnx"
+    file.chmod(0o644)
+    file.write_bytes(body("f"))
+    code, out, _ = call("show", "m", *to, "--json")
+    (laid,) = json.loads(out)
+    assert (code, laid["state"], laid["files"]) == (1, "champion", {f"{two}/model.onnx": "changed"})
+    code, out, _ = call("export", "m", *to, "--json")
+    (laid,) = json.loads(out)
+    assert (code, laid["files"]) == (0, {f"{two}/model.onnx": "ok"})
+
+
+@pytest.mark.parametrize("command", ["export", "show"])
+def test_bad_input_is_one_sentence_and_exit_code_2(home: Path, call: Any, command: str) -> None:
+    def refused(said: str, *arguments: str) -> None:
+        code, out, err = call(command, *arguments)
+        assert (code, out) == (2, ""), err
+        assert err.startswith("recpress: ")
+        assert said in err
+
+    refused("Set RECPRESS_TRITON, or add --to", "m")
+    refused("m has no champion in the ledger", "m", "--to", str(home / "t"))
+    refused("neither '/' nor ':'", "a/b", "--to", str(home / "t"))
+    refused("--to 'gs://b' cannot be used", "m", "--to", "gs://b")
+    promote("m", published(home, "a").version, "")
+    refused("holds the object store", "m", "--to", str(home))
+    strange = home / "t" / "m" / "config.pbtxt"
+    strange.parent.mkdir(parents=True)
+    strange.write_text('name: "m"\n')
+    refused("was not written by recpress", "m", "--to", str(home / "t"))
+    assert strange.read_text() == 'name: "m"\n'
+
+
+def test_the_doctor_says_what_follows(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def said() -> tuple[str, str]:
+        (found,) = (item for item in examine() if item.what == "Triton repository")
+        return found.state, found.found
+
+    assert said() == ("absent", "RECPRESS_TRITON is not set")
+    monkeypatch.setenv("RECPRESS_TRITON", str(home / "triton"))
+    promote("m", published(home, "a").version, "")
+    assert said() == ("ok", f"file://{home}/triton: 1 model(s)")
+    monkeypatch.setenv("RECPRESS_TRITON", "gs://b")
+    assert said()[0] == "fault"

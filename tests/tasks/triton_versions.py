@@ -1,0 +1,32 @@
+"""Published versions of a model 'm' for tests of the Triton repository."""
+
+from pathlib import Path
+from typing import Any
+
+from reports import report
+
+from compressors.contracts import Outcome, TargetKind
+from infra.ledger import Ledger
+from tasks import publish as publishing
+from tasks.documents import Finished, Report
+from tasks.stored import store
+
+GOOD: dict[TargetKind, Outcome] = {"onnxruntime": "accepted", "tensorrt-rtx": "built-unmeasured"}
+
+
+def published(home: Path, digit: str, **more: Any) -> Finished:
+    """Publish an order named by one repeated hex digit; ``more`` replaces parts of its report."""
+    outcomes = more.pop("outcomes", GOOD)
+    found: Report = report(home, digit * 64, outcomes).model_copy(update=more)
+    return publishing.publish.fn(found, code="c")
+
+
+def body(digit: str) -> bytes:
+    """The ONNX graph of an order, as ``reports`` makes it."""
+    return f"onnxruntime {digit * 64}".encode()
+
+
+def champion() -> str:
+    entry = Ledger(store(), "m").champion()
+    assert entry is not None
+    return entry.version

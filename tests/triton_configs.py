@@ -1,0 +1,99 @@
+"""What a Triton server does with a configuration and a folder, as far as tests need it."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from pbtxt_reader import read
+
+from compressors.batches import example
+from compressors.contracts import Artifact, JaggedBag, Schema
+from compressors.lower.served import input_names
+from infra.triton import Served, Tensor
+
+DTYPES = {"TYPE_INT64": np.int64, "TYPE_INT32": np.int32, "TYPE_FP32": np.float32}
+NOTHING = Artifact(uri="file:///nowhere", sha256="a" * 64, bytes=1)
+USER = Tensor(name="user", dtype="int64")
+PRICE = Tensor(name="price", dtype="float32", shape=(3,))
+TAGS = (
+    Tensor(name="tags", dtype="int32", longest=5),
+    Tensor(name="tags_lengths", dtype="int64"),
+)
+SCORE = Tensor(name="score", dtype="float32")
+
+
+def served(*inputs: Tensor, **more: Any) -> Served:
+    """A graph with these inputs and everything else as usual."""
+    fields: dict[str, Any] = {
+        "name": "m",
+        "model": "m",
+        "version": 3,
+        "order": "b" * 64,
+        "target": "onnxruntime",
+        "artifact": NOTHING,
+        "files": {"model.onnx": "model.onnx"},
+        "inputs": inputs,
+        "outputs": (SCORE,),
+        "batches": (1, 64, 1024),
+        "threads": 2,
+    }
+    return Served(**fields | more)
+
+
+def tensors(schema: Schema, rows_of_table: dict[str, int]) -> tuple[Tensor, ...]:
+    """The inputs of a lowered reference, as its lowering writes them down."""
+    made = example(schema, rows_of_table, 3)
+    longest = {item.name: item.shape[0] for item in schema.inputs if isinstance(item, JaggedBag)}
+    return tuple(
+        Tensor(
+            name=name,
+            dtype=str(made[name].dtype).removeprefix("torch."),
+            shape=tuple(made[name].shape[1:]),
+            longest=longest.get(name),
+        )
+        for name in input_names(schema)
+    )
+
+
+def warmups(config: str) -> Iterator[tuple[int, dict[str, NDArray[Any]]]]:
+    """Every warm-up as the server carries it out: rows asked for, and the arrays the graph gets.
+
+    A request of ``batch_size`` n is n requests of one row each, joined along the first dimension;
+    a reshape takes place before that.
+    """
+    message = read(config)
+    batched = message["max_batch_size"][0] > 0
+    reshaped = {
+        item["name"][0]: item["reshape"][0]["shape"]
+        for item in message["input"]
+        if "reshape" in item
+    }
+    types = {item["name"][0]: item["data_type"][0] for item in message["input"]}
+    for warmup in message["model_warmup"]:
+        arrays = {}
+        count = warmup["batch_size"][0]
+        for entry in warmup["inputs"]:
+            name, value = entry["key"][0], entry["value"][0]
+            assert value["data_type"] == [types[name]]
+            assert value["zero_data"] == ["true"]
+            dims = reshaped.get(name, value["dims"])
+            shape = (count, *dims) if batched else tuple(dims)
+            arrays[name] = np.zeros(shape, DTYPES[types[name]])
+        yield int(warmup["name"][0].split()[0]), arrays
+
+
+def served_by(repository: Path, model: str = "m") -> tuple[str, bytes] | None:
+    """What a server that starts now would load: version and bytes; None where nothing is laid out.
+
+    A configuration that names what is not there fails the test: that server would serve nothing.
+    """
+    config = repository / model / "config.pbtxt"
+    if not config.exists():
+        return None
+    message = read(config.read_text())
+    assert message["name"] == [model]
+    (version,) = message["version_policy"][0]["specific"][0]["versions"]
+    file = message.get("default_model_filename", ["model.plan"])[0]
+    return str(version), (repository / model / str(version) / file).read_bytes()
