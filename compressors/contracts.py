@@ -10,19 +10,19 @@ import re
 from collections.abc import Iterable
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, Field, model_validator
+
+from compressors.inputs import AnyInput as AnyInput
+from compressors.inputs import DenseInput as DenseInput
+from compressors.inputs import Frozen as Frozen
+from compressors.inputs import IdInput as IdInput
+from compressors.inputs import JaggedBag as JaggedBag
+from compressors.inputs import PaddedBag as PaddedBag
+from compressors.inputs import tensor_names as tensor_names
 
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 TargetKind = Literal["onnxruntime", "tensorrt", "tensorrt-rtx"]
-OutOfRange = Literal["error", "clamp", "default_row"]
 Outcome = Literal["accepted", "rejected", "undecided", "built-unmeasured"]
-
-
-class Frozen(BaseModel):
-    """A value: equal when its fields are equal, and never changed after it was made."""
-
-    # Not-a-number must not read back as "nothing given".
-    model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="strings")
 
 
 def digest(value: Any) -> str:
@@ -50,137 +50,16 @@ class Artifact(Frozen):
 
 # --- what a model takes in -------------------------------------------------------------------
 
+ITEMS = "items"
+"""The split of a retrieval model that lists what can be found: its catalogue, a row an item."""
 
-class IdInput(Frozen):
-    """One id per row, or several ids of one table: int, shape ``()`` or ``(fields,)``."""
-
-    kind: Literal["id"] = "id"
-    name: str
-    columns: tuple[str, ...] = ()
-    dtype: Literal["int64", "int32"] = "int64"
-    shape: tuple[int, ...] = ()
-    table: str
-    out_of_range: OutOfRange = "error"
-    default_row: int = Field(0, ge=0)
-
-    @model_validator(mode="before")
-    @classmethod
-    def _columns_default_to_the_name(cls, data: Any) -> Any:
-        return _with_columns(data)
-
-    @model_validator(mode="after")
-    def _shape_fits(self) -> Self:
-        wanted = () if len(self.columns) == 1 else (len(self.columns),)
-        if self.shape != wanted:
-            raise ValueError(
-                f"input {self.name!r} reads {len(self.columns)} column(s), so its shape is "
-                f"{list(wanted)}; found {list(self.shape)}"
-            )
-        return self
-
-
-class DenseInput(Frozen):
-    """A dense vector per row: float32, shape ``(width,)``.
-
-    ``columns`` is either ``width`` scalar columns or one column of lists of that length.
-    """
-
-    kind: Literal["dense"] = "dense"
-    name: str
-    columns: tuple[str, ...] = ()
-    dtype: Literal["float32"] = "float32"
-    shape: tuple[int, ...]
-
-    @model_validator(mode="before")
-    @classmethod
-    def _columns_default_to_the_name(cls, data: Any) -> Any:
-        return _with_columns(data)
-
-    @model_validator(mode="after")
-    def _shape_fits(self) -> Self:
-        if len(self.shape) != 1 or self.shape[0] < 1:
-            raise ValueError(f"dense input {self.name!r} needs shape [width]")
-        if len(self.columns) not in (1, self.shape[0]):
-            raise ValueError(
-                f"dense input {self.name!r} of width {self.shape[0]} needs 1 list column or "
-                f"{self.shape[0]} scalar columns; found {len(self.columns)}"
-            )
-        return self
-
-
-class PaddedBag(Frozen):
-    """A list of ids per row, padded at the end with ``padding_id``: int, shape ``(length,)``."""
-
-    kind: Literal["padded_bag"] = "padded_bag"
-    name: str
-    columns: tuple[str, ...] = ()
-    dtype: Literal["int64", "int32"] = "int64"
-    shape: tuple[int, ...]
-    table: str
-    padding_id: int = Field(0, ge=0)
-    out_of_range: OutOfRange = "error"
-    default_row: int = Field(0, ge=0)
-
-    @model_validator(mode="before")
-    @classmethod
-    def _columns_default_to_the_name(cls, data: Any) -> Any:
-        return _with_columns(data)
-
-    @model_validator(mode="after")
-    def _shape_fits(self) -> Self:
-        _check_bag(self)
-        return self
-
-
-class JaggedBag(Frozen):
-    """A list of ids per row, all lists end to end.
-
-    The model is called with ``name`` (values, int ``(all ids,)``) and ``name_offsets``
-    (where each row begins, int ``(rows,)``) or ``name_lengths`` (ids per row, int ``(rows,)``).
-    ``shape`` is ``(longest,)``: the longest list a request may carry, because a served graph
-    pads inside itself. A longer list scores NaN, never a silently shortened answer.
-    """
-
-    kind: Literal["jagged_bag"] = "jagged_bag"
-    name: str
-    columns: tuple[str, ...] = ()
-    dtype: Literal["int64", "int32"] = "int64"
-    shape: tuple[int, ...]
-    table: str
-    layout: Literal["offsets", "lengths"] = "offsets"
-    out_of_range: OutOfRange = "error"
-    default_row: int = Field(0, ge=0)
-
-    @model_validator(mode="before")
-    @classmethod
-    def _columns_default_to_the_name(cls, data: Any) -> Any:
-        return _with_columns(data)
-
-    @model_validator(mode="after")
-    def _shape_fits(self) -> Self:
-        _check_bag(self)
-        return self
-
-
-def _with_columns(data: Any) -> Any:
-    if isinstance(data, dict) and not data.get("columns") and isinstance(data.get("name"), str):
-        return {**data, "columns": (data["name"],)}
-    return data
-
-
-def _check_bag(bag: PaddedBag | JaggedBag) -> None:
-    if len(bag.shape) != 1 or bag.shape[0] < 1:
-        raise ValueError(f"bag {bag.name!r} needs shape [length], at least 1")
-    if len(bag.columns) != 1:
-        raise ValueError(f"bag {bag.name!r} reads exactly one list column")
-
-
-AnyInput = Annotated[IdInput | DenseInput | PaddedBag | JaggedBag, Field(discriminator="kind")]
-Metric = Literal["auc", "gauc", "ndcg@10"]
+Metric = Literal["auc", "gauc", "ndcg@10", "recall@20", "ndcg@20"]
 Measure = Literal[
     "auc",
     "gauc",
     "ndcg@10",
+    "recall@20",
+    "ndcg@20",
     "logloss",
     "normalized_entropy",
     "bytes",
@@ -193,20 +72,47 @@ Measure = Literal[
 ]
 
 
+class Tower(Frozen):
+    """One half of a retrieval model: a submodule, and the inputs it is called with by name.
+
+    It returns vectors ``(rows, dim)``, of the same ``dim`` as the other tower's.
+    """
+
+    module: str = Field(pattern=r"^[A-Za-z_]\w*(\.\w+)*$", description="Its attribute path.")
+    inputs: tuple[str, ...] = Field(min_length=1)
+
+
+class Towers(Frozen):
+    """What is served of a retrieval model: a pair's score is the dot product of both vectors."""
+
+    query: Tower
+    item: Tower
+
+    def named(self) -> dict[str, Tower]:
+        """Both, by the name of the graph each of them becomes."""
+        return {"query": self.query, "item": self.item}
+
+
 class Schema(Frozen):
     """What a model takes in, what it gives out, and what its data is judged by.
 
     A model is called with its inputs by name and returns ``(rows,)`` or ``(rows, 1)``: a logit
-    or a probability for ``ctr``, any score (higher ranks first) for ``ranking``.
+    or a probability for ``ctr``, any score (higher ranks first) for ``ranking`` and
+    ``retrieval``.
+
+    ``retrieval`` alone has ``towers``, and ``item``: the input that is the item's id. Its rows
+    are interactions of whoever ``group`` says; all of them count where there is no ``label``.
     """
 
     task: Literal["ctr", "ranking", "retrieval"]
     inputs: tuple[AnyInput, ...] = Field(min_length=1)
     output: Literal["logit", "probability", "score"]
-    label: str
+    label: str | None = None
     group: str | None = None
     time: str | None = None
     metric: Metric
+    towers: Towers | None = None
+    item: str | None = None
 
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
@@ -218,14 +124,57 @@ class Schema(Frozen):
             raise ValueError(f"metric {self.metric!r} needs a group column")
         if self.task == "ctr" and self.output == "score":
             raise ValueError("task 'ctr' needs output 'logit' or 'probability'")
+        if self.task != "retrieval" and self.label is None:
+            raise ValueError(f"label is missing; task {self.task!r} needs a label column")
+        retrieves = self.metric in ("recall@20", "ndcg@20")
+        if retrieves != (self.task == "retrieval"):
+            own = "recall@20 or ndcg@20" if self.task == "retrieval" else "auc, gauc or ndcg@10"
+            raise ValueError(f"task {self.task!r} needs metric {own}; found {self.metric!r}")
         return self
 
+    @model_validator(mode="after")
+    def _towers_fit(self) -> Self:
+        if self.task != "retrieval":
+            if self.towers is not None or self.item is not None:
+                raise ValueError(f"towers and item belong to task 'retrieval', not {self.task!r}")
+            return self
+        if self.towers is None or self.item is None:
+            raise ValueError("task 'retrieval' needs towers (query and item) and item, the id")
+        if self.output != "score":
+            raise ValueError("task 'retrieval' needs output 'score', the dot product of vectors")
+        read = (*self.towers.query.inputs, *self.towers.item.inputs)
+        known = {item.name: item for item in self.inputs}
+        if sorted(read) != sorted(known):
+            raise ValueError(
+                f"every input belongs to exactly one tower; inputs are {', '.join(sorted(known))}, "
+                f"the towers read {', '.join(sorted(read))}"
+            )
+        if self.item not in self.towers.item.inputs:
+            raise ValueError(f"item {self.item!r} is not among the item tower's inputs")
+        found = known[self.item]
+        if not isinstance(found, IdInput) or found.shape:
+            raise ValueError(f"item {self.item!r} must be an id input of one column")
+        return self
 
-def tensor_names(item: AnyInput) -> tuple[str, ...]:
-    """The arguments of the model's forward that one input becomes."""
-    if isinstance(item, JaggedBag):
-        return (item.name, f"{item.name}_{item.layout}")
-    return (item.name,)
+    def only(self, names: Iterable[str]) -> Self:
+        """The same schema with some of its inputs, in its own order."""
+        kept = set(names)
+        return self.model_copy(
+            update={"inputs": tuple(item for item in self.inputs if item.name in kept)}
+        )
+
+    def of_split(self, split: str) -> Self:
+        """What the files of one split hold.
+
+        That is everything, except for ``retrieval``: there ``items`` holds what the item tower
+        reads, a row an item, and the other splits what the query tower reads and the item's id.
+        """
+        if self.towers is None or self.item is None:
+            return self
+        if split == ITEMS:
+            plain = {"label": None, "group": None, "time": None}
+            return self.only(self.towers.item.inputs).model_copy(update=plain)
+        return self.only((*self.towers.query.inputs, self.item))
 
 
 # --- what a model is -------------------------------------------------------------------------

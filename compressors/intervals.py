@@ -7,8 +7,9 @@ therefore many times narrower than that of either.
 Percentile bootstrap: Efron and Tibshirani 1993, "An Introduction to the Bootstrap", chapter 13.
 
 What is drawn: rows for ``auc``, ``logloss`` and ``normalized_entropy``; whole groups for ``gauc``
-and ``ndcg@10``. Rows of one user are not independent, so a row bootstrap of a data set with many
-rows a user gives intervals that are somewhat too narrow. A clustered interval for AUC is planned.
+and ``ndcg@10``, whole queries for ``recall@20`` and ``ndcg@20``. Rows of one user are not
+independent, so a row bootstrap of a data set with many rows a user gives intervals that are
+somewhat too narrow. A clustered interval for AUC is planned.
 """
 
 import math
@@ -97,10 +98,44 @@ def paired(
     """
     _need_samples(samples)
     units, before, after = _statistics(metric_name, label, baseline, candidate, group)
+    return _paired(units, before, after, np.size(label), samples, seed)
+
+
+def paired_means(
+    baseline: ArrayLike, candidate: ArrayLike, rows: int, samples: int = 1000, seed: int = 0
+) -> PairedEstimate:
+    """The mean over queries of two models' values, with intervals; whole queries are drawn.
+
+    Args:
+        baseline: a value a query, ``(queries,)``, such as its recall.
+        candidate: those of the candidate for the same queries.
+        rows: how many rows of test data the queries have, for the estimates.
+        samples: replicates; at least 100.
+        seed: the same seed gives the same intervals.
+
+    Raises:
+        CompressionError: fewer than 10 queries, unequal lengths, a value that is not finite, or
+            too few samples.
+    """
+    _need_samples(samples)
+    before, after = (np.asarray(values, dtype=np.float64) for values in (baseline, candidate))
+    if before.ndim != 1 or before.shape != after.shape:
+        raise CompressionError(
+            f"means are compared on the same queries; found values of shapes {before.shape} and "
+            f"{after.shape}."
+        )
+    if not (np.isfinite(before).all() and np.isfinite(after).all()):
+        raise CompressionError("a query's value is NaN or infinite, which is no measurement.")
+    _need_units("queries that ask for something new", before.size)
+    return _paired(before.size, _mean(before), _mean(after), rows, samples, seed)
+
+
+def _paired(
+    units: int, before: Statistic, after: Statistic, rows: int, samples: int, seed: int
+) -> PairedEstimate:
     once = np.ones(units, dtype=np.intp)
     point_before, point_after = before(once), after(once)
     values_before, values_after = _replicates(units, before, after, samples, seed)
-    rows = np.size(label)
     difference = _estimate(point_after - point_before, values_after - values_before, rows)
     return PairedEstimate(
         baseline=_estimate(point_before, values_before, rows),

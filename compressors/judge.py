@@ -24,6 +24,8 @@ _QUALITY = {
     "auc": "AUC",
     "gauc": "GAUC",
     "ndcg@10": "NDCG@10",
+    "recall@20": "Recall@20",
+    "ndcg@20": "NDCG@20",
     "logloss": "log loss",
     "normalized_entropy": "normalized entropy",
 }

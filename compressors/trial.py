@@ -1,14 +1,16 @@
 """Does a network run on what its schema allows? Asked before it is packed."""
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from compressors.batches import example
 from compressors.contracts import DenseInput, Schema
 from compressors.errors import ModelRefused
+from compressors.lower.served import forms, input_names
 from compressors.step import rows_of_tables
 
 ROWS = 8
+TOWER_TOLERANCE = 1e-4  # of the largest score: float32 sums in another order
 
 
 def try_out(model: nn.Module, schema: Schema, path: str) -> None:
@@ -21,7 +23,7 @@ def try_out(model: nn.Module, schema: Schema, path: str) -> None:
 
     Raises:
         ModelRefused: its weights are not float32, it fails on inputs of this schema, or what it
-            returns is not one finite score a row.
+            returns is not one finite score a row; or its towers do not give that score.
         NothingToCompress: an input names a table the network does not have.
     """
     other = {str(p.dtype) for p in model.parameters() if p.is_floating_point()} - {"torch.float32"}
@@ -43,9 +45,56 @@ def try_out(model: nn.Module, schema: Schema, path: str) -> None:
             f"{path} fails on made-up rows that its schema allows (any id below its table's "
             f"rows): {fault!r}. Correct the inputs in model.json, or the network."
         ) from fault
+    _check_score(score, path)
+    if schema.towers is not None:
+        _check_towers(model, schema, inputs, score.reshape(-1), path)
+
+
+def _check_score(score: object, path: str) -> None:
     shape = list(score.shape) if isinstance(score, torch.Tensor) else type(score).__name__
-    if shape not in ([ROWS], [ROWS, 1]) or not bool(torch.isfinite(score).all()):
+    fits = isinstance(score, torch.Tensor) and shape in ([ROWS], [ROWS, 1])
+    if not isinstance(score, torch.Tensor) or not fits or not bool(torch.isfinite(score).all()):
         raise ModelRefused(
             f"{path} must return one finite score a row, (rows,) or (rows, 1); on {ROWS} rows it "
-            f"returned {shape}{'' if shape not in ([ROWS], [ROWS, 1]) else ' with NaN or inf'}."
+            f"returned {shape}{' with NaN or inf' if fits else ''}."
+        )
+
+
+def _check_towers(
+    model: nn.Module, schema: Schema, inputs: dict[str, Tensor], score: Tensor, path: str
+) -> None:
+    """What is served are the towers, so their dot product must be what the network says."""
+    vectors: dict[str, Tensor] = {}
+    for form in forms(schema):
+        where = f"{path}: tower {form.name!r} ({form.module})"
+        read = ", ".join(input_names(form.schema))
+        try:
+            part = form.part(model)
+            with torch.no_grad():
+                vector = part(**{name: inputs[name] for name in input_names(form.schema)})
+        except Exception as fault:
+            raise ModelRefused(
+                f"{where} fails when it is called with {read}: {fault!r}. Name the submodule that "
+                f"takes exactly the inputs listed for it in model.json."
+            ) from fault
+        shape = list(vector.shape) if isinstance(vector, Tensor) else type(vector).__name__
+        if not isinstance(vector, Tensor) or vector.dim() != 2 or len(vector) != ROWS:
+            raise ModelRefused(
+                f"{where} must return one vector a row, (rows, dim); on {ROWS} rows it returned "
+                f"{shape}."
+            )
+        vectors[form.name] = vector
+    if vectors["query"].shape != vectors["item"].shape:
+        raise ModelRefused(
+            f"{path}: the query tower's vectors have {vectors['query'].shape[1]} numbers, the item "
+            f"tower's {vectors['item'].shape[1]}. A score is their dot product, so they must be of "
+            f"the same length."
+        )
+    product = (vectors["query"] * vectors["item"]).sum(dim=1)
+    gap = float((product - score).abs().max())
+    if not gap <= TOWER_TOLERANCE * (1 + float(score.abs().max())):
+        raise ModelRefused(
+            f"{path}: the dot product of the towers' vectors is up to {gap:.3g} away from the "
+            f"network's own score on made-up rows. Only the vectors are served: put scales, biases "
+            f"and norms into the towers, and let forward return the dot product."
         )

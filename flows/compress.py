@@ -14,7 +14,7 @@ from prefect.states import Completed
 from compressors.contracts import Artifact, TargetKind, Verdict
 from compressors.errors import CompressionError
 from flows.order import Order
-from flows.recipe import carry_out, weighed
+from flows.recipe import carry_out, ranking_of, weighed
 from flows.resolve import champion_of, code_of, order_digest, promote_if_ordered
 from infra.errors import InfraError, Refused
 from tasks.announce import Progress, announce
@@ -56,6 +56,7 @@ def compress(order: Order) -> Finished | State[Any]:
     progress.stage("prepare tensors")
     calibrated_on = subject.calibration()
     test = kept(prepare, bundle=bundle, split="test", code=code)
+    ranking = ranking_of(subject, bundle, code)
     lowering = {
         "probe": kept(prepare, bundle=bundle, split=calibrated_on, code=code),
         "probe_rows": subject.rows[calibrated_on],
@@ -97,11 +98,12 @@ def compress(order: Order) -> Finished | State[Any]:
             champion=champion,
             test=test,
             test_rows=subject.rows["test"],
+            ranking=ranking,
             seed=order.seed,
             code=code,
         )
     progress.stage("weigh the stages")
-    stages = weighed(compressed, subject, test, order.seed, code)
+    stages = weighed(compressed, subject, test, ranking, order.seed, code)
     progress.stage("judge")
     verdicts: dict[TargetKind, Verdict] = {
         target: remembered(

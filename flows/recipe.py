@@ -10,9 +10,10 @@ from flows.order import Order
 from infra.bundle import SplitName
 from tasks.announce import Progress
 from tasks.compress import compress as compress_step
-from tasks.documents import AS_TRAINED, Idle, Scored
+from tasks.documents import AS_TRAINED, Idle, PreparedRows, Ranking, Scored
 from tasks.policy import kept, remembered
 from tasks.prepare import prepare
+from tasks.rank import rank
 from tasks.score import score
 from tasks.stages import weigh
 from tasks.stored import store
@@ -70,16 +71,24 @@ def carry_out(
 
 
 def weighed(
-    compressed: Compressed, subject: Subject, test: Artifact, seed: int, code: str
+    compressed: Compressed,
+    subject: Subject,
+    test: Artifact,
+    ranking: Ranking | None,
+    seed: int,
+    code: str,
 ) -> Artifact:
     """Every stage's quality on the test rows, for the report; nothing is chosen by it."""
     rows = subject.rows["test"]
+
+    def answers(bundle: Artifact) -> Artifact:
+        if ranking is None:
+            return kept(score, bundle=bundle, split=test, rows=rows, code=code)
+        asked = PreparedRows(artifact=test, rows=rows)
+        return kept(rank, bundle=bundle, test=asked, ranking=ranking, code=code)
+
     scored = tuple(
-        Scored(
-            step=step,
-            bundle=bundle,
-            score=kept(score, bundle=bundle, split=test, rows=rows, code=code),
-        )
+        Scored(step=step, bundle=bundle, score=answers(bundle))
         for step, bundle in compressed.stages
     )
     return kept(
@@ -91,6 +100,20 @@ def weighed(
         seed=seed,
         code=code,
     )
+
+
+def ranking_of(subject: Subject, bundle: Artifact, code: str) -> Ranking | None:
+    """What a retrieval model is ranked on beside the test rows; None for other tasks."""
+    if subject.task != "retrieval":
+        return None
+
+    def rows_of(split: SplitName) -> PreparedRows:
+        prepared = kept(prepare, bundle=bundle, split=split, code=code)
+        return PreparedRows(artifact=prepared, rows=subject.rows[split])
+
+    earlier: tuple[SplitName, ...] = ("train", "calibration", "validation")
+    seen = tuple(rows_of(split) for split in earlier if split in subject.rows)
+    return Ranking(items=rows_of("items"), seen=seen)
 
 
 def _made(

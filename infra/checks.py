@@ -9,7 +9,7 @@ from typing import Any, Self
 
 from pydantic import Field, model_validator
 
-from compressors.contracts import AnyInput, DenseInput, Frozen, IdInput, Schema
+from compressors.contracts import ITEMS, AnyInput, DenseInput, Frozen, IdInput, Schema
 from infra.data import FLOAT32_MAX, INT32, policed
 from infra.errors import DataRefused
 from infra.parquet import SCALARS, needs
@@ -100,7 +100,7 @@ def plan(
 
     Args:
         split: its name; ``kinds`` holds the column types of every split given, by name.
-        schema: what is read, and as what.
+        schema: what is read from this split, and as what.
         kinds: they decide two things only: whether a dense input of width 1 lies as numbers or
             as lists, and that all splits keep time in the same type.
         rows_of_table: by table name.
@@ -141,6 +141,9 @@ def plan(
         for column in item.columns:
             kind = kinds[split].get(column, "")
             checks += _of_input(split, item, column, kind, rows_of_table)
+            if split == ITEMS and item.name == schema.item:
+                rule, expects = "each item once", "ExpectColumnValuesToBeUnique"
+                checks.append(Check(split, column, rule, ROWS, expects))
     checks += _of_label(split, schema, rules)
     if schema.group is not None:
         checks.append(_not_null(split, schema.group, ROWS))
@@ -185,6 +188,8 @@ def _of_input(
 
 def _of_label(split: str, schema: Schema, rules: Rules) -> list[Check]:
     label = schema.label
+    if label is None:
+        return []
     if schema.task != "ctr":
         return [
             _not_null(split, label, ROWS),

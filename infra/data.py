@@ -9,7 +9,7 @@ Layout of ``data.safetensors``, one file a split:
 id, dense, padded bag   the input's name, ``(rows, *shape)``, the declared dtype
 jagged bag              the input's name, ``(all ids,)``, and ``@bounds/<name>``, int64
                         ``(rows + 1,)``: row ``i`` holds ids ``bounds[i]`` to ``bounds[i + 1]``
-``@label``              float32 ``(rows,)``
+``@label``              float32 ``(rows,)``; all 1 where the schema names no label
 ``@group``              int64 ``(rows,)``; integers as they are, anything else numbered in the
                         order it first appears
 ``@time``               ``(rows,)``; timestamps as int64 microseconds since 1970, numbers as
@@ -43,6 +43,7 @@ from infra.parquet import (
     survey,
 )
 
+FILE = "data.safetensors"
 INT32 = np.iinfo(np.int32)
 FLOAT32_MAX = float(np.finfo(np.float32).max)
 
@@ -100,7 +101,9 @@ def prepare(parquet: Path, schema: Schema, into: Path) -> Prepared:
         here = slice(first, first + batch.num_rows)
         for item in schema.inputs:
             _fill(item, batch, first, out, faults)
-        out["@label"][here] = _labels(batch.column(schema.label), schema, first, faults)
+        if schema.label is not None:
+            column = batch.column(schema.label)
+            out["@label"][here] = _labels(column, schema.label, schema.task, first, faults)
         if schema.group is not None:
             column = batch.column(schema.group)
             out["@group"][here] = _groups(column, schema.group, first, codes, faults)
@@ -111,13 +114,13 @@ def prepare(parquet: Path, schema: Schema, into: Path) -> Prepared:
     for item in schema.inputs:
         if isinstance(item, JaggedBag):
             out[item.name] = out[item.name][: out[f"@bounds/{item.name}"][-1]]
-    return Prepared(rows=found.rows, bytes=_save(out, into), tensors=tuple(out))
+    return Prepared(rows=found.rows, bytes=save(out, into), tensors=tuple(out))
 
 
-def _save(tensors: dict[str, Array], into: Path) -> int:
+def save(tensors: dict[str, Array], into: Path) -> int:
     """Write beside the final name and rename: a file that is there is whole."""
     into.mkdir(parents=True, exist_ok=True)
-    final, partial = into / "data.safetensors", into / f".data-{os.getpid()}.partial"
+    final, partial = into / FILE, into / f".data-{os.getpid()}.partial"
     try:
         save_file(tensors, partial)
         size = partial.stat().st_size
@@ -137,7 +140,7 @@ def _allocate(found: Survey, schema: Schema) -> dict[str, Array]:
             out[f"@bounds/{item.name}"] = np.zeros(found.rows + 1, np.int64)
         else:
             out[item.name] = np.empty((found.rows, *item.shape), item.dtype)
-    out["@label"] = np.empty(found.rows, np.float32)
+    out["@label"] = np.ones(found.rows, np.float32)
     if schema.group is not None:
         out["@group"] = np.empty(found.rows, np.int64)
     if schema.time is not None:
@@ -209,14 +212,14 @@ def _floats(column: pa.Array, name: str, rows: Array, faults: Faults) -> Array:
     return np.clip(numbers, -FLOAT32_MAX, FLOAT32_MAX)
 
 
-def _labels(column: pa.Array, schema: Schema, first: int, faults: Faults) -> Array:
+def _labels(column: pa.Array, name: str, task: str, first: int, faults: Faults) -> Array:
     rows = first + np.arange(len(column))
-    labels = _floats(column, schema.label, rows, faults)
-    if schema.task == "ctr":
+    labels = _floats(column, name, rows, faults)
+    if task == "ctr":
         wrong = (labels != 0) & (labels != 1) & ~np.isnan(labels)
-        faults.note(schema.label, "a ctr label is 0 or 1", rows[wrong])
+        faults.note(name, "a ctr label is 0 or 1", rows[wrong])
     else:
-        faults.note(schema.label, f"a {schema.task} label is at least 0", rows[labels < 0])
+        faults.note(name, f"a {task} label is at least 0", rows[labels < 0])
     return labels
 
 
@@ -263,9 +266,10 @@ def split_statistics(parquet: Path, schema: Schema) -> SplitStatistics:
         for item in schema.inputs:
             for name in item.columns if item.name in inputs else ():
                 inputs[item.name] = _widened(inputs[item.name], batch.column(name))
-        label = batch.column(schema.label)
-        labels += len(label) - label.null_count
-        total += pc.sum(label.cast(pa.float64(), safe=False)).as_py() or 0.0
+        if schema.label is not None:
+            label = batch.column(schema.label)
+            labels += len(label) - label.null_count
+            total += pc.sum(label.cast(pa.float64(), safe=False)).as_py() or 0.0
         if schema.time is not None:
             ends = pc.min_max(plain_times(batch.column(schema.time))).as_py()
             low, high = _least(low, ends["min"]), _most(high, ends["max"])
@@ -337,7 +341,9 @@ def check_ids(
             if value >= rows
         ]
         for split, facts in statistics.items():
-            seen = facts.inputs[item.name]
+            seen = facts.inputs.get(item.name)
+            if seen is None:  # the catalogue lists items, the other splits interactions
+                continue
             wrong = {seen.min_id, seen.max_id} - {None} if policed(split, item) else set()
             lines += [
                 f"split {split!r}, input {item.name!r}: id {found} is not in {where} "

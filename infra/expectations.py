@@ -101,7 +101,7 @@ def validate(
     Each split is read into memory: its plain columns at once, its list columns one by one.
 
     Args:
-        splits: parquet file or folder by split name (train, calibration, validation, test).
+        splits: parquet file or folder by split name (train, calibration, validation, test; items).
         schema: the bundle's.
         rows_of_table: rows of every table an input reads, by table name.
         rules: minimum rows and label rate; ``Rules()`` if not given.
@@ -111,12 +111,13 @@ def validate(
             not raise here: ``refuse_failures`` does.
     """
     begun = time.perf_counter()
-    facts = {split: _facts(path, schema) for split, path in splits.items()}
+    read = {split: schema.of_split(split) for split in splits}
+    facts = {split: _facts(path, read[split]) for split, path in splits.items()}
     kinds = {split: known.kinds for split, known in facts.items()}
     checks = {
-        split: plan(split, schema, kinds, rows_of_table, rules or Rules()) for split in splits
+        split: plan(split, read[split], kinds, rows_of_table, rules or Rules()) for split in splits
     }
-    starts = {split: _start(known, schema.time) for split, known in facts.items()}
+    starts = {split: _start(known, read[split].time) for split, known in facts.items()}
     findings: list[Finding] = []
     with _TURN, _quiet_session() as session:
         for split, known in facts.items():

@@ -35,7 +35,7 @@ class Machine(Frozen):
 
 
 class Session:
-    """One served graph: arrays in by name, scores out."""
+    """One served graph: arrays in by name, scores or vectors out."""
 
     def __init__(self, path: Path, threads: int) -> None:
         """Load ``path`` with full graph optimization.
@@ -47,7 +47,9 @@ class Session:
         self.inputs = tuple(item.name for item in self._session.get_inputs())
 
     def scores(self, inputs: Mapping[str, NDArray[Any]]) -> FloatArray:
-        """Float32 ``(rows,)``; NaN where the graph's own policy refuses a row.
+        """Float32 ``(rows,)``, or ``(rows, dim)`` of a graph that gives vectors.
+
+        NaN where the graph's own policy refuses a row.
 
         Raises:
             InfraError: the runtime failed on these inputs.

@@ -98,8 +98,13 @@ def needs(schema: Schema) -> tuple[Need, ...]:
                 found.append(Need(column, use, kinds, "Store it as float32."))
             else:
                 found.append(Need(column, use, ("list of integer",), whole))
-    found.append(Need(schema.label, "the label", NUMBERS, "Store it as a number."))
-    if schema.group is not None:
+    if schema.label is not None:
+        found.append(Need(schema.label, "the label", NUMBERS, "Store it as a number."))
+    if schema.group is not None and schema.task == "retrieval":
+        # Other values are numbered split by split, and here splits are compared.
+        remedy = "Number the groups the same way in every split."
+        found.append(Need(schema.group, "the group", ("integer",), remedy))
+    elif schema.group is not None:
         found.append(Need(schema.group, "the group", SCALARS, "Store one plain value a row."))
     if schema.time is not None:
         kinds = ("integer", "float", *MOMENTS)

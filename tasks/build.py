@@ -1,4 +1,4 @@
-"""One TensorRT engine from a lowered graph."""
+"""TensorRT engines from a lowered model, one a graph."""
 
 import logging
 import tempfile
@@ -8,7 +8,7 @@ from prefect import task
 
 from compressors.contracts import Artifact, TargetKind
 from infra.tensorrt import BuildRequest, Profile, TableWeights, Target, build_engine, load
-from tasks.documents import MODEL, Batch, Lowering, lowering_of
+from tasks.documents import Batch, LoweredGraph, build_record, lowering_of
 from tasks.policy import KEPT
 from tasks.stored import local, store
 
@@ -34,50 +34,54 @@ def build(
     seconds: float,
     code: str,  # noqa: ARG001
 ) -> Artifact:
-    """Build and audit an engine in a child process that can be killed, and store it.
+    """Build and audit an engine a graph in a child process that can be killed, and store them.
 
     Args:
-        lowered: the graph.
+        lowered: the graphs.
         target: which flavour of TensorRT builds.
-        batch: the shapes the engine must take.
+        batch: the shapes an engine must take.
         longest: the longest list of each jagged input.
-        seconds: time limit of building and auditing.
+        seconds: time limit of building and auditing one engine.
         code: digest of the code that builds; part of the cache key.
 
     Raises:
-        BuildRefused: TensorRT is not installed, refuses the graph, or the audit failed.
+        BuildRefused: TensorRT is not installed, refuses a graph, or an audit failed.
         ChildFailed: the time limit passed, or the builder crashed.
     """
     folder = local(lowered)
     lowering = lowering_of(folder)
-    request = BuildRequest(
-        target=target,
-        onnx=str(folder / MODEL),
-        profiles=_profiles(lowering, batch, longest),
-        tables=tuple(
-            TableWeights(module=table.module, rows=table.rows, initializers=table.names)
-            for table in lowering.tables
-        ),
-        packed_bytes=lowering.packed_bytes,
-        seconds=seconds,
-    )
     with tempfile.TemporaryDirectory() as scratch:
-        engine = build_engine(request, Path(scratch))
         kept_files = Path(scratch) / "release"
         kept_files.mkdir()
-        name = Path(engine.path).name
-        Path(engine.path).rename(kept_files / name)
-        # What is served travels without this machine's paths.
-        record = engine.model_copy(update={"path": name})
-        (kept_files / "build.json").write_text(record.model_dump_json(indent=1))
+        for graph in lowering.graphs:
+            request = BuildRequest(
+                target=target,
+                onnx=str(folder / graph.file),
+                profiles=_profiles(graph, batch, longest),
+                tables=tuple(
+                    TableWeights(module=table.module, rows=table.rows, initializers=table.names)
+                    for table in graph.tables
+                ),
+                packed_bytes=graph.packed_bytes,
+                seconds=seconds,
+            )
+            work = Path(scratch) / graph.name
+            work.mkdir()
+            engine = build_engine(request, work)
+            path = Path(engine.path)
+            name = f"{graph.name}{path.suffix}"
+            path.rename(kept_files / name)
+            # What is served travels without this machine's paths.
+            record = engine.model_copy(update={"path": name})
+            (kept_files / build_record(graph.name)).write_text(record.model_dump_json(indent=1))
+            log.info("%s %s, %s: %d bytes", target, engine.version, name, engine.bytes)
         (kept_files / "lowering.json").write_text(lowering.model_dump_json(indent=1))
-        log.info("%s %s: %d bytes", target, engine.version, engine.bytes)
         return store().put(kept_files)
 
 
-def _profiles(lowering: Lowering, batch: Batch, longest: dict[str, int]) -> tuple[Profile, ...]:
+def _profiles(graph: LoweredGraph, batch: Batch, longest: dict[str, int]) -> tuple[Profile, ...]:
     profiles = []
-    for item in lowering.inputs:
+    for item in graph.inputs:
         sizes = [batch.low, batch.best, batch.high]
         if item.name in longest:
             most = longest[item.name]

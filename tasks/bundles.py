@@ -22,7 +22,8 @@ from infra.bundle import (
     seal,
     table_rows,
 )
-from infra.data import SplitStatistics, check_ids, prepare, split_statistics
+from infra.catalogue import need_items, prepare
+from infra.data import SplitStatistics, check_ids, split_statistics
 from infra.errors import AlreadyThere, BundleRefused, DataRefused
 from infra.settings import load_settings
 from infra.store import Store
@@ -61,8 +62,9 @@ def pack(folder: Path) -> Packed:
             f"{folder} refers to no test data; without it nothing can be gated. Add 'test' to "
             f"'data' in model.json."
         )
+    need_items(draft.data, draft.signature, folder)
     statistics = {
-        split: split_statistics(folder / path, draft.signature)
+        split: split_statistics(folder / path, draft.signature.of_split(split))
         for split, path in draft.data.items()
     }
     if "train" not in draft.data and "calibration" not in draft.data:
@@ -70,12 +72,13 @@ def pack(folder: Path) -> Packed:
             f"{folder} refers to neither train nor calibration data; a compressed model is "
             f"compared with the original on rows it may learn from. Add one of them."
         )
-    for split, path in draft.data.items():
+    paths = {str(split): folder / path for split, path in draft.data.items()}
+    for split in paths:
         with tempfile.TemporaryDirectory(prefix="recpress-pack-") as scratch:
             # The strictest reading there is: nulls, NaN, types, lengths. Its result is made
             # again, and kept, when the bundle is compressed.
             try:
-                prepare(folder / path, draft.signature, Path(scratch))
+                prepare(paths, split, draft.signature, Path(scratch))
             except DataRefused as fault:
                 raise DataRefused(f"split {split!r}: {fault}") from fault
     to = store()
@@ -113,9 +116,10 @@ def check(reference: str) -> tuple[Manifest, dict[str, TensorFact]]:
     if not folder.is_dir():
         folder = local(resolve(reference))
     manifest = read(folder)
+    need_items(manifest.data, manifest.signature, folder)
     facts = _check_model(folder, manifest)
     statistics = {
-        split: split_statistics(data_path(manifest, split), manifest.signature)
+        split: split_statistics(data_path(manifest, split), manifest.signature.of_split(split))
         for split in manifest.data
     }
     check_ids(_by_name(statistics), manifest.signature, table_rows(facts, manifest))

@@ -31,7 +31,6 @@ from infra.tensorrt import FILES
 from tasks.stored import local, store
 from tasks.subject import Subject
 
-MODEL = "model.onnx"
 REPORT = "report.json"
 MARKDOWN = "report.md"
 PAGE = "report.html"
@@ -61,17 +60,38 @@ class GraphInput(Frozen):
     longest: int | None = None
 
 
-class Lowering(Frozen):
-    """What is stored beside a graph."""
+class LoweredGraph(Frozen):
+    """One graph, and what was found about it.
 
-    target: TargetKind
+    ``width`` is None where ``output`` is one number a row, else how many numbers a vector has.
+    ``packed_bytes`` is what the weights of its part of the model take as planned.
+    """
+
     name: str
     inputs: tuple[GraphInput, ...]
     output: str
+    width: int | None = None
     rows_parity: Parity
     edge_parity: Parity
-    graph: GraphAudit | None
+    audit: GraphAudit | None
     tables: tuple[TableInitializers, ...]
+    packed_bytes: int
+
+    @property
+    def file(self) -> str:
+        """Its file beside ``lowering.json``; large weights lie beside that."""
+        return f"{self.name}.onnx"
+
+
+class Lowering(Frozen):
+    """What is stored beside the graphs of a model; requests wait for the first of them.
+
+    A model is one graph, ``model``; a retrieval model two, ``query`` and ``item``.
+    """
+
+    target: TargetKind
+    name: str
+    graphs: tuple[LoweredGraph, ...] = Field(min_length=1)
     packed_bytes: int
 
 
@@ -85,6 +105,20 @@ class Measurement(Frozen):
     machine: Machine
 
 
+class PreparedRows(Frozen):
+    """A prepared split and how many rows it has."""
+
+    artifact: Artifact
+    rows: int
+
+
+class Ranking(Frozen):
+    """What a full ranking needs beside the test rows: the catalogue, and what was seen before."""
+
+    items: PreparedRows
+    seen: tuple[PreparedRows, ...]
+
+
 class Idle(Frozen):
     """A step of a recipe that has nothing to do in this model, and why."""
 
@@ -92,7 +126,10 @@ class Idle(Frozen):
 
 
 class Scored(Frozen):
-    """A model on its way through a recipe, and what it answers to the test rows."""
+    """A model on its way through a recipe, and what it answers to the test rows.
+
+    ``score`` holds a score a row, or for ``retrieval`` the metrics of every query.
+    """
 
     step: str
     bundle: Artifact
@@ -124,7 +161,9 @@ class TargetReport(Frozen):
     bytes: int
     verdict: Verdict
     lowering: Lowering
-    audit: dict[str, object] = Field(default_factory=dict)
+    audits: dict[str, dict[str, object]] = Field(
+        default_factory=dict, description="Of each engine, by the name of its graph."
+    )
 
 
 class Reproduction(Frozen):
@@ -201,15 +240,21 @@ def page_uri(release: Artifact) -> str:
     return f"{release.uri}/files/{PAGE}"
 
 
+def build_record(graph: str) -> str:
+    """The file beside an engine that says how it was built and audited."""
+    return "build.json" if graph == "model" else f"{graph}.build.json"
+
+
 def lowering_of(folder: Path) -> Lowering:
-    """What is stored beside a graph."""
+    """What is stored beside the graphs of a model."""
     return Lowering.model_validate(json.loads((folder / "lowering.json").read_text()))
 
 
 def served_bytes(folder: Path) -> int:
-    """Bytes of what a target loads: the graph with its weights, or the engine."""
-    engines = [folder / name for name in FILES.values() if (folder / name).exists()]
-    return sum(path.stat().st_size for path in engines or folder.glob(f"{MODEL}*"))
+    """Bytes of what a target loads: all graphs with their weights, or all engines."""
+    suffixes = [Path(name).suffix for name in FILES.values()]
+    engines = [path for path in folder.iterdir() if path.suffix in suffixes]
+    return sum(path.stat().st_size for path in engines or folder.glob("*.onnx*"))
 
 
 def measurement_of(artifact: Artifact) -> Measurement:
@@ -269,16 +314,20 @@ def _target(
     target: TargetKind, artifact: Artifact, required: bool, verdict: Verdict
 ) -> TargetReport:
     folder = local(artifact)
-    build = folder / "build.json"
-    audit = json.loads(build.read_text())["audit"] if build.exists() else {}
+    lowering = lowering_of(folder)
+    audits = {
+        graph.name: json.loads(path.read_text())["audit"]
+        for graph in lowering.graphs
+        if (path := folder / build_record(graph.name)).exists()
+    }
     return TargetReport(
         target=target,
         required=required,
         artifact=artifact,
         bytes=served_bytes(folder),
         verdict=verdict,
-        lowering=lowering_of(folder),
-        audit=audit,
+        lowering=lowering,
+        audits=audits,
     )
 
 

@@ -1,4 +1,4 @@
-"""One ONNX graph for one target: exported, compared with the module, audited."""
+"""A model's ONNX graphs for one target: exported, compared with the module, audited."""
 
 import logging
 import tempfile
@@ -10,17 +10,18 @@ from prefect import task
 from torch import Tensor
 
 from compressors.batches import batches, edge_example
-from compressors.contracts import Artifact, JaggedBag, Schema, Split, TargetKind
+from compressors.contracts import Artifact, JaggedBag, Plan, Schema, Split, TargetKind
 from compressors.errors import ParityLost
 from compressors.lower.audit import audit
 from compressors.lower.export import Lowered, lower
 from compressors.lower.parity import FloatArray, Parity, compare
-from compressors.lower.served import input_names
+from compressors.lower.served import Form, forms, input_names
 from compressors.step import rows_of_tables
+from compressors.units import Unit, stored_bytes
 from infra.errors import InfraError
 from infra.onnxruntime import Session, optimized_graph
 from infra.settings import load_settings
-from tasks.documents import MODEL, GraphInput, Lowering
+from tasks.documents import GraphInput, LoweredGraph, Lowering
 from tasks.loading import Loaded, load_bundle, split_of
 from tasks.policy import KEPT
 from tasks.stored import store
@@ -40,7 +41,7 @@ def lower_model(
     most_rows: int,
     code: str,  # noqa: ARG001
 ) -> Artifact:
-    """Write a bundle's model down for one target and store the graph with what was found.
+    """Write a bundle's model down for one target and store its graphs with what was found.
 
     Both targets' graphs run in ONNX Runtime, so both are compared with the module here: on rows
     of data, and on made-up rows at the edges (ids out of range, empty and full lists).
@@ -50,60 +51,75 @@ def lower_model(
         target: which target's form each storage format gets.
         probe: a prepared split to compare on.
         probe_rows: how many rows that split has.
-        most_rows: the largest batch the graph must take.
+        most_rows: the largest batch a graph must take.
         code: digest of the code that lowers; part of the cache key.
 
     Raises:
-        NotLowerable, ParityLost, AuditFailed: what is wrong with the graph.
+        NotLowerable, ParityLost, AuditFailed: what is wrong with which graph.
     """
     loaded = load_bundle(bundle)
     with tempfile.TemporaryDirectory() as scratch:
-        path = Path(scratch) / MODEL
-        lowered = lower(loaded.model.module, loaded.manifest.signature, target, path, most_rows)
-        lowering = _examine(loaded, lowered, target, path, probe, probe_rows)
-        (Path(scratch) / "lowering.json").write_text(lowering.model_dump_json(indent=1))
-        log.info(
-            "%s: largest difference %.2g on %d rows",
-            target,
-            lowering.rows_parity.largest,
-            lowering.rows_parity.rows,
+        graphs = []
+        for form in forms(loaded.manifest.signature):
+            path = Path(scratch) / f"{form.name}.onnx"
+            lowered = lower(loaded.model.module, form, target, path, most_rows)
+            graph = _examine(loaded, lowered, target, path, split_of(probe, probe_rows))
+            log.info(
+                "%s, %s: largest difference %.2g on %d rows",
+                target,
+                graph.name,
+                graph.rows_parity.largest,
+                graph.rows_parity.rows,
+            )
+            graphs.append(graph)
+        lowering = Lowering(
+            target=target,
+            name=f"{loaded.manifest.name}@{loaded.manifest.version}",
+            graphs=tuple(graphs),
+            packed_bytes=sum(graph.packed_bytes for graph in graphs),
         )
+        (Path(scratch) / "lowering.json").write_text(lowering.model_dump_json(indent=1))
         return store().put(Path(scratch))
 
 
 def _examine(
-    loaded: Loaded,
-    lowered: Lowered,
-    target: TargetKind,
-    path: Path,
-    probe: Artifact,
-    probe_rows: int,
-) -> Lowering:
-    schema, plan = loaded.manifest.signature, loaded.model.plan
+    loaded: Loaded, lowered: Lowered, target: TargetKind, path: Path, probe: Split
+) -> LoweredGraph:
+    form = lowered.served.form
+    schema, plan = form.schema, _plan(loaded, form)
     session = Session(path, load_settings().threads)
-    split = split_of(probe, probe_rows)
-    expected, found = _both(lowered, session, schema, _first(split, schema, PROBE_ROWS), target)
+    expected, found = _both(lowered, session, schema, _first(probe, schema, PROBE_ROWS), target)
     rows_parity = compare(expected, found, plan, target)
     for few in SMALL_BATCHES:
-        small = _both(lowered, session, schema, _first(split, schema, few), target)
+        small = _both(lowered, session, schema, _first(probe, schema, few), target)
         _same_alone(expected[:few], small, rows_parity, target)
     tables = rows_of_tables(loaded.model.module, schema)
     edge = edge_example(schema, tables, max(EDGE_ROWS, 2 * len(schema.inputs)))
     edge_parity = compare(*_both(lowered, session, schema, edge, target), plan, target)
-    graph = None
+    found_in_graph = None
     if target == "onnxruntime":
-        graph = audit(optimized_graph(path), plan, lowered.tables)
-    return Lowering(
-        target=target,
-        name=f"{loaded.manifest.name}@{loaded.manifest.version}",
+        found_in_graph = audit(optimized_graph(path), plan, lowered.tables)
+    return LoweredGraph(
+        name=form.name,
         inputs=tuple(_inputs(edge, schema)),
-        output="score",
+        output=form.output,
+        width=found.shape[1] if found.ndim == 2 else None,
         rows_parity=rows_parity,
         edge_parity=edge_parity,
-        graph=graph,
+        audit=found_in_graph,
         tables=lowered.tables,
-        packed_bytes=_packed_bytes(loaded),
+        packed_bytes=_packed_bytes(loaded, form),
     )
+
+
+def _plan(loaded: Loaded, form: Form) -> Plan | None:
+    """The lines of the plan that speak of what a graph runs."""
+    plan = loaded.model.plan
+    if plan is None or not form.module:
+        return plan
+    mine = set(form.part(loaded.model.module).modules())
+    names = {unit.name for unit in Unit.of(loaded.model.module) if unit.module in mine}
+    return Plan(lines=tuple(line for line in plan.lines if line.module in names))
 
 
 def _first(split: Split, schema: Schema, rows: int) -> dict[str, Tensor]:
@@ -162,9 +178,14 @@ def _inputs(example: dict[str, Tensor], schema: Schema) -> list[GraphInput]:
     ]
 
 
-def _packed_bytes(loaded: Loaded) -> int:
-    """Bytes all weights take as planned; everything stored where there is no plan."""
+def _packed_bytes(loaded: Loaded, form: Form) -> int:
+    """Bytes all weights of a graph take as planned; as stored where there is no plan.
+
+    A table that both towers read lies in both graphs, and counts in both.
+    """
     plan = loaded.model.plan
+    if form.module:
+        return stored_bytes(form.part(loaded.model.module))
     if plan is not None:
         return sum(line.bytes_after for line in plan.lines)
     return sum(record.bytes for record in loaded.manifest.files.values())

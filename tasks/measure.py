@@ -12,14 +12,16 @@ from prefect import task
 
 from compressors import intervals, judge
 from compressors.batches import Batch, batches
-from compressors.contracts import Artifact, Schema
+from compressors.contracts import Artifact, Schema, Split
 from compressors.errors import CompressionError
+from compressors.lower.served import forms
 from infra.bundle import read
 from infra.onnxruntime import Session, interleaved_ms, machine
 from infra.settings import load_settings
-from tasks.documents import MODEL, Measurement, served_bytes
+from tasks.documents import Measurement, Ranking, lowering_of, served_bytes
 from tasks.loading import split_of
 from tasks.policy import KEPT
+from tasks.quality import ByQuery, Quality, Vectors, by_row, of_queries
 from tasks.stored import local, store
 from tasks.subject import LATENCY_BATCHES, quality_metrics
 
@@ -40,18 +42,23 @@ def measure(
     champion: Artifact | None,
     test: Artifact,
     test_rows: int,
+    ranking: Ranking | None,
     seed: int,
     code: str,  # noqa: ARG001
 ) -> Artifact:
     """Score the test rows with every served graph, time them in turn, store all numbers.
 
+    Of a retrieval model's graphs the query tower is timed: a request waits for it alone, the
+    items' vectors are made beforehand.
+
     Args:
         bundle: for the schema.
-        baseline: the untouched model's graph.
-        candidate: the compressed model's graph.
-        champion: the graph production runs now, if there is one.
+        baseline: the untouched model's graphs.
+        candidate: the compressed model's graphs.
+        champion: the graphs production runs now, if there are any.
         test: the prepared test split.
         test_rows: its rows.
+        ranking: what a retrieval model is ranked on beside them; None for other tasks.
         seed: of the bootstrap.
         code: digest of the code that measures; part of the cache key.
     """
@@ -61,25 +68,16 @@ def measure(
     if champion is not None:
         graphs["champion"] = champion
     folders = {name: local(artifact) for name, artifact in graphs.items()}
-    sessions = {name: Session(folder / MODEL, threads) for name, folder in folders.items()}
+    sessions = {name: _sessions(folder, schema, threads) for name, folder in folders.items()}
     _same_inputs(sessions)
-    rows = list(batches(split_of(test, test_rows), schema, SCORING_ROWS))
-    label = np.concatenate([batch.label.numpy() for batch in rows])
-    group = _group(rows)
-    scores = {name: _scores(name, session, rows) for name, session in sessions.items()}
+    quality = _quality(schema, sessions, split_of(test, test_rows), ranking, seed)
 
     own: list[judge.Number] = []
     reference: list[judge.Number] = []
     resolves: dict[str, float] = {}
-    for metric in quality_metrics(schema.task, grouped=group is not None):
-        pair = intervals.paired(
-            metric, label, scores["baseline"], scores["candidate"], group, seed=seed
-        )
-        rival = None
-        if "champion" in scores:
-            rival = intervals.paired(
-                metric, label, scores["champion"], scores["candidate"], group, seed=seed
-            )
+    for metric in quality_metrics(schema.task, grouped=schema.group is not None):
+        pair = quality.paired(metric, "baseline", "candidate")
+        rival = quality.paired(metric, "champion", "candidate") if champion is not None else None
         own += judge.quality_numbers(metric, pair, rival)
         reference.append(judge.Number(metric=metric, against="absolute", estimate=pair.baseline))
         resolves[metric] = pair.resolves
@@ -90,8 +88,10 @@ def measure(
             metric="bytes", against="absolute", estimate=judge.exact(float(sizes["baseline"]))
         )
     )
+    waited_for = forms(schema)[0]
+    timed = {name: held[waited_for.name] for name, held in sessions.items()}
     for size in LATENCY_BATCHES:
-        _time(size, sessions, schema, test, test_rows, seed, own, reference)
+        _time(size, timed, waited_for.schema, test, test_rows, seed, own, reference)
     measurement = Measurement(
         numbers=judge.Measured(numbers=tuple(own), has_champion=champion is not None),
         baseline=judge.Measured(numbers=tuple(reference)),
@@ -104,20 +104,60 @@ def measure(
         return store().put(Path(scratch))
 
 
-def _same_inputs(sessions: dict[str, Session]) -> None:
-    wanted = set(sessions["candidate"].inputs)
-    for name, session in sessions.items():
-        if set(session.inputs) != wanted:
-            raise CompressionError(
-                f"The {name} takes the inputs {', '.join(session.inputs)}, the candidate "
-                f"{', '.join(sorted(wanted))}: they cannot be compared on the same rows. Leave "
-                f"limits against the champion out of this order."
-            )
+Sessions = dict[str, Session]
+"""The graphs of one model, by name."""
 
 
-def _group(rows: list[Batch]) -> Array | None:
-    parts = [batch.group.numpy() for batch in rows if batch.group is not None]
-    return np.concatenate(parts) if parts else None
+def _sessions(folder: Path, schema: Schema, threads: int) -> Sessions:
+    """Every graph of a stored model, as this schema is served.
+
+    Raises:
+        CompressionError: it has other graphs.
+    """
+    wanted = [form.name for form in forms(schema)]
+    found = {graph.name: graph.file for graph in lowering_of(folder).graphs}
+    if sorted(found) != sorted(wanted):
+        raise CompressionError(
+            f"A model of task {schema.task!r} is served as {', '.join(wanted)}; one that it should "
+            f"be compared with is served as {', '.join(found)}. Leave limits against the champion "
+            f"out of this order."
+        )
+    return {name: Session(folder / found[name], threads) for name in wanted}
+
+
+def _same_inputs(sessions: dict[str, Sessions]) -> None:
+    for graph, candidate in sessions["candidate"].items():
+        wanted = set(candidate.inputs)
+        for name, held in sessions.items():
+            if set(held[graph].inputs) != wanted:
+                raise CompressionError(
+                    f"The {name} takes the inputs {', '.join(held[graph].inputs)}, the candidate "
+                    f"{', '.join(sorted(wanted))}: they cannot be compared on the same rows. Leave "
+                    f"limits against the champion out of this order."
+                )
+
+
+def _quality(
+    schema: Schema, sessions: dict[str, Sessions], test: Split, ranking: Ranking | None, seed: int
+) -> Quality:
+    """What the served graphs answer: a score a row, or a ranking a query."""
+    if ranking is not None:
+        values = {
+            name: of_queries(_towers(held), schema, test, ranking)
+            for name, held in sessions.items()
+        }
+        return ByQuery(values, test.rows, seed)
+    rows = list(batches(test, schema, SCORING_ROWS))
+    (form,) = forms(schema)
+    scores = {name: _scores(name, held[form.name], rows) for name, held in sessions.items()}
+    return by_row(rows, scores, seed)
+
+
+def _towers(sessions: Sessions) -> dict[str, Vectors]:
+    def vectors(session: Session) -> Vectors:
+        return lambda inputs: session.scores({name: t.numpy() for name, t in inputs.items()})
+
+    return {name: vectors(session) for name, session in sessions.items()}
 
 
 def _scores(name: str, session: Session, rows: list[Batch]) -> Array:

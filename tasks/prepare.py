@@ -7,8 +7,8 @@ from pathlib import Path
 from prefect import task
 
 from compressors.contracts import Artifact
-from infra import data
 from infra.bundle import SplitName, read
+from infra.catalogue import prepare as prepare_split
 from tasks.loading import data_path
 from tasks.policy import KEPT
 from tasks.stored import local, store
@@ -20,6 +20,8 @@ log = logging.getLogger(__name__)
 def prepare(bundle: Artifact, split: SplitName, code: str) -> Artifact:  # noqa: ARG001
     """Turn one parquet split into memory-mappable tensors and store them.
 
+    Interactions of a retrieval model get what the catalogue says of their items.
+
     Args:
         bundle: whose data, and the schema it is read by.
         split: which part.
@@ -27,6 +29,8 @@ def prepare(bundle: Artifact, split: SplitName, code: str) -> Artifact:  # noqa:
     """
     manifest = read(local(bundle))
     with tempfile.TemporaryDirectory() as scratch:
-        prepared = data.prepare(data_path(manifest, split), manifest.signature, Path(scratch))
+        read_too: tuple[SplitName, ...] = ("items",) if "items" in manifest.data else ()
+        paths: dict[str, Path] = {name: data_path(manifest, name) for name in (split, *read_too)}
+        prepared = prepare_split(paths, split, manifest.signature, Path(scratch))
         log.info("%s: %d rows, %d bytes of tensors", split, prepared.rows, prepared.bytes)
         return store().put(Path(scratch))

@@ -105,6 +105,9 @@ def _tags(report: Report, release: Artifact) -> dict[str, str]:
         tags[f"recpress.verdict.{target.target}"] = target.verdict.outcome
         tags[f"recpress.artifact.{target.target}"] = target.artifact.uri
         tags[f"recpress.sha256.{target.target}"] = target.artifact.sha256
+        tags[f"recpress.graphs.{target.target}"] = ", ".join(
+            graph.name for graph in target.lowering.graphs
+        )
     return tags
 
 

@@ -3,7 +3,7 @@
 import json
 
 from compressors.contracts import Estimate, Plan
-from tasks.documents import ORDER_FILE, Report
+from tasks.documents import ORDER_FILE, LoweredGraph, Report
 from tasks.report_cells import cell, change_of, label
 from tasks.report_stages import stage_lines
 
@@ -132,6 +132,7 @@ def remarks(report: Report) -> list[str]:
                 f"where that matters, or try preset 'safe' or 'fast'."
             )
         found.append("'change' compares ONNX Runtime with the untouched model in the same run.")
+        found += timed(report)
         if not report.measurement.machine.int8_dot:
             found.append(
                 "This processor has no int8 dot product: int8 layers may be slower and saturate."
@@ -140,10 +141,21 @@ def remarks(report: Report) -> list[str]:
         f"The {target.target} engine holds {target.lowering.packed_bytes:,} bytes of weights; the "
         f"rest of its {target.bytes:,} bytes is code, which does not grow with a table's rows."
         for target in report.targets
-        if target.audit
+        if target.audits
     ]
     found += [f"Step {kind} had nothing to do: {why}" for kind, why in report.idle.items()]
     return found
+
+
+def timed(report: Report) -> list[str]:
+    """Which of several graphs the latency is of; nothing where there is one."""
+    names = [graph.name for graph in report.targets[0].lowering.graphs]
+    if len(names) == 1:
+        return []
+    return [
+        f"Bytes are of all graphs ({', '.join(names)}); latency is of the {names[0]} graph alone: "
+        f"a request waits for it, while the items' vectors are made beforehand."
+    ]
 
 
 def limit_lines(report: Report) -> list[str]:
@@ -169,21 +181,28 @@ def resolution(report: Report) -> str:
 def _checks(report: Report) -> list[str]:
     lines = []
     for t in report.targets:
-        parity = t.lowering.rows_parity
+        for graph in t.lowering.graphs:
+            where = t.target if len(t.lowering.graphs) == 1 else f"{t.target}, {graph.name}"
+            lines += _graph_checks(where, graph, t.audits.get(graph.name, {}))
+    return lines
+
+
+def _graph_checks(where: str, graph: LoweredGraph, audit: dict[str, object]) -> list[str]:
+    parity = graph.rows_parity
+    lines = [
+        f"- {where}: {graph.output}s differ from torch by at most {parity.largest:.2g} (root mean "
+        f"square {parity.root_mean_square:.2g}) on {parity.rows} rows"
+    ]
+    if graph.audit is not None:
         lines.append(
-            f"- {t.target}: scores differ from torch by at most {parity.largest:.2g} (root mean "
-            f"square {parity.root_mean_square:.2g}) on {parity.rows} rows"
+            f"- {where}: optimized graph holds {graph.audit.int8_products} int8 "
+            f"products and {graph.audit.packed_tables} packed tables; nothing widened"
         )
-        if t.lowering.graph is not None:
-            lines.append(
-                f"- {t.target}: optimized graph holds {t.lowering.graph.int8_products} int8 "
-                f"products and {t.lowering.graph.packed_tables} packed tables; nothing widened"
-            )
-        lines.extend(
-            f"- {t.target}: {name.replace('_', ' ')}: {t.audit[name]}"
-            for name in ("scratch", "scratch_reason", "weights_bytes", "packed_bytes")
-            if name in t.audit
-        )
+    lines += [
+        f"- {where}: {name.replace('_', ' ')}: {audit[name]}"
+        for name in ("scratch", "scratch_reason", "weights_bytes", "packed_bytes")
+        if name in audit
+    ]
     return lines
 
 

@@ -7,7 +7,9 @@ from compressors.contracts import Estimate
 
 def label(metric: str) -> str:
     """A metric as people write it."""
-    names = {"auc": "AUC", "gauc": "GAUC", "logloss": "log loss", "ndcg@10": "NDCG@10"}
+    names = {"auc": "AUC", "gauc": "GAUC", "logloss": "log loss", "recall@20": "Recall@20"}
+    if metric.startswith("ndcg@"):
+        return metric.upper()
     if "_ms@" in metric:
         quantile, _, size = metric.partition("_ms@")
         return f"{quantile} ms, batch {size}"

@@ -9,9 +9,10 @@ from infra import pictures
 from infra.html import many, scrollable, table
 from infra.pictures import Curve, Mark, Tone
 from tasks.documents import Measurement, Report, TargetReport
+from tasks.report import timed
 from tasks.report_cells import change_of, label
 
-HIGHER_IS_BETTER = {"auc", "gauc", "ndcg@10"}
+HIGHER_IS_BETTER = {"auc", "gauc", "ndcg@10", "recall@20", "ndcg@20"}
 
 TONES: dict[Outcome, Tone] = {
     "accepted": "held",
@@ -123,6 +124,7 @@ def latency(report: Report) -> str:
         f"{'with' if machine.int8_dot else 'without'} int8 dot products. Both models are called "
         "in turn, so what slows the machine slows both. Whiskers are 95 % intervals."
     )
+    where = " ".join([where, *timed(report)])
     return f'<p class="soft">{escape(where)}</p><div class="charts">{"".join(charts)}</div>'
 
 

@@ -16,7 +16,7 @@ from infra.expectations import Validation
 from infra.html import document, many, scrollable, table
 from infra.page import findings, summary
 from infra.pictures import Part
-from tasks.documents import ORDER_FILE, Report, TargetReport
+from tasks.documents import ORDER_FILE, LoweredGraph, Report, TargetReport
 from tasks.report import headline, resolution
 from tasks.report_cells import change_of, label
 from tasks.report_measured import TONES, WORDS, latency, limits
@@ -272,33 +272,48 @@ def _target(place: int, target: TargetReport) -> str:
         f"<small>{escape(target.verdict.reason)}</small>",
         "Ordered as": "required" if target.required else "optional",
         "Bytes served": f"{target.bytes:,}, of them {lowering.packed_bytes:,} packed weights",
-        "Scores against torch": _parity(lowering.rows_parity, "rows of data")
-        + _parity(lowering.edge_parity, "made-up rows at the edges"),
     }
-    if lowering.graph is not None:
-        nodes = ", ".join(f"{count} {name}" for name, count in lowering.graph.nodes.items())
-        facts["Optimized graph"] = (
-            f"{many(lowering.graph.int8_products, 'int8 product')}, "
-            f"{many(lowering.graph.packed_tables, 'packed table')}, "
-            f"{lowering.graph.weight_bytes:,} bytes of weights; nothing widened"
-            f"<small>{escape(nodes)}</small>"
-        )
-    facts |= {
-        escape(name.replace("_", " ").capitalize()): escape(_plain(value))
-        for name, value in target.audit.items()
-    }
-    inputs = "; ".join(
-        f"{item.name} {item.dtype} [{', '.join(['rows', *map(str, item.shape)])}]"
-        for item in lowering.inputs
-    )
-    facts["Inputs"] = escape(inputs)
-    facts["Output"] = escape(lowering.output)
+    for graph in lowering.graphs:
+        found = _graph(graph, target.audits.get(graph.name, {}))
+        several = len(lowering.graphs) > 1
+        facts |= {
+            f"{name}, {graph.name}" if several else name: said for name, said in found.items()
+        }
     rows = (
         f'<tr><th scope="row">{name}</th><td>{value}</td></tr>' for name, value in facts.items()
     )
     listed = f'<table class="facts"><tbody>{"".join(rows)}</tbody></table>'
     anchor = f"target-{place}"
     return f'<h3 id="{anchor}">{escape(target.target)}</h3>{scrollable(listed, anchor)}'
+
+
+def _graph(graph: LoweredGraph, audit: dict[str, object]) -> dict[str, str]:
+    """What was found about one graph of a target, as names and HTML."""
+    facts = {
+        f"{graph.output.capitalize()}s against torch": _parity(graph.rows_parity, "rows of data")
+        + _parity(graph.edge_parity, "made-up rows at the edges"),
+    }
+    if graph.audit is not None:
+        nodes = ", ".join(f"{count} {name}" for name, count in graph.audit.nodes.items())
+        facts["Optimized graph"] = (
+            f"{many(graph.audit.int8_products, 'int8 product')}, "
+            f"{many(graph.audit.packed_tables, 'packed table')}, "
+            f"{graph.audit.weight_bytes:,} bytes of weights; nothing widened"
+            f"<small>{escape(nodes)}</small>"
+        )
+    facts |= {
+        escape(name.replace("_", " ").capitalize()): escape(_plain(value))
+        for name, value in audit.items()
+    }
+    inputs = "; ".join(
+        f"{item.name} {item.dtype} [{', '.join(['rows', *map(str, item.shape)])}]"
+        for item in graph.inputs
+    )
+    facts["Inputs"] = escape(inputs)
+    facts["Output"] = escape(
+        graph.output if graph.width is None else f"{graph.output} [rows, {graph.width}]"
+    )
+    return facts
 
 
 def _parity(parity: Parity, rows: str) -> str:

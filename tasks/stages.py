@@ -8,13 +8,13 @@ import torch
 from prefect import task
 from safetensors.torch import load_file
 
-from compressors import intervals
 from compressors.batches import batches
-from compressors.contracts import Artifact, Schema
+from compressors.contracts import Artifact, Schema, Split
 from infra.bundle import read
 from tasks.documents import STAGES, Scored, Stage, Stages
 from tasks.loading import split_of
 from tasks.policy import KEPT
+from tasks.quality import ByQuery, Quality, by_row
 from tasks.stored import local, store
 
 READING_ROWS = 65_536
@@ -44,15 +44,10 @@ def weigh(
     plans = [manifest.plan for manifest in manifests[1:] if manifest.plan is not None]
     sizes = [sum(line.bytes_before for line in plans[0].lines)]
     sizes += [sum(line.bytes_after for line in plan.lines) for plan in plans]
-    rows = list(batches(split_of(test, test_rows), schema, READING_ROWS))
-    label = np.concatenate([batch.label.numpy() for batch in rows])
-    groups = [batch.group.numpy() for batch in rows if batch.group is not None]
-    group = np.concatenate(groups) if groups else None
-    answers = [_answers(schema, item) for item in scored]
+    quality = _quality(schema, scored, split_of(test, test_rows), seed)
     stages = []
     for place, item in enumerate(scored):
-        before = answers[max(place - 1, 0)]
-        pair = intervals.paired(metric, label, before, answers[place], group, seed=seed)
+        pair = quality.paired(metric, str(max(place - 1, 0)), str(place))
         stages.append(
             Stage(
                 step=item.step,
@@ -65,6 +60,19 @@ def weigh(
     with tempfile.TemporaryDirectory() as scratch:
         (Path(scratch) / STAGES).write_bytes(Stages.dump_json(tuple(stages), indent=1))
         return store().put(Path(scratch))
+
+
+def _quality(schema: Schema, scored: tuple[Scored, ...], test: Split, seed: int) -> Quality:
+    """The stages by their number."""
+    if schema.task == "retrieval":
+        stored = [load_file(local(item.score) / "data.safetensors") for item in scored]
+        values = {
+            str(place): {metric: found.numpy() for metric, found in held.items()}
+            for place, held in enumerate(stored)
+        }
+        return ByQuery(values, test.rows, seed)
+    answers = {str(place): _answers(schema, item) for place, item in enumerate(scored)}
+    return by_row(list(batches(test, schema, READING_ROWS)), answers, seed)
 
 
 def _answers(schema: Schema, item: Scored) -> np.ndarray:

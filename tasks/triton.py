@@ -8,6 +8,7 @@ or the new one, whole. What a promotion that was cut short left undone, ``follow
 import logging
 import re
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 from pydantic import ValidationError
@@ -19,7 +20,7 @@ from infra.settings import load_settings
 from infra.store import Store
 from infra.tensorrt import FILES, Engine
 from infra.triton import Served, Tensor, triton_name
-from tasks.documents import MODEL, Lowering, Report, TargetReport
+from tasks.documents import LoweredGraph, Report, TargetReport, build_record
 from tasks.stored import store
 
 log = logging.getLogger(__name__)
@@ -33,11 +34,10 @@ _LATENCY = re.compile(r"p50_ms@([0-9]+)")
 
 @dataclass(frozen=True)
 class Part:
-    """One graph of a target: ``name`` is one of ``PARTS``, ``file`` its ONNX file."""
+    """One graph of a target: ``name`` is one of ``PARTS``."""
 
     name: str
-    file: str
-    lowering: Lowering
+    graph: LoweredGraph
 
 
 class Laid(Frozen):
@@ -219,7 +219,9 @@ def _follows(home: Store, model: str) -> bool:
 
 def _parts(target: TargetReport) -> tuple[Part, ...]:
     """The graphs of one target, each a Triton model of its own."""
-    return (Part("", MODEL, target.lowering),)
+    return tuple(
+        Part("" if graph.name == "model" else graph.name, graph) for graph in target.lowering.graphs
+    )
 
 
 def _served(
@@ -228,18 +230,20 @@ def _served(
     held = {entry.path for entry in store().manifest(target.artifact).files}
     capability = None
     if kind == "tensorrt":
-        build = store().file(target.artifact, "build.json")
+        build = store().file(target.artifact, build_record(part.graph.name))
         capability = Engine.model_validate_json(build).capability
         # A GPU of another kind finds no file, rather than one it cannot read.
-        plan = f"model-{capability}.plan" if capability else FILES["tensorrt"]
-        files = {plan: FILES["tensorrt"]}
+        stored = f"{part.graph.name}{Path(FILES['tensorrt']).suffix}"
+        plan = f"{part.graph.name}-{capability}.plan" if capability else stored
+        files = {plan: stored}
         batches, threads = _ordered_batches(report), None
     else:
         # Large weights lie beside the graph and have to be there before it.
-        beside = sorted(path for path in held if path.startswith(f"{part.file}."))
-        files = {path: path for path in (*beside, part.file)}
+        beside = sorted(path for path in held if path.startswith(f"{part.graph.file}."))
+        files = {path: path for path in (*beside, part.graph.file)}
         batches = _measured_batches(report)
         threads = report.measurement.machine.threads if report.measurement else None
+    width = () if part.graph.width is None else (part.graph.width,)
     try:
         return Served(
             name=triton_name(report.name, kind, part.name),
@@ -251,9 +255,9 @@ def _served(
             files=files,
             inputs=tuple(
                 Tensor(name=item.name, dtype=item.dtype, shape=item.shape, longest=item.longest)
-                for item in part.lowering.inputs
+                for item in part.graph.inputs
             ),
-            outputs=(Tensor(name=part.lowering.output, dtype="float32"),),
+            outputs=(Tensor(name=part.graph.output, dtype="float32", shape=width),),
             batches=batches,
             threads=threads,
             capability=capability,

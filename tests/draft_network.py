@@ -39,3 +39,74 @@ class ClickNet(nn.Module):
         deep = torch.relu(self.second(torch.relu(self.first(wide))))  # (rows, hidden / 2)
         logits: Tensor = self.out(torch.cat([crossed, deep], dim=1))  # (rows, 1)
         return logits.squeeze(1)
+
+
+class UserTower(nn.Module):
+    """A vector of a user and what they bought lately."""
+
+    def __init__(self, users: int, tags: int, dim: int, hidden: int) -> None:
+        super().__init__()
+        self.user = nn.Embedding(users, dim)
+        self.lately = nn.EmbeddingBag(tags, dim, mode="mean")
+        self.first = nn.Linear(2 * dim, hidden)
+        self.second = nn.Linear(hidden, dim)
+
+    def forward(self, user: Tensor, lately: Tensor, lately_offsets: Tensor) -> Tensor:
+        """Vectors ``(rows, dim)`` of ids ``(rows,)`` and a jagged bag."""
+        known = torch.cat([self.user(user), self.lately(lately, lately_offsets)], dim=1)
+        vectors: Tensor = self.second(torch.relu(self.first(known)))
+        return vectors
+
+
+class ItemTower(nn.Module):
+    """A vector of an item, its tags and its dense numbers."""
+
+    def __init__(self, items: int, tags: int, dense: int, dim: int) -> None:
+        super().__init__()
+        self.item = nn.Embedding(items, dim)
+        self.tags = nn.EmbeddingBag(tags, dim, mode="mean")
+        self.out = nn.Linear(2 * dim + dense, dim)
+
+    def forward(self, item: Tensor, tags: Tensor, tags_offsets: Tensor, dense: Tensor) -> Tensor:
+        """Vectors ``(rows, dim)`` of ids ``(rows,)``, a jagged bag and dense ``(rows, width)``."""
+        known = torch.cat([self.item(item), self.tags(tags, tags_offsets), dense], dim=1)
+        vectors: Tensor = self.out(known)
+        return vectors
+
+
+class TowerNet(nn.Module):
+    """Two towers of different make; a score is the dot product of their vectors.
+
+    Args:
+        users: rows of the table ``of_user.user``.
+        items: rows of the table ``of_item.item``.
+        tags: rows of the bags ``of_user.lately`` and ``of_item.tags``.
+        dense: width of the item's dense input.
+        dim: width of every table and vector.
+        hidden: width of the user tower's first layer.
+        bias: added to every score, where towers know nothing of it: a model to be refused.
+    """
+
+    def __init__(
+        self, users: int, items: int, tags: int, dense: int, dim: int, hidden: int, bias: float = 0
+    ) -> None:
+        super().__init__()
+        self.of_user = UserTower(users, tags, dim, hidden)
+        self.of_item = ItemTower(items, tags, dense, dim)
+        self.bias = bias
+
+    def forward(
+        self,
+        user: Tensor,
+        lately: Tensor,
+        lately_offsets: Tensor,
+        item: Tensor,
+        tags: Tensor,
+        tags_offsets: Tensor,
+        dense: Tensor,
+    ) -> Tensor:
+        """Scores ``(rows,)`` of a user and an item a row."""
+        query = self.of_user(user, lately, lately_offsets)
+        found = self.of_item(item, tags, tags_offsets, dense)
+        score: Tensor = (query * found).sum(dim=1) + self.bias
+        return score

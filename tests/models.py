@@ -33,7 +33,7 @@ from compressors.contracts import (
     TargetKind,
 )
 from compressors.lower.export import Lowered, lower
-from compressors.lower.served import input_names
+from compressors.lower.served import Form, forms, input_names
 from compressors.model import Model
 from compressors.step import ModelStep, TableStep, rows_of_tables, run
 from compressors.steps import AnyStep
@@ -347,6 +347,12 @@ def tensors_apart(model: nn.Module) -> dict[str, Tensor]:
 _SCRATCH = tempfile.TemporaryDirectory(prefix="lowered-")
 
 
+def whole(schema: Schema) -> Form:
+    """The one graph of a model that is served as one."""
+    (form,) = forms(schema)
+    return form
+
+
 @dataclass(frozen=True)
 class Graph:
     """A reference, compressed and written down for one target."""
@@ -390,5 +396,5 @@ def graph(reference_name: str, kinds: tuple[str, ...], target: TargetKind) -> Gr
     reference = {item.network.__name__: item for item in REFERENCES}[reference_name]
     model = compressed(reference_name, kinds)
     path = Path(tempfile.mkdtemp(dir=_SCRATCH.name)) / "model.onnx"
-    lowered = lower(model.module, reference.schema, target, path)
+    lowered = lower(model.module, whole(reference.schema), target, path)
     return Graph(model, lowered, reference.schema, path)

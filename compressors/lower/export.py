@@ -13,12 +13,12 @@ from onnxscript.optimizer import optimize_ir
 from torch import Tensor, nn
 
 from compressors.batches import example
-from compressors.contracts import Schema, TargetKind
+from compressors.contracts import TargetKind
 from compressors.errors import AuditFailed, NotLowerable
 from compressors.formats import Bag, PackedLinear, PackedTable
 from compressors.lower import onnxruntime, tensorrt
 from compressors.lower.found import TableInitializers
-from compressors.lower.served import SCORE, Served, dynamic_shapes, input_names, served
+from compressors.lower.served import Form, Served, dynamic_shapes, input_names, served
 from compressors.step import rows_of_tables
 
 OPSET = 21  # the first with blocked DequantizeLinear and int4
@@ -38,13 +38,13 @@ class Lowered:
 
 
 def lower(
-    model: nn.Module, schema: Schema, target: TargetKind, path: Path, most_rows: int = 65_536
+    model: nn.Module, form: Form, target: TargetKind, path: Path, most_rows: int = 65_536
 ) -> Lowered:
-    """Write ``model`` for one target to ``path`` (``.onnx``; large weights beside it).
+    """Write one graph of ``model`` for one target to ``path`` (``.onnx``; large weights beside it).
 
     Args:
         model: a plain or compressed module.
-        schema: its inputs and output.
+        form: which of its graphs.
         target: which serving target's form each storage format gets.
         path: the file to write.
         most_rows: the largest batch the graph must take.
@@ -53,15 +53,16 @@ def lower(
         NotLowerable: torch.export cannot trace the module, or an op has no ONNX form.
         AuditFailed: a packed weight did not reach the graph as it is stored.
     """
+    schema = form.schema
     rows = rows_of_tables(model, schema)
-    wrapper = served(model, schema, rows)
-    form = onnxruntime if target == "onnxruntime" else tensorrt
+    wrapper = served(model, form, rows)
+    translations = (onnxruntime if target == "onnxruntime" else tensorrt).translations()
     inputs = example(schema, rows, TRACE_ROWS)
     names = input_names(schema)
     try:
         args = tuple(inputs[name] for name in names)
         shapes = dynamic_shapes(schema, most_rows)
-        program = _export(wrapper, args, names, form.translations(), shapes)
+        program = _export(wrapper, args, names, translations, shapes)
     except Exception as fault:
         first = _first_fault(fault)
         if isinstance(first, NotLowerable):
@@ -117,7 +118,7 @@ def _export(
                 dynamic_shapes=(shapes,),
                 opset_version=OPSET,
                 input_names=list(names),
-                output_names=[SCORE],
+                output_names=[wrapper.form.output],
                 optimize=False,
                 verbose=False,
             )

@@ -1,11 +1,14 @@
-"""The graph around a model: what a serving target runs, the same on every target.
+"""The graphs around a model: what a serving target runs, the same on every target.
 
+A model is one graph, ``model``, or for ``retrieval`` two: ``query`` and ``item``, a tower each.
 Inputs come in by name and one tensor leaves: ``score`` float32 ``(rows,)``, a probability for
-``ctr``. The policy for ids out of range is part of the graph. ``error`` cannot raise inside a
-graph (ONNX Runtime answers -1 with the last row, TensorRT does not look), so such a row's score
-is NaN: an answer nobody can mistake for one.
+``ctr``; or a tower's ``vector``, float32 ``(rows, dim)``. The policy for ids out of range is part
+of the graph. ``error`` cannot raise inside a graph (ONNX Runtime answers -1 with the last row,
+TensorRT does not look), so such a row's score or vector is NaN: an answer nobody can mistake for
+one.
 """
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,15 +19,48 @@ from compressors.formats import Bag, pad_positions, padded
 from compressors.units import private_copy, swap
 
 SCORE = "score"
+VECTOR = "vector"
+
+
+@dataclass(frozen=True)
+class Form:
+    """One graph of a model: its name, what it takes in, and what it is made from.
+
+    ``schema`` has the inputs of this graph only. ``module`` is the submodule it runs, by its
+    attribute path; the whole model where it is empty.
+    """
+
+    name: str
+    schema: Schema
+    module: str
+    output: str
+
+    def part(self, model: nn.Module) -> nn.Module:
+        """What of a model this graph runs."""
+        return model.get_submodule(self.module)
+
+
+def forms(schema: Schema) -> tuple[Form, ...]:
+    """The graphs a model of this schema is served as; the first is what a request waits for."""
+    if schema.towers is None:
+        return (Form("model", schema, "", SCORE),)
+    return tuple(
+        Form(name, schema.only(tower.inputs), tower.module, VECTOR)
+        for name, tower in schema.towers.named().items()
+    )
 
 
 class Served(nn.Module):
-    """A model with its input policy and output form; takes tensors in the schema's order."""
+    """A graph's part of a model with its input policy and output form.
 
-    def __init__(self, model: nn.Module, schema: Schema, rows_of_table: dict[str, int]) -> None:
+    Takes tensors in the order of the form's schema.
+    """
+
+    def __init__(self, model: nn.Module, form: Form, rows_of_table: dict[str, int]) -> None:
         super().__init__()
         self.model = model
-        self.schema = schema
+        self.form = form
+        self.schema = form.schema
         self.rows_of_table = rows_of_table
 
     def forward(self, *tensors: Tensor) -> Tensor:
@@ -43,7 +79,11 @@ class Served(nn.Module):
             bad = _refused_rows(item, outside, given)
             if bad is not None:
                 refused = bad if refused is None else refused | bad
-        score: Tensor = self.model(**given)
+        score: Tensor = self.form.part(self.model)(**given)
+        if self.form.output == VECTOR:
+            if refused is not None:
+                score = torch.where(refused.unsqueeze(1), torch.nan, score)
+            return score.to(torch.float32)
         if score.dim() == 2:  # (rows, 1)
             score = score.squeeze(1)
         if self.schema.output == "logit":
@@ -77,14 +117,14 @@ def input_names(schema: Schema) -> tuple[str, ...]:
     return tuple(name for item in schema.inputs for name in tensor_names(item))
 
 
-def served(model: nn.Module, schema: Schema, rows_of_table: dict[str, int]) -> Served:
+def served(model: nn.Module, form: Form, rows_of_table: dict[str, int]) -> Served:
     """A model ready to be exported or compared: bags rewritten, policy and output around it.
 
     The given module is left as it is; the tensors are shared.
     """
     copy = private_copy(model).eval()
     longest: dict[str, int] = {}
-    for item in schema.inputs:
+    for item in form.schema.inputs:
         if isinstance(item, JaggedBag):
             longest[item.table] = max(longest.get(item.table, 0), item.shape[0])
     for name, module in list(copy.named_modules()):
@@ -92,7 +132,7 @@ def served(model: nn.Module, schema: Schema, rows_of_table: dict[str, int]) -> S
             swap(copy, name, _plain_bag(module, longest.get(name)))
         elif isinstance(module, Bag):
             module.longest = longest.get(name)
-    return Served(copy, schema, rows_of_table).eval()
+    return Served(copy, form, rows_of_table).eval()
 
 
 def _plain_bag(old: nn.EmbeddingBag, longest: int | None) -> Bag:

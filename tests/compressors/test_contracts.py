@@ -215,3 +215,68 @@ def test_a_limit_has_exactly_one_bound(bounds):
 def test_the_worst_measured_target_decides(outcomes, expected):
     verdicts = [Verdict(target="onnxruntime", outcome=item, reason="r") for item in outcomes]
     assert overall(verdicts) == expected
+
+
+ITEM = IdInput(name="item", table="item")
+TOWERS = {
+    "query": {"module": "of_user", "inputs": ["user"]},
+    "item": {"module": "of_item", "inputs": ["item"]},
+}
+RETRIEVAL = {
+    "task": "retrieval",
+    "output": "score",
+    "label": None,
+    "group": "user",
+    "metric": "ndcg@20",
+    "towers": TOWERS,
+    "item": "item",
+}
+
+
+def test_a_retrieval_schema_knows_what_each_of_its_files_holds():
+    whole = schema(
+        USER,
+        ITEM,
+        DenseInput(name="price", shape=(2,)),
+        **RETRIEVAL
+        | {
+            "label": "bought",
+            "towers": TOWERS | {"item": {"module": "of_item", "inputs": ["price", "item"]}},
+        },
+    )
+    test, items = whole.of_split("test"), whole.of_split("items")
+    assert [item.name for item in test.inputs] == ["user", "item"]
+    assert (test.label, test.group) == ("bought", "user")
+    assert [item.name for item in items.inputs] == ["item", "price"]
+    assert (items.label, items.group) == (None, None)
+    assert schema().of_split("items") == schema()
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"towers": None}, "needs towers"),
+        ({"item": None}, "needs towers .* and item"),
+        ({"item": "user"}, "not among the item tower's inputs"),
+        ({"metric": "auc"}, r"needs metric recall@20 or ndcg@20; found 'auc'"),
+        ({"group": None}, "needs a group"),
+        ({"output": "logit"}, "needs output 'score'"),
+        (
+            {"towers": TOWERS | {"query": {"module": "of_user", "inputs": ["user", "item"]}}},
+            "exactly one tower",
+        ),
+        ({"towers": TOWERS | {"query": {"module": "of_user", "inputs": ["usr"]}}}, "read .*usr"),
+        ({"task": "ranking", "label": "bought"}, "needs metric auc, gauc or ndcg@10"),
+        ({"task": "ranking", "label": "bought", "metric": "gauc"}, "belong to task 'retrieval'"),
+        ({"task": "ranking", "metric": "gauc"}, "label is missing"),
+    ],
+)
+def test_a_retrieval_schema_that_does_not_fit_together_says_why(changes, words):
+    with pytest.raises(ValidationError, match=words):
+        schema(USER, ITEM, **RETRIEVAL | changes)
+
+
+def test_the_item_must_be_one_id():
+    bag = JaggedBag(name="item", table="item", shape=(3,))
+    with pytest.raises(ValidationError, match="id input of one column"):
+        schema(USER, bag, **RETRIEVAL)

@@ -6,7 +6,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from models import METHODS, NORMED, RANKER, Ranker, compressed, graph
+from models import METHODS, NORMED, RANKER, Ranker, compressed, graph, whole
 from onnx import TensorProto
 from torch import Tensor, nn
 
@@ -181,7 +181,7 @@ def test_a_table_read_at_the_same_rows_in_every_call_is_no_lookup(kinds, target)
 def test_a_table_that_nothing_reads_does_not_stop_lowering(target, tmp_path):
     model = NORMED.model().module
     model.spare = nn.Embedding(3, 4)
-    tables = lower(model, NORMED.schema, target, tmp_path / "model.onnx").tables
+    tables = lower(model, whole(NORMED.schema), target, tmp_path / "model.onnx").tables
     assert [table.module for table in tables] == ["user"]
 
 
@@ -192,7 +192,7 @@ def test_a_table_called_table_keeps_its_name(tmp_path):
     schema = Schema.model_validate_json(
         NORMED.schema.model_dump_json().replace('"table":"user"', '"table":"user.table"')
     )
-    tables = lower(model, schema, ORT, tmp_path / "model.onnx").tables
+    tables = lower(model, whole(schema), ORT, tmp_path / "model.onnx").tables
     assert [table.module for table in tables] == ["user.table"]
 
 
@@ -221,7 +221,7 @@ def test_a_network_that_branches_on_values_is_refused_in_a_sentence(target, tmp_
         NotLowerable,
         match=rf"written down for {target}: .*data-dependent.*\. Its forward must be",
     ) as refusal:
-        lower(Branching(), NORMED.schema, target, path)
+        lower(Branching(), whole(NORMED.schema), target, path)
     assert refusal.value.__cause__ is not None
     assert not path.exists()
 
@@ -240,7 +240,7 @@ class OutsideOnnx(nn.Module):
 
 def test_an_operator_that_onnx_lacks_is_named(tmp_path):
     with pytest.raises(NotLowerable, match=r"No ONNX function found for .*linalg_eig"):
-        lower(OutsideOnnx(), NORMED.schema, ORT, tmp_path / "model.onnx")
+        lower(OutsideOnnx(), whole(NORMED.schema), ORT, tmp_path / "model.onnx")
 
 
 class Undeclared(nn.Module):
@@ -260,19 +260,19 @@ def test_a_jagged_bag_without_a_declared_longest_list_is_refused(tmp_path):
     (item,) = (item for item in RANKER.schema.inputs if item.name == "history")
     schema = RANKER.schema.model_copy(update={"inputs": (item,)})
     with pytest.raises(NotLowerable, match=r"jagged_bag with shape \[longest\]"):
-        lower(Undeclared(), schema, ORT, tmp_path / "model.onnx")
+        lower(Undeclared(), whole(schema), ORT, tmp_path / "model.onnx")
 
 
 def test_a_schema_that_names_a_missing_table_is_refused(tmp_path):
     text = NORMED.schema.model_dump_json().replace('"table":"user"', '"table":"usre"')
     schema = Schema.model_validate_json(text)
     with pytest.raises(NothingToCompress, match=r"table 'usre' of input 'user'.*has user"):
-        lower(NORMED.model().module, schema, ORT, tmp_path / "model.onnx")
+        lower(NORMED.model().module, whole(schema), ORT, tmp_path / "model.onnx")
 
 
 def test_serving_leaves_the_given_module_as_it_is():
     model = RANKER.model().module.train()
-    wrapper = served(model, RANKER.schema, RANKER.rows_of_tables())
+    wrapper = served(model, whole(RANKER.schema), RANKER.rows_of_tables())
     assert isinstance(model, Ranker)
     assert isinstance(model.history, nn.EmbeddingBag)
     assert model.training
@@ -285,7 +285,7 @@ def test_lowering_leaves_the_given_module_as_it_is(target, tmp_path):
     model = compressed("Normed", EVERYTHING).module
     before = {name: (id(module), module.training) for name, module in model.named_modules()}
     tensors = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    lower(model, NORMED.schema, target, tmp_path / "model.onnx")
+    lower(model, whole(NORMED.schema), target, tmp_path / "model.onnx")
     after = {name: (id(module), module.training) for name, module in model.named_modules()}
     assert after == before
     torch.testing.assert_close(dict(model.state_dict()), tensors, rtol=0, atol=0)

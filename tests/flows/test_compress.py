@@ -91,7 +91,6 @@ def test_the_fetched_graph_gives_the_reported_auc_in_a_plain_session(
     """With nothing but what lies in the folder: model.onnx, lowering.json, and the test data."""
     into = tmp_path / "served"
     fetch("clicks", world.first.finished.version, "onnxruntime", into)
-    described = Lowering.model_validate_json((into / "lowering.json").read_text())
     rows = pq.read_table(world.draft / "test.parquet")
     bags = rows["tags"].to_pylist()
     lengths = np.array([len(ids) for ids in bags])
@@ -102,6 +101,7 @@ def test_the_fetched_graph_gives_the_reported_auc_in_a_plain_session(
         "tags_offsets": np.cumsum(lengths) - lengths,
         "dense": np.stack([rows[f"d{place}"].to_numpy() for place in range(DENSE)], axis=1),
     }
+    (described,) = Lowering.model_validate_json((into / "lowering.json").read_text()).graphs
     assert [item.name for item in described.inputs] == list(given)
     session = onnxruntime.InferenceSession(str(into / "model.onnx"))
     inputs = {item.name: given[item.name].astype(item.dtype) for item in described.inputs}

@@ -400,7 +400,7 @@ def test_a_large_model_json_is_refused_unread(sealed, look, monkeypatch):
         (("name",), "Upper", "name: String should match pattern"),
         (("name",), "../x", "name: String should match pattern"),
         (("version",), "a" * 65, "version: String should match pattern"),
-        (("signature", "label"), ..., "signature.label is missing; add it"),
+        (("signature", "metric"), ..., "signature.metric is missing; add it"),
         (("signature", "labels"), "x", "signature.labels is not a field of this format"),
         (("signature", "inputs", 0, "kind"), "ids", "signature.inputs[0]: Input tag 'ids'"),
         (("signature", "inputs", 0, "table"), ..., "signature.inputs[0].table is missing"),

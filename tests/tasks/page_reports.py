@@ -10,7 +10,15 @@ from flows.order import Order
 from flows.terms import Targets
 from infra.expectations import Finding, Validation
 from infra.onnxruntime import Machine
-from tasks.documents import GraphInput, Lowering, Measurement, Report, Stage, TargetReport
+from tasks.documents import (
+    GraphInput,
+    LoweredGraph,
+    Lowering,
+    Measurement,
+    Report,
+    Stage,
+    TargetReport,
+)
 
 HOSTILE = "<script>alert('|table|')</script>"
 
@@ -137,9 +145,8 @@ def lowering(target: Any) -> Lowering:
         quantile_90=1e-6,
         quantile_90_limit=2e-4,
     )
-    return Lowering(
-        target=target,
-        name="clicks@1",
+    graph = LoweredGraph(
+        name="model",
         inputs=(
             GraphInput(name="user", dtype="int64", shape=()),
             GraphInput(name="prices", dtype="float32", shape=(4,)),
@@ -147,12 +154,13 @@ def lowering(target: Any) -> Lowering:
         output="score",
         rows_parity=parity,
         edge_parity=parity.model_copy(update={"rows": 64}),
-        graph=GraphAudit(
+        audit=GraphAudit(
             nodes={"QGemm": 5, "Gather": 18}, int8_products=5, packed_tables=9, weight_bytes=145_190
         ),
         tables=(),
         packed_bytes=240_000,
     )
+    return Lowering(target=target, name="clicks@1", graphs=(graph,), packed_bytes=240_000)
 
 
 def stages() -> tuple[Stage, ...]:
@@ -197,12 +205,14 @@ def report(tables: int = 12, **changes: Any) -> Report:
             target="tensorrt-rtx", outcome="built-unmeasured", reason="it cannot run here"
         ),
         lowering=lowering("tensorrt-rtx"),
-        audit={
-            "scratch": "not checkable",
-            "scratch_bytes": 12_476_416,
-            "twin_scratch_bytes": None,
-            "layer_types": {"int8": 9, "fp16": 27},
-            "tables_checked": [],
+        audits={
+            "model": {
+                "scratch": "not checkable",
+                "scratch_bytes": 12_476_416,
+                "twin_scratch_bytes": None,
+                "layer_types": {"int8": 9, "fp16": 27},
+                "tables_checked": [],
+            }
         },
     )
     fields: dict[str, Any] = {

@@ -19,7 +19,15 @@ from compressors.lower.parity import Parity
 from compressors.tables.rowwise_int8 import RowwiseInt8
 from infra.expectations import Validation
 from infra.onnxruntime import Machine
-from tasks.documents import GraphInput, Lowering, Measurement, Report, Reproduction, TargetReport
+from tasks.documents import (
+    GraphInput,
+    LoweredGraph,
+    Lowering,
+    Measurement,
+    Report,
+    Reproduction,
+    TargetReport,
+)
 from tasks.stored import store
 
 LIMIT = Limit.parse("auc vs baseline >= -0.002")
@@ -48,12 +56,18 @@ def lowering(target: TargetKind) -> Lowering:
     return Lowering(
         target=target,
         name="m@1",
-        inputs=(GraphInput(name="user", dtype="int64", shape=()),),
-        output="score",
-        rows_parity=parity(),
-        edge_parity=parity(),
-        graph=None,
-        tables=(),
+        graphs=(
+            LoweredGraph(
+                name="model",
+                inputs=(GraphInput(name="user", dtype="int64", shape=()),),
+                output="score",
+                rows_parity=parity(),
+                edge_parity=parity(),
+                audit=None,
+                tables=(),
+                packed_bytes=300,
+            ),
+        ),
         packed_bytes=300,
     )
 

@@ -7,6 +7,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from drafts import ALLOWED, DENSE, ROWS, write_draft
+from retrieval_draft import ITEMS, SIGNATURE, write_retrieval_draft
 
 from compressors.errors import ModelRefused
 from infra.errors import (
@@ -226,3 +227,64 @@ def test_a_subject_knows_what_a_flow_must_know_and_notices_an_edited_architectur
     edited = find("clicks")
     assert edited.architecture != subject.architecture
     assert edited.artifact == subject.artifact
+
+
+# --- retrieval -------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def towers(draft: Path, tmp_path: Path) -> Path:
+    return write_retrieval_draft(tmp_path / "towers")
+
+
+def test_a_retrieval_model_is_packed_with_its_catalogue(towers: Path) -> None:
+    packed = pack(towers)
+    assert packed.rows["items"] == ITEMS
+    manifest, _ = check("finder@1")
+    assert manifest.signature.item == "item"
+
+
+def network_of(draft: Path, **config: object) -> None:
+    held = json.loads((draft / "model.json").read_text())["network"]
+    held["architecture"]["config"] |= config
+    described(draft, network=held)
+
+
+def signature_of(draft: Path, **changes: object) -> None:
+    described(draft, signature=SIGNATURE | changes)
+
+
+def test_a_score_that_is_not_the_towers_dot_product_is_refused(towers: Path) -> None:
+    network_of(towers, bias=0.5)
+    with pytest.raises(ModelRefused, match=r"up to 0\.5 away from the network's own score"):
+        pack(towers)
+
+
+@pytest.mark.parametrize(
+    ("query", "words"),
+    [
+        ("of_nobody", r"tower 'query' \(of_nobody\) fails when it is called with user, lately"),
+        ("of_item", "takes exactly the inputs listed for it"),
+    ],
+)
+def test_a_tower_that_cannot_be_called_is_refused(query: str, words: str, towers: Path) -> None:
+    named = SIGNATURE["towers"] | {"query": {"module": query, "inputs": ["user", "lately"]}}
+    signature_of(towers, towers=named)
+    with pytest.raises(ModelRefused, match=words):
+        pack(towers)
+
+
+def test_a_tower_must_give_a_vector_a_row_as_long_as_the_others(towers: Path) -> None:
+    lengthened = "of_item.out"  # called with nothing of the schema
+    named = SIGNATURE["towers"] | {"item": SIGNATURE["towers"]["item"] | {"module": lengthened}}
+    signature_of(towers, towers=named)
+    with pytest.raises(ModelRefused, match=r"tower 'item' \(of_item.out\) fails"):
+        pack(towers)
+
+
+def test_a_retrieval_model_without_a_catalogue_is_refused(towers: Path) -> None:
+    held = json.loads((towers / "model.json").read_text())["data"]
+    del held["items"]
+    described(towers, data=held)
+    with pytest.raises(DataRefused, match="refers to no 'items' data"):
+        pack(towers)

@@ -46,6 +46,7 @@ def measured(made: Graphs, champion: Artifact | None = None, **changes: object) 
         "champion": champion,
         "test": made.test,
         "test_rows": ROWS["test"],
+        "ranking": None,
         "seed": 0,
         "code": "c",
     }
@@ -74,7 +75,8 @@ def _here(made: Graphs, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_lowered_graph_says_what_a_caller_must_send_and_how_far_it_is_from_torch(
     made: Graphs,
 ) -> None:
-    found = lowering_of(local(made.graph))
+    (found,) = lowering_of(local(made.graph)).graphs
+    assert (found.name, found.output, found.width) == ("model", "score", None)
     sent = {item.name: (item.dtype, item.shape) for item in found.inputs}
     assert sent == {
         "user": ("int64", ()),
@@ -159,7 +161,15 @@ def test_a_graph_with_other_inputs_is_not_compared(
     other = tmp_path / "other"
     other.mkdir()
     onnx.save(model, other / "model.onnx")
+    lowering = lowering_of(local(made.graph))
+    (other / "lowering.json").write_text(lowering.model_dump_json())
     with pytest.raises(CompressionError, match=r"champion takes the inputs .*person"):
+        measured(made, champion=store().put(other))
+
+    towers = tuple(lowering.graphs[0].model_copy(update={"name": n}) for n in ("query", "item"))
+    several = lowering.model_copy(update={"graphs": towers})
+    (other / "lowering.json").write_text(several.model_dump_json())
+    with pytest.raises(CompressionError, match=r"served as model; .* is served as query, item"):
         measured(made, champion=store().put(other))
 
 

@@ -66,12 +66,34 @@ def test_a_graph_that_takes_lists_end_to_end_is_not_joined(home: Path, triton: P
         GraphInput(name="tags", dtype="int64", shape=(), longest=5),
         GraphInput(name="tags_offsets", dtype="int64", shape=()),
     )
-    lowering = made.targets[0].lowering.model_copy(update={"inputs": inputs})
+    whole = made.targets[0].lowering
+    graph = whole.graphs[0].model_copy(update={"inputs": inputs})
+    lowering = whole.model_copy(update={"graphs": (graph,)})
     target = made.targets[0].model_copy(update={"lowering": lowering})
     promote("m", published(home, "a", targets=(target,)).version, "")
     found = configuration(triton)
     assert found["max_batch_size"] == [0]
     assert [item["dims"] for item in found["input"]] == [[-1], [-1]]
+
+
+def test_each_tower_of_a_retrieval_model_is_a_triton_model(home: Path, triton: Path) -> None:
+    made = report(home, "a" * 64, {"onnxruntime": "accepted"}).targets[0]
+    towers = tuple(
+        made.lowering.graphs[0].model_copy(update={"name": name, "output": "vector", "width": 16})
+        for name in ("query", "item")
+    )
+    target = made.model_copy(
+        update={
+            "lowering": made.lowering.model_copy(update={"graphs": towers}),
+            "artifact": stored(home / "towers", query_onnx="q", item_onnx="i"),
+        }
+    )
+    promote("m", published(home, "a", targets=(target,)).version, "")
+    assert (triton / "m_query" / "1" / "query.onnx").read_text() == "q"
+    assert (triton / "m_item" / "1" / "item.onnx").read_text() == "i"
+    said = (triton / "m_item" / "config.pbtxt").read_text()
+    assert '"vector"' in said
+    assert '"item.onnx"' in said
 
 
 ENGINE = Engine(

@@ -1,0 +1,139 @@
+"""How good several models are on the same test rows, compared in pairs. No Prefect.
+
+``ctr`` and ``ranking`` models are compared by a score a row, ``retrieval`` models by what a full
+ranking of the catalogue gives every query.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from compressors import intervals
+from compressors.batches import Batch, Rows, batches
+from compressors.contracts import Schema, Split
+from compressors.errors import CompressionError
+from compressors.intervals import PairedEstimate
+from compressors.lower.served import forms, input_names
+from compressors.retrieval import Asked, Interactions, asked, recall_and_ndcg
+from tasks.documents import PreparedRows, Ranking
+from tasks.loading import split_of
+
+Array = NDArray[Any]
+Vectors = Callable[[Mapping[str, Tensor]], Array]
+"""A tower: named inputs -> float32 ``(rows, dim)``."""
+
+SCORING_ROWS = 4096
+BY_QUERY = ("recall@20", "ndcg@20")
+
+
+class Quality(Protocol):
+    """Models by name, each measured on the same rows."""
+
+    def paired(self, metric: str, baseline: str, candidate: str) -> PairedEstimate:
+        """One metric of two of them."""
+
+
+@dataclass(frozen=True)
+class ByRow:
+    """A score a test row of each model, ``(rows,)``."""
+
+    label: Array
+    group: Array | None
+    scores: Mapping[str, Array]
+    seed: int
+
+    def paired(self, metric: str, baseline: str, candidate: str) -> PairedEstimate:
+        """One metric of two of them."""
+        before, after = self.scores[baseline], self.scores[candidate]
+        return intervals.paired(metric, self.label, before, after, self.group, seed=self.seed)
+
+
+@dataclass(frozen=True)
+class ByQuery:
+    """Each model's metrics of every query, ``(queries,)``; ``rows`` is of the test data."""
+
+    values: Mapping[str, Mapping[str, Array]]
+    rows: int
+    seed: int
+
+    def paired(self, metric: str, baseline: str, candidate: str) -> PairedEstimate:
+        """One metric of two of them."""
+        before, after = self.values[baseline][metric], self.values[candidate][metric]
+        return intervals.paired_means(before, after, self.rows, seed=self.seed)
+
+
+def by_row(rows: list[Batch], scores: Mapping[str, Array], seed: int) -> ByRow:
+    """Scores of test rows beside their labels and groups."""
+    label = np.concatenate([batch.label.numpy() for batch in rows])
+    groups = [batch.group.numpy() for batch in rows if batch.group is not None]
+    return ByRow(label, np.concatenate(groups) if groups else None, scores, seed)
+
+
+def of_queries(
+    towers: Mapping[str, Vectors], schema: Schema, test: Split, ranking: Ranking
+) -> dict[str, Array]:
+    """Rank the whole catalogue for every test query.
+
+    Args:
+        towers: what gives the vectors: ``query`` and ``item``.
+        schema: of the bundle.
+        test: the prepared test rows.
+        ranking: the catalogue and what is hidden.
+
+    Returns:
+        Metric -> float64 ``(queries,)``.
+
+    Raises:
+        CompressionError: a vector is not finite, or there is nothing to find.
+    """
+    catalogue = split_of(ranking.items.artifact, ranking.items.rows)
+    query, item = (form.schema for form in forms(schema))
+    listed = list(batches(catalogue, item, SCORING_ROWS))
+    ids = np.concatenate([batch.inputs[str(schema.item)].numpy() for batch in listed])
+    what = asked(_interactions(test, schema), [_seen(p, schema) for p in ranking.seen], ids)
+    recall, ndcg = recall_and_ndcg(
+        _of_asked(towers["query"], what, Rows(test, query)),
+        np.concatenate([towers["item"](batch.inputs) for batch in listed]),
+        what,
+    )
+    return dict(zip(BY_QUERY, (recall, ndcg), strict=True))
+
+
+def torch_towers(model: nn.Module, schema: Schema) -> dict[str, Vectors]:
+    """The towers of a module, without the graphs they are served as."""
+
+    def vectors(part: nn.Module, names: tuple[str, ...]) -> Vectors:
+        def of(inputs: Mapping[str, Tensor]) -> Array:
+            with torch.no_grad():
+                found: Array = part(**{name: inputs[name] for name in names}).numpy()
+            return found
+
+        return of
+
+    return {
+        form.name: vectors(form.part(model), input_names(form.schema)) for form in forms(schema)
+    }
+
+
+def _of_asked(tower: Vectors, what: Asked, test: Rows) -> Array:
+    rows = torch.from_numpy(what.row)
+    return np.concatenate(
+        [tower(test.take(part).inputs) for part in torch.split(rows, SCORING_ROWS)]
+    )
+
+
+def _seen(part: PreparedRows, schema: Schema) -> Interactions:
+    return _interactions(split_of(part.artifact, part.rows), schema)
+
+
+def _interactions(split: Split, schema: Schema) -> Interactions:
+    held = Rows(split, schema.only([str(schema.item)]))
+    item = held.take(torch.arange(len(held))).inputs[str(schema.item)]
+    if held.group is None:
+        raise CompressionError("A retrieval model's rows need a group: whose interaction it is.")
+    return Interactions(held.group.numpy(), item.numpy(), held.label.numpy())

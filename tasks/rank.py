@@ -1,0 +1,45 @@
+"""What a stored retrieval model finds for every test query, computed once and kept."""
+
+import tempfile
+from pathlib import Path
+
+import torch
+from prefect import task
+
+from compressors.contracts import Artifact
+from compressors.state import write_tensors
+from tasks.documents import PreparedRows, Ranking
+from tasks.loading import load_bundle, split_of
+from tasks.policy import KEPT
+from tasks.quality import of_queries, torch_towers
+from tasks.stored import store
+
+
+@task(task_run_name="rank", **KEPT)
+def rank(bundle: Artifact, test: PreparedRows, ranking: Ranking, code: str) -> Artifact:  # noqa: ARG001
+    """Rank the catalogue for every test query with the torch module's towers.
+
+    Says what each step of a recipe was worth. The verdict never rests on it: what is served is
+    measured in its own runtime.
+
+    Args:
+        bundle: the model.
+        test: the prepared test rows.
+        ranking: the catalogue and what is hidden.
+        code: digest of the code that ranks; part of the cache key.
+
+    Returns:
+        ``recall@20`` and ``ndcg@20`` float64 ``(queries,)``.
+
+    Raises:
+        CompressionError: a vector is not finite, or there is nothing to find.
+    """
+    loaded = load_bundle(bundle)
+    schema = loaded.manifest.signature
+    towers = torch_towers(loaded.model.module, schema)
+    found = of_queries(towers, schema, split_of(test.artifact, test.rows), ranking)
+    tensors = {metric: torch.from_numpy(values) for metric, values in found.items()}
+    with tempfile.TemporaryDirectory() as scratch:
+        (path,) = write_tensors(tensors, Path(scratch))
+        path.rename(Path(scratch) / "data.safetensors")
+        return store().put(Path(scratch))

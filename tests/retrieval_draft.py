@@ -1,0 +1,154 @@
+"""A tiny but real draft of a retrieval model: what people went for is drawn from its own scores.
+
+So the network is the best there is for its data, and every compression can only lose.
+"""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from draft_network import TowerNet
+from numpy.typing import NDArray
+from safetensors.torch import load_file, save_file
+
+USERS, ITEMS, TAGS, DENSE, LONGEST = 300, 400, 40, 3, 4
+CONFIG = {
+    "users": USERS,
+    "items": ITEMS + 7,  # rows of the table that no item of the catalogue has
+    "tags": TAGS,
+    "dense": DENSE,
+    "dim": 16,
+    "hidden": 32,
+}
+EACH = {"train": 20, "validation": 3, "test": 4}  # interactions a user
+SPREAD = 3.0  # standard deviation of the scores
+
+SIGNATURE: dict[str, Any] = {
+    "task": "retrieval",
+    "inputs": [
+        {"kind": "id", "name": "user", "table": "of_user.user"},
+        {"kind": "jagged_bag", "name": "lately", "table": "of_user.lately", "shape": [LONGEST]},
+        {"kind": "id", "name": "item", "table": "of_item.item"},
+        {"kind": "jagged_bag", "name": "tags", "table": "of_item.tags", "shape": [LONGEST]},
+        {
+            "kind": "dense",
+            "name": "dense",
+            "columns": [f"d{place}" for place in range(DENSE)],
+            "shape": [DENSE],
+        },
+    ],
+    "output": "score",
+    "group": "user",
+    "metric": "recall@20",
+    "item": "item",
+    "towers": {
+        "query": {"module": "of_user", "inputs": ["user", "lately"]},
+        "item": {"module": "of_item", "inputs": ["item", "tags", "dense"]},
+    },
+}
+
+
+def write_retrieval_draft(
+    folder: Path, *, name: str = "finder", seed: int = 0, **changes: Any
+) -> Path:
+    """Write ``model.json``, the weights and the parquet files; return the folder.
+
+    ``changes`` replace fields of the signature.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    torch.manual_seed(seed)
+    model = TowerNet(**CONFIG).eval()
+    draw = np.random.default_rng(seed)
+    bags = [draw.integers(0, TAGS, count) for count in draw.integers(0, LONGEST + 1, USERS)]
+    # The catalogue's order is not the order of ids.
+    ids = draw.permutation(ITEMS)
+    items = {
+        "item": pa.array(ids),
+        "tags": pa.array(
+            [draw.integers(0, TAGS, n).tolist() for n in draw.integers(0, LONGEST + 1, ITEMS)],
+            pa.list_(pa.int64()),
+        ),
+        **{f"d{place}": pa.array(draw.normal(size=ITEMS)) for place in range(DENSE)},
+    }
+    pq.write_table(pa.table(items), folder / "items.parquet")
+    lately = pa.array([bag.tolist() for bag in bags], pa.list_(pa.int64()))
+    with torch.no_grad():
+        scores = all_scores(model, lately, items)
+        model.of_user.second.weight *= SPREAD / scores.std()
+        model.of_user.second.bias *= SPREAD / scores.std()
+        scores = all_scores(model, lately, items)
+    # The best of scores plus Gumbel noise are a draw without repeats, the first likeliest.
+    liked = np.argsort(-(scores + draw.gumbel(size=scores.shape)), axis=1)
+    begin = 0
+    for split, each in EACH.items():
+        chosen = liked[:, begin : begin + each]
+        begin += each
+        user = np.repeat(np.arange(USERS), each)
+        order = draw.permutation(user.size)
+        columns = {
+            "user": pa.array(user[order]),
+            "lately": lately.take(pa.array(user[order])),
+            "item": pa.array(ids[chosen.reshape(-1)[order]]),
+        }
+        pq.write_table(pa.table(columns), folder / f"{split}.parquet")
+    save_file(model.state_dict(), folder / "model.safetensors")
+    document = {
+        "schema_version": 1,
+        "name": name,
+        "version": "1",
+        "signature": SIGNATURE | changes,
+        "network": {"architecture": {"path": "draft_network:TowerNet", "config": CONFIG}},
+        "data": {split: f"{split}.parquet" for split in (*EACH, "items")},
+    }
+    (folder / "model.json").write_text(json.dumps(document, indent=1))
+    return folder
+
+
+def planted_recall(folder: Path, *, mask: bool = True) -> float:
+    """Recall@20 of the draft's own network, computed without anything of recpress."""
+    model = TowerNet(**CONFIG)
+    model.load_state_dict(load_file(folder / "model.safetensors"))
+    held = {split: pq.read_table(folder / f"{split}.parquet") for split in (*EACH, "items")}
+    items = {name: held["items"][name].combine_chunks() for name in held["items"].column_names}
+    ids = items["item"].to_numpy()
+    bags: dict[int, list[int]] = {}
+    wanted: dict[int, set[int]] = {}
+    hidden: dict[int, set[int]] = {user: set() for user in range(USERS)}
+    for split in EACH:
+        for row in held[split].to_pylist():
+            bags[row["user"]] = row["lately"]
+            (wanted if split == "test" else hidden).setdefault(row["user"], set()).add(row["item"])
+    lately = pa.array([bags[user] for user in range(USERS)], pa.list_(pa.int64()))
+    with torch.no_grad():
+        scores = all_scores(model.eval(), lately, items)
+    shares = []
+    for user, things in wanted.items():
+        ranked = [int(ids[place]) for place in np.argsort(-scores[user], kind="stable")]
+        shown = [item for item in ranked if not mask or item not in hidden[user]][:20]
+        shares.append(len(things & set(shown)) / len(things))
+    return float(np.mean(shares))
+
+
+def all_scores(
+    model: TowerNet, lately: pa.Array, items: Mapping[str, pa.Array]
+) -> NDArray[np.float32]:
+    """Scores of every user and item, ``(users, items)``."""
+    dense = np.stack([items[f"d{place}"].to_numpy() for place in range(DENSE)], axis=1)
+    query = model.of_user(torch.arange(USERS), *_bag(lately))
+    found = model.of_item(
+        torch.tensor(items["item"].to_numpy()), *_bag(items["tags"]), torch.tensor(dense).float()
+    )
+    scores: NDArray[np.float32] = (query @ found.T).numpy()
+    return scores
+
+
+def _bag(lists: pa.Array) -> tuple[torch.Tensor, torch.Tensor]:
+    held = lists.to_pylist()
+    lengths = torch.tensor([len(ids) for ids in held])
+    values = torch.tensor([number for ids in held for number in ids], dtype=torch.int64)
+    return values, lengths.cumsum(0) - lengths
