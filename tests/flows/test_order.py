@@ -58,7 +58,9 @@ def test_steps_belong_to_the_preset_custom_and_to_no_other() -> None:
 
 @pytest.mark.parametrize("preset", [name for name in typing.get_args(Preset) if name != "custom"])
 def test_every_preset_has_a_recipe(preset: Preset) -> None:
-    assert changed(preset=preset).recipe() == PRESETS[preset] != ()
+    order = changed(preset=preset)
+    assert order.groups() == PRESETS[preset] != ()
+    assert order.recipe() == tuple(step for group in PRESETS[preset] for step in group)
 
 
 def test_an_order_for_no_target_is_refused() -> None:

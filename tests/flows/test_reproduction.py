@@ -8,7 +8,7 @@ import pytest
 
 from compressors.contracts import Artifact, Limit
 from compressors.dense.float16 import Float16
-from flows import cli
+from flows import cli_order
 from flows.order import Order
 from flows.resolve import order_digest
 from flows.terms import Targets, Terms
@@ -43,7 +43,7 @@ def read_by_the_command_line(command: str) -> Terms:
         given.setdefault(option.removeprefix("--"), []).append(value)
     (preset,), (seed,) = given["preset"], given.get("seed", ["0"])
     targets, optional = given.get("target", []), given.get("optional", [])
-    return cli._terms(model, preset, given["limit"], targets, optional, False, int(seed))
+    return cli_order.terms(model, preset, given["limit"], targets, optional, False, int(seed))
 
 
 @pytest.mark.parametrize(
