@@ -4,7 +4,7 @@ A loss takes the network's raw output in the form the schema names (a logit, a p
 any score) and gives one number, averaged over rows or, for ranking, over groups.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor
@@ -88,19 +88,43 @@ def shuffled_rows(rows: Rows, schema: Schema, size: int, seed: int) -> Iterator[
     """
     drawn = torch.Generator().manual_seed(seed)
     if schema.task != "ranking" or rows.group is None:
-        yield from torch.split(torch.randperm(len(rows), generator=drawn), size)
+        whole = torch.randperm(len(rows), generator=drawn)
+        yield from _without_single_rows(torch.split(whole, size))
         return
     order = rows.group.argsort(stable=True)  # rows of a group side by side
     counts = torch.unique(rows.group, return_counts=True)[1]
     begins = counts.cumsum(0) - counts
+    yield from _without_single_rows(_lists(order, begins, counts, size, drawn))
+
+
+def _lists(
+    order: Tensor, begins: Tensor, counts: Tensor, size: int, drawn: torch.Generator
+) -> Iterator[Tensor]:
+    """Whole groups in random order, together until they are ``size`` rows."""
     held: list[Tensor] = []
+    rows = 0
     for number in torch.randperm(len(counts), generator=drawn).tolist():
         held.append(order[begins[number] : begins[number] + counts[number]])
-        if sum(map(len, held)) >= size:
+        rows += len(held[-1])
+        if rows >= size:
             yield torch.cat(held)
-            held = []
+            held, rows = [], 0
     if held:
         yield torch.cat(held)
+
+
+def _without_single_rows(parts: Iterable[Tensor]) -> Iterator[Tensor]:
+    """A last batch of one row joins the one before: a batch norm has no variance of one row."""
+    before: Tensor | None = None
+    for part in parts:
+        if before is not None and len(part) == 1:
+            before = torch.cat([before, part])
+            continue
+        if before is not None:
+            yield before
+        before = part
+    if before is not None:
+        yield before
 
 
 def _segments(batch: Batch, rows: int) -> tuple[Tensor, int]:

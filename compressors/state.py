@@ -5,6 +5,7 @@ real, put compressed modules where the records say, assign memory-mapped tensors
 and refuse to go on if anything is still on meta.
 """
 
+import copy
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -34,7 +35,7 @@ def build(architecture: type[nn.Module], network: Network) -> nn.Module:
     """
     try:
         with parameters_on_meta():
-            model = architecture(**network.architecture.config)
+            model = architecture(**copy.deepcopy(network.architecture.config))  # it may change it
     except Exception as fault:
         raise ModelRefused(
             f"{network.architecture.path} cannot be built from its configuration: {fault}. The "

@@ -27,8 +27,16 @@ def choose_trained(model: Model, bench: Bench, kind: str, *, tables: bool) -> di
         learned = any(name.startswith(f"{unit.name}.") for name in names)
         if learned:
             choices[unit.name] = Choice(True, f"{kind} on {rows:,} rows")
+        elif unit.shared_with is not None:
+            choices[unit.name] = Choice(False, f"shares its weight with {unit.shared_with}")
         elif unit.role == "table" and not tables:
             choices[unit.name] = Choice(False, f"{kind} leaves tables as they are")
         else:
             choices[unit.name] = Choice(False, f"{unit.format} holds nothing that {kind} can train")
     return choices
+
+
+def pruned_layers(model: Model) -> tuple[str, ...]:
+    """Layers that an earlier step of the recipe set zeros in."""
+    lines = model.plan.lines if model.plan is not None else ()
+    return tuple(line.module for line in lines if "magnitude" in line.steps)

@@ -11,7 +11,7 @@ its own, and nothing else carries over.
 
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Literal
 
@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from compressors import metrics
 from compressors.batches import Batch, Rows, batches
-from compressors.checkpoint import Progress, read_progress, write_progress
+from compressors.checkpoint import Progress, keep_progress, read_progress
 from compressors.contracts import Frozen, Schema, Split
 from compressors.errors import CompressionError
 from compressors.formats import Bag, PackedLinear, PackedTable
@@ -107,15 +107,18 @@ def trainable(module: nn.Module, *, tables: bool) -> tuple[str, ...]:
     """
     names = []
     inside: set[nn.Module] = set()
+    still: set[int] = set()  # a weight that a table shares with a layer stays with the table
     for part in module.modules():
         if isinstance(part, nn.Embedding | nn.EmbeddingBag | PackedTable | Bag):
             inside |= set(part.modules())
+            still |= {id(parameter) for parameter in part.parameters() if not tables}
     for owner, part in module.named_modules():
         prefix = f"{owner}." if owner else ""
         learned = part.storage.learned if isinstance(part, PackedLinear) else ()
         for name, tensor in (*part.named_parameters(recurse=False), *part.named_buffers("", False)):
             free = isinstance(tensor, nn.Parameter) or name in learned
-            if free and tensor.dtype == torch.float32 and (tables or part not in inside):
+            mine = tables or part not in inside
+            if free and mine and tensor.dtype == torch.float32 and id(tensor) not in still:
                 names.append(prefix + name)
     return tuple(names)
 
@@ -130,6 +133,7 @@ def train(
     *,
     seed: int,
     checkpoints: str | None,
+    pruned: Collection[str] = (),
 ) -> tuple[Epoch, ...]:
     """Train a module of a private tree in place; it ends as it was in its best epoch.
 
@@ -142,11 +146,13 @@ def train(
         settings: how.
         seed: of the order of rows and of dropout.
         checkpoints: a folder where progress is kept, and found again after a crash.
+        pruned: layers whose zeros stay zero. Elsewhere a zero is a weight like any other: a gate
+            that begins closed, a last layer that begins at nothing.
 
     Raises:
         CompressionError: the loss is no longer a finite number, or there is nothing to train.
     """
-    run = _Run(module, schema, Rows(rows, schema), validation, loss, settings, seed)
+    run = _Run(module, schema, Rows(rows, schema), validation, loss, settings, seed, pruned)
     progress = read_progress(checkpoints, run.held()) if checkpoints else None
     if progress is None:
         run.begin()
@@ -155,7 +161,7 @@ def train(
     while not run.over():
         run.epoch()
         if checkpoints is not None:
-            write_progress(checkpoints, run.progress())
+            keep_progress(checkpoints, run.progress())
     run.finish()
     return tuple(run.epochs)
 
@@ -172,6 +178,7 @@ class _Run:
         loss: Loss,
         settings: Training,
         seed: int,
+        pruned: Collection[str] = (),
     ) -> None:
         self.module, self.schema, self.rows = module, schema, rows
         self.validation, self.loss, self.settings, self.seed = validation, loss, settings, seed
@@ -184,15 +191,16 @@ class _Run:
         self.zeros = {
             name: leaf.detach() != 0
             for name, leaf in self.leaves.items()
-            if leaf.dim() == 2 and bool((leaf == 0).any())
+            if name.rpartition(".")[0] in pruned and leaf.dim() == 2
         }
         self.scales = {
             name: leaf.detach().clone()
             for name, leaf in self.leaves.items()
             if not isinstance(leaf, nn.Parameter) and name.endswith("scale")
         }
-        decayed = [leaf for leaf in self.leaves.values() if leaf.dim() == 2]
-        others = [leaf for leaf in self.leaves.values() if leaf.dim() != 2]
+        kept = {id(table) for table in self.tables}
+        decayed = [x for x in self.leaves.values() if x.dim() == 2 and id(x) not in kept]
+        others = [x for x in self.leaves.values() if x.dim() != 2 or id(x) in kept]
         self.optimizer = torch.optim.AdamW(
             [
                 {"params": decayed, "weight_decay": settings.weight_decay},
@@ -200,13 +208,15 @@ class _Run:
             ],
             lr=settings.learning_rate,
         )
+        batches_drawn = shuffled_rows(rows, schema, settings.batch, seed)
+        self.whole = settings.epochs * sum(1 for _ in batches_drawn)  # steps, at most
         self.epochs: list[Epoch] = []
         self.best: dict[str, Tensor] = {}
         self.factor, self.stale, self.steps = 1.0, 0, 0
 
     def held(self) -> dict[str, Tensor]:
         """Every tensor that training changes, by name."""
-        return {**self.leaves, **self.statistics}
+        return {**self.leaves, **{name: self.module.get_buffer(name) for name in self.statistics}}
 
     def begin(self) -> None:
         """Judge the state before training, the first attempt."""
@@ -321,8 +331,7 @@ class _Run:
         risen = min(1.0, (self.steps + 1) / settings.warmup) if settings.warmup else 1.0
         if settings.schedule == "plateau":
             return settings.learning_rate * risen * self.factor
-        whole = settings.epochs * math.ceil(len(self.rows) / settings.batch)
-        fallen = (1 + math.cos(math.pi * min(1.0, self.steps / whole))) / 2
+        fallen = (1 + math.cos(math.pi * min(1.0, self.steps / self.whole))) / 2
         return settings.learning_rate * risen * fallen
 
     def _quality(self) -> float:
@@ -366,15 +375,19 @@ def _own(module: nn.Module, names: tuple[str, ...]) -> dict[str, Tensor]:
     return leaves
 
 
-def _own_statistics(module: nn.Module) -> dict[str, Tensor]:
-    """Replace the running statistics of norms by copies; training moves them."""
-    copies: dict[str, Tensor] = {}
+def _own_statistics(module: nn.Module) -> tuple[str, ...]:
+    """Replace buffers by copies, and give their names: training may move them, as norms do."""
+    names = []
+    packed: set[nn.Module] = set()
+    for part in module.modules():
+        if isinstance(part, PackedLinear | PackedTable | Bag):
+            packed |= set(part.modules())
     for owner, part in module.named_modules():
-        if isinstance(part, nn.modules.batchnorm._BatchNorm):
-            for name, buffer in list(part.named_buffers(recurse=False)):
-                copies[f"{owner}.{name}"] = buffer.clone()
-                setattr(part, name, copies[f"{owner}.{name}"])
-    return copies
+        for name, buffer in list(part.named_buffers(recurse=False)):
+            if part not in packed:
+                setattr(part, name, buffer.detach().clone())
+                names.append(f"{owner}.{name}" if owner else name)
+    return tuple(names)
 
 
 def _is_table(module: nn.Module, name: str) -> bool:

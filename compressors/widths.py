@@ -31,6 +31,7 @@ from compressors.model import Model
 
 Path = tuple[str | int, ...]
 Shapes = dict[str, torch.Size]
+TRACED = 128  # channels at a time: each is a row through the whole network
 STEPS = (8, 1)  # a multiple of 8 first: widths are often split among heads
 
 
@@ -70,14 +71,14 @@ class NotAWidth(Exception):
     """Why a layer cannot become narrower; half a sentence."""
 
 
-def full_config(model: Model) -> dict[str, Any]:
-    """The configuration with the class's own defaults written out."""
-    defaults = {
+def defaults_of(architecture: type[nn.Module]) -> dict[str, Any]:
+    """The class's own defaults for arguments that a configuration may name."""
+    return {
         name: _listed(parameter.default)
-        for name, parameter in inspect.signature(model.architecture).parameters.items()
+        for name, parameter in inspect.signature(architecture).parameters.items()
         if parameter.default is not inspect.Parameter.empty
+        and parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)
     }
-    return {**defaults, **copy.deepcopy(model.network.architecture.config)}
 
 
 def _listed(value: Any) -> Any:
@@ -85,10 +86,18 @@ def _listed(value: Any) -> Any:
     return [_listed(item) for item in value] if isinstance(value, list | tuple) else value
 
 
-def with_value(config: Mapping[str, Any], path: Path, value: int) -> dict[str, Any]:
-    """The configuration with one number replaced."""
-    changed: Any = copy.deepcopy(dict(config))
-    place = changed
+def with_value(
+    architecture: type[nn.Module], config: Mapping[str, Any], path: Path, value: int
+) -> dict[str, Any]:
+    """The configuration with one number replaced; other arguments stay as they are written.
+
+    A default of the class is written out only where a number of it is replaced.
+    """
+    first = path[0]
+    changed: dict[Any, Any] = copy.deepcopy(dict(config))
+    if first not in changed:
+        changed[first] = copy.deepcopy(defaults_of(architecture)[str(first)])
+    place: Any = changed
     for part in path[:-1]:
         place = place[part]
     place[path[-1]] = value
@@ -106,15 +115,15 @@ def find_widths(model: Model) -> tuple[dict[str, Width], dict[str, str]]:
         for name, layer in model.module.named_modules()
         if isinstance(layer, nn.Linear | PackedLinear)
     }
-    config = full_config(model)
+    config = model.network.architecture.config
     before = _shapes(model.architecture, config)
     found: dict[str, Width] = {}
     reasons: dict[str, str] = {}
-    for path, value in _numbers(config, ()):
+    for path, value in _numbers({**defaults_of(model.architecture), **config}, ()):
         if before is None or value < 2 or value not in linear.values():
             continue
         try:
-            width = _width(model, config, before, path, value)
+            width = _width(model, before, path, value)
         except NotAWidth as why:
             # Said of the layers of that width, unless another number turns out to be theirs.
             said = {name: str(why) for name, outputs in linear.items() if outputs == value}
@@ -127,9 +136,11 @@ def find_widths(model: Model) -> tuple[dict[str, Width], dict[str, str]]:
     return found, {name: why for name, why in reasons.items() if name not in found}
 
 
-def _width(model: Model, config: dict[str, Any], before: Shapes, path: Path, value: int) -> Width:
+def _width(model: Model, before: Shapes, path: Path, value: int) -> Width:
+    architecture, config = model.architecture, model.network.architecture.config
+    first_name = {module: name for name, module in reversed(_every(model.module))}
     for step in STEPS:
-        after = _shapes(model.architecture, with_value(config, path, value + step))
+        after = _shapes(architecture, with_value(architecture, config, path, value + step))
         if after is not None and after.keys() == before.keys():
             break
     else:
@@ -141,6 +152,7 @@ def _width(model: Model, config: dict[str, Any], before: Shapes, path: Path, val
             continue
         owner, _, leaf = name.rpartition(".")
         module = model.module.get_submodule(owner)
+        owner = first_name[module]  # a module in two places goes by the first
         if isinstance(module, PackedLinear):
             raise NotAWidth(f"{owner!r} is already {module.storage.name}: prune before quantizing")
         if not isinstance(module, nn.Linear | nn.BatchNorm1d | nn.PReLU):
@@ -149,7 +161,7 @@ def _width(model: Model, config: dict[str, Any], before: Shapes, path: Path, val
         if isinstance(module, nn.Linear) and leaf == "weight":
             if grown[0] not in (0, step) or grown[1] % step:
                 raise NotAWidth(f"{owner!r} grows by other than {_spoken(path)} does")
-            if grown[0]:
+            if grown[0] and owner not in makers:
                 makers.append(owner)
             if grown[1]:
                 readers[owner] = grown[1] // step
@@ -158,6 +170,10 @@ def _width(model: Model, config: dict[str, Any], before: Shapes, path: Path, val
     if not makers or not readers:
         raise NotAWidth(f"{_spoken(path)} is not the width between two layers")
     return Width(path, value, tuple(makers), readers)
+
+
+def _every(module: nn.Module) -> list[tuple[str, nn.Module]]:
+    return list(module.named_modules(remove_duplicate=False))
 
 
 def _spoken(path: Path) -> str:
@@ -176,11 +192,11 @@ def _numbers(value: Any, path: Path) -> Iterator[tuple[Path, int]]:
             yield from _numbers(item, (*path, place))
 
 
-def _shapes(architecture: type[nn.Module], config: dict[str, Any]) -> Shapes | None:
+def _shapes(architecture: type[nn.Module], config: Mapping[str, Any]) -> Shapes | None:
     """The shapes of a network's tensors, or None where it cannot be built like that."""
     try:
         with parameters_on_meta():
-            module = architecture(**config)
+            module = architecture(**copy.deepcopy(dict(config)))  # a class may change a list
     except Exception:  # whatever a class raises, it says that this number is not free
         return None
     return {name: tensor.shape for name, tensor in module.state_dict().items()}
@@ -195,14 +211,22 @@ def trace(
         NotAWidth: something but dense layers mixes the channels, or a layer of unchanging width
             reads them.
     """
-    inputs = example(schema, rows_of_table, width.value)  # a row a channel
     reads: dict[tuple[str, str], Tensor] = {}
     for maker in width.makers:
-        with torch.no_grad(), _traced(module, maker, width.value) as seen:
-            score = module(**inputs)
-        if bool(score.isnan().any()):
-            raise NotAWidth(f"the channels of {maker!r} reach the score without a dense layer")
-        for reader, columns in seen.items():
+        parts: dict[str, dict[int, Tensor]] = {}
+        for begin in range(0, width.value, TRACED):
+            rows = min(TRACED, width.value - begin)  # a row a channel
+            inputs = example(schema, rows_of_table, rows)
+            with torch.no_grad(), _traced(module, maker, width.value, begin, rows) as seen:
+                score = module(**inputs)
+            if bool(score.isnan().any()):
+                raise NotAWidth(f"the channels of {maker!r} reach the score without a dense layer")
+            for reader, columns in seen.items():
+                parts.setdefault(reader, {})[begin] = columns
+        for reader, held in parts.items():
+            columns = torch.cat(list(held.values()))
+            if len(columns) < width.value:  # called for some rows and not for others
+                raise NotAWidth(f"{reader!r} is not called every time")
             if not bool(columns.any()):
                 continue
             each = columns.sum(dim=1)  # (channels,)
@@ -212,32 +236,38 @@ def trace(
                 raise NotAWidth(f"the channels of {maker!r} are mixed on their way to {reader!r}")
             reads[maker, reader] = columns
     for reader, per_channel in width.readers.items():
-        held = [columns for (_, name), columns in reads.items() if name == reader]
-        together = torch.stack(held).any(dim=0) if held else torch.zeros(1, 1)
-        if int(together.sum()) != per_channel * width.value or not held:
+        arrived = [columns for (_, name), columns in reads.items() if name == reader]
+        together = torch.stack(arrived).any(dim=0) if arrived else torch.zeros(1, 1)
+        if int(together.sum()) != per_channel * width.value or not arrived:
             raise NotAWidth(f"not all inputs of {reader!r} come from channels of one layer")
     return Channels(width, reads, _tied(width, reads))
 
 
 @contextmanager
-def _traced(module: nn.Module, maker: str, channels: int) -> Iterator[dict[str, Tensor]]:
-    """Inside, row r carries a NaN in channel r of ``maker``; yields where readers see it."""
+def _traced(
+    module: nn.Module, maker: str, channels: int, begin: int, rows: int
+) -> Iterator[dict[str, Tensor]]:
+    """Inside, row r carries a NaN in channel ``begin + r`` of ``maker``; yields who sees it."""
     seen: dict[str, Tensor] = {}
 
     def reading(name: str) -> Any:
         def hook(_: nn.Module, args: tuple[Tensor, ...], named: dict[str, Tensor]) -> None:
             x = args[0] if args else named["input"]
+            if len(x) != rows:
+                if bool(x.isnan().any()):
+                    raise NotAWidth(f"{name!r} is not called with a row a row")
+                return
             columns = x.isnan().reshape(len(x), -1, x.shape[-1]).any(dim=1)
             seen[name] = seen[name] | columns if name in seen else columns
 
         return hook
 
     def marking(_: nn.Module, args: Any, output: Tensor) -> Tensor:  # noqa: ARG001
-        if len(output) != channels or output.shape[-1] != channels:
+        if len(output) != rows or output.shape[-1] != channels:
             raise NotAWidth(f"{maker!r} does not answer a row a row")
         marked = output.clone()
-        each = torch.arange(channels)
-        marked[each, ..., each] = torch.nan
+        each = torch.arange(rows)
+        marked[each, ..., begin + each] = torch.nan
         return marked
 
     def cleaning(_: nn.Module, args: Any, output: Tensor) -> Tensor:  # noqa: ARG001
@@ -251,7 +281,9 @@ def _traced(module: nn.Module, maker: str, channels: int) -> Iterator[dict[str, 
                 )
                 after = marking if name == maker else cleaning
                 hooks.callback(part.register_forward_hook(after).remove)
-            elif isinstance(part, nn.BatchNorm1d | nn.PReLU):
+            elif isinstance(part, nn.BatchNorm1d) or (
+                isinstance(part, nn.PReLU) and part.num_parameters > 1
+            ):
                 hooks.callback(
                     part.register_forward_pre_hook(reading(name), with_kwargs=True).remove
                 )

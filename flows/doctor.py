@@ -125,10 +125,7 @@ def _store() -> str:
 def _registry() -> str:
     uri = load_settings().registry_uri
     if not uri.startswith(("http://", "https://")):
-        begun = time.monotonic()
-        models = len(registry().models())
-        ms = 1000 * (time.monotonic() - begun)
-        return f"{shown(uri)}: {models} model(s), {ms:.0f} ms"
+        return f"{shown(uri)}: {len(registry().models())} model(s)"
     base = uri.rstrip("/")
     path = "/api/2.0/mlflow/registered-models/search?max_results=1000"
     answer = get(base + path, headers=_mlflow_credentials())

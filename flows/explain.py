@@ -31,7 +31,7 @@ class Foreseen(Frozen):
 
 
 class ForeseenTarget(Frozen):
-    """One target: whether it is required, and why it could not be built here, if so."""
+    """One target, and why it would be left out, if it is optional and cannot be built here."""
 
     target: TargetKind
     wanted: Wanted
@@ -59,7 +59,7 @@ def explain(terms: Terms) -> Explanation:
     built, measured or stored.
 
     Raises:
-        Refused: there is no such bundle, or it is unsafe.
+        Refused: there is no such bundle, it is unsafe, or a required target cannot be built here.
         CompressionError: the order could not be carried out: a limit on a number that is not
             measured, a step of one's own with nothing to do, or no step that fits.
     """
@@ -131,5 +131,7 @@ def _target(kind: TargetKind, wanted: Wanted) -> ForeseenTarget:
     try:
         need_builder(kind)
     except Refused as fault:
+        if wanted == "required":
+            raise
         return ForeseenTarget(target=kind, wanted=wanted, missing=str(fault))
     return ForeseenTarget(target=kind, wanted=wanted)

@@ -134,7 +134,9 @@ def _made(
 
 
 def lacking(step: AnyStep, subject: Subject) -> str | None:
-    """Which rows a step needs and the bundle does not bring, before anything has run."""
+    """What a step needs and the bundle does not bring, before anything has run."""
+    if subject.task == "retrieval" and "validation" in needs(step):
+        return f"{step.kind!r} trains, and for task 'retrieval' there is no loss yet. Leave it out."
     wanted = dict.fromkeys(split_name(part, subject) for part in needs(step))
     missing = [split for split in wanted if split not in subject.rows]
     if not missing:

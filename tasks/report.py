@@ -7,6 +7,9 @@ from tasks.documents import ORDER_FILE, LoweredGraph, Report
 from tasks.report_cells import cell, change_of, label
 from tasks.report_stages import stage_lines
 
+NOTICED = 1.02
+"""A slower median is told from here on: less is nothing to act on, however sure it is."""
+
 
 def headline(report: Report) -> list[dict[str, str]]:
     """The table of before and after: one row a number, one column a model and target."""
@@ -124,12 +127,12 @@ def remarks(report: Report) -> list[str]:
             for number in report.measurement.numbers.numbers
             if number.metric.startswith("p50_ms")
             and number.against == "baseline"
-            and number.estimate.low > 1
+            and number.estimate.low > NOTICED
         ]
         if slower:
             found.append(
                 f"Slower than before at batch {', '.join(slower)}: put a limit on p50_ms or p99_ms "
-                f"where that matters, or try preset 'safe' or 'fast'."
+                f"where that matters."
             )
         found.append("'change' compares ONNX Runtime with the untouched model in the same run.")
         found += timed(report)

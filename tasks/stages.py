@@ -41,9 +41,10 @@ def weigh(
     """
     manifests = [read(local(item.bundle)) for item in scored]
     schema = manifests[0].signature
-    plans = [manifest.plan for manifest in manifests[1:] if manifest.plan is not None]
-    sizes = [sum(line.bytes_before for line in plans[0].lines)]
-    sizes += [sum(line.bytes_after for line in plan.lines) for plan in plans]
+    plans = [manifest.plan for manifest in manifests]
+    sizes = [sum(line.bytes_after for line in plan.lines) for plan in plans if plan is not None]
+    if plans[0] is None and plans[1] is not None:  # a bundle as trained has no plan of its own
+        sizes.insert(0, sum(line.bytes_before for line in plans[1].lines))
     quality = _quality(schema, scored, split_of(test, test_rows), seed)
     stages = []
     for place, item in enumerate(scored):

@@ -12,24 +12,22 @@ one number of the configuration lose the same share.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from compressors.batches import example
 from compressors.contracts import Bench, Change, Frozen, Part, Schema
-from compressors.errors import CompressionError
+from compressors.dense.narrowing import Cut, prove, rows_of, without_channels
+from compressors.errors import CompressionError, NothingToCompress
 from compressors.loss import hard_loss, shuffled
 from compressors.model import Model
 from compressors.units import Choice, Unit, choose_dense, own_weight, private_copy
 from compressors.widths import Channels as Readers
-from compressors.widths import NotAWidth, Width, find_widths, full_config, trace, with_value
+from compressors.widths import NotAWidth, Width, find_widths, trace
 
 Importance = Literal["l1", "l2", "gradient", "random"]
-CHECK_ROWS = 32
 
 
 def narrower(value: int, keep: float, multiple: int) -> int:
@@ -54,7 +52,9 @@ def per_channel(readers: Readers, sizes: Mapping[str, Tensor]) -> dict[str, Tens
             total = total + sizes[f"{maker}.bias"]
         for (name, reader), columns in readers.reads.items():
             if name == maker:
-                read = sizes[f"{reader}.weight"]  # (out, in), or (in,) of a norm
+                read = sizes.get(f"{reader}.weight")  # (out, in), or (in,) of a norm
+                if read is None:  # a norm without weights
+                    continue
                 read = read.sum(dim=0) if read.dim() == 2 else read  # (in,)
                 total = total + columns.to(read.dtype) @ read
         totals[maker] = total
@@ -77,15 +77,6 @@ def kept_channels(
         mask[best] = True
         kept.update(dict.fromkeys(group, mask))
     return kept
-
-
-@dataclass(frozen=True)
-class _Cut:
-    """What one width loses."""
-
-    width: Width
-    readers: Readers
-    count: int
 
 
 class Channels(Frozen):
@@ -115,7 +106,18 @@ class Channels(Frozen):
         return "values"
 
     def choose(self, model: Model, bench: Bench) -> dict[str, Choice]:
-        """Which dense layers become narrower, which follow, and why the others do not."""
+        """Which dense layers become narrower, which follow, and why the others do not.
+
+        Raises:
+            NothingToCompress: gradients are asked for, and the schema's task has no loss.
+        """
+        if self.importance == "gradient" and bench.signature.task == "retrieval":
+            raise NothingToCompress(
+                step=self.kind,
+                wanted="a model of task 'ctr' or 'ranking' for importance 'gradient'",
+                closest="task 'retrieval', which has no loss yet",
+                remedy="Choose another importance.",
+            )
         cuts, choices = self._cuts(model, bench.signature)
         for cut in cuts:
             for maker in cut.width.makers:
@@ -134,65 +136,59 @@ class Channels(Frozen):
         """Cut every chosen width and check that nothing but the cut channels is missing.
 
         Raises:
-            CompressionError: the narrower network is not the old one without those channels.
+            CompressionError: the narrower network is not the old one without those channels, or
+                no gradient says which channels matter.
         """
-        return self._cut(model, bench, self._sizes(model, bench))
+        sizes = self._sizes(model, bench)
+        if not any(bool(size.any()) for size in sizes.values()):
+            raise CompressionError(
+                f"'channels' by {self.importance} finds every weight equally unimportant: the loss "
+                f"has no gradient on the training rows. Choose another importance."
+            )
+        return self._cut(model, bench.signature, sizes)
 
     def outline(self, model: Model, bench: Bench) -> Model:
         """Cut the last channels of every width: as many as importance would choose."""
         weights = model.module.named_parameters(remove_duplicate=False)
         none = {name: torch.zeros(()).expand(weight.shape) for name, weight in weights}
-        return self._cut(model, bench, none)
+        return self._cut(model, bench.signature, none)
 
-    def _cut(self, model: Model, bench: Bench, sizes: Mapping[str, Tensor]) -> Model:
-        cuts, _ = self._cuts(model, bench.signature)
-        outputs: dict[str, Tensor] = {}
-        inputs: dict[str, Tensor] = {}
-        config = full_config(model)
+    def _cut(self, model: Model, schema: Schema, sizes: Mapping[str, Tensor]) -> Model:
+        cuts, _ = self._cuts(model, schema)
+        kept: dict[str, Tensor] = {}
         for cut in cuts:
-            kept = kept_channels(cut.readers, per_channel(cut.readers, sizes), cut.count)
-            outputs.update(kept)
-            for (maker, reader), columns in cut.readers.reads.items():
-                gone = columns[~kept[maker]].any(dim=0)  # (inputs of the reader,)
-                inputs[reader] = inputs.get(reader, torch.ones_like(gone)) & ~gone
-            config = with_value(config, cut.width.path, cut.count)
-        rows = example(bench.signature, _rows(model.module), CHECK_ROWS)
-        expected = _without(model.module, inputs, rows)
-        for name in outputs.keys() | inputs.keys():
-            _narrow(model.module.get_submodule(name), outputs.get(name), inputs.get(name))
-        with torch.no_grad():
-            found = model.module(**rows)
-        if not torch.allclose(found, expected, rtol=1e-3, atol=1e-4):
+            kept |= kept_channels(cut.readers, per_channel(cut.readers, sizes), cut.count)
+        narrow, gap = without_channels(model, schema, cuts, kept)
+        if gap is not None:
+            names = ", ".join(sorted(kept))
             raise CompressionError(
-                f"Without the cut channels the network scores otherwise than with them at zero, by "
-                f"up to {float((found - expected).abs().max()):.2g}: some code of it reads the "
-                f"channels of {', '.join(sorted(outputs))} past its layers. Leave them out of "
-                f"'layers'."
+                f"Without the cut channels the network scores otherwise than with them at zero "
+                f"({gap}): some code of it reads the channels of {names} past its layers. Leave "
+                f"them out of 'layers'."
             )
-        architecture = model.network.architecture.model_copy(update={"config": config})
-        network = model.network.model_copy(update={"architecture": architecture})
-        return replace(model, network=network)
+        return narrow
 
-    def _cuts(self, model: Model, schema: Schema) -> tuple[list[_Cut], dict[str, Choice]]:
+    def _cuts(self, model: Model, schema: Schema) -> tuple[list[Cut], dict[str, Choice]]:
         units = Unit.of(model.module)
         choices = choose_dense(units, self.layers, self.kind)
         widths, reasons = find_widths(model)
-        cuts: list[_Cut] = []
+        cuts: list[Cut] = []
         for width in {width.path: width for width in widths.values()}.values():
-            why = self._why_not(width, choices)
-            readers = None
-            if why is None:
-                try:
-                    readers = trace(model.module, schema, _rows(model.module), width)
-                except NotAWidth as fault:
-                    why = str(fault)
-            if readers is None:
-                reasons.update(dict.fromkeys(width.makers, str(why)))
+            count = narrower(width.value, self.keep, self.multiple)
+            try:
+                why = self._why_not(width, choices)
+                if why is not None:
+                    raise NotAWidth(why)
+                readers = trace(model.module, schema, rows_of(model.module), width)
+                cut = Cut(width, readers, count)
+                prove(model, schema, cut)
+            except NotAWidth as fault:
+                reasons.update(dict.fromkeys(width.makers, str(fault)))
             else:
-                cuts.append(_Cut(width, readers, narrower(width.value, self.keep, self.multiple)))
-        cut = {maker for item in cuts for maker in item.width.makers}
+                cuts.append(cut)
+        taken = {maker for item in cuts for maker in item.width.makers}
         for name, choice in choices.items():
-            if choice.take and name not in cut:
+            if choice.take and name not in taken:
                 choices[name] = Choice(False, reasons[name])
         return cuts, choices
 
@@ -256,43 +252,3 @@ def _joined(choice: Choice, reason: str) -> Choice:
 
 def _is_cut(choice: Choice) -> bool:
     return choice.take and choice.reason.startswith(("channels:", "inputs follow"))
-
-
-def _rows(module: nn.Module) -> dict[str, int]:
-    return {unit.name: unit.rows for unit in Unit.of(module) if unit.role == "table"}
-
-
-@torch.no_grad()
-def _without(module: nn.Module, inputs: Mapping[str, Tensor], rows: Mapping[str, Tensor]) -> Tensor:
-    """Scores where the inputs that will go count as zero."""
-    copied = private_copy(module).eval()
-    for name, kept in inputs.items():
-        layer = copied.get_submodule(name)
-        if isinstance(layer, nn.Linear):
-            own_weight(layer, "weight", layer.weight.detach() * kept)
-    scores: Tensor = copied(**rows)
-    return scores
-
-
-def _narrow(module: nn.Module, outputs: Tensor | None, inputs: Tensor | None) -> None:
-    """Keep only some outputs and some inputs of a layer, or some channels of a norm."""
-    if isinstance(module, nn.Linear):
-        weight = module.weight.detach()
-        weight = weight if outputs is None else weight[outputs]
-        weight = weight if inputs is None else weight[:, inputs]
-        own_weight(module, "weight", weight.contiguous())
-        if outputs is not None and module.bias is not None:
-            own_weight(module, "bias", module.bias.detach()[outputs])
-        module.out_features, module.in_features = weight.shape
-        return
-    if inputs is None:
-        return
-    for name, tensor in (*module.named_parameters(), *module.named_buffers()):
-        if tensor.dim() != 1:
-            continue
-        if isinstance(tensor, nn.Parameter):
-            own_weight(module, name, tensor.detach()[inputs])
-        else:
-            setattr(module, name, tensor[inputs])
-    size = "num_features" if isinstance(module, nn.BatchNorm1d) else "num_parameters"
-    setattr(module, size, int(inputs.sum()))

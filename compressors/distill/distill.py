@@ -9,6 +9,7 @@ softmax runs over each list instead of classes.
 """
 
 import copy
+import inspect
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -25,7 +26,7 @@ from compressors.loss import hard_loss, soft_loss
 from compressors.meta import parameters_on_meta
 from compressors.model import Model
 from compressors.stand_ins import with_stand_ins
-from compressors.trained import choose_trained
+from compressors.trained import choose_trained, pruned_layers
 from compressors.training import Training, train
 from compressors.units import Choice, Unit
 
@@ -38,7 +39,7 @@ class Distill(Frozen):
         0.5, gt=0, le=1, description="Weight of the teacher's answers against the labels."
     )
     temperature: float = Field(
-        1.0, gt=0, description="Both answers are divided by it before they are compared."
+        1.0, ge=0.1, le=100, description="Both answers are divided by it before they are compared."
     )
     student: dict[str, Any] | None = Field(
         None,
@@ -63,9 +64,32 @@ class Distill(Frozen):
         choices = choose_trained(model, bench, self.kind, tables=self.training.tables)
         if self.student is None:
             return choices
+        _need_unpacked(model)
+        self._need_arguments(model)
         shapes = {unit.name: _shape(unit) for unit in Unit.of(model.module)}
         with parameters_on_meta():
-            smaller = {unit.name: _shape(unit) for unit in Unit.of(self._built(model))}
+            student = Unit.of(self._built(model))
+        smaller = {unit.name: _shape(unit) for unit in student}
+        if added := sorted(smaller.keys() - shapes.keys()):
+            raise CompressionError(
+                f"The student of 'distill' has {added[0]!r}, which the original has not: a student "
+                f"has the original's layers or fewer. Name another configuration."
+            )
+        held = {unit.name: unit.rows for unit in Unit.of(model.module) if unit.role == "table"}
+        for unit in student:
+            if unit.role == "table" and unit.rows < held[unit.name]:
+                raise CompressionError(
+                    f"The student of 'distill' has fewer rows in table {unit.name!r} ({unit.rows}) "
+                    f"than the original ({held[unit.name]}): ids would lie outside of it. Leave "
+                    f"the tables' rows alone."
+                )
+        fresh = [u.name for u in student if u.role == "table" and smaller[u.name] != shapes[u.name]]
+        if fresh and not self.training.tables:
+            raise CompressionError(
+                f"The student of 'distill' has a table {fresh[0]!r} of another shape, which would "
+                f"stay as it is drawn: tables are not trained. Set 'tables' of its training, or "
+                f"leave the tables' shapes alone."
+            )
         for name, shape in shapes.items():
             if name not in smaller:
                 choices[name] = Choice(True, "distill: not in the student")
@@ -107,6 +131,7 @@ class Distill(Frozen):
             self.training,
             seed=bench.seed,
             checkpoints=bench.checkpoints,
+            pruned=pruned_layers(model) if self.student is None else (),
         )
         return model
 
@@ -117,6 +142,20 @@ class Distill(Frozen):
         with parameters_on_meta():
             student = self._built(model)
         return self._over(model, with_stand_ins(student))
+
+    def _need_arguments(self, model: Model) -> None:
+        """Refuse a word that a class taking any keywords would swallow.
+
+        Raises:
+            CompressionError: names it and those there are.
+        """
+        named = inspect.signature(model.architecture).parameters
+        known = {*named, *model.network.architecture.config}
+        if unknown := sorted((self.student or {}).keys() - known):
+            raise CompressionError(
+                f"'distill' cannot build its student: {model.network.architecture.path} has no "
+                f"argument {unknown[0]!r}; it has {', '.join(sorted(known))}."
+            )
 
     def _built(self, model: Model) -> nn.Module:
         config = {**copy.deepcopy(model.network.architecture.config), **(self.student or {})}
@@ -137,12 +176,6 @@ class Distill(Frozen):
 
     def _over(self, model: Model, student: nn.Module) -> Model:
         """The student with the original's tensors where they fit."""
-        packed = [unit.name for unit in Unit.of(model.module) if unit.format != "float32"]
-        if packed:
-            raise CompressionError(
-                f"'distill' into a smaller student must come before quantization; "
-                f"{packed[0]!r} is already packed. Move it to the front of the recipe."
-            )
         own = student.state_dict(keep_vars=True)
         fitting = {
             name: tensor
@@ -159,3 +192,17 @@ class Distill(Frozen):
 def _shape(unit: Unit) -> tuple[int, ...]:
     weight = getattr(unit.module, "weight", None)
     return tuple(weight.shape) if isinstance(weight, Tensor) else (unit.rows,)
+
+
+def _need_unpacked(model: Model) -> None:
+    """Refuse to build a student beside packed units.
+
+    Raises:
+        CompressionError: one of them is packed.
+    """
+    packed = [unit.name for unit in Unit.of(model.module) if unit.format != "float32"]
+    if packed:
+        raise CompressionError(
+            f"'distill' into a smaller student must come before quantization; {packed[0]!r} is "
+            f"already packed. Move it to the front of the recipe."
+        )

@@ -15,7 +15,7 @@ from compressors.contracts import Bench, Change, Frozen, Part
 from compressors.errors import CompressionError
 from compressors.loss import hard_loss
 from compressors.model import Model
-from compressors.trained import choose_trained
+from compressors.trained import choose_trained, pruned_layers
 from compressors.training import Training, train
 from compressors.units import Choice
 
@@ -61,6 +61,7 @@ class FineTune(Frozen):
             self.training,
             seed=bench.seed,
             checkpoints=bench.checkpoints,
+            pruned=pruned_layers(model),
         )
         return model
 

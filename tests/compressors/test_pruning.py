@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from models import ATTENTION, NORMED, RANKER, Reference
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -248,7 +249,8 @@ def test_a_layer_that_reads_every_channel_twice_loses_both(tmp_path):
     _, result = narrowed(reference, tmp_path)
     assert result.module.hidden.out_features == 8
     assert result.module.out.in_features == 16
-    assert result.network.architecture.config == {"twice": True, "width": 8, "dim": 4}
+    # What the class has by default and nobody changed is not written out.
+    assert result.network.architecture.config == {"twice": True, "width": 8}
 
 
 def test_channels_in_another_order_are_followed(tmp_path):
@@ -309,16 +311,170 @@ class Fixed(Plain):
         super().__init__(16)
 
 
-def test_a_channel_that_is_not_zero_when_cut_is_refused(tmp_path):
-    with pytest.raises(CompressionError, match="scores otherwise"):
-        narrowed(Reference(Centred, SCHEMA), tmp_path)
-
-
 class Centred(Plain):
     """Reads the weights of its layer past the layer itself."""
 
     def between(self, x: Tensor) -> Tensor:
         return F.relu(x) * self.hidden.weight.abs().sum()
+
+
+class Remembering(Plain):
+    """Scales by the width it was built with."""
+
+    def __init__(self, width: int = 16) -> None:
+        super().__init__(width)
+        self.width = width
+
+    def between(self, x: Tensor) -> Tensor:
+        return F.relu(x).view(-1, self.width) * self.width**-0.5
+
+
+class Squeezed(nn.Module):
+    """Another layer has a sixteenth of the width, which grows in steps of its own."""
+
+    def __init__(self, width: int = 128) -> None:
+        super().__init__()
+        self.user = nn.Embedding(30, 4)
+        self.hidden = nn.Linear(9, width)
+        self.down = nn.Linear(width, width // 16)
+        self.up = nn.Linear(width // 16, width)
+        self.out = nn.Linear(width, 1)
+
+    def forward(self, user: Tensor, price: Tensor) -> Tensor:
+        x = F.relu(self.hidden(torch.cat([self.user(user), price], dim=1)))
+        x = x * torch.sigmoid(self.up(F.relu(self.down(x))))
+        score: Tensor = self.out(x)
+        return score
+
+
+class Heads(nn.Module):
+    """Channels belong to heads by their place, and the answer is a rate of a tenth of a percent."""
+
+    def __init__(self, inner: int = 32, heads: int = 4) -> None:
+        super().__init__()
+        self.heads = heads
+        self.user = nn.Embedding(30, 4)
+        self.value = nn.Linear(9, inner)
+        self.gate = nn.Linear(9, heads)
+        self.out = nn.Linear(inner, 1)
+        nn.init.constant_(self.out.bias, -7.0)
+
+    def forward(self, user: Tensor, price: Tensor) -> Tensor:
+        x = torch.cat([self.user(user), price], dim=1)
+        value = self.value(x).view(len(x), self.heads, -1)
+        mixed = (value * torch.sigmoid(4 * self.gate(x)).unsqueeze(2)).flatten(1)
+        return torch.sigmoid(self.out(mixed))
+
+
+class Halves(nn.Module):
+    """Half of the channels bend at 6, which inputs around zero never reach."""
+
+    def __init__(self, width: int = 32) -> None:
+        super().__init__()
+        self.user = nn.Embedding(30, 4)
+        self.hidden = nn.Linear(9, width)
+        self.out = nn.Linear(width, 1)
+
+    def forward(self, user: Tensor, price: Tensor) -> Tensor:
+        left, right = self.hidden(torch.cat([self.user(user), price], dim=1)).chunk(2, dim=1)
+        score: Tensor = self.out(torch.cat([F.relu6(left), F.relu(right)], dim=1))
+        return score
+
+
+RATE = SCHEMA.model_copy(update={"output": "probability"})
+
+
+@pytest.mark.parametrize(
+    ("network", "schema", "reason"),
+    [
+        (Centred, SCHEMA, "read past its layers: without some, scores are off by"),
+        (Heads, RATE, "read past its layers: without some, scores are off by"),
+        (Halves, SCHEMA, "read past its layers: without some, scores are off by"),
+        (Remembering, SCHEMA, "read past its layers: without some, scores are off by"),
+        (Squeezed, SCHEMA, "with width = 64 the network fails|grows by other than width"),
+    ],
+    ids=lambda value: getattr(value, "__name__", ""),
+)
+def test_channels_that_code_reads_past_the_layers_stay(network, schema, reason, tmp_path):
+    with pytest.raises(NothingToCompress, match=reason):
+        narrowed(Reference(network, schema), tmp_path)
+
+
+class Twice(nn.Module):
+    """One layer under two names, a norm without weights, a slope for all channels."""
+
+    def __init__(
+        self, width: int = 16, act: type[nn.Module] = nn.PReLU, top: float = float("inf")
+    ) -> None:
+        super().__init__()
+        self.user = nn.Embedding(30, 4)
+        self.first = nn.Linear(9, width)
+        self.second = self.first
+        self.norm = nn.BatchNorm1d(width, affine=False)
+        self.act = act()
+        self.out = nn.Linear(2 * width, 1)
+        self.top = top
+
+    def forward(self, user: Tensor, price: Tensor) -> Tensor:
+        x = torch.cat([self.user(user), price], dim=1)
+        both = [self.act(self.norm(layer(x))) for layer in (self.first, self.second)]
+        score: Tensor = self.out(torch.cat(both, dim=1).clamp(max=self.top))
+        return score
+
+
+def test_shared_layers_and_norms_without_weights_are_cut(tmp_path):
+    """Its defaults have no JSON form, and stay unwritten."""
+    _, result = narrowed(Reference(Twice, SCHEMA), tmp_path)
+    assert result.network.architecture.config == {"width": 8}
+    assert result.module.first is result.module.second
+    assert result.module.first.out_features == 8
+    assert result.module.norm.running_mean.shape == (8,)
+    assert result.module.out.in_features == 16
+
+
+def test_one_layer_that_cannot_be_cut_does_not_keep_the_others(tmp_path):
+    _, result = narrowed(Reference(Mixed, SCHEMA), tmp_path)
+    assert result.network.architecture.config == {"free": 8}
+    assert "read past" in result.plan.of("held").reason
+
+
+class Mixed(nn.Module):
+    """A layer that may be narrower beside one that may not."""
+
+    def __init__(self, free: int = 16, held: int = 24) -> None:
+        super().__init__()
+        self.user = nn.Embedding(30, 4)
+        self.free, self.held = nn.Linear(9, free), nn.Linear(9, held)
+        self.out = nn.Linear(free + held, 1)
+
+    def forward(self, user: Tensor, price: Tensor) -> Tensor:
+        x = torch.cat([self.user(user), price], dim=1)
+        held = F.relu(self.held(x)) * self.held.weight.abs().sum()
+        score: Tensor = self.out(torch.cat([F.relu(self.free(x)), held], dim=1))
+        return score
+
+
+def test_lists_that_cannot_be_told_apart_give_no_gradient(tmp_path):
+    """Lists of one row: the softmax over each is 1 whatever the scores are."""
+    ranking = SCHEMA.model_copy(
+        update={"task": "ranking", "output": "score", "group": "g", "metric": "ndcg@10"}
+    )
+    reference = Reference(Plain, ranking)
+    bench = reference.bench(tmp_path / "data")
+    path = tmp_path / "data" / "train" / "data.safetensors"
+    alone = {**load_file(path), "@group": torch.arange(models.BENCH_ROWS)}
+    save_file(alone, path)
+    with pytest.raises(CompressionError, match="equally unimportant"):
+        run(Channels(importance="gradient"), reference.model(), bench, tmp_path / "out")
+
+
+def test_wide_layers_are_traced_in_slices(tmp_path, monkeypatch):
+    whole = narrowed(BRANCHED, tmp_path / "whole")[1]
+    monkeypatch.setattr("compressors.widths.TRACED", 5)
+    sliced = narrowed(BRANCHED, tmp_path / "sliced")[1]
+    torch.testing.assert_close(
+        dict(sliced.module.state_dict()), dict(whole.module.state_dict()), rtol=0, atol=0
+    )
 
 
 def test_quantized_layers_are_pruned_before(tmp_path):

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from compressors import metrics, training
 from compressors.batches import Batch, Rows, batches
-from compressors.checkpoint import Progress, read_progress, write_progress
+from compressors.checkpoint import Progress, keep_progress, read_progress, write_progress
 from compressors.contracts import Bench, Schema, Split
 from compressors.dense.channels import Channels
 from compressors.dense.magnitude import Magnitude
@@ -25,6 +25,8 @@ from compressors.distill.fine_tune import FineTune
 from compressors.errors import CompressionError, NothingToCompress
 from compressors.loss import hard_loss, logits, shuffled_rows, soft_loss
 from compressors.model import Model
+from compressors.outline import outline
+from compressors.state import mapped
 from compressors.step import run
 from compressors.tables.rowwise_int8 import RowwiseInt8
 from compressors.training import Training, train, trainable
@@ -344,25 +346,25 @@ def test_a_killed_training_ends_with_the_same_bits(reference, schedule, tmp_path
     assert len(epochs) == 7
 
     def dying(folder: str, progress: Progress) -> None:
-        write_progress(folder, progress)
+        keep_progress(folder, progress)
         if len(progress.facts["epochs"]) == 4:
             raise Killed
 
-    monkeypatch.setattr(training, "write_progress", dying)
+    monkeypatch.setattr(training, "keep_progress", dying)
     with pytest.raises(Killed):
         trained(reference.model(), bench, how, tmp_path / "killed")
     monkeypatch.undo()
     seen = []
     monkeypatch.setattr(training, "shuffled_rows", lambda *a: seen.append(1) or shuffled_rows(*a))
     again, found = trained(reference.model(), bench, how, tmp_path / "killed")
-    assert len(seen) == 3  # epochs 4 to 6, not all six
+    assert len(seen) == 1 + 3  # to count the batches, and epochs 4 to 6 of six
     assert same(again, whole)
     assert found[1:] == epochs[1:]
     assert found[0].quality == epochs[0].quality
 
 
 def test_a_crash_while_progress_is_written_leaves_the_earlier_one(tmp_path, monkeypatch):
-    tensors = {"now/a": torch.ones(3)}
+    tensors = {"now/a": torch.ones(3), "best/a": torch.ones(3)}
     facts = {"epochs": [[0, math.nan, 0.5]]}
     write_progress(str(tmp_path), Progress(tensors, facts))
 
@@ -383,7 +385,8 @@ def test_a_crash_while_progress_is_written_leaves_the_earlier_one(tmp_path, monk
 def test_progress_of_another_network_is_not_taken_up(tmp_path):
     assert read_progress(str(tmp_path / "none"), {}) is None
     facts = {"epochs": [[0, 0.1, 0.5]]}
-    write_progress(str(tmp_path), Progress({"now/a": torch.ones(3)}, facts))
+    held = {"now/a": torch.ones(3), "best/a": torch.ones(3)}
+    write_progress(str(tmp_path), Progress(held, facts))
     assert read_progress(str(tmp_path), {"a": torch.empty(4)}) is None
     assert read_progress(str(tmp_path), {"b": torch.empty(3)}) is None
     assert read_progress(str(tmp_path), {"a": torch.empty(3)}) is not None
@@ -399,6 +402,154 @@ def test_only_the_newest_progress_is_kept(tmp_path_factory, epochs):
     assert len(list(folder.iterdir())) == 2
     named = json.loads((folder / "progress.json").read_text())["tensors"]
     assert (folder / named).exists()
+
+
+def test_damaged_progress_counts_as_none(tmp_path, caplog):
+    held = {"a": torch.ones(3)}
+    whole = {"now/a": torch.ones(3), "best/a": torch.ones(3)}
+    for number, damage in enumerate(("truncated", "empty", "gone", "without best")):
+        folder = tmp_path / str(number)
+        kept = {k: v for k, v in whole.items() if k != "best/a" or damage != "without best"}
+        write_progress(str(folder), Progress(kept, {"epochs": [[0, 0.1, 0.5]]}))
+        (file,) = folder.glob("*.safetensors")
+        if damage == "truncated":
+            file.write_bytes(file.read_bytes()[:-4])
+        elif damage == "empty":
+            (folder / "progress.json").write_text("")
+        elif damage == "gone":
+            file.unlink()
+        assert read_progress(str(folder), held) is None, damage
+    assert caplog.text.count("begins anew") == 3
+
+
+def test_two_at_once_leave_a_progress_that_can_be_read(tmp_path, monkeypatch):
+    held = {"a": torch.ones(3)}
+    whole = {"now/a": torch.ones(3), "best/a": torch.ones(3)}
+    for process, epochs in ((1, 1), (2, 1), (1, 2), (2, 2), (1, 3)):
+        monkeypatch.setattr("compressors.checkpoint.os.getpid", lambda process=process: process)
+        facts = {"epochs": [[number, 0.1, 0.5] for number in range(epochs)]}
+        write_progress(str(tmp_path), Progress(whole, facts))
+        found = read_progress(str(tmp_path), held)
+        assert found is not None
+        assert len(found.facts["epochs"]) == epochs
+    assert len(list(tmp_path.glob("*.safetensors"))) == 2  # one of each
+
+
+def test_progress_that_cannot_be_written_is_told_and_the_training_ends(tmp_path, caplog):
+    bench = RANKER.bench(tmp_path / "data")
+    (tmp_path / "file").write_text("not a folder")
+    module, epochs = trained(RANKER.model(), bench, QUICKLY, tmp_path / "file")
+    assert len(epochs) > 1
+    assert "progress could not be written" in caplog.text
+    assert same(module, trained(RANKER.model(), bench, QUICKLY)[0])
+
+
+# --- what training must not do ---------------------------------------------------------------
+
+
+class Drifting(nn.Module):
+    """A gate that begins closed, a tied weight, and a statistic of its own that training moves."""
+
+    seen: Tensor
+
+    def __init__(self, width: int = 8) -> None:
+        super().__init__()
+        self.user = nn.Embedding(15, 4)
+        self.again = nn.Linear(4, 15)
+        self.again.weight = self.user.weight
+        self.gate = nn.Linear(2, width)
+        self.hidden = nn.Linear(19, width)
+        self.norm = nn.BatchNorm1d(width)
+        self.out = nn.Linear(width, 1)
+        self.register_buffer("seen", torch.zeros(2))
+        nn.init.zeros_(self.gate.weight)
+
+    def forward(self, user: Tensor, price: Tensor) -> Tensor:
+        if self.training:
+            self.seen = 0.9 * self.seen + 0.1 * price.detach().mean(dim=0)
+        rows = self.user(user)
+        x = self.hidden(torch.cat([rows, self.again(rows)], dim=1))
+        x = torch.relu(self.norm(x)) * torch.sigmoid(self.gate(price - self.seen))
+        score: Tensor = torch.sigmoid(self.out(x))
+        return score
+
+
+DRIFTING = Reference(Drifting, NORMED.schema)
+
+
+def test_layers_that_begin_at_zero_learn_unless_they_were_pruned(tmp_path):
+    bench = DRIFTING.bench(tmp_path / "data")
+    result = run(FineTune(training=QUICKLY), DRIFTING.model(), bench, tmp_path / "out")
+    assert bool((result.module.gate.weight != 0).all())
+
+
+def test_a_last_batch_of_one_row_joins_the_one_before(tmp_path):
+    bench = DRIFTING.bench(tmp_path)
+    drawn = shuffled_rows(Rows(bench.train, DRIFTING.schema), DRIFTING.schema, 19, seed=1)
+    assert [len(numbers) for numbers in drawn] == [19, 19, 19, 19, 20]
+    trained(DRIFTING.model(), bench, QUICKLY.model_copy(update={"batch": 19}))
+
+
+def test_statistics_of_any_module_go_back_with_the_weights(tmp_path):
+    bench = DRIFTING.bench(tmp_path / "data")
+    turned = models.prepared(
+        DRIFTING.schema,
+        DRIFTING.rows_of_tables(),
+        tmp_path / "turned",
+        9,
+        lambda x: -DRIFTING._opposite(x),
+    )
+    source = DRIFTING.model()
+    module, epochs = trained(source, bench.model_copy(update={"validation": turned}))
+    if max(epochs, key=lambda epoch: epoch.quality).number == 0:
+        assert same(module, source.module)
+    learned, epochs = trained(source, bench)
+    assert max(epochs, key=lambda epoch: epoch.quality).number > 0
+    assert not torch.equal(learned.seen, source.module.seen)
+    assert not bool(source.module.seen.any())
+
+
+def test_a_killed_training_with_statistics_of_its_own_ends_with_the_same_bits(
+    tmp_path, monkeypatch
+):
+    bench = DRIFTING.bench(tmp_path / "data")
+    how = QUICKLY.model_copy(update={"epochs": 4, "patience": 4})
+    whole, _ = trained(DRIFTING.model(), bench, how)
+
+    def dying(folder: str, progress: Progress) -> None:
+        keep_progress(folder, progress)
+        if len(progress.facts["epochs"]) == 3:
+            raise Killed
+
+    monkeypatch.setattr(training, "keep_progress", dying)
+    with pytest.raises(Killed):
+        trained(DRIFTING.model(), bench, how, tmp_path / "killed")
+    monkeypatch.undo()
+    again, _ = trained(DRIFTING.model(), bench, how, tmp_path / "killed")
+    assert same(again, whole)
+
+
+def test_a_weight_that_a_table_shares_with_a_layer_stays_with_the_table(tmp_path):
+    bench = DRIFTING.bench(tmp_path / "data")
+    source = DRIFTING.model()
+    result = run(FineTune(training=QUICKLY), source, bench, tmp_path / "out")
+    assert result.module.again.weight is result.module.user.weight
+    assert torch.equal(result.module.user.weight, source.module.user.weight)
+    assert sum(line.bytes_after for line in result.plan.lines) == sum(
+        line.bytes_before for line in result.plan.lines
+    )
+
+
+def test_weight_decay_is_for_dense_layers(tmp_path):
+    bench = RANKER.bench(tmp_path)
+    how = QUICKLY.model_copy(update={"tables": True, "weight_decay": 0.5, "epochs": 1})
+    source = RANKER.model()
+    module, _ = trained(source, bench, how)
+    (rows,) = batches(bench.train, RANKER.schema, BENCH_ROWS)
+    unseen = torch.ones(300, dtype=torch.bool)
+    unseen[rows.inputs["item"]] = False
+    assert bool(unseen.any())
+    assert torch.equal(module.item.weight[unseen], source.module.item.weight[unseen])
 
 
 # --- distillation ----------------------------------------------------------------------------
@@ -451,11 +602,70 @@ def test_a_smaller_student_is_built_from_a_configuration(tmp_path):
 
 def test_a_student_that_cannot_be_built_or_comes_too_late_is_refused(tmp_path):
     bench = RANKER.bench(tmp_path / "data")
-    with pytest.raises(CompressionError, match=r"cannot build its student.*models:Ranker"):
+    with pytest.raises(CompressionError, match=r"cannot build its student.*models:Ranker has no"):
         run(Distill(student={"widht": 8}), RANKER.model(), bench, tmp_path / "a")
     packed = run(RowwiseInt8(), RANKER.model(), bench, tmp_path / "packed")
     with pytest.raises(CompressionError, match="must come before quantization"):
         run(Distill(student={"width": 8}), packed, bench, tmp_path / "b")
+
+
+class Deep(nn.Module):
+    """As many layers as its configuration says, and it takes any other word."""
+
+    def __init__(
+        self, dim: int = 4, hidden: tuple[int, ...] = (8, 8), users: int = 15, **_: int
+    ) -> None:
+        super().__init__()
+        self.user = nn.Embedding(users, dim)
+        widths = [dim + 2, *hidden]
+        self.layers = nn.ModuleList(map(nn.Linear, widths, widths[1:]))
+        self.out = nn.Linear(widths[-1], 1)
+
+    def forward(self, user: Tensor, price: Tensor) -> Tensor:
+        x = torch.cat([self.user(user), price], dim=1)
+        for layer in self.layers:
+            x = torch.relu(layer(x))
+        score: Tensor = torch.sigmoid(self.out(x))
+        return score
+
+
+@pytest.mark.parametrize(
+    ("student", "reason"),
+    [
+        ({"dim": 2}, r"has a table 'user' of another shape.*Set 'tables'"),
+        ({"users": 9}, r"has fewer rows in table 'user' \(9\) than the original \(15\)"),
+        ({"hidden": [8, 8, 8]}, r"has 'layers\.2', which the original has not"),
+        ({"hiden": [8]}, "has no argument 'hiden'; it has .*dim, hidden"),
+    ],
+)
+def test_students_that_could_not_be_what_they_seem_are_refused(student, reason, tmp_path):
+    reference = Reference(Deep, NORMED.schema)
+    bench = reference.bench(tmp_path / "data")
+    with pytest.raises(CompressionError, match=reason):
+        outline(Distill(student=student), reference.model(), bench)
+
+
+def test_a_student_with_fewer_layers_drops_the_others_from_the_plan(tmp_path):
+    reference = Reference(Deep, NORMED.schema)
+    bench = reference.bench(tmp_path / "data")
+    step = Distill(student={"hidden": [8]}, training=QUICKLY)
+    result = run(step, reference.model(), bench, tmp_path / "out")
+    line = result.plan.of("layers.1")
+    assert (line.format, line.bytes_after) == ("dropped", 0)
+    assert line.reason == "distill: not in the student"
+    assert sum(item.bytes_after for item in result.plan.lines) == sum(
+        t.numel() * t.element_size() for t in mapped(tmp_path / "out").values()
+    )
+
+
+def test_a_student_with_narrower_tables_trains_them(tmp_path):
+    reference = Reference(Deep, NORMED.schema)
+    bench = reference.bench(tmp_path / "data")
+    how = QUICKLY.model_copy(update={"tables": True})
+    step = Distill(student={"dim": 2}, training=how)
+    result = run(step, reference.model(), bench, tmp_path / "out")
+    assert result.module.user.weight.shape == (15, 2)
+    assert result.plan.of("user").reason == "distill: 15x4 -> 15x2 in the student"
 
 
 def test_soft_labels_must_be_one_a_row(tmp_path):

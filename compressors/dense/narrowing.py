@@ -1,0 +1,176 @@
+"""A network without some of its channels, and the proof that nothing else is missing.
+
+The narrower network is built anew from its configuration, as a server would build it, so code that
+remembers a width (a view, a scale of ``width ** -0.5``, another layer of ``width // 16``) meets the
+new one. Then both networks score the same made-up rows: the old one with those channels counting as
+zero.
+"""
+
+import copy
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from compressors.batches import example
+from compressors.contracts import DenseInput, Schema
+from compressors.formats import Bag, PackedLinear, PackedTable
+from compressors.meta import parameters_on_meta
+from compressors.model import Model
+from compressors.units import Unit, own_weight, private_copy, swap
+from compressors.widths import Channels as Readers
+from compressors.widths import NotAWidth, Width, with_value
+
+CHECK_ROWS = 128
+SCALES = (1.0, 30.0)
+"""Dense inputs of two sizes: some bends, such as Relu6's upper one, are far from zero."""
+
+TOLERANCE = 1e-3
+"""Largest gap against the scores' spread: float32 sums in another order stay far below, and one
+channel too many or in another's place moves some score by more."""
+
+
+@dataclass(frozen=True)
+class Cut:
+    """What one width loses: it keeps ``count`` channels."""
+
+    width: Width
+    readers: Readers
+    count: int
+
+
+def prove(model: Model, schema: Schema, cut: Cut) -> None:
+    """Try one width with channels drawn by chance, before it is relied on.
+
+    Raises:
+        NotAWidth: the network cannot be built or run with it, or is then another one.
+    """
+    drawn = torch.Generator().manual_seed(0)
+    kept = {}
+    for group in cut.readers.tied:
+        mask = torch.zeros(cut.width.value, dtype=torch.bool)
+        mask[torch.randperm(cut.width.value, generator=drawn)[: cut.count]] = True
+        kept.update(dict.fromkeys(group, mask))
+    private = replace(model, module=private_copy(model.module))
+    try:
+        _, gap = without_channels(private, schema, [cut], kept)
+    except Exception as fault:  # whatever a class raises, it says that this width is not free
+        raise NotAWidth(
+            f"with {cut.width.spoken()} = {cut.count} the network fails: {fault}"
+        ) from fault
+    if gap is not None:
+        raise NotAWidth(
+            f"its channels are read past its layers: without some, scores are off by {gap}"
+        )
+
+
+def without_channels(
+    model: Model, schema: Schema, cuts: Sequence[Cut], kept: Mapping[str, Tensor]
+) -> tuple[Model, str | None]:
+    """The network with fewer channels, and by how much it is not the old one without them.
+
+    Args:
+        model: of a private tree; its layers are narrowed in place.
+        schema: of its inputs.
+        cuts: the widths.
+        kept: by maker, bool ``(channels,)``.
+
+    Returns:
+        The new network over the tensors that are left, and the gap in words, or None.
+    """
+    inputs: dict[str, Tensor] = {}
+    architecture = model.network.architecture
+    config = architecture.config
+    for cut in cuts:
+        for (maker, reader), columns in cut.readers.reads.items():
+            gone = columns[~kept[maker]].any(dim=0)  # (inputs of the reader,)
+            inputs[reader] = inputs.get(reader, torch.ones_like(gone)) & ~gone
+        config = with_value(model.architecture, config, cut.width.path, cut.count)
+    tables = rows_of(model.module)
+    expected = _scores(_silenced(model.module, inputs), schema, tables)
+    for name in kept.keys() | inputs.keys():
+        _narrow(model.module.get_submodule(name), kept.get(name), inputs.get(name))
+    network = model.network.model_copy(
+        update={"architecture": architecture.model_copy(update={"config": config})}
+    )
+    module = _built(model, config)
+    gap = _gap(_scores(module, schema, tables), expected, schema)
+    return replace(model, module=module, network=network), gap
+
+
+def _built(model: Model, config: Mapping[str, Any]) -> nn.Module:
+    """The network of a configuration over the tensors of a narrowed one."""
+    with parameters_on_meta():
+        built = model.architecture(**copy.deepcopy(dict(config)))
+    for name, part in model.module.named_modules():
+        if isinstance(part, PackedTable | PackedLinear | Bag):
+            swap(built, name, part)
+    built.load_state_dict(model.module.state_dict(keep_vars=True), assign=True)
+    return built.eval()
+
+
+def rows_of(module: nn.Module) -> dict[str, int]:
+    """Rows of every table."""
+    return {unit.name: unit.rows for unit in Unit.of(module) if unit.role == "table"}
+
+
+@torch.no_grad()
+def _scores(module: nn.Module, schema: Schema, tables: dict[str, int]) -> Tensor:
+    """What a network answers to made-up rows, float ``(scales, rows)``."""
+    answers = []
+    for scale in SCALES:
+        rows = example(schema, tables, CHECK_ROWS)
+        for item in schema.inputs:
+            if isinstance(item, DenseInput):
+                rows[item.name] = rows[item.name] * scale
+        answers.append(module(**rows).reshape(-1))
+    return torch.stack(answers)
+
+
+def _gap(found: Tensor, expected: Tensor, schema: Schema) -> str | None:
+    """How far scores are apart, in logits where they are probabilities; None if they agree."""
+    first, second = found.double(), expected.double()
+    if schema.output == "probability":  # a rate of clicks is small, and so would be any gap
+        first, second = torch.logit(first, eps=1e-7), torch.logit(second, eps=1e-7)
+    largest = (first - second).abs().amax(dim=1)  # (scales,)
+    spread = second.std(dim=1) + 1e-3 * second.abs().amax(dim=1)
+    worst = float((largest / spread.clamp(min=1e-12)).max())
+    if worst <= TOLERANCE:
+        return None
+    return f"{worst:.2g} of their spread"
+
+
+def _silenced(module: nn.Module, inputs: Mapping[str, Tensor]) -> nn.Module:
+    """The network whose layers do not hear the inputs that will go."""
+    copied = private_copy(module).eval()
+    for name, kept in inputs.items():
+        layer = copied.get_submodule(name)
+        if isinstance(layer, nn.Linear):
+            own_weight(layer, "weight", layer.weight.detach() * kept)
+    return copied
+
+
+def _narrow(module: nn.Module, outputs: Tensor | None, inputs: Tensor | None) -> None:
+    """Keep only some outputs and some inputs of a layer, or some channels of a norm."""
+    if isinstance(module, nn.Linear):
+        weight = module.weight.detach()
+        weight = weight if outputs is None else weight[outputs]
+        weight = weight if inputs is None else weight[:, inputs]
+        own_weight(module, "weight", weight.contiguous())
+        if outputs is not None and module.bias is not None:
+            own_weight(module, "bias", module.bias.detach()[outputs])
+        module.out_features, module.in_features = weight.shape
+        return
+    if inputs is None:
+        return
+    for name, tensor in (*module.named_parameters(), *module.named_buffers()):
+        if tensor.dim() != 1:
+            continue
+        if isinstance(tensor, nn.Parameter):
+            own_weight(module, name, tensor.detach()[inputs])
+        else:
+            setattr(module, name, tensor[inputs])
+    size = "num_features" if isinstance(module, nn.BatchNorm1d) else "num_parameters"
+    setattr(module, size, int(inputs.sum()))
