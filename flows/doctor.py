@@ -5,6 +5,7 @@ everything costs no more than that. What lies on this machine has no limit.
 """
 
 import importlib
+import importlib.util
 import os
 import time
 from collections.abc import Callable
@@ -72,11 +73,21 @@ def examine() -> tuple[Found, ...]:
         _try("ONNX Runtime", lambda: _version("onnxruntime"), "Install it again: make .venv"),
         _try("TensorRT-RTX", lambda: str(load("tensorrt-rtx").__version__), "", needed=False),
         _try("TensorRT", lambda: str(load("tensorrt").__version__), "", needed=False),
-        Found(
-            what="architectures from",
-            state="ok",
-            found=", ".join(settings.allowed_modules) + " (RECPRESS_ALLOWED_MODULES)",
-        ),
+        _architectures(settings.allowed_modules),
+    )
+
+
+def _architectures(modules: tuple[str, ...]) -> Found:
+    """Whether each allowed module can be found; none is imported, since that runs it."""
+    said = ", ".join(modules) + " (RECPRESS_ALLOWED_MODULES)"
+    missing = [name for name in modules if importlib.util.find_spec(name.partition(".")[0]) is None]
+    if not missing:
+        return Found(what="architectures from", state="ok", found=said)
+    return Found(
+        what="architectures from",
+        state="fault",
+        found=f"{said}: there is no module {', '.join(missing)}",
+        remedy="Correct the name, or put the folder that holds it on PYTHONPATH.",
     )
 
 

@@ -5,11 +5,13 @@ they are exact; peak memory is an estimate from sizes (``tasks.memory``).
 """
 
 from compressors.contracts import Bench, Frozen, Part, Plan, Schema, Split, TargetKind
+from compressors.distill.distill import Distill
+from compressors.distill.fine_tune import FineTune
 from compressors.errors import CompressionError, NothingToCompress
 from compressors.model import Model
 from compressors.outline import outline
 from compressors.step import needs
-from compressors.units import stored_bytes
+from compressors.units import Unit, stored_bytes
 from flows.order import Order
 from flows.recipe import lacking, split_name
 from flows.resolve import already
@@ -20,6 +22,8 @@ from tasks.documents import AS_TRAINED
 from tasks.loading import load_bundle
 from tasks.memory import Memory, peak_memory
 from tasks.subject import Subject, find, need_measurable
+
+Trains = FineTune | Distill
 
 
 class Foreseen(Frozen):
@@ -86,6 +90,7 @@ def explain(terms: Terms) -> Explanation:
             bytes_after=sum(line.bytes_after for line in plan.lines),
             data_bytes=max(held.artifact.bytes for held in loaded.manifest.data.values()),
             builds=any(kind != "onnxruntime" for kind in order.targets.wanted()),
+            trained_bytes=_trained(order, loaded.model),
         ),
     )
 
@@ -125,6 +130,13 @@ def _rows(parts: tuple[Part, ...], subject: Subject) -> dict[str, Split]:
         part: Split(path="", sha256="0" * 64, rows=subject.rows[split_name(part, subject)])
         for part in parts
     }
+
+
+def _trained(order: Order, model: Model) -> int:
+    """Bytes of the tables that a step of the order trains."""
+    if not any(step.training.tables for step in order.recipe() if isinstance(step, Trains)):
+        return 0
+    return sum(unit.bytes for unit in Unit.of(model.module) if unit.role == "table")
 
 
 def _target(kind: TargetKind, wanted: Wanted) -> ForeseenTarget:

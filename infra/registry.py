@@ -157,7 +157,11 @@ class Registry:
                 return found
         if ref.startswith("@"):
             there = ", ".join(f"@{alias}" for alias in sorted(aliases)) or "none"
-            raise Refused(f"{model!r} has no alias {ref!r}; it has {there}.")
+            newest = ", ".join(found.version for found in self.versions(model)[:3]) or "none"
+            raise Refused(
+                f"{model!r} has no alias {ref!r}; it has {there}. Only an accepted result becomes "
+                f"@candidate. Give the number of a version instead; the newest are {newest}."
+            )
         there = ", ".join(found.version for found in self.versions(model)[:10]) or "none"
         raise Refused(
             f"{model!r} has no version {ref!r}; the newest are {there}. Give a number or @alias."

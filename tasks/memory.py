@@ -14,6 +14,7 @@ BUILDER = 300 * MIB
 LOWERING = 4.6
 PACKING = 1.3
 READING = 6.2
+TRAINING = 7.5
 
 
 class Memory(Frozen):
@@ -30,7 +31,9 @@ class Memory(Frozen):
     moment: str
 
 
-def peak_memory(*, bytes_before: int, bytes_after: int, data_bytes: int, builds: bool) -> Memory:
+def peak_memory(
+    *, bytes_before: int, bytes_after: int, data_bytes: int, builds: bool, trained_bytes: int = 0
+) -> Memory:
     """Estimate the peak.
 
     Args:
@@ -38,11 +41,17 @@ def peak_memory(*, bytes_before: int, bytes_after: int, data_bytes: int, builds:
         bytes_after: of the compressed model's.
         data_bytes: of the largest split's parquet file.
         builds: whether an engine is built.
+        trained_bytes: of the tables that a step trains: they, their gradients, Adam's two moments
+            and the best epoch's copies are held at once.
     """
     process = PROCESS + (BUILDER if builds else 0)
     moments = {
         "lowering the untouched model": (round(LOWERING * bytes_before), 0),
         "packing": (round(bytes_before + PACKING * bytes_after), 0),
+        "training tables": (
+            bytes_before + round((TRAINING - 1) * trained_bytes) if trained_bytes else 0,
+            0,
+        ),
         "reading the rows": (0, round(READING * data_bytes)),
     }
     moment, (weights, rows) = max(moments.items(), key=lambda item: sum(item[1]))

@@ -249,3 +249,17 @@ def test_json_of_the_command_has_the_remedy(tmp_path: Path, refused: int) -> Non
     remedies = {item["what"]: item["remedy"] for item in json.loads(said.stdout)}
     assert "MLFLOW_TRACKING_URI" in remedies["registry"]
     assert remedies["torch"] == ""
+
+
+def test_modules_that_are_not_there_are_told_without_importing_any(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "loud_models.py").write_text("raise SystemExit('imported')")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setenv("RECPRESS_HOME", str(tmp_path / "home"))
+    for allowed, state in (("loud_models", "ok"), ("loud_models,no_such_models", "fault")):
+        monkeypatch.setenv("RECPRESS_ALLOWED_MODULES", allowed)
+        (found,) = (item for item in examine() if item.what == "architectures from")
+        assert found.state == state
+    assert "there is no module no_such_models" in found.found
+    assert "PYTHONPATH" in found.remedy

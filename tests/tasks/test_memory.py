@@ -31,3 +31,6 @@ def test_the_moment_is_the_one_of_the_larger_part():
     large = {"bytes_before": 10**9, "bytes_after": 10**8, "data_bytes": 10**6, "builds": False}
     assert peak_memory(**large).moment == "lowering the untouched model"
     assert peak_memory(**{**large, "data_bytes": 10**10}).moment == "reading the rows"
+    trained = peak_memory(**large, trained_bytes=10**9)
+    assert trained.moment == "training tables"
+    assert trained.peak > 7 * 10**9
