@@ -72,9 +72,13 @@ def publish(report: Report, code: str) -> Finished:  # noqa: ARG001
 
 
 def is_registered(found: Finished) -> bool:
-    """Whether the registry still knows a finished order."""
-    registry = Registry(load_settings().registry_uri)
-    return registry.by_order(found.report.order, found.report.name) is not None
+    """Whether the registry of this process still knows a finished order by this version.
+
+    A result that was registered elsewhere since names that registry, and a number of its own.
+    """
+    uri = load_settings().registry_uri
+    held = Registry(uri).by_order(found.report.order, found.report.name)
+    return held is not None and found.registry == shown(uri) and held.version == found.version
 
 
 def still_published(found: Finished) -> None:

@@ -192,6 +192,11 @@ def test_an_order_forgotten_by_the_registry_is_registered_again(
     assert sorted(ran.of("publish")) == ["Cached", "Completed"]
     assert registered("clicks") == ["1"]
     assert "other.db" in ran.finished.registry
+    monkeypatch.delenv("MLFLOW_TRACKING_URI")
+    versions = registered("clicks")
+    back = carry_out(world.order).finished  # what it was registered as elsewhere is not its name
+    assert back == world.first.finished
+    assert registered("clicks") == versions
 
 
 def test_a_killed_flow_goes_on_where_it_was(fresh: Path) -> None:
