@@ -468,6 +468,50 @@ def test_lists_that_cannot_be_told_apart_give_no_gradient(tmp_path):
         run(Channels(importance="gradient"), reference.model(), bench, tmp_path / "out")
 
 
+class Towers(nn.Module):
+    """A tower with a hidden layer, and a table for the items."""
+
+    def __init__(self, hidden: int = 16, dim: int = 6) -> None:
+        super().__init__()
+        self.query = nn.Sequential(nn.Embedding(30, dim), nn.Linear(dim, hidden), nn.ReLU())
+        self.query.append(nn.Linear(hidden, dim))
+        self.item = nn.Embedding(50, dim)
+
+    def forward(self, user: Tensor, item: Tensor) -> Tensor:
+        score: Tensor = (self.query(user) * self.item(item)).sum(dim=1)
+        return score
+
+
+RETRIEVAL = Schema.model_validate(
+    {
+        "task": "retrieval",
+        "output": "score",
+        "metric": "recall@20",
+        "group": "user",
+        "item": "item",
+        "inputs": [
+            {"kind": "id", "name": "user", "table": "query.0"},
+            {"kind": "id", "name": "item", "table": "item"},
+        ],
+        "towers": {
+            "query": {"module": "query", "inputs": ["user"]},
+            "item": {"module": "item", "inputs": ["item"]},
+        },
+    }
+)
+
+
+def test_a_towers_hidden_layer_is_cut_and_its_vector_is_not(tmp_path):
+    source = Reference(Towers, RETRIEVAL).model()
+    bench = models.Bench(signature=RETRIEVAL)
+    result = run(Channels(), source, bench, tmp_path / "out")
+    assert result.network.architecture.config == {"hidden": 8}
+    assert result.module.query[3].in_features == 8
+    assert result.module.query[3].out_features == 6
+    with pytest.raises(NothingToCompress, match="'retrieval', which has no loss yet"):
+        Channels(importance="gradient").choose(source, bench)
+
+
 def test_wide_layers_are_traced_in_slices(tmp_path, monkeypatch):
     whole = narrowed(BRANCHED, tmp_path / "whole")[1]
     monkeypatch.setattr("compressors.widths.TRACED", 5)
