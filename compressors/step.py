@@ -31,6 +31,7 @@ from compressors.units import (
     pack_table,
     stored_bytes,
     swap,
+    table_rows,
 )
 
 BLOCK_ROWS = 65_536
@@ -203,7 +204,7 @@ def rows_of_tables(model: nn.Module, schema: Schema) -> dict[str, int]:
     Raises:
         NothingToCompress: an input names a table the model does not have.
     """
-    rows = {unit.name: unit.rows for unit in Unit.of(model) if unit.role == "table"}
+    rows = table_rows(model)
     for item in schema.inputs:
         table = getattr(item, "table", None)
         if table is not None and table not in rows:

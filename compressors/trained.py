@@ -1,9 +1,11 @@
-"""Which units a training step takes; shared by ``fine_tune`` and ``distill``."""
+"""What the steps that train have in common, ``fine_tune`` and ``distill``: all but their loss."""
+
+from collections.abc import Collection
 
 from compressors.contracts import Bench
-from compressors.errors import NothingToCompress
+from compressors.errors import CompressionError, NothingToCompress
 from compressors.model import Model
-from compressors.training import trainable
+from compressors.training import Loss, Training, train, trainable
 from compressors.units import Choice, Unit
 
 
@@ -40,3 +42,27 @@ def pruned_layers(model: Model) -> tuple[str, ...]:
     """Layers that an earlier step of the recipe set zeros in."""
     lines = model.plan.lines if model.plan is not None else ()
     return tuple(line.module for line in lines if "magnitude" in line.steps)
+
+
+def trained_on(
+    model: Model, bench: Bench, loss: Loss, settings: Training, pruned: Collection[str]
+) -> Model:
+    """The model, trained on the rows of a bench and left as it was in its best epoch.
+
+    Raises:
+        CompressionError: the bench lacks rows, or training diverged.
+    """
+    if bench.train is None or bench.validation is None:
+        raise CompressionError("Training needs train and validation rows.")
+    train(
+        model.module,
+        bench.signature,
+        bench.train,
+        bench.validation,
+        loss,
+        settings,
+        seed=bench.seed,
+        checkpoints=bench.checkpoints,
+        pruned=pruned,
+    )
+    return model

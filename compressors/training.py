@@ -208,8 +208,10 @@ class _Run:
             ],
             lr=settings.learning_rate,
         )
-        batches_drawn = shuffled_rows(rows, schema, settings.batch, seed)
-        self.whole = settings.epochs * sum(1 for _ in batches_drawn)  # steps, at most
+        self.whole = 0  # steps, at most; only a cosine asks, and counting draws an epoch
+        if settings.schedule == "cosine":
+            drawn = shuffled_rows(rows, schema, settings.batch, seed)
+            self.whole = settings.epochs * sum(1 for _ in drawn)
         self.epochs: list[Epoch] = []
         self.best: dict[str, Tensor] = {}
         self.factor, self.stale, self.steps = 1.0, 0, 0

@@ -54,6 +54,11 @@ class Choice:
     reason: str
 
 
+def table_rows(module: nn.Module) -> dict[str, int]:
+    """Rows of every table, by its name."""
+    return {unit.name: unit.rows for unit in Unit.of(module) if unit.role == "table"}
+
+
 def stored_bytes(module: nn.Module, counted: Collection[int] = ()) -> int:
     """Bytes of the tensors that a file of this module holds, each once.
 

@@ -7,18 +7,19 @@ they are exact; peak memory is an estimate from sizes (``tasks.memory``).
 from compressors.contracts import Bench, Frozen, Part, Plan, Schema, Split, TargetKind
 from compressors.distill.distill import Distill
 from compressors.distill.fine_tune import FineTune
-from compressors.errors import CompressionError, NothingToCompress
+from compressors.errors import NothingToCompress
 from compressors.model import Model
 from compressors.outline import outline
 from compressors.step import needs
+from compressors.steps import AnyStep
 from compressors.units import Unit, stored_bytes
 from flows.order import Order
-from flows.recipe import lacking, split_name
+from flows.recipe import split_name, through
 from flows.resolve import already
 from flows.terms import Terms, Wanted
 from infra.errors import Refused
 from tasks.build import need_builder
-from tasks.documents import AS_TRAINED
+from tasks.documents import AS_TRAINED, Idle
 from tasks.loading import load_bundle
 from tasks.memory import Memory, peak_memory
 from tasks.subject import Subject, find, need_measurable
@@ -98,29 +99,23 @@ def explain(terms: Terms) -> Explanation:
 def _steps(
     order: Order, subject: Subject, schema: Schema, model: Model
 ) -> tuple[Model, list[Foreseen]]:
-    """Outline the recipe, with groups left out as ``flows.recipe`` would leave them out."""
-    found: list[Foreseen] = []
-    for group in order.groups():
-        tried, done = model, list[Foreseen]()
-        why = next(filter(None, (lacking(step, subject) for step in group)), None)
-        for step in group if why is None else ():
-            bench = Bench(signature=schema, **_rows(needs(step), subject))
-            try:
-                tried = outline(step, tried, bench)
-            except NothingToCompress as fault:
-                why = str(fault)
-                break
-            done.append(Foreseen(step=step.kind, bytes=stored_bytes(tried.module)))
-        if why is None:
-            model, found = tried, found + done
-        elif order.preset == "custom":
-            raise CompressionError(why)
-        else:
-            held = stored_bytes(model.module)
-            found += [Foreseen(step=step.kind, bytes=held, idle=why) for step in group]
-    if all(item.idle is not None for item in found):
-        reasons = "; ".join(dict.fromkeys(item.idle or "" for item in found))
-        raise CompressionError(f"No step of preset {order.preset!r} fits this model: {reasons}")
+    """Outline the recipe on the very way that a run takes."""
+
+    def attempt(step: AnyStep, source: Model) -> Model | Idle:
+        bench = Bench(signature=schema, **_rows(needs(step), subject))
+        try:
+            return outline(step, source, bench)
+        except NothingToCompress as fault:
+            return Idle(reason=str(fault))
+
+    stages, idle = through(order, subject, model, attempt)
+    made = iter(stages[1:])
+    found = []
+    for step in order.recipe():
+        if step.kind not in idle:
+            _, model = next(made)
+        held = stored_bytes(model.module)
+        found.append(Foreseen(step=step.kind, bytes=held, idle=idle.get(step.kind)))
     return model, found
 
 

@@ -1,6 +1,8 @@
 """A recipe carried out: the steps in order, and what each of them was worth."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TypeVar
 
 from compressors.contracts import Artifact, Part
 from compressors.errors import CompressionError
@@ -18,6 +20,8 @@ from tasks.score import score
 from tasks.stages import weigh
 from tasks.stored import store
 from tasks.subject import Subject
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -38,21 +42,45 @@ def carry_out(
 ) -> Compressed:
     """Apply every step of an order to a pulled bundle.
 
+    Raises:
+        CompressionError: as ``through``.
+    """
+
+    def attempt(step: AnyStep, source: Artifact) -> Artifact | Idle:
+        progress.stage(step.kind)
+        return _made(order, step, source, subject, bundle, code)
+
+    return Compressed(*through(order, subject, bundle, attempt))
+
+
+def through(
+    order: Order, subject: Subject, begin: T, attempt: Callable[[AnyStep, T], T | Idle]
+) -> tuple[tuple[tuple[str, T], ...], dict[str, str]]:
+    """Go through the groups of an order's steps, really or in outline.
+
     A preset is written for models of any make, so a group of its steps that fits nothing here is
     left out whole, with the reason; in a recipe of one's own that is an error.
+
+    Args:
+        order: whose steps.
+        subject: the bundle they are for.
+        begin: what the first step gets.
+        attempt: what a step makes of what the one before it made.
+
+    Returns:
+        Every stage from ``begin`` on, and the steps that were left out with why.
 
     Raises:
         CompressionError: a step of preset ``custom`` has nothing to do or lacks data, or no step
             of another preset fits.
     """
-    stages = [(AS_TRAINED, bundle)]
+    stages = [(AS_TRAINED, begin)]
     idle: dict[str, str] = {}
     for group in order.groups():
-        done: list[tuple[str, Artifact]] = []
+        done: list[tuple[str, T]] = []
         why = next(filter(None, (lacking(step, subject) for step in group)), None)
         for step in group if why is None else ():
-            progress.stage(step.kind)
-            made = _made(order, step, (stages + done)[-1][1], subject, bundle, code)
+            made = attempt(step, (stages + done)[-1][1])
             if isinstance(made, Idle):
                 why = made.reason
                 break
@@ -67,7 +95,7 @@ def carry_out(
         raise CompressionError(
             f"No step of preset {order.preset!r} fits this model: {'; '.join(idle.values())}"
         )
-    return Compressed(tuple(stages), idle)
+    return tuple(stages), idle
 
 
 def weighed(

@@ -19,11 +19,11 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from compressors.contracts import Bench, Change, Frozen, Part, Schema
-from compressors.dense.narrowing import Cut, prove, rows_of, without_channels
+from compressors.dense.narrowing import Cut, prove, without_channels
 from compressors.errors import CompressionError, NothingToCompress
 from compressors.loss import hard_loss, shuffled
 from compressors.model import Model
-from compressors.units import Choice, Unit, choose_dense, own_weight, private_copy
+from compressors.units import Choice, Unit, choose_dense, own_weight, private_copy, table_rows
 from compressors.widths import Channels as Readers
 from compressors.widths import NotAWidth, Width, find_widths, trace
 
@@ -179,7 +179,7 @@ class Channels(Frozen):
                 why = self._why_not(width, choices)
                 if why is not None:
                     raise NotAWidth(why)
-                readers = trace(model.module, schema, rows_of(model.module), width)
+                readers = trace(model.module, schema, table_rows(model.module), width)
                 cut = Cut(width, readers, count)
                 prove(model, schema, cut)
             except NotAWidth as fault:

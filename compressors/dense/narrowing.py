@@ -19,7 +19,7 @@ from compressors.contracts import DenseInput, Schema
 from compressors.formats import Bag, PackedLinear, PackedTable
 from compressors.meta import parameters_on_meta
 from compressors.model import Model
-from compressors.units import Unit, own_weight, private_copy, swap
+from compressors.units import own_weight, private_copy, swap, table_rows
 from compressors.widths import Channels as Readers
 from compressors.widths import NotAWidth, Width, with_value
 
@@ -88,7 +88,7 @@ def without_channels(
             gone = columns[~kept[maker]].any(dim=0)  # (inputs of the reader,)
             inputs[reader] = inputs.get(reader, torch.ones_like(gone)) & ~gone
         config = with_value(model.architecture, config, cut.width.path, cut.count)
-    tables = rows_of(model.module)
+    tables = table_rows(model.module)
     expected = _scores(_silenced(model.module, inputs), schema, tables)
     for name in kept.keys() | inputs.keys():
         _narrow(model.module.get_submodule(name), kept.get(name), inputs.get(name))
@@ -109,11 +109,6 @@ def _built(model: Model, config: Mapping[str, Any]) -> nn.Module:
             swap(built, name, part)
     built.load_state_dict(model.module.state_dict(keep_vars=True), assign=True)
     return built.eval()
-
-
-def rows_of(module: nn.Module) -> dict[str, int]:
-    """Rows of every table."""
-    return {unit.name: unit.rows for unit in Unit.of(module) if unit.role == "table"}
 
 
 @torch.no_grad()

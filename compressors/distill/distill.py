@@ -26,9 +26,9 @@ from compressors.loss import hard_loss, soft_loss
 from compressors.meta import parameters_on_meta
 from compressors.model import Model
 from compressors.stand_ins import with_stand_ins
-from compressors.trained import choose_trained, pruned_layers
-from compressors.training import Training, train
-from compressors.units import Choice, Unit
+from compressors.trained import choose_trained, pruned_layers, trained_on
+from compressors.training import Training
+from compressors.units import Choice, Unit, table_rows
 
 
 class Distill(Frozen):
@@ -75,7 +75,7 @@ class Distill(Frozen):
                 f"The student of 'distill' has {added[0]!r}, which the original has not: a student "
                 f"has the original's layers or fewer. Name another configuration."
             )
-        held = {unit.name: unit.rows for unit in Unit.of(model.module) if unit.role == "table"}
+        held = table_rows(model.module)
         for unit in student:
             if unit.role == "table" and unit.rows < held[unit.name]:
                 raise CompressionError(
@@ -105,8 +105,8 @@ class Distill(Frozen):
             CompressionError: the bench lacks rows, the student cannot be built, or training
                 diverged.
         """
-        if bench.train is None or bench.validation is None or bench.soft_labels is None:
-            raise CompressionError("'distill' needs train and validation rows and soft labels.")
+        if bench.train is None or bench.soft_labels is None:
+            raise CompressionError("'distill' needs train rows and soft labels.")
         if self.student is not None:
             model = self._student(model, bench.seed)
         with safe_open(Path(bench.soft_labels.path) / "data.safetensors", framework="pt") as file:
@@ -122,18 +122,8 @@ class Distill(Frozen):
             hard = hard_loss(bench.signature, output, batch)
             return self.soft_share * soft + (1 - self.soft_share) * hard
 
-        train(
-            model.module,
-            bench.signature,
-            bench.train,
-            bench.validation,
-            loss,
-            self.training,
-            seed=bench.seed,
-            checkpoints=bench.checkpoints,
-            pruned=pruned_layers(model) if self.student is None else (),
-        )
-        return model
+        pruned = pruned_layers(model) if self.student is None else ()
+        return trained_on(model, bench, loss, self.training, pruned)
 
     def outline(self, model: Model, bench: Bench) -> Model:  # noqa: ARG002
         """The student, if it is a smaller one; training changes no shape."""

@@ -12,11 +12,10 @@ from torch import Tensor
 
 from compressors.batches import Batch
 from compressors.contracts import Bench, Change, Frozen, Part
-from compressors.errors import CompressionError
 from compressors.loss import hard_loss
 from compressors.model import Model
-from compressors.trained import choose_trained, pruned_layers
-from compressors.training import Training, train
+from compressors.trained import choose_trained, pruned_layers, trained_on
+from compressors.training import Training
 from compressors.units import Choice
 
 
@@ -46,24 +45,11 @@ class FineTune(Frozen):
         Raises:
             CompressionError: the bench lacks rows, or training diverged.
         """
-        if bench.train is None or bench.validation is None:
-            raise CompressionError("'fine_tune' needs train and validation rows.")
 
         def loss(output: Tensor, batch: Batch, numbers: Tensor) -> Tensor:  # noqa: ARG001
             return hard_loss(bench.signature, output, batch)
 
-        train(
-            model.module,
-            bench.signature,
-            bench.train,
-            bench.validation,
-            loss,
-            self.training,
-            seed=bench.seed,
-            checkpoints=bench.checkpoints,
-            pruned=pruned_layers(model),
-        )
-        return model
+        return trained_on(model, bench, loss, self.training, pruned_layers(model))
 
     def outline(self, model: Model, bench: Bench) -> Model:  # noqa: ARG002
         """Training changes no shape."""
