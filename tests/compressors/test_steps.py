@@ -197,7 +197,7 @@ def test_values_change_before_and_after_formats(method, packed, tmp_path):
     assert line.steps[0] == method().kind
     assert line.reason.startswith(f"{method().kind}")
     if method is Channels and "layers" in takes(packed):
-        return  # refused, see test_pruning.py
+        return  # refused, see test_channels.py
     packed_first = run(packed(), RANKER.model(), bench, tmp_path / "packed")
     if packed is Float16 and method is not Channels:
         with pytest.raises(NothingToCompress, match="float16 holds nothing that"):

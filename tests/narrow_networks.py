@@ -1,0 +1,226 @@
+"""Networks whose layers can be narrower, and networks whose layers only seem to be."""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from compressors.contracts import DenseInput, IdInput, Schema
+
+SCHEMA = Schema(
+    task="ctr",
+    label="label",
+    metric="auc",
+    output="logit",
+    inputs=(IdInput(name="user", table="user"), DenseInput(name="price", shape=(5,))),
+)
+
+
+RATE = SCHEMA.model_copy(update={"output": "probability"})
+
+
+RETRIEVAL = Schema.model_validate(
+    {
+        "task": "retrieval",
+        "output": "score",
+        "metric": "recall@20",
+        "group": "user",
+        "item": "item",
+        "inputs": [
+            {"kind": "id", "name": "user", "table": "query.0"},
+            {"kind": "id", "name": "item", "table": "item"},
+        ],
+        "towers": {
+            "query": {"module": "query", "inputs": ["user"]},
+            "item": {"module": "item", "inputs": ["item"]},
+        },
+    }
+)
+
+
+class Branched(nn.Module):
+    """A residual sum of two layers, a concatenation of two branches, and a norm."""
+
+    def __init__(self, left: int = 16, right: int = 24, deep: int = 32) -> None:
+        super().__init__()
+        self.user = nn.Embedding(30, 4)
+        self.left = nn.Linear(9, left)
+        self.again = nn.Linear(left, left)
+        self.right = nn.Linear(9, right)
+        self.norm = nn.BatchNorm1d(right)
+        self.slope = nn.PReLU(right)
+        self.deep = nn.Linear(left + right, deep)
+        self.out = nn.Linear(deep, 1)
+
+    def forward(self, user: Tensor, price: Tensor) -> Tensor:
+        x = torch.cat([self.user(user), price], dim=1)
+        left = F.relu(self.left(x))
+        left = left + F.relu(self.again(left))  # the channels of both layers meet
+        right = self.slope(self.norm(self.right(x)))
+        score: Tensor = self.out(F.relu(self.deep(torch.cat([right, left], dim=1))))
+        return score
+
+
+class Plain(nn.Module):
+    """One hidden layer and something between it and the layer that reads it."""
+
+    def __init__(self, width: int = 16, twice: bool = False, dim: int = 4) -> None:
+        super().__init__()
+        self.user = nn.Embedding(30, dim)
+        self.hidden = nn.Linear(dim + 5, width)
+        self.out = nn.Linear(width * 2 if twice else width, 1)
+        self.twice = twice
+
+    def between(self, x: Tensor) -> Tensor:
+        return F.relu(x)
+
+    def forward(self, user: Tensor, price: Tensor) -> Tensor:
+        x = self.between(self.hidden(torch.cat([self.user(user), price], dim=1)))
+        score: Tensor = self.out(torch.cat([x, -x], dim=1) if self.twice else x)
+        return score
+
+
+class Softmaxed(Plain):
+    def between(self, x: Tensor) -> Tensor:
+        return x.softmax(dim=1)
+
+
+class Reversed(Plain):
+    """Channels arrive in another order than they were made in."""
+
+    def between(self, x: Tensor) -> Tensor:
+        return F.relu(x).flip(1)
+
+
+class Leaking(Plain):
+    """A channel reaches the score past every layer."""
+
+    def forward(self, user: Tensor, price: Tensor) -> Tensor:
+        x = self.between(self.hidden(torch.cat([self.user(user), price], dim=1)))
+        return self.out(x) + x[:, :1]
+
+
+class Fixed(Plain):
+    def __init__(self) -> None:
+        super().__init__(16)
+
+
+class Centred(Plain):
+    """Reads the weights of its layer past the layer itself."""
+
+    def between(self, x: Tensor) -> Tensor:
+        return F.relu(x) * self.hidden.weight.abs().sum()
+
+
+class Remembering(Plain):
+    """Scales by the width it was built with."""
+
+    def __init__(self, width: int = 16) -> None:
+        super().__init__(width)
+        self.width = width
+
+    def between(self, x: Tensor) -> Tensor:
+        return F.relu(x).view(-1, self.width) * self.width**-0.5
+
+
+class Squeezed(nn.Module):
+    """Another layer has a sixteenth of the width, which grows in steps of its own."""
+
+    def __init__(self, width: int = 128) -> None:
+        super().__init__()
+        self.user = nn.Embedding(30, 4)
+        self.hidden = nn.Linear(9, width)
+        self.down = nn.Linear(width, width // 16)
+        self.up = nn.Linear(width // 16, width)
+        self.out = nn.Linear(width, 1)
+
+    def forward(self, user: Tensor, price: Tensor) -> Tensor:
+        x = F.relu(self.hidden(torch.cat([self.user(user), price], dim=1)))
+        x = x * torch.sigmoid(self.up(F.relu(self.down(x))))
+        score: Tensor = self.out(x)
+        return score
+
+
+class Heads(nn.Module):
+    """Channels belong to heads by their place, and the answer is a rate of a tenth of a percent."""
+
+    def __init__(self, inner: int = 32, heads: int = 4) -> None:
+        super().__init__()
+        self.heads = heads
+        self.user = nn.Embedding(30, 4)
+        self.value = nn.Linear(9, inner)
+        self.gate = nn.Linear(9, heads)
+        self.out = nn.Linear(inner, 1)
+        nn.init.constant_(self.out.bias, -7.0)
+
+    def forward(self, user: Tensor, price: Tensor) -> Tensor:
+        x = torch.cat([self.user(user), price], dim=1)
+        value = self.value(x).view(len(x), self.heads, -1)
+        mixed = (value * torch.sigmoid(4 * self.gate(x)).unsqueeze(2)).flatten(1)
+        return torch.sigmoid(self.out(mixed))
+
+
+class Halves(nn.Module):
+    """Half of the channels bend at 6, which inputs around zero never reach."""
+
+    def __init__(self, width: int = 32) -> None:
+        super().__init__()
+        self.user = nn.Embedding(30, 4)
+        self.hidden = nn.Linear(9, width)
+        self.out = nn.Linear(width, 1)
+
+    def forward(self, user: Tensor, price: Tensor) -> Tensor:
+        left, right = self.hidden(torch.cat([self.user(user), price], dim=1)).chunk(2, dim=1)
+        score: Tensor = self.out(torch.cat([F.relu6(left), F.relu(right)], dim=1))
+        return score
+
+
+class Twice(nn.Module):
+    """One layer under two names, a norm without weights, a slope for all channels."""
+
+    def __init__(
+        self, width: int = 16, act: type[nn.Module] = nn.PReLU, top: float = float("inf")
+    ) -> None:
+        super().__init__()
+        self.user = nn.Embedding(30, 4)
+        self.first = nn.Linear(9, width)
+        self.second = self.first
+        self.norm = nn.BatchNorm1d(width, affine=False)
+        self.act = act()
+        self.out = nn.Linear(2 * width, 1)
+        self.top = top
+
+    def forward(self, user: Tensor, price: Tensor) -> Tensor:
+        x = torch.cat([self.user(user), price], dim=1)
+        both = [self.act(self.norm(layer(x))) for layer in (self.first, self.second)]
+        score: Tensor = self.out(torch.cat(both, dim=1).clamp(max=self.top))
+        return score
+
+
+class Mixed(nn.Module):
+    """A layer that may be narrower beside one that may not."""
+
+    def __init__(self, free: int = 16, held: int = 24) -> None:
+        super().__init__()
+        self.user = nn.Embedding(30, 4)
+        self.free, self.held = nn.Linear(9, free), nn.Linear(9, held)
+        self.out = nn.Linear(free + held, 1)
+
+    def forward(self, user: Tensor, price: Tensor) -> Tensor:
+        x = torch.cat([self.user(user), price], dim=1)
+        held = F.relu(self.held(x)) * self.held.weight.abs().sum()
+        score: Tensor = self.out(torch.cat([F.relu(self.free(x)), held], dim=1))
+        return score
+
+
+class Towers(nn.Module):
+    """A tower with a hidden layer, and a table for the items."""
+
+    def __init__(self, hidden: int = 16, dim: int = 6) -> None:
+        super().__init__()
+        self.query = nn.Sequential(nn.Embedding(30, dim), nn.Linear(dim, hidden), nn.ReLU())
+        self.query.append(nn.Linear(hidden, dim))
+        self.item = nn.Embedding(50, dim)
+
+    def forward(self, user: Tensor, item: Tensor) -> Tensor:
+        score: Tensor = (self.query(user) * self.item(item)).sum(dim=1)
+        return score
