@@ -5,7 +5,8 @@ A format is one way to write a table's rows or a dense layer's weights down. Its
 through its scales, and is written down for each serving target by one translation entry.
 """
 
-from collections.abc import Mapping
+import math
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -16,10 +17,16 @@ from compressors.errors import NotLowerable
 
 
 class TensorSpec(NamedTuple):
-    """Shape and type of one stored tensor."""
+    """Shape and type of one stored tensor.
+
+    ``every`` is how many rows of a table share one entry of the first dimension: 1 for codes, more
+    for scales that neighbours share, 0 where the tensor belongs to the whole table, as a codebook
+    does.
+    """
 
     shape: tuple[int, ...]
     dtype: torch.dtype
+    every: int = 1
 
 
 class TableFormat(Protocol):
@@ -29,10 +36,16 @@ class TableFormat(Protocol):
     def name(self) -> str:
         """The format's tag in plans and bundles."""
 
+    @property
+    def learned(self) -> tuple[str, ...]:
+        """The stored tensors that training may change; the op passes gradients to them."""
+
     def layout(self, rows: int, dim: int, settings: Mapping[str, Any]) -> dict[str, TensorSpec]:
         """The stored tensors of a table of ``rows x dim``."""
 
-    def lookup(self, stored: Mapping[str, Tensor], ids: Tensor, dim: int) -> Tensor:
+    def lookup(
+        self, stored: Mapping[str, Tensor], ids: Tensor, dim: int, settings: Mapping[str, Any]
+    ) -> Tensor:
         """Rows as float32, ``(*ids.shape, dim)``."""
 
 
@@ -54,6 +67,27 @@ class LinearFormat(Protocol):
         """The layer's output as float32, ``(*x.shape[:-1], outputs)``."""
 
 
+def blocks(layout: Mapping[str, TensorSpec], rows: int, most: int) -> Iterator[tuple[int, int]]:
+    """The row blocks in which a table is encoded: ``begin`` and ``end`` of each.
+
+    No entry of a stored tensor is for rows of two blocks, so the result is the same whatever
+    ``most`` is.
+
+    Args:
+        layout: the stored tensors.
+        rows: of the table.
+        most: rows of a block, unless one entry is for more.
+    """
+    together = math.lcm(*(spec.every for spec in layout.values() if spec.every))
+    step = max(most // together, 1) * together
+    yield from ((begin, min(begin + step, rows)) for begin in range(0, rows, step))
+
+
+def entries(spec: TensorSpec, begin: int, end: int) -> slice:
+    """Where a block of rows lies in a stored tensor that is written by rows."""
+    return slice(begin // spec.every, -(-end // spec.every))
+
+
 class PackedTable(nn.Module):
     """What replaces an ``nn.Embedding``: ids of any shape in, float32 ``(*ids, dim)`` out."""
 
@@ -73,7 +107,7 @@ class PackedTable(nn.Module):
         _register(self, storage.layout(rows, dim, settings), stored)
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - torch's own name for the ids
-        return self.storage.lookup(dict(self.named_buffers()), input, self.dim)
+        return self.storage.lookup(dict(self.named_buffers()), input, self.dim, self.settings)
 
     def record(self) -> ModuleRecord:
         """What a bundle must say so that this module can be built again."""

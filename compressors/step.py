@@ -20,7 +20,7 @@ from compressors.errors import (
     ModelRefused,
     NothingToCompress,
 )
-from compressors.formats import PackedTable, TableFormat
+from compressors.formats import PackedTable, TableFormat, TensorSpec, blocks, entries
 from compressors.model import Model
 from compressors.plan import plan_of
 from compressors.state import load, records_of, save
@@ -62,10 +62,13 @@ class TableStep(Protocol):
         """What the format needs to know to lay a table out."""
 
     def fit(self, rows: Tensor) -> dict[str, Tensor]:
-        """What is learned from a table, float ``(rows, dim)``, before its blocks are encoded."""
+        """What is learned from a table, float ``(rows, dim)``, before its blocks are encoded.
+
+        Stored tensors of the whole table are among it, by the names the layout gives them.
+        """
 
     def encode(self, block: Tensor, params: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Stored tensors of one block of rows, float ``(rows, dim)``."""
+        """Stored tensors of one block of rows, float ``(rows, dim)``; none of the whole table."""
 
 
 @runtime_checkable
@@ -246,16 +249,21 @@ def _encode_table(step: TableStep, unit: Unit) -> nn.Module:
     params = step.fit(weight)
     layout = step.storage.layout(rows, dim, step.settings())
     stored = {name: torch.empty(spec.shape, dtype=spec.dtype) for name, spec in layout.items()}
-    for begin in range(0, rows, BLOCK_ROWS):
-        block = weight[begin : begin + BLOCK_ROWS]
-        for name, tensor in step.encode(block, params).items():
-            if tensor.dtype != layout[name].dtype:
-                raise ContractBroken(
-                    f"{step.kind!r} encodes {name!r} as {tensor.dtype} and lays it out as "
-                    f"{layout[name].dtype}."
-                )
-            stored[name][begin : begin + len(block)] = tensor
+    for name in [name for name, spec in layout.items() if not spec.every]:
+        stored[name].copy_(_as_laid_out(step, name, params[name], layout[name]))
+    for begin, end in blocks(layout, rows, BLOCK_ROWS):
+        for name, tensor in step.encode(weight[begin:end], params).items():
+            spec = layout[name]
+            stored[name][entries(spec, begin, end)] = _as_laid_out(step, name, tensor, spec)
     return pack_table(unit.module, PackedTable(step.storage, rows, dim, step.settings(), stored))
+
+
+def _as_laid_out(step: TableStep, name: str, tensor: Tensor, spec: TensorSpec) -> Tensor:
+    if tensor.dtype != spec.dtype:
+        raise ContractBroken(
+            f"{step.kind!r} encodes {name!r} as {tensor.dtype} and lays it out as {spec.dtype}."
+        )
+    return tensor
 
 
 def _check_choices(

@@ -114,7 +114,7 @@ def trainable(module: nn.Module, *, tables: bool) -> tuple[str, ...]:
             still |= {id(parameter) for parameter in part.parameters() if not tables}
     for owner, part in module.named_modules():
         prefix = f"{owner}." if owner else ""
-        learned = part.storage.learned if isinstance(part, PackedLinear) else ()
+        learned = part.storage.learned if isinstance(part, PackedLinear | PackedTable) else ()
         for name, tensor in (*part.named_parameters(recurse=False), *part.named_buffers("", False)):
             free = isinstance(tensor, nn.Parameter) or name in learned
             mine = tables or part not in inside

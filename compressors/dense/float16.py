@@ -91,11 +91,18 @@ class Float16TableFormat:
     """``weight`` float16 ``(rows, dim)``."""
 
     name: str = "float16"
+    learned: tuple[str, ...] = ()  # too coarse to be trained in: Adam's small steps would vanish
 
     def layout(self, rows: int, dim: int, settings: Mapping[str, Any]) -> dict[str, TensorSpec]:  # noqa: ARG002
         return {"weight": TensorSpec((rows, dim), torch.float16)}
 
-    def lookup(self, stored: Mapping[str, Tensor], ids: Tensor, dim: int) -> Tensor:  # noqa: ARG002
+    def lookup(
+        self,
+        stored: Mapping[str, Tensor],
+        ids: Tensor,
+        dim: int,  # noqa: ARG002
+        settings: Mapping[str, Any],  # noqa: ARG002
+    ) -> Tensor:
         rows: Tensor = torch.ops.recpress.float16_table(stored["weight"], ids)
         return rows
 
@@ -105,7 +112,7 @@ class Float16LinearFormat:
     """``weight`` float16 ``(out, in)`` and ``bias`` ``(out,)`` (zeros where there is none)."""
 
     name: str = "float16"
-    learned: tuple[str, ...] = ()  # too coarse to be trained in: Adam's small steps would vanish
+    learned: tuple[str, ...] = ()  # as the table's
 
     def layout(self, inputs: int, outputs: int, *, bias: bool) -> dict[str, TensorSpec]:  # noqa: ARG002
         return {

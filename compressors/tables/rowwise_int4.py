@@ -132,6 +132,7 @@ class RowwiseInt4Format:
     """``codes`` uint8 ``(rows, ceil(dim / 2))``, planar nibbles, and ``scale`` ``(rows, 1)``."""
 
     name: str = "rowwise_int4"
+    learned: tuple[str, ...] = ("scale",)
 
     def layout(self, rows: int, dim: int, settings: Mapping[str, Any]) -> dict[str, TensorSpec]:
         return {
@@ -139,7 +140,13 @@ class RowwiseInt4Format:
             "scale": TensorSpec((rows, 1), getattr(torch, settings["scale"])),
         }
 
-    def lookup(self, stored: Mapping[str, Tensor], ids: Tensor, dim: int) -> Tensor:
+    def lookup(
+        self,
+        stored: Mapping[str, Tensor],
+        ids: Tensor,
+        dim: int,
+        settings: Mapping[str, Any],  # noqa: ARG002
+    ) -> Tensor:
         rows: Tensor = torch.ops.recpress.rowwise_int4(stored["codes"], stored["scale"], ids, dim)
         return rows
 

@@ -101,6 +101,7 @@ class RowwiseInt8Format:
     """``codes`` int8 ``(rows, dim)`` and ``scale`` ``(rows, 1)``."""
 
     name: str = "rowwise_int8"
+    learned: tuple[str, ...] = ("scale",)
 
     def layout(self, rows: int, dim: int, settings: Mapping[str, Any]) -> dict[str, TensorSpec]:
         return {
@@ -108,7 +109,13 @@ class RowwiseInt8Format:
             "scale": TensorSpec((rows, 1), getattr(torch, settings["scale"])),
         }
 
-    def lookup(self, stored: Mapping[str, Tensor], ids: Tensor, dim: int) -> Tensor:  # noqa: ARG002
+    def lookup(
+        self,
+        stored: Mapping[str, Tensor],
+        ids: Tensor,
+        dim: int,  # noqa: ARG002
+        settings: Mapping[str, Any],  # noqa: ARG002
+    ) -> Tensor:
         rows: Tensor = torch.ops.recpress.rowwise_int8(stored["codes"], stored["scale"], ids)
         return rows
 
