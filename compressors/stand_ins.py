@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from compressors.composed import ComposedTable, Composition
 from compressors.errors import CompressionError
 from compressors.formats import LinearFormat, PackedLinear, PackedTable, TableFormat, TensorSpec
 from compressors.model import Model
@@ -29,6 +30,31 @@ def with_stand_ins(module: nn.Module) -> nn.Module:
                 zero = stand_in(TensorSpec(tuple(parameter.shape), parameter.dtype))
                 setattr(part, name, nn.Parameter(zero, requires_grad=False))
     return module
+
+
+def composed_outline(
+    model: Model, compositions: Mapping[str, tuple[Composition, Mapping[str, Any]]]
+) -> Model:
+    """The model with tables made of smaller ones, over stand-ins.
+
+    Args:
+        model: of a private tree; its units are replaced.
+        compositions: by unit, the form and its settings; what is not named stays.
+    """
+    for unit in Unit.of(model.module):
+        if unit.name not in compositions:
+            continue
+        form, settings = compositions[unit.name]
+        rows, dim = unit.weight.shape
+        laid = form.layout(rows, dim, settings)
+        stored = {name: stand_in(spec) for name, spec in laid.items()}
+        parts = {
+            name: stand_in(TensorSpec(spec, torch.float32))
+            for name, spec in form.parts(rows, dim, settings).items()
+        }
+        composed = ComposedTable(form, rows, dim, settings, stored, parts)
+        swap(model.module, unit.name, pack_table(unit.module, composed))
+    return model
 
 
 def packed_outline(

@@ -16,11 +16,12 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from compressors.composed import ComposedTable
 from compressors.contracts import ModuleRecord, Network
 from compressors.errors import ModelRefused
 from compressors.formats import Bag, PackedLinear, PackedTable
 from compressors.meta import parameters_on_meta
-from compressors.steps import LINEAR_FORMATS, TABLE_FORMATS
+from compressors.steps import COMPOSITIONS, LINEAR_FORMATS, TABLE_FORMATS
 from compressors.units import swap
 
 SHARD_BYTES = 2**30  # safetensors holds a shard twice while it writes it
@@ -41,7 +42,7 @@ def build(architecture: type[nn.Module], network: Network) -> nn.Module:
             f"{network.architecture.path} cannot be built from its configuration: {fault}. The "
             f"'config' of model.json must be the class's keyword arguments."
         ) from fault
-    for name, record in network.modules.items():
+    for name, record in sorted(network.modules.items()):  # a composed table before its parts
         try:
             model.get_submodule(name)
         except AttributeError as fault:
@@ -59,7 +60,9 @@ def module_of(name: str, record: ModuleRecord) -> nn.Module:
     Raises:
         ModelRefused: the format is unknown here or the record is incomplete.
     """
-    formats: Mapping[str, Any] = LINEAR_FORMATS if record.kind == "linear" else TABLE_FORMATS
+    formats: Mapping[str, Any] = (
+        LINEAR_FORMATS if record.kind == "linear" else {**TABLE_FORMATS, **COMPOSITIONS}
+    )
     if record.format not in formats:
         raise ModelRefused(
             f"{name!r} is stored as {record.format!r}; this version of recpress knows "
@@ -77,7 +80,8 @@ def module_of(name: str, record: ModuleRecord) -> nn.Module:
             if record.kind == "bag"
         }
         rows, dim = int(settings.pop("rows")), int(settings.pop("dim"))
-        table = PackedTable(storage, rows, dim, settings)
+        made = ComposedTable if record.format in COMPOSITIONS else PackedTable
+        table: nn.Module = made(storage, rows, dim, settings)
     except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as fault:
         raise ModelRefused(
             f"The record of {name!r} in model.json is incomplete: {fault!r}."
@@ -199,7 +203,9 @@ def records_of(model: nn.Module) -> dict[str, ModuleRecord]:
     for name, module in model.named_modules():
         if isinstance(module, Bag):
             inside.add(f"{name}.table")
-        if name in inside or not isinstance(module, Bag | PackedTable | PackedLinear):
+        if name in inside or not isinstance(
+            module, Bag | ComposedTable | PackedTable | PackedLinear
+        ):
             continue
         record = module.record()
         if record is not None:

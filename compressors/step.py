@@ -5,7 +5,7 @@ model step sees the whole module. Both say first, in ``choose``, what they will 
 table and dense layer, and are held to it.
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, Protocol, get_args, runtime_checkable
 
@@ -88,7 +88,8 @@ class ModelStep(Protocol):
         """What becomes of a unit it takes.
 
         ``format``: it is stored in another format. ``values``: its format stays, and its weights
-        change, it becomes narrower, or it is gone.
+        change, it becomes narrower, or it is gone. ``parts``: a table is now made of smaller ones,
+        which are units of their own.
         """
 
     def choose(self, model: Model, bench: Bench) -> dict[str, Choice]:
@@ -287,9 +288,20 @@ def _check_choices(
             raise ContractBroken(f"{step.kind!r} {did} {unit.name!r} against its own choice.")
         if values and new.format != unit.format:
             raise ContractBroken(f"{step.kind!r} stores {unit.name!r} in another format.")
-    more = sorted(now.keys() - {unit.name for unit in before})
+    old = {unit.name for unit in before}
+    owners = {name for name, choice in choices.items() if choice.take}
+    parts = isinstance(step, ModelStep) and step.changes == "parts"
+    more = sorted(
+        unit.name
+        for unit in after
+        if unit.name not in old and not (parts and _inside(unit.name, owners))
+    )
     if more:
         raise ContractBroken(f"After {step.kind!r} there is {more[0]!r}, which was not there.")
+
+
+def _inside(name: str, owners: Collection[str]) -> bool:
+    return any(name.startswith(f"{owner}.") for owner in owners)
 
 
 def _as_found(

@@ -8,6 +8,7 @@ from typing import Annotated
 
 from pydantic import Field
 
+from compressors.composed import Composition
 from compressors.dense import float16, static_int8
 from compressors.dense.channels import Channels
 from compressors.dense.float16 import Float16
@@ -16,12 +17,21 @@ from compressors.dense.static_int8 import StaticInt8
 from compressors.distill.distill import Distill
 from compressors.distill.fine_tune import FineTune
 from compressors.formats import LinearFormat, TableFormat
-from compressors.tables import rowwise_int4, rowwise_int8
+from compressors.tables import low_rank, rowwise_int4, rowwise_int8
+from compressors.tables.low_rank import LowRank
 from compressors.tables.rowwise_int4 import RowwiseInt4
 from compressors.tables.rowwise_int8 import RowwiseInt8
 
 AnyStep = Annotated[
-    Magnitude | Channels | Distill | FineTune | RowwiseInt8 | RowwiseInt4 | StaticInt8 | Float16,
+    Magnitude
+    | Channels
+    | Distill
+    | FineTune
+    | LowRank
+    | RowwiseInt8
+    | RowwiseInt4
+    | StaticInt8
+    | Float16,
     Field(discriminator="kind"),
 ]
 
@@ -31,3 +41,4 @@ TABLE_FORMATS: dict[str, TableFormat] = {
 LINEAR_FORMATS: dict[str, LinearFormat] = {
     form.name: form for form in (static_int8.FORMAT, float16.LINEAR_FORMAT)
 }
+COMPOSITIONS: dict[str, Composition] = {form.name: form for form in (low_rank.COMPOSITION,)}

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from compressors import metrics
 from compressors.batches import Batch, Rows, batches
 from compressors.checkpoint import Progress, keep_progress, read_progress
+from compressors.composed import ComposedTable
 from compressors.contracts import Frozen, Schema, Split
 from compressors.errors import CompressionError
 from compressors.formats import Bag, PackedLinear, PackedTable
@@ -109,18 +110,28 @@ def trainable(module: nn.Module, *, tables: bool) -> tuple[str, ...]:
     inside: set[nn.Module] = set()
     still: set[int] = set()  # a weight that a table shares with a layer stays with the table
     for part in module.modules():
-        if isinstance(part, nn.Embedding | nn.EmbeddingBag | PackedTable | Bag):
+        if isinstance(part, nn.Embedding | nn.EmbeddingBag | ComposedTable | PackedTable | Bag):
             inside |= set(part.modules())
             still |= {id(parameter) for parameter in part.parameters() if not tables}
     for owner, part in module.named_modules():
         prefix = f"{owner}." if owner else ""
-        learned = part.storage.learned if isinstance(part, PackedLinear | PackedTable) else ()
+        learned = _learned(part)
         for name, tensor in (*part.named_parameters(recurse=False), *part.named_buffers("", False)):
             free = isinstance(tensor, nn.Parameter) or name in learned
             mine = tables or part not in inside
             if free and mine and tensor.dtype == torch.float32 and id(tensor) not in still:
                 names.append(prefix + name)
     return tuple(names)
+
+
+def _learned(part: nn.Module) -> tuple[str, ...]:
+    """The buffers of a compressed module that its format lets training change."""
+    match part:
+        case PackedLinear() | PackedTable():
+            return part.storage.learned
+        case ComposedTable():
+            return part.composition.learned
+    return ()
 
 
 def train(
@@ -382,7 +393,7 @@ def _own_statistics(module: nn.Module) -> tuple[str, ...]:
     names = []
     packed: set[nn.Module] = set()
     for part in module.modules():
-        if isinstance(part, PackedLinear | PackedTable | Bag):
+        if isinstance(part, PackedLinear | ComposedTable | PackedTable | Bag):
             packed |= set(part.modules())
     for owner, part in module.named_modules():
         for name, buffer in list(part.named_buffers(recurse=False)):

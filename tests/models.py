@@ -44,9 +44,15 @@ torch.set_num_threads(1)
 
 Step = TableStep | ModelStep
 METHODS: tuple[type[Step], ...] = typing.get_args(typing.get_args(AnyStep)[0])
-# Methods that store units in another format, and those that change what a format holds.
-VALUES = tuple(method for method in METHODS if getattr(method(), "changes", "format") == "values")
-FORMATS = tuple(method for method in METHODS if method not in VALUES)
+
+
+# Methods that change what a format holds, that store units in another one, and that make tables
+# of smaller ones.
+def _changing(what: str) -> tuple[type[Step], ...]:
+    return tuple(m for m in METHODS if getattr(m(), "changes", "format") == what)
+
+
+VALUES, FORMATS, PARTS = _changing("values"), _changing("format"), _changing("parts")
 # Steps enough for 96 rows to move the weights.
 QUICKLY = Training(batch=16, learning_rate=0.02, warmup=0)
 BENCH_ROWS = 96

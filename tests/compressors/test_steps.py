@@ -10,6 +10,7 @@ from models import (
     FORMATS,
     METHODS,
     NORMED,
+    PARTS,
     RANKER,
     REFERENCES,
     TIED,
@@ -132,11 +133,18 @@ def test_scores_are_finite_and_near_the_originals(step, reference, bench, tmp_pa
 @every_pair
 def test_every_table_and_dense_layer_has_one_plan_line(step, reference, bench, tmp_path):
     source = reference.model()
-    plan = run(step, source, bench, tmp_path / "out").plan
-    assert isinstance(plan, Plan)
-    named = [line.module for line in plan.lines]
-    assert named == [*(unit.name for unit in Unit.of(source.module)), "(other)"]
-    assert all(line.reason for line in plan.lines)
+    result = run(step, source, bench, tmp_path / "out")
+    assert isinstance(result.plan, Plan)
+    named = [line.module for line in result.plan.lines]
+    parts = {unit.name for unit in Unit.of(result.module) if unit.part_of is not None}
+    assert [name for name in named if name not in parts] == [
+        *(unit.name for unit in Unit.of(source.module)),
+        "(other)",
+    ]
+    assert len(named) == len(set(named))
+    assert parts <= set(named)
+    assert bool(parts) == (step.kind in {method().kind for method in PARTS})
+    assert all(line.reason for line in result.plan.lines)
 
 
 @every_pair

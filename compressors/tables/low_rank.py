@@ -1,0 +1,160 @@
+"""Embedding tables as narrower rows and one small matrix.
+
+A table of ``rows x dim`` float32 becomes ``rows x rank`` and ``(rank, dim)``: every row is a
+mixture of ``rank`` directions. The narrower table is a plain one, so a later step may store it
+in few bits.
+
+Source: Eckart and Young 1936 (the truncated singular value decomposition is the closest matrix
+of a rank); for embedding tables e.g. https://arxiv.org/abs/1809.10853.
+Differs: rows may be weighted by how often they are looked up, so that popular rows are kept best
+(Srebro and Jaakkola 2003, the case of one weight a row, which still has a closed form), and the
+weighted mean of the rows is kept apart.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from compressors.composed import ComposedTable, Composition, Parts, PartSpec
+from compressors.contracts import Bench, Change, Frozen, Part
+from compressors.formats import TensorSpec
+from compressors.model import Model
+from compressors.stand_ins import composed_outline
+from compressors.traffic import lookups
+from compressors.units import Choice, Unit, choose_tables, pack_table, swap
+
+
+def factors(table: Tensor, rank: int, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The closest rows of a rank, under one weight a row.
+
+    Args:
+        table: float, ``(rows, dim)``.
+        rank: how many directions are kept, at most ``dim``.
+        weight: how much each row's squared error counts, ``(rows,)``, not all zero.
+
+    Returns:
+        ``narrow`` ``(rows, rank)``, ``projection`` ``(rank, dim)`` with orthonormal rows, and
+        ``mean`` ``(dim,)``: the table is about ``narrow @ projection + mean``. Only the
+        ``dim x dim`` weighted covariance is decomposed, so it costs one pass whatever the rows.
+    """
+    share = (weight / weight.sum()).to(torch.float64).unsqueeze(1)  # (rows, 1)
+    exact = table.to(torch.float64)
+    mean = (share * exact).sum(dim=0)  # (dim,)
+    centred = exact - mean
+    covariance = centred.T @ (share * centred)  # (dim, dim)
+    _, vectors = torch.linalg.eigh(covariance)  # by rising eigenvalue
+    projection = vectors.T.flip(0)[:rank]  # (rank, dim)
+    # The sign of an eigenvector is anybody's choice: fix it, so that runs agree.
+    sign = torch.gather(projection, 1, projection.abs().argmax(dim=1, keepdim=True)).sign()
+    projection = projection * sign
+    return (centred @ projection.T).float(), projection.float(), mean.float()
+
+
+@dataclass(frozen=True)
+class LowRankComposition:
+    """``projection`` float32 ``(rank, dim)``, ``mean`` ``(dim,)`` and part ``narrow``."""
+
+    name: str = "low_rank"
+    learned: tuple[str, ...] = ("projection", "mean")
+
+    def layout(self, rows: int, dim: int, settings: Mapping[str, Any]) -> dict[str, TensorSpec]:  # noqa: ARG002
+        return {
+            "projection": TensorSpec((settings["rank"], dim), torch.float32, every=0),
+            "mean": TensorSpec((dim,), torch.float32, every=0),
+        }
+
+    def parts(self, rows: int, dim: int, settings: Mapping[str, Any]) -> dict[str, PartSpec]:  # noqa: ARG002
+        return {"narrow": PartSpec(rows, settings["rank"])}
+
+    def lookup(
+        self,
+        stored: Mapping[str, Tensor],
+        parts: Parts,
+        ids: Tensor,
+        settings: Mapping[str, Any],  # noqa: ARG002
+    ) -> Tensor:
+        narrow: Tensor = parts["narrow"](ids)  # (*ids, rank)
+        return torch.matmul(narrow, stored["projection"]) + stored["mean"]
+
+
+COMPOSITION: Composition = LowRankComposition()
+
+
+class LowRank(Frozen):
+    """Make embedding tables of narrower rows and one small matrix."""
+
+    kind: Literal["low_rank"] = "low_rank"
+    tables: tuple[str, ...] = Field(
+        ("*",), description="Tables to compress: module names, with * for any characters."
+    )
+    min_rows: int = Field(1, ge=1, description="Tables with fewer rows stay as they are.")
+    rank: float = Field(
+        0.5, gt=0, description="Below 1: share of a table's width. From 1 on: numbers a row."
+    )
+    weighted: bool = Field(
+        False,
+        description="Rows count by how often training looks them up, instead of all the same.",
+    )
+
+    @property
+    def needs(self) -> tuple[Part, ...]:
+        """Training rows, where they say which rows are looked up most."""
+        return ("train",) if self.weighted else ()
+
+    @property
+    def changes(self) -> Change:
+        """Each table it takes is made of a narrower one."""
+        return "parts"
+
+    def choose(self, model: Model, bench: Bench) -> dict[str, Choice]:  # noqa: ARG002
+        """Which tables become narrower, and why the others stay."""
+        units = Unit.of(model.module)
+        choices = choose_tables(units, self.tables, self.min_rows, self.kind)
+        for unit in units:
+            if unit.name not in choices or not choices[unit.name].take:
+                continue
+            rows, dim = unit.weight.shape
+            rank = self._rank(dim)
+            after = 4 * (rows * rank + rank * dim + dim)
+            if after >= unit.bytes:
+                reason = f"{rows} x {dim} would be no smaller at rank {rank}"
+                choices[unit.name] = Choice(False, reason)
+            else:
+                reason = f"low_rank: {dim} -> {rank} numbers a row"
+                choices[unit.name] = replace(choices[unit.name], reason=reason)
+        return choices
+
+    def apply(self, model: Model, bench: Bench) -> Model:
+        """Replace every chosen table by its factors."""
+        choices = self.choose(model, bench)
+        taken = [u for u in Unit.of(model.module) if u.name in choices and choices[u.name].take]
+        counts = lookups(model, bench, [u.name for u in taken]) if self.weighted else {}
+        for unit in taken:
+            rows, dim = unit.weight.shape
+            settings = {"rank": self._rank(dim)}
+            # A row that was never looked up still gets an answer: it counts as half a lookup.
+            weight = counts[unit.name] + 0.5 if self.weighted else torch.ones(rows)
+            narrow, projection, mean = factors(unit.weight, settings["rank"], weight)
+            stored = {"projection": projection, "mean": mean}
+            composed = ComposedTable(COMPOSITION, rows, dim, settings, stored, {"narrow": narrow})
+            swap(model.module, unit.name, pack_table(unit.module, composed))
+        return model
+
+    def outline(self, model: Model, bench: Bench) -> Model:
+        """Every chosen table over stand-ins."""
+        choices = self.choose(model, bench)
+        return composed_outline(
+            model,
+            {
+                unit.name: (COMPOSITION, {"rank": self._rank(unit.weight.shape[1])})
+                for unit in Unit.of(model.module)
+                if unit.name in choices and choices[unit.name].take
+            },
+        )
+
+    def _rank(self, dim: int) -> int:
+        return min(dim, max(1, round(self.rank * dim if self.rank < 1 else self.rank)))
