@@ -90,11 +90,21 @@ class Profile(Frozen):
 
 
 class TableWeights(Frozen):
-    """The ONNX initializers one table became; the first dimension of each is its rows."""
+    """The ONNX initializers one table became.
+
+    The first dimension of each is the table's rows, but for those that ``every`` names: there so
+    many rows share one entry, or, with 0, the tensor belongs to the whole table.
+    """
 
     module: str
     rows: int = Field(ge=1)
     initializers: tuple[str, ...] = Field(min_length=1)
+    every: dict[str, int] = Field(default_factory=dict)
+
+    def entries(self, name: str, rows: int) -> int | None:
+        """The first dimension of an initializer for so many rows; None if it does not depend."""
+        every = self.every.get(name, 1)
+        return -(-rows // every) if every else None
 
 
 class BuildRequest(Frozen):

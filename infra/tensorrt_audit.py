@@ -8,6 +8,7 @@ every call. So scratch memory that is smaller than one fp16 copy of the table pr
 A twin of the graph with half the rows is built as well: its scratch must be the same.
 """
 
+import math
 import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Literal
@@ -85,7 +86,7 @@ def find_tables(
     """The initializers of every table, by module.
 
     Raises:
-        BuildRefused: the graph lacks one, or its first dimension is not the table's rows.
+        BuildRefused: the graph lacks one, or its first dimension does not fit the table's rows.
     """
     stored = {tensor.name: tensor for tensor in model.graph.initializer}
     found: dict[str, list[onnx.TensorProto]] = {}
@@ -96,10 +97,10 @@ def find_tables(
                     f"table {table.module!r} should lie in initializer {name!r}, which the graph "
                     "does not have; the audit cannot find the table."
                 )
-            shape = list(stored[name].dims)
-            if not shape or shape[0] != table.rows:
+            shape, wanted = list(stored[name].dims), table.entries(name, table.rows)
+            if wanted is not None and (not shape or shape[0] != wanted):
                 raise BuildRefused(
-                    f"initializer {name!r} of table {table.module!r} should have {table.rows} "
+                    f"initializer {name!r} of table {table.module!r} should have {wanted} "
                     f"rows; its shape is {shape}."
                 )
             found.setdefault(table.module, []).append(stored[name])
@@ -119,15 +120,19 @@ def halve(model: "onnx.ModelProto", tables: Sequence[TableWeights]) -> int | Non
     Returns:
         Bytes removed from the table that lost least; None if no table is large enough.
     """
-    found = find_tables(model, [table for table in tables if table.rows >= TWIN_ROWS])
+    large = [table for table in tables if table.rows >= TWIN_ROWS]
+    found = find_tables(model, large)
     # A shared table may be named twice; it is cut once.
     cut: dict[str, int] = {}
     removed = []
-    for tensors in found.values():
-        for tensor in tensors:
+    for table in large:
+        together = math.lcm(*(every for every in table.every.values() if every))
+        kept = table.rows // (4 * together) * 2 * together
+        for tensor in found[table.module]:
+            entries = table.entries(tensor.name, kept)
             if tensor.name not in cut:
-                cut[tensor.name] = _cut(tensor, tensor.dims[0] // 4 * 2)
-        removed.append(sum(cut[tensor.name] for tensor in tensors))
+                cut[tensor.name] = 0 if entries is None else _cut(tensor, entries)
+        removed.append(sum(cut[tensor.name] for tensor in found[table.module]))
     del model.graph.value_info[:]  # shapes of the uncut graph
     return min(removed, default=None)
 

@@ -74,7 +74,7 @@ def lower(
         ) from fault
     tables = _tables(wrapper, program.model.graph)
     if target != "onnxruntime":
-        _retype(program.model, tables)
+        _retype(program.model, wrapper)
     held = program.model.graph.initializers
     looked_up = tuple(
         table for table in tables if any(_looked_up(held[name]) for name in table.names)
@@ -147,20 +147,26 @@ class _Packed:
 
 
 def _packed(wrapper: Served, graph: ir.Graph) -> tuple[_Packed, ...]:
-    """The largest tensor of every packed module that a graph reads where a request decides."""
+    """What packed modules hold in a graph: of layers the largest tensor, of tables every one.
+
+    Tables, or tensors of them, that no request decides a read of are left out.
+    """
     names = _names(wrapper)
     found = []
     for module_name, module in wrapper.named_modules():
         if not isinstance(module, PackedTable | PackedLinear):
             continue
-        stored = max(module.buffers(), key=lambda tensor: tensor.nbytes)
-        name = next((n for n in names[id(stored)] if n in graph.initializers), None)
-        if name is None:  # nothing reads it
-            continue
-        if isinstance(module, PackedTable) and not _looked_up(graph.initializers[name]):
-            continue
-        label = module_name.removeprefix("model.")
-        found.append(_Packed(label, module.storage.name, stored.nbytes, name))
+        stored = list(module.buffers())
+        if isinstance(module, PackedLinear):  # a bias may be written down in another type
+            stored = [max(stored, key=lambda tensor: tensor.nbytes)]
+        for tensor in stored:
+            name = next((n for n in names[id(tensor)] if n in graph.initializers), None)
+            if name is None:  # nothing reads it
+                continue
+            if isinstance(module, PackedTable) and not _looked_up(graph.initializers[name]):
+                continue
+            label = module_name.removeprefix("model.")
+            found.append(_Packed(label, module.storage.name, tensor.nbytes, name))
     return tuple(found)
 
 
@@ -168,7 +174,7 @@ def _need_packed(packed: tuple[_Packed, ...], graph: ir.Graph, target: TargetKin
     """Refuse a graph whose packed weights are not those of the module.
 
     Raises:
-        AuditFailed: a table's or layer's codes are missing, or took more bytes.
+        AuditFailed: a stored tensor is missing, or takes more bytes.
     """
     for weight in packed:
         value = graph.initializers.get(weight.name)
@@ -207,8 +213,11 @@ def _tables(wrapper: Served, graph: ir.Graph) -> tuple[TableInitializers, ...]:
     names = _names(wrapper)
     found = []
     for name, module in wrapper.named_modules():
+        every: dict[str, int] = {}
         if isinstance(module, PackedTable):
             rows, form, stored = module.rows, module.storage.name, list(module.buffers())
+            laid = module.storage.layout(rows, module.dim, module.settings)
+            every = {key: spec.every for key, spec in laid.items()}
         elif isinstance(module, nn.Embedding):
             rows, form, stored = module.num_embeddings, "float32", [module.weight]
         else:
@@ -217,9 +226,18 @@ def _tables(wrapper: Served, graph: ir.Graph) -> tuple[TableInitializers, ...]:
         # A table inside a bag goes by the bag's name.
         label = owner if leaf == "table" and isinstance(wrapper.get_submodule(owner), Bag) else name
         held = [next((n for n in names[id(t)] if n in graph.initializers), None) for t in stored]
-        if None not in held:
-            module_name = label.removeprefix("model.")
-            found.append(TableInitializers(module=module_name, rows=rows, format=form, names=held))
+        if None in held:
+            continue
+        shared = {n: every.get(n.rpartition(".")[2], 1) for n in held if n is not None}
+        found.append(
+            TableInitializers(
+                module=label.removeprefix("model."),
+                rows=rows,
+                format=form,
+                names=held,
+                every={n: share for n, share in shared.items() if share != 1},
+            )
+        )
     return tuple(found)
 
 
@@ -247,20 +265,21 @@ def _constant(value: ir.Value | None) -> bool:
     return node is not None and all(_constant(item) for item in node.inputs)
 
 
-def _retype(model: ir.Model, tables: tuple[TableInitializers, ...]) -> None:
+def _retype(model: ir.Model, wrapper: Served) -> None:
     """Give packed tables the element types and shapes TensorRT's operators take."""
-    for table in tables:
-        if table.format not in {"rowwise_int8", "rowwise_int4"}:
+    names, done = _names(wrapper), set()
+    for module in wrapper.modules():
+        if not isinstance(module, PackedTable):
             continue
-        codes, scale = (_initializer(model, name) for name in table.names)
-        if table.format == "rowwise_int4":
-            packed = tensorrt.packed_int4(codes.const_value.numpy())
-            shape = (packed.shape[0], 2 * packed.shape[1])
-            _set(
-                codes, ir.PackedTensor(packed.reshape(-1), ir.DataType.INT4, shape=ir.Shape(shape))
-            )
-        else:
-            _set(scale, ir.Tensor(scale.const_value.numpy().reshape(-1)))
+        for stored, tensor in module.named_buffers():
+            name = next((n for n in names[id(tensor)] if n in model.graph.initializers), None)
+            if name is None or name in done:  # nothing reads it, or two tables share it
+                continue
+            done.add(name)
+            value = _initializer(model, name)
+            new = tensorrt.retyped(module, stored, value.const_value.numpy())
+            if new is not None:
+                _set(value, new)
 
 
 def _initializer(model: ir.Model, name: str) -> ir.Value:

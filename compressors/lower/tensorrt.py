@@ -14,9 +14,11 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnx_ir as ir
 import torch
 from onnxscript import opset21 as op
 
+from compressors.formats import PackedTable
 from compressors.lower.onnxruntime import FLOAT, FLOAT16, as_matrix, constant
 from compressors.tables.rowwise_int4 import unpack
 
@@ -67,6 +69,29 @@ def translations() -> dict[Any, Callable[..., Any]]:
         ops.static_int8_linear.default: static_int8_linear,
         ops.float16_linear.default: float16_linear,
     }
+
+
+def retyped(table: PackedTable, name: str, values: np.ndarray) -> ir.TensorProtocol | None:
+    """A stored tensor in the type and shape TensorRT's operators take; None if it has them.
+
+    Args:
+        table: whose it is.
+        name: its name in the table's format.
+        values: as the module stores it.
+    """
+    match table.storage.name, name:
+        case "rowwise_int8", "scale":
+            return ir.Tensor(values.reshape(-1))
+        case "rowwise_int4", "codes":
+            return int4_tensor(values)
+    return None
+
+
+def int4_tensor(planar: np.ndarray) -> ir.PackedTensor:
+    """Planar nibbles, offset 8, uint8 ``(rows, half)``, as an int4 tensor ``(rows, 2 * half)``."""
+    packed = packed_int4(planar)
+    shape = ir.Shape((packed.shape[0], 2 * packed.shape[1]))
+    return ir.PackedTensor(packed.reshape(-1), ir.DataType.INT4, shape=shape)
 
 
 def packed_int4(planar: np.ndarray) -> np.ndarray:
