@@ -6,6 +6,7 @@ table and dense layer, and are held to it.
 """
 
 from collections.abc import Collection, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol, get_args, runtime_checkable
 
@@ -162,6 +163,7 @@ def run(step: TableStep | ModelStep, source: Model, bench: Bench, folder: Path) 
         )
     sizes = stored_bytes(source.module), stored_bytes(stored)
     choices = _as_found(step, choices, Unit.of(source.module), after)
+    choices = {name: _noted(choice, model.notes.get(name)) for name, choice in choices.items()}
     plan = plan_of(step.kind, source, choices, before, after, sizes)
     return Model(stored, source.architecture, network, plan)
 
@@ -275,15 +277,17 @@ def _check_choices(
 ) -> None:
     now = {unit.name: unit for unit in after}
     values = isinstance(step, ModelStep) and step.changes == "values"
+    may_stay = isinstance(step, ModelStep) and step.changes in ("values", "parts")
     for unit in before:
         taken, new = choices[unit.name].take, now.get(unit.name)
         if new is None:
             if values and taken:
                 continue
             raise ContractBroken(f"After {step.kind!r} nothing stands at {unit.name!r} any more.")
-        # A method that changes values may find that they are best left as they are.
+        # A method that changes values, or looks for rows to do without, may find that a unit is
+        # best left as it is.
         kept = new.format == unit.format if not values else _equal(unit.module, new.module)
-        if kept == taken and not (values and taken):
+        if kept == taken and not (may_stay and taken):
             did = "kept" if kept else "changed"
             raise ContractBroken(f"{step.kind!r} {did} {unit.name!r} against its own choice.")
         if values and new.format != unit.format:
@@ -311,7 +315,7 @@ def _as_found(
     after: tuple[Unit, ...],
 ) -> dict[str, Choice]:
     """The choices, with a word where the method looked for better values and found none."""
-    if not isinstance(step, ModelStep) or step.changes != "values":
+    if not isinstance(step, ModelStep) or step.changes == "format":
         return dict(choices)
     now = {unit.name: unit for unit in after}
     found = dict(choices)
@@ -321,6 +325,10 @@ def _as_found(
             reason = f"{choice.reason}: nothing better was found, kept as it was"
             found[unit.name] = Choice(False, reason)
     return found
+
+
+def _noted(choice: Choice, note: str | None) -> Choice:
+    return choice if note is None else replace(choice, reason=f"{choice.reason}; {note}")
 
 
 def _equal(old: nn.Module, new: nn.Module) -> bool:

@@ -150,6 +150,20 @@ def pack_table(old: nn.Module, table: nn.Module) -> nn.Module:
     return table
 
 
+def plain_bag(old: nn.EmbeddingBag, longest: int | None = None) -> Bag:
+    """An ``nn.EmbeddingBag`` as a lookup and a reduction, over the same weight."""
+    table = nn.Embedding(1, 1)  # its weight is replaced at once: nothing large is made
+    table.num_embeddings, table.embedding_dim = old.num_embeddings, old.embedding_dim
+    table.weight = old.weight
+    return Bag(
+        table,
+        mode=old.mode,
+        padding_idx=old.padding_idx,
+        include_last_offset=old.include_last_offset,
+        longest=longest,
+    )
+
+
 def private_copy(model: nn.Module) -> nn.Module:
     """A module tree of its own over the same tensors, so that a table is never held twice."""
     tensors = (*model.parameters(), *model.buffers())

@@ -15,7 +15,11 @@ import onnx_ir as ir
 import torch
 from onnxscript import opset21 as op
 
-FLOAT, FLOAT16, INT32 = (int(getattr(onnx.TensorProto, n)) for n in ("FLOAT", "FLOAT16", "INT32"))
+from compressors.tables.row_maps import BLOCK
+
+FLOAT, FLOAT16, INT32, INT64 = (
+    int(getattr(onnx.TensorProto, name)) for name in ("FLOAT", "FLOAT16", "INT32", "INT64")
+)
 
 
 def constant(dtype: int, values: list[int] | int) -> Any:
@@ -46,6 +50,33 @@ def rowwise_int4(codes: Any, scale: Any, ids: Any, dim: int) -> Any:
 def float16_table(weight: Any, ids: Any) -> Any:
     """Gather float16 rows, then widen them."""
     return op.Cast(op.Gather(weight, ids, axis=0), to=FLOAT)
+
+
+def planned_place(planes: Any, ids: Any) -> Any:
+    """Gather the bytes of each place, then add them up."""
+    count = int(planes.shape[1])
+    return joined_bytes(op.Cast(op.Gather(planes, ids, axis=0), to=INT64), count)
+
+
+def joined_bytes(digits: Any, count: int) -> Any:
+    """Places from int64 ``(*, count)`` in [-128, 127]."""
+    weight = op.Constant(value_ints=[256**plane for plane in range(count)])
+    weighed = op.Mul(op.Add(digits, op.Constant(value_int=128)), weight)
+    return op.ReduceSum(weighed, op.Constant(value_ints=[-1]), keepdims=0)
+
+
+def kept_place(within: Any, before: Any, ids: Any) -> Any:
+    """Gather the rank within a block and the count before the block."""
+    return placed(op.Cast(op.Gather(within, ids, axis=0), to=INT64), before, ids)
+
+
+def placed(rank: Any, before: Any, ids: Any) -> Any:
+    """The place of a row from its int64 rank within its block."""
+    block = op.Div(op.Cast(ids, to=INT64), op.Constant(value_int=BLOCK))
+    base = op.Cast(op.Gather(before, block, axis=0), to=INT64)
+    other = op.Less(rank, op.Constant(value_int=0))
+    back = op.Where(other, op.Constant(value_int=BLOCK), op.Constant(value_int=0))
+    return op.Sub(op.Add(base, rank), op.Mul(back, block))
 
 
 def static_int8_linear(x: Any, codes: Any, weight_scale: Any, input_scale: Any, bias: Any) -> Any:
@@ -91,6 +122,8 @@ def translations() -> dict[Any, Callable[..., Any]]:
         ops.rowwise_int8.default: rowwise_int8,
         ops.rowwise_int4.default: rowwise_int4,
         ops.float16_table.default: float16_table,
+        ops.planned_place.default: planned_place,
+        ops.kept_place.default: kept_place,
         ops.static_int8_linear.default: static_int8_linear,
         ops.float16_linear.default: float16_linear,
     }

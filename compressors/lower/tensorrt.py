@@ -19,7 +19,15 @@ import torch
 from onnxscript import opset21 as op
 
 from compressors.formats import PackedTable
-from compressors.lower.onnxruntime import FLOAT, FLOAT16, as_matrix, constant
+from compressors.lower.onnxruntime import (
+    FLOAT,
+    FLOAT16,
+    INT64,
+    as_matrix,
+    constant,
+    joined_bytes,
+    placed,
+)
 from compressors.tables.rowwise_int4 import unpack
 
 
@@ -41,6 +49,22 @@ def rowwise_int4(codes: Any, scale: Any, ids: Any, dim: int) -> Any:
 def float16_table(weight: Any, ids: Any) -> Any:
     """Gather float16 rows, then widen them."""
     return op.Cast(op.Gather(weight, ids, axis=0), to=FLOAT)
+
+
+def planned_place(planes: Any, ids: Any) -> Any:
+    """Dequantize with scale 1, gather, and add up the bytes of each place."""
+    return joined_bytes(_whole_numbers(planes, ids), int(planes.shape[1]))
+
+
+def kept_place(within: Any, before: Any, ids: Any) -> Any:
+    """Dequantize with scale 1, gather, and add the count before the block."""
+    return placed(_whole_numbers(within, ids), before, ids)
+
+
+def _whole_numbers(values: Any, ids: Any) -> Any:
+    """Rows of an int8 constant as int64; behind a DequantizeLinear it stays a byte each."""
+    as_float = op.DequantizeLinear(values, op.Constant(value_float=1.0))
+    return op.Cast(op.Gather(as_float, ids, axis=0), to=INT64)
 
 
 def static_int8_linear(x: Any, codes: Any, weight_scale: Any, input_scale: Any, bias: Any) -> Any:
@@ -66,6 +90,8 @@ def translations() -> dict[Any, Callable[..., Any]]:
         ops.rowwise_int8.default: rowwise_int8,
         ops.rowwise_int4.default: rowwise_int4,
         ops.float16_table.default: float16_table,
+        ops.planned_place.default: planned_place,
+        ops.kept_place.default: kept_place,
         ops.static_int8_linear.default: static_int8_linear,
         ops.float16_linear.default: float16_linear,
     }
