@@ -5,6 +5,7 @@ when it is made. Parts are units like any other: a later step of the recipe pack
 a line of its own in the plan, so that "rank 4, then 3 bits" needs no method of its own.
 """
 
+import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple, Protocol
 
@@ -51,6 +52,27 @@ class Composition(Protocol):
         settings: Mapping[str, Any],
     ) -> Tensor:
         """Rows as float32, ``(*ids.shape, dim)``, in operators that every target knows."""
+
+
+class Design(NamedTuple):
+    """How one table would be composed, and in words what for."""
+
+    composition: Composition
+    settings: Mapping[str, Any]
+    words: str
+
+    def bytes(self, rows: int, dim: int) -> int:
+        """What it would take, its parts in float32."""
+        own = self.composition.layout(rows, dim, self.settings).values()
+        parts = self.composition.parts(rows, dim, self.settings).values()
+        stored = sum(math.prod(spec.shape) * spec.dtype.itemsize for spec in own)
+        return stored + sum(4 * part.rows * part.dim for part in parts)
+
+    def table(
+        self, rows: int, dim: int, stored: Mapping[str, Tensor], parts: Mapping[str, Tensor]
+    ) -> "ComposedTable":
+        """The table, from its own tensors and the weights of its parts."""
+        return ComposedTable(self.composition, rows, dim, self.settings, stored, parts)
 
 
 class ComposedTable(nn.Module):

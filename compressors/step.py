@@ -90,7 +90,8 @@ class ModelStep(Protocol):
 
         ``format``: it is stored in another format. ``values``: its format stays, and its weights
         change, it becomes narrower, or it is gone. ``parts``: a table is now made of smaller ones,
-        which are units of their own.
+        which are units of their own. With the last two a unit may stay as it is, if nothing
+        better is found.
         """
 
     def choose(self, model: Model, bench: Bench) -> dict[str, Choice]:

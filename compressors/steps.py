@@ -17,16 +17,32 @@ from compressors.dense.static_int8 import StaticInt8
 from compressors.distill.distill import Distill
 from compressors.distill.fine_tune import FineTune
 from compressors.formats import LinearFormat, TableFormat
-from compressors.tables import low_rank, rowwise_int4, rowwise_int8
+from compressors.tables import (
+    drop_tables,
+    low_rank,
+    prune_rows,
+    row_map,
+    rowwise_int4,
+    rowwise_int8,
+    tiers,
+)
+from compressors.tables.drop_tables import DropTables
 from compressors.tables.low_rank import LowRank
+from compressors.tables.merge_rows import MergeRows
+from compressors.tables.prune_rows import PruneRows
 from compressors.tables.rowwise_int4 import RowwiseInt4
 from compressors.tables.rowwise_int8 import RowwiseInt8
+from compressors.tables.tiers import Tiers
 
 AnyStep = Annotated[
     Magnitude
     | Channels
     | Distill
     | FineTune
+    | DropTables
+    | MergeRows
+    | PruneRows
+    | Tiers
     | LowRank
     | RowwiseInt8
     | RowwiseInt4
@@ -41,4 +57,13 @@ TABLE_FORMATS: dict[str, TableFormat] = {
 LINEAR_FORMATS: dict[str, LinearFormat] = {
     form.name: form for form in (static_int8.FORMAT, float16.LINEAR_FORMAT)
 }
-COMPOSITIONS: dict[str, Composition] = {form.name: form for form in (low_rank.COMPOSITION,)}
+COMPOSITIONS: dict[str, Composition] = {
+    form.name: form
+    for form in (
+        low_rank.COMPOSITION,
+        row_map.COMPOSITION,
+        prune_rows.COMPOSITION,
+        tiers.COMPOSITION,
+        drop_tables.COMPOSITION,
+    )
+}

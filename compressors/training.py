@@ -20,18 +20,17 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from compressors import metrics
-from compressors.batches import Batch, Rows, batches
+from compressors.batches import Batch, Rows
 from compressors.checkpoint import Progress, keep_progress, read_progress
 from compressors.composed import ComposedTable
 from compressors.contracts import Frozen, Schema, Split
 from compressors.errors import CompressionError
 from compressors.formats import Bag, PackedLinear, PackedTable
 from compressors.loss import shuffled_rows
+from compressors.scoring import quality
 from compressors.units import own_weight
 
 log = logging.getLogger(__name__)
-SCORING_ROWS = 8192
 # A scale that has moved further than this has left the range its codes were rounded for.
 SCALE_REACH = 16.0
 
@@ -233,7 +232,7 @@ class _Run:
 
     def begin(self) -> None:
         """Judge the state before training, the first attempt."""
-        self.epochs = [Epoch(0, math.nan, self._quality())]
+        self.epochs = [Epoch(0, math.nan, quality(self.module, self.schema, self.validation))]
         self.best = _copied(self.held())
 
     def over(self) -> bool:
@@ -253,7 +252,7 @@ class _Run:
                 total += self._step(numbers) * len(numbers)
                 counted += len(numbers)
         self.module.eval()
-        found = Epoch(number, total / counted, self._quality())
+        found = Epoch(number, total / counted, quality(self.module, self.schema, self.validation))
         log.info("epoch %d: loss %.5f, validation %.5f", number, found.loss, found.quality)
         if found.quality > max(epoch.quality for epoch in self.epochs):
             self.best, self.stale = _copied(self.held()), 0
@@ -346,19 +345,6 @@ class _Run:
             return settings.learning_rate * risen * self.factor
         fallen = (1 + math.cos(math.pi * min(1.0, self.steps / self.whole))) / 2
         return settings.learning_rate * risen * fallen
-
-    def _quality(self) -> float:
-        """The schema's metric on the validation rows."""
-        parts = list(batches(self.validation, self.schema, SCORING_ROWS))
-        with torch.no_grad():
-            scores = torch.cat([self.module(**part.inputs).reshape(-1) for part in parts]).numpy()
-        label = np.concatenate([part.label.numpy() for part in parts])
-        if self.schema.metric == "auc":
-            return metrics.auc(label, scores)
-        group = np.concatenate([part.group.numpy() for part in parts if part.group is not None])
-        if self.schema.metric == "gauc":
-            return metrics.gauc(label, scores, group)
-        return metrics.ndcg(label, scores, group, k=int(self.schema.metric.rpartition("@")[2]))
 
 
 def _own(module: nn.Module, names: tuple[str, ...]) -> dict[str, Tensor]:

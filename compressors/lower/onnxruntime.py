@@ -15,7 +15,7 @@ import onnx_ir as ir
 import torch
 from onnxscript import opset21 as op
 
-from compressors.tables.row_maps import BLOCK
+from compressors.tables.kept_order import BLOCK
 
 FLOAT, FLOAT16, INT32, INT64 = (
     int(getattr(onnx.TensorProto, name)) for name in ("FLOAT", "FLOAT16", "INT32", "INT64")

@@ -12,20 +12,20 @@ weighted mean of the rows is kept apart.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
-from compressors.composed import ComposedTable, Composition, Parts, PartSpec
+from compressors.composed import Composition, Design, Parts, PartSpec
 from compressors.contracts import Bench, Change, Frozen, Part
 from compressors.formats import TensorSpec
 from compressors.model import Model
 from compressors.stand_ins import composed_outline
 from compressors.traffic import lookups
-from compressors.units import Choice, Unit, choose_tables, pack_table, swap
+from compressors.units import Choice, Unit, choose_composed, pack_table, swap
 
 
 def factors(table: Tensor, rank: int, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -113,20 +113,7 @@ class LowRank(Frozen):
     def choose(self, model: Model, bench: Bench) -> dict[str, Choice]:  # noqa: ARG002
         """Which tables become narrower, and why the others stay."""
         units = Unit.of(model.module)
-        choices = choose_tables(units, self.tables, self.min_rows, self.kind)
-        for unit in units:
-            if unit.name not in choices or not choices[unit.name].take:
-                continue
-            rows, dim = unit.weight.shape
-            rank = self._rank(dim)
-            after = 4 * (rows * rank + rank * dim + dim)
-            if after >= unit.bytes:
-                reason = f"{rows} x {dim} would be no smaller at rank {rank}"
-                choices[unit.name] = Choice(False, reason)
-            else:
-                reason = f"low_rank: {dim} -> {rank} numbers a row"
-                choices[unit.name] = replace(choices[unit.name], reason=reason)
-        return choices
+        return choose_composed(units, self.tables, self.min_rows, self.kind, self.design)
 
     def apply(self, model: Model, bench: Bench) -> Model:
         """Replace every chosen table by its factors."""
@@ -135,26 +122,21 @@ class LowRank(Frozen):
         counts = lookups(model, bench, [u.name for u in taken]) if self.weighted else {}
         for unit in taken:
             rows, dim = unit.weight.shape
-            settings = {"rank": self._rank(dim)}
+            made = self.design(rows, dim)
             # A row that was never looked up still gets an answer: it counts as half a lookup.
             weight = counts[unit.name] + 0.5 if self.weighted else torch.ones(rows)
-            narrow, projection, mean = factors(unit.weight, settings["rank"], weight)
+            narrow, projection, mean = factors(unit.weight, made.settings["rank"], weight)
             stored = {"projection": projection, "mean": mean}
-            composed = ComposedTable(COMPOSITION, rows, dim, settings, stored, {"narrow": narrow})
-            swap(model.module, unit.name, pack_table(unit.module, composed))
+            table = made.table(rows, dim, stored, {"narrow": narrow})
+            swap(model.module, unit.name, pack_table(unit.module, table))
         return model
 
     def outline(self, model: Model, bench: Bench) -> Model:
         """Every chosen table over stand-ins."""
-        choices = self.choose(model, bench)
-        return composed_outline(
-            model,
-            {
-                unit.name: (COMPOSITION, {"rank": self._rank(unit.weight.shape[1])})
-                for unit in Unit.of(model.module)
-                if unit.name in choices and choices[unit.name].take
-            },
-        )
+        return composed_outline(model, self.choose(model, bench), self.design)
 
-    def _rank(self, dim: int) -> int:
-        return min(dim, max(1, round(self.rank * dim if self.rank < 1 else self.rank)))
+    def design(self, rows: int, dim: int) -> Design:  # noqa: ARG002
+        """How a table of ``rows x dim`` is made."""
+        asked = self.rank * dim if self.rank < 1 else self.rank
+        rank = min(dim, max(1, round(asked)))
+        return Design(COMPOSITION, {"rank": rank}, f"{dim} -> {rank} numbers a row")

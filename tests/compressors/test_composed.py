@@ -13,6 +13,7 @@ from compressors.outline import outline
 from compressors.state import load, mapped
 from compressors.step import ModelStep, TableStep, run
 from compressors.tables.rowwise_int8 import RowwiseInt8
+from compressors.tables.tiers import Tiers
 from compressors.training import trainable
 from compressors.units import Unit, table_rows
 
@@ -46,7 +47,9 @@ def test_parts_are_plain_tables_with_lines_of_their_own(method, reference: Refer
             assert told.reason == f"a part of {unit.name}"
         whole = line.bytes_after + sum(part.bytes for part in parts)
         stored = {k: v for k, v in mapped(tmp_path / "out").items() if k.startswith(unit.name)}
-        assert whole == size(stored) < line.bytes_before
+        assert whole == size(stored)
+        # Two tiers save nothing until a later step packs them.
+        assert whole < line.bytes_before or method is Tiers
     assert table_rows(result.module).items() >= table_rows(source.module).items()
 
 

@@ -1,13 +1,8 @@
-"""Where the row of an id lies in a smaller table: two maps, both of int8 alone.
+"""Which rows of a table are kept, and where: a byte a row, and four bytes every 128 rows.
 
-TensorRT keeps constants of one byte only as int8 behind a DequantizeLinear; uint8 and int16 become
-four bytes in its engine without a word. So every map is written in int8, for all targets alike.
-
-*Byte planes* hold any map: one byte a row for up to 256 places, two for up to 65,536, and so on.
-
-*Kept order* holds which rows are kept, where kept ones stay in their order: one byte a row and four
-bytes every 128 rows, whatever the table's size. It gives the place of a row among the kept ones,
-and equally that of any other row among the others.
+Kept rows stay in their order, so a row's place among them is how many come before its block and
+its rank within; and equally for the other rows. Written in int8 for TensorRT's sake, as in
+``row_map``.
 """
 
 import torch
@@ -17,28 +12,16 @@ BLOCK = 128
 """Rows that share one count: a place among them takes 7 bits, and the eighth says which kind."""
 
 
-def bytes_needed(places: int) -> int:
-    """How many bytes a row of ``byte_planes`` takes for a number of places."""
-    return max(1, -(-(places - 1).bit_length() // 8))
+def most(score: Tensor, count: int) -> Tensor:
+    """Which ``count`` rows have the highest score, bool ``(rows,)``; of equals the first."""
+    chosen = torch.zeros(len(score), dtype=torch.bool)
+    chosen[score.sort(descending=True, stable=True).indices[:count]] = True
+    return chosen
 
 
-def byte_planes(place: Tensor, places: int) -> Tensor:
-    """Places, int ``(rows,)`` in [0, places), as int8 ``(rows, bytes_needed(places))``."""
-    planes = [(place >> (8 * plane)) & 255 for plane in range(bytes_needed(places))]
-    return (torch.stack(planes, dim=1) - 128).to(torch.int8)
-
-
-@torch.library.custom_op("recpress::planned_place", mutates_args=())
-def planned_place(planes: Tensor, ids: Tensor) -> Tensor:
-    """Places from ``byte_planes``: int8 ``(rows, k)``, ids ``(*,)`` -> int64 ``(*ids,)``."""
-    digits = planes[ids].to(torch.int64) + 128  # (*ids, k)
-    weight = 256 ** torch.arange(planes.shape[1], device=planes.device)  # (k,)
-    return (digits * weight).sum(dim=-1)
-
-
-@planned_place.register_fake
-def _(planes: Tensor, ids: Tensor) -> Tensor:
-    return planes.new_empty(ids.shape, dtype=torch.int64)
+def share(counts: Tensor, chosen: Tensor) -> float:
+    """Share of all lookups that read the chosen rows; 0 where there were none."""
+    return float(counts[chosen].sum() / counts.sum().clamp(min=1))
 
 
 def kept_order(kept: Tensor) -> tuple[Tensor, Tensor]:
