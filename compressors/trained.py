@@ -4,6 +4,7 @@ from collections.abc import Collection
 
 from compressors.contracts import Bench
 from compressors.errors import CompressionError, NothingToCompress
+from compressors.formats import Bag, PackedTable
 from compressors.model import Model
 from compressors.training import Loss, Training, train, trainable
 from compressors.units import Choice, Unit
@@ -34,8 +35,18 @@ def choose_trained(model: Model, bench: Bench, kind: str, *, tables: bool) -> di
         elif unit.role == "table" and not tables:
             choices[unit.name] = Choice(False, f"{kind} leaves tables as they are")
         else:
-            choices[unit.name] = Choice(False, f"{unit.format} holds nothing that {kind} can train")
+            choices[unit.name] = Choice(False, nothing_to_train(unit, kind))
     return choices
+
+
+def nothing_to_train(unit: Unit, kind: str) -> str:
+    """Why training cannot change a unit that it may change."""
+    inside = unit.module.table if isinstance(unit.module, Bag) else unit.module
+    learned = inside.storage.learned if isinstance(inside, PackedTable) else ()
+    if narrow := [name for name, tensor in inside.named_buffers() if name in learned]:
+        dtype = str(inside.get_buffer(narrow[0]).dtype).removeprefix("torch.")
+        return f"{kind} trains only float32, and the {narrow[0]} of {unit.format} is {dtype}"
+    return f"{unit.format} holds nothing that {kind} can train"
 
 
 def pruned_layers(model: Model) -> tuple[str, ...]:
@@ -45,9 +56,16 @@ def pruned_layers(model: Model) -> tuple[str, ...]:
 
 
 def trained_on(
-    model: Model, bench: Bench, loss: Loss, settings: Training, pruned: Collection[str]
+    model: Model,
+    bench: Bench,
+    loss: Loss,
+    settings: Training,
+    pruned: Collection[str],
+    only: Collection[str] | None = None,
 ) -> Model:
     """The model, trained on the rows of a bench and left as it was in its best epoch.
+
+    ``pruned`` and ``only`` are those of ``compressors.training.train``.
 
     Raises:
         CompressionError: the bench lacks rows, or training diverged.
@@ -64,5 +82,6 @@ def trained_on(
         seed=bench.seed,
         checkpoints=bench.checkpoints,
         pruned=pruned,
+        only=only,
     )
     return model
