@@ -16,6 +16,7 @@ from compressors.dense.magnitude import Magnitude
 from compressors.dense.static_int8 import StaticInt8
 from compressors.distill.distill import Distill
 from compressors.distill.fine_tune import FineTune
+from compressors.distill.refit_codes import RefitCodes
 from compressors.formats import LinearFormat, TableFormat
 from compressors.tables import (
     kmeans,
@@ -37,6 +38,7 @@ AnyStep = Annotated[
     | Channels
     | Distill
     | FineTune
+    | RefitCodes
     | LowRank
     | RowwiseInt8
     | RowwiseInt4

@@ -16,13 +16,7 @@ def choose_trained(model: Model, bench: Bench, kind: str, *, tables: bool) -> di
     Raises:
         NothingToCompress: the schema's task has no loss yet.
     """
-    if bench.signature.task == "retrieval":
-        raise NothingToCompress(
-            step=kind,
-            wanted="a model of task 'ctr' or 'ranking'",
-            closest="task 'retrieval', whose training is not written yet",
-            remedy="Leave this step out.",
-        )
+    need_loss(bench, kind)
     names = trainable(model.module, tables=tables)
     rows = bench.train.rows if bench.train else 0
     choices = {}
@@ -37,6 +31,21 @@ def choose_trained(model: Model, bench: Bench, kind: str, *, tables: bool) -> di
         else:
             choices[unit.name] = Choice(False, nothing_to_train(unit, kind))
     return choices
+
+
+def need_loss(bench: Bench, kind: str) -> None:
+    """Refuse a task that has no loss yet.
+
+    Raises:
+        NothingToCompress: it is ``retrieval``.
+    """
+    if bench.signature.task == "retrieval":
+        raise NothingToCompress(
+            step=kind,
+            wanted="a model of task 'ctr' or 'ranking'",
+            closest="task 'retrieval', whose training is not written yet",
+            remedy="Leave this step out.",
+        )
 
 
 def nothing_to_train(unit: Unit, kind: str) -> str:

@@ -216,13 +216,10 @@ class _Run:
             for name, leaf in self.leaves.items()
             if not isinstance(leaf, nn.Parameter) and name.endswith("scale")
         }
-        dense = {
-            name
-            for name, leaf in self.leaves.items()
-            if leaf.dim() == 2 and not _is_table(module, name) and _packed_owner(module, name) is None
-        }
-        decayed = [leaf for name, leaf in self.leaves.items() if name in dense]
-        others = [leaf for name, leaf in self.leaves.items() if name not in dense]
+        kept = {id(table) for table in self.tables}
+        kept |= {id(leaf) for n, leaf in self.leaves.items() if _packed_owner(module, n)}
+        decayed = [x for x in self.leaves.values() if x.dim() == 2 and id(x) not in kept]
+        others = [x for x in self.leaves.values() if x.dim() != 2 or id(x) in kept]
         self.optimizer = torch.optim.AdamW(
             [
                 {"params": decayed, "weight_decay": settings.weight_decay},
@@ -365,17 +362,21 @@ class _Run:
         return settings.learning_rate * risen * fallen
 
     def _quality(self) -> float:
-        """The schema's metric on the validation rows."""
-        parts = list(batches(self.validation, self.schema, SCORING_ROWS))
-        with torch.no_grad():
-            scores = torch.cat([self.module(**part.inputs).reshape(-1) for part in parts]).numpy()
-        label = np.concatenate([part.label.numpy() for part in parts])
-        if self.schema.metric == "auc":
-            return metrics.auc(label, scores)
-        group = np.concatenate([part.group.numpy() for part in parts if part.group is not None])
-        if self.schema.metric == "gauc":
-            return metrics.gauc(label, scores, group)
-        return metrics.ndcg(label, scores, group, k=int(self.schema.metric.rpartition("@")[2]))
+        return quality(self.module, self.schema, self.validation)
+
+
+def quality(module: nn.Module, schema: Schema, validation: Split) -> float:
+    """The schema's metric on some rows; higher is better."""
+    parts = list(batches(validation, schema, SCORING_ROWS))
+    with torch.no_grad():
+        scores = torch.cat([module(**part.inputs).reshape(-1) for part in parts]).numpy()
+    label = np.concatenate([part.label.numpy() for part in parts])
+    if schema.metric == "auc":
+        return metrics.auc(label, scores)
+    group = np.concatenate([part.group.numpy() for part in parts if part.group is not None])
+    if schema.metric == "gauc":
+        return metrics.gauc(label, scores, group)
+    return metrics.ndcg(label, scores, group, k=int(schema.metric.rpartition("@")[2]))
 
 
 def _own(module: nn.Module, names: tuple[str, ...]) -> dict[str, Tensor]:

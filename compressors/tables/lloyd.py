@@ -112,6 +112,27 @@ def nearest(points: Tensor, codebook: Tensor) -> Tensor:
     return codes
 
 
+def nearest_under(points: Tensor, metric: Tensor, codebook: Tensor) -> Tensor:
+    """The entry nearest to each point where each point's own columns count differently.
+
+    Args:
+        points: float32 ``(points, dim)``.
+        metric: what a squared difference counts, ``(points, dim)``, none negative.
+        codebook: float ``(levels, dim)``.
+
+    Returns:
+        int64 ``(points,)``.
+    """
+    entries = codebook.float()
+    codes = torch.empty(len(points), dtype=torch.int64)
+    for begin in range(0, len(points), BLOCK):
+        part = slice(begin, begin + BLOCK)
+        squares = metric[part] @ entries.square().t()  # (block, levels)
+        score = torch.addmm(squares, metric[part] * points[part], entries.t(), alpha=-2)
+        codes[part] = score.argmin(dim=1)
+    return codes
+
+
 def squared_distance(points: Tensor, others: Tensor) -> Tensor:
     """Between each point and another one, both ``(points, dim)``: float64 ``(points,)``."""
     return (points - others).double().square().sum(dim=1)
