@@ -5,6 +5,7 @@ model step sees the whole module. Both say first, in ``choose``, what they will 
 table and dense layer, and are held to it.
 """
 
+import math
 from collections.abc import Collection, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -235,6 +236,7 @@ def choices_of(step: TableStep | ModelStep, model: Model, bench: Bench) -> dict[
         chosen = step.choose(model, bench)
     else:
         chosen = choose_tables(units, step.tables, step.min_rows, step.kind)
+        chosen |= {unit.name: kept for unit in units if (kept := _no_smaller(step, unit, chosen))}
     if not any(choice.take for choice in chosen.values()):
         reasons = "; ".join(f"{name}: {choice.reason}" for name, choice in chosen.items())
         raise NothingToCompress(
@@ -245,6 +247,18 @@ def choices_of(step: TableStep | ModelStep, model: Model, bench: Bench) -> dict[
         )
     rest = {unit.name: Choice(False, f"{step.kind} takes no {unit.role}") for unit in units}
     return {**rest, **chosen}
+
+
+def _no_smaller(step: TableStep, unit: Unit, chosen: Mapping[str, Choice]) -> Choice | None:
+    """The reason to keep a table that would take as many bytes as it has, or more."""
+    if unit.name not in chosen or not chosen[unit.name].take:
+        return None
+    rows, dim = unit.weight.shape
+    laid = step.storage.layout(rows, dim, step.settings())
+    size = sum(math.prod(spec.shape) * spec.dtype.itemsize for spec in laid.values())
+    if size < unit.bytes:
+        return None
+    return Choice(False, f"{step.kind} would take {size} bytes, not fewer than its {unit.bytes}")
 
 
 def _encode_table(step: TableStep, unit: Unit) -> nn.Module:

@@ -16,20 +16,28 @@ from compressors.dense.magnitude import Magnitude
 from compressors.dense.static_int8 import StaticInt8
 from compressors.distill.distill import Distill
 from compressors.distill.fine_tune import FineTune
+from compressors.distill.refit_codes import RefitCodes
 from compressors.formats import LinearFormat, TableFormat
 from compressors.tables import (
     drop_tables,
+    kmeans,
     low_rank,
+    product_codes,
     prune_rows,
+    residual_codes,
     row_map,
     rowwise_int4,
     rowwise_int8,
     tiers,
 )
+from compressors.tables.cluster_rows import ClusterRows
 from compressors.tables.drop_tables import DropTables
+from compressors.tables.kmeans import KMeans
 from compressors.tables.low_rank import LowRank
 from compressors.tables.merge_rows import MergeRows
+from compressors.tables.product_codes import ProductCodes
 from compressors.tables.prune_rows import PruneRows
+from compressors.tables.residual_codes import ResidualCodes
 from compressors.tables.rowwise_int4 import RowwiseInt4
 from compressors.tables.rowwise_int8 import RowwiseInt8
 from compressors.tables.tiers import Tiers
@@ -41,18 +49,31 @@ AnyStep = Annotated[
     | FineTune
     | DropTables
     | MergeRows
+    | ClusterRows
     | PruneRows
     | Tiers
+    | RefitCodes
     | LowRank
     | RowwiseInt8
     | RowwiseInt4
+    | KMeans
+    | ProductCodes
+    | ResidualCodes
     | StaticInt8
     | Float16,
     Field(discriminator="kind"),
 ]
 
 TABLE_FORMATS: dict[str, TableFormat] = {
-    form.name: form for form in (rowwise_int8.FORMAT, rowwise_int4.FORMAT, float16.TABLE_FORMAT)
+    form.name: form
+    for form in (
+        rowwise_int8.FORMAT,
+        rowwise_int4.FORMAT,
+        kmeans.FORMAT,
+        product_codes.FORMAT,
+        residual_codes.FORMAT,
+        float16.TABLE_FORMAT,
+    )
 }
 LINEAR_FORMATS: dict[str, LinearFormat] = {
     form.name: form for form in (static_int8.FORMAT, float16.LINEAR_FORMAT)

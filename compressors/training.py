@@ -79,13 +79,15 @@ class Training(Frozen):
     )
     tables: bool = Field(
         False,
-        description="Train float32 tables as well. Give table_l2 as the original had it.",
+        description="Train tables as well: float32 ones, and the float32 scales and codebooks of "
+        "packed ones. Give table_l2 as the original had it.",
         json_schema_extra={"position": 7},
     )
     table_l2: float = Field(
         0.0,
         ge=0,
-        description="Penalty on whole tables: half of it times their squared norm.",
+        description="Penalty on whole tables that are trained, packed ones as they are read: half "
+        "of it times their squared norm.",
         json_schema_extra={"position": 8},
     )
 
@@ -144,6 +146,7 @@ def train(
     seed: int,
     checkpoints: str | None,
     pruned: Collection[str] = (),
+    only: Collection[str] | None = None,
 ) -> tuple[Epoch, ...]:
     """Train a module of a private tree in place; it ends as it was in its best epoch.
 
@@ -158,11 +161,13 @@ def train(
         checkpoints: a folder where progress is kept, and found again after a crash.
         pruned: layers whose zeros stay zero. Elsewhere a zero is a weight like any other: a gate
             that begins closed, a last layer that begins at nothing.
+        only: names of the tensors that are trained, in place of what ``settings`` says.
 
     Raises:
         CompressionError: the loss is no longer a finite number, or there is nothing to train.
     """
-    run = _Run(module, schema, Rows(rows, schema), validation, loss, settings, seed, pruned)
+    names = trainable(module, tables=settings.tables) if only is None else tuple(only)
+    run = _Run(module, schema, Rows(rows, schema), validation, loss, settings, seed, pruned, names)
     progress = read_progress(checkpoints, run.held()) if checkpoints else None
     if progress is None:
         run.begin()
@@ -188,16 +193,18 @@ class _Run:
         loss: Loss,
         settings: Training,
         seed: int,
-        pruned: Collection[str] = (),
+        pruned: Collection[str],
+        names: tuple[str, ...],
     ) -> None:
         self.module, self.schema, self.rows = module, schema, rows
         self.validation, self.loss, self.settings, self.seed = validation, loss, settings, seed
-        names = trainable(module, tables=settings.tables)
         if not names:
             raise CompressionError("Nothing in this network can be trained: all of it is packed.")
         self.leaves = _own(module, names)
         self.statistics = _own_statistics(module)
         self.tables = [leaf for name, leaf in self.leaves.items() if _is_table(module, name)]
+        owners = (_packed_owner(module, name) for name in self.leaves)
+        self.packed = list(dict.fromkeys(owner for owner in owners if owner is not None))
         self.zeros = {
             name: leaf.detach() != 0
             for name, leaf in self.leaves.items()
@@ -209,6 +216,7 @@ class _Run:
             if not isinstance(leaf, nn.Parameter) and name.endswith("scale")
         }
         kept = {id(table) for table in self.tables}
+        kept |= {id(leaf) for n, leaf in self.leaves.items() if _packed_owner(module, n)}
         decayed = [x for x in self.leaves.values() if x.dim() == 2 and id(x) not in kept]
         others = [x for x in self.leaves.values() if x.dim() != 2 or id(x) in kept]
         self.optimizer = torch.optim.AdamW(
@@ -321,7 +329,7 @@ class _Run:
                 f"{len(self.epochs)}. Lower learning_rate, or raise warmup."
             )
         total = loss
-        for table in self.tables:
+        for table in self._penalized():
             total = total + self.settings.table_l2 / 2 * table.square().sum()
         for group in self.optimizer.param_groups:
             group["lr"] = self._rate()
@@ -336,6 +344,12 @@ class _Run:
                 leaf = self.leaves[name]
                 leaf.copy_(leaf.clamp(first / SCALE_REACH, first * SCALE_REACH))
         return float(loss.detach())
+
+    def _penalized(self) -> list[Tensor]:
+        """Whole tables that are trained, packed ones as they are read."""
+        if not self.settings.table_l2:
+            return []
+        return [*self.tables, *(table(torch.arange(table.rows)) for table in self.packed)]
 
     def _rate(self) -> float:
         """Adam's learning rate of the next step."""
@@ -392,6 +406,12 @@ def _own_statistics(module: nn.Module) -> tuple[str, ...]:
 def _is_table(module: nn.Module, name: str) -> bool:
     owner = module.get_submodule(name.rpartition(".")[0])
     return isinstance(owner, nn.Embedding | nn.EmbeddingBag)
+
+
+def _packed_owner(module: nn.Module, name: str) -> PackedTable | None:
+    """The packed table that a tensor belongs to."""
+    owner = module.get_submodule(name.rpartition(".")[0])
+    return owner if isinstance(owner, PackedTable) else None
 
 
 def _copied(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -79,7 +79,7 @@ def choose_tables(
 ) -> dict[str, Choice]:
     """Which tables a step takes, and why not the others."""
     tables = [unit for unit in units if unit.role == "table"]
-    _all_match(patterns, tables, kind, "table")
+    need_matches(patterns, tables, kind, "table")
     choices = {}
     for unit in tables:
         keep = _keep(unit, patterns)
@@ -122,7 +122,7 @@ def choose_dense(
 ) -> dict[str, Choice]:
     """Which dense layers a step takes, and why not the others."""
     layers = [unit for unit in units if unit.role == "dense"]
-    _all_match(patterns, layers, kind, "dense layer")
+    need_matches(patterns, layers, kind, "dense layer")
     choices = {}
     for unit in layers:
         keep = _keep(unit, patterns)
@@ -146,7 +146,12 @@ def _named(unit: Unit, pattern: str) -> bool:
     return any(fnmatch.fnmatchcase(name, pattern) for name in names)
 
 
-def _all_match(patterns: tuple[str, ...], units: list[Unit], kind: str, what: str) -> None:
+def need_matches(patterns: tuple[str, ...], units: list[Unit], kind: str, what: str) -> None:
+    """Refuse a name pattern that no unit has.
+
+    Raises:
+        NothingToCompress: names those there are.
+    """
     for pattern in patterns:
         if pattern != "*" and not any(_named(unit, pattern) for unit in units):
             raise NothingToCompress(

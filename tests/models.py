@@ -32,6 +32,7 @@ from compressors.contracts import (
     Split,
     TargetKind,
 )
+from compressors.distill.refit_codes import RefitCodes
 from compressors.lower.export import Lowered, lower
 from compressors.lower.served import Form, forms, input_names
 from compressors.model import Model
@@ -46,12 +47,14 @@ torch.set_num_threads(1)
 
 Step = TableStep | ModelStep
 METHODS: tuple[type[Step], ...] = typing.get_args(typing.get_args(AnyStep)[0])
+# Those that find something to do on a model that no other has compressed.
+ALONE = tuple(method for method in METHODS if method is not RefitCodes)
 
 
 # Methods that change what a format holds, that store units in another one, and that make tables
 # of smaller ones.
 def _changing(what: str) -> tuple[type[Step], ...]:
-    return tuple(m for m in METHODS if getattr(m(), "changes", "format") == what)
+    return tuple(m for m in ALONE if getattr(m(), "changes", "format") == what)
 
 
 VALUES, FORMATS, PARTS = _changing("values"), _changing("format"), _changing("parts")

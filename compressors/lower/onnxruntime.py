@@ -16,6 +16,7 @@ import torch
 from onnxscript import opset21 as op
 
 from compressors.tables.kept_order import BLOCK
+from compressors.tables.product_codes import columns
 
 FLOAT, FLOAT16, INT32, INT64 = (
     int(getattr(onnx.TensorProto, name)) for name in ("FLOAT", "FLOAT16", "INT32", "INT64")
@@ -45,6 +46,60 @@ def rowwise_int4(codes: Any, scale: Any, ids: Any, dim: int) -> Any:
         rows = op.Slice(rows, [0], [dim], [-1])
     rows = op.Sub(rows, op.Constant(value_float=8.0))
     return op.Mul(rows, op.Cast(op.Gather(scale, ids, axis=0), to=FLOAT))
+
+
+def unpacked(codes: Any, ids: Any, count: int, width: int) -> Any:
+    """Gather packed codes and take the planes apart: int32 ``(*ids, count)``."""
+    found = op.Gather(codes, ids, axis=0)
+    byte = onnx.TensorProto.UINT8
+    for bits in (4, 2)[: {8: 0, 4: 1, 2: 2}[width]]:
+        low = op.BitwiseAnd(found, constant(byte, (1 << bits) - 1))
+        high = op.BitShift(found, constant(byte, bits), direction="RIGHT")
+        found = op.Concat(low, high, axis=-1)
+    return without_padding(op.Cast(found, to=INT32), count, width)
+
+
+def without_padding(codes: Any, count: int, width: int) -> Any:
+    """The codes of a row without those that fill up its last byte."""
+    return codes if count * width % 8 == 0 else op.Slice(codes, [0], [count], [-1])
+
+
+def kmeans_levels(codes: Any, codebook: Any, scale: Any, ids: Any) -> Any:
+    """The level of each code int32 ``(*ids, dim)``, times the row's scale if there is one."""
+    rows = op.Gather(codebook, codes, axis=0)
+    return rows if scale is None else op.Mul(rows, op.Cast(op.Gather(scale, ids, axis=0), to=FLOAT))
+
+
+def kmeans_table(codes: Any, codebook: Any, scale: Any, ids: Any, dim: int, width: int) -> Any:
+    """Gather codes, then their levels."""
+    return kmeans_levels(unpacked(codes, ids, dim, width), codebook, scale, ids)
+
+
+def entries(codes: Any, codebook: Any, books: int) -> Any:
+    """Codebook entries of codes int32 ``(*ids, books)``: float32 ``(*ids, books, entry)``."""
+    levels = int(codebook.shape[0]) // books
+    first = constant(INT32, [levels * book for book in range(books)])
+    return op.Cast(op.Gather(codebook, op.Add(codes, first), axis=0), to=FLOAT)
+
+
+def side_by_side(found: Any, ids: Any, dim: int, parts: int) -> Any:
+    """Entries ``(*ids, parts, widest)`` as rows ``(*ids, dim)``."""
+    shape = [0] * len(ids.shape) + [parts * -(-dim // parts)]  # 0: as it is
+    rows = op.Reshape(found, op.Constant(value_ints=shape))
+    places = columns(dim, parts)
+    return rows if places is None else op.Gather(rows, op.Constant(value_ints=places), axis=-1)
+
+
+def product_codes(codes: Any, codebook: Any, ids: Any, dim: int, parts: int, width: int) -> Any:
+    """Gather codes, then their entries, and put the parts side by side."""
+    found = entries(unpacked(codes, ids, parts, width), codebook, parts)
+    return side_by_side(found, ids, dim, parts)
+
+
+def residual_codes(codes: Any, codebook: Any, ids: Any, books: int, width: int) -> Any:
+    """Gather codes, then their entries, and add them up."""
+    found = entries(unpacked(codes, ids, books, width), codebook, books)
+    return op.ReduceSum(found, op.Constant(value_ints=[-2]), keepdims=0)
 
 
 def float16_table(weight: Any, ids: Any) -> Any:
@@ -121,6 +176,9 @@ def translations() -> dict[Any, Callable[..., Any]]:
     return {
         ops.rowwise_int8.default: rowwise_int8,
         ops.rowwise_int4.default: rowwise_int4,
+        ops.kmeans_table.default: kmeans_table,
+        ops.product_codes.default: product_codes,
+        ops.residual_codes.default: residual_codes,
         ops.float16_table.default: float16_table,
         ops.planned_place.default: planned_place,
         ops.kept_place.default: kept_place,

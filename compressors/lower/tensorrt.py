@@ -22,12 +22,20 @@ from compressors.formats import PackedTable
 from compressors.lower.onnxruntime import (
     FLOAT,
     FLOAT16,
+    INT32,
     INT64,
     as_matrix,
     constant,
+    entries,
     joined_bytes,
+    kmeans_levels,
     placed,
+    side_by_side,
+    without_padding,
 )
+from compressors.tables.kmeans import KMeansFormat
+from compressors.tables.product_codes import ProductCodesFormat
+from compressors.tables.residual_codes import ResidualCodesFormat
 from compressors.tables.rowwise_int4 import unpack
 
 
@@ -44,6 +52,43 @@ def rowwise_int4(codes: Any, scale: Any, ids: Any, dim: int) -> Any:
     if dim % 2:
         rows = op.Slice(rows, [0], [dim], [-1])
     return op.Cast(rows, to=FLOAT)
+
+
+def unpacked(codes: Any, ids: Any, count: int, width: int) -> Any:
+    """Codes as int32 ``(*ids, count)``, kept packed in the engine.
+
+    A quantized constant may only be dequantized, so codes are stored as signed numbers (int8, or
+    two int4 a byte), dequantized with a scale of 1, gathered, and made whole numbers again. Left
+    as uint8 they would become int32 without a word. Nibbles of two codes are taken apart by
+    dividing, since there are no bit operations.
+    """
+    nibbles = width < 8
+    one = op.Constant(value=onnx.helper.make_tensor("", FLOAT16, [], [1.0]))
+    table = op.DequantizeLinear(codes, one)
+    found = op.Cast(op.Gather(table, ids, axis=0), to=INT32)
+    found = op.Add(found, constant(INT32, 8 if nibbles else 128))
+    if width == 2:
+        high = op.Div(found, constant(INT32, 4))
+        low = op.Sub(found, op.Mul(high, constant(INT32, 4)))
+        found = op.Concat(low, high, axis=-1)
+    return without_padding(found, count, width)
+
+
+def kmeans_table(codes: Any, codebook: Any, scale: Any, ids: Any, dim: int, width: int) -> Any:
+    """Gather codes, then their levels."""
+    return kmeans_levels(unpacked(codes, ids, dim, width), codebook, scale, ids)
+
+
+def product_codes(codes: Any, codebook: Any, ids: Any, dim: int, parts: int, width: int) -> Any:
+    """Gather codes, then their entries, and put the parts side by side."""
+    found = entries(unpacked(codes, ids, parts, width), codebook, parts)
+    return side_by_side(found, ids, dim, parts)
+
+
+def residual_codes(codes: Any, codebook: Any, ids: Any, books: int, width: int) -> Any:
+    """Gather codes, then their entries, and add them up."""
+    found = entries(unpacked(codes, ids, books, width), codebook, books)
+    return op.ReduceSum(found, op.Constant(value_ints=[-2]), keepdims=0)
 
 
 def float16_table(weight: Any, ids: Any) -> Any:
@@ -89,6 +134,9 @@ def translations() -> dict[Any, Callable[..., Any]]:
     return {
         ops.rowwise_int8.default: rowwise_int8,
         ops.rowwise_int4.default: rowwise_int4,
+        ops.kmeans_table.default: kmeans_table,
+        ops.product_codes.default: product_codes,
+        ops.residual_codes.default: residual_codes,
         ops.float16_table.default: float16_table,
         ops.planned_place.default: planned_place,
         ops.kept_place.default: kept_place,
@@ -110,7 +158,19 @@ def retyped(table: PackedTable, name: str, values: np.ndarray) -> ir.TensorProto
             return ir.Tensor(values.reshape(-1))
         case "rowwise_int4", "codes":
             return int4_tensor(values)
+        case (("kmeans" | "product_codes" | "residual_codes"), "codes"):
+            if width_of_codes(table) == 8:
+                return ir.Tensor((values ^ 128).view(np.int8))  # minus 128
+            return int4_tensor(values)
     return None
+
+
+def width_of_codes(table: PackedTable) -> int:
+    """Bits of a stored code of a table with a codebook."""
+    form = table.storage
+    if not isinstance(form, KMeansFormat | ProductCodesFormat | ResidualCodesFormat):
+        raise TypeError(f"{form.name!r} has no codes of a codebook")
+    return form.width(table.rows, table.dim, table.settings)
 
 
 def int4_tensor(planar: np.ndarray) -> ir.PackedTensor:

@@ -27,19 +27,10 @@ from compressors.model import Model
 from compressors.stand_ins import composed_outline
 from compressors.tables import row_map
 from compressors.tables.kept_order import BLOCK, kept_order, most, share
+from compressors.tables.lloyd import nearest
 from compressors.tables.row_map import byte_planes
 from compressors.traffic import lookups, squared_gradients
 from compressors.units import Choice, Unit, choose_composed, pack_table, swap
-
-BLOCK_ROWS = 4096
-"""Rows whose distances to all kept rows are held at once, while the nearest are looked for."""
-
-
-def nearest(rows: Tensor, kept: Tensor) -> Tensor:
-    """The kept row closest to each row: float ``(n, dim)``, ``(k, dim)`` -> int64 ``(n,)``."""
-    return torch.cat(
-        [torch.cdist(block, kept).argmin(dim=1) for block in torch.split(rows, BLOCK_ROWS)]
-    )
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
-from models import METHODS, graph
+from models import ALONE, FORMATS, graph
 from onnx import TensorProto, helper, numpy_helper
 
 from compressors.contracts import Plan, PlanLine
@@ -16,7 +16,10 @@ from compressors.lower.audit import audit
 from compressors.lower.found import TableInitializers
 from infra.onnxruntime import optimized_graph
 
-KINDS = [method.model_fields["kind"].default for method in METHODS]
+KINDS = [method.model_fields["kind"].default for method in ALONE]
+TABLES = {
+    method.model_fields["kind"].default for method in FORMATS if "tables" in method.model_fields
+}
 WIDTH = 32
 
 
@@ -215,7 +218,7 @@ def test_what_we_write_for_onnxruntime_passes(kinds):
     lowered = graph("Ranker", kinds, "onnxruntime")
     found = audit(optimized_graph(lowered.path), lowered.model.plan, lowered.lowered.tables)
     assert found.int8_products == (5 if "static_int8" in kinds else 0)
-    packs_tables = set(kinds) & {"rowwise_int8", "rowwise_int4", "float16"}
+    packs_tables = set(kinds) & TABLES
     assert found.packed_tables == (6 if packs_tables else 0)
 
 

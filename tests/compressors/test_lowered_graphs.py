@@ -6,7 +6,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from models import METHODS, NORMED, RANKER, Ranker, compressed, graph, whole
+from models import ALONE, NORMED, RANKER, Ranker, compressed, graph, whole
 from onnx import TensorProto
 from torch import Tensor, nn
 
@@ -20,7 +20,7 @@ from infra.onnxruntime import optimized_graph
 
 ORT: TargetKind = "onnxruntime"
 RTX: TargetKind = "tensorrt-rtx"
-KINDS = [method.model_fields["kind"].default for method in METHODS]
+KINDS = [method.model_fields["kind"].default for method in ALONE]
 EVERYTHING = ("rowwise_int8", "static_int8")
 
 each_target = pytest.mark.parametrize("target", [ORT, RTX])

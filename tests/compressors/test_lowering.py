@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 from models import (
+    ALONE,
     LONGEST,
-    METHODS,
     RANKER,
     REFERENCES,
     Graph,
@@ -19,7 +19,7 @@ from compressors.lower.parity import compare
 
 ORT: TargetKind = "onnxruntime"
 RTX: TargetKind = "tensorrt-rtx"
-KINDS = [method.model_fields["kind"].default for method in METHODS]
+KINDS = [method.model_fields["kind"].default for method in ALONE]
 EVERYTHING = ("rowwise_int8", "static_int8")
 
 each_target = pytest.mark.parametrize("target", [ORT, RTX])

@@ -3,7 +3,7 @@
 import models
 import pytest
 import torch
-from models import METHODS, NORMED, RANKER, REFERENCES, SEARCHES, TIED, Reference, Step
+from models import ALONE, NORMED, RANKER, REFERENCES, SEARCHES, TIED, Reference, Step
 from test_steps import fits
 
 from compressors.contracts import Bench, Plan, PlanLine, Split
@@ -17,7 +17,7 @@ from compressors.tables.rowwise_int4 import RowwiseInt4
 from compressors.tables.rowwise_int8 import RowwiseInt8
 from compressors.units import stored_bytes
 
-PAIRS = [(m, r) for m in METHODS for r in REFERENCES if fits(m, r)]
+PAIRS = [(m, r) for m in ALONE for r in REFERENCES if fits(m, r)]
 NAMES = [f"{m.__name__}-{r.network.__name__}" for m, r in PAIRS]
 RECIPES: tuple[tuple[Step, ...], ...] = (
     (Channels(), Distill(training=models.QUICKLY), RowwiseInt4(), StaticInt8()),

@@ -7,7 +7,7 @@ from models import RANKER
 from compressors.contracts import Bench
 from compressors.errors import NothingToCompress
 from compressors.step import run
-from compressors.tables.prune_rows import PruneRows, nearest
+from compressors.tables.prune_rows import PruneRows
 from compressors.tables.rowwise_int4 import RowwiseInt4
 from compressors.tables.tiers import Tiers
 from compressors.traffic import lookups, squared_gradients
@@ -80,13 +80,6 @@ def test_the_nearest_row_that_stays_answers(tmp_path):
     best = torch.cdist(weight.double(), weight[kept].double()).amin(dim=1)
     # float32 sums of seven squares
     torch.testing.assert_close((found - weight).double().square().sum(dim=1).sqrt(), best)
-
-
-def test_nearest_is_the_same_in_blocks(monkeypatch):
-    rows = torch.randn(30, 4, generator=torch.Generator().manual_seed(0))
-    whole = nearest(rows, rows[:7])
-    monkeypatch.setattr("compressors.tables.prune_rows.BLOCK_ROWS", 7)
-    assert torch.equal(nearest(rows, rows[:7]), whole)
 
 
 def test_bytes_are_a_map_and_the_rows_that_stay(tmp_path):
