@@ -147,7 +147,7 @@ def raw(values: Tensor) -> memoryview:
     if values.is_meta:
         raise ContractBroken("A tensor on the meta device has no values to write.")
     flat = values.detach().cpu().contiguous().reshape(-1)
-    return memoryview(flat.view(torch.uint8).numpy())
+    return memoryview(flat.view(torch.uint8).numpy())  # type: ignore[arg-type] # a buffer it is
 
 
 def write(
