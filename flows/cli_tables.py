@@ -59,7 +59,7 @@ def tables_quantize(
     The same command takes up where an interrupted one stopped. Tensors that are no tables, or
     not among --tensor, are copied, and listed with the reason.
     """
-    from tasks.tables import quantize, step_named
+    from tasks.table_files import quantize, step_named
 
     settings: dict[str, object] = dict(_setting(text) for text in setting or ())
     named = {"scale": scale, "clipping": clipping, "min_rows": min_rows}
@@ -86,7 +86,7 @@ def tables_check(
     as_json: Json = False,
 ) -> None:
     """Compare every chunk of a result with its hash, and say what is in it."""
-    from tasks.tables import check
+    from tasks.table_files import check
 
     artifact, tables = check(folder)
     if as_json:
@@ -99,7 +99,7 @@ def tables_check(
 @tables_app.command("formats")
 def tables_formats(as_json: Json = False) -> None:
     """List the table formats and their settings."""
-    from tasks.tables import short_name, table_steps
+    from tasks.table_files import short_name, table_steps
 
     if as_json:
         schemas = {

@@ -129,7 +129,8 @@ class Draft:
         self._small: dict[str, bytes] = {}
         self._held: set[str] = set()
         self._hashes = ChunkHashes(size)
-        target = self.folder / FILES / path
+        self.files = self.folder / FILES
+        target = self.files / path
         target.parent.mkdir(parents=True, exist_ok=True)
         self._file = os.open(target, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
         try:
@@ -187,12 +188,12 @@ class Draft:
         entries = [FileEntry(path=self._path, bytes=self._size, chunks=self._hashes.all())]
         with _translated(self.folder):
             for path, body in self._small.items():
-                (self.folder / FILES / path).write_bytes(body)
+                (self.files / path).write_bytes(body)
                 pieces = range(0, len(body), CHUNK_BYTES)
                 chunks = tuple(sha256(body[at : at + CHUNK_BYTES]) for at in pieces)
                 entries.append(FileEntry(path=path, bytes=len(body), chunks=chunks))
             for entry in entries:
-                (self.folder / FILES / entry.path).chmod(0o444)
+                (self.files / entry.path).chmod(0o444)
         return StoreManifest.of(tuple(sorted(entries, key=lambda entry: entry.path)))
 
     def publish(self, manifest: StoreManifest) -> None:
@@ -305,8 +306,10 @@ def _begun(into: Path, journal: int, head: bytes, path: str, size: int) -> Draft
         shutil.rmtree(_part(into), ignore_errors=True)
         os.ftruncate(journal, 0)
         os.write(journal, head + b"\n")
-    elif not written.endswith(b"\n"):
-        os.write(journal, b"\n")  # end the line at which a killed run stopped
+    else:
+        file.chmod(0o644)  # a run that was killed at its very end had closed it
+        if not written.endswith(b"\n"):
+            os.write(journal, b"\n")  # end the line at which a killed run stopped
     made = Draft(into, journal, path, size)
     if resumed:
         try:
