@@ -5,13 +5,14 @@ that is read into again and again stays as small as a block, and stays in a core
 """
 
 import math
+import mmap
 import os
 import threading
+import warnings
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
 from compressors.errors import ModelRefused
@@ -58,10 +59,19 @@ class StoredRows(NamedTuple):
         return buffer[:size].view(self.spec.dtype).reshape(shape)
 
     def mapped(self) -> Tensor:
-        """All of it, memory-mapped."""
-        with safe_open(self.path, framework="pt") as opened:
-            tensor: Tensor = opened.get_tensor(self.name)
-        return tensor
+        """All of it, memory-mapped to be read only: who writes to it ends the process.
+
+        The library's own mapping may be written to, so the system counts all of it as memory that
+        this process could come to need, and refuses it where that is limited.
+        """
+        count = math.prod(self.spec.shape)
+        if not count:
+            return torch.empty(self.spec.shape, dtype=self.spec.dtype)
+        pages = mmap.mmap(self.file, 0, access=mmap.ACCESS_READ)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "The given buffer is not writable", UserWarning)
+            flat = torch.frombuffer(pages, dtype=self.spec.dtype, count=count, offset=self.start)
+        return flat.reshape(self.spec.shape)
 
 
 def spec_of(dtype: str, shape: tuple[int, ...], name: str) -> TensorSpec:
