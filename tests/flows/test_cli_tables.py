@@ -1,6 +1,9 @@
 """``recpress tables``: what it prints, and what it refuses in one sentence with exit code 2."""
 
 import json
+import os
+import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -130,3 +133,28 @@ def test_it_starts_without_prefect(source: Path, tmp_path: Path):
     assert ended.returncode == 0, ended.stderr
     assert ended.stderr == ""
     assert (tmp_path / "out" / "manifest.json").exists()
+
+
+def blocks_of(language: str) -> list[str]:
+    told = (Path(ROOT) / "docs" / "tables.md").read_text()
+    return re.findall(rf"```{language}\n(.*?)```", told, re.DOTALL)
+
+
+def test_what_the_documentation_shows_is_what_happens(tmp_path: Path):
+    (commands,), (python,) = blocks_of("bash"), blocks_of("python")
+    (printed,) = blocks_of("text")
+    bash = shutil.which("bash")
+    assert bash is not None
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    ran = subprocess.run(
+        [bash, "-euo", "pipefail", "-c", f"{commands}\npython - <<'END'\n{python}\nEND"],
+        cwd=tmp_path,
+        env={**environment(tmp_path), "PATH": path},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+    )
+    assert ran.returncode == 0, ran.stderr
+    assert ran.stdout.count(printed) == 2  # once as it is made, once as it is checked
+    assert ran.stdout.endswith("torch.Size([2, 64])\n")
