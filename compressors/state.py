@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from compressors.composed import ComposedTable
@@ -21,10 +20,11 @@ from compressors.contracts import ModuleRecord, Network
 from compressors.errors import ModelRefused
 from compressors.formats import Bag, PackedLinear, PackedTable
 from compressors.meta import parameters_on_meta
+from compressors.safetensors_stream import write
 from compressors.steps import COMPOSITIONS, LINEAR_FORMATS, TABLE_FORMATS
 from compressors.units import swap
 
-SHARD_BYTES = 2**30  # safetensors holds a shard twice while it writes it
+SHARD_BYTES = 2**30  # what a reader that reads whole files has to hold
 INDEX = "model.safetensors.index.json"
 
 
@@ -238,12 +238,12 @@ def write_tensors(
         shards[-1][name] = tensor
         filled += tensor.nbytes
     if len(shards) == 1:
-        save_file(shards[0], folder / "model.safetensors")
+        write(folder / "model.safetensors", shards[0])
         return (folder / "model.safetensors",)
     where: dict[str, str] = {}
     for number, shard in enumerate(shards, start=1):
         file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        save_file(shard, folder / file)
+        write(folder / file, shard)
         where.update(dict.fromkeys(shard, file))
     total = sum(tensor.nbytes for tensor in tensors.values())
     index = {"metadata": {"total_size": total}, "weight_map": where}
