@@ -1,4 +1,4 @@
-"""Slope and curvature of the loss by every weight of packed tables.
+"""Slope and curvature of the loss by every weight of tables.
 
 Taken where rows are looked up, so that a table of codes has them for the weights it stands for.
 """
@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from compressors.batches import Rows
+from compressors.composed import ComposedTable
 from compressors.contracts import Schema, Split
 from compressors.formats import PackedTable
 from compressors.loss import hard_loss, shuffled_rows
@@ -22,7 +23,7 @@ def slopes(
     schema: Schema,
     split: Split,
     loss: Loss,
-    tables: Mapping[str, PackedTable],
+    tables: Mapping[str, nn.Module],
 ) -> dict[str, tuple[Tensor, Tensor]]:
     """What the loss would do if the weights of some tables moved.
 
@@ -31,7 +32,7 @@ def slopes(
         schema: its inputs and task.
         split: the rows that are looked at, all of them.
         loss: whose slope is taken, a mean over rows or lists.
-        tables: of ``module``, by any name.
+        tables: of ``module``, by any name; each from ids to rows.
 
     Returns:
         By table two float32 ``(rows, dim)``: the gradient of the mean loss, and the mean of the
@@ -41,7 +42,7 @@ def slopes(
     """
     seen: list[tuple[str, Tensor, Tensor]] = []
 
-    def watch(name: str, table: PackedTable) -> torch.utils.hooks.RemovableHandle:
+    def watch(name: str, table: nn.Module) -> torch.utils.hooks.RemovableHandle:
         def hook(
             module: nn.Module,  # noqa: ARG001
             args: tuple[Tensor, ...],
@@ -54,10 +55,8 @@ def slopes(
 
         return table.register_forward_hook(hook, with_kwargs=True)
 
-    found = {
-        name: (torch.zeros(table.rows, table.dim), torch.zeros(table.rows, table.dim))
-        for name, table in tables.items()
-    }
+    shapes = {name: _shape(table) for name, table in tables.items()}
+    found = {name: (torch.zeros(shape), torch.zeros(shape)) for name, shape in shapes.items()}
     handles = [watch(name, table) for name, table in tables.items()]
     rows, terms = Rows(split, schema), 0
     try:
@@ -83,3 +82,12 @@ def slopes(
         for handle in handles:
             handle.remove()
     return {name: (slope / terms, squares / terms) for name, (slope, squares) in found.items()}
+
+
+def _shape(table: nn.Module) -> tuple[int, int]:
+    """Rows and width of a table."""
+    if isinstance(table, PackedTable | ComposedTable):
+        return table.rows, table.dim
+    if isinstance(table, nn.Embedding):
+        return table.num_embeddings, table.embedding_dim
+    raise TypeError(f"{type(table).__name__} is no table of rows")

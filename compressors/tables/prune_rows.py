@@ -116,7 +116,7 @@ class PruneRows(Frozen):
                 case "norm":
                     score = weight.double().square().sum(dim=1)
                 case "gradient":
-                    score = (gradients[unit.name] * weight.double().square()).sum(dim=1)
+                    score = (gradients[unit.name] * weight.square()).double().sum(dim=1)
             kept = most(score, made.settings[_COUNT[made.composition.name]])
             stored, parts = self._stored(weight, kept, count)
             table = made.table(rows, dim, stored, parts)

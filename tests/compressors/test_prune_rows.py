@@ -24,13 +24,13 @@ def pruned(tmp_path, **settings):
 
 def score(tmp_path, importance: str) -> torch.Tensor:
     model, bench = RANKER.model(), RANKER.bench(tmp_path / "data")
-    weight = model.module.item.weight.detach().double()
+    weight = model.module.item.weight.detach()
     match importance:
         case "traffic":
             return lookups(model, bench, ["item"])["item"]
         case "norm":
-            return weight.square().sum(dim=1)
-    return (squared_gradients(model, bench, ["item"])["item"] * weight.square()).sum(dim=1)
+            return weight.double().square().sum(dim=1)
+    return (squared_gradients(model, bench, ["item"])["item"] * weight.square()).double().sum(dim=1)
 
 
 @pytest.mark.parametrize("importance", ["traffic", "norm", "gradient"])
