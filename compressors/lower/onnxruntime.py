@@ -52,10 +52,11 @@ def unpacked(codes: Any, ids: Any, count: int, width: int) -> Any:
     """Gather packed codes and take the planes apart: int32 ``(*ids, count)``."""
     found = op.Gather(codes, ids, axis=0)
     byte = onnx.TensorProto.UINT8
-    for bits in (4, 2)[: {8: 0, 4: 1, 2: 2}[width]]:
-        low = op.BitwiseAnd(found, constant(byte, (1 << bits) - 1))
-        high = op.BitShift(found, constant(byte, bits), direction="RIGHT")
-        found = op.Concat(low, high, axis=-1)
+    if width < 8:
+        shifts = range(0, 8, width)
+        planes = [op.BitShift(found, constant(byte, by), direction="RIGHT") for by in shifts]
+        planes = [op.BitwiseAnd(plane, constant(byte, (1 << width) - 1)) for plane in planes]
+        found = op.Concat(*planes, axis=-1)
     return without_padding(op.Cast(found, to=INT32), count, width)
 
 

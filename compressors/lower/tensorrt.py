@@ -159,10 +159,22 @@ def retyped(table: PackedTable, name: str, values: np.ndarray) -> ir.TensorProto
         case "rowwise_int4", "codes":
             return int4_tensor(values)
         case (("kmeans" | "product_codes" | "residual_codes"), "codes"):
-            if width_of_codes(table) == 8:
-                return ir.Tensor((values ^ 128).view(np.int8))  # minus 128
-            return int4_tensor(values)
+            return codes_tensor(values, width_of_codes(table))
     return None
+
+
+def codes_tensor(values: np.ndarray, width: int) -> ir.TensorProtocol:
+    """Packed codes as signed numbers: int8, each 128 lower, or int4, each 8 lower.
+
+    An int4 holds a code of 4 bits, or two of 2 bits, which lie half a row apart.
+    """
+    if width == 8:
+        return ir.Tensor((values ^ 128).view(np.int8))
+    if width == 2:
+        low, high = (values & 15, values >> 4)  # planes 0 and 1, planes 2 and 3
+        even, odd = low & 3 | (high & 3) << 2, low >> 2 | high & 12
+        values = even | odd << 4
+    return int4_tensor(values)
 
 
 def width_of_codes(table: PackedTable) -> int:

@@ -13,9 +13,21 @@ from torch import Tensor
 
 from compressors.errors import CompressionError
 from compressors.formats import TensorSpec
-from compressors.tables.planar import row_bytes, width_of
+
+WIDTHS = (2, 4, 8)
+"""Bits that a code may take as stored."""
 
 CodebookType = Literal["float32", "float16"]
+
+
+def width_of(levels: int) -> int:
+    """Bits of a stored code that tells ``levels`` apart, at most 256."""
+    return next(width for width in WIDTHS if levels <= 1 << width)
+
+
+def row_bytes(count: int, width: int) -> int:
+    """Bytes of a row of ``count`` codes of ``width`` bits, padding included."""
+    return -(-count * width // 8)
 
 
 class Shape(NamedTuple):

@@ -20,8 +20,9 @@ from torch import Tensor
 
 from compressors.contracts import Frozen
 from compressors.formats import TableFormat, TensorSpec
+from compressors.tables.codebooks import row_bytes
 from compressors.tables.lloyd import sample, scalar_kmeans
-from compressors.tables.planar import pack, row_bytes, unpack
+from compressors.tables.planar import pack, unpack
 from compressors.tables.rowwise_int8 import row_scale
 
 RowScale = Literal["none", "float16", "float32"]

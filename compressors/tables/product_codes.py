@@ -19,9 +19,17 @@ from torch import Tensor
 
 from compressors.contracts import Frozen
 from compressors.formats import TableFormat, TensorSpec
-from compressors.tables.codebooks import CodebookType, Shape, as_stored, entry_of, layout, shape_of
+from compressors.tables.codebooks import (
+    CodebookType,
+    Shape,
+    as_stored,
+    entry_of,
+    layout,
+    shape_of,
+    width_of,
+)
 from compressors.tables.lloyd import kmeans, nearest, sample
-from compressors.tables.planar import pack, unpack, width_of
+from compressors.tables.planar import pack, unpack
 
 
 def widths(dim: int, parts: int) -> tuple[int, ...]:

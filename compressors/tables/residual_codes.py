@@ -29,9 +29,10 @@ from compressors.tables.codebooks import (
     entry_of,
     layout,
     shape_of,
+    width_of,
 )
 from compressors.tables.lloyd import Fit, kmeans, nearest, sample, squared_distance
-from compressors.tables.planar import pack, unpack, width_of
+from compressors.tables.planar import pack, unpack
 
 TURNS = 8
 """Passes over the codes of a row, at most; they end when no code changes."""

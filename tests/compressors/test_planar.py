@@ -7,7 +7,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from compressors.tables.planar import WIDTHS, pack, row_bytes, unpack, width_of
+from compressors.lower.tensorrt import codes_tensor
+from compressors.tables.codebooks import WIDTHS, row_bytes, width_of
+from compressors.tables.planar import pack, unpack
 
 unhurried = settings(deadline=None)  # a busy machine is not a wrong answer
 
@@ -36,13 +38,26 @@ def test_a_code_is_as_wide_as_its_levels_need(levels, width):
     assert width_of(levels) == width
 
 
+@pytest.mark.parametrize("width", [2, 4])
 @pytest.mark.parametrize("count", [1, 2, 3, 4, 5, 8])
-def test_two_bit_codes_are_halves_of_nibbles_that_are_halves_of_bytes(count):
+def test_each_plane_is_a_stretch_of_a_row_the_first_in_the_lowest_bits(count, width):
     """The order that graphs unpack in, written out."""
     codes = torch.arange(count, dtype=torch.uint8).reshape(1, count) % 4
-    packed, quarter = pack(codes, 2)[0], -(-count // 4)
-    planes = [(packed >> shift) & 3 for shift in (0, 4, 2, 6)]
-    laid = torch.cat(planes)
-    assert torch.equal(laid[:count], codes[0])
-    assert len(packed) == quarter
-    assert not laid[count:].any()
+    packed = pack(codes, width)[0]
+    planes = [(packed >> shift) & ((1 << width) - 1) for shift in range(0, 8, width)]
+    assert torch.equal(torch.cat(planes)[:count], codes[0])
+    assert len(packed) == -(-count * width // 8)
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 4, 5, 8, 13])
+@pytest.mark.parametrize("width", WIDTHS)
+def test_tensorrts_signed_codes_are_the_same_codes(count, width):
+    codes = torch.randint(1 << width, (7, count), dtype=torch.uint8)
+    tensor = codes_tensor(pack(codes, width).numpy(), width)
+    found = tensor.numpy().astype(np.int64)
+    if width == 2:
+        found += 8
+        found = np.concatenate([found % 4, found // 4], axis=1)
+    else:
+        found += 128 if width == 8 else 8
+    assert np.array_equal(found[:, :count], codes.numpy())

@@ -34,8 +34,10 @@ def test_what_is_stored_is_as_laid_out(step, table):
         name: (spec.shape, spec.dtype) for name, spec in layout.items()
     }
     width = step.storage.width(*table.shape, step.settings())
-    codes = unpack(held["codes"], held["codes"].shape[1] * 8 // width, width)
-    books = 1 if step.kind == "kmeans" else step.storage.shape(*table.shape, step.settings()).books
+    books, count = 1, table.shape[1]
+    if step.kind != "kmeans":
+        books = count = step.storage.shape(*table.shape, step.settings()).books
+    codes = unpack(held["codes"], count, width)
     assert int(codes.max()) < len(held["codebook"]) // books
 
 
