@@ -17,8 +17,17 @@ from compressors.dense.static_int8 import StaticInt8
 from compressors.distill.distill import Distill
 from compressors.distill.fine_tune import FineTune
 from compressors.formats import LinearFormat, TableFormat
-from compressors.tables import low_rank, rowwise_int4, rowwise_int8
+from compressors.tables import (
+    low_rank,
+    multi_hash,
+    quotient_remainder,
+    rowwise_int4,
+    rowwise_int8,
+)
+from compressors.tables.dimensions import Dimensions
 from compressors.tables.low_rank import LowRank
+from compressors.tables.multi_hash import MultiHash
+from compressors.tables.quotient_remainder import QuotientRemainder
 from compressors.tables.rowwise_int4 import RowwiseInt4
 from compressors.tables.rowwise_int8 import RowwiseInt8
 
@@ -28,6 +37,9 @@ AnyStep = Annotated[
     | Distill
     | FineTune
     | LowRank
+    | Dimensions
+    | QuotientRemainder
+    | MultiHash
     | RowwiseInt8
     | RowwiseInt4
     | StaticInt8
@@ -41,4 +53,11 @@ TABLE_FORMATS: dict[str, TableFormat] = {
 LINEAR_FORMATS: dict[str, LinearFormat] = {
     form.name: form for form in (static_int8.FORMAT, float16.LINEAR_FORMAT)
 }
-COMPOSITIONS: dict[str, Composition] = {form.name: form for form in (low_rank.COMPOSITION,)}
+COMPOSITIONS: dict[str, Composition] = {
+    form.name: form
+    for form in (
+        low_rank.COMPOSITION,
+        quotient_remainder.COMPOSITION,
+        multi_hash.COMPOSITION,
+    )
+}

@@ -48,6 +48,11 @@ def float16_table(weight: Any, ids: Any) -> Any:
     return op.Cast(op.Gather(weight, ids, axis=0), to=FLOAT)
 
 
+def divided_by(ids: Any, divisor: int) -> Any:
+    """One integer division: ids are not negative, so rounding down is what Div does."""
+    return op.Div(ids, constant(onnx.TensorProto.INT64, divisor))
+
+
 def static_int8_linear(x: Any, codes: Any, weight_scale: Any, input_scale: Any, bias: Any) -> Any:
     """Q/DQ around a Gemm in the one form ONNX Runtime fuses to a fast QGemm.
 
@@ -91,6 +96,7 @@ def translations() -> dict[Any, Callable[..., Any]]:
         ops.rowwise_int8.default: rowwise_int8,
         ops.rowwise_int4.default: rowwise_int4,
         ops.float16_table.default: float16_table,
+        ops.divided_by.default: divided_by,
         ops.static_int8_linear.default: static_int8_linear,
         ops.float16_linear.default: float16_linear,
     }

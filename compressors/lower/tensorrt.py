@@ -17,7 +17,7 @@ import onnx
 import torch
 from onnxscript import opset21 as op
 
-from compressors.lower.onnxruntime import FLOAT, FLOAT16, as_matrix, constant
+from compressors.lower.onnxruntime import FLOAT, FLOAT16, as_matrix, constant, divided_by
 from compressors.tables.rowwise_int4 import unpack
 
 
@@ -64,6 +64,7 @@ def translations() -> dict[Any, Callable[..., Any]]:
         ops.rowwise_int8.default: rowwise_int8,
         ops.rowwise_int4.default: rowwise_int4,
         ops.float16_table.default: float16_table,
+        ops.divided_by.default: divided_by,
         ops.static_int8_linear.default: static_int8_linear,
         ops.float16_linear.default: float16_linear,
     }
