@@ -93,7 +93,10 @@ def recompose(
             continue
         made = makings[unit.name]
         rows, dim = unit.weight.shape
-        stored, parts = fit(unit.name, unit.weight, made)
+        fitted = fit(unit.name, unit.weight, made)
+        # A file keeps no strides, and the product of a transposed matrix rounds otherwise.
+        stored = {name: tensor.contiguous() for name, tensor in fitted.stored.items()}
+        parts = {name: tensor.contiguous() for name, tensor in fitted.parts.items()}
         composed = ComposedTable(made.form, rows, dim, made.settings, stored, parts)
         swap(model.module, unit.name, pack_table(unit.module, composed))
     return model

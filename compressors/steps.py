@@ -20,6 +20,7 @@ from compressors.formats import LinearFormat, TableFormat
 from compressors.tables import (
     low_rank,
     multi_hash,
+    neural_codes,
     quotient_remainder,
     rowwise_int4,
     rowwise_int8,
@@ -27,6 +28,7 @@ from compressors.tables import (
 from compressors.tables.dimensions import Dimensions
 from compressors.tables.low_rank import LowRank
 from compressors.tables.multi_hash import MultiHash
+from compressors.tables.neural_codes import NeuralCodes
 from compressors.tables.quotient_remainder import QuotientRemainder
 from compressors.tables.rowwise_int4 import RowwiseInt4
 from compressors.tables.rowwise_int8 import RowwiseInt8
@@ -40,6 +42,7 @@ AnyStep = Annotated[
     | Dimensions
     | QuotientRemainder
     | MultiHash
+    | NeuralCodes
     | RowwiseInt8
     | RowwiseInt4
     | StaticInt8
@@ -59,5 +62,6 @@ COMPOSITIONS: dict[str, Composition] = {
         low_rank.COMPOSITION,
         quotient_remainder.COMPOSITION,
         multi_hash.COMPOSITION,
+        neural_codes.COMPOSITION,
     )
 }

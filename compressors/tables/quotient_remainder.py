@@ -36,7 +36,7 @@ from compressors.recompose import (
 from compressors.units import Choice
 
 Operation = Literal["add", "multiply"]
-ROUNDS, ENOUGH = 200, 1e-7  # of alternating least squares: at most, and a gain not worth another
+ROUNDS, ENOUGH = 100, 1e-6  # of alternating least squares: at most, and the gain worth another
 
 
 @torch.library.custom_op("recpress::divided_by", mutates_args=())
@@ -86,35 +86,62 @@ def fit_sum(table: Tensor, weight: Tensor, buckets: int) -> tuple[Tensor, Tensor
     return quotient.float(), remainder.float()
 
 
-def fit_product(table: Tensor, weight: Tensor, buckets: int) -> tuple[Tensor, Tensor]:
+def fit_product(
+    table: Tensor, weight: Tensor, buckets: int, rounds: int = ROUNDS
+) -> tuple[Tensor, Tensor]:
     """Two tables whose rows, multiplied, are near those of a table: alternating least squares.
 
     Each half round is exact given the other table, so the error never grows; where it ends need
-    not be the best there is. Arguments and results as of ``fit_sum``.
+    not be the best there is. A copy of the table in float64 is held meanwhile.
+
+    Args:
+        table: float, ``(rows, dim)``.
+        weight: how much each row's squared error counts, ``(rows,)``, all positive.
+        buckets: m, at most ``rows``.
+        rounds: at most; it ends sooner where a round wins next to nothing.
+
+    Returns:
+        ``quotient`` ``(ceil(rows / m), dim)`` and ``remainder`` ``(m, dim)``, float32.
     """
     rows, dim = table.shape
-    exact, share = table.double(), weight.double().unsqueeze(1)  # (rows, dim), (rows, 1)
-    ids = torch.arange(rows)
-    index = ids // buckets, ids % buckets
+    quotients = -(-rows // buckets)
+    grid = torch.zeros(quotients * buckets, dtype=torch.float64)
+    grid[:rows] = weight
+    grid = grid.reshape(quotients, buckets)
+    weighed = torch.zeros(dim, quotients * buckets, dtype=torch.float64)
+    weighed[:, :rows] = (table.double() * weight.double().unsqueeze(1)).T
+    weighed = weighed.reshape(dim, quotients, buckets)
     noise = torch.randn(buckets, dim, generator=torch.Generator().manual_seed(0))
     # Not all alike, so that a dimension whose rows add up to nothing has somewhere to go.
-    sides = [torch.zeros(-(-rows // buckets), dim).double(), 1 + 0.1 * noise.double()]
-    last = float("inf")
-    for _ in range(ROUNDS):
-        for side in (0, 1):
-            other = sides[1 - side][index[1 - side]]  # (rows, dim)
-            top = torch.zeros_like(sides[side]).index_add_(0, index[side], share * exact * other)
-            low = torch.zeros_like(sides[side]).index_add_(0, index[side], share * other.square())
-            sides[side] = torch.where(low > 0, top / low, sides[side])
-        gap = exact - sides[0][index[0]] * sides[1][index[1]]
-        error = float((share * gap.square()).sum())
-        if error >= last * (1 - ENOUGH):
+    remainder = 1 + 0.1 * noise.double()
+    explained = 0.0
+    for _ in range(rounds):
+        quotient, _ = _given(weighed, grid, remainder)
+        remainder, now = _given(weighed.mT, grid.T, quotient)
+        if now - explained <= ENOUGH * now:
             break
-        last = error
+        explained = now
     # Each dimension may be larger in one table and smaller in the other: they share it evenly.
-    size = [side.square().mean(dim=0).sqrt().clamp(min=1e-30) for side in sides]
-    even = (size[1] / size[0]).sqrt()
-    return (sides[0] * even).float(), (sides[1] / even).float()
+    size = [side.square().mean(dim=0).sqrt() for side in (quotient, remainder)]
+    even = torch.where(size[0] * size[1] > 0, size[1] / size[0], 1.0).sqrt()
+    return (quotient * even).float(), (remainder / even).float()
+
+
+def _given(weighed: Tensor, grid: Tensor, other: Tensor) -> tuple[Tensor, float]:
+    """One side's best rows given the other's.
+
+    Args:
+        weighed: weight times number of every row, ``(dim, side, other side)``.
+        grid: the weights, ``(side, other side)``.
+        other: the rows of the other side, ``(other side, dim)``.
+
+    Returns:
+        ``(side, dim)``, and how much of the table's weighted squares the product explains.
+    """
+    top = torch.bmm(weighed, other.T.unsqueeze(2)).squeeze(2).T  # (side, dim)
+    low = grid @ other.square()
+    best = torch.where(low > 0, top / low, 0.0)
+    return best, float((best * top).sum())
 
 
 def _grids(
