@@ -80,7 +80,7 @@ def test_sums_are_found_again(seed, rows):
 @unhurried
 @given(seed=st.integers(0, 10**6), quotients=st.integers(1, 12), buckets=st.integers(1, 12))
 def test_products_are_found_again_where_the_grid_is_full(seed, quotients, buckets):
-    """With holes in it, or under uneven weights, alternating may stop short, as such searches do."""
+    """With holes in it, or under uneven weights, alternating may stop short of a product."""
     rows = quotients * buckets
     table = made((drawn(seed, quotients), drawn(seed + 1, buckets)), rows, "multiply").float()
     weight = torch.ones(rows, dtype=torch.float64)
