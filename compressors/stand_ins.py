@@ -4,13 +4,12 @@ A stand-in is one zero, seen as a whole tensor. A network over stand-ins runs, a
 be counted, but nothing is read, learned or held.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from compressors.composed import Design
 from compressors.errors import CompressionError
 from compressors.formats import LinearFormat, PackedLinear, PackedTable, TableFormat, TensorSpec
 from compressors.model import Model
@@ -30,31 +29,6 @@ def with_stand_ins(module: nn.Module) -> nn.Module:
                 zero = stand_in(TensorSpec(tuple(parameter.shape), parameter.dtype))
                 setattr(part, name, nn.Parameter(zero, requires_grad=False))
     return module
-
-
-def composed_outline(
-    model: Model, choices: Mapping[str, Choice], design: Callable[[int, int], Design]
-) -> Model:
-    """The model with every chosen table made of smaller ones, over stand-ins.
-
-    Args:
-        model: of a private tree; its units are replaced.
-        choices: by unit; what is not named stays.
-        design: how a table of ``rows x dim`` is made.
-    """
-    for unit in Unit.of(model.module):
-        if unit.name not in choices or not choices[unit.name].take:
-            continue
-        rows, dim = unit.weight.shape
-        form, settings, _ = made = design(rows, dim)
-        laid = form.layout(rows, dim, settings)
-        stored = {name: stand_in(spec) for name, spec in laid.items()}
-        parts = {
-            name: stand_in(TensorSpec(spec, torch.float32))
-            for name, spec in form.parts(rows, dim, settings).items()
-        }
-        swap(model.module, unit.name, pack_table(unit.module, made.table(rows, dim, stored, parts)))
-    return model
 
 
 def packed_outline(

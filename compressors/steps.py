@@ -22,8 +22,11 @@ from compressors.tables import (
     drop_tables,
     kmeans,
     low_rank,
+    multi_hash,
+    neural_codes,
     product_codes,
     prune_rows,
+    quotient_remainder,
     residual_codes,
     row_map,
     rowwise_int4,
@@ -31,12 +34,16 @@ from compressors.tables import (
     tiers,
 )
 from compressors.tables.cluster_rows import ClusterRows
+from compressors.tables.dimensions import Dimensions
 from compressors.tables.drop_tables import DropTables
 from compressors.tables.kmeans import KMeans
 from compressors.tables.low_rank import LowRank
 from compressors.tables.merge_rows import MergeRows
+from compressors.tables.multi_hash import MultiHash
+from compressors.tables.neural_codes import NeuralCodes
 from compressors.tables.product_codes import ProductCodes
 from compressors.tables.prune_rows import PruneRows
+from compressors.tables.quotient_remainder import QuotientRemainder
 from compressors.tables.residual_codes import ResidualCodes
 from compressors.tables.rowwise_int4 import RowwiseInt4
 from compressors.tables.rowwise_int8 import RowwiseInt8
@@ -54,6 +61,10 @@ AnyStep = Annotated[
     | Tiers
     | RefitCodes
     | LowRank
+    | Dimensions
+    | QuotientRemainder
+    | MultiHash
+    | NeuralCodes
     | RowwiseInt8
     | RowwiseInt4
     | KMeans
@@ -86,5 +97,8 @@ COMPOSITIONS: dict[str, Composition] = {
         prune_rows.COMPOSITION,
         tiers.COMPOSITION,
         drop_tables.COMPOSITION,
+        quotient_remainder.COMPOSITION,
+        multi_hash.COMPOSITION,
+        neural_codes.COMPOSITION,
     )
 }

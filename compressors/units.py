@@ -2,13 +2,13 @@
 
 import copy
 import fnmatch
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
 from torch import Tensor, nn
 
-from compressors.composed import ComposedTable, Design
+from compressors.composed import ComposedTable
 from compressors.errors import CompressionError, NothingToCompress
 from compressors.formats import Bag, PackedLinear, PackedTable
 
@@ -86,34 +86,6 @@ def choose_tables(
         if keep is None and unit.rows < min_rows:
             keep = f"{unit.rows} rows, fewer than min_rows {min_rows}"
         choices[unit.name] = Choice(keep is None, keep or f"{kind} as ordered")
-    return choices
-
-
-def choose_composed(
-    units: tuple[Unit, ...],
-    patterns: tuple[str, ...],
-    min_rows: int,
-    kind: str,
-    design: Callable[[int, int], Design],
-    *,
-    smaller: bool = True,
-) -> dict[str, Choice]:
-    """Which tables a step makes of smaller ones, and why not the others.
-
-    ``design`` says of ``rows x dim`` how it would be done. Where that would take no less, the
-    table stays; unless that is for later steps to do (``smaller`` is false).
-    """
-    choices = choose_tables(units, patterns, min_rows, kind)
-    for unit in units:
-        if unit.name not in choices or not choices[unit.name].take:
-            continue
-        rows, dim = unit.weight.shape
-        made = design(rows, dim)
-        if smaller and made.bytes(rows, dim) >= unit.bytes:
-            reason = f"{rows} x {dim} would be no smaller ({made.words})"
-            choices[unit.name] = Choice(False, reason)
-        else:
-            choices[unit.name] = Choice(True, f"{kind}: {made.words}")
     return choices
 
 

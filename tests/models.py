@@ -201,7 +201,8 @@ class Normed(nn.Module):
 def default(method: type[Step]) -> Step:
     """The method with its default settings, but for how it trains."""
     fields: Mapping[str, Any] = method.model_fields  # type: ignore[attr-defined]
-    return method(training=QUICKLY) if "training" in fields else method()  # type: ignore[call-arg]
+    quickly = {"training": QUICKLY, "steps": 20}
+    return method(**{name: value for name, value in quickly.items() if name in fields})
 
 
 @dataclass(frozen=True)

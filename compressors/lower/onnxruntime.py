@@ -135,6 +135,11 @@ def placed(rank: Any, before: Any, ids: Any) -> Any:
     return op.Sub(op.Add(base, rank), op.Mul(back, block))
 
 
+def divided_by(ids: Any, divisor: int) -> Any:
+    """One integer division: ids are not negative, so rounding down is what Div does."""
+    return op.Div(ids, constant(onnx.TensorProto.INT64, divisor))
+
+
 def static_int8_linear(x: Any, codes: Any, weight_scale: Any, input_scale: Any, bias: Any) -> Any:
     """Q/DQ around a Gemm in the one form ONNX Runtime fuses to a fast QGemm.
 
@@ -183,6 +188,7 @@ def translations() -> dict[Any, Callable[..., Any]]:
         ops.float16_table.default: float16_table,
         ops.planned_place.default: planned_place,
         ops.kept_place.default: kept_place,
+        ops.divided_by.default: divided_by,
         ops.static_int8_linear.default: static_int8_linear,
         ops.float16_linear.default: float16_linear,
     }

@@ -26,6 +26,7 @@ from compressors.lower.onnxruntime import (
     INT64,
     as_matrix,
     constant,
+    divided_by,
     entries,
     joined_bytes,
     kmeans_levels,
@@ -140,6 +141,7 @@ def translations() -> dict[Any, Callable[..., Any]]:
         ops.float16_table.default: float16_table,
         ops.planned_place.default: planned_place,
         ops.kept_place.default: kept_place,
+        ops.divided_by.default: divided_by,
         ops.static_int8_linear.default: static_int8_linear,
         ops.float16_linear.default: float16_linear,
     }

@@ -18,12 +18,19 @@ from torch import Tensor
 from compressors.composed import Design
 from compressors.contracts import Bench, Change, Frozen, Part
 from compressors.model import Model
-from compressors.stand_ins import composed_outline
+from compressors.recompose import (
+    UNSEEN,
+    Fitted,
+    choose_composed,
+    recompose,
+    recomposed_outline,
+    share_or_number,
+)
 from compressors.tables.kept_order import most, share
 from compressors.tables.lloyd import kmeans, nearest
 from compressors.tables.row_map import COMPOSITION, byte_planes
 from compressors.traffic import lookups
-from compressors.units import Choice, Unit, choose_composed, pack_table, swap
+from compressors.units import Choice
 
 SAMPLE = 65_536
 """Rows that clusters are fitted on, at most: the ones looked up most among those that share."""
@@ -44,7 +51,7 @@ def clustered(table: Tensor, counts: Tensor, hot: int, clusters: int) -> tuple[T
     """
     chosen = most(counts, hot)
     cold = table[~chosen].float()
-    weight = counts[~chosen] + 0.5  # a row that was never looked up counts as half a lookup
+    weight = counts[~chosen] + UNSEEN
     fitted = most(weight, min(len(cold), SAMPLE))
     centres = kmeans(cold[fitted], clusters, weight[fitted]).codebook
     place = torch.empty(len(table), dtype=torch.int64)
@@ -82,30 +89,29 @@ class ClusterRows(Frozen):
 
     def choose(self, model: Model, bench: Bench) -> dict[str, Choice]:  # noqa: ARG002
         """Which tables are clustered, and why the others stay."""
-        units = Unit.of(model.module)
-        return choose_composed(units, self.tables, self.min_rows, self.kind, self.design)
+        return self._designs(model)[0]
 
     def apply(self, model: Model, bench: Bench) -> Model:
         """Replace every chosen table by its hot rows, its clusters and a map."""
-        choices = self.choose(model, bench)
-        taken = [u for u in Unit.of(model.module) if u.name in choices and choices[u.name].take]
-        counts = lookups(model, bench, [unit.name for unit in taken])
+        _, designs = self._designs(model)
+        counts = lookups(model, bench, designs)
         notes = {}
-        for unit in taken:
-            rows, dim = unit.weight.shape
-            made, count = self.design(rows, dim), counts[unit.name]
-            hot, clusters = self._sizes(rows)
-            place, unique = clustered(unit.weight, count, hot, clusters)
-            stored = {"planes": byte_planes(place, len(unique))}
-            table = made.table(rows, dim, stored, {"unique": unique})
-            swap(model.module, unit.name, pack_table(unit.module, table))
-            touched = share(count, ~most(count, hot))
-            notes[unit.name] = f"{touched:.2%} of the lookups get a shared row"
-        return replace(model, notes=notes)
 
-    def outline(self, model: Model, bench: Bench) -> Model:
+        def fit(name: str, table: Tensor, made: Design) -> Fitted:  # noqa: ARG001
+            hot, clusters = self._sizes(len(table))
+            place, unique = clustered(table, counts[name], hot, clusters)
+            touched = share(counts[name], ~most(counts[name], hot))
+            notes[name] = f"{touched:.2%} of the lookups get a shared row"
+            return Fitted({"planes": byte_planes(place, len(unique))}, {"unique": unique})
+
+        return replace(recompose(model, designs, fit), notes=notes)
+
+    def outline(self, model: Model, bench: Bench) -> Model:  # noqa: ARG002
         """Every chosen table over stand-ins."""
-        return composed_outline(model, self.choose(model, bench), self.design)
+        return recomposed_outline(model, self._designs(model)[1])
+
+    def _designs(self, model: Model) -> tuple[dict[str, Choice], dict[str, Design]]:
+        return choose_composed(model, self.tables, self.min_rows, self.kind, self.design)
 
     def design(self, rows: int, dim: int) -> Design:  # noqa: ARG002
         """How a table of ``rows x dim`` is made."""
@@ -116,5 +122,4 @@ class ClusterRows(Frozen):
     def _sizes(self, rows: int) -> tuple[int, int]:
         """How many rows stay, and how many the others share."""
         hot = min(rows - 1, round(self.hot * rows))
-        asked = self.clusters * (rows - hot) if self.clusters < 1 else self.clusters
-        return hot, min(rows - hot, max(1, round(asked)))
+        return hot, share_or_number(self.clusters, rows - hot)

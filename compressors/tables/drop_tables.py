@@ -23,6 +23,7 @@ from compressors.contracts import Bench, Change, Frozen, Part
 from compressors.errors import CompressionError, NothingToCompress
 from compressors.formats import TensorSpec
 from compressors.model import Model
+from compressors.recompose import UNSEEN
 from compressors.scoring import quality
 from compressors.traffic import lookups
 from compressors.units import Choice, Unit, choose_tables, pack_table, swap
@@ -167,6 +168,6 @@ class DropTables(Frozen):
 def _constant(unit: Unit, counts: Tensor) -> ComposedTable:
     weight = unit.weight
     rows, dim = weight.shape
-    share = (counts + 0.5) / (counts + 0.5).sum()  # a row that was never looked up counts a little
+    share = (counts + UNSEEN) / (counts + UNSEEN).sum()
     row = (share.unsqueeze(1) * weight.double()).sum(dim=0).float()
     return ComposedTable(COMPOSITION, rows, dim, {}, {"row": row}, {})

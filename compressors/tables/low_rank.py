@@ -23,9 +23,15 @@ from compressors.composed import Composition, Design, Parts, PartSpec
 from compressors.contracts import Bench, Change, Frozen, Part
 from compressors.formats import TensorSpec
 from compressors.model import Model
-from compressors.stand_ins import composed_outline
-from compressors.traffic import lookups
-from compressors.units import Choice, Unit, choose_composed, pack_table, swap
+from compressors.recompose import (
+    Fitted,
+    choose_composed,
+    recompose,
+    recomposed_outline,
+    row_weights,
+    share_or_number,
+)
+from compressors.units import Choice
 
 
 def factors(table: Tensor, rank: int, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -112,31 +118,27 @@ class LowRank(Frozen):
 
     def choose(self, model: Model, bench: Bench) -> dict[str, Choice]:  # noqa: ARG002
         """Which tables become narrower, and why the others stay."""
-        units = Unit.of(model.module)
-        return choose_composed(units, self.tables, self.min_rows, self.kind, self.design)
+        return self._designs(model)[0]
 
     def apply(self, model: Model, bench: Bench) -> Model:
         """Replace every chosen table by its factors."""
-        choices = self.choose(model, bench)
-        taken = [u for u in Unit.of(model.module) if u.name in choices and choices[u.name].take]
-        counts = lookups(model, bench, [u.name for u in taken]) if self.weighted else {}
-        for unit in taken:
-            rows, dim = unit.weight.shape
-            made = self.design(rows, dim)
-            # A row that was never looked up still gets an answer: it counts as half a lookup.
-            weight = counts[unit.name] + 0.5 if self.weighted else torch.ones(rows)
-            narrow, projection, mean = factors(unit.weight, made.settings["rank"], weight)
-            stored = {"projection": projection, "mean": mean}
-            table = made.table(rows, dim, stored, {"narrow": narrow})
-            swap(model.module, unit.name, pack_table(unit.module, table))
-        return model
+        _, designs = self._designs(model)
+        weights = row_weights(model, bench, designs, weighted=self.weighted)
 
-    def outline(self, model: Model, bench: Bench) -> Model:
+        def fit(name: str, table: Tensor, made: Design) -> Fitted:
+            narrow, projection, mean = factors(table, made.settings["rank"], weights[name])
+            return Fitted({"projection": projection, "mean": mean}, {"narrow": narrow})
+
+        return recompose(model, designs, fit)
+
+    def outline(self, model: Model, bench: Bench) -> Model:  # noqa: ARG002
         """Every chosen table over stand-ins."""
-        return composed_outline(model, self.choose(model, bench), self.design)
+        return recomposed_outline(model, self._designs(model)[1])
+
+    def _designs(self, model: Model) -> tuple[dict[str, Choice], dict[str, Design]]:
+        return choose_composed(model, self.tables, self.min_rows, self.kind, self.design)
 
     def design(self, rows: int, dim: int) -> Design:  # noqa: ARG002
         """How a table of ``rows x dim`` is made."""
-        asked = self.rank * dim if self.rank < 1 else self.rank
-        rank = min(dim, max(1, round(asked)))
+        rank = share_or_number(self.rank, dim)
         return Design(COMPOSITION, {"rank": rank}, f"{dim} -> {rank} numbers a row")

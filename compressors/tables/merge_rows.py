@@ -17,6 +17,7 @@ from torch import Tensor
 from compressors.composed import Design
 from compressors.contracts import Bench, Change, Frozen, Part
 from compressors.model import Model
+from compressors.recompose import UNSEEN
 from compressors.tables.row_map import COMPOSITION, byte_planes
 from compressors.traffic import lookups
 from compressors.units import Choice, Unit, choose_tables, pack_table, swap
@@ -131,7 +132,7 @@ class MergeRows(Frozen):
         notes = {}
         for unit in taken:
             rows, dim = unit.weight.shape
-            place, unique = merged(unit.weight, counts[unit.name] + 0.5, self.within)
+            place, unique = merged(unit.weight, counts[unit.name] + UNSEEN, self.within)
             words = f"{rows:,} -> {len(unique):,} rows"
             made = Design(COMPOSITION, {"places": len(unique)}, words)
             notes[unit.name] = words

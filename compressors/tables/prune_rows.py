@@ -24,13 +24,13 @@ from compressors.composed import Composition, Design, Parts, PartSpec
 from compressors.contracts import Bench, Change, Frozen, Part
 from compressors.formats import TensorSpec
 from compressors.model import Model
-from compressors.stand_ins import composed_outline
+from compressors.recompose import UNSEEN, Fitted, choose_composed, recompose, recomposed_outline
 from compressors.tables import row_map
 from compressors.tables.kept_order import BLOCK, kept_order, most, share
 from compressors.tables.lloyd import nearest
 from compressors.tables.row_map import byte_planes
 from compressors.traffic import lookups, squared_gradients
-from compressors.units import Choice, Unit, choose_composed, pack_table, swap
+from compressors.units import Choice
 
 
 @dataclass(frozen=True)
@@ -95,56 +95,52 @@ class PruneRows(Frozen):
 
     def choose(self, model: Model, bench: Bench) -> dict[str, Choice]:  # noqa: ARG002
         """Which tables lose rows, and why the others stay."""
-        units = Unit.of(model.module)
-        return choose_composed(units, self.tables, self.min_rows, self.kind, self.design)
+        return self._designs(model)[0]
 
     def apply(self, model: Model, bench: Bench) -> Model:
         """Replace every chosen table by the rows that stay and a map."""
-        choices = self.choose(model, bench)
-        taken = [u for u in Unit.of(model.module) if u.name in choices and choices[u.name].take]
-        names = [unit.name for unit in taken]
-        counts = lookups(model, bench, names)
-        gradients = squared_gradients(model, bench, names) if self.importance == "gradient" else {}
+        _, designs = self._designs(model)
+        counts = lookups(model, bench, designs)
+        by_gradient = self.importance == "gradient"
+        gradients = squared_gradients(model, bench, designs) if by_gradient else {}
         notes = {}
-        for unit in taken:
-            weight, count = unit.weight, counts[unit.name]
-            rows, dim = weight.shape
-            made = self.design(rows, dim)
+
+        def fit(name: str, table: Tensor, made: Design) -> Fitted:
             match self.importance:
                 case "traffic":
-                    score = count
+                    score = counts[name]
                 case "norm":
-                    score = weight.double().square().sum(dim=1)
+                    score = table.double().square().sum(dim=1)
                 case "gradient":
-                    score = (gradients[unit.name] * weight.square()).double().sum(dim=1)
+                    score = (gradients[name] * table.square()).double().sum(dim=1)
             kept = most(score, made.settings[_COUNT[made.composition.name]])
-            stored, parts = self._stored(weight, kept, count)
-            table = made.table(rows, dim, stored, parts)
-            swap(model.module, unit.name, pack_table(unit.module, table))
-            notes[unit.name] = f"{share(count, ~kept):.2%} of the lookups get another row"
-        return replace(model, notes=notes)
+            notes[name] = f"{share(counts[name], ~kept):.2%} of the lookups get another row"
+            return self._stored(table, kept, counts[name])
 
-    def _stored(
-        self, weight: Tensor, kept: Tensor, count: Tensor
-    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        return replace(recompose(model, designs, fit), notes=notes)
+
+    def _stored(self, weight: Tensor, kept: Tensor, count: Tensor) -> Fitted:
         """The map and the rows that stay."""
         if self.pruned == "nearest":
             place = torch.empty(len(kept), dtype=torch.int64)
             place[kept] = torch.arange(int(kept.sum()))
             place[~kept] = nearest(weight[~kept], weight[kept])
-            return {"planes": byte_planes(place, int(kept.sum()))}, {"unique": weight[kept]}
+            planes = byte_planes(place, int(kept.sum()))
+            return Fitted({"planes": planes}, {"unique": weight[kept]})
         within, before = kept_order(kept)
-        # A row that was never looked up counts as half a lookup: it too is answered for.
-        each = (count[~kept] + 0.5).unsqueeze(1)
+        each = (count[~kept] + UNSEEN).unsqueeze(1)
         shared = (weight[~kept] * each / each.sum()).sum(dim=0).float()
         if self.pruned == "zero":
             shared = torch.zeros_like(shared)
         rows = torch.cat([weight[kept], shared.unsqueeze(0)])
-        return {"within": within, "before": before}, {"kept": rows}
+        return Fitted({"within": within, "before": before}, {"kept": rows})
 
-    def outline(self, model: Model, bench: Bench) -> Model:
+    def outline(self, model: Model, bench: Bench) -> Model:  # noqa: ARG002
         """Every chosen table over stand-ins."""
-        return composed_outline(model, self.choose(model, bench), self.design)
+        return recomposed_outline(model, self._designs(model)[1])
+
+    def _designs(self, model: Model) -> tuple[dict[str, Choice], dict[str, Design]]:
+        return choose_composed(model, self.tables, self.min_rows, self.kind, self.design)
 
     def design(self, rows: int, dim: int) -> Design:  # noqa: ARG002
         """How a table of ``rows x dim`` is made."""

@@ -20,10 +20,10 @@ from compressors.composed import Composition, Design, Parts, PartSpec
 from compressors.contracts import Bench, Change, Frozen, Part
 from compressors.formats import TensorSpec
 from compressors.model import Model
-from compressors.stand_ins import composed_outline
+from compressors.recompose import Fitted, choose_composed, recompose, recomposed_outline
 from compressors.tables.kept_order import BLOCK, kept_order, most, share
 from compressors.traffic import lookups
-from compressors.units import Choice, Unit, choose_composed, pack_table, swap
+from compressors.units import Choice
 
 
 @dataclass(frozen=True)
@@ -83,32 +83,32 @@ class Tiers(Frozen):
 
     def choose(self, model: Model, bench: Bench) -> dict[str, Choice]:  # noqa: ARG002
         """Which tables are parted, and why the others stay."""
-        units = Unit.of(model.module)
-        return choose_composed(
-            units, self.tables, max(self.min_rows, 2), self.kind, self.design, smaller=False
-        )
+        return self._designs(model)[0]
 
     def apply(self, model: Model, bench: Bench) -> Model:
         """Part every chosen table by its lookups."""
-        choices = self.choose(model, bench)
-        taken = [u for u in Unit.of(model.module) if u.name in choices and choices[u.name].take]
-        counts = lookups(model, bench, [unit.name for unit in taken])
+        _, designs = self._designs(model)
+        counts = lookups(model, bench, designs)
         notes = {}
-        for unit in taken:
-            rows, dim = unit.weight.shape
-            made = self.design(rows, dim)
-            hot = most(counts[unit.name], made.settings["hot"])
-            within, before = kept_order(hot)
-            stored = {"within": within, "before": before}
-            parts = {"hot": unit.weight[hot], "cold": unit.weight[~hot]}
-            table = made.table(rows, dim, stored, parts)
-            swap(model.module, unit.name, pack_table(unit.module, table))
-            notes[unit.name] = f"hot rows get {share(counts[unit.name], hot):.2%} of the lookups"
-        return replace(model, notes=notes)
 
-    def outline(self, model: Model, bench: Bench) -> Model:
+        def fit(name: str, table: Tensor, made: Design) -> Fitted:
+            hot = most(counts[name], made.settings["hot"])
+            notes[name] = f"hot rows get {share(counts[name], hot):.2%} of the lookups"
+            within, before = kept_order(hot)
+            return Fitted(
+                {"within": within, "before": before}, {"hot": table[hot], "cold": table[~hot]}
+            )
+
+        return replace(recompose(model, designs, fit), notes=notes)
+
+    def outline(self, model: Model, bench: Bench) -> Model:  # noqa: ARG002
         """Every chosen table over stand-ins."""
-        return composed_outline(model, self.choose(model, bench), self.design)
+        return recomposed_outline(model, self._designs(model)[1])
+
+    def _designs(self, model: Model) -> tuple[dict[str, Choice], dict[str, Design]]:
+        return choose_composed(
+            model, self.tables, max(self.min_rows, 2), self.kind, self.design, smaller=False
+        )
 
     def design(self, rows: int, dim: int) -> Design:  # noqa: ARG002
         """How a table of ``rows x dim`` is made."""

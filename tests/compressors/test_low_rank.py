@@ -70,7 +70,7 @@ def test_a_rank_is_a_share_or_a_number(tmp_path):
 
 def test_a_table_that_would_grow_stays(tmp_path):
     result = run(LowRank(rank=5), RANKER.model(), Bench(signature=RANKER.schema), tmp_path)
-    assert result.plan.of("city").reason == "9 x 6 would be no smaller (6 -> 5 numbers a row)"
+    assert result.plan.of("city").reason == "9 x 6 would be no smaller: 216 -> 324 bytes"
     assert result.plan.of("city").format == "float32"
 
 
