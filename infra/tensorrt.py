@@ -90,11 +90,22 @@ class Profile(Frozen):
 
 
 class TableWeights(Frozen):
-    """The ONNX initializers one table became; the first dimension of each is its rows."""
+    """The ONNX initializers one table became.
+
+    ``every`` says for each how many rows share an entry of its first dimension, 0 where it belongs
+    to the whole table; empty where it is 1 for all of them.
+    """
 
     module: str
     rows: int = Field(ge=1)
     initializers: tuple[str, ...] = Field(min_length=1)
+    every: tuple[int, ...] = ()
+
+    def entries(self, rows: int) -> dict[str, int]:
+        """The first dimension of every initializer written by rows, of a table of so many."""
+        every = self.every or (1,) * len(self.initializers)
+        pairs = zip(self.initializers, every, strict=True)
+        return {name: -(-rows // shared) for name, shared in pairs if shared}
 
 
 class BuildRequest(Frozen):

@@ -82,24 +82,24 @@ def check_weights(weights_bytes: int, packed_bytes: int, constant_bytes: dict[st
 def find_tables(
     model: "onnx.ModelProto", tables: Sequence[TableWeights]
 ) -> dict[str, list["onnx.TensorProto"]]:
-    """The initializers of every table, by module.
+    """The initializers of every table that are written by rows, by module.
 
     Raises:
-        BuildRefused: the graph lacks one, or its first dimension is not the table's rows.
+        BuildRefused: the graph lacks one, or its first dimension does not fit the table's rows.
     """
     stored = {tensor.name: tensor for tensor in model.graph.initializer}
     found: dict[str, list[onnx.TensorProto]] = {}
     for table in tables:
-        for name in table.initializers:
+        for name, entries in table.entries(table.rows).items():
             if name not in stored:
                 raise BuildRefused(
                     f"table {table.module!r} should lie in initializer {name!r}, which the graph "
                     "does not have; the audit cannot find the table."
                 )
             shape = list(stored[name].dims)
-            if not shape or shape[0] != table.rows:
+            if not shape or shape[0] != entries:
                 raise BuildRefused(
-                    f"initializer {name!r} of table {table.module!r} should have {table.rows} "
+                    f"initializer {name!r} of table {table.module!r} should have {entries} "
                     f"rows; its shape is {shape}."
                 )
             found.setdefault(table.module, []).append(stored[name])
@@ -119,15 +119,17 @@ def halve(model: "onnx.ModelProto", tables: Sequence[TableWeights]) -> int | Non
     Returns:
         Bytes removed from the table that lost least; None if no table is large enough.
     """
-    found = find_tables(model, [table for table in tables if table.rows >= TWIN_ROWS])
+    large = [table for table in tables if table.rows >= TWIN_ROWS]
+    found = find_tables(model, large)
     # A shared table may be named twice; it is cut once.
     cut: dict[str, int] = {}
     removed = []
-    for tensors in found.values():
-        for tensor in tensors:
+    for table in large:
+        kept = table.entries(table.rows // 4 * 2)
+        for tensor in found[table.module]:
             if tensor.name not in cut:
-                cut[tensor.name] = _cut(tensor, tensor.dims[0] // 4 * 2)
-        removed.append(sum(cut[tensor.name] for tensor in tensors))
+                cut[tensor.name] = _cut(tensor, kept[tensor.name])
+        removed.append(sum(cut[tensor.name] for tensor in found[table.module]))
     del model.graph.value_info[:]  # shapes of the uncut graph
     return min(removed, default=None)
 

@@ -59,7 +59,12 @@ def build(
                 onnx=str(folder / graph.file),
                 profiles=_profiles(graph, batch, longest),
                 tables=tuple(
-                    TableWeights(module=table.module, rows=table.rows, initializers=table.names)
+                    TableWeights(
+                        module=table.module,
+                        rows=table.rows,
+                        initializers=table.names,
+                        every=table.every,
+                    )
                     for table in graph.tables
                 ),
                 packed_bytes=graph.packed_bytes,

@@ -2,7 +2,7 @@
 
 import logging
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -72,12 +72,12 @@ def lower(
             f"The network cannot be written down for {target}: {reason}. "
             f"Its forward must be free of Python control flow that depends on tensor values."
         ) from fault
-    tables = _tables(wrapper, program.model.graph)
-    if target != "onnxruntime":
-        _retype(program.model, tables)
     held = program.model.graph.initializers
+    found = _tables(wrapper, program.model.graph)
+    if target != "onnxruntime":
+        _retype(held, found)
     looked_up = tuple(
-        table for table in tables if any(_looked_up(held[name]) for name in table.names)
+        table for table, _ in found if any(_looked_up(held[name]) for name in table.names)
     )
     packed = _packed(wrapper, program.model.graph)
     optimize_ir(program.model, should_fold=_may_fold)
@@ -202,15 +202,20 @@ def _names(wrapper: Served) -> dict[int, list[str]]:
     return names
 
 
-def _tables(wrapper: Served, graph: ir.Graph) -> tuple[TableInitializers, ...]:
+def _tables(
+    wrapper: Served, graph: ir.Graph
+) -> list[tuple[TableInitializers, PackedTable | nn.Embedding]]:
     """Where each table lies in a graph; tables that the network never reads are in none."""
     names = _names(wrapper)
     found = []
     for name, module in wrapper.named_modules():
         if isinstance(module, PackedTable):
             rows, form, stored = module.rows, module.storage.name, list(module.buffers())
+            layout = module.storage.layout(rows, module.dim, module.settings)
+            every = tuple(layout[key].every for key, _ in module.named_buffers())
         elif isinstance(module, nn.Embedding):
             rows, form, stored = module.num_embeddings, "float32", [module.weight]
+            every = (1,)
         else:
             continue
         owner, _, leaf = name.rpartition(".")
@@ -218,9 +223,10 @@ def _tables(wrapper: Served, graph: ir.Graph) -> tuple[TableInitializers, ...]:
         label = owner if leaf == "table" and isinstance(wrapper.get_submodule(owner), Bag) else name
         held = [next((n for n in names[id(t)] if n in graph.initializers), None) for t in stored]
         if None not in held:
-            module_name = label.removeprefix("model.")
-            found.append(TableInitializers(module=module_name, rows=rows, format=form, names=held))
-    return tuple(found)
+            label = label.removeprefix("model.")
+            table = TableInitializers(module=label, rows=rows, format=form, names=held, every=every)
+            found.append((table, module))
+    return found
 
 
 def _looked_up(value: ir.Value) -> bool:
@@ -247,30 +253,25 @@ def _constant(value: ir.Value | None) -> bool:
     return node is not None and all(_constant(item) for item in node.inputs)
 
 
-def _retype(model: ir.Model, tables: tuple[TableInitializers, ...]) -> None:
+def _retype(
+    held: Mapping[str, ir.Value],
+    tables: list[tuple[TableInitializers, PackedTable | nn.Embedding]],
+) -> None:
     """Give packed tables the element types and shapes TensorRT's operators take."""
-    for table in tables:
-        if table.format not in {"rowwise_int8", "rowwise_int4"}:
+    done: set[str] = set()  # a module in two places is one table
+    for table, module in tables:
+        if not isinstance(module, PackedTable) or done & set(table.names):
             continue
-        codes, scale = (_initializer(model, name) for name in table.names)
-        if table.format == "rowwise_int4":
-            packed = tensorrt.packed_int4(codes.const_value.numpy())
-            shape = (packed.shape[0], 2 * packed.shape[1])
-            _set(
-                codes, ir.PackedTensor(packed.reshape(-1), ir.DataType.INT4, shape=ir.Shape(shape))
-            )
-        else:
-            _set(scale, ir.Tensor(scale.const_value.numpy().reshape(-1)))
-
-
-def _initializer(model: ir.Model, name: str) -> ir.Value:
-    value = model.graph.initializers.get(name)
-    if value is None or value.const_value is None:
-        raise NotLowerable(f"The exported graph holds no tensor {name!r}.")
-    return value
-
-
-def _set(value: ir.Value, tensor: ir.TensorProtocol) -> None:
-    value.const_value = tensor
-    value.dtype = tensor.dtype
-    value.shape = tensor.shape
+        done |= set(table.names)
+        name_of = dict(zip(dict(module.named_buffers()), table.names, strict=True))
+        arrays = {}
+        for stored, name in name_of.items():
+            tensor = held[name].const_value
+            if tensor is None:
+                raise NotLowerable(f"The exported graph holds no values of {name!r}.")
+            arrays[stored] = tensor.numpy()
+        for stored, new in tensorrt.retyped(table.format, module.settings, arrays).items():
+            value = held[name_of[stored]]
+            value.const_value = new
+            value.dtype = new.dtype
+            value.shape = new.shape

@@ -62,7 +62,9 @@ def fit(rows: Tensor, grid: Grid) -> Fitted:
     """
     parts = [_fit(values, grid) for values in ranges(rows, grid.rows_per_scale)]
     offsets = [part.offset for part in parts if part.offset is not None]
-    return Fitted(torch.cat([part.scale for part in parts]), torch.cat(offsets) if offsets else None)
+    return Fitted(
+        torch.cat([part.scale for part in parts]), torch.cat(offsets) if offsets else None
+    )
 
 
 def _fit(values: Tensor, grid: Grid) -> Fitted:

@@ -164,7 +164,7 @@ def ranges(rows: Tensor, rows_per_scale: int) -> Iterator[Tensor]:
 
 def ends(values: Tensor) -> tuple[Tensor, Tensor]:
     """The smallest and the largest value of every range, float32 ``(ranges, 1)``."""
-    parts = [torch.aminmax(part, dim=1, keepdim=True) for part in values.split(CHUNK, dim=1)]
+    parts = [torch.aminmax(part, dim=1, keepdim=True) for part in torch.split(values, CHUNK, dim=1)]
     low = torch.cat([part.min for part in parts], dim=1).amin(dim=1, keepdim=True)
     high = torch.cat([part.max for part in parts], dim=1).amax(dim=1, keepdim=True)
     return low.float(), high.float()
@@ -174,7 +174,7 @@ def squared_error(values: Tensor, fitted: Fitted, grid: Grid) -> Tensor:
     """Sum of squared differences of every range, float32 ``(ranges, 1)``."""
     scale, offset = fitted
     total = []
-    for part in values.split(CHUNK, dim=1):
+    for part in torch.split(values, CHUNK, dim=1):
         gap = weights(_nearest(part, scale, offset, grid), scale, offset) - part.float()
         squares = gap.square()
         while squares.shape[1] > PIECE:
