@@ -100,7 +100,7 @@ def symmetric_scale(largest: Tensor, grid: Grid) -> Tensor:
         CompressionError: a weight is too large for the type of the scales.
     """
     scale = largest / grid.half
-    _need_in_range(scale, largest, grid)
+    _need_in_range("a scale", scale, largest, grid)
     return _stored_scale(scale, grid.half, grid)
 
 
@@ -113,13 +113,13 @@ def asymmetric_ends(low: Tensor, high: Tensor, grid: Grid) -> Fitted:
     Raises:
         CompressionError: a weight is too large for the type of the scales.
     """
-    _need_in_range(low.abs(), low.abs(), grid)
+    _need_in_range("an offset", low.abs(), low.abs(), grid)
     near = low.to(grid.dtype)
     below = torch.nextafter(near, torch.full_like(near, -torch.inf))
     offset = torch.where(near.float() > low, below, near)
     top = grid.levels - 1
     scale = (high - offset.float()).clamp(min=0) / top
-    _need_in_range(scale, high, grid)
+    _need_in_range("a scale", scale, high, grid)
     return Fitted(_stored_scale(scale, top, grid), offset)
 
 
@@ -134,7 +134,7 @@ def _stored_scale(scale: Tensor, levels: float, grid: Grid) -> Tensor:
     return torch.where(clipped, stored + smallest, stored)
 
 
-def _need_in_range(value: Tensor, weight: Tensor, grid: Grid) -> None:
+def _need_in_range(what: str, value: Tensor, weight: Tensor, grid: Grid) -> None:
     if not bool((value > torch.finfo(grid.dtype).max).any()):
         return
     remedy = (
@@ -143,8 +143,8 @@ def _need_in_range(value: Tensor, weight: Tensor, grid: Grid) -> None:
         else "Leave the table out of the step"
     )
     raise CompressionError(
-        f"A weight of {float(weight.max()):g} needs a scale or an offset above {grid.scale}'s "
-        f"largest number. {remedy}."
+        f"A weight of {float(weight.max()):g} needs {what} above {grid.scale}'s largest number. "
+        f"{remedy}."
     )
 
 

@@ -4,7 +4,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
-import torch
 from models import Reference, whole
 from torch import Tensor, nn
 
