@@ -15,7 +15,6 @@ from compressors.errors import AuditFailed
 from compressors.lower.found import GraphAudit, TableInitializers
 
 FLOAT_PRODUCTS = {"Gemm", "FusedGemm", "MatMul", "FusedMatMul", "Conv", "FusedConv"}
-WIDENING = {"DequantizeLinear", "Cast", "Mul", "Sub", "Add", "BitwiseAnd", "BitShift"}
 INT8_PRODUCTS = {"QGemm", "QLinearMatMul", "MatMulInteger", "MatMulIntegerToFloat"}
 
 
@@ -94,7 +93,7 @@ def _widened(
         if not node.op_type.startswith("Gather") or not node.input:
             continue
         name, path = node.input[0], []
-        while name in maker and maker[name].op_type in WIDENING:
+        while name in maker and maker[name].op_type in {"DequantizeLinear", "Cast", "Mul", "Sub"}:
             path.append(maker[name].op_type)
             name = maker[name].input[0]
         if path and name in held and len(held[name].dims) > 1:
