@@ -14,7 +14,6 @@ DequantizeLinear: codes are dequantized by 1, exactly, gathered, and multiplied 
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 import onnx
 import onnx_ir as ir
@@ -170,7 +169,7 @@ def _int2(shared: Shared, stored: Arrays) -> Retyped:  # noqa: ARG001
 
 
 def _float8(shared: Shared, stored: Arrays) -> Retyped:
-    codes = ir.Tensor(stored["codes"].view(ml_dtypes.float8_e4m3fn))
+    codes = ir.Tensor(stored["codes"].view(ir.DataType.FLOAT8E4M3FN.numpy()))
     return {"codes": codes, **_dequantize_scale(shared, stored)}
 
 
