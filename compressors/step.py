@@ -140,7 +140,8 @@ def run(step: TableStep | ModelStep, source: Model, bench: Bench, folder: Path) 
     else:
         for unit in before:
             if choices[unit.name].take:
-                swap(model.module, unit.name, _encode_table(step, unit))
+                packed = pack_table(unit.module, encode_table(step, unit.weight))
+                swap(model.module, unit.name, packed)
     module = model.module.eval()
     if _versions(source.module) != versions:
         raise ContractBroken(f"{step.kind!r} wrote into the tensors of the model it was given.")
@@ -261,8 +262,13 @@ def _no_smaller(step: TableStep, unit: Unit, chosen: Mapping[str, Choice]) -> Ch
     return Choice(False, f"{step.kind} would take {size} bytes, not fewer than its {unit.bytes}")
 
 
-def _encode_table(step: TableStep, unit: Unit) -> nn.Module:
-    weight = unit.weight
+def encode_table(step: TableStep, weight: Tensor) -> PackedTable:
+    """A table, float ``(rows, dim)``, in the step's format, encoded block by block.
+
+    Raises:
+        ContractBroken: the step encodes a tensor in another type than it lays it out.
+        CompressionError: the step cannot be carried out on this table.
+    """
     rows, dim = weight.shape
     params = step.fit(weight)
     layout = step.storage.layout(rows, dim, step.settings())
@@ -273,7 +279,7 @@ def _encode_table(step: TableStep, unit: Unit) -> nn.Module:
         for name, tensor in step.encode(weight[begin:end], params).items():
             spec = layout[name]
             stored[name][entries(spec, begin, end)] = _as_laid_out(step, name, tensor, spec)
-    return pack_table(unit.module, PackedTable(step.storage, rows, dim, step.settings(), stored))
+    return PackedTable(step.storage, rows, dim, step.settings(), stored)
 
 
 def _as_laid_out(step: TableStep, name: str, tensor: Tensor, spec: TensorSpec) -> Tensor:

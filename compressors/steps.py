@@ -19,7 +19,9 @@ from compressors.distill.fine_tune import FineTune
 from compressors.distill.refit_codes import RefitCodes
 from compressors.formats import LinearFormat, TableFormat
 from compressors.tables import (
+    bfloat16,
     drop_tables,
+    float8_e4m3,
     kmeans,
     low_rank,
     multi_hash,
@@ -29,13 +31,16 @@ from compressors.tables import (
     quotient_remainder,
     residual_codes,
     row_map,
+    rowwise_int2,
     rowwise_int4,
     rowwise_int8,
     tiers,
 )
+from compressors.tables.bfloat16 import BFloat16
 from compressors.tables.cluster_rows import ClusterRows
 from compressors.tables.dimensions import Dimensions
 from compressors.tables.drop_tables import DropTables
+from compressors.tables.float8_e4m3 import Float8E4M3
 from compressors.tables.kmeans import KMeans
 from compressors.tables.low_rank import LowRank
 from compressors.tables.merge_rows import MergeRows
@@ -45,6 +50,7 @@ from compressors.tables.product_codes import ProductCodes
 from compressors.tables.prune_rows import PruneRows
 from compressors.tables.quotient_remainder import QuotientRemainder
 from compressors.tables.residual_codes import ResidualCodes
+from compressors.tables.rowwise_int2 import RowwiseInt2
 from compressors.tables.rowwise_int4 import RowwiseInt4
 from compressors.tables.rowwise_int8 import RowwiseInt8
 from compressors.tables.tiers import Tiers
@@ -70,6 +76,9 @@ AnyStep = Annotated[
     | KMeans
     | ProductCodes
     | ResidualCodes
+    | RowwiseInt2
+    | Float8E4M3
+    | BFloat16
     | StaticInt8
     | Float16,
     Field(discriminator="kind"),
@@ -83,6 +92,9 @@ TABLE_FORMATS: dict[str, TableFormat] = {
         kmeans.FORMAT,
         product_codes.FORMAT,
         residual_codes.FORMAT,
+        rowwise_int2.FORMAT,
+        float8_e4m3.FORMAT,
+        bfloat16.FORMAT,
         float16.TABLE_FORMAT,
     )
 }

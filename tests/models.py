@@ -61,6 +61,8 @@ VALUES, FORMATS, PARTS = _changing("values"), _changing("format"), _changing("pa
 # What these make is known only when values and data were looked at: each has tests of its own.
 SEARCHES = (DropTables, MergeRows)
 PARTS = tuple(method for method in PARTS if method not in SEARCHES)
+# Methods that leave every table one table; test_composed.py is about the others.
+UNDIVIDED = (*VALUES, *FORMATS)
 # Steps enough for 96 rows to move the weights.
 QUICKLY = Training(batch=16, learning_rate=0.02, warmup=0)
 BENCH_ROWS = 96

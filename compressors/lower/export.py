@@ -16,7 +16,7 @@ from compressors.batches import example
 from compressors.contracts import TargetKind
 from compressors.errors import AuditFailed, NotLowerable
 from compressors.formats import Bag, PackedLinear, PackedTable
-from compressors.lower import onnxruntime, tensorrt
+from compressors.lower import onnxruntime, tensorrt, tensorrt_types
 from compressors.lower.found import TableInitializers
 from compressors.lower.served import Form, Served, dynamic_shapes, input_names, served
 from compressors.step import rows_of_tables
@@ -277,7 +277,7 @@ def _retype(model: ir.Model, wrapper: Served) -> None:
                 continue
             done.add(name)
             value = _initializer(model, name)
-            new = tensorrt.retyped(module, stored, value.const_value.numpy())
+            new = tensorrt_types.retyped(module, stored, value.const_value.numpy())
             if new is not None:
                 _set(value, new)
 

@@ -1,9 +1,7 @@
-"""How each storage format is written down for ONNX Runtime.
+"""How compressed layers are written down for ONNX Runtime; tables are in ``onnxruntime_tables``.
 
-Tables are gathered first and widened after, so a lookup touches only its own rows: the form
-TensorRT wants, DequantizeLinear before Gather, makes ONNX Runtime widen the whole table at every
-call. Dense int8 must have explicit zero points on weight and bias, and no Relu right behind the
-Gemm, or it silently stays float (``benchmarks/qdq_forms.py``).
+Dense int8 must have explicit zero points on weight and bias, and no Relu right behind the Gemm, or
+it silently stays float (``benchmarks/qdq_forms.py``).
 """
 
 from collections.abc import Callable
@@ -15,129 +13,8 @@ import onnx_ir as ir
 import torch
 from onnxscript import opset21 as op
 
-from compressors.tables.kept_order import BLOCK
-from compressors.tables.product_codes import columns
-
-FLOAT, FLOAT16, INT32, INT64 = (
-    int(getattr(onnx.TensorProto, name)) for name in ("FLOAT", "FLOAT16", "INT32", "INT64")
-)
-
-
-def constant(dtype: int, values: list[int] | int) -> Any:
-    """A small constant of a given ONNX type: a scalar, or a vector."""
-    dims = [len(values)] if isinstance(values, list) else []
-    flat = values if isinstance(values, list) else [values]
-    return op.Constant(value=onnx.helper.make_tensor("", dtype, dims, flat))
-
-
-def rowwise_int8(codes: Any, scale: Any, ids: Any) -> Any:
-    """Gather codes and scales of the rows asked for, then multiply in float32."""
-    rows = op.Cast(op.Gather(codes, ids, axis=0), to=FLOAT)
-    return op.Mul(rows, op.Cast(op.Gather(scale, ids, axis=0), to=FLOAT))
-
-
-def rowwise_int4(codes: Any, scale: Any, ids: Any, dim: int) -> Any:
-    """Gather packed bytes, split the two planes, drop the padding of an odd width."""
-    packed = op.Gather(codes, ids, axis=0)
-    low = op.BitwiseAnd(packed, constant(onnx.TensorProto.UINT8, 15))
-    high = op.BitShift(packed, constant(onnx.TensorProto.UINT8, 4), direction="RIGHT")
-    rows = op.Cast(op.Concat(low, high, axis=-1), to=FLOAT)
-    if dim % 2:
-        rows = op.Slice(rows, [0], [dim], [-1])
-    rows = op.Sub(rows, op.Constant(value_float=8.0))
-    return op.Mul(rows, op.Cast(op.Gather(scale, ids, axis=0), to=FLOAT))
-
-
-def unpacked(codes: Any, ids: Any, count: int, width: int) -> Any:
-    """Gather packed codes and take the planes apart: int32 ``(*ids, count)``."""
-    found = op.Gather(codes, ids, axis=0)
-    byte = onnx.TensorProto.UINT8
-    if width < 8:
-        shifts = range(0, 8, width)
-        planes = [op.BitShift(found, constant(byte, by), direction="RIGHT") for by in shifts]
-        planes = [op.BitwiseAnd(plane, constant(byte, (1 << width) - 1)) for plane in planes]
-        found = op.Concat(*planes, axis=-1)
-    return without_padding(op.Cast(found, to=INT32), count, width)
-
-
-def without_padding(codes: Any, count: int, width: int) -> Any:
-    """The codes of a row without those that fill up its last byte."""
-    return codes if count * width % 8 == 0 else op.Slice(codes, [0], [count], [-1])
-
-
-def kmeans_levels(codes: Any, codebook: Any, scale: Any, ids: Any) -> Any:
-    """The level of each code int32 ``(*ids, dim)``, times the row's scale if there is one."""
-    rows = op.Gather(codebook, codes, axis=0)
-    return rows if scale is None else op.Mul(rows, op.Cast(op.Gather(scale, ids, axis=0), to=FLOAT))
-
-
-def kmeans_table(codes: Any, codebook: Any, scale: Any, ids: Any, dim: int, width: int) -> Any:
-    """Gather codes, then their levels."""
-    return kmeans_levels(unpacked(codes, ids, dim, width), codebook, scale, ids)
-
-
-def entries(codes: Any, codebook: Any, books: int) -> Any:
-    """Codebook entries of codes int32 ``(*ids, books)``: float32 ``(*ids, books, entry)``."""
-    levels = int(codebook.shape[0]) // books
-    first = constant(INT32, [levels * book for book in range(books)])
-    return op.Cast(op.Gather(codebook, op.Add(codes, first), axis=0), to=FLOAT)
-
-
-def side_by_side(found: Any, ids: Any, dim: int, parts: int) -> Any:
-    """Entries ``(*ids, parts, widest)`` as rows ``(*ids, dim)``."""
-    shape = [0] * len(ids.shape) + [parts * -(-dim // parts)]  # 0: as it is
-    rows = op.Reshape(found, op.Constant(value_ints=shape))
-    places = columns(dim, parts)
-    return rows if places is None else op.Gather(rows, op.Constant(value_ints=places), axis=-1)
-
-
-def product_codes(codes: Any, codebook: Any, ids: Any, dim: int, parts: int, width: int) -> Any:
-    """Gather codes, then their entries, and put the parts side by side."""
-    found = entries(unpacked(codes, ids, parts, width), codebook, parts)
-    return side_by_side(found, ids, dim, parts)
-
-
-def residual_codes(codes: Any, codebook: Any, ids: Any, books: int, width: int) -> Any:
-    """Gather codes, then their entries, and add them up."""
-    found = entries(unpacked(codes, ids, books, width), codebook, books)
-    return op.ReduceSum(found, op.Constant(value_ints=[-2]), keepdims=0)
-
-
-def float16_table(weight: Any, ids: Any) -> Any:
-    """Gather float16 rows, then widen them."""
-    return op.Cast(op.Gather(weight, ids, axis=0), to=FLOAT)
-
-
-def planned_place(planes: Any, ids: Any) -> Any:
-    """Gather the bytes of each place, then add them up."""
-    count = int(planes.shape[1])
-    return joined_bytes(op.Cast(op.Gather(planes, ids, axis=0), to=INT64), count)
-
-
-def joined_bytes(digits: Any, count: int) -> Any:
-    """Places from int64 ``(*, count)`` in [-128, 127]."""
-    weight = op.Constant(value_ints=[256**plane for plane in range(count)])
-    weighed = op.Mul(op.Add(digits, op.Constant(value_int=128)), weight)
-    return op.ReduceSum(weighed, op.Constant(value_ints=[-1]), keepdims=0)
-
-
-def kept_place(within: Any, before: Any, ids: Any) -> Any:
-    """Gather the rank within a block and the count before the block."""
-    return placed(op.Cast(op.Gather(within, ids, axis=0), to=INT64), before, ids)
-
-
-def placed(rank: Any, before: Any, ids: Any) -> Any:
-    """The place of a row from its int64 rank within its block."""
-    block = op.Div(op.Cast(ids, to=INT64), op.Constant(value_int=BLOCK))
-    base = op.Cast(op.Gather(before, block, axis=0), to=INT64)
-    other = op.Less(rank, op.Constant(value_int=0))
-    back = op.Where(other, op.Constant(value_int=BLOCK), op.Constant(value_int=0))
-    return op.Sub(op.Add(base, rank), op.Mul(back, block))
-
-
-def divided_by(ids: Any, divisor: int) -> Any:
-    """One integer division: ids are not negative, so rounding down is what Div does."""
-    return op.Div(ids, constant(onnx.TensorProto.INT64, divisor))
+from compressors.lower import onnxruntime_tables
+from compressors.lower.onnx_pieces import FLOAT, INT32, as_matrix, constant
 
 
 def static_int8_linear(x: Any, codes: Any, weight_scale: Any, input_scale: Any, bias: Any) -> Any:
@@ -166,29 +43,11 @@ def float16_linear(x: Any, weight: Any, bias: Any) -> Any:
     return restore(op.Gemm(flat, op.Cast(weight, to=FLOAT), op.Cast(bias, to=FLOAT), transB=1))
 
 
-def as_matrix(x: Any, inputs: int, outputs: int) -> tuple[Any, Callable[[Any], Any]]:
-    """``x`` as ``(rows, inputs)`` for a Gemm, and what brings its output back into shape."""
-    if len(x.shape) == 2:
-        return x, lambda y: y
-    leading = op.Slice(op.Shape(x), [0], [len(x.shape) - 1], [0])
-    flat = op.Reshape(x, op.Constant(value_ints=[-1, inputs]))
-    shape = op.Concat(leading, op.Constant(value_ints=[outputs]), axis=0)
-    return flat, lambda y: op.Reshape(y, shape)
-
-
 def translations() -> dict[Any, Callable[..., Any]]:
     """Custom op -> the subgraph that stands for it."""
     ops = torch.ops.recpress
     return {
-        ops.rowwise_int8.default: rowwise_int8,
-        ops.rowwise_int4.default: rowwise_int4,
-        ops.kmeans_table.default: kmeans_table,
-        ops.product_codes.default: product_codes,
-        ops.residual_codes.default: residual_codes,
-        ops.float16_table.default: float16_table,
-        ops.planned_place.default: planned_place,
-        ops.kept_place.default: kept_place,
-        ops.divided_by.default: divided_by,
+        **onnxruntime_tables.translations(),
         ops.static_int8_linear.default: static_int8_linear,
         ops.float16_linear.default: float16_linear,
     }

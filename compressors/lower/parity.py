@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from compressors.contracts import Frozen, Plan, TargetKind
 from compressors.errors import ParityLost
+from compressors.plan import DROPPED
 
 FloatArray = NDArray[np.float32]
 
@@ -74,9 +75,10 @@ def compare(
 
 def _shares(plan: Plan | None, target: TargetKind) -> tuple[float, float, float]:
     """Limits as shares of the spread: root mean square, largest, nine of ten rows."""
-    formats = {line.format for line in plan.lines} if plan else set()
+    units = [line for line in plan.lines if line.role != "other"] if plan else []
+    formats = {line.format for line in units}
     if "static_int8" in formats:
         return (0.005, 0.2, 1e-3) if target == "onnxruntime" else (0.01, 0.2, 0.015)
-    if target != "onnxruntime" and formats & {"float16", "rowwise_int8", "rowwise_int4"}:
+    if target != "onnxruntime" and formats - {"float32", DROPPED}:
         return 0.005, 0.05, 0.01  # one float16 rounding of looked-up weights, or a float16 Gemm
     return 1e-4, 1e-3, 2e-4

@@ -21,9 +21,9 @@ from torch import Tensor
 from compressors.contracts import Frozen
 from compressors.formats import TableFormat, TensorSpec
 from compressors.tables.codebooks import row_bytes
+from compressors.tables.grid import Grid, ScaleType, symmetric_scale
 from compressors.tables.lloyd import sample, scalar_kmeans
 from compressors.tables.planar import pack, unpack
-from compressors.tables.rowwise_int8 import row_scale
 
 RowScale = Literal["none", "float16", "float32"]
 FITTED_VALUES = 2**21
@@ -57,7 +57,7 @@ def fit(
     counts = torch.ones(len(rows)) if weight is None else weight
     scale = torch.ones(len(rows), 1)
     if scale_type != "none":
-        scale = row_scale(rows, 1, scale_type).float()
+        scale = _largest(rows, scale_type).float()
     best, least = torch.empty(0), float("inf")
     for _ in range(TURNS if scale_type != "none" else 1):
         # A level's error counts with the square of the scale that it is multiplied by.
@@ -95,7 +95,7 @@ def encode(
     rows = table.float()
     if scale_type == "none":
         return _codes(rows, codebook), None
-    scale = row_scale(rows, 1, scale_type)
+    scale = _largest(rows, scale_type)
     codes = _codes(rows / scale.float(), codebook)
     for _ in range(TURNS):
         levels = codebook[codes.long()]
@@ -109,6 +109,12 @@ def encode(
     # It may be that no level is zero: a scale of zero keeps a row of zeros exact.
     scale = torch.where((rows == 0).all(dim=1, keepdim=True), torch.zeros_like(scale), scale)
     return codes, scale
+
+
+def _largest(rows: Tensor, scale_type: ScaleType) -> Tensor:
+    """The largest weight of each row, as a scale: a row's weights lie in -1 to 1 then."""
+    largest = rows.float().abs().amax(dim=1, keepdim=True)
+    return symmetric_scale(largest, Grid(levels=3, scale=scale_type))
 
 
 def _codes(values: Tensor, codebook: Tensor) -> Tensor:

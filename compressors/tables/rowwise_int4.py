@@ -1,17 +1,12 @@
-"""Embedding tables as half a byte per weight and one scale per row.
+"""Embedding tables as half a byte per weight and a scale per row, or per several rows.
 
 A table of ``rows x dim`` float32 shrinks from ``4 * rows * dim`` to
-``rows * (ceil(dim / 2) + 2)`` bytes with float16 scales.
+``rows * (ceil(dim / 2) + 2)`` bytes with a float16 scale per row; asymmetric, with an offset, to
+``rows * (ceil(dim / 2) + 4)``.
 
 Paper: Guan et al. 2019, https://arxiv.org/abs/1911.02079 (row-wise 4-bit).
-Differs: symmetric (TensorRT takes no zero point), so a range has one end instead of two and the
-paper's greedy search becomes a search over that end: every share of the largest weight is tried.
-
-Stored *planar*: the low nibbles of a row are the first half of its weights, the high nibbles
-the second, each plus 8. Unpacking is then two element-wise ops and one concatenation. For
-batches ONNX Runtime runs these several times faster than its own 4-bit lookup,
-GatherBlockQuantized; for single rows the two are about equal (``benchmarks/int4_lookup.py``).
-TensorRT's own packing is made when the graph is written.
+Differs: symmetric unless asked for otherwise (TensorRT takes no zero point, so a symmetric lookup
+is the cheaper one there), and min-max unless asked for otherwise.
 """
 
 from collections.abc import Mapping
@@ -24,104 +19,65 @@ from torch import Tensor
 
 from compressors.contracts import Frozen
 from compressors.formats import TableFormat, TensorSpec
-from compressors.tables.rowwise_int8 import ScaleType, row_scale
+from compressors.tables import planar, scales
+from compressors.tables.grid import Clipping, Grid, RowsPerScale, ScaleType, weights
 
-Clipping = Literal["min_max", "mse"]
-LEVELS = 7
-OFFSET = 8
-SHARES = tuple(1 - place / 50 for place in range(1, 26))
-"""What of a row's largest weight is tried as the end of its range: 0.98 down to 0.5."""
-
-
-def encode(
-    table: Tensor, scale_type: ScaleType = "float16", clipping: Clipping = "min_max"
-) -> tuple[Tensor, Tensor]:
-    """Round each row to 15 even levels, symmetric around zero.
-
-    Args:
-        table: float, ``(rows, dim)``.
-        scale_type: how the scales are stored; codes are fitted to the stored scale.
-        clipping: whether the largest weight of a row ends its range (``min_max``), or whichever
-            of ``SHARES`` of it gives the row the smallest squared error (``mse``).
-
-    Returns:
-        ``packed`` uint8 ``(rows, ceil(dim / 2))`` and ``scale`` ``(rows, 1)``, always positive.
-
-    Raises:
-        CompressionError: a weight is too large for a float16 scale.
-    """
-    scale = row_scale(table, LEVELS, scale_type)
-    if clipping == "mse":
-        scale = clipped_scale(table, scale)
-    return pack(_codes(table, scale).to(torch.int8)), scale
+BITS = 4
+LEVELS, ALL_LEVELS = 15, 16
+ZERO = 8
+"""The code of a symmetric grid's zero."""
 
 
-def clipped_scale(table: Tensor, widest: Tensor) -> Tensor:
-    """The scale of each row with the smallest squared error, among shares of the widest.
-
-    Args:
-        table: float, ``(rows, dim)``.
-        widest: scales that clip nothing, ``(rows, 1)`` as stored; one of the choices, so no row
-            gets worse.
-    """
-    best, least = widest, _squared_error(table, widest)  # (rows, 1)
-    for share in SHARES:
-        scale = (widest.float() * share).to(widest.dtype)
-        error = _squared_error(table, scale)
-        better = (error < least) & (scale > 0)
-        best, least = torch.where(better, scale, best), torch.where(better, error, least)
-    return best
+def store(steps: Tensor, *, symmetric: bool) -> Tensor:
+    """Levels counted in scales, ``(rows, dim)``, as planar codes uint8 ``(rows, ceil(dim/2))``."""
+    return planar.pack((steps + ZERO if symmetric else steps).to(torch.uint8), BITS)
 
 
-def _codes(table: Tensor, scale: Tensor) -> Tensor:
-    return (table.float() / scale.float()).round().clamp(-LEVELS, LEVELS)
-
-
-def _squared_error(table: Tensor, scale: Tensor) -> Tensor:
-    gap = _codes(table, scale) * scale.float() - table.float()
-    return gap.square().sum(dim=1, keepdim=True)
-
-
-def pack(codes: Tensor) -> Tensor:
-    """Int8 codes in [-8, 7], ``(rows, dim)``, as planar nibbles uint8 ``(rows, ceil(dim/2))``."""
-    half = (codes.shape[1] + 1) // 2
-    shifted = torch.full((codes.shape[0], 2 * half), OFFSET, dtype=torch.uint8)
-    shifted[:, : codes.shape[1]] = (codes + OFFSET).to(torch.uint8)
-    return shifted[:, :half] | (shifted[:, half:] << 4)
-
-
-def unpack(packed: Tensor, dim: int) -> Tensor:
-    """Planar nibbles uint8 ``(*, ceil(dim / 2))`` as int8 codes ``(*, dim)``."""
-    planes = torch.cat([packed & 15, packed >> 4], dim=-1)
-    return planes[..., :dim].to(torch.int8) - OFFSET
-
-
-def decode(packed: Tensor, scale: Tensor, dim: int) -> Tensor:
-    """Weights as float32, ``(*, dim)``."""
-    return unpack(packed, dim).float() * scale.float()
+def steps_of(packed: Tensor, dim: int, *, symmetric: bool) -> Tensor:
+    """Planar codes ``(*, ceil(dim / 2))`` as levels counted in scales, float32 ``(*, dim)``."""
+    steps = planar.unpack(packed, dim, BITS).float()
+    return steps - ZERO if symmetric else steps
 
 
 @torch.library.custom_op("recpress::rowwise_int4", mutates_args=())
-def rowwise_int4(codes: Tensor, scale: Tensor, ids: Tensor, dim: int) -> Tensor:
-    """Rows of a stored table: planar ``(rows, ceil(dim/2))``, ids -> ``(*ids, dim)``."""
-    return decode(codes[ids], scale[ids], dim)
+def rowwise_int4(
+    codes: Tensor, scale: Tensor, offset: Tensor | None, ids: Tensor, dim: int, rows_per_scale: int
+) -> Tensor:
+    """Rows of a stored table: planar ``(rows, ceil(dim/2))``, ids -> float32 ``(*ids, dim)``."""
+    entries = scales.entries_of(ids, rows_per_scale)
+    steps = steps_of(codes[ids], dim, symmetric=offset is None)
+    return weights(steps, scale[entries], None if offset is None else offset[entries])
 
 
 @rowwise_int4.register_fake
-def _(codes: Tensor, scale: Tensor, ids: Tensor, dim: int) -> Tensor:  # noqa: ARG001
+def _(
+    codes: Tensor,  # noqa: ARG001
+    scale: Tensor,
+    offset: Tensor | None,  # noqa: ARG001
+    ids: Tensor,
+    dim: int,
+    rows_per_scale: int,  # noqa: ARG001
+) -> Tensor:
     return scale.new_empty((*ids.shape, dim), dtype=torch.float32)
 
 
-def _keep(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor, int], output: Tensor) -> None:  # noqa: ARG001
-    *tensors, ctx.dim = inputs
+def _keep(
+    ctx: Any,
+    inputs: tuple[Tensor, Tensor, Tensor | None, Tensor, int, int],
+    output: Tensor,  # noqa: ARG001
+) -> None:
+    *tensors, ctx.dim, ctx.rows_per_scale = inputs
     ctx.save_for_backward(*tensors)
 
 
-def _backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor, None, None]:
-    codes, scale, ids = ctx.saved_tensors
-    each = (grad * unpack(codes[ids], ctx.dim).float()).sum(dim=-1).reshape(-1)
-    total = torch.zeros(scale.shape[0], device=scale.device).index_add_(0, ids.reshape(-1), each)
-    return None, total.unsqueeze(1).to(scale.dtype), None, None
+def _backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor, Tensor | None, None, None, None]:
+    codes, scale, offset, ids = ctx.saved_tensors
+    steps = steps_of(codes[ids], ctx.dim, symmetric=offset is None)
+    by_scale = scales.gradients(grad, steps, scale, ids, ctx.rows_per_scale)
+    by_offset = None
+    if offset is not None:
+        by_offset = scales.gradients(grad, None, offset, ids, ctx.rows_per_scale)
+    return None, by_scale, by_offset, None, None, None
 
 
 rowwise_int4.register_autograd(_backward, setup_context=_keep)
@@ -129,25 +85,21 @@ rowwise_int4.register_autograd(_backward, setup_context=_keep)
 
 @dataclass(frozen=True)
 class RowwiseInt4Format:
-    """``codes`` uint8 ``(rows, ceil(dim / 2))``, planar nibbles, and ``scale`` ``(rows, 1)``."""
+    """``codes`` uint8 ``(rows, ceil(dim / 2))``, planar, ``scale`` and, asymmetric, ``offset``."""
 
     name: str = "rowwise_int4"
-    learned: tuple[str, ...] = ("scale",)
+    learned: tuple[str, ...] = ("scale", "offset")
 
     def layout(self, rows: int, dim: int, settings: Mapping[str, Any]) -> dict[str, TensorSpec]:
-        return {
-            "codes": TensorSpec((rows, (dim + 1) // 2), torch.uint8),
-            "scale": TensorSpec((rows, 1), getattr(torch, settings["scale"])),
-        }
+        codes = TensorSpec((rows, -(-dim // 2)), torch.uint8)
+        return {"codes": codes, **scales.layout(rows, settings)}
 
     def lookup(
-        self,
-        stored: Mapping[str, Tensor],
-        ids: Tensor,
-        dim: int,
-        settings: Mapping[str, Any],  # noqa: ARG002
+        self, stored: Mapping[str, Tensor], ids: Tensor, dim: int, settings: Mapping[str, Any]
     ) -> Tensor:
-        rows: Tensor = torch.ops.recpress.rowwise_int4(stored["codes"], stored["scale"], ids, dim)
+        together = scales.Shared.of(settings).rows_per_scale
+        codes, scale, offset = stored["codes"], stored["scale"], stored.get("offset")
+        rows: Tensor = torch.ops.recpress.rowwise_int4(codes, scale, offset, ids, dim, together)
         return rows
 
 
@@ -162,11 +114,18 @@ class RowwiseInt4(Frozen):
         ("*",), description="Tables to compress: module names, with * for any characters."
     )
     min_rows: int = Field(1, ge=1, description="Tables with fewer rows stay as they are.")
-    scale: ScaleType = Field("float16", description="How the scale of each row is stored.")
+    scale: ScaleType = Field("float16", description="How scales and offsets are stored.")
+    symmetric: bool = Field(
+        True, description="Levels around zero, or an offset beside every scale and all codes used."
+    )
     clipping: Clipping = Field(
         "min_max",
-        description="min_max: the largest weight of a row ends its range. mse: a row may be "
-        "clipped where that lowers its squared error; 26 times the work.",
+        description="min_max: the largest weight ends a range. greedy, mse: a range may be "
+        "clipped where that lowers the squared error; 33 and 26 times the work, asymmetric 65 "
+        "and some 200 times.",
+    )
+    rows_per_scale: RowsPerScale = Field(
+        1, description="Neighbouring rows that share a scale; 0: one scale for the table."
     )
 
     @property
@@ -174,15 +133,26 @@ class RowwiseInt4(Frozen):
         """The format this step writes."""
         return FORMAT
 
+    @property
+    def grid(self) -> Grid:
+        """Which levels there are and how they are fitted."""
+        return Grid(
+            LEVELS if self.symmetric else ALL_LEVELS,
+            self.symmetric,
+            self.clipping,
+            self.scale,
+            self.rows_per_scale,
+        )
+
     def settings(self) -> dict[str, Any]:
         """What the format needs to know to lay a table out."""
-        return {"scale": self.scale}
+        return scales.settings_of(self.grid)
 
-    def fit(self, rows: Tensor) -> dict[str, Tensor]:  # noqa: ARG002
-        """Nothing is learned: each row is encoded from itself."""
-        return {}
+    def fit(self, rows: Tensor) -> dict[str, Tensor]:
+        """The scale of the table where it has but one; nothing else is learned."""
+        return scales.fit_table(rows, self.grid)
 
-    def encode(self, block: Tensor, params: Mapping[str, Tensor]) -> dict[str, Tensor]:  # noqa: ARG002
+    def encode(self, block: Tensor, params: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Stored tensors of one block of rows, float ``(rows, dim)``."""
-        codes, scale = encode(block, self.scale, self.clipping)
-        return {"codes": codes, "scale": scale}
+        steps, stored = scales.encode_block(block, params, self.grid)
+        return {"codes": store(steps, symmetric=self.symmetric), **stored}

@@ -1,11 +1,12 @@
-"""Embedding tables as one byte per weight and one scale per row.
+"""Embedding tables as one byte per weight and a scale per row, or per several rows.
 
 A rare item's small weights keep their own scale and are not rounded away by a popular one. A
 table of ``rows x dim`` float32 shrinks from ``4 * rows * dim`` to ``rows * (dim + 2)`` bytes
-with float16 scales.
+with a float16 scale per row; asymmetric, with an offset, to ``rows * (dim + 4)``.
 
 Paper: Guan et al. 2019, https://arxiv.org/abs/1911.02079 (row-wise uniform quantization).
-Differs: symmetric (TensorRT takes no zero point) and plain min-max.
+Differs: symmetric unless asked for otherwise (TensorRT takes no zero point, so a symmetric lookup
+is the cheaper one there), and min-max unless asked for otherwise.
 """
 
 from collections.abc import Mapping
@@ -17,80 +18,54 @@ from pydantic import Field
 from torch import Tensor
 
 from compressors.contracts import Frozen
-from compressors.errors import CompressionError
 from compressors.formats import TableFormat, TensorSpec
+from compressors.tables import scales
+from compressors.tables.grid import Clipping, Grid, RowsPerScale, ScaleType, weights
 
-ScaleType = Literal["float16", "float32"]
-LEVELS = 127
-
-
-def encode(table: Tensor, scale_type: ScaleType = "float16") -> tuple[Tensor, Tensor]:
-    """Round each row to 255 even levels, symmetric around zero.
-
-    Args:
-        table: float, ``(rows, dim)``.
-        scale_type: how the scales are stored; codes are fitted to the stored scale.
-
-    Returns:
-        ``codes`` int8 ``(rows, dim)`` in [-127, 127] and ``scale`` ``(rows, 1)``, always
-        positive; a row of zeros has only zero codes.
-
-    Raises:
-        CompressionError: a weight is too large for a float16 scale.
-    """
-    scale = row_scale(table, LEVELS, scale_type)
-    codes = (table.float() / scale.float()).round().clamp(-LEVELS, LEVELS).to(torch.int8)
-    return codes, scale
+LEVELS, ALL_LEVELS = 255, 256
 
 
-def decode(codes: Tensor, scale: Tensor) -> Tensor:
-    """Weights as float32, ``(*, dim)``, from int8 ``(*, dim)`` and scales ``(*, 1)``."""
-    return codes.float() * scale.float()
-
-
-def row_scale(table: Tensor, levels: int, scale_type: ScaleType) -> Tensor:
-    """The largest weight of each row over the number of levels, as stored: ``(rows, 1)``.
-
-    Raises:
-        CompressionError: a weight is too large for a float16 scale.
-    """
-    scale = table.float().abs().amax(dim=1, keepdim=True) / levels
-    dtype = torch.float16 if scale_type == "float16" else torch.float32
-    if scale_type == "float16" and bool((scale > torch.finfo(torch.float16).max).any()):
-        raise CompressionError(
-            f"A weight of {float(table.abs().max()):g} needs a scale above float16's largest "
-            f"number. Set the step's scale to 'float32'."
-        )
-    # TensorRT wants every scale positive: the smallest stored step stands for "nearly nothing",
-    # and a row of zeros has zero codes under any scale.
-    smallest = 2.0**-24 if scale_type == "float16" else torch.finfo(torch.float32).tiny
-    stored = scale.clamp(min=smallest).to(dtype)
-    # Float16 steps evenly by 2^-24 below 2^-14: a scale rounded down there by more than half a
-    # level over the whole row would clip the row's largest weights, so it is rounded up.
-    clipped = scale * levels > stored.float() * (levels + 0.5)
-    return torch.where(clipped, stored + smallest, stored)
+def store(steps: Tensor, *, symmetric: bool) -> Tensor:
+    """Levels counted in scales, ``(rows, dim)``, as int8 in [-127, 127], or as uint8."""
+    return steps.to(torch.int8 if symmetric else torch.uint8)
 
 
 @torch.library.custom_op("recpress::rowwise_int8", mutates_args=())
-def rowwise_int8(codes: Tensor, scale: Tensor, ids: Tensor) -> Tensor:
-    """Rows of a stored table: int8 ``(rows, dim)``, ``(rows, 1)``, ids -> ``(*ids, dim)``."""
-    return decode(codes[ids], scale[ids])
+def rowwise_int8(
+    codes: Tensor, scale: Tensor, offset: Tensor | None, ids: Tensor, rows_per_scale: int
+) -> Tensor:
+    """Rows of a stored table: codes ``(rows, dim)``, ids -> float32 ``(*ids, dim)``."""
+    entries = scales.entries_of(ids, rows_per_scale)
+    return weights(codes[ids].float(), scale[entries], None if offset is None else offset[entries])
 
 
 @rowwise_int8.register_fake
-def _(codes: Tensor, scale: Tensor, ids: Tensor) -> Tensor:
+def _(
+    codes: Tensor,
+    scale: Tensor,
+    offset: Tensor | None,  # noqa: ARG001
+    ids: Tensor,
+    rows_per_scale: int,  # noqa: ARG001
+) -> Tensor:
     return scale.new_empty((*ids.shape, codes.shape[1]), dtype=torch.float32)
 
 
-def _keep(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:  # noqa: ARG001
-    ctx.save_for_backward(*inputs)
+def _keep(
+    ctx: Any,
+    inputs: tuple[Tensor, Tensor, Tensor | None, Tensor, int],
+    output: Tensor,  # noqa: ARG001
+) -> None:
+    *tensors, ctx.rows_per_scale = inputs
+    ctx.save_for_backward(*tensors)
 
 
-def _backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor, None]:
-    codes, scale, ids = ctx.saved_tensors
-    each = (grad * codes[ids].float()).sum(dim=-1).reshape(-1)  # one number per lookup
-    total = torch.zeros(scale.shape[0], device=scale.device).index_add_(0, ids.reshape(-1), each)
-    return None, total.unsqueeze(1).to(scale.dtype), None
+def _backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor, Tensor | None, None, None]:
+    codes, scale, offset, ids = ctx.saved_tensors
+    by_scale = scales.gradients(grad, codes[ids].float(), scale, ids, ctx.rows_per_scale)
+    by_offset = None
+    if offset is not None:
+        by_offset = scales.gradients(grad, None, offset, ids, ctx.rows_per_scale)
+    return None, by_scale, by_offset, None, None
 
 
 rowwise_int8.register_autograd(_backward, setup_context=_keep)
@@ -98,25 +73,26 @@ rowwise_int8.register_autograd(_backward, setup_context=_keep)
 
 @dataclass(frozen=True)
 class RowwiseInt8Format:
-    """``codes`` int8 ``(rows, dim)`` and ``scale`` ``(rows, 1)``."""
+    """``codes`` int8 ``(rows, dim)``, or uint8 with an ``offset``, and ``scale``."""
 
     name: str = "rowwise_int8"
-    learned: tuple[str, ...] = ("scale",)
+    learned: tuple[str, ...] = ("scale", "offset")
 
     def layout(self, rows: int, dim: int, settings: Mapping[str, Any]) -> dict[str, TensorSpec]:
-        return {
-            "codes": TensorSpec((rows, dim), torch.int8),
-            "scale": TensorSpec((rows, 1), getattr(torch, settings["scale"])),
-        }
+        symmetric = scales.Shared.of(settings).symmetric
+        codes = TensorSpec((rows, dim), torch.int8 if symmetric else torch.uint8)
+        return {"codes": codes, **scales.layout(rows, settings)}
 
     def lookup(
         self,
         stored: Mapping[str, Tensor],
         ids: Tensor,
         dim: int,  # noqa: ARG002
-        settings: Mapping[str, Any],  # noqa: ARG002
+        settings: Mapping[str, Any],
     ) -> Tensor:
-        rows: Tensor = torch.ops.recpress.rowwise_int8(stored["codes"], stored["scale"], ids)
+        together = scales.Shared.of(settings).rows_per_scale
+        codes, scale, offset = stored["codes"], stored["scale"], stored.get("offset")
+        rows: Tensor = torch.ops.recpress.rowwise_int8(codes, scale, offset, ids, together)
         return rows
 
 
@@ -131,22 +107,40 @@ class RowwiseInt8(Frozen):
         ("*",), description="Tables to compress: module names, with * for any characters."
     )
     min_rows: int = Field(1, ge=1, description="Tables with fewer rows stay as they are.")
-    scale: ScaleType = Field("float16", description="How the scale of each row is stored.")
+    scale: ScaleType = Field("float16", description="How scales and offsets are stored.")
+    symmetric: bool = Field(
+        True, description="Levels around zero, or an offset beside every scale and all codes used."
+    )
+    clipping: Clipping = Field(
+        "min_max",
+        description="min_max: the largest weight ends a range. greedy, mse: a range may be "
+        "clipped where that lowers the squared error; 33 and 26 times the work, asymmetric 65 "
+        "and some 200 times.",
+    )
+    rows_per_scale: RowsPerScale = Field(
+        1, description="Neighbouring rows that share a scale; 0: one scale for the table."
+    )
 
     @property
     def storage(self) -> TableFormat:
         """The format this step writes."""
         return FORMAT
 
+    @property
+    def grid(self) -> Grid:
+        """Which levels there are and how they are fitted."""
+        levels = LEVELS if self.symmetric else ALL_LEVELS
+        return Grid(levels, self.symmetric, self.clipping, self.scale, self.rows_per_scale)
+
     def settings(self) -> dict[str, Any]:
         """What the format needs to know to lay a table out."""
-        return {"scale": self.scale}
+        return scales.settings_of(self.grid)
 
-    def fit(self, rows: Tensor) -> dict[str, Tensor]:  # noqa: ARG002
-        """Nothing is learned: each row is encoded from itself."""
-        return {}
+    def fit(self, rows: Tensor) -> dict[str, Tensor]:
+        """The scale of the table where it has but one; nothing else is learned."""
+        return scales.fit_table(rows, self.grid)
 
-    def encode(self, block: Tensor, params: Mapping[str, Tensor]) -> dict[str, Tensor]:  # noqa: ARG002
+    def encode(self, block: Tensor, params: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Stored tensors of one block of rows, float ``(rows, dim)``."""
-        codes, scale = encode(block, self.scale)
-        return {"codes": codes, "scale": scale}
+        steps, stored = scales.encode_block(block, params, self.grid)
+        return {"codes": store(steps, symmetric=self.symmetric), **stored}

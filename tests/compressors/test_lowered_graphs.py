@@ -4,23 +4,26 @@ from collections.abc import Iterator
 
 import numpy as np
 import onnx
+import onnx_ir as ir
 import pytest
 import torch
-from models import ALONE, NORMED, RANKER, Ranker, compressed, graph, whole
+from models import NORMED, RANKER, UNDIVIDED, Ranker, compressed, graph, whole
 from onnx import TensorProto
 from torch import Tensor, nn
 
 from compressors.contracts import Schema, TargetKind
 from compressors.errors import NothingToCompress, NotLowerable
+from compressors.formats import PackedTable
 from compressors.lower.export import lower
 from compressors.lower.served import SCORE, input_names, served
-from compressors.lower.tensorrt import packed_int4
-from compressors.tables import rowwise_int4
+from compressors.lower.tensorrt_types import codes_tensor, retyped
+from compressors.steps import TABLE_FORMATS
+from compressors.tables import planar
 from infra.onnxruntime import optimized_graph
 
 ORT: TargetKind = "onnxruntime"
 RTX: TargetKind = "tensorrt-rtx"
-KINDS = [method.model_fields["kind"].default for method in ALONE]
+KINDS = [method.model_fields["kind"].default for method in UNDIVIDED]
 EVERYTHING = ("rowwise_int8", "static_int8")
 
 each_target = pytest.mark.parametrize("target", [ORT, RTX])
@@ -78,8 +81,12 @@ def test_onnxruntime_gathers_a_table_before_anything_else_touches_it(kind):
 TYPES = {
     "rowwise_int8": TensorProto.INT8,
     "rowwise_int4": TensorProto.INT4,
+    "rowwise_int2": TensorProto.INT4,  # two codes in one
+    "float8_e4m3": TensorProto.FLOAT8E4M3FN,
+    "bfloat16": TensorProto.BFLOAT16,
     "float16": TensorProto.FLOAT16,
 }
+PLAIN = {"float16", "bfloat16"}
 
 
 @pytest.mark.parametrize("kind", sorted(TYPES))
@@ -87,14 +94,14 @@ def test_tensorrt_gets_packed_tables_that_feed_nothing_but_a_dequantize(kind):
     lowered = graph("Ranker", (kind,), RTX)
     written = onnx.load(lowered.path).graph
     held = {item.name: item for item in written.initializer}
-    reads = {"Gather"} if kind == "float16" else {"DequantizeLinear"}
+    reads = {"Gather"} if kind in PLAIN else {"DequantizeLinear"}
     for table in lowered.lowered.tables:
         codes = held[table.names[0]]
         assert codes.data_type == TYPES[kind]
         assert codes.dims[0] == table.rows
         assert {node.op_type for node in walk(written, codes.name)} == reads
         for node in walk(written, codes.name):
-            if kind != "float16":
+            if kind not in PLAIN:
                 after = [reader.op_type for reader in walk(written, node.output[0])]
                 assert after == ["Gather"]
 
@@ -142,17 +149,39 @@ def test_packed_bytes_are_what_the_file_holds(kind, target):
         assert stored == line.bytes_after
 
 
+def as_int4(tensor: ir.TensorProtocol) -> np.ndarray:
+    """What ONNX itself reads from a packed tensor."""
+    written = onnx.TensorProto(
+        data_type=TensorProto.INT4, dims=tuple(tensor.shape), raw_data=tensor.tobytes()
+    )
+    return onnx.numpy_helper.to_array(written).astype(np.int8)
+
+
 @pytest.mark.parametrize("dim", [1, 2, 5, 8])
 def test_int4_is_repacked_without_a_code_changing(dim):
-    codes = torch.randint(-7, 8, (6, dim), dtype=torch.int8)
-    packed = packed_int4(rowwise_int4.pack(codes).numpy())
-    width = dim + dim % 2
-    tensor = onnx.TensorProto(
-        data_type=TensorProto.INT4, dims=[6, width], raw_data=packed.tobytes()
-    )
-    found = onnx.numpy_helper.to_array(tensor).astype(np.int8)
+    codes = torch.randint(1, 16, (6, dim), dtype=torch.uint8)
+    found = as_int4(codes_tensor(planar.pack(codes, 4).numpy(), 4))
+    assert np.array_equal(found[:, :dim], codes.numpy().astype(np.int8) - 8)
+    assert not found[:, dim:].any()  # the padding of an odd width decodes to zero
+
+
+@pytest.mark.parametrize("dim", [1, 3, 5, 8])
+def test_int2_is_repacked_two_codes_to_an_int4(dim):
+    codes = torch.randint(0, 4, (6, dim), dtype=torch.uint8)
+    pairs = as_int4(codes_tensor(planar.pack(codes, 2).numpy(), 2)) + 8
+    assert pairs.shape == (6, 2 * -(-dim // 4))
+    found = np.concatenate([pairs % 4, pairs // 4], axis=1)
     assert np.array_equal(found[:, :dim], codes.numpy())
-    assert not found[:, dim:].any()
+
+
+def test_codes_with_an_offset_are_128_lower():
+    settings = {"scale": "float16", "symmetric": False}
+    table = PackedTable(TABLE_FORMATS["rowwise_int8"], 1, 4, settings)
+    found = retyped(table, "codes", np.array([[0, 127, 128, 255]], np.uint8))
+    assert found.numpy().tolist() == [[-128, -1, 0, 127]]
+    half = np.ones((1, 1), np.float16)
+    for name in ("scale", "offset"):  # gathered as they are stored
+        assert retyped(table, name, half) is None
 
 
 # --- shared, unread and constant tables ------------------------------------------------------

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from compressors.lower.tensorrt import codes_tensor
+from compressors.lower.tensorrt_types import codes_tensor
 from compressors.tables.codebooks import WIDTHS, row_bytes, width_of
 from compressors.tables.planar import pack, unpack
 

@@ -1,243 +1,229 @@
-"""Row-wise int8 and int4: what rounding may cost, and that nothing else is lost."""
+"""Row-wise int8, int4 and int2: what is stored, looked up and trained."""
 
-from collections.abc import Callable
-from typing import NamedTuple
+import hashlib
 
 import hypothesis.extra.numpy as arrays
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from grids import normal
+from hypothesis import given
 from hypothesis import strategies as st
+from pydantic import ValidationError
 from torch import Tensor
 
-from compressors.errors import CompressionError
-from compressors.tables import rowwise_int4, rowwise_int8
+from compressors.formats import PackedTable
+from compressors.step import encode_table
+from compressors.tables import planar, rowwise_int2, rowwise_int4, rowwise_int8
+from compressors.tables.clipping import fit
+from compressors.tables.grid import nearest, weights
+from compressors.tables.rowwise_int2 import RowwiseInt2
+from compressors.tables.rowwise_int4 import RowwiseInt4
+from compressors.tables.rowwise_int8 import RowwiseInt8
 
-unhurried = settings(deadline=None)  # a busy machine is not a wrong answer
+Rowwise = RowwiseInt8 | RowwiseInt4 | RowwiseInt2
 
-# A float32 quotient, its rounding and the product back each move by at most one part in 2^24.
-SLACK = 4 * 2.0**-24
-
-
-class Method(NamedTuple):
-    """One format's maths under the same names."""
-
-    encode: Callable[..., tuple[Tensor, Tensor]]
-    decode: Callable[[Tensor, Tensor, int], Tensor]
-    lookup: Callable[[Tensor, Tensor, Tensor, int], Tensor]
-    op: object
-    levels: int
-
-
-INT8 = Method(
-    rowwise_int8.encode,
-    lambda codes, scale, _: rowwise_int8.decode(codes, scale),
-    lambda codes, scale, ids, _: torch.ops.recpress.rowwise_int8(codes, scale, ids),
-    torch.ops.recpress.rowwise_int8.default,
-    127,
-)
-INT4 = Method(
-    rowwise_int4.encode,
-    rowwise_int4.decode,
-    torch.ops.recpress.rowwise_int4,
-    torch.ops.recpress.rowwise_int4.default,
-    7,
-)
-both = pytest.mark.parametrize("method", [INT8, INT4], ids=["int8", "int4"])
-
-
-def tables(largest: float = 1e5) -> st.SearchStrategy[Tensor]:
-    """Float32 tables whose rows lie at very different scales, down to the smallest numbers."""
-
-    def scaled(drawn: tuple[np.ndarray, float]) -> Tensor:
-        table, power = drawn
-        scales = np.float32(10.0) ** (power - 3 * np.arange(len(table), dtype=np.float32))
-        return torch.from_numpy((table * scales[:, None]).astype(np.float32))
-
-    shapes = st.tuples(st.integers(1, 5), st.integers(1, 9))
-    unit = st.floats(-1, 1, width=32, allow_subnormal=False)
-    values = arrays.arrays(np.float32, shapes, elements=unit)
-    return st.tuples(values, st.floats(-8, np.log10(largest))).map(scaled)
-
-
-def within_half_a_level(method: Method, table: Tensor, scale_type: str) -> None:
-    stored, scale = method.encode(table, scale_type)
-    error = (method.decode(stored, scale, table.shape[1]) - table).abs()
-    slack = SLACK * table.abs().amax(dim=1, keepdim=True)
-    assert torch.all(error <= scale.float() / 2 + slack)
-
-
-@both
-@unhurried
-@given(table=tables(), scale_type=st.sampled_from(["float16", "float32"]))
-def test_every_weight_returns_within_half_a_level_of_the_stored_scale(method, table, scale_type):
-    within_half_a_level(method, table, scale_type)
-
-
-@both
-@pytest.mark.parametrize("largest", [1.4e-7, 1e-5, 1.1e-4, 6e-8 * 127.4])
-def test_a_scale_among_the_smallest_float16_numbers_clips_nothing(method, largest):
-    # Such scales are whole multiples of 2^-24: rounded down, they would clip the largest weights.
-    within_half_a_level(method, torch.linspace(-1, 1, 33).reshape(3, 11) * largest, "float16")
-
-
-@both
-@unhurried
-@given(table=tables())
-def test_a_level_is_no_wider_than_the_rows_largest_weight_needs(method, table):
-    _, scale = method.encode(table)
-    needed = table.abs().amax(dim=1, keepdim=True) / method.levels
-    # float16 rounds a scale by at most one part in 2^11, or by one of its smallest steps
-    assert torch.all(scale.float() <= needed * (1 + 2.0**-11) + 2.0**-24)
-    assert torch.all(scale > 0)
-
-
-@both
-@pytest.mark.parametrize("scale_type", ["float16", "float32"])
-def test_rows_of_zeros_are_exact_and_keep_a_positive_scale(method, scale_type):
-    table = torch.zeros(4, 5)
-    table[2] = torch.tensor([0.5, -1.0, 0.0, 0.25, 1.0])
-    stored, scale = method.encode(table, scale_type)
-    decoded = method.decode(stored, scale, 5)
-    assert torch.equal(decoded[[0, 1, 3]], table[[0, 1, 3]])
-    assert torch.all(scale > 0)
-    assert torch.isfinite(scale).all()
-    assert scale.dtype == getattr(torch, scale_type)
-
-
-@both
-def test_weights_too_small_for_float16_become_zero_not_nonsense(method):
-    table = torch.full((2, 4), 1e-12)
-    stored, scale = method.encode(table)
-    assert method.decode(stored, scale, 4).abs().max() == 0
-
-
-@both
-def test_a_scale_above_float16_is_refused_and_float32_takes_it(method):
-    table = torch.full((2, 3), 65504.0 * method.levels * 1.01)
-    with pytest.raises(CompressionError, match=r"scale above float16.*'float32'"):
-        method.encode(table)
-    within_half_a_level(method, table, "float32")
-
-
-@both
-def test_both_ends_of_a_row_are_kept_exactly_at_a_scale_float16_holds(method):
-    table = torch.tensor([[-1.0, 1.0, 0.0]]) * method.levels * 2.0**-6
-    stored, scale = method.encode(table)
-    assert torch.equal(method.decode(stored, scale, 3), table)
-
-
-@unhurried
-@given(
-    codes=arrays.arrays(
-        np.int8, st.tuples(st.integers(1, 5), st.integers(1, 9)), elements=st.integers(-8, 7)
+EVERY = {
+    f"{method.__name__}-{'symmetric' if symmetric else 'offset'}-{together}": method(
+        symmetric=symmetric, clipping="min_max", rows_per_scale=together
     )
-)
-def test_packing_nibbles_and_back_is_the_identity(codes):
-    given_codes = torch.from_numpy(codes)
-    packed = rowwise_int4.pack(given_codes)
-    assert packed.shape == (codes.shape[0], (codes.shape[1] + 1) // 2)
-    assert packed.dtype == torch.uint8
-    assert torch.equal(rowwise_int4.unpack(packed, codes.shape[1]), given_codes)
+    for method in (RowwiseInt8, RowwiseInt4, RowwiseInt2)
+    for symmetric in (True, False)
+    for together in (0, 1, 4)
+}
+every_step = pytest.mark.parametrize("step", EVERY.values(), ids=EVERY)
 
 
-@pytest.mark.parametrize("dim", [1, 2, 3, 8])
-def test_nibbles_lie_in_two_planes_low_first(dim):
-    codes = torch.arange(dim, dtype=torch.int8).reshape(1, dim) - 4
-    packed, half = rowwise_int4.pack(codes)[0], (dim + 1) // 2
-    low, high = (packed & 15).to(torch.int8) - 8, (packed >> 4).to(torch.int8) - 8
-    assert torch.equal(low, codes[0, :half])
-    assert torch.equal(high[: dim - half], codes[0, half:])
-    assert not high[dim - half :].any()  # the padding of an odd width decodes to zero
+def packed(step: Rowwise, table: Tensor) -> PackedTable:
+    """A table as the step stores it, in blocks of eight rows."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("compressors.step.BLOCK_ROWS", 8)
+        return encode_table(step, table)
 
 
-@both
-@pytest.mark.parametrize("dim", [1, 2, 5])
+def expected(step: Rowwise, table: Tensor) -> Tensor:
+    """The weights that must come back, from the maths alone."""
+    grid = step.grid
+    fitted = fit(table, grid)
+    places = torch.arange(len(table)) // (grid.rows_per_scale or len(table))
+    scale, offset = (None if part is None else part[places] for part in fitted)
+    return weights(nearest(table, fitted, grid), scale, offset)
+
+
+@every_step
+@pytest.mark.parametrize("dim", [1, 2, 5, 8])
 @pytest.mark.parametrize("shape", [(), (7,), (3, 4), (0,), (2, 0)])
 @pytest.mark.parametrize("dtype", [torch.int64, torch.int32])
-def test_a_lookup_gives_the_decoded_rows_for_ids_of_any_shape(method, dim, shape, dtype):
-    generator = torch.Generator().manual_seed(0)
-    stored, scale = method.encode(torch.randn(11, dim, generator=generator))
-    ids = torch.randint(11, shape, generator=generator, dtype=dtype)
-    rows = method.lookup(stored, scale, ids, dim)
+def test_a_lookup_gives_the_nearest_levels_for_ids_of_any_shape(step, dim, shape, dtype):
+    table = normal(11, dim)
+    ids = torch.randint(11, shape, generator=torch.Generator().manual_seed(0), dtype=dtype)
+    rows = packed(step, table)(ids)
     assert rows.dtype == torch.float32
     assert rows.shape == (*shape, dim)
-    assert torch.equal(rows, method.decode(stored, scale, dim)[ids.long()])
+    assert torch.equal(rows, expected(step, table)[ids.long()])
 
 
-@both
-@pytest.mark.parametrize("dim", [1, 4, 5])
-@pytest.mark.parametrize("scale_type", ["float16", "float32"])
-def test_the_op_keeps_torchs_rules_for_custom_ops(method, dim, scale_type):
-    stored, scale = method.encode(torch.randn(6, dim), scale_type)
-    ids = torch.tensor([[0, 5, 5], [2, 1, 0]])
-    extra = (dim,) if method is INT4 else ()
-    torch.library.opcheck(method.op, (stored, scale.requires_grad_(), ids, *extra))
+@every_step
+@pytest.mark.parametrize("rows", [1, 8, 11])
+@pytest.mark.parametrize("scale", ["float16", "float32"])
+def test_bytes_are_codes_plus_a_scale_and_an_offset_for_every_range(step, rows, scale):
+    step = step.model_copy(update={"scale": scale})
+    dim, bits = 10, {"rowwise_int8": 8, "rowwise_int4": 4, "rowwise_int2": 2}[step.kind]
+    table = packed(step, normal(rows, dim))
+    ranges = -(-rows // step.rows_per_scale) if step.rows_per_scale else 1
+    numbers = ranges * (1 if step.symmetric else 2)
+    size = {"float16": 2, "float32": 4}[scale]
+    stored = sum(tensor.numel() * tensor.element_size() for tensor in table.buffers())
+    assert stored == rows * -(-dim * bits // 8) + numbers * size
 
 
-@both
-@pytest.mark.parametrize("dim", [1, 4, 5])
-@pytest.mark.parametrize("scale_type", ["float16", "float32"])
-def test_the_scales_gradient_is_that_of_plain_torch(method, dim, scale_type):
-    generator = torch.Generator().manual_seed(1)
-    stored, scale = method.encode(torch.randn(6, dim, generator=generator), scale_type)
-    ids = torch.tensor([[0, 5, 5], [2, 1, 0]])  # repeated ids add up, row 3 is never read
-    weight = torch.randn(2, 3, dim, generator=generator)
-    ours = scale.clone().requires_grad_()
-    (method.lookup(stored, ours, ids, dim) * weight).sum().backward()
-    plain = scale.clone().requires_grad_()
-    codes = stored.float() if method is INT8 else rowwise_int4.unpack(stored, dim).float()
-    (codes[ids] * plain.float()[ids] * weight).sum().backward()
+def gradients(
+    step: Rowwise, table: PackedTable, ids: Tensor, by: Tensor, *, ours: bool
+) -> dict[str, Tensor]:
+    """Of what the format learns, by the op or by plain torch operators."""
+    stored = {name: tensor.clone() for name, tensor in table.named_buffers()}
+    learned = [name for name in step.storage.learned if name in stored]
+    for name in learned:
+        stored[name].requires_grad_()
+    if ours:
+        rows = step.storage.lookup(stored, ids, table.dim, step.settings())
+    else:
+        with torch.no_grad():
+            codes = stored["codes"][ids]
+            if step.kind == "rowwise_int8":
+                steps = codes.float()
+            else:
+                zero = {"rowwise_int4": 8, "rowwise_int2": 1.5}[step.kind] * step.symmetric
+                bits = {"rowwise_int4": 4, "rowwise_int2": 2}[step.kind]
+                steps = planar.unpack(codes, table.dim, bits).float() - zero
+        places = ids // (step.rows_per_scale or table.rows)
+        rows = steps * stored["scale"].float()[places]
+        if "offset" in stored:
+            rows = rows + stored["offset"].float()[places]
+    (rows * by).sum().backward()
+    return {name: stored[name].grad for name in learned}
+
+
+@every_step
+@pytest.mark.parametrize("dim", [2, 5])
+@pytest.mark.parametrize("scale", ["float16", "float32"])
+def test_the_gradients_of_scales_and_offsets_are_those_of_plain_torch(step, dim, scale):
+    step = step.model_copy(update={"scale": scale})
+    table = packed(step, normal(11, dim))
+    ids = torch.tensor([[0, 5, 5], [2, 1, 0]])  # repeated ids add up, rows 8 to 10 are never read
+    by = normal(6, dim).reshape(2, 3, dim)
+    ours = gradients(step, table, ids, by, ours=True)
+    plain = gradients(step, table, ids, by, ours=False)
+    assert set(ours) == ({"scale"} if step.symmetric else {"scale", "offset"})
     # The same sums in another order; in float16 torch also adds repeated ids in float16.
-    tolerance = 1e-6 if scale_type == "float32" else 2e-3
-    torch.testing.assert_close(ours.grad, plain.grad, rtol=tolerance, atol=tolerance)
-    assert ours.grad[3].item() == 0
-    assert ours.grad.abs().sum() > 0
+    tolerance = 1e-5 if scale == "float32" else 5e-3
+    torch.testing.assert_close(ours, plain, rtol=tolerance, atol=tolerance)
+    for gradient in ours.values():
+        assert gradient.abs().sum() > 0
+        if step.rows_per_scale:
+            assert gradient[-1].item() == 0
 
 
-# --- clipping --------------------------------------------------------------------------------
+@every_step
+@pytest.mark.parametrize("scale", ["float16", "float32"])
+def test_the_op_keeps_torchs_rules_for_custom_ops(step, scale):
+    step = step.model_copy(update={"scale": scale})
+    table = dict(packed(step, normal(6, 5)).named_buffers())
+    ids = torch.tensor([[0, 5, 5], [2, 1, 0]])
+    offset = table.get("offset")
+    learned = (
+        table["scale"].requires_grad_(),
+        offset if offset is None else offset.requires_grad_(),
+    )
+    dim = () if step.kind == "rowwise_int8" else (5,)
+    op = getattr(torch.ops.recpress, step.kind).default
+    torch.library.opcheck(op, (table["codes"], *learned, ids, *dim, step.rows_per_scale))
 
 
-def squared_error(table: Tensor, clipping: str, scale_type: str) -> Tensor:
-    stored, scale = rowwise_int4.encode(table, scale_type, clipping)
-    return (rowwise_int4.decode(stored, scale, table.shape[1]) - table).double().square().sum(dim=1)
+# --- packing ---------------------------------------------------------------------------------
 
 
-@unhurried
-@given(table=tables(), scale_type=st.sampled_from(["float16", "float32"]))
-def test_clipping_by_squared_error_makes_no_row_worse(table, scale_type):
-    plain = squared_error(table, "min_max", scale_type)
-    assert torch.all(squared_error(table, "mse", scale_type) <= plain * (1 + 1e-5))
+@given(
+    codes=arrays.arrays(
+        np.uint8, st.tuples(st.integers(1, 5), st.integers(1, 9)), elements=st.integers(0, 15)
+    ),
+    bits=st.sampled_from([2, 4]),
+)
+def test_packing_codes_and_back_is_the_identity(codes, bits):
+    given_codes = torch.from_numpy(codes) % 2**bits
+    stored = planar.pack(given_codes, bits)
+    assert stored.shape == (codes.shape[0], -(-codes.shape[1] * bits // 8))
+    assert stored.dtype == torch.uint8
+    assert torch.equal(planar.unpack(stored, codes.shape[1], bits), given_codes)
 
 
-def test_clipping_finds_the_best_share_of_every_row():
-    """Against a search that encodes the whole table once for every share."""
-    table = torch.randn(200, 24, generator=torch.Generator().manual_seed(3))
-    _, widest = rowwise_int4.encode(table, "float32")
-    tried = []
-    for share in (1.0, *rowwise_int4.SHARES):
-        scale = (widest * share).double()
-        codes = (table.double() / scale).round().clamp(-7, 7)
-        tried.append((codes * scale - table.double()).square().sum(dim=1))
-    least = torch.stack(tried).amin(dim=0)
-    found = squared_error(table, "mse", "float32")
-    torch.testing.assert_close(found, least, rtol=1e-4, atol=0)
-    # A normal row of 24 loses a tenth of its error and more where its largest weight stands out.
-    assert found.sum() < 0.95 * squared_error(table, "min_max", "float32").sum()
+@pytest.mark.parametrize("bits", [2, 4])
+@pytest.mark.parametrize("dim", [1, 2, 3, 4, 5, 8])
+def test_codes_lie_in_planes_lowest_bits_first(dim, bits):
+    codes = (torch.arange(dim, dtype=torch.uint8).reshape(1, dim) * 3 + 1) % 2**bits
+    stored, width = planar.pack(codes, bits)[0], -(-dim * bits // 8)
+    planes = [(stored >> shift) & (2**bits - 1) for shift in range(0, 8, bits)]
+    for number, plane in enumerate(planes):
+        part = codes[0, number * width : (number + 1) * width]
+        assert torch.equal(plane[: len(part)], part)
+        assert bool((plane[len(part) :] == 2 ** (bits - 1)).all())  # the padding
 
 
-def test_one_large_weight_is_clipped_for_the_many_small_ones():
-    table = torch.full((1, 64), 0.5)
-    table[0, 0] = 1.0
-    _, plain = rowwise_int4.encode(table, "float32")
-    _, clipped = rowwise_int4.encode(table, "float32", "mse")
-    assert float(plain) == pytest.approx(1 / 7)
-    assert float(clipped) < float(plain)
+# --- what was stored before ------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("value", [0.0, 1e-9, 6e-8, 1e-5])
-def test_rows_near_nothing_keep_a_positive_scale(value):
-    stored, scale = rowwise_int4.encode(torch.full((3, 5), value), "float16", "mse")
-    assert bool((scale > 0).all())
-    assert rowwise_int4.decode(stored, scale, 5).isfinite().all()
+def even(rows: int = 300, dim: int = 11) -> Tensor:
+    """Weights from integers, the same bits everywhere."""
+    whole = torch.arange(rows * dim, dtype=torch.int64)
+    values = (whole * 2_654_435_761 % 2001 - 1000).to(torch.float32).reshape(rows, dim) / 1000
+    return values * (1 + torch.arange(rows).unsqueeze(1) % 7) * 2.0**-7
+
+
+@pytest.mark.parametrize(
+    ("step", "digest"),
+    [
+        (RowwiseInt8(), "68a06e2f17c19eb1"),
+        (RowwiseInt8(scale="float32"), "4de72887cf979078"),
+        (RowwiseInt4(), "6e15b02a2656a51b"),
+        (RowwiseInt4(scale="float32"), "98e099e823878c3e"),
+        (RowwiseInt4(clipping="mse"), "5e26bcd6df2a3ccf"),
+        (RowwiseInt4(scale="float32", clipping="mse"), "71fc3cf97fb8b2e3"),
+    ],
+)
+def test_symmetric_tables_are_the_bytes_they_were_before_there_were_offsets(step, digest):
+    """Digests of what the version before (e06a5ae) wrote of the same table."""
+    table = packed(step, even())
+    data = b"".join(tensor.numpy().tobytes() for tensor in (table.codes, table.scale))
+    assert hashlib.sha256(data).hexdigest()[:16] == digest
+
+
+@pytest.mark.parametrize("form", [rowwise_int8.FORMAT, rowwise_int4.FORMAT])
+def test_a_record_from_before_there_were_offsets_is_symmetric_with_a_scale_a_row(form):
+    layout = form.layout(9, 6, {"scale": "float16"})
+    assert set(layout) == {"codes", "scale"}
+    assert layout["scale"].shape == (9, 1)
+    table = packed({"rowwise_int8": RowwiseInt8, "rowwise_int4": RowwiseInt4}[form.name](), even())
+    old = PackedTable(form, 300, 11, {"scale": "float16"}, dict(table.named_buffers()))
+    ids = torch.tensor([0, 299, 7])
+    assert torch.equal(old(ids), table(ids))
+
+
+# --- settings --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", [RowwiseInt8, RowwiseInt4, RowwiseInt2])
+@pytest.mark.parametrize("rows", [3, -1, 131_072])
+def test_rows_that_share_a_scale_are_a_power_of_two(method, rows):
+    with pytest.raises(ValidationError, match="rows_per_scale"):
+        method(rows_per_scale=rows)
+
+
+def test_the_formats_are_those_of_the_steps():
+    for step in EVERY.values():
+        form = {
+            "rowwise_int8": rowwise_int8.FORMAT,
+            "rowwise_int4": rowwise_int4.FORMAT,
+            "rowwise_int2": rowwise_int2.FORMAT,
+        }[step.kind]
+        assert step.storage is form
+        assert form.name == step.kind

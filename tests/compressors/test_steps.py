@@ -38,8 +38,11 @@ from compressors.model import Model
 from compressors.state import load, mapped, records_of, save, tensors_of
 from compressors.step import ModelStep, TableStep, run
 from compressors.steps import AnyStep
+from compressors.tables.bfloat16 import BFloat16
+from compressors.tables.float8_e4m3 import Float8E4M3
 from compressors.tables.product_codes import ProductCodes
 from compressors.tables.residual_codes import ResidualCodes
+from compressors.tables.rowwise_int2 import RowwiseInt2
 from compressors.tables.rowwise_int4 import RowwiseInt4
 from compressors.tables.rowwise_int8 import RowwiseInt8
 from compressors.units import Unit
@@ -423,6 +426,9 @@ def test_a_layer_that_sees_only_zeros_has_no_scale(tmp_path):
         (Float16(), 7e4, "70000, beyond float16's 65504"),
         (RowwiseInt8(), 1e8, "1e.08 needs a scale above float16"),
         (RowwiseInt4(), 1e6, "1e.06 needs a scale above float16"),
+        (RowwiseInt2(), 7e4, "70000 needs an offset above float16"),
+        (Float8E4M3(), 1e8, "1e.08 needs a scale above float16"),
+        (BFloat16(), 3.4e38, "3.4e.38 is beyond bfloat16's 3.39e38"),
     ],
 )
 def test_weights_beyond_the_format_are_refused_with_the_number(step, weight, limit, tmp_path):

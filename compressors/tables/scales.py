@@ -1,0 +1,104 @@
+"""Scales and offsets that rows share: how they are laid out, written, read and trained."""
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from compressors.formats import TensorSpec
+from compressors.tables.clipping import fit
+from compressors.tables.grid import Fitted, Grid, nearest
+
+
+class Shared(NamedTuple):
+    """What a format needs to know of its scales; records of older bundles say less."""
+
+    dtype: torch.dtype
+    symmetric: bool
+    rows_per_scale: int
+
+    @staticmethod
+    def of(settings: Mapping[str, Any]) -> "Shared":
+        """As ``settings`` of a step or a record say."""
+        dtype = getattr(torch, settings["scale"])
+        return Shared(dtype, settings.get("symmetric", True), settings.get("rows_per_scale", 1))
+
+
+def settings_of(grid: Grid) -> dict[str, Any]:
+    """What a layout and a lookup must know of a grid."""
+    return {
+        "scale": grid.scale,
+        "symmetric": grid.symmetric,
+        "rows_per_scale": grid.rows_per_scale,
+    }
+
+
+def layout(rows: int, settings: Mapping[str, Any]) -> dict[str, TensorSpec]:
+    """``scale``, and ``offset`` unless symmetric: ``(ceil(rows / rows_per_scale), 1)`` each."""
+    dtype, symmetric, together = Shared.of(settings)
+    entries = -(-rows // together) if together else 1
+    spec = TensorSpec((entries, 1), dtype, every=together)
+    return {"scale": spec} if symmetric else {"scale": spec, "offset": spec}
+
+
+def fit_table(rows: Tensor, grid: Grid) -> dict[str, Tensor]:
+    """Scale and offset of a table that has one for all its rows; else nothing."""
+    return {} if grid.rows_per_scale else _named(fit(rows, grid))
+
+
+def fit_block(block: Tensor, grid: Grid) -> dict[str, Tensor]:
+    """Scales and offsets of a block of rows; nothing where the table has one for all its rows."""
+    return _named(fit(block, grid)) if grid.rows_per_scale else {}
+
+
+def encode_block(
+    block: Tensor, params: Mapping[str, Tensor], grid: Grid
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The nearest levels of a block of rows, counted in scales, and what is stored beside them.
+
+    Args:
+        block: float, ``(rows, dim)``; its first row begins a range.
+        params: what ``fit_table`` gave.
+        grid: the levels.
+
+    Raises:
+        CompressionError: a weight is too large for the type of the scales.
+    """
+    stored = fit_block(block, grid)
+    known = {**params, **stored}
+    return nearest(block, Fitted(known["scale"], known.get("offset")), grid), stored
+
+
+def _named(fitted: Fitted) -> dict[str, Tensor]:
+    offset = {} if fitted.offset is None else {"offset": fitted.offset}
+    return {"scale": fitted.scale, **offset}
+
+
+def entries_of(ids: Tensor, rows_per_scale: int) -> Tensor:
+    """Where the scales of these rows lie: ids of any shape, as many entries."""
+    if rows_per_scale == 1:
+        return ids
+    return ids // rows_per_scale if rows_per_scale else torch.zeros_like(ids)
+
+
+def gradients(
+    grad: Tensor,
+    steps: Tensor | None,
+    stored: Tensor,
+    ids: Tensor,
+    rows_per_scale: int,
+) -> Tensor:
+    """The gradient of scales, or of offsets where ``steps`` is None, in their shape and type.
+
+    Args:
+        grad: of the looked-up weights, ``(*ids, dim)``.
+        steps: their levels, counted in scales, in the same shape.
+        stored: the scales or offsets, ``(entries, 1)``.
+        ids: the rows looked up.
+        rows_per_scale: how many share an entry.
+    """
+    each = (grad if steps is None else grad * steps).sum(dim=-1).reshape(-1)  # a number a lookup
+    total = torch.zeros(stored.shape[0], device=stored.device)
+    total.index_add_(0, entries_of(ids, rows_per_scale).reshape(-1), each)
+    return total.unsqueeze(1).to(stored.dtype)

@@ -1,0 +1,71 @@
+"""Grids and tables that tests of uniform formats share."""
+
+from typing import Any
+
+import hypothesis.extra.numpy as arrays
+import numpy as np
+import pytest
+import torch
+from hypothesis import settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from compressors.tables.clipping import fit
+from compressors.tables.grid import Fitted, Grid, nearest, weights
+
+unhurried = settings(deadline=None)  # a busy machine is not a wrong answer
+# Searches encode a table some hundred times.
+few = settings(deadline=None, max_examples=25)
+
+# A float32 quotient, its rounding and the product back each move by at most one part in 2^24; an
+# offset adds a difference and a sum.
+SLACK = 8 * 2.0**-24
+
+SYMMETRIC = [Grid(255), Grid(15), Grid(4)]
+ASYMMETRIC = [Grid(256, symmetric=False), Grid(16, symmetric=False), Grid(4, symmetric=False)]
+GRIDS = {
+    f"{grid.levels} {'symmetric' if grid.symmetric else 'with offset'}": grid
+    for grid in (*SYMMETRIC, *ASYMMETRIC)
+}
+each_grid = pytest.mark.parametrize("grid", GRIDS.values(), ids=GRIDS)
+each_symmetric = pytest.mark.parametrize("grid", SYMMETRIC, ids=lambda grid: str(grid.levels))
+each_asymmetric = pytest.mark.parametrize("grid", ASYMMETRIC, ids=lambda grid: str(grid.levels))
+scale_types = st.sampled_from(["float16", "float32"])
+sharing = st.sampled_from([0, 1, 2, 4])
+rules = st.sampled_from(["min_max", "greedy", "mse"])
+
+
+def of(grid: Grid, **changes: Any) -> Grid:
+    """A grid that differs from another."""
+    fields = {name: getattr(grid, name) for name in Grid.__dataclass_fields__}
+    return Grid(**{**fields, **changes})
+
+
+def tables(largest: float = 6e4) -> st.SearchStrategy[Tensor]:
+    """Float32 tables whose rows lie at very different scales and offsets."""
+
+    def scaled(drawn: tuple[np.ndarray, float, float]) -> Tensor:
+        table, power, shift = drawn
+        scales = np.float32(10.0) ** (power - 3 * np.arange(len(table), dtype=np.float32))
+        moved = table * np.float32(1 - abs(shift)) + np.float32(shift)
+        return torch.from_numpy((moved * scales[:, None]).astype(np.float32))
+
+    shapes = st.tuples(st.integers(1, 5), st.integers(1, 9))
+    unit = st.floats(-1, 1, width=32, allow_subnormal=False)
+    values = arrays.arrays(np.float32, shapes, elements=unit)
+    shift = st.floats(-0.99, 0.99)
+    return st.tuples(values, st.floats(-8, np.log10(largest)), shift).map(scaled)
+
+
+def normal(rows: int, dim: int, seed: int = 3) -> Tensor:
+    """Normal weights from a seed."""
+    return torch.randn(rows, dim, generator=torch.Generator().manual_seed(seed))
+
+
+def back(table: Tensor, grid: Grid) -> tuple[Tensor, Fitted]:
+    """The weights that come back, and what was stored for each row."""
+    fitted = fit(table, grid)
+    entries = torch.arange(len(table)) // (grid.rows_per_scale or len(table))
+    scale, offset = (None if part is None else part[entries] for part in fitted)
+    assert scale is not None
+    return weights(nearest(table, fitted, grid), scale, offset), Fitted(scale, offset)

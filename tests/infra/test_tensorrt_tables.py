@@ -1,0 +1,115 @@
+"""TensorRT-RTX takes every table format as it is lowered, and keeps the table packed."""
+
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+from models import Reference, whole
+from torch import Tensor, nn
+
+from compressors.contracts import Bench, IdInput, Schema
+from compressors.lower.export import lower
+from compressors.step import TableStep, run
+from compressors.tables.bfloat16 import BFloat16
+from compressors.tables.float8_e4m3 import Float8E4M3
+from compressors.tables.rowwise_int2 import RowwiseInt2
+from compressors.tables.rowwise_int4 import RowwiseInt4
+from compressors.tables.rowwise_int8 import RowwiseInt8
+from compressors.units import stored_bytes
+from infra.tensorrt import BuildRequest, Profile, TableWeights, available, build_engine
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        available("tensorrt-rtx") is None,
+        reason="TensorRT-RTX is not installed; pip install 'recpress[tensorrt-rtx]'",
+    ),
+]
+# Enough rows for a twin, and for a fp16 copy of the fewest packed codes (two of int2 in one) to be
+# larger than the 9.9 MB of scratch memory that any of these engines takes.
+ROWS, DIM, FIELDS = 330_000, 32, 2
+
+
+class Fields(nn.Module):
+    """One large table, read at a few places, and one layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.item = nn.Embedding(ROWS, DIM)
+        self.out = nn.Linear(FIELDS * DIM, 1)
+
+    def forward(self, item: Tensor) -> Tensor:
+        score: Tensor = self.out(self.item(item).flatten(1))
+        return score
+
+
+SCHEMA = Schema(
+    task="ctr",
+    inputs=(IdInput(name="item", table="item", columns=("a", "b"), shape=(FIELDS,)),),
+    output="logit",
+    label="label",
+    metric="auc",
+)
+
+
+class Case(NamedTuple):
+    step: TableStep
+    bytes_a_row: float
+    constants: str
+
+
+ASYMMETRIC = {"symmetric": False, "clipping": "min_max"}
+CASES = {
+    "int8": Case(RowwiseInt8(), DIM + 2, "int8"),
+    "int8, asymmetric": Case(RowwiseInt8(**ASYMMETRIC), DIM + 4, "int8"),
+    "int8, shared scales": Case(RowwiseInt8(rows_per_scale=16), DIM + 2 / 16, "int8"),
+    "int8, one scale": Case(RowwiseInt8(rows_per_scale=0), DIM, "int8"),
+    "int4": Case(RowwiseInt4(), DIM / 2 + 2, "int4"),
+    "int4, asymmetric": Case(RowwiseInt4(**ASYMMETRIC), DIM / 2 + 4, "int4"),
+    "int4, shared scales": Case(RowwiseInt4(rows_per_scale=16), DIM / 2 + 2 / 16, "int4"),
+    "int4, one scale": Case(RowwiseInt4(rows_per_scale=0), DIM / 2, "int4"),
+    "int2": Case(RowwiseInt2(symmetric=True, clipping="min_max"), DIM / 4 + 2, "int4"),
+    "int2, asymmetric": Case(RowwiseInt2(**ASYMMETRIC), DIM / 4 + 4, "int4"),
+    "int2, shared scales": Case(
+        RowwiseInt2(**ASYMMETRIC, rows_per_scale=16), DIM / 4 + 4 / 16, "int4"
+    ),
+    "float8": Case(Float8E4M3(), DIM + 2, "fp8"),
+    "float8, shared scales": Case(Float8E4M3(rows_per_scale=16), DIM + 2 / 16, "fp8"),
+    "bfloat16": Case(BFloat16(), 2 * DIM, "bf16"),
+}
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_an_engine_holds_the_table_as_packed_and_never_widens_it(case: Case, tmp_path: Path):
+    reference = Reference(Fields, SCHEMA)
+    model = run(case.step, reference.model(), Bench(signature=SCHEMA), tmp_path / "stored")
+    packed = stored_bytes(model.module)
+    assert packed == ROWS * case.bytes_a_row + model_rest(model.module)
+    lowered = lower(model.module, whole(SCHEMA), "tensorrt-rtx", tmp_path / "model.onnx", 64)
+    (table,) = lowered.tables
+    request = BuildRequest(
+        target="tensorrt-rtx",
+        onnx=str(tmp_path / "model.onnx"),
+        profiles=(Profile(input="item", low=(1, FIELDS), best=(16, FIELDS), high=(64, FIELDS)),),
+        tables=(
+            TableWeights(
+                module=table.module, rows=table.rows, initializers=table.names, every=table.every
+            ),
+        ),
+        packed_bytes=packed,
+        seconds=300,
+    )
+    audit = build_engine(request, tmp_path / "engine").audit
+    assert audit.scratch == "flat"
+    assert audit.tables_checked == ("item",)
+    assert audit.twin_scratch_bytes == audit.scratch_bytes
+    codes = sum(size for kind, size in audit.constant_bytes.items() if kind == case.constants)
+    assert codes >= ROWS * int(case.bytes_a_row - case.bytes_a_row % 2 - 4)
+    # Within 64 KiB, where a scale a row in fp32 instead of fp16 would add 660 KB.
+    assert packed <= audit.weights_bytes <= packed + 65_536
+
+
+def model_rest(module: nn.Module) -> int:
+    """Bytes beside the rows of the table: the layer, and scales that no row owns."""
+    own = {name: tensor for name, tensor in module.item.named_buffers() if len(tensor) == 1}
+    return stored_bytes(module.out) + sum(t.numel() * t.element_size() for t in own.values())
