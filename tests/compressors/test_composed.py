@@ -3,15 +3,17 @@
 import models
 import pytest
 import torch
-from models import FORMATS, PARTS, RANKER, REFERENCES, TIED, Reference, graph
-from test_steps import size
+from models import PARTS, REFERENCES, Reference, graph
+from test_steps import ran, size
 
 from compressors.composed import ComposedTable, PartSpec, plain_table
+from compressors.dense.float16 import Float16
 from compressors.errors import CompressionError, NothingToCompress
 from compressors.lower.parity import compare
 from compressors.outline import outline
 from compressors.state import load, mapped
 from compressors.step import ModelStep, TableStep, run
+from compressors.tables.rowwise_int4 import RowwiseInt4
 from compressors.tables.rowwise_int8 import RowwiseInt8
 from compressors.tables.tiers import Tiers
 from compressors.training import trainable
@@ -19,7 +21,7 @@ from compressors.units import Unit, table_rows
 
 KINDS = [method().kind for method in PARTS]
 every_method = pytest.mark.parametrize("method", PARTS, ids=lambda m: m.__name__)
-PACKERS = tuple(m for m in FORMATS if "tables" in m.model_fields)
+PACKERS = (RowwiseInt4, Float16)  # by rows, and by weights
 
 
 def composed_units(model: models.Model) -> tuple[Unit, ...]:
@@ -30,10 +32,9 @@ def composed_units(model: models.Model) -> tuple[Unit, ...]:
 
 @every_method
 @pytest.mark.parametrize("reference", REFERENCES, ids=lambda item: item.network.__name__)
-def test_parts_are_plain_tables_with_lines_of_their_own(method, reference: Reference, tmp_path):
-    step, bench = models.default(method), reference.bench(tmp_path / "data")
-    source = reference.model()
-    result = run(step, source, bench, tmp_path / "out")
+def test_parts_are_plain_tables_with_lines_of_their_own(method, reference: Reference):
+    step, done = models.default(method), ran(method, reference.network.__name__)
+    source, result = done.source, done.result
     made = composed_units(result)
     assert made
     for unit in made:
@@ -46,7 +47,7 @@ def test_parts_are_plain_tables_with_lines_of_their_own(method, reference: Refer
             assert (told.format, told.bytes_before, told.bytes_after) == ("float32", 0, part.bytes)
             assert told.reason == f"a part of {unit.name}"
         whole = line.bytes_after + sum(part.bytes for part in parts)
-        stored = {k: v for k, v in mapped(tmp_path / "out").items() if k.startswith(unit.name)}
+        stored = {k: v for k, v in mapped(done.folder).items() if k.startswith(unit.name)}
         assert whole == size(stored)
         # Two tiers save nothing until a later step packs them.
         assert whole < line.bytes_before or method is Tiers
@@ -56,8 +57,7 @@ def test_parts_are_plain_tables_with_lines_of_their_own(method, reference: Refer
 @every_method
 @pytest.mark.parametrize("packer", PACKERS, ids=lambda m: m.__name__)
 def test_a_later_step_packs_the_parts(method, packer, tmp_path):
-    bench = RANKER.bench(tmp_path / "data")
-    made = run(models.default(method), RANKER.model(), bench, tmp_path / "made")
+    made, bench = ran(method, "Ranker").result, ran(method, "Ranker").bench
     step = models.default(packer)
     packed = run(step, made, bench, tmp_path / "packed")
     parts = [unit.name for unit in Unit.of(made.module) if unit.part_of is not None]
@@ -76,8 +76,7 @@ def test_a_later_step_packs_the_parts(method, packer, tmp_path):
 
 @every_method
 def test_a_pattern_means_a_tables_parts_too(method, tmp_path):
-    bench = RANKER.bench(tmp_path / "data")
-    made = run(models.default(method), RANKER.model(), bench, tmp_path / "made")
+    made, bench = ran(method, "Ranker").result, ran(method, "Ranker").bench
     packed = run(RowwiseInt8(tables=("item",)), made, bench, tmp_path / "packed")
     for unit in Unit.of(packed.module):
         if unit.role == "table" and unit.name not in {u.name for u in composed_units(packed)}:
@@ -85,27 +84,24 @@ def test_a_pattern_means_a_tables_parts_too(method, tmp_path):
 
 
 @every_method
-def test_a_table_in_two_places_is_made_of_the_same_parts_in_both(method, tmp_path):
-    bench = TIED.bench(tmp_path / "data")
-    result = run(models.default(method), TIED.model(), bench, tmp_path / "out")
+def test_a_table_in_two_places_is_made_of_the_same_parts_in_both(method):
+    result = ran(method, "Tied").result
     assert isinstance(result.module.user, ComposedTable)
     assert result.module.friend is result.module.user
     assert result.plan.of("item").reason == "shares its weight with similar"
 
 
 @pytest.mark.parametrize("target", ["onnxruntime", "tensorrt-rtx"])
-@pytest.mark.parametrize("then", [(), ("rowwise_int8",)], ids=["plain", "packed"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_graph_computes_what_the_module_computes(kind, then, target):
-    made = graph("Ranker", (kind, *then), target)
+def test_a_graph_computes_what_the_module_computes(kind, target):
+    made = graph("Ranker", (kind, "rowwise_int8"), target)
     inputs = made.rows(600)
     compare(made.in_torch(inputs), made.in_onnx(inputs), made.model.plan, target)
 
 
 @every_method
-def test_training_leaves_tables_alone_unless_asked(method, tmp_path):
-    bench = RANKER.bench(tmp_path / "data")
-    result = run(models.default(method), RANKER.model(), bench, tmp_path / "out")
+def test_training_leaves_tables_alone_unless_asked(method):
+    result = ran(method, "Ranker").result
     inside = tuple(f"{unit.name}." for unit in composed_units(result))
     still, moving = (trainable(result.module, tables=tables) for tables in (False, True))
     assert not [name for name in still if name.startswith(inside)]
@@ -115,8 +111,7 @@ def test_training_leaves_tables_alone_unless_asked(method, tmp_path):
 
 @every_method
 def test_a_packed_table_is_not_taken_apart(method, tmp_path):
-    bench = RANKER.bench(tmp_path / "data")
-    packed = run(RowwiseInt8(), RANKER.model(), bench, tmp_path / "packed")
+    packed, bench = ran(RowwiseInt8, "Ranker").result, ran(RowwiseInt8, "Ranker").bench
     with pytest.raises(NothingToCompress, match="already rowwise_int8"):
         run(models.default(method), packed, bench, tmp_path / "again")
 
@@ -127,9 +122,8 @@ def test_both_protocols_are_not_kept_at_once():
         assert not isinstance(method(), TableStep)
 
 
-def test_a_composed_tables_own_weight_is_not_there_to_take(tmp_path):
-    bench = RANKER.bench(tmp_path / "data")
-    result = run(models.default(PARTS[0]), RANKER.model(), bench, tmp_path / "out")
+def test_a_composed_tables_own_weight_is_not_there_to_take():
+    result = ran(PARTS[0], "Ranker").result
     unit = composed_units(result)[0]
     with pytest.raises(CompressionError, match=f"already stored as {unit.format}"):
         _ = unit.weight

@@ -4,7 +4,7 @@ import models
 import pytest
 import torch
 from models import ALONE, NORMED, RANKER, REFERENCES, SEARCHES, TIED, Reference, Step
-from test_steps import fits
+from test_steps import fits, ran
 
 from compressors.contracts import Bench, Plan, PlanLine, Split
 from compressors.dense.channels import Channels
@@ -49,10 +49,10 @@ def without_notes(made: Plan, predicted: Plan) -> Plan:
 
 
 @pytest.mark.parametrize(("method", "reference"), PAIRS, ids=NAMES)
-def test_a_steps_plan_is_known_before(method, reference: Reference, tmp_path):
-    step, bench = models.default(method), reference.bench(tmp_path / "data")
-    predicted = outline(step, reference.model(), without_files(bench))
-    made = run(step, reference.model(), bench, tmp_path / "out")
+def test_a_steps_plan_is_known_before(method, reference: Reference):
+    done = ran(method, reference.network.__name__)
+    predicted = outline(models.default(method), reference.model(), without_files(done.bench))
+    made = done.result
     assert predicted.network.architecture == made.network.architecture
     if method in SEARCHES:  # how much they find is not known before, only that it is no loss
         assert stored_bytes(predicted.module) >= stored_bytes(made.module)

@@ -1,7 +1,11 @@
 """The contract of every step. A new step joins by being listed in ``compressors.steps``."""
 
+import functools
 import itertools
+import tempfile
 import typing
+from dataclasses import dataclass
+from pathlib import Path
 
 import models
 import pytest
@@ -14,7 +18,6 @@ from models import (
     RANKER,
     REFERENCES,
     SEARCHES,
-    TIED,
     VALUES,
     Reference,
     Step,
@@ -110,29 +113,61 @@ def scores(model: Model, reference: Reference, rows: int = 9) -> Tensor:
         return model.module(**inputs)
 
 
+_SCRATCH = tempfile.TemporaryDirectory(prefix="steps-")
+
+
+@dataclass(frozen=True)
+class Ran:
+    """A method, carried out once on a reference with its default settings.
+
+    ``before`` is what the caller's model was, and ``tensors`` a copy of its tensors.
+    """
+
+    source: Model
+    before: tuple[object, ...]
+    tensors: dict[str, Tensor]
+    result: Model
+    folder: Path
+    bench: Bench
+
+
+@functools.cache
+def ran(method: type[Step], name: str) -> Ran:
+    """Many tests look at the same result: training and fitting it anew for each would take long."""
+    reference = {item.network.__name__: item for item in REFERENCES}[name]
+    folder = Path(tempfile.mkdtemp(dir=_SCRATCH.name))
+    source = reference.model()
+    source.module.train()
+    before, tensors = state_of(source), tensors_apart(source.module)
+    bench = reference.bench(folder / "data")
+    result = run(models.default(method), source, bench, folder / "out")
+    return Ran(source, before, tensors, result, folder / "out", bench)
+
+
+def state_of(model: Model) -> tuple[object, ...]:
+    """All of a model that a step must leave as it is, but for the values of its tensors."""
+    named = model.module.named_modules()
+    return versions(model.module), [(name, id(part), part.training) for name, part in named]
+
+
+@pytest.fixture
+def made(method, reference) -> Ran:
+    return ran(method, reference.network.__name__)
+
+
 # --- what every step keeps -------------------------------------------------------------------
 
 
 @every_pair
-def test_the_callers_model_is_left_alone_bit_for_bit(step, reference, bench, tmp_path):
-    source = reference.model()
-    source.module.train()
-    modules = [
-        (name, id(module), module.training) for name, module in source.module.named_modules()
-    ]
-    tensors, counters = tensors_apart(source.module), versions(source.module)
-    run(step, source, bench, tmp_path / "out")
-    assert versions(source.module) == counters
-    torch.testing.assert_close(tensors_apart(source.module), tensors, rtol=0, atol=0)
-    after = [(name, id(module), module.training) for name, module in source.module.named_modules()]
-    assert after == modules
+def test_the_callers_model_is_left_alone_bit_for_bit(made):
+    assert state_of(made.source) == made.before
+    torch.testing.assert_close(tensors_apart(made.source.module), made.tensors, rtol=0, atol=0)
 
 
 @pairs(FINE)
-def test_scores_are_finite_and_near_the_originals(step, reference, bench, tmp_path):
-    source = reference.model()
-    result = scores(run(step, source, bench, tmp_path / "out"), reference)
-    before = scores(source, reference)
+def test_scores_are_finite_and_near_the_originals(made, reference):
+    result = scores(made.result, reference)
+    before = scores(reference.model(), reference)
     assert torch.isfinite(result).all()
     assert result.shape == before.shape
     # Four bits keep a weight within 1/14 of its row's largest; an error that has nothing to do
@@ -141,9 +176,9 @@ def test_scores_are_finite_and_near_the_originals(step, reference, bench, tmp_pa
 
 
 @every_pair
-def test_every_table_and_dense_layer_has_one_plan_line(step, reference, bench, tmp_path):
-    source = reference.model()
-    result = run(step, source, bench, tmp_path / "out")
+def test_every_table_and_dense_layer_has_one_plan_line(made, step):
+    source = made.source
+    result = made.result
     assert isinstance(result.plan, Plan)
     named = [line.module for line in result.plan.lines]
     parts = {unit.name for unit in Unit.of(result.module) if unit.part_of is not None}
@@ -158,13 +193,12 @@ def test_every_table_and_dense_layer_has_one_plan_line(step, reference, bench, t
 
 
 @every_pair
-def test_a_plans_bytes_are_those_of_the_stored_tensors(step, reference, bench, tmp_path):
-    source = reference.model()
-    result = run(step, source, bench, tmp_path / "out")
+def test_a_plans_bytes_are_those_of_the_stored_tensors(made, step):
+    source, result = made.source, made.result
     assert sum(line.bytes_before for line in result.plan.lines) == size(
         tensors_of(source.module)[0]
     )
-    assert sum(line.bytes_after for line in result.plan.lines) == size(mapped(tmp_path / "out"))
+    assert sum(line.bytes_after for line in result.plan.lines) == size(mapped(made.folder))
     other = result.plan.of("(other)")
     assert other.bytes_before >= other.bytes_after
     if not isinstance(step, Channels):  # which narrows norms too
@@ -172,10 +206,10 @@ def test_a_plans_bytes_are_those_of_the_stored_tensors(step, reference, bench, t
 
 
 @every_format_pair
-def test_every_plan_line_says_what_its_module_holds(step, reference, bench, tmp_path):
-    result = run(step, reference.model(), bench, tmp_path / "out")
+def test_every_plan_line_says_what_its_module_holds(made):
+    result = made.result
     records = result.network.modules
-    stored = mapped(tmp_path / "out")
+    stored = mapped(made.folder)
     for line in result.plan.lines:
         if line.module in records:
             assert line.format == records[line.module].format
@@ -188,10 +222,9 @@ def test_every_plan_line_says_what_its_module_holds(step, reference, bench, tmp_
 
 
 @every_values_pair
-def test_a_method_of_values_leaves_every_format(step, reference, bench, tmp_path):
-    source = reference.model()
-    result = run(step, source, bench, tmp_path / "out")
-    stored = mapped(tmp_path / "out")
+def test_a_method_of_values_leaves_every_format(made, step, reference):
+    source, result = made.source, made.result
+    stored = mapped(made.folder)
     assert not result.network.modules
     assert torch.isfinite(scores(result, reference)).all()
     assert any(step.kind in line.steps for line in result.plan.lines)
@@ -208,15 +241,15 @@ def test_a_method_of_values_leaves_every_format(step, reference, bench, tmp_path
 @pytest.mark.parametrize("packed", FORMATS, ids=lambda method: method.__name__)
 @each(method for method in VALUES if method is not Magnitude)
 def test_values_change_before_and_after_formats(method, packed, tmp_path):
-    bench = RANKER.bench(tmp_path / "data")
-    first = run(models.default(method), RANKER.model(), bench, tmp_path / "first")
+    made = ran(method, "Ranker")
+    first, bench = made.result, made.bench
     then = run(packed(), first, bench, tmp_path / "then")
     line = then.plan.of("hidden")
     assert line.steps[0] == method().kind
     assert line.reason.startswith(f"{method().kind}")
     if method is Channels and "layers" in takes(packed):
         return  # refused, see test_channels.py
-    packed_first = run(packed(), RANKER.model(), bench, tmp_path / "packed")
+    packed_first = ran(packed, "Ranker").result
     if packed is Float16 and method is not Channels:
         with pytest.raises(NothingToCompress, match="float16 holds nothing that"):
             run(models.default(method), packed_first, bench, tmp_path / "after")
@@ -227,8 +260,8 @@ def test_values_change_before_and_after_formats(method, packed, tmp_path):
 
 
 @every_pair
-def test_the_stored_model_is_the_one_in_memory_bit_for_bit(step, reference, bench, tmp_path):
-    result = run(step, reference.model(), bench, tmp_path / "out")
+def test_the_stored_model_is_the_one_in_memory_bit_for_bit(made, reference, tmp_path):
+    result = made.result
     ties = save(result.module, tmp_path / "again")
     assert ties == result.network.ties
     assert records_of(result.module) == result.network.modules
@@ -241,10 +274,9 @@ def test_the_stored_model_is_the_one_in_memory_bit_for_bit(step, reference, benc
 
 
 @every_pair
-def test_the_same_seed_gives_the_same_tensors(method, reference, bench, tmp_path):
-    for folder in ("a", "b"):
-        run(models.default(method), reference.model(), bench, tmp_path / folder)
-    first, second = mapped(tmp_path / "a"), mapped(tmp_path / "b")
+def test_the_same_seed_gives_the_same_tensors(made, method, reference, tmp_path):
+    run(models.default(method), reference.model(), made.bench, tmp_path / "again")
+    first, second = mapped(made.folder), mapped(tmp_path / "again")
     torch.testing.assert_close(first, second, rtol=0, atol=0)
 
 
@@ -303,10 +335,9 @@ def test_every_setting_explains_itself_in_a_form(method):
 
 
 @every_format_pair
-def test_nothing_to_compress_on_a_compressed_model(step, reference, bench, tmp_path):
-    once = run(step, reference.model(), bench, tmp_path / "once")
+def test_nothing_to_compress_on_a_compressed_model(made, step, tmp_path):
     with pytest.raises(NothingToCompress, match=f"already {step.kind}"):
-        run(step, once, bench, tmp_path / "twice")
+        run(step, made.result, made.bench, tmp_path / "twice")
 
 
 @pytest.mark.parametrize(
@@ -330,13 +361,12 @@ def test_tables_below_min_rows_are_kept_with_that_reason(method, tmp_path):
 
 
 @every_format
-def test_tied_tables_are_kept_and_the_reason_names_the_tie(step, tmp_path):
-    source = TIED.model()
-    result = run(step, source, TIED.bench(tmp_path / "data"), tmp_path / "out")
+def test_tied_tables_are_kept_and_the_reason_names_the_tie(method):
+    result = ran(method, "Tied").result
     for name in ("item", "similar"):
         line = result.plan.of(name)
         assert line.format == "float32"
-        if "tables" in takes(type(step)):
+        if "tables" in takes(method):
             other = {"item": "similar", "similar": "item"}[name]
             assert line.reason == f"shares its weight with {other}"
     assert result.module.item.weight is result.module.similar.weight
@@ -344,9 +374,8 @@ def test_tied_tables_are_kept_and_the_reason_names_the_tie(step, tmp_path):
 
 
 @every_format
-def test_a_module_in_two_places_is_replaced_in_both(step, tmp_path):
-    source = TIED.model()
-    result = run(step, source, TIED.bench(tmp_path / "data"), tmp_path / "out")
+def test_a_module_in_two_places_is_replaced_in_both(method):
+    source, result = ran(method, "Tied").source, ran(method, "Tied").result
     assert result.module.friend is result.module.user
     assert (source.module.friend is result.module.friend) is False
     assert result.plan.of("friend") is None
@@ -361,15 +390,26 @@ def test_a_table_that_renormalizes_while_read_is_refused(step, kind, tmp_path):
         run(step, source, RANKER.bench(tmp_path / "data"), tmp_path / "out")
 
 
-@pytest.mark.parametrize("reference", REFERENCES, ids=lambda item: item.network.__name__)
+# Every method before and after every other on one network; two of them on all networks.
+COMPOSED = [
+    (a, b, RANKER) for a, b in itertools.permutations(FORMATS, 2) if not takes(b) <= takes(a)
+]
+COMPOSED += [
+    (a, b, reference)
+    for a, b in itertools.permutations((RowwiseInt4, StaticInt8), 2)
+    for reference in REFERENCES
+    if reference is not RANKER
+]
+
+
 @pytest.mark.parametrize(
-    ("first", "second"),
-    [(a, b) for a, b in itertools.permutations(FORMATS, 2) if not takes(b) <= takes(a)],
-    ids=lambda method: method.__name__,
+    ("first", "second", "reference"),
+    COMPOSED,
+    ids=lambda item: getattr(item, "__name__", None) or item.network.__name__,
 )
-def test_recipes_compose_in_both_orders(first, second, reference, bench, tmp_path):
-    once = run(first(), reference.model(), bench, tmp_path / "once")
-    twice = run(second(), once, bench, tmp_path / "twice")
+def test_recipes_compose_in_both_orders(first, second, reference, tmp_path):
+    made = ran(first, reference.network.__name__)
+    once, twice = made.result, run(second(), made.result, made.bench, tmp_path / "twice")
     assert torch.isfinite(scores(twice, reference)).all()
     assert set(once.network.modules) < set(twice.network.modules)
     for line in once.plan.lines:
@@ -387,19 +427,17 @@ def test_recipes_compose_in_both_orders(first, second, reference, bench, tmp_pat
     ids=lambda method: method.__name__,
 )
 def test_a_step_finds_nothing_left_by_one_that_takes_the_same(first, second, tmp_path):
-    bench = RANKER.bench(tmp_path / "data")
-    once = run(first(), RANKER.model(), bench, tmp_path / "once")
+    made = ran(first, "Ranker")
     with pytest.raises(NothingToCompress, match=rf"already {first().kind}.*Drop this step"):
-        run(second(), once, bench, tmp_path / "twice")
+        run(second(), made.result, made.bench, tmp_path / "twice")
 
 
 @each(method for method in METHODS if isinstance(method(), TableStep))
 def test_row_blocks_give_what_one_block_gives(method, tmp_path, monkeypatch):
-    bench = RANKER.bench(tmp_path / "data")
-    run(method(), RANKER.model(), bench, tmp_path / "whole")
+    made = ran(method, "Ranker")
     monkeypatch.setattr(compressors.step, "BLOCK_ROWS", 7)  # 40 and 300 rows: a short last block
-    run(method(), RANKER.model(), bench, tmp_path / "blocks")
-    whole, blocks = mapped(tmp_path / "whole"), mapped(tmp_path / "blocks")
+    run(method(), RANKER.model(), made.bench, tmp_path / "blocks")
+    whole, blocks = mapped(made.folder), mapped(tmp_path / "blocks")
     torch.testing.assert_close(blocks, whole, rtol=0, atol=0)
 
 
