@@ -22,13 +22,14 @@ from compressors.distill.distill import Distill
 from compressors.distill.refit_codes import RefitCodes
 from compressors.formats import Bag, PackedTable
 from compressors.model import Model
+from compressors.scoring import quality
 from compressors.step import ModelStep, TableStep, run
 from compressors.tables.kmeans import KMeans
 from compressors.tables.product_codes import ProductCodes
 from compressors.tables.residual_codes import ResidualCodes
 from compressors.tables.rowwise_int4 import RowwiseInt4
 from compressors.tables.rowwise_int8 import RowwiseInt8
-from compressors.training import Training, quality
+from compressors.training import Training
 from compressors.units import Unit
 from flows.demo import BUNDLE
 from tasks.loading import bench_of, load_bundle, split_of

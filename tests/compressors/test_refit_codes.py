@@ -20,6 +20,7 @@ from compressors.formats import PackedTable
 from compressors.loss import hard_loss
 from compressors.model import Model
 from compressors.outline import outline
+from compressors.scoring import quality
 from compressors.slopes import slopes
 from compressors.step import TableStep, run
 from compressors.tables import reassign
@@ -28,7 +29,7 @@ from compressors.tables.product_codes import ProductCodes
 from compressors.tables.reassign import Proposal, moved, propose
 from compressors.tables.residual_codes import ResidualCodes
 from compressors.tables.rowwise_int8 import RowwiseInt8
-from compressors.training import Training, quality
+from compressors.training import Training
 
 CODES = (
     KMeans(bits=2),
