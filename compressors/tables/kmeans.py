@@ -19,11 +19,11 @@ from pydantic import Field
 from torch import Tensor
 
 from compressors.contracts import Frozen
+from compressors.errors import CompressionError
 from compressors.formats import TableFormat, TensorSpec
 from compressors.tables.codebooks import row_bytes
 from compressors.tables.lloyd import sample, scalar_kmeans
 from compressors.tables.planar import pack, unpack
-from compressors.tables.rowwise_int8 import row_scale
 
 RowScale = Literal["none", "float16", "float32"]
 FITTED_VALUES = 2**21
@@ -57,7 +57,7 @@ def fit(
     counts = torch.ones(len(rows)) if weight is None else weight
     scale = torch.ones(len(rows), 1)
     if scale_type != "none":
-        scale = row_scale(rows, 1, scale_type).float()
+        scale = largest(rows, scale_type).float()
     best, least = torch.empty(0), float("inf")
     for _ in range(TURNS if scale_type != "none" else 1):
         # A level's error counts with the square of the scale that it is multiplied by.
@@ -74,6 +74,23 @@ def fit(
             break
         best, least = codebook, error
     return best
+
+
+def largest(rows: Tensor, scale_type: RowScale) -> Tensor:
+    """The largest weight of each row, as a scale is stored: ``(rows, 1)``, always positive.
+
+    Raises:
+        CompressionError: it is beyond float16.
+    """
+    dtype = torch.float16 if scale_type == "float16" else torch.float32
+    smallest = 2.0**-24 if scale_type == "float16" else torch.finfo(torch.float32).tiny
+    stored = rows.abs().amax(dim=1, keepdim=True).clamp(min=smallest).to(dtype)
+    if not bool(stored.isfinite().all()):
+        raise CompressionError(
+            f"A weight of {float(rows.abs().max()):g} is beyond float16's 65504. Set the step's "
+            f"scale to 'float32'."
+        )
+    return stored
 
 
 def encode(
@@ -95,7 +112,7 @@ def encode(
     rows = table.float()
     if scale_type == "none":
         return _codes(rows, codebook), None
-    scale = row_scale(rows, 1, scale_type)
+    scale = largest(rows, scale_type)
     codes = _codes(rows / scale.float(), codebook)
     for _ in range(TURNS):
         levels = codebook[codes.long()]
