@@ -8,7 +8,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from compressors.batches import Rows
+from compressors.batches import Batch, Rows
 from compressors.composed import ComposedTable
 from compressors.contracts import Schema, Split
 from compressors.formats import PackedTable
@@ -65,8 +65,7 @@ def slopes(
             batch = rows.take(numbers)
             output = module(**batch.inputs)
             leaves = [leaf for _, _, leaf in seen]
-            lists = schema.task == "ranking" and batch.group is not None
-            own = len(torch.unique(batch.group)) if lists else len(numbers)
+            own = _terms(schema, batch)
             terms += own
             first = loss(output, batch, numbers) * own
             second = hard_loss(schema, output, batch) * own
@@ -91,3 +90,22 @@ def _shape(table: nn.Module) -> tuple[int, int]:
     if isinstance(table, nn.Embedding):
         return table.num_embeddings, table.embedding_dim
     raise TypeError(f"{type(table).__name__} is no table of rows")
+
+
+def mean_loss(module: nn.Module, schema: Schema, split: Split, loss: Loss) -> float:
+    """A loss over all rows of a split; each row, or for ranking each list, counts alike."""
+    rows, total, terms = Rows(split, schema), 0.0, 0
+    with torch.no_grad():
+        for numbers in shuffled_rows(rows, schema, BATCH, seed=0):
+            batch = rows.take(numbers)
+            own = _terms(schema, batch)
+            total += float(loss(module(**batch.inputs), batch, numbers)) * own
+            terms += own
+    return total / terms
+
+
+def _terms(schema: Schema, batch: Batch) -> int:
+    """How many losses a batch's mean is over."""
+    if schema.task == "ranking" and batch.group is not None:
+        return len(torch.unique(batch.group))
+    return len(batch.label)

@@ -9,8 +9,8 @@ Sources: Stock et al. 2020, https://arxiv.org/abs/1907.05686 (codebooks trained 
 as teacher); Malinovskii et al. 2024, https://arxiv.org/abs/2405.14852 (codes and codebooks in turn,
 few codes at a time).
 Differs: the model of the loss is of second order and asks for no row of the original; of the rows
-that would gain, the ``share`` that gains most moves; and the best state by the validation metric is
-kept, the one it began with among them.
+that would gain, the ``share`` that gains most moves, if the loss falls; and the best state by the
+validation metric is kept, the one it began with among them.
 """
 
 import fnmatch
@@ -27,13 +27,15 @@ from compressors.errors import CompressionError
 from compressors.formats import Bag, PackedTable
 from compressors.model import Model
 from compressors.scoring import quality
-from compressors.slopes import slopes
-from compressors.tables.reassign import Codes, moved
+from compressors.slopes import mean_loss, slopes
+from compressors.tables.reassign import Codes, moved, propose
 from compressors.trained import need_loss, nothing_to_train, pruned_layers, trained_on
 from compressors.training import Training, trainable
 from compressors.units import Choice, Unit, need_matches
 
 log = logging.getLogger(__name__)
+TRIES = 5
+"""Shares of the rows that are tried, each a quarter of the one before."""
 
 
 class RefitCodes(Frozen):
@@ -43,13 +45,13 @@ class RefitCodes(Frozen):
     tables: tuple[str, ...] = Field(
         ("*",), description="Tables to refit: module names, with * for any characters."
     )
-    rounds: int = Field(3, ge=1, description="How often codebooks and then codes are fitted.")
+    rounds: int = Field(4, ge=1, description="How often codebooks and then codes are fitted.")
     share: float = Field(
-        0.3,
+        1.0,
         ge=0,
         le=1,
-        description="Of the rows whose codes would gain, how many move in a round; 0: only "
-        "codebooks are trained.",
+        description="Of the rows whose codes would gain, how many move in a round; fewer where "
+        "all together gain nothing. 0: only codebooks are trained.",
     )
     dense: bool = Field(False, description="Train dense layers along with the codebooks.")
     soft_share: float = Field(
@@ -59,7 +61,7 @@ class RefitCodes(Frozen):
         1.0, ge=0.1, le=100, description="Both answers are divided by it before they are compared."
     )
     training: Training = Field(
-        default_factory=Training,
+        default_factory=lambda: Training(epochs=3, learning_rate=3e-4, patience=1),
         description="How codebooks are trained in a round. Give table_l2 as the original had it; "
         "'tables' is of no consequence here.",
     )
@@ -113,7 +115,6 @@ class RefitCodes(Frozen):
         if self.dense:
             names += trainable(model.module, tables=False)
         best, kept = quality(model.module, bench.signature, bench.validation), _held(model)
-        found = [best]
         for number in range(self.rounds):
             for table in tables.values():
                 _cast(table, dict.fromkeys(_types(table), torch.float32))
@@ -125,10 +126,10 @@ class RefitCodes(Frozen):
                     rows = self._move(model, bench, tables)
                 for name, table in tables.items():
                     _cast(table, stored[name])
-                found.append(quality(model.module, bench.signature, bench.validation))
-                log.info("round %d, %s: validation %.5f", number + 1, step, found[-1])
-                if found[-1] > best:
-                    best, kept = found[-1], _held(model)
+                found = quality(model.module, bench.signature, bench.validation)
+                log.info("round %d, %s: validation %.5f", number + 1, step, found)
+                if found > best:
+                    best, kept = found, _held(model)
             if not rows:
                 break
         _restore(model, kept)
@@ -139,18 +140,38 @@ class RefitCodes(Frozen):
         return model
 
     def _move(self, model: Model, bench: Bench, tables: dict[str, PackedTable]) -> int:
-        """Choose codes anew where that gains most; how many rows moved."""
+        """Choose codes anew where that gains most; how many rows moved.
+
+        Each row's gain is foreseen as if it alone moved, so where all together gain nothing, fewer
+        are tried.
+        """
         if bench.train is None:
             raise CompressionError(f"{self.kind!r} needs train rows.")
-        loss = taught_loss(bench, self.soft_share, self.temperature, self.kind)
-        found = slopes(model.module, bench.signature, bench.train, loss, tables)
-        total = 0
+        module, schema = model.module, bench.signature
+        # The original's answers alone: its own rows are where their slope is zero, while labels
+        # and penalties would go on to move rows that the original stopped training.
+        loss = taught_loss(bench, 1.0, self.temperature, self.kind)
+        begun = mean_loss(module, schema, bench.train, loss)
+        found = slopes(module, schema, bench.train, loss, tables)
+        proposals = {name: propose(table, *found[name]) for name, table in tables.items()}
+        before = {name: table.get_buffer("codes") for name, table in tables.items()}
+        share = self.share
+        for _ in range(TRIES):
+            rows = 0
+            for name, table in tables.items():
+                table.codes = before[name]
+                table.codes, count = moved(table, proposals[name], share)
+                rows += count
+            ended = mean_loss(module, schema, bench.train, loss)
+            log.info("%d rows moved: loss %.6f -> %.6f", rows, begun, ended)
+            if ended < begun:
+                return rows
+            if not rows:
+                break
+            share /= 4
         for name, table in tables.items():
-            slope, curvature = found[name]
-            codes, rows = moved(table, slope, curvature, self.training.table_l2, self.share)
-            table.codes = codes
-            total += rows
-        return total
+            table.codes = before[name]
+        return 0
 
 
 def _codes(unit: Unit) -> PackedTable | None:

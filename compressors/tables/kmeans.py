@@ -19,9 +19,9 @@ from pydantic import Field
 from torch import Tensor
 
 from compressors.contracts import Frozen
+from compressors.errors import CompressionError
 from compressors.formats import TableFormat, TensorSpec
 from compressors.tables.codebooks import row_bytes
-from compressors.tables.grid import Grid, ScaleType, symmetric_scale
 from compressors.tables.lloyd import sample, scalar_kmeans
 from compressors.tables.planar import pack, unpack
 
@@ -57,7 +57,7 @@ def fit(
     counts = torch.ones(len(rows)) if weight is None else weight
     scale = torch.ones(len(rows), 1)
     if scale_type != "none":
-        scale = _largest(rows, scale_type).float()
+        scale = largest(rows, scale_type).float()
     best, least = torch.empty(0), float("inf")
     for _ in range(TURNS if scale_type != "none" else 1):
         # A level's error counts with the square of the scale that it is multiplied by.
@@ -74,6 +74,23 @@ def fit(
             break
         best, least = codebook, error
     return best
+
+
+def largest(rows: Tensor, scale_type: RowScale) -> Tensor:
+    """The largest weight of each row, as a scale is stored: ``(rows, 1)``, always positive.
+
+    Raises:
+        CompressionError: it is beyond float16.
+    """
+    dtype = torch.float16 if scale_type == "float16" else torch.float32
+    smallest = 2.0**-24 if scale_type == "float16" else torch.finfo(torch.float32).tiny
+    stored = rows.abs().amax(dim=1, keepdim=True).clamp(min=smallest).to(dtype)
+    if not bool(stored.isfinite().all()):
+        raise CompressionError(
+            f"A weight of {float(rows.abs().max()):g} is beyond float16's 65504. Set the step's "
+            f"scale to 'float32'."
+        )
+    return stored
 
 
 def encode(
@@ -95,7 +112,7 @@ def encode(
     rows = table.float()
     if scale_type == "none":
         return _codes(rows, codebook), None
-    scale = _largest(rows, scale_type)
+    scale = largest(rows, scale_type)
     codes = _codes(rows / scale.float(), codebook)
     for _ in range(TURNS):
         levels = codebook[codes.long()]
@@ -109,12 +126,6 @@ def encode(
     # It may be that no level is zero: a scale of zero keeps a row of zeros exact.
     scale = torch.where((rows == 0).all(dim=1, keepdim=True), torch.zeros_like(scale), scale)
     return codes, scale
-
-
-def _largest(rows: Tensor, scale_type: ScaleType) -> Tensor:
-    """The largest weight of each row, as a scale: a row's weights lie in -1 to 1 then."""
-    largest = rows.float().abs().amax(dim=1, keepdim=True)
-    return symmetric_scale(largest, Grid(levels=3, scale=scale_type))
 
 
 def _codes(values: Tensor, codebook: Tensor) -> Tensor:

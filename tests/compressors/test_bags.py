@@ -125,12 +125,12 @@ def table_of(name: str, weight: Tensor) -> PackedTable:
 @pytest.mark.parametrize("mode", MODES)
 def test_a_compressed_table_inside_is_torchs_bag_over_the_decoded_table(name, mode):
     old = torchs(mode, 4)
-    packed = table_of(name, old.weight.detach())
+    inside = table_of(name, old.weight.detach())
     with torch.no_grad():
-        old.weight.copy_(packed(torch.arange(ROWS)))
+        old.weight.copy_(inside(torch.arange(ROWS)))
         for lists in ([[1, 4, 8], [], [4]], [[], []]):
             values, offsets = jagged(lists, last=False)
-            same(pack_table(old, packed)(values, offsets), old(values, offsets))
+            same(pack_table(old, inside)(values, offsets), old(values, offsets))
 
 
 @unhurried

@@ -1,12 +1,14 @@
 """Codebooks and codes fitted to the task: what moves, what stays, and that nothing gets worse."""
 
 from pathlib import Path
+from typing import Any
 
 import models
 import pytest
 import torch
 from models import ATTENTION, NORMED, QUICKLY, RANKER, Reference
 from pydantic import ValidationError
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from compressors.batches import Rows
@@ -18,15 +20,16 @@ from compressors.formats import PackedTable
 from compressors.loss import hard_loss
 from compressors.model import Model
 from compressors.outline import outline
+from compressors.scoring import quality
 from compressors.slopes import slopes
 from compressors.step import TableStep, run
 from compressors.tables import reassign
 from compressors.tables.kmeans import KMeans
 from compressors.tables.product_codes import ProductCodes
-from compressors.tables.reassign import moved
+from compressors.tables.reassign import Proposal, moved, propose
 from compressors.tables.residual_codes import ResidualCodes
 from compressors.tables.rowwise_int8 import RowwiseInt8
-from compressors.training import Training, quality
+from compressors.training import Training
 
 CODES = (
     KMeans(bits=2),
@@ -148,13 +151,13 @@ def test_a_run_that_was_killed_goes_on_to_the_same_bits(bench, tmp_path, monkeyp
     kept = bench.model_copy(update={"checkpoints": str(tmp_path / "progress")})
     told: list[int] = []
 
-    def killed(*args, **kwargs):
+    def killed(*args: Any) -> Proposal:
         told.append(1)
-        if len(told) > 6:
+        if len(told) > 6:  # the six tables of the first round
             raise KeyboardInterrupt
-        return moved(*args, **kwargs)
+        return propose(*args)
 
-    monkeypatch.setattr("compressors.distill.refit_codes.moved", killed)
+    monkeypatch.setattr("compressors.distill.refit_codes.propose", killed)
     with pytest.raises(KeyboardInterrupt):  # in the second round, after its training
         run(step, before, kept, tmp_path / "killed")
     monkeypatch.undo()
@@ -207,11 +210,17 @@ def drawn(step: TableStep, rows: int = 200, dim: int = 6) -> PackedTable:
     return PackedTable(step.storage, rows, dim, step.settings(), stored)
 
 
-def lost(table: PackedTable, slope: Tensor, curvature: Tensor, begun: Tensor) -> Tensor:
-    """The quadratic model of the loss at what a table reads as now, by row."""
+def foreseen(table: PackedTable, slope: Tensor, curvature: Tensor, begun: Tensor) -> Tensor:
+    """The model of the loss at what a table reads as now, by row."""
     with torch.no_grad():
         step = table(torch.arange(table.rows)) - begun
-    return (slope * step + curvature * step.square() / 2).sum(dim=1)
+    return (slope * step + table.dim * curvature * step.square() / 2).sum(dim=1)
+
+
+def drawn_slopes(seed: int) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    slope = 3 * torch.randn(200, 6, generator=generator)
+    return slope, torch.rand(200, 6, generator=generator) + 0.1
 
 
 @each_codes
@@ -219,36 +228,23 @@ def lost(table: PackedTable, slope: Tensor, curvature: Tensor, begun: Tensor) ->
 def test_rows_that_move_lower_the_model_of_the_loss(codes, share, monkeypatch):
     monkeypatch.setattr(reassign, "DAMPING", 0.0)
     table = drawn(codes)
-    generator = torch.Generator().manual_seed(1)
-    slope = torch.randn(200, 6, generator=generator)
-    curvature = torch.rand(200, 6, generator=generator) + 0.1
+    slope, curvature = drawn_slopes(1)
     slope[::4] = curvature[::4] = 0  # rows that nothing looks up
     with torch.no_grad():
         begun = table(torch.arange(200))
     before = table.codes.clone()
-    new, rows = moved(table, slope, curvature, 0.0, share)
+    proposal = propose(table, slope, curvature)
+    new, rows = moved(table, proposal, share)
     assert torch.equal(table.codes, before)  # the given ones are left alone
     table.codes = new
-    change = lost(table, slope, curvature, begun)
+    change = foreseen(table, slope, curvature, begun)
     touched = (new != before).any(dim=1)
-    assert int(touched.sum()) == rows > 0
+    assert int(touched.sum()) == rows == round(share * int((proposal.gain > 0).sum()))
+    assert rows > 10
     assert not touched[::4].any()
     assert torch.all(change[touched] < 0)
-    assert torch.all(change[~touched] == 0)
-    if share < 1:
-        everything, all_rows = moved_from(codes, slope, curvature)
-        assert rows == round(share * all_rows)
-        # What moved gained more than what would have moved next.
-        assert -change[touched].max() >= -everything[~touched].min() - 1e-5
-
-
-def moved_from(codes: TableStep, slope: Tensor, curvature: Tensor) -> tuple[Tensor, int]:
-    """What each row would gain if all that gain moved, and how many would."""
-    table = drawn(codes)
-    with torch.no_grad():
-        begun = table(torch.arange(200))
-    table.codes, rows = moved(table, slope, curvature, 0.0, 1.0)
-    return lost(table, slope, curvature, begun), rows
+    torch.testing.assert_close(-change[touched], proposal.gain[touched], rtol=1e-3, atol=1e-4)
+    assert proposal.gain[touched].min() >= proposal.gain[~touched].max()
 
 
 @pytest.mark.parametrize("codes", [KMeans(bits=2, scale="none"), ProductCodes(parts=3)])
@@ -256,38 +252,57 @@ def test_codes_without_a_sum_move_to_the_best_there_is(codes, monkeypatch):
     """Against a search over every entry."""
     monkeypatch.setattr(reassign, "DAMPING", 0.0)
     table = drawn(codes)
-    generator = torch.Generator().manual_seed(2)
-    slope, curvature = torch.randn(200, 6, generator=generator), torch.ones(200, 6)
+    slope, curvature = drawn_slopes(2)
     with torch.no_grad():
         begun = table(torch.arange(200))
     best = torch.zeros(200)
-    books = table.codebook.reshape(-1, 1) if codes.kind == "kmeans" else None
     width = 1 if codes.kind == "kmeans" else 2
     for part in range(6 // width):
         columns = slice(part * width, (part + 1) * width)
-        entries = books if books is not None else table.codebook.reshape(3, -1, 2)[part]
+        entries = table.codebook.reshape(-1, 1)
+        if codes.kind != "kmeans":
+            entries = table.codebook.reshape(3, -1, 2)[part]
         step = entries[None] - begun[:, None, columns]
-        each = slope[:, None, columns] * step + curvature[:, None, columns] * step.square() / 2
-        best += each.sum(dim=2).amin(dim=1)
-    table.codes, _ = moved(table, slope, curvature, 0.0, 1.0)
-    torch.testing.assert_close(lost(table, slope, curvature, begun), best, rtol=1e-4, atol=1e-4)
-
-
-def test_a_penalty_pulls_rows_towards_zero():
-    slope, curvature = torch.zeros(200, 6), torch.full((200, 6), 1e-3)
-    norms = []
-    for penalty in (0.0, 1.0):
-        table = drawn(ProductCodes())
-        table.codes, _ = moved(table, slope, curvature, penalty, 1.0)
-        norms.append(float(table(torch.arange(200)).square().sum()))
-    assert norms[1] < 0.5 * norms[0]
+        squares = 6 * curvature[:, None, columns] * step.square() / 2
+        best += (slope[:, None, columns] * step + squares).sum(dim=2).amin(dim=1)
+    table.codes, _ = moved(table, propose(table, slope, curvature), 1.0)
+    found = foreseen(table, slope, curvature, begun)
+    torch.testing.assert_close(found, best, rtol=1e-4, atol=1e-4)
 
 
 def test_where_nothing_is_looked_up_nothing_moves():
     table = drawn(ProductCodes())
-    codes, rows = moved(table, torch.zeros(200, 6), torch.zeros(200, 6), 1.0, 1.0)
+    nothing = torch.zeros(200, 6)
+    codes, rows = moved(table, propose(table, nothing, nothing), 1.0)
     assert rows == 0
     assert torch.equal(codes, table.codes)
+
+
+def test_moves_that_raise_the_loss_are_taken_back(bench, tmp_path, monkeypatch):
+    before = packed(ProductCodes(parts=6, bits=4), bench, tmp_path)
+    teacher = RANKER.model().module
+    rows = Rows(bench.train, bench.signature)
+    with torch.no_grad():
+        answers = teacher(**rows.take(torch.arange(len(rows))).inputs).reshape(-1)
+    folder = tmp_path / "answers"
+    folder.mkdir()
+    save_file({"score": answers}, folder / "data.safetensors")
+    bench = bench.model_copy(
+        update={"soft_labels": bench.soft_labels.model_copy(update={"path": str(folder)})}
+    )
+
+    def wrong(table: PackedTable, slope: Tensor, curvature: Tensor) -> Proposal:
+        return propose(table, -100 * slope, curvature)  # uphill
+
+    step = RefitCodes(training=QUICKLY, rounds=1)
+    model = before.private()
+    tables = {"item": model.module.item, "user": model.module.user}
+    monkeypatch.setattr("compressors.distill.refit_codes.propose", wrong)
+    assert step._move(model, bench, tables) == 0
+    assert torch.equal(model.module.item.codes, before.module.item.codes)
+    monkeypatch.undo()
+    assert step._move(model, bench, tables) > 0
+    assert not torch.equal(model.module.item.codes, before.module.item.codes)
 
 
 # --- the steps that train, on packed tables ----------------------------------------------------
