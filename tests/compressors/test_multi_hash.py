@@ -28,6 +28,7 @@ def drawn(seed: int, rows: int, dim: int = 3) -> Tensor:
     return torch.randn(rows, dim, generator=torch.Generator().manual_seed(seed))
 
 
+@unhurried
 @given(
     ids=st.lists(st.integers(0, PRIME - 1), min_size=1),
     seed=st.integers(0, 10**6),
