@@ -8,12 +8,13 @@ al. 2017, https://arxiv.org/abs/1709.03933 (several hashes into one table); the 
 of Carter and Wegman 1979, ``(a * id + b) mod p mod buckets``.
 Differs: there buckets are trained from scratch, and importance weights are learned for each id;
 here buckets are the least-squares optimum for a trained table, rows weighted by their lookups if so
-ordered, and a mean row is kept apart.
+ordered, of several draws of functions the best is taken, and a mean row is kept apart. Signs make
+sums of random rows unbiased; fitted rows have nothing to win by them.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from pydantic import Field
@@ -62,7 +63,15 @@ def signs(ids: Tensor, coefficients: Tensor) -> Tensor:
     return 1.0 - 2.0 * (mixed % PRIME % 2).float()
 
 
-def fit(table: Tensor, weight: Tensor, drawn: Tensor, buckets: int) -> tuple[Tensor, Tensor]:
+class Fit(NamedTuple):
+    """What was found for one draw of functions."""
+
+    buckets: Tensor  # float32 (buckets, dim)
+    mean: Tensor  # float32 (dim,)
+    error: float  # weighted mean over rows of what is left of their squares
+
+
+def fit(table: Tensor, weight: Tensor, drawn: Tensor, buckets: int) -> Fit:
     """The buckets and the mean row whose sums are nearest to a table: the least-squares optimum.
 
     Conjugate gradients on the normal equations, all dimensions at once, each scaled by what looks
@@ -74,9 +83,6 @@ def fit(table: Tensor, weight: Tensor, drawn: Tensor, buckets: int) -> tuple[Ten
         weight: how much each row's squared error counts, ``(rows,)``, all positive.
         drawn: the functions, ``(hashes, 2)`` or ``(hashes, 4)``.
         buckets: how many.
-
-    Returns:
-        ``buckets`` ``(buckets, dim)`` and ``mean`` ``(dim,)``, float32.
     """
     share = (weight / weight.sum()).double()
     system = _System(share, drawn, buckets)
@@ -100,7 +106,21 @@ def fit(table: Tensor, weight: Tensor, drawn: Tensor, buckets: int) -> tuple[Ten
         new = (left * stretched).sum(dim=0)
         along = stretched + torch.where(size > 0, new / size.clamp(min=1e-300), 0.0) * along
         size = new
-    return found[:-1].float(), found[-1].float()
+    # With b - Ax = r, the squares x'Ax - 2b'x + c are c - x'(b + r).
+    error = system.squares(table) - float((found * (right + left)).sum())
+    return Fit(found[:-1].float(), found[-1].float(), error)
+
+
+def best_fit(
+    table: Tensor, weight: Tensor, draws: Sequence[Tensor], buckets: int
+) -> tuple[Tensor, Fit]:
+    """The functions, of some draws, whose fit leaves least, and that fit; the first of equals.
+
+    Which rows meet is luck: of six draws for the item table of MovieLens 100K, the best left half
+    of what the worst did.
+    """
+    found = [(drawn, fit(table, weight, drawn, buckets)) for drawn in draws]
+    return min(found, key=lambda each: each[1].error)
 
 
 class _System:
@@ -127,6 +147,14 @@ class _System:
             for j in range(self.index.shape[1]):
                 made += self._signed(found[self.index[begin : begin + BLOCK, j]], begin, j)
             self._add(total, made, begin)
+        return total
+
+    def squares(self, rows: Tensor) -> float:
+        """The weighted squares of rows ``(rows, dim)``, summed."""
+        total = 0.0
+        for begin in range(0, len(rows), BLOCK):
+            each = rows[begin : begin + BLOCK].double().square().sum(dim=1)
+            total += float(self.share[begin : begin + BLOCK] @ each)
         return total
 
     def diagonal(self) -> Tensor:
@@ -192,6 +220,9 @@ class MultiHash(Frozen):
         0.5, gt=0, description="Below 1: share of a table's rows. From 1 on: rows of the new one."
     )
     hashes: int = Field(2, ge=1, le=8, description="How many rows each row is the sum of.")
+    draws: int = Field(
+        4, ge=1, description="How often functions are drawn for a table; the best fit is kept."
+    )
     signed: bool = Field(False, description="Each of the rows is added or taken away, by a hash.")
     weighted: bool = Field(
         False,
@@ -216,11 +247,13 @@ class MultiHash(Frozen):
         """Draw functions, and fit buckets to every chosen table."""
         _, designs = self._designs(model)
         weights = row_weights(model, bench, designs, weighted=self.weighted)
-        drawn = coefficients(self.hashes, bench.seed, signed=self.signed)
+        drawn = coefficients(self.hashes * self.draws, bench.seed, signed=self.signed)
+        draws = torch.split(drawn, self.hashes)
 
         def fitted(name: str, table: Tensor, made: Design) -> Fitted:
-            buckets, mean = fit(table, weights[name], drawn, made.settings["buckets"])
-            return Fitted({"functions": drawn.clone(), "mean": mean}, {"buckets": buckets})
+            functions, found = best_fit(table, weights[name], draws, made.settings["buckets"])
+            stored = {"functions": functions.clone(), "mean": found.mean}
+            return Fitted(stored, {"buckets": found.buckets})
 
         return recompose(model, designs, fitted)
 

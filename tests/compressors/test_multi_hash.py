@@ -13,6 +13,7 @@ from compressors.step import run
 from compressors.tables.multi_hash import (
     PRIME,
     MultiHash,
+    best_fit,
     coefficients,
     fit,
     hashed,
@@ -27,6 +28,7 @@ def drawn(seed: int, rows: int, dim: int = 3) -> Tensor:
     return torch.randn(rows, dim, generator=torch.Generator().manual_seed(seed))
 
 
+@unhurried
 @given(
     ids=st.lists(st.integers(0, PRIME - 1), min_size=1),
     seed=st.integers(0, 10**6),
@@ -81,12 +83,15 @@ def test_no_other_buckets_are_closer(seed, rows, buckets, hashes, signed, even):
     root = weight.sqrt().unsqueeze(1)
     best = torch.linalg.lstsq(root * system, root * table.double(), driver="gelsd").solution
     least = float((root * (system @ best - table)).square().sum())
-    found = torch.cat(
-        [part.reshape(-1, 3).double() for part in fit(table, weight, functions, buckets)]
-    )
+    made = fit(table, weight, functions, buckets)
+    found = torch.cat([made.buckets, made.mean.unsqueeze(0)]).double()
     error = float((root * (system @ found - table)).square().sum())
     # the residual's millionth that may stay, squared, and results in float32
     assert error == pytest.approx(least, rel=1e-6, abs=1e-10 * float(weight.sum()))
+    # what it says of itself, a difference of squares that are as large as the rows'
+    assert made.error * float(weight.sum()) == pytest.approx(
+        least, rel=1e-6, abs=1e-10 * float(weight.sum())
+    )
 
 
 @unhurried
@@ -97,14 +102,27 @@ def test_blocks_of_rows_give_what_one_block_gives(seed, rows):
     whole = fit(table, weight, functions, 7)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("compressors.tables.multi_hash.BLOCK", 3)
-        for one, other in zip(whole, fit(table, weight, functions, 7), strict=True):
-            # the same sums in another order, in float64
-            torch.testing.assert_close(other, one, rtol=1e-4, atol=1e-5)
+        again = fit(table, weight, functions, 7)
+    # the same sums in another order, in float64
+    torch.testing.assert_close(again.buckets, whole.buckets, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(again.mean, whole.mean, rtol=1e-4, atol=1e-5)
+    assert again.error == pytest.approx(whole.error, rel=1e-6, abs=1e-10)
+
+
+@unhurried
+@given(seed=st.integers(0, 10**6), draws=st.integers(1, 5))
+def test_of_several_draws_the_one_that_leaves_least_is_kept(seed, draws):
+    table, weight = drawn(seed, 30), 10 ** drawn(seed + 1, 30, 1)[:, 0].double()
+    drawn_ones = coefficients(2 * draws, seed, signed=False).split(2)
+    functions, found = best_fit(table, weight, drawn_ones, 9)
+    errors = [fit(table, weight, each, 9).error for each in drawn_ones]
+    assert found.error == min(errors)
+    assert torch.equal(functions, drawn_ones[errors.index(min(errors))])
 
 
 def test_a_bucket_nobody_reads_is_zero():
     functions = coefficients(2, 0, signed=False)
-    buckets, _ = fit(drawn(0, 5), torch.ones(5).double(), functions, 50)
+    buckets = fit(drawn(0, 5), torch.ones(5).double(), functions, 50).buckets
     read = hashed(torch.arange(5), functions, 50).unique()
     empty = [number for number in range(50) if number not in read.tolist()]
     assert len(empty) >= 40

@@ -118,6 +118,7 @@ def test_products_end_at_the_closest_of_rank_one_where_the_grid_is_full(seed, ro
     assert least * (1 - 1e-6) <= found <= least + 2e-3 * float(table.square().sum())
 
 
+@unhurried
 @given(ids=st.lists(st.integers(0, 2**62), min_size=1), divisor=st.integers(1, 2**31))
 def test_division_is_whole_beyond_what_floats_hold(ids, divisor):
     found = divided_by(torch.tensor(ids), divisor)
