@@ -37,7 +37,7 @@ from tasks.subject import find
 METHODS = (RowwiseInt8, RowwiseInt4, RowwiseInt2)
 RULES = ("min_max", "greedy", "mse")
 SHARED = (1, 8, 64, 0)
-LARGE = (50_000, 64)
+LARGE = (20_000, 64)
 ROUNDS = 3
 
 
