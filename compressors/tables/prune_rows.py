@@ -1,6 +1,6 @@
 """Embedding tables without the rows that matter least.
 
-Ids of pruned rows are answered by one shared row, by zeros, or by the nearest row that is kept.
+Ids of pruned rows are answered by the nearest row that is kept, by one shared row, or by zeros.
 With one answer for all of them, where the kept rows lie takes a byte a row; with an answer for
 each, as many bytes a row as the number of kept rows needs. Kept rows are a plain table, which a
 later step may store in few bits.
@@ -77,10 +77,10 @@ class PruneRows(Frozen):
         "traffic",
         description="Rows that stay are looked up most, are largest, or change the loss most.",
     )
-    pruned: Literal["shared", "zero", "nearest"] = Field(
-        "shared",
-        description="What ids of pruned rows get: the mean of the pruned rows, zeros, or the "
-        "nearest row that stays (more bytes a row).",
+    pruned: Literal["nearest", "shared", "zero"] = Field(
+        "nearest",
+        description="What ids of pruned rows get: the nearest row that stays, the mean of the "
+        "pruned rows, or zeros (the last two in a byte a row).",
     )
 
     @property

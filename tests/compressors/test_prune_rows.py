@@ -46,7 +46,7 @@ def test_the_most_important_rows_stay_bit_for_bit(importance, answer, tmp_path):
 
 
 def test_the_reason_says_what_share_of_lookups_is_touched(tmp_path):
-    result, found = pruned(tmp_path, keep=0.1)
+    result, found = pruned(tmp_path, keep=0.1, pruned="shared")
     counts = lookups(RANKER.model(), RANKER.bench(tmp_path / "data"), ["item"])["item"]
     touched = ~(found == RANKER.model().module.item.weight).all(dim=1)
     wanted = float(counts[touched].sum() / counts.sum())
@@ -55,7 +55,7 @@ def test_the_reason_says_what_share_of_lookups_is_touched(tmp_path):
 
 
 def test_pruned_ids_share_the_mean_weighted_by_lookups(tmp_path):
-    _, found = pruned(tmp_path, keep=0.2)
+    _, found = pruned(tmp_path, keep=0.2, pruned="shared")
     weight = RANKER.model().module.item.weight.detach()
     gone = ~(found == weight).all(dim=1)
     counts = lookups(RANKER.model(), RANKER.bench(tmp_path / "data"), ["item"])["item"]
@@ -83,7 +83,7 @@ def test_the_nearest_row_that_stays_answers(tmp_path):
 
 
 def test_bytes_are_a_map_and_the_rows_that_stay(tmp_path):
-    plan = pruned(tmp_path, keep=0.2)[0].plan
+    plan = pruned(tmp_path, keep=0.2, pruned="shared")[0].plan
     assert plan.of("item").bytes_after == 300 + 4 * 3  # a byte a row, four a block of 128
     assert plan.of("item.kept").bytes_after == 61 * 7 * 4
     plan = pruned(tmp_path, keep=0.2, pruned="nearest")[0].plan
@@ -92,7 +92,7 @@ def test_bytes_are_a_map_and_the_rows_that_stay(tmp_path):
 
 
 def test_a_table_whose_map_would_cost_more_stays(tmp_path):
-    step = PruneRows(tables=("city",), keep=0.99)
+    step = PruneRows(tables=("city",), keep=0.99, pruned="shared")
     with pytest.raises(NothingToCompress, match="city: 9 x 6 would be no smaller"):
         run(step, RANKER.model(), RANKER.bench(tmp_path / "data"), tmp_path / "out")
 
