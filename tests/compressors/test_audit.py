@@ -205,7 +205,9 @@ def test_a_table_that_lost_rows_is_refused(tmp_path):
 def test_scales_that_rows_share_are_as_many_as_their_ranges(tmp_path):
     draw = Drawing()
     out, held = table(draw, "gather first")
-    shared = held.model_copy(update={"rows": 4 * ROWS - 1, "names": ("scale",), "every": {"scale": 4}})
+    shared = held.model_copy(
+        update={"rows": 4 * ROWS - 1, "names": ("scale",), "every": {"scale": 4}}
+    )
     optimized = draw.optimized(out, tmp_path / "g.onnx")
     audit(optimized, None, (shared,))
     # What belongs to the whole table is not counted in rows, and may be folded into the graph.
