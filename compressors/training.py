@@ -166,8 +166,7 @@ def train(
     Raises:
         CompressionError: the loss is no longer a finite number, or there is nothing to train.
     """
-    names = trainable(module, tables=settings.tables) if only is None else tuple(only)
-    run = _Run(module, schema, Rows(rows, schema), validation, loss, settings, seed, pruned, names)
+    run = _Run(module, schema, Rows(rows, schema), validation, loss, settings, seed, pruned, only)
     progress = read_progress(checkpoints, run.held()) if checkpoints else None
     if progress is None:
         run.begin()
@@ -193,11 +192,12 @@ class _Run:
         loss: Loss,
         settings: Training,
         seed: int,
-        pruned: Collection[str],
-        names: tuple[str, ...],
+        pruned: Collection[str] = (),
+        only: Collection[str] | None = None,
     ) -> None:
         self.module, self.schema, self.rows = module, schema, rows
         self.validation, self.loss, self.settings, self.seed = validation, loss, settings, seed
+        names = trainable(module, tables=settings.tables) if only is None else tuple(only)
         if not names:
             raise CompressionError("Nothing in this network can be trained: all of it is packed.")
         self.leaves = _own(module, names)

@@ -69,14 +69,14 @@ def moved(table: PackedTable, proposal: Proposal, share: float) -> tuple[Tensor,
     """
     count = round(share * int((proposal.gain > 0).sum()))
     chosen = proposal.gain.topk(count).indices
-    codes = unpacked(table).clone()  # eight bits are not unpacked: those are the stored ones
+    codes = unpacked(table)
     codes[chosen] = proposal.codes[chosen]
     width = _form(table).width(table.rows, table.dim, table.settings)
     return pack(codes, width), count
 
 
 def unpacked(table: PackedTable) -> Tensor:
-    """A table's codes, uint8 ``(rows, codes)``; perhaps the stored tensor itself."""
+    """A table's codes, uint8 ``(rows, codes)``, in a tensor of their own."""
     form, count = _form(table), table.dim
     if not isinstance(form, KMeansFormat):
         count = form.shape(table.rows, table.dim, table.settings).books
