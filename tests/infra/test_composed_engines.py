@@ -22,7 +22,7 @@ needs_rtx = pytest.mark.skipif(
     reason="TensorRT-RTX is not installed; pip install 'recpress[tensorrt-rtx]'",
 )
 FIELDS, DIM = 26, 32
-ROWS = 250_000  # half of them, as float16, are more than the activations of this graph take
+ROWS = 400_000  # half of them, as float16, are more than the activations of this graph take
 SCHEMA = Schema(
     inputs=(
         IdInput(
@@ -61,8 +61,8 @@ class Wide(nn.Module):
         Dimensions(),
         QuotientRemainder(),
         QuotientRemainder(buckets=2, operation="multiply"),
-        MultiHash(),
-        MultiHash(hashes=3, signed=True),
+        MultiHash(draws=1),
+        MultiHash(hashes=3, signed=True, draws=1),
         NeuralCodes(steps=1),
     ],
     ids=lambda step: step.kind,
@@ -79,7 +79,7 @@ def test_an_engine_holds_the_packed_parts_and_no_more(step: ModelStep, tmp_path)
     request = BuildRequest(
         target="tensorrt-rtx",
         onnx=str(tmp_path / "model.onnx"),
-        profiles=(Profile(input="ids", low=(1, FIELDS), best=(32, FIELDS), high=(32, FIELDS)),),
+        profiles=(Profile(input="ids", low=(1, FIELDS), best=(32, FIELDS), high=(64, FIELDS)),),
         tables=tuple(
             TableWeights(module=table.module, rows=table.rows, initializers=table.names)
             for table in lowered.tables
@@ -92,4 +92,4 @@ def test_an_engine_holds_the_packed_parts_and_no_more(step: ModelStep, tmp_path)
     # 4.9 KB beyond the plan were measured at most; the audit itself would allow 64 KiB and a tenth.
     assert planned <= audit.weights_bytes < planned + 8_192
     if audit.scratch != "flat":  # as square root of the rows, nothing is left to widen
-        assert planned < 100_000
+        assert planned < 100_000, audit.scratch_reason
