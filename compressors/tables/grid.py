@@ -114,6 +114,7 @@ def asymmetric_ends(low: Tensor, high: Tensor, grid: Grid) -> Fitted:
         CompressionError: a weight is too large for the type of the scales.
     """
     _need_in_range("an offset", low.abs(), low.abs(), grid)
+    low = low + 0.0  # among zeros of both signs either may have been the lowest
     near = low.to(grid.dtype)
     below = torch.nextafter(near, torch.full_like(near, -torch.inf))
     offset = torch.where(near.float() > low, below, near)
