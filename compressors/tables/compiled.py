@@ -23,6 +23,8 @@ from numba import types
 from numba.extending import intrinsic
 from numpy.typing import NDArray
 
+from compressors.tables.least_squares import SHARES
+
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 ROUNDER = np.float32(1.5 * 2**23)
@@ -31,8 +33,11 @@ ALL_BUT_SIGN = np.int32(0x7FFFFFFF)
 SMALLEST_16 = np.float32(2.0**-24)
 SMALLEST_32 = np.float32(2.0**-126)
 LARGEST_16 = np.float32(65504)
+LARGEST_32 = np.float32(np.finfo(np.float32).max)
 HALF = np.float32(0.5)
 ZERO = np.float32(0)
+LANES = 64
+"""Ranges that are fitted side by side: every loop over them is a few vector instructions."""
 
 
 def _compiled(function: Function) -> Function:
@@ -86,7 +91,7 @@ def _from_16(bits: np.int32) -> np.float32:
 
 @_compiled
 def _scale_16(scale: np.float32, top: np.float32) -> np.int32:
-    """``grid._stored_scale`` in float16, as bits."""
+    """``grid.stored_scale`` in float16, as bits."""
     bits = _to_16(max(scale, SMALLEST_16))
     clipped = scale * top > _from_16(bits) * (top + HALF)
     return bits + np.int32(1) if clipped else bits
@@ -221,10 +226,6 @@ def _fit_asymmetric(
     return bool(bad == np.int32(0))
 
 
-TILE = 64
-"""Ranges that are fitted together: a few kilobytes."""
-
-
 @_compiled
 def min_max(
     rows: NDArray[np.float32],
@@ -244,12 +245,12 @@ def min_max(
     low = -top if symmetric else ZERO
     shift = np.uint64(8) if symmetric else np.uint64(0)
     bytes_ = np.zeros((1, dim + 1), np.uint8)
-    least, most = np.zeros(TILE, np.int32), np.zeros(TILE, np.int32)
-    words, offset_words = np.zeros(TILE, np.int32), np.zeros(TILE, np.int32)
-    scales, offsets = np.zeros(TILE, np.float32), np.zeros(TILE, np.float32)
-    for first in range(0, count, TILE * together):
+    least, most = np.zeros(LANES, np.int32), np.zeros(LANES, np.int32)
+    words, offset_words = np.zeros(LANES, np.int32), np.zeros(LANES, np.int32)
+    scales, offsets = np.zeros(LANES, np.float32), np.zeros(LANES, np.float32)
+    for first in range(0, count, LANES * together):
         entry = first // together
-        ranges = min(TILE, -(-(count - first) // together))
+        ranges = min(LANES, -(-(count - first) // together))
         for place in range(ranges):
             begin = first + place * together
             end = min(begin + together, count)
@@ -309,3 +310,242 @@ def nearest(
                 _pack(row, dim, shift, bytes_, codes)
             else:
                 _write(rows, row, offset, scale, low, top, codes, row)
+
+
+# --- least_squares.py ------------------------------------------------------------------------
+
+# All that is known of the ranges side by side lies in one array, each item LANES numbers long:
+# a compiler sees that they do not overlap, where between arrays it would have to ask.
+LOW, HIGH, INVERSE = 0 * LANES, 1 * LANES, 2 * LANES
+BEST, TRIED = 3 * LANES, 5 * LANES  # scale and offset
+SUMS, FOUND = 7 * LANES, 12 * LANES  # rr, q, qq, r and qr
+ITEMS = 17 * LANES
+CUTS = np.array([0.0, *SHARES], np.float32)
+KEPT = np.array([1.0, *(1 - share for share in SHARES)], np.float32)
+
+
+@_compiled
+def _stored(scale: np.float32, top: np.float32, small: bool) -> np.float32:
+    """``grid.stored_scale``, as a float32."""
+    return _from_16(_scale_16(scale, top)) if small else max(scale, SMALLEST_32)
+
+
+@_compiled
+def _usable(change: np.float32) -> np.float32:
+    return change if abs(change) <= LARGEST_32 else ZERO
+
+
+@_compiled
+def _miss(
+    value: np.float32,
+    scale: np.float32,
+    offset: np.float32,
+    inverse: np.float32,
+    low: np.float32,
+    top: np.float32,
+) -> tuple[np.float32, np.float32]:
+    """The nearest code, and what it misses a weight by."""
+    q = (min(max((value - offset) * inverse, low), top) + ROUNDER) - ROUNDER
+    return q, value - (q * scale + offset)
+
+
+@_compiled
+def _errors(
+    tile: NDArray[np.float32],
+    lanes: NDArray[np.float32],
+    fit: int,
+    sums: int,
+    low: np.float32,
+    top: np.float32,
+) -> None:
+    """The squared error of every lane, one number after the other; four of them a loop."""
+    for lane in range(LANES):
+        lanes[INVERSE + lane] = np.float32(1) / lanes[fit + lane]
+        lanes[sums + lane] = ZERO
+    dim = tile.shape[0]
+    for place in range(0, dim - 3, 4):
+        for lane in range(LANES):
+            scale, offset = lanes[fit + lane], lanes[fit + LANES + lane]
+            inverse, rr = lanes[INVERSE + lane], lanes[sums + lane]
+            _, r = _miss(tile[place, lane], scale, offset, inverse, low, top)
+            rr += r * r
+            _, r = _miss(tile[place + 1, lane], scale, offset, inverse, low, top)
+            rr += r * r
+            _, r = _miss(tile[place + 2, lane], scale, offset, inverse, low, top)
+            rr += r * r
+            _, r = _miss(tile[place + 3, lane], scale, offset, inverse, low, top)
+            rr += r * r
+            lanes[sums + lane] = rr
+    for place in range(dim // 4 * 4, dim):
+        for lane in range(LANES):
+            scale, offset = lanes[fit + lane], lanes[fit + LANES + lane]
+            _, r = _miss(tile[place, lane], scale, offset, lanes[INVERSE + lane], low, top)
+            lanes[sums + lane] += r * r
+
+
+@_compiled
+def _residuals(
+    tile: NDArray[np.float32],
+    lanes: NDArray[np.float32],
+    fit: int,
+    sums: int,
+    low: np.float32,
+    top: np.float32,
+) -> None:
+    """``least_squares.residuals`` of every lane, likewise."""
+    for lane in range(LANES):
+        lanes[INVERSE + lane] = np.float32(1) / lanes[fit + lane]
+        lanes[sums + lane] = lanes[sums + LANES + lane] = lanes[sums + 2 * LANES + lane] = ZERO
+        lanes[sums + 3 * LANES + lane] = lanes[sums + 4 * LANES + lane] = ZERO
+    dim = tile.shape[0]
+    for place in range(0, dim - 1, 2):
+        for lane in range(LANES):
+            scale, offset = lanes[fit + lane], lanes[fit + LANES + lane]
+            inverse = lanes[INVERSE + lane]
+            q, r = _miss(tile[place, lane], scale, offset, inverse, low, top)
+            q_, r_ = _miss(tile[place + 1, lane], scale, offset, inverse, low, top)
+            lanes[sums + lane] = (lanes[sums + lane] + r * r) + r_ * r_
+            at = sums + LANES + lane
+            lanes[at] = (lanes[at] + q) + q_
+            at += LANES
+            lanes[at] = (lanes[at] + q * q) + q_ * q_
+            at += LANES
+            lanes[at] = (lanes[at] + r) + r_
+            at += LANES
+            lanes[at] = (lanes[at] + q * r) + q_ * r_
+    if dim % 2:
+        for lane in range(LANES):
+            scale, offset = lanes[fit + lane], lanes[fit + LANES + lane]
+            q, r = _miss(tile[dim - 1, lane], scale, offset, lanes[INVERSE + lane], low, top)
+            lanes[sums + lane] += r * r
+            lanes[sums + LANES + lane] += q
+            lanes[sums + 2 * LANES + lane] += q * q
+            lanes[sums + 3 * LANES + lane] += r
+            lanes[sums + 4 * LANES + lane] += q * r
+
+
+@_compiled
+def _keep_better(lanes: NDArray[np.float32], sums: int) -> None:
+    """Where the error became less, scale, offset and so many sums are those that were tried."""
+    for lane in range(LANES):
+        less = lanes[FOUND + lane] < lanes[SUMS + lane]
+        for item in range(2):
+            old = lanes[BEST + item * LANES + lane]
+            lanes[BEST + item * LANES + lane] = lanes[TRIED + item * LANES + lane] if less else old
+        for item in range(sums):
+            old = lanes[SUMS + item * LANES + lane]
+            lanes[SUMS + item * LANES + lane] = lanes[FOUND + item * LANES + lane] if less else old
+
+
+@_compiled
+def _clip(
+    lanes: NDArray[np.float32],
+    fit: int,
+    cut: np.float32,
+    kept: np.float32,
+    top: np.float32,
+    symmetric: bool,
+    small: bool,
+) -> bool:
+    """``least_squares._clipped`` of every lane; whether all have scales and offsets."""
+    bad = np.int32(0)
+    limit = LARGEST_16 if small else LARGEST_32
+    for lane in range(LANES):
+        least, most = lanes[LOW + lane], lanes[HIGH + lane]
+        if symmetric:
+            scale = max(-least, most) * kept / top
+            offset = ZERO
+        else:
+            gone = (most - least) * cut
+            low, high = (least + gone) + ZERO, most - gone
+            bad |= np.int32(abs(low) > limit)
+            offset = _from_16(_below_16(low)) if small else low
+            scale = max(high - offset, ZERO) / top
+        bad |= np.int32(scale > limit)
+        lanes[fit + lane] = _stored(scale, top, small)
+        lanes[fit + LANES + lane] = offset
+    return bool(bad == np.int32(0))
+
+
+@_compiled
+def _refit(
+    lanes: NDArray[np.float32], count: np.float32, top: np.float32, symmetric: bool, small: bool
+) -> None:
+    """``least_squares._refitted`` of every lane."""
+    limit = LARGEST_16 if small else LARGEST_32
+    for lane in range(LANES):
+        q, qq = lanes[SUMS + LANES + lane], lanes[SUMS + 2 * LANES + lane]
+        r, qr = lanes[SUMS + 3 * LANES + lane], lanes[SUMS + 4 * LANES + lane]
+        if symmetric:
+            more = _usable(qr / qq)
+            offset = ZERO
+        else:
+            more = _usable((qr * count - q * r) / (qq * count - q * q))
+            shift = _usable((r - more * q) / count)
+            offset = min(max(lanes[BEST + LANES + lane] + shift, -limit), limit) + ZERO
+            offset = _from_16(_to_16(offset)) if small else offset
+        scale = min(max(lanes[BEST + lane] + more, ZERO), limit)
+        lanes[TRIED + lane] = _stored(scale, top, small)
+        lanes[TRIED + LANES + lane] = offset
+
+
+@_compiled
+def least_squares(
+    rows: NDArray[np.float32],
+    rounds: int,
+    top: np.float32,
+    symmetric: bool,
+    planar: bool,
+    codes: NDArray[np.uint8],
+    scale_16: NDArray[np.uint16],
+    scale_32: NDArray[np.uint32],
+    offset_16: NDArray[np.uint16],
+    offset_32: NDArray[np.uint32],
+) -> int:
+    """Encode rows of their own; gives the first row of some that cannot all be stored, or -1."""
+    count, dim = rows.shape
+    small = scale_16.size > 0
+    low = -top if symmetric else ZERO
+    shift = np.uint64(8) if symmetric else np.uint64(0)
+    bytes_ = np.zeros((1, dim + 1), np.uint8)
+    tile = np.zeros((dim, LANES), np.float32)
+    lanes = np.zeros(ITEMS, np.float32)
+    for first in range(0, count, LANES):
+        used = min(LANES, count - first)
+        for lane in range(used):
+            least, most = _ends(rows, first + lane, first + lane + 1)
+            if most >= INFINITE or _ordered(least) & ALL_BUT_SIGN >= INFINITE:
+                return first
+            lanes[LOW + lane], lanes[HIGH + lane] = _float(_ordered(least)), _float(_ordered(most))
+        for place in range(dim):
+            for lane in range(used):
+                tile[place, lane] = rows[first + lane, place]
+        if not _clip(lanes, BEST, CUTS[0], KEPT[0], top, symmetric, small):
+            return first
+        _errors(tile, lanes, BEST, SUMS, low, top)
+        for cut in range(1, CUTS.size):
+            _clip(lanes, TRIED, CUTS[cut], KEPT[cut], top, symmetric, small)
+            _errors(tile, lanes, TRIED, FOUND, low, top)
+            _keep_better(lanes, 1)
+        _residuals(tile, lanes, BEST, SUMS, low, top)
+        for _ in range(rounds):
+            _refit(lanes, np.float32(dim), top, symmetric, small)
+            _residuals(tile, lanes, TRIED, FOUND, low, top)
+            _keep_better(lanes, 5)
+        for lane in range(used):
+            row = first + lane
+            scale, offset = lanes[BEST + lane], lanes[BEST + LANES + lane]
+            if small:
+                scale_16[row] = np.uint16(_to_16(scale))
+                if not symmetric:
+                    offset_16[row] = np.uint16(_to_16(offset))
+            else:
+                scale_32[row] = np.uint32(_bits(scale))
+                if not symmetric:
+                    offset_32[row] = np.uint32(_bits(offset))
+            if planar:
+                _write(rows, row, offset, scale, low, top, bytes_, 0)
+                _pack(row, dim, shift, bytes_, codes)
+            else:
+                _write(rows, row, offset, scale, low, top, codes, row)
+    return -1

@@ -16,17 +16,19 @@ from torch import Tensor
 from compressors.errors import CompressionError
 from compressors.tables import compiled
 from compressors.tables.grid import Fitted, Grid
+from compressors.tables.least_squares import ROUNDS
 
 THREAD_VALUES = 2**18
 """A thread is given no less than this many values: starting one takes as long as half of them."""
 
 
 def encode(rows: Tensor, grid: Grid, bits: int) -> tuple[Tensor, Fitted]:
-    """Encode rows whose ranges end at their largest weights: ``min_max`` and ``nearest`` in one.
+    """Encode rows: ``min_max`` or ``least_squares``, and ``nearest``, in one.
 
     Args:
         rows: float, ``(rows, dim)``; the first of them begins a range.
-        grid: levels, type of the scales, and how many rows share one (not 0).
+        grid: levels, type of the scales, and how many rows share one: with ``least_squares`` 1, else
+            not 0.
         bits: 8, a byte a code; or 4, planar as in ``planar``.
 
     Returns:
@@ -47,23 +49,19 @@ def encode(rows: Tensor, grid: Grid, bits: int) -> tuple[Tensor, Fitted]:
 
     def part(begin: int, end: int) -> int:
         entries = slice(begin // together, -(-end // together))
-        worst: int = compiled.min_max(
-            values[begin:end],
-            together,
-            top,
-            grid.symmetric,
-            bits == 4,
-            codes.numpy()[begin:end],
-            stored_scale[0][entries],
-            stored_scale[1][entries],
-            stored_offset[0][entries],
-            stored_offset[1][entries],
-        )
+        into = codes.numpy()[begin:end]
+        words = [found[entries] for found in (*stored_scale, *stored_offset)]
+        flags = grid.symmetric, bits == 4
+        worst: int
+        if grid.clipping == "least_squares":
+            worst = compiled.least_squares(values[begin:end], ROUNDS, top, *flags, into, *words)
+        else:
+            worst = compiled.min_max(values[begin:end], together, top, *flags, into, *words)
         return -1 if worst < 0 else begin + worst
 
     bad = _in_threads(part, count, dim, together)
     if bad >= 0:
-        raise _refused(rows[bad : bad + compiled.TILE * together], bad, grid)
+        raise _refused(rows[bad : bad + compiled.LANES * together], bad, grid)
     return codes, Fitted(scale, offset)
 
 

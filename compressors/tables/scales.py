@@ -87,7 +87,10 @@ def encode_codes(
     # Half a second, which who encodes nothing should not wait for.
     from compressors.tables import kernels
 
-    if grid.clipping == "min_max" and grid.rows_per_scale:
+    together = grid.rows_per_scale
+    if (grid.clipping == "min_max" and together) or (
+        grid.clipping == "least_squares" and together == 1
+    ):
         codes, fitted = kernels.encode(block, grid, bits)
         return {"codes": codes, **_named(fitted)}
     stored = fit_block(block, grid)
