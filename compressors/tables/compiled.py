@@ -350,6 +350,19 @@ def _miss(
 
 
 @_compiled
+def _turn(rows: NDArray[np.float32], first: int, used: int, tile: NDArray[np.float32]) -> None:
+    """Rows side by side. Lanes without a row keep what they held; nobody reads their results."""
+    if used == LANES:  # a number the compiler knows
+        for place in range(tile.shape[0]):
+            for lane in range(LANES):
+                tile[place, lane] = rows[first + lane, place]
+    else:
+        for place in range(tile.shape[0]):
+            for lane in range(used):
+                tile[place, lane] = rows[first + lane, place]
+
+
+@_compiled
 def _errors(
     tile: NDArray[np.float32],
     lanes: NDArray[np.float32],
@@ -398,25 +411,28 @@ def _residuals(
         lanes[sums + lane] = lanes[sums + LANES + lane] = lanes[sums + 2 * LANES + lane] = ZERO
         lanes[sums + 3 * LANES + lane] = lanes[sums + 4 * LANES + lane] = ZERO
     dim = tile.shape[0]
-    for place in range(0, dim - 1, 2):
+    for place in range(0, dim - 3, 4):
         for lane in range(LANES):
             scale, offset = lanes[fit + lane], lanes[fit + LANES + lane]
             inverse = lanes[INVERSE + lane]
-            q, r = _miss(tile[place, lane], scale, offset, inverse, low, top)
-            q_, r_ = _miss(tile[place + 1, lane], scale, offset, inverse, low, top)
-            lanes[sums + lane] = (lanes[sums + lane] + r * r) + r_ * r_
-            at = sums + LANES + lane
-            lanes[at] = (lanes[at] + q) + q_
+            q0, r0 = _miss(tile[place, lane], scale, offset, inverse, low, top)
+            q1, r1 = _miss(tile[place + 1, lane], scale, offset, inverse, low, top)
+            q2, r2 = _miss(tile[place + 2, lane], scale, offset, inverse, low, top)
+            q3, r3 = _miss(tile[place + 3, lane], scale, offset, inverse, low, top)
+            at = sums + lane
+            lanes[at] = (((lanes[at] + r0 * r0) + r1 * r1) + r2 * r2) + r3 * r3
             at += LANES
-            lanes[at] = (lanes[at] + q * q) + q_ * q_
+            lanes[at] = (((lanes[at] + q0) + q1) + q2) + q3
             at += LANES
-            lanes[at] = (lanes[at] + r) + r_
+            lanes[at] = (((lanes[at] + q0 * q0) + q1 * q1) + q2 * q2) + q3 * q3
             at += LANES
-            lanes[at] = (lanes[at] + q * r) + q_ * r_
-    if dim % 2:
+            lanes[at] = (((lanes[at] + r0) + r1) + r2) + r3
+            at += LANES
+            lanes[at] = (((lanes[at] + q0 * r0) + q1 * r1) + q2 * r2) + q3 * r3
+    for place in range(dim // 4 * 4, dim):
         for lane in range(LANES):
             scale, offset = lanes[fit + lane], lanes[fit + LANES + lane]
-            q, r = _miss(tile[dim - 1, lane], scale, offset, lanes[INVERSE + lane], low, top)
+            q, r = _miss(tile[place, lane], scale, offset, lanes[INVERSE + lane], low, top)
             lanes[sums + lane] += r * r
             lanes[sums + LANES + lane] += q
             lanes[sums + 2 * LANES + lane] += q * q
@@ -512,14 +528,12 @@ def least_squares(
     lanes = np.zeros(ITEMS, np.float32)
     for first in range(0, count, LANES):
         used = min(LANES, count - first)
-        for lane in range(used):
+        for lane in range(used):  # row by row, as memory is read fastest
             least, most = _ends(rows, first + lane, first + lane + 1)
             if most >= INFINITE or _ordered(least) & ALL_BUT_SIGN >= INFINITE:
                 return first
             lanes[LOW + lane], lanes[HIGH + lane] = _float(_ordered(least)), _float(_ordered(most))
-        for place in range(dim):
-            for lane in range(used):
-                tile[place, lane] = rows[first + lane, place]
+        _turn(rows, first, used, tile)
         if not _clip(lanes, BEST, CUTS[0], KEPT[0], top, symmetric, small):
             return first
         _errors(tile, lanes, BEST, SUMS, low, top)

@@ -27,8 +27,8 @@ def encode(rows: Tensor, grid: Grid, bits: int) -> tuple[Tensor, Fitted]:
 
     Args:
         rows: float, ``(rows, dim)``; the first of them begins a range.
-        grid: levels, type of the scales, and how many rows share one: with ``least_squares`` 1, else
-            not 0.
+        grid: levels, type of the scales, and how many rows share one: 1 with ``least_squares``,
+            else not 0.
         bits: 8, a byte a code; or 4, planar as in ``planar``.
 
     Returns:
@@ -51,12 +51,17 @@ def encode(rows: Tensor, grid: Grid, bits: int) -> tuple[Tensor, Fitted]:
         entries = slice(begin // together, -(-end // together))
         into = codes.numpy()[begin:end]
         words = [found[entries] for found in (*stored_scale, *stored_offset)]
-        flags = grid.symmetric, bits == 4
-        worst: int
-        if grid.clipping == "least_squares":
-            worst = compiled.least_squares(values[begin:end], ROUNDS, top, *flags, into, *words)
-        else:
-            worst = compiled.min_max(values[begin:end], together, top, *flags, into, *words)
+        alone = grid.clipping == "least_squares"
+        loop: Callable[..., int] = compiled.least_squares if alone else compiled.min_max
+        worst = loop(
+            values[begin:end],
+            ROUNDS if alone else together,
+            top,
+            grid.symmetric,
+            bits == 4,
+            into,
+            *words,
+        )
         return -1 if worst < 0 else begin + worst
 
     bad = _in_threads(part, count, dim, together)

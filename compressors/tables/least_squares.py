@@ -1,17 +1,17 @@
-"""Ranges refitted to their own codes: nearly what a search of all ranges finds, in a dozen passes.
+"""Ranges refitted to their own codes: most of what a long search finds, in seven passes.
 
 A few ranges that lose the same share at either end are compared. The best of them is refitted:
 with its codes kept, the scale and the offset of least squared error are a straight line through
-weights over codes; with those come new codes. Three rounds are enough, and each is kept only where
-the error, with scale and offset as stored, became less.
+weights over codes; with those come new codes. Each round is kept only where the error, with scale
+and offset as stored, became less.
 
 Alternating between codes and what they stand for is LQ-Nets' QEM (Zhang et al. 2018,
 https://arxiv.org/abs/1807.10029, Algorithm 1). Differs: levels stay even, so a line is fitted
 instead of a basis; the start is the best of several clipped ranges, not one.
 
-In plain torch this is the specification of ``compiled.least_squares``: sums are taken one number after
-the other in float32, and steps are found with the scale's reciprocal, since a division takes as long
-as all the rest. Codes that are stored are divided.
+In plain torch, this is the specification of ``compiled.least_squares``: sums are taken one number
+after the other in float32, and steps are found with the scale's reciprocal, since a division takes
+as long as all the rest. Codes that are stored are divided.
 """
 
 from typing import NamedTuple
@@ -31,13 +31,14 @@ from compressors.tables.grid import (
     weights,
 )
 
-SHARES = (0.02, 0.04, 0.06, 0.08, 0.10, 0.12, 0.15)
+SHARES = (0.03, 0.06, 0.10)
 """What is tried of a range at either end."""
-ROUNDS = 3
+ROUNDS = 2
+"""How often it is refitted. With seven shares and three rounds errors are 1 % lower still."""
 
 
 class Residuals(NamedTuple):
-    """Sums over a range, ``(ranges, 1)`` each: codes are ``q``, what they miss a weight by ``r``."""
+    """Sums over ranges, ``(ranges, 1)``, of codes ``q`` and what they miss weights by, ``r``."""
 
     q: Tensor
     qq: Tensor
