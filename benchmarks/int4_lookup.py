@@ -21,10 +21,11 @@ import torch
 from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor, nn
 
-from compressors.formats import PackedTable
 from compressors.lower.onnxruntime import translations
-from compressors.steps import TABLE_FORMATS
-from compressors.tables import rowwise_int4, rowwise_int8
+from compressors.step import encode_table
+from compressors.tables import planar
+from compressors.tables.rowwise_int4 import RowwiseInt4
+from compressors.tables.rowwise_int8 import RowwiseInt8
 from infra.onnxruntime import Session, interleaved_ms, machine
 
 FIELDS = 10  # ids looked up per row of a batch
@@ -47,11 +48,6 @@ def exported(module: nn.Module, path: Path) -> Path:
     assert program is not None
     program.save(str(path))
     return path
-
-
-def ours(form: str, stored: dict[str, Tensor], rows: int, dim: int) -> nn.Module:
-    """One of our stored tables as a module."""
-    return PackedTable(TABLE_FORMATS[form], rows, dim, {"scale": "float16"}, stored)
 
 
 def block_quantized(codes: Tensor, scale: Tensor, path: Path) -> Path:
@@ -91,17 +87,14 @@ def forms(rows: int, dim: int, folder: Path) -> dict[str, tuple[Path, Tensor]]:
     """Every form's graph, and the weights it must give back."""
     weight = torch.randn(rows, dim, generator=torch.Generator().manual_seed(0)) * 0.1
     plain = nn.Embedding(rows, dim, _weight=weight)
-    codes8, scale8 = rowwise_int8.encode(weight)
-    packed, scale4 = rowwise_int4.encode(weight)
-    codes4 = rowwise_int4.unpack(packed, dim)
-    decoded8 = rowwise_int8.decode(codes8, scale8)
-    decoded4 = rowwise_int4.decode(packed, scale4, dim)
-    int8 = ours("rowwise_int8", {"codes": codes8, "scale": scale8}, rows, dim)
-    int4 = ours("rowwise_int4", {"codes": packed, "scale": scale4}, rows, dim)
+    int8, int4 = (encode_table(step, weight) for step in (RowwiseInt8(), RowwiseInt4()))
+    every = torch.arange(rows)
+    decoded8, decoded4 = int8(every), int4(every)
+    codes4 = (planar.unpack(int4.codes, dim, 4).to(torch.int8) - 8, int4.scale)
     makers: dict[str, tuple[Callable[[Path], Path], Tensor]] = {
         "fp32 Gather": (lambda path: exported(plain, path), weight),
         "int8 Gather-Cast-Mul": (lambda path: exported(int8, path), decoded8),
-        "int4 GatherBlockQuantized": (lambda p: block_quantized(codes4, scale4, p), decoded4),
+        "int4 GatherBlockQuantized": (lambda p: block_quantized(*codes4, p), decoded4),
         "int4 planar (ours)": (lambda path: exported(int4, path), decoded4),
     }
     return {

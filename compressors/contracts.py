@@ -239,7 +239,7 @@ class Split(Frozen):
 
 
 Part = Literal["train", "calibration", "validation", "soft_labels"]
-Change = Literal["format", "values"]
+Change = Literal["format", "values", "parts"]
 
 
 class Bench(Frozen):

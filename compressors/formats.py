@@ -104,7 +104,7 @@ class PackedTable(nn.Module):
         self.rows = rows
         self.dim = dim
         self.settings = dict(settings)
-        _register(self, storage.layout(rows, dim, settings), stored)
+        register_stored(self, storage.layout(rows, dim, settings), stored)
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - torch's own name for the ids
         return self.storage.lookup(dict(self.named_buffers()), input, self.dim, self.settings)
@@ -135,7 +135,7 @@ class PackedLinear(nn.Module):
         self.in_features = in_features
         self.out_features = out_features
         self.has_bias = bias
-        _register(self, storage.layout(in_features, out_features, bias=bias), stored)
+        register_stored(self, storage.layout(in_features, out_features, bias=bias), stored)
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - torch's own name
         return self.storage.apply(dict(self.named_buffers()), input)
@@ -231,9 +231,10 @@ class Bag(nn.Module):
 
     def record(self) -> ModuleRecord | None:
         """What a bundle must say, or None while the table inside is a plain one."""
-        if not isinstance(self.table, PackedTable):
+        told = getattr(self.table, "record", None)
+        if told is None:
             return None
-        inner = self.table.record()
+        inner: ModuleRecord = told()
         return ModuleRecord(
             kind="bag",
             format=inner.format,
@@ -263,9 +264,10 @@ def padded(values: Tensor, position: Tensor) -> Tensor:
     return torch.cat([values, values.new_zeros(1)])[position]
 
 
-def _register(
+def register_stored(
     module: nn.Module, layout: Mapping[str, TensorSpec], stored: Mapping[str, Tensor] | None
 ) -> None:
+    """Give a module its stored tensors as buffers; without them, empty ones on the meta device."""
     for name, spec in layout.items():
         tensor = (
             torch.empty(spec.shape, dtype=spec.dtype, device="meta")

@@ -1,6 +1,7 @@
 """A network as steps hand it to each other: the module, and all that describes it."""
 
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 
 from torch import nn
 
@@ -10,12 +11,17 @@ from compressors.units import private_copy
 
 @dataclass(frozen=True)
 class Model:
-    """A loaded network: the module, the class it was built from, and what describes it."""
+    """A loaded network: the module, the class it was built from, and what describes it.
+
+    ``notes`` holds, by unit, what a step found out while it worked, in half a sentence: it joins
+    the reason in the plan.
+    """
 
     module: nn.Module
     architecture: type[nn.Module]
     network: Network
     plan: Plan | None = None
+    notes: Mapping[str, str] = field(default_factory=dict)
 
     def private(self) -> "Model":
         """The same model with a module tree of its own, over the same tensors."""

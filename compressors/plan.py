@@ -28,6 +28,7 @@ def plan_of(
         sizes: bytes of all tensors before and now.
     """
     now = {unit.name: unit for unit in after}
+    old = {unit.name for unit in before}
     lines = []
     for unit in before:
         earlier = source.plan.of(unit.name) if source.plan else None
@@ -44,6 +45,19 @@ def plan_of(
                 reason=_reason(earlier, choice),
             )
         )
+        # The tables that this one is made of now. What it weighed before stays on its own line.
+        lines += [
+            PlanLine(
+                module=part.name,
+                role=part.role,
+                format=part.format,
+                bytes_before=0,
+                bytes_after=part.bytes,
+                reason=f"a part of {unit.name}",
+            )
+            for part in after
+            if part.name not in old and part.name.startswith(f"{unit.name}.")
+        ]
     # What an earlier step dropped keeps its line.
     lines += [line for line in (source.plan.lines if source.plan else ()) if line.format == DROPPED]
     other = source.plan.of("(other)") if source.plan else None

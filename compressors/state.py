@@ -13,17 +13,18 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from compressors.composed import ComposedTable
 from compressors.contracts import ModuleRecord, Network
 from compressors.errors import ModelRefused
 from compressors.formats import Bag, PackedLinear, PackedTable
 from compressors.meta import parameters_on_meta
-from compressors.steps import LINEAR_FORMATS, TABLE_FORMATS
+from compressors.safetensors_stream import write
+from compressors.steps import COMPOSITIONS, LINEAR_FORMATS, TABLE_FORMATS
 from compressors.units import swap
 
-SHARD_BYTES = 2**30  # safetensors holds a shard twice while it writes it
+SHARD_BYTES = 2**30  # what a reader that reads whole files has to hold
 INDEX = "model.safetensors.index.json"
 
 
@@ -41,7 +42,7 @@ def build(architecture: type[nn.Module], network: Network) -> nn.Module:
             f"{network.architecture.path} cannot be built from its configuration: {fault}. The "
             f"'config' of model.json must be the class's keyword arguments."
         ) from fault
-    for name, record in network.modules.items():
+    for name, record in sorted(network.modules.items()):  # a composed table before its parts
         try:
             model.get_submodule(name)
         except AttributeError as fault:
@@ -59,7 +60,9 @@ def module_of(name: str, record: ModuleRecord) -> nn.Module:
     Raises:
         ModelRefused: the format is unknown here or the record is incomplete.
     """
-    formats: Mapping[str, Any] = LINEAR_FORMATS if record.kind == "linear" else TABLE_FORMATS
+    formats: Mapping[str, Any] = (
+        LINEAR_FORMATS if record.kind == "linear" else {**TABLE_FORMATS, **COMPOSITIONS}
+    )
     if record.format not in formats:
         raise ModelRefused(
             f"{name!r} is stored as {record.format!r}; this version of recpress knows "
@@ -77,7 +80,8 @@ def module_of(name: str, record: ModuleRecord) -> nn.Module:
             if record.kind == "bag"
         }
         rows, dim = int(settings.pop("rows")), int(settings.pop("dim"))
-        table = PackedTable(storage, rows, dim, settings)
+        made = ComposedTable if record.format in COMPOSITIONS else PackedTable
+        table: nn.Module = made(storage, rows, dim, settings)
     except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as fault:
         raise ModelRefused(
             f"The record of {name!r} in model.json is incomplete: {fault!r}."
@@ -199,7 +203,9 @@ def records_of(model: nn.Module) -> dict[str, ModuleRecord]:
     for name, module in model.named_modules():
         if isinstance(module, Bag):
             inside.add(f"{name}.table")
-        if name in inside or not isinstance(module, Bag | PackedTable | PackedLinear):
+        if name in inside or not isinstance(
+            module, Bag | ComposedTable | PackedTable | PackedLinear
+        ):
             continue
         record = module.record()
         if record is not None:
@@ -232,12 +238,12 @@ def write_tensors(
         shards[-1][name] = tensor
         filled += tensor.nbytes
     if len(shards) == 1:
-        save_file(shards[0], folder / "model.safetensors")
+        write(folder / "model.safetensors", shards[0])
         return (folder / "model.safetensors",)
     where: dict[str, str] = {}
     for number, shard in enumerate(shards, start=1):
         file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        save_file(shard, folder / file)
+        write(folder / file, shard)
         where.update(dict.fromkeys(shard, file))
     total = sum(tensor.nbytes for tensor in tensors.values())
     index = {"metadata": {"total_size": total}, "weight_map": where}

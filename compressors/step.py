@@ -5,7 +5,9 @@ model step sees the whole module. Both say first, in ``choose``, what they will 
 table and dense layer, and are held to it.
 """
 
-from collections.abc import Mapping
+import math
+from collections.abc import Collection, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol, get_args, runtime_checkable
 
@@ -88,7 +90,9 @@ class ModelStep(Protocol):
         """What becomes of a unit it takes.
 
         ``format``: it is stored in another format. ``values``: its format stays, and its weights
-        change, it becomes narrower, or it is gone.
+        change, it becomes narrower, or it is gone. ``parts``: a table is now made of smaller ones,
+        which are units of their own. With the last two a unit may stay as it is, if nothing
+        better is found.
         """
 
     def choose(self, model: Model, bench: Bench) -> dict[str, Choice]:
@@ -136,7 +140,8 @@ def run(step: TableStep | ModelStep, source: Model, bench: Bench, folder: Path) 
     else:
         for unit in before:
             if choices[unit.name].take:
-                swap(model.module, unit.name, _encode_table(step, unit))
+                packed = pack_table(unit.module, encode_table(step, unit.weight))
+                swap(model.module, unit.name, packed)
     module = model.module.eval()
     if _versions(source.module) != versions:
         raise ContractBroken(f"{step.kind!r} wrote into the tensors of the model it was given.")
@@ -161,6 +166,7 @@ def run(step: TableStep | ModelStep, source: Model, bench: Bench, folder: Path) 
         )
     sizes = stored_bytes(source.module), stored_bytes(stored)
     choices = _as_found(step, choices, Unit.of(source.module), after)
+    choices = {name: _noted(choice, model.notes.get(name)) for name, choice in choices.items()}
     plan = plan_of(step.kind, source, choices, before, after, sizes)
     return Model(stored, source.architecture, network, plan)
 
@@ -231,6 +237,7 @@ def choices_of(step: TableStep | ModelStep, model: Model, bench: Bench) -> dict[
         chosen = step.choose(model, bench)
     else:
         chosen = choose_tables(units, step.tables, step.min_rows, step.kind)
+        chosen |= {unit.name: kept for unit in units if (kept := _no_smaller(step, unit, chosen))}
     if not any(choice.take for choice in chosen.values()):
         reasons = "; ".join(f"{name}: {choice.reason}" for name, choice in chosen.items())
         raise NothingToCompress(
@@ -243,8 +250,25 @@ def choices_of(step: TableStep | ModelStep, model: Model, bench: Bench) -> dict[
     return {**rest, **chosen}
 
 
-def _encode_table(step: TableStep, unit: Unit) -> nn.Module:
-    weight = unit.weight
+def _no_smaller(step: TableStep, unit: Unit, chosen: Mapping[str, Choice]) -> Choice | None:
+    """The reason to keep a table that would take as many bytes as it has, or more."""
+    if unit.name not in chosen or not chosen[unit.name].take:
+        return None
+    rows, dim = unit.weight.shape
+    laid = step.storage.layout(rows, dim, step.settings())
+    size = sum(math.prod(spec.shape) * spec.dtype.itemsize for spec in laid.values())
+    if size < unit.bytes:
+        return None
+    return Choice(False, f"{step.kind} would take {size} bytes, not fewer than its {unit.bytes}")
+
+
+def encode_table(step: TableStep, weight: Tensor) -> PackedTable:
+    """A table, float ``(rows, dim)``, in the step's format, encoded block by block.
+
+    Raises:
+        ContractBroken: the step encodes a tensor in another type than it lays it out.
+        CompressionError: the step cannot be carried out on this table.
+    """
     rows, dim = weight.shape
     params = step.fit(weight)
     layout = step.storage.layout(rows, dim, step.settings())
@@ -255,7 +279,7 @@ def _encode_table(step: TableStep, unit: Unit) -> nn.Module:
         for name, tensor in step.encode(weight[begin:end], params).items():
             spec = layout[name]
             stored[name][entries(spec, begin, end)] = _as_laid_out(step, name, tensor, spec)
-    return pack_table(unit.module, PackedTable(step.storage, rows, dim, step.settings(), stored))
+    return PackedTable(step.storage, rows, dim, step.settings(), stored)
 
 
 def _as_laid_out(step: TableStep, name: str, tensor: Tensor, spec: TensorSpec) -> Tensor:
@@ -274,22 +298,35 @@ def _check_choices(
 ) -> None:
     now = {unit.name: unit for unit in after}
     values = isinstance(step, ModelStep) and step.changes == "values"
+    may_stay = isinstance(step, ModelStep) and step.changes in ("values", "parts")
     for unit in before:
         taken, new = choices[unit.name].take, now.get(unit.name)
         if new is None:
             if values and taken:
                 continue
             raise ContractBroken(f"After {step.kind!r} nothing stands at {unit.name!r} any more.")
-        # A method that changes values may find that they are best left as they are.
+        # A method that changes values, or looks for rows to do without, may find that a unit is
+        # best left as it is.
         kept = new.format == unit.format if not values else _equal(unit.module, new.module)
-        if kept == taken and not (values and taken):
+        if kept == taken and not (may_stay and taken):
             did = "kept" if kept else "changed"
             raise ContractBroken(f"{step.kind!r} {did} {unit.name!r} against its own choice.")
         if values and new.format != unit.format:
             raise ContractBroken(f"{step.kind!r} stores {unit.name!r} in another format.")
-    more = sorted(now.keys() - {unit.name for unit in before})
+    old = {unit.name for unit in before}
+    owners = {name for name, choice in choices.items() if choice.take}
+    parts = isinstance(step, ModelStep) and step.changes == "parts"
+    more = sorted(
+        unit.name
+        for unit in after
+        if unit.name not in old and not (parts and _inside(unit.name, owners))
+    )
     if more:
         raise ContractBroken(f"After {step.kind!r} there is {more[0]!r}, which was not there.")
+
+
+def _inside(name: str, owners: Collection[str]) -> bool:
+    return any(name.startswith(f"{owner}.") for owner in owners)
 
 
 def _as_found(
@@ -299,7 +336,7 @@ def _as_found(
     after: tuple[Unit, ...],
 ) -> dict[str, Choice]:
     """The choices, with a word where the method looked for better values and found none."""
-    if not isinstance(step, ModelStep) or step.changes != "values":
+    if not isinstance(step, ModelStep) or step.changes == "format":
         return dict(choices)
     now = {unit.name: unit for unit in after}
     found = dict(choices)
@@ -309,6 +346,10 @@ def _as_found(
             reason = f"{choice.reason}: nothing better was found, kept as it was"
             found[unit.name] = Choice(False, reason)
     return found
+
+
+def _noted(choice: Choice, note: str | None) -> Choice:
+    return choice if note is None else replace(choice, reason=f"{choice.reason}; {note}")
 
 
 def _equal(old: nn.Module, new: nn.Module) -> bool:

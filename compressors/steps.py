@@ -8,6 +8,7 @@ from typing import Annotated
 
 from pydantic import Field
 
+from compressors.composed import Composition
 from compressors.dense import float16, static_int8
 from compressors.dense.channels import Channels
 from compressors.dense.float16 import Float16
@@ -15,21 +16,66 @@ from compressors.dense.magnitude import Magnitude
 from compressors.dense.static_int8 import StaticInt8
 from compressors.distill.distill import Distill
 from compressors.distill.fine_tune import FineTune
+from compressors.distill.refit_codes import RefitCodes
 from compressors.formats import LinearFormat, TableFormat
-from compressors.tables import bfloat16, float8_e4m3, rowwise_int2, rowwise_int4, rowwise_int8
+from compressors.tables import (
+    bfloat16,
+    drop_tables,
+    float8_e4m3,
+    kmeans,
+    low_rank,
+    multi_hash,
+    neural_codes,
+    product_codes,
+    prune_rows,
+    quotient_remainder,
+    residual_codes,
+    row_map,
+    rowwise_int2,
+    rowwise_int4,
+    rowwise_int8,
+    tiers,
+)
 from compressors.tables.bfloat16 import BFloat16
+from compressors.tables.cluster_rows import ClusterRows
+from compressors.tables.dimensions import Dimensions
+from compressors.tables.drop_tables import DropTables
 from compressors.tables.float8_e4m3 import Float8E4M3
+from compressors.tables.kmeans import KMeans
+from compressors.tables.low_rank import LowRank
+from compressors.tables.merge_rows import MergeRows
+from compressors.tables.multi_hash import MultiHash
+from compressors.tables.neural_codes import NeuralCodes
+from compressors.tables.product_codes import ProductCodes
+from compressors.tables.prune_rows import PruneRows
+from compressors.tables.quotient_remainder import QuotientRemainder
+from compressors.tables.residual_codes import ResidualCodes
 from compressors.tables.rowwise_int2 import RowwiseInt2
 from compressors.tables.rowwise_int4 import RowwiseInt4
 from compressors.tables.rowwise_int8 import RowwiseInt8
+from compressors.tables.tiers import Tiers
 
 AnyStep = Annotated[
     Magnitude
     | Channels
     | Distill
     | FineTune
+    | DropTables
+    | MergeRows
+    | ClusterRows
+    | PruneRows
+    | Tiers
+    | RefitCodes
+    | LowRank
+    | Dimensions
+    | QuotientRemainder
+    | MultiHash
+    | NeuralCodes
     | RowwiseInt8
     | RowwiseInt4
+    | KMeans
+    | ProductCodes
+    | ResidualCodes
     | RowwiseInt2
     | Float8E4M3
     | BFloat16
@@ -43,6 +89,9 @@ TABLE_FORMATS: dict[str, TableFormat] = {
     for form in (
         rowwise_int8.FORMAT,
         rowwise_int4.FORMAT,
+        kmeans.FORMAT,
+        product_codes.FORMAT,
+        residual_codes.FORMAT,
         rowwise_int2.FORMAT,
         float8_e4m3.FORMAT,
         bfloat16.FORMAT,
@@ -51,4 +100,17 @@ TABLE_FORMATS: dict[str, TableFormat] = {
 }
 LINEAR_FORMATS: dict[str, LinearFormat] = {
     form.name: form for form in (static_int8.FORMAT, float16.LINEAR_FORMAT)
+}
+COMPOSITIONS: dict[str, Composition] = {
+    form.name: form
+    for form in (
+        low_rank.COMPOSITION,
+        row_map.COMPOSITION,
+        prune_rows.COMPOSITION,
+        tiers.COMPOSITION,
+        drop_tables.COMPOSITION,
+        quotient_remainder.COMPOSITION,
+        multi_hash.COMPOSITION,
+        neural_codes.COMPOSITION,
+    )
 }

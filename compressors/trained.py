@@ -4,6 +4,7 @@ from collections.abc import Collection
 
 from compressors.contracts import Bench
 from compressors.errors import CompressionError, NothingToCompress
+from compressors.formats import Bag, PackedTable
 from compressors.model import Model
 from compressors.training import Loss, Training, train, trainable
 from compressors.units import Choice, Unit
@@ -15,13 +16,7 @@ def choose_trained(model: Model, bench: Bench, kind: str, *, tables: bool) -> di
     Raises:
         NothingToCompress: the schema's task has no loss yet.
     """
-    if bench.signature.task == "retrieval":
-        raise NothingToCompress(
-            step=kind,
-            wanted="a model of task 'ctr' or 'ranking'",
-            closest="task 'retrieval', whose training is not written yet",
-            remedy="Leave this step out.",
-        )
+    need_loss(bench, kind)
     names = trainable(model.module, tables=tables)
     rows = bench.train.rows if bench.train else 0
     choices = {}
@@ -34,8 +29,33 @@ def choose_trained(model: Model, bench: Bench, kind: str, *, tables: bool) -> di
         elif unit.role == "table" and not tables:
             choices[unit.name] = Choice(False, f"{kind} leaves tables as they are")
         else:
-            choices[unit.name] = Choice(False, f"{unit.format} holds nothing that {kind} can train")
+            choices[unit.name] = Choice(False, nothing_to_train(unit, kind))
     return choices
+
+
+def need_loss(bench: Bench, kind: str) -> None:
+    """Refuse a task that has no loss yet.
+
+    Raises:
+        NothingToCompress: it is ``retrieval``.
+    """
+    if bench.signature.task == "retrieval":
+        raise NothingToCompress(
+            step=kind,
+            wanted="a model of task 'ctr' or 'ranking'",
+            closest="task 'retrieval', whose training is not written yet",
+            remedy="Leave this step out.",
+        )
+
+
+def nothing_to_train(unit: Unit, kind: str) -> str:
+    """Why training cannot change a unit that it may change."""
+    inside = unit.module.table if isinstance(unit.module, Bag) else unit.module
+    learned = inside.storage.learned if isinstance(inside, PackedTable) else ()
+    if narrow := [name for name, tensor in inside.named_buffers() if name in learned]:
+        dtype = str(inside.get_buffer(narrow[0]).dtype).removeprefix("torch.")
+        return f"{kind} trains only float32, and the {narrow[0]} of {unit.format} is {dtype}"
+    return f"{unit.format} holds nothing that {kind} can train"
 
 
 def pruned_layers(model: Model) -> tuple[str, ...]:
@@ -45,9 +65,16 @@ def pruned_layers(model: Model) -> tuple[str, ...]:
 
 
 def trained_on(
-    model: Model, bench: Bench, loss: Loss, settings: Training, pruned: Collection[str]
+    model: Model,
+    bench: Bench,
+    loss: Loss,
+    settings: Training,
+    pruned: Collection[str],
+    only: Collection[str] | None = None,
 ) -> Model:
     """The model, trained on the rows of a bench and left as it was in its best epoch.
+
+    ``pruned`` and ``only`` are those of ``compressors.training.train``.
 
     Raises:
         CompressionError: the bench lacks rows, or training diverged.
@@ -64,5 +91,6 @@ def trained_on(
         seed=bench.seed,
         checkpoints=bench.checkpoints,
         pruned=pruned,
+        only=only,
     )
     return model

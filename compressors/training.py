@@ -20,17 +20,17 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from compressors import metrics
-from compressors.batches import Batch, Rows, batches
+from compressors.batches import Batch, Rows
 from compressors.checkpoint import Progress, keep_progress, read_progress
+from compressors.composed import ComposedTable
 from compressors.contracts import Frozen, Schema, Split
 from compressors.errors import CompressionError
 from compressors.formats import Bag, PackedLinear, PackedTable
 from compressors.loss import shuffled_rows
+from compressors.scoring import quality
 from compressors.units import own_weight
 
 log = logging.getLogger(__name__)
-SCORING_ROWS = 8192
 # A scale that has moved further than this has left the range its codes were rounded for.
 SCALE_REACH = 16.0
 
@@ -79,13 +79,15 @@ class Training(Frozen):
     )
     tables: bool = Field(
         False,
-        description="Train float32 tables as well. Give table_l2 as the original had it.",
+        description="Train tables as well: float32 ones, and the float32 scales and codebooks of "
+        "packed ones. Give table_l2 as the original had it.",
         json_schema_extra={"position": 7},
     )
     table_l2: float = Field(
         0.0,
         ge=0,
-        description="Penalty on whole tables: half of it times their squared norm.",
+        description="Penalty on whole tables that are trained, packed ones as they are read: half "
+        "of it times their squared norm.",
         json_schema_extra={"position": 8},
     )
 
@@ -109,18 +111,28 @@ def trainable(module: nn.Module, *, tables: bool) -> tuple[str, ...]:
     inside: set[nn.Module] = set()
     still: set[int] = set()  # a weight that a table shares with a layer stays with the table
     for part in module.modules():
-        if isinstance(part, nn.Embedding | nn.EmbeddingBag | PackedTable | Bag):
+        if isinstance(part, nn.Embedding | nn.EmbeddingBag | ComposedTable | PackedTable | Bag):
             inside |= set(part.modules())
             still |= {id(parameter) for parameter in part.parameters() if not tables}
     for owner, part in module.named_modules():
         prefix = f"{owner}." if owner else ""
-        learned = part.storage.learned if isinstance(part, PackedLinear | PackedTable) else ()
+        learned = _learned(part)
         for name, tensor in (*part.named_parameters(recurse=False), *part.named_buffers("", False)):
             free = isinstance(tensor, nn.Parameter) or name in learned
             mine = tables or part not in inside
             if free and mine and tensor.dtype == torch.float32 and id(tensor) not in still:
                 names.append(prefix + name)
     return tuple(names)
+
+
+def _learned(part: nn.Module) -> tuple[str, ...]:
+    """The buffers of a compressed module that its format lets training change."""
+    match part:
+        case PackedLinear() | PackedTable():
+            return part.storage.learned
+        case ComposedTable():
+            return part.composition.learned
+    return ()
 
 
 def train(
@@ -134,6 +146,7 @@ def train(
     seed: int,
     checkpoints: str | None,
     pruned: Collection[str] = (),
+    only: Collection[str] | None = None,
 ) -> tuple[Epoch, ...]:
     """Train a module of a private tree in place; it ends as it was in its best epoch.
 
@@ -148,11 +161,13 @@ def train(
         checkpoints: a folder where progress is kept, and found again after a crash.
         pruned: layers whose zeros stay zero. Elsewhere a zero is a weight like any other: a gate
             that begins closed, a last layer that begins at nothing.
+        only: names of the tensors that are trained, in place of what ``settings`` says.
 
     Raises:
         CompressionError: the loss is no longer a finite number, or there is nothing to train.
     """
-    run = _Run(module, schema, Rows(rows, schema), validation, loss, settings, seed, pruned)
+    names = trainable(module, tables=settings.tables) if only is None else tuple(only)
+    run = _Run(module, schema, Rows(rows, schema), validation, loss, settings, seed, pruned, names)
     progress = read_progress(checkpoints, run.held()) if checkpoints else None
     if progress is None:
         run.begin()
@@ -178,16 +193,18 @@ class _Run:
         loss: Loss,
         settings: Training,
         seed: int,
-        pruned: Collection[str] = (),
+        pruned: Collection[str],
+        names: tuple[str, ...],
     ) -> None:
         self.module, self.schema, self.rows = module, schema, rows
         self.validation, self.loss, self.settings, self.seed = validation, loss, settings, seed
-        names = trainable(module, tables=settings.tables)
         if not names:
             raise CompressionError("Nothing in this network can be trained: all of it is packed.")
         self.leaves = _own(module, names)
         self.statistics = _own_statistics(module)
         self.tables = [leaf for name, leaf in self.leaves.items() if _is_table(module, name)]
+        owners = (_packed_owner(module, name) for name in self.leaves)
+        self.packed = list(dict.fromkeys(owner for owner in owners if owner is not None))
         self.zeros = {
             name: leaf.detach() != 0
             for name, leaf in self.leaves.items()
@@ -199,6 +216,7 @@ class _Run:
             if not isinstance(leaf, nn.Parameter) and name.endswith("scale")
         }
         kept = {id(table) for table in self.tables}
+        kept |= {id(leaf) for n, leaf in self.leaves.items() if _packed_owner(module, n)}
         decayed = [x for x in self.leaves.values() if x.dim() == 2 and id(x) not in kept]
         others = [x for x in self.leaves.values() if x.dim() != 2 or id(x) in kept]
         self.optimizer = torch.optim.AdamW(
@@ -222,7 +240,7 @@ class _Run:
 
     def begin(self) -> None:
         """Judge the state before training, the first attempt."""
-        self.epochs = [Epoch(0, math.nan, self._quality())]
+        self.epochs = [Epoch(0, math.nan, quality(self.module, self.schema, self.validation))]
         self.best = _copied(self.held())
 
     def over(self) -> bool:
@@ -242,7 +260,7 @@ class _Run:
                 total += self._step(numbers) * len(numbers)
                 counted += len(numbers)
         self.module.eval()
-        found = Epoch(number, total / counted, self._quality())
+        found = Epoch(number, total / counted, quality(self.module, self.schema, self.validation))
         log.info("epoch %d: loss %.5f, validation %.5f", number, found.loss, found.quality)
         if found.quality > max(epoch.quality for epoch in self.epochs):
             self.best, self.stale = _copied(self.held()), 0
@@ -311,7 +329,7 @@ class _Run:
                 f"{len(self.epochs)}. Lower learning_rate, or raise warmup."
             )
         total = loss
-        for table in self.tables:
+        for table in self._penalized():
             total = total + self.settings.table_l2 / 2 * table.square().sum()
         for group in self.optimizer.param_groups:
             group["lr"] = self._rate()
@@ -327,6 +345,12 @@ class _Run:
                 leaf.copy_(leaf.clamp(first / SCALE_REACH, first * SCALE_REACH))
         return float(loss.detach())
 
+    def _penalized(self) -> list[Tensor]:
+        """Whole tables that are trained, packed ones as they are read."""
+        if not self.settings.table_l2:
+            return []
+        return [*self.tables, *(table(torch.arange(table.rows)) for table in self.packed)]
+
     def _rate(self) -> float:
         """Adam's learning rate of the next step."""
         settings = self.settings
@@ -335,19 +359,6 @@ class _Run:
             return settings.learning_rate * risen * self.factor
         fallen = (1 + math.cos(math.pi * min(1.0, self.steps / self.whole))) / 2
         return settings.learning_rate * risen * fallen
-
-    def _quality(self) -> float:
-        """The schema's metric on the validation rows."""
-        parts = list(batches(self.validation, self.schema, SCORING_ROWS))
-        with torch.no_grad():
-            scores = torch.cat([self.module(**part.inputs).reshape(-1) for part in parts]).numpy()
-        label = np.concatenate([part.label.numpy() for part in parts])
-        if self.schema.metric == "auc":
-            return metrics.auc(label, scores)
-        group = np.concatenate([part.group.numpy() for part in parts if part.group is not None])
-        if self.schema.metric == "gauc":
-            return metrics.gauc(label, scores, group)
-        return metrics.ndcg(label, scores, group, k=int(self.schema.metric.rpartition("@")[2]))
 
 
 def _own(module: nn.Module, names: tuple[str, ...]) -> dict[str, Tensor]:
@@ -382,7 +393,7 @@ def _own_statistics(module: nn.Module) -> tuple[str, ...]:
     names = []
     packed: set[nn.Module] = set()
     for part in module.modules():
-        if isinstance(part, PackedLinear | PackedTable | Bag):
+        if isinstance(part, PackedLinear | ComposedTable | PackedTable | Bag):
             packed |= set(part.modules())
     for owner, part in module.named_modules():
         for name, buffer in list(part.named_buffers(recurse=False)):
@@ -395,6 +406,12 @@ def _own_statistics(module: nn.Module) -> tuple[str, ...]:
 def _is_table(module: nn.Module, name: str) -> bool:
     owner = module.get_submodule(name.rpartition(".")[0])
     return isinstance(owner, nn.Embedding | nn.EmbeddingBag)
+
+
+def _packed_owner(module: nn.Module, name: str) -> PackedTable | None:
+    """The packed table that a tensor belongs to."""
+    owner = module.get_submodule(name.rpartition(".")[0])
+    return owner if isinstance(owner, PackedTable) else None
 
 
 def _copied(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

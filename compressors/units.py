@@ -8,6 +8,7 @@ from typing import Literal
 
 from torch import Tensor, nn
 
+from compressors.composed import ComposedTable
 from compressors.errors import CompressionError, NothingToCompress
 from compressors.formats import Bag, PackedLinear, PackedTable
 
@@ -16,7 +17,11 @@ Role = Literal["table", "dense"]
 
 @dataclass(frozen=True)
 class Unit:
-    """One table or dense layer, as it stands in a module now."""
+    """One table or dense layer, as it stands in a module now.
+
+    A table made of smaller ones is a unit with only its own tensors; each table inside is another,
+    ``part_of`` it.
+    """
 
     name: str
     role: Role
@@ -25,6 +30,7 @@ class Unit:
     bytes: int
     rows: int
     shared_with: str | None
+    part_of: str | None = None
 
     @staticmethod
     def of(model: nn.Module) -> tuple["Unit", ...]:
@@ -73,7 +79,7 @@ def choose_tables(
 ) -> dict[str, Choice]:
     """Which tables a step takes, and why not the others."""
     tables = [unit for unit in units if unit.role == "table"]
-    _all_match(patterns, tables, kind, "table")
+    need_matches(patterns, tables, kind, "table")
     choices = {}
     for unit in tables:
         keep = _keep(unit, patterns)
@@ -88,7 +94,7 @@ def choose_dense(
 ) -> dict[str, Choice]:
     """Which dense layers a step takes, and why not the others."""
     layers = [unit for unit in units if unit.role == "dense"]
-    _all_match(patterns, layers, kind, "dense layer")
+    need_matches(patterns, layers, kind, "dense layer")
     choices = {}
     for unit in layers:
         keep = _keep(unit, patterns)
@@ -101,14 +107,25 @@ def _keep(unit: Unit, patterns: tuple[str, ...]) -> str | None:
         return f"already {unit.format}"
     if unit.shared_with is not None:
         return f"shares its weight with {unit.shared_with}"
-    if not any(fnmatch.fnmatchcase(unit.name, pattern) for pattern in patterns):
+    if not any(_named(unit, pattern) for pattern in patterns):
         return f"not among {', '.join(patterns)}"
     return None
 
 
-def _all_match(patterns: tuple[str, ...], units: list[Unit], kind: str, what: str) -> None:
+def _named(unit: Unit, pattern: str) -> bool:
+    """Whether a pattern means a unit: by its name, or by that of the table it is a part of."""
+    names = (unit.name,) if unit.part_of is None else (unit.name, unit.part_of)
+    return any(fnmatch.fnmatchcase(name, pattern) for name in names)
+
+
+def need_matches(patterns: tuple[str, ...], units: list[Unit], kind: str, what: str) -> None:
+    """Refuse a name pattern that no unit has.
+
+    Raises:
+        NothingToCompress: names those there are.
+    """
     for pattern in patterns:
-        if pattern != "*" and not any(fnmatch.fnmatchcase(u.name, pattern) for u in units):
+        if pattern != "*" and not any(_named(unit, pattern) for unit in units):
             raise NothingToCompress(
                 step=kind,
                 wanted=f"a {what} named like {pattern!r}",
@@ -138,6 +155,20 @@ def pack_table(old: nn.Module, table: nn.Module) -> nn.Module:
     return table
 
 
+def plain_bag(old: nn.EmbeddingBag, longest: int | None = None) -> Bag:
+    """An ``nn.EmbeddingBag`` as a lookup and a reduction, over the same weight."""
+    table = nn.Embedding(1, 1)  # its weight is replaced at once: nothing large is made
+    table.num_embeddings, table.embedding_dim = old.num_embeddings, old.embedding_dim
+    table.weight = old.weight
+    return Bag(
+        table,
+        mode=old.mode,
+        padding_idx=old.padding_idx,
+        include_last_offset=old.include_last_offset,
+        longest=longest,
+    )
+
+
 def private_copy(model: nn.Module) -> nn.Module:
     """A module tree of its own over the same tensors, so that a table is never held twice."""
     tensors = (*model.parameters(), *model.buffers())
@@ -152,13 +183,23 @@ def _walk(model: nn.Module) -> Iterator[Unit]:
         for parameter in module.parameters(recurse=False):
             users.setdefault(id(parameter), []).append(module)
     inside: set[nn.Module] = set()
+    owners: dict[nn.Module, str] = {}  # of each table inside a composed one
     counted: set[int] = set()  # a tied weight's bytes belong to the first unit that holds it
     for name, module in model.named_modules():
         described = None if module in inside else _describe(name, module)
         if described is None:
             continue
+        table = module
         if isinstance(module, Bag):
-            inside.add(module.table)
+            table = module.table
+            inside.add(table)
+        if isinstance(table, ComposedTable):
+            whole = owners.get(module, name)
+            owners.update((table.get_submodule(part), whole) for part in table.part_names)
+            size = sum(tensor.nbytes for tensor in table.buffers(recurse=False))
+            role, form, rows = described
+            yield Unit(name, role, module, form, size, rows, None, owners.get(module))
+            continue
         own = {module, *inside}
         shared = [
             names[user]
@@ -169,7 +210,9 @@ def _walk(model: nn.Module) -> Iterator[Unit]:
         role, form, rows = described
         size = stored_bytes(module, counted)
         counted |= {id(tensor) for tensor in module.state_dict(keep_vars=True).values()}
-        yield Unit(name, role, module, form, size, rows, next(iter(shared), None))
+        yield Unit(
+            name, role, module, form, size, rows, next(iter(shared), None), owners.get(module)
+        )
 
 
 def _describe(name: str, module: nn.Module) -> tuple[Role, str, int] | None:
@@ -178,6 +221,10 @@ def _describe(name: str, module: nn.Module) -> tuple[Role, str, int] | None:
             return "table", _float(table.weight), table.num_embeddings
         case Bag(table=PackedTable() as packed):
             return "table", packed.storage.name, packed.rows
+        case Bag(table=ComposedTable() as composed):
+            return "table", composed.composition.name, composed.rows
+        case ComposedTable():
+            return "table", module.composition.name, module.rows
         case PackedTable():
             return "table", module.storage.name, module.rows
         case PackedLinear():

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from flows import cli_order
+from flows.cli_tables import tables_app
 from flows.cli_triton import triton_app
 
 if TYPE_CHECKING:
@@ -30,6 +31,7 @@ bundle_app = typer.Typer(no_args_is_help=True, help="Pack, check and show model 
 registry_app = typer.Typer(no_args_is_help=True, help="List, fetch and promote results.")
 app.add_typer(bundle_app, name="bundle")
 app.add_typer(registry_app, name="registry")
+app.add_typer(tables_app, name="tables")
 app.add_typer(triton_app, name="triton")
 
 EXIT = {"accepted": 0, "rejected": 3, "undecided": 4, "built-unmeasured": 4}

@@ -85,9 +85,14 @@ def tensor_files(folder: Path) -> tuple[Path, ...]:
 def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
     """Every tensor's place, from the shards' headers; checks that shards and index agree.
 
+    Args:
+        folder: of shards, or one file.
+
     Raises:
         BundleRefused: a header is malformed, a tensor lies in two shards, the index disagrees.
     """
+    if folder.is_file():
+        return _header(folder)
     shards = tensor_files(folder)
     found: dict[str, StoredTensor] = {}
     problems: list[str] = []

@@ -29,7 +29,7 @@ from infra.errors import (
     Refused,
 )
 from infra.store_chunks import checked_chunks, hashed, in_order, regular_files, sha256
-from infra.store_folder import TEMPORARY, translate
+from infra.store_folder import TEMPORARY, must_be_free, translate
 from infra.store_manifest import CHUNK_BYTES, FileEntry, StoreManifest, plain_path, root_of
 from infra.store_place import place_of
 
@@ -82,6 +82,26 @@ class Store:
             self._place.create(f"{home}/manifest.json", manifest.model_dump_json().encode())
         return self._named(manifest)
 
+    def take(self, folder: Path, manifest: StoreManifest) -> Artifact:
+        """Store files that were hashed while they were written, as ``Draft.seal`` left them.
+
+        Where the store lies on the same disk they are moved instead of copied; ``folder`` is
+        used up.
+
+        Raises:
+            InfraError: a file is not what its hashes say. Nothing was stored.
+        """
+        if found := self.find(manifest.root):
+            return found
+        home = f"artifacts/{manifest.root}"
+        for entry in manifest.files:
+            file, key = folder / entry.path, f"{home}/files/{entry.path}"
+            if not self._place.move(file, key):
+                self._place.upload(key, entry.bytes, checked_chunks(folder, entry))
+        with suppress(AlreadyThere):
+            self._place.create(f"{home}/manifest.json", manifest.model_dump_json().encode())
+        return self._named(manifest)
+
     def find(self, sha256: str) -> Artifact | None:
         """The artifact of this name, or None if it does not exist (or is not complete)."""
         try:
@@ -128,14 +148,14 @@ class Store:
             ArtifactMissing, ArtifactDamaged: as ``manifest``; also a file or chunk is damaged.
             Refused: ``into`` holds something already.
         """
-        _must_be_free(into)
+        must_be_free(into)
         manifest = self.manifest(artifact)
         with _sibling(into) as partial:
             self._copy(artifact, manifest, partial)
             try:
                 partial.rename(into)  # replaces an empty folder, fails on any other
             except OSError as fault:
-                _must_be_free(into)
+                must_be_free(into)
                 raise translate(fault, into, "write") from fault
         return into
 
@@ -356,13 +376,6 @@ def _damaged(uri: str, what: str) -> ArtifactDamaged:
     return ArtifactDamaged(
         f"{uri} is damaged: {what}. Delete it from the store and run the step that makes it again."
     )
-
-
-def _must_be_free(into: Path) -> None:
-    if into.is_symlink() or (into.exists() and not into.is_dir()):
-        raise Refused(f"{into} is not a folder. Name a folder that does not exist or is empty.")
-    if into.is_dir() and any(into.iterdir()):
-        raise Refused(f"{into} is not empty. Name a folder that does not exist or is empty.")
 
 
 @contextmanager

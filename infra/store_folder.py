@@ -79,6 +79,19 @@ class Folder:
         with self._written(path, (body,)) as temporary:
             temporary.replace(path)
 
+    def move(self, file: Path, key: str) -> bool:
+        """Put a file of this machine under a key without copying it, if it is on this disk."""
+        path = self._root / key
+        with _translated(path, "write"):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                file.rename(path)
+            except OSError as fault:
+                if fault.errno == errno.EXDEV:
+                    return False
+                raise
+        return True
+
     def upload(self, key: str, size: int, chunks: Iterable[bytes]) -> None:  # noqa: ARG002
         """Write a large file; if ``chunks`` raises, the key is as it was before."""
         path = self._root / key
@@ -125,6 +138,18 @@ def _translated(path: Path, doing: str) -> Iterator[None]:
         yield
     except OSError as fault:
         raise translate(fault, path, doing) from fault
+
+
+def must_be_free(into: Path) -> None:
+    """Refuse a place that holds something.
+
+    Raises:
+        Refused: it is no folder, or not empty.
+    """
+    if into.is_symlink() or (into.exists() and not into.is_dir()):
+        raise Refused(f"{into} is not a folder. Name a folder that does not exist or is empty.")
+    if into.is_dir() and any(into.iterdir()):
+        raise Refused(f"{into} is not empty. Name a folder that does not exist or is empty.")
 
 
 def translate(fault: OSError, path: Path, doing: str) -> Refused | InfraError:

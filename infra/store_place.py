@@ -37,6 +37,9 @@ class Place(Protocol):
     def write(self, key: str, body: bytes) -> None:
         """Write a key, replacing what it held."""
 
+    def move(self, file: Path, key: str) -> bool:
+        """Put a file of this machine under a key without copying it; False if that cannot be."""
+
     def upload(self, key: str, size: int, chunks: Iterable[bytes]) -> None:
         """Write a large file; if ``chunks`` raises, the key is as it was before."""
 

@@ -101,6 +101,10 @@ class Bucket:
         """Write a key, replacing what it held."""
         self._call("put_object", key, Key=self._prefix + key, Body=body)
 
+    def move(self, file: Path, key: str) -> bool:  # noqa: ARG002
+        """A file of this machine cannot be moved into a bucket."""
+        return False
+
     def upload(self, key: str, size: int, chunks: Iterable[bytes]) -> None:
         """Write a large object; if ``chunks`` raises, the key is as it was before."""
         per_part = max(1, -(-size // (CHUNK_BYTES * MAX_PARTS)))

@@ -92,20 +92,19 @@ class Profile(Frozen):
 class TableWeights(Frozen):
     """The ONNX initializers one table became.
 
-    ``every`` says for each how many rows share an entry of its first dimension, 0 where it belongs
-    to the whole table; empty where it is 1 for all of them.
+    The first dimension of each is the table's rows, but for those that ``every`` names: there so
+    many rows share one entry, or, with 0, the tensor belongs to the whole table.
     """
 
     module: str
     rows: int = Field(ge=1)
     initializers: tuple[str, ...] = Field(min_length=1)
-    every: tuple[int, ...] = ()
+    every: dict[str, int] = Field(default_factory=dict)
 
-    def entries(self, rows: int) -> dict[str, int]:
-        """The first dimension of every initializer written by rows, of a table of so many."""
-        every = self.every or (1,) * len(self.initializers)
-        pairs = zip(self.initializers, every, strict=True)
-        return {name: -(-rows // shared) for name, shared in pairs if shared}
+    def entries(self, name: str, rows: int) -> int | None:
+        """The first dimension of an initializer for so many rows; None if it does not depend."""
+        every = self.every.get(name, 1)
+        return -(-rows // every) if every else None
 
 
 class BuildRequest(Frozen):

@@ -8,6 +8,7 @@ every call. So scratch memory that is smaller than one fp16 copy of the table pr
 A twin of the graph with half the rows is built as well: its scratch must be the same.
 """
 
+import math
 import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Literal
@@ -82,7 +83,7 @@ def check_weights(weights_bytes: int, packed_bytes: int, constant_bytes: dict[st
 def find_tables(
     model: "onnx.ModelProto", tables: Sequence[TableWeights]
 ) -> dict[str, list["onnx.TensorProto"]]:
-    """The initializers of every table that are written by rows, by module.
+    """The initializers of every table, by module.
 
     Raises:
         BuildRefused: the graph lacks one, or its first dimension does not fit the table's rows.
@@ -90,16 +91,16 @@ def find_tables(
     stored = {tensor.name: tensor for tensor in model.graph.initializer}
     found: dict[str, list[onnx.TensorProto]] = {}
     for table in tables:
-        for name, entries in table.entries(table.rows).items():
+        for name in table.initializers:
             if name not in stored:
                 raise BuildRefused(
                     f"table {table.module!r} should lie in initializer {name!r}, which the graph "
                     "does not have; the audit cannot find the table."
                 )
-            shape = list(stored[name].dims)
-            if not shape or shape[0] != entries:
+            shape, wanted = list(stored[name].dims), table.entries(name, table.rows)
+            if wanted is not None and (not shape or shape[0] != wanted):
                 raise BuildRefused(
-                    f"initializer {name!r} of table {table.module!r} should have {entries} "
+                    f"initializer {name!r} of table {table.module!r} should have {wanted} "
                     f"rows; its shape is {shape}."
                 )
             found.setdefault(table.module, []).append(stored[name])
@@ -125,10 +126,12 @@ def halve(model: "onnx.ModelProto", tables: Sequence[TableWeights]) -> int | Non
     cut: dict[str, int] = {}
     removed = []
     for table in large:
-        kept = table.entries(table.rows // 4 * 2)
+        together = math.lcm(*(every for every in table.every.values() if every))
+        kept = table.rows // (4 * together) * 2 * together
         for tensor in found[table.module]:
+            entries = table.entries(tensor.name, kept)
             if tensor.name not in cut:
-                cut[tensor.name] = _cut(tensor, kept[tensor.name])
+                cut[tensor.name] = 0 if entries is None else _cut(tensor, entries)
         removed.append(sum(cut[tensor.name] for tensor in found[table.module]))
     del model.graph.value_info[:]  # shapes of the uncut graph
     return min(removed, default=None)

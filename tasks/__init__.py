@@ -5,6 +5,7 @@ pull.py        verify a bundle completely
 validate.py    Great Expectations on every split
 prepare.py     parquet to tensors
 compress.py    one step of a recipe
+tables.py      the tables of a stored file, of any size
 lower.py       one ONNX graph for one target, parity-checked and audited
 build.py       one TensorRT engine
 measure.py     quality, latency and bytes of what is served
@@ -17,6 +18,7 @@ Without Prefect, for the command line as well:
 stored.py      the store, local copies, the digest of our code
 subject.py     the bundle an order is about
 bundles.py     pack, check, show and find bundles
+table_files.py tables compressed from file to file, of any size
 loading.py     a stored bundle as a module, a stored split as tensors
 documents.py   what is stored as JSON beside the files
 report.py      the report as a table and as Markdown

@@ -32,11 +32,14 @@ from compressors.contracts import (
     Split,
     TargetKind,
 )
+from compressors.distill.refit_codes import RefitCodes
 from compressors.lower.export import Lowered, lower
 from compressors.lower.served import Form, forms, input_names
 from compressors.model import Model
 from compressors.step import ModelStep, TableStep, rows_of_tables, run
 from compressors.steps import AnyStep
+from compressors.tables.drop_tables import DropTables
+from compressors.tables.merge_rows import MergeRows
 from compressors.training import Training
 from infra.onnxruntime import Session
 
@@ -44,9 +47,22 @@ torch.set_num_threads(1)
 
 Step = TableStep | ModelStep
 METHODS: tuple[type[Step], ...] = typing.get_args(typing.get_args(AnyStep)[0])
-# Methods that store units in another format, and those that change what a format holds.
-VALUES = tuple(method for method in METHODS if getattr(method(), "changes", "format") == "values")
-FORMATS = tuple(method for method in METHODS if method not in VALUES)
+# Those that find something to do on a model that no other has compressed.
+ALONE = tuple(method for method in METHODS if method is not RefitCodes)
+
+
+# Methods that change what a format holds, that store units in another one, and that make tables
+# of smaller ones.
+def _changing(what: str) -> tuple[type[Step], ...]:
+    return tuple(m for m in ALONE if getattr(m(), "changes", "format") == what)
+
+
+VALUES, FORMATS, PARTS = _changing("values"), _changing("format"), _changing("parts")
+# What these make is known only when values and data were looked at: each has tests of its own.
+SEARCHES = (DropTables, MergeRows)
+PARTS = tuple(method for method in PARTS if method not in SEARCHES)
+# Methods that leave every table one table; test_composed.py is about the others.
+UNDIVIDED = (*VALUES, *FORMATS)
 # Steps enough for 96 rows to move the weights.
 QUICKLY = Training(batch=16, learning_rate=0.02, warmup=0)
 BENCH_ROWS = 96
@@ -187,7 +203,8 @@ class Normed(nn.Module):
 def default(method: type[Step]) -> Step:
     """The method with its default settings, but for how it trains."""
     fields: Mapping[str, Any] = method.model_fields  # type: ignore[attr-defined]
-    return method(training=QUICKLY) if "training" in fields else method()  # type: ignore[call-arg]
+    quickly = {"training": QUICKLY, "steps": 20}
+    return method(**{name: value for name, value in quickly.items() if name in fields})
 
 
 @dataclass(frozen=True)

@@ -11,18 +11,15 @@ softmax runs over each list instead of classes.
 import copy
 import inspect
 from dataclasses import replace
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from pydantic import Field
-from safetensors import safe_open
 from torch import Tensor, nn
 
-from compressors.batches import Batch
 from compressors.contracts import Bench, Change, Frozen, Part
+from compressors.distill.soft_labels import taught_loss
 from compressors.errors import CompressionError
-from compressors.loss import hard_loss, soft_loss
 from compressors.meta import parameters_on_meta
 from compressors.model import Model
 from compressors.stand_ins import with_stand_ins
@@ -105,23 +102,9 @@ class Distill(Frozen):
             CompressionError: the bench lacks rows, the student cannot be built, or training
                 diverged.
         """
-        if bench.train is None or bench.soft_labels is None:
-            raise CompressionError("'distill' needs train rows and soft labels.")
+        loss = taught_loss(bench, self.soft_share, self.temperature, self.kind)
         if self.student is not None:
             model = self._student(model, bench.seed)
-        with safe_open(Path(bench.soft_labels.path) / "data.safetensors", framework="pt") as file:
-            teacher = file.get_tensor("score")  # (rows,)
-        if len(teacher) != bench.train.rows:
-            raise CompressionError(
-                f"'distill' needs one soft label per training row; found {len(teacher)} for "
-                f"{bench.train.rows} rows."
-            )
-
-        def loss(output: Tensor, batch: Batch, numbers: Tensor) -> Tensor:
-            soft = soft_loss(bench.signature, output, teacher[numbers], batch, self.temperature)
-            hard = hard_loss(bench.signature, output, batch)
-            return self.soft_share * soft + (1 - self.soft_share) * hard
-
         pruned = pruned_layers(model) if self.student is None else ()
         return trained_on(model, bench, loss, self.training, pruned)
 

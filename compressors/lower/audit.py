@@ -15,7 +15,6 @@ from compressors.errors import AuditFailed
 from compressors.lower.found import GraphAudit, TableInitializers
 
 FLOAT_PRODUCTS = {"Gemm", "FusedGemm", "MatMul", "FusedMatMul", "Conv", "FusedConv"}
-WIDENING = {"DequantizeLinear", "Cast", "Mul", "Sub", "Add", "BitwiseAnd", "BitShift"}
 INT8_PRODUCTS = {"QGemm", "QLinearMatMul", "MatMulInteger", "MatMulIntegerToFloat"}
 
 
@@ -42,10 +41,10 @@ def audit(
     if fused < ordered:
         faults.append(f"{ordered} int8 layers were ordered and {fused} run in int8")
     for table in tables:
-        for name, entries in table.entries().items():
+        for name in table.names:
             if name not in held:
                 faults.append(f"table {table.module!r}: {name!r} was replaced by the runtime")
-            elif held[name].dims[0] != entries:
+            elif table.entries(name) not in {None, held[name].dims[0]}:
                 faults.append(f"table {table.module!r}: {name!r} lost rows")
     if faults:
         raise AuditFailed(
@@ -94,7 +93,7 @@ def _widened(
         if not node.op_type.startswith("Gather") or not node.input:
             continue
         name, path = node.input[0], []
-        while name in maker and maker[name].op_type in WIDENING:
+        while name in maker and maker[name].op_type in {"DequantizeLinear", "Cast", "Mul", "Sub"}:
             path.append(maker[name].op_type)
             name = maker[name].input[0]
         if path and name in held and len(held[name].dims) > 1:

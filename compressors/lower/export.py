@@ -2,7 +2,7 @@
 
 import logging
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from compressors.batches import example
 from compressors.contracts import TargetKind
 from compressors.errors import AuditFailed, NotLowerable
 from compressors.formats import Bag, PackedLinear, PackedTable
-from compressors.lower import onnxruntime, tensorrt
+from compressors.lower import onnxruntime, tensorrt, tensorrt_types
 from compressors.lower.found import TableInitializers
 from compressors.lower.served import Form, Served, dynamic_shapes, input_names, served
 from compressors.step import rows_of_tables
@@ -72,12 +72,12 @@ def lower(
             f"The network cannot be written down for {target}: {reason}. "
             f"Its forward must be free of Python control flow that depends on tensor values."
         ) from fault
-    held = program.model.graph.initializers
-    found = _tables(wrapper, program.model.graph)
+    tables = _tables(wrapper, program.model.graph)
     if target != "onnxruntime":
-        _retype(held, found)
+        _retype(program.model, wrapper)
+    held = program.model.graph.initializers
     looked_up = tuple(
-        table for table, _ in found if any(_looked_up(held[name]) for name in table.names)
+        table for table in tables if any(_looked_up(held[name]) for name in table.names)
     )
     packed = _packed(wrapper, program.model.graph)
     optimize_ir(program.model, should_fold=_may_fold)
@@ -147,20 +147,26 @@ class _Packed:
 
 
 def _packed(wrapper: Served, graph: ir.Graph) -> tuple[_Packed, ...]:
-    """The largest tensor of every packed module that a graph reads where a request decides."""
+    """What packed modules hold in a graph: of layers the largest tensor, of tables every one.
+
+    Tables, or tensors of them, that no request decides a read of are left out.
+    """
     names = _names(wrapper)
     found = []
     for module_name, module in wrapper.named_modules():
         if not isinstance(module, PackedTable | PackedLinear):
             continue
-        stored = max(module.buffers(), key=lambda tensor: tensor.nbytes)
-        name = next((n for n in names[id(stored)] if n in graph.initializers), None)
-        if name is None:  # nothing reads it
-            continue
-        if isinstance(module, PackedTable) and not _looked_up(graph.initializers[name]):
-            continue
-        label = module_name.removeprefix("model.")
-        found.append(_Packed(label, module.storage.name, stored.nbytes, name))
+        stored = list(module.buffers())
+        if isinstance(module, PackedLinear):  # a bias may be written down in another type
+            stored = [max(stored, key=lambda tensor: tensor.nbytes)]
+        for tensor in stored:
+            name = next((n for n in names[id(tensor)] if n in graph.initializers), None)
+            if name is None:  # nothing reads it
+                continue
+            if isinstance(module, PackedTable) and not _looked_up(graph.initializers[name]):
+                continue
+            label = module_name.removeprefix("model.")
+            found.append(_Packed(label, module.storage.name, tensor.nbytes, name))
     return tuple(found)
 
 
@@ -168,7 +174,7 @@ def _need_packed(packed: tuple[_Packed, ...], graph: ir.Graph, target: TargetKin
     """Refuse a graph whose packed weights are not those of the module.
 
     Raises:
-        AuditFailed: a table's or layer's codes are missing, or took more bytes.
+        AuditFailed: a stored tensor is missing, or takes more bytes.
     """
     for weight in packed:
         value = graph.initializers.get(weight.name)
@@ -202,31 +208,37 @@ def _names(wrapper: Served) -> dict[int, list[str]]:
     return names
 
 
-def _tables(
-    wrapper: Served, graph: ir.Graph
-) -> list[tuple[TableInitializers, PackedTable | nn.Embedding]]:
+def _tables(wrapper: Served, graph: ir.Graph) -> tuple[TableInitializers, ...]:
     """Where each table lies in a graph; tables that the network never reads are in none."""
     names = _names(wrapper)
     found = []
     for name, module in wrapper.named_modules():
+        every: dict[str, int] = {}
         if isinstance(module, PackedTable):
             rows, form, stored = module.rows, module.storage.name, list(module.buffers())
-            layout = module.storage.layout(rows, module.dim, module.settings)
-            every = tuple(layout[key].every for key, _ in module.named_buffers())
+            laid = module.storage.layout(rows, module.dim, module.settings)
+            every = {key: spec.every for key, spec in laid.items()}
         elif isinstance(module, nn.Embedding):
             rows, form, stored = module.num_embeddings, "float32", [module.weight]
-            every = (1,)
         else:
             continue
         owner, _, leaf = name.rpartition(".")
         # A table inside a bag goes by the bag's name.
         label = owner if leaf == "table" and isinstance(wrapper.get_submodule(owner), Bag) else name
         held = [next((n for n in names[id(t)] if n in graph.initializers), None) for t in stored]
-        if None not in held:
-            label = label.removeprefix("model.")
-            table = TableInitializers(module=label, rows=rows, format=form, names=held, every=every)
-            found.append((table, module))
-    return found
+        if None in held:
+            continue
+        shared = {n: every.get(n.rpartition(".")[2], 1) for n in held if n is not None}
+        found.append(
+            TableInitializers(
+                module=label.removeprefix("model."),
+                rows=rows,
+                format=form,
+                names=held,
+                every={n: share for n, share in shared.items() if share != 1},
+            )
+        )
+    return tuple(found)
 
 
 def _looked_up(value: ir.Value) -> bool:
@@ -253,25 +265,31 @@ def _constant(value: ir.Value | None) -> bool:
     return node is not None and all(_constant(item) for item in node.inputs)
 
 
-def _retype(
-    held: Mapping[str, ir.Value],
-    tables: list[tuple[TableInitializers, PackedTable | nn.Embedding]],
-) -> None:
+def _retype(model: ir.Model, wrapper: Served) -> None:
     """Give packed tables the element types and shapes TensorRT's operators take."""
-    done: set[str] = set()  # a module in two places is one table
-    for table, module in tables:
-        if not isinstance(module, PackedTable) or done & set(table.names):
+    names, done = _names(wrapper), set()
+    for module in wrapper.modules():
+        if not isinstance(module, PackedTable):
             continue
-        done |= set(table.names)
-        name_of = dict(zip(dict(module.named_buffers()), table.names, strict=True))
-        arrays = {}
-        for stored, name in name_of.items():
-            tensor = held[name].const_value
-            if tensor is None:
-                raise NotLowerable(f"The exported graph holds no values of {name!r}.")
-            arrays[stored] = tensor.numpy()
-        for stored, new in tensorrt.retyped(table.format, module.settings, arrays).items():
-            value = held[name_of[stored]]
-            value.const_value = new
-            value.dtype = new.dtype
-            value.shape = new.shape
+        for stored, tensor in module.named_buffers():
+            name = next((n for n in names[id(tensor)] if n in model.graph.initializers), None)
+            if name is None or name in done:  # nothing reads it, or two tables share it
+                continue
+            done.add(name)
+            value = _initializer(model, name)
+            new = tensorrt_types.retyped(module, stored, value.const_value.numpy())
+            if new is not None:
+                _set(value, new)
+
+
+def _initializer(model: ir.Model, name: str) -> ir.Value:
+    value = model.graph.initializers.get(name)
+    if value is None or value.const_value is None:
+        raise NotLowerable(f"The exported graph holds no tensor {name!r}.")
+    return value
+
+
+def _set(value: ir.Value, tensor: ir.TensorProtocol) -> None:
+    value.const_value = tensor
+    value.dtype = tensor.dtype
+    value.shape = tensor.shape

@@ -1,26 +1,27 @@
 """What lowering says about a graph. Plain values: reading a report needs no ONNX library."""
 
+from pydantic import Field
+
 from compressors.contracts import Frozen
 
 
 class TableInitializers(Frozen):
     """The stored tensors of one table in a graph, by name.
 
-    ``every`` says for each how many rows share an entry of its first dimension, 0 where it belongs
-    to the whole table; empty where it is 1 for all of them.
+    The first dimension of each is the table's rows, but for those that ``every`` names: there so
+    many rows share one entry, or, with 0, the tensor belongs to the whole table.
     """
 
     module: str
     rows: int
     format: str
     names: tuple[str, ...]
-    every: tuple[int, ...] = ()
+    every: dict[str, int] = Field(default_factory=dict)
 
-    def entries(self) -> dict[str, int]:
-        """How long the first dimension of every tensor must be, of those written by rows."""
-        every = self.every or (1,) * len(self.names)
-        pairs = zip(self.names, every, strict=True)
-        return {name: -(-self.rows // rows) for name, rows in pairs if rows}
+    def entries(self, name: str) -> int | None:
+        """The first dimension of a stored tensor; None if it does not depend on the rows."""
+        every = self.every.get(name, 1)
+        return -(-self.rows // every) if every else None
 
 
 class GraphAudit(Frozen):

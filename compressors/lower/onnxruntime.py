@@ -1,9 +1,7 @@
-"""How each storage format is written down for ONNX Runtime.
+"""How compressed layers are written down for ONNX Runtime; tables are in ``onnxruntime_tables``.
 
-Tables are gathered first and widened after, so a lookup touches only its own rows: the form
-TensorRT wants, DequantizeLinear before Gather, makes ONNX Runtime widen the whole table at every
-call. Dense int8 must have explicit zero points on weight and bias, and no Relu right behind the
-Gemm, or it silently stays float (``benchmarks/qdq_forms.py``).
+Dense int8 must have explicit zero points on weight and bias, and no Relu right behind the Gemm, or
+it silently stays float (``benchmarks/qdq_forms.py``).
 """
 
 from collections.abc import Callable
@@ -15,89 +13,8 @@ import onnx_ir as ir
 import torch
 from onnxscript import opset21 as op
 
-from compressors.tables.float8_e4m3 import steps_of
-
-FLOAT, FLOAT16, INT32 = (int(getattr(onnx.TensorProto, n)) for n in ("FLOAT", "FLOAT16", "INT32"))
-
-
-def constant(dtype: int, values: list[int] | float) -> Any:
-    """A small constant of a given ONNX type: a scalar, or a vector."""
-    dims = [len(values)] if isinstance(values, list) else []
-    flat = values if isinstance(values, list) else [values]
-    return op.Constant(value=onnx.helper.make_tensor("", dtype, dims, flat))
-
-
-def scaled(steps: Any, scale: Any, offset: Any, ids: Any, rows_per_scale: int) -> Any:
-    """Float32 levels of the rows asked for, times their scales and, if there are, plus offsets."""
-    rows = op.Mul(steps, _of_rows(scale, ids, rows_per_scale))
-    return rows if offset is None else op.Add(rows, _of_rows(offset, ids, rows_per_scale))
-
-
-def _of_rows(stored: Any, ids: Any, rows_per_scale: int) -> Any:
-    if not rows_per_scale:  # one for the table
-        return op.Cast(stored, to=FLOAT)
-    entries = ids
-    if rows_per_scale > 1:
-        entries = op.Div(ids, constant(int(ids.dtype), rows_per_scale))
-    return op.Cast(op.Gather(stored, entries, axis=0), to=FLOAT)
-
-
-def rowwise_int8(codes: Any, scale: Any, offset: Any, ids: Any, rows_per_scale: int) -> Any:
-    """Gather codes and scales of the rows asked for, then multiply in float32."""
-    rows = op.Cast(op.Gather(codes, ids, axis=0), to=FLOAT)
-    return scaled(rows, scale, offset, ids, rows_per_scale)
-
-
-def rowwise_int4(
-    codes: Any, scale: Any, offset: Any, ids: Any, dim: int, rows_per_scale: int
-) -> Any:
-    """Gather packed bytes, split the two planes, drop the padding of an odd width."""
-    rows = planar_rows(codes, ids, dim, bits=4)
-    if offset is None:
-        rows = op.Sub(rows, op.Constant(value_float=8.0))
-    return scaled(rows, scale, offset, ids, rows_per_scale)
-
-
-def rowwise_int2(
-    codes: Any, scale: Any, offset: Any, ids: Any, dim: int, rows_per_scale: int
-) -> Any:
-    """The same with four planes, and levels around zero where there is no offset."""
-    rows = planar_rows(codes, ids, dim, bits=2)
-    if offset is None:
-        rows = op.Sub(rows, op.Constant(value_float=1.5))
-    return scaled(rows, scale, offset, ids, rows_per_scale)
-
-
-def planar_rows(codes: Any, ids: Any, dim: int, bits: int) -> Any:
-    """The codes of the rows asked for, from bytes of several planes, as float32."""
-    packed = op.Gather(codes, ids, axis=0)
-    planes = []
-    for shift in range(0, 8, bits):
-        plane = packed
-        if shift:
-            count = constant(onnx.TensorProto.UINT8, shift)
-            plane = op.BitShift(packed, count, direction="RIGHT")
-        if shift + bits < 8:  # the last plane has nothing above it
-            plane = op.BitwiseAnd(plane, constant(onnx.TensorProto.UINT8, 2**bits - 1))
-        planes.append(plane)
-    rows = op.Cast(op.Concat(*planes, axis=-1), to=FLOAT)
-    return op.Slice(rows, [0], [dim], [-1]) if dim % len(planes) else rows
-
-
-def float8_e4m3_table(codes: Any, scale: Any, ids: Any, rows_per_scale: int) -> Any:
-    """Gather bytes of the rows asked for, read their values from a list of all 256, multiply.
-
-    ONNX has no Gather of 8-bit floats, and no way to take bytes for them.
-    """
-    values = steps_of(torch.arange(256, dtype=torch.uint8)).nan_to_num(0.0)  # 127 and 255: unused
-    meaning = op.Constant(value_floats=values.tolist())
-    rows = op.Gather(meaning, op.Cast(op.Gather(codes, ids, axis=0), to=INT32), axis=0)
-    return scaled(rows, scale, None, ids, rows_per_scale)
-
-
-def short_float_table(weight: Any, ids: Any) -> Any:
-    """Gather float16 or bfloat16 rows, then widen them."""
-    return op.Cast(op.Gather(weight, ids, axis=0), to=FLOAT)
+from compressors.lower import onnxruntime_tables
+from compressors.lower.onnx_pieces import FLOAT, INT32, as_matrix, constant
 
 
 def static_int8_linear(x: Any, codes: Any, weight_scale: Any, input_scale: Any, bias: Any) -> Any:
@@ -126,26 +43,11 @@ def float16_linear(x: Any, weight: Any, bias: Any) -> Any:
     return restore(op.Gemm(flat, op.Cast(weight, to=FLOAT), op.Cast(bias, to=FLOAT), transB=1))
 
 
-def as_matrix(x: Any, inputs: int, outputs: int) -> tuple[Any, Callable[[Any], Any]]:
-    """``x`` as ``(rows, inputs)`` for a Gemm, and what brings its output back into shape."""
-    if len(x.shape) == 2:
-        return x, lambda y: y
-    leading = op.Slice(op.Shape(x), [0], [len(x.shape) - 1], [0])
-    flat = op.Reshape(x, op.Constant(value_ints=[-1, inputs]))
-    shape = op.Concat(leading, op.Constant(value_ints=[outputs]), axis=0)
-    return flat, lambda y: op.Reshape(y, shape)
-
-
 def translations() -> dict[Any, Callable[..., Any]]:
     """Custom op -> the subgraph that stands for it."""
     ops = torch.ops.recpress
     return {
-        ops.rowwise_int8.default: rowwise_int8,
-        ops.rowwise_int4.default: rowwise_int4,
-        ops.rowwise_int2.default: rowwise_int2,
-        ops.float8_e4m3_table.default: float8_e4m3_table,
-        ops.bfloat16_table.default: short_float_table,
-        ops.float16_table.default: short_float_table,
+        **onnxruntime_tables.translations(),
         ops.static_int8_linear.default: static_int8_linear,
         ops.float16_linear.default: float16_linear,
     }

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from compressors.contracts import AnyInput, DenseInput, JaggedBag, Schema, tensor_names
 from compressors.formats import Bag, pad_positions, padded
-from compressors.units import private_copy, swap
+from compressors.units import plain_bag, private_copy, swap
 
 SCORE = "score"
 VECTOR = "vector"
@@ -129,23 +129,10 @@ def served(model: nn.Module, form: Form, rows_of_table: dict[str, int]) -> Serve
             longest[item.table] = max(longest.get(item.table, 0), item.shape[0])
     for name, module in list(copy.named_modules()):
         if isinstance(module, nn.EmbeddingBag):
-            swap(copy, name, _plain_bag(module, longest.get(name)))
+            swap(copy, name, plain_bag(module, longest.get(name)))
         elif isinstance(module, Bag):
             module.longest = longest.get(name)
     return Served(copy, form, rows_of_table).eval()
-
-
-def _plain_bag(old: nn.EmbeddingBag, longest: int | None) -> Bag:
-    table = nn.Embedding(1, 1)  # its weight is replaced at once: nothing large is made
-    table.num_embeddings, table.embedding_dim = old.num_embeddings, old.embedding_dim
-    table.weight = old.weight
-    return Bag(
-        table,
-        mode=old.mode,
-        padding_idx=old.padding_idx,
-        include_last_offset=old.include_last_offset,
-        longest=longest,
-    )
 
 
 def dynamic_shapes(schema: Schema, most_rows: int) -> tuple[dict[int, Any], ...]:

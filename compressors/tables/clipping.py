@@ -13,9 +13,12 @@ what is compared, and none is worse than ``min_max``.
 - ``mse``: the range of least squared error among steps of a 50th. A symmetric one takes each
   share from 1 down to 0.5; an asymmetric one moves both ends together first, then either end in
   turn while that helps, then again in steps of a 200th or of a quarter level around what was
-  found. Rows with few levels, or with a shared scale, may need less than half their range, so a
-  range that was halved is searched again. Not the paper's.
+  found. Few levels, or a shared scale, may need less than half a range: a symmetric one that was
+  halved is searched again, and an asymmetric one of several rows is searched around the best
+  symmetric one as well. Not the paper's.
 """
+
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -40,7 +43,7 @@ FINE, FINE_STEPS = 200, 3
 ROUNDS = 4
 """How often ``mse`` goes through both ends of an asymmetric range at most, in steps of a size."""
 OCTAVES = 8
-"""How often a range that was halved is searched again at most."""
+"""How often a symmetric range that was halved is searched again at most."""
 BINS, BINS_TAKEN = 200, 32
 """Guan et al.'s bins, and how many of them 16 % are."""
 TAKEN = tuple(1 - place / BINS for place in range(1, BINS_TAKEN + 1))
@@ -148,26 +151,23 @@ def _greedy(values: Tensor, whole: Fitted, low: Tensor, high: Tensor, grid: Grid
 def _least_asymmetric(
     values: Tensor, whole: Fitted, low: Tensor, high: Tensor, grid: Grid
 ) -> Fitted:
-    best, low, high, halved = _least_ends(values, whole, low, high, grid)
-    for _ in range(OCTAVES if _searched_again(grid) else 0):
-        again = halved.squeeze(1)
-        if not bool(again.any()):
-            break
-        start = Fitted(best.scale[again], _offset(best)[again])
-        found = _least_ends(_only(values, again), start, low[again], high[again], grid)
-        best = Fitted(
-            _put(best.scale, again, found[0].scale),
-            _put(_offset(best), again, _offset(found[0])),
-        )
-        low, high = _put(low, again, found[1]), _put(high, again, found[2])
-        halved = _put(torch.zeros_like(halved), again, found[3])
-    return best
+    best, least = _least_ends(values, whole, low, high, grid)
+    if grid.rows_per_scale == 1:
+        return best
+    # Among many values a few far ones hide the rest: no step towards them lowers the error, only
+    # a jump does. The best symmetric range, and a quarter more, is where the search begins anew.
+    around_zero = replace(grid, symmetric=True)
+    widest = symmetric_scale(torch.maximum(-low, high), around_zero)
+    reach = 1.25 * grid.half * _least_symmetric(values, widest, around_zero).float()
+    low, high = torch.maximum(low, -reach), torch.minimum(high, reach)
+    found, error = _least_ends(values, asymmetric_ends(low, high, grid), low, high, grid)
+    return _where(error < least, found, best)
 
 
 def _least_ends(
     values: Tensor, whole: Fitted, low: Tensor, high: Tensor, grid: Grid
-) -> tuple[Fitted, Tensor, Tensor, Tensor]:
-    """The best range found, as stored and as it was tried, and where it is half the whole."""
+) -> tuple[Fitted, Tensor]:
+    """The best range found, as stored, and its squared error."""
     width, most = high - low, STEPS // 2 - 1
     best, least = whole, squared_error(values, whole, grid)
     begun = ended = torch.zeros_like(low)  # what was taken at either end, as shares of the width
@@ -197,8 +197,7 @@ def _least_ends(
     in_turn(around=False, step=1 / STEPS, places=range(most + 1))
     fine = 1 / max(FINE, 4 * (grid.levels - 1))
     in_turn(around=True, step=fine, places=range(-FINE_STEPS, FINE_STEPS + 1))
-    halved = begun + ended >= 0.5
-    return best, low + begun * width, high - ended * width, halved
+    return best, least
 
 
 # --- choosing by range -----------------------------------------------------------------------

@@ -115,7 +115,7 @@ class RowwiseInt8(Frozen):
         "min_max",
         description="min_max: the largest weight ends a range. greedy, mse: a range may be "
         "clipped where that lowers the squared error; 33 and 26 times the work, asymmetric 65 "
-        "and some 200 times.",
+        "and some hundred times.",
     )
     rows_per_scale: RowsPerScale = Field(
         1, description="Neighbouring rows that share a scale; 0: one scale for the table."

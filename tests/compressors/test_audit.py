@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
-from models import METHODS, graph
+from models import FORMATS, UNDIVIDED, graph
 from onnx import TensorProto, helper, numpy_helper
 
 from compressors.contracts import Plan, PlanLine
@@ -16,7 +16,10 @@ from compressors.lower.audit import audit
 from compressors.lower.found import TableInitializers
 from infra.onnxruntime import optimized_graph
 
-KINDS = [method.model_fields["kind"].default for method in METHODS]
+KINDS = [method.model_fields["kind"].default for method in UNDIVIDED]
+TABLES = {
+    method.model_fields["kind"].default for method in FORMATS if "tables" in method.model_fields
+}
 WIDTH = 32
 
 
@@ -199,6 +202,18 @@ def test_a_table_that_lost_rows_is_refused(tmp_path):
         audit(draw.optimized(out, tmp_path / "g.onnx"), None, (more,))
 
 
+def test_scales_that_rows_share_are_as_many_as_their_ranges(tmp_path):
+    draw = Drawing()
+    out, held = table(draw, "gather first")
+    shared = held.model_copy(update={"rows": 4 * ROWS - 1, "names": ("scale",), "every": (4,)})
+    optimized = draw.optimized(out, tmp_path / "g.onnx")
+    audit(optimized, None, (shared,))
+    # What belongs to the whole table is not counted in rows, and may be folded into the graph.
+    audit(optimized, None, (shared.model_copy(update={"names": ("gone",), "every": (0,)}),))
+    with pytest.raises(AuditFailed, match="'scale' lost rows"):
+        audit(optimized, None, (shared.model_copy(update={"rows": 4 * ROWS + 1}),))
+
+
 def test_tensorrts_form_of_a_table_is_refused_in_onnxruntime():
     lowered = graph("Ranker", ("rowwise_int8",), "tensorrt-rtx")
     optimized = optimized_graph(lowered.path)
@@ -215,7 +230,7 @@ def test_what_we_write_for_onnxruntime_passes(kinds):
     lowered = graph("Ranker", kinds, "onnxruntime")
     found = audit(optimized_graph(lowered.path), lowered.model.plan, lowered.lowered.tables)
     assert found.int8_products == (5 if "static_int8" in kinds else 0)
-    packs_tables = set(kinds) & {"rowwise_int8", "rowwise_int4", "float16"}
+    packs_tables = set(kinds) & TABLES
     assert found.packed_tables == (6 if packs_tables else 0)
 
 

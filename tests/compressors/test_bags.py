@@ -4,12 +4,13 @@ import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from models import METHODS
 from torch import Tensor, nn
 
 from compressors.dense import float16
 from compressors.formats import Bag, PackedTable, pad_positions, padded
+from compressors.step import encode_table
 from compressors.steps import TABLE_FORMATS
-from compressors.tables import rowwise_int4, rowwise_int8
 from compressors.units import pack_table
 
 unhurried = settings(deadline=None)  # a busy machine is not a wrong answer
@@ -112,21 +113,19 @@ def test_gradients_reach_the_table_as_in_torchs_bag(mode):
     torch.testing.assert_close(old.weight.grad, expected, **CLOSE)
 
 
-def stored(name: str, weight: Tensor) -> dict[str, Tensor]:
+def table_of(name: str, weight: Tensor) -> PackedTable:
     if name == "float16":
-        return {"weight": float16.narrow("table", weight)}
-    encode = {"rowwise_int8": rowwise_int8.encode, "rowwise_int4": rowwise_int4.encode}[name]
-    codes, scale = encode(weight)
-    return {"codes": codes, "scale": scale}
+        stored = {"weight": float16.narrow("table", weight)}
+        return PackedTable(float16.TABLE_FORMAT, ROWS, DIM, {}, stored)
+    (method,) = (one for one in METHODS if one.model_fields["kind"].default == name)
+    return encode_table(method(), weight)
 
 
 @pytest.mark.parametrize("name", sorted(TABLE_FORMATS))
 @pytest.mark.parametrize("mode", MODES)
 def test_a_compressed_table_inside_is_torchs_bag_over_the_decoded_table(name, mode):
     old = torchs(mode, 4)
-    storage = TABLE_FORMATS[name]
-    tensors = stored(name, old.weight.detach())
-    packed = PackedTable(storage, ROWS, DIM, {"scale": "float16"}, tensors)
+    packed = table_of(name, old.weight.detach())
     with torch.no_grad():
         old.weight.copy_(packed(torch.arange(ROWS)))
         for lists in ([[1, 4, 8], [], [4]], [[], []]):

@@ -4,22 +4,16 @@ import pytest
 import torch
 from grids import normal, tables, unhurried
 from hypothesis import given
-from torch import Tensor
 
 from compressors.errors import CompressionError
-from compressors.formats import PackedTable
-from compressors.tables.bfloat16 import FORMAT, BFloat16
-
-
-def packed(table: Tensor) -> PackedTable:
-    step = BFloat16()
-    return PackedTable(FORMAT, *table.shape, step.settings(), step.encode(table, step.fit(table)))
+from compressors.step import encode_table
+from compressors.tables.bfloat16 import BFloat16
 
 
 @unhurried
 @given(table=tables(largest=3e38))
 def test_a_weight_keeps_eight_bits_at_any_size(table):
-    decoded = packed(table)(torch.arange(len(table)))
+    decoded = encode_table(BFloat16(), table)(torch.arange(len(table)))
     # Half of the last of 8 significant bits; below float32's normal numbers the steps are even.
     assert torch.all((decoded - table).abs() <= table.abs() * 2.0**-8 + 2.0**-134)
 
@@ -28,14 +22,14 @@ def test_a_weight_keeps_eight_bits_at_any_size(table):
 def test_a_weight_that_would_round_to_infinity_is_refused(value):
     table = torch.tensor([[1.0, value]])
     with pytest.raises(CompressionError, match=r"3.4e\+38 is beyond bfloat16's 3.39e38"):
-        packed(table)
+        encode_table(BFloat16(), table)
 
 
 @pytest.mark.parametrize("shape", [(), (7,), (3, 4), (0,)])
 def test_a_lookup_takes_ids_of_any_shape(shape):
     table = normal(11, 5)
     ids = torch.randint(11, shape, generator=torch.Generator().manual_seed(0))
-    rows = packed(table)(ids)
+    rows = encode_table(BFloat16(), table)(ids)
     assert rows.dtype == torch.float32
     assert torch.equal(rows, table.to(torch.bfloat16).float()[ids])
 

@@ -110,9 +110,11 @@ def test_one_large_weight_is_clipped_for_the_many_small_ones():
 
 
 @pytest.mark.parametrize("symmetric", [True, False])
-def test_two_bits_for_a_whole_table_clip_far_more_than_half(symmetric):
-    """Five standard deviations are the range, one and a half are worth keeping."""
+@pytest.mark.parametrize("largest", [5, 100])
+def test_two_bits_for_a_whole_table_clip_far_more_than_half(symmetric, largest):
+    """One and a half standard deviations are worth keeping, whatever a single weight is."""
     table = normal(4000, 16)
+    table[7, 3] = largest
     grid = Grid(4, symmetric=symmetric, rows_per_scale=0)
     scale = float(fit(table, of(grid, clipping="mse")).scale)
     # 0.9957 is the step of the best four even levels for a normal distribution (Max 1960).

@@ -8,19 +8,13 @@ from hypothesis import given
 from torch import Tensor
 
 from compressors.errors import CompressionError
-from compressors.formats import PackedTable
-from compressors.tables.float8_e4m3 import FORMAT, Float8E4M3, steps_of
-
-
-def packed(step: Float8E4M3, table: Tensor) -> PackedTable:
-    params = step.fit(table)
-    stored = {**params, **step.encode(table, params)}
-    return PackedTable(FORMAT, *table.shape, step.settings(), stored)
+from compressors.step import encode_table
+from compressors.tables.float8_e4m3 import Float8E4M3, steps_of
 
 
 def back(step: Float8E4M3, table: Tensor) -> tuple[Tensor, Tensor]:
     """The weights that come back, and the scale of each row."""
-    module = packed(step, table)
+    module = encode_table(step, table)
     rows = torch.arange(len(table))
     return module(rows), module.scale[rows // (step.rows_per_scale or len(table))].float()
 
@@ -54,7 +48,7 @@ def test_every_byte_means_what_the_format_says():
 
 def test_no_weight_becomes_the_byte_that_is_no_number():
     table = normal(2000, 7) * torch.logspace(-9, 3, 2000).unsqueeze(1)
-    sizes = packed(Float8E4M3(), table).codes & 127
+    sizes = encode_table(Float8E4M3(), table).codes & 127
     assert not bool((sizes == 127).any())
     # 448, where the scale puts each row's largest weight, unless float16 has no scale so small.
     assert bool((sizes.amax(dim=1) == 126)[1200:].all())
@@ -72,14 +66,14 @@ def test_a_scale_puts_small_weights_where_the_format_has_values():
 def test_a_lookup_takes_ids_of_any_shape(together, shape):
     step, table = Float8E4M3(rows_per_scale=together), normal(11, 5)
     ids = torch.randint(11, shape, generator=torch.Generator().manual_seed(0))
-    rows = packed(step, table)(ids)
+    rows = encode_table(step, table)(ids)
     assert rows.shape == (*shape, 5)
     assert torch.equal(rows, back(step, table)[0][ids])
 
 
 @pytest.mark.parametrize("together", [0, 1, 4])
 def test_bytes_are_codes_plus_a_scale_for_every_range(together):
-    module = packed(Float8E4M3(rows_per_scale=together), normal(11, 5))
+    module = encode_table(Float8E4M3(rows_per_scale=together), normal(11, 5))
     stored = sum(tensor.numel() * tensor.element_size() for tensor in module.buffers())
     assert stored == 11 * 5 + 2 * {0: 1, 1: 11, 4: 3}[together]
 
@@ -87,7 +81,7 @@ def test_bytes_are_codes_plus_a_scale_for_every_range(together):
 @pytest.mark.parametrize("together", [0, 1, 4])
 @pytest.mark.parametrize("scale", ["float16", "float32"])
 def test_the_op_keeps_torchs_rules_and_its_gradient_is_plain_torchs(together, scale):
-    module = packed(Float8E4M3(scale=scale, rows_per_scale=together), normal(11, 5))
+    module = encode_table(Float8E4M3(scale=scale, rows_per_scale=together), normal(11, 5))
     ids, by = torch.tensor([[0, 5, 5], [2, 1, 0]]), normal(6, 5).reshape(2, 3, 5)
     ours, plain = (module.scale.clone().requires_grad_() for _ in range(2))
     op = torch.ops.recpress.float8_e4m3_table
@@ -104,7 +98,7 @@ def test_the_op_keeps_torchs_rules_and_its_gradient_is_plain_torchs(together, sc
 def test_a_scale_above_float16_is_refused_and_float32_takes_it():
     table = torch.full((2, 3), 65504.0 * 449)
     with pytest.raises(CompressionError, match=r"needs a scale above float16.*'float32'"):
-        packed(Float8E4M3(), table)
+        encode_table(Float8E4M3(), table)
     decoded, _ = back(Float8E4M3(scale="float32"), table)
     torch.testing.assert_close(decoded, table, rtol=1e-6, atol=0)
 

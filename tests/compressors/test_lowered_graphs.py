@@ -7,21 +7,23 @@ import onnx
 import onnx_ir as ir
 import pytest
 import torch
-from models import METHODS, NORMED, RANKER, Ranker, compressed, graph, whole
+from models import NORMED, RANKER, UNDIVIDED, Ranker, compressed, graph, whole
 from onnx import TensorProto
 from torch import Tensor, nn
 
 from compressors.contracts import Schema, TargetKind
 from compressors.errors import NothingToCompress, NotLowerable
+from compressors.formats import PackedTable
 from compressors.lower.export import lower
 from compressors.lower.served import SCORE, input_names, served
-from compressors.lower.tensorrt import int4_tensor, retyped, unpacked
+from compressors.lower.tensorrt_types import codes_tensor, retyped
+from compressors.steps import TABLE_FORMATS
 from compressors.tables import planar
 from infra.onnxruntime import optimized_graph
 
 ORT: TargetKind = "onnxruntime"
 RTX: TargetKind = "tensorrt-rtx"
-KINDS = [method.model_fields["kind"].default for method in METHODS]
+KINDS = [method.model_fields["kind"].default for method in UNDIVIDED]
 EVERYTHING = ("rowwise_int8", "static_int8")
 
 each_target = pytest.mark.parametrize("target", [ORT, RTX])
@@ -158,7 +160,7 @@ def as_int4(tensor: ir.TensorProtocol) -> np.ndarray:
 @pytest.mark.parametrize("dim", [1, 2, 5, 8])
 def test_int4_is_repacked_without_a_code_changing(dim):
     codes = torch.randint(1, 16, (6, dim), dtype=torch.uint8)
-    found = as_int4(int4_tensor(unpacked(planar.pack(codes, 4).numpy(), 4)))
+    found = as_int4(codes_tensor(planar.pack(codes, 4).numpy(), 4))
     assert np.array_equal(found[:, :dim], codes.numpy().astype(np.int8) - 8)
     assert not found[:, dim:].any()  # the padding of an odd width decodes to zero
 
@@ -166,19 +168,20 @@ def test_int4_is_repacked_without_a_code_changing(dim):
 @pytest.mark.parametrize("dim", [1, 3, 5, 8])
 def test_int2_is_repacked_two_codes_to_an_int4(dim):
     codes = torch.randint(0, 4, (6, dim), dtype=torch.uint8)
-    stored = {"codes": planar.pack(codes, 2).numpy()}
-    pairs = as_int4(retyped("rowwise_int2", {"scale": "float16"}, stored)["codes"]) + 8
+    pairs = as_int4(codes_tensor(planar.pack(codes, 2).numpy(), 2)) + 8
     assert pairs.shape == (6, 2 * -(-dim // 4))
     found = np.concatenate([pairs % 4, pairs // 4], axis=1)
     assert np.array_equal(found[:, :dim], codes.numpy())
 
 
 def test_codes_with_an_offset_are_128_lower():
-    stored = {"codes": np.array([[0, 127, 128, 255]], np.uint8)}
     settings = {"scale": "float16", "symmetric": False}
-    found = retyped("rowwise_int8", settings, stored)
-    assert set(found) == {"codes"}  # scales are gathered, as they are stored
-    assert found["codes"].numpy().tolist() == [[-128, -1, 0, 127]]
+    table = PackedTable(TABLE_FORMATS["rowwise_int8"], 1, 4, settings)
+    found = retyped(table, "codes", np.array([[0, 127, 128, 255]], np.uint8))
+    assert found.numpy().tolist() == [[-128, -1, 0, 127]]
+    half = np.ones((1, 1), np.float16)
+    for name in ("scale", "offset"):  # gathered as they are stored
+        assert retyped(table, name, half) is None
 
 
 # --- shared, unread and constant tables ------------------------------------------------------

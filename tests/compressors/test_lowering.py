@@ -5,9 +5,9 @@ import pytest
 import torch
 from models import (
     LONGEST,
-    METHODS,
     RANKER,
     REFERENCES,
+    UNDIVIDED,
     Graph,
     graph,
 )
@@ -19,7 +19,7 @@ from compressors.lower.parity import compare
 
 ORT: TargetKind = "onnxruntime"
 RTX: TargetKind = "tensorrt-rtx"
-KINDS = [method.model_fields["kind"].default for method in METHODS]
+KINDS = [method.model_fields["kind"].default for method in UNDIVIDED]
 EVERYTHING = ("rowwise_int8", "static_int8")
 
 each_target = pytest.mark.parametrize("target", [ORT, RTX])

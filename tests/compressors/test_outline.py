@@ -3,10 +3,10 @@
 import models
 import pytest
 import torch
-from models import METHODS, NORMED, RANKER, REFERENCES, TIED, Reference, Step
+from models import ALONE, NORMED, RANKER, REFERENCES, SEARCHES, TIED, Reference, Step
 from test_steps import fits
 
-from compressors.contracts import Bench, Split
+from compressors.contracts import Bench, Plan, PlanLine, Split
 from compressors.dense.channels import Channels
 from compressors.dense.static_int8 import StaticInt8
 from compressors.distill.distill import Distill
@@ -17,7 +17,7 @@ from compressors.tables.rowwise_int4 import RowwiseInt4
 from compressors.tables.rowwise_int8 import RowwiseInt8
 from compressors.units import stored_bytes
 
-PAIRS = [(m, r) for m in METHODS for r in REFERENCES if fits(m, r)]
+PAIRS = [(m, r) for m in ALONE for r in REFERENCES if fits(m, r)]
 NAMES = [f"{m.__name__}-{r.network.__name__}" for m, r in PAIRS]
 RECIPES: tuple[tuple[Step, ...], ...] = (
     (Channels(), Distill(training=models.QUICKLY), RowwiseInt4(), StaticInt8()),
@@ -36,13 +36,28 @@ def without_files(bench: Bench) -> Bench:
     return bench.model_copy(update=nowhere)
 
 
+def without_notes(made: Plan, predicted: Plan) -> Plan:
+    """A plan without what its step found out while it worked."""
+
+    def told(line: PlanLine) -> PlanLine:
+        before = predicted.of(line.module)
+        if before is not None and line.reason.startswith(f"{before.reason}; "):
+            return line.model_copy(update={"reason": before.reason})
+        return line
+
+    return Plan(lines=tuple(map(told, made.lines)))
+
+
 @pytest.mark.parametrize(("method", "reference"), PAIRS, ids=NAMES)
 def test_a_steps_plan_is_known_before(method, reference: Reference, tmp_path):
     step, bench = models.default(method), reference.bench(tmp_path / "data")
     predicted = outline(step, reference.model(), without_files(bench))
     made = run(step, reference.model(), bench, tmp_path / "out")
-    assert predicted.plan == made.plan
     assert predicted.network.architecture == made.network.architecture
+    if method in SEARCHES:  # how much they find is not known before, only that it is no loss
+        assert stored_bytes(predicted.module) >= stored_bytes(made.module)
+        return
+    assert predicted.plan == without_notes(made.plan, predicted.plan)
     assert stored_bytes(predicted.module) == stored_bytes(made.module)
 
 

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 from torch import Tensor
 
-from compressors.formats import PackedTable, entries
+from compressors.formats import PackedTable
+from compressors.step import encode_table
 from compressors.tables import planar, rowwise_int2, rowwise_int4, rowwise_int8
 from compressors.tables.clipping import fit
 from compressors.tables.grid import nearest, weights
@@ -35,19 +36,9 @@ every_step = pytest.mark.parametrize("step", EVERY.values(), ids=EVERY)
 
 def packed(step: Rowwise, table: Tensor) -> PackedTable:
     """A table as the step stores it, in blocks of eight rows."""
-    rows, dim = table.shape
-    layout = step.storage.layout(rows, dim, step.settings())
-    params = step.fit(table)
-    stored = {name: torch.empty(spec.shape, dtype=spec.dtype) for name, spec in layout.items()}
-    for name, spec in layout.items():
-        if not spec.every:
-            stored[name].copy_(params[name])
-    for begin in range(0, rows, 8):
-        end = min(begin + 8, rows)
-        for name, tensor in step.encode(table[begin:end], params).items():
-            assert tensor.dtype == layout[name].dtype
-            stored[name][entries(layout[name], begin, end)] = tensor
-    return PackedTable(step.storage, rows, dim, step.settings(), stored)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("compressors.step.BLOCK_ROWS", 8)
+        return encode_table(step, table)
 
 
 def expected(step: Rowwise, table: Tensor) -> Tensor:

@@ -188,7 +188,7 @@ def test_a_record_of_a_module_that_is_not_there_is_refused():
 
 def test_a_format_of_a_later_version_is_refused_with_what_is_known():
     record = ModuleRecord(kind="table", format="ternary", settings={"rows": 1, "dim": 1})
-    with pytest.raises(ModelRefused, match=r"'ternary'.*float16, rowwise_int4.*Upgrade"):
+    with pytest.raises(ModelRefused, match=r"'ternary'.*float16.*rowwise_int4.*Upgrade"):
         module_of("user", record)
 
 

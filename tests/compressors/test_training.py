@@ -23,6 +23,7 @@ from compressors.distill.fine_tune import FineTune
 from compressors.errors import CompressionError
 from compressors.loss import hard_loss, shuffled_rows
 from compressors.model import Model
+from compressors.scoring import quality
 from compressors.step import run
 from compressors.training import Training, train, trainable
 
@@ -62,15 +63,7 @@ def test_training_learns_and_ends_as_in_its_best_epoch(reference, tmp_path):
     best = max(epochs, key=lambda epoch: epoch.quality)
     assert best.number > 0
     assert best.quality > epochs[0].quality
-    found = training._Run(
-        module,
-        bench.signature,
-        Rows(bench.train, bench.signature),
-        bench.validation,
-        lambda *_: torch.zeros(()),
-        QUICKLY,
-        0,
-    )._quality()
+    found = quality(module, bench.signature, bench.validation)
     assert found == best.quality
     assert not module.training
     assert not any(parameter.requires_grad for parameter in tables_of(module))

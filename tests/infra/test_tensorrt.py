@@ -367,6 +367,28 @@ def test_halving_keeps_the_first_rows_of_every_large_table_only(kind):
     assert removed == pytest.approx((rows - kept) * sizes, abs=1)  # abs: half a byte rounds up
 
 
+def test_scales_that_rows_share_are_cut_to_the_rows_that_are_left():
+    rows = TWIN_ROWS + 32
+    model, _ = lookup("int8", rows)
+    (scale,) = (tensor for tensor in model.graph.initializer if tensor.name == "scale")
+    shared = numpy_helper.to_array(scale)[: rows // 64 + 1]  # the last of them for 32 rows
+    scale.CopyFrom(numpy_helper.from_array(shared, "scale"))
+    book = np.ones((4, DIM), np.float16)
+    model.graph.initializer.append(numpy_helper.from_array(book, "codebook"))
+    table = TableWeights(
+        module="items",
+        rows=rows,
+        initializers=("codes", "scale", "codebook"),
+        every={"scale": 64, "codebook": 0},  # which is the whole table's, and left as it is
+    )
+    kept = rows // 2 // 64 + 1
+    assert halve(model, [table]) == rows // 2 * DIM + (len(shared) - kept) * 2
+    (scale,) = (tensor for tensor in model.graph.initializer if tensor.name == "scale")
+    np.testing.assert_array_equal(numpy_helper.to_array(scale), shared[:kept])
+    found = find_tables(model, [table.model_copy(update={"rows": rows // 2})])
+    assert [tensor.name for tensor in found["items"]] == ["codes", "scale", "codebook"]
+
+
 def test_a_table_shared_by_two_modules_is_cut_once():
     rows = TWIN_ROWS
     model, _ = lookup("int8", rows)

@@ -13,10 +13,23 @@ from compressors.contracts import Artifact, Limit
 from compressors.errors import CompressionError, ParityLost
 from compressors.tables.rowwise_int8 import RowwiseInt8
 from infra import errors
-from tasks import build, compress, gate, lower, measure, policy, prepare, publish, pull, validate
+from tasks import (
+    build,
+    compress,
+    gate,
+    lower,
+    measure,
+    policy,
+    prepare,
+    publish,
+    pull,
+    tables,
+    validate,
+)
 
 A = Artifact(uri="file:///s/artifacts/a", sha256="a" * 64, bytes=1)
 EVERY = [
+    tables.quantize_tables,
     pull.pull,
     validate.validate,
     prepare.prepare,

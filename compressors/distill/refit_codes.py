@@ -1,0 +1,211 @@
+"""Fitting codebooks and codes of packed tables to the task, with the original as teacher.
+
+A codebook that is fitted to a table's weights treats every weight alike; the task does not. In
+turn, codebooks are trained through the lookup, on what the original answers and on the labels, and
+codes are chosen anew: each row moves to where a quadratic model of the loss is least. Its slope is
+the gradient, its curvature squared gradients, the diagonal of the empirical Fisher matrix.
+
+Sources: Stock et al. 2020, https://arxiv.org/abs/1907.05686 (codebooks trained with the original
+as teacher); Malinovskii et al. 2024, https://arxiv.org/abs/2405.14852 (codes and codebooks in turn,
+few codes at a time).
+Differs: the model of the loss is of second order and asks for no row of the original; of the rows
+that would gain, the ``share`` that gains most moves; and the best state by the validation metric is
+kept, the one it began with among them.
+"""
+
+import fnmatch
+import logging
+from typing import Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from compressors.contracts import Bench, Change, Frozen, Part
+from compressors.distill.soft_labels import taught_loss
+from compressors.errors import CompressionError
+from compressors.formats import Bag, PackedTable
+from compressors.model import Model
+from compressors.scoring import quality
+from compressors.slopes import slopes
+from compressors.tables.reassign import Codes, moved
+from compressors.trained import need_loss, nothing_to_train, pruned_layers, trained_on
+from compressors.training import Training, trainable
+from compressors.units import Choice, Unit, need_matches
+
+log = logging.getLogger(__name__)
+
+
+class RefitCodes(Frozen):
+    """Train the codebooks of packed tables on the task and choose their codes anew, in turn."""
+
+    kind: Literal["refit_codes"] = "refit_codes"
+    tables: tuple[str, ...] = Field(
+        ("*",), description="Tables to refit: module names, with * for any characters."
+    )
+    rounds: int = Field(3, ge=1, description="How often codebooks and then codes are fitted.")
+    share: float = Field(
+        0.3,
+        ge=0,
+        le=1,
+        description="Of the rows whose codes would gain, how many move in a round; 0: only "
+        "codebooks are trained.",
+    )
+    dense: bool = Field(False, description="Train dense layers along with the codebooks.")
+    soft_share: float = Field(
+        0.5, gt=0, le=1, description="Weight of the teacher's answers against the labels."
+    )
+    temperature: float = Field(
+        1.0, ge=0.1, le=100, description="Both answers are divided by it before they are compared."
+    )
+    training: Training = Field(
+        default_factory=Training,
+        description="How codebooks are trained in a round. Give table_l2 as the original had it; "
+        "'tables' is of no consequence here.",
+    )
+
+    @property
+    def needs(self) -> tuple[Part, ...]:
+        """Rows to learn from, what the teacher answers to them, and rows that say what is best."""
+        return ("train", "validation", "soft_labels")
+
+    @property
+    def changes(self) -> Change:
+        """Values change; formats and shapes stay."""
+        return "values"
+
+    def choose(self, model: Model, bench: Bench) -> dict[str, Choice]:
+        """The tables with codebooks, and what else is trained with them."""
+        need_loss(bench, self.kind)
+        dense = trainable(model.module, tables=False) if self.dense else ()
+        choices = {}
+        units = Unit.of(model.module)
+        need_matches(self.tables, [u for u in units if u.role == "table"], self.kind, "table")
+        for unit in units:
+            if unit.role == "dense":
+                take = any(name.startswith(f"{unit.name}.") for name in dense)
+                why = "trained along" if take else nothing_to_train(unit, self.kind)
+                if not self.dense:
+                    why = f"{self.kind} leaves dense layers as they are"
+                choices[unit.name] = Choice(take, f"{self.kind}: {why}" if take else why)
+            elif not any(fnmatch.fnmatchcase(unit.name, pattern) for pattern in self.tables):
+                choices[unit.name] = Choice(False, f"not among {', '.join(self.tables)}")
+            elif _codes(unit) is None:
+                choices[unit.name] = Choice(False, f"{unit.format} has no codebook")
+            else:
+                choices[unit.name] = Choice(True, f"{self.kind} in {self.rounds} rounds")
+        return choices
+
+    def apply(self, model: Model, bench: Bench) -> Model:
+        """Fit in turn, and leave the network in its best state.
+
+        Raises:
+            CompressionError: the bench lacks rows or soft labels, or training diverged.
+        """
+        if bench.train is None or bench.validation is None:
+            raise CompressionError(f"{self.kind!r} needs train and validation rows.")
+        loss = taught_loss(bench, self.soft_share, self.temperature, self.kind)
+        chosen = {name for name, choice in self.choose(model, bench).items() if choice.take}
+        named = ((unit.name, _codes(unit)) for unit in Unit.of(model.module))
+        tables = {n: table for n, table in named if table is not None and n in chosen}
+        stored = {name: _types(table) for name, table in tables.items()}
+        names = _names(model, tables)
+        if self.dense:
+            names += trainable(model.module, tables=False)
+        best, kept = quality(model.module, bench.signature, bench.validation), _held(model)
+        found = [best]
+        for number in range(self.rounds):
+            for table in tables.values():
+                _cast(table, dict.fromkeys(_types(table), torch.float32))
+            mine = bench.model_copy(update={"seed": bench.seed + number, **_place(bench, number)})
+            trained_on(model, mine, loss, self.training, pruned_layers(model), names)
+            rows = 0
+            for step in ("codebooks", "codes"):
+                if step == "codes" and self.share:
+                    rows = self._move(model, bench, tables)
+                for name, table in tables.items():
+                    _cast(table, stored[name])
+                found.append(quality(model.module, bench.signature, bench.validation))
+                log.info("round %d, %s: validation %.5f", number + 1, step, found[-1])
+                if found[-1] > best:
+                    best, kept = found[-1], _held(model)
+            if not rows:
+                break
+        _restore(model, kept)
+        return model
+
+    def outline(self, model: Model, bench: Bench) -> Model:  # noqa: ARG002
+        """Refitting changes no shape."""
+        return model
+
+    def _move(self, model: Model, bench: Bench, tables: dict[str, PackedTable]) -> int:
+        """Choose codes anew where that gains most; how many rows moved."""
+        if bench.train is None:
+            raise CompressionError(f"{self.kind!r} needs train rows.")
+        loss = taught_loss(bench, self.soft_share, self.temperature, self.kind)
+        found = slopes(model.module, bench.signature, bench.train, loss, tables)
+        total = 0
+        for name, table in tables.items():
+            slope, curvature = found[name]
+            codes, rows = moved(table, slope, curvature, self.training.table_l2, self.share)
+            table.codes = codes
+            total += rows
+        return total
+
+
+def _codes(unit: Unit) -> PackedTable | None:
+    """The packed table of a unit, if it has a codebook."""
+    table = unit.module.table if isinstance(unit.module, Bag) else unit.module
+    return table if isinstance(table, PackedTable) and isinstance(table.storage, Codes) else None
+
+
+def _names(model: Model, tables: dict[str, PackedTable]) -> tuple[str, ...]:
+    """The learned tensors of some tables, as the module names them."""
+    mine = set(tables.values())
+    return tuple(
+        f"{path}.{name}"
+        for path, module in model.module.named_modules()
+        if isinstance(module, PackedTable) and module in mine
+        for name in _types(module)
+    )
+
+
+def _types(table: PackedTable) -> dict[str, torch.dtype]:
+    """The types of a table's learned tensors."""
+    held = dict(table.named_buffers())
+    return {name: held[name].dtype for name in table.storage.learned if name in held}
+
+
+def _cast(table: PackedTable, types: dict[str, torch.dtype]) -> None:
+    """Give a table's tensors other types; numbers beyond a narrower one end at its largest."""
+    for name, dtype in types.items():
+        tensor = table.get_buffer(name)
+        if tensor.dtype != dtype:
+            largest = torch.finfo(dtype).max
+            setattr(table, name, tensor.float().clamp(-largest, largest).to(dtype))
+
+
+def _place(bench: Bench, number: int) -> dict[str, str]:
+    """Where a round keeps its progress."""
+    return {"checkpoints": f"{bench.checkpoints}/round-{number}"} if bench.checkpoints else {}
+
+
+State = list[tuple[nn.Module, str, Tensor]]
+
+
+def _held(model: Model) -> State:
+    """Every tensor of a model and where it stands; training puts others in their place."""
+    return [
+        (module, name, tensor)
+        for module in model.module.modules()
+        for held in (module._parameters, module._buffers)
+        for name, tensor in held.items()
+        if tensor is not None
+    ]
+
+
+def _restore(model: Model, state: State) -> None:
+    """Put every tensor back where it stood."""
+    for module, name, tensor in state:
+        setattr(module, name, tensor)
+    model.module.eval()

@@ -1,0 +1,93 @@
+"""Slope and curvature of the loss by every weight of tables.
+
+Taken where rows are looked up, so that a table of codes has them for the weights it stands for.
+"""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from compressors.batches import Rows
+from compressors.composed import ComposedTable
+from compressors.contracts import Schema, Split
+from compressors.formats import PackedTable
+from compressors.loss import hard_loss, shuffled_rows
+from compressors.training import Loss
+
+BATCH = 8192
+
+
+def slopes(
+    module: nn.Module,
+    schema: Schema,
+    split: Split,
+    loss: Loss,
+    tables: Mapping[str, nn.Module],
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """What the loss would do if the weights of some tables moved.
+
+    Args:
+        module: in evaluation mode; none of its tensors is touched.
+        schema: its inputs and task.
+        split: the rows that are looked at, all of them.
+        loss: whose slope is taken, a mean over rows or lists.
+        tables: of ``module``, by any name; each from ids to rows.
+
+    Returns:
+        By table two float32 ``(rows, dim)``: the gradient of the mean loss, and the mean of the
+        squared gradients of each row's or list's own loss against its label, the diagonal of the
+        empirical Fisher matrix. The teacher's answers are of no use for the latter: where they
+        are met, their gradients vanish, whatever the curvature.
+    """
+    seen: list[tuple[str, Tensor, Tensor]] = []
+
+    def watch(name: str, table: nn.Module) -> torch.utils.hooks.RemovableHandle:
+        def hook(
+            module: nn.Module,  # noqa: ARG001
+            args: tuple[Tensor, ...],
+            kwargs: dict[str, Tensor],
+            found: Tensor,
+        ) -> Tensor:
+            leaf = found.detach().requires_grad_(True)
+            seen.append((name, (args[0] if args else kwargs["input"]).reshape(-1), leaf))
+            return leaf
+
+        return table.register_forward_hook(hook, with_kwargs=True)
+
+    shapes = {name: _shape(table) for name, table in tables.items()}
+    found = {name: (torch.zeros(shape), torch.zeros(shape)) for name, shape in shapes.items()}
+    handles = [watch(name, table) for name, table in tables.items()]
+    rows, terms = Rows(split, schema), 0
+    try:
+        for numbers in shuffled_rows(rows, schema, BATCH, seed=0):
+            seen.clear()
+            batch = rows.take(numbers)
+            output = module(**batch.inputs)
+            leaves = [leaf for _, _, leaf in seen]
+            lists = schema.task == "ranking" and batch.group is not None
+            own = len(torch.unique(batch.group)) if lists else len(numbers)
+            terms += own
+            first = loss(output, batch, numbers) * own
+            second = hard_loss(schema, output, batch) * own
+            slope = torch.autograd.grad(first, leaves, retain_graph=True, allow_unused=True)
+            single = torch.autograd.grad(second, leaves, allow_unused=True)
+            for (name, ids, _), each, one in zip(seen, slope, single, strict=True):
+                if each is None or one is None:  # looked up, and of no consequence
+                    continue
+                dim = each.shape[-1]
+                found[name][0].index_add_(0, ids, each.reshape(-1, dim))
+                found[name][1].index_add_(0, ids, one.reshape(-1, dim).square())
+    finally:
+        for handle in handles:
+            handle.remove()
+    return {name: (slope / terms, squares / terms) for name, (slope, squares) in found.items()}
+
+
+def _shape(table: nn.Module) -> tuple[int, int]:
+    """Rows and width of a table."""
+    if isinstance(table, PackedTable | ComposedTable):
+        return table.rows, table.dim
+    if isinstance(table, nn.Embedding):
+        return table.num_embeddings, table.embedding_dim
+    raise TypeError(f"{type(table).__name__} is no table of rows")

@@ -1,0 +1,153 @@
+"""Embedding tables without the rows that matter least.
+
+Ids of pruned rows are answered by one shared row, by zeros, or by the nearest row that is kept.
+With one answer for all of them, where the kept rows lie takes a byte a row; with an answer for
+each, as many bytes a row as the number of kept rows needs. Kept rows are a plain table, which a
+later step may store in few bits.
+
+Importance is what is lost with a row: how often training looks it up, its norm, or how much the
+loss would change to first order (Molchanov et al. 2019, https://arxiv.org/abs/1906.10771, equation
+8: the squared product of gradient and weight). Rows of tables are pruned by traffic in e.g.
+https://arxiv.org/abs/2101.07577 (learned thresholds) while the network is trained; here the
+network is trained already, and the report says what share of the lookups is touched.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from compressors.composed import Composition, Design, Parts, PartSpec
+from compressors.contracts import Bench, Change, Frozen, Part
+from compressors.formats import TensorSpec
+from compressors.model import Model
+from compressors.recompose import UNSEEN, Fitted, choose_composed, recompose, recomposed_outline
+from compressors.tables import row_map
+from compressors.tables.kept_order import BLOCK, kept_order, most, share
+from compressors.tables.lloyd import nearest
+from compressors.tables.row_map import byte_planes
+from compressors.traffic import lookups, squared_gradients
+from compressors.units import Choice
+
+
+@dataclass(frozen=True)
+class KeptRowsComposition:
+    """Part ``kept``, whose last row answers for all that were pruned, and which row lies where."""
+
+    name: str = "kept_rows"
+    learned: tuple[str, ...] = ()
+
+    def layout(self, rows: int, dim: int, settings: Mapping[str, Any]) -> dict[str, TensorSpec]:  # noqa: ARG002
+        return {
+            "within": TensorSpec((rows,), torch.int8),
+            "before": TensorSpec((-(-rows // BLOCK),), torch.int32, every=BLOCK),
+        }
+
+    def parts(self, rows: int, dim: int, settings: Mapping[str, Any]) -> dict[str, PartSpec]:  # noqa: ARG002
+        return {"kept": PartSpec(settings["kept"] + 1, dim)}
+
+    def lookup(
+        self,
+        stored: Mapping[str, Tensor],
+        parts: Parts,
+        ids: Tensor,
+        settings: Mapping[str, Any],
+    ) -> Tensor:
+        place = torch.ops.recpress.kept_place(stored["within"], stored["before"], ids)
+        rows: Tensor = parts["kept"](torch.where(place < 0, settings["kept"], place))
+        return rows
+
+
+COMPOSITION: Composition = KeptRowsComposition()
+
+
+class PruneRows(Frozen):
+    """Drop the rows of embedding tables that matter least."""
+
+    kind: Literal["prune_rows"] = "prune_rows"
+    tables: tuple[str, ...] = Field(
+        ("*",), description="Tables to prune: module names, with * for any characters."
+    )
+    min_rows: int = Field(1, ge=1, description="Tables with fewer rows stay as they are.")
+    keep: float = Field(0.5, gt=0, lt=1, description="Share of a table's rows that stay.")
+    importance: Literal["traffic", "norm", "gradient"] = Field(
+        "traffic",
+        description="Rows that stay are looked up most, are largest, or change the loss most.",
+    )
+    pruned: Literal["shared", "zero", "nearest"] = Field(
+        "shared",
+        description="What ids of pruned rows get: the mean of the pruned rows, zeros, or the "
+        "nearest row that stays (more bytes a row).",
+    )
+
+    @property
+    def needs(self) -> tuple[Part, ...]:
+        """Training rows say what share of the lookups is touched."""
+        return ("train",)
+
+    @property
+    def changes(self) -> Change:
+        """Each table it takes is made of one with fewer rows."""
+        return "parts"
+
+    def choose(self, model: Model, bench: Bench) -> dict[str, Choice]:  # noqa: ARG002
+        """Which tables lose rows, and why the others stay."""
+        return self._designs(model)[0]
+
+    def apply(self, model: Model, bench: Bench) -> Model:
+        """Replace every chosen table by the rows that stay and a map."""
+        _, designs = self._designs(model)
+        counts = lookups(model, bench, designs)
+        by_gradient = self.importance == "gradient"
+        gradients = squared_gradients(model, bench, designs) if by_gradient else {}
+        notes = {}
+
+        def fit(name: str, table: Tensor, made: Design) -> Fitted:
+            match self.importance:
+                case "traffic":
+                    score = counts[name]
+                case "norm":
+                    score = table.double().square().sum(dim=1)
+                case "gradient":
+                    score = (gradients[name] * table.square()).double().sum(dim=1)
+            kept = most(score, made.settings[_COUNT[made.composition.name]])
+            notes[name] = f"{share(counts[name], ~kept):.2%} of the lookups get another row"
+            return self._stored(table, kept, counts[name])
+
+        return replace(recompose(model, designs, fit), notes=notes)
+
+    def _stored(self, weight: Tensor, kept: Tensor, count: Tensor) -> Fitted:
+        """The map and the rows that stay."""
+        if self.pruned == "nearest":
+            place = torch.empty(len(kept), dtype=torch.int64)
+            place[kept] = torch.arange(int(kept.sum()))
+            place[~kept] = nearest(weight[~kept], weight[kept])
+            planes = byte_planes(place, int(kept.sum()))
+            return Fitted({"planes": planes}, {"unique": weight[kept]})
+        within, before = kept_order(kept)
+        each = (count[~kept] + UNSEEN).unsqueeze(1)
+        shared = (weight[~kept] * each / each.sum()).sum(dim=0).float()
+        if self.pruned == "zero":
+            shared = torch.zeros_like(shared)
+        rows = torch.cat([weight[kept], shared.unsqueeze(0)])
+        return Fitted({"within": within, "before": before}, {"kept": rows})
+
+    def outline(self, model: Model, bench: Bench) -> Model:  # noqa: ARG002
+        """Every chosen table over stand-ins."""
+        return recomposed_outline(model, self._designs(model)[1])
+
+    def _designs(self, model: Model) -> tuple[dict[str, Choice], dict[str, Design]]:
+        return choose_composed(model, self.tables, self.min_rows, self.kind, self.design)
+
+    def design(self, rows: int, dim: int) -> Design:  # noqa: ARG002
+        """How a table of ``rows x dim`` is made."""
+        kept = min(rows - 1, max(1, round(self.keep * rows)))
+        words = f"{kept:,} of {rows:,} rows stay, by {self.importance}"
+        form = row_map.COMPOSITION if self.pruned == "nearest" else COMPOSITION
+        return Design(form, {_COUNT[form.name]: kept}, words)
+
+
+_COUNT = {COMPOSITION.name: "kept", row_map.COMPOSITION.name: "places"}

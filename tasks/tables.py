@@ -1,0 +1,32 @@
+"""Tables of any size, compressed as a file: an artifact in, an artifact out."""
+
+from prefect import task
+
+from compressors.contracts import Artifact
+from compressors.step import TableStep
+from compressors.steps import AnyStep
+from infra.errors import Refused
+from tasks.policy import KEPT
+from tasks.table_files import quantize_artifact, table_steps
+
+
+@task(task_run_name="tables {step.kind}", **KEPT)
+def quantize_tables(
+    source: Artifact,
+    step: AnyStep,
+    code: str,  # noqa: ARG001 - part of the cache key
+    block_rows: int | None = None,
+    workers: int | None = None,
+) -> Artifact:
+    """Compress every table of an artifact's safetensors files.
+
+    Args:
+        source: what holds the tables.
+        step: a table method and its settings.
+        code: digest of the code that compresses; part of the cache key.
+        block_rows: rows encoded at once by each thread; changes no byte of the result.
+        workers: threads, else one per core; changes no byte of the result.
+    """
+    if not isinstance(step, TableStep):
+        raise Refused(f"{step.kind} needs a whole model; here {', '.join(table_steps())} can work.")
+    return quantize_artifact(source, step, block_rows, workers)

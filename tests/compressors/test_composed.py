@@ -1,0 +1,140 @@
+"""The contract of every method that makes tables of smaller ones; test_steps.py checks the rest."""
+
+import models
+import pytest
+import torch
+from models import FORMATS, PARTS, RANKER, REFERENCES, TIED, Reference, graph
+from test_steps import size
+
+from compressors.composed import ComposedTable, PartSpec, plain_table
+from compressors.errors import CompressionError, NothingToCompress
+from compressors.lower.parity import compare
+from compressors.outline import outline
+from compressors.state import load, mapped
+from compressors.step import ModelStep, TableStep, run
+from compressors.tables.rowwise_int8 import RowwiseInt8
+from compressors.tables.tiers import Tiers
+from compressors.training import trainable
+from compressors.units import Unit, table_rows
+
+KINDS = [method().kind for method in PARTS]
+every_method = pytest.mark.parametrize("method", PARTS, ids=lambda m: m.__name__)
+PACKERS = tuple(m for m in FORMATS if "tables" in m.model_fields)
+
+
+def composed_units(model: models.Model) -> tuple[Unit, ...]:
+    """The units that are made of others."""
+    owners = {unit.part_of for unit in Unit.of(model.module)}
+    return tuple(unit for unit in Unit.of(model.module) if unit.name in owners)
+
+
+@every_method
+@pytest.mark.parametrize("reference", REFERENCES, ids=lambda item: item.network.__name__)
+def test_parts_are_plain_tables_with_lines_of_their_own(method, reference: Reference, tmp_path):
+    step, bench = models.default(method), reference.bench(tmp_path / "data")
+    source = reference.model()
+    result = run(step, source, bench, tmp_path / "out")
+    made = composed_units(result)
+    assert made
+    for unit in made:
+        line = result.plan.of(unit.name)
+        assert line.format == unit.format == result.network.modules[unit.name].format
+        assert line.steps == (step.kind,)
+        parts = [u for u in Unit.of(result.module) if u.part_of == unit.name]
+        for part in parts:
+            told = result.plan.of(part.name)
+            assert (told.format, told.bytes_before, told.bytes_after) == ("float32", 0, part.bytes)
+            assert told.reason == f"a part of {unit.name}"
+        whole = line.bytes_after + sum(part.bytes for part in parts)
+        stored = {k: v for k, v in mapped(tmp_path / "out").items() if k.startswith(unit.name)}
+        assert whole == size(stored)
+        # Two tiers save nothing until a later step packs them.
+        assert whole < line.bytes_before or method is Tiers
+    assert table_rows(result.module).items() >= table_rows(source.module).items()
+
+
+@every_method
+@pytest.mark.parametrize("packer", PACKERS, ids=lambda m: m.__name__)
+def test_a_later_step_packs_the_parts(method, packer, tmp_path):
+    bench = RANKER.bench(tmp_path / "data")
+    made = run(models.default(method), RANKER.model(), bench, tmp_path / "made")
+    step = models.default(packer)
+    packed = run(step, made, bench, tmp_path / "packed")
+    parts = [unit.name for unit in Unit.of(made.module) if unit.part_of is not None]
+    for name in parts:
+        line = packed.plan.of(name)
+        assert line.format == step.kind == packed.network.modules[name].format
+        assert line.steps == (step.kind,)
+        assert line.reason == f"{step.kind} as ordered"
+    for unit in composed_units(made):
+        assert packed.plan.of(unit.name) == made.plan.of(unit.name)
+    assert sum(line.bytes_after for line in packed.plan.lines) == size(mapped(tmp_path / "packed"))
+    assert outline(step, made, bench).plan == packed.plan
+    again = load(packed.architecture, packed.network, tmp_path / "packed")
+    torch.testing.assert_close(dict(again.state_dict()), dict(packed.module.state_dict()))
+
+
+@every_method
+def test_a_pattern_means_a_tables_parts_too(method, tmp_path):
+    bench = RANKER.bench(tmp_path / "data")
+    made = run(models.default(method), RANKER.model(), bench, tmp_path / "made")
+    packed = run(RowwiseInt8(tables=("item",)), made, bench, tmp_path / "packed")
+    for unit in Unit.of(packed.module):
+        if unit.role == "table" and unit.name not in {u.name for u in composed_units(packed)}:
+            assert (unit.format == "rowwise_int8") == (unit.part_of == "item"), unit.name
+
+
+@every_method
+def test_a_table_in_two_places_is_made_of_the_same_parts_in_both(method, tmp_path):
+    bench = TIED.bench(tmp_path / "data")
+    result = run(models.default(method), TIED.model(), bench, tmp_path / "out")
+    assert isinstance(result.module.user, ComposedTable)
+    assert result.module.friend is result.module.user
+    assert result.plan.of("item").reason == "shares its weight with similar"
+
+
+@pytest.mark.parametrize("target", ["onnxruntime", "tensorrt-rtx"])
+@pytest.mark.parametrize("then", [(), ("rowwise_int8",)], ids=["plain", "packed"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_graph_computes_what_the_module_computes(kind, then, target):
+    made = graph("Ranker", (kind, *then), target)
+    inputs = made.rows(600)
+    compare(made.in_torch(inputs), made.in_onnx(inputs), made.model.plan, target)
+
+
+@every_method
+def test_training_leaves_tables_alone_unless_asked(method, tmp_path):
+    bench = RANKER.bench(tmp_path / "data")
+    result = run(models.default(method), RANKER.model(), bench, tmp_path / "out")
+    inside = tuple(f"{unit.name}." for unit in composed_units(result))
+    still, moving = (trainable(result.module, tables=tables) for tables in (False, True))
+    assert not [name for name in still if name.startswith(inside)]
+    parts = {unit.name for unit in Unit.of(result.module) if unit.part_of is not None}
+    assert {f"{name}.weight" for name in parts} <= set(moving)
+
+
+@every_method
+def test_a_packed_table_is_not_taken_apart(method, tmp_path):
+    bench = RANKER.bench(tmp_path / "data")
+    packed = run(RowwiseInt8(), RANKER.model(), bench, tmp_path / "packed")
+    with pytest.raises(NothingToCompress, match="already rowwise_int8"):
+        run(models.default(method), packed, bench, tmp_path / "again")
+
+
+def test_both_protocols_are_not_kept_at_once():
+    for method in PARTS:
+        assert isinstance(method(), ModelStep)
+        assert not isinstance(method(), TableStep)
+
+
+def test_a_composed_tables_own_weight_is_not_there_to_take(tmp_path):
+    bench = RANKER.bench(tmp_path / "data")
+    result = run(models.default(PARTS[0]), RANKER.model(), bench, tmp_path / "out")
+    unit = composed_units(result)[0]
+    with pytest.raises(CompressionError, match=f"already stored as {unit.format}"):
+        _ = unit.weight
+
+
+def test_a_part_of_another_shape_is_refused():
+    with pytest.raises(ValueError, match=r"a part of 3 x 2 was given \(2, 3\)"):
+        plain_table(PartSpec(3, 2), torch.zeros(2, 3))

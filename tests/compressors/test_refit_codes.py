@@ -1,0 +1,352 @@
+"""Codebooks and codes fitted to the task: what moves, what stays, and that nothing gets worse."""
+
+from pathlib import Path
+
+import models
+import pytest
+import torch
+from models import ATTENTION, NORMED, QUICKLY, RANKER, Reference
+from pydantic import ValidationError
+from torch import Tensor, nn
+
+from compressors.batches import Rows
+from compressors.contracts import Bench
+from compressors.distill.fine_tune import FineTune
+from compressors.distill.refit_codes import RefitCodes
+from compressors.errors import NothingToCompress
+from compressors.formats import PackedTable
+from compressors.loss import hard_loss
+from compressors.model import Model
+from compressors.outline import outline
+from compressors.slopes import slopes
+from compressors.step import TableStep, run
+from compressors.tables import reassign
+from compressors.tables.kmeans import KMeans
+from compressors.tables.product_codes import ProductCodes
+from compressors.tables.reassign import moved
+from compressors.tables.residual_codes import ResidualCodes
+from compressors.tables.rowwise_int8 import RowwiseInt8
+from compressors.training import Training, quality
+
+CODES = (
+    KMeans(bits=2),
+    KMeans(bits=2, scale="none"),
+    ProductCodes(),
+    ProductCodes(parts=3, bits=2, codebook_type="float16"),
+    ResidualCodes(),
+)
+each_codes = pytest.mark.parametrize("codes", CODES, ids=lambda step: f"{step.kind}-{step.bits}")
+
+
+@pytest.fixture
+def bench(tmp_path: Path) -> Bench:
+    return RANKER.bench(tmp_path / "data")
+
+
+def packed(step: TableStep, bench: Bench, folder: Path, reference: Reference = RANKER) -> Model:
+    return run(step, reference.model(), bench, folder / "packed")
+
+
+def judged(model: Model, bench: Bench) -> float:
+    return quality(model.module, bench.signature, bench.validation)
+
+
+@each_codes
+def test_codebooks_and_codes_learn_and_formats_stay(codes, bench, tmp_path):
+    """The labels ask for the opposite of what the network answers, so there is much to learn."""
+    before = packed(codes, bench, tmp_path)
+    after = run(RefitCodes(training=QUICKLY), before, bench, tmp_path / "out")
+    assert judged(after, bench) > judged(before, bench) + 0.2
+    assert after.network.modules == before.network.modules
+    old, new = before.module.state_dict(), after.module.state_dict()
+    assert {name: t.dtype for name, t in new.items()} == {name: t.dtype for name, t in old.items()}
+    changed = {name for name in old if not torch.equal(old[name], new[name])}
+    assert any(name.endswith("codebook") for name in changed)
+    assert any(name.endswith("codes") for name in changed)
+    tables = {line.module for line in before.plan.lines if line.format == codes.kind}
+    assert {name.partition(".")[0] for name in changed} <= tables
+    for line in after.plan.lines:
+        if line.module in tables:
+            assert line.steps == (codes.kind, "refit_codes")
+            assert line.bytes_after == before.plan.of(line.module).bytes_after
+
+
+@pytest.mark.parametrize("reference", [NORMED, ATTENTION], ids=lambda item: item.network.__name__)
+def test_probabilities_and_lists_are_refitted_as_well(reference, tmp_path):
+    bench = reference.bench(tmp_path / "data")
+    before = packed(ProductCodes(), bench, tmp_path, reference)
+    after = run(RefitCodes(training=QUICKLY), before, bench, tmp_path / "out")
+    assert judged(after, bench) > judged(before, bench) + 0.1
+
+
+def test_dense_layers_learn_where_asked_for(bench, tmp_path):
+    before = packed(ProductCodes(), bench, tmp_path)
+    for dense in (False, True):
+        step = RefitCodes(training=QUICKLY, rounds=1, dense=dense)
+        after = run(step, before, bench, tmp_path / str(dense))
+        same = torch.equal(after.module.cross.weight, before.module.cross.weight)
+        assert same != dense
+        line = after.plan.of("cross")
+        assert ("refit_codes" in line.steps) == dense
+        assert line.format == "float32"
+
+
+def test_without_a_share_codes_stay(bench, tmp_path):
+    before = packed(ProductCodes(), bench, tmp_path)
+    after = run(RefitCodes(training=QUICKLY, share=0), before, bench, tmp_path / "out")
+    assert torch.equal(after.module.item.codes, before.module.item.codes)
+    assert not torch.equal(after.module.item.codebook, before.module.item.codebook)
+
+
+def test_it_ends_no_worse_on_the_validation_rows_than_it_began(bench, tmp_path):
+    """Validation rows ask for what the network answers, training rows for the opposite."""
+    turned = models.prepared(
+        RANKER.schema, RANKER.rows_of_tables(), tmp_path / "v", 8, lambda x: -RANKER._opposite(x)
+    )
+    bench = bench.model_copy(update={"validation": turned})
+    before = packed(ProductCodes(parts=6, bits=4), bench, tmp_path)
+    after = run(RefitCodes(training=QUICKLY), before, bench, tmp_path / "out")
+    assert judged(before, bench) > 0.9
+    assert judged(after, bench) == judged(before, bench)
+    assert after.plan.of("item").steps == ("product_codes",)  # nothing better was found
+    assert torch.equal(after.module.item.codes, before.module.item.codes)
+
+
+def test_only_tables_with_codebooks_are_taken_and_the_others_say_why(bench, tmp_path):
+    before = run(RowwiseInt8(tables=("user",)), RANKER.model(), bench, tmp_path / "user")
+    before = run(ProductCodes(tables=("item", "tags")), before, bench, tmp_path / "item")
+    after = run(
+        RefitCodes(tables=("item", "user"), training=QUICKLY, rounds=1),
+        before,
+        bench,
+        tmp_path / "x",
+    )
+    said = {line.module: line.reason for line in after.plan.lines}
+    assert "refit_codes in 1 rounds" in said["item"]
+    assert torch.equal(after.module.tags.table.codes, before.module.tags.table.codes)
+    chosen = RefitCodes(tables=("item", "user")).choose(before, bench)
+    assert chosen["user"].reason == "rowwise_int8 has no codebook"
+    assert chosen["city"].reason == "not among item, user"
+    assert chosen["tags"].reason == "not among item, user"
+
+
+def test_without_codebooks_there_is_nothing_to_refit(bench, tmp_path):
+    with pytest.raises(NothingToCompress, match="item: float32 has no codebook"):
+        run(RefitCodes(), RANKER.model(), bench, tmp_path)
+
+
+def test_its_plan_is_known_before(bench, tmp_path):
+    before = packed(ProductCodes(), bench, tmp_path)
+    step = RefitCodes(training=QUICKLY, rounds=1)
+    assert outline(step, before, bench).plan == run(step, before, bench, tmp_path / "x").plan
+
+
+def test_a_run_that_was_killed_goes_on_to_the_same_bits(bench, tmp_path, monkeypatch):
+    before = packed(ProductCodes(), bench, tmp_path)
+    step = RefitCodes(training=QUICKLY, rounds=2)
+    whole = run(step, before, bench, tmp_path / "whole")
+    kept = bench.model_copy(update={"checkpoints": str(tmp_path / "progress")})
+    told: list[int] = []
+
+    def killed(*args, **kwargs):
+        told.append(1)
+        if len(told) > 6:
+            raise KeyboardInterrupt
+        return moved(*args, **kwargs)
+
+    monkeypatch.setattr("compressors.distill.refit_codes.moved", killed)
+    with pytest.raises(KeyboardInterrupt):  # in the second round, after its training
+        run(step, before, kept, tmp_path / "killed")
+    monkeypatch.undo()
+    again = run(step, before, kept, tmp_path / "again")
+    for name, tensor in whole.module.state_dict().items():
+        assert torch.equal(tensor, again.module.state_dict()[name]), name
+
+
+def test_a_share_is_a_share():
+    with pytest.raises(ValidationError):
+        RefitCodes(share=1.5)
+
+
+# --- slopes and moves --------------------------------------------------------------------------
+
+
+def test_slopes_are_the_gradients_of_the_table_the_codes_stand_for(bench, tmp_path):
+    """Against plain torch: the decoded table as a parameter, one row of data at a time."""
+    model = packed(ProductCodes(tables=("item", "history")), bench, tmp_path)
+    tables = {"item": model.module.item, "history": model.module.history.table}
+
+    def loss(output: Tensor, batch, numbers: Tensor) -> Tensor:
+        return hard_loss(bench.signature, output, batch)
+
+    found = slopes(model.module, bench.signature, bench.train, loss, tables)
+    plain = model.private().module
+    with torch.no_grad():
+        item = nn.Embedding.from_pretrained(tables["item"](torch.arange(300)), freeze=False)
+    plain.item = item
+    rows = Rows(bench.train, bench.signature)
+    slope, squares = torch.zeros(300, 7), torch.zeros(300, 7)
+    for number in range(len(rows)):
+        batch = rows.take(torch.tensor([number]))
+        item.weight.grad = None
+        hard_loss(bench.signature, plain(**batch.inputs), batch).backward()
+        slope += item.weight.grad
+        squares += item.weight.grad.square()
+    torch.testing.assert_close(found["item"][0], slope / len(rows), rtol=1e-4, atol=1e-8)
+    torch.testing.assert_close(found["item"][1], squares / len(rows), rtol=1e-4, atol=1e-10)
+    assert found["history"][1].sum() > 0
+    assert not any(module._forward_hooks for module in model.module.modules())
+
+
+def drawn(step: TableStep, rows: int = 200, dim: int = 6) -> PackedTable:
+    table = torch.randn(rows, dim, generator=torch.Generator().manual_seed(0))
+    params = step.fit(table)
+    layout = step.storage.layout(rows, dim, step.settings())
+    stored = {name: params[name] for name, spec in layout.items() if not spec.every}
+    stored |= step.encode(table, params)
+    return PackedTable(step.storage, rows, dim, step.settings(), stored)
+
+
+def lost(table: PackedTable, slope: Tensor, curvature: Tensor, begun: Tensor) -> Tensor:
+    """The quadratic model of the loss at what a table reads as now, by row."""
+    with torch.no_grad():
+        step = table(torch.arange(table.rows)) - begun
+    return (slope * step + curvature * step.square() / 2).sum(dim=1)
+
+
+@each_codes
+@pytest.mark.parametrize("share", [0.2, 1.0])
+def test_rows_that_move_lower_the_model_of_the_loss(codes, share, monkeypatch):
+    monkeypatch.setattr(reassign, "DAMPING", 0.0)
+    table = drawn(codes)
+    generator = torch.Generator().manual_seed(1)
+    slope = torch.randn(200, 6, generator=generator)
+    curvature = torch.rand(200, 6, generator=generator) + 0.1
+    slope[::4] = curvature[::4] = 0  # rows that nothing looks up
+    with torch.no_grad():
+        begun = table(torch.arange(200))
+    before = table.codes.clone()
+    new, rows = moved(table, slope, curvature, 0.0, share)
+    assert torch.equal(table.codes, before)  # the given ones are left alone
+    table.codes = new
+    change = lost(table, slope, curvature, begun)
+    touched = (new != before).any(dim=1)
+    assert int(touched.sum()) == rows > 0
+    assert not touched[::4].any()
+    assert torch.all(change[touched] < 0)
+    assert torch.all(change[~touched] == 0)
+    if share < 1:
+        everything, all_rows = moved_from(codes, slope, curvature)
+        assert rows == round(share * all_rows)
+        # What moved gained more than what would have moved next.
+        assert -change[touched].max() >= -everything[~touched].min() - 1e-5
+
+
+def moved_from(codes: TableStep, slope: Tensor, curvature: Tensor) -> tuple[Tensor, int]:
+    """What each row would gain if all that gain moved, and how many would."""
+    table = drawn(codes)
+    with torch.no_grad():
+        begun = table(torch.arange(200))
+    table.codes, rows = moved(table, slope, curvature, 0.0, 1.0)
+    return lost(table, slope, curvature, begun), rows
+
+
+@pytest.mark.parametrize("codes", [KMeans(bits=2, scale="none"), ProductCodes(parts=3)])
+def test_codes_without_a_sum_move_to_the_best_there_is(codes, monkeypatch):
+    """Against a search over every entry."""
+    monkeypatch.setattr(reassign, "DAMPING", 0.0)
+    table = drawn(codes)
+    generator = torch.Generator().manual_seed(2)
+    slope, curvature = torch.randn(200, 6, generator=generator), torch.ones(200, 6)
+    with torch.no_grad():
+        begun = table(torch.arange(200))
+    best = torch.zeros(200)
+    books = table.codebook.reshape(-1, 1) if codes.kind == "kmeans" else None
+    width = 1 if codes.kind == "kmeans" else 2
+    for part in range(6 // width):
+        columns = slice(part * width, (part + 1) * width)
+        entries = books if books is not None else table.codebook.reshape(3, -1, 2)[part]
+        step = entries[None] - begun[:, None, columns]
+        each = slope[:, None, columns] * step + curvature[:, None, columns] * step.square() / 2
+        best += each.sum(dim=2).amin(dim=1)
+    table.codes, _ = moved(table, slope, curvature, 0.0, 1.0)
+    torch.testing.assert_close(lost(table, slope, curvature, begun), best, rtol=1e-4, atol=1e-4)
+
+
+def test_a_penalty_pulls_rows_towards_zero():
+    slope, curvature = torch.zeros(200, 6), torch.full((200, 6), 1e-3)
+    norms = []
+    for penalty in (0.0, 1.0):
+        table = drawn(ProductCodes())
+        table.codes, _ = moved(table, slope, curvature, penalty, 1.0)
+        norms.append(float(table(torch.arange(200)).square().sum()))
+    assert norms[1] < 0.5 * norms[0]
+
+
+def test_where_nothing_is_looked_up_nothing_moves():
+    table = drawn(ProductCodes())
+    codes, rows = moved(table, torch.zeros(200, 6), torch.zeros(200, 6), 1.0, 1.0)
+    assert rows == 0
+    assert torch.equal(codes, table.codes)
+
+
+# --- the steps that train, on packed tables ----------------------------------------------------
+
+TABLES = QUICKLY.model_copy(update={"tables": True})
+
+
+@pytest.mark.parametrize(
+    "codes", [KMeans(scale="float32"), ProductCodes(), ResidualCodes()], ids=lambda s: s.kind
+)
+def test_fine_tuning_trains_codebooks_where_tables_are_trained(codes, bench, tmp_path):
+    before = packed(codes, bench, tmp_path)
+    after = run(FineTune(training=TABLES), before, bench, tmp_path / "out")
+    assert judged(after, bench) > judged(before, bench)
+    for name in codes.storage.learned:
+        if name in before.module.item._buffers:
+            assert not torch.equal(
+                after.module.item._buffers[name], before.module.item._buffers[name]
+            )
+    assert torch.equal(after.module.item.codes, before.module.item.codes)
+    assert "fine_tune" in after.plan.of("item").steps
+    still = run(FineTune(training=QUICKLY), before, bench, tmp_path / "still")
+    assert torch.equal(still.module.item.codebook, before.module.item.codebook)
+
+
+def test_codebooks_of_float16_say_that_they_are_not_trained(bench, tmp_path):
+    before = packed(ProductCodes(codebook_type="float16"), bench, tmp_path)
+    after = run(FineTune(training=TABLES), before, bench, tmp_path / "out")
+    assert torch.equal(after.module.item.codebook, before.module.item.codebook)
+    choice = FineTune(training=TABLES).choose(before, bench)["item"]
+    assert not choice.take
+    assert choice.reason == (
+        "fine_tune trains only float32, and the codebook of product_codes is float16"
+    )
+
+
+def test_a_penalty_on_tables_makes_packed_ones_smaller_as_they_are_read(bench, tmp_path):
+    before = packed(ResidualCodes(), bench, tmp_path)
+    norms = []
+    for penalty in (0.0, 0.1):
+        how = Training(batch=16, learning_rate=0.02, warmup=0, tables=True, table_l2=penalty)
+        after = run(FineTune(training=how), before, bench, tmp_path / str(penalty))
+        with torch.no_grad():
+            norms.append(float(after.module.item(torch.arange(300)).norm()))
+    assert norms[1] < 0.9 * norms[0]
+
+
+def test_weight_decay_leaves_codebooks_alone(bench, tmp_path):
+    """An entry that no training row reads would shrink under it."""
+    before = packed(ProductCodes(parts=7), bench, tmp_path)
+    how = TABLES.model_copy(update={"weight_decay": 0.5, "epochs": 1})
+    after = run(FineTune(training=how), before, bench, tmp_path / "out")
+    rows = Rows(bench.train, bench.signature)
+    read = before.module.item.codes[rows.take(torch.arange(len(rows))).inputs["item"]]
+    entries = len(before.module.item.codebook) // 7
+    places = (read.long() + torch.arange(7) * entries).unique()
+    unread = torch.ones(len(before.module.item.codebook), dtype=torch.bool)
+    unread[places] = False
+    assert bool(unread.any())
+    old, new = before.module.item.codebook, after.module.item.codebook
+    assert torch.equal(new[unread], old[unread])
+    assert not torch.equal(new[~unread], old[~unread])

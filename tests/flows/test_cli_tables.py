@@ -1,0 +1,160 @@
+"""``recpress tables``: what it prints, and what it refuses in one sentence with exit code 2."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from drafts import ROOT, environment
+from safetensors.torch import load_file, save_file
+
+from flows import cli
+
+Call = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Call:
+    def called(*arguments: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["recpress", "tables", *map(str, arguments)])
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        said = capsys.readouterr()
+        return int(ended.value.code or 0), said.out, said.err
+
+    return called
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    torch.manual_seed(0)
+    save_file(
+        {"user.weight": torch.randn(500, 8), "mlp.weight": torch.randn(4, 8)},
+        tmp_path / "model.safetensors",
+    )
+    return tmp_path / "model.safetensors"
+
+
+def test_a_table_is_compressed_checked_and_listed(call: Call, source: Path, tmp_path: Path):
+    out = tmp_path / "out"
+    code, said, _ = call("quantize", source, out, "--format", "int8", "--tensor", "user")
+    assert code == 0
+    assert "user: rowwise_int8, 16,000 -> 5,000 bytes (31.2 %; rowwise_int8 as ordered)" in said
+    assert "mlp.weight: float32, 128 -> 128 bytes (100.0 %; not among user)" in said
+    found = load_file(out / "files" / "model.safetensors")
+    assert found["user.scale"].dtype == torch.float16
+    code, checked, _ = call("check", out)
+    assert code == 0
+    assert "every hash verified" in checked
+    assert checked.splitlines()[:2] == said.splitlines()[:2]
+
+
+def test_every_setting_reaches_the_step(call: Call, source: Path, tmp_path: Path):
+    options = ("--format", "int4", "--scale", "float32", "--clipping", "mse", "--min-rows", "5")
+    code, said, _ = call("quantize", source, tmp_path / "out", *options, "--json")
+    assert code == 0
+    assert json.loads(said)["plan"]["lines"][0]["reason"] == "4 rows, fewer than min_rows 5"
+    _, said, _ = call("check", tmp_path / "out", "--json")
+    step = json.loads(said)[1]["step"]
+    assert (step["scale"], step["clipping"], step["min_rows"]) == ("float32", "mse", 5)
+    code, said, _ = call(
+        "quantize", source, tmp_path / "too", "--format", "int4", "--set", "clipping=mse"
+    )
+    assert code == 0
+
+
+def test_the_formats_list_themselves(call: Call):
+    code, said, _ = call("formats")
+    assert code == 0
+    assert "int8: Store embedding tables as one byte per weight" in said
+    assert "clipping (min_max)" in said
+    code, said, _ = call("formats", "--json")
+    assert json.loads(said).keys() >= {"int8", "int4"}
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--format", "int7"], ["no table format 'int7'", "int8"]),
+        (["--format", "int8", "--clipping", "mse"], ["no setting 'clipping'"]),
+        (["--format", "int8", "--scale", "float8"], ["scale", "'float16' or 'float32'"]),
+        (["--format", "int8", "--set", "scale"], ["NAME=VALUE"]),
+        (["--format", "int8", "--set", "colour=red"], ["no setting 'colour'"]),
+        (["--format", "int8", "--tensor", "itme*"], ["'itme*'", "user.weight", "Correct"]),
+    ],
+)
+def test_a_wrong_order_is_one_sentence_and_leaves_nothing(
+    options: list[str], words: list[str], call: Call, source: Path, tmp_path: Path
+):
+    code, out, err = call("quantize", source, tmp_path / "out", *options)
+    assert code == 2
+    assert out == ""
+    assert err.startswith("recpress: ")
+    for word in words:
+        assert word in err
+    assert [path.name for path in tmp_path.iterdir()] == ["model.safetensors"]
+
+
+def test_a_missing_file_and_a_full_folder_are_refused(call: Call, source: Path, tmp_path: Path):
+    code, _, err = call("quantize", tmp_path / "no", tmp_path / "out", "--format", "int8")
+    assert code == 2
+    assert "does not exist" in err
+    code, _, err = call("quantize", source, tmp_path, "--format", "int8")
+    assert code == 2
+    assert "is not empty" in err
+    code, _, err = call("check", tmp_path)
+    assert code == 2
+    assert "no manifest.json" in err
+
+
+def test_it_starts_without_prefect(source: Path, tmp_path: Path):
+    code = (
+        "import sys\n"
+        "from flows.cli import main\n"
+        "try:\n    main()\nexcept SystemExit as ended:\n    assert not ended.code\n"
+        "assert not {'prefect', 'mlflow', 's3fs', 'onnx'} & sys.modules.keys()"
+    )
+    order = ["tables", "quantize", str(source), str(tmp_path / "out"), "--format", "int8"]
+    ended = subprocess.run(
+        [sys.executable, "-c", code, *order],
+        cwd=ROOT,
+        env=environment(tmp_path),
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+    )
+    assert ended.returncode == 0, ended.stderr
+    assert ended.stderr == ""
+    assert (tmp_path / "out" / "manifest.json").exists()
+
+
+def blocks_of(language: str) -> list[str]:
+    told = (Path(ROOT) / "docs" / "tables.md").read_text()
+    return re.findall(rf"```{language}\n(.*?)```", told, re.DOTALL)
+
+
+def test_what_the_documentation_shows_is_what_happens(tmp_path: Path):
+    (commands,), (python,) = blocks_of("bash"), blocks_of("python")
+    (printed,) = blocks_of("text")
+    bash = shutil.which("bash")
+    assert bash is not None
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    ran = subprocess.run(
+        [bash, "-euo", "pipefail", "-c", f"{commands}\npython - <<'END'\n{python}\nEND"],
+        cwd=tmp_path,
+        env={**environment(tmp_path), "PATH": path},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+    )
+    assert ran.returncode == 0, ran.stderr
+    assert ran.stdout.count(printed) == 2  # once as it is made, once as it is checked
+    assert ran.stdout.endswith("torch.Size([2, 64])\n")

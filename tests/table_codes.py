@@ -1,0 +1,80 @@
+"""What the tests of tables with codebooks have in common: the steps, and tables to try them on."""
+
+import math
+from typing import Any
+
+import hypothesis.extra.numpy as arrays
+import numpy as np
+import pytest
+import torch
+from hypothesis import settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from compressors.formats import PackedTable
+from compressors.step import TableStep
+from compressors.tables.kmeans import KMeans
+from compressors.tables.product_codes import ProductCodes
+from compressors.tables.residual_codes import ResidualCodes
+
+unhurried = settings(deadline=None, max_examples=20)  # a busy machine is not a wrong answer
+
+STEPS = (
+    KMeans(bits=2),
+    KMeans(bits=4, scale="none"),
+    KMeans(bits=8, scale="float32"),
+    ProductCodes(),
+    ProductCodes(parts=3, bits=4, codebook_type="float16"),
+    ProductCodes(parts=5, bits=2),
+    ResidualCodes(refine=0),
+    ResidualCodes(codebooks=3, bits=4),
+    ResidualCodes(codebooks=5, bits=2, codebook_type="float16"),
+)
+
+
+def named(step: Any) -> str:
+    told = step.model_dump(exclude_defaults=True, exclude={"kind", "tables", "min_rows"})
+    return "-".join([step.kind, *(f"{key}={value}" for key, value in told.items())])
+
+
+each_step = pytest.mark.parametrize("step", STEPS, ids=named)
+
+
+def alike(rows: int, dim: int, seed: int = 0) -> Tensor:
+    """Rows that have something in common, as those of trained tables have."""
+    generator = torch.Generator().manual_seed(seed)
+    centres = torch.randn(12, dim, generator=generator)
+    which = torch.randint(12, (rows,), generator=generator)
+    sizes = torch.rand(rows, 1, generator=generator) + 0.5
+    return sizes * (centres[which] + 0.2 * torch.randn(rows, dim, generator=generator))
+
+
+def stored(step: TableStep, table: Tensor) -> dict[str, Tensor]:
+    params = step.fit(table)
+    layout = step.storage.layout(*table.shape, step.settings())
+    whole = {name: params[name] for name, spec in layout.items() if not spec.every}
+    return {**whole, **step.encode(table, params)}
+
+
+def packed(step: TableStep, table: Tensor) -> PackedTable:
+    rows, dim = table.shape
+    return PackedTable(step.storage, rows, dim, step.settings(), stored(step, table))
+
+
+def read(step: TableStep, table: Tensor) -> Tensor:
+    with torch.no_grad():
+        return packed(step, table)(torch.arange(len(table)))
+
+
+def tables(most: int = 60) -> st.SearchStrategy[Tensor]:
+    unit = st.floats(-1, 1, width=32, allow_subnormal=False).map(lambda x: np.float32(round(x, 2)))
+    shapes = st.tuples(st.integers(2, most), st.integers(1, 9))
+    values = arrays.arrays(np.float32, shapes, elements=unit)
+    scales = st.sampled_from([1e-3, 1.0, 1e3])
+    return st.tuples(values, scales).map(lambda drawn: torch.from_numpy(drawn[0]) * drawn[1])
+
+
+def size_of(step: TableStep, rows: int, dim: int) -> int:
+    """Bytes of a table as laid out."""
+    layout = step.storage.layout(rows, dim, step.settings())
+    return sum(math.prod(spec.shape) * spec.dtype.itemsize for spec in layout.values())

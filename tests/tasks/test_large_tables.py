@@ -1,0 +1,114 @@
+"""A table beyond every 32-bit border, in a process that may hold a small part of it.
+
+The file has holes: where nothing was planted it costs no disk, and reads as rows of zeros.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+
+from compressors.formats import TensorSpec
+from compressors.safetensors_stream import StreamedFile, put
+
+ROOT = Path(__file__).parents[2]
+DIM = 64
+ROWS = 2**32 // DIM + 70_000  # 17.2 GB of float32, 4.3 GB of codes
+BLOCK_ROWS = 50_000
+CHUNK_BYTES = 8 * 2**20
+
+# Rows at which something crosses a border: elements, bytes read, bytes of codes (an element
+# each), scales; the first and last blocks; chunks of the result near the 32-bit borders.
+BORDERS = (
+    *(2**power // DIM for power in (31, 32)),
+    *(2**power // (4 * DIM) for power in (31, 32, 33, 34)),
+    *(BLOCK_ROWS * block for block in (1, ROWS // BLOCK_ROWS)),
+)
+ABOVE_BASELINE = 256 * 2**20
+PROCESS = 3 * 2**29  # 1.5 GB
+
+CODE = """
+import json, resource, sys
+from pathlib import Path
+limit = int(sys.argv[3])
+resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
+from compressors.tables.rowwise_int8 import RowwiseInt8
+from tasks.table_files import quantize
+
+def held(name):
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(name))
+
+Path("/proc/self/clear_refs").write_text("5")  # forget the highest so far
+before = held("VmRSS")
+quantize(Path(sys.argv[1]), Path(sys.argv[2]), RowwiseInt8(), block_rows=int(sys.argv[4]))
+print(json.dumps([before, held("VmHWM")]))
+"""
+
+
+def planted(header: int) -> list[int]:
+    """The rows beside every border, the chunk borders of the codes included."""
+    rows = {0, ROWS - 1}
+    for border in BORDERS:
+        byte = header + border * DIM  # of the result: scales come first, so their bytes are added
+        chunk = (-(-byte // CHUNK_BYTES) * CHUNK_BYTES - header) // DIM
+        for row in (border, chunk):
+            rows |= {row - 1, row, row + 1}
+    return sorted(row for row in rows if 0 <= row < ROWS)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_every_row_is_where_it_belongs_and_memory_stays_flat(tmp_path: Path):
+    source, into = tmp_path / "in.safetensors", tmp_path / "out"
+    file = StreamedFile({"t.weight": TensorSpec((ROWS, DIM), torch.float32)})
+    result = StreamedFile(
+        {
+            "t.codes": TensorSpec((ROWS, DIM), torch.int8),
+            "t.scale": TensorSpec((ROWS, 1), torch.float16),
+        }
+    )
+    rows = planted(result.place("t.codes"))
+    with source.open("wb") as opened:
+        opened.write(file.header)
+        opened.truncate(file.bytes)
+        opened.flush()
+        for number, row in enumerate(rows, start=1):
+            weight = torch.arange(DIM, dtype=torch.float32).sub(DIM // 2).mul(number).unsqueeze(0)
+            put(opened.fileno(), file.piece("t.weight", weight, row))
+    try:
+        ended = subprocess.run(
+            [sys.executable, "-c", CODE, str(source), str(into), str(PROCESS), str(BLOCK_ROWS)],
+            cwd=ROOT,
+            env=dict(os.environ),
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert ended.returncode == 0, ended.stderr
+        before, highest = json.loads(ended.stdout)
+        print(f"{before / 2**20:.0f} MiB before, {highest / 2**20:.0f} MiB at most")  # noqa: T201
+        assert highest - before <= ABOVE_BASELINE
+        with safe_open(into / "files" / "model.safetensors", framework="pt") as opened:
+            scale = opened.get_tensor("t.scale")
+            assert scale.shape == (ROWS, 1)
+            # Rows of zeros have the smallest scale there is: no row landed anywhere else.
+            assert torch.nonzero(scale[:, 0] > 2.0**-24).flatten().tolist() == rows
+            codes = opened.get_slice("t.codes")
+            for number, row in enumerate(rows, start=1):
+                found = codes[row : row + 1].float() * scale[row : row + 1].float()
+                weight = torch.arange(DIM, dtype=torch.float32).sub(DIM // 2).mul(number)
+                # Half a level, and a float16 scale is within 2^-11 of exact.
+                limit = float(weight.abs().max()) * (0.5 / 127 + 2**-11)
+                assert float((found[0] - weight).abs().max()) <= limit, row
+                if row + 1 < ROWS and row + 1 not in rows:
+                    assert not codes[row + 1 : row + 2].any(), row
+    finally:
+        source.unlink()
+        for path in sorted(into.rglob("*.safetensors")):
+            path.unlink()

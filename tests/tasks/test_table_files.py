@@ -1,0 +1,224 @@
+"""Tables from file to file: the same bytes however they are made, resumed, and never half there."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from compressors.dense.float16 import Float16
+from compressors.errors import ModelRefused, NothingToCompress
+from compressors.state import module_of
+from compressors.tables import rowwise_int4
+from compressors.tables.rowwise_int4 import RowwiseInt4
+from compressors.tables.rowwise_int8 import RowwiseInt8
+from infra.errors import BundleRefused, Refused
+from tasks.stored import store
+from tasks.table_files import check, module_name, quantize, quantize_artifact, step_named
+from tasks.tables import quantize_tables
+
+ROOT = Path(__file__).parents[2]
+
+
+def tensors() -> dict[str, Tensor]:
+    torch.manual_seed(0)
+    return {
+        "user.weight": torch.randn(3000, 16),
+        "item.weight": torch.randn(901, 7).half(),
+        "tower.weight": torch.randn(8, 16),
+        "tower.bias": torch.randn(8),
+        "steps": torch.tensor(5),
+    }
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    save_file(tensors(), tmp_path / "model.safetensors")
+    return tmp_path / "model.safetensors"
+
+
+STEP = RowwiseInt8(tables=("user", "item*"))
+
+
+def test_every_tensor_is_there_as_ordered_and_the_plan_counts_the_files_bytes(
+    source: Path, tmp_path: Path
+):
+    done = quantize(source, tmp_path / "out", STEP)
+    artifact, tables = check(tmp_path / "out")
+    found, given = load_file(tmp_path / "out" / "files" / "model.safetensors"), tensors()
+    for name in ("tower.weight", "tower.bias", "steps"):
+        assert torch.equal(found[name], given[name])
+    for name, record in tables.modules.items():
+        table = module_of(name, record)
+        stored = {part: found[f"{name}.{part}"] for part in ("codes", "scale")}
+        table.load_state_dict(stored, assign=True)
+        weight = given[f"{name}.weight"].float()
+        error = (table(torch.arange(len(weight))) - weight).abs()
+        # Half a level, and a float16 scale is within 2^-11 of exact.
+        assert bool((error <= stored["scale"].float() * (0.5 + 127 * 2**-11)).all())
+    assert done.plan == tables.plan
+    lines = {line.module: line for line in done.plan.lines}
+    assert lines.keys() == {"user", "item", "tower.weight", "tower.bias", "steps"}
+    assert sum(line.bytes_after for line in lines.values()) == sum(
+        tensor.nbytes for tensor in found.values()
+    )
+    assert lines["user"].bytes_after == 3000 * (16 + 2)
+    assert lines["tower.weight"].reason == "not among user, item*"
+    assert lines["steps"].reason == "[] of int64 is no table"
+    assert artifact.sha256 == done.sha256
+    assert artifact.bytes == done.bytes
+
+
+def test_blocks_workers_shards_and_the_store_give_the_same_bytes(source: Path, tmp_path: Path):
+    wanted = quantize(source, tmp_path / "whole", STEP)
+    for number, (rows, workers) in enumerate([(1, 1), (7, 3), (10**9, 2)]):
+        done = quantize(source, tmp_path / f"{number}", STEP, block_rows=rows, workers=workers)
+        assert done.sha256 == wanted.sha256
+    shards, given = tmp_path / "shards", tensors()
+    shards.mkdir()
+    save_file({"user.weight": given.pop("user.weight")}, shards / "a.safetensors")
+    save_file(given, shards / "b.safetensors")
+    index = {"user.weight": "a.safetensors", **dict.fromkeys(given, "b.safetensors")}
+    (shards / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
+    assert quantize(shards, tmp_path / "from-shards", STEP).sha256 == wanted.sha256
+    artifact = quantize_artifact(store().put(shards), STEP, block_rows=50)
+    assert artifact.sha256 == wanted.sha256
+    assert store().artifact(artifact.uri) == artifact
+    assert not any((tmp_path / "recpress" / "progress").glob("*"))
+
+
+def test_the_task_gives_an_artifact_whatever_the_step(source: Path, tmp_path: Path):
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    source.rename(folder / "model.safetensors")
+    stored = store().put(folder)
+    done = quantize_tables.fn(stored, STEP, "code")
+    assert done == quantize_artifact(stored, STEP)
+    with pytest.raises(Refused, match="float16 needs a whole model; here rowwise_int8"):
+        quantize_tables.fn(stored, Float16(), "code")
+
+
+def test_a_killed_run_goes_on_where_it_was_and_ends_with_the_same_bytes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    save_file({"t.weight": torch.randn(400_000, 32)}, tmp_path / "large.safetensors")
+    step = RowwiseInt4(clipping="mse")
+    wanted = quantize(tmp_path / "large.safetensors", tmp_path / "whole", step, block_rows=2000)
+    code = (
+        "import sys; from pathlib import Path; from tasks.table_files import quantize;"
+        "from compressors.tables.rowwise_int4 import RowwiseInt4;"
+        "quantize(Path(sys.argv[1]), Path(sys.argv[2]), RowwiseInt4(clipping='mse'),"
+        "block_rows=2000)"
+    )
+    out, journal = tmp_path / "out", tmp_path / ".out.journal"
+    command = [sys.executable, "-c", code, str(tmp_path / "large.safetensors"), str(out)]
+    with subprocess.Popen(command, cwd=ROOT, env=dict(os.environ)) as process:
+        until = time.monotonic() + 120
+        while not (journal.exists() and journal.read_bytes().count(b"\n") > 12):
+            assert process.poll() is None, "it ended before it could be killed"
+            assert time.monotonic() < until
+            time.sleep(0.002)
+        process.send_signal(signal.SIGKILL)
+    assert not out.exists()
+    before = journal.read_bytes().count(b"\n")
+    told: list[int] = []
+    made: list[int] = []
+    encode = rowwise_int4.encode
+
+    def counted(table: Tensor, *settings: Any) -> tuple[Tensor, Tensor]:
+        made.append(len(table))
+        return encode(table, *settings)
+
+    monkeypatch.setattr(rowwise_int4, "encode", counted)
+    done = quantize(
+        tmp_path / "large.safetensors",
+        out,
+        step,
+        block_rows=2000,
+        progress=lambda read, total: told.append(read),
+    )
+    assert done.sha256 == wanted.sha256
+    assert sum(told) == 400_000 * 32 * 4
+    # The journal's first lines are its head, the file's header and the table's own tensors.
+    assert sum(made) == 400_000 - 2000 * (before - 3)
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
+
+
+@pytest.mark.parametrize(
+    ("step", "said"),
+    [
+        (RowwiseInt8(tables=("usr",)), "a table named like 'usr'; this model has item.weight"),
+        (RowwiseInt8(tables=("tower.bias",)), "a table named like 'tower.bias'"),
+        (RowwiseInt8(min_rows=10**6), "3000 rows, fewer than min_rows 1000000"),
+    ],
+)
+def test_an_order_that_fits_nothing_says_what_there_is(step, said: str, source: Path):
+    with pytest.raises(NothingToCompress, match=said):
+        quantize(source, source.parent / "out", step)
+    assert sorted(path.name for path in source.parent.iterdir()) == ["model.safetensors"]
+
+
+def test_a_file_without_tables_is_refused(tmp_path: Path):
+    save_file({"bias": torch.zeros(3), "ids": torch.zeros(2, 2).long()}, tmp_path / "in")
+    with pytest.raises(NothingToCompress, match="a float tensor of two dimensions"):
+        quantize(tmp_path / "in", tmp_path / "out", RowwiseInt8())
+
+
+def test_what_is_no_safetensors_file_is_refused(tmp_path: Path):
+    with pytest.raises(Refused, match="does not exist"):
+        quantize(tmp_path / "in", tmp_path / "out", RowwiseInt8())
+    (tmp_path / "in").write_bytes(b"nothing of the kind")
+    with pytest.raises(BundleRefused, match="not a safetensors file"):
+        quantize(tmp_path / "in", tmp_path / "out", RowwiseInt8())
+
+
+def test_a_weight_that_is_not_finite_leaves_no_result(tmp_path: Path):
+    weight = torch.zeros(30, 4)
+    weight[17, 0] = float("nan")
+    save_file({"t.weight": weight}, tmp_path / "in")
+    with pytest.raises(ModelRefused, match=r"Row 17 of 't.weight'"):
+        quantize(tmp_path / "in", tmp_path / "out", RowwiseInt8())
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_corrected_source_is_read_anew(source: Path, tmp_path: Path):
+    given = tensors()
+    given["user.weight"][2999, 3] = float("inf")
+    save_file(given, source)
+    with pytest.raises(ModelRefused):
+        quantize(source, tmp_path / "out", STEP, block_rows=100)
+    assert (tmp_path / ".out.journal").exists()
+    save_file(tensors(), source)
+    again = quantize(source, tmp_path / "out", STEP, block_rows=100)
+    assert again.sha256 == quantize(source, tmp_path / "fresh", STEP).sha256
+
+
+@pytest.mark.parametrize(
+    ("tensor", "module"), [("user.weight", "user"), ("user", "user"), ("weight", "")]
+)
+def test_a_table_belongs_to_the_module_of_its_weight(tensor: str, module: str):
+    assert module_name(tensor) == module
+
+
+def test_a_file_that_is_one_weight_has_one_table_without_a_name(tmp_path: Path):
+    save_file({"weight": torch.randn(20, 4)}, tmp_path / "in")
+    quantize(tmp_path / "in", tmp_path / "out", RowwiseInt8())
+    assert load_file(tmp_path / "out" / "files" / "model.safetensors").keys() == {"codes", "scale"}
+
+
+def test_formats_go_by_their_kind_or_short_name():
+    assert step_named("int8", {}) == step_named("rowwise_int8", {}) == RowwiseInt8()
+    settings = {"clipping": "mse", "min_rows": "7", "tables": ["a"]}
+    assert step_named("int4", settings) == RowwiseInt4(clipping="mse", min_rows=7, tables=("a",))
+    with pytest.raises(Refused, match="no table format 'float16'; there are int8, int4"):
+        step_named("float16", {})
+    with pytest.raises(Refused, match="no setting 'clipping'; it has min_rows, scale, tables"):
+        step_named("int8", {"clipping": "mse"})
