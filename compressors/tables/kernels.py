@@ -4,6 +4,8 @@ A row is read once, from its ends to its codes, where plain torch reads and writ
 operation. The loops are in ``compiled.py``; here they are given memory and threads.
 """
 
+import functools
+import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import cast
@@ -19,7 +21,7 @@ from compressors.tables.grid import Fitted, Grid
 from compressors.tables.least_squares import ROUNDS
 
 THREAD_VALUES = 2**18
-"""A thread is given no less than this many values: starting one takes as long as half of them."""
+"""A thread is given no less than this many values: waking one takes as long as some of them."""
 
 
 def encode(rows: Tensor, grid: Grid, bits: int) -> tuple[Tensor, Fitted]:
@@ -127,11 +129,18 @@ def _in_threads(part: Callable[[int, int], int], rows: int, dim: int, together: 
     if threads == 1:
         return part(0, rows)
     each = -(-rows // (threads * together)) * together
-    with ThreadPoolExecutor(threads) as pool:
-        begun = [
-            pool.submit(part, begin, min(begin + each, rows)) for begin in range(0, rows, each)
-        ]
-        return next((bad for work in begun if (bad := work.result()) >= 0), -1)
+    begun = [
+        _helpers(os.getpid(), threads - 1).submit(part, begin, min(begin + each, rows))
+        for begin in range(each, rows, each)
+    ]
+    found = [part(0, min(each, rows)), *(work.result() for work in begun)]
+    return next((bad for bad in found if bad >= 0), -1)
+
+
+@functools.cache
+def _helpers(process: int, threads: int) -> ThreadPoolExecutor:  # noqa: ARG001
+    """Threads that stay; a process that was forked off has none of its parent's."""
+    return ThreadPoolExecutor(threads, thread_name_prefix="encode-rows")
 
 
 def _refused(rows: Tensor, begin: int, grid: Grid) -> CompressionError:
