@@ -30,6 +30,7 @@ BROUGHT_ALONG = {
     "aiohttp": "s3fs lets its errors through, so they have to be named",
     "botocore": "s3fs lets its errors through, so they have to be named",
     "onnx_ir": "the values that onnxscript's translation functions build",
+    "llvmlite": "numba requires exactly one version of it",
     "packaging": "pytest requires it; used in tests only",
     "pydantic_core": "pydantic requires exactly one version of it",
     "scipy": "scikit-learn requires it; a reference in tests only",

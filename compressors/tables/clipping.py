@@ -1,4 +1,4 @@
-"""Where the range of a row, or of rows that share a scale, ends: the three rules of clipping.
+"""Where the range of a row, or of rows that share a scale, ends: the rules of clipping.
 
 All compare squared errors with the *stored* scale and offset, so what float16 rounds is part of
 what is compared, and none is worse than ``min_max``.
@@ -9,6 +9,7 @@ what is compared, and none is worse than ``min_max``.
   gone; the best range on the way is kept. Differs: a symmetric range has one end, so every step is
   taken; every range on the way counts (PyTorch's ``choose_qparams_optimized`` keeps only local
   minima); offsets are rounded down, not to the nearest, so that nothing is clipped by rounding.
+- ``least_squares``: a few ranges, the best of them refitted to its own codes; ``least_squares.py``.
 - ``mse``: the range of least squared error among steps of a 50th. A symmetric one takes each
   share from 1 down to 0.5; an asymmetric one moves both ends together first, then either end in
   turn while that helps, then again in steps of a 200th or of a quarter level around what was
@@ -31,6 +32,7 @@ from compressors.tables.grid import (
     squared_error,
     symmetric_scale,
 )
+from compressors.tables.least_squares import least_squares
 
 SHARES = tuple(1 - place / 50 for place in range(1, 26))
 """What of a symmetric range ``mse`` tries: 0.98 down to 0.5."""
@@ -71,6 +73,8 @@ def fit(rows: Tensor, grid: Grid) -> Fitted:
 
 
 def _fit(values: Tensor, grid: Grid) -> Fitted:
+    if grid.clipping == "least_squares":
+        return least_squares(values, grid)
     low, high = ends(values)
     if grid.symmetric:
         widest = symmetric_scale(torch.maximum(-low, high), grid)

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from compressors.errors import CompressionError
 
-Clipping = Literal["min_max", "greedy", "mse"]
+Clipping = Literal["min_max", "least_squares", "greedy", "mse"]
 ScaleType = Literal["float16", "float32"]
 RowsPerScale = Literal[
     0, 1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768, 65536
@@ -101,7 +101,7 @@ def symmetric_scale(largest: Tensor, grid: Grid) -> Tensor:
     """
     scale = largest / grid.half
     _need_in_range("a scale", scale, largest, grid)
-    return _stored_scale(scale, grid.half, grid)
+    return stored_scale(scale, grid.half, grid)
 
 
 def asymmetric_ends(low: Tensor, high: Tensor, grid: Grid) -> Fitted:
@@ -114,16 +114,18 @@ def asymmetric_ends(low: Tensor, high: Tensor, grid: Grid) -> Fitted:
         CompressionError: a weight is too large for the type of the scales.
     """
     _need_in_range("an offset", low.abs(), low.abs(), grid)
+    low = low + 0.0  # among zeros of both signs either may have been the lowest
     near = low.to(grid.dtype)
     below = torch.nextafter(near, torch.full_like(near, -torch.inf))
     offset = torch.where(near.float() > low, below, near)
     top = grid.levels - 1
     scale = (high - offset.float()).clamp(min=0) / top
     _need_in_range("a scale", scale, high, grid)
-    return Fitted(_stored_scale(scale, top, grid), offset)
+    return Fitted(stored_scale(scale, top, grid), offset)
 
 
-def _stored_scale(scale: Tensor, levels: float, grid: Grid) -> Tensor:
+def stored_scale(scale: Tensor, levels: float, grid: Grid) -> Tensor:
+    """Scales, float32 ``(ranges, 1)``, as stored: positive, and not too small for ``levels``."""
     # TensorRT wants every scale positive: the smallest stored step stands for "nearly nothing",
     # and a row of zeros has zero codes under any scale.
     smallest = SMALLEST[grid.dtype]
@@ -132,6 +134,12 @@ def _stored_scale(scale: Tensor, levels: float, grid: Grid) -> Tensor:
     # level over the whole row would clip the row's largest weights, so it is rounded up.
     clipped = scale * levels > stored.float() * (levels + 0.5)
     return torch.where(clipped, stored + smallest, stored)
+
+
+def stored_offset(offset: Tensor, grid: Grid) -> Tensor:
+    """The nearest offsets, float32 ``(ranges, 1)``, as stored."""
+    largest = torch.finfo(grid.dtype).max
+    return (offset.clamp(-largest, largest) + 0.0).to(grid.dtype)
 
 
 def _need_in_range(what: str, value: Tensor, weight: Tensor, grid: Grid) -> None:

@@ -70,6 +70,35 @@ def encode_block(
     return nearest(block, Fitted(known["scale"], known.get("offset")), grid), stored
 
 
+def encode_codes(
+    block: Tensor, params: Mapping[str, Tensor], grid: Grid, bits: int
+) -> dict[str, Tensor]:
+    """What is stored of a block of rows, by compiled loops: ``codes`` as ``kernels.encode`` gives.
+
+    Args:
+        block: float, ``(rows, dim)``; its first row begins a range.
+        params: what ``fit_table`` gave.
+        grid: an odd number of levels, or an asymmetric one.
+        bits: 8 or 4.
+
+    Raises:
+        CompressionError: a weight is not finite, or too large for the type of the scales.
+    """
+    # Half a second, which who encodes nothing should not wait for.
+    from compressors.tables import kernels
+
+    together = grid.rows_per_scale
+    if (grid.clipping == "min_max" and together) or (
+        grid.clipping == "least_squares" and together == 1
+    ):
+        codes, fitted = kernels.encode(block, grid, bits)
+        return {"codes": codes, **_named(fitted)}
+    stored = fit_block(block, grid)
+    known = {**params, **stored}
+    fitted = Fitted(known["scale"], known.get("offset"))
+    return {"codes": kernels.encode_as(block, fitted, grid, bits), **stored}
+
+
 def _named(fitted: Fitted) -> dict[str, Tensor]:
     offset = {} if fitted.offset is None else {"offset": fitted.offset}
     return {"scale": fitted.scale, **offset}

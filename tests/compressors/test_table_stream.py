@@ -24,6 +24,13 @@ from compressors.tables.rowwise_int4 import RowwiseInt4
 from compressors.tables.rowwise_int8 import RowwiseInt8
 
 
+@pytest.fixture(autouse=True, scope="module")
+def _compiled() -> None:
+    """Compiling takes seconds, which are no example's fault."""
+    RowwiseInt8().encode(torch.ones(1, 1), {})
+    RowwiseInt4(clipping="mse").encode(torch.ones(1, 1), {})
+
+
 @dataclass(frozen=True)
 class Held:
     """A table in memory."""

@@ -82,7 +82,7 @@ def test_the_formats_list_themselves(call: Call):
     ("options", "words"),
     [
         (["--format", "int7"], ["no table format 'int7'", "int8"]),
-        (["--format", "int8", "--clipping", "mse"], ["no setting 'clipping'"]),
+        (["--format", "bfloat16", "--clipping", "mse"], ["no setting 'clipping'"]),
         (["--format", "int8", "--scale", "float8"], ["scale", "'float16' or 'float32'"]),
         (["--format", "int8", "--set", "scale"], ["NAME=VALUE"]),
         (["--format", "int8", "--set", "colour=red"], ["no setting 'colour'"]),

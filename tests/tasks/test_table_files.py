@@ -6,8 +6,8 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -17,7 +17,6 @@ from torch import Tensor
 from compressors.dense.float16 import Float16
 from compressors.errors import ModelRefused, NothingToCompress
 from compressors.state import module_of
-from compressors.tables import rowwise_int4
 from compressors.tables.rowwise_int4 import RowwiseInt4
 from compressors.tables.rowwise_int8 import RowwiseInt8
 from infra.errors import BundleRefused, Refused
@@ -131,13 +130,15 @@ def test_a_killed_run_goes_on_where_it_was_and_ends_with_the_same_bytes(
     before = journal.read_bytes().count(b"\n")
     told: list[int] = []
     made: list[int] = []
-    encode = rowwise_int4.encode
+    encode = RowwiseInt4.encode
 
-    def counted(table: Tensor, *settings: Any) -> tuple[Tensor, Tensor]:
-        made.append(len(table))
-        return encode(table, *settings)
+    def counted(
+        self: RowwiseInt4, block: Tensor, params: Mapping[str, Tensor]
+    ) -> dict[str, Tensor]:
+        made.append(len(block))
+        return encode(self, block, params)
 
-    monkeypatch.setattr(rowwise_int4, "encode", counted)
+    monkeypatch.setattr(RowwiseInt4, "encode", counted)
     done = quantize(
         tmp_path / "large.safetensors",
         out,
@@ -220,5 +221,5 @@ def test_formats_go_by_their_kind_or_short_name():
     assert step_named("int4", settings) == RowwiseInt4(clipping="mse", min_rows=7, tables=("a",))
     with pytest.raises(Refused, match="no table format 'float16'; there are int8, int4"):
         step_named("float16", {})
-    with pytest.raises(Refused, match="no setting 'clipping'; it has min_rows, scale, tables"):
-        step_named("int8", {"clipping": "mse"})
+    with pytest.raises(Refused, match="no setting 'colour'; it has clipping, min_rows"):
+        step_named("int8", {"colour": "red"})
