@@ -87,7 +87,9 @@ class Recipe:
 
 RECIPES: dict[Name, Recipe] = {  # chosen on validation rows
     "frappe": Recipe(table_l2=0.05, dropout=0.5, batch_norm=True, learning_rate=1e-3),
-    "movielens-tag": Recipe(table_l2=0.1, dropout=0.3, batch_norm=False, learning_rate=2e-3, grace=10),
+    "movielens-tag": Recipe(
+        table_l2=0.1, dropout=0.3, batch_norm=False, learning_rate=2e-3, grace=10
+    ),
 }
 
 
@@ -190,9 +192,7 @@ def prepared(name: Name, folder: Path, cache: Path) -> tuple[dict[Part, Split], 
         for part, (ids, label) in parts.items():
             place = cache / name / part
             place.mkdir(parents=True, exist_ok=True)
-            tensors = {
-                field: torch.from_numpy(ids[:, k].copy()) for k, field in enumerate(rows)
-            }
+            tensors = {field: torch.from_numpy(ids[:, k].copy()) for k, field in enumerate(rows)}
             tensors["@label"] = torch.from_numpy(label.astype(np.float32))
             splits[part] = _split(tensors, place)
         facts.write_text(
@@ -362,7 +362,9 @@ def main() -> None:
             model, _ = baseline(name, seed, folder, cache)
             for part in ("validation", "test"):
                 found[part].append(auc(model.module, splits[part]))
-            print(name, seed, *(f"{v[-1]:.5f}" for v in found.values()), file=sys.stderr, flush=True)
+            print(
+                name, seed, *(f"{v[-1]:.5f}" for v in found.values()), file=sys.stderr, flush=True
+            )
         cells = [f"{mean(v):.5f} ± {interval(v):.5f}" for v in found.values()]
         print(f"| {name} | {asked.seeds} | {' | '.join(cells)} |", flush=True)
 
