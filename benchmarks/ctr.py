@@ -32,6 +32,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
+from scipy.stats import t as student
 from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits
 
@@ -338,10 +339,8 @@ def arguments(description: str) -> argparse.ArgumentParser:
 
 def interval(values: list[float]) -> float:
     """Half the width of Student's 95 % interval of the mean."""
-    from scipy.stats import t  # noqa: PLC0415
-
     count = len(values)
-    return float(t.ppf(0.975, count - 1)) * stdev(values) / count**0.5 if count > 1 else 0.0
+    return float(student.ppf(0.975, count - 1)) * stdev(values) / count**0.5 if count > 1 else 0.0
 
 
 def main() -> None:

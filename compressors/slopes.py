@@ -3,7 +3,8 @@
 Taken where rows are looked up, so that a table of codes has them for the weights it stands for.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +17,8 @@ from compressors.loss import hard_loss, shuffled_rows
 from compressors.training import Loss
 
 BATCH = 8192
+SENSED = 32_768
+"""Rows that sensitivity is taken from, at most: a mean that needs no more."""
 
 
 def slopes(
@@ -40,26 +43,10 @@ def slopes(
         empirical Fisher matrix. The teacher's answers are of no use for the latter: where they
         are met, their gradients vanish, whatever the curvature.
     """
-    seen: list[tuple[str, Tensor, Tensor]] = []
-
-    def watch(name: str, table: nn.Module) -> torch.utils.hooks.RemovableHandle:
-        def hook(
-            module: nn.Module,  # noqa: ARG001
-            args: tuple[Tensor, ...],
-            kwargs: dict[str, Tensor],
-            found: Tensor,
-        ) -> Tensor:
-            leaf = found.detach().requires_grad_(True)
-            seen.append((name, (args[0] if args else kwargs["input"]).reshape(-1), leaf))
-            return leaf
-
-        return table.register_forward_hook(hook, with_kwargs=True)
-
     shapes = {name: _shape(table) for name, table in tables.items()}
     found = {name: (torch.zeros(shape), torch.zeros(shape)) for name, shape in shapes.items()}
-    handles = [watch(name, table) for name, table in tables.items()]
     rows, terms = Rows(split, schema), 0
-    try:
+    with watched(tables) as seen:
         for numbers in shuffled_rows(rows, schema, BATCH, seed=0):
             seen.clear()
             batch = rows.take(numbers)
@@ -78,10 +65,77 @@ def slopes(
                 dim = each.shape[-1]
                 found[name][0].index_add_(0, ids, each.reshape(-1, dim))
                 found[name][1].index_add_(0, ids, one.reshape(-1, dim).square())
+    return {name: (slope / terms, squares / terms) for name, (slope, squares) in found.items()}
+
+
+def sensitivity(
+    module: nn.Module,
+    schema: Schema,
+    split: Split,
+    tables: Mapping[str, nn.Module],
+    rows: int = SENSED,
+) -> dict[str, Tensor]:
+    """How much the output depends on the columns of some tables, and on pairs of columns.
+
+    Args:
+        module: in evaluation mode; none of its tensors is touched.
+        schema: its inputs and task.
+        split: the rows that are looked at.
+        tables: of ``module``, by any name; each from ids to rows.
+        rows: how many rows of the split, at most; drawn.
+
+    Returns:
+        By table float64 ``(dim, dim)``: the sum, over lookups, of the outer product of the
+        gradient of the row's output with itself. Zero where nothing depends on a table.
+    """
+    sizes = {name: _shape(table)[1] for name, table in tables.items()}
+    found = {name: torch.zeros(dim, dim, dtype=torch.float64) for name, dim in sizes.items()}
+    held, left = Rows(split, schema), rows
+    with watched(tables) as seen:
+        for numbers in shuffled_rows(held, schema, BATCH, seed=0):
+            seen.clear()
+            output = module(**held.take(numbers).inputs)
+            leaves = [leaf for _, _, leaf in seen]
+            grads = torch.autograd.grad(output.sum(), leaves, allow_unused=True)
+            for (name, _, _), grad in zip(seen, grads, strict=True):
+                if grad is not None:
+                    flat = grad.reshape(-1, grad.shape[-1]).double()
+                    found[name] += flat.T @ flat
+            left -= len(numbers)
+            if left <= 0:
+                break
+    return found
+
+
+@contextmanager
+def watched(tables: Mapping[str, nn.Module]) -> Iterator[list[tuple[str, Tensor, Tensor]]]:
+    """Lookups of some tables, noted while the network runs.
+
+    Yields:
+        Of each lookup the table's name, the ids ``(all,)``, and what was found ``(*ids, dim)``: a
+        leaf that the rest of the network is computed from, so that no weight needs a gradient.
+    """
+    seen: list[tuple[str, Tensor, Tensor]] = []
+
+    def watch(name: str, table: nn.Module) -> torch.utils.hooks.RemovableHandle:
+        def hook(
+            module: nn.Module,  # noqa: ARG001
+            args: tuple[Tensor, ...],
+            kwargs: dict[str, Tensor],
+            found: Tensor,
+        ) -> Tensor:
+            leaf = found.detach().requires_grad_(True)
+            seen.append((name, (args[0] if args else kwargs["input"]).reshape(-1), leaf))
+            return leaf
+
+        return table.register_forward_hook(hook, with_kwargs=True)
+
+    handles = [watch(name, table) for name, table in tables.items()]
+    try:
+        yield seen
     finally:
         for handle in handles:
             handle.remove()
-    return {name: (slope / terms, squares / terms) for name, (slope, squares) in found.items()}
 
 
 def _shape(table: nn.Module) -> tuple[int, int]:

@@ -33,6 +33,7 @@ from compressors.tables import (
     rowwise_int8,
     tiers,
 )
+from compressors.tables.additive_codes import AdditiveCodes
 from compressors.tables.cluster_rows import ClusterRows
 from compressors.tables.dimensions import Dimensions
 from compressors.tables.drop_tables import DropTables
@@ -70,6 +71,7 @@ AnyStep = Annotated[
     | KMeans
     | ProductCodes
     | ResidualCodes
+    | AdditiveCodes
     | StaticInt8
     | Float16,
     Field(discriminator="kind"),
