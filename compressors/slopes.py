@@ -5,6 +5,7 @@ Taken where rows are looked up, so that a table of codes has them for the weight
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -17,8 +18,8 @@ from compressors.loss import hard_loss, shuffled_rows
 from compressors.training import Loss
 
 BATCH = 8192
-SENSED = 32_768
-"""Rows that sensitivity is taken from, at most: a mean that needs no more."""
+SENSED = 65_536
+"""Rows that sensitivity is taken from, at most: it is a mean, and needs no more."""
 
 
 def slopes(
@@ -68,43 +69,59 @@ def slopes(
     return {name: (slope / terms, squares / terms) for name, (slope, squares) in found.items()}
 
 
+class Sensitivity(NamedTuple):
+    """How much a network's output depends on a table: sums over lookups of squared slopes.
+
+    ``columns`` float64 ``(dim, dim)``: the outer product of the gradient of the row's output with
+    itself. ``rows`` float64 ``(rows,)``: the gradient's squared length, by the row looked up.
+    ``lookups`` is how many there were.
+    """
+
+    columns: Tensor
+    rows: Tensor
+    lookups: int
+
+
 def sensitivity(
     module: nn.Module,
     schema: Schema,
     split: Split,
     tables: Mapping[str, nn.Module],
-    rows: int = SENSED,
-) -> dict[str, Tensor]:
-    """How much the output depends on the columns of some tables, and on pairs of columns.
+    most: int = SENSED,
+) -> dict[str, Sensitivity]:
+    """How much the output depends on the rows of some tables, and on pairs of their columns.
+
+    Unlike the loss's slope this needs no label, and does not vanish where the network is sure.
 
     Args:
         module: in evaluation mode; none of its tensors is touched.
         schema: its inputs and task.
         split: the rows that are looked at.
         tables: of ``module``, by any name; each from ids to rows.
-        rows: how many rows of the split, at most; drawn.
-
-    Returns:
-        By table float64 ``(dim, dim)``: the sum, over lookups, of the outer product of the
-        gradient of the row's output with itself. Zero where nothing depends on a table.
+        most: how many rows of the split are drawn, at most.
     """
-    sizes = {name: _shape(table)[1] for name, table in tables.items()}
-    found = {name: torch.zeros(dim, dim, dtype=torch.float64) for name, dim in sizes.items()}
-    held, left = Rows(split, schema), rows
+    columns, by_row, lookups = {}, {}, dict.fromkeys(tables, 0)
+    for name, table in tables.items():
+        rows, dim = _shape(table)
+        columns[name] = torch.zeros(dim, dim, dtype=torch.float64)
+        by_row[name] = torch.zeros(rows, dtype=torch.float64)
+    held, left = Rows(split, schema), most
     with watched(tables) as seen:
         for numbers in shuffled_rows(held, schema, BATCH, seed=0):
             seen.clear()
             output = module(**held.take(numbers).inputs)
             leaves = [leaf for _, _, leaf in seen]
             grads = torch.autograd.grad(output.sum(), leaves, allow_unused=True)
-            for (name, _, _), grad in zip(seen, grads, strict=True):
+            for (name, ids, _), grad in zip(seen, grads, strict=True):
+                lookups[name] += len(ids)
                 if grad is not None:
                     flat = grad.reshape(-1, grad.shape[-1]).double()
-                    found[name] += flat.T @ flat
+                    columns[name] += flat.T @ flat
+                    by_row[name].index_add_(0, ids.long(), flat.square().sum(dim=1))
             left -= len(numbers)
             if left <= 0:
                 break
-    return found
+    return {name: Sensitivity(columns[name], by_row[name], lookups[name]) for name in tables}
 
 
 @contextmanager

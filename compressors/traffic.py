@@ -15,7 +15,7 @@ from compressors.errors import CompressionError
 from compressors.formats import Bag
 from compressors.loss import hard_loss
 from compressors.model import Model
-from compressors.slopes import sensitivity, slopes
+from compressors.slopes import Sensitivity, sensitivity, slopes
 from compressors.units import Unit, plain_bag, swap
 
 BATCH = 8192
@@ -93,16 +93,13 @@ def squared_gradients(model: Model, bench: Bench, tables: Collection[str]) -> di
     return {name: curvature for name, (_, curvature) in found.items()}
 
 
-def column_sensitivity(model: Model, bench: Bench, tables: Collection[str]) -> dict[str, Tensor]:
-    """How much the network's output depends on the columns of some tables, and on pairs of them.
+def sensitivities(model: Model, bench: Bench, tables: Collection[str]) -> dict[str, Sensitivity]:
+    """How much the network's output depends on the rows and columns of some tables.
 
     Args:
         model: its tables may be compressed already.
         bench: with ``train`` rows.
         tables: names of units.
-
-    Returns:
-        Float64 ``(dim, dim)`` by table, as ``slopes.sensitivity`` gives it, of some training rows.
 
     Raises:
         CompressionError: the bench has no training rows.

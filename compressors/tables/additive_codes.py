@@ -3,9 +3,10 @@
 Stored as ``residual_codes`` are: a row is the sum of one entry of each codebook. What differs is
 how codes and codebooks are found, which at a few codes a row halves the error or better:
 
-- rows count by their lookups in training, to a power, so codebooks serve the rows that are read;
-- columns count by how much the network's output depends on them and on pairs of them
-  (``sensitive``): squared error is taken after the table was turned and stretched accordingly;
+- rows count by their lookups in training, to a power, and with ``sensitive`` each lookup by how
+  much the network's output depends on it: by its squared slope;
+- columns, and pairs of them, count by the same (``sensitive``): squared error is taken after the
+  table was turned and stretched accordingly;
 - codes are found by *beam search*: the ``beam`` best sums so far are carried from codebook to
   codebook, instead of the one that is best so far;
 - all codebooks are fitted to the codes together by least squares, and between the rounds they are
@@ -33,7 +34,7 @@ from compressors.tables.codebooks import CodebookType, as_stored
 from compressors.tables.lloyd import kmeans, nearest, squared_distance
 from compressors.tables.planar import pack
 from compressors.tables.residual_codes import FORMAT, decode, least_squares
-from compressors.traffic import column_sensitivity, lookups
+from compressors.traffic import lookups, sensitivities
 from compressors.units import Choice, Unit, choose_tables, pack_table, swap
 
 BLOCK = 4_096
@@ -44,6 +45,23 @@ CALM = 4
 """Rounds at the end without shaking."""
 
 
+def traffic_weight(mattered: Tensor, lookups: float, power: float) -> Tensor:
+    """How much each row's error counts, float64 ``(rows,)``, all above zero.
+
+    Args:
+        mattered: what the lookups of each row count, added up, ``(rows,)``.
+        lookups: how many there were of all rows.
+        power: of the result.
+    """
+    total = float(mattered.sum())
+    if not total > 0:  # nothing that was looked at depends on this table
+        return torch.ones(len(mattered), dtype=torch.float64)
+    # A row that was never looked up still gets an answer: it counts as half a usual lookup.
+    usual = total / lookups
+    weight: Tensor = (mattered.double() / usual + 0.5) ** power
+    return weight
+
+
 def stretch(sensitivity: Tensor) -> Tensor:
     """The matrix ``(dim, dim)`` that a table is multiplied by, so that plain squared error counts.
 
@@ -51,7 +69,7 @@ def stretch(sensitivity: Tensor) -> Tensor:
     errors cost, not large ones.
 
     Args:
-        sensitivity: mean outer product of the output's gradients by a row, ``(dim, dim)``.
+        sensitivity: outer products of the output's gradients, added up, ``(dim, dim)``.
     """
     matrix = sensitivity.double()
     even = torch.eye(len(matrix), dtype=torch.float64)
@@ -73,7 +91,8 @@ def encode(table: Tensor, codebook: Tensor, books: int, beam: int) -> Tensor:
     each = codebook.float().reshape(books, -1, codebook.shape[1])
     squares = each.square().sum(dim=2)  # (books, levels)
     found = []
-    for rows in table.float().split(BLOCK):
+    for begin in range(0, len(table), BLOCK):
+        rows = table[begin : begin + BLOCK].float()
         left = rows.unsqueeze(1)  # (rows, carried, dim)
         error = rows.square().sum(dim=1, keepdim=True)  # (rows, carried)
         codes = torch.empty(len(rows), 1, 0, dtype=torch.int64)  # (rows, carried, so far)
@@ -164,8 +183,8 @@ class AdditiveCodes(Frozen):
     )
     sensitive: bool = Field(
         True,
-        description="Columns count by how much the output depends on them, instead of all the "
-        "same.",
+        description="Lookups and columns count by how much the output depends on them, instead of "
+        "all the same.",
     )
     rounds: int = Field(25, ge=0, description="In which codes and codebooks are fitted in turn.")
     beam: int = Field(16, ge=1, le=64, description="Sums carried on in the search for codes.")
@@ -211,15 +230,18 @@ class AdditiveCodes(Frozen):
         choices = self.choose(model, bench)
         taken = [u for u in Unit.of(model.module) if u.name in choices and choices[u.name].take]
         names = [unit.name for unit in taken]
-        counts = lookups(model, bench, names) if self.traffic else {}
-        slopes = column_sensitivity(model, bench, names) if self.sensitive else {}
+        slopes = sensitivities(model, bench, names) if self.sensitive else {}
+        counts = lookups(model, bench, names) if self.traffic and not self.sensitive else {}
         for unit in taken:
             rows, dim = unit.weight.shape
-            # A row that was never looked up still gets an answer: it counts as half a lookup.
-            weight = torch.ones(rows, dtype=torch.float64)
-            if self.traffic:
-                weight = (counts[unit.name] + 0.5) ** self.traffic
-            matrix = stretch(slopes[unit.name]) if self.sensitive else torch.eye(dim)
+            weight, matrix = torch.ones(rows, dtype=torch.float64), torch.eye(dim)
+            if self.sensitive:
+                found = slopes[unit.name]
+                weight = traffic_weight(found.rows, found.lookups, self.traffic)
+                matrix = stretch(found.columns)
+            elif self.traffic:
+                count = counts[unit.name]
+                weight = traffic_weight(count, float(count.sum()), self.traffic)
             stored = self._encoded(unit.weight, weight, matrix)
             packed = PackedTable(FORMAT, rows, dim, self.settings(), stored)
             swap(model.module, unit.name, pack_table(unit.module, packed))
@@ -245,10 +267,9 @@ class AdditiveCodes(Frozen):
             shake=self.shake,
         )
         stored = as_stored(codebook @ torch.linalg.inv(matrix), self.codebook_type)
-        codes = torch.cat(
-            [
-                encode(block.float() @ matrix, stored.float() @ matrix, shape.books, self.beam)
-                for block in table.split(BLOCK)
-            ]
-        )
-        return {"codes": pack(codes, shape.width), "codebook": stored}
+        turned = stored.float() @ matrix
+        found = [
+            encode(table[begin : begin + BLOCK].float() @ matrix, turned, shape.books, self.beam)
+            for begin in range(0, rows, BLOCK)
+        ]
+        return {"codes": pack(torch.cat(found), shape.width), "codebook": stored}
