@@ -45,6 +45,14 @@ PEERS: Lines = [
     *(("SVD", f"rank {rank} of 10", [{"kind": "low_rank", "rank": rank}]) for rank in (8, 6, 4, 2)),
     *(
         (
+            "quotient, remainder",
+            f"remainders: {words}",
+            [{"kind": "quotient_remainder", "buckets": buckets, "weighted": True}],
+        )
+        for buckets, words in ((0.5, "half"), (0.1, "a tenth"), (0, "the root of the rows"))
+    ),
+    *(
+        (
             "product codes",
             f"{parts} of {bits} bits",
             [{"kind": "product_codes", "parts": parts, "bits": bits}],
@@ -90,18 +98,26 @@ OURS: dict[Name, Lines] = {
         ("additive codes", "8 bits an item, 8 a user", _frappe(2, _user(2, 4), 1)),
     ],
     "movielens-tag": [
-        ("additive codes", "2 codes of 8 bits a row", [_additive(2, bits=8, traffic=1)]),
-        ("additive codes", "1 code of 8 bits a row", [_additive(1, bits=8, traffic=1)]),
-        ("additive codes", "2 codes of 4 bits a row", [_additive(2, traffic=1)]),
+        (
+            "additive codes",
+            "2 codes of 8 bits a row",
+            [_additive(2, bits=8, traffic=1, sensitive=False)],
+        ),
+        (
+            "additive codes",
+            "1 code of 8 bits a row",
+            [_additive(1, bits=8, traffic=1, sensitive=False)],
+        ),
+        ("additive codes", "2 codes of 4 bits a row", [_additive(2, traffic=1, sensitive=False)]),
         (
             "additive codes",
             "8 bits a tag, 4 bits a user or film",
             [
-                _additive(1, ("tables.tag",), bits=8, traffic=1),
-                _additive(1, ("tables.user", "tables.item"), traffic=1),
+                _additive(1, ("tables.tag",), bits=8, traffic=1, sensitive=False),
+                _additive(1, ("tables.user", "tables.item"), traffic=1, sensitive=False),
             ],
         ),
-        ("additive codes", "1 code of 4 bits a row", [_additive(1, traffic=1)]),
+        ("additive codes", "1 code of 4 bits a row", [_additive(1, traffic=1, sensitive=False)]),
     ],
 }
 # Other families are drawn in grey, ours in colour.

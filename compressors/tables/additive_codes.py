@@ -20,6 +20,7 @@ perturbations that fall to nothing).
 Differs: rows have weights, and the best round is kept, not the last.
 """
 
+import math
 from typing import Any, Literal
 
 import torch
@@ -27,7 +28,7 @@ from pydantic import Field
 from torch import Tensor
 
 from compressors.contracts import Bench, Change, Frozen, Part
-from compressors.formats import PackedTable
+from compressors.formats import PackedTable, TableFormat
 from compressors.model import Model
 from compressors.stand_ins import packed_outline
 from compressors.tables.codebooks import CodebookType, as_stored
@@ -213,13 +214,27 @@ class AdditiveCodes(Frozen):
         """Each table it takes is stored in another format."""
         return "format"
 
+    @property
+    def storage(self) -> TableFormat:
+        """The format this step writes."""
+        return FORMAT
+
     def settings(self) -> dict[str, Any]:
         """What the format needs to know to lay a table out."""
         return self.model_dump(include={"codebooks", "bits", "codebook_type", "codebook_share"})
 
     def choose(self, model: Model, bench: Bench) -> dict[str, Choice]:  # noqa: ARG002
         """Which tables are encoded, and why the others stay."""
-        return choose_tables(Unit.of(model.module), self.tables, self.min_rows, self.kind)
+        units = Unit.of(model.module)
+        choices = choose_tables(units, self.tables, self.min_rows, self.kind)
+        for unit in units:
+            if unit.name in choices and choices[unit.name].take:
+                laid = FORMAT.layout(unit.rows, unit.weight.shape[1], self.settings()).values()
+                size = sum(math.prod(spec.shape) * spec.dtype.itemsize for spec in laid)
+                if size >= unit.bytes:
+                    words = f"its codes would take {size} bytes, now it takes {unit.bytes}"
+                    choices[unit.name] = Choice(False, words)
+        return choices
 
     def apply(self, model: Model, bench: Bench) -> Model:
         """Replace every chosen table.
