@@ -3,7 +3,9 @@
 Taken where rows are looked up, so that a table of codes has them for the weights it stands for.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +18,8 @@ from compressors.loss import hard_loss, shuffled_rows
 from compressors.training import Loss
 
 BATCH = 8192
+SENSED = 65_536
+"""Rows that sensitivity is taken from, at most: it is a mean, and needs no more."""
 
 
 def slopes(
@@ -40,26 +44,10 @@ def slopes(
         empirical Fisher matrix. The teacher's answers are of no use for the latter: where they
         are met, their gradients vanish, whatever the curvature.
     """
-    seen: list[tuple[str, Tensor, Tensor]] = []
-
-    def watch(name: str, table: nn.Module) -> torch.utils.hooks.RemovableHandle:
-        def hook(
-            module: nn.Module,  # noqa: ARG001
-            args: tuple[Tensor, ...],
-            kwargs: dict[str, Tensor],
-            found: Tensor,
-        ) -> Tensor:
-            leaf = found.detach().requires_grad_(True)
-            seen.append((name, (args[0] if args else kwargs["input"]).reshape(-1), leaf))
-            return leaf
-
-        return table.register_forward_hook(hook, with_kwargs=True)
-
     shapes = {name: _shape(table) for name, table in tables.items()}
     found = {name: (torch.zeros(shape), torch.zeros(shape)) for name, shape in shapes.items()}
-    handles = [watch(name, table) for name, table in tables.items()]
     rows, terms = Rows(split, schema), 0
-    try:
+    with watched(tables) as seen:
         for numbers in shuffled_rows(rows, schema, BATCH, seed=0):
             seen.clear()
             batch = rows.take(numbers)
@@ -77,10 +65,93 @@ def slopes(
                 dim = each.shape[-1]
                 found[name][0].index_add_(0, ids, each.reshape(-1, dim))
                 found[name][1].index_add_(0, ids, one.reshape(-1, dim).square())
+    return {name: (slope / terms, squares / terms) for name, (slope, squares) in found.items()}
+
+
+class Sensitivity(NamedTuple):
+    """How much a network's output depends on a table: sums over lookups of squared slopes.
+
+    ``columns`` float64 ``(dim, dim)``: the outer product of the gradient of the row's output with
+    itself. ``rows`` float64 ``(rows,)``: the gradient's squared length, by the row looked up.
+    ``lookups`` is how many there were.
+    """
+
+    columns: Tensor
+    rows: Tensor
+    lookups: int
+
+
+def sensitivity(
+    module: nn.Module,
+    schema: Schema,
+    split: Split,
+    tables: Mapping[str, nn.Module],
+    most: int = SENSED,
+) -> dict[str, Sensitivity]:
+    """How much the output depends on the rows of some tables, and on pairs of their columns.
+
+    Unlike the loss's slope this needs no label, and does not vanish where the network is sure.
+
+    Args:
+        module: in evaluation mode; none of its tensors is touched.
+        schema: its inputs and task.
+        split: the rows that are looked at.
+        tables: of ``module``, by any name; each from ids to rows.
+        most: how many rows of the split are drawn, at most.
+    """
+    columns, by_row, lookups = {}, {}, dict.fromkeys(tables, 0)
+    for name, table in tables.items():
+        rows, dim = _shape(table)
+        columns[name] = torch.zeros(dim, dim, dtype=torch.float64)
+        by_row[name] = torch.zeros(rows, dtype=torch.float64)
+    held, left = Rows(split, schema), most
+    with watched(tables) as seen:
+        for numbers in shuffled_rows(held, schema, BATCH, seed=0):
+            seen.clear()
+            output = module(**held.take(numbers).inputs)
+            leaves = [leaf for _, _, leaf in seen]
+            grads = torch.autograd.grad(output.sum(), leaves, allow_unused=True)
+            for (name, ids, _), grad in zip(seen, grads, strict=True):
+                lookups[name] += len(ids)
+                if grad is not None:
+                    flat = grad.reshape(-1, grad.shape[-1]).double()
+                    columns[name] += flat.T @ flat
+                    by_row[name].index_add_(0, ids.long(), flat.square().sum(dim=1))
+            left -= len(numbers)
+            if left <= 0:
+                break
+    return {name: Sensitivity(columns[name], by_row[name], lookups[name]) for name in tables}
+
+
+@contextmanager
+def watched(tables: Mapping[str, nn.Module]) -> Iterator[list[tuple[str, Tensor, Tensor]]]:
+    """Lookups of some tables, noted while the network runs.
+
+    Yields:
+        Of each lookup the table's name, the ids ``(all,)``, and what was found ``(*ids, dim)``: a
+        leaf that the rest of the network is computed from, so that no weight needs a gradient.
+    """
+    seen: list[tuple[str, Tensor, Tensor]] = []
+
+    def watch(name: str, table: nn.Module) -> torch.utils.hooks.RemovableHandle:
+        def hook(
+            module: nn.Module,  # noqa: ARG001
+            args: tuple[Tensor, ...],
+            kwargs: dict[str, Tensor],
+            found: Tensor,
+        ) -> Tensor:
+            leaf = found.detach().requires_grad_(True)
+            seen.append((name, (args[0] if args else kwargs["input"]).reshape(-1), leaf))
+            return leaf
+
+        return table.register_forward_hook(hook, with_kwargs=True)
+
+    handles = [watch(name, table) for name, table in tables.items()]
+    try:
+        yield seen
     finally:
         for handle in handles:
             handle.remove()
-    return {name: (slope / terms, squares / terms) for name, (slope, squares) in found.items()}
 
 
 def _shape(table: nn.Module) -> tuple[int, int]:

@@ -36,6 +36,7 @@ from compressors.tables import (
     rowwise_int8,
     tiers,
 )
+from compressors.tables.additive_codes import AdditiveCodes
 from compressors.tables.bfloat16 import BFloat16
 from compressors.tables.cluster_rows import ClusterRows
 from compressors.tables.dimensions import Dimensions
@@ -79,6 +80,7 @@ AnyStep = Annotated[
     | RowwiseInt2
     | Float8E4M3
     | BFloat16
+    | AdditiveCodes
     | StaticInt8
     | Float16,
     Field(discriminator="kind"),

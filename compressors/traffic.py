@@ -15,7 +15,7 @@ from compressors.errors import CompressionError
 from compressors.formats import Bag
 from compressors.loss import hard_loss
 from compressors.model import Model
-from compressors.slopes import slopes
+from compressors.slopes import Sensitivity, sensitivity, slopes
 from compressors.units import Unit, plain_bag, swap
 
 BATCH = 8192
@@ -84,18 +84,44 @@ def squared_gradients(model: Model, bench: Bench, tables: Collection[str]) -> di
     if bench.signature.task == "retrieval":
         raise CompressionError("Gradients need a loss, and task 'retrieval' has none yet.")
     private = model.private().module
-    watched: dict[str, nn.Module] = {}
-    for unit in Unit.of(private):
-        if unit.name not in tables:
-            continue
-        module = unit.module
-        if isinstance(module, nn.EmbeddingBag):
-            module = plain_bag(module)  # whose lookups can be seen one by one
-            swap(private, unit.name, module)
-        watched[unit.name] = module.table if isinstance(module, Bag) else module
+    watched = _tables(private, tables)
 
     def loss(output: Tensor, batch: Batch, numbers: Tensor) -> Tensor:  # noqa: ARG001
         return hard_loss(bench.signature, output, batch)
 
     found = slopes(private, bench.signature, bench.train, loss, watched)
     return {name: curvature for name, (_, curvature) in found.items()}
+
+
+def sensitivities(model: Model, bench: Bench, tables: Collection[str]) -> dict[str, Sensitivity]:
+    """How much the network's output depends on the rows and columns of some tables.
+
+    Args:
+        model: its tables may be compressed already.
+        bench: with ``train`` rows.
+        tables: names of units.
+
+    Raises:
+        CompressionError: the bench has no training rows.
+    """
+    if bench.train is None:
+        raise CompressionError("Gradients need train rows.")
+    private = model.private().module
+    return sensitivity(private, bench.signature, bench.train, _tables(private, tables))
+
+
+def _tables(module: nn.Module, names: Collection[str]) -> dict[str, nn.Module]:
+    """Modules from ids to rows, by unit, of a private tree.
+
+    A bag becomes a lookup and a reduction, so that its lookups can be seen one by one.
+    """
+    found: dict[str, nn.Module] = {}
+    for unit in Unit.of(module):
+        if unit.name not in names:
+            continue
+        table = unit.module
+        if isinstance(table, nn.EmbeddingBag):
+            table = plain_bag(table)
+            swap(module, unit.name, table)
+        found[unit.name] = table.table if isinstance(table, Bag) else table
+    return found

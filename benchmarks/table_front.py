@@ -1,0 +1,224 @@
+"""What does each byte saved in a click model's tables cost, by every method there is?
+
+On the tuned networks of ``benchmarks/ctr.py``: each recipe is run on networks of several seeds, and
+the loss is a network's own AUC on test rows minus that of its compressed self; mean and Student's
+95 % interval over seeds. Bytes are those of all tables as stored, codes, scales, codebooks, maps
+and projections included, as a share of float32. Recipes were chosen on validation rows of seed 0;
+dense layers are never touched.
+
+    python -m benchmarks.table_front --seeds 5 --picture docs/pictures/table_front.png
+"""
+
+import json
+import sys
+import tempfile
+from pathlib import Path
+from statistics import mean
+from typing import Any, get_args
+
+import torch
+from pydantic import TypeAdapter
+
+from benchmarks.ctr import (
+    DataMissing,
+    Name,
+    arguments,
+    auc,
+    baseline,
+    data_folder,
+    default_cache,
+    interval,
+    prepared,
+)
+from compressors.contracts import Bench, Split, digest
+from compressors.model import Model
+from compressors.step import run
+from compressors.steps import AnyStep
+from compressors.units import Unit
+
+RECIPES = TypeAdapter(tuple[AnyStep, ...])
+Lines = list[tuple[str, str, list[dict[str, Any]]]]  # family, settings in words, steps
+
+PEERS: Lines = [
+    ("row-wise", "int8", [{"kind": "rowwise_int8"}]),
+    ("row-wise", "int4, clipped", [{"kind": "rowwise_int4", "clipping": "mse"}]),
+    *(("SVD", f"rank {rank} of 10", [{"kind": "low_rank", "rank": rank}]) for rank in (8, 6, 4, 2)),
+    *(
+        (
+            "quotient, remainder",
+            f"remainders: {words}",
+            [{"kind": "quotient_remainder", "buckets": buckets, "weighted": True}],
+        )
+        for buckets, words in ((0.5, "half"), (0.1, "a tenth"), (0, "the root of the rows"))
+    ),
+    *(
+        (
+            "product codes",
+            f"{parts} of {bits} bits",
+            [{"kind": "product_codes", "parts": parts, "bits": bits}],
+        )
+        for parts, bits in ((5, 8), (5, 4), (2, 8), (2, 4))
+    ),
+]
+
+
+def _additive(books: int, tables: tuple[str, ...] = ("*",), **more: Any) -> dict[str, Any]:
+    return {"kind": "additive_codes", "codebooks": books, "tables": tables, **more}
+
+
+SMALL = ("tables.daytime", "tables.weekday", "tables.isweekend", "tables.homework")
+"""Fields of Frappe with fewer than ten rows, together with cost and weather."""
+TINY = {
+    "kind": "kmeans",
+    "bits": 2,
+    "scale": "none",
+    "tables": (*SMALL, "tables.cost", "tables.weather"),
+}
+
+
+def _frappe(item: int, user: dict[str, Any], place: int) -> list[dict[str, Any]]:
+    """Codes for Frappe's large fields; 2 bits a weight for those of a few rows."""
+    return [
+        TINY,
+        _additive(item, ("tables.item",)),
+        user,
+        _additive(place, ("tables.country", "tables.city")),
+    ]
+
+
+def _user(books: int, bits: int) -> dict[str, Any]:
+    return _additive(books, ("tables.user",), bits=bits)
+
+
+OURS: dict[Name, Lines] = {
+    "frappe": [
+        ("additive codes", "32 bits an item, 24 a user", _frappe(8, _user(6, 4), 2)),
+        ("additive codes", "24 bits an item, 32 a user", _frappe(6, _user(16, 2), 2)),
+        ("additive codes", "16 bits an item, 16 a user", _frappe(4, _user(4, 4), 2)),
+        ("additive codes", "8 bits an item, 8 a user", _frappe(2, _user(2, 4), 1)),
+    ],
+    "movielens-tag": [
+        (
+            "additive codes",
+            "2 codes of 8 bits a row",
+            [_additive(2, bits=8, traffic=1, sensitive=False)],
+        ),
+        (
+            "additive codes",
+            "1 code of 8 bits a row",
+            [_additive(1, bits=8, traffic=1, sensitive=False)],
+        ),
+        ("additive codes", "2 codes of 4 bits a row", [_additive(2, traffic=1, sensitive=False)]),
+        (
+            "additive codes",
+            "8 bits a tag, 4 bits a user or film",
+            [
+                _additive(1, ("tables.tag",), bits=8, traffic=1, sensitive=False),
+                _additive(1, ("tables.user", "tables.item"), traffic=1, sensitive=False),
+            ],
+        ),
+        ("additive codes", "1 code of 4 bits a row", [_additive(1, traffic=1, sensitive=False)]),
+    ],
+}
+# Other families are drawn in grey, ours in colour.
+COLOURS = {"additive codes": "tab:red"}
+MARKERS = {"additive codes": "o", "row-wise": "s", "SVD": "^", "product codes": "D"}
+
+
+def table_bytes(model: Model) -> int:
+    """Bytes of everything that tables are stored as."""
+    return sum(unit.bytes for unit in Unit.of(model.module) if unit.role == "table")
+
+
+def measured(steps: list[dict[str, Any]], model: Model, bench: Bench, test: Split) -> list[float]:
+    """Share of bytes kept, and the losses of AUC on validation and on test rows."""
+    assert bench.validation is not None
+    packed = model
+    with tempfile.TemporaryDirectory() as scratch:
+        for number, step in enumerate(RECIPES.validate_python(steps)):
+            packed = run(step, packed, bench, Path(scratch) / str(number))
+        losses = [
+            auc(model.module, split) - auc(packed.module, split)
+            for split in (bench.validation, test)
+        ]
+        return [table_bytes(packed) / table_bytes(model), *losses]
+
+
+def draw(found: dict[Name, list[tuple[str, list[list[float]]]]], place: Path) -> None:
+    """One panel a data set: loss against bytes, a line a family."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    from matplotlib import pyplot
+
+    figure, panels = pyplot.subplots(1, len(found), figsize=(5.5 * len(found), 4.2), squeeze=False)
+    for panel, (name, lines) in zip(panels[0], found.items(), strict=True):
+        for family in dict.fromkeys(family for family, _ in lines):
+            points = sorted(
+                (mean(v[0] for v in values), [v[2] for v in values])
+                for other, values in lines
+                if other == family
+            )
+            panel.errorbar(
+                [100 * share for share, _ in points],
+                [mean(losses) for _, losses in points],
+                yerr=[interval(losses) for _, losses in points],
+                label=family,
+                marker=MARKERS.get(family, "v"),
+                color=COLOURS.get(family),
+                capsize=2,
+            )
+        panel.axhline(0.0005, color="black", linewidth=0.7, linestyle=":")
+        panel.set_xscale("log")
+        panel.set_yscale("symlog", linthresh=0.0005)
+        ticks = (1, 2, 5, 10, 20, 50, 100)
+        panel.set_xticks(ticks, [str(tick) for tick in ticks])
+        panel.set_title(name)
+        panel.set_xlabel("bytes of tables, % of float32")
+        panel.set_ylabel("loss of AUC on test rows")
+        panel.legend()
+    figure.tight_layout()
+    place.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(place, dpi=110)
+
+
+def main() -> None:
+    """Print a Markdown table a data set; draw it if asked to."""
+    parser = arguments((__doc__ or "").splitlines()[0])
+    parser.add_argument("--picture", type=Path, help="where the picture is written")
+    asked = parser.parse_args()
+    torch.set_num_threads(asked.threads)
+    cache = asked.cache or default_cache()
+    try:
+        folder = data_folder(asked.data)
+    except DataMissing as fault:
+        sys.exit(str(fault))
+    found: dict[Name, list[tuple[str, list[list[float]]]]] = {}
+    for name in [asked.only] if asked.only else get_args(Name):
+        splits, _ = prepared(name, folder, cache)
+        print(f"\n{name}, {asked.seeds} seeds\n")
+        print("| method | stored as | bytes of tables | loss of AUC, test rows | validation rows |")
+        print("|---|---|---|---|---|")
+        found[name] = []
+        for family, words, steps in (*PEERS, *OURS[name]):
+            values = []
+            for seed in range(asked.seeds):
+                # What was measured is kept, so that a run that was cut off goes on.
+                kept = cache / name / f"seed{seed}" / f"front-{digest(steps)[:16]}.json"
+                if not kept.is_file():
+                    model, bench = baseline(name, seed, folder, cache)
+                    kept.write_text(json.dumps(measured(steps, model, bench, splits["test"])))
+                values.append(json.loads(kept.read_text()))
+            share = mean(value[0] for value in values)
+            cells = [f"{share:.1%} ({1 / share:.0f}x)"]
+            for column in (2, 1):
+                losses = [value[column] for value in values]
+                cells.append(f"{mean(losses):.5f} ± {interval(losses):.5f}")
+            print(f"| {family} | {words} | {' | '.join(cells)} |", flush=True)
+            found[name].append((family, values))
+    if asked.picture is not None:
+        draw(found, asked.picture)
+
+
+if __name__ == "__main__":
+    main()
