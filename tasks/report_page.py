@@ -11,6 +11,7 @@ from compressors.contracts import (
     PlanLine,
 )
 from compressors.lower.parity import Parity
+from compressors.plan import largest_first
 from infra import pictures
 from infra.expectations import Validation
 from infra.html import document, many, scrollable, table
@@ -181,7 +182,7 @@ def _numbers(report: Report) -> str:
 
 
 def _plan(report: Report) -> str:
-    ordered = sorted(report.plan.lines, key=lambda line: (-line.bytes_before, line.module))
+    ordered = largest_first(report.plan.lines)
     shown, folded = ordered[:LARGEST], ordered[LARGEST:]
     if len(folded) < 4:  # opening a fold for so few is more work than reading them
         shown, folded = ordered, []

@@ -1,0 +1,33 @@
+"""Plan lines in the order people read them."""
+
+from compressors.contracts import PlanLine
+from compressors.plan import largest_first
+
+
+def line(module: str, before: int) -> PlanLine:
+    return PlanLine(
+        module=module, role="table", format="x", bytes_before=before, bytes_after=1, reason="r"
+    )
+
+
+def test_parts_follow_the_table_that_is_made_of_them():
+    lines = [
+        line("small", 5),
+        line("user", 50),
+        line("user.hot", 0),
+        line("user.cold", 0),
+        line("user.cold.narrow", 0),
+        line("large", 90),
+        line("large.kept", 0),
+        line("user.other", 7),  # a table of its own, whose name begins like another's
+    ]
+    assert [each.module for each in largest_first(lines)] == [
+        "large",
+        "large.kept",
+        "user",
+        "user.cold",
+        "user.cold.narrow",
+        "user.hot",
+        "user.other",
+        "small",
+    ]
