@@ -1,6 +1,6 @@
 """The plan of a step: one line for every table and dense layer, with bytes and reason."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 
 from compressors.contracts import Plan, PlanLine
 from compressors.model import Model
@@ -73,19 +73,6 @@ def plan_of(
         )
     )
     return Plan(lines=tuple(lines))
-
-
-def largest_first(lines: Iterable[PlanLine]) -> list[PlanLine]:
-    """Lines by the bytes they had, each followed by the tables that it is made of now."""
-    listed = tuple(lines)
-    before = {line.module: line.bytes_before for line in listed}
-
-    def place(line: PlanLine) -> tuple[int, str, str]:
-        owners = [name for name in before if line.module.startswith(f"{name}.")]
-        whole = min(owners, key=len) if owners and not line.bytes_before else line.module
-        return -before[whole], whole, line.module
-
-    return sorted(listed, key=place)
 
 
 def _reason(earlier: PlanLine | None, choice: Choice) -> str:

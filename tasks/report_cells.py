@@ -1,8 +1,9 @@
-"""How a report writes metrics and changes. No Prefect."""
+"""How a report writes metrics and changes, and in which order. No Prefect."""
 
+from collections.abc import Iterable
 from html import escape
 
-from compressors.contracts import Estimate
+from compressors.contracts import Estimate, PlanLine
 
 
 def label(metric: str) -> str:
@@ -33,3 +34,16 @@ def cell(text: str) -> str:
 def mebibytes(size: int) -> str:
     """A size as people write it."""
     return f"{size / 2**20:,.0f}"
+
+
+def largest_first(lines: Iterable[PlanLine]) -> list[PlanLine]:
+    """Lines by the bytes they had, each followed by the tables that it is made of now."""
+    listed = tuple(lines)
+    before = {line.module: line.bytes_before for line in listed}
+
+    def place(line: PlanLine) -> tuple[int, str, str]:
+        owners = [name for name in before if line.module.startswith(f"{name}.")]
+        whole = min(owners, key=len) if owners and not line.bytes_before else line.module
+        return -before[whole], whole, line.module
+
+    return sorted(listed, key=place)

@@ -11,7 +11,6 @@ from compressors.contracts import (
     PlanLine,
 )
 from compressors.lower.parity import Parity
-from compressors.plan import largest_first
 from infra import pictures
 from infra.expectations import Validation
 from infra.html import document, many, scrollable, table
@@ -19,7 +18,7 @@ from infra.page import findings, summary
 from infra.pictures import Part
 from tasks.documents import ORDER_FILE, LoweredGraph, Report, TargetReport
 from tasks.report import headline, resolution
-from tasks.report_cells import change_of, label
+from tasks.report_cells import change_of, label, largest_first
 from tasks.report_measured import TONES, WORDS, latency, limits
 from tasks.report_stages import stage_table
 from tasks.stored import local
