@@ -59,8 +59,7 @@ def traffic_weight(mattered: Tensor, lookups: float, power: float) -> Tensor:
         return torch.ones(len(mattered), dtype=torch.float64)
     # A row that was never looked up still gets an answer: it counts as half a usual lookup.
     usual = total / lookups
-    weight: Tensor = (mattered.double() / usual + 0.5) ** power
-    return weight
+    return (mattered.double() / usual + 0.5).pow(power)
 
 
 def stretch(sensitivity: Tensor) -> Tensor:
@@ -77,7 +76,8 @@ def stretch(sensitivity: Tensor) -> Tensor:
     size = float(matrix.diagonal().mean())
     if not size > 0:  # nothing that was looked at depends on this table
         return even.float()
-    return torch.linalg.cholesky(matrix / size + even).float()
+    root: Tensor = torch.linalg.cholesky(matrix / size + even)
+    return root.float()
 
 
 def encode(table: Tensor, codebook: Tensor, books: int, beam: int) -> Tensor:
