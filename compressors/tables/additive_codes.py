@@ -59,8 +59,7 @@ def traffic_weight(mattered: Tensor, lookups: float, power: float) -> Tensor:
         return torch.ones(len(mattered), dtype=torch.float64)
     # A row that was never looked up still gets an answer: it counts as half a usual lookup.
     usual = total / lookups
-    weight: Tensor = (mattered.double() / usual + 0.5) ** power
-    return weight
+    return (mattered.double() / usual + 0.5).pow(power)
 
 
 def stretch(sensitivity: Tensor) -> Tensor:
