@@ -3,6 +3,8 @@
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
+import onnx
 import pytest
 from models import Reference, whole
 from torch import Tensor, nn
@@ -16,6 +18,7 @@ from compressors.tables.rowwise_int2 import RowwiseInt2
 from compressors.tables.rowwise_int4 import RowwiseInt4
 from compressors.tables.rowwise_int8 import RowwiseInt8
 from compressors.units import stored_bytes
+from infra.errors import BuildRefused
 from infra.tensorrt import BuildRequest, Profile, TableWeights, available, build_engine
 
 pytestmark = [
@@ -79,34 +82,57 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
-def test_an_engine_holds_the_table_as_packed_and_never_widens_it(case: Case, tmp_path: Path):
-    reference = Reference(Fields, SCHEMA)
-    model = run(case.step, reference.model(), Bench(signature=SCHEMA), tmp_path / "stored")
+def requested(case: Case, folder: Path) -> BuildRequest:
+    """What is to be built of a table in one of its forms."""
+    model = run(case.step, Reference(Fields, SCHEMA).model(), Bench(signature=SCHEMA), folder / "s")
     packed = stored_bytes(model.module)
     assert packed == ROWS * case.bytes_a_row + model_rest(model.module)
-    lowered = lower(model.module, whole(SCHEMA), "tensorrt-rtx", tmp_path / "model.onnx", 64)
+    lowered = lower(model.module, whole(SCHEMA), "tensorrt-rtx", folder / "model.onnx", 64)
     (table,) = lowered.tables
-    request = BuildRequest(
+    weights = TableWeights(
+        module=table.module, rows=table.rows, initializers=table.names, every=table.every
+    )
+    return BuildRequest(
         target="tensorrt-rtx",
-        onnx=str(tmp_path / "model.onnx"),
+        onnx=str(folder / "model.onnx"),
         profiles=(Profile(input="item", low=(1, FIELDS), best=(16, FIELDS), high=(64, FIELDS)),),
-        tables=(
-            TableWeights(
-                module=table.module, rows=table.rows, initializers=table.names, every=table.every
-            ),
-        ),
+        tables=(weights,),
         packed_bytes=packed,
         seconds=300,
     )
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_an_engine_holds_the_table_as_packed_and_never_widens_it(case: Case, tmp_path: Path):
+    request = requested(case, tmp_path)
     audit = build_engine(request, tmp_path / "engine").audit
     assert audit.scratch == "flat"
     assert audit.tables_checked == ("item",)
     assert audit.twin_scratch_bytes == audit.scratch_bytes
-    codes = sum(size for kind, size in audit.constant_bytes.items() if kind == case.constants)
-    assert codes >= ROWS * int(case.bytes_a_row - case.bytes_a_row % 2 - 4)
+    # The codes alone, without at most a scale and an offset a row.
+    assert audit.constant_bytes[case.constants] >= ROWS * int(case.bytes_a_row - 4)
     # Within 64 KiB, where a scale a row in fp32 instead of fp16 would add 660 KB.
-    assert packed <= audit.weights_bytes <= packed + 65_536
+    assert request.packed_bytes <= audit.weights_bytes <= request.packed_bytes + 65_536
+
+
+@pytest.mark.parametrize("name", ["int8", "int8, asymmetric", "int2, shared scales"])
+def test_codes_that_are_multiplied_before_their_gather_are_refused(name: str, tmp_path: Path):
+    """So that the test above would see a table that is widened."""
+    request = requested(CASES[name], tmp_path)
+    model = onnx.load(request.onnx)
+    nodes = model.graph.node
+    codes = next(n for n in nodes if n.op_type == "DequantizeLinear" and "codes" in n.input[0])
+    (held,) = (item for item in model.graph.initializer if item.name == codes.input[0])
+    unit = np.eye(held.dims[1], dtype=np.float16)
+    model.graph.initializer.append(onnx.numpy_helper.from_array(unit, "unit"))
+    for node in nodes:
+        if codes.output[0] in node.input:
+            node.input[0] = "multiplied"
+    product = onnx.helper.make_node("MatMul", [codes.output[0], "unit"], ["multiplied"])
+    nodes.insert(list(nodes).index(codes) + 1, product)
+    onnx.save(model, request.onnx)
+    with pytest.raises(BuildRefused, match="a table is widened before its Gather"):
+        build_engine(request, tmp_path / "engine")
 
 
 def model_rest(module: nn.Module) -> int:
