@@ -37,10 +37,8 @@ from compressors.units import Choice
 # The largest prime below 2^31: with ids and coefficients below it, a * id + b fits an int64.
 PRIME = 2**31 - 1
 BLOCK = 65_536
-STEPS, ENOUGH = (
-    1000,
-    1e-6,
-)  # of conjugate gradients: at most, and the residual's share that may stay
+# Of conjugate gradients: at most, and the share of the residual that may stay.
+STEPS, ENOUGH = 1000, 1e-6
 
 
 def coefficients(hashes: int, seed: int, *, signed: bool) -> Tensor:
