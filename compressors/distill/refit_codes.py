@@ -1,8 +1,8 @@
-"""Fitting codebooks and codes of packed tables to the task, with the original as teacher.
+"""Training through the quantizer: tables of codes fitted to the task, the original as teacher.
 
-A codebook that is fitted to a table's weights treats every weight alike; the task does not. In
-turn, codebooks are trained through the lookup, on what the original answers and on the labels, and
-codes are chosen anew: each row moves to where a quadratic model of the loss is least. Its slope is
+A codebook or scale that is fitted to a table's weights treats every weight alike; the task does
+not. In turn, codebooks, scales and offsets are trained through the lookup, on what the original
+answers and on the labels, and codes are chosen anew: each row moves to where a quadratic model of the loss is least. Its slope is
 the gradient, its curvature squared gradients, the diagonal of the empirical Fisher matrix.
 
 Sources: Stock et al. 2020, https://arxiv.org/abs/1907.05686 (codebooks trained with the original
@@ -39,21 +39,23 @@ TRIES = 5
 
 
 class RefitCodes(Frozen):
-    """Train the codebooks of packed tables on the task and choose their codes anew, in turn."""
+    """Train codebooks or scales of packed tables on the task and choose codes anew, in turn."""
 
     kind: Literal["refit_codes"] = "refit_codes"
     tables: tuple[str, ...] = Field(
         ("*",), description="Tables to refit: module names, with * for any characters."
     )
-    rounds: int = Field(4, ge=1, description="How often codebooks and then codes are fitted.")
+    rounds: int = Field(
+        4, ge=1, description="How often codebooks or scales, and then codes, are fitted."
+    )
     share: float = Field(
         1.0,
         ge=0,
         le=1,
         description="Of the rows whose codes would gain, how many move in a round; fewer where "
-        "all together gain nothing. 0: only codebooks are trained.",
+        "all together gain nothing. 0: only codebooks and scales are trained.",
     )
-    dense: bool = Field(False, description="Train dense layers along with the codebooks.")
+    dense: bool = Field(False, description="Train dense layers along with them.")
     soft_share: float = Field(
         0.5, gt=0, le=1, description="Weight of the teacher's answers against the labels."
     )
@@ -62,7 +64,7 @@ class RefitCodes(Frozen):
     )
     training: Training = Field(
         default_factory=lambda: Training(epochs=3, learning_rate=3e-4, patience=1),
-        description="How codebooks are trained in a round. Give table_l2 as the original had it; "
+        description="How codebooks and scales are trained in a round. Give table_l2 as the original had it; "
         "'tables' is of no consequence here.",
     )
 
@@ -77,7 +79,7 @@ class RefitCodes(Frozen):
         return "values"
 
     def choose(self, model: Model, bench: Bench) -> dict[str, Choice]:
-        """The tables with codebooks, and what else is trained with them."""
+        """The tables of codes, and what else is trained with them."""
         need_loss(bench, self.kind)
         dense = trainable(model.module, tables=False) if self.dense else ()
         choices = {}
@@ -93,7 +95,7 @@ class RefitCodes(Frozen):
             elif not any(fnmatch.fnmatchcase(unit.name, pattern) for pattern in self.tables):
                 choices[unit.name] = Choice(False, f"not among {', '.join(self.tables)}")
             elif _codes(unit) is None:
-                choices[unit.name] = Choice(False, f"{unit.format} has no codebook")
+                choices[unit.name] = Choice(False, f"{unit.format} has no codes")
             else:
                 choices[unit.name] = Choice(True, f"{self.kind} in {self.rounds} rounds")
         return choices
@@ -175,7 +177,7 @@ class RefitCodes(Frozen):
 
 
 def _codes(unit: Unit) -> PackedTable | None:
-    """The packed table of a unit, if it has a codebook."""
+    """The packed table of a unit, if it has codes that can be chosen anew."""
     table = unit.module.table if isinstance(unit.module, Bag) else unit.module
     return table if isinstance(table, PackedTable) and isinstance(table.storage, Codes) else None
 

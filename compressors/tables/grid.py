@@ -77,10 +77,10 @@ def nearest(rows: Tensor, fitted: Fitted, grid: Grid) -> Tensor:
         fitted: of these rows, or of the whole table where that is one range.
         grid: the levels.
     """
-    scale = _by_row(fitted.scale, len(rows), grid.rows_per_scale)
+    scale = by_row(fitted.scale, len(rows), grid.rows_per_scale)
     offset = fitted.offset
     if offset is not None:
-        offset = _by_row(offset, len(rows), grid.rows_per_scale)
+        offset = by_row(offset, len(rows), grid.rows_per_scale)
     return _nearest(rows, scale, offset, grid)
 
 
@@ -193,7 +193,7 @@ def squared_error(values: Tensor, fitted: Fitted, grid: Grid) -> Tensor:
     return torch.stack(total).sum(dim=0)
 
 
-def _by_row(stored: Tensor, rows: int, rows_per_scale: int) -> Tensor:
+def by_row(stored: Tensor, rows: int, rows_per_scale: int) -> Tensor:
     """Scales or offsets ``(ranges, 1)`` for each of the rows, or one for all."""
     if rows_per_scale < 2:
         return stored

@@ -14,19 +14,27 @@ import torch
 from torch import Tensor
 
 from compressors.formats import PackedTable
-from compressors.tables import kmeans, product_codes, residual_codes
+from compressors.tables import kmeans, product_codes, residual_codes, scales
+from compressors.tables.grid import Fitted, Grid, by_row, nearest, weights
 from compressors.tables.kmeans import KMeansFormat
 from compressors.tables.lloyd import nearest_under
 from compressors.tables.planar import pack, unpack
 from compressors.tables.product_codes import ProductCodesFormat
 from compressors.tables.residual_codes import ResidualCodesFormat
+from compressors.tables.rowwise_int2 import RowwiseInt2Format
+from compressors.tables.rowwise_int4 import RowwiseInt4Format
+from compressors.tables.rowwise_int8 import RowwiseInt8Format
 
 DAMPING = 0.1
 """Added to the curvature, as a share of its mean: where little is known, little moves."""
 
 SMALLEST = 1e-30
 
-Codes = KMeansFormat | ProductCodesFormat | ResidualCodesFormat
+Rowwise = RowwiseInt8Format | RowwiseInt4Format | RowwiseInt2Format
+Codebook = KMeansFormat | ProductCodesFormat | ResidualCodesFormat
+Codes = Rowwise | Codebook
+
+BITS = {"rowwise_int8": 8, "rowwise_int4": 4, "rowwise_int2": 2}
 
 
 class Proposal(NamedTuple):
@@ -43,7 +51,7 @@ def propose(table: PackedTable, slope: Tensor, curvature: Tensor) -> Proposal:
     """The codes of every row where the model of the loss is least.
 
     Args:
-        table: with codes of a codebook.
+        table: with codes of a codebook, or of even levels.
         slope: of the loss by each weight as it reads now, ``(rows, dim)``.
         curvature: mean squared gradients, ``(rows, dim)``; rows without any stay.
     """
@@ -55,8 +63,11 @@ def propose(table: PackedTable, slope: Tensor, curvature: Tensor) -> Proposal:
     metric = table.dim * (curvature + damping)
     target = now - slope / metric.clamp(min=SMALLEST)
     codes = unpacked(table)
-    new = proposed(form, codes, stored, target, metric)
-    again = decoded(form, new, stored, table.dim)
+    if isinstance(form, Rowwise):
+        new, again = rounded(table, target)
+    else:
+        new = proposed(form, codes, stored, target, metric)
+        again = decoded(form, new, stored, table.dim)
     gain = (metric * ((now - target).square() - (again - target).square())).sum(dim=1) / 2
     better = seen & (gain > 0) & (new != codes).any(dim=1)
     return Proposal(new, torch.where(better, gain, torch.zeros_like(gain)))
@@ -71,27 +82,59 @@ def moved(table: PackedTable, proposal: Proposal, share: float) -> tuple[Tensor,
     chosen = proposal.gain.topk(count).indices
     codes = unpacked(table)
     codes[chosen] = proposal.codes[chosen]
-    width = _form(table).width(table.rows, table.dim, table.settings)
-    return pack(codes, width), count
+    width = _width(table)
+    return codes if width == 8 else pack(codes, width), count
 
 
 def unpacked(table: PackedTable) -> Tensor:
-    """A table's codes, uint8 ``(rows, codes)``, in a tensor of their own."""
-    form, count = _form(table), table.dim
-    if not isinstance(form, KMeansFormat):
+    """A table's codes, ``(rows, codes)``, in a tensor of their own: int8 or uint8."""
+    form, count, width = _form(table), table.dim, _width(table)
+    codes = table.get_buffer("codes")
+    if width == 8:
+        return codes.clone()
+    if isinstance(form, ProductCodesFormat | ResidualCodesFormat):
         count = form.shape(table.rows, table.dim, table.settings).books
-    width = form.width(table.rows, table.dim, table.settings)
-    return unpack(table.get_buffer("codes"), count, width)
+    return unpack(codes, count, width)
+
+
+def rounded(table: PackedTable, target: Tensor) -> tuple[Tensor, Tensor]:
+    """The codes of a row-wise table nearest to a target ``(rows, dim)``, and what they read as.
+
+    With even levels the nearest one of each weight is the best under any metric of columns.
+    """
+    form, shared = _form(table), scales.Shared.of(table.settings)
+    bits = BITS[form.name]
+    odd = shared.symmetric and bits > 2  # a level at zero, and one code unused
+    grid = Grid(2**bits - odd, shared.symmetric, rows_per_scale=shared.rows_per_scale)
+    stored = dict(table.named_buffers())
+    fitted = Fitted(stored["scale"], stored.get("offset"))
+    steps = nearest(target, fitted, grid)
+    offset = fitted.offset
+    if offset is not None:
+        offset = by_row(offset, table.rows, grid.rows_per_scale)
+    read = weights(steps, by_row(fitted.scale, table.rows, grid.rows_per_scale), offset)
+    zero = 0.0  # of symmetric codes: int8 has a sign of its own
+    if shared.symmetric and bits < 8:
+        zero = grid.half if bits == 2 else grid.half + 1
+    return (steps + zero).to(torch.uint8 if bits < 8 else stored["codes"].dtype), read
+
+
+def _width(table: PackedTable) -> int:
+    """Bits of a stored code."""
+    form = _form(table)
+    if isinstance(form, Rowwise):
+        return BITS[form.name]
+    return form.width(table.rows, table.dim, table.settings)
 
 
 def _form(table: PackedTable) -> Codes:
     if not isinstance(table.storage, Codes):
-        raise TypeError(f"{table.storage.name!r} has no codes of a codebook")
+        raise TypeError(f"{table.storage.name!r} has no codes")
     return table.storage
 
 
 def proposed(
-    form: Codes, codes: Tensor, stored: dict[str, Tensor], target: Tensor, metric: Tensor
+    form: Codebook, codes: Tensor, stored: dict[str, Tensor], target: Tensor, metric: Tensor
 ) -> Tensor:
     """Codes uint8 ``(rows, codes)`` whose rows are nearest to a target under a metric.
 
@@ -122,7 +165,7 @@ def proposed(
     return new
 
 
-def decoded(form: Codes, codes: Tensor, stored: dict[str, Tensor], dim: int) -> Tensor:
+def decoded(form: Codebook, codes: Tensor, stored: dict[str, Tensor], dim: int) -> Tensor:
     """What codes ``(rows, codes)`` read as, float32 ``(rows, dim)``."""
     codebook = stored["codebook"]
     if isinstance(form, KMeansFormat):

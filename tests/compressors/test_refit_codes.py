@@ -22,12 +22,17 @@ from compressors.model import Model
 from compressors.outline import outline
 from compressors.scoring import quality
 from compressors.slopes import slopes
-from compressors.step import TableStep, run
+from compressors.step import TableStep, encode_table, run
+from compressors.steps import TABLE_FORMATS
 from compressors.tables import reassign
+from compressors.tables.bfloat16 import BFloat16
 from compressors.tables.kmeans import KMeans
+from compressors.tables.planar import pack
 from compressors.tables.product_codes import ProductCodes
 from compressors.tables.reassign import Proposal, moved, propose
 from compressors.tables.residual_codes import ResidualCodes
+from compressors.tables.rowwise_int2 import RowwiseInt2
+from compressors.tables.rowwise_int4 import RowwiseInt4
 from compressors.tables.rowwise_int8 import RowwiseInt8
 from compressors.training import Training
 
@@ -38,7 +43,16 @@ CODES = (
     ProductCodes(parts=3, bits=2, codebook_type="float16"),
     ResidualCodes(),
 )
-each_codes = pytest.mark.parametrize("codes", CODES, ids=lambda step: f"{step.kind}-{step.bits}")
+ROWWISE = (
+    RowwiseInt8(symmetric=False, rows_per_scale=4),
+    RowwiseInt4(),
+    RowwiseInt4(symmetric=False, scale="float32", rows_per_scale=0),
+    RowwiseInt2(symmetric=True, clipping="min_max"),
+    RowwiseInt2(),
+)
+each_codes = pytest.mark.parametrize(
+    "codes", (*CODES, *ROWWISE), ids=lambda step: f"{step.kind}-{getattr(step, 'bits', '')}"
+)
 
 
 @pytest.fixture
@@ -64,7 +78,8 @@ def test_codebooks_and_codes_learn_and_formats_stay(codes, bench, tmp_path):
     old, new = before.module.state_dict(), after.module.state_dict()
     assert {name: t.dtype for name, t in new.items()} == {name: t.dtype for name, t in old.items()}
     changed = {name for name in old if not torch.equal(old[name], new[name])}
-    assert any(name.endswith("codebook") for name in changed)
+    learned = TABLE_FORMATS[codes.storage.name].learned
+    assert any(name.endswith(learned) for name in changed)
     assert any(name.endswith("codes") for name in changed)
     tables = {line.module for line in before.plan.lines if line.format == codes.kind}
     assert {name.partition(".")[0] for name in changed} <= tables
@@ -116,7 +131,7 @@ def test_it_ends_no_worse_on_the_validation_rows_than_it_began(bench, tmp_path):
 
 
 def test_only_tables_with_codebooks_are_taken_and_the_others_say_why(bench, tmp_path):
-    before = run(RowwiseInt8(tables=("user",)), RANKER.model(), bench, tmp_path / "user")
+    before = run(BFloat16(tables=("user",)), RANKER.model(), bench, tmp_path / "user")
     before = run(ProductCodes(tables=("item", "tags")), before, bench, tmp_path / "item")
     after = run(
         RefitCodes(tables=("item", "user"), training=QUICKLY, rounds=1),
@@ -128,13 +143,13 @@ def test_only_tables_with_codebooks_are_taken_and_the_others_say_why(bench, tmp_
     assert "refit_codes in 1 rounds" in said["item"]
     assert torch.equal(after.module.tags.table.codes, before.module.tags.table.codes)
     chosen = RefitCodes(tables=("item", "user")).choose(before, bench)
-    assert chosen["user"].reason == "rowwise_int8 has no codebook"
+    assert chosen["user"].reason == "bfloat16 has no codes"
     assert chosen["city"].reason == "not among item, user"
     assert chosen["tags"].reason == "not among item, user"
 
 
 def test_without_codebooks_there_is_nothing_to_refit(bench, tmp_path):
-    with pytest.raises(NothingToCompress, match="item: float32 has no codebook"):
+    with pytest.raises(NothingToCompress, match="item: float32 has no codes"):
         run(RefitCodes(), RANKER.model(), bench, tmp_path)
 
 
@@ -365,3 +380,29 @@ def test_weight_decay_leaves_codebooks_alone(bench, tmp_path):
     old, new = before.module.item.codebook, after.module.item.codebook
     assert torch.equal(new[unread], old[unread])
     assert not torch.equal(new[~unread], old[~unread])
+
+
+@pytest.mark.parametrize("codes", ROWWISE, ids=lambda step: step.kind)
+def test_row_wise_codes_are_the_nearest_levels_there_are(codes):
+    """Against every level of every weight, one by one."""
+    generator = torch.Generator().manual_seed(5)
+    table = encode_table(codes, torch.randn(12, 6, generator=generator))
+    target = 1.5 * torch.randn(12, 6, generator=generator)
+    new, read = reassign.rounded(table, target)
+    bits = reassign.BITS[codes.storage.name]
+    signed = new.dtype == torch.int8
+    every = torch.arange(-127, 128) if signed else torch.arange(2**bits)
+    if bits == 4 and codes.symmetric:
+        every = every[1:]  # the lowest code is not used
+    gaps = []
+    for code in every.tolist():
+        filled = torch.full_like(new, code)
+        table.codes = filled if bits == 8 else pack(filled, bits)
+        gaps.append((table(torch.arange(12)) - target).abs())
+    best = torch.stack(gaps).amin(dim=0)
+    table.codes = new if bits == 8 else pack(new, bits)
+    with torch.no_grad():
+        found = table(torch.arange(12))
+    assert torch.equal(found, read)
+    # Ties between two levels are told apart by rounding only.
+    torch.testing.assert_close((found - target).abs(), best, rtol=1e-5, atol=1e-6)
