@@ -2,8 +2,9 @@
 
 A codebook or scale that is fitted to a table's weights treats every weight alike; the task does
 not. In turn, codebooks, scales and offsets are trained through the lookup, on what the original
-answers and on the labels, and codes are chosen anew: each row moves to where a quadratic model of the loss is least. Its slope is
-the gradient, its curvature squared gradients, the diagonal of the empirical Fisher matrix.
+answers and on the labels, and codes are chosen anew: each row moves to where a quadratic model of
+the loss is least. Its slope is the gradient, its curvature squared gradients, the diagonal of the
+empirical Fisher matrix.
 
 Sources: Stock et al. 2020, https://arxiv.org/abs/1907.05686 (codebooks trained with the original
 as teacher); Malinovskii et al. 2024, https://arxiv.org/abs/2405.14852 (codes and codebooks in turn,
@@ -64,8 +65,8 @@ class RefitCodes(Frozen):
     )
     training: Training = Field(
         default_factory=lambda: Training(epochs=3, learning_rate=3e-4, patience=1),
-        description="How codebooks and scales are trained in a round. Give table_l2 as the original had it; "
-        "'tables' is of no consequence here.",
+        description="How codebooks and scales are trained in a round. Give table_l2 as the "
+        "original had it; 'tables' is of no consequence here.",
     )
 
     @property
