@@ -14,6 +14,28 @@ PLACES = {"RECPRESS_STORE", "RECPRESS_TRITON", "MLFLOW_TRACKING_URI"}
 os.environ["PREFECT_HOME"] = tempfile.mkdtemp(prefix="prefect-")
 
 
+# Exports take seconds each; these files look at the same ones, so one process runs them all.
+SAME_GRAPHS = {"test_audit", "test_composed", "test_lowered_graphs", "test_lowering", "test_parity"}
+SAME_RUNS = {"test_steps", "test_outline"}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Where tests run in several processes, those that share something slow stay together.
+
+    That is the tests of a file, those of all flows (one Prefect server, one finished order), and
+    those of the same exported graphs, or of the same runs of every method.
+    """
+    for item in items:
+        group = item.path.stem
+        if item.path.parent.name == "flows":
+            group = "flows"
+        elif group in SAME_GRAPHS:
+            group = "graphs"
+        elif group in SAME_RUNS:
+            group = "runs"
+        item.add_marker(pytest.mark.xdist_group(group))
+
+
 @pytest.fixture(autouse=True)
 def _own_surroundings(
     tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
