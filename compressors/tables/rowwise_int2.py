@@ -6,7 +6,7 @@ offset, to ``rows * (ceil(dim / 4) + 2)``. At dim 16 the scales are half of that
 
 Paper: Guan et al. 2019, https://arxiv.org/abs/1911.02079 (row-wise, asymmetric).
 Differs: 2 bits instead of 4, and ranges of least squared error unless asked for otherwise: with
-four levels clipping and offsets are worth much more than with sixteen (docs/methods.md).
+four levels clipping and offsets are worth much more than with sixteen (docs/table-methods.md).
 """
 
 from collections.abc import Mapping
