@@ -44,6 +44,14 @@ class Composition(Protocol):
     def parts(self, rows: int, dim: int, settings: Mapping[str, Any]) -> dict[str, PartSpec]:
         """The tables inside, by name."""
 
+    def traffic(
+        self, stored: Mapping[str, Tensor], counts: Tensor, settings: Mapping[str, Any]
+    ) -> dict[str, Tensor]:
+        """How often each part's rows answer, from how often rows are looked up, ``(rows,)``.
+
+        A graph may look up more than it reads, since it has no branches: this counts what is read.
+        """
+
     def lookup(
         self,
         stored: Mapping[str, Tensor],
@@ -122,6 +130,11 @@ class ComposedTable(nn.Module):
             format=self.composition.name,
             settings={"rows": self.rows, "dim": self.dim, **self.settings},
         )
+
+
+def gathered(counts: Tensor, place: Tensor, places: int) -> Tensor:
+    """Lookups of some rows, where ``place`` int64 says which of them each of ``counts`` reads."""
+    return counts.new_zeros(places).index_add_(0, place, counts)
 
 
 def plain_table(spec: PartSpec, weight: Tensor | None) -> nn.Embedding:

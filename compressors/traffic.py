@@ -4,12 +4,13 @@ Rows are counted where they are looked up, by a hook on each table's module, so 
 stands before a lookup (a map of rows, a default for unknown ids, padding) is taken into account.
 """
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 
 import torch
 from torch import Tensor, nn
 
 from compressors.batches import Batch, batches
+from compressors.composed import ComposedTable
 from compressors.contracts import Bench
 from compressors.errors import CompressionError
 from compressors.formats import Bag
@@ -38,14 +39,36 @@ def lookups(model: Model, bench: Bench, tables: Collection[str]) -> dict[str, Te
     if bench.train is None:
         raise CompressionError("Counting lookups needs train rows.")
     private = model.private().module
-    units = {unit.name: unit for unit in Unit.of(private) if unit.name in tables}
-    counts = {name: torch.zeros(unit.rows, dtype=torch.float64) for name, unit in units.items()}
-    for name, unit in units.items():
-        _count(unit.module, counts[name])
+    every = {unit.name: unit for unit in Unit.of(private)}
+    whole = {every[name].part_of or name for name in tables}
+    counts = {name: torch.zeros(every[name].rows, dtype=torch.float64) for name in whole}
+    for name, count in counts.items():
+        _count(every[name].module, count)
     with torch.no_grad():
         for batch in batches(bench.train, bench.signature, BATCH):
             private(**batch.inputs)
-    return counts
+        # A composed table calls its parts for ids that are not theirs, and within a bag for
+        # padding: only the table itself is told what is read.
+        names = {unit.module: unit.name for unit in every.values()}
+        for name in whole:
+            table = every[name].module
+            inner = table.table if isinstance(table, Bag) else table
+            counts |= _of_parts(inner, counts[name], names)
+    return {name: counts[name] for name in tables}
+
+
+def _of_parts(
+    table: nn.Module, counts: Tensor, names: Mapping[nn.Module, str]
+) -> dict[str, Tensor]:
+    """Lookups of the tables inside a table, at any depth."""
+    if not isinstance(table, ComposedTable):
+        return {}
+    stored = dict(table.named_buffers(recurse=False))
+    found: dict[str, Tensor] = {}
+    for part, count in table.composition.traffic(stored, counts, table.settings).items():
+        module = table.get_submodule(part)
+        found |= {names[module]: count, **_of_parts(module, count, names)}
+    return found
 
 
 def _count(module: nn.Module, counts: Tensor) -> None:

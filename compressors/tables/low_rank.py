@@ -76,6 +76,14 @@ class LowRankComposition:
     def parts(self, rows: int, dim: int, settings: Mapping[str, Any]) -> dict[str, PartSpec]:  # noqa: ARG002
         return {"narrow": PartSpec(rows, settings["rank"])}
 
+    def traffic(
+        self,
+        stored: Mapping[str, Tensor],  # noqa: ARG002
+        counts: Tensor,
+        settings: Mapping[str, Any],  # noqa: ARG002
+    ) -> dict[str, Tensor]:
+        return {"narrow": counts}
+
     def lookup(
         self,
         stored: Mapping[str, Tensor],

@@ -20,7 +20,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from compressors.composed import Composition, Design, Parts, PartSpec
+from compressors.composed import Composition, Design, Parts, PartSpec, gathered
 from compressors.contracts import Bench, Change, Frozen, Part
 from compressors.formats import TensorSpec
 from compressors.model import Model
@@ -192,6 +192,14 @@ class MultiHashComposition:
 
     def parts(self, rows: int, dim: int, settings: Mapping[str, Any]) -> dict[str, PartSpec]:  # noqa: ARG002
         return {"buckets": PartSpec(settings["buckets"], dim)}
+
+    def traffic(
+        self, stored: Mapping[str, Tensor], counts: Tensor, settings: Mapping[str, Any]
+    ) -> dict[str, Tensor]:
+        buckets = settings["buckets"]
+        each = hashed(torch.arange(len(counts)), stored["functions"], buckets)  # (rows, hashes)
+        every = counts.unsqueeze(1).expand_as(each)
+        return {"buckets": gathered(every.reshape(-1), each.reshape(-1), buckets)}
 
     def lookup(
         self, stored: Mapping[str, Tensor], parts: Parts, ids: Tensor, settings: Mapping[str, Any]

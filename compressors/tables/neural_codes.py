@@ -204,6 +204,14 @@ class NeuralCodesComposition:
     def parts(self, rows: int, dim: int, settings: Mapping[str, Any]) -> dict[str, PartSpec]:  # noqa: ARG002
         return {"codes": PartSpec(rows, settings["codes"])}
 
+    def traffic(
+        self,
+        stored: Mapping[str, Tensor],  # noqa: ARG002
+        counts: Tensor,
+        settings: Mapping[str, Any],  # noqa: ARG002
+    ) -> dict[str, Tensor]:
+        return {"codes": counts}
+
     def lookup(
         self,
         stored: Mapping[str, Tensor],

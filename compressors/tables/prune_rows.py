@@ -20,7 +20,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from compressors.composed import Composition, Design, Parts, PartSpec
+from compressors.composed import Composition, Design, Parts, PartSpec, gathered
 from compressors.contracts import Bench, Change, Frozen, Part
 from compressors.formats import TensorSpec
 from compressors.model import Model
@@ -48,6 +48,13 @@ class KeptRowsComposition:
 
     def parts(self, rows: int, dim: int, settings: Mapping[str, Any]) -> dict[str, PartSpec]:  # noqa: ARG002
         return {"kept": PartSpec(settings["kept"] + 1, dim)}
+
+    def traffic(
+        self, stored: Mapping[str, Tensor], counts: Tensor, settings: Mapping[str, Any]
+    ) -> dict[str, Tensor]:
+        ids, kept = torch.arange(len(counts)), settings["kept"]
+        place = torch.ops.recpress.kept_place(stored["within"], stored["before"], ids)
+        return {"kept": gathered(counts, torch.where(place < 0, kept, place), kept + 1)}
 
     def lookup(
         self,

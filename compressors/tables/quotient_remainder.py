@@ -20,7 +20,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from compressors.composed import Composition, Design, Parts, PartSpec
+from compressors.composed import Composition, Design, Parts, PartSpec, gathered
 from compressors.contracts import Bench, Change, Frozen, Part
 from compressors.formats import TensorSpec
 from compressors.model import Model
@@ -182,6 +182,19 @@ class QuotientRemainderComposition:
         return {
             "quotient": PartSpec(-(-rows // buckets), dim),
             "remainder": PartSpec(buckets, dim),
+        }
+
+    def traffic(
+        self,
+        stored: Mapping[str, Tensor],  # noqa: ARG002
+        counts: Tensor,
+        settings: Mapping[str, Any],
+    ) -> dict[str, Tensor]:
+        ids, buckets = torch.arange(len(counts)), settings["buckets"]
+        quotients = -(-len(counts) // buckets)
+        return {
+            "quotient": gathered(counts, ids // buckets, quotients),
+            "remainder": gathered(counts, ids % buckets, buckets),
         }
 
     def lookup(

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from compressors.composed import Composition, Parts, PartSpec
+from compressors.composed import Composition, Parts, PartSpec, gathered
 from compressors.formats import TensorSpec
 
 
@@ -52,6 +52,13 @@ class RowMapComposition:
 
     def parts(self, rows: int, dim: int, settings: Mapping[str, Any]) -> dict[str, PartSpec]:  # noqa: ARG002
         return {"unique": PartSpec(settings["places"], dim)}
+
+    def traffic(
+        self, stored: Mapping[str, Tensor], counts: Tensor, settings: Mapping[str, Any]
+    ) -> dict[str, Tensor]:
+        ids = torch.arange(len(counts))
+        place = torch.ops.recpress.planned_place(stored["planes"], ids)
+        return {"unique": gathered(counts, place, settings["places"])}
 
     def lookup(
         self,

@@ -43,6 +43,16 @@ class TiersComposition:
         hot = settings["hot"]
         return {"hot": PartSpec(hot, dim), "cold": PartSpec(rows - hot, dim)}
 
+    def traffic(
+        self,
+        stored: Mapping[str, Tensor],
+        counts: Tensor,
+        settings: Mapping[str, Any],  # noqa: ARG002
+    ) -> dict[str, Tensor]:
+        ids = torch.arange(len(counts))
+        hot = torch.ops.recpress.kept_place(stored["within"], stored["before"], ids) >= 0
+        return {"hot": counts[hot], "cold": counts[~hot]}
+
     def lookup(
         self,
         stored: Mapping[str, Tensor],

@@ -3,7 +3,7 @@
 import models
 import pytest
 import torch
-from models import PARTS, REFERENCES, Reference, graph
+from models import PARTS, RANKER, REFERENCES, Reference, graph
 from test_steps import ran, size
 
 from compressors.composed import ComposedTable, PartSpec, plain_table
@@ -13,6 +13,7 @@ from compressors.lower.parity import compare
 from compressors.outline import outline
 from compressors.state import load, mapped
 from compressors.step import ModelStep, TableStep, run
+from compressors.tables.low_rank import LowRank
 from compressors.tables.rowwise_int4 import RowwiseInt4
 from compressors.tables.rowwise_int8 import RowwiseInt8
 from compressors.tables.tiers import Tiers
@@ -72,6 +73,19 @@ def test_a_later_step_packs_the_parts(method, packer, tmp_path):
     assert outline(step, made, bench).plan == packed.plan
     again = load(packed.architecture, packed.network, tmp_path / "packed")
     torch.testing.assert_close(dict(again.state_dict()), dict(packed.module.state_dict()))
+
+
+def test_tables_in_tables_have_one_line_each(tmp_path):
+    bench, model = RANKER.bench(tmp_path / "data"), RANKER.model()
+    for number, step in enumerate((Tiers(), LowRank(tables=("*.cold",)), LowRank(rank=1))):
+        predicted = outline(step, model, bench).plan
+        model = run(step, model, bench, tmp_path / str(number))
+        names = [line.module for line in model.plan.lines]
+        assert len(set(names)) == len(names)
+        held = size(mapped(tmp_path / str(number)))
+        assert sum(line.bytes_after for line in model.plan.lines) == held
+        assert sum(line.bytes_after for line in predicted.lines) == held
+    assert model.plan.of("user.cold.narrow.narrow").reason == "a part of user.cold.narrow"
 
 
 @every_method

@@ -2,17 +2,23 @@
 
 import pytest
 import torch
-from models import ATTENTION, BENCH_ROWS, RANKER, TIED
+from models import ATTENTION, BENCH_ROWS, RANKER, TIED, Step
 
 from compressors.batches import Rows, batches
 from compressors.contracts import Bench
 from compressors.errors import CompressionError
+from compressors.formats import Bag
 from compressors.loss import hard_loss
 from compressors.step import run
+from compressors.tables.cluster_rows import ClusterRows
 from compressors.tables.low_rank import LowRank
+from compressors.tables.multi_hash import MultiHash, hashed
+from compressors.tables.prune_rows import PruneRows
+from compressors.tables.quotient_remainder import QuotientRemainder
 from compressors.tables.rowwise_int8 import RowwiseInt8
+from compressors.tables.tiers import Tiers
 from compressors.traffic import lookups, squared_gradients
-from compressors.units import table_rows
+from compressors.units import Unit, own_weight, private_copy, table_rows
 
 NAMES = ("user", "item", "city", "genres", "history", "tags")
 
@@ -42,6 +48,49 @@ def test_a_part_is_counted_where_it_is_read(tmp_path):
     model = run(LowRank(), RANKER.model(), bench, tmp_path / "out")
     counts = lookups(model, bench, ["item", "item.narrow"])
     assert torch.equal(counts["item"], counts["item.narrow"])
+
+
+NESTED: tuple[Step, ...] = (
+    Tiers(tables=("user", "item", "genres", "tags"), hot=0.2),
+    PruneRows(tables=("item.hot", "history"), keep=0.4, pruned="shared"),
+    ClusterRows(tables=("genres.table.cold",), hot=0.4, clusters=3),
+    LowRank(tables=("item.cold",)),
+    QuotientRemainder(tables=("user.cold", "tags.table.hot")),
+)
+
+
+def test_only_what_is_read_counts_as_a_lookup_of_a_part(tmp_path):
+    """A row of a part counts for those of the table that are other rows if it is another one."""
+    bench, model = RANKER.bench(tmp_path / "data"), RANKER.model()
+    before = lookups(model, bench, NAMES)
+    for number, step in enumerate(NESTED):
+        model = run(step, model, bench, tmp_path / str(number))
+    owners = {unit.name: unit.part_of for unit in Unit.of(model.module) if unit.part_of}
+    counts, module = lookups(model, bench, owners), private_copy(model.module)
+    assert set(counts) == set(owners)
+    for name, count in counts.items():
+        part, whole = module.get_submodule(name), module.get_submodule(owners[name])
+        if not isinstance(part, torch.nn.Embedding):
+            continue  # its own parts are looked at
+        table = whole.table if isinstance(whole, Bag) else whole
+        ids = torch.arange(table.rows)
+        was, weight = table(ids), part.weight
+        for row in range(part.num_embeddings):
+            moved = weight.detach().clone()
+            moved[row] += 1 + moved[row].abs()
+            own_weight(part, "weight", moved)
+            reads = (table(ids) != was).any(dim=1)
+            assert float(count[row]) == float(before[owners[name]][reads].sum()), (name, row)
+        part.weight = weight
+
+
+def test_a_bucket_counts_for_every_hash(tmp_path):
+    bench, step = RANKER.bench(tmp_path / "data"), MultiHash(tables=("user",), hashes=3)
+    model = run(step, RANKER.model(), bench, tmp_path / "out")
+    counts = lookups(model, bench, ["user", "user.buckets"])
+    places = hashed(torch.arange(40), model.module.user.functions, 20)
+    expected = [float((counts["user"].unsqueeze(1) * (places == at)).sum()) for at in range(20)]
+    assert counts["user.buckets"].tolist() == expected
 
 
 def test_a_table_in_two_places_counts_both(tmp_path):
