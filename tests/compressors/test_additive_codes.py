@@ -183,7 +183,7 @@ def test_lookups_and_slopes_are_asked_for_only_where_they_count(tmp_path):
 
 
 def test_a_table_whose_codes_would_be_larger_stays(tmp_path):
-    """Nine rows of six numbers: 216 bytes, against 384 of 16 codebooks of two entries and 36 of codes."""
+    """Nine rows of six numbers, 216 bytes; 16 codebooks of two entries are 384, codes 36."""
     model, bench = RANKER.model(), RANKER.bench(tmp_path)
     choices = AdditiveCodes(codebooks=16).choose(model, bench)
     assert not choices["city"].take
