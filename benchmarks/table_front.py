@@ -42,14 +42,19 @@ Lines = list[tuple[str, str, list[dict[str, Any]]]]  # family, settings in words
 PEERS: Lines = [
     ("row-wise", "int8", [{"kind": "rowwise_int8"}]),
     ("row-wise", "int4, clipped", [{"kind": "rowwise_int4", "clipping": "mse"}]),
-    *(("SVD", f"rank {rank} of 10", [{"kind": "low_rank", "rank": rank}]) for rank in (8, 6, 4, 2)),
+    (
+        "row-wise",
+        "int2 with offsets, clipped",
+        [{"kind": "rowwise_int2", "symmetric": False, "clipping": "mse"}],
+    ),
+    *(("SVD", f"rank {rank} of 10", [{"kind": "low_rank", "rank": rank}]) for rank in (6, 4, 2)),
     *(
         (
             "quotient, remainder",
             f"remainders: {words}",
             [{"kind": "quotient_remainder", "buckets": buckets, "weighted": True}],
         )
-        for buckets, words in ((0.5, "half"), (0.1, "a tenth"), (0, "the root of the rows"))
+        for buckets, words in ((0.5, "half"), (0.1, "a tenth"))
     ),
     *(
         (
@@ -57,7 +62,7 @@ PEERS: Lines = [
             f"{parts} of {bits} bits",
             [{"kind": "product_codes", "parts": parts, "bits": bits}],
         )
-        for parts, bits in ((5, 8), (5, 4), (2, 8), (2, 4))
+        for parts, bits in ((5, 8), (5, 4), (2, 4))
     ),
 ]
 
@@ -118,15 +123,6 @@ OURS: dict[Name, Lines] = {
             [_additive(1, bits=8, traffic=1, sensitive=False)],
         ),
         ("additive codes", "2 codes of 4 bits a row", [_additive(2, traffic=1, sensitive=False)]),
-        (
-            "additive codes",
-            "8 bits a tag, 4 bits a user or film",
-            [
-                _additive(1, ("tables.tag",), bits=8, traffic=1, sensitive=False),
-                _additive(1, ("tables.user", "tables.item"), traffic=1, sensitive=False),
-            ],
-        ),
-        ("additive codes", "1 code of 4 bits a row", [_additive(1, traffic=1, sensitive=False)]),
     ],
 }
 # Other families are drawn in grey, ours in colour.

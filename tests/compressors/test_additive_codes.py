@@ -180,3 +180,12 @@ def test_lookups_and_slopes_are_asked_for_only_where_they_count(tmp_path):
     plain = AdditiveCodes(traffic=0, sensitive=False, rounds=1)
     packed = run(plain, model, bare, tmp_path / "out")
     assert not any(isinstance(part, nn.Embedding) for part in packed.module.modules())
+
+
+def test_a_table_whose_codes_would_be_larger_stays(tmp_path):
+    """Nine rows of six numbers, 216 bytes; 16 codebooks of two entries are 384, codes 36."""
+    model, bench = RANKER.model(), RANKER.bench(tmp_path)
+    choices = AdditiveCodes(codebooks=16).choose(model, bench)
+    assert not choices["city"].take
+    assert choices["city"].reason == "its codes would take 420 bytes, now it takes 216"
+    assert choices["item"].take
