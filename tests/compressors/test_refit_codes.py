@@ -34,6 +34,7 @@ from compressors.tables.residual_codes import ResidualCodes
 from compressors.tables.rowwise_int2 import RowwiseInt2
 from compressors.tables.rowwise_int4 import RowwiseInt4
 from compressors.tables.rowwise_int8 import RowwiseInt8
+from compressors.tables.tiers import Tiers
 from compressors.training import Training
 
 CODES = (
@@ -147,6 +148,13 @@ def test_only_tables_with_codebooks_are_taken_and_the_others_say_why(bench, tmp_
     assert chosen["user"].reason == "bfloat16 has no codes"
     assert chosen["city"].reason == "not among item, user"
     assert chosen["tags"].reason == "not among item, user"
+
+
+def test_a_table_means_its_parts_too(bench, tmp_path):
+    tiers = run(Tiers(tables=("item", "tags")), RANKER.model(), bench, tmp_path / "tiers")
+    before = run(RowwiseInt4(tables=("item", "tags")), tiers, bench, tmp_path / "packed")
+    chosen = RefitCodes(tables=("item",)).choose(before, bench)
+    assert {name for name, choice in chosen.items() if choice.take} == {"item.hot", "item.cold"}
 
 
 def test_without_codebooks_there_is_nothing_to_refit(bench, tmp_path):
