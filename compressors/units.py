@@ -60,6 +60,11 @@ class Choice:
     reason: str
 
 
+def innermost(name: str, units: Collection[str]) -> str | None:
+    """Of some units the one that a tensor or part lies in; of tables in tables the innermost."""
+    return max((unit for unit in units if name.startswith(f"{unit}.")), key=len, default=None)
+
+
 def table_rows(module: nn.Module) -> dict[str, int]:
     """Rows of every table, by its name."""
     return {unit.name: unit.rows for unit in Unit.of(module) if unit.role == "table"}
