@@ -21,12 +21,14 @@ class TensorSpec(NamedTuple):
 
     ``every`` is how many rows of a table share one entry of the first dimension: 1 for codes, more
     for scales that neighbours share, 0 where the tensor belongs to the whole table, as a codebook
-    does.
+    does. ``first`` is the number that a stand-in for the tensor holds everywhere: where a network
+    looks rows up by it, one that every table has.
     """
 
     shape: tuple[int, ...]
     dtype: torch.dtype
     every: int = 1
+    first: int = 0
 
 
 class TableFormat(Protocol):

@@ -1,10 +1,10 @@
 """The plan of a step: one line for every table and dense layer, with bytes and reason."""
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 
 from compressors.contracts import Plan, PlanLine
 from compressors.model import Model
-from compressors.units import Choice, Unit
+from compressors.units import Choice, Unit, innermost
 
 DROPPED = "dropped"
 
@@ -56,7 +56,7 @@ def plan_of(
                 reason=f"a part of {unit.name}",
             )
             for part in after
-            if part.name not in old and _owner(part.name, old) == unit.name
+            if part.name not in old and innermost(part.name, old) == unit.name
         ]
     # What an earlier step dropped keeps its line.
     lines += [line for line in (source.plan.lines if source.plan else ()) if line.format == DROPPED]
@@ -73,11 +73,6 @@ def plan_of(
         )
     )
     return Plan(lines=tuple(lines))
-
-
-def _owner(part: str, names: Collection[str]) -> str | None:
-    """Of some units the one that a part lies in; of tables in tables the innermost."""
-    return max((name for name in names if part.startswith(f"{name}.")), key=len, default=None)
 
 
 def _reason(earlier: PlanLine | None, choice: Choice) -> str:

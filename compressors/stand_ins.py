@@ -17,8 +17,8 @@ from compressors.units import Choice, Unit, pack_table, swap
 
 
 def stand_in(spec: TensorSpec) -> Tensor:
-    """One zero in the shape of a tensor."""
-    return torch.zeros((), dtype=spec.dtype).expand(spec.shape)
+    """One number, zero for most, in the shape of a tensor."""
+    return torch.full((), spec.first, dtype=spec.dtype).expand(spec.shape)
 
 
 def with_stand_ins(module: nn.Module) -> nn.Module:

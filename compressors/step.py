@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from compressors.batches import example
+from compressors.composed import ComposedTable
 from compressors.contracts import Bench, Change, Network, Part, Schema
 from compressors.errors import (
     CompressionError,
@@ -22,7 +23,7 @@ from compressors.errors import (
     ModelRefused,
     NothingToCompress,
 )
-from compressors.formats import PackedTable, TableFormat, TensorSpec, blocks, entries
+from compressors.formats import Bag, PackedTable, TableFormat, TensorSpec, blocks, entries
 from compressors.model import Model
 from compressors.plan import plan_of
 from compressors.state import load, records_of, save
@@ -353,13 +354,23 @@ def _noted(choice: Choice, note: str | None) -> Choice:
 
 
 def _equal(old: nn.Module, new: nn.Module) -> bool:
-    """Whether two modules hold the same tensors; the same memory is not read."""
-    first, second = old.state_dict(), new.state_dict()
+    """Whether two modules hold the same tensors; the same memory is not read.
+
+    The tables that a table is made of are modules of their own.
+    """
+    first, second = _own(old), _own(new)
     return first.keys() == second.keys() and all(
         tensor.data_ptr() == second[name].data_ptr()
         or (tensor.shape == second[name].shape and torch.equal(tensor, second[name]))
         for name, tensor in first.items()
     )
+
+
+def _own(module: nn.Module) -> dict[str, Tensor]:
+    table = module.table if isinstance(module, Bag) else module
+    if isinstance(table, ComposedTable):
+        return dict(table.named_buffers(recurse=False))
+    return dict(module.state_dict())
 
 
 def _versions(model: nn.Module) -> list[tuple[str, int, int]]:

@@ -7,7 +7,7 @@ from compressors.errors import CompressionError, NothingToCompress
 from compressors.formats import Bag, PackedTable
 from compressors.model import Model
 from compressors.training import Loss, Training, train, trainable
-from compressors.units import Choice, Unit
+from compressors.units import Choice, Unit, innermost
 
 
 def choose_trained(model: Model, bench: Bench, kind: str, *, tables: bool) -> dict[str, Choice]:
@@ -19,10 +19,11 @@ def choose_trained(model: Model, bench: Bench, kind: str, *, tables: bool) -> di
     need_loss(bench, kind)
     names = trainable(model.module, tables=tables)
     rows = bench.train.rows if bench.train else 0
+    units = {unit.name: unit for unit in Unit.of(model.module)}
+    learned = {innermost(name, units) for name in names}
     choices = {}
-    for unit in Unit.of(model.module):
-        learned = any(name.startswith(f"{unit.name}.") for name in names)
-        if learned:
+    for unit in units.values():
+        if unit.name in learned:
             choices[unit.name] = Choice(True, f"{kind} on {rows:,} rows")
         elif unit.shared_with is not None:
             choices[unit.name] = Choice(False, f"shares its weight with {unit.shared_with}")

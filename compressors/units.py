@@ -60,6 +60,11 @@ class Choice:
     reason: str
 
 
+def innermost(name: str, units: Collection[str]) -> str | None:
+    """Of some units the one that a tensor or part lies in; of tables in tables the innermost."""
+    return max((unit for unit in units if name.startswith(f"{unit}.")), key=len, default=None)
+
+
 def table_rows(module: nn.Module) -> dict[str, int]:
     """Rows of every table, by its name."""
     return {unit.name: unit.rows for unit in Unit.of(module) if unit.role == "table"}
@@ -107,12 +112,12 @@ def _keep(unit: Unit, patterns: tuple[str, ...]) -> str | None:
         return f"already {unit.format}"
     if unit.shared_with is not None:
         return f"shares its weight with {unit.shared_with}"
-    if not any(_named(unit, pattern) for pattern in patterns):
+    if not any(is_named(unit, pattern) for pattern in patterns):
         return f"not among {', '.join(patterns)}"
     return None
 
 
-def _named(unit: Unit, pattern: str) -> bool:
+def is_named(unit: Unit, pattern: str) -> bool:
     """Whether a pattern means a unit: by its name, or by that of the table it is a part of."""
     names = (unit.name,) if unit.part_of is None else (unit.name, unit.part_of)
     return any(fnmatch.fnmatchcase(name, pattern) for name in names)
@@ -125,7 +130,7 @@ def need_matches(patterns: tuple[str, ...], units: list[Unit], kind: str, what: 
         NothingToCompress: names those there are.
     """
     for pattern in patterns:
-        if pattern != "*" and not any(_named(unit, pattern) for unit in units):
+        if pattern != "*" and not any(is_named(unit, pattern) for unit in units):
             raise NothingToCompress(
                 step=kind,
                 wanted=f"a {what} named like {pattern!r}",

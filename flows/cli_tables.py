@@ -121,7 +121,10 @@ def _setting(text: str) -> tuple[str, object]:
     name, sign, value = text.partition("=")
     if not sign or not name:
         raise Refused(f"--set takes NAME=VALUE, such as --set scale=float32; found {text!r}.")
-    return name, value
+    try:
+        return name, json.loads(value)  # a number is one, also where only some are allowed
+    except ValueError:
+        return name, value
 
 
 def _show(plan: "Plan") -> None:

@@ -194,6 +194,10 @@ def _reason(step: TableStep, name: str, spec: TensorSpec) -> str | None:
         return f"not among {', '.join(step.tables)}"
     if spec.shape[0] < step.min_rows:
         return f"{spec.shape[0]} rows, fewer than min_rows {step.min_rows}"
+    laid = step.storage.layout(*spec.shape, step.settings()).values()
+    size = sum(size_of(part) for part in laid)
+    if size >= size_of(spec):
+        return f"{step.kind} would take {size} bytes, not fewer than its {size_of(spec)}"
     return None
 
 

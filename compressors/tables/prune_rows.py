@@ -147,7 +147,7 @@ class PruneRows(Frozen):
         return recomposed_outline(model, self._designs(model)[1])
 
     def _designs(self, model: Model) -> tuple[dict[str, Choice], dict[str, Design]]:
-        return choose_composed(model, self.tables, self.min_rows, self.kind, self.design)
+        return choose_composed(model, self.tables, max(self.min_rows, 2), self.kind, self.design)
 
     def design(self, rows: int, dim: int) -> Design:  # noqa: ARG002
         """How a table of ``rows x dim`` is made."""

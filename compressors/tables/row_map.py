@@ -48,7 +48,8 @@ class RowMapComposition:
     learned: tuple[str, ...] = ()
 
     def layout(self, rows: int, dim: int, settings: Mapping[str, Any]) -> dict[str, TensorSpec]:  # noqa: ARG002
-        return {"planes": TensorSpec((rows, bytes_needed(settings["places"])), torch.int8)}
+        shape = (rows, bytes_needed(settings["places"]))
+        return {"planes": TensorSpec(shape, torch.int8, first=-128)}  # what says place 0
 
     def parts(self, rows: int, dim: int, settings: Mapping[str, Any]) -> dict[str, PartSpec]:  # noqa: ARG002
         return {"unique": PartSpec(settings["places"], dim)}

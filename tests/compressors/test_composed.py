@@ -6,7 +6,9 @@ import torch
 from models import PARTS, RANKER, REFERENCES, Reference, graph
 from test_steps import ran, size
 
+from compressors.batches import example
 from compressors.composed import ComposedTable, PartSpec, plain_table
+from compressors.dense.channels import Channels
 from compressors.dense.float16 import Float16
 from compressors.errors import CompressionError, NothingToCompress
 from compressors.lower.parity import compare
@@ -73,6 +75,16 @@ def test_a_later_step_packs_the_parts(method, packer, tmp_path):
     assert outline(step, made, bench).plan == packed.plan
     again = load(packed.architecture, packed.network, tmp_path / "packed")
     torch.testing.assert_close(dict(again.state_dict()), dict(packed.module.state_dict()))
+
+
+@every_method
+def test_a_predicted_network_runs(method, tmp_path):
+    """What is pruned after a table was composed is found by running the network."""
+    bench = RANKER.bench(tmp_path / "data")
+    predicted = outline(models.default(method), RANKER.model(), bench)
+    inputs = example(bench.signature, table_rows(predicted.module), 64)
+    assert predicted.module(**inputs).shape == (64, 1)
+    assert outline(Channels(), predicted, bench).plan is not None
 
 
 def test_tables_in_tables_have_one_line_each(tmp_path):

@@ -7,6 +7,7 @@ from models import RANKER
 from compressors.contracts import Bench
 from compressors.errors import NothingToCompress
 from compressors.step import run
+from compressors.tables.cluster_rows import ClusterRows
 from compressors.tables.prune_rows import PruneRows
 from compressors.tables.rowwise_int4 import RowwiseInt4
 from compressors.tables.tiers import Tiers
@@ -95,6 +96,16 @@ def test_a_table_whose_map_would_cost_more_stays(tmp_path):
     step = PruneRows(tables=("city",), keep=0.99, pruned="shared")
     with pytest.raises(NothingToCompress, match="city: 9 x 6 would be no smaller"):
         run(step, RANKER.model(), RANKER.bench(tmp_path / "data"), tmp_path / "out")
+
+
+def test_the_only_row_of_a_table_stays(tmp_path):
+    bench = RANKER.bench(tmp_path / "data")
+    one = run(
+        ClusterRows(tables=("city",), hot=0, clusters=1), RANKER.model(), bench, tmp_path / "one"
+    )
+    result = run(PruneRows(), one, bench, tmp_path / "out")
+    assert "1 rows, fewer than min_rows 2" in result.plan.of("city.unique").reason
+    assert torch.equal(result.module.city.unique.weight, one.module.city.unique.weight)
 
 
 def test_without_training_rows_nothing_is_pruned(tmp_path):

@@ -27,14 +27,18 @@ from compressors.steps import TABLE_FORMATS
 from compressors.tables import reassign
 from compressors.tables.bfloat16 import BFloat16
 from compressors.tables.kmeans import KMeans
+from compressors.tables.low_rank import LowRank
 from compressors.tables.planar import pack
 from compressors.tables.product_codes import ProductCodes
+from compressors.tables.quotient_remainder import QuotientRemainder
 from compressors.tables.reassign import Proposal, moved, propose
 from compressors.tables.residual_codes import ResidualCodes
 from compressors.tables.rowwise_int2 import RowwiseInt2
 from compressors.tables.rowwise_int4 import RowwiseInt4
 from compressors.tables.rowwise_int8 import RowwiseInt8
+from compressors.tables.tiers import Tiers
 from compressors.training import Training
+from compressors.units import Unit
 
 CODES = (
     KMeans(bits=2),
@@ -147,6 +151,24 @@ def test_only_tables_with_codebooks_are_taken_and_the_others_say_why(bench, tmp_
     assert chosen["user"].reason == "bfloat16 has no codes"
     assert chosen["city"].reason == "not among item, user"
     assert chosen["tags"].reason == "not among item, user"
+
+
+def test_a_table_means_its_parts_too(bench, tmp_path):
+    tiers = run(Tiers(tables=("item", "tags")), RANKER.model(), bench, tmp_path / "tiers")
+    before = run(RowwiseInt4(tables=("item", "tags")), tiers, bench, tmp_path / "packed")
+    chosen = RefitCodes(tables=("item",)).choose(before, bench)
+    assert {name for name, choice in chosen.items() if choice.take} == {"item.hot", "item.cold"}
+
+
+@pytest.mark.parametrize("first", [Tiers(), LowRank(), QuotientRemainder()], ids=lambda s: s.kind)
+def test_codes_of_parts_are_refitted_and_the_table_they_make_keeps_its_own(first, bench, tmp_path):
+    made = run(first, RANKER.model(), bench, tmp_path / "made")
+    before = run(RowwiseInt2(), made, bench, tmp_path / "packed")
+    after = run(RefitCodes(training=QUICKLY, rounds=1), before, bench, tmp_path / "refitted")
+    parts = {unit.name for unit in Unit.of(after.module) if unit.part_of}
+    changed = {line.module for line in after.plan.lines if "refit_codes" in line.steps}
+    assert changed & parts
+    assert changed <= {unit.name for unit in Unit.of(after.module) if unit.format == "rowwise_int2"}
 
 
 def test_without_codebooks_there_is_nothing_to_refit(bench, tmp_path):

@@ -55,6 +55,17 @@ def test_a_table_is_compressed_checked_and_listed(call: Call, source: Path, tmp_
     assert checked.splitlines()[:2] == said.splitlines()[:2]
 
 
+def test_a_number_of_a_list_may_be_set(call: Call, source: Path, tmp_path: Path):
+    options = ("--format", "int8", "--set", "rows_per_scale=8", "--set", "symmetric=false")
+    code, said, err = call("quantize", source, tmp_path / "out", *options, "--json")
+    assert (code, err) == (0, "")
+    lines = {line["module"]: line for line in json.loads(said)["plan"]["lines"]}
+    assert lines["user"]["bytes_after"] == 500 * 8 + 2 * 2 * 63  # a scale and an offset for 8 rows
+    options = ("--format", "kmeans", "--set", "bits=2", "--set", 'tables=["user"]')
+    code, _, _ = call("quantize", source, tmp_path / "two", *options)
+    assert code == 0
+
+
 def test_every_setting_reaches_the_step(call: Call, source: Path, tmp_path: Path):
     options = ("--format", "int4", "--scale", "float32", "--clipping", "mse", "--min-rows", "5")
     code, said, _ = call("quantize", source, tmp_path / "out", *options, "--json")

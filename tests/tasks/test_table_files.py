@@ -17,6 +17,7 @@ from torch import Tensor
 from compressors.dense.float16 import Float16
 from compressors.errors import ModelRefused, NothingToCompress
 from compressors.state import module_of
+from compressors.tables.kmeans import KMeans
 from compressors.tables.rowwise_int4 import RowwiseInt4
 from compressors.tables.rowwise_int8 import RowwiseInt8
 from infra.errors import BundleRefused, Refused
@@ -74,6 +75,22 @@ def test_every_tensor_is_there_as_ordered_and_the_plan_counts_the_files_bytes(
     assert lines["steps"].reason == "[] of int64 is no table"
     assert artifact.sha256 == done.sha256
     assert artifact.bytes == done.bytes
+
+
+def test_a_table_that_would_not_shrink_is_copied(tmp_path: Path):
+    given = {"one.weight": torch.randn(1, 3), "half.weight": torch.randn(40, 2).half()}
+    given["user.weight"] = torch.randn(4000, 16)
+    save_file(given, tmp_path / "model.safetensors")
+    step = KMeans()
+    plan = quantize(tmp_path / "model.safetensors", tmp_path / "out", step).plan
+    lines = {line.module: line for line in plan.lines}
+    # One row of kmeans is 2 bytes of codes, 2 of scale and 64 of codebook.
+    assert lines["one.weight"].reason == "kmeans would take 68 bytes, not fewer than its 12"
+    assert lines["half.weight"].reason == "kmeans would take 184 bytes, not fewer than its 160"
+    assert lines["user"].format == "kmeans"
+    found = load_file(tmp_path / "out" / "files" / "model.safetensors")
+    assert torch.equal(found["one.weight"], given["one.weight"])
+    assert torch.equal(found["half.weight"], given["half.weight"])
 
 
 def test_blocks_workers_shards_and_the_store_give_the_same_bytes(source: Path, tmp_path: Path):
