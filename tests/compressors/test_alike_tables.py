@@ -41,4 +41,5 @@ def test_tables_with_the_same_codes_are_written_down(target, tmp_path):
     assert first.names == second.names
     made = Graph(packed, lowered, REFERENCE.schema, path)
     inputs = made.rows(50)
-    np.testing.assert_allclose(made.in_onnx(inputs), made.in_torch(inputs), atol=1e-5)
+    # In the form for TensorRT rows are float16 before they are widened: 2^-11 of each weight.
+    np.testing.assert_allclose(made.in_onnx(inputs), made.in_torch(inputs), atol=1e-3)
