@@ -3,7 +3,7 @@
 import logging
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from compressors.lower.served import Form, Served, dynamic_shapes, input_names, 
 from compressors.step import rows_of_tables
 
 OPSET = 21  # the first with blocked DequantizeLinear and int4
+MERGED = 1024  # the optimizer compares initializers of at most so many numbers
 EXTERNAL_BYTES = 2**30  # one protobuf file holds at most 2 GiB
 TRACE_ROWS = 3
 
@@ -80,7 +81,11 @@ def lower(
         table for table in tables if any(_looked_up(held[name]) for name in table.names)
     )
     packed = _packed(wrapper, program.model.graph)
+    small = _small(program.model.graph)
     optimize_ir(program.model, should_fold=_may_fold)
+    merged = _merged(small, program.model.graph)
+    packed = tuple(replace(each, name=merged.get(each.name, each.name)) for each in packed)
+    looked_up = tuple(_renamed(table, merged) for table in looked_up)
     if target == "onnxruntime":
         onnxruntime.spell_out_clipping(program.model)
     _strip(program.model)
@@ -185,6 +190,28 @@ def _need_packed(packed: tuple[_Packed, ...], graph: ir.Graph, target: TargetKin
                 f"{'another tensor' if found is None else f'{found} bytes'} instead of its "
                 f"{weight.bytes} bytes of {weight.format}. Leave it out of the step."
             )
+
+
+def _small(graph: ir.Graph) -> dict[str, tuple[object, ...]]:
+    """What the initializers hold that the optimizer makes one of where they are alike."""
+    return {
+        name: (value.const_value.dtype, tuple(value.const_value.shape), value.const_value.tobytes())
+        for name, value in graph.initializers.items()
+        if value.const_value is not None and value.const_value.size <= MERGED
+    }
+
+
+def _merged(before: dict[str, tuple[object, ...]], graph: ir.Graph) -> dict[str, str]:
+    """The name under which an initializer went on that was equal to another."""
+    after = {held: name for name, held in _small(graph).items()}
+    gone = before.keys() - graph.initializers.keys()
+    return {name: after[before[name]] for name in gone if before[name] in after}
+
+
+def _renamed(table: TableInitializers, merged: dict[str, str]) -> TableInitializers:
+    every = {merged.get(name, name): share for name, share in table.every.items()}
+    names = tuple(merged.get(name, name) for name in table.names)
+    return table.model_copy(update={"names": names, "every": every})
 
 
 def _strip(model: ir.Model) -> None:
