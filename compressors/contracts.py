@@ -205,6 +205,10 @@ class Network(Frozen):
     )
 
 
+DROPPED = "dropped"
+"""The format of a table or layer that is gone."""
+
+
 class PlanLine(Frozen):
     """What a recipe decided for one table or dense layer, and why."""
 

@@ -2,11 +2,9 @@
 
 from collections.abc import Mapping
 
-from compressors.contracts import Plan, PlanLine
+from compressors.contracts import DROPPED, Plan, PlanLine
 from compressors.model import Model
 from compressors.units import Choice, Unit, innermost
-
-DROPPED = "dropped"
 
 
 def plan_of(

@@ -12,9 +12,8 @@ tenth of a level off move them by 3 to 5 % of their spread.
 import numpy as np
 from numpy.typing import NDArray
 
-from compressors.contracts import Frozen, Plan, TargetKind
+from compressors.contracts import DROPPED, Frozen, Plan, TargetKind
 from compressors.errors import ParityLost
-from compressors.plan import DROPPED
 
 FloatArray = NDArray[np.float32]
 
