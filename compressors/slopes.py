@@ -73,7 +73,8 @@ class Sensitivity(NamedTuple):
 
     ``columns`` float64 ``(dim, dim)``: the outer product of the gradient of the row's output with
     itself. ``rows`` float64 ``(rows,)``: the gradient's squared length, by the row looked up.
-    ``lookups`` is how many there were.
+    ``lookups`` is how many there were that the output depends on: a bag finds its padding and a
+    table in tiers a row of each, and neither is read.
     """
 
     columns: Tensor
@@ -112,11 +113,13 @@ def sensitivity(
             leaves = [leaf for _, _, leaf in seen]
             grads = torch.autograd.grad(output.sum(), leaves, allow_unused=True)
             for (name, ids, _), grad in zip(seen, grads, strict=True):
-                lookups[name] += len(ids)
                 if grad is not None:
                     flat = grad.reshape(-1, grad.shape[-1]).double()
+                    each = flat.square().sum(dim=1)
                     columns[name] += flat.T @ flat
-                    by_row[name].index_add_(0, ids.long(), flat.square().sum(dim=1))
+                    by_row[name].index_add_(0, ids.long(), each)
+                    # Padding of bags, and rows of the other tier, are found and not read.
+                    lookups[name] += int((each > 0).sum())
             left -= len(numbers)
             if left <= 0:
                 break

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from compressors.contracts import ModuleRecord
-from compressors.errors import ContractBroken, ModelRefused
+from compressors.errors import CompressionError, ContractBroken, ModelRefused
 from compressors.formats import TensorSpec, blocks, entries
 from compressors.safetensors_stream import Piece, StreamedFile, size_of
 from compressors.step import TableStep
@@ -236,7 +236,13 @@ class _Encoding:
         self._job, self._file, self._name = job, file, name
         self._module = job.tables[name]
         self._layout = job.stored(name)
-        self._params = job.step.fit(job.sources[name].mapped())
+        try:
+            self._params = job.step.fit(job.sources[name].mapped())
+        except CompressionError:
+            # What is no number may have been too large for a codebook: then its row is the fault.
+            for block in job.blocks(name):
+                self._rows(block)
+            raise
 
     def whole(self) -> list[Piece]:
         """What belongs to the whole table, as a codebook does."""
@@ -248,9 +254,13 @@ class _Encoding:
             )
         return [self._file.piece(within(self._module, part), self._params[part]) for part in names]
 
-    def __call__(self, block: Block) -> list[Piece]:
+    def _rows(self, block: Block) -> Tensor:
         rows = self._job.sources[self._name].read(block.begin, block.end).float()
         _check_finite(self._name, rows, block.begin)
+        return rows
+
+    def __call__(self, block: Block) -> list[Piece]:
+        rows = self._rows(block)
         encoded = self._job.step.encode(rows, self._params)
         wanted = {part for part, spec in self._layout.items() if spec.every}
         if encoded.keys() != wanted:

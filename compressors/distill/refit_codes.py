@@ -28,6 +28,7 @@ from compressors.formats import Bag, PackedTable
 from compressors.model import Model
 from compressors.scoring import quality
 from compressors.slopes import mean_loss, slopes
+from compressors.tables.grid import SMALLEST
 from compressors.tables.reassign import Codes, moved, propose
 from compressors.trained import need_loss, nothing_to_train, pruned_layers, trained_on
 from compressors.training import Training, trainable
@@ -200,12 +201,16 @@ def _types(table: PackedTable) -> dict[str, torch.dtype]:
 
 
 def _cast(table: PackedTable, types: dict[str, torch.dtype]) -> None:
-    """Give a table's tensors other types; numbers beyond a narrower one end at its largest."""
+    """Give a table's tensors other types; numbers beyond a narrower one end at its largest.
+
+    TensorRT wants every scale positive, so one that is too small ends at the smallest there is.
+    """
     for name, dtype in types.items():
         tensor = table.get_buffer(name)
         if tensor.dtype != dtype:
             largest = torch.finfo(dtype).max
-            setattr(table, name, tensor.float().clamp(-largest, largest).to(dtype))
+            least = SMALLEST.get(dtype, 0.0) if name == "scale" else -largest
+            setattr(table, name, tensor.float().clamp(least, largest).to(dtype))
 
 
 def _place(bench: Bench, number: int) -> dict[str, str]:

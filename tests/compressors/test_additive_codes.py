@@ -25,6 +25,7 @@ from compressors.tables.additive_codes import (
 )
 from compressors.tables.lloyd import nearest, squared_distance
 from compressors.tables.residual_codes import decode
+from compressors.traffic import lookups, sensitivities
 from compressors.units import Unit
 
 
@@ -189,3 +190,11 @@ def test_a_table_whose_codes_would_be_larger_stays(tmp_path):
     assert not choices["city"].take
     assert choices["city"].reason == "its codes would take 420 bytes, now it takes 216"
     assert choices["item"].take
+
+
+def test_padding_of_bags_is_no_lookup(tmp_path):
+    model, bench = RANKER.model(), RANKER.bench(tmp_path)
+    wanted = lookups(model, bench, ["genres", "history"])
+    found = sensitivities(model, bench, ["genres", "history"])
+    for name, counts in wanted.items():
+        assert found[name].lookups == int(counts.sum()), name

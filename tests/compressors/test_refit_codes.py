@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from compressors.batches import Rows
 from compressors.contracts import Bench
 from compressors.distill.fine_tune import FineTune
-from compressors.distill.refit_codes import RefitCodes
+from compressors.distill.refit_codes import RefitCodes, _cast
 from compressors.errors import NothingToCompress
 from compressors.formats import PackedTable
 from compressors.loss import hard_loss
@@ -429,3 +429,12 @@ def test_row_wise_codes_are_the_nearest_levels_there_are(codes):
     assert torch.equal(found, read)
     # Ties between two levels are told apart by rounding only.
     torch.testing.assert_close((found - target).abs(), best, rtol=1e-5, atol=1e-6)
+
+
+def test_a_trained_scale_too_small_for_float16_stays_positive():
+    table = encode_table(
+        RowwiseInt4(), torch.randn(3, 4, generator=torch.Generator().manual_seed(0))
+    )
+    table.scale = torch.tensor([[1e-9], [0.5], [1e9]])
+    _cast(table, {"scale": torch.float16})
+    assert table.scale.squeeze(1).tolist() == [2.0**-24, 0.5, 65504.0]

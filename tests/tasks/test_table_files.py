@@ -18,6 +18,7 @@ from compressors.dense.float16 import Float16
 from compressors.errors import ModelRefused, NothingToCompress
 from compressors.state import module_of
 from compressors.tables.kmeans import KMeans
+from compressors.tables.residual_codes import ResidualCodes
 from compressors.tables.rowwise_int4 import RowwiseInt4
 from compressors.tables.rowwise_int8 import RowwiseInt8
 from infra.errors import BundleRefused, Refused
@@ -241,3 +242,14 @@ def test_formats_go_by_their_kind_or_short_name():
         step_named("float16", {})
     with pytest.raises(Refused, match="no setting 'colour'; it has clipping, min_rows"):
         step_named("int8", {"colour": "red"})
+
+
+@pytest.mark.parametrize("step", [KMeans(), ResidualCodes()], ids=lambda step: step.kind)
+def test_a_weight_that_is_no_number_is_named_by_its_row_also_where_a_table_is_fitted(
+    step, tmp_path
+):
+    weight = torch.randn(400, 8, generator=torch.Generator().manual_seed(0))
+    weight[123, 4] = float("nan")
+    save_file({"user": weight}, tmp_path / "in.safetensors")
+    with pytest.raises(ModelRefused, match="Row 123 of 'user' has a NaN"):
+        quantize(tmp_path / "in.safetensors", tmp_path / "out", step)
