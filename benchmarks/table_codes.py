@@ -1,4 +1,4 @@
-"""What do tables with codebooks keep, at the bytes of uniform ones and far below?
+"""What do tables of codes keep, at the bytes of row-wise ones and far below, also when refitted?
 
 On the demo's tables: bytes, codebooks and scales included, and squared error, both as shares of the
 float32 tables', and the change of AUC on the demo's test rows. The second table is after
@@ -27,6 +27,7 @@ from compressors.step import ModelStep, TableStep, run
 from compressors.tables.kmeans import KMeans
 from compressors.tables.product_codes import ProductCodes
 from compressors.tables.residual_codes import ResidualCodes
+from compressors.tables.rowwise_int2 import RowwiseInt2
 from compressors.tables.rowwise_int4 import RowwiseInt4
 from compressors.tables.rowwise_int8 import RowwiseInt8
 from compressors.training import Training
@@ -50,8 +51,9 @@ STEPS: tuple[TableStep, ...] = (
     ResidualCodes(codebooks=4, bits=4, codebook_share=SHARE, refine=0),
     ResidualCodes(codebooks=4, bits=4, codebook_share=SHARE),
     ResidualCodes(codebooks=2, bits=4, codebook_share=SHARE),
+    RowwiseInt2(rows_per_scale=64),
 )
-REFITTED = (STEPS[4], STEPS[6], STEPS[10])
+REFITTED = (STEPS[4], STEPS[6], STEPS[10], STEPS[11])
 SEEDS = 5
 STUDENT = 2.776  # two-sided 95 % of Student's t with 4 degrees of freedom
 # The demo's own penalty on its tables; rates of the default.
