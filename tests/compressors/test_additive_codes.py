@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from compressors.batches import batches
 from compressors.contracts import Bench
 from compressors.errors import NothingToCompress
+from compressors.scoring import quality
 from compressors.slopes import sensitivity
 from compressors.step import run
 from compressors.tables import residual_codes
@@ -198,3 +199,18 @@ def test_padding_of_bags_is_no_lookup(tmp_path):
     found = sensitivities(model, bench, ["genres", "history"])
     for name, counts in wanted.items():
         assert found[name].lookups == int(counts.sum()), name
+
+
+def test_of_several_draws_the_one_that_is_best_on_validation_rows_stays(tmp_path):
+    model, bench = RANKER.model(), RANKER.bench(tmp_path)
+    step = AdditiveCodes(tables=("item",), codebooks=2, bits=2, rounds=8, shake=0.5)
+
+    def judged(draws: int) -> float:
+        made = run(step.model_copy(update={"draws": draws}), model, bench, tmp_path / str(draws))
+        return quality(made.module, bench.signature, bench.validation)
+
+    found = [judged(draws) for draws in (1, 2, 6)]
+    assert found == sorted(found)
+    assert found[-1] > found[0]  # six fits with so much noise are not all alike
+    assert step.needs == ("train",)
+    assert AdditiveCodes(draws=2).needs == ("train", "validation")
