@@ -65,8 +65,11 @@ def fit(rows: Tensor, grid: Grid) -> Fitted:
     Raises:
         CompressionError: a weight is too large for the type of the scales.
     """
-    if not len(rows):  # a range of no weights, where the table has one for all
-        rows = rows.new_zeros((0 if grid.rows_per_scale else 1, rows.shape[1]))
+    if not len(rows) and grid.rows_per_scale:
+        none = torch.empty((0, 1), dtype=grid.dtype)
+        return Fitted(none, None if grid.symmetric else none)
+    if not len(rows):  # the table's one range, of no weights
+        rows = rows.new_zeros((1, rows.shape[1]))
     parts = [_fit(values, grid) for values in ranges(rows, grid.rows_per_scale)]
     offsets = [part.offset for part in parts if part.offset is not None]
     return Fitted(

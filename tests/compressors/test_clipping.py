@@ -143,3 +143,18 @@ def test_a_table_of_one_range_is_not_copied_to_be_fitted():
     (values,) = ranges(table, 0)
     assert values.data_ptr() == table.data_ptr()
     assert values.shape == (1, 8000)
+
+
+@pytest.mark.parametrize("clipping", ["min_max", "least_squares", "greedy", "mse"])
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("together", [0, 1, 4])
+def test_a_table_of_no_rows_has_as_many_scales_as_its_layout_says(clipping, symmetric, together):
+    levels = 15 if symmetric else 16
+    grid = Grid(levels, symmetric, clipping, rows_per_scale=together)
+    scale, offset = fit(torch.empty(0, 6), grid)
+    wanted = (0 if together else 1, 1)
+    assert scale.shape == wanted
+    assert scale.dtype == torch.float16
+    assert (offset is None) == symmetric
+    if offset is not None:
+        assert offset.shape == wanted
