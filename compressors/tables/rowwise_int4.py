@@ -20,7 +20,7 @@ from torch import Tensor
 from compressors.contracts import Frozen
 from compressors.formats import TableFormat, TensorSpec
 from compressors.tables import planar, scales
-from compressors.tables.grid import Clipping, Grid, RowsPerScale, ScaleType, weights
+from compressors.tables.grid import Clipping, Grid, RowsPerScale, ScaleType
 
 BITS = 4
 LEVELS, ALL_LEVELS = 15, 16
@@ -39,43 +39,10 @@ def rowwise_int4(
     codes: Tensor, scale: Tensor, offset: Tensor | None, ids: Tensor, dim: int, rows_per_scale: int
 ) -> Tensor:
     """Rows of a stored table: planar ``(rows, ceil(dim/2))``, ids -> float32 ``(*ids, dim)``."""
-    entries = scales.entries_of(ids, rows_per_scale)
-    steps = steps_of(codes[ids], dim, symmetric=offset is None)
-    return weights(steps, scale[entries], None if offset is None else offset[entries])
+    return scales.planar_rows(codes, scale, offset, ids, dim, rows_per_scale, steps_of)
 
 
-@rowwise_int4.register_fake
-def _(
-    codes: Tensor,  # noqa: ARG001
-    scale: Tensor,
-    offset: Tensor | None,  # noqa: ARG001
-    ids: Tensor,
-    dim: int,
-    rows_per_scale: int,  # noqa: ARG001
-) -> Tensor:
-    return scale.new_empty((*ids.shape, dim), dtype=torch.float32)
-
-
-def _keep(
-    ctx: Any,
-    inputs: tuple[Tensor, Tensor, Tensor | None, Tensor, int, int],
-    output: Tensor,  # noqa: ARG001
-) -> None:
-    *tensors, ctx.dim, ctx.rows_per_scale = inputs
-    ctx.save_for_backward(*tensors)
-
-
-def _backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor, Tensor | None, None, None, None]:
-    codes, scale, offset, ids = ctx.saved_tensors
-    steps = steps_of(codes[ids], ctx.dim, symmetric=offset is None)
-    by_scale = scales.gradients(grad, steps, scale, ids, ctx.rows_per_scale)
-    by_offset = None
-    if offset is not None:
-        by_offset = scales.gradients(grad, None, offset, ids, ctx.rows_per_scale)
-    return None, by_scale, by_offset, None, None, None
-
-
-rowwise_int4.register_autograd(_backward, setup_context=_keep)
+scales.make_planar(rowwise_int4, steps_of)
 
 
 @dataclass(frozen=True)

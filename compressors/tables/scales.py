@@ -1,14 +1,14 @@
 """Scales and offsets that rows share: how they are laid out, written, read and trained."""
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from compressors.formats import TensorSpec
 from compressors.tables.clipping import fit
-from compressors.tables.grid import Fitted, Grid, nearest
+from compressors.tables.grid import Fitted, Grid, nearest, weights
 
 
 class Shared(NamedTuple):
@@ -131,3 +131,59 @@ def gradients(
     total = torch.zeros(stored.shape[0], device=stored.device)
     total.index_add_(0, entries_of(ids, rows_per_scale).reshape(-1), each)
     return total.unsqueeze(1).to(stored.dtype)
+
+
+class StepsOf(Protocol):
+    """How a format of planar codes reads them."""
+
+    def __call__(self, packed: Tensor, dim: int, *, symmetric: bool) -> Tensor:
+        """Planar codes ``(*, bytes)`` as levels counted in scales, float32 ``(*, dim)``."""
+
+
+def planar_rows(
+    codes: Tensor,
+    scale: Tensor,
+    offset: Tensor | None,
+    ids: Tensor,
+    dim: int,
+    rows_per_scale: int,
+    steps_of: StepsOf,
+) -> Tensor:
+    """Rows of a table of planar codes ``(rows, bytes)``: ids -> float32 ``(*ids, dim)``."""
+    entries = entries_of(ids, rows_per_scale)
+    steps = steps_of(codes[ids], dim, symmetric=offset is None)
+    return weights(steps, scale[entries], None if offset is None else offset[entries])
+
+
+def make_planar(op: Any, steps_of: StepsOf) -> None:
+    """Give an op of planar codes, made by ``custom_op``, its fake kernel and its gradient."""
+
+    def fake(
+        codes: Tensor,  # noqa: ARG001
+        scale: Tensor,
+        offset: Tensor | None,  # noqa: ARG001
+        ids: Tensor,
+        dim: int,
+        rows_per_scale: int,  # noqa: ARG001
+    ) -> Tensor:
+        return scale.new_empty((*ids.shape, dim), dtype=torch.float32)
+
+    def keep(
+        ctx: Any,
+        inputs: tuple[Tensor, Tensor, Tensor | None, Tensor, int, int],
+        output: Tensor,  # noqa: ARG001
+    ) -> None:
+        *tensors, ctx.dim, ctx.rows_per_scale = inputs
+        ctx.save_for_backward(*tensors)
+
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor, Tensor | None, None, None, None]:
+        codes, scale, offset, ids = ctx.saved_tensors
+        steps = steps_of(codes[ids], ctx.dim, symmetric=offset is None)
+        by_scale = gradients(grad, steps, scale, ids, ctx.rows_per_scale)
+        by_offset = None
+        if offset is not None:
+            by_offset = gradients(grad, None, offset, ids, ctx.rows_per_scale)
+        return None, by_scale, by_offset, None, None, None
+
+    op.register_fake(fake)
+    op.register_autograd(backward, setup_context=keep)
