@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 import onnx
+import torch
 from onnxscript import opset21 as op
 
 from compressors.tables.kept_order import BLOCK
@@ -96,3 +97,31 @@ def placed(rank: Any, before: Any, ids: Any) -> Any:
 def divided_by(ids: Any, divisor: int) -> Any:
     """One integer division: ids are not negative, so rounding down is what Div does."""
     return op.Div(ids, constant(onnx.TensorProto.INT64, divisor))
+
+
+def code_tables(unpacked: Callable[[Any, Any, int, int], Any]) -> dict[Any, Callable[..., Any]]:
+    """The ops of tables with codebooks -> their subgraphs, from how a target unpacks codes.
+
+    ``unpacked`` takes packed codes, ids, how many codes a row has and how wide they are.
+    """
+
+    def kmeans_table(codes: Any, codebook: Any, scale: Any, ids: Any, dim: int, width: int) -> Any:
+        """Gather codes, then their levels."""
+        return kmeans_levels(unpacked(codes, ids, dim, width), codebook, scale, ids)
+
+    def product_codes(codes: Any, codebook: Any, ids: Any, dim: int, parts: int, width: int) -> Any:
+        """Gather codes, then their entries, and put the parts side by side."""
+        found = entries(unpacked(codes, ids, parts, width), codebook, parts)
+        return side_by_side(found, ids, dim, parts)
+
+    def residual_codes(codes: Any, codebook: Any, ids: Any, books: int, width: int) -> Any:
+        """Gather codes, then their entries, and add them up."""
+        found = entries(unpacked(codes, ids, books, width), codebook, books)
+        return op.ReduceSum(found, op.Constant(value_ints=[-2]), keepdims=0)
+
+    ops = torch.ops.recpress
+    return {
+        ops.kmeans_table.default: kmeans_table,
+        ops.product_codes.default: product_codes,
+        ops.residual_codes.default: residual_codes,
+    }

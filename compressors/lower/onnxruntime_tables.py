@@ -16,15 +16,13 @@ from compressors.lower.onnx_pieces import (
     FLOAT,
     INT32,
     INT64,
+    code_tables,
     constant,
     divided_by,
-    entries,
     joined_bytes,
-    kmeans_levels,
     placed,
     scaled,
     short_float_table,
-    side_by_side,
     without_padding,
 )
 from compressors.tables.float8_e4m3 import steps_of
@@ -95,23 +93,6 @@ def unpacked(codes: Any, ids: Any, count: int, width: int) -> Any:
     return without_padding(op.Cast(found, to=INT32), count, width)
 
 
-def kmeans_table(codes: Any, codebook: Any, scale: Any, ids: Any, dim: int, width: int) -> Any:
-    """Gather codes, then their levels."""
-    return kmeans_levels(unpacked(codes, ids, dim, width), codebook, scale, ids)
-
-
-def product_codes(codes: Any, codebook: Any, ids: Any, dim: int, parts: int, width: int) -> Any:
-    """Gather codes, then their entries, and put the parts side by side."""
-    found = entries(unpacked(codes, ids, parts, width), codebook, parts)
-    return side_by_side(found, ids, dim, parts)
-
-
-def residual_codes(codes: Any, codebook: Any, ids: Any, books: int, width: int) -> Any:
-    """Gather codes, then their entries, and add them up."""
-    found = entries(unpacked(codes, ids, books, width), codebook, books)
-    return op.ReduceSum(found, op.Constant(value_ints=[-2]), keepdims=0)
-
-
 def planned_place(planes: Any, ids: Any) -> Any:
     """Gather the bytes of each place, then add them up."""
     count = int(planes.shape[1])
@@ -133,9 +114,7 @@ def translations() -> dict[Any, Callable[..., Any]]:
         ops.float8_e4m3_table.default: float8_e4m3_table,
         ops.bfloat16_table.default: short_float_table,
         ops.float16_table.default: short_float_table,
-        ops.kmeans_table.default: kmeans_table,
-        ops.product_codes.default: product_codes,
-        ops.residual_codes.default: residual_codes,
+        **code_tables(unpacked),
         ops.planned_place.default: planned_place,
         ops.kept_place.default: kept_place,
         ops.divided_by.default: divided_by,

@@ -21,15 +21,13 @@ from compressors.lower.onnx_pieces import (
     FLOAT16,
     INT32,
     INT64,
+    code_tables,
     constant,
     divided_by,
-    entries,
     joined_bytes,
-    kmeans_levels,
     placed,
     scaled,
     short_float_table,
-    side_by_side,
     without_padding,
 )
 
@@ -76,23 +74,6 @@ def float8_e4m3_table(codes: Any, scale: Any, ids: Any, rows_per_scale: int) -> 
         return _dequantized(codes, scale, ids)
     rows = _dequantized(codes, constant(FLOAT16, 1), ids)
     return scaled(rows, scale, None, ids, rows_per_scale)
-
-
-def kmeans_table(codes: Any, codebook: Any, scale: Any, ids: Any, dim: int, width: int) -> Any:
-    """Gather codes, then their levels."""
-    return kmeans_levels(unpacked(codes, ids, dim, width), codebook, scale, ids)
-
-
-def product_codes(codes: Any, codebook: Any, ids: Any, dim: int, parts: int, width: int) -> Any:
-    """Gather codes, then their entries, and put the parts side by side."""
-    found = entries(unpacked(codes, ids, parts, width), codebook, parts)
-    return side_by_side(found, ids, dim, parts)
-
-
-def residual_codes(codes: Any, codebook: Any, ids: Any, books: int, width: int) -> Any:
-    """Gather codes, then their entries, and add them up."""
-    found = entries(unpacked(codes, ids, books, width), codebook, books)
-    return op.ReduceSum(found, op.Constant(value_ints=[-2]), keepdims=0)
 
 
 def planned_place(planes: Any, ids: Any) -> Any:
@@ -160,9 +141,7 @@ def translations() -> dict[Any, Callable[..., Any]]:
         ops.float8_e4m3_table.default: float8_e4m3_table,
         ops.bfloat16_table.default: short_float_table,
         ops.float16_table.default: short_float_table,
-        ops.kmeans_table.default: kmeans_table,
-        ops.product_codes.default: product_codes,
-        ops.residual_codes.default: residual_codes,
+        **code_tables(unpacked),
         ops.planned_place.default: planned_place,
         ops.kept_place.default: kept_place,
         ops.divided_by.default: divided_by,
