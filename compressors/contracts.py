@@ -188,9 +188,9 @@ class Architecture(Frozen):
 
 
 class ModuleRecord(Frozen):
-    """What stands where the architecture built an Embedding, EmbeddingBag or Linear."""
+    """What stands where the architecture built an Embedding, EmbeddingBag, Linear or norm."""
 
-    kind: Literal["table", "bag", "linear"]
+    kind: Literal["table", "bag", "linear", "norm"]
     format: str
     settings: dict[str, Any] = Field(default_factory=dict)
 

@@ -62,10 +62,12 @@ class LinearFormat(Protocol):
     def learned(self) -> tuple[str, ...]:
         """The float32 tensors that training may change; their op passes gradients to them."""
 
-    def layout(self, inputs: int, outputs: int, *, bias: bool) -> dict[str, TensorSpec]:
+    def layout(
+        self, inputs: int, outputs: int, settings: Mapping[str, Any], *, bias: bool
+    ) -> dict[str, TensorSpec]:
         """The stored tensors of a layer from ``inputs`` to ``outputs`` features."""
 
-    def apply(self, stored: Mapping[str, Tensor], x: Tensor) -> Tensor:
+    def apply(self, stored: Mapping[str, Tensor], x: Tensor, settings: Mapping[str, Any]) -> Tensor:
         """The layer's output as float32, ``(*x.shape[:-1], outputs)``."""
 
 
@@ -130,6 +132,7 @@ class PackedLinear(nn.Module):
         out_features: int,
         *,
         bias: bool,
+        settings: Mapping[str, Any] | None = None,
         stored: Mapping[str, Tensor] | None = None,
     ) -> None:
         super().__init__()
@@ -137,10 +140,12 @@ class PackedLinear(nn.Module):
         self.in_features = in_features
         self.out_features = out_features
         self.has_bias = bias
-        register_stored(self, storage.layout(in_features, out_features, bias=bias), stored)
+        self.settings = dict(settings or {})
+        layout = storage.layout(in_features, out_features, self.settings, bias=bias)
+        register_stored(self, layout, stored)
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - torch's own name
-        return self.storage.apply(dict(self.named_buffers()), input)
+        return self.storage.apply(dict(self.named_buffers()), input, self.settings)
 
     def record(self) -> ModuleRecord:
         """What a bundle must say so that this module can be built again."""
@@ -151,8 +156,17 @@ class PackedLinear(nn.Module):
                 "in_features": self.in_features,
                 "out_features": self.out_features,
                 "bias": self.has_bias,
+                **self.settings,
             },
         )
+
+
+class FoldedNorm(nn.Identity):
+    """What stands where a norm was whose numbers went into the layers around it."""
+
+    def record(self) -> ModuleRecord:
+        """What a bundle must say so that this module can be built again."""
+        return ModuleRecord(kind="norm", format="folded")
 
 
 class Bag(nn.Module):

@@ -46,7 +46,7 @@ def packed_outline(
         choices: by unit; what is not named stays.
         table: the format of tables.
         linear: the format of dense layers.
-        settings: of the table format.
+        settings: of the format.
     """
     for unit in Unit.of(model.module):
         if unit.name not in choices or not choices[unit.name].take:
@@ -59,13 +59,10 @@ def packed_outline(
             swap(model.module, unit.name, pack_table(unit.module, packed))
         elif unit.role == "dense" and linear is not None:
             bias = unit.bias is not None
-            laid = linear.layout(second, first, bias=bias)
+            laid = linear.layout(second, first, settings or {}, bias=bias)
             stored = {name: stand_in(spec) for name, spec in laid.items()}
-            swap(
-                model.module,
-                unit.name,
-                PackedLinear(linear, second, first, bias=bias, stored=stored),
-            )
+            layer = PackedLinear(linear, second, first, bias=bias, settings=settings, stored=stored)
+            swap(model.module, unit.name, layer)
         else:
             raise CompressionError(f"No format was given for {unit.role} {unit.name!r}.")
     return model

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from compressors.composed import ComposedTable
 from compressors.contracts import ModuleRecord, Network
 from compressors.errors import ModelRefused
-from compressors.formats import Bag, PackedLinear, PackedTable
+from compressors.formats import Bag, FoldedNorm, PackedLinear, PackedTable
 from compressors.meta import parameters_on_meta
 from compressors.safetensors_stream import write
 from compressors.steps import COMPOSITIONS, LINEAR_FORMATS, TABLE_FORMATS
@@ -60,9 +60,12 @@ def module_of(name: str, record: ModuleRecord) -> nn.Module:
     Raises:
         ModelRefused: the format is unknown here or the record is incomplete.
     """
-    formats: Mapping[str, Any] = (
-        LINEAR_FORMATS if record.kind == "linear" else {**TABLE_FORMATS, **COMPOSITIONS}
-    )
+    tables: Mapping[str, Any] = {**TABLE_FORMATS, **COMPOSITIONS}
+    others: Mapping[str, Mapping[str, Any]] = {
+        "linear": LINEAR_FORMATS,
+        "norm": {"folded": FoldedNorm},
+    }
+    formats = others.get(record.kind, tables)
     if record.format not in formats:
         raise ModelRefused(
             f"{name!r} is stored as {record.format!r}; this version of recpress knows "
@@ -70,10 +73,12 @@ def module_of(name: str, record: ModuleRecord) -> nn.Module:
         )
     storage, settings = formats[record.format], dict(record.settings)
     try:
+        if record.kind == "norm":
+            return FoldedNorm()
         if record.kind == "linear":
-            return PackedLinear(
-                storage, settings["in_features"], settings["out_features"], bias=settings["bias"]
-            )
+            inputs, outputs = settings.pop("in_features"), settings.pop("out_features")
+            bias = settings.pop("bias")
+            return PackedLinear(storage, inputs, outputs, bias=bias, settings=settings)
         bag = {
             key: settings.pop(key)
             for key in ("mode", "padding_idx", "include_last_offset")
@@ -204,7 +209,7 @@ def records_of(model: nn.Module) -> dict[str, ModuleRecord]:
         if isinstance(module, Bag):
             inside.add(f"{name}.table")
         if name in inside or not isinstance(
-            module, Bag | ComposedTable | PackedTable | PackedLinear
+            module, Bag | ComposedTable | PackedTable | PackedLinear | FoldedNorm
         ):
             continue
         record = module.record()

@@ -93,7 +93,7 @@ class ModelStep(Protocol):
         ``format``: it is stored in another format. ``values``: its format stays, and its weights
         change, it becomes narrower, or it is gone. ``parts``: a table is now made of smaller ones,
         which are units of their own. With the last two a unit may stay as it is, if nothing
-        better is found.
+        better is found; with ``format`` only if the model's notes say why.
         """
 
     def choose(self, model: Model, bench: Bench) -> dict[str, Choice]:
@@ -147,7 +147,7 @@ def run(step: TableStep | ModelStep, source: Model, bench: Bench, folder: Path) 
     if _versions(source.module) != versions:
         raise ContractBroken(f"{step.kind!r} wrote into the tensors of the model it was given.")
     after = Unit.of(module)
-    _check_choices(step, choices, Unit.of(source.module), after)
+    _check_choices(step, choices, model.notes, Unit.of(source.module), after)
     inputs = example(bench.signature, rows_of_tables(module, bench.signature), CHECK_ROWS)
     expected = _scores(step, source, module, inputs)
     if not bool(torch.isfinite(expected).all()):
@@ -294,6 +294,7 @@ def _as_laid_out(step: TableStep, name: str, tensor: Tensor, spec: TensorSpec) -
 def _check_choices(
     step: TableStep | ModelStep,
     choices: Mapping[str, Choice],
+    notes: Mapping[str, str],
     before: tuple[Unit, ...],
     after: tuple[Unit, ...],
 ) -> None:
@@ -309,7 +310,8 @@ def _check_choices(
         # A method that changes values, or looks for rows to do without, may find that a unit is
         # best left as it is.
         kept = new.format == unit.format if not values else _equal(unit.module, new.module)
-        if kept == taken and not (may_stay and taken):
+        told = taken and unit.name in notes  # it says why the unit stays
+        if kept == taken and not (taken and (may_stay or told)):
             did = "kept" if kept else "changed"
             raise ContractBroken(f"{step.kind!r} {did} {unit.name!r} against its own choice.")
         if values and new.format != unit.format:
@@ -337,13 +339,18 @@ def _as_found(
     after: tuple[Unit, ...],
 ) -> dict[str, Choice]:
     """The choices, with a word where the method looked for better values and found none."""
-    if not isinstance(step, ModelStep) or step.changes == "format":
+    if not isinstance(step, ModelStep):
         return dict(choices)
     now = {unit.name: unit for unit in after}
     found = dict(choices)
     for unit in before:
         new, choice = now.get(unit.name), choices[unit.name]
-        if choice.take and new is not None and _equal(unit.module, new.module):
+        if not choice.take or new is None:
+            continue
+        if step.changes == "format":
+            if new.format == unit.format:
+                found[unit.name] = Choice(False, f"kept {unit.format}")
+        elif _equal(unit.module, new.module):
             reason = f"{choice.reason}: nothing better was found, kept as it was"
             found[unit.name] = Choice(False, reason)
     return found

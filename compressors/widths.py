@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from compressors.batches import example
 from compressors.contracts import Schema
-from compressors.formats import PackedLinear
+from compressors.formats import FoldedNorm, PackedLinear
 from compressors.meta import parameters_on_meta
 from compressors.model import Model
 
@@ -152,6 +152,8 @@ def _width(model: Model, before: Shapes, path: Path, value: int) -> Width:
             continue
         owner, _, leaf = name.rpartition(".")
         module = model.module.get_submodule(owner)
+        if isinstance(module, FoldedNorm):  # the class builds it with numbers, here it has none
+            continue
         owner = first_name[module]  # a module in two places goes by the first
         if isinstance(module, PackedLinear):
             raise NotAWidth(f"{owner!r} is already {module.storage.name}: prune before quantizing")

@@ -114,13 +114,25 @@ class Float16LinearFormat:
     name: str = "float16"
     learned: tuple[str, ...] = ()  # as the table's
 
-    def layout(self, inputs: int, outputs: int, *, bias: bool) -> dict[str, TensorSpec]:  # noqa: ARG002
+    def layout(
+        self,
+        inputs: int,
+        outputs: int,
+        settings: Mapping[str, Any],  # noqa: ARG002
+        *,
+        bias: bool,  # noqa: ARG002
+    ) -> dict[str, TensorSpec]:
         return {
             "weight": TensorSpec((outputs, inputs), torch.float16),
             "bias": TensorSpec((outputs,), torch.float16),
         }
 
-    def apply(self, stored: Mapping[str, Tensor], x: Tensor) -> Tensor:
+    def apply(
+        self,
+        stored: Mapping[str, Tensor],
+        x: Tensor,
+        settings: Mapping[str, Any],  # noqa: ARG002
+    ) -> Tensor:
         y: Tensor = torch.ops.recpress.float16_linear(x, stored["weight"], stored["bias"])
         return y
 

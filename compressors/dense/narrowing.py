@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from compressors.batches import example
 from compressors.composed import ComposedTable
 from compressors.contracts import DenseInput, Schema
-from compressors.formats import Bag, PackedLinear, PackedTable
+from compressors.formats import Bag, FoldedNorm, PackedLinear, PackedTable
 from compressors.meta import parameters_on_meta
 from compressors.model import Model
 from compressors.units import own_weight, private_copy, swap, table_rows
@@ -106,7 +106,7 @@ def _built(model: Model, config: Mapping[str, Any]) -> nn.Module:
     with parameters_on_meta():
         built = model.architecture(**copy.deepcopy(dict(config)))
     for name, part in model.module.named_modules():
-        if isinstance(part, ComposedTable | PackedTable | PackedLinear | Bag):
+        if isinstance(part, ComposedTable | PackedTable | PackedLinear | FoldedNorm | Bag):
             swap(built, name, part)
     built.load_state_dict(model.module.state_dict(keep_vars=True), assign=True)
     return built.eval()

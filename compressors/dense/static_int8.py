@@ -112,7 +112,14 @@ class StaticInt8Format:
     name: str = "static_int8"
     learned: tuple[str, ...] = ("weight_scale", "input_scale", "bias")
 
-    def layout(self, inputs: int, outputs: int, *, bias: bool) -> dict[str, TensorSpec]:  # noqa: ARG002
+    def layout(
+        self,
+        inputs: int,
+        outputs: int,
+        settings: Mapping[str, Any],  # noqa: ARG002
+        *,
+        bias: bool,  # noqa: ARG002
+    ) -> dict[str, TensorSpec]:
         return {
             "codes": TensorSpec((outputs, inputs), torch.int8),
             "weight_scale": TensorSpec((outputs,), torch.float32),
@@ -120,7 +127,12 @@ class StaticInt8Format:
             "bias": TensorSpec((outputs,), torch.float32),
         }
 
-    def apply(self, stored: Mapping[str, Tensor], x: Tensor) -> Tensor:
+    def apply(
+        self,
+        stored: Mapping[str, Tensor],
+        x: Tensor,
+        settings: Mapping[str, Any],  # noqa: ARG002
+    ) -> Tensor:
         y: Tensor = torch.ops.recpress.static_int8_linear(
             x, stored["codes"], stored["weight_scale"], stored["input_scale"], stored["bias"]
         )

@@ -1,6 +1,6 @@
 """Steps that break their contract are refused by the one place that runs them."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import pytest
@@ -86,8 +86,8 @@ class Doubled:
     name: str = "float16"
     layout: Any = float16.LINEAR_FORMAT.layout
 
-    def apply(self, stored: dict[str, Tensor], x: Tensor) -> Tensor:
-        return 2 * float16.LINEAR_FORMAT.apply(stored, x)
+    def apply(self, stored: dict[str, Tensor], x: Tensor, settings: dict[str, Any]) -> Tensor:
+        return 2 * float16.LINEAR_FORMAT.apply(stored, x, settings)
 
 
 def hides_state(module: nn.Module) -> None:
@@ -178,3 +178,34 @@ def test_a_network_that_fails_on_ids_its_schema_allows_is_refused(tmp_path):
     reference = Reference(Offset, NORMED.schema)
     with pytest.raises(ModelRefused, match=r"models:Offset fails on made-up inputs.*IndexError"):
         run(RowwiseInt8(), reference.model(), Bench(signature=NORMED.schema), tmp_path / "out")
+
+
+@dataclass(frozen=True)
+class Told:
+    """Float16 on everything but one layer, which its notes speak of or do not."""
+
+    notes: dict[str, str]
+    kind: str = "told"
+    changes: str = "format"
+    needs: tuple[str, ...] = ()
+
+    def choose(self, model: Model, bench: Bench) -> dict[str, Choice]:
+        return Float16().choose(model, bench)
+
+    def apply(self, model: Model, bench: Bench) -> Model:
+        made = Float16(layers=("cross", "hidden", "capped", "plain")).apply(model, bench)
+        return replace(made, notes=self.notes)
+
+    def outline(self, model: Model, bench: Bench) -> Model:
+        return model
+
+
+def test_a_layer_may_stay_in_its_format_only_if_the_step_says_why(tmp_path):
+    bench = RANKER.bench(tmp_path / "data")
+    result = run(Told({"out": "reaches 7e4"}), RANKER.model(), bench, tmp_path / "out")
+    line = result.plan.of("out")
+    assert (line.format, line.steps) == ("float32", ())
+    assert line.reason == "kept float32; reaches 7e4"
+    assert result.plan.of("cross").format == "float16"
+    with pytest.raises(ContractBroken, match="kept 'out' against its own choice"):
+        run(Told({}), RANKER.model(), bench, tmp_path / "again")
