@@ -19,6 +19,7 @@ from compressors.formats import Bag, PackedLinear, PackedTable
 from compressors.lower import onnxruntime, tensorrt, tensorrt_types
 from compressors.lower.found import TableInitializers
 from compressors.lower.served import Form, Served, dynamic_shapes, input_names, served
+from compressors.lower.together import Together
 from compressors.step import rows_of_tables
 
 OPSET = 21  # the first with blocked DequantizeLinear and int4
@@ -29,7 +30,7 @@ TRACE_ROWS = 3
 
 @dataclass(frozen=True)
 class Lowered:
-    """What was exported: the wrapper to compare with, and where its tables lie in the graph.
+    """What was exported: the module to compare with, and where its tables lie in the graph.
 
     Tables that no request looks anything up in are left out.
     """
@@ -56,7 +57,8 @@ def lower(
     """
     schema = form.schema
     rows = rows_of_tables(model, schema)
-    wrapper = served(model, form, rows)
+    # Merged lookups are ONNX Runtime's: a builder of engines fuses operators by itself.
+    wrapper = served(model, form, rows, together=target == "onnxruntime")
     translations = (onnxruntime if target == "onnxruntime" else tensorrt).translations()
     inputs = example(schema, rows, TRACE_ROWS)
     names = input_names(schema)
@@ -87,12 +89,13 @@ def lower(
     packed = tuple(replace(each, name=merged.get(each.name, each.name)) for each in packed)
     looked_up = tuple(_renamed(table, merged) for table in looked_up)
     if target == "onnxruntime":
+        onnxruntime.join_split_rows(program.model)
         onnxruntime.spell_out_clipping(program.model)
     _strip(program.model)
     _need_packed(packed, program.model.graph, target)
     size = sum(value.const_value.nbytes for value in program.model.graph.initializers.values())
     program.save(str(path), external_data=size > EXTERNAL_BYTES)
-    return Lowered(wrapper, looked_up)
+    return Lowered(served(model, form, rows), looked_up)
 
 
 def _first_fault(fault: BaseException) -> BaseException:
@@ -170,7 +173,7 @@ def _packed(wrapper: Served, graph: ir.Graph) -> tuple[_Packed, ...]:
                 continue
             if isinstance(module, PackedTable) and not _looked_up(graph.initializers[name]):
                 continue
-            label = module_name.removeprefix("model.")
+            label = _label(wrapper, module_name)
             found.append(_Packed(label, module.storage.name, tensor.nbytes, name))
     return tuple(found)
 
@@ -249,16 +252,13 @@ def _tables(wrapper: Served, graph: ir.Graph) -> tuple[TableInitializers, ...]:
             rows, form, stored = module.num_embeddings, "float32", [module.weight]
         else:
             continue
-        owner, _, leaf = name.rpartition(".")
-        # A table inside a bag goes by the bag's name.
-        label = owner if leaf == "table" and isinstance(wrapper.get_submodule(owner), Bag) else name
         held = [next((n for n in names[id(t)] if n in graph.initializers), None) for t in stored]
         if None in held:
             continue
         shared = {n: every.get(n.rpartition(".")[2], 1) for n in held if n is not None}
         found.append(
             TableInitializers(
-                module=label.removeprefix("model."),
+                module=_label(wrapper, name),
                 rows=rows,
                 format=form,
                 names=held,
@@ -266,6 +266,15 @@ def _tables(wrapper: Served, graph: ir.Graph) -> tuple[TableInitializers, ...]:
             )
         )
     return tuple(found)
+
+
+def _label(wrapper: Served, name: str) -> str:
+    """What people call a unit: a table inside a bag goes by the bag's name."""
+    owner, _, leaf = name.rpartition(".")
+    outer = wrapper.get_submodule(owner)
+    if leaf == "table" and isinstance(outer, Together):
+        return outer.label
+    return (owner if leaf == "table" and isinstance(outer, Bag) else name).removeprefix("model.")
 
 
 def _looked_up(value: ir.Value) -> bool:

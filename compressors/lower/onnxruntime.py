@@ -43,6 +43,18 @@ def float16_linear(x: Any, weight: Any, bias: Any) -> Any:
     return restore(op.Gemm(flat, op.Cast(weight, to=FLOAT), op.Cast(bias, to=FLOAT), transB=1))
 
 
+def ids_beside(ids: Any) -> Any:
+    """One below the other, then turned: two operators instead of one an input."""
+    rows = op.Reshape(op.Concat(*ids, axis=0), op.Constant(value_ints=[len(ids), -1]))
+    return op.Transpose(rows, perm=[1, 0])
+
+
+def rows_beside(rows: Any) -> Any:
+    """Rows of several inputs as one row."""
+    width = int(rows.shape[1]) * int(rows.shape[2])
+    return op.Reshape(rows, op.Constant(value_ints=[-1, width]))
+
+
 def translations() -> dict[Any, Callable[..., Any]]:
     """Custom op -> the subgraph that stands for it."""
     ops = torch.ops.recpress
@@ -50,7 +62,49 @@ def translations() -> dict[Any, Callable[..., Any]]:
         **onnxruntime_tables.translations(),
         ops.static_int8_linear.default: static_int8_linear,
         ops.float16_linear.default: float16_linear,
+        ops.ids_beside.default: ids_beside,
+        ops.rows_beside.default: rows_beside,
     }
+
+
+def join_split_rows(model: ir.Model) -> None:
+    """Let a Concat that puts all parts of a Split side by side again read what was split."""
+    for node in list(model.graph):
+        if node.op_type != "Concat":
+            continue
+        inputs, joined = list(node.inputs), list[ir.Value | None]()
+        while inputs:
+            source = inputs[0].producer() if inputs[0] is not None else None
+            parts = list(source.outputs) if source is not None else []
+            whole = (
+                source is not None
+                and source.op_type == "Split"
+                and inputs[: len(parts)] == parts
+                and _axis(source) == _axis(node)
+            )
+            joined.append(source.inputs[0] if source is not None and whole else inputs[0])
+            inputs = inputs[len(parts) if whole else 1 :]
+        if len(joined) == len(node.inputs):
+            continue
+        if len(joined) == 1 and joined[0] is not None:
+            ir.convenience.replace_all_uses_with(node.outputs[0], joined[0])
+            model.graph.remove(node, safe=True)
+            continue
+        new = ir.node("Concat", joined, attributes=dict(node.attributes))
+        new.outputs[0].dtype, new.outputs[0].shape = node.outputs[0].dtype, node.outputs[0].shape
+        new.outputs[0].name = node.outputs[0].name
+        ir.convenience.replace_nodes_and_values(
+            model.graph, node, [node], [new], node.outputs, new.outputs
+        )
+    for node in reversed(list(model.graph)):
+        if node.op_type == "Split" and not any(out.uses() for out in node.outputs):
+            model.graph.remove(node, safe=True)
+
+
+def _axis(node: ir.Node) -> int:
+    """Of a Concat or Split of matrices, counted from the front."""
+    axis = node.attributes["axis"].as_int() if "axis" in node.attributes else 0
+    return axis % 2
 
 
 def spell_out_clipping(model: ir.Model) -> None:

@@ -8,6 +8,7 @@ TensorRT does not look), so such a row's score or vector is NaN: an answer nobod
 one.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 
 from compressors.contracts import AnyInput, DenseInput, JaggedBag, Schema, tensor_names
 from compressors.formats import Bag, pad_positions, padded
+from compressors.lower.together import Together, groups, handing_on
 from compressors.units import plain_bag, private_copy, swap
 
 SCORE = "score"
@@ -56,9 +58,16 @@ class Served(nn.Module):
     Takes tensors in the order of the form's schema.
     """
 
-    def __init__(self, model: nn.Module, form: Form, rows_of_table: dict[str, int]) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        form: Form,
+        rows_of_table: dict[str, int],
+        together: Sequence[Together] = (),
+    ) -> None:
         super().__init__()
         self.model = model
+        self.together = nn.ModuleList(together)
         self.form = form
         self.schema = form.schema
         self.rows_of_table = rows_of_table
@@ -66,8 +75,16 @@ class Served(nn.Module):
     def forward(self, *tensors: Tensor) -> Tensor:
         given = dict(zip(input_names(self.schema), tensors, strict=True))
         refused: Tensor | None = None
+        done: set[str] = set()
+        for group in self.together:
+            assert isinstance(group, Together)  # noqa: S101 - a ModuleList has lost the type
+            rows_of, bad = group([given[name] for name in group.names])
+            given.update(zip(group.names, rows_of, strict=True))
+            done |= set(group.names)
+            if bad is not None:
+                refused = bad if refused is None else refused | bad
         for item in self.schema.inputs:
-            if isinstance(item, DenseInput):
+            if isinstance(item, DenseInput) or item.name in done:
                 continue
             ids = given[item.name]
             rows = self.rows_of_table[item.table]
@@ -117,10 +134,13 @@ def input_names(schema: Schema) -> tuple[str, ...]:
     return tuple(name for item in schema.inputs for name in tensor_names(item))
 
 
-def served(model: nn.Module, form: Form, rows_of_table: dict[str, int]) -> Served:
+def served(
+    model: nn.Module, form: Form, rows_of_table: dict[str, int], *, together: bool = False
+) -> Served:
     """A model ready to be exported or compared: bags rewritten, policy and output around it.
 
-    The given module is left as it is; the tensors are shared.
+    The given module is left as it is; the tensors are shared, but for those of tables that are
+    looked up ``together``.
     """
     copy = private_copy(model).eval()
     longest: dict[str, int] = {}
@@ -132,7 +152,11 @@ def served(model: nn.Module, form: Form, rows_of_table: dict[str, int]) -> Serve
             swap(copy, name, plain_bag(module, longest.get(name)))
         elif isinstance(module, Bag):
             module.longest = longest.get(name)
-    return Served(copy, form, rows_of_table).eval()
+    if not together:
+        return Served(copy, form, rows_of_table).eval()
+    found = groups(copy, form.part(copy), form.schema, rows_of_table)
+    lookups = [Together(group, rows_of_table) for group in found]
+    return Served(handing_on(copy, found), form, rows_of_table, lookups).eval()
 
 
 def dynamic_shapes(schema: Schema, most_rows: int) -> tuple[dict[int, Any], ...]:

@@ -1,0 +1,153 @@
+"""Tables that are stored alike are looked up together in ONNX Runtime's graph."""
+
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from models import Reference
+from torch import Tensor, nn
+
+from compressors.batches import edge_example, example
+from compressors.contracts import IdInput, Schema, TargetKind
+from compressors.lower.audit import audit
+from compressors.lower.export import Lowered, lower
+from compressors.lower.served import forms, input_names
+from compressors.model import Model
+from compressors.step import run
+from compressors.steps import AnyStep
+from compressors.tables.bfloat16 import BFloat16
+from compressors.tables.kmeans import KMeans
+from compressors.tables.rowwise_int4 import RowwiseInt4
+from compressors.tables.rowwise_int8 import RowwiseInt8
+from infra.onnxruntime import Session, optimized_graph
+
+FIELDS = {"user": 40, "item": 300, "city": 9}
+
+
+class Fields(nn.Module):
+    """Three fields side by side, and one of another width; ``masked`` reads ids past the tables."""
+
+    def __init__(self, *, masked: bool = False) -> None:
+        super().__init__()
+        self.masked = masked
+        self.tables = nn.ModuleDict({name: nn.Embedding(rows, 8) for name, rows in FIELDS.items()})
+        self.wide = nn.Embedding(12, 5)
+        self.out = nn.Linear(29, 1)
+
+    def forward(self, wide: Tensor, **ids: Tensor) -> Tensor:
+        parts = [table(ids[name]) for name, table in self.tables.items()]  # (rows, 8) each
+        if self.masked:
+            parts[0] = parts[0] * (ids["user"] > 0).unsqueeze(1)
+        logit: Tensor = self.out(torch.cat([*parts, self.wide(wide)], dim=1))
+        return logit.squeeze(1)
+
+
+def reference(policy: str = "clamp", *, masked: bool = False) -> Reference:
+    inputs = [
+        IdInput(name=name, table=f"tables.{name}", out_of_range=policy, default_row=place + 1)
+        for place, name in enumerate(FIELDS)
+    ]
+    return Reference(
+        Fields,
+        Schema(
+            task="ctr",
+            inputs=(*inputs, IdInput(name="wide", table="wide", out_of_range=policy)),
+            output="logit",
+            label="label",
+            metric="auc",
+        ),
+        {"masked": masked},
+    )
+
+
+def packed(asked: Reference, step: AnyStep, folder: Path) -> Model:
+    return run(step, asked.model(), asked.bench(folder / "data"), folder / "out")
+
+
+def lowered(
+    asked: Reference, model: Model, folder: Path, target: TargetKind = "onnxruntime"
+) -> tuple[Lowered, Path]:
+    path = folder / f"{target}.onnx"
+    return lower(model.module, forms(asked.schema)[0], target, path), path
+
+
+def nodes(path: Path) -> Counter[str]:
+    return Counter(node.op_type for node in onnx.load(path).graph.node)
+
+
+@pytest.mark.parametrize(
+    ("step", "policy"),
+    [
+        (RowwiseInt8(), "clamp"),
+        (RowwiseInt4(symmetric=False), "default_row"),
+        (BFloat16(), "error"),
+    ],
+)
+def test_tables_stored_alike_are_one_lookup_with_the_same_answers(step, policy, tmp_path):
+    asked = reference(policy)
+    model = packed(asked, step, tmp_path)
+    made, path = lowered(asked, model, tmp_path)
+    tensors = len(dict(model.module.tables["user"].named_buffers()))
+    # One Gather a stored tensor for the three, and one for the table of another width.
+    assert nodes(path)["Gather"] == 2 * tensors
+    session = Session(path, threads=1)
+    tables = asked.rows_of_tables()
+    for inputs in (example(asked.schema, tables, 50), edge_example(asked.schema, tables, 50)):
+        expected = made.served(*(inputs[name] for name in input_names(asked.schema)))
+        found = session.scores({name: tensor.numpy() for name, tensor in inputs.items()})
+        refused = np.isnan(expected.detach().numpy())
+        assert np.array_equal(np.isnan(found), refused)
+        assert refused.any() == (policy == "error" and inputs["user"].min() < 0)
+        # The same float32 products in the same order, but for the Gemm's own rounding.
+        np.testing.assert_allclose(found, expected.detach().numpy(), rtol=1e-5, atol=1e-6)
+
+
+def test_what_is_merged_passes_the_audit_and_holds_every_row_once(tmp_path):
+    asked = reference()
+    model = packed(asked, RowwiseInt4(), tmp_path)
+    made, path = lowered(asked, model, tmp_path)
+    found = audit(optimized_graph(path), model.plan, made.tables)
+    assert found.packed_tables == 2
+    rows = {table.module: table.rows for table in made.tables}
+    assert rows == {"tables.user, tables.item, tables.city": 349, "wide": 12}
+    held = {item.name: item.dims for item in onnx.load(path).graph.initializer}
+    (merged,) = [table for table in made.tables if table.rows == 349]
+    assert [held[name][0] for name in merged.names] == [349, 349]
+
+
+def test_rows_that_stand_side_by_side_again_are_not_taken_apart(tmp_path):
+    asked = reference()
+    _, path = lowered(asked, packed(asked, RowwiseInt8(), tmp_path), tmp_path)
+    assert nodes(path)["Split"] == 0
+
+
+def test_a_network_that_reads_an_id_beside_its_table_keeps_its_lookups(tmp_path):
+    asked = reference(masked=True)
+    model = packed(asked, RowwiseInt8(), tmp_path)
+    made, path = lowered(asked, model, tmp_path)
+    assert nodes(path)["Gather"] == 8
+    inputs = example(asked.schema, asked.rows_of_tables(), 50)
+    expected = made.served(*(inputs[name] for name in input_names(asked.schema)))
+    found = Session(path, threads=1).scores({k: v.numpy() for k, v in inputs.items()})
+    np.testing.assert_allclose(found, expected.detach().numpy(), rtol=1e-5, atol=1e-6)
+
+
+def test_tables_with_something_of_their_own_stay_apart(tmp_path):
+    asked = reference()
+    made, _ = lowered(asked, packed(asked, KMeans(), tmp_path), tmp_path)
+    assert {table.module for table in made.tables} == {
+        *(f"tables.{name}" for name in FIELDS),
+        "wide",
+    }
+
+
+def test_tables_as_trained_and_engines_keep_a_lookup_each(tmp_path):
+    asked = reference()
+    _, plain = lowered(asked, asked.model(), tmp_path)
+    assert nodes(plain)["Gather"] == 4
+    model = packed(asked, RowwiseInt8(), tmp_path)
+    _, engine = lowered(asked, model, tmp_path, "tensorrt")
+    assert nodes(engine)["Gather"] == 4
