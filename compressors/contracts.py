@@ -188,9 +188,12 @@ class Architecture(Frozen):
 
 
 class ModuleRecord(Frozen):
-    """What stands where the architecture built an Embedding, EmbeddingBag, Linear or norm."""
+    """What stands where the architecture built an Embedding, EmbeddingBag, Linear or norm.
 
-    kind: Literal["table", "bag", "linear", "norm"]
+    One of kind ``output`` stands where it built nothing, behind its output.
+    """
+
+    kind: Literal["table", "bag", "linear", "norm", "output"]
     format: str
     settings: dict[str, Any] = Field(default_factory=dict)
 
@@ -243,7 +246,7 @@ class Split(Frozen):
 
 
 Part = Literal["train", "calibration", "validation", "soft_labels"]
-Change = Literal["format", "values", "parts"]
+Change = Literal["format", "values", "parts", "output"]
 
 
 class Bench(Frozen):

@@ -6,6 +6,9 @@ from compressors.contracts import DROPPED, Plan, PlanLine
 from compressors.model import Model
 from compressors.units import Choice, Unit, innermost
 
+OUTPUT = "(output)"
+"""What the plan calls the map behind a network's output."""
+
 
 def plan_of(
     kind: str,
@@ -14,6 +17,7 @@ def plan_of(
     before: tuple[Unit, ...],
     after: tuple[Unit, ...],
     sizes: tuple[int, int],
+    output: PlanLine | None = None,
 ) -> Plan:
     """What earlier steps decided stays, what this one decided is new.
 
@@ -24,6 +28,7 @@ def plan_of(
         before: the units before.
         after: the units now; those that are missing were dropped.
         sizes: bytes of all tensors before and now.
+        output: the line of a map behind the network's output.
     """
     now = {unit.name: unit for unit in after}
     old = {unit.name for unit in before}
@@ -58,6 +63,8 @@ def plan_of(
         ]
     # What an earlier step dropped keeps its line.
     lines += [line for line in (source.plan.lines if source.plan else ()) if line.format == DROPPED]
+    lines += [] if output is None else [output]
+    behind = 0 if output is None else output.bytes_after
     other = source.plan.of("(other)") if source.plan else None
     rest_before = sizes[0] - sum(unit.bytes for unit in before)
     lines.append(
@@ -66,7 +73,7 @@ def plan_of(
             role="other",
             format="as trained",
             bytes_before=other.bytes_before if other else max(rest_before, 0),
-            bytes_after=max(sizes[1] - sum(unit.bytes for unit in after), 0),
+            bytes_after=max(sizes[1] - sum(unit.bytes for unit in after) - behind, 0),
             reason="norms, biases outside dense layers, buffers",
         )
     )

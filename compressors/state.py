@@ -20,6 +20,8 @@ from compressors.contracts import ModuleRecord, Network
 from compressors.errors import ModelRefused
 from compressors.formats import Bag, FoldedNorm, PackedLinear, PackedTable
 from compressors.meta import parameters_on_meta
+from compressors.recalibration import NAME as RECALIBRATION
+from compressors.recalibration import Recalibration, attach
 from compressors.safetensors_stream import write
 from compressors.steps import COMPOSITIONS, LINEAR_FORMATS, TABLE_FORMATS
 from compressors.units import swap
@@ -43,6 +45,11 @@ def build(architecture: type[nn.Module], network: Network) -> nn.Module:
             f"'config' of model.json must be the class's keyword arguments."
         ) from fault
     for name, record in sorted(network.modules.items()):  # a composed table before its parts
+        if record.kind == "output":
+            made = module_of(name, record)
+            if isinstance(made, Recalibration) and name == RECALIBRATION:
+                attach(model, made)
+                continue
         try:
             model.get_submodule(name)
         except AttributeError as fault:
@@ -64,6 +71,7 @@ def module_of(name: str, record: ModuleRecord) -> nn.Module:
     others: Mapping[str, Mapping[str, Any]] = {
         "linear": LINEAR_FORMATS,
         "norm": {"folded": FoldedNorm},
+        "output": dict.fromkeys(("temperature", "platt", "isotonic"), Recalibration),
     }
     formats = others.get(record.kind, tables)
     if record.format not in formats:
@@ -75,6 +83,8 @@ def module_of(name: str, record: ModuleRecord) -> nn.Module:
     try:
         if record.kind == "norm":
             return FoldedNorm()
+        if record.kind == "output":
+            return Recalibration(record.format, settings["output"], knots=settings["knots"])
         if record.kind == "linear":
             inputs, outputs = settings.pop("in_features"), settings.pop("out_features")
             bias = settings.pop("bias")
@@ -209,7 +219,7 @@ def records_of(model: nn.Module) -> dict[str, ModuleRecord]:
         if isinstance(module, Bag):
             inside.add(f"{name}.table")
         if name in inside or not isinstance(
-            module, Bag | ComposedTable | PackedTable | PackedLinear | FoldedNorm
+            module, Bag | ComposedTable | PackedTable | PackedLinear | FoldedNorm | Recalibration
         ):
             continue
         record = module.record()

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from compressors.batches import example
 from compressors.composed import ComposedTable
-from compressors.contracts import Bench, Change, Network, Part, Schema
+from compressors.contracts import Bench, Change, Network, Part, PlanLine, Schema
 from compressors.errors import (
     CompressionError,
     ContractBroken,
@@ -25,7 +25,8 @@ from compressors.errors import (
 )
 from compressors.formats import Bag, PackedTable, TableFormat, TensorSpec, blocks, entries
 from compressors.model import Model
-from compressors.plan import plan_of
+from compressors.plan import OUTPUT, plan_of
+from compressors.recalibration import NAME, recalibration_of
 from compressors.state import load, records_of, save
 from compressors.units import (
     Choice,
@@ -93,7 +94,8 @@ class ModelStep(Protocol):
         ``format``: it is stored in another format. ``values``: its format stays, and its weights
         change, it becomes narrower, or it is gone. ``parts``: a table is now made of smaller ones,
         which are units of their own. With the last two a unit may stay as it is, if nothing
-        better is found; with ``format`` only if the model's notes say why.
+        better is found; with ``format`` only if the model's notes say why. ``output``: no unit is
+        taken, and a map stands behind the network.
         """
 
     def choose(self, model: Model, bench: Bench) -> dict[str, Choice]:
@@ -168,8 +170,26 @@ def run(step: TableStep | ModelStep, source: Model, bench: Bench, folder: Path) 
     sizes = stored_bytes(source.module), stored_bytes(stored)
     choices = _as_found(step, choices, Unit.of(source.module), after)
     choices = {name: _noted(choice, model.notes.get(name)) for name, choice in choices.items()}
-    plan = plan_of(step.kind, source, choices, before, after, sizes)
+    plan = plan_of(
+        step.kind, source, choices, before, after, sizes, output_line(step, source, model)
+    )
     return Model(stored, source.architecture, network, plan)
+
+
+def output_line(step: TableStep | ModelStep, source: Model, model: Model) -> PlanLine | None:
+    """What the plan says of the map behind a network's output; None if none was asked for."""
+    made = recalibration_of(model.module)
+    if not isinstance(step, ModelStep) or step.changes != "output":
+        return source.plan.of(OUTPUT) if source.plan else None
+    return PlanLine(
+        module=OUTPUT,
+        role="other",
+        format="as trained" if made is None else made.method,
+        bytes_before=0,
+        bytes_after=0 if made is None else stored_bytes(made),
+        steps=() if made is None else (step.kind,),
+        reason=model.notes.get(NAME, f"{step.kind} as ordered"),
+    )
 
 
 def _need_parts(step: TableStep | ModelStep, bench: Bench) -> None:
@@ -239,7 +259,8 @@ def choices_of(step: TableStep | ModelStep, model: Model, bench: Bench) -> dict[
     else:
         chosen = choose_tables(units, step.tables, step.min_rows, step.kind)
         chosen |= {unit.name: kept for unit in units if (kept := _no_smaller(step, unit, chosen))}
-    if not any(choice.take for choice in chosen.values()):
+    behind = isinstance(step, ModelStep) and step.changes == "output"
+    if not behind and not any(choice.take for choice in chosen.values()):
         reasons = "; ".join(f"{name}: {choice.reason}" for name, choice in chosen.items())
         raise NothingToCompress(
             step=step.kind,

@@ -16,6 +16,7 @@ from compressors.dense.magnitude import Magnitude
 from compressors.dense.static_int8 import StaticInt8
 from compressors.distill.distill import Distill
 from compressors.distill.fine_tune import FineTune
+from compressors.distill.recalibrate import Recalibrate
 from compressors.distill.refit_codes import RefitCodes
 from compressors.formats import LinearFormat, TableFormat
 from compressors.tables import (
@@ -82,7 +83,8 @@ AnyStep = Annotated[
     | BFloat16
     | AdditiveCodes
     | StaticInt8
-    | Float16,
+    | Float16
+    | Recalibrate,
     Field(discriminator="kind"),
 ]
 

@@ -32,6 +32,7 @@ from compressors.contracts import (
     Split,
     TargetKind,
 )
+from compressors.distill.recalibrate import Recalibrate
 from compressors.distill.refit_codes import RefitCodes
 from compressors.lower.export import Lowered, lower
 from compressors.lower.served import Form, forms, input_names
@@ -47,8 +48,9 @@ torch.set_num_threads(1)
 
 Step = TableStep | ModelStep
 METHODS: tuple[type[Step], ...] = typing.get_args(typing.get_args(AnyStep)[0])
-# Those that find something to do on a model that no other has compressed.
-ALONE = tuple(method for method in METHODS if method is not RefitCodes)
+# Those that find something to do on a model that no other has compressed, and whose labels say the
+# opposite of what it answers.
+ALONE = tuple(method for method in METHODS if method not in (RefitCodes, Recalibrate))
 
 
 # Methods that change what a format holds, that store units in another one, and that make tables
@@ -327,14 +329,15 @@ def prepared(
     folder: Path,
     seed: int = 7,
     answer: Callable[[dict[str, Tensor]], Tensor] | None = None,
+    rows: int = BENCH_ROWS,
 ) -> Split:
     """A split of made-up rows, written as ``compressors.batches`` reads it.
 
     Labels are 0 and 1 in turn, or, with an ``answer``, whether it lies above its median.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    made = example(schema, rows_of_table, BENCH_ROWS, seed=seed)
-    label = torch.arange(BENCH_ROWS, dtype=torch.float32) % 2
+    made = example(schema, rows_of_table, rows, seed=seed)
+    label = torch.arange(rows, dtype=torch.float32) % 2
     if answer is not None:
         answers = answer(made)
         label = (answers > answers.median()).to(torch.float32)
@@ -349,9 +352,9 @@ def prepared(
             made[f"@bounds/{item.name}"] = bounds
     made["@label"] = label
     if schema.group is not None:
-        made["@group"] = torch.arange(BENCH_ROWS) // 8
+        made["@group"] = torch.arange(rows) // 8
     save_file(made, folder / "data.safetensors")
-    return Split(path=str(folder), sha256="0" * 64, rows=BENCH_ROWS)
+    return Split(path=str(folder), sha256="0" * 64, rows=rows)
 
 
 def tensors_apart(model: nn.Module) -> dict[str, Tensor]:

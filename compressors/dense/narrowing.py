@@ -20,6 +20,7 @@ from compressors.contracts import DenseInput, Schema
 from compressors.formats import Bag, FoldedNorm, PackedLinear, PackedTable
 from compressors.meta import parameters_on_meta
 from compressors.model import Model
+from compressors.recalibration import attach, recalibration_of
 from compressors.units import own_weight, private_copy, swap, table_rows
 from compressors.widths import Channels as Readers
 from compressors.widths import NotAWidth, Width, with_value
@@ -108,6 +109,9 @@ def _built(model: Model, config: Mapping[str, Any]) -> nn.Module:
     for name, part in model.module.named_modules():
         if isinstance(part, ComposedTable | PackedTable | PackedLinear | FoldedNorm | Bag):
             swap(built, name, part)
+    recalibration = recalibration_of(model.module)
+    if recalibration is not None:
+        attach(built, recalibration)
     built.load_state_dict(model.module.state_dict(keep_vars=True), assign=True)
     return built.eval()
 

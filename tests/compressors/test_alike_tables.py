@@ -26,7 +26,12 @@ class Alike(nn.Module):
 
 REFERENCE = Reference(
     Alike,
-    _schema(*(IdInput(name=name, table=name) for name in ("first", "second")), output="logit"),
+    # Of two policies: ONNX Runtime would look both up together otherwise.
+    _schema(
+        IdInput(name="first", table="first"),
+        IdInput(name="second", table="second", out_of_range="clamp"),
+        output="logit",
+    ),
 )
 
 

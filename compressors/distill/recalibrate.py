@@ -1,0 +1,235 @@
+"""Probabilities made to mean what they say again, the last thing a recipe does.
+
+Pruning, quantizing and soft labels move scores up and down, and limits on log loss look at that. A
+monotone map of the logit, fitted on validation rows, mends it and leaves the order of rows alone:
+
+- ``temperature``: one factor (Guo et al. 2017, https://arxiv.org/abs/1706.04599).
+- ``platt``: a factor and an offset (Platt 1999).
+- ``isotonic``: straight pieces through the means of equally many rows each, made monotone by
+  pooling (Zadrozny and Elkan 2002). Differs: pieces are never level, so that no two rows become
+  ties; what lies beyond the outer means follows the outer pieces.
+- ``best``: whichever has the least log loss on rows it was not fitted to (five parts in turn), no
+  map at all among them.
+"""
+
+from dataclasses import replace
+from typing import Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from pydantic import Field
+from scipy.optimize import isotonic_regression
+
+from compressors.batches import batches
+from compressors.contracts import Bench, Change, Frozen, Part
+from compressors.errors import CompressionError, NothingToCompress
+from compressors.loss import logits
+from compressors.metrics import logloss
+from compressors.model import Model
+from compressors.recalibration import NAME, Recalibration, attach, recalibration_of
+from compressors.units import Choice
+
+Floats = NDArray[np.float64]
+Method = Literal["temperature", "platt", "isotonic"]
+METHODS: tuple[Method, ...] = ("temperature", "platt", "isotonic")
+PARTS = 5
+LEAST_SLOPE = 1e-2
+"""Of a piece of the isotonic map: rows of different scores keep different scores."""
+SCORING_ROWS = 8192
+NEWTON_STEPS = 50
+
+
+def fit_line(logit: Floats, label: Floats, *, offset: bool) -> tuple[float, float]:
+    """Slope and offset of the logit with the greatest likelihood, by Newton's method.
+
+    Args:
+        logit: float64 ``(rows,)``.
+        label: 0 or 1, ``(rows,)``.
+        offset: False keeps it at 0.
+
+    Returns:
+        The slope is positive: a map must not turn the order round.
+
+    Raises:
+        CompressionError: no such slope fits better than a constant.
+    """
+    columns = np.stack([logit, np.ones_like(logit)], axis=1)[:, : 2 if offset else 1]
+    found = np.array([1.0, 0.0])[: columns.shape[1]]
+    best = _cost(columns @ found, label)
+    for _ in range(NEWTON_STEPS):
+        share = _sigmoid(columns @ found)
+        slope = columns.T @ (share - label) / len(label)
+        curve = (columns * (share * (1 - share))[:, None]).T @ columns / len(label)
+        step = np.linalg.solve(curve + 1e-12 * np.eye(len(found)), slope)
+        factor = 1.0
+        while _cost(columns @ (found - factor * step), label) > best and factor > 1e-6:
+            factor /= 2
+        moved = found - factor * step
+        cost = _cost(columns @ moved, label)
+        if cost >= best - 1e-15:
+            break
+        found, best = moved, cost
+    if not (np.isfinite(found).all() and found[0] > 0):
+        raise CompressionError(
+            f"'recalibrate' finds no rising map: the best slope of the logit on the validation "
+            f"rows is {found[0]:.3g}. The model orders them no better than chance."
+        )
+    return float(found[0]), float(found[1]) if offset else 0.0
+
+
+def fit_pieces(logit: Floats, label: Floats, knots: int) -> tuple[Floats, Floats]:
+    """The isotonic map as straight pieces.
+
+    Args:
+        logit: float64 ``(rows,)``.
+        label: 0 or 1, ``(rows,)``.
+        knots: how many means it goes through, at most.
+
+    Returns:
+        Logits ``(n,)`` and what becomes of them ``(n,)``, both rising strictly, ``n`` at least 2.
+
+    Raises:
+        CompressionError: the rows have fewer than two different scores.
+    """
+    order = np.argsort(logit, kind="stable")
+    parts = [part for part in np.array_split(order, knots) if len(part)]
+    at = np.array([logit[part].mean() for part in parts])
+    clicks = np.array([label[part].sum() for part in parts])
+    rows = np.array([len(part) for part in parts], dtype=np.float64)
+    # Half a click more and half a click less: a part without clicks is rare, not impossible.
+    share = isotonic_regression((clicks + 0.5) / (rows + 1), weights=rows).x
+    wanted = np.log(share / (1 - share))
+    rising = np.concatenate([[True], np.diff(at) > 1e-9])
+    at, wanted = at[rising], wanted[rising]
+    if len(at) < 2:
+        raise CompressionError(
+            "'recalibrate' by isotonic needs rows of different scores; found one score in all "
+            "validation rows. Choose 'platt'."
+        )
+    for place in range(1, len(at)):
+        least = wanted[place - 1] + LEAST_SLOPE * (at[place] - at[place - 1])
+        wanted[place] = max(wanted[place], least)
+    return at, wanted
+
+
+def made_of(method: Method, output: str, logit: Floats, label: Floats, knots: int) -> Recalibration:
+    """The map of one method, fitted on some rows; arguments as those of ``fit_pieces``."""
+    if method != "isotonic":
+        slope, offset = fit_line(logit, label, offset=method == "platt")
+        return Recalibration(method, output, line=torch.tensor([slope, offset]))
+    at, wanted = fit_pieces(logit, label, knots)
+    slopes = np.diff(wanted) / np.diff(at)
+    line = torch.tensor([slopes[0], wanted[0] - slopes[0] * at[0]])
+    if len(at) == 2:
+        return Recalibration(method, output, line=line)
+    bends = torch.tensor(np.stack([at[1:-1], slopes[1:]]))
+    return Recalibration(method, output, knots=len(at) - 2, line=line, bends=bends)
+
+
+def held_out(method: Method, logit: Floats, label: Floats, knots: int) -> float:
+    """Log loss of a method on rows it was not fitted to, every row once."""
+    part = np.arange(len(logit)) % PARTS
+    answer = np.empty(len(logit))
+    for number in range(PARTS):
+        fitted = made_of(method, "logit", logit[part != number], label[part != number], knots)
+        asked = torch.from_numpy(logit[part == number]).float()
+        answer[part == number] = fitted(asked).double().numpy()
+    return logloss(label, _sigmoid(answer))
+
+
+class Recalibrate(Frozen):
+    """Map the output of a click model so that its probabilities fit the validation rows."""
+
+    kind: Literal["recalibrate"] = "recalibrate"
+    method: Literal["temperature", "platt", "isotonic", "best"] = Field(
+        "platt",
+        description="temperature: one factor of the logit. platt: a factor and an offset. "
+        "isotonic: a rising line of straight pieces. best: the least log loss on rows it was not "
+        "fitted to.",
+    )
+    knots: int = Field(
+        32, ge=2, le=1024, description="Of the isotonic map: how many means it goes through."
+    )
+
+    @property
+    def needs(self) -> tuple[Part, ...]:
+        """Rows that the network was not trained on."""
+        return ("validation",)
+
+    @property
+    def changes(self) -> Change:
+        """No unit changes: the map stands behind the network."""
+        return "output"
+
+    def choose(self, model: Model, bench: Bench) -> dict[str, Choice]:  # noqa: ARG002
+        """No table and no dense layer.
+
+        Raises:
+            NothingToCompress: the task knows no probabilities.
+        """
+        if bench.signature.task != "ctr":
+            raise NothingToCompress(
+                step=self.kind,
+                wanted="a model of task 'ctr', whose output is a probability",
+                closest=f"task {bench.signature.task!r}, whose scores only order rows",
+                remedy="Leave this step out.",
+            )
+        return {}
+
+    def apply(self, model: Model, bench: Bench) -> Model:
+        """Fit the map on the validation rows; an earlier one is replaced.
+
+        Raises:
+            CompressionError: there are no validation rows, or no rising map fits them.
+        """
+        if bench.validation is None:
+            raise CompressionError(f"{self.kind!r} needs validation rows.")
+        earlier = recalibration_of(model.module)
+        if earlier is not None:  # a map of a map would be one nobody can read
+            raise CompressionError(
+                f"{self.kind!r} was already done ({earlier.method}); keep one of the two, the last."
+            )
+        schema = bench.signature
+        parts = list(batches(bench.validation, schema, SCORING_ROWS))
+        with torch.no_grad():
+            answers = torch.cat([model.module(**part.inputs).reshape(-1) for part in parts])
+        logit = logits(schema, answers).double().numpy()
+        label = np.concatenate([part.label.numpy() for part in parts]).astype(np.float64)
+        before = logloss(label, _sigmoid(logit))
+        chosen: Method | None = None
+        if self.method == "best":
+            tried = {method: held_out(method, logit, label, self.knots) for method in METHODS}
+            first = min(tried, key=lambda method: tried[method])
+            chosen = first if tried[first] < before else None
+        else:
+            chosen = self.method
+        if chosen is None:
+            told = f"recalibrate: no map is better than {before:.5f} on rows it was not fitted to"
+            return replace(model, notes={**model.notes, NAME: told})
+        made = made_of(chosen, schema.output, logit, label, self.knots)
+        attach(model.module, made)
+        model.module.eval()
+        with torch.no_grad():
+            found = made(answers)
+        after = logloss(label, _sigmoid(logits(schema, found).double().numpy()))
+        told = f"{chosen}: log loss {before:.5f} -> {after:.5f} on {len(label):,} validation rows"
+        return replace(model, notes={**model.notes, NAME: told})
+
+    def outline(self, model: Model, bench: Bench) -> Model:
+        """A map of as many numbers as there can be, that changes nothing."""
+        knots = self.knots - 2 if self.method == "isotonic" else 0
+        line, bends = torch.tensor([1.0, 0.0]), torch.zeros(2, knots)
+        output = bench.signature.output
+        made = Recalibration(self.method, output, knots=knots, line=line, bends=bends)
+        attach(model.module, made)
+        return model
+
+
+def _sigmoid(logit: Floats) -> Floats:
+    return 0.5 * (1 + np.tanh(0.5 * logit))
+
+
+def _cost(logit: Floats, label: Floats) -> float:
+    """Binary cross entropy, a mean over rows."""
+    return float((np.logaddexp(0, logit) - label * logit).mean())
