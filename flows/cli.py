@@ -83,13 +83,14 @@ def compress(
     order: cli_order.File = None,
     promote: cli_order.Promote = False,
     seed: cli_order.Seed = 0,
+    budget: cli_order.Budget = None,
     force: Annotated[
         bool, typer.Option(help="Carry the order out anew, as a new version.")
     ] = False,
     as_json: Json = False,
 ) -> None:
     """Compress a model, judge what will be served, and register the result."""
-    terms = cli_order.wanted(model, preset, limit, target, optional, order, promote, seed)
+    terms = cli_order.wanted(model, preset, limit, target, optional, order, promote, seed, budget)
     raise typer.Exit(_carry_out(terms, force=force, as_json=as_json))
 
 
@@ -103,13 +104,14 @@ def explain(
     order: cli_order.File = None,
     promote: cli_order.Promote = False,
     seed: cli_order.Seed = 0,
+    budget: cli_order.Budget = None,
     as_json: Json = False,
 ) -> None:
     """Say what an order would run, its bytes and its peak memory, without running it."""
     from flows.console import explained
     from flows.explain import explain
 
-    terms = cli_order.wanted(model, preset, limit, target, optional, order, promote, seed)
+    terms = cli_order.wanted(model, preset, limit, target, optional, order, promote, seed, budget)
     found = explain(terms)
     if as_json:
         _print(found.model_dump_json(indent=1))

@@ -12,7 +12,11 @@ if TYPE_CHECKING:
 Model = Annotated[
     str | None, typer.Argument(help="A packed bundle: name@version, name, or artifact URI.")
 ]
-Preset = Annotated[str, typer.Option(help="small, fast or safe.")]
+Preset = Annotated[str, typer.Option(help="small, fast, safe or smallest.")]
+Budget = Annotated[
+    float | None,
+    typer.Option(help="What the recipe may lose of the metric on validation rows, such as 0.001."),
+]
 Limits = Annotated[
     list[str] | None,
     typer.Option(help="What must hold, such as 'auc vs baseline >= -0.002'. Repeatable."),
@@ -40,6 +44,7 @@ def wanted(
     order: Path | None,
     promote: bool,
     seed: int,
+    budget: float | None,
 ) -> "Terms":
     """The order that the options or the file give.
 
@@ -49,12 +54,13 @@ def wanted(
     from infra.errors import Refused
 
     if order is not None:
-        if model is not None or limit or target or optional or promote or seed or preset != "safe":
+        options = (limit, target, optional, promote, seed, preset != "safe", budget is not None)
+        if model is not None or any(options):
             raise Refused("Give either --order FILE or a model with options, not both.")
         return read_order(order)
     if model is None:
         raise Refused("Name a model: recpress compress NAME --limit 'auc vs baseline >= -0.002'.")
-    return terms(model, preset, limit or [], target, optional or [], promote, seed)
+    return terms(model, preset, limit or [], target, optional or [], promote, seed, budget)
 
 
 def terms(
@@ -65,6 +71,7 @@ def terms(
     optional: list[str],
     promote: bool,
     seed: int,
+    budget: float | None = None,
 ) -> "Terms":
     """The order that options give.
 
@@ -106,6 +113,7 @@ def terms(
             "targets": wanted,
             "promote": promote,
             "seed": seed,
+            "budget": budget,
         }
     )
 

@@ -128,7 +128,7 @@ def compress(order: Order) -> Finished | State[Any]:
         required={target: wanted == "required" for target, wanted in targets.items()},
         verdicts=verdicts,
         skipped=skipped,
-        idle=compressed.idle,
+        idle=compressed.left_out(order),
         stages=stages,
         measurement=measurement,
         validation=validation,

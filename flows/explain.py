@@ -14,7 +14,7 @@ from compressors.step import needs
 from compressors.steps import AnyStep
 from compressors.units import Unit, stored_bytes
 from flows.order import Order
-from flows.recipe import split_name, through
+from flows.recipe import need_budget_rows, split_name, through
 from flows.resolve import already
 from flows.terms import Terms, Wanted
 from infra.errors import Refused
@@ -108,14 +108,15 @@ def _steps(
         except NothingToCompress as fault:
             return Idle(reason=str(fault))
 
-    stages, idle = through(order, subject, model, attempt)
+    need_budget_rows(order, subject)
+    stages, idle = through(order, subject, model, attempt)  # as if the budget held for all
     made = iter(stages[1:])
     found = []
-    for step in order.recipe():
-        if step.kind not in idle:
+    for place, step in enumerate(order.recipe()):
+        if place not in idle:
             _, model = next(made)
         held = stored_bytes(model.module)
-        found.append(Foreseen(step=step.kind, bytes=held, idle=idle.get(step.kind)))
+        found.append(Foreseen(step=step.kind, bytes=held, idle=idle.get(place)))
     return model, found
 
 

@@ -10,6 +10,7 @@ from compressors.dense.channels import Channels
 from compressors.dense.float16 import Float16
 from compressors.dense.static_int8 import StaticInt8
 from compressors.distill.distill import Distill
+from compressors.distill.recalibrate import Recalibrate
 from compressors.steps import AnyStep
 from compressors.tables.rowwise_int4 import RowwiseInt4
 from compressors.tables.rowwise_int8 import RowwiseInt8
@@ -23,7 +24,16 @@ PRESETS: dict[Preset, tuple[Group, ...]] = {
     "small": ((Channels(keep=0.25), Distill()), (RowwiseInt4(),), (StaticInt8(),)),
     "fast": ((RowwiseInt8(),), (StaticInt8(),)),
     "safe": ((RowwiseInt8(),), (Float16(),)),
+    # Each cut takes a third of what the one before it left, and is recovered before the next.
+    "smallest": (
+        *((Channels(keep=0.65), Distill()) for _ in range(4)),
+        (RowwiseInt4(clipping="least_squares"),),
+        (StaticInt8(),),
+        (Recalibrate(),),
+    ),
 }
+RECOVERS = ("distill", "fine_tune", "refit_codes")
+"""Methods that train what the step before them has cut or rounded: they are weighed together."""
 
 
 class Order(Terms):
@@ -51,9 +61,20 @@ class Order(Terms):
         return tuple(step for group in self.groups() for step in group)
 
     def groups(self) -> tuple[Group, ...]:
-        """The same, where a preset has them in groups that are carried out whole or not at all."""
-        own = tuple((step,) for step in self.steps)
-        return own if self.preset == "custom" else PRESETS[self.preset]
+        """The same, in groups that are carried out whole or not at all.
+
+        A preset has such groups; with a budget, so has a recipe of one's own: what cuts, and the
+        training that recovers it.
+        """
+        if self.preset != "custom":
+            return PRESETS[self.preset]
+        groups: list[Group] = []
+        for step in self.steps:
+            if groups and self.budget is not None and step.kind in RECOVERS:
+                groups[-1] = (*groups[-1], step)
+            else:
+                groups.append((step,))
+        return tuple(groups)
 
     def own_steps(self) -> list[dict[str, Any]]:
         """The steps of preset ``custom`` as plain values; none for the other presets."""
@@ -82,6 +103,8 @@ def _command(order: Order) -> str:
     options += [("--limit", str(limit)) for limit in order.limits]
     options += [("--target", str(target)) for target in required]
     options += [("--optional", str(target)) for target in wanted if target not in required]
+    if order.budget is not None:
+        options.append(("--budget", f"{order.budget:g}"))
     if order.seed:
         options.append(("--seed", str(order.seed)))
     parts = [f"recpress compress {shlex.quote(order.model)}"]

@@ -4,13 +4,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeVar
 
-from compressors.contracts import Artifact, Part
+from compressors.contracts import Artifact, Estimate, Part
 from compressors.errors import CompressionError
 from compressors.step import needs
 from compressors.steps import AnyStep
 from flows.order import Order
 from infra.bundle import SplitName
 from tasks.announce import Progress
+from tasks.budget import lost
 from tasks.compress import compress as compress_step
 from tasks.documents import AS_TRAINED, Idle, PreparedRows, Ranking, Scored
 from tasks.policy import kept, remembered
@@ -26,15 +27,26 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Compressed:
-    """What a recipe came to: every stage from the untouched model on, and idle steps with why."""
+    """What a recipe came to: every stage from the untouched model on, and the steps left out.
+
+    ``idle`` holds why, by the step's place in the recipe.
+    """
 
     stages: tuple[tuple[str, Artifact], ...]
-    idle: dict[str, str]
+    idle: dict[int, str]
 
     @property
     def bundle(self) -> Artifact:
         """The last stage."""
         return self.stages[-1][1]
+
+    def left_out(self, order: Order) -> dict[str, str]:
+        """Why steps were left out, by what people call them."""
+        kinds = [step.kind for step in order.recipe()]
+        return {
+            kinds[place] + (f" (step {place + 1})" if kinds.count(kinds[place]) > 1 else ""): why
+            for place, why in self.idle.items()
+        }
 
 
 def carry_out(
@@ -43,40 +55,78 @@ def carry_out(
     """Apply every step of an order to a pulled bundle.
 
     Raises:
-        CompressionError: as ``through``.
+        CompressionError: as ``through``; or there is a budget, and nothing to measure it on.
     """
 
     def attempt(step: AnyStep, source: Artifact) -> Artifact | Idle:
         progress.stage(step.kind)
         return _made(order, step, source, subject, bundle, code)
 
-    return Compressed(*through(order, subject, bundle, attempt))
+    def spent(now: Artifact) -> str | None:
+        return _over_budget(order, subject, bundle, now, code)
+
+    need_budget_rows(order, subject)
+    within = None if order.budget is None else spent
+    return Compressed(*through(order, subject, bundle, attempt, within))
+
+
+def need_budget_rows(order: Order, subject: Subject) -> None:
+    """Refuse a budget that cannot be measured.
+
+    Raises:
+        CompressionError: there are no validation rows, or the task has no score a row.
+    """
+    if order.budget is None:
+        return
+    if subject.task == "retrieval":
+        raise CompressionError(
+            "A budget is weighed on the answers to validation rows, which task 'retrieval' does "
+            "not have yet. Leave it out; limits are judged all the same."
+        )
+    if "validation" not in subject.rows:
+        raise CompressionError(
+            f"A budget is weighed on validation data; this model has {', '.join(subject.rows)}. "
+            f"Add it to model.json and pack again, or leave the budget out."
+        )
 
 
 def through(
-    order: Order, subject: Subject, begin: T, attempt: Callable[[AnyStep, T], T | Idle]
-) -> tuple[tuple[tuple[str, T], ...], dict[str, str]]:
+    order: Order,
+    subject: Subject,
+    begin: T,
+    attempt: Callable[[AnyStep, T], T | Idle],
+    spent: Callable[[T], str | None] | None = None,
+) -> tuple[tuple[tuple[str, T], ...], dict[int, str]]:
     """Go through the groups of an order's steps, really or in outline.
 
     A preset is written for models of any make, so a group of its steps that fits nothing here is
-    left out whole, with the reason; in a recipe of one's own that is an error.
+    left out whole, with the reason; in a recipe of one's own that is an error. So is a group that
+    costs more quality than the budget has left, and with it all later ones that begin with the
+    same method on the same units: what cuts deeper would cost more.
 
     Args:
         order: whose steps.
         subject: the bundle they are for.
         begin: what the first step gets.
         attempt: what a step makes of what the one before it made.
+        spent: why what a group came to is over the budget; None if it is within.
 
     Returns:
-        Every stage from ``begin`` on, and the steps that were left out with why.
+        Every stage from ``begin`` on, and why steps were left out, by their place in the recipe.
 
     Raises:
         CompressionError: a step of preset ``custom`` has nothing to do or lacks data, or no step
             of another preset fits.
     """
     stages = [(AS_TRAINED, begin)]
-    idle: dict[str, str] = {}
+    idle: dict[int, str] = {}
+    over: dict[str, str] = {}
+    number = 0
     for group in order.groups():
+        places, number = range(number, number + len(group)), number + len(group)
+        if (told := over.get(_what(group[0]))) is not None:
+            idle.update(dict.fromkeys(places, told))
+            continue
         done: list[tuple[str, T]] = []
         why = next(filter(None, (lacking(step, subject) for step in group)), None)
         for step in group if why is None else ():
@@ -85,16 +135,18 @@ def through(
                 why = made.reason
                 break
             done.append((step.kind, made))
-        if why is None:
+        if why is None and spent is not None and (told := spent(done[-1][1])) is not None:
+            over[_what(group[0])] = told
+            idle.update(dict.fromkeys(places, told))
+        elif why is None:
             stages += done
         elif order.preset == "custom":
             raise CompressionError(why)
         else:
-            idle.update(dict.fromkeys((step.kind for step in group), why))
+            idle.update(dict.fromkeys(places, why))
     if len(stages) == 1:
-        raise CompressionError(
-            f"No step of preset {order.preset!r} fits this model: {'; '.join(idle.values())}"
-        )
+        reasons = "; ".join(dict.fromkeys(idle.values()))
+        raise CompressionError(f"No step of preset {order.preset!r} fits this model: {reasons}")
     return tuple(stages), idle
 
 
@@ -142,6 +194,41 @@ def ranking_of(subject: Subject, bundle: Artifact, code: str) -> Ranking | None:
     earlier: tuple[SplitName, ...] = ("train", "calibration", "validation")
     seen = tuple(rows_of(split) for split in earlier if split in subject.rows)
     return Ranking(items=rows_of("items"), seen=seen)
+
+
+def _what(step: AnyStep) -> str:
+    """A method and the tables or layers it works on."""
+    return step.model_dump_json(include={"kind", "tables", "layers"})
+
+
+def _over_budget(
+    order: Order, subject: Subject, bundle: Artifact, now: Artifact, code: str
+) -> str | None:
+    """Why what was made is over the order's budget; None if it is within."""
+    rows = subject.rows["validation"]
+    split = kept(prepare, bundle=bundle, split="validation", code=code)
+    original, made = (
+        Scored(
+            step=word, bundle=it, score=kept(score, bundle=it, split=split, rows=rows, code=code)
+        )
+        for word, it in ((AS_TRAINED, bundle), ("now", now))
+    )
+    found: Estimate = remembered(
+        lost,
+        original=original,
+        now=made,
+        metric=subject.metric,
+        validation=split,
+        rows=rows,
+        seed=order.seed,
+        code=code,
+    )
+    if order.budget is None or found.point <= order.budget:
+        return None
+    return (
+        f"the model would have lost {found.point:.5f} of {subject.metric} on validation rows; the "
+        f"budget is {order.budget:g}"
+    )
 
 
 def _made(

@@ -13,7 +13,7 @@ from infra.checks import Rules
 from tasks.documents import Batch
 
 Wanted = Literal["required", "optional", "off"]
-Preset = Literal["small", "fast", "safe", "custom"]
+Preset = Literal["small", "fast", "safe", "smallest", "custom"]
 
 
 class Targets(Frozen):
@@ -82,7 +82,8 @@ class Terms(Frozen):
         "safe",
         title="Preset",
         description="small: a quarter of the dense channels, distilled; int4 tables, int8 layers. "
-        "fast: int8 tables and layers. safe: int8 tables, float16 layers. custom: the steps below.",
+        "fast: int8 tables and layers. safe: int8 tables, float16 layers. smallest: as much as the "
+        "quality budget has room for. custom: the steps below.",
         json_schema_extra={"position": 1},
     )
     limits: tuple[Limit, ...] = Field(
@@ -112,6 +113,21 @@ class Terms(Frozen):
         description="Raise it to carry the same order out anew, as a new version.",
         json_schema_extra={"position": 8},
     )
+
+    budget: float | None = Field(
+        None,
+        ge=0,
+        title="Quality budget",
+        description="How much of the schema's metric the recipe may lose on validation rows, such "
+        "as 0.001. Steps that would lose more are left out, with the training that follows them.",
+        json_schema_extra={"position": 9},
+    )
+
+    @model_validator(mode="after")
+    def _smallest_has_a_budget(self) -> Self:
+        if self.preset == "smallest" and self.budget is None:
+            raise ValueError("preset 'smallest' needs a budget, such as 0.001")
+        return self
 
     def against_champion(self) -> bool:
         """Whether any limit compares with the champion."""

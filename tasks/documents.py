@@ -195,7 +195,7 @@ class Report(Frozen):
         default_factory=dict, description="Optional targets that were left out, and why."
     )
     idle: dict[str, str] = Field(
-        default_factory=dict, description="Steps of a preset with nothing to do, and why."
+        default_factory=dict, description="Steps that were left out, and why."
     )
     stages: tuple[Stage, ...] = Field(
         (), description="What each step was worth, in torch on the test rows; nothing judges by it."

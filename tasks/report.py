@@ -146,7 +146,7 @@ def remarks(report: Report) -> list[str]:
         for target in report.targets
         if target.audits
     ]
-    found += [f"Step {kind} had nothing to do: {why}" for kind, why in report.idle.items()]
+    found += [f"Step {kind} was left out: {why}" for kind, why in report.idle.items()]
     return found
 
 

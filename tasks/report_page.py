@@ -191,7 +191,7 @@ def _plan(report: Report) -> str:
         for step in report.recipe
     ]
     steps += [
-        f"<li><code>{escape(kind)}</code> had nothing to do: {escape(why)}</li>"
+        f"<li><code>{escape(kind)}</code> was left out: {escape(why)}</li>"
         for kind, why in report.idle.items()
     ]
     parts = [

@@ -45,7 +45,7 @@ def weigh(
     sizes = [sum(line.bytes_after for line in plan.lines) for plan in plans if plan is not None]
     if plans[0] is None and plans[1] is not None:  # a bundle as trained has no plan of its own
         sizes.insert(0, sum(line.bytes_before for line in plans[1].lines))
-    quality = _quality(schema, scored, split_of(test, test_rows), seed)
+    quality = quality_of(schema, scored, split_of(test, test_rows), seed)
     stages = []
     for place, item in enumerate(scored):
         pair = quality.paired(metric, str(max(place - 1, 0)), str(place))
@@ -63,8 +63,8 @@ def weigh(
         return store().put(Path(scratch))
 
 
-def _quality(schema: Schema, scored: tuple[Scored, ...], test: Split, seed: int) -> Quality:
-    """The stages by their number."""
+def quality_of(schema: Schema, scored: tuple[Scored, ...], test: Split, seed: int) -> Quality:
+    """Stages by their number, each with its answers to the same rows."""
     if schema.task == "retrieval":
         stored = [load_file(local(item.score) / "data.safetensors") for item in scored]
         values = {

@@ -1,0 +1,38 @@
+"""How much quality a model has lost against the original, on the rows that a recipe may look at."""
+
+from prefect import task
+
+from compressors.contracts import Artifact, Estimate
+from infra.bundle import read
+from tasks.documents import Scored
+from tasks.loading import split_of
+from tasks.policy import KEPT
+from tasks.stages import quality_of
+from tasks.stored import local
+
+
+@task(task_run_name="weigh against the budget", **KEPT)
+def lost(
+    original: Scored,
+    now: Scored,
+    metric: str,
+    validation: Artifact,
+    rows: int,
+    seed: int,
+    code: str,  # noqa: ARG001
+) -> Estimate:
+    """The metric of the original minus that of a model, on validation rows.
+
+    Args:
+        original: the untouched model and its answers to the validation rows.
+        now: what steps made of it, and its answers.
+        metric: the schema's own.
+        validation: the prepared validation split, for labels and groups.
+        rows: how many it has.
+        seed: of the bootstrap.
+        code: digest of the code that compares; part of the cache key.
+    """
+    schema = read(local(original.bundle)).signature
+    quality = quality_of(schema, (original, now), split_of(validation, rows), seed)
+    change = quality.paired(metric, "0", "1").difference
+    return Estimate(point=-change.point, low=-change.high, high=-change.low, rows=change.rows)

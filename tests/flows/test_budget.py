@@ -1,0 +1,96 @@
+"""A recipe that stops where its quality budget is used, and goes on from where it was."""
+
+from pathlib import Path
+
+import pytest
+from drafts import ROWS, write_draft
+from orders import World, carry_out
+from pydantic import ValidationError
+
+from compressors.contracts import Limit
+from compressors.dense.magnitude import Magnitude
+from compressors.dense.static_int8 import StaticInt8
+from compressors.distill.fine_tune import FineTune
+from compressors.distill.recalibrate import Recalibrate
+from compressors.errors import CompressionError
+from compressors.tables.rowwise_int8 import RowwiseInt8
+from compressors.training import Training
+from flows.explain import explain
+from flows.order import Order
+from tasks.bundles import pack
+
+ANY = Limit.parse("auc vs baseline >= -0.5")
+BRIEF = FineTune(training=Training(epochs=1, batch=256))
+CUTS = (
+    Magnitude(share=0.1),
+    BRIEF,
+    Magnitude(share=0.99),  # nothing is left of the network
+    Magnitude(share=0.995),
+    BRIEF,
+    Magnitude(share=0.2, layers=("first",)),
+    RowwiseInt8(),
+    StaticInt8(),
+    Recalibrate(),
+)
+
+
+def budgeted(budget: float, steps: tuple = CUTS) -> Order:
+    return Order(model="clicks@1", preset="custom", steps=steps, limits=(ANY,), budget=budget)
+
+
+def test_what_costs_more_than_the_budget_is_left_out_with_what_follows_it(world: World) -> None:
+    order = budgeted(0.02)
+    assert [len(group) for group in order.groups()] == [2, 1, 2, 1, 1, 1, 1]
+    made = carry_out(order)
+    report = made.finished.report
+    assert [stage.step for stage in report.stages[1:]] == [
+        "magnitude",
+        "fine_tune",
+        "magnitude",  # of other layers: that is another cut
+        "rowwise_int8",
+        "static_int8",
+        "recalibrate",
+    ]
+    assert set(report.idle) == {"magnitude (step 3)", "magnitude (step 4)", "fine_tune (step 5)"}
+    assert len(set(report.idle.values())) == 1
+    why = report.idle["magnitude (step 3)"]
+    assert why.startswith("the model would have lost 0.")
+    assert why.endswith("of auc on validation rows; the budget is 0.02")
+    # Every stage that counts is found again: an order that was stopped goes on where it was.
+    again = carry_out(order.model_copy(update={"attempt": 1}))
+    cut = [
+        state for name, state in again.tasks if name in {"magnitude", "fine_tune", "static_int8"}
+    ]
+    assert len(cut) >= 5
+    assert set(cut) == {"Cached"}
+
+
+def test_without_a_budget_the_same_steps_are_all_carried_out(world: World) -> None:
+    order = budgeted(0.02, CUTS[:3]).model_copy(update={"budget": None})
+    assert [len(group) for group in order.groups()] == [1, 1, 1]
+    report = carry_out(order).finished.report
+    assert [stage.step for stage in report.stages[1:]] == ["magnitude", "fine_tune", "magnitude"]
+    assert report.stages[-1].quality.point < report.stages[-2].quality.point - 0.02
+
+
+def test_a_budget_that_nothing_keeps_to_is_an_error_that_says_so(world: World) -> None:
+    with pytest.raises(
+        CompressionError, match=r"fits this model: the model would have lost 0\.\d+ of"
+    ):
+        carry_out(budgeted(0.0, (Magnitude(share=0.99),)))
+
+
+def test_a_budget_needs_rows_to_weigh_on(fresh: Path) -> None:
+    rows = {split: count for split, count in ROWS.items() if split != "validation"}
+    pack(write_draft(fresh / "draft", name="few", rows=rows))
+    order = budgeted(0.01, (RowwiseInt8(),)).model_copy(update={"model": "few"})
+    for ask in (carry_out, explain):
+        with pytest.raises(CompressionError, match="weighed on validation data; this model has"):
+            ask(order)
+
+
+def test_the_smallest_preset_needs_a_budget() -> None:
+    with pytest.raises(ValidationError, match="preset 'smallest' needs a budget"):
+        Order(model="clicks", preset="smallest", limits=(ANY,))
+    order = Order(model="clicks", preset="smallest", limits=(ANY,), budget=0.001)
+    assert "--budget 0.001" in order.reproduction("clicks@1").command
