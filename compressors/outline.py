@@ -12,7 +12,7 @@ def outline(step: TableStep | ModelStep, source: Model, bench: Bench) -> Model:
     """The outcome of ``compressors.step.run`` over stand-ins, with the plan it would have.
 
     The plan is exact but for what only the values tell: a training that finds nothing better is
-    predicted to have found something.
+    predicted to have found something, and a layer that a format cannot hold to be taken.
 
     Args:
         step: the method and its settings.

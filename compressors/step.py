@@ -112,9 +112,23 @@ class ModelStep(Protocol):
         """The same without data and without work: every shape of the result, whatever values."""
 
 
+@runtime_checkable
+class Curious(Protocol):
+    """A step that makes use of rows where there are some, and does without where there are none."""
+
+    @property
+    def wants(self) -> tuple[Part, ...]:
+        """Such parts of the bench."""
+
+
 def needs(step: TableStep | ModelStep) -> tuple[Part, ...]:
     """The parts of the bench a step cannot do without; a table step sees only its tables."""
     return step.needs if isinstance(step, ModelStep) else ()
+
+
+def wants(step: TableStep | ModelStep) -> tuple[Part, ...]:
+    """The parts of the bench a step makes use of where they are there."""
+    return step.wants if isinstance(step, Curious) else ()
 
 
 def run(step: TableStep | ModelStep, source: Model, bench: Bench, folder: Path) -> Model:

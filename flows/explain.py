@@ -10,11 +10,10 @@ from compressors.distill.fine_tune import FineTune
 from compressors.errors import NothingToCompress
 from compressors.model import Model
 from compressors.outline import outline
-from compressors.step import needs
 from compressors.steps import AnyStep
 from compressors.units import Unit, stored_bytes
 from flows.order import Order
-from flows.recipe import need_budget_rows, split_name, through
+from flows.recipe import looked_at, need_budget_rows, split_name, through
 from flows.resolve import already
 from flows.terms import Terms, Wanted
 from infra.errors import Refused
@@ -102,7 +101,7 @@ def _steps(
     """Outline the recipe on the very way that a run takes."""
 
     def attempt(step: AnyStep, source: Model) -> Model | Idle:
-        bench = Bench(signature=schema, **_rows(needs(step), subject))
+        bench = Bench(signature=schema, **_rows(looked_at(step, subject), subject))
         try:
             return outline(step, source, bench)
         except NothingToCompress as fault:

@@ -6,7 +6,7 @@ from typing import TypeVar
 
 from compressors.contracts import Artifact, Estimate, Part
 from compressors.errors import CompressionError
-from compressors.step import needs
+from compressors.step import needs, wants
 from compressors.steps import AnyStep
 from flows.order import Order
 from infra.bundle import SplitName
@@ -263,6 +263,12 @@ def lacking(step: AnyStep, subject: Subject) -> str | None:
     )
 
 
+def looked_at(step: AnyStep, subject: Subject) -> tuple[Part, ...]:
+    """The parts a step needs, and of those it would make use of the ones that are there."""
+    there = (part for part in wants(step) if split_name(part, subject) in subject.rows)
+    return (*needs(step), *there)
+
+
 def split_name(part: Part, subject: Subject) -> SplitName:
     """The split a part of the bench is made from."""
     if part == "soft_labels":
@@ -273,7 +279,7 @@ def split_name(part: Part, subject: Subject) -> SplitName:
 def _splits(step: AnyStep, subject: Subject, bundle: Artifact, code: str) -> dict[Part, Artifact]:
     """What a step may look at, and no more, so that nothing else is part of its cache key."""
     splits: dict[Part, Artifact] = {}
-    for part in needs(step):
+    for part in looked_at(step, subject):
         prepared = kept(prepare, bundle=bundle, split=split_name(part, subject), code=code)
         if part == "soft_labels":
             rows = subject.rows["train"]

@@ -3,38 +3,58 @@
 Tables are looked up in float16 and widened after the lookup. Dense layers compute in float16
 where the target does (TensorRT); ONNX Runtime on CPU has no float16 Gemm, so there only the
 stored bytes halve and the arithmetic stays float32.
+
+What float16 cannot hold stays in float32, and the plan says why: weights above 65,504, and dense
+layers whose inputs or sums come near that on the calibration rows.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
 from pydantic import Field
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from compressors.contracts import Bench, Change, Frozen, Part
-from compressors.errors import CompressionError
+from compressors.dense.observing import observe
 from compressors.formats import LinearFormat, PackedLinear, PackedTable, TableFormat, TensorSpec
 from compressors.model import Model
 from compressors.stand_ins import packed_outline
 from compressors.units import Choice, Unit, choose_dense, choose_tables, pack_table, swap
 
+LARGEST = 65_504.0  # float16's
 
-def narrow(name: str, weight: Tensor) -> Tensor:
-    """A tensor as float16, refusing numbers beyond its range.
 
-    Raises:
-        CompressionError: a weight is above 65,504.
+def narrow(weight: Tensor) -> Tensor:
+    """A tensor as float16, infinite where a number rounds to more than 65,504."""
+    return weight.detach().to(torch.float16)
+
+
+def beyond(*weights: Tensor | None) -> str | None:
+    """Why float16 cannot hold some tensors, or None if it can."""
+    for weight in weights:
+        if weight is not None and not bool(torch.isfinite(narrow(weight)).all()):
+            return f"holds {float(weight.abs().max()):g}, beyond float16's {LARGEST:g}"
+    return None
+
+
+def largest_sum(x: Tensor, weight: Tensor, bias: Tensor | None) -> float:
+    """The largest absolute number on the way to a layer's outputs, in whatever order it sums.
+
+    The terms of one sign, added up first, are as far from zero as a sum can get; a GPU may add
+    them up in float16.
+
+    Args:
+        x: float ``(*, in)``, at least one row.
+        weight: float ``(out, in)``.
+        bias: float ``(out,)`` or None.
     """
-    half = weight.detach().to(torch.float16)
-    if not bool(torch.isfinite(half).all()):
-        raise CompressionError(
-            f"{name!r} holds {float(weight.abs().max()):g}, beyond float16's 65504. Leave it out "
-            f"of 'tables' or 'layers'."
-        )
-    return half
+    output = F.linear(x, weight, bias)
+    terms = F.linear(x.abs(), weight.abs(), None if bias is None else bias.abs())
+    return float(((terms + output.abs()) / 2).max())
 
 
 @torch.library.custom_op("recpress::float16_table", mutates_args=())
@@ -150,6 +170,14 @@ class Float16(Frozen):
         ("*",), description="Dense layers to compress, with * as wildcard."
     )
     min_rows: int = Field(1, ge=1, description="Tables with fewer rows stay as they are.")
+    headroom: float = Field(
+        2.0,
+        ge=1,
+        description="Dense layers whose inputs or sums, times this, lie beyond 65,504 on the "
+        "calibration rows stay float32: rows to come may be larger.",
+    )
+    rows: int = Field(4096, ge=1, description="Calibration rows read, at most.")
+    batch: int = Field(1024, ge=1, description="Rows of one calibration batch.")
 
     @property
     def needs(self) -> tuple[Part, ...]:
@@ -157,8 +185,13 @@ class Float16(Frozen):
         return ()
 
     @property
+    def wants(self) -> tuple[Part, ...]:
+        """Rows to see which layers would overflow; without, only weights are looked at."""
+        return ("calibration",)
+
+    @property
     def changes(self) -> Change:
-        """Each unit it takes is stored in another format."""
+        """Each unit it takes is stored in another format, unless float16 cannot hold it."""
         return "format"
 
     def choose(self, model: Model, bench: Bench) -> dict[str, Choice]:  # noqa: ARG002
@@ -170,33 +203,64 @@ class Float16(Frozen):
         }
 
     def apply(self, model: Model, bench: Bench) -> Model:
-        """Replace every chosen table and layer."""
+        """Replace every chosen table and layer that float16 can hold."""
         module, choices = model.module, self.choose(model, bench)
-        for unit in Unit.of(module):
-            if not choices[unit.name].take:
-                continue
-            weight = narrow(f"{unit.name}.weight", unit.weight)
-            if unit.role == "table":
-                rows, dim = weight.shape
-                packed = PackedTable(TABLE_FORMAT, rows, dim, {}, {"weight": weight})
-                swap(module, unit.name, pack_table(unit.module, packed))
-                continue
-            bias = unit.bias
-            stored = {
-                "weight": weight,
-                "bias": weight.new_zeros(weight.shape[0])
-                if bias is None
-                else narrow(f"{unit.name}.bias", bias),
-            }
-            outputs, inputs = weight.shape
-            swap(
-                module,
-                unit.name,
-                PackedLinear(LINEAR_FORMAT, inputs, outputs, bias=bias is not None, stored=stored),
-            )
-        return model
+        chosen = [unit for unit in Unit.of(module) if choices[unit.name].take]
+        kept = self._overflowing(module, [u for u in chosen if u.role == "dense"], bench)
+        for unit in chosen:
+            if (reason := beyond(unit.weight, unit.bias)) is not None:
+                kept[unit.name] = reason
+            elif unit.name not in kept:
+                swap(module, unit.name, _packed(unit))
+        return replace(model, notes={**model.notes, **kept})
 
     def outline(self, model: Model, bench: Bench) -> Model:
         """Every chosen table and layer in the format."""
         choices = self.choose(model, bench)
         return packed_outline(model, choices, table=TABLE_FORMAT, linear=LINEAR_FORMAT)
+
+    def _overflowing(
+        self, module: nn.Module, layers: Sequence[Unit], bench: Bench
+    ) -> dict[str, str]:
+        """Layers whose inputs or sums come too near the end of float16's range, and by how much."""
+        if bench.calibration is None:
+            return {}
+        largest = {unit.name: {"an input": 0.0, "a sum": 0.0} for unit in layers}
+
+        def look(unit: Unit, x: Tensor) -> None:
+            if x.numel():
+                met = largest[unit.name]
+                sums = largest_sum(x, unit.weight, unit.bias)
+                for what, size in (("an input", float(x.abs().max())), ("a sum", sums)):
+                    met[what] = size if math.isnan(size) else max(met[what], size)
+
+        observe(
+            module,
+            layers,
+            bench.calibration,
+            bench.signature,
+            batch=self.batch,
+            limit=self.rows,
+            see=look,
+        )
+        return {
+            name: f"{what} of {size:g} on the calibration rows, times headroom "
+            f"{self.headroom:g}, is beyond float16's {LARGEST:g}"
+            for name, met in largest.items()
+            for what, size in met.items()
+            if not size * self.headroom <= LARGEST  # NaN is beyond it too
+        }
+
+
+def _packed(unit: Unit) -> nn.Module:
+    """What takes the place of a table or layer."""
+    weight, bias = narrow(unit.weight), unit.bias
+    if unit.role == "table":
+        rows, dim = weight.shape
+        return pack_table(unit.module, PackedTable(TABLE_FORMAT, rows, dim, {}, {"weight": weight}))
+    outputs, inputs = weight.shape
+    stored = {
+        "weight": weight,
+        "bias": weight.new_zeros(outputs) if bias is None else narrow(bias),
+    }
+    return PackedLinear(LINEAR_FORMAT, inputs, outputs, bias=bias is not None, stored=stored)

@@ -1,34 +1,37 @@
 """Dense layers as int8 weights and int8 inputs, both scaled before serving.
 
-Weights get one scale per output channel, inputs one scale per layer, calibrated as the largest
-absolute input seen on the calibration rows. Both symmetric, since TensorRT takes no zero point.
+Weights get one scale per output channel, inputs one scale per layer, whose range a calibrator finds
+on the calibration rows (``calibration.py``). Both symmetric, since TensorRT takes no zero point.
 
 Paper: Jacob et al. 2018, https://arxiv.org/abs/1712.05877 (integer-arithmetic-only inference).
 Differs: symmetric activations, and the output stays float32 unless the runtime fuses it.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from compressors.batches import batches
 from compressors.contracts import Bench, Change, Frozen, Part
-from compressors.errors import CompressionError
+from compressors.dense.calibrated import Calibrator, calibrated, notes_of
+from compressors.dense.calibration import LEVELS
 from compressors.formats import LinearFormat, PackedLinear, TensorSpec
 from compressors.model import Model
 from compressors.stand_ins import packed_outline
+from compressors.tables.clipping import fit
+from compressors.tables.grid import Grid
 from compressors.units import Choice, Unit, choose_dense, swap
 
-LEVELS = 127
 # Products of two int8 numbers summed over this many inputs are exact in float32 (2^24).
 EXACT_INPUTS = 2**24 // (128 * 128)
 
 
-def encode(weight: Tensor, bias: Tensor | None, input_scale: Tensor) -> tuple[Tensor, Tensor]:
+def encode(
+    weight: Tensor, bias: Tensor | None, input_scale: Tensor, weight_scale: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Round each output channel to 255 even levels.
 
     Args:
@@ -36,11 +39,13 @@ def encode(weight: Tensor, bias: Tensor | None, input_scale: Tensor) -> tuple[Te
         bias: float ``(out,)`` or None; runtimes hold it as an int32 multiple of
             ``weight_scale * input_scale``, so a channel's scale is kept large enough for it.
         input_scale: float, scalar.
+        weight_scale: wanted, float ``(out,)``; without it each channel's largest weight is the
+            highest level.
 
     Returns:
         ``codes`` int8 ``(out, in)`` and ``weight_scale`` float32 ``(out,)``, always positive.
     """
-    scale = weight.float().abs().amax(dim=1) / LEVELS
+    scale = weight.float().abs().amax(dim=1) / LEVELS if weight_scale is None else weight_scale
     if bias is not None:
         scale = torch.maximum(scale, bias.float().abs() / (input_scale * 2**23))
     scale = torch.where(scale > 0, scale, torch.ones_like(scale))
@@ -49,6 +54,19 @@ def encode(weight: Tensor, bias: Tensor | None, input_scale: Tensor) -> tuple[Te
     scale = scale.clamp(min=torch.finfo(torch.float32).tiny / min(float(input_scale), 1.0))
     codes = (weight.float() / scale[:, None]).round().clamp(-LEVELS, LEVELS).to(torch.int8)
     return codes, scale
+
+
+def clipped_scale(weight: Tensor) -> Tensor:
+    """The scale of each output channel that leaves its weights the least squared error.
+
+    Args:
+        weight: float, ``(out, in)``.
+
+    Returns:
+        float32 ``(out,)``: a channel's largest weight over 127, or a share of it down to a half.
+    """
+    grid = Grid(2 * LEVELS + 1, clipping="mse", scale="float32")
+    return fit(weight.float(), grid).scale.squeeze(1)
 
 
 def quantize(x: Tensor, scale: Tensor) -> Tensor:
@@ -142,6 +160,30 @@ class StaticInt8Format:
 FORMAT: LinearFormat = StaticInt8Format()
 
 
+WeightClipping = Literal["min_max", "mse"]
+
+
+def packed_int8(layer: nn.Linear, end: Tensor, weight_scale: Tensor | None = None) -> PackedLinear:
+    """What stands in a layer's place.
+
+    Args:
+        layer: float32.
+        end: of the range of its inputs, float32 scalar.
+        weight_scale: wanted, float32 ``(out,)``; without it all weights lie in range.
+    """
+    bias = None if layer.bias is None else layer.bias.detach().float()
+    input_scale = end / LEVELS
+    codes, weight_scale = encode(layer.weight.detach(), bias, input_scale, weight_scale)
+    stored = {
+        "codes": codes,
+        "weight_scale": weight_scale,
+        "input_scale": input_scale,
+        "bias": torch.zeros_like(weight_scale) if bias is None else bias.clone(),
+    }
+    sizes = layer.in_features, layer.out_features
+    return PackedLinear(FORMAT, *sizes, bias=bias is not None, stored=stored)
+
+
 class StaticInt8(Frozen):
     """Compute dense layers in int8, with scales calibrated before serving."""
 
@@ -151,6 +193,26 @@ class StaticInt8(Frozen):
     )
     rows: int = Field(4096, ge=1, description="Calibration rows read, at most.")
     batch: int = Field(1024, ge=1, description="Rows of one calibration batch.")
+    calibrator: Calibrator = Field(
+        "min_max",
+        description="How much of a layer's inputs int8 holds. min_max: all. percentile: all but a "
+        "share. entropy, mse: what changes their distribution least, or their squared error. best: "
+        "for each layer whichever leaves its output the least squared error.",
+    )
+    share: float = Field(
+        0.9999, gt=0.5, le=1, description="Of the inputs, what percentile does not clip."
+    )
+    weights: WeightClipping = Field(
+        "min_max",
+        description="Range of the weights of an output channel. min_max: all. mse: of least "
+        "squared error.",
+    )
+    most_error: float | None = Field(
+        None,
+        gt=0,
+        description="Layers whose int8 output is off by more, root mean square on the calibration "
+        "rows as a share of the output's own, stay float32. Without it all are taken.",
+    )
 
     @property
     def needs(self) -> tuple[Part, ...]:
@@ -167,64 +229,35 @@ class StaticInt8(Frozen):
         return choose_dense(Unit.of(model.module), self.layers, self.kind)
 
     def apply(self, model: Model, bench: Bench) -> Model:
-        """Calibrate on ``bench.calibration`` and replace every chosen layer.
+        """Calibrate on ``bench.calibration`` and replace every chosen layer within ``most_error``.
 
         Raises:
             CompressionError: there are no calibration rows, or a layer never ran on them.
         """
-        if bench.calibration is None:
-            raise CompressionError(
-                "'static_int8' needs calibration rows; this bundle has neither calibration nor "
-                "train data. Add one to model.json, or use 'float16' for the dense layers."
-            )
-        module, choices = model.module, self.choose(model, bench)
-        units = Unit.of(module)
-        chosen = [unit for unit in units if unit.name in choices and choices[unit.name].take]
-        largest = {unit.name: torch.zeros(()) for unit in chosen}
+        choices = self.choose(model, bench)
+        units = [unit for unit in Unit.of(model.module) if unit.name in choices]
+        found = calibrated(
+            model.module,
+            [unit for unit in units if choices[unit.name].take],
+            bench,
+            self._pack,
+            calibrator=self.calibrator,
+            share=self.share,
+            rows=self.rows,
+            batch=self.batch,
+            measured=self.most_error is not None,
+        )
+        notes = {**model.notes, **notes_of(found)}
+        for name, layer in found.items():
+            if self.most_error is not None and (layer.error or 0.0) > self.most_error:
+                notes[name] = f"as static_int8 {layer.told()}, above most_error {self.most_error:g}"
+            else:
+                swap(model.module, name, layer.packed)
+        return replace(model, notes=notes)
 
-        def watch(name: str) -> Any:
-            def hook(_: nn.Module, args: tuple[Tensor, ...], named: dict[str, Tensor]) -> None:
-                x = args[0] if args else named["input"]
-                largest[name] = torch.maximum(largest[name], x.detach().abs().amax())
-
-            return hook
-
-        handles = [
-            unit.module.register_forward_pre_hook(watch(unit.name), with_kwargs=True)
-            for unit in chosen
-        ]
-        try:
-            with torch.no_grad():
-                for batch in batches(bench.calibration, bench.signature, self.batch, self.rows):
-                    module(**batch.inputs)
-        finally:
-            for handle in handles:
-                handle.remove()
-        for unit in chosen:
-            layer = unit.module
-            if not isinstance(layer, nn.Linear) or not largest[unit.name] > 0:
-                raise CompressionError(
-                    f"Dense layer {unit.name!r} saw no input but zeros on the calibration rows, "
-                    f"so its scale is unknown. Leave it out of 'layers'."
-                )
-            input_scale = largest[unit.name] / LEVELS
-            bias = None if layer.bias is None else layer.bias.detach().float()
-            codes, weight_scale = encode(layer.weight.detach(), bias, input_scale)
-            stored = {
-                "codes": codes,
-                "weight_scale": weight_scale,
-                "input_scale": input_scale,
-                "bias": torch.zeros_like(weight_scale) if bias is None else bias.clone(),
-            }
-            packed = PackedLinear(
-                FORMAT,
-                layer.in_features,
-                layer.out_features,
-                bias=layer.bias is not None,
-                stored=stored,
-            )
-            swap(module, unit.name, packed)
-        return model
+    def _pack(self, layer: nn.Linear, end: Tensor) -> PackedLinear:
+        wanted = clipped_scale(layer.weight.detach()) if self.weights == "mse" else None
+        return packed_int8(layer, end, wanted)
 
     def outline(self, model: Model, bench: Bench) -> Model:
         """Every chosen layer in the format, without calibration."""
