@@ -13,6 +13,7 @@ from compressors.dense import float16, static_int8
 from compressors.dense.channels import Channels
 from compressors.dense.float16 import Float16
 from compressors.dense.magnitude import Magnitude
+from compressors.dense.qat import QAT
 from compressors.dense.static_int8 import StaticInt8
 from compressors.distill.distill import Distill
 from compressors.distill.fine_tune import FineTune
@@ -82,6 +83,7 @@ AnyStep = Annotated[
     | Float8E4M3
     | BFloat16
     | AdditiveCodes
+    | QAT
     | StaticInt8
     | Float16
     | Recalibrate,

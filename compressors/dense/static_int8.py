@@ -46,14 +46,19 @@ def encode(
         ``codes`` int8 ``(out, in)`` and ``weight_scale`` float32 ``(out,)``, always positive.
     """
     scale = weight.float().abs().amax(dim=1) / LEVELS if weight_scale is None else weight_scale
+    scale = storable(scale, bias, input_scale)
+    codes = (weight.float() / scale[:, None]).round().clamp(-LEVELS, LEVELS).to(torch.int8)
+    return codes, scale
+
+
+def storable(scale: Tensor, bias: Tensor | None, input_scale: Tensor) -> Tensor:
+    """Scales of output channels ``(out,)``, larger where runtimes could not hold the bias else."""
     if bias is not None:
         scale = torch.maximum(scale, bias.float().abs() / (input_scale * 2**23))
     scale = torch.where(scale > 0, scale, torch.ones_like(scale))
     # A dead channel's weights may have decayed to next to nothing: the step of its products,
     # which the bias is divided by, must not underflow to zero.
-    scale = scale.clamp(min=torch.finfo(torch.float32).tiny / min(float(input_scale), 1.0))
-    codes = (weight.float() / scale[:, None]).round().clamp(-LEVELS, LEVELS).to(torch.int8)
-    return codes, scale
+    return scale.clamp(min=torch.finfo(torch.float32).tiny / min(float(input_scale), 1.0))
 
 
 def clipped_scale(weight: Tensor) -> Tensor:

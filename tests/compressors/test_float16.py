@@ -69,6 +69,7 @@ class Tall(nn.Module):
         self.sums = nn.Linear(WIDTH, 2)
         self.out = nn.Linear(WIDTH, 1)
         nn.init.constant_(self.raised.weight, 1e-3)
+        nn.init.zeros_(self.sums.bias)
         with torch.no_grad():
             self.sums.weight.copy_(torch.tensor([[1.0, -1.0, 1.0, -1.0]] * 2))
 

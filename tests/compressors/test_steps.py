@@ -31,6 +31,7 @@ from compressors.contracts import Bench, Plan
 from compressors.dense.channels import Channels
 from compressors.dense.float16 import Float16
 from compressors.dense.magnitude import Magnitude
+from compressors.dense.qat import QAT
 from compressors.dense.static_int8 import StaticInt8
 from compressors.errors import (
     CompressionError,
@@ -61,16 +62,21 @@ def takes(method: type[Step]) -> set[str]:
 
 # A code or two a row cannot tell 15 rows drawn at random apart: test_table_codes.py looks at them.
 CODES = {ProductCodes, ResidualCodes, AdditiveCodes}
-FINE = tuple(method for method in FORMATS if method not in CODES)
+# Training moves scores to where the labels want them: test_qat.py looks at it.
+FINE = tuple(method for method in FORMATS if method not in CODES and method is not QAT)
 
 
 # In the others the only number that is a layer's width is also the dimension of a table.
 WITH_WIDTHS = (RANKER, NORMED)
 
 
+# Model steps that are not called like the format they write.
+WRITES = {"qat": "static_int8"}
+
+
 def form(step: Step) -> str:
     """The format a step writes; additive codes are stored as residual ones are."""
-    return step.storage.name if hasattr(step, "storage") else step.kind
+    return step.storage.name if hasattr(step, "storage") else WRITES.get(step.kind, step.kind)
 
 
 def fits(method: type[Step], reference: Reference) -> bool:
