@@ -9,7 +9,8 @@ from typing import Annotated
 from pydantic import Field
 
 from compressors.composed import Composition
-from compressors.dense import float16, static_int8
+from compressors.dense import bfloat16_dense, float16, static_int8
+from compressors.dense.bfloat16_dense import BFloat16Dense
 from compressors.dense.channels import Channels
 from compressors.dense.float16 import Float16
 from compressors.dense.magnitude import Magnitude
@@ -85,6 +86,7 @@ AnyStep = Annotated[
     | AdditiveCodes
     | QAT
     | StaticInt8
+    | BFloat16Dense
     | Float16
     | Recalibrate,
     Field(discriminator="kind"),
@@ -105,7 +107,7 @@ TABLE_FORMATS: dict[str, TableFormat] = {
     )
 }
 LINEAR_FORMATS: dict[str, LinearFormat] = {
-    form.name: form for form in (static_int8.FORMAT, float16.LINEAR_FORMAT)
+    form.name: form for form in (static_int8.FORMAT, float16.LINEAR_FORMAT, bfloat16_dense.FORMAT)
 }
 COMPOSITIONS: dict[str, Composition] = {
     form.name: form

@@ -13,6 +13,7 @@ from compressors.batches import batches, edge_example
 from compressors.contracts import Artifact, JaggedBag, Plan, Schema, Split, TargetKind
 from compressors.errors import ParityLost
 from compressors.lower.audit import audit
+from compressors.lower.bfloat16_products import has_bfloat16_products, write_checkable
 from compressors.lower.export import Lowered, lower
 from compressors.lower.parity import FloatArray, Parity, compare
 from compressors.lower.served import Form, forms, input_names
@@ -87,7 +88,7 @@ def _examine(
 ) -> LoweredGraph:
     form = lowered.served.form
     schema, plan = form.schema, _plan(loaded, form)
-    session = Session(path, load_settings().threads)
+    session = _session(path, target, plan)
     expected, found = _both(lowered, session, schema, _first(probe, schema, PROBE_ROWS), target)
     rows_parity = compare(expected, found, plan, target)
     for few in SMALL_BATCHES:
@@ -110,6 +111,19 @@ def _examine(
         tables=lowered.tables,
         packed_bytes=_packed_bytes(loaded, form),
     )
+
+
+def _session(path: Path, target: TargetKind, plan: Plan | None) -> Session:
+    """A graph in ONNX Runtime, whichever target it is for."""
+    threads = load_settings().threads
+    if target == "onnxruntime" or not has_bfloat16_products(plan):
+        return Session(path, threads)
+    checkable = path.with_name(f"checkable-{path.name}")
+    try:
+        write_checkable(path, checkable)
+        return Session(checkable, threads)
+    finally:
+        checkable.unlink(missing_ok=True)  # what lies in the folder is stored
 
 
 def _plan(loaded: Loaded, form: Form) -> Plan | None:

@@ -34,6 +34,7 @@ from compressors.contracts import (
 )
 from compressors.distill.recalibrate import Recalibrate
 from compressors.distill.refit_codes import RefitCodes
+from compressors.lower.bfloat16_products import has_bfloat16_products, write_checkable
 from compressors.lower.export import Lowered, lower
 from compressors.lower.served import Form, forms, input_names
 from compressors.model import Model
@@ -381,6 +382,7 @@ class Graph:
     lowered: Lowered
     schema: Schema
     path: Path
+    target: TargetKind = "onnxruntime"
 
     def rows(self, count: int, seed: int = 5) -> dict[str, Tensor]:
         """Made-up inputs, every id within its table."""
@@ -395,7 +397,11 @@ class Graph:
     def in_onnx(self, inputs: dict[str, Tensor]) -> NDArray[np.float32]:
         """Scores of the graph in ONNX Runtime; the forms for TensorRT run there too, slowly."""
         arrays = {name: tensor.numpy() for name, tensor in inputs.items()}
-        return Session(self.path, threads=1).scores(arrays)
+        path = self.path
+        if self.target != "onnxruntime" and has_bfloat16_products(self.model.plan):
+            path = path.with_name("checked.onnx")
+            write_checkable(self.path, path)
+        return Session(path, threads=1).scores(arrays)
 
 
 @functools.cache
@@ -417,4 +423,4 @@ def graph(reference_name: str, kinds: tuple[str, ...], target: TargetKind) -> Gr
     model = compressed(reference_name, kinds)
     path = Path(tempfile.mkdtemp(dir=_SCRATCH.name)) / "model.onnx"
     lowered = lower(model.module, whole(reference.schema), target, path)
-    return Graph(model, lowered, reference.schema, path)
+    return Graph(model, lowered, reference.schema, path, target)

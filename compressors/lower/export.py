@@ -139,7 +139,8 @@ def _export(
 def _may_fold(node: ir.Node) -> bool | None:
     """Keep a stored weight as it is stored: folding its Cast would write it down as float32."""
     source = node.inputs[0] if node.inputs else None
-    if node.op_type == "Cast" and source is not None and source.dtype == ir.DataType.FLOAT16:
+    short = {ir.DataType.FLOAT16, ir.DataType.BFLOAT16}
+    if node.op_type == "Cast" and source is not None and source.dtype in short:
         return False
     return None
 

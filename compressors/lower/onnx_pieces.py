@@ -10,8 +10,9 @@ from onnxscript import opset21 as op
 from compressors.tables.kept_order import BLOCK
 from compressors.tables.product_codes import columns
 
-FLOAT, FLOAT16, INT32, INT64 = (
-    int(getattr(onnx.TensorProto, name)) for name in ("FLOAT", "FLOAT16", "INT32", "INT64")
+FLOAT, FLOAT16, BFLOAT16, INT32, INT64 = (
+    int(getattr(onnx.TensorProto, name))
+    for name in ("FLOAT", "FLOAT16", "BFLOAT16", "INT32", "INT64")
 )
 
 

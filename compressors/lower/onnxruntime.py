@@ -37,8 +37,8 @@ def static_int8_linear(x: Any, codes: Any, weight_scale: Any, input_scale: Any, 
     return restore(op.Gemm(inputs, weight, offset, transB=1))
 
 
-def float16_linear(x: Any, weight: Any, bias: Any) -> Any:
-    """Weights widened once when the session starts: CPUs have no float16 Gemm."""
+def short_float_linear(x: Any, weight: Any, bias: Any) -> Any:
+    """Weights widened once when the session starts: CPUs have no float16 or bfloat16 Gemm."""
     flat, restore = as_matrix(x, int(weight.shape[1]), int(weight.shape[0]))
     return restore(op.Gemm(flat, op.Cast(weight, to=FLOAT), op.Cast(bias, to=FLOAT), transB=1))
 
@@ -61,7 +61,8 @@ def translations() -> dict[Any, Callable[..., Any]]:
     return {
         **onnxruntime_tables.translations(),
         ops.static_int8_linear.default: static_int8_linear,
-        ops.float16_linear.default: float16_linear,
+        ops.float16_linear.default: short_float_linear,
+        ops.bfloat16_linear.default: short_float_linear,
         ops.ids_beside.default: ids_beside,
         ops.rows_beside.default: rows_beside,
     }

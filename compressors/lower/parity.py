@@ -5,7 +5,8 @@ differs by float rounding only. With int8 inputs a value on the edge between two
 either side, so a few scores differ by a level's worth; ONNX Runtime's graph computes the same
 float32 numbers up to such an edge, so nine of ten scores must agree to rounding there. TensorRT's
 rounds looked-up weights to float16 once, which moves many values across an edge by a little. A
-wrong lowering moves all scores: an input scale 15 % off, a table 3 % too large or a zero point a
+layer that TensorRT multiplies in bfloat16 rounds its inputs and outputs to 8 bits, which the module
+does not: 0.2 to 0.5 % of the spread in small networks. A wrong lowering moves all scores: an input scale 15 % off, a table 3 % too large or a zero point a
 tenth of a level off move them by 3 to 5 % of their spread.
 """
 
@@ -14,6 +15,7 @@ from numpy.typing import NDArray
 
 from compressors.contracts import DROPPED, Frozen, Plan, TargetKind
 from compressors.errors import ParityLost
+from compressors.lower.bfloat16_products import has_bfloat16_products
 
 FloatArray = NDArray[np.float32]
 
@@ -76,6 +78,8 @@ def _shares(plan: Plan | None, target: TargetKind) -> tuple[float, float, float]
     """Limits as shares of the spread: root mean square, largest, nine of ten rows."""
     units = [line for line in plan.lines if line.role != "other"] if plan else []
     formats = {line.format for line in units}
+    if target != "onnxruntime" and has_bfloat16_products(plan):
+        return 0.015, 0.2, 0.025
     if "static_int8" in formats:
         return (0.005, 0.2, 1e-3) if target == "onnxruntime" else (0.01, 0.2, 0.015)
     if target != "onnxruntime" and formats - {"float32", DROPPED}:

@@ -12,7 +12,7 @@ import torch
 from onnxscript import opset21 as op
 
 from compressors.lower import tensorrt_tables
-from compressors.lower.onnx_pieces import FLOAT, FLOAT16, as_matrix, constant
+from compressors.lower.onnx_pieces import BFLOAT16, FLOAT, FLOAT16, as_matrix, constant
 
 
 def static_int8_linear(x: Any, codes: Any, weight_scale: Any, input_scale: Any, bias: Any) -> Any:
@@ -31,6 +31,13 @@ def float16_linear(x: Any, weight: Any, bias: Any) -> Any:
     return op.Cast(restore(y), to=FLOAT)
 
 
+def bfloat16_linear(x: Any, weight: Any, bias: Any) -> Any:
+    """A Gemm in bfloat16 between two casts."""
+    flat, restore = as_matrix(x, int(weight.shape[1]), int(weight.shape[0]))
+    y = op.Gemm(op.Cast(flat, to=BFLOAT16), weight, bias, transB=1)
+    return op.Cast(restore(y), to=FLOAT)
+
+
 def translations() -> dict[Any, Callable[..., Any]]:
     """Custom op -> the subgraph that stands for it."""
     ops = torch.ops.recpress
@@ -38,4 +45,5 @@ def translations() -> dict[Any, Callable[..., Any]]:
         **tensorrt_tables.translations(),
         ops.static_int8_linear.default: static_int8_linear,
         ops.float16_linear.default: float16_linear,
+        ops.bfloat16_linear.default: bfloat16_linear,
     }

@@ -71,7 +71,7 @@ WITH_WIDTHS = (RANKER, NORMED)
 
 
 # Model steps that are not called like the format they write.
-WRITES = {"qat": "static_int8"}
+WRITES = {"qat": "static_int8", "bfloat16_dense": "bfloat16"}
 
 
 def form(step: Step) -> str:
