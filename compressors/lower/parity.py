@@ -6,8 +6,9 @@ either side, so a few scores differ by a level's worth; ONNX Runtime's graph com
 float32 numbers up to such an edge, so nine of ten scores must agree to rounding there. TensorRT's
 rounds looked-up weights to float16 once, which moves many values across an edge by a little. A
 layer that TensorRT multiplies in bfloat16 rounds its inputs and outputs to 8 bits, which the module
-does not: 0.2 to 0.5 % of the spread in small networks. A wrong lowering moves all scores: an input scale 15 % off, a table 3 % too large or a zero point a
-tenth of a level off move them by 3 to 5 % of their spread.
+does not: 0.2 to 0.5 % of the spread in small networks. A wrong lowering moves all scores: an input
+scale 15 % off, a table 3 % too large or a zero point a tenth of a level off move them by 3 to 5 %
+of their spread.
 """
 
 import numpy as np
