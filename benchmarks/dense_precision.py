@@ -42,7 +42,7 @@ STEPS: dict[str, ModelStep] = {
     "`static_int8`, `min_max`, weights by `mse`": StaticInt8(weights="mse"),
     "`float16`, tables as well": Float16(),
     "`bfloat16_dense`": BFloat16Dense(),
-    "`qat`": QAT(),
+    "`qat`, taught": QAT(),
     "`qat`, labels alone": QAT(soft_share=0),
 }
 
