@@ -1,0 +1,46 @@
+"""A step that can do without rows is given them where there are some."""
+
+import pytest
+
+from compressors.contracts import Artifact
+from compressors.dense.float16 import Float16
+from compressors.dense.magnitude import Magnitude
+from compressors.dense.static_int8 import StaticInt8
+from flows.recipe import lacking, looked_at
+from tasks.subject import Subject
+
+
+def subject(**rows: int) -> Subject:
+    return Subject(
+        artifact=Artifact(uri="file:///nowhere", sha256="0" * 64, bytes=1),
+        name="clicks",
+        version="1",
+        metric="auc",
+        rows={"test": 100, **rows},
+        longest={},
+        architecture="models:Ranker",
+        task="ctr",
+        grouped=False,
+    )
+
+
+@pytest.mark.parametrize(
+    ("rows", "seen"),
+    [
+        ({}, ()),
+        ({"validation": 10}, ()),
+        ({"train": 10}, ("calibration",)),  # made from the training rows
+        ({"train": 10, "calibration": 10}, ("calibration",)),
+    ],
+)
+def test_float16_sees_calibration_rows_where_there_are_any_and_never_lacks_them(rows, seen):
+    held = subject(**rows)
+    assert looked_at(Float16(), held) == seen
+    assert lacking(Float16(), held) is None
+
+
+def test_what_a_step_needs_comes_first_and_others_want_nothing():
+    held = subject(train=10)
+    assert looked_at(StaticInt8(), held) == ("calibration",)
+    assert looked_at(Magnitude(), held) == ()
+    assert lacking(StaticInt8(), subject()) is not None

@@ -1,0 +1,35 @@
+"""A graph that ONNX Runtime on a CPU cannot run is compared with torch all the same."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from drafts import ALLOWED, ROWS, write_draft
+
+from compressors.contracts import Artifact
+from compressors.dense.bfloat16_dense import BFloat16Dense
+from tasks.bundles import pack
+from tasks.compress import compress
+from tasks.documents import lowering_of
+from tasks.lower import lower_model
+from tasks.prepare import prepare
+from tasks.stored import local
+
+
+def test_a_graph_with_bfloat16_products_is_checked_and_only_what_is_served_is_stored(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RECPRESS_HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("RECPRESS_ALLOWED_MODULES", ALLOWED)
+    bundle = pack(write_draft(tmp_path / "draft")).artifact
+    test = prepare.fn(bundle, "test", code="c")
+    made = compress.fn(bundle, BFloat16Dense(), {}, original=bundle, seed=0, code="c")
+    assert isinstance(made, Artifact)
+    graph = lower_model.fn(made, "tensorrt-rtx", test, ROWS["test"], 65_536, code="c")
+    names = {path.name for path in local(graph).rglob("*") if path.is_file()}
+    assert "model.onnx" in names
+    assert not {name for name in names if "checkable" in name}
+    (found,) = lowering_of(local(graph)).graphs
+    # Rounded to 8 bits on the way, which is far more than float rounding and no more than that.
+    assert 1e-5 < found.rows_parity.root_mean_square / found.rows_parity.spread < 0.015
+    assert np.isfinite(found.edge_parity.largest)
