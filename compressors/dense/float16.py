@@ -206,13 +206,18 @@ class Float16(Frozen):
         """Replace every chosen table and layer that float16 can hold."""
         module, choices = model.module, self.choose(model, bench)
         chosen = [unit for unit in Unit.of(module) if choices[unit.name].take]
-        kept = self._overflowing(module, [u for u in chosen if u.role == "dense"], bench)
+        dense = [unit for unit in chosen if unit.role == "dense"]
+        kept = self._overflowing(module, dense, bench)
+        notes = dict(model.notes)
+        if bench.calibration is None:
+            notes |= {unit.name: "no rows to see its sums on" for unit in dense}
         for unit in chosen:
-            if (reason := beyond(unit.weight, unit.bias)) is not None:
-                kept[unit.name] = reason
-            elif unit.name not in kept:
+            reason = beyond(unit.weight, unit.bias) or kept.get(unit.name)
+            if reason is not None:
+                notes[unit.name] = reason
+            else:
                 swap(module, unit.name, _packed(unit))
-        return replace(model, notes={**model.notes, **kept})
+        return replace(model, notes=notes)
 
     def outline(self, model: Model, bench: Bench) -> Model:
         """Every chosen table and layer in the format."""

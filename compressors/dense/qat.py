@@ -208,8 +208,9 @@ class QAT(Frozen):
         )
         for name, layer in learned.items():
             swap(module, name, layer.packed())
-        found, told = notes_of(begun), _told(epochs, bench.signature.metric)
-        notes = {name: "; ".join(filter(None, (found.get(name), told))) for name in learned}
+        told = _told(epochs, bench.signature.metric)
+        first = {name: f"began with {note}; " for name, note in notes_of(begun).items()}
+        notes = {name: f"{first.get(name, '')}{told}" for name in learned}
         return replace(model, notes={**model.notes, **notes})
 
     def outline(self, model: Model, bench: Bench) -> Model:
@@ -246,8 +247,10 @@ def _told(epochs: Collection[Epoch], metric: str) -> str:
     first, *_ = epochs
     best = max(epochs, key=lambda epoch: epoch.quality)  # the earliest of equals
     if best.number == 0:
-        return f"trained {len(epochs) - 1} epochs, which found nothing better than its beginning"
-    return (
-        f"trained {best.number} epochs, {metric} {first.quality:.5f} -> {best.quality:.5f} on "
-        f"validation rows"
-    )
+        return f"training ({_epochs(len(epochs) - 1)}) found nothing better than its beginning"
+    moved = f"{metric} {first.quality:.5f} -> {best.quality:.5f} on validation rows"
+    return f"trained {_epochs(best.number)}, {moved}"
+
+
+def _epochs(count: int) -> str:
+    return f"{count} epoch" if count == 1 else f"{count} epochs"

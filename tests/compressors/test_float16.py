@@ -148,6 +148,8 @@ def test_what_weights_float16_cannot_hold_stays_in_float32_without_any_rows(tmp_
         assert line.format == "float32"
         assert line.reason == f"kept float32; holds {weight:g}, beyond float16's 65504"
     assert result.plan.of("cross").format == result.plan.of("user").format == "float16"
+    assert result.plan.of("cross").reason == "float16 as ordered; no rows to see its sums on"
+    assert result.plan.of("user").reason == "float16 as ordered"
     assert torch.equal(result.module.item.weight, source.module.item.weight)
 
 
