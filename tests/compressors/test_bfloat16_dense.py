@@ -8,7 +8,7 @@ import pytest
 import torch
 from grids import tables, unhurried
 from hypothesis import given
-from models import RANKER, graph, whole
+from models import RANKER, graph
 from onnx import TensorProto
 from torch.nn import functional as F
 
@@ -191,6 +191,5 @@ def test_an_engine_holds_the_layers_in_two_bytes_a_weight(tmp_path: Path):
         seconds=300,
     )
     audit = build_engine(request, tmp_path / "engine").audit
-    assert whole(lowered.schema)
     layers = [line for line in lowered.model.plan.lines if line.role == "dense"]
     assert audit.constant_bytes["bf16"] >= sum(line.bytes_after for line in layers) - 64
