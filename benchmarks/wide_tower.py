@@ -1,0 +1,86 @@
+"""A click model of Criteo's size, served: 26 fields of 64 numbers, then 512, 256, and the score.
+
+Nothing is trained: what counts is time. Float32, onnxruntime's and ModelOpt's int8, and ours, all
+of the same network, measured in turn in one process.
+
+    python -m benchmarks.wide_tower
+"""
+
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import save_file
+
+from benchmarks.ctr import schema
+from benchmarks.whole_model import PEERS, RECIPES, arrays, timed
+from compressors.contracts import Architecture, Bench, Network, Split
+from compressors.lower.export import lower
+from compressors.lower.served import forms
+from compressors.model import Model
+from compressors.step import run
+from examples.dcnv2 import DCNv2
+
+FIELDS = {f"c{number}": 10_000 for number in range(26)}
+ROWS = 4096
+RECIPE = [{"kind": "rowwise_int8"}, {"kind": "static_int8"}]
+
+
+def network() -> Model:
+    """The network with weights from a seed."""
+    config = {
+        "fields": [{"name": name, "rows": rows} for name, rows in FIELDS.items()],
+        "dim": 64,
+        "cross_layers": 0,
+        "hidden": [512, 256],
+        "structure": "stacked",
+    }
+    torch.manual_seed(0)
+    module = DCNv2(**config).eval()
+    built = Architecture(path="examples.dcnv2:DCNv2", config=config)
+    return Model(module, DCNv2, Network(architecture=built))
+
+
+def drawn(folder: Path) -> Split:
+    """Rows of ids drawn evenly."""
+    folder.mkdir(parents=True)
+    generator = torch.Generator().manual_seed(1)
+    held = {
+        name: torch.randint(rows, (ROWS,), generator=generator) for name, rows in FIELDS.items()
+    }
+    save_file({**held, "@label": torch.zeros(ROWS)}, folder / "data.safetensors")
+    return Split(path=str(folder), sha256="0" * 64, rows=ROWS)
+
+
+def main() -> None:
+    """Print one line a form."""
+    torch.set_num_threads(2)
+    with tempfile.TemporaryDirectory() as scratch:
+        place = Path(scratch)
+        split = drawn(place / "rows")
+        bench = Bench(signature=schema(FIELDS), calibration=split)
+        model = network()
+        form = forms(bench.signature)[0]
+        names, paths = ["float32"], [place / "fp32.onnx"]
+        lower(model.module, form, "onnxruntime", paths[0])
+        rows, _ = arrays(split)
+        for name, quantize in PEERS:
+            made = place / f"{name}.onnx"
+            try:
+                quantize(paths[0], made, rows)
+            except ImportError:
+                print(f"{name} is not installed: left out")
+                continue
+            names.append(name)
+            paths.append(made)
+        for number, step in enumerate(RECIPES.validate_python(RECIPE)):
+            model = run(step, model, bench, place / f"step-{number}")
+        names.append("ours: int8 tables and layers")
+        paths.append(place / "ours.onnx")
+        lower(model.module, form, "onnxruntime", paths[-1])
+        timed(names, paths, {name: np.ascontiguousarray(ids[:256]) for name, ids in rows.items()})
+
+
+if __name__ == "__main__":
+    main()
