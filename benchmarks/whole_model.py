@@ -1,14 +1,15 @@
 """How small and how fast does a whole click model become, tables and dense layers together?
 
 The tuned DCN-v2 of ``benchmarks/ctr.py`` on Frappe, 1.8 MB, 87 % of it dense. Ours are recipes of
-steps on the trained network; peers quantize the same network's ONNX graph after training: the
-``quantize_dynamic`` and ``quantize_static`` of ONNX Runtime (with and without its tables), and NVIDIA
-ModelOpt where it is installed. Everything is judged as it is served: a graph in ONNX Runtime. Loss is the network's own AUC on test rows minus that of its compressed self, mean and
-Student's 95 % interval over networks of different seeds. Bytes are those of all stored tensors;
-those of the graph's file stand beside them. Recipes were chosen on validation rows.
+steps on the trained network; peers quantize the same network's ONNX graph after training: ONNX
+Runtime's ``quantize_dynamic`` and ``quantize_static`` (with and without its tables), and NVIDIA
+ModelOpt where it is installed. Everything is judged as it is served, a graph in ONNX Runtime. Loss
+is the network's own AUC on test rows minus that of its compressed self, mean and Student's 95 %
+interval over networks of different seeds. Bytes are those of all stored tensors; those of the
+graph's file stand beside them. Recipes were chosen on validation rows.
 
     python -m benchmarks.whole_model --seeds 5 --picture docs/pictures/whole_model.png
-    python -m benchmarks.whole_model --seeds 5 --speed     # latency of the same graphs, in turn
+    python -m benchmarks.whole_model --speed     # latency of the first network's graphs, in turn
 """
 
 import json
