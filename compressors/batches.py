@@ -5,7 +5,7 @@ name, ``@label``, and where the schema names them ``@group`` and ``@time``. A ja
 values plus ``@bounds/<name>``, int64 ``(rows + 1,)``.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -71,17 +71,21 @@ class Rows:
     def __init__(self, split: Split, schema: Schema) -> None:
         with safe_open(Path(split.path) / "data.safetensors", framework="pt") as file:
             self._tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        self._schema = schema
+        self.schema = schema
         self.label = self._tensors["@label"]
         self.group = self._tensors.get("@group")
 
     def __len__(self) -> int:
         return len(self.label)
 
+    def in_order(self, rows: Tensor) -> Tensor:
+        """The same numbers as ``take`` wants them: any order will do."""
+        return rows
+
     def take(self, rows: Tensor) -> Batch:
         """Some rows, by number: int64 ``(batch,)``."""
         inputs: dict[str, Tensor] = {}
-        for item in self._schema.inputs:
+        for item in self.schema.inputs:
             values = self._tensors[item.name]
             if not isinstance(item, JaggedBag):
                 inputs[item.name] = values[rows]
@@ -93,6 +97,59 @@ class Rows:
             moved = torch.repeat_interleave(begin - edges[:-1], length)  # (all ids,)
             inputs.update(jagged(item, values[torch.arange(int(edges[-1])) + moved], edges))
         return Batch(inputs, self.label[rows], None if self.group is None else self.group[rows])
+
+
+class JoinedRows:
+    """Labelled rows, and rows of logged traffic behind them, as one.
+
+    A row of traffic has the label NaN, and its groups are others than those of labelled rows,
+    whatever their numbers in the files. Nothing is copied but labels and groups.
+    """
+
+    def __init__(self, labelled: Rows | None, traffic: Rows) -> None:
+        self._parts = [traffic] if labelled is None else [labelled, traffic]
+        self._edge = 0 if labelled is None else len(labelled)
+        unknown = torch.full((len(traffic),), torch.nan, dtype=torch.float32)
+        known = [] if labelled is None else [labelled.label.to(torch.float32)]
+        self.label = torch.cat([*known, unknown])
+        groups = [part.group for part in self._parts if part.group is not None]
+        self.group: Tensor | None = None
+        if len(groups) == len(self._parts):
+            numbered = [torch.unique(group, return_inverse=True)[1] for group in groups]
+            begin = int(numbered[0].max()) + 1
+            self.group = torch.cat([numbered[0], *(part + begin for part in numbered[1:])])
+
+    def __len__(self) -> int:
+        return len(self.label)
+
+    def take(self, rows: Tensor) -> Batch:
+        """Some rows, by number: int64 ``(batch,)``, labelled ones before traffic."""
+        held = [rows[rows < self._edge], rows[rows >= self._edge] - self._edge]
+        taken = [
+            part.take(mine)
+            for part, mine in zip(self._parts, held[-len(self._parts) :], strict=True)
+            if len(mine)
+        ]
+        group = None if self.group is None else self.group[rows]
+        schema = self._parts[0].schema
+        return Batch(joined([part.inputs for part in taken], schema), self.label[rows], group)
+
+    def in_order(self, rows: Tensor) -> Tensor:
+        """The same numbers as ``take`` wants them."""
+        return torch.cat([rows[rows < self._edge], rows[rows >= self._edge]])
+
+
+def joined(parts: Sequence[dict[str, Tensor]], schema: Schema) -> dict[str, Tensor]:
+    """Inputs of the rows of several batches, one behind the other."""
+    inputs: dict[str, Tensor] = {}
+    for item in schema.inputs:
+        names = tensor_names(item)
+        held = [[part[name] for part in parts] for name in names]
+        if isinstance(item, JaggedBag) and item.layout == "offsets":
+            counts = torch.tensor([0, *(len(values) for values in held[0])]).cumsum(0)
+            held[1] = [own + int(begin) for own, begin in zip(held[1], counts, strict=False)]
+        inputs.update((name, torch.cat(own)) for name, own in zip(names, held, strict=True))
+    return inputs
 
 
 def jagged(item: JaggedBag, values: Tensor, bounds: Tensor) -> dict[str, Tensor]:

@@ -53,6 +53,9 @@ class Artifact(Frozen):
 ITEMS = "items"
 """The split of a retrieval model that lists what can be found: its catalogue, a row an item."""
 
+TRAFFIC = "traffic"
+"""The split of logged requests: rows without a label, which a teacher answers."""
+
 Metric = Literal["auc", "gauc", "ndcg@10", "recall@20", "ndcg@20"]
 Measure = Literal[
     "auc",
@@ -168,7 +171,10 @@ class Schema(Frozen):
 
         That is everything, except for ``retrieval``: there ``items`` holds what the item tower
         reads, a row an item, and the other splits what the query tower reads and the item's id.
+        No label is read from ``traffic``.
         """
+        if split == TRAFFIC and self.label is not None:
+            return self.model_copy(update={"label": None}).of_split(split)
         if self.towers is None or self.item is None:
             return self
         if split == ITEMS:
@@ -245,7 +251,9 @@ class Split(Frozen):
     rows: int = Field(ge=1)
 
 
-Part = Literal["train", "calibration", "validation", "soft_labels"]
+Part = Literal[
+    "train", "calibration", "validation", "soft_labels", "traffic", "traffic_soft_labels"
+]
 Change = Literal["format", "values", "parts", "output"]
 
 
@@ -253,7 +261,9 @@ class Bench(Frozen):
     """What a step may learn from. It never holds test data.
 
     ``soft_labels`` holds what the teacher answers to every row of ``train``, in its order:
-    ``score`` float32 ``(rows,)`` in the form of the schema's output.
+    ``score`` float32 ``(rows,)`` in the form of the schema's output; ``traffic_soft_labels`` the
+    same for ``traffic``, whose labels mean nothing. With ``teachers`` beside ``teacher`` it is the
+    mean of what all of them answer.
     """
 
     signature: Schema
@@ -261,7 +271,10 @@ class Bench(Frozen):
     calibration: Split | None = None
     validation: Split | None = None
     teacher: Artifact | None = None
+    teachers: tuple[Artifact, ...] = ()
     soft_labels: Split | None = None
+    traffic: Split | None = None
+    traffic_soft_labels: Split | None = None
     checkpoints: str | None = Field(
         None, description="A folder of this machine where a long step keeps its progress."
     )

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from compressors.batches import Batch, Rows
+from compressors.batches import Batch, JoinedRows, Rows
 from compressors.contracts import Schema, Split
 
 EDGE = 1e-6  # a probability this near 0 or 1 counts as that near: its logit stays finite
@@ -32,9 +32,9 @@ def hard_loss(schema: Schema, output: Tensor, batch: Batch) -> Tensor:
     score, label = output.reshape(-1), batch.label.to(torch.float32)
     if schema.task == "ctr":
         return F.binary_cross_entropy_with_logits(logits(schema, score), label)
-    segment, groups = _segments(batch, len(score))
+    segment, groups = segments(batch, len(score))
     gains = torch.exp2(label) - 1
-    total = _sums(gains, segment, groups)
+    total = sums(gains, segment, groups)
     wanted = gains / total.clamp(min=EDGE)[segment]
     return _listwise(score, wanted, segment, total > 0)
 
@@ -57,9 +57,9 @@ def soft_loss(
         wanted = torch.sigmoid(logits(schema, teacher) / temperature)
         loss = F.binary_cross_entropy_with_logits(logits(schema, score) / temperature, wanted)
         return loss * temperature**2
-    segment, groups = _segments(batch, len(score))
-    wanted = _log_softmax(teacher / temperature, segment, groups).exp()
-    every = torch.ones(groups, dtype=torch.bool)
+    segment, groups = segments(batch, len(score))
+    wanted = log_shares(teacher / temperature, segment, groups).exp()
+    every = torch.ones(groups, dtype=torch.bool, device=score.device)
     return _listwise(score / temperature, wanted, segment, every) * temperature**2
 
 
@@ -81,13 +81,16 @@ def shuffled(
         yield rows.take(numbers)
 
 
-def shuffled_rows(rows: Rows, schema: Schema, size: int, seed: int) -> Iterator[Tensor]:
+def shuffled_rows(
+    rows: Rows | JoinedRows, schema: Schema, size: int, seed: int, *, whole_lists: bool = False
+) -> Iterator[Tensor]:
     """The numbers of the rows of each batch, int64 ``(about size,)``, each row once.
 
-    For ranking a batch holds whole groups, since a list is compared with itself.
+    For ranking a batch holds whole groups, since a list is compared with itself; with
+    ``whole_lists`` it does for other tasks too, where rows have a group.
     """
     drawn = torch.Generator().manual_seed(seed)
-    if schema.task != "ranking" or rows.group is None:
+    if rows.group is None or not (whole_lists or schema.task == "ranking"):
         whole = torch.randperm(len(rows), generator=drawn)
         yield from _without_single_rows(torch.split(whole, size))
         return
@@ -127,27 +130,31 @@ def _without_single_rows(parts: Iterable[Tensor]) -> Iterator[Tensor]:
         yield before
 
 
-def _segments(batch: Batch, rows: int) -> tuple[Tensor, int]:
-    """The number of each row's group, int64 ``(rows,)``, and how many groups there are."""
+def segments(batch: Batch, rows: int) -> tuple[Tensor, int]:
+    """The number of each row's list, int64 ``(rows,)``, and how many lists there are.
+
+    Rows without a group are one list, the whole batch.
+    """
     if batch.group is None:
-        return torch.zeros(rows, dtype=torch.int64), 1
+        return torch.zeros(rows, dtype=torch.int64, device=batch.label.device), 1
     found, segment = torch.unique(batch.group, return_inverse=True)
     return segment, len(found)
 
 
-def _sums(values: Tensor, segment: Tensor, groups: int) -> Tensor:
+def sums(values: Tensor, segment: Tensor, groups: int) -> Tensor:
+    """Sums of values, ``(rows,)``, by list, ``(groups,)``."""
     return values.new_zeros(groups).index_add(0, segment, values)
 
 
-def _log_softmax(score: Tensor, segment: Tensor, groups: int) -> Tensor:
-    """Log of each row's share of its group, ``(rows,)``."""
+def log_shares(score: Tensor, segment: Tensor, groups: int) -> Tensor:
+    """Log of each row's softmax share of its list, ``(rows,)``."""
     top = score.detach().new_full((groups,), -torch.inf)
     top = top.scatter_reduce(0, segment, score.detach(), "amax")
     shifted = score - top[segment]
-    return shifted - _sums(shifted.exp(), segment, groups).log()[segment]
+    return shifted - sums(shifted.exp(), segment, groups).log()[segment]
 
 
 def _listwise(score: Tensor, wanted: Tensor, segment: Tensor, counts: Tensor) -> Tensor:
     """Cross entropy of each group's shares, averaged over the groups that count."""
-    each = _sums(-wanted * _log_softmax(score, segment, len(counts)), segment, len(counts))
+    each = sums(-wanted * log_shares(score, segment, len(counts)), segment, len(counts))
     return (each * counts).sum() / counts.sum().clamp(min=1)

@@ -14,7 +14,8 @@ class Model:
     """A loaded network: the module, the class it was built from, and what describes it.
 
     ``notes`` holds, by unit, what a step found out while it worked, in half a sentence: it joins
-    the reason in the plan.
+    the reason in the plan. ``original`` is the network the recipe began with, for steps that look
+    inside of it; nothing of it is stored.
     """
 
     module: nn.Module
@@ -22,6 +23,7 @@ class Model:
     network: Network
     plan: Plan | None = None
     notes: Mapping[str, str] = field(default_factory=dict)
+    original: nn.Module | None = None
 
     def private(self) -> "Model":
         """The same model with a module tree of its own, over the same tensors."""

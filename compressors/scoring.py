@@ -7,6 +7,7 @@ from torch import nn
 from compressors import metrics
 from compressors.batches import batches
 from compressors.contracts import Schema, Split
+from compressors.placement import device_of, on
 
 SCORING_ROWS = 8192
 
@@ -20,8 +21,9 @@ def quality(module: nn.Module, schema: Schema, split: Split) -> float:
         schema: of a click or ranking model.
         split: with labels, and groups where the metric needs them.
     """
-    parts = list(batches(split, schema, SCORING_ROWS))
-    scores = torch.cat([module(**part.inputs).reshape(-1) for part in parts]).numpy()
+    parts, device = list(batches(split, schema, SCORING_ROWS)), device_of(module)
+    found = [module(**on(part, device).inputs).reshape(-1) for part in parts]
+    scores = torch.cat(found).cpu().numpy()
     label = np.concatenate([part.label.numpy() for part in parts])
     if schema.metric == "auc":
         return metrics.auc(label, scores)

@@ -2,6 +2,9 @@
 
 from collections.abc import Collection
 
+from torch import nn
+
+from compressors.batches import JoinedRows, Rows
 from compressors.contracts import Bench
 from compressors.errors import CompressionError, NothingToCompress
 from compressors.formats import Bag, PackedTable
@@ -10,25 +13,43 @@ from compressors.training import Loss, Training, train, trainable
 from compressors.units import Choice, Unit, innermost
 
 
-def choose_trained(model: Model, bench: Bench, kind: str, *, tables: bool) -> dict[str, Choice]:
+def choose_trained(
+    model: Model,
+    bench: Bench,
+    kind: str,
+    *,
+    tables: bool,
+    dense: bool = True,
+    words: str | None = None,
+) -> dict[str, Choice]:
     """What training may change, and why the rest stays.
+
+    Args:
+        model: whose units.
+        bench: its training rows are counted.
+        kind: of the step that asks.
+        tables: whether tables are trained.
+        dense: whether all else is.
+        words: the reason of what is trained; without them the training rows.
 
     Raises:
         NothingToCompress: the schema's task has no loss yet.
     """
     need_loss(bench, kind)
-    names = trainable(model.module, tables=tables)
+    names = trainable(model.module, tables=tables, dense=dense)
     rows = bench.train.rows if bench.train else 0
     units = {unit.name: unit for unit in Unit.of(model.module)}
     learned = {innermost(name, units) for name in names}
     choices = {}
     for unit in units.values():
         if unit.name in learned:
-            choices[unit.name] = Choice(True, f"{kind} on {rows:,} rows")
+            choices[unit.name] = Choice(True, words or f"{kind} on {rows:,} rows")
         elif unit.shared_with is not None:
             choices[unit.name] = Choice(False, f"shares its weight with {unit.shared_with}")
         elif unit.role == "table" and not tables:
             choices[unit.name] = Choice(False, f"{kind} leaves tables as they are")
+        elif unit.role == "dense" and not dense:
+            choices[unit.name] = Choice(False, f"{kind} leaves dense layers as they are")
         else:
             choices[unit.name] = Choice(False, nothing_to_train(unit, kind))
     return choices
@@ -72,20 +93,26 @@ def trained_on(
     settings: Training,
     pruned: Collection[str],
     only: Collection[str] | None = None,
+    *,
+    rows: Rows | JoinedRows | None = None,
+    whole_lists: bool = False,
+    beside: nn.Module | None = None,
 ) -> Model:
     """The model, trained on the rows of a bench and left as it was in its best epoch.
 
-    ``pruned`` and ``only`` are those of ``compressors.training.train``.
+    ``rows`` are learned from in place of the bench's training rows; the rest is that of
+    ``compressors.training.train``.
 
     Raises:
         CompressionError: the bench lacks rows, or training diverged.
     """
-    if bench.train is None or bench.validation is None:
+    learned = rows if rows is not None else bench.train
+    if learned is None or bench.validation is None:
         raise CompressionError("Training needs train and validation rows.")
     train(
         model.module,
         bench.signature,
-        bench.train,
+        learned,
         bench.validation,
         loss,
         settings,
@@ -93,5 +120,8 @@ def trained_on(
         checkpoints=bench.checkpoints,
         pruned=pruned,
         only=only,
+        whole_lists=whole_lists,
+        beside=beside,
+        device=bench.device,
     )
     return model

@@ -11,7 +11,8 @@ its own, and nothing else carries over.
 
 import logging
 import math
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Literal
 
@@ -20,13 +21,14 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from compressors.batches import Batch, Rows
+from compressors.batches import Batch, JoinedRows, Rows
 from compressors.checkpoint import Progress, keep_progress, read_progress
 from compressors.composed import ComposedTable
 from compressors.contracts import Frozen, Schema, Split
 from compressors.errors import CompressionError
 from compressors.formats import Bag, PackedLinear, PackedTable
 from compressors.loss import shuffled_rows
+from compressors.placement import device_of, on, placed
 from compressors.scoring import quality
 from compressors.units import own_weight
 
@@ -90,6 +92,12 @@ class Training(Frozen):
         "of it times their squared norm.",
         json_schema_extra={"position": 8},
     )
+    precision: Literal["float32", "bfloat16"] = Field(
+        "float32",
+        description="bfloat16: mixed precision, matrices are multiplied in bfloat16 and weights, "
+        "their updates and the loss stay float32. Pays on GPUs and on CPUs that multiply it.",
+        json_schema_extra={"position": 9},
+    )
 
 
 @dataclass(frozen=True)
@@ -101,11 +109,11 @@ class Epoch:
     quality: float
 
 
-def trainable(module: nn.Module, *, tables: bool) -> tuple[str, ...]:
+def trainable(module: nn.Module, *, tables: bool, dense: bool = True) -> tuple[str, ...]:
     """Names of the tensors that training may change.
 
     Parameters in float32, and of compressed layers the float32 tensors that their format says
-    can be learned; of tables only where asked for.
+    can be learned; of tables only where asked for, and of tables alone without ``dense``.
     """
     names = []
     inside: set[nn.Module] = set()
@@ -119,7 +127,7 @@ def trainable(module: nn.Module, *, tables: bool) -> tuple[str, ...]:
         learned = _learned(part)
         for name, tensor in (*part.named_parameters(recurse=False), *part.named_buffers("", False)):
             free = isinstance(tensor, nn.Parameter) or name in learned
-            mine = tables or part not in inside
+            mine = tables if part in inside else dense
             if free and mine and tensor.dtype == torch.float32 and id(tensor) not in still:
                 names.append(prefix + name)
     return tuple(names)
@@ -138,7 +146,7 @@ def _learned(part: nn.Module) -> tuple[str, ...]:
 def train(
     module: nn.Module,
     schema: Schema,
-    rows: Split,
+    rows: Split | Rows | JoinedRows,
     validation: Split,
     loss: Loss,
     settings: Training,
@@ -147,6 +155,9 @@ def train(
     checkpoints: str | None,
     pruned: Collection[str] = (),
     only: Collection[str] | None = None,
+    whole_lists: bool = False,
+    beside: nn.Module | None = None,
+    device: str = "cpu",
 ) -> tuple[Epoch, ...]:
     """Train a module of a private tree in place; it ends as it was in its best epoch.
 
@@ -162,11 +173,25 @@ def train(
         pruned: layers whose zeros stay zero. Elsewhere a zero is a weight like any other: a gate
             that begins closed, a last layer that begins at nothing.
         only: names of the tensors that are trained, in place of what ``settings`` says.
+        whole_lists: a batch holds whole groups, whatever the task.
+        beside: a module of the loss's own, trained along and not part of the result.
+        device: where it is trained; the module ends where it was.
 
     Raises:
-        CompressionError: the loss is no longer a finite number, or there is nothing to train.
+        CompressionError: the loss is no longer a finite number, there is nothing to train, or the
+            device is not there.
     """
-    run = _Run(module, schema, Rows(rows, schema), validation, loss, settings, seed, pruned, only)
+    with placed(module, device), placed(beside or nn.Identity(), device):
+        held = Rows(rows, schema) if isinstance(rows, Split) else rows
+        run = _Run(module, schema, held, validation, loss, settings, seed, pruned, only)
+        run.whole_lists = whole_lists
+        if beside is not None:
+            run.take_along(beside)
+        return _trained(run, checkpoints)
+
+
+def _trained(run: "_Run", checkpoints: str | None) -> tuple[Epoch, ...]:
+    """Carry a training out, from where an earlier one was left."""
     progress = read_progress(checkpoints, run.held()) if checkpoints else None
     if progress is None:
         run.begin()
@@ -187,7 +212,7 @@ class _Run:
         self,
         module: nn.Module,
         schema: Schema,
-        rows: Rows,
+        rows: Rows | JoinedRows,
         validation: Split,
         loss: Loss,
         settings: Training,
@@ -200,7 +225,11 @@ class _Run:
         names = trainable(module, tables=settings.tables) if only is None else tuple(only)
         if not names:
             raise CompressionError("Nothing in this network can be trained: all of it is packed.")
+        _need_float_layers(module, settings)
         self.leaves = _own(module, names)
+        self.beside: dict[str, Tensor] = {}
+        self.device = device_of(module)
+        self.whole_lists = False
         self.statistics = _own_statistics(module)
         self.tables = [leaf for name, leaf in self.leaves.items() if _is_table(module, name)]
         owners = (_packed_owner(module, name) for name in self.leaves)
@@ -226,17 +255,20 @@ class _Run:
             ],
             lr=settings.learning_rate,
         )
-        self.whole = 0  # steps, at most; only a cosine asks, and counting draws an epoch
-        if settings.schedule == "cosine":
-            drawn = shuffled_rows(rows, schema, settings.batch, seed)
-            self.whole = settings.epochs * sum(1 for _ in drawn)
+        self.whole: int | None = None  # steps, at most
         self.epochs: list[Epoch] = []
         self.best: dict[str, Tensor] = {}
         self.factor, self.stale, self.steps = 1.0, 0, 0
 
+    def take_along(self, beside: nn.Module) -> None:
+        """Train the parameters of another module as well."""
+        self.beside = {f"@beside/{name}": leaf for name, leaf in beside.named_parameters()}
+        self.optimizer.add_param_group({"params": list(self.beside.values()), "weight_decay": 0.0})
+
     def held(self) -> dict[str, Tensor]:
         """Every tensor that training changes, by name."""
-        return {**self.leaves, **{name: self.module.get_buffer(name) for name in self.statistics}}
+        statistics = {name: self.module.get_buffer(name) for name in self.statistics}
+        return {**self.leaves, **self.beside, **statistics}
 
     def begin(self) -> None:
         """Judge the state before training, the first attempt."""
@@ -256,8 +288,8 @@ class _Run:
         total = counted = 0.0
         with torch.random.fork_rng(devices=()):
             torch.manual_seed(seed)  # dropout
-            for numbers in shuffled_rows(self.rows, self.schema, self.settings.batch, seed):
-                total += self._step(numbers) * len(numbers)
+            for numbers in self._drawn(seed):
+                total += self._step(self.rows.in_order(numbers)) * len(numbers)
                 counted += len(numbers)
         self.module.eval()
         found = Epoch(number, total / counted, quality(self.module, self.schema, self.validation))
@@ -285,7 +317,7 @@ class _Run:
         """All that is needed to go on after this epoch."""
         moments = {
             f"{name}/{moment}": value
-            for name, leaf in self.leaves.items()
+            for name, leaf in (*self.leaves.items(), *self.beside.items())
             for moment, value in self.optimizer.state[leaf].items()
         }
         return Progress(
@@ -308,10 +340,10 @@ class _Run:
             for name, tensor in self.held().items():
                 tensor.copy_(progress.tensors[f"now/{name}"])
         self.best = {name: progress.tensors[f"best/{name}"] for name in self.held()}
-        for name, leaf in self.leaves.items():
+        for name, leaf in (*self.leaves.items(), *self.beside.items()):
             prefix = f"moments/{name}/"
-            self.optimizer.state[leaf] = {
-                key.removeprefix(prefix): value
+            self.optimizer.state[leaf] = {  # the count of steps lies on the CPU, wherever it trains
+                key.removeprefix(prefix): value.to(leaf.device) if value.dim() else value
                 for key, value in progress.tensors.items()
                 if key.startswith(prefix)
             }
@@ -321,8 +353,10 @@ class _Run:
         log.info("going on after epoch %d", self.epochs[-1].number)
 
     def _step(self, numbers: Tensor) -> float:
-        batch = self.rows.take(numbers)
-        loss = self.loss(self.module(**batch.inputs), batch, numbers)
+        batch = on(self.rows.take(numbers), self.device)
+        with self._precision():
+            output = self.module(**batch.inputs)
+        loss = self.loss(output.float(), batch, numbers)
         if not bool(loss.isfinite()):
             raise CompressionError(
                 f"Training diverged: the loss is {float(loss.detach())} in epoch "
@@ -345,11 +379,23 @@ class _Run:
                 leaf.copy_(leaf.clamp(first / SCALE_REACH, first * SCALE_REACH))
         return float(loss.detach())
 
+    def _drawn(self, seed: int) -> Iterator[Tensor]:
+        """The batches of an epoch, as numbers of rows."""
+        size, whole = self.settings.batch, self.whole_lists
+        return shuffled_rows(self.rows, self.schema, size, seed, whole_lists=whole)
+
+    def _precision(self) -> AbstractContextManager[None]:
+        """What the network is computed in."""
+        if self.settings.precision == "float32":
+            return nullcontext()
+        return torch.autocast(self.device.type, torch.bfloat16)
+
     def _penalized(self) -> list[Tensor]:
         """Whole tables that are trained, packed ones as they are read."""
         if not self.settings.table_l2:
             return []
-        return [*self.tables, *(table(torch.arange(table.rows)) for table in self.packed)]
+        every = (torch.arange(table.rows, device=self.device) for table in self.packed)
+        return [*self.tables, *(table(ids) for table, ids in zip(self.packed, every, strict=True))]
 
     def _rate(self) -> float:
         """Adam's learning rate of the next step."""
@@ -357,8 +403,24 @@ class _Run:
         risen = min(1.0, (self.steps + 1) / settings.warmup) if settings.warmup else 1.0
         if settings.schedule == "plateau":
             return settings.learning_rate * risen * self.factor
+        if self.whole is None:  # only a cosine asks, and counting draws an epoch
+            self.whole = settings.epochs * sum(1 for _ in self._drawn(self.seed))
         fallen = (1 + math.cos(math.pi * min(1.0, self.steps / self.whole))) / 2
         return settings.learning_rate * risen * fallen
+
+
+def _need_float_layers(module: nn.Module, settings: Training) -> None:
+    """Refuse mixed precision where a packed layer would be fed bfloat16.
+
+    Raises:
+        CompressionError: names the layer.
+    """
+    for name, part in module.named_modules():
+        if settings.precision != "float32" and isinstance(part, PackedLinear):
+            raise CompressionError(
+                f"Training in {settings.precision} needs dense layers in float32; {name!r} is "
+                f"already {part.storage.name}. Set 'precision' of its training to float32."
+            )
 
 
 def _own(module: nn.Module, names: tuple[str, ...]) -> dict[str, Tensor]:

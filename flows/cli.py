@@ -84,13 +84,16 @@ def compress(
     promote: cli_order.Promote = False,
     seed: cli_order.Seed = 0,
     budget: cli_order.Budget = None,
+    teacher: cli_order.Teachers = None,
     force: Annotated[
         bool, typer.Option(help="Carry the order out anew, as a new version.")
     ] = False,
     as_json: Json = False,
 ) -> None:
     """Compress a model, judge what will be served, and register the result."""
-    terms = cli_order.wanted(model, preset, limit, target, optional, order, promote, seed, budget)
+    terms = cli_order.wanted(
+        model, preset, limit, target, optional, order, promote, seed, budget, teacher
+    )
     raise typer.Exit(_carry_out(terms, force=force, as_json=as_json))
 
 
@@ -105,13 +108,16 @@ def explain(
     promote: cli_order.Promote = False,
     seed: cli_order.Seed = 0,
     budget: cli_order.Budget = None,
+    teacher: cli_order.Teachers = None,
     as_json: Json = False,
 ) -> None:
     """Say what an order would run, its bytes and its peak memory, without running it."""
     from flows.console import explained
     from flows.explain import explain
 
-    terms = cli_order.wanted(model, preset, limit, target, optional, order, promote, seed, budget)
+    terms = cli_order.wanted(
+        model, preset, limit, target, optional, order, promote, seed, budget, teacher
+    )
     found = explain(terms)
     if as_json:
         _print(found.model_dump_json(indent=1))

@@ -32,6 +32,14 @@ File = Annotated[
     Path | None, typer.Option(help="A whole order as a JSON file, instead of the options.")
 ]
 Promote = Annotated[bool, typer.Option(help="Make an accepted result champion.")]
+Teachers = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--teacher",
+        help="A model that teaches beside the original: name@version, artifact URI, or "
+        "registry:name@version. Repeatable.",
+    ),
+]
 Seed = Annotated[int, typer.Option(help="Seed of everything drawn.")]
 
 
@@ -45,6 +53,7 @@ def wanted(
     promote: bool,
     seed: int,
     budget: float | None,
+    teacher: list[str] | None = None,
 ) -> "Terms":
     """The order that the options or the file give.
 
@@ -55,12 +64,13 @@ def wanted(
 
     if order is not None:
         options = (limit, target, optional, promote, seed, preset != "safe", budget is not None)
-        if model is not None or any(options):
+        if model is not None or teacher or any(options):
             raise Refused("Give either --order FILE or a model with options, not both.")
         return read_order(order)
     if model is None:
         raise Refused("Name a model: recpress compress NAME --limit 'auc vs baseline >= -0.002'.")
-    return terms(model, preset, limit or [], target, optional or [], promote, seed, budget)
+    some = optional or []
+    return terms(model, preset, limit or [], target, some, promote, seed, budget, teacher)
 
 
 def terms(
@@ -72,6 +82,7 @@ def terms(
     promote: bool,
     seed: int,
     budget: float | None = None,
+    teacher: list[str] | None = None,
 ) -> "Terms":
     """The order that options give.
 
@@ -114,6 +125,7 @@ def terms(
             "promote": promote,
             "seed": seed,
             "budget": budget,
+            "teachers": teacher or (),
         }
     )
 

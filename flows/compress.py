@@ -11,11 +11,11 @@ from prefect import flow
 from prefect.client.schemas.objects import State
 from prefect.states import Completed
 
-from compressors.contracts import Artifact, TargetKind, Verdict
+from compressors.contracts import Artifact, TargetKind, Verdict, digest
 from compressors.errors import CompressionError
 from flows.order import Order
-from flows.recipe import carry_out, ranking_of, weighed
-from flows.resolve import champion_of, code_of, order_digest, promote_if_ordered
+from flows.recipe import carry_out, need_taught, ranking_of, weighed
+from flows.resolve import champion_of, code_of, order_digest, promote_if_ordered, teachers_of
 from infra.errors import InfraError, Refused
 from tasks.announce import Progress, announce
 from tasks.build import build, need_builder
@@ -41,6 +41,8 @@ def compress(order: Order) -> Finished | State[Any]:
     """
     subject = find(order.model)
     need_measurable(subject, order.limits)
+    need_taught(order)
+    teachers = teachers_of(order, subject)
     champion = champion_of(order, subject)
     code = code_of(order, subject)
     targets = order.targets.wanted()
@@ -51,6 +53,8 @@ def compress(order: Order) -> Finished | State[Any]:
         if wanted == "required":
             need_builder(target)
     bundle = kept(pull, artifact=subject.artifact, code=code)
+    for teacher in teachers:
+        kept(pull, artifact=teacher.artifact, code=digest([code, teacher.architecture]))
     progress.stage("validate the data")
     validation = kept(validate, bundle=bundle, rules=order.rules, code=code)
     progress.stage("prepare tensors")
@@ -66,7 +70,7 @@ def compress(order: Order) -> Finished | State[Any]:
     progress.stage("lower the untouched model")
     baseline = kept(lower_model, bundle=bundle, target="onnxruntime", **lowering)
 
-    compressed = carry_out(order, subject, bundle, code, progress)
+    compressed = carry_out(order, subject, bundle, teachers, code, progress)
     candidate = compressed.bundle
 
     built: dict[TargetKind, Artifact] = {}
@@ -117,7 +121,7 @@ def compress(order: Order) -> Finished | State[Any]:
     }
     progress.stage("publish")
     report = report_from(
-        order=order_digest(order, subject, champion),
+        order=order_digest(order, subject, champion, teachers),
         subject=subject,
         compressed=candidate,
         champion=champion,
@@ -132,7 +136,9 @@ def compress(order: Order) -> Finished | State[Any]:
         stages=stages,
         measurement=measurement,
         validation=validation,
-        reproduction=order.reproduction(f"{subject.name}@{subject.version}"),
+        reproduction=order.reproduction(
+            f"{subject.name}@{subject.version}", tuple(held.artifact.uri for held in teachers)
+        ),
     )
     finished: Finished = remembered(publish, still_published, report=report, code=code)
     promote_if_ordered(order, finished)

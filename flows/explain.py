@@ -4,7 +4,7 @@ Formats, widths and bytes are worked out by the steps themselves (``compressors.
 they are exact; peak memory is an estimate from sizes (``tasks.memory``).
 """
 
-from compressors.contracts import Bench, Frozen, Part, Plan, Schema, Split, TargetKind
+from compressors.contracts import Artifact, Bench, Frozen, Part, Plan, Schema, Split, TargetKind
 from compressors.distill.distill import Distill
 from compressors.distill.fine_tune import FineTune
 from compressors.errors import NothingToCompress
@@ -13,8 +13,8 @@ from compressors.outline import outline
 from compressors.steps import AnyStep
 from compressors.units import Unit, stored_bytes
 from flows.order import Order
-from flows.recipe import looked_at, need_budget_rows, split_name, through
-from flows.resolve import already
+from flows.recipe import looked_at, need_budget_rows, need_taught, split_name, through
+from flows.resolve import already, teachers_of
 from flows.terms import Terms, Wanted
 from infra.errors import Refused
 from tasks.build import need_builder
@@ -70,10 +70,12 @@ def explain(terms: Terms) -> Explanation:
     order = terms if isinstance(terms, Order) else Order.model_validate(terms.model_dump())
     subject = find(order.model)
     need_measurable(subject, order.limits)
+    need_taught(order)
+    teachers = tuple(held.artifact for held in teachers_of(order, subject))
     before = already(order)
     loaded = load_bundle(subject.artifact)
     schema = loaded.manifest.signature
-    model, steps = _steps(order, subject, schema, loaded.model)
+    model, steps = _steps(order, subject, schema, loaded.model, teachers)
     original = stored_bytes(loaded.model.module)
     plan = model.plan if model.plan is not None else Plan()
     return Explanation(
@@ -96,12 +98,17 @@ def explain(terms: Terms) -> Explanation:
 
 
 def _steps(
-    order: Order, subject: Subject, schema: Schema, model: Model
+    order: Order,
+    subject: Subject,
+    schema: Schema,
+    model: Model,
+    teachers: tuple[Artifact, ...],
 ) -> tuple[Model, list[Foreseen]]:
     """Outline the recipe on the very way that a run takes."""
 
     def attempt(step: AnyStep, source: Model) -> Model | Idle:
-        bench = Bench(signature=schema, **_rows(looked_at(step, subject), subject))
+        held = _rows(looked_at(step, subject), subject)
+        bench = Bench(signature=schema, teachers=teachers, **held)
         try:
             return outline(step, source, bench)
         except NothingToCompress as fault:

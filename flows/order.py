@@ -80,7 +80,7 @@ class Order(Terms):
         """The steps of preset ``custom`` as plain values; none for the other presets."""
         return [step.model_dump(mode="json") for step in self.steps]
 
-    def reproduction(self, model: str) -> Reproduction:
+    def reproduction(self, model: str, teachers: tuple[str, ...] = ()) -> Reproduction:
         """How to get the same result again: a command, and the order as a file would hold it.
 
         What does not change the result is left out, so that orders that are the same but for it
@@ -88,8 +88,10 @@ class Order(Terms):
 
         Args:
             model: the bundle the order came to mean, name@version.
+            teachers: the bundles its teachers came to mean, by URI.
         """
-        same = self.model_copy(update={"model": model, "promote": False, "attempt": 0})
+        said = {"model": model, "teachers": teachers, "promote": False, "attempt": 0}
+        same = self.model_copy(update=said)
         return Reproduction(command=_command(same), order=same.model_dump(mode="json"))
 
 
@@ -105,6 +107,7 @@ def _command(order: Order) -> str:
     options += [("--optional", str(target)) for target in wanted if target not in required]
     if order.budget is not None:
         options.append(("--budget", f"{order.budget:g}"))
+    options += [("--teacher", teacher) for teacher in order.teachers]
     if order.seed:
         options.append(("--seed", str(order.seed)))
     parts = [f"recpress compress {shlex.quote(order.model)}"]

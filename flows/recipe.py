@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeVar
 
-from compressors.contracts import Artifact, Estimate, Part
+from compressors.contracts import Artifact, Estimate, Part, digest
 from compressors.errors import CompressionError
 from compressors.step import needs, wants
 from compressors.steps import AnyStep
@@ -17,10 +17,11 @@ from tasks.documents import AS_TRAINED, Idle, PreparedRows, Ranking, Scored
 from tasks.policy import kept, remembered
 from tasks.prepare import prepare
 from tasks.rank import rank
-from tasks.score import score
+from tasks.score import average, score
 from tasks.stages import weigh
 from tasks.stored import store
 from tasks.subject import Subject
+from tasks.teachers import Teacher
 
 T = TypeVar("T")
 
@@ -50,17 +51,28 @@ class Compressed:
 
 
 def carry_out(
-    order: Order, subject: Subject, bundle: Artifact, code: str, progress: Progress
+    order: Order,
+    subject: Subject,
+    bundle: Artifact,
+    teachers: tuple[Teacher, ...],
+    code: str,
+    progress: Progress,
 ) -> Compressed:
     """Apply every step of an order to a pulled bundle.
 
     Raises:
         CompressionError: as ``through``; or there is a budget, and nothing to measure it on.
     """
+    learned: set[str] = set()  # stages that have learned from the teachers, or come from one
 
     def attempt(step: AnyStep, source: Artifact) -> Artifact | Idle:
         progress.stage(step.kind)
-        return _made(order, step, source, subject, bundle, code)
+        taught = is_taught(step) or source.sha256 in learned
+        heard = teachers if taught else ()
+        made = _made(order, step, source, subject, bundle, heard, code)
+        if taught and not isinstance(made, Idle):
+            learned.add(made.sha256)
+        return made
 
     def spent(now: Artifact) -> str | None:
         return _over_budget(order, subject, bundle, now, code)
@@ -232,7 +244,13 @@ def _over_budget(
 
 
 def _made(
-    order: Order, step: AnyStep, source: Artifact, subject: Subject, bundle: Artifact, code: str
+    order: Order,
+    step: AnyStep,
+    source: Artifact,
+    subject: Subject,
+    bundle: Artifact,
+    teachers: tuple[Teacher, ...],
+    code: str,
 ) -> Artifact | Idle:
     """The result of one step, if it is an artifact one that is still stored."""
     made: Artifact | Idle = remembered(
@@ -240,8 +258,9 @@ def _made(
         lambda result: isinstance(result, Idle) or store().manifest(result),
         source=source,
         step=step,
-        splits=_splits(step, subject, bundle, code),
+        splits=_splits(step, subject, bundle, teachers, code),
         original=bundle,
+        teachers=tuple(teacher.artifact for teacher in teachers),
         seed=order.seed,
         code=code,
     )
@@ -269,21 +288,63 @@ def looked_at(step: AnyStep, subject: Subject) -> tuple[Part, ...]:
     return (*needs(step), *there)
 
 
+SOFT_LABELS: tuple[Part, ...] = ("soft_labels", "traffic_soft_labels")
+
+
+def is_taught(step: AnyStep) -> bool:
+    """Whether a step learns from what teachers answer."""
+    return any(part in SOFT_LABELS for part in (*needs(step), *wants(step)))
+
+
+def need_taught(order: Order) -> None:
+    """Refuse teachers whom no step would hear.
+
+    Raises:
+        CompressionError: names the steps.
+    """
+    if order.teachers and not any(map(is_taught, order.recipe())):
+        kinds = ", ".join(step.kind for step in order.recipe())
+        raise CompressionError(
+            f"The order names {len(order.teachers)} teacher(s), and no step of it learns from "
+            f"any: it has {kinds}. Add a step such as 'distill', or leave 'teachers' out."
+        )
+
+
 def split_name(part: Part, subject: Subject) -> SplitName:
     """The split a part of the bench is made from."""
-    if part == "soft_labels":
-        return "train"
-    return subject.calibration() if part == "calibration" else part
+    match part:
+        case "soft_labels":
+            return "train"
+        case "traffic_soft_labels":
+            return "traffic"
+        case "calibration":
+            return subject.calibration()
+    return part
 
 
-def _splits(step: AnyStep, subject: Subject, bundle: Artifact, code: str) -> dict[Part, Artifact]:
+def _splits(
+    step: AnyStep, subject: Subject, bundle: Artifact, teachers: tuple[Teacher, ...], code: str
+) -> dict[Part, Artifact]:
     """What a step may look at, and no more, so that nothing else is part of its cache key."""
     splits: dict[Part, Artifact] = {}
     for part in looked_at(step, subject):
-        prepared = kept(prepare, bundle=bundle, split=split_name(part, subject), code=code)
-        if part == "soft_labels":
-            rows = subject.rows["train"]
+        split = split_name(part, subject)
+        prepared = kept(prepare, bundle=bundle, split=split, code=code)
+        splits[part] = prepared
+        if part in SOFT_LABELS:
+            rows = subject.rows[split]
             splits[part] = kept(score, bundle=bundle, split=prepared, rows=rows, code=code)
-        else:
-            splits[part] = prepared
+            if teachers:
+                others = (
+                    kept(
+                        score,
+                        bundle=teacher.artifact,
+                        split=prepared,
+                        rows=rows,
+                        code=digest([code, teacher.architecture]),
+                    )
+                    for teacher in teachers
+                )
+                scores, output = (splits[part], *others), teachers[0].output
+                splits[part] = kept(average, scores=scores, output=output, code=code)
     return splits

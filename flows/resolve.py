@@ -10,6 +10,7 @@ from tasks.documents import Finished, finished, registry_is_there
 from tasks.promotion import champion_graph, promote
 from tasks.stored import code_digest
 from tasks.subject import Subject, find
+from tasks.teachers import Teacher, find_teachers
 
 
 def champion_of(order: Terms, subject: Subject) -> Artifact | None:
@@ -17,7 +18,17 @@ def champion_of(order: Terms, subject: Subject) -> Artifact | None:
     return champion_graph(subject.name) if order.against_champion() else None
 
 
-def order_digest(order: Terms, subject: Subject, champion: Artifact | None) -> str:
+def teachers_of(order: Terms, subject: Subject) -> tuple[Teacher, ...]:
+    """The models an order names as teachers beside its own."""
+    return find_teachers(order.teachers, subject)
+
+
+def order_digest(
+    order: Terms,
+    subject: Subject,
+    champion: Artifact | None,
+    teachers: tuple[Teacher, ...] = (),
+) -> str:
     """The name of everything a result is made from; equal orders have equal results."""
     return digest(
         {
@@ -28,6 +39,7 @@ def order_digest(order: Terms, subject: Subject, champion: Artifact | None) -> s
             "targets": order.targets,
             "rules": order.rules,
             "seed": order.seed,
+            "teachers": [[held.artifact.sha256, held.architecture] for held in teachers],
             "champion": None if champion is None else champion.sha256,
             "code": code_of(order, subject),
         }
@@ -56,5 +68,6 @@ def earlier(order: Terms) -> Finished | None:
 def already(order: Terms) -> Finished | None:
     """The finished report of the same order, if there is one; only looked at."""
     subject = find(order.model)
-    found = finished(order_digest(order, subject, champion_of(order, subject)))
+    teachers = teachers_of(order, subject)
+    found = finished(order_digest(order, subject, champion_of(order, subject), teachers))
     return found if found is not None and registry_is_there(found) else None

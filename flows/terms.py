@@ -123,6 +123,14 @@ class Terms(Frozen):
         json_schema_extra={"position": 9},
     )
 
+    teachers: tuple[str, ...] = Field(
+        (),
+        title="Other teachers",
+        description="Models whose answers are averaged with the original's where a step learns "
+        "from them: packed bundles, or registry:name@version. Same inputs and output.",
+        json_schema_extra={"position": 10},
+    )
+
     @model_validator(mode="after")
     def _smallest_has_a_budget(self) -> Self:
         if self.preset == "smallest" and self.budget is None:

@@ -95,7 +95,7 @@ def _draft_path(text: str) -> str:
     return text
 
 
-SplitName = Literal["train", "calibration", "validation", "test", "items"]
+SplitName = Literal["train", "calibration", "validation", "test", "items", "traffic"]
 Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,63}$")]
 Version = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
 InsidePath = Annotated[str, AfterValidator(_inside)]

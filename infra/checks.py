@@ -17,7 +17,12 @@ from infra.parquet import SCALARS, needs
 FLOAT64_MAX = 1.7976931348623157e308
 
 # A split and those whose first moment it may reach but not pass.
-LATER = {"train": ("validation", "test"), "validation": ("test",), "calibration": ("test",)}
+LATER = {
+    "train": ("validation", "test"),
+    "validation": ("test",),
+    "calibration": ("test",),
+    "traffic": ("test",),
+}
 
 # What a check looks at.
 COUNT = "count"  # how many rows there are

@@ -3,15 +3,17 @@
 import logging
 import shutil
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 from prefect import task
 
 from compressors.contracts import Artifact, Part, digest
+from compressors.distill.distill import Distill
 from compressors.errors import NothingToCompress
 from compressors.step import run
 from compressors.steps import AnyStep
-from infra.bundle import seal
+from infra.bundle import SplitName, seal
 from infra.settings import load_settings
 from tasks.documents import Idle
 from tasks.loading import bench_of, load_bundle, split_of
@@ -27,6 +29,7 @@ def compress(
     step: AnyStep,
     splits: dict[Part, Artifact],
     original: Artifact,
+    teachers: tuple[Artifact, ...],
     seed: int,
     code: str,
 ) -> Artifact | Idle:
@@ -39,24 +42,35 @@ def compress(
         step: the method and its settings.
         splits: what the step needs of the prepared data and soft labels; never test data.
         original: the bundle the recipe began with: the teacher, and the result's parent.
+        teachers: others whose answers it learns from, or learned from in an earlier step;
+            parents of the result too.
         seed: for whatever the step draws.
         code: digest of the code that compresses; part of the cache key.
     """
     loaded = load_bundle(source)
     manifest = loaded.manifest
     rows = {name: reference.rows for name, reference in manifest.data.items()}
-    # Without calibration data of its own a bundle is calibrated on what it was trained on, and
-    # soft labels are those of the training rows.
-    held = {
-        part: split_of(artifact, rows[part if part in rows else "train"])
-        for part, artifact in splits.items()
+    # Without calibration data of its own a bundle is calibrated on what it was trained on.
+    of: dict[Part, SplitName] = {
+        "train": "train",
+        "calibration": "calibration" if "calibration" in rows else "train",
+        "validation": "validation",
+        "soft_labels": "train",
+        "traffic": "traffic",
+        "traffic_soft_labels": "traffic",
     }
-    progress = load_settings().home / "progress" / digest([source, step, splits, seed, code])
-    bench = bench_of(manifest, held, original, seed, progress)
+    held = {part: split_of(artifact, rows[of[part]]) for part, artifact in splits.items()}
+    progress = (
+        load_settings().home / "progress" / digest([source, step, splits, original, seed, code])
+    )
+    bench = bench_of(manifest, held, original, seed, progress, teachers)
+    model = loaded.model
+    if isinstance(step, Distill) and step.hints:
+        model = replace(model, original=load_bundle(original).model.module)
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         try:
-            result = run(step, loaded.model, bench, folder)
+            result = run(step, model, bench, folder)
         except NothingToCompress as fault:
             log.warning("%s has nothing to do in this model: %s", step.kind, fault)
             return Idle(reason=str(fault))
@@ -69,7 +83,7 @@ def compress(
             data=manifest.data,
             vocabularies=manifest.vocabularies,
             transforms=manifest.transforms,
-            parents=tuple(dict.fromkeys((original, source))),
+            parents=tuple(dict.fromkeys((original, source, *teachers))),
             plan=result.plan,
         )
         artifact = store().put(folder)

@@ -69,6 +69,7 @@ def bench_of(
     teacher: Artifact,
     seed: int,
     checkpoints: Path | None = None,
+    teachers: tuple[Artifact, ...] = (),
 ) -> Bench:
     """What a step may learn from; test data is not among it."""
     return Bench(
@@ -77,7 +78,10 @@ def bench_of(
         calibration=splits.get("calibration"),
         validation=splits.get("validation"),
         soft_labels=splits.get("soft_labels"),
+        traffic=splits.get("traffic"),
+        traffic_soft_labels=splits.get("traffic_soft_labels"),
         teacher=teacher,
+        teachers=teachers,
         seed=seed,
         checkpoints=None if checkpoints is None else str(checkpoints),
     )

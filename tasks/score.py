@@ -2,17 +2,20 @@
 
 import tempfile
 from pathlib import Path
+from typing import Literal
 
 import torch
 from prefect import task
+from safetensors.torch import load_file
 
 from compressors.batches import batches
 from compressors.contracts import Artifact
+from compressors.distill.soft_labels import mean_answer
 from compressors.errors import CompressionError
 from compressors.state import write_tensors
 from tasks.loading import load_bundle, split_of
 from tasks.policy import KEPT
-from tasks.stored import store
+from tasks.stored import local, store
 
 SCORING_ROWS = 4096
 
@@ -47,6 +50,27 @@ def score(bundle: Artifact, split: Artifact, rows: int, code: str) -> Artifact: 
             f"{loaded.manifest.name} {loaded.manifest.version} gives no finite score for "
             f"{int((~scores.isfinite()).sum())} rows: an id outside its table, or an overflow."
         )
+    return _stored(scores)
+
+
+@task(task_run_name="average {output}", **KEPT)
+def average(
+    scores: tuple[Artifact, ...],
+    output: Literal["logit", "probability", "score"],
+    code: str,  # noqa: ARG001
+) -> Artifact:
+    """What several teachers answer together (``compressors.distill.soft_labels.mean_answer``).
+
+    Args:
+        scores: what ``score`` stored of each of them, for the same rows.
+        output: the form of the scores.
+        code: digest of the code that averages; part of the cache key.
+    """
+    held = [load_file(local(item) / "data.safetensors")["score"] for item in scores]
+    return _stored(mean_answer(held, output))
+
+
+def _stored(scores: torch.Tensor) -> Artifact:
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         (path,) = write_tensors({"score": scores}, folder)

@@ -1,31 +1,34 @@
 """Training a pruned or smaller network to answer as the original does.
 
-Soft labels are what the teacher, the bundle the recipe began with, answers to each training row;
-they are computed once, stored, and mixed with the hard labels.
+Soft labels are what the teacher, the bundle the recipe began with, answers to each row that is
+learned from, or the mean of its answers and those of other teachers; they are computed once,
+stored, and mixed with the hard labels.
 
 Source: Hinton et al. 2015, https://arxiv.org/abs/1503.02531 (soft targets with a temperature).
 Differs: binary for click models, where it is the soft form of their own loss; for ranking the
-softmax runs over each list instead of classes.
+softmax runs over each list instead of classes. Other losses: ``losses.py``.
 """
 
-import copy
-import inspect
-from dataclasses import replace
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import torch
-from pydantic import Field
-from torch import Tensor, nn
+from pydantic import Field, model_validator
+from torch import nn
 
 from compressors.contracts import Bench, Change, Frozen, Part
-from compressors.distill.soft_labels import taught_loss
-from compressors.errors import CompressionError
-from compressors.meta import parameters_on_meta
+from compressors.distill.beside import Beside, hinted, need_layers, outputs_of, widths_of
+from compressors.distill.losses import OF_LISTS, SoftLoss
+from compressors.distill.soft_labels import Taught, taught_loss, taught_rows
+from compressors.distill.student import student_choices, student_of, student_outline
+from compressors.errors import CompressionError, NothingToCompress
 from compressors.model import Model
-from compressors.stand_ins import with_stand_ins
+from compressors.placement import placed
 from compressors.trained import choose_trained, pruned_layers, trained_on
-from compressors.training import Training
-from compressors.units import Choice, Unit, table_rows
+from compressors.training import Training, trainable
+from compressors.units import Choice, private_copy
+
+PROBED = 8
+"""Rows that are asked for the widths of hinted layers."""
 
 
 class Distill(Frozen):
@@ -38,6 +41,35 @@ class Distill(Frozen):
     temperature: float = Field(
         1.0, ge=0.1, le=100, description="Both answers are divided by it before they are compared."
     )
+    loss: SoftLoss = Field(
+        "task",
+        description="How answers are compared. task: pointwise for clicks, listwise for ranking. "
+        "pointwise: each row's own. Over lists (groups; without a group column the batch is one): "
+        "margin (differences of two rows), listwise (softmax shares), rankdistil (the top of the "
+        "teacher's list), calibrated_listwise (shares of probabilities).",
+    )
+    top: int = Field(10, ge=1, description="Of rankdistil: how many rows of a list are its top.")
+    rows: Taught = Field(
+        "train",
+        description="train: rows with labels. traffic: logged requests without labels (soft_share "
+        "1). both: labels where there are.",
+    )
+    hints: tuple[str, ...] = Field(
+        (),
+        description="Layers of the original whose outputs are shown to the layers of the same "
+        "name, through a linear map that is dropped afterwards.",
+    )
+    hint_share: float = Field(
+        0.1, gt=0, le=100, description="Weight of the hints beside the answers."
+    )
+    auxiliary: str | None = Field(
+        None,
+        description="A layer on top of which a linear head learns the teacher's answers, and is "
+        "dropped afterwards; the network's own output then learns the labels alone.",
+    )
+    dense: bool = Field(
+        True, description="Train dense layers. False: tables alone (set 'tables' of the training)."
+    )
     student: dict[str, Any] | None = Field(
         None,
         description="Keyword arguments of the architecture that differ in a smaller student, such "
@@ -46,10 +78,29 @@ class Distill(Frozen):
     )
     training: Training = Field(default_factory=Training, description="How it is trained.")
 
+    @model_validator(mode="after")
+    def _fits_together(self) -> Self:
+        if self.rows == "traffic" and self.soft_share < 1:
+            raise ValueError("rows 'traffic' have no labels to mix in: set soft_share to 1")
+        if self.auxiliary is not None and (self.soft_share == 1 or self.rows == "traffic"):
+            raise ValueError("with 'auxiliary' the output learns from labels: lower soft_share")
+        if self.temperature != 1 and self.loss == "margin":
+            raise ValueError("temperature changes nothing about loss 'margin': leave it out")
+        if not self.dense and not self.training.tables:
+            raise ValueError("without dense layers only tables can learn: set training.tables")
+        if not self.dense and self.student is not None:
+            raise ValueError("a student's dense layers are drawn anew: leave 'dense' true")
+        return self
+
     @property
     def needs(self) -> tuple[Part, ...]:
         """Rows to learn from, what the teacher answers to them, and rows that say when to stop."""
-        return ("train", "validation", "soft_labels")
+        parts: dict[Taught, tuple[Part, ...]] = {
+            "train": ("train", "validation", "soft_labels"),
+            "traffic": ("traffic", "validation", "traffic_soft_labels"),
+            "both": ("train", "traffic", "validation", "soft_labels", "traffic_soft_labels"),
+        }
+        return parts[self.rows]
 
     @property
     def changes(self) -> Change:
@@ -58,124 +109,90 @@ class Distill(Frozen):
 
     def choose(self, model: Model, bench: Bench) -> dict[str, Choice]:
         """What is trained, and what becomes of each layer in a smaller student."""
-        choices = choose_trained(model, bench, self.kind, tables=self.training.tables)
+        if self.loss == "calibrated_listwise" and bench.signature.output == "score":
+            raise NothingToCompress(
+                step=self.kind,
+                wanted="an output 'logit' or 'probability' for loss 'calibrated_listwise'",
+                closest="output 'score', which is no probability",
+                remedy="Take loss 'listwise'.",
+            )
+        need_layers(model.module, self._watched())
+        tables = self.training.tables
+        choices = choose_trained(
+            model,
+            bench,
+            self.kind,
+            tables=tables,
+            dense=self.dense,
+            words=f"{self.kind} on {self._words(bench)}",
+        )
         if self.student is None:
             return choices
-        _need_unpacked(model)
-        self._need_arguments(model)
-        shapes = {unit.name: _shape(unit) for unit in Unit.of(model.module)}
-        with parameters_on_meta():
-            student = Unit.of(self._built(model))
-        smaller = {unit.name: _shape(unit) for unit in student}
-        if added := sorted(smaller.keys() - shapes.keys()):
-            raise CompressionError(
-                f"The student of 'distill' has {added[0]!r}, which the original has not: a student "
-                f"has the original's layers or fewer. Name another configuration."
-            )
-        held = table_rows(model.module)
-        for unit in student:
-            if unit.role == "table" and unit.rows < held[unit.name]:
-                raise CompressionError(
-                    f"The student of 'distill' has fewer rows in table {unit.name!r} ({unit.rows}) "
-                    f"than the original ({held[unit.name]}): ids would lie outside of it. Leave "
-                    f"the tables' rows alone."
-                )
-        fresh = [u.name for u in student if u.role == "table" and smaller[u.name] != shapes[u.name]]
-        if fresh and not self.training.tables:
-            raise CompressionError(
-                f"The student of 'distill' has a table {fresh[0]!r} of another shape, which would "
-                f"stay as it is drawn: tables are not trained. Set 'tables' of its training, or "
-                f"leave the tables' shapes alone."
-            )
-        for name, shape in shapes.items():
-            if name not in smaller:
-                choices[name] = Choice(True, "distill: not in the student")
-            elif smaller[name] != shape:
-                words = " -> ".join("x".join(map(str, size)) for size in (shape, smaller[name]))
-                choices[name] = Choice(True, f"distill: {words} in the student")
-        return choices
+        return {**choices, **student_choices(model, self.student, tables=tables)}
 
     def apply(self, model: Model, bench: Bench) -> Model:
         """Train on soft and hard labels, and leave the network as it was in its best epoch.
 
         Raises:
-            CompressionError: the bench lacks rows, the student cannot be built, or training
-                diverged.
+            CompressionError: the bench lacks rows, the student cannot be built, hints have no
+                original to come from, or training diverged.
         """
-        loss = taught_loss(bench, self.soft_share, self.temperature, self.kind)
-        if self.student is not None:
-            model = self._student(model, bench.seed)
+        rows = taught_rows(bench, self.rows, self.kind)
+        original = None if model.original is None else private_copy(model.original).eval()
         pruned = pruned_layers(model) if self.student is None else ()
-        return trained_on(model, bench, loss, self.training, pruned)
+        if self.student is not None:
+            model = student_of(model, self.student, bench.seed)
+        watched = self._watched()
+        first = rows.take(torch.arange(min(PROBED, len(rows))))
+        widths = widths_of(model.module, watched, first) if watched else {}
+        known: dict[str, int] = {}
+        if self.hints:
+            if original is None:
+                raise CompressionError(
+                    f"{self.kind!r} takes hints from the layers of the network the recipe began "
+                    f"with, and was given none. Set 'original' of the model, or leave out 'hints'."
+                )
+            need_layers(original, self.hints, "original")
+            known = widths_of(original, self.hints, first)
+        beside = Beside(self.hints, self.auxiliary, widths, known, bench.seed)
+        loss = taught_loss(
+            bench,
+            self.soft_share,
+            self.temperature,
+            self.kind,
+            name=self.loss,
+            top=self.top,
+            rows=self.rows,
+            answers=None if self.auxiliary is None else beside.answers,
+        )
+        teaching = original if self.hints and original is not None else nn.Identity()
+        with outputs_of(model.module, watched) as beside.seen, placed(teaching, bench.device):
+            if self.hints:
+                loss = hinted(loss, beside, teaching, self.hints, self.hint_share)
+            return trained_on(
+                model,
+                bench,
+                loss,
+                self.training,
+                pruned,
+                only=None if self.dense else trainable(model.module, tables=True, dense=False),
+                rows=rows,
+                whole_lists=self.loss in OF_LISTS,
+                beside=beside if watched else None,
+            )
 
     def outline(self, model: Model, bench: Bench) -> Model:  # noqa: ARG002
         """The student, if it is a smaller one; training changes no shape."""
-        if self.student is None:
-            return model
-        with parameters_on_meta():
-            student = self._built(model)
-        return self._over(model, with_stand_ins(student))
+        return model if self.student is None else student_outline(model, self.student)
 
-    def _need_arguments(self, model: Model) -> None:
-        """Refuse a word that a class taking any keywords would swallow.
+    def _watched(self) -> tuple[str, ...]:
+        """The layers whose outputs are looked at."""
+        return tuple(dict.fromkeys((*self.hints, *filter(None, (self.auxiliary,)))))
 
-        Raises:
-            CompressionError: names it and those there are.
-        """
-        named = inspect.signature(model.architecture).parameters
-        known = {*named, *model.network.architecture.config}
-        if unknown := sorted((self.student or {}).keys() - known):
-            raise CompressionError(
-                f"'distill' cannot build its student: {model.network.architecture.path} has no "
-                f"argument {unknown[0]!r}; it has {', '.join(sorted(known))}."
-            )
-
-    def _built(self, model: Model) -> nn.Module:
-        config = {**copy.deepcopy(model.network.architecture.config), **(self.student or {})}
-        try:
-            return model.architecture(**config)
-        except Exception as fault:
-            raise CompressionError(
-                f"'distill' cannot build its student: {model.network.architecture.path} with "
-                f"{self.student}: {fault}. Give keyword arguments of that class."
-            ) from fault
-
-    def _student(self, model: Model, seed: int) -> Model:
-        """The smaller network: fresh layers, and the original's tensors where they fit."""
-        with torch.random.fork_rng(devices=()):
-            torch.manual_seed(seed)
-            student = self._built(model)
-        return self._over(model, student)
-
-    def _over(self, model: Model, student: nn.Module) -> Model:
-        """The student with the original's tensors where they fit."""
-        own = student.state_dict(keep_vars=True)
-        fitting = {
-            name: tensor
-            for name, tensor in model.module.state_dict(keep_vars=True).items()
-            if name in own and tensor.shape == own[name].shape
-        }
-        student.load_state_dict(fitting, strict=False, assign=True)
-        config = {**model.network.architecture.config, **(self.student or {})}
-        architecture = model.network.architecture.model_copy(update={"config": config})
-        network = model.network.model_copy(update={"architecture": architecture})
-        return replace(model, module=student.eval(), network=network)
-
-
-def _shape(unit: Unit) -> tuple[int, ...]:
-    weight = getattr(unit.module, "weight", None)
-    return tuple(weight.shape) if isinstance(weight, Tensor) else (unit.rows,)
-
-
-def _need_unpacked(model: Model) -> None:
-    """Refuse to build a student beside packed units.
-
-    Raises:
-        CompressionError: one of them is packed.
-    """
-    packed = [unit.name for unit in Unit.of(model.module) if unit.format != "float32"]
-    if packed:
-        raise CompressionError(
-            f"'distill' into a smaller student must come before quantization; {packed[0]!r} is "
-            f"already packed. Move it to the front of the recipe."
-        )
+    def _words(self, bench: Bench) -> str:
+        """What it learns from, for the plan."""
+        parts = [f"{bench.train.rows:,} rows"] if bench.train and self.rows != "traffic" else []
+        if bench.traffic and self.rows != "train":
+            parts.append(f"{bench.traffic.rows:,} rows of traffic")
+        taught = f", taught by {1 + len(bench.teachers)} models" if bench.teachers else ""
+        return " and ".join(parts or ["0 rows"]) + taught

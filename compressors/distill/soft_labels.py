@@ -3,43 +3,137 @@
 Source: Hinton et al. 2015, https://arxiv.org/abs/1503.02531 (soft targets with a temperature).
 """
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Literal
 
+import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from compressors.batches import Batch
-from compressors.contracts import Bench
+from compressors.batches import Batch, JoinedRows, Rows
+from compressors.contracts import Bench, Split
+from compressors.distill.losses import SoftLoss, loss_of_teacher
 from compressors.errors import CompressionError
-from compressors.loss import hard_loss, soft_loss
+from compressors.loss import EDGE, hard_loss
 from compressors.training import Loss
 
+Taught = Literal["train", "traffic", "both"]
+"""Which rows are learned from: those with labels, those of logged traffic, or both."""
 
-def taught_loss(bench: Bench, soft_share: float, temperature: float, kind: str) -> Loss:
-    """A loss over training rows.
+
+def taught_loss(
+    bench: Bench,
+    soft_share: float,
+    temperature: float,
+    kind: str,
+    *,
+    name: SoftLoss = "task",
+    top: int = 10,
+    rows: Taught = "train",
+    answers: Callable[[], Tensor] | None = None,
+) -> Loss:
+    """A loss over the rows that are learned from.
+
+    Rows of traffic have no label: for those that do, labels weigh ``1 - soft_share``, as the mean
+    over the labelled rows or lists of a batch, whatever else is in it.
 
     Args:
-        bench: with ``train`` and what the teacher answers to it.
+        bench: with the rows and what the teacher answers to them.
         soft_share: weight of the teacher's answers against the labels.
         temperature: both answers are divided by it before they are compared.
         kind: of the step that asks.
+        name: how they are compared.
+        top: of the loss ``rankdistil``.
+        rows: which.
+        answers: what is compared with the teacher in place of the network's own output.
 
     Raises:
         CompressionError: there are no soft labels, or not one for every row.
     """
-    if bench.train is None or bench.soft_labels is None:
-        raise CompressionError(f"{kind!r} needs train rows and soft labels.")
-    with safe_open(Path(bench.soft_labels.path) / "data.safetensors", framework="pt") as file:
-        teacher = file.get_tensor("score")  # (rows,)
-    if len(teacher) != bench.train.rows:
-        raise CompressionError(
-            f"{kind!r} needs one soft label per training row; found {len(teacher)} for "
-            f"{bench.train.rows} rows."
-        )
+    teacher = torch.cat(
+        [
+            _answered(split, soft, kind)
+            for split, soft, of in (
+                (bench.train, bench.soft_labels, ("train", "both")),
+                (bench.traffic, bench.traffic_soft_labels, ("traffic", "both")),
+            )
+            if rows in of
+        ]
+    )
 
     def loss(output: Tensor, batch: Batch, numbers: Tensor) -> Tensor:
-        soft = soft_loss(bench.signature, output, teacher[numbers], batch, temperature)
-        hard = hard_loss(bench.signature, output, batch)
+        soft = loss_of_teacher(
+            name,
+            bench.signature,
+            output if answers is None else answers(),
+            teacher[numbers].to(output.device),
+            batch,
+            temperature=temperature,
+            top=top,
+        )
+        if rows == "train":
+            hard = hard_loss(bench.signature, output, batch)
+            return soft_share * soft + (1 - soft_share) * hard
+        known = ~batch.label.isnan()
+        if soft_share == 1 or not bool(known.any()):
+            return soft_share * soft
+        group = None if batch.group is None else batch.group[known]
+        labelled = Batch({}, batch.label[known], group)
+        hard = hard_loss(bench.signature, output.reshape(-1)[known], labelled)
         return soft_share * soft + (1 - soft_share) * hard
 
     return loss
+
+
+def taught_rows(bench: Bench, rows: Taught, kind: str) -> Rows | JoinedRows:
+    """The rows that are learned from, in the order of ``taught_loss``.
+
+    Raises:
+        CompressionError: the bench lacks them.
+    """
+    labelled = _rows(bench, bench.train, kind) if rows in ("train", "both") else None
+    if rows == "train" and labelled is not None:
+        return labelled
+    return JoinedRows(labelled, _rows(bench, bench.traffic, kind))
+
+
+def mean_answer(scores: list[Tensor], output: Literal["logit", "probability", "score"]) -> Tensor:
+    """What several teachers answer together: the mean of their logits, or of scores as they are.
+
+    Probabilities become logits, are averaged and become probabilities again: the geometric mean of
+    odds, so that a teacher that is sure counts for more than it would in a mean of probabilities.
+    Scores of ranking models have no unit in common; a teacher whose scores spread ten times as far
+    counts ten times as much.
+
+    Args:
+        scores: of each teacher, float32 ``(rows,)``, in the form of the output.
+        output: that form.
+    """
+    if len(scores) == 1:
+        return scores[0]
+    stacked = torch.stack(scores).to(torch.float64)
+    if output != "probability":
+        return stacked.mean(dim=0).to(torch.float32)
+    odds = torch.logit(stacked, eps=EDGE).mean(dim=0)
+    return torch.sigmoid(odds).to(torch.float32)
+
+
+def _rows(bench: Bench, split: Split | None, kind: str) -> Rows:
+    if split is None:
+        raise CompressionError(f"{kind!r} needs rows to learn from, and the bench lacks them.")
+    return Rows(split, bench.signature)
+
+
+def _answered(split: Split | None, soft: Split | None, kind: str) -> Tensor:
+    """What the teacher answers to the rows of a split, float32 ``(rows,)``."""
+    if split is None or soft is None:
+        raise CompressionError(f"{kind!r} needs train rows and soft labels.")
+    with safe_open(Path(soft.path) / "data.safetensors", framework="pt") as file:
+        teacher: Tensor = file.get_tensor("score")
+    if len(teacher) != split.rows:
+        raise CompressionError(
+            f"{kind!r} needs one soft label per training row; found {len(teacher)} for "
+            f"{split.rows} rows."
+        )
+    return teacher

@@ -250,6 +250,9 @@ def test_a_retrieval_schema_knows_what_each_of_its_files_holds():
     assert [item.name for item in items.inputs] == ["item", "price"]
     assert (items.label, items.group) == (None, None)
     assert schema().of_split("items") == schema()
+    traffic = whole.of_split("traffic")
+    assert (traffic.inputs, traffic.label, traffic.group) == (test.inputs, None, "user")
+    assert schema().of_split("traffic") == schema().model_copy(update={"label": None})
 
 
 @pytest.mark.parametrize(

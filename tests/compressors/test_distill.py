@@ -10,13 +10,13 @@ from compressors import metrics
 from compressors.batches import batches
 from compressors.contracts import Schema, Split
 from compressors.dense.channels import Channels
+from compressors.dense.static_int8 import StaticInt8
 from compressors.distill.distill import Distill
 from compressors.distill.fine_tune import FineTune
 from compressors.errors import CompressionError, NothingToCompress
 from compressors.outline import outline
 from compressors.state import mapped
 from compressors.step import run
-from compressors.tables.rowwise_int8 import RowwiseInt8
 
 
 def test_a_student_answers_more_like_the_teacher_than_before(tmp_path):
@@ -68,8 +68,8 @@ def test_a_student_that_cannot_be_built_or_comes_too_late_is_refused(tmp_path):
     bench = RANKER.bench(tmp_path / "data")
     with pytest.raises(CompressionError, match=r"cannot build its student.*models:Ranker has no"):
         run(Distill(student={"widht": 8}), RANKER.model(), bench, tmp_path / "a")
-    packed = run(RowwiseInt8(), RANKER.model(), bench, tmp_path / "packed")
-    with pytest.raises(CompressionError, match="must come before quantization"):
+    packed = run(StaticInt8(), RANKER.model(), bench, tmp_path / "packed")
+    with pytest.raises(CompressionError, match="must come before quantization of dense layers"):
         run(Distill(student={"width": 8}), packed, bench, tmp_path / "b")
 
 

@@ -236,7 +236,9 @@ def test_a_killed_training_ends_with_the_same_bits(reference, schedule, tmp_path
         trained(reference.model(), bench, how, tmp_path / "killed")
     monkeypatch.undo()
     seen = []
-    monkeypatch.setattr(training, "shuffled_rows", lambda *a: seen.append(1) or shuffled_rows(*a))
+    monkeypatch.setattr(
+        training, "shuffled_rows", lambda *a, **k: seen.append(1) or shuffled_rows(*a, **k)
+    )
     again, found = trained(reference.model(), bench, how, tmp_path / "killed")
     # Epochs 4 to 6 of six, and once to count the batches where the schedule asks how many.
     assert len(seen) == 3 + (schedule == "cosine")

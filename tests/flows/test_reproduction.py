@@ -43,7 +43,16 @@ def read_by_the_command_line(command: str) -> Terms:
         given.setdefault(option.removeprefix("--"), []).append(value)
     (preset,), (seed,) = given["preset"], given.get("seed", ["0"])
     targets, optional = given.get("target", []), given.get("optional", [])
-    return cli_order.terms(model, preset, given["limit"], targets, optional, False, int(seed))
+    return cli_order.terms(
+        model,
+        preset,
+        given["limit"],
+        targets,
+        optional,
+        False,
+        int(seed),
+        teacher=given.get("teacher"),
+    )
 
 
 @pytest.mark.parametrize(
@@ -94,3 +103,11 @@ def test_orders_of_one_digest_are_described_equally() -> None:
 
 def test_another_attempt_of_an_order_is_reproduced_by_the_same_command() -> None:
     assert changed(attempt=7).reproduction("clicks@1") == ORDER.reproduction("clicks@1")
+
+
+def test_the_command_of_a_report_names_its_teachers_by_what_they_are() -> None:
+    order = changed(preset="small", teachers=("newest", "registry:clicks@3"))
+    uris = ("file:///s/artifacts/t", "file:///s/artifacts/u")
+    found = order.reproduction("clicks@1", uris)
+    assert read_by_the_command_line(found.command).teachers == uris
+    assert Order.model_validate(found.order).teachers == uris

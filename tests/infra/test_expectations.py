@@ -265,7 +265,12 @@ def times(split, first):
 
 @pytest.mark.parametrize(
     ("earlier", "later"),
-    [("train", "validation"), ("train", "test"), ("validation", "test"), ("calibration", "test")],
+    [
+        ("train", "validation"),
+        ("train", "test"),
+        ("validation", "test"),
+        ("calibration", "test"),
+    ],
 )
 def test_rows_after_the_start_of_a_later_split_fail(write, earlier, later):
     paths = write(**times(earlier, BEGIN[later] - N + 2))  # reaches one moment too far
@@ -279,6 +284,30 @@ def test_rows_after_the_start_of_a_later_split_fail(write, earlier, later):
 def test_the_boundary_moment_may_be_shared(write):
     paths = write(**times("train", 1_000 - N + 1), **times("validation", 1_000))
     assert validate(paths, narrow("at"), TABLES).success
+
+
+def traffic(write, tmp_path, first, **changes):
+    """Good splits and rows of traffic, without the column of labels."""
+    made = {**columns("train"), "at": pa.array(np.arange(N) + first), **changes}
+    made.pop("click")
+    pq.write_table(pa.table(made), tmp_path / "traffic.parquet")
+    return {**write(), "traffic": tmp_path / "traffic.parquet"}
+
+
+def test_traffic_needs_no_label_and_all_else(write, tmp_path):
+    found = validate(traffic(write, tmp_path, 1_500), SCHEMA, TABLES)
+    assert found.success
+    looked_at = {one.column for one in found.findings if one.split == "traffic"}
+    assert looked_at == {one.column for one in found.findings if one.split == "train"} - {"click"}
+    bad = traffic(write, tmp_path, 1_500, **planted("user", 6))
+    (failed,) = failures(validate(bad, SCHEMA, TABLES))
+    assert (failed.split, failed.column, failed.failing_rows) == ("traffic", "user", (ROW,))
+
+
+def test_traffic_ends_before_the_test_rows_begin(write, tmp_path):
+    paths = traffic(write, tmp_path, BEGIN["test"] - N + 2)
+    (failed,) = failures(validate(paths, narrow("at"), TABLES))
+    assert (failed.split, failed.rule) == ("traffic", "not later than the start of test")
 
 
 def test_calibration_may_lie_inside_validation(write):

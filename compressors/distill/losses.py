@@ -1,0 +1,166 @@
+"""How far a student's answers are from its teacher's: five losses, plain functions of tensors.
+
+All take a student's and a teacher's scores ``(rows,)``, and for losses over lists the number of
+each row's list, ``segment`` int64 ``(rows,)``, of ``lists``. Each is least where the student
+answers as the teacher does. Those that look at lists alone (``margin``, ``listwise``,
+``rankdistil``) do not change if all scores of a list are moved by the same number, so they teach
+order and leave the level, and with it calibration, to the labels.
+"""
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from compressors.batches import Batch
+from compressors.contracts import Schema
+from compressors.loss import log_shares, logits, segments, soft_loss, sums
+
+SoftLoss = Literal["task", "pointwise", "margin", "listwise", "rankdistil", "calibrated_listwise"]
+OF_LISTS = ("margin", "listwise", "rankdistil", "calibrated_listwise")
+
+
+def loss_of_teacher(
+    name: SoftLoss,
+    schema: Schema,
+    output: Tensor,
+    teacher: Tensor,
+    batch: Batch,
+    *,
+    temperature: float,
+    top: int,
+) -> Tensor:
+    """One of the losses, for outputs in the form the schema names.
+
+    Lists are the groups of the batch; without a group column the whole batch is one. Clicks are
+    compared as logits, scores of a ranking model as they are.
+
+    Args:
+        name: which; ``task`` is ``pointwise`` for clicks and ``listwise`` for rankings.
+        schema: task and form of both outputs.
+        output: the student's, float ``(rows,)`` or ``(rows, 1)``.
+        teacher: the teacher's on the same rows, float ``(rows,)``.
+        batch: for its groups.
+        temperature: scores are divided by it before they are compared; the loss is multiplied by
+            its square, so that gradients keep their size.
+        top: of ``rankdistil``: how many rows of a list are its top.
+    """
+    if name == "task":
+        return soft_loss(schema, output, teacher, batch, temperature)
+    clicks = schema.output != "score" and (
+        schema.task == "ctr" or name in ("pointwise", "calibrated_listwise")
+    )
+    score = output.reshape(-1)
+    if clicks:
+        score, teacher = logits(schema, score), logits(schema, teacher)
+    score, teacher = score / temperature, teacher / temperature
+    segment, lists = segments(batch, len(score))
+    match name:
+        case "pointwise":
+            found = pointwise(score, teacher) if clicks else F.mse_loss(score, teacher)
+        case "margin":
+            found = margin(score, teacher, segment, lists)
+        case "listwise":
+            found = listwise(score, teacher, segment, lists)
+        case "rankdistil":
+            found = rankdistil(score, teacher, segment, lists, top)
+        case "calibrated_listwise":
+            found = calibrated_listwise(score, teacher, segment, lists)
+    return found * temperature**2
+
+
+def pointwise(score: Tensor, teacher: Tensor) -> Tensor:
+    """Cross entropy of each row's two probabilities, from logits: a scalar.
+
+    Source: Hinton et al. 2015, https://arxiv.org/abs/1503.02531, with two classes.
+    """
+    return F.binary_cross_entropy_with_logits(score, torch.sigmoid(teacher))
+
+
+def margin(score: Tensor, teacher: Tensor, segment: Tensor, lists: int) -> Tensor:
+    """Squared difference of the two margins, over all pairs of rows of a list: a scalar.
+
+    The teacher's difference of two scores is the margin that the student should show. The mean
+    over the ``n (n - 1)`` pairs of a list is twice the variance of ``score - teacher``, so it
+    takes ``n`` steps. Lists of one row have no pair and do not count.
+
+    Source: Hofstätter et al. 2020, https://arxiv.org/abs/2010.02666 (Margin-MSE). Differs: all
+    pairs of a list instead of a relevant and another passage.
+    """
+    count = sums(torch.ones_like(score), segment, lists)
+    gap = score - teacher
+    mean = sums(gap, segment, lists) / count.clamp(min=1)
+    spread = sums((gap - mean[segment]).square(), segment, lists)
+    paired = count > 1
+    each = 2 * spread / (count - 1).clamp(min=1)
+    return (each * paired).sum() / paired.sum().clamp(min=1)
+
+
+def listwise(score: Tensor, teacher: Tensor, segment: Tensor, lists: int) -> Tensor:
+    """Cross entropy of each list's softmax shares, the mean over lists: a scalar.
+
+    Source: Cao et al. 2007 (ListNet, top-one probabilities), the teacher's scores as the truth.
+    """
+    wanted = log_shares(teacher, segment, lists).exp()
+    return -(wanted * log_shares(score, segment, lists)).sum() / lists
+
+
+def rankdistil(score: Tensor, teacher: Tensor, segment: Tensor, lists: int, top: int) -> Tensor:
+    """The teacher's top of each list in its order, and nothing below coming near it: a scalar.
+
+    Among the ``top`` rows of a list that the teacher puts first, cross entropy of softmax shares;
+    of each other row, by how much more it lies above the last of them than the teacher says,
+    squared, the mean over those rows. How the teacher orders the rest teaches nothing.
+
+    Source: Reddi et al. 2021, RankDistil, AISTATS (match the order at the top, penalize large
+    scores of what the teacher ranks low). Differs: the order is matched by ListNet, and a score is
+    large by comparison with the last of the top, not by itself, so that levels stay free.
+    """
+    place = _places(teacher, segment, lists)
+    first = place < top
+    inside = segment[first]
+    wanted = log_shares(teacher[first], inside, lists).exp()
+    order = -(wanted * log_shares(score[first], inside, lists)).sum() / lists
+    count = sums(torch.ones_like(score), segment, lists)
+    last = place == (count.clamp(max=top) - 1)[segment]  # one row of each list
+    mine = segment[last]
+    edge, known = score.new_zeros(lists), teacher.new_zeros(lists)
+    edge = edge.index_add(0, mine, score[last])
+    known = known.index_add(0, mine, teacher[last])
+    above = (score - edge[segment]) - (teacher - known[segment])
+    rest = (~first).to(score.dtype)
+    each = sums(F.relu(above).square() * rest, segment, lists)
+    return order + (each / sums(rest, segment, lists).clamp(min=1)).sum() / lists
+
+
+def calibrated_listwise(score: Tensor, teacher: Tensor, segment: Tensor, lists: int) -> Tensor:
+    """Cross entropy of shares of *probabilities*, from logits, the mean over lists: a scalar.
+
+    With the student's ``p`` and the teacher's ``q`` of a list of ``n`` rows
+
+        loss = -1/n * sum_i q_i log(p_i / sum_j p_j)
+
+    It is linear in ``q``: where teachers differ, or see more than the student can, it is least at
+    shares of their mean, so it never contradicts what labels and ``pointwise`` ask for. Softmax
+    shares of logits are not linear in ``q``, and do.
+
+    Source: Gui et al. 2023, https://arxiv.org/abs/2312.08727 (calibration-compatible listwise
+    distillation), after the listwise loss over sigmoids of Bai et al. 2022,
+    https://arxiv.org/abs/2211.01494. Differs: the teacher's probabilities weigh as they are and
+    each list by its length, where shares of the teacher would lose the linearity.
+    """
+    count = sums(torch.ones_like(score), segment, lists)
+    share = log_shares(F.logsigmoid(score), segment, lists)
+    return -(torch.sigmoid(teacher) * share / count[segment]).sum() / lists
+
+
+def _places(teacher: Tensor, segment: Tensor, lists: int) -> Tensor:
+    """Each row's place in its list by the teacher, from 0; among equals the earlier row first."""
+    by_score = teacher.argsort(descending=True, stable=True)
+    order = by_score[segment[by_score].argsort(stable=True)]
+    count = torch.bincount(segment, minlength=lists)
+    begin = count.cumsum(0) - count
+    place = torch.empty_like(order)
+    place[order] = torch.arange(len(order), device=order.device) - begin[segment[order]]
+    return place

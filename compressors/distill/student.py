@@ -1,0 +1,193 @@
+"""A smaller network of the same class, with the original's tensors wherever they fit.
+
+Tables are taken over compressed or not: a packed one is kept packed where the student has a table
+of its rows and width. Dense layers must still be float32, since the student's are drawn and
+trained.
+"""
+
+import copy
+import inspect
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from compressors.composed import ComposedTable
+from compressors.errors import CompressionError
+from compressors.formats import Bag, PackedTable
+from compressors.meta import parameters_on_meta
+from compressors.model import Model
+from compressors.recalibration import recalibration_of
+from compressors.stand_ins import with_stand_ins
+from compressors.units import Choice, Unit, swap, table_rows
+
+Config = dict[str, Any]
+
+
+def student_choices(model: Model, config: Config, *, tables: bool) -> dict[str, Choice]:
+    """What becomes of each unit that is another one in the student.
+
+    Args:
+        model: the original.
+        config: keyword arguments that differ.
+        tables: whether tables are trained, without which a narrower one would stay as drawn.
+
+    Raises:
+        CompressionError: the student cannot be built, or could not be what it seems.
+    """
+    _need_no_map(model)
+    _need_float_layers(model)
+    _need_arguments(model, config)
+    units = Unit.of(model.module)
+    shapes = {unit.name: _shape(unit) for unit in units if unit.part_of is None}
+    with parameters_on_meta():
+        student = Unit.of(_built(model, config))
+    smaller = {unit.name: _shape(unit) for unit in student}
+    if added := sorted(smaller.keys() - shapes.keys()):
+        raise CompressionError(
+            f"The student of 'distill' has {added[0]!r}, which the original has not: a student "
+            f"has the original's layers or fewer. Name another configuration."
+        )
+    held = table_rows(model.module)
+    for unit in student:
+        if unit.role == "table" and unit.rows < held[unit.name]:
+            raise CompressionError(
+                f"The student of 'distill' has fewer rows in table {unit.name!r} ({unit.rows}) "
+                f"than the original ({held[unit.name]}): ids would lie outside of it. Leave "
+                f"the tables' rows alone."
+            )
+    _need_packed_fit(units, smaller)
+    fresh = [u.name for u in student if u.role == "table" and smaller[u.name] != shapes[u.name]]
+    if fresh and not tables:
+        raise CompressionError(
+            f"The student of 'distill' has a table {fresh[0]!r} of another shape, which would "
+            f"stay as it is drawn: tables are not trained. Set 'tables' of its training, or "
+            f"leave the tables' shapes alone."
+        )
+    choices = {}
+    for name, shape in shapes.items():
+        if name not in smaller:
+            choices[name] = Choice(True, "distill: not in the student")
+        elif smaller[name] != shape:
+            words = " -> ".join("x".join(map(str, size)) for size in (shape, smaller[name]))
+            choices[name] = Choice(True, f"distill: {words} in the student")
+    return choices
+
+
+def student_of(model: Model, config: Config, seed: int) -> Model:
+    """The smaller network: fresh layers, and the original's tensors where they fit."""
+    with torch.random.fork_rng(devices=()):
+        torch.manual_seed(seed)
+        student = _built(model, config)
+    return _over(model, student, config)
+
+
+def student_outline(model: Model, config: Config) -> Model:
+    """The same without weights of its own."""
+    with parameters_on_meta():
+        student = _built(model, config)
+    return _over(model, with_stand_ins(student), config)
+
+
+def _built(model: Model, config: Config) -> nn.Module:
+    whole = {**copy.deepcopy(model.network.architecture.config), **config}
+    try:
+        return model.architecture(**whole)
+    except Exception as fault:
+        raise CompressionError(
+            f"'distill' cannot build its student: {model.network.architecture.path} with "
+            f"{config}: {fault}. Give keyword arguments of that class."
+        ) from fault
+
+
+def _over(model: Model, student: nn.Module, config: Config) -> Model:
+    """The student with the original's tensors where they fit."""
+    theirs = {unit.name for unit in Unit.of(student)}
+    for unit in Unit.of(model.module):
+        if _packed(unit) and unit.name in theirs and unit.part_of is None:
+            swap(student, unit.name, unit.module)
+    own = student.state_dict(keep_vars=True)
+    fitting = {
+        name: tensor
+        for name, tensor in model.module.state_dict(keep_vars=True).items()
+        if name in own and tensor.shape == own[name].shape
+    }
+    student.load_state_dict(fitting, strict=False, assign=True)
+    whole = {**model.network.architecture.config, **config}
+    architecture = model.network.architecture.model_copy(update={"config": whole})
+    network = model.network.model_copy(update={"architecture": architecture})
+    return replace(model, module=student.eval(), network=network)
+
+
+def _shape(unit: Unit) -> tuple[int, ...]:
+    inside = _inside(unit)
+    if isinstance(inside, PackedTable | ComposedTable):
+        return (inside.rows, inside.dim)
+    weight = getattr(inside, "weight", None)
+    return tuple(weight.shape) if isinstance(weight, Tensor) else (unit.rows,)
+
+
+def _inside(unit: Unit) -> nn.Module:
+    return unit.module.table if isinstance(unit.module, Bag) else unit.module
+
+
+def _packed(unit: Unit) -> bool:
+    return unit.role == "table" and isinstance(_inside(unit), PackedTable | ComposedTable)
+
+
+def _need_packed_fit(units: tuple[Unit, ...], smaller: dict[str, tuple[int, ...]]) -> None:
+    """Refuse a student that has a packed table in another shape.
+
+    Raises:
+        CompressionError: names it.
+    """
+    for unit in units:
+        if _packed(unit) and smaller.get(unit.name, _shape(unit)) != _shape(unit):
+            raise CompressionError(
+                f"The student of 'distill' has table {unit.name!r} in another shape, and it is "
+                f"already stored as {unit.format}. Move 'distill' before the step that packs it, "
+                f"or leave the table's shape alone."
+            )
+
+
+def _need_float_layers(model: Model) -> None:
+    """Refuse to build a student of packed dense layers, or of tables in another float type.
+
+    Raises:
+        CompressionError: names one of them.
+    """
+    for unit in Unit.of(model.module):
+        if unit.format != "float32" and not (_packed(unit) or unit.part_of is not None):
+            raise CompressionError(
+                f"'distill' into a smaller student must come before quantization of dense layers; "
+                f"{unit.name!r} is already packed. Move it to the front of the recipe."
+            )
+
+
+def _need_no_map(model: Model) -> None:
+    """Refuse a map behind the output: it was fitted to another network.
+
+    Raises:
+        CompressionError: there is one.
+    """
+    if recalibration_of(model.module) is not None:
+        raise CompressionError(
+            "'distill' into a smaller student must come before 'recalibrate', whose map fits the "
+            "network it was made for alone. Move 'recalibrate' to the end of the recipe."
+        )
+
+
+def _need_arguments(model: Model, config: Config) -> None:
+    """Refuse a word that a class taking any keywords would swallow.
+
+    Raises:
+        CompressionError: names it and those there are.
+    """
+    named = inspect.signature(model.architecture).parameters
+    known = {*named, *model.network.architecture.config}
+    if unknown := sorted(config.keys() - known):
+        raise CompressionError(
+            f"'distill' cannot build its student: {model.network.architecture.path} has no "
+            f"argument {unknown[0]!r}; it has {', '.join(sorted(known))}."
+        )

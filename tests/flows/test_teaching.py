@@ -1,0 +1,154 @@
+"""Who teaches a student, and on which rows: logged traffic and several teachers, all the way."""
+
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+import torch
+from drafts import environment, recpress, write_draft
+from orders import Ran, carry_out, surroundings
+from safetensors.torch import load_file
+
+from compressors.contracts import Limit
+from compressors.distill.distill import Distill
+from compressors.errors import CompressionError
+from compressors.tables.rowwise_int8 import RowwiseInt8
+from compressors.training import Training
+from flows.explain import explain
+from flows.order import Order
+from infra.bundle import read
+from tasks.bundles import pack
+from tasks.stored import local
+from tasks.subject import resolve
+
+ANY = Limit.parse("auc vs baseline >= -0.2")
+SHORT = Training(epochs=1, batch=256)
+ROWS = {"train": 1_000, "validation": 500, "traffic": 700, "test": 500}
+STEPS = (
+    Distill(rows="both", hints=("first",), student={"hidden": 32}, training=SHORT),
+    RowwiseInt8(),
+)
+
+
+def write_unlabelled(folder: Path, name: str, seed: int) -> Path:
+    """A draft whose rows of traffic have no label, nor any other column that is not read."""
+    draft = write_draft(folder, name=name, seed=seed, rows=ROWS)
+    traffic = pq.read_table(draft / "traffic.parquet").drop_columns(["label"])
+    pq.write_table(traffic, draft / "traffic.parquet")
+    return draft
+
+
+ORDER = Order(
+    model="clicks@1",
+    preset="custom",
+    steps=STEPS,
+    limits=(ANY,),
+    teachers=("second@1", "third@1"),
+)
+
+
+@pytest.fixture(scope="module")
+def ran(prefect_server: None, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Ran]:
+    home = tmp_path_factory.mktemp("teaching")
+    with pytest.MonkeyPatch.context() as patch:
+        surroundings(patch, home / "recpress")
+        for seed, name in enumerate(("clicks", "second", "third")):
+            pack(write_unlabelled(home / name, name, seed))
+        pack(write_draft(home / "lists", name="lists", task="ranking", rows=ROWS))
+        return home, carry_out(ORDER)
+
+
+@pytest.fixture(autouse=True)
+def _here(ran: tuple[Path, Ran], monkeypatch: pytest.MonkeyPatch) -> None:
+    surroundings(monkeypatch, ran[0] / "recpress")
+
+
+def test_the_plan_says_who_taught_and_on_what(ran: tuple[Path, Ran]) -> None:
+    plan = ran[1].finished.report.plan
+    line = plan.of("cross")
+    assert line is not None
+    assert line.reason == "distill on 1,000 rows and 700 rows of traffic, taught by 3 models"
+    assert explain(ORDER).plan == plan
+
+
+def test_every_teacher_is_asked_once_a_split_and_the_answers_are_averaged_once(
+    ran: tuple[Path, Ran],
+) -> None:
+    # Three models on two splits; and the three stages on the test rows.
+    assert ran[1].of("score") == ["Completed"] * (3 * 2 + 3)
+    assert ran[1].of("average") == ["Completed"] * 2
+    again = carry_out(ORDER.model_copy(update={"limits": (Limit.parse("auc >= 0.1"),)}))
+    assert set(again.of("score") + again.of("average")) == {"Cached"}
+
+
+def test_the_result_names_its_teachers_among_its_parents(ran: tuple[Path, Ran]) -> None:
+    report = ran[1].finished.report
+    stages = [stage.bundle for stage in report.stages]
+    others = [resolve(name) for name in ORDER.teachers]
+    last = read(local(report.compressed))
+    assert last.parents == (stages[0], stages[1], *others)
+    assert read(local(stages[1])).parents == (stages[0], *others)
+    order = report.reproduction.order
+    assert order["teachers"] == [other.uri for other in others]
+
+
+def test_soft_labels_are_the_mean_of_logits(ran: tuple[Path, Ran]) -> None:
+    from tasks.prepare import prepare
+    from tasks.score import average, score
+
+    bundles = [resolve(name) for name in ("clicks", *ORDER.teachers)]
+    rows = prepare.fn(bundles[0], "traffic", "test")
+    scores = tuple(score.fn(bundle, rows, ROWS["traffic"], "test") for bundle in bundles)
+    held = [load_file(local(item) / "data.safetensors")["score"] for item in scores]
+    found = load_file(local(average.fn(scores, "logit", "test")) / "data.safetensors")["score"]
+    torch.testing.assert_close(found, torch.stack(held).mean(dim=0))
+    assert float((held[0] - held[1]).abs().mean()) > 0.1  # they do not say the same
+
+
+def test_an_order_of_other_teachers_is_another_order(ran: tuple[Path, Ran]) -> None:
+    from flows.resolve import already
+
+    found = already(ORDER)
+    assert found is not None
+    assert found.version == ran[1].finished.version
+    assert already(ORDER.model_copy(update={"teachers": ("second@1",)})) is None
+
+
+@pytest.mark.parametrize(
+    ("teachers", "steps", "reason"),
+    [
+        (("lists@1",), STEPS, "another signature: its task differ"),
+        (("second@1", "second"), STEPS, "teaches already"),
+        (("clicks@1",), STEPS, "teaches already"),
+        (("registry:clicks",), STEPS, "not of the form 'registry:name@version'"),
+        (("second@1",), (RowwiseInt8(),), "no step of it learns from any"),
+    ],
+)
+def test_teachers_who_cannot_be_heard_are_refused_before_anything_runs(
+    teachers: tuple[str, ...], steps: tuple[Distill | RowwiseInt8, ...], reason: str
+) -> None:
+    order = ORDER.model_copy(update={"teachers": teachers, "steps": steps})
+    with pytest.raises(CompressionError, match=reason):
+        explain(order)
+
+
+def test_a_registered_version_can_teach(ran: tuple[Path, Ran]) -> None:
+    version = ran[1].finished.version
+    order = ORDER.model_copy(update={"teachers": (f"registry:clicks@{version}",)})
+    line = explain(order).plan.of("cross")
+    assert line is not None
+    assert line.reason.endswith("taught by 2 models")
+
+
+def test_the_command_line_takes_teachers_and_exits_with_2_where_they_do_not_fit(
+    ran: tuple[Path, Ran], tmp_path: Path
+) -> None:
+    env = environment(ran[0])
+    (tmp_path / "order.json").write_text(ORDER.model_dump_json())
+    fine = recpress("explain", "--order", str(tmp_path / "order.json"), "--json", env=env)
+    assert fine.returncode == 0, fine.stderr
+    assert "taught by 3 models" in fine.stdout
+    asked = ("--limit", str(ANY), "--teacher", "lists@1")
+    other = recpress("explain", "clicks@1", "--preset", "small", *asked, env=env)
+    assert other.returncode == 2
+    assert "another signature" in other.stderr
