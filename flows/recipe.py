@@ -10,6 +10,7 @@ from compressors.step import needs, wants
 from compressors.steps import AnyStep
 from flows.order import Order
 from infra.bundle import SplitName
+from infra.settings import load_settings
 from tasks.announce import Progress
 from tasks.budget import lost
 from tasks.compress import compress as compress_step
@@ -262,6 +263,8 @@ def _made(
         original=bundle,
         teachers=tuple(teacher.artifact for teacher in teachers),
         seed=order.seed,
+        # Training elsewhere ends with other bits; all else is the same wherever it is done.
+        device=load_settings().device if "validation" in needs(step) else "cpu",
         code=code,
     )
     return made

@@ -34,6 +34,11 @@ class RecpressSettings(BaseSettings):
         default=("examples",),
         description="Modules (and what lies below them) an architecture may be imported from.",
     )
+    device: str = Field(
+        default="cpu",
+        pattern=r"^(cpu|cuda(:\d+)?)$",
+        description="Where steps that train do so: cpu, cuda or cuda:1.",
+    )
     threads: int = Field(
         default=1, ge=1, description="Threads of one ONNX Runtime session while it is measured."
     )

@@ -31,6 +31,7 @@ def compress(
     original: Artifact,
     teachers: tuple[Artifact, ...],
     seed: int,
+    device: str,
     code: str,
 ) -> Artifact | Idle:
     """Apply one step to a stored model and store the result.
@@ -45,6 +46,7 @@ def compress(
         teachers: others whose answers it learns from, or learned from in an earlier step;
             parents of the result too.
         seed: for whatever the step draws.
+        device: where it is carried out, if it trains.
         code: digest of the code that compresses; part of the cache key.
     """
     loaded = load_bundle(source)
@@ -63,7 +65,7 @@ def compress(
     progress = (
         load_settings().home / "progress" / digest([source, step, splits, original, seed, code])
     )
-    bench = bench_of(manifest, held, original, seed, progress, teachers)
+    bench = bench_of(manifest, held, original, seed, progress, teachers, device)
     model = loaded.model
     if isinstance(step, Distill) and step.hints:
         model = replace(model, original=load_bundle(original).model.module)

@@ -70,6 +70,7 @@ def bench_of(
     seed: int,
     checkpoints: Path | None = None,
     teachers: tuple[Artifact, ...] = (),
+    device: str = "cpu",
 ) -> Bench:
     """What a step may learn from; test data is not among it."""
     return Bench(
@@ -83,5 +84,6 @@ def bench_of(
         teacher=teacher,
         teachers=teachers,
         seed=seed,
+        device=device,
         checkpoints=None if checkpoints is None else str(checkpoints),
     )

@@ -132,6 +132,16 @@ def test_teachers_who_cannot_be_heard_are_refused_before_anything_runs(
         explain(order)
 
 
+def test_training_goes_where_the_settings_say(
+    ran: tuple[Path, Ran], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """There is no such GPU here; the step's cache on the CPU does not stand in for it."""
+    monkeypatch.setenv("RECPRESS_DEVICE", "cuda")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(CompressionError, match="finds no CUDA GPU"):
+        carry_out(ORDER.model_copy(update={"limits": (Limit.parse("auc >= 0.2"),)}))
+
+
 def test_a_registered_version_can_teach(ran: tuple[Path, Ran]) -> None:
     version = ran[1].finished.version
     order = ORDER.model_copy(update={"teachers": (f"registry:clicks@{version}",)})
