@@ -164,7 +164,9 @@ def test_a_killed_training_ends_with_the_same_bits(tmp_path, monkeypatch):
     monkeypatch.undo()
     epochs = []
     monkeypatch.setattr(
-        compressors.training, "shuffled_rows", lambda *a: epochs.append(1) or shuffled(*a)
+        compressors.training,
+        "shuffled_rows",
+        lambda *a, **k: epochs.append(1) or shuffled(*a, **k),
     )
     again = ran("killed")
     assert len(epochs) == 2  # the third and the fourth
