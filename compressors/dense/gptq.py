@@ -37,6 +37,8 @@ def gptq(weight: Tensor, nearest: Tensor, gram: Tensor, scale: Tensor, most: flo
         float32 ``(out, in)``, whole numbers in ``-most .. most``. No output's squared error on the
         rows of the gram matrix is larger than with ``nearest``.
     """
+    if not bool(gram.any()):  # inputs that are all zero: any levels give the same outputs
+        return nearest.float()
     width = scale.double().expand_as(weight)
     left = weight.double().clone()
     order = gram.diagonal().argsort(descending=True, stable=True)

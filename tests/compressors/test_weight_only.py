@@ -282,6 +282,11 @@ def test_inputs_that_have_nothing_to_do_with_each_other_leave_nothing_to_make_up
     assert torch.equal(steps, nearest)
 
 
+def test_where_all_inputs_are_zero_weights_are_rounded_to_the_nearest():
+    steps, nearest, _, _ = quantized(drawn(3, 20), torch.zeros(5, 20), 16)
+    assert torch.equal(steps, nearest)
+
+
 def test_gptq_in_a_model_lowers_the_error_that_its_plan_tells(tmp_path):
     bench, source = RANKER.bench(tmp_path / "data"), RANKER.model()
     rounded_to = {
