@@ -9,13 +9,24 @@ from typing import Annotated
 from pydantic import Field
 
 from compressors.composed import Composition
-from compressors.dense import bfloat16_dense, float16, static_int8
+from compressors.dense import (
+    bfloat16_dense,
+    float8_dense,
+    float16,
+    static_int8,
+    weight_int4,
+    weight_int8,
+)
 from compressors.dense.bfloat16_dense import BFloat16Dense
 from compressors.dense.channels import Channels
+from compressors.dense.float8_dense import Float8Dense
 from compressors.dense.float16 import Float16
 from compressors.dense.magnitude import Magnitude
 from compressors.dense.qat import QAT
+from compressors.dense.sparse_2_4 import Sparse24
 from compressors.dense.static_int8 import StaticInt8
+from compressors.dense.weight_int4 import WeightInt4
+from compressors.dense.weight_int8 import WeightInt8
 from compressors.distill.distill import Distill
 from compressors.distill.fine_tune import FineTune
 from compressors.distill.recalibrate import Recalibrate
@@ -61,6 +72,7 @@ from compressors.tables.tiers import Tiers
 
 AnyStep = Annotated[
     Magnitude
+    | Sparse24
     | Channels
     | Distill
     | FineTune
@@ -86,6 +98,9 @@ AnyStep = Annotated[
     | AdditiveCodes
     | QAT
     | StaticInt8
+    | WeightInt8
+    | WeightInt4
+    | Float8Dense
     | BFloat16Dense
     | Float16
     | Recalibrate,
@@ -107,7 +122,15 @@ TABLE_FORMATS: dict[str, TableFormat] = {
     )
 }
 LINEAR_FORMATS: dict[str, LinearFormat] = {
-    form.name: form for form in (static_int8.FORMAT, float16.LINEAR_FORMAT, bfloat16_dense.FORMAT)
+    form.name: form
+    for form in (
+        static_int8.FORMAT,
+        weight_int8.FORMAT,
+        weight_int4.FORMAT,
+        float8_dense.FORMAT,
+        float16.LINEAR_FORMAT,
+        bfloat16_dense.FORMAT,
+    )
 }
 COMPOSITIONS: dict[str, Composition] = {
     form.name: form

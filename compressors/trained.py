@@ -12,6 +12,9 @@ from compressors.model import Model
 from compressors.training import Loss, Training, train, trainable
 from compressors.units import Choice, Unit, innermost
 
+PRUNING = frozenset({"magnitude", "sparse_2_4"})
+"""The steps whose zeros stay zero in every training behind them."""
+
 
 def choose_trained(
     model: Model,
@@ -83,7 +86,7 @@ def nothing_to_train(unit: Unit, kind: str) -> str:
 def pruned_layers(model: Model) -> tuple[str, ...]:
     """Layers that an earlier step of the recipe set zeros in."""
     lines = model.plan.lines if model.plan is not None else ()
-    return tuple(line.module for line in lines if "magnitude" in line.steps)
+    return tuple(line.module for line in lines if PRUNING & set(line.steps))
 
 
 def trained_on(

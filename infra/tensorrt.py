@@ -62,6 +62,9 @@ NAMES: tuple[str, ...] = (
     "IOptimizationProfile.set_shape",
     "IBuilderConfig.add_optimization_profile",
     "IBuilderConfig.set_memory_pool_limit",
+    "IBuilderConfig.set_flag",
+    "BuilderFlag",
+    "BuilderFlag.SPARSE_WEIGHTS",
     "MemoryPoolType",
     "MemoryPoolType.WORKSPACE",
 )
@@ -108,12 +111,17 @@ class TableWeights(Frozen):
 
 
 class BuildRequest(Frozen):
-    """What is to be built. ``packed_bytes`` is what the plan says all weights take."""
+    """What is to be built. ``packed_bytes`` is what the plan says all weights take.
+
+    ``sparse_layers`` are dense layers with two zeros among every four inputs: with any of them the
+    builder may take sparse kernels, where it finds them faster.
+    """
 
     target: Target
     onnx: str = Field(description="Path; external data lies beside it.")
     profiles: tuple[Profile, ...] = ()
     tables: tuple[TableWeights, ...] = ()
+    sparse_layers: tuple[str, ...] = ()
     workspace_bytes: int | None = Field(None, ge=0)
     packed_bytes: int = Field(ge=0)
     seconds: float = Field(gt=0, description="Limit for building and auditing together.")
@@ -124,7 +132,8 @@ class EngineAudit(Frozen):
 
     ``layer_types`` counts layer outputs per type, ``constant_bytes`` the parsed network's
     constants per type (before the builder folds any). ``tables_checked`` are the tables whose
-    widened copy could not have fitted into the scratch memory.
+    widened copy could not have fitted into the scratch memory. ``sparsity`` says what came of
+    layers with 2:4 zeros; None where there are none.
     """
 
     scratch: Literal["flat", "grows", "not checkable"]
@@ -136,6 +145,8 @@ class EngineAudit(Frozen):
     packed_bytes: int
     layer_types: dict[str, int]
     constant_bytes: dict[str, int]
+    sparsity: Literal["picked", "did not pay", "not told"] | None = None
+    sparsity_reason: str | None = None
 
 
 class Engine(Frozen):

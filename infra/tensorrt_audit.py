@@ -3,6 +3,9 @@
 *Weights.* The builder logs the bytes of weights the engine holds. If they exceed what the plan
 packed, something was widened: a table, a scale, a dense layer.
 
+*Sparsity.* Whether layers with 2:4 zeros run on sparse kernels is the builder's choice, by time.
+Its log says it, and where none does the order is told that it did not pay.
+
 *Scratch.* A table that is widened before its Gather is written, whole, into scratch memory at
 every call. So scratch memory that is smaller than one fp16 copy of the table proves it is not.
 A twin of the graph with half the rows is built as well: its scratch must be the same.
@@ -43,6 +46,17 @@ _WIDE_BYTES = 2  # the narrowest type a table can be widened to
 _SCRATCH = re.compile(r"\b(?:Max|Total) Scratch Memory:\s*(\d+)")
 _WEIGHTS = re.compile(r"\bTotal Weights Memory:\s*(\d+)")
 
+# Up to TensorRT 9 names, from 10 on numbers with names behind them in verbose logs.
+_ELIGIBLE = (
+    re.compile(r"\(Sparsity\) Layers eligible for sparse math:(?P<names>.*)"),
+    re.compile(r"\(Sparsity\) Found (?P<count>\d+) layer\(s\) eligible to use sparse tactics"),
+)
+_PICKED = (
+    re.compile(r"\(Sparsity\) .*picked sparse implementation for layers:(?P<names>.*)"),
+    re.compile(r"\(Sparsity\) Chose (?P<count>\d+) layer\(s\) using sparse tactics"),
+)
+
+Sparsity = tuple[Literal["picked", "did not pay", "not told"] | None, str | None]
 Scratch = tuple[Literal["flat", "grows", "not checkable"], str, tuple[str, ...]]
 
 
@@ -175,6 +189,46 @@ def judge_scratch(
     if twin_bytes is not None:
         reason += f"; {twin_bytes:,} with half the rows"
     return "flat", reason, proven
+
+
+def judge_sparsity(messages: Sequence[str], ordered: int, version: str) -> Sparsity:
+    """What came of layers with 2:4 zeros, by the builder's log: an outcome and its reason.
+
+    Args:
+        messages: the builder's log.
+        ordered: how many layers have such zeros.
+        version: of TensorRT.
+    """
+    if not ordered:
+        return None, None
+    eligible, picked = _counted(messages, _ELIGIBLE), _counted(messages, _PICKED)
+    if eligible is None or picked is None:
+        return "not told", (
+            f"{ordered} layers have 2:4 zeros; the log of TensorRT {version} does not say which "
+            "would run on sparse kernels. Builders without a GPU leave that to where the engine "
+            "runs: measure it there, against the dense model"
+        )
+    if picked:
+        return "picked", f"{picked} of {ordered} layers with 2:4 zeros run on sparse kernels"
+    why = "dense kernels were faster for all" if eligible else "none was eligible"
+    return "did not pay", (
+        f"of {ordered} layers with 2:4 zeros {eligible} were eligible for sparse kernels and none "
+        f"runs on one: {why}"
+    )
+
+
+def _counted(messages: Sequence[str], patterns: Sequence[re.Pattern[str]]) -> int | None:
+    """How many layers the last such line speaks of: there is one each time tactics are chosen."""
+    found = None
+    for text in messages:
+        for pattern in patterns:
+            for hit in pattern.finditer(text):
+                told = hit.groupdict()
+                if "count" in told:
+                    found = int(told["count"])
+                else:
+                    found = sum(bool(name.strip()) for name in told["names"].split(","))
+    return found
 
 
 def _elements(tensor: "onnx.TensorProto") -> int:

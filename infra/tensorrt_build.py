@@ -1,8 +1,8 @@
 """The child process that builds an engine: the only file that calls TensorRT.
 
 Started by ``infra.tensorrt.build_engine``. Strongly typed networks only: precision is what the
-graph says (casts, Q/DQ), never a builder flag. TensorRT 10 needs that said when the network is
-created; 11 and RTX accept the same flag.
+graph says (casts, Q/DQ), never a builder flag; the one that is set lets it look at sparse kernels.
+TensorRT 10 needs strong types said when the network is created; 11 and RTX accept the same flag.
 
 Variables that hold a TensorRT object are always called builder, network, parser, config, profile,
 layer, tensor or fault and are never chained: a test reads this file and holds every attribute
@@ -27,6 +27,7 @@ from infra.tensorrt_audit import (
     find_tables,
     halve,
     judge_scratch,
+    judge_sparsity,
     log_bytes,
     widened_bytes,
 )
@@ -108,6 +109,8 @@ def engine_from_onnx(trt: Any, request: BuildRequest, model: bytes | None = None
     config = builder.create_builder_config()
     if request.workspace_bytes is not None:
         config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, request.workspace_bytes)
+    if request.sparse_layers:
+        config.set_flag(trt.BuilderFlag.SPARSE_WEIGHTS)
     if request.profiles or _open_inputs(network):
         profile = builder.create_optimization_profile()
         for shapes in _fitting(network, request.profiles):
@@ -154,6 +157,10 @@ def build(job: dict[str, Any]) -> dict[str, Any]:
     if scratch == "grows":
         raise BuildRefused(reason)
 
+    sparsity, sparsity_reason = judge_sparsity(
+        built.messages, len(request.sparse_layers), trt.__version__
+    )
+
     path = folder / FILES[request.target]
     path.write_bytes(built.plan)
     engine = Engine(
@@ -173,6 +180,8 @@ def build(job: dict[str, Any]) -> dict[str, Any]:
             packed_bytes=request.packed_bytes,
             layer_types=built.layer_types,
             constant_bytes=built.constant_bytes,
+            sparsity=sparsity,
+            sparsity_reason=sparsity_reason,
         ),
         capability=compute_capability() if request.target == "tensorrt" else None,
     )

@@ -68,6 +68,7 @@ def build(
                     for table in graph.tables
                 ),
                 packed_bytes=graph.packed_bytes,
+                sparse_layers=graph.sparse_layers,
                 seconds=seconds,
             )
             work = Path(scratch) / graph.name

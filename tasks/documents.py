@@ -64,7 +64,8 @@ class LoweredGraph(Frozen):
     """One graph, and what was found about it.
 
     ``width`` is None where ``output`` is one number a row, else how many numbers a vector has.
-    ``packed_bytes`` is what the weights of its part of the model take as planned.
+    ``packed_bytes`` is what the weights of its part of the model take as planned,
+    ``sparse_layers`` are those with two zeros among every four inputs.
     """
 
     name: str
@@ -76,6 +77,7 @@ class LoweredGraph(Frozen):
     audit: GraphAudit | None
     tables: tuple[TableInitializers, ...]
     packed_bytes: int
+    sparse_layers: tuple[str, ...] = ()
 
     @property
     def file(self) -> str:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from compressors.batches import batches, edge_example
 from compressors.contracts import Artifact, JaggedBag, Plan, Schema, Split, TargetKind
+from compressors.dense.sparse_2_4 import sparse_layers
 from compressors.errors import ParityLost
 from compressors.lower.audit import audit
 from compressors.lower.bfloat16_products import has_bfloat16_products, write_checkable
@@ -99,7 +100,7 @@ def _examine(
     edge_parity = compare(*_both(lowered, session, schema, edge, target), plan, target)
     found_in_graph = None
     if target == "onnxruntime":
-        found_in_graph = audit(optimized_graph(path), plan, lowered.tables)
+        found_in_graph = audit(optimized_graph(path), plan, lowered.tables, lowered.layers)
     return LoweredGraph(
         name=form.name,
         inputs=tuple(_inputs(edge, schema)),
@@ -110,6 +111,7 @@ def _examine(
         audit=found_in_graph,
         tables=lowered.tables,
         packed_bytes=_packed_bytes(loaded, form),
+        sparse_layers=sparse_layers(loaded.model.module, plan),
     )
 
 

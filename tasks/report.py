@@ -3,8 +3,9 @@
 import json
 
 from compressors.contracts import Estimate, Plan
+from infra.html import many
 from tasks.documents import ORDER_FILE, LoweredGraph, Report
-from tasks.report_cells import cell, change_of, label
+from tasks.report_cells import cell, change_of, label, widened
 from tasks.report_stages import stage_lines
 
 NOTICED = 1.02
@@ -199,12 +200,24 @@ def _graph_checks(where: str, graph: LoweredGraph, audit: dict[str, object]) -> 
     if graph.audit is not None:
         lines.append(
             f"- {where}: optimized graph holds {graph.audit.int8_products} int8 "
-            f"products and {graph.audit.packed_tables} packed tables; nothing widened"
+            f"products and {graph.audit.packed_tables} packed tables; {widened(graph.audit)}"
         )
+        if graph.sparse_layers:
+            lines.append(
+                f"- {where}: {many(len(graph.sparse_layers), 'layer')} with 2:4 zeros: did not "
+                f"pay, since ONNX Runtime stores and multiplies zeros like other weights"
+            )
     lines += [
         f"- {where}: {name.replace('_', ' ')}: {audit[name]}"
-        for name in ("scratch", "scratch_reason", "weights_bytes", "packed_bytes")
-        if name in audit
+        for name in (
+            "scratch",
+            "scratch_reason",
+            "weights_bytes",
+            "packed_bytes",
+            "sparsity",
+            "sparsity_reason",
+        )
+        if audit.get(name) is not None
     ]
     return lines
 

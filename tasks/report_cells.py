@@ -4,6 +4,8 @@ from collections.abc import Iterable
 from html import escape
 
 from compressors.contracts import Estimate, PlanLine
+from compressors.lower.found import GraphAudit
+from infra.html import many
 
 
 def label(metric: str) -> str:
@@ -29,6 +31,15 @@ def change_of(estimate: Estimate, latency: bool) -> str:
 def cell(text: str) -> str:
     """A name or a sentence inside a table: it neither ends the cell nor becomes HTML."""
     return escape(" ".join(text.split()), quote=False).replace("|", "\\|")
+
+
+def widened(audit: GraphAudit) -> str:
+    """What became of packed dense layers in an optimized graph."""
+    kept, wide = audit.packed_layers, audit.widened_layers
+    told = [f"{many(kept, 'dense layer')} multiplied by codes as stored"] if kept else []
+    floats = f"{many(wide, 'dense layer')} float32 once a session starts"
+    told.append(floats if wide else "nothing widened")
+    return "; ".join(told)
 
 
 def mebibytes(size: int) -> str:

@@ -18,7 +18,7 @@ from infra.page import findings, summary
 from infra.pictures import Part
 from tasks.documents import ORDER_FILE, LoweredGraph, Report, TargetReport
 from tasks.report import headline, resolution
-from tasks.report_cells import change_of, label, largest_first
+from tasks.report_cells import change_of, label, largest_first, widened
 from tasks.report_measured import TONES, WORDS, latency, limits
 from tasks.report_stages import stage_table
 from tasks.stored import local
@@ -298,12 +298,18 @@ def _graph(graph: LoweredGraph, audit: dict[str, object]) -> dict[str, str]:
         facts["Optimized graph"] = (
             f"{many(graph.audit.int8_products, 'int8 product')}, "
             f"{many(graph.audit.packed_tables, 'packed table')}, "
-            f"{graph.audit.weight_bytes:,} bytes of weights; nothing widened"
+            f"{graph.audit.weight_bytes:,} bytes of weights; {widened(graph.audit)}"
             f"<small>{escape(nodes)}</small>"
         )
+        if graph.sparse_layers:
+            facts["Sparsity"] = (
+                f"did not pay<small>{many(len(graph.sparse_layers), 'layer')} with 2:4 zeros, "
+                f"which ONNX Runtime stores and multiplies like other weights</small>"
+            )
     facts |= {
         escape(name.replace("_", " ").capitalize()): escape(_plain(value))
         for name, value in audit.items()
+        if value is not None or not name.startswith("sparsity")
     }
     inputs = "; ".join(
         f"{item.name} {item.dtype} [{', '.join(['rows', *map(str, item.shape)])}]"

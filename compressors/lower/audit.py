@@ -12,14 +12,17 @@ import onnx
 
 from compressors.contracts import Plan
 from compressors.errors import AuditFailed
-from compressors.lower.found import GraphAudit, TableInitializers
+from compressors.lower.found import GraphAudit, LayerInitializer, TableInitializers
 
 FLOAT_PRODUCTS = {"Gemm", "FusedGemm", "MatMul", "FusedMatMul", "Conv", "FusedConv"}
 INT8_PRODUCTS = {"QGemm", "QLinearMatMul", "MatMulInteger", "MatMulIntegerToFloat"}
 
 
 def audit(
-    graph: onnx.GraphProto, plan: Plan | None, tables: tuple[TableInitializers, ...]
+    graph: onnx.GraphProto,
+    plan: Plan | None,
+    tables: tuple[TableInitializers, ...],
+    layers: tuple[LayerInitializer, ...] = (),
 ) -> GraphAudit:
     """Judge an ONNX Runtime graph as optimized by the runtime itself.
 
@@ -27,10 +30,12 @@ def audit(
         graph: the optimized graph; initializers may lie outside it, their shapes not.
         plan: what was decided; None for an untouched model.
         tables: the stored tensors of every table, by their names in the graph.
+        layers: the stored weights of every packed dense layer.
 
     Raises:
         AuditFailed: a Gemm stayed in float behind a DequantizeLinear, fewer int8 products than
-            ordered, a table widened before its Gather, or a table that is not there as packed.
+            ordered, a table widened before its Gather, or a table or layer that is not there as
+            packed.
     """
     maker = {output: node for node in graph.node for output in node.output}
     held = {item.name: item for item in graph.initializer}
@@ -47,6 +52,7 @@ def audit(
                 faults.append(f"table {table.module!r}: {name!r} was replaced by the runtime")
             elif entries is not None and entries != held[name].dims[0]:
                 faults.append(f"table {table.module!r}: {name!r} lost rows")
+    faults += _not_multiplied(graph, held, layers)
     if faults:
         raise AuditFailed(
             "ONNX Runtime would not serve what was ordered: " + "; ".join(faults) + ". Leave the "
@@ -57,7 +63,30 @@ def audit(
         int8_products=fused,
         packed_tables=sum(table.format != "float32" for table in tables),
         weight_bytes=sum(_bytes(item) for item in graph.initializer),
+        packed_layers=sum(layer.packed for layer in layers),
+        widened_layers=sum(layer.name not in held for layer in layers if not layer.packed),
     )
+
+
+def _not_multiplied(
+    graph: onnx.GraphProto,
+    held: dict[str, onnx.TensorProto],
+    layers: tuple[LayerInitializer, ...],
+) -> list[str]:
+    """Layers whose codes a product should read as they are stored, and does not."""
+    faults = []
+    for layer in layers:
+        if not layer.packed:
+            continue
+        readers = {node.op_type for node in graph.node if layer.name in node.input}
+        if layer.name not in held:
+            faults.append(
+                f"dense layer {layer.module!r}: {layer.name!r} was widened by the runtime"
+            )
+        elif readers != {"MatMulNBits"}:
+            names = ", ".join(sorted(readers)) or "nothing"
+            faults.append(f"dense layer {layer.module!r}: its codes are read by {names}")
+    return faults
 
 
 def _unfused(graph: onnx.GraphProto, maker: dict[str, onnx.NodeProto]) -> list[str]:

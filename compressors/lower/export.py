@@ -16,8 +16,8 @@ from compressors.batches import example
 from compressors.contracts import TargetKind
 from compressors.errors import AuditFailed, NotLowerable
 from compressors.formats import Bag, PackedLinear, PackedTable
-from compressors.lower import onnxruntime, tensorrt, tensorrt_types
-from compressors.lower.found import TableInitializers
+from compressors.lower import dense_types, onnxruntime, tensorrt, tensorrt_types
+from compressors.lower.found import LayerInitializer, TableInitializers
 from compressors.lower.served import Form, Served, dynamic_shapes, input_names, served
 from compressors.lower.together import Together
 from compressors.step import rows_of_tables
@@ -26,17 +26,25 @@ OPSET = 21  # the first with blocked DequantizeLinear and int4
 MERGED = 1024  # the optimizer compares initializers of at most so many numbers
 EXTERNAL_BYTES = 2**30  # one protobuf file holds at most 2 GiB
 TRACE_ROWS = 3
+NARROW = {
+    ir.DataType.FLOAT16,
+    ir.DataType.BFLOAT16,
+    ir.DataType.UINT8,
+    ir.DataType.FLOAT8E4M3FN,
+}
 
 
 @dataclass(frozen=True)
 class Lowered:
     """What was exported: the module to compare with, and where its tables lie in the graph.
 
-    Tables that no request looks anything up in are left out.
+    Tables that no request looks anything up in are left out. ``layers`` are the packed dense
+    layers.
     """
 
     served: Served
     tables: tuple[TableInitializers, ...]
+    layers: tuple[LayerInitializer, ...] = ()
 
 
 def lower(
@@ -76,8 +84,7 @@ def lower(
             f"Its forward must be free of Python control flow that depends on tensor values."
         ) from fault
     tables = _tables(wrapper, program.model.graph)
-    if target != "onnxruntime":
-        _retype(program.model, wrapper)
+    _retype(program.model, wrapper, target)
     held = program.model.graph.initializers
     looked_up = tuple(
         table for table in tables if any(_looked_up(held[name]) for name in table.names)
@@ -95,7 +102,7 @@ def lower(
     _need_packed(packed, program.model.graph, target)
     size = sum(value.const_value.nbytes for value in program.model.graph.initializers.values())
     program.save(str(path), external_data=size > EXTERNAL_BYTES)
-    return Lowered(served(model, form, rows), looked_up)
+    return Lowered(served(model, form, rows), looked_up, _layers(wrapper, packed))
 
 
 def _first_fault(fault: BaseException) -> BaseException:
@@ -139,8 +146,9 @@ def _export(
 def _may_fold(node: ir.Node) -> bool | None:
     """Keep a stored weight as it is stored: folding its Cast would write it down as float32."""
     source = node.inputs[0] if node.inputs else None
-    short = {ir.DataType.FLOAT16, ir.DataType.BFLOAT16}
-    if node.op_type == "Cast" and source is not None and source.dtype in short:
+    if node.op_type == "Cast" and source is not None and source.dtype in NARROW:
+        return False
+    if node.op_type == "Expand":  # one scale written down for every block
         return False
     return None
 
@@ -176,6 +184,22 @@ def _packed(wrapper: Served, graph: ir.Graph) -> tuple[_Packed, ...]:
                 continue
             label = _label(wrapper, module_name)
             found.append(_Packed(label, module.storage.name, tensor.nbytes, name))
+    return tuple(found)
+
+
+def _layers(wrapper: Served, packed: tuple[_Packed, ...]) -> tuple[LayerInitializer, ...]:
+    """Where the weights of packed dense layers lie, and which stay as they are at serving."""
+    modules = {name.removeprefix("model."): module for name, module in wrapper.named_modules()}
+    found = []
+    for weight in packed:
+        layer = modules[weight.module]
+        if isinstance(layer, PackedLinear):
+            kept = dense_types.stays_packed(layer)
+            found.append(
+                LayerInitializer(
+                    module=weight.module, format=weight.format, name=weight.name, packed=kept
+                )
+            )
     return tuple(found)
 
 
@@ -302,11 +326,13 @@ def _constant(value: ir.Value | None) -> bool:
     return node is not None and all(_constant(item) for item in node.inputs)
 
 
-def _retype(model: ir.Model, wrapper: Served) -> None:
-    """Give packed tables the element types and shapes TensorRT's operators take."""
+def _retype(model: ir.Model, wrapper: Served, target: TargetKind) -> None:
+    """Give packed tables and layers the element types and shapes a target's operators take."""
     names, done = _names(wrapper), set()
     for module in wrapper.modules():
-        if not isinstance(module, PackedTable):
+        if not isinstance(module, PackedTable | PackedLinear):
+            continue
+        if isinstance(module, PackedTable) and target == "onnxruntime":
             continue
         for stored, tensor in module.named_buffers():
             name = next((n for n in names[id(tensor)] if n in model.graph.initializers), None)
@@ -314,7 +340,11 @@ def _retype(model: ir.Model, wrapper: Served) -> None:
                 continue
             done.add(name)
             value = _initializer(model, name)
-            new = tensorrt_types.retyped(module, stored, value.const_value.numpy())
+            values = value.const_value.numpy()
+            if isinstance(module, PackedTable):
+                new = tensorrt_types.retyped(module, stored, values)
+            else:
+                new = dense_types.retyped(module, stored, values, target)
             if new is not None:
                 _set(value, new)
 

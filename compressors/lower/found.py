@@ -24,10 +24,29 @@ class TableInitializers(Frozen):
         return -(-self.rows // every) if every else None
 
 
+class LayerInitializer(Frozen):
+    """The weights of one packed dense layer in a graph, by name.
+
+    ``packed`` says that the runtime computes with them as they are stored; else it widens them,
+    once when a session starts, or its own way as with int8.
+    """
+
+    module: str
+    format: str
+    name: str
+    packed: bool
+
+
 class GraphAudit(Frozen):
-    """What an optimized graph was found to hold."""
+    """What an optimized graph was found to hold.
+
+    ``packed_layers`` are dense layers that are multiplied by their codes as they are stored,
+    ``widened_layers`` those that are float32 in memory from the start of a session on.
+    """
 
     nodes: dict[str, int]
     int8_products: int
     packed_tables: int
     weight_bytes: int
+    packed_layers: int = 0
+    widened_layers: int = 0

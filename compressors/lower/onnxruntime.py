@@ -1,4 +1,6 @@
-"""How compressed layers are written down for ONNX Runtime; tables are in ``onnxruntime_tables``.
+"""How compressed layers are written down for ONNX Runtime.
+
+Tables are in ``onnxruntime_tables``, dense layers of few bits in ``onnxruntime_dense``.
 
 Dense int8 must have explicit zero points on weight and bias, and no Relu right behind the Gemm, or
 it silently stays float (``benchmarks/qdq_forms.py``).
@@ -13,7 +15,7 @@ import onnx_ir as ir
 import torch
 from onnxscript import opset21 as op
 
-from compressors.lower import onnxruntime_tables
+from compressors.lower import onnxruntime_dense, onnxruntime_tables
 from compressors.lower.onnx_pieces import FLOAT, INT32, as_matrix, constant
 
 
@@ -60,6 +62,7 @@ def translations() -> dict[Any, Callable[..., Any]]:
     ops = torch.ops.recpress
     return {
         **onnxruntime_tables.translations(),
+        **onnxruntime_dense.translations(),
         ops.static_int8_linear.default: static_int8_linear,
         ops.float16_linear.default: short_float_linear,
         ops.bfloat16_linear.default: short_float_linear,

@@ -79,10 +79,14 @@ def _shares(plan: Plan | None, target: TargetKind) -> tuple[float, float, float]
     """Limits as shares of the spread: root mean square, largest, nine of ten rows."""
     units = [line for line in plan.lines if line.role != "other"] if plan else []
     formats = {line.format for line in units}
+    if "float8_dense" in formats:  # its levels are up to 6 % of a number apart
+        return (0.005, 0.2, 2e-3) if target == "onnxruntime" else (0.02, 0.3, 0.03)
     if target != "onnxruntime" and has_bfloat16_products(plan):
         return 0.015, 0.2, 0.025
     if "static_int8" in formats:
         return (0.005, 0.2, 1e-3) if target == "onnxruntime" else (0.01, 0.2, 0.015)
+    if formats & {"weight_int8", "weight_int4"} and target == "onnxruntime":
+        return 0.002, 0.05, 1e-3  # an input, rounded by its block's largest, on an edge
     if target != "onnxruntime" and formats - {"float32", DROPPED}:
         return 0.005, 0.05, 0.01  # one float16 rounding of looked-up weights, or a float16 Gemm
     return 1e-4, 1e-3, 2e-4

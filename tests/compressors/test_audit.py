@@ -13,7 +13,7 @@ from onnx import TensorProto, helper, numpy_helper
 from compressors.contracts import Plan, PlanLine
 from compressors.errors import AuditFailed
 from compressors.lower.audit import audit
-from compressors.lower.found import TableInitializers
+from compressors.lower.found import LayerInitializer, TableInitializers
 from infra.onnxruntime import optimized_graph
 
 KINDS = [method.model_fields["kind"].default for method in UNDIVIDED]
@@ -214,6 +214,34 @@ def test_scales_that_rows_share_are_as_many_as_their_ranges(tmp_path):
     audit(optimized, None, (shared.model_copy(update={"names": ("gone",), "every": {"gone": 0}}),))
     with pytest.raises(AuditFailed, match="'scale' lost rows"):
         audit(optimized, None, (shared.model_copy(update={"rows": 4 * ROWS + 1}),))
+
+
+def test_a_layer_that_is_float32_in_memory_is_refused_where_it_should_be_packed(tmp_path):
+    lowered = graph("Ranker", ("weight_int4",), "onnxruntime")
+    optimized = optimized_graph(lowered.path)
+    layers = lowered.lowered.layers
+    found = audit(optimized, lowered.model.plan, (), layers)
+    assert (found.packed_layers, found.widened_layers) == (5, 0)
+    assert found.nodes["MatMulNBits"] == 5
+    gone = layers[0].model_copy(update={"name": "folded"})
+    with pytest.raises(AuditFailed, match=f"{gone.module}.*'folded' was widened by the runtime"):
+        audit(optimized, lowered.model.plan, (), (*layers[1:], gone))
+    # A weight that something else than a product of codes reads.
+    draw = Drawing()
+    codes = draw.constant(np.zeros((WIDTH, WIDTH), np.uint8))
+    wide = draw.node("MatMul", "x", draw.node("Cast", codes, to=TensorProto.FLOAT))
+    drawn = helper.make_graph(draw.nodes, "g", [], [], draw.held)
+    layer = LayerInitializer(module="cross", format="weight_int4", name=codes, packed=True)
+    with pytest.raises(AuditFailed, match="'cross': its codes are read by Cast"):
+        audit(drawn, None, (), (layer,))
+    assert wide
+
+
+@pytest.mark.parametrize("kind", ["float16", "float8_dense"])
+def test_layers_widened_when_a_session_starts_are_counted(kind):
+    lowered = graph("Ranker", (kind,), "onnxruntime")
+    found = audit(optimized_graph(lowered.path), None, (), lowered.lowered.layers)
+    assert (found.packed_layers, found.widened_layers) == (0, 5)
 
 
 def test_tensorrts_form_of_a_table_is_refused_in_onnxruntime():

@@ -82,7 +82,7 @@ def test_the_code_uses_no_tensorrt_name_that_is_not_listed_and_lists_none_it_doe
     ("line", "seen"),
     [
         ("trt.BuilderFlag.FP16", "trt.BuilderFlag.FP16"),
-        ("config.set_flag(1)", "IBuilderConfig.set_flag"),
+        ("config.clear_flag(1)", "IBuilderConfig.clear_flag"),
     ],
 )
 def test_an_unlisted_name_would_be_seen(line, seen):

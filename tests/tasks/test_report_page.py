@@ -200,6 +200,30 @@ def test_every_target_has_its_verdict_and_its_audit(html):
         assert words in text
 
 
+def test_zeros_that_gained_nothing_and_layers_that_stayed_packed_are_told():
+    made = report()
+    (graph,) = made.targets[0].lowering.graphs
+    audit = graph.audit.model_copy(update={"packed_layers": 4, "widened_layers": 1})
+    graph = graph.model_copy(update={"sparse_layers": ("cross", "out"), "audit": audit})
+    lowering = made.targets[0].lowering.model_copy(update={"graphs": (graph,)})
+    first = made.targets[0].model_copy(update={"lowering": lowering})
+    found = {"sparsity": "did not pay", "sparsity_reason": "of 2 layers 2 were eligible"}
+    audits = {graph.name: {**made.targets[1].audits["model"], **found}}
+    second = made.targets[1].model_copy(update={"audits": audits})
+    told = made.model_copy(update={"targets": (first, second)})
+    packed = "4 dense layers multiplied by codes as stored; 1 dense layer float32 once a session"
+    text = Tree(section(page(told, PASSED), "targets")).text
+    for words in (packed, "2 layers with 2:4 zeros", "Sparsitydid not pay", "2 were eligible"):
+        assert words in text
+    lines = markdown(told)
+    assert packed in lines
+    assert "2 layers with 2:4 zeros: did not pay, since ONNX Runtime stores" in lines
+    assert "sparsity: did not pay" in lines
+    plain = Tree(section(page(made, PASSED), "targets")).text
+    assert "parsity" not in plain
+    assert "sparsity" not in markdown(made)
+
+
 def test_every_hash_is_there(html):
     text = Tree(section(html, "hashes")).text
     for letter in "abcdef":  # bundle, compressed, champion, two targets, validation

@@ -1,0 +1,114 @@
+"""What do few bits, 8-bit floats and 2:4 zeros in dense layers cost a click model?
+
+On the tuned networks of ``benchmarks/ctr.py``: each recipe is run on networks of several seeds,
+nothing is trained again, and the loss is a network's own AUC minus that of its compressed self:
+mean and Student's 95 % interval over seeds. Bytes are those of all dense layers as stored, scales,
+biases and padding included, as a share of float32. Tables are never touched.
+
+    python -m benchmarks.dense_formats --only frappe --seeds 5
+"""
+
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import mean
+from typing import Any, get_args
+
+import torch
+from pydantic import TypeAdapter
+
+from benchmarks.ctr import (
+    DataMissing,
+    Name,
+    arguments,
+    auc,
+    baseline,
+    data_folder,
+    default_cache,
+    interval,
+    prepared,
+)
+from compressors.contracts import Bench, Split
+from compressors.model import Model
+from compressors.step import run
+from compressors.steps import AnyStep
+from compressors.units import Unit
+
+STEP = TypeAdapter(AnyStep)
+GPTQ = {"kind": "weight_int4", "rounding": "gptq"}
+LINES: list[tuple[str, dict[str, Any]]] = [
+    ("float16", {"kind": "float16", "tables": ()}),
+    ("static_int8", {"kind": "static_int8"}),
+    ("weight_int8", {"kind": "weight_int8"}),
+    ("weight_int8, float inputs", {"kind": "weight_int8", "activations": "float32"}),
+    ("weight_int4, blocks of 32", {"kind": "weight_int4"}),
+    ("weight_int4, blocks of 32, min_max", {"kind": "weight_int4", "clipping": "min_max"}),
+    ("weight_int4, blocks of 32, GPTQ", GPTQ),
+    ("weight_int4, blocks of 32, GPTQ, int8 inputs", {**GPTQ, "activations": "int8"}),
+    ("weight_int4, rows", {"kind": "weight_int4", "block": 0}),
+    ("weight_int4, rows, GPTQ", {**GPTQ, "block": 0}),
+    ("float8_dense", {"kind": "float8_dense"}),
+    ("float8_dense, a scale a layer", {"kind": "float8_dense", "scales": "layer"}),
+    (
+        "2:4 by magnitude",
+        {"kind": "sparse_2_4", "reconstruct": False},
+    ),
+    (
+        "2:4 by activation",
+        {"kind": "sparse_2_4", "importance": "activation", "reconstruct": False},
+    ),
+    ("2:4 by magnitude, reconstructed", {"kind": "sparse_2_4"}),
+    ("2:4 by activation, reconstructed", {"kind": "sparse_2_4", "importance": "activation"}),
+]
+
+
+def dense_bytes(model: Model) -> int:
+    """Bytes of all dense layers as stored."""
+    return sum(unit.bytes for unit in Unit.of(model.module) if unit.role == "dense")
+
+
+def measured(model: Model, bench: Bench, splits: Sequence[Split]) -> dict[str, list[float]]:
+    """Of every line the share of bytes kept, and the loss of AUC on the rows of each split."""
+    bench = bench.model_copy(update={"calibration": bench.train})
+    before = [auc(model.module, split) for split in splits]
+    found = {}
+    for words, step in LINES:
+        with tempfile.TemporaryDirectory() as scratch:
+            packed = run(STEP.validate_python(step), model, bench, Path(scratch))
+            after = [auc(packed.module, split) for split in splits]
+        losses = [old - new for old, new in zip(before, after, strict=True)]
+        found[words] = [dense_bytes(packed) / dense_bytes(model), *losses]
+        print(words, *(f"{loss:.5f}" for loss in losses), file=sys.stderr, flush=True)
+    return found
+
+
+def main() -> None:
+    """Print a Markdown table a data set."""
+    asked = arguments((__doc__ or "").splitlines()[0]).parse_args()
+    torch.set_num_threads(asked.threads)
+    cache = asked.cache or default_cache()
+    try:
+        folder = data_folder(asked.data)
+    except DataMissing as fault:
+        sys.exit(str(fault))
+    for name in [asked.only] if asked.only else get_args(Name):
+        splits, _ = prepared(name, folder, cache)
+        print(f"\n{name}, {asked.seeds} seeds\n")
+        print("| stored as | bytes of dense layers | loss of AUC, test rows | validation rows |")
+        print("|---|---|---|---|")
+        found = [
+            measured(*baseline(name, seed, folder, cache), (splits["test"], splits["validation"]))
+            for seed in range(asked.seeds)
+        ]
+        for words, _ in LINES:
+            values = [each[words] for each in found]
+            cells = [f"{mean(value[0] for value in values):.1%}"]
+            for column in (1, 2):
+                losses = [value[column] for value in values]
+                cells.append(f"{mean(losses):.5f} ± {interval(losses):.5f}")
+            print(f"| {words} | {' | '.join(cells)} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,175 @@
+"""How fast are dense layers of a few bits in ONNX Runtime, and which of its forms do they take?
+
+Peers: the fp32 Gemm; our ``static_int8`` (calibrated, QGemm); ``weight_int8`` and ``weight_int4``
+as we write them down, on float inputs and on inputs rounded to int8 on the way; and ONNX Runtime's
+8-bit product on float inputs, which we do not take. All are measured in turn in one process, on
+one thread, and checked against the torch module first. A time is the tenth that was fastest, since
+a busy machine only adds to it; ratios are to the fp32 Gemm.
+
+    python benchmarks/weight_only.py
+"""
+
+import argparse
+import logging
+import tempfile
+import warnings
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import onnx
+import torch
+from numpy.typing import NDArray
+from onnx import TensorProto, helper, numpy_helper
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from compressors.contracts import Architecture, Bench, DenseInput, Network, Schema, Split
+from compressors.dense.static_int8 import StaticInt8
+from compressors.dense.weight_int4 import WeightInt4
+from compressors.dense.weight_int8 import WeightInt8
+from compressors.lower.export import lower
+from compressors.lower.served import VECTOR, forms
+from compressors.model import Model
+from compressors.step import ModelStep, run
+from infra.onnxruntime import Session, interleaved_ms, machine
+
+ROWS = 256  # of calibration
+STEPS: dict[str, ModelStep] = {
+    "static_int8": StaticInt8(),
+    "weight_int8, int8 inputs": WeightInt8(),
+    "weight_int8, float inputs": WeightInt8(activations="float32"),
+    "weight_int4/32, float inputs": WeightInt4(),
+    "weight_int4/32, int8 inputs": WeightInt4(activations="int8"),
+    "weight_int4/128, int8 inputs": WeightInt4(block=128, activations="int8"),
+}
+REFUSED = "8 bits, float, MatMulNBits"
+
+
+class Layer(nn.Module):
+    """One dense layer."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__()
+        self.dense = nn.Linear(inputs, outputs)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Vectors ``(rows, inputs)`` -> ``(rows, outputs)``."""
+        y: Tensor = self.dense(x)
+        return y
+
+
+def schema(inputs: int) -> Schema:
+    """A network that reads one vector."""
+    item = DenseInput(name="x", shape=(inputs,))
+    return Schema(inputs=(item,), output="logit", task="ctr", label="label", metric="auc")
+
+
+def made(width: int, folder: Path) -> dict[str, Session]:
+    """Sessions of every form of a layer ``width x width``, each checked against torch."""
+    torch.manual_seed(0)
+    config = {"inputs": width, "outputs": width}
+    network = Network(architecture=Architecture(path="benchmark:Layer", config=config))
+    source = Model(Layer(width, width).eval(), Layer, network)
+    rows = folder / "rows"
+    rows.mkdir()
+    save_file(
+        {"x": torch.randn(ROWS, width), "@label": torch.zeros(ROWS)}, rows / "data.safetensors"
+    )
+    split = Split(path=str(rows), sha256="0" * 64, rows=ROWS)
+    bench = Bench(signature=schema(width), calibration=split)
+    form = replace(forms(schema(width))[0], output=VECTOR)
+    x = torch.randn(37, width)
+    sessions = {}
+    for number, (name, step) in enumerate({"fp32 Gemm": None, **STEPS}.items()):
+        model = source if step is None else run(step, source, bench, folder / str(number))
+        path = folder / f"{number}.onnx"
+        lower(model.module, form, "onnxruntime", path)
+        sessions[name] = Session(path, threads=1)
+        with torch.no_grad():
+            expected = model.module(x).numpy()
+        check(name, sessions[name], x.numpy(), expected)
+    sessions[REFUSED] = by_hand(source.module, x, folder)
+    return sessions
+
+
+def by_hand(module: nn.Module, x: Tensor, folder: Path) -> Session:
+    """The 8-bit product on float inputs, blocks of 128, zero bias."""
+    weight = module.dense.weight.detach().numpy()
+    width, block = len(weight), 128
+    blocks = weight.reshape(width, -1, block)
+    scale = np.abs(blocks).max(axis=2) / 127
+    codes = (np.rint(blocks / scale[:, :, None]) + 128).astype(np.uint8)
+    node = helper.make_node(
+        "MatMulNBits",
+        ["x", "codes", "scale"],
+        ["y"],
+        domain="com.microsoft",
+        K=width,
+        N=width,
+        bits=8,
+        block_size=block,
+        accuracy_level=1,
+    )
+    info = helper.make_tensor_value_info
+    graph = helper.make_graph(
+        [node],
+        "layer",
+        [info("x", TensorProto.FLOAT, ["rows", width])],
+        [info("y", TensorProto.FLOAT, ["rows", width])],
+        [numpy_helper.from_array(codes, "codes"), numpy_helper.from_array(scale, "scale")],
+    )
+    opsets = [helper.make_opsetid("", 21), helper.make_opsetid("com.microsoft", 1)]
+    path = folder / "by_hand.onnx"
+    onnx.save(helper.make_model(graph, opset_imports=opsets, ir_version=10), path)
+    session = Session(path, threads=1)
+    decoded = ((codes.astype(np.float32) - 128) * scale[:, :, None]).reshape(width, width)
+    check(REFUSED, session, x.numpy(), x.numpy() @ decoded.T)
+    return session
+
+
+def check(
+    name: str, session: Session, x: NDArray[np.float32], expected: NDArray[np.float32]
+) -> None:
+    """Stop where a form computes something else than its module."""
+    gap = float(np.abs(session.scores({"x": x}) - expected).max())
+    room = (5e-2 if name == "static_int8" else 1e-5) * float(expected.std())
+    if gap > room:
+        raise SystemExit(f"{name} is off by {gap:.2g}, more than {room:.2g}")
+
+
+def main() -> None:
+    """Measure every width and batch."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--widths", type=int, nargs="+", default=[128, 256, 512, 1024])
+    parser.add_argument("--batches", type=int, nargs="+", default=[1, 256])
+    parser.add_argument("--rounds", type=int, default=100)
+    order = parser.parse_args()
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # it warns once per missing op
+    warnings.simplefilter("ignore")
+    here = machine(threads=1)
+    print(f"{here.processor}, ONNX Runtime {here.onnxruntime}, 1 thread, layers of width x width,")
+    print(f"us a call, the fastest tenth of {order.rounds} in turn, and its ratio to the fp32 Gemm")
+    print(
+        f"{'form':30s}" + "".join(f"{w:>8d} B={b:<5d}" for w in order.widths for b in order.batches)
+    )
+    columns: list[dict[str, str]] = []
+    for width in order.widths:
+        with tempfile.TemporaryDirectory() as scratch:
+            sessions = made(width, Path(scratch))
+        for batch in order.batches:
+            x = np.random.default_rng(batch).standard_normal((batch, width)).astype(np.float32)
+            times = interleaved_ms(list(sessions.values()), {"x": x}, order.rounds)
+            quick = [1000 * float(np.quantile(each, 0.1)) for each in times]
+            columns.append(
+                {
+                    name: f"{time:7.1f} {time / quick[0]:5.2f}x"
+                    for name, time in zip(sessions, quick, strict=True)
+                }
+            )
+    for name in columns[0]:
+        print(f"{name:30s}" + "".join(f" {column[name]:>15s}" for column in columns))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,42 @@
+"""Weights of few bits and 2:4 zeros through the whole flow, to both targets and the report."""
+
+from pathlib import Path
+
+from drafts import write_draft
+from orders import ACCEPTED, BOTH, carry_out
+
+from compressors.dense.sparse_2_4 import Sparse24
+from compressors.dense.weight_int4 import WeightInt4
+from compressors.dense.weight_int8 import WeightInt8
+from flows.order import Order
+from tasks.bundles import pack
+from tasks.report import markdown
+
+STEPS = (
+    Sparse24(layers=("first", "second")),
+    WeightInt4(layers=("cross",), rounding="gptq"),
+    WeightInt8(layers=("out",), activations="float32"),
+)
+
+
+def test_a_report_says_what_became_of_packed_and_of_sparse_layers(fresh: Path) -> None:
+    pack(write_draft(fresh / "draft"))
+    order = Order(model="clicks@1", preset="custom", steps=STEPS, limits=(ACCEPTED,), targets=BOTH)
+    report = carry_out(order).finished.report
+    assert [(item.target, item.verdict.outcome) for item in report.targets] == [
+        ("onnxruntime", "accepted"),
+        ("tensorrt-rtx", "built-unmeasured"),
+    ]
+    served, built = report.targets
+    (graph,) = served.lowering.graphs
+    assert graph.audit is not None
+    assert (graph.audit.packed_layers, graph.audit.widened_layers) == (1, 1)
+    assert graph.audit.nodes["MatMulNBits"] == 1
+    assert graph.sparse_layers == ("first", "second")
+    assert built.lowering.graphs[0].sparse_layers == ("first", "second")
+    assert built.audits["model"]["sparsity"] == "not told"
+    told = markdown(report)
+    assert "did not pay, since ONNX Runtime stores and multiplies zeros" in told
+    assert "1 dense layer multiplied by codes as stored" in told
+    assert "gptq leaves" in told
+    assert "no gain in ONNX Runtime" in told

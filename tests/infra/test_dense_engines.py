@@ -1,0 +1,156 @@
+"""TensorRT-RTX keeps dense weights as narrow as they are stored, and is let at 2:4 zeros."""
+
+import json
+import re
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from compressors.contracts import Architecture, Bench, DenseInput, Network, Schema, Split
+from compressors.dense.float8_dense import Float8Dense
+from compressors.dense.sparse_2_4 import Sparse24, sparse_layers
+from compressors.dense.weight_int4 import WeightInt4
+from compressors.dense.weight_int8 import WeightInt8
+from compressors.lower.export import lower
+from compressors.lower.served import forms
+from compressors.model import Model
+from compressors.step import ModelStep, run
+from compressors.units import stored_bytes
+from infra.tensorrt import BuildRequest, Engine, Profile, available, build_engine
+from infra.tensorrt_audit import judge_sparsity
+
+needs_rtx = pytest.mark.skipif(
+    available("tensorrt-rtx") is None,
+    reason="TensorRT-RTX is not installed; pip install 'recpress[tensorrt-rtx]'",
+)
+INPUTS, WIDTH = 500, 512  # inputs that no block divides
+SCHEMA = Schema(
+    inputs=(DenseInput(name="x", shape=(INPUTS,)),),
+    output="logit",
+    task="ctr",
+    label="label",
+    metric="auc",
+)
+
+
+class Tower(nn.Module):
+    """Two wide layers, which hold nearly all of the bytes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(INPUTS, WIDTH)
+        self.second = nn.Linear(WIDTH, WIDTH)
+        self.out = nn.Linear(WIDTH, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        deep = torch.relu(self.second(torch.relu(self.first(x))))
+        score: Tensor = self.out(deep).squeeze(1)
+        return score
+
+
+def compressed(step: ModelStep, tmp_path) -> Model:
+    torch.manual_seed(0)
+    description = Network(architecture=Architecture(path="test:Tower", config={}))
+    source = Model(Tower().eval(), Tower, description)
+    folder = tmp_path / "rows"
+    folder.mkdir()
+    rows = {"x": torch.randn(64, INPUTS), "@label": torch.zeros(64)}
+    save_file(rows, folder / "data.safetensors")
+    calibration = Split(path=str(folder), sha256="0" * 64, rows=64)
+    return run(step, source, Bench(signature=SCHEMA, calibration=calibration), tmp_path / "made")
+
+
+def built(model: Model, tmp_path, layers: tuple[str, ...] = ()) -> Engine:
+    path = tmp_path / "model.onnx"
+    (form,) = forms(SCHEMA)
+    lower(model.module, form, "tensorrt-rtx", path)
+    request = BuildRequest(
+        target="tensorrt-rtx",
+        onnx=str(path),
+        profiles=(Profile(input="x", low=(1, INPUTS), best=(64, INPUTS), high=(256, INPUTS)),),
+        packed_bytes=stored_bytes(model.module),
+        sparse_layers=layers,
+        seconds=120,
+    )
+    return build_engine(request, tmp_path / "out")
+
+
+@needs_rtx
+@pytest.mark.parametrize(
+    ("step", "kind"),
+    [
+        (WeightInt4(), "int4"),
+        (WeightInt4(block=0, scale="float32"), "int4"),
+        (WeightInt4(block=128, activations="int8"), "int4"),
+        (WeightInt8(), "int8"),
+        (WeightInt8(block=64, activations="float32"), "int8"),
+        (Float8Dense(), "fp8"),
+        (Float8Dense(scales="layer"), "fp8"),
+    ],
+    ids=["int4", "int4 rows", "int4 rounding", "int8", "int8 blocks", "fp8", "fp8 layer"],
+)
+def test_weights_stay_as_narrow_as_they_are_stored(step, kind, tmp_path):
+    model = compressed(step, tmp_path)
+    audit = built(model, tmp_path).audit
+    assert audit.layer_types[kind] >= 3
+    # Measured: from 5 KB less than stored, where padding was dropped, to 2.4 KB more. As float16
+    # the 518,000 weights would be over 500 KB more.
+    assert audit.weights_bytes < stored_bytes(model.module) + 8_192
+    assert audit.sparsity is None
+
+
+@needs_rtx
+def test_sparse_layers_are_built_and_what_the_log_does_not_say_is_said(tmp_path):
+    model = compressed(Sparse24(), tmp_path)
+    layers = sparse_layers(model.module, model.plan)
+    assert layers == ("first", "second", "out")
+    audit = built(model, tmp_path, layers).audit
+    assert audit.sparsity == "not told"
+    assert "3 layers have 2:4 zeros" in audit.sparsity_reason
+    request = json.loads((tmp_path / "out" / "build.json").read_text())["request"]
+    assert request["sparse_layers"] == ["first", "second", "out"]
+
+
+# Lines as TensorRT 8 and 10 write them.
+NEW_FOUND = "(Sparsity) Found {} layer(s) eligible to use sparse tactics"
+NEW_CHOSE = "(Sparsity) Chose {} layer(s) using sparse tactics"
+
+
+def old(eligible: str, picked: str) -> list[str]:
+    return [
+        f"(Sparsity) Layers eligible for sparse math: {eligible}",
+        f"(Sparsity) TRT inference plan picked sparse implementation for layers: {picked}",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("log", "outcome", "reason"),
+    [
+        (old("first, second + relu", "second + relu"), "picked", "1 of 3 layers"),
+        (old("first, second", ""), "did not pay", "2 were eligible .* dense kernels were faster"),
+        (old("", ""), "did not pay", "none was eligible"),
+        (
+            [NEW_FOUND.format(2) + ": first, second", NEW_CHOSE.format(2) + ": first, second"],
+            "picked",
+            "2 of 3 layers",
+        ),
+        ([NEW_FOUND.format(2), NEW_CHOSE.format(0)], "did not pay", "2 were eligible"),
+        (  # each time tactics are chosen: the last counts
+            [NEW_FOUND.format(9), NEW_CHOSE.format(9), NEW_FOUND.format(2), NEW_CHOSE.format(0)],
+            "did not pay",
+            "2 were eligible",
+        ),
+        (["Total Weights Memory: 1"], "not told", "measure it there"),
+    ],
+)
+def test_the_builders_log_says_whether_sparse_kernels_paid(log, outcome, reason):
+    found, why = judge_sparsity(["something else", *log], 3, "10.9")
+    assert found == outcome
+    assert why is not None
+    assert re.search(reason, why)
+
+
+def test_nothing_is_said_of_a_network_without_sparse_layers():
+    assert judge_sparsity(old("first", "first"), 0, "10.9") == (None, None)
