@@ -32,6 +32,7 @@ from compressors.units import (
     Choice,
     Unit,
     choose_tables,
+    folded_norms,
     pack_table,
     stored_bytes,
     swap,
@@ -184,9 +185,8 @@ def run(step: TableStep | ModelStep, source: Model, bench: Bench, folder: Path) 
     sizes = stored_bytes(source.module), stored_bytes(stored)
     choices = _as_found(step, choices, Unit.of(source.module), after)
     choices = {name: _noted(choice, model.notes.get(name)) for name, choice in choices.items()}
-    plan = plan_of(
-        step.kind, source, choices, before, after, sizes, output_line(step, source, model)
-    )
+    line, folded = output_line(step, source, model), folded_norms(stored)
+    plan = plan_of(step.kind, source, choices, before, after, sizes, line, folded)
     return Model(stored, source.architecture, network, plan)
 
 

@@ -13,6 +13,7 @@ from compressors.dense import bfloat16_dense, float16, static_int8
 from compressors.dense.bfloat16_dense import BFloat16Dense
 from compressors.dense.channels import Channels
 from compressors.dense.float16 import Float16
+from compressors.dense.fold import Fold
 from compressors.dense.magnitude import Magnitude
 from compressors.dense.qat import QAT
 from compressors.dense.static_int8 import StaticInt8
@@ -60,7 +61,8 @@ from compressors.tables.rowwise_int8 import RowwiseInt8
 from compressors.tables.tiers import Tiers
 
 AnyStep = Annotated[
-    Magnitude
+    Fold
+    | Magnitude
     | Channels
     | Distill
     | FineTune

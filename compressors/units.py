@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from compressors.composed import ComposedTable
 from compressors.errors import CompressionError, NothingToCompress
-from compressors.formats import Bag, PackedLinear, PackedTable
+from compressors.formats import Bag, FoldedNorm, PackedLinear, PackedTable
 
 Role = Literal["table", "dense"]
 
@@ -63,6 +63,11 @@ class Choice:
 def innermost(name: str, units: Collection[str]) -> str | None:
     """Of some units the one that a tensor or part lies in; of tables in tables the innermost."""
     return max((unit for unit in units if name.startswith(f"{unit}.")), key=len, default=None)
+
+
+def folded_norms(module: nn.Module) -> tuple[str, ...]:
+    """Norms that have become part of the layers beside them."""
+    return tuple(name for name, part in module.named_modules() if isinstance(part, FoldedNorm))
 
 
 def table_rows(module: nn.Module) -> dict[str, int]:

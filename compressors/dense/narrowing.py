@@ -102,6 +102,12 @@ def without_channels(
     return replace(model, module=module, network=network), gap
 
 
+def apart(found: nn.Module, expected: nn.Module, schema: Schema) -> str | None:
+    """How far two networks with the same tables are apart on made-up rows; None: by rounding."""
+    tables = table_rows(expected)
+    return _gap(_scores(found, schema, tables), _scores(expected, schema, tables), schema)
+
+
 def _built(model: Model, config: Mapping[str, Any]) -> nn.Module:
     """The network of a configuration over the tensors of a narrowed one."""
     with parameters_on_meta():
