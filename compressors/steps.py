@@ -12,10 +12,12 @@ from compressors.composed import Composition
 from compressors.dense import bfloat16_dense, float16, static_int8
 from compressors.dense.bfloat16_dense import BFloat16Dense
 from compressors.dense.channels import Channels
+from compressors.dense.equalize import Equalize
 from compressors.dense.float16 import Float16
 from compressors.dense.fold import Fold
 from compressors.dense.magnitude import Magnitude
 from compressors.dense.qat import QAT
+from compressors.dense.smooth_quant import SmoothQuant
 from compressors.dense.static_int8 import StaticInt8
 from compressors.distill.distill import Distill
 from compressors.distill.fine_tune import FineTune
@@ -62,6 +64,8 @@ from compressors.tables.tiers import Tiers
 
 AnyStep = Annotated[
     Fold
+    | Equalize
+    | SmoothQuant
     | Magnitude
     | Channels
     | Distill

@@ -30,10 +30,12 @@ import compressors.step
 from compressors.contracts import Bench, Plan
 from compressors.dense.bfloat16_dense import BFloat16Dense
 from compressors.dense.channels import Channels
+from compressors.dense.equalize import Equalize
 from compressors.dense.float16 import Float16
 from compressors.dense.fold import Fold
 from compressors.dense.magnitude import Magnitude
 from compressors.dense.qat import QAT
+from compressors.dense.smooth_quant import SmoothQuant
 from compressors.dense.static_int8 import StaticInt8
 from compressors.errors import (
     CompressionError,
@@ -82,7 +84,12 @@ def form(step: Step) -> str:
 
 
 # What finds nothing on the other references says so; each has tests of its own.
-ONLY_ON: dict[type[Step], tuple[Reference, ...]] = {Channels: WITH_WIDTHS, Fold: (NORMED,)}
+ONLY_ON: dict[type[Step], tuple[Reference, ...]] = {
+    Channels: WITH_WIDTHS,
+    Fold: (NORMED,),
+    Equalize: (RANKER,),
+    SmoothQuant: (RANKER, NORMED),
+}
 
 
 def fits(method: type[Step], reference: Reference) -> bool:
@@ -269,6 +276,10 @@ def test_values_change_before_and_after_formats(method, packed, tmp_path):
     if method is Channels and "layers" in takes(packed):
         return  # refused, see test_channels.py
     packed_first = ran(packed, "Ranker").result
+    if method in (Equalize, SmoothQuant) and "layers" in takes(packed):
+        with pytest.raises(NothingToCompress, match=f"already {packed().kind}"):
+            run(method(), packed_first, bench, tmp_path / "after")
+        return
     if packed in (Float16, BFloat16Dense) and method is not Channels:
         with pytest.raises(NothingToCompress, match="float16 holds nothing that"):
             run(models.default(method), packed_first, bench, tmp_path / "after")
