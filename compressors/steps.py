@@ -15,6 +15,7 @@ from compressors.dense.channels import Channels
 from compressors.dense.equalize import Equalize
 from compressors.dense.float16 import Float16
 from compressors.dense.fold import Fold
+from compressors.dense.low_rank_dense import LowRankDense
 from compressors.dense.magnitude import Magnitude
 from compressors.dense.qat import QAT
 from compressors.dense.smooth_quant import SmoothQuant
@@ -77,6 +78,7 @@ AnyStep = Annotated[
     | Tiers
     | RefitCodes
     | LowRank
+    | LowRankDense
     | Dimensions
     | QuotientRemainder
     | MultiHash

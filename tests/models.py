@@ -34,6 +34,7 @@ from compressors.contracts import (
 )
 from compressors.distill.recalibrate import Recalibrate
 from compressors.dense.fold import Fold
+from compressors.dense.low_rank_dense import LowRankDense
 from compressors.distill.refit_codes import RefitCodes
 from compressors.lower.bfloat16_products import has_bfloat16_products, write_checkable
 from compressors.lower.export import Lowered, lower
@@ -64,7 +65,7 @@ def _changing(what: str) -> tuple[type[Step], ...]:
 VALUES, FORMATS, PARTS = _changing("values"), _changing("format"), _changing("parts")
 # What these make is known only when values and data were looked at: each has tests of its own.
 SEARCHES = (DropTables, MergeRows)
-PARTS = tuple(method for method in PARTS if method not in SEARCHES)
+PARTS = tuple(method for method in PARTS if method not in (*SEARCHES, LowRankDense))
 # Methods that leave every table one table; test_composed.py is about the others.
 UNDIVIDED = (*VALUES, *FORMATS)
 # Methods that find something to do on the ranker, which has neither norms nor dead channels.

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from compressors.batches import example
 from compressors.composed import ComposedTable
 from compressors.contracts import DenseInput, Schema
+from compressors.factored import FactoredLinear
 from compressors.formats import Bag, FoldedNorm, PackedLinear, PackedTable
 from compressors.meta import parameters_on_meta
 from compressors.model import Model
@@ -113,7 +114,8 @@ def _built(model: Model, config: Mapping[str, Any]) -> nn.Module:
     with parameters_on_meta():
         built = model.architecture(**copy.deepcopy(dict(config)))
     for name, part in model.module.named_modules():
-        if isinstance(part, ComposedTable | PackedTable | PackedLinear | FoldedNorm | Bag):
+        packed = ComposedTable | PackedTable | FactoredLinear | PackedLinear | FoldedNorm | Bag
+        if isinstance(part, packed):
             swap(built, name, part)
     recalibration = recalibration_of(model.module)
     if recalibration is not None:

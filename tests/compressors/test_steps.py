@@ -12,6 +12,7 @@ import pytest
 import torch
 from models import (
     ALONE,
+    ATTENTION,
     FORMATS,
     METHODS,
     NORMED,
@@ -33,6 +34,7 @@ from compressors.dense.channels import Channels
 from compressors.dense.equalize import Equalize
 from compressors.dense.float16 import Float16
 from compressors.dense.fold import Fold
+from compressors.dense.low_rank_dense import LowRankDense
 from compressors.dense.magnitude import Magnitude
 from compressors.dense.qat import QAT
 from compressors.dense.smooth_quant import SmoothQuant
@@ -89,6 +91,7 @@ ONLY_ON: dict[type[Step], tuple[Reference, ...]] = {
     Fold: (NORMED,),
     Equalize: (RANKER,),
     SmoothQuant: (RANKER, NORMED),
+    LowRankDense: (RANKER, ATTENTION, NORMED),
 }
 
 
