@@ -9,6 +9,7 @@ fewer operators, and every later step meets the weights that are served.
   between two int8 products and keeps them apart.
 * The affine part of a LayerNorm or RMSNorm goes into the Linears that read it, if all readers are.
 * Dead channels (``compressors.dense.dead_channels``) go; their constant stays in the biases behind.
+* Numbers of tables and inputs that no weight reads (``compressors.dense.unread``) are only told.
 
 Source: Jacob et al. 2018, https://arxiv.org/abs/1712.05877, section 3.2 (batch norm into the layer
 before it).
@@ -27,6 +28,7 @@ from compressors.contracts import Bench, Change, Frozen, Part
 from compressors.dense.dead_channels import find_dead, take_out
 from compressors.dense.narrowing import apart
 from compressors.dense.neighbours import Neighbours, Reader, neighbours
+from compressors.dense.unread import unread_features
 from compressors.errors import CompressionError
 from compressors.formats import FoldedNorm
 from compressors.model import Model
@@ -153,6 +155,8 @@ class Fold(Frozen):
                 f"After 'fold' the network scores otherwise than before ({gap}): some code reads "
                 f"its layers past their outputs. Leave them out of 'layers'."
             )
+        if not _predicted(before):
+            after = replace(after, notes={**after.notes, **_unread(after, bench)})
         if self.rows and bench.calibration is not None:
             seen = find_dead(after, bench.signature, free, (bench.calibration, self.rows))
             after = take_out(after, bench.signature, seen)
@@ -276,6 +280,22 @@ def _folded(model: Model, moves: list[_Move]) -> Model:
             rest = torch.ones_like(tensor) if name == "weight" else torch.zeros_like(tensor)
             own_weight(norm, name, rest)
     return model
+
+
+def _unread(model: Model, bench: Bench) -> dict[str, str]:
+    """By unit, what is told of features that nothing reads: of an input by the first layer."""
+    notes: dict[str, str] = {}
+    units = Unit.of(model.module)
+    first = next((unit.name for unit in units if unit.role == "dense"), None)
+    for name, columns in unread_features(model.module, bench.signature).items():
+        told = f"no weight reads {'number' if len(columns) == 1 else 'numbers'} "
+        told += ", ".join(map(str, columns))
+        if name in {unit.name for unit in units}:
+            notes[name] = told
+        elif first is not None:
+            notes[first] = f"{notes[first]}; " if first in notes else ""
+            notes[first] += f"{told} of input {name!r}"
+    return notes
 
 
 def _factor_and_offset(norm: nn.Module) -> tuple[Tensor, Tensor]:

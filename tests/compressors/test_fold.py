@@ -19,6 +19,7 @@ from compressors.contracts import Bench, DenseInput, IdInput, Schema
 from compressors.dense.channels import Channels
 from compressors.dense.fold import Fold, of_batch_norm, scaled_inputs, scaled_outputs
 from compressors.dense.static_int8 import StaticInt8
+from compressors.dense.unread import unread_features
 from compressors.distill.fine_tune import FineTune
 from compressors.errors import CompressionError, NothingToCompress
 from compressors.formats import FoldedNorm
@@ -264,6 +265,53 @@ def test_a_network_that_would_change_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr("compressors.dense.fold.scaled_outputs", lambda w, b, *_: (w, b))
     with pytest.raises(CompressionError, match="scores otherwise than before"):
         folded(NORMED, tmp_path)
+
+
+# --- features that nothing reads -------------------------------------------------------------
+
+
+def test_numbers_that_no_weight_reads_are_told(tmp_path):
+    source = NORMED.model()
+    with torch.no_grad():
+        source.module.hidden.weight[:, [1, 4, 7]] = 0  # two of the table's six, the second price
+    plan = run(Fold(), source, NORMED.bench(tmp_path / "data"), tmp_path / "out").plan
+    assert plan.of("user").reason == "fold takes no table; no weight reads numbers 1, 4"
+    assert plan.of("hidden").reason.endswith("; no weight reads number 1 of input 'price'")
+
+
+def test_numbers_that_are_read_in_another_way_are_not():
+    crossed = DCN.model()
+    with torch.no_grad():
+        for layer in (crossed.module.cross[0], crossed.module.perceptron[0]):
+            layer.weight[:, 2] = 0
+    assert not unread_features(crossed.module, DCN.schema)  # the cross product reads them
+    with torch.no_grad():
+        for layer in crossed.module.cross:
+            layer.weight[:, 2] = 0
+        crossed.module.head.weight[:, 2] = 0
+    assert unread_features(crossed.module, DCN.schema) == {"tables.user": (2,)}
+
+
+class Comparing(nn.Module):
+    """Loses a NaN on the way: only other numbers show that the price counts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.user = nn.Embedding(30, 4)
+        self.hidden, self.out = nn.Linear(9, 8), nn.Linear(9, 1)
+        with torch.no_grad():
+            self.hidden.weight[:, 4:] = 0
+
+    def forward(self, user: Tensor, price: Tensor) -> Tensor:
+        x = torch.cat([self.user(user), price], dim=1)
+        cheap = (price[:, :1] < 0).float()
+        score: Tensor = self.out(torch.cat([F.relu(self.hidden(x)), cheap], dim=1))
+        return score
+
+
+def test_a_comparison_reads_too():
+    model = Reference(Comparing, SCHEMA).model()
+    assert unread_features(model.module, SCHEMA) == {"price": (1, 2, 3, 4)}
 
 
 # --- what comes behind it --------------------------------------------------------------------

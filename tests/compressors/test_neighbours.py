@@ -1,10 +1,12 @@
 """Who reads whom: what lets numbers through, and what else reads a layer."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from chained_networks import BLOCK, CHAIN, NORM_FIRST
 from models import RANKER, Reference, compressed
-from narrow_networks import SCHEMA
+from narrow_networks import SCHEMA, Plain
 from test_lowered_graphs import Branching
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -22,6 +24,39 @@ def test_positive_factors_pass_relus_slopes_and_views():
     assert found.readers["a"] == (Reader("b", ("leaky_relu",)),)
     assert found.readers["b"] == (Reader("c", ("prelu", "clamp")), Reader("d", ("prelu", "clamp")))
     assert found.straight("b") == ()
+
+
+BENDS: dict[str, tuple[Callable[[Tensor], Tensor], bool]] = {
+    "relu": (torch.relu, True),
+    "leaky": (lambda x: F.leaky_relu(x, 0.2), True),
+    "at zero": (lambda x: x.clamp(min=0), True),
+    "dropout": (lambda x: F.dropout(x, 0.5, training=False), True),
+    "sizes": (lambda x: x.abs(), True),
+    "from one": (lambda x: x.clamp(min=1), False),
+    "to six": (lambda x: x.clamp(0, 6), False),
+    "gelu": (F.gelu, False),
+    "sum": (lambda x: x + x.flip(1), False),
+    "softmax": (lambda x: x.softmax(dim=1), False),
+}
+
+
+class Bent(Plain):
+    def __init__(self, bend: str) -> None:
+        super().__init__()
+        self.bend = bend
+
+    def between(self, x: Tensor) -> Tensor:
+        return BENDS[self.bend][0](x)
+
+
+@pytest.mark.parametrize("bend", BENDS)
+def test_a_bend_passes_if_positive_factors_do(bend):
+    function, passes = BENDS[bend]
+    x = 6 * torch.randn(50, 8, generator=torch.Generator().manual_seed(0))
+    scale = torch.rand(8, generator=torch.Generator().manual_seed(1)) + 0.5
+    alike = torch.allclose(function(x * scale), function(x) * scale)
+    assert alike == passes
+    assert ("hidden" in of(Reference(Bent, SCHEMA, {"bend": bend})).readers) == passes
 
 
 def test_what_stops_them_is_named():
