@@ -200,7 +200,9 @@ def test_stand_ins_are_not_taken_for_dead_channels(tmp_path):
     for part in predicted.module.modules():
         if isinstance(part, nn.Linear):
             part.weight = nn.Parameter(torch.zeros(()).expand(part.weight.shape))
-    assert outline(student, predicted, bench).network.architecture.config == {"width": 8}
+    again = outline(student, predicted, bench)
+    assert again.network.architecture.config == {"width": 8}
+    assert again.plan.of("hidden").reason.endswith("fold: takes up norm")
 
 
 def test_a_relu_that_never_opens_goes_only_if_rows_may_say_so(tmp_path):
