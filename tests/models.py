@@ -32,9 +32,9 @@ from compressors.contracts import (
     Split,
     TargetKind,
 )
-from compressors.distill.recalibrate import Recalibrate
 from compressors.dense.fold import Fold
 from compressors.dense.low_rank_dense import LowRankDense
+from compressors.distill.recalibrate import Recalibrate
 from compressors.distill.refit_codes import RefitCodes
 from compressors.lower.bfloat16_products import has_bfloat16_products, write_checkable
 from compressors.lower.export import Lowered, lower
