@@ -11,6 +11,7 @@ graph that ONNX Runtime serves.
 import sys
 import tempfile
 from collections import Counter
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import get_args
 
@@ -27,7 +28,7 @@ from benchmarks.ctr import (
     interval,
     prepared,
 )
-from compressors.contracts import Bench
+from compressors.contracts import Bench, Plan, Split
 from compressors.dense.equalize import Equalize
 from compressors.dense.fold import Fold
 from compressors.dense.low_rank_dense import LowRankDense
@@ -42,7 +43,6 @@ from infra.onnxruntime import optimized_graph
 INT8 = StaticInt8()
 RECIPES: dict[str, tuple[ModelStep, ...]] = {
     "`fold`": (Fold(),),
-    "`fold`, rows 4096": (Fold(rows=4096),),
     "`static_int8`": (INT8,),
     "`fold`, `static_int8`": (Fold(), INT8),
     "`fold`, `equalize`, `static_int8`": (Fold(), Equalize(), INT8),
@@ -56,14 +56,23 @@ RECIPES: dict[str, tuple[ModelStep, ...]] = {
         for rank in (0.4, 0.25, 0.1)
         for weighted in (True, False)
     },
+    **{
+        f"`fold`, `low_rank_dense` within {most:g}": (Fold(), LowRankDense(most_error=most))
+        for most in (0.01, 0.03)
+    },
     "`fold`, `low_rank_dense` 0.25, `static_int8`": (Fold(), LowRankDense(rank=0.25), INT8),
+    "`fold`, `low_rank_dense` within 0.01, `static_int8`": (
+        Fold(),
+        LowRankDense(most_error=0.01),
+        INT8,
+    ),
 }
 
 
-def dense_bytes(model: Model) -> int:
-    """Bytes of dense layers and norms."""
-    plan = model.plan
-    return sum(line.bytes_after for line in plan.lines if line.role != "table") if plan else 0
+def dense_share(model: Model) -> float:
+    """Bytes of dense layers and norms, of those they had."""
+    lines = [line for line in (model.plan or Plan()).lines if line.role != "table"]
+    return sum(line.bytes_after for line in lines) / sum(line.bytes_before for line in lines)
 
 
 def operators(model: Model, bench: Bench, folder: Path) -> str:
@@ -74,6 +83,32 @@ def operators(model: Model, bench: Bench, folder: Path) -> str:
     counts = Counter(node.op_type for node in optimized_graph(path).node)
     shown = ("Gemm", "FusedGemm", "MatMul", "QGemm", "BatchNormalization")
     return ", ".join(f"{counts[kind]} {kind}" for kind in shown if counts[kind])
+
+
+@dataclass
+class Line:
+    """What one recipe came to, a number a seed."""
+
+    changes: list[float] = field(default_factory=list)
+    shares: list[float] = field(default_factory=list)
+    operators: str = ""
+
+
+def measure(model: Model, bench: Bench, test: Split, lines: dict[str, Line]) -> None:
+    """Carry out every recipe on one network; what two begin with is done once."""
+    before = auc(model.module, test)
+    made: dict[tuple[ModelStep, ...], Model] = {(): model}
+    with tempfile.TemporaryDirectory() as scratch:
+        for words, steps in RECIPES.items():
+            for count in range(1, len(steps) + 1):
+                first, last = steps[: count - 1], steps[count - 1]
+                if steps[:count] not in made:
+                    folder = Path(scratch) / str(len(made))
+                    made[steps[:count]] = run(last, made[first], bench, folder)
+            result, line = made[steps], lines.setdefault(words, Line())
+            line.changes.append(auc(result.module, test) - before)
+            line.shares.append(dense_share(result))
+            line.operators = line.operators or operators(result, bench, Path(scratch))
 
 
 def main() -> None:
@@ -87,29 +122,18 @@ def main() -> None:
         sys.exit(str(fault))
     for name in [asked.only] if asked.only else get_args(Name):
         splits, _ = prepared(name, folder, cache)
+        lines: dict[str, Line] = {}
+        for seed in range(asked.seeds):
+            model, bench = baseline(name, seed, folder, cache)
+            given = bench.model_copy(update={"calibration": bench.train})
+            measure(model, given, splits["test"], lines)
         print(f"{name}, {asked.seeds} seeds")
         print("| steps | change of AUC | bytes of dense layers and norms | operators |")
         print("|---|---|---|---|")
-        models = [baseline(name, seed, folder, cache) for seed in range(asked.seeds)]
-        before = [auc(model.module, splits["test"]) for model, _ in models]
-        for words, steps in RECIPES.items():
-            changes, shares, kinds = [], [], ""
-            for (model, bench), old in zip(models, before, strict=True):
-                given = bench.model_copy(update={"calibration": bench.train})
-                with tempfile.TemporaryDirectory() as scratch:
-                    result = model
-                    for number, step in enumerate(steps):
-                        result = run(step, result, given, Path(scratch) / str(number))
-                    changes.append(auc(result.module, splits["test"]) - old)
-                    lines = result.plan.lines if result.plan else ()
-                    whole = sum(line.bytes_before for line in lines if line.role != "table")
-                    shares.append(dense_bytes(result) / whole)
-                    kinds = kinds or operators(result, given, Path(scratch))
-            mean, share = sum(changes) / len(changes), sum(shares) / len(shares)
-            print(
-                f"| {words} | {mean:+.5f} ± {interval(changes):.5f} | {share:.1%} | {kinds} |",
-                flush=True,
-            )
+        for words, line in lines.items():
+            mean, share = (sum(each) / asked.seeds for each in (line.changes, line.shares))
+            change = f"{mean:+.5f} ± {interval(line.changes):.5f}"
+            print(f"| {words} | {change} | {share:.1%} | {line.operators} |")
 
 
 if __name__ == "__main__":
