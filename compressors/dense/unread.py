@@ -26,8 +26,8 @@ Change = Callable[[Tensor], Tensor]
 def unread_features(module: nn.Module, schema: Schema) -> dict[str, tuple[int, ...]]:
     """By table, or dense input, the columns that decide nothing.
 
-    A column is one if the layers that it reaches have only zeros for it, it reaches the score in no
-    other way, and another number in its place changes no score of made-up rows.
+    A column is one if the layers that it reaches have only zeros for it, and if another number in
+    its place changes no score of made-up rows: it may reach them past all layers.
 
     Args:
         module: in evaluation mode; left as it is.
@@ -89,7 +89,7 @@ def _features(module: nn.Module, schema: Schema) -> Iterator[tuple[str, int, Cha
 def _heard(
     module: nn.Module, schema: Schema, rows: dict[str, int], width: int, changed: Changed
 ) -> list[bool]:
-    """Whether a NaN in each column meets a weight other than zero, or the score: a row a column."""
+    """Whether a NaN in each column meets a weight other than zero: a row a column."""
     met = torch.zeros(width, dtype=torch.bool)
 
     def mark(x: Tensor) -> Tensor:
@@ -114,8 +114,7 @@ def _heard(
         for part in module.modules():
             if isinstance(part, nn.Linear | PackedLinear):
                 hooks.callback(part.register_forward_hook(reading).remove)
-        score = module(**changed(example(schema, rows, width), mark, hooks))
-    met |= score.reshape(width, -1).isnan().any(dim=1)
+        module(**changed(example(schema, rows, width), mark, hooks))
     return [bool(column) for column in met]
 
 
