@@ -20,8 +20,9 @@ from torch import Tensor
 
 from compressors.contracts import Bench, Change, Frozen, Part
 from compressors.dense.activations import BATCH, See, watch_inputs
+from compressors.dense.calibration import LEVELS
 from compressors.dense.scaling import Link, choose_links, linear_weight, rescale
-from compressors.dense.static_int8 import LEVELS, encode, quantize
+from compressors.dense.static_int8 import encode, quantize
 from compressors.errors import CompressionError
 from compressors.model import Model
 from compressors.units import Choice
