@@ -280,7 +280,7 @@ def test_values_change_before_and_after_formats(method, packed, tmp_path):
         return  # refused, see test_channels.py
     packed_first = ran(packed, "Ranker").result
     if method in (Equalize, SmoothQuant) and "layers" in takes(packed):
-        with pytest.raises(NothingToCompress, match=f"already {packed().kind}"):
+        with pytest.raises(NothingToCompress, match=f"already {form(packed())}"):
             run(method(), packed_first, bench, tmp_path / "after")
         return
     if packed in (Float16, BFloat16Dense) and method is not Channels:
