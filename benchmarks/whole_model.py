@@ -164,6 +164,7 @@ def modelopt(source: Path, made: Path, rows: Arrays) -> None:
         quantize_mode="int8",
         calibration_data=rows,
         calibration_eps=["cpu"],
+        high_precision_dtype="fp32",  # CPUs have no float16 products
         output_path=str(made),
     )
 

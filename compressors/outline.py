@@ -5,7 +5,7 @@ from compressors.model import Model
 from compressors.plan import plan_of
 from compressors.stand_ins import packed_outline
 from compressors.step import ModelStep, TableStep, choices_of, output_line
-from compressors.units import Unit, stored_bytes
+from compressors.units import Unit, folded_norms, stored_bytes
 
 
 def outline(step: TableStep | ModelStep, source: Model, bench: Bench) -> Model:
@@ -32,6 +32,6 @@ def outline(step: TableStep | ModelStep, source: Model, bench: Bench) -> Model:
         model = packed_outline(model, choices, table=step.storage, settings=step.settings())
     after = Unit.of(model.module)
     sizes = stored_bytes(source.module), stored_bytes(model.module)
-    line = output_line(step, source, model)
-    plan = plan_of(step.kind, source, choices, before, after, sizes, line)
+    line, folded = output_line(step, source, model), folded_norms(model.module)
+    plan = plan_of(step.kind, source, choices, before, after, sizes, line, folded)
     return Model(model.module, source.architecture, model.network, plan)

@@ -1,6 +1,6 @@
 """The plan of a step: one line for every table and dense layer, with bytes and reason."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 from compressors.contracts import DROPPED, Plan, PlanLine
 from compressors.model import Model
@@ -18,6 +18,7 @@ def plan_of(
     after: tuple[Unit, ...],
     sizes: tuple[int, int],
     output: PlanLine | None = None,
+    folded: Collection[str] = (),
 ) -> Plan:
     """What earlier steps decided stays, what this one decided is new.
 
@@ -29,6 +30,7 @@ def plan_of(
         after: the units now; those that are missing were dropped.
         sizes: bytes of all tensors before and now.
         output: the line of a map behind the network's output.
+        folded: the norms that have become part of the layers beside them.
     """
     now = {unit.name: unit for unit in after}
     old = {unit.name for unit in before}
@@ -74,10 +76,19 @@ def plan_of(
             format="as trained",
             bytes_before=other.bytes_before if other else max(rest_before, 0),
             bytes_after=max(sizes[1] - sum(unit.bytes for unit in after) - behind, 0),
-            reason="norms, biases outside dense layers, buffers",
+            reason=_rest(folded),
         )
     )
     return Plan(lines=tuple(lines))
+
+
+def _rest(folded: Collection[str]) -> str:
+    """What the last line stands for, and which norms are no longer in it."""
+    rest = "norms, biases outside dense layers, buffers"
+    if not folded:
+        return rest
+    first = ", ".join(sorted(folded)[:3]) + (" and more" if len(folded) > 3 else "")
+    return f"{rest}; {len(folded)} of the norms became part of a layer: {first}"
 
 
 def _reason(earlier: PlanLine | None, choice: Choice) -> str:

@@ -21,6 +21,11 @@ def stand_in(spec: TensorSpec) -> Tensor:
     return torch.full((), spec.first, dtype=spec.dtype).expand(spec.shape)
 
 
+def is_stand_in(tensor: Tensor) -> bool:
+    """Whether a tensor is one number seen as many: its values say nothing."""
+    return tensor.numel() > 1 and not any(tensor.stride())
+
+
 def with_stand_ins(module: nn.Module) -> nn.Module:
     """Replace parameters that were built without weights (on the meta device)."""
     for part in module.modules():

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from compressors.composed import ComposedTable
 from compressors.contracts import ModuleRecord, Network
 from compressors.errors import ModelRefused
+from compressors.factored import FACTORED, FactoredLinear
 from compressors.formats import Bag, FoldedNorm, PackedLinear, PackedTable
 from compressors.meta import parameters_on_meta
 from compressors.recalibration import NAME as RECALIBRATION
@@ -44,7 +45,7 @@ def build(architecture: type[nn.Module], network: Network) -> nn.Module:
             f"{network.architecture.path} cannot be built from its configuration: {fault}. The "
             f"'config' of model.json must be the class's keyword arguments."
         ) from fault
-    for name, record in sorted(network.modules.items()):  # a composed table before its parts
+    for name, record in sorted(network.modules.items()):  # what is composed before its parts
         if record.kind == "output":
             made = module_of(name, record)
             if isinstance(made, Recalibration) and name == RECALIBRATION:
@@ -69,7 +70,7 @@ def module_of(name: str, record: ModuleRecord) -> nn.Module:
     """
     tables: Mapping[str, Any] = {**TABLE_FORMATS, **COMPOSITIONS}
     others: Mapping[str, Mapping[str, Any]] = {
-        "linear": LINEAR_FORMATS,
+        "linear": {**LINEAR_FORMATS, FACTORED: FactoredLinear},
         "norm": {"folded": FoldedNorm},
         "output": dict.fromkeys(("temperature", "platt", "isotonic"), Recalibration),
     }
@@ -88,6 +89,8 @@ def module_of(name: str, record: ModuleRecord) -> nn.Module:
         if record.kind == "linear":
             inputs, outputs = settings.pop("in_features"), settings.pop("out_features")
             bias = settings.pop("bias")
+            if record.format == FACTORED:
+                return FactoredLinear(inputs, outputs, int(settings.pop("rank")), bias=bias)
             return PackedLinear(storage, inputs, outputs, bias=bias, settings=settings)
         bag = {
             key: settings.pop(key)
@@ -219,7 +222,14 @@ def records_of(model: nn.Module) -> dict[str, ModuleRecord]:
         if isinstance(module, Bag):
             inside.add(f"{name}.table")
         if name in inside or not isinstance(
-            module, Bag | ComposedTable | PackedTable | PackedLinear | FoldedNorm | Recalibration
+            module,
+            Bag
+            | ComposedTable
+            | PackedTable
+            | FactoredLinear
+            | PackedLinear
+            | FoldedNorm
+            | Recalibration,
         ):
             continue
         record = module.record()

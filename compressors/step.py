@@ -23,6 +23,7 @@ from compressors.errors import (
     ModelRefused,
     NothingToCompress,
 )
+from compressors.factored import FactoredLinear
 from compressors.formats import Bag, PackedTable, TableFormat, TensorSpec, blocks, entries
 from compressors.model import Model
 from compressors.plan import OUTPUT, plan_of
@@ -32,6 +33,7 @@ from compressors.units import (
     Choice,
     Unit,
     choose_tables,
+    folded_norms,
     pack_table,
     stored_bytes,
     swap,
@@ -184,9 +186,8 @@ def run(step: TableStep | ModelStep, source: Model, bench: Bench, folder: Path) 
     sizes = stored_bytes(source.module), stored_bytes(stored)
     choices = _as_found(step, choices, Unit.of(source.module), after)
     choices = {name: _noted(choice, model.notes.get(name)) for name, choice in choices.items()}
-    plan = plan_of(
-        step.kind, source, choices, before, after, sizes, output_line(step, source, model)
-    )
+    line, folded = output_line(step, source, model), folded_norms(stored)
+    plan = plan_of(step.kind, source, choices, before, after, sizes, line, folded)
     return Model(stored, source.architecture, network, plan)
 
 
@@ -398,7 +399,7 @@ def _noted(choice: Choice, note: str | None) -> Choice:
 def _equal(old: nn.Module, new: nn.Module) -> bool:
     """Whether two modules hold the same tensors; the same memory is not read.
 
-    The tables that a table is made of are modules of their own.
+    The tables that a table is made of, and the layers of a layer, are modules of their own.
     """
     first, second = _own(old), _own(new)
     return first.keys() == second.keys() and all(
@@ -410,7 +411,7 @@ def _equal(old: nn.Module, new: nn.Module) -> bool:
 
 def _own(module: nn.Module) -> dict[str, Tensor]:
     table = module.table if isinstance(module, Bag) else module
-    if isinstance(table, ComposedTable):
+    if isinstance(table, ComposedTable | FactoredLinear):
         return dict(table.named_buffers(recurse=False))
     return dict(module.state_dict())
 

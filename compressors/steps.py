@@ -19,10 +19,14 @@ from compressors.dense import (
 )
 from compressors.dense.bfloat16_dense import BFloat16Dense
 from compressors.dense.channels import Channels
+from compressors.dense.equalize import Equalize
 from compressors.dense.float8_dense import Float8Dense
 from compressors.dense.float16 import Float16
+from compressors.dense.fold import Fold
+from compressors.dense.low_rank_dense import LowRankDense
 from compressors.dense.magnitude import Magnitude
 from compressors.dense.qat import QAT
+from compressors.dense.smooth_quant import SmoothQuant
 from compressors.dense.sparse_2_4 import Sparse24
 from compressors.dense.static_int8 import StaticInt8
 from compressors.dense.weight_int4 import WeightInt4
@@ -71,7 +75,10 @@ from compressors.tables.rowwise_int8 import RowwiseInt8
 from compressors.tables.tiers import Tiers
 
 AnyStep = Annotated[
-    Magnitude
+    Fold
+    | Equalize
+    | SmoothQuant
+    | Magnitude
     | Sparse24
     | Channels
     | Distill
@@ -83,6 +90,7 @@ AnyStep = Annotated[
     | Tiers
     | RefitCodes
     | LowRank
+    | LowRankDense
     | Dimensions
     | QuotientRemainder
     | MultiHash

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from compressors.composed import ComposedTable
 from compressors.errors import CompressionError, NothingToCompress
-from compressors.formats import Bag, PackedLinear, PackedTable
+from compressors.factored import FACTORED, PARTS, FactoredLinear
+from compressors.formats import Bag, FoldedNorm, PackedLinear, PackedTable
 
 Role = Literal["table", "dense"]
 
@@ -19,8 +20,8 @@ Role = Literal["table", "dense"]
 class Unit:
     """One table or dense layer, as it stands in a module now.
 
-    A table made of smaller ones is a unit with only its own tensors; each table inside is another,
-    ``part_of`` it.
+    A table or layer made of smaller ones is a unit with only its own tensors; each table or layer
+    inside is another, ``part_of`` it.
     """
 
     name: str
@@ -63,6 +64,11 @@ class Choice:
 def innermost(name: str, units: Collection[str]) -> str | None:
     """Of some units the one that a tensor or part lies in; of tables in tables the innermost."""
     return max((unit for unit in units if name.startswith(f"{unit}.")), key=len, default=None)
+
+
+def folded_norms(module: nn.Module) -> tuple[str, ...]:
+    """Norms that have become part of the layers beside them."""
+    return tuple(name for name, part in module.named_modules() if isinstance(part, FoldedNorm))
 
 
 def table_rows(module: nn.Module) -> dict[str, int]:
@@ -118,7 +124,7 @@ def _keep(unit: Unit, patterns: tuple[str, ...]) -> str | None:
 
 
 def is_named(unit: Unit, pattern: str) -> bool:
-    """Whether a pattern means a unit: by its name, or by that of the table it is a part of."""
+    """Whether a pattern means a unit: by its name, or by that of what it is a part of."""
     names = (unit.name,) if unit.part_of is None else (unit.name, unit.part_of)
     return any(fnmatch.fnmatchcase(name, pattern) for name in names)
 
@@ -205,6 +211,12 @@ def _walk(model: nn.Module) -> Iterator[Unit]:
             role, form, rows = described
             yield Unit(name, role, module, form, size, rows, None, owners.get(module))
             continue
+        if isinstance(module, FactoredLinear):
+            whole = owners.get(module, name)
+            owners.update((module.get_submodule(part), whole) for part in PARTS)
+            role, form, rows = described
+            yield Unit(name, role, module, form, 0, rows, None, owners.get(module))
+            continue
         own = {module, *inside}
         shared = [
             names[user]
@@ -232,6 +244,8 @@ def _describe(name: str, module: nn.Module) -> tuple[Role, str, int] | None:
             return "table", module.composition.name, module.rows
         case PackedTable():
             return "table", module.storage.name, module.rows
+        case FactoredLinear():
+            return "dense", FACTORED, module.out_features
         case PackedLinear():
             return "dense", module.storage.name, module.out_features
         case nn.Embedding() | nn.EmbeddingBag():

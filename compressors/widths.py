@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from compressors.batches import example
 from compressors.contracts import Schema
+from compressors.factored import FactoredLinear
 from compressors.formats import FoldedNorm, PackedLinear
 from compressors.meta import parameters_on_meta
 from compressors.model import Model
@@ -157,6 +158,8 @@ def _width(model: Model, before: Shapes, path: Path, value: int) -> Width:
         owner = first_name[module]  # a module in two places goes by the first
         if isinstance(module, PackedLinear):
             raise NotAWidth(f"{owner!r} is already {module.storage.name}: prune before quantizing")
+        if isinstance(module, FactoredLinear):
+            raise NotAWidth(f"{owner!r} is already factored: prune before factorizing")
         if not isinstance(module, nn.Linear | nn.BatchNorm1d | nn.PReLU):
             raise NotAWidth(f"{_spoken(path)} is also a size of {owner!r}")
         grown = [new - old for old, new in zip(shape, after[name], strict=True)]

@@ -32,6 +32,8 @@ from compressors.contracts import (
     Split,
     TargetKind,
 )
+from compressors.dense.fold import Fold
+from compressors.dense.low_rank_dense import LowRankDense
 from compressors.distill.recalibrate import Recalibrate
 from compressors.distill.refit_codes import RefitCodes
 from compressors.lower.bfloat16_products import has_bfloat16_products, write_checkable
@@ -63,9 +65,11 @@ def _changing(what: str) -> tuple[type[Step], ...]:
 VALUES, FORMATS, PARTS = _changing("values"), _changing("format"), _changing("parts")
 # What these make is known only when values and data were looked at: each has tests of its own.
 SEARCHES = (DropTables, MergeRows)
-PARTS = tuple(method for method in PARTS if method not in SEARCHES)
+PARTS = tuple(method for method in PARTS if method not in (*SEARCHES, LowRankDense))
 # Methods that leave every table one table; test_composed.py is about the others.
 UNDIVIDED = (*VALUES, *FORMATS)
+# Methods that find something to do on the ranker, which has neither norms nor dead channels.
+UNDIVIDED = tuple(method for method in UNDIVIDED if method is not Fold)
 # Steps enough for 96 rows to move the weights.
 QUICKLY = Training(batch=16, learning_rate=0.02, warmup=0)
 BENCH_ROWS = 96

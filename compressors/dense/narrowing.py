@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from compressors.batches import example
 from compressors.composed import ComposedTable
 from compressors.contracts import DenseInput, Schema
+from compressors.factored import FactoredLinear
 from compressors.formats import Bag, FoldedNorm, PackedLinear, PackedTable
 from compressors.meta import parameters_on_meta
 from compressors.model import Model
@@ -102,12 +103,19 @@ def without_channels(
     return replace(model, module=module, network=network), gap
 
 
+def apart(found: nn.Module, expected: nn.Module, schema: Schema) -> str | None:
+    """How far two networks with the same tables are apart on made-up rows; None: by rounding."""
+    tables = table_rows(expected)
+    return _gap(_scores(found, schema, tables), _scores(expected, schema, tables), schema)
+
+
 def _built(model: Model, config: Mapping[str, Any]) -> nn.Module:
     """The network of a configuration over the tensors of a narrowed one."""
     with parameters_on_meta():
         built = model.architecture(**copy.deepcopy(dict(config)))
     for name, part in model.module.named_modules():
-        if isinstance(part, ComposedTable | PackedTable | PackedLinear | FoldedNorm | Bag):
+        packed = ComposedTable | PackedTable | FactoredLinear | PackedLinear | FoldedNorm | Bag
+        if isinstance(part, packed):
             swap(built, name, part)
     recalibration = recalibration_of(model.module)
     if recalibration is not None:

@@ -12,6 +12,7 @@ import pytest
 import torch
 from models import (
     ALONE,
+    ATTENTION,
     FORMATS,
     METHODS,
     NORMED,
@@ -30,9 +31,13 @@ import compressors.step
 from compressors.contracts import Bench, Plan
 from compressors.dense.bfloat16_dense import BFloat16Dense
 from compressors.dense.channels import Channels
+from compressors.dense.equalize import Equalize
 from compressors.dense.float16 import Float16
+from compressors.dense.fold import Fold
+from compressors.dense.low_rank_dense import LowRankDense
 from compressors.dense.magnitude import Magnitude
 from compressors.dense.qat import QAT
+from compressors.dense.smooth_quant import SmoothQuant
 from compressors.dense.sparse_2_4 import Sparse24
 from compressors.dense.static_int8 import StaticInt8
 from compressors.errors import (
@@ -81,8 +86,18 @@ def form(step: Step) -> str:
     return step.storage.name if hasattr(step, "storage") else WRITES.get(step.kind, step.kind)
 
 
+# What finds nothing on the other references says so; each has tests of its own.
+ONLY_ON: dict[type[Step], tuple[Reference, ...]] = {
+    Channels: WITH_WIDTHS,
+    Fold: (NORMED,),
+    Equalize: (RANKER,),
+    SmoothQuant: (RANKER, NORMED),
+    LowRankDense: (RANKER, ATTENTION, NORMED),
+}
+
+
 def fits(method: type[Step], reference: Reference) -> bool:
-    return method is not Channels or reference in WITH_WIDTHS
+    return reference in ONLY_ON.get(method, REFERENCES)
 
 
 def pairs(methods: tuple[type[Step], ...]) -> pytest.MarkDecorator:
@@ -216,7 +231,7 @@ def test_a_plans_bytes_are_those_of_the_stored_tensors(made, step):
     assert sum(line.bytes_after for line in result.plan.lines) == size(mapped(made.folder))
     other = result.plan.of("(other)")
     assert other.bytes_before >= other.bytes_after
-    if not isinstance(step, Channels):  # which narrows norms too
+    if not isinstance(step, Channels | Fold):  # which narrow norms too, or have none left
         assert other.bytes_before == other.bytes_after
 
 
@@ -240,7 +255,7 @@ def test_every_plan_line_says_what_its_module_holds(made):
 def test_a_method_of_values_leaves_every_format(made, step, reference):
     source, result = made.source, made.result
     stored = mapped(made.folder)
-    assert not result.network.modules
+    assert all(record.kind == "norm" for record in result.network.modules.values())
     assert torch.isfinite(scores(result, reference)).all()
     assert any(step.kind in line.steps for line in result.plan.lines)
     before = source.module.state_dict()
@@ -254,7 +269,7 @@ def test_a_method_of_values_leaves_every_format(made, step, reference):
 
 
 @pytest.mark.parametrize("packed", FORMATS, ids=lambda method: method.__name__)
-@each(method for method in VALUES if method not in (Magnitude, Sparse24))  # float weights only
+@each(m for m in VALUES if m not in (Magnitude, Sparse24) and fits(m, RANKER))  # float weights only
 def test_values_change_before_and_after_formats(method, packed, tmp_path):
     made = ran(method, "Ranker")
     first, bench = made.result, made.bench
@@ -265,6 +280,10 @@ def test_values_change_before_and_after_formats(method, packed, tmp_path):
     if method is Channels and "layers" in takes(packed):
         return  # refused, see test_channels.py
     packed_first = ran(packed, "Ranker").result
+    if method in (Equalize, SmoothQuant) and "layers" in takes(packed):
+        with pytest.raises(NothingToCompress, match=f"already {form(packed())}"):
+            run(method(), packed_first, bench, tmp_path / "after")
+        return
     if packed in (Float16, BFloat16Dense) and method is not Channels:
         with pytest.raises(NothingToCompress, match="float16 holds nothing that"):
             run(models.default(method), packed_first, bench, tmp_path / "after")

@@ -1,0 +1,140 @@
+"""What do folding, equalization and low rank change in dense layers, and what are they worth?
+
+On trained click models, nothing trained again: the change of AUC on test rows, mean over seeds with
+its 95 % interval; the bytes of the dense layers and norms against float32; and the operators of the
+graph that ONNX Runtime serves.
+
+    python -m benchmarks.ctr --only frappe --data DATA
+    python -m benchmarks.fold_and_rank --only frappe --data DATA
+"""
+
+import sys
+import tempfile
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import get_args
+
+import torch
+
+from benchmarks.ctr import (
+    DataMissing,
+    Name,
+    arguments,
+    auc,
+    baseline,
+    data_folder,
+    default_cache,
+    interval,
+    prepared,
+)
+from compressors.contracts import Bench, Plan, Split
+from compressors.dense.equalize import Equalize
+from compressors.dense.fold import Fold
+from compressors.dense.low_rank_dense import LowRankDense
+from compressors.dense.smooth_quant import SmoothQuant
+from compressors.dense.static_int8 import StaticInt8
+from compressors.lower.export import lower
+from compressors.lower.served import forms
+from compressors.model import Model
+from compressors.step import ModelStep, run
+from infra.onnxruntime import optimized_graph
+
+INT8 = StaticInt8()
+RECIPES: dict[str, tuple[ModelStep, ...]] = {
+    "`fold`": (Fold(),),
+    "`static_int8`": (INT8,),
+    "`fold`, `static_int8`": (Fold(), INT8),
+    "`fold`, `equalize`, `static_int8`": (Fold(), Equalize(), INT8),
+    "`fold`, `smooth_quant`, `static_int8`": (Fold(), SmoothQuant(), INT8),
+    "`fold`, `smooth_quant` searched, `static_int8`": (Fold(), SmoothQuant(search=True), INT8),
+    **{
+        f"`fold`, `low_rank_dense` {rank:g}{'' if weighted else ', by weights alone'}": (
+            Fold(),
+            LowRankDense(rank=rank, weighted=weighted),
+        )
+        for rank in (0.4, 0.25, 0.1)
+        for weighted in (True, False)
+    },
+    **{
+        f"`fold`, `low_rank_dense` within {most:g}": (Fold(), LowRankDense(most_error=most))
+        for most in (0.01, 0.03)
+    },
+    "`fold`, `low_rank_dense` 0.25, `static_int8`": (Fold(), LowRankDense(rank=0.25), INT8),
+    "`fold`, `low_rank_dense` within 0.01, `static_int8`": (
+        Fold(),
+        LowRankDense(most_error=0.01),
+        INT8,
+    ),
+}
+
+
+def dense_share(model: Model) -> float:
+    """Bytes of dense layers and norms, of those they had."""
+    lines = [line for line in (model.plan or Plan()).lines if line.role != "table"]
+    return sum(line.bytes_after for line in lines) / sum(line.bytes_before for line in lines)
+
+
+def operators(model: Model, bench: Bench, folder: Path) -> str:
+    """The products and norms of the graph as ONNX Runtime optimizes it."""
+    (form,) = forms(bench.signature)
+    path = folder / "model.onnx"
+    lower(model.module, form, "onnxruntime", path)
+    counts = Counter(node.op_type for node in optimized_graph(path).node)
+    shown = ("Gemm", "FusedGemm", "MatMul", "QGemm", "BatchNormalization")
+    return ", ".join(f"{counts[kind]} {kind}" for kind in shown if counts[kind])
+
+
+@dataclass
+class Line:
+    """What one recipe came to, a number a seed."""
+
+    changes: list[float] = field(default_factory=list)
+    shares: list[float] = field(default_factory=list)
+    operators: str = ""
+
+
+def measure(model: Model, bench: Bench, test: Split, lines: dict[str, Line]) -> None:
+    """Carry out every recipe on one network; what two begin with is done once."""
+    before = auc(model.module, test)
+    made: dict[tuple[ModelStep, ...], Model] = {(): model}
+    with tempfile.TemporaryDirectory() as scratch:
+        for words, steps in RECIPES.items():
+            for count in range(1, len(steps) + 1):
+                first, last = steps[: count - 1], steps[count - 1]
+                if steps[:count] not in made:
+                    folder = Path(scratch) / str(len(made))
+                    made[steps[:count]] = run(last, made[first], bench, folder)
+            result, line = made[steps], lines.setdefault(words, Line())
+            line.changes.append(auc(result.module, test) - before)
+            line.shares.append(dense_share(result))
+            line.operators = line.operators or operators(result, bench, Path(scratch))
+
+
+def main() -> None:
+    """Print one line a recipe, as a Markdown table."""
+    asked = arguments(__doc__.splitlines()[0]).parse_args()
+    torch.set_num_threads(asked.threads)
+    cache = asked.cache or default_cache()
+    try:
+        folder = data_folder(asked.data)
+    except DataMissing as fault:
+        sys.exit(str(fault))
+    for name in [asked.only] if asked.only else get_args(Name):
+        splits, _ = prepared(name, folder, cache)
+        lines: dict[str, Line] = {}
+        for seed in range(asked.seeds):
+            model, bench = baseline(name, seed, folder, cache)
+            given = bench.model_copy(update={"calibration": bench.train})
+            measure(model, given, splits["test"], lines)
+        print(f"{name}, {asked.seeds} seeds")
+        print("| steps | change of AUC | bytes of dense layers and norms | operators |")
+        print("|---|---|---|---|")
+        for words, line in lines.items():
+            mean, share = (sum(each) / asked.seeds for each in (line.changes, line.shares))
+            change = f"{mean:+.5f} ± {interval(line.changes):.5f}"
+            print(f"| {words} | {change} | {share:.1%} | {line.operators} |")
+
+
+if __name__ == "__main__":
+    main()

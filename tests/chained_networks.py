@@ -1,0 +1,95 @@
+"""Networks whose layers feed each other: through norms, bends, and what cannot be passed."""
+
+import torch
+from models import ATTENTION, Reference
+from narrow_networks import SCHEMA
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+class NormFirst(nn.Module):
+    """A batch norm before a Linear, one behind a Linear without bias, and one before a sum."""
+
+    def __init__(self, width: int = 16, bias: bool = True) -> None:
+        super().__init__()
+        self.user = nn.Embedding(30, 4)
+        self.first = nn.BatchNorm1d(9)
+        self.hidden = nn.Linear(9, width)
+        self.plain = nn.Linear(width, width, bias=False)
+        self.second = nn.BatchNorm1d(width)
+        self.deep = nn.Linear(width, width, bias=bias)
+        self.third = nn.BatchNorm1d(width)
+        self.out = nn.Linear(width, 1)
+
+    def forward(self, user: Tensor, price: Tensor) -> Tensor:
+        x = self.first(torch.cat([self.user(user), price], dim=1))
+        x = F.relu(self.hidden(x))
+        x = self.deep(self.second(self.plain(x)))
+        score: Tensor = self.out(torch.tanh(self.third(x) + x))
+        return score
+
+
+class Block(nn.Module):
+    """One transformer block over a history, with two loud channels that its norms made."""
+
+    def __init__(self, dim: int = 16, inner: int = 32, loud: float = 1.0) -> None:
+        super().__init__()
+        self.user = nn.Embedding(25, dim)
+        self.item = nn.Embedding(60, dim, padding_idx=0)
+        self.first = nn.LayerNorm(dim)
+        self.query, self.key = nn.Linear(dim, dim), nn.Linear(dim, dim)
+        self.value, self.mix = nn.Linear(dim, dim), nn.Linear(dim, dim)
+        self.second = nn.LayerNorm(dim)
+        self.up, self.down = nn.Linear(dim, inner), nn.Linear(inner, dim)
+        self.last = nn.RMSNorm(dim)
+        self.out = nn.Linear(dim, 1)
+        with torch.no_grad():
+            for norm in (self.first, self.second):
+                norm.bias.normal_(std=0.1)
+                norm.weight[3:5] *= loud
+            self.last.weight.uniform_(0.5, 1.5)
+            self.up.weight[7] *= loud  # loud inside the feed-forward part as well
+            self.down.weight[:, 7] /= loud
+            for layer in (self.query, self.key, self.value, self.up):
+                layer.weight[:, 3:5] /= loud
+
+    def forward(self, user: Tensor, history: Tensor) -> Tensor:
+        x = self.item(history) + self.user(user).unsqueeze(1)  # (rows, length, dim)
+        y = self.first(x)
+        fit = self.query(y) @ self.key(y).transpose(1, 2)  # (rows, length, length)
+        x = x + self.mix((fit / fit.shape[-1]).softmax(dim=2) @ self.value(y))
+        x = x + self.down(F.relu(self.up(self.second(x))))
+        score: Tensor = self.out(self.last(x[:, 0])).squeeze(1)
+        return score
+
+
+class Chain(nn.Module):
+    """Layers joined by every bend that lets positive factors through, and by some that do not."""
+
+    def __init__(self, width: int = 16) -> None:
+        super().__init__()
+        self.user = nn.Embedding(30, 4)
+        self.a = nn.Linear(9, width)
+        self.b = nn.Linear(width, width)
+        self.c, self.d = nn.Linear(width, width), nn.Linear(width, width)
+        self.e = nn.Linear(width, width)
+        self.twice = nn.Linear(width, width)
+        self.looked = nn.Linear(width, width)
+        self.slope = nn.PReLU(width)
+        self.out = nn.Linear(width, 1)
+
+    def forward(self, user: Tensor, price: Tensor) -> Tensor:
+        x = F.leaky_relu(self.a(torch.cat([self.user(user), price], dim=1)))
+        x = self.slope(self.b(x.view(-1, 1, x.shape[-1]).squeeze(1))).clamp(min=0)
+        x = F.gelu(self.c(x)) + torch.tanh(self.d(x))
+        x = F.relu(self.e(x))
+        x = self.twice(F.relu(self.twice(x)))
+        x = self.looked(F.relu(x)) * self.looked.weight.abs().sum()
+        score: Tensor = self.out(F.relu(x))
+        return score
+
+
+NORM_FIRST = Reference(NormFirst, SCHEMA)
+BLOCK = Reference(Block, ATTENTION.schema)
+LOUD = Reference(Block, ATTENTION.schema, {"loud": 40.0})
+CHAIN = Reference(Chain, SCHEMA)
