@@ -207,7 +207,13 @@ def default(method: type[Step]) -> Step:
     """The method with its default settings, but for how it trains."""
     fields: Mapping[str, Any] = method.model_fields  # type: ignore[attr-defined]
     quickly = {"training": QUICKLY, "steps": 20}
-    return method(**{name: value for name, value in quickly.items() if name in fields})
+    return method(
+        **{
+            name: value
+            for name, value in quickly.items()
+            if name in fields and fields[name].get_default(call_default_factory=True) is not None
+        }
+    )
 
 
 @dataclass(frozen=True)

@@ -21,8 +21,8 @@ from compressors.formats import Bag, FoldedNorm, PackedLinear, PackedTable
 from compressors.meta import parameters_on_meta
 from compressors.model import Model
 from compressors.recalibration import attach, recalibration_of
+from compressors.readers import Readers, readers_of, trace
 from compressors.units import own_weight, private_copy, swap, table_rows
-from compressors.widths import Channels as Readers
 from compressors.widths import NotAWidth, Width, with_value
 
 CHECK_ROWS = 128
@@ -36,7 +36,7 @@ channel too many or in another's place moves some score by more."""
 
 @dataclass(frozen=True)
 class Cut:
-    """What one width loses: it keeps ``count`` channels."""
+    """What one width loses: it keeps ``count`` units, channels or groups of them."""
 
     width: Width
     readers: Readers
@@ -77,29 +77,52 @@ def without_channels(
         model: of a private tree; its layers are narrowed in place.
         schema: of its inputs.
         cuts: the widths.
-        kept: by maker, bool ``(channels,)``.
+        kept: by maker, bool ``(units,)``.
 
     Returns:
         The new network over the tensors that are left, and the gap in words, or None.
     """
     inputs: dict[str, Tensor] = {}
+    outputs: dict[str, Tensor] = {}
     architecture = model.network.architecture
     config = architecture.config
     for cut in cuts:
         for (maker, reader), columns in cut.readers.reads.items():
             gone = columns[~kept[maker]].any(dim=0)  # (inputs of the reader,)
             inputs[reader] = inputs.get(reader, torch.ones_like(gone)) & ~gone
+        for maker, units in cut.readers.units.items():
+            outputs[maker] = kept[maker][units]  # (channels,)
         config = with_value(model.architecture, config, cut.width.path, cut.count)
     tables = table_rows(model.module)
-    expected = _scores(_silenced(model.module, inputs), schema, tables)
-    for name in kept.keys() | inputs.keys():
-        _narrow(model.module.get_submodule(name), kept.get(name), inputs.get(name))
+    expected = made_up_scores(_silenced(model.module, inputs), schema, tables)
+    for name in outputs.keys() | inputs.keys():
+        _narrow(model.module.get_submodule(name), outputs.get(name), inputs.get(name))
     network = model.network.model_copy(
         update={"architecture": architecture.model_copy(update={"config": config})}
     )
     module = _built(model, config)
-    gap = _gap(_scores(module, schema, tables), expected, schema)
+    gap = gap_of(made_up_scores(module, schema, tables), expected, schema)
     return replace(model, module=module, network=network), gap
+
+
+def cut_again(model: Model, schema: Schema, cut: Cut, kept: Mapping[str, Tensor]) -> Readers:
+    """Who reads what is left of a width, for the next cut.
+
+    Args:
+        model: the narrower network.
+        schema: of its inputs.
+        cut: what was cut.
+        kept: by maker, bool ``(units,)``.
+
+    Raises:
+        NotAWidth: what is left is read in another way than all of it was.
+    """
+    width = replace(cut.width, value=cut.count)
+    units = {}
+    for maker, before in cut.readers.units.items():
+        place = kept[maker].cumsum(0) - 1  # the new number of each unit that stays
+        units[maker] = place[before[kept[maker][before]]]
+    return readers_of(width, trace(model.module, schema, table_rows(model.module), width), units)
 
 
 def _built(model: Model, config: Mapping[str, Any]) -> nn.Module:
@@ -117,7 +140,7 @@ def _built(model: Model, config: Mapping[str, Any]) -> nn.Module:
 
 
 @torch.no_grad()
-def _scores(module: nn.Module, schema: Schema, tables: dict[str, int]) -> Tensor:
+def made_up_scores(module: nn.Module, schema: Schema, tables: dict[str, int]) -> Tensor:
     """What a network answers to made-up rows, float ``(scales, rows)``."""
     answers = []
     for scale in SCALES:
@@ -129,7 +152,7 @@ def _scores(module: nn.Module, schema: Schema, tables: dict[str, int]) -> Tensor
     return torch.stack(answers)
 
 
-def _gap(found: Tensor, expected: Tensor, schema: Schema) -> str | None:
+def gap_of(found: Tensor, expected: Tensor, schema: Schema) -> str | None:
     """How far scores are apart, in logits where they are probabilities; None if they agree."""
     first, second = found.double(), expected.double()
     if schema.output == "probability":  # a rate of clicks is small, and so would be any gap
