@@ -12,7 +12,9 @@ from compressors.composed import Composition
 from compressors.dense import bfloat16_dense, float16, static_int8
 from compressors.dense.bfloat16_dense import BFloat16Dense
 from compressors.dense.channels import Channels
+from compressors.dense.drop_layers import DropLayers
 from compressors.dense.float16 import Float16
+from compressors.dense.l1_training import L1Training
 from compressors.dense.magnitude import Magnitude
 from compressors.dense.qat import QAT
 from compressors.dense.static_int8 import StaticInt8
@@ -61,7 +63,9 @@ from compressors.tables.tiers import Tiers
 
 AnyStep = Annotated[
     Magnitude
+    | L1Training
     | Channels
+    | DropLayers
     | Distill
     | FineTune
     | DropTables

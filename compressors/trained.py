@@ -1,6 +1,6 @@
 """What the steps that train have in common, ``fine_tune`` and ``distill``: all but their loss."""
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 
 from torch import nn
 
@@ -11,6 +11,9 @@ from compressors.formats import Bag, PackedTable
 from compressors.model import Model
 from compressors.training import Loss, Training, train, trainable
 from compressors.units import Choice, Unit, innermost
+
+PRUNING = ("magnitude", "l1_training")
+"""Steps that set weights to zero on purpose: what trains after them keeps the zeros."""
 
 
 def choose_trained(
@@ -83,7 +86,7 @@ def nothing_to_train(unit: Unit, kind: str) -> str:
 def pruned_layers(model: Model) -> tuple[str, ...]:
     """Layers that an earlier step of the recipe set zeros in."""
     lines = model.plan.lines if model.plan is not None else ()
-    return tuple(line.module for line in lines if "magnitude" in line.steps)
+    return tuple(line.module for line in lines if set(PRUNING) & set(line.steps))
 
 
 def trained_on(
@@ -97,6 +100,8 @@ def trained_on(
     rows: Rows | JoinedRows | None = None,
     whole_lists: bool = False,
     beside: nn.Module | None = None,
+    after_step: Callable[[float], None] | None = None,
+    last: bool = False,
 ) -> Model:
     """The model, trained on the rows of a bench and left as it was in its best epoch.
 
@@ -123,5 +128,7 @@ def trained_on(
         whole_lists=whole_lists,
         beside=beside,
         device=bench.device,
+        after_step=after_step,
+        last=last,
     )
     return model

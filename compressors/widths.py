@@ -71,9 +71,9 @@ def _listed(value: Any) -> Any:
 
 
 def with_value(
-    architecture: type[nn.Module], config: Mapping[str, Any], path: Path, value: int
+    architecture: type[nn.Module], config: Mapping[str, Any], path: Path, value: Any
 ) -> dict[str, Any]:
-    """The configuration with one number replaced; other arguments stay as they are written.
+    """The configuration with one value replaced; other arguments stay as they are written.
 
     A default of the class is written out only where a number of it is replaced.
     """

@@ -33,6 +33,7 @@ from compressors.contracts import (
     TargetKind,
 )
 from compressors.distill.recalibrate import Recalibrate
+from compressors.dense.drop_layers import DropLayers
 from compressors.distill.refit_codes import RefitCodes
 from compressors.lower.bfloat16_products import has_bfloat16_products, write_checkable
 from compressors.lower.export import Lowered, lower
@@ -52,6 +53,9 @@ METHODS: tuple[type[Step], ...] = typing.get_args(typing.get_args(AnyStep)[0])
 # Those that find something to do on a model that no other has compressed, and whose labels say the
 # opposite of what it answers.
 ALONE = tuple(method for method in METHODS if method not in (RefitCodes, Recalibrate))
+# Those that find something to do on a model that no other has compressed; none of the references
+# has layers that a number counts.
+ALONE = tuple(method for method in METHODS if method not in (RefitCodes, DropLayers))
 
 
 # Methods that change what a format holds, that store units in another one, and that make tables

@@ -20,8 +20,8 @@ from compressors.contracts import DenseInput, Schema
 from compressors.formats import Bag, FoldedNorm, PackedLinear, PackedTable
 from compressors.meta import parameters_on_meta
 from compressors.model import Model
-from compressors.recalibration import attach, recalibration_of
 from compressors.readers import Readers, readers_of, trace
+from compressors.recalibration import attach, recalibration_of
 from compressors.units import own_weight, private_copy, swap, table_rows
 from compressors.widths import NotAWidth, Width, with_value
 
