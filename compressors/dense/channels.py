@@ -26,6 +26,7 @@ from compressors.dense import shares
 from compressors.dense.cuttable import Found, cuttable
 from compressors.dense.importance import Importance, kept_units, per_unit, sizes_of
 from compressors.dense.narrowing import Cut, cut_again, without_channels
+from compressors.dense.reconstruct import reconstruct
 from compressors.dense.shares import Counts
 from compressors.distill.soft_labels import mixed_loss
 from compressors.errors import CompressionError, NothingToCompress
@@ -33,7 +34,7 @@ from compressors.model import Model
 from compressors.readers import Readers
 from compressors.trained import choose_trained, pruned_layers, trained_on
 from compressors.training import Training
-from compressors.units import Choice, Unit, choose_dense
+from compressors.units import Choice, Unit, choose_dense, private_copy
 from compressors.widths import Path, Width
 
 _PROVED: WeakKeyDictionary[nn.Module, tuple["Channels", Found]] = WeakKeyDictionary()
@@ -71,6 +72,11 @@ class Channels(Frozen):
         description="In place of keep: share of all dense layers' multiply-adds that stays, at "
         "most, after rounding.",
     )
+    reconstruct: bool = Field(
+        False,
+        description="Solve the layers that read fewer channels anew, so that on calibration rows "
+        "they answer as before.",
+    )
     rounds: int = Field(
         1, ge=1, description="Cut in so many rounds, each judging anew what is left."
     )
@@ -99,7 +105,7 @@ class Channels(Frozen):
         parts: list[Part] = []
         if self.importance == "gradient" or self.training is not None:
             parts.append("train")
-        if self.importance == "activation":
+        if self.importance == "activation" or self.reconstruct:
             parts.append("calibration")
         if self.training is not None:
             parts.append("validation")
@@ -169,14 +175,21 @@ class Channels(Frozen):
             }
             part = number / self.rounds
             counts = self._counts(model, schema, readers, importance, first, whole, part)
-            model, readers = self._cut(model, schema, readers, importance, counts)
+            before = private_copy(model.module).eval()
+            kept = _kept(readers, importance, counts)
+            model, after = self._cut(model, schema, readers, kept, counts)
+            if self.reconstruct:
+                layers = sorted({name for width in found.widths for name in width.readers})
+                left = {m: kept[m][units] for item in readers for m, units in item.units.items()}
+                reconstruct(model.module, before, bench, layers, left, self.rows)
+            readers = after
             if self.training is not None:
                 model = self._trained(model, bench, self.training, number)
         if self.scope == "layer":
             return model
-        left = sum(shares.multiply_adds(model.module, schema).values()) / whole
+        share = sum(shares.multiply_adds(model.module, schema).values()) / whole
         notes = {
-            maker: f"{_spoken(width, maker, width.value, counts[width.path])}, {left:.1%} of all "
+            maker: f"{_spoken(width, maker, width.value, counts[width.path])}, {share:.1%} of all "
             f"dense multiply-adds stay"
             for width in found.widths
             for maker in width.makers
@@ -195,7 +208,8 @@ class Channels(Frozen):
             for item in found.readers
             for maker in item.width.makers
         }
-        return self._cut(model, bench.signature, found.readers, alike, counts)[0]
+        kept = _kept(found.readers, alike, counts)
+        return self._cut(model, bench.signature, found.readers, kept, counts)[0]
 
     def _reason(self, width: Width, maker: str, count: int, left: float) -> str:
         reason = f"channels: {_spoken(width, maker, width.value, count)} by {self.importance}"
@@ -276,13 +290,10 @@ class Channels(Frozen):
         model: Model,
         schema: Schema,
         readers: tuple[Readers, ...],
-        importance: Mapping[str, Tensor],
+        kept: Mapping[str, Tensor],
         counts: Counts,
     ) -> tuple[Model, tuple[Readers, ...]]:
         cuts = [Cut(item.width, item, counts[item.width.path]) for item in readers]
-        kept: dict[str, Tensor] = {}
-        for cut in cuts:
-            kept |= kept_units(cut.readers, importance, cut.count)
         names = ", ".join(sorted(kept))
         try:
             narrow, gap = without_channels(model, schema, cuts, kept)
@@ -317,6 +328,16 @@ class Channels(Frozen):
             place = f"{bench.checkpoints}/round-{number}"
             bench = bench.model_copy(update={"checkpoints": place})
         return trained_on(model, bench, loss, training, pruned_layers(model))
+
+
+def _kept(
+    readers: tuple[Readers, ...], importance: Mapping[str, Tensor], counts: Counts
+) -> dict[str, Tensor]:
+    """By maker, the units that stay."""
+    kept: dict[str, Tensor] = {}
+    for item in readers:
+        kept |= kept_units(item, importance, counts[item.width.path])
+    return kept
 
 
 def _spoken(width: Width, maker: str, before: int, after: int) -> str:
