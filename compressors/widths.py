@@ -162,7 +162,8 @@ def _width(model: Model, before: Shapes, path: Path, value: int) -> Width:
             raise NotAWidth(f"{spoken(path)} is also a size of {owner!r}")
         grown = [new - old for old, new in zip(shape, after[name], strict=True)]
         if isinstance(module, nn.Linear) and leaf == "weight":
-            if grown[0] * value != step * shape[0] * bool(grown[0]) or grown[1] % step:
+            in_step = not grown[0] or grown[0] * value == step * shape[0]
+            if not in_step or grown[0] % step or grown[1] % step:
                 raise _OutOfStep(f"{owner!r} grows by other than {spoken(path)} does")
             if grown[0]:
                 makers[owner] = grown[0] // step

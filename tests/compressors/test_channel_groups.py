@@ -3,7 +3,9 @@
 import pytest
 import torch
 from models import Reference
-from narrow_networks import HISTORY, SCHEMA, Crossed, Split, Transformer
+from narrow_networks import HISTORY, SCHEMA, Crossed, Plain, Split, Transformer
+from torch import Tensor, nn
+from torch.nn import functional as F
 
 from compressors.dense.channels import Channels
 from compressors.dense.shares import multiply_adds
@@ -106,3 +108,20 @@ def test_half_of_a_transformers_multiply_adds_stay(scope, tmp_path):
 def test_a_head_cannot_go_without_its_queries(tmp_path):
     with pytest.raises(NothingToCompress, match=r"shares heads with 'blocks\.0\.q': not"):
         cut(Reference(Transformer, HISTORY), tmp_path, layers=("*.k",))
+
+
+class Halved(Plain):
+    """A second layer of half the width: no whole channel of it follows a channel of the first."""
+
+    def __init__(self, width: int = 16) -> None:
+        super().__init__(width)
+        self.second = nn.Linear(width, width // 2)
+        self.out = nn.Linear(width // 2, 1)
+
+    def between(self, x: Tensor) -> Tensor:
+        return F.relu(self.second(F.relu(x)))
+
+
+def test_half_a_channel_is_no_group(tmp_path):
+    with pytest.raises(NothingToCompress, match="grows by other than width does"):
+        cut(Reference(Halved, SCHEMA), tmp_path)
