@@ -25,7 +25,7 @@ from compressors.contracts import Bench, Change, Frozen, Part, Schema
 from compressors.dense import shares
 from compressors.dense.cuttable import Found, cuttable
 from compressors.dense.importance import Importance, kept_units, per_unit, sizes_of
-from compressors.dense.narrowing import Cut, cut_again, without_channels
+from compressors.dense.narrowing import Cut, left_of, without_channels
 from compressors.dense.reconstruct import reconstruct
 from compressors.dense.shares import Counts
 from compressors.distill.soft_labels import mixed_loss
@@ -35,7 +35,7 @@ from compressors.readers import Readers
 from compressors.trained import choose_trained, pruned_layers, trained_on
 from compressors.training import Training
 from compressors.units import Choice, Unit, choose_dense, private_copy
-from compressors.widths import Path, Width
+from compressors.widths import Width
 
 _PROVED: WeakKeyDictionary[nn.Module, tuple["Channels", Found]] = WeakKeyDictionary()
 """What ``choose`` proved of a network, until ``apply`` cuts it: a proof builds it anew."""
@@ -56,7 +56,9 @@ class Channels(Frozen):
         "gradient times its weights on training rows, what it adds to the layers that read it on "
         "calibration rows, or chance (the honest baseline).",
     )
-    rows: int = Field(8192, ge=1, description="Rows read for 'gradient' and 'activation', at most.")
+    rows: int = Field(
+        8192, ge=1, description="Rows read for gradient, activation and reconstruct, at most."
+    )
     scope: Literal["layer", "global"] = Field(
         "layer",
         description="Every width keeps the same share, or one threshold decides over all widths, "
@@ -177,14 +179,15 @@ class Channels(Frozen):
             counts = self._counts(model, schema, readers, importance, first, whole, part)
             before = private_copy(model.module).eval()
             kept = _kept(readers, importance, counts)
-            model, after = self._cut(model, schema, readers, kept, counts)
+            model = self._cut(model, schema, readers, kept, counts)
             if self.reconstruct:
                 layers = sorted({name for width in found.widths for name in width.readers})
-                left = {m: kept[m][units] for item in readers for m, units in item.units.items()}
-                reconstruct(model.module, before, bench, layers, left, self.rows)
-            readers = after
+                outputs = {m: kept[m][own] for item in readers for m, own in item.units.items()}
+                reconstruct(model.module, before, bench, layers, outputs, self.rows)
             if self.training is not None:
                 model = self._trained(model, bench, self.training, number)
+            if number < self.rounds:
+                readers = tuple(left_of(item, model, schema, kept) for item in readers)
         if self.scope == "layer":
             return model
         share = sum(shares.multiply_adds(model.module, schema).values()) / whole
@@ -209,7 +212,7 @@ class Channels(Frozen):
             for maker in item.width.makers
         }
         kept = _kept(found.readers, alike, counts)
-        return self._cut(model, bench.signature, found.readers, kept, counts)[0]
+        return self._cut(model, bench.signature, found.readers, kept, counts)
 
     def _reason(self, width: Width, maker: str, count: int, left: float) -> str:
         reason = f"channels: {_spoken(width, maker, width.value, count)} by {self.importance}"
@@ -267,23 +270,19 @@ class Channels(Frozen):
         if self.scope == "layer":
             return self._equal(model, work, widths, first, whole, part)
         curves = shares.curves_of(readers, importance)
-        every = sorted({v for curve in curves.values() for v in curve.tolist()}, reverse=True)
-        thresholds = [float("inf"), *every, -1.0]
         floors = {path: value * self.least for path, value in first.items()}
 
-        def channels(counts: Mapping[Path, int]) -> float:
+        def channels(counts: Counts) -> float:
             return sum(counts[w.path] * sum(w.makers.values()) for w in widths)
 
         def left(counts: Counts) -> float:
             return shares.left_of(work, model.module, widths, counts)
 
-        return shares.largest_within(
-            lambda k: shares.above(curves, widths, floors, thresholds[k], self.multiple),
-            len(thresholds),
-            channels if self.flops is None else left,
-            channels(first) * self.keep**part if self.flops is None else whole * self.flops**part,
-            "channels" if self.flops is None else "multiply-adds",
-        )
+        if self.flops is None:
+            cost, limit, what = channels, channels(first) * self.keep**part, "channels"
+        else:
+            cost, limit, what = left, whole * self.flops**part, "multiply-adds"
+        return shares.by_threshold(curves, widths, floors, self.multiple, cost, limit, what)
 
     def _cut(
         self,
@@ -292,12 +291,11 @@ class Channels(Frozen):
         readers: tuple[Readers, ...],
         kept: Mapping[str, Tensor],
         counts: Counts,
-    ) -> tuple[Model, tuple[Readers, ...]]:
+    ) -> Model:
         cuts = [Cut(item.width, item, counts[item.width.path]) for item in readers]
         names = ", ".join(sorted(kept))
         try:
             narrow, gap = without_channels(model, schema, cuts, kept)
-            after = tuple(cut_again(narrow, schema, cut, kept) for cut in cuts)
         except Exception as fault:  # whatever a class raises, these widths are not free
             raise CompressionError(
                 f"With {', '.join(f'{c.width.spoken()} = {c.count}' for c in cuts)} the network "
@@ -309,7 +307,7 @@ class Channels(Frozen):
                 f"({gap}): some code of it reads the channels of {names} past its layers. Leave "
                 f"them out of 'layers'."
             )
-        return narrow, after
+        return narrow
 
     def _found(self, model: Model, schema: Schema) -> Found:
         choices = choose_dense(Unit.of(model.module), self.layers, self.kind)

@@ -105,23 +105,24 @@ def without_channels(
     return replace(model, module=module, network=network), gap
 
 
-def cut_again(model: Model, schema: Schema, cut: Cut, kept: Mapping[str, Tensor]) -> Readers:
+def left_of(readers: Readers, model: Model, schema: Schema, kept: Mapping[str, Tensor]) -> Readers:
     """Who reads what is left of a width, for the next cut.
 
     Args:
+        readers: before the cut.
         model: the narrower network.
         schema: of its inputs.
-        cut: what was cut.
         kept: by maker, bool ``(units,)``.
 
     Raises:
         NotAWidth: what is left is read in another way than all of it was.
     """
-    width = replace(cut.width, value=cut.count)
-    units = {}
-    for maker, before in cut.readers.units.items():
-        place = kept[maker].cumsum(0) - 1  # the new number of each unit that stays
-        units[maker] = place[before[kept[maker][before]]]
+    units, count = {}, 0
+    for maker, before in readers.units.items():
+        mask = kept[maker]
+        place, count = mask.cumsum(0) - 1, int(mask.sum())  # the new number of what stays
+        units[maker] = place[before[mask[before]]]
+    width = replace(readers.width, value=count)
     return readers_of(width, trace(model.module, schema, table_rows(model.module), width), units)
 
 

@@ -11,7 +11,7 @@ how many numbers it sums than of what it is worth; and no width falls below a fl
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from math import ceil, gcd
+from math import ceil, gcd, inf
 
 import torch
 from torch import Tensor, nn
@@ -162,6 +162,30 @@ def curves_of(readers: Sequence[Readers], importance: Mapping[str, Tensor]) -> d
             ranked.append(even.sort(descending=True).values)
         curves[item.width.path] = torch.stack(ranked).mean(dim=0)  # (units,)
     return curves
+
+
+def by_threshold(
+    curves: Mapping[Path, Tensor],
+    widths: Sequence[Width],
+    floors: Mapping[Path, float],
+    multiple: int,
+    cost: Callable[[Counts], float],
+    limit: float,
+    what: str,
+) -> Counts:
+    """What the lowest threshold leaves whose cost, in ``what``, is within a limit.
+
+    The others are those of ``above`` and ``largest_within``.
+    """
+    every = sorted({value for curve in curves.values() for value in curve.tolist()}, reverse=True)
+    thresholds = [inf, *every, -1.0]
+    return largest_within(
+        lambda k: above(curves, widths, floors, thresholds[k], multiple),
+        len(thresholds),
+        cost,
+        limit,
+        what,
+    )
 
 
 def largest_within(

@@ -15,8 +15,16 @@ from compressors.batches import batches
 from compressors.dense import cuttable
 from compressors.dense.channels import Channels
 from compressors.dense.importance import sizes_of
-from compressors.dense.shares import above, equal_shares, largest_within, left_of, multiply_adds
+from compressors.dense.shares import (
+    above,
+    curves_of,
+    equal_shares,
+    largest_within,
+    left_of,
+    multiply_adds,
+)
 from compressors.errors import CompressionError
+from compressors.readers import layouts, readers_of, trace
 from compressors.step import run
 from compressors.widths import Width, find_widths
 
@@ -70,6 +78,21 @@ def test_under_one_threshold_the_layer_with_idle_channels_loses_most(tmp_path):
     assert f"64 -> 8 outputs (deep), {work_of(result.module) / work_of(source.module):.1%}" in (
         result.plan.of("deep").reason
     )
+
+
+def test_curves_of_widths_are_in_the_same_unit():
+    """A layer of many large weights would keep everything if its sums were compared as they are."""
+    source = WIDE.model()
+    width = find_widths(source)[0]["left"]
+    traces = trace(source.module, SCHEMA, {"user": 30}, width)
+    readers = readers_of(width, traces, next(layouts(width)))
+    drawn = torch.rand(32, generator=torch.Generator().manual_seed(0))
+    importance = {"left": drawn, "again": drawn.flip(0)}
+    curve = curves_of([readers], importance)[width.path]
+    assert float(curve.mean()) == pytest.approx(1.0)
+    assert bool((curve.diff() <= 0).all())
+    larger = {name: 100 * value for name, value in importance.items()}
+    torch.testing.assert_close(curves_of([readers], larger)[width.path], curve)
 
 
 def test_comparable_importance_does_not_depend_on_a_layers_scale(tmp_path):
