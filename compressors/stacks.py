@@ -17,13 +17,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from compressors.composed import ComposedTable
 from compressors.contracts import Schema
-from compressors.dense.narrowing import gap_of, made_up_scores
-from compressors.formats import Bag, FoldedNorm, PackedLinear, PackedTable
+from compressors.dense.narrowing import gap_of, made_up_scores, rebuilt
 from compressors.meta import parameters_on_meta
 from compressors.model import Model
-from compressors.units import private_copy, swap, table_rows
+from compressors.units import private_copy, table_rows
 from compressors.widths import Path, defaults_of, numbers, spoken, with_value
 
 
@@ -144,24 +142,13 @@ def without_member(model: Model, schema: Schema, stack: Stack, gone: int) -> tup
     """
     config = _config(model, stack, gone)
     try:
-        built = _built(model, config)
-        for name, part in model.module.named_modules():
-            after = stack.moved(name, gone)
-            packed = ComposedTable | PackedTable | PackedLinear | FoldedNorm | Bag
-            if isinstance(part, packed) and after is not None:
-                swap(built, after, part)
-        tensors = {
-            after: tensor
-            for name, tensor in model.module.state_dict(keep_vars=True).items()
-            if (after := stack.moved(name, gone)) is not None
-        }
-        built.load_state_dict(tensors, assign=True)
+        built = rebuilt(model, config, lambda name: stack.moved(name, gone))
     except Exception as fault:  # whatever a class raises, it says that this member has to stay
         first = str(fault).strip().splitlines()[-1].strip()
         raise NotAMember(f"what is left does not fit without layer {gone}: {first}") from fault
     architecture = model.network.architecture.model_copy(update={"config": config})
     network = model.network.model_copy(update={"architecture": architecture})
-    shorter = replace(model, module=built.eval(), network=network)
+    shorter = replace(model, module=built, network=network)
     _need_skipped(model, shorter, schema, stack, gone)
     return shorter, replace(stack, members=stack.members - 1)
 

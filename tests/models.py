@@ -32,8 +32,8 @@ from compressors.contracts import (
     Split,
     TargetKind,
 )
-from compressors.distill.recalibrate import Recalibrate
 from compressors.dense.drop_layers import DropLayers
+from compressors.distill.recalibrate import Recalibrate
 from compressors.distill.refit_codes import RefitCodes
 from compressors.lower.bfloat16_products import has_bfloat16_products, write_checkable
 from compressors.lower.export import Lowered, lower
@@ -50,12 +50,10 @@ torch.set_num_threads(1)
 
 Step = TableStep | ModelStep
 METHODS: tuple[type[Step], ...] = typing.get_args(typing.get_args(AnyStep)[0])
-# Those that find something to do on a model that no other has compressed, and whose labels say the
-# opposite of what it answers.
-ALONE = tuple(method for method in METHODS if method not in (RefitCodes, Recalibrate))
-# Those that find something to do on a model that no other has compressed; none of the references
-# has layers that a number counts.
-ALONE = tuple(method for method in METHODS if method not in (RefitCodes, DropLayers))
+# Those that find something to do on a model that no other has compressed, whose labels say the
+# opposite of what it answers, and that has no layers which a number counts.
+NOT_ALONE = (RefitCodes, Recalibrate, DropLayers)
+ALONE = tuple(method for method in METHODS if method not in NOT_ALONE)
 
 
 # Methods that change what a format holds, that store units in another one, and that make tables

@@ -7,7 +7,7 @@ zero.
 """
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -100,7 +100,7 @@ def without_channels(
     network = model.network.model_copy(
         update={"architecture": architecture.model_copy(update={"config": config})}
     )
-    module = _built(model, config)
+    module = rebuilt(model, config)
     gap = gap_of(made_up_scores(module, schema, tables), expected, schema)
     return replace(model, module=module, network=network), gap
 
@@ -126,17 +126,33 @@ def left_of(readers: Readers, model: Model, schema: Schema, kept: Mapping[str, T
     return readers_of(width, trace(model.module, schema, table_rows(model.module), width), units)
 
 
-def _built(model: Model, config: Mapping[str, Any]) -> nn.Module:
-    """The network of a configuration over the tensors of a narrowed one."""
+def rebuilt(
+    model: Model,
+    config: Mapping[str, Any],
+    moved: Callable[[str], str | None] = lambda name: name,
+) -> nn.Module:
+    """The network of a configuration over the tensors and packed modules of another.
+
+    Args:
+        model: the other network; narrowed, or with names that stand elsewhere now.
+        config: the new configuration.
+        moved: the new name of a module or tensor; None if it is gone.
+
+    Raises:
+        Exception: whatever the class raises, or torch where tensors do not fit.
+    """
     with parameters_on_meta():
         built = model.architecture(**copy.deepcopy(dict(config)))
     for name, part in model.module.named_modules():
         if isinstance(part, ComposedTable | PackedTable | PackedLinear | FoldedNorm | Bag):
-            swap(built, name, part)
+            new = moved(name)
+            if new is not None:
+                swap(built, new, part)
     recalibration = recalibration_of(model.module)
     if recalibration is not None:
         attach(built, recalibration)
-    built.load_state_dict(model.module.state_dict(keep_vars=True), assign=True)
+    tensors = {moved(k): tensor for k, tensor in model.module.state_dict(keep_vars=True).items()}
+    built.load_state_dict({k: t for k, t in tensors.items() if k is not None}, assign=True)
     return built.eval()
 
 
