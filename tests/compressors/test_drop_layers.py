@@ -17,7 +17,7 @@ from compressors.errors import NothingToCompress
 from compressors.model import Model
 from compressors.outline import outline
 from compressors.scoring import quality
-from compressors.stacks import find_stacks
+from compressors.stacks import NotAMember, find_stacks, without_member
 from compressors.state import mapped
 from compressors.step import run
 from compressors.units import stored_bytes
@@ -101,6 +101,20 @@ def test_only_hidden_layers_that_leave_a_network_that_fits_go(tmp_path):
     for place in range(6, 12):
         skipped.deep[place] = nn.Identity()
     torch.testing.assert_close(answers(result.module, DEEP), answers(skipped, DEEP))
+
+
+def test_whole_members_move_up():
+    """A hidden layer is three modules: each takes the place of its like."""
+    source = DEEP.model()
+    (stack,) = (item for item in find_stacks(source) if item.spoken() == "hidden")
+    shorter, left = without_member(source.private(), SCHEMA, stack, 2)
+    assert left.members == 3
+    before, after = source.module.deep, shorter.module.deep
+    assert torch.equal(after[6].weight, before[9].weight)
+    assert torch.equal(after[7].running_mean, before[10].running_mean)
+    assert torch.equal(after[3].weight, before[3].weight)
+    with pytest.raises(NotAMember, match="does not fit without layer 1"):
+        without_member(source.private(), SCHEMA, stack, 1)
 
 
 def test_the_plans_bytes_are_those_of_the_stored_tensors(tmp_path):
