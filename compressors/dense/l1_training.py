@@ -8,7 +8,8 @@ Sources: Parikh and Boyd 2014, sec. 6.5 (soft and block soft thresholding); Yuan
 group lasso); Liu et al. 2017, https://arxiv.org/abs/1708.06519 (the scales of batch norms, so that
 channels go).
 Differs: behind Adam the pull is in proportion to the learning rate alone, decoupled from the
-gradient's scale as AdamW's decay is; and a group is all that makes one channel: its weights, its
+gradient's scale as AdamW's decay is, so that one strength means the same in every network: a weight
+stays at zero while the running mean of its gradients is a smaller part of their size; and a group is all that makes one channel: its weights, its
 bias, and the scale and shift of the norm behind it, of all layers whose channels meet.
 
 Zeros are stored like any other weight, so this alone lowers neither bytes nor multiply-adds nor
@@ -86,11 +87,12 @@ class L1Training(Frozen):
         ("*",), description="Dense layers to penalize: module names, with * for any characters."
     )
     penalty_strength: float = Field(
-        0.01,
+        0.3,
         gt=0,
         le=1,
-        description="How far each step pulls a weight to zero, in parts of its learning rate; "
-        "Adam moves it by about one such part.",
+        description="How far each step pulls a weight to zero, in parts of its learning rate. Adam "
+        "moves a weight by up to 1 where every batch asks for the same, by about 0.2 where chance "
+        "does; below that hardly a weight stays at zero.",
     )
     penalty: Literal["l1", "group"] = Field(
         "l1",
