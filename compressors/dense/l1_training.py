@@ -9,8 +9,9 @@ group lasso); Liu et al. 2017, https://arxiv.org/abs/1708.06519 (the scales of b
 channels go).
 Differs: behind Adam the pull is in proportion to the learning rate alone, decoupled from the
 gradient's scale as AdamW's decay is, so that one strength means the same in every network: a weight
-stays at zero while the running mean of its gradients is a smaller part of their size; and a group is all that makes one channel: its weights, its
-bias, and the scale and shift of the norm behind it, of all layers whose channels meet.
+stays at zero while the running mean of its gradients is a smaller part of their size. And a group
+is all that makes one channel: its weights, its bias, and the scale and shift of the norm behind it,
+of all layers whose channels meet.
 
 Zeros are stored like any other weight, so this alone lowers neither bytes nor multiply-adds nor
 latency on any target. ``fine_tune`` and ``distill`` keep them; channels that became zero can be
