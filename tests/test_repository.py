@@ -35,7 +35,13 @@ BROUGHT_ALONG = {
     "pydantic_core": "pydantic requires exactly one version of it",
     "scipy": "scikit-learn requires it; a reference in tests only",
 }
-OPTIONAL = {"tensorrt", "tensorrt_rtx", "tensorrt_rtx_bindings", "tensorrt_bindings"}
+OPTIONAL = {
+    "tensorrt",
+    "tensorrt_rtx",
+    "tensorrt_rtx_bindings",
+    "tensorrt_bindings",
+    "torch_pruning",
+}
 
 
 def project() -> dict:
