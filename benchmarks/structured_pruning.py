@@ -175,11 +175,41 @@ def trained(model: Model, bench: Bench, how: Training, soft_share: float) -> Mod
     return trained_on(replace(model, module=_copied(model)), bench, loss, how, ())
 
 
+def choose(
+    model: Model, bench: Bench, how: Training, kept: dict[str, tuple[Model, Model]]
+) -> dict[str, Candidate]:
+    """The best of either side on validation rows; what was made of each goes into ``kept``."""
+    assert bench.validation is not None
+    whole = work(model.module, bench)
+    best: dict[str, Candidate] = {}
+    print("| first seed, validation AUC | cut | trained | multiply-adds | hidden |")
+    print("|---|---|---|---|---|", flush=True)
+    for whose, candidates in {"ours": OURS, "theirs": THEIRS}.items():
+        found = {}
+        for candidate in candidates:
+            cut = candidate.cut(model, bench)
+            done = trained(cut, bench, how, candidate.soft_share)
+            kept[candidate.name] = cut, done
+            found[candidate.name] = auc(done.module, bench.validation)
+            print(
+                f"| {candidate.name} | {auc(cut.module, bench.validation):.5f} | "
+                f"{found[candidate.name]:.5f} | {work(cut.module, bench) / whole:.3f} | "
+                f"{cut.network.architecture.config['hidden']} |",
+                flush=True,
+            )
+        best[whose] = max(candidates, key=lambda item: found[item.name])
+    return best
+
+
 def main() -> None:
     """Print the choice on the first seed, then one line a method."""
     parser = arguments(__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("--epochs", type=int, default=2)
     parser.add_argument("--rate", type=float, default=1e-3)
+    parser.add_argument(
+        "--ours", help="what an earlier run chose, with --theirs: nothing is chosen"
+    )
+    parser.add_argument("--theirs")
     asked = parser.parse_args()
     torch.set_num_threads(asked.threads)
     logging.getLogger("compressors.training").setLevel(logging.WARNING)
@@ -195,28 +225,14 @@ def main() -> None:
         schedule="cosine",
         patience=asked.epochs,
     )
-    chosen = {"ours": OURS, "theirs": THEIRS}
-    best: dict[str, Candidate] = {}
-    kept: dict[str, tuple[Model, Model]] = {}  # of the first seed: cut, and trained
     model, bench = _baseline(0, folder, cache)
     whole = work(model.module, bench)
-    assert bench.validation is not None
-    print("| seed 0, validation AUC | cut | trained | multiply-adds | hidden |")
-    print("|---|---|---|---|---|", flush=True)
-    for whose, candidates in chosen.items():
-        found = {}
-        for candidate in candidates:
-            cut = candidate.cut(model, bench)
-            done = trained(cut, bench, how, candidate.soft_share)
-            kept[candidate.name] = cut, done
-            found[candidate.name] = auc(done.module, bench.validation)
-            print(
-                f"| {candidate.name} | {auc(cut.module, bench.validation):.5f} | "
-                f"{found[candidate.name]:.5f} | {work(cut.module, bench) / whole:.3f} | "
-                f"{cut.network.architecture.config['hidden']} |",
-                flush=True,
-            )
-        best[whose] = max(candidates, key=lambda item: found[item.name])
+    kept: dict[str, tuple[Model, Model]] = {}  # of the first seed: cut, and trained
+    if asked.ours and asked.theirs:
+        named = {candidate.name: candidate for candidate in (*OURS, *THEIRS)}
+        best = {"ours": named[asked.ours], "theirs": named[asked.theirs]}
+    else:
+        best = choose(model, bench, how, kept)
     lines = {
         "Torch-Pruning": best["theirs"],
         "random channels": CHANCE,
