@@ -185,7 +185,10 @@ def _pull(
     def grouped(rate: float) -> None:
         for group in groups:
             held = {name: module.get_parameter(name) for name in group.parts}
-            parts = [(held[name][places], own) for name, (places, own) in group.parts.items()]
+            parts = [
+                (weight[group.parts[name][0]], group.parts[name][1].to(weight.device))
+                for name, weight in held.items()
+            ]
             pulled = group_threshold(parts, group.count, rate * strength)
             for (name, (places, _)), new in zip(group.parts.items(), pulled, strict=True):
                 held[name][places] = new
