@@ -19,10 +19,12 @@ from compressors.dense import (
 )
 from compressors.dense.bfloat16_dense import BFloat16Dense
 from compressors.dense.channels import Channels
+from compressors.dense.drop_layers import DropLayers
 from compressors.dense.equalize import Equalize
 from compressors.dense.float8_dense import Float8Dense
 from compressors.dense.float16 import Float16
 from compressors.dense.fold import Fold
+from compressors.dense.l1_training import L1Training
 from compressors.dense.low_rank_dense import LowRankDense
 from compressors.dense.magnitude import Magnitude
 from compressors.dense.qat import QAT
@@ -80,7 +82,9 @@ AnyStep = Annotated[
     | SmoothQuant
     | Magnitude
     | Sparse24
+    | L1Training
     | Channels
+    | DropLayers
     | Distill
     | FineTune
     | DropTables

@@ -1,6 +1,6 @@
 """What the steps that train have in common, ``fine_tune`` and ``distill``: all but their loss."""
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 
 from torch import nn
 
@@ -12,7 +12,7 @@ from compressors.model import Model
 from compressors.training import Loss, Training, train, trainable
 from compressors.units import Choice, Unit, innermost
 
-PRUNING = frozenset({"magnitude", "sparse_2_4"})
+PRUNING = frozenset({"magnitude", "sparse_2_4", "l1_training"})
 """The steps whose zeros stay zero in every training behind them."""
 
 
@@ -100,6 +100,8 @@ def trained_on(
     rows: Rows | JoinedRows | None = None,
     whole_lists: bool = False,
     beside: nn.Module | None = None,
+    after_step: Callable[[float], None] | None = None,
+    last: bool = False,
 ) -> Model:
     """The model, trained on the rows of a bench and left as it was in its best epoch.
 
@@ -126,5 +128,7 @@ def trained_on(
         whole_lists=whole_lists,
         beside=beside,
         device=bench.device,
+        after_step=after_step,
+        last=last,
     )
     return model

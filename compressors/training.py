@@ -158,6 +158,8 @@ def train(
     whole_lists: bool = False,
     beside: nn.Module | None = None,
     device: str = "cpu",
+    after_step: Callable[[float], None] | None = None,
+    last: bool = False,
 ) -> tuple[Epoch, ...]:
     """Train a module of a private tree in place; it ends as it was in its best epoch.
 
@@ -176,6 +178,10 @@ def train(
         whole_lists: a batch holds whole groups, whatever the task.
         beside: a module of the loss's own, trained along and not part of the result.
         device: where it is trained; the module ends where it was.
+        after_step: called without gradients after every step with its learning rate; it may write
+            into the module's parameters.
+        last: end with the last epoch whatever it is worth: what ``after_step`` works towards costs
+            quality, and the state before training would win.
 
     Raises:
         CompressionError: the loss is no longer a finite number, there is nothing to train, or the
@@ -184,7 +190,7 @@ def train(
     with placed(module, device), placed(beside or nn.Identity(), device):
         held = Rows(rows, schema) if isinstance(rows, Split) else rows
         run = _Run(module, schema, held, validation, loss, settings, seed, pruned, only)
-        run.whole_lists = whole_lists
+        run.whole_lists, run.after_step, run.last = whole_lists, after_step, last
         if beside is not None:
             run.take_along(beside)
         return _trained(run, checkpoints)
@@ -259,6 +265,8 @@ class _Run:
         self.epochs: list[Epoch] = []
         self.best: dict[str, Tensor] = {}
         self.factor, self.stale, self.steps = 1.0, 0, 0
+        self.after_step: Callable[[float], None] | None = None
+        self.last = False
 
     def take_along(self, beside: nn.Module) -> None:
         """Train the parameters of another module as well."""
@@ -278,7 +286,7 @@ class _Run:
     def over(self) -> bool:
         """Whether the epochs or the patience are used up."""
         done = len(self.epochs) > self.settings.epochs
-        return done or self.stale >= self.settings.patience
+        return done or (self.stale >= self.settings.patience and not self.last)
 
     def epoch(self) -> None:
         """One pass over the training rows, judged on the validation rows."""
@@ -305,7 +313,7 @@ class _Run:
     def finish(self) -> None:
         """Leave the module as it was in its best epoch, with nothing that trains."""
         with torch.no_grad():
-            for name, tensor in self.held().items():
+            for name, tensor in self.held().items() if not self.last else ():
                 tensor.copy_(self.best[name])
         for leaf in self.leaves.values():
             leaf.grad = None
@@ -365,13 +373,16 @@ class _Run:
         total = loss
         for table in self._penalized():
             total = total + self.settings.table_l2 / 2 * table.square().sum()
+        rate = self._rate()
         for group in self.optimizer.param_groups:
-            group["lr"] = self._rate()
+            group["lr"] = rate
         self.optimizer.zero_grad(set_to_none=True)
         torch.autograd.backward(total)
         self.optimizer.step()
         self.steps += 1
         with torch.no_grad():
+            if self.after_step is not None:
+                self.after_step(rate)
             for name, mask in self.zeros.items():  # what was pruned stays pruned
                 self.leaves[name].mul_(mask)
             for name, first in self.scales.items():

@@ -32,6 +32,7 @@ from compressors.contracts import (
     Split,
     TargetKind,
 )
+from compressors.dense.drop_layers import DropLayers
 from compressors.dense.fold import Fold
 from compressors.dense.low_rank_dense import LowRankDense
 from compressors.distill.recalibrate import Recalibrate
@@ -51,9 +52,10 @@ torch.set_num_threads(1)
 
 Step = TableStep | ModelStep
 METHODS: tuple[type[Step], ...] = typing.get_args(typing.get_args(AnyStep)[0])
-# Those that find something to do on a model that no other has compressed, and whose labels say the
-# opposite of what it answers.
-ALONE = tuple(method for method in METHODS if method not in (RefitCodes, Recalibrate))
+# Those that find something to do on a model that no other has compressed, whose labels say the
+# opposite of what it answers, and that has no layers which a number counts.
+NOT_ALONE = (RefitCodes, Recalibrate, DropLayers)
+ALONE = tuple(method for method in METHODS if method not in NOT_ALONE)
 
 
 # Methods that change what a format holds, that store units in another one, and that make tables
@@ -211,7 +213,13 @@ def default(method: type[Step]) -> Step:
     """The method with its default settings, but for how it trains."""
     fields: Mapping[str, Any] = method.model_fields  # type: ignore[attr-defined]
     quickly = {"training": QUICKLY, "steps": 20}
-    return method(**{name: value for name, value in quickly.items() if name in fields})
+    return method(
+        **{
+            name: value
+            for name, value in quickly.items()
+            if name in fields and fields[name].get_default(call_default_factory=True) is not None
+        }
+    )
 
 
 @dataclass(frozen=True)

@@ -1,10 +1,12 @@
 """Networks whose layers can be narrower, and networks whose layers only seem to be."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from compressors.contracts import DenseInput, IdInput, Schema
+from compressors.contracts import DenseInput, IdInput, PaddedBag, Schema
 
 SCHEMA = Schema(
     task="ctr",
@@ -12,6 +14,16 @@ SCHEMA = Schema(
     metric="auc",
     output="logit",
     inputs=(IdInput(name="user", table="user"), DenseInput(name="price", shape=(5,))),
+)
+
+
+HISTORY = SCHEMA.model_copy(
+    update={
+        "inputs": (
+            PaddedBag(name="history", table="item", shape=(6,)),
+            DenseInput(name="price", shape=(5,)),
+        )
+    }
 )
 
 
@@ -223,4 +235,96 @@ class Towers(nn.Module):
 
     def forward(self, user: Tensor, item: Tensor) -> Tensor:
         score: Tensor = (self.query(user) * self.item(item)).sum(dim=1)
+        return score
+
+
+class Block(nn.Module):
+    """Attention over a history and a feed-forward part, each a residual behind a layer norm.
+
+    ``fused`` makes queries, keys and values in one layer.
+    """
+
+    def __init__(self, dim: int, heads: int, head_dim: int, ffn: int, fused: bool) -> None:
+        super().__init__()
+        self.heads, self.fused = heads, fused
+        inner = heads * head_dim
+        self.norm = nn.LayerNorm(dim)
+        if fused:
+            self.qkv = nn.Linear(dim, 3 * inner)
+        else:
+            self.q, self.k = nn.Linear(dim, inner), nn.Linear(dim, inner)
+            self.v = nn.Linear(dim, inner)
+        self.mix = nn.Linear(inner, dim)
+        self.norm_ffn = nn.LayerNorm(dim)
+        self.up, self.down = nn.Linear(dim, ffn), nn.Linear(ffn, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.norm(x)
+        three = self.qkv(y).chunk(3, dim=-1) if self.fused else (self.q(y), self.k(y), self.v(y))
+        q, k, v = (part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in three)
+        fit = (q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5).softmax(dim=-1)
+        x = x + self.mix((fit @ v).transpose(1, 2).flatten(2))
+        out: Tensor = x + self.down(F.gelu(self.up(self.norm_ffn(x))))
+        return out
+
+
+class Transformer(nn.Module):
+    """Blocks over a padded history, whose mean is scored with the price."""
+
+    def __init__(
+        self,
+        dim: int = 12,
+        heads: int = 4,
+        head_dim: int = 4,
+        ffn: int = 32,
+        layers: int = 2,
+        fused: bool = False,
+    ) -> None:
+        super().__init__()
+        self.item = nn.Embedding(30, dim)
+        self.blocks = nn.ModuleList(Block(dim, heads, head_dim, ffn, fused) for _ in range(layers))
+        self.out = nn.Linear(dim + 5, 1)
+
+    def forward(self, history: Tensor, price: Tensor) -> Tensor:
+        x = self.item(history)
+        for block in self.blocks:
+            x = block(x)
+        score: Tensor = self.out(torch.cat([x.mean(dim=1), price], dim=1))
+        return score
+
+
+class Split(Transformer):
+    """Heads share out the width of the table: no number of channels follows them."""
+
+    def __init__(self, dim: int = 16, heads: int = 4, ffn: int = 32, layers: int = 1) -> None:
+        super().__init__(dim, heads, dim // heads, ffn, layers)
+
+
+class Crossed(nn.Module):
+    """Cross layers of low rank (DCN-v2, eq. 2), a perceptron below another number each."""
+
+    def __init__(
+        self, dim: int = 11, cross_layers: int = 3, cross_rank: int = 16, hidden: Sequence[int] = ()
+    ) -> None:
+        super().__init__()
+        self.user = nn.Embedding(30, dim)
+        width = dim + 5
+        self.down = nn.ModuleList(
+            nn.Linear(width, cross_rank, bias=False) for _ in range(cross_layers)
+        )
+        self.up = nn.ModuleList(nn.Linear(cross_rank, width) for _ in range(cross_layers))
+        layers: list[nn.Module] = []
+        last = width
+        for units in hidden:
+            layers += [nn.Linear(last, units), nn.BatchNorm1d(units), nn.ReLU()]
+            last = units
+        self.deep = nn.Sequential(*layers)
+        self.out = nn.Linear(last, 1)
+
+    def forward(self, user: Tensor, price: Tensor) -> Tensor:
+        first = torch.cat([self.user(user), price], dim=1)
+        x = first
+        for down, up in zip(self.down, self.up, strict=True):
+            x = first * up(down(x)) + x
+        score: Tensor = self.out(self.deep(x))
         return score

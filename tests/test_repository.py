@@ -33,9 +33,15 @@ BROUGHT_ALONG = {
     "llvmlite": "numba requires exactly one version of it",
     "packaging": "pytest requires it; used in tests only",
     "pydantic_core": "pydantic requires exactly one version of it",
-    "scipy": "scikit-learn requires it; a reference in tests only",
 }
-OPTIONAL = {"tensorrt", "tensorrt_rtx", "tensorrt_rtx_bindings", "tensorrt_bindings"}
+OPTIONAL = {
+    "tensorrt",
+    "tensorrt_rtx",
+    "tensorrt_rtx_bindings",
+    "tensorrt_bindings",
+    "torch_pruning",
+    "modelopt",
+}
 
 
 def project() -> dict:

@@ -1,82 +1,44 @@
 """Dense layers with whole output channels removed: smaller matrices, faster on every target.
 
-Removing an output of one layer removes the inputs of all that read it (``compressors.widths``),
+Removing an output of one layer removes the inputs of all that read it (``compressors.readers``),
 and the number of the architecture's configuration that says how wide the layer is becomes
-smaller, so the result is stored and built like any other network.
+smaller, so the result is stored and built like any other network. A number may count groups of
+channels, such as attention heads: then whole groups go.
 
-Source: Li et al. 2017, https://arxiv.org/abs/1608.08710 (L1 norm of a filter); Molchanov et al.
-2019, https://arxiv.org/abs/1906.10771, eq. 8 (first-order Taylor importance).
-Differs: a channel is judged by its own weights and by the weights that read it together, as
-dependency groups are (Fang et al. 2023, https://arxiv.org/abs/2301.12900); and layers that share
-one number of the configuration lose the same share.
+Sources: those of ``compressors.dense.importance``, and Frankle and Carbin 2019,
+https://arxiv.org/abs/1803.03635, sec. 2 (cutting and training in turn, the same share of what is
+left each time).
+Differs: layers that share one number of the configuration lose the same number of channels, and a
+target may be given in multiply-adds.
 """
 
 from collections.abc import Mapping
-from typing import Literal
+from dataclasses import replace
+from typing import Literal, Self
+from weakref import WeakKeyDictionary
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from compressors.contracts import Bench, Change, Frozen, Part, Schema
-from compressors.dense.narrowing import Cut, prove, without_channels
+from compressors.dense import shares
+from compressors.dense.cuttable import Found, cuttable
+from compressors.dense.importance import Importance, kept_units, per_unit, sizes_of
+from compressors.dense.narrowing import Cut, left_of, without_channels
+from compressors.dense.reconstruct import reconstruct
+from compressors.dense.shares import Counts
+from compressors.distill.soft_labels import mixed_loss
 from compressors.errors import CompressionError, NothingToCompress
-from compressors.loss import hard_loss, shuffled
 from compressors.model import Model
-from compressors.units import Choice, Unit, choose_dense, own_weight, private_copy, table_rows
-from compressors.widths import Channels as Readers
-from compressors.widths import NotAWidth, Width, find_widths, trace
+from compressors.readers import Readers
+from compressors.trained import choose_trained, pruned_layers, trained_on
+from compressors.training import Training
+from compressors.units import Choice, Unit, choose_dense, private_copy
+from compressors.widths import Width
 
-Importance = Literal["l1", "l2", "gradient", "random"]
-
-
-def narrower(value: int, keep: float, multiple: int) -> int:
-    """The new width: ``keep`` of the old one to the nearest multiple, at least one of them."""
-    return max(multiple, round(value * keep / multiple) * multiple)
-
-
-def per_channel(readers: Readers, sizes: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """What the weights of each channel come to: its own and those that read it.
-
-    Args:
-        readers: who reads what.
-        sizes: by parameter name, a number for every weight, in the parameter's shape.
-
-    Returns:
-        By maker, float ``(channels,)``.
-    """
-    totals = {}
-    for maker in readers.width.makers:
-        total = sizes[f"{maker}.weight"].sum(dim=1)  # (channels,)
-        if f"{maker}.bias" in sizes:
-            total = total + sizes[f"{maker}.bias"]
-        for (name, reader), columns in readers.reads.items():
-            if name == maker:
-                read = sizes.get(f"{reader}.weight")  # (out, in), or (in,) of a norm
-                if read is None:  # a norm without weights
-                    continue
-                read = read.sum(dim=0) if read.dim() == 2 else read  # (in,)
-                total = total + columns.to(read.dtype) @ read
-        totals[maker] = total
-    return totals
-
-
-def kept_channels(
-    readers: Readers, importance: Mapping[str, Tensor], count: int
-) -> dict[str, Tensor]:
-    """The channels that stay: by maker, bool ``(channels,)`` with ``count`` True.
-
-    Makers whose channels meet keep the same ones, by the sum of their importances. Of equally
-    important channels the first ones stay.
-    """
-    kept = {}
-    for group in readers.tied:
-        total = torch.stack([importance[maker] for maker in group]).sum(dim=0)
-        best = total.sort(descending=True, stable=True).indices[:count]
-        mask = torch.zeros(len(total), dtype=torch.bool)
-        mask[best] = True
-        kept.update(dict.fromkeys(group, mask))
-    return kept
+_PROVED: WeakKeyDictionary[nn.Module, tuple["Channels", Found]] = WeakKeyDictionary()
+"""What ``choose`` proved of a network, until ``apply`` cuts it: a proof builds it anew."""
 
 
 class Channels(Frozen):
@@ -91,14 +53,67 @@ class Channels(Frozen):
     importance: Importance = Field(
         "l2",
         description="What a channel is judged by: the L1 or L2 norm of its weights, the loss's "
-        "gradient times its weights on training rows, or chance (the honest baseline).",
+        "gradient times its weights on training rows, what it adds to the layers that read it on "
+        "calibration rows, or chance (the honest baseline).",
     )
-    rows: int = Field(8192, ge=1, description="Training rows read for 'gradient', at most.")
+    rows: int = Field(
+        8192, ge=1, description="Rows read for gradient, activation and reconstruct, at most."
+    )
+    scope: Literal["layer", "global"] = Field(
+        "layer",
+        description="Every width keeps the same share, or one threshold decides over all widths, "
+        "importance being divided by its mean over each.",
+    )
+    least: float = Field(
+        0.1, gt=0, le=1, description="Share of its channels that each width keeps under 'global'."
+    )
+    flops: float | None = Field(
+        None,
+        gt=0,
+        lt=1,
+        description="In place of keep: share of all dense layers' multiply-adds that stays, at "
+        "most, after rounding.",
+    )
+    reconstruct: bool = Field(
+        False,
+        description="Solve the layers that read fewer channels anew, so that on calibration rows "
+        "they answer as before.",
+    )
+    rounds: int = Field(
+        1, ge=1, description="Cut in so many rounds, each judging anew what is left."
+    )
+    training: Training | None = Field(
+        None, description="How the network is trained after each round; none: not at all."
+    )
+    soft_share: float = Field(
+        0.0,
+        ge=0,
+        le=1,
+        description="In training, weight of the original's answers against the labels.",
+    )
+    temperature: float = Field(
+        1.0, ge=0.1, le=100, description="Both answers are divided by it before they are compared."
+    )
+
+    @model_validator(mode="after")
+    def _teaching_needs_training(self) -> Self:
+        if self.soft_share and self.training is None:
+            raise ValueError("soft_share needs training: nothing is trained without it")
+        return self
 
     @property
     def needs(self) -> tuple[Part, ...]:
-        """Training rows where gradients are taken."""
-        return ("train",) if self.importance == "gradient" else ()
+        """Rows that importance is taken on, and rows to train on."""
+        parts: list[Part] = []
+        if self.importance == "gradient" or self.training is not None:
+            parts.append("train")
+        if self.importance == "activation" or self.reconstruct:
+            parts.append("calibration")
+        if self.training is not None:
+            parts.append("validation")
+        if self.soft_share:
+            parts.append("soft_labels")
+        return tuple(parts)
 
     @property
     def changes(self) -> Change:
@@ -110,6 +125,7 @@ class Channels(Frozen):
 
         Raises:
             NothingToCompress: gradients are asked for, and the schema's task has no loss.
+            CompressionError: not even the smallest widths reach the target.
         """
         if self.importance == "gradient" and bench.signature.task == "retrieval":
             raise NothingToCompress(
@@ -118,49 +134,174 @@ class Channels(Frozen):
                 closest="task 'retrieval', which has no loss yet",
                 remedy="Choose another importance.",
             )
-        cuts, choices = self._cuts(model, bench.signature)
-        for cut in cuts:
-            for maker in cut.width.makers:
-                reason = (
-                    f"channels: {cut.width.value} -> {cut.count} outputs ({cut.width.spoken()}) "
-                    f"by {self.importance}"
-                )
+        found = self._found(model, bench.signature)
+        _PROVED[model.module] = (self, found)
+        choices = dict(found.choices)
+        if not found.readers:
+            return choices
+        counts, left = self._foreseen(model, bench.signature, found.widths)
+        for item in found.readers:
+            for maker in item.width.makers:
+                reason = self._reason(item.width, maker, counts[item.width.path], left)
                 choices[maker] = _joined(choices[maker], reason)
-            for reader in cut.width.readers:
+            for reader in item.width.readers:
                 if reader in choices:
-                    makers = [maker for maker, name in cut.readers.reads if name == reader]
+                    makers = [maker for maker, name in item.reads if name == reader]
                     choices[reader] = _joined(choices[reader], f"inputs follow {', '.join(makers)}")
+        if self.training is not None:
+            trained = choose_trained(model, bench, self.kind, tables=self.training.tables)
+            for name, choice in trained.items():
+                if choice.take:
+                    choices[name] = _joined(choices.get(name, choice), "trained after each round")
         return choices
 
     def apply(self, model: Model, bench: Bench) -> Model:
         """Cut every chosen width and check that nothing but the cut channels is missing.
 
         Raises:
-            CompressionError: the narrower network is not the old one without those channels, or
-                no gradient says which channels matter.
+            CompressionError: the narrower network is not the old one without those channels, no
+                gradient says which channels matter, the target cannot be reached, or training
+                diverged.
         """
-        sizes = self._sizes(model, bench)
-        if not any(bool(size.any()) for size in sizes.values()):
-            raise CompressionError(
-                f"'channels' by {self.importance} finds every weight equally unimportant: the loss "
-                f"has no gradient on the training rows. Choose another importance."
-            )
-        return self._cut(model, bench.signature, sizes)
+        schema = bench.signature
+        found = self._proved(model, schema)
+        first = {width.path: width.value for width in found.widths}
+        whole = sum(shares.multiply_adds(model.module, schema).values())
+        readers = found.readers
+        for number in range(1, self.rounds + 1):
+            sizes = sizes_of(model, bench, self.importance, self.rows)
+            importance = {
+                maker: total
+                for item in readers
+                for maker, total in per_unit(item, sizes, self.importance).items()
+            }
+            part = number / self.rounds
+            counts = self._counts(model, schema, readers, importance, first, whole, part)
+            before = private_copy(model.module).eval()
+            kept = _kept(readers, importance, counts)
+            model = self._cut(model, schema, readers, kept, counts)
+            if self.reconstruct:
+                layers = sorted({name for width in found.widths for name in width.readers})
+                outputs = {m: kept[m][own] for item in readers for m, own in item.units.items()}
+                reconstruct(model.module, before, bench, layers, outputs, self.rows)
+            if self.training is not None:
+                model = self._trained(model, bench, self.training, number)
+            if number < self.rounds:
+                readers = tuple(left_of(item, model, schema, kept) for item in readers)
+        if self.scope == "layer":
+            return model
+        share = sum(shares.multiply_adds(model.module, schema).values()) / whole
+        notes = {
+            maker: f"{_spoken(width, maker, width.value, counts[width.path])}, {share:.1%} of all "
+            f"dense multiply-adds stay"
+            for width in found.widths
+            for maker in width.makers
+        }
+        return replace(model, notes=notes)
 
     def outline(self, model: Model, bench: Bench) -> Model:
-        """Cut the last channels of every width: as many as importance would choose."""
-        weights = model.module.named_parameters(remove_duplicate=False)
-        none = {name: torch.zeros(()).expand(weight.shape) for name, weight in weights}
-        return self._cut(model, bench.signature, none)
+        """Cut the last channels of every width: as many as importance would choose.
 
-    def _cut(self, model: Model, schema: Schema, sizes: Mapping[str, Tensor]) -> Model:
-        cuts, _ = self._cuts(model, schema)
-        kept: dict[str, Tensor] = {}
-        for cut in cuts:
-            kept |= kept_channels(cut.readers, per_channel(cut.readers, sizes), cut.count)
-        narrow, gap = without_channels(model, schema, cuts, kept)
+        Under ``global`` only the values tell how many that are: the same share of every width.
+        """
+        found = self._proved(model, bench.signature)
+        counts, _ = self._foreseen(model, bench.signature, found.widths)
+        alike = {
+            maker: torch.zeros(item.width.value)
+            for item in found.readers
+            for maker in item.width.makers
+        }
+        kept = _kept(found.readers, alike, counts)
+        return self._cut(model, bench.signature, found.readers, kept, counts)
+
+    def _reason(self, width: Width, maker: str, count: int, left: float) -> str:
+        reason = f"channels: {_spoken(width, maker, width.value, count)} by {self.importance}"
+        if self.scope == "global":
+            reason = (
+                f"channels: fewer outputs ({width.spoken()}) by {self.importance}, one threshold "
+                f"for all layers"
+            )
+        elif self.flops is not None:
+            reason += f", {left:.1%} of all dense multiply-adds stay"
+        return reason if self.rounds == 1 else f"{reason}, in {self.rounds} rounds"
+
+    def _foreseen(
+        self, model: Model, schema: Schema, widths: tuple[Width, ...]
+    ) -> tuple[Counts, float]:
+        """What stays if every width keeps the same share, and the multiply-adds that leaves."""
+        first = {width.path: width.value for width in widths}
+        work = shares.multiply_adds(model.module, schema)
+        whole = sum(work.values())
+        counts = self._equal(model, work, widths, first, whole, 1.0)
+        return counts, shares.left_of(work, model.module, widths, counts) / whole
+
+    def _equal(
+        self,
+        model: Model,
+        work: Mapping[str, float],
+        widths: tuple[Width, ...],
+        first: Counts,
+        whole: float,
+        part: float,
+    ) -> Counts:
+        if self.flops is None:
+            return shares.equal_shares(widths, first, self.keep**part, self.multiple)
+        return shares.largest_within(
+            lambda k: shares.equal_shares(widths, first, (k + 1) / shares.STEPS, self.multiple),
+            shares.STEPS,
+            lambda counts: shares.left_of(work, model.module, widths, counts),
+            whole * self.flops**part,
+            "multiply-adds",
+        )
+
+    def _counts(
+        self,
+        model: Model,
+        schema: Schema,
+        readers: tuple[Readers, ...],
+        importance: Mapping[str, Tensor],
+        first: Counts,
+        whole: float,
+        part: float,
+    ) -> Counts:
+        """How many units every width keeps after ``part`` of all rounds."""
+        widths = tuple(item.width for item in readers)
+        work = shares.multiply_adds(model.module, schema)
+        if self.scope == "layer":
+            return self._equal(model, work, widths, first, whole, part)
+        curves = shares.curves_of(readers, importance)
+        floors = {path: value * self.least for path, value in first.items()}
+
+        def channels(counts: Counts) -> float:
+            return sum(counts[w.path] * sum(w.makers.values()) for w in widths)
+
+        def left(counts: Counts) -> float:
+            return shares.left_of(work, model.module, widths, counts)
+
+        if self.flops is None:
+            cost, limit, what = channels, channels(first) * self.keep**part, "channels"
+        else:
+            cost, limit, what = left, whole * self.flops**part, "multiply-adds"
+        return shares.by_threshold(curves, widths, floors, self.multiple, cost, limit, what)
+
+    def _cut(
+        self,
+        model: Model,
+        schema: Schema,
+        readers: tuple[Readers, ...],
+        kept: Mapping[str, Tensor],
+        counts: Counts,
+    ) -> Model:
+        cuts = [Cut(item.width, item, counts[item.width.path]) for item in readers]
+        names = ", ".join(sorted(kept))
+        try:
+            narrow, gap = without_channels(model, schema, cuts, kept)
+        except Exception as fault:  # whatever a class raises, these widths are not free
+            raise CompressionError(
+                f"With {', '.join(f'{c.width.spoken()} = {c.count}' for c in cuts)} the network "
+                f"fails: {fault}. Leave one of {names} out of 'layers'."
+            ) from fault
         if gap is not None:
-            names = ", ".join(sorted(kept))
             raise CompressionError(
                 f"Without the cut channels the network scores otherwise than with them at zero "
                 f"({gap}): some code of it reads the channels of {names} past its layers. Leave "
@@ -168,82 +309,40 @@ class Channels(Frozen):
             )
         return narrow
 
-    def _cuts(self, model: Model, schema: Schema) -> tuple[list[Cut], dict[str, Choice]]:
-        units = Unit.of(model.module)
-        choices = choose_dense(units, self.layers, self.kind)
-        widths, reasons = find_widths(model)
-        cuts: list[Cut] = []
-        for width in {width.path: width for width in widths.values()}.values():
-            count = narrower(width.value, self.keep, self.multiple)
-            try:
-                why = self._why_not(width, choices)
-                if why is not None:
-                    raise NotAWidth(why)
-                readers = trace(model.module, schema, table_rows(model.module), width)
-                cut = Cut(width, readers, count)
-                prove(model, schema, cut)
-            except NotAWidth as fault:
-                reasons.update(dict.fromkeys(width.makers, str(fault)))
-            else:
-                cuts.append(cut)
-        taken = {maker for item in cuts for maker in item.width.makers}
-        for name, choice in choices.items():
-            if choice.take and name not in taken:
-                choices[name] = Choice(False, reasons[name])
-        return cuts, choices
+    def _found(self, model: Model, schema: Schema) -> Found:
+        choices = choose_dense(Unit.of(model.module), self.layers, self.kind)
+        searched = self.flops is not None or self.scope == "global"
+        share = self.flops or self.keep
+        return cuttable(model, schema, choices, share, self.multiple, searched=searched)
 
-    def _why_not(self, width: Width, choices: Mapping[str, Choice]) -> str | None:
-        """Why a width stays as it is although it could be cut."""
-        for name in width.makers:
-            if not choices[name].take:
-                return f"shares {width.spoken()} with {name!r}: {choices[name].reason}"
-        count = narrower(width.value, self.keep, self.multiple)
-        if count >= width.value:
-            return (
-                f"{width.value} channels: {self.keep:.0%} of them, as a multiple of "
-                f"{self.multiple}, is no fewer"
-            )
-        return None
+    def _proved(self, model: Model, schema: Schema) -> Found:
+        """What ``choose`` found out of this network, or the same anew."""
+        step, found = _PROVED.pop(model.module, (None, None))
+        return self._found(model, schema) if found is None or step != self else found
 
-    def _sizes(self, model: Model, bench: Bench) -> dict[str, Tensor]:
-        """By parameter, the importance of every weight; it adds up to a channel's."""
-        tables = tuple(unit.name for unit in Unit.of(model.module) if unit.role == "table")
-        weights = {
-            name: weight.detach()
-            for name, weight in model.module.named_parameters(remove_duplicate=False)
-            if not name.startswith(tuple(f"{table}." for table in tables))
-        }
-        if self.importance == "l1":
-            return {name: weight.abs() for name, weight in weights.items()}
-        if self.importance == "l2":
-            return {name: weight.square() for name, weight in weights.items()}
-        if self.importance == "random":
-            drawn = torch.Generator().manual_seed(bench.seed)
-            return {
-                name: torch.rand(weight.shape, generator=drawn) for name, weight in weights.items()
-            }
-        return _taylor(model.module, bench, weights, self.rows)
+    def _trained(self, model: Model, bench: Bench, training: Training, number: int) -> Model:
+        loss = mixed_loss(bench, self.soft_share, self.temperature, self.kind)
+        if bench.checkpoints is not None:  # each round has progress of its own
+            place = f"{bench.checkpoints}/round-{number}"
+            bench = bench.model_copy(update={"checkpoints": place})
+        return trained_on(model, bench, loss, training, pruned_layers(model))
 
 
-def _taylor(
-    module: nn.Module, bench: Bench, weights: Mapping[str, Tensor], rows: int
+def _kept(
+    readers: tuple[Readers, ...], importance: Mapping[str, Tensor], counts: Counts
 ) -> dict[str, Tensor]:
-    """Squared gradient times weight, summed over batches of training rows."""
-    if bench.train is None:
-        raise CompressionError("'channels' by gradient needs training rows.")
-    copied = private_copy(module).eval()
-    leaves: dict[str, nn.Parameter] = {}
-    for name, weight in weights.items():
-        owner, _, own = name.rpartition(".")
-        leaves[name] = own_weight(copied.get_submodule(owner), own, weight)
-    total = {name: torch.zeros_like(weight) for name, weight in weights.items()}
-    for batch in shuffled(bench.train, bench.signature, 1024, bench.seed, limit=rows):
-        loss = hard_loss(bench.signature, copied(**batch.inputs), batch)
-        grads = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)
-        for (name, leaf), grad in zip(leaves.items(), grads, strict=True):
-            if grad is not None:
-                total[name] += (grad * leaf.detach()).square()
-    return total
+    """By maker, the units that stay."""
+    kept: dict[str, Tensor] = {}
+    for item in readers:
+        kept |= kept_units(item, importance, counts[item.width.path])
+    return kept
+
+
+def _spoken(width: Width, maker: str, before: int, after: int) -> str:
+    """For example ``16 -> 8 outputs (hidden[0])``, ``32 -> 16 outputs (heads 4 -> 2)``."""
+    size = width.makers[maker]
+    place = width.spoken() if size == 1 else f"{width.spoken()} {before} -> {after}"
+    return f"{before * size} -> {after * size} outputs ({place})"
 
 
 def _joined(choice: Choice, reason: str) -> Choice:

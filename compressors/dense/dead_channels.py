@@ -18,8 +18,9 @@ from compressors.contracts import DenseInput, Schema, Split
 from compressors.dense.narrowing import SCALES, Cut, prove, without_channels
 from compressors.errors import CompressionError
 from compressors.model import Model
+from compressors.readers import Readers, layouts, readers_of, trace
 from compressors.units import own_weight, table_rows
-from compressors.widths import Channels, NotAWidth, Width, find_widths, trace
+from compressors.widths import NotAWidth, Width, find_widths
 
 EXAMPLE_ROWS = 256
 BATCH = 1024
@@ -68,12 +69,15 @@ def find_dead(
     """
     widths, _ = find_widths(model)
     found = []
-    for width in {width.path: width for width in widths.values()}.values():
+    for width in widths.values():
+        if max(width.makers.values()) > 1:  # of a group, such as a head, all channels must be dead
+            continue
         layers = {*width.makers, *_dense(model.module, width.readers)}
         if not layers <= set(free) or not (sample or _suspects(model.module, width)):
             continue
         try:
-            readers = trace(model.module, schema, table_rows(model.module), width)
+            traces = trace(model.module, schema, table_rows(model.module), width)
+            readers = readers_of(width, traces, next(layouts(width)))
             dead = _dead(model, schema, readers, sample)
             if dead is not None:
                 prove(model, schema, dead.cut)
@@ -116,7 +120,7 @@ def _suspects(module: nn.Module, width: Width) -> bool:
     return rows or any(not bool(weight.any(dim=0).all()) for weight in readers)
 
 
-def _dead(model: Model, schema: Schema, readers: Channels, sample: Sample | None) -> Dead | None:
+def _dead(model: Model, schema: Schema, readers: Readers, sample: Sample | None) -> Dead | None:
     module, width = model.module, readers.width
     behind = _dense(module, {reader: 1 for _, reader in readers.reads})
     low, high = _ranges(model, schema, behind, sample)

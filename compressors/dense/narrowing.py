@@ -7,7 +7,7 @@ zero.
 """
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -21,9 +21,9 @@ from compressors.factored import FactoredLinear
 from compressors.formats import Bag, FoldedNorm, PackedLinear, PackedTable
 from compressors.meta import parameters_on_meta
 from compressors.model import Model
+from compressors.readers import Readers, readers_of, trace
 from compressors.recalibration import attach, recalibration_of
 from compressors.units import own_weight, private_copy, swap, table_rows
-from compressors.widths import Channels as Readers
 from compressors.widths import NotAWidth, Width, with_value
 
 CHECK_ROWS = 128
@@ -37,7 +37,7 @@ channel too many or in another's place moves some score by more."""
 
 @dataclass(frozen=True)
 class Cut:
-    """What one width loses: it keeps ``count`` channels."""
+    """What one width loses: it keeps ``count`` units, channels or groups of them."""
 
     width: Width
     readers: Readers
@@ -78,54 +78,96 @@ def without_channels(
         model: of a private tree; its layers are narrowed in place.
         schema: of its inputs.
         cuts: the widths.
-        kept: by maker, bool ``(channels,)``.
+        kept: by maker, bool ``(units,)``.
 
     Returns:
         The new network over the tensors that are left, and the gap in words, or None.
     """
     inputs: dict[str, Tensor] = {}
+    outputs: dict[str, Tensor] = {}
     architecture = model.network.architecture
     config = architecture.config
     for cut in cuts:
         for (maker, reader), columns in cut.readers.reads.items():
             gone = columns[~kept[maker]].any(dim=0)  # (inputs of the reader,)
             inputs[reader] = inputs.get(reader, torch.ones_like(gone)) & ~gone
+        for maker, units in cut.readers.units.items():
+            outputs[maker] = kept[maker][units]  # (channels,)
         config = with_value(model.architecture, config, cut.width.path, cut.count)
     tables = table_rows(model.module)
-    expected = _scores(_silenced(model.module, inputs), schema, tables)
-    for name in kept.keys() | inputs.keys():
-        _narrow(model.module.get_submodule(name), kept.get(name), inputs.get(name))
+    expected = made_up_scores(_silenced(model.module, inputs), schema, tables)
+    for name in outputs.keys() | inputs.keys():
+        _narrow(model.module.get_submodule(name), outputs.get(name), inputs.get(name))
     network = model.network.model_copy(
         update={"architecture": architecture.model_copy(update={"config": config})}
     )
-    module = _built(model, config)
-    gap = _gap(_scores(module, schema, tables), expected, schema)
+    module = rebuilt(model, config)
+    gap = gap_of(made_up_scores(module, schema, tables), expected, schema)
     return replace(model, module=module, network=network), gap
 
 
 def apart(found: nn.Module, expected: nn.Module, schema: Schema) -> str | None:
     """How far two networks with the same tables are apart on made-up rows; None: by rounding."""
     tables = table_rows(expected)
-    return _gap(_scores(found, schema, tables), _scores(expected, schema, tables), schema)
+    return gap_of(
+        made_up_scores(found, schema, tables), made_up_scores(expected, schema, tables), schema
+    )
 
 
-def _built(model: Model, config: Mapping[str, Any]) -> nn.Module:
-    """The network of a configuration over the tensors of a narrowed one."""
+def left_of(readers: Readers, model: Model, schema: Schema, kept: Mapping[str, Tensor]) -> Readers:
+    """Who reads what is left of a width, for the next cut.
+
+    Args:
+        readers: before the cut.
+        model: the narrower network.
+        schema: of its inputs.
+        kept: by maker, bool ``(units,)``.
+
+    Raises:
+        NotAWidth: what is left is read in another way than all of it was.
+    """
+    units, count = {}, 0
+    for maker, before in readers.units.items():
+        mask = kept[maker]
+        place, count = mask.cumsum(0) - 1, int(mask.sum())  # the new number of what stays
+        units[maker] = place[before[mask[before]]]
+    width = replace(readers.width, value=count)
+    return readers_of(width, trace(model.module, schema, table_rows(model.module), width), units)
+
+
+def rebuilt(
+    model: Model,
+    config: Mapping[str, Any],
+    moved: Callable[[str], str | None] = lambda name: name,
+) -> nn.Module:
+    """The network of a configuration over the tensors and packed modules of another.
+
+    Args:
+        model: the other network; narrowed, or with names that stand elsewhere now.
+        config: the new configuration.
+        moved: the new name of a module or tensor; None if it is gone.
+
+    Raises:
+        Exception: whatever the class raises, or torch where tensors do not fit.
+    """
     with parameters_on_meta():
         built = model.architecture(**copy.deepcopy(dict(config)))
     for name, part in model.module.named_modules():
         packed = ComposedTable | PackedTable | FactoredLinear | PackedLinear | FoldedNorm | Bag
         if isinstance(part, packed):
-            swap(built, name, part)
+            new = moved(name)
+            if new is not None:
+                swap(built, new, part)
     recalibration = recalibration_of(model.module)
     if recalibration is not None:
         attach(built, recalibration)
-    built.load_state_dict(model.module.state_dict(keep_vars=True), assign=True)
+    tensors = {moved(k): tensor for k, tensor in model.module.state_dict(keep_vars=True).items()}
+    built.load_state_dict({k: t for k, t in tensors.items() if k is not None}, assign=True)
     return built.eval()
 
 
 @torch.no_grad()
-def _scores(module: nn.Module, schema: Schema, tables: dict[str, int]) -> Tensor:
+def made_up_scores(module: nn.Module, schema: Schema, tables: dict[str, int]) -> Tensor:
     """What a network answers to made-up rows, float ``(scales, rows)``."""
     answers = []
     for scale in SCALES:
@@ -137,7 +179,7 @@ def _scores(module: nn.Module, schema: Schema, tables: dict[str, int]) -> Tensor
     return torch.stack(answers)
 
 
-def _gap(found: Tensor, expected: Tensor, schema: Schema) -> str | None:
+def gap_of(found: Tensor, expected: Tensor, schema: Schema) -> str | None:
     """How far scores are apart, in logits where they are probabilities; None if they agree."""
     first, second = found.double(), expected.double()
     if schema.output == "probability":  # a rate of clicks is small, and so would be any gap

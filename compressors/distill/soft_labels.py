@@ -137,3 +137,18 @@ def _answered(split: Split | None, soft: Split | None, kind: str) -> Tensor:
             f"{split.rows} rows."
         )
     return teacher
+
+
+def mixed_loss(bench: Bench, soft_share: float, temperature: float, kind: str) -> Loss:
+    """The same, or the labels alone where the teacher's answers weigh nothing.
+
+    Raises:
+        CompressionError: as ``taught_loss``.
+    """
+    if soft_share:
+        return taught_loss(bench, soft_share, temperature, kind)
+
+    def loss(output: Tensor, batch: Batch, numbers: Tensor) -> Tensor:  # noqa: ARG001
+        return hard_loss(bench.signature, output, batch)
+
+    return loss

@@ -28,17 +28,15 @@ from narrow_networks import (
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from compressors.dense.channels import (
-    Channels,
-    kept_channels,
-    narrower,
-    per_channel,
-)
+from compressors.dense.channels import Channels
+from compressors.dense.importance import kept_units, per_unit
+from compressors.dense.shares import narrower
 from compressors.dense.static_int8 import StaticInt8
 from compressors.errors import CompressionError, NothingToCompress
 from compressors.model import Model
+from compressors.readers import Readers, layouts, readers_of, trace
 from compressors.step import run
-from compressors.widths import find_widths, trace
+from compressors.widths import find_widths
 
 BRANCHED = Reference(Branched, SCHEMA)
 
@@ -47,6 +45,13 @@ def narrowed(reference: Reference, folder, **settings) -> tuple[Model, Model]:
     source = reference.model()
     bench = reference.bench(folder / "data")
     return source, run(Channels(**settings), source, bench, folder / "out")
+
+
+def readers_by(number: str, source: Model) -> Readers:
+    """Who reads the width of that number, in the first order that fits."""
+    widths, _ = find_widths(source)
+    traces = trace(source.module, SCHEMA, {"user": 30}, widths[number])
+    return readers_of(widths[number], traces, next(layouts(widths[number])))
 
 
 def answers(model: Model, reference: Reference) -> Tensor:
@@ -115,27 +120,25 @@ def test_zero_channels_are_found_and_nothing_changes_without_them(tmp_path):
 
 def test_layers_whose_channels_meet_keep_the_same_ones():
     source = BRANCHED.model()
-    widths, _ = find_widths(source)
-    readers = trace(source.module, SCHEMA, {"user": 30}, widths["left"])
+    readers = readers_by("left", source)
     assert readers.tied == (("again", "left"),)
     importance = {"left": torch.zeros(16), "again": torch.zeros(16)}
     importance["left"][[3, 5]] = 1.0
     importance["again"][[5, 9]] = 2.0
-    kept = kept_channels(readers, importance, 3)
+    kept = kept_units(readers, importance, 3)
     assert kept["left"].nonzero().flatten().tolist() == [3, 5, 9]
     assert torch.equal(kept["left"], kept["again"])
 
 
 def test_a_channels_importance_is_its_own_weights_and_those_that_read_it():
     source = Reference(Plain, SCHEMA).model()
-    widths, _ = find_widths(source)
-    readers = trace(source.module, SCHEMA, {"user": 30}, widths["hidden"])
+    readers = readers_by("width", source)
     sizes = {
         name: weight.detach().square()
         for name, weight in source.module.named_parameters()
         if not name.startswith("user")
     }
-    found = per_channel(readers, sizes)["hidden"]
+    found = per_unit(readers, sizes, "l2")["hidden"]
     hidden, out = source.module.hidden, source.module.out
     own = [(hidden.weight[c] ** 2).sum() + hidden.bias[c] ** 2 for c in range(16)]
     read = [(out.weight[:, c] ** 2).sum() for c in range(16)]
@@ -263,7 +266,7 @@ def test_a_towers_hidden_layer_is_cut_and_its_vector_is_not(tmp_path):
 
 def test_wide_layers_are_traced_in_slices(tmp_path, monkeypatch):
     whole = narrowed(BRANCHED, tmp_path / "whole")[1]
-    monkeypatch.setattr("compressors.widths.TRACED", 5)
+    monkeypatch.setattr("compressors.readers.TRACED", 5)
     sliced = narrowed(BRANCHED, tmp_path / "sliced")[1]
     torch.testing.assert_close(
         dict(sliced.module.state_dict()), dict(whole.module.state_dict()), rtol=0, atol=0
