@@ -192,7 +192,7 @@ def _layers(wrapper: Served, packed: tuple[_Packed, ...]) -> tuple[LayerInitiali
     modules = {name.removeprefix("model."): module for name, module in wrapper.named_modules()}
     found = []
     for weight in packed:
-        layer = modules[weight.module]
+        layer = modules.get(weight.module)  # tables looked up together have no one name
         if isinstance(layer, PackedLinear):
             kept = dense_types.stays_packed(layer)
             found.append(
