@@ -44,7 +44,8 @@ CHAIN = (
     Form("int8 around 0, Relu", np.int8(0), relu="Relu"),
     Form("int8 around 0, Max", np.int8(0)),
     Form("uint8 around 128, Relu", np.uint8(128), relu="Relu"),
-    Form("uint8 around 128, Max (ours)", np.uint8(128)),
+    Form("uint8 around 128, Max", np.uint8(128)),
+    Form("uint8 around 128, floor of the rounded (ours)", np.uint8(128), relu="Clip"),
     Form("uint8 around 128, Max, float bias", np.uint8(128), whole_bias=False),
 )
 SHARED = (
@@ -76,14 +77,15 @@ class Drawing:
         self.nodes.append(helper.make_node(op_type, inputs, [name], **attributes))
         return name
 
-    def rounded(self, x: str) -> str:
+    def rounded(self, x: str, *, floored: bool = False) -> str:
         """Inputs rounded to int8 and back, once for all layers that read them."""
         if self.form.zero is None:
             return x
         scale, zero = self.constant(INPUT_SCALE), self.constant(self.form.zero)
-        return self.node(
-            "DequantizeLinear", self.node("QuantizeLinear", x, scale, zero), scale, zero
-        )
+        steps = self.node("QuantizeLinear", x, scale, zero)
+        if floored:
+            steps = self.node("Clip", steps, zero)
+        return self.node("DequantizeLinear", steps, scale, zero)
 
     def layer(self, x: str) -> str:
         """A dense layer of ``width`` inputs and outputs."""
@@ -127,7 +129,10 @@ class Drawing:
 
 def chain(draw: Drawing) -> str:
     """A layer, a Relu, a layer."""
-    return draw.layer(draw.rounded(draw.relu(draw.layer(draw.rounded("x")))))
+    first = draw.layer(draw.rounded("x"))
+    if draw.form.relu == "Clip":
+        return draw.layer(draw.rounded(first, floored=True))
+    return draw.layer(draw.rounded(draw.relu(first)))
 
 
 def shared(draw: Drawing) -> str:

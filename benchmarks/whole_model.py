@@ -103,16 +103,23 @@ def codes(item: int, user: int, place: int = 2) -> Steps:
     ]
 
 
+def ranks(most_error: float) -> dict[str, Any]:
+    """Dense layers of as low a rank as loses that share of their outputs' squared size."""
+    return {"kind": "low_rank_dense", "most_error": most_error}
+
+
 INT4: Steps = [{"kind": "rowwise_int4", "clipping": "least_squares"}]
+LAYERS_INT4: Steps = [{"kind": "fold"}, {"kind": "weight_int4", "block": 0}]
+STUDENT = student([200, 200], 3, 0.3)
 OURS: list[tuple[str, Steps]] = [
     ("int8 tables and layers", [{"kind": "rowwise_int8"}, *LAYERS]),
-    ("student 200-200, int4 tables", [student([200, 200], 3, 0.3), *INT4, *LAYERS]),
-    ("student 128-64, int4 tables", [student([128, 64], 3, 0.2), *INT4, *LAYERS]),
-    ("student 96-96, 2 cross, int4 tables", [student([96, 96], 2, 0.2), *INT4, *LAYERS]),
-    ("the same, 8 and 6 codes a row", [student([96, 96], 2, 0.2), *codes(8, 6), *LAYERS]),
-    ("student 64-64, 2 cross, 8 and 6 codes", [student([64, 64], 2, 0.1), *codes(8, 6), *LAYERS]),
-    ("student 48-32, 1 cross, 6 and 6 codes", [student([48, 32], 1, 0.1), *codes(6, 6), *LAYERS]),
-    ("student 32-16, 1 cross, 4 and 4 codes", [student([32, 16], 1, 0.1), *codes(4, 4), *LAYERS]),
+    ("student 200-200, int4 tables, int8 layers", [STUDENT, *INT4, *LAYERS]),
+    ("the same, layers of low rank (2 %)", [STUDENT, ranks(0.02), *INT4, *LAYERS]),
+    ("the same, 3 %", [STUDENT, ranks(0.03), *INT4, *LAYERS]),
+    ("the same, 8 and 6 codes a row", [STUDENT, ranks(0.03), *codes(8, 6), *LAYERS]),
+    ("the same, int4 layers", [STUDENT, ranks(0.03), *codes(8, 6), *LAYERS_INT4]),
+    ("the same, 5 %, 6 and 6 codes", [STUDENT, ranks(0.05), *codes(6, 6), *LAYERS_INT4]),
+    ("the same, 8 %, 4 and 4 codes", [STUDENT, ranks(0.08), *codes(4, 4), *LAYERS_INT4]),
 ]
 
 

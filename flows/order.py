@@ -8,6 +8,7 @@ from pydantic import Field, model_validator
 from compressors.contracts import Limit, TargetKind
 from compressors.dense.channels import Channels
 from compressors.dense.float16 import Float16
+from compressors.dense.fold import Fold
 from compressors.dense.static_int8 import StaticInt8
 from compressors.distill.distill import Distill
 from compressors.distill.recalibrate import Recalibrate
@@ -21,13 +22,14 @@ from tasks.documents import ORDER_FILE, Reproduction
 # Steps in one group only make sense together: where one has nothing to do, the group is left out.
 Group = tuple[AnyStep, ...]
 PRESETS: dict[Preset, tuple[Group, ...]] = {
-    "small": ((Channels(keep=0.25), Distill()), (RowwiseInt4(),), (StaticInt8(),)),
-    "fast": ((RowwiseInt8(),), (StaticInt8(),)),
+    "small": ((Channels(keep=0.25), Distill()), (RowwiseInt4(),), (Fold(),), (StaticInt8(),)),
+    "fast": ((RowwiseInt8(),), (Fold(),), (StaticInt8(),)),
     "safe": ((RowwiseInt8(),), (Float16(),)),
     # Each cut takes a third of what the one before it left, and is recovered before the next.
     "smallest": (
         *((Channels(keep=0.65), Distill()) for _ in range(4)),
         (RowwiseInt4(clipping="least_squares"),),
+        (Fold(),),
         (StaticInt8(),),
         (Recalibrate(),),
     ),

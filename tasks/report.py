@@ -139,7 +139,7 @@ def remarks(report: Report) -> list[str]:
         found += timed(report)
         if not report.measurement.machine.int8_dot:
             found.append(
-                "This processor has no int8 dot product: int8 layers may be slower and saturate."
+                "This processor has no int8 dot product: int8 layers are slower than with one."
             )
     found += [
         f"The {target.target} engine holds {target.lowering.packed_bytes:,} bytes of weights; the "

@@ -26,7 +26,14 @@ from compressors.batches import Batch
 from compressors.contracts import Bench, Change, Frozen, Part
 from compressors.dense.calibrated import Calibrator, calibrated, notes_of
 from compressors.dense.calibration import LEVELS
-from compressors.dense.static_int8 import FORMAT, encode, packed_int8, storable
+from compressors.dense.static_int8 import (
+    FORMAT,
+    clipped,
+    encode,
+    packed_int8,
+    paired_scale,
+    storable,
+)
 from compressors.distill.soft_labels import taught_loss
 from compressors.errors import CompressionError
 from compressors.formats import PackedLinear
@@ -79,17 +86,19 @@ class LearnedInt8(nn.Module):
 
     def scales(self) -> tuple[Tensor, Tensor]:
         """The scales of weights ``(out,)`` and inputs ``()`` as they are now."""
-        input_scale = self.input_scale * self.input_growth.exp()
         weight_scale = self.weight_scale * self.weight_growth.exp()
-        bias = None if self.bias is None else self.bias.detach()
-        return storable(weight_scale, bias, input_scale.detach()), input_scale
+        return weight_scale, self.input_scale * self.input_growth.exp()
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - torch's own name
         if not self.training:
             return FORMAT.apply(self.stored(), input, {})
         weight_scale, input_scale = self.scales()
         x = fake_quantize(input, input_scale, -LEVELS - 1, LEVELS)
-        weight = fake_quantize(self.weight, weight_scale[:, None], -LEVELS, LEVELS)
+        bias = None if self.bias is None else self.bias.detach()
+        inside = clipped(self.weight, weight_scale)  # as ``encode`` takes them
+        step = torch.maximum(weight_scale, paired_scale(inside.detach()))
+        step = storable(step, bias, input_scale.detach())
+        weight = fake_quantize(inside, step[:, None], -LEVELS, LEVELS)
         return F.linear(x, weight, self.bias)
 
     @torch.no_grad()

@@ -4,7 +4,10 @@ Weights get one scale per output channel, inputs one scale per layer, whose rang
 on the calibration rows (``calibration.py``). Both symmetric, since TensorRT takes no zero point.
 
 Paper: Jacob et al. 2018, https://arxiv.org/abs/1712.05877 (integer-arithmetic-only inference).
-Differs: symmetric activations, and the output stays float32 unless the runtime fuses it.
+Differs: symmetric activations, the output stays float32 unless the runtime fuses it, and the
+weights of two neighbouring inputs never add up to more than 128 steps. x86 processors without VNNI
+add two products of unsigned and signed bytes up in 16 bits, which clips 255 * 129: a model would
+answer otherwise there than on the machine that judged it.
 """
 
 from collections.abc import Mapping
@@ -14,6 +17,7 @@ from typing import Any, Literal
 import torch
 from pydantic import Field
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from compressors.contracts import Bench, Change, Frozen, Part
 from compressors.dense.calibrated import Calibrator, calibrated, notes_of
@@ -21,10 +25,10 @@ from compressors.dense.calibration import LEVELS
 from compressors.formats import LinearFormat, PackedLinear, TensorSpec
 from compressors.model import Model
 from compressors.stand_ins import packed_outline
-from compressors.tables.clipping import fit
-from compressors.tables.grid import Grid
 from compressors.units import Choice, Unit, choose_dense, swap
 
+# Of a channel's largest weight: where clipping may begin. Beyond a half far too much is lost.
+SHARES = tuple(1 - place / 64 for place in range(33))
 # Products of two int8 numbers summed over this many inputs are exact in float32 (2^24).
 EXACT_INPUTS = 2**24 // (128 * 128)
 
@@ -43,12 +47,36 @@ def encode(
             highest level.
 
     Returns:
-        ``codes`` int8 ``(out, in)`` and ``weight_scale`` float32 ``(out,)``, always positive.
+        ``codes`` int8 ``(out, in)``, of which columns 0 and 1, 2 and 3, ... add up to no more than
+        128, and ``weight_scale`` float32 ``(out,)``, always positive.
     """
     scale = weight.float().abs().amax(dim=1) / LEVELS if weight_scale is None else weight_scale
-    scale = storable(scale, bias, input_scale)
-    codes = (weight.float() / scale[:, None]).round().clamp(-LEVELS, LEVELS).to(torch.int8)
+    inside = clipped(weight.float(), scale)
+    scale = storable(torch.maximum(scale, paired_scale(inside)), bias, input_scale)
+    codes = (inside / scale[:, None]).round().clamp(-LEVELS, LEVELS).to(torch.int8)
     return codes, scale
+
+
+def clipped(weight: Tensor, scale: Tensor) -> Tensor:
+    """Weights ``(out, in)`` within the range of their channel's scale ``(out,)``."""
+    end = LEVELS * scale[:, None]
+    return torch.minimum(torch.maximum(weight, -end), end)
+
+
+def paired_scale(weight: Tensor) -> Tensor:
+    """The smallest scales at which no two neighbouring weights add up to more than 128 steps.
+
+    Rounding adds at most half a step to each, so it is where their sums are 127 steps; of two
+    weights of unlike sign the larger one counts, which has a range of its own.
+
+    Args:
+        weight: float, ``(out, in)``.
+
+    Returns:
+        float ``(out,)``.
+    """
+    even = F.pad(weight, (0, weight.shape[1] % 2))
+    return (even[:, 0::2] + even[:, 1::2]).abs().amax(dim=1) / LEVELS
 
 
 def storable(scale: Tensor, bias: Tensor | None, input_scale: Tensor) -> Tensor:
@@ -70,8 +98,14 @@ def clipped_scale(weight: Tensor) -> Tensor:
     Returns:
         float32 ``(out,)``: a channel's largest weight over 127, or a share of it down to a half.
     """
-    grid = Grid(2 * LEVELS + 1, clipping="mse", scale="float32")
-    return fit(weight.float(), grid).scale.squeeze(1)
+    whole = weight.float().abs().amax(dim=1) / LEVELS
+    best, least = whole, torch.full_like(whole, torch.inf)
+    for share in SHARES:
+        codes, scale = encode(weight, None, torch.tensor(1.0), share * whole)
+        error = (codes.float() * scale[:, None] - weight.float()).square().sum(dim=1)
+        best = torch.where(error < least, share * whole, best)
+        least = torch.minimum(error, least)
+    return best
 
 
 def quantize(x: Tensor, scale: Tensor) -> Tensor:

@@ -112,11 +112,13 @@ def _axis(node: ir.Node) -> int:
 
 
 def spell_out_clipping(model: ir.Model) -> None:
-    """Write a Relu or Clip right after an int8 Gemm as Max and Min, which mean the same.
+    """Write a Relu or Clip right after an int8 Gemm in a form that leaves the product in int8.
 
     ONNX Runtime merges Gemm and Relu into a float FusedGemm *before* it looks for int8 products,
     and leaves the whole layer in float32 behind a DequantizeLinear: 3.5 times slower than fused
-    (``benchmarks/qdq_forms.py``). It has no such rule for Max and Min.
+    (``benchmarks/qdq_forms.py``). It has no such rule for Max and Min, which mean the same. Where
+    all that reads a Relu is the rounding for a next int8 layer, it is a floor of the rounded
+    numbers instead: then the product itself gives them out.
     """
     for node in list(model.graph):
         if node.op_type not in {"Relu", "Clip"} or node.inputs[0] is None:
@@ -127,19 +129,46 @@ def spell_out_clipping(model: ir.Model) -> None:
         source = gemm.inputs[0].producer()
         if source is None or source.op_type != "DequantizeLinear":
             continue
-        low, high = (*node.inputs[1:], None, None)[:2]
-        if node.op_type == "Relu":
-            low = _scalar(model, "relu_floor", 0.0)
-        current, new = node.inputs[0], []
-        for op_type, bound in (("Max", low), ("Min", high)):
-            if bound is not None:
-                new.append(ir.node(op_type, [current, bound]))
-                current = new[-1].outputs[0]
-                current.dtype, current.shape = node.outputs[0].dtype, node.outputs[0].shape
+        if node.op_type != "Relu" or not _floor_steps(model, node):
+            _spell_out(model, node)
+
+
+def _floor_steps(model: ir.Model, relu: ir.Node) -> bool:
+    """Put a floor behind the one QuantizeLinear that reads a Relu, if one alone does."""
+    value, floored = relu.inputs[0], relu.outputs[0]
+    readers = [use.node for use in floored.uses()]
+    if value is None or floored.is_graph_output() or len(value.uses()) != 1 or len(readers) != 1:
+        return False
+    (rounding,) = readers
+    if rounding.op_type != "QuantizeLinear" or (zero := rounding.inputs[2]) is None:
+        return False
+    if zero.dtype != ir.DataType.UINT8:
+        return False
+    steps = rounding.outputs[0]
+    clip = ir.node("Clip", [steps, zero])
+    clip.outputs[0].name = f"{steps.name}_floored"
+    clip.outputs[0].dtype, clip.outputs[0].shape = steps.dtype, steps.shape
+    ir.convenience.replace_all_uses_with(steps, clip.outputs[0])
+    clip.replace_input_with(0, steps)
+    model.graph.insert_after(rounding, clip)
+    rounding.replace_input_with(0, value)
+    model.graph.remove(relu, safe=True)
+    return True
+
+
+def _spell_out(model: ir.Model, node: ir.Node) -> None:
+    low, high = (*node.inputs[1:], None, None)[:2]
+    if node.op_type == "Relu":
+        low = _scalar(model, "relu_floor", 0.0)
+    current, new = node.inputs[0], []
+    for op_type, bound in (("Max", low), ("Min", high)):
+        if bound is not None:
+            new.append(ir.node(op_type, [current, bound]))
+            current = new[-1].outputs[0]
+            current.dtype, current.shape = node.outputs[0].dtype, node.outputs[0].shape
+    if current is not None:
         current.name = node.outputs[0].name
-        ir.convenience.replace_nodes_and_values(
-            model.graph, node, [node], new, node.outputs, [current]
-        )
+    ir.convenience.replace_nodes_and_values(model.graph, node, [node], new, node.outputs, [current])
 
 
 def _scalar(model: ir.Model, name: str, value: float) -> ir.Value:

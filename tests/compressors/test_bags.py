@@ -115,7 +115,7 @@ def test_gradients_reach_the_table_as_in_torchs_bag(mode):
 
 def table_of(name: str, weight: Tensor) -> PackedTable:
     if name == "float16":
-        stored = {"weight": float16.narrow("table", weight)}
+        stored = {"weight": float16.narrow(weight)}
         return PackedTable(float16.TABLE_FORMAT, ROWS, DIM, {}, stored)
     (method,) = (one for one in METHODS if one.model_fields["kind"].default == name)
     return encode_table(method(), weight)

@@ -6,18 +6,22 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from models import RANKER
+from models import RANKER, whole
 from torch import Tensor
 
 from compressors.batches import batches
+from compressors.contracts import DenseInput, Schema
 from compressors.dense.static_int8 import (
     EXACT_INPUTS,
     StaticInt8,
     encode,
+    packed_int8,
     quantize,
     static_int8_linear,
 )
+from compressors.lower.export import lower
 from compressors.step import run
+from infra.onnxruntime import Session
 
 unhurried = settings(deadline=None)  # a busy machine is not a wrong answer
 
@@ -103,8 +107,68 @@ def test_every_weight_returns_within_half_a_level_of_its_channel(weight, bias, i
 def test_each_channel_has_its_own_scale_and_zeros_stay_zeros():
     weight = torch.tensor([[1.0, -2.0], [0.001, 0.002], [0.0, 0.0]])
     codes, scale = encode(weight, None, torch.tensor(0.1))
-    torch.testing.assert_close(scale, torch.tensor([2 / 127, 0.002 / 127, 1.0]))
-    assert codes.tolist() == [[64, -127], [64, 127], [0, 0]]
+    # Neighbours of one sign share 127 steps, those of unlike sign have 127 each.
+    torch.testing.assert_close(scale, torch.tensor([2 / 127, 0.003 / 127, 1.0]))
+    assert codes.tolist() == [[64, -127], [42, 85], [0, 0]]
+
+
+@unhurried
+@given(
+    weight=arrays.arrays(
+        np.float32,
+        st.tuples(st.integers(1, 6), st.integers(1, 7)),
+        elements=st.floats(-100, 100, width=32, allow_subnormal=False),
+    ),
+    wanted=st.none() | st.floats(2.0**-10, 2, width=32),
+)
+def test_no_two_neighbouring_products_leave_sixteen_bits(weight, wanted):
+    table = torch.from_numpy(weight)
+    scale = None if wanted is None else torch.full((len(table),), wanted)
+    codes, _ = encode(table, None, torch.tensor(0.1), scale)
+    padded = torch.nn.functional.pad(codes.to(torch.int64), (0, codes.shape[1] % 2))
+    pairs = padded.unflatten(1, (-1, 2))  # (out, pairs, 2)
+    for x in ((255, 255), (255, 0), (0, 255)):  # a sum is largest where each input is 0 or 255
+        sums = (pairs * torch.tensor(x)).sum(dim=2)
+        assert torch.all((sums >= -(2**15)) & (sums < 2**15))
+
+
+@pytest.mark.parametrize("inputs", [7, 64, 257, 1664])
+@pytest.mark.parametrize("rows", [1, 3, 64])
+def test_the_largest_inputs_and_weights_are_multiplied_exactly_in_onnxruntime(
+    inputs, rows, tmp_path
+):
+    """On a processor without VNNI this fails for weights that are rounded one by one."""
+    layer = torch.nn.Linear(inputs, 16)
+    torch.nn.init.uniform_(layer.weight, 0.99, 1.0)
+    schema = Schema(
+        task="ranking",
+        inputs=(DenseInput(name="x", shape=(inputs,)),),
+        output="score",
+        label="label",
+        group="g",
+        metric="ndcg@10",
+    )
+    network = torch.nn.Sequential(packed_int8(layer, torch.tensor(1.0)), torch.nn.Linear(16, 1))
+    torch.nn.init.ones_(network[1].weight)
+    network = Named(network).eval()
+    lower(network, whole(schema), "onnxruntime", tmp_path / "model.onnx")
+    x = torch.ones(rows, inputs)
+    with torch.no_grad():
+        expected = network(x).numpy()
+    found = Session(tmp_path / "model.onnx", threads=1).scores({"x": x.numpy()})
+    np.testing.assert_allclose(found, expected, rtol=1e-6)  # float32 sums of 16 numbers
+
+
+class Named(torch.nn.Module):
+    """A network with an input called ``x``."""
+
+    def __init__(self, inside: torch.nn.Module) -> None:
+        super().__init__()
+        self.inside = inside
+
+    def forward(self, x: Tensor) -> Tensor:
+        score: Tensor = self.inside(x).squeeze(1)
+        return score
 
 
 @unhurried

@@ -23,7 +23,16 @@ def test_a_graph_with_bfloat16_products_is_checked_and_only_what_is_served_is_st
     monkeypatch.setenv("RECPRESS_ALLOWED_MODULES", ALLOWED)
     bundle = pack(write_draft(tmp_path / "draft")).artifact
     test = prepare.fn(bundle, "test", code="c")
-    made = compress.fn(bundle, BFloat16Dense(), {}, original=bundle, seed=0, code="c")
+    made = compress.fn(
+        bundle,
+        BFloat16Dense(),
+        {},
+        original=bundle,
+        teachers=(),
+        seed=0,
+        device="cpu",
+        code="c",
+    )
     assert isinstance(made, Artifact)
     graph = lower_model.fn(made, "tensorrt-rtx", test, ROWS["test"], 65_536, code="c")
     names = {path.name for path in local(graph).rglob("*") if path.is_file()}
