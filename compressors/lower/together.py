@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from compressors.batches import example
 from compressors.contracts import IdInput, Schema
 from compressors.formats import PackedTable
+from compressors.lower.codes_beside import codes_of, stacked
 from compressors.units import private_copy, swap
 
 MOST_BYTES = 2**28
@@ -122,7 +123,8 @@ def groups(
         table = model.get_submodule(item.table)
         if isinstance(table, PackedTable) and _by_rows(table) and read.count(item.table) == 1:
             settings = tuple(sorted(table.settings.items()))
-            key = (table.storage.name, table.dim, settings, item.dtype, item.out_of_range)
+            books = tuple(table.get_buffer("codebook").shape) if codes_of(table) else None
+            key = (table.storage.name, table.dim, settings, books, item.dtype, item.out_of_range)
             alike.setdefault(key, []).append((item, table))
     return [
         group
@@ -144,9 +146,9 @@ def handing_on(model: nn.Module, found: Sequence[Group]) -> nn.Module:
 
 
 def _by_rows(table: PackedTable) -> bool:
-    """Whether each stored tensor has an entry a row, so that tables can lie below one another."""
+    """Whether tables can lie below one another: each entry is for one row, or of a codebook."""
     laid = table.storage.layout(table.rows, table.dim, table.settings)
-    return all(spec.every == 1 for spec in laid.values())
+    return codes_of(table) is not None or all(spec.every == 1 for spec in laid.values())
 
 
 def _names(table: nn.Module) -> tuple[str, ...]:
@@ -155,6 +157,8 @@ def _names(table: nn.Module) -> tuple[str, ...]:
 
 def _stacked(tables: Sequence[PackedTable]) -> PackedTable:
     first = tables[0]
+    if codes_of(first) is not None:
+        return stacked(tables)
     stored = {
         name: torch.cat([table.get_buffer(name) for table in tables]) for name in _names(first)
     }

@@ -1,0 +1,116 @@
+"""Tables of codes that are looked up together: codebooks lie one below the other, as codes do.
+
+Of an id of input ``i`` the codes are those of its row, and their meaning that of the ``i``-th
+table's codebooks. There is no such format to store; a graph for ONNX Runtime holds it.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from compressors.formats import PackedTable, TableFormat, TensorSpec
+from compressors.tables import kmeans, product_codes, residual_codes
+from compressors.tables.planar import unpack
+
+FORMATS = (kmeans.FORMAT, product_codes.FORMAT, residual_codes.FORMAT)
+
+
+def codes_of(table: PackedTable) -> tuple[int, int] | None:
+    """How many codes a row has, and the bits of each; None if a table has no codebook."""
+    for form in FORMATS:
+        if table.storage == form:  # a copied network has copies of them
+            wide = form.width(table.rows, table.dim, table.settings)
+            if isinstance(form, kmeans.KMeansFormat):
+                return table.dim, wide
+            return form.shape(table.rows, table.dim, table.settings).books, wide
+    return None
+
+
+@dataclass(frozen=True)
+class Beside:
+    """The format of several tables of one format with codebooks of one shape.
+
+    Args:
+        inside: the format of each.
+        inputs: how many tables.
+        count: codes of a row.
+        wide: bits of a code as stored.
+        laid: the tensors of all of them.
+    """
+
+    inside: TableFormat
+    inputs: int
+    count: int
+    wide: int
+    laid: Mapping[str, TensorSpec]
+    learned: tuple[str, ...] = ()
+
+    @property
+    def name(self) -> str:
+        """The tag of the tables' own format."""
+        return self.inside.name
+
+    def layout(self, rows: int, dim: int, settings: Mapping[str, Any]) -> dict[str, TensorSpec]:  # noqa: ARG002
+        return dict(self.laid)
+
+    def lookup(
+        self,
+        stored: Mapping[str, Tensor],
+        ids: Tensor,
+        dim: int,
+        settings: Mapping[str, Any],  # noqa: ARG002
+    ) -> Tensor:
+        """Rows of ids ``(rows, inputs)``: float32 ``(rows, inputs, dim)``."""
+        codebook = stored["codebook"]
+        scalar = self.inside == kmeans.FORMAT
+        books = self.inputs if scalar else self.inputs * self.count
+        first = torch.arange(books, dtype=torch.int32) * (len(codebook) // books)
+        codes: Tensor = torch.ops.recpress.codes_beside(stored["codes"], ids, self.count, self.wide)
+        places = codes + first.reshape(self.inputs, -1)  # (rows, inputs, count)
+        found = F.embedding(places, codebook).float()  # (rows, inputs, count, entry)
+        if scalar:
+            rows = found.squeeze(3)
+            if "scale" not in stored:
+                return rows
+            return rows * F.embedding(ids, stored["scale"]).float()  # (rows, inputs, 1)
+        if self.inside == residual_codes.FORMAT:
+            return found.sum(dim=2)
+        columns = product_codes.columns(dim, self.count)
+        rows = found.flatten(2)
+        return rows if columns is None else rows[:, :, columns]
+
+
+def stacked(tables: Sequence[PackedTable]) -> PackedTable:
+    """Tables that ``codes_of`` and their codebooks' shape tell are alike, as one."""
+    first, described = tables[0], codes_of(tables[0])
+    if described is None:
+        raise ValueError(f"tables of format {first.storage.name!r} have no codebooks")
+    stored = {
+        name: torch.cat([table.get_buffer(name) for table in tables])
+        for name, _ in first.named_buffers()
+    }
+    if stored["codebook"].dim() == 1:
+        stored["codebook"] = stored["codebook"].unsqueeze(1)
+    every = first.storage.layout(first.rows, first.dim, first.settings)
+    laid = {
+        name: TensorSpec(tuple(tensor.shape), tensor.dtype, every=every[name].every)
+        for name, tensor in stored.items()
+    }
+    form = Beside(first.storage, len(tables), *described, laid)
+    rows = sum(table.rows for table in tables)
+    return PackedTable(form, rows, first.dim, first.settings, stored)
+
+
+@torch.library.custom_op("recpress::codes_beside", mutates_args=())
+def codes_beside(codes: Tensor, ids: Tensor, count: int, width: int) -> Tensor:
+    """Codes of the rows asked for: int32 ``(*ids, count)`` from bytes ``(rows, bytes)``."""
+    return unpack(codes[ids], count, width).to(torch.int32)
+
+
+@codes_beside.register_fake
+def _(codes: Tensor, ids: Tensor, count: int, width: int) -> Tensor:  # noqa: ARG001
+    return codes.new_empty((*ids.shape, count), dtype=torch.int32)
