@@ -46,7 +46,7 @@ from compressors.step import run
 from compressors.steps import AnyStep
 from compressors.units import stored_bytes
 from examples.dcnv2 import DCNv2
-from infra.onnxruntime import Session, interleaved_ms
+from infra.onnxruntime import Session, interleaved_ms, machine
 
 RECIPES = TypeAdapter(tuple[AnyStep, ...])
 Steps = list[dict[str, Any]]
@@ -140,7 +140,10 @@ def dynamic(source: Path, made: Path, rows: Arrays) -> None:  # noqa: ARG001
     """ONNX Runtime's dynamic quantization: int8 weights, inputs rounded as they come."""
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
-    quantize_dynamic(source, made, weight_type=QuantType.QInt8, per_channel=True)
+    narrow = not machine(THREADS).int8_dot  # else products saturate without VNNI
+    quantize_dynamic(
+        source, made, weight_type=QuantType.QInt8, per_channel=True, reduce_range=narrow
+    )
 
 
 def static(*operators: str) -> Peer:
@@ -157,6 +160,7 @@ def static(*operators: str) -> Peer:
             activation_type=QuantType.QUInt8,
             weight_type=QuantType.QInt8,
             per_channel=True,
+            reduce_range=not machine(THREADS).int8_dot,  # else products saturate without VNNI
         )
 
     return quantize
@@ -308,7 +312,12 @@ def speed(folder: Path, cache: Path) -> None:
 def timed(names: list[str], paths: list[Path], rows: Arrays) -> None:
     """Print each graph's median latency beside the first's, all measured in turn."""
     sessions = [Session(path, THREADS) for path in paths]
-    print(f"\nONNX Runtime, {THREADS} threads; p50 in milliseconds, times faster than the first\n")
+    here = machine(THREADS)
+    print(
+        f"\n{here.processor}, {'with' if here.int8_dot else 'without'} int8 dot products, ONNX "
+        f"Runtime {here.onnxruntime}, {THREADS} threads; p50 in milliseconds, times faster than "
+        f"the first\n"
+    )
     print("| | " + " | ".join(f"B={size}" for size in BATCHES) + " |")
     print("|---" * (len(BATCHES) + 1) + "|")
     columns = []

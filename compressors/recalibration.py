@@ -17,7 +17,16 @@ from compressors.contracts import ModuleRecord
 from compressors.errors import CompressionError
 
 NAME = "recalibration"
-EDGE = 1e-6  # a probability this near 0 or 1 counts as that near: its logit stays finite
+# The least and the greatest probability that float32 tells from 0 and 1: logits stay finite.
+LEAST, GREATEST = torch.finfo(torch.float32).tiny, 1 - 2.0**-24
+
+
+def logit_of(output: Tensor, form: str) -> Tensor:
+    """An output, a logit or a probability as ``form`` says, as a logit."""
+    if form != "probability":
+        return output
+    inside = output.clamp(min=LEAST, max=GREATEST)
+    return torch.log(inside) - torch.log(1 - inside)
 
 
 class Recalibration(nn.Module):
@@ -51,7 +60,7 @@ class Recalibration(nn.Module):
             self.bends = None
 
     def forward(self, output: Tensor) -> Tensor:
-        logit = torch.logit(output, eps=EDGE) if self.output == "probability" else output
+        logit = logit_of(output, self.output)
         below = logit if self.bends is None else torch.minimum(logit, self.bends[0, 0])
         found = self.line[0] * below + self.line[1]
         if self.bends is not None:

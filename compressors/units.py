@@ -118,8 +118,20 @@ def _keep(unit: Unit, patterns: tuple[str, ...]) -> str | None:
         return f"already {unit.format}"
     if unit.shared_with is not None:
         return f"shares its weight with {unit.shared_with}"
+    if (why := _own_code(unit.module)) is not None:
+        return why
     if not any(is_named(unit, pattern) for pattern in patterns):
         return f"not among {', '.join(patterns)}"
+    return None
+
+
+def _own_code(module: nn.Module) -> str | None:
+    """What a layer does beside what its class in torch does, and its stand-in would not do."""
+    for base in (nn.Linear, nn.Embedding, nn.EmbeddingBag):
+        if isinstance(module, base) and type(module).forward is not base.forward:
+            return f"{type(module).__name__} has a forward of its own"
+    if module._forward_hooks or module._forward_pre_hooks:
+        return "has forward hooks, which a stand-in would not have"
     return None
 
 

@@ -128,8 +128,8 @@ def through(
         Every stage from ``begin`` on, and why steps were left out, by their place in the recipe.
 
     Raises:
-        CompressionError: a step of preset ``custom`` has nothing to do or lacks data, or no step
-            of another preset fits.
+        CompressionError: a step of preset ``custom`` has nothing to do or lacks data, and none
+            before it was over the budget, which it may have been for; or no step fits at all.
     """
     stages = [(AS_TRAINED, begin)]
     idle: dict[int, str] = {}
@@ -153,7 +153,7 @@ def through(
             idle.update(dict.fromkeys(places, told))
         elif why is None:
             stages += done
-        elif order.preset == "custom":
+        elif order.preset == "custom" and not over:
             raise CompressionError(why)
         else:
             idle.update(dict.fromkeys(places, why))

@@ -15,6 +15,10 @@ from compressors.errors import CompressionError
 from compressors.formats import PackedLinear
 from compressors.units import Unit
 
+EVERY = ("*",)
+"""Layers of a step that was asked for no layer by name: one that cannot be scaled may stay."""
+UNSEEN = "saw no input but zeros on the calibration rows, so there is nothing to scale by"
+
 Calibrator = Literal["min_max", "percentile", "entropy", "mse", "best"]
 
 Pack = Callable[[nn.Linear, Tensor], PackedLinear]
@@ -64,6 +68,7 @@ def calibrated(
     rows: int,
     batch: int,
     measured: bool,
+    lenient: bool,
 ) -> dict[str, Calibrated]:
     """What takes the place of every chosen layer, by its name.
 
@@ -77,6 +82,7 @@ def calibrated(
         rows: read at most.
         batch: rows of one run.
         measured: find out what is lost, on a second pass.
+        lenient: leave out layers that saw nothing but zeros, such as heads for training alone.
 
     Raises:
         CompressionError: there are no calibration rows, or a layer saw nothing to scale by.
@@ -93,7 +99,11 @@ def calibrated(
 
     seen = {unit.name: Histogram() for unit in chosen}
     watched(lambda unit, x: seen[unit.name].add(x))
-    layers = {unit.name: _scalable(unit, seen[unit.name]) for unit in chosen}
+    layers = {
+        unit.name: _scalable(unit, seen[unit.name])
+        for unit in chosen
+        if not lenient or seen[unit.name].largest != 0
+    }
     tried = get_args(Calibrator)[:-1] if calibrator == "best" else (calibrator,)
     candidates = {
         name: [pack(layer, range_end(seen[name], how, share)) for how in tried]

@@ -21,6 +21,7 @@ from compressors.model import Model
 from compressors.units import Choice
 
 ROUNDS = 100
+DEAD = 1e-3  # of a layer's largest channel
 SETTLED = 1e-3  # of a factor: what a round changes less than that is left
 
 
@@ -32,10 +33,12 @@ def equalizing(made: Tensor, read: Tensor) -> Tensor:
         read: the largest absolute weight that reads it, ``(channels,)``.
 
     Returns:
-        ``sqrt(made / read)``, float64 ``(channels,)``; 1 where either is zero.
+        ``sqrt(made / read)``, float64 ``(channels,)``; 1 where either is zero, or so small beside
+        the layer's other channels that it is next to dead: what such a channel says is its bias,
+        which grows with the factor and with it the range of what the next layer reads.
     """
     first, second = made.double(), read.double()
-    both = (first > 0) & (second > 0)
+    both = (first > DEAD * first.max()) & (second > DEAD * second.max())
     ratio = torch.where(both, first, 1.0) / torch.where(both, second, 1.0)
     return ratio.sqrt()
 

@@ -15,7 +15,7 @@ QuantizeLinear saturates.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -24,6 +24,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from compressors.contracts import Bench, Change, Frozen, Part
+from compressors.dense.calibrated import EVERY, UNSEEN
 from compressors.dense.seen_inputs import look_at_inputs
 from compressors.errors import CompressionError
 from compressors.formats import LinearFormat, PackedLinear, TensorSpec
@@ -191,10 +192,14 @@ class Float8Dense(Frozen):
         def look(name: str, x: Tensor) -> None:
             largest[name] = torch.maximum(largest[name], x.abs().amax())
 
+        notes = dict(model.notes)
         rows, schema = bench.calibration, bench.signature
         look_at_inputs(model.module, chosen, rows, schema, self.batch, self.rows, look)
         for unit in chosen:
             input_scale = largest[unit.name] / LARGEST
+            if self.layers == EVERY and not largest[unit.name]:
+                notes[unit.name] = UNSEEN
+                continue
             if not input_scale >= SMALLEST:
                 raise CompressionError(
                     f"Dense layer {unit.name!r} saw no input but zeros on the calibration rows, "
@@ -215,7 +220,7 @@ class Float8Dense(Frozen):
                 stored=held,
             )
             swap(model.module, unit.name, packed)
-        return model
+        return replace(model, notes=notes)
 
     def outline(self, model: Model, bench: Bench) -> Model:
         """Every chosen layer in the format, without calibration."""

@@ -24,7 +24,7 @@ from torch.nn import functional as F
 
 from compressors.batches import Batch
 from compressors.contracts import Bench, Change, Frozen, Part
-from compressors.dense.calibrated import Calibrator, calibrated, notes_of
+from compressors.dense.calibrated import EVERY, UNSEEN, Calibrator, calibrated, notes_of
 from compressors.dense.calibration import LEVELS
 from compressors.dense.static_int8 import (
     FORMAT,
@@ -199,8 +199,14 @@ class QAT(Frozen):
             rows=self.rows,
             batch=self.batch,
             measured=False,
+            lenient=self.layers == EVERY,
         )
-        learned = {u.name: _learned(u.module, begun[u.name].packed) for u in chosen}
+        unseen = [unit.name for unit in chosen if unit.name not in begun]
+        learned = {
+            unit.name: _learned(unit.module, begun[unit.name].packed)
+            for unit in chosen
+            if unit.name in begun
+        }
         for name, layer in learned.items():
             swap(module, name, layer)
         epochs = train(
@@ -211,6 +217,7 @@ class QAT(Frozen):
             self._loss(bench),
             self.training,
             seed=bench.seed,
+            device=bench.device,
             checkpoints=bench.checkpoints,
             pruned=pruned_layers(model),
             only=_trained(module, units, learned),
@@ -220,7 +227,7 @@ class QAT(Frozen):
         told = _told(epochs, bench.signature.metric)
         first = {name: f"began with {note}; " for name, note in notes_of(begun).items()}
         notes = {name: f"{first.get(name, '')}{told}" for name in learned}
-        return replace(model, notes={**model.notes, **notes})
+        return replace(model, notes={**model.notes, **notes, **dict.fromkeys(unseen, UNSEEN)})
 
     def outline(self, model: Model, bench: Bench) -> Model:
         """Every chosen layer in the format, without training."""

@@ -87,6 +87,8 @@ def _why_not(
             return f"{maker} has no affine part for each channel"
         if isinstance(made, nn.BatchNorm1d) and dims[maker] != 2:
             return f"{maker} normalises (rows, channels, places)"
+    elif not isinstance(made, nn.Linear):
+        return f"{maker} is no Linear and no norm"
     for name in (maker, *readers):
         if name == maker and not isinstance(made, nn.Linear):
             continue
@@ -105,6 +107,8 @@ def rescale(module: nn.Module, link: Link, scale: Tensor) -> None:
     """
     maker = module.get_submodule(link.maker)
     for name, tensor in list(maker.named_parameters(recurse=False)):
+        if name not in ("weight", "bias"):
+            continue
         by = scale if tensor.dim() == 1 else scale[:, None]
         own_weight(maker, name, (tensor.detach().double() / by).to(tensor.dtype))
     for name in link.readers:

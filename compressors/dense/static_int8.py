@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from compressors.contracts import Bench, Change, Frozen, Part
-from compressors.dense.calibrated import Calibrator, calibrated, notes_of
+from compressors.dense.calibrated import EVERY, UNSEEN, Calibrator, calibrated, notes_of
 from compressors.dense.calibration import LEVELS
 from compressors.formats import LinearFormat, PackedLinear, TensorSpec
 from compressors.model import Model
@@ -285,8 +285,10 @@ class StaticInt8(Frozen):
             rows=self.rows,
             batch=self.batch,
             measured=self.most_error is not None,
+            lenient=self.layers == EVERY,
         )
-        notes = {**model.notes, **notes_of(found)}
+        unseen = [name for name, choice in choices.items() if choice.take and name not in found]
+        notes = {**model.notes, **notes_of(found), **dict.fromkeys(unseen, UNSEEN)}
         for name, layer in found.items():
             if self.most_error is not None and (layer.error or 0.0) > self.most_error:
                 notes[name] = f"as static_int8 {layer.told()}, above most_error {self.most_error:g}"

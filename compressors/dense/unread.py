@@ -101,8 +101,10 @@ def _heard(
         marked[each, ..., each] = torch.nan
         return marked
 
-    def reading(part: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        x = args[0]
+    def reading(
+        part: nn.Module, args: tuple[Tensor, ...], named: dict[str, Tensor], output: Tensor
+    ) -> Tensor:
+        x = args[0] if args else named["input"]
         if len(x) != width or isinstance(part, PackedLinear):
             met.logical_or_(x.isnan().any())
         elif isinstance(part, nn.Linear):
@@ -113,7 +115,7 @@ def _heard(
     with ExitStack() as hooks:
         for part in module.modules():
             if isinstance(part, nn.Linear | PackedLinear):
-                hooks.callback(part.register_forward_hook(reading).remove)
+                hooks.callback(part.register_forward_hook(reading, with_kwargs=True).remove)
         module(**changed(example(schema, rows, width), mark, hooks))
     return [bool(column) for column in met]
 

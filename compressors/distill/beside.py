@@ -121,8 +121,10 @@ def need_layers(module: nn.Module, names: tuple[str, ...], where: str = "network
 
 
 @torch.no_grad()
-def widths_of(module: nn.Module, names: tuple[str, ...], batch: Batch) -> dict[str, int]:
-    """The last dimension of what each named layer gives out.
+def widths_of(
+    module: nn.Module, names: tuple[str, ...], batch: Batch, head: str | None = None
+) -> dict[str, int]:
+    """The last dimension of what each named layer gives out; a head's must have no other but rows.
 
     Raises:
         CompressionError: it gives no float tensor of two dimensions or more.
@@ -131,7 +133,12 @@ def widths_of(module: nn.Module, names: tuple[str, ...], batch: Batch) -> dict[s
         module(**batch.inputs)
     for name in names:
         given = seen.get(name)
-        if not isinstance(given, Tensor) or not given.is_floating_point() or given.dim() < 2:
+        if (
+            not isinstance(given, Tensor)
+            or not given.is_floating_point()
+            or given.dim() < 2
+            or (name == head and given.dim() > 2)
+        ):
             found = type(given).__name__
             if isinstance(given, Tensor):
                 found = f"{given.dtype} of shape {tuple(given.shape)}"

@@ -144,7 +144,7 @@ class Distill(Frozen):
             model = student_of(model, self.student, bench.seed)
         watched = self._watched()
         first = rows.take(torch.arange(min(PROBED, len(rows))))
-        widths = widths_of(model.module, watched, first) if watched else {}
+        widths = widths_of(model.module, watched, first, self.auxiliary) if watched else {}
         known: dict[str, int] = {}
         if self.hints:
             if original is None:

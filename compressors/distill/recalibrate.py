@@ -24,10 +24,15 @@ from scipy.optimize import isotonic_regression
 from compressors.batches import batches
 from compressors.contracts import Bench, Change, Frozen, Part
 from compressors.errors import CompressionError, NothingToCompress
-from compressors.loss import logits
 from compressors.metrics import logloss
 from compressors.model import Model
-from compressors.recalibration import NAME, Recalibration, attach, recalibration_of
+from compressors.recalibration import (
+    NAME,
+    Recalibration,
+    attach,
+    logit_of,
+    recalibration_of,
+)
 from compressors.units import Choice
 
 Floats = NDArray[np.float64]
@@ -43,6 +48,9 @@ NEWTON_STEPS = 50
 def fit_line(logit: Floats, label: Floats, *, offset: bool) -> tuple[float, float]:
     """Slope and offset of the logit with the greatest likelihood, by Newton's method.
 
+    A label counts as the chance it stands for after one more click and one more row without (Platt
+    1999), so that rows which a threshold tells apart do not ask for an infinite slope.
+
     Args:
         logit: float64 ``(rows,)``.
         label: 0 or 1, ``(rows,)``.
@@ -54,6 +62,8 @@ def fit_line(logit: Floats, label: Floats, *, offset: bool) -> tuple[float, floa
     Raises:
         CompressionError: no such slope fits better than a constant.
     """
+    clicks = label.sum()
+    label = np.where(label > 0.5, (clicks + 1) / (clicks + 2), 1 / (len(label) - clicks + 2))
     columns = np.stack([logit, np.ones_like(logit)], axis=1)[:, : 2 if offset else 1]
     found = np.array([1.0, 0.0])[: columns.shape[1]]
     best = _cost(columns @ found, label)
@@ -73,7 +83,12 @@ def fit_line(logit: Floats, label: Floats, *, offset: bool) -> tuple[float, floa
     if not (np.isfinite(found).all() and found[0] > 0):
         raise CompressionError(
             f"'recalibrate' finds no rising map: the best slope of the logit on the validation "
-            f"rows is {found[0]:.3g}. The model orders them no better than chance."
+            f"rows is {found[0]:.3g}. "
+            + (
+                "The model orders them no better than chance."
+                if offset
+                else "Without an offset there may be none; try 'platt' or 'best'."
+            )
         )
     return float(found[0]), float(found[1]) if offset else 0.0
 
@@ -93,7 +108,13 @@ def fit_pieces(logit: Floats, label: Floats, knots: int) -> tuple[Floats, Floats
         CompressionError: the rows have fewer than two different scores.
     """
     order = np.argsort(logit, kind="stable")
-    parts = [part for part in np.array_split(order, knots) if len(part)]
+    ends = np.arange(1, knots) * len(order) // knots
+    # Rows of one score belong together, however many they are, and a mean is one of many rows.
+    found, least = [0], max(len(order) // knots // 2, 1)
+    for end in np.searchsorted(logit[order], logit[order][ends], side="left"):
+        if least <= end - found[-1] and least <= len(order) - end:
+            found.append(int(end))
+    parts = np.split(order, found[1:])
     at = np.array([logit[part].mean() for part in parts])
     clicks = np.array([label[part].sum() for part in parts])
     rows = np.array([len(part) for part in parts], dtype=np.float64)
@@ -120,19 +141,22 @@ def made_of(method: Method, output: str, logit: Floats, label: Floats, knots: in
         return Recalibration(method, output, line=torch.tensor([slope, offset]))
     at, wanted = fit_pieces(logit, label, knots)
     slopes = np.diff(wanted) / np.diff(at)
-    line = torch.tensor([slopes[0], wanted[0] - slopes[0] * at[0]])
-    if len(at) == 2:
-        return Recalibration(method, output, line=line)
-    bends = torch.tensor(np.stack([at[1:-1], slopes[1:]]))
-    return Recalibration(method, output, knots=len(at) - 2, line=line, bends=bends)
+    # Nothing is known beyond the outer means: there logits move no faster than they did.
+    first, last = min(slopes[0], 1.0), min(slopes[-1], 1.0)
+    line = torch.tensor([first, wanted[0] - first * at[0]])
+    bends = torch.tensor(np.stack([at, np.append(slopes, last)]))
+    return Recalibration(method, output, knots=len(at), line=line, bends=bends)
 
 
 def held_out(method: Method, logit: Floats, label: Floats, knots: int) -> float:
-    """Log loss of a method on rows it was not fitted to, every row once."""
+    """Log loss of a method on rows it was not fitted to, every row once; infinite if none fits."""
     part = np.arange(len(logit)) % PARTS
     answer = np.empty(len(logit))
     for number in range(PARTS):
-        fitted = made_of(method, "logit", logit[part != number], label[part != number], knots)
+        try:
+            fitted = made_of(method, "logit", logit[part != number], label[part != number], knots)
+        except CompressionError:
+            return float("inf")
         asked = torch.from_numpy(logit[part == number]).float()
         answer[part == number] = fitted(asked).double().numpy()
     return logloss(label, _sigmoid(answer))
@@ -178,10 +202,11 @@ class Recalibrate(Frozen):
         return {}
 
     def apply(self, model: Model, bench: Bench) -> Model:
-        """Fit the map on the validation rows; an earlier one is replaced.
+        """Fit the map on the validation rows.
 
         Raises:
-            CompressionError: there are no validation rows, or no rising map fits them.
+            CompressionError: there are no validation rows, no rising map fits them, or the model
+                has a map already.
         """
         if bench.validation is None:
             raise CompressionError(f"{self.kind!r} needs validation rows.")
@@ -194,7 +219,7 @@ class Recalibrate(Frozen):
         parts = list(batches(bench.validation, schema, SCORING_ROWS))
         with torch.no_grad():
             answers = torch.cat([model.module(**part.inputs).reshape(-1) for part in parts])
-        logit = logits(schema, answers).double().numpy()
+        logit = logit_of(answers, schema.output).double().numpy()
         label = np.concatenate([part.label.numpy() for part in parts]).astype(np.float64)
         before = logloss(label, _sigmoid(logit))
         chosen: Method | None = None
@@ -212,13 +237,13 @@ class Recalibrate(Frozen):
         model.module.eval()
         with torch.no_grad():
             found = made(answers)
-        after = logloss(label, _sigmoid(logits(schema, found).double().numpy()))
+        after = logloss(label, _sigmoid(logit_of(found, schema.output).double().numpy()))
         told = f"{chosen}: log loss {before:.5f} -> {after:.5f} on {len(label):,} validation rows"
         return replace(model, notes={**model.notes, NAME: told})
 
     def outline(self, model: Model, bench: Bench) -> Model:
         """A map of as many numbers as there can be, that changes nothing."""
-        knots = self.knots - 2 if self.method == "isotonic" else 0
+        knots = self.knots if self.method in ("isotonic", "best") else 0
         line, bends = torch.tensor([1.0, 0.0]), torch.zeros(2, knots)
         output = bench.signature.output
         made = Recalibration(self.method, output, knots=knots, line=line, bends=bends)

@@ -74,7 +74,7 @@ def translations() -> dict[Any, Callable[..., Any]]:
 def join_split_rows(model: ir.Model) -> None:
     """Let a Concat that puts all parts of a Split side by side again read what was split."""
     for node in list(model.graph):
-        if node.op_type != "Concat":
+        if node.op_type != "Concat" or node.outputs[0].is_graph_output():
             continue
         inputs, joined = list(node.inputs), list[ir.Value | None]()
         while inputs:
@@ -84,7 +84,8 @@ def join_split_rows(model: ir.Model) -> None:
                 source is not None
                 and source.op_type == "Split"
                 and inputs[: len(parts)] == parts
-                and _axis(source) == _axis(node)
+                and source.inputs[0] is not None
+                and _axis(source, source.inputs[0]) == _axis(node, source.inputs[0]) is not None
             )
             joined.append(source.inputs[0] if source is not None and whole else inputs[0])
             inputs = inputs[len(parts) if whole else 1 :]
@@ -105,10 +106,12 @@ def join_split_rows(model: ir.Model) -> None:
             model.graph.remove(node, safe=True)
 
 
-def _axis(node: ir.Node) -> int:
-    """Of a Concat or Split of matrices, counted from the front."""
+def _axis(node: ir.Node, value: ir.Value) -> int | None:
+    """Of a Concat or Split of tensors like a value, from the front; None where nobody knows."""
+    if value.shape is None:
+        return None
     axis = node.attributes["axis"].as_int() if "axis" in node.attributes else 0
-    return axis % 2
+    return axis % len(value.shape)
 
 
 def spell_out_clipping(model: ir.Model) -> None:

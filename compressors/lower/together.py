@@ -6,8 +6,8 @@ take ten for all. What a group of inputs shares is their table's format, setting
 their policy for ids out of range.
 
 The network itself is left as it is: it is called with the rows in place of the ids, and its tables
-hand them on. That is only the same if the network reads such an input in its table alone, so both
-ways are tried on made-up rows and compared, bit for bit.
+hand them on. That is only the same if the network reads such an input in its table alone. So it is
+tried with inputs that nothing but the table can read, and the answers are compared, bit for bit.
 """
 
 from collections.abc import Sequence
@@ -170,13 +170,32 @@ def _stacked(tables: Sequence[PackedTable]) -> PackedTable:
 def _same(
     model: nn.Module, path: str, schema: Schema, rows_of_table: dict[str, int], group: Group
 ) -> bool:
-    """Whether the network answers the same when it is handed the rows."""
+    """Whether the network answers the same when its tables alone can read a group's inputs."""
     inputs = example(schema, rows_of_table, TRIED_ROWS)
     expected = model.get_submodule(path)(**inputs)
     rows, _ = Together(group, rows_of_table)([inputs[item.name] for item in group.inputs])
-    handed = {item.name: row for item, row in zip(group.inputs, rows, strict=True)}
+    sealed = {item.name: _Sealed(row) for item, row in zip(group.inputs, rows, strict=True)}
+    copied = private_copy(model)
+    for item in group.inputs:
+        swap(copied, item.table, _Opening())
     try:
-        found = handing_on(model, [group]).get_submodule(path)(**{**inputs, **handed})
-    except Exception:  # whatever a network does with its ids beside a lookup, it cannot with rows
+        found = copied.get_submodule(path)(**{**inputs, **sealed})
+    except Exception:  # whatever a network does with its ids beside a lookup, it cannot do here
         return False
     return bool(torch.equal(found, expected))
+
+
+@dataclass(frozen=True)
+class _Sealed:
+    """Rows that only ``_Opening`` gets at: no operator takes this for a tensor."""
+
+    rows: Tensor
+
+
+class _Opening(nn.Module):
+    """A table's stand-in, which gives out sealed rows and takes nothing else."""
+
+    def forward(self, input: _Sealed) -> Tensor:  # noqa: A002 - torch's own name for the ids
+        if not isinstance(input, _Sealed):
+            raise TypeError(f"rows that were looked up together; found {type(input).__name__}")
+        return input.rows

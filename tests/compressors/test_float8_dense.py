@@ -128,7 +128,8 @@ def test_what_has_no_scale_is_refused(tmp_path):
     source = RANKER.model()
     nn.init.zeros_(source.module.hidden.weight)
     nn.init.zeros_(source.module.hidden.bias)
+    step = Float8Dense(layers=("capped",))
     with pytest.raises(CompressionError, match=r"'capped' saw no input but zeros.*'layers'"):
-        run(Float8Dense(), source, RANKER.bench(tmp_path / "data"), tmp_path / "out")
+        run(step, source, RANKER.bench(tmp_path / "data"), tmp_path / "out")
     with pytest.raises(CompressionError, match="calibration rows; this model has no data"):
         run(Float8Dense(), source, Bench(signature=RANKER.schema), tmp_path / "out")

@@ -11,7 +11,7 @@ from models import NORMED, RANKER, UNDIVIDED, Ranker, compressed, graph, whole
 from onnx import TensorProto
 from torch import Tensor, nn
 
-from compressors.contracts import Schema, TargetKind
+from compressors.contracts import PaddedBag, Schema, TargetKind
 from compressors.errors import NothingToCompress, NotLowerable
 from compressors.formats import PackedTable
 from compressors.lower.export import lower
@@ -19,7 +19,7 @@ from compressors.lower.served import SCORE, input_names, served
 from compressors.lower.tensorrt_types import codes_tensor, retyped
 from compressors.steps import TABLE_FORMATS
 from compressors.tables import planar
-from infra.onnxruntime import optimized_graph
+from infra.onnxruntime import Session, optimized_graph
 
 ORT: TargetKind = "onnxruntime"
 RTX: TargetKind = "tensorrt-rtx"
@@ -318,3 +318,37 @@ def test_lowering_leaves_the_given_module_as_it_is(target, tmp_path):
     after = {name: (id(module), module.training) for name, module in model.named_modules()}
     assert after == before
     torch.testing.assert_close(dict(model.state_dict()), tensors, rtol=0, atol=0)
+
+
+class Heads(nn.Module):
+    """Heads that are split along their width and stand below one another as rows, as in SASRec."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.item = nn.Embedding(20, 8)
+        self.out = nn.Linear(4, 1)
+
+    def forward(self, items: Tensor) -> Tensor:
+        rows = self.item(items)  # (rows, length, 8)
+        apart = torch.cat(torch.split(rows, 4, dim=2), dim=0)  # (2 * rows, length, 4)
+        heads = apart.reshape(2, -1, 3, 4)
+        score: Tensor = self.out((heads[0] * heads[1]).mean(dim=1)).squeeze(1)
+        return score
+
+
+def test_rows_that_are_joined_along_another_axis_than_they_were_split_stay_so(tmp_path):
+    schema = Schema(
+        task="ctr",
+        inputs=(PaddedBag(name="items", table="item", shape=(3,)),),
+        output="logit",
+        label="label",
+        metric="auc",
+    )
+    torch.manual_seed(0)
+    model = Heads().eval()
+    made = lower(model, whole(schema), ORT, tmp_path / "model.onnx")
+    items = torch.randint(20, (9, 3), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        expected = made.served(items).numpy()
+    found = Session(tmp_path / "model.onnx", threads=1).scores({"items": items.numpy()})
+    np.testing.assert_allclose(found, expected, atol=1e-6)  # float32 sums in another order

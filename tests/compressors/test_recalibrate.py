@@ -75,13 +75,59 @@ def test_every_map_keeps_the_order_of_rows(slope, offset, method, knots):
     assert bool((made(asked).diff() > 0).all())
 
 
+def test_rows_of_one_score_are_one_mean_whatever_their_order():
+    random = np.random.default_rng(0)
+    logit = np.concatenate([np.full(3_000, -1.0), random.normal(0.5, 1, 3_000)])
+    others = np.where(logit[3_000:] < -1, 0.02, 0.4)
+    chance = np.concatenate([np.linspace(0.02, 0.22, 3_000), others])
+    label = (random.random(6_000) < chance).astype(np.float64)
+    at, wanted = fit_pieces(logit, label, 32)
+    share = label[:3_000].mean()  # rows of that score, the early and the late ones
+    found = 1 / (1 + np.exp(-np.interp(-1.0, at, wanted)))
+    # The mean's part also holds the few other rows up to the next edge.
+    assert found == pytest.approx(share, abs=0.01)
+
+
+def test_beyond_the_outer_means_a_map_is_no_steeper_than_the_logit():
+    logit, label = drawn(3, 0, rows=500)
+    made = made_of("isotonic", "logit", logit, label, 8)
+    asked = torch.tensor([-100.0, -90.0, 90.0, 100.0])
+    found = made(asked)
+    assert float(found[1] - found[0]) <= 10 * (1 + 1e-5)
+    assert float(found[3] - found[2]) <= 10 * (1 + 1e-5)
+
+
+def test_a_method_that_fits_nothing_is_not_the_best():
+    logit, label = drawn(1, -1.5)
+    logit = logit + 5  # without an offset the best factor would turn the order round
+    with pytest.raises(CompressionError, match="try 'platt' or 'best'"):
+        made_of("temperature", "logit", logit, label, 8)
+    assert held_out("temperature", logit, label, 8) == np.inf
+    assert held_out("platt", logit, label, 8) < 0.6
+
+
+def test_rows_that_a_threshold_tells_apart_get_a_finite_slope():
+    logit = np.linspace(-3, 3, 400)
+    slope, _ = fit_line(logit, (logit > 0).astype(np.float64), offset=True)
+    # At 0.0075, the nearest row, both sides may be 1/202: a slope of 700 if that alone counted.
+    assert 1 < slope < 100
+
+
+def test_probabilities_next_to_zero_keep_their_order():
+    made = made_of("platt", "probability", *drawn(0.5, 0.1), 8)
+    found = made(torch.logspace(-30, -1, 200))
+    assert bool((found.diff() > 0).all())
+
+
 def test_no_other_line_has_a_smaller_log_loss():
     logit, label = drawn(0.6, 0.4)
     slope, offset = fit_line(logit, label, offset=True)
 
     def cost(a: float, b: float) -> float:
-        return metrics.logloss(label, 1 / (1 + np.exp(-(a * logit + b))))
+        return float((np.logaddexp(0, a * logit + b) - label * (a * logit + b)).mean())
 
+    clicks = label.sum()
+    label = np.where(label > 0.5, (clicks + 1) / (clicks + 2), 1 / (len(label) - clicks + 2))
     least = cost(slope, offset)
     for moved in ((0.01, 0), (-0.01, 0), (0, 0.01), (0, -0.01)):
         assert cost(slope + moved[0], offset + moved[1]) > least

@@ -32,6 +32,7 @@ from compressors.contracts import Bench, Plan
 from compressors.dense.bfloat16_dense import BFloat16Dense
 from compressors.dense.channels import Channels
 from compressors.dense.equalize import Equalize
+from compressors.dense.float8_dense import Float8Dense
 from compressors.dense.float16 import Float16
 from compressors.dense.fold import Fold
 from compressors.dense.l1_training import L1Training
@@ -490,8 +491,16 @@ def test_a_layer_that_sees_only_zeros_has_no_scale(tmp_path):
     source = RANKER.model()
     nn.init.zeros_(source.module.hidden.weight)
     nn.init.zeros_(source.module.hidden.bias)
+    bench = RANKER.bench(tmp_path / "data")
     with pytest.raises(CompressionError, match=r"'capped' saw no input but zeros.*'layers'"):
-        run(StaticInt8(), source, RANKER.bench(tmp_path / "data"), tmp_path / "out")
+        run(StaticInt8(layers=("capped", "out")), source, bench, tmp_path / "out")
+    # Nobody asked for it by name, such as a head that only training calls: it stays, and all
+    # others are taken.
+    for step in (StaticInt8(), Float8Dense(), models.default(QAT)):
+        plan = run(step, source, bench, tmp_path / step.kind).plan
+        assert plan.of("capped").format == "float32"
+        assert "saw no input but zeros" in plan.of("capped").reason
+        assert plan.of("out").format != "float32"
 
 
 @pytest.mark.parametrize(

@@ -31,16 +31,21 @@ FIELDS = {"user": 40, "item": 300, "city": 9}
 
 
 class Fields(nn.Module):
-    """Three fields side by side, and one of another width; ``masked`` reads ids past the tables."""
+    """Three fields side by side, and one of another width.
 
-    def __init__(self, *, masked: bool = False) -> None:
+    ``masked`` and ``moved`` do something to an id beside its lookup, for one id alone.
+    """
+
+    def __init__(self, *, masked: bool = False, moved: bool = False) -> None:
         super().__init__()
-        self.masked = masked
+        self.masked, self.moved = masked, moved
         self.tables = nn.ModuleDict({name: nn.Embedding(rows, 8) for name, rows in FIELDS.items()})
         self.wide = nn.Embedding(12, 5)
         self.out = nn.Linear(29, 1)
 
     def forward(self, wide: Tensor, **ids: Tensor) -> Tensor:
+        if self.moved:  # of 300 rows, so that rows drawn by chance seldom show it
+            ids["item"] = ids["item"].masked_fill(ids["item"] == 7, 0)
         parts = [table(ids[name]) for name, table in self.tables.items()]  # (rows, 8) each
         if self.masked:
             parts[0] = parts[0] * (ids["user"] > 0).unsqueeze(1)
@@ -48,7 +53,7 @@ class Fields(nn.Module):
         return logit.squeeze(1)
 
 
-def reference(policy: str = "clamp", *, masked: bool = False) -> Reference:
+def reference(policy: str = "clamp", **what: bool) -> Reference:
     inputs = [
         IdInput(name=name, table=f"tables.{name}", out_of_range=policy, default_row=place + 1)
         for place, name in enumerate(FIELDS)
@@ -62,7 +67,7 @@ def reference(policy: str = "clamp", *, masked: bool = False) -> Reference:
             label="label",
             metric="auc",
         ),
-        {"masked": masked},
+        what,
     )
 
 
@@ -134,12 +139,14 @@ def test_rows_that_stand_side_by_side_again_are_not_taken_apart(tmp_path):
     assert nodes(path)["Split"] == 0
 
 
-def test_a_network_that_reads_an_id_beside_its_table_keeps_its_lookups(tmp_path):
-    asked = reference(masked=True)
+@pytest.mark.parametrize("what", ["masked", "moved"])
+def test_a_network_that_reads_an_id_beside_its_table_keeps_its_lookups(what, tmp_path):
+    asked = reference(**{what: True})
     model = packed(asked, RowwiseInt8(), tmp_path)
     made, path = lowered(asked, model, tmp_path)
     assert nodes(path)["Gather"] == 8
     inputs = example(asked.schema, asked.rows_of_tables(), 50)
+    inputs["item"][:10] = 7
     expected = made.served(*(inputs[name] for name in input_names(asked.schema)))
     found = Session(path, threads=1).scores({k: v.numpy() for k, v in inputs.items()})
     np.testing.assert_allclose(found, expected.detach().numpy(), rtol=1e-5, atol=1e-6)
@@ -161,3 +168,59 @@ def test_tables_as_trained_and_engines_keep_a_lookup_each(tmp_path):
     model = packed(asked, RowwiseInt8(), tmp_path)
     _, engine = lowered(asked, model, tmp_path, "tensorrt")
     assert nodes(engine)["Gather"] == 4
+
+
+class Vectors(nn.Module):
+    """A tower that is nothing but rows side by side, and an item's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.query, self.item = Rows("user", "city"), Rows("item", "kind")
+
+    def forward(self, user: Tensor, city: Tensor, item: Tensor, kind: Tensor) -> Tensor:
+        score: Tensor = (self.query(user=user, city=city) * self.item(item=item, kind=kind)).sum(1)
+        return score
+
+
+class Rows(nn.Module):
+    """Rows of two tables side by side."""
+
+    def __init__(self, *names: str) -> None:
+        super().__init__()
+        self.names = names
+        self.tables = nn.ModuleDict({name: nn.Embedding(20, 4) for name in names})
+
+    def forward(self, **ids: Tensor) -> Tensor:
+        return torch.cat([self.tables[name](ids[name]) for name in self.names], dim=1)
+
+
+def test_rows_side_by_side_may_be_all_that_a_tower_gives(tmp_path):
+    inputs = {"query": ["user", "city"], "item": ["item", "kind"]}
+    schema = Schema.model_validate(
+        {
+            "task": "retrieval",
+            "inputs": [
+                {
+                    "kind": "id",
+                    "name": name,
+                    "table": f"{tower}.tables.{name}",
+                    "out_of_range": "clamp",
+                }
+                for tower, names in inputs.items()
+                for name in names
+            ],
+            "output": "score",
+            "group": "user",
+            "metric": "recall@20",
+            "item": "item",
+            "towers": {name: {"module": name, "inputs": read} for name, read in inputs.items()},
+        }
+    )
+    asked = Reference(Vectors, schema)
+    model = run(RowwiseInt8(), asked.model(), asked.bench(tmp_path / "data"), tmp_path / "out")
+    for form in forms(schema):
+        path = tmp_path / f"{form.name}.onnx"
+        made = lower(model.module, form, "onnxruntime", path)
+        ids = {name: torch.arange(20) for name in inputs[form.name]}
+        found = Session(path, threads=1).scores({k: v.numpy() for k, v in ids.items()})
+        np.testing.assert_array_equal(found, made.served(*ids.values()).detach().numpy())
