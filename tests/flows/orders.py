@@ -1,5 +1,6 @@
 """Carrying out orders in tests: how a run ended, and the home it ended in."""
 
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -7,7 +8,7 @@ import pytest
 from drafts import ALLOWED
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterId
-from prefect.client.schemas.objects import State
+from prefect.client.schemas.objects import State, TaskRun
 
 from compressors.contracts import Limit
 from flows.compress import compress
@@ -17,6 +18,7 @@ from tasks.bundles import Packed
 from tasks.documents import Finished
 
 ACCEPTED = Limit(metric="auc", against="baseline", at_least=-0.02)
+PATIENCE = 30.0  # seconds
 BOTH = Targets(onnxruntime="required", tensorrt_rtx="required")
 
 
@@ -44,9 +46,13 @@ def carry_out(order: Order) -> Ran:
     assert run is not None
     with get_client(sync_client=True) as client:
         held = client.read_flow_run(run).state
-        found = client.read_task_runs(
-            flow_run_filter=FlowRunFilter(id=FlowRunFilterId(any_=[run])), limit=200
-        )
+        asked = FlowRunFilter(id=FlowRunFilterId(any_=[run]))
+        found = client.read_task_runs(flow_run_filter=asked, limit=200)
+        late = time.monotonic() + PATIENCE
+        # The server hears of a task run's end by an event, which may come after the flow's own.
+        while time.monotonic() < late and any(not _ended(task) for task in found):
+            time.sleep(0.2)
+            found = client.read_task_runs(flow_run_filter=asked, limit=200)
     assert held is not None
     return Ran(
         state=held.name or "",
@@ -54,6 +60,10 @@ def carry_out(order: Order) -> Ran:
         finished=Finished.model_validate(outcome),
         tasks=tuple((task.name, task.state_name or "") for task in found),
     )
+
+
+def _ended(task: TaskRun) -> bool:
+    return task.state is not None and task.state.is_final()
 
 
 def surroundings(patch: pytest.MonkeyPatch, home: Path) -> None:

@@ -1,6 +1,7 @@
 """A recipe that stops where its quality budget is used, and goes on from where it was."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from drafts import ROWS, write_draft
@@ -13,11 +14,15 @@ from compressors.dense.static_int8 import StaticInt8
 from compressors.distill.fine_tune import FineTune
 from compressors.distill.recalibrate import Recalibrate
 from compressors.errors import CompressionError
+from compressors.steps import AnyStep
 from compressors.tables.rowwise_int8 import RowwiseInt8
+from compressors.tables.tiers import Tiers
 from compressors.training import Training
 from flows.explain import explain
 from flows.order import Order
+from flows.recipe import through
 from tasks.bundles import pack
+from tasks.documents import Idle
 
 ANY = Limit.parse("auc vs baseline >= -0.5")
 BRIEF = FineTune(training=Training(epochs=1, batch=256))
@@ -57,12 +62,31 @@ def test_what_costs_more_than_the_budget_is_left_out_with_what_follows_it(world:
     assert why.startswith("the model would have lost 0.")
     assert why.endswith("of auc on validation rows; the budget is 0.02")
     # Every stage that counts is found again: an order that was stopped goes on where it was.
-    again = carry_out(order.model_copy(update={"attempt": 1}))
+    again = carry_out(order)
     cut = [
         state for name, state in again.tasks if name in {"magnitude", "fine_tune", "static_int8"}
     ]
     assert len(cut) >= 5
     assert set(cut) == {"Cached"}
+
+
+def test_what_works_on_parts_that_were_taken_back_is_left_out_with_them() -> None:
+    order = budgeted(0.01, (Tiers(), RowwiseInt8(tables=("item.hot",)), StaticInt8()))
+    subject = SimpleNamespace(task="ctr", rows={"train": 9}, calibration=lambda: "train")
+
+    def attempt(step: AnyStep, source: str) -> str | Idle:
+        if step.kind == "rowwise_int8" and "tiers" not in source:
+            return Idle(reason="needs a table named like 'item.hot'")
+        return f"{source} {step.kind}"
+
+    def spent(made: str) -> str | None:
+        return "too much was lost" if made.endswith("tiers") else None
+
+    stages, idle = through(order, subject, "model", attempt, spent)
+    assert [stage for _, stage in stages] == ["model", "model static_int8"]
+    assert idle == {0: "too much was lost", 1: "needs a table named like 'item.hot'"}
+    with pytest.raises(CompressionError, match="needs a table named like"):
+        through(order, subject, "model", lambda step, source: attempt(step, ""), None)
 
 
 def test_without_a_budget_the_same_steps_are_all_carried_out(world: World) -> None:
