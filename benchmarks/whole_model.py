@@ -15,6 +15,7 @@ graph's file stand beside them. Recipes were chosen on validation rows.
 import json
 import shutil
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from statistics import mean
@@ -48,7 +49,7 @@ from compressors.units import stored_bytes
 from examples.dcnv2 import DCNv2
 from infra.onnxruntime import Session, interleaved_ms, machine
 
-RECIPES = TypeAdapter(tuple[AnyStep, ...])
+STEPS = TypeAdapter(tuple[AnyStep, ...])
 Steps = list[dict[str, Any]]
 Arrays = dict[str, NDArray[Any]]
 Peer = Callable[[Path, Path, Arrays], None]
@@ -56,7 +57,7 @@ Peer = Callable[[Path, Path, Arrays], None]
 NAME = "frappe"
 CALIBRATION_ROWS = 4096
 BATCHES = (1, 256)
-ROUNDS = 400
+ROUNDS, CALLS, UNCOUNTED = 10, 40, 5
 THREADS = 2
 
 
@@ -194,7 +195,7 @@ PEERS: list[tuple[str, Peer]] = [
 def carried_out(steps: Steps, model: Model, bench: Bench, place: Path) -> Model:
     """The result of a recipe; that of each beginning of it is kept and found again."""
     made = model
-    for number, step in enumerate(RECIPES.validate_python(steps), 1):
+    for number, step in enumerate(STEPS.validate_python(steps), 1):
         folder = place / f"recipe-{digest(steps[:number])[:16]}"
         if not (folder / "network.json").is_file():
             shutil.rmtree(folder, ignore_errors=True)
@@ -309,6 +310,21 @@ def speed(folder: Path, cache: Path) -> None:
     timed([name for name, _ in named], [path for _, path in named], arrays(splits["test"], 256)[0])
 
 
+def medians_ms(sessions: list[Session], asked: Arrays) -> list[float]:
+    """Median latency of each session: blocks of calls in turn, so that all see the same machine.
+
+    Not call by call: a session's threads go on spinning for a while after it has answered, and on
+    two cores they would be counted against the next one.
+    """
+    times: list[list[float]] = [[] for _ in sessions]
+    for _ in range(ROUNDS):
+        for session, own in zip(sessions, times, strict=True):
+            time.sleep(0.1)
+            (found,) = interleaved_ms([session], asked, CALLS, warmup=UNCOUNTED)
+            own += found.tolist()
+    return [float(np.median(own)) for own in times]
+
+
 def timed(names: list[str], paths: list[Path], rows: Arrays) -> None:
     """Print each graph's median latency beside the first's, all measured in turn."""
     sessions = [Session(path, THREADS) for path in paths]
@@ -323,7 +339,7 @@ def timed(names: list[str], paths: list[Path], rows: Arrays) -> None:
     columns = []
     for size in BATCHES:
         asked = {name: ids[:size] for name, ids in rows.items()}
-        medians = [float(np.median(t)) for t in interleaved_ms(sessions, asked, ROUNDS)]
+        medians = medians_ms(sessions, asked)
         columns.append([f"{value:.4f} ({medians[0] / value:.2f}x)" for value in medians])
     for name, *cells in zip(names, *columns, strict=True):
         print(f"| {name} | {' | '.join(cells)} |", flush=True)

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import save_file
 
 from benchmarks.ctr import schema
-from benchmarks.whole_model import PEERS, RECIPES, arrays, timed
+from benchmarks.whole_model import PEERS, STEPS, arrays, timed
 from compressors.contracts import Architecture, Bench, Network, Split
 from compressors.lower.export import lower
 from compressors.lower.served import forms
@@ -24,7 +24,15 @@ from examples.dcnv2 import DCNv2
 
 FIELDS = {f"c{number}": 10_000 for number in range(26)}
 ROWS = 4096
-RECIPE = [{"kind": "rowwise_int8"}, {"kind": "static_int8"}]
+TABLES = {"kind": "rowwise_int8"}
+RECIPES = {
+    "ours: int8 tables and layers": [TABLES, {"kind": "static_int8"}],
+    "ours: int8 tables, int8 weights alone": [TABLES, {"kind": "weight_int8"}],
+    "ours: int8 tables, int4 weights alone": [
+        TABLES,
+        {"kind": "weight_int4", "block": 128, "activations": "int8"},
+    ],
+}
 
 
 def network() -> Model:
@@ -74,11 +82,13 @@ def main() -> None:
                 continue
             names.append(name)
             paths.append(made)
-        for number, step in enumerate(RECIPES.validate_python(RECIPE)):
-            model = run(step, model, bench, place / f"step-{number}")
-        names.append("ours: int8 tables and layers")
-        paths.append(place / "ours.onnx")
-        lower(model.module, form, "onnxruntime", paths[-1])
+        for name, recipe in RECIPES.items():
+            made = model
+            for number, step in enumerate(STEPS.validate_python(recipe)):
+                made = run(step, made, bench, place / name / str(number))
+            names.append(name)
+            paths.append(place / f"{name}.onnx")
+            lower(made.module, form, "onnxruntime", paths[-1])
         timed(names, paths, {name: np.ascontiguousarray(ids[:256]) for name, ids in rows.items()})
 
 
