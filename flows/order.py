@@ -31,7 +31,7 @@ PRESETS: dict[Preset, tuple[Group, ...]] = {
         (RowwiseInt4(clipping="least_squares"),),
         (Fold(),),
         (StaticInt8(),),
-        (Recalibrate(),),
+        (Recalibrate(method="best"),),
     ),
 }
 RECOVERS = ("distill", "fine_tune", "refit_codes")
