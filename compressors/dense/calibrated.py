@@ -94,16 +94,13 @@ def calibrated(
             "train data. Add one to model.json, or use 'float16' for the dense layers."
         )
 
-    def watched(see: See) -> None:
-        observe(module, chosen, split, bench.signature, batch=batch, limit=rows, see=see)
+    def watched(units: Collection[Unit], see: See) -> None:
+        observe(module, units, split, bench.signature, batch=batch, limit=rows, see=see)
 
     seen = {unit.name: Histogram() for unit in chosen}
-    watched(lambda unit, x: seen[unit.name].add(x))
-    layers = {
-        unit.name: _scalable(unit, seen[unit.name])
-        for unit in chosen
-        if not lenient or seen[unit.name].largest != 0
-    }
+    watched(chosen, lambda unit, x: seen[unit.name].add(x))
+    taken = [unit for unit in chosen if not lenient or seen[unit.name].largest != 0]
+    layers = {unit.name: _scalable(unit, seen[unit.name]) for unit in taken}
     tried = get_args(Calibrator)[:-1] if calibrator == "best" else (calibrator,)
     candidates = {
         name: [pack(layer, range_end(seen[name], how, share)) for how in tried]
@@ -120,7 +117,7 @@ def calibrated(
             wrong[unit.name][place] += error
         right[unit.name] += own
 
-    watched(compare)
+    watched(taken, compare)
     return {name: _least(candidates[name], tried, wrong[name], right[name]) for name in layers}
 
 

@@ -71,7 +71,7 @@ def test_rows_that_are_missing_are_told(fresh: Path) -> None:
     pack(write_draft(fresh / "draft", name="few", rows={"train": 500, "test": 500}))
     found = explain(Order(model="few", preset="small", limits=(ANY,)))
     idle = {item.step: item.idle for item in found.steps if item.idle}
-    assert set(idle) == {"channels", "distill"}
+    assert set(idle) == {"channels", "distill", "fold"}
     assert "'distill' needs validation data; this model has train, test" in idle["distill"]
 
 

@@ -100,7 +100,7 @@ def test_no_progress_is_left_behind(recipe: tuple[World, Report], world: World) 
 def test_what_a_preset_could_not_do_is_said_and_fails_nothing(world: World) -> None:
     """The draft's one width is also half of another, so nothing can be pruned alone."""
     report = world.first.finished.report
-    assert set(report.idle) == {"channels", "distill"}
+    assert set(report.idle) == {"channels", "distill", "fold"}
     assert report.idle["channels"] == report.idle["distill"]
     assert "'second' grows by other than hidden does" in report.idle["channels"]
     assert [stage.step for stage in report.stages] == ["as trained", "rowwise_int4", "static_int8"]
