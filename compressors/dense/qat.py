@@ -26,14 +26,7 @@ from compressors.batches import Batch
 from compressors.contracts import Bench, Change, Frozen, Part
 from compressors.dense.calibrated import EVERY, UNSEEN, Calibrator, calibrated, notes_of
 from compressors.dense.calibration import LEVELS
-from compressors.dense.static_int8 import (
-    FORMAT,
-    clipped,
-    encode,
-    packed_int8,
-    paired_scale,
-    storable,
-)
+from compressors.dense.static_int8 import FORMAT, encode, packed_int8, ranged
 from compressors.distill.soft_labels import taught_loss
 from compressors.errors import CompressionError
 from compressors.formats import PackedLinear
@@ -95,9 +88,7 @@ class LearnedInt8(nn.Module):
         weight_scale, input_scale = self.scales()
         x = fake_quantize(input, input_scale, -LEVELS - 1, LEVELS)
         bias = None if self.bias is None else self.bias.detach()
-        inside = clipped(self.weight, weight_scale)  # as ``encode`` takes them
-        step = torch.maximum(weight_scale, paired_scale(inside.detach()))
-        step = storable(step, bias, input_scale.detach())
+        inside, step = ranged(self.weight, weight_scale, bias, input_scale.detach())
         weight = fake_quantize(inside, step[:, None], -LEVELS, LEVELS)
         return F.linear(x, weight, self.bias)
 

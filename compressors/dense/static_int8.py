@@ -51,16 +51,22 @@ def encode(
         128, and ``weight_scale`` float32 ``(out,)``, always positive.
     """
     scale = weight.float().abs().amax(dim=1) / LEVELS if weight_scale is None else weight_scale
-    inside = clipped(weight.float(), scale)
-    scale = storable(torch.maximum(scale, paired_scale(inside)), bias, input_scale)
+    inside, scale = ranged(weight.float(), scale, bias, input_scale)
     codes = (inside / scale[:, None]).round().clamp(-LEVELS, LEVELS).to(torch.int8)
     return codes, scale
 
 
-def clipped(weight: Tensor, scale: Tensor) -> Tensor:
-    """Weights ``(out, in)`` within the range of their channel's scale ``(out,)``."""
+def ranged(
+    weight: Tensor, scale: Tensor, bias: Tensor | None, input_scale: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Weights ``(out, in)`` clipped to the range of wanted scales, and the scales they can have.
+
+    Both pass gradients on to ``weight`` and ``scale``; arguments as those of ``encode``.
+    """
     end = LEVELS * scale[:, None]
-    return torch.minimum(torch.maximum(weight, -end), end)
+    inside = torch.minimum(torch.maximum(weight, -end), end)
+    step = torch.maximum(scale, paired_scale(inside.detach()))
+    return inside, storable(step, bias, input_scale)
 
 
 def paired_scale(weight: Tensor) -> Tensor:

@@ -84,17 +84,18 @@ class Beside:
         return rows if columns is None else rows[:, :, columns]
 
 
-def stacked(tables: Sequence[PackedTable]) -> PackedTable:
-    """Tables that ``codes_of`` and their codebooks' shape tell are alike, as one."""
+def stacked(tables: Sequence[PackedTable], stored: dict[str, Tensor]) -> PackedTable:
+    """Tables that ``codes_of`` and their codebooks' shape tell are alike, as one.
+
+    Args:
+        tables: in the order of their inputs.
+        stored: what they hold, one below the other.
+    """
     first, described = tables[0], codes_of(tables[0])
     if described is None:
         raise ValueError(f"tables of format {first.storage.name!r} have no codebooks")
-    stored = {
-        name: torch.cat([table.get_buffer(name) for table in tables])
-        for name, _ in first.named_buffers()
-    }
     if stored["codebook"].dim() == 1:
-        stored["codebook"] = stored["codebook"].unsqueeze(1)
+        stored = {**stored, "codebook": stored["codebook"].unsqueeze(1)}
     every = first.storage.layout(first.rows, first.dim, first.settings)
     laid = {
         name: TensorSpec(tuple(tensor.shape), tensor.dtype, every=every[name].every)

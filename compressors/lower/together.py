@@ -136,12 +136,14 @@ def groups(
     ]
 
 
-def handing_on(model: nn.Module, found: Sequence[Group]) -> nn.Module:
-    """The network whose tables of some groups are handed their rows."""
+def handing_on(
+    model: nn.Module, found: Sequence[Group], stand_in: type[nn.Module] = nn.Identity
+) -> nn.Module:
+    """The network whose tables of some groups are handed their rows, and give those out."""
     copied = private_copy(model)
     for group in found:
         for item in group.inputs:
-            swap(copied, item.table, nn.Identity())
+            swap(copied, item.table, stand_in())
     return copied
 
 
@@ -157,11 +159,11 @@ def _names(table: nn.Module) -> tuple[str, ...]:
 
 def _stacked(tables: Sequence[PackedTable]) -> PackedTable:
     first = tables[0]
-    if codes_of(first) is not None:
-        return stacked(tables)
     stored = {
         name: torch.cat([table.get_buffer(name) for table in tables]) for name in _names(first)
     }
+    if codes_of(first) is not None:
+        return stacked(tables, stored)
     rows = sum(table.rows for table in tables)
     return PackedTable(first.storage, rows, first.dim, first.settings, stored)
 
@@ -175,11 +177,9 @@ def _same(
     expected = model.get_submodule(path)(**inputs)
     rows, _ = Together(group, rows_of_table)([inputs[item.name] for item in group.inputs])
     sealed = {item.name: _Sealed(row) for item, row in zip(group.inputs, rows, strict=True)}
-    copied = private_copy(model)
-    for item in group.inputs:
-        swap(copied, item.table, _Opening())
+    opened = handing_on(model, [group], _Opening)
     try:
-        found = copied.get_submodule(path)(**{**inputs, **sealed})
+        found = opened.get_submodule(path)(**{**inputs, **sealed})
     except Exception:  # whatever a network does with its ids beside a lookup, it cannot do here
         return False
     return bool(torch.equal(found, expected))
