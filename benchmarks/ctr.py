@@ -195,7 +195,7 @@ def prepared(name: Name, folder: Path, cache: Path) -> tuple[dict[Part, Split], 
             place.mkdir(parents=True, exist_ok=True)
             tensors = {field: torch.from_numpy(ids[:, k].copy()) for k, field in enumerate(rows)}
             tensors["@label"] = torch.from_numpy(label.astype(np.float32))
-            splits[part] = _split(tensors, place)
+            splits[part] = stored(tensors, place)
         facts.write_text(
             json.dumps({"rows": rows, "splits": {k: v.model_dump() for k, v in splits.items()}})
         )
@@ -203,7 +203,8 @@ def prepared(name: Name, folder: Path, cache: Path) -> tuple[dict[Part, Split], 
     return {part: Split(**found["splits"][part]) for part in PARTS}, found["rows"]
 
 
-def _split(tensors: dict[str, Tensor], place: Path) -> Split:
+def stored(tensors: dict[str, Tensor], place: Path) -> Split:
+    """Tensors as a prepared split in a folder."""
     place.mkdir(parents=True, exist_ok=True)
     save_file(tensors, place / "data.safetensors")
     digest = hashlib.sha256((place / "data.safetensors").read_bytes()).hexdigest()
@@ -304,7 +305,7 @@ def baseline(name: Name, seed: int, folder: Path, cache: Path) -> tuple[Model, B
         place.mkdir(parents=True, exist_ok=True)
         save_file(module.state_dict(), place / "model.safetensors")
         soft = scores(module, tensors(splits["train"])[0])
-        split = _split({"score": soft}, place / "soft_labels")
+        split = stored({"score": soft}, place / "soft_labels")
         facts = {"soft_labels": split.model_dump(), "validation_auc": best}
         facts["seconds"] = time.perf_counter() - begun
         (place / "facts.json").write_text(json.dumps(facts))

@@ -1,17 +1,21 @@
 """Is a student with half the dense FLOPs better for having had a teacher?
 
 Frappe's DCN-v2 (``benchmarks/ctr.py``): the original has 400-400-400 beside its cross layers, the
-student 256-256-256, 48 % of the multiplications. Three ways to the same student, each with the
-original's own recipe (Adam, its rate cut by ten, dropout, batch norm, penalty on whole tables,
-batch, patience):
+student 256-256-256, 48 % of the multiplications. Several ways to the same student, each with the
+original's own recipe (Adam, its rate cut by ten, batch norm, penalty on whole tables, batch,
+patience) and a dropout of its own:
 
 - scratch: as the original was trained, from drawn weights and the labels.
-- pointwise, listwise, ...: ``distill`` with that loss, tables taken over from the original and
-  trained on, labels and soft labels. Without a group column the batch is the list.
+- taught: ``distill`` with a loss of that name, tables taken over from the original and trained on,
+  labels and soft labels.
+- taught on traffic: the same, with unlabelled rows beside the labelled ones: requests of training
+  rows, each with an app that is drawn anew, as a server scores many apps for a request of which
+  few are ever seen. With several teachers, these are the original and those of the next seeds.
 
-Dropout is chosen for each way, and the share of soft labels, on validation rows of the first
-network (``--tune``), best epochs as well; test rows are read for the table alone. A seed draws the
-original, the student and the order of rows.
+A list, where a loss looks at lists, is a request: rows that differ in nothing but the app. Dropout
+and the share of soft labels are chosen on validation rows of the first network (``--tune``), best
+epochs as well; test rows are read for the table alone. A seed draws the original, the student and
+the order of rows.
 
     python -m benchmarks.students --tune
     python -m benchmarks.students --seeds 5
@@ -22,17 +26,21 @@ import logging
 import sys
 import tempfile
 import time
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import mean
 from typing import Any, cast
 
+import numpy as np
 import torch
-from torch import nn
+from safetensors.torch import load_file
+from torch import Tensor, nn
 
 from benchmarks.ctr import (
     RECIPES,
     DataMissing,
+    Name,
+    Part,
     architecture,
     arguments,
     auc,
@@ -41,18 +49,26 @@ from benchmarks.ctr import (
     default_cache,
     interval,
     prepared,
+    scores,
+    stored,
+    tensors,
     train,
 )
+from compressors.contracts import Bench, Split, digest
 from compressors.distill.distill import Distill
 from compressors.distill.losses import SoftLoss
+from compressors.distill.soft_labels import mean_answer
+from compressors.model import Model
 from compressors.step import run
 from compressors.training import Training
 
+NAME: Name = "frappe"
+ORIGINALS = 5
 HIDDEN = [256, 256, 256]
 SCRATCH = "scratch"
-RECIPE = RECIPES["frappe"]
-DROPOUTS = (0.3, 0.5)
-SHARES = (0.5, 0.7)
+RECIPE = RECIPES[NAME]
+TRAFFIC_SEED = 7
+JUDGED: tuple[Part, ...] = ("validation", "test")
 
 
 def dense_products(module: nn.Module) -> int:
@@ -62,23 +78,81 @@ def dense_products(module: nn.Module) -> int:
 
 @dataclass(frozen=True)
 class Way:
-    """How a student is made; ``scratch`` has no soft labels."""
+    """How a student is made; ``scratch`` has no soft labels.
+
+    ``traffic`` is how many unlabelled rows there are for each labelled one.
+    """
 
     name: str
     dropout: float
     share: float = 0.0
+    teachers: int = 1
+    traffic: int = 0
+
+    def cells(self) -> str:
+        """What it is, for a table."""
+        if self.name == SCRATCH:
+            return f"{self.name} | | | {self.dropout} | "
+        rows = f"{self.traffic} a row" if self.traffic else ""
+        return f"{self.name} | {self.teachers} | {rows} | {self.dropout} | {self.share}"
 
 
-TRIED = (
-    *(Way(SCRATCH, dropout) for dropout in DROPOUTS),
-    *(
-        Way(loss, dropout, share)
-        for loss in ("pointwise", "listwise")
-        for dropout in DROPOUTS
-        for share in SHARES
-    ),
-)
-WAYS = (Way(SCRATCH, 0.5), Way("pointwise", 0.3, 0.7), Way("listwise", 0.3, 0.7))
+HEAD = "student | teachers | traffic | dropout | soft share"
+TRIED = (*(Way(SCRATCH, dropout) for dropout in (0.2, 0.3, 0.4, 0.5)),)
+WAYS = (Way(SCRATCH, 0.3),)
+
+
+# --- what they learn from --------------------------------------------------------------------
+
+
+def with_requests(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The same rows, with the number of the request that each belongs to."""
+    request = np.stack([ids.numpy() for name, ids in inputs.items() if name != "item"], axis=1)
+    _, number = np.unique(request, axis=0, return_inverse=True)
+    return {**inputs, "@group": torch.from_numpy(number.reshape(-1).copy())}
+
+
+def traffic_of(times: int, folder: Path, cache: Path) -> Split:
+    """Requests of the training rows, so many times, each with an app drawn anew; no labels."""
+    place = cache / NAME / f"traffic-{times}"
+    splits, rows = prepared(NAME, folder, cache)
+    inputs, label = tensors(splits["train"])
+    drawn = {name: ids.repeat(times) for name, ids in inputs.items()}
+    count = len(label) * times
+    apps = torch.Generator().manual_seed(TRAFFIC_SEED)
+    drawn["item"] = torch.randint(rows["item"], (count,), generator=apps)
+    return stored({**with_requests(drawn), "@label": torch.full((count,), torch.nan)}, place)
+
+
+def answered(seed: int, times: int, folder: Path, cache: Path) -> Tensor:
+    """What one original answers to the traffic, computed once: float32 ``(rows,)``."""
+    place = cache / NAME / f"seed{seed}" / f"traffic-{times}"
+    if not place.is_dir():
+        inputs, _ = tensors(traffic_of(times, folder, cache))
+        del inputs["@group"]
+        model, _ = baseline(NAME, seed, folder, cache)
+        stored({"score": scores(model.module, inputs)}, place)
+    return load_file(place / "data.safetensors")["score"]
+
+
+def bench_of(way: Way, seed: int, folder: Path, cache: Path, place: Path) -> tuple[Model, Bench]:
+    """An original, and what its student learns from; what is not kept is written to ``place``."""
+    model, bench = baseline(NAME, seed, folder, cache)
+    teachers = [(seed + step) % ORIGINALS for step in range(way.teachers)]
+    inputs, label = tensors(prepared(NAME, folder, cache)[0]["train"])
+    held = {"train": stored({**with_requests(inputs), "@label": label}, place / "train")}
+    soft = [baseline(NAME, each, folder, cache)[1].soft_labels for each in teachers]
+    heard = [load_file(Path(split.path) / "data.safetensors")["score"] for split in soft if split]
+    held["soft_labels"] = stored({"score": mean_answer(heard, "logit")}, place / "soft_labels")
+    if way.traffic:
+        heard = [answered(each, way.traffic, folder, cache) for each in teachers]
+        held["traffic"] = traffic_of(way.traffic, folder, cache)
+        soft_traffic = stored({"score": mean_answer(heard, "logit")}, place / "traffic_soft_labels")
+        held["traffic_soft_labels"] = soft_traffic
+    return model, bench.model_copy(update=held)
+
+
+# --- students --------------------------------------------------------------------------------
 
 
 def distilled(way: Way, epochs: int) -> Distill:
@@ -87,6 +161,7 @@ def distilled(way: Way, epochs: int) -> Distill:
         student={"hidden": HIDDEN, "dropout": way.dropout},
         loss=cast("SoftLoss", way.name),
         soft_share=way.share,
+        rows="both" if way.traffic else "train",
         training=Training(
             epochs=epochs,
             batch=RECIPE.batch,
@@ -99,25 +174,30 @@ def distilled(way: Way, epochs: int) -> Distill:
     )
 
 
+def from_scratch(way: Way, seed: int, folder: Path, cache: Path, epochs: int) -> nn.Module:
+    """The student's network trained as its original was."""
+    splits, rows = prepared(NAME, folder, cache)
+    built = architecture(rows, RECIPE)
+    config = {**built.config, "hidden": HIDDEN, "dropout": way.dropout}
+    built = built.model_copy(update={"config": config})
+    recipe = replace(RECIPE, epochs=epochs)
+    return train(built, recipe, splits["train"], splits["validation"], seed)[0]
+
+
 def found(way: Way, seed: int, folder: Path, cache: Path, epochs: int) -> Any:
     """AUC on validation and test rows of one student, trained unless ``cache`` knows it."""
-    name = f"{way.name}-{way.dropout:g}-{way.share:g}-{epochs}-{seed}.json"
-    place = cache / "students" / name
+    place = cache / "students" / f"{digest([asdict(way), epochs])[:16]}-{seed}.json"
     if place.is_file():
         return json.loads(place.read_text())
     begun = time.perf_counter()
-    model, bench = baseline("frappe", seed, folder, cache)
-    splits, rows = prepared("frappe", folder, cache)
     if way.name == SCRATCH:
-        built = architecture(rows, RECIPE)
-        config = {**built.config, "hidden": HIDDEN, "dropout": way.dropout}
-        built = built.model_copy(update={"config": config})
-        recipe = replace(RECIPE, epochs=epochs)
-        module, _ = train(built, recipe, splits["train"], splits["validation"], seed)
+        module = from_scratch(way, seed, folder, cache, epochs)
     else:
         with tempfile.TemporaryDirectory() as scratch:
-            module = run(distilled(way, epochs), model, bench, Path(scratch)).module
-    told = {part: auc(module, splits[part]) for part in ("validation", "test")}
+            model, bench = bench_of(way, seed, folder, cache, Path(scratch))
+            module = run(distilled(way, epochs), model, bench, Path(scratch) / "made").module
+    splits, _ = prepared(NAME, folder, cache)
+    told: dict[str, Any] = {part: auc(module, splits[part]) for part in JUDGED}
     told["products"] = dense_products(module)
     told["seconds"] = time.perf_counter() - begun
     place.parent.mkdir(parents=True, exist_ok=True)
@@ -128,15 +208,47 @@ def found(way: Way, seed: int, folder: Path, cache: Path, epochs: int) -> Any:
 
 def tune(folder: Path, cache: Path, epochs: int) -> None:
     """Print the validation AUC of all that is tried on the first network."""
-    print("| student | dropout | soft share | validation AUC |")
-    print("|---|---|---|---|")
+    print(f"| {HEAD} | validation AUC |")
+    print("|---|---|---|---|---|---|")
     for way in TRIED:
         value = found(way, 0, folder, cache, epochs)["validation"]
-        print(f"| {way.name} | {way.dropout} | {way.share or ''} | {value:.5f} |", flush=True)
+        print(f"| {way.cells()} | {value:.5f} |", flush=True)
+
+
+def compare(seeds: int, folder: Path, cache: Path, epochs: int) -> None:
+    """Print a line for each way, with the difference to the student from scratch, seed by seed."""
+    splits, _ = prepared(NAME, folder, cache)
+    base: dict[Part, list[float]] = {"validation": [], "test": []}
+    held: dict[Way, list[Any]] = {way: [] for way in WAYS}
+    whole = 0
+    for seed in range(seeds):
+        model, _ = baseline(NAME, seed, folder, cache)
+        whole = dense_products(model.module)
+        for part, values in base.items():
+            values.append(auc(model.module, splits[part]))
+        for way in WAYS:
+            held[way].append(found(way, seed, folder, cache, epochs))
+    print(f"| {HEAD} | products | validation AUC | test AUC | to scratch |")
+    print("|---|---|---|---|---|---|---|---|---|")
+    cells = (
+        f"{mean(base['validation']):.5f} | {mean(base['test']):.5f} ± {interval(base['test']):.5f}"
+    )
+    print(f"| none: the originals | | | {RECIPE.dropout} | | {whole:,} | {cells} | |")
+    first = [item["test"] for item in held[WAYS[0]]]
+    for way, results in held.items():
+        test = [item["test"] for item in results]
+        gaps = [own - other for own, other in zip(test, first, strict=True)]
+        validation = mean(item["validation"] for item in results)
+        gap = "" if way.name == SCRATCH else f"{mean(gaps):+.5f} ± {interval(gaps):.5f}"
+        print(
+            f"| {way.cells()} | {results[0]['products']:,} | {validation:.5f} | "
+            f"{mean(test):.5f} ± {interval(test):.5f} | {gap} |",
+            flush=True,
+        )
 
 
 def main() -> None:
-    """Print a line for each way, with the difference to the student from scratch, seed by seed."""
+    """Print what was tried, or the table."""
     parser = arguments((__doc__ or "").splitlines()[0])
     parser.add_argument("--epochs", type=int, default=RECIPE.epochs, help="fewer to try it out")
     parser.add_argument("--tune", action="store_true", help="what was tried on validation rows")
@@ -150,29 +262,8 @@ def main() -> None:
         sys.exit(str(fault))
     if asked.tune:
         tune(folder, cache, asked.epochs)
-        return
-    base: list[float] = []
-    held: dict[Way, list[Any]] = {way: [] for way in WAYS}
-    for seed in range(asked.seeds):
-        model, _ = baseline("frappe", seed, folder, cache)
-        base.append(auc(model.module, prepared("frappe", folder, cache)[0]["test"]))
-        whole = dense_products(model.module)
-        for way in WAYS:
-            held[way].append(found(way, seed, folder, cache, asked.epochs))
-    print("| student | dropout | soft share | products | validation AUC | test AUC | to scratch |")
-    print("|---|---|---|---|---|---|---|")
-    print(f"| the original | | | {whole:,} | | {mean(base):.5f} ± {interval(base):.5f} | |")
-    first = [item["test"] for item in held[WAYS[0]]]
-    for way, results in held.items():
-        test = [item["test"] for item in results]
-        gaps = [own - other for own, other in zip(test, first, strict=True)]
-        validation = mean(item["validation"] for item in results)
-        gap = "" if way.name == SCRATCH else f"{mean(gaps):+.5f} ± {interval(gaps):.5f}"
-        print(
-            f"| {way.name} | {way.dropout} | {way.share or ''} | {results[0]['products']:,} | "
-            f"{validation:.5f} | {mean(test):.5f} ± {interval(test):.5f} | {gap} |",
-            flush=True,
-        )
+    else:
+        compare(asked.seeds, folder, cache, asked.epochs)
 
 
 if __name__ == "__main__":

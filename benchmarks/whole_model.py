@@ -12,6 +12,7 @@ graph's file stand beside them. Recipes were chosen on validation rows.
     python -m benchmarks.whole_model --speed     # latency of the first network's graphs, in turn
 """
 
+import contextlib
 import json
 import shutil
 import sys
@@ -171,14 +172,19 @@ def modelopt(source: Path, made: Path, rows: Arrays) -> None:
     """NVIDIA ModelOpt's ONNX quantization to int8."""
     from modelopt.onnx.quantization import quantize
 
-    quantize(
-        str(source),
-        quantize_mode="int8",
-        calibration_data=rows,
-        calibration_eps=["cpu"],
-        high_precision_dtype="fp32",  # CPUs have no float16 products
-        output_path=str(made),
-    )
+    with contextlib.redirect_stdout(sys.stderr):  # its calibration reports to stdout
+        quantize(
+            str(source),
+            quantize_mode="int8",
+            calibration_data=rows,
+            # Without shapes it takes a batch for one row, and leaves all products alone.
+            calibration_shapes=",".join(f"{name}:{len(ids)}" for name, ids in rows.items()),
+            calibration_eps=["cpu"],
+            high_precision_dtype="fp32",  # CPUs have no float16 products
+            dq_only=True,  # or weights are stored as float32, with a QuantizeLinear behind
+            output_path=str(made),
+            log_level="ERROR",
+        )
 
 
 PEERS: list[tuple[str, Peer]] = [

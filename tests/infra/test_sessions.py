@@ -1,0 +1,45 @@
+"""A served graph answers the same however its inputs come, and says what it cannot take."""
+
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, helper
+
+from infra.errors import InfraError
+from infra.onnxruntime import Session, interleaved_ms
+
+
+@pytest.fixture
+def session(tmp_path: Path) -> Session:
+    """``score = x - y``: which input is which shows."""
+    inputs = [helper.make_tensor_value_info(name, TensorProto.FLOAT, ["rows"]) for name in "xy"]
+    output = helper.make_tensor_value_info("score", TensorProto.FLOAT, ["rows"])
+    nodes = [helper.make_node("Sub", ["x", "y"], ["score"])]
+    graph = helper.make_graph(nodes, "difference", inputs, [output])
+    made = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10)
+    onnx.save(made, tmp_path / "model.onnx")
+    return Session(tmp_path / "model.onnx", threads=1)
+
+
+def test_inputs_that_lie_ready_are_answered_the_same_each_time(session: Session) -> None:
+    rows = {"y": np.arange(6, dtype=np.float32)[::2], "x": np.ones(3, np.float32)}
+    call = session.bound(rows)
+    for _ in range(2):
+        np.testing.assert_array_equal(call(), session.scores(rows))
+    np.testing.assert_array_equal(call(), np.array([1, -1, -3], np.float32))
+
+
+def test_each_session_is_called_and_timed_as_often_as_asked(session: Session) -> None:
+    rows = {name: np.ones(3, np.float32) for name in "xy"}
+    times = interleaved_ms([session, session], rows, rounds=4, warmup=1)
+    assert [own.shape for own in times] == [(4,), (4,)]
+    assert all(bool((own > 0).all()) for own in times)
+
+
+def test_inputs_of_another_kind_are_refused(session: Session) -> None:
+    with pytest.raises(InfraError, match="does not take these inputs"):
+        session.bound({"x": np.ones(3, np.float32)})
+    with pytest.raises(InfraError, match="failed while scoring"):
+        session.bound({name: np.ones(3, np.int64) for name in "xy"})()
