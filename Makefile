@@ -36,7 +36,7 @@ demo: $(DONE) ## Train, compress, build, judge and register a click model on Mov
 	$(BIN)/recpress demo
 
 test: $(DONE) ## Run the tests; ARGS are passed on to pytest.
-	$(BIN)/pytest -n auto --maxprocesses 4 --dist loadgroup $(ARGS)
+	$(BIN)/pytest -n auto --maxprocesses 4 --dist loadgroup --no-loadscope-reorder $(ARGS)
 
 up-local: $(DONE) ## Run Prefect, MLflow, Postgres, an S3 store and a worker here until Ctrl-C, without Docker.
 	@$(BIN)/python -m infra.services_local $(ARGS)

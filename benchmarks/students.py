@@ -98,8 +98,19 @@ class Way:
 
 
 HEAD = "student | teachers | traffic | dropout | soft share"
-TRIED = (*(Way(SCRATCH, dropout) for dropout in (0.2, 0.3, 0.4, 0.5)),)
-WAYS = (Way(SCRATCH, 0.3),)
+TRIED = (
+    *(Way(SCRATCH, dropout) for dropout in (0.2, 0.3, 0.4, 0.5)),
+    *(Way("pointwise", dropout, 0.5) for dropout in (0.3, 0.5)),
+    Way("pointwise", 0.3, 0.7),
+    Way("pointwise", 0.3, 0.7, traffic=1),
+    Way("pointwise", 0.3, 0.7, teachers=3, traffic=1),
+    Way("pointwise", 0.3, 0.7, teachers=3, traffic=3),
+)
+WAYS = (
+    Way(SCRATCH, 0.3),
+    Way("pointwise", 0.5, 0.5),
+    Way("pointwise", 0.3, 0.7, teachers=3, traffic=3),
+)
 
 
 # --- what they learn from --------------------------------------------------------------------

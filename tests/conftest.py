@@ -1,5 +1,6 @@
 """What every test starts from: an empty environment and a home of its own."""
 
+import gc
 import os
 import tempfile
 from collections.abc import Iterator
@@ -7,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from s3_server import S3Server, running_server
+from torch.onnx._internal.exporter import _registration as exporter
 
 PLACES = {"RECPRESS_STORE", "RECPRESS_TRITON", "MLFLOW_TRACKING_URI"}
 
@@ -17,6 +19,8 @@ os.environ["PREFECT_HOME"] = tempfile.mkdtemp(prefix="prefect-")
 # Exports take seconds each; these files look at the same ones, so one process runs them all.
 SAME_GRAPHS = {"test_audit", "test_composed", "test_lowered_graphs", "test_lowering", "test_parity"}
 SAME_RUNS = {"test_steps", "test_outline"}
+# What takes minutes begins first, or one process ends alone (with --no-loadscope-reorder).
+LONGEST = ("flows", "graphs", "test_readme")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -25,15 +29,48 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     That is the tests of a file, those of all flows (one Prefect server, one finished order), and
     those of the same exported graphs, or of the same runs of every method.
     """
+    groups = {id(item): _group(item) for item in items}
     for item in items:
-        group = item.path.stem
-        if item.path.parent.name == "flows":
-            group = "flows"
-        elif group in SAME_GRAPHS:
-            group = "graphs"
-        elif group in SAME_RUNS:
-            group = "runs"
-        item.add_marker(pytest.mark.xdist_group(group))
+        item.add_marker(pytest.mark.xdist_group(groups[id(item)]))
+    places = {name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: places.get(groups[id(item)], len(LONGEST)))
+
+
+def _group(item: pytest.Item) -> str:
+    name = item.path.stem
+    if item.path.parent.name == "flows":
+        return "flows"
+    if name in SAME_GRAPHS:
+        return "graphs"
+    return "runs" if name in SAME_RUNS else name
+
+
+def pytest_collection_finish() -> None:
+    """What is imported and collected lives to the end: the garbage collector need not look."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(50_000, 20, 50)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _operators_read_once() -> Iterator[None]:
+    """torch reads the sources of all of ONNX's operators for each export: half a second of two."""
+    read = exporter.ONNXRegistry.from_torchlib
+    held: dict[int, exporter.ONNXRegistry] = {}
+
+    def copied(opset_version: int) -> exporter.ONNXRegistry:
+        if opset_version not in held:
+            held[opset_version] = read(opset_version)
+        registry = exporter.ONNXRegistry()
+        registry._opset_version = opset_version
+        registry.functions = {
+            name: list(kept) for name, kept in held[opset_version].functions.items()
+        }
+        return registry
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(exporter.ONNXRegistry, "from_torchlib", staticmethod(copied))
+        yield
 
 
 @pytest.fixture(autouse=True)

@@ -34,7 +34,12 @@ from compressors.contracts import (
 )
 from compressors.dense.drop_layers import DropLayers
 from compressors.dense.fold import Fold
+from compressors.dense.l1_training import L1Training
 from compressors.dense.low_rank_dense import LowRankDense
+from compressors.dense.magnitude import Magnitude
+from compressors.dense.sparse_2_4 import Sparse24
+from compressors.distill.distill import Distill
+from compressors.distill.fine_tune import FineTune
 from compressors.distill.recalibrate import Recalibrate
 from compressors.distill.refit_codes import RefitCodes
 from compressors.lower.bfloat16_products import has_bfloat16_products, write_checkable
@@ -70,8 +75,10 @@ SEARCHES = (DropTables, MergeRows)
 PARTS = tuple(method for method in PARTS if method not in (*SEARCHES, LowRankDense))
 # Methods that leave every table one table; test_composed.py is about the others.
 UNDIVIDED = (*VALUES, *FORMATS)
-# Methods that find something to do on the ranker, which has neither norms nor dead channels.
-UNDIVIDED = tuple(method for method in UNDIVIDED if method is not Fold)
+# Methods that find something to do on the ranker, which has neither norms nor dead channels, and
+# do more than set weights to other numbers: what those leave is the untouched network's graph.
+SAME_LAYERS = (Magnitude, Sparse24, L1Training, Distill, FineTune)
+UNDIVIDED = tuple(method for method in UNDIVIDED if method not in (Fold, *SAME_LAYERS))
 # Steps enough for 96 rows to move the weights.
 QUICKLY = Training(batch=16, learning_rate=0.02, warmup=0)
 BENCH_ROWS = 96
