@@ -54,6 +54,7 @@ from benchmarks.ctr import (
     tensors,
     train,
 )
+from compressors import metrics
 from compressors.contracts import Bench, Split, digest
 from compressors.distill.distill import Distill
 from compressors.distill.losses import SoftLoss
@@ -126,13 +127,19 @@ def with_requests(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
 def traffic_of(times: int, folder: Path, cache: Path) -> Split:
     """Requests of the training rows, so many times, each with an app drawn anew; no labels."""
     place = cache / NAME / f"traffic-{times}"
+    kept = place / "split.json"
+    if kept.is_file():
+        return Split.model_validate_json(kept.read_text())
     splits, rows = prepared(NAME, folder, cache)
     inputs, label = tensors(splits["train"])
     drawn = {name: ids.repeat(times) for name, ids in inputs.items()}
     count = len(label) * times
     apps = torch.Generator().manual_seed(TRAFFIC_SEED)
     drawn["item"] = torch.randint(rows["item"], (count,), generator=apps)
-    return stored({**with_requests(drawn), "@label": torch.full((count,), torch.nan)}, place)
+    labels = torch.full((count,), torch.nan)
+    split = stored({**with_requests(drawn), "@label": labels}, place)
+    kept.write_text(split.model_dump_json())
+    return split
 
 
 def answered(seed: int, times: int, folder: Path, cache: Path) -> Tensor:
@@ -208,13 +215,23 @@ def found(way: Way, seed: int, folder: Path, cache: Path, epochs: int) -> Any:
             model, bench = bench_of(way, seed, folder, cache, Path(scratch))
             module = run(distilled(way, epochs), model, bench, Path(scratch) / "made").module
     splits, _ = prepared(NAME, folder, cache)
-    told: dict[str, Any] = {part: auc(module, splits[part]) for part in JUDGED}
+    told: dict[str, Any] = {}
+    for part in JUDGED:
+        told[part], told[f"{part} gauc"] = judged(module, splits[part])
     told["products"] = dense_products(module)
     told["seconds"] = time.perf_counter() - begun
     place.parent.mkdir(parents=True, exist_ok=True)
     place.write_text(json.dumps(told))
     print(way, seed, json.dumps(told), file=sys.stderr, flush=True)
     return told
+
+
+def judged(module: nn.Module, split: Split) -> tuple[float, float]:
+    """AUC over all rows, and over those of each user (GAUC)."""
+    inputs, label = tensors(split)
+    score = scores(module, inputs).numpy()
+    users = inputs["user"].numpy()
+    return metrics.auc(label.numpy(), score), metrics.gauc(label.numpy(), score, users)
 
 
 def tune(folder: Path, cache: Path, epochs: int) -> None:
@@ -229,33 +246,29 @@ def tune(folder: Path, cache: Path, epochs: int) -> None:
 def compare(seeds: int, folder: Path, cache: Path, epochs: int) -> None:
     """Print a line for each way, with the difference to the student from scratch, seed by seed."""
     splits, _ = prepared(NAME, folder, cache)
-    base: dict[Part, list[float]] = {"validation": [], "test": []}
-    held: dict[Way, list[Any]] = {way: [] for way in WAYS}
-    whole = 0
-    for seed in range(seeds):
-        model, _ = baseline(NAME, seed, folder, cache)
-        whole = dense_products(model.module)
-        for part, values in base.items():
-            values.append(auc(model.module, splits[part]))
-        for way in WAYS:
-            held[way].append(found(way, seed, folder, cache, epochs))
-    print(f"| {HEAD} | products | validation AUC | test AUC | to scratch |")
-    print("|---|---|---|---|---|---|---|---|---|")
-    cells = (
-        f"{mean(base['validation']):.5f} | {mean(base['test']):.5f} ± {interval(base['test']):.5f}"
+    originals = [baseline(NAME, seed, folder, cache)[0].module for seed in range(seeds)]
+    base = [judged(module, splits["test"]) for module in originals]
+    print(
+        f"| {HEAD} | products | validation AUC | test AUC | to scratch | test GAUC | to scratch |"
     )
-    print(f"| none: the originals | | | {RECIPE.dropout} | | {whole:,} | {cells} | |")
-    first = [item["test"] for item in held[WAYS[0]]]
-    for way, results in held.items():
-        test = [item["test"] for item in results]
-        gaps = [own - other for own, other in zip(test, first, strict=True)]
-        validation = mean(item["validation"] for item in results)
-        gap = "" if way.name == SCRATCH else f"{mean(gaps):+.5f} ± {interval(gaps):.5f}"
-        print(
-            f"| {way.cells()} | {results[0]['products']:,} | {validation:.5f} | "
-            f"{mean(test):.5f} ± {interval(test):.5f} | {gap} |",
-            flush=True,
-        )
+    print("|---|---|---|---|---|---|---|---|---|---|---|")
+    cells = [f"{mean(each):.5f} ± {interval(list(each)):.5f}" for each in zip(*base, strict=True)]
+    validation = mean(auc(module, splits["validation"]) for module in originals)
+    print(
+        f"| none: the originals | | | {RECIPE.dropout} | | {dense_products(originals[0]):,} | "
+        f"{validation:.5f} | {cells[0]} | | {cells[1]} | |"
+    )
+    first: dict[str, list[float]] = {}
+    for way in WAYS:
+        results = [found(way, seed, folder, cache, epochs) for seed in range(seeds)]
+        cells = [f"{results[0]['products']:,}", f"{mean(r['validation'] for r in results):.5f}"]
+        for part in ("test", "test gauc"):
+            values = [result[part] for result in results]
+            against = first.setdefault(part, values)
+            gaps = [own - other for own, other in zip(values, against, strict=True)]
+            cells += [f"{mean(values):.5f} ± {interval(values):.5f}"]
+            cells += ["" if way is WAYS[0] else f"{mean(gaps):+.5f} ± {interval(gaps):.5f}"]
+        print(f"| {way.cells()} | {' | '.join(cells)} |", flush=True)
 
 
 def main() -> None:

@@ -281,7 +281,7 @@ def choices_of(step: TableStep | ModelStep, model: Model, bench: Bench) -> dict[
             step=step.kind,
             wanted="a table or dense layer it may compress",
             closest=reasons or "none of that kind",
-            remedy="Drop this step, or widen what it takes.",
+            remedy="Drop this step, widen what it takes, or move it before what left it nothing.",
         )
     rest = {unit.name: Choice(False, f"{step.kind} takes no {unit.role}") for unit in units}
     return {**rest, **chosen}

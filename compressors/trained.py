@@ -1,6 +1,7 @@
 """What the steps that train have in common, ``fine_tune`` and ``distill``: all but their loss."""
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import replace
 
 from torch import nn
 
@@ -9,7 +10,7 @@ from compressors.contracts import Bench
 from compressors.errors import CompressionError, NothingToCompress
 from compressors.formats import Bag, PackedTable
 from compressors.model import Model
-from compressors.training import Loss, Training, train, trainable
+from compressors.training import Epoch, Loss, Training, train, trainable
 from compressors.units import Choice, Unit, innermost
 
 PRUNING = frozenset({"magnitude", "sparse_2_4", "l1_training"})
@@ -105,7 +106,8 @@ def trained_on(
 ) -> Model:
     """The model, trained on the rows of a bench and left as it was in its best epoch.
 
-    ``rows`` are learned from in place of the bench's training rows; the rest is that of
+    What training came to is noted for every unit that it may have changed. ``rows`` are learned
+    from in place of the bench's training rows; the rest is that of
     ``compressors.training.train``.
 
     Raises:
@@ -114,7 +116,10 @@ def trained_on(
     learned = rows if rows is not None else bench.train
     if learned is None or bench.validation is None:
         raise CompressionError("Training needs train and validation rows.")
-    train(
+    names = only if only is not None else trainable(model.module, tables=settings.tables)
+    units = {unit.name for unit in Unit.of(model.module)}
+    trained = {innermost(name, units) for name in names} - {None}
+    epochs = train(
         model.module,
         bench.signature,
         learned,
@@ -131,4 +136,28 @@ def trained_on(
         after_step=after_step,
         last=last,
     )
-    return model
+    told = came_to(epochs, bench.signature.metric, settings, last=last)
+    notes = {name: told for name in trained if name is not None}
+    return replace(model, notes={**model.notes, **notes})
+
+
+def came_to(epochs: Sequence[Epoch], metric: str, settings: Training, *, last: bool = False) -> str:
+    """What training came to, in half a sentence for the plan.
+
+    Args:
+        epochs: every epoch, that before training first.
+        metric: that they are compared by.
+        settings: how long it could have been.
+        last: the result is the last epoch's, not the best one's.
+    """
+    first, *_ = epochs
+    best = epochs[-1] if last else max(epochs, key=lambda epoch: epoch.quality)  # the earliest
+    if best.number == 0:
+        return f"training ({_epochs(len(epochs) - 1)}) found nothing better than its beginning"
+    moved = f"{metric} {first.quality:.5f} -> {best.quality:.5f} on validation rows"
+    rising = not last and best.number == settings.epochs
+    return f"trained {_epochs(best.number)}, {moved}{', still rising' if rising else ''}"
+
+
+def _epochs(count: int) -> str:
+    return f"{count} epoch" if count == 1 else f"{count} epochs"

@@ -50,16 +50,13 @@ def _explain(fault: Exception) -> int:
     from pydantic import ValidationError
 
     from compressors.errors import CompressionError
+    from flows.order_faults import sentences
     from infra.errors import InfraError, Refused
 
     if os.environ.get("RECPRESS_DEBUG"):
         traceback.print_exception(fault)
     if isinstance(fault, ValidationError):
-        lines = [
-            f"{'.'.join(str(part) for part in error['loc']) or fault.title}: {error['msg']}"
-            for error in fault.errors()
-        ]
-        print("recpress:", "\n  ".join(lines), file=sys.stderr)  # noqa: T201
+        print("recpress:", "\n  ".join(sentences(fault)), file=sys.stderr)  # noqa: T201
         return 2
     if isinstance(fault, Refused | CompressionError):
         print(f"recpress: {fault}", file=sys.stderr)  # noqa: T201
@@ -232,7 +229,8 @@ def bundle_show(
     for item in signature.inputs:
         table = getattr(item, "table", None)
         where = f" -> table {table}" if table else ""
-        _print(f"  input {item.name}: {item.kind} {item.dtype} {list(item.shape)}{where}")
+        shape = f" {list(item.shape)} a row" if item.shape else ""
+        _print(f"  input {item.name}: {item.kind} {item.dtype}{shape}{where}")
     for split, held in manifest.data.items():
         _print(f"  {split}: {held.rows:,} rows, {held.artifact.uri}")
     for name, record in manifest.network.modules.items():

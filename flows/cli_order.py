@@ -145,14 +145,20 @@ def read_order(path: Path) -> "Terms":
     """The order in a JSON file.
 
     Raises:
-        Refused: the file cannot be read.
-        ValidationError: it holds no order.
+        Refused: the file cannot be read, or holds no order.
     """
+    from pydantic import ValidationError
+
     from flows.order import Order
+    from flows.order_faults import sentences
     from infra.errors import Refused
 
     try:
         text = path.read_text()
     except (OSError, UnicodeDecodeError) as fault:
         raise Refused(f"{path} cannot be read: {fault}.") from fault
-    return Order.model_validate_json(text)
+    try:
+        return Order.model_validate_json(text)
+    except ValidationError as fault:
+        told = "\n  ".join(sentences(fault, Order))
+        raise Refused(f"{path} holds no order:\n  {told}") from fault

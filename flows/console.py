@@ -131,6 +131,15 @@ def explained(found: "Explanation") -> None:
         out.print(f"target {target.target}, {target.wanted}{note}", markup=False, soft_wrap=True)
     for limit in found.limits:
         out.print(f"limit {limit}", markup=False, soft_wrap=True)
+    if found.budget is not None:
+        out.print(
+            f"budget {found.budget:g}, weighed when it runs: steps that would lose more are left "
+            f"out, with the training behind them, and bytes stay larger than shown",
+            markup=False,
+            soft_wrap=True,
+        )
+    for teacher in found.teachers:
+        out.print(f"teacher {teacher}, beside the original", markup=False, soft_wrap=True)
     memory = found.memory
     out.print(
         f"Peak memory of the flow's process: about {mebibytes(memory.peak)} MiB, reached in "

@@ -49,6 +49,8 @@ class Explanation(Frozen):
     task: str
     rows: dict[str, int]
     limits: tuple[str, ...]
+    budget: float | None
+    teachers: tuple[str, ...]
     earlier: str | None
     steps: tuple[Foreseen, ...]
     plan: Plan
@@ -71,11 +73,12 @@ def explain(terms: Terms) -> Explanation:
     subject = find(order.model)
     need_measurable(subject, order.limits)
     need_taught(order)
-    teachers = tuple(held.artifact for held in teachers_of(order, subject))
+    teachers = teachers_of(order, subject)
     before = already(order)
     loaded = load_bundle(subject.artifact)
     schema = loaded.manifest.signature
-    model, steps = _steps(order, subject, schema, loaded.model, teachers)
+    heard = tuple(teacher.artifact for teacher in teachers)
+    model, steps = _steps(order, subject, schema, loaded.model, heard)
     original = stored_bytes(loaded.model.module)
     plan = model.plan if model.plan is not None else Plan()
     return Explanation(
@@ -83,6 +86,8 @@ def explain(terms: Terms) -> Explanation:
         task=subject.task,
         rows=subject.rows,
         limits=tuple(map(str, order.limits)),
+        budget=order.budget,
+        teachers=tuple(teacher.name for teacher in teachers),
         earlier=None if before is None else before.version,
         steps=(Foreseen(step=AS_TRAINED, bytes=original), *steps),
         plan=plan,

@@ -58,6 +58,16 @@ class Order(Terms):
             )
         return self
 
+    @model_validator(mode="after")
+    def _a_map_fits_what_is_served(self) -> Self:
+        for step, behind in zip(self.steps, self.steps[1:], strict=False):
+            if step.kind == "recalibrate":
+                raise ValueError(
+                    f"step 'recalibrate' fits a map to the network as it then is, and "
+                    f"{behind.kind!r} comes behind it: put one 'recalibrate' at the end"
+                )
+        return self
+
     def recipe(self) -> tuple[AnyStep, ...]:
         """The steps that will run."""
         return tuple(step for group in self.groups() for step in group)

@@ -46,7 +46,8 @@ class Compressed:
         """Why steps were left out, by what people call them."""
         kinds = [step.kind for step in order.recipe()]
         return {
-            kinds[place] + (f" (step {place + 1})" if kinds.count(kinds[place]) > 1 else ""): why
+            kinds[place]
+            + (f" (step {place + 1} of the recipe)" if kinds.count(kinds[place]) > 1 else ""): why
             for place, why in self.idle.items()
         }
 

@@ -5,7 +5,7 @@ import json
 from compressors.contracts import Estimate, Plan
 from infra.html import many
 from tasks.documents import ORDER_FILE, LoweredGraph, Report
-from tasks.report_cells import cell, change_of, label, widened
+from tasks.report_cells import cell, change_of, label, packed, widened
 from tasks.report_stages import stage_lines
 
 NOTICED = 1.02
@@ -200,7 +200,7 @@ def _graph_checks(where: str, graph: LoweredGraph, audit: dict[str, object]) -> 
     if graph.audit is not None:
         lines.append(
             f"- {where}: optimized graph holds {graph.audit.int8_products} int8 "
-            f"products and {graph.audit.packed_tables} packed tables; {widened(graph.audit)}"
+            f"products and {packed(graph.audit)}; {widened(graph.audit)}"
         )
         if graph.sparse_layers:
             lines.append(

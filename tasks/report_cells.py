@@ -33,6 +33,12 @@ def cell(text: str) -> str:
     return escape(" ".join(text.split()), quote=False).replace("|", "\\|")
 
 
+def packed(audit: GraphAudit) -> str:
+    """How many packed tables an optimized graph holds: those that it looks up together are one."""
+    tables = many(audit.packed_tables, "packed table")
+    return f"{tables} (alike ones count once)" if audit.packed_tables else tables
+
+
 def widened(audit: GraphAudit) -> str:
     """What became of packed dense layers in an optimized graph."""
     kept, wide = audit.packed_layers, audit.widened_layers

@@ -18,7 +18,7 @@ from infra.page import findings, summary
 from infra.pictures import Part
 from tasks.documents import ORDER_FILE, LoweredGraph, Report, TargetReport
 from tasks.report import headline, resolution
-from tasks.report_cells import change_of, label, largest_first, widened
+from tasks.report_cells import change_of, label, largest_first, packed, widened
 from tasks.report_measured import TONES, WORDS, latency, limits
 from tasks.report_stages import stage_table
 from tasks.stored import local
@@ -297,7 +297,7 @@ def _graph(graph: LoweredGraph, audit: dict[str, object]) -> dict[str, str]:
         nodes = ", ".join(f"{count} {name}" for name, count in graph.audit.nodes.items())
         facts["Optimized graph"] = (
             f"{many(graph.audit.int8_products, 'int8 product')}, "
-            f"{many(graph.audit.packed_tables, 'packed table')}, "
+            f"{packed(graph.audit)}, "
             f"{graph.audit.weight_bytes:,} bytes of weights; {widened(graph.audit)}"
             f"<small>{escape(nodes)}</small>"
         )

@@ -83,17 +83,26 @@ def _signature(artifact: Artifact) -> Schema:
 
 def _need_same(reference: str, found: Schema, wanted: Schema) -> None:
     """Refuse a teacher who could not be asked, or would answer something else."""
-    for part in ("task", "inputs", "output"):
-        if getattr(found, part) != getattr(wanted, part):
-            raise CompressionError(
-                f"Teacher {reference!r} has another signature: its {part} differ from those of "
-                f"the model that is compressed ({_shown(found, part)} against "
-                f"{_shown(wanted, part)}). Teachers must take the same inputs and answer in the "
-                f"same form."
-            )
+    told = difference(found, wanted)
+    if told is not None:
+        raise CompressionError(
+            f"Teacher {reference!r} has another signature: {told}. Teachers must take the same "
+            f"inputs and answer in the same form."
+        )
 
 
-def _shown(schema: Schema, part: str) -> str:
-    if part == "inputs":
-        return ", ".join(f"{item.kind} {item.name}" for item in schema.inputs)
-    return repr(getattr(schema, part))
+def difference(found: Schema, wanted: Schema) -> str | None:
+    """The first difference between what a teacher takes and answers and what is wanted."""
+    if found.task != wanted.task:
+        return f"its task is {found.task!r}, not {wanted.task!r}"
+    if found.output != wanted.output:
+        return f"its output is a {found.output}, not a {wanted.output}"
+    own, others = ([item.name for item in schema.inputs] for schema in (found, wanted))
+    if own != others:
+        return f"its inputs are {', '.join(own)}, not {', '.join(others)}"
+    for one, other in zip(found.inputs, wanted.inputs, strict=True):
+        known = other.model_dump()
+        for field, value in one.model_dump().items():
+            if field not in known or value != known[field]:
+                return f"{field!r} of its input {one.name!r} is {value!r}, not {known.get(field)!r}"
+    return None

@@ -155,7 +155,9 @@ class L1Training(Frozen):
             after_step=_pull(model.module, taken, groups, self.penalty_strength),
             last=True,
         )
-        return replace(model, notes={name: _told(model.module, name, groups) for name in taken})
+        zeros = {name: _told(model.module, name, groups) for name in taken}
+        notes = {name: f"{told}; {model.notes[name]}" for name, told in zeros.items()}
+        return replace(model, notes={**model.notes, **notes})
 
     def _wanted(self, model: Model) -> dict[str, Choice]:
         """Which dense layers are penalized, and why not the others."""

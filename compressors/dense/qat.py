@@ -33,8 +33,8 @@ from compressors.formats import PackedLinear
 from compressors.loss import hard_loss
 from compressors.model import Model
 from compressors.stand_ins import packed_outline
-from compressors.trained import need_loss, pruned_layers
-from compressors.training import Epoch, Loss, Training, train, trainable
+from compressors.trained import came_to, need_loss, pruned_layers
+from compressors.training import Loss, Training, train, trainable
 from compressors.units import Choice, Unit, choose_dense, innermost, swap
 
 
@@ -215,7 +215,7 @@ class QAT(Frozen):
         )
         for name, layer in learned.items():
             swap(module, name, layer.packed())
-        told = _told(epochs, bench.signature.metric)
+        told = came_to(epochs, bench.signature.metric, self.training)
         first = {name: f"began with {note}; " for name, note in notes_of(begun).items()}
         notes = {name: f"{first.get(name, '')}{told}" for name in learned}
         return replace(model, notes={**model.notes, **notes, **dict.fromkeys(unseen, UNSEEN)})
@@ -247,17 +247,3 @@ def _trained(
     names = {unit.name for unit in units}
     owners = {name: innermost(name, names) for name in trainable(module, tables=False)}
     return tuple(name for name, owner in owners.items() if owner is None or owner in learned)
-
-
-def _told(epochs: Collection[Epoch], metric: str) -> str:
-    """What training came to, in half a sentence for the plan."""
-    first, *_ = epochs
-    best = max(epochs, key=lambda epoch: epoch.quality)  # the earliest of equals
-    if best.number == 0:
-        return f"training ({_epochs(len(epochs) - 1)}) found nothing better than its beginning"
-    moved = f"{metric} {first.quality:.5f} -> {best.quality:.5f} on validation rows"
-    return f"trained {_epochs(best.number)}, {moved}"
-
-
-def _epochs(count: int) -> str:
-    return f"{count} epoch" if count == 1 else f"{count} epochs"

@@ -117,18 +117,19 @@ class Distill(Frozen):
                 remedy="Take loss 'listwise'.",
             )
         need_layers(model.module, self._watched())
-        tables = self.training.tables
+        tables, words = self.training.tables, f"{self.kind} on {self._words(bench)}"
         choices = choose_trained(
             model,
             bench,
             self.kind,
             tables=tables,
             dense=self.dense,
-            words=f"{self.kind} on {self._words(bench)}",
+            words=words,
         )
         if self.student is None:
             return choices
-        return {**choices, **student_choices(model, self.student, tables=tables)}
+        smaller = student_choices(model, self.student, tables=tables, words=words)
+        return {**choices, **smaller}
 
     def apply(self, model: Model, bench: Bench) -> Model:
         """Train on soft and hard labels, and leave the network as it was in its best epoch.

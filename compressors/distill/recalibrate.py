@@ -186,11 +186,12 @@ class Recalibrate(Frozen):
         """No unit changes: the map stands behind the network."""
         return "output"
 
-    def choose(self, model: Model, bench: Bench) -> dict[str, Choice]:  # noqa: ARG002
+    def choose(self, model: Model, bench: Bench) -> dict[str, Choice]:
         """No table and no dense layer.
 
         Raises:
             NothingToCompress: the task knows no probabilities.
+            CompressionError: the model has a map already.
         """
         if bench.signature.task != "ctr":
             raise NothingToCompress(
@@ -199,22 +200,21 @@ class Recalibrate(Frozen):
                 closest=f"task {bench.signature.task!r}, whose scores only order rows",
                 remedy="Leave this step out.",
             )
+        earlier = recalibration_of(model.module)
+        if earlier is not None:  # a map of a map would be one nobody can read
+            raise CompressionError(
+                f"{self.kind!r} was already done ({earlier.method}); keep one of the two, the last."
+            )
         return {}
 
     def apply(self, model: Model, bench: Bench) -> Model:
         """Fit the map on the validation rows.
 
         Raises:
-            CompressionError: there are no validation rows, no rising map fits them, or the model
-                has a map already.
+            CompressionError: there are no validation rows, or no rising map fits them.
         """
         if bench.validation is None:
             raise CompressionError(f"{self.kind!r} needs validation rows.")
-        earlier = recalibration_of(model.module)
-        if earlier is not None:  # a map of a map would be one nobody can read
-            raise CompressionError(
-                f"{self.kind!r} was already done ({earlier.method}); keep one of the two, the last."
-            )
         schema = bench.signature
         parts = list(batches(bench.validation, schema, SCORING_ROWS))
         with torch.no_grad():

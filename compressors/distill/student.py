@@ -25,13 +25,14 @@ from compressors.units import Choice, Unit, swap, table_rows
 Config = dict[str, Any]
 
 
-def student_choices(model: Model, config: Config, *, tables: bool) -> dict[str, Choice]:
+def student_choices(model: Model, config: Config, *, tables: bool, words: str) -> dict[str, Choice]:
     """What becomes of each unit that is another one in the student.
 
     Args:
         model: the original.
         config: keyword arguments that differ.
         tables: whether tables are trained, without which a narrower one would stay as drawn.
+        words: what the student learns from.
 
     Raises:
         CompressionError: the student cannot be built, or could not be what it seems.
@@ -68,10 +69,10 @@ def student_choices(model: Model, config: Config, *, tables: bool) -> dict[str, 
     choices = {}
     for name, shape in shapes.items():
         if name not in smaller:
-            choices[name] = Choice(True, "distill: not in the student")
+            choices[name] = Choice(True, f"{words}, not in the student")
         elif smaller[name] != shape:
-            words = " -> ".join("x".join(map(str, size)) for size in (shape, smaller[name]))
-            choices[name] = Choice(True, f"distill: {words} in the student")
+            sizes = " -> ".join("x".join(map(str, size)) for size in (shape, smaller[name]))
+            choices[name] = Choice(True, f"{words}, {sizes} in the student")
     return choices
 
 

@@ -1,5 +1,7 @@
 """Students: what they learn from the original, and which are refused."""
 
+import re
+
 import models
 import pytest
 import torch
@@ -60,7 +62,9 @@ def test_a_smaller_student_is_built_from_a_configuration(tmp_path):
     assert result.network.architecture.config == {"width": 8}
     assert result.module.hidden.out_features == 8
     assert torch.equal(result.module.item.weight, RANKER.model().module.item.weight)
-    assert result.plan.of("hidden").reason == "distill: 16x40 -> 8x40 in the student"
+    reason = result.plan.of("hidden").reason
+    assert reason.startswith("distill on 96 rows, 16x40 -> 8x40 in the student; train")
+    assert re.search(r"trained \d+ epochs?, auc 0\.\d{5} -> 0\.\d{5} on validation rows", reason)
     assert result.plan.of("item").reason == "distill leaves tables as they are"
 
 
@@ -116,7 +120,7 @@ def test_a_student_with_fewer_layers_drops_the_others_from_the_plan(tmp_path):
     result = run(step, reference.model(), bench, tmp_path / "out")
     line = result.plan.of("layers.1")
     assert (line.format, line.bytes_after) == ("dropped", 0)
-    assert line.reason == "distill: not in the student"
+    assert line.reason == "distill on 96 rows, not in the student"
     assert sum(item.bytes_after for item in result.plan.lines) == sum(
         t.numel() * t.element_size() for t in mapped(tmp_path / "out").values()
     )
@@ -129,7 +133,8 @@ def test_a_student_with_narrower_tables_trains_them(tmp_path):
     step = Distill(student={"dim": 2}, training=how)
     result = run(step, reference.model(), bench, tmp_path / "out")
     assert result.module.user.weight.shape == (15, 2)
-    assert result.plan.of("user").reason == "distill: 15x4 -> 15x2 in the student"
+    reason = result.plan.of("user").reason
+    assert reason.startswith("distill on 96 rows, 15x4 -> 15x2 in the student; train")
 
 
 def test_soft_labels_must_be_one_a_row(tmp_path):

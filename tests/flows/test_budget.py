@@ -56,9 +56,10 @@ def test_what_costs_more_than_the_budget_is_left_out_with_what_follows_it(world:
         "static_int8",
         "recalibrate",
     ]
-    assert set(report.idle) == {"magnitude (step 3)", "magnitude (step 4)", "fine_tune (step 5)"}
+    left_out = (("magnitude", 3), ("magnitude", 4), ("fine_tune", 5))
+    assert set(report.idle) == {f"{kind} (step {place} of the recipe)" for kind, place in left_out}
     assert len(set(report.idle.values())) == 1
-    why = report.idle["magnitude (step 3)"]
+    why = report.idle["magnitude (step 3 of the recipe)"]
     assert why.startswith("the model would have lost 0.")
     assert why.endswith("of auc on validation rows; the budget is 0.02")
     # Every stage that counts is found again: an order that was stopped goes on where it was.

@@ -204,7 +204,10 @@ def test_a_bad_order_is_refused_in_words_with_exit_code_2(
     [
         ("no json", ["JSON"]),
         ('{"model": "clicks"}', ["limits"]),
-        ('{"model": "clicks", "limits": [], "promotion": true}', ["limits", "promotion"]),
+        (
+            '{"model": "clicks", "limits": [], "promotion": true}',
+            ["order.json holds no order", "limits", "promotion", "did you mean 'promote'?"],
+        ),
     ],
 )
 def test_an_unusable_order_file_is_refused_with_the_field_that_is_wrong(

@@ -10,6 +10,7 @@ from pydantic import ValidationError
 
 from compressors.contracts import Artifact, Limit
 from compressors.dense.float16 import Float16
+from compressors.distill.recalibrate import Recalibrate
 from compressors.steps import AnyStep
 from compressors.tables.rowwise_int8 import RowwiseInt8
 from flows import resolve
@@ -54,6 +55,14 @@ def test_steps_belong_to_the_preset_custom_and_to_no_other() -> None:
     with pytest.raises(ValidationError, match="steps need preset 'custom'; found preset 'safe'"):
         changed(steps=(RowwiseInt8(),))
     assert changed(preset="custom", steps=(Float16(),)).recipe() == (Float16(),)
+
+
+@pytest.mark.parametrize("behind", [Recalibrate(), RowwiseInt8()])
+def test_a_map_of_the_output_comes_last_and_once(behind: AnyStep) -> None:
+    with pytest.raises(ValidationError, match=f"{behind.kind!r} comes behind it"):
+        changed(preset="custom", steps=(Recalibrate(), behind))
+    last = changed(preset="custom", steps=(RowwiseInt8(), Recalibrate()))
+    assert last.recipe()[-1] == Recalibrate()
 
 
 @pytest.mark.parametrize("preset", [name for name in typing.get_args(Preset) if name != "custom"])

@@ -88,7 +88,9 @@ def test_the_student_is_stored_with_its_own_configuration(
     assert loaded.model.module.first.out_features == 32
     line = report.plan.of("first")
     assert line is not None
-    assert line.reason.startswith("distill: 64x52 -> 32x52 in the student; fine_tune on 4,000 rows")
+    first, second = line.reason.split("; fine_tune on 4,000 rows; ")
+    assert first.startswith("distill on 4,000 rows, 64x52 -> 32x52 in the student; train")
+    assert second.startswith("train")
     assert line.bytes_after < line.bytes_before
 
 

@@ -117,7 +117,7 @@ def test_an_order_of_other_teachers_is_another_order(ran: tuple[Path, Ran]) -> N
 @pytest.mark.parametrize(
     ("teachers", "steps", "reason"),
     [
-        (("lists@1",), STEPS, "another signature: its task differ"),
+        (("lists@1",), STEPS, "another signature: its task is 'ranking', not 'ctr'"),
         (("second@1", "second"), STEPS, "teaches already"),
         (("clicks@1",), STEPS, "teaches already"),
         (("registry:clicks",), STEPS, "not of the form 'registry:name@version'"),

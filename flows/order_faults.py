@@ -1,0 +1,87 @@
+"""What is wrong with an order, in sentences: pydantic's errors with the names that would do."""
+
+from collections.abc import Iterator, Sequence
+from difflib import get_close_matches
+from typing import TYPE_CHECKING, Any, get_args
+
+if TYPE_CHECKING:
+    from pydantic import BaseModel, ValidationError
+
+Place = tuple[int | str, ...]
+
+
+def sentences(fault: "ValidationError", model: "type[BaseModel] | None" = None) -> list[str]:
+    """One sentence for each fault: where it is, what was found, what there is instead.
+
+    Args:
+        fault: what pydantic found.
+        model: what was read, for the names of its fields.
+    """
+    errors = fault.errors()
+    places = [error["loc"] for error in errors]
+    return [
+        f"{'.'.join(map(str, error['loc'])) or fault.title}: {_said(error, model)}"
+        for error in errors
+        # A list whose items are faulty counts as empty; that is no second fault.
+        if not (error["type"] == "too_short" and any(_inside(p, error["loc"]) for p in places))
+    ]
+
+
+def _inside(place: Place, outer: Place) -> bool:
+    return len(place) > len(outer) and place[: len(outer)] == outer
+
+
+def _said(error: Any, model: "type[BaseModel] | None") -> str:
+    place, context = error["loc"], error.get("ctx", {})
+    match error["type"]:
+        case "extra_forbidden":
+            return f"there is no such setting{_instead(str(place[-1]), _names(model, place[:-1]))}"
+        case "union_tag_invalid":
+            there = [name.strip(" '") for name in str(context["expected_tags"]).split(",")]
+            kind = str(context["discriminator"]).strip("'")
+            return f"there is no {kind} {context['tag']!r}{_instead(str(context['tag']), there)}"
+        case "too_short":
+            found = context["actual_length"]
+            return f"needs at least {context['min_length']}; found {found or 'none'}"
+        case "missing":
+            return "is missing"
+        case "value_error":
+            return str(context.get("error", error["msg"]))
+        case _:
+            return str(error["msg"])
+
+
+def _instead(found: str, there: Sequence[str]) -> str:
+    if not there:
+        return ""
+    near = get_close_matches(found, there, n=1)
+    guess = f", did you mean {near[0]!r}?" if near else ";"
+    return f"{guess} There are {', '.join(sorted(there))}."
+
+
+def _names(model: "type[BaseModel] | None", place: Place) -> tuple[str, ...]:
+    """The fields of what lies at a place in a model; none where it is not known."""
+    kinds: list[Any] = [] if model is None else [model]
+    for part in place:
+        kinds = [inner for kind in kinds for inner in _at(kind, part)]
+    return tuple(name for kind in kinds for name in kind.model_fields)
+
+
+def _at(kind: "type[BaseModel]", part: int | str) -> "Iterator[type[BaseModel]]":
+    """The models that may lie in a field, or that a tag or a number in a list picks."""
+    if isinstance(part, int) or part not in kind.model_fields:
+        tag = kind.model_fields.get("kind")
+        if isinstance(part, int) or (tag is not None and tag.default == part):
+            yield kind
+        return
+    yield from _models(kind.model_fields[part].annotation)
+
+
+def _models(annotation: Any) -> "Iterator[type[BaseModel]]":
+    """The models that an annotation names, however deep."""
+    from pydantic import BaseModel
+
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        yield annotation
+    for inner in get_args(annotation):
+        yield from _models(inner)

@@ -1,0 +1,34 @@
+"""Who may teach is told by the first thing in which two signatures differ."""
+
+import pytest
+
+from compressors.contracts import DenseInput, IdInput, Schema
+from tasks.teachers import difference
+
+ITEM = IdInput(name="item", table="items", dtype="int64", out_of_range="clamp")
+USER = IdInput(name="user", table="users", dtype="int64", out_of_range="clamp")
+WANTED = Schema(task="ctr", inputs=(USER, ITEM), output="logit", label="label", metric="auc")
+
+
+@pytest.mark.parametrize(
+    ("changed", "told"),
+    [
+        ({}, None),
+        ({"output": "probability"}, "its output is a probability, not a logit"),
+        ({"inputs": (ITEM, USER)}, "its inputs are item, user, not user, item"),
+        (
+            {"inputs": (USER, ITEM.model_copy(update={"out_of_range": "error"}))},
+            "'out_of_range' of its input 'item' is 'error', not 'clamp'",
+        ),
+        (
+            {"inputs": (USER, DenseInput(name="item", shape=()))},
+            "'kind' of its input 'item' is 'dense', not 'id'",
+        ),
+        (
+            {"task": "ranking", "output": "score"},
+            "its task is 'ranking', not 'ctr'",
+        ),
+    ],
+)
+def test_the_first_difference_is_named(changed, told):
+    assert difference(WANTED.model_copy(update=changed), WANTED) == told
