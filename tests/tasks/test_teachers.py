@@ -21,7 +21,7 @@ WANTED = Schema(task="ctr", inputs=(USER, ITEM), output="logit", label="label", 
             "'out_of_range' of its input 'item' is 'error', not 'clamp'",
         ),
         (
-            {"inputs": (USER, DenseInput(name="item", shape=()))},
+            {"inputs": (USER, DenseInput(name="item", shape=(1,)))},
             "'kind' of its input 'item' is 'dense', not 'id'",
         ),
         (
