@@ -21,6 +21,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
+from compressors import ranks
 from compressors.batches import Batch, JoinedRows, Rows
 from compressors.checkpoint import Progress, keep_progress, read_progress
 from compressors.composed import ComposedTable
@@ -206,7 +207,7 @@ def _trained(run: "_Run", checkpoints: str | None) -> tuple[Epoch, ...]:
     while not run.over():
         run.epoch()
         if checkpoints is not None:
-            keep_progress(checkpoints, run.progress())
+            run.keep(checkpoints)
     run.finish()
     return tuple(run.epochs)
 
@@ -280,7 +281,7 @@ class _Run:
 
     def begin(self) -> None:
         """Judge the state before training, the first attempt."""
-        self.epochs = [Epoch(0, math.nan, quality(self.module, self.schema, self.validation))]
+        self.epochs = [Epoch(0, math.nan, self._quality())]
         self.best = _copied(self.held())
 
     def over(self) -> bool:
@@ -295,12 +296,13 @@ class _Run:
         self.module.train()
         total = counted = 0.0
         with torch.random.fork_rng(devices=()):
-            torch.manual_seed(seed)  # dropout
+            torch.manual_seed(seed + ranks.rank())  # dropout
             for numbers in self._drawn(seed):
                 total += self._step(self.rows.in_order(numbers)) * len(numbers)
                 counted += len(numbers)
         self.module.eval()
-        found = Epoch(number, total / counted, quality(self.module, self.schema, self.validation))
+        ranks.average(self.module.get_buffer(name) for name in self.statistics)
+        found = Epoch(number, total / counted, self._quality())
         log.info("epoch %d: loss %.5f, validation %.5f", number, found.loss, found.quality)
         if found.quality > max(epoch.quality for epoch in self.epochs):
             self.best, self.stale = _copied(self.held()), 0
@@ -360,24 +362,42 @@ class _Run:
         self.factor, self.stale, self.steps = facts["factor"], facts["stale"], facts["steps"]
         log.info("going on after epoch %d", self.epochs[-1].number)
 
-    def _step(self, numbers: Tensor) -> float:
-        batch = on(self.rows.take(numbers), self.device)
+    def keep(self, folder: str) -> None:
+        """Write down all that is needed to go on; the first of several ranks does so for all."""
+        if ranks.rank() == 0:
+            keep_progress(folder, self.progress())
+
+    def _quality(self) -> float:
+        """The validation metric as all ranks see it."""
+        return ranks.agreed(quality(self.module, self.schema, self.validation), self.device)
+
+    def _backward(self, mine: Tensor) -> Tensor:
+        """Gradients of the loss on some rows; the loss without what tables are penalized by."""
+        if not len(mine):
+            return torch.zeros((), device=self.device)
+        batch = on(self.rows.take(mine), self.device)
         with self._precision():
             output = self.module(**batch.inputs)
-        loss = self.loss(output.float(), batch, numbers)
-        if not bool(loss.isfinite()):
-            raise CompressionError(
-                f"Training diverged: the loss is {float(loss.detach())} in epoch "
-                f"{len(self.epochs)}. Lower learning_rate, or raise warmup."
-            )
+        loss = self.loss(output.float(), batch, mine)
         total = loss
         for table in self._penalized():
             total = total + self.settings.table_l2 / 2 * table.square().sum()
+        torch.autograd.backward(total)
+        return loss.detach()
+
+    def _step(self, numbers: Tensor) -> float:
+        whole = self.rows.group if self.whole_lists or self.schema.task == "ranking" else None
+        mine, weight = ranks.share(numbers, None if whole is None else whole[numbers])
+        self.optimizer.zero_grad(set_to_none=True)
+        loss = ranks.add_up(self._trained(), weight, self._backward(mine))
+        if not bool(loss.isfinite()):
+            raise CompressionError(
+                f"Training diverged: the loss is {float(loss)} in epoch {len(self.epochs)}. "
+                f"Lower learning_rate, or raise warmup."
+            )
         rate = self._rate()
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        self.optimizer.zero_grad(set_to_none=True)
-        torch.autograd.backward(total)
         self.optimizer.step()
         self.steps += 1
         with torch.no_grad():
@@ -388,7 +408,11 @@ class _Run:
             for name, first in self.scales.items():
                 leaf = self.leaves[name]
                 leaf.copy_(leaf.clamp(first / SCALE_REACH, first * SCALE_REACH))
-        return float(loss.detach())
+        return float(loss)
+
+    def _trained(self) -> list[Tensor]:
+        """Every tensor that the optimizer changes."""
+        return [leaf for group in self.optimizer.param_groups for leaf in group["params"]]
 
     def _drawn(self, seed: int) -> Iterator[Tensor]:
         """The batches of an epoch, as numbers of rows."""

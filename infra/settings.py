@@ -36,8 +36,9 @@ class RecpressSettings(BaseSettings):
     )
     device: str = Field(
         default="cpu",
-        pattern=r"^(cpu|cuda(:\d+)?)$",
-        description="Where steps that train do so: cpu, cuda or cuda:1.",
+        pattern=r"^(cpu|cuda|cuda:\d+(,cuda:\d+)*|cpu(,cpu)+)$",
+        description="Where steps that train do so: cpu, cuda or cuda:1; several, such as "
+        "cuda:0,cuda:1, share every batch.",
     )
     threads: int = Field(
         default=1, ge=1, description="Threads of one ONNX Runtime session while it is measured."

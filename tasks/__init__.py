@@ -19,6 +19,7 @@ stored.py      the store, local copies, the digest of our code
 subject.py     the bundle an order is about
 bundles.py     pack, check, show and find bundles
 table_files.py tables compressed from file to file, of any size
+together.py    a step in this process, or in one for each of several devices
 loading.py     a stored bundle as a module, a stored split as tensors
 documents.py   what is stored as JSON beside the files
 report.py      the report as a table and as Markdown

@@ -3,15 +3,13 @@
 import logging
 import shutil
 import tempfile
-from dataclasses import replace
 from pathlib import Path
 
 from prefect import task
 
 from compressors.contracts import Artifact, Part, digest
-from compressors.distill.distill import Distill
 from compressors.errors import NothingToCompress
-from compressors.step import run
+from compressors.step import needs
 from compressors.steps import AnyStep
 from infra.bundle import SplitName, seal
 from infra.settings import load_settings
@@ -19,6 +17,7 @@ from tasks.documents import Idle
 from tasks.loading import bench_of, load_bundle, split_of
 from tasks.policy import KEPT
 from tasks.stored import store
+from tasks.together import Made, Work, made, made_together
 
 log = logging.getLogger(__name__)
 
@@ -46,7 +45,7 @@ def compress(
         teachers: others whose answers it learns from, or learned from in an earlier step;
             parents of the result too.
         seed: for whatever the step draws.
-        device: where it is carried out, if it trains.
+        device: where it is carried out, if it trains; several are separated by commas.
         code: digest of the code that compresses; part of the cache key.
     """
     loaded = load_bundle(source)
@@ -62,20 +61,18 @@ def compress(
         "traffic_soft_labels": "traffic",
     }
     held = {part: split_of(artifact, rows[of[part]]) for part, artifact in splits.items()}
+    devices = device.split(",")
     progress = (
         load_settings().home / "progress" / digest([source, step, splits, original, seed, code])
     )
-    bench = bench_of(manifest, held, original, seed, progress, teachers, device)
-    model = loaded.model
-    if isinstance(step, Distill) and step.hints:
-        model = replace(model, original=load_bundle(original).model.module)
+    bench = bench_of(manifest, held, original, seed, progress, teachers, devices[0])
+    work = Work(source=source, original=original, step=step, bench=bench)
     with tempfile.TemporaryDirectory() as scratch:
-        folder = Path(scratch)
-        try:
-            result = run(step, model, bench, folder)
-        except NothingToCompress as fault:
-            log.warning("%s has nothing to do in this model: %s", step.kind, fault)
-            return Idle(reason=str(fault))
+        folder = Path(scratch) / "made"
+        result = _carried_out(work, devices, folder)
+        if isinstance(result, Idle):
+            log.warning("%s has nothing to do in this model: %s", step.kind, result.reason)
+            return result
         seal(
             folder,
             name=manifest.name,
@@ -92,3 +89,12 @@ def compress(
     shutil.rmtree(progress, ignore_errors=True)  # there is none unless the step trains
     log.info("%s: %d -> %d bytes", step.kind, source.bytes, artifact.bytes)
     return artifact
+
+
+def _carried_out(work: Work, devices: list[str], folder: Path) -> Made | Idle:
+    if len(devices) > 1 and "train" in needs(work.step):
+        return made_together(work, devices, folder)
+    try:
+        return made(work, folder)
+    except NothingToCompress as fault:
+        return Idle(reason=str(fault))

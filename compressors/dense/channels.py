@@ -197,7 +197,8 @@ class Channels(Frozen):
             for width in found.widths
             for maker in width.makers
         }
-        return replace(model, notes=notes)
+        told = {m: "; ".join(filter(None, (n, model.notes.get(m)))) for m, n in notes.items()}
+        return replace(model, notes={**model.notes, **told})
 
     def outline(self, model: Model, bench: Bench) -> Model:
         """Cut the last channels of every width: as many as importance would choose.
@@ -325,7 +326,9 @@ class Channels(Frozen):
         if bench.checkpoints is not None:  # each round has progress of its own
             place = f"{bench.checkpoints}/round-{number}"
             bench = bench.model_copy(update={"checkpoints": place})
-        return trained_on(model, bench, loss, training, pruned_layers(model))
+        made = trained_on(model, bench, loss, training, pruned_layers(model))
+        told = {name: f"in the last round {note}" for name, note in made.notes.items()}
+        return replace(made, notes=told)
 
 
 def _kept(

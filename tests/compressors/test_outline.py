@@ -1,5 +1,7 @@
 """What a step is predicted to make is what it makes."""
 
+import re
+
 import models
 import pytest
 import torch
@@ -68,7 +70,16 @@ def test_a_recipes_plan_is_known_before(recipe, tmp_path):
     for number, step in enumerate(recipe):
         predicted = outline(step, predicted, without_files(bench))
         made = run(step, made, bench, tmp_path / str(number))
-        assert predicted.plan == made.plan
+        assert predicted.plan == without_outcome(made.plan)
+
+
+def without_outcome(plan):
+    """The plan without what training came to, which nobody can know before."""
+    told = r"; train(ed|ing \() ?\d+ epochs?[^;]*"
+    lines = (
+        line.model_copy(update={"reason": re.sub(told, "", line.reason)}) for line in plan.lines
+    )
+    return plan.model_copy(update={"lines": tuple(lines)})
 
 
 def test_a_prediction_holds_no_weights_of_its_own():

@@ -189,7 +189,8 @@ def test_every_target_has_its_verdict_and_its_audit(html):
     text = Tree(section(html, "targets")).text
     for words in (
         "at most 1.2e-07 apart (allowed 0.12)",
-        "5 int8 products, 9 packed tables, 145,190 bytes of weights; nothing widened",
+        "5 int8 products, 9 packed tables (alike ones count once), 145,190 bytes of weights; "
+        "nothing widened",
         "Scratch bytes12,476,416",
         "Twin scratch bytesnone",
         "Layer typesfp16 27, int8 9",

@@ -1,0 +1,118 @@
+"""A training shared by two processes is the training of one, and faults come back in words."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from drafts import ROWS, write_draft
+from safetensors.torch import load_file
+from torch import Tensor
+
+from compressors import ranks
+from compressors.dense.l1_training import L1Training
+from compressors.distill.fine_tune import FineTune
+from compressors.errors import CompressionError
+from compressors.step import needs
+from compressors.training import Training
+from infra.bundle import read
+from tasks.bundles import pack
+from tasks.loading import bench_of, split_of
+from tasks.prepare import prepare
+from tasks.stored import local
+from tasks.together import Made, Work, made, made_together
+
+PAIR = ["cpu", "cpu"]
+HOW = Training(epochs=2, batch=256, learning_rate=1e-3, warmup=0, tables=True, table_l2=1e-4)
+
+
+@pytest.fixture
+def work(home: Path, monkeypatch: pytest.MonkeyPatch) -> Work:
+    monkeypatch.setenv("RECPRESS_ALLOWED_MODULES", "draft_network")
+    bundle = pack(write_draft(home / "draft")).artifact
+    manifest = read(local(bundle))
+    # It ends with its last epoch, whatever that is worth; the penalty is next to nothing.
+    step = L1Training(training=HOW, soft_share=0, penalty_strength=1e-9)
+    splits: dict[Any, Any] = {
+        part: split_of(prepare.fn(bundle, part, "test"), ROWS[part]) for part in needs(step)
+    }
+    bench = bench_of(manifest, splits, bundle, seed=3)
+    return Work(source=bundle, original=bundle, step=step, bench=bench)
+
+
+def tensors_in(folder: Path) -> dict[str, Tensor]:
+    held: dict[str, Tensor] = {}
+    for file in folder.glob("*.safetensors"):
+        held |= load_file(file)
+    return held
+
+
+def test_two_processes_learn_what_one_learns(work: Work, tmp_path: Path) -> None:
+    before = tensors_in(local(work.source))
+    alone = made(work, tmp_path / "alone" / "made")
+    both = made_together(work, PAIR, tmp_path / "both" / "made")
+    assert isinstance(both, Made)
+    assert both.network == alone.network
+    one, two = tensors_in(tmp_path / "alone" / "made"), tensors_in(tmp_path / "both" / "made")
+    assert one.keys() == two.keys()
+    # Sums of other halves: gradients differ in their last bits, and Adam, which divides by their
+    # size, makes a step of up to 1e-3 of a bit where a gradient is nearly zero.
+    moved = max(float((one[name] - before[name]).abs().max()) for name in one)
+    assert moved > 5e-3
+    for name, tensor in one.items():
+        gap = (tensor - two[name]).abs()
+        assert float(gap.mean()) < 1e-5, name
+        assert float(gap.max()) < moved / 5, name
+
+
+def test_a_training_that_diverges_in_two_processes_is_refused_like_one(
+    work: Work, tmp_path: Path
+) -> None:
+    wild = FineTune(training=HOW.model_copy(update={"learning_rate": 1e30, "warmup": 0}))
+    with pytest.raises(CompressionError, match="Training diverged: the loss is"):
+        made_together(work.model_copy(update={"step": wild}), PAIR, tmp_path / "made")
+
+
+def test_a_device_that_is_not_there_is_refused_before_anything_starts(
+    work: Work, tmp_path: Path
+) -> None:
+    if torch.cuda.device_count() > 1:
+        pytest.skip("this machine has two GPUs")
+    with pytest.raises(CompressionError, match="'cuda:1' is not there"):
+        made_together(work, ["cpu", "cuda:1"], tmp_path / "made")
+    assert not (tmp_path / "together").exists()
+
+
+def test_without_a_process_group_a_batch_is_ones_own() -> None:
+    numbers, loss = torch.arange(5), torch.tensor(2.0)
+    held, weight = ranks.share(numbers, None)
+    assert held is numbers
+    assert weight == 1.0
+    assert ranks.add_up([], weight, loss) is loss
+
+
+@pytest.mark.parametrize(
+    ("rows", "group", "shares"),
+    [
+        (7, None, ([0, 2, 4, 6], [1, 3, 5])),
+        (3, None, ([0, 1, 2], [])),  # too few for two
+        (6, [4, 4, 9, 9, 9, 4], ([0, 1, 5], [2, 3, 4])),  # whole lists
+        (4, [1, 1, 1, 1], ([0, 1, 2, 3], [])),  # one list
+    ],
+)
+def test_every_row_is_one_ranks_and_weights_add_up_to_one(
+    rows: int,
+    group: list[int] | None,
+    shares: tuple[list[int], list[int]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(ranks, "_several", lambda: True)
+    monkeypatch.setattr(ranks.distributed, "get_world_size", lambda: 2)
+    whole = None if group is None else torch.tensor(group)
+    weights = 0.0
+    for rank, wanted in enumerate(shares):
+        monkeypatch.setattr(ranks.distributed, "get_rank", lambda rank=rank: rank)
+        held, weight = ranks.share(torch.arange(rows), whole)
+        assert held.tolist() == wanted
+        weights += weight
+    assert weights == pytest.approx(1)
