@@ -3,10 +3,12 @@
 The tuned DCN-v2 of ``benchmarks/ctr.py`` on Frappe, 1.8 MB, 87 % of it dense. Ours are recipes of
 steps on the trained network; peers quantize the same network's ONNX graph after training: ONNX
 Runtime's ``quantize_dynamic`` and ``quantize_static`` (with and without its tables), and NVIDIA
-ModelOpt where it is installed. Everything is judged as it is served, a graph in ONNX Runtime. Loss
-is the network's own AUC on test rows minus that of its compressed self, mean and Student's 95 %
-interval over networks of different seeds. Bytes are those of all stored tensors; those of the
-graph's file stand beside them. Recipes were chosen on validation rows.
+ModelOpt where it is installed (``nvidia-modelopt onnx-graphsurgeon polygraphy cppimport lief
+onnxslim onnxconverter-common``; its extra ``onnx`` asks for other versions than ours). Everything
+is judged as it is served, a graph in ONNX Runtime. Loss is the network's own AUC on test rows minus
+that of its compressed self, mean and Student's 95 % interval over networks of different seeds.
+Bytes are those of all stored tensors; those of the graph's file stand beside them. Recipes were
+chosen on validation rows. Latency is that of calls on inputs that lie ready in the runtime.
 
     python -m benchmarks.whole_model --seeds 5 --picture docs/pictures/whole_model.png
     python -m benchmarks.whole_model --speed     # latency of the first network's graphs, in turn
@@ -57,8 +59,8 @@ Peer = Callable[[Path, Path, Arrays], None]
 
 NAME = "frappe"
 CALIBRATION_ROWS = 4096
-BATCHES = (1, 256)
-ROUNDS, CALLS, UNCOUNTED = 10, 40, 5
+# A block is long enough for its median to be that of calls that follow each other, as under load.
+ROUNDS, CALLS = 10, {1: 400, 256: 40}
 THREADS = 2
 
 
@@ -316,7 +318,7 @@ def speed(folder: Path, cache: Path) -> None:
     timed([name for name, _ in named], [path for _, path in named], arrays(splits["test"], 256)[0])
 
 
-def medians_ms(sessions: list[Session], asked: Arrays) -> list[float]:
+def medians_ms(sessions: list[Session], asked: Arrays, calls: int) -> list[float]:
     """Median latency of each session: blocks of calls in turn, so that all see the same machine.
 
     Not call by call: a session's threads go on spinning for a while after it has answered, and on
@@ -326,7 +328,7 @@ def medians_ms(sessions: list[Session], asked: Arrays) -> list[float]:
     for _ in range(ROUNDS):
         for session, own in zip(sessions, times, strict=True):
             time.sleep(0.1)
-            (found,) = interleaved_ms([session], asked, CALLS, warmup=UNCOUNTED)
+            (found,) = interleaved_ms([session], asked, calls, warmup=calls // 8)
             own += found.tolist()
     return [float(np.median(own)) for own in times]
 
@@ -340,12 +342,12 @@ def timed(names: list[str], paths: list[Path], rows: Arrays) -> None:
         f"Runtime {here.onnxruntime}, {THREADS} threads; p50 in milliseconds, times faster than "
         f"the first\n"
     )
-    print("| | " + " | ".join(f"B={size}" for size in BATCHES) + " |")
-    print("|---" * (len(BATCHES) + 1) + "|")
+    print("| | " + " | ".join(f"B={size}" for size in CALLS) + " |")
+    print("|---" * (len(CALLS) + 1) + "|")
     columns = []
-    for size in BATCHES:
+    for size in CALLS:
         asked = {name: ids[:size] for name, ids in rows.items()}
-        medians = medians_ms(sessions, asked)
+        medians = medians_ms(sessions, asked, CALLS[size])
         columns.append([f"{value:.4f} ({medians[0] / value:.2f}x)" for value in medians])
     for name, *cells in zip(names, *columns, strict=True):
         print(f"| {name} | {' | '.join(cells)} |", flush=True)
