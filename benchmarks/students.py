@@ -103,14 +103,18 @@ TRIED = (
     *(Way(SCRATCH, dropout) for dropout in (0.2, 0.3, 0.4, 0.5)),
     *(Way("pointwise", dropout, 0.5) for dropout in (0.3, 0.5)),
     Way("pointwise", 0.3, 0.7),
-    Way("pointwise", 0.3, 0.7, traffic=1),
-    Way("pointwise", 0.3, 0.7, teachers=3, traffic=1),
+    Way("pointwise", 0.3, 0.7, teachers=3),
+    *(Way("pointwise", 0.3, 0.7, count, 1) for count in (1, 3)),
     Way("pointwise", 0.3, 0.7, teachers=3, traffic=3),
+    *(Way("listwise", 0.3, share, teachers=3, traffic=1) for share in (0.1, 0.5)),
+    Way("calibrated_listwise", 0.3, 0.7, teachers=3, traffic=1),
 )
+# The best of each kind on validation rows.
 WAYS = (
     Way(SCRATCH, 0.3),
     Way("pointwise", 0.5, 0.5),
     Way("pointwise", 0.3, 0.7, teachers=3, traffic=3),
+    Way("listwise", 0.3, 0.1, teachers=3, traffic=1),
 )
 
 

@@ -69,7 +69,8 @@ def show(finished: "Finished") -> None:
     from tasks.report_stages import stage_rows
 
     report, out = finished.report, console()
-    out.print(_table(f"{report.name} {report.bundle_version}", headline(report), out.width))
+    bundle = f"bundle {report.name}@{report.bundle_version}"
+    out.print(_table(bundle, headline(report), out.width))
     if report.stages:
         out.print(_table("What each step was worth", stage_rows(report), out.width))
     out.print(resolution(report))
