@@ -282,7 +282,7 @@ def test_check_and_show_say_what_a_bundle_is(world: World, call: Any) -> None:
     by_uri = call("bundle", "check", world.packed.artifact.uri, "--json")
     assert json.loads(by_uri.out)["version"] == "1"
     shown = call("bundle", "show", "clicks@1")
-    assert "input tags: jagged_bag int64 [5] -> table tags" in shown.out
+    assert "input tags: jagged_bag int64 [5] a row -> table tags" in shown.out
     assert "draft_network:ClickNet" in shown.out
     assert json.loads(call("bundle", "show", "clicks", "--json").out)["name"] == "clicks"
 
