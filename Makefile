@@ -35,8 +35,9 @@ $(DONE): pyproject.toml constraints.txt
 demo: $(DONE) ## Train, compress, build, judge and register a click model on MovieLens 100K.
 	$(BIN)/recpress demo
 
+# One thread each: the processes fill the cores already.
 test: $(DONE) ## Run the tests; ARGS are passed on to pytest.
-	$(BIN)/pytest -n auto --maxprocesses 4 --dist loadgroup --no-loadscope-reorder $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --maxprocesses 4 --dist loadgroup --no-loadscope-reorder $(ARGS)
 
 up-local: $(DONE) ## Run Prefect, MLflow, Postgres, an S3 store and a worker here until Ctrl-C, without Docker.
 	@$(BIN)/python -m infra.services_local $(ARGS)
