@@ -389,7 +389,7 @@ class _Run:
         whole = self.rows.group if self.whole_lists or self.schema.task == "ranking" else None
         mine, weight = ranks.share(numbers, None if whole is None else whole[numbers])
         self.optimizer.zero_grad(set_to_none=True)
-        loss = ranks.add_up(self._trained(), weight, self._backward(mine))
+        loss = ranks.add_up(self._optimized(), weight, self._backward(mine))
         if not bool(loss.isfinite()):
             raise CompressionError(
                 f"Training diverged: the loss is {float(loss)} in epoch {len(self.epochs)}. "
@@ -410,7 +410,7 @@ class _Run:
                 leaf.copy_(leaf.clamp(first / SCALE_REACH, first * SCALE_REACH))
         return float(loss)
 
-    def _trained(self) -> list[Tensor]:
+    def _optimized(self) -> list[Tensor]:
         """Every tensor that the optimizer changes."""
         return [leaf for group in self.optimizer.param_groups for leaf in group["params"]]
 

@@ -11,12 +11,12 @@ from compressors.contracts import Artifact, Part, digest
 from compressors.errors import NothingToCompress
 from compressors.step import needs
 from compressors.steps import AnyStep
-from infra.bundle import SplitName, seal
+from infra.bundle import SplitName, read, seal
 from infra.settings import load_settings
 from tasks.documents import Idle
-from tasks.loading import bench_of, load_bundle, split_of
+from tasks.loading import bench_of, split_of
 from tasks.policy import KEPT
-from tasks.stored import store
+from tasks.stored import local, store
 from tasks.together import Made, Work, made, made_together
 
 log = logging.getLogger(__name__)
@@ -48,8 +48,7 @@ def compress(
         device: where it is carried out, if it trains; several are separated by commas.
         code: digest of the code that compresses; part of the cache key.
     """
-    loaded = load_bundle(source)
-    manifest = loaded.manifest
+    manifest = read(local(source))
     rows = {name: reference.rows for name, reference in manifest.data.items()}
     # Without calibration data of its own a bundle is calibrated on what it was trained on.
     of: dict[Part, SplitName] = {
