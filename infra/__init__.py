@@ -2,6 +2,8 @@
 
 settings.py        the environment
 errors.py          what can go wrong here, split by whether a retry helps
+disk.py            what an error of the local disk means
+temporary.py       temporary files that name their owner; those of killed runs are collected
 store.py           the object store: a folder or S3, content-addressed, verified on read
 store_manifest.py  what a stored artifact's manifest says
 store_chunks.py    files as hashed chunks

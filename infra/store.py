@@ -13,7 +13,6 @@
 
 import re
 import shutil
-import uuid
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -21,6 +20,7 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from compressors.contracts import Artifact
+from infra.disk import translate
 from infra.errors import (
     AlreadyThere,
     ArtifactDamaged,
@@ -29,9 +29,10 @@ from infra.errors import (
     Refused,
 )
 from infra.store_chunks import checked_chunks, hashed, in_order, regular_files, sha256
-from infra.store_folder import TEMPORARY, must_be_free, translate
+from infra.store_folder import TEMPORARY, must_be_free
 from infra.store_manifest import CHUNK_BYTES, FileEntry, StoreManifest, plain_path, root_of
 from infra.store_place import place_of
+from infra.temporary import EARLIER_SIBLINGS, collect, owned_name
 
 __all__ = ["CHUNK_BYTES", "MAX_RECORD_BYTES", "FileEntry", "Store", "StoreManifest"]
 
@@ -383,7 +384,8 @@ def _sibling(into: Path) -> Iterator[Path]:
     """A temporary folder beside ``into``. Unless it is renamed away, no trace of it is left."""
     into = into.absolute()
     made = [parent for parent in into.parents if not parent.exists()]
-    partial = into.parent / f".{into.name}.{uuid.uuid4().hex}.part"
+    collect(into.parent, EARLIER_SIBLINGS)
+    partial = into.parent / owned_name(f".{into.name}", "part")
     try:
         try:
             partial.mkdir(parents=True)
@@ -408,7 +410,7 @@ def _is_intact(folder: Path, manifest: StoreManifest) -> bool:
 
 def _drop(folder: Path) -> None:
     """Remove a damaged copy: renamed first, so that nobody sees it half-removed."""
-    aside = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}.damaged")
+    aside = folder.with_name(owned_name(f".{folder.name}", "damaged"))
     try:
         folder.rename(aside)
     except FileNotFoundError:

@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import tempfile
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -27,6 +26,7 @@ from infra.data import SplitStatistics, check_ids, split_statistics
 from infra.errors import AlreadyThere, BundleRefused, DataRefused
 from infra.settings import load_settings
 from infra.store import Store
+from infra.temporary import scratch_folder
 from tasks.loading import data_path, model_of
 from tasks.stored import local, store
 from tasks.subject import bundle_key, resolve
@@ -74,16 +74,16 @@ def pack(folder: Path) -> Packed:
         )
     paths = {str(split): folder / path for split, path in draft.data.items()}
     for split in paths:
-        with tempfile.TemporaryDirectory(prefix="recpress-pack-") as scratch:
+        with scratch_folder("pack") as scratch:
             # The strictest reading there is: nulls, NaN, types, lengths. Its result is made
             # again, and kept, when the bundle is compressed.
             try:
-                prepare(paths, split, draft.signature, Path(scratch))
+                prepare(paths, split, draft.signature, scratch)
             except DataRefused as fault:
                 raise DataRefused(f"split {split!r}: {fault}") from fault
     to = store()
-    with tempfile.TemporaryDirectory(prefix="recpress-pack-") as scratch:
-        staged = Path(scratch) / "bundle"
+    with scratch_folder("pack") as scratch:
+        staged = scratch / "bundle"
         staged.mkdir()
         for shard in sorted(folder.glob("*.safetensors*")):
             _place(shard, staged / shard.name)
@@ -191,15 +191,13 @@ def _reference(to: Store, path: Path, rows: int) -> DataReference:
 
 def _alone(to: Store, path: Path) -> Artifact:
     """Store one file, or one folder of part files, as an artifact of its own."""
-    with tempfile.TemporaryDirectory(prefix="recpress-pack-") as scratch:
+    with scratch_folder("pack") as scratch:
         if path.is_dir():
             # Links inside are kept as links, which the store refuses: they may lead anywhere.
-            shutil.copytree(
-                path, Path(scratch) / path.name, symlinks=True, copy_function=_link_or_copy
-            )
+            shutil.copytree(path, scratch / path.name, symlinks=True, copy_function=_link_or_copy)
         else:
-            _place(path, Path(scratch) / path.name)
-        return to.put(Path(scratch))
+            _place(path, scratch / path.name)
+        return to.put(scratch)
 
 
 def _place(source: Path, target: Path) -> None:

@@ -2,8 +2,6 @@
 
 import json
 import logging
-import tempfile
-from pathlib import Path
 
 from prefect import task
 
@@ -11,6 +9,7 @@ from compressors.contracts import Artifact, digest
 from infra.errors import ArtifactMissing
 from infra.registry import Registry
 from infra.settings import load_settings, shown
+from infra.temporary import scratch_folder
 from tasks.documents import (
     MARKDOWN,
     PAGE,
@@ -41,11 +40,11 @@ def publish(report: Report, code: str) -> Finished:  # noqa: ARG001
         report: what the order came to.
         code: digest of the code that publishes; part of the cache key.
     """
-    with tempfile.TemporaryDirectory() as scratch:
-        (Path(scratch) / REPORT).write_text(report.model_dump_json(indent=1))
-        (Path(scratch) / MARKDOWN).write_text(markdown(report))
-        (Path(scratch) / PAGE).write_text(page(report, validation_of(report.validation)))
-        release = store().put(Path(scratch))
+    with scratch_folder("publish") as scratch:
+        (scratch / REPORT).write_text(report.model_dump_json(indent=1))
+        (scratch / MARKDOWN).write_text(markdown(report))
+        (scratch / PAGE).write_text(page(report, validation_of(report.validation)))
+        release = store().put(scratch)
     uri = load_settings().registry_uri
     registry = Registry(uri)
     registered = registry.publish(
