@@ -6,6 +6,7 @@ create which is atomic with its content, nor a way to keep half a file from bein
 
 import errno
 import os
+import stat
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
@@ -13,7 +14,7 @@ from pathlib import Path
 from urllib.parse import quote
 
 from infra.disk import translated
-from infra.errors import AlreadyThere, Refused
+from infra.errors import AlreadyThere, RecordRefused, Refused
 from infra.store_chunks import pread
 from infra.temporary import EARLIER_KEYS, collect, owned_name
 
@@ -45,8 +46,17 @@ class Folder:
     def read(self, key: str, start: int, stop: int) -> bytes:
         """Bytes ``start`` to ``stop``; fewer if the file ends before."""
         with translated(self._root / key, "read"):
-            file = os.open(self._root / key, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+            # Not blocking: a pipe would wait for a writer.
+            flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK
             try:
+                file = os.open(self._root / key, flags)
+            except OSError as fault:
+                if fault.errno in {errno.ELOOP, errno.ENXIO}:  # a link, a socket
+                    raise self._no_file(key) from fault
+                raise
+            try:
+                if not stat.S_ISREG(os.fstat(file).st_mode):
+                    raise self._no_file(key)
                 return pread(file, start, stop)
             finally:
                 os.close(file)
@@ -65,7 +75,10 @@ class Folder:
         """Write a key, replacing what it held."""
         path = self._root / key
         with self._written(path, (body,)) as temporary:
-            temporary.replace(path)
+            try:
+                temporary.replace(path)
+            except IsADirectoryError as fault:
+                raise self._no_file(key) from fault
 
     def move(self, file: Path, key: str) -> bool:
         """Put a file of this machine under a key without copying it, if it is on this disk."""
@@ -104,6 +117,9 @@ class Folder:
             finally:
                 with suppress(OSError):
                     temporary.unlink(missing_ok=True)
+
+    def _no_file(self, key: str) -> RecordRefused:
+        return RecordRefused(f"{self._root / key} is not a plain file. Move it away.")
 
     def _walk(self, top: str, found: dict[str, int]) -> None:
         try:

@@ -111,6 +111,47 @@ def scratch_folder(purpose: str) -> Iterator[Path]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
+@contextmanager
+def folder_next_to(into: Path) -> Iterator[Path]:
+    """A temporary folder on the disk of ``into``, to be renamed to it; otherwise removed.
+
+    Raises:
+        SettingRefused, StoreUnavailable: it cannot be created.
+    """
+    into = into.absolute()
+    missing = [parent for parent in into.parents if not parent.exists()]
+    collect(into.parent, EARLIER_SIBLINGS)
+    partial = into.parent / owned_name(f".{into.name}", "part")
+    try:
+        try:
+            partial.mkdir(parents=True)
+        except OSError as fault:
+            raise translate(fault, partial, "write") from fault
+        yield partial
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        for parent in missing:  # innermost first
+            with suppress(OSError):
+                parent.rmdir()
+        raise
+
+
+def drop_folder(folder: Path) -> None:
+    """Remove a folder: renamed first, so that no reader sees it half-removed.
+
+    Raises:
+        SettingRefused, StoreUnavailable: it cannot be renamed.
+    """
+    aside = folder.with_name(owned_name(f".{folder.name}", "damaged"))
+    try:
+        folder.rename(aside)
+    except FileNotFoundError:
+        return
+    except OSError as fault:
+        raise translate(fault, folder, "write") from fault
+    shutil.rmtree(aside, ignore_errors=True)
+
+
 def last_change(path: Path) -> float:
     """When a file, or anything in a folder, was last changed, in seconds of the epoch.
 

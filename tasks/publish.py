@@ -5,7 +5,7 @@ import logging
 
 from prefect import task
 
-from compressors.contracts import Artifact, digest
+from compressors.contracts import Artifact, artifact_name, digest
 from infra.errors import ArtifactMissing
 from infra.registry import Registry
 from infra.settings import load_settings, shown
@@ -16,10 +16,10 @@ from tasks.documents import (
     REPORT,
     Finished,
     Report,
-    finished_key,
-    page_uri,
+    page_reference,
     report_of,
 )
+from tasks.order_records import write_finished
 from tasks.policy import KEPT
 from tasks.report import markdown
 from tasks.report_page import page, validation_of
@@ -50,12 +50,12 @@ def publish(report: Report, code: str) -> Finished:  # noqa: ARG001
     registered = registry.publish(
         report.name,
         report.order,
-        release.uri,
+        store().reference(release),
         _tags(report, release),
         f"{report.outcome}: {', '.join(step['kind'] for step in report.recipe)}. "
-        f"Report: {page_uri(release)}",
+        f"Report: {page_reference(release)}",
     )
-    if registered.source != release.uri:
+    if artifact_name(registered.source) != release.sha256:
         # Somebody else carried out the same order first: theirs is the version, so theirs is
         # the report, whatever was measured here.
         release = store().artifact(registered.source)
@@ -65,7 +65,7 @@ def publish(report: Report, code: str) -> Finished:  # noqa: ARG001
     finished = Finished(
         report=report, release=release, version=registered.version, registry=shown(uri)
     )
-    store().write(finished_key(report.order), finished.model_dump_json().encode())
+    write_finished(finished)
     log.info("%s version %s: %s", report.name, registered.version, report.outcome)
     return finished
 
@@ -95,7 +95,7 @@ def _tags(report: Report, release: Artifact) -> dict[str, str]:
     tags = {
         "recpress.order": report.order,
         "recpress.release": release.sha256,
-        "recpress.report": page_uri(release),
+        "recpress.report": page_reference(release),
         "recpress.outcome": report.outcome,
         "recpress.bundle": f"{report.name}@{report.bundle_version}",
         "recpress.parents": report.source.sha256,
@@ -106,7 +106,7 @@ def _tags(report: Report, release: Artifact) -> dict[str, str]:
     }
     for target in report.targets:
         tags[f"recpress.verdict.{target.target}"] = target.verdict.outcome
-        tags[f"recpress.artifact.{target.target}"] = target.artifact.uri
+        tags[f"recpress.artifact.{target.target}"] = store().reference(target.artifact)
         tags[f"recpress.sha256.{target.target}"] = target.artifact.sha256
         tags[f"recpress.graphs.{target.target}"] = ", ".join(
             graph.name for graph in target.lowering.graphs

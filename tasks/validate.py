@@ -44,7 +44,10 @@ def validate(bundle: Artifact, rules: Rules, code: str) -> Artifact:  # noqa: AR
         (out / "validation.html").write_text(validation_page(validation, title))
         artifact = store().put(out)
     log.info(
-        "%d of %d checks evaluated; %s", validation.evaluated, validation.intended, artifact.uri
+        "%d of %d checks evaluated; %s",
+        validation.evaluated,
+        validation.intended,
+        store().uri_of(artifact),
     )
     refuse_failures(validation)
     return artifact
