@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterable
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, Field, model_validator
+from pydantic import AfterValidator, BaseModel, Field, model_validator
 
 from compressors.inputs import AnyInput as AnyInput
 from compressors.inputs import DenseInput as DenseInput
@@ -37,13 +37,30 @@ def digest(value: Any) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-class Artifact(Frozen):
-    """Something stored, named by what it contains; the only thing tasks hand each other.
+_ARTIFACT_URI = re.compile(r"(?:.*/)?artifacts/([0-9a-f]{64})/?", re.DOTALL)
 
-    ``sha256`` is the root over the manifest's chunk hashes, ``bytes`` the size of all files.
+
+def artifact_name(uri: str) -> str | None:
+    """The SHA-256 in an artifact's URI, ``[<root>/]artifacts/<sha256>``; None for another text."""
+    found = _ARTIFACT_URI.fullmatch(uri)
+    return None if found is None else found[1]
+
+
+def _without_root(uri: str) -> str:
+    name = artifact_name(uri)
+    return uri if name is None else f"artifacts/{name}"
+
+
+class Artifact(Frozen):
+    """Something stored, named by its content; the only value that tasks exchange.
+
+    ``uri`` is relative to the root of the store, so that a store can be moved or mounted
+    elsewhere. URIs of earlier versions, which begin with a root, lose it when they are read: the
+    content is found, and verified, by its hash. ``sha256`` is the root over the manifest's chunk
+    hashes, ``bytes`` the size of all files.
     """
 
-    uri: str
+    uri: Annotated[str, AfterValidator(_without_root)]
     sha256: Sha256
     bytes: int = Field(ge=0)
 

@@ -173,6 +173,7 @@ def bundle_pack(
 ) -> None:
     """Check a draft completely and store it as a bundle."""
     from tasks.bundles import pack
+    from tasks.stored import store
 
     packed = pack(folder)
     if as_json:
@@ -183,7 +184,7 @@ def bundle_pack(
         _print(f"  {split}: {rows:,} rows")
     for table, rows in packed.tables.items():
         _print(f"  table {table}: {rows:,} rows")
-    _print(packed.artifact.uri)
+    _print(store().uri_of(packed.artifact))
 
 
 @bundle_app.command("check")
@@ -218,6 +219,7 @@ def bundle_show(
 ) -> None:
     """Print what a bundle says about itself."""
     from tasks.bundles import show
+    from tasks.stored import store
 
     manifest = show(bundle)
     if as_json:
@@ -232,7 +234,7 @@ def bundle_show(
         shape = f" {list(item.shape)} a row" if item.shape else ""
         _print(f"  input {item.name}: {item.kind} {item.dtype}{shape}{where}")
     for split, held in manifest.data.items():
-        _print(f"  {split}: {held.rows:,} rows, {held.artifact.uri}")
+        _print(f"  {split}: {held.rows:,} rows, {store().uri_of(held.artifact)}")
     for name, record in manifest.network.modules.items():
         _print(f"  {name}: {record.format}")
 

@@ -3,13 +3,13 @@
 import json
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
 
 from compressors.contracts import Limit, digest
 from flows.console import say
 from flows.terms import Targets, Terms
 from infra.errors import ArtifactMissing, InfraError, Refused
+from infra.temporary import scratch_folder
 from tasks.stored import store
 from tasks.subject import resolve
 
@@ -58,8 +58,8 @@ def _is_packed(model: str) -> bool:
 
 
 def _train_and_pack(root: Path, version: str) -> None:
-    with tempfile.TemporaryDirectory(prefix="recpress-demo-") as scratch:
-        draft = Path(scratch) / "draft"
+    with scratch_folder("demo") as scratch:
+        draft = scratch / "draft"
         say("Training a DCN-v2 click model on MovieLens 100K ...")
         trained = subprocess.run(
             [sys.executable, "-m", TRAINER, str(draft)],

@@ -6,7 +6,8 @@ answered at once.
 
 from compressors.contracts import Artifact, digest
 from flows.terms import Terms
-from tasks.documents import Finished, finished, registry_is_there
+from tasks.documents import Finished
+from tasks.order_records import finished, registry_is_there
 from tasks.promotion import champion_graph, promote
 from tasks.stored import code_digest
 from tasks.subject import Subject, find

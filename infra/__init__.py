@@ -2,9 +2,12 @@
 
 settings.py        the environment
 errors.py          what can go wrong here, split by whether a retry helps
+disk.py            what an error of the local disk means
+temporary.py       temporary files that name their owner; those of killed runs are collected
 store.py           the object store: a folder or S3, content-addressed, verified on read
 store_manifest.py  what a stored artifact's manifest says
 store_chunks.py    files as hashed chunks
+store_records.py   small records with a seal over their bytes
 store_folder.py    the store in a folder
 store_s3.py        the store in an S3 bucket
 ledger.py          who is champion: appended with conditional creates

@@ -5,7 +5,6 @@ hold interactions: what the query tower reads, and the item's id. Prepared, they
 other inputs as well, so that every row is a whole input of the model, as for any other task.
 """
 
-import tempfile
 from collections.abc import Collection, Mapping
 from pathlib import Path
 
@@ -17,6 +16,7 @@ from infra import data
 from infra.data import Prepared
 from infra.errors import DataRefused
 from infra.parquet import Array, Faults
+from infra.temporary import scratch_folder
 
 
 def prepare(paths: Mapping[str, Path], split: str, schema: Schema, into: Path) -> Prepared:
@@ -41,9 +41,9 @@ def prepare(paths: Mapping[str, Path], split: str, schema: Schema, into: Path) -
         return prepared
     if split == "test":
         _need_one_request(paths[split], tensors, schema)
-    with tempfile.TemporaryDirectory(prefix="recpress-items-") as scratch:
-        data.prepare(paths[ITEMS], schema.of_split(ITEMS), Path(scratch))
-        items = load_file(Path(scratch) / data.FILE)
+    with scratch_folder("items") as scratch:
+        data.prepare(paths[ITEMS], schema.of_split(ITEMS), scratch)
+        items = load_file(scratch / data.FILE)
     _join(paths[split], tensors, items, schema)
     size = data.save(tensors, into)
     return Prepared(rows=prepared.rows, bytes=size, tensors=tuple(tensors))

@@ -8,6 +8,8 @@ Refused                  what was given cannot be used; retrying will not help
 ├─ SettingRefused        a setting is missing or unusable
 ├─ BundleRefused         a bundle is unsafe, incomplete or does not fit together
 ├─ DataRefused           data failed its checks or does not fit the schema
+├─ FileRefused           a file the user named is missing, unreadable or of the wrong kind
+├─ RecordRefused         a stored record is damaged, or is not what its place says
 ├─ ArtifactMissing       no manifest: for us it does not exist
 ├─ ArtifactDamaged       stored bytes are not the bytes that were written
 ├─ AlreadyThere          a conditional create lost: the key exists
@@ -46,6 +48,14 @@ class BundleRefused(Refused):
 
 class DataRefused(Refused):
     """Data failed its checks or does not fit the schema."""
+
+
+class FileRefused(Refused):
+    """A file the user named is missing, unreadable or of the wrong kind."""
+
+
+class RecordRefused(Refused):
+    """A stored record is damaged, or is not what its place says."""
 
 
 class ArtifactMissing(Refused):

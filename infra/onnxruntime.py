@@ -3,7 +3,6 @@
 import contextlib
 import os
 import platform
-import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -15,6 +14,7 @@ from pydantic import Field
 
 from compressors.contracts import Frozen
 from infra.errors import BuildRefused, InfraError
+from infra.temporary import scratch_folder
 
 if TYPE_CHECKING:
     import onnx
@@ -101,7 +101,7 @@ def optimized_graph(path: Path, threads: int = 1) -> "onnx.GraphProto":
     """
     import onnx
 
-    with tempfile.TemporaryDirectory() as folder:
+    with scratch_folder("graph") as folder:
         out = Path(folder) / "optimized.onnx"
         _open(path, threads, out)
         graph: onnx.GraphProto = onnx.load(out, load_external_data=False).graph

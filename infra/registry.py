@@ -12,12 +12,11 @@ import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 from compressors.contracts import Frozen
 from infra.errors import Refused, RegistryUnavailable, SettingRefused
-from infra.settings import shown
+from infra.settings import shown, sqlite_file
 
 ORDER_TAG = "recpress.order"
 CHAMPION = "champion"
@@ -225,7 +224,7 @@ class Registry:
     @contextmanager
     def _first_use(self) -> Iterator[None]:
         """One process at a time makes the tables of a fresh SQLite file."""
-        file = _sqlite_file(self._uri)
+        file = sqlite_file(self._uri)
         if file is None:
             yield
             return
@@ -359,15 +358,6 @@ def _all_pages(page_after: Callable[[str | None], Any]) -> list[Any]:
         token = page.token
         if not token:
             return found
-
-
-def _sqlite_file(uri: str) -> Path | None:
-    if not uri.startswith("sqlite"):
-        return None
-    from sqlalchemy.engine import make_url
-
-    database = make_url(uri).database
-    return Path(database) if database and database != ":memory:" else None
 
 
 def _check(model: str, order: str, source: str, tags: dict[str, str]) -> None:

@@ -5,8 +5,10 @@ and ``MLFLOW_TRACKING_URI`` is MLflow's own; neither is repeated here.
 """
 
 import os
+import re
 from pathlib import Path
 from typing import Annotated
+from urllib.parse import parse_qs, quote, unquote_to_bytes
 
 from pydantic import Field, ValidationError, field_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
@@ -55,7 +57,18 @@ class RecpressSettings(BaseSettings):
     @field_validator("home")
     @classmethod
     def _absolute(cls, value: Path) -> Path:
-        return value.expanduser().absolute()
+        """One spelling for one folder: absolute, without ``..``, symlinks as they are."""
+        try:
+            str(value).encode()
+        except UnicodeEncodeError:
+            raise ValueError("the path is not valid UTF-8") from None
+        if "\0" in str(value):
+            raise ValueError("the path has a null character")
+        try:
+            value = value.expanduser()
+        except RuntimeError as fault:
+            raise ValueError(f"{fault}; give an absolute path") from None
+        return Path(os.path.abspath(value))  # noqa: PTH100 (keeps symlinks)
 
     @property
     def store_root(self) -> str:
@@ -65,7 +78,7 @@ class RecpressSettings(BaseSettings):
     @property
     def registry_uri(self) -> str:
         """MLflow's own variable, or a SQLite file below ``home``."""
-        return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{self.home / 'registry.db'}"
+        return os.environ.get("MLFLOW_TRACKING_URI") or sqlite_uri(self.home / "registry.db")
 
     @property
     def cache(self) -> Path:
@@ -87,14 +100,58 @@ def load_settings() -> RecpressSettings:
         raise SettingRefused(f"{name}: {first['msg']}; got {first['input']!r}.") from fault
 
 
+def sqlite_uri(file: Path) -> str:
+    """The SQLAlchemy URI of a SQLite file, for any absolute path.
+
+    A path in the plain form ends at its first ``?``. A path with one is written as SQLite's own
+    ``file:`` URI, percent-encoded. That form names the driver, because MLflow takes the text after
+    a bare ``sqlite:///`` for a path and creates its folders.
+    """
+    if "?" not in str(file):
+        return f"sqlite:///{file}"
+    return f"sqlite+pysqlite:///file:{quote(str(file))}?uri=true"
+
+
+def sqlite_file(uri: str) -> Path | None:
+    """The absolute path of the file a SQLAlchemy URI opens with SQLite.
+
+    SQLAlchemy takes the path of the plain form literally, up to the first ``?``. With ``uri=true``
+    and ``file:`` SQLite decodes the percent signs.
+
+    Returns:
+        None for another database or a database in memory.
+    """
+    scheme, separator, rest = uri.partition("://")
+    if not separator or scheme.partition("+")[0] != "sqlite":
+        return None
+    host, _, location = rest.partition("/")
+    path, _, query = location.partition("?")
+    options = parse_qs(query)
+    if options.get("uri", [""])[-1].lower() in {"true", "yes", "on", "y", "t", "1"} and (
+        path.startswith("file:")
+    ):
+        # SQLite allows an empty authority or "localhost" before the path.
+        path = re.sub(r"^//(localhost)?(?=/|$)", "", path.removeprefix("file:"))
+        path = os.fsdecode(unquote_to_bytes(path.partition("#")[0]))
+        if options.get("mode") == ["memory"]:
+            return None
+    if host or path in {"", ":memory:"}:
+        return None
+    return Path(os.path.abspath(path))  # noqa: PTH100 (keeps symlinks, as SQLAlchemy does)
+
+
 def shown(uri: str) -> str:
     """A URI fit for messages, tags and reports: scheme, host and path, nothing secret.
 
-    User, password and query are dropped; each of them can carry a credential.
+    User, password and query are dropped; each of them can carry a credential. The path of a local
+    file is kept as it is.
     """
     scheme, separator, rest = uri.partition("://")
     if not separator:
         return uri.partition("?")[0]
+    if scheme.partition("+")[0] == "sqlite":
+        file = sqlite_file(uri)
+        return f"{scheme}://" if file is None else f"sqlite:///{file}"
     host, slash, path = rest.partition("?")[0].partition("/")
     if "@" in path:  # a password with a slash in it: only what follows the last @ is safe
         host, slash, path = path.rpartition("@")[2].partition("/")

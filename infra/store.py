@@ -12,26 +12,28 @@
 """
 
 import re
-import shutil
-import uuid
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 
 from pydantic import ValidationError
 
-from compressors.contracts import Artifact
+from compressors.contracts import Artifact, artifact_name
+from infra.disk import translate
 from infra.errors import (
     AlreadyThere,
     ArtifactDamaged,
     ArtifactMissing,
     InfraError,
+    RecordRefused,
     Refused,
 )
+from infra.settings import shown
 from infra.store_chunks import checked_chunks, hashed, in_order, regular_files, sha256
-from infra.store_folder import TEMPORARY, must_be_free, translate
+from infra.store_folder import TEMPORARY, must_be_free
 from infra.store_manifest import CHUNK_BYTES, FileEntry, StoreManifest, plain_path, root_of
 from infra.store_place import place_of
+from infra.temporary import drop_folder, folder_next_to
 
 __all__ = ["CHUNK_BYTES", "MAX_RECORD_BYTES", "FileEntry", "Store", "StoreManifest"]
 
@@ -110,13 +112,41 @@ class Store:
             return None
 
     def artifact(self, uri: str) -> Artifact:
-        """The artifact that a URI below this root names.
+        """The artifact of this store that a URI names.
+
+        Only the hash counts, whatever root the URI begins with: a store may have been moved, and
+        contents are verified against the hash. Nothing outside this store is read.
 
         Raises:
             ArtifactMissing: there is no complete artifact under this name.
-            Refused: the URI is not of the form ``<root>/artifacts/<sha256>``.
+            Refused: the URI is not of the form ``[<root>/]artifacts/<sha256>``.
         """
-        return self._named(self._manifest(self._name_in(uri)))
+        name = _name_in(uri)
+        try:
+            return self._named(self._manifest(name))
+        except ArtifactMissing as fault:
+            if uri.startswith((f"{self.root}/", "artifacts/")):
+                raise
+            raise ArtifactMissing(
+                f"{shown(uri)} is in another store, and {self.root} does not hold the same "
+                "content. Set RECPRESS_STORE to the store it was put into."
+            ) from fault
+
+    def uri_of(self, artifact: Artifact) -> str:
+        """The whole URI of an artifact in this store, for people and other programs."""
+        return f"{self.root}/artifacts/{artifact.sha256}"
+
+    def reference(self, artifact: Artifact) -> str:
+        """What to write down outside the store: a whole URI only if it names a bucket.
+
+        A folder may be moved, or mounted elsewhere, with all that refers to it.
+        """
+        return artifact.uri if self.folder is not None else self.uri_of(artifact)
+
+    @property
+    def folder(self) -> Path | None:
+        """The folder of this store, if it is on this machine."""
+        return self._place.in_place("")
 
     def manifest(self, artifact: Artifact) -> StoreManifest:
         """The files of an artifact, verified against its name.
@@ -125,14 +155,14 @@ class Store:
             ArtifactMissing: it has no manifest, so for us it does not exist.
             ArtifactDamaged: the manifest is not the one this name was made from.
         """
-        if self._name_in(artifact.uri) != artifact.sha256:
+        if _name_in(artifact.uri) != artifact.sha256:
             raise ArtifactDamaged(
                 f"{artifact.uri} and sha256 {artifact.sha256} name two different artifacts."
             )
         manifest = self._manifest(artifact.sha256)
         if manifest.bytes != artifact.bytes:
             raise ArtifactDamaged(
-                f"{artifact.uri} was handed over as {artifact.bytes} bytes, its manifest says "
+                f"Expected {artifact.bytes} bytes in {self.uri_of(artifact)}; its manifest says "
                 f"{manifest.bytes}."
             )
         return manifest
@@ -150,7 +180,7 @@ class Store:
         """
         must_be_free(into)
         manifest = self.manifest(artifact)
-        with _sibling(into) as partial:
+        with folder_next_to(into) as partial:
             self._copy(artifact, manifest, partial)
             try:
                 partial.rename(into)  # replaces an empty folder, fails on any other
@@ -174,7 +204,7 @@ class Store:
         for _ in range(2):
             if _is_intact(kept, manifest):
                 return kept
-            _drop(kept)
+            drop_folder(kept)
             try:
                 return self.get(artifact, kept)
             except Refused:
@@ -248,20 +278,8 @@ class Store:
         )
 
     def _named(self, manifest: StoreManifest) -> Artifact:
-        uri = f"{self.root}/artifacts/{manifest.root}"
+        uri = f"artifacts/{manifest.root}"
         return Artifact(uri=uri, sha256=manifest.root, bytes=manifest.bytes)
-
-    def _name_in(self, uri: str) -> str:
-        start = f"{self.root}/artifacts/"
-        name = uri.rstrip("/").removeprefix(start)
-        if not uri.startswith(start):
-            raise ArtifactMissing(
-                f"{uri} lies outside the store {self.root}. Set RECPRESS_STORE to the store it "
-                "was put into."
-            )
-        if not _SHA256.fullmatch(name):
-            raise Refused(f"An artifact's URI is {start}<sha256>; found {uri}.")
-        return name
 
     def _files_of(self, artifact: Artifact) -> str:
         return f"artifacts/{artifact.sha256}/files"
@@ -290,7 +308,9 @@ class Store:
     def _whole(self, key: str, limit: int) -> bytes:
         body = self._place.read(key, 0, limit + 1)
         if len(body) > limit:
-            raise Refused(f"{self.root}/{key} is larger than {limit} bytes, so it is no record.")
+            raise RecordRefused(
+                f"{self.root}/{key} is larger than {limit} bytes, so it is no record. Move it away."
+            )
         return body
 
     def _verify(
@@ -322,13 +342,14 @@ class Store:
         for entry in manifest.files:
             size = sizes.pop(below + entry.path, None)
             if size is None:
-                raise _damaged(artifact.uri, f"{entry.path} is missing")
+                raise _damaged(self.uri_of(artifact), f"{entry.path} is missing")
             if size != entry.bytes:
                 raise _damaged(
-                    artifact.uri, f"{entry.path} has {size} bytes instead of {entry.bytes}"
+                    self.uri_of(artifact), f"{entry.path} has {size} bytes instead of {entry.bytes}"
                 )
         if extra_refused and sizes:
-            raise _damaged(artifact.uri, f"{min(sizes).removeprefix(below)} does not belong to it")
+            where = self.uri_of(artifact)
+            raise _damaged(where, f"{min(sizes).removeprefix(below)} does not belong to it")
 
     def _chunks(self, artifact: Artifact, manifest: StoreManifest) -> Iterator[bytes]:
         """All chunks of all files in order, each verified."""
@@ -340,7 +361,7 @@ class Store:
             data = self._place.read(f"{below}/{entry.path}", start, stop)
             if sha256(data) != entry.chunks[index]:
                 raise _damaged(
-                    artifact.uri,
+                    self.uri_of(artifact),
                     f"{entry.path}, chunk {index} (bytes {start} to {stop - 1}) is not what was "
                     "written",
                 )
@@ -348,6 +369,13 @@ class Store:
 
         places = ((entry, at) for entry in manifest.files for at in range(len(entry.chunks)))
         return in_order(one, places)
+
+
+def _name_in(uri: str) -> str:
+    name = artifact_name(uri)
+    if name is None:
+        raise Refused(f"Expected an artifact's URI, artifacts/<sha256>; got {shown(uri)}.")
+    return name
 
 
 def _entry(artifact: Artifact, manifest: StoreManifest, path: str) -> FileEntry:
@@ -378,41 +406,9 @@ def _damaged(uri: str, what: str) -> ArtifactDamaged:
     )
 
 
-@contextmanager
-def _sibling(into: Path) -> Iterator[Path]:
-    """A temporary folder beside ``into``. Unless it is renamed away, no trace of it is left."""
-    into = into.absolute()
-    made = [parent for parent in into.parents if not parent.exists()]
-    partial = into.parent / f".{into.name}.{uuid.uuid4().hex}.part"
-    try:
-        try:
-            partial.mkdir(parents=True)
-        except OSError as fault:
-            raise translate(fault, partial, "write") from fault
-        yield partial
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        for parent in made:  # innermost first
-            with suppress(OSError):
-                parent.rmdir()
-        raise
-
-
 def _is_intact(folder: Path, manifest: StoreManifest) -> bool:
     """Whether a cached copy is complete and unchanged; any trouble reading it means no."""
     try:
         return hashed(folder, regular_files(folder), manifest.chunk_bytes) == manifest.files
     except (Refused, InfraError):
         return False
-
-
-def _drop(folder: Path) -> None:
-    """Remove a damaged copy: renamed first, so that nobody sees it half-removed."""
-    aside = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}.damaged")
-    try:
-        folder.rename(aside)
-    except FileNotFoundError:
-        return
-    except OSError as fault:
-        raise translate(fault, folder, "write") from fault
-    shutil.rmtree(aside, ignore_errors=True)

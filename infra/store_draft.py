@@ -17,23 +17,30 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 import shutil
 import threading
 import zlib
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from pydantic import ValidationError
 
 from compressors.contracts import digest
+from infra.disk import translate, translated
 from infra.errors import ArtifactDamaged, ArtifactMissing, Refused
 from infra.store_chunks import hashed, pread, regular_files, sha256
-from infra.store_folder import must_be_free, translate
+from infra.store_folder import must_be_free
 from infra.store_manifest import CHUNK_BYTES, FileEntry, StoreManifest, root_of
+from infra.temporary import is_old
 
 MANIFEST = "manifest.json"
 FILES = "files"
+MAX_HEAD_BYTES = 8192
+
+_HEAD = re.compile(rb'\["[0-9a-f]{64}", ".*", \d+\]$')
+"""The first line of a journal of ours: digest of the job, path and size of the large file."""
 
 Piece = tuple[int, memoryview]
 
@@ -151,7 +158,7 @@ class Draft:
             ArtifactDamaged: a byte was written before.
         """
         noted = []
-        with _translated(self.folder):
+        with translated(self.folder, "write"):
             for at, data in pieces:
                 _pwrite(self._file, at, data)
                 self._hashes.add(at, data)
@@ -186,7 +193,7 @@ class Draft:
             ArtifactDamaged: a part of the large file was never written.
         """
         entries = [FileEntry(path=self._path, bytes=self._size, chunks=self._hashes.all())]
-        with _translated(self.folder):
+        with translated(self.folder, "write"):
             for path, body in self._small.items():
                 (self.files / path).write_bytes(body)
                 pieces = range(0, len(body), CHUNK_BYTES)
@@ -202,7 +209,7 @@ class Draft:
         Raises:
             Refused: something came to lie there meanwhile.
         """
-        with _translated(self.folder):
+        with translated(self.folder, "write"):
             (self.folder / MANIFEST).write_text(manifest.model_dump_json())
             try:
                 self.folder.rename(self.into)
@@ -262,22 +269,43 @@ def draft(into: Path, job: object, path: str, size: int) -> Iterator[Draft]:
     """
     head = json.dumps([digest(job), path, size]).encode()
     noted = into.parent / f".{into.name}.journal"
+    _collect_abandoned(into)
     with _journal(into, noted) as journal:
-        must_be_free(into)
-        with _translated(noted):
-            made = _begun(into, journal, head, path, size)
         try:
-            yield made
+            must_be_free(into)
+            with translated(noted, "write"):
+                made = _begun(into, journal, head, path, size)
+            try:
+                yield made
+            finally:
+                made.close()
         finally:
-            made.close()
-        if not _part(into).exists():  # it was published, or taken into the store
-            noted.unlink(missing_ok=True)
+            if not _part(into).exists():  # published, taken into the store, or never begun
+                noted.unlink(missing_ok=True)
+
+
+def _collect_abandoned(into: Path) -> None:
+    """Remove drafts next to ``into`` that no process has open and that nobody continued for long.
+
+    A younger one is kept, because the same command continues it.
+    """
+    with suppress(OSError):
+        for noted in into.parent.glob(".*.journal"):
+            place = noted.with_name(noted.name.removeprefix(".").removesuffix(".journal"))
+            part = _part(place)
+            if place.name == into.name or not is_old(noted) or (part.exists() and not is_old(part)):
+                continue
+            with suppress(OSError), noted.open("rb") as journal:
+                fcntl.flock(journal, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if _HEAD.match(journal.readline(MAX_HEAD_BYTES)):
+                    shutil.rmtree(part, ignore_errors=True)
+                    noted.unlink(missing_ok=True)
 
 
 @contextmanager
 def _journal(into: Path, noted: Path) -> Iterator[int]:
     """The open journal of one result, which only one process has at a time."""
-    with _translated(noted):
+    with translated(noted, "write"):
         into.parent.mkdir(parents=True, exist_ok=True)
         journal = os.open(noted, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
     try:
@@ -332,11 +360,3 @@ def _pwrite(file: int, at: int, data: memoryview) -> None:
 
 def _written_twice(at: int) -> ArtifactDamaged:
     return ArtifactDamaged(f"Byte {at} was written twice.")
-
-
-@contextmanager
-def _translated(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as fault:
-        raise translate(fault, path, "write") from fault

@@ -6,33 +6,22 @@ create which is atomic with its content, nor a way to keep half a file from bein
 
 import errno
 import os
-import uuid
+import stat
+import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from urllib.parse import quote
 
-from infra.errors import (
-    AlreadyThere,
-    ArtifactMissing,
-    InfraError,
-    Refused,
-    SettingRefused,
-    StoreUnavailable,
-)
+from infra.disk import translated
+from infra.errors import AlreadyThere, RecordRefused, Refused
 from infra.store_chunks import pread
+from infra.temporary import EARLIER_KEYS, collect, owned_name
 
 TEMPORARY = ".tmp"
 
-_FULL = {errno.ENOSPC, errno.EDQUOT}
-_FORBIDDEN = {
-    errno.EROFS,
-    errno.EACCES,
-    errno.EPERM,
-    errno.EOPNOTSUPP,
-    errno.ENAMETOOLONG,
-    errno.ELOOP,
-}
+COLLECT_SECONDS = 60.0
+_collected: dict[Path, float] = {}
 
 
 class Folder:
@@ -50,15 +39,24 @@ class Folder:
         """Every key that begins with ``prefix``, with its size in bytes."""
         found: dict[str, int] = {}
         top = prefix.rpartition("/")[0]
-        with _translated(self._root / top, "list"):
+        with translated(self._root / top, "list"):
             self._walk(top, found)
         return {key: size for key, size in found.items() if key.startswith(prefix)}
 
     def read(self, key: str, start: int, stop: int) -> bytes:
         """Bytes ``start`` to ``stop``; fewer if the file ends before."""
-        with _translated(self._root / key, "read"):
-            file = os.open(self._root / key, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        with translated(self._root / key, "read"):
+            # Not blocking: a pipe would wait for a writer.
+            flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK
             try:
+                file = os.open(self._root / key, flags)
+            except OSError as fault:
+                if fault.errno in {errno.ELOOP, errno.ENXIO}:  # a link, a socket
+                    raise self._no_file(key) from fault
+                raise
+            try:
+                if not stat.S_ISREG(os.fstat(file).st_mode):
+                    raise self._no_file(key)
                 return pread(file, start, stop)
             finally:
                 os.close(file)
@@ -77,12 +75,15 @@ class Folder:
         """Write a key, replacing what it held."""
         path = self._root / key
         with self._written(path, (body,)) as temporary:
-            temporary.replace(path)
+            try:
+                temporary.replace(path)
+            except IsADirectoryError as fault:
+                raise self._no_file(key) from fault
 
     def move(self, file: Path, key: str) -> bool:
         """Put a file of this machine under a key without copying it, if it is on this disk."""
         path = self._root / key
-        with _translated(path, "write"):
+        with translated(path, "write"):
             path.parent.mkdir(parents=True, exist_ok=True)
             try:
                 file.rename(path)
@@ -101,10 +102,11 @@ class Folder:
     @contextmanager
     def _written(self, path: Path, chunks: Iterable[bytes]) -> Iterator[Path]:
         """A complete temporary file on the same disk as ``path``, removed at the end."""
-        with _translated(path, "write"):
+        with translated(path, "write"):
             path.parent.mkdir(parents=True, exist_ok=True)
-            temporary = self._root / TEMPORARY / uuid.uuid4().hex
+            temporary = self._root / TEMPORARY / owned_name("key", "tmp")
             temporary.parent.mkdir(exist_ok=True)
+            _collect_sometimes(temporary.parent)
             try:
                 # Read-only from the start: readers map these files in place.
                 flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
@@ -115,6 +117,9 @@ class Folder:
             finally:
                 with suppress(OSError):
                     temporary.unlink(missing_ok=True)
+
+    def _no_file(self, key: str) -> RecordRefused:
+        return RecordRefused(f"{self._root / key} is not a plain file. Move it away.")
 
     def _walk(self, top: str, found: dict[str, int]) -> None:
         try:
@@ -132,12 +137,12 @@ class Folder:
                     found[key] = entry.stat(follow_symlinks=False).st_size
 
 
-@contextmanager
-def _translated(path: Path, doing: str) -> Iterator[None]:
-    try:
-        yield
-    except OSError as fault:
-        raise translate(fault, path, doing) from fault
+def _collect_sometimes(folder: Path) -> None:
+    """Collect what killed runs left, at most once in ``COLLECT_SECONDS``."""
+    now = time.monotonic()
+    if now - _collected.get(folder, -COLLECT_SECONDS) >= COLLECT_SECONDS:
+        _collected[folder] = now
+        collect(folder, EARLIER_KEYS)
 
 
 def must_be_free(into: Path) -> None:
@@ -150,22 +155,3 @@ def must_be_free(into: Path) -> None:
         raise Refused(f"{into} is not a folder. Name a folder that does not exist or is empty.")
     if into.is_dir() and any(into.iterdir()):
         raise Refused(f"{into} is not empty. Name a folder that does not exist or is empty.")
-
-
-def translate(fault: OSError, path: Path, doing: str) -> Refused | InfraError:
-    """What an error of the local disk means: full or failing may pass, forbidden will not."""
-    if isinstance(fault, FileNotFoundError) and doing == "read":
-        return ArtifactMissing(f"{path} does not exist. Run the step that writes it again.")
-    if fault.errno in _FULL:
-        return StoreUnavailable(f"The disk of {path} is full. Free some space, then run again.")
-    if fault.errno in _FORBIDDEN:
-        return SettingRefused(
-            f"Could not {doing} {path}: {fault.strerror}. Choose a folder where you may "
-            f"{doing} (RECPRESS_STORE, RECPRESS_HOME), or change its permissions."
-        )
-    if isinstance(fault, NotADirectoryError | IsADirectoryError | FileExistsError):
-        return SettingRefused(
-            f"Could not {doing} {path}: {fault.strerror}. A file lies where a folder is needed, "
-            "or the other way round; move it away."
-        )
-    return StoreUnavailable(f"Could not {doing} {path}: {fault.strerror}. Check the disk.")

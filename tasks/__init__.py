@@ -22,6 +22,7 @@ table_files.py tables compressed from file to file, of any size
 together.py    a step in this process, or in one for each of several devices
 loading.py     a stored bundle as a module, a stored split as tensors
 documents.py   what is stored as JSON beside the files
+order_records.py   the record by which a finished order is found again
 report.py      the report as a table and as Markdown
 report_page.py the report as one HTML page; report_measured.py is its middle
 promotion.py   promote, roll back, fetch

@@ -1,12 +1,12 @@
 """TensorRT engines from a lowered model, one a graph."""
 
 import logging
-import tempfile
 from pathlib import Path
 
 from prefect import task
 
 from compressors.contracts import Artifact, TargetKind
+from infra.temporary import scratch_folder
 from infra.tensorrt import BuildRequest, Profile, TableWeights, Target, build_engine, load
 from tasks.documents import Batch, LoweredGraph, build_record, lowering_of
 from tasks.policy import KEPT
@@ -50,7 +50,7 @@ def build(
     """
     folder = local(lowered)
     lowering = lowering_of(folder)
-    with tempfile.TemporaryDirectory() as scratch:
+    with scratch_folder("build") as scratch:
         kept_files = Path(scratch) / "release"
         kept_files.mkdir()
         for graph in lowering.graphs:

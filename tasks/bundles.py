@@ -1,22 +1,24 @@
 """Pack, check and find bundles. No Prefect: the command line calls these, and flows do."""
 
-import json
+import logging
+import re
 import shutil
-import tempfile
 import time
 from collections.abc import Mapping
 from pathlib import Path
 
-from compressors.contracts import Artifact, Frozen
+from compressors.contracts import Artifact, Frozen, artifact_name
 from compressors.trial import try_out
 from infra.architecture import network_class
 from infra.bundle import (
+    MANIFEST,
     DataReference,
     Draft,
     Manifest,
     SplitName,
     TensorFact,
     check_weights,
+    manifest_of,
     read,
     read_draft,
     seal,
@@ -24,12 +26,30 @@ from infra.bundle import (
 )
 from infra.catalogue import need_items, prepare
 from infra.data import SplitStatistics, check_ids, split_statistics
-from infra.errors import AlreadyThere, BundleRefused, DataRefused
+from infra.disk import input_files
+from infra.errors import (
+    AlreadyThere,
+    ArtifactMissing,
+    BundleRefused,
+    DataRefused,
+    RecordRefused,
+    Refused,
+)
 from infra.settings import load_settings
 from infra.store import Store
+from infra.temporary import scratch_folder
 from tasks.loading import data_path, model_of
 from tasks.stored import local, store
-from tasks.subject import bundle_key, resolve
+from tasks.subject import (
+    BundleRecord,
+    bundle_key,
+    bundle_manifest,
+    bundle_record,
+    resolve,
+    write_bundle_record,
+)
+
+log = logging.getLogger(__name__)
 
 
 class Packed(Frozen):
@@ -74,16 +94,16 @@ def pack(folder: Path) -> Packed:
         )
     paths = {str(split): folder / path for split, path in draft.data.items()}
     for split in paths:
-        with tempfile.TemporaryDirectory(prefix="recpress-pack-") as scratch:
+        with scratch_folder("pack") as scratch:
             # The strictest reading there is: nulls, NaN, types, lengths. Its result is made
             # again, and kept, when the bundle is compressed.
             try:
-                prepare(paths, split, draft.signature, Path(scratch))
+                prepare(paths, split, draft.signature, scratch)
             except DataRefused as fault:
                 raise DataRefused(f"split {split!r}: {fault}") from fault
     to = store()
-    with tempfile.TemporaryDirectory(prefix="recpress-pack-") as scratch:
-        staged = Path(scratch) / "bundle"
+    with scratch_folder("pack") as scratch:
+        staged = scratch / "bundle"
         staged.mkdir()
         for shard in sorted(folder.glob("*.safetensors*")):
             _place(shard, staged / shard.name)
@@ -91,8 +111,7 @@ def pack(folder: Path) -> Packed:
         facts = _check_model(staged, manifest)
         rows_of_table = table_rows(facts, manifest)
         check_ids(_by_name(statistics), draft.signature, rows_of_table)
-        artifact = to.put(staged)
-    _name(to, manifest.name, manifest.version, artifact)
+        artifact = _named(to, manifest, staged)
     return Packed(
         name=manifest.name,
         version=manifest.version,
@@ -112,9 +131,7 @@ def check(reference: str) -> tuple[Manifest, dict[str, TensorFact]]:
     Raises:
         BundleRefused, DataRefused, ModelRefused, ArtifactMissing, ArtifactDamaged: what is wrong.
     """
-    folder = Path(reference)
-    if not folder.is_dir():
-        folder = local(resolve(reference))
+    folder = _folder(reference)
     manifest = read(folder)
     need_items(manifest.data, manifest.signature, folder)
     facts = _check_model(folder, manifest)
@@ -128,8 +145,16 @@ def check(reference: str) -> tuple[Manifest, dict[str, TensorFact]]:
 
 def show(reference: str) -> Manifest:
     """A bundle's manifest, its files verified."""
-    folder = Path(reference)
-    return read(folder if folder.is_dir() else local(resolve(reference)))
+    return read(_folder(reference))
+
+
+def _folder(reference: str) -> Path:
+    """The folder of a bundle on this machine: the one that was named, or a stored one."""
+    if artifact_name(reference) is None:
+        with input_files(Path(reference)):
+            if Path(reference).is_dir():
+                return Path(reference)
+    return local(resolve(reference))
 
 
 def _seal(
@@ -191,15 +216,13 @@ def _reference(to: Store, path: Path, rows: int) -> DataReference:
 
 def _alone(to: Store, path: Path) -> Artifact:
     """Store one file, or one folder of part files, as an artifact of its own."""
-    with tempfile.TemporaryDirectory(prefix="recpress-pack-") as scratch:
+    with scratch_folder("pack") as scratch:
         if path.is_dir():
             # Links inside are kept as links, which the store refuses: they may lead anywhere.
-            shutil.copytree(
-                path, Path(scratch) / path.name, symlinks=True, copy_function=_link_or_copy
-            )
+            shutil.copytree(path, scratch / path.name, symlinks=True, copy_function=_link_or_copy)
         else:
-            _place(path, Path(scratch) / path.name)
-        return to.put(Path(scratch))
+            _place(path, scratch / path.name)
+        return to.put(scratch)
 
 
 def _place(source: Path, target: Path) -> None:
@@ -215,14 +238,77 @@ def _link_or_copy(source: str, target: str) -> str:
     return target
 
 
-def _name(to: Store, name: str, version: str, artifact: Artifact) -> None:
-    record = {"artifact": artifact.model_dump(mode="json"), "packed_at": time.time()}
+def _named(to: Store, manifest: Manifest, staged: Path) -> Artifact:
+    """Store a sealed bundle under its name and version, unless the same one is there.
+
+    A damaged record is written again, unless it still names another bundle of this version.
+
+    Raises:
+        AlreadyThere: another bundle has this name and version.
+    """
+    name, version = manifest.name, manifest.version
+    is_damaged = False
     try:
-        to.create(bundle_key(name, version), json.dumps(record).encode())
-    except AlreadyThere as fault:
-        held = Artifact.model_validate(json.loads(to.read(bundle_key(name, version)))["artifact"])
-        if held.sha256 != artifact.sha256:
-            raise AlreadyThere(
-                f"{name}@{version} was packed before with other contents ({held.sha256[:12]}, now "
-                f"{artifact.sha256[:12]}). A version never changes: raise 'version' in model.json."
-            ) from fault
+        record = bundle_record(name, version)
+        if record is not None and (same := _same(record, manifest)) is not None:
+            return same
+    except RecordRefused as fault:
+        is_damaged = True
+        if (other := _other_bundle(to, manifest)) is not None:
+            raise _packed_before(manifest, other) from fault
+        log.warning("%s It is restored.", fault)
+    artifact = to.put(staged)
+    record = BundleRecord(name=name, version=version, artifact=artifact, packed_at=time.time())
+    try:
+        write_bundle_record(record, replace=is_damaged)
+    except AlreadyThere:  # another process packed this version meanwhile
+        won = bundle_record(name, version)
+        if won is None or (same := _same(won, manifest)) is None:
+            raise _packed_before(manifest, "whose files are gone") from None
+        return same
+    return artifact
+
+
+def _same(record: BundleRecord, manifest: Manifest) -> Artifact | None:
+    """The recorded bundle if it is this one; None if its files are gone.
+
+    Manifests are compared, not their bytes: earlier versions wrote the store's root into them.
+
+    Raises:
+        AlreadyThere: it is another one.
+        RecordRefused: the record names something else.
+    """
+    try:
+        held = bundle_manifest(record)
+    except ArtifactMissing:
+        return None
+    if held != manifest:
+        raise _packed_before(manifest, record.artifact.sha256)
+    return record.artifact
+
+
+def _other_bundle(to: Store, manifest: Manifest) -> str | None:
+    """The hash in a damaged record, if it names another bundle of this name and version."""
+    try:
+        body = to.read(bundle_key(manifest.name, manifest.version))
+    except Refused:
+        return None
+    names: list[bytes] = re.findall(rb"[0-9a-f]{64}", body)
+    for sha256 in {name.decode() for name in names}:
+        try:
+            artifact = to.find(sha256)
+            if artifact is None:
+                continue
+            held = manifest_of(to.file(artifact, MANIFEST), Path(to.uri_of(artifact)))
+        except Refused:
+            continue
+        if (held.name, held.version) == (manifest.name, manifest.version) and held != manifest:
+            return sha256
+    return None
+
+
+def _packed_before(manifest: Manifest, sha256: str) -> AlreadyThere:
+    return AlreadyThere(
+        f"{manifest.name}@{manifest.version} was packed before with other contents "
+        f"({sha256[:12]}). A version never changes: raise 'version' in model.json."
+    )

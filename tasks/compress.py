@@ -2,7 +2,6 @@
 
 import logging
 import shutil
-import tempfile
 from pathlib import Path
 
 from prefect import task
@@ -13,6 +12,7 @@ from compressors.step import needs
 from compressors.steps import AnyStep
 from infra.bundle import SplitName, read, seal
 from infra.settings import load_settings
+from infra.temporary import scratch_folder
 from tasks.documents import Idle
 from tasks.loading import bench_of, split_of
 from tasks.policy import KEPT
@@ -66,7 +66,7 @@ def compress(
     )
     bench = bench_of(manifest, held, original, seed, progress, teachers, devices[0])
     work = Work(source=source, original=original, step=step, bench=bench)
-    with tempfile.TemporaryDirectory() as scratch:
+    with scratch_folder("compress") as scratch:
         folder = Path(scratch) / "made"
         result = _carried_out(work, devices, folder)
         if isinstance(result, Idle):

@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from pydantic import Field, TypeAdapter
+from pydantic import Field, TypeAdapter, ValidationError
 
 from compressors import judge
 from compressors.contracts import (
@@ -24,9 +24,9 @@ from compressors.contracts import (
 from compressors.lower.found import GraphAudit, TableInitializers
 from compressors.lower.parity import Parity
 from infra.bundle import read
-from infra.errors import ArtifactMissing
+from infra.bundle_json import clean
+from infra.errors import RecordRefused
 from infra.onnxruntime import Machine
-from infra.settings import load_settings, shown
 from infra.tensorrt import FILES
 from tasks.stored import local, store
 from tasks.subject import Subject
@@ -238,8 +238,13 @@ class Finished(Frozen):
 
 
 def page_uri(release: Artifact) -> str:
-    """Where the page of a release's report lies."""
-    return f"{release.uri}/files/{PAGE}"
+    """The whole URI of the page of a release's report."""
+    return f"{store().uri_of(release)}/files/{PAGE}"
+
+
+def page_reference(release: Artifact) -> str:
+    """The same as it is written down outside the store."""
+    return f"{store().reference(release)}/files/{PAGE}"
 
 
 def build_record(graph: str) -> str:
@@ -333,34 +338,19 @@ def _target(
     )
 
 
-def finished(order: str) -> Finished | None:
-    """The finished report of an order digest, if it and what it speaks of are still stored."""
-    held = store()
-    try:
-        found = Finished.model_validate(json.loads(held.read(finished_key(order))))
-        for artifact in (found.release, *(item.artifact for item in found.report.targets)):
-            held.manifest(artifact)
-    except ArtifactMissing:
-        return None
-    return found
-
-
-def registry_is_there(found: Finished) -> bool:
-    """Whether a finished order lies in the registry of this process, as far as a look can tell.
-
-    The registry itself is not asked, since its library alone takes a second to load; a flow
-    asks it. But another registry, or an embedded one whose file is gone, is not the one.
-    """
-    uri = load_settings().registry_uri
-    path = Path(uri.removeprefix("sqlite:///"))
-    return found.registry == shown(uri) and (not uri.startswith("sqlite:///") or path.exists())
-
-
-def finished_key(order: str) -> str:
-    """Where the finished report of an order lies in the store."""
-    return f"orders/{order}.json"
-
-
 def report_of(release: Artifact) -> Report:
-    """A stored report."""
-    return Report.model_validate(json.loads((local(release) / REPORT).read_text()))
+    """A stored report, verified by its hash.
+
+    Raises:
+        ArtifactMissing, ArtifactDamaged: it is not there, or not what was written.
+        RecordRefused: it is no report.
+    """
+    try:
+        return Report.model_validate_json(store().file(release, REPORT))
+    except ValidationError as fault:
+        first = fault.errors()[0]
+        place = ".".join(str(part) for part in first["loc"]) or "the document"
+        raise RecordRefused(
+            f"{store().uri_of(release)} has no usable {REPORT} ({clean(place)}: "
+            f"{clean(first['msg'])}), so it is no release of recpress."
+        ) from fault

@@ -1,7 +1,6 @@
 """A model's ONNX graphs for one target: exported, compared with the module, audited."""
 
 import logging
-import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +22,7 @@ from compressors.units import Unit, stored_bytes
 from infra.errors import InfraError
 from infra.onnxruntime import Session, optimized_graph
 from infra.settings import load_settings
+from infra.temporary import scratch_folder
 from tasks.documents import GraphInput, LoweredGraph, Lowering
 from tasks.loading import Loaded, load_bundle, split_of
 from tasks.policy import KEPT
@@ -60,7 +60,7 @@ def lower_model(
         NotLowerable, ParityLost, AuditFailed: what is wrong with which graph.
     """
     loaded = load_bundle(bundle)
-    with tempfile.TemporaryDirectory() as scratch:
+    with scratch_folder("lower") as scratch:
         graphs = []
         for form in forms(loaded.manifest.signature):
             path = Path(scratch) / f"{form.name}.onnx"

@@ -2,7 +2,6 @@
 
 import logging
 import math
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ from compressors.lower.served import forms
 from infra.bundle import read
 from infra.onnxruntime import Session, interleaved_ms, machine
 from infra.settings import load_settings
+from infra.temporary import scratch_folder
 from tasks.documents import Measurement, Ranking, lowering_of, served_bytes
 from tasks.loading import split_of
 from tasks.policy import KEPT
@@ -99,7 +99,7 @@ def measure(
         rows=test_rows,
         machine=machine(threads),
     )
-    with tempfile.TemporaryDirectory() as scratch:
+    with scratch_folder("measure") as scratch:
         (Path(scratch) / "measurement.json").write_text(measurement.model_dump_json(indent=1))
         return store().put(Path(scratch))
 

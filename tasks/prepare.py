@@ -1,7 +1,6 @@
 """One split of a bundle's data as tensors."""
 
 import logging
-import tempfile
 from pathlib import Path
 
 from prefect import task
@@ -9,6 +8,7 @@ from prefect import task
 from compressors.contracts import Artifact
 from infra.bundle import SplitName, read
 from infra.catalogue import prepare as prepare_split
+from infra.temporary import scratch_folder
 from tasks.loading import data_path
 from tasks.policy import KEPT
 from tasks.stored import local, store
@@ -28,7 +28,7 @@ def prepare(bundle: Artifact, split: SplitName, code: str) -> Artifact:  # noqa:
         code: digest of the code that reads; part of the cache key.
     """
     manifest = read(local(bundle))
-    with tempfile.TemporaryDirectory() as scratch:
+    with scratch_folder("prepare") as scratch:
         read_too: tuple[SplitName, ...] = ("items",) if "items" in manifest.data else ()
         paths: dict[str, Path] = {name: data_path(manifest, name) for name in (split, *read_too)}
         prepared = prepare_split(paths, split, manifest.signature, Path(scratch))

@@ -2,25 +2,24 @@
 
 import json
 import logging
-import tempfile
-from pathlib import Path
 
 from prefect import task
 
-from compressors.contracts import Artifact, digest
+from compressors.contracts import Artifact, artifact_name, digest
 from infra.errors import ArtifactMissing
 from infra.registry import Registry
 from infra.settings import load_settings, shown
+from infra.temporary import scratch_folder
 from tasks.documents import (
     MARKDOWN,
     PAGE,
     REPORT,
     Finished,
     Report,
-    finished_key,
-    page_uri,
+    page_reference,
     report_of,
 )
+from tasks.order_records import write_finished
 from tasks.policy import KEPT
 from tasks.report import markdown
 from tasks.report_page import page, validation_of
@@ -41,22 +40,22 @@ def publish(report: Report, code: str) -> Finished:  # noqa: ARG001
         report: what the order came to.
         code: digest of the code that publishes; part of the cache key.
     """
-    with tempfile.TemporaryDirectory() as scratch:
-        (Path(scratch) / REPORT).write_text(report.model_dump_json(indent=1))
-        (Path(scratch) / MARKDOWN).write_text(markdown(report))
-        (Path(scratch) / PAGE).write_text(page(report, validation_of(report.validation)))
-        release = store().put(Path(scratch))
+    with scratch_folder("publish") as scratch:
+        (scratch / REPORT).write_text(report.model_dump_json(indent=1))
+        (scratch / MARKDOWN).write_text(markdown(report))
+        (scratch / PAGE).write_text(page(report, validation_of(report.validation)))
+        release = store().put(scratch)
     uri = load_settings().registry_uri
     registry = Registry(uri)
     registered = registry.publish(
         report.name,
         report.order,
-        release.uri,
+        store().reference(release),
         _tags(report, release),
         f"{report.outcome}: {', '.join(step['kind'] for step in report.recipe)}. "
-        f"Report: {page_uri(release)}",
+        f"Report: {page_reference(release)}",
     )
-    if registered.source != release.uri:
+    if artifact_name(registered.source) != release.sha256:
         # Somebody else carried out the same order first: theirs is the version, so theirs is
         # the report, whatever was measured here.
         release = store().artifact(registered.source)
@@ -66,7 +65,7 @@ def publish(report: Report, code: str) -> Finished:  # noqa: ARG001
     finished = Finished(
         report=report, release=release, version=registered.version, registry=shown(uri)
     )
-    store().write(finished_key(report.order), finished.model_dump_json().encode())
+    write_finished(finished)
     log.info("%s version %s: %s", report.name, registered.version, report.outcome)
     return finished
 
@@ -96,7 +95,7 @@ def _tags(report: Report, release: Artifact) -> dict[str, str]:
     tags = {
         "recpress.order": report.order,
         "recpress.release": release.sha256,
-        "recpress.report": page_uri(release),
+        "recpress.report": page_reference(release),
         "recpress.outcome": report.outcome,
         "recpress.bundle": f"{report.name}@{report.bundle_version}",
         "recpress.parents": report.source.sha256,
@@ -107,7 +106,7 @@ def _tags(report: Report, release: Artifact) -> dict[str, str]:
     }
     for target in report.targets:
         tags[f"recpress.verdict.{target.target}"] = target.verdict.outcome
-        tags[f"recpress.artifact.{target.target}"] = target.artifact.uri
+        tags[f"recpress.artifact.{target.target}"] = store().reference(target.artifact)
         tags[f"recpress.sha256.{target.target}"] = target.artifact.sha256
         tags[f"recpress.graphs.{target.target}"] = ", ".join(
             graph.name for graph in target.lowering.graphs

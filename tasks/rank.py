@@ -1,6 +1,5 @@
 """What a stored retrieval model finds for every test query, computed once and kept."""
 
-import tempfile
 from pathlib import Path
 
 import torch
@@ -8,6 +7,7 @@ from prefect import task
 
 from compressors.contracts import Artifact
 from compressors.state import write_tensors
+from infra.temporary import scratch_folder
 from tasks.documents import PreparedRows, Ranking
 from tasks.loading import load_bundle, split_of
 from tasks.policy import KEPT
@@ -39,7 +39,7 @@ def rank(bundle: Artifact, test: PreparedRows, ranking: Ranking, code: str) -> A
     towers = torch_towers(loaded.model.module, schema)
     found = of_queries(towers, schema, split_of(test.artifact, test.rows), ranking)
     tensors = {metric: torch.from_numpy(values) for metric, values in found.items()}
-    with tempfile.TemporaryDirectory() as scratch:
+    with scratch_folder("rank") as scratch:
         (path,) = write_tensors(tensors, Path(scratch))
         path.rename(Path(scratch) / "data.safetensors")
         return store().put(Path(scratch))

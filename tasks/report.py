@@ -100,6 +100,8 @@ def markdown(report: Report) -> str:
         "",
         "## Made from",
         "",
+        "Each artifact is named relative to the root of the object store.",
+        "",
         f"- bundle `{report.source.uri}`",
         f"- compressed bundle `{report.compressed.uri}`",
         f"- validation `{report.validation.uri}` (open validation.html)",

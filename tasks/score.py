@@ -1,6 +1,5 @@
 """What a stored model answers to the rows of a split, computed once and kept."""
 
-import tempfile
 from pathlib import Path
 from typing import Literal
 
@@ -13,6 +12,7 @@ from compressors.contracts import Artifact
 from compressors.distill.soft_labels import mean_answer
 from compressors.errors import CompressionError
 from compressors.state import write_tensors
+from infra.temporary import scratch_folder
 from tasks.loading import load_bundle, split_of
 from tasks.policy import KEPT
 from tasks.stored import local, store
@@ -71,7 +71,7 @@ def average(
 
 
 def _stored(scores: torch.Tensor) -> Artifact:
-    with tempfile.TemporaryDirectory() as scratch:
+    with scratch_folder("score") as scratch:
         folder = Path(scratch)
         (path,) = write_tensors({"score": scores}, folder)
         path.rename(folder / "data.safetensors")

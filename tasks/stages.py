@@ -1,6 +1,5 @@
 """What each step of a recipe was worth, in bytes and in quality."""
 
-import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +10,7 @@ from safetensors.torch import load_file
 from compressors.batches import batches
 from compressors.contracts import Artifact, Schema, Split
 from infra.bundle import read
+from infra.temporary import scratch_folder
 from tasks.documents import STAGES, Scored, Stage, Stages
 from tasks.loading import split_of
 from tasks.policy import KEPT
@@ -58,7 +58,7 @@ def weigh(
                 change=pair.difference if place else None,
             )
         )
-    with tempfile.TemporaryDirectory() as scratch:
+    with scratch_folder("stages") as scratch:
         (Path(scratch) / STAGES).write_bytes(Stages.dump_json(tuple(stages), indent=1))
         return store().put(Path(scratch))
 

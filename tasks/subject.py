@@ -1,14 +1,18 @@
 """The bundle an order is about. No Prefect, no torch: the command line looks too."""
 
-import json
+import math
 from pathlib import Path
 
-from compressors.contracts import Artifact, Frozen, JaggedBag, Limit
+from pydantic import ValidationError
+
+from compressors.contracts import Artifact, Frozen, JaggedBag, Limit, artifact_name
 from compressors.errors import CompressionError
 from infra.architecture import source_digest
-from infra.bundle import MANIFEST, SplitName, manifest_of
-from infra.errors import ArtifactMissing
+from infra.bundle import MANIFEST, Manifest, SplitName, manifest_of
+from infra.disk import input_files
+from infra.errors import ArtifactMissing, BundleRefused, RecordRefused
 from infra.settings import load_settings
+from infra.store_records import read_record, seal_record
 from tasks.stored import store
 
 
@@ -30,6 +34,7 @@ class Subject(Frozen):
         return "calibration" if "calibration" in self.rows else "train"
 
 
+SCHEMA_VERSION = 2
 LATENCY_BATCHES = (1, 64, 1024)
 
 
@@ -71,7 +76,7 @@ def find(reference: str) -> Subject:
     ``model.json`` is read; ``pull`` verifies the rest.
     """
     artifact = resolve(reference)
-    manifest = manifest_of(store().file(artifact, MANIFEST), Path(artifact.uri))
+    manifest = manifest_of(store().file(artifact, MANIFEST), Path(store().uri_of(artifact)))
     path = manifest.network.architecture.path
     return Subject(
         artifact=artifact,
@@ -91,13 +96,18 @@ def find(reference: str) -> Subject:
 
 
 def resolve(reference: str) -> Artifact:
-    """The artifact a bundle is meant by: its URI, ``name@version``, or the newest of ``name``.
+    """The artifact of a bundle: by its URI, by ``name@version``, or the newest of ``name``.
 
     Raises:
         ArtifactMissing: no such bundle; names those that exist.
+        RecordRefused: a record that decides this is damaged.
     """
     held = store()
-    if Path(reference).is_dir():
+    if artifact_name(reference) is not None:
+        return held.artifact(reference)
+    with input_files(Path(reference)):
+        is_folder = Path(reference).is_dir()
+    if is_folder:
         raise ArtifactMissing(
             f"{reference} is a folder, not a packed bundle. Pack it first: 'recpress bundle pack "
             f"{reference}', then name it by name@version."
@@ -105,21 +115,128 @@ def resolve(reference: str) -> Artifact:
     if "/" in reference or ":" in reference:
         return held.artifact(reference)
     name, _, version = reference.partition("@")
-    keys = held.keys("bundles/")
-    mine = [key for key in keys if key.startswith(f"bundles/{name}/")]
-    if version:
-        mine = [key for key in mine if key == bundle_key(name, version)]
-    if not mine:
-        known = sorted({key.split("/")[1] + "@" + Path(key).stem for key in keys})
+    known = _known()
+    versions = (version,) if version else tuple(v for n, v in known if n == name)
+    records = [record for v in versions if (record := bundle_record(name, v)) is not None]
+    if not records:
         raise ArtifactMissing(
             f"There is no bundle {reference!r} in {held.root}; there is "
-            f"{', '.join(known) or 'none yet'}. Pack one: 'recpress bundle pack FOLDER'."
+            f"{', '.join(f'{n}@{v}' for n, v in known) or 'none yet'}. Pack one: 'recpress bundle "
+            f"pack FOLDER'."
         )
-    records = [json.loads(held.read(key)) for key in mine]
-    newest = max(records, key=lambda record: float(record["packed_at"]))
-    return Artifact.model_validate(newest["artifact"])
+    newest = max(records, key=lambda record: record.packed_at)
+    bundle_manifest(newest)
+    return newest.artifact
+
+
+def _known() -> tuple[tuple[str, str], ...]:
+    """Name and version of every bundle record, sorted."""
+    parts = [key.split("/") for key in store().keys("bundles/")]
+    return tuple(
+        (place[1], place[2].removesuffix(".json"))
+        for place in parts
+        if len(place) == 3 and place[2].endswith(".json")
+    )
+
+
+class BundleRecord(Frozen):
+    """Which artifact a bundle's name and version are."""
+
+    name: str
+    version: str
+    artifact: Artifact
+    packed_at: float
 
 
 def bundle_key(name: str, version: str) -> str:
-    """Where the store says which artifact a packed bundle is."""
+    """The key of the record of a packed bundle."""
     return f"bundles/{name}/{version}.json"
+
+
+def write_bundle_record(record: BundleRecord, *, replace: bool = False) -> None:
+    """Store the record of a packed bundle.
+
+    Args:
+        record: what to store.
+        replace: whether a damaged record may be there.
+
+    Raises:
+        AlreadyThere: there is a record, and ``replace`` is not set.
+    """
+    body = seal_record({"schema_version": SCHEMA_VERSION, **record.model_dump(mode="json")})
+    key = bundle_key(record.name, record.version)
+    if replace:
+        store().write(key, body)
+    else:
+        store().create(key, body)
+
+
+def bundle_record(name: str, version: str) -> BundleRecord | None:
+    """The record of a packed bundle, or None if there is none.
+
+    Raises:
+        RecordRefused: it is damaged.
+    """
+    key = bundle_key(name, version)
+    try:
+        fields, sealed = read_record(store(), key)
+    except ArtifactMissing:
+        return None
+    except RecordRefused as fault:
+        raise _damaged(name, version, str(fault)) from fault
+    try:
+        if sealed:
+            if fields.pop("schema_version") != SCHEMA_VERSION:
+                raise _damaged(name, version, "another version of recpress wrote it")
+            record = BundleRecord.model_validate(fields)
+        elif fields.keys() == {"artifact", "packed_at"}:  # version 0.1.0
+            record = BundleRecord.model_validate({"name": name, "version": version, **fields})
+        else:
+            raise _damaged(name, version, "its seal does not fit the rest")
+    except (ValidationError, KeyError) as fault:
+        raise _damaged(name, version, "its fields are not those of a bundle's record") from fault
+    if (record.name, record.version) != (name, version):
+        raise _damaged(name, version, f"it is the record of {record.name}@{record.version}")
+    if not sealed:
+        # Nothing vouches for its size and its time; the artifact vouches for its size.
+        found = store().find(record.artifact.sha256)
+        if found is not None and math.isfinite(record.packed_at):
+            return record.model_copy(update={"artifact": found})
+        raise _damaged(name, version, "it names an artifact that is not in the store")
+    return record
+
+
+def bundle_manifest(record: BundleRecord) -> Manifest:
+    """The manifest of a recorded bundle, which must have the record's name and version.
+
+    Raises:
+        ArtifactMissing: the artifact is not in the store.
+        RecordRefused: the artifact is another bundle, or none.
+    """
+    name, version, held = record.name, record.version, store()
+    where = held.uri_of(record.artifact)
+    found = held.find(record.artifact.sha256)
+    if found is None:
+        raise ArtifactMissing(
+            f"{name}@{version} is {where}, which is not there (any more). Pack it again: "
+            f"'recpress bundle pack FOLDER' with the draft of this version restores it."
+        )
+    try:
+        body = held.file(found, MANIFEST)
+    except ArtifactMissing as fault:
+        raise _damaged(name, version, f"{where} is no bundle") from fault
+    try:
+        manifest = manifest_of(body, Path(where))
+    except BundleRefused as fault:
+        raise _damaged(name, version, f"{where} is no bundle ({fault})") from fault
+    if (manifest.name, manifest.version) != (name, version):
+        raise _damaged(name, version, f"{where} is the bundle {manifest.name}@{manifest.version}")
+    return manifest
+
+
+def _damaged(name: str, version: str, why: str) -> RecordRefused:
+    return RecordRefused(
+        f"The record of bundle {name}@{version}, {store().root}/{bundle_key(name, version)}, is "
+        f"damaged: {why.rstrip('.')}. Pack the draft of this version again: 'recpress bundle pack "
+        f"FOLDER' restores the record."
+    )

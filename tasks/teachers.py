@@ -6,7 +6,7 @@ from typing import Literal
 from compressors.contracts import Artifact, Frozen, Schema
 from compressors.errors import CompressionError
 from infra.architecture import source_digest
-from infra.bundle import MANIFEST, manifest_of
+from infra.bundle import MANIFEST, Manifest, manifest_of
 from infra.settings import load_settings
 from tasks.promotion import version_report
 from tasks.stored import store
@@ -67,7 +67,7 @@ def _resolved(reference: str) -> Artifact:
 
 
 def _teacher(artifact: Artifact) -> Teacher:
-    manifest = manifest_of(store().file(artifact, MANIFEST), Path(artifact.uri))
+    manifest = _manifest(artifact)
     path = manifest.network.architecture.path
     return Teacher(
         artifact=artifact,
@@ -78,7 +78,11 @@ def _teacher(artifact: Artifact) -> Teacher:
 
 
 def _signature(artifact: Artifact) -> Schema:
-    return manifest_of(store().file(artifact, MANIFEST), Path(artifact.uri)).signature
+    return _manifest(artifact).signature
+
+
+def _manifest(artifact: Artifact) -> Manifest:
+    return manifest_of(store().file(artifact, MANIFEST), Path(store().uri_of(artifact)))
 
 
 def _need_same(reference: str, found: Schema, wanted: Schema) -> None:

@@ -1,7 +1,6 @@
 """Great Expectations on every split of a bundle's data."""
 
 import logging
-import tempfile
 from pathlib import Path
 
 from prefect import task
@@ -12,6 +11,7 @@ from infra.checks import Rules
 from infra.expectations import refuse_failures
 from infra.expectations import validate as run_checks
 from infra.page import validation_page
+from infra.temporary import scratch_folder
 from tasks.loading import data_path
 from tasks.policy import KEPT
 from tasks.stored import local, store
@@ -37,14 +37,17 @@ def validate(bundle: Artifact, rules: Rules, code: str) -> Artifact:  # noqa: AR
     tables = table_rows(check_weights(folder, manifest), manifest)
     splits: dict[str, Path] = {split: data_path(manifest, split) for split in manifest.data}
     validation = run_checks(splits, manifest.signature, tables, rules)
-    with tempfile.TemporaryDirectory() as scratch:
+    with scratch_folder("validate") as scratch:
         out = Path(scratch)
         (out / "validation.json").write_text(validation.model_dump_json(indent=1))
         title = f"{manifest.name} {manifest.version}"
         (out / "validation.html").write_text(validation_page(validation, title))
         artifact = store().put(out)
     log.info(
-        "%d of %d checks evaluated; %s", validation.evaluated, validation.intended, artifact.uri
+        "%d of %d checks evaluated; %s",
+        validation.evaluated,
+        validation.intended,
+        store().uri_of(artifact),
     )
     refuse_failures(validation)
     return artifact

@@ -19,7 +19,8 @@ from compressors.contracts import Limit
 from flows import cli
 from flows.console import EMBEDDED
 from tasks.bundles import Packed, pack
-from tasks.documents import Finished, Report, finished
+from tasks.documents import Finished, Report
+from tasks.order_records import finished
 from tasks.publish import publish
 from tasks.report_page import page, validation_of
 
@@ -409,7 +410,7 @@ def test_registry_command_line_and_prefect_say_where_the_reports_page_lies(
     listed = json.loads(call("registry", "list", "clicks", "--json").out)
     mine = next(item for item in listed if item["version"] == world.first.finished.version)
     where = mine["tags"]["recpress.report"]
-    assert where == f"{world.first.finished.release.uri}/files/report.html"
+    assert where == world.first.finished.page_uri()
     assert Path(where.removeprefix("file://")).read_text().startswith("<!doctype html>")
     said = call("compress", "clicks", "--preset", "small", "--limit", LIMIT, *TARGETS)
     assert where in said.out

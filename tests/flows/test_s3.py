@@ -16,6 +16,7 @@ from flows.order import Order
 from infra.errors import RegistryUnavailable
 from tasks.bundles import Packed
 from tasks.documents import Finished
+from tasks.stored import store
 
 LIMIT = Limit.parse("auc vs baseline >= -0.02")
 
@@ -59,7 +60,7 @@ def test_pack_compress_and_fetch_with_an_s3_store_and_its_secret_stays_out_of_ev
     packing = recpress("bundle", "pack", str(draft), "--json", env=env)
     assert packing.returncode == 0, packing.stderr
     packed = Packed.model_validate_json(packing.stdout)
-    assert packed.artifact.uri.startswith(f"{root}/artifacts/")
+    assert store().uri_of(packed.artifact).startswith(f"{root}/artifacts/")
 
     ran = carry_out(Order(model="clicks", preset="small", limits=(LIMIT,)))
     assert (ran.state, ran.finished.report.outcome) == ("Completed", "accepted")

@@ -1,8 +1,10 @@
 """One suite for both places a store can lie: a local folder and a real S3 server."""
 
+import contextlib
 import errno
 import json
 import os
+import socket
 import threading
 import time
 import tracemalloc
@@ -24,6 +26,7 @@ from infra.errors import (
     ArtifactDamaged,
     ArtifactMissing,
     InfraError,
+    RecordRefused,
     Refused,
     SettingRefused,
     StoreUnavailable,
@@ -125,7 +128,8 @@ def test_get_returns_every_byte_that_was_put(stored, big_folder, tmp_path):
     into = stored.store.get(artifact, tmp_path / "new" / "out")
     assert contents(into) == contents(big_folder)
     assert artifact.bytes == sum(len(body) for body in contents(big_folder).values())
-    assert artifact.uri == f"{stored.store.root}/artifacts/{artifact.sha256}"
+    assert artifact.uri == f"artifacts/{artifact.sha256}"
+    assert stored.store.uri_of(artifact) == f"{stored.store.root}/artifacts/{artifact.sha256}"
 
 
 def test_one_small_file_is_read_without_the_others(stored, big_folder):
@@ -553,16 +557,63 @@ def test_a_root_has_one_spelling(tmp_path, monkeypatch):
 def test_a_reference_to_another_store_or_of_another_form_is_refused(tmp_path, folder):
     store = Store(str(tmp_path / "store"))
     artifact = store.put(folder)
-    with pytest.raises(ArtifactMissing, match="outside the store"):
-        store.artifact(f"file:///elsewhere/artifacts/{artifact.sha256}")
-    with pytest.raises(Refused, match="<sha256>; found"):
-        store.artifact(f"{store.root}/artifacts/../x")
+    with pytest.raises(ArtifactMissing, match="in another store"):
+        store.artifact(f"file:///elsewhere/artifacts/{'0' * 64}")
+    for uri in (f"{store.root}/artifacts/../x", "file:///etc", "/etc", "", "s3://a/b"):
+        with pytest.raises(Refused, match="artifacts/<sha256>; got"):
+            store.artifact(uri)
     with pytest.raises(Refused, match="64 hex digits"):
         store.find("../../etc")
     with pytest.raises(ArtifactDamaged, match="two different artifacts"):
         store.manifest(artifact.model_copy(update={"sha256": "0" * 64}))
     with pytest.raises(ArtifactDamaged, match="its manifest says"):
         store.manifest(artifact.model_copy(update={"bytes": 1}))
+
+
+def test_an_artifact_is_found_by_its_hash_whatever_root_its_uri_had(stored, folder, tmp_path):
+    artifact = stored.store.put(folder)
+    name = artifact.sha256
+    for root in ("file:///old/home/store/", "s3://old/prefix/", f"{stored.store.root}/", "", "/"):
+        uri = f"{root}artifacts/{name}"
+        assert stored.store.artifact(uri) == artifact
+        assert Artifact(uri=uri, sha256=name, bytes=artifact.bytes) == artifact
+    # A hostile URI reads this store only, and what it reads is verified.
+    with pytest.raises(ArtifactMissing):
+        stored.store.artifact(f"file:///etc/artifacts/{'0' * 64}")
+
+
+def test_a_moved_store_holds_the_same_artifacts(tmp_path, folder):
+    artifact = Store(str(tmp_path / "store")).put(folder)
+    (tmp_path / "store").rename(tmp_path / "moved")
+    moved = Store(str(tmp_path / "moved"))
+    assert contents(moved.local(artifact, tmp_path / "cache")) == contents(folder)
+    assert contents(moved.get(artifact, tmp_path / "out")) == contents(folder)
+
+
+@pytest.mark.parametrize("kind", ["folder", "link", "pipe", "socket"])
+def test_what_is_no_plain_file_in_place_of_a_record_is_refused_at_once(kind, tmp_path):
+    store = Store(str(tmp_path / "s"))
+    store.write("orders/1.json", b"{}")
+    path = tmp_path / "s" / "orders" / "1.json"
+    path.unlink()
+    if kind == "folder":
+        path.mkdir()
+    elif kind == "link":
+        path.symlink_to(tmp_path / "s")
+    elif kind == "pipe":
+        os.mkfifo(path)
+    else:
+        # The name of a socket has at most 108 bytes.
+        with contextlib.chdir(path.parent), socket.socket(socket.AF_UNIX) as bound:
+            bound.bind(path.name)
+    with pytest.raises(RecordRefused, match="not a plain file"):
+        store.read("orders/1.json")
+    if kind == "folder":
+        with pytest.raises(RecordRefused, match="not a plain file"):
+            store.write("orders/1.json", b"{}")
+    else:
+        store.write("orders/1.json", b"{}")
+        assert store.read("orders/1.json") == b"{}"
 
 
 # --- faults of the store itself --------------------------------------------------------------

@@ -172,7 +172,7 @@ def test_check_reads_every_byte_of_the_bundle_and_of_its_data(draft: Path) -> No
         (packed.artifact, "model.safetensors"),
         (manifest.data["test"].artifact, "test.parquet"),
     ):
-        path = Path(artifact.uri.removeprefix("file://")) / "files" / file
+        path = Path(store().uri_of(artifact).removeprefix("file://")) / "files" / file
         whole = path.read_bytes()
         spoiled = bytearray(whole)
         spoiled[len(spoiled) // 2] ^= 1

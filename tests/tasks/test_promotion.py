@@ -10,7 +10,8 @@ from infra.errors import AlreadyThere, ArtifactDamaged, ArtifactMissing, Promoti
 from infra.ledger import Ledger
 from infra.settings import shown
 from tasks import publish as publishing
-from tasks.documents import Finished, finished
+from tasks.documents import Finished
+from tasks.order_records import finished
 from tasks.promotion import (
     champion_graph,
     fetch,

@@ -6,7 +6,8 @@ import pytest
 from reports import report
 
 from compressors.contracts import Estimate, Outcome, TargetKind
-from tasks.documents import Finished, Report, Stage, finished_key, report_of
+from tasks.documents import Finished, Report, Stage, report_of
+from tasks.order_records import finished_key
 from tasks.report import headline, markdown, resolution
 from tasks.stored import store
 

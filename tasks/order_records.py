@@ -1,0 +1,147 @@
+"""The record by which a finished order is found again. No Prefect.
+
+``orders/<digest>.json`` names the release and the registry version of an order. It is a shortcut:
+without it the order runs again and finds the results of its tasks.
+"""
+
+import logging
+import os
+
+from pydantic import Field, ValidationError
+
+from compressors.contracts import Artifact, Frozen
+from infra.errors import ArtifactMissing, RecordRefused
+from infra.registry import Registry
+from infra.settings import load_settings, shown, sqlite_file
+from infra.store_records import read_record, seal_record
+from tasks.documents import Finished, Report, report_of
+from tasks.stored import store
+
+log = logging.getLogger(__name__)
+SCHEMA_VERSION = 2
+
+
+class FinishedRecord(Frozen):
+    """The record of a finished order: references only, the rest is in the release."""
+
+    order: str
+    release: Artifact
+    version: str
+    registry: str = Field(description="Relative to the root of the store, where both are folders.")
+
+
+def write_finished(done: Finished) -> None:
+    """Store the record by which an order is found again.
+
+    A record that cannot replace what is in its place costs the next run of this order time, and
+    nothing else: it is logged.
+    """
+    record = FinishedRecord(
+        order=done.report.order,
+        release=done.release,
+        version=done.version,
+        registry=_registry_reference(),
+    )
+    body = seal_record({"schema_version": SCHEMA_VERSION, **record.model_dump(mode="json")})
+    try:
+        store().write(finished_key(record.order), body)
+    except RecordRefused as fault:
+        log.warning("%s The order runs again next time.", fault)
+
+
+def finished(order: str) -> Finished | None:
+    """The finished report of an order digest, if its record, report and results are sound.
+
+    The record only says which release and version to look at; everything else is read from the
+    release, verified by its hash. A record that is damaged, or that names the release of another
+    order, counts as absent: the order runs again, and finds the results of its tasks.
+
+    Raises:
+        ArtifactDamaged: the record is sound and the release is not.
+    """
+    held = store()
+    try:
+        record = _finished_record(order)
+        release = held.find(record.release.sha256)
+        if release is None:
+            raise ArtifactMissing(f"{held.uri_of(record.release)} does not exist.")
+        report = report_of(release)
+        if report.order != order:
+            raise RecordRefused(
+                f"{held.root}/{finished_key(order)} is damaged: it names the release of order "
+                f"{report.order[:12]}."
+            )
+        for target in report.targets:
+            held.manifest(target.artifact)
+        version = record.version or _registered_version(report)
+    except ArtifactMissing:
+        return None
+    except RecordRefused as fault:
+        log.warning("%s The order counts as not finished.", fault)
+        return None
+    here = record.registry in {_registry_reference(), ""}
+    registry = shown(load_settings().registry_uri) if here else record.registry
+    return Finished(report=report, release=release, version=version, registry=registry)
+
+
+def _finished_record(order: str) -> FinishedRecord:
+    """The record of an order; its version is empty if nothing vouches for it.
+
+    Raises:
+        ArtifactMissing: there is none.
+        RecordRefused: it is damaged, or belongs to another order.
+    """
+    key = finished_key(order)
+    fields, sealed = read_record(store(), key)
+    wrong = RecordRefused(f"{store().root}/{key} is damaged: its seal does not fit the rest.")
+    try:
+        if sealed:
+            if fields.pop("schema_version") != SCHEMA_VERSION:
+                raise wrong
+            record = FinishedRecord.model_validate(fields)
+        elif fields.keys() == {"report", "release", "version", "registry"}:
+            # Version 0.1.0 stored the whole report, and an absolute path of the registry.
+            release = Artifact.model_validate(fields["release"])
+            record = FinishedRecord(order=order, release=release, version="", registry="")
+        else:
+            raise wrong
+    except (ValidationError, KeyError) as fault:
+        raise wrong from fault
+    if record.order != order:
+        raise RecordRefused(f"{store().root}/{key} is the record of another order.")
+    return record
+
+
+def _registered_version(report: Report) -> str:
+    """The version of an order in the registry of this process.
+
+    Raises:
+        ArtifactMissing: it is not registered there.
+    """
+    found = Registry(load_settings().registry_uri).by_order(report.order, report.name)
+    if found is None:
+        raise ArtifactMissing(f"The registry does not hold order {report.order[:12]}.")
+    return found.version
+
+
+def _registry_reference() -> str:
+    """The registry of this process, relative to the store where both are on this machine."""
+    uri = load_settings().registry_uri
+    file, root = sqlite_file(uri), store().folder
+    return shown(uri) if file is None or root is None else os.path.relpath(file, root)
+
+
+def registry_is_there(found: Finished) -> bool:
+    """Whether a finished order is in the registry of this process, without opening the registry.
+
+    Its library alone takes a second to load, so the flow asks it. But another registry, or an
+    embedded one whose file is gone, is not the one.
+    """
+    uri = load_settings().registry_uri
+    file = sqlite_file(uri)
+    return found.registry == shown(uri) and (file is None or file.exists())
+
+
+def finished_key(order: str) -> str:
+    """Where the finished report of an order lies in the store."""
+    return f"orders/{order}.json"

@@ -1,0 +1,128 @@
+"""The home folder and the registry's file: every path that the file system allows."""
+
+import os
+import sqlite3
+from pathlib import Path
+
+import pytest
+from sqlalchemy import create_engine, text
+
+from infra.errors import SettingRefused
+from infra.registry import Registry
+from infra.settings import load_settings, shown, sqlite_file, sqlite_uri
+
+ODD_NAMES = (
+    "a?b",
+    "?",
+    "a?uri=true",
+    "file:x?mode=memory",
+    "a#b",
+    "a%b",
+    "a%20b",
+    "a%3Fb?c",
+    "a b",
+    "a&b=c;d",
+    "a:b",
+    "a'b\"c",
+    "~a",
+    "a@b",
+    "user:secret@host?x",
+    "müsli-寿司?",
+    "a+b",
+    "a\\b",
+)
+
+
+@pytest.mark.parametrize("name", ODD_NAMES)
+def test_the_uri_of_a_sqlite_file_opens_that_file_whatever_its_path(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    file = tmp_path / name / "registry.db"
+    file.parent.mkdir()
+    uri = sqlite_uri(file)
+    assert sqlite_file(uri) == file
+    engine = create_engine(uri)
+    with engine.begin() as connection:
+        connection.execute(text("create table t (x integer)"))
+    engine.dispose()
+    assert sorted(tmp_path.rglob("*")) == sorted({file.parent, file})
+    with sqlite3.connect(file) as opened:
+        assert opened.execute("select name from sqlite_master").fetchall() == [("t",)]
+
+
+@pytest.mark.parametrize(
+    ("uri", "file"),
+    [
+        ("sqlite:////srv/registry.db", "/srv/registry.db"),
+        ("sqlite+pysqlite:////srv/registry.db", "/srv/registry.db"),
+        ("sqlite:////srv/a%20b/registry.db", "/srv/a%20b/registry.db"),
+        ("sqlite:////srv/a/../registry.db", "/srv/registry.db"),
+        ("sqlite:////srv/registry.db?timeout=3", "/srv/registry.db"),
+        ("sqlite:////srv/registry.db?uri=true", "/srv/registry.db"),
+        ("sqlite:///file:/srv/a%3Fb.db?uri=true", "/srv/a?b.db"),
+        ("sqlite:///file:///srv/a.db?mode=ro&uri=true", "/srv/a.db"),
+        ("sqlite:///file:/srv/a.db?mode=memory&uri=true", None),
+        ("sqlite://", None),
+        ("sqlite:///", None),
+        ("sqlite:///:memory:", None),
+        ("postgresql://host/registry.db", None),
+        ("http://host/registry.db", None),
+        ("/srv/registry.db", None),
+    ],
+)
+def test_the_file_of_a_sqlite_uri_is_the_one_sqlalchemy_opens(uri: str, file: str | None) -> None:
+    assert sqlite_file(uri) == (None if file is None else Path(file))
+
+
+def test_a_relative_sqlite_uri_is_relative_to_the_working_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert sqlite_file("sqlite:///registry.db") == tmp_path / "registry.db"
+    assert sqlite_file("sqlite:///file:registry.db?uri=true") == tmp_path / "registry.db"
+
+
+def test_a_home_with_special_characters_holds_its_own_registry(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    work = tmp_path / "work"
+    work.mkdir()
+    monkeypatch.chdir(work)
+    home = tmp_path / "a?b#c%41%20 d&e=f;g:h'i\"~@ü"
+    monkeypatch.setenv("RECPRESS_HOME", str(home))
+    registry = Registry(load_settings().registry_uri)
+    made = registry.publish("m", "0" * 64, "artifacts/" + "0" * 64, {}, "")
+    assert made.version == "1"
+    assert (home / "registry.db").is_file()
+    assert {path.name for path in tmp_path.iterdir()} == {"work", home.name}
+    assert list(work.iterdir()) == []
+
+
+@pytest.mark.parametrize("given", ["x", "x/", "./x/../x", "link/../x", "x//", "y/../x/."])
+def test_a_home_has_one_spelling(
+    given: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "elsewhere" / "deep").mkdir(parents=True)
+    (tmp_path / "link").symlink_to(tmp_path / "elsewhere" / "deep")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("RECPRESS_HOME", given)
+    settings = load_settings()
+    assert settings.home == tmp_path / "x"
+    assert settings.store_root == str(tmp_path / "x" / "store")
+    assert sqlite_file(settings.registry_uri) == tmp_path / "x" / "registry.db"
+
+
+@pytest.mark.parametrize("given", ["~no-such-user-here/x", os.fsdecode(b"/srv/\xff")])
+def test_a_home_that_cannot_be_a_path_is_refused(
+    given: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RECPRESS_HOME", given)
+    with pytest.raises(SettingRefused, match="RECPRESS_HOME"):
+        load_settings()
+
+
+def test_a_shown_sqlite_uri_is_its_whole_path() -> None:
+    file = Path("/srv/me@work/a?b/registry.db")
+    assert shown(sqlite_uri(file)) == f"sqlite:///{file}"
+    assert shown("sqlite:////srv/me@work/registry.db") == "sqlite:////srv/me@work/registry.db"

@@ -1,0 +1,338 @@
+"""Records hold references that are verified: damage is absence or a sentence, never a value."""
+
+import json
+import random
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from drafts import ALLOWED, write_draft
+from reports import report
+
+from compressors.contracts import Artifact, Outcome, TargetKind
+from infra.errors import AlreadyThere, ArtifactMissing, RecordRefused
+from infra.store_records import is_sealed, seal_record
+from tasks import publish as publishing
+from tasks.bundles import Packed, pack
+from tasks.documents import Finished
+from tasks.order_records import finished, finished_key, registry_is_there, write_finished
+from tasks.stored import store
+from tasks.subject import bundle_key, resolve
+
+GOOD: dict[TargetKind, Outcome] = {"onnxruntime": "accepted", "tensorrt-rtx": "built-unmeasured"}
+ORDER = "a" * 64
+
+
+def flips(body: bytes, count: int | None = None) -> Iterator[bytes]:
+    """A body with one bit changed: every bit, or a sample that is the same each time."""
+    bits = range(8 * len(body))
+    for bit in bits if count is None else sorted(random.Random(7).sample(bits, count)):
+        changed = bytearray(body)
+        changed[bit // 8] ^= 1 << bit % 8
+        yield bytes(changed)
+
+
+# What else may be in place of a record: none of it is one.
+BROKEN: dict[str, Callable[[bytes], bytes]] = {
+    "empty": lambda body: b"",
+    "cut to one byte": lambda body: body[:1],
+    "cut in the middle": lambda body: body[: len(body) // 2],
+    "without its last byte": lambda body: body[:-1],
+    "with a byte more": lambda body: body + b" ",
+    "without its seal": lambda body: body[: body.rindex(b",")] + b"\n}\n",
+    "twice": lambda body: body + body,
+    "not UTF-8": lambda body: b"\xff\xfe" + body,
+    "UTF-16": lambda body: body.decode().encode("utf-16"),
+    "zeros": lambda body: bytes(len(body)),
+    "deep": lambda body: b"[" * 100_000,
+    "deep object": lambda body: b'{"release":' * 5_000 + b"1" + b"}" * 5_000,
+    "not a number": lambda body: b'{"artifact": NaN, "packed_at": NaN}',
+    "a huge number": lambda body: b'{"packed_at": ' + b"9" * 5_000 + b"}",
+    "a list": lambda body: b"[]",
+    "null": lambda body: b"null",
+    "another object": lambda body: b'{"a": 1}',
+    "only a seal": lambda body: seal_record({"schema_version": 2}),
+    "of a later version": lambda body: seal_record({"schema_version": 3, "x": 1}),
+    "too large": lambda body: body + b" " * (17 * 2**20),
+    "a string too much": lambda body: b'{"artifact": "x", "packed_at": "y"}',
+}
+
+
+def put_folder_at(key: str, home: Path) -> Path:
+    path = home / "recpress" / "store" / key
+    path.unlink()
+    path.mkdir()
+    return path
+
+
+# --- orders ----------------------------------------------------------------------------------
+
+
+def published(home: Path, digit: str = "a") -> Finished:
+    return publishing.publish.fn(report(home, digit * 64, GOOD), code="c")
+
+
+def of_version_0_1_0(done: Finished, home: Path) -> bytes:
+    """The record as version 0.1.0 wrote it: the whole report, whole URIs, an absolute path."""
+    text = done.model_dump_json().replace('"artifacts/', f'"{store().root}/artifacts/')
+    assert f"file://{home}" in text
+    return text.encode()
+
+
+def test_a_record_of_an_order_holds_references_only_and_no_place_of_this_machine(
+    home: Path,
+) -> None:
+    done = published(home)
+    body = store().read(finished_key(ORDER))
+    assert is_sealed(body)
+    assert str(home).encode() not in body
+    assert json.loads(body).keys() == {
+        "schema_version",
+        "order",
+        "release",
+        "version",
+        "registry",
+        "seal",
+    }
+    assert finished(ORDER) == done
+
+
+@pytest.mark.parametrize("count", [500, pytest.param(None, marks=pytest.mark.slow)])
+def test_a_flipped_bit_of_a_record_of_an_order_makes_the_order_run_again(
+    count: int | None, home: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    done = published(home)
+    key = finished_key(ORDER)
+    body = store().read(key)
+    path = home / "recpress" / "store" / key
+    path.chmod(0o644)
+    for changed in flips(body, count):
+        path.write_bytes(changed)
+        assert finished(ORDER) is None
+    assert "damaged" in caplog.text
+    path.write_bytes(body)
+    assert finished(ORDER) == done
+
+
+@pytest.mark.parametrize("count", [150, pytest.param(None, marks=pytest.mark.slow)])
+def test_a_flipped_bit_of_an_earlier_versions_record_never_changes_what_is_found(
+    home: Path, count: int | None
+) -> None:
+    done = published(home)
+    body = of_version_0_1_0(done, home)
+    store().write(finished_key(ORDER), body)
+    assert finished(ORDER) == done
+    path = home / "recpress" / "store" / finished_key(ORDER)
+    path.chmod(0o644)
+    for changed in flips(body, count):
+        path.write_bytes(changed)
+        assert finished(ORDER) in (None, done)
+
+
+@pytest.mark.parametrize("kind", [*BROKEN, "a folder"])
+def test_what_is_no_record_of_an_order_counts_as_absent(kind: str, home: Path) -> None:
+    done = published(home)
+    key = finished_key(ORDER)
+    if kind == "a folder":
+        path = put_folder_at(key, home)
+        assert finished(ORDER) is None
+        write_finished(done)  # it is logged: the order was carried out all the same
+        path.rmdir()
+    else:
+        path = home / "recpress" / "store" / key
+        path.chmod(0o644)
+        path.write_bytes(BROKEN[kind](path.read_bytes()))
+        assert finished(ORDER) is None
+    write_finished(done)
+    assert finished(ORDER) == done
+
+
+def test_a_record_never_leads_to_the_result_of_another_order(home: Path) -> None:
+    first, second = published(home, "a"), published(home, "b")
+    own, other = (store().read(finished_key(digit * 64)) for digit in "ab")
+    store().write(finished_key("a" * 64), other)
+    assert finished("a" * 64) is None
+    fields = {name: value for name, value in json.loads(own).items() if name != "seal"}
+    fields["release"] = json.loads(other)["release"]
+    store().write(finished_key("a" * 64), seal_record(fields))
+    assert finished("a" * 64) is None, "sealed, and still the release of another order"
+    earlier = of_version_0_1_0(first, home).replace(
+        first.release.sha256.encode(), second.release.sha256.encode()
+    )
+    store().write(finished_key("a" * 64), earlier)
+    assert finished("a" * 64) is None
+    fields["release"] = (
+        json.loads(own)["compressed"]
+        if "compressed" in own.decode()
+        else {
+            "uri": f"artifacts/{first.report.compressed.sha256}",
+            "sha256": first.report.compressed.sha256,
+            "bytes": 1,
+        }
+    )
+    store().write(finished_key("a" * 64), seal_record(fields))
+    assert finished("a" * 64) is None, "an artifact that is no release"
+
+
+def test_a_record_of_another_registry_is_of_another_registry(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    published(home)
+    found = finished(ORDER)
+    assert found is not None
+    assert registry_is_there(found)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{home / 'other.db'}")
+    found = finished(ORDER)
+    assert found is not None
+    assert not registry_is_there(found)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI")
+    (home / "recpress" / "registry.db").unlink()
+    found = finished(ORDER)
+    assert found is not None
+    assert not registry_is_there(found)
+
+
+# --- bundles ---------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def a_packed_home(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Packed]:
+    """A home with one packed bundle, and its draft."""
+    home = tmp_path_factory.mktemp("packed")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RECPRESS_HOME", str(home / "recpress"))
+        patch.setenv("RECPRESS_ALLOWED_MODULES", ALLOWED)
+        return home, pack(write_draft(home / "draft"))
+
+
+@pytest.fixture
+def packed(
+    a_packed_home: tuple[Path, Packed], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Packed:
+    place, done = a_packed_home
+    shutil.copytree(place, tmp_path, dirs_exist_ok=True)
+    monkeypatch.setenv("RECPRESS_HOME", str(tmp_path / "recpress"))
+    monkeypatch.setenv("RECPRESS_ALLOWED_MODULES", ALLOWED)
+    return done
+
+
+KEY = bundle_key("clicks", "1")
+
+
+def earlier_bundle_record(packed: Packed) -> bytes:
+    """As version 0.1.0 wrote it."""
+    artifact = packed.artifact.model_dump() | {"uri": store().uri_of(packed.artifact)}
+    return json.dumps({"artifact": artifact, "packed_at": 1764000000.25}).encode()
+
+
+def found_or_refused() -> Artifact | None:
+    try:
+        return resolve("clicks@1")
+    except RecordRefused as fault:
+        message = str(fault)
+    assert "clicks@1" in message
+    assert "recpress bundle pack" in message
+    return None
+
+
+@pytest.mark.parametrize("count", [500, pytest.param(None, marks=pytest.mark.slow)])
+def test_a_flipped_bit_of_a_bundles_record_is_refused_with_what_to_do(
+    count: int | None, packed: Packed, tmp_path: Path
+) -> None:
+    path = tmp_path / "recpress" / "store" / KEY
+    body = path.read_bytes()
+    assert is_sealed(body)
+    assert str(tmp_path).encode() not in body
+    path.chmod(0o644)
+    for changed in flips(body, count):
+        path.write_bytes(changed)
+        assert found_or_refused() is None
+    path.write_bytes(body)
+    assert resolve("clicks@1") == packed.artifact
+
+
+@pytest.mark.parametrize("count", [500, pytest.param(None, marks=pytest.mark.slow)])
+def test_a_flipped_bit_of_an_earlier_bundles_record_is_refused_or_harmless(
+    count: int | None, packed: Packed, tmp_path: Path
+) -> None:
+    body = earlier_bundle_record(packed)
+    store().write(KEY, body)
+    assert resolve("clicks") == packed.artifact
+    path = tmp_path / "recpress" / "store" / KEY
+    path.chmod(0o644)
+    for changed in flips(body, count):
+        path.write_bytes(changed)
+        assert found_or_refused() in (None, packed.artifact)
+
+
+@pytest.mark.parametrize("kind", BROKEN)
+def test_packing_again_restores_a_damaged_record(kind: str, packed: Packed, tmp_path: Path) -> None:
+    path = tmp_path / "recpress" / "store" / KEY
+    body = path.read_bytes()
+    path.chmod(0o644)
+    path.write_bytes(BROKEN[kind](body))
+    assert found_or_refused() is None
+    with pytest.raises(RecordRefused, match="clicks@1"):
+        resolve("clicks")
+    if kind not in {"empty", "deep"}:
+        return  # packing takes a second or two
+    assert pack(tmp_path / "draft") == packed
+    assert resolve("clicks@1") == packed.artifact
+
+
+def test_a_folder_in_place_of_a_bundles_record_is_named(packed: Packed, tmp_path: Path) -> None:
+    path = put_folder_at(KEY, tmp_path)
+    assert found_or_refused() is None
+    (path / "x").touch()
+    assert found_or_refused() is None
+    with pytest.raises(RecordRefused, match=str(path)):
+        pack(tmp_path / "draft")
+
+
+def test_a_damaged_newest_version_is_not_silently_left_out(packed: Packed, tmp_path: Path) -> None:
+    pack(write_draft(tmp_path / "second", version="2", seed=1))
+    store().write(bundle_key("clicks", "2"), b"")
+    assert resolve("clicks@1") == packed.artifact
+    with pytest.raises(RecordRefused, match="clicks@2"):
+        resolve("clicks")
+
+
+def test_a_record_of_another_bundle_is_refused(packed: Packed, tmp_path: Path) -> None:
+    other = pack(write_draft(tmp_path / "second", version="2", seed=1))
+    own, second = store().read(KEY), store().read(bundle_key("clicks", "2"))
+    store().write(KEY, second)
+    assert found_or_refused() is None
+    fields = {name: value for name, value in json.loads(own).items() if name != "seal"}
+    for wrong in (other.artifact, packed_data(packed)):
+        sealed = seal_record(fields | {"artifact": wrong.model_dump()})
+        store().write(KEY, sealed)
+        assert found_or_refused() is None
+    earlier = json.dumps({"artifact": other.artifact.model_dump(), "packed_at": 1.0})
+    store().write(KEY, earlier.encode())
+    assert found_or_refused() is None
+
+
+def packed_data(packed: Packed) -> Artifact:
+    """An artifact that is no bundle."""
+    body = json.loads(store().file(packed.artifact, "model.json"))
+    return Artifact.model_validate(body["data"]["test"]["artifact"])
+
+
+def test_a_damaged_record_does_not_let_another_bundle_take_the_version(
+    packed: Packed, tmp_path: Path
+) -> None:
+    body = store().read(KEY)
+    store().write(KEY, body.replace(b"packed_at", b"packed_ct"))
+    other = write_draft(tmp_path / "other", seed=1)
+    with pytest.raises(AlreadyThere, match="packed before with other contents"):
+        pack(other)
+    assert pack(tmp_path / "draft") == packed
+
+
+def test_a_bundle_whose_files_are_gone_is_packed_again(packed: Packed, tmp_path: Path) -> None:
+    shutil.rmtree(tmp_path / "recpress" / "store" / "artifacts" / packed.artifact.sha256)
+    with pytest.raises(ArtifactMissing, match="recpress bundle pack"):
+        resolve("clicks@1")
+    assert pack(tmp_path / "draft") == packed
+    assert resolve("clicks@1") == packed.artifact
