@@ -12,6 +12,8 @@ store_folder.py    the store in a folder
 store_s3.py        the store in an S3 bucket
 ledger.py          who is champion: appended with conditional creates
 registry.py        MLflow's model registry, a projection of what the store holds
+registry_file.py   its SQLite file: created and migrated as a whole, or not at all
+lock.py            a lock between processes of one machine
 bundle.py          the bundle format: model.json + safetensors
 bundle_json.py     model.json read strictly, its faults in sentences
 bundle_shards.py   safetensors files looked at without loading them

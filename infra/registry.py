@@ -12,14 +12,17 @@ import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 from compressors.contracts import Frozen
 from infra.errors import Refused, RegistryUnavailable, SettingRefused
+from infra.registry_file import alone, prepare, read_order
 from infra.settings import shown, sqlite_file
 
 ORDER_TAG = "recpress.order"
 CHAMPION = "champion"
+CONFIRMED_TAG = "recpress.confirmed"
 
 # The narrowest limits of MLflow's own checks and of the columns its SQL stores use.
 MAX_NAME = 256
@@ -102,29 +105,29 @@ class Registry:
         """
         tags = {**tags, ORDER_TAG: order}
         _check(model, order, source, tags)
-        if found := self.by_order(order, model):
-            return found
-        with self._translated():
-            self._make_model(model)
-            made = self._client.create_model_version(
-                name=model,
-                source=source,
-                tags=tags,
-                description=_shortened(description),
-                await_creation_for=None,
-            )
-        # The registry has no unique tags. Whoever else made a version of this order meanwhile
-        # sees both as well, and both keep the lower one.
-        winner = self.by_order(order, model)
-        if winner is None:
-            raise RegistryUnavailable(
-                f"Version {made.version} of {model!r} was made but is not found again. Was it "
-                "deleted meanwhile? Run again."
-            )
-        if winner.version != str(made.version):
+        with self._writing():
+            if found := self.by_order(order, model):
+                return found
             with self._translated():
-                self._client.delete_model_version(model, str(made.version))
-        return winner
+                self._make_model(model)
+                created = self._client.create_model_version(
+                    name=model,
+                    source=source,
+                    tags=tags,
+                    description=_shortened(description),
+                    await_creation_for=None,
+                )
+            # A server has no unique tags. Another process that created a version of this order
+            # meanwhile sees both as well, and both keep the lower one.
+            winner = self.by_order(order, model)
+            if winner is None:
+                raise RegistryUnavailable(
+                    f"Version {created.version} of {model!r} was created but is not found again. "
+                    "Was it deleted meanwhile? Run again."
+                )
+            if winner.version != str(created.version):
+                self._delete(model, str(created.version))
+            return winner
 
     def versions(self, model: str) -> tuple[Registered, ...]:
         """All versions of a model, newest first.
@@ -186,7 +189,7 @@ class Registry:
             Refused: there is no such model or version, or MLflow does not take the alias.
         """
         self.version(model, version)
-        with self._translated():
+        with self._writing(), self._translated():
             self._client.set_registered_model_alias(model, alias, version)
 
     def repair(self, model: str, champion: str | None) -> bool:
@@ -204,9 +207,41 @@ class Registry:
         if champion is not None:
             self.point(model, CHAMPION, champion)
         else:
-            with self._translated():
+            with self._writing(), self._translated():
                 self._client.delete_registered_model_alias(model, CHAMPION)
         return True
+
+    def find_order(self, order: str, model: str) -> Registered | None:
+        """As ``by_order``, without MLflow's library where the registry is a file.
+
+        For a quick look: a file that cannot be read has no version, and ``aliases`` is empty.
+        """
+        file = sqlite_file(self._uri)
+        if file is None:
+            return self.by_order(order, model)
+        _check_order(order)
+        found = read_order(file, model, ORDER_TAG, order)
+        if found is None:
+            return None
+        version, source, tags = found
+        return Registered(model=model, version=version, source=source, tags=tags, aliases=())
+
+    def confirm(self, model: str, decision: str) -> None:
+        """Record at the model that a change of champion was carried out to its end.
+
+        Args:
+            model: the model's name.
+            decision: digest of the ledger's entry.
+        """
+        with self._writing(), self._translated():
+            self._client.set_registered_model_tag(model, CONFIRMED_TAG, decision)
+
+    def confirmed(self, model: str) -> str | None:
+        """The decision that ``confirm`` recorded last, or None."""
+        _check_name(model)
+        with self._translated():
+            tags: dict[str, str] = self._client.get_registered_model(model).tags
+        return tags.get(CONFIRMED_TAG)
 
     @cached_property
     def _client(self) -> Any:
@@ -216,31 +251,41 @@ class Registry:
             logging.getLogger(name).setLevel(logging.WARNING)
         # It logs what it raises, with a traceback; we translate that.
         logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)
-        with self._first_use():
+        with self._alone() as file:
+            if file is not None:
+                prepare(file)
             client = MlflowClient(tracking_uri=self._uri, registry_uri=self._uri)
-            client.search_registered_models(max_results=1)  # makes or checks the tables
+            client.search_registered_models(max_results=1)  # checks the tables
         return client
 
     @contextmanager
-    def _first_use(self) -> Iterator[None]:
-        """One process at a time makes the tables of a fresh SQLite file."""
+    def _writing(self) -> Iterator[None]:
+        """One process at a time writes to a registry that is a file."""
+        with self._translated():
+            _ = self._client  # prepares the file under the same lock
+        with self._alone():
+            yield
+
+    @contextmanager
+    def _alone(self) -> Iterator[Path | None]:
+        """Where the registry is a file, one process at a time; gives the file."""
         file = sqlite_file(self._uri)
         if file is None:
-            yield
+            yield None
             return
-        import fcntl
+        with alone(file):
+            yield file
 
-        try:
-            file.parent.mkdir(parents=True, exist_ok=True)
-            lock = file.with_name(file.name + ".lock").open("ab")
-        except OSError as fault:
-            raise SettingRefused(
-                f"The registry {file} cannot be made there: {fault.strerror}. Set RECPRESS_HOME "
-                "to a folder you may write, or MLFLOW_TRACKING_URI."
-            ) from fault
-        with lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)  # let go when the file is closed
-            yield
+    def _delete(self, model: str, version: str) -> None:
+        """Delete a version; that it is deleted already is as good."""
+        from mlflow.exceptions import MlflowException
+
+        with self._translated():
+            try:
+                self._client.delete_model_version(model, version)
+            except MlflowException as fault:
+                if fault.error_code != "RESOURCE_DOES_NOT_EXIST":
+                    raise
 
     def _make_model(self, model: str) -> None:
         from mlflow.exceptions import MlflowException

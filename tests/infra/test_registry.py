@@ -221,12 +221,12 @@ def test_what_is_no_registry_is_a_setting(tmp_path):
         Registry(f"sqlite:///{tmp_path}/file/registry.db").models()
 
 
-def test_an_older_or_newer_registry_file_says_how_to_upgrade(registry, tmp_path):
+def test_a_registry_file_of_another_mlflow_names_the_remedy(registry, tmp_path):
     import sqlite3
 
     with sqlite3.connect(tmp_path / "registry.db") as database:
         database.execute("update alembic_version set version_num = 'somebody-elses'")
-    with pytest.raises(SettingRefused, match="mlflow db upgrade"):
+    with pytest.raises(SettingRefused, match="Install the MLflow version that wrote it"):
         registry.models()
 
 
