@@ -9,7 +9,6 @@ from typing import Any
 
 import onnx_ir as ir
 import torch
-from onnxscript.optimizer import optimize_ir
 from torch import Tensor, nn
 
 from compressors.batches import example
@@ -18,6 +17,7 @@ from compressors.errors import AuditFailed, NotLowerable
 from compressors.formats import Bag, PackedLinear, PackedTable
 from compressors.lower import dense_types, onnxruntime, tensorrt, tensorrt_types
 from compressors.lower.found import LayerInitializer, TableInitializers
+from compressors.lower.graph_passes import simplify
 from compressors.lower.served import Form, Served, dynamic_shapes, input_names, served
 from compressors.lower.together import Together
 from compressors.step import rows_of_tables
@@ -91,7 +91,7 @@ def lower(
     )
     packed = _packed(wrapper, program.model.graph)
     small = _small(program.model.graph)
-    optimize_ir(program.model, should_fold=_may_fold)
+    simplify(program.model, _may_fold)
     merged = _merged(small, program.model.graph)
     packed = tuple(replace(each, name=merged.get(each.name, each.name)) for each in packed)
     looked_up = tuple(_renamed(table, merged) for table in looked_up)
