@@ -10,5 +10,6 @@ export.py       torch.onnx.export with a target's translations
 graph_passes.py simplification of an exported graph by exact rules only
 found.py        what lowering says about a graph
 parity.py       does a graph compute what the module computes
+first_difference.py  which tensor of a graph is the first that is not the module's
 audit.py        what an optimized graph must and must not contain
 """
