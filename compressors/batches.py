@@ -5,7 +5,7 @@ name, ``@label``, and where the schema names them ``@group`` and ``@time``. A ja
 values plus ``@bounds/<name>``, int64 ``(rows + 1,)``.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,6 +23,9 @@ from compressors.contracts import (
     Split,
     tensor_names,
 )
+
+SHOWN = 8
+"""How many values of a list a message shows."""
 
 
 @dataclass(frozen=True)
@@ -152,6 +155,37 @@ def joined(parts: Sequence[dict[str, Tensor]], schema: Schema) -> dict[str, Tens
     return inputs
 
 
+def row_of(inputs: Mapping[str, Tensor], schema: Schema, row: int) -> dict[str, Tensor]:
+    """The inputs of one row of a batch, as a batch of one."""
+    taken: dict[str, Tensor] = {}
+    for item in schema.inputs:
+        if not isinstance(item, JaggedBag):
+            taken[item.name] = inputs[item.name][row : row + 1]
+            continue
+        values, second = (inputs[name] for name in tensor_names(item))
+        begin = second if item.layout == "offsets" else second.cumsum(0) - second
+        edges = torch.cat([begin, begin.new_full((1,), len(values))])
+        own = values[int(edges[row]) : int(edges[row + 1])]
+        bounds = torch.tensor([0, len(own)], dtype=second.dtype)
+        taken.update(jagged(item, own, bounds))
+    return taken
+
+
+def format_row(inputs: Mapping[str, Tensor], schema: Schema) -> dict[str, str]:
+    """The inputs of a batch of one as short text, by input; long lists are shortened."""
+    return {item.name: _format(inputs[item.name], item) for item in schema.inputs}
+
+
+def _format(values: Tensor, item: AnyInput) -> str:
+    flat = values.reshape(-1).tolist()
+    shown = [f"{value:.6g}" if isinstance(value, float) else str(value) for value in flat]
+    if len(shown) == 1 and not isinstance(item, JaggedBag) and not item.shape:
+        return shown[0]
+    if len(shown) > SHOWN:
+        return f"[{', '.join(shown[:SHOWN])}, ... {len(shown)} values]"
+    return f"[{', '.join(shown)}]"
+
+
 def jagged(item: JaggedBag, values: Tensor, bounds: Tensor) -> dict[str, Tensor]:
     """A jagged bag's two arguments, from values and bounds ``(rows + 1,)``."""
     second = bounds[:-1] if item.layout == "offsets" else bounds.diff()
@@ -173,21 +207,37 @@ def example(
 
 
 def _example(
-    item: AnyInput, rows_of_table: dict[str, int], rows: int, generator: torch.Generator
+    item: AnyInput,
+    rows_of_table: dict[str, int],
+    rows: int,
+    generator: torch.Generator,
+    share: int | None = None,
 ) -> dict[str, Tensor]:
+    """Made-up values of one input; lists have random lengths, or this share of their longest."""
     if isinstance(item, DenseInput):
         return {item.name: torch.randn((rows, *item.shape), generator=generator)}
     high, dtype = rows_of_table[item.table], getattr(torch, item.dtype)
     if isinstance(item, IdInput | PaddedBag):
         ids = torch.randint(high, (rows, *item.shape), generator=generator, dtype=dtype)
         if isinstance(item, PaddedBag):
-            lengths = torch.randint(item.shape[0] + 1, (rows, 1), generator=generator)
+            lengths = _lengths(item, (rows, 1), generator, share)
             ids[torch.arange(item.shape[0]) >= lengths] = item.padding_id
         return {item.name: ids}
-    lengths = torch.randint(item.shape[0] + 1, (rows,), generator=generator)
+    lengths = _lengths(item, (rows,), generator, share)
     bounds = torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)])
     values = torch.randint(high, (int(bounds[-1]),), generator=generator, dtype=dtype)
     return jagged(item, values, bounds)
+
+
+def _lengths(
+    item: PaddedBag | JaggedBag,
+    shape: tuple[int, ...],
+    generator: torch.Generator,
+    share: int | None,
+) -> Tensor:
+    if share is not None:
+        return torch.full(shape, share * item.shape[0])
+    return torch.randint(item.shape[0] + 1, shape, generator=generator)
 
 
 def edge_example(
@@ -197,17 +247,31 @@ def edge_example(
 
     Every input has its bad ids in rows of its own, where all other inputs are valid: a policy
     that refuses a row would hide what the others' policies answer there. Needs two rows an input.
+    With two rows more, all lists of the last row but one are empty, and all of the last are full.
 
     Raises:
         ValueError: too few rows for the schema's inputs.
     """
-    inputs = example(schema, rows_of_table, rows, seed)
     named = [item for item in schema.inputs if not isinstance(item, DenseInput)]
+    ends = (0, 1) if rows >= 2 * len(named) + 2 else ()
+    inputs = example(schema, rows_of_table, rows - len(ends), seed)
     if rows < 2 * len(named):
         raise ValueError(f"{len(named)} inputs need {2 * len(named)} rows; found {rows}")
     for place, item in enumerate(named):
         for row, bad in ((2 * place, -1), (2 * place + 1, rows_of_table[item.table])):
             _plant(item, inputs, row, bad)
+    lists = [_lists_of(schema, rows_of_table, seed, share) for share in ends]
+    return joined([inputs, *lists], schema)
+
+
+def _lists_of(
+    schema: Schema, rows_of_table: dict[str, int], seed: int, share: int
+) -> dict[str, Tensor]:
+    """One row of which every list is empty (share 0) or as long as it may be (share 1)."""
+    generator = torch.Generator().manual_seed(seed)
+    inputs: dict[str, Tensor] = {}
+    for item in schema.inputs:
+        inputs.update(_example(item, rows_of_table, 1, generator, share))
     return inputs
 
 

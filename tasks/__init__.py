@@ -21,6 +21,7 @@ bundles.py     pack, check, show and find bundles
 table_files.py tables compressed from file to file, of any size
 together.py    a step in this process, or in one for each of several devices
 loading.py     a stored bundle as a module, a stored split as tensors
+parity.py      module and graph compared on the same rows, and what to report if they differ
 documents.py   what is stored as JSON beside the files
 order_records.py   the record by which a finished order is found again
 report.py      the report as a table and as Markdown

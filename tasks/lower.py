@@ -3,28 +3,23 @@
 import logging
 from pathlib import Path
 
-import numpy as np
-import torch
 from prefect import task
 from torch import Tensor
 
 from compressors.batches import batches, edge_example
 from compressors.contracts import Artifact, JaggedBag, Plan, Schema, Split, TargetKind
 from compressors.dense.sparse_2_4 import sparse_layers
-from compressors.errors import ParityLost
 from compressors.lower.audit import audit
-from compressors.lower.bfloat16_products import has_bfloat16_products, write_checkable
 from compressors.lower.export import Lowered, lower
-from compressors.lower.parity import FloatArray, Parity, compare
 from compressors.lower.served import Form, forms, input_names
 from compressors.step import rows_of_tables
 from compressors.units import Unit, stored_bytes
-from infra.errors import InfraError
 from infra.onnxruntime import Session, optimized_graph
 from infra.settings import load_settings
 from infra.temporary import scratch_folder
 from tasks.documents import GraphInput, LoweredGraph, Lowering
 from tasks.loading import Loaded, load_bundle, split_of
+from tasks.parity import Compared, checkable
 from tasks.policy import KEPT
 from tasks.stored import store
 
@@ -65,7 +60,8 @@ def lower_model(
         for form in forms(loaded.manifest.signature):
             path = Path(scratch) / f"{form.name}.onnx"
             lowered = lower(loaded.model.module, form, target, path, most_rows)
-            graph = _examine(loaded, lowered, target, path, split_of(probe, probe_rows))
+            rows = split_of(probe, probe_rows)
+            graph = _examine(loaded, lowered, target, path, rows, most_rows)
             log.info(
                 "%s, %s: largest difference %.2g on %d rows",
                 target,
@@ -85,19 +81,26 @@ def lower_model(
 
 
 def _examine(
-    loaded: Loaded, lowered: Lowered, target: TargetKind, path: Path, probe: Split
+    loaded: Loaded,
+    lowered: Lowered,
+    target: TargetKind,
+    path: Path,
+    probe: Split,
+    most_rows: int,
 ) -> LoweredGraph:
     form = lowered.served.form
     schema, plan = form.schema, _plan(loaded, form)
-    session = _session(path, target, plan)
-    expected, found = _both(lowered, session, schema, _first(probe, schema, PROBE_ROWS), target)
-    rows_parity = compare(expected, found, plan, target)
-    for few in SMALL_BATCHES:
-        small = _both(lowered, session, schema, _first(probe, schema, few), target)
-        _same_alone(expected[:few], small, rows_parity, target)
-    tables = rows_of_tables(loaded.model.module, schema)
-    edge = edge_example(schema, tables, max(EDGE_ROWS, 2 * len(schema.inputs)))
-    edge_parity = compare(*_both(lowered, session, schema, edge, target), plan, target)
+    with checkable(path, target, plan) as runnable:
+        session = Session(runnable, load_settings().threads)
+        compared = Compared(
+            loaded.model.module, lowered, plan, target, most_rows, runnable, session
+        )
+        rows_parity, expected = compared.parity(_first(probe, schema, PROBE_ROWS), "the data")
+        for few in SMALL_BATCHES:
+            compared.same_alone(expected[:few], _first(probe, schema, few), rows_parity)
+        tables = rows_of_tables(loaded.model.module, schema)
+        edge = edge_example(schema, tables, max(EDGE_ROWS, 2 * len(schema.inputs) + 2))
+        edge_parity, _ = compared.parity(edge, "the edge cases")
     found_in_graph = None
     if target == "onnxruntime":
         found_in_graph = audit(optimized_graph(path), plan, lowered.tables, lowered.layers)
@@ -105,7 +108,7 @@ def _examine(
         name=form.name,
         inputs=tuple(_inputs(edge, schema)),
         output=form.output,
-        width=found.shape[1] if found.ndim == 2 else None,
+        width=expected.shape[1] if expected.ndim == 2 else None,
         rows_parity=rows_parity,
         edge_parity=edge_parity,
         audit=found_in_graph,
@@ -113,19 +116,6 @@ def _examine(
         packed_bytes=_packed_bytes(loaded, form),
         sparse_layers=sparse_layers(loaded.model.module, plan),
     )
-
-
-def _session(path: Path, target: TargetKind, plan: Plan | None) -> Session:
-    """A graph in ONNX Runtime, whichever target it is for."""
-    threads = load_settings().threads
-    if target == "onnxruntime" or not has_bfloat16_products(plan):
-        return Session(path, threads)
-    checkable = path.with_name(f"checkable-{path.name}")
-    try:
-        write_checkable(path, checkable)
-        return Session(checkable, threads)
-    finally:
-        checkable.unlink(missing_ok=True)  # what lies in the folder is stored
 
 
 def _plan(loaded: Loaded, form: Form) -> Plan | None:
@@ -140,45 +130,6 @@ def _plan(loaded: Loaded, form: Form) -> Plan | None:
 
 def _first(split: Split, schema: Schema, rows: int) -> dict[str, Tensor]:
     return next(batches(split, schema, rows)).inputs
-
-
-def _both(
-    lowered: Lowered,
-    session: Session,
-    schema: Schema,
-    inputs: dict[str, Tensor],
-    target: TargetKind,
-) -> tuple[FloatArray, FloatArray]:
-    with torch.no_grad():
-        expected = lowered.served(*(inputs[name] for name in input_names(schema)))
-    try:
-        found = session.scores({name: tensor.numpy() for name, tensor in inputs.items()})
-    except InfraError as fault:
-        rows = expected.shape[0]
-        raise ParityLost(f"The {target} graph does not run on {rows} rows: {fault}") from fault
-    return expected.numpy(), found
-
-
-def _same_alone(
-    together: FloatArray,
-    alone: tuple[FloatArray, FloatArray],
-    parity: Parity,
-    target: TargetKind,
-) -> None:
-    """Refuse a model or graph whose answer for a row depends on the rows beside it.
-
-    Raises:
-        ParityLost: says which of the two, and by how much.
-    """
-    for what, scores in zip(("network", f"{target} graph"), alone, strict=True):
-        gap = np.abs(scores - together)
-        if scores.shape != together.shape or np.nanmax(gap, initial=0.0) > parity.largest_limit:
-            raise ParityLost(
-                f"The {what} scores {len(together)} row(s) alone differently than among others, by "
-                f"up to {np.nanmax(gap, initial=0.0):.2g} (limit {parity.largest_limit:.2g}). A "
-                f"served score must not depend on the batch: leave batch statistics and branches "
-                f"on the batch size out of forward."
-            )
 
 
 def _inputs(example: dict[str, Tensor], schema: Schema) -> list[GraphInput]:

@@ -7,7 +7,9 @@ tensorrt.py     the same for TensorRT and TensorRT-RTX; tensorrt_tables.py, tens
 dense_types.py  stored tensors of dense layers as operators take them
 onnx_pieces.py  pieces of graphs that both are made of
 export.py       torch.onnx.export with a target's translations
+graph_passes.py simplification of an exported graph by exact rules only
 found.py        what lowering says about a graph
 parity.py       does a graph compute what the module computes
+first_difference.py  which tensor of a graph is the first that is not the module's
 audit.py        what an optimized graph must and must not contain
 """

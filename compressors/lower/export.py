@@ -9,7 +9,6 @@ from typing import Any
 
 import onnx_ir as ir
 import torch
-from onnxscript.optimizer import optimize_ir
 from torch import Tensor, nn
 
 from compressors.batches import example
@@ -18,6 +17,7 @@ from compressors.errors import AuditFailed, NotLowerable
 from compressors.formats import Bag, PackedLinear, PackedTable
 from compressors.lower import dense_types, onnxruntime, tensorrt, tensorrt_types
 from compressors.lower.found import LayerInitializer, TableInitializers
+from compressors.lower.graph_passes import simplify
 from compressors.lower.served import Form, Served, dynamic_shapes, input_names, served
 from compressors.lower.together import Together
 from compressors.step import rows_of_tables
@@ -63,6 +63,40 @@ def lower(
         NotLowerable: torch.export cannot trace the module, or an op has no ONNX form.
         AuditFailed: a packed weight did not reach the graph as it is stored.
     """
+    wrapper, program = exported(model, form, target, most_rows)
+    tables = _tables(wrapper, program.model.graph)
+    _retype(program.model, wrapper, target)
+    held = program.model.graph.initializers
+    looked_up = tuple(
+        table for table in tables if any(_looked_up(held[name]) for name in table.names)
+    )
+    packed = _packed(wrapper, program.model.graph)
+    small = _small(program.model.graph)
+    simplify(program.model, _may_fold)
+    merged = _merged(small, program.model.graph)
+    packed = tuple(replace(each, name=merged.get(each.name, each.name)) for each in packed)
+    looked_up = tuple(_renamed(table, merged) for table in looked_up)
+    if target == "onnxruntime":
+        onnxruntime.join_split_rows(program.model)
+        onnxruntime.spell_out_clipping(program.model)
+    _strip(program.model)
+    _need_packed(packed, program.model.graph, target)
+    size = sum(value.const_value.nbytes for value in program.model.graph.initializers.values())
+    program.save(str(path), external_data=size > EXTERNAL_BYTES)
+    rows = rows_of_tables(model, form.schema)
+    return Lowered(served(model, form, rows), looked_up, _layers(wrapper, packed))
+
+
+def exported(
+    model: nn.Module, form: Form, target: TargetKind, most_rows: int = 65_536
+) -> tuple[Served, torch.onnx.ONNXProgram]:
+    """One graph of ``model`` as torch exports it for a target, before it is simplified.
+
+    Takes the same arguments as ``lower`` and gives the same program every time.
+
+    Raises:
+        NotLowerable: torch.export cannot trace the module, or an op has no ONNX form.
+    """
     schema = form.schema
     rows = rows_of_tables(model, schema)
     # Merged lookups are ONNX Runtime's: a builder of engines fuses operators by itself.
@@ -83,26 +117,7 @@ def lower(
             f"The network cannot be written down for {target}: {reason}. "
             f"Its forward must be free of Python control flow that depends on tensor values."
         ) from fault
-    tables = _tables(wrapper, program.model.graph)
-    _retype(program.model, wrapper, target)
-    held = program.model.graph.initializers
-    looked_up = tuple(
-        table for table in tables if any(_looked_up(held[name]) for name in table.names)
-    )
-    packed = _packed(wrapper, program.model.graph)
-    small = _small(program.model.graph)
-    optimize_ir(program.model, should_fold=_may_fold)
-    merged = _merged(small, program.model.graph)
-    packed = tuple(replace(each, name=merged.get(each.name, each.name)) for each in packed)
-    looked_up = tuple(_renamed(table, merged) for table in looked_up)
-    if target == "onnxruntime":
-        onnxruntime.join_split_rows(program.model)
-        onnxruntime.spell_out_clipping(program.model)
-    _strip(program.model)
-    _need_packed(packed, program.model.graph, target)
-    size = sum(value.const_value.nbytes for value in program.model.graph.initializers.values())
-    program.save(str(path), external_data=size > EXTERNAL_BYTES)
-    return Lowered(served(model, form, rows), looked_up, _layers(wrapper, packed))
+    return wrapper, program
 
 
 def _first_fault(fault: BaseException) -> BaseException:

@@ -11,11 +11,14 @@ scale 15 % off, a table 3 % too large or a zero point a tenth of a level off mov
 of their spread.
 """
 
+from dataclasses import replace
+from typing import Any
+
 import numpy as np
 from numpy.typing import NDArray
 
 from compressors.contracts import DROPPED, Frozen, Plan, TargetKind
-from compressors.errors import ParityLost
+from compressors.errors import ParityFailure, ParityLost
 from compressors.lower.bfloat16_products import has_bfloat16_products
 
 FloatArray = NDArray[np.float32]
@@ -37,19 +40,28 @@ class Parity(Frozen):
 def compare(
     expected: FloatArray, found: FloatArray, plan: Plan | None, target: TargetKind
 ) -> Parity:
-    """Compare scores ``(rows,)`` of the module and of the graph.
+    """Compare scores ``(rows,)`` or vectors ``(rows, dim)`` of the module and of the graph.
 
     Raises:
         ParityLost: NaN (a refused row) in different places, or a difference over the limit.
     """
     if expected.shape != found.shape:
-        raise ParityLost(f"The module gives {expected.shape} scores, the graph {found.shape}.")
+        shapes = expected.shape, found.shape
+        raise ParityLost(ParityFailure(code="parity_shape", target=target, shapes=shapes))
     refused = np.isnan(expected)
     if not np.array_equal(refused, np.isnan(found)):
-        rows = np.flatnonzero(refused != np.isnan(found))[:5].tolist()
-        raise ParityLost(f"Module and {target} graph refuse different rows, such as {rows}.")
-    gap = np.abs(expected[~refused] - found[~refused]).astype(np.float64)
-    spread = float(expected[~refused].std()) if gap.size else 0.0
+        raise ParityLost(
+            _at(
+                ParityFailure(code="parity_nan", target=target),
+                refused != np.isnan(found),
+                expected,
+                found,
+            )
+        )
+    apart = gap_of(expected, found)
+    gap = apart[~refused]
+    finite = expected[np.isfinite(expected)]  # one infinite score would make every limit infinite
+    spread = float(finite.std(dtype=np.float64)) if finite.size else 0.0
     rms_share, largest_share, most_share = _shares(plan, target)
     parity = Parity(
         rows=int(expected.size),
@@ -66,13 +78,52 @@ def compare(
         or parity.largest > parity.largest_limit
         or parity.quantile_90 > parity.quantile_90_limit
     ):
-        raise ParityLost(
-            f"The {target} graph is off by {parity.root_mean_square:.2g} (root mean square; limit "
-            f"{parity.rms_limit:.2g}), {parity.quantile_90:.2g} in nine of ten rows (limit "
-            f"{parity.quantile_90_limit:.2g}) and at most {parity.largest:.2g} (limit "
-            f"{parity.largest_limit:.2g}) where scores spread by {spread:.2g}."
+        failure = ParityFailure(
+            code="parity_limit",
+            target=target,
+            measured={
+                "root mean square": parity.root_mean_square,
+                "in nine of ten rows": parity.quantile_90,
+                "at most": parity.largest,
+            },
+            limits={
+                "root mean square": parity.rms_limit,
+                "in nine of ten rows": parity.quantile_90_limit,
+                "at most": parity.largest_limit,
+            },
+            spread=spread,
         )
+        raise ParityLost(_at(failure, apart, expected, found))
     return parity
+
+
+def allowed_share(plan: Plan | None, target: TargetKind) -> float:
+    """How far a tensor inside a graph may differ from the module's, as a share of its size."""
+    return max(_shares(plan, target))
+
+
+def gap_of(expected: FloatArray, found: FloatArray) -> NDArray[np.float64]:
+    """Absolute differences: 0 where both are NaN or the same infinity, inf where one is NaN."""
+    with np.errstate(invalid="ignore"):
+        gap = np.abs(expected.astype(np.float64) - found)
+    gap[(expected == found) | (np.isnan(expected) & np.isnan(found))] = 0.0
+    gap[np.isnan(gap)] = np.inf
+    return gap
+
+
+def _at(
+    failure: ParityFailure, gap: NDArray[Any], expected: FloatArray, found: FloatArray
+) -> ParityFailure:
+    """The failure with the row and the scores where ``gap`` is largest."""
+    place = np.unravel_index(int(np.argmax(gap)), gap.shape)
+    return replace(
+        failure,
+        row=int(place[0]),
+        component=int(place[1]) if len(place) > 1 else None,
+        expected=float(expected[place]),
+        found=float(found[place]),
+        rows=int(expected.shape[0]),
+    )
 
 
 def _shares(plan: Plan | None, target: TargetKind) -> tuple[float, float, float]:

@@ -4,7 +4,7 @@ import pytest
 import torch
 from models import ATTENTION, BENCH_ROWS, RANKER, REFERENCES, prepared
 
-from compressors.batches import Batch, batches, edge_example, example, jagged
+from compressors.batches import Batch, batches, edge_example, example, jagged, row_of
 from compressors.contracts import DenseInput, IdInput, JaggedBag, PaddedBag, tensor_names
 from compressors.lower.served import input_names
 
@@ -104,22 +104,32 @@ def test_the_same_seed_makes_the_same_rows_and_another_seed_others():
 
 
 def test_edge_rows_give_every_input_bad_ids_in_rows_of_its_own():
-    made, good = (make(RANKER.schema, ROWS, 30, 4) for make in (edge_example, example))
+    made, good = edge_example(RANKER.schema, ROWS, 30, 4), example(RANKER.schema, ROWS, 28, 4)
     named = [item for item in RANKER.schema.inputs if not isinstance(item, DenseInput)]
     for place, item in enumerate(named):
         if isinstance(item, JaggedBag):
-            both = (bags(item, Batch(rows, torch.zeros(30), None)) for rows in (made, good))
-            rows = [[*map(str, ids)] for ids in next(both)]
-            before = [[*map(str, ids)] for ids in next(both)]
+            rows = [[*map(str, ids)] for ids in bags(item, Batch(made, torch.zeros(30), None))]
+            before = [[*map(str, ids)] for ids in bags(item, Batch(good, torch.zeros(28), None))]
         else:
             rows, before = (made[item.name].tolist() for made in (made, good))
-        changed = {row for row in range(30) if rows[row] != before[row]}
+        changed = {row for row in range(28) if rows[row] != before[row]}
         expected = {2 * place, 2 * place + 1}
         if isinstance(item, JaggedBag):  # an empty list has no place for one
             expected = {row for row in expected if before[row]}
         assert changed == expected, item.name
         ids = made[item.name]
         assert set(ids[(ids < 0) | (ids >= ROWS[item.table])].tolist()) <= {-1, ROWS[item.table]}
+
+
+def test_the_last_edge_rows_have_empty_and_full_lists():
+    made = edge_example(RANKER.schema, ROWS, 30, 4)
+    empty, full = (row_of(made, RANKER.schema, row) for row in (28, 29))
+    assert empty["genres"].tolist() == [[0, 0, 0, 0]]
+    assert (len(empty["history"]), len(empty["tags"])) == (0, 0)
+    longest = {item.name: item.shape[0] for item in RANKER.schema.inputs if item.name == "tags"}
+    assert len(full["tags"]) == longest["tags"]
+    assert int(full["tags_lengths"][0]) == longest["tags"]
+    assert len(made["user"]) == 30
 
 
 def test_edge_rows_need_two_rows_an_input():

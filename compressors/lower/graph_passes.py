@@ -1,0 +1,129 @@
+"""The passes that simplify an exported graph without changing what it computes.
+
+These are the passes of ``onnxscript.optimizer.optimize_ir`` with other rewrite rules. onnxscript's
+no-op rules compare constants with a tolerance (absolute 1e-8, relative 1e-5), so they remove
+``+ 1e-9`` and ``* 1.000009``: a masked mean ``sum / (count + 1e-12)`` of an empty list then divides
+0 by 0. The rules here compare exactly: only 0 is removed from a sum or difference, and only 1 from
+a product or quotient. Two rules that merge clips are left out, because they are wrong for bounds
+that do not overlap: ``clamp(0, 1).clamp(2, 3)`` is 2, and one Clip from 2 to 1 gives 1.
+
+The other comparisons with a tolerance in onnxscript are in rules that are not run (HardSwish, RMS
+norm, attention scales). Constant folding and the passes that merge equal initializers and equal
+subexpressions compare exactly.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import onnx_ir as ir
+import onnx_ir.passes.common as passes
+from onnxscript.optimizer import fold_constants_ir
+from onnxscript.rewriter import RewritePass, pattern
+from onnxscript.rewriter.rules import common as rules
+
+ROUNDS = 2
+"""How often folding and rewriting are repeated at most, as in ``optimize_ir``."""
+
+
+def _scalar(value: int) -> pattern.Constant:
+    """A scalar constant of exactly this value."""
+    return pattern.Constant(value, rel_tol=0.0, abs_tol=0.0)
+
+
+def _plus_0(_op: Any, x: Any) -> Any:
+    return x + _scalar(0)
+
+
+def _minus_0(_op: Any, x: Any) -> Any:
+    return x - _scalar(0)
+
+
+def _times_1(_op: Any, x: Any) -> Any:
+    return x * _scalar(1)
+
+
+def _over_1(_op: Any, x: Any) -> Any:
+    return x / _scalar(1)
+
+
+def _identity(op: Any, x: Any, **_: Any) -> Any:
+    return op.Identity(x)
+
+
+EXACT_NO_OPS = (
+    *pattern.RewriteRule(_plus_0, _identity, name="ExactPlus0").commute(),
+    pattern.RewriteRule(_minus_0, _identity, name="ExactMinus0"),
+    *pattern.RewriteRule(_times_1, _identity, name="ExactTimes1").commute(),
+    pattern.RewriteRule(_over_1, _identity, name="ExactOver1"),
+)
+RULES = (
+    *EXACT_NO_OPS,
+    rules.dropout_inference_rule,
+    rules.two_reshapes_matmul_reshape_rule,
+    rules.one_reshape_matmul_reshape_rule,
+    rules.cast_constant_of_shape_rule,
+    rules.cast_constant_of_shape_without_value_rule,
+    rules.collapse_slice_rule,
+    rules.collapse_slice2_rule,
+    rules.materialize_reshape_shape_rule,
+    rules.min_min_rule,
+    rules.max_max_rule,
+    rules.min_max_rule,
+    rules.max_min_rule,
+    rules.successive_clip_relu_rule,
+    rules.successive_relu_rule,
+    rules.cast_cast_rule,
+    rules.no_op_cast_rule,
+    rules.no_op_expand_rule,
+    rules.flatten_to_reshape_rule,
+    rules.reshape_reshape_rule,
+    rules.slice_split_rule,
+    rules.no_op_transpose_rule,
+    rules.transpose_transpose_rule,
+    rules.unsqueeze_unsqueeze_rule,
+    rules.squeeze_reshape_1d_rule,
+    rules.no_op_dynamic_scatter_nd_rule,
+    rules.no_op_static_scatter_nd_rule,
+    rules.normalize_pad_format_conv_rule,
+    rules.normalize_pad_format_conv_integer_rule,
+    rules.fuse_pad_into_conv_rule,
+    rules.fuse_pad_into_conv_integer_rule,
+    rules.fuse_batchnorm_into_conv_rule,
+    rules.fuse_batchnorm_into_conv_transpose_rule,
+    rules.fuse_batchnorm_into_gemm_rule,
+    rules.remove_optional_bias_from_conv_rule,
+    rules.remove_optional_bias_from_conv_transpose_rule,
+    rules.remove_optional_bias_from_qlinear_conv_rule,
+    rules.remove_optional_bias_from_gemm_rule,
+)
+"""onnxscript's default rules in their order, but for those named above."""
+
+
+def simplify(model: ir.Model, may_fold: Callable[[ir.Node], bool | None]) -> None:
+    """Inline functions, fold constants and remove what computes nothing, in place.
+
+    Args:
+        model: the exported graph.
+        may_fold: whether a node with constant inputs may be replaced by its result; None for the
+            default of constant folding.
+    """
+    passes.InlinePass()(model)
+    for _ in range(ROUNDS):
+        folded = fold_constants_ir(model, onnx_shape_inference=True, should_fold=may_fold)
+        rest = ir.passes.Sequential(
+            RewritePass(RULES),
+            passes.RemoveUnusedNodesPass(),
+            passes.RemoveUnusedFunctionsPass(),
+            passes.RemoveUnusedOpsetsPass(),
+        )(model)
+        if not (folded.modified or rest.modified):
+            break
+    ir.passes.Sequential(
+        passes.RemoveUnusedNodesPass(),
+        passes.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
+        passes.LiftSubgraphInitializersToMainGraphPass(),
+        passes.DeduplicateInitializersPass(),
+        passes.CommonSubexpressionEliminationPass(),
+        passes.OutputFixPass(),
+        passes.NameFixPass(),
+    )(model)

@@ -1,0 +1,222 @@
+"""A parity failure names the row, both scores and the first tensor that differs."""
+
+import copy
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from models import Graph, Reference, graph, whole
+from numpy.typing import NDArray
+from onnx import numpy_helper
+from torch import Tensor, nn
+
+from compressors.batches import format_row, row_of
+from compressors.contracts import IdInput, JaggedBag, PaddedBag, Schema, TargetKind
+from compressors.errors import ParityFailure, ParityLost
+from compressors.lower.export import lower
+from infra.onnxruntime import Session
+from tasks.parity import Compared, checkable
+
+each_target = pytest.mark.parametrize("target", ["onnxruntime", "tensorrt", "tensorrt-rtx"])
+
+
+class Mean(nn.Module):
+    """A masked mean of a list, a tower, and a product at the end."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.items = nn.Embedding(30, 4)
+        self.hidden = nn.Linear(4, 8)
+        self.out = nn.Linear(8, 1)
+
+    def forward(self, items: Tensor) -> Tensor:
+        mask = (items != 0).to(torch.float32).unsqueeze(-1)  # (rows, 5, 1)
+        count = mask.sum(1)
+        mean = (self.items(items) * mask).sum(1) / (count + 1e-9)  # (rows, 4)
+        score: Tensor = self.out(torch.relu(self.hidden(mean))).squeeze(1)
+        return score
+
+
+SCHEMA = Schema(
+    inputs=(PaddedBag(name="items", table="items", shape=(5,)),),
+    output="logit",
+    task="ctr",
+    label="label",
+    metric="auc",
+)
+
+
+def mean_graph(target: TargetKind, folder: Path) -> Graph:
+    model = Reference(Mean, SCHEMA).model()
+    path = folder / "model.onnx"
+    return Graph(model, lower(model.module, whole(SCHEMA), target, path), SCHEMA, path, target)
+
+
+def edited(lowered: Graph, folder: Path, **values: NDArray[np.generic]) -> Path:
+    """The graph with other numbers in some of its stored tensors."""
+    model = onnx.load(lowered.path)
+    held = {item.name: item for item in model.graph.initializer}
+    for name, value in values.items():
+        held[name].CopyFrom(numpy_helper.from_array(value, name))
+    onnx.save(model, folder / "edited.onnx")
+    return folder / "edited.onnx"
+
+
+def stored(lowered: Graph) -> dict[str, NDArray[np.generic]]:
+    return {i.name: numpy_helper.to_array(i) for i in onnx.load(lowered.path).graph.initializer}
+
+
+def failure(lowered: Graph, path: Path, inputs: dict[str, Tensor]) -> ParityFailure:
+    """What comparing the module with another graph reports."""
+    plan, target = lowered.model.plan, lowered.target
+    with checkable(path, target, plan) as runnable:
+        compared = Compared(
+            lowered.model.module,
+            lowered.lowered,
+            plan,
+            target,
+            65_536,
+            runnable,
+            Session(runnable, 1),
+        )
+        with pytest.raises(ParityLost) as raised:
+            compared.parity(inputs, "the data")
+    return raised.value.failure
+
+
+@each_target
+def test_a_lost_epsilon_is_reported_at_the_division_with_the_empty_row(target, tmp_path):
+    lowered = mean_graph(target, tmp_path)
+    small = [n for n, v in stored(lowered).items() if v.shape == () and 0 < abs(float(v)) < 1e-8]
+    assert len(small) == 1  # the epsilon is in the graph
+    path = edited(lowered, tmp_path, **{small[0]: np.array(0, np.float32)})
+    inputs = {"items": torch.randint(1, 30, (20, 5))}
+    inputs["items"][13] = 0
+    found = failure(lowered, path, inputs)
+    assert (found.code, found.row, found.inputs) == ("parity_nan", 13, {"items": "[0, 0, 0, 0, 0]"})
+    assert found.expected is not None
+    assert np.isfinite(found.expected)
+    assert found.found is not None
+    assert np.isnan(found.found)
+    assert found.tensor is not None
+    assert found.tensor.operator == "Add"
+    assert "test_parity_failures.py" in found.tensor.source
+    assert "(count + 1e-9)" in found.tensor.source
+    assert (found.tensor.expected, found.tensor.found) == (pytest.approx(1e-9), 0)
+    assert "Row 13 of the data (items=[0, 0, 0, 0, 0])" in str(found)
+
+
+@each_target
+@pytest.mark.parametrize("layer", ["hidden", "out"])
+def test_a_wrong_bias_is_reported_at_its_layer(layer, target, tmp_path):
+    lowered = mean_graph(target, tmp_path)
+    name = f"model.{layer}.bias"
+    path = edited(lowered, tmp_path, **{name: stored(lowered)[name] + np.float32(3)})
+    found = failure(lowered, path, {"items": torch.randint(1, 30, (20, 5))})
+    assert found.code == "parity_limit"
+    assert found.tensor is not None
+    assert (found.tensor.module, found.tensor.is_clear) == (layer, True)
+    assert found.tensor.found - found.tensor.expected == pytest.approx(3, rel=1e-3)
+
+
+@pytest.mark.parametrize("target", ["onnxruntime", "tensorrt-rtx"])
+@pytest.mark.parametrize(
+    ("kinds", "wrong", "module"),
+    [
+        (("rowwise_int8",), "item", "item"),
+        (("rowwise_int8", "static_int8"), "cross", "cross"),
+        (("rowwise_int4", "bfloat16_dense"), "hidden", "hidden"),
+    ],
+)
+def test_a_wrong_packed_tensor_is_reported_at_its_module(kinds, wrong, module, target, tmp_path):
+    lowered = graph("Ranker", kinds, target)
+    held = stored(lowered)
+    owner = [name for name in held if f"model.{wrong}." in name]
+    name = next(n for n in owner if n.endswith(("scale", "weight")))
+    broken = edited(lowered, tmp_path, **{name: (held[name] * 4).astype(held[name].dtype)})
+    found = failure(lowered, broken, lowered.rows(40))
+    assert found.tensor is not None
+    assert found.tensor.is_clear
+    assert found.tensor.module == module
+    assert set(found.inputs) == {item.name for item in lowered.schema.inputs}
+
+
+def test_nan_in_the_module_only_is_reported(tmp_path):
+    lowered = mean_graph("onnxruntime", tmp_path)
+    with torch.no_grad():
+        lowered.model.module.hidden.bias[3] = torch.nan
+    found = failure(lowered, lowered.path, {"items": torch.randint(1, 30, (4, 5))})
+    assert found.code == "parity_nan"
+    assert found.tensor is not None
+    assert found.tensor.module == "hidden"
+    assert np.isnan(found.tensor.expected)
+    assert np.isfinite(found.tensor.found)
+
+
+def test_a_score_that_depends_on_the_batch_names_the_side_and_the_row(tmp_path):
+    class Centred(Mean):
+        def forward(self, items: Tensor) -> Tensor:
+            score = super().forward(items)
+            return score - score.mean()
+
+    model = Reference(Centred, SCHEMA).model()
+    path = tmp_path / "model.onnx"
+    done = lower(model.module, whole(SCHEMA), "onnxruntime", path)
+    compared = Compared(model.module, done, None, "onnxruntime", 64, path, Session(path, 1))
+    inputs = {"items": torch.randint(1, 30, (20, 5))}
+    parity, expected = compared.parity(inputs, "the data")
+    with pytest.raises(ParityLost) as raised:
+        compared.same_alone(expected[:1], row_of(inputs, SCHEMA, 0), parity)
+    found = raised.value.failure
+    assert (found.code, found.side, found.row) == ("parity_batch", "network", 0)
+    assert found.inputs["items"].startswith("[")
+
+
+def test_a_row_that_the_runtime_refuses_is_named(tmp_path):
+    lowered = mean_graph("onnxruntime", tmp_path)
+    table = stored(lowered)["model.items.weight"]
+    path = edited(lowered, tmp_path, **{"model.items.weight": table[:20]})
+    inputs = {"items": torch.randint(1, 20, (9, 5))}
+    inputs["items"][6, 2] = 25
+    found = failure(lowered, path, inputs)
+    assert (found.code, found.row) == ("parity_run", 6)
+    assert "25" in found.inputs["items"]
+
+
+def test_the_error_survives_being_copied_with_its_fields():
+    failed = ParityLost(ParityFailure(code="parity_nan", target="tensorrt", row=3))
+    again = copy.deepcopy(failed)
+    assert again.failure == failed.failure
+    assert str(again) == str(failed)
+
+
+# --- the row's inputs ------------------------------------------------------------------------
+
+
+def test_a_row_is_taken_out_of_every_kind_of_input():
+    schema = Schema(
+        inputs=(
+            IdInput(name="user", table="user"),
+            PaddedBag(name="items", table="items", shape=(12,)),
+            JaggedBag(name="a", table="items", shape=(3,)),
+            JaggedBag(name="b", table="items", shape=(3,), layout="lengths"),
+        ),
+        output="logit",
+        task="ctr",
+        label="label",
+        metric="auc",
+    )
+    inputs = {
+        "user": torch.tensor([4, 5]),
+        "items": torch.arange(24).reshape(2, 12),
+        "a": torch.tensor([1, 2, 3]),
+        "a_offsets": torch.tensor([0, 2]),
+        "b": torch.tensor([7, 8]),
+        "b_lengths": torch.tensor([2, 0]),
+    }
+    first, second = (format_row(row_of(inputs, schema, row), schema) for row in (0, 1))
+    assert (first["user"], first["a"], first["b"]) == ("4", "[1, 2]", "[7, 8]")
+    assert (second["user"], second["a"], second["b"]) == ("5", "[3]", "[]")
+    assert first["items"] == "[0, 1, 2, 3, 4, 5, 6, 7, ... 12 values]"
