@@ -373,6 +373,12 @@ class Estimate(Frozen):
     low: float
     high: float
     rows: int | None = Field(None, description="How many rows it was estimated from.")
+    groups: int | None = Field(
+        None, description="How many groups, such as users, it was estimated from, if rows have one."
+    )
+    unresolved: str | None = Field(
+        None, description="Why there is no interval; then it is the whole range of the metric."
+    )
 
 
 class Judgement(Frozen):
@@ -382,6 +388,7 @@ class Judgement(Frozen):
     measured: Estimate | None
     outcome: Literal["accepted", "rejected", "undecided"]
     rows_to_decide: int | None = None
+    groups_to_decide: int | None = None
     reason: str
 
 

@@ -134,8 +134,10 @@ def judge(limits: tuple[Limit, ...], measured: Measured) -> tuple[Judgement, ...
     Returns:
         One judgement a limit. ``rows_to_decide`` is set where a limit on quality is undecided: the
         rows of test data at which the interval, shrinking with the root of the rows around
-        the same point, would no longer contain the limit. A larger test set moves the point too,
-        so this is an order of magnitude, not a promise.
+        the same point, would no longer contain the limit. Where rows belong to groups,
+        ``groups_to_decide`` is set too: the interval shrinks with the root of the groups, so the
+        rows must come from new groups. A larger test set moves the point too, so this is an order
+        of magnitude, not a promise.
 
     Raises:
         CompressionError: no limits; a limit on a number that was not measured (a champion that
@@ -204,20 +206,25 @@ def _judge_one(limit: Limit, measured: Measured) -> Judgement:
     goal, point = up * bound, up * estimate.point
     worst, best = sorted((up * estimate.low, up * estimate.high))
     outcome: Literal["accepted", "rejected", "undecided"] = "undecided"
-    rows = None
+    rows = groups = None
     if worst >= goal:
         outcome = "accepted"
     elif best < goal:
         outcome = "rejected"
-    elif estimate.rows is not None and limit.metric in _QUALITY:
+    elif estimate.rows is not None and limit.metric in _QUALITY and estimate.unresolved is None:
         reach = point - worst if point > goal else best - point
         rows = _rows_to_decide(estimate.rows, reach, abs(point - goal))
+        if rows is not None and estimate.groups is not None:
+            groups = math.ceil(estimate.groups * rows / estimate.rows)
     return Judgement(
         limit=limit,
         measured=estimate,
         outcome=outcome,
         rows_to_decide=rows,
-        reason=_measured_and_limit(limit, estimate) + "; " + _conclusion(estimate, outcome, rows),
+        groups_to_decide=groups,
+        reason=_measured_and_limit(limit, estimate)
+        + "; "
+        + _conclusion(estimate, outcome, rows, groups),
     )
 
 
@@ -297,14 +304,23 @@ def _measured_and_limit(limit: Limit, estimate: Estimate) -> str:
     )
 
 
-def _conclusion(estimate: Estimate, outcome: str, rows: int | None) -> str:
+def _conclusion(estimate: Estimate, outcome: str, rows: int | None, groups: int | None) -> str:
     if outcome != "undecided":
         return outcome
+    if estimate.unresolved is not None:
+        return f"undecided: {estimate.unresolved}. Add test rows of other groups"
     if rows is not None:
-        # Two digits, rounded up: more would claim to know how the next rows fall.
-        step = 10 ** max(0, len(str(rows)) - 2)
-        about = math.ceil(rows / step) * step
-        return f"undecided: about {about:,} rows would decide, {estimate.rows:,} were used"
+        needed, used = f"{_rounded(rows)} rows", f"{estimate.rows:,}"
+        if groups is not None:
+            needed += f" of {_rounded(groups)} groups"
+            used += f" of {estimate.groups:,}"
+        return f"undecided: about {needed} would decide, {used} were used"
     if estimate.rows is not None:
         return "undecided: the number lies on the limit, more rows may not decide either"
     return "undecided: measuring more rounds would narrow the interval"
+
+
+def _rounded(count: int) -> str:
+    """Two digits, rounded up: more would claim to know how the next rows fall."""
+    step = 10 ** max(0, len(str(count)) - 2)
+    return f"{math.ceil(count / step) * step:,}"

@@ -175,10 +175,15 @@ def resolution(report: Report) -> str:
     if report.measurement is None:
         return "Nothing was measured on this machine."
     metric = report.metric
-    resolves = report.measurement.resolves[metric]
+    rows = f"{report.measurement.rows:,} test rows"
+    change = report.measurement.numbers.of(metric, "baseline")
+    if change is not None and change.unresolved is not None:
+        return f"The {rows} resolve no change of {label(metric)}: {change.unresolved}."
+    if change is not None and change.groups is not None:
+        rows += f" of {change.groups:,} groups"
     return (
-        f"The {report.measurement.rows:,} test rows resolve a change of {label(metric)} of about "
-        f"{resolves:.2g} (half the width of its 95 % interval)."
+        f"The {rows} resolve a change of {label(metric)} of about "
+        f"{report.measurement.resolves[metric]:.2g} (half the width of its 95 % interval)."
     )
 
 
