@@ -2,10 +2,10 @@
 
 import json
 
-from compressors.contracts import Estimate, Plan
+from compressors.contracts import SCORE_CHANGE, Estimate, Plan
 from infra.html import many
 from tasks.documents import ORDER_FILE, LoweredGraph, Report
-from tasks.report_cells import cell, change_of, label, packed, widened
+from tasks.report_cells import cell, change_of, label, packed, score_change_of, widened
 from tasks.report_stages import stage_lines
 
 NOTICED = 1.02
@@ -46,6 +46,17 @@ def headline(report: Report) -> list[dict[str, str]]:
             row[t.target] = _plain(own, latency) if measured and own else "-"
         row["change"] = "" if change is None else change_of(change, latency)
         rows.append(row)
+    numbers = report.measurement.numbers
+    rows += [
+        {
+            "what": label(number.metric),
+            "before": "",
+            **{t.target: "" for t in report.targets},
+            "change": score_change_of(number.metric, number.estimate, numbers.score_unit),
+        }
+        for number in numbers.numbers
+        if number.metric in SCORE_CHANGE
+    ]
     return rows
 
 
