@@ -14,6 +14,7 @@ tables/        methods for embedding tables, one file each
 dense/         methods for dense layers, one file each
 distill/       training on the task, with the original as teacher
 lower/         how a compressed module is written down for one target, and the audit of it
-metrics.py     AUC, log loss, NDCG and their paired bootstrap intervals
+metrics.py     AUC, log loss, NDCG
+intervals.py   paired 95 % intervals; cluster_intervals.py where rows belong to groups
 judge.py       limits against estimates
 """

@@ -82,6 +82,11 @@ Measure = Literal[
     "ndcg@20",
     "logloss",
     "normalized_entropy",
+    "score_correlation",
+    "mean_score_change",
+    "max_score_change",
+    "changed_top1",
+    "top20_overlap",
     "bytes",
     "p50_ms@1",
     "p99_ms@1",
@@ -90,6 +95,18 @@ Measure = Literal[
     "p50_ms@1024",
     "p99_ms@1024",
 ]
+
+SCORE_CHANGE = (
+    "score_correlation",
+    "mean_score_change",
+    "max_score_change",
+    "changed_top1",
+    "top20_overlap",
+)
+"""Metrics that compare the candidate's scores with the baseline's: they have no other reference."""
+
+ScoreUnit = Literal["probability", "spread"]
+"""Unit of a change of scores: probability, or standard deviations of the baseline's scores."""
 
 
 class Tower(Frozen):
@@ -308,12 +325,12 @@ class Limit(Frozen):
 
     ``absolute`` compares the number itself. ``baseline`` and ``champion`` compare with that
     model: the difference (candidate minus other) for quality, the ratio (candidate / other) for
-    bytes and latency.
+    bytes and latency. Score changes compare with the baseline already and are always ``absolute``.
     """
 
     metric: Measure = Field(
-        description="Quality, bytes served, or latency: p99_ms@64 is the 99th percentile in "
-        "milliseconds at batch 64.",
+        description="Quality, change of scores, bytes served, or latency: p99_ms@64 is the 99th "
+        "percentile in milliseconds at batch 64.",
         json_schema_extra={"position": 0},
     )
     against: Literal["absolute", "baseline", "champion"] = Field(
@@ -333,6 +350,24 @@ class Limit(Frozen):
         description="Give one of at_least and at_most.",
         json_schema_extra={"position": 3},
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _score_change_is_absolute(cls, data: Any) -> Any:
+        """Read a limit on a score change that names no reference as ``absolute``."""
+        if isinstance(data, dict) and data.get("metric") in SCORE_CHANGE and "against" not in data:
+            return {**data, "against": "absolute"}
+        return data
+
+    @model_validator(mode="after")
+    def _one_reference(self) -> Self:
+        if self.metric in SCORE_CHANGE and self.against != "absolute":
+            raise ValueError(
+                f"{self.metric} already compares the candidate's scores with the baseline's, so it "
+                f"has no value vs {self.against}; write '{self.metric}' without 'vs "
+                f"{self.against}' (against: absolute)"
+            )
+        return self
 
     @model_validator(mode="after")
     def _one_bound(self) -> Self:
@@ -390,6 +425,12 @@ class Estimate(Frozen):
     low: float
     high: float
     rows: int | None = Field(None, description="How many rows it was estimated from.")
+    groups: int | None = Field(
+        None, description="How many groups, such as users, it was estimated from, if rows have one."
+    )
+    unresolved: str | None = Field(
+        None, description="Why there is no interval; then it is the whole range of the metric."
+    )
 
 
 class Judgement(Frozen):
@@ -399,6 +440,7 @@ class Judgement(Frozen):
     measured: Estimate | None
     outcome: Literal["accepted", "rejected", "undecided"]
     rows_to_decide: int | None = None
+    groups_to_decide: int | None = None
     reason: str
 
 

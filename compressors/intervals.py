@@ -1,24 +1,22 @@
-"""How far a measured number would move on another test set: bootstrap 95 % intervals.
+"""How far a measured number would move on another test set: 95 % intervals.
 
-Baseline and candidate are scored on the same rows, and every replicate draws the same rows for
-both. What the two share (easy rows, hard rows) cancels in their difference, whose interval is
-therefore many times narrower than that of either.
+Baseline and candidate are scored on the same rows, and their difference is taken row by row, so
+what the two share (easy rows, hard rows) cancels. Its interval is therefore many times narrower
+than that of either.
 
-Percentile bootstrap: Efron and Tibshirani 1993, "An Introduction to the Bootstrap", chapter 13.
-
-What is drawn: rows for ``auc``, ``logloss`` and ``normalized_entropy``; whole groups for ``gauc``
-and ``ndcg@10``, whole queries for ``recall@20`` and ``ndcg@20``. Rows of one user are not
-independent, so a row bootstrap of a data set with many rows a user gives intervals that are
-somewhat too narrow. A clustered interval for AUC is planned.
+Rows without a group are independent units: percentile bootstrap, where every replicate draws the
+same rows for both models. Source: Efron and Tibshirani 1993, "An Introduction to the Bootstrap",
+chapter 13. Rows with a group (users, queries) are not independent: their intervals treat whole
+groups as the units (``cluster_intervals.py``). Latency draws rounds.
 """
 
 import math
-import re
 from collections.abc import Callable
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from compressors.cluster_intervals import GroupedPair, grouped_pair, interval
 from compressors.contracts import Estimate, Frozen
 from compressors.errors import CompressionError
 from compressors.metrics import (
@@ -27,8 +25,6 @@ from compressors.metrics import (
     base_entropy,
     binary,
     clicks_and_scores,
-    group_auc,
-    group_ndcg,
     need_both_classes,
     row_logloss,
 )
@@ -82,22 +78,30 @@ def paired(
         label: 0 or 1 (``ndcg``: relevance >= 0), ``(rows,)``.
         baseline: scores (log loss and entropy: probabilities) of the baseline, ``(rows,)``.
         candidate: those of the candidate on the same rows, ``(rows,)``.
-        group: user or query of each row, ``(rows,)``; needed by ``gauc`` and ``ndcg``.
-        samples: replicates; at least 100. 1000 puts the ends within about 5 % of the width.
-        seed: the same seed gives the same intervals.
+        group: user or query of each row, ``(rows,)``; needed by ``gauc`` and ``ndcg``. With it the
+            intervals treat groups as the units.
+        samples: replicates of the bootstrap of rows without a group; at least 100. 1000 puts the
+            ends within about 5 % of the width.
+        seed: of this bootstrap; the same seed gives the same intervals. Intervals of rows with a
+            group draw nothing.
 
     Returns:
-        The three estimates; ``rows`` of each is the number of rows given.
+        The three estimates; ``rows`` of each is the number of rows given, ``groups`` the number of
+        groups. With fewer than 10 groups that count there is no interval: it is the whole range of
+        the metric, and ``unresolved`` says why.
 
     Raises:
         CompressionError: an unknown metric, a missing group column, fewer than 10 rows of a class
-            or 10 groups that count, too few samples, and whatever the metric itself refuses.
+            (without groups), too few samples, and any error of the metric itself.
 
-    Memory: about ten arrays of ``rows`` entries, whatever ``samples`` is. Time: linear in
-    ``rows * samples`` after one sort per model.
+    Memory: about ten arrays of ``rows`` entries, whatever ``samples`` is. Time: a few sorts; rows
+    without a group add a term linear in ``rows * samples``.
     """
     _need_samples(samples)
-    units, before, after = _statistics(metric_name, label, baseline, candidate, group)
+    if group is not None:
+        pair = grouped_pair(metric_name, label, baseline, candidate, group)
+        return _paired_groups(pair, np.size(label))
+    units, before, after = _statistics(metric_name, label, baseline, candidate)
     return _paired(units, before, after, np.size(label), samples, seed)
 
 
@@ -128,6 +132,33 @@ def paired_means(
         raise CompressionError("a query's value is NaN or infinite, which is no measurement.")
     _need_units("queries that ask for something new", before.size)
     return _paired(before.size, _mean(before), _mean(after), rows, samples, seed)
+
+
+def _paired_groups(pair: GroupedPair, rows: int) -> PairedEstimate:
+    largest = pair.largest
+    change = pair.after.minus(pair.before)
+    if pair.unresolved is None:
+        ends = [interval(value) for value in (pair.before, pair.after, change)]
+    else:
+        ends = [(0.0, largest), (0.0, largest), (-largest, largest)]
+
+    def estimate(point: float, low: float, high: float, smallest: float) -> Estimate:
+        return Estimate(
+            point=point,
+            low=max(low, min(smallest, point)),
+            high=min(high, max(largest, point)),
+            rows=rows,
+            groups=pair.groups,
+            unresolved=pair.unresolved,
+        )
+
+    difference = estimate(change.point, *ends[2], -largest)
+    return PairedEstimate(
+        baseline=estimate(pair.before.point, *ends[0], 0.0),
+        candidate=estimate(pair.after.point, *ends[1], 0.0),
+        difference=difference,
+        resolves=(difference.high - difference.low) / 2,
+    )
 
 
 def _paired(
@@ -246,38 +277,22 @@ def rounds_needed(quantile: float) -> int:
 
 
 def _statistics(
-    metric: str,
-    label: ArrayLike,
-    baseline: ArrayLike,
-    candidate: ArrayLike,
-    group: ArrayLike | None,
+    metric: str, label: ArrayLike, baseline: ArrayLike, candidate: ArrayLike
 ) -> tuple[int, Statistic, Statistic]:
-    """How many units are drawn, and the metric of each model as a function of their counts."""
+    """How many rows are drawn, and the metric of each model as a function of their counts."""
     if metric == "auc":
         return _auc_of_rows(label, baseline, candidate)
     if metric in ("logloss", "normalized_entropy"):
         return _losses_of_rows(metric, label, baseline, candidate)
-    depth = re.fullmatch(r"ndcg@([1-9]\d*)", metric)
-    if metric != "gauc" and depth is None:
+    if metric != "gauc" and not metric.startswith("ndcg@"):
         raise CompressionError(
             "an interval needs the metric auc, logloss, normalized_entropy, gauc or ndcg@<k>; "
             f"got {metric!r}."
         )
-    if group is None:
-        raise CompressionError(
-            f"{metric} needs a group column and this data has none. Name one in the bundle's "
-            "schema, or use the metric 'auc'."
-        )
-    if depth is None:
-        before, impressions = group_auc(label, baseline, group)
-        after, _ = group_auc(label, candidate, group)
-        _need_units("groups with both classes", before.size)
-        weight = impressions.astype(np.float64)
-        return before.size, _weighted_mean(before, weight), _weighted_mean(after, weight)
-    k = int(depth[1])
-    before, after = group_ndcg(label, baseline, group, k), group_ndcg(label, candidate, group, k)
-    _need_units("groups with a relevant item", before.size)
-    return before.size, _mean(before), _mean(after)
+    raise CompressionError(
+        f"{metric} needs a group column and this data has none. Name one in the bundle's "
+        "schema, or use the metric 'auc'."
+    )
 
 
 def _auc_of_rows(
@@ -311,11 +326,6 @@ def _losses_of_rows(
 
 def _mean(values: Floats) -> Statistic:
     return lambda counts: float(counts @ values) / float(counts.sum())
-
-
-def _weighted_mean(values: Floats, weight: Floats) -> Statistic:
-    weighted = values * weight
-    return lambda counts: float(counts @ weighted) / float(counts @ weight)
 
 
 def _relative_to_entropy(losses: Floats, positive: Bools) -> Statistic:

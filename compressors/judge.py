@@ -11,7 +11,16 @@ from typing import Literal, Self
 
 from pydantic import model_validator
 
-from compressors.contracts import Estimate, Frozen, Judgement, Limit, TargetKind, Verdict
+from compressors.contracts import (
+    SCORE_CHANGE,
+    Estimate,
+    Frozen,
+    Judgement,
+    Limit,
+    ScoreUnit,
+    TargetKind,
+    Verdict,
+)
 from compressors.errors import CompressionError
 from compressors.intervals import PairedEstimate
 
@@ -28,7 +37,20 @@ _QUALITY = {
     "ndcg@20": "NDCG@20",
     "logloss": "log loss",
     "normalized_entropy": "normalized entropy",
+    "score_correlation": "score correlation",
+    "mean_score_change": "mean score change",
+    "max_score_change": "largest score change",
+    "changed_top1": "share of changed top-1",
+    "top20_overlap": "overlap of the top 20",
 }
+
+SCORE_UNITS: dict[ScoreUnit, str] = {
+    "probability": "probability",
+    "spread": "standard deviations of the baseline's scores",
+}
+LEAST_CORRELATION = 0.99
+LARGEST_CHANGE: dict[ScoreUnit, float] = {"probability": 0.1, "spread": 1.0}
+"""Score changes beyond these are worth a warning if no limit covers score changes."""
 
 
 class Number(Frozen):
@@ -50,11 +72,13 @@ class Measured(Frozen):
     """All numbers of one target.
 
     ``has_champion`` says whether there is a champion to compare with: without one a limit against
-    it holds, with one a missing number is an error.
+    it holds, with one a missing number is an error. ``score_unit`` is the unit of mean and largest
+    score changes; None in measurements stored before there were any.
     """
 
     numbers: tuple[Number, ...]
     has_champion: bool = False
+    score_unit: ScoreUnit | None = None
 
     @model_validator(mode="after")
     def _each_once(self) -> Self:
@@ -134,8 +158,10 @@ def judge(limits: tuple[Limit, ...], measured: Measured) -> tuple[Judgement, ...
     Returns:
         One judgement a limit. ``rows_to_decide`` is set where a limit on quality is undecided: the
         rows of test data at which the interval, shrinking with the root of the rows around
-        the same point, would no longer contain the limit. A larger test set moves the point too,
-        so this is an order of magnitude, not a promise.
+        the same point, would no longer contain the limit. Where rows belong to groups,
+        ``groups_to_decide`` is set too: the interval shrinks with the root of the groups, so the
+        rows must come from new groups. A larger test set moves the point too, so this is an order
+        of magnitude, not a promise.
 
     Raises:
         CompressionError: no limits; a limit on a number that was not measured (a champion that
@@ -178,13 +204,64 @@ def verdict(
             f"{target} was measured but is marked as not built; one of the two is wrong."
         )
     judgements = judge(limits, measured)
+    warning = score_warning(limits, measured)
     for outcome in ("rejected", "undecided"):
         reasons = [item.reason for item in judgements if item.outcome == outcome]
         if reasons:
-            reason = "; ".join(reasons)
+            reason = "; ".join([*reasons, *warning])
             return Verdict(target=target, outcome=outcome, judgements=judgements, reason=reason)
     held = "the one limit holds" if len(limits) == 1 else f"all {len(limits)} limits hold"
-    return Verdict(target=target, outcome="accepted", judgements=judgements, reason=held)
+    reason = "; ".join([held, *score_summary(measured), *warning])
+    return Verdict(target=target, outcome="accepted", judgements=judgements, reason=reason)
+
+
+def score_summary(measured: Measured) -> list[str]:
+    """One sentence about how much the scores changed; nothing where it was not measured."""
+    found = {metric: measured.of(metric, "absolute") for metric in SCORE_CHANGE}
+    correlation, mean, most = (found[metric] for metric in SCORE_CHANGE[:3])
+    if correlation is None or mean is None or most is None:
+        return []
+    unit = "" if measured.score_unit is None else f" ({SCORE_UNITS[measured.score_unit]})"
+    parts = [
+        f"correlation {_floored(correlation.point)}",
+        f"mean change {mean.point:.2g}",
+        f"largest change {most.point:.2g}{unit}",
+    ]
+    top, overlap = found["changed_top1"], found["top20_overlap"]
+    if top is not None:
+        parts.append(f"another top-1 in {top.point:.1%} of {top.groups:,} groups")
+    if overlap is not None:
+        parts.append(f"top-20 overlap {overlap.point:.1%}")
+    return ["scores against the baseline: " + ", ".join(parts)]
+
+
+def score_warning(limits: tuple[Limit, ...], measured: Measured) -> list[str]:
+    """A warning about large score changes that no limit covers, else nothing."""
+    if any(limit.metric in SCORE_CHANGE for limit in limits):
+        return []
+    correlation = measured.of("score_correlation", "absolute")
+    most, unit = measured.of("max_score_change", "absolute"), measured.score_unit
+    found = []
+    if correlation is not None and correlation.point < LEAST_CORRELATION:
+        found.append(
+            f"the correlation with the baseline's scores is {_floored(correlation.point)}, below "
+            f"{LEAST_CORRELATION:g}"
+        )
+    if most is not None and unit is not None and most.point > LARGEST_CHANGE[unit]:
+        what = "a probability changes" if unit == "probability" else "a score changes"
+        more = "" if unit == "probability" else " standard deviations"
+        found.append(f"{what} by {most.point:.2g}{more}, more than {LARGEST_CHANGE[unit]:g}")
+    if not found:
+        return []
+    return [
+        f"warning: single scores change much ({'; '.join(found)}) and no limit covers that. Add "
+        f"max_score_change or score_correlation to the limits if single scores matter"
+    ]
+
+
+def _floored(correlation: float) -> str:
+    """A correlation that does not read as 1 unless it is 1."""
+    return f"{math.floor(correlation * 1e6) / 1e6:.6f}".rstrip("0").rstrip(".")
 
 
 def _judge_one(limit: Limit, measured: Measured) -> Judgement:
@@ -197,27 +274,35 @@ def _judge_one(limit: Limit, measured: Measured) -> Judgement:
         known = ", ".join(str(number) for number in measured.numbers) or "nothing"
         raise CompressionError(
             f"limit '{limit}' needs a number that was not measured; measured: {known}. Drop the "
-            "limit, or give the data what the metric needs (gauc and ndcg need a group column)."
+            "limit, or give the data what the metric needs (gauc, ndcg and changed_top1 need a "
+            "group column, changed_top1 also groups of two rows or more)."
         )
     # Read upwards, both kinds of limit are "at least": at_most 3 is -number at least -3.
     up = 1 if limit.at_least is not None else -1
     goal, point = up * bound, up * estimate.point
     worst, best = sorted((up * estimate.low, up * estimate.high))
     outcome: Literal["accepted", "rejected", "undecided"] = "undecided"
-    rows = None
-    if worst >= goal:
+    rows = groups = None
+    if estimate.unresolved is not None:
+        pass
+    elif worst >= goal:
         outcome = "accepted"
     elif best < goal:
         outcome = "rejected"
     elif estimate.rows is not None and limit.metric in _QUALITY:
         reach = point - worst if point > goal else best - point
         rows = _rows_to_decide(estimate.rows, reach, abs(point - goal))
+        if rows is not None and estimate.groups is not None:
+            groups = math.ceil(estimate.groups * rows / estimate.rows)
     return Judgement(
         limit=limit,
         measured=estimate,
         outcome=outcome,
         rows_to_decide=rows,
-        reason=_measured_and_limit(limit, estimate) + "; " + _conclusion(estimate, outcome, rows),
+        groups_to_decide=groups,
+        reason=_measured_and_limit(limit, estimate, measured.score_unit)
+        + "; "
+        + _conclusion(estimate, outcome, rows, groups),
     )
 
 
@@ -265,13 +350,15 @@ def _spoken(metric: str) -> str:
     return f"{percentile} latency at batch {batch}" if of_latency else _QUALITY.get(metric, metric)
 
 
-def _measured_and_limit(limit: Limit, estimate: Estimate) -> str:
+def _measured_and_limit(limit: Limit, estimate: Estimate, score_unit: ScoreUnit | None) -> str:
     """For example "AUC vs baseline is -0.0004 [-0.0011, +0.0003]; the limit is >= -0.0010"."""
     bound = _bound(limit)
     quality, absolute = limit.metric in _QUALITY, limit.against == "absolute"
     sign = "+" if quality and not absolute else ""
     if quality:
         unit, places = "", 4
+        if score_unit == "spread" and limit.metric in ("mean_score_change", "max_score_change"):
+            unit = " standard deviations"
     elif not absolute:
         unit, places = " times", 3
     elif limit.metric == "bytes":
@@ -291,20 +378,31 @@ def _measured_and_limit(limit: Limit, estimate: Estimate) -> str:
     interval = "" if estimate.low == estimate.high else f" [{low}, {high}]"
     versus = "" if absolute else f" vs {limit.against}"
     relation = ">=" if limit.at_least is not None else "<="
+    if limit.metric == "max_score_change" and estimate.rows is not None:
+        interval = f" on {estimate.rows:,} test rows (other rows may change more)"
     return (
         f"{_spoken(limit.metric)}{versus} is {point}{unit}{interval}; "
         f"the limit is {relation} {edge}{unit}"
     )
 
 
-def _conclusion(estimate: Estimate, outcome: str, rows: int | None) -> str:
+def _conclusion(estimate: Estimate, outcome: str, rows: int | None, groups: int | None) -> str:
     if outcome != "undecided":
         return outcome
+    if estimate.unresolved is not None:
+        return f"undecided: {estimate.unresolved}. Add test rows of other groups"
     if rows is not None:
-        # Two digits, rounded up: more would claim to know how the next rows fall.
-        step = 10 ** max(0, len(str(rows)) - 2)
-        about = math.ceil(rows / step) * step
-        return f"undecided: about {about:,} rows would decide, {estimate.rows:,} were used"
+        needed, used = f"{_rounded(rows)} rows", f"{estimate.rows:,}"
+        if groups is not None:
+            needed += f" of {_rounded(groups)} groups"
+            used += f" of {estimate.groups:,}"
+        return f"undecided: about {needed} would decide, {used} were used"
     if estimate.rows is not None:
         return "undecided: the number lies on the limit, more rows may not decide either"
     return "undecided: measuring more rounds would narrow the interval"
+
+
+def _rounded(count: int) -> str:
+    """Two digits, rounded up: more would claim to know how the next rows fall."""
+    step = 10 ** max(0, len(str(count)) - 2)
+    return f"{math.ceil(count / step) * step:,}"

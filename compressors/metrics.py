@@ -138,7 +138,23 @@ def group_auc(label: ArrayLike, score: ArrayLike, group: ArrayLike) -> tuple[Flo
         CompressionError: a label other than 0 and 1, NaN, or unequal lengths.
     """
     positive, scores = clicks_and_scores(label, score)
-    ids, rows = _groups(group, positive.size)
+    ids, rows = number_groups(group, positive.size)
+    positives = np.bincount(ids, weights=positive, minlength=rows.size)
+    mixed = (positives > 0) & (positives < rows)
+    won = wins_within_groups(positive, scores, ids, rows)[mixed]
+    positives, size = positives[mixed], rows[mixed]
+    return won / (positives * (size - positives)), size
+
+
+def wins_within_groups(positive: Bools, scores: Floats, ids: Ints, rows: Ints) -> Floats:
+    """Pairs of each group that the positive wins, ties counted half: float64 ``(groups,)``.
+
+    Args:
+        positive: the class of each row, ``(rows,)``.
+        scores: of each row, ``(rows,)``.
+        ids: the group's number of each row, ``(rows,)``.
+        rows: of each group, ``(groups,)``.
+    """
     order = np.lexsort((scores, ids))
     run = _runs(ids[order], scores[order])
     run_size = np.bincount(run)
@@ -148,10 +164,8 @@ def group_auc(label: ArrayLike, score: ArrayLike, group: ArrayLike) -> tuple[Flo
     rank = (run_end - (run_size - 1) / 2)[run] - group_start[ids[order]]
     positives = np.bincount(ids, weights=positive, minlength=rows.size)
     rank_sum = np.bincount(ids[order], weights=rank * positive[order], minlength=rows.size)
-    mixed = (positives > 0) & (positives < rows)
-    positives, rank_sum, size = positives[mixed], rank_sum[mixed], rows[mixed]
-    won = rank_sum - positives * (positives + 1) / 2
-    return won / (positives * (size - positives)), size
+    won: Floats = rank_sum - positives * (positives + 1) / 2
+    return won
 
 
 def gauc(label: ArrayLike, score: ArrayLike, group: ArrayLike) -> float:
@@ -188,7 +202,7 @@ def gauc(label: ArrayLike, score: ArrayLike, group: ArrayLike) -> float:
 def gauc_left_out(label: ArrayLike, group: ArrayLike) -> float:
     """Share of rows, in [0, 1], that lie in groups of one class, where ``gauc`` does not look."""
     positive = binary(label)
-    ids, rows = _groups(group, positive.size)
+    ids, rows = number_groups(group, positive.size)
     positives = np.bincount(ids, weights=positive, minlength=rows.size)
     mixed = (positives > 0) & (positives < rows)
     return 1 - float(rows[mixed].sum()) / positive.size
@@ -223,7 +237,7 @@ def group_ndcg(label: ArrayLike, score: ArrayLike, group: ArrayLike, k: int) -> 
             f"to {relevance.max():g}. Map ratings to grades of relevance before."
         )
     gain = np.exp2(relevance) - 1
-    ids, rows = _groups(group, relevance.size)
+    ids, rows = number_groups(group, relevance.size)
     group_start = np.cumsum(rows) - rows
 
     def discounted(order: Ints, gains: Floats) -> NDArray[Any]:
@@ -339,8 +353,8 @@ def clicks_and_scores(label: ArrayLike, score: ArrayLike) -> tuple[Bools, Floats
     return positive, scores
 
 
-def _groups(group: ArrayLike, size: int) -> tuple[Ints, Ints]:
-    """Groups numbered from 0 in sorted order: the number of each row, the rows of each group."""
+def number_groups(group: ArrayLike, size: int) -> tuple[Ints, Ints]:
+    """Number groups from 0 in sorted order: the number of each row, the rows of each group."""
     names = np.asarray(group)
     if names.ndim != 1:
         raise CompressionError(f"a group column has shape (rows,); found {names.shape}.")

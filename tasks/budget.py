@@ -35,4 +35,6 @@ def lost(
     schema = read(local(original.bundle)).signature
     quality = quality_of(schema, (original, now), split_of(validation, rows), seed)
     change = quality.paired(metric, "0", "1").difference
-    return Estimate(point=-change.point, low=-change.high, high=-change.low, rows=change.rows)
+    return change.model_copy(
+        update={"point": -change.point, "low": -change.high, "high": -change.low}
+    )

@@ -11,7 +11,7 @@ from prefect import task
 
 from compressors import intervals, judge
 from compressors.batches import Batch, batches
-from compressors.contracts import Artifact, Schema, Split
+from compressors.contracts import Artifact, Schema, ScoreUnit, Split
 from compressors.errors import CompressionError
 from compressors.lower.served import forms
 from infra.bundle import read
@@ -21,7 +21,7 @@ from infra.temporary import scratch_folder
 from tasks.documents import Measurement, Ranking, lowering_of, served_bytes
 from tasks.loading import split_of
 from tasks.policy import KEPT
-from tasks.quality import ByQuery, Quality, Vectors, by_row, of_queries
+from tasks.quality import ByQuery, Quality, Vectors, by_row, ranked_vectors, ranking_metrics
 from tasks.stored import local, store
 from tasks.subject import LATENCY_BATCHES, quality_metrics
 
@@ -81,6 +81,9 @@ def measure(
         own += judge.quality_numbers(metric, pair, rival)
         reference.append(judge.Number(metric=metric, against="absolute", estimate=pair.baseline))
         resolves[metric] = pair.resolves
+    unit: ScoreUnit = "probability" if schema.task == "ctr" else "spread"
+    for metric, estimate in quality.score_change("baseline", "candidate", unit).items():
+        own.append(judge.Number(metric=metric, against="absolute", estimate=estimate))
     sizes = {name: served_bytes(folder) for name, folder in folders.items()}
     own += judge.byte_numbers(sizes["candidate"], sizes["baseline"], sizes.get("champion"))
     reference.append(
@@ -93,7 +96,9 @@ def measure(
     for size in LATENCY_BATCHES:
         _time(size, timed, waited_for.schema, test, test_rows, seed, own, reference)
     measurement = Measurement(
-        numbers=judge.Measured(numbers=tuple(own), has_champion=champion is not None),
+        numbers=judge.Measured(
+            numbers=tuple(own), has_champion=champion is not None, score_unit=unit
+        ),
         baseline=judge.Measured(numbers=tuple(reference)),
         resolves=resolves,
         rows=test_rows,
@@ -142,11 +147,12 @@ def _quality(
 ) -> Quality:
     """What the served graphs answer: a score a row, or a ranking a query."""
     if ranking is not None:
-        values = {
-            name: of_queries(_towers(held), schema, test, ranking)
+        vectors = {
+            name: ranked_vectors(_towers(held), schema, test, ranking)
             for name, held in sessions.items()
         }
-        return ByQuery(values, test.rows, seed)
+        values = {name: ranking_metrics(of_model) for name, of_model in vectors.items()}
+        return ByQuery(values, test.rows, seed, vectors)
     rows = list(batches(test, schema, SCORING_ROWS))
     (form,) = forms(schema)
     scores = {name: _scores(name, held[form.name], rows) for name, held in sessions.items()}

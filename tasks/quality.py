@@ -5,7 +5,7 @@ ranking of the catalogue gives every query.
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import numpy as np
@@ -15,11 +15,12 @@ from torch import Tensor, nn
 
 from compressors import intervals
 from compressors.batches import Batch, Rows, batches
-from compressors.contracts import Schema, Split
+from compressors.contracts import Estimate, Schema, ScoreUnit, Split
 from compressors.errors import CompressionError
 from compressors.intervals import PairedEstimate
 from compressors.lower.served import forms, input_names
 from compressors.retrieval import Asked, Interactions, asked, recall_and_ndcg
+from compressors.score_change import RankedVectors, change_of_rankings, change_of_rows
 from tasks.documents import PreparedRows, Ranking
 from tasks.loading import split_of
 
@@ -37,6 +38,11 @@ class Quality(Protocol):
     def paired(self, metric: str, baseline: str, candidate: str) -> PairedEstimate:
         """One metric of two of them."""
 
+    def score_change(
+        self, baseline: str, candidate: str, unit: ScoreUnit
+    ) -> Mapping[str, Estimate]:
+        """How much the scores of two of them differ."""
+
 
 @dataclass(frozen=True)
 class ByRow:
@@ -47,6 +53,12 @@ class ByRow:
     scores: Mapping[str, Array]
     seed: int
 
+    def score_change(
+        self, baseline: str, candidate: str, unit: ScoreUnit
+    ) -> Mapping[str, Estimate]:
+        """How much the scores of two of them differ, row by row."""
+        return change_of_rows(self.scores[baseline], self.scores[candidate], self.group, unit)
+
     def paired(self, metric: str, baseline: str, candidate: str) -> PairedEstimate:
         """One metric of two of them."""
         before, after = self.scores[baseline], self.scores[candidate]
@@ -55,11 +67,24 @@ class ByRow:
 
 @dataclass(frozen=True)
 class ByQuery:
-    """Each model's metrics of every query, ``(queries,)``; ``rows`` is of the test data."""
+    """Each model's metrics of every query, ``(queries,)``; ``rows`` is of the test data.
+
+    ``vectors`` of the models are needed for score changes alone.
+    """
 
     values: Mapping[str, Mapping[str, Array]]
     rows: int
     seed: int
+    vectors: Mapping[str, RankedVectors] = field(default_factory=dict)
+
+    def score_change(
+        self,
+        baseline: str,
+        candidate: str,
+        unit: ScoreUnit,  # noqa: ARG002
+    ) -> Mapping[str, Estimate]:
+        """How much the scores of all items differ, query by query; always in spreads."""
+        return change_of_rankings(self.vectors[baseline], self.vectors[candidate], self.rows)
 
     def paired(self, metric: str, baseline: str, candidate: str) -> PairedEstimate:
         """One metric of two of them."""
@@ -91,17 +116,32 @@ def of_queries(
     Raises:
         CompressionError: a vector is not finite, or there is nothing to find.
     """
+    return ranking_metrics(ranked_vectors(towers, schema, test, ranking))
+
+
+def ranked_vectors(
+    towers: Mapping[str, Vectors], schema: Schema, test: Split, ranking: Ranking
+) -> RankedVectors:
+    """Compute the vectors of every test query and item; arguments as for ``of_queries``."""
     catalogue = split_of(ranking.items.artifact, ranking.items.rows)
     query, item = (form.schema for form in forms(schema))
     listed = list(batches(catalogue, item, SCORING_ROWS))
     ids = np.concatenate([batch.inputs[str(schema.item)].numpy() for batch in listed])
     what = asked(_interactions(test, schema), [_seen(p, schema) for p in ranking.seen], ids)
-    recall, ndcg = recall_and_ndcg(
+    return RankedVectors(
         _of_asked(towers["query"], what, Rows(test, query)),
         np.concatenate([towers["item"](batch.inputs) for batch in listed]),
         what,
     )
-    return dict(zip(BY_QUERY, (recall, ndcg), strict=True))
+
+
+def ranking_metrics(vectors: RankedVectors) -> dict[str, Array]:
+    """Metric -> float64 ``(queries,)``.
+
+    Raises:
+        CompressionError: a vector is not finite.
+    """
+    return dict(zip(BY_QUERY, recall_and_ndcg(*vectors), strict=True))
 
 
 def torch_towers(model: nn.Module, schema: Schema) -> dict[str, Vectors]:

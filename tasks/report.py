@@ -2,10 +2,10 @@
 
 import json
 
-from compressors.contracts import Estimate, Plan
+from compressors.contracts import SCORE_CHANGE, Estimate, Plan
 from infra.html import many
 from tasks.documents import ORDER_FILE, LoweredGraph, Report
-from tasks.report_cells import cell, change_of, label, packed, widened
+from tasks.report_cells import cell, change_of, label, packed, score_change_of, widened
 from tasks.report_stages import stage_lines
 
 NOTICED = 1.02
@@ -46,6 +46,17 @@ def headline(report: Report) -> list[dict[str, str]]:
             row[t.target] = _plain(own, latency) if measured and own else "-"
         row["change"] = "" if change is None else change_of(change, latency)
         rows.append(row)
+    numbers = report.measurement.numbers
+    rows += [
+        {
+            "what": label(number.metric),
+            "before": "",
+            **{t.target: "" for t in report.targets},
+            "change": score_change_of(number.metric, number.estimate, numbers.score_unit),
+        }
+        for number in numbers.numbers
+        if number.metric in SCORE_CHANGE
+    ]
     return rows
 
 
@@ -177,10 +188,15 @@ def resolution(report: Report) -> str:
     if report.measurement is None:
         return "Nothing was measured on this machine."
     metric = report.metric
-    resolves = report.measurement.resolves[metric]
+    rows = f"{report.measurement.rows:,} test rows"
+    change = report.measurement.numbers.of(metric, "baseline")
+    if change is not None and change.unresolved is not None:
+        return f"The {rows} resolve no change of {label(metric)}: {change.unresolved}."
+    if change is not None and change.groups is not None:
+        rows += f" of {change.groups:,} groups"
     return (
-        f"The {report.measurement.rows:,} test rows resolve a change of {label(metric)} of about "
-        f"{resolves:.2g} (half the width of its 95 % interval)."
+        f"The {rows} resolve a change of {label(metric)} of about "
+        f"{report.measurement.resolves[metric]:.2g} (half the width of its 95 % interval)."
     )
 
 

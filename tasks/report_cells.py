@@ -3,14 +3,22 @@
 from collections.abc import Iterable
 from html import escape
 
-from compressors.contracts import Estimate, PlanLine
+from compressors.contracts import Estimate, PlanLine, ScoreUnit
 from compressors.lower.found import GraphAudit
 from infra.html import many
 
 
 def label(metric: str) -> str:
     """A metric as people write it."""
-    names = {"auc": "AUC", "gauc": "GAUC", "logloss": "log loss", "recall@20": "Recall@20"}
+    names = {
+        "auc": "AUC",
+        "gauc": "GAUC",
+        "logloss": "log loss",
+        "recall@20": "Recall@20",
+        "max_score_change": "largest score change",
+        "changed_top1": "changed top-1",
+        "top20_overlap": "top-20 overlap",
+    }
     if metric.startswith("ndcg@"):
         return metric.upper()
     if "_ms@" in metric:
@@ -26,6 +34,26 @@ def change_of(estimate: Estimate, latency: bool) -> str:
     if latency:
         return f"{estimate.point:.2f}x [{estimate.low:.2f}, {estimate.high:.2f}]"
     return f"{estimate.point:+.5f} [{estimate.low:+.5f}, {estimate.high:+.5f}]"
+
+
+def score_change_of(metric: str, estimate: Estimate, unit: ScoreUnit | None) -> str:
+    """A score change with its unit, and its interval if it has one."""
+    shares = ("changed_top1", "top20_overlap")
+    if metric in shares:
+        return f"{estimate.point:.2%} [{estimate.low:.2%}, {estimate.high:.2%}]"
+    short = {"probability": " probability", "spread": " std. dev."}
+    after = "" if metric == "score_correlation" or unit is None else short[unit]
+    if metric == "score_correlation":
+        point, low, high = (f"{value:.6f}" for value in _ends(estimate))
+    else:
+        point, low, high = (f"{value:.3g}" for value in _ends(estimate))
+    if estimate.low == estimate.high:
+        return f"{point}{after}"
+    return f"{point}{after} [{low}, {high}]"
+
+
+def _ends(estimate: Estimate) -> tuple[float, float, float]:
+    return estimate.point, estimate.low, estimate.high
 
 
 def cell(text: str) -> str:

@@ -3,16 +3,31 @@
 from collections.abc import Collection, Iterable, Iterator
 from html import escape
 
-from compressors.contracts import Estimate, Judgement, Limit, Outcome
+from compressors.contracts import (
+    SCORE_CHANGE,
+    Estimate,
+    Judgement,
+    Limit,
+    Outcome,
+    ScoreUnit,
+)
 from compressors.judge import Number
 from infra import pictures
 from infra.html import many, scrollable, table
 from infra.pictures import Curve, Mark, Tone
 from tasks.documents import Measurement, Report, TargetReport
 from tasks.report import timed
-from tasks.report_cells import change_of, label
+from tasks.report_cells import change_of, label, score_change_of
 
-HIGHER_IS_BETTER = {"auc", "gauc", "ndcg@10", "recall@20", "ndcg@20"}
+HIGHER_IS_BETTER = {
+    "auc",
+    "gauc",
+    "ndcg@10",
+    "recall@20",
+    "ndcg@20",
+    "score_correlation",
+    "top20_overlap",
+}
 
 TONES: dict[Outcome, Tone] = {
     "accepted": "held",
@@ -26,22 +41,28 @@ WORDS = {"held": "good", "broken": "bad", "unsure": "open", "plain": "soft"}
 def limits(report: Report) -> str:
     """Every limit with its number, then the quality numbers nothing was promised about."""
     rows, judged = [], set()
+    unit = None if report.measurement is None else report.measurement.numbers.score_unit
     for target in report.targets:
         for item in target.verdict.judgements:
             judged.add((item.limit.metric, item.limit.against))
-            rows.append(_judged(item, target))
+            rows.append(_judged(item, target, unit))
     if not rows:
         rows = [
             _limit_row(str(limit), "", "", '<span class="open">not measured</span>', "")
             for limit in report.limits
         ]
     for number in _unpromised(report, judged):
-        up = "higher" if number.metric in HIGHER_IS_BETTER else "lower"
-        title = f"{label(number.metric)} vs {number.against}"
-        said = change_of(number.estimate, latency=False)
-        picture = pictures.strip(
-            number.estimate, "plain", f"{title} is {said}; no limit", Mark(at=0, label="no change")
-        )
+        higher = number.metric in HIGHER_IS_BETTER
+        up = "higher" if higher else "lower"
+        if number.metric in SCORE_CHANGE:
+            title = label(number.metric)
+            said = score_change_of(number.metric, number.estimate, unit)
+            same = Mark(at=1.0 if higher else 0.0, label="no change")
+        else:
+            title = f"{label(number.metric)} vs {number.against}"
+            said = change_of(number.estimate, latency=False)
+            same = Mark(at=0, label="no change")
+        picture = pictures.strip(number.estimate, "plain", f"{title} is {said}; no limit", same)
         what = f"{escape(title)}<small>{up} is better</small>"
         rows.append(_limit_row(what, picture, said, '<span class="soft">no limit</span>', ""))
     heads = ("Number", "On its scale", "Measured", "Outcome")
@@ -52,7 +73,7 @@ def limits(report: Report) -> str:
     )
 
 
-def _judged(item: Judgement, target: TargetReport) -> str:
+def _judged(item: Judgement, target: TargetReport, unit: ScoreUnit | None) -> str:
     limit, found = item.limit, item.measured
     tone = TONES[item.outcome]
     outcome = f'<span class="{WORDS[tone]}">{item.outcome}</span>'
@@ -70,7 +91,7 @@ def _judged(item: Judgement, target: TargetReport) -> str:
         Mark(at=bound, label=f"limit {bound:g}"),
         "below" if limit.at_least is not None else "above",
     )
-    return _limit_row(what, picture, _said(limit, found), outcome, item.reason)
+    return _limit_row(what, picture, _said(limit, found, unit), outcome, item.reason)
 
 
 def _limit_row(what: str, picture: str, said: str, outcome: str, reason: str) -> str:
@@ -85,18 +106,22 @@ def _limit_row(what: str, picture: str, said: str, outcome: str, reason: str) ->
 
 
 def _no_change(limit: Limit) -> Mark | None:
+    if limit.metric in SCORE_CHANGE:
+        return Mark(at=1.0 if limit.metric in HIGHER_IS_BETTER else 0.0, label="no change")
     if limit.against == "absolute":
         return None
     ratio = limit.metric == "bytes" or "_ms@" in limit.metric
     return Mark(at=1.0 if ratio else 0.0, label="no change")
 
 
-def _said(limit: Limit, found: Estimate) -> str:
+def _said(limit: Limit, found: Estimate, score_unit: ScoreUnit | None) -> str:
     if limit.against != "absolute":
         ratio = limit.metric == "bytes" or "_ms@" in limit.metric
         return change_of(found, latency=ratio)
     if limit.metric == "bytes":
         return f"{found.point:,.0f}"
+    if limit.metric in SCORE_CHANGE:
+        return score_change_of(limit.metric, found, score_unit)
     unit = " ms" if "_ms@" in limit.metric else ""
     return f"{found.point:.5g}{unit} [{found.low:.5g}, {found.high:.5g}]"
 
@@ -107,7 +132,8 @@ def _unpromised(report: Report, judged: Collection[tuple[str, str]]) -> Iterator
     for number in report.measurement.numbers.numbers:
         quality = number.metric != "bytes" and "_ms@" not in number.metric
         promised = (number.metric, number.against) in judged
-        if quality and number.against != "absolute" and not promised:
+        compared = number.against != "absolute" or number.metric in SCORE_CHANGE
+        if quality and compared and not promised:
             yield number
 
 

@@ -5,7 +5,14 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
-from compressors.contracts import Artifact, Frozen, JaggedBag, Limit, artifact_name
+from compressors.contracts import (
+    SCORE_CHANGE,
+    Artifact,
+    Frozen,
+    JaggedBag,
+    Limit,
+    artifact_name,
+)
 from compressors.errors import CompressionError
 from infra.architecture import source_digest
 from infra.bundle import MANIFEST, Manifest, SplitName, manifest_of
@@ -47,6 +54,16 @@ def quality_metrics(task: str, *, grouped: bool) -> tuple[str, ...]:
     return ("auc", "logloss", "normalized_entropy", *(("gauc",) if grouped else ()))
 
 
+def score_change_metrics(task: str, *, grouped: bool) -> tuple[str, ...]:
+    """The metrics of score change measured for a task."""
+    return tuple(
+        metric
+        for metric in SCORE_CHANGE
+        if (metric != "changed_top1" or grouped or task == "retrieval")
+        and (metric != "top20_overlap" or task == "retrieval")
+    )
+
+
 def need_measurable(subject: Subject, limits: tuple[Limit, ...]) -> None:
     """Refuse before a long run a limit on a number that its end would not have.
 
@@ -56,6 +73,7 @@ def need_measurable(subject: Subject, limits: tuple[Limit, ...]) -> None:
     batches = [size for size in LATENCY_BATCHES if size <= subject.rows["test"]]
     measured = (
         *quality_metrics(subject.task, grouped=subject.grouped),
+        *score_change_metrics(subject.task, grouped=subject.grouped),
         "bytes",
         *(f"{quantile}_ms@{size}" for size in batches for quantile in ("p50", "p99")),
     )

@@ -19,6 +19,7 @@ from tasks.prepare import prepare
 from tasks.stored import local, store
 
 QUALITY = {"auc", "logloss", "normalized_entropy"}
+SCORES = {"score_correlation", "mean_score_change", "max_score_change"}
 
 
 @dataclass(frozen=True)
@@ -119,10 +120,20 @@ def test_every_number_a_limit_may_name_is_there_for_the_candidate_and_the_baseli
     wanted |= {f"{name}_ms@{size}" for name in measuring.QUANTILES for size in (1, 64, 1024)}
     for against in ("absolute", "baseline"):
         found = {n.metric for n in made.itself.numbers.numbers if n.against == against}
-        assert found == wanted
+        assert found == wanted | (SCORES if against == "absolute" else set())
     assert {n.metric for n in made.itself.baseline.numbers} == wanted
     assert made.itself.resolves.keys() == QUALITY
     assert not made.itself.numbers.has_champion
+
+
+def test_a_model_against_itself_changes_no_score(made: Graphs) -> None:
+    changes = {metric: made.itself.numbers.of(metric, "absolute") for metric in SCORES}
+    assert {metric: found.point for metric, found in changes.items() if found is not None} == {
+        "score_correlation": 1.0,
+        "mean_score_change": 0.0,
+        "max_score_change": 0.0,
+    }
+    assert made.itself.numbers.score_unit == "probability"
 
 
 def test_bytes_are_those_of_the_served_files_alone(made: Graphs) -> None:
@@ -145,7 +156,7 @@ def test_a_batch_larger_than_the_test_data_is_left_out(
 ) -> None:
     monkeypatch.setattr(measuring, "LATENCY_BATCHES", (ROWS["test"] + 1,))
     found = measured(made)
-    assert {number.metric for number in found.numbers.numbers} == QUALITY | {"bytes"}
+    assert {number.metric for number in found.numbers.numbers} == QUALITY | SCORES | {"bytes"}
 
 
 def test_a_graph_with_other_inputs_is_not_compared(
