@@ -8,7 +8,6 @@ must score as the old one does when the member is skipped, either passing on wha
 block, a hidden layer) or adding nothing (a residual part, a cross layer).
 """
 
-import copy
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
@@ -17,9 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from compressors.construction import construct
 from compressors.contracts import Schema
 from compressors.dense.narrowing import gap_of, made_up_scores, rebuilt
-from compressors.meta import parameters_on_meta
 from compressors.model import Model
 from compressors.units import private_copy, table_rows
 from compressors.widths import Path, defaults_of, numbers, spoken, with_value
@@ -129,8 +128,7 @@ def _config(model: Model, stack: Stack, gone: int) -> dict[str, Any]:
 
 
 def _built(model: Model, config: dict[str, Any]) -> nn.Module:
-    with parameters_on_meta():
-        return model.architecture(**copy.deepcopy(config))
+    return construct(model.architecture, config).module
 
 
 def without_member(model: Model, schema: Schema, stack: Stack, gone: int) -> tuple[Model, Stack]:

@@ -5,9 +5,9 @@ real, put compressed modules where the records say, assign memory-mapped tensors
 and refuse to go on if anything is still on meta.
 """
 
-import copy
 import json
-from collections.abc import Iterator, Mapping
+import logging
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,35 +16,65 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from compressors.composed import ComposedTable
+from compressors.construction import (
+    Construction,
+    ConstructionFailed,
+    assign,
+    construct,
+    outside_cpu,
+    unfilled,
+)
 from compressors.contracts import ModuleRecord, Network
 from compressors.errors import ModelRefused
 from compressors.factored import FACTORED, FactoredLinear
 from compressors.formats import Bag, FoldedNorm, PackedLinear, PackedTable
-from compressors.meta import parameters_on_meta
 from compressors.recalibration import NAME as RECALIBRATION
 from compressors.recalibration import Recalibration, attach
 from compressors.safetensors_stream import write
 from compressors.steps import COMPOSITIONS, LINEAR_FORMATS, TABLE_FORMATS
 from compressors.units import swap
 
+log = logging.getLogger(__name__)
+
 SHARD_BYTES = 2**30  # what a reader that reads whole files has to hold
 INDEX = "model.safetensors.index.json"
 
 
 def build(architecture: type[nn.Module], network: Network) -> nn.Module:
-    """The module with its compressed parts in place, parameters on meta.
+    """Build the module with its compressed parts in place, parameters on meta if possible.
 
     Raises:
-        ModelRefused: the configuration does not fit the class, or a record fits no module.
+        ModelRefused: the configuration does not fit the class, the class cannot be built, or a
+            record fits no module.
     """
+    return _build(architecture, network)[0]
+
+
+def construction_notes(architecture: type[nn.Module], network: Network) -> tuple[str, ...]:
+    """What a user should know about how a network is built; empty for most.
+
+    Raises:
+        ModelRefused: as ``build``.
+    """
+    return _construct(architecture, network).notes
+
+
+def _construct(architecture: type[nn.Module], network: Network) -> Construction:
     try:
-        with parameters_on_meta():
-            model = architecture(**copy.deepcopy(network.architecture.config))  # it may change it
-    except Exception as fault:
-        raise ModelRefused(
-            f"{network.architecture.path} cannot be built from its configuration: {fault}. The "
-            f"'config' of model.json must be the class's keyword arguments."
-        ) from fault
+        return construct(architecture, network.architecture.config)
+    except ConstructionFailed as fault:
+        raise ModelRefused(f"{network.architecture.path} cannot be built: {fault}") from fault
+
+
+def _build(
+    architecture: type[nn.Module], network: Network
+) -> tuple[nn.Module, tuple[nn.Parameter, ...]]:
+    """The module, and the parameters of layers that compressed ones replaced."""
+    construction = _construct(architecture, network)
+    model = construction.module
+    for note in construction.notes:
+        log.info("%s", note)
+    replaced: list[nn.Parameter] = []
     for name, record in sorted(network.modules.items()):  # what is composed before its parts
         if record.kind == "output":
             made = module_of(name, record)
@@ -52,14 +82,14 @@ def build(architecture: type[nn.Module], network: Network) -> nn.Module:
                 attach(model, made)
                 continue
         try:
-            model.get_submodule(name)
+            replaced += model.get_submodule(name).parameters()
         except AttributeError as fault:
             raise ModelRefused(
                 f"model.json describes a compressed module {name!r}, and "
                 f"{network.architecture.path} has none of that name."
             ) from fault
         swap(model, name, module_of(name, record))
-    return model
+    return model, tuple(replaced)
 
 
 def module_of(name: str, record: ModuleRecord) -> nn.Module:
@@ -114,7 +144,7 @@ def load(architecture: type[nn.Module], network: Network, folder: Path) -> nn.Mo
         ModelRefused: tensors are missing, left over, of the wrong shape or type, or something
             is still on the meta device.
     """
-    model = build(architecture, network)
+    model, replaced = _build(architecture, network)
     tensors = mapped(folder)
     own = model.state_dict(keep_vars=True)
     for name, stored in network.ties.items():
@@ -126,15 +156,20 @@ def load(architecture: type[nn.Module], network: Network, folder: Path) -> nn.Mo
                 f"{network.architecture.path}."
             )
     _check_fit(model, tensors, network)
-    model.load_state_dict(tensors, strict=False, assign=True)
+    assign(model, tensors, strict=False)
     for name, stored in network.ties.items():
         owner, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(owner), leaf, _tensor(model, stored))
-    left = [name for name, tensor in _all_tensors(model) if tensor.is_meta]
-    if left:
+    if left := unfilled(model, replaced):
         raise ModelRefused(
             f"After loading, {', '.join(left[:5])} still has no values. Store it with the "
             f"weights, or compute it from the configuration in the class's __init__."
+        )
+    if moved := outside_cpu(model):
+        raise ModelRefused(
+            f"Expected every tensor of {network.architecture.path} on the CPU, got "
+            f"{', '.join(moved[:5])} on an accelerator. Take the device from an argument of the "
+            f"class and pass 'cpu'."
         )
     return model.eval()
 
@@ -169,15 +204,6 @@ def _tensor(model: nn.Module, name: str) -> Tensor:
     owner, _, leaf = name.rpartition(".")
     tensor: Tensor = getattr(model.get_submodule(owner), leaf)
     return tensor
-
-
-def _all_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    yield from model.named_parameters()
-    yield from model.named_buffers()
-    for name, module in model.named_modules():
-        for attribute, value in vars(module).items():
-            if isinstance(value, Tensor):
-                yield f"{name}.{attribute}", value
 
 
 def mapped(folder: Path) -> dict[str, Tensor]:

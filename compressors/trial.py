@@ -1,9 +1,10 @@
-"""Does a network run on what its schema allows? Asked before it is packed."""
+"""Smoke test: check before packing that a network runs on the inputs its schema allows."""
 
 import torch
 from torch import Tensor, nn
 
 from compressors.batches import example
+from compressors.construction import differing_tensors
 from compressors.contracts import DenseInput, Schema
 from compressors.errors import ModelRefused
 from compressors.lower.served import forms, input_names
@@ -11,19 +12,22 @@ from compressors.step import rows_of_tables
 
 ROWS = 8
 TOWER_TOLERANCE = 1e-4  # of the largest score: float32 sums in another order
+REPEAT_TOLERANCE = 1e-5  # of the largest score: the same sums over memory aligned differently
 
 
-def try_out(model: nn.Module, schema: Schema, path: str) -> None:
-    """Score made-up rows, among them the highest id of every table.
+def try_out(model: nn.Module, schema: Schema, path: str, again: nn.Module | None = None) -> None:
+    """Score generated rows, among them the highest id of every table.
 
     Args:
         model: the loaded network.
         schema: its inputs and output.
         path: its class, for the message.
+        again: the same bundle, loaded a second time; both must give the same scores.
 
     Raises:
         ModelRefused: its weights are not float32, it fails on inputs of this schema, or what it
-            returns is not one finite score a row; or its towers do not give that score.
+            returns is not one finite score a row; its towers do not give that score; or the same
+            rows get another score in another call or after another load.
         NothingToCompress: an input names a table the network does not have.
     """
     other = {str(p.dtype) for p in model.parameters() if p.is_floating_point()} - {"torch.float32"}
@@ -46,6 +50,7 @@ def try_out(model: nn.Module, schema: Schema, path: str) -> None:
             f"rows): {fault!r}. Correct the inputs in model.json, or the network."
         ) from fault
     _check_score(score, path)
+    _need_repeatable(model, again, inputs, score, path)
     if schema.towers is not None:
         _check_towers(model, schema, inputs, score.reshape(-1), path)
 
@@ -57,6 +62,36 @@ def _check_score(score: object, path: str) -> None:
         raise ModelRefused(
             f"{path} must return one finite score a row, (rows,) or (rows, 1); on {ROWS} rows it "
             f"returned {shape}{' with NaN or inf' if fits else ''}."
+        )
+
+
+def _need_repeatable(
+    model: nn.Module,
+    again: nn.Module | None,
+    inputs: dict[str, Tensor],
+    score: Tensor,
+    path: str,
+) -> None:
+    """Refuse scores that depend on chance: nothing measured with them would be comparable."""
+    tolerance = REPEAT_TOLERANCE * (1 + float(score.abs().max()))
+    with torch.no_grad():
+        gap = float((model(**inputs) - score).abs().max())
+        if not gap <= tolerance:
+            raise ModelRefused(
+                f"Expected {path} to give the same rows the same scores, got scores up to "
+                f"{gap:.3g} apart in two calls. Something random is active in evaluation mode: "
+                f"pass training=self.training to functional dropout."
+            )
+        if again is None:
+            return
+        gap = float((again(**inputs) - score).abs().max())
+    if not gap <= tolerance:
+        names = ", ".join(map(repr, differing_tensors(model, again)[:5]))
+        what = f"{names}, which no file stores" if names else "a value that no file stores"
+        raise ModelRefused(
+            f"Expected {path} to score alike whenever it is loaded, got scores up to {gap:.3g} "
+            f"apart from two loads: its constructor draws {what}. Register it as a parameter or "
+            f"buffer and save the weights again, or compute it from the configuration."
         )
 
 

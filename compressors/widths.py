@@ -17,9 +17,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from compressors.construction import construct
 from compressors.factored import FactoredLinear
 from compressors.formats import FoldedNorm, PackedLinear
-from compressors.meta import parameters_on_meta
 from compressors.model import Model
 
 Path = tuple[str | int, ...]
@@ -199,8 +199,7 @@ def numbers(value: Any, path: Path = ()) -> Iterator[tuple[Path, int]]:
 def shapes_of(architecture: type[nn.Module], config: Mapping[str, Any]) -> Shapes | None:
     """The shapes of a network's tensors, or None where it cannot be built like that."""
     try:
-        with parameters_on_meta():
-            module = architecture(**copy.deepcopy(dict(config)))  # a class may change a list
+        module = construct(architecture, config).module
     except Exception:  # whatever a class raises, it says that this number is not free
         return None
     return {name: tensor.shape for name, tensor in module.state_dict().items()}

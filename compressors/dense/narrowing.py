@@ -6,7 +6,6 @@ new one. Then both networks score the same made-up rows: the old one with those 
 zero.
 """
 
-import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -16,10 +15,10 @@ from torch import Tensor, nn
 
 from compressors.batches import example
 from compressors.composed import ComposedTable
+from compressors.construction import assign, construct
 from compressors.contracts import DenseInput, Schema
 from compressors.factored import FactoredLinear
 from compressors.formats import Bag, FoldedNorm, PackedLinear, PackedTable
-from compressors.meta import parameters_on_meta
 from compressors.model import Model
 from compressors.readers import Readers, readers_of, trace
 from compressors.recalibration import attach, recalibration_of
@@ -150,8 +149,7 @@ def rebuilt(
     Raises:
         Exception: whatever the class raises, or torch where tensors do not fit.
     """
-    with parameters_on_meta():
-        built = model.architecture(**copy.deepcopy(dict(config)))
+    built = construct(model.architecture, config).module
     for name, part in model.module.named_modules():
         packed = ComposedTable | PackedTable | FactoredLinear | PackedLinear | FoldedNorm | Bag
         if isinstance(part, packed):
@@ -162,7 +160,7 @@ def rebuilt(
     if recalibration is not None:
         attach(built, recalibration)
     tensors = {moved(k): tensor for k, tensor in model.module.state_dict(keep_vars=True).items()}
-    built.load_state_dict({k: t for k, t in tensors.items() if k is not None}, assign=True)
+    assign(built, {k: t for k, t in tensors.items() if k is not None}, strict=True)
     return built.eval()
 
 

@@ -5,8 +5,8 @@ of its rows and width. Dense layers must still be float32, since the student's a
 trained.
 """
 
-import copy
 import inspect
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -14,9 +14,14 @@ import torch
 from torch import Tensor, nn
 
 from compressors.composed import ComposedTable
+from compressors.construction import (
+    ConstructionFailed,
+    assign,
+    construct,
+    construct_with_weights,
+)
 from compressors.errors import CompressionError
 from compressors.formats import Bag, PackedTable
-from compressors.meta import parameters_on_meta
 from compressors.model import Model
 from compressors.recalibration import recalibration_of
 from compressors.stand_ins import with_stand_ins
@@ -42,8 +47,7 @@ def student_choices(model: Model, config: Config, *, tables: bool, words: str) -
     _need_arguments(model, config)
     units = Unit.of(model.module)
     shapes = {unit.name: _shape(unit) for unit in units if unit.part_of is None}
-    with parameters_on_meta():
-        student = Unit.of(_built(model, config))
+    student = Unit.of(_built(model, config, _construct_empty))
     smaller = {unit.name: _shape(unit) for unit in student}
     if added := sorted(smaller.keys() - shapes.keys()):
         raise CompressionError(
@@ -80,26 +84,31 @@ def student_of(model: Model, config: Config, seed: int) -> Model:
     """The smaller network: fresh layers, and the original's tensors where they fit."""
     with torch.random.fork_rng(devices=()):
         torch.manual_seed(seed)
-        student = _built(model, config)
+        student = _built(model, config, construct_with_weights)
     return _over(model, student, config)
 
 
 def student_outline(model: Model, config: Config) -> Model:
     """The same without weights of its own."""
-    with parameters_on_meta():
-        student = _built(model, config)
+    student = _built(model, config, _construct_empty)
     return _over(model, with_stand_ins(student), config)
 
 
-def _built(model: Model, config: Config) -> nn.Module:
-    whole = {**copy.deepcopy(model.network.architecture.config), **config}
+def _built(
+    model: Model, config: Config, how: Callable[[type[nn.Module], Config], nn.Module]
+) -> nn.Module:
     try:
-        return model.architecture(**whole)
-    except Exception as fault:
+        return how(model.architecture, {**model.network.architecture.config, **config})
+    except ConstructionFailed as fault:
         raise CompressionError(
             f"'distill' cannot build its student: {model.network.architecture.path} with "
-            f"{config}: {fault}. Give keyword arguments of that class."
+            f"{config}: {fault}"
         ) from fault
+
+
+def _construct_empty(architecture: type[nn.Module], config: Config) -> nn.Module:
+    """The network without weights, wherever its class allows that."""
+    return construct(architecture, config).module
 
 
 def _over(model: Model, student: nn.Module, config: Config) -> Model:
@@ -114,7 +123,7 @@ def _over(model: Model, student: nn.Module, config: Config) -> Model:
         for name, tensor in model.module.state_dict(keep_vars=True).items()
         if name in own and tensor.shape == own[name].shape
     }
-    student.load_state_dict(fitting, strict=False, assign=True)
+    assign(student, fitting, strict=False)
     whole = {**model.network.architecture.config, **config}
     architecture = model.network.architecture.model_copy(update={"config": whole})
     network = model.network.model_copy(update={"architecture": architecture})

@@ -98,7 +98,7 @@ def test_a_plain_tensor_made_from_a_parameter_is_refused_because_nothing_stores_
 
     save(Halved(), tmp_path)
     network = Network(architecture=Architecture(path="models:Halved"))
-    with pytest.raises(ModelRefused, match=r"After loading, .*half still has no values"):
+    with pytest.raises(ModelRefused, match=r"'half'.*after loading it still has no values"):
         load(Halved, network, tmp_path)
 
 
@@ -174,7 +174,7 @@ def test_a_configuration_the_class_does_not_take_is_refused():
     network = network_of(
         NORMED, architecture=Architecture(path="models:Normed", config={"depth": 5})
     )
-    with pytest.raises(ModelRefused, match=r"models:Normed cannot be built .*'depth'"):
+    with pytest.raises(ModelRefused, match=r"models:Normed cannot be built: .*'depth'"):
         build(NORMED.network, network)
 
 

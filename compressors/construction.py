@@ -1,0 +1,322 @@
+"""Build a network from its class and configuration, and give it stored tensors.
+
+``construct`` builds without weights (``compressors.meta``), so loading takes no more memory than
+the stored file. A constructor that reads parameter values cannot be built like that: it is built
+again with all its weights, and a note says so. ``assign`` fills a network such that every
+reference to a parameter, in a list or dictionary too, has the stored values.
+"""
+
+import copy
+import inspect
+import linecache
+import traceback
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from compressors.errors import ModelRefused
+from compressors.meta import ACCELERATOR, Placement, exchange, on_cpu, parameters_on_meta
+from compressors.plain_values import plain_tensors, plain_values
+
+_OWN_FOLDERS = (str(Path(torch.__file__).parent), str(Path(__file__).parent))
+NAMES_SHOWN = 5
+
+
+@dataclass(frozen=True)
+class Construction:
+    """A network as its class builds it, and what a user should know about how it was built."""
+
+    module: nn.Module
+    notes: tuple[str, ...] = ()
+
+
+class ConstructionFailed(Exception):
+    """A class cannot be built. The message names the cause and the remedy."""
+
+
+def construct(architecture: type[nn.Module], config: Mapping[str, Any]) -> Construction:
+    """Build a network, with parameters on the meta device wherever its class allows that.
+
+    Args:
+        architecture: its class.
+        config: keyword arguments; left as they are.
+
+    Returns:
+        The network on the CPU. Parameters have no values, unless a note says that the constructor
+        needs them. Buffers and plain tensors have theirs.
+
+    Raises:
+        ConstructionFailed: the arguments do not fit, or the constructor raises.
+        ModelRefused: a tensor that no file stores depends on random initial weights.
+    """
+    _need_arguments(architecture, config)
+    try:
+        with parameters_on_meta() as placement:
+            module = architecture(**copy.deepcopy(dict(config)))
+    except Exception as fault:
+        reason = f"its constructor reads weight values ({_place(fault)})"
+        return _with_values(architecture, config, reason)
+    _link_views(module, placement)
+    if lost := _without_values(module):
+        reason = f"its constructor computes {_listed(lost)} from weight values"
+        built = _with_values(architecture, config, reason)
+        _need_equal(architecture, built.module, construct_with_weights(architecture, config), lost)
+        return built
+    return Construction(module, _device_notes(module, placement))
+
+
+def construct_with_weights(architecture: type[nn.Module], config: Mapping[str, Any]) -> nn.Module:
+    """Build a network with the initial weights of its class, on the CPU.
+
+    Raises:
+        ConstructionFailed: the arguments do not fit, or the constructor raises.
+    """
+    _need_arguments(architecture, config)
+    return _real(architecture, config)[0]
+
+
+def assign(module: nn.Module, tensors: Mapping[str, Tensor], *, strict: bool) -> None:
+    """Put tensors into a network in place of its own, without a copy.
+
+    Differs: ``load_state_dict(assign=True)`` puts new objects into the modules, so lists that
+    refer to parameters keep the old ones. Here the old objects receive the new values, and plain
+    tensors that are views of a parameter become views of the new one.
+
+    Args:
+        module: the network.
+        tensors: by name; not copied.
+        strict: whether every tensor of the network must be among them, and no other.
+    """
+    own = dict(module.state_dict(keep_vars=True))
+    places = {
+        tensor.untyped_storage()._cdata: (name, tensor.stride(), tensor.storage_offset())
+        for name, tensor in own.items()
+        if name in tensors and _has_storage(tensor)
+    }
+    known = {id(tensor) for tensor in own.values()}
+    views = [
+        (tensor, *places[tensor.untyped_storage()._cdata])
+        for _, tensor in plain_tensors(module)
+        if id(tensor) not in known
+        and _has_storage(tensor)
+        and tensor.untyped_storage()._cdata in places
+    ]
+    geometry = [(view.shape, view.stride(), view.storage_offset()) for view, *_ in views]
+    # New objects, because those given may belong to another network; what is tied stays tied.
+    fresh: dict[int, Tensor] = {}
+    given = {
+        name: fresh.setdefault(id(value), _same_values(value)) for name, value in tensors.items()
+    }
+    module.load_state_dict(given, strict=strict, assign=True)
+    stands_for: dict[int, Tensor] = {}
+    exchanged: set[int] = set()
+    loaded = module.state_dict(keep_vars=True)
+    for name, old in own.items():
+        new = loaded[name]
+        if new is old:
+            continue
+        if id(new) not in stands_for:
+            if id(old) in exchanged or not exchange(old, new):
+                continue
+            exchanged.add(id(old))
+            stands_for[id(new)] = old
+        owner, _, leaf = name.rpartition(".")
+        setattr(module.get_submodule(owner), leaf, stands_for[id(new)])
+    for (view, name, stride, start), (shape, steps, offset) in zip(views, geometry, strict=True):
+        values = _named(module, name).detach()
+        if values.stride() == stride:  # else it stays without values, and loading refuses it
+            begin = values.storage_offset() + offset - start
+            exchange(view, values.as_strided(shape, steps, begin))
+
+
+def unfilled(module: nn.Module, replaced: Iterable[Tensor] = ()) -> list[str]:
+    """Names of tensors that still have no values.
+
+    Args:
+        module: a loaded network.
+        replaced: parameters of layers that compressed ones replaced; a list may still hold them.
+    """
+    gone = {tensor.untyped_storage()._cdata for tensor in replaced if _has_storage(tensor)}
+    every = dict((*module.named_parameters(), *module.named_buffers(), *plain_tensors(module)))
+    return [
+        name
+        for name, tensor in every.items()
+        if tensor.is_meta and tensor.untyped_storage()._cdata not in gone
+    ]
+
+
+def outside_cpu(module: nn.Module) -> list[str]:
+    """Names of tensors that are on an accelerator."""
+    every = dict((*module.named_parameters(), *module.named_buffers(), *plain_tensors(module)))
+    return [name for name, tensor in every.items() if tensor.device.type not in ("cpu", "meta")]
+
+
+def differing_tensors(first: nn.Module, second: nn.Module) -> list[str]:
+    """Names of tensors that no file stores and that differ between two loaded networks."""
+    two = dict(plain_tensors(second))
+    return [
+        name
+        for name, tensor in plain_tensors(first)
+        if name not in two or not _equal(tensor, two[name])
+    ]
+
+
+def _with_values(
+    architecture: type[nn.Module], config: Mapping[str, Any], reason: str
+) -> Construction:
+    """Build a network with real weights because ``reason``."""
+    module, placement = _real(architecture, config)
+    note = (
+        f"{architecture.__name__} is built with all its weights in memory each time it is loaded, "
+        f"because {reason}. Memory while loading is that of the weights, not of the file's pages."
+    )
+    return Construction(module, (note, *_device_notes(module, placement)))
+
+
+def _real(architecture: type[nn.Module], config: Mapping[str, Any]) -> tuple[nn.Module, Placement]:
+    try:
+        with on_cpu() as placement:
+            module = architecture(**copy.deepcopy(dict(config)))
+    except Exception as fault:
+        raise ConstructionFailed(_failure(architecture, fault)) from fault
+    return module, placement
+
+
+def _need_arguments(architecture: type[nn.Module], config: Mapping[str, Any]) -> None:
+    """Refuse a configuration that is not the class's keyword arguments."""
+    signature = inspect.signature(architecture)
+    try:
+        signature.bind(**config)
+    except TypeError as fault:
+        named = [
+            name
+            for name, parameter in signature.parameters.items()
+            if parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
+        ]
+        raise ConstructionFailed(
+            f"{fault}. The 'config' of model.json must be the class's keyword arguments: "
+            f"{', '.join(named) or 'it takes none'}."
+        ) from fault
+
+
+def _failure(architecture: type[nn.Module], fault: Exception) -> str:
+    """Why a constructor failed and what to do, in one or two sentences."""
+    said = str(fault).strip() or "no message"
+    text = f"its constructor raised {type(fault).__name__} at {_place(fault)}: {said}"
+    if any(word in said for word in ("CUDA", "cuda", "NVIDIA", "accelerator")):
+        return (
+            f"{text.rstrip('.')}. Build it without a GPU: move tensors with .to(device) from an "
+            f"argument of {architecture.__name__}, which recpress keeps on the CPU."
+        )
+    return (
+        f"{text.rstrip('.')}. Correct 'config' in model.json or the class, and check that "
+        f"{architecture.__name__}(**config) works in Python."
+    )
+
+
+def _place(fault: BaseException) -> str:
+    """The innermost line of the user's code in a traceback."""
+    frames = traceback.extract_tb(fault.__traceback__)
+    own = [frame for frame in frames if not frame.filename.startswith(_OWN_FOLDERS)]
+    if not own:
+        return "its call"
+    frame = own[-1]
+    line = linecache.getline(frame.filename, frame.lineno or 0).strip()
+    where = f"{Path(frame.filename).name}, line {frame.lineno}"
+    return f"{where}: {line}" if line else where
+
+
+def _link_views(module: nn.Module, placement: Placement) -> None:
+    """Turn plain tensors in the former memory of a parameter into views of the parameter."""
+    originals = {
+        ref.cdata: own
+        for ref, own in placement.originals
+        if not ref.expired()  # type: ignore[no-untyped-call]
+    }
+    if not originals:
+        return
+    for _, tensor in plain_tensors(module):
+        if tensor.is_meta or not _has_storage(tensor):
+            continue
+        parameter = originals.get(tensor.untyped_storage()._cdata)
+        if parameter is not None:
+            shape, stride, begin = tensor.shape, tensor.stride(), tensor.storage_offset()
+            exchange(tensor, parameter.detach().as_strided(shape, stride, begin))
+
+
+def _without_values(module: nn.Module) -> list[str]:
+    """Plain tensors on meta that are neither parameters nor views of one: nothing fills them."""
+    stored = module.state_dict(keep_vars=True).values()
+    filled = {tensor.untyped_storage()._cdata for tensor in stored if _has_storage(tensor)}
+    return [
+        name
+        for name, tensor in plain_tensors(module)
+        if tensor.is_meta and tensor.untyped_storage()._cdata not in filled
+    ]
+
+
+def _need_equal(
+    architecture: type[nn.Module], first: nn.Module, second: nn.Module, names: list[str]
+) -> None:
+    """Refuse plain tensors that differ between two constructions: they cannot be loaded."""
+    differing = [name for name in differing_tensors(first, second) if name in names]
+    if differing:
+        raise ModelRefused(
+            f"{architecture.__name__} computes {_listed(differing)} from its initial weights, and "
+            f"no file stores it, so after loading it still has no values. Register it as a module, "
+            f"parameter or buffer and save the weights again, or compute it in forward."
+        )
+
+
+def _equal(first: Tensor, second: Tensor) -> bool:
+    return first.shape == second.shape and bool(torch.equal(first, second))
+
+
+def _device_notes(module: nn.Module, placement: Placement) -> tuple[str, ...]:
+    """Set devices that the network remembers to the CPU; a note if there was any other."""
+    changed = []
+    for item in list(plain_values(module)):
+        value = item.value
+        if isinstance(value, torch.device) and value.type != "cpu":
+            device: Any = torch.device("cpu")
+        elif isinstance(value, str) and ACCELERATOR.fullmatch(value) and "dev" in item.name.lower():
+            device = "cpu"
+        else:
+            continue
+        if item.replace(device):
+            changed.append(item.path)
+    if not placement.devices and not changed:
+        return ()
+    asked = ", ".join(placement.devices) or "another device"
+    also = f" Set to 'cpu': {_listed(changed)}." if changed else ""
+    return (
+        f"The constructor places the network on {asked}; recpress builds it on the CPU and decides "
+        f"the device itself.{also}",
+    )
+
+
+def _same_values(tensor: Tensor) -> Tensor:
+    """Another object over the same memory."""
+    if isinstance(tensor, nn.Parameter):
+        return nn.Parameter(tensor.detach(), requires_grad=tensor.requires_grad)
+    return tensor.detach()
+
+
+def _named(module: nn.Module, name: str) -> Tensor:
+    owner, _, leaf = name.rpartition(".")
+    tensor: Tensor = getattr(module.get_submodule(owner), leaf)
+    return tensor
+
+
+def _has_storage(tensor: Tensor) -> bool:
+    """Whether a tensor has memory that a view could share (sparse and lazy ones have none)."""
+    return tensor.layout == torch.strided and not nn.parameter.is_lazy(tensor)
+
+
+def _listed(names: list[str]) -> str:
+    more = len(names) - NAMES_SHOWN
+    return ", ".join(map(repr, names[:NAMES_SHOWN])) + (f" and {more} more" if more > 0 else "")
