@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from compressors.construction import construct
 from compressors.contracts import Schema
-from compressors.dense.narrowing import gap_of, made_up_scores, rebuilt
+from compressors.dense.narrowing import gap_of, made_up_scores, rebuilt, rounded_scores
 from compressors.model import Model
 from compressors.units import private_copy, table_rows
 from compressors.widths import Path, defaults_of, numbers, spoken, with_value
@@ -159,7 +159,12 @@ def _need_skipped(model: Model, shorter: Model, schema: Schema, stack: Stack, go
         skipping = private_copy(model.module).eval()
         try:
             with _replaced(skipping, stack, gone, instead):
-                gap = gap_of(found, made_up_scores(skipping, schema, tables), schema)
+                gap = gap_of(
+                    found,
+                    made_up_scores(skipping, schema, tables),
+                    schema,
+                    lambda: rounded_scores(shorter.module, schema, tables),
+                )
         except Exception:  # noqa: S112 - a member that cannot be skipped like this
             continue
         if gap is None:

@@ -30,8 +30,13 @@ SCALES = (1.0, 30.0)
 """Dense inputs of two sizes: some bends, such as Relu6's upper one, are far from zero."""
 
 TOLERANCE = 1e-3
-"""Largest gap against the scores' spread: float32 sums in another order stay far below, and one
-channel too many or in another's place moves some score by more."""
+"""Largest gap as a share of the scores' spread. Float32 sums in another order usually stay far
+below; one channel too many or in another's place moves some score by more."""
+
+ROUNDING_DRAWS = 4
+ROUNDING_FACTOR = 32.0
+"""Largest gap as a multiple of what rounding alone changes. A sum of some hundred terms in another
+order differs by a few times the change that one rounding of each weight causes."""
 
 
 @dataclass(frozen=True)
@@ -101,7 +106,8 @@ def without_channels(
         update={"architecture": architecture.model_copy(update={"config": config})}
     )
     module = rebuilt(model, config)
-    gap = gap_of(made_up_scores(module, schema, tables), expected, schema)
+    scores = made_up_scores(module, schema, tables)
+    gap = gap_of(scores, expected, schema, lambda: rounded_scores(module, schema, tables))
     return replace(model, module=module, network=network), gap
 
 
@@ -109,7 +115,10 @@ def apart(found: nn.Module, expected: nn.Module, schema: Schema) -> str | None:
     """How far two networks with the same tables are apart on made-up rows; None: by rounding."""
     tables = table_rows(expected)
     return gap_of(
-        made_up_scores(found, schema, tables), made_up_scores(expected, schema, tables), schema
+        made_up_scores(found, schema, tables),
+        made_up_scores(expected, schema, tables),
+        schema,
+        lambda: rounded_scores(expected, schema, tables),
     )
 
 
@@ -166,28 +175,117 @@ def rebuilt(
 
 @torch.no_grad()
 def made_up_scores(module: nn.Module, schema: Schema, tables: dict[str, int]) -> Tensor:
-    """What a network answers to made-up rows, float ``(scales, rows)``."""
-    answers = []
+    """Scores of a network for made-up rows, float ``(scales, rows)``."""
+    return _scores(module, schema, tables, None)
+
+
+@torch.no_grad()
+def rounded_scores(module: nn.Module, schema: Schema, tables: dict[str, int]) -> Tensor:
+    """Scores of the same rows with every float32 number rounded otherwise.
+
+    Each dense weight, looked-up number and dense input changes by at most one step of float32. What
+    that does to the scores is the rounding error of this network on these rows: large where
+    intermediate numbers are far larger than their differences, as behind a batch norm whose
+    running mean is far from the inputs.
+
+    Args:
+        module: left as it is.
+        schema: of its inputs.
+        tables: rows of each table.
+
+    Returns:
+        Float ``(draws, scales, rows)``.
+    """
+    return torch.stack([_perturbed(module, schema, tables, draw) for draw in range(ROUNDING_DRAWS)])
+
+
+def _perturbed(module: nn.Module, schema: Schema, tables: dict[str, int], seed: int) -> Tensor:
+    drawn = torch.Generator().manual_seed(seed)
+
+    def rounded(x: Tensor) -> Tensor:
+        step = torch.finfo(torch.float32).eps
+        return x * (1 + step * torch.randint(-1, 2, x.shape, generator=drawn))
+
+    def hook(_: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:  # noqa: ARG001
+        return rounded(output)
+
+    copied = private_copy(module).eval()
+    lookups = nn.Embedding | nn.EmbeddingBag | Bag | PackedTable | ComposedTable
+    for part in list(copied.modules()):
+        if isinstance(part, lookups):  # may be large: what is looked up is rounded, not the table
+            part.register_forward_hook(hook)
+            continue
+        for name, tensor in list(part.named_parameters(recurse=False)):
+            if tensor.is_floating_point():
+                own_weight(part, name, rounded(tensor.detach()))
+        if isinstance(part, nn.BatchNorm1d) and part.running_mean is not None:
+            part.running_mean = rounded(part.running_mean)
+    return _scores(copied, schema, tables, rounded)
+
+
+def _scores(
+    module: nn.Module,
+    schema: Schema,
+    tables: dict[str, int],
+    rounded: Callable[[Tensor], Tensor] | None,
+) -> Tensor:
+    scores = []
     for scale in SCALES:
         rows = example(schema, tables, CHECK_ROWS)
         for item in schema.inputs:
             if isinstance(item, DenseInput):
-                rows[item.name] = rows[item.name] * scale
-        answers.append(module(**rows).reshape(-1))
-    return torch.stack(answers)
+                scaled = rows[item.name] * scale
+                rows[item.name] = scaled if rounded is None else rounded(scaled)
+        scores.append(module(**rows).reshape(-1))
+    return torch.stack(scores)
 
 
-def gap_of(found: Tensor, expected: Tensor, schema: Schema) -> str | None:
-    """How far scores are apart, in logits where they are probabilities; None if they agree."""
-    first, second = found.double(), expected.double()
-    if schema.output == "probability":  # a rate of clicks is small, and so would be any gap
-        first, second = torch.logit(first, eps=1e-7), torch.logit(second, eps=1e-7)
+def gap_of(
+    found: Tensor,
+    expected: Tensor,
+    schema: Schema,
+    rounded: Callable[[], Tensor] | None = None,
+) -> str | None:
+    """Describe how far scores are apart, in logits where they are probabilities.
+
+    Args:
+        found: scores of one network, float ``(scales, rows)``.
+        expected: scores of the other.
+        schema: says whether scores are probabilities.
+        rounded: gives scores of one of them with other rounding, float ``(draws, scales, rows)``:
+            gaps of that size say nothing. Called only where the gap is a large share of the spread.
+
+    Returns:
+        The gap in words; None if the scores agree.
+    """
+    first, second = _in_logits(found, schema), _in_logits(expected, schema)
     largest = (first - second).abs().amax(dim=1)  # (scales,)
     spread = second.std(dim=1) + 1e-3 * second.abs().amax(dim=1)
-    worst = float((largest / spread.clamp(min=1e-12)).max())
-    if worst <= TOLERANCE:
+    spread = spread.clamp(min=1e-12)
+    if bool((largest <= TOLERANCE * spread).all()):
         return None
-    return f"{worst:.2g} of their spread"
+    allowed = TOLERANCE * spread
+    if rounded is not None:
+        again = _in_logits(rounded(), schema)  # (draws, scales, rows)
+        noise = (again - again[:1]).abs().amax(dim=(0, 2))
+        noise = torch.maximum(noise, _last_step(expected, schema))
+        allowed = torch.maximum(allowed, ROUNDING_FACTOR * noise)
+    over = ~(largest <= allowed)  # NaN is over
+    if not bool(over.any()):
+        return None
+    return f"{float((largest / spread)[over].max()):.2g} of their spread"
+
+
+def _in_logits(scores: Tensor, schema: Schema) -> Tensor:
+    """Float64 logits of probabilities: a rate of clicks is small, and so would be any gap."""
+    wide = scores.double()
+    return torch.logit(wide, eps=1e-7) if schema.output == "probability" else wide
+
+
+def _last_step(scores: Tensor, schema: Schema) -> Tensor:
+    """By how much one step of float32 moves a score, the largest of each scale: ``(scales,)``."""
+    up = torch.nextafter(scores.float(), torch.full_like(scores, torch.inf, dtype=torch.float32))
+    return (_in_logits(up, schema) - _in_logits(scores, schema)).abs().amax(dim=1)
 
 
 def _silenced(module: nn.Module, inputs: Mapping[str, Tensor]) -> nn.Module:
