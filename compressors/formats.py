@@ -65,7 +65,7 @@ class LinearFormat(Protocol):
     def layout(
         self, inputs: int, outputs: int, settings: Mapping[str, Any], *, bias: bool
     ) -> dict[str, TensorSpec]:
-        """The stored tensors of a layer from ``inputs`` to ``outputs`` features."""
+        """The stored tensors of a layer from ``inputs`` to ``outputs`` features, weights first."""
 
     def apply(self, stored: Mapping[str, Tensor], x: Tensor, settings: Mapping[str, Any]) -> Tensor:
         """The layer's output as float32, ``(*x.shape[:-1], outputs)``."""

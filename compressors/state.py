@@ -35,6 +35,10 @@ from compressors.steps import COMPOSITIONS, LINEAR_FORMATS, TABLE_FORMATS
 from compressors.units import swap
 
 log = logging.getLogger(__name__)
+# Without gradients torch's attention layers take another path, which scores a row whose places are
+# all masked as NaN. With gradients, as in training, and in a lowered graph such a row attends to
+# nothing. One network has one score: the path that training takes.
+torch.backends.mha.set_fastpath_enabled(False)
 
 SHARD_BYTES = 2**30  # what a reader that reads whole files has to hold
 INDEX = "model.safetensors.index.json"

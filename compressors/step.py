@@ -146,7 +146,8 @@ def run(step: TableStep | ModelStep, source: Model, bench: Bench, folder: Path) 
         NothingToCompress: the step takes no unit of this model, or the bench lacks a part.
         ContractBroken: the step changed its input, gave numbers that are not finite, did other
             than it chose, or its result does not survive being stored.
-        ModelRefused: the network does not run on inputs that its schema allows.
+        ModelRefused: the network does not run on inputs that its schema allows, or its own scores
+            of them are not finite.
         CompressionError: the step cannot be carried out on this model.
     """
     _need_parts(step, bench)
@@ -169,6 +170,7 @@ def run(step: TableStep | ModelStep, source: Model, bench: Bench, folder: Path) 
     inputs = example(bench.signature, rows_of_tables(module, bench.signature), CHECK_ROWS)
     expected = _scores(step, source, module, inputs)
     if not bool(torch.isfinite(expected).all()):
+        _need_finite_source(step, source, inputs)
         raise ContractBroken(f"After {step.kind!r} the model's scores are not finite numbers.")
     ties = save(module, folder)
     network = Network(
@@ -241,6 +243,25 @@ def _scores(
             f"the weights of a layer instead of calling it; leave that layer out of the step."
         ) from fault
     return scores
+
+
+def _need_finite_source(
+    step: TableStep | ModelStep, source: Model, inputs: dict[str, Tensor]
+) -> None:
+    """Refuse a model whose own scores are not finite, before a step is blamed for it.
+
+    Raises:
+        ModelRefused: names how many rows of valid inputs have no finite score.
+    """
+    scores = _scores(step, source, source.private().module, inputs)
+    bad = int((~torch.isfinite(scores)).reshape(len(scores), -1).any(dim=1).sum())
+    if bad:
+        raise ModelRefused(
+            f"Expected a finite score of {source.network.architecture.path} for every row that "
+            f"its schema allows; got NaN or infinity for {bad} of {len(scores)} rows before "
+            f"{step.kind!r} was applied. Check what the network does with an empty list (a mean or "
+            f"a softmax over nothing) and with the first and last id of a table."
+        )
 
 
 def rows_of_tables(model: nn.Module, schema: Schema) -> dict[str, int]:

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from onnx_operators import operators_read_once
 from s3_server import S3Server, running_server
-from torch.onnx._internal.exporter import _registration as exporter
 
 PLACES = {"RECPRESS_STORE", "RECPRESS_TRITON", "MLFLOW_TRACKING_URI"}
 
@@ -54,22 +54,7 @@ def pytest_collection_finish() -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def _operators_read_once() -> Iterator[None]:
-    """torch reads the sources of all of ONNX's operators for each export: half a second of two."""
-    read = exporter.ONNXRegistry.from_torchlib
-    held: dict[int, exporter.ONNXRegistry] = {}
-
-    def copied(opset_version: int) -> exporter.ONNXRegistry:
-        if opset_version not in held:
-            held[opset_version] = read(opset_version)
-        registry = exporter.ONNXRegistry()
-        registry._opset_version = opset_version
-        registry.functions = {
-            name: list(kept) for name, kept in held[opset_version].functions.items()
-        }
-        return registry
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(exporter.ONNXRegistry, "from_torchlib", staticmethod(copied))
+    with operators_read_once():
         yield
 
 

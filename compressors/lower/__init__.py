@@ -5,6 +5,7 @@ onnxruntime.py  one translation a format, for ONNX Runtime; onnxruntime_tables.p
                 onnxruntime_dense.py layers of few bits
 tensorrt.py     the same for TensorRT and TensorRT-RTX; tensorrt_tables.py, tensorrt_types.py
 dense_types.py  stored tensors of dense layers as operators take them
+attention.py    scaled_dot_product_attention, also where all places are masked
 onnx_pieces.py  pieces of graphs that both are made of
 export.py       torch.onnx.export with a target's translations
 graph_passes.py simplification of an exported graph by exact rules only

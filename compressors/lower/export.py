@@ -15,7 +15,7 @@ from compressors.batches import example
 from compressors.contracts import TargetKind
 from compressors.errors import AuditFailed, NotLowerable
 from compressors.formats import Bag, PackedLinear, PackedTable
-from compressors.lower import dense_types, onnxruntime, tensorrt, tensorrt_types
+from compressors.lower import attention, dense_types, onnxruntime, tensorrt, tensorrt_types
 from compressors.lower.found import LayerInitializer, TableInitializers
 from compressors.lower.graph_passes import simplify
 from compressors.lower.served import Form, Served, dynamic_shapes, input_names, served
@@ -101,7 +101,8 @@ def exported(
     rows = rows_of_tables(model, schema)
     # Merged lookups are ONNX Runtime's: a builder of engines fuses operators by itself.
     wrapper = served(model, form, rows, together=target == "onnxruntime")
-    translations = (onnxruntime if target == "onnxruntime" else tensorrt).translations()
+    own = (onnxruntime if target == "onnxruntime" else tensorrt).translations()
+    translations = {**attention.translations(), **own}
     inputs = example(schema, rows, TRACE_ROWS)
     names = input_names(schema)
     try:
@@ -179,7 +180,7 @@ class _Packed:
 
 
 def _packed(wrapper: Served, graph: ir.Graph) -> tuple[_Packed, ...]:
-    """What packed modules hold in a graph: of layers the largest tensor, of tables every one.
+    """The stored tensors of packed modules in a graph: of layers the weights, of tables all.
 
     Tables, or tensors of them, that no request decides a read of are left out.
     """
@@ -190,7 +191,7 @@ def _packed(wrapper: Served, graph: ir.Graph) -> tuple[_Packed, ...]:
             continue
         stored = list(module.buffers())
         if isinstance(module, PackedLinear):  # a bias may be written down in another type
-            stored = [max(stored, key=lambda tensor: tensor.nbytes)]
+            stored = stored[:1]
         for tensor in stored:
             name = next((n for n in names[id(tensor)] if n in graph.initializers), None)
             if name is None:  # nothing reads it

@@ -1,0 +1,89 @@
+"""What random networks found, each case as small as it fails."""
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from compressors.contracts import (
+    Architecture,
+    Bench,
+    IdInput,
+    Network,
+    PaddedBag,
+    Schema,
+    Split,
+    TargetKind,
+)
+from compressors.dense.float8_dense import Float8Dense
+from compressors.errors import ModelRefused
+from compressors.lower.export import lower
+from compressors.lower.served import forms
+from compressors.model import Model
+from compressors.step import run
+from compressors.tables.rowwise_int8 import RowwiseInt8
+
+USERS = Schema(
+    inputs=(IdInput(name="user", table="table"),),
+    task="ctr",
+    output="logit",
+    label="label",
+    metric="auc",
+)
+HISTORIES = Schema(
+    inputs=(PaddedBag(name="seen", table="table", shape=(3,)),),
+    task="ctr",
+    output="logit",
+    label="label",
+    metric="auc",
+)
+
+
+class Narrow(nn.Module):
+    """A dense layer of few inputs: its scales take more bytes than its weights in 8 bits."""
+
+    def __init__(self, inputs: int) -> None:
+        super().__init__()
+        self.table, self.hidden = nn.Embedding(20, inputs), nn.Linear(inputs, 12)
+        self.out = nn.Linear(12, 1)
+
+    def forward(self, user: Tensor) -> Tensor:
+        return self.out(torch.relu(self.hidden(self.table(user))))
+
+
+class Unguarded(nn.Module):
+    """A mean over real places that is 0 / 0 for an empty list."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.out = nn.Embedding(20, 4), nn.Linear(4, 1)
+
+    def forward(self, seen: Tensor) -> Tensor:
+        real = (seen != 0).float().unsqueeze(-1)
+        return self.out((self.table(seen) * real).sum(dim=1) / real.sum(dim=1))
+
+
+def model(network: type[nn.Module], **config: int) -> Model:
+    """A network with weights from a seed."""
+    torch.manual_seed(0)
+    architecture = Architecture(path=f"{__name__}:{network.__name__}", config=config)
+    return Model(network(**config).eval(), network, Network(architecture=architecture))
+
+
+@pytest.mark.parametrize("target", ["onnxruntime", "tensorrt"])
+def test_a_float8_layer_of_two_inputs_is_lowered(target: TargetKind, tmp_path):
+    (tmp_path / "rows").mkdir()
+    users = {"user": torch.arange(20), "@label": torch.arange(20.0) % 2}
+    save_file(users, tmp_path / "rows" / "data.safetensors")
+    rows = Split(path=str(tmp_path / "rows"), sha256="0" * 64, rows=20)
+    bench = Bench(signature=USERS, calibration=rows)
+    packed = run(Float8Dense(layers=("hidden",)), model(Narrow, inputs=2), bench, tmp_path / "out")
+    (form,) = forms(USERS)
+    (layer,) = lower(packed.module, form, target, tmp_path / "model.onnx").layers
+    assert layer.module == "hidden"
+    assert layer.name.endswith("codes")
+
+
+def test_a_network_that_scores_nan_by_itself_is_refused_in_place_of_the_step(tmp_path):
+    with pytest.raises(ModelRefused, match="before 'rowwise_int8' was applied"):
+        run(RowwiseInt8(), model(Unguarded), Bench(signature=HISTORIES), tmp_path)

@@ -1,0 +1,118 @@
+"""Run random networks, reproduce one failure and shrink it.
+
+``python -m tests.random_networks --first 0 --count 300`` checks 300 networks and prints what was
+found. ``--seed 17 --step rowwise_int4 --target tensorrt --shrink`` applies one step to the network
+of one seed, lowers it for one target, and prints the smallest network for which that still fails.
+"""
+
+import argparse
+import json
+import logging
+import random
+import sys
+import time
+
+import torch
+
+from tests.onnx_operators import operators_read_once
+from tests.random_networks.check import Checker, Fault, Findings, checked
+from tests.random_networks.generator import Case, generate
+from tests.random_networks.passes import PASSES
+from tests.random_networks.shrink import shrunk
+from tests.random_networks.steps import LAST, LAYERS, TABLES, TARGETS, VALUES
+
+
+def one_step(checker: Checker, kind: str | None, target: str | None) -> None:
+    """One step on all units it takes, then one target; no step lowers the network as it is."""
+    rng = random.Random(checker.case.seed)
+    model = checker.source
+    if kind is not None:
+        step = (
+            {**TABLES, **LAYERS}[kind](rng, ("*",))
+            if kind in {**TABLES, **LAYERS}
+            else {**VALUES, **LAST}[kind](rng)
+        )
+        result = checker.applied(step, model)
+        if result is None:
+            return
+        if kind in {**TABLES, **LAYERS}:
+            checker.module_checked(result, model, kind)
+        model = result
+    if target is not None:
+        checker.lowered(model, target, kind or "plain")
+
+
+def main() -> int:
+    """Parse the command line and run; 1 if there was a fault."""
+    parser = argparse.ArgumentParser(prog="python -m tests.random_networks")
+    parser.add_argument("--seed", type=int, help="check the network of one seed")
+    parser.add_argument("--first", type=int, default=0, help="first seed of a range")
+    parser.add_argument("--count", type=int, default=300, help="how many seeds")
+    parser.add_argument("--step", choices=sorted({**TABLES, **LAYERS, **VALUES, **LAST}))
+    parser.add_argument("--target", choices=TARGETS)
+    parser.add_argument("--pass", dest="name", choices=sorted(PASSES), default="whole")
+    parser.add_argument("--shrink", action="store_true", help="print the smallest failing network")
+    parser.add_argument("--refusals", action="store_true", help="print every refusal")
+    parser.add_argument("--progress", action="store_true", help="print a line for each seed")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    logging.disable(logging.WARNING)  # torch.export's, of every dimension
+
+    def work(checker: Checker) -> None:
+        if options.step or options.target:
+            one_step(checker, options.step, options.target)
+        else:
+            PASSES[options.name](checker)
+
+    first, count = (options.seed, 1) if options.seed is not None else (options.first, options.count)
+    total, begin = Findings(), time.process_time()
+    with operators_read_once():
+        for seed in range(first, first + count):
+            found = checked(generate(seed), work)
+            total.add(found)
+            if options.progress:
+                print(f"seed {seed}: {dict(found.counts)}", flush=True)  # noqa: T201
+            show(found.faults)
+            if options.refusals:
+                show(found.refused)
+    summarize(total, time.process_time() - begin)
+    if options.shrink and total.faults:
+        with operators_read_once():
+            shrink(generate(total.faults[0].seed), work, total.faults[0])
+    return 1 if total.faults else 0
+
+
+def show(faults: list[Fault]) -> None:
+    """Print faults or refusals, a line each."""
+    for fault in faults:
+        print(fault.line(), flush=True)  # noqa: T201
+
+
+def summarize(total: Findings, seconds: float) -> None:
+    """Print how much was checked, and refusals by name."""
+    print(f"\n{len(total.faults)} faults in {seconds:.0f} CPU seconds")  # noqa: T201
+    for name, number in sorted(total.counts.items()):
+        print(f"{number:7} {name}")  # noqa: T201
+    print("lowered, by format and target:")  # noqa: T201
+    for name, number in sorted(total.pairs.items()):
+        print(f"{number:7} {name}")  # noqa: T201
+    print("refusals:")  # noqa: T201
+    for name, number in total.refusals.most_common():
+        print(f"{number:7} {name}")  # noqa: T201
+
+
+def shrink(case: Case, work: object, fault: Fault) -> None:
+    """Print the smallest network with a fault of the same kind."""
+
+    def fails(candidate: Case) -> bool:
+        found = checked(candidate, work)  # type: ignore[arg-type]
+        return any(other.kind == fault.kind for other in found.faults)
+
+    small = shrunk(case, fails)
+    print(json.dumps(small.config, indent=1))  # noqa: T201
+    print(small.schema.model_dump_json(indent=1, exclude_defaults=True))  # noqa: T201
+    show(checked(small, work).faults)  # type: ignore[arg-type]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

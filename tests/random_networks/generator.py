@@ -1,0 +1,346 @@
+"""From a seed to a random network: its parts, its signature and its weights.
+
+The same seed gives the same network on every machine. Weights depend on the seed and on their own
+name, so a network with some parts removed keeps the weights of the others.
+"""
+
+import copy
+import random
+import zlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from compressors.contracts import Architecture, Network, Schema
+from compressors.model import Model
+from tests.random_networks.inputs import typical_rows
+from tests.random_networks.network import RandomNetwork, TwoTowers
+from tests.random_networks.parts import PARTS, draw_activation
+
+SOURCES = ("Lookup", "Lookup", "Lookup", "Fields", "PaddedBag", "JaggedBag", "History", "Dense")
+SHARING = ("Lookup", "History", "Fields")
+WIDEST = 120
+OPERATIONS = tuple(
+    name for name, kind in PARTS.items() if kind.takes and name not in ("TiedOutput",)
+)
+POLICIES = ("error", "error", "clamp", "default_row")
+SCALES = (1.0, 1.0, 1.0, 0.01, 30.0, 1000.0)
+TABLE_SCALES = (0.01, 0.1, 0.3, 0.3, 1.0, 1.0, 3.0)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One random network: what it is built from, its inputs, and how large raw numbers are."""
+
+    seed: int
+    config: dict[str, Any]
+    schema: Schema
+    scales: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def network(self) -> type[nn.Module]:
+        """The class of the network."""
+        return TwoTowers if self.schema.task == "retrieval" else RandomNetwork
+
+    def model(self) -> Model:
+        """The network with its weights, as it would be loaded from a bundle."""
+        with torch.random.fork_rng():
+            torch.manual_seed(self.seed)
+            module = self.network(**copy.deepcopy(self.config)).eval()
+        set_weights(module, self.seed)
+        spread_scores(module, self)
+        name = self.network.__name__
+        path = f"tests.random_networks.network:{name}"
+        description = Network(architecture=Architecture(path=path, config=self.config))
+        return Model(module, self.network, description)
+
+
+class Composer:
+    """Draws inputs and parts, and keeps count of what has been drawn."""
+
+    def __init__(self, rng: random.Random, prefix: str = "", module: str = "graph") -> None:
+        self.rng, self.prefix, self.module = rng, prefix, module
+        self.parts: list[dict[str, Any]] = []
+        self.inputs: list[dict[str, Any]] = []
+        self.sizes: dict[str, int] = {}
+        self.leaves: list[str] = []
+        self.scales: dict[str, float] = {}
+
+    def source(self, kind: str) -> None:
+        """Add a part that reads inputs, and its inputs."""
+        rng, name = self.rng, f"{self.prefix}p{len(self.parts)}"
+        spec: dict[str, Any] = {"name": name, "kind": kind, "settings": PARTS[kind].draw(rng)}
+        owner = name
+        others = [p for p in self.parts if p["kind"] in SHARING and "shares" not in p]
+        if kind in SHARING and others and rng.random() < 0.25:
+            other = rng.choice(others)
+            relation = rng.choice(("shares", "ties"))
+            spec[relation] = other["name"]
+            spec["settings"].update({key: other["settings"][key] for key in ("rows", "dim")})
+            owner = other["name"] if relation == "shares" else name
+        spec["inputs"] = []
+        for place, (form, shape) in enumerate(PARTS[kind].asks(spec["settings"])):
+            item = self._input(form, shape, owner, spec["settings"], place)
+            spec["inputs"] += [item["name"]]
+            if form.startswith("jagged"):
+                spec["inputs"] += [f"{item['name']}_{item['layout']}"]
+        self._add(spec)
+
+    def _input(
+        self, form: str, shape: tuple[int, ...], owner: str, settings: Mapping[str, Any], place: int
+    ) -> dict[str, Any]:
+        rng, name = self.rng, f"{self.prefix}i{len(self.inputs)}"
+        item: dict[str, Any] = {"name": name, "shape": shape}
+        if form == "dense":
+            item["kind"] = "dense"
+            self.scales[name] = 1.0 if place else rng.choice(SCALES)
+        else:
+            item["kind"] = "jagged_bag" if form.startswith("jagged") else form
+            item["table"] = f"{self.module}.parts.{owner}.table"
+            item["dtype"] = rng.choice(("int64", "int64", "int32"))
+            item["out_of_range"] = rng.choice(POLICIES)
+            if item["out_of_range"] == "default_row":
+                item["default_row"] = rng.randrange(settings["rows"])
+            if form.startswith("jagged"):
+                item["layout"] = form.removeprefix("jagged_")
+        if form in ("id", "dense") and shape:
+            item["columns"] = tuple(f"{name}_{n}" for n in range(shape[0]))
+        self.inputs.append(item)
+        return item
+
+    def computed(self, kind: str) -> None:
+        """Add a part that looks up ids computed from the inputs of other parts."""
+        wanted = {"id": ("id", ()), "dense": ("dense", None)}[PARTS[kind].reads]
+        names = [
+            item["name"]
+            for item in self.inputs
+            if item["kind"] == wanted[0] and (wanted[1] is None or item["shape"] == wanted[1])
+        ]
+        count = 2 if kind == "CrossedIds" else 1
+        if len(names) < count:
+            return
+        name = f"{self.prefix}p{len(self.parts)}"
+        settings = PARTS[kind].draw(self.rng)
+        inputs = self.rng.sample(names, count)
+        self._add({"name": name, "kind": kind, "settings": settings, "inputs": inputs})
+
+    def operation(self, kind: str) -> None:
+        """Add a part that reads other parts, most likely some that nothing reads yet."""
+        rng, name = self.rng, f"{self.prefix}p{len(self.parts)}"
+        spec: dict[str, Any] = {"name": name, "kind": kind, "settings": PARTS[kind].draw(rng)}
+        spec["takes"] = [self._taken(need) for need in PARTS[kind].takes]
+        if kind == "TiedOutput":
+            owners = [p for p in self.parts if p["kind"] in SHARING and p["settings"]["rows"] < 40]
+            if not owners:
+                return
+            owner = rng.choice(owners)
+            spec["ties"] = owner["name"]
+            spec["settings"].update({key: owner["settings"][key] for key in ("rows", "dim")})
+        self._add(spec)
+
+    def _taken(self, need: str) -> str:
+        rng = self.rng
+        kinds = {p["name"]: PARTS[p["kind"]].gives for p in self.parts}
+        fitting = [name for name in self.sizes if kinds[name] == need]
+        leaves = [name for name in fitting if name in self.leaves]
+        for names, chance in ((leaves, 0.85), (fitting, 0.9), (list(self.sizes), 1.0)):
+            if names and rng.random() < chance:
+                return rng.choice(names)
+        return rng.choice(list(self.sizes))
+
+    def _add(self, spec: dict[str, Any]) -> None:
+        from tests.random_networks.network import Graph
+
+        size = Graph([*self.parts, spec]).sizes[spec["name"]][0]
+        if size > WIDEST:
+            return
+        self.parts.append(spec)
+        self.sizes[spec["name"]] = size
+        taken = set(spec.get("takes", ()))
+        self.leaves = [name for name in self.leaves if name not in taken] + [spec["name"]]
+
+    def compose(self, sources: int, operations: int) -> None:
+        """Draw a whole graph."""
+        rng = self.rng
+        for _ in range(sources):
+            self.source(rng.choice(SOURCES))
+        for kind in ("CrossedIds", "Buckets"):
+            if rng.random() < 0.15:
+                self.computed(kind)
+        for _ in range(operations):
+            tied = rng.random() < 0.04
+            self.operation("TiedOutput" if tied else rng.choice(OPERATIONS))
+
+
+def generate(seed: int) -> Case:
+    """The network of a seed: one in eight has two towers."""
+    rng = random.Random(f"recpress {seed}")
+    return _two_towers(seed, rng) if seed % 8 == 7 else _click_model(seed, rng)
+
+
+def _click_model(seed: int, rng: random.Random) -> Case:
+    composer = Composer(rng)
+    composer.source("Lookup")
+    composer.compose(rng.randint(2, 6), rng.randint(2, 8))
+    widths = [rng.choice((4, 8, 16, 17)) for _ in range(rng.randint(0, 2))]
+    squeezes = ("one", "last", "view", "flatten", "index", "keep", "reshape", "sum")
+    probability = rng.random() < 0.25
+    head = {
+        "reads": composer.leaves,
+        "wide": [n for n, size in composer.sizes.items() if size == 1 and rng.random() < 0.5],
+        "widths": widths,
+        "norm": rng.random() < 0.4,
+        "activation": draw_activation(rng),
+        "squeeze": "every" if rng.random() < 0.03 else rng.choice(squeezes),
+        "probability": probability,
+    }
+    schema = Schema(
+        task="ctr",
+        inputs=tuple(composer.inputs),
+        output="probability" if probability else "logit",
+        label="label",
+        metric="auc",
+    )
+    return Case(seed, {"parts": composer.parts, "head": head}, schema, composer.scales)
+
+
+def _two_towers(seed: int, rng: random.Random) -> Case:
+    width, unit = rng.choice((3, 8, 16)), rng.choice(("function", "division", "none"))
+    towers = {}
+    for side in ("query", "item"):
+        towers[side] = Composer(rng, side[0], f"{side}.graph")
+        towers[side].source("Lookup")
+        towers[side].compose(rng.randint(1, 3), rng.randint(1, 4))
+    item = next(i for i in towers["item"].inputs if i["kind"] == "id" and not i["shape"])
+    inputs = tuple(i for side in towers.values() for i in side.inputs)
+    schema = Schema(
+        task="retrieval",
+        inputs=inputs,
+        output="score",
+        metric="recall@20",
+        group="group",
+        item=item["name"],
+        towers={
+            side: {"module": side, "inputs": tuple(i["name"] for i in towers[side].inputs)}
+            for side in towers
+        },
+    )
+    config = {
+        side: {"parts": made.parts, "head": {"reads": made.leaves, "unit": unit, "width": width}}
+        for side, made in towers.items()
+    }
+    scales = {**towers["query"].scales, **towers["item"].scales}
+    return Case(seed, config, schema, scales)
+
+
+def _rng(seed: int, name: str) -> random.Random:
+    return random.Random(f"{seed} {name}")
+
+
+@torch.no_grad()
+def set_weights(module: nn.Module, seed: int) -> None:
+    """Give every weight a value of a realistic size, with some rows and layers out of the usual."""
+    for name, owner in module.named_modules():
+        rng = _rng(seed, name)
+        generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {name}".encode()))
+        for key, value in [*owner._parameters.items(), *owner._buffers.items()]:
+            if value is None or not value.is_floating_point():
+                continue
+            draw = torch.randn(value.shape, generator=generator)
+            if key == "running_var":
+                value.copy_(draw.abs() + 0.3)
+            elif key == "running_mean":
+                value.copy_(0.5 * draw)
+            elif isinstance(owner, nn.Embedding | nn.EmbeddingBag):
+                _set_table(value, draw, rng, owner.padding_idx)
+            elif isinstance(owner, nn.BatchNorm1d | nn.LayerNorm | nn.RMSNorm):
+                value.copy_(1 + 0.3 * draw if key == "weight" else 0.2 * draw)
+            elif isinstance(owner, nn.PReLU):
+                value.copy_(0.25 + 0.1 * draw)
+            elif key in ("edges", "wide_scale", "offset"):
+                continue
+            elif value.dim() >= 2:
+                _set_layer(value, draw, rng, usual=name == "output")
+            else:
+                usual = 1.0 if key in ("weight", "scale") else 0.0
+                value.copy_(usual + 0.1 * draw)
+
+
+def _set_table(
+    value: torch.Tensor, draw: torch.Tensor, rng: random.Random, padding: int | None
+) -> None:
+    value.copy_(rng.choice(TABLE_SCALES) * draw)
+    row = rng.randrange(len(value))
+    form = rng.choice(("usual", "usual", "usual", "zero", "constant", "large", "small", "equal"))
+    if form == "zero":
+        value[row] = 0
+    elif form == "constant":
+        value[row] = 0.5
+    elif form in ("large", "small"):
+        value[row] *= 50.0 if form == "large" else 1e-7
+    elif form == "equal":
+        value[row] = value[0]
+    if rng.random() < 0.03:
+        value.zero_()
+    if padding is not None:
+        value[padding] = 0
+
+
+def _set_layer(value: torch.Tensor, draw: torch.Tensor, rng: random.Random, *, usual: bool) -> None:
+    value.copy_(draw * (rng.choice((0.7, 1.0, 1.5)) / max(value[0].numel(), 1) ** 0.5))
+    chance = 1.0 if usual else rng.random()
+    if chance < 0.02:
+        value.zero_()
+    elif chance < 0.06:
+        value[rng.randrange(len(value))] = 0  # a dead channel
+    elif chance < 0.09:
+        value[rng.randrange(len(value))] *= 1e-6
+
+
+@torch.no_grad()
+def spread_scores(module: nn.Module, case: Case) -> None:
+    """Scale the last layers so that logits of typical rows spread by about 1.5 around zero."""
+    if not isinstance(module, RandomNetwork):
+        return
+    inputs = typical_rows(case.schema, rows_of(module, case.schema), 128, case.scales, case.seed)
+    values = {name: x.nan_to_num() for name, x in module.graph.values(inputs).items()}
+    x = torch.cat([values[name] for name in module.reads], dim=1)
+    mean, deviation = x.mean(dim=0), x.std(dim=0).clamp(min=1e-3)
+    if module.norm is not None:
+        module.norm.running_mean.copy_(mean)
+        module.norm.running_var.copy_(deviation.square())
+    else:
+        module.scale.copy_(1 / deviation.clamp(min=x.std() / 100))
+    for place, name in enumerate(module.wide):
+        size = values[name].sum(dim=1).std()
+        module.wide_scale[place] = 0.5 / size if size > 1e-3 else 0.5
+    module.offset.zero_()
+    seen: list[torch.Tensor] = []
+    hook = module.output.register_forward_hook(lambda *found: seen.append(found[2].reshape(-1)))
+    probability, module.probability = module.probability, False
+    logit = module(**inputs).reshape(-1)
+    spread = seen[0].nan_to_num().std()
+    scale = 1.5 / spread if spread > 1e-6 else torch.tensor(1.0)
+    module.output.weight.mul_(scale)
+    module.output.bias.mul_(scale)
+    logit = module(**inputs).reshape(-1)
+    hook.remove()
+    module.probability = probability
+    module.offset.sub_(logit.nan_to_num().mean())
+
+
+def rows_of(module: nn.Module, schema: Schema) -> dict[str, int]:
+    """Rows of the tables that inputs name."""
+    return {
+        item.table: module.get_submodule(item.table).num_embeddings
+        for item in schema.inputs
+        if item.kind != "dense"
+    }
+
+
+def with_config(case: Case, config: dict[str, Any], schema: Schema) -> Case:
+    """The same seed with other parts and inputs."""
+    return replace(case, config=config, schema=schema)

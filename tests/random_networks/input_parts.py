@@ -1,0 +1,292 @@
+"""Parts of random networks that read inputs: lookups, bags of every kind, histories, raw numbers.
+
+They are called with input tensors in place of values. ``ask`` says which inputs a part of such
+settings has, as ``(kind of input, shape)``; the generator makes the signature of them.
+"""
+
+import random
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from tests.random_networks.parts import Part, Sizes, part
+
+DIMS = (1, 2, 3, 4, 5, 7, 8, 8, 12, 16, 16, 16, 17, 24, 32, 32, 33)
+ROWS = (2, 5, 9, 20, 33, 64, 150, 150, 300, 300, 500)
+Inputs = list[tuple[str, tuple[int, ...]]]
+
+
+class Source(Part):
+    """A part that reads inputs."""
+
+    takes = ()
+    reads: ClassVar[str] = ""
+
+    @staticmethod
+    def asks(settings: dict[str, Any]) -> Inputs:
+        """The inputs of a part with such settings; the first of them is the one of its table."""
+        raise NotImplementedError
+
+
+def draw_table(rng: random.Random) -> dict[str, Any]:
+    """Rows and dimension of a table."""
+    return {"rows": rng.choice(ROWS), "dim": rng.choice(DIMS)}
+
+
+@part
+class Lookup(Source):
+    """One id, one row; by a module or by ``F.embedding`` on the module's weight."""
+
+    @staticmethod
+    def draw(rng: random.Random) -> dict[str, Any]:
+        return {**draw_table(rng), "functional": rng.random() < 0.04}
+
+    @staticmethod
+    def asks(settings: dict[str, Any]) -> Inputs:
+        return [("id", ())]
+
+    def __init__(self, sizes: Sizes, *, rows: int, dim: int, functional: bool) -> None:
+        super().__init__()
+        self.table = nn.Embedding(rows, dim)
+        self.functional, self.size = functional, (dim,)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return F.embedding(ids, self.table.weight) if self.functional else self.table(ids)
+
+
+@part
+class Fields(Source):
+    """Several ids of one table in one input, as fields."""
+
+    gives = "fields"
+
+    @staticmethod
+    def draw(rng: random.Random) -> dict[str, Any]:
+        return {**draw_table(rng), "count": rng.randint(2, 5)}
+
+    @staticmethod
+    def asks(settings: dict[str, Any]) -> Inputs:
+        return [("id", (settings["count"],))]
+
+    def __init__(self, sizes: Sizes, *, rows: int, dim: int, count: int) -> None:
+        super().__init__()
+        self.table, self.size = nn.Embedding(rows, dim), (count, dim)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.table(ids)
+
+
+@part
+class PaddedBag(Source):
+    """An EmbeddingBag over padded lists, in every mode, perhaps with weights from the request."""
+
+    @staticmethod
+    def draw(rng: random.Random) -> dict[str, Any]:
+        mode = rng.choice(("sum", "mean", "max"))
+        return {
+            **draw_table(rng),
+            "mode": mode,
+            "length": rng.choice((1, 2, 5, 8)),
+            "padding": rng.random() < 0.7,
+            "weighted": mode == "sum" and rng.random() < 0.5,
+        }
+
+    @staticmethod
+    def asks(settings: dict[str, Any]) -> Inputs:
+        shape = (settings["length"],)
+        return [("padded_bag", shape), *([("dense", shape)] if settings["weighted"] else [])]
+
+    def __init__(
+        self, sizes: Sizes, *, rows: int, dim: int, mode: str, padding: bool, **more: Any
+    ) -> None:
+        super().__init__()
+        self.table = nn.EmbeddingBag(rows, dim, mode=mode, padding_idx=0 if padding else None)
+        self.size = (dim,)
+
+    def forward(self, ids: Tensor, weights: Tensor | None = None) -> Tensor:
+        if weights is None:
+            return self.table(ids)
+        return self.table(ids, per_sample_weights=weights)
+
+
+@part
+class JaggedBag(Source):
+    """An EmbeddingBag over lists end to end, with offsets or lengths, perhaps weighed by id."""
+
+    @staticmethod
+    def draw(rng: random.Random) -> dict[str, Any]:
+        mode = rng.choice(("sum", "mean", "max"))
+        return {
+            **draw_table(rng),
+            "mode": mode,
+            "length": rng.choice((1, 3, 6)),
+            "padding": rng.random() < 0.4,
+            "weighted": mode == "sum" and rng.random() < 0.5,
+            "layout": rng.choice(("offsets", "lengths")),
+            "last": rng.random() < 0.5,
+        }
+
+    @staticmethod
+    def asks(settings: dict[str, Any]) -> Inputs:
+        return [(f"jagged_{settings['layout']}", (settings["length"],))]
+
+    def __init__(
+        self,
+        sizes: Sizes,
+        *,
+        rows: int,
+        dim: int,
+        mode: str,
+        padding: bool,
+        weighted: bool,
+        layout: str,
+        last: bool,
+        **more: Any,
+    ) -> None:
+        super().__init__()
+        self.last = last and layout == "lengths"
+        self.table = nn.EmbeddingBag(
+            rows,
+            dim,
+            mode=mode,
+            padding_idx=1 if padding else None,
+            include_last_offset=self.last,
+        )
+        self.weight = nn.Embedding(rows, 1) if weighted else None
+        self.layout, self.size = layout, (dim,)
+
+    def forward(self, ids: Tensor, second: Tensor) -> Tensor:
+        if self.layout == "lengths":
+            second = second.cumsum(0) if self.last else second.cumsum(0) - second
+            if self.last:
+                second = torch.cat([second.new_zeros(1), second])
+        if self.weight is None:
+            return self.table(ids, second)
+        weights = self.weight(ids).squeeze(-1)
+        return self.table(ids, second, per_sample_weights=weights)
+
+
+@part
+class History(Source):
+    """A padded list of ids looked up one by one; the mask says which places are real."""
+
+    gives = "sequence"
+
+    @staticmethod
+    def draw(rng: random.Random) -> dict[str, Any]:
+        return {
+            **draw_table(rng),
+            "length": rng.choice((1, 3, 6, 10)),
+            "padding": rng.random() < 0.5,
+        }
+
+    @staticmethod
+    def asks(settings: dict[str, Any]) -> Inputs:
+        return [("padded_bag", (settings["length"],))]
+
+    def __init__(self, sizes: Sizes, *, rows: int, dim: int, length: int, padding: bool) -> None:
+        super().__init__()
+        self.table = nn.Embedding(rows, dim, padding_idx=0 if padding else None)
+        self.size = (length, dim)
+
+    def forward(self, ids: Tensor) -> tuple[Tensor, Tensor]:
+        return self.table(ids), ids != 0
+
+
+@part
+class Dense(Source):
+    """Raw numbers."""
+
+    @staticmethod
+    def draw(rng: random.Random) -> dict[str, Any]:
+        return {"width": rng.choice((1, 2, 3, 8, 13))}
+
+    @staticmethod
+    def asks(settings: dict[str, Any]) -> Inputs:
+        return [("dense", (settings["width"],))]
+
+    def __init__(self, sizes: Sizes, *, width: int) -> None:
+        super().__init__()
+        self.size = (width,)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x
+
+
+@part
+class CrossedIds(Source):
+    """A table whose ids the network computes from two inputs of other parts."""
+
+    reads = "id"
+
+    @staticmethod
+    def draw(rng: random.Random) -> dict[str, Any]:
+        return draw_table(rng)
+
+    @staticmethod
+    def asks(settings: dict[str, Any]) -> Inputs:
+        return []
+
+    def __init__(self, sizes: Sizes, *, rows: int, dim: int) -> None:
+        super().__init__()
+        self.table = nn.Embedding(rows, dim)
+        self.rows, self.size = rows, (dim,)
+
+    def forward(self, left: Tensor, right: Tensor) -> Tensor:
+        return self.table((left * 7 + right) % self.rows)
+
+
+@part
+class Buckets(Source):
+    """A table read at the bucket of a raw number of another part's input."""
+
+    reads = "dense"
+
+    @staticmethod
+    def draw(rng: random.Random) -> dict[str, Any]:
+        return {"rows": rng.choice((3, 5, 9)), "dim": rng.choice(DIMS)}
+
+    @staticmethod
+    def asks(settings: dict[str, Any]) -> Inputs:
+        return []
+
+    def __init__(self, sizes: Sizes, *, rows: int, dim: int) -> None:
+        super().__init__()
+        self.table = nn.Embedding(rows, dim)
+        self.register_buffer("edges", torch.linspace(-1, 1, rows - 1))
+        self.size = (dim,)
+
+    def forward(self, x: Tensor) -> Tensor:
+        bucket = (x[:, :1] > self.edges).long().sum(dim=1)  # (rows,)
+        return self.table(bucket)
+
+
+@part
+class TiedOutput(Part):
+    """A layer whose weight is another part's table: scores of every row of it."""
+
+    @staticmethod
+    def draw(rng: random.Random) -> dict[str, Any]:
+        return {"form": rng.choice(("layer", "matmul")), "bias": rng.random() < 0.5}
+
+    def __init__(self, sizes: Sizes, *, rows: int, dim: int, form: str, bias: bool) -> None:
+        super().__init__()
+        self.project = nn.Linear(sizes[0][0], dim)
+        self.form, self.size = form, (rows,)
+        self.output = nn.Linear(dim, rows, bias=bias)
+        self.table = nn.Embedding(1, 1) if form == "matmul" else None  # replaced by the tie
+
+    def tie(self, table: nn.Module) -> None:
+        """Share the weight of another part's table."""
+        if self.form == "layer":
+            self.output.weight = table.weight
+        else:
+            self.table, self.output = table, nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.tanh(self.project(x))
+        if self.table is not None:
+            return torch.matmul(x, self.table.weight.t())
+        return self.output(x)

@@ -1,0 +1,189 @@
+"""Networks that are built from a list of parts: what random networks are stored and loaded as."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from tests.random_networks import field_parts as _field_parts  # registers its parts
+from tests.random_networks import input_parts as _input_parts
+from tests.random_networks import sequence_parts as _sequence_parts
+from tests.random_networks.parts import PARTS, Part, Size, activation
+
+__all__ = ["RandomNetwork", "Tower", "TwoTowers"]
+assert all((_field_parts, _input_parts, _sequence_parts))
+
+Value = Tensor | tuple[Tensor, Tensor]
+SQUEEZES = ("one", "last", "view", "flatten", "index", "keep", "reshape", "sum", "every")
+
+
+def converted_size(size: Size, have: str, need: str) -> Size:
+    """The size of a value after ``converted``."""
+    if have == need:
+        return size
+    match have, need:
+        case "vector", _:
+            return (1, size[0])
+        case "fields", "vector":
+            return (size[0] * size[1],)
+        case "sequence", "vector":
+            return (size[1],)
+    return size
+
+
+def converted(value: Value, have: str, need: str) -> Value:
+    """A value as another kind of value, so that any part can read any other."""
+    if have == need:
+        return value
+    if have == "sequence":
+        x, mask = value
+        shown = x * mask.unsqueeze(-1)
+        return shown.sum(dim=1) if need == "vector" else shown
+    if need == "vector":
+        return value.flatten(1)
+    x = value.unsqueeze(1) if have == "vector" else value
+    if need == "fields":
+        return x
+    return x, torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)
+
+
+class Graph(nn.Module):
+    """Parts in order, each with the names of what it reads."""
+
+    def __init__(self, parts: list[dict[str, Any]]) -> None:
+        super().__init__()
+        self.specs = parts
+        self.parts = nn.ModuleDict()
+        self.kinds: dict[str, str] = {}
+        sizes: dict[str, Size] = {}
+        for spec in parts:
+            kind = PARTS[spec["kind"]]
+            taken = [
+                converted_size(sizes[name], self.kinds[name], need)
+                for name, need in zip(spec.get("takes", ()), kind.takes, strict=True)
+            ]
+            built = kind(taken, **spec["settings"])
+            self._share(spec, built)
+            self.parts[spec["name"]] = built
+            sizes[spec["name"]], self.kinds[spec["name"]] = built.size, kind.gives
+        self.sizes = {
+            name: converted_size(size, self.kinds[name], "vector") for name, size in sizes.items()
+        }
+
+    def _share(self, spec: dict[str, Any], built: Part) -> None:
+        if "shares" in spec:
+            built.table = self.parts[spec["shares"]].table
+        elif "ties" in spec:
+            table = self.parts[spec["ties"]].table
+            if hasattr(built, "tie"):
+                built.tie(table)
+            else:
+                built.table.weight = table.weight
+
+    def values(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Every part's result, as a vector."""
+        found: dict[str, Value] = {}
+        for spec in self.specs:
+            part = self.parts[spec["name"]]
+            if part.takes:
+                taken = [
+                    converted(found[name], self.kinds[name], need)
+                    for name, need in zip(spec["takes"], part.takes, strict=True)
+                ]
+            else:
+                taken = [inputs[name] for name in spec["inputs"]]
+            found[spec["name"]] = part(*taken)
+        return {name: converted(value, self.kinds[name], "vector") for name, value in found.items()}
+
+
+class RandomNetwork(nn.Module):
+    """A click model of random parts: a logit or a probability per row."""
+
+    def __init__(self, parts: list[dict[str, Any]], head: dict[str, Any]) -> None:
+        super().__init__()
+        self.graph = Graph(parts)
+        self.reads, self.wide = head["reads"], head["wide"]
+        self.squeeze, self.probability = head["squeeze"], head["probability"]
+        width = sum(self.graph.sizes[name][0] for name in self.reads)
+        # What raw values are brought to one size by: a fitted norm, or fixed numbers.
+        self.norm = nn.BatchNorm1d(width) if head["norm"] else None
+        self.scale = None if head["norm"] else nn.Parameter(torch.ones(width))
+        self.wide_scale = nn.Parameter(torch.ones(max(len(self.wide), 1)))
+        layers: list[nn.Module] = []
+        for after in head["widths"]:
+            layers += [nn.Linear(width, after), activation(head["activation"], after)]
+            width = after
+        self.hidden = nn.Sequential(*layers)
+        self.output = nn.Linear(width, 1)
+        self.offset = nn.Parameter(torch.zeros(1))
+
+    def forward(self, **inputs: Tensor) -> Tensor:
+        values = self.graph.values(inputs)
+        x = torch.cat([values[name] for name in self.reads], dim=1)
+        x = self.norm(x) if self.norm is not None else x * self.scale
+        logit = self.output(self.hidden(x))
+        for place, name in enumerate(self.wide):
+            wide = values[name].sum(dim=1, keepdim=True)
+            logit = logit + wide * self.wide_scale[place]
+        logit = self._squeezed(logit + self.offset)
+        return torch.sigmoid(logit) if self.probability else logit
+
+    def _squeezed(self, logit: Tensor) -> Tensor:
+        match self.squeeze:
+            case "one":
+                return logit.squeeze(1)
+            case "last":
+                return logit.squeeze(-1)
+            case "view":
+                return logit.view(-1)
+            case "flatten":
+                return logit.flatten()
+            case "index":
+                return logit[:, 0]
+            case "reshape":
+                return logit.reshape(logit.size(0))
+            case "sum":
+                return logit.sum(dim=1)
+            case "every":  # for one row this is a number without dimensions
+                return logit.squeeze()
+        return logit
+
+
+class Tower(nn.Module):
+    """One half of a retrieval model: a vector per row."""
+
+    def __init__(self, parts: list[dict[str, Any]], head: dict[str, Any]) -> None:
+        super().__init__()
+        self.graph = Graph(parts)
+        self.reads, self.unit = head["reads"], head["unit"]
+        width = sum(self.graph.sizes[name][0] for name in self.reads)
+        self.output = nn.Linear(width, head["width"])
+
+    def forward(self, **inputs: Tensor) -> Tensor:
+        values = self.graph.values(inputs)
+        vector = self.output(torch.cat([values[name] for name in self.reads], dim=1))
+        if self.unit == "function":
+            return F.normalize(vector, dim=-1)
+        if self.unit == "division":
+            return vector / (vector.norm(dim=1, keepdim=True) + 1e-12)
+        return vector
+
+
+class TwoTowers(nn.Module):
+    """A retrieval model of two towers of random parts."""
+
+    def __init__(self, query: dict[str, Any], item: dict[str, Any]) -> None:
+        super().__init__()
+        self.query, self.item = Tower(**query), Tower(**item)
+        self.read = {
+            side: {name for spec in parts["parts"] for name in spec.get("inputs", ())}
+            for side, parts in (("query", query), ("item", item))
+        }
+
+    def forward(self, **inputs: Tensor) -> Tensor:
+        vectors = [
+            tower(**{name: x for name, x in inputs.items() if name in self.read[side]})
+            for side, tower in (("query", self.query), ("item", self.item))
+        ]
+        return (vectors[0] * vectors[1]).sum(dim=1)

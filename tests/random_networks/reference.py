@@ -1,0 +1,163 @@
+"""The same network with every packed table and layer replaced by the numbers it stands for.
+
+A second opinion about a compressed module: the original classes (``nn.Embedding``,
+``nn.EmbeddingBag``, ``nn.Linear``) over decoded weights, and for layers that round their inputs
+the arithmetic of the format written out from its documentation.
+"""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from compressors.composed import ComposedTable
+from compressors.dense.weight_only import Reading
+from compressors.factored import FactoredLinear
+from compressors.formats import Bag, PackedLinear, PackedTable
+from compressors.units import private_copy
+
+# Root mean square error of a decoded table or layer, as a share of its root mean square.
+# Formats that an outlying row, or a large bias, may leave little of have no such limit.
+DECODED_WITHIN = {
+    "rowwise_int8": 0.3,
+    "rowwise_int4": 0.6,
+    "float8_e4m3": 0.06,
+    "bfloat16": 0.004,
+    "float16": 0.002,
+    "weight_int8": 0.06,
+    "weight_int4": 0.6,
+    "float8_dense": 0.06,
+}
+
+
+class Rounded(nn.Module):
+    """A dense layer over decoded weights, with its inputs rounded as its format says."""
+
+    def __init__(self, layer: PackedLinear) -> None:
+        super().__init__()
+        stored = {name: value.detach().clone() for name, value in layer.named_buffers()}
+        self.layer, self.stored, self.form = layer, stored, layer.storage.name
+        self.weight = decoded_layer(layer)
+        self.bias = stored["bias"].float() if "bias" in stored else None
+        if self.form == "static_int8":  # held as a whole number of products' steps
+            step = stored["weight_scale"] * stored["input_scale"]
+            self.bias = torch.round(self.bias / step) * step
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(self._rounded(x), self.weight, self.bias)
+
+    def _rounded(self, x: Tensor) -> Tensor:
+        if self.form == "static_int8":
+            scale = self.stored["input_scale"]
+            return torch.clamp(torch.round(x / scale), -128, 127) * scale
+        if self.form == "float8_dense":
+            scale = self.stored["input_scale"]
+            return (x / scale).clamp(-448, 448).to(torch.float8_e4m3fn).float() * scale
+        if self.form in ("weight_int8", "weight_int4"):
+            reading = Reading.of(self.layer.settings)
+            if reading.activations == "int8":
+                return _rounded_by_blocks(x, self._block(reading.block))
+        return x
+
+    def _block(self, block: int) -> int:
+        if block:
+            return block
+        length = -(-self.layer.in_features // 16) * 16
+        return next(width for width in (128, 64, 32, 16) if length % width == 0)
+
+
+def _rounded_by_blocks(x: Tensor, width: int) -> Tensor:
+    blocks = [x[..., begin : begin + width] for begin in range(0, x.shape[-1], width)]
+    near = []
+    for block in blocks:
+        largest = block.abs().amax(dim=-1, keepdim=True)
+        step = torch.where(largest > 1e-36, 127 / largest, torch.zeros_like(largest))
+        near.append(torch.round(block * step) * (largest / 127))
+    return torch.cat(near, dim=-1)
+
+
+@torch.no_grad()
+def decoded_table(table: nn.Module, rows: int) -> Tensor:
+    """Every row of a packed or composed table."""
+    found: Tensor = table(torch.arange(rows))
+    return found
+
+
+@torch.no_grad()
+def decoded_layer(layer: nn.Module) -> Tensor:
+    """The weight ``(out, in)`` of a packed layer; of layers that round inputs, from its tensors."""
+    if isinstance(layer, PackedLinear) and layer.storage.name in ("static_int8", "float8_dense"):
+        codes = layer.get_buffer("codes")
+        if layer.storage.name == "float8_dense":
+            codes = codes.view(torch.float8_e4m3fn)
+        return codes.float() * layer.get_buffer("weight_scale").reshape(-1, 1)
+    inputs = layer.in_features
+    nothing = layer(torch.zeros(1, inputs))
+    weight: Tensor = (layer(torch.eye(inputs)) - nothing).T
+    return weight
+
+
+def decoded_network(packed: nn.Module, plain: nn.Module) -> tuple[nn.Module, list[str]]:
+    """``plain`` with the decoded weights of ``packed``, and which weights are too far off.
+
+    Args:
+        packed: the compressed network.
+        plain: the network before it was compressed.
+    """
+    reference, faults = private_copy(plain).eval(), []
+    _copy_rest(packed, reference)
+    modules = dict(packed.named_modules())
+    inside: set[str] = set()
+    for name, module in modules.items():
+        if any(name.startswith(f"{owner}.") for owner in inside):
+            continue
+        table = module.table if isinstance(module, Bag) else module
+        if isinstance(table, PackedTable | ComposedTable):
+            inside.add(name)
+            old = reference.get_submodule(name)
+            weight = decoded_table(table, table.rows)
+            if isinstance(table, PackedTable):
+                faults += _too_far(name, table.storage.name, old.weight.detach(), weight)
+            old.weight = nn.Parameter(weight, requires_grad=False)
+        elif isinstance(module, PackedLinear | FactoredLinear):
+            inside.add(name)
+            old = reference.get_submodule(name)
+            if isinstance(module, PackedLinear):
+                new: nn.Module = Rounded(module)
+                form = module.storage.name
+                faults += _too_far(name, form, old.weight.detach(), new.weight)
+            else:
+                new = nn.Linear(module.in_features, module.out_features)
+                new.weight = nn.Parameter(decoded_layer(module), requires_grad=False)
+                zero = torch.zeros(1, module.in_features)
+                new.bias = nn.Parameter(module(zero)[0].detach(), requires_grad=False)
+            _replace(reference, old, new)
+    return reference.eval(), faults
+
+
+def _copy_rest(packed: nn.Module, reference: nn.Module) -> None:
+    """Take over what is no unit, such as norms that a training step changed as well."""
+    held = packed.state_dict(keep_vars=True)
+    for name, owner in reference.named_modules():
+        for kind in (owner._parameters, owner._buffers):
+            for key, value in list(kind.items()):
+                new = held.get(f"{name}.{key}" if name else key)
+                if value is not None and new is not None and new.shape == value.shape:
+                    plain = isinstance(value, nn.Parameter)
+                    new = new.detach()
+                    kind[key] = nn.Parameter(new, requires_grad=False) if plain else new
+
+
+def _replace(network: nn.Module, old: nn.Module, new: nn.Module) -> None:
+    for parent in list(network.modules()):
+        for key, child in list(parent._modules.items()):
+            if child is old:
+                parent._modules[key] = new
+
+
+def _too_far(name: str, form: str, weight: Tensor, near: Tensor) -> list[str]:
+    limit = DECODED_WITHIN.get(form)
+    size = float(weight.square().mean().sqrt())
+    error = float((near - weight).square().mean().sqrt())
+    if limit is None or error <= limit * size + 1e-7:
+        return []
+    return [f"{name} decoded from {form} is off by {error / max(size, 1e-30):.2g} of its size"]

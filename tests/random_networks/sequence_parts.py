@@ -1,0 +1,249 @@
+"""Parts of random networks that work on sequences: masked pooling and attention.
+
+A sequence is ``(rows, length, dim)`` with a mask ``(rows, length)``, True at real places. A row may
+have no real place at all: the history of a new user.
+"""
+
+import random
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from tests.random_networks.parts import Part, Sizes, activation, draw_activation, part
+
+EPSILONS = (1e-7, 1e-8, 1e-9, 1e-10, 1e-12, 1e-16)
+Masked = tuple[Tensor, Tensor]
+
+
+@part
+class MaskedMean(Part):
+    """A mean over real places, in the ways that people keep it finite for an empty row."""
+
+    takes = ("sequence",)
+
+    @staticmethod
+    def draw(rng: random.Random) -> dict[str, Any]:
+        forms = ("eps", "eps", "eps", "clamp", "where", "maximum", "root", "sum", "plain")
+        return {"form": rng.choice(forms), "eps": rng.choice(EPSILONS)}
+
+    def __init__(self, sizes: Sizes, *, form: str, eps: float) -> None:
+        super().__init__()
+        self.form, self.eps, self.size = form, eps, (sizes[0][1],)
+
+    def forward(self, sequence: Masked) -> Tensor:
+        x, mask = sequence
+        real = mask.to(x.dtype).unsqueeze(-1)  # (rows, length, 1)
+        total, count = (x * real).sum(dim=1), real.sum(dim=1)
+        match self.form:
+            case "eps":
+                return total / (count + self.eps)
+            case "clamp":
+                return total / count.clamp(min=1)
+            case "where":
+                return torch.where(count > 0, total / count, torch.zeros_like(total))
+            case "maximum":
+                return total / torch.maximum(count, torch.ones_like(count))
+            case "root":
+                return total / torch.sqrt(count + self.eps)
+            case "plain":  # NaN for an empty row, made zero
+                return torch.nan_to_num(total / count)
+        return total
+
+
+@part
+class MaskedMax(Part):
+    """The largest numbers over real places."""
+
+    takes = ("sequence",)
+
+    @staticmethod
+    def draw(rng: random.Random) -> dict[str, Any]:
+        return {"form": rng.choice(("large", "lowest", "infinite", "subtract"))}
+
+    def __init__(self, sizes: Sizes, *, form: str) -> None:
+        super().__init__()
+        self.form, self.size = form, (sizes[0][1],)
+
+    def forward(self, sequence: Masked) -> Tensor:
+        x, mask = sequence
+        away = ~mask.unsqueeze(-1)
+        if self.form == "infinite":
+            top = x.masked_fill(away, float("-inf")).amax(dim=1)
+            return torch.where(torch.isinf(top), torch.zeros_like(top), top)
+        if self.form == "subtract":
+            top = (x - away.to(x.dtype) * 1e4).max(dim=1)[0]
+        else:
+            low = torch.finfo(x.dtype).min if self.form == "lowest" else -1e9
+            top = x.masked_fill(away, low).max(dim=1).values
+        return top * mask.any(dim=1, keepdim=True).to(x.dtype)
+
+
+@part
+class TargetAttention(Part):
+    """Attention of DIN: a small network scores each place against a target."""
+
+    takes = ("sequence", "vector")
+
+    @staticmethod
+    def draw(rng: random.Random) -> dict[str, Any]:
+        return {
+            "width": rng.choice((3, 8, 16)),
+            "activation": draw_activation(rng),
+            "weights": rng.choice(("softmax", "softmax_infinite", "mask", "sigmoid")),
+        }
+
+    def __init__(self, sizes: Sizes, *, width: int, weights: str, **more: Any) -> None:
+        super().__init__()
+        (_, dim), (target,) = sizes
+        self.project = nn.Linear(target, dim)
+        self.hidden, self.score = nn.Linear(4 * dim, width), nn.Linear(width, 1)
+        self.activation = activation(more["activation"], width)
+        self.weights, self.size = weights, (dim,)
+
+    def forward(self, sequence: Masked, target: Tensor) -> Tensor:
+        keys, mask = sequence
+        query = self.project(target).unsqueeze(1).expand(-1, keys.shape[1], -1)
+        both = torch.cat([query, keys, query - keys, query * keys], dim=-1)
+        fit = self.score(self.activation(self.hidden(both))).squeeze(-1)  # (rows, length)
+        match self.weights:
+            case "softmax":
+                fit = fit.masked_fill(~mask, -(2.0**32) + 1)
+                share = torch.softmax(fit / keys.shape[-1] ** 0.5, dim=-1)
+            case "softmax_infinite":  # an empty row is 0 / 0
+                share = torch.nan_to_num(torch.softmax(fit.masked_fill(~mask, -torch.inf), dim=-1))
+            case "mask":
+                share = fit * mask.to(fit.dtype)
+            case _:
+                share = torch.sigmoid(fit) * mask.to(fit.dtype)
+        return torch.matmul(share.unsqueeze(1), keys).squeeze(1)
+
+
+@part
+class SelfAttention(Part):
+    """Self-attention with padding masked: torch's module, its function, or written by hand."""
+
+    takes = ("sequence",)
+    gives = "sequence"
+
+    @staticmethod
+    def draw(rng: random.Random) -> dict[str, Any]:
+        return {
+            "heads": rng.choice((1, 2)),
+            "head_dim": rng.choice((2, 4)),
+            "form": rng.choice(("hand", "module", "function", "layer")),
+            "empty": "raw" if rng.random() < 0.08 else rng.choice(("first", "number")),
+        }
+
+    def __init__(self, sizes: Sizes, *, heads: int, head_dim: int, form: str, empty: str) -> None:
+        super().__init__()
+        length, dim = sizes[0]
+        width = heads * head_dim
+        self.heads, self.form, self.empty = heads, form, empty
+        self.size = (length, width)
+        self.enter = nn.Linear(dim, width)
+        if form == "module":
+            self.attention = nn.MultiheadAttention(width, heads, batch_first=True)
+        elif form == "layer":
+            self.layer = nn.TransformerEncoderLayer(
+                width, heads, 2 * width, batch_first=True, norm_first=head_dim == 2
+            )
+        else:
+            self.heads_in, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
+
+    def forward(self, sequence: Masked) -> Masked:
+        x, mask = sequence
+        x = self.enter(x)
+        away = ~mask
+        if self.empty == "first":  # an empty row attends to its first place
+            first = torch.arange(x.shape[1], device=x.device) == 0
+            away = away & ~(first & away.all(dim=1, keepdim=True))
+        if self.form == "module":
+            found = self.attention(x, x, x, key_padding_mask=away, need_weights=False)[0]
+        elif self.form == "layer":
+            found = self.layer(x, src_key_padding_mask=away)
+        else:
+            found = self._by_hand(x, away)
+        if self.empty == "number":
+            found = torch.nan_to_num(found)
+        return found, mask
+
+    def _by_hand(self, x: Tensor, away: Tensor) -> Tensor:
+        rows, length, width = x.shape
+        query, key, value = (
+            part.reshape(rows, length, self.heads, -1).permute(0, 2, 1, 3)
+            for part in self.heads_in(x).chunk(3, dim=-1)
+        )
+        hidden = away[:, None, None, :]
+        if self.form == "function":
+            found = F.scaled_dot_product_attention(query, key, value, attn_mask=~hidden)
+        else:
+            fit = torch.einsum("bhqd,bhkd->bhqk", query, key) * query.shape[-1] ** -0.5
+            low = float("-inf") if self.empty == "raw" else -1e9
+            found = fit.masked_fill(hidden, low).softmax(dim=-1) @ value
+        return x + self.out(found.permute(0, 2, 1, 3).reshape(rows, length, width))
+
+
+@part
+class Places(Part):
+    """Embeddings of positions added to a sequence; their table is read at the same rows always."""
+
+    takes = ("sequence",)
+    gives = "sequence"
+
+    def __init__(self, sizes: Sizes) -> None:
+        super().__init__()
+        length, dim = sizes[0]
+        self.table = nn.Embedding(length, dim)
+        self.norm, self.size = nn.LayerNorm(dim), sizes[0]
+
+    def forward(self, sequence: Masked) -> Masked:
+        x, mask = sequence
+        places = torch.arange(x.shape[1], device=x.device)
+        return self.norm(x + self.table(places)), mask
+
+
+@part
+class SequenceConv(Part):
+    """A kernel-1 Conv1d over the places of a sequence, or a layer over their numbers."""
+
+    takes = ("sequence",)
+    gives = "sequence"
+
+    @staticmethod
+    def draw(rng: random.Random) -> dict[str, Any]:
+        return {
+            "width": rng.choice((2, 3, 8)),
+            "conv": rng.random() < 0.7,
+            "activation": draw_activation(rng),
+        }
+
+    def __init__(self, sizes: Sizes, *, width: int, conv: bool, **more: Any) -> None:
+        super().__init__()
+        length, dim = sizes[0]
+        self.layer = nn.Conv1d(dim, width, 1) if conv else nn.Linear(dim, width)
+        self.activation = activation(more["activation"], width)
+        self.conv, self.size = conv, (length, width)
+
+    def forward(self, sequence: Masked) -> Masked:
+        x, mask = sequence
+        x = self.layer(x.transpose(1, 2)).transpose(1, 2) if self.conv else self.layer(x)
+        return self.activation(x), mask
+
+
+@part
+class LastPlace(Part):
+    """The last real place of a sequence, by a gather; zeros for an empty one."""
+
+    takes = ("sequence",)
+
+    def __init__(self, sizes: Sizes) -> None:
+        super().__init__()
+        self.size = (sizes[0][1],)
+
+    def forward(self, sequence: Masked) -> Tensor:
+        x, mask = sequence
+        last = (mask.long().sum(dim=1) - 1).clamp(min=0)  # (rows,)
+        index = last.view(-1, 1, 1).expand(-1, 1, x.shape[2])
+        return x.gather(1, index).squeeze(1) * mask.any(dim=1, keepdim=True)

@@ -1,0 +1,173 @@
+"""Which steps a random network goes through: value-changing ones first, then mixed formats.
+
+A mixed pass gives every table and every layer another format, so one graph covers many. Passes
+rotate with the seed, so that every format meets every target many times over a range of seeds.
+"""
+
+import random
+from collections.abc import Callable
+from typing import Any
+
+from compressors.contracts import TargetKind
+from compressors.dense.bfloat16_dense import BFloat16Dense
+from compressors.dense.channels import Channels
+from compressors.dense.drop_layers import DropLayers
+from compressors.dense.equalize import Equalize
+from compressors.dense.float8_dense import Float8Dense
+from compressors.dense.float16 import Float16
+from compressors.dense.fold import Fold
+from compressors.dense.l1_training import L1Training
+from compressors.dense.low_rank_dense import LowRankDense
+from compressors.dense.magnitude import Magnitude
+from compressors.dense.qat import QAT
+from compressors.dense.smooth_quant import SmoothQuant
+from compressors.dense.sparse_2_4 import Sparse24
+from compressors.dense.static_int8 import StaticInt8
+from compressors.dense.weight_int4 import WeightInt4
+from compressors.dense.weight_int8 import WeightInt8
+from compressors.distill.distill import Distill
+from compressors.distill.fine_tune import FineTune
+from compressors.distill.recalibrate import Recalibrate
+from compressors.distill.refit_codes import RefitCodes
+from compressors.tables.additive_codes import AdditiveCodes
+from compressors.tables.bfloat16 import BFloat16
+from compressors.tables.cluster_rows import ClusterRows
+from compressors.tables.dimensions import Dimensions
+from compressors.tables.drop_tables import DropTables
+from compressors.tables.float8_e4m3 import Float8E4M3
+from compressors.tables.kmeans import KMeans
+from compressors.tables.low_rank import LowRank
+from compressors.tables.merge_rows import MergeRows
+from compressors.tables.multi_hash import MultiHash
+from compressors.tables.neural_codes import NeuralCodes
+from compressors.tables.product_codes import ProductCodes
+from compressors.tables.prune_rows import PruneRows
+from compressors.tables.quotient_remainder import QuotientRemainder
+from compressors.tables.residual_codes import ResidualCodes
+from compressors.tables.rowwise_int2 import RowwiseInt2
+from compressors.tables.rowwise_int4 import RowwiseInt4
+from compressors.tables.rowwise_int8 import RowwiseInt8
+from compressors.tables.tiers import Tiers
+from compressors.training import Training
+
+QUICKLY = Training(epochs=1, batch=32, learning_rate=0.01, warmup=0)
+Draw = Callable[[random.Random, tuple[str, ...]], Any]
+
+
+def _grid(kind: Any) -> Draw:
+    def draw(rng: random.Random, names: tuple[str, ...]) -> Any:
+        more = {} if kind is Float8E4M3 else {"symmetric": rng.random() < 0.5}
+        if kind is not Float8E4M3:
+            more["clipping"] = rng.choice(("min_max", "mse", "least_squares", "greedy"))
+        scale = rng.choice(("float16", "float32"))
+        return kind(tables=names, scale=scale, rows_per_scale=rng.choice((1, 1, 2, 8, 0)), **more)
+
+    return draw
+
+
+def _codes(kind: Any, **ranges: tuple[Any, ...]) -> Draw:
+    def draw(rng: random.Random, names: tuple[str, ...]) -> Any:
+        return kind(tables=names, **{key: rng.choice(values) for key, values in ranges.items()})
+
+    return draw
+
+
+TABLES: dict[str, Draw] = {
+    "rowwise_int8": _grid(RowwiseInt8),
+    "rowwise_int4": _grid(RowwiseInt4),
+    "rowwise_int2": _grid(RowwiseInt2),
+    "float8_e4m3": _grid(Float8E4M3),
+    "kmeans": _codes(KMeans, bits=(2, 4, 8), scale=("none", "float16", "float32")),
+    "product_codes": _codes(
+        ProductCodes,
+        parts=(1, 2, 4),
+        bits=(2, 4, 8),
+        codebook_type=("float32", "float16"),
+        codebook_share=(0.5, 1.0),
+    ),
+    "residual_codes": _codes(
+        ResidualCodes,
+        codebooks=(1, 2, 3),
+        bits=(2, 4, 8),
+        refine=(2,),
+        codebook_type=("float32", "float16"),
+        codebook_share=(0.5, 1.0),
+    ),
+    "additive_codes": _codes(
+        AdditiveCodes, codebooks=(2,), bits=(2, 4), rounds=(2,), beam=(2,), codebook_share=(1.0,)
+    ),
+    "bfloat16": _codes(BFloat16),
+    "float16": _codes(Float16, layers=((),)),
+    "low_rank": _codes(LowRank, rank=(0.25, 0.5)),
+    "dimensions": _codes(Dimensions, keep=(0.5, 0.7)),
+    "quotient_remainder": _codes(
+        QuotientRemainder, operation=("add", "multiply"), buckets=(0, 0.3)
+    ),
+    "multi_hash": _codes(
+        MultiHash, hashes=(1, 2, 3), signed=(True, False), draws=(1,), buckets=(0.3, 0.5)
+    ),
+    "neural_codes": _codes(NeuralCodes, steps=(5,), hidden=(4, 8), codes=(0.3, 0.5)),
+    "merge_rows": _codes(MergeRows, within=(0.0, 0.5)),
+    "cluster_rows": _codes(ClusterRows, hot=(0.2,), clusters=(0.1, 0.5)),
+    "prune_rows": _codes(
+        PruneRows,
+        keep=(0.3, 0.6),
+        importance=("traffic", "norm"),
+        pruned=("nearest", "shared", "zero"),
+    ),
+    "tiers": _codes(Tiers, hot=(0.1, 0.5)),
+    "drop_tables": _codes(DropTables, most_loss=(0.5,), repeats=(1,)),
+}
+COMPOSING = {
+    "low_rank", "dimensions", "quotient_remainder", "multi_hash", "neural_codes", "merge_rows",
+    "cluster_rows", "prune_rows", "tiers",
+}  # fmt: skip
+
+
+def _layers(kind: Any, **ranges: tuple[Any, ...]) -> Draw:
+    def draw(rng: random.Random, names: tuple[str, ...]) -> Any:
+        return kind(layers=names, **{key: rng.choice(values) for key, values in ranges.items()})
+
+    return draw
+
+
+BLOCKS = {
+    "block": (0, 16, 32, 64),
+    "scale": ("float16", "float32"),
+    "activations": ("float32", "int8"),
+}
+LAYERS: dict[str, Draw] = {
+    "static_int8": _layers(
+        StaticInt8, calibrator=("min_max", "mse", "percentile"), weights=("min_max", "mse")
+    ),
+    "weight_int8": _layers(WeightInt8, **BLOCKS),
+    "weight_int4": _layers(WeightInt4, **BLOCKS, clipping=("min_max", "mse")),
+    "float8_dense": _layers(Float8Dense, scales=("channel", "layer")),
+    "bfloat16_dense": _layers(BFloat16Dense),
+    "float16": _layers(Float16, tables=((),)),
+    "low_rank_dense": _layers(LowRankDense, rank=(0.25, 0.5), weighted=(True, False)),
+    "qat": _layers(QAT, training=(QUICKLY,)),
+}
+TRAINS = {"qat"}  # changes other layers too, so it is checked alone
+VALUES: dict[str, Callable[[random.Random], Any]] = {
+    "fold": lambda _: Fold(),
+    "equalize": lambda _: Equalize(),
+    "smooth_quant": lambda rng: SmoothQuant(alpha=rng.choice((0.3, 0.5, 0.8))),
+    "magnitude": lambda rng: Magnitude(share=0.5, scope=rng.choice(("layer", "global"))),
+    "sparse_2_4": lambda rng: Sparse24(reconstruct=rng.random() < 0.5),
+    "channels": lambda rng: Channels(
+        keep=0.5,
+        multiple=rng.choice((1, 2, 8)),
+        importance=rng.choice(("l1", "l2", "activation", "random")),
+        reconstruct=rng.random() < 0.3,
+    ),
+    "drop_layers": lambda _: DropLayers(),
+    "l1_training": lambda _: L1Training(training=QUICKLY),
+    "fine_tune": lambda _: FineTune(training=QUICKLY),
+    "distill": lambda _: Distill(training=QUICKLY),
+}
+LAST: dict[str, Callable[[random.Random], Any]] = {
+    "recalibrate": lambda rng: Recalibrate(method=rng.choice(("temperature", "platt", "isotonic"))),
+    "refit_codes": lambda _: RefitCodes(rounds=1, training=QUICKLY),
+}
+TARGETS: tuple[TargetKind, ...] = ("onnxruntime", "tensorrt", "tensorrt-rtx")
