@@ -159,9 +159,12 @@ def load(architecture: type[nn.Module], network: Network, folder: Path) -> nn.Mo
                 f"A tie names {name!r} and {stored!r}; both must be weights of "
                 f"{network.architecture.path}."
             )
-    _check_fit(model, tensors, network)
+    copies = _stored_twice(own, tensors, network.architecture.path)
+    ties = {**network.ties, **copies}
+    tensors = {name: tensor for name, tensor in tensors.items() if name not in copies}
+    _check_fit(model, tensors, network.model_copy(update={"ties": ties}))
     assign(model, tensors, strict=False)
-    for name, stored in network.ties.items():
+    for name, stored in ties.items():
         owner, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(owner), leaf, _tensor(model, stored))
     if left := unfilled(model, replaced):
@@ -176,6 +179,32 @@ def load(architecture: type[nn.Module], network: Network, folder: Path) -> nn.Mo
             f"class and pass 'cpu'."
         )
     return model.eval()
+
+
+def _stored_twice(
+    own: Mapping[str, Tensor], tensors: Mapping[str, Tensor], path: str
+) -> dict[str, str]:
+    """Stored tensors that the network shares with one stored before them: undeclared ties.
+
+    Raises:
+        ModelRefused: the two hold different values.
+    """
+    first: dict[int, str] = {}
+    ties: dict[str, str] = {}
+    for name, tensor in own.items():
+        if name not in tensors:
+            continue
+        stored = first.setdefault(id(tensor), name)
+        if stored == name:
+            continue
+        if not torch.equal(tensors[name], tensors[stored]):
+            raise ModelRefused(
+                f"{path} uses one tensor as {stored!r} and {name!r}, and the files hold different "
+                f"values for the two. Store the one that the network was trained with, and name "
+                f"the other in 'ties'."
+            )
+        ties[name] = stored
+    return ties
 
 
 def _check_fit(model: nn.Module, tensors: Mapping[str, Tensor], network: Network) -> None:

@@ -64,7 +64,7 @@ class LoweredGraph(Frozen):
     """One graph, and what was found about it.
 
     ``width`` is None where ``output`` is one number a row, else how many numbers a vector has.
-    ``packed_bytes`` is what the weights of its part of the model take as planned,
+    ``packed_bytes`` is what the weights of its part of the model take as planned, each once,
     ``sparse_layers`` are those with two zeros among every four inputs.
     """
 
@@ -89,12 +89,21 @@ class Lowering(Frozen):
     """What is stored beside the graphs of a model; requests wait for the first of them.
 
     A model is one graph, ``model``; a retrieval model two, ``query`` and ``item``.
+    ``packed_bytes`` counts each stored tensor of the model once, as plans do;
+    ``served_packed_bytes`` counts it in every graph that reads it, as served bytes do;
+    ``repeated_bytes`` is what tensors in more than one graph add to the latter.
     """
 
     target: TargetKind
     name: str
     graphs: tuple[LoweredGraph, ...] = Field(min_length=1)
     packed_bytes: int
+    repeated_bytes: int = 0
+
+    @property
+    def served_packed_bytes(self) -> int:
+        """Bytes of weights in all graphs together."""
+        return sum(graph.packed_bytes for graph in self.graphs)
 
 
 class Measurement(Frozen):
@@ -258,7 +267,11 @@ def lowering_of(folder: Path) -> Lowering:
 
 
 def served_bytes(folder: Path) -> int:
-    """Bytes of what a target loads: all graphs with their weights, or all engines."""
+    """Bytes of what a target loads: all graphs with their weights, or all engines.
+
+    The same for the baseline, the candidate and the champion. A tensor that two graphs read is in
+    both files and counts in both.
+    """
     suffixes = [Path(name).suffix for name in FILES.values()]
     engines = [path for path in folder.iterdir() if path.suffix in suffixes]
     return sum(path.stat().st_size for path in engines or folder.glob("*.onnx*"))

@@ -74,7 +74,8 @@ def lower_model(
             target=target,
             name=f"{loaded.manifest.name}@{loaded.manifest.version}",
             graphs=tuple(graphs),
-            packed_bytes=sum(graph.packed_bytes for graph in graphs),
+            packed_bytes=_weight_bytes(loaded),
+            repeated_bytes=_repeated_bytes(loaded),
         )
         (Path(scratch) / "lowering.json").write_text(lowering.model_dump_json(indent=1))
         return store().put(Path(scratch))
@@ -146,13 +147,26 @@ def _inputs(example: dict[str, Tensor], schema: Schema) -> list[GraphInput]:
 
 
 def _packed_bytes(loaded: Loaded, form: Form) -> int:
-    """Bytes all weights of a graph take as planned; as stored where there is no plan.
-
-    A table that both towers read lies in both graphs, and counts in both.
-    """
-    plan = loaded.model.plan
+    """Bytes of all weights of one graph; a table that both towers read counts in both graphs."""
     if form.module:
         return stored_bytes(form.part(loaded.model.module))
+    return _weight_bytes(loaded)
+
+
+def _repeated_bytes(loaded: Loaded) -> int:
+    """Bytes of tensors that several graphs read, in every graph but the first."""
+    seen: set[int] = set()
+    repeated = 0
+    for form in forms(loaded.manifest.signature):
+        part = form.part(loaded.model.module)
+        repeated += stored_bytes(part) - stored_bytes(part, seen)
+        seen |= {id(tensor) for tensor in part.state_dict(keep_vars=True).values()}
+    return repeated
+
+
+def _weight_bytes(loaded: Loaded) -> int:
+    """Bytes of all weights of a model, each stored tensor once, as plans count them."""
+    plan = loaded.model.plan
     if plan is not None:
         return sum(line.bytes_after for line in plan.lines)
-    return sum(record.bytes for record in loaded.manifest.files.values())
+    return stored_bytes(loaded.model.module)

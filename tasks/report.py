@@ -4,7 +4,7 @@ import json
 
 from compressors.contracts import SCORE_CHANGE, Estimate, Plan
 from infra.html import many
-from tasks.documents import ORDER_FILE, LoweredGraph, Report
+from tasks.documents import ORDER_FILE, LoweredGraph, Report, TargetReport
 from tasks.report_cells import cell, change_of, label, packed, score_change_of, widened
 from tasks.report_stages import stage_lines
 
@@ -28,7 +28,7 @@ def headline(report: Report) -> list[dict[str, str]]:
         {
             "what": "bytes of weights",
             "before": f"{sum(line.bytes_before for line in report.plan.lines):,}",
-            **{t.target: f"{t.lowering.packed_bytes:,}" for t in report.targets},
+            **{t.target: f"{_bytes_after(report.plan):,}" for t in report.targets},
             "change": f"{_ratio(report.plan):.2f}x",
         }
     )
@@ -155,13 +155,33 @@ def remarks(report: Report) -> list[str]:
                 "This processor has no int8 dot product: int8 layers are slower than with one."
             )
     found += [
-        f"The {target.target} engine holds {target.lowering.packed_bytes:,} bytes of weights; the "
-        f"rest of its {target.bytes:,} bytes is code, which does not grow with a table's rows."
+        f"{_engines(target)} {target.lowering.served_packed_bytes:,} bytes of weights; the rest of "
+        f"the {target.bytes:,} bytes is code, which does not grow with a table's rows."
         for target in report.targets
         if target.audits
     ]
+    found += shared(report)
     found += [f"Step {kind} was left out: {why}" for kind, why in report.idle.items()]
     return found
+
+
+def _engines(target: TargetReport) -> str:
+    if len(target.lowering.graphs) == 1:
+        return f"The {target.target} engine holds"
+    return f"The {len(target.lowering.graphs)} {target.target} engines hold"
+
+
+def shared(report: Report) -> list[str]:
+    """That some weights are in several graphs and count differently; nothing where none are."""
+    first = report.targets[0].lowering
+    if not first.repeated_bytes:
+        return []
+    names = " and ".join(graph.name for graph in first.graphs)
+    return [
+        f"The graphs {names} share {first.repeated_bytes:,} bytes of weights. 'bytes of weights' "
+        f"counts each stored tensor once, before and after; 'bytes served' counts every file that "
+        f"a target loads, before and after."
+    ]
 
 
 def timed(report: Report) -> list[str]:
@@ -242,7 +262,11 @@ def _graph_checks(where: str, graph: LoweredGraph, audit: dict[str, object]) -> 
 
 def _ratio(plan: Plan) -> float:
     before = sum(line.bytes_before for line in plan.lines)
-    return sum(line.bytes_after for line in plan.lines) / before if before else 1.0
+    return _bytes_after(plan) / before if before else 1.0
+
+
+def _bytes_after(plan: Plan) -> int:
+    return sum(line.bytes_after for line in plan.lines)
 
 
 def _plain(estimate: Estimate, latency: bool) -> str:

@@ -271,7 +271,8 @@ def _target(place: int, target: TargetReport) -> str:
         "Verdict": f'<span class="{WORDS[tone]}">{target.verdict.outcome}</span>'
         f"<small>{escape(target.verdict.reason)}</small>",
         "Ordered as": "required" if target.required else "optional",
-        "Bytes served": f"{target.bytes:,}, of them {lowering.packed_bytes:,} packed weights",
+        "Bytes served": f"{target.bytes:,}, of them {lowering.served_packed_bytes:,} of packed "
+        f"weights",
     }
     for graph in lowering.graphs:
         found = _graph(graph, target.audits.get(graph.name, {}))

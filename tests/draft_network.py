@@ -85,15 +85,29 @@ class TowerNet(nn.Module):
         dim: width of every table and vector.
         hidden: width of the user tower's first layer.
         bias: added to every score, where towers know nothing of it: a model to be refused.
+        share: ``module`` or ``weight`` if both towers use one table of tags: the same bag, or two
+            bags over one weight.
     """
 
     def __init__(
-        self, users: int, items: int, tags: int, dense: int, dim: int, hidden: int, bias: float = 0
+        self,
+        users: int,
+        items: int,
+        tags: int,
+        dense: int,
+        dim: int,
+        hidden: int,
+        bias: float = 0,
+        share: str = "",
     ) -> None:
         super().__init__()
         self.of_user = UserTower(users, tags, dim, hidden)
         self.of_item = ItemTower(items, tags, dense, dim)
         self.bias = bias
+        if share == "module":
+            self.of_item.tags = self.of_user.lately
+        elif share == "weight":
+            self.of_item.tags.weight = self.of_user.lately.weight
 
     def forward(
         self,

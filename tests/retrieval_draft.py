@@ -54,15 +54,16 @@ SIGNATURE: dict[str, Any] = {
 
 
 def write_retrieval_draft(
-    folder: Path, *, name: str = "finder", seed: int = 0, **changes: Any
+    folder: Path, *, name: str = "finder", seed: int = 0, share: str = "", **changes: Any
 ) -> Path:
     """Write ``model.json``, the weights and the parquet files; return the folder.
 
-    ``changes`` replace fields of the signature.
+    ``share`` ties the tables of tags of both towers, ``changes`` replace fields of the signature.
     """
+    config = CONFIG | ({"share": share} if share else {})
     folder.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(seed)
-    model = TowerNet(**CONFIG).eval()
+    model = TowerNet(**config).eval()
     draw = np.random.default_rng(seed)
     bags = [draw.integers(0, TAGS, count) for count in draw.integers(0, LONGEST + 1, USERS)]
     # The catalogue's order is not the order of ids.
@@ -96,13 +97,16 @@ def write_retrieval_draft(
             "item": pa.array(ids[chosen.reshape(-1)[order]]),
         }
         pq.write_table(pa.table(columns), folder / f"{split}.parquet")
-    save_file(model.state_dict(), folder / "model.safetensors")
+    weights = model.state_dict()
+    ties = {"of_item.tags.weight": "of_user.lately.weight"} if share else {}
+    save_file({k: v for k, v in weights.items() if k not in ties}, folder / "model.safetensors")
+    architecture = {"path": "draft_network:TowerNet", "config": config}
     document = {
         "schema_version": 1,
         "name": name,
         "version": "1",
         "signature": SIGNATURE | changes,
-        "network": {"architecture": {"path": "draft_network:TowerNet", "config": CONFIG}},
+        "network": {"architecture": architecture, "ties": ties},
         "data": {split: f"{split}.parquet" for split in (*EACH, "items")},
     }
     (folder / "model.json").write_text(json.dumps(document, indent=1))

@@ -166,7 +166,15 @@ def _may_fold(node: ir.Node) -> bool | None:
         return False
     if node.op_type == "Expand":  # one scale written down for every block
         return False
+    if any(value is not None and _is_shared_weight(value) for value in node.inputs):
+        return False  # the result would be a second copy of a tied weight
     return None
+
+
+def _is_shared_weight(value: ir.Value) -> bool:
+    """Whether more than one operator reads a stored tensor that is not small."""
+    stored = value.const_value if value.is_initializer() else None
+    return stored is not None and stored.size > MERGED and len(value.uses()) > 1
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,135 @@
+"""Bytes of tied weights are counted the same way before and after."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from drafts import ALLOWED
+from reports import report
+from retrieval_draft import CONFIG, EACH, SIGNATURE, USERS, write_retrieval_draft
+from safetensors.torch import load_file, save_file
+
+from compressors.contracts import Artifact, Limit
+from compressors.errors import ModelRefused
+from compressors.tables.rowwise_int8 import RowwiseInt8
+from compressors.units import stored_bytes
+from flows.explain import explain
+from flows.order import Order
+from tasks.bundles import pack
+from tasks.compress import compress
+from tasks.documents import Lowering, lowering_of, served_bytes
+from tasks.loading import load_bundle
+from tasks.lower import lower_model
+from tasks.prepare import prepare
+from tasks.report import headline, markdown
+from tasks.stored import local
+
+TABLE = CONFIG["tags"] * CONFIG["dim"] * 4
+TEST_ROWS = USERS * EACH["test"]
+
+
+@pytest.fixture(autouse=True)
+def _home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RECPRESS_HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("RECPRESS_ALLOWED_MODULES", ALLOWED)
+
+
+def tied_draft(folder: Path, share: str) -> Path:
+    inputs = [dict(item) for item in SIGNATURE["inputs"]]
+    if share == "module":  # one module has one name, the first
+        inputs[3]["table"] = "of_user.lately"
+    return write_retrieval_draft(folder, share=share, inputs=inputs)
+
+
+def lowered(bundle: Artifact, rows: Artifact) -> tuple[Lowering, Path]:
+    folder = local(lower_model.fn(bundle, "onnxruntime", rows, TEST_ROWS, 65_536, code="c"))
+    return lowering_of(folder), folder
+
+
+@pytest.mark.parametrize("share", ["module", "weight"])
+def test_a_table_of_both_towers_counts_once_in_weights_and_twice_in_served_files(share, tmp_path):
+    bundle = pack(tied_draft(tmp_path / "draft", share)).artifact
+    rows = prepare.fn(bundle, "test", code="c")
+    assert isinstance(rows, Artifact)
+    made = compress.fn(
+        bundle, RowwiseInt8(), {}, original=bundle, teachers=(), seed=0, device="cpu", code="c"
+    )
+    assert isinstance(made, Artifact)
+    untouched, compressed = load_bundle(bundle), load_bundle(made)
+    plan = compressed.model.plan
+    assert plan is not None
+    before = sum(line.bytes_before for line in plan.lines)
+    after = sum(line.bytes_after for line in plan.lines)
+    assert before == stored_bytes(untouched.model.module)
+    assert after == stored_bytes(compressed.model.module)
+
+    table = plan.of("of_user.lately")
+    assert table is not None
+    # one module is packed once; two modules over one weight stay tied, and the plan says so
+    tags = plan.of("of_item.tags")
+    assert (tags is None) == (share == "module")
+    if tags is not None:
+        assert (tags.bytes_before, tags.bytes_after) == (0, 0)
+        assert "shares its weight" in tags.reason
+
+    for artifact, weights, size in ((bundle, before, TABLE), (made, after, table.bytes_after)):
+        described, folder = lowered(artifact, rows)
+        assert described.packed_bytes == weights
+        assert described.repeated_bytes == size
+        assert described.served_packed_bytes == weights + size
+        # what a target loads: both files, with the table in each
+        graphs = [folder / graph.file for graph in described.graphs]
+        assert served_bytes(folder) == sum(path.stat().st_size for path in graphs)
+        assert served_bytes(folder) > described.served_packed_bytes
+
+    explained = explain(
+        Order(
+            model="finder",
+            preset="custom",
+            steps=(RowwiseInt8(),),
+            limits=(Limit.parse("bytes vs baseline <= 0.9"),),
+        )
+    )
+    assert [step.bytes for step in explained.steps] == [before, after]
+
+
+def test_the_report_compares_weights_counted_once_and_names_what_graphs_share(home, tmp_path):
+    found = report(tmp_path, "a" * 64, {"onnxruntime": "accepted"})
+    (target,) = found.targets
+    (graph,) = target.lowering.graphs
+    both = tuple(graph.model_copy(update={"name": name}) for name in ("query", "item"))
+    # earlier versions stored the sum over the graphs as packed_bytes
+    fields = {"graphs": both, "packed_bytes": 600, "repeated_bytes": 300}
+    changed = target.lowering.model_copy(update=fields)
+    two = found.model_copy(update={"targets": (target.model_copy(update={"lowering": changed}),)})
+    (row,) = (line for line in headline(two) if line["what"] == "bytes of weights")
+    assert (row["before"], row["onnxruntime"], row["change"]) == ("1,000", "300", "0.30x")
+    assert "The graphs query and item share 300 bytes of weights." in markdown(two)
+    assert "share" not in markdown(found).split("## Plan")[0]
+
+
+def test_a_tie_stored_as_two_equal_copies_is_still_a_tie(tmp_path):
+    draft = tied_draft(tmp_path / "draft", "weight")
+    undeclared(draft, equal=True)
+    module = load_bundle(pack(draft).artifact).model.module
+    assert module.of_item.tags.weight is module.of_user.lately.weight
+    assert stored_bytes(module) == sum(p.nbytes for p in module.parameters())
+
+
+def test_a_tie_stored_with_different_values_is_refused(tmp_path):
+    draft = tied_draft(tmp_path / "draft", "weight")
+    undeclared(draft, equal=False)
+    with pytest.raises(ModelRefused, match="uses one tensor as"):
+        pack(draft)
+
+
+def undeclared(draft: Path, *, equal: bool) -> None:
+    """Store both names of a tied weight and declare no tie."""
+    document = (draft / "model.json").read_text()
+    tie = '"of_item.tags.weight": "of_user.lately.weight"'
+    assert tie in document
+    (draft / "model.json").write_text(document.replace(tie, ""))
+    weights = load_file(draft / "model.safetensors")
+    copied = weights["of_user.lately.weight"].clone()
+    weights["of_item.tags.weight"] = copied if equal else copied + torch.ones(())
+    save_file(weights, draft / "model.safetensors")
