@@ -10,13 +10,16 @@ import copy
 import inspect
 import linecache
 import traceback
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.prune import BasePruningMethod
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
 
 from compressors.errors import ModelRefused
 from compressors.meta import ACCELERATOR, Placement, exchange, on_cpu, parameters_on_meta
@@ -61,7 +64,8 @@ def construct(architecture: type[nn.Module], config: Mapping[str, Any]) -> Const
         reason = f"its constructor reads weight values ({_place(fault)})"
         return _with_values(architecture, config, reason)
     _link_views(module, placement)
-    if lost := _without_values(module):
+    recomputed = {name for name, *_ in _computed_weights(module)}
+    if lost := [name for name in _without_values(module) if name not in recomputed]:
         reason = f"its constructor computes {_listed(lost)} from weight values"
         built = _with_values(architecture, config, reason)
         _need_equal(architecture, built.module, construct_with_weights(architecture, config), lost)
@@ -131,6 +135,7 @@ def assign(module: nn.Module, tensors: Mapping[str, Tensor], *, strict: bool) ->
         if values.stride() == stride:  # else it stays without values, and loading refuses it
             begin = values.storage_offset() + offset - start
             exchange(view, values.as_strided(shape, steps, begin))
+    _recompute(module)
 
 
 def unfilled(module: nn.Module, replaced: Iterable[Tensor] = ()) -> list[str]:
@@ -304,6 +309,29 @@ def _same_values(tensor: Tensor) -> Tensor:
     if isinstance(tensor, nn.Parameter):
         return nn.Parameter(tensor.detach(), requires_grad=tensor.requires_grad)
     return tensor.detach()
+
+
+def _computed_weights(module: nn.Module) -> Iterator[tuple[str, nn.Module, Any]]:
+    """Plain weights that hooks of ``nn.utils`` compute from parameters before each forward."""
+    for name, part in module.named_modules():
+        for hook in part._forward_pre_hooks.values():
+            if isinstance(hook, WeightNorm | SpectralNorm):
+                yield f"{name}.{hook.name}".removeprefix("."), part, hook
+            elif isinstance(hook, BasePruningMethod):
+                yield f"{name}.{hook._tensor_name}".removeprefix("."), part, hook
+
+
+@torch.no_grad()
+def _recompute(module: nn.Module) -> None:
+    """Compute those weights from the loaded parameters; spectral norm without iterating."""
+    for name, part, hook in _computed_weights(module):
+        if isinstance(hook, BasePruningMethod):
+            weight = hook.apply_mask(part)  # type: ignore[no-untyped-call]
+        elif isinstance(hook, SpectralNorm):
+            weight = hook.compute_weight(part, do_power_iteration=False)
+        else:
+            weight = hook.compute_weight(part)
+        setattr(part, name.rpartition(".")[2], weight)
 
 
 def _named(module: nn.Module, name: str) -> Tensor:

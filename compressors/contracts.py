@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterable
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, BaseModel, Field, model_validator
+from pydantic import AfterValidator, BaseModel, Field, ValidationInfo, model_validator
 
 from compressors.inputs import AnyInput as AnyInput
 from compressors.inputs import DenseInput as DenseInput
@@ -19,6 +19,19 @@ from compressors.inputs import IdInput as IdInput
 from compressors.inputs import JaggedBag as JaggedBag
 from compressors.inputs import PaddedBag as PaddedBag
 from compressors.inputs import tensor_names as tensor_names
+from compressors.limits import Limit as Limit
+from compressors.limits import limit_problems as limit_problems
+from compressors.limits import limit_warnings as limit_warnings
+from compressors.measures import LATENCY_BATCHES as LATENCY_BATCHES
+from compressors.measures import MEASURES as MEASURES
+from compressors.measures import SCORE_CHANGE as SCORE_CHANGE
+from compressors.measures import Measure as Measure
+from compressors.measures import Metric as Metric
+from compressors.measures import ScoreUnit as ScoreUnit
+from compressors.measures import Task as Task
+from compressors.measures import measured_metrics as measured_metrics
+from compressors.measures import metric_problem as metric_problem
+from compressors.measures import quality_metrics as quality_metrics
 
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 TargetKind = Literal["onnxruntime", "tensorrt", "tensorrt-rtx"]
@@ -73,41 +86,6 @@ ITEMS = "items"
 TRAFFIC = "traffic"
 """The split of logged requests: rows without a label, which a teacher answers."""
 
-Metric = Literal["auc", "gauc", "ndcg@10", "recall@20", "ndcg@20"]
-Measure = Literal[
-    "auc",
-    "gauc",
-    "ndcg@10",
-    "recall@20",
-    "ndcg@20",
-    "logloss",
-    "normalized_entropy",
-    "score_correlation",
-    "mean_score_change",
-    "max_score_change",
-    "changed_top1",
-    "top20_overlap",
-    "bytes",
-    "p50_ms@1",
-    "p99_ms@1",
-    "p50_ms@64",
-    "p99_ms@64",
-    "p50_ms@1024",
-    "p99_ms@1024",
-]
-
-SCORE_CHANGE = (
-    "score_correlation",
-    "mean_score_change",
-    "max_score_change",
-    "changed_top1",
-    "top20_overlap",
-)
-"""Metrics that compare the candidate's scores with the baseline's: they have no other reference."""
-
-ScoreUnit = Literal["probability", "spread"]
-"""Unit of a change of scores: probability, or standard deviations of the baseline's scores."""
-
 
 class Tower(Frozen):
     """One half of a retrieval model: a submodule, and the inputs it is called with by name.
@@ -141,7 +119,7 @@ class Schema(Frozen):
     are interactions of whoever ``group`` says; all of them count where there is no ``label``.
     """
 
-    task: Literal["ctr", "ranking", "retrieval"]
+    task: Task
     inputs: tuple[AnyInput, ...] = Field(min_length=1)
     output: Literal["logit", "probability", "score"]
     label: str | None = None
@@ -157,16 +135,19 @@ class Schema(Frozen):
         repeated = sorted({name for name in names if names.count(name) > 1})
         if repeated:
             raise ValueError(f"inputs share the name(s) {', '.join(repeated)}")
-        if self.metric != "auc" and self.group is None:
-            raise ValueError(f"metric {self.metric!r} needs a group column")
         if self.task == "ctr" and self.output == "score":
             raise ValueError("task 'ctr' needs output 'logit' or 'probability'")
         if self.task != "retrieval" and self.label is None:
             raise ValueError(f"label is missing; task {self.task!r} needs a label column")
-        retrieves = self.metric in ("recall@20", "ndcg@20")
-        if retrieves != (self.task == "retrieval"):
-            own = "recall@20 or ndcg@20" if self.task == "retrieval" else "auc, gauc or ndcg@10"
-            raise ValueError(f"task {self.task!r} needs metric {own}; found {self.metric!r}")
+        return self
+
+    @model_validator(mode="after")
+    def _metric_is_measured(self, info: ValidationInfo) -> Self:
+        """Refuse a metric that the task does not measure, except in bundles stored before."""
+        stored = isinstance(info.context, dict) and info.context.get("stored")
+        problem = metric_problem(self.task, self.metric, grouped=self.group is not None)
+        if problem is not None and not stored:
+            raise ValueError(problem)
         return self
 
     @model_validator(mode="after")
@@ -318,104 +299,6 @@ class Bench(Frozen):
 
 
 # --- what is promised and what was measured --------------------------------------------------
-
-
-class Limit(Frozen):
-    """One promise about one measured number.
-
-    ``absolute`` compares the number itself. ``baseline`` and ``champion`` compare with that
-    model: the difference (candidate minus other) for quality, the ratio (candidate / other) for
-    bytes and latency. Score changes compare with the baseline already and are always ``absolute``.
-    """
-
-    metric: Measure = Field(
-        description="Quality, change of scores, bytes served, or latency: p99_ms@64 is the 99th "
-        "percentile in milliseconds at batch 64.",
-        json_schema_extra={"position": 0},
-    )
-    against: Literal["absolute", "baseline", "champion"] = Field(
-        "baseline",
-        description="Quality: difference to it. Bytes and latency: ratio to it.",
-        json_schema_extra={"position": 1},
-    )
-    at_least: float | None = Field(
-        None,
-        allow_inf_nan=False,
-        description="Give one of at_least and at_most.",
-        json_schema_extra={"position": 2},
-    )
-    at_most: float | None = Field(
-        None,
-        allow_inf_nan=False,
-        description="Give one of at_least and at_most.",
-        json_schema_extra={"position": 3},
-    )
-
-    @model_validator(mode="before")
-    @classmethod
-    def _score_change_is_absolute(cls, data: Any) -> Any:
-        """Read a limit on a score change that names no reference as ``absolute``."""
-        if isinstance(data, dict) and data.get("metric") in SCORE_CHANGE and "against" not in data:
-            return {**data, "against": "absolute"}
-        return data
-
-    @model_validator(mode="after")
-    def _one_reference(self) -> Self:
-        if self.metric in SCORE_CHANGE and self.against != "absolute":
-            raise ValueError(
-                f"{self.metric} already compares the candidate's scores with the baseline's, so it "
-                f"has no value vs {self.against}; write '{self.metric}' without 'vs "
-                f"{self.against}' (against: absolute)"
-            )
-        return self
-
-    @model_validator(mode="after")
-    def _one_bound(self) -> Self:
-        if (self.at_least is None) == (self.at_most is None):
-            raise ValueError(f"limit on {self.metric!r} needs exactly one of at_least, at_most")
-        return self
-
-    @model_validator(mode="after")
-    def _possible(self) -> Self:
-        bound = self.at_least if self.at_least is not None else self.at_most
-        if self.against == "absolute" and bound is not None and bound < 0:
-            raise ValueError(
-                f"{self.metric} itself is never below 0; to limit a change write "
-                f"'{self.metric} vs baseline'"
-            )
-        return self
-
-    @classmethod
-    def parse(cls, text: str) -> Self:
-        """Read a limit as people write it: ``auc vs baseline >= -0.002``, ``bytes <= 500000``.
-
-        Raises:
-            ValueError: it is not of that form.
-        """
-        found = re.fullmatch(
-            r"\s*(?P<metric>[\w@]+)(\s+vs\s+(?P<against>baseline|champion))?"
-            r"\s*(?P<sign>>=|<=)\s*(?P<value>\S+)\s*",
-            text,
-        )
-        if found is None:
-            raise ValueError(
-                f"limit {text!r} is not of the form 'auc vs baseline >= -0.002' (vs baseline, vs "
-                f"champion or neither; >= or <=)"
-            )
-        bound = "at_least" if found["sign"] == ">=" else "at_most"
-        return cls.model_validate(
-            {
-                "metric": found["metric"],
-                "against": found["against"] or "absolute",
-                bound: found["value"],
-            }
-        )
-
-    def __str__(self) -> str:
-        versus = "" if self.against == "absolute" else f" vs {self.against}"
-        if self.at_least is not None:
-            return f"{self.metric}{versus} >= {self.at_least:g}"
-        return f"{self.metric}{versus} <= {self.at_most:g}"
 
 
 class Estimate(Frozen):

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn.parameter import is_lazy
 from torch.overrides import TorchFunctionMode
+from torch.utils import _device
 
 _LOCK = threading.Lock()
 _DEVICE_GETTER = Tensor.device.__get__
@@ -59,6 +60,9 @@ class Placement(TorchFunctionMode):
                 return own.to(_number_type(kind[0]))
             if func is Tensor.to:
                 args, kwargs = self._stay(own, args[1:], kwargs)
+        # A default device that the constructor sets would be added after this.
+        if kwargs.get("device") is None and func in _device._device_constructors():
+            kwargs["device"] = _device.CURRENT_DEVICE
         if kwargs.get("device") is not None:
             kwargs["device"] = self._cpu(kwargs["device"], own)
         return func(*args, **kwargs)
@@ -109,7 +113,7 @@ class Placement(TorchFunctionMode):
 @contextmanager
 def on_cpu() -> Iterator[Placement]:
     """Inside, tensors of this thread are created on the CPU and stay there."""
-    with Placement() as placement:
+    with _defaults_restored(), Placement() as placement:
         yield placement
 
 
@@ -132,10 +136,22 @@ def parameters_on_meta() -> Iterator[Placement]:
     with _LOCK:
         nn.Module.register_parameter = on_meta  # type: ignore[method-assign, assignment]
         try:
-            with placement:
+            with _defaults_restored(), placement:
                 yield placement
         finally:
             nn.Module.register_parameter = register  # type: ignore[method-assign]
+
+
+@contextmanager
+def _defaults_restored() -> Iterator[None]:
+    """Undo what a constructor sets for the whole process: default device and number type."""
+    dtype, device = torch.get_default_dtype(), _device.CURRENT_DEVICE
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(dtype)
+        if device != _device.CURRENT_DEVICE:
+            torch.set_default_device(device)
 
 
 def exchange(first: Tensor, second: Tensor) -> bool:

@@ -222,6 +222,8 @@ def _check_fit(model: nn.Module, tensors: Mapping[str, Tensor], network: Network
             f"shares another's memory belongs in 'ties'."
         )
     for name, tensor in tensors.items():
+        if nn.parameter.is_lazy(wanted[name]):  # takes the shape of what is loaded
+            continue
         if tensor.shape != wanted[name].shape:
             raise ModelRefused(
                 f"{name!r} is {list(tensor.shape)} in the file and {list(wanted[name].shape)} in "

@@ -116,6 +116,7 @@ def explain(
         model, preset, limit, target, optional, order, promote, seed, budget, teacher
     )
     found = explain(terms)
+    cli_order.warn(terms)
     if as_json:
         _print(found.model_dump_json(indent=1))
     else:
@@ -143,6 +144,7 @@ def _carry_out(order: "Terms", *, force: bool, as_json: bool) -> int:
     if force:
         order = order.model_copy(update={"attempt": time.time_ns()})
     found = earlier(order)
+    cli_order.warn(order)
     if found is None:
         found = console.run(order, quiet=as_json)
     else:
@@ -185,6 +187,7 @@ def bundle_pack(
     for table, rows in packed.tables.items():
         _print(f"  table {table}: {rows:,} rows")
     _print(store().uri_of(packed.artifact))
+    _notices(packed.notes, packed.warnings)
 
 
 @bundle_app.command("check")
@@ -193,15 +196,18 @@ def bundle_check(
     as_json: Json = False,
 ) -> None:
     """Verify a bundle from its bytes to its loaded module."""
-    from tasks.bundles import check
+    from tasks.bundles import examine
 
-    manifest, facts = check(bundle)
+    checked = examine(bundle)
+    manifest, facts = checked.manifest, checked.facts
     found = {
         "name": manifest.name,
         "version": manifest.version,
         "tensors": len(facts),
         "files": len(manifest.files),
         "rows": {split: held.rows for split, held in manifest.data.items()},
+        "notes": manifest.notes,
+        "warnings": checked.warnings,
     }
     if as_json:
         _print(json.dumps(found, indent=1))
@@ -210,6 +216,7 @@ def bundle_check(
             f"{manifest.name}@{manifest.version} is sound: {len(facts)} finite tensors in "
             f"{len(manifest.files)} file(s), every hash verified, every id in its table."
         )
+        _notices(manifest.notes, checked.warnings)
 
 
 @bundle_app.command("show")
@@ -237,6 +244,7 @@ def bundle_show(
         _print(f"  {split}: {held.rows:,} rows, {store().uri_of(held.artifact)}")
     for name, record in manifest.network.modules.items():
         _print(f"  {name}: {record.format}")
+    _notices(manifest.notes)
 
 
 @bundle_app.command("schema")
@@ -406,6 +414,14 @@ def _table(columns: list[str], rows: list[list[str]]) -> None:
     for row in rows:
         table.add_row(*(escape(cell) for cell in row))
     console().print(table)
+
+
+def _notices(notes: tuple[str, ...], warnings: tuple[str, ...] = ()) -> None:
+    """Print what a user should know about a bundle, after what was asked for."""
+    for note in notes:
+        _print(f"note: {note}")
+    for warning in warnings:
+        _print(f"warning: {warning}")
 
 
 def _print(text: Any) -> None:

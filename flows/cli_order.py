@@ -130,6 +130,15 @@ def terms(
     )
 
 
+def warn(terms: "Terms") -> None:
+    """Print what in an order is allowed and rarely meant, on standard error."""
+    from compressors.contracts import limit_warnings
+    from flows.console import say
+
+    for warning in limit_warnings(terms.limits):
+        say(f"warning: {warning}")
+
+
 def target_named(name: str) -> "TargetKind":
     """A target's name, checked; ``"RTX"`` is refused with those there are."""
     from compressors.contracts import TargetKind

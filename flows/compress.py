@@ -11,7 +11,7 @@ from prefect import flow
 from prefect.client.schemas.objects import State
 from prefect.states import Completed
 
-from compressors.contracts import Artifact, TargetKind, Verdict, digest
+from compressors.contracts import Artifact, TargetKind, Verdict, digest, limit_warnings
 from compressors.errors import CompressionError
 from flows.order import Order
 from flows.recipe import carry_out, need_taught, ranking_of, weighed
@@ -41,6 +41,8 @@ def compress(order: Order) -> Finished | State[Any]:
     """
     subject = find(order.model)
     need_measurable(subject, order.limits)
+    for warning in limit_warnings(order.limits):
+        log.warning("%s", warning)
     need_taught(order)
     teachers = teachers_of(order, subject)
     champion = champion_of(order, subject)

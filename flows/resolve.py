@@ -10,7 +10,7 @@ from tasks.documents import Finished
 from tasks.order_records import finished, registry_is_there
 from tasks.promotion import champion_graph, promote
 from tasks.stored import code_digest
-from tasks.subject import Subject, find
+from tasks.subject import Subject, find, need_measurable
 from tasks.teachers import Teacher, find_teachers
 
 
@@ -67,8 +67,13 @@ def earlier(order: Terms) -> Finished | None:
 
 
 def already(order: Terms) -> Finished | None:
-    """The finished report of the same order, if there is one; only looked at."""
+    """The finished report of the same order, if there is one; nothing is changed.
+
+    Raises:
+        CompressionError: the order has a metric that is not measured for this bundle.
+    """
     subject = find(order.model)
+    need_measurable(subject, order.limits)
     teachers = teachers_of(order, subject)
     found = finished(order_digest(order, subject, champion_of(order, subject), teachers))
     return found if found is not None and registry_is_there(found) else None

@@ -6,9 +6,9 @@ The command line asks with these terms whether an order was carried out before. 
 
 from typing import Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
-from compressors.contracts import Frozen, Limit, TargetKind
+from compressors.contracts import Frozen, Limit, TargetKind, limit_problems
 from infra.checks import Rules
 from tasks.documents import Batch
 
@@ -130,6 +130,13 @@ class Terms(Frozen):
         "from them: packed bundles, or registry:name@version. Same inputs and output.",
         json_schema_extra={"position": 10},
     )
+
+    @field_validator("limits")
+    @classmethod
+    def _limits_mean_something(cls, limits: tuple[Limit, ...]) -> tuple[Limit, ...]:
+        if problems := limit_problems(limits):
+            raise ValueError("; ".join(problems))
+        return limits
 
     @model_validator(mode="after")
     def _smallest_has_a_budget(self) -> Self:

@@ -132,6 +132,7 @@ class Manifest(Frozen):
     files: dict[FileName, FileRecord]
     parents: tuple[Artifact, ...] = ()
     plan: Plan | None = None
+    notes: tuple[str, ...] = Field((), description="What to know about how the class is built.")
 
     @field_validator("files")
     @classmethod
@@ -198,6 +199,7 @@ def seal(
     transforms: Mapping[str, Artifact] | None = None,
     parents: Sequence[Artifact] = (),
     plan: Plan | None = None,
+    notes: Sequence[str] = (),
 ) -> Manifest:
     """Hash every file in ``folder`` and write ``model.json``, whole or not at all.
 
@@ -222,10 +224,13 @@ def seal(
         "files": {item: _record(folder / item) for item in sorted(names)},
         "parents": tuple(parents),
         "plan": plan,
+        "notes": tuple(notes),
     }
     checked = parse(Manifest, fields, folder / MANIFEST)
     try:
-        text = json.dumps(plain(checked.model_dump()), indent=2)
+        # Without notes a bundle keeps the hash it had before there were any.
+        document = checked.model_dump(exclude=set() if checked.notes else {"notes"})
+        text = json.dumps(plain(document), indent=2)
     except (ValueError, RecursionError) as fault:
         raise BundleRefused(
             f"{folder}: {clean(fault)}. Use numbers, texts, lists and dicts with text keys in "
@@ -233,7 +238,7 @@ def seal(
         ) from fault
     body = text.removesuffix("\n}").encode() + b",\n"
     raw = body + _seal_line(body)
-    manifest = parse(Manifest, _without_seal(decode(raw, folder / MANIFEST)), folder / MANIFEST)
+    manifest = manifest_of(raw, folder)
     with partial.open("wb") as file:
         file.write(raw)
         file.flush()
@@ -273,7 +278,7 @@ def manifest_of(raw: bytes, folder: Path) -> Manifest:
     _check_version(path, document)
     if "seal" not in document and "files" not in document:
         raise BundleRefused(f"{folder} is a draft. Pack it first: 'recpress bundle pack {folder}'.")
-    manifest = parse(Manifest, _without_seal(document), path)
+    manifest = parse(Manifest, _without_seal(document), path, stored=True)
     tail = len(_seal_line(b""))
     if raw[-tail:] != _seal_line(raw[:-tail]):
         raise BundleRefused(

@@ -93,14 +93,22 @@ def decode(raw: bytes, path: Path) -> dict[str, Any]:
     return document
 
 
-def parse(kind: type[AnyModel], document: Mapping[str, Any], path: Path) -> AnyModel:
-    """A document as a value.
+def parse(
+    kind: type[AnyModel], document: Mapping[str, Any], path: Path, *, stored: bool = False
+) -> AnyModel:
+    """Validate a document.
+
+    Args:
+        kind: what it must be.
+        document: its fields.
+        path: of its file, for the message.
+        stored: whether recpress wrote it: rules that came later do not apply.
 
     Raises:
         BundleRefused: fields are missing, unknown or wrong; a sentence for each.
     """
     try:
-        return kind.model_validate(document)
+        return kind.model_validate(document, context={"stored": stored})
     except ValidationError as fault:
         sentences = (_sentence(error) for error in fault.errors(include_url=False))
         raise BundleRefused(listed(path, sentences)) from fault

@@ -72,13 +72,18 @@ class Finding(Frozen):
 
 
 class Validation(Frozen):
-    """What all checks said; ``seconds`` is the wall time of reading and checking."""
+    """The results of all checks.
+
+    ``seconds`` is the wall time of reading and checking. ``warnings`` are about the uncompressed
+    model on its own test rows; they are no checks of the data and fail nothing.
+    """
 
     success: bool
     evaluated: int
     intended: int
     findings: tuple[Finding, ...]
     seconds: float
+    warnings: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

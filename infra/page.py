@@ -51,13 +51,17 @@ def summary(validation: Validation) -> tuple[str, str, str]:
 
 
 def findings(validation: Validation, heading: str = "h2") -> str:
-    """What did not pass, with its rows, and then every check by split.
+    """Warnings, what did not pass, with its rows, and then every check by split.
 
     Args:
         validation: what the checks said.
         heading: the element of its two headings.
     """
-    return _failing(validation, heading) + _everything(validation, heading)
+    return (
+        _warnings(validation, heading)
+        + _failing(validation, heading)
+        + _everything(validation, heading)
+    )
 
 
 def _counts(validation: Validation) -> str:
@@ -70,6 +74,16 @@ def _counts(validation: Validation) -> str:
     }
     cells = (f"<div><dt>{label}</dt><dd>{value}</dd></div>" for label, value in facts.items())
     return f'<dl class="counts">{"".join(cells)}</dl>'
+
+
+def _warnings(validation: Validation, heading: str) -> str:
+    if not validation.warnings:
+        return ""
+    items = "".join(f"<li>{escape(text)}</li>" for text in validation.warnings)
+    return (
+        f'<section aria-labelledby="warnings"><{heading} id="warnings">Warnings about the model'
+        f"</{heading}><ul>{items}</ul></section>"
+    )
 
 
 def _failing(validation: Validation, heading: str) -> str:

@@ -18,6 +18,7 @@ Without Prefect, for the command line as well:
 stored.py      the store, local copies, the digest of our code
 subject.py     the bundle an order is about
 bundles.py     pack, check, show and find bundles
+baseline.py    the uncompressed model's labels and scores, checked before it is compressed
 table_files.py tables compressed from file to file, of any size
 together.py    a step in this process, or in one for each of several devices
 loading.py     a stored bundle as a module, a stored split as tensors

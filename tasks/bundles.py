@@ -5,9 +5,13 @@ import re
 import shutil
 import time
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
-from compressors.contracts import Artifact, Frozen, artifact_name
+from torch import nn
+
+from compressors.contracts import Artifact, Frozen, artifact_name, metric_problem
+from compressors.state import construction_notes
 from compressors.trial import try_out
 from infra.architecture import network_class
 from infra.bundle import (
@@ -24,20 +28,20 @@ from infra.bundle import (
     seal,
     table_rows,
 )
-from infra.catalogue import need_items, prepare
+from infra.catalogue import need_items
 from infra.data import SplitStatistics, check_ids, split_statistics
 from infra.disk import input_files
 from infra.errors import (
     AlreadyThere,
     ArtifactMissing,
     BundleRefused,
-    DataRefused,
     RecordRefused,
     Refused,
 )
 from infra.settings import load_settings
 from infra.store import Store
 from infra.temporary import scratch_folder
+from tasks.baseline import check_baseline, check_labels, check_scores, need_sound
 from tasks.loading import data_path, model_of
 from tasks.stored import local, store
 from tasks.subject import (
@@ -60,6 +64,17 @@ class Packed(Frozen):
     artifact: Artifact
     rows: dict[str, int]
     tables: dict[str, int]
+    notes: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Checked:
+    """A verified bundle: its manifest, its tensors, and warnings about its model or labels."""
+
+    manifest: Manifest
+    facts: dict[str, TensorFact]
+    warnings: tuple[str, ...]
 
 
 def pack(folder: Path) -> Packed:
@@ -70,13 +85,14 @@ def pack(folder: Path) -> Packed:
 
     Raises:
         BundleRefused: the draft is unsafe or does not fit together.
-        DataRefused: the data does not fit the schema or the tables.
+        DataRefused: the data does not fit the schema or the tables, or labels and scores are
+            such that nothing measured with them would mean anything.
         AlreadyThere: another bundle was packed under this name and version.
     """
     draft = read_draft(folder)
     _inside(folder, draft)
     architecture = draft.network.architecture
-    network_class(architecture.path, load_settings().allowed_modules)
+    network = network_class(architecture.path, load_settings().allowed_modules)
     if "test" not in draft.data:
         raise BundleRefused(
             f"{folder} refers to no test data; without it nothing can be gated. Add 'test' to "
@@ -93,24 +109,23 @@ def pack(folder: Path) -> Packed:
             f"compared with the original on rows it may learn from. Add one of them."
         )
     paths = {str(split): folder / path for split, path in draft.data.items()}
-    for split in paths:
-        with scratch_folder("pack") as scratch:
-            # The strictest reading there is: nulls, NaN, types, lengths. Its result is made
-            # again, and kept, when the bundle is compressed.
-            try:
-                prepare(paths, split, draft.signature, scratch)
-            except DataRefused as fault:
-                raise DataRefused(f"split {split!r}: {fault}") from fault
-    to = store()
+    notes = construction_notes(network, draft.network)
     with scratch_folder("pack") as scratch:
+        # The strictest reading there is: nulls, NaN, types, lengths, labels. Before anything is
+        # stored; a run prepares the splits again.
+        labelled = check_labels(draft.signature, paths, paths, scratch / "test")
+        need_sound(labelled.problems, packed=False)
+        to = store()
         staged = scratch / "bundle"
         staged.mkdir()
         for shard in sorted(folder.glob("*.safetensors*")):
             _place(shard, staged / shard.name)
-        manifest = _seal(staged, draft, folder, statistics, to)
-        facts = _check_model(staged, manifest)
+        manifest = _seal(staged, draft, folder, statistics, notes, to)
+        facts, module = _check_model(staged, manifest)
         rows_of_table = table_rows(facts, manifest)
         check_ids(_by_name(statistics), draft.signature, rows_of_table)
+        problems = check_scores(module, draft.signature, labelled)
+        warnings = need_sound(problems, packed=False)
         artifact = _named(to, manifest, staged)
     return Packed(
         name=manifest.name,
@@ -118,11 +133,26 @@ def pack(folder: Path) -> Packed:
         artifact=artifact,
         rows={split: found.rows for split, found in statistics.items()},
         tables=rows_of_table,
+        notes=notes,
+        warnings=warnings,
     )
 
 
 def check(reference: str) -> tuple[Manifest, dict[str, TensorFact]]:
     """Verify a bundle from its bytes to its loaded module, and its data's ids.
+
+    Args:
+        reference: as for ``examine``.
+
+    Raises:
+        BundleRefused, DataRefused, ModelRefused, ArtifactMissing, ArtifactDamaged: what is wrong.
+    """
+    checked = examine(reference)
+    return checked.manifest, checked.facts
+
+
+def examine(reference: str) -> Checked:
+    """Verify a bundle from its bytes to its loaded module, its data's ids, labels and scores.
 
     Args:
         reference: an artifact URI, ``name@version``, ``name``, or a folder holding a sealed
@@ -133,14 +163,23 @@ def check(reference: str) -> tuple[Manifest, dict[str, TensorFact]]:
     """
     folder = _folder(reference)
     manifest = read(folder)
-    need_items(manifest.data, manifest.signature, folder)
-    facts = _check_model(folder, manifest)
+    signature = manifest.signature
+    grouped = signature.group is not None
+    if problem := metric_problem(signature.task, signature.metric, grouped=grouped):
+        raise BundleRefused(
+            f"{manifest.name}@{manifest.version}: {problem} in the draft's model.json, raise its "
+            f"version and run 'recpress bundle pack' again."
+        )
+    need_items(manifest.data, signature, folder)
+    facts, module = _check_model(folder, manifest)
+    paths = {split: data_path(manifest, split) for split in manifest.data}
     statistics = {
-        split: split_statistics(data_path(manifest, split), manifest.signature.of_split(split))
-        for split in manifest.data
+        split: split_statistics(path, signature.of_split(split)) for split, path in paths.items()
     }
-    check_ids(_by_name(statistics), manifest.signature, table_rows(facts, manifest))
-    return manifest, facts
+    check_ids(_by_name(statistics), signature, table_rows(facts, manifest))
+    by_name = {str(split): path for split, path in paths.items()}
+    problems = check_baseline(module, signature, by_name)
+    return Checked(manifest, facts, need_sound(problems, packed=True))
 
 
 def show(reference: str) -> Manifest:
@@ -162,6 +201,7 @@ def _seal(
     draft: Draft,
     folder: Path,
     statistics: Mapping[SplitName, SplitStatistics],
+    notes: tuple[str, ...],
     to: Store,
 ) -> Manifest:
     data: dict[SplitName, DataReference] = {
@@ -177,6 +217,7 @@ def _seal(
         data=data,
         vocabularies={key: _alone(to, folder / path) for key, path in draft.vocabularies.items()},
         transforms={key: _alone(to, folder / path) for key, path in draft.transforms.items()},
+        notes=notes,
     )
 
 
@@ -184,12 +225,12 @@ def _by_name(statistics: Mapping[SplitName, SplitStatistics]) -> dict[str, Split
     return {str(split): found for split, found in statistics.items()}
 
 
-def _check_model(folder: Path, manifest: Manifest) -> dict[str, TensorFact]:
+def _check_model(folder: Path, manifest: Manifest) -> tuple[dict[str, TensorFact], nn.Module]:
     """Weights are finite, the network loads, and it runs on what its schema allows."""
     facts = check_weights(folder, manifest)
-    model = model_of(folder, manifest)
-    try_out(model.module, manifest.signature, manifest.network.architecture.path)
-    return facts
+    module, again = (model_of(folder, manifest).module for _ in range(2))
+    try_out(module, manifest.signature, manifest.network.architecture.path, again)
+    return facts, module
 
 
 def _inside(folder: Path, draft: Draft) -> None:

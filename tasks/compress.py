@@ -83,6 +83,7 @@ def compress(
             transforms=manifest.transforms,
             parents=tuple(dict.fromkeys((original, source, *teachers))),
             plan=result.plan,
+            notes=manifest.notes,
         )
         artifact = store().put(folder)
     shutil.rmtree(progress, ignore_errors=True)  # there is none unless the step trains

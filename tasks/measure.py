@@ -11,7 +11,14 @@ from prefect import task
 
 from compressors import intervals, judge
 from compressors.batches import Batch, batches
-from compressors.contracts import Artifact, Schema, ScoreUnit, Split
+from compressors.contracts import (
+    LATENCY_BATCHES,
+    Artifact,
+    Schema,
+    ScoreUnit,
+    Split,
+    quality_metrics,
+)
 from compressors.errors import CompressionError
 from compressors.lower.served import forms
 from infra.bundle import read
@@ -23,7 +30,6 @@ from tasks.loading import split_of
 from tasks.policy import KEPT
 from tasks.quality import ByQuery, Quality, Vectors, by_row, ranked_vectors, ranking_metrics
 from tasks.stored import local, store
-from tasks.subject import LATENCY_BATCHES, quality_metrics
 
 log = logging.getLogger(__name__)
 Array = NDArray[Any]

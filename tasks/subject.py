@@ -6,12 +6,13 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from compressors.contracts import (
-    SCORE_CHANGE,
     Artifact,
     Frozen,
     JaggedBag,
     Limit,
     artifact_name,
+    measured_metrics,
+    metric_problem,
 )
 from compressors.errors import CompressionError
 from infra.architecture import source_digest
@@ -42,48 +43,32 @@ class Subject(Frozen):
 
 
 SCHEMA_VERSION = 2
-LATENCY_BATCHES = (1, 64, 1024)
-
-
-def quality_metrics(task: str, *, grouped: bool) -> tuple[str, ...]:
-    """The quality metrics measured for a task."""
-    if task == "ranking":
-        return ("ndcg@10",)
-    if task == "retrieval":
-        return ("recall@20", "ndcg@20")
-    return ("auc", "logloss", "normalized_entropy", *(("gauc",) if grouped else ()))
-
-
-def score_change_metrics(task: str, *, grouped: bool) -> tuple[str, ...]:
-    """The metrics of score change measured for a task."""
-    return tuple(
-        metric
-        for metric in SCORE_CHANGE
-        if (metric != "changed_top1" or grouped or task == "retrieval")
-        and (metric != "top20_overlap" or task == "retrieval")
-    )
 
 
 def need_measurable(subject: Subject, limits: tuple[Limit, ...]) -> None:
-    """Refuse before a long run a limit on a number that its end would not have.
+    """Refuse before a long run a metric that cannot be measured at its end.
+
+    Args:
+        subject: the bundle.
+        limits: of the order.
 
     Raises:
-        CompressionError: names the limit and what is measured.
+        CompressionError: the signature's metric, or one of a limit, is not measured for this
+            bundle; names those that are.
     """
-    batches = [size for size in LATENCY_BATCHES if size <= subject.rows["test"]]
-    measured = (
-        *quality_metrics(subject.task, grouped=subject.grouped),
-        *score_change_metrics(subject.task, grouped=subject.grouped),
-        "bytes",
-        *(f"{quantile}_ms@{size}" for size in batches for quantile in ("p50", "p99")),
-    )
+    task, grouped = subject.task, subject.grouped
+    if problem := metric_problem(task, subject.metric, grouped=grouped):
+        raise CompressionError(
+            f"Bundle {subject.name}@{subject.version}: {problem} in the draft's model.json, raise "
+            f"its version and run 'recpress bundle pack' again."
+        )
+    measured = measured_metrics(task, grouped=grouped, test_rows=subject.rows["test"])
     for limit in limits:
         if limit.metric not in measured:
             raise CompressionError(
-                f"Limit '{limit}' speaks of a number that is not measured for this bundle "
-                f"(task {subject.task}, {subject.rows['test']} test rows, "
-                f"{'a' if subject.grouped else 'no'} group column). Measured are "
-                f"{', '.join(measured)}."
+                f"Limit '{limit}' is on a metric that is not measured for this bundle (task "
+                f"{task}, {subject.rows['test']} test rows, {'a' if grouped else 'no'} group "
+                f"column). Use one of {', '.join(measured)}."
             )
 
 

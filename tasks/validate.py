@@ -5,6 +5,7 @@ from pathlib import Path
 
 from prefect import task
 
+from compressors.baseline_checks import BaselineProblem
 from compressors.contracts import Artifact
 from infra.bundle import check_weights, read, table_rows
 from infra.checks import Rules
@@ -12,7 +13,8 @@ from infra.expectations import refuse_failures
 from infra.expectations import validate as run_checks
 from infra.page import validation_page
 from infra.temporary import scratch_folder
-from tasks.loading import data_path
+from tasks.baseline import check_baseline, need_sound
+from tasks.loading import data_path, model_of
 from tasks.policy import KEPT
 from tasks.stored import local, store
 
@@ -23,20 +25,29 @@ log = logging.getLogger(__name__)
 def validate(bundle: Artifact, rules: Rules, code: str) -> Artifact:  # noqa: ARG001
     """Run the checks made from a bundle's schema; store the result and a page of it.
 
+    Also checks the model's labels and a sample of its scores: what makes measuring fail is
+    refused, the rest is a warning in the result.
+
     Args:
         bundle: whose data to check.
         rules: what the schema cannot know, such as the fewest rows.
         code: digest of the code that checks; part of the cache key.
 
     Raises:
-        DataRefused: a check failed, or fewer were evaluated than intended. The page is stored
-            before, and the message says where.
+        DataRefused: a check failed, fewer were evaluated than intended, or the model cannot be
+            measured. The page is stored before.
     """
     folder = local(bundle)
     manifest = read(folder)
     tables = table_rows(check_weights(folder, manifest), manifest)
     splits: dict[str, Path] = {split: data_path(manifest, split) for split in manifest.data}
     validation = run_checks(splits, manifest.signature, tables, rules)
+    problems: tuple[BaselineProblem, ...] = ()
+    if validation.success:  # else the splits cannot be read, and are refused below
+        module = model_of(folder, manifest).module
+        problems = check_baseline(module, manifest.signature, splits)
+        texts = tuple(problem.text for problem in problems)
+        validation = validation.model_copy(update={"warnings": texts})
     with scratch_folder("validate") as scratch:
         out = Path(scratch)
         (out / "validation.json").write_text(validation.model_dump_json(indent=1))
@@ -50,4 +61,6 @@ def validate(bundle: Artifact, rules: Rules, code: str) -> Artifact:  # noqa: AR
         store().uri_of(artifact),
     )
     refuse_failures(validation)
+    for warning in need_sound(problems, packed=True):
+        log.warning("%s", warning)
     return artifact

@@ -5,218 +5,26 @@ import weakref
 
 import pytest
 import torch
+from constructed_networks import (
+    DIM,
+    EMPTY,
+    WITH_VALUES,
+    Base,
+    CallsCuda,
+    CreatesOnCuda,
+    MovesToADevice,
+    MovesToADeviceObject,
+    Penalized,
+    ReadsANumber,
+    SetsDefaultsOfTheProcess,
+)
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import nn
 
 from compressors.construction import ConstructionFailed, assign, construct
 from compressors.contracts import Architecture, Network
 from compressors.errors import ModelRefused
 from compressors.state import load, save, tensors_of
-
-DIM = 4
-
-
-class Base(nn.Module):
-    """An embedding and a linear layer; ``finish`` is what a constructor does at its end."""
-
-    def __init__(self, device: str = "cpu") -> None:
-        super().__init__()
-        self.emb = nn.Embedding(7, DIM)
-        self.out = nn.Linear(DIM, 1)
-        self.register_buffer("shift", torch.ones(1))
-        self.register_buffer("places", torch.arange(3), persistent=False)
-        self.finish(device)
-
-    def finish(self, device: str) -> None:
-        """Nothing by default."""
-
-    def forward(self, ids: Tensor) -> Tensor:
-        return self.out(self.emb(ids) + self.shift).squeeze(1)
-
-
-class MovesToADevice(Base):
-    def finish(self, device):
-        self.to(device)
-
-
-class MovesToADeviceObject(Base):
-    def finish(self, device):
-        self.device = torch.device(device)
-        self.to(self.device)
-
-
-class CallsCpu(Base):
-    def finish(self, device):
-        self.cpu()
-
-
-class CallsCuda(Base):
-    def finish(self, device):
-        self.cuda()
-
-
-class CreatesOnCuda(Base):
-    def finish(self, device):
-        self.extra = nn.Parameter(torch.randn(DIM, device="cuda"))
-        self.register_buffer("ids", torch.arange(3, device="cuda:0"), persistent=False)
-        with torch.device("cuda"):
-            self.more = nn.Linear(2, 2)
-        self.steps = torch.zeros(2).cuda()
-
-
-class CastsToHalfAndBack(Base):
-    def finish(self, device):
-        self.half().float().double().float()
-
-
-class CopiesAParameter(Base):
-    def finish(self, device):
-        self.copy = nn.Parameter(self.emb.weight.clone())
-        self.start = nn.Parameter(self.emb.weight.data.detach().clone(), requires_grad=False)
-
-
-class CopiesModules(Base):
-    def finish(self, device):
-        self.layers = nn.ModuleList([copy.deepcopy(self.out) for _ in range(2)])
-        self.twin = copy.deepcopy(self.emb)
-
-
-class LoadsAnotherState(Base):
-    def finish(self, device):
-        self.out.load_state_dict(nn.Linear(DIM, 1).state_dict())
-        self.second = nn.Linear(DIM, 1)
-        self.second.load_state_dict(self.out.state_dict())
-
-
-class WritesValues(Base):
-    def finish(self, device):
-        self.emb.weight.data.copy_(torch.randn(7, DIM))
-        self.out.weight.data = torch.randn(1, DIM)
-        with torch.no_grad():
-            self.emb.weight[0] = 0
-            self.out.bias.fill_(0.1)
-
-
-class InitializesWithApply(Base):
-    def finish(self, device):
-        self.apply(self.initialize)
-        for init in (nn.init.xavier_normal_, nn.init.kaiming_uniform_, nn.init.orthogonal_):
-            init(self.emb.weight)
-        nn.init.trunc_normal_(self.emb.weight, std=0.1)
-        for parameter in self.parameters():
-            nn.init.uniform_(parameter, -0.1, 0.1)
-
-    @staticmethod
-    def initialize(module):
-        if isinstance(module, nn.Linear):
-            nn.init.xavier_uniform_(module.weight)
-            module.bias.data.zero_()
-
-
-class NormsWeights(Base):
-    def finish(self, device):
-        self.out = nn.utils.parametrizations.weight_norm(self.out)
-        self.hidden = nn.utils.parametrizations.spectral_norm(nn.Linear(DIM, DIM))
-
-
-class UsesPretrainedRows(Base):
-    def finish(self, device):
-        rows = torch.arange(7.0 * DIM).reshape(7, DIM)
-        self.emb = nn.Embedding.from_pretrained(rows, freeze=False)
-
-
-class MapsItsTensors(Base):
-    def finish(self, device):
-        self._apply(lambda tensor: tensor.contiguous())
-        self.to_empty(device=device)
-        for parameter in self.parameters():
-            nn.init.normal_(parameter)
-        self.shift.fill_(1)
-        self.places.copy_(torch.arange(3))
-
-
-class MovesTensorsLikeOthers(Base):
-    def finish(self, device):
-        self.extra = nn.Parameter(torch.zeros(2).to(self.emb.weight))
-        self.extra_ids = torch.arange(3).to(self.emb.weight.device)
-        self.register_buffer("mask", torch.ones(2, device=self.emb.weight.device))
-
-
-class HasRecurrentLayers(Base):
-    def finish(self, device):
-        self.gru = nn.GRU(DIM, DIM, batch_first=True).to(device)
-        self.gru.flatten_parameters()
-        self.block = nn.TransformerEncoderLayer(DIM, 2, 8)
-
-
-class UsesGlobalTypes(Base):
-    def finish(self, device):
-        self.type(torch.FloatTensor)
-        self.extra = nn.Parameter(torch.zeros(2).type("torch.cuda.FloatTensor"))
-
-
-EMPTY = [
-    Base,
-    MovesToADevice,
-    MovesToADeviceObject,
-    CallsCpu,
-    CallsCuda,
-    CreatesOnCuda,
-    CastsToHalfAndBack,
-    CopiesAParameter,
-    CopiesModules,
-    LoadsAnotherState,
-    WritesValues,
-    InitializesWithApply,
-    NormsWeights,
-    UsesPretrainedRows,
-    MapsItsTensors,
-    MovesTensorsLikeOthers,
-    HasRecurrentLayers,
-    UsesGlobalTypes,
-]
-
-
-class ReadsANumber(Base):
-    def finish(self, device):
-        self.level = float(self.emb.weight.detach().abs().max() >= 0)
-
-
-class BranchesOnAValue(Base):
-    def finish(self, device):
-        if torch.isnan(self.emb.weight).any():
-            raise ValueError("not a number")
-
-
-class PrintsAMean(Base):
-    def finish(self, device):
-        self.summary = f"{self.out.weight.mean():.3f}"[:0]
-
-
-class ConvertsToNumpy(Base):
-    def finish(self, device):
-        self.emb.weight.data.copy_(torch.from_numpy(self.emb.weight.detach().numpy() * 2))
-
-
-class KeepsRowNormsOfFixedRows(Base):
-    def finish(self, device):
-        nn.init.constant_(self.emb.weight, 0.5)
-        self.norms = self.emb.weight.detach().norm(dim=1)
-
-
-class FillsABufferFromItsWeights(Base):
-    def finish(self, device):
-        self.shift.copy_(self.out.bias.detach() * 0)
-
-
-WITH_VALUES = [
-    ReadsANumber,
-    BranchesOnAValue,
-    PrintsAMean,
-    ConvertsToNumpy,
-    KeepsRowNormsOfFixedRows,
-    FillsABufferFromItsWeights,
-]
 
 
 def network_of(architecture: type[nn.Module], **config: object) -> Network:
@@ -273,7 +81,7 @@ def test_a_constructor_that_reads_values_is_built_with_weights_and_a_note(archit
 
 def test_the_note_names_the_line_that_reads_a_value():
     (note,) = construct(ReadsANumber, {}).notes
-    assert "test_construction.py, line " in note
+    assert "constructed_networks.py, line " in note
     assert "self.level = float(" in note
 
 
@@ -287,6 +95,13 @@ def test_a_constructor_on_a_gpu_is_built_on_the_cpu_with_a_note(architecture):
     (note,) = built.notes
     assert "cuda" in note
     assert "decides the device itself" in note
+
+
+def test_process_wide_defaults_are_as_before_a_construction():
+    before = torch.get_default_device(), torch.get_default_dtype()
+    construct(SetsDefaultsOfTheProcess, {})
+    assert (torch.get_default_device(), torch.get_default_dtype()) == before
+    assert torch.zeros(1).device.type == "cpu"
 
 
 def test_devices_that_a_network_remembers_become_the_cpu():
@@ -303,34 +118,6 @@ def test_devices_that_a_network_remembers_become_the_cpu():
     assert module.own_device == torch.device("cpu")
     assert module.from_weights == torch.device("cpu")
     assert module.settings == {"device": "cpu", "name": "cuda"}  # a name is no device
-
-
-class Penalized(Base):
-    """Holds parameters in lists, tuples, dictionaries and objects, as penalties do."""
-
-    def finish(self, device):
-        class Penalty:
-            pass
-
-        self.to(device)
-        self.weights = [(list(self.emb.parameters()), 0.1), (self.out.named_parameters, 0.2)]
-        self.by_name = {"out": self.out.weight, "all": {"emb": self.emb.weight}}
-        self.penalty = Penalty()
-        self.penalty.weight = self.emb.weight
-        self.alias = self.out.weight
-        self.views = [p.data for p in self.out.parameters()]
-        self.first_row = self.emb.weight.detach()[2:3]
-
-    def penalties(self) -> list[Tensor]:
-        return [
-            self.weights[0][0][0],
-            self.by_name["out"],
-            self.by_name["all"]["emb"],
-            self.penalty.weight,
-            self.alias,
-            self.views[0],
-            self.first_row,
-        ]
 
 
 def test_references_to_parameters_in_plain_attributes_have_the_loaded_values(tmp_path):

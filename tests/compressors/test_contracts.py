@@ -261,7 +261,7 @@ def test_a_retrieval_schema_knows_what_each_of_its_files_holds():
         ({"towers": None}, "needs towers"),
         ({"item": None}, "needs towers .* and item"),
         ({"item": "user"}, "not among the item tower's inputs"),
-        ({"metric": "auc"}, r"needs metric recall@20 or ndcg@20; found 'auc'"),
+        ({"metric": "auc"}, r"needs metric recall@20 or ndcg@20; got 'auc'"),
         ({"group": None}, "needs a group"),
         ({"output": "logit"}, "needs output 'score'"),
         (
@@ -269,8 +269,8 @@ def test_a_retrieval_schema_knows_what_each_of_its_files_holds():
             "exactly one tower",
         ),
         ({"towers": TOWERS | {"query": {"module": "of_user", "inputs": ["usr"]}}}, "read .*usr"),
-        ({"task": "ranking", "label": "bought"}, "needs metric auc, gauc or ndcg@10"),
-        ({"task": "ranking", "label": "bought", "metric": "gauc"}, "belong to task 'retrieval'"),
+        ({"task": "ranking", "label": "bought"}, "needs metric ndcg@10; got 'ndcg@20'"),
+        ({"task": "ranking", "label": "bought", "metric": "ndcg@10"}, "belong to task 'retrieval'"),
         ({"task": "ranking", "metric": "gauc"}, "label is missing"),
     ],
 )

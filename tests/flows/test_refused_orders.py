@@ -1,0 +1,160 @@
+"""Orders that cannot mean what was typed end with exit code 2 before any work, everywhere."""
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+from drafts import ALLOWED, write_draft
+
+from flows import cli
+from tasks.bundles import pack
+
+TYPED = [
+    ("auc vs baseline <= 0.002", "auc vs baseline >= -0.002"),
+    ("bytes <= 0.5", "bytes vs baseline <= 0.5"),
+    ("p99_ms@64 <= 0", "p99_ms@64 vs baseline <= 1"),
+    ("auc >= 1.5", "auc vs baseline >= -0.015"),
+    ("bytes vs baseline <= 200000", "bytes <= 200000"),
+    ("auc vs baseline >= nan", "finite"),
+    ("auc >= -0.002", "auc vs baseline"),
+]
+
+
+class Ended(NamedTuple):
+    """How a call of the command line ended."""
+
+    code: int
+    out: str
+    err: str
+
+
+Call = Callable[..., Ended]
+
+
+@pytest.fixture
+def call(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Call:
+    """Run ``recpress`` in this process, in a home with one click model."""
+    monkeypatch.setenv("RECPRESS_HOME", str(tmp_path / "recpress"))
+    monkeypatch.setenv("RECPRESS_ALLOWED_MODULES", ALLOWED)
+
+    def called(*arguments: str) -> Ended:
+        monkeypatch.setattr(sys, "argv", ["recpress", *arguments])
+        # A run, even one that fails at once, would start a server; nothing here may reach it.
+        monkeypatch.setattr("flows.console.run", lambda *_, **__: pytest.fail("a run was started"))
+        capsys.readouterr()
+        code: object = 0
+        try:
+            cli.main()
+        except SystemExit as ended:
+            code = ended.code
+        return Ended(code if isinstance(code, int) else 0, *capsys.readouterr())
+
+    return called
+
+
+def refused(ended: Ended, *words: str) -> None:
+    assert ended.code == 2, ended.err
+    assert ended.out == ""
+    assert "Traceback" not in ended.err
+    for word in words:
+        assert word in ended.err, ended.err
+
+
+@pytest.mark.parametrize(("typed", "meant"), TYPED)
+def test_a_limit_that_cannot_be_meant_exits_with_code_2_and_the_intent(
+    call: Call, typed: str, meant: str
+) -> None:
+    refused(call("compress", "clicks", "--limit", typed), meant)
+    refused(call("explain", "clicks", "--limit", typed), meant)
+
+
+@pytest.mark.parametrize(("typed", "meant"), TYPED)
+def test_the_same_limit_in_an_order_file_exits_with_code_2(
+    call: Call, tmp_path: Path, typed: str, meant: str
+) -> None:
+    metric, *_, sign, bound = typed.split()
+    limit = {
+        "metric": metric,
+        "against": "baseline" if " vs " in typed else "absolute",
+        "at_least" if sign == ">=" else "at_most": bound,
+    }
+    path = tmp_path / "order.json"
+    path.write_text(json.dumps({"model": "clicks", "limits": [limit]}))
+    refused(call("compress", "--order", str(path)), "order.json holds no order", meant)
+
+
+@pytest.mark.parametrize(("typed", "meant"), TYPED[:2])
+def test_the_same_limit_in_the_form_fails_the_run_with_its_sentence(
+    prefect_server: None, typed: str, meant: str
+) -> None:
+    from flows.compress import compress
+
+    metric, *_, sign, bound = typed.split()
+    limit = {
+        "metric": metric,
+        "against": "baseline" if " vs " in typed else "absolute",
+        "at_least" if sign == ">=" else "at_most": float(bound),
+    }
+    state = compress({"model": "clicks", "limits": [limit]}, return_state=True)
+    assert state.is_failed()
+    assert meant in str(state.message)
+
+
+@pytest.mark.parametrize(
+    "limit",
+    [
+        "gauc vs baseline >= 0",
+        "recall@20 vs baseline >= 0",
+        "ndcg@10 >= 0.3",
+        "ndcg@20 vs champion >= 0",
+        "p99_ms@1024 <= 5",
+        "p50_ms@1024 vs baseline <= 1",
+    ],
+)
+def test_a_metric_that_is_not_measured_for_the_model_exits_with_code_2_before_a_run(
+    call: Call, tmp_path: Path, limit: str
+) -> None:
+    rows = {"train": 500, "validation": 200, "test": 1000}  # fewer than the largest batch
+    pack(write_draft(tmp_path / "draft", rows=rows))
+    refused(call("compress", "clicks", "--limit", limit), "not measured for this bundle", "logloss")
+    refused(call("explain", "clicks", "--limit", limit), "not measured for this bundle")
+
+
+def test_a_demanded_improvement_is_explained_with_a_warning(call: Call, tmp_path: Path) -> None:
+    pack(write_draft(tmp_path / "draft"))
+    ended = call("explain", "clicks", "--limit", "auc vs baseline >= 0.002", "--json")
+    assert ended.code == 0, ended.err
+    assert json.loads(ended.out)["limits"] == ["auc vs baseline >= 0.002"]
+    assert "warning: limit 'auc vs baseline >= 0.002'" in ended.err.replace("\n", " ")
+
+
+def test_pack_and_check_print_warnings_about_the_model(call: Call, tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    draft = write_draft(tmp_path / "draft")
+    weights = load_file(draft / "model.safetensors")
+    weights["out.bias"] += 4
+    save_file(weights, draft / "model.safetensors")
+    packed = call("bundle", "pack", str(draft))
+    assert packed.code == 0, packed.err
+    assert "warning: The model's log loss" in packed.out
+    checked = call("bundle", "check", "clicks")
+    assert "clicks@1 is sound" in checked.out
+    assert "warning: The model's log loss" in checked.out
+    (warning,) = json.loads(call("bundle", "check", "clicks", "--json").out)["warnings"]
+    assert "mean label" in warning
+    (again,) = json.loads(call("bundle", "pack", str(draft), "--json").out)["warnings"]
+    assert again == warning
+
+
+def test_pack_refuses_a_metric_of_another_task_with_exit_code_2(call: Call, tmp_path: Path) -> None:
+    draft = write_draft(tmp_path / "draft", task="ranking")
+    document = json.loads((draft / "model.json").read_text())
+    document["signature"]["metric"] = "auc"
+    (draft / "model.json").write_text(json.dumps(document))
+    refused(call("bundle", "pack", str(draft)), "signature", "needs metric ndcg@10", "'auc'")

@@ -1,0 +1,315 @@
+"""What pack says about a model that loads: how it is built, its metric, its labels, its scores."""
+
+import json
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from drafts import write_draft
+from safetensors.torch import load_file, save_file
+
+from compressors.contracts import MEASURES, Limit
+from compressors.errors import CompressionError, ModelRefused
+from infra import bundle as bundle_format
+from infra.bundle import MANIFEST, manifest_of
+from infra.bundle_json import parse
+from infra.errors import BundleRefused, DataRefused
+from infra.expectations import Validation
+from tasks.bundles import examine, pack, show
+from tasks.loading import load_bundle
+from tasks.stored import local, store
+from tasks.subject import Subject, find, need_measurable
+from tasks.validate import validate
+
+# ClickNet of draft_network.py, with what a test adds at the end of its constructor or forward.
+NETWORK = """
+import copy
+import torch
+from torch import nn
+import draft_network
+
+class Own(draft_network.ClickNet):
+    def __init__(self, **config):
+        super().__init__(**config)
+{init}
+
+    def forward(self, **inputs):
+        score = super().forward(**inputs)
+        return {score}
+"""
+
+
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("RECPRESS_HOME", str(tmp_path / "recpress"))
+    monkeypatch.setenv("RECPRESS_ALLOWED_MODULES", "draft_network")
+    return tmp_path
+
+
+def own_draft(
+    home: Path, monkeypatch: pytest.MonkeyPatch, *, init: str = "pass", score: str = "score"
+) -> Path:
+    """A draft whose class is ``ClickNet`` with changes."""
+    name = f"own_{home.name}_{abs(hash((init, score)))}".replace("-", "_")
+    lines = "\n".join(f"        {line}" for line in init.splitlines())
+    (home / f"{name}.py").write_text(NETWORK.format(init=lines, score=score))
+    monkeypatch.syspath_prepend(str(home))
+    monkeypatch.setenv("RECPRESS_ALLOWED_MODULES", name)
+    return write_draft(home / "draft", network=f"{name}:Own")
+
+
+def change(draft: Path, **fields: object) -> None:
+    """Change fields of the draft's signature."""
+    path = draft / "model.json"
+    document = json.loads(path.read_text())
+    document["signature"] |= fields
+    path.write_text(json.dumps(document))
+
+
+def relabel(draft: Path, split: str, labels: list[int]) -> None:
+    path = draft / f"{split}.parquet"
+    table = pq.read_table(path)
+    at = table.column_names.index("label")
+    pq.write_table(table.set_column(at, "label", pa.array(labels)), path)
+
+
+def labels_of(draft: Path, split: str) -> list[int]:
+    found: list[int] = pq.read_table(draft / f"{split}.parquet")["label"].to_pylist()
+    return found
+
+
+def store_as_packed(draft: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Pack as a version of recpress without these checks did."""
+    with monkeypatch.context() as before:
+        before.setattr("tasks.bundles.need_sound", lambda *_, **__: ())
+        before.setattr("infra.bundle.parse", lambda *a, **k: parse(*a, **(k | {"stored": True})))
+        return pack(draft).artifact.uri
+
+
+# --- how the class is built ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "init",
+    [
+        'self.to("cpu")',
+        'self.to(torch.device("cpu"))',
+        "self.half()\nself.float()",
+        "self.first = copy.deepcopy(self.first)",
+        "self.first.weight.data.copy_(torch.randn_like(self.first.weight))",
+        "self.weights = [(list(self.user.parameters()), 0.1)]",
+    ],
+)
+def test_a_class_that_moves_or_copies_is_packed_without_a_note(
+    home: Path, monkeypatch: pytest.MonkeyPatch, init: str
+) -> None:
+    packed = pack(own_draft(home, monkeypatch, init=init))
+    assert packed.notes == packed.warnings == ()
+    assert "notes" not in json.loads((local(packed.artifact) / MANIFEST).read_text())
+
+
+@pytest.mark.parametrize(
+    ("init", "words"),
+    [
+        ('self.to("cuda:0")', ["cuda:0", "on the CPU"]),
+        ("self.cuda()", ["cuda", "on the CPU"]),
+        ("self.big = float(self.user.weight.max()) > 0", ["all its weights in memory", "self.big"]),
+    ],
+)
+def test_a_class_built_in_another_way_has_a_note_in_the_bundle(
+    home: Path, monkeypatch: pytest.MonkeyPatch, init: str, words: list[str]
+) -> None:
+    packed = pack(own_draft(home, monkeypatch, init=init))
+    assert show("clicks").notes == packed.notes == examine("clicks").manifest.notes
+    (note,) = packed.notes
+    assert all(word in note for word in words)
+    model = load_bundle(packed.artifact).model.module
+    assert {tensor.device.type for tensor in model.state_dict().values()} == {"cpu"}
+
+
+def test_random_values_that_change_the_score_are_refused_by_name(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    init, score = "self.noise = torch.randn(1)", "score + self.noise"
+    with pytest.raises(ModelRefused, match=r"two loads.*'noise', which no file stores"):
+        pack(own_draft(home, monkeypatch, init=init, score=score))
+
+
+def test_random_values_that_change_no_score_are_accepted(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    init = "import time\nself.noise = torch.randn(1)\nself.begun = time.time()"
+    pack(own_draft(home, monkeypatch, init=init))
+
+
+def test_dropout_in_evaluation_mode_is_refused(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    score = "nn.functional.dropout(score, 0.5)"
+    with pytest.raises(ModelRefused, match=r"two calls.*training=self\.training"):
+        pack(own_draft(home, monkeypatch, score=score))
+
+
+def test_a_class_that_raises_is_refused_with_its_own_reason(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    init = 'raise ValueError("an odd number of fields")'
+    with pytest.raises(ModelRefused) as refused:
+        pack(own_draft(home, monkeypatch, init=init))
+    assert "an odd number of fields" in str(refused.value)
+    assert "keyword arguments" not in str(refused.value)
+
+
+# --- the metric ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("metric", ["auc", "gauc", "recall@20", "ndcg@20"])
+def test_a_ranking_model_with_a_metric_of_another_task_is_refused(home: Path, metric: str) -> None:
+    draft = write_draft(home / "draft", task="ranking")
+    change(draft, metric=metric)
+    with pytest.raises(BundleRefused, match=rf"needs metric ndcg@10.*{metric}"):
+        pack(draft)
+    assert store().keys("bundles") == ()
+
+
+def test_a_bundle_packed_with_such_a_metric_is_read_and_refused_for_an_order(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    draft = write_draft(home / "draft", task="ranking")
+    change(draft, metric="auc")
+    store_as_packed(draft, monkeypatch)
+    assert show("clicks").signature.metric == "auc"
+    subject = find("clicks")
+    limit = Limit.parse("bytes vs baseline <= 0.5")
+    with pytest.raises(CompressionError, match=r"clicks@1.*ndcg@10.*'auc'.*bundle pack"):
+        need_measurable(subject, (limit,))
+    with pytest.raises(BundleRefused, match=r"ndcg@10.*bundle pack"):
+        examine("clicks")
+
+
+@pytest.mark.parametrize("task", ["ctr", "ranking", "retrieval"])
+@pytest.mark.parametrize("grouped", [True, False])
+@pytest.mark.parametrize("rows", [1, 63, 64, 5000])
+def test_a_limit_is_accepted_exactly_where_its_metric_is_measured(
+    home: Path, task: str, grouped: bool, rows: int
+) -> None:
+    if task != "ctr" and not grouped:
+        return  # such a signature is refused
+    packed = pack(write_draft(home / "draft"))
+    subject = Subject(
+        artifact=packed.artifact,
+        name="n",
+        version="1",
+        metric={"ctr": "auc", "ranking": "ndcg@10", "retrieval": "recall@20"}[task],
+        rows={"test": rows},
+        longest={},
+        architecture="",
+        task=task,
+        grouped=grouped,
+    )
+    for name, facts in MEASURES.items():
+        limit = Limit(metric=name, at_least=0)
+        measured = (
+            task in facts.tasks
+            and (grouped or not facts.needs_group)
+            and (facts.batch or 0) <= rows
+        )
+        if measured:
+            need_measurable(subject, (limit,))
+        else:
+            with pytest.raises(CompressionError, match="not measured for this bundle"):
+                need_measurable(subject, (limit,))
+
+
+# --- labels and scores -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("split", ["test", "validation"])
+@pytest.mark.parametrize("value", [0, 1])
+def test_a_split_of_one_class_is_refused(home: Path, split: str, value: int) -> None:
+    draft = write_draft(home / "draft")
+    relabel(draft, split, [value] * len(labels_of(draft, split)))
+    with pytest.raises(DataRefused, match=f"different labels in split '{split}'"):
+        pack(draft)
+    assert store().keys("") == ()  # nothing is stored
+
+
+def test_lists_whose_labels_are_all_equal_are_refused(home: Path) -> None:
+    draft = write_draft(home / "draft", task="ranking")
+    queries = pq.read_table(draft / "test.parquet")["query"].to_pylist()
+    relabel(draft, "test", [query % 2 for query in queries])
+    with pytest.raises(DataRefused, match=r"different labels in split 'test' for ndcg@10"):
+        pack(draft)
+
+
+def test_a_probability_declared_as_logit_is_refused_and_named_right(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    draft = own_draft(home, monkeypatch, score="torch.sigmoid(score)")
+    with pytest.raises(DataRefused, match="Set output to 'probability'"):
+        pack(draft)
+    change(draft, output="probability")
+    assert pack(draft).warnings == ()
+
+
+def test_a_logit_declared_as_probability_is_refused(home: Path) -> None:
+    draft = write_draft(home / "draft")
+    change(draft, output="probability")
+    with pytest.raises(DataRefused, match="Set output to 'logit'"):
+        pack(draft)
+
+
+def test_a_model_worse_than_the_base_rate_is_packed_with_warnings_that_stay_visible(
+    home: Path,
+) -> None:
+    draft = write_draft(home / "draft")
+    weights = load_file(draft / "model.safetensors")
+    for name in ("out.weight", "out.bias"):
+        weights[name] = -weights[name]
+    save_file(weights, draft / "model.safetensors")
+    packed = pack(draft)
+    assert any("mean label" in text for text in packed.warnings)
+    assert any("worse than chance" in text for text in packed.warnings)
+    assert examine("clicks").warnings == packed.warnings
+
+
+def test_a_bundle_packed_before_is_warned_about_in_its_validation_report(
+    home: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    draft = own_draft(home, monkeypatch, score="torch.sigmoid(score)")
+    store_as_packed(draft, monkeypatch)
+    packed = find("clicks").artifact
+    from infra.checks import Rules
+
+    artifact = validate.fn(bundle=packed, rules=Rules(), code="code")
+    folder = local(artifact)
+    stored = Validation.model_validate_json((folder / "validation.json").read_text())
+    assert stored.success
+    (warning,) = stored.warnings
+    assert "Set output to 'probability'" in warning
+    assert "Set output to &#x27;probability&#x27;" in (folder / "validation.html").read_text()
+    assert warning in caplog.text
+
+
+def test_a_bundle_packed_before_that_cannot_be_measured_is_refused_in_validation(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    draft = write_draft(home / "draft")
+    change(draft, output="probability")
+    store_as_packed(draft, monkeypatch)
+    from infra.checks import Rules
+
+    with pytest.raises(DataRefused, match="Set output to 'logit'"):
+        validate.fn(bundle=find("clicks").artifact, rules=Rules(), code="code")
+
+
+def test_a_validation_report_of_an_earlier_version_is_read() -> None:
+    text = '{"success": true, "evaluated": 1, "intended": 1, "findings": [], "seconds": 0.1}'
+    assert Validation.model_validate_json(text).warnings == ()
+
+
+def test_a_manifest_of_an_earlier_version_is_read(home: Path) -> None:
+    packed = pack(write_draft(home / "draft"))
+    raw = (local(packed.artifact) / MANIFEST).read_bytes()
+    assert b"notes" not in raw
+    assert manifest_of(raw, home).notes == ()
+    assert bundle_format.Manifest.model_fields["notes"].default == ()
