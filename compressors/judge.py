@@ -11,7 +11,7 @@ from typing import Literal, Self
 
 from pydantic import model_validator
 
-from compressors.contracts import Estimate, Frozen, Judgement, Limit, TargetKind, Verdict
+from compressors.contracts import Estimate, Frozen, Judgement, Limit, Outcome, TargetKind, Verdict
 from compressors.errors import CompressionError
 from compressors.intervals import PairedEstimate
 
@@ -203,13 +203,9 @@ def _judge_one(limit: Limit, measured: Measured) -> Judgement:
     up = 1 if limit.at_least is not None else -1
     goal, point = up * bound, up * estimate.point
     worst, best = sorted((up * estimate.low, up * estimate.high))
-    outcome: Literal["accepted", "rejected", "undecided"] = "undecided"
+    outcome = _outcome(goal, worst, best)
     rows = None
-    if worst >= goal:
-        outcome = "accepted"
-    elif best < goal:
-        outcome = "rejected"
-    elif estimate.rows is not None and limit.metric in _QUALITY:
+    if outcome == "undecided" and estimate.rows is not None and limit.metric in _QUALITY:
         reach = point - worst if point > goal else best - point
         rows = _rows_to_decide(estimate.rows, reach, abs(point - goal))
     return Judgement(
@@ -219,6 +215,34 @@ def _judge_one(limit: Limit, measured: Measured) -> Judgement:
         rows_to_decide=rows,
         reason=_measured_and_limit(limit, estimate) + "; " + _conclusion(estimate, outcome, rows),
     )
+
+
+def _outcome(
+    goal: float, worst: float, best: float
+) -> Literal["accepted", "rejected", "undecided"]:
+    """The outcome of a limit "at least ``goal``" for an interval from ``worst`` to ``best``."""
+    if worst >= goal:
+        return "accepted"
+    return "rejected" if best < goal else "undecided"
+
+
+def recomputed(verdict: Verdict) -> Outcome:
+    """The outcome that a stored verdict's judgements add up to.
+
+    Each judgement is decided again from its limit and its interval, and the stored outcome counts
+    where it is worse. A verdict without judgements keeps its outcome.
+    """
+    outcomes: set[Outcome] = {item.outcome for item in verdict.judgements}
+    for item in verdict.judgements:
+        if item.measured is None:
+            # Only a comparison with a champion that does not exist needs no number.
+            outcomes.add("accepted" if item.limit.against == "champion" else "undecided")
+        else:
+            up = 1 if item.limit.at_least is not None else -1
+            worst, best = sorted((up * item.measured.low, up * item.measured.high))
+            outcomes.add(_outcome(up * _bound(item.limit), worst, best))
+    order: tuple[Outcome, ...] = ("rejected", "undecided", "accepted")
+    return next((outcome for outcome in order if outcome in outcomes), verdict.outcome)
 
 
 def _rows_to_decide(rows: int, reach: float, distance: float) -> int | None:

@@ -6,8 +6,9 @@ answered at once.
 
 from compressors.contracts import Artifact, digest
 from flows.terms import Terms
-from tasks.documents import Finished, finished, registry_is_there
-from tasks.promotion import champion_graph, promote
+from infra.settings import load_settings, shown
+from tasks.documents import Finished, finished
+from tasks.promotion import champion_graph, promote_order, registry
 from tasks.stored import code_digest
 from tasks.subject import Subject, find
 from tasks.teachers import Teacher, find_teachers
@@ -46,15 +47,22 @@ def order_digest(
     )
 
 
+def digest_now(order: Terms) -> str:
+    """The digest of an order as it is now: of its bundle, champion and teachers of this moment."""
+    subject = find(order.model)
+    return order_digest(order, subject, champion_of(order, subject), teachers_of(order, subject))
+
+
 def code_of(order: Terms, subject: Subject) -> str:
     """What every task of an order carries in its cache key beside its own arguments."""
     return digest([code_digest(), subject.architecture, order.attempt])
 
 
 def promote_if_ordered(order: Terms, finished: Finished) -> None:
-    """Move the champion to an accepted result, where the order asks for it."""
-    if order.promote and finished.report.outcome == "accepted":
-        promote(finished.report.name, finished.version, f"order {finished.report.order[:12]}")
+    """Move the champion to an accepted result, if the order says so."""
+    report = finished.report
+    if order.promote and report.outcome == "accepted":
+        promote_order(report.name, report.order, f"order {report.order[:12]}")
 
 
 def earlier(order: Terms) -> Finished | None:
@@ -66,8 +74,15 @@ def earlier(order: Terms) -> Finished | None:
 
 
 def already(order: Terms) -> Finished | None:
-    """The finished report of the same order, if there is one; only looked at."""
-    subject = find(order.model)
-    teachers = teachers_of(order, subject)
-    found = finished(order_digest(order, subject, champion_of(order, subject), teachers))
-    return found if found is not None and registry_is_there(found) else None
+    """The finished report of the same order, if the registry still has it; changes nothing.
+
+    The version is the number the order has in this registry now.
+    """
+    found = finished(digest_now(order))
+    if found is None:
+        return None
+    uri = load_settings().registry_uri
+    held = registry().find_order(found.report.order, found.report.name)
+    if held is None or held.tags.get("recpress.release") != found.release.sha256:
+        return None  # the flow publishes it again
+    return found.model_copy(update={"version": held.version, "registry": shown(uri)})

@@ -24,5 +24,7 @@ loading.py     a stored bundle as a module, a stored split as tensors
 documents.py   what is stored as JSON beside the files
 report.py      the report as a table and as Markdown
 report_page.py the report as one HTML page; report_measured.py is its middle
+acceptance.py  whether a report allows its version to become champion
+champion.py    the registry version and report of the ledger's champion
 promotion.py   promote, roll back, fetch
 """

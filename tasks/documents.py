@@ -26,7 +26,6 @@ from compressors.lower.parity import Parity
 from infra.bundle import read
 from infra.errors import ArtifactMissing
 from infra.onnxruntime import Machine
-from infra.settings import load_settings, shown
 from infra.tensorrt import FILES
 from tasks.stored import local, store
 from tasks.subject import Subject
@@ -343,17 +342,6 @@ def finished(order: str) -> Finished | None:
     except ArtifactMissing:
         return None
     return found
-
-
-def registry_is_there(found: Finished) -> bool:
-    """Whether a finished order lies in the registry of this process, as far as a look can tell.
-
-    The registry itself is not asked, since its library alone takes a second to load; a flow
-    asks it. But another registry, or an embedded one whose file is gone, is not the one.
-    """
-    uri = load_settings().registry_uri
-    path = Path(uri.removeprefix("sqlite:///"))
-    return found.registry == shown(uri) and (not uri.startswith("sqlite:///") or path.exists())
 
 
 def finished_key(order: str) -> str:
