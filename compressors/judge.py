@@ -17,6 +17,7 @@ from compressors.contracts import (
     Frozen,
     Judgement,
     Limit,
+    Outcome,
     ScoreUnit,
     TargetKind,
     Verdict,
@@ -281,15 +282,10 @@ def _judge_one(limit: Limit, measured: Measured) -> Judgement:
     up = 1 if limit.at_least is not None else -1
     goal, point = up * bound, up * estimate.point
     worst, best = sorted((up * estimate.low, up * estimate.high))
-    outcome: Literal["accepted", "rejected", "undecided"] = "undecided"
+    outcome = _outcome(goal, worst, best) if estimate.unresolved is None else "undecided"
     rows = groups = None
-    if estimate.unresolved is not None:
-        pass
-    elif worst >= goal:
-        outcome = "accepted"
-    elif best < goal:
-        outcome = "rejected"
-    elif estimate.rows is not None and limit.metric in _QUALITY:
+    may_decide = outcome == "undecided" and estimate.unresolved is None
+    if may_decide and estimate.rows is not None and limit.metric in _QUALITY:
         reach = point - worst if point > goal else best - point
         rows = _rows_to_decide(estimate.rows, reach, abs(point - goal))
         if rows is not None and estimate.groups is not None:
@@ -304,6 +300,36 @@ def _judge_one(limit: Limit, measured: Measured) -> Judgement:
         + "; "
         + _conclusion(estimate, outcome, rows, groups),
     )
+
+
+def _outcome(
+    goal: float, worst: float, best: float
+) -> Literal["accepted", "rejected", "undecided"]:
+    """The outcome of a limit "at least ``goal``" for an interval from ``worst`` to ``best``."""
+    if worst >= goal:
+        return "accepted"
+    return "rejected" if best < goal else "undecided"
+
+
+def recomputed(verdict: Verdict) -> Outcome:
+    """The outcome that a stored verdict's judgements add up to.
+
+    Each judgement is decided again from its limit and its interval, and the stored outcome counts
+    where it is worse. A verdict without judgements keeps its outcome.
+    """
+    outcomes: set[Outcome] = {item.outcome for item in verdict.judgements}
+    for item in verdict.judgements:
+        if item.measured is None:
+            # Only a comparison with a champion that does not exist needs no number.
+            outcomes.add("accepted" if item.limit.against == "champion" else "undecided")
+        elif item.measured.unresolved is not None:
+            outcomes.add("undecided")
+        else:
+            up = 1 if item.limit.at_least is not None else -1
+            worst, best = sorted((up * item.measured.low, up * item.measured.high))
+            outcomes.add(_outcome(up * _bound(item.limit), worst, best))
+    order: tuple[Outcome, ...] = ("rejected", "undecided", "accepted")
+    return next((outcome for outcome in order if outcome in outcomes), verdict.outcome)
 
 
 def _rows_to_decide(rows: int, reach: float, distance: float) -> int | None:

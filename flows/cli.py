@@ -4,17 +4,22 @@ Imports happen inside the commands, so that help answers at once. Exit codes: 0 
 1 failure, 2 bad input, 3 rejected, 4 undecided or nothing measured.
 """
 
+import functools
 import json
 import os
 import sys
 import time
 import traceback
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from flows import cli_order
+from flows.cli_promotion import promotion_app
 from flows.cli_tables import tables_app
 from flows.cli_triton import triton_app
 
@@ -30,6 +35,7 @@ app = typer.Typer(
 bundle_app = typer.Typer(no_args_is_help=True, help="Pack, check and show model bundles.")
 registry_app = typer.Typer(no_args_is_help=True, help="List, fetch and promote results.")
 app.add_typer(bundle_app, name="bundle")
+registry_app.add_typer(promotion_app)
 app.add_typer(registry_app, name="registry")
 app.add_typer(tables_app, name="tables")
 app.add_typer(triton_app, name="triton")
@@ -41,7 +47,7 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON document inst
 def main() -> None:
     """Run the command line; every known fault becomes one sentence and an exit code."""
     try:
-        app()
+        app(obj=datetime.now(UTC))
     except Exception as fault:
         sys.exit(_explain(fault))
 
@@ -137,7 +143,7 @@ def demo(
 
 
 def _carry_out(order: "Terms", *, force: bool, as_json: bool) -> int:
-    """Find the finished report of this order, or run the flow; print it; give the exit code."""
+    """Find the finished report of this order, or run the flow; print it; return the exit code."""
     from flows import console
     from flows.resolve import earlier
 
@@ -146,7 +152,8 @@ def _carry_out(order: "Terms", *, force: bool, as_json: bool) -> int:
     found = earlier(order)
     cli_order.warn(order)
     if found is None:
-        found = console.run(order, quiet=as_json)
+        with _only_process_of(order, quiet=as_json):
+            found = earlier(order) or console.run(order, quiet=as_json)
     else:
         console.say(f"Order {found.report.order[:12]} was carried out before.", quiet=as_json)
     if as_json:
@@ -154,6 +161,29 @@ def _carry_out(order: "Terms", *, force: bool, as_json: bool) -> int:
     else:
         console.show(found)
     return EXIT[found.report.outcome]
+
+
+@contextmanager
+def _only_process_of(order: "Terms", *, quiet: bool) -> Iterator[None]:
+    """One process of a home carries out an order; others wait, then find its result."""
+    from flows import console
+    from flows.resolve import digest_now
+    from infra.errors import SettingRefused
+    from infra.lock import locked_name
+    from infra.settings import load_settings
+
+    digest, path = digest_now(order), load_settings().home / "orders.lock"
+    text = f"Order {digest[:12]} is being carried out by another process. Waiting for its result."
+    with ExitStack() as held:
+        try:
+            waiting = functools.partial(console.say, text, quiet=quiet)
+            held.enter_context(locked_name(path, digest, waiting))
+        except OSError as fault:
+            raise SettingRefused(
+                f"{path} cannot be written: {fault.strerror}. Set RECPRESS_HOME to a folder you "
+                "may write."
+            ) from fault
+        yield
 
 
 def _write(path: Path, body: bytes) -> None:
@@ -259,7 +289,6 @@ def bundle_schema() -> None:
 
 Model = Annotated[str, typer.Argument(help="Registered model name.")]
 Version = Annotated[str, typer.Option("--version", help="3, @champion or @candidate.")]
-Reason = Annotated[str, typer.Option(help="Written into the ledger.")]
 
 
 @registry_app.command("list")
@@ -350,34 +379,6 @@ def registry_fetch(
     for path in sorted(into.rglob("*")):
         if path.is_file():
             _print(f"  {path.relative_to(into)}  {path.stat().st_size:,}")
-
-
-@registry_app.command("promote")
-def registry_promote(
-    model: Model, version: Version = "@candidate", reason: Reason = "", as_json: Json = False
-) -> None:
-    """Make an accepted version the champion."""
-    from tasks.promotion import promote
-
-    entry = promote(model, version, reason)
-    _print(
-        entry.model_dump_json(indent=1)
-        if as_json
-        else f"{model}: version {entry.version} is champion (was {entry.previous or 'none'})."
-    )
-
-
-@registry_app.command("rollback")
-def registry_rollback(model: Model, reason: Reason = "", as_json: Json = False) -> None:
-    """Make the champion before the current one the champion again."""
-    from tasks.promotion import rollback
-
-    entry = rollback(model, reason)
-    _print(
-        entry.model_dump_json(indent=1)
-        if as_json
-        else f"{model}: version {entry.version} is champion again (was {entry.previous})."
-    )
 
 
 # --- doctor ----------------------------------------------------------------------------------

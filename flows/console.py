@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
+from infra.lock import locked
+
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.status import Status
@@ -18,7 +20,7 @@ if TYPE_CHECKING:
 
 EMBEDDED = {
     # A loaded machine needs more than the default 20 s to start the embedded server.
-    "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "90",
+    "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "180",
     "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
     "DO_NOT_TRACK": "1",
     # The embedded server tells of its own shutdown as errors; faults of a run reach us anyhow.
@@ -55,12 +57,28 @@ def run(order: "Terms", *, quiet: bool) -> "Finished":
         from flows.order import Order
         from tasks.documents import Finished
 
+        _start_server()
         if not isinstance(order, Order):
             order = Order.model_validate(order.model_dump())
         outcome = compress(order, return_state=True).result()
         while isinstance(outcome, State):
             outcome = outcome.result()
         return Finished.model_validate(outcome)
+
+
+def _start_server() -> None:
+    """Start the embedded Prefect server, if no other is set: one process of a home at a time.
+
+    Each server migrates the database of Prefect's home when it starts, and several at once
+    fail. Prefect uses the server that is started here.
+    """
+    from prefect.server.api.server import SubprocessASGIServer
+    from prefect.settings import get_current_settings
+
+    settings = get_current_settings()
+    if settings.api.url is None and settings.server.ephemeral.enabled:
+        with locked(settings.home / "recpress-server.lock"):
+            SubprocessASGIServer().start()
 
 
 def show(finished: "Finished") -> None:

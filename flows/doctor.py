@@ -16,7 +16,7 @@ from infra.answers import Answer, NoAnswer, Question, basic, get
 from infra.errors import InfraError, Refused
 from infra.settings import load_settings, shown
 from infra.tensorrt import load
-from tasks.promotion import registry
+from tasks.champion import champions, registry
 from tasks.stored import store
 from tasks.triton import contents
 
@@ -28,6 +28,10 @@ _STORE = (
     "below it."
 )
 _REGISTRY = "Set MLFLOW_TRACKING_URI to a server that runs, or unset it for the embedded registry."
+_CHAMPIONS = (
+    "Set MLFLOW_TRACKING_URI to the registry the champions were published in, or register the "
+    "results of the store again: 'recpress registry restore'."
+)
 _TRITON = (
     "Set RECPRESS_TRITON to a folder or s3://bucket/prefix that this key may list, read and write, "
     "or unset it."
@@ -64,10 +68,14 @@ def examine() -> tuple[Found, ...]:
         _asked("registry", not settings.registry_uri.startswith("sqlite"), _registry, _REGISTRY),
         _asked("Prefect", True, _prefect, _PREFECT),
     ]
+    remote = settings.store_root.startswith("s3://")
+    remote = remote or not settings.registry_uri.startswith("sqlite")
+    champion = _asked("champions", remote, _champions, _CHAMPIONS)
     triton = _asked("Triton repository", settings.triton.startswith("s3://"), _triton, _TRITON)
     unset = Found(what="Triton repository", state="absent", found="RECPRESS_TRITON is not set")
     return (
         *(wait() for wait in asked),
+        champion(),
         triton() if settings.triton else unset,
         _try("torch", _torch, "Install it again: make .venv"),
         _try("ONNX Runtime", lambda: _version("onnxruntime"), "Install it again: make .venv"),
@@ -155,6 +163,11 @@ def _registry() -> str:
     version = get(f"{base}/version", headers=_mlflow_credentials())
     named = version.body.decode("ascii", "replace")[:20] if version.status == 200 else "?"
     return f"MLflow {named} at {shown(uri)}: {models}{more} model(s), {answer.ms:.0f} ms"
+
+
+def _champions() -> str:
+    found = champions()
+    return ", ".join(f"{model} {number}" for model, number in found.items()) or "none yet"
 
 
 def _mlflow_credentials() -> dict[str, str]:

@@ -6,9 +6,10 @@ answered at once.
 
 from compressors.contracts import Artifact, digest
 from flows.terms import Terms
+from infra.settings import load_settings, shown
 from tasks.documents import Finished
-from tasks.order_records import finished, registry_is_there
-from tasks.promotion import champion_graph, promote
+from tasks.order_records import finished
+from tasks.promotion import champion_graph, promote_order, registry
 from tasks.stored import code_digest
 from tasks.subject import Subject, find, need_measurable
 from tasks.teachers import Teacher, find_teachers
@@ -47,15 +48,27 @@ def order_digest(
     )
 
 
+def digest_now(order: Terms) -> str:
+    """The digest of an order as it is now: of its bundle, champion and teachers of this moment.
+
+    Raises:
+        CompressionError: the order has a metric that is not measured for this bundle.
+    """
+    subject = find(order.model)
+    need_measurable(subject, order.limits)
+    return order_digest(order, subject, champion_of(order, subject), teachers_of(order, subject))
+
+
 def code_of(order: Terms, subject: Subject) -> str:
     """What every task of an order carries in its cache key beside its own arguments."""
     return digest([code_digest(), subject.architecture, order.attempt])
 
 
 def promote_if_ordered(order: Terms, finished: Finished) -> None:
-    """Move the champion to an accepted result, where the order asks for it."""
-    if order.promote and finished.report.outcome == "accepted":
-        promote(finished.report.name, finished.version, f"order {finished.report.order[:12]}")
+    """Move the champion to an accepted result, if the order says so."""
+    report = finished.report
+    if order.promote and report.outcome == "accepted":
+        promote_order(report.name, report.order, f"order {report.order[:12]}")
 
 
 def earlier(order: Terms) -> Finished | None:
@@ -67,13 +80,18 @@ def earlier(order: Terms) -> Finished | None:
 
 
 def already(order: Terms) -> Finished | None:
-    """The finished report of the same order, if there is one; nothing is changed.
+    """The finished report of the same order, if the registry still has it; changes nothing.
+
+    The version is the number the order has in this registry now.
 
     Raises:
         CompressionError: the order has a metric that is not measured for this bundle.
     """
-    subject = find(order.model)
-    need_measurable(subject, order.limits)
-    teachers = teachers_of(order, subject)
-    found = finished(order_digest(order, subject, champion_of(order, subject), teachers))
-    return found if found is not None and registry_is_there(found) else None
+    found = finished(digest_now(order))
+    if found is None:
+        return None
+    uri = load_settings().registry_uri
+    held = registry().find_order(found.report.order, found.report.name)
+    if held is None or held.tags.get("recpress.release") != found.release.sha256:
+        return None  # the flow publishes it again
+    return found.model_copy(update={"version": held.version, "registry": shown(uri)})

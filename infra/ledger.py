@@ -1,9 +1,12 @@
-"""Who is champion: one entry after the other in the object store, never changed.
+"""The promotion ledger: append-only entries in the object store that decide the champion.
 
 A registry's alias has no compare-and-swap, so two people who promote at once would overwrite
-each other unseen. Here every entry is a key of its own, ``ledger/<model>/<sequence>.json``,
-written by a conditional create: of two writers of one number exactly one wins. The registry's
-alias is made to follow (``Registry.repair``).
+each other unseen. Here every entry is a key, ``ledger/<model>/<sequence>.json``, written by a
+conditional create: of two writers of one number exactly one wins. The registry's alias follows
+(``Registry.repair``).
+
+An entry names the champion by the digest of its order. The version is a label: another registry,
+or one that was restored, may number its versions differently.
 """
 
 from datetime import UTC, datetime
@@ -11,7 +14,7 @@ from typing import Literal
 
 from pydantic import Field, ValidationError
 
-from compressors.contracts import Frozen
+from compressors.contracts import Frozen, digest
 from infra.errors import AlreadyThere, ArtifactDamaged, ArtifactMissing, InfraError, Refused
 from infra.store import Store
 from infra.store_manifest import plain_path
@@ -21,18 +24,33 @@ Action = Literal["promote", "rollback"]
 ATTEMPTS = 100  # lost races in a row before we say that the ledger is too busy
 
 
+SEALED = ("sequence", "model", "version", "order", "action", "previous", "at", "by", "reason")
+"""The fields an entry's digest covers."""
+
+
 class Entry(Frozen):
-    """One change of champion. ``previous`` is the version it took the place of."""
+    """One change of champion. ``previous`` is the version it replaced."""
 
     sequence: int = Field(ge=1)
     model: str
-    version: str = Field(min_length=1)
-    order: str
+    version: str = Field(min_length=1, description="The order's number in the registry then.")
+    order: str = Field(description="The order's digest: this is what became champion.")
     action: Action
     previous: str | None
     at: str = Field(description="UTC, ISO 8601.")
     by: str
     reason: str
+    digest: str | None = Field(
+        None,
+        description="SHA-256 over this entry and the one before it. Entries of versions of "
+        "recpress that wrote none have none.",
+    )
+
+    def sealed(self, previous: "Entry | None") -> "Entry":
+        """The same entry with the digest it has after ``previous``."""
+        fields = self.model_dump(mode="json", include=set(SEALED))
+        after = None if previous is None else previous.digest or previous.sealed(None).digest
+        return self.model_copy(update={"digest": digest({**fields, "after": after})})
 
 
 class Ledger:
@@ -94,8 +112,8 @@ class Ledger:
         """Make ``version`` champion.
 
         Args:
-            version: the registry version. For a rollback: the one ``before`` names.
-            order: its order's digest.
+            version: the order's number in the registry.
+            order: the order's digest. For a rollback: the one ``before`` names.
             action: whether this is a new choice or the way back.
             by: who decided.
             reason: why.
@@ -104,7 +122,7 @@ class Ledger:
 
         Raises:
             AlreadyThere: the ledger moved on since ``expected``; it says who won.
-            Refused: a rollback to another version than ``before`` names.
+            Refused: a rollback to another order than ``before`` names.
             ArtifactDamaged: as ``entries``.
         """
         for _ in range(ATTEMPTS):
@@ -113,17 +131,18 @@ class Ledger:
                 raise AlreadyThere(self._moved_on(entries, expected))
             if action == "rollback":
                 self._check_rollback(entries, version, order)
+            previous = entries[-1] if entries else None
             entry = Entry(
                 sequence=len(entries) + 1,
                 model=self._model,
                 version=version,
                 order=order,
                 action=action,
-                previous=entries[-1].version if entries else None,
+                previous=None if previous is None else previous.version,
                 at=datetime.now(UTC).isoformat(timespec="microseconds"),
                 by=by,
                 reason=reason,
-            )
+            ).sealed(previous)
             key, body = self._key(entry.sequence), entry.model_dump_json(indent=1).encode()
             try:
                 self._store.create(key, body)
@@ -153,21 +172,36 @@ class Ledger:
             raise ArtifactDamaged(
                 f"{at} is not an entry of a ledger. Restore it from a backup of the store."
             ) from fault
-        previous = found[-1].version if found else None
+        last = found[-1] if found else None
+        previous = None if last is None else last.version
         if (entry.sequence, entry.model, entry.previous) != (sequence, self._model, previous):
             raise ArtifactDamaged(
                 f"{at} does not continue the entry before it: it says entry {entry.sequence} of "
                 f"{entry.model!r} after version {entry.previous}, and version {previous} came "
                 "before. Restore it from a backup of the store."
             )
+        self._check_digest(entry, last, at)
         if entry.action == "rollback":
             target = before(found)
-            if target is None or target.version != entry.version:
+            if target is None or not _same_champion(target, entry):
                 raise ArtifactDamaged(
-                    f"{at} rolls back to version {entry.version}, which was not champion before. "
-                    "Restore it from a backup of the store."
+                    f"{at} rolls back to version {entry.version}, order {entry.order[:12]}, which "
+                    "was not champion before. Restore it from a backup of the store."
                 )
         return entry
+
+    def _check_digest(self, entry: Entry, previous: Entry | None, at: str) -> None:
+        if entry.digest is None:
+            if previous is not None and previous.digest is not None:
+                raise ArtifactDamaged(
+                    f"{at} has no digest, and the entry before it has one. Restore it from a "
+                    "backup of the store."
+                )
+        elif entry.digest != entry.sealed(previous).digest:
+            raise ArtifactDamaged(
+                f"{at} or the entry before it was changed: its digest does not match. Restore "
+                "both from a backup of the store."
+            )
 
     def _check_rollback(self, entries: tuple[Entry, ...], version: str, order: str) -> None:
         target = before(entries)
@@ -176,7 +210,7 @@ class Ledger:
                 f"No version of {self._model!r} was champion before the present one, so there "
                 "is nothing to roll back to."
             )
-        if (target.version, target.order) != (version, order):
+        if target.order != order:
             raise Refused(
                 f"A rollback of {self._model!r} goes to version {target.version}, not to "
                 f"{version}. To choose another version, promote it."
@@ -199,19 +233,41 @@ class Ledger:
 
 
 def before(entries: tuple[Entry, ...]) -> Entry | None:
-    """Where a rollback goes: the entry that promoted the champion before the present one.
+    """The entry that a rollback returns to: the promotion below the current champion's.
 
-    A promotion puts a version on top of a pile, a rollback takes the top off. So rolling back
-    twice goes two steps back, not back and forth, and a version that was rolled back is not come
-    back to after a later promotion. Promoting the champion again changes nothing.
+    A promotion puts an order on a stack, a rollback removes the top. So two rollbacks go back two
+    steps, and an order that was rolled back is not returned to after a later promotion. Promoting
+    the champion again changes nothing.
 
     Returns:
         None if there is nothing below the champion.
     """
-    pile: list[Entry] = []
+    stack = _stack(entries)
+    return stack[-2] if len(stack) > 1 else None
+
+
+def undone(entries: tuple[Entry, ...]) -> tuple[str, ...]:
+    """The orders that rollbacks removed since the last promotion, the latest first."""
+    removed: list[str] = []
+    for end in range(len(entries), 0, -1):
+        if entries[end - 1].action != "rollback":
+            break
+        removed.append(entries[end - 2].order)
+    return tuple(removed)
+
+
+def _stack(entries: tuple[Entry, ...]) -> list[Entry]:
+    stack: list[Entry] = []
     for entry in entries:
         if entry.action == "rollback":
-            pile.pop()
-        elif not pile or pile[-1].version != entry.version:
-            pile.append(entry)
-    return pile[-2] if len(pile) > 1 else None
+            stack.pop()
+        elif not stack or not _same_champion(stack[-1], entry):
+            stack.append(entry)
+    return stack
+
+
+def _same_champion(earlier: Entry, entry: Entry) -> bool:
+    """Whether two entries name one champion, by the rule under which ``entry`` was written."""
+    if entry.digest is None:
+        return earlier.version == entry.version
+    return earlier.order == entry.order

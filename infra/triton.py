@@ -274,7 +274,8 @@ def stage(home: Store, source: Store, served: Served) -> tuple[str, ...]:
         The keys that had to be written.
 
     Raises:
-        Refused: the folder belongs to another model, or to somebody else.
+        Refused: the folder belongs to another model or program, or serves another order under
+            this version's number.
         ArtifactMissing, ArtifactDamaged: as ``Store.chunks``.
     """
     if (held := owner(home)) not in (None, served.model):
@@ -282,11 +283,23 @@ def stage(home: Store, source: Store, served: Served) -> tuple[str, ...]:
             f"{home.root} already follows model {held!r}, so {served.model!r} cannot be laid out "
             "there as well. Rename one of the two."
         )
+    body = (current(home) or b"").decode(errors="replace")
+    if version_in(body.encode()) == str(served.version) and _names_other_order(body, served):
+        raise Refused(
+            f"{home.root} serves another order as version {served.version} than the registry has "
+            f"under this number (order {served.order[:12]}), and its files would be overwritten "
+            f"while a server reads them. Run 'recpress registry restore {served.model}' and "
+            f"'recpress triton export {served.model}', or remove the folder."
+        )
     wrong = faults(home, source, served)
     for key in wrong:
         entry = _entries(source, served)[key]
         home.upload(key, entry.bytes, source.chunks(served.artifact, entry.path))
     return tuple(wrong)
+
+
+def _names_other_order(body: str, served: Served) -> bool:
+    return '"recpress.order"' in body and served.order not in body
 
 
 def faults(home: Store, source: Store, served: Served) -> dict[str, str]:

@@ -27,5 +27,7 @@ documents.py   what is stored as JSON beside the files
 order_records.py   the record by which a finished order is found again
 report.py      the report as a table and as Markdown
 report_page.py the report as one HTML page; report_measured.py is its middle
+acceptance.py  whether a report allows its version to become champion
+champion.py    the registry version and report of the ledger's champion
 promotion.py   promote, roll back, fetch
 """

@@ -49,19 +49,24 @@ def write_finished(done: Finished) -> None:
         log.warning("%s The order runs again next time.", fault)
 
 
-def finished(order: str) -> Finished | None:
+def finished(order: str, *, registered: bool = True) -> Finished | None:
     """The finished report of an order digest, if its record, report and results are sound.
 
     The record only says which release and version to look at; everything else is read from the
     release, verified by its hash. A record that is damaged, or that names the release of another
     order, counts as absent: the order runs again, and finds the results of its tasks.
 
+    Args:
+        order: the digest.
+        registered: whether the registry must vouch for the version in a record of version 0.1.0,
+            which has no checksum. Without it that version may be wrong.
+
     Raises:
         ArtifactDamaged: the record is sound and the release is not.
     """
     held = store()
     try:
-        record = _finished_record(order)
+        record, is_sealed = _finished_record(order)
         release = held.find(record.release.sha256)
         if release is None:
             raise ArtifactMissing(f"{held.uri_of(record.release)} does not exist.")
@@ -73,7 +78,8 @@ def finished(order: str) -> Finished | None:
             )
         for target in report.targets:
             held.manifest(target.artifact)
-        version = record.version or _registered_version(report)
+        trusted = is_sealed or not registered
+        version = record.version if trusted else _registered_version(report)
     except ArtifactMissing:
         return None
     except RecordRefused as fault:
@@ -84,8 +90,8 @@ def finished(order: str) -> Finished | None:
     return Finished(report=report, release=release, version=version, registry=registry)
 
 
-def _finished_record(order: str) -> FinishedRecord:
-    """The record of an order; its version is empty if nothing vouches for it.
+def _finished_record(order: str) -> tuple[FinishedRecord, bool]:
+    """The record of an order, and whether it is sealed, so that its version can be trusted.
 
     Raises:
         ArtifactMissing: there is none.
@@ -102,14 +108,15 @@ def _finished_record(order: str) -> FinishedRecord:
         elif fields.keys() == {"report", "release", "version", "registry"}:
             # Version 0.1.0 stored the whole report, and an absolute path of the registry.
             release = Artifact.model_validate(fields["release"])
-            record = FinishedRecord(order=order, release=release, version="", registry="")
+            version = f"{int(fields['version'])}"
+            record = FinishedRecord(order=order, release=release, version=version, registry="")
         else:
             raise wrong
-    except (ValidationError, KeyError) as fault:
+    except (ValidationError, KeyError, TypeError, ValueError) as fault:
         raise wrong from fault
     if record.order != order:
         raise RecordRefused(f"{store().root}/{key} is the record of another order.")
-    return record
+    return record, sealed
 
 
 def _registered_version(report: Report) -> str:
@@ -129,17 +136,6 @@ def _registry_reference() -> str:
     uri = load_settings().registry_uri
     file, root = sqlite_file(uri), store().folder
     return shown(uri) if file is None or root is None else os.path.relpath(file, root)
-
-
-def registry_is_there(found: Finished) -> bool:
-    """Whether a finished order is in the registry of this process, without opening the registry.
-
-    Its library alone takes a second to load, so the flow asks it. But another registry, or an
-    embedded one whose file is gone, is not the one.
-    """
-    uri = load_settings().registry_uri
-    file = sqlite_file(uri)
-    return found.registry == shown(uri) and (file is None or file.exists())
 
 
 def finished_key(order: str) -> str:

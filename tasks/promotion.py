@@ -9,24 +9,22 @@ ledger, the alias, the repository's configuration.
 import getpass
 import logging
 import os
+from datetime import UTC, datetime
 from pathlib import Path
 
-from compressors.contracts import Artifact, TargetKind
-from infra.errors import ArtifactMissing, InfraError, PromotionRefused, Refused
-from infra.ledger import Entry, Ledger, before
-from infra.registry import Registered, Registry
-from infra.settings import load_settings
+from compressors.contracts import Artifact, Frozen, TargetKind
+from infra.errors import AlreadyThere, ArtifactMissing, InfraError, PromotionRefused, Refused
+from infra.ledger import Entry, Ledger, before, undone
+from infra.registry import CHAMPION, ORDER_TAG, Registered
 from infra.triton import Served
 from tasks import triton
-from tasks.documents import PAGE, Report, TargetReport, report_of
+from tasks.acceptance import require_accepted
+from tasks.champion import Version, version_of, version_of_entry, version_of_order
+from tasks.champion import registry as registry
+from tasks.documents import PAGE, Report, TargetReport
 from tasks.stored import store
 
 log = logging.getLogger(__name__)
-
-
-def registry() -> Registry:
-    """The registry of this process's settings."""
-    return Registry(load_settings().registry_uri)
 
 
 def listed(model: str | None) -> tuple[Registered, ...]:
@@ -44,22 +42,17 @@ def version_report(model: str, reference: str) -> tuple[Registered, Report]:
         model: registered name.
         reference: ``3``, ``@champion`` or ``@candidate``.
     """
-    if reference == "@champion":
-        entry = repair(model, reading=True)
-        if entry is None:
-            raise PromotionRefused(
-                f"{model} has no champion in the ledger, so there is no @champion. Make one: "
-                f"'recpress registry promote {model}', or name a version."
-            )
-        reference = entry.version
-    registered = registry().version(model, reference)
-    report = report_of(store().artifact(registered.source))
-    if (report.name, report.order) != (model, registered.tags.get("recpress.order")):
+    if reference != "@champion":
+        version = version_of(registry().version(model, reference))
+        return version.registered, version.report
+    entry = repair(model, reading=True)
+    if entry is None:
         raise PromotionRefused(
-            f"{model} version {registered.version} points to the release of {report.name}, order "
-            f"{report.order[:12]}: it was not registered by recpress as it stands."
+            f"{model} has no champion in the ledger, so there is no @champion. Make one: "
+            f"'recpress registry promote {model}', or name a version."
         )
-    return registered, report
+    version = version_of_entry(model, entry)
+    return version.registered, version.report
 
 
 def version_page(model: str, reference: str) -> tuple[Registered, bytes]:
@@ -74,23 +67,32 @@ def version_page(model: str, reference: str) -> tuple[Registered, bytes]:
 
 
 def repair(model: str, *, expected: bool = False, reading: bool = False) -> Entry | None:
-    """Make alias and Triton repository say what the ledger says.
+    """Make the alias and the Triton repository follow the ledger.
 
-    A model without a ledger is not ours to touch: its alias may be another system's.
+    A model without a ledger is left alone: its alias may belong to another system.
 
     Args:
         model: registered name.
-        expected: a change of champion was just written, so there is something to do.
-        reading: the caller only wants to know the champion, which a Triton repository that cannot
-            be repaired does not keep from anybody. It is logged.
+        expected: a change of champion was just written, so a difference is no surprise.
+        reading: the caller only needs the champion. A Triton repository that cannot be repaired
+            is logged then, and raises otherwise.
+
+    Returns:
+        The ledger's last entry, with the number its order has in the registry; None if there is
+        no ledger.
+
+    Raises:
+        PromotionRefused: the registry does not have the champion's order, or its report is not
+            accepted. The alias stays as it is.
     """
     ledger = Ledger(store(), model)
     entry = ledger.champion()
     while entry is not None:
-        if registry().repair(model, entry.version) and not expected:
+        version = version_of_entry(model, entry)
+        if registry().repair(model, version.number) and not expected:
             log.warning("%s: the registry's champion was repaired from the ledger", model)
         try:
-            if _followed(model, entry) and not expected:
+            if _followed(model, version) and not expected:
                 log.warning("%s: the Triton repository was repaired from the ledger", model)
         except (InfraError, Refused) as fault:
             if not reading:
@@ -98,75 +100,175 @@ def repair(model: str, *, expected: bool = False, reading: bool = False) -> Entr
             log.warning("%s: the Triton repository does not follow: %s", model, fault)
         newest = ledger.champion()
         if newest == entry:
-            break
-        entry = newest  # somebody promoted meanwhile: alias and server follow the last word
-    return entry
+            return entry.model_copy(update={"version": version.number})
+        entry = newest  # another process promoted meanwhile: alias and server follow its entry
+    return None
 
 
-def _followed(model: str, entry: Entry) -> bool:
+def _followed(model: str, version: Version) -> bool:
     """Whether the Triton repository, if there is one, had to change to serve this champion."""
     root = triton.repository()
     if root is None:
         return False
-    _, report = version_report(model, entry.version)
-    return triton.follow(root, model, triton.graphs(entry.version, report)) != ()
+    return triton.follow(root, model, triton.graphs(version.number, version.report)) != ()
 
 
-def _stage(version: str, report: Report) -> None:
-    """Put a version's files where a Triton server will look for them, if one is to follow."""
+def _stage(model: str, version: Version) -> None:
+    """Copy a version's files to where a Triton server finds them, if one is to follow."""
     root = triton.repository()
-    if root is not None:
-        triton.stage(root, triton.graphs(version, report))
+    if root is None:
+        return
+    try:
+        # In a registry that numbers its versions anew, the folder the server reads now may have
+        # the number of this version: the champion has to move to its present number first.
+        repair(model, reading=True)
+    except PromotionRefused as fault:
+        log.warning("%s: the present champion stays as it is served: %s", model, fault)
+    triton.stage(root, triton.graphs(version.number, version.report))
+
+
+class Change(Frozen):
+    """The ledger entry a command resulted in; ``is_new`` if this command appended it."""
+
+    entry: Entry
+    is_new: bool
 
 
 def promote(model: str, reference: str, reason: str) -> Entry:
-    """Make a version the champion.
+    """As ``apply_promotion``; returns the entry only."""
+    return apply_promotion(model, reference, reason).entry
+
+
+def rollback(model: str, reason: str, *, leaving: str | None = None) -> Entry:
+    """As ``apply_rollback``; returns the entry only."""
+    return apply_rollback(model, reason, leaving=leaving).entry
+
+
+def apply_promotion(model: str, reference: str, reason: str) -> Change:
+    """Make a version the champion. If it is already, complete what an earlier command left undone.
+
+    Args:
+        model: registered name.
+        reference: ``3``, ``@candidate`` or ``@champion``.
+        reason: written into the ledger.
 
     Raises:
-        PromotionRefused: its outcome is not accepted.
-        AlreadyThere: somebody else changed the champion meanwhile.
+        PromotionRefused: its outcome is not accepted, or its report does not support it.
+        AlreadyThere: another command made another version champion meanwhile.
     """
-    ledger = Ledger(store(), model)
-    entries = ledger.entries()
+    entries = Ledger(store(), model).entries()
     registered, report = version_report(model, reference)
-    if report.outcome != "accepted":
-        reasons = "; ".join(t.verdict.reason for t in report.targets)
-        raise PromotionRefused(
-            f"{model} version {registered.version} is {report.outcome} ({reasons}). Only an "
-            f"accepted version can become champion."
-        )
-    if entries and entries[-1].version == registered.version:
-        repair(model)
-        return entries[-1]
-    _stage(registered.version, report)
-    entry = ledger.append(
-        registered.version, report.order, "promote", whoami(), reason, expected=len(entries)
-    )
-    repair(model, expected=True)
-    return entry
+    return _promote(model, Version(registered, report), reason, entries)
 
 
-def rollback(model: str, reason: str) -> Entry:
+def promote_order(model: str, order: str, reason: str) -> Entry:
+    """Make the version that has this order the champion.
+
+    Raises:
+        PromotionRefused, AlreadyThere: as ``apply_promotion``; also the registry does not have
+            the order.
+    """
+    entries = Ledger(store(), model).entries()
+    return _promote(model, version_of_order(model, order), reason, entries).entry
+
+
+def _promote(model: str, version: Version, reason: str, entries: tuple[Entry, ...]) -> Change:
+    order = version.report.order
+    require_accepted(model, version.number, version.report)
+    is_new = not entries or entries[-1].order != order
+    if is_new:
+        _stage(model, version)
+        ledger = Ledger(store(), model)
+        try:
+            ledger.append(version.number, order, "promote", whoami(), reason, expected=len(entries))
+        except AlreadyThere:
+            champion = ledger.champion()
+            if champion is None or champion.order != order:
+                raise
+            is_new = False  # another command promoted the same order
+    return _completed(model, is_new=is_new)
+
+
+def apply_rollback(
+    model: str, reason: str, *, leaving: str | None = None, began: datetime | None = None
+) -> Change:
     """Make the version before the current champion the champion again.
 
+    A command that is repeated because its first run was interrupted completes that run and does
+    not go back a second time: the last entry is a rollback that was not confirmed. The same holds
+    for a rollback that another command decided after this one began.
+
+    Args:
+        model: registered name.
+        reason: written into the ledger.
+        leaving: the version to roll back from. If it is not champion because it was rolled back
+            already, nothing more is rolled back. Without it: the current champion.
+        began: when the command began; now, if not given.
+
     Raises:
-        PromotionRefused: there is none before it.
+        PromotionRefused: there is no version before it, or ``leaving`` is not the champion.
+        AlreadyThere: another command promoted a version meanwhile.
     """
+    began = began or datetime.now(UTC)
     ledger = Ledger(store(), model)
     entries = ledger.entries()
+    left = None if leaving is None else registry().version(model, leaving).tags.get(ORDER_TAG)
+    if _is_rolled_back(model, entries, leaving, left, began):
+        return _completed(model, is_new=False)
     earlier = before(entries)
     if earlier is None:
         raise PromotionRefused(
             f"{model} has no champion before the current one to go back to; "
             f"its ledger has {len(entries)} line(s)."
         )
-    if triton.repository() is not None:
-        _stage(earlier.version, version_report(model, earlier.version)[1])
-    entry = ledger.append(
-        earlier.version, earlier.order, "rollback", whoami(), reason, expected=len(entries)
-    )
-    repair(model, expected=True)
-    return entry
+    version = version_of_entry(model, earlier)
+    _stage(model, version)
+    try:
+        ledger.append(
+            version.number, earlier.order, "rollback", whoami(), reason, expected=len(entries)
+        )
+    except AlreadyThere:
+        later = ledger.entries()[len(entries) :]
+        if any(entry.action != "rollback" for entry in later):
+            raise
+        return _completed(model, is_new=False)  # another command rolled back meanwhile
+    return _completed(model, is_new=True)
+
+
+def _is_rolled_back(
+    model: str,
+    entries: tuple[Entry, ...],
+    leaving: str | None,
+    left: str | None,
+    began: datetime,
+) -> bool:
+    """Whether the rollback a command means is in the ledger already."""
+    last = entries[-1] if entries else None
+    if leaving is not None:
+        if last is not None and last.order == left:
+            return False
+        if left in undone(entries):
+            return True
+        current = "none" if last is None else f"version {last.version}"
+        raise PromotionRefused(
+            f"Expected version {leaving} to be the champion of {model}, got {current}. Name the "
+            "version to roll back from, or leave out --from."
+        )
+    if last is None or last.action != "rollback":
+        return False
+    if last.digest is None:  # written by a version that did not confirm: the alias moved last
+        return CHAMPION not in version_of_entry(model, last).registered.aliases
+    return datetime.fromisoformat(last.at) > began or registry().confirmed(model) != last.digest
+
+
+def _completed(model: str, *, is_new: bool) -> Change:
+    """Make the alias and the Triton repository follow, then confirm that they do."""
+    entry = repair(model, expected=True)
+    if entry is None:
+        raise InfraError(f"The ledger of {model!r} is empty. Was it deleted meanwhile? Run again.")
+    if entry.digest is not None:
+        registry().confirm(model, entry.digest)
+    return Change(entry=entry, is_new=is_new)
 
 
 def champion_graph(model: str) -> Artifact | None:
@@ -174,8 +276,8 @@ def champion_graph(model: str) -> Artifact | None:
     entry = Ledger(store(), model).champion()
     if entry is None:
         return None
-    _, report = version_report(model, entry.version)
-    return _target(report, "onnxruntime", model, entry.version).artifact
+    version = version_of_entry(model, entry)
+    return _target(version.report, "onnxruntime", model, version.number).artifact
 
 
 def fetch(
@@ -271,12 +373,13 @@ def _servable(model: str, *, unmeasured: bool) -> tuple[Registered, tuple[Served
         raise PromotionRefused(
             f"{model} has no champion in the ledger. Make one: 'recpress registry promote {model}'."
         )
-    registered, report = version_report(model, entry.version)
-    found = triton.graphs(entry.version, report, unmeasured=unmeasured)
+    version = version_of_entry(model, entry)
+    registered, report = version.registered, version.report
+    found = triton.graphs(version.number, report, unmeasured=unmeasured)
     if not found:
         held = ", ".join(f"{item.target} ({item.verdict.outcome})" for item in report.targets)
         raise PromotionRefused(
-            f"Triton can serve nothing of {model} version {entry.version}; it has {held}. Triton "
+            f"Triton can serve nothing of {model} version {version.number}; it has {held}. Triton "
             "loads accepted ONNX Runtime graphs and TensorRT plans (built but unmeasured ones with "
             "--unmeasured), and never engines of TensorRT-RTX."
         )

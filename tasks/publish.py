@@ -7,7 +7,7 @@ from prefect import task
 
 from compressors.contracts import Artifact, artifact_name, digest
 from infra.errors import ArtifactMissing
-from infra.registry import Registry
+from infra.registry import Registered
 from infra.settings import load_settings, shown
 from infra.temporary import scratch_folder
 from tasks.documents import (
@@ -19,13 +19,16 @@ from tasks.documents import (
     page_reference,
     report_of,
 )
-from tasks.order_records import write_finished
+from tasks.order_records import finished, write_finished
 from tasks.policy import KEPT
+from tasks.promotion import registry, repair
 from tasks.report import markdown
 from tasks.report_page import page, validation_of
 from tasks.stored import store
 
 log = logging.getLogger(__name__)
+CANDIDATE = "candidate"
+OUTCOME_TAG = "recpress.outcome"
 PLAN_CHARACTERS = 50_000  # a registry's tag holds twice as many
 
 
@@ -46,38 +49,64 @@ def publish(report: Report, code: str) -> Finished:  # noqa: ARG001
         (scratch / PAGE).write_text(page(report, validation_of(report.validation)))
         release = store().put(scratch)
     uri = load_settings().registry_uri
-    registry = Registry(uri)
-    registered = registry.publish(
-        report.name,
-        report.order,
-        store().reference(release),
-        _tags(report, release),
-        f"{report.outcome}: {', '.join(step['kind'] for step in report.recipe)}. "
-        f"Report: {page_reference(release)}",
-    )
+    registered = _register(report, release)
     if artifact_name(registered.source) != release.sha256:
-        # Somebody else carried out the same order first: theirs is the version, so theirs is
-        # the report, whatever was measured here.
+        # Another process carried out the same order first. Its release is the version, so its
+        # report is the result, not the one measured here.
         release = store().artifact(registered.source)
         report = report_of(release)
     if report.outcome == "accepted":
-        registry.point(report.name, "candidate", registered.version)
-    finished = Finished(
+        registry().point(report.name, CANDIDATE, registered.version)
+    result = Finished(
         report=report, release=release, version=registered.version, registry=shown(uri)
     )
-    write_finished(finished)
+    write_finished(result)
     log.info("%s version %s: %s", report.name, registered.version, report.outcome)
-    return finished
+    return result
+
+
+def restore(model: str | None) -> tuple[Registered, ...]:
+    """Register again every finished order of the store that the registry does not have.
+
+    For a registry that was lost. Versions are registered in their earlier order, so a registry
+    that is empty numbers them as before where none is missing. The champion follows the ledger;
+    the newest accepted version becomes the candidate if there is none.
+
+    Args:
+        model: only orders of this model; None for all.
+
+    Returns:
+        The versions that were registered.
+    """
+    orders = (key.removeprefix("orders/").removesuffix(".json") for key in store().keys("orders/"))
+    every = (finished(order, registered=False) for order in sorted(orders))
+    results = [found for found in every if found is not None]
+    results = [found for found in results if model in (None, found.report.name)]
+    results.sort(key=lambda found: (found.report.name, int(found.version)))
+    restored = tuple(
+        _register(found.report, found.release)
+        for found in results
+        if registry().by_order(found.report.order, found.report.name) is None
+    )
+    names = tuple(dict.fromkeys(found.report.name for found in results))
+    for name in names:
+        versions = registry().versions(name)
+        accepted = [item for item in versions if item.tags.get(OUTCOME_TAG) == "accepted"]
+        if accepted and not any(CANDIDATE in item.aliases for item in versions):
+            registry().point(name, CANDIDATE, accepted[0].version)
+    for name in names:  # last: it raises if the champion's order is in no record of the store
+        repair(name)
+    return restored
 
 
 def is_registered(found: Finished) -> bool:
-    """Whether the registry of this process still knows a finished order by this version.
+    """Whether the registry of this process knows a finished order by this version.
 
-    A result that was registered elsewhere since names that registry, and a number of its own.
+    A result that was registered elsewhere names that registry and its number there.
     """
-    uri = load_settings().registry_uri
-    held = Registry(uri).by_order(found.report.order, found.report.name)
-    return held is not None and found.registry == shown(uri) and held.version == found.version
+    held = registry().by_order(found.report.order, found.report.name)
+    here = shown(load_settings().registry_uri)
+    return held is not None and found.registry == here and held.version == found.version
 
 
 def still_published(found: Finished) -> None:
@@ -91,12 +120,23 @@ def still_published(found: Finished) -> None:
         raise ArtifactMissing(f"The registry no longer holds order {found.report.order[:12]}.")
 
 
+def _register(report: Report, release: Artifact) -> Registered:
+    return registry().publish(
+        report.name,
+        report.order,
+        store().reference(release),
+        _tags(report, release),
+        f"{report.outcome}: {', '.join(step['kind'] for step in report.recipe)}. "
+        f"Report: {page_reference(release)}",
+    )
+
+
 def _tags(report: Report, release: Artifact) -> dict[str, str]:
     tags = {
         "recpress.order": report.order,
         "recpress.release": release.sha256,
         "recpress.report": page_reference(release),
-        "recpress.outcome": report.outcome,
+        OUTCOME_TAG: report.outcome,
         "recpress.bundle": f"{report.name}@{report.bundle_version}",
         "recpress.parents": report.source.sha256,
         "recpress.compressed": report.compressed.sha256,

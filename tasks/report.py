@@ -186,7 +186,7 @@ def shared(report: Report) -> list[str]:
 
 def timed(report: Report) -> list[str]:
     """Which of several graphs the latency is of; nothing where there is one."""
-    names = [graph.name for graph in report.targets[0].lowering.graphs]
+    names = [graph.name for target in report.targets[:1] for graph in target.lowering.graphs]
     if len(names) == 1:
         return []
     return [

@@ -12,11 +12,12 @@ from reports import report
 
 from compressors.contracts import Artifact, Outcome, TargetKind
 from infra.errors import AlreadyThere, ArtifactMissing, RecordRefused
+from infra.settings import load_settings, shown
 from infra.store_records import is_sealed, seal_record
 from tasks import publish as publishing
 from tasks.bundles import Packed, pack
 from tasks.documents import Finished
-from tasks.order_records import finished, finished_key, registry_is_there, write_finished
+from tasks.order_records import finished, finished_key, write_finished
 from tasks.stored import store
 from tasks.subject import bundle_key, resolve
 
@@ -175,22 +176,17 @@ def test_a_record_never_leads_to_the_result_of_another_order(home: Path) -> None
     assert finished("a" * 64) is None, "an artifact that is no release"
 
 
-def test_a_record_of_another_registry_is_of_another_registry(
+def test_a_record_names_the_registry_that_its_version_belongs_to(
     home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     published(home)
     found = finished(ORDER)
     assert found is not None
-    assert registry_is_there(found)
+    assert found.registry == shown(load_settings().registry_uri)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{home / 'other.db'}")
-    found = finished(ORDER)
-    assert found is not None
-    assert not registry_is_there(found)
-    monkeypatch.delenv("MLFLOW_TRACKING_URI")
-    (home / "recpress" / "registry.db").unlink()
-    found = finished(ORDER)
-    assert found is not None
-    assert not registry_is_there(found)
+    elsewhere = finished(ORDER)
+    assert elsewhere is not None
+    assert elsewhere.registry != shown(load_settings().registry_uri)
 
 
 # --- bundles ---------------------------------------------------------------------------------

@@ -1,0 +1,120 @@
+"""From a ledger entry to the registry version and the report it names. No Prefect.
+
+The digest of the order connects the two. Version numbers do not: a registry that was lost and
+filled again, or another registry, gives the same number to another order.
+"""
+
+from dataclasses import dataclass
+
+from infra.errors import PromotionRefused, Refused
+from infra.ledger import Entry, Ledger
+from infra.registry import CHAMPION, ORDER_TAG, Registered, Registry
+from infra.settings import load_settings, shown
+from tasks.acceptance import require_accepted
+from tasks.documents import Report, report_of
+from tasks.stored import store
+
+
+@dataclass(frozen=True)
+class Version:
+    """A version of the registry and the report of its release."""
+
+    registered: Registered
+    report: Report
+
+    @property
+    def number(self) -> str:
+        """The version's number in the registry."""
+        return self.registered.version
+
+
+def registry() -> Registry:
+    """The registry of this process's settings."""
+    return Registry(load_settings().registry_uri)
+
+
+def version_of(registered: Registered) -> Version:
+    """Read the report of a registered version.
+
+    Raises:
+        PromotionRefused: the report is of another model or another order.
+    """
+    report = report_of(store().artifact(registered.source))
+    model, order = registered.model, registered.tags.get(ORDER_TAG)
+    if (report.name, report.order) != (model, order):
+        raise PromotionRefused(
+            f"Expected {model} version {registered.version} to be order {str(order)[:12]} of "
+            f"{model}, got a release of {report.name}, order {report.order[:12]}: the version was "
+            "changed, or not registered by recpress. Choose another version."
+        )
+    return Version(registered, report)
+
+
+def version_of_order(model: str, order: str) -> Version:
+    """The version that has this order in the registry, whatever its number.
+
+    Raises:
+        PromotionRefused: the registry does not have the order.
+    """
+    registered = registry().by_order(order, model)
+    if registered is None:
+        raise _lost(f"Order {order[:12]} of {model}", model)
+    return version_of(registered)
+
+
+def version_of_entry(model: str, entry: Entry) -> Version:
+    """The version whose order a ledger entry made champion.
+
+    Raises:
+        PromotionRefused: the registry does not have the order, or its report is not accepted.
+    """
+    registered = registry().by_order(entry.order, model)
+    if registered is None:
+        raise _lost(
+            f"The ledger names order {entry.order[:12]} as champion of {model} (version "
+            f"{entry.version} when {entry.by} wrote it). This order",
+            model,
+        )
+    version = version_of(registered)
+    require_accepted(model, version.number, version.report)
+    return version
+
+
+def _lost(what: str, model: str) -> PromotionRefused:
+    return PromotionRefused(
+        f"{what} is not in the registry {shown(load_settings().registry_uri)}. Set "
+        "MLFLOW_TRACKING_URI to the registry it was published in, or register the results of the "
+        f"store again: 'recpress registry restore {model}'."
+    )
+
+
+def champions() -> dict[str, str]:
+    """The champion of every model that has a ledger: its version's number.
+
+    Raises:
+        PromotionRefused: names every model whose champion the registry does not have, or whose
+            alias points to another version.
+    """
+    models = sorted({key.split("/")[1] for key in store().keys("ledger/")})
+    found, problems = {}, []
+    for model in models:
+        try:
+            found[model] = _aliased(model)
+        except Refused as fault:
+            problems.append(f"{model}: {fault}")
+    if problems:
+        raise PromotionRefused("; ".join(problems))
+    return found
+
+
+def _aliased(model: str) -> str:
+    entry = Ledger(store(), model).champion()
+    if entry is None:
+        return "none"
+    version = version_of_entry(model, entry)
+    if CHAMPION not in version.registered.aliases:
+        raise PromotionRefused(
+            f"its champion is version {version.number}, and the alias @{CHAMPION} does not point "
+            f"to it. Run 'recpress registry promote {model} --version {version.number}'."
+        )
+    return version.number

@@ -1,0 +1,321 @@
+"""The ledger names orders: another registry, or a restored one, never serves another order."""
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from reports import stored
+from triton_configs import served_by
+from triton_versions import body, published
+
+from compressors.contracts import Estimate, Judgement, Limit
+from infra.errors import ArtifactDamaged, PromotionRefused, Refused
+from infra.ledger import Entry, Ledger
+from tasks.documents import Finished, TargetReport
+from tasks.promotion import (
+    champion_graph,
+    export,
+    fetch,
+    laid_out,
+    promote,
+    promote_order,
+    registry,
+    repair,
+    rollback,
+    version_page,
+    version_report,
+)
+from tasks.publish import restore
+from tasks.stored import store
+
+A, B, C = ("a" * 64, "b" * 64, "c" * 64)
+
+
+@pytest.fixture
+def lose(empty_registry: Path, home: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
+    """Replace the registry by an empty one."""
+
+    def replace() -> None:
+        shutil.copy(empty_registry, home / "other.db")
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{home / 'other.db'}")
+
+    return replace
+
+
+def alias() -> str | None:
+    held = registry().versions("m")
+    return next((item.version for item in held if "champion" in item.aliases), None)
+
+
+def order_fetched(home: Path) -> str:
+    shutil.rmtree(home / "out", ignore_errors=True)
+    fetch("m", "@champion", "onnxruntime", home / "out")
+    return (home / "out" / "model.onnx").read_text().removeprefix("onnxruntime ")
+
+
+def test_the_champion_is_found_by_its_order_under_another_number(
+    home: Path, triton: Path, lose: Callable[[], None]
+) -> None:
+    graph = published(home, "a").report.targets[0].artifact
+    promote("m", "1", "good")
+    lose()
+    published(home, "b", outcomes={"onnxruntime": "rejected"})
+    assert published(home, "a").version == "2"
+    registered, report = version_report("m", "@champion")
+    assert (registered.version, report.order) == ("2", A)
+    assert alias() == "2"
+    assert order_fetched(home) == A
+    assert champion_graph("m") == graph
+    assert version_page("m", "@champion")[0].version == "2"
+    repaired = repair("m")
+    assert repaired is not None
+    assert repaired.version == "2"
+    assert served_by(triton) == ("2", body("a"))
+    assert {item.served for item in export("m", None)} == {"2"}
+    assert all(item.sound for item in laid_out("m", None))
+    assert promote("m", "2", "again").order == A
+    assert len(Ledger(store(), "m").entries()) == 1
+
+
+def test_a_rollback_goes_to_the_order_before_whatever_its_number_is(
+    home: Path, lose: Callable[[], None]
+) -> None:
+    for digit in "ab":
+        promote("m", published(home, digit).version, "")
+    lose()
+    for digit in "cba":
+        published(home, digit)
+    entry = rollback("m", "clicks fell")
+    assert (entry.order, entry.version, alias()) == (A, "3", "3")
+    assert Ledger(store(), "m").champion() == entry
+
+
+def test_a_champion_that_the_registry_does_not_have_is_refused_on_every_path(
+    home: Path, triton: Path, lose: Callable[[], None]
+) -> None:
+    for digit in "ab":
+        promote("m", published(home, digit).version, "")
+    lose()
+    other = published(home, "c").version  # version 1, as order a was
+    registry().point("m", "champion", other)
+    paths: dict[str, Callable[[], Any]] = {
+        "report": lambda: version_report("m", "@champion"),
+        "page": lambda: version_page("m", "@champion"),
+        "fetch": lambda: fetch("m", "@champion", "onnxruntime", home / "out"),
+        "repair": lambda: repair("m"),
+        "rollback": lambda: rollback("m", ""),
+        "export": lambda: export("m", None),
+        "show": lambda: laid_out("m", None),
+        "compare": lambda: champion_graph("m"),
+    }
+    for name, use in paths.items():
+        with pytest.raises(PromotionRefused, match=r"not in the registry.*registry restore m"):
+            use()
+        assert not (home / "out").exists(), name
+    assert alias() == other, "nothing was repaired to another order"
+    assert served_by(triton) == ("2", body("b"))
+    assert len(Ledger(store(), "m").entries()) == 2
+
+
+def test_restoring_a_lost_registry_registers_every_result_under_its_number(
+    home: Path, lose: Callable[[], None]
+) -> None:
+    for digit in "cab":
+        published(home, digit)
+    published(home, "d", outcomes={"onnxruntime": "rejected"})
+    promote("m", "1", "")
+    promote("m", "2", "")
+    before = registry().versions("m")
+    lose()
+    assert [item.version for item in restore("m")] == ["1", "2", "3", "4"]
+    assert registry().versions("m") == before
+    assert restore("m") == ()
+    assert restore("other") == ()
+    assert rollback("m", "").order == C
+
+
+def test_a_new_champion_does_not_overwrite_the_files_a_server_reads(
+    home: Path, triton: Path, lose: Callable[[], None]
+) -> None:
+    promote("m", published(home, "a").version, "")
+    lose()
+    other = published(home, "b").version
+    with pytest.raises(Refused, match=r"serves another order as version 1.*registry restore m"):
+        promote("m", other, "")
+    assert served_by(triton) == ("1", body("a"))
+    restore("m")
+    promote("m", other, "")
+    assert served_by(triton) == ("1", body("b"))
+    assert (triton / "m" / "2" / "model.onnx").read_bytes() == body("a")
+
+
+def test_an_order_is_promoted_by_its_digest(home: Path, lose: Callable[[], None]) -> None:
+    published(home, "a")
+    lose()
+    published(home, "b")
+    with pytest.raises(PromotionRefused, match="Order aaaaaaaaaaaa of m is not in the registry"):
+        promote_order("m", A, "")
+    published(home, "a")
+    assert promote_order("m", A, "").version == "2"
+
+
+# --- changed entries -------------------------------------------------------------------------
+
+
+def change_entry(sequence: int, old: str, new: str) -> None:
+    key = f"ledger/m/{sequence:08d}.json"
+    text = store().read(key).decode()
+    assert text.count(old) == 1
+    store().write(key, text.replace(old, new).encode())
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ('"version": "2"', '"version": "1"'),
+        (f'"{B}"', f'"{A}"'),
+        (f'"{B}"', f'"{"b" * 63}c"'),
+        ('"action": "promote"', '"action": "rollback"'),
+        ('"by": "tester"', '"by": "tesser"'),
+    ],
+)
+def test_one_changed_value_of_an_entry_is_damage(home: Path, old: str, new: str) -> None:
+    for digit in "ab":
+        promote("m", published(home, digit).version, "")
+    change_entry(2, old, new)
+    for use in (lambda: version_report("m", "@champion"), lambda: rollback("m", "")):
+        with pytest.raises(ArtifactDamaged, match=r"00000002\.json"):
+            use()
+    assert alias() == "2"
+
+
+def test_a_change_of_an_earlier_entry_is_found_by_the_entry_after_it(home: Path) -> None:
+    for digit in "abc":
+        promote("m", published(home, digit).version, "")
+    change_entry(1, '"reason": ""', '"reason": "x"')
+    with pytest.raises(ArtifactDamaged, match=r"00000001\.json"):
+        Ledger(store(), "m").entries()
+
+
+def without_digests(entries: tuple[Entry, ...]) -> None:
+    """Write a ledger as versions before this one did."""
+    for entry in entries:
+        text = entry.model_dump_json(indent=1, exclude={"digest"})
+        store().write(f"ledger/m/{entry.sequence:08d}.json", text.encode())
+
+
+def test_a_ledger_of_an_earlier_version_is_read_and_continued(home: Path) -> None:
+    for digit in "ab":
+        promote("m", published(home, digit).version, "")
+    rollback("m", "")
+    without_digests(Ledger(store(), "m").entries())
+    promote("m", published(home, "c").version, "")
+    entries = Ledger(store(), "m").entries()
+    assert [entry.digest is None for entry in entries] == [True, True, True, False]
+    change_entry(3, '"by": "tester"', '"by": "tesser"')
+    with pytest.raises(ArtifactDamaged, match=r"00000004\.json or the entry before it"):
+        Ledger(store(), "m").entries()
+
+
+def test_a_digest_that_was_removed_is_damage(home: Path) -> None:
+    for digit in "ab":
+        promote("m", published(home, digit).version, "")
+    without_digests(Ledger(store(), "m").entries()[1:])
+    with pytest.raises(ArtifactDamaged, match="has no digest"):
+        Ledger(store(), "m").entries()
+
+
+@pytest.mark.parametrize("order", [C, f"{'a' * 63}b", "?"])
+def test_an_entry_of_an_earlier_version_with_another_order_serves_nothing(
+    home: Path, order: str
+) -> None:
+    promote("m", published(home, "a").version, "")
+    published(home, "c", outcomes={"onnxruntime": "rejected"})
+    (entry,) = Ledger(store(), "m").entries()
+    without_digests((entry.model_copy(update={"order": order}),))
+    for use in (lambda: repair("m"), lambda: version_report("m", "@champion")):
+        with pytest.raises(Refused, match=r"rejected|not in the registry|64 hex digits"):
+            use()
+    assert alias() == "1"
+
+
+# --- reports that do not support a promotion -------------------------------------------------
+
+
+def judged(limit: str, low: float, outcome: str, *, measured: bool = True) -> Judgement:
+    estimate = Estimate(point=low + 0.0005, low=low, high=low + 0.001, rows=100)
+    return Judgement.model_validate(
+        {
+            "limit": Limit.parse(limit).model_dump(),
+            "measured": estimate.model_dump() if measured else None,
+            "outcome": outcome,
+            "reason": "as measured",
+        }
+    )
+
+
+LIMIT = "auc vs baseline >= -0.002"
+
+
+def changed(done: Finished, **verdict: Any) -> tuple[TargetReport, ...]:
+    first = done.report.targets[0]
+    verdict = first.verdict.model_copy(update=verdict).model_dump()
+    return (
+        first.model_copy(update={"verdict": type(first.verdict).model_validate(verdict)}),
+        *done.report.targets[1:],
+    )
+
+
+@pytest.mark.parametrize(
+    ("verdict", "message"),
+    [
+        ({"outcome": "rejected"}, "add up to rejected"),
+        ({"outcome": "undecided"}, "add up to undecided"),
+        ({"outcome": "built-unmeasured"}, "add up to built-unmeasured"),
+        ({"target": "tensorrt"}, "is one of tensorrt"),
+        ({"judgements": (judged(LIMIT, -0.001, "rejected"),)}, "add up to rejected"),
+        ({"judgements": (judged(LIMIT, -0.01, "accepted"),)}, "add up to rejected"),
+        ({"judgements": (judged(LIMIT, -0.0025, "accepted"),)}, "add up to undecided"),
+        ({"judgements": (judged(LIMIT, 0, "accepted", measured=False),)}, "add up to undecided"),
+        ({"judgements": (judged("bytes <= 9", 5, "accepted"),)}, "not judged by its limit auc"),
+    ],
+)
+def test_a_report_that_contradicts_itself_is_not_promoted(
+    home: Path, verdict: dict[str, Any], message: str
+) -> None:
+    done = published(home, "a")
+    targets = changed(done, **verdict)
+    version = published(home, "b", targets=targets, outcome="accepted").version
+    with pytest.raises(PromotionRefused, match=message):
+        promote("m", version, "")
+    assert Ledger(store(), "m").entries() == ()
+
+
+@pytest.mark.parametrize(
+    ("part", "message"), [({"targets": ()}, "no targets"), ({"limits": ()}, "no limits")]
+)
+def test_a_report_without_targets_or_limits_is_not_promoted(
+    home: Path, part: dict[str, Any], message: str
+) -> None:
+    done = published(home, "a")
+    report = done.report.model_copy(update={"order": C, **part})
+    release = stored(home / "release", report_json=report.model_dump_json())
+    version = registry().publish("m", C, release.uri, {"recpress.outcome": "accepted"}, "").version
+    with pytest.raises(PromotionRefused, match=message):
+        promote("m", version, "")
+
+
+def test_a_report_whose_judgements_support_it_is_promoted(home: Path) -> None:
+    judgements = (judged(LIMIT, -0.001, "accepted"),)
+    targets = changed(published(home, "a"), judgements=judgements)
+    assert promote("m", published(home, "b", targets=targets).version, "").order == B
+
+
+def test_a_version_whose_tag_names_another_order_is_not_promoted(home: Path) -> None:
+    done = published(home, "a")
+    tags = {"recpress.outcome": "accepted"}
+    registered = registry().publish("m", C, done.release.uri, tags, "")
+    with pytest.raises(PromotionRefused, match="Expected m version 2 to be order cccccccccccc"):
+        promote("m", registered.version, "")
