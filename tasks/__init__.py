@@ -25,5 +25,6 @@ documents.py   what is stored as JSON beside the files
 order_records.py   the record by which a finished order is found again
 report.py      the report as a table and as Markdown
 report_page.py the report as one HTML page; report_measured.py is its middle
+registry_listing.py what the registry holds of ours
 promotion.py   promote, roll back, fetch
 """

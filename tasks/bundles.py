@@ -37,6 +37,7 @@ from infra.errors import (
 )
 from infra.settings import load_settings
 from infra.store import Store
+from infra.store_chunks import regular_files
 from infra.temporary import scratch_folder
 from tasks.loading import data_path, model_of
 from tasks.stored import local, store
@@ -71,8 +72,15 @@ def pack(folder: Path) -> Packed:
     Raises:
         BundleRefused: the draft is unsafe or does not fit together.
         DataRefused: the data does not fit the schema or the tables.
+        FileRefused: a file cannot be read, or is not of the kind that is needed.
         AlreadyThere: another bundle was packed under this name and version.
+        StoreUnavailable: the machine lacks space or another resource.
     """
+    with input_files(folder):
+        return _pack(folder)
+
+
+def _pack(folder: Path) -> Packed:
     draft = read_draft(folder)
     _inside(folder, draft)
     architecture = draft.network.architecture
@@ -131,6 +139,11 @@ def check(reference: str) -> tuple[Manifest, dict[str, TensorFact]]:
     Raises:
         BundleRefused, DataRefused, ModelRefused, ArtifactMissing, ArtifactDamaged: what is wrong.
     """
+    with input_files(Path(reference)):
+        return _check(reference)
+
+
+def _check(reference: str) -> tuple[Manifest, dict[str, TensorFact]]:
     folder = _folder(reference)
     manifest = read(folder)
     need_items(manifest.data, manifest.signature, folder)
@@ -145,15 +158,14 @@ def check(reference: str) -> tuple[Manifest, dict[str, TensorFact]]:
 
 def show(reference: str) -> Manifest:
     """A bundle's manifest, its files verified."""
-    return read(_folder(reference))
+    with input_files(Path(reference)):
+        return read(_folder(reference))
 
 
 def _folder(reference: str) -> Path:
     """The folder of a bundle on this machine: the one that was named, or a stored one."""
-    if artifact_name(reference) is None:
-        with input_files(Path(reference)):
-            if Path(reference).is_dir():
-                return Path(reference)
+    if artifact_name(reference) is None and Path(reference).is_dir():
+        return Path(reference)
     return local(resolve(reference))
 
 
@@ -218,8 +230,10 @@ def _alone(to: Store, path: Path) -> Artifact:
     """Store one file, or one folder of part files, as an artifact of its own."""
     with scratch_folder("pack") as scratch:
         if path.is_dir():
-            # Links inside are kept as links, which the store refuses: they may lead anywhere.
-            shutil.copytree(path, scratch / path.name, symlinks=True, copy_function=_link_or_copy)
+            for name, _ in regular_files(path):  # it refuses links, which may lead anywhere
+                target = scratch / path.name / name
+                target.parent.mkdir(parents=True, exist_ok=True)
+                _place(path / name, target)
         else:
             _place(path, scratch / path.name)
         return to.put(scratch)
