@@ -8,6 +8,7 @@ import functools
 import json
 import os
 import sys
+import tempfile
 import time
 import traceback
 from collections.abc import Iterator
@@ -56,20 +57,25 @@ def _explain(fault: Exception) -> int:
     from pydantic import ValidationError
 
     from compressors.errors import CompressionError
+    from flows.console import printable
     from flows.order_faults import sentences
+    from infra.disk import OF_THE_MACHINE, as_os_error, of_input
     from infra.errors import InfraError, Refused
 
+    error = as_os_error(fault)
+    if error is not None and (error.filename is not None or error.errno in OF_THE_MACHINE):
+        fault = of_input(error, Path(tempfile.gettempdir()))
     if os.environ.get("RECPRESS_DEBUG"):
         traceback.print_exception(fault)
     if isinstance(fault, ValidationError):
-        print("recpress:", "\n  ".join(sentences(fault)), file=sys.stderr)  # noqa: T201
+        print(printable("recpress: " + "\n  ".join(sentences(fault))), file=sys.stderr)  # noqa: T201
         return 2
     if isinstance(fault, Refused | CompressionError):
-        print(f"recpress: {fault}", file=sys.stderr)  # noqa: T201
+        print(printable(f"recpress: {fault}"), file=sys.stderr)  # noqa: T201
         return 2
     kind = "" if isinstance(fault, InfraError) else f"{type(fault).__name__}: "
     hint = "" if os.environ.get("RECPRESS_DEBUG") else " (RECPRESS_DEBUG=1 shows where.)"
-    print(f"recpress: {kind}{fault}{hint}", file=sys.stderr)  # noqa: T201
+    print(printable(f"recpress: {kind}{fault}{hint}"), file=sys.stderr)  # noqa: T201
     return 1
 
 
@@ -157,7 +163,7 @@ def _carry_out(order: "Terms", *, force: bool, as_json: bool) -> int:
     else:
         console.say(f"Order {found.report.order[:12]} was carried out before.", quiet=as_json)
     if as_json:
-        print(found.model_dump_json(indent=1))  # noqa: T201
+        _print(found.model_dump_json(indent=1))
     else:
         console.show(found)
     return EXIT[found.report.outcome]
@@ -187,12 +193,12 @@ def _only_process_of(order: "Terms", *, quiet: bool) -> Iterator[None]:
 
 
 def _write(path: Path, body: bytes) -> None:
-    from infra.errors import Refused
+    from infra.disk import of_input
 
     try:
         path.write_bytes(body)
     except OSError as fault:
-        raise Refused(f"{path} cannot be written: {fault.strerror}.") from fault
+        raise of_input(fault, path) from fault
 
 
 # --- bundle ----------------------------------------------------------------------------------
@@ -297,7 +303,7 @@ def registry_list(
     as_json: Json = False,
 ) -> None:
     """List registered versions with their verdicts."""
-    from tasks.promotion import listed
+    from tasks.registry_listing import listed
 
     found = listed(model)
     if as_json:
@@ -314,12 +320,15 @@ def registry_list(
                 item.version,
                 " ".join(item.aliases),
                 item.tags.get("recpress.outcome", ""),
-                ", ".join(step["kind"] for step in json.loads(item.tags["recpress.recipe"])),
+                ", ".join(item.recipe),
                 item.tags.get("recpress.bundle", ""),
             ]
             for item in found
         ],
     )
+    for item in found:
+        if item.note:
+            _print(f"{item.model} version {item.version} is {item.note}.")
 
 
 @registry_app.command("show")
@@ -407,13 +416,13 @@ def _table(columns: list[str], rows: list[list[str]]) -> None:
     from rich.markup import escape
     from rich.table import Table
 
-    from flows.console import console
+    from flows.console import console, printable
 
     table = Table()
     for column in columns:
         table.add_column(column, overflow="fold")
     for row in rows:
-        table.add_row(*(escape(cell) for cell in row))
+        table.add_row(*(escape(printable(cell)) for cell in row))
     console().print(table)
 
 
@@ -426,7 +435,9 @@ def _notices(notes: tuple[str, ...], warnings: tuple[str, ...] = ()) -> None:
 
 
 def _print(text: Any) -> None:
-    print(text)  # noqa: T201 - this is what a command line is for
+    from flows.console import printable
+
+    print(printable(str(text)))  # noqa: T201 - this is what a command line is for
 
 
 if __name__ == "__main__":

@@ -164,8 +164,10 @@ def read_order(path: Path) -> "Terms":
 
     try:
         text = path.read_text()
-    except (OSError, UnicodeDecodeError) as fault:
-        raise Refused(f"{path} cannot be read: {fault}.") from fault
+    except OSError as fault:
+        raise Refused(f"{path} cannot be read: {fault.strerror}. Name a readable file.") from fault
+    except UnicodeDecodeError as fault:
+        raise Refused(f"{path} cannot be read as UTF-8 text: {fault}.") from fault
     try:
         return Order.model_validate_json(text)
     except ValidationError as fault:

@@ -158,4 +158,6 @@ def _bar(*, quiet: bool) -> Iterator[Callable[[int, int], None] | None]:
 
 
 def _print(text: str) -> None:
-    print(text)  # noqa: T201 - this is what a command line is for
+    from flows.console import printable
+
+    print(printable(text))  # noqa: T201 - this is what a command line is for

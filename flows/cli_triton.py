@@ -76,4 +76,6 @@ def _show(item: "Laid") -> None:
 
 
 def _print(text: str) -> None:
-    print(text)  # noqa: T201 - this is what a command line is for
+    from flows.console import printable
+
+    print(printable(text))  # noqa: T201 - this is what a command line is for

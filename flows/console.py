@@ -2,10 +2,11 @@
 
 import logging
 import os
+import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from infra.lock import locked
 
@@ -30,14 +31,33 @@ EMBEDDED = {
     "PREFECT_LOGGING_TO_API_WHEN_MISSING_FLOW": "ignore",
 }
 WIDE = 100
+_CONTROL = re.compile(
+    "[\\x00-\\x08\\x0b-\\x1f\\x7f-\\x9f\\u061c\\u200e\\u200f\\u2028-\\u202e\\u2066-\\u2069"
+    "\\ud800-\\udfff]"
+)
 STYLE = {"accepted": "bold green", "rejected": "bold red", "undecided": "bold yellow"}
 
 
 def console(*, error: bool = False) -> "Console":
-    """A rich console; plain text where there is no terminal."""
+    """A rich console; plain text where there is no terminal, and text never controls it."""
     from rich.console import Console
 
-    return Console(stderr=error, highlight=False, soft_wrap=not sys.stdout.isatty())
+    class Escaping(Console):
+        def print(self, *objects: object, **options: Any) -> None:
+            texts = (printable(item) if isinstance(item, str) else item for item in objects)
+            super().print(*texts, **options)
+
+    return Escaping(stderr=error, highlight=False, soft_wrap=not sys.stdout.isatty())
+
+
+def printable(text: str) -> str:
+    """Text that cannot control a terminal or reorder what is shown on it.
+
+    Names in a bundle, tags of a registry and reasons in a report may be anybody's. Control
+    characters other than line ends and tabs, and those that change the direction of writing, are
+    written as JSON escapes, so JSON stays the same JSON.
+    """
+    return _CONTROL.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
 
 
 def say(text: str, *, quiet: bool = False) -> None:
@@ -180,7 +200,7 @@ def _table(title: str, rows: list[dict[str, str]], width: int) -> "Table":
     for row in rows:
         # Intervals need a wide window; they stand in the report in any case.
         cells = (cell.partition(" [")[0] if width < WIDE else cell for cell in row.values())
-        table.add_row(*cells)
+        table.add_row(*(printable(cell) for cell in cells))
     return table
 
 

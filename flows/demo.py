@@ -8,7 +8,7 @@ from pathlib import Path
 from compressors.contracts import Limit, digest
 from flows.console import say
 from flows.terms import Targets, Terms
-from infra.errors import ArtifactMissing, InfraError, Refused
+from infra.errors import ArtifactMissing, InfraError, RecordRefused, Refused
 from infra.temporary import scratch_folder
 from tasks.stored import store
 from tasks.subject import resolve
@@ -52,7 +52,7 @@ def demo_order() -> Terms:
 def _is_packed(model: str) -> bool:
     try:
         store().manifest(resolve(model))
-    except ArtifactMissing:
+    except (ArtifactMissing, RecordRefused):  # packing restores a damaged record
         return False
     return True
 

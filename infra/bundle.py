@@ -167,7 +167,7 @@ def read_draft(folder: Path) -> Draft:
     Raises:
         BundleRefused: the draft, its weights' headers or the paths in it are unusable.
     """
-    refuse_if(folder, (p for path in listing(folder) if (p := pickle_problem(path))))
+    refuse_if(folder, (p for path in listing(folder) if (p := _draft_file_problem(path))))
     _, document = read_json(folder / MANIFEST)
     _check_version(folder / MANIFEST, document)
     if "seal" in document or "files" in document:
@@ -424,9 +424,24 @@ def _unusable(folder: Path, where: str, text: str) -> str | None:
         return f"{where}: {short(text)} cannot be read ({clean(fault)})."
     if not there:
         return f"{where}: {short(text)} is not there (paths are relative to {folder})."
+    if folder.resolve().is_relative_to(path.resolve()):
+        return (
+            f"{where}: {short(text)} is a folder that holds the draft itself; name one file, or a "
+            "folder of part files and nothing else."
+        )
     if not Path(text).is_absolute() and not path.resolve().is_relative_to(folder.resolve()):
         return f"{where}: {short(text)} leaves the folder by a symbolic link; name its real path."
     return None
+
+
+def _draft_file_problem(path: Path) -> str | None:
+    """Why a file next to a draft's ``model.json`` cannot be packed, or None."""
+    if not path.is_file() and ".safetensors" in path.name:
+        kind = "a folder" if path.is_dir() else "a link that leads nowhere"
+        if not path.is_dir() and not path.is_symlink():
+            kind = "neither a file nor a folder"
+        return f"{short(path.name)} is {kind}; put a safetensors file in its place, or remove it."
+    return pickle_problem(path)
 
 
 def _check_version(path: Path, document: Mapping[str, Any]) -> None:

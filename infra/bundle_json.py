@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import reprlib
 from collections.abc import Iterable, Mapping
 from itertools import islice
@@ -56,6 +57,8 @@ def read_json(path: Path) -> tuple[bytes, dict[str, Any]]:
         BundleRefused: the file is missing, too large, or not one plain JSON object.
     """
     if not path.is_file():
+        if os.path.lexists(path):
+            raise BundleRefused(f"{path} is not a plain file; put the file itself there.")
         raise BundleRefused(f"{path} is missing; write it, or fetch the bundle again.")
     size = path.stat().st_size
     if size > MAX_JSON_BYTES:

@@ -70,10 +70,10 @@ def listing(folder: Path) -> list[Path]:
     """
     try:
         return sorted(folder.iterdir())
-    except (FileNotFoundError, NotADirectoryError, PermissionError) as fault:
+    except OSError as fault:
         raise BundleRefused(
-            f"{folder} is not a folder that can be read; a bundle is a folder with model.json "
-            "and *.safetensors."
+            f"{clean(folder)} is not a folder that can be read ({fault.strerror}); a bundle is a "
+            "folder with model.json and *.safetensors."
         ) from fault
 
 

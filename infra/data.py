@@ -27,6 +27,7 @@ from pydantic import Field
 from safetensors.numpy import save_file
 
 from compressors.contracts import DenseInput, Frozen, IdInput, JaggedBag, PaddedBag, Schema
+from infra.disk import translated
 from infra.errors import DataRefused
 from infra.parquet import (
     Array,
@@ -122,9 +123,10 @@ def save(tensors: dict[str, Array], into: Path) -> int:
     into.mkdir(parents=True, exist_ok=True)
     final, partial = into / FILE, into / f".data-{os.getpid()}.partial"
     try:
-        save_file(tensors, partial)
-        size = partial.stat().st_size
-        partial.replace(final)
+        with translated(final, "write"):
+            save_file(tensors, partial)
+            size = partial.stat().st_size
+            partial.replace(final)
     finally:
         partial.unlink(missing_ok=True)
     return size

@@ -2,6 +2,7 @@
 
 import errno
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,6 +20,9 @@ _FULL = {errno.ENOSPC, errno.EDQUOT}
 _BUSY = {errno.EMFILE, errno.ENFILE, errno.ENOMEM}
 _FORBIDDEN = {errno.EROFS, errno.EACCES, errno.EPERM, errno.EOPNOTSUPP}
 _NAME = {errno.ENAMETOOLONG, errno.ELOOP, errno.EILSEQ}
+_RUST = {"safetensors", "safetensors_rust"}
+OF_THE_MACHINE = _FULL | _BUSY | {errno.EFBIG, errno.EIO}
+"""Errors that no input causes: space, limits, a failing disk."""
 _KIND = {errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENXIO, errno.ENODEV, errno.ESPIPE}
 
 
@@ -36,6 +40,10 @@ def translate(fault: OSError, path: Path, doing: str) -> Refused | InfraError:
     cause = fault.strerror or str(fault)
     if fault.errno == errno.ENOENT and doing == "read":
         return ArtifactMissing(f"{path} does not exist. Run the step that writes it again.")
+    if fault.errno == errno.ENOENT:
+        return SettingRefused(
+            f"Could not {doing} {path}: {cause}. Create the folder, or name another one."
+        )
     if fault.errno in _FULL:
         return StoreUnavailable(f"The disk of {path} is full. Free some space, then run again.")
     if fault.errno == errno.EFBIG:
@@ -70,8 +78,11 @@ def translated(path: Path, doing: str) -> Iterator[None]:
     """Raise every ``OSError`` of the block as ``translate`` sorts it, with ``path``."""
     try:
         yield
-    except OSError as fault:
-        raise translate(fault, path, doing) from fault
+    except Exception as fault:
+        error = as_os_error(fault)
+        if error is None:
+            raise
+        raise translate(error, path, doing) from fault
 
 
 @contextmanager
@@ -87,8 +98,26 @@ def input_files(around: Path) -> Iterator[None]:
     """
     try:
         yield
-    except OSError as fault:
-        raise of_input(fault, around) from fault
+    except Exception as fault:
+        error = as_os_error(fault)
+        if error is None:
+            raise
+        raise of_input(error, around) from fault
+
+
+def as_os_error(fault: Exception) -> OSError | None:
+    """The error of the system that an exception is, or that its text names; else None.
+
+    Libraries written in Rust (safetensors) raise classes of their own with "(os error 27)" in the
+    text.
+    """
+    if isinstance(fault, OSError):
+        return fault
+    found = re.search(r"\(os error (\d+)\)", str(fault))
+    if found is None or type(fault).__module__.partition(".")[0] not in _RUST:
+        return None
+    number = int(found[1])
+    return OSError(number, os.strerror(number))
 
 
 def of_input(fault: OSError, around: Path | None = None) -> Refused | InfraError:

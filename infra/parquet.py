@@ -175,7 +175,8 @@ def _part_files(parquet: Path) -> tuple[Path, ...]:
     if parquet.is_file():
         return (parquet,)
     if not parquet.is_dir():
-        raise DataRefused(f"{parquet} does not exist. Give a parquet file or a folder of them.")
+        fault = "is neither a file nor a folder" if parquet.exists() else "does not exist"
+        raise DataRefused(f"{parquet} {fault}. Give a parquet file or a folder of them.")
     visible = sorted(p for p in parquet.rglob("*.parquet") if p.name[0] not in "._")
     nested = [path for path in visible if path.parent != parquet]
     if nested:
@@ -183,6 +184,9 @@ def _part_files(parquet: Path) -> tuple[Path, ...]:
             f"{parquet} has parquet files in subfolders ({nested[0].relative_to(parquet)}), whose "
             "names may carry columns. Write the part files into one folder."
         )
+    for path in visible:
+        if not path.is_file():  # opening a pipe would wait for a writer
+            raise DataRefused(f"{path} is not a plain file. Put the part file itself there.")
     if not visible:
         raise DataRefused(f"{parquet} has no *.parquet file. Give a file or a folder of them.")
     return tuple(visible)

@@ -327,7 +327,7 @@ class Registry:
             Registered(
                 model=entry.name,
                 version=str(entry.version),
-                source=entry.source,
+                source=entry.source or "",
                 tags=dict(entry.tags),
                 aliases=tuple(
                     sorted(alias for alias, at in aliases.items() if at == str(entry.version))

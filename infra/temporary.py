@@ -23,7 +23,7 @@ from functools import cache
 from pathlib import Path
 
 from infra.disk import translate
-from infra.errors import SettingRefused
+from infra.errors import StoreUnavailable
 
 log = logging.getLogger(__name__)
 
@@ -95,9 +95,9 @@ def scratch_folder(purpose: str) -> Iterator[Path]:
     try:
         base = Path(tempfile.gettempdir())
     except FileNotFoundError as fault:
-        raise SettingRefused(
-            f"Expected a folder for temporary files, got none ({fault.strerror}). Set TMPDIR to a "
-            "folder you may write."
+        raise StoreUnavailable(
+            f"Expected a folder for temporary files, got none ({fault.strerror}): each is missing, "
+            "full or read-only. Free some space, or set TMPDIR to a folder you may write."
         ) from fault
     collect(base, _EARLIER_SCRATCH)
     folder = base / owned_name(f"recpress-{purpose}", "tmp")

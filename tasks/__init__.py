@@ -29,5 +29,6 @@ report.py      the report as a table and as Markdown
 report_page.py the report as one HTML page; report_measured.py is its middle
 acceptance.py  whether a report allows its version to become champion
 champion.py    the registry version and report of the ledger's champion
+registry_listing.py what the registry holds of ours
 promotion.py   promote, roll back, fetch
 """

@@ -40,6 +40,7 @@ from infra.errors import (
 )
 from infra.settings import load_settings
 from infra.store import Store
+from infra.store_chunks import regular_files
 from infra.temporary import scratch_folder
 from tasks.baseline import check_baseline, check_labels, check_scores, need_sound
 from tasks.loading import data_path, model_of
@@ -87,8 +88,15 @@ def pack(folder: Path) -> Packed:
         BundleRefused: the draft is unsafe or does not fit together.
         DataRefused: the data does not fit the schema or the tables, or labels and scores are
             such that nothing measured with them would mean anything.
+        FileRefused: a file cannot be read, or is not of the kind that is needed.
         AlreadyThere: another bundle was packed under this name and version.
+        StoreUnavailable: the machine lacks space or another resource.
     """
+    with input_files(folder):
+        return _pack(folder)
+
+
+def _pack(folder: Path) -> Packed:
     draft = read_draft(folder)
     _inside(folder, draft)
     architecture = draft.network.architecture
@@ -161,6 +169,11 @@ def examine(reference: str) -> Checked:
     Raises:
         BundleRefused, DataRefused, ModelRefused, ArtifactMissing, ArtifactDamaged: what is wrong.
     """
+    with input_files(Path(reference)):
+        return _examine(reference)
+
+
+def _examine(reference: str) -> Checked:
     folder = _folder(reference)
     manifest = read(folder)
     signature = manifest.signature
@@ -184,15 +197,14 @@ def examine(reference: str) -> Checked:
 
 def show(reference: str) -> Manifest:
     """A bundle's manifest, its files verified."""
-    return read(_folder(reference))
+    with input_files(Path(reference)):
+        return read(_folder(reference))
 
 
 def _folder(reference: str) -> Path:
     """The folder of a bundle on this machine: the one that was named, or a stored one."""
-    if artifact_name(reference) is None:
-        with input_files(Path(reference)):
-            if Path(reference).is_dir():
-                return Path(reference)
+    if artifact_name(reference) is None and Path(reference).is_dir():
+        return Path(reference)
     return local(resolve(reference))
 
 
@@ -259,8 +271,10 @@ def _alone(to: Store, path: Path) -> Artifact:
     """Store one file, or one folder of part files, as an artifact of its own."""
     with scratch_folder("pack") as scratch:
         if path.is_dir():
-            # Links inside are kept as links, which the store refuses: they may lead anywhere.
-            shutil.copytree(path, scratch / path.name, symlinks=True, copy_function=_link_or_copy)
+            for name, _ in regular_files(path):  # it refuses links, which may lead anywhere
+                target = scratch / path.name / name
+                target.parent.mkdir(parents=True, exist_ok=True)
+                _place(path / name, target)
         else:
             _place(path, scratch / path.name)
         return to.put(scratch)

@@ -27,14 +27,6 @@ from tasks.stored import store
 log = logging.getLogger(__name__)
 
 
-def listed(model: str | None) -> tuple[Registered, ...]:
-    """Our versions of one model or of all; what others registered is left out."""
-    held = registry()
-    names = [model] if model else held.models()
-    found = [version for name in names for version in held.versions(name)]
-    return tuple(version for version in found if "recpress.order" in version.tags)
-
-
 def version_report(model: str, reference: str) -> tuple[Registered, Report]:
     """A registry version and the report it points to.
 

@@ -18,6 +18,7 @@ from compressors.step import TableStep
 from compressors.steps import AnyStep
 from compressors.table_stream import Job, carry_out
 from infra.bundle_shards import stored_tensors
+from infra.disk import input_files
 from infra.errors import Refused
 from infra.settings import load_settings
 from infra.store_draft import FILES, Draft, draft, finished
@@ -102,8 +103,22 @@ def quantize(
         BundleRefused: the source is not readable as safetensors.
         Refused: ``into`` holds something, or another process writes there.
     """
-    if not source.exists():
-        raise Refused(f"{source} does not exist. Name a safetensors file, or a folder of shards.")
+    with input_files(source):
+        if not source.exists():
+            raise Refused(
+                f"{source} does not exist. Name a safetensors file, or a folder of shards."
+            )
+        return _quantize(source, into, step, block_rows, workers, progress)
+
+
+def _quantize(
+    source: Path,
+    into: Path,
+    step: TableStep,
+    block_rows: int | None,
+    workers: int | None,
+    progress: Progress | None,
+) -> Quantized:
     with _job(source, step, block_rows) as (job, plan):
         made = _identity(source)
         with _written(job, plan, into, made, workers, progress) as begun:
@@ -137,8 +152,10 @@ def check(folder: Path) -> tuple[Artifact, Tables]:
     Raises:
         ArtifactMissing, ArtifactDamaged: it is not complete, or not what was written.
     """
-    manifest = finished(folder)
-    tables = Tables.model_validate_json((folder / FILES / TABLES).read_bytes())
+    with input_files(folder):
+        manifest = finished(folder)
+        body = (folder / FILES / TABLES).read_bytes()
+    tables = Tables.model_validate_json(body)
     uri = folder.absolute().as_uri()
     return Artifact(uri=uri, sha256=manifest.root, bytes=manifest.bytes), tables
 

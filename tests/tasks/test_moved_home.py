@@ -1,0 +1,191 @@
+"""A home that was moved, or is mounted elsewhere, holds what it held: references have no root."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from drafts import ALLOWED, write_draft
+from reports import report
+
+from compressors.contracts import Artifact, Outcome, TargetKind
+from infra import bundle
+from infra.errors import ArtifactMissing, Refused
+from infra.registry import Registry
+from infra.settings import load_settings
+from tasks import publish as publishing
+from tasks.bundles import check, pack, show
+from tasks.documents import Finished, Report
+from tasks.order_records import finished, finished_key, registry_is_there
+from tasks.promotion import champion_graph, fetch, promote, rollback, version_report
+from tasks.registry_listing import listed
+from tasks.stored import store
+from tasks.subject import bundle_key, find, resolve
+
+GOOD: dict[TargetKind, Outcome] = {"onnxruntime": "accepted", "tensorrt-rtx": "built-unmeasured"}
+NEW_NAMES = ("moved", "a?b#c%41 d&e=f;g:h'i~@ü")
+
+
+def published(home: Path, digit: str) -> Finished:
+    return publishing.publish.fn(report(home, digit * 64, GOOD), code="c")
+
+
+def published_by_0_1_0(home: Path, digit: str) -> Finished:
+    """A published order with the store's root in its report, registry version and record."""
+    made = report(home, digit * 64, GOOD)
+    root = store().root
+
+    def absolute(text: str) -> str:
+        return text.replace('"artifacts/', f'"{root}/artifacts/')
+
+    folder = home / f"release {digit}"
+    folder.mkdir()
+    (folder / "report.json").write_text(absolute(made.model_dump_json(indent=1)))
+    (folder / "report.html").write_text("<p>")
+    release = store().put(folder)
+    tags = publishing._tags(made, release)
+    for name, value in tags.items():
+        if value.startswith("artifacts/"):
+            tags[name] = f"{root}/{value}"
+    registry = Registry(load_settings().registry_uri)
+    source = f"{root}/{release.uri}"
+    version = registry.publish("m", made.order, source, tags, "").version
+    done = Finished(
+        report=made, release=release, version=version, registry=load_settings().registry_uri
+    )
+    store().write(finished_key(made.order), absolute(done.model_dump_json()).encode())
+    return done
+
+
+def move(home: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Move the home, and leave in its old place a store whose contents are damaged."""
+    old, new = home / "recpress", home / name
+    shutil.copytree(old, new)
+    for path in old.rglob("*"):
+        if path.is_file():
+            path.chmod(0o644)
+            path.write_bytes(b"not what was stored")
+    monkeypatch.setenv("RECPRESS_HOME", str(new))
+    return new
+
+
+@pytest.mark.parametrize("name", NEW_NAMES)
+@pytest.mark.parametrize("make", [published, published_by_0_1_0])
+def test_everything_of_a_moved_home_works(
+    make: Any, name: str, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, second = make(home, "a"), make(home, "b")
+    promote("m", first.version, "")
+    new = move(home, name, monkeypatch)
+    assert [item.version for item in listed(None)] == [second.version, first.version]
+    for item in listed("m"):
+        assert item.note == ""
+        assert item.source.startswith(f"{store().root}/artifacts/")
+        assert item.tags["recpress.report"].startswith(f"{store().root}/artifacts/")
+    registered, found = version_report("m", first.version)
+    assert (registered.version, found) == (first.version, first.report)
+    fetch("m", "@champion", "onnxruntime", home / "out")
+    assert (home / "out" / "model.onnx").read_text() == f"onnxruntime {'a' * 64}"
+    assert champion_graph("m") == first.report.targets[0].artifact
+    assert promote("m", second.version, "").version == second.version
+    assert rollback("m", "").version == first.version
+    again = finished("a" * 64)
+    assert again is not None
+    assert (again.report, again.release, again.version) == (
+        first.report,
+        first.release,
+        first.version,
+    )
+    assert registry_is_there(again)
+    assert again.page_uri().startswith(f"{store().root}/artifacts/")
+    assert {path.name for path in new.iterdir()} <= {"registry.db", "registry.db.lock", "store"}
+
+
+def test_nothing_a_new_version_writes_holds_the_place_of_the_home(home: Path) -> None:
+    done = published(home, "a")
+    promote("m", done.version, "")
+    for path in (home / "recpress").rglob("*"):
+        if path.is_file():
+            assert str(home).encode() not in path.read_bytes(), path
+
+
+def test_an_order_published_again_after_the_move_is_the_same_version(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done = published_by_0_1_0(home, "a")
+    move(home, "moved", monkeypatch)
+    again = published(home, "a")
+    assert (again.version, again.release, again.report) == (
+        done.version,
+        done.release,
+        done.report,
+    )
+
+
+@pytest.mark.parametrize(
+    "source", ["file:///etc", "file:///etc/artifacts", "artifacts/../../etc", "s3://a/b", "/etc"]
+)
+def test_a_source_outside_the_store_is_never_read(source: str, home: Path) -> None:
+    made = Registry(load_settings().registry_uri).publish("m", "c" * 64, source, {}, "")
+    with pytest.raises(Refused, match="artifacts/<sha256>; got"):
+        version_report("m", made.version)
+
+
+def test_an_artifact_of_another_root_is_read_from_this_store_and_verified(home: Path) -> None:
+    done = published(home, "a")
+    outside = home / "outside" / "artifacts" / ("0" * 64)
+    outside.mkdir(parents=True)
+    uri = f"file://{outside}"
+    made = Registry(load_settings().registry_uri).publish("m", "c" * 64, uri, {}, "")
+    with pytest.raises(ArtifactMissing, match="Set RECPRESS_STORE"):
+        version_report("m", made.version)
+    assert Report.model_validate(done.report.model_dump()) == done.report
+
+
+def packed_by_0_1_0(home: Path) -> Artifact:
+    """A packed bundle with the store's root in its manifest and its record."""
+    packed = pack(write_draft(home / "draft"))
+    root = store().root
+    folder = home / "as before"
+    store().get(packed.artifact, folder)
+    body, seal, _ = (folder / "model.json").read_bytes().partition(b'  "seal"')
+    assert seal
+    body = body.replace(b'"artifacts/', f'"{root}/artifacts/'.encode())
+    (folder / "model.json").unlink()
+    (folder / "model.json").write_bytes(body + bundle._seal_line(body))
+    earlier = store().put(folder)
+    record = {"artifact": earlier.model_dump() | {"uri": f"{root}/{earlier.uri}"}, "packed_at": 1.0}
+    store().write(bundle_key("clicks", "1"), json.dumps(record).encode())
+    shutil.rmtree(home / "recpress" / "store" / "artifacts" / packed.artifact.sha256)
+    return earlier
+
+
+def test_a_bundle_of_a_moved_home_is_found_checked_and_not_packed_twice(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RECPRESS_ALLOWED_MODULES", ALLOWED)
+    earlier = packed_by_0_1_0(home)
+    old_uri = store().uri_of(earlier)
+    assert resolve("clicks") == earlier
+    move(home, "moved", monkeypatch)
+    assert {resolve(text) for text in ("clicks", "clicks@1", old_uri, earlier.uri)} == {earlier}
+    assert find("clicks").artifact == earlier
+    manifest, _ = check("clicks@1")
+    assert show(old_uri) == manifest
+    assert pack(home / "draft").artifact == earlier
+    (home / "moved" / "store" / bundle_key("clicks", "1")).unlink()
+    again = pack(home / "draft").artifact
+    assert show("clicks@1") == manifest
+    assert resolve("clicks@1") == again
+
+
+def test_an_artifact_uri_is_no_folder_of_the_working_folder(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RECPRESS_ALLOWED_MODULES", ALLOWED)
+    packed = pack(write_draft(home / "draft"))
+    monkeypatch.chdir(home / "recpress" / "store")
+    assert Path(packed.artifact.uri).is_dir()
+    assert resolve(packed.artifact.uri) == packed.artifact
+    assert check(packed.artifact.uri)[0].name == "clicks"

@@ -1,0 +1,307 @@
+"""Drafts with files that are not what they should be: one sentence, and nothing is stored."""
+
+import contextlib
+import errno
+import json
+import os
+import resource
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+from drafts import ALLOWED, ROOT, environment, write_draft
+from safetensors import SafetensorError
+
+from flows import cli
+from infra import store_chunks
+from infra.disk import as_os_error, of_input, translate
+from infra.errors import (
+    BundleRefused,
+    DataRefused,
+    FileRefused,
+    InfraError,
+    Refused,
+    SettingRefused,
+    StoreUnavailable,
+)
+from tasks.bundles import check, pack, show
+from tasks.stored import store
+from tasks.table_files import quantize, step_named
+
+ROWS = {"train": 200, "test": 200}
+NOBODY = 65_534
+
+
+@pytest.fixture(scope="session")
+def a_draft(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_draft(tmp_path_factory.mktemp("drafts") / "draft", rows=ROWS)
+
+
+@pytest.fixture
+def draft(a_draft: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("RECPRESS_HOME", str(tmp_path / "recpress"))
+    monkeypatch.setenv("RECPRESS_ALLOWED_MODULES", ALLOWED)
+    return Path(shutil.copytree(a_draft, tmp_path / "draft"))
+
+
+def names(folder: Path, section: str, entries: dict[str, str]) -> None:
+    document = json.loads((folder / "model.json").read_text())
+    document[section] = {**document.get(section, {}), **entries}
+    (folder / "model.json").write_text(json.dumps(document))
+
+
+def data(text: str) -> Callable[[Path], None]:
+    return lambda draft: names(draft, "data", {"test": text})
+
+
+def vocabulary(text: str) -> Callable[[Path], None]:
+    return lambda draft: names(draft, "vocabularies", {"v": text})
+
+
+def instead(name: str, make: Callable[[Path], Any]) -> Callable[[Path], None]:
+    def change(draft: Path) -> None:
+        (draft / name).unlink(missing_ok=True)
+        make(draft / name)
+
+    return change
+
+
+def parts(make: Callable[[Path], Any]) -> Callable[[Path], None]:
+    """The test split as a folder with one good part, and something else."""
+
+    def change(draft: Path) -> None:
+        (draft / "parts").mkdir()
+        (draft / "test.parquet").rename(draft / "parts" / "a.parquet")
+        make(draft / "parts")
+        data("parts")(draft)
+
+    return change
+
+
+def loop(path: Path) -> None:
+    path.symlink_to(path.name)
+
+
+def dangling(path: Path) -> None:
+    path.symlink_to("nowhere")
+
+
+def both(*changes: Callable[[Path], Any]) -> Callable[[Path], None]:
+    def change(draft: Path) -> None:
+        for one in changes:
+            one(draft)
+
+    return change
+
+
+ODD: dict[str, Callable[[Path], Any]] = {
+    "a folder named like weights": lambda d: (d / "x.safetensors").mkdir(),
+    "a folder named a bit like weights": lambda d: (d / "x.safetensors.d").mkdir(),
+    "a folder for the weights": instead("model.safetensors", Path.mkdir),
+    "dangling weights": lambda d: dangling(d / "x.safetensors"),
+    "weights in a loop": instead("model.safetensors", loop),
+    "a pipe for weights": instead("model.safetensors", os.mkfifo),
+    "empty weights": instead("model.safetensors", Path.touch),
+    "a folder for the index": lambda d: (d / "model.safetensors.index.json").mkdir(),
+    "an empty index": lambda d: (d / "model.safetensors.index.json").touch(),
+    "a folder for model.json": instead("model.json", Path.mkdir),
+    "model.json in a loop": instead("model.json", loop),
+    "a pipe for model.json": instead("model.json", os.mkfifo),
+    "an empty model.json": instead("model.json", Path.touch),
+    **{f"data {text}": data(text) for text in ("/", "//", "/.", ".", "./", "..", "~", "/dev/null")},
+    "data of the parent": lambda d: data(str(d.parent))(d),
+    "data is a long name": data("x" * 300),
+    "data is a long path": data("/".join(["x" * 200] * 30)),
+    "empty data": instead("test.parquet", Path.touch),
+    "an empty folder for data": instead("test.parquet", Path.mkdir),
+    "data in a loop": instead("test.parquet", loop),
+    "dangling data": instead("test.parquet", dangling),
+    "a pipe for data": instead("test.parquet", os.mkfifo),
+    "a pipe among parts": parts(lambda d: os.mkfifo(d / "b.parquet")),
+    "a hidden pipe among parts": parts(lambda d: os.mkfifo(d / "_b")),
+    "a link among parts": parts(lambda d: (d / "_b").symlink_to(d / "a.parquet")),
+    "a folder named like a part": parts(lambda d: (d / "b.parquet").mkdir()),
+    "the root as vocabulary": vocabulary("/"),
+    "the draft as vocabulary": vocabulary("."),
+    "a pipe as vocabulary": both(lambda d: os.mkfifo(d / "v"), vocabulary("v")),
+    "an empty folder as vocabulary": both(lambda d: (d / "v").mkdir(), vocabulary("v")),
+    "a link in a vocabulary": both(
+        lambda d: (d / "v").mkdir(), lambda d: dangling(d / "v" / "w"), vocabulary("v")
+    ),
+}
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("kind", ODD)
+def test_an_odd_file_is_refused_in_a_sentence_and_nothing_is_named(kind: str, draft: Path) -> None:
+    ODD[kind](draft)
+    with pytest.raises((BundleRefused, DataRefused, FileRefused, Refused)) as refused:
+        pack(draft)
+    assert not isinstance(refused.value, SettingRefused)
+    assert "Errno" not in str(refused.value)
+    assert store().keys("bundles/") == ()
+
+
+def test_a_folder_of_part_files_is_packed_as_it_is(draft: Path) -> None:
+    parts(lambda folder: (folder / "notes.txt").write_text("kept too"))(draft)
+    packed = pack(draft)
+    manifest = show("clicks@1")
+    reference = manifest.data["test"]
+    held = {entry.path for entry in store().manifest(reference.artifact).files}
+    assert (packed.rows["test"], held) == (200, {"parts/a.parquet", "parts/notes.txt"})
+
+
+# --- files that may not be read ---------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def unprivileged() -> Iterator[None]:
+    """Root may read everything, so this part runs as another user."""
+    if os.geteuid() != 0:
+        yield
+        return
+    os.seteuid(NOBODY)
+    try:
+        yield
+    finally:
+        os.seteuid(0)
+
+
+@pytest.mark.parametrize(
+    "name", ["model.json", "model.safetensors", "test.parquet", "extra.json", "v.txt", "."]
+)
+def test_an_unreadable_file_is_named_with_what_to_do(
+    name: str, a_draft: Path, monkeypatch: pytest.MonkeyPatch, tmp_path_factory: Any
+) -> None:
+    top = Path(tmp_path_factory.getbasetemp())
+    shared = top / f"unreadable-{name}-{os.getpid()}"
+    shared.mkdir()
+    for folder in (shared, *(p for p in shared.parents if p.is_relative_to(top.parent))):
+        folder.chmod(folder.stat().st_mode | 0o055)
+    folder = Path(shutil.copytree(a_draft, shared / "draft"))
+    (folder / "extra.json").write_text("{}")
+    (folder / "v.txt").write_text("x")
+    vocabulary("v.txt")(folder)
+    (shared / "recpress").mkdir()
+    (shared / "recpress").chmod(0o777)
+    monkeypatch.setenv("RECPRESS_HOME", str(shared / "recpress"))
+    monkeypatch.setenv("RECPRESS_ALLOWED_MODULES", ALLOWED)
+    (folder / name).chmod(0)
+    try:
+        with unprivileged(), pytest.raises((FileRefused, BundleRefused, DataRefused)) as refused:
+            pack(folder)
+    finally:
+        (folder / name).chmod(0o755)
+    assert Path(name).name in str(refused.value)
+    assert "ermission" in str(refused.value)
+    assert store().keys("bundles/") == ()
+
+
+# --- what the machine lacks -------------------------------------------------------------------
+
+
+def test_a_file_size_limit_ends_packing_with_a_sentence_and_loses_nothing(
+    draft: Path, tmp_path: Path
+) -> None:
+    """At every limit: in the scratch folder, in the store, in the record."""
+    before = pack(write_draft(tmp_path / "before", version="0", rows=ROWS, seed=1))
+    env = environment(tmp_path)
+    for limit in (20_000, 330_000):
+        packing = subprocess.run(
+            [sys.executable, "-m", "flows.cli", "bundle", "pack", str(draft)],
+            cwd=ROOT,
+            env=env,
+            capture_output=True,
+            text=True,
+            check=False,
+            preexec_fn=partial(resource.setrlimit, resource.RLIMIT_FSIZE, (limit, limit)),
+        )
+        assert packing.returncode == 1, packing.stderr
+        assert "Traceback" not in packing.stderr
+        assert "ulimit -f" in packing.stderr or "TMPDIR" in packing.stderr
+        assert store().keys("bundles/") == ("bundles/clicks/0.json",)
+    assert list((tmp_path / "recpress" / "store" / ".tmp").iterdir()) == []
+    check("clicks@0")
+    assert pack(draft).version == "1"
+    assert pack(tmp_path / "before") == before
+
+
+def test_a_file_that_changes_while_it_is_packed_is_not_stored(
+    draft: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = store_chunks.hashed
+
+    def changed_afterwards(folder: Path, *rest: Any) -> Any:
+        found = real(folder, *rest)
+        for path in folder.rglob("*.parquet"):
+            with path.open("ab") as file:  # a hard link of the draft's own file
+                file.write(b"more")
+        return found
+
+    monkeypatch.setattr("infra.store.hashed", changed_afterwards)
+    with pytest.raises(InfraError, match="changed while it was being stored"):
+        pack(draft)
+    assert store().keys("bundles/") == ()
+
+
+@pytest.mark.parametrize(
+    ("number", "expected"),
+    [
+        (errno.ENOSPC, StoreUnavailable),
+        (errno.EDQUOT, StoreUnavailable),
+        (errno.EFBIG, StoreUnavailable),
+        (errno.EMFILE, StoreUnavailable),
+        (errno.ENOMEM, StoreUnavailable),
+        (errno.EIO, StoreUnavailable),
+        (errno.EROFS, SettingRefused),
+        (errno.EACCES, FileRefused),
+        (errno.EPERM, FileRefused),
+        (errno.ENOENT, FileRefused),
+        (errno.ENOTDIR, FileRefused),
+        (errno.EISDIR, FileRefused),
+        (errno.ELOOP, FileRefused),
+        (errno.ENAMETOOLONG, FileRefused),
+    ],
+)
+def test_an_error_of_the_system_becomes_ours_with_path_and_remedy(
+    number: int,
+    expected: type[Exception],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    fault = OSError(number, os.strerror(number), "/srv/some/file")
+    found = of_input(fault)
+    assert type(found) is expected
+    assert "/srv/some/file" in str(found)
+    assert str(found).rstrip().endswith(".")
+    assert isinstance(translate(fault, Path("/srv"), "write"), Refused | InfraError)
+    code = 1 if expected is StoreUnavailable else 2
+    assert cli._explain(fault) == code
+    assert "Errno" not in capsys.readouterr().err
+
+
+def test_an_error_of_the_system_in_the_text_of_safetensors_is_recognized() -> None:
+    text = "Error while serializing: I/O error: No space left on device (os error 28)"
+    error = as_os_error(SafetensorError(text))
+    assert error is not None
+    assert error.errno == errno.ENOSPC
+    assert as_os_error(SafetensorError("header too small")) is None
+    assert as_os_error(ValueError(text)) is None
+
+
+@pytest.mark.parametrize("name", ["x" * 300, "/".join(["y" * 200] * 30)])
+def test_a_name_longer_than_a_file_system_allows_is_refused(name: str, draft: Path) -> None:
+    for use in (
+        lambda: pack(Path(name)),
+        lambda: check(name),
+        lambda: show(name),
+        lambda: quantize(Path(name), draft / "q", step_named("int8", {})),
+        lambda: quantize(draft / "model.safetensors", Path(name), step_named("int8", {})),
+    ):
+        with pytest.raises(Refused):
+            use()

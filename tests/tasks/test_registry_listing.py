@@ -1,0 +1,179 @@
+"""One odd version of the registry is listed with a note; the others are listed as they are."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from mlflow import MlflowClient
+from reports import report
+
+from compressors.contracts import Outcome, TargetKind
+from flows import cli
+from flows.console import printable
+from infra.errors import RecordRefused, Refused
+from infra.registry import Registered
+from infra.settings import load_settings
+from tasks import publish as publishing
+from tasks.documents import Finished
+from tasks.promotion import fetch, promote, version_report
+from tasks.registry_listing import listed
+from tasks.stored import store
+
+GOOD: dict[TargetKind, Outcome] = {"onnxruntime": "accepted", "tensorrt-rtx": "built-unmeasured"}
+ORDER = "b" * 64
+ESCAPES = "\x1b[31mPWN\x1b]0;t\x07\x9b1m\u202egpj\r\n[red]x[/y]"
+
+
+@pytest.fixture
+def good(home: Path) -> Finished:
+    return publishing.publish.fn(report(home, "a" * 64, GOOD), code="c")
+
+
+def register(source: Any, tags: dict[str, str], name: str = "m") -> str:
+    """A version as anybody may register it."""
+    uri = load_settings().registry_uri
+    client = MlflowClient(uri, uri)
+    if name != "m":
+        client.create_registered_model(name)
+    made = client.create_model_version(name, source, tags=tags, await_creation_for=None)
+    return str(made.version)
+
+
+def recpress(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *arguments: str
+) -> tuple[int, str]:
+    monkeypatch.setattr(sys, "argv", ["recpress", *arguments])
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    out, err = capsys.readouterr()
+    return int(ended.value.code or 0), out + err
+
+
+TAGS = {
+    "recpress.order": ORDER,
+    "recpress.recipe": "[]",
+    "recpress.outcome": "accepted",
+    "recpress.bundle": "m@1",
+}
+ODD: dict[str, tuple[str | None, dict[str, str | None], str]] = {
+    "no recipe": (None, {"recpress.recipe": None}, "recpress.recipe is not a list of steps"),
+    "recipe not JSON": (None, {"recpress.recipe": "{"}, "not a list of steps"),
+    "recipe empty": (None, {"recpress.recipe": ""}, "not a list of steps"),
+    "recipe of numbers": (None, {"recpress.recipe": "[1]"}, "not a list of steps"),
+    "recipe an object": (None, {"recpress.recipe": '{"kind": "x"}'}, "not a list of steps"),
+    "recipe null": (None, {"recpress.recipe": "null"}, "not a list of steps"),
+    "recipe no kind": (None, {"recpress.recipe": "[{}]"}, "not a list of steps"),
+    "recipe kind a list": (None, {"recpress.recipe": '[{"kind": []}]'}, "not a list of steps"),
+    "recipe deep": (None, {"recpress.recipe": "[" * 4000}, "not a list of steps"),
+    "recipe huge number": (None, {"recpress.recipe": "9" * 4500}, "not a list of steps"),
+    "no outcome": (None, {"recpress.outcome": None}, "no tag recpress.outcome"),
+    "no bundle": (None, {"recpress.bundle": None}, "no tag recpress.bundle"),
+    "only an order": (None, {name: None for name in TAGS if name != "recpress.order"}, "no tag"),
+    "order not a digest": (None, {"recpress.order": "x"}, "not an order's digest"),
+    "source of this machine": ("file:///etc", {}, "its source is not an artifact"),
+    "source elsewhere": ("http://127.0.0.1:1/x", {}, "its source is not an artifact"),
+    "source empty": ("", {}, "its source is not an artifact"),
+    "escapes": (
+        None,
+        {"recpress.outcome": ESCAPES, "recpress.bundle": ESCAPES, "recpress.recipe": ESCAPES},
+        "not a list of steps",
+    ),
+    "escapes in the recipe": (None, {"recpress.recipe": json.dumps([{"kind": ESCAPES}])}, ""),
+}
+
+
+@pytest.mark.parametrize("kind", ODD)
+def test_an_odd_version_is_listed_with_a_note_and_does_not_disturb_the_others(
+    kind: str,
+    good: Finished,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    source, changes, note = ODD[kind]
+    tags = {name: text for name, text in (TAGS | changes).items() if text is not None}
+    odd = register(f"artifacts/{'0' * 64}" if source is None else source, tags)
+    found = {item.version: item for item in listed(None)}
+    assert set(found) == {good.version, odd}
+    assert note in found[odd].note
+    assert (found[good.version].note, found[good.version].recipe) == ("", ("rowwise_int8",))
+    code, text = recpress(monkeypatch, capsys, "registry", "list")
+    assert code == 0
+    assert "rowwise_int8" in text
+    assert (f"m version {odd} is not as recpress registers it" in text) == bool(note)
+    assert text == printable(text)
+    code, text = recpress(monkeypatch, capsys, "registry", "list", "--json")
+    assert (code, text) == (0, printable(text))
+    assert [item["version"] for item in json.loads(text)] == [odd, good.version]
+    assert recpress(monkeypatch, capsys, "registry", "show", "m", "--version", good.version)[0] == 0
+    assert recpress(monkeypatch, capsys, "registry", "show", "m", "--version", odd)[0] == 2
+
+
+def test_a_model_whose_name_we_never_register_does_not_disturb_the_others(good: Finished) -> None:
+    for name in ("it's", "tab\there", 'quo"te'):
+        register(f"artifacts/{'0' * 64}", TAGS, name)
+    assert [item.model for item in listed(None)] == ["m"]
+    with pytest.raises(Refused):
+        listed("it's")
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"",
+        b"{",
+        b"[]",
+        b"null",
+        b"[" * 100_000,
+        b'{"schema_version": 1}',
+        b'{"schema_version": ' + b"9" * 5_000 + b"}",
+        b"\xff\xfe",
+        b'{"schema_version": NaN}',
+    ],
+)
+def test_a_release_without_a_usable_report_is_refused(
+    body: bytes, good: Finished, tmp_path: Path
+) -> None:
+    (tmp_path / "r").mkdir()
+    (tmp_path / "r" / "report.json").write_bytes(body)
+    odd = register(store().put(tmp_path / "r").uri, TAGS)
+    for use in (
+        lambda: version_report("m", odd),
+        lambda: fetch("m", odd, "onnxruntime", tmp_path / "out"),
+        lambda: promote("m", odd, ""),
+    ):
+        with pytest.raises(RecordRefused, match=r"no usable report\.json"):
+            use()
+
+
+def test_text_of_others_cannot_control_the_terminal(
+    good: Finished,
+    home: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    made = report(home, ORDER, GOOD)
+    target = made.targets[0]
+    verdict = target.verdict.model_copy(update={"reason": ESCAPES})
+    targets = (target.model_copy(update={"verdict": verdict}), *made.targets[1:])
+    done = publishing.publish.fn(made.model_copy(update={"targets": targets}), code="c")
+    for more in ((), ("--json",)):
+        code, text = recpress(
+            monkeypatch, capsys, "registry", "show", "m", "--version", done.version, *more
+        )
+        assert code == 0
+        assert "PWN" in text
+        assert text == printable(text)
+    code, text = recpress(monkeypatch, capsys, "registry", "show", f"{ESCAPES}", "--version", "1")
+    assert (code, text) == (2, printable(text))
+
+
+def test_references_are_shown_with_the_root_of_the_present_store(good: Finished) -> None:
+    (item,) = listed("m")
+    assert isinstance(item, Registered)
+    assert item.source == store().uri_of(good.release)
+    assert item.tags["recpress.report"] == good.page_uri()
+    served = good.report.targets[0].artifact
+    assert item.tags["recpress.artifact.onnxruntime"] == store().uri_of(served)
