@@ -243,6 +243,7 @@ class PlanLine(Frozen):
     bytes_after: int = Field(ge=0)
     steps: tuple[str, ...] = Field((), description="The steps that changed it, in order.")
     reason: str
+    warning: str | None = Field(None, description="What may be wrong with the result, and why.")
 
 
 class Plan(Frozen):

@@ -19,6 +19,7 @@ def plan_of(
     sizes: tuple[int, int],
     output: PlanLine | None = None,
     folded: Collection[str] = (),
+    warnings: Mapping[str, str] | None = None,
 ) -> Plan:
     """What earlier steps decided stays, what this one decided is new.
 
@@ -30,7 +31,8 @@ def plan_of(
         after: the units now; those that are missing were dropped.
         sizes: bytes of all tensors before and now.
         output: the line of a map behind the network's output.
-        folded: the norms that have become part of the layers beside them.
+        folded: the norms that are part of the layers next to them now.
+        warnings: of units that the step changed; other units of unchanged format keep theirs.
     """
     now = {unit.name: unit for unit in after}
     old = {unit.name for unit in before}
@@ -48,6 +50,7 @@ def plan_of(
                 bytes_after=new.bytes if new else 0,
                 steps=(*steps, kind) if choice.take else steps,
                 reason=_reason(earlier, choice),
+                warning=_warning(earlier, new, unit.name, warnings or {}),
             )
         )
         # The tables that this one is made of now. What it weighed before stays on its own line.
@@ -59,6 +62,7 @@ def plan_of(
                 bytes_before=0,
                 bytes_after=part.bytes,
                 reason=f"a part of {unit.name}",
+                warning=(warnings or {}).get(part.name),
             )
             for part in after
             if part.name not in old and innermost(part.name, old) == unit.name
@@ -80,6 +84,15 @@ def plan_of(
         )
     )
     return Plan(lines=tuple(lines))
+
+
+def _warning(
+    earlier: PlanLine | None, new: Unit | None, name: str, warnings: Mapping[str, str]
+) -> str | None:
+    if name in warnings:
+        return warnings[name]
+    same = earlier is not None and new is not None and earlier.format == new.format
+    return earlier.warning if earlier is not None and same else None
 
 
 def _rest(folded: Collection[str]) -> str:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from compressors.batches import example
 from compressors.composed import ComposedTable
 from compressors.contracts import Bench, Change, Network, Part, PlanLine, Schema
+from compressors.dense.input_ranges import input_range_warnings
 from compressors.errors import (
     CompressionError,
     ContractBroken,
@@ -189,7 +190,8 @@ def run(step: TableStep | ModelStep, source: Model, bench: Bench, folder: Path) 
     choices = _as_found(step, choices, Unit.of(source.module), after)
     choices = {name: _noted(choice, model.notes.get(name)) for name, choice in choices.items()}
     line, folded = output_line(step, source, model), folded_norms(stored)
-    plan = plan_of(step.kind, source, choices, before, after, sizes, line, folded)
+    warnings = input_range_warnings(source.module, stored, bench)
+    plan = plan_of(step.kind, source, choices, before, after, sizes, line, folded, warnings)
     return Model(stored, source.architecture, network, plan)
 
 

@@ -130,7 +130,7 @@ def show(finished: "Finished") -> None:
 
 def explained(found: "Explanation") -> None:
     """What an order would run, with its bytes and its peak memory."""
-    from tasks.report_cells import mebibytes
+    from tasks.report_cells import mebibytes, plan_warnings
 
     out = console()
     rows = ", ".join(f"{split} {count:,}" for split, count in found.rows.items())
@@ -165,6 +165,8 @@ def explained(found: "Explanation") -> None:
     out.print(_table("Plan", lines, out.width))
     for line in found.plan.lines:
         out.print(f"{line.module}: {line.reason}", markup=False, soft_wrap=True)
+    for warning in plan_warnings(found.plan):
+        out.print(warning, markup=False, soft_wrap=True)
     for target in found.targets:
         note = "" if target.missing is None else f" - cannot be built here: {target.missing}"
         out.print(f"target {target.target}, {target.wanted}{note}", markup=False, soft_wrap=True)

@@ -90,7 +90,7 @@ def explain(terms: Terms) -> Explanation:
         teachers=tuple(teacher.name for teacher in teachers),
         earlier=None if before is None else before.version,
         steps=(Foreseen(step=AS_TRAINED, bytes=original), *steps),
-        plan=plan,
+        plan=plan if before is None else _with_warnings(plan, before.report.plan),
         targets=tuple(_target(kind, wanted) for kind, wanted in order.targets.wanted().items()),
         memory=peak_memory(
             bytes_before=original,
@@ -99,6 +99,17 @@ def explain(terms: Terms) -> Explanation:
             builds=any(kind != "onnxruntime" for kind in order.targets.wanted()),
             trained_bytes=_trained(order, loaded.model),
         ),
+    )
+
+
+def _with_warnings(plan: Plan, carried_out: Plan) -> Plan:
+    """Add what a finished run of the order found out on its calibration rows."""
+    warnings = {line.module: line.warning for line in carried_out.lines if line.warning is not None}
+    return Plan(
+        lines=tuple(
+            line.model_copy(update={"warning": warnings.get(line.module, line.warning)})
+            for line in plan.lines
+        )
     )
 
 

@@ -5,7 +5,16 @@ import json
 from compressors.contracts import SCORE_CHANGE, Estimate, Plan
 from infra.html import many
 from tasks.documents import ORDER_FILE, LoweredGraph, Report, TargetReport
-from tasks.report_cells import cell, change_of, label, packed, score_change_of, widened
+from tasks.report_cells import (
+    cell,
+    change_of,
+    label,
+    packed,
+    plan_warnings,
+    reason_and_warning,
+    score_change_of,
+    widened,
+)
 from tasks.report_stages import stage_lines
 
 NOTICED = 1.02
@@ -101,7 +110,7 @@ def markdown(report: Report) -> str:
         "|---|---|---|---|---|---|",
         *(
             f"| {cell(line.module)} | {line.role} | {line.format} | {line.bytes_before:,} | "
-            f"{line.bytes_after:,} | {cell(line.reason)} |"
+            f"{line.bytes_after:,} | {cell(reason_and_warning(line))} |"
             for line in report.plan.lines
         ),
         "",
@@ -161,6 +170,7 @@ def remarks(report: Report) -> list[str]:
         if target.audits
     ]
     found += shared(report)
+    found += plan_warnings(report.plan)
     found += [f"Step {kind} was left out: {why}" for kind, why in report.idle.items()]
     return found
 

@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 from html import escape
 
-from compressors.contracts import Estimate, PlanLine, ScoreUnit
+from compressors.contracts import Estimate, Plan, PlanLine, ScoreUnit
 from compressors.lower.found import GraphAudit
 from infra.html import many
 
@@ -37,12 +37,11 @@ def change_of(estimate: Estimate, latency: bool) -> str:
 
 
 def score_change_of(metric: str, estimate: Estimate, unit: ScoreUnit | None) -> str:
-    """A score change with its unit, and its interval if it has one."""
+    """A score change and its interval if it has one; ``sd`` stands for standard deviations."""
     shares = ("changed_top1", "top20_overlap")
     if metric in shares:
         return f"{estimate.point:.2%} [{estimate.low:.2%}, {estimate.high:.2%}]"
-    short = {"probability": " probability", "spread": " std. dev."}
-    after = "" if metric == "score_correlation" or unit is None else short[unit]
+    after = " sd" if metric != "score_correlation" and unit == "spread" else ""
     if metric == "score_correlation":
         point, low, high = (f"{value:.6f}" for value in _ends(estimate))
     else:
@@ -54,6 +53,20 @@ def score_change_of(metric: str, estimate: Estimate, unit: ScoreUnit | None) -> 
 
 def _ends(estimate: Estimate) -> tuple[float, float, float]:
     return estimate.point, estimate.low, estimate.high
+
+
+def reason_and_warning(line: PlanLine) -> str:
+    """Why a unit is stored as it is, and the warning about it if there is one."""
+    return line.reason if line.warning is None else f"{line.reason}. Warning: {line.warning}"
+
+
+def plan_warnings(plan: Plan) -> list[str]:
+    """The warnings of a plan, one sentence for each table or layer that has one."""
+    return [
+        f"Warning about {line.module} ({line.format}): {line.warning}."
+        for line in plan.lines
+        if line.warning is not None
+    ]
 
 
 def cell(text: str) -> str:

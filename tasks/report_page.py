@@ -18,7 +18,14 @@ from infra.page import findings, summary
 from infra.pictures import Part
 from tasks.documents import ORDER_FILE, LoweredGraph, Report, TargetReport
 from tasks.report import headline, resolution
-from tasks.report_cells import change_of, label, largest_first, packed, widened
+from tasks.report_cells import (
+    change_of,
+    label,
+    largest_first,
+    packed,
+    reason_and_warning,
+    widened,
+)
 from tasks.report_measured import TONES, WORDS, latency, limits
 from tasks.report_stages import stage_table
 from tasks.stored import local
@@ -237,7 +244,8 @@ def _plan_table(lines: list[PlanLine], most: int) -> str:
         f"<td>{escape(line.role)}</td><td>{escape(line.format)}</td>"
         f'<td class="bars">{pictures.pair(line.bytes_before, line.bytes_after, most, line.role)}'
         f'</td><td class="number">{line.bytes_before:,}</td>'
-        f'<td class="number">{line.bytes_after:,}</td><td>{escape(line.reason)}</td></tr>'
+        f'<td class="number">{line.bytes_after:,}</td>'
+        f"<td>{escape(reason_and_warning(line))}</td></tr>"
         for line in lines
     ]
     heads = ("Table or layer", "Role", "Stored as", "Before and after", "Bytes before", "After")

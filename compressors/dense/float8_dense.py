@@ -138,6 +138,16 @@ class Float8DenseFormat:
         )
         return y
 
+    def rounded_inputs(
+        self,
+        stored: Mapping[str, Tensor],
+        x: Tensor,
+        settings: Mapping[str, Any],  # noqa: ARG002
+    ) -> Tensor:
+        """The inputs as they are multiplied, float32 ``(*, in)``."""
+        scale = stored["input_scale"]
+        return rounded(x / scale) * scale
+
 
 FORMAT: LinearFormat = Float8DenseFormat()
 

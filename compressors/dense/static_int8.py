@@ -201,6 +201,16 @@ class StaticInt8Format:
         )
         return y
 
+    def rounded_inputs(
+        self,
+        stored: Mapping[str, Tensor],
+        x: Tensor,
+        settings: Mapping[str, Any],  # noqa: ARG002
+    ) -> Tensor:
+        """The inputs as they are multiplied, float32 ``(*, in)``."""
+        scale = stored["input_scale"]
+        return quantize(x, scale) * scale
+
 
 FORMAT: LinearFormat = StaticInt8Format()
 

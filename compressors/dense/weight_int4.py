@@ -64,6 +64,12 @@ class WeightInt4(Frozen):
         return ("calibration",) if self.rounding == "gptq" else ()
 
     @property
+    def wants(self) -> tuple[Part, ...]:
+        """Rows to check the range of inputs that are rounded."""
+        rounds = self.activations == "int8" and self.rounding != "gptq"
+        return ("calibration",) if rounds else ()
+
+    @property
     def changes(self) -> Change:
         """Each layer it takes is stored in another format."""
         return "format"

@@ -56,6 +56,11 @@ class WeightInt8(Frozen):
         return ()
 
     @property
+    def wants(self) -> tuple[Part, ...]:
+        """Rows to check the range of inputs that are rounded."""
+        return ("calibration",) if self.activations == "int8" else ()
+
+    @property
     def changes(self) -> Change:
         """Each layer it takes is stored in another format."""
         return "format"

@@ -230,6 +230,16 @@ class WeightOnlyFormat:
         )
         return y
 
+    def rounded_inputs(
+        self,
+        stored: Mapping[str, Tensor],  # noqa: ARG002
+        x: Tensor,
+        settings: Mapping[str, Any],
+    ) -> Tensor:
+        """The inputs as they are multiplied, float32 ``(*, in)``."""
+        block, _, activations = Reading.of(settings)
+        return rounded(x, together(x.shape[-1], block)) if activations == "int8" else x
+
     def bytes_of(self, unit: Unit, settings: Mapping[str, Any]) -> int:
         """Bytes that a dense layer takes in this format."""
         outputs, inputs = unit.weight.shape

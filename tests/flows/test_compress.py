@@ -34,6 +34,7 @@ from tasks.documents import Lowering
 from tasks.policy import kept
 from tasks.prepare import prepare
 from tasks.promotion import champion_graph, fetch, promote
+from tasks.report import markdown
 from tasks.stored import store
 
 ANY = Limit.parse("auc vs baseline >= -0.02")
@@ -125,6 +126,22 @@ def test_an_order_over_a_limit_completes_as_rejected_with_the_numbers(world: Wor
     version = Registry(load_settings().registry_uri).version("clicks", ran.finished.version)
     assert version.tags["recpress.outcome"] == "rejected"
     assert "candidate" not in version.aliases
+
+
+def test_an_order_over_a_limit_on_score_change_is_rejected_with_the_change(world: World) -> None:
+    ran = carry_out(with_limits(world, "max_score_change <= 0.0001", "score_correlation >= 0.5"))
+    assert ran.state == "Rejected"
+    assert "largest score change is" in ran.message
+    assert "test rows (other rows may change more); the limit is <= 0.0001; rejected" in ran.message
+
+
+def test_an_accepted_order_reports_how_much_scores_changed(world: World) -> None:
+    report = world.first.finished.report
+    reason = report.targets[0].verdict.reason
+    assert "scores against the baseline: correlation 0.9" in reason
+    text = markdown(report)
+    for what in ("score correlation", "mean score change", "largest score change"):
+        assert f"| {what} |" in text
 
 
 def test_a_limit_inside_the_interval_is_undecided_and_says_how_many_rows_would_decide(
@@ -373,3 +390,12 @@ def test_a_ranking_model_is_judged_by_its_groups(fresh: Path) -> None:
     found = report.measurement.numbers.of("ndcg@10", "absolute")
     assert found is not None
     assert 0.5 < found.point < 1
+    assert report.measurement.numbers.score_unit == "spread"
+    top = report.measurement.numbers.of("changed_top1", "absolute")
+    assert top is not None
+    # Lists without a relevant item have a best row, but no NDCG.
+    assert top.groups is not None
+    assert found.groups is not None
+    assert top.groups >= found.groups
+    # int4 tables change which row is first in some lists, not in most.
+    assert 0 < top.point < 0.5

@@ -148,6 +148,12 @@ def test_the_report_says_what_was_timed_and_measured(ran: tuple[Path, Ran]) -> N
     finished = ran[1].finished
     metrics = [number.metric for number in finished.report.measurement.baseline.numbers]  # type: ignore[union-attr]
     assert metrics[:3] == ["recall@20", "ndcg@20", "bytes"]
+    numbers = finished.report.measurement.numbers  # type: ignore[union-attr]
+    for metric, least in (("score_correlation", 0.9), ("top20_overlap", 0.5)):
+        found = numbers.of(metric, "absolute")
+        assert found is not None
+        assert least < found.point < 1, metric
+    assert "top-20 overlap" in finished.report.targets[0].verdict.reason
     text = (local(finished.release) / "report.md").read_text()
     assert "Recall@20" in text
     assert "latency is of the query graph" in text
