@@ -79,7 +79,31 @@ def plan_of(
             reason=_rest(folded),
         )
     )
-    return Plan(lines=tuple(lines))
+    earlier_remarks = source.plan.remarks if source.plan else ()
+    return Plan(lines=tuple(lines), remarks=earlier_remarks)
+
+
+def remarked(
+    plan: Plan,
+    kind: str,
+    skipped: Mapping[str, str],
+    choices: Mapping[str, Choice],
+    notes: Mapping[str, str],
+) -> Plan:
+    """The plan with remarks: what this step had to skip, and whether it changed nothing.
+
+    Args:
+        plan: after the step.
+        kind: the step's tag.
+        skipped: units it had to leave as they are, with the reasons.
+        choices: what became of every unit, after the step.
+        notes: by unit, what the step found while it worked.
+    """
+    found = [f"{kind} skipped {name!r}: {why}" for name, why in skipped.items()]
+    if choices and not any(choice.take for choice in choices.values()):
+        whys = dict.fromkeys(notes[name] for name in choices if name in notes)
+        found.append(f"{kind} changed nothing: {'; '.join(whys) or 'nothing better was found'}")
+    return plan.model_copy(update={"remarks": (*plan.remarks, *found)})
 
 
 def _rest(folded: Collection[str]) -> str:
