@@ -9,9 +9,22 @@ CompressionError       the order cannot be carried out as written; retrying will
 └─ AuditFailed         the target's own graph is not what was ordered
 """
 
+from typing import Self
+
 
 class CompressionError(Exception):
-    """The order cannot be carried out as written; retrying will not help."""
+    """The order cannot be carried out as written; retrying will not help.
+
+    Attributes:
+        units: the tables and layers that are the cause, where they are known.
+    """
+
+    units: tuple[str, ...] = ()
+
+    def caused_by(self, *units: str) -> Self:
+        """The same error with the units that are its cause."""
+        self.units = units
+        return self
 
 
 class NothingToCompress(CompressionError):

@@ -39,7 +39,8 @@ def outline(step: TableStep | ModelStep, source: Model, bench: Bench) -> Model:
     sizes = stored_bytes(source.module), stored_bytes(model.module)
     line, folded = output_line(step, source, model), folded_norms(model.module)
     plan = plan_of(step.kind, source, choices, before, after, sizes, line, folded)
-    plan = remarked(plan, step.kind, skipped, choices, {})
+    output = isinstance(step, ModelStep) and step.changes == "output"
+    plan = remarked(plan, step.kind, skipped, {} if output else choices, {})
     return Model(model.module, source.architecture, model.network, plan)
 
 

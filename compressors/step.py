@@ -125,7 +125,8 @@ def run(
     choices = {name: _noted(choice, model.notes.get(name)) for name, choice in choices.items()}
     line, folded = output_line(step, source, model), folded_norms(stored)
     plan = plan_of(step.kind, source, choices, before, after, sizes, line, folded)
-    plan = remarked(plan, step.kind, skipped, choices, model.notes)
+    output = isinstance(step, ModelStep) and step.changes == "output"
+    plan = remarked(plan, step.kind, skipped, choices, model.notes, changes_output=output)
     return Model(stored, source.architecture, network, plan)
 
 

@@ -138,10 +138,11 @@ def demo(
 def _carry_out(order: "Terms", *, force: bool, as_json: bool) -> int:
     """Find the finished report of this order, or run the flow; print it; give the exit code."""
     from flows import console
-    from flows.resolve import earlier
+    from flows.resolve import champion_version, earlier, promotion
 
     if force:
         order = order.model_copy(update={"attempt": time.time_ns()})
+    champion = champion_version(order) if order.promote else None
     found = earlier(order)
     if found is None:
         found = console.run(order, quiet=as_json)
@@ -151,6 +152,8 @@ def _carry_out(order: "Terms", *, force: bool, as_json: bool) -> int:
         print(found.model_dump_json(indent=1))  # noqa: T201
     else:
         console.show(found)
+    if order.promote:
+        console.say(promotion(order, found, champion), quiet=as_json)
     return EXIT[found.report.outcome]
 
 
@@ -347,13 +350,15 @@ def registry_promote(
     model: Model, version: Version = "@candidate", reason: Reason = "", as_json: Json = False
 ) -> None:
     """Make an accepted version the champion."""
-    from tasks.promotion import promote
+    from flows.console import promoted
+    from tasks.promotion import champion, promote
 
+    before = champion(model)
     entry = promote(model, version, reason)
     _print(
         entry.model_dump_json(indent=1)
         if as_json
-        else f"{model}: version {entry.version} is champion (was {entry.previous or 'none'})."
+        else f"{model}: {promoted(entry.version, before)}"
     )
 
 

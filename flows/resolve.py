@@ -7,7 +7,7 @@ answered at once.
 from compressors.contracts import Artifact, digest
 from flows.terms import Terms
 from tasks.documents import Finished, finished, registry_is_there
-from tasks.promotion import champion_graph, promote
+from tasks.promotion import champion, champion_graph, promote
 from tasks.stored import code_digest
 from tasks.subject import Subject, find
 from tasks.teachers import Teacher, find_teachers
@@ -38,6 +38,7 @@ def order_digest(
             "limits": list(order.limits),
             "targets": order.targets,
             "rules": order.rules,
+            "budget": order.quality_budget(),
             "seed": order.seed,
             "teachers": [[held.artifact.sha256, held.architecture] for held in teachers],
             "champion": None if champion is None else champion.sha256,
@@ -55,6 +56,38 @@ def promote_if_ordered(order: Terms, finished: Finished) -> None:
     """Move the champion to an accepted result, where the order asks for it."""
     if order.promote and finished.report.outcome == "accepted":
         promote(finished.report.name, finished.version, f"order {finished.report.order[:12]}")
+
+
+def champion_version(order: Terms) -> str | None:
+    """The version of the order's model that is champion now."""
+    return champion(find(order.model).name)
+
+
+def promotion(order: Terms, finished: Finished, before: str | None) -> str:
+    """What came of an order's wish to promote, in a sentence.
+
+    Args:
+        order: that asks for it.
+        finished: its result.
+        before: the version that was champion before the order was carried out.
+    """
+    from flows.console import promoted
+
+    outcome = finished.report.outcome
+    if outcome != "accepted":
+        kept = f"version {before} stays champion" if before is not None else "there is no champion"
+        return (
+            f"Not promoted: version {finished.version} is {outcome}, and only an accepted version "
+            f"becomes champion; {kept}."
+        )
+    now = champion_version(order)
+    if now != finished.version:
+        return (
+            f"Not champion: version {finished.version} was promoted, and version {now} was "
+            f"promoted after it."
+        )
+    said = promoted(finished.version, before)
+    return f"Promoted: {said}" if now != before else f"{said[0].upper()}{said[1:]}"
 
 
 def earlier(order: Terms) -> Finished | None:

@@ -146,6 +146,12 @@ def promote(model: str, reference: str, reason: str) -> Entry:
     return entry
 
 
+def champion(model: str) -> str | None:
+    """The version that is champion, as the ledger says; None where there is none."""
+    entry = Ledger(store(), model).champion()
+    return None if entry is None else entry.version
+
+
 def rollback(model: str, reason: str) -> Entry:
     """Make the version before the current champion the champion again.
 

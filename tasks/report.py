@@ -147,6 +147,7 @@ def remarks(report: Report) -> list[str]:
         for target in report.targets
         if target.audits
     ]
+    found += report.remarks
     found += [f"Step {kind} was left out: {why}" for kind, why in report.idle.items()]
     return found
 
