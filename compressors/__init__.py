@@ -4,7 +4,10 @@ Read in this order:
 
 contracts.py   the words that cross layers (types only; the one module ``infra`` may import)
 measures.py    what is known of each metric; limits.py: limits on them, and what they can mean
-step.py        the two step protocols and the one place that runs every step
+step_protocols.py  the two step protocols
+step.py        the one place that runs every step
+skipping.py    steps without the units that do not allow them
+better_format.py  a better format for tables that a method would not make smaller
 steps.py       the list of methods; to add one, write its file and list it there
 state.py       a module as tensors plus records, and back
 construction.py  a network from its class, without weights; meta.py and plain_values.py help it

@@ -247,9 +247,14 @@ class PlanLine(Frozen):
 
 
 class Plan(Frozen):
-    """One explicit line for every table and every dense layer."""
+    """One explicit line for every table and every dense layer.
+
+    ``remarks`` are sentences about a step that no line shows: a step that changed nothing, a unit
+    that a step had to skip.
+    """
 
     lines: tuple[PlanLine, ...] = ()
+    remarks: tuple[str, ...] = ()
 
     def of(self, module: str) -> PlanLine | None:
         """The line of one module, or None."""

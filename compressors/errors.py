@@ -11,11 +11,22 @@ CompressionError       the order cannot be carried out as written; retrying will
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, Self
 
 
 class CompressionError(Exception):
-    """The order cannot be carried out as written; retrying will not help."""
+    """The order cannot be carried out as written; retrying will not help.
+
+    Attributes:
+        units: the tables and layers that are the cause, where they are known.
+    """
+
+    units: tuple[str, ...] = ()
+
+    def caused_by(self, *units: str) -> Self:
+        """The same error with the units that are its cause."""
+        self.units = units
+        return self
 
 
 class NothingToCompress(CompressionError):

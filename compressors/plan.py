@@ -7,7 +7,10 @@ from compressors.model import Model
 from compressors.units import Choice, Unit, innermost
 
 OUTPUT = "(output)"
-"""What the plan calls the map behind a network's output."""
+"""What the plan calls the map after a network's output."""
+
+UNCHANGED = "was better than the start"
+"""How a step's note ends whose training restored its start."""
 
 
 def plan_of(
@@ -83,7 +86,43 @@ def plan_of(
             reason=_rest(folded),
         )
     )
-    return Plan(lines=tuple(lines))
+    earlier_remarks = source.plan.remarks if source.plan else ()
+    return Plan(lines=tuple(lines), remarks=earlier_remarks)
+
+
+def remarked(
+    plan: Plan,
+    kind: str,
+    skipped: Mapping[str, str],
+    choices: Mapping[str, Choice],
+    notes: Mapping[str, str],
+    *,
+    changes_output: bool = False,
+) -> Plan:
+    """The plan with remarks: what this step had to skip, and whether it changed nothing.
+
+    Args:
+        plan: after the step.
+        kind: the step's tag.
+        skipped: units it had to leave as they are, with the reasons.
+        choices: what became of every unit, after the step.
+        notes: by unit, what the step found while it worked.
+        changes_output: the step changes no unit, but what follows the network's output.
+    """
+    found = [f"{kind} skipped {name!r}: {why}" for name, why in skipped.items()]
+    output = plan.of(OUTPUT) if changes_output else None
+    if output is not None:
+        if kind not in output.steps:
+            found.append(f"{kind} changed nothing: {output.reason}")
+    elif choices and not any(choice.take for choice in choices.values()):
+        whys = dict.fromkeys(notes[name] for name in choices if name in notes)
+        found.append(f"{kind} changed nothing: {'; '.join(whys) or 'nothing better was found'}")
+    else:
+        whys = dict.fromkeys(
+            part for note in notes.values() for part in note.split("; ") if part.endswith(UNCHANGED)
+        )
+        found += [f"The training of {kind} changed nothing: {why}" for why in whys]
+    return plan.model_copy(update={"remarks": (*plan.remarks, *found)})
 
 
 def _warning(

@@ -1,22 +1,23 @@
-"""The two step protocols, and the one place that runs every step and checks its contract.
+"""The one place that runs every step and checks its contract.
 
-Tables may be larger than memory, so a table step sees row blocks of a memory-mapped weight; a
-model step sees the whole module. Both say first, in ``choose``, what they will do with every
-table and dense layer, and are held to it.
+Both kinds of step (``compressors.step_protocols``) say first, in ``choose``, what they will do with
+every table and dense layer; a step that does something else is refused.
 """
 
-import math
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Protocol, get_args, runtime_checkable
+from types import MappingProxyType
+from typing import get_args
 
 import torch
 from torch import Tensor, nn
 
 from compressors.batches import example
+from compressors.better_format import best_format, table_bytes
 from compressors.composed import ComposedTable
-from compressors.contracts import Bench, Change, Network, Part, PlanLine, Schema
+from compressors.contracts import Bench, Frozen, Network, Part, PlanLine, Schema
 from compressors.dense.input_ranges import input_range_warnings
 from compressors.errors import (
     CompressionError,
@@ -25,12 +26,17 @@ from compressors.errors import (
     NothingToCompress,
 )
 from compressors.factored import FactoredLinear
-from compressors.formats import Bag, PackedTable, TableFormat, TensorSpec, blocks, entries
+from compressors.formats import Bag, PackedTable, TensorSpec, blocks, entries
 from compressors.model import Model
-from compressors.plan import OUTPUT, plan_of
+from compressors.plan import OUTPUT, plan_of, remarked
 from compressors.recalibration import NAME, recalibration_of
 from compressors.state import load, records_of, save
+from compressors.step_protocols import ModelStep as ModelStep
+from compressors.step_protocols import TableStep as TableStep
+from compressors.step_protocols import needs as needs
+from compressors.step_protocols import wants as wants
 from compressors.units import (
+    EXCEPT,
     Choice,
     Unit,
     choose_tables,
@@ -43,105 +49,34 @@ from compressors.units import (
 
 BLOCK_ROWS = 65_536
 CHECK_ROWS = 32
+REFUSALS = (
+    AttributeError,
+    IndexError,
+    KeyError,
+    NotImplementedError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)
+"""What a network's own code raises where it does not allow what a step does."""
 
 
-@runtime_checkable
-class TableStep(Protocol):
-    """A method for embedding tables, row block by row block."""
-
-    @property
-    def kind(self) -> str:
-        """The method's tag."""
-
-    @property
-    def tables(self) -> tuple[str, ...]:
-        """Name patterns of the tables it takes."""
-
-    @property
-    def min_rows(self) -> int:
-        """Tables with fewer rows stay as they are."""
-
-    @property
-    def storage(self) -> TableFormat:
-        """The format it writes."""
-
-    def settings(self) -> dict[str, Any]:
-        """What the format needs to know to lay a table out."""
-
-    def fit(self, rows: Tensor) -> dict[str, Tensor]:
-        """What is learned from a table, float ``(rows, dim)``, before its blocks are encoded.
-
-        Stored tensors of the whole table are among it, by the names the layout gives them.
-        """
-
-    def encode(self, block: Tensor, params: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Stored tensors of one block of rows, float ``(rows, dim)``; none of the whole table."""
-
-
-@runtime_checkable
-class ModelStep(Protocol):
-    """A method that needs the whole module."""
-
-    @property
-    def kind(self) -> str:
-        """The method's tag."""
-
-    @property
-    def needs(self) -> tuple[Part, ...]:
-        """The parts of the bench it cannot do without."""
-
-    @property
-    def changes(self) -> Change:
-        """What becomes of a unit it takes.
-
-        ``format``: it is stored in another format. ``values``: its format stays, and its weights
-        change, it becomes narrower, or it is gone. ``parts``: a table is now made of smaller ones,
-        which are units of their own. With the last two a unit may stay as it is, if nothing
-        better is found; with ``format`` only if the model's notes say why. ``output``: no unit is
-        taken, and a map stands behind the network.
-        """
-
-    def choose(self, model: Model, bench: Bench) -> dict[str, Choice]:
-        """Which units it takes, and why not the others. Units of no interest may be left out."""
-
-    def apply(self, model: Model, bench: Bench) -> Model:
-        """The compressed model; ``model`` has a module tree of its own over shared tensors.
-
-        The architecture's configuration may be another one; records and ties are found by
-        ``run``.
-        """
-
-    def outline(self, model: Model, bench: Bench) -> Model:
-        """The same without data and without work: every shape of the result, whatever values."""
-
-
-@runtime_checkable
-class Curious(Protocol):
-    """A step that makes use of rows where there are some, and does without where there are none."""
-
-    @property
-    def wants(self) -> tuple[Part, ...]:
-        """Such parts of the bench."""
-
-
-def needs(step: TableStep | ModelStep) -> tuple[Part, ...]:
-    """The parts of the bench a step cannot do without; a table step sees only its tables."""
-    return step.needs if isinstance(step, ModelStep) else ()
-
-
-def wants(step: TableStep | ModelStep) -> tuple[Part, ...]:
-    """The parts of the bench a step makes use of where they are there."""
-    return step.wants if isinstance(step, Curious) else ()
-
-
-def run(step: TableStep | ModelStep, source: Model, bench: Bench, folder: Path) -> Model:
-    """Apply one step, write the result to ``folder``, and give it back as loaded from there.
+def run(
+    step: TableStep | ModelStep,
+    source: Model,
+    bench: Bench,
+    folder: Path,
+    *,
+    skipped: Mapping[str, str] = MappingProxyType({}),
+) -> Model:
+    """Apply one step, write the result to ``folder``, and return it as loaded from there.
 
     Args:
         step: the method and its settings.
         source: the model to compress; left as it is.
         bench: what the step may learn from.
         folder: where the tensors are written; the returned module maps them.
+        skipped: units that the step leaves as they are, with the reasons.
 
     Raises:
         NothingToCompress: the step takes no unit of this model, or the bench lacks a part.
@@ -155,14 +90,16 @@ def run(step: TableStep | ModelStep, source: Model, bench: Bench, folder: Path) 
     versions = _versions(source.module)
     model = source.private()
     before = Unit.of(model.module)
-    choices = choices_of(step, model, bench)
-    if isinstance(step, ModelStep):
-        model = step.apply(model, bench)
-    else:
-        for unit in before:
-            if choices[unit.name].take:
-                packed = pack_table(unit.module, encode_table(step, unit.weight))
-                swap(model.module, unit.name, packed)
+    with _as_refusal(step):
+        choices = choices_of(step, model, bench, skipped)
+        if isinstance(step, ModelStep):
+            model = without_units(step, skipped).apply(model, bench)
+        else:
+            for unit in before:
+                if choices[unit.name].take:
+                    stored_by, _ = best_format(step, unit.weight)
+                    packed = pack_table(unit.module, encode_table(stored_by, unit.weight))
+                    swap(model.module, unit.name, packed)
     module = model.module.eval()
     if _versions(source.module) != versions:
         raise ContractBroken(f"{step.kind!r} wrote into the tensors of the model it was given.")
@@ -192,7 +129,27 @@ def run(step: TableStep | ModelStep, source: Model, bench: Bench, folder: Path) 
     line, folded = output_line(step, source, model), folded_norms(stored)
     warnings = input_range_warnings(source.module, stored, bench)
     plan = plan_of(step.kind, source, choices, before, after, sizes, line, folded, warnings)
+    output = isinstance(step, ModelStep) and step.changes == "output"
+    plan = remarked(plan, step.kind, skipped, choices, model.notes, changes_output=output)
     return Model(stored, source.architecture, network, plan)
+
+
+@contextmanager
+def _as_refusal(step: TableStep | ModelStep) -> Iterator[None]:
+    """Raise what a network's own code raises inside of a step as a refusal of that step.
+
+    Raises:
+        CompressionError: names the step and the exception.
+    """
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except REFUSALS as fault:
+        raise CompressionError(
+            f"Expected a network that {step.kind!r} can change, got {fault!r} while it was "
+            f"applied. Leave the layer or table out of the step, or the step out of the recipe."
+        ) from fault
 
 
 def output_line(step: TableStep | ModelStep, source: Model, model: Model) -> PlanLine | None:
@@ -285,18 +242,48 @@ def rows_of_tables(model: nn.Module, schema: Schema) -> dict[str, int]:
     return rows
 
 
-def choices_of(step: TableStep | ModelStep, model: Model, bench: Bench) -> dict[str, Choice]:
+def without_units(step: ModelStep, names: Collection[str]) -> ModelStep:
+    """The step without some units, where it has name patterns; else as it is."""
+    update = {
+        field: (*getattr(step, field), *(EXCEPT + name for name in names))
+        for field in ("tables", "layers")
+        if names and hasattr(step, field)
+    }
+    return step.model_copy(update=update) if isinstance(step, Frozen) and update else step
+
+
+def choices_of(
+    step: TableStep | ModelStep,
+    model: Model,
+    bench: Bench,
+    skipped: Mapping[str, str] = MappingProxyType({}),
+) -> dict[str, Choice]:
     """What a step will do with every unit of a model, and why.
+
+    Args:
+        step: the method and its settings.
+        model: whose units.
+        bench: what the step may learn from.
+        skipped: units that it leaves as they are, with the reasons.
 
     Raises:
         NothingToCompress: it takes none of them.
     """
     units = Unit.of(model.module)
     if isinstance(step, ModelStep):
-        chosen = step.choose(model, bench)
+        chosen = without_units(step, skipped).choose(model, bench)
     else:
         chosen = choose_tables(units, step.tables, step.min_rows, step.kind)
-        chosen |= {unit.name: kept for unit in units if (kept := _no_smaller(step, unit, chosen))}
+        chosen |= {
+            unit.name: _if_smaller(step, unit)
+            for unit in units
+            if unit.name in chosen and chosen[unit.name].take
+        }
+    chosen |= {
+        unit.name: Choice(False, f"skipped by {step.kind}: {skipped[unit.name]}")
+        for unit in units
+        if unit.name in skipped
+    }
     behind = isinstance(step, ModelStep) and step.changes == "output"
     if not behind and not any(choice.take for choice in chosen.values()):
         reasons = "; ".join(f"{name}: {choice.reason}" for name, choice in chosen.items())
@@ -310,16 +297,16 @@ def choices_of(step: TableStep | ModelStep, model: Model, bench: Bench) -> dict[
     return {**rest, **chosen}
 
 
-def _no_smaller(step: TableStep, unit: Unit, chosen: Mapping[str, Choice]) -> Choice | None:
-    """The reason to keep a table that would take as many bytes as it has, or more."""
-    if unit.name not in chosen or not chosen[unit.name].take:
-        return None
+def _if_smaller(step: TableStep, unit: Unit) -> Choice:
+    """Take a table in the best format that is no larger; keep it if that saves nothing."""
     rows, dim = unit.weight.shape
-    laid = step.storage.layout(rows, dim, step.settings())
-    size = sum(math.prod(spec.shape) * spec.dtype.itemsize for spec in laid.values())
-    if size < unit.bytes:
-        return None
-    return Choice(False, f"{step.kind} would take {size} bytes, not fewer than its {unit.bytes}")
+    stored_by, why = best_format(step, unit.weight)
+    size = table_bytes(stored_by, rows, dim)
+    if size >= unit.bytes:
+        return Choice(
+            False, f"{stored_by.kind} would take {size} bytes, not fewer than its {unit.bytes}"
+        )
+    return Choice(True, why)
 
 
 def encode_table(step: TableStep, weight: Tensor) -> PackedTable:

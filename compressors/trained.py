@@ -10,6 +10,7 @@ from compressors.contracts import Bench
 from compressors.errors import CompressionError, NothingToCompress
 from compressors.formats import Bag, PackedTable
 from compressors.model import Model
+from compressors.plan import UNCHANGED
 from compressors.training import Epoch, Loss, Training, train, trainable
 from compressors.units import Choice, Unit, innermost
 
@@ -153,7 +154,7 @@ def came_to(epochs: Sequence[Epoch], metric: str, settings: Training, *, last: b
     first, *_ = epochs
     best = epochs[-1] if last else max(epochs, key=lambda epoch: epoch.quality)  # the earliest
     if best.number == 0:
-        return f"training ({_epochs(len(epochs) - 1)}) found nothing better than its beginning"
+        return f"no epoch of {len(epochs) - 1} {UNCHANGED}"
     moved = f"{metric} {first.quality:.5f} -> {best.quality:.5f} on validation rows"
     rising = not last and best.number == settings.epochs
     return f"trained {_epochs(best.number)}, {moved}{', still rising' if rising else ''}"

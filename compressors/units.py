@@ -2,18 +2,21 @@
 
 import copy
 import fnmatch
-from collections.abc import Collection, Iterator
+import math
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from torch import Tensor, nn
 
 from compressors.composed import ComposedTable
 from compressors.errors import CompressionError, NothingToCompress
 from compressors.factored import FACTORED, PARTS, FactoredLinear
-from compressors.formats import Bag, FoldedNorm, PackedLinear, PackedTable
+from compressors.formats import Bag, FoldedNorm, LinearFormat, PackedLinear, PackedTable
 
 Role = Literal["table", "dense"]
+EXCEPT = "!"
+"""A name pattern that begins with this excludes units."""
 
 
 @dataclass(frozen=True)
@@ -88,7 +91,10 @@ def stored_bytes(module: nn.Module, counted: Collection[int] = ()) -> int:
 def choose_tables(
     units: tuple[Unit, ...], patterns: tuple[str, ...], min_rows: int, kind: str
 ) -> dict[str, Choice]:
-    """Which tables a step takes, and why not the others."""
+    """Choose the tables a step takes, with the reason for each other one.
+
+    A pattern that begins with ``!`` excludes the units that it matches.
+    """
     tables = [unit for unit in units if unit.role == "table"]
     need_matches(patterns, tables, kind, "table")
     choices = {}
@@ -101,14 +107,30 @@ def choose_tables(
 
 
 def choose_dense(
-    units: tuple[Unit, ...], patterns: tuple[str, ...], kind: str
+    units: tuple[Unit, ...],
+    patterns: tuple[str, ...],
+    kind: str,
+    storage: LinearFormat | None = None,
+    settings: Mapping[str, Any] | None = None,
 ) -> dict[str, Choice]:
-    """Which dense layers a step takes, and why not the others."""
+    """Choose the dense layers a step takes, with the reason for each other one.
+
+    A pattern that begins with ``!`` excludes the units that it matches. With ``storage`` and
+    its ``settings``, the format a layer would have, a layer stays that would not become smaller.
+    """
     layers = [unit for unit in units if unit.role == "dense"]
     need_matches(patterns, layers, kind, "dense layer")
     choices = {}
     for unit in layers:
         keep = _keep(unit, patterns)
+        if keep is None and storage is not None:
+            outputs, inputs = unit.weight.shape
+            laid = storage.layout(
+                inputs, outputs, settings or {}, bias=unit.bias is not None
+            ).values()
+            size = sum(math.prod(spec.shape) * spec.dtype.itemsize for spec in laid)
+            if size >= unit.bytes:
+                keep = f"{kind} would take {size} bytes, not fewer than its {unit.bytes}"
         choices[unit.name] = Choice(keep is None, keep or f"{kind} as ordered")
     return choices
 
@@ -120,7 +142,7 @@ def _keep(unit: Unit, patterns: tuple[str, ...]) -> str | None:
         return f"shares its weight with {unit.shared_with}"
     if (why := _own_code(unit.module)) is not None:
         return why
-    if not any(is_named(unit, pattern) for pattern in patterns):
+    if not is_among(unit, patterns):
         return f"not among {', '.join(patterns)}"
     return None
 
@@ -133,6 +155,14 @@ def _own_code(module: nn.Module) -> str | None:
     if module._forward_hooks or module._forward_pre_hooks:
         return "has forward hooks, which a stand-in would not have"
     return None
+
+
+def is_among(unit: Unit, patterns: Collection[str]) -> bool:
+    """Whether a unit matches patterns of a step: one that includes it, and none with ``!``."""
+    included = [pattern for pattern in patterns if not pattern.startswith(EXCEPT)]
+    if any(is_named(unit, p.removeprefix(EXCEPT)) for p in patterns if p.startswith(EXCEPT)):
+        return False
+    return any(is_named(unit, pattern) for pattern in included or ("*",))
 
 
 def is_named(unit: Unit, pattern: str) -> bool:
@@ -148,6 +178,8 @@ def need_matches(patterns: tuple[str, ...], units: list[Unit], kind: str, what: 
         NothingToCompress: names those there are.
     """
     for pattern in patterns:
+        if pattern.startswith(EXCEPT):
+            continue
         if pattern != "*" and not any(is_named(unit, pattern) for unit in units):
             raise NothingToCompress(
                 step=kind,

@@ -151,10 +151,11 @@ def demo(
 def _carry_out(order: "Terms", *, force: bool, as_json: bool) -> int:
     """Find the finished report of this order, or run the flow; print it; return the exit code."""
     from flows import console
-    from flows.resolve import earlier
+    from flows.resolve import champion_now, earlier, promotion
 
     if force:
         order = order.model_copy(update={"attempt": time.time_ns()})
+    champion = champion_now(order) if order.promote else None
     found = earlier(order)
     cli_order.warn(order)
     if found is None:
@@ -166,6 +167,8 @@ def _carry_out(order: "Terms", *, force: bool, as_json: bool) -> int:
         _print(found.model_dump_json(indent=1))
     else:
         console.show(found)
+    if order.promote:
+        console.say(promotion(order, found, champion), quiet=as_json)
     return EXIT[found.report.outcome]
 
 

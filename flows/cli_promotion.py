@@ -24,6 +24,7 @@ def registry_promote(
     model: Model, version: Version = "@candidate", reason: Reason = "", as_json: Json = False
 ) -> None:
     """Make an accepted version the champion."""
+    from flows.console import promoted
     from tasks.promotion import apply_promotion
 
     change = apply_promotion(model, version, reason)
@@ -31,8 +32,7 @@ def registry_promote(
     if as_json:
         _print(entry.model_dump_json(indent=1))
     elif change.is_new:
-        was = entry.previous or "none"
-        _print(f"{model}: version {entry.version} is champion (was {was}).")
+        _print(f"{model}: {promoted(entry)}")
     else:
         _print(f"{model}: version {entry.version} is champion already ({_decision(entry)}).")
 

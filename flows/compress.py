@@ -5,6 +5,7 @@ and an order that was carried out before is one cache hit after another.
 """
 
 import logging
+from collections.abc import Mapping
 from typing import Any
 
 from prefect import flow
@@ -13,8 +14,9 @@ from prefect.states import Completed
 
 from compressors.contracts import Artifact, TargetKind, Verdict, digest, limit_warnings
 from compressors.errors import CompressionError
+from flows.choosing import need_taught
 from flows.order import Order
-from flows.recipe import carry_out, need_taught, ranking_of, weighed
+from flows.recipe import carry_out, ranking_of, weighed
 from flows.resolve import champion_of, code_of, order_digest, promote_if_ordered, teachers_of
 from infra.errors import InfraError, Refused
 from tasks.announce import Progress, announce
@@ -73,6 +75,10 @@ def compress(order: Order) -> Finished | State[Any]:
     baseline = kept(lower_model, bundle=bundle, target="onnxruntime", **lowering)
 
     compressed = carry_out(order, subject, bundle, teachers, code, progress)
+    excluded: dict[str, str] = {}
+    while refused := _not_servable(order, compressed.bundle, lowering, excluded):
+        excluded |= refused
+        compressed = carry_out(order, subject, bundle, teachers, code, progress, excluded)
     candidate = compressed.bundle
 
     built: dict[TargetKind, Artifact] = {}
@@ -127,14 +133,15 @@ def compress(order: Order) -> Finished | State[Any]:
         subject=subject,
         compressed=candidate,
         champion=champion,
-        recipe=tuple(step.model_dump(mode="json") for step in order.recipe()),
+        recipe=tuple(step.model_dump(mode="json") for step in compressed.recipe()),
         limits=order.limits,
         baseline=baseline,
         built=built,
         required={target: wanted == "required" for target, wanted in targets.items()},
         verdicts=verdicts,
         skipped=skipped,
-        idle=compressed.left_out(order),
+        idle=compressed.left_out(),
+        remarks=compressed.remarks,
         stages=stages,
         measurement=measurement,
         validation=validation,
@@ -150,6 +157,28 @@ def compress(order: Order) -> Finished | State[Any]:
         return finished
     reasons = "; ".join(verdict.reason for verdict in verdicts.values())
     return Completed(name=report.outcome.capitalize(), message=reasons, data=finished)
+
+
+def _not_servable(
+    order: Order, bundle: Artifact, lowering: dict[str, Any], excluded: Mapping[str, str]
+) -> dict[str, str]:
+    """Units of a preset's result because of which a required target cannot be lowered.
+
+    Raises:
+        CompressionError: a unit is not known to be the cause, or is excluded already.
+    """
+    for target, wanted in order.targets.wanted().items():
+        if order.preset == "custom" or wanted != "required":
+            continue
+        try:
+            kept(lower_model, bundle=bundle, target=target, **lowering)
+        except CompressionError as fault:
+            units = [name for name in fault.units if name not in excluded]
+            if not units:
+                raise
+            log.warning("%s: %s; without them the recipe runs again", ", ".join(units), fault)
+            return dict.fromkeys(units, " ".join(str(fault).split()).rstrip("."))
+    return {}
 
 
 def _built(

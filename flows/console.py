@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
     from flows.explain import Explanation
     from flows.terms import Terms
+    from infra.ledger import Entry
     from tasks.documents import Finished
 
 EMBEDDED = {
@@ -128,6 +129,12 @@ def show(finished: "Finished") -> None:
     out.print(f"Get it:     {finished.fetch_command()}", markup=False, soft_wrap=True)
 
 
+def promoted(entry: "Entry") -> str:
+    """A sentence about the version that an entry made champion, and the champion before it."""
+    was = "there was none" if entry.previous is None else f"was version {entry.previous}"
+    return f"version {entry.version} is champion ({was})."
+
+
 def explained(found: "Explanation") -> None:
     """What an order would run, with its bytes and its peak memory."""
     from tasks.report_cells import mebibytes, plan_warnings
@@ -174,8 +181,17 @@ def explained(found: "Explanation") -> None:
         out.print(f"limit {limit}", markup=False, soft_wrap=True)
     if found.budget is not None:
         out.print(
-            f"budget {found.budget:g}, weighed when it runs: steps that would lose more are left "
-            f"out, with the training behind them, and bytes stay larger than shown",
+            f"budget {found.budget:g}, measured on validation rows when it runs: cuts that would "
+            f"lose more are left out, with the training that follows them",
+            markup=False,
+            soft_wrap=True,
+        )
+    if found.bytes_between is not None and len(set(found.bytes_between)) > 1:
+        least, most = found.bytes_between
+        out.print(
+            f"Bytes of weights: between {least:,} and {most:,}, as the budget and the lookups of "
+            f"the training rows decide; the table shows every first choice within the budget and "
+            f"no row pruned.",
             markup=False,
             soft_wrap=True,
         )

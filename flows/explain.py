@@ -4,21 +4,19 @@ Formats, widths and bytes are worked out by the steps themselves (``compressors.
 they are exact; peak memory is an estimate from sizes (``tasks.memory``).
 """
 
-from compressors.contracts import Artifact, Bench, Frozen, Part, Plan, Schema, Split, TargetKind
+from compressors.contracts import Artifact, Frozen, Plan, Schema, TargetKind
 from compressors.distill.distill import Distill
 from compressors.distill.fine_tune import FineTune
-from compressors.errors import NothingToCompress
 from compressors.model import Model
-from compressors.outline import outline
-from compressors.steps import AnyStep
 from compressors.units import Unit, stored_bytes
+from flows.choosing import UNREPORTED, can_be_judged, need_budget_rows, need_taught
+from flows.dry_run import bounds, foresee
 from flows.order import Order
-from flows.recipe import looked_at, need_budget_rows, need_taught, split_name, through
 from flows.resolve import already, teachers_of
 from flows.terms import Terms, Wanted
 from infra.errors import Refused
 from tasks.build import need_builder
-from tasks.documents import AS_TRAINED, Idle
+from tasks.documents import AS_TRAINED
 from tasks.loading import load_bundle
 from tasks.memory import Memory, peak_memory
 from tasks.subject import Subject, find, need_measurable
@@ -50,6 +48,7 @@ class Explanation(Frozen):
     rows: dict[str, int]
     limits: tuple[str, ...]
     budget: float | None
+    bytes_between: tuple[int, int] | None = None
     teachers: tuple[str, ...]
     earlier: str | None
     steps: tuple[Foreseen, ...]
@@ -79,6 +78,7 @@ def explain(terms: Terms) -> Explanation:
     schema = loaded.manifest.signature
     heard = tuple(teacher.artifact for teacher in teachers)
     model, steps = _steps(order, subject, schema, loaded.model, heard)
+    least, most = bounds(order, subject, schema, loaded.model, heard)
     original = stored_bytes(loaded.model.module)
     plan = model.plan if model.plan is not None else Plan()
     return Explanation(
@@ -86,7 +86,8 @@ def explain(terms: Terms) -> Explanation:
         task=subject.task,
         rows=subject.rows,
         limits=tuple(map(str, order.limits)),
-        budget=order.budget,
+        budget=order.quality_budget() if can_be_judged(order, subject) else None,
+        bytes_between=(least, most),
         teachers=tuple(teacher.name for teacher in teachers),
         earlier=None if before is None else before.version,
         steps=(Foreseen(step=AS_TRAINED, bytes=original), *steps),
@@ -120,34 +121,18 @@ def _steps(
     model: Model,
     teachers: tuple[Artifact, ...],
 ) -> tuple[Model, list[Foreseen]]:
-    """Outline the recipe on the very way that a run takes."""
-
-    def attempt(step: AnyStep, source: Model) -> Model | Idle:
-        held = _rows(looked_at(step, subject), subject)
-        bench = Bench(signature=schema, teachers=teachers, **held)
-        try:
-            return outline(step, source, bench)
-        except NothingToCompress as fault:
-            return Idle(reason=str(fault))
-
+    """Dry-run the recipe as if every first option were within the budget."""
     need_budget_rows(order, subject)
-    stages, idle = through(order, subject, model, attempt)  # as if the budget held for all
-    made = iter(stages[1:])
-    found = []
+    stages, idle = foresee(order, subject, schema, model, teachers)
+    results = iter(stages[1:])
+    foreseen = []
     for place, step in enumerate(order.recipe()):
         if place not in idle:
-            _, model = next(made)
-        held = stored_bytes(model.module)
-        found.append(Foreseen(step=step.kind, bytes=held, idle=idle.get(place)))
-    return model, found
-
-
-def _rows(parts: tuple[Part, ...], subject: Subject) -> dict[str, Split]:
-    """The rows a step would see, counted but not prepared: an outline reads none."""
-    return {
-        part: Split(path="", sha256="0" * 64, rows=subject.rows[split_name(part, subject)])
-        for part in parts
-    }
+            _, model = next(results)
+        if idle.get(place) not in UNREPORTED:
+            size = stored_bytes(model.module)
+            foreseen.append(Foreseen(step=step.kind, bytes=size, idle=idle.get(place)))
+    return model, foreseen
 
 
 def _trained(order: Order, model: Model) -> int:

@@ -6,34 +6,12 @@ from typing import Any, Self, get_args
 from pydantic import Field, model_validator
 
 from compressors.contracts import Limit, TargetKind
-from compressors.dense.channels import Channels
-from compressors.dense.float16 import Float16
-from compressors.dense.fold import Fold
-from compressors.dense.static_int8 import StaticInt8
-from compressors.distill.distill import Distill
-from compressors.distill.recalibrate import Recalibrate
 from compressors.steps import AnyStep
-from compressors.tables.rowwise_int4 import RowwiseInt4
-from compressors.tables.rowwise_int8 import RowwiseInt8
-from flows.terms import Preset, Targets, Terms
+from flows.presets import PRESETS, Choice, Group
+from flows.terms import Targets, Terms
 from infra.checks import Rules
 from tasks.documents import ORDER_FILE, Reproduction
 
-# Steps in one group only make sense together: where one has nothing to do, the group is left out.
-Group = tuple[AnyStep, ...]
-PRESETS: dict[Preset, tuple[Group, ...]] = {
-    "small": ((Channels(keep=0.25), Distill()), (RowwiseInt4(),), (Fold(),), (StaticInt8(),)),
-    "fast": ((RowwiseInt8(),), (Fold(),), (StaticInt8(),)),
-    "safe": ((RowwiseInt8(),), (Float16(),)),
-    # Each cut takes a third of what the one before it left, and is recovered before the next.
-    "smallest": (
-        *((Channels(keep=0.65), Distill()) for _ in range(4)),
-        (RowwiseInt4(clipping="least_squares"),),
-        (Fold(),),
-        (StaticInt8(),),
-        (Recalibrate(method="best"),),
-    ),
-}
 RECOVERS = ("distill", "fine_tune", "refit_codes")
 """Methods that train what the step before them has cut or rounded: they are weighed together."""
 
@@ -69,14 +47,18 @@ class Order(Terms):
         return self
 
     def recipe(self) -> tuple[AnyStep, ...]:
-        """The steps that will run."""
+        """The steps that may run, those of every option, in order."""
         return tuple(step for group in self.groups() for step in group)
 
     def groups(self) -> tuple[Group, ...]:
-        """The same, in groups that are carried out whole or not at all.
+        """The same, in groups that are carried out whole or not at all."""
+        return tuple(option for choice in self.choices() for option in choice.options)
 
-        A preset has such groups; with a budget, so has a recipe of one's own: what cuts, and the
-        training that recovers it.
+    def choices(self) -> tuple[Choice, ...]:
+        """The same, in choices of which the first option is taken that fits model and budget.
+
+        A preset has several options and steps that belong together; with a budget, a recipe of
+        one's own has groups as well: what cuts, and the training that recovers it.
         """
         if self.preset != "custom":
             return PRESETS[self.preset]
@@ -86,7 +68,7 @@ class Order(Terms):
                 groups[-1] = (*groups[-1], step)
             else:
                 groups.append((step,))
-        return tuple(groups)
+        return tuple(Choice((group,)) for group in groups)
 
     def own_steps(self) -> list[dict[str, Any]]:
         """The steps of preset ``custom`` as plain values; none for the other presets."""

@@ -1,15 +1,26 @@
-"""A recipe carried out: the steps in order, and what each of them was worth."""
+"""Carry out a recipe: the steps in order, within the budget, and what each of them was worth."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import TypeVar
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from types import MappingProxyType
 
 from compressors.contracts import Artifact, Estimate, Part, digest
-from compressors.errors import CompressionError
-from compressors.step import needs, wants
+from compressors.step import needs
 from compressors.steps import AnyStep
+from flows.choosing import (
+    SOFT_LABELS,
+    UNREPORTED,
+    can_be_judged,
+    is_taught,
+    looked_at,
+    need_budget_rows,
+    split_name,
+    through,
+)
+from flows.dry_run import least_bytes
 from flows.order import Order
-from infra.bundle import SplitName
+from flows.presets import BEFORE
+from infra.bundle import SplitName, read
 from infra.settings import load_settings
 from tasks.announce import Progress
 from tasks.budget import lost
@@ -20,36 +31,55 @@ from tasks.prepare import prepare
 from tasks.rank import rank
 from tasks.score import average, score
 from tasks.stages import weigh
-from tasks.stored import store
+from tasks.stored import local, store
 from tasks.subject import Subject
 from tasks.teachers import Teacher
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class Compressed:
-    """What a recipe came to: every stage from the untouched model on, and the steps left out.
+    """The result of a recipe: every stage from the untouched model on, and the steps left out.
 
-    ``idle`` holds why, by the step's place in the recipe.
+    Attributes:
+        order: the order that was carried out; of an earlier preset where that gave fewer bytes.
+        stages: what each step resulted in.
+        idle: why steps were left out, by the step's place in the recipe.
+        remarks: sentences for the report: the budget and what was lost of it, a fallback.
     """
 
+    order: Order
     stages: tuple[tuple[str, Artifact], ...]
     idle: dict[int, str]
+    remarks: tuple[str, ...] = ()
 
     @property
     def bundle(self) -> Artifact:
         """The last stage."""
         return self.stages[-1][1]
 
-    def left_out(self, order: Order) -> dict[str, str]:
-        """Why steps were left out, by what people call them."""
-        kinds = [step.kind for step in order.recipe()]
+    def recipe(self) -> tuple[AnyStep, ...]:
+        """The steps that were tried: without options that were not needed."""
+        return tuple(step for _, step in self._tried())
+
+    def left_out(self) -> dict[str, str]:
+        """Why steps were left out, by the names that reports give them."""
+        tried = self._tried()
+        kinds = [step.kind for _, step in tried]
         return {
-            kinds[place]
-            + (f" (step {place + 1} of the recipe)" if kinds.count(kinds[place]) > 1 else ""): why
-            for place, why in self.idle.items()
+            step.kind
+            + (f" (step {number} of the recipe)" if kinds.count(step.kind) > 1 else ""): self.idle[
+                place
+            ]
+            for number, (place, step) in enumerate(tried, 1)
+            if place in self.idle
         }
+
+    def _tried(self) -> list[tuple[int, AnyStep]]:
+        return [
+            (place, step)
+            for place, step in enumerate(self.order.recipe())
+            if self.idle.get(place) not in UNREPORTED
+        ]
 
 
 def carry_out(
@@ -59,109 +89,78 @@ def carry_out(
     teachers: tuple[Teacher, ...],
     code: str,
     progress: Progress,
+    excluded: Mapping[str, str] = MappingProxyType({}),
 ) -> Compressed:
-    """Apply every step of an order to a pulled bundle.
+    """Apply the steps of an order to a pulled bundle.
+
+    A preset's result never has more bytes than that of the preset before it: where it would, the
+    earlier preset is carried out, and its result is the result.
+
+    Args:
+        order: whose steps.
+        subject: the bundle they are for.
+        bundle: the pulled bundle.
+        teachers: whose predictions steps learn from, next to the original's.
+        code: digest of the code, part of cache keys.
+        progress: receives each step's name.
+        excluded: units that no step of a preset may change, with the reasons.
 
     Raises:
-        CompressionError: as ``through``; or there is a budget, and nothing to measure it on.
+        CompressionError: as ``through``; or the order has a budget that cannot be measured.
     """
+    need_budget_rows(order, subject)
+    own = _carried_out(order, subject, bundle, teachers, code, progress, excluded)
+    before = BEFORE.get(order.preset)
+    if before is None:
+        return own
+    earlier = order.model_copy(update={"preset": before})
+    size = weight_bytes(own.bundle)
+    if before != "small" and least_bytes(earlier, subject, bundle) >= size:
+        return own  # the dry run says so, without carrying it out
+    other = carry_out(earlier, subject, bundle, teachers, code, progress, excluded)
+    other_size = weight_bytes(other.bundle)
+    if other_size >= size:
+        return own
+    said = (
+        f"Preset {order.preset!r} gave {size:,} bytes of weights and preset {other.order.preset!r} "
+        f"gives {other_size:,}: this is the result of {other.order.preset!r}."
+    )
+    return replace(other, remarks=(said, *other.remarks))
+
+
+def _carried_out(
+    order: Order,
+    subject: Subject,
+    bundle: Artifact,
+    teachers: tuple[Teacher, ...],
+    code: str,
+    progress: Progress,
+    excluded: Mapping[str, str],
+) -> Compressed:
     learned: set[str] = set()  # stages that have learned from the teachers, or come from one
 
     def attempt(step: AnyStep, source: Artifact) -> Artifact | Idle:
         progress.stage(step.kind)
         taught = is_taught(step) or source.sha256 in learned
-        heard = teachers if taught else ()
-        made = _made(order, step, source, subject, bundle, heard, code)
-        if taught and not isinstance(made, Idle):
-            learned.add(made.sha256)
-        return made
+        used = teachers if taught else ()
+        result = _made(order, step, source, subject, bundle, used, code, excluded)
+        if taught and not isinstance(result, Idle):
+            learned.add(result.sha256)
+        return result
 
     def spent(now: Artifact) -> str | None:
-        return _over_budget(order, subject, bundle, now, code)
+        return over_budget(order, subject, bundle, now, code)
 
-    need_budget_rows(order, subject)
-    within = None if order.budget is None else spent
-    return Compressed(*through(order, subject, bundle, attempt, within))
-
-
-def need_budget_rows(order: Order, subject: Subject) -> None:
-    """Refuse a budget that cannot be measured.
-
-    Raises:
-        CompressionError: there are no validation rows, or the task has no score a row.
-    """
-    if order.budget is None:
-        return
-    if subject.task == "retrieval":
-        raise CompressionError(
-            "A budget is weighed on the answers to validation rows, which task 'retrieval' does "
-            "not have yet. Leave it out; limits are judged all the same."
-        )
-    if "validation" not in subject.rows:
-        raise CompressionError(
-            f"A budget is weighed on validation data; this model has {', '.join(subject.rows)}. "
-            f"Add it to model.json and pack again, or leave the budget out."
-        )
+    judged = can_be_judged(order, subject)
+    stages, idle = through(order, subject, bundle, attempt, spent if judged else None)
+    remarks = () if not judged else budget_remark(order, subject, bundle, stages[-1][1], code)
+    return Compressed(order, stages, idle, remarks)
 
 
-def through(
-    order: Order,
-    subject: Subject,
-    begin: T,
-    attempt: Callable[[AnyStep, T], T | Idle],
-    spent: Callable[[T], str | None] | None = None,
-) -> tuple[tuple[tuple[str, T], ...], dict[int, str]]:
-    """Go through the groups of an order's steps, really or in outline.
-
-    A preset is written for models of any make, so a group of its steps that fits nothing here is
-    left out whole, with the reason; in a recipe of one's own that is an error. So is a group that
-    costs more quality than the budget has left, and with it all later ones that begin with the
-    same method on the same units: what cuts deeper would cost more.
-
-    Args:
-        order: whose steps.
-        subject: the bundle they are for.
-        begin: what the first step gets.
-        attempt: what a step makes of what the one before it made.
-        spent: why what a group came to is over the budget; None if it is within.
-
-    Returns:
-        Every stage from ``begin`` on, and why steps were left out, by their place in the recipe.
-
-    Raises:
-        CompressionError: a step of preset ``custom`` has nothing to do or lacks data, and none
-            before it was over the budget, which it may have been for; or no step fits at all.
-    """
-    stages = [(AS_TRAINED, begin)]
-    idle: dict[int, str] = {}
-    over: dict[str, str] = {}
-    number = 0
-    for group in order.groups():
-        places, number = range(number, number + len(group)), number + len(group)
-        if (told := over.get(_what(group[0]))) is not None:
-            idle.update(dict.fromkeys(places, told))
-            continue
-        done: list[tuple[str, T]] = []
-        why = next(filter(None, (lacking(step, subject) for step in group)), None)
-        for step in group if why is None else ():
-            made = attempt(step, (stages + done)[-1][1])
-            if isinstance(made, Idle):
-                why = made.reason
-                break
-            done.append((step.kind, made))
-        if why is None and spent is not None and (told := spent(done[-1][1])) is not None:
-            over[_what(group[0])] = told
-            idle.update(dict.fromkeys(places, told))
-        elif why is None:
-            stages += done
-        elif order.preset == "custom" and not over:
-            raise CompressionError(why)
-        else:
-            idle.update(dict.fromkeys(places, why))
-    if len(stages) == 1:
-        reasons = "; ".join(dict.fromkeys(idle.values()))
-        raise CompressionError(f"No step of preset {order.preset!r} fits this model: {reasons}")
-    return tuple(stages), idle
+def weight_bytes(bundle: Artifact) -> int:
+    """Bytes of all weights of a compressed bundle, as its plan counts them."""
+    plan = read(local(bundle)).plan
+    return sum(line.bytes_after for line in plan.lines) if plan is not None else 0
 
 
 def weighed(
@@ -210,39 +209,59 @@ def ranking_of(subject: Subject, bundle: Artifact, code: str) -> Ranking | None:
     return Ranking(items=rows_of("items"), seen=seen)
 
 
-def _what(step: AnyStep) -> str:
-    """A method and the tables or layers it works on."""
-    return step.model_dump_json(include={"kind", "tables", "layers"})
-
-
-def _over_budget(
+def budget_loss(
     order: Order, subject: Subject, bundle: Artifact, now: Artifact, code: str
-) -> str | None:
-    """Why what was made is over the order's budget; None if it is within."""
+) -> Estimate:
+    """What a stage has lost of the metric against the untouched model, on validation rows."""
     rows = subject.rows["validation"]
     split = kept(prepare, bundle=bundle, split="validation", code=code)
-    original, made = (
+    original, candidate = (
         Scored(
             step=word, bundle=it, score=kept(score, bundle=it, split=split, rows=rows, code=code)
         )
         for word, it in ((AS_TRAINED, bundle), ("now", now))
     )
-    found: Estimate = remembered(
+    loss: Estimate = remembered(
         lost,
         original=original,
-        now=made,
+        now=candidate,
         metric=subject.metric,
         validation=split,
         rows=rows,
         seed=order.seed,
         code=code,
     )
-    if order.budget is None or found.point <= order.budget:
+    return loss
+
+
+def over_budget(
+    order: Order, subject: Subject, bundle: Artifact, now: Artifact, code: str
+) -> str | None:
+    """Why a stage is over the order's budget; None if it is within."""
+    budget = order.quality_budget()
+    loss = budget_loss(order, subject, bundle, now, code).point
+    if budget is None or loss <= budget:
         return None
     return (
-        f"the model would have lost {found.point:.5f} of {subject.metric} on validation rows; the "
-        f"budget is {order.budget:g}"
+        f"the model would have lost {loss:.5f} of {subject.metric} on validation rows; the "
+        f"budget is {budget:g}"
     )
+
+
+def budget_remark(
+    order: Order, subject: Subject, bundle: Artifact, result: Artifact, code: str
+) -> tuple[str, ...]:
+    """A sentence about the budget, and what the result has lost of it."""
+    budget = order.quality_budget()
+    loss = budget_loss(order, subject, bundle, result, code).point
+    whose = "as ordered" if order.budget is not None else f"the default of preset {order.preset!r}"
+    said = (
+        f"Quality budget: {budget:g} of {subject.metric} on validation rows ({whose}); the result "
+        f"{'lost' if loss >= 0 else 'gained'} {abs(loss):.5f} there."
+    )
+    if budget is not None and loss > budget:
+        said += " That is over the budget: the steps that preset 'fast' has as well are not judged."
+    return (said,)
 
 
 def _made(
@@ -253,6 +272,7 @@ def _made(
     bundle: Artifact,
     teachers: tuple[Teacher, ...],
     code: str,
+    excluded: Mapping[str, str],
 ) -> Artifact | Idle:
     """The result of one step, if it is an artifact one that is still stored."""
     made: Artifact | Idle = remembered(
@@ -264,66 +284,13 @@ def _made(
         original=bundle,
         teachers=tuple(teacher.artifact for teacher in teachers),
         seed=order.seed,
+        preset=order.preset != "custom",
+        excluded=dict(excluded),
         # Training elsewhere ends with other bits; all else is the same wherever it is done.
         device=load_settings().device if "validation" in needs(step) else "cpu",
         code=code,
     )
     return made
-
-
-def lacking(step: AnyStep, subject: Subject) -> str | None:
-    """What a step needs and the bundle does not bring, before anything has run."""
-    if subject.task == "retrieval" and "validation" in needs(step):
-        return f"{step.kind!r} trains, and for task 'retrieval' there is no loss yet. Leave it out."
-    wanted = dict.fromkeys(split_name(part, subject) for part in needs(step))
-    missing = [split for split in wanted if split not in subject.rows]
-    if not missing:
-        return None
-    return (
-        f"{step.kind!r} needs {' and '.join(missing)} data; this model has "
-        f"{', '.join(subject.rows) or 'none'}. Add it to model.json and pack again, or leave the "
-        f"step out."
-    )
-
-
-def looked_at(step: AnyStep, subject: Subject) -> tuple[Part, ...]:
-    """The parts a step needs, and of those it would make use of the ones that are there."""
-    there = (part for part in wants(step) if split_name(part, subject) in subject.rows)
-    return (*needs(step), *there)
-
-
-SOFT_LABELS: tuple[Part, ...] = ("soft_labels", "traffic_soft_labels")
-
-
-def is_taught(step: AnyStep) -> bool:
-    """Whether a step learns from what teachers answer."""
-    return any(part in SOFT_LABELS for part in (*needs(step), *wants(step)))
-
-
-def need_taught(order: Order) -> None:
-    """Refuse teachers whom no step would hear.
-
-    Raises:
-        CompressionError: names the steps.
-    """
-    if order.teachers and not any(map(is_taught, order.recipe())):
-        kinds = ", ".join(step.kind for step in order.recipe())
-        raise CompressionError(
-            f"The order names {len(order.teachers)} teacher(s), and no step of it learns from "
-            f"any: it has {kinds}. Add a step such as 'distill', or leave 'teachers' out."
-        )
-
-
-def split_name(part: Part, subject: Subject) -> SplitName:
-    """The split a part of the bench is made from."""
-    match part:
-        case "soft_labels":
-            return "train"
-        case "traffic_soft_labels":
-            return "traffic"
-        case "calibration":
-            return subject.calibration()
-    return part
 
 
 def _splits(

@@ -6,10 +6,11 @@ answered at once.
 
 from compressors.contracts import Artifact, digest
 from flows.terms import Terms
+from infra.ledger import Entry
 from infra.settings import load_settings, shown
 from tasks.documents import Finished
 from tasks.order_records import finished
-from tasks.promotion import champion_graph, promote_order, registry
+from tasks.promotion import champion, champion_graph, promote_order, registry
 from tasks.stored import code_digest
 from tasks.subject import Subject, find, need_measurable
 from tasks.teachers import Teacher, find_teachers
@@ -40,6 +41,7 @@ def order_digest(
             "limits": list(order.limits),
             "targets": order.targets,
             "rules": order.rules,
+            "budget": order.quality_budget(),
             "seed": order.seed,
             "teachers": [[held.artifact.sha256, held.architecture] for held in teachers],
             "champion": None if champion is None else champion.sha256,
@@ -69,6 +71,39 @@ def promote_if_ordered(order: Terms, finished: Finished) -> None:
     report = finished.report
     if order.promote and report.outcome == "accepted":
         promote_order(report.name, report.order, f"order {report.order[:12]}")
+
+
+def champion_now(order: Terms) -> Entry | None:
+    """The ledger entry of the order's model that is champion now."""
+    return champion(find(order.model).name)
+
+
+def promotion(order: Terms, finished: Finished, before: Entry | None) -> str:
+    """Describe in a sentence whether an order with ``promote`` changed the champion.
+
+    Args:
+        order: with ``promote``.
+        finished: its result.
+        before: the champion before the order was carried out.
+    """
+    from flows.console import promoted
+
+    outcome = finished.report.outcome
+    if outcome != "accepted":
+        kept = "there is no champion"
+        if before is not None:
+            kept = f"version {before.version} stays champion"
+        return (
+            f"Not promoted: version {finished.version} is {outcome}, and only an accepted version "
+            f"becomes champion; {kept}."
+        )
+    now = champion_now(order)
+    if now is None or now.order != finished.report.order:
+        other = "there is no champion now" if now is None else f"version {now.version} was after it"
+        return f"Not champion: version {finished.version} was promoted, and {other}."
+    if before is not None and before.order == now.order:
+        return f"Version {finished.version} is champion already."
+    return f"Promoted: {promoted(now)}"
 
 
 def earlier(order: Terms) -> Finished | None:

@@ -14,6 +14,8 @@ from tasks.documents import Batch
 
 Wanted = Literal["required", "optional", "off"]
 Preset = Literal["small", "fast", "safe", "smallest", "custom"]
+DEFAULT_BUDGET = 0.001
+"""What presets ``small`` and ``smallest`` may lose of the metric where the order does not say."""
 
 
 class Targets(Frozen):
@@ -81,9 +83,11 @@ class Terms(Frozen):
     preset: Preset = Field(
         "safe",
         title="Preset",
-        description="small: a quarter of the dense channels, distilled; int4 tables, int8 layers. "
-        "fast: int8 tables and layers. safe: int8 tables, float16 layers. smallest: as much as the "
-        "quality budget has room for. custom: the steps below.",
+        description="safe: int8 tables, float16 layers. fast: int8 tables and layers. small: rows "
+        "that training hardly looks up share one, a quarter of the dense channels, distilled; int4 "
+        "tables, int8 layers. smallest: small, and more channels go. custom: the steps below. The "
+        "cuts of small and smallest lose at most the quality budget. Each preset gives no more "
+        "bytes than the one before it.",
         json_schema_extra={"position": 1},
     )
     limits: tuple[Limit, ...] = Field(
@@ -118,8 +122,9 @@ class Terms(Frozen):
         None,
         ge=0,
         title="Quality budget",
-        description="How much of the schema's metric the recipe may lose on validation rows, such "
-        "as 0.001. Steps that would lose more are left out, with the training that follows them.",
+        description="How much of the signature's metric the recipe may lose on validation rows, "
+        "such as 0.001. Steps that would lose more are left out, with the training that follows "
+        "them. Without a value: 0.001 for the cuts of presets small and smallest, none for others.",
         json_schema_extra={"position": 9},
     )
 
@@ -138,11 +143,11 @@ class Terms(Frozen):
             raise ValueError("; ".join(problems))
         return limits
 
-    @model_validator(mode="after")
-    def _smallest_has_a_budget(self) -> Self:
-        if self.preset == "smallest" and self.budget is None:
-            raise ValueError("preset 'smallest' needs a budget, such as 0.001")
-        return self
+    def quality_budget(self) -> float | None:
+        """What the recipe may lose of the metric on validation rows: as ordered, or by default."""
+        if self.budget is None and self.preset in ("small", "smallest"):
+            return DEFAULT_BUDGET
+        return self.budget
 
     def against_champion(self) -> bool:
         """Whether any limit compares with the champion."""

@@ -7,7 +7,7 @@ from pathlib import Path
 from prefect import task
 
 from compressors.contracts import Artifact, Part, digest
-from compressors.errors import NothingToCompress
+from compressors.errors import CompressionError, ModelRefused, NothingToCompress
 from compressors.step import needs
 from compressors.steps import AnyStep
 from infra.bundle import SplitName, read, seal
@@ -32,6 +32,8 @@ def compress(
     seed: int,
     device: str,
     code: str,
+    preset: bool = False,
+    excluded: dict[str, str] | None = None,
 ) -> Artifact | Idle:
     """Apply one step to a stored model and store the result.
 
@@ -47,6 +49,8 @@ def compress(
         seed: for whatever the step draws.
         device: where it is carried out, if it trains; several are separated by commas.
         code: digest of the code that compresses; part of the cache key.
+        preset: the step is one of a preset, so that one that cannot be carried out is left out.
+        excluded: units that the step may not change, with the reasons.
     """
     manifest = read(local(source))
     rows = {name: reference.rows for name, reference in manifest.data.items()}
@@ -65,10 +69,10 @@ def compress(
         load_settings().home / "progress" / digest([source, step, splits, original, seed, code])
     )
     bench = bench_of(manifest, held, original, seed, progress, teachers, devices[0])
-    work = Work(source=source, original=original, step=step, bench=bench)
+    work = Work(source=source, original=original, step=step, bench=bench, excluded=excluded or {})
     with scratch_folder("compress") as scratch:
         folder = Path(scratch) / "made"
-        result = _carried_out(work, devices, folder)
+        result = _carried_out(work, devices, folder, preset=preset)
         if isinstance(result, Idle):
             log.warning("%s has nothing to do in this model: %s", step.kind, result.reason)
             return result
@@ -91,10 +95,16 @@ def compress(
     return artifact
 
 
-def _carried_out(work: Work, devices: list[str], folder: Path) -> Made | Idle:
-    if len(devices) > 1 and "train" in needs(work.step):
-        return made_together(work, devices, folder)
+def _carried_out(work: Work, devices: list[str], folder: Path, *, preset: bool) -> Made | Idle:
     try:
+        if len(devices) > 1 and "train" in needs(work.step):
+            return made_together(work, devices, folder)
         return made(work, folder)
     except NothingToCompress as fault:
+        return Idle(reason=str(fault))
+    except ModelRefused:
+        raise  # the network is at fault, whatever the step
+    except CompressionError as fault:
+        if not preset:
+            raise
         return Idle(reason=str(fault))

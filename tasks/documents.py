@@ -208,6 +208,11 @@ class Report(Frozen):
     idle: dict[str, str] = Field(
         default_factory=dict, description="Steps that were left out, and why."
     )
+    remarks: tuple[str, ...] = Field(
+        (),
+        description="What else was decided: the quality budget, units that steps skipped, steps "
+        "that changed nothing.",
+    )
     stages: tuple[Stage, ...] = Field(
         (), description="What each step was worth, in torch on the test rows; nothing judges by it."
     )
@@ -296,6 +301,7 @@ def report_from(
     verdicts: dict[TargetKind, Verdict],
     skipped: dict[str, str],
     idle: dict[str, str],
+    remarks: tuple[str, ...] = (),
     stages: Artifact,
     measurement: Artifact | None,
     validation: Artifact,
@@ -321,6 +327,7 @@ def report_from(
         ),
         skipped=skipped,
         idle=idle,
+        remarks=(*remarks, *(plan.remarks if plan is not None else ())),
         stages=Stages.validate_json((local(stages) / STAGES).read_bytes()),
         baseline_bytes=served_bytes(local(baseline)),
         measurement=None if measurement is None else measurement_of(measurement),

@@ -153,6 +153,11 @@ def apply_promotion(model: str, reference: str, reason: str) -> Change:
     return _promote(model, Version(registered, report), reason, entries)
 
 
+def champion(model: str) -> Entry | None:
+    """The entry that made the current champion; None if there never was one."""
+    return Ledger(store(), model).champion()
+
+
 def promote_order(model: str, order: str, reason: str) -> Entry:
     """Make the version that has this order the champion.
 

@@ -171,6 +171,7 @@ def remarks(report: Report) -> list[str]:
     ]
     found += shared(report)
     found += plan_warnings(report.plan)
+    found += report.remarks
     found += [f"Step {kind} was left out: {why}" for kind, why in report.idle.items()]
     return found
 

@@ -201,6 +201,7 @@ def _plan(report: Report) -> str:
         f"<li><code>{escape(kind)}</code> was left out: {escape(why)}</li>"
         for kind, why in report.idle.items()
     ]
+    steps += [f"<li>{escape(remark)}</li>" for remark in report.remarks]
     parts = [
         f'<ul class="plain">{"".join(steps)}</ul>',
         f'<p class="soft">{escape(f"Calibrated on: {report.calibrated_on}.")}</p>',

@@ -14,13 +14,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import Field
 from torch import distributed, multiprocessing
 
 from compressors.contracts import Artifact, Bench, Frozen, Network, Plan
 from compressors.distill.distill import Distill
 from compressors.errors import CompressionError, NothingToCompress
 from compressors.placement import need_device
-from compressors.step import run
+from compressors.skipping import run_or_skip
 from compressors.steps import AnyStep
 from infra.child import run_child, serve
 from infra.errors import BuildRefused
@@ -41,6 +42,7 @@ class Work(Frozen):
     original: Artifact
     step: AnyStep
     bench: Bench
+    excluded: dict[str, str] = Field(default_factory=dict)
 
 
 class Shared(Frozen):
@@ -72,13 +74,13 @@ def made(work: Work, folder: Path) -> Made:
     """Carry a step out in this process.
 
     Raises:
-        CompressionError: as ``compressors.step.run``.
+        CompressionError: as ``compressors.skipping.run_or_skip``.
     """
     model = load_bundle(work.source).model
     if isinstance(work.step, Distill) and work.step.hints:
         model = replace(model, original=load_bundle(work.original).model.module)
     folder.mkdir(parents=True, exist_ok=True)
-    result = run(work.step, model, work.bench, folder)
+    result = run_or_skip(work.step, model, work.bench, folder, work.excluded)
     return Made(result.network, result.plan)
 
 

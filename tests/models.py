@@ -217,16 +217,17 @@ class Normed(nn.Module):
 
 
 def default(method: type[Step]) -> Step:
-    """The method with its default settings, but for how it trains."""
+    """The method with its default settings, except how it trains and what suits narrow rows."""
     fields: Mapping[str, Any] = method.model_fields  # type: ignore[attr-defined]
     quickly = {"training": QUICKLY, "steps": 20}
-    return method(
-        **{
-            name: value
-            for name, value in quickly.items()
-            if name in fields and fields[name].get_default(call_default_factory=True) is not None
-        }
-    )
+    settings: dict[str, Any] = {
+        name: value
+        for name, value in quickly.items()
+        if name in fields and fields[name].get_default(call_default_factory=True) is not None
+    }
+    if fields["kind"].default == "rowwise_int2":  # with offsets, int4 is smaller
+        settings["symmetric"] = True
+    return method(**settings)
 
 
 @dataclass(frozen=True)

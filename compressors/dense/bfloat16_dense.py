@@ -102,7 +102,7 @@ class BFloat16Dense(Frozen):
 
     def choose(self, model: Model, bench: Bench) -> dict[str, Choice]:  # noqa: ARG002
         """Which dense layers this step takes, and why not the others."""
-        return choose_dense(Unit.of(model.module), self.layers, self.kind)
+        return choose_dense(Unit.of(model.module), self.layers, self.kind, FORMAT)
 
     def apply(self, model: Model, bench: Bench) -> Model:
         """Replace every chosen layer whose weights do not round to infinity."""

@@ -15,7 +15,7 @@ from compressors.errors import CompressionError
 from compressors.formats import PackedLinear
 from compressors.units import Unit
 
-EVERY = ("*",)
+EVERY = "*"
 """Layers of a step that was asked for no layer by name: one that cannot be scaled may stay."""
 UNSEEN = "saw no input but zeros on the calibration rows, so there is nothing to scale by"
 

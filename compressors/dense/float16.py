@@ -199,7 +199,7 @@ class Float16(Frozen):
         units = Unit.of(model.module)
         return {
             **choose_tables(units, self.tables, self.min_rows, self.kind),
-            **choose_dense(units, self.layers, self.kind),
+            **choose_dense(units, self.layers, self.kind, LINEAR_FORMAT),
         }
 
     def apply(self, model: Model, bench: Bench) -> Model:

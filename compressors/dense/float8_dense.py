@@ -181,7 +181,7 @@ class Float8Dense(Frozen):
 
     def choose(self, model: Model, bench: Bench) -> dict[str, Choice]:  # noqa: ARG002
         """Which dense layers this step takes, and why not the others."""
-        return choose_dense(Unit.of(model.module), self.layers, self.kind)
+        return choose_dense(Unit.of(model.module), self.layers, self.kind, FORMAT, self.settings())
 
     def apply(self, model: Model, bench: Bench) -> Model:
         """Calibrate on ``bench.calibration`` and replace every chosen layer.
@@ -207,7 +207,7 @@ class Float8Dense(Frozen):
         look_at_inputs(model.module, chosen, rows, schema, self.batch, self.rows, look)
         for unit in chosen:
             input_scale = largest[unit.name] / LARGEST
-            if self.layers == EVERY and not largest[unit.name]:
+            if EVERY in self.layers and not largest[unit.name]:
                 notes[unit.name] = UNSEEN
                 continue
             if not input_scale >= SMALLEST:

@@ -167,7 +167,7 @@ class QAT(Frozen):
             NothingToCompress: the schema's task has no loss yet.
         """
         need_loss(bench, self.kind)
-        return choose_dense(Unit.of(model.module), self.layers, self.kind)
+        return choose_dense(Unit.of(model.module), self.layers, self.kind, FORMAT)
 
     def apply(self, model: Model, bench: Bench) -> Model:
         """Train the chosen layers, and norms between them, then store them as in their best epoch.
@@ -190,7 +190,7 @@ class QAT(Frozen):
             rows=self.rows,
             batch=self.batch,
             measured=False,
-            lenient=self.layers == EVERY,
+            lenient=EVERY in self.layers,
         )
         unseen = [unit.name for unit in chosen if unit.name not in begun]
         learned = {

@@ -281,7 +281,7 @@ class StaticInt8(Frozen):
 
     def choose(self, model: Model, bench: Bench) -> dict[str, Choice]:  # noqa: ARG002
         """Which dense layers this step takes, and why not the others."""
-        return choose_dense(Unit.of(model.module), self.layers, self.kind)
+        return choose_dense(Unit.of(model.module), self.layers, self.kind, FORMAT)
 
     def apply(self, model: Model, bench: Bench) -> Model:
         """Calibrate on ``bench.calibration`` and replace every chosen layer within ``most_error``.
@@ -301,7 +301,7 @@ class StaticInt8(Frozen):
             rows=self.rows,
             batch=self.batch,
             measured=self.most_error is not None,
-            lenient=self.layers == EVERY,
+            lenient=EVERY in self.layers,
         )
         unseen = [name for name, choice in choices.items() if choice.take and name not in found]
         notes = {**model.notes, **notes_of(found), **dict.fromkeys(unseen, UNSEEN)}

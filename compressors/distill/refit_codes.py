@@ -32,7 +32,7 @@ from compressors.tables.grid import SMALLEST
 from compressors.tables.reassign import Codes, moved, propose
 from compressors.trained import need_loss, nothing_to_train, pruned_layers, trained_on
 from compressors.training import Training, trainable
-from compressors.units import Choice, Unit, is_named, need_matches
+from compressors.units import Choice, Unit, is_among, need_matches
 
 log = logging.getLogger(__name__)
 TRIES = 5
@@ -93,7 +93,7 @@ class RefitCodes(Frozen):
                 if not self.dense:
                     why = f"{self.kind} leaves dense layers as they are"
                 choices[unit.name] = Choice(take, f"{self.kind}: {why}" if take else why)
-            elif not any(is_named(unit, pattern) for pattern in self.tables):
+            elif not is_among(unit, self.tables):
                 choices[unit.name] = Choice(False, f"not among {', '.join(self.tables)}")
             elif _codes(unit) is None:
                 choices[unit.name] = Choice(False, f"{unit.format} has no codes")

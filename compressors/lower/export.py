@@ -241,7 +241,7 @@ def _need_packed(packed: tuple[_Packed, ...], graph: ir.Graph, target: TargetKin
                 f"The {target} graph holds {weight.module!r} as "
                 f"{'another tensor' if found is None else f'{found} bytes'} instead of its "
                 f"{weight.bytes} bytes of {weight.format}. Leave it out of the step."
-            )
+            ).caused_by(weight.module)
 
 
 def _small(graph: ir.Graph) -> dict[str, tuple[object, ...]]:

@@ -5,6 +5,10 @@ With one answer for all of them, where the kept rows lie takes a byte a row; wit
 each, as many bytes a row as the number of kept rows needs. Kept rows are a plain table, which a
 later step may store in few bits.
 
+With ``min_lookups`` the number of rows that stay is not a share but what the training rows say:
+those that they look up so often. The rest of most tables of ids is rows that training hardly met,
+whose values are still near those they were initialized with.
+
 Importance is what is lost with a row: how often training looks it up, its norm, or how much the
 loss would change to first order (Molchanov et al. 2019, https://arxiv.org/abs/1906.10771, equation
 8: the squared product of gradient and weight). Rows of tables are pruned by traffic in e.g.
@@ -14,10 +18,10 @@ network is trained already, and the report says what share of the lookups is tou
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from compressors.composed import Composition, Design, Parts, PartSpec, gathered
@@ -30,7 +34,7 @@ from compressors.tables.kept_order import BLOCK, kept_order, most, share
 from compressors.tables.lloyd import nearest
 from compressors.tables.row_map import byte_planes
 from compressors.traffic import lookups, squared_gradients
-from compressors.units import Choice
+from compressors.units import Choice, Unit, choose_tables
 
 
 @dataclass(frozen=True)
@@ -84,6 +88,12 @@ class PruneRows(Frozen):
         "traffic",
         description="Rows that stay are looked up most, are largest, or change the loss most.",
     )
+    min_lookups: int = Field(
+        0,
+        ge=0,
+        description="Rows that training looks up fewer times are pruned, whatever share they are; "
+        "0: the share 'keep' stays. For importance 'traffic'.",
+    )
     pruned: Literal["nearest", "shared", "zero"] = Field(
         "nearest",
         description="What ids of pruned rows get: the nearest row that stays, the mean of the "
@@ -100,17 +110,36 @@ class PruneRows(Frozen):
         """Each table it takes is made of one with fewer rows."""
         return "parts"
 
+    @model_validator(mode="after")
+    def _lookups_are_traffic(self) -> Self:
+        if self.min_lookups and self.importance != "traffic":
+            raise ValueError(
+                f"min_lookups counts lookups, so it needs importance 'traffic', got "
+                f"{self.importance!r}. Remove one of the two."
+            )
+        return self
+
     def choose(self, model: Model, bench: Bench) -> dict[str, Choice]:  # noqa: ARG002
         """Which tables lose rows, and why the others stay."""
-        return self._designs(model)[0]
+        return self._taken(model) if self.min_lookups else self._designs(model)[0]
+
+    def _taken(self, model: Model) -> dict[str, Choice]:
+        reason = f"prune_rows: rows stay that training looks up at least {self.min_lookups} times"
+        units = Unit.of(model.module)
+        choices = choose_tables(units, self.tables, max(self.min_rows, 2), self.kind)
+        return {n: replace(c, reason=reason) if c.take else c for n, c in choices.items()}
 
     def apply(self, model: Model, bench: Bench) -> Model:
         """Replace every chosen table by the rows that stay and a map."""
-        _, designs = self._designs(model)
-        counts = lookups(model, bench, designs)
+        if self.min_lookups:
+            taken = [name for name, choice in self.choose(model, bench).items() if choice.take]
+            counts = lookups(model, bench, taken)
+            designs, notes = self._rare(model, counts)
+        else:
+            _, designs = self._designs(model)
+            counts, notes = lookups(model, bench, designs), {}
         by_gradient = self.importance == "gradient"
         gradients = squared_gradients(model, bench, designs) if by_gradient else {}
-        notes = {}
 
         def fit(name: str, table: Tensor, made: Design) -> Fitted:
             match self.importance:
@@ -121,7 +150,8 @@ class PruneRows(Frozen):
                 case "gradient":
                     score = (gradients[name] * table.square()).double().sum(dim=1)
             kept = most(score, made.settings[_COUNT[made.composition.name]])
-            notes[name] = f"{share(counts[name], ~kept):.2%} of the lookups get another row"
+            words = f"{made.words}, " if self.min_lookups else ""
+            notes[name] = f"{words}{share(counts[name], ~kept):.2%} of the lookups get another row"
             return self._stored(table, kept, counts[name])
 
         return replace(recompose(model, designs, fit), notes=notes)
@@ -143,8 +173,43 @@ class PruneRows(Frozen):
         return Fitted({"within": within, "before": before}, {"kept": rows})
 
     def outline(self, model: Model, bench: Bench) -> Model:  # noqa: ARG002
-        """Every chosen table over stand-ins."""
-        return recomposed_outline(model, self._designs(model)[1])
+        """Every chosen table over placeholders.
+
+        With ``min_lookups`` every table as it is: how often rows are looked up is not known.
+        """
+        return model if self.min_lookups else recomposed_outline(model, self._designs(model)[1])
+
+    def smallest_outline(self, model: Model) -> Model:
+        """With ``min_lookups``: as if no row of any table were looked up so often."""
+        tables = [name for name, choice in self._taken(model).items() if choice.take]
+        rows = {unit.name: unit.rows for unit in Unit.of(model.module)}
+        none = {name: torch.zeros(()).expand(rows[name]) for name in tables}
+        return recomposed_outline(model, self._rare(model, none)[0])
+
+    def _rare(
+        self, model: Model, counts: Mapping[str, Tensor]
+    ) -> tuple[dict[str, Design], dict[str, str]]:
+        """What becomes of each table whose lookups are known, and why others stay as they are.
+
+        A table is pruned if that saves bytes also once rows are stored in four bits: the map of
+        rows does not become smaller.
+        """
+        designs: dict[str, Design] = {}
+        notes: dict[str, str] = {}
+        for unit in Unit.of(model.module):
+            if unit.name not in counts:
+                continue
+            rows, dim = unit.weight.shape
+            kept = max(1, int((counts[unit.name] >= self.min_lookups).sum()))
+            made = self._design(rows, kept, f"looked up at least {self.min_lookups} times")
+            packed = min(2 * dim, -(-dim // 2) + 2)  # bytes of a row as float16 or int4
+            parts = sum(p.rows for p in made.composition.parts(rows, dim, made.settings).values())
+            own = made.bytes(rows, dim) - 4 * parts * dim  # the map
+            if kept < rows and own + parts * packed < rows * packed:
+                designs[unit.name] = made
+            else:
+                notes[unit.name] = f"{made.words}: a map of rows would cost more than it saves"
+        return designs, notes
 
     def _designs(self, model: Model) -> tuple[dict[str, Choice], dict[str, Design]]:
         return choose_composed(model, self.tables, max(self.min_rows, 2), self.kind, self.design)
@@ -152,7 +217,10 @@ class PruneRows(Frozen):
     def design(self, rows: int, dim: int) -> Design:  # noqa: ARG002
         """How a table of ``rows x dim`` is made."""
         kept = min(rows - 1, max(1, round(self.keep * rows)))
-        words = f"{kept:,} of {rows:,} rows stay, by {self.importance}"
+        return self._design(rows, kept, f"by {self.importance}")
+
+    def _design(self, rows: int, kept: int, why: str) -> Design:
+        words = f"{kept:,} of {rows:,} rows stay, {why}"
         form = row_map.COMPOSITION if self.pruned == "nearest" else COMPOSITION
         return Design(form, {_COUNT[form.name]: kept}, words)
 

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from models import RANKER
+from pydantic import ValidationError
 
 from compressors.contracts import Bench
 from compressors.errors import NothingToCompress
@@ -141,3 +142,37 @@ def test_each_tier_is_packed_in_its_own_format(tmp_path):
     with torch.no_grad():
         same = (packed.module.item(torch.arange(ROWS)) == weight).all(dim=1)
     assert int(same.sum()) == 150
+
+
+# --- a number of lookups instead of a share ----------------------------------------------------
+
+
+@pytest.mark.parametrize("fewest", [1, 2])
+def test_rows_stay_that_training_looks_up_so_often(fewest, tmp_path):
+    source, bench = RANKER.model(), RANKER.bench(tmp_path / "data")
+    counts = lookups(source, bench, ["item"])["item"]
+    step = PruneRows(tables=("item",), min_lookups=fewest, pruned="shared")
+    result = run(step, source, bench, tmp_path / "out")
+    kept = counts >= fewest
+    assert f"{int(kept.sum())} of 300 rows stay, looked up at least {fewest} times" in (
+        result.plan.of("item").reason
+    )
+    ids = torch.arange(300)
+    with torch.no_grad():
+        before, after = source.module.item(ids), result.module.item(ids)
+    torch.testing.assert_close(after[kept], before[kept], rtol=0, atol=0)
+    if bool((~kept).any()):
+        assert len(torch.unique(after[~kept], dim=0)) == 1
+
+
+def test_a_table_stays_whose_map_would_cost_more_than_pruning_saves(tmp_path):
+    source, bench = RANKER.model(), RANKER.bench(tmp_path / "data")
+    result = run(PruneRows(min_lookups=1, pruned="shared"), source, bench, tmp_path / "out")
+    line = result.plan.of("city")  # 9 rows, all of which training looks up
+    assert line.format == "float32"
+    assert "a map of rows would cost more than it saves" in line.reason
+
+
+def test_lookups_need_importance_by_traffic():
+    with pytest.raises(ValidationError, match="needs importance 'traffic', got 'norm'"):
+        PruneRows(min_lookups=2, importance="norm")

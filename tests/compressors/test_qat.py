@@ -114,8 +114,10 @@ def test_a_training_that_finds_nothing_better_is_static_int8(tmp_path):
     torch.testing.assert_close(mapped(tmp_path / "qat"), mapped(tmp_path / "ptq"), rtol=0, atol=0)
     reason = trained.plan.of("hidden").reason
     assert reason == (
-        "qat as ordered; began with range by mse; training (1 epoch) found nothing better than "
-        "its beginning"
+        "qat as ordered; began with range by mse; no epoch of 1 was better than the start"
+    )
+    assert trained.plan.remarks == (
+        "The training of qat changed nothing: no epoch of 1 was better than the start",
     )
 
 

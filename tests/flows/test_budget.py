@@ -6,7 +6,6 @@ from types import SimpleNamespace
 import pytest
 from drafts import ROWS, write_draft
 from orders import World, carry_out
-from pydantic import ValidationError
 
 from compressors.contracts import Limit
 from compressors.dense.magnitude import Magnitude
@@ -18,9 +17,9 @@ from compressors.steps import AnyStep
 from compressors.tables.rowwise_int8 import RowwiseInt8
 from compressors.tables.tiers import Tiers
 from compressors.training import Training
+from flows.choosing import through
 from flows.explain import explain
 from flows.order import Order
-from flows.recipe import through
 from tasks.bundles import pack
 from tasks.documents import Idle
 
@@ -114,8 +113,11 @@ def test_a_budget_needs_rows_to_weigh_on(fresh: Path) -> None:
             ask(order)
 
 
-def test_the_smallest_preset_needs_a_budget() -> None:
-    with pytest.raises(ValidationError, match="preset 'smallest' needs a budget"):
-        Order(model="clicks", preset="smallest", limits=(ANY,))
-    order = Order(model="clicks", preset="smallest", limits=(ANY,), budget=0.001)
-    assert "--budget 0.001" in order.reproduction("clicks@1").command
+def test_small_and_smallest_have_a_budget_where_the_order_sets_none() -> None:
+    for preset, expected in (("safe", None), ("fast", None), ("small", 0.001), ("smallest", 0.001)):
+        order = Order(model="clicks", preset=preset, limits=(ANY,))
+        assert order.quality_budget() == expected
+        assert "--budget" not in order.reproduction("clicks@1").command
+        order = order.model_copy(update={"budget": 0.02})
+        assert order.quality_budget() == 0.02
+        assert "--budget 0.02" in order.reproduction("clicks@1").command

@@ -523,9 +523,12 @@ def test_promote_and_roll_back_move_the_champion_that_fetch_gives(
     first = world.first.finished.version
     limits = (ACCEPTED, Limit.parse("bytes vs baseline <= 0.5"))
     second = carry_out(world.order.model_copy(update={"limits": limits})).finished.version
-    assert call("registry", "promote", "clicks", "--version", first).code == 0
+    said = call("registry", "promote", "clicks", "--version", first)
+    assert f"version {first} is champion (there was none)." in said.out
     said = call("registry", "promote", "clicks", "--version", second, "--reason", "smaller")
-    assert f"version {second} is champion (was {first})" in said.out
+    assert f"version {second} is champion (was version {first})." in said.out
+    said = call("registry", "promote", "clicks", "--version", second)
+    assert f"version {second} is champion already." in said.out
     fetched = call("registry", "fetch", "clicks", "--into", str(tmp_path / "a"))
     assert f"clicks version {second}" in fetched.out
     back = json.loads(call("registry", "rollback", "clicks", "--json").out)
@@ -541,6 +544,17 @@ def test_an_order_that_promotes_does_so_also_when_it_was_carried_out_before(
     listed = json.loads(call("registry", "list", "clicks", "--json").out)
     champions = [item["version"] for item in listed if "champion" in item["aliases"]]
     assert champions == [world.first.finished.version]
+    assert f"Promoted: version {champions[0]} is champion (there was none)." in said.err
+    again = call("compress", "clicks", "--preset", "small", "--limit", LIMIT, *TARGETS, "--promote")
+    assert f"Version {champions[0]} is champion already." in again.err
+    rejected = ("--limit", "bytes vs baseline <= 0.015", *TARGETS, "--promote")
+    said = call("compress", "clicks", "--preset", "small", *rejected)
+    assert said.code == 3
+    assert "Not promoted: version " in said.err
+    assert (
+        f"is rejected, and only an accepted version becomes champion; version {champions[0]}"
+        in (said.err)
+    )
 
 
 # --- doctor ---------------------------------------------------------------------------------

@@ -24,12 +24,24 @@ def stored(home: Path) -> set[Path]:
 
 
 def test_a_presets_stages_plan_and_idle_steps_are_known_before(world: World) -> None:
-    report = world.first.finished.report
-    found = explain(world.order)
+    report = carry_out(world.order.model_copy(update={"preset": "fast"})).finished.report
+    found = explain(world.order.model_copy(update={"preset": "fast"}))
     assert found.plan == report.plan
     done = [(item.step, item.bytes) for item in found.steps if item.idle is None]
     assert done == [(stage.step, stage.bytes) for stage in report.stages]
     assert {item.step: item.idle for item in found.steps if item.idle} == report.idle
+    assert found.bytes_between == (report.stages[-1].bytes, report.stages[-1].bytes)
+
+
+def test_what_a_budget_decides_is_known_within_bounds(world: World) -> None:
+    report = world.first.finished.report
+    found = explain(world.order)
+    assert found.bytes_between is not None
+    least, most = found.bytes_between
+    assert least < report.stages[-1].bytes <= most
+    assert {"channels", "distill", "fold"} <= set(report.idle)
+    foreseen = {item.step: item.idle for item in found.steps if item.idle}
+    assert foreseen == {name: report.idle[name] for name in ("channels", "distill", "fold")}
     assert [target.target for target in found.targets] == ["onnxruntime", "tensorrt-rtx"]
 
 
@@ -71,7 +83,7 @@ def test_rows_that_are_missing_are_told(fresh: Path) -> None:
     pack(write_draft(fresh / "draft", name="few", rows={"train": 500, "test": 500}))
     found = explain(Order(model="few", preset="small", limits=(ANY,)))
     idle = {item.step: item.idle for item in found.steps if item.idle}
-    assert set(idle) == {"channels", "distill", "fold"}
+    assert set(idle) == {"prune_rows", "channels", "distill", "fold"}
     assert "'distill' needs validation data; this model has train, test" in idle["distill"]
 
 

@@ -15,7 +15,8 @@ from compressors.steps import AnyStep
 from compressors.tables.rowwise_int8 import RowwiseInt8
 from flows import resolve
 from flows.compress import compress
-from flows.order import PRESETS, Order
+from flows.order import Order
+from flows.presets import PRESETS
 from flows.resolve import order_digest
 from flows.terms import Preset, Targets, Terms
 from infra.checks import Rules
@@ -68,8 +69,10 @@ def test_a_map_of_the_output_comes_last_and_once(behind: AnyStep) -> None:
 @pytest.mark.parametrize("preset", [name for name in typing.get_args(Preset) if name != "custom"])
 def test_every_preset_has_a_recipe(preset: Preset) -> None:
     order = changed(preset=preset, budget=0.001)
-    assert order.groups() == PRESETS[preset] != ()
-    assert order.recipe() == tuple(step for group in PRESETS[preset] for step in group)
+    assert order.choices() == PRESETS[preset] != ()
+    groups = tuple(option for choice in PRESETS[preset] for option in choice.options)
+    assert order.groups() == groups
+    assert order.recipe() == tuple(step for group in groups for step in group)
 
 
 def test_an_order_for_no_target_is_refused() -> None:

@@ -6,7 +6,7 @@ from compressors.contracts import Artifact
 from compressors.dense.float16 import Float16
 from compressors.dense.magnitude import Magnitude
 from compressors.dense.static_int8 import StaticInt8
-from flows.recipe import lacking, looked_at
+from flows.choosing import lacking, looked_at
 from tasks.subject import Subject
 
 

@@ -1,0 +1,201 @@
+"""Which steps of a recipe are carried out: those that fit the model, its data and the budget.
+
+Read by the flow, which carries steps out, and by the dry run, which only foresees their result.
+"""
+
+from collections.abc import Callable
+from typing import TypeVar
+
+from compressors.contracts import Part
+from compressors.errors import CompressionError
+from compressors.step import needs, wants
+from compressors.steps import AnyStep
+from compressors.tables.prune_rows import PruneRows
+from flows.order import Order
+from flows.presets import Group
+from infra.bundle import SplitName
+from tasks.documents import AS_TRAINED, Idle
+from tasks.subject import Subject
+
+T = TypeVar("T")
+
+NOTHING_LEFT = "nothing is left for it"
+NOT_NEEDED = "an earlier option is within the budget"
+UNREPORTED = (NOTHING_LEFT, NOT_NEEDED)
+"""Why steps are left out that no report needs to mention."""
+
+
+def need_budget_rows(order: Order, subject: Subject) -> None:
+    """Require rows to measure the budget on, where the order sets one.
+
+    Raises:
+        CompressionError: there are no validation rows, or the task has no score a row.
+    """
+    if order.budget is None:
+        return
+    if subject.task == "retrieval":
+        raise CompressionError(
+            "A budget is measured on the scores of validation rows, which task 'retrieval' does "
+            "not have yet. Leave it out; limits are judged all the same."
+        )
+    if "validation" not in subject.rows:
+        raise CompressionError(
+            f"A budget is weighed on validation data; this model has {', '.join(subject.rows)}. "
+            f"Add it to model.json and pack again, or leave the budget out."
+        )
+
+
+def can_be_judged(order: Order, subject: Subject) -> bool:
+    """Whether there is a budget, and rows to measure it on."""
+    rows = "validation" in subject.rows and subject.task != "retrieval"
+    return order.quality_budget() is not None and rows
+
+
+def through(
+    order: Order,
+    subject: Subject,
+    begin: T,
+    attempt: Callable[[AnyStep, T], T | Idle],
+    spent: Callable[[T], str | None] | None = None,
+) -> tuple[tuple[tuple[str, T], ...], dict[int, str]]:
+    """Go through the choices of an order's steps, really or as a dry run.
+
+    A preset is written for any model, so a group of its steps that does not fit this one is left
+    out whole, with the reason; in a recipe of one's own that is an error. So is a group that costs
+    more quality than the budget has left; then the next option of its choice is tried. Later
+    choices that begin with the same method on the same units are left out as well: they would cut
+    deeper and cost more.
+
+    Args:
+        order: whose steps.
+        subject: the bundle they are for.
+        begin: what the first step receives.
+        attempt: gives the result of a step from that of the step before it.
+        spent: why the result of a group is over the budget; None if it is within.
+
+    Returns:
+        Every stage from ``begin`` on, and why steps were left out, by their place in the recipe.
+
+    Raises:
+        CompressionError: a step of preset ``custom`` has nothing to do or lacks data, and none
+            before it was over the budget, which may be the reason; or no step fits at all.
+    """
+    stages = [(AS_TRAINED, begin)]
+    idle: dict[int, str] = {}
+    over: dict[str, str] = {}
+    number = 0
+    for choice in order.choices():
+        taken: Group | None = None
+        refused: dict[str, str] = {}
+        for group in choice.options:
+            places, number = range(number, number + len(group)), number + len(group)
+            if taken is not None:
+                idle.update(dict.fromkeys(places, NOT_NEEDED))
+                continue
+            if method_and_units(group[0]) in over:
+                idle.update(dict.fromkeys(places, over[method_and_units(group[0])]))
+                continue
+            exempt = choice.base and group is choice.options[-1] and order.budget is None
+            why = next(filter(None, (lacking(step, subject, order) for step in group)), None)
+            done: list[tuple[str, T]] = []
+            for step in group if why is None else ():
+                result = attempt(step, (stages + done)[-1][1])
+                if isinstance(result, Idle):
+                    why = result.reason
+                    break
+                done.append((step.kind, result))
+            if why is not None and order.preset == "custom" and not over:
+                raise CompressionError(why)
+            if why is None and spent is not None and not exempt:
+                why = spent(done[-1][1])
+                if why is not None:
+                    refused[method_and_units(group[0])] = why
+            if why is None:
+                taken = group
+                stages += done
+            else:
+                idle.update(dict.fromkeys(places, NOTHING_LEFT if choice.rest else why))
+        if taken is None:
+            over |= refused
+    if len(stages) == 1:
+        reasons = "; ".join(dict.fromkeys(idle.values()))
+        raise CompressionError(f"No step of preset {order.preset!r} fits this model: {reasons}")
+    return tuple(stages), idle
+
+
+def method_and_units(step: AnyStep) -> str:
+    """A method and the tables or layers it works on."""
+    return step.model_dump_json(include={"kind", "tables", "layers"})
+
+
+def lacking(step: AnyStep, subject: Subject, order: Order | None = None) -> str | None:
+    """What a step needs and the bundle does not bring, before anything has run.
+
+    Rows are pruned by a preset only where validation rows say what that costs.
+    """
+    if (
+        isinstance(step, PruneRows)
+        and order is not None
+        and order.preset != "custom"
+        and not can_be_judged(order, subject)
+    ):
+        lack = (
+            "task 'retrieval' has no quality budget yet"
+            if subject.task == "retrieval"
+            else f"this model has {', '.join(subject.rows)} data"
+        )
+        return (
+            f"rows are pruned only where validation rows say what that costs; {lack}. Add "
+            f"validation data to model.json and pack again."
+        )
+    if subject.task == "retrieval" and "validation" in needs(step):
+        return f"{step.kind!r} trains, and for task 'retrieval' there is no loss yet. Leave it out."
+    wanted = dict.fromkeys(split_name(part, subject) for part in needs(step))
+    missing = [split for split in wanted if split not in subject.rows]
+    if not missing:
+        return None
+    return (
+        f"{step.kind!r} needs {' and '.join(missing)} data; this model has "
+        f"{', '.join(subject.rows) or 'none'}. Add it to model.json and pack again, or leave the "
+        f"step out."
+    )
+
+
+def looked_at(step: AnyStep, subject: Subject) -> tuple[Part, ...]:
+    """The parts a step needs, and of those it would make use of the ones that are there."""
+    there = (part for part in wants(step) if split_name(part, subject) in subject.rows)
+    return (*needs(step), *there)
+
+
+SOFT_LABELS: tuple[Part, ...] = ("soft_labels", "traffic_soft_labels")
+
+
+def is_taught(step: AnyStep) -> bool:
+    """Whether a step learns from what teachers answer."""
+    return any(part in SOFT_LABELS for part in (*needs(step), *wants(step)))
+
+
+def need_taught(order: Order) -> None:
+    """Refuse teachers whom no step would hear.
+
+    Raises:
+        CompressionError: names the steps.
+    """
+    if order.teachers and not any(map(is_taught, order.recipe())):
+        kinds = ", ".join(step.kind for step in order.recipe())
+        raise CompressionError(
+            f"The order names {len(order.teachers)} teacher(s), and no step of it learns from "
+            f"any: it has {kinds}. Add a step such as 'distill', or leave 'teachers' out."
+        )
+
+
+def split_name(part: Part, subject: Subject) -> SplitName:
+    """The split a part of the bench is made from."""
+    match part:
+        case "soft_labels":
+            return "train"
+        case "traffic_soft_labels":
+            return "traffic"
+        case "calibration":
+            return subject.calibration()
+    return part

@@ -1,0 +1,101 @@
+"""Foresee a recipe: its steps and bytes, from the bundle's shapes alone.
+
+What decides between options (the quality budget) and how many rows training looks up is not known
+before a recipe is carried out, so bytes have bounds.
+"""
+
+from typing import Literal, NamedTuple
+
+from compressors.contracts import Artifact, Bench, Part, Schema, Split
+from compressors.errors import CompressionError, NothingToCompress
+from compressors.model import Model
+from compressors.outline import outline
+from compressors.steps import AnyStep
+from compressors.tables.prune_rows import PruneRows
+from compressors.units import stored_bytes
+from flows.choosing import can_be_judged, looked_at, split_name, through
+from flows.order import Order
+from tasks.documents import Idle
+from tasks.loading import load_bundle
+from tasks.subject import Subject
+
+Cuts = Literal["all", "most", "none"]
+"""Which judged cuts count as within the budget: all, all with as few rows as possible, or none."""
+
+
+class Foreseen(NamedTuple):
+    """A dry run: the model after each step that is carried out, and the steps left out."""
+
+    stages: tuple[tuple[str, Model], ...]
+    idle: dict[int, str]
+
+
+def foresee(
+    order: Order,
+    subject: Subject,
+    schema: Schema,
+    model: Model,
+    teachers: tuple[Artifact, ...],
+    cuts: Cuts = "all",
+) -> Foreseen:
+    """Go through a recipe without data and without work.
+
+    Args:
+        order: whose steps.
+        subject: the bundle they are for.
+        schema: of its inputs.
+        model: loaded from it.
+        teachers: what teaching steps learn from.
+        cuts: which of the cuts that the budget judges are taken.
+
+    Raises:
+        CompressionError: as ``flows.choosing.through``.
+    """
+
+    def attempt(step: AnyStep, source: Model) -> Model | Idle:
+        counted = _rows(looked_at(step, subject), subject)
+        bench = Bench(signature=schema, teachers=teachers, **counted)
+        try:
+            if cuts == "most" and isinstance(step, PruneRows) and step.min_lookups:
+                return step.smallest_outline(source.private())
+            return outline(step, source, bench)
+        except NothingToCompress as fault:
+            return Idle(reason=str(fault))
+        except CompressionError as fault:
+            if order.preset == "custom":
+                raise
+            return Idle(reason=str(fault))
+
+    def spent(_: Model) -> str | None:
+        return "not within the budget" if cuts == "none" else None
+
+    judged = can_be_judged(order, subject)
+    return Foreseen(*through(order, subject, model, attempt, spent if judged else None))
+
+
+def bounds(
+    order: Order, subject: Subject, schema: Schema, model: Model, teachers: tuple[Artifact, ...]
+) -> tuple[int, int]:
+    """The fewest and the most bytes of weights that a recipe can result in."""
+    sizes = []
+    for cuts in ("most", "none"):
+        try:
+            stages, _ = foresee(order, subject, schema, model, teachers, cuts)
+            sizes.append(stored_bytes(stages[-1][1].module))
+        except CompressionError:  # nothing is within the budget: the model stays as it is
+            sizes.append(stored_bytes(model.module))
+    return min(sizes), max(sizes)
+
+
+def least_bytes(order: Order, subject: Subject, bundle: Artifact) -> int:
+    """The fewest bytes of weights that a recipe can result in, for a pulled bundle."""
+    loaded = load_bundle(bundle)
+    return bounds(order, subject, loaded.manifest.signature, loaded.model, ())[0]
+
+
+def _rows(parts: tuple[Part, ...], subject: Subject) -> dict[str, Split]:
+    """The rows a step would see, counted but not prepared: a dry run reads none."""
+    return {
+        part: Split(path="", sha256="0" * 64, rows=subject.rows[split_name(part, subject)])
+        for part in parts
+    }

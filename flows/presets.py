@@ -1,0 +1,82 @@
+"""The presets: named recipes, each no larger than the one before it.
+
+A preset is a list of choices, carried out in order. A choice has one or more options, and the first
+option that fits the model and the quality budget is taken. The last option of a choice marked
+``base`` is what the preset before it does with the same tables or layers, so it is carried out
+whatever it costs, unless the order sets a budget of its own. In this way a cut that is over the
+budget falls back to the earlier preset's choice. ``flows.recipe`` compares the bytes at the end: if
+the earlier preset's result is smaller all the same, that result is used.
+"""
+
+from dataclasses import dataclass
+
+from compressors.dense.channels import Channels
+from compressors.dense.float16 import Float16
+from compressors.dense.fold import Fold
+from compressors.dense.static_int8 import StaticInt8
+from compressors.distill.distill import Distill
+from compressors.distill.recalibrate import Recalibrate
+from compressors.steps import AnyStep
+from compressors.tables.prune_rows import PruneRows
+from compressors.tables.rowwise_int4 import RowwiseInt4
+from compressors.tables.rowwise_int8 import RowwiseInt8
+from flows.terms import Preset
+
+Group = tuple[AnyStep, ...]
+"""Steps that only make sense together: where one has nothing to do, all are left out."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Options for one part of a recipe; the first that fits model and budget is taken.
+
+    Attributes:
+        options: groups of steps, in order of preference.
+        base: the last option is also the earlier preset's, so it is not judged by a default budget.
+        rest: takes only what other steps left, so having nothing to do is not reported.
+    """
+
+    options: tuple[Group, ...]
+    base: bool = False
+    rest: bool = False
+
+
+def _always(step: AnyStep) -> Choice:
+    return Choice(((step,),), base=True)
+
+
+RARE_ROWS = Choice(
+    tuple((PruneRows(min_lookups=fewest, pruned="shared"),) for fewest in (2, 1)),
+)
+"""Rows that training looks up at most once share one row; else those that it never looks up."""
+
+_CUT = (Channels(keep=0.65), Distill())
+_QUARTER = (Channels(keep=0.25), Distill())
+_REST = Choice(((Float16(),),), base=True, rest=True)
+
+PRESETS: dict[Preset, tuple[Choice, ...]] = {
+    "safe": (_always(RowwiseInt8()), _always(Float16())),
+    "fast": (_always(RowwiseInt8()), _always(Fold()), _always(StaticInt8()), _REST),
+    "small": (
+        RARE_ROWS,
+        Choice((_QUARTER,)),
+        Choice(((RowwiseInt4(),), (RowwiseInt8(),)), base=True),
+        _always(Fold()),
+        _always(StaticInt8()),
+        _REST,
+    ),
+    # What small does, and then cuts of a third of what is left, each recovered before the next.
+    "smallest": (
+        RARE_ROWS,
+        Choice((_QUARTER, _CUT)),
+        *(Choice((_CUT,)) for _ in range(3)),
+        Choice(((RowwiseInt4(clipping="least_squares"),), (RowwiseInt8(),)), base=True),
+        _always(Fold()),
+        _always(StaticInt8()),
+        _REST,
+        _always(Recalibrate(method="best")),
+    ),
+}
+
+BEFORE: dict[Preset, Preset] = {"fast": "safe", "small": "fast", "smallest": "small"}
+"""The preset before each: no preset's result has more bytes than that of the one before it."""

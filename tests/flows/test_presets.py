@@ -1,0 +1,204 @@
+"""The presets on a model that is nearly all tables, most rows of which training hardly looks up."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from orders import carry_out, surroundings
+
+from compressors.contracts import Limit
+from compressors.dense.static_int8 import StaticInt8
+from examples.table_heavy import SMALL, write_draft
+from flows.explain import Explanation, explain
+from flows.order import Order
+from flows.presets import BEFORE, PRESETS
+from flows.terms import DEFAULT_BUDGET, Preset
+from tasks.bundles import pack
+from tasks.documents import Report
+
+ANY = Limit.parse("auc vs baseline >= -0.5")
+ORDER: tuple[Preset, ...] = ("safe", "fast", "small", "smallest")
+
+
+def weights(report: Report) -> int:
+    return sum(line.bytes_after for line in report.plan.lines)
+
+
+def loss_on_test_rows(report: Report) -> float:
+    return report.stages[0].quality.point - report.stages[-1].quality.point
+
+
+Made = tuple[Path, dict[Preset, Report], dict[Preset, Explanation]]
+
+
+@pytest.fixture(scope="module")
+def made(prefect_server: None, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Made]:
+    """The home, and of the draft every preset's report and explanation."""
+    home = tmp_path_factory.mktemp("tables")
+    with pytest.MonkeyPatch.context() as patch:
+        surroundings(patch, home / "recpress")
+        patch.setenv("RECPRESS_ALLOWED_MODULES", "examples.table_heavy")
+        draft = write_draft(home / "draft", SMALL)
+        pack(draft)
+        reports, explained = {}, {}
+        for preset in ORDER:
+            order = Order(model="tableheavy", preset=preset, limits=(ANY,))
+            explained[preset] = explain(order)
+            reports[preset] = carry_out(order).finished.report
+    return home, (draft, reports, explained)
+
+
+@pytest.fixture
+def table_heavy(made: tuple[Path, Made], monkeypatch: pytest.MonkeyPatch) -> Made:
+    """The same, with this test's environment in its home."""
+    home, found = made
+    surroundings(monkeypatch, home / "recpress")
+    monkeypatch.setenv("RECPRESS_ALLOWED_MODULES", "examples.table_heavy")
+    return found
+
+
+def test_every_preset_has_the_one_before_it() -> None:
+    assert set(PRESETS) == set(ORDER)
+    assert [BEFORE.get(preset) for preset in ORDER] == [None, *ORDER[:-1]]
+
+
+def test_no_preset_gives_more_bytes_than_the_one_before_it(table_heavy) -> None:
+    _, reports, _ = table_heavy
+    sizes = [weights(reports[preset]) for preset in ORDER]
+    assert sizes == sorted(sizes, reverse=True)
+    before = sum(line.bytes_before for line in reports["small"].plan.lines)
+    # Of 11,500 rows 2,022 are looked up twice or more: int8 rows alone give 3.2 times.
+    assert before / sizes[ORDER.index("fast")] < 4
+    assert before / sizes[ORDER.index("small")] > 9
+    assert before / sizes[ORDER.index("smallest")] > 9
+
+
+@pytest.mark.parametrize("preset", ["small", "smallest"])
+def test_rows_that_training_hardly_looks_up_share_one_at_no_loss(table_heavy, preset) -> None:
+    _, reports, _ = table_heavy
+    report = reports[preset]
+    assert report.stages[1].step == "prune_rows"
+    lines = [
+        line for line in report.plan.lines if line.role == "table" and "prune_rows" in line.steps
+    ]
+    assert any("looked up at least 2 times" in line.reason for line in lines)
+    assert [step["kind"] for step in report.recipe].count("prune_rows") == 1
+    assert "prune_rows" not in report.idle  # what is not needed is not reported
+    # 3,200 test rows: the interval of such a change is about 0.01 wide to each side.
+    assert loss_on_test_rows(report) < 0.005
+
+
+def test_the_budget_and_what_was_lost_of_it_are_in_the_report(table_heavy) -> None:
+    _, reports, _ = table_heavy
+    for preset in ("small", "smallest"):
+        (said,) = [text for text in reports[preset].remarks if text.startswith("Quality budget")]
+        assert f"{DEFAULT_BUDGET:g} of auc on validation rows (the default of preset" in said
+    for preset in ("safe", "fast"):
+        assert not any("budget" in text for text in reports[preset].remarks)
+
+
+def test_what_explain_foresees_is_kept_to(table_heavy) -> None:
+    _, reports, explained = table_heavy
+    for preset in ORDER:
+        found = explained[preset]
+        assert found.bytes_between is not None
+        least, most = found.bytes_between
+        assert least <= weights(reports[preset]) <= most
+        if preset in ("safe", "fast"):
+            assert least == most == found.steps[-1].bytes
+            assert found.budget is None
+        else:
+            assert least < most
+            assert found.budget == DEFAULT_BUDGET
+
+
+@pytest.mark.parametrize(
+    "left", [("train", "test"), ("calibration", "validation", "test")], ids=len
+)
+def test_presets_work_without_rows_and_say_what_was_left_out(
+    table_heavy, left, tmp_path, monkeypatch
+) -> None:
+    draft, _, _ = table_heavy
+    few = tmp_path / "draft"
+    shutil.copytree(draft, few)
+    document = json.loads((few / "model.json").read_text())
+    document["name"] = "few"
+    shutil.copy(few / "train.parquet", few / "calibration.parquet")
+    document["data"] = {split: f"{split}.parquet" for split in left}
+    (few / "model.json").write_text(json.dumps(document))
+    surroundings(monkeypatch, tmp_path / "recpress")
+    monkeypatch.setenv("RECPRESS_ALLOWED_MODULES", "examples.table_heavy")
+    pack(few)
+    order = Order(model="few", preset="small", limits=(ANY,))
+    report = carry_out(order).finished.report
+    why = report.idle["prune_rows (step 1 of the recipe)"]
+    if "validation" in left:
+        assert why.startswith("'prune_rows' needs train data; this model has")
+    else:
+        assert why.startswith("rows are pruned only where validation rows say what that costs")
+    steps = {step for line in report.plan.lines for step in line.steps}
+    # Without validation rows int4 is not judged; with them it may cost more than the budget.
+    assert steps & ({"rowwise_int4", "rowwise_int8"} if "validation" in left else {"rowwise_int4"})
+    explain(order)
+
+
+def test_a_budget_that_nothing_fits_leaves_what_the_earlier_preset_does(
+    table_heavy, monkeypatch
+) -> None:
+    """Every cut counts as over the budget: the result has the bytes of preset 'fast'."""
+    _, reports, _ = table_heavy
+    monkeypatch.setattr("flows.recipe.over_budget", lambda *_: "over")
+    for preset in ("small", "smallest"):
+        order = Order(model="tableheavy", preset=preset, limits=(ANY,), attempt=7)
+        report = carry_out(order).finished.report
+        assert weights(report) <= weights(reports["fast"])
+        assert "rowwise_int8" in {step for line in report.plan.lines for step in line.steps}
+
+
+def test_orders_with_different_budgets_are_different_orders(table_heavy) -> None:
+    from flows.resolve import order_digest
+    from tasks.subject import find
+
+    subject = find("tableheavy")
+    orders = [
+        Order(model="tableheavy", preset="small", limits=(ANY,), budget=budget)
+        for budget in (None, DEFAULT_BUDGET, 0.01, 0.0)
+    ]
+    digests = [order_digest(order, subject, None) for order in orders]
+    assert digests[0] == digests[1]  # the default, written out
+    assert len(set(digests)) == 3
+
+
+def test_a_unit_that_a_target_refuses_is_excluded_and_the_recipe_runs_again(
+    table_heavy: Made, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The refusal is injected: no network here has a unit that only the graph shows to be one."""
+    from compressors.errors import AuditFailed
+    from compressors.lower import export
+
+    real: Callable[..., None] = export._need_packed
+
+    def refuse_one_layer(packed: Any, graph: Any, target: Any) -> None:
+        if any(weight.module == "layers.0" for weight in packed):
+            raise AuditFailed("The graph does not hold 'layers.0'.").caused_by("layers.0")
+        real(packed, graph, target)
+
+    monkeypatch.setattr(export, "_need_packed", refuse_one_layer)
+    order = Order(model="tableheavy", preset="fast", limits=(ANY,), attempt=8)
+    report = carry_out(order).finished.report
+    line = report.plan.of("layers.0")
+    assert line is not None
+    assert (line.format, line.steps) == ("float32", ())
+    assert "skipped by static_int8: The graph does not hold 'layers.0'" in line.reason
+    assert any(r.startswith("static_int8 skipped 'layers.0'") for r in report.remarks)
+    other = report.plan.of("layers.1")
+    assert other is not None
+    assert other.format == "static_int8"
+    custom = Order(
+        model="tableheavy", preset="custom", steps=(StaticInt8(),), limits=(ANY,), attempt=8
+    )
+    with pytest.raises(AuditFailed, match=r"does not hold 'layers\.0'"):
+        carry_out(custom)
