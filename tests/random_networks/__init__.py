@@ -3,6 +3,7 @@
 Read in this order:
 
 parts.py           parts that work on vectors, and what a part is
+shape_parts.py     parts that move or squash the numbers of a vector
 field_parts.py     parts that work on stacked fields: interactions
 sequence_parts.py  parts that work on sequences: masked pooling and attention
 input_parts.py     parts that read inputs: lookups, bags, histories, raw numbers

@@ -87,7 +87,8 @@ class Composer:
             spec["inputs"] += [item["name"]]
             if form.startswith("jagged"):
                 spec["inputs"] += [f"{item['name']}_{item['layout']}"]
-        self._add(spec)
+        if not self._add(spec):
+            self.inputs = [item for item in self.inputs if item["name"] not in spec["inputs"]]
 
     def _input(
         self, form: str, shape: tuple[int, ...], owner: str, settings: Mapping[str, Any], place: int
@@ -151,16 +152,17 @@ class Composer:
                 return rng.choice(names)
         return rng.choice(list(self.sizes))
 
-    def _add(self, spec: dict[str, Any]) -> None:
+    def _add(self, spec: dict[str, Any]) -> bool:
         from tests.random_networks.network import Graph
 
         size = Graph([*self.parts, spec]).sizes[spec["name"]][0]
         if size > WIDEST:
-            return
+            return False
         self.parts.append(spec)
         self.sizes[spec["name"]] = size
         taken = set(spec.get("takes", ()))
         self.leaves = [name for name in self.leaves if name not in taken] + [spec["name"]]
+        return True
 
     def compose(self, sources: int, operations: int) -> None:
         """Draw a whole graph."""

@@ -9,10 +9,11 @@ from torch.nn import functional as F
 from tests.random_networks import field_parts as _field_parts  # registers its parts
 from tests.random_networks import input_parts as _input_parts
 from tests.random_networks import sequence_parts as _sequence_parts
+from tests.random_networks import shape_parts as _shape_parts
 from tests.random_networks.parts import PARTS, Part, Size, activation
 
 __all__ = ["RandomNetwork", "Tower", "TwoTowers"]
-assert all((_field_parts, _input_parts, _sequence_parts))
+assert all((_field_parts, _input_parts, _sequence_parts, _shape_parts))
 
 Value = Tensor | tuple[Tensor, Tensor]
 SQUEEZES = ("one", "last", "view", "flatten", "index", "keep", "reshape", "sum", "every")

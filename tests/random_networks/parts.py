@@ -67,6 +67,17 @@ class Dice(nn.Module):
         return gate * x + (1 - gate) * self.alpha * x
 
 
+class EachPReLU(nn.Module):
+    """A PReLU with a slope for each number of the last dimension; torch's takes the second."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.inner = nn.PReLU(width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(x.transpose(1, 2)).transpose(1, 2) if x.dim() == 3 else self.inner(x)
+
+
 class RMSNorm(nn.Module):
     """A root-mean-square norm as model code writes it."""
 
@@ -84,7 +95,7 @@ def activation(name: str, width: int) -> nn.Module:
     if name == "prelu":
         return nn.PReLU()
     if name == "prelu_each":
-        return nn.PReLU(width)
+        return EachPReLU(width)
     return Dice(width) if name == "dice" else ACTIVATIONS[name]()
 
 
@@ -391,67 +402,3 @@ class Join(Part):
         assert self.project is not None
         y = self.project(y)
         return {"product": x * y, "sum": x + y, "difference": x - y}[self.form]
-
-
-@part
-class Reshape(Part):
-    """The numbers of a vector, moved: halves exchanged, mirrored, shifted, or by a view."""
-
-    @staticmethod
-    def draw(rng: random.Random) -> dict[str, Any]:
-        return {"form": rng.choice(("halves", "flip", "roll", "view", "index", "pad", "stack"))}
-
-    def __init__(self, sizes: Sizes, *, form: str) -> None:
-        super().__init__()
-        (width,) = sizes[0]
-        self.form = form
-        more = {"pad": width + 2, "stack": 2 * width}
-        self.size = (more.get(form, width),)
-        self.register_buffer("order", torch.arange(width - 1, -1, -1), persistent=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        width = x.shape[-1]
-        match self.form:
-            case "halves":
-                return torch.cat([x[:, width // 2 :], x[:, : width // 2]], dim=1)
-            case "flip":
-                return x.flip(1)
-            case "roll":
-                return torch.roll(x, 1, dims=1)
-            case "view":
-                return x.view(-1, 1, width).transpose(1, 2).reshape(x.size(0), -1)
-            case "index":
-                return x[:, self.order]
-            case "pad":
-                return F.pad(x, (1, 1))
-        return torch.stack([x, x * 0.5], dim=1).reshape(x.shape[0], 2 * width)
-
-
-@part
-class Squash(Part):
-    """Element-wise functions that raw numbers go through."""
-
-    @staticmethod
-    def draw(rng: random.Random) -> dict[str, Any]:
-        return {"form": rng.choice(("log1p", "clip", "tanh", "scale", "unit", "softmax", "where"))}
-
-    def __init__(self, sizes: Sizes, *, form: str) -> None:
-        super().__init__()
-        self.form, self.size = form, sizes[0]
-        self.scale = nn.Parameter(torch.ones(sizes[0]))
-
-    def forward(self, x: Tensor) -> Tensor:
-        match self.form:
-            case "log1p":
-                return torch.sign(x) * torch.log1p(x.abs()) * self.scale
-            case "clip":
-                return x.clamp(-3, 3)
-            case "tanh":
-                return torch.tanh(x * self.scale)
-            case "unit":
-                return F.normalize(x, dim=-1)
-            case "softmax":
-                return torch.softmax(x, dim=-1) * self.scale
-            case "where":
-                return torch.where(x > 0, x, self.scale * x)
-        return x * self.scale

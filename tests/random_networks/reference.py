@@ -19,7 +19,7 @@ from compressors.units import private_copy
 # Formats that an outlying row, or a large bias, may leave little of have no such limit.
 DECODED_WITHIN = {
     "rowwise_int8": 0.3,
-    "rowwise_int4": 0.6,
+    "rowwise_int4": 0.95,
     "float8_e4m3": 0.06,
     "bfloat16": 0.004,
     "float16": 0.002,

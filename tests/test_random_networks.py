@@ -1,0 +1,128 @@
+"""Random networks in every format on every target: a sample by default, 300 in the nightly tier.
+
+One failing network again, smaller: ``python -m tests.random_networks --seed 17 --shrink``.
+"""
+
+import random
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+
+from compressors.lower.export import lower
+from compressors.lower.served import forms
+from compressors.steps import COMPOSITIONS, LINEAR_FORMATS, TABLE_FORMATS
+from infra.tensorrt import BuildRequest, Profile, TableWeights, available, build_engine
+from tests.random_networks.check import Checker, Findings, checked
+from tests.random_networks.generator import generate
+from tests.random_networks.passes import mixed, whole
+from tests.random_networks.shrink import shrunk
+from tests.random_networks.steps import TARGETS
+
+SAMPLE = {11: "onnxruntime", 29: "tensorrt", 47: "onnxruntime", 52: "tensorrt-rtx", 63: "tensorrt"}
+NIGHTLY = 300
+ENGINES = (14, 25, 39, 53, 66)
+SEEN: Counter[str] = Counter()
+
+
+def lines(found: Findings) -> str:
+    """Every fault, a line each."""
+    return "\n".join(fault.line() for fault in found.faults)
+
+
+@pytest.mark.parametrize(("seed", "target"), SAMPLE.items())
+def test_a_random_network_has_parity_in_mixed_formats(seed, target):
+    found = checked(generate(seed), lambda checker: mixed(checker, seed % 7, target) and None)
+    assert not found.faults, lines(found)
+    assert found.counts["parities"] >= 4
+
+
+def test_the_same_seed_gives_the_same_network_and_weights():
+    first, second = generate(18), generate(18)
+    assert (first.config, first.schema) == (second.config, second.schema)
+    weights = [case.model().module.state_dict() for case in (first, second)]
+    assert all(torch.equal(value, weights[1][name]) for name, value in weights[0].items())
+
+
+def test_shrinking_keeps_what_fails_and_drops_the_rest():
+    case = generate(3)
+    kinds = {spec["kind"] for spec in case.config["parts"]}
+    wanted = sorted(kinds - {"Lookup"})[0]
+
+    def fails(candidate):
+        return any(spec["kind"] == wanted for spec in candidate.config["parts"])
+
+    small = shrunk(case, fails, seconds=20)
+    assert len(small.config["parts"]) <= 3
+    assert fails(small)
+    small.model()
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("seed", range(NIGHTLY))
+def test_a_random_network_has_parity_in_every_format_on_every_target(seed):
+    found = checked(generate(seed), whole)
+    SEEN.update(found.pairs)
+    SEEN["networks"] += 1
+    assert not found.faults, lines(found)
+
+
+@pytest.mark.nightly
+def test_all_random_networks_together_lower_every_format_for_every_target():
+    if SEEN["networks"] < NIGHTLY:
+        pytest.skip(f"only {SEEN['networks']} of {NIGHTLY} networks ran in this process")
+    formats = {*TABLE_FORMATS, *LINEAR_FORMATS, *COMPOSITIONS}
+    wanted = {f"{name} on {target}" for name in formats for target in TARGETS}
+    assert {pair: SEEN[pair] for pair in wanted if SEEN[pair] < 5} == {}
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("seed", ENGINES)
+def test_tensorrt_and_tensorrt_rtx_get_the_same_graph(seed, tmp_path):
+    model = packed(seed, tmp_path)
+    for form in forms(generate(seed).schema):
+        paths = [tmp_path / f"{form.name}-{target}.onnx" for target in TARGETS[1:]]
+        for target, path in zip(TARGETS[1:], paths, strict=True):
+            lower(model.module, form, target, path)
+        assert paths[0].read_bytes() == paths[1].read_bytes()
+
+
+@pytest.mark.nightly
+@pytest.mark.skipif(available("tensorrt-rtx") is None, reason="TensorRT-RTX is not installed")
+@pytest.mark.parametrize("seed", ENGINES)
+def test_a_random_network_becomes_a_tensorrt_rtx_engine(seed, tmp_path):
+    model = packed(seed, tmp_path)
+    for form in forms(generate(seed).schema):
+        path = tmp_path / f"{form.name}.onnx"
+        lowered = lower(model.module, form, "tensorrt-rtx", path)
+        request = BuildRequest(
+            target="tensorrt-rtx",
+            onnx=str(path),
+            profiles=tuple(profile(item) for item in form.schema.inputs),
+            tables=tuple(
+                TableWeights(
+                    module=table.module,
+                    rows=table.rows,
+                    initializers=table.names,
+                    every=table.every,
+                )
+                for table in lowered.tables
+            ),
+            packed_bytes=sum(line.bytes_after for line in model.plan.lines),
+            seconds=300,
+        )
+        assert build_engine(request, tmp_path / form.name).audit.weights_bytes > 0
+
+
+def packed(seed: int, folder: Path):
+    """A random network in mixed formats."""
+    checker = Checker(generate(seed), folder)
+    return mixed(checker, random.Random(seed).randrange(7), None)
+
+
+def profile(item) -> Profile:
+    """One to 64 rows of an input that is no jagged list."""
+    assert item.kind != "jagged_bag"
+    shapes = [(rows, *item.shape) for rows in (1, 32, 64)]
+    return Profile(input=item.name, low=shapes[0], best=shapes[1], high=shapes[2])
