@@ -22,7 +22,7 @@ from sqlalchemy.engine import Engine
 
 from infra.registry import Registry
 
-FILE_EVENTS = {"os.link", "os.remove", "os.rename", "sqlite3.connect"}
+FILE_EVENTS = {"os.link", "os.mkdir", "os.remove", "os.rename", "sqlite3.connect"}
 ORDER = "a" * 64
 
 

@@ -1,0 +1,201 @@
+"""Interrupted and racing promotions and rollbacks: one decision has one effect."""
+
+import json
+import os
+import subprocess
+import sys
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import pytest
+from triton_configs import served_by
+from triton_versions import body, published
+
+from infra.errors import PromotionRefused, Refused
+from infra.ledger import Ledger
+from infra.registry import Registry
+from tasks.promotion import (
+    apply_promotion,
+    apply_rollback,
+    promote,
+    registry,
+    rollback,
+    version_report,
+)
+from tasks.stored import store
+
+ROOT = Path(__file__).parents[2]
+
+
+class Interrupted(Exception):
+    """The process ended here."""
+
+
+@pytest.fixture
+def three(home: Path) -> None:
+    for digit in "abc":
+        promote("m", published(home, digit).version, "")
+
+
+def versions() -> list[str]:
+    return [entry.version for entry in Ledger(store(), "m").entries()]
+
+
+def interrupted_at(method: str) -> None:
+    """Roll back in a process that ends before it calls this method of the registry."""
+
+    def end(*_: object) -> None:
+        raise Interrupted
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Registry, method, end)
+        with pytest.raises(Interrupted):
+            rollback("m", "clicks fell")
+
+
+@pytest.mark.parametrize("method", ["repair", "point", "confirm"])
+def test_a_repeated_rollback_completes_the_interrupted_one(three: None, method: str) -> None:
+    interrupted_at(method)
+    change = apply_rollback("m", "clicks fell")
+    assert (change.entry.version, change.is_new) == ("2", False)
+    assert versions() == ["1", "2", "3", "2"]
+    assert registry().version("m", "@champion").version == "2"
+
+
+def test_a_reader_that_repairs_the_alias_does_not_complete_a_rollback(three: None) -> None:
+    interrupted_at("repair")
+    assert version_report("m", "@champion")[0].version == "2"
+    assert registry().version("m", "@champion").version == "2"
+    assert rollback("m", "").version == "2"
+    assert versions() == ["1", "2", "3", "2"]
+
+
+def test_the_triton_repository_follows_when_a_rollback_is_repeated(
+    home: Path, triton: Path, three: None
+) -> None:
+    interrupted_at("repair")
+    assert served_by(triton) == ("3", body("c"))
+    rollback("m", "")
+    assert served_by(triton) == ("2", body("b"))
+
+
+def test_a_second_rollback_after_a_complete_one_goes_back_further(three: None) -> None:
+    assert rollback("m", "").version == "2"
+    assert apply_rollback("m", "").is_new
+    assert versions() == ["1", "2", "3", "2", "1"]
+    with pytest.raises(PromotionRefused, match="no champion before"):
+        rollback("m", "")
+
+
+def test_a_rollback_that_names_its_version_goes_back_once_however_often_it_runs(
+    three: None,
+) -> None:
+    assert [rollback("m", "", leaving="3").version for _ in range(3)] == ["2", "2", "2"]
+    assert apply_rollback("m", "", leaving="2").is_new
+    assert rollback("m", "", leaving="3").version == "1"
+    assert versions() == ["1", "2", "3", "2", "1"]
+
+
+def test_a_rollback_that_names_its_version_continues_after_an_interrupted_one(
+    three: None,
+) -> None:
+    interrupted_at("repair")
+    assert rollback("m", "", leaving="2").version == "1"
+
+
+def test_a_rollback_from_a_version_that_is_not_champion_is_refused(home: Path, three: None) -> None:
+    with pytest.raises(PromotionRefused, match="Expected version 2 to be the champion of m"):
+        rollback("m", "", leaving="2")
+    rollback("m", "", leaving="3")
+    promote("m", "1", "")
+    with pytest.raises(PromotionRefused, match="got version 1"):
+        rollback("m", "", leaving="3")
+    with pytest.raises(Refused, match="has no version '9'"):
+        rollback("m", "", leaving="9")
+
+
+def test_a_rollback_decided_after_a_command_began_is_the_one_it_means(three: None) -> None:
+    began = datetime.now(UTC)
+    rollback("m", "the other person")
+    change = apply_rollback("m", "", began=began)
+    assert (change.entry.version, change.is_new) == ("2", False)
+
+
+def test_a_rollback_of_an_earlier_version_is_complete_when_the_alias_follows(
+    three: None,
+) -> None:
+    entry = rollback("m", "")
+    text = entry.model_dump_json(exclude={"digest"})
+    for earlier in Ledger(store(), "m").entries()[:-1]:
+        body = earlier.model_dump_json(exclude={"digest"})
+        store().write(f"ledger/m/{earlier.sequence:08d}.json", body.encode())
+    store().write("ledger/m/00000004.json", text.encode())
+    registry().point("m", "champion", "3")
+    assert rollback("m", "").version == "2"
+    assert rollback("m", "").version == "1"
+
+
+def test_a_promotion_of_the_champion_completes_an_interrupted_one(home: Path, three: None) -> None:
+    registry().point("m", "champion", "1")
+    change = apply_promotion("m", "3", "")
+    assert (change.entry.version, change.is_new) == ("3", False)
+    assert registry().version("m", "@champion").version == "3"
+
+
+# --- real processes --------------------------------------------------------------------------
+
+
+def run(home: Path, *arguments: str) -> list[dict[str, Any]]:
+    ended = subprocess.run(
+        [sys.executable, "tests/tasks/killed_promotions.py", str(home), *arguments],
+        cwd=ROOT,
+        env={
+            **os.environ,
+            "PYTHONPATH": os.pathsep.join(map(str, (ROOT, ROOT / "tests", Path(__file__).parent))),
+            "RECPRESS_HOME": str(home / "recpress"),
+            "RECPRESS_TRITON": str(home / "triton"),
+        },
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    return [json.loads(line) for line in ended.stdout.splitlines() if line.startswith("{")]
+
+
+EVERY = [pytest.param("1", marks=[pytest.mark.slow, pytest.mark.timeout(3600)]), "40"]
+
+
+@pytest.mark.parametrize("step", EVERY)
+@pytest.mark.parametrize("command", [("rollback",), ("rollback", "reader"), ("from",)], ids=str)
+def test_a_rollback_killed_at_any_operation_and_repeated_goes_back_once(
+    tmp_path: Path, command: tuple[str, ...], step: str
+) -> None:
+    results = run(tmp_path, command[0], step, *command[1:])
+    assert all(result["killed"] for result in results)
+    ends = {(tuple(item["ledger"]), *item["alias"], item["served"]) for item in results}
+    assert ends == {(("1", "2", "3", "2"), "2", "2")}
+
+
+@pytest.mark.parametrize("step", EVERY)
+def test_a_promotion_killed_at_any_operation_and_repeated_is_entered_once(
+    tmp_path: Path, step: str
+) -> None:
+    results = run(tmp_path, "promote", step)
+    ends = {(tuple(item["ledger"]), *item["alias"], item["served"]) for item in results}
+    assert ends == {(("1", "2", "3", "2"), "2", "2")}
+
+
+@pytest.mark.parametrize("command", ["rollback", "from", "promote"])
+def test_processes_that_decide_the_same_at_once_all_succeed(tmp_path: Path, command: str) -> None:
+    *results, state = run(tmp_path, "race", command, "8")
+    said = [item["result"] for item in results]
+    assert sorted(said) == ["2 False"] * 7 + ["2 True"]
+    assert state == {"ledger": ["1", "2", "3", "2"], "alias": ["2"], "served": "2"}
+
+
+def test_processes_that_publish_the_same_order_at_once_share_one_version(tmp_path: Path) -> None:
+    *results, state = run(tmp_path, "race", "publish", "8")
+    (said,) = {item["result"] for item in results}  # one version and one report for all
+    assert said.startswith("1 ")
+    assert state["versions"] == ["1"]
