@@ -5,10 +5,11 @@ from pathlib import Path
 import pytest
 from reports import report
 
-from compressors.contracts import Estimate, Outcome, TargetKind
+from compressors import judge
+from compressors.contracts import Estimate, Outcome, Plan, TargetKind
 from tasks.documents import Finished, Report, Stage, report_of
 from tasks.order_records import finished_key
-from tasks.report import headline, markdown, resolution
+from tasks.report import headline, markdown, remarks, resolution
 from tasks.stored import store
 
 OUTCOMES: dict[TargetKind, Outcome] = {
@@ -123,4 +124,69 @@ def test_a_report_survives_the_store(made: Report, tmp_path: Path) -> None:
     assert finished_key(made.order) == f"orders/{'a' * 64}.json"
     assert done.fetch_command() == (
         "recpress registry fetch m --version 3 --target onnxruntime --into ./m"
+    )
+
+
+def with_score_changes(made: Report) -> Report:
+    """The report as of a ranking order whose scores changed."""
+    assert made.measurement is not None
+
+    def number(metric: str, point: float, half: float) -> judge.Number:
+        estimate = Estimate(point=point, low=point - half, high=point + half, rows=1234, groups=120)
+        return judge.Number(metric=metric, against="absolute", estimate=estimate)
+
+    numbers = made.measurement.numbers
+    changed = numbers.model_copy(
+        update={
+            "score_unit": "spread",
+            "numbers": (
+                *numbers.numbers,
+                number("score_correlation", 0.9995, 0.0001),
+                number("mean_score_change", 0.01, 0.002),
+                number("max_score_change", 0.2, 0),
+                number("changed_top1", 0.05, 0.02),
+            ),
+        }
+    )
+    measurement = made.measurement.model_copy(update={"numbers": changed})
+    return made.model_copy(update={"measurement": measurement})
+
+
+def test_score_changes_are_rows_of_the_table_with_their_intervals(made: Report) -> None:
+    changed = with_score_changes(made)
+    assert {line["what"]: line["change"] for line in headline(changed)[-4:]} == {
+        "score correlation": "0.999500 [0.999400, 0.999600]",
+        "mean score change": "0.01 sd [0.008, 0.012]",
+        "largest score change": "0.2 sd",
+        "changed top-1": "5.00% [3.00%, 7.00%]",
+    }
+    assert len({tuple(line) for line in headline(changed)}) == 1
+    assert "| changed top-1 |" in markdown(changed)
+
+
+def test_warnings_of_the_plan_are_remarks_and_in_the_plan_table(made: Report) -> None:
+    line = made.plan.lines[0].model_copy(update={"warning": "inputs | of <different> range"})
+    warned = made.model_copy(update={"plan": Plan(lines=(line,))})
+    assert "Warning about user (rowwise_int8): inputs | of <different> range." in remarks(warned)
+    assert "as ordered. Warning: inputs \\| of &lt;different&gt; range |" in markdown(warned)
+
+
+def test_the_resolution_counts_groups_or_says_why_there_is_none(made: Report) -> None:
+    assert made.measurement is not None
+
+    def resolved(**fields: object) -> str:
+        assert made.measurement is not None
+        numbers = tuple(
+            number.model_copy(update={"estimate": number.estimate.model_copy(update=fields)})
+            for number in made.measurement.numbers.numbers
+        )
+        held = made.measurement.numbers.model_copy(update={"numbers": numbers})
+        measurement = made.measurement.model_copy(update={"numbers": held})
+        return resolution(made.model_copy(update={"measurement": measurement}))
+
+    assert "1,234 test rows of 1,200 groups resolve a change" in resolved(groups=1200)
+    few = resolved(groups=3, unresolved="3 groups in the data; an interval needs at least 10")
+    assert few == (
+        "The 1,234 test rows resolve no change of AUC: 3 groups in the data; an interval needs at "
+        "least 10."
     )

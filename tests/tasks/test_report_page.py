@@ -6,8 +6,9 @@ from html.parser import HTMLParser
 import pytest
 from page_reports import HOSTILE, JUDGED, PASSED, artifact, measurement, report
 
-from compressors.contracts import Limit, Plan, Verdict
+from compressors.contracts import Estimate, Limit, Plan, Verdict
 from compressors.dense.static_int8 import StaticInt8
+from compressors.judge import Number
 from flows.order import Order
 from infra.expectations import Finding
 from tasks.report import headline, markdown
@@ -300,3 +301,28 @@ def test_the_page_is_well_formed_and_named_for_screen_readers(html):
 def test_the_same_report_gives_the_same_page(html):
     again = type(report()).model_validate_json(report().model_dump_json())
     assert page(again, PASSED) == html
+
+
+def test_score_changes_are_shown_with_their_picture_with_and_without_a_limit():
+    made = report()
+    measured = made.measurement
+    estimate = Estimate(point=0.999, low=0.998, high=0.9995, rows=100, groups=20)
+    number = Number(metric="score_correlation", against="absolute", estimate=estimate)
+    numbers = measured.numbers.model_copy(
+        update={"numbers": (*measured.numbers.numbers, number), "score_unit": "probability"}
+    )
+    changed = made.model_copy(
+        update={"measurement": measured.model_copy(update={"numbers": numbers})}
+    )
+    found = section(page(changed, PASSED), "limits")
+    assert "score correlation<small>higher is better</small>" in found
+    assert "score correlation is 0.999000 [0.998000, 0.999500]; no limit" in found
+
+
+def test_a_warning_about_a_layer_is_in_the_plan_table():
+    made = report()
+    lines = [line.model_copy(update={"warning": "one <scale>"}) for line in made.plan.lines]
+    found = section(
+        page(made.model_copy(update={"plan": Plan(lines=tuple(lines))}), PASSED), "plan"
+    )
+    assert "Warning: one &lt;scale&gt;" in found
