@@ -10,7 +10,7 @@ import copy
 import inspect
 import linecache
 import traceback
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -105,9 +105,7 @@ def assign(module: nn.Module, tensors: Mapping[str, Tensor], *, strict: bool) ->
     views = [
         (tensor, *places[tensor.untyped_storage()._cdata])
         for _, tensor in plain_tensors(module)
-        if id(tensor) not in known
-        and _has_storage(tensor)
-        and tensor.untyped_storage()._cdata in places
+        if id(tensor) not in known and _is_in(tensor, places)
     ]
     geometry = [(view.shape, view.stride(), view.storage_offset()) for view, *_ in views]
     # New objects, because those given may belong to another network; what is tied stays tied.
@@ -147,11 +145,7 @@ def unfilled(module: nn.Module, replaced: Iterable[Tensor] = ()) -> list[str]:
     """
     gone = {tensor.untyped_storage()._cdata for tensor in replaced if _has_storage(tensor)}
     every = dict((*module.named_parameters(), *module.named_buffers(), *plain_tensors(module)))
-    return [
-        name
-        for name, tensor in every.items()
-        if tensor.is_meta and tensor.untyped_storage()._cdata not in gone
-    ]
+    return [name for name, tensor in every.items() if tensor.is_meta and not _is_in(tensor, gone)]
 
 
 def outside_cpu(module: nn.Module) -> list[str]:
@@ -260,7 +254,7 @@ def _without_values(module: nn.Module) -> list[str]:
     return [
         name
         for name, tensor in plain_tensors(module)
-        if tensor.is_meta and tensor.untyped_storage()._cdata not in filled
+        if tensor.is_meta and not _is_in(tensor, filled)
     ]
 
 
@@ -343,6 +337,11 @@ def _named(module: nn.Module, name: str) -> Tensor:
 def _has_storage(tensor: Tensor) -> bool:
     """Whether a tensor has memory that a view could share (sparse and lazy ones have none)."""
     return tensor.layout == torch.strided and not nn.parameter.is_lazy(tensor)
+
+
+def _is_in(tensor: Tensor, storages: Container[int]) -> bool:
+    """Whether a tensor shares one of these memories."""
+    return _has_storage(tensor) and tensor.untyped_storage()._cdata in storages
 
 
 def _listed(names: list[str]) -> str:

@@ -13,6 +13,7 @@ from compressors.composed import ComposedTable
 from compressors.errors import CompressionError, NothingToCompress
 from compressors.factored import FACTORED, PARTS, FactoredLinear
 from compressors.formats import Bag, FoldedNorm, LinearFormat, PackedLinear, PackedTable
+from compressors.plain_values import plain_tensors
 
 Role = Literal["table", "dense"]
 EXCEPT = "!"
@@ -225,8 +226,12 @@ def plain_bag(old: nn.EmbeddingBag, longest: int | None = None) -> Bag:
 
 
 def private_copy(model: nn.Module) -> nn.Module:
-    """A module tree of its own over the same tensors, so that a table is never held twice."""
-    tensors = (*model.parameters(), *model.buffers())
+    """A module tree of its own over the same tensors, so that a table is never held twice.
+
+    A list may still hold the parameter of a table that a packed one replaced: it is shared too.
+    """
+    listed = (tensor for _, tensor in plain_tensors(model) if isinstance(tensor, nn.Parameter))
+    tensors = (*model.parameters(), *model.buffers(), *listed)
     return copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
 
 

@@ -25,6 +25,7 @@ from compressors.construction import ConstructionFailed, assign, construct
 from compressors.contracts import Architecture, Network
 from compressors.errors import ModelRefused
 from compressors.state import load, save, tensors_of
+from compressors.units import private_copy
 
 
 def network_of(architecture: type[nn.Module], **config: object) -> Network:
@@ -160,6 +161,15 @@ def test_parameters_of_compressed_layers_in_lists_do_not_refuse_the_model(tmp_pa
     )
     loaded = load(Penalized, network, tmp_path)
     assert loaded.by_name["out"] is loaded.out.weight
+
+
+def test_a_private_copy_shares_parameters_that_only_a_list_holds():
+    module = construct_as_a_user(Penalized)
+    held = module.weights[0][0][0]
+    module.emb = nn.Embedding(7, DIM)  # as if a packed table had replaced it
+    copied = private_copy(module)
+    assert copied.weights[0][0][0] is held
+    assert copied.weights is not module.weights
 
 
 def test_random_values_that_no_file_stores_are_refused_by_name():
