@@ -39,7 +39,8 @@ class Progress:
         self._artifact = cast(UUID, create_progress_artifact(0.0, description="recpress"))
 
     def stage(self, name: str) -> None:
-        """Say what begins now."""
+        """Log a stage that begins now, and update the bar."""
+        self._stages = max(self._stages, self._done + 1)  # a recipe may be carried out again
         log.info("[%d/%d] %s", self._done + 1, self._stages, name)
         update_progress_artifact(
             self._artifact, progress=100 * self._done / self._stages, description=name
