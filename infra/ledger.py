@@ -198,9 +198,10 @@ class Ledger:
                     "backup of the store."
                 )
         elif entry.digest != entry.sealed(previous).digest:
+            changed = at if previous is None else f"{at} or the entry before it"
             raise ArtifactDamaged(
-                f"{at} or the entry before it was changed: its digest does not match. Restore "
-                "both from a backup of the store."
+                f"{changed} was changed: the digest does not match. Restore it from a backup of "
+                "the store."
             )
 
     def _check_rollback(self, entries: tuple[Entry, ...], version: str, order: str) -> None:

@@ -95,7 +95,7 @@ def restore(model: str | None) -> tuple[Registered, ...]:
         if accepted and not any(CANDIDATE in item.aliases for item in versions):
             registry().point(name, CANDIDATE, accepted[0].version)
     for name in names:  # last: it raises if the champion's order is in no record of the store
-        repair(name)
+        repair(name, expected=True)
     return restored
 
 

@@ -56,6 +56,18 @@ def test_publishing_twice_makes_one_version(registry):
     assert registry.by_order(ORDER, "other") is None
 
 
+def test_an_order_is_found_without_mlflow_as_with_it(registry, tmp_path):
+    assert registry.find_order(ORDER, "ranker") is None
+    publish(registry)
+    assert registry.find_order(ORDER, "ranker") == registry.by_order(ORDER, "ranker")
+    assert registry.find_order(OTHER, "ranker") is None
+    assert registry.find_order(ORDER, "other") is None
+    registry._client.delete_model_version("ranker", "1")
+    assert registry.find_order(ORDER, "ranker") is None
+    assert Registry(f"sqlite:///{tmp_path}/none.db").find_order(ORDER, "ranker") is None
+    assert not (tmp_path / "none.db").exists()
+
+
 def test_versions_come_newest_first_also_past_nine(registry):
     for number in range(11):
         publish(registry, f"{number:064x}")

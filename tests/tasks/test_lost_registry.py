@@ -13,6 +13,7 @@ from triton_versions import body, published
 from compressors.contracts import Estimate, Judgement, Limit
 from infra.errors import ArtifactDamaged, PromotionRefused, Refused
 from infra.ledger import Entry, Ledger
+from tasks.champion import champions
 from tasks.documents import Finished, TargetReport
 from tasks.promotion import (
     champion_graph,
@@ -114,6 +115,8 @@ def test_a_champion_that_the_registry_does_not_have_is_refused_on_every_path(
         with pytest.raises(PromotionRefused, match=r"not in the registry.*registry restore m"):
             use()
         assert not (home / "out").exists(), name
+    with pytest.raises(PromotionRefused, match="m: The ledger names order bbbbbbbbbbbb"):
+        champions()
     assert alias() == other, "nothing was repaired to another order"
     assert served_by(triton) == ("2", body("b"))
     assert len(Ledger(store(), "m").entries()) == 2
@@ -133,6 +136,10 @@ def test_restoring_a_lost_registry_registers_every_result_under_its_number(
     assert registry().versions("m") == before
     assert restore("m") == ()
     assert restore("other") == ()
+    assert champions() == {"m": "2"}
+    registry().point("m", "champion", "1")
+    with pytest.raises(PromotionRefused, match="promote m --version 2"):
+        champions()
     assert rollback("m", "").order == C
 
 
