@@ -8,11 +8,12 @@ import pyarrow.parquet as pq
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
 from compressors.contracts import DenseInput, IdInput, JaggedBag, PaddedBag, Schema
 from infra.data import check_ids, prepare, split_statistics
-from infra.errors import DataRefused
+from infra.errors import DataRefused, StoreUnavailable
 
 USER = IdInput(name="user", table="users")
 PAIR = IdInput(name="pair", columns=("a", "b"), shape=(2,), dtype="int32", table="pairs")
@@ -126,10 +127,10 @@ def test_prepared_says_what_was_written(split, tmp_path):
 def test_a_write_that_breaks_off_leaves_nothing_behind(split, tmp_path, monkeypatch):
     def torn(tensors, path):
         path.write_bytes(b"half")
-        raise OSError("disk full")
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
 
     monkeypatch.setattr("infra.data.save_file", torn)
-    with pytest.raises(OSError, match="disk full"):
+    with pytest.raises(StoreUnavailable, match=r"disk of .*data\.safetensors is full"):
         prepare(split(), ALL, tmp_path / "out")
     assert list((tmp_path / "out").iterdir()) == []
 
