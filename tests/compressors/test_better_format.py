@@ -61,7 +61,9 @@ def network(rows: int, dim: int) -> Reference:
     return Reference(Net, SCHEMA, {"rows": rows, "dim": dim})
 
 
-@pytest.mark.parametrize("step", ROWWISE, ids=lambda step: f"{step.kind}-{hash(step) % 1000}")
+@pytest.mark.parametrize(
+    "step", ROWWISE, ids=[f"{step.kind}-{number}" for number, step in enumerate(ROWWISE)]
+)
 def test_a_rowwise_format_gives_way_to_a_better_one_that_is_no_larger(step: TableStep) -> None:
     better = [
         o for o in (Float16Rows(), RowwiseInt8(), RowwiseInt4()) if RANK[o.kind] > RANK[step.kind]
