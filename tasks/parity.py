@@ -14,13 +14,13 @@ from torch import Tensor, nn
 
 from compressors.batches import format_row, row_of
 from compressors.contracts import Plan, TargetKind
-from compressors.errors import NotLowerable, ParityFailure, ParityLost
+from compressors.errors import ParityFailure, ParityLost
 from compressors.lower.bfloat16_products import has_bfloat16_products, write_checkable
 from compressors.lower.export import Lowered, exported
 from compressors.lower.first_difference import GraphValue, first_difference, run_traced
 from compressors.lower.parity import FloatArray, Parity, allowed_share, compare, gap_of
 from compressors.lower.served import input_names
-from infra.errors import BuildRefused, InfraError
+from infra.errors import InfraError
 from infra.onnxruntime import Session, graph_values
 
 log = logging.getLogger(__name__)
@@ -125,9 +125,9 @@ class Compared:
             return ParityLost(failure)
         try:
             return ParityLost(self._located(failure, alone, inputs))
-        except (NotLowerable, BuildRefused, InfraError) as fault:
-            # The comparison itself failed; the failure is reported without its place.
-            log.warning("The first tensor that differs was not determined: %s", fault)
+        except Exception as fault:
+            # Nothing that goes wrong in this second look may hide what the first one found.
+            log.warning("The first tensor that differs was not determined: %r", fault)
             return ParityLost(failure)
 
     def _located(
@@ -146,8 +146,10 @@ class Compared:
             limit = failure.limits.get("at most", failure.limits.get("largest", 1e-5))
             is_wrong = module.shape != output.shape or gap_of(module, output).max() > limit
             tensor = first_difference(traced, values, form.output, allowed)
-            if is_wrong or (tensor is not None and tensor.is_clear):
-                return replace(failure, tensor=tensor, is_exported_wrong=bool(is_wrong))
+            is_clear = tensor is not None and tensor.is_clear
+            if is_wrong or is_clear:
+                clear = tensor if is_clear else None
+                return replace(failure, tensor=clear, is_exported_wrong=bool(is_wrong))
         return replace(failure, tensor=tensor)
 
     def _module(self, inputs: Mapping[str, Tensor]) -> FloatArray:

@@ -18,6 +18,7 @@ from compressors.formats import Bag, PackedLinear, PackedTable
 from compressors.lower import attention, dense_types, onnxruntime, tensorrt, tensorrt_types
 from compressors.lower.found import LayerInitializer, TableInitializers
 from compressors.lower.graph_passes import simplify
+from compressors.lower.onnx_pieces import log_sigmoid
 from compressors.lower.served import Form, Served, dynamic_shapes, input_names, served
 from compressors.lower.together import Together
 from compressors.step import rows_of_tables
@@ -102,7 +103,11 @@ def exported(
     # Merged lookups are ONNX Runtime's: a builder of engines fuses operators by itself.
     wrapper = served(model, form, rows, together=target == "onnxruntime")
     own = (onnxruntime if target == "onnxruntime" else tensorrt).translations()
-    translations = {**attention.translations(), **own}
+    translations = {
+        torch.ops.aten.log_sigmoid.default: log_sigmoid,
+        **attention.translations(),
+        **own,
+    }
     inputs = example(schema, rows, TRACE_ROWS)
     names = input_names(schema)
     try:

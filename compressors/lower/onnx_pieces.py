@@ -100,6 +100,14 @@ def divided_by(ids: Any, divisor: int) -> Any:
     return op.Div(ids, constant(onnx.TensorProto.INT64, divisor))
 
 
+def log_sigmoid(x: Any) -> Any:
+    """Log of a sigmoid that stays finite: torch's exporter writes Log(Sigmoid(x)), -inf below -88.
+
+    The same on every target.
+    """
+    return op.Neg(op.Softplus(op.Neg(x)))
+
+
 def code_tables(unpacked: Callable[[Any, Any, int, int], Any]) -> dict[Any, Callable[..., Any]]:
     """The ops of tables with codebooks -> their subgraphs, from how a target unpacks codes.
 

@@ -109,6 +109,25 @@ def test_masked_means_of_empty_lists_are_the_modules_on_every_target(eps, form, 
     np.testing.assert_allclose(found, expected, rtol=0, atol=rounding)
 
 
+class LogSigmoid(MaskedMeans):
+    """The logarithm of a very small probability."""
+
+    def forward(self, user: Tensor, items: Tensor) -> Tensor:
+        return F.logsigmoid(super().forward(user, items) - 200)
+
+
+def test_the_log_of_a_vanishing_sigmoid_is_finite_in_the_graph(tmp_path):
+    schema = SCHEMA.model_copy(update={"output": "score"})
+    model = Reference(LogSigmoid, schema, {"eps": 1e-6}).model()
+    path = tmp_path / "model.onnx"
+    done = lower(model.module, whole(schema), "onnxruntime", path)
+    inputs = example(schema, {"user": 12, "items": 40}, 8)
+    with torch.no_grad():
+        expected = done.served(*(inputs[name] for name in input_names(schema))).numpy()
+    found = Session(path, 1).scores({name: tensor.numpy() for name, tensor in inputs.items()})
+    np.testing.assert_allclose(found, expected, rtol=1e-6)  # about -200, by float32 sums
+
+
 # --- the passes alone ------------------------------------------------------------------------
 
 SMALL = (1e-7, 1e-8, 9e-9, 1e-12, 1e-16, 1e-30, -1e-12)

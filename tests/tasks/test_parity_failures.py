@@ -174,6 +174,21 @@ def test_a_score_that_depends_on_the_batch_names_the_side_and_the_row(tmp_path):
     assert found.inputs["items"].startswith("[")
 
 
+def test_a_number_that_tracing_fixes_is_reported_as_such(tmp_path):
+    class Traced(Mean):
+        def forward(self, items: Tensor) -> Tensor:
+            return super().forward(items) * (2.0 if torch.compiler.is_exporting() else 1.0)
+
+    model = Reference(Traced, SCHEMA).model()
+    path = tmp_path / "model.onnx"
+    done = lower(model.module, whole(SCHEMA), "onnxruntime", path)
+    lowered = Graph(model, done, SCHEMA, path)
+    found = failure(lowered, path, {"items": torch.randint(1, 30, (20, 5))})
+    assert found.is_exported_wrong
+    assert found.tensor is None
+    assert "torch.export traced" in str(found)
+
+
 def test_a_row_that_the_runtime_refuses_is_named(tmp_path):
     lowered = mean_graph("onnxruntime", tmp_path)
     table = stored(lowered)["model.items.weight"]
