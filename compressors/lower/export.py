@@ -18,9 +18,10 @@ from compressors.formats import Bag, PackedLinear, PackedTable
 from compressors.lower import attention, dense_types, onnxruntime, tensorrt, tensorrt_types
 from compressors.lower.found import LayerInitializer, TableInitializers
 from compressors.lower.graph_passes import simplify
-from compressors.lower.onnx_pieces import log_sigmoid
+from compressors.lower.onnx_pieces import exact_sigmoid, log_sigmoid
 from compressors.lower.served import Form, Served, dynamic_shapes, input_names, served
 from compressors.lower.together import Together
+from compressors.recalibration import recalibration_of
 from compressors.step import rows_of_tables
 
 OPSET = 21  # the first with blocked DequantizeLinear and int4
@@ -108,6 +109,8 @@ def exported(
         **attention.translations(),
         **own,
     }
+    if schema.output == "probability" and recalibration_of(wrapper.model) is not None:
+        translations[torch.ops.aten.sigmoid.default] = exact_sigmoid
     inputs = example(schema, rows, TRACE_ROWS)
     names = input_names(schema)
     try:

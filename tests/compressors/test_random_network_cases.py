@@ -1,5 +1,6 @@
 """What random networks found, each case as small as it fails."""
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -20,8 +21,10 @@ from compressors.errors import ModelRefused
 from compressors.lower.export import lower
 from compressors.lower.served import forms
 from compressors.model import Model
+from compressors.recalibration import Recalibration, attach
 from compressors.step import run
 from compressors.tables.rowwise_int8 import RowwiseInt8
+from infra.onnxruntime import Session
 
 USERS = Schema(
     inputs=(IdInput(name="user", table="table"),),
@@ -63,6 +66,18 @@ class Unguarded(nn.Module):
         return self.out((self.table(seen) * real).sum(dim=1) / real.sum(dim=1))
 
 
+class Sure(nn.Module):
+    """A probability that is next to 0 for the first users and next to 1 for the last."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(20, 1)
+        nn.init.zeros_(self.table.weight)
+
+    def forward(self, user: Tensor) -> Tensor:
+        return torch.sigmoid(self.table(user).squeeze(1) + 4.0 * (user - 10))
+
+
 def model(network: type[nn.Module], **config: int) -> Model:
     """A network with weights from a seed."""
     torch.manual_seed(0)
@@ -87,3 +102,18 @@ def test_a_float8_layer_of_two_inputs_is_lowered(target: TargetKind, tmp_path):
 def test_a_network_that_scores_nan_by_itself_is_refused_in_place_of_the_step(tmp_path):
     with pytest.raises(ModelRefused, match="before 'rowwise_int8' was applied"):
         run(RowwiseInt8(), model(Unguarded), Bench(signature=HISTORIES), tmp_path)
+
+
+def test_a_recalibrated_probability_next_to_zero_is_the_same_in_the_graph(tmp_path):
+    signature = USERS.model_copy(update={"output": "probability"})
+    module = model(Sure).module
+    attach(module, Recalibration("platt", "probability", line=torch.tensor([0.1, 0.0])))
+    (form,) = forms(signature)
+    lowered = lower(module, form, "onnxruntime", tmp_path / "model.onnx")
+    users = torch.arange(20)
+    found = Session(tmp_path / "model.onnx", 1).scores({"user": users.numpy()})
+    with torch.no_grad():
+        expected = lowered.served(users).numpy()
+    # Next to 1 a probability has steps of 6e-8, which move a tenth of a logit of 16 by 0.006.
+    np.testing.assert_allclose(found[:10], expected[:10], atol=1e-5)
+    np.testing.assert_allclose(found, expected, atol=1e-2)
