@@ -13,6 +13,7 @@ Steps that train are not searched: each try would train again.
 
 import tempfile
 from collections.abc import Collection, Mapping
+from contextlib import suppress
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -55,6 +56,10 @@ def run_or_skip(
     """
     present = {unit.name for unit in Unit.of(source.module)}
     skipped = {name: why for name, why in excluded.items() if name in present}
+    if skipped:
+        with suppress(CompressionError):  # run says why it cannot choose
+            choices = choices_of(step, source.private(), bench)
+            skipped = {name: why for name, why in skipped.items() if choices[name].take}
     skipped |= skippable(step, source, bench)
     try:
         return run(step, source, bench, folder, skipped=skipped)

@@ -2,7 +2,8 @@
 
 A factorization machine next to a small perceptron over id fields. Ids are drawn by Zipf's law and
 labels from latent numbers of each id, so frequent rows of the tables hold what was learned and rare
-rows what was memorized. ``python -m examples.table_heavy FOLDER`` writes the draft of a bundle.
+rows what was memorized. ``python -m examples.table_heavy FOLDER [small]`` writes the draft of a
+bundle.
 """
 
 import json
@@ -167,4 +168,4 @@ def _train(network: FactorizationPerceptron, columns: Columns, size: Size) -> No
 
 
 if __name__ == "__main__":
-    write_draft(Path(sys.argv[1]), Size())
+    write_draft(Path(sys.argv[1]), SMALL if "small" in sys.argv[2:] else Size())
