@@ -27,6 +27,7 @@ from infra.bundle_shards import (
     INDEX,
     StoredTensor,
     TensorFact,
+    draft_file_problem,
     listing,
     nonfinite_problem,
     pickle_problem,
@@ -167,7 +168,7 @@ def read_draft(folder: Path) -> Draft:
     Raises:
         BundleRefused: the draft, its weights' headers or the paths in it are unusable.
     """
-    refuse_if(folder, (p for path in listing(folder) if (p := _draft_file_problem(path))))
+    refuse_if(folder, (p for path in listing(folder) if (p := draft_file_problem(path))))
     _, document = read_json(folder / MANIFEST)
     _check_version(folder / MANIFEST, document)
     if "seal" in document or "files" in document:
@@ -432,16 +433,6 @@ def _unusable(folder: Path, where: str, text: str) -> str | None:
     if not Path(text).is_absolute() and not path.resolve().is_relative_to(folder.resolve()):
         return f"{where}: {short(text)} leaves the folder by a symbolic link; name its real path."
     return None
-
-
-def _draft_file_problem(path: Path) -> str | None:
-    """Why a file next to a draft's ``model.json`` cannot be packed, or None."""
-    if not path.is_file() and ".safetensors" in path.name:
-        kind = "a folder" if path.is_dir() else "a link that leads nowhere"
-        if not path.is_dir() and not path.is_symlink():
-            kind = "neither a file nor a folder"
-        return f"{short(path.name)} is {kind}; put a safetensors file in its place, or remove it."
-    return pickle_problem(path)
 
 
 def _check_version(path: Path, document: Mapping[str, Any]) -> None:

@@ -175,6 +175,16 @@ def pickle_problem(path: Path) -> str | None:
     return f"{short(path.name)} is a pickle, whatever its name, and runs when loaded. {HOW_TO_SAVE}"
 
 
+def draft_file_problem(path: Path) -> str | None:
+    """Why a file next to a draft's ``model.json`` cannot be packed, or None."""
+    if not path.is_file() and ".safetensors" in path.name:
+        kind = "a folder" if path.is_dir() else "a link that leads nowhere"
+        if not path.is_dir() and not path.is_symlink():
+            kind = "neither a file nor a folder"
+        return f"{short(path.name)} is {kind}; put a safetensors file in its place, or remove it."
+    return pickle_problem(path)
+
+
 def _header(shard: Path) -> dict[str, StoredTensor]:
     """A shard's tensors: validated by the safetensors library, offsets from the header itself."""
     if problem := pickle_problem(shard):
