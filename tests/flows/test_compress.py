@@ -397,5 +397,5 @@ def test_a_ranking_model_is_judged_by_its_groups(fresh: Path) -> None:
     assert top.groups is not None
     assert found.groups is not None
     assert top.groups >= found.groups
-    # int4 tables change which row is first in some lists, not in most.
-    assert 0 < top.point < 0.5
+    # int8 tables change which row is first in few lists, perhaps in none.
+    assert 0 <= top.point < 0.5
