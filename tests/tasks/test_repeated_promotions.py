@@ -163,7 +163,10 @@ def run(home: Path, *arguments: str) -> list[dict[str, Any]]:
     return [json.loads(line) for line in ended.stdout.splitlines() if line.startswith("{")]
 
 
-EVERY = [pytest.param("1", marks=[pytest.mark.slow, pytest.mark.timeout(3600)]), "40"]
+EVERY = [
+    pytest.param("1", marks=[pytest.mark.slow, pytest.mark.timeout(3600)]),
+    pytest.param("40", marks=pytest.mark.timeout(600)),
+]
 
 
 @pytest.mark.parametrize("step", EVERY)
