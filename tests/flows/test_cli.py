@@ -528,7 +528,7 @@ def test_promote_and_roll_back_move_the_champion_that_fetch_gives(
     said = call("registry", "promote", "clicks", "--version", second, "--reason", "smaller")
     assert f"version {second} is champion (was version {first})." in said.out
     said = call("registry", "promote", "clicks", "--version", second)
-    assert f"version {second} is champion already." in said.out
+    assert f"version {second} is champion already (promote by " in said.out
     fetched = call("registry", "fetch", "clicks", "--into", str(tmp_path / "a"))
     assert f"clicks version {second}" in fetched.out
     back = json.loads(call("registry", "rollback", "clicks", "--json").out)

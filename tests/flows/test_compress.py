@@ -68,11 +68,13 @@ def test_an_order_within_its_limits_is_accepted_registered_and_measured(world: W
     assert before is not None
     # Float32 sums in another order swap hardly any of 2 million pairs of scores.
     assert before.point == pytest.approx(planted_auc(world.draft), abs=1e-6)
-    # int4 rows and int8 layers: an eighth and a quarter of the weights, and the graph around it.
-    assert report.targets[0].bytes < 0.3 * report.baseline_bytes
+    # int8 rows with their scales and int8 layers: 0.28 of the weights, and the graph around it.
+    # int4 rows cost more than the preset's budget on the few validation rows.
+    assert report.targets[0].bytes < 0.35 * report.baseline_bytes
+    assert "budget" in report.idle["rowwise_int4"]
     lines = {line.module: line.format for line in report.plan.lines}
     assert {"user", "item", "tags", "cross", "first", "second", "out"} <= set(lines)
-    assert {lines[table] for table in ("user", "item", "tags")} == {"rowwise_int4"}
+    assert {lines[table] for table in ("user", "item", "tags")} == {"rowwise_int8"}
     version = Registry(load_settings().registry_uri).version("clicks", ran.finished.version)
     assert version.source == ran.finished.release.uri
     assert version.tags["recpress.outcome"] == "accepted"
