@@ -203,8 +203,11 @@ def test_scores_are_finite_and_near_the_originals(made, reference):
     assert torch.isfinite(result).all()
     assert result.shape == before.shape
     # Four bits keep a weight within 1/14 of its row's largest; an error that has nothing to do
-    # with rounding (rows swapped, a scale forgotten) moves scores by their whole spread.
-    assert (result - before).abs().max() < 0.5 * before.std()
+    # with rounding (rows swapped, a scale forgotten) moves scores by several times their spread.
+    # Two bits without offsets keep a weight within 1/2 of its row's largest.
+    formats = {line.format for line in made.result.plan.lines}
+    share = 1.0 if "rowwise_int2" in formats else 0.5
+    assert (result - before).abs().max() < share * before.std()
 
 
 @every_pair
@@ -473,7 +476,7 @@ def test_a_step_finds_nothing_left_by_one_that_takes_the_same(first, second, tmp
 def test_row_blocks_give_what_one_block_gives(method, tmp_path, monkeypatch):
     made = ran(method, "Ranker")
     monkeypatch.setattr(compressors.step, "BLOCK_ROWS", 7)  # 40 and 300 rows: a short last block
-    run(method(), RANKER.model(), made.bench, tmp_path / "blocks")
+    run(models.default(method), RANKER.model(), made.bench, tmp_path / "blocks")
     whole, blocks = mapped(made.folder), mapped(tmp_path / "blocks")
     torch.testing.assert_close(blocks, whole, rtol=0, atol=0)
 

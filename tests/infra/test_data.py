@@ -32,7 +32,7 @@ def schema_of(*inputs, task="ctr", group="session", time="at"):
         label="click",
         group=group,
         time=time,
-        metric="auc",
+        metric="auc" if task == "ctr" else "ndcg@10",
     )
 
 
