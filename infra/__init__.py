@@ -16,6 +16,7 @@ registry_file.py   its SQLite file: created and migrated as a whole, or not at a
 lock.py            a lock between processes of one machine
 bundle.py          the bundle format: model.json + safetensors
 bundle_json.py     model.json read strictly, its faults in sentences
+bundle_paths.py    which paths in model.json may be followed
 bundle_shards.py   safetensors files looked at without loading them
 architecture.py    importing a network's class, allow-listed modules only
 data.py            parquet files as tensors

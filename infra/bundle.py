@@ -11,17 +11,17 @@ import difflib
 import hashlib
 import json
 import os
-import re
 import stat
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Annotated, Any, Final, Literal
 
-from pydantic import AfterValidator, Field, field_validator
+from pydantic import Field, field_validator
 
 from compressors.contracts import Artifact, DenseInput, Frozen, Network, Plan, Schema, Sha256
 from infra.bundle_json import clean, decode, parse, plain, read_json, refuse_if, short
+from infra.bundle_paths import DraftPath, FileName, InsidePath
 from infra.bundle_shards import (
     BLOCK_BYTES,
     INDEX,
@@ -61,47 +61,9 @@ MANIFEST = "model.json"
 # --- what model.json says --------------------------------------------------------------------
 
 
-def _path_problem(text: str) -> str | None:
-    """Why a path may not be followed, or None."""
-    if not text or not text.isprintable():
-        return "is empty or has characters that cannot be shown"
-    if "\\" in text:
-        return "has a backslash; write paths with /"
-    if ".." in PurePosixPath(text).parts:
-        return "has '..', which leaves the folder"
-    if re.match(r"[A-Za-z]:|[\w+.-]+://", text):
-        return "has a scheme or a drive letter; only plain paths are read here"
-    if max(len(part.encode()) for part in text.split("/")) > 255 or len(text.encode()) > 4000:
-        return "is longer than a file system allows"
-    return None
-
-
-def _inside(text: str) -> str:
-    if problem := _path_problem(text) or ("is absolute" if text.startswith("/") else None):
-        raise ValueError(f"{short(text)} {problem}; name something inside the folder instead")
-    return text
-
-
-def _flat(text: str) -> str:
-    if "/" in _inside(text):
-        raise ValueError(f"{short(text)} lies in a sub-folder; a bundle is flat")
-    return text
-
-
-def _draft_path(text: str) -> str:
-    if problem := _path_problem(text):
-        raise ValueError(
-            f"{short(text)} {problem}; give a path below the draft's folder or an absolute one"
-        )
-    return text
-
-
 SplitName = Literal["train", "calibration", "validation", "test", "items", "traffic"]
 Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,63}$")]
 Version = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
-InsidePath = Annotated[str, AfterValidator(_inside)]
-FileName = Annotated[str, AfterValidator(_flat)]
-DraftPath = Annotated[str, AfterValidator(_draft_path)]
 
 
 class FileRecord(Frozen):

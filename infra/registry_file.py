@@ -254,7 +254,7 @@ def _initialize(temporary: Path) -> None:
 
 @contextmanager
 def _engine(temporary: Path) -> Iterator[Any]:
-    """An engine on a file that nobody else opens and that is discarded if the process dies."""
+    """An engine on a file that no other process opens and that is discarded if the process dies."""
     from sqlalchemy import create_engine
     from sqlalchemy.pool import NullPool
 
@@ -303,7 +303,7 @@ def _temporary(file: Path) -> Iterator[Path]:
 
 
 def _remove_leftovers(file: Path) -> None:
-    """Remove temporary files of killed processes: whoever holds the lock has none of its own."""
+    """Remove temporary files of killed processes: the process that holds the lock has none."""
     for path in file.parent.iterdir():
         name = path.name.partition(TEMPORARY)
         if name[0].startswith(f".{file.name}.") and name[1]:

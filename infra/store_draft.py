@@ -285,7 +285,7 @@ def draft(into: Path, job: object, path: str, size: int) -> Iterator[Draft]:
 
 
 def _collect_abandoned(into: Path) -> None:
-    """Remove drafts next to ``into`` that no process has open and that nobody continued for long.
+    """Remove old drafts next to ``into`` that no process has open or has continued lately.
 
     A younger one is kept, because the same command continues it.
     """

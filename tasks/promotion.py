@@ -111,7 +111,7 @@ def _stage(model: str, version: Version) -> None:
     if root is None:
         return
     try:
-        # In a registry that numbers its versions anew, the folder the server reads now may have
+        # In a registry with other version numbers, the folder the server reads now may have
         # the number of this version: the champion has to move to its present number first.
         repair(model, reading=True)
     except PromotionRefused as fault:
