@@ -13,11 +13,11 @@ from compressors.contracts import Artifact, Outcome, TargetKind
 from infra import bundle
 from infra.errors import ArtifactMissing, Refused
 from infra.registry import Registry
-from infra.settings import load_settings
+from infra.settings import load_settings, shown
 from tasks import publish as publishing
 from tasks.bundles import check, pack, show
 from tasks.documents import Finished, Report
-from tasks.order_records import finished, finished_key, registry_is_there
+from tasks.order_records import finished, finished_key
 from tasks.promotion import champion_graph, fetch, promote, rollback, version_report
 from tasks.registry_listing import listed
 from tasks.stored import store
@@ -97,7 +97,7 @@ def test_everything_of_a_moved_home_works(
         first.release,
         first.version,
     )
-    assert registry_is_there(again)
+    assert again.registry == shown(load_settings().registry_uri)
     assert again.page_uri().startswith(f"{store().root}/artifacts/")
     assert {path.name for path in new.iterdir()} <= {"registry.db", "registry.db.lock", "store"}
 
