@@ -34,8 +34,8 @@ from compressors.lower.export import lower
 from compressors.lower.parity import compare
 from compressors.lower.served import VECTOR, Form, forms, input_names
 from compressors.model import Model
+from compressors.skipping import run_or_skip
 from compressors.state import load
-from compressors.step import run
 from compressors.units import Unit, private_copy
 from infra.onnxruntime import Session, optimized_graph
 from tests.random_networks import inputs as row_makers
@@ -136,7 +136,9 @@ class Checker:
         self.number += 1
         folder = self.folder / f"step{self.number}"
         where = f"{step.kind} {getattr(step, 'tables', ()) or getattr(step, 'layers', ())}"
-        result: Model | None = self.guarded(where, lambda: run(step, model, self.bench, folder))
+        result: Model | None = self.guarded(
+            where, lambda: run_or_skip(step, model, self.bench, folder)
+        )
         if result is not None:
             self.found.counts["steps"] += 1
             if self.number % RELOADED_EVERY == 0:  # run itself compares on usual rows
