@@ -18,7 +18,7 @@ from compressors.formats import Bag, PackedLinear, PackedTable
 from compressors.lower import attention, dense_types, onnxruntime, tensorrt, tensorrt_types
 from compressors.lower.found import LayerInitializer, TableInitializers
 from compressors.lower.graph_passes import simplify
-from compressors.lower.onnx_pieces import exact_sigmoid, log_sigmoid
+from compressors.lower.onnx_pieces import exact_sigmoid, log_sigmoid, squeeze_fixed
 from compressors.lower.served import Form, Served, dynamic_shapes, input_names, served
 from compressors.lower.together import Together
 from compressors.recalibration import recalibration_of
@@ -106,6 +106,7 @@ def exported(
     own = (onnxruntime if target == "onnxruntime" else tensorrt).translations()
     translations = {
         torch.ops.aten.log_sigmoid.default: log_sigmoid,
+        torch.ops.aten.squeeze.default: squeeze_fixed,
         **attention.translations(),
         **own,
     }

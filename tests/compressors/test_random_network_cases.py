@@ -1,5 +1,7 @@
 """What random networks found, each case as small as it fails."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -66,6 +68,17 @@ class Unguarded(nn.Module):
         return self.out((self.table(seen) * real).sum(dim=1) / real.sum(dim=1))
 
 
+class Squeezed(nn.Module):
+    """Removes every dimension of size 1 from its score, so also that of a single row."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.out = nn.Embedding(20, 4), nn.Linear(4, 1)
+
+    def forward(self, user: Tensor) -> Tensor:
+        return self.out(self.table(user)).squeeze()
+
+
 class Sure(nn.Module):
     """A probability that is next to 0 for the first users and next to 1 for the last."""
 
@@ -117,3 +130,23 @@ def test_a_recalibrated_probability_next_to_zero_is_the_same_in_the_graph(tmp_pa
     # Next to 1 a probability has steps of 6e-8, which move a tenth of a logit of 16 by 0.006.
     np.testing.assert_allclose(found[:10], expected[:10], atol=1e-5)
     np.testing.assert_allclose(found, expected, atol=1e-2)
+
+
+@pytest.mark.parametrize("target", ["onnxruntime", "tensorrt", "tensorrt-rtx"])
+def test_a_graph_of_a_squeezed_score_gives_one_score_for_one_row(
+    target: TargetKind, tmp_path: Path
+) -> None:
+    torch.manual_seed(0)
+    model = Squeezed().eval()
+    # Without a check of ids nothing else brings the number of rows into the score.
+    users_alone = (IdInput(name="user", table="table", out_of_range="clamp"),)
+    form = forms(USERS.model_copy(update={"inputs": users_alone}))[0]
+    lower(model, form, target, tmp_path / "model.onnx")
+    session = Session(tmp_path / "model.onnx", threads=1)
+    for rows in (1, 2, 5):
+        users = torch.arange(rows)
+        with torch.no_grad():
+            expected = torch.sigmoid(model(users)).reshape(rows).numpy()
+        scores = session.scores({"user": users.numpy()})
+        assert scores.shape == (rows,)
+        np.testing.assert_allclose(scores, expected, atol=1e-6)  # float32 sums of four products
