@@ -107,7 +107,7 @@ def terms(
         parsed = tuple(Limit.parse(text) for text in limits)
     except ValidationError as fault:
         reasons = "; ".join(
-            error["msg"]
+            error["msg"].removeprefix("Value error, ")
             + (f" (found {error['input']!r})" if error["type"] != "value_error" else "")
             for error in fault.errors()
         )

@@ -182,6 +182,11 @@ def test_an_order_whose_files_are_gone_from_the_store_is_not_called_carried_out(
         pytest.param(["clicks", "--limit", "auk >= 0.7"], ["auk"], id="unknown metric"),
         pytest.param(["clicks", "--limit", "auc >= much"], ["much"], id="no number"),
         pytest.param(
+            ["clicks", "--limit", "max_score_change vs baseline <= 0.1"],
+            ["--limit: max_score_change already compares"],
+            id="two references",
+        ),
+        pytest.param(
             ["clicks", "--limit", LIMIT, "--preset", "tiny"], ["preset", "'safe'"], id="preset"
         ),
         pytest.param(
