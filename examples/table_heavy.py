@@ -47,7 +47,8 @@ class FactorizationPerceptron(nn.Module):
         self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in pairwise(widths))
         self.out = nn.Linear(widths[-1], 1)
         for table in (*self.vectors.values(), *self.linear.values()):
-            nn.init.normal_(table.weight, std=0.05)
+            for weight in table.parameters():
+                nn.init.normal_(weight, std=0.05)
 
     def forward(self, **ids: Tensor) -> Tensor:
         """Logits ``(rows,)`` of one id int ``(rows,)`` a field."""
@@ -107,7 +108,7 @@ def write_draft(folder: Path, size: Size, *, name: str = "tableheavy", seed: int
         pq.write_table(pa.table(held), folder / f"{split}.parquet")
     torch.manual_seed(seed)
     config = {"rows": list(size.rows), "dim": size.dim, "hidden": list(size.hidden)}
-    network = FactorizationPerceptron(**config)
+    network = FactorizationPerceptron(list(size.rows), size.dim, list(size.hidden))
     _train(network, columns["train"], size)
     save_file(network.state_dict(), folder / "model.safetensors")
     fields = network.fields

@@ -120,8 +120,8 @@ def log_sigmoid(x: Any) -> Any:
 def squeeze_fixed(x: Any) -> Any:
     """``x`` without its dimensions of size 1, except the number of rows.
 
-    torch's exporter writes a Squeeze of every dimension of size 1. A request of one row has one more
-    of them, so its score would have no dimension at all.
+    torch's exporter writes a Squeeze of every dimension of size 1. A request of one row has one
+    more of them, so its score would have no dimension at all.
     """
     axes = [axis for axis, size in enumerate(x.shape) if size == 1]
     return op.Squeeze(x, op.Constant(value_ints=axes)) if axes else op.Identity(x)
