@@ -18,12 +18,18 @@ from compressors.lower.onnx_pieces import BFLOAT16, FLOAT, FLOAT16, as_matrix, c
 
 
 def static_int8_linear(x: Any, codes: Any, weight_scale: Any, input_scale: Any, bias: Any) -> Any:
-    """Q/DQ around a Gemm with a float bias: an int32 DequantizeLinear is refused here."""
+    """Q/DQ around a Gemm with a float bias: an int32 DequantizeLinear is refused here.
+
+    The bias has the values of int32 steps, as in the module. With a very wide input range a step is
+    larger than the bias, and a bias that is not rounded would give other scores.
+    """
     flat, restore = as_matrix(x, int(codes.shape[1]), int(codes.shape[0]))
     zero = constant(onnx.TensorProto.INT8, 0)
     inputs = op.DequantizeLinear(op.QuantizeLinear(flat, input_scale, zero), input_scale)
     weight = op.DequantizeLinear(codes, weight_scale, axis=0)
-    return restore(op.Gemm(inputs, weight, bias, transB=1))
+    step = op.Mul(weight_scale, input_scale)
+    rounded = op.Mul(op.Round(op.Div(bias, step)), step)
+    return restore(op.Gemm(inputs, weight, rounded, transB=1))
 
 
 def float16_linear(x: Any, weight: Any, bias: Any) -> Any:

@@ -19,6 +19,7 @@ from compressors.contracts import (
     TargetKind,
 )
 from compressors.dense.float8_dense import Float8Dense
+from compressors.dense.static_int8 import packed_int8
 from compressors.errors import ModelRefused
 from compressors.lower.export import lower
 from compressors.lower.served import forms
@@ -150,3 +151,33 @@ def test_a_graph_of_a_squeezed_score_gives_one_score_for_one_row(
         scores = session.scores({"user": users.numpy()})
         assert scores.shape == (rows,)
         np.testing.assert_allclose(scores, expected, atol=1e-6)  # float32 sums of four products
+
+
+class Wide(nn.Module):
+    """Adds a number of any size to what an int8 layer reads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.out = nn.Embedding(20, 4), nn.Linear(4, 1)
+        with torch.no_grad():
+            self.table.weight[-1] = 1e6
+
+    def forward(self, user: Tensor) -> Tensor:
+        return self.out(self.table(user))
+
+
+@pytest.mark.parametrize("target", ["onnxruntime", "tensorrt", "tensorrt-rtx"])
+def test_an_int8_layer_whose_bias_is_below_one_step_scores_the_same_on_every_target(
+    target: TargetKind, tmp_path: Path
+) -> None:
+    torch.manual_seed(0)
+    model = Wide().eval()
+    model.out = packed_int8(model.out, torch.tensor(1e6))
+    assert float(model.out.bias.abs()) < 0.5 * float(model.out.weight_scale * 1e6 / 127)
+    form = forms(USERS)[0]
+    lower(model, form, target, tmp_path / "model.onnx")
+    users = torch.arange(19)
+    with torch.no_grad():
+        expected = torch.sigmoid(model(users)).squeeze(1).numpy()
+    scores = Session(tmp_path / "model.onnx", threads=1).scores({"user": users.numpy()})
+    np.testing.assert_allclose(scores, expected, atol=1e-6)  # every input and the bias are 0 steps
