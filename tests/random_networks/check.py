@@ -5,7 +5,8 @@ What may come out is parity, or a refusal of ours with a name and a sentence. An
 
 A difference over the limit is excused in one case only: where rounding explains it. The network is
 scored in torch again with the result of every layer changed by the rounding of the arithmetic that
-the target uses (2^-21 in float32, 2^-11 in float16, 2^-8 in bfloat16; signs at random). If that
+the target uses (2^-21 in float32, 2^-11 in float16, 2^-8 in bfloat16; signs at random); of weights
+with an offset the sums that cancel count as well (``_offset_products``). If that
 moves torch's own scores as far as the graph's are away (within a factor of 4), then no two correct
 programs agree on this network, and the pair is counted as ill-conditioned. Rows whose numbers
 float16 does not have, at a layer that TensorRT multiplies in float16, count as beyond float16.
@@ -26,6 +27,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from compressors.contracts import Bench, DenseInput, JaggedBag, Plan, Schema, Split, TargetKind
+from compressors.dense.weight_only import zero_code
 from compressors.errors import CompressionError, ContractBroken, ParityLost
 from compressors.formats import PackedLinear
 from compressors.lower.audit import audit
@@ -346,12 +348,26 @@ def _rounded_often(module: nn.Module, size: float, seed: int) -> nn.Module:
         if not isinstance(result, Tensor) or not result.is_floating_point():
             return result
         sign = torch.randint(0, 2, result.shape, generator=generator) * 2 - 1
-        return result * (1 + size * sign.to(result.dtype))
+        largest = result.abs()
+        if isinstance(layer, PackedLinear) and layer.settings.get("activations") == "int8":
+            largest = largest + _offset_products(layer, given[0])
+        return result + size * sign.to(result.dtype) * largest
 
     copied = private_copy(module).eval()
     for layer in copied.modules():
         layer.register_forward_hook(change)
     return copied
+
+
+def _offset_products(layer: PackedLinear, x: Tensor) -> Tensor:
+    """What ONNX Runtime adds and takes off again in a layer with unsigned weights and int8 inputs.
+
+    Its codes have an offset of half their range: products of the inputs with that offset are summed
+    in float32 and subtracted, also where a weight is 0.
+    """
+    offset = zero_code(8 if layer.storage.name == "weight_int8" else 4)
+    scale = layer.get_buffer("scale").float().amax(dim=1)  # (out,)
+    return x.abs().sum(dim=-1, keepdim=True) * offset * scale
 
 
 def _pattern(sentence: str) -> str:
