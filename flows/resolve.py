@@ -99,7 +99,9 @@ def promotion(order: Terms, finished: Finished, before: Entry | None) -> str:
         )
     now = champion_now(order)
     if now is None or now.order != finished.report.order:
-        other = "there is no champion now" if now is None else f"version {now.version} was after it"
+        other = "there is no champion now"
+        if now is not None:
+            other = f"version {now.version} was promoted after it"
         return f"Not champion: version {finished.version} was promoted, and {other}."
     if before is not None and before.order == now.order:
         return f"Version {finished.version} is champion already."

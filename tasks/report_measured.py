@@ -4,6 +4,7 @@ from collections.abc import Collection, Iterable, Iterator
 from html import escape
 
 from compressors.contracts import (
+    MEASURES,
     SCORE_CHANGE,
     Estimate,
     Judgement,
@@ -18,16 +19,6 @@ from infra.pictures import Curve, Mark, Tone
 from tasks.documents import Measurement, Report, TargetReport
 from tasks.report import timed
 from tasks.report_cells import change_of, label, score_change_of
-
-HIGHER_IS_BETTER = {
-    "auc",
-    "gauc",
-    "ndcg@10",
-    "recall@20",
-    "ndcg@20",
-    "score_correlation",
-    "top20_overlap",
-}
 
 TONES: dict[Outcome, Tone] = {
     "accepted": "held",
@@ -52,7 +43,7 @@ def limits(report: Report) -> str:
             for limit in report.limits
         ]
     for number in _unpromised(report, judged):
-        higher = number.metric in HIGHER_IS_BETTER
+        higher = MEASURES[number.metric].higher_is_better
         up = "higher" if higher else "lower"
         if number.metric in SCORE_CHANGE:
             title = label(number.metric)
@@ -107,10 +98,10 @@ def _limit_row(what: str, picture: str, said: str, outcome: str, reason: str) ->
 
 def _no_change(limit: Limit) -> Mark | None:
     if limit.metric in SCORE_CHANGE:
-        return Mark(at=1.0 if limit.metric in HIGHER_IS_BETTER else 0.0, label="no change")
+        return Mark(at=1.0 if MEASURES[limit.metric].higher_is_better else 0.0, label="no change")
     if limit.against == "absolute":
         return None
-    ratio = limit.metric == "bytes" or "_ms@" in limit.metric
+    ratio = MEASURES[limit.metric].compared == "ratio"
     return Mark(at=1.0 if ratio else 0.0, label="no change")
 
 
