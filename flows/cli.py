@@ -59,6 +59,7 @@ def _explain(fault: Exception) -> int:
     from compressors.errors import CompressionError
     from flows.console import printable
     from flows.order_faults import sentences
+    from infra.credentials import cleaned
     from infra.disk import OF_THE_MACHINE, as_os_error, of_input
     from infra.errors import InfraError, Refused
 
@@ -66,16 +67,17 @@ def _explain(fault: Exception) -> int:
     if error is not None and (error.filename is not None or error.errno in OF_THE_MACHINE):
         fault = of_input(error, Path(tempfile.gettempdir()))
     if os.environ.get("RECPRESS_DEBUG"):
-        traceback.print_exception(fault)
+        lines = traceback.format_exception(fault)
+        print(printable(cleaned("".join(lines))), file=sys.stderr)  # noqa: T201
     if isinstance(fault, ValidationError):
-        print(printable("recpress: " + "\n  ".join(sentences(fault))), file=sys.stderr)  # noqa: T201
+        print(printable(cleaned("recpress: " + "\n  ".join(sentences(fault)))), file=sys.stderr)  # noqa: T201
         return 2
     if isinstance(fault, Refused | CompressionError):
-        print(printable(f"recpress: {fault}"), file=sys.stderr)  # noqa: T201
+        print(printable(cleaned(f"recpress: {fault}")), file=sys.stderr)  # noqa: T201
         return 2
     kind = "" if isinstance(fault, InfraError) else f"{type(fault).__name__}: "
     hint = "" if os.environ.get("RECPRESS_DEBUG") else " (RECPRESS_DEBUG=1 shows where.)"
-    print(printable(f"recpress: {kind}{fault}{hint}"), file=sys.stderr)  # noqa: T201
+    print(printable(cleaned(f"recpress: {kind}{fault}{hint}")), file=sys.stderr)  # noqa: T201
     return 1
 
 

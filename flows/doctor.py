@@ -13,6 +13,7 @@ from typing import Literal
 
 from compressors.contracts import Frozen
 from infra.answers import Answer, NoAnswer, Question, basic, get
+from infra.credentials import MLFLOW_PASSWORD, MLFLOW_USER, cleaned
 from infra.errors import InfraError, Refused
 from infra.settings import load_settings, shown
 from infra.tensorrt import load
@@ -115,12 +116,12 @@ def _try(what: str, look: Callable[[], str], remedy: str, *, needed: bool = True
     try:
         return Found(what=what, state="ok", found=look())
     except _Faulty as fault:
-        return Found(what=what, state="fault", found=str(fault), remedy=fault.remedy)
+        return Found(what=what, state="fault", found=cleaned(fault), remedy=fault.remedy)
     except NoAnswer as fault:
-        return Found(what=what, state="fault", found=str(fault), remedy=f"{_SILENT} {remedy}")
+        return Found(what=what, state="fault", found=cleaned(fault), remedy=f"{_SILENT} {remedy}")
     except (InfraError, Refused, ImportError, OSError) as fault:
         state: Literal["absent", "fault"] = "fault" if needed else "absent"
-        return Found(what=what, state=state, found=str(fault), remedy=remedy)
+        return Found(what=what, state=state, found=cleaned(fault), remedy=remedy)
 
 
 def _store() -> str:
@@ -171,10 +172,12 @@ def _champions() -> str:
 
 
 def _mlflow_credentials() -> dict[str, str]:
-    if token := os.environ.get("MLFLOW_TRACKING_TOKEN"):
-        return {"Authorization": f"Bearer {token}"}
-    user = os.environ.get("MLFLOW_TRACKING_USERNAME")
-    return basic(user, os.environ.get("MLFLOW_TRACKING_PASSWORD", "")) if user else {}
+    """The header that MLflow's client sends: a login counts before a token."""
+    user, password = os.environ.get(MLFLOW_USER), os.environ.get(MLFLOW_PASSWORD)
+    if user and password:
+        return basic(user, password)
+    token = os.environ.get("MLFLOW_TRACKING_TOKEN")
+    return {"Authorization": f"Bearer {token}"} if token else {}
 
 
 def _prefect() -> str:

@@ -1,6 +1,7 @@
 """Adapters: one file hides one outside thing. Knows no Prefect and nothing of the maths.
 
 settings.py        the environment
+credentials.py     passwords, tokens and keys kept out of messages, logs and addresses
 errors.py          what can go wrong here, split by whether a retry helps
 disk.py            what an error of the local disk means
 temporary.py       temporary files that name their owner; those of killed runs are collected

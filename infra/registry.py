@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from compressors.contracts import Frozen
+from infra.credentials import bare_database, first_line, move_login, pass_to_driver
 from infra.errors import Refused, RegistryUnavailable, SettingRefused
 from infra.registry_file import alone, prepare, read_order
 from infra.settings import shown, sqlite_file
@@ -85,7 +86,12 @@ class Registry:
                 f"MLFLOW_TRACKING_URI {uri.partition(':')[0]!r}... is no registry. Give "
                 "sqlite:///folder/registry.db, http(s)://server or a database URI."
             )
-        self._uri = uri
+        try:
+            self._uri = move_login(uri) if uri.startswith("http") else uri
+        except ValueError:
+            raise SettingRefused(
+                "MLFLOW_TRACKING_URI is no address. Percent-encode its password."
+            ) from None
 
     def publish(
         self, model: str, order: str, source: str, tags: dict[str, str], description: str
@@ -254,7 +260,11 @@ class Registry:
         with self._alone() as file:
             if file is not None:
                 prepare(file)
-            client = MlflowClient(tracking_uri=self._uri, registry_uri=self._uri)
+            uri = self._uri
+            if file is None and not uri.startswith("http"):
+                uri, options = bare_database(uri)
+                pass_to_driver(uri, options)
+            client = MlflowClient(tracking_uri=uri, registry_uri=uri)
             client.search_registered_models(max_results=1)  # checks the tables
         return client
 
@@ -350,7 +360,7 @@ class Registry:
             raise SettingRefused(
                 f"The registry needs {fault.name}. Run: pip install mlflow-skinny 'sqlalchemy<2.1' "
                 "alembic"
-            ) from fault
+            ) from None
         try:
             yield
         except MlflowException as fault:
@@ -360,38 +370,34 @@ class Registry:
                     f"The registry refused the credentials: {said}. Set "
                     "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or "
                     "MLFLOW_TRACKING_TOKEN."
-                ) from fault
+                ) from None
             if "local path as a model version source" in said:
                 raise Refused(
                     "An MLflow server takes no local folder as a model's source, since its "
                     "readers could not reach it. Set RECPRESS_STORE to s3://bucket/prefix."
-                ) from fault
+                ) from None
             if fault.error_code in _REFUSED:
-                raise Refused(f"The registry refused: {said}") from fault
+                raise Refused(f"The registry refused: {said}") from None
             if "out-of-date database schema" in said:
                 raise SettingRefused(
                     f"The registry was made by another MLflow version: {said}"
-                ) from fault
-            raise RegistryUnavailable(f"The registry did not answer: {said}") from fault
+                ) from None
+            raise RegistryUnavailable(f"The registry did not answer: {said}") from None
         except (NoSuchModuleError, ImportError) as fault:
             raise SettingRefused(
-                f"MLFLOW_TRACKING_URI needs a driver that is not installed: {fault}."
-            ) from fault
+                f"MLFLOW_TRACKING_URI needs a driver that is not installed: {self._said(fault)}."
+            ) from None
         except (OperationalError, OSError) as fault:
-            raise RegistryUnavailable(
-                f"The registry did not answer: {self._said(fault)}"
-            ) from fault
-        except SQLAlchemyError as fault:
+            raise RegistryUnavailable(f"The registry did not answer: {self._said(fault)}") from None
+        except (SQLAlchemyError, ValueError) as fault:
             raise SettingRefused(
                 f"The database cannot be used as a registry: {self._said(fault)}. Check "
                 "MLFLOW_TRACKING_URI, or move the file away."
-            ) from fault
+            ) from None
 
     def _said(self, message: object) -> str:
-        """The first line of a foreign message, without the password of the URI."""
-        line = str(message).strip().partition("\n")[0].replace(self._uri, shown(self._uri))
-        secret = re.search(r"://[^:@]*:(.+)@", self._uri)
-        return (line.replace(secret[1], "***") if secret else line)[:400]
+        """The first line of a foreign message, without credentials and the URI's options."""
+        return first_line(str(message).replace(self._uri, shown(self._uri)))
 
 
 def _all_pages(page_after: Callable[[str | None], Any]) -> list[Any]:

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from infra.credentials import cleaned
 from infra.errors import InfraError, SettingRefused
 
 BUCKETS = ("recpress", "mlflow")
@@ -43,7 +44,7 @@ def make_buckets(names: tuple[str, ...] = BUCKETS) -> None:
             raise SettingRefused(
                 f"The bucket {name!r} cannot be made ({said or type(fault).__name__}). Check "
                 "AWS_ENDPOINT_URL, and that AWS_ACCESS_KEY_ID may make buckets."
-            ) from fault
+            ) from None
 
 
 def make_pools(names: tuple[str, ...] = POOLS) -> None:
@@ -77,9 +78,8 @@ def _prefect(*arguments: str, needed: bool = True) -> "subprocess.CompletedProce
         check=False,
     )
     if needed and ended.returncode:
-        raise InfraError(
-            f"'prefect {' '.join(arguments)}' failed: {(ended.stdout + ended.stderr)[-2000:]}"
-        )
+        said = cleaned(ended.stdout + ended.stderr)[-2000:]
+        raise InfraError(f"'prefect {' '.join(arguments)}' failed: {said}")
     return ended
 
 

@@ -43,6 +43,10 @@ _PASSING = {
 _CREDENTIALS = {"ExpiredToken", "InvalidToken", "TokenRefreshRequired"}
 
 
+class _Conflict(StoreUnavailable):
+    """Another create of the same key is under way."""
+
+
 class Bucket:
     """Keys below one prefix of one bucket."""
 
@@ -81,17 +85,16 @@ class Bucket:
                 if _answer(fault)[0] in {"InvalidRange", "416"}:
                     return b""
                 if tried == ATTEMPTS or not _broke_off(fault):
-                    raise self._translate(fault, key) from fault
+                    raise self._translate(fault, key) from None
 
     def create(self, key: str, body: bytes) -> None:
         """Write a new key; ``AlreadyThere`` if it exists."""
         for attempt in range(ATTEMPTS):
             try:
                 self._call("put_object", key, Key=self._prefix + key, Body=body, IfNoneMatch="*")
-            except StoreUnavailable as fault:
+            except _Conflict:
                 # S3 answers so while another create of the key is under way, and asks to retry.
-                conflict = _answer(fault.__cause__)[0] == "ConditionalRequestConflict"
-                if not conflict or attempt + 1 == ATTEMPTS:
+                if attempt + 1 == ATTEMPTS:
                     raise
                 time.sleep(0.1 * 2**attempt)
             else:
@@ -151,7 +154,7 @@ class Bucket:
         try:
             return self._files.call_s3(method, Bucket=self._bucket, **request)
         except _foreign() as fault:
-            raise self._translate(fault, name) from fault
+            raise self._translate(fault, name) from None
 
     async def _ranged(self, key: str, start: int, stop: int) -> Any:
         answer = await self._files._call_s3(
@@ -170,7 +173,7 @@ class Bucket:
         """What an answer of the store, or its absence, means; the class says if retrying helps.
 
         The store's own words are left out: some servers repeat the request in them, and a
-        request carries an access key.
+        request carries an access key. For the same reason its exception is no cause of ours.
         """
         code, status = _answer(fault)
         at = f"{self.uri}/{name}"
@@ -184,7 +187,8 @@ class Bucket:
         if code == "NoSuchKey":  # a bare 404 comes from something that is no S3 server
             return ArtifactMissing(f"{at} does not exist. Run the step that writes it again.")
         if code in _PASSING or status >= 500:
-            return StoreUnavailable(
+            kind = _Conflict if code == "ConditionalRequestConflict" else StoreUnavailable
+            return kind(
                 f"The object store answered {code} for {at}. Wait a little, then run again."
             )
         if code in _CREDENTIALS or status in {401, 403} or _lacks_credentials(fault):

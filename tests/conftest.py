@@ -65,7 +65,7 @@ def _own_surroundings(
     """Never a person's own store, registry or cloud account."""
     home = tmp_path_factory.mktemp("home")
     for name in list(os.environ):
-        if name.startswith("AWS_") or name in PLACES:
+        if name.startswith(("AWS_", "MLFLOW_TRACKING_")) or name in PLACES:
             monkeypatch.delenv(name)
     monkeypatch.setenv("RECPRESS_HOME", str(home / "recpress"))
     monkeypatch.setenv("PREFECT_HOME", str(home / "prefect"))
