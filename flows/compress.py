@@ -18,6 +18,7 @@ from flows.choosing import need_taught
 from flows.order import Order
 from flows.recipe import carry_out, ranking_of, weighed
 from flows.resolve import champion_of, code_of, order_digest, promote_if_ordered, teachers_of
+from infra.credentials import clean_exceptions
 from infra.errors import InfraError, Refused
 from tasks.announce import Progress, announce
 from tasks.build import build, need_builder
@@ -25,7 +26,7 @@ from tasks.documents import Finished, report_from
 from tasks.gate import gate
 from tasks.lower import lower_model
 from tasks.measure import measure
-from tasks.policy import kept, remembered
+from tasks.policy import NO_RESULTS, kept, remembered
 from tasks.prepare import prepare
 from tasks.publish import publish, still_published
 from tasks.pull import pull
@@ -35,7 +36,8 @@ from tasks.validate import validate
 log = logging.getLogger(__name__)
 
 
-@flow(name="compress", flow_run_name="{order.model} {order.preset}", result_serializer="json")
+@flow(name="compress", flow_run_name="{order.model} {order.preset}", **NO_RESULTS)
+@clean_exceptions()
 def compress(order: Order) -> Finished | State[Any]:
     """Compress a model, judge what will be served, and register the result.
 

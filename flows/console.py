@@ -72,19 +72,15 @@ def run(order: "Terms", *, quiet: bool) -> "Finished":
     for name, value in EMBEDDED.items():
         os.environ.setdefault(name, value)
     with _shown(quiet=quiet):
-        from prefect.client.schemas.objects import State
-
         from flows.compress import compress
         from flows.order import Order
         from tasks.documents import Finished
+        from tasks.policy import local_result
 
         _start_server()
         if not isinstance(order, Order):
             order = Order.model_validate(order.model_dump())
-        outcome = compress(order, return_state=True).result()
-        while isinstance(outcome, State):
-            outcome = outcome.result()
-        return Finished.model_validate(outcome)
+        return Finished.model_validate(local_result(compress(order, return_state=True)))
 
 
 def _start_server() -> None:
