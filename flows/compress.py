@@ -15,6 +15,7 @@ from prefect.states import Completed
 from compressors.contracts import Artifact, TargetKind, Verdict, digest, limit_warnings
 from compressors.errors import CompressionError
 from flows.choosing import need_taught
+from flows.embedded_server import protect_ephemeral_server
 from flows.order import Order
 from flows.recipe import carry_out, ranking_of, weighed
 from flows.resolve import champion_of, code_of, order_digest, promote_if_ordered, teachers_of
@@ -33,6 +34,9 @@ from tasks.subject import Subject, find, need_measurable
 from tasks.validate import validate
 
 log = logging.getLogger(__name__)
+
+# Whoever calls the flow in Python, without a server, makes Prefect start one.
+protect_ephemeral_server()
 
 
 @flow(name="compress", flow_run_name="{order.model} {order.preset}", result_serializer="json")

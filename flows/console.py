@@ -8,8 +8,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from infra.lock import locked
-
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.status import Status
@@ -21,11 +19,7 @@ if TYPE_CHECKING:
     from tasks.documents import Finished
 
 EMBEDDED = {
-    # A loaded machine needs more than the default 20 s to start the embedded server.
-    "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "180",
-    "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
-    "DO_NOT_TRACK": "1",
-    # The embedded server tells of its own shutdown as errors; faults of a run reach us anyhow.
+    # Faults of a run reach the command line as exceptions, so Prefect need not log them there.
     "PREFECT_SERVER_LOGGING_LEVEL": "CRITICAL",
     "PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL": "CRITICAL",
     "PREFECT_LOGGING_EXTRA_LOGGERS": "flows,tasks,infra,compressors",
@@ -72,34 +66,29 @@ def run(order: "Terms", *, quiet: bool) -> "Finished":
     for name, value in EMBEDDED.items():
         os.environ.setdefault(name, value)
     with _shown(quiet=quiet):
+        from flows.prefect_access import connect
+
+        say_stage = logging.getLogger("tasks.announce").info
+        server = connect(say_stage)  # starts while the imports below run
         from prefect.client.schemas.objects import State
 
         from flows.compress import compress
         from flows.order import Order
         from tasks.documents import Finished
 
-        _start_server()
+        if server is not None:
+            server.wait_until_ready(say_stage)
         if not isinstance(order, Order):
             order = Order.model_validate(order.model_dump())
-        outcome = compress(order, return_state=True).result()
-        while isinstance(outcome, State):
-            outcome = outcome.result()
+        try:
+            outcome = compress(order, return_state=True).result()
+            while isinstance(outcome, State):
+                outcome = outcome.result()
+        except Exception:
+            if server is not None:
+                server.require_running("during the run")
+            raise
         return Finished.model_validate(outcome)
-
-
-def _start_server() -> None:
-    """Start the embedded Prefect server, if no other is set: one process of a home at a time.
-
-    Each server migrates the database of Prefect's home when it starts, and several at once
-    fail. Prefect uses the server that is started here.
-    """
-    from prefect.server.api.server import SubprocessASGIServer
-    from prefect.settings import get_current_settings
-
-    settings = get_current_settings()
-    if settings.api.url is None and settings.server.ephemeral.enabled:
-        with locked(settings.home / "recpress-server.lock"):
-            SubprocessASGIServer().start()
 
 
 def show(finished: "Finished") -> None:

@@ -1,6 +1,7 @@
 """Adapters: one file hides one outside thing. Knows no Prefect and nothing of the maths.
 
 settings.py        the environment
+telemetry.py       usage reports of libraries, switched off
 errors.py          what can go wrong here, split by whether a retry helps
 disk.py            what an error of the local disk means
 temporary.py       temporary files that name their owner; those of killed runs are collected
@@ -37,3 +38,7 @@ services_local.py  those processes, started in order, watched and stopped (make 
 postgres.py        a Postgres cluster as its image would make it
 setup.py           what the services need once: buckets, work pools, deployments
 """
+
+from infra.telemetry import disable_telemetry
+
+disable_telemetry()

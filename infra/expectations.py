@@ -6,7 +6,6 @@ counts as passed: a validation succeeds only if every intended check was evaluat
 
 import datetime as dt
 import logging
-import os
 import threading
 import time
 from collections.abc import Iterable, Iterator
@@ -300,8 +299,6 @@ def _series(column: pa.Array) -> "pd.Series[Any]":
 @contextmanager
 def _quiet_session() -> Iterator[Any]:
     """A context that lives in memory: no files, no telemetry, no progress bars, no log lines."""
-    # Read when it is imported; older 1.x versions would report usage otherwise.
-    os.environ.setdefault("GX_ANALYTICS_ENABLED", "false")
     import great_expectations as gx
 
     # What goes wrong inside an expectation is in its result, and from there in a finding. Its

@@ -38,7 +38,6 @@ _TAG_KEY = re.compile(r"[\w\-./: ]+")
 
 # A registry that is down must say so within seconds; tasks retry on top of this.
 _ENVIRONMENT = {
-    "MLFLOW_DISABLE_TELEMETRY": "true",
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",
     "MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR": "1",
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",

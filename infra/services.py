@@ -20,6 +20,7 @@ from typing import Any, Literal
 
 from compressors.contracts import Frozen
 from infra.errors import SettingRefused
+from infra.telemetry import TELEMETRY_OFF
 
 ROOT = Path(__file__).parent.parent
 COMPOSE = ROOT / "docker-compose.yml"
@@ -137,7 +138,7 @@ def read_services(
         services.append(_service(name, entry, at[name], _Places(hosts, at[name], paths)))
     return Services(
         services=tuple(services),
-        client=_Places(hosts, {}, {}).of_all(document["x-client"]),
+        client=_Places(hosts, {}, {}).of_all({**document["x-client"], **TELEMETRY_OFF}),
         files={configs[name]: held["content"] for name, held in document["configs"].items()},
         folders=tuple(sorted(folders)),
     )

@@ -17,7 +17,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
@@ -41,6 +41,8 @@ from infra.settings import load_settings
 START_SECONDS = 180
 POLL_SECONDS = 0.25
 TAIL_CHARACTERS = 3_000
+
+_SECRET = re.compile("AUTH|KEY|PASSWORD|SECRET|TOKEN")
 
 INSTALL = {
     "postgres": "Install PostgreSQL 14 or later (Debian: apt-get install postgresql).",
@@ -185,7 +187,7 @@ def _path() -> str:
 
 def _environment(service: Service) -> dict[str, str]:
     """What is set for a service, and nothing else of ours: a container has no more either."""
-    ours = ("AWS_", "RECPRESS_", "PREFECT_", "MLFLOW_", "POSTGRES_", "PG")
+    ours = ("AWS_", "RECPRESS_", "PREFECT_", "MLFLOW_", "POSTGRES_", "PG", "S3_", "WEED_")
     kept = {name: value for name, value in os.environ.items() if not name.startswith(ours)}
     return {**kept, **service.environment, "PATH": _path()}
 
@@ -277,11 +279,8 @@ def up(*, any_ports: bool) -> None:
         signal.signal(signal.SIGINT, _interrupt)
         try:
             running.start()
-            for name, value in services.client.items():
-                if re.search(r"://", value):
-                    _say(f"  {name}={value}")
-            _say(f"Use them from another terminal:  . {shlex.quote(str(state / 'client.env'))}")
-            _say("Ctrl-C stops them.")
+            for line in instructions(services.client, state / "client.env"):
+                _say(line)
             while True:
                 running.check()
                 time.sleep(1)
@@ -291,6 +290,29 @@ def up(*, any_ports: bool) -> None:
             signal.signal(signal.SIGTERM, signal.SIG_IGN)  # once is enough: stopping goes on
             signal.signal(signal.SIGINT, signal.SIG_IGN)
             running.stop()
+
+
+def instructions(client: Mapping[str, str], file: Path) -> list[str]:
+    """How to use the services: addresses and steps, and where a secret is read, never the secret.
+
+    Args:
+        client: the variables of a client.
+        file: where they are stored, as shell commands.
+    """
+    read = f". {shlex.quote(str(file))}"
+    addresses = [
+        f"  {name}={value}"
+        for name, value in client.items()
+        if re.match(r"\w+://", value) and not _SECRET.search(name)
+    ]
+    return [
+        *addresses,
+        f"Use them from another terminal:  {read}",
+        f"Prefect's UI is at {client['PREFECT_API_URL'].removesuffix('/api')} and asks for the "
+        "authentication string, which this command prints:",
+        f'  ({read}; echo "$PREFECT_API_AUTH_STRING")',
+        "Ctrl-C stops them.",
+    ]
 
 
 def main() -> None:

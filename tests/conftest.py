@@ -10,7 +10,11 @@ import pytest
 from onnx_operators import operators_read_once
 from s3_server import S3Server, running_server
 
+from infra.telemetry import disable_telemetry
+
 PLACES = {"RECPRESS_STORE", "RECPRESS_TRITON", "MLFLOW_TRACKING_URI"}
+
+disable_telemetry()
 
 # Prefect reads this when it is imported, which is before any fixture runs.
 os.environ["PREFECT_HOME"] = tempfile.mkdtemp(prefix="prefect-")

@@ -30,6 +30,7 @@ from infra.services import (
     read_variables,
 )
 from infra.setup import BUCKETS, DEPLOYMENTS, POOLS
+from infra.telemetry import TELEMETRY_OFF
 
 TEXT = COMPOSE.read_text(encoding="utf-8")
 DOCUMENT: dict[str, Any] = yaml.safe_load(TEXT)
@@ -86,16 +87,55 @@ def test_every_published_port_is_on_loopback_and_can_be_moved() -> None:
 def test_no_secret_has_a_default_and_the_example_names_all_of_them() -> None:
     example = read_variables(ROOT / ".env.example")
     assert set(example) == set(needed_secrets(TEXT))
-    assert len(example) == 4
+    assert len(example) == 6
     assert set(example.values()) == {""}
     for name, how, _ in re.findall(r"\$\{(\w+)(:?[-?])?([^}]*)\}", TEXT):
-        if re.search("PASSWORD|SECRET", name):
+        if re.search("PASSWORD|SECRET|JWT_KEY", name):
             assert how in {"", ":?"}, name
     for name, value in [
         pair for entry in ENTRIES.values() for pair in entry.get("environment", {}).items()
     ]:
-        if re.search("PASSWORD|SECRET", name):
-            assert value.startswith("${"), name
+        if re.search("PASSWORD|SECRET|AUTH_STRING|SIGNING(_READ)?_KEY", name):
+            assert re.match(r"(recpress:)?\$\{", value), name
+
+
+def test_prefect_authenticates_and_allows_the_origins_of_its_own_ui_only(tmp_path: Path) -> None:
+    moved = read_services(SECRETS | {"PREFECT_PORT": "14200"}, tmp_path)
+    prefect = of(moved, "prefect").environment
+    secret = f"recpress:{SECRETS['PREFECT_API_PASSWORD']}"
+    assert prefect["PREFECT_SERVER_API_AUTH_STRING"] == secret
+    origins = prefect["PREFECT_SERVER_CORS_ALLOWED_ORIGINS"].split(",")
+    assert origins == ["http://127.0.0.1:14200", "http://localhost:14200"]
+    for name in ("setup", "worker"):
+        assert of(moved, name).environment["PREFECT_API_AUTH_STRING"] == secret
+    assert moved.client["PREFECT_API_AUTH_STRING"] == secret
+
+
+def test_every_python_process_and_every_client_has_usage_reports_switched_off(
+    here: Services,
+) -> None:
+    for name in ("prefect", "mlflow", "setup", "worker"):
+        assert of(here, name).environment.items() >= TELEMETRY_OFF.items(), name
+    assert ENTRIES["gpu-worker"]["environment"].items() >= TELEMETRY_OFF.items()
+    assert here.client.items() >= TELEMETRY_OFF.items()
+    assert "-master.telemetry=false" in of(here, "s3").command
+    for deployment in yaml.safe_load(DEPLOYMENTS.read_text())["deployments"]:
+        variables = deployment["work_pool"]["job_variables"]["env"]
+        assert variables.items() >= TELEMETRY_OFF.items()
+
+
+def test_the_health_port_of_a_worker_is_on_loopback_in_its_container_too() -> None:
+    for name in ("worker", "gpu-worker"):
+        assert ENTRIES[name]["environment"]["PREFECT_WORKER_WEBSERVER_HOST"] == "127.0.0.1"
+
+
+def test_the_instructions_name_where_the_secret_is_read_and_not_the_secret(
+    here: Services, tmp_path: Path
+) -> None:
+    text = "\n".join(services_local.instructions(here.client, tmp_path / "client.env"))
+    assert "http://127.0.0.1:4200 and asks for the authentication string" in text
+    assert f'(. {tmp_path}/client.env; echo "$PREFECT_API_AUTH_STRING")' in text
+    assert [value for value in SECRETS.values() if value in text] == []
 
 
 def test_every_image_has_a_tag_that_says_a_version() -> None:
