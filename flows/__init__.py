@@ -11,3 +11,7 @@ embedded_server.py  the server of one command, and its process
 demo.py             the demo's order
 doctor.py           what this installation uses, and whether it answers
 """
+
+from infra.telemetry import disable_telemetry
+
+disable_telemetry()  # before any module here imports Prefect

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import Literal
 
 from compressors.contracts import Frozen
+from flows.prefect_access import CREDENTIALS
 from infra.answers import Answer, NoAnswer, Question, basic, get
 from infra.errors import InfraError, Refused
 from infra.settings import load_settings, shown
@@ -192,7 +193,7 @@ def _prefect() -> str:
     _accepted(
         answer,
         f"Prefect at {shown(api.url)}",
-        "Set PREFECT_API_AUTH_STRING (a server of your own) or PREFECT_API_KEY (Prefect Cloud).",
+        CREDENTIALS,
         _PREFECT,
     )
     pools = answer.value()

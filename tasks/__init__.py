@@ -32,3 +32,7 @@ champion.py    the registry version and report of the ledger's champion
 registry_listing.py what the registry holds of ours
 promotion.py   promote, roll back, fetch
 """
+
+from infra.telemetry import disable_telemetry
+
+disable_telemetry()  # before any module here imports Prefect

@@ -115,6 +115,7 @@ def test_the_version_is_in_the_mlflow_server_with_its_tags_and_alias(
     assert version.tags["recpress.report"].startswith("s3://recpress/store/artifacts/")
     assert [step["kind"] for step in json.loads(version.tags["recpress.recipe"])] == [
         "rowwise_int8",
+        "fold",
         "static_int8",
     ]
     assert version.source.startswith("s3://recpress/store/artifacts/")
