@@ -151,7 +151,7 @@ def demo(
 def _carry_out(order: "Terms", *, force: bool, as_json: bool) -> int:
     """Find the finished report of this order, or run the flow; print it; return the exit code."""
     from flows import console
-    from flows.resolve import champion_now, earlier, promotion
+    from flows.resolve import champion_now, earlier, promotion, require_registry
 
     if force:
         order = order.model_copy(update={"attempt": time.time_ns()})
@@ -160,7 +160,10 @@ def _carry_out(order: "Terms", *, force: bool, as_json: bool) -> int:
     cli_order.warn(order)
     if found is None:
         with _only_process_of(order, quiet=as_json):
-            found = earlier(order) or console.run(order, quiet=as_json)
+            found = earlier(order)
+            if found is None:
+                require_registry()  # fails at once: the flow would wait for it
+                found = console.run(order, quiet=as_json)
     else:
         console.say(f"Order {found.report.order[:12]} was carried out before.", quiet=as_json)
     if as_json:

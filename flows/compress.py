@@ -4,6 +4,7 @@ Every task's result is found again by content, so a flow that was killed goes on
 and an order that was carried out before is one cache hit after another.
 """
 
+import functools
 import logging
 from collections.abc import Mapping
 from typing import Any
@@ -17,14 +18,22 @@ from compressors.errors import CompressionError
 from flows.choosing import need_taught
 from flows.order import Order
 from flows.recipe import carry_out, ranking_of, weighed
-from flows.resolve import champion_of, code_of, order_digest, promote_if_ordered, teachers_of
+from flows.resolve import (
+    champion_of,
+    code_of,
+    order_digest,
+    promote_if_ordered,
+    require_registry,
+    teachers_of,
+)
 from infra.errors import InfraError, Refused
-from tasks.announce import Progress, announce
+from tasks.announce import Progress, announce, show_log_lines
 from tasks.build import build, need_builder
 from tasks.documents import Finished, report_from
 from tasks.gate import gate
 from tasks.lower import lower_model
 from tasks.measure import measure
+from tasks.outages import wait_out
 from tasks.policy import kept, remembered
 from tasks.prepare import prepare
 from tasks.publish import publish, still_published
@@ -41,13 +50,15 @@ def compress(order: Order) -> Finished | State[Any]:
 
     A rejected or undecided candidate is a result, not a crash: the run completes with that name.
     """
-    subject = find(order.model)
+    show_log_lines()
+    subject = wait_out(lambda: find(order.model))
     need_measurable(subject, order.limits)
     for warning in limit_warnings(order.limits):
         log.warning("%s", warning)
     need_taught(order)
-    teachers = teachers_of(order, subject)
-    champion = champion_of(order, subject)
+    wait_out(require_registry)
+    teachers = wait_out(lambda: teachers_of(order, subject))
+    champion = wait_out(lambda: champion_of(order, subject))
     code = code_of(order, subject)
     targets = order.targets.wanted()
     progress = Progress(stages=8 + len(order.recipe()) + 2 * len(targets))
@@ -128,7 +139,8 @@ def compress(order: Order) -> Finished | State[Any]:
         for target in built
     }
     progress.stage("publish")
-    report = report_from(
+    write_report = functools.partial(
+        report_from,
         order=order_digest(order, subject, champion, teachers),
         subject=subject,
         compressed=candidate,
@@ -149,9 +161,10 @@ def compress(order: Order) -> Finished | State[Any]:
             f"{subject.name}@{subject.version}", tuple(held.artifact.uri for held in teachers)
         ),
     )
+    report = wait_out(write_report)
     finished: Finished = remembered(publish, still_published, report=report, code=code)
-    promote_if_ordered(order, finished)
-    announce(finished)
+    wait_out(lambda: promote_if_ordered(order, finished))
+    wait_out(lambda: announce(finished))
     progress.finish()
     if report.outcome in {"accepted", "built-unmeasured"}:
         return finished

@@ -229,19 +229,21 @@ def _shown(*, quiet: bool) -> Iterator[None]:
         yield
         return
     err = console(error=True)
-    stages = logging.getLogger("tasks.announce")
-    stages.setLevel(logging.INFO)
+    shown = [logging.getLogger(name) for name in ("tasks.announce", "tasks.outages")]
     with err.status("starting the flow") as status:
         handler = _Stages(err, status)
-        stages.addHandler(handler)
+        for logger in shown:
+            logger.setLevel(logging.INFO)
+            logger.addHandler(handler)
         try:
             yield
         finally:
-            stages.removeHandler(handler)
+            for logger in shown:
+                logger.removeHandler(handler)
 
 
 class _Stages(logging.Handler):
-    """Log lines of the flow's progress, one at a time on the terminal."""
+    """Log lines of the flow's progress and waiting, one at a time on the terminal."""
 
     def __init__(self, out: "Console", status: "Status") -> None:
         super().__init__(logging.INFO)

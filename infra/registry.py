@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from compressors.contracts import Frozen
-from infra.errors import Refused, RegistryUnavailable, SettingRefused
+from infra.errors import Refused, RegistryOutage, RegistryUnavailable, SettingRefused
 from infra.registry_file import alone, prepare, read_order
 from infra.settings import shown, sqlite_file
 
@@ -36,10 +36,10 @@ _SHA256 = re.compile(r"[0-9a-f]{64}")
 _NAME = re.compile(r"[^/:'\"`\x00-\x1f]+")
 _TAG_KEY = re.compile(r"[\w\-./: ]+")
 
-# A registry that is down must say so within seconds; tasks retry on top of this.
+# A registry that is down is reported within seconds; orders wait and try again on top of this.
 _ENVIRONMENT = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
-    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
     "MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR": "1",
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
 }
@@ -137,6 +137,11 @@ class Registry:
         """
         aliases = self._aliases(model)
         return self._search(f"name = '{model}'", aliases)
+
+    def check(self) -> None:
+        """Require that the registry answers."""
+        with self._translated():
+            _ = self._client
 
     def models(self) -> tuple[str, ...]:
         """The names of all models, sorted."""
@@ -372,20 +377,22 @@ class Registry:
                 raise SettingRefused(
                     f"The registry was made by another MLflow version: {said}"
                 ) from fault
-            raise RegistryUnavailable(f"The registry did not answer: {said}") from fault
+            raise self._unavailable(f"The registry did not answer: {said}") from fault
         except (NoSuchModuleError, ImportError) as fault:
             raise SettingRefused(
                 f"MLFLOW_TRACKING_URI needs a driver that is not installed: {fault}."
             ) from fault
         except (OperationalError, OSError) as fault:
-            raise RegistryUnavailable(
-                f"The registry did not answer: {self._said(fault)}"
-            ) from fault
+            raise self._unavailable(f"The registry did not answer: {self._said(fault)}") from fault
         except SQLAlchemyError as fault:
             raise SettingRefused(
                 f"The database cannot be used as a registry: {self._said(fault)}. Check "
                 "MLFLOW_TRACKING_URI, or move the file away."
             ) from fault
+
+    def _unavailable(self, text: str) -> RegistryUnavailable:
+        """An outage where the registry is a service; a file does not come back by waiting."""
+        return (RegistryOutage if sqlite_file(self._uri) is None else RegistryUnavailable)(text)
 
     def _said(self, message: object) -> str:
         """The first line of a foreign message, without the password of the URI."""

@@ -2,7 +2,8 @@
 
 They listen on loopback, keep their state below ``RECPRESS_HOME/services``, and get the secrets
 that are not set from a file there that only you may read. What is printed when they are
-ready says how to use them. All are stopped, by their own process ids, when this ends.
+ready says how to use them. One that ends is started again, as compose does with
+``restart: unless-stopped``. All are stopped, by their own process ids, when this ends.
 """
 
 import argparse
@@ -41,6 +42,10 @@ from infra.settings import load_settings
 START_SECONDS = 180
 POLL_SECONDS = 0.25
 TAIL_CHARACTERS = 3_000
+RESTART_SECONDS = (0.0, 2.0, 4.0, 8.0, 16.0, 32.0, 60.0)
+"""Delays before a service is started again: the first one, then for each end soon after another."""
+STEADY_SECONDS = 60.0
+"""A service that ran as long is no longer one that ends soon after its start."""
 
 INSTALL = {
     "postgres": "Install PostgreSQL 14 or later (Debian: apt-get install postgresql).",
@@ -60,6 +65,9 @@ class Running:
         self._logs = state / "logs"
         self._processes: dict[str, subprocess.Popen[bytes]] = {}
         self._ready: set[str] = set()
+        self._started: dict[str, float] = {}
+        self._restarts: dict[str, int] = {}
+        self._due: dict[str, float] = {}
 
     def start(self, seconds: float = START_SECONDS) -> None:
         """Start each as soon as those it waits for are ready, until all are.
@@ -71,7 +79,7 @@ class Running:
         while len(self._ready) < len(self._services):
             for service in self._services.values():
                 if service.name not in self._processes and self._may_start(service):
-                    self._processes[service.name] = _start(service, self._logs)
+                    self._run(service)
                 elif service.name in self._processes and service.name not in self._ready:
                     self._look(service)
             self.check()
@@ -83,11 +91,38 @@ class Running:
             time.sleep(POLL_SECONDS)
 
     def check(self) -> None:
-        """Raise ``InfraError`` if one that should run has ended."""
+        """Raise ``InfraError`` if one that should run has ended before all are ready."""
         for name, process in self._processes.items():
             code = process.poll()
             if code is not None and not (self._services[name].one_shot and code == 0):
                 raise InfraError(f"{name} ended with {code}. {self._tail(name)}")
+
+    def restart_ended(self) -> None:
+        """Start each service again that has ended, after a delay that grows with each end.
+
+        What it left behind in its process group is stopped first: a container ends as a whole.
+        """
+        now = time.monotonic()
+        for name, service in self._services.items():
+            process = self._processes[name]
+            code = process.poll()
+            if service.one_shot or code is None:
+                continue
+            if name not in self._due:
+                _signal(process, signal.SIGKILL, group=True)
+                if now - self._started[name] >= STEADY_SECONDS:
+                    self._restarts[name] = 0
+                count = self._restarts.get(name, 0)
+                delay = RESTART_SECONDS[min(count, len(RESTART_SECONDS) - 1)]
+                self._restarts[name], self._due[name] = count + 1, now + delay
+                _say(f"{name} ended with {code} and is started again in {delay:g} s")
+            if now >= self._due[name]:
+                del self._due[name]
+                self._run(service)
+
+    def _run(self, service: Service) -> None:
+        self._processes[service.name] = _start(service, self._logs)
+        self._started[service.name] = time.monotonic()
 
     def stop(self) -> None:
         """Stop all, the last one first; whatever outlives its time is killed."""
@@ -283,7 +318,7 @@ def up(*, any_ports: bool) -> None:
             _say(f"Use them from another terminal:  . {shlex.quote(str(state / 'client.env'))}")
             _say("Ctrl-C stops them.")
             while True:
-                running.check()
+                running.restart_ended()
                 time.sleep(1)
         except KeyboardInterrupt:
             _say("stopping")

@@ -17,7 +17,7 @@ from infra.errors import (
     InfraError,
     Refused,
     SettingRefused,
-    StoreUnavailable,
+    StoreOutage,
 )
 from infra.store_chunks import in_order
 from infra.store_manifest import CHUNK_BYTES
@@ -88,7 +88,7 @@ class Bucket:
         for attempt in range(ATTEMPTS):
             try:
                 self._call("put_object", key, Key=self._prefix + key, Body=body, IfNoneMatch="*")
-            except StoreUnavailable as fault:
+            except StoreOutage as fault:
                 # S3 answers so while another create of the key is under way, and asks to retry.
                 conflict = _answer(fault.__cause__)[0] == "ConditionalRequestConflict"
                 if not conflict or attempt + 1 == ATTEMPTS:
@@ -184,7 +184,7 @@ class Bucket:
         if code == "NoSuchKey":  # a bare 404 comes from something that is no S3 server
             return ArtifactMissing(f"{at} does not exist. Run the step that writes it again.")
         if code in _PASSING or status >= 500:
-            return StoreUnavailable(
+            return StoreOutage(
                 f"The object store answered {code} for {at}. Wait a little, then run again."
             )
         if code in _CREDENTIALS or status in {401, 403} or _lacks_credentials(fault):
@@ -198,7 +198,7 @@ class Bucket:
                 f"The object store cannot be used for {at} ({code or type(fault).__name__}). "
                 "Check AWS_ENDPOINT_URL, AWS_DEFAULT_REGION and the bucket's name."
             )
-        return StoreUnavailable(
+        return StoreOutage(
             f"The object store did not answer for {at} ({type(fault).__name__}). Start it or "
             "check AWS_ENDPOINT_URL, then run again."
         )

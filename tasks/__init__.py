@@ -1,6 +1,7 @@
 """One side effect each, wrapped for Prefect: load, call, store. Tasks hand each other artifacts.
 
 policy.py      what may be retried, what is cached under which key
+outages.py     services that are away: what is waited for, how long
 pull.py        verify a bundle completely
 validate.py    Great Expectations on every split
 prepare.py     parquet to tensors

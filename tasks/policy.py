@@ -13,22 +13,39 @@ from typing import Any
 from prefect import Task
 from prefect.client.schemas.objects import State, TaskRun
 from prefect.context import TaskRunContext
-from prefect.tasks import exponential_backoff
 
 from compressors.contracts import Artifact, digest
-from infra.errors import ArtifactDamaged, ArtifactMissing, InfraError
+from infra.errors import (
+    ArtifactDamaged,
+    ArtifactMissing,
+    InfraError,
+    RegistryOutage,
+    StoreOutage,
+)
 from infra.settings import load_settings
+from tasks.outages import DELAYS, TaskOutages, wait_out
 from tasks.stored import store
 
 log = logging.getLogger(__name__)
 
 
+OTHER_RETRIES = 2
+"""Retries after a fault outside that is no outage, such as a child process that was killed."""
+
+_outages = TaskOutages()
+
+
 def infra_fault(task: Task[..., Any], run: TaskRun, state: State[Any]) -> bool:  # noqa: ARG001
-    """Retry only what may pass on a second try; a bad order stays bad."""
+    """Retry only what may pass on a second try; a bad order stays bad.
+
+    A service that is away is waited for until a deadline (``outages.py``).
+    """
     try:
         state.result()
+    except (StoreOutage, RegistryOutage) as fault:
+        return _outages.may_try_again(run.id, fault)
     except InfraError:
-        return True
+        return run.run_count <= OTHER_RETRIES
     except Exception:
         return False
     return False
@@ -43,8 +60,8 @@ KEPT: dict[str, Any] = {
     "cache_key_fn": content_key,
     "persist_result": True,
     "result_serializer": "json",  # the default would pickle
-    "retries": 2,
-    "retry_delay_seconds": exponential_backoff(backoff_factor=2),
+    "retries": len(DELAYS),
+    "retry_delay_seconds": list(DELAYS),
     "retry_condition_fn": infra_fault,
 }
 """How every task of ours is declared."""
@@ -67,11 +84,11 @@ def remembered(
     stored = task.with_options(result_storage=_result_storage())
     result = stored(**arguments)
     try:
-        check(result)
+        wait_out(lambda: check(result))
     except (ArtifactMissing, ArtifactDamaged) as fault:
         log.warning("%s: %s Making it again.", task.name, fault)
         result = stored.with_options(refresh_cache=True)(**arguments)
-        check(result)
+        wait_out(lambda: check(result))
     return result
 
 
