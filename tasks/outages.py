@@ -50,9 +50,9 @@ class Outage:
                 "%s did not answer until %s (%g s); giving up", service, until, DEADLINE_SECONDS
             )
             return False
-        log.warning(
-            "%s did not answer; trying again in %g s, until %s (%s)", service, delay, until, fault
-        )
+        log.warning("%s did not answer; trying again in %g s, until %s", service, delay, until)
+        if tries == 1:
+            log.info("%s", fault)
         return True
 
 

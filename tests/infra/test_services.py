@@ -9,11 +9,14 @@ import sys
 import textwrap
 import time
 from collections.abc import Callable, Iterator
+from datetime import timedelta
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from pydantic import TypeAdapter
 
 from infra import services_local
 from infra.errors import InfraError, SettingRefused
@@ -29,7 +32,7 @@ from infra.services import (
     read_services,
     read_variables,
 )
-from infra.setup import BUCKETS, DEPLOYMENTS, POOLS
+from infra.setup import AUTOMATIONS, BUCKETS, DEPLOYMENTS, POOLS
 
 TEXT = COMPOSE.read_text(encoding="utf-8")
 DOCUMENT: dict[str, Any] = yaml.safe_load(TEXT)
@@ -137,6 +140,60 @@ def test_setup_makes_what_workers_and_deployments_name() -> None:
     assert started == set(POOLS)
     assert DOCUMENT["x-client"]["RECPRESS_STORE"].removeprefix("s3://").split("/")[0] in BUCKETS
     assert ENTRIES["mlflow"]["environment"]["MLFLOW_ARTIFACTS_DESTINATION"][5:] in BUCKETS
+
+
+def test_each_worker_has_its_device_and_a_run_inherits_it() -> None:
+    assert ENTRIES["worker"]["environment"]["RECPRESS_DEVICE"] == "cpu"
+    ours = ENTRIES["gpu-worker"]["environment"]
+    assert ours == ENTRIES["worker"]["environment"] | {"RECPRESS_DEVICE": "cuda"}
+    for item in yaml.safe_load(DEPLOYMENTS.read_text())["deployments"]:
+        variables = item["work_pool"]["job_variables"]["env"]
+        assert not any(name.startswith("RECPRESS_") for name in variables)
+
+
+def test_runs_wait_in_the_pool_so_that_they_start_in_order() -> None:
+    """A deployment's limit sends waiting runs away for random times."""
+    for item in yaml.safe_load(DEPLOYMENTS.read_text())["deployments"]:
+        assert "concurrency_limit" not in item
+    for name in ("worker", "gpu-worker"):
+        command = ENTRIES[name]["command"]
+        assert command[command.index("--limit") + 1] == "1"
+
+
+def test_the_prefect_server_keeps_what_a_restart_needs_in_its_volume(
+    here: Services, tmp_path: Path
+) -> None:
+    environment = of(here, "prefect").environment
+    assert environment["PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE"] == (
+        "prefect.server.concurrency.lease_storage.filesystem"
+    )
+    assert environment["PREFECT_HOME"] == str(tmp_path / "prefect")  # the leases are below it
+    buffer = environment["PREFECT_SERVER_EVENTS_EXPIRED_BUCKET_BUFFER"]
+    assert TypeAdapter(timedelta).validate_python(buffer) >= timedelta(days=1)
+
+
+def test_a_lost_run_is_noticed_within_3_minutes_and_started_at_most_3_times() -> None:
+    automations = {
+        item["name"]: item for item in yaml.safe_load(AUTOMATIONS.read_text())["automations"]
+    }
+    notice = automations["recpress-notice-lost-runs"]
+    again = automations["recpress-restart-lost-runs"]
+    (noticed,) = notice["actions"]
+    deployments = yaml.safe_load(DEPLOYMENTS.read_text())["deployments"]
+    for item in deployments:
+        variables = item["work_pool"]["job_variables"]["env"]
+        heartbeat = int(variables["PREFECT_FLOWS_HEARTBEAT_FREQUENCY"])
+        # Two heartbeats may be late or lost, and the server looks every few seconds.
+        assert 3 * heartbeat < notice["trigger"]["within"] <= 180 - heartbeat
+        assert {"prefect.resource.id": f"prefect.tag.{item['tags'][0]}"} == (
+            notice["trigger"]["match_related"]
+        )
+    assert noticed["state"] == "CRASHED"  # which releases the slot of the pool
+    assert "3 times" in noticed["message"]
+    match = again["trigger"]["match"]
+    assert match["prefect.run-count"] == ["1", "2"]
+    assert any(fnmatch(noticed["message"], pattern) for pattern in match["prefect.state-message"])
+    assert {item["state"] for item in again["actions"]} == {"SCHEDULED"}
 
 
 def test_the_workers_key_may_use_the_buckets_and_nothing_else(here: Services) -> None:
@@ -339,6 +396,44 @@ def test_one_that_ends_is_named_with_the_end_of_its_log(run: Any) -> None:
     held = run(a_service("short", python("print('out of luck'); exit(3)"), health=never))
     with pytest.raises(InfraError, match=r"short ended with 3(?s:.*)out of luck"):
         held.start(30)
+
+
+def test_one_that_ends_later_is_started_again_with_growing_delays(
+    run: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(services_local, "RESTART_SECONDS", (0.0, 0.2, 0.4))
+    port = free_ports([1])[1]
+    server = a_service(
+        "server",
+        python(SERVER.format(port=port)),
+        health=(sys.executable, "-c", ALIVE.format(port=port)),
+    )
+    other = a_service("other", python("import time; time.sleep(60)"))
+    held = run(server, other)
+    held.start(60)
+    untouched = held._processes["other"].pid
+    for _ in range(3):
+        killed = held._processes["server"]
+        killed.kill()
+        killed.wait()
+        end = time.monotonic() + 20
+        while held._processes["server"] is killed and time.monotonic() < end:
+            held.restart_ended()
+            time.sleep(0.02)
+        assert held._processes["server"].poll() is None
+    assert held._processes["other"].pid == untouched
+    said = capsys.readouterr().out.splitlines()
+    delays = re.findall(r"server ended with -9 and is started again in ([\d.]+) s", "\n".join(said))
+    assert [float(delay) for delay in delays] == [0.0, 0.2, 0.4]
+
+
+def test_what_ran_once_is_not_started_again(run: Any) -> None:
+    setup = a_service("setup", python("pass"), one_shot=True)
+    held = run(setup)
+    held.start(30)
+    ended = held._processes["setup"]
+    held.restart_ended()
+    assert held._processes["setup"] is ended
 
 
 def test_one_that_never_gets_healthy_is_named_at_the_limit(run: Any) -> None:

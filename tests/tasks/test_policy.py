@@ -2,6 +2,7 @@
 
 from types import SimpleNamespace
 from typing import Any, cast
+from uuid import uuid4
 
 import pytest
 from prefect import task
@@ -46,14 +47,21 @@ def kinds(of: type[Exception]) -> list[type[Exception]]:
     return [of, *(kind for sub in of.__subclasses__() for kind in kinds(sub))]
 
 
-def retried(fault: BaseException) -> bool:
+def retried(fault: BaseException, run_count: int = 1) -> bool:
     state: State[Any] = Failed(data=fault, message=str(fault))
-    return policy.infra_fault(cast("Any", None), cast("TaskRun", None), state)
+    run = TaskRun.model_construct(id=uuid4(), run_count=run_count)
+    return policy.infra_fault(cast("Any", None), run, state)
 
 
 @pytest.mark.parametrize("kind", kinds(errors.InfraError))
 def test_a_fault_outside_of_us_is_worth_a_second_try(kind: type[Exception]) -> None:
     assert retried(kind("it did not answer"))
+
+
+def test_a_killed_child_is_retried_twice_and_an_outage_more_often() -> None:
+    killed, outage = errors.ChildFailed("killed"), errors.RegistryOutage("no answer")
+    assert [retried(killed, count) for count in (1, 2, 3)] == [True, True, False]
+    assert all(retried(outage, count) for count in (1, 2, 3, 10))
 
 
 @pytest.mark.parametrize(
