@@ -178,6 +178,7 @@ def test_a_lost_run_is_noticed_within_3_minutes_and_started_at_most_3_times() ->
     }
     notice = automations["recpress-notice-lost-runs"]
     again = automations["recpress-restart-lost-runs"]
+    killed = automations["recpress-restart-killed-runs"]
     (noticed,) = notice["actions"]
     deployments = yaml.safe_load(DEPLOYMENTS.read_text())["deployments"]
     for item in deployments:
@@ -190,10 +191,36 @@ def test_a_lost_run_is_noticed_within_3_minutes_and_started_at_most_3_times() ->
         )
     assert noticed["state"] == "CRASHED"  # which releases the slot of the pool
     assert "3 times" in noticed["message"]
-    match = again["trigger"]["match"]
-    assert match["prefect.run-count"] == ["1", "2"]
-    assert any(fnmatch(noticed["message"], pattern) for pattern in match["prefect.state-message"])
-    assert {item["state"] for item in again["actions"]} == {"SCHEDULED"}
+    for item in (again, killed):
+        assert item["trigger"]["match"]["prefect.run-count"] == ["1", "2"]
+        assert {action["state"] for action in item["actions"]} == {"SCHEDULED"}
+    message = again["trigger"]["match"]["prefect.state-message"]
+    assert fnmatch(noticed["message"], message)
+
+
+@pytest.mark.parametrize(
+    ("message", "is_restarted"),
+    [
+        ("Process exited with status code: -9. Process exited due to a SIGKILL signal.", True),
+        ("Flow run infrastructure exited with non-zero status code -9.", True),
+        ("Process exited with status code: -15.", True),
+        ("Execution was aborted by Python system exit call.", True),
+        ("Process exited with status code: 1.", False),
+        ("Flow run could not be submitted to infrastructure", False),
+        ("Flow run infrastructure exited with non-zero status code 127.", False),
+    ],
+)
+def test_only_a_run_whose_process_was_killed_is_started_again(
+    message: str, is_restarted: bool
+) -> None:
+    """The messages are those of Prefect 3.8; a run that ended by itself would end so again."""
+    (killed,) = [
+        item
+        for item in yaml.safe_load(AUTOMATIONS.read_text())["automations"]
+        if item["name"] == "recpress-restart-killed-runs"
+    ]
+    patterns = killed["trigger"]["match"]["prefect.state-message"]
+    assert any(fnmatch(message, pattern) for pattern in patterns) == is_restarted
 
 
 def test_the_workers_key_may_use_the_buckets_and_nothing_else(here: Services) -> None:
