@@ -3,6 +3,7 @@
 settings.py        the environment
 errors.py          what can go wrong here, split by whether a retry helps
 disk.py            what an error of the local disk means
+memory.py          how much memory is available, what an out-of-memory error is
 temporary.py       temporary files that name their owner; those of killed runs are collected
 store.py           the object store: a folder or S3, content-addressed, verified on read
 store_manifest.py  what a stored artifact's manifest says
@@ -15,12 +16,15 @@ registry.py        MLflow's model registry, a projection of what the store holds
 registry_file.py   its SQLite file: created and migrated as a whole, or not at all
 lock.py            a lock between processes of one machine
 bundle.py          the bundle format: model.json + safetensors
+json_limits.py     limits of JSON text, checked before it is parsed
 bundle_json.py     model.json read strictly, its faults in sentences
 bundle_paths.py    which paths in model.json may be followed
 bundle_shards.py   safetensors files looked at without loading them
 architecture.py    importing a network's class, allow-listed modules only
 data.py            parquet files as tensors
-parquet.py         parquet as record batches, kinds of columns
+parquet.py         parquet as record batches, what each column must hold
+parquet_inspector.py   foreign parquet files, read first by a process that may be killed
+parquet_inspection.py  that process
 checks.py          which checks a schema asks for
 expectations.py    Great Expectations, running those checks
 html.py            what our HTML pages have in common

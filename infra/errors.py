@@ -3,6 +3,7 @@
 InfraError               something outside did not work this time; a retry may help
 ├─ StoreUnavailable      the object store did not answer, or answered with its own failure
 ├─ RegistryUnavailable   the model registry did not answer
+├─ OutOfMemory           there is not enough memory for what was to be done
 └─ ChildFailed           a child process was killed or died (its limit is named)
 Refused                  what was given cannot be used; retrying will not help
 ├─ SettingRefused        a setting is missing or unusable
@@ -28,6 +29,10 @@ class StoreUnavailable(InfraError):
 
 class RegistryUnavailable(InfraError):
     """The model registry did not answer."""
+
+
+class OutOfMemory(InfraError):
+    """There was not enough memory; with more of it, the same work succeeds."""
 
 
 class ChildFailed(InfraError):

@@ -176,7 +176,7 @@ def _told(found: Finding) -> str:
 
 
 def _facts(parquet: Path, schema: Schema) -> _Facts:
-    found = survey(parquet)
+    found = survey(parquet, schema)
     kinds = {
         name: "there more than once" if name in found.repeated else kind
         for name, kind in found.kinds.items()

@@ -12,10 +12,11 @@ or one that was restored, may number its versions differently.
 from datetime import UTC, datetime
 from typing import Literal
 
-from pydantic import Field, ValidationError
+from pydantic import Field
 
 from compressors.contracts import Frozen, digest
 from infra.errors import AlreadyThere, ArtifactDamaged, ArtifactMissing, InfraError, Refused
+from infra.json_limits import validated
 from infra.store import Store
 from infra.store_manifest import plain_path
 
@@ -162,13 +163,13 @@ class Ledger:
         key = self._key(sequence)
         at = f"{self._store.root}/{key}"
         try:
-            entry = Entry.model_validate_json(self._store.read(key))
+            entry = validated(Entry, self._store.read(key))
         except ArtifactMissing as fault:
             raise ArtifactDamaged(
                 f"The ledger of {self._model!r} has a gap: {at} is missing, later entries are "
                 "there. Restore it from a backup of the store."
             ) from fault
-        except ValidationError as fault:
+        except ValueError as fault:
             raise ArtifactDamaged(
                 f"{at} is not an entry of a ledger. Restore it from a backup of the store."
             ) from fault

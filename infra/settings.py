@@ -46,6 +46,14 @@ class RecpressSettings(BaseSettings):
         default=1, ge=1, description="Threads of one ONNX Runtime session while it is measured."
     )
 
+    memory_mb: float | None = Field(
+        default=None,
+        gt=0,
+        lt=2**40,
+        description="MiB of memory that a process may use in all. Default: what the machine, its "
+        "control group and the limits of the process leave.",
+    )
+
     @field_validator("allowed_modules", mode="before")
     @classmethod
     def _split(cls, value: object) -> object:

@@ -28,17 +28,24 @@ from infra.errors import (
     RecordRefused,
     Refused,
 )
+from infra.json_limits import validated
 from infra.settings import shown
 from infra.store_chunks import checked_chunks, hashed, in_order, regular_files, sha256
 from infra.store_folder import TEMPORARY, must_be_free
-from infra.store_manifest import CHUNK_BYTES, FileEntry, StoreManifest, plain_path, root_of
+from infra.store_manifest import (
+    CHUNK_BYTES,
+    MAX_MANIFEST_BYTES,
+    FileEntry,
+    StoreManifest,
+    plain_path,
+    root_of,
+)
 from infra.store_place import place_of
 from infra.temporary import drop_folder, folder_next_to
 
 __all__ = ["CHUNK_BYTES", "MAX_RECORD_BYTES", "FileEntry", "Store", "StoreManifest"]
 
 MAX_RECORD_BYTES = 16 * 2**20
-MAX_MANIFEST_BYTES = 512 * 2**20  # 8 MiB chunks at 67 bytes a hash: 60 TB of model
 
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
@@ -296,11 +303,13 @@ class Store:
                 "none). Run the step that makes it again."
             ) from fault
         try:
-            manifest = StoreManifest.model_validate_json(body)
+            manifest = validated(StoreManifest, body, MAX_MANIFEST_BYTES)
         except ValidationError as fault:
             first = fault.errors()[0]
             where = ".".join(str(part) for part in first["loc"])
             raise _damaged(uri, f"its manifest cannot be used ({where}: {first['msg']})") from fault
+        except ValueError as fault:
+            raise _damaged(uri, f"its manifest cannot be used: {fault}") from fault
         if not name == manifest.root == root_of(manifest.files, manifest.chunk_bytes):
             raise _damaged(uri, "its manifest was changed: the root over it is another")
         return manifest
