@@ -37,7 +37,8 @@ from compressors.measures import quality_metrics as quality_metrics
 _NO_MEMORY = re.compile(
     r"can't allocate memory|cannot allocate memory|not enough memory|out of memory|bad_alloc"
     r"|bad allocation|failed to allocate|unable to allocate|unable to mmap|cannot map"
-    r"|malloc of size|can't start new thread",
+    r"|malloc of size|can't start new thread"
+    r"|failed to map segment from shared object(?!: operation not permitted)",
     re.IGNORECASE,
 )
 _NATIVE = (RuntimeError, OSError, ImportError, SystemError)

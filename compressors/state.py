@@ -25,7 +25,7 @@ from compressors.construction import (
     outside_cpu,
     unfilled,
 )
-from compressors.contracts import ModuleRecord, Network
+from compressors.contracts import ModuleRecord, Network, is_out_of_memory
 from compressors.errors import ModelRefused
 from compressors.factored import FACTORED, FactoredLinear
 from compressors.formats import Bag, FoldedNorm, PackedLinear, PackedTable
@@ -178,6 +178,8 @@ def module_of(name: str, record: ModuleRecord) -> nn.Module:
         made = ComposedTable if record.format in COMPOSITIONS else PackedTable
         table: nn.Module = made(storage, rows, dim, settings)
     except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as fault:
+        if is_out_of_memory(fault):
+            raise
         raise ModelRefused(
             f"The record of {name!r} in model.json is incomplete: {fault!r}."
         ) from fault

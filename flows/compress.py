@@ -15,10 +15,13 @@ from prefect.states import Completed
 from compressors.contracts import Artifact, TargetKind, Verdict, digest, limit_warnings
 from compressors.errors import CompressionError
 from flows.choosing import need_taught
+from flows.memory import require_order_memory, what_ran
 from flows.order import Order
 from flows.recipe import carry_out, ranking_of, weighed
 from flows.resolve import champion_of, code_of, order_digest, promote_if_ordered, teachers_of
-from infra.errors import InfraError, Refused
+from infra.errors import InfraError, OutOfMemory, Refused
+from infra.memory import memory_errors
+from tasks import log_lines
 from tasks.announce import Progress, announce
 from tasks.build import build, need_builder
 from tasks.documents import Finished, report_from
@@ -30,9 +33,11 @@ from tasks.prepare import prepare
 from tasks.publish import publish, still_published
 from tasks.pull import pull
 from tasks.subject import Subject, find, need_measurable
+from tasks.teachers import Teacher
 from tasks.validate import validate
 
 log = logging.getLogger(__name__)
+log_lines.install()
 
 
 @flow(name="compress", flow_run_name="{order.model} {order.preset}", result_serializer="json")
@@ -48,10 +53,21 @@ def compress(order: Order) -> Finished | State[Any]:
     need_taught(order)
     teachers = teachers_of(order, subject)
     champion = champion_of(order, subject)
+    estimate = require_order_memory(order, subject)
+    progress = Progress(stages=8 + len(order.recipe()) + 2 * len(order.targets.wanted()))
+    with memory_errors(what_ran(lambda: progress.current, estimate, subject)):
+        return _compress(order, subject, teachers, champion, progress)
+
+
+def _compress(
+    order: Order,
+    subject: Subject,
+    teachers: tuple[Teacher, ...],
+    champion: Artifact | None,
+    progress: Progress,
+) -> Finished | State[Any]:
     code = code_of(order, subject)
     targets = order.targets.wanted()
-    progress = Progress(stages=8 + len(order.recipe()) + 2 * len(targets))
-
     progress.stage(f"pull {subject.name} {subject.version}")
     for target, wanted in targets.items():
         if wanted == "required":
@@ -90,7 +106,7 @@ def compress(order: Order) -> Finished | State[Any]:
             progress.stage(f"build {target}")
             built[target] = _built(order, subject, target, graph, code)
         except (CompressionError, Refused, InfraError) as fault:
-            if wanted == "required":
+            if wanted == "required" or isinstance(fault, OutOfMemory):
                 raise
             log.warning("%s is optional and left out: %s", target, fault)
             skipped[target] = str(fault)

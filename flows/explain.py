@@ -5,12 +5,11 @@ they are exact; peak memory is an estimate from sizes (``tasks.memory``).
 """
 
 from compressors.contracts import Artifact, Frozen, Plan, Schema, TargetKind
-from compressors.distill.distill import Distill
-from compressors.distill.fine_tune import FineTune
 from compressors.model import Model
 from compressors.units import Unit, stored_bytes
 from flows.choosing import UNREPORTED, can_be_judged, need_budget_rows, need_taught
 from flows.dry_run import bounds, foresee
+from flows.memory import trains_tables
 from flows.order import Order
 from flows.resolve import already, teachers_of
 from flows.terms import Terms, Wanted
@@ -20,8 +19,6 @@ from tasks.documents import AS_TRAINED
 from tasks.loading import load_bundle
 from tasks.memory import Memory, peak_memory
 from tasks.subject import Subject, find, need_measurable
-
-Trains = FineTune | Distill
 
 
 class Foreseen(Frozen):
@@ -137,7 +134,7 @@ def _steps(
 
 def _trained(order: Order, model: Model) -> int:
     """Bytes of the tables that a step of the order trains."""
-    if not any(step.training.tables for step in order.recipe() if isinstance(step, Trains)):
+    if not trains_tables(order):
         return 0
     return sum(unit.bytes for unit in Unit.of(model.module) if unit.role == "table")
 

@@ -2,6 +2,7 @@
 
 settings.py        the environment
 errors.py          what can go wrong here, split by whether a retry helps
+printable.py       text from outside that cannot control a terminal, a log or a page
 disk.py            what an error of the local disk means
 memory.py          how much memory is available, what an out-of-memory error is
 temporary.py       temporary files that name their owner; those of killed runs are collected

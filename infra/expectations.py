@@ -28,11 +28,11 @@ from infra.parquet import (
     Survey,
     batches,
     flat,
-    kind_of,
     needs,
     plain_times,
     survey,
 )
+from infra.parquet_inspection import kind_of
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -7,7 +7,7 @@ only the setting and the limits of the process are known.
 """
 
 import resource
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
@@ -88,12 +88,16 @@ def as_out_of_memory(fault: BaseException, doing: str = "The work") -> OutOfMemo
 
 
 @contextmanager
-def memory_errors(doing: str) -> Iterator[None]:
-    """Raise every out-of-memory error of the block, also a library's own, as ``OutOfMemory``."""
+def memory_errors(doing: Callable[[], str]) -> Iterator[None]:
+    """Raise every out-of-memory error of the block, also a library's own, as ``OutOfMemory``.
+
+    Args:
+        doing: what ran when it happened, as a noun phrase that begins a sentence.
+    """
     try:
         yield
     except Exception as fault:
-        error = as_out_of_memory(fault, doing)
+        error = as_out_of_memory(fault, doing())
         if error is None or error is fault:
             raise
         raise error from fault

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
+from compressors.contracts import is_out_of_memory
 from infra.errors import RegistryUnavailable, SettingRefused
 from infra.lock import locked
 
@@ -181,6 +182,8 @@ def _migrate(file: Path, temporary: Path, schema: Schema) -> None:
         with closing(_connected(temporary)) as database:
             migrated = _schema(temporary, database)
     except Exception as fault:  # MLflow's migrations raise whatever their libraries raise
+        if is_out_of_memory(fault):
+            raise
         first = str(fault).partition("\n")[0]
         raise _incomplete(file, schema, f"MLflow cannot migrate it: {first}") from fault
     if not _complete(migrated):

@@ -12,6 +12,7 @@ measure.py     quality, latency and bytes of what is served
 gate.py        limits against what was measured
 publish.py     the release and its registry version
 announce.py    progress and artifacts on Prefect's pages
+log_lines.py   log lines that names from a bundle cannot forge
 
 Without Prefect, for the command line as well:
 

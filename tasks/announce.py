@@ -36,10 +36,13 @@ class Progress:
     def __init__(self, stages: int) -> None:
         self._stages = stages
         self._done = 0
+        self.current = "the start"
+        """The stage that runs now."""
         self._artifact = cast(UUID, create_progress_artifact(0.0, description="recpress"))
 
     def stage(self, name: str) -> None:
         """Log a stage that begins now, and update the bar."""
+        self.current = name
         self._stages = max(self._stages, self._done + 1)  # a recipe may be carried out again
         log.info("[%d/%d] %s", self._done + 1, self._stages, name)
         update_progress_artifact(

@@ -32,7 +32,12 @@ class Memory(Frozen):
 
 
 def peak_memory(
-    *, bytes_before: int, bytes_after: int, data_bytes: int, builds: bool, trained_bytes: int = 0
+    *,
+    bytes_before: int,
+    bytes_after: int,
+    data_bytes: int,
+    builds: bool,
+    trained_bytes: int = 0,
 ) -> Memory:
     """Estimate the peak.
 

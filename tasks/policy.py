@@ -16,7 +16,7 @@ from prefect.context import TaskRunContext
 from prefect.tasks import exponential_backoff
 
 from compressors.contracts import Artifact, digest
-from infra.errors import ArtifactDamaged, ArtifactMissing, InfraError
+from infra.errors import ArtifactDamaged, ArtifactMissing, InfraError, OutOfMemory
 from infra.settings import load_settings
 from tasks.stored import store
 
@@ -27,6 +27,8 @@ def infra_fault(task: Task[..., Any], run: TaskRun, state: State[Any]) -> bool: 
     """Retry only what may pass on a second try; a bad order stays bad."""
     try:
         state.result()
+    except OutOfMemory:
+        return False  # a moment later there is no more memory than now
     except InfraError:
         return True
     except Exception:
