@@ -6,6 +6,7 @@ those commit a half-written file when their block is left by an exception, and c
 
 import logging
 import time
+import traceback
 from collections.abc import Iterable, Iterator
 from functools import cached_property
 from pathlib import Path
@@ -35,11 +36,13 @@ _PASSING = {
     "BadDigest",
     "ConditionalRequestConflict",
     "IncompleteBody",
+    "NoSuchUpload",  # ours was ended by an answer that was lost, or its name was damaged on the way
     "OperationAborted",
     "RequestTimeout",
     "SlowDown",
     "XAmzContentSHA256Mismatch",
 }
+_PARSERS = {"botocore.parsers", "aiobotocore.parsers"}
 _CREDENTIALS = {"ExpiredToken", "InvalidToken", "TokenRefreshRequired"}
 
 
@@ -193,6 +196,10 @@ class Bucket:
                 "Set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY (or AWS_PROFILE) to a key that "
                 f"may use bucket {self._bucket!r}, and check AWS_ENDPOINT_URL and the clock."
             )
+        if _is_unreadable(fault):
+            return StoreUnavailable(
+                f"The object store's answer for {at} cannot be read. Run again."
+            )
         if 300 <= status < 500 or not _is_silence(fault):
             return SettingRefused(
                 f"The object store cannot be used for {at} ({code or type(fault).__name__}). "
@@ -219,8 +226,10 @@ def _foreign() -> tuple[type[Exception], ...]:
     """What s3fs and the libraries below it raise. Anything else is a fault of ours."""
     from aiohttp import ClientError as HttpError
     from botocore.exceptions import BotoCoreError, ClientError
+    from botocore.parsers import ResponseParserError
 
-    return (BotoCoreError, ClientError, HttpError, OSError, ValueError, TimeoutError)
+    known = (BotoCoreError, ClientError, HttpError, OSError, ValueError, TimeoutError)
+    return (*known, ResponseParserError)
 
 
 def _is_silence(fault: BaseException) -> bool:
@@ -230,6 +239,12 @@ def _is_silence(fault: BaseException) -> bool:
     from botocore.exceptions import HTTPClientError
 
     return isinstance(fault, Unconnected | HTTPClientError | HttpError | OSError)
+
+
+def _is_unreadable(fault: BaseException) -> bool:
+    """Whether an answer came and could not be parsed, as opposed to an address without meaning."""
+    frames = traceback.walk_tb(fault.__traceback__)
+    return any(frame.f_globals.get("__name__") in _PARSERS for frame, _ in frames)
 
 
 def _answer(fault: BaseException | None) -> tuple[str, int]:
