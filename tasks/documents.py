@@ -201,7 +201,7 @@ class Report(Frozen):
     limits: tuple[Limit, ...]
     plan: Plan
     outcome: Outcome
-    targets: tuple[TargetReport, ...]
+    targets: tuple[TargetReport, ...] = Field(min_length=1)
     skipped: dict[str, str] = Field(
         default_factory=dict, description="Optional targets that were left out, and why."
     )

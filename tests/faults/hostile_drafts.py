@@ -384,5 +384,18 @@ CASES: dict[str, Change] = {
 }
 """Every case by its name. A draft of the suite has 3,000 users and 600 test rows."""
 
-HARMLESS: set[str] = set()
-"""Cases that pack may accept."""
+HARMLESS = {
+    # Files that model.json does not name are neither read nor stored.
+    "pickle 0 as x.npy",
+    "pickle 4 as x.npy",
+    "pipe as another json",
+    # The same file by another spelling, and an ordinary name or folder.
+    "data 'test.parquet/'",
+    "vocabulary 'test.parquet/'",
+    "vocabulary named 'model.json'",
+    "vocabulary folder of depth 300",
+    # The draft's owner may keep these elsewhere; only a valid file of the format is taken.
+    "weights are a link",
+    "model.json is a link",
+}
+"""Cases that pack may accept: nothing of them runs, and nothing outside is stored."""

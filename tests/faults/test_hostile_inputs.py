@@ -17,7 +17,7 @@ import pytest
 from forked import Ended, Forks
 from homes import Home
 from hostile_drafts import CASES, HARMLESS, RAN, SECRET, SECRET_FILE
-from hostile_registry import MODEL, ONLY_A_TAG, cases
+from hostile_registry import MAY_WORK, MODEL, ONLY_A_TAG, cases
 
 SUITE = "hostile inputs"
 SEED = 3
@@ -35,7 +35,7 @@ def problems(ended: Ended, allowed: set[int]) -> list[str]:
     found = []
     if ended.crashed or ended.code not in allowed:
         found.append(f"ended with {ended.code} {ended.text[-600:]}")
-    elif ended.code and "recpress: " not in ended.text and "Usage: " not in ended.text:
+    elif ended.code and "recpress: " not in "".join(ended.messages):
         found.append(f"no sentence: {ended.text[-300:]}")
     if ended.seconds > SECONDS and ended.cpu_seconds > SECONDS / 2:
         found.append(f"took {ended.seconds:.0f} s")
@@ -115,9 +115,10 @@ def attack(name: str, version: str, forks: Forks, home: Home, outcomes: Outcomes
     found: list[str] = []
     for command in commands:
         ended = forks.run(command, variables=home.variables, memory=MEMORY, seconds=120.0)
-        allowed = {0, 2} if name in ONLY_A_TAG else {2}
+        may_work = name in ONLY_A_TAG or command[1] in MAY_WORK.get(name, ())
+        allowed = {0, 2} if may_work else {2}
         found += [f"{' '.join(command[:2])}: {problem}" for problem in problems(ended, allowed)]
-        if ended.code == 2 and into.exists():
+        if command[1] == "fetch" and ended.code == 2 and into.exists():
             found.append("a refused fetch left a folder")
     outcomes(SUITE, "registry entries", "wrong" if found else "as claimed")
     return [f"{name}: {problem}" for problem in found]
