@@ -26,8 +26,9 @@ LONGEST = ("flows", "graphs", "test_readme")
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Where tests run in several processes, those that share something slow stay together.
 
-    That is the tests of a file, those of all flows (one Prefect server, one finished order), and
-    those of the same exported graphs, or of the same runs of every method.
+    That is the tests of a file, those of all flows (one Prefect server, one finished order), those
+    of all faults (one server of forks), and those of the same exported graphs, or of the same runs
+    of every method.
     """
     groups = {id(item): _group(item) for item in items}
     for item in items:
@@ -38,8 +39,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 def _group(item: pytest.Item) -> str:
     name = item.path.stem
-    if item.path.parent.name == "flows":
-        return "flows"
+    if item.path.parent.name in {"flows", "faults"}:
+        return item.path.parent.name
     if name in SAME_GRAPHS:
         return "graphs"
     return "runs" if name in SAME_RUNS else name

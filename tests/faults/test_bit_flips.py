@@ -32,7 +32,7 @@ DRAWN = 2
 DRAWN_IN_RECORDS = 16
 DRAWN_IN_REGISTRY = 60
 HEADER_BYTES = 16
-SAMPLE = 8
+SAMPLE = 4
 NEVER_SAME = {"registry.db", "registry.db-journal"}
 
 Outcomes = Callable[..., None]

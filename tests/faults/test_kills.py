@@ -22,7 +22,7 @@ from homes import Home, damage, state, temporaries
 SUITE = "kills"
 SEED = 11
 SHARDS = 8
-SAMPLE = 2  # points of each command in the default tier
+SAMPLE = 1  # points of each command in the default tier
 RANDOM_TIMES = 24
 TWICE = 24
 
