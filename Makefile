@@ -8,7 +8,7 @@ BEGUN := .venv/.recpress-begun
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install demo test up-local lint types clean
+.PHONY: help install demo test faults up-local lint types clean
 
 help:     ## Show this list.
 	@sed -n 's/^\([.a-z-]*\): .*## \(.*\)/make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 14
@@ -38,6 +38,10 @@ demo: $(DONE) ## Train, compress, build, judge and register a click model on Mov
 # One thread each: the processes fill the cores already.
 test: $(DONE) ## Run the tests; ARGS are passed on to pytest.
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --maxprocesses 4 --dist loadgroup --no-loadscope-reorder $(ARGS)
+
+# Tests are spread over two processes; each has a Prefect server and an S3 server of its own.
+faults: $(DONE) ## Kill, flip, cut off, race and fuzz for about an hour; results in build/faults.json.
+	OMP_NUM_THREADS=1 RECPRESS_FAULTS_JSON=build/faults.json $(BIN)/pytest -m nightly tests/faults -n 2 --dist load $(ARGS)
 
 up-local: $(DONE) ## Run Prefect, MLflow, Postgres, an S3 store and a worker here until Ctrl-C, without Docker.
 	@$(BIN)/python -m infra.services_local $(ARGS)

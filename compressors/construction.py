@@ -21,8 +21,17 @@ from torch.nn.utils.prune import BasePruningMethod
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
+from compressors.contracts import is_out_of_memory
 from compressors.errors import ModelRefused
-from compressors.meta import ACCELERATOR, Placement, exchange, on_cpu, parameters_on_meta
+from compressors.meta import (
+    ACCELERATOR,
+    Placement,
+    Room,
+    TooLarge,
+    exchange,
+    on_cpu,
+    parameters_on_meta,
+)
 from compressors.plain_values import plain_tensors, plain_values
 
 _OWN_FOLDERS = (str(Path(torch.__file__).parent), str(Path(__file__).parent))
@@ -41,12 +50,15 @@ class ConstructionFailed(Exception):
     """A class cannot be built. The message names the cause and the remedy."""
 
 
-def construct(architecture: type[nn.Module], config: Mapping[str, Any]) -> Construction:
+def construct(
+    architecture: type[nn.Module], config: Mapping[str, Any], room: Room | None = None
+) -> Construction:
     """Build a network, with parameters on the meta device wherever its class allows that.
 
     Args:
         architecture: its class.
         config: keyword arguments; left as they are.
+        room: how much its constructor may create; without it any amount.
 
     Returns:
         The network on the CPU. Parameters have no values, unless a note says that the constructor
@@ -58,16 +70,20 @@ def construct(architecture: type[nn.Module], config: Mapping[str, Any]) -> Const
     """
     _need_arguments(architecture, config)
     try:
-        with parameters_on_meta() as placement:
+        with parameters_on_meta(copy.copy(room)) as placement:
             module = architecture(**copy.deepcopy(dict(config)))
+    except TooLarge as fault:
+        raise ConstructionFailed(_too_large(fault)) from fault
     except Exception as fault:
+        if is_out_of_memory(fault):
+            raise
         reason = f"its constructor reads weight values ({_place(fault)})"
-        return _with_values(architecture, config, reason)
+        return _with_values(architecture, config, reason, room)
     _link_views(module, placement)
     recomputed = {name for name, *_ in _computed_weights(module)}
     if lost := [name for name in _without_values(module) if name not in recomputed]:
         reason = f"its constructor computes {_listed(lost)} from weight values"
-        built = _with_values(architecture, config, reason)
+        built = _with_values(architecture, config, reason, room)
         _need_equal(architecture, built.module, construct_with_weights(architecture, config), lost)
         return built
     return Construction(module, _device_notes(module, placement))
@@ -165,10 +181,10 @@ def differing_tensors(first: nn.Module, second: nn.Module) -> list[str]:
 
 
 def _with_values(
-    architecture: type[nn.Module], config: Mapping[str, Any], reason: str
+    architecture: type[nn.Module], config: Mapping[str, Any], reason: str, room: Room | None
 ) -> Construction:
     """Build a network with real weights because ``reason``."""
-    module, placement = _real(architecture, config)
+    module, placement = _real(architecture, config, room)
     note = (
         f"{architecture.__name__} is built with all its weights in memory each time it is loaded, "
         f"because {reason}. Memory while loading is that of the weights, not of the file's pages."
@@ -176,11 +192,17 @@ def _with_values(
     return Construction(module, (note, *_device_notes(module, placement)))
 
 
-def _real(architecture: type[nn.Module], config: Mapping[str, Any]) -> tuple[nn.Module, Placement]:
+def _real(
+    architecture: type[nn.Module], config: Mapping[str, Any], room: Room | None = None
+) -> tuple[nn.Module, Placement]:
     try:
-        with on_cpu() as placement:
+        with on_cpu(copy.copy(room)) as placement:
             module = architecture(**copy.deepcopy(dict(config)))
+    except TooLarge as fault:
+        raise ConstructionFailed(_too_large(fault)) from fault
     except Exception as fault:
+        if is_out_of_memory(fault):
+            raise
         raise ConstructionFailed(_failure(architecture, fault)) from fault
     return module, placement
 
@@ -200,6 +222,13 @@ def _need_arguments(architecture: type[nn.Module], config: Mapping[str, Any]) ->
             f"{fault}. The 'config' of model.json must be the class's keyword arguments: "
             f"{', '.join(named) or 'it takes none'}."
         ) from fault
+
+
+def _too_large(fault: TooLarge) -> str:
+    return (
+        f"{fault}. Correct 'config' in model.json, or store the weights that the network was "
+        f"trained with."
+    )
 
 
 def _failure(architecture: type[nn.Module], fault: Exception) -> str:

@@ -7,6 +7,9 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+MAX_ROW_VALUES = 65_536
+"""The most values of one input in one row: its shape decides how much memory a batch takes."""
+
 OutOfRange = Literal["error", "clamp", "default_row"]
 
 
@@ -36,6 +39,7 @@ class IdInput(Frozen):
 
     @model_validator(mode="after")
     def _shape_fits(self) -> Self:
+        _check_values(self)
         wanted = () if len(self.columns) == 1 else (len(self.columns),)
         if self.shape != wanted:
             raise ValueError(
@@ -66,6 +70,7 @@ class DenseInput(Frozen):
     def _shape_fits(self) -> Self:
         if len(self.shape) != 1 or self.shape[0] < 1:
             raise ValueError(f"dense input {self.name!r} needs shape [width]")
+        _check_values(self)
         if len(self.columns) not in (1, self.shape[0]):
             raise ValueError(
                 f"dense input {self.name!r} of width {self.shape[0]} needs 1 list column or "
@@ -134,9 +139,19 @@ def _with_columns(data: Any) -> Any:
     return data
 
 
+def _check_values(item: "IdInput | DenseInput | PaddedBag | JaggedBag") -> None:
+    most = max(*item.shape, len(item.columns), 1, 1)
+    if most > MAX_ROW_VALUES:
+        raise ValueError(
+            f"input {item.name!r} has {most} values in a row, more than {MAX_ROW_VALUES}: a batch "
+            "of such rows does not fit in memory"
+        )
+
+
 def _check_bag(bag: PaddedBag | JaggedBag) -> None:
     if len(bag.shape) != 1 or bag.shape[0] < 1:
         raise ValueError(f"bag {bag.name!r} needs shape [length], at least 1")
+    _check_values(bag)
     if len(bag.columns) != 1:
         raise ValueError(f"bag {bag.name!r} reads exactly one list column")
 

@@ -8,6 +8,7 @@ import re
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -24,16 +25,57 @@ _MOVES = {Tensor.cuda, Tensor.cpu, Tensor.xpu, Tensor.pin_memory}
 ACCELERATOR = re.compile(r"(cuda|xpu|hpu|mps|npu|xla)(:\d+)?")
 
 
+class TooLarge(Exception):
+    """A constructor creates more than the stored tensors account for."""
+
+
+@dataclass
+class Room:
+    """What a constructor may create, in relation to what is stored.
+
+    Attributes:
+        tensor_bytes: of its largest tensor.
+        tensors: how many it may create.
+    """
+
+    tensor_bytes: int
+    tensors: int
+
+    def check(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Count a tensor before it is created.
+
+        Raises:
+            TooLarge: it is larger than any stored tensor allows, or it is one too many.
+        """
+        self.tensors -= 1
+        if self.tensors < 0:
+            raise TooLarge("its constructor creates far more tensors than the files hold")
+        try:
+            with torch._C.DisableTorchFunction():
+                size = func(*args, **{**kwargs, "device": "meta"}).nbytes
+        except (RuntimeError, NotImplementedError, TypeError):
+            return  # torch refuses it in its own words when it is called
+        if size > self.tensor_bytes:
+            raise TooLarge(
+                f"its constructor creates a tensor of {size} bytes, and by the stored files none "
+                f"has more than {self.tensor_bytes}"
+            )
+
+
 class Placement(TorchFunctionMode):
     """Keeps tensors on the CPU, and parameters without values on meta, while a class is built.
+
+    Args:
+        room: how much may be created; without it any amount.
 
     Attributes:
         devices: other devices that the constructor asked for, in order.
         originals: by registered parameter, the memory it had before it lost its values.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, room: Room | None = None) -> None:
         super().__init__()
+        self._room = room
         self.devices: list[str] = []
         self.originals: list[tuple[StorageWeakRef, nn.Parameter]] = []
 
@@ -61,7 +103,10 @@ class Placement(TorchFunctionMode):
             if func is Tensor.to:
                 args, kwargs = self._stay(own, args[1:], kwargs)
         # A default device that the constructor sets would be added after this.
-        if kwargs.get("device") is None and func in _device._device_constructors():
+        is_new = func in _device._device_constructors()
+        if is_new and self._room is not None:
+            self._room.check(func, args, kwargs)
+        if kwargs.get("device") is None and is_new:
             kwargs["device"] = _device.CURRENT_DEVICE
         if kwargs.get("device") is not None:
             kwargs["device"] = self._cpu(kwargs["device"], own)
@@ -111,14 +156,14 @@ class Placement(TorchFunctionMode):
 
 
 @contextmanager
-def on_cpu() -> Iterator[Placement]:
+def on_cpu(room: Room | None = None) -> Iterator[Placement]:
     """Inside, tensors of this thread are created on the CPU and stay there."""
-    with _defaults_restored(), Placement() as placement:
+    with _defaults_restored(), Placement(room) as placement:
         yield placement
 
 
 @contextmanager
-def parameters_on_meta() -> Iterator[Placement]:
+def parameters_on_meta(room: Room | None = None) -> Iterator[Placement]:
     """Inside, parameters registered by this thread are on the meta device; buffers stay real.
 
     ``torch.device("meta")`` would include buffers and plain tensor attributes, and no file stores
@@ -126,7 +171,7 @@ def parameters_on_meta() -> Iterator[Placement]:
     """
     here = threading.get_ident()
     register = nn.Module.register_parameter
-    placement = Placement()
+    placement = Placement(room)
 
     def on_meta(module: nn.Module, name: str, param: nn.Parameter | None) -> None:
         if param is not None and threading.get_ident() == here:

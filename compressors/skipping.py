@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from compressors.batches import example
-from compressors.contracts import Bench
+from compressors.contracts import Bench, is_out_of_memory
 from compressors.errors import CompressionError, ModelRefused, NothingToCompress
 from compressors.model import Model
 from compressors.step import ModelStep, TableStep, choices_of, needs, rows_of_tables, run
@@ -106,7 +106,9 @@ def unreplaceable(source: Model, bench: Bench, names: Collection[str]) -> dict[s
     inputs = example(bench.signature, rows_of_tables(source.module, bench.signature), PROBE_ROWS)
     try:
         expected = _scores(source.module, inputs)
-    except Exception:
+    except Exception as fault:
+        if is_out_of_memory(fault):
+            raise
         return {}  # the network itself fails: run says whose fault that is
     if not names or _why_not(source, names, inputs, expected) is None:
         return {}
@@ -139,6 +141,8 @@ def _why_not(
     try:
         scores = _scores(module, inputs)
     except Exception as fault:  # whatever the network's code raises
+        if is_out_of_memory(fault):
+            raise
         said = (str(fault).strip().splitlines() or [repr(fault)])[0].rstrip(".")
         said = said.replace("'_WithoutWeights' object", "a compressed module")
         return f"forward code reads it instead of calling it ({type(fault).__name__}: {said})"

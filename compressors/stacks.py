@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from compressors.construction import construct
-from compressors.contracts import Schema
+from compressors.contracts import Schema, is_out_of_memory
 from compressors.dense.narrowing import gap_of, made_up_scores, rebuilt, rounded_scores
 from compressors.model import Model
 from compressors.units import private_copy, table_rows
@@ -76,7 +76,9 @@ def find_stacks(model: Model) -> tuple[Stack, ...]:
         shorter = Stack(path, members, listed, {})
         try:
             after = _lengths(_built(model, _config(model, shorter, members - 1)))
-        except Exception:  # noqa: S112 - whatever a class raises, this number is not free
+        except Exception as fault:
+            if is_out_of_memory(fault):
+                raise
             continue
         parts = {
             name: size - after[name]
@@ -142,6 +144,8 @@ def without_member(model: Model, schema: Schema, stack: Stack, gone: int) -> tup
     try:
         built = rebuilt(model, config, lambda name: stack.moved(name, gone))
     except Exception as fault:  # whatever a class raises, it says that this member has to stay
+        if is_out_of_memory(fault):
+            raise
         first = str(fault).strip().splitlines()[-1].strip()
         raise NotAMember(f"what is left does not fit without layer {gone}: {first}") from fault
     architecture = model.network.architecture.model_copy(update={"config": config})
@@ -165,7 +169,9 @@ def _need_skipped(model: Model, shorter: Model, schema: Schema, stack: Stack, go
                     schema,
                     lambda: rounded_scores(shorter.module, schema, tables),
                 )
-        except Exception:  # noqa: S112 - a member that cannot be skipped like this
+        except Exception as fault:
+            if is_out_of_memory(fault):
+                raise
             continue
         if gap is None:
             return

@@ -7,6 +7,7 @@ and refuse to go on if anything is still on meta.
 
 import json
 import logging
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -24,10 +25,11 @@ from compressors.construction import (
     outside_cpu,
     unfilled,
 )
-from compressors.contracts import ModuleRecord, Network
+from compressors.contracts import ModuleRecord, Network, is_out_of_memory
 from compressors.errors import ModelRefused
 from compressors.factored import FACTORED, FactoredLinear
 from compressors.formats import Bag, FoldedNorm, PackedLinear, PackedTable
+from compressors.meta import Room
 from compressors.recalibration import NAME as RECALIBRATION
 from compressors.recalibration import Recalibration, attach
 from compressors.safetensors_stream import write
@@ -42,6 +44,8 @@ torch.backends.mha.set_fastpath_enabled(False)
 
 SHARD_BYTES = 2**30  # what a reader that reads whole files has to hold
 INDEX = "model.safetensors.index.json"
+LEAST_ROOM = 256 * 2**20
+LEAST_TENSORS, TENSORS_PER_STORED = 10_000, 50
 
 
 def build(architecture: type[nn.Module], network: Network) -> nn.Module:
@@ -54,27 +58,66 @@ def build(architecture: type[nn.Module], network: Network) -> nn.Module:
     return _build(architecture, network)[0]
 
 
-def construction_notes(architecture: type[nn.Module], network: Network) -> tuple[str, ...]:
+def construction_notes(
+    architecture: type[nn.Module], network: Network, folder: Path
+) -> tuple[str, ...]:
     """What a user should know about how a network is built; empty for most.
+
+    Args:
+        architecture: its class.
+        network: its configuration.
+        folder: of its stored tensors, which bound what its constructor may create.
 
     Raises:
         ModelRefused: as ``build``.
     """
-    return _construct(architecture, network).notes
+    return _construct(architecture, network, room_in(folder, network)).notes
 
 
-def _construct(architecture: type[nn.Module], network: Network) -> Construction:
+def room_in(folder: Path, network: Network) -> Room:
+    """What the constructor of a stored network may create: in proportion to what is stored.
+
+    A compressed table or layer is built once at its full size, which its record states. Masks and
+    position ids that no file stores have ``LEAST_ROOM``.
+    """
+    stored, tensors = 0, 0
+    for path in folder.glob("*.safetensors"):
+        stored += path.stat().st_size
+        with safe_open(path, framework="pt") as file:
+            tensors += len(file.keys())
+    return Room(
+        tensor_bytes=max(LEAST_ROOM, 2 * stored, largest_replaced(network)),
+        tensors=LEAST_TENSORS + TENSORS_PER_STORED * (tensors + len(network.modules)),
+    )
+
+
+def largest_replaced(network: Network) -> int:
+    """Bytes of the largest weight that a compressed module replaces; built once when it loads."""
+    return max((_full_bytes(record) for record in network.modules.values()), default=0)
+
+
+def _full_bytes(record: ModuleRecord) -> int:
+    """Bytes of the float32 weight that a compressed module replaces, by its record."""
+    names = ("in_features", "out_features") if record.kind == "linear" else ("rows", "dim")
+    sides = [record.settings.get(name) for name in names]
+    numbers = [side for side in sides if isinstance(side, int) and side > 0]
+    return 4 * math.prod(numbers) if len(numbers) == len(sides) else 0
+
+
+def _construct(
+    architecture: type[nn.Module], network: Network, room: Room | None = None
+) -> Construction:
     try:
-        return construct(architecture, network.architecture.config)
+        return construct(architecture, network.architecture.config, room)
     except ConstructionFailed as fault:
         raise ModelRefused(f"{network.architecture.path} cannot be built: {fault}") from fault
 
 
 def _build(
-    architecture: type[nn.Module], network: Network
+    architecture: type[nn.Module], network: Network, room: Room | None = None
 ) -> tuple[nn.Module, tuple[nn.Parameter, ...]]:
     """The module, and the parameters of layers that compressed ones replaced."""
-    construction = _construct(architecture, network)
+    construction = _construct(architecture, network, room)
     model = construction.module
     for note in construction.notes:
         log.info("%s", note)
@@ -135,6 +178,8 @@ def module_of(name: str, record: ModuleRecord) -> nn.Module:
         made = ComposedTable if record.format in COMPOSITIONS else PackedTable
         table: nn.Module = made(storage, rows, dim, settings)
     except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as fault:
+        if is_out_of_memory(fault):
+            raise
         raise ModelRefused(
             f"The record of {name!r} in model.json is incomplete: {fault!r}."
         ) from fault
@@ -148,7 +193,7 @@ def load(architecture: type[nn.Module], network: Network, folder: Path) -> nn.Mo
         ModelRefused: tensors are missing, left over, of the wrong shape or type, or something
             is still on the meta device.
     """
-    model, replaced = _build(architecture, network)
+    model, replaced = _build(architecture, network, room_in(folder, network))
     tensors = mapped(folder)
     own = model.state_dict(keep_vars=True)
     for name, stored in network.ties.items():

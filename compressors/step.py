@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from compressors.batches import example
 from compressors.better_format import best_format, table_bytes
 from compressors.composed import ComposedTable
-from compressors.contracts import Bench, Frozen, Network, Part, PlanLine, Schema
+from compressors.contracts import Bench, Frozen, Network, Part, PlanLine, Schema, is_out_of_memory
 from compressors.dense.input_ranges import input_range_warnings
 from compressors.errors import (
     CompressionError,
@@ -188,10 +188,14 @@ def _scores(
         with torch.no_grad():
             scores: Tensor = model(**inputs)
     except Exception as fault:
+        if is_out_of_memory(fault):
+            raise
         try:
             with torch.no_grad():
                 source.private().module(**inputs)
         except Exception as first:
+            if is_out_of_memory(first):
+                raise
             raise ModelRefused(
                 f"{source.network.architecture.path} fails on made-up inputs that its schema "
                 f"allows, such as any id below the rows of its table: {first!r}. Correct the "

@@ -5,7 +5,7 @@ from torch import Tensor, nn
 
 from compressors.batches import example
 from compressors.construction import differing_tensors
-from compressors.contracts import DenseInput, Schema
+from compressors.contracts import DenseInput, Schema, is_out_of_memory
 from compressors.errors import ModelRefused
 from compressors.lower.served import forms, input_names
 from compressors.step import rows_of_tables
@@ -45,6 +45,8 @@ def try_out(model: nn.Module, schema: Schema, path: str, again: nn.Module | None
         with torch.no_grad():
             score = model(**inputs)
     except Exception as fault:
+        if is_out_of_memory(fault):
+            raise
         raise ModelRefused(
             f"{path} fails on made-up rows that its schema allows (any id below its table's "
             f"rows): {fault!r}. Correct the inputs in model.json, or the network."
@@ -108,6 +110,8 @@ def _check_towers(
             with torch.no_grad():
                 vector = part(**{name: inputs[name] for name in input_names(form.schema)})
         except Exception as fault:
+            if is_out_of_memory(fault):
+                raise
             raise ModelRefused(
                 f"{where} fails when it is called with {read}: {fault!r}. Name the submodule that "
                 f"takes exactly the inputs listed for it in model.json."

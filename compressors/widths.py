@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from compressors.construction import construct
+from compressors.contracts import is_out_of_memory
 from compressors.factored import FactoredLinear
 from compressors.formats import FoldedNorm, PackedLinear
 from compressors.model import Model
@@ -200,6 +201,8 @@ def shapes_of(architecture: type[nn.Module], config: Mapping[str, Any]) -> Shape
     """The shapes of a network's tensors, or None where it cannot be built like that."""
     try:
         module = construct(architecture, config).module
-    except Exception:  # whatever a class raises, it says that this number is not free
+    except Exception as fault:  # whatever a class raises, it says that this number is not free
+        if is_out_of_memory(fault):
+            raise
         return None
     return {name: tensor.shape for name, tensor in module.state_dict().items()}

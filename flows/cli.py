@@ -6,23 +6,22 @@ Imports happen inside the commands, so that help answers at once. Exit codes: 0 
 
 import functools
 import json
-import os
 import sys
-import tempfile
 import time
-import traceback
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from flows import cli_order
+from flows.cli_errors import report, require_limits
 from flows.cli_promotion import promotion_app
 from flows.cli_tables import tables_app
 from flows.cli_triton import triton_app
+from flows.console import write, write_line, write_table
 
 if TYPE_CHECKING:
     from flows.terms import Terms
@@ -47,36 +46,13 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON document inst
 
 def main() -> None:
     """Run the command line; every known fault becomes one sentence and an exit code."""
+    require_limits(sys.argv[1:])
     try:
-        app(obj=datetime.now(UTC))
-    except Exception as fault:
-        sys.exit(_explain(fault))
-
-
-def _explain(fault: Exception) -> int:
-    from pydantic import ValidationError
-
-    from compressors.errors import CompressionError
-    from flows.console import printable
-    from flows.order_faults import sentences
-    from infra.disk import OF_THE_MACHINE, as_os_error, of_input
-    from infra.errors import InfraError, Refused
-
-    error = as_os_error(fault)
-    if error is not None and (error.filename is not None or error.errno in OF_THE_MACHINE):
-        fault = of_input(error, Path(tempfile.gettempdir()))
-    if os.environ.get("RECPRESS_DEBUG"):
-        traceback.print_exception(fault)
-    if isinstance(fault, ValidationError):
-        print(printable("recpress: " + "\n  ".join(sentences(fault))), file=sys.stderr)  # noqa: T201
-        return 2
-    if isinstance(fault, Refused | CompressionError):
-        print(printable(f"recpress: {fault}"), file=sys.stderr)  # noqa: T201
-        return 2
-    kind = "" if isinstance(fault, InfraError) else f"{type(fault).__name__}: "
-    hint = "" if os.environ.get("RECPRESS_DEBUG") else " (RECPRESS_DEBUG=1 shows where.)"
-    print(printable(f"recpress: {kind}{fault}{hint}"), file=sys.stderr)  # noqa: T201
-    return 1
+        # Usage errors are reported here too: typer would print the arguments as they are.
+        code = app(obj=datetime.now(UTC), standalone_mode=False)
+    except (Exception, typer.Abort) as fault:
+        code = report(fault)
+    sys.exit(code if isinstance(code, int) else 0)
 
 
 # --- compress --------------------------------------------------------------------------------
@@ -130,7 +106,7 @@ def explain(
     found = explain(terms)
     cli_order.warn(terms)
     if as_json:
-        _print(found.model_dump_json(indent=1))
+        write(found.model_dump_json(indent=1))
     else:
         explained(found)
 
@@ -151,7 +127,7 @@ def demo(
 def _carry_out(order: "Terms", *, force: bool, as_json: bool) -> int:
     """Find the finished report of this order, or run the flow; print it; return the exit code."""
     from flows import console
-    from flows.resolve import champion_now, earlier, promotion
+    from flows.resolve import champion_now, earlier, promotion, require_registry
 
     if force:
         order = order.model_copy(update={"attempt": time.time_ns()})
@@ -160,11 +136,14 @@ def _carry_out(order: "Terms", *, force: bool, as_json: bool) -> int:
     cli_order.warn(order)
     if found is None:
         with _only_process_of(order, quiet=as_json):
-            found = earlier(order) or console.run(order, quiet=as_json)
+            found = earlier(order)
+            if found is None:
+                require_registry()  # fails at once: the flow would wait for it
+                found = console.run(order, quiet=as_json)
     else:
         console.say(f"Order {found.report.order[:12]} was carried out before.", quiet=as_json)
     if as_json:
-        _print(found.model_dump_json(indent=1))
+        write(found.model_dump_json(indent=1))
     else:
         console.show(found)
     if order.promote:
@@ -218,14 +197,14 @@ def bundle_pack(
 
     packed = pack(folder)
     if as_json:
-        _print(packed.model_dump_json(indent=1))
+        write(packed.model_dump_json(indent=1))
         return
-    _print(f"{packed.name}@{packed.version}  {packed.artifact.bytes:,} bytes")
+    write_line(f"{packed.name}@{packed.version}  {packed.artifact.bytes:,} bytes")
     for split, rows in packed.rows.items():
-        _print(f"  {split}: {rows:,} rows")
+        write_line(f"  {split}: {rows:,} rows")
     for table, rows in packed.tables.items():
-        _print(f"  table {table}: {rows:,} rows")
-    _print(store().uri_of(packed.artifact))
+        write_line(f"  table {table}: {rows:,} rows")
+    write_line(store().uri_of(packed.artifact))
     _notices(packed.notes, packed.warnings)
 
 
@@ -249,9 +228,9 @@ def bundle_check(
         "warnings": checked.warnings,
     }
     if as_json:
-        _print(json.dumps(found, indent=1))
+        write(json.dumps(found, indent=1))
     else:
-        _print(
+        write_line(
             f"{manifest.name}@{manifest.version} is sound: {len(facts)} finite tensors in "
             f"{len(manifest.files)} file(s), every hash verified, every id in its table."
         )
@@ -269,20 +248,20 @@ def bundle_show(
 
     manifest = show(bundle)
     if as_json:
-        _print(manifest.model_dump_json(indent=1))
+        write(manifest.model_dump_json(indent=1))
         return
     signature = manifest.signature
-    _print(f"{manifest.name}@{manifest.version}: {signature.task}, {signature.metric}")
-    _print(f"architecture {manifest.network.architecture.path}")
+    write_line(f"{manifest.name}@{manifest.version}: {signature.task}, {signature.metric}")
+    write_line(f"architecture {manifest.network.architecture.path}")
     for item in signature.inputs:
         table = getattr(item, "table", None)
         where = f" -> table {table}" if table else ""
         shape = f" {list(item.shape)} a row" if item.shape else ""
-        _print(f"  input {item.name}: {item.kind} {item.dtype}{shape}{where}")
+        write_line(f"  input {item.name}: {item.kind} {item.dtype}{shape}{where}")
     for split, held in manifest.data.items():
-        _print(f"  {split}: {held.rows:,} rows, {store().uri_of(held.artifact)}")
+        write_line(f"  {split}: {held.rows:,} rows, {store().uri_of(held.artifact)}")
     for name, record in manifest.network.modules.items():
-        _print(f"  {name}: {record.format}")
+        write_line(f"  {name}: {record.format}")
     _notices(manifest.notes)
 
 
@@ -291,7 +270,7 @@ def bundle_schema() -> None:
     """Print the JSON schema of a draft's model.json."""
     from infra.bundle import Draft
 
-    _print(json.dumps(Draft.model_json_schema(), indent=1))
+    write(json.dumps(Draft.model_json_schema(), indent=1))
 
 
 # --- registry --------------------------------------------------------------------------------
@@ -310,12 +289,12 @@ def registry_list(
 
     found = listed(model)
     if as_json:
-        _print(json.dumps([item.model_dump(mode="json") for item in found], indent=1))
+        write(json.dumps([item.model_dump(mode="json") for item in found], indent=1))
         return
     if not found:
-        _print("Nothing is registered yet. Try: recpress demo")
+        write_line("Nothing is registered yet. Try: recpress demo")
         return
-    _table(
+    write_table(
         ["model", "version", "aliases", "outcome", "recipe", "bundle"],
         [
             [
@@ -331,7 +310,7 @@ def registry_list(
     )
     for item in found:
         if item.note:
-            _print(f"{item.model} version {item.version} is {item.note}.")
+            write_line(f"{item.model} version {item.version} is {item.note}.")
 
 
 @registry_app.command("show")
@@ -350,10 +329,10 @@ def registry_show(
     if html is not None:
         registered, page = version_page(model, version)
         _write(html, page)
-        _print(f"{model} version {registered.version}: its report is in {html}")
+        write_line(f"{model} version {registered.version}: its report is in {html}")
         return
     _, report = version_report(model, version)
-    _print(report.model_dump_json(indent=1) if as_json else markdown(report))
+    write(report.model_dump_json(indent=1) if as_json else markdown(report))
 
 
 @registry_app.command("fetch")
@@ -382,15 +361,15 @@ def registry_fetch(
         unaccepted=unaccepted,
     )
     if as_json:
-        _print(found.model_dump_json(indent=1))
+        write(found.model_dump_json(indent=1))
         return
-    _print(
+    write_line(
         f"{model} version {registered.version}, {target}: {found.verdict.outcome}. "
         f"{found.artifact.bytes:,} bytes verified in {into}:"
     )
     for path in sorted(into.rglob("*")):
         if path.is_file():
-            _print(f"  {path.relative_to(into)}  {path.stat().st_size:,}")
+            write_line(f"  {path.relative_to(into)}  {path.stat().st_size:,}")
 
 
 # --- doctor ----------------------------------------------------------------------------------
@@ -403,44 +382,24 @@ def doctor(as_json: Json = False) -> None:
 
     findings = examine()
     if as_json:
-        _print(json.dumps([item.model_dump() for item in findings], indent=1))
+        write(json.dumps([item.model_dump() for item in findings], indent=1))
     else:
-        _table(
+        write_table(
             ["what", "state", "found"],
             [[item.what, item.state, item.found] for item in findings],
         )
         for item in findings:
             if item.remedy:
-                _print(f"{item.what}: {item.remedy}")
+                write_line(f"{item.what}: {item.remedy}")
     raise typer.Exit(1 if any(item.state == "fault" for item in findings) else 0)
-
-
-def _table(columns: list[str], rows: list[list[str]]) -> None:
-    from rich.markup import escape
-    from rich.table import Table
-
-    from flows.console import console, printable
-
-    table = Table()
-    for column in columns:
-        table.add_column(column, overflow="fold")
-    for row in rows:
-        table.add_row(*(escape(printable(cell)) for cell in row))
-    console().print(table)
 
 
 def _notices(notes: tuple[str, ...], warnings: tuple[str, ...] = ()) -> None:
     """Print what a user should know about a bundle, after what was asked for."""
     for note in notes:
-        _print(f"note: {note}")
+        write_line(f"note: {note}")
     for warning in warnings:
-        _print(f"warning: {warning}")
-
-
-def _print(text: Any) -> None:
-    from flows.console import printable
-
-    print(printable(str(text)))  # noqa: T201 - this is what a command line is for
+        write_line(f"warning: {warning}")
 
 
 if __name__ == "__main__":

@@ -164,13 +164,18 @@ def read_order(path: Path) -> "Terms":
     from flows.order import Order
     from flows.order_faults import sentences
     from infra.errors import Refused
+    from infra.json_limits import check_limits, read_bounded
 
     try:
-        text = path.read_text()
+        raw = read_bounded(path)
+        check_limits(raw)
+        text = raw.decode()
     except OSError as fault:
         raise Refused(f"{path} cannot be read: {fault.strerror}. Name a readable file.") from fault
     except UnicodeDecodeError as fault:
         raise Refused(f"{path} cannot be read as UTF-8 text: {fault}.") from fault
+    except ValueError as fault:
+        raise Refused(f"{path} is no usable order: {fault}.") from fault
     try:
         return Order.model_validate_json(text)
     except ValidationError as fault:

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from flows.console import write, write_line
+
 if TYPE_CHECKING:
     from infra.ledger import Entry
 
@@ -30,11 +32,11 @@ def registry_promote(
     change = apply_promotion(model, version, reason)
     entry = change.entry
     if as_json:
-        _print(entry.model_dump_json(indent=1))
+        write(entry.model_dump_json(indent=1))
     elif change.is_new:
-        _print(f"{model}: {promoted(entry)}")
+        write_line(f"{model}: {promoted(entry)}")
     else:
-        _print(f"{model}: version {entry.version} is champion already ({_decision(entry)}).")
+        write_line(f"{model}: version {entry.version} is champion already ({_decision(entry)}).")
 
 
 @promotion_app.command("rollback")
@@ -57,11 +59,11 @@ def registry_rollback(
     change = apply_rollback(model, reason, leaving=leaving, began=context.obj)
     entry = change.entry
     if as_json:
-        _print(entry.model_dump_json(indent=1))
+        write(entry.model_dump_json(indent=1))
     elif change.is_new:
-        _print(f"{model}: version {entry.version} is champion again (was {entry.previous}).")
+        write_line(f"{model}: version {entry.version} is champion again (was {entry.previous}).")
     else:
-        _print(
+        write_line(
             f"{model}: already rolled back from version {entry.previous} to version "
             f"{entry.version} ({_decision(entry)}). To go back further: recpress registry "
             f"rollback {model} --from {entry.version}"
@@ -78,17 +80,13 @@ def registry_restore(
 
     restored = restore(model)
     if as_json:
-        _print(json.dumps([item.model_dump(mode="json") for item in restored], indent=1))
+        write(json.dumps([item.model_dump(mode="json") for item in restored], indent=1))
         return
     for item in restored:
-        _print(f"{item.model} version {item.version}: {item.tags.get('recpress.outcome', '')}")
-    _print(f"{len(restored)} version(s) registered again; every other result was registered.")
+        write_line(f"{item.model} version {item.version}: {item.tags.get('recpress.outcome', '')}")
+    write_line(f"{len(restored)} version(s) registered again; every other result was registered.")
 
 
 def _decision(entry: "Entry") -> str:
     why = f": {entry.reason}" if entry.reason else ""
     return f"{entry.action} by {entry.by} at {entry.at}{why}"
-
-
-def _print(text: str) -> None:
-    print(text)  # noqa: T201 - this is what a command line is for

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from flows.console import write, write_line
+
 if TYPE_CHECKING:
     from compressors.contracts import Plan
 
@@ -73,11 +75,11 @@ def tables_quantize(
             source, into, step, block_rows=block_rows, workers=workers, progress=progress
         )
     if as_json:
-        _print(done.model_dump_json(indent=1))
+        write(done.model_dump_json(indent=1))
         return
     _show(done.plan)
     seconds = time.perf_counter() - begun
-    _print(f"{into}: {done.bytes:,} bytes in {seconds:.1f} s, sha256 {done.sha256}")
+    write_line(f"{into}: {done.bytes:,} bytes in {seconds:.1f} s, sha256 {done.sha256}")
 
 
 @tables_app.command("check")
@@ -90,10 +92,10 @@ def tables_check(
 
     artifact, tables = check(folder)
     if as_json:
-        _print(json.dumps([artifact.model_dump(mode="json"), tables.model_dump(mode="json")]))
+        write(json.dumps([artifact.model_dump(mode="json"), tables.model_dump(mode="json")]))
         return
     _show(tables.plan)
-    _print(f"{folder}: {artifact.bytes:,} bytes, every hash verified, sha256 {artifact.sha256}")
+    write_line(f"{folder}: {artifact.bytes:,} bytes, every hash verified, sha256 {artifact.sha256}")
 
 
 @tables_app.command("formats")
@@ -105,14 +107,14 @@ def tables_formats(as_json: Json = False) -> None:
         schemas = {
             short_name(kind): step.model_json_schema() for kind, step in table_steps().items()
         }
-        _print(json.dumps(schemas, indent=1))
+        write(json.dumps(schemas, indent=1))
         return
     for kind, step in table_steps().items():
-        _print(f"{short_name(kind)}: {(step.__doc__ or '').strip()}")
+        write_line(f"{short_name(kind)}: {(step.__doc__ or '').strip()}")
         for name, field in step.model_fields.items():
             if name != "kind":
-                _print(f"  {name} ({field.get_default(call_default_factory=True)})")
-                _print(f"    {field.description}")
+                write_line(f"  {name} ({field.get_default(call_default_factory=True)})")
+                write_line(f"    {field.description}")
 
 
 def _setting(text: str) -> tuple[str, object]:
@@ -130,7 +132,7 @@ def _setting(text: str) -> tuple[str, object]:
 def _show(plan: "Plan") -> None:
     for line in plan.lines:
         share = f"{100 * line.bytes_after / max(line.bytes_before, 1):.1f} %"
-        _print(
+        write_line(
             f"{line.module or 'weight'}: {line.format}, {line.bytes_before:,} -> "
             f"{line.bytes_after:,} bytes ({share}; {line.reason})"
         )
@@ -155,9 +157,3 @@ def _bar(*, quiet: bool) -> Iterator[Callable[[int, int], None] | None]:
             bar.update(task, advance=read, total=total)
 
         yield told
-
-
-def _print(text: str) -> None:
-    from flows.console import printable
-
-    print(printable(text))  # noqa: T201 - this is what a command line is for

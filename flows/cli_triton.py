@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from flows.console import write, write_line
+
 if TYPE_CHECKING:
     from tasks.triton import Laid
 
@@ -34,10 +36,10 @@ def triton_export(
 
     laid = export(model, to, unmeasured=unmeasured)
     if as_json:
-        _print(json.dumps([item.model_dump(mode="json") for item in laid], indent=1))
+        write(json.dumps([item.model_dump(mode="json") for item in laid], indent=1))
         return
     for item in laid:
-        _print(f"{item.name}: version {item.served} of {model} is served from {item.uri}")
+        write_line(f"{item.name}: version {item.served} of {model} is served from {item.uri}")
 
 
 @triton_app.command("show")
@@ -52,7 +54,7 @@ def triton_show(
 
     laid = laid_out(model, to, unmeasured=unmeasured)
     if as_json:
-        _print(json.dumps([item.model_dump(mode="json") for item in laid], indent=1))
+        write(json.dumps([item.model_dump(mode="json") for item in laid], indent=1))
     else:
         for item in laid:
             _show(item)
@@ -68,14 +70,8 @@ def _show(item: "Laid") -> None:
         "stale": f"serves version {item.served}; the champion, {item.champion}, has nothing to "
         "serve here",
     }[item.state]
-    _print(f"{item.name} {said}.")
+    write_line(f"{item.name} {said}.")
     for key, found in item.files.items():
-        _print(f"  {item.uri}/{key}: {'ok, every hash verified' if found == 'ok' else found}")
+        write_line(f"  {item.uri}/{key}: {'ok, every hash verified' if found == 'ok' else found}")
     if item.config is not None:
-        _print(f"\n{item.config}")
-
-
-def _print(text: str) -> None:
-    from flows.console import printable
-
-    print(printable(text))  # noqa: T201 - this is what a command line is for
+        write(f"\n{item.config}")

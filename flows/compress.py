@@ -4,6 +4,7 @@ Every task's result is found again by content, so a flow that was killed goes on
 and an order that was carried out before is one cache hit after another.
 """
 
+import functools
 import logging
 from collections.abc import Mapping
 from typing import Any
@@ -15,43 +16,75 @@ from prefect.states import Completed
 from compressors.contracts import Artifact, TargetKind, Verdict, digest, limit_warnings
 from compressors.errors import CompressionError
 from flows.choosing import need_taught
+from flows.embedded_server import protect_ephemeral_server
+from flows.memory import require_order_memory, what_ran
 from flows.order import Order
 from flows.recipe import carry_out, ranking_of, weighed
-from flows.resolve import champion_of, code_of, order_digest, promote_if_ordered, teachers_of
-from infra.errors import InfraError, Refused
-from tasks.announce import Progress, announce
+from flows.resolve import (
+    champion_of,
+    code_of,
+    order_digest,
+    promote_if_ordered,
+    require_registry,
+    teachers_of,
+)
+from infra.credentials import clean_exceptions
+from infra.errors import InfraError, OutOfMemory, Refused
+from infra.memory import memory_errors
+from tasks import log_lines
+from tasks.announce import Progress, announce, show_log_lines
 from tasks.build import build, need_builder
 from tasks.documents import Finished, report_from
 from tasks.gate import gate
 from tasks.lower import lower_model
 from tasks.measure import measure
-from tasks.policy import kept, remembered
+from tasks.outages import wait_out
+from tasks.policy import NO_RESULTS, kept, remembered
 from tasks.prepare import prepare
 from tasks.publish import publish, still_published
 from tasks.pull import pull
 from tasks.subject import Subject, find, need_measurable
+from tasks.teachers import Teacher
 from tasks.validate import validate
 
 log = logging.getLogger(__name__)
+log_lines.install()
+
+# A call of the flow in Python, without a configured server, makes Prefect start one.
+protect_ephemeral_server()
 
 
-@flow(name="compress", flow_run_name="{order.model} {order.preset}", result_serializer="json")
+@flow(name="compress", flow_run_name="{order.model} {order.preset}", **NO_RESULTS)
+@clean_exceptions()
 def compress(order: Order) -> Finished | State[Any]:
     """Compress a model, judge what will be served, and register the result.
 
     A rejected or undecided candidate is a result, not a crash: the run completes with that name.
     """
-    subject = find(order.model)
+    show_log_lines()
+    subject = wait_out(lambda: find(order.model))
     need_measurable(subject, order.limits)
     for warning in limit_warnings(order.limits):
         log.warning("%s", warning)
     need_taught(order)
-    teachers = teachers_of(order, subject)
-    champion = champion_of(order, subject)
+    estimate = require_order_memory(order, subject)
+    wait_out(require_registry)
+    teachers = wait_out(lambda: teachers_of(order, subject))
+    champion = wait_out(lambda: champion_of(order, subject))
+    progress = Progress(stages=8 + len(order.recipe()) + 2 * len(order.targets.wanted()))
+    with memory_errors(what_ran(lambda: progress.current, estimate, subject)):
+        return _compress(order, subject, teachers, champion, progress)
+
+
+def _compress(
+    order: Order,
+    subject: Subject,
+    teachers: tuple[Teacher, ...],
+    champion: Artifact | None,
+    progress: Progress,
+) -> Finished | State[Any]:
     code = code_of(order, subject)
     targets = order.targets.wanted()
-    progress = Progress(stages=8 + len(order.recipe()) + 2 * len(targets))
-
     progress.stage(f"pull {subject.name} {subject.version}")
     for target, wanted in targets.items():
         if wanted == "required":
@@ -90,7 +123,7 @@ def compress(order: Order) -> Finished | State[Any]:
             progress.stage(f"build {target}")
             built[target] = _built(order, subject, target, graph, code)
         except (CompressionError, Refused, InfraError) as fault:
-            if wanted == "required":
+            if wanted == "required" or isinstance(fault, OutOfMemory):
                 raise
             log.warning("%s is optional and left out: %s", target, fault)
             skipped[target] = str(fault)
@@ -128,7 +161,8 @@ def compress(order: Order) -> Finished | State[Any]:
         for target in built
     }
     progress.stage("publish")
-    report = report_from(
+    write_report = functools.partial(
+        report_from,
         order=order_digest(order, subject, champion, teachers),
         subject=subject,
         compressed=candidate,
@@ -149,9 +183,10 @@ def compress(order: Order) -> Finished | State[Any]:
             f"{subject.name}@{subject.version}", tuple(held.artifact.uri for held in teachers)
         ),
     )
+    report = wait_out(write_report)
     finished: Finished = remembered(publish, still_published, report=report, code=code)
-    promote_if_ordered(order, finished)
-    announce(finished)
+    wait_out(lambda: promote_if_ordered(order, finished))
+    wait_out(lambda: announce(finished))
     progress.finish()
     if report.outcome in {"accepted", "built-unmeasured"}:
         return finished

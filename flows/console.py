@@ -2,13 +2,12 @@
 
 import logging
 import os
-import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from infra.lock import locked
+from infra.printable import one_line, printable
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -21,50 +20,73 @@ if TYPE_CHECKING:
     from tasks.documents import Finished
 
 EMBEDDED = {
-    # A loaded machine needs more than the default 20 s to start the embedded server.
-    "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "180",
-    "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
-    "DO_NOT_TRACK": "1",
-    # The embedded server tells of its own shutdown as errors; faults of a run reach us anyhow.
+    # Faults of a run reach the command line as exceptions, so Prefect need not log them there.
     "PREFECT_SERVER_LOGGING_LEVEL": "CRITICAL",
     "PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL": "CRITICAL",
     "PREFECT_LOGGING_EXTRA_LOGGERS": "flows,tasks,infra,compressors",
     "PREFECT_LOGGING_TO_API_WHEN_MISSING_FLOW": "ignore",
 }
 WIDE = 100
-_CONTROL = re.compile(
-    "[\\x00-\\x08\\x0b-\\x1f\\x7f-\\x9f\\u061c\\u200e\\u200f\\u2028-\\u202e\\u2066-\\u2069"
-    "\\ud800-\\udfff]"
-)
 STYLE = {"accepted": "bold green", "rejected": "bold red", "undecided": "bold yellow"}
 
 
 def console(*, error: bool = False) -> "Console":
-    """A rich console; plain text where there is no terminal, and text never controls it."""
+    """A rich console that shows text as it is: plain where there is no terminal.
+
+    Nothing in a text is markup, an emoji code or a control sequence, in lines, tables and titles
+    alike. Styles are arguments (``style=``), never part of a text.
+    """
     from rich.console import Console
+    from rich.text import Text
 
     class Escaping(Console):
+        def render_str(self, text: str, **options: Any) -> Text:
+            """Every string that rich shows passes here."""
+            if options.get("markup"):
+                raise ValueError("Expected a text without markup. Pass style= instead.")
+            options |= {"markup": False, "emoji": False, "highlight": False}
+            return super().render_str(printable(text), **options)
+
         def print(self, *objects: object, **options: Any) -> None:
-            texts = (printable(item) if isinstance(item, str) else item for item in objects)
-            super().print(*texts, **options)
+            if options.get("markup"):
+                raise ValueError("Expected a text without markup. Pass style= instead.")
+            super().print(*objects, **options)
 
-    return Escaping(stderr=error, highlight=False, soft_wrap=not sys.stdout.isatty())
+    return Escaping(
+        stderr=error,
+        highlight=False,
+        markup=False,
+        emoji=False,
+        soft_wrap=not sys.stdout.isatty(),
+    )
 
 
-def printable(text: str) -> str:
-    """Text that cannot control a terminal or reorder what is shown on it.
+def write(text: str) -> None:
+    """Print a document, such as JSON or a report, to standard output."""
+    print(printable(text))  # noqa: T201 - this is what a command line is for
 
-    Names in a bundle, tags of a registry and reasons in a report may be anybody's. Control
-    characters other than line ends and tabs, and those that change the direction of writing, are
-    written as JSON escapes, so JSON stays the same JSON.
-    """
-    return _CONTROL.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
+
+def write_line(text: str) -> None:
+    """Print one line to standard output, whatever the names in it contain."""
+    print(one_line(text))  # noqa: T201
+
+
+def write_table(columns: list[str], rows: list[list[str]]) -> None:
+    """Print a table to standard output; a cell is one line."""
+    from rich.table import Table
+
+    table = Table()
+    for column in columns:
+        table.add_column(column, overflow="fold")
+    for row in rows:
+        table.add_row(*map(one_line, row))
+    console().print(table)
 
 
 def say(text: str, *, quiet: bool = False) -> None:
     """One line for a person, on standard error so that results can be piped."""
     if not quiet:
-        console(error=True).print(text)
+        console(error=True).print(one_line(text))
 
 
 def run(order: "Terms", *, quiet: bool) -> "Finished":
@@ -72,34 +94,26 @@ def run(order: "Terms", *, quiet: bool) -> "Finished":
     for name, value in EMBEDDED.items():
         os.environ.setdefault(name, value)
     with _shown(quiet=quiet):
-        from prefect.client.schemas.objects import State
+        from flows.prefect_access import connect
 
+        say_stage = logging.getLogger("tasks.announce").info
+        server = connect(say_stage)  # starts while the imports below run
         from flows.compress import compress
         from flows.order import Order
         from tasks.documents import Finished
+        from tasks.policy import local_result
 
-        _start_server()
+        if server is not None:
+            server.wait_until_ready(say_stage)
         if not isinstance(order, Order):
             order = Order.model_validate(order.model_dump())
-        outcome = compress(order, return_state=True).result()
-        while isinstance(outcome, State):
-            outcome = outcome.result()
+        try:
+            outcome = local_result(compress(order, return_state=True))
+        except Exception:
+            if server is not None:
+                server.require_running("during the run")
+            raise
         return Finished.model_validate(outcome)
-
-
-def _start_server() -> None:
-    """Start the embedded Prefect server, if no other is set: one process of a home at a time.
-
-    Each server migrates the database of Prefect's home when it starts, and several at once
-    fail. Prefect uses the server that is started here.
-    """
-    from prefect.server.api.server import SubprocessASGIServer
-    from prefect.settings import get_current_settings
-
-    settings = get_current_settings()
-    if settings.api.url is None and settings.server.ephemeral.enabled:
-        with locked(settings.home / "recpress-server.lock"):
-            SubprocessASGIServer().start()
 
 
 def show(finished: "Finished") -> None:
@@ -108,25 +122,28 @@ def show(finished: "Finished") -> None:
     from tasks.report_stages import stage_rows
 
     report, out = finished.report, console()
+
+    def line(text: str) -> None:
+        out.print(one_line(text), soft_wrap=True)
+
     bundle = f"bundle {report.name}@{report.bundle_version}"
     out.print(_table(bundle, headline(report), out.width))
     if report.stages:
         out.print(_table("What each step was worth", stage_rows(report), out.width))
     out.print(resolution(report))
-    for line in (*remarks(report), *limit_lines(report)):
-        out.print(line, markup=False, soft_wrap=True)
+    for remark in (*remarks(report), *limit_lines(report)):
+        line(remark)
     for target in report.targets:
         style = STYLE.get(target.verdict.outcome, "bold")
-        out.print(
-            f"[{style}]{target.target}: {target.verdict.outcome}[/] - ", end="", soft_wrap=True
-        )
-        out.print(target.verdict.reason, markup=False, soft_wrap=True)
+        title = f"{target.target}: {target.verdict.outcome}"
+        out.print(title, style=style, end=" - ", soft_wrap=True)
+        line(target.verdict.reason)
     for name, why in report.skipped.items():
-        out.print(f"{name}: left out (optional) - {why}", markup=False, soft_wrap=True)
+        line(f"{name}: left out (optional) - {why}")
     version = f"{report.name} version {finished.version}"
-    out.print(f"Registered: {version} in {finished.registry}", markup=False, soft_wrap=True)
-    out.print(f"Report:     {finished.page_uri()}", markup=False, soft_wrap=True)
-    out.print(f"Get it:     {finished.fetch_command()}", markup=False, soft_wrap=True)
+    line(f"Registered: {version} in {finished.registry}")
+    line(f"Report:     {finished.page_uri()}")
+    line(f"Get it:     {finished.fetch_command()}")
 
 
 def promoted(entry: "Entry") -> str:
@@ -140,8 +157,12 @@ def explained(found: "Explanation") -> None:
     from tasks.report_cells import mebibytes, plan_warnings
 
     out = console()
+
+    def line(text: str) -> None:
+        out.print(one_line(text), soft_wrap=True)
+
     rows = ", ".join(f"{split} {count:,}" for split, count in found.rows.items())
-    out.print(f"{found.model} ({found.task}; rows: {rows})", markup=False, soft_wrap=True)
+    line(f"{found.model} ({found.task}; rows: {rows})")
     if found.earlier is not None:
         out.print(
             f"Carried out before: version {found.earlier}. Nothing would run again.",
@@ -159,31 +180,30 @@ def explained(found: "Explanation") -> None:
     out.print(_table("What would run, and what would be left after it", stages, out.width))
     for item in found.steps:
         if item.idle is not None:
-            out.print(f"{item.step} is left out: {item.idle}", markup=False, soft_wrap=True)
+            line(f"{item.step} is left out: {item.idle}")
     lines = [
         {
-            "table or layer": line.module,
-            "stored as": line.format,
-            "before": f"{line.bytes_before:,}",
-            "after": f"{line.bytes_after:,}",
+            "table or layer": unit.module,
+            "stored as": unit.format,
+            "before": f"{unit.bytes_before:,}",
+            "after": f"{unit.bytes_after:,}",
         }
-        for line in found.plan.lines
+        for unit in found.plan.lines
     ]
     out.print(_table("Plan", lines, out.width))
-    for line in found.plan.lines:
-        out.print(f"{line.module}: {line.reason}", markup=False, soft_wrap=True)
+    for unit in found.plan.lines:
+        line(f"{unit.module}: {unit.reason}")
     for warning in plan_warnings(found.plan):
-        out.print(warning, markup=False, soft_wrap=True)
+        line(warning)
     for target in found.targets:
         note = "" if target.missing is None else f" - cannot be built here: {target.missing}"
-        out.print(f"target {target.target}, {target.wanted}{note}", markup=False, soft_wrap=True)
+        line(f"target {target.target}, {target.wanted}{note}")
     for limit in found.limits:
-        out.print(f"limit {limit}", markup=False, soft_wrap=True)
+        line(f"limit {limit}")
     if found.budget is not None:
         out.print(
             f"budget {found.budget:g}, measured on validation rows when it runs: cuts that would "
             f"lose more are left out, with the training that follows them",
-            markup=False,
             soft_wrap=True,
         )
     if found.bytes_between is not None and len(set(found.bytes_between)) > 1:
@@ -192,11 +212,10 @@ def explained(found: "Explanation") -> None:
             f"Bytes of weights: between {least:,} and {most:,}, as the budget and the lookups of "
             f"the training rows decide; the table shows every first choice within the budget and "
             f"no row pruned.",
-            markup=False,
             soft_wrap=True,
         )
     for teacher in found.teachers:
-        out.print(f"teacher {teacher}, beside the original", markup=False, soft_wrap=True)
+        line(f"teacher {teacher}, in addition to the original")
     memory = found.memory
     out.print(
         f"Peak memory of the flow's process: about {mebibytes(memory.peak)} MiB, reached in "
@@ -218,7 +237,7 @@ def _table(title: str, rows: list[dict[str, str]], width: int) -> "Table":
     for row in rows:
         # Intervals need a wide window; they stand in the report in any case.
         cells = (cell.partition(" [")[0] if width < WIDE else cell for cell in row.values())
-        table.add_row(*(printable(cell) for cell in cells))
+        table.add_row(*map(one_line, cells))
     return table
 
 
@@ -229,19 +248,21 @@ def _shown(*, quiet: bool) -> Iterator[None]:
         yield
         return
     err = console(error=True)
-    stages = logging.getLogger("tasks.announce")
-    stages.setLevel(logging.INFO)
+    shown = [logging.getLogger(name) for name in ("tasks.announce", "tasks.outages")]
     with err.status("starting the flow") as status:
         handler = _Stages(err, status)
-        stages.addHandler(handler)
+        for logger in shown:
+            logger.setLevel(logging.INFO)
+            logger.addHandler(handler)
         try:
             yield
         finally:
-            stages.removeHandler(handler)
+            for logger in shown:
+                logger.removeHandler(handler)
 
 
 class _Stages(logging.Handler):
-    """Log lines of the flow's progress, one at a time on the terminal."""
+    """Log lines of the flow's progress and waiting, one at a time on the terminal."""
 
     def __init__(self, out: "Console", status: "Status") -> None:
         super().__init__(logging.INFO)
@@ -249,6 +270,8 @@ class _Stages(logging.Handler):
         self._status = status
 
     def emit(self, record: logging.LogRecord) -> None:
-        line = record.getMessage()
-        self._out.print(line, markup=False)
-        self._status.update(line)
+        from rich.text import Text
+
+        line = one_line(record.getMessage())
+        self._out.print(line)
+        self._status.update(Text(line))  # a text given as str would be read as markup

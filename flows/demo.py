@@ -7,6 +7,7 @@ from pathlib import Path
 
 from compressors.contracts import Limit, digest
 from flows.console import say
+from flows.prefect_access import require_access
 from flows.terms import Targets, Terms
 from infra.errors import ArtifactMissing, InfraError, RecordRefused, Refused
 from infra.temporary import scratch_folder
@@ -28,7 +29,7 @@ def demo_order() -> Terms:
 
     Raises:
         Refused: the examples are not beside this installation.
-        InfraError: training failed.
+        InfraError: training failed, or the configured Prefect server does not answer.
     """
     root = Path(__file__).parent.parent
     sources = sorted((root / "examples").glob("*.py"))
@@ -58,6 +59,7 @@ def _is_packed(model: str) -> bool:
 
 
 def _train_and_pack(root: Path, version: str) -> None:
+    require_access()
     with scratch_folder("demo") as scratch:
         draft = scratch / "draft"
         say("Training a DCN-v2 click model on MovieLens 100K ...")

@@ -12,7 +12,9 @@ from collections.abc import Callable
 from typing import Literal
 
 from compressors.contracts import Frozen
+from flows.prefect_access import CREDENTIALS
 from infra.answers import Answer, NoAnswer, Question, basic, get
+from infra.credentials import MLFLOW_PASSWORD, MLFLOW_USER, cleaned
 from infra.errors import InfraError, Refused
 from infra.settings import load_settings, shown
 from infra.tensorrt import load
@@ -115,12 +117,12 @@ def _try(what: str, look: Callable[[], str], remedy: str, *, needed: bool = True
     try:
         return Found(what=what, state="ok", found=look())
     except _Faulty as fault:
-        return Found(what=what, state="fault", found=str(fault), remedy=fault.remedy)
+        return Found(what=what, state="fault", found=cleaned(fault), remedy=fault.remedy)
     except NoAnswer as fault:
-        return Found(what=what, state="fault", found=str(fault), remedy=f"{_SILENT} {remedy}")
+        return Found(what=what, state="fault", found=cleaned(fault), remedy=f"{_SILENT} {remedy}")
     except (InfraError, Refused, ImportError, OSError) as fault:
         state: Literal["absent", "fault"] = "fault" if needed else "absent"
-        return Found(what=what, state=state, found=str(fault), remedy=remedy)
+        return Found(what=what, state=state, found=cleaned(fault), remedy=remedy)
 
 
 def _store() -> str:
@@ -171,10 +173,12 @@ def _champions() -> str:
 
 
 def _mlflow_credentials() -> dict[str, str]:
-    if token := os.environ.get("MLFLOW_TRACKING_TOKEN"):
-        return {"Authorization": f"Bearer {token}"}
-    user = os.environ.get("MLFLOW_TRACKING_USERNAME")
-    return basic(user, os.environ.get("MLFLOW_TRACKING_PASSWORD", "")) if user else {}
+    """The header that MLflow's client sends: a login counts before a token."""
+    user, password = os.environ.get(MLFLOW_USER), os.environ.get(MLFLOW_PASSWORD)
+    if user and password:
+        return basic(user, password)
+    token = os.environ.get("MLFLOW_TRACKING_TOKEN")
+    return {"Authorization": f"Bearer {token}"} if token else {}
 
 
 def _prefect() -> str:
@@ -192,7 +196,7 @@ def _prefect() -> str:
     _accepted(
         answer,
         f"Prefect at {shown(api.url)}",
-        "Set PREFECT_API_AUTH_STRING (a server of your own) or PREFECT_API_KEY (Prefect Cloud).",
+        CREDENTIALS,
         _PREFECT,
     )
     pools = answer.value()

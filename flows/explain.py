@@ -4,11 +4,12 @@ Formats, widths and bytes are worked out by the steps themselves (``compressors.
 they are exact; peak memory is an estimate from sizes (``tasks.memory``).
 """
 
+from collections.abc import Mapping
+
 from compressors.contracts import Artifact, Frozen, Plan, Schema, TargetKind
-from compressors.distill.distill import Distill
-from compressors.distill.fine_tune import FineTune
 from compressors.model import Model
-from compressors.units import Unit, stored_bytes
+from compressors.training import trainable
+from compressors.units import stored_bytes
 from flows.choosing import UNREPORTED, can_be_judged, need_budget_rows, need_taught
 from flows.dry_run import bounds, foresee
 from flows.order import Order
@@ -20,8 +21,6 @@ from tasks.documents import AS_TRAINED
 from tasks.loading import load_bundle
 from tasks.memory import Memory, peak_memory
 from tasks.subject import Subject, find, need_measurable
-
-Trains = FineTune | Distill
 
 
 class Foreseen(Frozen):
@@ -77,7 +76,7 @@ def explain(terms: Terms) -> Explanation:
     loaded = load_bundle(subject.artifact)
     schema = loaded.manifest.signature
     heard = tuple(teacher.artifact for teacher in teachers)
-    model, steps = _steps(order, subject, schema, loaded.model, heard)
+    model, steps, trained = _steps(order, subject, schema, loaded.model, heard)
     least, most = bounds(order, subject, schema, loaded.model, heard)
     original = stored_bytes(loaded.model.module)
     plan = model.plan if model.plan is not None else Plan()
@@ -98,7 +97,7 @@ def explain(terms: Terms) -> Explanation:
             bytes_after=sum(line.bytes_after for line in plan.lines),
             data_bytes=max(held.artifact.bytes for held in loaded.manifest.data.values()),
             builds=any(kind != "onnxruntime" for kind in order.targets.wanted()),
-            trained_bytes=_trained(order, loaded.model),
+            trained_bytes=trained,
         ),
     )
 
@@ -120,8 +119,12 @@ def _steps(
     schema: Schema,
     model: Model,
     teachers: tuple[Artifact, ...],
-) -> tuple[Model, list[Foreseen]]:
-    """Dry-run the recipe as if every first option were within the budget."""
+) -> tuple[Model, list[Foreseen], int]:
+    """Dry-run the recipe as if every first option were within the budget.
+
+    Returns:
+        The result, what each step leaves, and the most bytes that one step trains.
+    """
     need_budget_rows(order, subject)
     stages, idle = foresee(order, subject, schema, model, teachers)
     results = iter(stages[1:])
@@ -132,14 +135,24 @@ def _steps(
         if idle.get(place) not in UNREPORTED:
             size = stored_bytes(model.module)
             foreseen.append(Foreseen(step=step.kind, bytes=size, idle=idle.get(place)))
-    return model, foreseen
+    return model, foreseen, _trained(order, stages, idle)
 
 
-def _trained(order: Order, model: Model) -> int:
-    """Bytes of the tables that a step of the order trains."""
-    if not any(step.training.tables for step in order.recipe() if isinstance(step, Trains)):
-        return 0
-    return sum(unit.bytes for unit in Unit.of(model.module) if unit.role == "table")
+def _trained(order: Order, stages: tuple[tuple[str, Model], ...], idle: Mapping[int, str]) -> int:
+    """The most bytes of tensors that one step of the order trains."""
+    most = 0
+    (_, model), *results = stages
+    after = iter(results)
+    for place, step in enumerate(order.recipe()):
+        if place in idle:
+            continue
+        training = getattr(step, "training", None)
+        if training is not None:
+            names = set(trainable(model.module, tables=training.tables))
+            tensors = (*model.module.named_parameters(), *model.module.named_buffers())
+            most = max(most, sum(held.nbytes for name, held in tensors if name in names))
+        _, model = next(after)
+    return most
 
 
 def _target(kind: TargetKind, wanted: Wanted) -> ForeseenTarget:

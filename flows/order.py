@@ -3,10 +3,11 @@
 import shlex
 from typing import Any, Self, get_args
 
-from pydantic import Field, model_validator
+from pydantic import ConfigDict, Field, model_validator
 
 from compressors.contracts import Limit, TargetKind
 from compressors.steps import AnyStep
+from flows.order_schema import add_rules
 from flows.presets import PRESETS, Choice, Group
 from flows.terms import Targets, Terms
 from infra.checks import Rules
@@ -18,6 +19,8 @@ RECOVERS = ("distill", "fine_tune", "refit_codes")
 
 class Order(Terms):
     """Compress one model, judge what will be served, and register the result."""
+
+    model_config = ConfigDict(json_schema_extra=add_rules)
 
     steps: tuple[AnyStep, ...] = Field(
         (),

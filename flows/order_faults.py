@@ -9,9 +9,14 @@ if TYPE_CHECKING:
 
 Place = tuple[int | str, ...]
 
+MOST_SENTENCES = 20
+LONGEST_SENTENCE = 2_000
+
 
 def sentences(fault: "ValidationError", model: "type[BaseModel] | None" = None) -> list[str]:
     """One sentence for each fault: where it is, what was found, what there is instead.
+
+    The first ``MOST_SENTENCES`` of them, each of bounded length, and how many more there are.
 
     Args:
         fault: what pydantic found.
@@ -19,12 +24,21 @@ def sentences(fault: "ValidationError", model: "type[BaseModel] | None" = None) 
     """
     errors = fault.errors()
     places = [error["loc"] for error in errors]
-    return [
-        f"{'.'.join(map(str, error['loc'])) or fault.title}: {_said(error, model)}"
+    errors = [
+        error
         for error in errors
         # A list whose items are faulty counts as empty; that is no second fault.
         if not (error["type"] == "too_short" and any(_inside(p, error["loc"]) for p in places))
     ]
+    found = [
+        f"{'.'.join(map(str, error['loc'])) or fault.title}: {_said(error, model)}"
+        for error in errors[:MOST_SENTENCES]
+    ]
+    found = [
+        text if len(text) <= LONGEST_SENTENCE else f"{text[:LONGEST_SENTENCE]}..." for text in found
+    ]
+    more = len(errors) - len(found)
+    return found if not more else [*found, f"and {more} more faults"]
 
 
 def _inside(place: Place, outer: Place) -> bool:

@@ -26,6 +26,7 @@ from tasks.announce import Progress
 from tasks.budget import lost
 from tasks.compress import compress as compress_step
 from tasks.documents import AS_TRAINED, Idle, PreparedRows, Ranking, Scored
+from tasks.outages import wait_out
 from tasks.policy import kept, remembered
 from tasks.prepare import prepare
 from tasks.rank import rank
@@ -115,7 +116,7 @@ def carry_out(
         return own
     earlier = order.model_copy(update={"preset": before})
     size = weight_bytes(own.bundle)
-    if before != "small" and least_bytes(earlier, subject, bundle) >= size:
+    if before != "small" and wait_out(lambda: least_bytes(earlier, subject, bundle)) >= size:
         return own  # the dry run says so, without carrying it out
     other = carry_out(earlier, subject, bundle, teachers, code, progress, excluded)
     other_size = weight_bytes(other.bundle)
@@ -159,7 +160,7 @@ def _carried_out(
 
 def weight_bytes(bundle: Artifact) -> int:
     """Bytes of all weights of a compressed bundle, as its plan counts them."""
-    plan = read(local(bundle)).plan
+    plan = wait_out(lambda: read(local(bundle))).plan
     return sum(line.bytes_after for line in plan.lines) if plan is not None else 0
 
 

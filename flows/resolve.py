@@ -26,6 +26,16 @@ def teachers_of(order: Terms, subject: Subject) -> tuple[Teacher, ...]:
     return find_teachers(order.teachers, subject)
 
 
+def require_registry() -> None:
+    """Require that the registry answers, before anything is computed for it.
+
+    Raises:
+        RegistryUnavailable: it does not.
+        SettingRefused: its address or credentials are wrong.
+    """
+    registry().check()
+
+
 def order_digest(
     order: Terms,
     subject: Subject,

@@ -123,7 +123,7 @@ def get(
     except (OSError, ValueError) as fault:
         why = getattr(fault, "reason", fault)
         said = getattr(why, "strerror", None) or type(why).__name__
-        raise NoAnswer(f"no answer from {shown(uri)} ({said})") from fault
+        raise NoAnswer(f"no answer from {shown(uri)} ({said})") from None
     return Answer(status=status, body=read, ms=1000 * (time.monotonic() - begun))
 
 

@@ -15,6 +15,7 @@ from importlib.machinery import ModuleSpec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from compressors.contracts import is_out_of_memory
 from infra.errors import BundleRefused
 
 if TYPE_CHECKING:
@@ -49,6 +50,8 @@ def network_class(path: str, allowed: Sequence[str]) -> "type[torch.nn.Module]":
             ) from fault
         raise _not_found(path, module_name) from fault
     except (Exception, SystemExit) as fault:  # whatever that module's own code raises
+        if is_out_of_memory(fault):
+            raise
         raise BundleRefused(
             f"architecture {path!r}: importing {module_name} failed with "
             f"{type(fault).__name__}: {fault}. Repair it; 'python -c \"import {module_name}\"' "

@@ -1,27 +1,30 @@
-"""JSON that somebody else wrote: read within bounds, refused in sentences."""
+"""JSON from outside: read within the limits of ``json_limits``, refused in sentences."""
 
 import json
 import math
 import os
 import reprlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from itertools import islice
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import Any, NoReturn
 
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 
-from infra.errors import BundleRefused
+from infra.errors import BundleRefused, RecordRefused
+from infra.json_limits import (
+    MAX_JSON_BYTES,
+    MAX_JSON_DEPTH,
+    AnyModel,
+    check_limits,
+    read_bounded,
+)
 
-MAX_JSON_BYTES = 64 << 20
-MAX_JSON_DEPTH = 64
-MAX_JSON_VALUES = 1_000_000  # 10,000 tables with their plan need about a quarter of it
 PROBLEMS_SHOWN = 20
 
 INPUT_KINDS = ("id", "dense", "padded_bag", "jagged_bag")
 
-AnyModel = TypeVar("AnyModel", bound=BaseModel)
-
+_END = object()
 _BRIEF = reprlib.Repr()
 _BRIEF.maxstring = _BRIEF.maxother = 120
 
@@ -78,15 +81,14 @@ def decode(raw: bytes, path: Path) -> dict[str, Any]:
         BundleRefused: it is not one plain JSON object, or it is larger or deeper than allowed.
     """
     try:
-        if len(raw) > MAX_JSON_BYTES:
-            raise ValueError(f"it has {len(raw)} bytes, too large: at most {MAX_JSON_BYTES}")
+        check_limits(raw)
         document = json.loads(
             raw.decode(),
             object_pairs_hook=_unique,
             parse_constant=_no_constant,
             parse_float=_finite,
         )
-        _check_values(document)
+        _check_texts(document)
     except RecursionError as fault:
         raise BundleRefused(f"{path} is nested too deep to be read.") from fault
     except ValueError as fault:
@@ -115,6 +117,30 @@ def parse(
     except ValidationError as fault:
         sentences = (_sentence(error) for error in fault.errors(include_url=False))
         raise BundleRefused(listed(path, sentences)) from fault
+
+
+def read_limited(path: Path) -> bytes:
+    """The bytes of a stored JSON document that is small enough to be parsed.
+
+    Raises:
+        RecordRefused: it is beyond the limits of ``json_limits``.
+    """
+    try:
+        raw = read_bounded(path)
+        check_limits(raw)
+    except ValueError as fault:
+        raise RecordRefused(f"{path} cannot be used: {clean(fault)}.") from fault
+    return raw
+
+
+def read_document(kind: type[AnyModel], path: Path) -> AnyModel:
+    """A stored JSON document.
+
+    Raises:
+        RecordRefused: it is beyond the limits of ``json_limits``.
+        ValidationError: it does not fit ``kind``.
+    """
+    return kind.model_validate_json(read_limited(path))
 
 
 def plain(value: object) -> Any:
@@ -153,23 +179,21 @@ def _finite(text: str) -> float:
     return number
 
 
-def _check_values(document: object) -> None:
-    """Bound depth and number of values, and refuse text that is not Unicode."""
-    seen = 0
-    waiting: list[tuple[object, int]] = [(document, 1)]
+def _check_texts(document: object) -> None:
+    """Refuse text that is not Unicode, such as half of a surrogate pair, and deep nesting."""
+    waiting: list[Iterator[object]] = [iter((document,))]
     while waiting:
-        value, depth = waiting.pop()
-        seen += 1
-        if depth > MAX_JSON_DEPTH:
-            raise ValueError(f"it is nested too deep, more than {MAX_JSON_DEPTH} levels")
-        if seen > MAX_JSON_VALUES:
-            raise ValueError(f"it has more than {MAX_JSON_VALUES} values")
-        if isinstance(value, str):
+        value = next(waiting[-1], _END)
+        if value is _END:
+            waiting.pop()
+        elif isinstance(value, str):
             value.encode()
         elif isinstance(value, dict):
-            waiting += [(item, depth + 1) for pair in value.items() for item in pair]
+            waiting.append(item for pair in value.items() for item in pair)
         elif isinstance(value, list):
-            waiting += [(item, depth + 1) for item in value]
+            waiting.append(iter(value))
+        if len(waiting) > MAX_JSON_DEPTH + 2:
+            raise ValueError(f"it is nested too deep, more than {MAX_JSON_DEPTH} levels")
 
 
 def _sentence(error: Mapping[str, Any]) -> str:

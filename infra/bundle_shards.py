@@ -13,8 +13,9 @@ from pydantic import Field
 from safetensors import SafetensorError, safe_open
 
 from compressors.contracts import Frozen
-from infra.bundle_json import MAX_JSON_BYTES, clean, decode, read_json, refuse_if, short
+from infra.bundle_json import clean, decode, read_json, refuse_if, short
 from infra.errors import BundleRefused
+from infra.json_limits import MAX_JSON_BYTES, check_limits
 
 INDEX = "model.safetensors.index.json"
 BLOCK_BYTES = 16 << 20
@@ -189,19 +190,24 @@ def _header(shard: Path) -> dict[str, StoredTensor]:
     """A shard's tensors: validated by the safetensors library, offsets from the header itself."""
     if problem := pickle_problem(shard):
         raise BundleRefused(f"{shard.parent}: {problem}")
+    with shard.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if MAX_JSON_BYTES < length <= shard.stat().st_size - 8:
+            raise BundleRefused(
+                f"{shard} is not a usable safetensors file: its header of {length} bytes is too "
+                f"large, at most {MAX_JSON_BYTES}. {HOW_TO_SAVE} Use shards for very many tensors."
+            )
+        raw = file.read(min(length, MAX_JSON_BYTES))
     try:
+        check_limits(raw)  # before any reader creates the values
         with safe_open(shard, framework="numpy") as opened:
             names = set(opened.keys())
-    except SafetensorError as fault:
+    except (SafetensorError, ValueError) as fault:
         raise BundleRefused(
             f"{shard} is not a safetensors file ({clean(fault)}). If it was copied, copy it "
             f"again. {HOW_TO_SAVE}"
         ) from fault
-    with shard.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        if length > MAX_JSON_BYTES:
-            raise BundleRefused(f"{shard}: its header of {length} bytes is too large; use shards.")
-        header = decode(file.read(length), shard)
+    header = decode(raw, shard)
     header.pop("__metadata__", None)
     if set(header) != names:  # two JSON readers must not see two different models
         raise BundleRefused(f"{shard}: its header can be read in two ways; save it again.")

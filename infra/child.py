@@ -21,10 +21,13 @@ from typing import Any, NoReturn
 
 from pydantic import BaseModel
 
-from infra.errors import BuildRefused, ChildFailed, Refused
+from infra.credentials import cleaned
+from infra.errors import BuildRefused, ChildFailed, OutOfMemory, Refused
+from infra.memory import as_out_of_memory
 
-REFUSED = 2
-"""Exit code of a child that says no: its answer holds the reason under ``error``."""
+REFUSED, NO_MEMORY = 2, 3
+"""Exit codes of a child that refuses its request, or ran out of memory; the reason is the field
+``error`` of its answer."""
 
 GRACE_SECONDS = 5.0
 """How long after its limit a child lives at most if nobody is left to kill it."""
@@ -49,7 +52,8 @@ def run_child(
 
     Raises:
         BuildRefused: the child said no (exit code 2); the message is its sentence.
-        ChildFailed: the limit passed, the child died of a signal, or left no answer.
+        OutOfMemory: the child ran out of memory, or was killed.
+        ChildFailed: the limit passed, the child died of another signal, or left no answer.
     """
     folder.mkdir(parents=True, exist_ok=True)
     question, answer, log = (folder / n for n in ("request.json", "answer.json", "child.log"))
@@ -82,6 +86,13 @@ def run_child(
             _kill_group(process)
     if code == REFUSED:
         raise BuildRefused(str(_read(answer, module, log).get("error", "no reason was given")))
+    if code == NO_MEMORY:
+        raise OutOfMemory(str(_read(answer, module, log).get("error", "no reason was given")))
+    if code == -signal.SIGKILL:
+        raise OutOfMemory(
+            f"{module} was killed, most likely because the machine ran out of memory. End other "
+            f"processes or use a larger machine, then run again. {_tail(log)}"
+        )
     if code != 0:
         raise ChildFailed(f"{module} {_cause(code)}. {_tail(log)}")
     return _read(answer, module, log)
@@ -105,6 +116,11 @@ def serve(work: Callable[[dict[str, Any]], dict[str, Any]]) -> NoReturn:
         reply = work(json.loads(Path(question).read_text(encoding="utf-8")))
     except Refused as fault:
         reply, code = {"error": str(fault)}, REFUSED
+    except Exception as fault:
+        error = as_out_of_memory(fault, "A child process")
+        if error is None:
+            raise
+        reply, code = {"error": str(error)}, NO_MEMORY
     part = Path(answer + ".part")
     part.write_text(json.dumps(reply), encoding="utf-8")
     part.replace(answer)
@@ -140,13 +156,11 @@ def _read(answer: Path, module: str, log: Path) -> dict[str, Any]:
 def _cause(code: int) -> str:
     if code >= 0:
         return f"failed with exit code {code}"
-    name = signal.Signals(-code).name
-    hint = " (often: the machine ran out of memory)" if name == "SIGKILL" else ""
-    return f"died of {name}{hint}"
+    return f"died of {signal.Signals(-code).name}"
 
 
 def _tail(log: Path) -> str:
     lines = log.read_text(encoding="utf-8", errors="replace").splitlines()[-_TAIL_LINES:]
     if not lines:
         return f"It printed nothing ({log})."
-    return f"Last lines of {log}:\n" + "\n".join(line[:_TAIL_COLUMNS] for line in lines)
+    return f"Last lines of {log}:\n" + cleaned("\n".join(line[:_TAIL_COLUMNS] for line in lines))

@@ -16,6 +16,7 @@ jagged bag              the input's name, ``(all ids,)``, and ``@bounds/<name>``
                         int64 or float64
 """
 
+import math
 import os
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ from safetensors.numpy import save_file
 from compressors.contracts import DenseInput, Frozen, IdInput, JaggedBag, PaddedBag, Schema
 from infra.disk import translated
 from infra.errors import DataRefused
+from infra.memory import require_memory
 from infra.parquet import (
     Array,
     Faults,
@@ -45,6 +47,8 @@ from infra.parquet import (
 )
 
 FILE = "data.safetensors"
+UNSEEN_LENGTH, UNSEEN_FACTOR = 4096, 8
+"""How long a declared list may be without data: 4096, or eight times the longest list there is."""
 INT32 = np.iinfo(np.int32)
 FLOAT32_MAX = float(np.finfo(np.float32).max)
 
@@ -92,10 +96,11 @@ def prepare(parquet: Path, schema: Schema, into: Path) -> Prepared:
             out of int32 or no label; a list is longer than its input allows. Every broken rule
             of the pass is named with its column, its rows and how many.
     """
-    found = survey(parquet)
+    found = survey(parquet, schema)
     check_columns(found, parquet, schema)
     taken = [item.name for item in schema.inputs if item.name.startswith("@")]
     refuse(parquet, [f"input {name!r}: names starting with '@' are ours." for name in taken])
+    require_memory(_bytes_needed(found, schema), f"{parquet} as tensors")
     out = _allocate(found, schema)
     faults, codes = Faults(), dict[Any, int]()
     for first, batch in batches(found, (need.column for need in needs(schema))):
@@ -132,13 +137,23 @@ def save(tensors: dict[str, Array], into: Path) -> int:
     return size
 
 
+def _bytes_needed(found: Survey, schema: Schema) -> int:
+    """Bytes of the tensors of a split."""
+    each = sum(
+        math.prod(item.shape) * np.dtype(item.dtype).itemsize
+        for item in schema.inputs
+        if not isinstance(item, JaggedBag)
+    )
+    jagged = [item for item in schema.inputs if isinstance(item, JaggedBag)]
+    flat = sum(found.values[item.columns[0]] * np.dtype(item.dtype).itemsize for item in jagged)
+    return found.rows * (each + 8 * len(jagged) + 20) + flat  # bounds; label, group and time
+
+
 def _allocate(found: Survey, schema: Schema) -> dict[str, Array]:
     out: dict[str, Array] = {}
     for item in schema.inputs:
         if isinstance(item, JaggedBag):
-            # Footers count an empty list as one value, so this is never too small; pages that
-            # stay unwritten cost no memory.
-            out[item.name] = np.empty(found.most_values[item.columns[0]], item.dtype)
+            out[item.name] = np.empty(found.values[item.columns[0]], item.dtype)
             out[f"@bounds/{item.name}"] = np.zeros(found.rows + 1, np.int64)
         else:
             out[item.name] = np.empty((found.rows, *item.shape), item.dtype)
@@ -258,7 +273,7 @@ def split_statistics(parquet: Path, schema: Schema) -> SplitStatistics:
     Raises:
         DataRefused: a column is missing, of the wrong type, or unreadable.
     """
-    found = survey(parquet)
+    found = survey(parquet, schema)
     check_columns(found, parquet, schema)
     inputs = {item.name: IdStatistics() for item in schema.inputs if item.kind != "dense"}
     labels, total = 0, 0.0
@@ -300,6 +315,34 @@ def _least(known: Any, new: Any) -> Any:
 
 def _most(known: Any, new: Any) -> Any:
     return max((value for value in (known, new) if value is not None), default=None)
+
+
+def check_shapes(statistics: dict[str, SplitStatistics], schema: Schema) -> None:
+    """Refuse bags whose declared length has nothing to do with the lists in the data.
+
+    A served graph and every batch are as wide as the shape says, so it decides their memory.
+
+    Args:
+        statistics: by split name.
+        schema: the bags and their shapes.
+
+    Raises:
+        DataRefused: one line for each.
+    """
+    lines: list[str] = []
+    for item in schema.inputs:
+        found = [
+            facts.inputs[item.name] for facts in statistics.values() if item.name in facts.inputs
+        ]
+        longest = max((facts.longest for facts in found), default=0)
+        most = max(UNSEEN_LENGTH, UNSEEN_FACTOR * longest)
+        if isinstance(item, PaddedBag | JaggedBag) and item.shape[0] > most:
+            lines.append(
+                f"input {item.name!r}: its shape allows lists of {item.shape[0]} ids, and the "
+                f"longest in the data has {longest}. Set shape to at most {most}."
+            )
+    if lines:
+        raise DataRefused("The data does not fit the declared shapes:\n- " + "\n- ".join(lines))
 
 
 def policed(split: str, item: IdInput | PaddedBag | JaggedBag) -> bool:

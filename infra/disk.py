@@ -11,17 +11,18 @@ from infra.errors import (
     ArtifactMissing,
     FileRefused,
     InfraError,
+    OutOfMemory,
     Refused,
     SettingRefused,
     StoreUnavailable,
 )
 
 _FULL = {errno.ENOSPC, errno.EDQUOT}
-_BUSY = {errno.EMFILE, errno.ENFILE, errno.ENOMEM}
+_BUSY = {errno.EMFILE, errno.ENFILE}
 _FORBIDDEN = {errno.EROFS, errno.EACCES, errno.EPERM, errno.EOPNOTSUPP}
 _NAME = {errno.ENAMETOOLONG, errno.ELOOP, errno.EILSEQ}
 _RUST = {"safetensors", "safetensors_rust"}
-OF_THE_MACHINE = _FULL | _BUSY | {errno.EFBIG, errno.EIO}
+OF_THE_MACHINE = _FULL | _BUSY | {errno.EFBIG, errno.EIO, errno.ENOMEM}
 """Errors that no input causes: space, limits, a failing disk."""
 _KIND = {errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENXIO, errno.ENODEV, errno.ESPIPE}
 
@@ -51,10 +52,15 @@ def translate(fault: OSError, path: Path, doing: str) -> Refused | InfraError:
             f"{path} would become larger than this process or file system allows. Raise the "
             "file-size limit (ulimit -f), or choose another file system, then run again."
         )
+    if fault.errno == errno.ENOMEM:
+        return OutOfMemory(
+            f"There is not enough memory to {doing} {path}. Raise the limit of this process "
+            "(ulimit -v) or end other processes, then run again."
+        )
     if fault.errno in _BUSY:
         return StoreUnavailable(
-            f"Could not {doing} {path}: {cause}. Raise the limits of this process (ulimit -n, "
-            "ulimit -v) or end other processes, then run again."
+            f"Could not {doing} {path}: {cause}. Raise the limits of this process (ulimit -n) "
+            "or end other processes, then run again."
         )
     if fault.errno in _FORBIDDEN:
         return SettingRefused(

@@ -1,8 +1,11 @@
 """What can go wrong at the edges, split by whether a second try can help.
 
 InfraError               something outside did not work this time; a retry may help
-├─ StoreUnavailable      the object store did not answer, or answered with its own failure
-├─ RegistryUnavailable   the model registry did not answer
+├─ StoreUnavailable      the object store, or a disk, failed
+│  └─ StoreOutage        a store over the network does not answer: orders wait for it
+├─ RegistryUnavailable   the model registry failed
+│  └─ RegistryOutage     a registry over the network does not answer: orders wait for it
+├─ OutOfMemory           there is not enough memory for what was to be done
 └─ ChildFailed           a child process was killed or died (its limit is named)
 Refused                  what was given cannot be used; retrying will not help
 ├─ SettingRefused        a setting is missing or unusable
@@ -23,11 +26,23 @@ class InfraError(Exception):
 
 
 class StoreUnavailable(InfraError):
-    """The object store did not answer, or answered with its own failure."""
+    """The object store, or a disk, failed."""
+
+
+class StoreOutage(StoreUnavailable):
+    """A store over the network did not answer, or answered with its own failure."""
 
 
 class RegistryUnavailable(InfraError):
-    """The model registry did not answer."""
+    """The model registry failed."""
+
+
+class RegistryOutage(RegistryUnavailable):
+    """A registry over the network did not answer, or answered with its own failure."""
+
+
+class OutOfMemory(InfraError):
+    """There was not enough memory; with more of it, the same work succeeds."""
 
 
 class ChildFailed(InfraError):

@@ -6,7 +6,6 @@ counts as passed: a validation succeeds only if every intended check was evaluat
 
 import datetime as dt
 import logging
-import os
 import threading
 import time
 from collections.abc import Iterable, Iterator
@@ -28,11 +27,11 @@ from infra.parquet import (
     Survey,
     batches,
     flat,
-    kind_of,
     needs,
     plain_times,
     survey,
 )
+from infra.parquet_inspection import kind_of
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -176,7 +175,7 @@ def _told(found: Finding) -> str:
 
 
 def _facts(parquet: Path, schema: Schema) -> _Facts:
-    found = survey(parquet)
+    found = survey(parquet, schema)
     kinds = {
         name: "there more than once" if name in found.repeated else kind
         for name, kind in found.kinds.items()
@@ -300,8 +299,6 @@ def _series(column: pa.Array) -> "pd.Series[Any]":
 @contextmanager
 def _quiet_session() -> Iterator[Any]:
     """A context that lives in memory: no files, no telemetry, no progress bars, no log lines."""
-    # Read when it is imported; older 1.x versions would report usage otherwise.
-    os.environ.setdefault("GX_ANALYTICS_ENABLED", "false")
     import great_expectations as gx
 
     # What goes wrong inside an expectation is in its result, and from there in a finding. Its

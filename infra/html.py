@@ -7,6 +7,8 @@ to these functions is HTML already: whoever has text from somebody's model or da
 from collections.abc import Collection, Iterable
 from html import escape
 
+from infra.printable import printable
+
 STYLE = """
 :root {
   color-scheme: light dark;
@@ -98,7 +100,7 @@ def document(title: str, body: Iterable[str], style: str = "") -> str:
         "</body>",
         "</html>",
     ]
-    return "\n".join(part for part in parts if part) + "\n"
+    return printable("\n".join(part for part in parts if part) + "\n")
 
 
 def table(heads: Iterable[str], rows: Iterable[str], numbers: Collection[str] = ()) -> str:

@@ -10,12 +10,15 @@ or one that was restored, may number its versions differently.
 """
 
 from datetime import UTC, datetime
+from functools import partial
 from typing import Literal
 
-from pydantic import Field, ValidationError
+from pydantic import Field
 
 from compressors.contracts import Frozen, digest
+from infra.bundle_json import short
 from infra.errors import AlreadyThere, ArtifactDamaged, ArtifactMissing, InfraError, Refused
+from infra.json_limits import validated
 from infra.store import Store
 from infra.store_manifest import plain_path
 
@@ -92,7 +95,8 @@ class Ledger:
         # By number and not by the listing: a listing of a folder is no snapshot, so it may show
         # entry 6 without the 5 that was written before it.
         for sequence in range(1, last + 1):
-            found.append(self._next(tuple(found), sequence))
+            before_it = tuple(found)
+            found.append(self._store.checked(partial(self._next, before_it, sequence)))
         return tuple(found)
 
     def champion(self) -> Entry | None:
@@ -162,13 +166,13 @@ class Ledger:
         key = self._key(sequence)
         at = f"{self._store.root}/{key}"
         try:
-            entry = Entry.model_validate_json(self._store.read(key))
+            entry = validated(Entry, self._store.read(key))
         except ArtifactMissing as fault:
             raise ArtifactDamaged(
                 f"The ledger of {self._model!r} has a gap: {at} is missing, later entries are "
                 "there. Restore it from a backup of the store."
             ) from fault
-        except ValidationError as fault:
+        except ValueError as fault:
             raise ArtifactDamaged(
                 f"{at} is not an entry of a ledger. Restore it from a backup of the store."
             ) from fault
@@ -176,17 +180,19 @@ class Ledger:
         previous = None if last is None else last.version
         if (entry.sequence, entry.model, entry.previous) != (sequence, self._model, previous):
             raise ArtifactDamaged(
-                f"{at} does not continue the entry before it: it says entry {entry.sequence} of "
-                f"{entry.model!r} after version {entry.previous}, and version {previous} came "
-                "before. Restore it from a backup of the store."
+                f"{at} does not continue the entry before it: expected entry {sequence} of "
+                f"{self._model!r} after version {previous}, got entry {short(entry.sequence)} of "
+                f"{short(entry.model)} after version {short(entry.previous)}. Restore it from a "
+                "backup of the store."
             )
         self._check_digest(entry, last, at)
         if entry.action == "rollback":
             target = before(found)
             if target is None or not _same_champion(target, entry):
                 raise ArtifactDamaged(
-                    f"{at} rolls back to version {entry.version}, order {entry.order[:12]}, which "
-                    "was not champion before. Restore it from a backup of the store."
+                    f"{at} rolls back to version {short(entry.version)}, order "
+                    f"{short(entry.order)}, which was not champion before. Restore it from a "
+                    "backup of the store."
                 )
         return entry
 

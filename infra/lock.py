@@ -9,14 +9,22 @@ from typing import IO
 
 
 @contextmanager
-def locked(path: Path) -> Iterator[None]:
+def locked(path: Path, waiting: Callable[[], object] = lambda: None) -> Iterator[None]:
     """Hold the lock file ``path``, created with its folder if missing; it stays where it is.
+
+    Args:
+        path: the file.
+        waiting: called if another process holds the lock.
 
     Raises:
         OSError: the file cannot be created.
     """
     with _opened(path) as file:
-        fcntl.flock(file, fcntl.LOCK_EX)  # released when the file is closed, also by a kill
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            waiting()
+            fcntl.flock(file, fcntl.LOCK_EX)  # released when the file is closed, also by a kill
         yield
 
 

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
-from compressors.contracts import Frozen
+from compressors.contracts import Frozen, is_out_of_memory
 from infra.errors import BuildRefused, InfraError
 from infra.temporary import scratch_folder
 
@@ -64,6 +64,8 @@ class Session:
         try:
             answer = self._session.run(None, {name: inputs[name] for name in self.inputs})
         except Exception as fault:
+            if is_out_of_memory(fault):
+                raise
             raise InfraError(f"ONNX Runtime failed while scoring: {fault}") from fault
         scores: FloatArray = answer[0]
         return scores
@@ -87,6 +89,8 @@ class Session:
                 binding.bind_ortvalue_input(name, value)
             binding.bind_output(self._session.get_outputs()[0].name)
         except Exception as fault:
+            if is_out_of_memory(fault):
+                raise
             raise InfraError(f"ONNX Runtime does not take these inputs: {fault}") from fault
 
         def call() -> FloatArray:
@@ -94,6 +98,8 @@ class Session:
                 self._session.run_with_iobinding(binding)
                 scores: FloatArray = binding.get_outputs()[0].numpy()
             except Exception as fault:
+                if is_out_of_memory(fault):
+                    raise
                 raise InfraError(f"ONNX Runtime failed while scoring: {fault}") from fault
             return scores
 
@@ -151,6 +157,8 @@ def graph_values(
     try:
         values = session.run(wanted, {name: inputs[name] for name in names})
     except Exception as fault:
+        if is_out_of_memory(fault):
+            raise
         raise InfraError(f"ONNX Runtime failed while scoring: {fault}") from fault
     by_name = dict(zip(wanted, values, strict=True))
     return [(name, kind, by_name[name]) for name, kind in operators.items() if name in by_name]
@@ -175,6 +183,8 @@ def _open(path: Path, threads: int, optimized: Path | None) -> Any:
     try:
         return onnxruntime.InferenceSession(str(path), options, providers=PROVIDERS)
     except Exception as fault:
+        if is_out_of_memory(fault):
+            raise
         raise BuildRefused(f"ONNX Runtime does not accept {path.name}: {fault}") from fault
 
 

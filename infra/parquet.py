@@ -4,6 +4,7 @@ A split is one file or a folder of part files, read in the order of their names.
 through all parts from 0; every refusal names rows by that number.
 """
 
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,13 +13,13 @@ from typing import Any, NamedTuple
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from compressors.contracts import DenseInput, IdInput, Schema
 from infra.errors import DataRefused
+from infra.parquet_inspection import BATCH_ROWS, decoded, kind_of, opened, record_batches
+from infra.parquet_inspector import inspect_parquet
 
-BATCH_ROWS = 65_536
 ROWS_SHOWN = 20
 
 NUMBERS = ("integer", "float", "boolean")
@@ -39,13 +40,19 @@ class Need(NamedTuple):
 
 @dataclass(frozen=True)
 class Survey:
-    """What the footers of a split's files say, before any row is read."""
+    """What a split's files contain, counted by reading them: nothing a footer only declares.
+
+    ``values`` and ``longest`` have an entry for each column that the schema reads: how many
+    values it has, and how many its longest list has (0 where it has no lists).
+    """
 
     files: tuple[Path, ...]
     rows: int
     kinds: dict[str, str]
-    most_values: dict[str, int]
+    values: dict[str, int]
+    longest: dict[str, int]
     repeated: frozenset[str]
+    batch_rows: int
 
 
 @dataclass
@@ -112,47 +119,23 @@ def needs(schema: Schema) -> tuple[Need, ...]:
     return tuple(found)
 
 
-def kind_of(dtype: pa.DataType) -> str:
-    """A column type in one word; widths and encodings do not matter here."""
-    types = pa.types
-    if types.is_dictionary(dtype):
-        return kind_of(dtype.value_type)
-    if types.is_list(dtype) or types.is_large_list(dtype) or types.is_fixed_size_list(dtype):
-        return f"list of {kind_of(dtype.value_type)}"
-    if types.is_timestamp(dtype):
-        return "timestamp with time zone" if dtype.tz else "timestamp"
-    words = (
-        ("integer", types.is_integer),
-        ("float", types.is_floating),
-        ("boolean", types.is_boolean),
-        ("date", types.is_date),
-        ("time of day", types.is_time),
-        ("decimal", types.is_decimal),
-        ("string", types.is_string),
-        ("string", types.is_large_string),
-        ("binary", types.is_binary),
-        ("binary", types.is_large_binary),
-    )
-    return next((word for word, fits in words if fits(dtype)), str(dtype))
-
-
-def survey(parquet: Path) -> Survey:
-    """Read the footers of a split's files.
+def survey(parquet: Path, schema: Schema) -> Survey:
+    """Read a split's files once, in a process of their own, and count what is in them.
 
     Raises:
-        DataRefused: there is no parquet file, one cannot be read, or parts differ in a type.
+        DataRefused: there is no parquet file, one cannot be read within the limits of
+            ``parquet_inspection``, or parts differ in a type.
     """
     files = _part_files(parquet)
-    rows, kinds, most = 0, dict[str, str](), dict[str, int]()
+    columns = [need.column for need in needs(schema)]
+    rows, kinds, batch_rows = 0, dict[str, str](), BATCH_ROWS
+    values, longest = dict[str, int](), dict[str, int]()
     repeated: set[str] = set()
     for file in files:
-        try:
-            with pq.ParquetFile(file) as source:
-                columns, metadata = source.schema_arrow, source.metadata
-        except (pa.ArrowException, OSError) as fault:
-            raise DataRefused(f"{file} is not a readable parquet file: {fault}") from fault
-        repeated.update(name for name in columns.names if columns.names.count(name) > 1)
-        here = {name: kind_of(columns.field(i).type) for i, name in enumerate(columns.names)}
+        found = inspect_parquet(file, columns)
+        names = Counter(name for name, _ in found.kinds)
+        repeated.update(name for name, count in names.items() if count > 1)
+        here = dict(found.kinds)
         if file == files[0]:
             kinds = here
         odd = [
@@ -162,13 +145,12 @@ def survey(parquet: Path) -> Survey:
             if here.get(name) != kinds.get(name)
         ]
         refuse(parquet, odd)
-        rows += metadata.num_rows
-        for group in range(metadata.num_row_groups):
-            for leaf in range(metadata.num_columns):
-                chunk = metadata.row_group(group).column(leaf)
-                top = _owner(chunk.path_in_schema, here)
-                most[top] = most.get(top, 0) + chunk.num_values
-    return Survey(files, rows, kinds, most, frozenset(repeated))
+        rows += found.rows
+        batch_rows = min(batch_rows, found.batch_rows)
+        for name, count in found.values.items():
+            values[name] = values.get(name, 0) + count
+            longest[name] = max(longest.get(name, 0), found.longest[name])
+    return Survey(files, rows, kinds, values, longest, frozenset(repeated), batch_rows)
 
 
 def _part_files(parquet: Path) -> tuple[Path, ...]:
@@ -192,13 +174,6 @@ def _part_files(parquet: Path) -> tuple[Path, ...]:
     return tuple(visible)
 
 
-def _owner(path: str, columns: dict[str, str]) -> str:
-    """The column a leaf such as ``genres.list.element`` belongs to."""
-    parts = path.split(".")
-    tries = (".".join(parts[:count]) for count in range(len(parts), 0, -1))
-    return next((name for name in tries if name in columns), path)
-
-
 def check_columns(found: Survey, parquet: Path, schema: Schema) -> None:
     """Refuse missing columns and columns of a kind their use cannot read.
 
@@ -220,6 +195,15 @@ def check_columns(found: Survey, parquet: Path, schema: Schema) -> None:
                 f"column {column!r}: {use} needs {' or '.join(kinds)}, found {kind} in all "
                 f"{found.rows} row(s). {why}"
             )
+    if not lines:
+        lines = [
+            f"column {item.columns[0]!r}: input {item.name!r} has {item.shape[0]} values in a "
+            f"row, and the longest list has {found.longest[item.columns[0]]}."
+            for item in schema.inputs
+            if isinstance(item, DenseInput)
+            and len(item.columns) == 1
+            and item.shape[0] > max(1, 2 * found.longest[item.columns[0]])
+        ]
     refuse(parquet, lines)
 
 
@@ -250,18 +234,19 @@ def batches(found: Survey, columns: Iterable[str]) -> Iterator[tuple[int, pa.Rec
     row = 0
     for file in found.files:
         try:
-            with pq.ParquetFile(file) as source:
-                for batch in source.iter_batches(BATCH_ROWS, columns=wanted):
-                    plain = [decoded(column) for column in batch.columns]
-                    yield row, pa.RecordBatch.from_arrays(plain, names=batch.schema.names)
+            with opened(file) as source:
+                for batch in record_batches(source, wanted, found.batch_rows):
+                    yield row, batch
                     row += batch.num_rows
+        except MemoryError:
+            raise
         except (pa.ArrowException, OSError) as fault:
             raise DataRefused(f"{file} breaks off while it is read: {fault}") from fault
-
-
-def decoded(column: pa.Array) -> pa.Array:
-    """A dictionary-encoded column as its values, any other as it is."""
-    return column.dictionary_decode() if pa.types.is_dictionary(column.type) else column
+    if row != found.rows:
+        raise DataRefused(
+            f"{found.files[0]} changed while it was read: {found.rows} rows before, {row} now. "
+            "Leave the files of a split alone until it is packed."
+        )
 
 
 def is_list(column: pa.Array) -> bool:

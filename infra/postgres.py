@@ -10,6 +10,7 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
+from infra.credentials import cleaned
 from infra.errors import InfraError, SettingRefused
 
 UNPRIVILEGED = ("postgres", "nobody")
@@ -107,4 +108,7 @@ def _run(
         **whom,
     )
     if ended.returncode or "ERROR:" in ended.stderr:
-        raise InfraError(f"'{command[0]}' failed: {(ended.stdout + ended.stderr)[-1500:]}")
+        output = cleaned(ended.stdout + ended.stderr).replace(
+            environment["POSTGRES_PASSWORD"], "***"
+        )
+        raise InfraError(f"'{command[0]}' failed: {output[-1500:]}")

@@ -16,30 +16,21 @@ from pathlib import Path
 from typing import Any
 
 from compressors.contracts import Frozen
-from infra.errors import Refused, RegistryUnavailable, SettingRefused
+from infra.credentials import bare_database, first_line, move_login, pass_to_driver
+from infra.errors import Refused, RegistryOutage, RegistryUnavailable, SettingRefused
 from infra.registry_file import alone, prepare, read_order
+from infra.registry_limits import require_fit, require_name, require_order, shortened
 from infra.settings import shown, sqlite_file
 
 ORDER_TAG = "recpress.order"
 CHAMPION = "champion"
 CONFIRMED_TAG = "recpress.confirmed"
 
-# The narrowest limits of MLflow's own checks and of the columns its SQL stores use.
-MAX_NAME = 256
-MAX_TAG_KEY = 250
-MAX_TAG_VALUE = 100_000
-MAX_SOURCE = 500
-MAX_DESCRIPTION = 5_000
-
 _SCHEME = re.compile(r"(sqlite|postgresql|mysql|mssql)(\+\w+)?://|https?://")
-_SHA256 = re.compile(r"[0-9a-f]{64}")
-_NAME = re.compile(r"[^/:'\"`\x00-\x1f]+")
-_TAG_KEY = re.compile(r"[\w\-./: ]+")
 
-# A registry that is down must say so within seconds; tasks retry on top of this.
+# A registry that is down is reported within seconds; orders wait and try again on top of this.
 _ENVIRONMENT = {
-    "MLFLOW_DISABLE_TELEMETRY": "true",
-    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
     "MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR": "1",
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
 }
@@ -85,7 +76,12 @@ class Registry:
                 f"MLFLOW_TRACKING_URI {uri.partition(':')[0]!r}... is no registry. Give "
                 "sqlite:///folder/registry.db, http(s)://server or a database URI."
             )
-        self._uri = uri
+        try:
+            self._uri = move_login(uri) if uri.startswith("http") else uri
+        except ValueError:
+            raise SettingRefused(
+                "MLFLOW_TRACKING_URI is no address. Percent-encode its password."
+            ) from None
 
     def publish(
         self, model: str, order: str, source: str, tags: dict[str, str], description: str
@@ -104,7 +100,7 @@ class Registry:
                 it does not take.
         """
         tags = {**tags, ORDER_TAG: order}
-        _check(model, order, source, tags)
+        require_fit(model, order, source, tags)
         with self._writing():
             if found := self.by_order(order, model):
                 return found
@@ -114,7 +110,7 @@ class Registry:
                     name=model,
                     source=source,
                     tags=tags,
-                    description=_shortened(description),
+                    description=shortened(description),
                     await_creation_for=None,
                 )
             # A server has no unique tags. Another process that created a version of this order
@@ -137,6 +133,11 @@ class Registry:
         """
         aliases = self._aliases(model)
         return self._search(f"name = '{model}'", aliases)
+
+    def check(self) -> None:
+        """Require that the registry answers."""
+        with self._translated():
+            _ = self._client
 
     def models(self) -> tuple[str, ...]:
         """The names of all models, sorted."""
@@ -175,7 +176,7 @@ class Registry:
         Of several (left by a crash between two racers) it is the one with the lowest number,
         which is the one ``publish`` keeps.
         """
-        _check_order(order)
+        require_order(order)
         aliases = self._aliases_if_any(model)
         if aliases is None:
             return None
@@ -219,7 +220,7 @@ class Registry:
         file = sqlite_file(self._uri)
         if file is None:
             return self.by_order(order, model)
-        _check_order(order)
+        require_order(order)
         found = read_order(file, model, ORDER_TAG, order)
         if found is None:
             return None
@@ -238,7 +239,7 @@ class Registry:
 
     def confirmed(self, model: str) -> str | None:
         """The decision that ``confirm`` recorded last, or None."""
-        _check_name(model)
+        require_name(model)
         with self._translated():
             tags: dict[str, str] = self._client.get_registered_model(model).tags
         return tags.get(CONFIRMED_TAG)
@@ -254,7 +255,11 @@ class Registry:
         with self._alone() as file:
             if file is not None:
                 prepare(file)
-            client = MlflowClient(tracking_uri=self._uri, registry_uri=self._uri)
+            uri = self._uri
+            if file is None and not uri.startswith("http"):
+                uri, options = bare_database(uri)
+                pass_to_driver(uri, options)
+            client = MlflowClient(tracking_uri=uri, registry_uri=uri)
             client.search_registered_models(max_results=1)  # checks the tables
         return client
 
@@ -306,7 +311,7 @@ class Registry:
 
     def _aliases_if_any(self, model: str) -> dict[str, str] | None:
         """Alias -> version, or None if there is no such model."""
-        _check_name(model)
+        require_name(model)
         with self._translated():
             from mlflow.exceptions import MlflowException
 
@@ -350,7 +355,7 @@ class Registry:
             raise SettingRefused(
                 f"The registry needs {fault.name}. Run: pip install mlflow-skinny 'sqlalchemy<2.1' "
                 "alembic"
-            ) from fault
+            ) from None
         try:
             yield
         except MlflowException as fault:
@@ -360,38 +365,38 @@ class Registry:
                     f"The registry refused the credentials: {said}. Set "
                     "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or "
                     "MLFLOW_TRACKING_TOKEN."
-                ) from fault
+                ) from None
             if "local path as a model version source" in said:
                 raise Refused(
                     "An MLflow server takes no local folder as a model's source, since its "
                     "readers could not reach it. Set RECPRESS_STORE to s3://bucket/prefix."
-                ) from fault
+                ) from None
             if fault.error_code in _REFUSED:
-                raise Refused(f"The registry refused: {said}") from fault
+                raise Refused(f"The registry refused: {said}") from None
             if "out-of-date database schema" in said:
                 raise SettingRefused(
                     f"The registry was made by another MLflow version: {said}"
-                ) from fault
-            raise RegistryUnavailable(f"The registry did not answer: {said}") from fault
+                ) from None
+            raise self._unavailable(f"The registry did not answer: {said}") from None
         except (NoSuchModuleError, ImportError) as fault:
             raise SettingRefused(
-                f"MLFLOW_TRACKING_URI needs a driver that is not installed: {fault}."
-            ) from fault
+                f"MLFLOW_TRACKING_URI needs a driver that is not installed: {self._said(fault)}."
+            ) from None
         except (OperationalError, OSError) as fault:
-            raise RegistryUnavailable(
-                f"The registry did not answer: {self._said(fault)}"
-            ) from fault
-        except SQLAlchemyError as fault:
+            raise self._unavailable(f"The registry did not answer: {self._said(fault)}") from None
+        except (SQLAlchemyError, ValueError) as fault:
             raise SettingRefused(
                 f"The database cannot be used as a registry: {self._said(fault)}. Check "
                 "MLFLOW_TRACKING_URI, or move the file away."
-            ) from fault
+            ) from None
+
+    def _unavailable(self, text: str) -> RegistryUnavailable:
+        """An outage where the registry is a service; a file does not come back by waiting."""
+        return (RegistryOutage if sqlite_file(self._uri) is None else RegistryUnavailable)(text)
 
     def _said(self, message: object) -> str:
-        """The first line of a foreign message, without the password of the URI."""
-        line = str(message).strip().partition("\n")[0].replace(self._uri, shown(self._uri))
-        secret = re.search(r"://[^:@]*:(.+)@", self._uri)
-        return (line.replace(secret[1], "***") if secret else line)[:400]
+        """The first line of a foreign message, without credentials and the URI's options."""
+        return first_line(str(message).replace(self._uri, shown(self._uri)), self._uri)
 
 
 def _all_pages(page_after: Callable[[str | None], Any]) -> list[Any]:
@@ -403,41 +408,3 @@ def _all_pages(page_after: Callable[[str | None], Any]) -> list[Any]:
         token = page.token
         if not token:
             return found
-
-
-def _check(model: str, order: str, source: str, tags: dict[str, str]) -> None:
-    _check_name(model)
-    _check_order(order)
-    if len(source) > MAX_SOURCE:
-        raise Refused(
-            f"The source has {len(source)} characters, the registry keeps {MAX_SOURCE}: "
-            f"{source[:60]}... Use a store with a shorter root."
-        )
-    for name, value in tags.items():
-        if not _TAG_KEY.fullmatch(name) or len(name) > MAX_TAG_KEY:
-            raise Refused(
-                f"Tag {name[:60]!r} is no name the registry takes: up to {MAX_TAG_KEY} letters, "
-                "digits, spaces and _-./:"
-            )
-        if len(value) > MAX_TAG_VALUE:
-            raise Refused(
-                f"Tag {name!r} has {len(value)} characters, the registry keeps {MAX_TAG_VALUE}. "
-                "Put it into the release and tag its digest."
-            )
-
-
-def _check_name(model: str) -> None:
-    if not _NAME.fullmatch(model) or model.strip() != model or len(model) > MAX_NAME:
-        raise Refused(
-            f"{model[:60]!r} is no model name the registry takes: 1 to {MAX_NAME} characters, "
-            "without / : and quotes."
-        )
-
-
-def _check_order(order: str) -> None:
-    if not _SHA256.fullmatch(order):
-        raise Refused(f"An order's digest is 64 hex digits; found {order[:60]!r}.")
-
-
-def _shortened(text: str) -> str:
-    return text if len(text) <= MAX_DESCRIPTION else text[: MAX_DESCRIPTION - 3] + "..."

@@ -21,6 +21,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
+from compressors.contracts import is_out_of_memory
+from infra.credentials import first_line
 from infra.errors import RegistryUnavailable, SettingRefused
 from infra.lock import locked
 
@@ -68,7 +70,7 @@ def alone(file: Path) -> Iterator[None]:
             raise SettingRefused(
                 f"The registry {file} cannot be made there: {fault.strerror}. Set RECPRESS_HOME "
                 "to a folder you may write, or MLFLOW_TRACKING_URI."
-            ) from fault
+            ) from None
         yield
 
 
@@ -181,8 +183,10 @@ def _migrate(file: Path, temporary: Path, schema: Schema) -> None:
         with closing(_connected(temporary)) as database:
             migrated = _schema(temporary, database)
     except Exception as fault:  # MLflow's migrations raise whatever their libraries raise
-        first = str(fault).partition("\n")[0]
-        raise _incomplete(file, schema, f"MLflow cannot migrate it: {first}") from fault
+        if is_out_of_memory(fault):
+            raise
+        why = f"MLflow cannot migrate it: {first_line(fault)}"
+        raise _incomplete(file, schema, why) from None
     if not _complete(migrated):
         raise _incomplete(file, schema, "MLflow's migration leaves tables out")
 
@@ -204,12 +208,12 @@ def _schema(file: Path, database: sqlite3.Connection) -> Schema:
             revisions = database.execute("SELECT version_num FROM alembic_version").fetchall()
         rows = {name: _rows(database, name) for name in tables - SEEDED}
     except sqlite3.OperationalError as fault:
-        raise RegistryUnavailable(f"The registry {file} cannot be read: {fault}.") from fault
+        raise RegistryUnavailable(f"The registry {file} cannot be read: {fault}.") from None
     except sqlite3.DatabaseError as fault:
         raise SettingRefused(
             f"{file} cannot be used as a registry: {fault}. Check MLFLOW_TRACKING_URI, or move "
             "the file away."
-        ) from fault
+        ) from None
     return Schema(
         tables=tables,
         revision=revisions[0][0] if len(revisions) == 1 else None,
@@ -280,7 +284,7 @@ def _connected(file: Path, mode: str = "rw") -> sqlite3.Connection:
         raise SettingRefused(
             f"The registry {file} cannot be opened for writing: {fault}. Check its permissions, "
             "or set MLFLOW_TRACKING_URI."
-        ) from fault
+        ) from None
 
 
 @contextmanager
@@ -290,7 +294,7 @@ def _not_locked(file: Path) -> Iterator[None]:
     except sqlite3.OperationalError as fault:
         raise RegistryUnavailable(
             f"The registry {file} is in use by another program ({fault}). Try again."
-        ) from fault
+        ) from None
 
 
 @contextmanager

@@ -20,6 +20,7 @@ from typing import Any, Literal
 
 from compressors.contracts import Frozen
 from infra.errors import SettingRefused
+from infra.telemetry import TELEMETRY_OFF
 
 ROOT = Path(__file__).parent.parent
 COMPOSE = ROOT / "docker-compose.yml"
@@ -56,6 +57,10 @@ class Services(Frozen):
     folders: tuple[Path, ...]
 
 
+NOT_OF_ITS_FORM = (AttributeError, LookupError, RecursionError, TypeError, ValueError)
+"""What reading a document raises that has other types or lacks a field."""
+
+
 def needed_secrets(text: str) -> tuple[str, ...]:
     """The variables a compose file cannot do without: those with ``:?``."""
     return tuple(
@@ -74,12 +79,16 @@ def read_variables(path: Path) -> dict[str, str]:
     """The ``NAME=value`` lines of a file such as ``.env``; none if there is no such file.
 
     Raises:
-        SettingRefused: a line has another form.
+        SettingRefused: a line has another form, or the file is no UTF-8 text.
     """
     if not path.is_file():
         return {}
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as fault:
+        raise SettingRefused(f"Expected UTF-8 text in {path}, got {fault}. Correct it.") from fault
     found = {}
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+    for number, line in enumerate(text.splitlines(), start=1):
         if not line.strip() or line.lstrip().startswith("#"):
             continue
         name, equals, value = line.partition("=")
@@ -110,13 +119,26 @@ def read_services(
     """
     import yaml
 
-    document: dict[str, Any] = _filled(
-        yaml.safe_load(compose.read_text(encoding="utf-8")), variables
-    )
+    try:
+        document = yaml.safe_load(compose.read_text(encoding="utf-8"))
+        return _read_services(_filled(document, variables), state, compose, ports or free_ports)
+    except (yaml.YAMLError, *NOT_OF_ITS_FORM) as fault:
+        raise SettingRefused(
+            f"Expected services that can be processes in {compose}, got {type(fault).__name__}: "
+            f"{str(fault)[:300]}. Compare it with the file in the repository."
+        ) from fault
+
+
+def _read_services(
+    document: dict[str, Any],
+    state: Path,
+    compose: Path,
+    free: "Callable[[Iterable[int]], dict[int, int]]",
+) -> Services:
     chosen = {
         name: entry for name, entry in document["services"].items() if not entry.get("profiles")
     }
-    at = {name: _ports(entry, ports or free_ports) for name, entry in chosen.items()}
+    at = {name: _ports(entry, free) for name, entry in chosen.items()}
     hosts = {
         f"{name}:{inside}": f"127.0.0.1:{here}"
         for name, held in at.items()
@@ -137,7 +159,7 @@ def read_services(
         services.append(_service(name, entry, at[name], _Places(hosts, at[name], paths)))
     return Services(
         services=tuple(services),
-        client=_Places(hosts, {}, {}).of_all(document["x-client"]),
+        client=_Places(hosts, {}, {}).of_all({**document["x-client"], **TELEMETRY_OFF}),
         files={configs[name]: held["content"] for name, held in document["configs"].items()},
         folders=tuple(sorted(folders)),
     )

@@ -2,7 +2,8 @@
 
 They listen on loopback, keep their state below ``RECPRESS_HOME/services``, and get the secrets
 that are not set from a file there that only you may read. What is printed when they are
-ready says how to use them. All are stopped, by their own process ids, when this ends.
+ready says how to use them. One that ends is started again, as compose does with
+``restart: unless-stopped``. All are stopped, by their own process ids, when this ends.
 """
 
 import argparse
@@ -17,7 +18,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
@@ -41,6 +42,12 @@ from infra.settings import load_settings
 START_SECONDS = 180
 POLL_SECONDS = 0.25
 TAIL_CHARACTERS = 3_000
+RESTART_SECONDS = (0.0, 2.0, 4.0, 8.0, 16.0, 32.0, 60.0)
+"""Delays before a service is started again: the first one, then for each end soon after another."""
+STEADY_SECONDS = 60.0
+"""A service that ran as long is no longer one that ends soon after its start."""
+
+_SECRET = re.compile("AUTH|KEY|PASSWORD|SECRET|TOKEN")
 
 INSTALL = {
     "postgres": "Install PostgreSQL 14 or later (Debian: apt-get install postgresql).",
@@ -60,6 +67,9 @@ class Running:
         self._logs = state / "logs"
         self._processes: dict[str, subprocess.Popen[bytes]] = {}
         self._ready: set[str] = set()
+        self._started: dict[str, float] = {}
+        self._restarts: dict[str, int] = {}
+        self._due: dict[str, float] = {}
 
     def start(self, seconds: float = START_SECONDS) -> None:
         """Start each as soon as those it waits for are ready, until all are.
@@ -71,7 +81,7 @@ class Running:
         while len(self._ready) < len(self._services):
             for service in self._services.values():
                 if service.name not in self._processes and self._may_start(service):
-                    self._processes[service.name] = _start(service, self._logs)
+                    self._run(service)
                 elif service.name in self._processes and service.name not in self._ready:
                     self._look(service)
             self.check()
@@ -83,11 +93,38 @@ class Running:
             time.sleep(POLL_SECONDS)
 
     def check(self) -> None:
-        """Raise ``InfraError`` if one that should run has ended."""
+        """Raise ``InfraError`` if one that should run has ended before all are ready."""
         for name, process in self._processes.items():
             code = process.poll()
             if code is not None and not (self._services[name].one_shot and code == 0):
                 raise InfraError(f"{name} ended with {code}. {self._tail(name)}")
+
+    def restart_ended(self) -> None:
+        """Start each service again that has ended, after a delay that grows with each end.
+
+        Other processes of its group are stopped first: a container ends as a whole.
+        """
+        now = time.monotonic()
+        for name, service in self._services.items():
+            process = self._processes[name]
+            code = process.poll()
+            if service.one_shot or code is None:
+                continue
+            if name not in self._due:
+                _signal(process, signal.SIGKILL, group=True)
+                if now - self._started[name] >= STEADY_SECONDS:
+                    self._restarts[name] = 0
+                count = self._restarts.get(name, 0)
+                delay = RESTART_SECONDS[min(count, len(RESTART_SECONDS) - 1)]
+                self._restarts[name], self._due[name] = count + 1, now + delay
+                _say(f"{name} ended with {code} and is started again in {delay:g} s")
+            if now >= self._due[name]:
+                del self._due[name]
+                self._run(service)
+
+    def _run(self, service: Service) -> None:
+        self._processes[service.name] = _start(service, self._logs)
+        self._started[service.name] = time.monotonic()
 
     def stop(self) -> None:
         """Stop all, the last one first; whatever outlives its time is killed."""
@@ -185,7 +222,7 @@ def _path() -> str:
 
 def _environment(service: Service) -> dict[str, str]:
     """What is set for a service, and nothing else of ours: a container has no more either."""
-    ours = ("AWS_", "RECPRESS_", "PREFECT_", "MLFLOW_", "POSTGRES_", "PG")
+    ours = ("AWS_", "RECPRESS_", "PREFECT_", "MLFLOW_", "POSTGRES_", "PG", "S3_", "WEED_")
     kept = {name: value for name, value in os.environ.items() if not name.startswith(ours)}
     return {**kept, **service.environment, "PATH": _path()}
 
@@ -277,13 +314,10 @@ def up(*, any_ports: bool) -> None:
         signal.signal(signal.SIGINT, _interrupt)
         try:
             running.start()
-            for name, value in services.client.items():
-                if re.search(r"://", value):
-                    _say(f"  {name}={value}")
-            _say(f"Use them from another terminal:  . {shlex.quote(str(state / 'client.env'))}")
-            _say("Ctrl-C stops them.")
+            for line in instructions(services.client, state / "client.env"):
+                _say(line)
             while True:
-                running.check()
+                running.restart_ended()
                 time.sleep(1)
         except KeyboardInterrupt:
             _say("stopping")
@@ -291,6 +325,29 @@ def up(*, any_ports: bool) -> None:
             signal.signal(signal.SIGTERM, signal.SIG_IGN)  # once is enough: stopping goes on
             signal.signal(signal.SIGINT, signal.SIG_IGN)
             running.stop()
+
+
+def instructions(client: Mapping[str, str], file: Path) -> list[str]:
+    """How to use the services: addresses and steps, and where a secret is read, never the secret.
+
+    Args:
+        client: the variables of a client.
+        file: where they are stored, as shell commands.
+    """
+    read = f". {shlex.quote(str(file))}"
+    addresses = [
+        f"  {name}={value}"
+        for name, value in client.items()
+        if re.match(r"\w+://", value) and not _SECRET.search(name)
+    ]
+    return [
+        *addresses,
+        f"Use them from another terminal:  {read}",
+        f"Prefect's UI is at {client['PREFECT_API_URL'].removesuffix('/api')} and asks for the "
+        "authentication string, which this command prints:",
+        f'  ({read}; echo "$PREFECT_API_AUTH_STRING")',
+        "Ctrl-C stops them.",
+    ]
 
 
 def main() -> None:

@@ -13,6 +13,7 @@ from urllib.parse import parse_qs, quote, unquote_to_bytes
 from pydantic import Field, ValidationError, field_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
+from infra.credentials import cleaned, move_registry_login
 from infra.errors import SettingRefused
 
 
@@ -44,6 +45,14 @@ class RecpressSettings(BaseSettings):
     )
     threads: int = Field(
         default=1, ge=1, description="Threads of one ONNX Runtime session while it is measured."
+    )
+
+    memory_mb: float | None = Field(
+        default=None,
+        gt=0,
+        lt=2**40,
+        description="MiB of memory that a process may use in all. Default: what the machine, its "
+        "control group and the limits of the process leave.",
     )
 
     @field_validator("allowed_modules", mode="before")
@@ -87,17 +96,19 @@ class RecpressSettings(BaseSettings):
 
 
 def load_settings() -> RecpressSettings:
-    """Read the environment.
+    """Read the environment. A login in ``MLFLOW_TRACKING_URI`` moves to MLflow's own variables.
 
     Raises:
         SettingRefused: a variable does not have the form its field needs.
     """
+    move_registry_login()
     try:
         return RecpressSettings()
     except ValidationError as fault:
         first = fault.errors()[0]
         name = "RECPRESS_" + ".".join(str(part) for part in first["loc"]).upper()
-        raise SettingRefused(f"{name}: {first['msg']}; got {first['input']!r}.") from fault
+        value = cleaned(repr(first["input"]))
+        raise SettingRefused(f"{name}: {cleaned(first['msg'])}; got {value}.") from None
 
 
 def sqlite_uri(file: Path) -> str:
@@ -148,7 +159,9 @@ def shown(uri: str) -> str:
     """
     scheme, separator, rest = uri.partition("://")
     if not separator:
-        return uri.partition("?")[0]
+        # "https:/user:password@host", with a slash missing, is no path.
+        is_address = re.match(r"[A-Za-z][\w+.-]*:", uri) and "@" in uri
+        return (uri.rpartition("@")[2] if is_address else uri).partition("?")[0]
     if scheme.partition("+")[0] == "sqlite":
         file = sqlite_file(uri)
         return f"{scheme}://" if file is None else f"sqlite:///{file}"

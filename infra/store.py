@@ -12,9 +12,10 @@
 """
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
+from typing import TypeVar
 
 from pydantic import ValidationError
 
@@ -28,17 +29,26 @@ from infra.errors import (
     RecordRefused,
     Refused,
 )
+from infra.json_limits import validated
 from infra.settings import shown
 from infra.store_chunks import checked_chunks, hashed, in_order, regular_files, sha256
 from infra.store_folder import TEMPORARY, must_be_free
-from infra.store_manifest import CHUNK_BYTES, FileEntry, StoreManifest, plain_path, root_of
+from infra.store_manifest import (
+    CHUNK_BYTES,
+    MAX_MANIFEST_BYTES,
+    FileEntry,
+    StoreManifest,
+    plain_path,
+    root_of,
+)
 from infra.store_place import place_of
 from infra.temporary import drop_folder, folder_next_to
 
 __all__ = ["CHUNK_BYTES", "MAX_RECORD_BYTES", "FileEntry", "Store", "StoreManifest"]
 
 MAX_RECORD_BYTES = 16 * 2**20
-MAX_MANIFEST_BYTES = 512 * 2**20  # 8 MiB chunks at 67 bytes a hash: 60 TB of model
+
+Checked = TypeVar("Checked")
 
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
@@ -264,6 +274,22 @@ class Store:
             _checked_key(prefix.rstrip("/"))
         return self._place.sizes(prefix)
 
+    def checked(self, read: Callable[[], Checked]) -> Checked:
+        """Read something that is verified; once more if a bucket's answer is not what was written.
+
+        A byte that changed on the way is not damage in the store. What is damaged there is damaged
+        in the second answer as well.
+
+        Args:
+            read: reads and verifies; raises ``ArtifactDamaged``.
+        """
+        try:
+            return read()
+        except ArtifactDamaged:
+            if self.folder is not None:
+                raise
+        return read()
+
     def upload(self, key: str, size: int, chunks: Iterable[bytes]) -> None:
         """Write a file of any size under a key; if ``chunks`` raises, the key is as it was."""
         self._place.upload(_record_key(key, b""), size, chunks)
@@ -287,6 +313,9 @@ class Store:
     def _manifest(self, name: str) -> StoreManifest:
         if not _SHA256.fullmatch(name):
             raise Refused(f"An artifact's name is 64 hex digits; found {name!r}.")
+        return self.checked(lambda: self._read_manifest(name))
+
+    def _read_manifest(self, name: str) -> StoreManifest:
         uri = f"{self.root}/artifacts/{name}"
         try:
             body = self._whole(f"artifacts/{name}/manifest.json", MAX_MANIFEST_BYTES)
@@ -296,11 +325,13 @@ class Store:
                 "none). Run the step that makes it again."
             ) from fault
         try:
-            manifest = StoreManifest.model_validate_json(body)
+            manifest = validated(StoreManifest, body, MAX_MANIFEST_BYTES)
         except ValidationError as fault:
             first = fault.errors()[0]
             where = ".".join(str(part) for part in first["loc"])
             raise _damaged(uri, f"its manifest cannot be used ({where}: {first['msg']})") from fault
+        except ValueError as fault:
+            raise _damaged(uri, f"its manifest cannot be used: {fault}") from fault
         if not name == manifest.root == root_of(manifest.files, manifest.chunk_bytes):
             raise _damaged(uri, "its manifest was changed: the root over it is another")
         return manifest
@@ -316,12 +347,12 @@ class Store:
     def _verify(
         self, artifact: Artifact, manifest: StoreManifest, *, extra_refused: bool = False
     ) -> None:
-        self._check_sizes(artifact, manifest, extra_refused=extra_refused)
+        self.checked(lambda: self._check_sizes(artifact, manifest, extra_refused=extra_refused))
         for _ in self._chunks(artifact, manifest):
             pass
 
     def _copy(self, artifact: Artifact, manifest: StoreManifest, into: Path) -> None:
-        self._check_sizes(artifact, manifest)
+        self.checked(lambda: self._check_sizes(artifact, manifest))
         chunks = self._chunks(artifact, manifest)
         for entry in manifest.files:
             path = into / entry.path
@@ -355,7 +386,7 @@ class Store:
         """All chunks of all files in order, each verified."""
         below, step = self._files_of(artifact), manifest.chunk_bytes
 
-        def one(place: tuple[FileEntry, int]) -> bytes:
+        def read(place: tuple[FileEntry, int]) -> bytes:
             entry, index = place
             start, stop = index * step, min((index + 1) * step, entry.bytes)
             data = self._place.read(f"{below}/{entry.path}", start, stop)
@@ -366,6 +397,9 @@ class Store:
                     "written",
                 )
             return data
+
+        def one(place: tuple[FileEntry, int]) -> bytes:
+            return self.checked(lambda: read(place))
 
         places = ((entry, at) for entry in manifest.files for at in range(len(entry.chunks)))
         return in_order(one, places)

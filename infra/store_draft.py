@@ -25,14 +25,19 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from pydantic import ValidationError
-
 from compressors.contracts import digest
 from infra.disk import translate, translated
 from infra.errors import ArtifactDamaged, ArtifactMissing, Refused
+from infra.json_limits import read_bounded, validated
 from infra.store_chunks import hashed, pread, regular_files, sha256
 from infra.store_folder import must_be_free
-from infra.store_manifest import CHUNK_BYTES, FileEntry, StoreManifest, root_of
+from infra.store_manifest import (
+    CHUNK_BYTES,
+    MAX_MANIFEST_BYTES,
+    FileEntry,
+    StoreManifest,
+    root_of,
+)
 from infra.temporary import is_old
 
 MANIFEST = "manifest.json"
@@ -234,12 +239,13 @@ def finished(into: Path) -> StoreManifest:
         ArtifactDamaged: a file is not what was written.
     """
     try:
-        manifest = StoreManifest.model_validate_json((into / MANIFEST).read_bytes())
+        raw = read_bounded(into / MANIFEST, MAX_MANIFEST_BYTES)
+        manifest = validated(StoreManifest, raw, MAX_MANIFEST_BYTES)
     except OSError as fault:
         raise ArtifactMissing(
             f"{into} has no {MANIFEST}, so it is no complete result. Make it again."
         ) from fault
-    except ValidationError as fault:
+    except ValueError as fault:
         raise ArtifactDamaged(f"{into / MANIFEST} cannot be read as a manifest.") from fault
     files = into / FILES
     found = hashed(files, regular_files(files), manifest.chunk_bytes)

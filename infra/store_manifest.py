@@ -12,6 +12,7 @@ from compressors.contracts import Frozen, Sha256, digest
 
 CHUNK_BYTES = 8 * 2**20
 MAX_CHUNK_BYTES = 2**30
+MAX_MANIFEST_BYTES = 64 * 2**20  # 8 MiB chunks at 67 bytes a hash: 8 TB of model
 
 
 def plain_path(path: str) -> str:

@@ -61,8 +61,8 @@ def place_of(root: str, setting: str) -> Place:
             raise _root_refused(setting, root, "the bucket's name is not valid")
         try:
             return Bucket(bucket, plain_path(prefix) if prefix else "")
-        except ValueError as fault:
-            raise _root_refused(setting, root, "the prefix is not a plain path") from fault
+        except ValueError:
+            raise _root_refused(setting, root, "the prefix is not a plain path") from None
     path = root
     if root.startswith("file://"):
         path = unquote(root.removeprefix("file://"))

@@ -6,6 +6,7 @@ those commit a half-written file when their block is left by an exception, and c
 
 import logging
 import time
+import traceback
 from collections.abc import Iterable, Iterator
 from functools import cached_property
 from pathlib import Path
@@ -17,6 +18,7 @@ from infra.errors import (
     InfraError,
     Refused,
     SettingRefused,
+    StoreOutage,
     StoreUnavailable,
 )
 from infra.store_chunks import in_order
@@ -35,12 +37,18 @@ _PASSING = {
     "BadDigest",
     "ConditionalRequestConflict",
     "IncompleteBody",
+    "NoSuchUpload",  # ours was ended by an answer that was lost, or its name was damaged on the way
     "OperationAborted",
     "RequestTimeout",
     "SlowDown",
     "XAmzContentSHA256Mismatch",
 }
+_PARSERS = {"botocore.parsers", "aiobotocore.parsers"}
 _CREDENTIALS = {"ExpiredToken", "InvalidToken", "TokenRefreshRequired"}
+
+
+class _Conflict(StoreOutage):
+    """Another create of the same key is under way."""
 
 
 class Bucket:
@@ -81,17 +89,16 @@ class Bucket:
                 if _answer(fault)[0] in {"InvalidRange", "416"}:
                     return b""
                 if tried == ATTEMPTS or not _broke_off(fault):
-                    raise self._translate(fault, key) from fault
+                    raise self._translate(fault, key) from None
 
     def create(self, key: str, body: bytes) -> None:
         """Write a new key; ``AlreadyThere`` if it exists."""
         for attempt in range(ATTEMPTS):
             try:
                 self._call("put_object", key, Key=self._prefix + key, Body=body, IfNoneMatch="*")
-            except StoreUnavailable as fault:
+            except _Conflict:
                 # S3 answers so while another create of the key is under way, and asks to retry.
-                conflict = _answer(fault.__cause__)[0] == "ConditionalRequestConflict"
-                if not conflict or attempt + 1 == ATTEMPTS:
+                if attempt + 1 == ATTEMPTS:
                     raise
                 time.sleep(0.1 * 2**attempt)
             else:
@@ -151,7 +158,7 @@ class Bucket:
         try:
             return self._files.call_s3(method, Bucket=self._bucket, **request)
         except _foreign() as fault:
-            raise self._translate(fault, name) from fault
+            raise self._translate(fault, name) from None
 
     async def _ranged(self, key: str, start: int, stop: int) -> Any:
         answer = await self._files._call_s3(
@@ -170,7 +177,7 @@ class Bucket:
         """What an answer of the store, or its absence, means; the class says if retrying helps.
 
         The store's own words are left out: some servers repeat the request in them, and a
-        request carries an access key.
+        request carries an access key. For the same reason its exception is no cause of ours.
         """
         code, status = _answer(fault)
         at = f"{self.uri}/{name}"
@@ -184,7 +191,8 @@ class Bucket:
         if code == "NoSuchKey":  # a bare 404 comes from something that is no S3 server
             return ArtifactMissing(f"{at} does not exist. Run the step that writes it again.")
         if code in _PASSING or status >= 500:
-            return StoreUnavailable(
+            kind = _Conflict if code == "ConditionalRequestConflict" else StoreOutage
+            return kind(
                 f"The object store answered {code} for {at}. Wait a little, then run again."
             )
         if code in _CREDENTIALS or status in {401, 403} or _lacks_credentials(fault):
@@ -193,12 +201,16 @@ class Bucket:
                 "Set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY (or AWS_PROFILE) to a key that "
                 f"may use bucket {self._bucket!r}, and check AWS_ENDPOINT_URL and the clock."
             )
+        if _is_unreadable(fault):
+            return StoreUnavailable(
+                f"The object store's answer for {at} cannot be read. Run again."
+            )
         if 300 <= status < 500 or not _is_silence(fault):
             return SettingRefused(
                 f"The object store cannot be used for {at} ({code or type(fault).__name__}). "
                 "Check AWS_ENDPOINT_URL, AWS_DEFAULT_REGION and the bucket's name."
             )
-        return StoreUnavailable(
+        return StoreOutage(
             f"The object store did not answer for {at} ({type(fault).__name__}). Start it or "
             "check AWS_ENDPOINT_URL, then run again."
         )
@@ -219,8 +231,10 @@ def _foreign() -> tuple[type[Exception], ...]:
     """What s3fs and the libraries below it raise. Anything else is a fault of ours."""
     from aiohttp import ClientError as HttpError
     from botocore.exceptions import BotoCoreError, ClientError
+    from botocore.parsers import ResponseParserError
 
-    return (BotoCoreError, ClientError, HttpError, OSError, ValueError, TimeoutError)
+    known = (BotoCoreError, ClientError, HttpError, OSError, ValueError, TimeoutError)
+    return (*known, ResponseParserError)
 
 
 def _is_silence(fault: BaseException) -> bool:
@@ -230,6 +244,12 @@ def _is_silence(fault: BaseException) -> bool:
     from botocore.exceptions import HTTPClientError
 
     return isinstance(fault, Unconnected | HTTPClientError | HttpError | OSError)
+
+
+def _is_unreadable(fault: BaseException) -> bool:
+    """Whether an answer came and could not be parsed, as opposed to an address without meaning."""
+    frames = traceback.walk_tb(fault.__traceback__)
+    return any(frame.f_globals.get("__name__") in _PARSERS for frame, _ in frames)
 
 
 def _answer(fault: BaseException | None) -> tuple[str, int]:

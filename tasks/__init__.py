@@ -1,6 +1,7 @@
 """One side effect each, wrapped for Prefect: load, call, store. Tasks hand each other artifacts.
 
-policy.py      what may be retried, what is cached under which key
+policy.py      what may be retried, how a task's result is found again; Prefect stores none
+outages.py     services that are away: what is waited for, how long
 pull.py        verify a bundle completely
 validate.py    Great Expectations on every split
 prepare.py     parquet to tensors
@@ -12,6 +13,7 @@ measure.py     quality, latency and bytes of what is served
 gate.py        limits against what was measured
 publish.py     the release and its registry version
 announce.py    progress and artifacts on Prefect's pages
+log_lines.py   log lines that names from a bundle cannot forge
 
 Without Prefect, for the command line as well:
 
@@ -24,6 +26,7 @@ together.py    a step in this process, or in one for each of several devices
 loading.py     a stored bundle as a module, a stored split as tensors
 parity.py      module and graph compared on the same rows, and what to report if they differ
 documents.py   what is stored as JSON beside the files
+result_records.py  the record by which a task's result is found again, validated by its type
 order_records.py   the record by which a finished order is found again
 report.py      the report as a table and as Markdown
 report_page.py the report as one HTML page; report_measured.py is its middle
@@ -32,3 +35,7 @@ champion.py    the registry version and report of the ledger's champion
 registry_listing.py what the registry holds of ours
 promotion.py   promote, roll back, fetch
 """
+
+from infra.telemetry import disable_telemetry
+
+disable_telemetry()  # before any module here imports Prefect

@@ -18,11 +18,6 @@ def require_accepted(model: str, version: str, report: Report) -> None:
             outcome is not ``accepted``.
     """
     which = f"{model} version {version}"
-    if not report.targets:
-        raise PromotionRefused(
-            f"The report of {which} has no targets, so nothing was judged. Compress the model "
-            "again for at least one target."
-        )
     if not report.limits:
         raise PromotionRefused(
             f"The report of {which} has no limits, so nothing was promised. Compress the model "

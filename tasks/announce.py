@@ -1,5 +1,6 @@
-"""How far a run is and what it came to, on its pages in Prefect."""
+"""How far a run is and what its result was, on its pages in Prefect."""
 
+import functools
 import logging
 from typing import cast
 from uuid import UUID
@@ -12,9 +13,25 @@ from prefect.artifacts import (
 )
 
 from tasks.documents import Finished
+from tasks.outages import service_of, wait_out
 from tasks.report import headline, markdown
 
 log = logging.getLogger(__name__)
+
+LOGGERS = ("flows", "tasks", "infra", "compressors")
+"""Whose lines belong into a run's log: those that PREFECT_LOGGING_EXTRA_LOGGERS names as well."""
+
+
+def show_log_lines() -> None:
+    """Let information through to the run's log, unless a level is set.
+
+    Prefect sends to its API what our loggers pass on. It does not set their level, which is then
+    that of the root logger: warnings.
+    """
+    for name in LOGGERS:
+        logger = logging.getLogger(name)
+        if logger.level == logging.NOTSET:
+            logger.setLevel(logging.INFO)
 
 
 def announce(finished: Finished) -> None:
@@ -36,17 +53,28 @@ class Progress:
     def __init__(self, stages: int) -> None:
         self._stages = stages
         self._done = 0
-        self._artifact = cast(UUID, create_progress_artifact(0.0, description="recpress"))
+        self.current = "the start"
+        """The stage that runs now."""
+        create = functools.partial(create_progress_artifact, 0.0, description="recpress")
+        self._artifact = cast(UUID, wait_out(create))
 
     def stage(self, name: str) -> None:
         """Log a stage that begins now, and update the bar."""
+        self.current = name
         self._stages = max(self._stages, self._done + 1)  # a recipe may be carried out again
         log.info("[%d/%d] %s", self._done + 1, self._stages, name)
-        update_progress_artifact(
-            self._artifact, progress=100 * self._done / self._stages, description=name
-        )
+        self._update(100 * self._done / self._stages, name)
         self._done += 1
 
     def finish(self) -> None:
         """Fill the bar."""
-        update_progress_artifact(self._artifact, progress=100.0, description="done")
+        self._update(100.0, "done")
+
+    def _update(self, percent: float, text: str) -> None:
+        """Move the bar; while Prefect's API is away it stays, and the next stage moves it."""
+        try:
+            update_progress_artifact(self._artifact, progress=percent, description=text)
+        except Exception as fault:
+            if service_of(fault) is None:
+                raise
+            log.warning("The progress bar was not updated: Prefect's API did not answer.")

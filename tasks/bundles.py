@@ -29,7 +29,7 @@ from infra.bundle import (
     table_rows,
 )
 from infra.catalogue import need_items
-from infra.data import SplitStatistics, check_ids, split_statistics
+from infra.data import SplitStatistics, check_ids, check_shapes, split_statistics
 from infra.disk import input_files
 from infra.errors import (
     AlreadyThere,
@@ -111,13 +111,14 @@ def _pack(folder: Path) -> Packed:
         split: split_statistics(folder / path, draft.signature.of_split(split))
         for split, path in draft.data.items()
     }
+    check_shapes(_by_name(statistics), draft.signature)
     if "train" not in draft.data and "calibration" not in draft.data:
         raise BundleRefused(
             f"{folder} refers to neither train nor calibration data; a compressed model is "
             f"compared with the original on rows it may learn from. Add one of them."
         )
     paths = {str(split): folder / path for split, path in draft.data.items()}
-    notes = construction_notes(network, draft.network)
+    notes = construction_notes(network, draft.network, folder)
     with scratch_folder("pack") as scratch:
         # The strictest reading there is: nulls, NaN, types, lengths, labels. Before anything is
         # stored; a run prepares the splits again.
@@ -184,11 +185,12 @@ def _examine(reference: str) -> Checked:
             f"version and run 'recpress bundle pack' again."
         )
     need_items(manifest.data, signature, folder)
-    facts, module = _check_model(folder, manifest)
     paths = {split: data_path(manifest, split) for split in manifest.data}
     statistics = {
         split: split_statistics(path, signature.of_split(split)) for split, path in paths.items()
     }
+    check_shapes(_by_name(statistics), signature)
+    facts, module = _check_model(folder, manifest)
     check_ids(_by_name(statistics), signature, table_rows(facts, manifest))
     by_name = {str(split): path for split, path in paths.items()}
     problems = check_baseline(module, signature, by_name)

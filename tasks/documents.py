@@ -24,8 +24,9 @@ from compressors.contracts import (
 from compressors.lower.found import GraphAudit, TableInitializers
 from compressors.lower.parity import Parity
 from infra.bundle import read
-from infra.bundle_json import clean
+from infra.bundle_json import clean, read_document, read_limited
 from infra.errors import RecordRefused
+from infra.json_limits import validated
 from infra.onnxruntime import Machine
 from infra.tensorrt import FILES
 from tasks.stored import local, store
@@ -201,7 +202,7 @@ class Report(Frozen):
     limits: tuple[Limit, ...]
     plan: Plan
     outcome: Outcome
-    targets: tuple[TargetReport, ...]
+    targets: tuple[TargetReport, ...] = Field(min_length=1)
     skipped: dict[str, str] = Field(
         default_factory=dict, description="Optional targets that were left out, and why."
     )
@@ -268,7 +269,7 @@ def build_record(graph: str) -> str:
 
 def lowering_of(folder: Path) -> Lowering:
     """What is stored beside the graphs of a model."""
-    return Lowering.model_validate(json.loads((folder / "lowering.json").read_text()))
+    return read_document(Lowering, folder / "lowering.json")
 
 
 def served_bytes(folder: Path) -> int:
@@ -284,7 +285,7 @@ def served_bytes(folder: Path) -> int:
 
 def measurement_of(artifact: Artifact) -> Measurement:
     """A stored measurement."""
-    return Measurement.model_validate_json((local(artifact) / "measurement.json").read_text())
+    return read_document(Measurement, local(artifact) / "measurement.json")
 
 
 def report_from(
@@ -328,7 +329,7 @@ def report_from(
         skipped=skipped,
         idle=idle,
         remarks=(*remarks, *(plan.remarks if plan is not None else ())),
-        stages=Stages.validate_json((local(stages) / STAGES).read_bytes()),
+        stages=Stages.validate_json(read_limited(local(stages) / STAGES)),
         baseline_bytes=served_bytes(local(baseline)),
         measurement=None if measurement is None else measurement_of(measurement),
         validation=validation,
@@ -343,7 +344,7 @@ def _target(
     folder = local(artifact)
     lowering = lowering_of(folder)
     audits = {
-        graph.name: json.loads(path.read_text())["audit"]
+        graph.name: json.loads(read_limited(path))["audit"]
         for graph in lowering.graphs
         if (path := folder / build_record(graph.name)).exists()
     }
@@ -366,11 +367,15 @@ def report_of(release: Artifact) -> Report:
         RecordRefused: it is no report.
     """
     try:
-        return Report.model_validate_json(store().file(release, REPORT))
+        return validated(Report, store().file(release, REPORT))
     except ValidationError as fault:
         first = fault.errors()[0]
         place = ".".join(str(part) for part in first["loc"]) or "the document"
         raise RecordRefused(
             f"{store().uri_of(release)} has no usable {REPORT} ({clean(place)}: "
             f"{clean(first['msg'])}), so it is no release of recpress."
+        ) from fault
+    except ValueError as fault:
+        raise RecordRefused(
+            f"{store().uri_of(release)} has no usable {REPORT}: {clean(fault)}."
         ) from fault

@@ -6,10 +6,11 @@ from pathlib import Path
 
 from compressors.contracts import Artifact, Bench, Part, Split
 from compressors.model import Model
-from compressors.state import load
+from compressors.state import largest_replaced, load
 from infra.architecture import network_class
 from infra.bundle import Manifest, SplitName, read
 from infra.errors import BundleRefused
+from infra.memory import require_memory
 from infra.settings import load_settings
 from tasks.stored import local
 
@@ -37,8 +38,13 @@ def load_bundle(artifact: Artifact) -> Loaded:
 
 
 def model_of(folder: Path, manifest: Manifest) -> Model:
-    """The module of a verified bundle folder."""
+    """The module of a verified bundle folder.
+
+    Raises:
+        OutOfMemory: a layer, which is built once at its full size, does not fit in memory.
+    """
     network = manifest.network
+    require_memory(largest_replaced(network), f"Building {manifest.name}@{manifest.version}")
     architecture = network_class(network.architecture.path, load_settings().allowed_modules)
     return Model(load(architecture, network, folder), architecture, network, manifest.plan)
 

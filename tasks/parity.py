@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from compressors.batches import format_row, row_of
-from compressors.contracts import Plan, TargetKind
+from compressors.contracts import Plan, TargetKind, is_out_of_memory
 from compressors.errors import ParityFailure, ParityLost
 from compressors.lower.bfloat16_products import has_bfloat16_products, write_checkable
 from compressors.lower.export import Lowered, exported
@@ -126,6 +126,8 @@ class Compared:
         try:
             return ParityLost(self._located(failure, alone, inputs))
         except Exception as fault:
+            if is_out_of_memory(fault):
+                raise
             # Nothing that goes wrong in this second look may hide what the first one found.
             log.warning("The first tensor that differs was not determined: %r", fault)
             return ParityLost(failure)

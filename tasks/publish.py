@@ -6,7 +6,7 @@ import logging
 from prefect import task
 
 from compressors.contracts import Artifact, artifact_name, digest
-from infra.errors import ArtifactMissing
+from infra.errors import ArtifactDamaged, ArtifactMissing
 from infra.registry import Registered
 from infra.settings import load_settings, shown
 from infra.temporary import scratch_folder
@@ -110,12 +110,16 @@ def is_registered(found: Finished) -> bool:
 
 
 def still_published(found: Finished) -> None:
-    """Refuse a remembered result the registry or the store no longer holds.
+    """Refuse a recorded result that the registry or the store no longer holds.
 
     Raises:
         ArtifactMissing: so that it is published again.
+        ArtifactDamaged: its report is not the report of its release.
     """
-    store().manifest(found.release)
+    if report_of(found.release) != found.report:
+        raise ArtifactDamaged(
+            f"The recorded report of order {found.report.order[:12]} is not that of its release."
+        )
     if not is_registered(found):
         raise ArtifactMissing(f"The registry no longer holds order {found.report.order[:12]}.")
 

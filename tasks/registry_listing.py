@@ -10,6 +10,7 @@ import re
 
 from compressors.contracts import Artifact, artifact_name
 from infra.errors import Refused
+from infra.json_limits import check_limits
 from infra.registry import ORDER_TAG, Registered, Registry
 from infra.settings import load_settings
 from infra.store import Store
@@ -80,7 +81,9 @@ def _missing(tags: dict[str, str]) -> list[str]:
 def _recipe(text: str | None) -> tuple[str, ...] | None:
     """The kinds of the steps in a recipe tag; None if it is not a recipe."""
     try:
-        steps = json.loads(text or "")
+        raw = (text or "").encode()
+        check_limits(raw)
+        steps = json.loads(raw)
     except (ValueError, RecursionError):
         return None
     if not isinstance(steps, list) or not all(

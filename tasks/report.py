@@ -4,6 +4,7 @@ import json
 
 from compressors.contracts import SCORE_CHANGE, Estimate, Plan
 from infra.html import many
+from infra.printable import printable
 from tasks.documents import ORDER_FILE, LoweredGraph, Report, TargetReport
 from tasks.report_cells import (
     cell,
@@ -84,7 +85,7 @@ def markdown(report: Report) -> str:
         "",
         resolution(report),
         "",
-        *(f"- {remark}" for remark in remarks(report)),
+        *(f"- {cell(remark)}" for remark in remarks(report)),
         "",
         "## Verdicts",
         "",
@@ -138,7 +139,7 @@ def markdown(report: Report) -> str:
     lines += ["", "## Carry it out again", "", f"```bash\n{again.command}\n```"]
     if ORDER_FILE in again.command:
         lines += ["", f"```json\n{json.dumps(again.order, indent=1)}\n```"]
-    return "\n".join(lines) + "\n"
+    return printable("\n".join(lines) + "\n")
 
 
 def remarks(report: Report) -> list[str]:

@@ -6,6 +6,7 @@ from html import escape
 from compressors.contracts import Estimate, Plan, PlanLine, ScoreUnit
 from compressors.lower.found import GraphAudit
 from infra.html import many
+from infra.printable import one_line
 
 
 def label(metric: str) -> str:
@@ -70,8 +71,12 @@ def plan_warnings(plan: Plan) -> list[str]:
 
 
 def cell(text: str) -> str:
-    """A name or a sentence inside a table: it neither ends the cell nor becomes HTML."""
-    return escape(" ".join(text.split()), quote=False).replace("|", "\\|")
+    """A name or a sentence inside a table: it neither ends the cell nor becomes HTML or markup.
+
+    Links, pictures and code are written as HTML entities, which Markdown shows as the characters.
+    """
+    plain = escape(one_line(" ".join(text.split())), quote=False)
+    return plain.replace("|", "\\|").replace("`", "&#96;").replace("](", "]&#40;")
 
 
 def packed(audit: GraphAudit) -> str:

@@ -12,6 +12,7 @@ from compressors.contracts import (
 )
 from compressors.lower.parity import Parity
 from infra import pictures
+from infra.bundle_json import read_document
 from infra.expectations import Validation
 from infra.html import document, many, scrollable, table
 from infra.page import findings, summary
@@ -116,7 +117,7 @@ def page(report: Report, validation: Validation) -> str:
 
 def validation_of(artifact: Artifact) -> Validation:
     """A stored validation."""
-    return Validation.model_validate_json((local(artifact) / "validation.json").read_text())
+    return read_document(Validation, local(artifact) / "validation.json")
 
 
 # --- what it came to -------------------------------------------------------------------------

@@ -36,6 +36,9 @@ class Subject(Frozen):
     architecture: str
     task: str
     grouped: bool
+    weight_bytes: int = 0
+    data_bytes: int = 0
+    """Of the weights' files, and of the largest split's parquet files."""
 
     def calibration(self) -> SplitName:
         """Without calibration rows of its own a bundle is calibrated on what it learned from."""
@@ -94,6 +97,8 @@ def find(reference: str) -> Subject:
         },
         task=manifest.signature.task,
         grouped=manifest.signature.group is not None,
+        weight_bytes=sum(record.bytes for record in manifest.files.values()),
+        data_bytes=max((held.artifact.bytes for held in manifest.data.values()), default=0),
         architecture=source_digest(path, load_settings().allowed_modules),
     )
 

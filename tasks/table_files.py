@@ -17,6 +17,7 @@ from compressors.safetensors_stream import StreamedFile, size_of
 from compressors.step import TableStep
 from compressors.steps import AnyStep
 from compressors.table_stream import Job, carry_out
+from infra.bundle_json import read_document
 from infra.bundle_shards import stored_tensors
 from infra.disk import input_files
 from infra.errors import Refused
@@ -154,8 +155,7 @@ def check(folder: Path) -> tuple[Artifact, Tables]:
     """
     with input_files(folder):
         manifest = finished(folder)
-        body = (folder / FILES / TABLES).read_bytes()
-    tables = Tables.model_validate_json(body)
+        tables = read_document(Tables, folder / FILES / TABLES)
     uri = folder.absolute().as_uri()
     return Artifact(uri=uri, sha256=manifest.root, bytes=manifest.bytes), tables
 

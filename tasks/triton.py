@@ -16,6 +16,7 @@ from pydantic import ValidationError
 from compressors.contracts import Frozen
 from infra import triton
 from infra.errors import Refused, SettingRefused
+from infra.json_limits import validated
 from infra.settings import load_settings
 from infra.store import Store
 from infra.tensorrt import FILES, Engine
@@ -231,7 +232,7 @@ def _served(
     capability = None
     if kind == "tensorrt":
         build = store().file(target.artifact, build_record(part.graph.name))
-        capability = Engine.model_validate_json(build).capability
+        capability = validated(Engine, build).capability
         # A GPU of another kind finds no file, rather than one it cannot read.
         stored = f"{part.graph.name}{Path(FILES['tensorrt']).suffix}"
         plan = f"{part.graph.name}-{capability}.plan" if capability else stored

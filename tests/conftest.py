@@ -10,7 +10,11 @@ import pytest
 from onnx_operators import operators_read_once
 from s3_server import S3Server, running_server
 
+from infra.telemetry import disable_telemetry
+
 PLACES = {"RECPRESS_STORE", "RECPRESS_TRITON", "MLFLOW_TRACKING_URI"}
+
+disable_telemetry()
 
 # Prefect reads this when it is imported, which is before any fixture runs.
 os.environ["PREFECT_HOME"] = tempfile.mkdtemp(prefix="prefect-")
@@ -26,8 +30,9 @@ LONGEST = ("flows", "graphs", "test_readme")
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Where tests run in several processes, those that share something slow stay together.
 
-    That is the tests of a file, those of all flows (one Prefect server, one finished order), and
-    those of the same exported graphs, or of the same runs of every method.
+    That is the tests of a file, those of all flows (one Prefect server, one finished order), those
+    of all faults (one server of forks), and those of the same exported graphs, or of the same runs
+    of every method.
     """
     groups = {id(item): _group(item) for item in items}
     for item in items:
@@ -38,8 +43,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 def _group(item: pytest.Item) -> str:
     name = item.path.stem
-    if item.path.parent.name == "flows":
-        return "flows"
+    if item.path.parent.name in {"flows", "faults"}:
+        return item.path.parent.name
     if name in SAME_GRAPHS:
         return "graphs"
     return "runs" if name in SAME_RUNS else name
@@ -65,7 +70,7 @@ def _own_surroundings(
     """Never a person's own store, registry or cloud account."""
     home = tmp_path_factory.mktemp("home")
     for name in list(os.environ):
-        if name.startswith("AWS_") or name in PLACES:
+        if name.startswith(("AWS_", "MLFLOW_TRACKING_")) or name in PLACES:
             monkeypatch.delenv(name)
     monkeypatch.setenv("RECPRESS_HOME", str(home / "recpress"))
     monkeypatch.setenv("PREFECT_HOME", str(home / "prefect"))

@@ -31,8 +31,11 @@ BROUGHT_ALONG = {
     "botocore": "s3fs lets its errors through, so they have to be named",
     "onnx_ir": "the values that onnxscript's translation functions build",
     "llvmlite": "numba requires exactly one version of it",
+    "httpx": "prefect's client raises its errors",
     "packaging": "pytest requires it; used in tests only",
     "pydantic_core": "pydantic requires exactly one version of it",
+    "uvicorn": "prefect's server is run by it",
+    "websockets": "prefect's client requires it; used in tests only",
 }
 OPTIONAL = {
     "tensorrt",

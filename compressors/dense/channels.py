@@ -21,7 +21,7 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from compressors.contracts import Bench, Change, Frozen, Part, Schema
+from compressors.contracts import Bench, Change, Frozen, Part, Schema, is_out_of_memory
 from compressors.dense import shares
 from compressors.dense.cuttable import Found, cuttable
 from compressors.dense.importance import Importance, kept_units, per_unit, sizes_of
@@ -298,6 +298,8 @@ class Channels(Frozen):
         try:
             narrow, gap = without_channels(model, schema, cuts, kept)
         except Exception as fault:  # whatever a class raises, these widths are not free
+            if is_out_of_memory(fault):
+                raise
             raise CompressionError(
                 f"With {', '.join(f'{c.width.spoken()} = {c.count}' for c in cuts)} the network "
                 f"fails: {fault}. Leave one of {names} out of 'layers'."

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from compressors.batches import example
 from compressors.composed import ComposedTable
 from compressors.construction import assign, construct
-from compressors.contracts import DenseInput, Schema
+from compressors.contracts import DenseInput, Schema, is_out_of_memory
 from compressors.factored import FactoredLinear
 from compressors.formats import Bag, FoldedNorm, PackedLinear, PackedTable
 from compressors.model import Model
@@ -64,6 +64,8 @@ def prove(model: Model, schema: Schema, cut: Cut) -> None:
     try:
         _, gap = without_channels(private, schema, [cut], kept)
     except Exception as fault:  # whatever a class raises, it says that this width is not free
+        if is_out_of_memory(fault):
+            raise
         raise NotAWidth(
             f"with {cut.width.spoken()} = {cut.count} the network fails: {fault}"
         ) from fault

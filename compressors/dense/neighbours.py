@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.fx import Node
 
 from compressors.batches import example
-from compressors.contracts import Schema
+from compressors.contracts import Schema, is_out_of_memory
 from compressors.errors import CompressionError
 from compressors.lower.served import forms, input_names, served
 from compressors.units import table_rows
@@ -147,6 +147,8 @@ def _graphs(module: nn.Module, schema: Schema) -> list[tuple[torch.fx.Graph, dic
                     wrapper, tuple(given[name] for name in names), dynamic_shapes=(free,)
                 )
         except Exception as fault:  # whatever the network's code raises while it is traced
+            if is_out_of_memory(fault):
+                raise
             first = (str(fault).strip().splitlines() or [repr(fault)])[0].rstrip(".")
             raise CompressionError(
                 f"Who reads which layer could not be read from the network: {first}. Its forward "

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from compressors.batches import example
-from compressors.contracts import TargetKind
+from compressors.contracts import TargetKind, is_out_of_memory
 from compressors.errors import AuditFailed, NotLowerable
 from compressors.formats import Bag, PackedLinear, PackedTable
 from compressors.lower import attention, dense_types, onnxruntime, tensorrt, tensorrt_types
@@ -119,6 +119,8 @@ def exported(
         shapes = dynamic_shapes(schema, most_rows)
         program = _export(wrapper, args, names, translations, shapes)
     except Exception as fault:
+        if is_out_of_memory(fault):
+            raise
         first = _first_fault(fault)
         if isinstance(first, NotLowerable):
             raise NotLowerable(str(first)) from fault

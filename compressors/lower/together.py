@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from compressors.batches import example
-from compressors.contracts import IdInput, Schema
+from compressors.contracts import IdInput, Schema, is_out_of_memory
 from compressors.formats import PackedTable
 from compressors.lower.codes_beside import codes_of, stacked
 from compressors.units import private_copy, swap
@@ -180,7 +180,11 @@ def _same(
     opened = handing_on(model, [group], _Opening)
     try:
         found = opened.get_submodule(path)(**{**inputs, **sealed})
-    except Exception:  # whatever a network does with its ids beside a lookup, it cannot do here
+    except (
+        Exception
+    ) as fault:  # whatever a network does with its ids beside a lookup, it cannot do here
+        if is_out_of_memory(fault):
+            raise
         return False
     return bool(torch.equal(found, expected))
 

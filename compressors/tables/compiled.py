@@ -1,8 +1,10 @@
 """Compiled loops over table rows.
 
-Compiled by numba when they are first called and kept beside this file (or, where that cannot be
-written, in numba's own cache), so that takes its seconds once. All of them are in one file: numba
-looks for changes in the file of a function, not in those of what it calls.
+Compiled by numba when they are first called, which takes some seconds. numba caches the machine
+code as pickles in ``__pycache__`` next to this file, where Python caches its own bytecode: a
+process that can write there can change the code itself. If that folder cannot be written, each
+process compiles again: numba's other places for its cache, one per user, are not used. All loops
+are in one file: numba looks for changes in the file of a function, not in those of what it calls.
 
 Three devices make the loops fast without changing a bit:
 
@@ -13,7 +15,9 @@ Three devices make the loops fast without changing a bit:
 - float16 is made from the bits of a float32, since compilers for old processors have no such type.
 """
 
+import inspect
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import numba
@@ -41,11 +45,15 @@ LANES = 64
 
 
 def _compiled(function: Function) -> Function:
-    """Compiled when it is first called; other threads run meanwhile."""
+    """Compile a function when it is first called; other threads run meanwhile."""
+    bytecode = Path(inspect.getfile(function)).parent / "__pycache__"
     try:
-        return cast("Function", numba.njit(function, nogil=True, cache=True, error_model="numpy"))
-    except RuntimeError:  # nothing can be written anywhere: every process compiles for itself
-        return cast("Function", numba.njit(function, nogil=True, error_model="numpy"))
+        cached = numba.njit(function, nogil=True, cache=True, error_model="numpy")
+        if Path(cached.stats.cache_path) == bytecode:
+            return cast("Function", cached)
+    except RuntimeError:  # numba finds no folder that it can write
+        pass
+    return cast("Function", numba.njit(function, nogil=True, error_model="numpy"))
 
 
 def _bitcast(given: Any, result: Any, to: Any) -> Any:

@@ -165,10 +165,9 @@ class PruneRows(Frozen):
             planes = byte_planes(place, int(kept.sum()))
             return Fitted({"planes": planes}, {"unique": weight[kept]})
         within, before = kept_order(kept)
-        each = (count[~kept] + UNSEEN).unsqueeze(1)
-        shared = (weight[~kept] * each / each.sum()).sum(dim=0).float()
-        if self.pruned == "zero":
-            shared = torch.zeros_like(shared)
+        shared = torch.zeros(weight.shape[1])
+        if self.pruned != "zero":
+            shared = _mean_row(weight, ~kept, count)
         rows = torch.cat([weight[kept], shared.unsqueeze(0)])
         return Fitted({"within": within, "before": before}, {"kept": rows})
 
@@ -225,4 +224,19 @@ class PruneRows(Frozen):
         return Design(form, {_COUNT[form.name]: kept}, words)
 
 
+_BLOCK_ROWS = 65_536
 _COUNT = {COMPOSITION.name: "kept", row_map.COMPOSITION.name: "places"}
+
+
+def _mean_row(weight: Tensor, chosen: Tensor, count: Tensor) -> Tensor:
+    """The mean of the chosen rows, weighted by their lookups: float32 ``(dim,)``.
+
+    In blocks, since most rows of a large table may be chosen.
+    """
+    total, lookups_in_all = torch.zeros(weight.shape[1], dtype=torch.float64), 0.0
+    for begin in range(0, len(weight), _BLOCK_ROWS):
+        block = slice(begin, begin + _BLOCK_ROWS)
+        each = count[block][chosen[block]].double() + UNSEEN
+        total += each @ weight[block][chosen[block]].double()
+        lookups_in_all += float(each.sum())
+    return (total / lookups_in_all).float()

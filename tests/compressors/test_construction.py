@@ -1,6 +1,7 @@
 """Networks whose constructors move, copy, cast or read their parameters are built and loaded."""
 
 import copy
+import resource
 import weakref
 
 import pytest
@@ -246,3 +247,48 @@ def test_assigning_leaves_the_network_that_gave_the_tensors_as_it_was():
     for name, tensor in source.state_dict().items():
         assert torch.equal(tensor, expected[name])
         assert target.state_dict()[name].data_ptr() == tensor.data_ptr()
+
+
+class Sized(nn.Module):
+    """Its configuration decides everything that its constructor creates."""
+
+    def __init__(self, *, rows=10, hidden=4, layers=1, mask=4, drawn=4):
+        super().__init__()
+        self.table = nn.Embedding(rows, 4)
+        self.layers = nn.ModuleList(nn.Linear(4, hidden) for _ in range(layers))
+        self.register_buffer("mask", torch.ones(mask, mask), persistent=False)
+        self.drawn = torch.zeros(drawn)
+
+    def forward(self, x):
+        return self.table(x)
+
+
+def stored_network(tmp_path, **config):
+    save(Sized(), tmp_path)
+    architecture = Architecture(path="test_construction:Sized", config=config)
+    return Network(architecture=architecture)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [{"rows": 10**9}, {"hidden": 10**12}, {"mask": 10**6}, {"drawn": 10**10}],
+    ids=["table", "layer", "buffer", "plain tensor"],
+)
+def test_a_constructor_that_creates_far_more_than_is_stored_is_refused_unbuilt(tmp_path, config):
+    network = stored_network(tmp_path, **config)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(ModelRefused, match=r"creates a tensor of \d+ bytes, and by the stored"):
+        load(Sized, network, tmp_path)
+    grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+    assert grown < 100 * 1024  # KiB: not even a part of it was touched
+
+
+def test_a_constructor_that_creates_tensors_without_end_is_refused(tmp_path):
+    network = stored_network(tmp_path, layers=10**9)
+    with pytest.raises(ModelRefused, match="far more tensors than the files hold"):
+        load(Sized, network, tmp_path)
+
+
+def test_a_mask_of_60_mib_that_no_file_stores_is_allowed(tmp_path):
+    network = stored_network(tmp_path, mask=4000)
+    assert load(Sized, network, tmp_path).mask.shape == (4000, 4000)

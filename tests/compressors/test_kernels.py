@@ -1,6 +1,7 @@
 """Compiled loops against the specification in torch operators, bit for bit."""
 
 import itertools
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -243,3 +244,11 @@ def test_rows_need_not_lie_together():
 def test_who_encodes_nothing_does_not_wait_for_the_compiler():
     code = "import sys; import compressors.steps; assert 'numba' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, timeout=120)
+
+
+def test_machine_code_is_cached_next_to_the_source_and_nowhere_else(tmp_path):
+    """numba's caches are pickles: one that anybody may fill could run their code."""
+    code = "from compressors.tables.compiled import _to_16; import numpy; _to_16(numpy.float32(1))"
+    environment = os.environ | {"NUMBA_CACHE_DIR": str(tmp_path), "XDG_CACHE_HOME": str(tmp_path)}
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, timeout=120, env=environment)
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == []

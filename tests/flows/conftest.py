@@ -11,8 +11,15 @@ from orders import ACCEPTED, BOTH, World, carry_out, surroundings
 from prefect.testing.utilities import prefect_test_harness
 
 from flows.order import Order
+from tasks import outages
 from tasks.bundles import pack
 from tasks.promotion import repair
+
+
+@pytest.fixture(autouse=True)
+def _outages_end_soon(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A service that a test switches off for good is tried once more, not for ten minutes."""
+    monkeypatch.setattr(outages, "DEADLINE_SECONDS", 3.0)
 
 
 @pytest.fixture(scope="session")

@@ -198,7 +198,7 @@ def test_an_artifact_that_was_deleted_from_the_store_is_made_again(world: World)
     ran = carry_out(world.order)
     assert ran.finished == world.first.finished  # the same bits, so the same name
     assert store().find(compressed.sha256) == compressed
-    assert sorted(ran.of("static_int8")) == ["Cached", "Completed"]
+    assert ran.of("static_int8") == ["Completed"]
     assert ran.of("rowwise_int4") == ["Cached"]
     assert set(ran.of("measure")) == {"Cached"}
 
@@ -208,7 +208,7 @@ def test_an_order_forgotten_by_the_registry_is_registered_again(
 ) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path / 'other.db'}")
     ran = carry_out(world.order)
-    assert sorted(ran.of("publish")) == ["Cached", "Completed"]
+    assert ran.of("publish") == ["Completed"]
     assert registered("clicks") == ["1"]
     assert "other.db" in ran.finished.registry
     monkeypatch.delenv("MLFLOW_TRACKING_URI")

@@ -1,7 +1,10 @@
 """The deployment carried out by the worker, between the real services of docker-compose.yml."""
 
 import json
+import logging
+import time
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +17,18 @@ from drafts import environment, recpress, write_draft
 from local_services import LocalServices
 from mlflow import MlflowClient
 from prefect.client.orchestration import get_client
-from prefect.client.schemas.filters import ArtifactFilter, ArtifactFilterFlowRunId
+from prefect.client.schemas.filters import (
+    ArtifactFilter,
+    ArtifactFilterFlowRunId,
+    FlowRunFilter,
+    FlowRunFilterId,
+    LogFilter,
+    LogFilterFlowRunId,
+)
 from prefect.client.schemas.objects import FlowRun
 from prefect.deployments import run_deployment
-from prefect.settings import PREFECT_API_URL, temporary_settings
+from prefect.exceptions import PrefectHTTPStatusError
+from prefect.settings import PREFECT_API_AUTH_STRING, PREFECT_API_URL, temporary_settings
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
@@ -33,7 +44,12 @@ ORDER = {
 def client(local_services: LocalServices) -> Iterator[dict[str, str]]:
     """What a client of the services has, with Prefect's own client pointing there as well."""
     found = local_services.client
-    with temporary_settings({PREFECT_API_URL: found["PREFECT_API_URL"]}):
+    with temporary_settings(
+        {
+            PREFECT_API_URL: found["PREFECT_API_URL"],
+            PREFECT_API_AUTH_STRING: found["PREFECT_API_AUTH_STRING"],
+        }
+    ):
         yield found
 
 
@@ -79,6 +95,75 @@ def test_the_workers_run_completes_and_leaves_its_report_in_prefect(carried_out:
     assert "recpress registry fetch clicks" in text
 
 
+def test_the_events_of_its_tasks_reach_the_server(carried_out: FlowRun) -> None:
+    with get_client(sync_client=True) as prefect:
+        # A client reports the state of a task run as an event, over the authenticated socket.
+        tasks = prefect.read_task_runs(
+            flow_run_filter=FlowRunFilter(id=FlowRunFilterId(any_=[carried_out.id])), limit=200
+        )
+    assert len(tasks) > 5
+    assert {task.state_name for task in tasks} <= {"Completed", "Cached"}
+
+
+def test_the_log_of_the_run_has_its_stages_and_warnings(
+    client: dict[str, str], carried_out: FlowRun
+) -> None:
+    with get_client(sync_client=True) as prefect:
+        lines = prefect.read_logs(
+            LogFilter(flow_run_id=LogFilterFlowRunId(any_=[carried_out.id])), limit=200
+        )
+    stages = [line.message for line in lines if line.message.startswith("[")]
+    assert stages[0].endswith("] pull clicks 1")
+    assert stages[-1].endswith("] publish")
+    numbers = [int(stage[1:].partition("/")[0]) for stage in stages]
+    assert numbers == list(range(1, len(stages) + 1))
+    # This model has no layer that 'fold' could fold: the step's own warning.
+    assert any("'fold' needs" in line.message for line in lines if line.level == logging.WARNING)
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"preset": "custom"}, "'steps' is a required property"),
+        ({"limits": [{"metric": "auc", "at_least": -3}]}, "-3 is less than"),
+        ({"targets": {"smallest_batch": 65}}, "'best_batch' is a required property"),
+        ({"promot": True}, "'promot' was unexpected"),
+    ],
+)
+def test_an_invalid_order_is_refused_when_it_is_submitted(
+    client: dict[str, str], change: dict[str, Any], reason: str
+) -> None:
+    order = {**ORDER, **change}
+    with pytest.raises(PrefectHTTPStatusError) as raised:
+        run_deployment("compress/compress", parameters={"order": order}, timeout=0)
+    assert raised.value.response.status_code == 409
+    assert reason in raised.value.response.json()["detail"]
+
+
+def test_waiting_orders_start_in_the_order_of_their_submission_one_at_a_time(
+    client: dict[str, str], carried_out: FlowRun
+) -> None:
+    """They name models that do not exist, so each ends soon after its start."""
+    submitted = [
+        run_deployment(
+            "compress/compress", parameters={"order": {**ORDER, "model": f"none{n}@1"}}, timeout=0
+        ).id
+        for n in range(3)
+    ]
+    end = time.monotonic() + RUN_SECONDS
+    with get_client(sync_client=True) as prefect:
+        runs = [prefect.read_flow_run(run) for run in submitted]
+        while not all(run.state and run.state.is_final() for run in runs):
+            assert time.monotonic() < end
+            time.sleep(1)
+            runs = [prefect.read_flow_run(run) for run in submitted]
+    assert {run.state_name for run in runs} == {"Failed"}
+    for earlier, later in pairwise(runs):
+        assert earlier.end_time is not None
+        assert later.start_time is not None
+        assert earlier.end_time <= later.start_time
+
+
 def test_the_version_is_in_the_mlflow_server_with_its_tags_and_alias(
     client: dict[str, str], carried_out: FlowRun
 ) -> None:
@@ -89,6 +174,7 @@ def test_the_version_is_in_the_mlflow_server_with_its_tags_and_alias(
     assert version.tags["recpress.report"].startswith("s3://recpress/store/artifacts/")
     assert [step["kind"] for step in json.loads(version.tags["recpress.recipe"])] == [
         "rowwise_int8",
+        "fold",
         "static_int8",
     ]
     assert version.source.startswith("s3://recpress/store/artifacts/")
@@ -154,25 +240,7 @@ def test_secrets_are_readable_by_their_owner_only_and_in_no_log(
     assert [path.stat().st_mode & 0o777 for path in private] == [0o600] * 3
     lines = (state / "secrets.env").read_text().splitlines()
     values = [line.partition("=")[2] for line in lines]
-    assert len(set(values)) == len(values) == 4
+    assert len(set(values)) == len(values) == 6
     logs = {path.name: path.read_text(errors="replace") for path in state.glob("logs/*.log")}
     assert logs.keys() >= {"prefect.log", "mlflow.log", "s3.log", "worker.log"}
     assert [name for name, text in logs.items() for value in values if value in text] == []
-
-
-def test_every_port_listens_on_loopback_only(local_services: LocalServices) -> None:
-    logs = local_services.home / "services"
-    listening = {}
-    for table in ("tcp", "tcp6"):
-        for line in Path(f"/proc/net/{table}").read_text().splitlines()[1:]:
-            fields = line.split()
-            if fields[3] == "0A":  # listening
-                address, _, port = fields[1].partition(":")
-                listening.setdefault(int(port, 16), set()).add(address)
-    ports = {
-        int(value.rsplit(":", 1)[1].partition("/")[0])
-        for value in local_services.client.values()
-        if "://127.0.0.1:" in value
-    }
-    assert len(ports) == 3, logs
-    assert {port: listening.get(port) for port in ports} == {port: {"0100007F"} for port in ports}

@@ -66,3 +66,15 @@ def test_without_a_model_to_read_names_from_nothing_is_guessed() -> None:
     with pytest.raises(ValidationError) as fault:
         Order.model_validate({**GOOD, "limit": []})
     assert sentences(fault.value) == ["limit: there is no such setting"]
+
+
+def test_a_thousand_faults_are_answered_with_the_first_and_their_number() -> None:
+    said = told(teachers=list(range(1000)))
+    assert len(said) == 21
+    assert said[0].startswith("teachers.0:")
+    assert said[-1] == "and 980 more faults"
+
+
+def test_a_sentence_about_a_long_value_is_bounded() -> None:
+    (said,) = told(steps=[{"kind": "x" * 100_000}])
+    assert len(said) < 2_100

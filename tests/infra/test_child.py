@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from infra.child import run_child
-from infra.errors import BuildRefused, ChildFailed, InfraError, Refused
+from infra.errors import BuildRefused, ChildFailed, InfraError, OutOfMemory, Refused
 
 HEAD = """
 import os, subprocess, sys, time
@@ -94,6 +94,26 @@ def test_death_by_a_signal_names_the_signal(child, tmp_path):
     work = "def work(request):\n    os.kill(os.getpid(), 11)"
     with pytest.raises(ChildFailed, match="SIGSEGV"):
         run_child(child("faults", work), {}, tmp_path / "job", 30)
+
+
+def test_a_killed_child_is_out_of_memory(child, tmp_path):
+    work = "def work(request):\n    os.kill(os.getpid(), 9)"
+    with pytest.raises(OutOfMemory, match="most likely because the machine ran out of memory"):
+        run_child(child("killed", work), {}, tmp_path / "job", 30)
+
+
+@pytest.mark.parametrize(
+    "raised",
+    [
+        "bytearray(2**60)",
+        "raise RuntimeError('std::bad_alloc')",
+        "raise OSError(12, 'Cannot allocate memory')",
+    ],
+)
+def test_a_child_without_memory_is_no_refusal(child, tmp_path, raised):
+    module = child("exhausted", f"def work(request):\n    {raised}")
+    with pytest.raises(OutOfMemory, match="ran out of memory"):
+        run_child(module, {}, tmp_path / "job", 30)
 
 
 @pytest.mark.parametrize("work", ["os._exit(0)", "open(sys.argv[2], 'w').write('{'); os._exit(0)"])

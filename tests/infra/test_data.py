@@ -291,7 +291,7 @@ def test_a_file_that_breaks_off_inside_is_refused(split, tmp_path):
     raw = bytearray(path.read_bytes())
     raw[4:400] = b"\xff" * 396
     path.write_bytes(raw)
-    with pytest.raises(DataRefused, match="breaks off while it is read"):
+    with pytest.raises(DataRefused, match=r"is not a readable parquet file: .*page header"):
         prepare(path, ALL, tmp_path)
 
 

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from infra.errors import Refused, RegistryUnavailable, SettingRefused
-from infra.registry import MAX_TAG_VALUE, ORDER_TAG, Registered, Registry
+from infra.registry import ORDER_TAG, Registered, Registry
+from infra.registry_limits import MAX_TAG_VALUE
 
 ORDER = "a" * 64
 OTHER = "b" * 64

@@ -9,11 +9,14 @@ import sys
 import textwrap
 import time
 from collections.abc import Callable, Iterator
+from datetime import timedelta
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from pydantic import TypeAdapter
 
 from infra import services_local
 from infra.errors import InfraError, SettingRefused
@@ -29,7 +32,8 @@ from infra.services import (
     read_services,
     read_variables,
 )
-from infra.setup import BUCKETS, DEPLOYMENTS, POOLS
+from infra.setup import AUTOMATIONS, BUCKETS, DEPLOYMENTS, POOLS
+from infra.telemetry import TELEMETRY_OFF
 
 TEXT = COMPOSE.read_text(encoding="utf-8")
 DOCUMENT: dict[str, Any] = yaml.safe_load(TEXT)
@@ -86,16 +90,55 @@ def test_every_published_port_is_on_loopback_and_can_be_moved() -> None:
 def test_no_secret_has_a_default_and_the_example_names_all_of_them() -> None:
     example = read_variables(ROOT / ".env.example")
     assert set(example) == set(needed_secrets(TEXT))
-    assert len(example) == 4
+    assert len(example) == 6
     assert set(example.values()) == {""}
     for name, how, _ in re.findall(r"\$\{(\w+)(:?[-?])?([^}]*)\}", TEXT):
-        if re.search("PASSWORD|SECRET", name):
+        if re.search("PASSWORD|SECRET|JWT_KEY", name):
             assert how in {"", ":?"}, name
     for name, value in [
         pair for entry in ENTRIES.values() for pair in entry.get("environment", {}).items()
     ]:
-        if re.search("PASSWORD|SECRET", name):
-            assert value.startswith("${"), name
+        if re.search("PASSWORD|SECRET|AUTH_STRING|SIGNING(_READ)?_KEY", name):
+            assert re.match(r"(recpress:)?\$\{", value), name
+
+
+def test_prefect_authenticates_and_allows_the_origins_of_its_own_ui_only(tmp_path: Path) -> None:
+    moved = read_services(SECRETS | {"PREFECT_PORT": "14200"}, tmp_path)
+    prefect = of(moved, "prefect").environment
+    secret = f"recpress:{SECRETS['PREFECT_API_PASSWORD']}"
+    assert prefect["PREFECT_SERVER_API_AUTH_STRING"] == secret
+    origins = prefect["PREFECT_SERVER_CORS_ALLOWED_ORIGINS"].split(",")
+    assert origins == ["http://127.0.0.1:14200", "http://localhost:14200"]
+    for name in ("setup", "worker"):
+        assert of(moved, name).environment["PREFECT_API_AUTH_STRING"] == secret
+    assert moved.client["PREFECT_API_AUTH_STRING"] == secret
+
+
+def test_every_python_process_and_every_client_has_usage_reports_switched_off(
+    here: Services,
+) -> None:
+    for name in ("prefect", "mlflow", "setup", "worker"):
+        assert of(here, name).environment.items() >= TELEMETRY_OFF.items(), name
+    assert ENTRIES["gpu-worker"]["environment"].items() >= TELEMETRY_OFF.items()
+    assert here.client.items() >= TELEMETRY_OFF.items()
+    assert "-master.telemetry=false" in of(here, "s3").command
+    for deployment in yaml.safe_load(DEPLOYMENTS.read_text())["deployments"]:
+        variables = deployment["work_pool"]["job_variables"]["env"]
+        assert variables.items() >= TELEMETRY_OFF.items()
+
+
+def test_the_health_port_of_a_worker_is_on_loopback_in_its_container_too() -> None:
+    for name in ("worker", "gpu-worker"):
+        assert ENTRIES[name]["environment"]["PREFECT_WORKER_WEBSERVER_HOST"] == "127.0.0.1"
+
+
+def test_the_instructions_name_where_the_secret_is_read_and_not_the_secret(
+    here: Services, tmp_path: Path
+) -> None:
+    text = "\n".join(services_local.instructions(here.client, tmp_path / "client.env"))
+    assert "http://127.0.0.1:4200 and asks for the authentication string" in text
+    assert f'(. {tmp_path}/client.env; echo "$PREFECT_API_AUTH_STRING")' in text
+    assert [value for value in SECRETS.values() if value in text] == []
 
 
 def test_every_image_has_a_tag_that_says_a_version() -> None:
@@ -137,6 +180,87 @@ def test_setup_makes_what_workers_and_deployments_name() -> None:
     assert started == set(POOLS)
     assert DOCUMENT["x-client"]["RECPRESS_STORE"].removeprefix("s3://").split("/")[0] in BUCKETS
     assert ENTRIES["mlflow"]["environment"]["MLFLOW_ARTIFACTS_DESTINATION"][5:] in BUCKETS
+
+
+def test_each_worker_has_its_device_and_a_run_inherits_it() -> None:
+    assert ENTRIES["worker"]["environment"]["RECPRESS_DEVICE"] == "cpu"
+    ours = ENTRIES["gpu-worker"]["environment"]
+    assert ours == ENTRIES["worker"]["environment"] | {"RECPRESS_DEVICE": "cuda"}
+    for item in yaml.safe_load(DEPLOYMENTS.read_text())["deployments"]:
+        variables = item["work_pool"]["job_variables"]["env"]
+        assert not any(name.startswith("RECPRESS_") for name in variables)
+
+
+def test_runs_wait_in_the_pool_so_that_they_start_in_order() -> None:
+    """A deployment's limit sends waiting runs away for random times."""
+    for item in yaml.safe_load(DEPLOYMENTS.read_text())["deployments"]:
+        assert "concurrency_limit" not in item
+    for name in ("worker", "gpu-worker"):
+        command = ENTRIES[name]["command"]
+        assert command[command.index("--limit") + 1] == "1"
+
+
+def test_the_prefect_server_keeps_what_a_restart_needs_in_its_volume(
+    here: Services, tmp_path: Path
+) -> None:
+    environment = of(here, "prefect").environment
+    assert environment["PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE"] == (
+        "prefect.server.concurrency.lease_storage.filesystem"
+    )
+    assert environment["PREFECT_HOME"] == str(tmp_path / "prefect")  # the leases are below it
+    buffer = environment["PREFECT_SERVER_EVENTS_EXPIRED_BUCKET_BUFFER"]
+    assert TypeAdapter(timedelta).validate_python(buffer) >= timedelta(days=1)
+
+
+def test_a_lost_run_is_noticed_within_3_minutes_and_started_at_most_3_times() -> None:
+    automations = {
+        item["name"]: item for item in yaml.safe_load(AUTOMATIONS.read_text())["automations"]
+    }
+    notice = automations["recpress-notice-lost-runs"]
+    again = automations["recpress-restart-lost-runs"]
+    killed = automations["recpress-restart-killed-runs"]
+    (noticed,) = notice["actions"]
+    deployments = yaml.safe_load(DEPLOYMENTS.read_text())["deployments"]
+    for item in deployments:
+        variables = item["work_pool"]["job_variables"]["env"]
+        heartbeat = int(variables["PREFECT_FLOWS_HEARTBEAT_FREQUENCY"])
+        # Two heartbeats may be late or lost, and the server looks every few seconds.
+        assert 3 * heartbeat < notice["trigger"]["within"] <= 180 - heartbeat
+        assert {"prefect.resource.id": f"prefect.tag.{item['tags'][0]}"} == (
+            notice["trigger"]["match_related"]
+        )
+    assert noticed["state"] == "CRASHED"  # which releases the slot of the pool
+    assert "3 times" in noticed["message"]
+    for item in (again, killed):
+        assert item["trigger"]["match"]["prefect.run-count"] == ["1", "2"]
+        assert {action["state"] for action in item["actions"]} == {"SCHEDULED"}
+    message = again["trigger"]["match"]["prefect.state-message"]
+    assert fnmatch(noticed["message"], message)
+
+
+@pytest.mark.parametrize(
+    ("message", "is_restarted"),
+    [
+        ("Process exited with status code: -9. Process exited due to a SIGKILL signal.", True),
+        ("Flow run infrastructure exited with non-zero status code -9.", True),
+        ("Process exited with status code: -15.", True),
+        ("Execution was aborted by Python system exit call.", True),
+        ("Process exited with status code: 1.", False),
+        ("Flow run could not be submitted to infrastructure", False),
+        ("Flow run infrastructure exited with non-zero status code 127.", False),
+    ],
+)
+def test_only_a_run_whose_process_was_killed_is_started_again(
+    message: str, is_restarted: bool
+) -> None:
+    """The messages are those of Prefect 3.8; a run that ended by itself would end so again."""
+    (killed,) = [
+        item
+        for item in yaml.safe_load(AUTOMATIONS.read_text())["automations"]
+        if item["name"] == "recpress-restart-killed-runs"
+    ]
+    patterns = killed["trigger"]["match"]["prefect.state-message"]
+    assert any(fnmatch(message, pattern) for pattern in patterns) == is_restarted
 
 
 def test_the_workers_key_may_use_the_buckets_and_nothing_else(here: Services) -> None:
@@ -339,6 +463,44 @@ def test_one_that_ends_is_named_with_the_end_of_its_log(run: Any) -> None:
     held = run(a_service("short", python("print('out of luck'); exit(3)"), health=never))
     with pytest.raises(InfraError, match=r"short ended with 3(?s:.*)out of luck"):
         held.start(30)
+
+
+def test_one_that_ends_later_is_started_again_with_growing_delays(
+    run: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(services_local, "RESTART_SECONDS", (0.0, 0.2, 0.4))
+    port = free_ports([1])[1]
+    server = a_service(
+        "server",
+        python(SERVER.format(port=port)),
+        health=(sys.executable, "-c", ALIVE.format(port=port)),
+    )
+    other = a_service("other", python("import time; time.sleep(60)"))
+    held = run(server, other)
+    held.start(60)
+    untouched = held._processes["other"].pid
+    for _ in range(3):
+        killed = held._processes["server"]
+        killed.kill()
+        killed.wait()
+        end = time.monotonic() + 20
+        while held._processes["server"] is killed and time.monotonic() < end:
+            held.restart_ended()
+            time.sleep(0.02)
+        assert held._processes["server"].poll() is None
+    assert held._processes["other"].pid == untouched
+    said = capsys.readouterr().out.splitlines()
+    delays = re.findall(r"server ended with -9 and is started again in ([\d.]+) s", "\n".join(said))
+    assert [float(delay) for delay in delays] == [0.0, 0.2, 0.4]
+
+
+def test_what_ran_once_is_not_started_again(run: Any) -> None:
+    setup = a_service("setup", python("pass"), one_shot=True)
+    held = run(setup)
+    held.start(30)
+    ended = held._processes["setup"]
+    held.restart_ended()
+    assert held._processes["setup"] is ended
 
 
 def test_one_that_never_gets_healthy_is_named_at_the_limit(run: Any) -> None:

@@ -11,7 +11,7 @@ from triton_configs import served_by
 from triton_versions import body, published
 
 from compressors.contracts import Estimate, Judgement, Limit
-from infra.errors import ArtifactDamaged, PromotionRefused, Refused
+from infra.errors import ArtifactDamaged, PromotionRefused, RecordRefused, Refused
 from infra.ledger import Entry, Ledger
 from tasks.champion import champions
 from tasks.documents import Finished, TargetReport
@@ -301,16 +301,20 @@ def test_a_report_that_contradicts_itself_is_not_promoted(
 
 
 @pytest.mark.parametrize(
-    ("part", "message"), [({"targets": ()}, "no targets"), ({"limits": ()}, "no limits")]
+    ("part", "refusal", "message"),
+    [
+        ({"targets": ()}, RecordRefused, "targets"),
+        ({"limits": ()}, PromotionRefused, "no limits"),
+    ],
 )
 def test_a_report_without_targets_or_limits_is_not_promoted(
-    home: Path, part: dict[str, Any], message: str
+    home: Path, part: dict[str, Any], refusal: type[Refused], message: str
 ) -> None:
     done = published(home, "a")
     report = done.report.model_copy(update={"order": C, **part})
     release = stored(home / "release", report_json=report.model_dump_json())
     version = registry().publish("m", C, release.uri, {"recpress.outcome": "accepted"}, "").version
-    with pytest.raises(PromotionRefused, match=message):
+    with pytest.raises(refusal, match=message):
         promote("m", version, "")
 
 

@@ -1,8 +1,10 @@
 """The estimate of peak memory grows with what grows."""
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from benchmarks.peak_memory import CASES, measure
 from tasks.memory import peak_memory
 
 size = st.integers(0, 10**13)
@@ -32,5 +34,14 @@ def test_the_moment_is_the_one_of_the_larger_part():
     assert peak_memory(**large).moment == "lowering the untouched model"
     assert peak_memory(**{**large, "data_bytes": 10**10}).moment == "reading the rows"
     trained = peak_memory(**large, trained_bytes=10**9)
-    assert trained.moment == "training tables"
+    assert trained.moment == "training"
     assert trained.peak > 7 * 10**9
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("name", ["tiny", "table-100", "rows-1m"])
+def test_the_estimate_is_within_a_fifth_of_what_a_run_uses(name):
+    """A fifth is what the docs promise; runs of one order differ by about 2 %."""
+    found = measure(CASES[name])
+    assert 0.8 < found["estimate"]["peak"] / found["peak"] < 1.2, found["stages"]

@@ -1,19 +1,22 @@
 """What is retried, and under which key a result is found again."""
 
-from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any, cast, get_type_hints
+from uuid import uuid4
 
 import pytest
 from prefect import task
+from prefect.cache_policies import NO_CACHE
 from prefect.client.schemas.objects import State, TaskRun
-from prefect.context import TaskRunContext
-from prefect.states import Completed, Failed
+from prefect.results import ResultRecordMetadata
+from prefect.states import Cancelled, Completed, Crashed, Failed
 
-from compressors.contracts import Artifact, Limit
+from compressors.contracts import Artifact
 from compressors.errors import CompressionError, ParityLost
 from compressors.tables.rowwise_int8 import RowwiseInt8
+from flows.compress import compress as compress_flow
 from infra import errors
 from tasks import (
+    budget,
     build,
     compress,
     gate,
@@ -23,6 +26,9 @@ from tasks import (
     prepare,
     publish,
     pull,
+    rank,
+    score,
+    stages,
     tables,
     validate,
 )
@@ -39,6 +45,11 @@ EVERY = [
     measure.measure,
     gate.gate,
     publish.publish,
+    budget.lost,
+    rank.rank,
+    score.score,
+    score.average,
+    stages.weigh,
 ]
 
 
@@ -46,14 +57,27 @@ def kinds(of: type[Exception]) -> list[type[Exception]]:
     return [of, *(kind for sub in of.__subclasses__() for kind in kinds(sub))]
 
 
-def retried(fault: BaseException) -> bool:
+def retried(fault: BaseException, run_count: int = 1) -> bool:
     state: State[Any] = Failed(data=fault, message=str(fault))
-    return policy.infra_fault(cast("Any", None), cast("TaskRun", None), state)
+    run = TaskRun.model_construct(id=uuid4(), run_count=run_count)
+    return policy.infra_fault(cast("Any", None), run, state)
 
 
-@pytest.mark.parametrize("kind", kinds(errors.InfraError))
+@pytest.mark.parametrize(
+    "kind", [kind for kind in kinds(errors.InfraError) if kind is not errors.OutOfMemory]
+)
 def test_a_fault_outside_of_us_is_worth_a_second_try(kind: type[Exception]) -> None:
     assert retried(kind("it did not answer"))
+
+
+def test_a_task_that_ran_out_of_memory_is_not_retried_at_once() -> None:
+    assert not retried(errors.OutOfMemory("too little"))
+
+
+def test_a_killed_child_is_retried_twice_and_an_outage_more_often() -> None:
+    killed, outage = errors.ChildFailed("killed"), errors.RegistryOutage("no answer")
+    assert [retried(killed, count) for count in (1, 2, 3)] == [True, True, False]
+    assert all(retried(outage, count) for count in (1, 2, 3, 10))
 
 
 @pytest.mark.parametrize(
@@ -68,67 +92,109 @@ def test_a_result_is_no_fault() -> None:
     assert not policy.infra_fault(cast("Any", None), cast("TaskRun", None), state)
 
 
-@pytest.mark.parametrize("ours", EVERY, ids=lambda ours: ours.name)
-def test_every_task_of_ours_keeps_its_result_by_content_as_json(ours: Any) -> None:
-    assert ours.cache_key_fn is policy.content_key
-    assert ours.persist_result
+@pytest.mark.parametrize("ours", [*EVERY, compress_flow], ids=lambda ours: ours.name)
+def test_prefect_stores_no_result_of_a_task_or_flow(ours: Any) -> None:
+    assert ours.persist_result is False
+    assert isinstance(ours.result_storage, policy.NoResultStorage)
     assert ours.result_serializer == "json"
+
+
+@pytest.mark.parametrize("ours", EVERY, ids=lambda ours: ours.name)
+def test_every_task_is_retried_after_a_fault_outside_and_cached_by_us_only(ours: Any) -> None:
+    assert ours.cache_policy is NO_CACHE
+    assert ours.cache_key_fn is None
     assert ours.retry_condition_fn is policy.infra_fault
     assert ours.retries >= 1
+    assert "return" in get_type_hints(ours.fn)  # records are validated by it
+
+
+def test_the_storage_that_prefect_is_given_keeps_nothing() -> None:
+    storage = policy.NoResultStorage()
+    storage.write_path("key", b"content")
+    with pytest.raises(ValueError, match="recpress stores results itself"):
+        storage.read_path("key")
+
+
+# --- the result of a run of this process -----------------------------------------------------
+
+
+def test_a_state_of_this_process_gives_its_result_or_its_exception() -> None:
+    assert policy.local_result(Completed(data=1)) == 1
+    assert policy.local_result(Completed(data=Completed(data=2))) == 2
+    with pytest.raises(errors.DataRefused, match="a column"):
+        policy.local_result(Failed(data=errors.DataRefused("a column is missing")))
+    with pytest.raises(KeyboardInterrupt):
+        policy.local_result(Crashed(data=KeyboardInterrupt()))
+
+
+@pytest.mark.parametrize(
+    "state",
+    [
+        Completed(message="m"),
+        Cancelled(message="m"),
+        Completed(message="m", data=ResultRecordMetadata(storage_key="/planted/result")),
+        Failed(message="m", data=ResultRecordMetadata(storage_key="/planted/result")),
+    ],
+    ids=lambda state: f"{state.name}, {'no' if state.data is None else 'stored'} data",
+)
+def test_a_state_of_the_api_is_never_followed_to_where_it_points(state: State[Any]) -> None:
+    with pytest.raises(errors.InfraError, match=f"ended the run as {state.name}: m"):
+        policy.local_result(state)
+
+
+# --- keys ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("ours", EVERY, ids=lambda ours: ours.name)
-def test_every_task_of_ours_is_told_which_code_makes_its_result(ours: Any) -> None:
+def test_the_digest_of_the_code_is_an_argument_of_every_task(ours: Any) -> None:
     assert "code" in ours.fn.__annotations__
 
 
-def key(name: str = "compress", **arguments: Any) -> str:
-    context = SimpleNamespace(task=SimpleNamespace(name=name))
-    return policy.content_key(cast("TaskRunContext", context), arguments)
+def key(of: Any = tables.quantize_tables, **arguments: Any) -> str:
+    return policy.content_key(of, arguments)
 
 
-def test_a_key_says_the_task_and_everything_it_was_given() -> None:
-    limits = (Limit.parse("bytes <= 5"),)
-    one = key(source=A, step=RowwiseInt8(), limits=limits, seed=0, code="c")
-    assert one == key(code="c", seed=0, limits=limits, step=RowwiseInt8(), source=A)
+def test_a_key_depends_on_every_argument_and_on_nothing_else() -> None:
+    arguments = {"source": A, "step": RowwiseInt8(), "code": "c"}
+    one = key(**arguments)
+    assert one == key(code="c", step=RowwiseInt8(), source=A)
     others = [
-        key("lower", source=A, step=RowwiseInt8(), limits=limits, seed=0, code="c"),
-        key(
-            source=A.model_copy(update={"sha256": "b" * 64}),
-            step=RowwiseInt8(),
-            limits=limits,
-            seed=0,
-            code="c",
-        ),
-        key(source=A, step=RowwiseInt8(min_rows=7), limits=limits, seed=0, code="c"),
-        key(source=A, step=RowwiseInt8(), limits=(), seed=0, code="c"),
-        key(source=A, step=RowwiseInt8(), limits=limits, seed=1, code="c"),
-        key(source=A, step=RowwiseInt8(), limits=limits, seed=0, code="d"),
+        key(**arguments | {"source": A.model_copy(update={"sha256": "b" * 64})}),
+        key(**arguments | {"step": RowwiseInt8(min_rows=7)}),
+        key(**arguments | {"code": "d"}),
     ]
-    assert len({one, *others}) == 7
+    assert len({one, *others}) == 4
 
 
-def test_what_has_no_canonical_form_is_no_part_of_a_key() -> None:
-    """Rather an error than a key that is another one tomorrow, such as an address in memory."""
+def test_a_default_that_is_named_is_the_same_key() -> None:
+    arguments = {
+        "source": A,
+        "step": RowwiseInt8(),
+        "splits": {},
+        "original": A,
+        "teachers": (),
+        "seed": 0,
+        "device": "cpu",
+        "code": "c",
+    }
+    one = key(compress.compress, **arguments)
+    assert one == key(compress.compress, **arguments, preset=False, excluded=None)
+    assert one != key(compress.compress, **arguments, preset=True)
+
+
+def test_an_argument_without_a_canonical_form_is_an_error() -> None:
+    """Not a key that changes with the process, such as an address in memory."""
     with pytest.raises(TypeError, match="no canonical JSON form"):
-        key(source=object())
-
-
-def test_results_lie_in_our_home_unless_prefect_has_a_place_for_them(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Any
-) -> None:
-    monkeypatch.setenv("RECPRESS_HOME", str(tmp_path))
-    monkeypatch.delenv("PREFECT_DEFAULT_RESULT_STORAGE_BLOCK", raising=False)
-    assert policy._result_storage() == tmp_path / "results"
-    monkeypatch.setenv("PREFECT_DEFAULT_RESULT_STORAGE_BLOCK", "s3-bucket/results")
-    assert policy._result_storage() is None
+        key(source=object(), step=RowwiseInt8(), code="c")
 
 
 @task
 def never() -> None: ...
 
 
-def test_a_task_that_was_not_declared_so_is_not_kept() -> None:
-    """The check above would pass for anything if Prefect filled these in by itself."""
-    assert never.cache_key_fn is None
+def test_a_task_declared_without_our_options_has_none_of_them() -> None:
+    """The checks above would pass for anything if Prefect filled these in by itself."""
+    assert never.persist_result is not False
+    assert never.result_storage is None
+    assert never.cache_policy is not NO_CACHE
     assert never.retry_condition_fn is None

@@ -1,0 +1,304 @@
+"""The embedded Prefect server: one process, started for one command, closed to everyone else.
+
+A command without ``PREFECT_API_URL`` starts it. It listens on a free port of loopback, and every
+request and socket needs a secret that is drawn for this command. The secret is in the memory and
+the environment of the command and its children, never on disk and never in an argument. No web
+page has an origin that the server allows.
+
+Run as ``python -m flows.embedded_server FD`` this module is the server's process. It ends when the
+command that started it ends, however that happens.
+
+Differs from Prefect's ``SubprocessASGIServer``: it waits as long as the server makes progress, it
+binds the port before the process starts, so no other process can take it, and it authenticates.
+"""
+
+import atexit
+import os
+import secrets
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from functools import partial
+from pathlib import Path
+from typing import IO
+
+from infra.answers import NoAnswer, get
+from infra.errors import InfraError
+from infra.lock import locked
+
+SAY_AFTER_SECONDS = 10.0
+SAY_EVERY_SECONDS = 30.0
+STALL_SECONDS = 300.0
+"""A server that makes no progress for this long is given up."""
+
+CPU_SECONDS = 0.05
+"""This much more CPU time counts as progress; an idle process needs hours for it."""
+
+NO_ORIGIN = "http://recpress.invalid"
+"""No page can have this origin: the top-level domain is reserved (RFC 2606)."""
+
+_POLL_SECONDS = 0.1
+_REQUEST_SECONDS = 2.0
+_STOP_SECONDS = 5.0
+_TAIL_BYTES = 3_000
+_REMEDY = (
+    "To use a server that runs already, and to avoid this wait, start one with 'prefect server "
+    "start' and set PREFECT_API_URL=http://127.0.0.1:4200/api."
+)
+
+Say = Callable[[str], object]
+
+
+class EmbeddedServer:
+    """A server process that was started, and how to reach it."""
+
+    def __init__(
+        self,
+        process: "subprocess.Popen[bytes]",
+        api_url: str,
+        output: IO[bytes],
+        home: Path,
+        lock: ExitStack,
+    ) -> None:
+        self.process = process
+        self.api_url = api_url
+        self._output = output
+        self._home = home
+        self._lock = lock
+        atexit.register(self.stop)
+
+    def wait_until_ready(self, say: Say, *, stall_seconds: float = STALL_SECONDS) -> None:
+        """Wait until the server answers, as long as its process makes progress.
+
+        Progress is CPU time of the process, or a change of the database's files. Only time in which
+        this process runs is counted, so both may be suspended together.
+
+        Args:
+            say: called with what is waited for, first after ``SAY_AFTER_SECONDS``.
+            stall_seconds: the longest time without progress.
+
+        Raises:
+            InfraError: the process ended, or made no progress for ``stall_seconds``.
+        """
+        begun = looked = time.monotonic()
+        say_at, stalled, last = begun + SAY_AFTER_SECONDS, 0.0, self._progress()
+        try:
+            while not self._is_ready():
+                self.require_running("before it was ready")
+                now, current = time.monotonic(), self._progress()
+                if current[0] - last[0] >= CPU_SECONDS or current[1] != last[1]:
+                    last, stalled = current, 0.0
+                else:
+                    stalled += min(now - looked, 2 * _REQUEST_SECONDS)
+                looked = now
+                if stalled >= stall_seconds:
+                    raise InfraError(
+                        f"The embedded Prefect server (process {self.process.pid}) made no "
+                        f"progress for {stall_seconds:g} s: it used no CPU time and its database "
+                        f"in {self._home} did not change. Run the command again. {_REMEDY} "
+                        f"{self._last_output()}"
+                    )
+                if now >= say_at:
+                    say_at = now + SAY_EVERY_SECONDS
+                    say(
+                        f"waiting for the embedded Prefect server to start ({now - begun:.0f} s, "
+                        f"process {self.process.pid}, database in {self._home}). {_REMEDY}"
+                    )
+                time.sleep(_POLL_SECONDS)
+        except BaseException:
+            self.stop()
+            raise
+        finally:
+            self._lock.close()
+
+    def require_running(self, when: str) -> None:
+        """Raise ``InfraError`` with the server's last output if its process has ended."""
+        code = self.process.poll()
+        if code is not None:
+            raise InfraError(
+                f"The embedded Prefect server ended with exit code {code} {when}. Its data is in "
+                f"{self._home}; PREFECT_HOME names another folder. {_REMEDY} {self._last_output()}"
+            )
+
+    def stop(self) -> None:
+        """Stop the process; the second call does nothing."""
+        atexit.unregister(self.stop)
+        self._lock.close()
+        self.process.terminate()
+        try:
+            self.process.wait(_STOP_SECONDS)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+        if self.process.stdin is not None:
+            self.process.stdin.close()
+
+    def _is_ready(self) -> bool:
+        try:
+            return get(f"{self.api_url}/health", seconds=_REQUEST_SECONDS).status == 200
+        except NoAnswer:
+            return False
+
+    def _progress(self) -> tuple[float, tuple[tuple[str, int, int], ...]]:
+        """CPU seconds of the process, and the state of its database's files."""
+        files = []
+        for path in sorted(self._home.glob("prefect.db*")):
+            try:
+                state = path.stat()
+            except FileNotFoundError:  # a journal that was removed
+                continue
+            files.append((path.name, state.st_size, state.st_mtime_ns))
+        return cpu_seconds(self.process.pid), tuple(files)
+
+    def _last_output(self) -> str:
+        size = os.fstat(self._output.fileno()).st_size
+        # Not by the file's position, which the server's process shares.
+        tail = os.pread(self._output.fileno(), _TAIL_BYTES, max(0, size - _TAIL_BYTES))
+        text = tail.decode("utf-8", "replace").strip()
+        return f"Its last output:\n{text}" if text else "It printed nothing."
+
+
+def start_embedded_server(say: Say) -> EmbeddedServer:
+    """Start the server of this command and make Prefect's clients in this process use it.
+
+    One server of a Prefect home starts at a time, because each migrates the same database. The lock
+    is released when the server is ready.
+    """
+    from prefect.settings import get_current_settings
+
+    home = get_current_settings().home
+    lock = ExitStack()
+    waiting = partial(say, f"waiting for another command that starts a Prefect server in {home}")
+    lock.enter_context(locked(home / "recpress-server.lock", waiting))
+    output = tempfile.TemporaryFile()  # noqa: SIM115 (open as long as the server runs)
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        api_url = f"http://127.0.0.1:{listener.getsockname()[1]}/api"
+        auth = new_auth_string()
+        process = subprocess.Popen(
+            [sys.executable, "-P", "-m", __name__, str(listener.fileno())],
+            env=_environment(auth),
+            pass_fds=[listener.fileno()],
+            stdin=subprocess.PIPE,  # ends with this process, and then the server ends
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,  # Ctrl-C is for the command, which stops the server
+        )
+    server = EmbeddedServer(process, api_url, output, home, lock)
+    _use(PREFECT_API_URL=api_url, PREFECT_API_AUTH_STRING=auth)
+    return server
+
+
+def protect_ephemeral_server() -> None:
+    """Authenticate the server that Prefect starts by itself for a flow that is called in Python.
+
+    Such a server reads the settings of this process. Does nothing if an API is configured.
+    """
+    from prefect.settings import get_current_settings
+
+    settings = get_current_settings()
+    if settings.api.url is not None or not settings.server.ephemeral.enabled:
+        return
+    configured = settings.server.api.auth_string or settings.api.auth_string
+    auth = configured.get_secret_value() if configured is not None else new_auth_string()
+    os.environ.setdefault("PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS", "180")
+    _use(PREFECT_API_AUTH_STRING=auth, **_server_settings(auth))
+
+
+def new_auth_string() -> str:
+    """A user and a random password, as Prefect's basic authentication expects them."""
+    return f"recpress:{secrets.token_hex(24)}"
+
+
+def cpu_seconds(pid: int) -> float:
+    """CPU time that a process has used, in seconds; 0 if it has ended."""
+    stat = Path(f"/proc/{pid}/stat")
+    if Path("/proc/self/stat").exists():
+        try:
+            fields = stat.read_text().rpartition(")")[2].split()
+        except (FileNotFoundError, ProcessLookupError):
+            return 0.0
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+    shown = subprocess.run(  # macOS: [[days-]hours:]minutes:seconds
+        ["ps", "-o", "time=", "-p", str(pid)],  # noqa: S607
+        capture_output=True,
+        text=True,
+        check=False,
+    ).stdout
+    seconds = 0.0
+    for part in shown.strip().replace("-", ":").split(":"):
+        seconds = seconds * 60 + float(part or 0)
+    return seconds
+
+
+def _use(**variables: str) -> None:
+    """Set variables, and let Prefect, which reads them once, read them again."""
+    from prefect.context import refresh_global_settings_context
+
+    os.environ.update(variables)
+    refresh_global_settings_context()
+
+
+def _server_settings(auth: str) -> dict[str, str]:
+    return {
+        "PREFECT_SERVER_API_AUTH_STRING": auth,
+        # Both names of the setting, because the first wins where a profile has it.
+        "PREFECT_SERVER_API_CORS_ALLOWED_ORIGINS": NO_ORIGIN,
+        "PREFECT_SERVER_CORS_ALLOWED_ORIGINS": NO_ORIGIN,
+    }
+
+
+def _environment(auth: str) -> dict[str, str]:
+    from prefect.settings import get_current_settings
+
+    settings = get_current_settings().to_environment_variables(exclude_unset=True)
+    return {
+        **os.environ,
+        **settings,  # those of the profile too
+        **_server_settings(auth),
+        "PYTHONPATH": os.pathsep.join(path or str(Path.cwd()) for path in sys.path),
+        "PREFECT_UI_ENABLED": "0",
+        # What Prefect itself sets for an embedded server: fewer services, less memory.
+        "PREFECT__SERVER_EPHEMERAL": "1",
+        "PREFECT__SERVER_FINAL": "1",
+        # What it prints is only shown if it ends, so it need not be silent.
+        "PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL": "WARNING",
+        "PREFECT_SERVER_LOGGING_LEVEL": "WARNING",
+    }
+
+
+def _end_with_parent() -> None:
+    """Wait for the end of the standard input, which the parent holds open, then end."""
+    os.read(0, 1)  # not sys.stdin, whose lock would break the end of the interpreter
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(_STOP_SECONDS)
+    os._exit(1)
+
+
+def main() -> None:
+    """Serve Prefect's API on the socket whose descriptor is the first argument."""
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    listener = socket.socket(fileno=int(sys.argv[1]))
+    import uvicorn
+
+    config = uvicorn.Config(
+        "prefect.server.api.server:create_app",
+        factory=True,
+        lifespan="on",
+        log_level="error",
+        timeout_graceful_shutdown=3,
+    )
+    server = uvicorn.Server(config)
+    server.run(sockets=[listener])
+    if not server.started:
+        sys.exit(3)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,64 @@
+"""Compare the peak memory that an order is estimated to need with what is available."""
+
+from collections.abc import Callable
+
+from flows.order import Order
+from infra.errors import OutOfMemory
+from infra.memory import SETTING, available_memory, resident
+from tasks.memory import MIB, Memory, peak_memory
+from tasks.subject import Subject
+
+
+def trains_tables(order: Order) -> bool:
+    """Whether a step of the order trains tables that no step before it has changed."""
+    for step in order.recipe():
+        training = getattr(step, "training", None)
+        if training is not None and training.tables:
+            return True
+        if hasattr(step, "tables"):  # a method for tables, after which they are smaller
+            return False
+    return False
+
+
+def estimated_memory(order: Order, subject: Subject) -> Memory:
+    """The estimate from the sizes in a bundle's manifest alone, before anything is fetched."""
+    return peak_memory(
+        bytes_before=subject.weight_bytes,
+        bytes_after=subject.weight_bytes,
+        data_bytes=subject.data_bytes,
+        builds=any(target != "onnxruntime" for target in order.targets.wanted()),
+        trained_bytes=subject.weight_bytes if trains_tables(order) else 0,
+    )
+
+
+def require_order_memory(order: Order, subject: Subject) -> Memory:
+    """Refuse an order that does not fit in memory, before any work.
+
+    The untouched model's mapped file counts in the estimate and not here: the system takes those
+    pages back before it runs out of memory.
+
+    Returns:
+        The estimate.
+
+    Raises:
+        OutOfMemory: names the estimate, what is available, what limits it, and what to do.
+    """
+    estimate, available, used = estimated_memory(order, subject), available_memory(), resident()
+    needed = estimate.peak - subject.weight_bytes
+    if available is not None and needed - used > available.bytes:
+        raise OutOfMemory(
+            f"The order for {subject.name}@{subject.version} is estimated to use "
+            f"{needed // MIB:,} MiB of memory in {estimate.moment}, and "
+            f"{max(available.bytes + used, 0) // MIB:,} MiB are available within "
+            f"{available.limit}. Free memory, raise that limit or use a larger machine, then run "
+            f"again. If you know better, set {SETTING} to the MiB that the process may use."
+        )
+    return estimate
+
+
+def what_ran(stage: Callable[[], str], estimate: Memory, subject: Subject) -> Callable[[], str]:
+    """What ran out of memory, for a message: the stage, and what had been estimated."""
+    return lambda: (
+        f"Stage '{stage()}' of the order for {subject.name}@{subject.version}, estimated to use "
+        f"{estimate.peak // MIB:,} MiB at most,"
+    )

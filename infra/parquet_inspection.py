@@ -1,0 +1,228 @@
+"""Reads a parquet file once, completely, in a process that may be killed.
+
+A parquet file from outside can end the process that reads it (a damaged footer aborts the C++
+reader), declare rows that it does not have, or expand to any size. So a child process reads
+every column that a schema needs, with limits of memory and time (``parquet_inspector.py`` is the
+parent's side), and reports what it counted. What it has read, the parent can read as well: with
+the same library, the same batches, and no more memory.
+
+This module imports pyarrow and numpy alone, so that the process starts quickly.
+"""
+
+import json
+import os
+import resource
+import signal
+import sys
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+BATCH_ROWS = 65_536
+LEAST_BATCH_ROWS = 256
+BATCH_VALUES = 2**24
+"""Values of one batch, as far as the footer says how many a row has: 128 MiB of doubles."""
+
+MEMORY_LIMIT = 2 * 2**30
+EXPANDED_BYTES = 2**30
+EXPANSION = 1000
+"""A file may decode to 1 GiB, or to 1000 times its own size if that is more."""
+
+MAX_COLUMNS = 20_000
+MAX_NAME_BYTES = 4 * 2**20
+BUFFER_BYTES = 2**20
+
+
+class NotUsable(Exception):
+    """Why a file is refused, in one sentence that begins after the file's name."""
+
+
+def kind_of(dtype: pa.DataType) -> str:
+    """A column type in one word; widths and encodings do not matter here."""
+    types = pa.types
+    if types.is_dictionary(dtype):
+        return kind_of(dtype.value_type)
+    if types.is_list(dtype) or types.is_large_list(dtype) or types.is_fixed_size_list(dtype):
+        return f"list of {kind_of(dtype.value_type)}"
+    if types.is_timestamp(dtype):
+        return "timestamp with time zone" if dtype.tz else "timestamp"
+    words = (
+        ("integer", types.is_integer),
+        ("float", types.is_floating),
+        ("boolean", types.is_boolean),
+        ("date", types.is_date),
+        ("time of day", types.is_time),
+        ("decimal", types.is_decimal),
+        ("string", types.is_string),
+        ("string", types.is_large_string),
+        ("binary", types.is_binary),
+        ("binary", types.is_large_binary),
+    )
+    return next((word for word, fits in words if fits(dtype)), str(dtype)[:200])
+
+
+def opened(file: str | Path) -> pq.ParquetFile:
+    """A parquet file read through small buffers, whatever the size of its row groups."""
+    return pq.ParquetFile(file, buffer_size=BUFFER_BYTES, pre_buffer=False)
+
+
+def record_batches(
+    source: pq.ParquetFile, columns: list[str], batch_rows: int
+) -> Iterator[pa.RecordBatch]:
+    """Record batches of some columns, dictionaries decoded."""
+    for batch in source.iter_batches(batch_rows, columns=columns, use_threads=False):
+        plain = [decoded(column) for column in batch.columns]
+        yield pa.RecordBatch.from_arrays(plain, names=batch.schema.names)
+
+
+def decoded(column: pa.Array) -> pa.Array:
+    """A dictionary-encoded column as its values, any other as it is."""
+    return column.dictionary_decode() if pa.types.is_dictionary(column.type) else column
+
+
+def inspect(file: str, columns: Iterable[str]) -> dict[str, Any]:
+    """Read some columns of a file to its end and count what is in them.
+
+    Args:
+        file: a parquet file.
+        columns: those to read, where the file has them.
+
+    Returns:
+        ``rows``; ``kinds`` as [name, kind] of every column in order; ``values`` and ``longest``
+        by column: how many values it has and how many its longest list has; ``batch_rows``.
+
+    Raises:
+        NotUsable: the footer declares other rows than there are, or the file expands too far.
+        Exception: what the reader raises on a damaged file.
+    """
+    with opened(file) as source:
+        schema, footer = source.schema_arrow, source.metadata
+        kinds = [[name, kind_of(schema.field(at).type)] for at, name in enumerate(schema.names)]
+        names = sum(len(name) for name in schema.names)
+        if len(kinds) > MAX_COLUMNS or names > MAX_NAME_BYTES:
+            raise NotUsable(
+                f"has {len(kinds)} columns with names of {names} characters, more than the "
+                f"{MAX_COLUMNS} columns or {MAX_NAME_BYTES} characters allowed. Write the columns "
+                "that the model reads."
+            )
+        wanted = [name for name in dict.fromkeys(columns) if schema.names.count(name) == 1]
+        batch_rows = _batch_rows(footer, wanted)
+        found = _count(source, wanted, batch_rows, _most_bytes(file)) if wanted else None
+        if found is not None and found["rows"] != footer.num_rows:
+            raise NotUsable(
+                f"declares {footer.num_rows} rows in its footer and has {found['rows']}. Write "
+                "the file again."
+            )
+    counts = found or {"rows": footer.num_rows, "values": {}, "longest": {}}
+    return {**counts, "kinds": kinds, "batch_rows": batch_rows}
+
+
+def _count(
+    source: pq.ParquetFile, columns: list[str], batch_rows: int, most_bytes: int
+) -> dict[str, Any]:
+    rows, size = 0, 0
+    values, longest = dict.fromkeys(columns, 0), dict.fromkeys(columns, 0)
+    for batch in record_batches(source, columns, batch_rows):
+        batch.validate(full=True)
+        rows += batch.num_rows
+        for name in columns:
+            column = batch.column(name)
+            if kind_of(column.type).startswith("list of "):
+                flat = decoded(pc.list_flatten(column))
+                lengths = pc.list_value_length(column).fill_null(0)
+                values[name] += len(flat)
+                longest[name] = max(longest[name], pc.max(lengths).as_py() or 0)
+                size += flat.nbytes
+            else:
+                values[name] += len(column)
+                size += column.nbytes
+        if size > most_bytes:
+            raise NotUsable(
+                f"expands to more than {most_bytes} bytes, {EXPANSION} times its size or 1 GiB. "
+                "Write it without repeating one row so often, or as several files."
+            )
+    return {"rows": rows, "values": values, "longest": longest}
+
+
+def _most_bytes(file: str) -> int:
+    return max(EXPANDED_BYTES, EXPANSION * Path(file).stat().st_size)
+
+
+def _batch_rows(footer: pq.FileMetaData, columns: list[str]) -> int:
+    """Fewer rows a batch where a row has many values; the footer need not be right about it."""
+    most = 1
+    for group in range(footer.num_row_groups):
+        facts = footer.row_group(group)
+        values = 0
+        for leaf in range(facts.num_columns):
+            chunk = facts.column(leaf)
+            if any(f"{chunk.path_in_schema}.".startswith(f"{name}.") for name in columns):
+                values += max(chunk.num_values, 0)
+        most = max(most, values // max(facts.num_rows, 1))
+    return int(np.clip(BATCH_VALUES // most, LEAST_BATCH_ROWS, BATCH_ROWS))
+
+
+# --- the child process -----------------------------------------------------------------------
+
+
+def answer(request: dict[str, Any]) -> dict[str, Any]:
+    """What the child reports about one file: its counts, or why it is refused."""
+    try:
+        return inspect(request["file"], request["columns"])
+    except NotUsable as fault:
+        return {"refused": str(fault)}
+    except MemoryError:
+        return {"memory": True}
+    except OSError as fault:
+        if fault.errno is not None:
+            return {"errno": fault.errno}
+        return {"refused": _unreadable(fault)}
+    except Exception as fault:  # the reader raises errors of many classes on damaged files
+        return {"refused": _unreadable(fault)}
+
+
+def _unreadable(fault: Exception) -> str:
+    reason = " ".join(str(fault).split())[:500].encode(errors="replace").decode()
+    return f"is not a readable parquet file: {reason}"
+
+
+def limit_memory(most: int) -> int:
+    """Allow this process ``most`` bytes beyond what it has; returns what it may really use.
+
+    A limit of the parent, which the child inherits, stays if it is lower.
+    """
+    held = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    _, hard = resource.getrlimit(resource.RLIMIT_AS)
+    soft, _ = resource.getrlimit(resource.RLIMIT_AS)
+    limits = [held + most, *(limit for limit in (soft, hard) if limit != resource.RLIM_INFINITY)]
+    resource.setrlimit(resource.RLIMIT_AS, (min(limits), hard))
+    return min(limits) - held
+
+
+def main() -> None:
+    """Answer requests, one JSON line each, until the parent closes the pipe."""
+    out = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)  # what libraries print must not mix with the answers
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which ends this
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    pa.set_io_thread_count(1)
+    pa.set_cpu_count(1)
+    print(json.dumps({"memory": limit_memory(MEMORY_LIMIT)}), file=out, flush=True)
+    for line in sys.stdin:
+        request = json.loads(line)
+        # Native code cannot be interrupted from Python; the kernel's timer ends the process if
+        # the parent is not there any more to do it.
+        signal.setitimer(signal.ITIMER_REAL, request["seconds"] + 5)
+        reply = json.dumps(answer(request))
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        print(reply, file=out, flush=True)
+
+
+if __name__ == "__main__":
+    main()

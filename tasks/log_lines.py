@@ -1,0 +1,34 @@
+"""Log lines of ours cannot forge other lines or control a terminal, wherever they are shown.
+
+Messages contain names from bundles. Prefect sends them to its run log, and services write them to
+terminals, so they are escaped when the record is created, before any handler sees it.
+"""
+
+import logging
+from typing import Any
+
+from infra.printable import one_line, printable
+
+OURS = ("flows", "tasks", "infra", "compressors")
+RUNS = ("prefect.flow_runs", "prefect.task_runs")
+"""Prefect's loggers whose lines contain the names of runs, which contain names of models."""
+
+
+def install() -> None:
+    """Escape the messages of this project's loggers; calling it again changes nothing."""
+    create = logging.getLogRecordFactory()
+    if getattr(create, "escapes", False):
+        return
+
+    def escaped(*args: Any, **kwargs: Any) -> logging.LogRecord:
+        record = create(*args, **kwargs)
+        name = record.name or ""  # a record that was sent from another process has none yet
+        if name.partition(".")[0] in OURS:
+            lines = record.getMessage().split("\n- ")  # our own lists of problems keep their lines
+            record.msg, record.args = "\n- ".join(map(one_line, lines)), ()
+        elif name.startswith(RUNS):
+            record.msg, record.args = printable(record.getMessage()), ()
+        return record
+
+    escaped.escapes = True  # type: ignore[attr-defined]
+    logging.setLogRecordFactory(escaped)

@@ -1,0 +1,183 @@
+"""What the fault suite shares: the server of forks, Prefect's server, and the final table."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from drafts import write_draft
+from forked import Forks, running_forks
+from homes import ROWS, Home, environment, write_order
+from outcomes import OUTCOME, table
+
+START_SECONDS = 120
+
+
+@pytest.fixture(scope="session")
+def forks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Forks]:
+    """Commands in forks of one process; a second one knows Prefect's server (``flows``)."""
+    scratch = tmp_path_factory.mktemp("forks")
+    with running_forks(environment(scratch), scratch / "children") as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def prefect_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """One Prefect server for all orders of this process."""
+    home = tmp_path_factory.mktemp("prefect-server")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [sys.executable, "-m", "prefect", "server", "start", "--no-ui"]
+    command += ["--host", "127.0.0.1", "--port", str(port)]
+    variables = environment(home) | {"PREFECT_SERVER_LOGGING_LEVEL": "WARNING"}
+    with (home / "log").open("wb") as log:
+        process = subprocess.Popen(command, env=variables, stdout=log, stderr=subprocess.STDOUT)
+    url = f"http://127.0.0.1:{port}/api"
+    try:
+        end = time.monotonic() + START_SECONDS
+        while not _is_healthy(url):
+            if process.poll() is not None or time.monotonic() > end:
+                raise RuntimeError(f"no Prefect server: {(home / 'log').read_text()[-2000:]}")
+            time.sleep(0.2)
+        yield url
+    finally:
+        process.terminate()
+        try:
+            process.wait(20)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+
+@pytest.fixture(scope="session")
+def draft(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The small draft of all orders."""
+    return write_draft(tmp_path_factory.mktemp("draft") / "draft", rows=ROWS)
+
+
+@pytest.fixture(scope="session")
+def order(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A whole order as a file, with promotion."""
+    return write_order(tmp_path_factory.mktemp("order") / "order.json")
+
+
+@pytest.fixture(scope="session")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of every home of this process; a home is always in the same place."""
+    return tmp_path_factory.mktemp("home")
+
+
+@pytest.fixture(scope="session")
+def empty(forks: Forks, root: Path) -> Path:
+    """A snapshot of a home with an empty registry."""
+    home = Home(root / "home")
+    ended = forks.run(["registry", "list"], variables=home.variables)
+    assert ended.code == 0, ended.text
+    return home.keep(root / "empty")
+
+
+@pytest.fixture(scope="session")
+def promoted(forks: Forks, root: Path, empty: Path) -> Path:
+    """A snapshot with three published orders of the model ``m``; two were promoted in turn."""
+    home = Home(root / "home")
+    home.restore(empty)
+    arguments = {"folder": str(root / "reports"), "orders": list("abc"), "promoted": 2}
+    ended = forks.call("homes:registered", arguments, variables=home.variables)
+    assert ended.value == ["1", "2", "3"], ended.text
+    return home.keep(root / "promoted")
+
+
+@pytest.fixture(scope="session")
+def packed(forks: Forks, root: Path, empty: Path, draft: Path) -> Path:
+    """A snapshot with the packed draft and an empty registry."""
+    home = Home(root / "home")
+    home.restore(empty)
+    ended = forks.run(["bundle", "pack", str(draft)], variables=home.variables)
+    assert ended.code == 0, ended.text
+    return home.keep(root / "packed")
+
+
+@pytest.fixture(scope="session")
+def ordering(prefect_url: str) -> dict[str, str]:
+    """The variables that a command needs, in addition, to carry out an order."""
+    return {"PREFECT_API_URL": prefect_url}
+
+
+@pytest.fixture(scope="session")
+def learned(forks: Forks, root: Path, packed: Path, order: Path, ordering: dict[str, str]) -> Forks:
+    """The server of forks after it imported all that an order imports."""
+    home = Home(root / "home")
+    for _ in range(2):
+        home.restore(packed)
+        ended = forks.learn(
+            ["compress", "--order", str(order)], variables=home.variables | ordering
+        )
+        assert ended.code == 0, ended.text
+    return forks
+
+
+@pytest.fixture(scope="session")
+def finished(
+    learned: Forks, root: Path, packed: Path, order: Path, ordering: dict[str, str]
+) -> Path:
+    """A snapshot in which one whole order was carried out and promoted."""
+    home = Home(root / "home")
+    home.restore(packed)
+    ended = learned.run(["compress", "--order", str(order)], variables=home.variables | ordering)
+    assert ended.code == 0, ended.text
+    return home.keep(root / "finished")
+
+
+@pytest.fixture
+def outcomes(request: pytest.FixtureRequest) -> Iterator[Callable[..., None]]:
+    """Count how single faults ended: ``outcomes(suite, case, outcome, count=1)``."""
+    counts: Counter[tuple[str, str, str]] = Counter()
+
+    def count(suite: str, case: str, outcome: str, number: int = 1) -> None:
+        counts[suite, case, outcome] += number
+
+    yield count
+    for key, number in counts.items():
+        request.node.user_properties.append((OUTCOME, [*key, number]))
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """Print the table of faults, points and outcomes; write it as JSON if a file is named."""
+    rows: Counter[tuple[str, str, str]] = Counter()
+    for reports in terminalreporter.stats.values():
+        for report in reports:
+            for name, value in getattr(report, "user_properties", ()):
+                if name == OUTCOME and getattr(report, "when", "") == "teardown":
+                    suite, case, outcome, number = value
+                    rows[suite, case, outcome] += number
+    if not rows:
+        return
+    terminalreporter.section("faults")
+    for line in table(rows):
+        terminalreporter.write_line(line)
+    if file := os.environ.get("RECPRESS_FAULTS_JSON"):
+        lines = [
+            {"suite": suite, "case": case, "outcome": outcome, "count": count}
+            for (suite, case, outcome), count in sorted(rows.items())
+        ]
+        path = Path(file)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(lines, indent=1) + "\n")
+
+
+def _is_healthy(url: str) -> bool:
+    try:
+        with urllib.request.urlopen(f"{url}/health", timeout=2) as answer:  # noqa: S310
+            return bool(answer.status == 200)
+    except (urllib.error.URLError, OSError):
+        return False

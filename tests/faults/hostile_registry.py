@@ -1,0 +1,153 @@
+"""Registry entries that attack ``show``, ``fetch`` and ``promote`` with false claims.
+
+``register`` runs in a child process and registers one version for each case, with a release that
+is really stored where the case is about the release.
+"""
+
+import copy
+import json
+import tempfile
+from collections.abc import Callable
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+MODEL = "m"
+ORDER = "d" * 64
+OTHER = "1" * 64
+
+ONLY_A_TAG = {
+    "recipe tag is missing",
+    "recipe tag of numbers",
+    "recipe tag is no JSON",
+    "recipe tag without kinds",
+    "tags with control characters",
+    "report with control characters",
+}
+"""Cases whose release is sound: it may be shown, and it is compared before it is served."""
+
+MAY_WORK = {
+    # Showing a report reads nothing else.
+    "target outside the store": ("show",),
+    "accepted report of a rejected target": ("show",),
+    # Names of graphs are not names of files: a fetch takes those of the verified artifact.
+    "graph whose name climbs out": ("show", "fetch"),
+}
+"""Commands that may print or copy a verified release although something else in it is false."""
+
+
+def cases() -> tuple[str, ...]:
+    """The names of all cases, in the order of their versions."""
+    return (*SOURCES, *TAGS, *BODIES, *REPORTS)
+
+
+SOURCES: dict[str, Callable[[str, dict[str, Any]], str]] = {
+    "source outside the store": lambda _root, _report: "file:///etc",
+    "source that climbs out": lambda root, _report: f"{root}/artifacts/../../../../etc",
+    "source without a report": lambda _root, report: str(report["compressed"]["uri"]),
+    "source that is missing": lambda root, _report: f"{root}/artifacts/{'0' * 64}",
+    "source on the web": lambda _root, _report: "http://127.0.0.1:1/x",
+    "source in another bucket": lambda _root, _report: "s3://a/b",
+    "source that is empty": lambda _root, _report: "",
+}
+TAGS: dict[str, dict[str, str | None]] = {
+    "recipe tag is missing": {"recpress.recipe": None},
+    "recipe tag of numbers": {"recpress.recipe": "[1]"},
+    "recipe tag is no JSON": {"recpress.recipe": "{"},
+    "recipe tag without kinds": {"recpress.recipe": "[{}]"},
+    "tags with control characters": {
+        "recpress.outcome": "\x1b[31mred\x1b]0;title\x07",
+        "recpress.bundle": "[red]x[/y]",
+    },
+}
+BODIES: dict[str, bytes] = {
+    "report is no JSON": b"{",
+    "report is a list": b"[]",
+    "report of depth 100,000": b"[" * 100_000,
+    "report without fields": b'{"schema_version":1}',
+    "report with an integer of 5,000 digits": b'{"schema_version":' + b"9" * 5000 + b"}",
+    "report is not UTF-8": b"\xff\xfe",
+    "report is empty": b"",
+}
+
+
+def _each(part: str, change: Callable[[dict[str, Any]], object]) -> Callable[[Any], None]:
+    def apply(report: dict[str, Any]) -> None:
+        for item in report[part]:
+            change(item)
+
+    return apply
+
+
+def _outside(target: dict[str, Any]) -> None:
+    target["artifact"]["uri"] = "file:///etc/" + target["artifact"]["sha256"]
+
+
+def _climbing(target: dict[str, Any]) -> None:
+    for graph in target["lowering"]["graphs"]:
+        graph["name"] = "../../../outside"
+
+
+REPORTS: dict[str, Callable[[dict[str, Any]], object]] = {
+    "target outside the store": _each("targets", _outside),
+    "graph whose name climbs out": _each("targets", _climbing),
+    "report with control characters": _each(
+        "targets", lambda item: item["verdict"].update(reason="\x1b[31mred\x1b]0;t\x07\x9b")
+    ),
+    "report without targets": lambda report: report.update(targets=[]),
+    "accepted report of a rejected target": _each(
+        "targets", lambda item: item["verdict"].update(outcome="rejected")
+    ),
+    "report of another order": lambda report: report.update(order=OTHER),
+    "report of another model": lambda report: report.update(name="other"),
+}
+
+
+def register(folder: str) -> dict[str, str]:
+    """Register every case; returns the version of each.
+
+    Args:
+        folder: for the files of the reports.
+    """
+    from mlflow import MlflowClient
+
+    from infra.settings import load_settings
+    from tasks.stored import store
+
+    # As a second order, so that the model has one version that is as it should be.
+    good = import_module("triton_versions").published(Path(folder), "d")
+    report = json.loads(good.report.model_dump_json())
+    uri = load_settings().registry_uri
+    client = MlflowClient(uri, uri)
+    (version,) = client.search_model_versions(f"name = '{MODEL}'")
+    tags, root = dict(version.tags), store().root
+    client.delete_model_version(MODEL, version.version)
+    whole = json.dumps(report).encode()
+    made: dict[str, str] = {}
+
+    def create(name: str, source: str, changes: dict[str, str | None] | None = None) -> None:
+        found = {key: value for key, value in {**tags, **(changes or {})}.items() if value}
+        created = client.create_model_version(MODEL, source, tags=found, await_creation_for=None)
+        made[name] = str(created.version)
+
+    for name, source_of in SOURCES.items():
+        create(name, source_of(root, report))
+    for name, changes in TAGS.items():
+        create(name, _release(whole), changes)
+    for name, body in BODIES.items():
+        create(name, _release(body))
+    for name, change in REPORTS.items():
+        changed = copy.deepcopy(report)
+        change(changed)
+        create(name, _release(json.dumps(changed).encode()))
+    return made
+
+
+def _release(report: bytes) -> str:
+    from tasks.stored import store
+
+    with tempfile.TemporaryDirectory() as scratch:
+        for name in ("report.md", "report.html"):
+            (Path(scratch) / name).write_text("x")
+        (Path(scratch) / "report.json").write_bytes(report)
+        return store().uri_of(store().put(Path(scratch)))

@@ -1,0 +1,367 @@
+"""Every parser of foreign bytes, each with valid inputs to begin with.
+
+A parser is a function of a scratch folder that returns valid seeds and a function that parses
+bytes as a command would read them. ``fuzzing`` changes the seeds and calls it.
+"""
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+
+import drafts
+import torch
+import yaml
+from safetensors.torch import save_file
+
+from flows import cli_order
+from infra.bundle import manifest_of, read_draft
+from infra.bundle_shards import stored_tensors
+from infra.data import split_statistics
+from infra.ledger import Entry, Ledger
+from infra.pbtxt import written
+from infra.registry import Registered
+from infra.services import COMPOSE, needed_secrets, read_services, read_variables
+from infra.store import Store
+from infra.store_records import read_record, seal_record
+from infra.triton import version_in
+from tasks import registry_listing, table_files
+from tasks.bundles import pack
+from tasks.documents import Finished, Report, report_of
+from tasks.order_records import finished, finished_key
+from tasks.stored import local, store
+
+ORDER_DIGEST = "a" * 64
+ROWS = {"train": 40, "calibration": 20, "validation": 20, "test": 40}
+
+
+@dataclass(frozen=True)
+class Parser:
+    """Valid inputs, and what parses one input.
+
+    Args:
+        seeds: valid inputs.
+        parse: parses bytes; raises an error of ours or returns.
+        is_json: whether inputs are JSON documents, which are changed value by value as well.
+    """
+
+    seeds: tuple[bytes, ...]
+    parse: Callable[[bytes], object]
+    is_json: bool = True
+
+
+def draft_document(folder: Path) -> Parser:
+    """``model.json`` of a draft."""
+    draft = drafts.write_draft(folder / "draft", rows=ROWS)
+    file = draft / "model.json"
+    document = json.loads(file.read_bytes())
+    document["vocabularies"] = {"v": "model.json"}
+    document["network"]["ties"] = {"a.weight": "user.weight"}
+
+    def parse(body: bytes) -> object:
+        file.write_bytes(body)
+        return read_draft(draft)
+
+    return Parser((json.dumps(document).encode(),), parse)
+
+
+def sealed_document(folder: Path) -> Parser:
+    """``model.json`` of a packed bundle."""
+    packed = pack(drafts.write_draft(folder / "draft", rows=ROWS))
+    bundle = local(packed.artifact)
+    return Parser(((bundle / "model.json").read_bytes(),), lambda body: manifest_of(body, bundle))
+
+
+def safetensors_header(folder: Path) -> Parser:
+    """The header of a weights file."""
+    draft = drafts.write_draft(folder / "draft", rows=ROWS)
+    file = draft / "model.safetensors"
+    whole = file.read_bytes()
+    end = 8 + int.from_bytes(whole[:8], "little")
+
+    def parse(body: bytes) -> object:
+        file.write_bytes(len(body).to_bytes(8, "little") + body + whole[end:])
+        return stored_tensors(draft)
+
+    return Parser((whole[8:end].rstrip(),), parse)
+
+
+def safetensors_file(folder: Path) -> Parser:
+    """A whole weights file, with its length field."""
+    draft = drafts.write_draft(folder / "draft", rows=ROWS)
+    file = draft / "model.safetensors"
+    tensors = {"a.weight": torch.arange(6.0).reshape(2, 3), "b": torch.zeros(2, dtype=torch.int8)}
+    save_file(tensors, file)
+    whole = file.read_bytes()
+
+    def parse(body: bytes) -> object:
+        file.write_bytes(body)
+        return stored_tensors(draft)
+
+    return Parser((whole,), parse, is_json=False)
+
+
+def parquet_file(folder: Path) -> Parser:
+    """A data file of a draft."""
+    draft = drafts.write_draft(folder / "draft", rows=ROWS)
+    schema = read_draft(draft).signature
+    file = folder / "split.parquet"
+
+    def parse(body: bytes) -> object:
+        file.write_bytes(body)
+        return split_statistics(file, schema)
+
+    seeds = tuple((draft / f"{split}.parquet").read_bytes() for split in ("test", "train"))
+    return Parser(seeds, parse, is_json=False)
+
+
+def order_file(folder: Path) -> Parser:
+    """An order given as a file."""
+    file = folder / "order.json"
+    order = {
+        "model": "clicks",
+        "preset": "custom",
+        "steps": [
+            {"kind": "rowwise_int8", "tables": ["user", "it*"]},
+            {"kind": "static_int8", "layers": ["mlp.*"]},
+        ],
+        "limits": [{"metric": "auc", "against": "baseline", "at_least": -0.002}],
+        "targets": {"onnxruntime": "required"},
+        "rules": {"min_rows": {"test": 1}},
+        "promote": False,
+        "seed": 0,
+        "teachers": ["registry:x@1"],
+    }
+
+    def parse(body: bytes) -> object:
+        file.write_bytes(body)
+        return cli_order.wanted(None, "safe", None, None, None, file, False, 0, None, None)
+
+    return Parser((json.dumps(order).encode(),), parse)
+
+
+def limit(_: Path) -> Parser:
+    """A limit as text."""
+    texts = (
+        "auc vs baseline >= -0.002",
+        "bytes vs baseline <= 0.5",
+        "p99_ms@64 <= 3",
+        "logloss vs champion <= 1e-3",
+        "recall@20 >= 0.1",
+    )
+
+    def parse(body: bytes) -> object:
+        text = body.decode(errors="surrogateescape")
+        return cli_order.terms("clicks", "safe", [text], None, [], False, 0)
+
+    return Parser(tuple(text.encode() for text in texts), parse, is_json=False)
+
+
+def record(folder: Path) -> Parser:
+    """A sealed record of the store."""
+    held = Store(str(folder / "store"))
+    bundle = {"artifact": {"uri": f"artifacts/{ORDER_DIGEST}", "sha256": ORDER_DIGEST, "bytes": 1}}
+
+    def parse(body: bytes) -> object:
+        held.write("bundles/m/1.json", body)
+        return read_record(held, "bundles/m/1.json")
+
+    return Parser((seal_record(bundle), seal_record({"schema_version": 2})), parse)
+
+
+def order_record(folder: Path) -> Parser:
+    """The record of a finished order."""
+    _published(folder)
+    key = finished_key(ORDER_DIGEST)
+    body = store().read(key)
+
+    def parse(changed: bytes) -> object:
+        store().write(key, changed)
+        return finished(ORDER_DIGEST)
+
+    return Parser((body,), parse)
+
+
+def report(folder: Path) -> Parser:
+    """The report in a release."""
+    done = _published(folder)
+    body = store().file(done.release, "report.json")
+    scratch = folder / "release"
+
+    def parse(changed: bytes) -> object:
+        shutil.rmtree(scratch, ignore_errors=True)
+        scratch.mkdir()
+        (scratch / "report.json").write_bytes(changed)
+        artifact = store().put(scratch)
+        try:
+            found: Report = report_of(artifact)
+        finally:
+            shutil.rmtree(store().folder / "artifacts" / artifact.sha256)  # type: ignore[operator]
+        return found
+
+    return Parser((body,), parse)
+
+
+def artifact_manifest(folder: Path) -> Parser:
+    """The manifest of an artifact."""
+    (folder / "files").mkdir()
+    (folder / "files" / "a").write_bytes(b"12345")
+    held = Store(str(folder / "store"))
+    artifact = held.put(folder / "files")
+    file = folder / "store" / "artifacts" / artifact.sha256 / "manifest.json"
+    body = file.read_bytes()
+    file.chmod(0o644)
+
+    def parse(changed: bytes) -> object:
+        file.write_bytes(changed)
+        return held.manifest(artifact)
+
+    return Parser((body,), parse)
+
+
+def ledger_entry(folder: Path) -> Parser:
+    """An entry of the ledger, the second of two."""
+    held = Store(str(folder / "store"))
+    ledger = Ledger(held, "m")
+    ledger.append("1", ORDER_DIGEST, "promote", "me", "first")
+    second: Entry = ledger.append("2", "b" * 64, "promote", "me", "second")
+    key = f"ledger/m/{second.sequence:08d}.json"
+    body = held.read(key)
+
+    def parse(changed: bytes) -> object:
+        held.write(key, changed)
+        return ledger.entries()
+
+    return Parser((body,), parse)
+
+
+def registry_tags(folder: Path) -> Parser:
+    """The tags of a registered version."""
+    held = Store(str(folder / "store"))
+    tags = {
+        "recpress.order": ORDER_DIGEST,
+        "recpress.recipe": '[{"kind": "rowwise_int8", "tables": ["*"]}]',
+        "recpress.outcome": "accepted",
+        "recpress.bundle": "m@1",
+        "recpress.report": f"artifacts/{ORDER_DIGEST}/files/report.html",
+        "recpress.artifact.onnxruntime": f"artifacts/{ORDER_DIGEST}",
+    }
+
+    def parse(body: bytes) -> object:
+        try:
+            found = json.loads(body)
+            texts = {str(name): str(value) for name, value in found.items()}
+            item = Registered(model="m", version="1", source=texts.pop("source", ""), tags=texts,
+                              aliases=())  # fmt: skip
+        except (ValueError, AttributeError, RecursionError):
+            return None  # a registry cannot hold it
+        if "recpress.order" not in texts:
+            return None  # not listed
+        return registry_listing._listed(item, held)
+
+    return Parser((json.dumps({**tags, "source": f"artifacts/{ORDER_DIGEST}"}).encode(),), parse)
+
+
+def triton_configuration(folder: Path) -> Parser:
+    """``config.pbtxt``: the version in it, and texts that are written into one."""
+    message = {"name": "m", "version_policy": {"specific": {"versions": [3]}}, "note": 'a "b"\n'}
+
+    def parse(body: bytes) -> object:
+        version_in(body)
+        try:
+            return written({"name": body.decode(errors="surrogateescape"), "dims": [1, -1]})
+        except (ValueError, TypeError):  # what the writer refuses
+            return None
+
+    return Parser((written(message).encode(),), parse, is_json=False)
+
+
+def compose_file(folder: Path) -> Parser:
+    """``docker-compose.yml``, as ``make up-local`` reads it."""
+    text = COMPOSE.read_text(encoding="utf-8")
+    file = folder / "docker-compose.yml"
+    variables = dict.fromkeys(needed_secrets(text), "x")
+    whole = yaml.safe_load(text)
+    small = {**whole, "services": dict(list(whole["services"].items())[:3])}
+
+    def parse(body: bytes) -> object:
+        file.write_bytes(body)
+        return read_services(
+            variables, folder, compose=file, ports=lambda wanted: {port: port for port in wanted}
+        )
+
+    return Parser((json.dumps(small, default=str).encode(),), parse)
+
+
+def env_file(folder: Path) -> Parser:
+    """``.env``."""
+    file = folder / ".env"
+
+    def parse(body: bytes) -> object:
+        file.write_bytes(body)
+        return read_variables(file)
+
+    return Parser((b"# a comment\nPREFECT_PORT=4200\nPASSWORD='a b'\n\n",), parse, is_json=False)
+
+
+def table_files_manifest(folder: Path) -> Parser:
+    """The manifest of what ``recpress tables quantize`` wrote."""
+    result, body = _quantized(folder)
+
+    def parse(changed: bytes) -> object:
+        (result / "manifest.json").write_bytes(changed)
+        return table_files.check(result)
+
+    return Parser((body,), parse)
+
+
+def table_files_plan(folder: Path) -> Parser:
+    """The description of quantized tables, ``tables.json``."""
+    result, _ = _quantized(folder)
+    file = next(path for path in (result / "files").iterdir() if path.suffix == ".json")
+    body = file.read_bytes()
+
+    def parse(changed: bytes) -> object:
+        file.chmod(0o644)
+        file.write_bytes(changed)
+        return table_files.check(result)
+
+    return Parser((body,), parse)
+
+
+def _published(folder: Path) -> Finished:
+    published = import_module("triton_versions").published  # in tests/tasks
+    done: Finished = published(folder, ORDER_DIGEST[0])
+    return done
+
+
+def _quantized(folder: Path) -> tuple[Path, bytes]:
+    draft = drafts.write_draft(folder / "draft", rows=ROWS)
+    result = folder / "quantized"
+    step = table_files.step_named("int8", {})
+    table_files.quantize(draft / "model.safetensors", result, step)
+    return result, (result / "manifest.json").read_bytes()
+
+
+PARSERS: dict[str, Callable[[Path], Parser]] = {
+    "model.json of a draft": draft_document,
+    "model.json of a bundle": sealed_document,
+    "header of safetensors": safetensors_header,
+    "safetensors": safetensors_file,
+    "parquet": parquet_file,
+    "order": order_file,
+    "limit": limit,
+    "record": record,
+    "record of an order": order_record,
+    "report": report,
+    "manifest of an artifact": artifact_manifest,
+    "entry of a ledger": ledger_entry,
+    "tags of a version": registry_tags,
+    "config.pbtxt": triton_configuration,
+    "docker-compose.yml": compose_file,
+    ".env": env_file,
+    "manifest of table files": table_files_manifest,
+    "tables.json": table_files_plan,
+}

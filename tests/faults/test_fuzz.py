@@ -1,0 +1,61 @@
+"""Changed inputs for every parser of foreign bytes.
+
+Claim: a parser returns a result or raises a refusal of ours, within 5 seconds and 2 GiB; no other
+exception, no crash of the process, no message of more than 20,000 characters.
+
+Enumeration: 10,000 inputs for each parser in the nightly tier, 100 by default, with fixed seeds
+(see ``fuzzing`` and ``parsers``).
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from forked import Forks
+from homes import Home
+from parsers import PARSERS
+
+SUITE = "fuzz"
+INPUTS = 10_000
+SAMPLE = 100
+SHARDS = 2
+MEMORY = 2 * 2**30
+NIGHTLY_SECONDS = 3000.0
+
+
+def fuzzed(forks: Forks, home: Home, path: str, **arguments: object) -> dict[str, Any]:
+    """Fuzz in a child of limited memory."""
+    ended = forks.call(
+        path, arguments, variables=home.variables, memory=MEMORY, seconds=NIGHTLY_SECONDS
+    )
+    assert ended.value is not None, f"{arguments}: signal {ended.signal}: {ended.text}"
+    return dict(ended.value)
+
+
+def check(parser: str, result: dict[str, Any], outcomes: Callable[..., None]) -> list[str]:
+    """Count the outcomes of one parser; what was wrong."""
+    for outcome, number in result["outcomes"].items():
+        outcomes(SUITE, parser, outcome, number)
+    return [f"{parser}: {failure}" for failure in result["failures"]]
+
+
+def test_parsers_refuse_or_parse_a_few_changed_inputs(
+    forks: Forks, tmp_path: Path, outcomes: Callable[..., None]
+) -> None:
+    results = fuzzed(forks, Home(tmp_path), "fuzzing:run_all", count=SAMPLE, seed=0)
+    assert set(results) == set(PARSERS)
+    failures = [line for parser in PARSERS for line in check(parser, results[parser], outcomes)]
+    assert failures == [], "\n\n".join(failures)
+
+
+@pytest.mark.nightly
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("shard", range(1, SHARDS + 1))
+@pytest.mark.parametrize("parser", PARSERS)
+def test_parser_refuses_or_parses_any_changed_input(
+    parser: str, shard: int, forks: Forks, tmp_path: Path, outcomes: Callable[..., None]
+) -> None:
+    count = INPUTS // SHARDS
+    result = fuzzed(forks, Home(tmp_path), "fuzzing:run", parser=parser, count=count, seed=shard)
+    assert check(parser, result, outcomes) == [], "\n\n".join(result["failures"])

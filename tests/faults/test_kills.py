@@ -1,0 +1,241 @@
+"""Kill a command at every store write and every task boundary, then run it again.
+
+Claim: after SIGKILL at any point, the same command, run again, gives what an undisturbed run gives:
+the same bytes, one registered version for each order, a ledger without gaps or duplicates. What is
+visible in between is whole, and temporary files are collected.
+
+Enumeration: an undisturbed run lists the points (see ``kill_points``); then one run for each point
+is killed there. The order is also killed after random times, and killed twice in a row. The first
+use of a registry has hundreds of points in one temporary file; every eighth is tried.
+"""
+
+import random
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+from forked import Forks
+from homes import Home, damage, state, temporaries
+
+SUITE = "kills"
+SEED = 11
+SHARDS = 8
+SAMPLE = 1  # points of each command in the default tier
+RANDOM_TIMES = 24
+TWICE = 24
+
+
+@dataclass(frozen=True)
+class Scenario:
+    """A command, and the snapshot it begins with."""
+
+    name: str
+    command: tuple[str, ...]
+    start: str
+    step: int = 1  # every so many points
+
+    @property
+    def is_order(self) -> bool:
+        return self.command[0] == "compress"
+
+
+QUICK = (
+    Scenario("bundle pack", ("bundle", "pack", "{draft}"), "empty"),
+    Scenario("registry promote", ("registry", "promote", "m", "--version", "3"), "promoted"),
+    Scenario("registry rollback", ("registry", "rollback", "m", "--from", "2"), "promoted"),
+    Scenario("registry restore", ("registry", "restore"), "lost_registry"),
+)
+FIRST_USE = Scenario("first use of the registry", ("registry", "list"), "nothing", 8)
+ORDER = Scenario("compress", ("compress", "--order", "{order}"), "packed")
+
+
+class Killing:
+    """Runs of one scenario in one home.
+
+    Args:
+        forks: runs the commands.
+        home: where they run.
+        snapshot: what the home holds before.
+        scenario: what runs.
+        files: values of the placeholders in the command.
+        variables: added to those of the home.
+        learning: whether the server of forks imports first what the command imports.
+    """
+
+    def __init__(
+        self,
+        forks: Forks,
+        home: Home,
+        snapshot: Path,
+        scenario: Scenario,
+        files: dict[str, Path],
+        variables: dict[str, str],
+        learning: bool,
+    ) -> None:
+        self._forks, self.home, self._snapshot = forks, home, snapshot
+        self._command = [part.format(**files) for part in scenario.command]
+        self._draft = files["draft"]
+        self._variables = home.variables | variables
+        home.restore(snapshot)
+        if learning:
+            forks.learn(self._command, variables=self._variables)
+            home.restore(snapshot)
+        ended = self._run({})
+        assert ended.code == 0, ended.text
+        assert (damage(home), temporaries(home)) == ([], [])
+        self.points, self.seconds = ended.points, ended.seconds
+        self.expected = state(home)
+
+    def _run(self, fault: dict[str, Any] | None) -> Any:
+        if fault is not None:
+            fault = {"root": f"{self.home.root}/", **fault}
+        self.home.variables  # noqa: B018 - creates the folder of temporary files
+        return self._forks.run(self._command, variables=self._variables, fault=fault)
+
+    def problems(self, *faults: dict[str, Any]) -> list[str]:
+        """What is wrong after these kills, one after another, and one more run without a kill."""
+        self.home.restore(self._snapshot)
+        found: list[str] = []
+        for fault in faults:
+            killed = self._run(fault)
+            if "at" in fault and len(faults) == 1 and killed.signal != 9:
+                return [f"was not killed but ended with {killed.code}: {killed.text}"]
+            found += [f"after the kill: {problem}" for problem in damage(self.home)]
+        again = self._run(None)
+        if again.code != 0 or again.crashed:
+            return [*found, f"the next run ended with {again.code}: {again.text}"]
+        found += [f"after the next run: {problem}" for problem in damage(self.home)]
+        if (result := state(self.home)) != self.expected:
+            found.append(f"another result: {different(self.expected, result)}")
+        if temporaries(self.home):
+            # A command that finds its work finished writes nothing; the next ones that write
+            # collect: pack in TMPDIR, doctor in the store.
+            collecting = (["bundle", "pack", str(self._draft)], ["doctor"])
+            self._forks.run(*collecting, variables=self._variables)
+            found += [f"not collected: {name}" for name in temporaries(self.home)]
+        return found
+
+
+def different(expected: dict[str, Any], result: dict[str, Any]) -> str:
+    """The parts of a state that differ."""
+    return "; ".join(
+        f"{key}: expected {expected[key]}, got {result[key]}"
+        for key in expected
+        if expected[key] != result[key]
+    )[:1500]
+
+
+def check(
+    killing: Killing,
+    scenario: Scenario,
+    faults: list[tuple[dict[str, Any], ...]],
+    outcomes: Callable[..., None],
+    case: str = "",
+) -> None:
+    """Kill once for each of ``faults`` and count how it ended."""
+    failed: list[str] = []
+    for each in faults:
+        problems = killing.problems(*each)
+        outcome = "same result" if not problems else "wrong"
+        outcomes(SUITE, f"{scenario.name}{case}", outcome)
+        if problems:
+            named = [killing.points[at - 1] for fault in each if (at := fault.get("at"))]
+            failed.append(f"{each} {named}: {problems}")
+    assert not failed, f"{len(failed)} of {len(faults)}:\n" + "\n".join(failed[:6])
+
+
+@pytest.fixture(scope="session")
+def lost_registry(root: Path, promoted: Path, empty: Path) -> Path:
+    """A snapshot in which the registry was replaced by an empty one; the store is complete."""
+    home = Home(root / "home")
+    home.restore(promoted)
+    (home.recpress / "registry.db").unlink()
+    (home.recpress / "registry.db").write_bytes((empty / "recpress" / "registry.db").read_bytes())
+    return home.keep(root / "lost_registry")
+
+
+@pytest.fixture(scope="session")
+def nothing(root: Path) -> Path:
+    """A snapshot of a home in which nothing happened yet."""
+    (root / "nothing").mkdir()
+    return root / "nothing"
+
+
+@pytest.fixture
+def killing(
+    forks: Forks, root: Path, draft: Path, order: Path, request: pytest.FixtureRequest
+) -> Callable[[Scenario], Killing]:
+    learning = request.node.get_closest_marker("nightly") is not None
+
+    def prepare(scenario: Scenario) -> Killing:
+        variables: dict[str, str] = {}
+        if scenario.is_order:
+            request.getfixturevalue("learned")
+            variables = request.getfixturevalue("ordering")
+        snapshot = request.getfixturevalue(scenario.start)
+        files = {"draft": draft, "order": order}
+        home = Home(root / "home")
+        return Killing(forks, home, snapshot, scenario, files, variables, learning)
+
+    return prepare
+
+
+@pytest.mark.parametrize("scenario", QUICK, ids=lambda item: item.name)
+def test_command_that_is_killed_at_a_few_points_and_run_again_gives_the_same_result(
+    scenario: Scenario,
+    killing: Callable[[Scenario], Killing],
+    outcomes: Callable[..., None],
+) -> None:
+    prepared = killing(scenario)
+    chosen = random.Random(SEED).sample(range(1, len(prepared.points) + 1), SAMPLE)
+    check(prepared, scenario, [({"at": at},) for at in sorted(chosen)], outcomes)
+
+
+@pytest.mark.nightly
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("scenario", [*QUICK, FIRST_USE], ids=lambda item: item.name)
+def test_command_that_is_killed_at_any_point_and_run_again_gives_the_same_result(
+    scenario: Scenario,
+    killing: Callable[[Scenario], Killing],
+    outcomes: Callable[..., None],
+) -> None:
+    prepared = killing(scenario)
+    points = range(1, len(prepared.points) + 1, scenario.step)
+    check(prepared, scenario, [({"at": at},) for at in points], outcomes)
+
+
+@pytest.mark.nightly
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("shard", range(SHARDS))
+def test_order_that_is_killed_at_any_point_and_run_again_gives_the_same_bytes_and_one_version(
+    shard: int, killing: Callable[[Scenario], Killing], outcomes: Callable[..., None]
+) -> None:
+    prepared = killing(ORDER)
+    points = range(1 + shard, len(prepared.points) + 1, SHARDS)
+    check(prepared, ORDER, [({"at": at},) for at in points], outcomes)
+
+
+@pytest.mark.nightly
+@pytest.mark.timeout(3600)
+def test_order_that_is_killed_after_a_random_time_gives_the_same_bytes_and_one_version(
+    killing: Callable[[Scenario], Killing], outcomes: Callable[..., None]
+) -> None:
+    prepared = killing(ORDER)
+    draw = random.Random(SEED)
+    times = [({"after": draw.uniform(0.1, prepared.seconds)},) for _ in range(RANDOM_TIMES)]
+    check(prepared, ORDER, times, outcomes, case=", at a random time")
+
+
+@pytest.mark.nightly
+@pytest.mark.timeout(3600)
+def test_order_that_is_killed_twice_in_a_row_gives_the_same_bytes_and_one_version(
+    killing: Callable[[Scenario], Killing], outcomes: Callable[..., None]
+) -> None:
+    prepared = killing(ORDER)
+    draw, count = random.Random(SEED), len(prepared.points)
+    pairs = [sorted((draw.randint(1, count), draw.randint(1, count))) for _ in range(TWICE)]
+    # The second run passes fewer points, since it finds what the first one finished.
+    faults = [({"at": second}, {"at": max(1, second - first)}) for first, second in pairs]
+    check(prepared, ORDER, faults, outcomes, case=", twice in a row")

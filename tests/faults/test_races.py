@@ -1,0 +1,228 @@
+"""Several processes at once in one home, or on one S3 store.
+
+Claim: however they interleave, each order has one registered version, each model one ledger without
+gaps, duplicates or lost confirmations, and the registry's alias is the ledger's last entry. No
+process shows a traceback. A process that loses is refused with a sentence (exit 2).
+
+Enumeration: the same order, different orders that are each promoted, promotions, rollbacks and
+restores at once; several rounds of each.
+"""
+
+import json
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from forked import Ended, Forks, Job
+from homes import Home, damage, state, temporaries, write_order
+from s3_server import S3Server
+
+from infra.ledger import Ledger
+from infra.store import Store
+
+SUITE = "races"
+PROCESSES = 6
+ORDERING = 4  # processes that carry out whole orders
+ROUNDS = 6
+SECONDS = 600.0
+
+Outcomes = Callable[..., None]
+
+
+def promotions(round_: int) -> list[tuple[str, ...]]:
+    """Commands of one round: promotions, with rollbacks in every second round."""
+    commands = [
+        ("registry", "promote", "m", "--version", str(1 + number % 3), "--reason", f"{number}")
+        for number in range(PROCESSES)
+    ]
+    if round_ % 2:
+        commands[::2] = [("registry", "rollback", "m")] * len(commands[::2])
+    return commands
+
+
+def race(forks: Forks, commands: list[tuple[str, ...]], variables: dict[str, str]) -> list[Ended]:
+    """Start all commands at the same moment, each in a process of its own."""
+    jobs = [Job((command,), variables=variables, seconds=SECONDS) for command in commands]
+    return forks.together(jobs)
+
+
+def check_promotions(
+    home: Home, store: Store, before: int, ended: list[Ended], case: str, outcomes: Outcomes
+) -> None:
+    """The ledger is linear, the alias follows it, and who was confirmed is in it."""
+    assert not any(item.crashed for item in ended), [item.text for item in ended if item.crashed]
+    assert {item.code for item in ended} <= {0, 2}, [item.text for item in ended]
+    entries = Ledger(store, "m").entries()  # raises if it has a gap or does not continue
+    assert [entry.sequence for entry in entries] == list(range(1, len(entries) + 1))
+    confirmed = sum(item.code == 0 for item in ended)
+    # Promoting the champion again, or a rollback that another one completed, adds no entry.
+    assert len(entries) - before <= confirmed
+    aliases = state(home, store)["aliases"]
+    assert aliases["m", "champion"] == entries[-1].version
+    assert damage(home, store) == []
+    for item in ended:
+        outcomes(SUITE, case, "confirmed" if item.code == 0 else "refused with a sentence")
+
+
+def test_promotions_at_once_leave_one_linear_ledger_and_its_last_entry_as_champion(
+    forks: Forks, root: Path, promoted: Path, outcomes: Outcomes
+) -> None:
+    home = Home(root / "home")
+    home.restore(promoted)
+    store = Store(str(home.store))
+    ended = race(forks, promotions(0)[:3], home.variables)
+    check_promotions(home, store, 2, ended, "promotions, one home", outcomes)
+
+
+@pytest.mark.nightly
+@pytest.mark.timeout(3600)
+def test_promotions_and_rollbacks_at_once_leave_one_linear_ledger(
+    forks: Forks, root: Path, promoted: Path, outcomes: Outcomes
+) -> None:
+    home = Home(root / "home")
+    home.restore(promoted)
+    store = Store(str(home.store))
+    for number in range(ROUNDS):
+        before = len(Ledger(store, "m").entries())
+        ended = race(forks, promotions(number), home.variables)
+        check_promotions(home, store, before, ended, "promotions and rollbacks, one home", outcomes)
+
+
+@pytest.mark.nightly
+@pytest.mark.timeout(3600)
+def test_promotions_and_rollbacks_at_once_on_s3_leave_one_linear_ledger(
+    forks: Forks, root: Path, empty: Path, s3_server: S3Server, outcomes: Outcomes,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    for name, value in s3_server.environment.items():
+        monkeypatch.setenv(name, value)
+    home = Home(root / "home")
+    home.restore(empty)
+    address = "s3://models/races"
+    variables = home.variables | s3_server.environment | {"RECPRESS_STORE": address}
+    arguments = {"folder": str(root / "reports"), "orders": list("abc"), "promoted": 2}
+    ended = forks.call("homes:registered", arguments, variables=variables)
+    assert ended.value == ["1", "2", "3"], ended.text
+    for number in range(ROUNDS):
+        before = len(Ledger(Store(address), "m").entries())
+        results = race(forks, promotions(number), variables)
+        case = "promotions and rollbacks, S3"
+        check_promotions(home, Store(address), before, results, case, outcomes)
+
+
+@pytest.mark.nightly
+@pytest.mark.timeout(3600)
+def test_the_same_draft_packed_by_several_processes_is_one_bundle(
+    forks: Forks, root: Path, empty: Path, draft: Path, outcomes: Outcomes
+) -> None:
+    home = Home(root / "home")
+    home.restore(empty)
+    ended = race(forks, [("bundle", "pack", str(draft), "--json")] * PROCESSES, home.variables)
+    assert [item.code for item in ended] == [0] * PROCESSES, [item.text for item in ended]
+    assert len({item.outputs for item in ended}) == 1
+    assert (damage(home), temporaries(home)) == ([], [])
+    outcomes(SUITE, "pack of one draft", "same bundle", PROCESSES)
+
+
+@pytest.mark.nightly
+@pytest.mark.timeout(3600)
+def test_restore_of_a_lost_registry_by_several_processes_registers_each_order_once(
+    forks: Forks, root: Path, promoted: Path, empty: Path, outcomes: Outcomes
+) -> None:
+    home = Home(root / "home")
+    home.restore(promoted)
+    expected = [order for _, _, order, _ in state(home)["versions"]]
+    (home.recpress / "registry.db").write_bytes((empty / "recpress" / "registry.db").read_bytes())
+    ended = race(forks, [("registry", "restore")] * PROCESSES, home.variables)
+    assert [item.code for item in ended] == [0] * PROCESSES, [item.text for item in ended]
+    assert sorted(order for _, _, order, _ in state(home)["versions"]) == sorted(expected)
+    assert damage(home) == []
+    outcomes(SUITE, "restore", "each order once", PROCESSES)
+
+
+@pytest.mark.nightly
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("place", ["one home", "S3"])
+def test_the_same_order_by_several_processes_is_one_version_with_the_same_bytes(
+    place: str,
+    learned: Forks,
+    root: Path,
+    empty: Path,
+    draft: Path,
+    order: Path,
+    finished: Path,
+    ordering: dict[str, str],
+    s3_server: S3Server,
+    outcomes: Outcomes,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    home, store, variables = _place(place, "same-order", root, empty, s3_server, monkeypatch)
+    assert learned.run(["bundle", "pack", str(draft)], variables=variables).code == 0
+    command = ("compress", "--order", str(order), "--json")
+    ended = race(learned, [command] * ORDERING, variables | ordering)
+    assert [item.code for item in ended] == [0] * ORDERING, [item.text for item in ended]
+    results = [json.loads(item.outputs[0]) for item in ended]
+    assert Counter(result["version"] for result in results) == {"1": ORDERING}
+    assert state(home, store) == state(Home(finished))
+    assert damage(home, store) == []
+    outcomes(SUITE, f"one order, {place}", "one version, same bytes", ORDERING)
+
+
+@pytest.mark.nightly
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("place", ["one home", "S3"])
+def test_different_orders_at_once_that_are_each_promoted_have_one_version_and_one_entry_each(
+    place: str,
+    learned: Forks,
+    root: Path,
+    empty: Path,
+    draft: Path,
+    ordering: dict[str, str],
+    s3_server: S3Server,
+    outcomes: Outcomes,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    home, store, variables = _place(place, "orders", root, empty, s3_server, monkeypatch)
+    assert learned.run(["bundle", "pack", str(draft)], variables=variables).code == 0
+    files = [write_order(root / f"order{number}.json", seed=number) for number in range(ORDERING)]
+    commands = [("compress", "--order", str(file), "--json") for file in files]
+    ended = race(learned, commands, variables | ordering)
+    assert not any(item.crashed for item in ended), [item.text for item in ended if item.crashed]
+    for command, item in zip(commands, ended, strict=True):
+        if item.code:
+            # Registered, but another one became champion in the same moment.
+            assert item.code == 2, item.text
+            assert "moved on" in item.messages[0], item.text
+            again = learned.run(command, variables=variables | ordering)
+            assert again.code == 0, again.text
+    result = state(home, store)
+    orders = {order for _, _, order, _ in result["versions"]}
+    assert len(result["versions"]) == len(orders) == ORDERING
+    entries = Ledger(store, "clicks").entries()
+    assert {entry.order for entry in entries} == orders
+    assert len(entries) == ORDERING
+    assert result["aliases"]["clicks", "champion"] == entries[-1].version
+    assert damage(home, store) == []
+    for item in ended:
+        outcome = "one version and one entry" if item.code == 0 else "refused, then promoted"
+        outcomes(SUITE, f"different orders, {place}", outcome)
+
+
+def _place(
+    place: str,
+    prefix: str,
+    root: Path,
+    empty: Path,
+    s3_server: S3Server,
+    monkeypatch: pytest.MonkeyPatch,
+) -> tuple[Home, Store, dict[str, str]]:
+    home = Home(root / "home")
+    home.restore(empty)
+    if place == "one home":
+        return home, Store(str(home.store)), home.variables
+    for name, value in s3_server.environment.items():
+        monkeypatch.setenv(name, value)
+    address = f"s3://models/{prefix}"
+    variables = home.variables | s3_server.environment | {"RECPRESS_STORE": address}
+    return home, Store(address), variables

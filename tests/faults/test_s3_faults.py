@@ -1,0 +1,390 @@
+"""Faults of an S3 store, by a proxy in front of a real S3 server.
+
+Claim: with any fault in any request, an operation gives the right result, or fails with an error
+that says a retry may help (exit 1); repeated without faults it gives the right result. Nothing
+damaged is ever returned, and one damaged answer is not taken for damage in the store. A conditional
+create happens exactly once, also if its answer is lost.
+
+Enumeration: a run without faults counts the requests of an operation; then one run for each request
+and each kind of fault, once and three times in a row (as often as the client tries). Then faults in
+5 to 30 % of all requests, drawn with fixed seeds, for operations and for whole orders.
+"""
+
+import random
+import secrets
+import shutil
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from forked import Forks
+from homes import Home, state
+from s3_proxy import FAULTS, Proxy, at, often, running_proxy
+from s3_server import S3Server
+
+from infra.errors import AlreadyThere, ArtifactDamaged, InfraError, RecordRefused, Refused
+from infra.ledger import Ledger
+from infra.store import Store
+from infra.store_manifest import CHUNK_BYTES
+from infra.store_records import read_record, seal_record
+
+SUITE = "S3"
+ORDER_DIGEST = "0" * 64
+IN_A_ROW = 3  # the client gives up after as many
+RATES = (0.05, 0.15, 0.3)
+APPENDS = 40
+ARTIFACTS = 25
+WRITERS = 6
+ORDER_SEEDS = (1, 2, 3, 4)
+ATTEMPTS = 12
+
+Outcomes = Callable[..., None]
+
+
+@pytest.fixture
+def proxy(s3_server: S3Server, monkeypatch: pytest.MonkeyPatch) -> Iterator[Proxy]:
+    """A proxy without faults, with the environment of this test pointing to it."""
+    with running_proxy(s3_server.endpoint) as running:
+        for name, value in (s3_server.environment | {"AWS_ENDPOINT_URL": running.url}).items():
+            monkeypatch.setenv(name, value)
+        yield running
+
+
+class Work:
+    """One operation on a store: how it is prepared, done and checked, with a new key each time."""
+
+    def __init__(self, name: str, folder: Path) -> None:
+        self.name, self._folder, self._number = name, folder, 0
+        self.store = Store("s3://models/faults")
+        self._draw = random.Random(name)
+
+    def prepare(self) -> None:
+        """What the operation needs; without faults."""
+        self._number += 1
+        self.key = f"{secrets.token_hex(8)}/{self._number}"
+        self.body = self._draw.randbytes(2000)
+        self._source = self._folder / "source"
+        shutil.rmtree(self._folder, ignore_errors=True)
+        self._source.mkdir(parents=True)
+        large = self.name == "put a large artifact"
+        size = CHUNK_BYTES + 1_000_000 if large else 20_000
+        (self._source / "weights").write_bytes(self._draw.randbytes(size))
+        (self._source / "facts").write_bytes(self.body)
+        if self.name == "get an artifact":
+            self._artifact = self.store.put(self._source)
+        if self.name == "read a record":
+            self.store.create(f"{self.key}/record", seal_record({"text": self.body.hex()}))
+        if self.name == "append to a ledger":
+            self._ledger = Ledger(self.store, self.key.replace("/", "-"))
+            self._ledger.append("1", ORDER_DIGEST, "promote", "me", "before")
+
+    def do(self) -> Any:
+        """The operation itself, with faults."""
+        if self.name.startswith("put "):
+            return self.store.put(self._source)
+        if self.name == "get an artifact":
+            into = self._folder / "into"
+            shutil.rmtree(into, ignore_errors=True)
+            try:
+                return contents(self.store.get(self._artifact, into))
+            except (Refused, InfraError):
+                assert not into.exists(), "a failed copy left something"
+                raise
+        if self.name == "read a record":
+            fields, is_verified = read_record(self.store, f"{self.key}/record")
+            if not is_verified:
+                raise ArtifactDamaged("callers refuse a record whose seal does not match")
+            return fields
+        if self.name == "create a record":
+            return self.store.create(self.key, self.body)
+        return self._ledger.append("2", ORDER_DIGEST, "promote", "me", "once", expected=1).reason
+
+    def expected(self) -> Any:
+        """What the operation returns if nothing fails."""
+        return {
+            "get an artifact": lambda: contents(self._source),
+            "read a record": lambda: {"text": self.body.hex()},
+            "create a record": lambda: None,
+            "append to a ledger": lambda: "once",
+        }.get(self.name, lambda: self.store.put(self._source))()
+
+    def check(self) -> None:
+        """What is stored afterwards, read without faults."""
+        if self.name.startswith("put "):
+            into = self._folder / "check"
+            self.store.get(self.store.put(self._source), into)
+            assert contents(into) == contents(self._source)
+        if self.name == "create a record":
+            assert self.store.read(self.key) == self.body
+        if self.name == "append to a ledger":
+            assert [entry.reason for entry in self._ledger.entries()] == ["before", "once"]
+
+
+WORKS = (
+    "put an artifact",
+    "put a large artifact",
+    "get an artifact",
+    "read a record",
+    "create a record",
+    "append to a ledger",
+)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """The bytes of every file of a flat folder."""
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+
+
+def outcome_of(work: Work, fault: str) -> str:
+    """Do the work with faults; what happened, in the words of the table.
+
+    Raises:
+        AssertionError: the result is wrong, or the error is none that may come.
+    """
+    try:
+        result = work.do()
+    except AlreadyThere:
+        # The first create was carried out and its answer lost; the client asked again.
+        assert work.name == "create a record"
+        return "refused as already there"
+    except (ArtifactDamaged, RecordRefused):
+        assert "flipped" in fault, "only a changed byte is damage"
+        assert fault != "flipped once", "one changed answer is not damage in the store"
+        return "refused as damaged"
+    except InfraError:
+        return "retryable error"
+    assert result == work.expected()
+    return "right result"
+
+
+def finish(proxy: Proxy, work: Work, outcome: str) -> None:
+    """Repeat without faults what failed, and check what is stored."""
+    proxy.follow()
+    if outcome in {"retryable error", "refused as damaged"}:
+        try:
+            assert work.do() == work.expected()
+        except AlreadyThere:
+            assert work.name in {"create a record", "append to a ledger"}
+    work.check()
+
+
+def check_every_request(
+    proxy: Proxy, work: Work, repeated: int, outcomes: Outcomes, first: int | None = None
+) -> None:
+    """Each fault in each request of one operation (or only in request ``first``)."""
+    work.prepare()
+    proxy.follow()
+    work.do()
+    count = len(proxy.seen)
+    assert count > 0
+    failed = []
+    for number in range(1, count + 1) if first is None else [first]:
+        for fault in FAULTS:
+            proxy.follow()
+            work.prepare()
+            proxy.follow(at(number, fault, repeated))
+            try:
+                outcome = outcome_of(work, f"{fault} once" if repeated == 1 else fault)
+                finish(proxy, work, outcome)
+            except Exception as wrong:
+                outcome = "wrong"
+                failed.append(f"{fault} at request {number}: {type(wrong).__name__}: {wrong}")
+            case = "once" if repeated == 1 else f"{repeated} times in a row"
+            outcomes(SUITE, f"{work.name}, {case}", outcome)
+    assert not failed, "\n".join(failed)
+
+
+@pytest.mark.parametrize("name", ["get an artifact", "create a record", "append to a ledger"])
+def test_operation_with_a_fault_in_its_first_request_is_right_or_retryable(
+    name: str, proxy: Proxy, tmp_path: Path, outcomes: Outcomes
+) -> None:
+    check_every_request(proxy, Work(name, tmp_path / "work"), 1, outcomes, first=1)
+
+
+@pytest.mark.nightly
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("repeated", [1, IN_A_ROW])
+@pytest.mark.parametrize("name", WORKS)
+def test_operation_with_any_fault_in_any_request_is_right_or_retryable(
+    name: str, repeated: int, proxy: Proxy, tmp_path: Path, outcomes: Outcomes
+) -> None:
+    check_every_request(proxy, Work(name, tmp_path / "work"), repeated, outcomes)
+
+
+@pytest.mark.nightly
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("rate", RATES)
+@pytest.mark.parametrize("name", ["put an artifact", "get an artifact", "create a record"])
+def test_operation_with_faults_in_a_share_of_all_requests_is_right_or_retryable(
+    name: str, rate: float, proxy: Proxy, tmp_path: Path, outcomes: Outcomes
+) -> None:
+    work = Work(name, tmp_path / "work")
+    failed = []
+    for seed in range(ARTIFACTS):
+        proxy.follow()
+        work.prepare()
+        proxy.follow(often(rate, FAULTS, seed))
+        try:
+            outcome = outcome_of(work, "flipped")
+            finish(proxy, work, outcome)
+        except Exception as wrong:
+            outcome = "wrong"
+            failed.append(f"seed {seed}: {type(wrong).__name__}: {wrong}")
+        outcomes(SUITE, f"{name}, {rate:.0%} of requests", outcome)
+    assert not failed, "\n".join(failed)
+
+
+@pytest.mark.nightly
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("rate", RATES)
+def test_writers_of_one_ledger_with_lost_answers_each_have_exactly_one_entry_for_each_append(
+    rate: float, proxy: Proxy, outcomes: Outcomes
+) -> None:
+    model = f"race-{secrets.token_hex(8)}"
+    confirmed: list[str] = []
+    failed: list[str] = []
+    proxy.follow()
+
+    def write(writer: int) -> None:
+        ledger = Ledger(Store("s3://models/faults"), model)
+        for number in range(APPENDS // WRITERS):
+            name = f"{writer}-{number}"
+            try:
+                ledger.append("1", ORDER_DIGEST, "promote", "me", name)
+                confirmed.append(name)
+            except InfraError:
+                failed.append(name)
+
+    proxy.follow(often(rate, ("lost", "reset", "503"), seed=7))
+    threads = [threading.Thread(target=write, args=(number,)) for number in range(WRITERS)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    proxy.follow()
+    written = Counter(
+        entry.reason for entry in Ledger(Store("s3://models/faults"), model).entries()
+    )
+    assert max(written.values()) == 1, "an entry was written twice"
+    assert set(confirmed) <= set(written), "a confirmed entry was lost"
+    assert len(confirmed) + len(failed) == WRITERS * (APPENDS // WRITERS)
+    case = f"{WRITERS} writers of one ledger, {rate:.0%} lost answers"
+    outcomes(SUITE, case, "confirmed, written once", len(confirmed))
+    outcomes(SUITE, case, "retryable error, written at most once", len(failed))
+
+
+class OrderOnS3:
+    """A whole order whose store is behind the proxy.
+
+    Args:
+        forks: runs the commands.
+        home: for the registry and temporary files.
+        proxy: decides what fails.
+        root: the store.
+        variables: credentials, and Prefect's server.
+    """
+
+    def __init__(
+        self, forks: Forks, home: Home, proxy: Proxy, root: str, variables: dict[str, str]
+    ) -> None:
+        self._forks, self._home, self._proxy = forks, home, proxy
+        self._variables = variables | {"RECPRESS_STORE": root}
+        self.codes: Counter[int] = Counter()
+
+    def finish(self, *command: str, rate: float, seed: int) -> None:
+        """Run a command until it exits with 0: with faults, at last without."""
+        for attempt in range(ATTEMPTS):
+            last = attempt == ATTEMPTS - 1
+            self._proxy.follow(
+                often(0 if last else rate / (1 + attempt // 3), FAULTS, seed * 100 + attempt)
+            )
+            variables = self._home.variables | self._variables
+            ended = self._forks.run(command, variables=variables)
+            assert not ended.crashed, f"{command}: {ended.text}"
+            allowed = {0, 1} if self._proxy.faults else {0}
+            if "damaged" in ended.text:
+                allowed |= {2}  # a flipped byte in an answer is refused as damage
+            assert ended.code in allowed, f"{command}: {ended.code} {ended.text}"
+            self.codes[ended.code] += 1
+            if ended.code == 0:
+                return
+
+
+@pytest.mark.nightly
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("seed", ORDER_SEEDS)
+def test_whole_order_on_a_faulty_store_has_the_bytes_of_an_order_without_faults(
+    seed: int,
+    learned: Forks,
+    root: Path,
+    empty: Path,
+    draft: Path,
+    order: Path,
+    finished: Path,
+    ordering: dict[str, str],
+    proxy: Proxy,
+    s3_server: S3Server,
+    outcomes: Outcomes,
+) -> None:
+    home = Home(root / "home")
+    home.restore(finished)
+    expected = state(home)
+    home.restore(empty)
+    variables = ordering | s3_server.environment | {"AWS_ENDPOINT_URL": proxy.url}
+    address = f"s3://models/order{seed}"
+    working = OrderOnS3(learned, home, proxy, address, variables)
+    rate = (0.02, 0.05, 0.1, 0.15)[ORDER_SEEDS.index(seed)]
+    working.finish("bundle", "pack", str(draft), rate=rate, seed=seed)
+    working.finish("compress", "--order", str(order), rate=rate, seed=seed)
+    into = root / f"fetched{seed}"
+    working.finish("registry", "fetch", "clicks", "--into", str(into), rate=rate, seed=seed)
+    proxy.follow()
+    result = state(home, Store(address))
+    assert result == expected
+    for code, number in working.codes.items():
+        words = {0: "finished", 1: "retryable error", 2: "refused as damaged"}
+        outcomes(SUITE, f"whole order, {rate:.0%} of requests", words[code], number)
+
+
+@pytest.mark.nightly
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("fault", FAULTS)
+def test_pack_with_a_fault_in_any_request_is_right_or_exits_with_code_1(
+    fault: Any,
+    forks: Forks,
+    root: Path,
+    empty: Path,
+    draft: Path,
+    proxy: Proxy,
+    s3_server: S3Server,
+    outcomes: Outcomes,
+) -> None:
+    home = Home(root / "home")
+    home.restore(empty)
+    variables = home.variables | s3_server.environment | {"AWS_ENDPOINT_URL": proxy.url}
+    command = ["bundle", "pack", str(draft), "--json"]
+
+    def packed(number: int) -> Any:
+        place = {"RECPRESS_STORE": f"s3://models/pack-{fault}/{number}"}
+        return forks.run(command, variables=variables | place)
+
+    proxy.follow()
+    whole = packed(0)
+    assert whole.code == 0, whole.text
+    failed = []
+    for number in range(1, len(proxy.seen) + 1):
+        proxy.follow(at(number, fault, IN_A_ROW))
+        ended = packed(number)
+        proxy.follow()
+        again = packed(number)
+        right = again.code == 0 and again.outputs == whole.outputs and not ended.crashed
+        allowed = {0, 1, 2} if fault == "flipped" and "damaged" in ended.text else {0, 1}
+        outcome = {0: "right result", 1: "retryable error"}.get(ended.code, "refused as damaged")
+        if not right or ended.code not in allowed:
+            outcome = "wrong"
+            failed.append(f"request {number}: {ended.code} {ended.text[-400:]} {again.text[-400:]}")
+        outcomes(SUITE, f"pack, {fault}", outcome)
+    assert not failed, "\n".join(failed)

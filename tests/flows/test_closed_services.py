@@ -1,0 +1,234 @@
+"""The services of `make up-local` in front of other web pages and other users of the machine."""
+
+import asyncio
+import http.client
+import json
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+from urllib.parse import urlsplit
+from uuid import uuid4
+
+import pytest
+from drafts import environment, recpress
+from local_services import LocalServices
+from prefect.events import emit_event
+from prefect.events.clients import get_events_subscriber
+from prefect.events.filters import EventFilter, EventNameFilter
+from prefect.logging.clients import get_logs_subscriber
+from prefect.settings import PREFECT_API_AUTH_STRING, PREFECT_API_URL, temporary_settings
+from processes import LOOPBACK, arguments, environment_of, listening, tree
+from web_attacks import FOREIGN, basic, require_no_answer_without_the_secret, send
+
+from infra.services import read_variables
+from infra.telemetry import TELEMETRY_OFF
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+LOCAL = {"localhost", "127.0.0.1"}
+JSON = {"Content-Type": "application/json"}
+
+
+def secrets_of(services: LocalServices) -> dict[str, str]:
+    return read_variables(services.home / "services" / "secrets.env")
+
+
+def process_names(services: LocalServices) -> dict[int, list[str]]:
+    found = {}
+    for pid in tree(services.pid):
+        try:
+            found[pid] = arguments(pid)
+        except (FileNotFoundError, ProcessLookupError):  # ended meanwhile
+            continue
+    return found
+
+
+def test_prefect_answers_nobody_without_the_secret(local_services: LocalServices) -> None:
+    client = local_services.client
+    require_no_answer_without_the_secret(
+        client["PREFECT_API_URL"], client["PREFECT_API_AUTH_STRING"]
+    )
+
+
+def test_prefects_own_ui_may_call_the_api_from_both_names_of_this_machine(
+    local_services: LocalServices,
+) -> None:
+    api = local_services.client["PREFECT_API_URL"]
+    own = api.removesuffix("/api")
+    for origin in (own, own.replace("127.0.0.1", "localhost")):
+        reply = send(api, "GET", "/health", headers={"Origin": origin})
+        assert reply.headers["access-control-allow-origin"] == origin
+
+
+def test_the_sockets_of_events_and_logs_open_with_the_secret(local_services: LocalServices) -> None:
+    client, name = local_services.client, f"recpress.test.{uuid4()}"
+
+    async def pass_through() -> None:
+        async with get_events_subscriber(
+            filter=EventFilter(event=EventNameFilter(name=[name]))
+        ) as events:
+            emit_event(event=name, resource={"prefect.resource.id": name})
+            assert (await asyncio.wait_for(anext(events), 60)).event == name
+        # Prefect publishes no log lines there unless it is configured to; opening authenticates.
+        async with get_logs_subscriber():
+            pass
+
+    settings = {
+        PREFECT_API_URL: client["PREFECT_API_URL"],
+        PREFECT_API_AUTH_STRING: client["PREFECT_API_AUTH_STRING"],
+    }
+    with temporary_settings(settings):
+        asyncio.run(pass_through())
+
+
+def test_no_process_listens_beyond_loopback(local_services: LocalServices) -> None:
+    ports = {
+        (pid, " ".join(words)[:60], *place)
+        for pid, words in process_names(local_services).items()
+        for place in listening(pid)
+    }
+    assert len(ports) >= 13  # 2 Postgres, 8 of the store, Prefect, MLflow, the worker
+    assert [found for found in ports if found[2] not in LOOPBACK] == []
+
+
+def test_no_secret_is_an_argument_a_printed_line_or_in_another_file(
+    local_services: LocalServices,
+) -> None:
+    secrets = set(secrets_of(local_services).values())
+    assert len(secrets) == 6
+    for words in process_names(local_services).values():
+        assert not [word for word in words for secret in secrets if secret in word], words[0]
+    state = local_services.home / "services"
+    private = {state / "secrets.env", state / "client.env", state / "configs" / "identities"}
+    assert {path.stat().st_mode & 0o777 for path in private} == {0o600}
+    holding = [
+        str(path)
+        for path in local_services.home.rglob("*")
+        if path.is_file() and path not in private
+        for content in [path.read_bytes()]
+        for secret in secrets
+        if secret.encode() in content
+    ]
+    assert holding == []
+
+
+def test_no_process_reports_its_use(local_services: LocalServices) -> None:
+    seen = set()
+    for pid, words in process_names(local_services).items():
+        kinds = {name for name in ("prefect", "mlflow") if f"/{name}" in " ".join(words)}
+        if kinds and pid != local_services.pid:
+            values = environment_of(pid)
+            assert {name: values.get(name, "") for name in TELEMETRY_OFF} == TELEMETRY_OFF, words
+            seen |= kinds
+        assert "weed" not in words[:1] or "-master.telemetry=false" in words
+    assert seen == {"prefect", "mlflow"}
+
+
+def test_the_printed_steps_lead_to_the_string_that_logs_in(local_services: LocalServices) -> None:
+    printed = (local_services.home / "printed").read_text()
+    (step,) = (line.strip() for line in printed.splitlines() if "echo" in line)
+    shell = subprocess.run(["/bin/sh", "-c", step], capture_output=True, text=True, check=True)
+    secret = shell.stdout.strip()
+    assert secret not in printed
+    reply = send(
+        local_services.client["PREFECT_API_URL"], "GET", "/admin/version", headers=basic(secret)
+    )
+    assert reply.status == 200
+
+
+def test_prefects_command_line_works_in_a_terminal_that_read_the_file(
+    local_services: LocalServices, tmp_path: Path
+) -> None:
+    file = shlex.quote(str(local_services.home / "services" / "client.env"))
+    command = f"{shlex.quote(sys.executable)} -m prefect work-pool ls"
+    env = environment(tmp_path, COLUMNS="200")
+    allowed = subprocess.run(
+        ["/bin/sh", "-c", f". {file}; {command}"],
+        env=env,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert "recpress-cpu" in allowed.stdout
+    url = local_services.client["PREFECT_API_URL"]
+    refused = subprocess.run(
+        ["/bin/sh", "-c", command],
+        env=env | {"PREFECT_API_URL": url},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert refused.returncode != 0
+
+
+def test_the_doctor_names_the_variable_if_the_credentials_are_wrong(
+    local_services: LocalServices, tmp_path: Path
+) -> None:
+    wrong = local_services.client | {"PREFECT_API_AUTH_STRING": "recpress:wrong"}
+    said = recpress("doctor", "--json", env=environment(tmp_path, **wrong))
+    assert said.returncode == 1
+    (prefect,) = (item for item in json.loads(said.stdout) if item["what"] == "Prefect")
+    assert "refuses the credentials (401)" in prefect["found"]
+    assert "PREFECT_API_AUTH_STRING" in prefect["remedy"]
+
+
+def test_mlflow_refuses_pages_of_other_origins_and_foreign_hosts(
+    local_services: LocalServices,
+) -> None:
+    uri = local_services.client["MLFLOW_TRACKING_URI"]
+    create = "/api/2.0/mlflow/registered-models/create"
+    # MLflow lets pages of this machine in, whatever their port; docs/services.md says so.
+    pages = [origin for origin in FOREIGN if urlsplit(origin).hostname not in LOCAL]
+    assert len(pages) == 4
+    for origin in pages:
+        for place in (create, create.replace("/api", "/ajax-api")):
+            for kind in ("application/json", "text/plain"):
+                body = json.dumps({"name": "from-another-origin"}).encode()
+                headers = {"Origin": origin, "Content-Type": kind}
+                reply = send(uri, "POST", place, body=body, headers=headers)
+                assert reply.status == 403, (origin, kind, reply)
+        preflight = send(
+            uri,
+            "OPTIONS",
+            create,
+            headers={"Origin": origin, "Access-Control-Request-Method": "POST"},
+        )
+        assert "access-control-allow-origin" not in preflight.headers
+    for method, place in (("GET", "/"), ("POST", create), ("POST", "/graphql")):
+        reply = send(uri, method, place, body=b"{}", headers=JSON | {"Host": "evil.example"})
+        assert reply.status == 403, place
+    listed = send(uri, "GET", "/api/2.0/mlflow/registered-models/search?max_results=100")
+    assert b"from-another-origin" not in listed.body
+    assert send(uri, "GET", "/").headers["x-frame-options"] == "SAMEORIGIN"
+
+
+def test_the_store_takes_no_http_request_without_a_key_on_any_port(
+    local_services: LocalServices,
+) -> None:
+    (pid,) = (pid for pid, words in process_names(local_services).items() if words[:1] == ["weed"])
+    paths = (
+        ("GET", "/dir/assign"),
+        ("GET", "/col/delete?collection=recpress"),
+        ("GET", "/vol/grow?count=1"),
+        ("POST", "/submit"),
+        ("GET", "/buckets/"),
+        ("PUT", "/buckets/recpress/from-another-origin"),
+        ("POST", "/buckets/recpress/from-another-origin"),
+        ("DELETE", "/buckets/recpress?recursive=true"),
+        ("POST", "/1,0112345678"),
+        ("DELETE", "/1,0112345678"),
+        ("PUT", "/recpress/from-another-origin"),
+    )
+    answered = {}
+    for _, port in listening(pid):
+        for method, path in paths:
+            try:
+                reply = send(f"http://127.0.0.1:{port}", method, path, body=b"content")
+            except (OSError, http.client.HTTPException):
+                continue  # gRPC is another protocol
+            if reply.status < 400:
+                answered[port, method, path] = reply.status
+    assert answered == {}
+    s3 = local_services.client["AWS_ENDPOINT_URL"]
+    for method, path in (("GET", "/"), ("POST", "/?Action=CreateUser&UserName=x")):
+        assert send(s3, method, path).status in {403, 405}, path

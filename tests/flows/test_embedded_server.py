@@ -1,0 +1,294 @@
+"""The embedded server of a command: who may use it, and how long a command waits for it."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import prefect
+import pytest
+from drafts import ROOT, environment, recpress, write_draft
+from prefect.settings import (
+    PREFECT_API_AUTH_STRING,
+    PREFECT_API_URL,
+    PREFECT_HOME,
+    PREFECT_SERVER_DATABASE_CONNECTION_URL,
+    get_current_settings,
+    temporary_settings,
+)
+from processes import LOOPBACK, arguments, environment_of, listening, tree
+from test_doctor import serving
+from web_attacks import require_no_answer_without_the_secret, send
+
+from flows import embedded_server
+from flows.embedded_server import CPU_SECONDS, EmbeddedServer, cpu_seconds, start_embedded_server
+from flows.prefect_access import require_access
+from infra.errors import InfraError, SettingRefused
+from infra.telemetry import TELEMETRY_OFF
+
+LIMIT = "auc vs baseline >= -0.02"
+COMPRESS = ("compress", "clicks", "--preset", "fast", "--limit", LIMIT, "--json")
+START_SECONDS = 120  # a busy machine; an idle one needs about 12
+END_SECONDS = 200
+SHORT_LIMIT = {"PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "1"}
+SUSPENDED_SECONDS = 5
+
+
+@pytest.fixture(scope="module")
+def packed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A home with a packed bundle."""
+    home = tmp_path_factory.mktemp("embedded")
+    packing = recpress("bundle", "pack", str(write_draft(home / "draft")), env=environment(home))
+    assert packing.returncode == 0, packing.stderr
+    return home
+
+
+@contextmanager
+def compressing(env: dict[str, str]) -> Iterator["subprocess.Popen[str]"]:
+    process = subprocess.Popen(
+        [sys.executable, "-m", "flows.cli", *COMPRESS],
+        cwd=ROOT,
+        env=env,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.wait()
+
+
+def until(happened: Callable[[], object], process: "subprocess.Popen[str]") -> object:
+    """What ``happened`` returns once it is true; the process must live until then."""
+    end = time.monotonic() + START_SECONDS
+    while not (found := happened()):
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < end, "it did not happen in time"
+        time.sleep(0.05)
+    return found
+
+
+def servers_of(pid: int) -> list[int]:
+    """The processes below ``pid`` that serve Prefect's API, whether they listen yet or not."""
+    found = []
+    for child in tree(pid)[1:]:
+        try:
+            words = " ".join(arguments(child))
+        except (FileNotFoundError, ProcessLookupError):
+            continue
+        if "flows.embedded_server" in words or "prefect.server.api.server" in words:
+            found.append(child)
+    return found
+
+
+def test_only_the_command_may_use_its_embedded_server_which_starts_late_and_ends_with_it(
+    packed: Path, tmp_path: Path
+) -> None:
+    env = environment(packed, RECPRESS_HOME=str(tmp_path / "recpress"), **SHORT_LIMIT)
+    shutil.copytree(packed / "recpress", tmp_path / "recpress")
+    with compressing(env) as process:
+        server, secret = attack(process)
+        process.kill()
+        end = time.monotonic() + START_SECONDS
+        while Path(f"/proc/{server}").exists() and time.monotonic() < end:
+            time.sleep(0.1)
+        assert not Path(f"/proc/{server}").exists(), "the server outlived its command"
+    assert files_with(secret, packed, tmp_path) == []
+
+
+@pytest.mark.slow
+def test_a_run_whose_server_is_attacked_completes_and_no_file_has_the_secret(
+    packed: Path,
+) -> None:
+    with compressing(environment(packed, **SHORT_LIMIT)) as process:
+        server, secret = attack(process)
+        out, err = process.communicate(timeout=END_SECONDS)
+        assert process.returncode == 0, err
+        assert json.loads(out)["version"] == "1"
+        assert secret.partition(":")[2] not in out + err
+    with pytest.raises(ProcessLookupError):
+        os.kill(server, 0)
+    assert files_with(secret, packed) == []
+
+
+def attack(process: "subprocess.Popen[str]") -> tuple[int, str]:
+    """Attack the embedded server of a command; return the server's process and secret.
+
+    The server's start is suspended for longer than Prefect's own limit (``SHORT_LIMIT``). The
+    command is suspended during the attack, so that its run does not end.
+    """
+    (server,) = until(lambda: servers_of(process.pid), process)
+    os.kill(server, signal.SIGSTOP)
+    time.sleep(SUSPENDED_SECONDS)
+    assert process.poll() is None, process.communicate()
+    os.kill(server, signal.SIGCONT)
+    until(lambda: listening(server), process)
+    os.kill(process.pid, signal.SIGSTOP)
+    ((address, port),) = listening(server)
+    api = f"http://127.0.0.1:{port}/api"
+    environ = environment_of(server)
+    secret = environ.get("PREFECT_SERVER_API_AUTH_STRING", "")
+    assert re.fullmatch("recpress:[0-9a-f]{48}", secret)
+    assert address in LOOPBACK
+    assert send(api, "GET", "/health").status == 200
+    require_no_answer_without_the_secret(api, secret)
+    for own in (f"http://127.0.0.1:{port}", f"http://localhost:{port}"):  # it has no pages
+        reply = send(api, "GET", "/health", headers={"Origin": own})
+        assert "access-control-allow-origin" not in reply.headers
+    for pid in tree(process.pid):
+        assert secret.partition(":")[2] not in " ".join(arguments(pid))
+    assert {name: environ[name].lower() for name in TELEMETRY_OFF} == TELEMETRY_OFF
+    os.kill(process.pid, signal.SIGCONT)
+    return server, secret
+
+
+def files_with(secret: str, *folders: Path) -> list[str]:
+    """The files that have the password of an authentication string."""
+    password = secret.partition(":")[2].encode()
+    files = (path for folder in folders for path in folder.rglob("*") if path.is_file())
+    return [str(path) for path in files if password in path.read_bytes()]
+
+
+# --- waiting ---------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def started(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[EmbeddedServer]:
+    """An embedded server that was started just now, in a new Prefect home."""
+    for name in ("PREFECT_API_URL", "PREFECT_API_AUTH_STRING"):
+        monkeypatch.setenv(name, "restored afterwards")
+    context = prefect.context.GLOBAL_SETTINGS_CONTEXT
+    monkeypatch.setattr(prefect.context, "GLOBAL_SETTINGS_CONTEXT", context)
+    settings = {
+        PREFECT_HOME: tmp_path / "prefect",
+        PREFECT_SERVER_DATABASE_CONNECTION_URL: f"sqlite+aiosqlite:///{tmp_path}/prefect/prefect.db",
+    }
+    with temporary_settings(settings, restore_defaults={PREFECT_API_URL}):
+        server = start_embedded_server(lambda _: None)
+        yield server
+        server.stop()
+
+
+def test_a_server_without_progress_is_given_up_with_what_to_do(
+    started: EmbeddedServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(embedded_server, "SAY_AFTER_SECONDS", 0.5)
+    said: list[str] = []
+    os.kill(started.process.pid, signal.SIGSTOP)
+    with pytest.raises(InfraError, match="made no progress for 1 s") as raised:
+        started.wait_until_ready(said.append, stall_seconds=1)
+    assert "set PREFECT_API_URL" in str(raised.value)
+    assert started.process.poll() is not None
+    assert f"process {started.process.pid}" in said[0]
+    assert "set PREFECT_API_URL" in said[0]
+
+
+def test_a_busy_process_makes_progress_and_a_suspended_one_does_not() -> None:
+    with subprocess.Popen([sys.executable, "-c", "while True: pass"]) as process:
+        time.sleep(0.5)
+        before = cpu_seconds(process.pid)
+        time.sleep(1)
+        assert cpu_seconds(process.pid) - before >= CPU_SECONDS
+        os.kill(process.pid, signal.SIGSTOP)
+        time.sleep(0.1)
+        before = cpu_seconds(process.pid)
+        time.sleep(0.5)
+        assert cpu_seconds(process.pid) == before
+        process.kill()
+
+
+def test_no_other_process_can_take_the_port_before_the_server_listens(
+    started: EmbeddedServer,
+) -> None:
+    os.kill(started.process.pid, signal.SIGSTOP)
+    port = int(started.api_url.removesuffix("/api").rpartition(":")[2])
+    with socket.socket() as other:
+        other.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        with pytest.raises(OSError, match="in use"):
+            other.bind(("127.0.0.1", port))
+
+
+def test_a_server_that_dies_ends_the_command_with_1_and_its_last_output(packed: Path) -> None:
+    prefect = packed / "damaged"
+    prefect.mkdir()
+    (prefect / "prefect.db").write_bytes(b"this is no database" * 1000)
+    said = recpress(*COMPRESS, env=environment(packed, PREFECT_HOME=str(prefect)))
+    assert said.returncode == 1
+    assert "The embedded Prefect server ended with exit code 3 before it was ready" in said.stderr
+    assert "file is not a database" in said.stderr
+    assert "set PREFECT_API_URL" in said.stderr
+    assert str(prefect) in said.stderr
+
+
+@pytest.mark.slow
+def test_a_server_that_is_killed_ends_the_command_with_1(packed: Path) -> None:
+    env = environment(packed, PREFECT_HOME=str(packed / "killed"))
+    with compressing(env) as process:
+        (server,) = until(lambda: servers_of(process.pid), process)
+        os.kill(server, signal.SIGKILL)
+        _, err = process.communicate(timeout=END_SECONDS)
+    assert process.returncode == 1
+    assert "ended with exit code -9 before it was ready" in err
+    assert "Traceback" not in err
+
+
+# --- a server that is configured -------------------------------------------------------------
+
+
+def test_missing_credentials_end_the_command_with_2_before_it_works(
+    packed: Path, prefect_server: None
+) -> None:
+    url = get_current_settings().api.url
+    said = recpress(*COMPRESS, env=environment(packed, PREFECT_API_URL=url))
+    assert said.returncode == 2, said.stderr
+    expected = f"recpress: Expected access to the Prefect server at {url}, got answer 401 without"
+    assert said.stderr.startswith(expected)
+    assert "Set PREFECT_API_AUTH_STRING" in said.stderr
+    assert len(said.stderr.splitlines()) == 1
+    assert not (packed / "recpress" / "results").exists()
+
+
+def test_wrong_credentials_are_refused_and_not_repeated(prefect_server: None) -> None:
+    with (
+        temporary_settings({PREFECT_API_AUTH_STRING: "recpress:canary"}),
+        pytest.raises(SettingRefused, match="401 with the value of PREFECT_API_AUTH_STRING") as no,
+    ):
+        require_access()
+    assert "canary" not in str(no.value)
+
+
+def test_a_configured_server_that_is_down_or_another_is_named() -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        uri = f"http://127.0.0.1:{probe.getsockname()[1]}/api"
+        with (
+            temporary_settings({PREFECT_API_URL: uri}),
+            pytest.raises(InfraError, match="Expected an answer of the Prefect server"),
+        ):
+            require_access()
+    with (
+        serving(lambda _: (200, {}, b"<html>It works!</html>")) as uri,
+        temporary_settings({PREFECT_API_URL: f"{uri}/api"}),
+        pytest.raises(SettingRefused, match="Expected Prefect's API"),
+    ):
+        require_access()
+
+
+def test_the_server_that_prefect_starts_by_itself_for_the_flow_needs_a_secret(
+    prefect_server: None,
+) -> None:
+    settings = get_current_settings()
+    assert settings.api.url is not None
+    assert settings.api.auth_string is not None
+    secret = settings.api.auth_string.get_secret_value()
+    require_no_answer_without_the_secret(settings.api.url, secret)

@@ -1,0 +1,274 @@
+"""An order that ``Order`` refuses is refused by the schema that Prefect checks on submission.
+
+Prefect's server validates with this very function when a run is created.
+"""
+
+import json
+import typing
+from functools import cache
+from itertools import product
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from prefect.utilities.callables import parameter_schema
+from prefect.utilities.schema_tools.validation import (
+    _VALIDATOR,
+    is_valid_schema,
+    preprocess_schema,
+    validate,
+)
+from prefect.utilities.schema_tools.validation import ValidationError as SchemaError
+from pydantic import ValidationError
+
+from compressors.limits import LARGEST_GAIN
+from compressors.measures import MEASURES
+from compressors.steps import AnyStep
+from flows.compress import compress
+from flows.order import Order
+from flows.order_schema import BATCH_THRESHOLDS, RATE_THRESHOLDS
+from flows.presets import PRESETS
+
+LIMIT: dict[str, Any] = {"metric": "auc", "against": "baseline", "at_least": -0.002}
+ORDER: dict[str, Any] = {"model": "clicks@1", "limits": [LIMIT]}
+KINDS: dict[str, Any] = {
+    member.model_fields["kind"].default: member
+    for member in typing.get_args(typing.get_args(AnyStep)[0])
+}
+BIGGEST_SCHEMA_BYTES = 150_000
+"""The form loads it; without the rules it is 60 KB."""
+
+
+@cache
+def validator() -> Any:
+    schema = parameter_schema(compress).model_dump()
+    is_valid_schema(schema)
+    assert len(json.dumps(schema)) < BIGGEST_SCHEMA_BYTES
+    return _VALIDATOR(preprocess_schema(schema))
+
+
+def is_submitted(order: dict[str, Any]) -> bool:
+    """Whether Prefect's server accepts the order."""
+    return next(validator().iter_errors({"order": order}), None) is None
+
+
+def is_order(order: dict[str, Any]) -> bool:
+    """Whether the flow accepts it when it starts."""
+    try:
+        Order.model_validate_json(json.dumps(order))
+    except ValidationError:
+        return False
+    return True
+
+
+def custom(*steps: dict[str, Any], **more: Any) -> dict[str, Any]:
+    return {**ORDER, "preset": "custom", "steps": list(steps), **more}
+
+
+def limited(*limits: dict[str, Any]) -> dict[str, Any]:
+    return {**ORDER, "limits": list(limits)}
+
+
+VALID: dict[str, dict[str, Any]] = {
+    "least": ORDER,
+    "every preset": {**ORDER, "preset": "smallest", "budget": 0.001},
+    "explicit defaults": Order.model_validate(ORDER).model_dump(mode="json"),
+    "nulls of the form": {**ORDER, "budget": None, "rules": {"label_rate": None}},
+    "steps": custom({"kind": "fold"}, {"kind": "rowwise_int8", "tables": ["user", "item*"]}),
+    "recalibrate last": custom({"kind": "rowwise_int8"}, {"kind": "recalibrate"}),
+    "recalibrate alone": custom({"kind": "recalibrate"}),
+    "same step twice": custom({"kind": "rowwise_int8"}, {"kind": "rowwise_int8"}),
+    "other target": {**ORDER, "targets": {"onnxruntime": "off", "tensorrt_rtx": "optional"}},
+    "third target": {**ORDER, "targets": {"onnxruntime": "off", "tensorrt": "required"}},
+    "batches": {**ORDER, "targets": {"smallest_batch": 3, "best_batch": 3, "largest_batch": 3}},
+    "teachers": {**ORDER, "preset": "small", "teachers": ["a@1", "registry:b@2"]},
+    "taught step": custom({"kind": "distill"}, teachers=["a@1"]),
+    "rows by split": {**ORDER, "rules": {"min_rows": {"test": 5}, "label_rate": [0.2, 0.2]}},
+    "several limits": limited(LIMIT, LIMIT, {"metric": "bytes", "at_most": 0.5}),
+    "score change": limited({"metric": "score_correlation", "at_least": 1.0}),
+    "tables only": custom({"kind": "distill", "dense": False, "training": {"tables": True}}),
+    "traffic": custom({"kind": "distill", "rows": "traffic", "soft_share": 1}),
+}
+INVALID: dict[str, dict[str, Any]] = {
+    "no model": {"limits": [LIMIT]},
+    "empty model": {**ORDER, "model": ""},
+    "no limits": {"model": "clicks@1"},
+    "empty limits": limited(),
+    "unknown field": {**ORDER, "promot": True},
+    "unknown preset": {**ORDER, "preset": "tiny"},
+    "unknown target": {**ORDER, "targets": {"openvino": "required"}},
+    "unknown field of a limit": limited({**LIMIT, "margin": 1}),
+    "unknown field of a step": custom({"kind": "fold", "x": 1}),
+    "negative budget": {**ORDER, "budget": -0.1},
+    "negative seed": {**ORDER, "seed": -1},
+    "custom without steps": {**ORDER, "preset": "custom"},
+    "custom with no steps": custom(),
+    "steps without custom": {**ORDER, "steps": [{"kind": "fold"}]},
+    "steps with another preset": {**ORDER, "preset": "small", "steps": [{"kind": "fold"}]},
+    "unknown step": custom({"kind": "fold_all"}),
+    "step without kind": custom({"min_rows": 7}),
+    "recalibrate first": custom({"kind": "recalibrate"}, {"kind": "fold"}),
+    "recalibrate twice": custom({"kind": "recalibrate"}, {"kind": "recalibrate"}),
+    "no target": {**ORDER, "targets": {"onnxruntime": "off"}},
+    "all targets off": {
+        **ORDER,
+        "targets": {"onnxruntime": "off", "tensorrt": "off", "tensorrt_rtx": "off"},
+    },
+    "smallest above the default": {**ORDER, "targets": {"smallest_batch": 65}},
+    "largest below the default": {**ORDER, "targets": {"largest_batch": 63}},
+    "best above the default": {**ORDER, "targets": {"best_batch": 1025}},
+    "best below smallest": {**ORDER, "targets": {"smallest_batch": 8, "best_batch": 4}},
+    "largest below best": {**ORDER, "targets": {"best_batch": 512, "largest_batch": 256}},
+    "largest below smallest": {**ORDER, "targets": {"smallest_batch": 40, "largest_batch": 9}},
+    "no rows": {**ORDER, "rules": {"min_rows": 0}},
+    "no rows of a split": {**ORDER, "rules": {"min_rows": {"test": 0}}},
+    "rate above 1": {**ORDER, "rules": {"label_rate": [0.1, 1.5]}},
+    "rate below 0": {**ORDER, "rules": {"label_rate": [-0.1, 0.5]}},
+    "rates reversed": {**ORDER, "rules": {"label_rate": [0.9, 0.1]}},
+    "unknown metric": limited({"metric": "accuracy", "at_least": 0.1}),
+    "unknown reference": limited({**LIMIT, "against": "teacher"}),
+    "no bound": limited({"metric": "auc"}),
+    "two bounds": limited({"metric": "auc", "at_least": -0.1, "at_most": 0.1}),
+    "wrong side": limited({"metric": "auc", "at_most": -0.1}),
+    "wrong side of a size": limited({"metric": "bytes", "at_least": 0.5}),
+    "useless": limited({"metric": "auc", "at_least": -0.5}),
+    "impossible gain": limited({"metric": "auc", "at_least": 0.2}),
+    "percent": limited({"metric": "auc", "against": "absolute", "at_least": 75}),
+    "at random": limited({"metric": "auc", "against": "absolute", "at_least": 0.4}),
+    "ratio of zero": limited({"metric": "bytes", "at_most": 0}),
+    "ratio as percent": limited({"metric": "bytes", "at_most": 50}),
+    "score change against": limited(
+        {"metric": "changed_top1", "against": "baseline", "at_most": 0}
+    ),
+    "second limit": limited(LIMIT, {"metric": "auc", "at_least": -3}),
+    "qat with tables": custom({"kind": "qat", "training": {"tables": True}}),
+    "taught without training": custom({"kind": "channels", "soft_share": 0.5}),
+    "lookups by norm": custom({"kind": "prune_rows", "min_lookups": 2, "importance": "norm"}),
+    "traffic has no labels": custom({"kind": "distill", "rows": "traffic"}),
+    "auxiliary without labels": custom({"kind": "distill", "auxiliary": "a", "soft_share": 1}),
+    "temperature of margin": custom({"kind": "distill", "loss": "margin", "temperature": 2}),
+    "nothing learns": custom({"kind": "distill", "dense": False}),
+    "student without dense": custom(
+        {"kind": "distill", "dense": False, "training": {"tables": True}, "student": {"hidden": 4}}
+    ),
+}
+
+
+@pytest.mark.parametrize("order", VALID.values(), ids=VALID)
+def test_a_valid_order_is_submitted(order: dict[str, Any]) -> None:
+    assert is_order(order)
+    assert is_submitted(order)
+
+
+@pytest.mark.parametrize("order", INVALID.values(), ids=INVALID)
+def test_an_invalid_order_is_refused_on_submission(order: dict[str, Any]) -> None:
+    assert not is_order(order)
+    assert not is_submitted(order)
+
+
+def test_teachers_without_a_step_that_learns_are_refused_on_submission() -> None:
+    """The flow refuses these as well, but not ``Order``."""
+    for order in ({**ORDER, "teachers": ["a"]}, custom({"kind": "fold"}, teachers=["a"])):
+        assert is_order(order)
+        assert not is_submitted(order)
+
+
+def test_every_preset_is_submitted_and_its_steps_are_as_a_recipe_of_ones_own() -> None:
+    for preset, choices in PRESETS.items():
+        assert is_submitted({**ORDER, "preset": preset})
+        for choice in choices:
+            for group in choice.options:
+                steps = [step.model_dump(mode="json") for step in group]
+                assert is_submitted(custom(*steps)), (preset, steps)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_step_with_its_defaults_is_treated_alike(kind: str) -> None:
+    order = custom({"kind": kind})
+    assert is_submitted(order) == is_order(order)
+
+
+REFERENCES: list[dict[str, Any]] = [
+    {},
+    *({"against": name} for name in ("absolute", "baseline", "champion")),
+]
+
+
+def bounds_of(metric: str) -> list[float]:
+    """Numbers at and on both sides of everything that a limit on this metric is compared with."""
+    facts = MEASURES[metric]
+    numbers = (0.0, LARGEST_GAIN, facts.low, facts.high, facts.largest)
+    near = {value + more for value in numbers for more in (-1e-3, 0.0, 1e-3)}
+    return sorted({sign * value for value in near for sign in (-1.0, 1.0)})
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.data())
+def test_limits_at_their_bounds_are_treated_alike(data: st.DataObject) -> None:
+    metric = data.draw(st.sampled_from(sorted(MEASURES)))
+    reference = data.draw(st.sampled_from(REFERENCES))
+    side = data.draw(st.sampled_from(["at_least", "at_most"]))
+    bound = data.draw(st.sampled_from(bounds_of(metric)))
+    order = limited({"metric": metric, **reference, side: bound})
+    assert is_submitted(order) == is_order(order)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("metric", sorted(MEASURES))
+def test_every_limit_at_its_bounds_is_treated_alike(metric: str) -> None:
+    for reference, side in product(REFERENCES, ("at_least", "at_most")):
+        for bound in bounds_of(metric):
+            order = limited({"metric": metric, **reference, side: bound})
+            assert is_submitted(order) == is_order(order), order
+
+
+SIZES = st.sampled_from([*BATCH_THRESHOLDS, 1, 7, 100, 1_000, 4_096])
+TARGETS = st.fixed_dictionaries(
+    {},
+    optional={
+        **dict.fromkeys(
+            ("onnxruntime", "tensorrt_rtx", "tensorrt"),
+            st.sampled_from(["required", "optional", "off"]),
+        ),
+        **dict.fromkeys(("smallest_batch", "best_batch", "largest_batch"), SIZES),
+    },
+)
+STEPS = st.lists(st.sampled_from([{"kind": kind} for kind in KINDS]), max_size=6)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    targets=TARGETS,
+    steps=STEPS,
+    preset=st.sampled_from(["safe", "small", "custom"]),
+    rates=st.lists(st.sampled_from([0.0, *RATE_THRESHOLDS, 1.05]), min_size=1, max_size=3),
+)
+def test_orders_drawn_at_random_are_treated_alike(
+    targets: dict[str, Any], steps: list[dict[str, Any]], preset: str, rates: list[float]
+) -> None:
+    for order in (
+        {**ORDER, "targets": targets},
+        {**ORDER, "preset": preset, "steps": steps},
+        {**ORDER, "rules": {"label_rate": rates}},
+    ):
+        assert is_submitted(order) == is_order(order), order
+
+
+@settings(max_examples=30, deadline=None)
+@given(sizes=st.tuples(*[st.integers(1, 200_000)] * 3))
+def test_no_valid_batch_sizes_are_refused_on_submission(sizes: tuple[int, int, int]) -> None:
+    """Between two thresholds only the flow's start compares them."""
+    names = ("smallest_batch", "best_batch", "largest_batch")
+    order = {**ORDER, "targets": dict(zip(names, sorted(sizes), strict=True))}
+    assert is_order(order)
+    assert is_submitted(order)
+
+
+def test_a_refusal_names_the_field_and_the_reason() -> None:
+    with pytest.raises(SchemaError, match=r"order\.limits\[0\]\.at_least.*-3 is less than"):
+        validate(
+            {"order": INVALID["second limit"] | {"limits": [{"metric": "auc", "at_least": -3}]}},
+            parameter_schema(compress).model_dump(),
+            raise_on_error=True,
+        )

@@ -1,0 +1,166 @@
+"""JSON from outside is bounded before it is parsed: memory stays small whatever its shape."""
+
+import json
+import struct
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from infra import json_limits
+from infra.bundle_json import decode
+from infra.bundle_shards import stored_tensors
+from infra.errors import BundleRefused
+from infra.json_limits import MAX_JSON_BYTES, MAX_JSON_VALUES, check_limits, measure
+
+MOST_MEMORY = 300 * 2**20  # beyond what the process has before it reads
+
+SHAPES = {
+    "empty lists": b"[],",
+    "empty objects": b"{},",
+    "empty texts": b'"",',
+    "small numbers": b"1,",
+    "floats": b"1e9,",
+    "nested lists": b"[[[[[[[[]]]]]]]],",
+    "lists of one": b"[1],",
+    "objects of one": b'{"a":1},',
+    "texts that are not ASCII": '"é😀",'.encode(),
+    "escaped texts": b'"\\"\\\\",',
+    "numbers of 4000 digits": b"9" * 4000 + b",",
+}
+
+READ_WITH_LIMIT = """
+import os, resource, sys
+from pathlib import Path
+from infra.bundle_json import read_json
+from infra.bundle_shards import stored_tensors
+from infra.errors import BundleRefused
+for path in map(Path, sys.argv[2:]):
+    if os.fork() == 0:
+        held = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_AS, (held + int(sys.argv[1]),) * 2)
+        try:
+            read_json(path) if path.suffix == ".json" else stored_tensors(path)
+        except BundleRefused as fault:
+            print("refused", str(fault)[-80:].encode(), flush=True)
+        except BaseException as fault:
+            print("failed", repr(fault)[:80].encode(), flush=True)
+        else:
+            print("read", flush=True)
+        os._exit(0)
+    os.wait()
+"""
+
+
+def read_in_children(paths: list[Path]) -> list[str]:
+    """What processes that may use ``MOST_MEMORY`` more than they have say, one for each file."""
+    command = [sys.executable, "-c", READ_WITH_LIMIT, str(MOST_MEMORY), *map(str, paths)]
+    ended = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert ended.returncode == 0, ended.stderr[-2000:]
+    return [line.partition(" ")[0] for line in ended.stdout.splitlines()]
+
+
+def test_json_of_any_shape_is_refused_within_300_mib(tmp_path):
+    paths = []
+    for place, item in enumerate(SHAPES.values()):
+        for size in (MAX_JSON_BYTES, 64 << 20) if place == 0 else (MAX_JSON_BYTES,):
+            paths.append(tmp_path / f"{place}-{size}.json")
+            paths[-1].write_bytes(b'{"a":[' + item * ((size - 10) // len(item)) + b"1]}")
+    assert read_in_children(paths) == ["refused"] * len(paths)
+
+
+def test_the_largest_json_allowed_is_read_within_300_mib(tmp_path):
+    most = MAX_JSON_VALUES
+    names = ",".join(f'"k{place}":{{}}' for place in range(most // 3 - 10))
+    texts = [
+        '{"a":[' + "[]," * (most // 2 - 10) + "1]}",
+        '{"a":[' + '{"a":{}},' * (most // 4 - 10) + "1]}",
+        '{"a":[' + '"",' * (most - 10) + "1]}",
+        "{" + names + "}",
+        '{"a":[' + ("9" * 390 + ",") * ((MAX_JSON_BYTES - 10) // 391) + "1]}",
+        '{"a":"' + "x" * (MAX_JSON_BYTES - 10) + '"}',
+        '{"a":"\U0001f600' + "x" * (MAX_JSON_BYTES - 20) + '"}',
+    ]
+    paths = [tmp_path / f"{place}.json" for place in range(len(texts))]
+    for path, text in zip(paths, texts, strict=True):
+        path.write_text(text, encoding="utf-8")
+    assert read_in_children(paths) == ["read"] * len(paths)
+
+
+def header_file(path: Path, header: bytes, body: bytes = b"") -> Path:
+    path.write_bytes(struct.pack("<Q", len(header)) + header + body)
+    return path
+
+
+def test_a_safetensors_header_of_100000_tensors_is_read(tmp_path):
+    entry = {"dtype": "F32", "shape": [0, 16], "data_offsets": [0, 0]}
+    header = {f"model.features.tables.{n:06d}.weight": entry for n in range(100_000)}
+    path = header_file(tmp_path / "model.safetensors", json.dumps(header).encode())
+    assert len(stored_tensors(path)) == 100_000
+
+
+def test_a_hostile_safetensors_header_is_refused_within_300_mib(tmp_path):
+    headers = {
+        "text": b'{"__metadata__":{"a":"' + b"x" * 60_000_000 + b'"}}',
+        "metadata": b'{"__metadata__":{' + b'"a":"",' * 3_000_000 + b'"b":""}}',
+        "lists": b'{"a":[' + b"[]," * 8_000_000 + b"1]}",
+        "shape": b'{"a":{"dtype":"U8","shape":[' + b"1," * 8_000_000 + b'1],"data_offsets":[0,1]}}',
+        "number": b'{"a":{"dtype":"U8","shape":[' + b"9" * 10**7 + b'],"data_offsets":[0,1]}}',
+        "depth": b'{"__metadata__":' + b'{"a":' * 100_000 + b"1" + b"}" * 100_000 + b"}",
+    }
+    paths = [
+        header_file(tmp_path / f"{name}.safetensors", header, b"\0")
+        for name, header in headers.items()
+    ]
+    assert read_in_children(paths) == ["refused"] * len(paths)
+
+
+def test_model_json_of_10000_tables_is_far_below_the_limits():
+    module = {"kind": "table", "format": "rowwise_int8", "settings": {"rows": 10**6, "dim": 64}}
+    line = dict.fromkeys(("module", "role", "format", "steps", "reason", "bytes"), "x" * 60)
+    document = {
+        "modules": {f"features.tables.{n}": module for n in range(10_000)},
+        "plan": [line] * 10_000,
+    }
+    raw = json.dumps(document).encode()
+    assert len(raw) < MAX_JSON_BYTES / 2
+    assert measure(raw).values < MAX_JSON_VALUES / 2
+
+
+@pytest.mark.parametrize(
+    ("text", "values", "depth", "longest"),
+    [
+        ('{"a,[": "x:{,"}', 3, 1, 0),
+        (r'{"a\"[,": [1, -2.5e+10]}', 5, 2, 8),
+        (r'["\\", "[[["]', 3, 1, 0),
+        (r'["\\\"[[", [[]]]', 5, 3, 0),
+        ("[123, 45678]", 3, 1, 5),
+        ("7", 1, 0, 1),
+        ("", 1, 0, 0),
+    ],
+)
+def test_text_in_quotes_does_not_count(text, values, depth, longest):
+    assert measure(text.encode()) == (values, depth, longest)
+
+
+def test_the_counts_do_not_depend_on_where_a_block_ends(monkeypatch):
+    document = {"a" * 7: [1.25, 'x,[\\"', [[{}], -123456789]], "ü": {"b": [None, True]}}
+    raw = json.dumps(document, ensure_ascii=False).encode()
+    whole = measure(raw)
+    for block in range(1, 40):
+        monkeypatch.setattr(json_limits, "_BLOCK", block)
+        assert measure(raw) == whole
+
+
+@pytest.mark.parametrize("raw", [b'"' * 101, b"]" * 50, b"\\" * 77, b'\\"' * 10, bytes(range(256))])
+def test_bytes_that_are_no_json_are_measured_all_the_same(raw):
+    check_limits(raw)
+    with pytest.raises(BundleRefused):
+        decode(raw, Path("model.json"))
+
+
+def test_a_number_of_400_characters_is_read_and_one_more_is_refused():
+    assert decode(b'{"a": ' + b"9" * 400 + b"}", Path("x"))["a"] == int("9" * 400)
+    with pytest.raises(BundleRefused, match="more than 400 characters"):
+        decode(b'{"a": ' + b"9" * 401 + b"}", Path("x"))

@@ -1,0 +1,21 @@
+"""A network whose module names come from its configuration, as feature names do."""
+
+import torch
+from torch import Tensor, nn
+
+
+class Named(nn.Module):
+    """Tables and a layer with given names."""
+
+    def __init__(self, *, names: list[str]) -> None:
+        super().__init__()
+        self.tables = nn.ModuleDict({name: nn.Embedding(50, 8) for name in names})
+        self.layers = nn.ModuleDict({name: nn.Linear(8 * len(names) + 2, 1) for name in names[:1]})
+        self.names = names
+
+    def forward(self, *, a: Tensor, b: Tensor, dense: Tensor) -> Tensor:
+        """Logits ``(rows,)``."""
+        first, second = (self.tables[name] for name in self.names)
+        x = torch.cat([first(a), second(b), dense], dim=1)
+        logit: Tensor = self.layers[self.names[0]](x).squeeze(1)
+        return logit

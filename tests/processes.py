@@ -1,0 +1,59 @@
+"""Processes of this machine as /proc shows them: children, ports, environment, arguments."""
+
+import os
+from pathlib import Path
+
+LISTENING = "0A"
+
+
+def tree(pid: int) -> list[int]:
+    """A process and all its descendants."""
+    children: dict[int, list[int]] = {}
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                fields = (entry / "stat").read_text().rpartition(")")[2].split()
+            except (FileNotFoundError, ProcessLookupError):
+                continue
+            children.setdefault(int(fields[1]), []).append(int(entry.name))
+    found = [pid]
+    for parent in found:
+        found += children.get(parent, [])
+    return found
+
+
+def arguments(pid: int) -> list[str]:
+    """The arguments of a process, which every user of the machine can read."""
+    return Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace").split("\0")[:-1]
+
+
+def environment_of(pid: int) -> dict[str, str]:
+    """The environment a process was started with."""
+    lines = Path(f"/proc/{pid}/environ").read_bytes().decode(errors="replace").split("\0")
+    return {name: value for name, _, value in (line.partition("=") for line in lines if line)}
+
+
+def listening(pid: int) -> set[tuple[str, int]]:
+    """Address (as in /proc/net) and port of every socket on which a process listens."""
+    inodes = set()
+    for entry in Path(f"/proc/{pid}/fd").iterdir():
+        try:
+            target = os.readlink(entry)  # noqa: PTH115 (no path: socket:[inode])
+        except FileNotFoundError:
+            continue
+        if target.startswith("socket:["):
+            inodes.add(target[8:-1])
+    found = set()
+    for table in ("tcp", "tcp6"):
+        for line in Path(f"/proc/net/{table}").read_text().splitlines()[1:]:
+            fields = line.split()
+            if fields[3] == LISTENING and fields[9] in inodes:
+                address, _, port = fields[1].partition(":")
+                found.add((address, int(port, 16)))
+    return found
+
+
+LOOPBACK = {
+    "0100007F",  # 127.0.0.1
+    "00000000000000000000000001000000",  # ::1
+}

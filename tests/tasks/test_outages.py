@@ -1,0 +1,143 @@
+"""Which faults are waited for, how long, and what a person reads meanwhile."""
+
+import time
+from collections.abc import Callable
+from datetime import datetime
+from uuid import uuid4
+
+import httpx
+import pytest
+
+from infra import errors
+from infra.registry import Registry
+from tasks import outages, policy
+from tasks.outages import DEADLINE_SECONDS, DELAYS, TaskOutages, service_of, wait_out
+
+REQUEST = httpx.Request("GET", "http://127.0.0.1/api")
+
+
+def api_fault(status: int) -> httpx.HTTPStatusError:
+    return httpx.HTTPStatusError(
+        "no", request=REQUEST, response=httpx.Response(status, request=REQUEST)
+    )
+
+
+class Clock:
+    """Time that passes only by sleeping, and by what each call takes."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now = 0.0
+        self._began = time.time()
+        monkeypatch.setattr(outages.time, "monotonic", lambda: self.now)
+        monkeypatch.setattr(outages.time, "time", lambda: self._began + self.now)
+        monkeypatch.setattr(outages.time, "sleep", self.pass_by)
+
+    def pass_by(self, seconds: float) -> None:
+        self.now += seconds
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    return Clock(monkeypatch)
+
+
+def away_until(clock: Clock, end: float, fault: Exception, takes: float = 0.0) -> Callable[[], str]:
+    """A call that fails until a time."""
+
+    def call() -> str:
+        clock.pass_by(takes)
+        if clock.now < end:
+            raise fault
+        return "done"
+
+    return call
+
+
+@pytest.mark.parametrize(
+    ("fault", "service"),
+    [
+        (errors.RegistryOutage("x"), "The registry"),
+        (errors.StoreOutage("x"), "The object store"),
+        (httpx.ConnectError("x"), "Prefect's API"),
+        (httpx.ReadTimeout("x"), "Prefect's API"),
+        (api_fault(503), "Prefect's API"),
+        (api_fault(500), "Prefect's API"),
+        (api_fault(404), None),
+        (api_fault(401), None),
+        (errors.RegistryUnavailable("a damaged file"), None),
+        (errors.StoreUnavailable("a full disk"), None),
+        (errors.ChildFailed("x"), None),
+        (errors.SettingRefused("wrong credentials"), None),
+        (ValueError("x"), None),
+    ],
+)
+def test_only_services_over_the_network_that_do_not_answer_are_waited_for(
+    fault: Exception, service: str | None
+) -> None:
+    assert service_of(fault) == service
+
+
+@pytest.mark.parametrize("seconds", [1, 60, 300, 560])
+def test_a_call_succeeds_after_an_outage_that_is_shorter_than_the_deadline(
+    clock: Clock, seconds: float
+) -> None:
+    assert wait_out(away_until(clock, seconds, errors.RegistryOutage("x"))) == "done"
+    assert clock.now <= seconds + max(DELAYS)
+
+
+@pytest.mark.parametrize("takes", [0.0, 20.0, 61.0])
+def test_an_outage_without_end_raises_its_own_fault_at_the_deadline(
+    clock: Clock, takes: float
+) -> None:
+    fault = errors.StoreOutage("no answer")
+    with pytest.raises(errors.StoreOutage) as raised:
+        wait_out(away_until(clock, float("inf"), fault, takes))
+    assert raised.value is fault
+    # The last try begins before the deadline and may take as long as any other.
+    assert DEADLINE_SECONDS - max(DELAYS) - takes <= clock.now - takes <= DEADLINE_SECONDS + takes
+
+
+def test_another_fault_is_raised_at_once(clock: Clock) -> None:
+    with pytest.raises(errors.SettingRefused):
+        wait_out(away_until(clock, 1, errors.SettingRefused("x")))
+    assert clock.now == 0
+
+
+def test_a_person_reads_what_is_waited_for_and_until_when(
+    clock: Clock, caplog: pytest.LogCaptureFixture
+) -> None:
+    until = datetime.fromtimestamp(outages.time.time() + DEADLINE_SECONDS).strftime("%H:%M")
+    wait_out(away_until(clock, 30, errors.RegistryOutage("connection refused")))
+    lines = [record.getMessage() for record in caplog.records]
+    waits = [line for line in lines if line != "connection refused"]
+    assert waits[3] == f"The registry did not answer; trying again in 20 s, until {until}"
+    assert len(waits) == len(lines) - 1  # the cause is in the log once
+
+
+def test_the_deadline_of_a_task_counts_from_its_first_fault_and_for_each_task(
+    clock: Clock,
+) -> None:
+    known, run, fault = TaskOutages(), uuid4(), errors.RegistryOutage("x")
+    clock.pass_by(7_200)  # a task that trains for hours is still waited for
+    assert known.may_try_again(run, fault)
+    clock.pass_by(DEADLINE_SECONDS - 20)
+    assert known.may_try_again(run, fault)
+    clock.pass_by(15)
+    assert not known.may_try_again(run, fault)
+    assert known.may_try_again(uuid4(), fault)
+    assert not known.may_try_again(run, ValueError("x"))
+
+
+def test_the_delays_reach_the_deadline_and_prefect_takes_them() -> None:
+    assert sum(DELAYS) >= DEADLINE_SECONDS
+    assert policy.KEPT["retries"] == len(DELAYS) <= 50  # Prefect takes no more delays
+
+
+def test_a_registry_that_is_a_file_is_no_service_to_wait_for(tmp_path: object) -> None:
+    of_a_server = Registry("http://127.0.0.1:9")
+    with pytest.raises(errors.RegistryOutage):
+        of_a_server.check()
+    of_a_file = Registry(f"sqlite:////proc/recpress/{uuid4()}.db")
+    with pytest.raises((errors.InfraError, errors.Refused)) as raised:
+        of_a_file.check()
+    assert not isinstance(raised.value, errors.RegistryOutage)

@@ -1,0 +1,225 @@
+"""Records of task results: what is read back, and every kind of record that is refused."""
+
+import json
+import logging
+import math
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from compressors.contracts import Artifact, Estimate, Verdict
+from infra.errors import ArtifactMissing, RecordRefused
+from infra.store import MAX_RECORD_BYTES, Store
+from infra.store_records import seal_record
+from tasks.documents import Idle
+from tasks.result_records import find_result, read_result, record_key, write_result
+
+KEY = "a" * 64
+SHA = "b" * 64
+ARTIFACT = Artifact(uri=f"artifacts/{SHA}", sha256=SHA, bytes=7)
+PLAIN = {"uri": f"artifacts/{SHA}", "sha256": SHA, "bytes": 7}
+
+
+def step() -> Artifact | Idle: ...  # type: ignore[empty-body]
+
+
+def estimate() -> Estimate: ...  # type: ignore[empty-body]
+
+
+def gate() -> Verdict: ...  # type: ignore[empty-body]
+
+
+def verdicts() -> tuple[Verdict, ...]: ...  # type: ignore[empty-body]
+
+
+def undeclared():  # type: ignore[no-untyped-def]
+    ...
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    return Store(str(tmp_path / "store"))
+
+
+FIELDS = {"schema_version": 1, "task": "step", "key": KEY, "value": PLAIN}
+
+
+def sealed(**changes: Any) -> bytes:
+    return seal_record(FIELDS | changes)
+
+
+def place(store: Store, task: str = "step") -> Path:
+    folder = store.folder
+    assert folder is not None
+    path = folder / record_key(task, KEY)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("function", "value"),
+    [
+        (step, ARTIFACT),
+        (step, Idle(reason="no layer to fold")),
+        (estimate, Estimate(point=0.5, low=0.25, high=1.0, rows=3)),
+        (estimate, Estimate(point=math.inf, low=-math.inf, high=math.inf)),
+        (gate, Verdict(target="onnxruntime", outcome="accepted", reason="ok")),
+        (verdicts, (Verdict(target="tensorrt", outcome="rejected", reason="\ud7ff <&>\0"),)),
+    ],
+)
+def test_a_result_is_read_back_as_it_was_written(
+    store: Store, function: Callable[..., Any], value: Any
+) -> None:
+    write_result(store, "step", KEY, function, value)
+    assert read_result(store, "step", KEY, function) == value
+
+
+def test_not_a_number_is_read_back_as_such(store: Store) -> None:
+    value = Estimate(point=math.nan, low=0.0, high=1.0)
+    write_result(store, "step", KEY, estimate, value)
+    assert math.isnan(read_result(store, "step", KEY, estimate).point)
+
+
+def test_without_a_record_there_is_no_result(store: Store) -> None:
+    with pytest.raises(ArtifactMissing):
+        find_result(store, "step", KEY, step)
+
+
+def test_a_task_without_a_declared_return_type_is_an_error(store: Store) -> None:
+    with pytest.raises(TypeError, match="declares no return type"):
+        write_result(store, "step", KEY, undeclared, 1)
+
+
+HOSTILE_BODIES = {
+    "empty": b"",
+    "not JSON": b"\x80\x04K\x01.",
+    "not an object": b"[]",
+    "no seal": json.dumps(
+        {"schema_version": 1, "task": "step", "key": KEY, "value": PLAIN}
+    ).encode(),
+    "wrong seal": sealed().replace(b'"bytes": 7', b'"bytes": 8'),
+    "cut": sealed()[:-20],
+    "record of another task": sealed(task="gate"),
+    "record of another key": sealed(key="c" * 64),
+    "key that is no digest": sealed(key="../../x"),
+    "later schema version": sealed(schema_version=2),
+    "schema version as text": sealed(schema_version="1"),
+    "schema version as true": sealed(schema_version=True),
+    "extra field": sealed(serializer={"type": "pickle"}),
+    "missing value": seal_record({"schema_version": 1, "task": "step", "key": KEY}),
+    "no value": sealed(value=None),
+    "value of another type": sealed(value={"target": "onnxruntime"}),
+    "list": sealed(value=[PLAIN]),
+    "class to import": sealed(value={"__class__": "os.system", "data": "id"}),
+    "class next to a sound value": sealed(value=PLAIN | {"__class__": "os.system"}),
+    "exception to import": sealed(value={"__exc_type__": "os.system", "message": "id"}),
+    "bytes as text": sealed(value=PLAIN | {"bytes": "7"}),
+    "bytes below zero": sealed(value=PLAIN | {"bytes": -1}),
+    "artifact elsewhere": sealed(value=PLAIN | {"uri": f"file:///etc/artifacts/{SHA}"}),
+    "artifact on a server": sealed(value=PLAIN | {"uri": f"https://example.org/artifacts/{SHA}"}),
+    "artifact outside": sealed(value=PLAIN | {"uri": "../../../etc/passwd"}),
+    "artifact of two names": sealed(value=PLAIN | {"uri": f"artifacts/{'c' * 64}"}),
+    "artifact without a hash": sealed(value=PLAIN | {"sha256": "../" * 20}),
+    "very deep": b'{"schema_version": 1, "value": ' + b"[" * 5_000 + b"]" * 5_000 + b"}",
+    "64 MB": sealed(value="x" * (64 << 20)),
+}
+
+
+@pytest.mark.parametrize("what", list(HOSTILE_BODIES))
+def test_a_record_that_is_not_exactly_what_was_written_is_refused_and_replaced(
+    store: Store, what: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    place(store).write_bytes(HOSTILE_BODIES[what])
+    with pytest.raises(RecordRefused):
+        read_result(store, "step", KEY, step)
+    with pytest.raises(ArtifactMissing), caplog.at_level(logging.WARNING):
+        find_result(store, "step", KEY, step)
+    assert "The task step runs again." in caplog.text
+    assert len(caplog.text) < 2_000
+    write_result(store, "step", KEY, step, ARTIFACT)
+    assert read_result(store, "step", KEY, step) == ARTIFACT
+
+
+@pytest.mark.parametrize("kind", ["symlink", "broken symlink", "fifo", "socket"])
+def test_what_is_no_plain_file_is_refused_and_replaced(
+    store: Store, tmp_path: Path, kind: str
+) -> None:
+    path = place(store)
+    elsewhere = tmp_path / "elsewhere.json"
+    if kind == "symlink":
+        elsewhere.write_bytes(sealed())
+        path.symlink_to(elsewhere)
+    elif kind == "broken symlink":
+        path.symlink_to(tmp_path / "nothing")
+    elif kind == "fifo":
+        os.mkfifo(path)
+    else:
+        os.mknod(path, 0o140600)
+    with pytest.raises(ArtifactMissing):
+        find_result(store, "step", KEY, step)
+    write_result(store, "step", KEY, step, ARTIFACT)
+    assert read_result(store, "step", KEY, step) == ARTIFACT
+    assert not elsewhere.exists() or elsewhere.read_bytes() == sealed()
+
+
+@pytest.mark.parametrize("where", ["record", "task", "all"])
+def test_a_folder_or_file_in_the_way_costs_the_record_and_not_the_order(
+    store: Store, where: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = place(store)
+    if where == "record":
+        (path / "x").mkdir(parents=True)
+    elif where == "task":
+        path.parent.rmdir()
+        path.parent.write_bytes(b"a file")
+    else:
+        path.parent.rmdir()
+        path.parent.parent.rmdir()
+        path.parent.parent.write_bytes(b"a file")
+    with pytest.raises(ArtifactMissing):
+        find_result(store, "step", KEY, step)
+    write_result(store, "step", KEY, step, ARTIFACT)
+    assert "The result of step is not recorded" in caplog.text
+    assert "runs again next time" in caplog.text
+
+
+def test_a_result_larger_than_a_record_is_not_recorded(
+    store: Store, caplog: pytest.LogCaptureFixture
+) -> None:
+    write_result(store, "step", KEY, step, Idle(reason="x" * MAX_RECORD_BYTES))
+    assert "is not recorded" in caplog.text
+    with pytest.raises(ArtifactMissing):
+        find_result(store, "step", KEY, step)
+
+
+def test_a_value_that_is_not_of_the_declared_type_is_not_recorded(
+    store: Store, caplog: pytest.LogCaptureFixture
+) -> None:
+    outside = ARTIFACT.model_copy(update={"uri": "../x"})
+    write_result(store, "step", KEY, step, outside)
+    assert "is not recorded" in caplog.text
+    assert store.keys("results/") == ()
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
+    max_leaves=10,
+)
+
+
+@settings(max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(body=st.binary(max_size=200) | JSON.map(lambda value: sealed(value=value)))
+def test_any_bytes_are_a_result_or_refused(store: Store, body: bytes) -> None:
+    place(store).parent.mkdir(parents=True, exist_ok=True)
+    store.write(record_key("step", KEY), body)
+    try:
+        value = read_result(store, "step", KEY, step)
+    except RecordRefused:
+        return
+    assert isinstance(value, Artifact | Idle)

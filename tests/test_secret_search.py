@@ -1,0 +1,56 @@
+"""The search for planted secrets finds them in every form, or its silence would mean nothing."""
+
+import base64
+import gzip
+import json
+import sqlite3
+from collections.abc import Callable
+from pathlib import Path
+from urllib.parse import quote
+
+import pytest
+from canaries import canaries, traces
+
+PLANTED = canaries()
+SECRET = PLANTED.of("MLFLOW_TRACKING_URI")
+
+
+@pytest.mark.parametrize(
+    "written",
+    [
+        lambda secret: f"http://user:{secret}@host",
+        lambda secret: f"http://user:{quote(secret, safe='')}@host",
+        lambda secret: json.dumps({"a": secret}),
+        lambda secret: repr([secret]),
+        lambda secret: base64.b64encode(f"user:{secret}".encode()).decode(),
+        lambda secret: base64.b64encode(f"me:{secret}".encode()).decode(),
+        lambda secret: base64.b64encode(f"m:{secret}".encode()).decode(),
+        lambda secret: base64.b64encode(json.dumps({"password": secret}).encode()).decode(),
+    ],
+)
+@pytest.mark.parametrize("where", ["text", "file", "gzip", "database"])
+def test_a_secret_is_found_in_every_form_and_place(
+    tmp_path: Path, written: Callable[[str], str], where: str
+) -> None:
+    text = "before " + written(SECRET) + " after"
+    texts = {}
+    if where == "text":
+        texts = {"stdout": text}
+    elif where == "file":
+        (tmp_path / "a").mkdir()
+        (tmp_path / "a" / "log").write_text(text)
+    elif where == "gzip":
+        (tmp_path / "log.gz").write_bytes(gzip.compress(text.encode()))
+    else:
+        with sqlite3.connect(tmp_path / "a.db") as database:
+            database.execute("CREATE TABLE log (message TEXT)")
+            database.execute("INSERT INTO log VALUES (?)", ("x" * 4_000 + text + "y" * 9_000,))
+        database.close()
+    found = traces(PLANTED, [tmp_path], texts)
+    assert found
+    assert all(line.startswith("MLFLOW_TRACKING_URI in ") for line in found)
+
+
+def test_nothing_is_found_where_nothing_is(tmp_path: Path) -> None:
+    (tmp_path / "log").write_text("http://***@host canary" * 100)
+    assert traces(PLANTED, [tmp_path], {"stdout": "***"}) == []

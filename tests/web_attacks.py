@@ -1,0 +1,185 @@
+"""What a web page of another origin, or another user of the machine, can send to a Prefect API.
+
+Every request is one that a browser lets a page send: with a preflight (JSON) or without one (plain
+text, a form, no body). ``http.client`` sends them, so nothing adds or drops a header.
+"""
+
+import base64
+import http.client
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from urllib.parse import urlsplit
+from uuid import uuid4
+
+import pytest
+from websockets.exceptions import ConnectionClosed, InvalidHandshake
+from websockets.sync.client import connect
+
+FOREIGN = (
+    "http://evil.example",
+    "https://evil.example",
+    "null",  # a sandboxed frame or a local file
+    "http://localhost:1",
+    "http://127.0.0.1:1",
+    "https://127.0.0.1",
+    "http://127.0.0.1.evil.example",
+)
+SECONDS = 60
+SOCKETS = (
+    "/events/in",
+    "/events/out",
+    "/logs/out",
+    "/task_runs/subscriptions/scheduled",
+    "/work_pools/recpress-cpu/workers/connect",
+)
+POOL = {"name": "from-another-origin", "type": "process", "base_job_template": {}}
+
+
+@dataclass(frozen=True)
+class Reply:
+    """What came back for one request."""
+
+    status: int
+    headers: dict[str, str]
+    body: bytes
+
+
+def send(
+    api: str,
+    method: str,
+    path: str,
+    *,
+    body: bytes | None = None,
+    headers: dict[str, str] | None = None,
+) -> Reply:
+    """One request to ``api``, the URL that ends with /api."""
+    parts = urlsplit(api)
+    connection = http.client.HTTPConnection(parts.hostname or "", parts.port or 80, timeout=SECONDS)
+    try:
+        connection.request(method, f"{parts.path}{path}", body=body, headers=headers or {})
+        answer = connection.getresponse()
+        fields = {name.lower(): value for name, value in answer.getheaders()}
+        return Reply(answer.status, fields, answer.read())
+    finally:
+        connection.close()
+
+
+def basic(auth_string: str) -> dict[str, str]:
+    """The header of a client that knows the authentication string."""
+    return {"Authorization": f"Basic {base64.b64encode(auth_string.encode()).decode()}"}
+
+
+def attempts() -> Iterator[tuple[str, str, object]]:
+    """Requests that create or change something: name, path, body."""
+    flow, deployment = str(uuid4()), str(uuid4())
+    yield "work pool", "/work_pools/", POOL
+    yield "flow", "/flows/", {"name": "from-another-origin"}
+    yield (
+        "deployment",
+        "/deployments/",
+        {"name": "d", "flow_id": flow, "job_variables": {"command": "touch attacked"}},
+    )
+    yield "flow run", "/flow_runs/", {"flow_id": flow, "name": "from-another-origin"}
+    yield "run of a deployment", f"/deployments/{deployment}/create_flow_run", {}
+    yield "variable", "/variables/", {"name": "attacked", "value": 1}
+    yield "concurrency limit", "/v2/concurrency_limits/", {"name": "attacked", "limit": 1}
+    yield "automation", "/automations/", {"name": "attacked", "trigger": {}, "actions": []}
+    yield "list of flows", "/flows/filter", {}
+    yield "clear the database", "/admin/database/clear", {"confirm": True}
+
+
+def stored_names(api: str, auth_string: str) -> dict[str, list[str]]:
+    """What the server has, read with the secret."""
+    found = {}
+    for kind in ("work_pools", "flows", "deployments", "flow_runs", "variables"):
+        reply = send(
+            api,
+            "POST",
+            f"/{kind}/filter",
+            body=b"{}",
+            headers={"Content-Type": "application/json", **basic(auth_string)},
+        )
+        assert reply.status == 200, (kind, reply)
+        found[kind] = sorted(item["name"] for item in json.loads(reply.body))
+    return found
+
+
+def require_no_answer_without_the_secret(api: str, auth_string: str) -> None:
+    """Fail if any request without the secret is answered, or any page of another origin reads one.
+
+    The server is compared before and after: nothing was created, and nothing was deleted.
+    """
+    before = stored_names(api, auth_string)
+    for origin in FOREIGN:
+        for name, path, document in attempts():
+            text = json.dumps(document).encode()
+            for kind in ("application/json", "text/plain", "application/x-www-form-urlencoded", ""):
+                headers = {"Origin": origin, **({"Content-Type": kind} if kind else {})}
+                reply = send(api, "POST", path, body=text, headers=headers)
+                assert reply.status == 401, (origin, name, kind, reply)
+                assert "access-control-allow-origin" not in reply.headers, (origin, name, reply)
+            wanted = {
+                "Origin": origin,
+                "Access-Control-Request-Method": "POST",
+                "Access-Control-Request-Headers": "authorization,content-type",
+                "Access-Control-Request-Private-Network": "true",
+            }
+            preflight = send(api, "OPTIONS", path, headers=wanted)
+            assert "access-control-allow-origin" not in preflight.headers, (origin, preflight)
+            assert "access-control-allow-private-network" not in preflight.headers
+    for credentials in wrong_credentials(auth_string):
+        for method, path in (("POST", "/flows/filter"), ("GET", "/admin/settings")):
+            reply = send(api, method, path, body=b"{}", headers={"Authorization": credentials})
+            assert reply.status == 401, (credentials.partition(" ")[0], path, reply.status)
+    for method, path in (
+        ("GET", "/admin/settings"),
+        ("GET", "/admin/version"),
+        ("HEAD", "/admin/version"),
+        ("DELETE", "/work_pools/recpress-cpu"),
+        ("POST", "/health"),
+        ("GET", "/health/../admin/settings"),
+        ("GET", "/health%2f..%2fadmin/settings"),
+        ("GET", "/variables/name/health"),
+        ("GET", "/docs"),
+        ("GET", "/openapi.json"),
+    ):
+        for host in ("evil.example", "evil.example:80/api/health?"):
+            reply = send(api, method, path, headers={"Host": host})
+            assert reply.status in {401, 404}, (method, path, host, reply)
+    for path in SOCKETS:
+        require_closed_socket(api, path)
+    assert stored_names(api, auth_string) == before
+
+
+def wrong_credentials(auth_string: str) -> Iterator[str]:
+    """Values of the header Authorization that a guess would have."""
+    user, _, password = auth_string.partition(":")
+    for guess in ("recpress:recpress", f"{user}:", f":{password}", password, auth_string[:-1], ""):
+        yield f"Basic {base64.b64encode(guess.encode()).decode()}"
+    yield f"Bearer {auth_string}"
+    yield f"Basic {auth_string}"  # not encoded
+    yield "Basic"
+
+
+def require_closed_socket(api: str, path: str) -> None:
+    """Fail if a web socket opens without the secret: no protocol, no message, or a wrong one."""
+    url = api.replace("http://", "ws://") + path
+    for protocols, message in (
+        (None, None),
+        (["prefect"], {"type": "auth", "token": None}),
+        (["prefect"], {"type": "auth", "token": "recpress:wrong"}),
+        (["prefect"], {"type": "filter", "filter": {}}),
+    ):
+        with pytest.raises((ConnectionClosed, InvalidHandshake)):
+            first_answer(url, protocols, message)
+
+
+def first_answer(url: str, protocols: list[str] | None, message: object) -> object:
+    """Open a web socket from a page of another origin, send a message, receive one."""
+    with connect(
+        url, subprotocols=protocols, origin="http://evil.example", open_timeout=SECONDS
+    ) as opened:
+        if message is not None:
+            opened.send(json.dumps(message))
+        return opened.recv(timeout=SECONDS)
