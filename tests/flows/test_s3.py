@@ -7,13 +7,12 @@ from typing import Any
 import boto3
 import pytest
 from drafts import environment, recpress, write_draft
-from orders import World, carry_out
+from orders import carry_out
 from prefect.client.orchestration import get_client
 from s3_server import S3Server
 
 from compressors.contracts import Limit
 from flows.order import Order
-from infra.errors import RegistryUnavailable
 from tasks.bundles import Packed
 from tasks.documents import Finished
 from tasks.stored import store
@@ -110,23 +109,3 @@ def test_a_damaged_object_is_not_fetched(
     assert "damaged" in checked.stderr
     assert "model.safetensors" in checked.stderr
     assert "Traceback" not in checked.stderr
-
-
-def test_a_registry_that_is_down_is_named_without_its_password(
-    world: World, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    secret = "canary-of-a-password"
-    uri = f"http://somebody:{secret}@127.0.0.1:9"
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
-    order = world.order.model_copy(update={"limits": (Limit.parse("bytes vs baseline <= 0.6"),)})
-    with pytest.raises(RegistryUnavailable) as raised:
-        carry_out(order)
-    fault: BaseException | None = raised.value
-    assert secret not in str(fault)
-    assert secret not in told_to_prefect()
-    assert files_with(secret, world.home) == []
-    env = environment(tmp_path, MLFLOW_TRACKING_URI=uri)
-    listed = recpress("registry", "list", env=env)
-    assert listed.returncode == 1
-    assert "registry did not answer" in listed.stderr
-    assert secret not in listed.stdout + listed.stderr
