@@ -23,7 +23,7 @@ from prefect.client.orchestration import get_client
 from prefect.client.schemas.filters import LogFilter, LogFilterFlowRunId
 from prefect.client.schemas.objects import FlowRun
 from prefect.deployments import run_deployment
-from prefect.settings import PREFECT_API_URL, temporary_settings
+from prefect.settings import PREFECT_API_AUTH_STRING, PREFECT_API_URL, temporary_settings
 
 from infra import errors
 from infra.answers import NoAnswer, get
@@ -93,7 +93,11 @@ def test_a_task_gives_up_at_the_deadline_with_the_outage_as_its_fault(
 @pytest.fixture
 def client(local_services: LocalServices) -> Iterator[dict[str, str]]:
     found = local_services.client
-    with temporary_settings({PREFECT_API_URL: found["PREFECT_API_URL"]}):
+    settings = {
+        PREFECT_API_URL: found["PREFECT_API_URL"],
+        PREFECT_API_AUTH_STRING: found["PREFECT_API_AUTH_STRING"],
+    }
+    with temporary_settings(settings):
         yield found
 
 
