@@ -14,6 +14,9 @@ from infra.memory import require_memory
 from infra.settings import load_settings
 from tasks.stored import local
 
+MAX_LAYER_BYTES = 2**46
+"""64 TiB of float32: no layer of a model that is served has more."""
+
 
 @dataclass(frozen=True)
 class Loaded:
@@ -41,10 +44,17 @@ def model_of(folder: Path, manifest: Manifest) -> Model:
     """The module of a verified bundle folder.
 
     Raises:
+        BundleRefused: a compressed module declares a size that no machine has.
         OutOfMemory: a layer, which is built once at its full size, does not fit in memory.
     """
-    network = manifest.network
-    require_memory(largest_replaced(network), f"Building {manifest.name}@{manifest.version}")
+    network, name = manifest.network, f"{manifest.name}@{manifest.version}"
+    largest = largest_replaced(network)
+    if largest > MAX_LAYER_BYTES:
+        raise BundleRefused(
+            f"Expected layers of at most {MAX_LAYER_BYTES} bytes in {name}, got a compressed "
+            f"module that declares {largest} bytes. Pack the model again."
+        )
+    require_memory(largest, f"Building {name}")
     architecture = network_class(network.architecture.path, load_settings().allowed_modules)
     return Model(load(architecture, network, folder), architecture, network, manifest.plan)
 
