@@ -5,6 +5,7 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from infra.printable import one_line, printable
@@ -122,10 +123,7 @@ def show(finished: "Finished") -> None:
     from tasks.report_stages import stage_rows
 
     report, out = finished.report, console()
-
-    def line(text: str) -> None:
-        out.print(one_line(text), soft_wrap=True)
-
+    line = partial(_print_line, out)
     bundle = f"bundle {report.name}@{report.bundle_version}"
     out.print(_table(bundle, headline(report), out.width))
     if report.stages:
@@ -157,10 +155,7 @@ def explained(found: "Explanation") -> None:
     from tasks.report_cells import mebibytes, plan_warnings
 
     out = console()
-
-    def line(text: str) -> None:
-        out.print(one_line(text), soft_wrap=True)
-
+    line = partial(_print_line, out)
     rows = ", ".join(f"{split} {count:,}" for split, count in found.rows.items())
     line(f"{found.model} ({found.task}; rows: {rows})")
     if found.earlier is not None:
@@ -223,6 +218,10 @@ def explained(found: "Explanation") -> None:
         f"{mebibytes(memory.weights)} of weights, {mebibytes(memory.rows)} of rows).",
         soft_wrap=True,
     )
+
+
+def _print_line(out: "Console", text: str) -> None:
+    out.print(one_line(text), soft_wrap=True)
 
 
 def _table(title: str, rows: list[dict[str, str]], width: int) -> "Table":

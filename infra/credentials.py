@@ -47,9 +47,11 @@ def cleaned(message: object, *addresses: str) -> str:
         message: a foreign error or its text.
         addresses: further addresses whose credentials it must not repeat.
     """
-    text = str(message)
-    more = {form for uri in addresses for secret in _in_address(uri) for form in _forms(secret)}
-    for secret in sorted({*secrets(), *more}, key=len, reverse=True):
+    text, known = str(message), secrets()
+    if addresses:  # every log record comes here without any
+        more = {form for uri in addresses for secret in _in_address(uri) for form in _forms(secret)}
+        known = tuple(sorted({*known, *more}, key=len, reverse=True))
+    for secret in known:
         text = text.replace(secret, HIDDEN)
     return _QUERY.sub(rf"\g<1>{HIDDEN}", _LOGIN.sub(f"{HIDDEN}@", text))
 

@@ -182,7 +182,7 @@ def _same(
         found = opened.get_submodule(path)(**{**inputs, **sealed})
     except (
         Exception
-    ) as fault:  # whatever a network does with its ids beside a lookup, it cannot do here
+    ) as fault:  # whatever a network does with its ids besides a lookup, it cannot do here
         if is_out_of_memory(fault):
             raise
         return False
