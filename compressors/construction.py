@@ -9,6 +9,7 @@ reference to a parameter, in a list or dictionary too, has the stored values.
 import copy
 import inspect
 import linecache
+import re
 import traceback
 from collections.abc import Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -36,6 +37,7 @@ from compressors.plain_values import plain_tensors, plain_values
 
 _OWN_FOLDERS = (str(Path(torch.__file__).parent), str(Path(__file__).parent))
 NAMES_SHOWN = 5
+_ENDS_TEXT = re.compile(r"""["'\\\r\n\0]""")
 
 
 @dataclass(frozen=True)
@@ -65,9 +67,18 @@ def construct(
         needs them. Buffers and plain tensors have theirs.
 
     Raises:
-        ConstructionFailed: the arguments do not fit, or the constructor raises.
+        ConstructionFailed: the arguments do not fit, the constructor raises, or an attribute has
+            a name that could run as code.
         ModelRefused: a tensor that no file stores depends on random initial weights.
     """
+    construction = _constructed(architecture, config, room)
+    _need_safe_names(architecture, construction.module)
+    return construction
+
+
+def _constructed(
+    architecture: type[nn.Module], config: Mapping[str, Any], room: Room | None
+) -> Construction:
     _need_arguments(architecture, config)
     try:
         with parameters_on_meta(copy.copy(room)) as placement:
@@ -96,7 +107,9 @@ def construct_with_weights(architecture: type[nn.Module], config: Mapping[str, A
         ConstructionFailed: the arguments do not fit, or the constructor raises.
     """
     _need_arguments(architecture, config)
-    return _real(architecture, config)[0]
+    module = _real(architecture, config)[0]
+    _need_safe_names(architecture, module)
+    return module
 
 
 def assign(module: nn.Module, tensors: Mapping[str, Tensor], *, strict: bool) -> None:
@@ -244,6 +257,24 @@ def _failure(architecture: type[nn.Module], fault: Exception) -> str:
         f"{text.rstrip('.')}. Correct 'config' in model.json or the class, and check that "
         f"{architecture.__name__}(**config) works in Python."
     )
+
+
+def _need_safe_names(architecture: type[nn.Module], module: nn.Module) -> None:
+    """Refuse attributes whose names would end the text in which torch writes them into code.
+
+    ``torch.fx`` writes an attribute path as ``getattr(self.tables, "name")`` without escaping the
+    name, and runs that code (``torch/fx/graph.py``, ``_format_target``). Names often come from the
+    configuration, which is foreign: a class may use the name of each feature for its table.
+    """
+    for path, part in module.named_modules():
+        for name in (*vars(part), *part._modules, *part._parameters, *part._buffers):
+            if _ENDS_TEXT.search(name):
+                where = f"of {path!r} " if path else ""
+                raise ConstructionFailed(
+                    f"expected attribute names without quotes, backslashes and line ends, because "
+                    f"torch writes them into code when it traces a network; got {name!r} {where}in "
+                    f"{architecture.__name__}. Rename it, in 'config' of model.json or in the class."
+                )
 
 
 def _place(fault: BaseException) -> str:

@@ -292,3 +292,54 @@ def test_a_constructor_that_creates_tensors_without_end_is_refused(tmp_path):
 def test_a_mask_of_60_mib_that_no_file_stores_is_allowed(tmp_path):
     network = stored_network(tmp_path, mask=4000)
     assert load(Sized, network, tmp_path).mask.shape == (4000, 4000)
+
+
+class KeyedByFeature(nn.Module):
+    """A table for each feature, a dense layer, a buffer and an attribute, by the given name."""
+
+    def __init__(self, name: str, place: str = "module") -> None:
+        super().__init__()
+        self.tables = nn.ModuleDict({name if place == "module" else "user": nn.Embedding(4, DIM)})
+        self.owner = nn.Module()
+        if place == "parameter":
+            self.owner.register_parameter(name, nn.Parameter(torch.zeros(2)))
+        if place == "buffer":
+            self.owner.register_buffer(name, torch.zeros(2), persistent=False)
+        if place == "attribute":
+            setattr(self.owner, name, torch.zeros(2))
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        (table,) = self.tables.values()
+        return table(ids).sum(dim=1)
+
+
+def name_that_runs(command: str) -> str:
+    """A module's name that ends the text in which torch writes it, and continues as a line."""
+    body = f"exec(bytes({list(command.encode())}))"
+    return f'x")\r{body}\rdef other():\r    (lambda name: name)("'
+
+
+def test_torch_runs_what_a_name_of_a_module_contains(tmp_path):
+    """Why such names are refused; if this fails, torch escapes them and the rule is needless."""
+    name = name_that_runs(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    program = torch.export.export(KeyedByFeature(name), (torch.arange(3),))
+    program.run_decompositions({})
+    assert (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("place", ["module", "parameter", "buffer", "attribute"])
+@pytest.mark.parametrize("sign", ['"', "'", "\\", "\n", "\r", "\0"])
+def test_an_attribute_whose_name_could_run_as_code_is_refused(place, sign):
+    config = {"name": f"a{sign}b", "place": place}
+    with pytest.raises(ConstructionFailed, match="expected attribute names without quotes"):
+        construct(KeyedByFeature, config)
+    with pytest.raises(ConstructionFailed, match="expected attribute names without quotes"):
+        construct_as_a_user(KeyedByFeature, **config)
+
+
+def test_an_attribute_with_another_unusual_name_is_built_and_traced(tmp_path):
+    name = "price[usd] {0} %s </b> $(a) `b` ü \u2028 \x1b[31m # ; x=1"
+    trained, loaded = stored(KeyedByFeature, tmp_path, name=name)
+    ids = torch.arange(3)
+    program = torch.export.export(loaded, (ids,)).run_decompositions({})
+    torch.testing.assert_close(program.module()(ids), trained(ids), rtol=0, atol=0)

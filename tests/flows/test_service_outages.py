@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 from uuid import UUID
@@ -223,6 +224,30 @@ def test_an_order_continues_after_its_process_was_killed(
     assert (found.state_name, found.run_count) == ("Completed", 2), messages(run)
 
 
+@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGKILL], ids=["stopped", "killed"])
+@pytest.mark.nightly
+@pytest.mark.timeout(1500)
+def test_waiting_orders_keep_their_sequence_although_the_worker_is_restarted(
+    packed: None, local_services: LocalServices, how: signal.Signals
+) -> None:
+    """The waiting ones name models that do not exist, so each ends soon after its start."""
+    running = begun(seed=40_000 + how, stage="static_int8")
+    waiting = [
+        run_deployment(
+            "compress/compress", parameters={"order": {**ORDER, "model": f"none{n}@1"}}, timeout=0
+        ).id
+        for n in range(3)
+    ]
+    os.kill(process_of(local_services, "worker start"), how)
+    assert ended(running).state_name == "Completed", messages(running)
+    runs = [ended(run) for run in waiting]
+    assert {run.state_name for run in runs} == {"Failed"}
+    for earlier, later in pairwise(runs):
+        assert earlier.end_time is not None
+        assert later.start_time is not None
+        assert earlier.end_time <= later.start_time
+
+
 @pytest.mark.nightly
 @pytest.mark.timeout(1500)
 def test_a_run_that_loses_its_process_each_time_stays_crashed_after_3_starts(
@@ -279,9 +304,8 @@ def test_an_order_completes_although_the_registry_is_down_for_60_s_when_it_publi
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    env = environment(
-        tmp_path, **local_services.client, MLFLOW_TRACKING_URI=f"http://127.0.0.1:{port}"
-    )
+    registry = {"MLFLOW_TRACKING_URI": f"http://127.0.0.1:{port}"}
+    env = environment(tmp_path, **{**local_services.client, **registry})
     printed = tmp_path / "printed"
     limit = ["--limit", "auc vs baseline >= -0.02"]
     with registry_server(port, tmp_path), printed.open("wb") as out:
