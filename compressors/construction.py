@@ -273,7 +273,7 @@ def _need_safe_names(architecture: type[nn.Module], module: nn.Module) -> None:
                 raise ConstructionFailed(
                     f"expected attribute names without quotes, backslashes and line ends, because "
                     f"torch writes them into code when it traces a network; got {name!r} {where}in "
-                    f"{architecture.__name__}. Rename it, in 'config' of model.json or in the class."
+                    f"{architecture.__name__}. Rename it in model.json or in the class."
                 )
 
 
