@@ -29,6 +29,10 @@ NO_MEMORY = (
     "processes or use a larger machine, then run again."
 )
 
+INCOMPLETE = (
+    "recpress: {command} needs a module that cannot be imported: {missing}. Install recpress again."
+)
+
 
 def require_limits(arguments: list[str]) -> None:
     """Exit with code 1 if the limits of this process leave too little to load the libraries."""
@@ -50,9 +54,17 @@ def report(fault: Exception) -> int:
     traceback.clear_frames(fault.__traceback__)  # what failed for lack of memory gives it back
     try:
         return _report(fault)
-    except (MemoryError, ImportError):
-        print(NO_MEMORY.format(command=command(sys.argv[1:])), file=sys.stderr)  # noqa: T201
-        return 1
+    except MemoryError:
+        said = NO_MEMORY
+    except ImportError as missing:
+        # Libraries that find no memory while they load raise this too, but only under a limit.
+        said = NO_MEMORY if _is_limited() else INCOMPLETE.replace("{missing}", f"{missing}")
+    print(said.replace("{command}", command(sys.argv[1:])), file=sys.stderr)  # noqa: T201
+    return 1
+
+
+def _is_limited() -> bool:
+    return any(resource.getrlimit(limit)[0] != resource.RLIM_INFINITY for limit in LEAST_LEFT)
 
 
 def command(arguments: list[str]) -> str:

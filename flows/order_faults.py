@@ -4,13 +4,14 @@ from collections.abc import Iterator, Sequence
 from difflib import get_close_matches
 from typing import TYPE_CHECKING, Any, get_args
 
+from infra.printable import bounded
+
 if TYPE_CHECKING:
     from pydantic import BaseModel, ValidationError
 
 Place = tuple[int | str, ...]
 
 MOST_SENTENCES = 20
-LONGEST_SENTENCE = 2_000
 
 
 def sentences(fault: "ValidationError", model: "type[BaseModel] | None" = None) -> list[str]:
@@ -31,11 +32,8 @@ def sentences(fault: "ValidationError", model: "type[BaseModel] | None" = None) 
         if not (error["type"] == "too_short" and any(_inside(p, error["loc"]) for p in places))
     ]
     found = [
-        f"{'.'.join(map(str, error['loc'])) or fault.title}: {_said(error, model)}"
+        bounded(f"{'.'.join(map(str, error['loc'])) or fault.title}: {_said(error, model)}")
         for error in errors[:MOST_SENTENCES]
-    ]
-    found = [
-        text if len(text) <= LONGEST_SENTENCE else f"{text[:LONGEST_SENTENCE]}..." for text in found
     ]
     more = len(errors) - len(found)
     return found if not more else [*found, f"and {more} more faults"]

@@ -19,6 +19,7 @@ from infra.json_limits import (
     check_limits,
     read_bounded,
 )
+from infra.printable import bounded
 
 PROBLEMS_SHOWN = 20
 
@@ -41,7 +42,7 @@ def clean(message: object) -> str:
 
 def listed(place: Path | str, problems: Iterable[str]) -> str:
     """One message for all problems, a line each; takes no more of them than it shows."""
-    shown = list(islice(problems, PROBLEMS_SHOWN + 1))
+    shown = [bounded(problem) for problem in islice(problems, PROBLEMS_SHOWN + 1)]
     if len(shown) > PROBLEMS_SHOWN:
         shown[-1] = "and more."
     return f"{place}: " + ("\n- ".join(["", *shown]) if len(shown) > 1 else "".join(shown))

@@ -1,11 +1,14 @@
 """Text from outside that cannot control what shows it: a terminal, a log, a page.
 
 Names in a bundle, tags of a registry, file names, arguments and variables of the environment may
-contain anything. Every place that shows them uses these two functions; ``flows/console.py``
+contain anything. Every place that shows them uses these functions; ``flows/console.py``
 applies them to all that a command prints.
 """
 
 import re
+
+LONGEST_SENTENCE = 900
+"""Characters of one sentence of a refusal: 20 of them fit on a page."""
 
 _CONTROL = re.compile(
     "["
@@ -29,6 +32,13 @@ def printable(text: str) -> str:
 def one_line(text: str) -> str:
     """The same for text that must stay on one line: line ends and tabs are escaped too."""
     return printable(text.replace("\n", "\\n").replace("\t", "\\t"))
+
+
+def bounded(sentence: str) -> str:
+    """A sentence that may quote anything, cut to ``LONGEST_SENTENCE`` characters."""
+    if len(sentence) <= LONGEST_SENTENCE:
+        return sentence
+    return f"{sentence[: LONGEST_SENTENCE - 3]}..."
 
 
 def _escaped(found: re.Match[str]) -> str:

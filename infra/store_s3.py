@@ -44,6 +44,8 @@ _PASSING = {
     "XAmzContentSHA256Mismatch",
 }
 _PARSERS = {"botocore.parsers", "aiobotocore.parsers"}
+_MISSING = {"NoSuchBucket", "NoSuchKey"}
+_BY_STATUS = {401, 403, 412, 416}
 _CREDENTIALS = {"ExpiredToken", "InvalidToken", "TokenRefreshRequired"}
 
 
@@ -86,9 +88,9 @@ class Bucket:
             try:
                 return bytes(sync(self._files.loop, self._ranged, key, start, stop))
             except _foreign() as fault:
-                if _answer(fault)[0] in {"InvalidRange", "416"}:
+                if _answer(fault)[1] == 416:
                     return b""
-                if tried == ATTEMPTS or not _broke_off(fault):
+                if tried == ATTEMPTS or not (_broke_off(fault) or _is_strange(fault)):
                     raise self._translate(fault, key) from None
 
     def create(self, key: str, body: bytes) -> None:
@@ -155,10 +157,14 @@ class Bucket:
         return files
 
     def _call(self, method: str, name: str, **request: Any) -> Any:
-        try:
-            return self._files.call_s3(method, Bucket=self._bucket, **request)
-        except _foreign() as fault:
-            raise self._translate(fault, name) from None
+        tried = 0
+        while True:
+            tried += 1
+            try:
+                return self._files.call_s3(method, Bucket=self._bucket, **request)
+            except _foreign() as fault:
+                if tried == ATTEMPTS or not _is_strange(fault):
+                    raise self._translate(fault, name) from None
 
     async def _ranged(self, key: str, start: int, stop: int) -> Any:
         answer = await self._files._call_s3(
@@ -181,7 +187,7 @@ class Bucket:
         """
         code, status = _answer(fault)
         at = f"{self.uri}/{name}"
-        if code in {"PreconditionFailed", "412"} or isinstance(fault, FileExistsError):
+        if status == 412 or isinstance(fault, FileExistsError):
             return AlreadyThere(f"{at} exists already; it is never overwritten.")
         if code == "NoSuchBucket":
             return SettingRefused(
@@ -262,6 +268,16 @@ def _answer(fault: BaseException | None) -> tuple[str, int]:
             return str(fault.response.get("Error", {}).get("Code", "")), int(status)
         fault = fault.__cause__
     return "", 0
+
+
+def _is_strange(fault: BaseException) -> bool:
+    """Whether a refusal has an unknown code, so that it may have been damaged on the way.
+
+    botocore does not repeat such a request. A server that is no S3 store answers the same again.
+    """
+    code, status = _answer(fault)
+    known = code in _PASSING | _MISSING | _CREDENTIALS or status in _BY_STATUS
+    return 400 <= status < 500 and not known
 
 
 def _broke_off(fault: BaseException) -> bool:

@@ -1,12 +1,14 @@
 """An order that does not fit in memory is refused before any work, as a fault that may pass."""
 
+import json
 import subprocess
 import sys
 
 import pytest
-from drafts import ALLOWED, environment, write_draft
+from drafts import ALLOWED, environment, recpress, write_draft
 
 from compressors.contracts import Limit
+from flows import cli_errors
 from flows.compress import compress
 from flows.memory import estimated_memory, require_order_memory, what_ran
 from flows.order import Order
@@ -64,6 +66,15 @@ def test_what_ran_out_of_memory_names_stage_model_and_estimate():
         raise MemoryError
 
 
+def test_a_module_that_is_missing_is_not_called_out_of_memory(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "flows.order_faults", None)
+    assert cli_errors.report(ValueError("x")) == 1
+    said = capsys.readouterr().err
+    assert "a module that cannot be imported: " in said
+    assert "flows.order_faults" in said
+    assert "memory" not in said
+
+
 @pytest.mark.parametrize("limit", [60, 400, 1000])
 def test_a_process_with_too_little_address_space_ends_with_code_1_and_a_sentence(tmp_path, limit):
     check_under_limit(tmp_path, limit)
@@ -75,24 +86,65 @@ def test_packing_under_any_limit_succeeds_or_ends_with_code_1_and_a_sentence(tmp
     check_under_limit(tmp_path, limit)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("limit", range(400, 3000, 200))
+def test_packing_under_any_limit_of_data_succeeds_or_ends_with_code_1_and_a_sentence(
+    tmp_path, limit
+):
+    check_under_limit(tmp_path, limit, kind="RLIMIT_DATA")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("limit", [1200, 1600, 2000, 2800, 4000])
+@pytest.mark.parametrize("kind", ["RLIMIT_AS", "RLIMIT_DATA"])
+def test_an_order_under_any_limit_succeeds_or_ends_with_code_1_and_can_be_run_again(
+    tmp_path, limit, kind
+):
+    env = environment(tmp_path)
+    packed = recpress("bundle", "pack", str(write_draft(tmp_path / "draft")), env=env)
+    assert packed.returncode == 0, packed.stderr
+    ended = under_limit(
+        env, kind, limit, "compress", "clicks", "--preset", "fast",
+        "--limit", "auc vs baseline >= -0.1", "--promote",
+    )  # fmt: skip
+    assert ended.returncode in (0, 1), ended.stderr
+    assert "Traceback" not in ended.stderr
+    if ended.returncode == 1:
+        assert "memory" in ended.stderr
+        again = recpress("compress", "clicks", "--preset", "fast",
+                         "--limit", "auc vs baseline >= -0.1", "--promote", env=env)  # fmt: skip
+        assert again.returncode == 0, again.stderr
+    listed = recpress("registry", "list", "--json", env=env)
+    (version,) = json.loads(listed.stdout)
+    assert (version["version"], version["aliases"][-1]) == ("1", "champion"), listed.stdout
+
+
 LIMITED = """
 import resource, sys
-resource.setrlimit(resource.RLIMIT_AS, (int(sys.argv[1]) * 2**20,) * 2)
-sys.argv = ["recpress", "bundle", "pack", sys.argv[2]]
+resource.setrlimit(getattr(resource, sys.argv[1]), (int(sys.argv[2]) * 2**20,) * 2)
+sys.argv = ["recpress", *sys.argv[3:]]
 from flows.cli import main
 main()
 """
 
 
-def check_under_limit(tmp_path, limit: int) -> None:
-    write_draft(tmp_path / "draft")
-    ended = subprocess.run(
-        [sys.executable, "-c", LIMITED, str(limit), str(tmp_path / "draft")],
+def under_limit(
+    env: dict[str, str], kind: str, limit: int, *arguments: str
+) -> subprocess.CompletedProcess[str]:
+    """A command in a process with a limit in MiB."""
+    return subprocess.run(
+        [sys.executable, "-c", LIMITED, kind, str(limit), *arguments],
         capture_output=True,
         text=True,
         check=False,
-        env=environment(tmp_path),
+        env=env,
     )
+
+
+def check_under_limit(tmp_path, limit: int, kind: str = "RLIMIT_AS") -> None:
+    draft = write_draft(tmp_path / "draft")
+    ended = under_limit(environment(tmp_path), kind, limit, "bundle", "pack", str(draft))
     said = ended.stderr
     assert ended.returncode in (0, 1), said
     assert "Traceback" not in said

@@ -441,6 +441,18 @@ def test_all_wrong_fields_are_told_at_once_up_to_a_limit(draft):
     assert message.endswith("and more.")
 
 
+@pytest.mark.parametrize(
+    "change", [{"name": "x" * 100_000}, {"signature": {"task": "y" * 100_000}}]
+)
+def test_a_refusal_stays_short_whatever_it_quotes(draft, change):
+    write_draft(draft, **change)
+    assert len(refusal(bundle.read_draft, draft)) < 2_500  # two sentences of 900 and a path
+    document = json.loads((draft / "model.json").read_text())
+    document["signature"] = {"task": "ctr", "inputs": [{"kind": "z" * 100_000}] * 3}
+    (draft / "model.json").write_text(json.dumps(document))
+    assert len(refusal(bundle.read_draft, draft)) < 20 * 900
+
+
 LEAVING = [
     ("../model.safetensors", "has '..', which leaves the folder"),
     ("a/../../model.safetensors", "has '..', which leaves the folder"),

@@ -682,6 +682,32 @@ def test_the_stores_own_answers_are_sorted_by_whether_a_retry_helps(
             server.shutdown()
 
 
+@pytest.mark.parametrize("damaged", ["<Error><Code>NoSu", "<Error><Code>NnSuchKey</Code></Error>"])
+def test_a_refusal_that_was_damaged_on_the_way_is_asked_for_again(s3, monkeypatch, damaged):
+    bodies = [damaged, "<Error><Code>NoSuchKey</Code></Error>"]
+
+    class Answer(BaseHTTPRequestHandler):
+        def do_GET(self):
+            body = bodies.pop(0)
+            self.send_response(404)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body.encode())
+
+        def log_message(self, *args):
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Answer) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{server.server_port}")
+        try:
+            with pytest.raises(ArtifactMissing):
+                Store("s3://models/x").read("key")
+        finally:
+            server.shutdown()
+    assert bodies == []
+
+
 def test_a_folder_that_cannot_be_written_is_named(tmp_path, folder):
     (tmp_path / "file").write_text("x")
     store = Store(str(tmp_path / "file" / "store"))
