@@ -73,7 +73,7 @@ class Ledger:
         except ValueError as fault:
             raise Refused(f"A model's name is part of a path: {fault}.") from fault
         if "/" in model or ":" in model:
-            raise Refused(f"A model's name has neither '/' nor ':'; found {model!r}.")
+            raise Refused(f"A model's name has neither '/' nor ':'; found {short(model)}.")
         self._store = store
         self._model = model
         self._home = f"ledger/{model}/"

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from compressors.contracts import Frozen
+from infra.bundle_json import short
 from infra.errors import SettingRefused
 from infra.telemetry import TELEMETRY_OFF
 
@@ -275,5 +276,5 @@ def _value(found: "re.Match[str]", variables: Mapping[str, str]) -> str:
 def _seconds(text: str) -> float:
     found = _SECONDS.fullmatch(text)
     if not found:
-        raise SettingRefused(f"A duration must be whole seconds such as 5s; found {text!r}.")
+        raise SettingRefused(f"A duration must be whole seconds such as 5s; found {short(text)}.")
     return float(found[1])

@@ -20,6 +20,7 @@ from typing import TypeVar
 from pydantic import ValidationError
 
 from compressors.contracts import Artifact, artifact_name
+from infra.bundle_json import short
 from infra.disk import translate
 from infra.errors import (
     AlreadyThere,
@@ -312,7 +313,7 @@ class Store:
 
     def _manifest(self, name: str) -> StoreManifest:
         if not _SHA256.fullmatch(name):
-            raise Refused(f"An artifact's name is 64 hex digits; found {name!r}.")
+            raise Refused(f"An artifact's name is 64 hex digits; found {short(name)}.")
         return self.checked(lambda: self._read_manifest(name))
 
     def _read_manifest(self, name: str) -> StoreManifest:
