@@ -7,7 +7,7 @@ those commit a half-written file when their block is left by an exception, and c
 import logging
 import time
 import traceback
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -207,7 +207,7 @@ class Bucket:
                 "Set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY (or AWS_PROFILE) to a key that "
                 f"may use bucket {self._bucket!r}, and check AWS_ENDPOINT_URL and the clock."
             )
-        if _is_unreadable(fault):
+        if _is_unreadable(fault) or (status == 404 and _is_from_s3(fault)):
             return StoreUnavailable(
                 f"The object store's answer for {at} cannot be read. Run again."
             )
@@ -258,16 +258,32 @@ def _is_unreadable(fault: BaseException) -> bool:
     return any(frame.f_globals.get("__name__") in _PARSERS for frame, _ in frames)
 
 
-def _answer(fault: BaseException | None) -> tuple[str, int]:
-    """Error code and HTTP status of the store's answer; ``("", 0)`` if there was none."""
+def _response(fault: BaseException | None) -> Mapping[str, Any]:
+    """The store's answer as botocore read it; empty if there was none."""
     from botocore.exceptions import ClientError
 
     while fault is not None:
         if isinstance(fault, ClientError):
-            status = fault.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
-            return str(fault.response.get("Error", {}).get("Code", "")), int(status)
+            response: Mapping[str, Any] = fault.response
+            return response
         fault = fault.__cause__
-    return "", 0
+    return {}
+
+
+def _answer(fault: BaseException) -> tuple[str, int]:
+    """Error code and HTTP status of the store's answer; ``("", 0)`` if there was none."""
+    found = _response(fault)
+    status = found.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
+    return str(found.get("Error", {}).get("Code", "")), int(status)
+
+
+def _is_from_s3(fault: BaseException) -> bool:
+    """Whether a server that numbers its answers as S3 does gave the answer.
+
+    Its 404 has one of few codes; with another one its text was damaged on the way.
+    """
+    headers = _response(fault).get("ResponseMetadata", {}).get("HTTPHeaders", {})
+    return "x-amz-request-id" in headers
 
 
 def _is_strange(fault: BaseException) -> bool:

@@ -708,6 +708,30 @@ def test_a_refusal_that_was_damaged_on_the_way_is_asked_for_again(s3, monkeypatc
     assert bodies == []
 
 
+def test_a_refusal_of_s3_that_stays_damaged_is_retryable(s3, monkeypatch):
+    """A server that numbers its answers as S3 does is no wrong endpoint."""
+
+    class Answer(BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.send_response(404)
+            self.send_header("x-amz-request-id", "1")
+            self.send_header("Content-Length", "6")
+            self.end_headers()
+            self.wfile.write(b"<Error")
+
+        def log_message(self, *args):
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Answer) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{server.server_port}")
+        try:
+            with pytest.raises(StoreUnavailable, match="cannot be read"):
+                Store("s3://models/x").read("key")
+        finally:
+            server.shutdown()
+
+
 def test_a_folder_that_cannot_be_written_is_named(tmp_path, folder):
     (tmp_path / "file").write_text("x")
     store = Store(str(tmp_path / "file" / "store"))
