@@ -40,7 +40,7 @@ test: $(DONE) ## Run the tests; ARGS are passed on to pytest.
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --maxprocesses 4 --dist loadgroup --no-loadscope-reorder $(ARGS)
 
 # Tests are spread over two processes; each has a Prefect server and an S3 server of its own.
-faults: $(DONE) ## Kill, flip, cut off, race and fuzz for about an hour; results in build/faults.json.
+faults: $(DONE) ## Kill, flip, cut off, race and fuzz for about two hours; results in build/faults.json.
 	OMP_NUM_THREADS=1 RECPRESS_FAULTS_JSON=build/faults.json $(BIN)/pytest -m nightly tests/faults -n 2 --dist load $(ARGS)
 
 up-local: $(DONE) ## Run Prefect, MLflow, Postgres, an S3 store and a worker here until Ctrl-C, without Docker.

@@ -104,7 +104,7 @@ def construct_with_weights(architecture: type[nn.Module], config: Mapping[str, A
     """Build a network with the initial weights of its class, on the CPU.
 
     Raises:
-        ConstructionFailed: the arguments do not fit, or the constructor raises.
+        ConstructionFailed: as ``construct``.
     """
     _need_arguments(architecture, config)
     module = _real(architecture, config)[0]

@@ -8,7 +8,7 @@ import socket
 import threading
 import time
 import tracemalloc
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -647,6 +647,36 @@ def test_a_store_that_is_down_says_so_within_seconds(s3, folder, monkeypatch):
     assert time.monotonic() - began < 20
 
 
+@contextlib.contextmanager
+def answering(monkeypatch, status: int, *bodies: str, header: str = "Server") -> Iterator[None]:
+    """A server that answers every GET with these bodies in turn, the last one again and again."""
+    left = list(bodies)
+
+    class Answer(BaseHTTPRequestHandler):
+        def do_GET(self):
+            body = left.pop(0) if len(left) > 1 else left[0]
+            self.send_response(status)
+            self.send_header("Content-Length", str(len(body)))
+            self.send_header(header, "1")
+            self.end_headers()
+            self.wfile.write(body.encode())
+
+        def log_message(self, *args):
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Answer) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{server.server_port}")
+        try:
+            yield
+        finally:
+            server.shutdown()
+
+
+def refusal(code: str) -> str:
+    return f"<Error><Code>{code}</Code><Message>m</Message></Error>"
+
+
 @pytest.mark.parametrize(
     ("status", "code", "expected"),
     [
@@ -661,75 +691,23 @@ def test_a_store_that_is_down_says_so_within_seconds(s3, folder, monkeypatch):
 def test_the_stores_own_answers_are_sorted_by_whether_a_retry_helps(
     s3, monkeypatch, status, code, expected
 ):
-    class Answer(BaseHTTPRequestHandler):
-        def do_GET(self):
-            body = f"<Error><Code>{code}</Code><Message>m</Message></Error>" if code else "?"
-            self.send_response(status)
-            self.send_header("Content-Length", str(len(body)))
-            self.end_headers()
-            self.wfile.write(body.encode())
-
-        def log_message(self, *args):
-            pass
-
-    with ThreadingHTTPServer(("127.0.0.1", 0), Answer) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{server.server_port}")
-        try:
-            with pytest.raises(expected, match=code or None):
-                Store("s3://models/x").read("key")
-        finally:
-            server.shutdown()
+    body = refusal(code) if code else "?"
+    with answering(monkeypatch, status, body), pytest.raises(expected, match=code or None):
+        Store("s3://models/x").read("key")
 
 
-@pytest.mark.parametrize("damaged", ["<Error><Code>NoSu", "<Error><Code>NnSuchKey</Code></Error>"])
+@pytest.mark.parametrize("damaged", ["<Error><Code>NoSu", refusal("NnSuchKey")])
 def test_a_refusal_that_was_damaged_on_the_way_is_asked_for_again(s3, monkeypatch, damaged):
-    bodies = [damaged, "<Error><Code>NoSuchKey</Code></Error>"]
-
-    class Answer(BaseHTTPRequestHandler):
-        def do_GET(self):
-            body = bodies.pop(0)
-            self.send_response(404)
-            self.send_header("Content-Length", str(len(body)))
-            self.end_headers()
-            self.wfile.write(body.encode())
-
-        def log_message(self, *args):
-            pass
-
-    with ThreadingHTTPServer(("127.0.0.1", 0), Answer) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{server.server_port}")
-        try:
-            with pytest.raises(ArtifactMissing):
-                Store("s3://models/x").read("key")
-        finally:
-            server.shutdown()
-    assert bodies == []
+    answers = answering(monkeypatch, 404, damaged, refusal("NoSuchKey"))
+    with answers, pytest.raises(ArtifactMissing):
+        Store("s3://models/x").read("key")
 
 
 def test_a_refusal_of_s3_that_stays_damaged_is_retryable(s3, monkeypatch):
     """A server that numbers its answers as S3 does is no wrong endpoint."""
-
-    class Answer(BaseHTTPRequestHandler):
-        def do_GET(self):
-            self.send_response(404)
-            self.send_header("x-amz-request-id", "1")
-            self.send_header("Content-Length", "6")
-            self.end_headers()
-            self.wfile.write(b"<Error")
-
-        def log_message(self, *args):
-            pass
-
-    with ThreadingHTTPServer(("127.0.0.1", 0), Answer) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{server.server_port}")
-        try:
-            with pytest.raises(StoreUnavailable, match="cannot be read"):
-                Store("s3://models/x").read("key")
-        finally:
-            server.shutdown()
+    answers = answering(monkeypatch, 404, "<Error", header="x-amz-request-id")
+    with answers, pytest.raises(StoreUnavailable, match="cannot be read"):
+        Store("s3://models/x").read("key")
 
 
 def test_a_folder_that_cannot_be_written_is_named(tmp_path, folder):
