@@ -17,6 +17,8 @@ from pathlib import Path
 import typer
 from typer._click.exceptions import ClickException  # of typer's own copy of click
 
+from infra.memory_reserve import hold_reserve, is_limited, release_reserve
+
 MIB = 2**20
 LEAST_LEFT = {
     resource.RLIMIT_AS: (1536 * MIB, "ulimit -v"),
@@ -35,7 +37,10 @@ INCOMPLETE = (
 
 
 def require_limits(arguments: list[str]) -> None:
-    """Exit with code 1 if the limits of this process leave too little to load the libraries."""
+    """Exit with code 1 if the limits of this process leave too little to load the libraries.
+
+    Some memory is then held back for the report of a failure.
+    """
     if not arguments or "--help" in arguments:
         return
     for limit, (least, setting) in LEAST_LEFT.items():
@@ -47,10 +52,12 @@ def require_limits(arguments: list[str]) -> None:
                 file=sys.stderr,
             )
             sys.exit(1)
+    hold_reserve()
 
 
 def report(fault: Exception) -> int:
     """Print what a fault means; returns the exit code."""
+    release_reserve()
     traceback.clear_frames(fault.__traceback__)  # what failed for lack of memory gives it back
     try:
         return _report(fault)
@@ -58,13 +65,9 @@ def report(fault: Exception) -> int:
         said = NO_MEMORY
     except ImportError as missing:
         # Libraries that find no memory while they load raise this too, but only under a limit.
-        said = NO_MEMORY if _is_limited() else INCOMPLETE.replace("{missing}", f"{missing}")
+        said = NO_MEMORY if is_limited() else INCOMPLETE.replace("{missing}", f"{missing}")
     print(said.replace("{command}", command(sys.argv[1:])), file=sys.stderr)  # noqa: T201
     return 1
-
-
-def _is_limited() -> bool:
-    return any(resource.getrlimit(limit)[0] != resource.RLIM_INFINITY for limit in LEAST_LEFT)
 
 
 def command(arguments: list[str]) -> str:

@@ -7,6 +7,7 @@ only the setting and the limits of the process are known.
 """
 
 import resource
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import NamedTuple
 
 from compressors.contracts import is_out_of_memory
 from infra.errors import OutOfMemory
+from infra.memory_reserve import release_reserve
 from infra.settings import load_settings
 
 SETTING = "RECPRESS_MEMORY_MB"
@@ -97,6 +99,10 @@ def memory_errors(doing: Callable[[], str]) -> Iterator[None]:
     try:
         yield
     except Exception as fault:
+        if not isinstance(fault, OutOfMemory) and not is_out_of_memory(fault):
+            raise
+        release_reserve()  # the sentence itself takes memory
+        traceback.clear_frames(fault.__traceback__)  # what did not fit is given back
         error = as_out_of_memory(fault, doing())
         if error is None or error is fault:
             raise

@@ -152,3 +152,46 @@ def check_under_limit(tmp_path, limit: int, kind: str = "RLIMIT_AS") -> None:
         assert "memory" in said
         stored = list((tmp_path / "recpress/store").rglob("manifest.json"))
         assert not list((tmp_path / "recpress/store").rglob("bundles/*.json")), stored
+
+
+EXHAUSTED = """
+import resource, sys, threading
+from infra import memory, memory_reserve
+held = int(memory._held("VmData"))
+resource.setrlimit(resource.RLIMIT_DATA, (held + 300 * 2**20,) * 2)
+if sys.argv[1] == "with":
+    memory_reserve.hold_reserve()
+kept = []
+def fill(block):
+    while True:
+        kept.append(bytearray(block))
+try:
+    with memory.memory_errors(lambda: "Filling"):
+        for block in (2**20, 2**12, 64):
+            try:
+                fill(block)
+            except MemoryError:
+                pass
+        fill(64)
+except memory.OutOfMemory:
+    thread = threading.Thread(target=print, args=("ran",))
+    thread.start()
+    thread.join()
+"""
+
+
+@pytest.mark.parametrize("how", ["with", "without"])
+def test_a_thread_can_start_after_memory_ran_out_only_because_some_was_held_back(how):
+    """Prefect starts one to report a failure."""
+    try:
+        ended = subprocess.run(
+            [sys.executable, "-c", EXHAUSTED, how],
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=20,
+        )
+        ran = ended.stdout == "ran\n"
+    except subprocess.TimeoutExpired:
+        ran = False  # the thread had no memory to say that it runs
+    assert ran == (how == "with")
