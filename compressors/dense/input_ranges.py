@@ -27,8 +27,9 @@ LEAST_LEVELS = 8
 LARGEST_ERROR = 0.02
 """A layer whose channels share one range loses about 1 %, with int8 steps a 25th of its spread."""
 
-ROWS, BATCH = 4096, 1024
+ROWS, BATCH = 4096, 256
 SHOWN = 3
+WEIGHT_ROWS = 256
 
 
 @runtime_checkable
@@ -114,7 +115,9 @@ def _warning(seen: _Seen, weight: Tensor) -> str | None:
     """Judge one layer by its inputs and its float weight ``(out, in)``."""
     variance = (seen.second - seen.first.square() / seen.rows).clamp(min=0) / seen.rows
     noise = seen.error / seen.rows
-    power = weight.double().square().sum(dim=0)
+    # In parts: a float64 copy of a wide layer would be the largest tensor of the whole step.
+    parts = torch.split(weight, WEIGHT_ROWS)
+    power = torch.stack([part.double().square().sum(dim=0) for part in parts]).sum(dim=0)
     overall = float(seen.largest.max())
     step = (12 * noise).sqrt()
     levels = seen.largest / step.clamp(min=torch.finfo(torch.float64).tiny)

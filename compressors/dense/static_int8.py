@@ -31,6 +31,8 @@ from compressors.units import Choice, Unit, choose_dense, swap
 SHARES = tuple(1 - place / 64 for place in range(33))
 # Products of two int8 numbers summed over this many inputs are exact in float32 (2^24).
 EXACT_INPUTS = 2**24 // (128 * 128)
+EXACT_CODES = 2**22
+"""Weights that are multiplied at once as floats."""
 
 
 def encode(
@@ -129,7 +131,10 @@ def static_int8_linear(
     ``input_scale`` scalar, ``bias`` float32 ``(out,)`` -> float32 ``(*, out)``.
     """
     exact = torch.float32 if codes.shape[1] <= EXACT_INPUTS else torch.float64
-    total = quantize(x, input_scale).to(exact) @ codes.to(exact).T
+    whole = quantize(x, input_scale).to(exact)
+    # In parts, which are exact as well: codes as float64 take eight times their memory.
+    parts = torch.split(codes, max(1, EXACT_CODES // codes.shape[1]))
+    total = torch.cat([whole @ part.to(exact).T for part in parts], dim=-1)
     step = weight_scale * input_scale
     return ((total + (bias / step).round()) * step).to(torch.float32)
 
