@@ -75,9 +75,9 @@ def explain(terms: Terms) -> Explanation:
     before = already(order)
     loaded = load_bundle(subject.artifact)
     schema = loaded.manifest.signature
-    heard = tuple(teacher.artifact for teacher in teachers)
-    model, steps, trained = _steps(order, subject, schema, loaded.model, heard)
-    least, most = bounds(order, subject, schema, loaded.model, heard)
+    teacher_artifacts = tuple(teacher.artifact for teacher in teachers)
+    model, steps, trained = _steps(order, subject, schema, loaded.model, teacher_artifacts)
+    least, most = bounds(order, subject, schema, loaded.model, teacher_artifacts)
     original = stored_bytes(loaded.model.module)
     plan = model.plan if model.plan is not None else Plan()
     return Explanation(

@@ -8,6 +8,7 @@ printable.py       text from outside that cannot control a terminal, a log or a 
 disk.py            what an error of the local disk means
 memory.py          how much memory is available, what an out-of-memory error is
 memory_reserve.py  memory held back, so that its lack can be reported
+log_records.py     a change that every log record of the process passes through
 temporary.py       temporary files that name their owner; those of killed runs are collected
 store.py           the object store: a folder or S3, content-addressed, verified on read
 store_manifest.py  what a stored artifact's manifest says

@@ -19,6 +19,8 @@ from functools import lru_cache
 from typing import Any
 from urllib.parse import parse_qsl, quote, quote_plus, unquote, urlsplit, urlunsplit
 
+from infra.log_records import change_records
+
 HIDDEN = "***"
 MLFLOW_USER, MLFLOW_PASSWORD = "MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD"
 SHORTEST = 6
@@ -242,23 +244,15 @@ def _clean_exception(fault: BaseException) -> None:
 
 def clean_log_records() -> None:
     """Clean the message and the traceback of every log record that is created from now on."""
-    create = logging.getLogRecordFactory()
-    if getattr(create, "cleans", False):
+    change_records(_clean_record)
+
+
+def _clean_record(record: logging.LogRecord) -> None:
+    if record.exc_info and record.exc_info[0] is not None:
+        record.exc_text = cleaned("".join(traceback.format_exception(*record.exc_info))).rstrip()
+    try:
+        message = record.getMessage()
+    except Exception:  # logging reports a wrong format itself
         return
-
-    def clean(*arguments: Any, **options: Any) -> logging.LogRecord:
-        record = create(*arguments, **options)
-        if record.exc_info and record.exc_info[0] is not None:
-            record.exc_text = cleaned(
-                "".join(traceback.format_exception(*record.exc_info))
-            ).rstrip()
-        try:
-            message = record.getMessage()
-        except Exception:  # logging reports a wrong format itself
-            return record
-        if (safe := cleaned(message)) != message:
-            record.msg, record.args = safe, ()
-        return record
-
-    clean.cleans = True  # type: ignore[attr-defined]
-    logging.setLogRecordFactory(clean)
+    if (safe := cleaned(message)) != message:
+        record.msg, record.args = safe, ()

@@ -7,10 +7,10 @@ those commit a half-written file when their block is left by an exception, and c
 import logging
 import time
 import traceback
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from infra.errors import (
     AlreadyThere,
@@ -25,6 +25,8 @@ from infra.store_chunks import in_order
 from infra.store_manifest import CHUNK_BYTES
 
 log = logging.getLogger(__name__)
+
+Answer = TypeVar("Answer")
 
 MAX_PARTS = 9_000  # S3 allows 10,000
 
@@ -82,16 +84,15 @@ class Bucket:
         """Bytes ``start`` to ``stop``; fewer if the object ends before."""
         from fsspec.asyn import sync
 
-        tried = 0
-        while True:
-            tried += 1
+        def ask() -> bytes:
             try:
                 return bytes(sync(self._files.loop, self._ranged, key, start, stop))
             except _foreign() as fault:
                 if _answer(fault)[1] == 416:
                     return b""
-                if tried == ATTEMPTS or not (_broke_off(fault) or _is_strange(fault)):
-                    raise self._translate(fault, key) from None
+                raise
+
+        return self._asked(ask, key, lambda fault: _broke_off(fault) or _is_strange(fault))
 
     def create(self, key: str, body: bytes) -> None:
         """Write a new key; ``AlreadyThere`` if it exists."""
@@ -157,13 +158,22 @@ class Bucket:
         return files
 
     def _call(self, method: str, name: str, **request: Any) -> Any:
+        def ask() -> Any:
+            return self._files.call_s3(method, Bucket=self._bucket, **request)
+
+        return self._asked(ask, name, _is_strange)
+
+    def _asked(
+        self, ask: Callable[[], Answer], name: str, asks_again: Callable[[BaseException], bool]
+    ) -> Answer:
+        """The answer to a request, made again after faults that botocore does not repeat."""
         tried = 0
         while True:
             tried += 1
             try:
-                return self._files.call_s3(method, Bucket=self._bucket, **request)
+                return ask()
             except _foreign() as fault:
-                if tried == ATTEMPTS or not _is_strange(fault):
+                if tried == ATTEMPTS or not asks_again(fault):
                     raise self._translate(fault, name) from None
 
     async def _ranged(self, key: str, start: int, stop: int) -> Any:

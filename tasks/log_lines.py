@@ -5,8 +5,8 @@ terminals, so they are escaped when the record is created, before any handler se
 """
 
 import logging
-from typing import Any
 
+from infra.log_records import change_records
 from infra.printable import one_line, printable
 
 OURS = ("flows", "tasks", "infra", "compressors")
@@ -16,19 +16,13 @@ RUNS = ("prefect.flow_runs", "prefect.task_runs")
 
 def install() -> None:
     """Escape the messages of this project's loggers; calling it again changes nothing."""
-    create = logging.getLogRecordFactory()
-    if getattr(create, "escapes", False):
-        return
+    change_records(_escape)
 
-    def escaped(*args: Any, **kwargs: Any) -> logging.LogRecord:
-        record = create(*args, **kwargs)
-        name = record.name or ""  # a record that was sent from another process has none yet
-        if name.partition(".")[0] in OURS:
-            lines = record.getMessage().split("\n- ")  # our own lists of problems keep their lines
-            record.msg, record.args = "\n- ".join(map(one_line, lines)), ()
-        elif name.startswith(RUNS):
-            record.msg, record.args = printable(record.getMessage()), ()
-        return record
 
-    escaped.escapes = True  # type: ignore[attr-defined]
-    logging.setLogRecordFactory(escaped)
+def _escape(record: logging.LogRecord) -> None:
+    name = record.name or ""  # a record that was sent from another process has none yet
+    if name.partition(".")[0] in OURS:
+        lines = record.getMessage().split("\n- ")  # our own lists of problems keep their lines
+        record.msg, record.args = "\n- ".join(map(one_line, lines)), ()
+    elif name.startswith(RUNS):
+        record.msg, record.args = printable(record.getMessage()), ()

@@ -13,14 +13,14 @@ LIMIT = {"metric": "auc", "at_least": -0.01}
 GOOD = {"model": "clicks", "limits": [LIMIT], "preset": "custom", "steps": [{"kind": "fold"}]}
 
 
-def told(**changed: Any) -> list[str]:
+def sentences_of(**changed: Any) -> list[str]:
     with pytest.raises(ValidationError) as fault:
         Order.model_validate_json(json.dumps({**GOOD, **changed}))
     return sentences(fault.value, Order)
 
 
 def test_a_misspelt_setting_is_answered_with_those_of_its_own_step() -> None:
-    (said,) = told(steps=[{"kind": "fold"}, {"kind": "channels", "kep": 0.5}])
+    (said,) = sentences_of(steps=[{"kind": "fold"}, {"kind": "channels", "kep": 0.5}])
     assert said.startswith("steps.1.channels.kep: there is no such setting, did you mean 'keep'?")
     assert "keep, " in said
     assert "calibrator" not in said  # a setting of another step
@@ -39,26 +39,26 @@ def test_a_misspelt_setting_is_answered_with_those_of_its_own_step() -> None:
     ],
 )
 def test_so_is_one_at_any_depth(changed: dict[str, Any], words: list[str]) -> None:
-    (said,) = told(**changed)
+    (said,) = sentences_of(**changed)
     assert all(word in said for word in words), said
 
 
 def test_a_misspelt_step_is_answered_with_the_nearest_and_all() -> None:
-    (said,) = told(steps=[{"kind": "static-int8"}])
+    (said,) = sentences_of(steps=[{"kind": "static-int8"}])
     assert said.startswith("steps.0: there is no kind 'static-int8', did you mean 'static_int8'?")
     assert "rowwise_int4" in said
 
 
 def test_what_is_missing_empty_or_contradictory_is_said_plainly() -> None:
-    assert told(limits=[]) == ["limits: needs at least 1; found none"]
-    assert told(steps=[]) == ["Order: preset 'custom' needs steps"]
+    assert sentences_of(limits=[]) == ["limits: needs at least 1; found none"]
+    assert sentences_of(steps=[]) == ["Order: preset 'custom' needs steps"]
     with pytest.raises(ValidationError) as fault:
         Order.model_validate({"model": "clicks"})
     assert sentences(fault.value, Order) == ["limits: is missing"]
 
 
 def test_a_faulty_limit_is_not_told_of_as_a_missing_one_too() -> None:
-    (said,) = told(limits=[{**LIMIT, "metric": "AUC"}])
+    (said,) = sentences_of(limits=[{**LIMIT, "metric": "AUC"}])
     assert said.startswith("limits.0.metric: ")
 
 
@@ -69,12 +69,12 @@ def test_without_a_model_to_read_names_from_nothing_is_guessed() -> None:
 
 
 def test_a_thousand_faults_are_answered_with_the_first_and_their_number() -> None:
-    said = told(teachers=list(range(1000)))
+    said = sentences_of(teachers=list(range(1000)))
     assert len(said) == 21
     assert said[0].startswith("teachers.0:")
     assert said[-1] == "and 980 more faults"
 
 
 def test_a_sentence_about_a_long_value_is_bounded() -> None:
-    (said,) = told(steps=[{"kind": "x" * 100_000}])
+    (said,) = sentences_of(steps=[{"kind": "x" * 100_000}])
     assert len(said) < 2_100

@@ -1,6 +1,7 @@
 """Names from outside reach a terminal as text: in full, without markup or control sequences."""
 
 import ast
+import functools
 import io
 import json
 import logging
@@ -13,13 +14,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from command_line import run_main
 from drafts import ROOT
 from named_network import Named
 from rich.status import Status
 from rich.table import Table
 from safetensors.torch import save_file
 
-from flows import cli
 from flows.console import _Stages, console, write_table
 from infra.html import document
 from infra.printable import one_line, printable
@@ -66,15 +67,7 @@ def call(monkeypatch, capsys, tmp_path):
     monkeypatch.setenv("RECPRESS_HOME", str(tmp_path / "recpress"))
     monkeypatch.setenv("RECPRESS_ALLOWED_MODULES", "named_network")
 
-    def called(*arguments: str) -> tuple[int, str]:
-        monkeypatch.setattr(sys, "argv", ["recpress", *arguments])
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as ended:
-            cli.main()
-        out, err = capsys.readouterr()
-        return int(ended.value.code or 0), out + err
-
-    return called
+    return functools.partial(run_main, monkeypatch, capsys)
 
 
 def write_draft(folder: Path, name: str) -> None:

@@ -1,16 +1,15 @@
 """One odd version of the registry is listed with a note; the others are listed as they are."""
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from command_line import run_main
 from mlflow import MlflowClient
 from reports import report
 
 from compressors.contracts import Outcome, TargetKind
-from flows import cli
 from flows.console import printable
 from infra.errors import RecordRefused, Refused
 from infra.registry import Registered
@@ -39,17 +38,6 @@ def register(source: Any, tags: dict[str, str], name: str = "m") -> str:
         client.create_registered_model(name)
     made = client.create_model_version(name, source, tags=tags, await_creation_for=None)
     return str(made.version)
-
-
-def recpress(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *arguments: str
-) -> tuple[int, str]:
-    monkeypatch.setattr(sys, "argv", ["recpress", *arguments])
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as ended:
-        cli.main()
-    out, err = capsys.readouterr()
-    return int(ended.value.code or 0), out + err
 
 
 TAGS = {
@@ -99,16 +87,16 @@ def test_an_odd_version_is_listed_with_a_note_and_does_not_disturb_the_others(
     assert set(found) == {good.version, odd}
     assert note in found[odd].note
     assert (found[good.version].note, found[good.version].recipe) == ("", ("rowwise_int8",))
-    code, text = recpress(monkeypatch, capsys, "registry", "list")
+    code, text = run_main(monkeypatch, capsys, "registry", "list")
     assert code == 0
     assert "rowwise_int8" in text
     assert (f"m version {odd} is not as recpress registers it" in text) == bool(note)
     assert text == printable(text)
-    code, text = recpress(monkeypatch, capsys, "registry", "list", "--json")
+    code, text = run_main(monkeypatch, capsys, "registry", "list", "--json")
     assert (code, text) == (0, printable(text))
     assert [item["version"] for item in json.loads(text)] == [odd, good.version]
-    assert recpress(monkeypatch, capsys, "registry", "show", "m", "--version", good.version)[0] == 0
-    assert recpress(monkeypatch, capsys, "registry", "show", "m", "--version", odd)[0] == 2
+    assert run_main(monkeypatch, capsys, "registry", "show", "m", "--version", good.version)[0] == 0
+    assert run_main(monkeypatch, capsys, "registry", "show", "m", "--version", odd)[0] == 2
 
 
 def test_a_model_whose_name_we_never_register_does_not_disturb_the_others(good: Finished) -> None:
@@ -160,13 +148,13 @@ def test_text_of_others_cannot_control_the_terminal(
     targets = (target.model_copy(update={"verdict": verdict}), *made.targets[1:])
     done = publishing.publish.fn(made.model_copy(update={"targets": targets}), code="c")
     for more in ((), ("--json",)):
-        code, text = recpress(
+        code, text = run_main(
             monkeypatch, capsys, "registry", "show", "m", "--version", done.version, *more
         )
         assert code == 0
         assert "PWN" in text
         assert text == printable(text)
-    code, text = recpress(monkeypatch, capsys, "registry", "show", f"{ESCAPES}", "--version", "1")
+    code, text = run_main(monkeypatch, capsys, "registry", "show", f"{ESCAPES}", "--version", "1")
     assert (code, text) == (2, printable(text))
 
 

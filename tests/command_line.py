@@ -1,0 +1,19 @@
+"""The command line in the process of the tests."""
+
+import sys
+
+import pytest
+
+from flows import cli
+
+
+def run_main(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *arguments: str
+) -> tuple[int, str]:
+    """Run ``main`` with these arguments; returns exit code, and both outputs as one text."""
+    monkeypatch.setattr(sys, "argv", ["recpress", *arguments])
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    out, err = capsys.readouterr()
+    return int(ended.value.code or 0), out + err
