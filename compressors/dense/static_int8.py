@@ -131,12 +131,19 @@ def static_int8_linear(
     ``input_scale`` scalar, ``bias`` float32 ``(out,)`` -> float32 ``(*, out)``.
     """
     exact = torch.float32 if codes.shape[1] <= EXACT_INPUTS else torch.float64
-    whole = quantize(x, input_scale).to(exact)
-    # In parts, which are exact as well: codes as float64 take eight times their memory.
-    parts = torch.split(codes, max(1, EXACT_CODES // codes.shape[1]))
-    total = torch.cat([whole @ part.to(exact).T for part in parts], dim=-1)
     step = weight_scale * input_scale
-    return ((total + (bias / step).round()) * step).to(torch.float32)
+    shift = (bias / step).round()
+    output = x.new_empty((*x.shape[:-1], codes.shape[0]), dtype=torch.float32)
+    # In parts, which are exact as well: codes and inputs as float64 take two to eight times their
+    # memory, a few copies of both are needed, and wide layers have many of both.
+    parts = torch.split(codes, max(1, EXACT_CODES // codes.shape[1]))
+    rows = max(1, EXACT_CODES // max(codes.shape))
+    inputs = torch.split(x.reshape(-1, x.shape[-1]), rows)
+    for block, target in zip(inputs, torch.split(output.view(-1, len(codes)), rows), strict=True):
+        whole = quantize(block, input_scale).to(exact)
+        total = torch.cat([whole @ part.to(exact).T for part in parts], dim=-1)
+        target.copy_((total + shift) * step)
+    return output
 
 
 @static_int8_linear.register_fake

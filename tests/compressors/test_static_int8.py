@@ -11,6 +11,7 @@ from torch import Tensor
 
 from compressors.batches import batches
 from compressors.contracts import DenseInput, Schema
+from compressors.dense import static_int8
 from compressors.dense.static_int8 import (
     EXACT_INPUTS,
     StaticInt8,
@@ -66,6 +67,20 @@ def test_the_op_equals_exact_integer_arithmetic(inputs, extreme):
     # numbers added; an inexact sum of products would be off by whole levels.
     room = 3 * 2.0**-24 * (np.abs(expected) + bias.abs().numpy())
     assert np.all(np.abs(found.numpy() - expected) <= room)
+
+
+@pytest.mark.parametrize("shape", [(33,), (3, 11), (0,), ()])
+@pytest.mark.parametrize("inputs", [7, EXACT_INPUTS + 1])
+def test_op_in_parts_gives_the_bits_of_one_product(inputs, shape, monkeypatch):
+    codes, weight_scale, input_scale, bias = layer(inputs, 9)
+    x = torch.randn(*shape, inputs, generator=torch.Generator().manual_seed(2))
+    at_once = OP(x, codes, weight_scale, input_scale, bias)
+    for values in (1, 5 * inputs, 2 * 9):  # one row and output, several, a last part that is short
+        monkeypatch.setattr(static_int8, "EXACT_CODES", values)
+        in_parts = OP(x, codes, weight_scale, input_scale, bias)
+        assert torch.equal(in_parts, at_once)
+        assert in_parts.shape == (*shape, 9)
+        assert in_parts.dtype == torch.float32
 
 
 def test_more_inputs_than_float32_sums_exactly_need_the_wider_sum():
