@@ -1,0 +1,54 @@
+"""Rewrite the golden record, or a part of it.
+
+``python -m tests.golden`` records every case. ``--only mixed`` rewrites the cases whose
+``name | network`` contains a text and keeps the others, which needs the kind of machine and the
+library versions of the record. A commit that changes the record lists each change and its reason
+in its message.
+"""
+
+import argparse
+import logging
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+
+from tests.golden import compare, package
+from tests.golden.cases import all_cases
+from tests.golden.entries import Entries, entries_of
+from tests.golden.numerics import machine
+from tests.onnx_operators import operators_read_once
+
+
+def main() -> int:
+    """Record cases and write the file."""
+    parser = argparse.ArgumentParser(prog="python -m tests.golden")
+    parser.add_argument("--only", default="", help="rewrite cases whose name contains this text")
+    parser.add_argument("--out", type=Path, default=compare.RECORD, help="the file to write")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    logging.disable(logging.WARNING)  # torch.export's, of every dimension
+    entries: Entries = {}
+    if options.only:
+        recorded_on, entries = compare.read()
+        if recorded_on != machine():
+            sys.stderr.write(f"Expected the record's machine {recorded_on}, got {machine()}.\n")
+            return 1
+    with operators_read_once():
+        for case in all_cases():
+            title = f"{case.name} | {case.network}"
+            if options.only not in title:
+                continue
+            began = time.process_time()
+            with tempfile.TemporaryDirectory() as folder:
+                found = entries_of(case, Path(folder), tuple(package.targets()))
+            entries = {k: v for k, v in entries.items() if not k.startswith(f"{title} | ")} | found
+            sys.stderr.write(f"{title}: {len(found)} in {time.process_time() - began:.1f} s\n")
+    compare.write(machine(), entries, options.out)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,262 @@
+"""The cases of the lock: reference networks, and the recipes that are applied to them.
+
+A single case is one method, or one method with other settings, on one network. A mixed case gives
+every unit of a network another method, so that a few exported graphs hold all of them: these are
+what the default tier checks.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tests.draft_network import ClickNet, TowerNet
+from tests.golden import package
+from tests.golden.package import Bench, DenseInput, IdInput, JaggedBag, Schema
+from tests.models import RANKER, Reference, prepared
+from tests.narrow_networks import HISTORY, Transformer
+
+RANKING = HISTORY.model_copy(
+    update={"task": "ranking", "output": "score", "metric": "ndcg@10", "group": "user"}
+)
+TOWERS = Schema.model_validate(
+    {
+        "task": "retrieval",
+        "output": "score",
+        "group": "user",
+        "metric": "recall@20",
+        "item": "item",
+        "inputs": [
+            IdInput(name="user", table="of_user.user").model_dump(),
+            JaggedBag(name="lately", table="of_user.lately", shape=(4,)).model_dump(),
+            IdInput(name="item", table="of_item.item").model_dump(),
+            JaggedBag(name="tags", table="of_item.tags", shape=(4,)).model_dump(),
+            DenseInput(name="dense", shape=(3,)).model_dump(),
+        ],
+        "towers": {
+            "query": {"module": "of_user", "inputs": ["user", "lately"]},
+            "item": {"module": "of_item", "inputs": ["item", "tags", "dense"]},
+        },
+    }
+)
+
+
+class NormedTransformer(Transformer):
+    """The transformer with layer norms that are not the identity, as after training."""
+
+    def __init__(self, layers: int = 2) -> None:
+        super().__init__(layers=layers)
+        for module in self.modules():
+            if isinstance(module, nn.LayerNorm):
+                nn.init.uniform_(module.weight, 0.5, 1.5)
+                nn.init.normal_(module.bias, std=0.1)
+
+
+PAIRS = TOWERS.model_copy(
+    update={
+        "task": "ctr",
+        "output": "logit",
+        "label": "label",
+        "metric": "auc",
+        "group": None,
+        "item": None,
+        "towers": None,
+        "inputs": (
+            IdInput(name="user", table="user"),
+            IdInput(name="item", table="item"),
+            JaggedBag(name="tags", table="tags", shape=(4,)),
+            DenseInput(name="dense", shape=(3,)),
+        ),
+    }
+)
+PAIRS_CONFIG = {"users": 60, "items": 80, "tags": 40, "dense": 3, "dim": 8, "hidden": 16}
+TOWERS_CONFIG = {"users": 60, "items": 80, "tags": 40, "dense": 3, "dim": 16, "hidden": 32}
+# click: ids, bags of three kinds, a cross layer and a perceptron. ranking: a transformer over a
+# padded history with layer norms. For mixed cases only: towers, which are two graphs; pairs, whose
+# two id tables ONNX Runtime looks up together and whose int8 layers feed each other through a ReLU.
+NETWORKS: dict[str, Reference] = {
+    "click": RANKER,
+    "ranking": Reference(NormedTransformer, RANKING),
+    "towers": Reference(TowerNet, TOWERS, TOWERS_CONFIG),
+    "pairs": Reference(ClickNet, PAIRS, PAIRS_CONFIG),
+}
+SINGLE = ("click", "ranking")
+
+Steps = tuple[tuple[str, dict[str, Any]], ...]
+
+
+@dataclass(frozen=True)
+class Case:
+    """Steps on one network; ``sample`` is the target it is lowered for in the default tier."""
+
+    name: str
+    network: str
+    steps: Steps
+    sample: str = ""
+
+
+# What a method needs before it; settings with which it finds something to do.
+BEFORE: dict[str, Steps] = {"refit_codes": (("product_codes", {}),)}
+SETTINGS: dict[str, dict[str, Any]] = {
+    "additive_codes": {"codebooks": 2, "rounds": 4, "beam": 4},
+    "drop_tables": {"most_loss": 0.5, "repeats": 1},
+    "merge_rows": {"within": 0.5},
+    "neural_codes": {"hidden": 8},
+    "refit_codes": {"rounds": 2},
+}
+# Steps that train: there the last bit of a sum decides where they end.
+TRAINING = frozenset({"distill", "fine_tune", "l1_training", "neural_codes", "qat", "refit_codes"})
+# Storage layouts and searches that default settings do not reach: name -> method, settings.
+VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "rowwise_int8 with offsets": ("rowwise_int8", {"symmetric": False, "scale": "float32"}),
+    "rowwise_int4 with offsets": ("rowwise_int4", {"symmetric": False, "rows_per_scale": 4}),
+    "rowwise_int2 with offsets": ("rowwise_int2", {"symmetric": False}),
+    "kmeans without scales": ("kmeans", {"bits": 2, "scale": "none"}),
+    "product_codes in 3 parts": (
+        "product_codes",
+        {"parts": 3, "bits": 4, "codebook_type": "float16"},
+    ),
+    "residual_codes of 4 bits": (
+        "residual_codes",
+        {"codebooks": 3, "bits": 4, "codebook_type": "float16"},
+    ),
+    "static_int8 by error": ("static_int8", {"calibrator": "mse", "weights": "mse"}),
+    "weight_int8 in blocks": ("weight_int8", {"block": 16, "scale": "float32"}),
+    "weight_int4 in blocks": (
+        "weight_int4",
+        {"block": 16, "scale": "float32", "activations": "int8", "rounding": "gptq"},
+    ),
+    "float8_dense by layer": ("float8_dense", {"scales": "layer"}),
+    "prune_rows to zero": ("prune_rows", {"importance": "norm", "pruned": "zero"}),
+    "multi_hash with signs": ("multi_hash", {"hashes": 3, "signed": True, "weighted": True}),
+    "quotient_remainder product": ("quotient_remainder", {"operation": "multiply"}),
+    "channels refitted": ("channels", {"importance": "activation", "reconstruct": True}),
+    "recalibrate isotonic": ("recalibrate", {"method": "isotonic"}),
+}
+MIXED: tuple[Case, ...] = (
+    Case(
+        "mixed 1",
+        "click",
+        (
+            ("rowwise_int8", {"tables": ("user",)}),
+            ("product_codes", {"tables": ("item",)}),
+            ("bfloat16", {"tables": ("city",)}),
+            ("rowwise_int4", {"tables": ("genres",)}),
+            ("residual_codes", {"tables": ("history",)}),
+            ("prune_rows", {"tables": ("tags",)}),
+            ("static_int8", {"layers": ("cross",)}),
+            ("weight_int8", {"layers": ("hidden",)}),
+            ("weight_int4", {"layers": ("capped",)}),
+            ("float16", {"tables": (), "layers": ("plain",)}),
+            ("bfloat16_dense", {"layers": ("out",)}),
+        ),
+        "onnxruntime",
+    ),
+    Case(
+        "mixed 2",
+        "click",
+        (
+            ("equalize", {}),
+            ("drop_tables", {"tables": ("city",), "most_loss": 0.5, "repeats": 1}),
+            ("rowwise_int2", {"tables": ("user",)}),
+            ("tiers", {"tables": ("item",)}),
+            ("kmeans", {"tables": ("genres",)}),
+            ("low_rank", {"tables": ("history",)}),
+            ("float8_e4m3", {"tables": ("tags",)}),
+            ("low_rank_dense", {"layers": ("cross",)}),
+            ("float8_dense", {"layers": ("hidden",)}),
+            ("qat", {"layers": ("capped",)}),
+        ),
+        "tensorrt",
+    ),
+    Case(
+        "mixed 3",
+        "click",
+        (
+            ("channels", {}),
+            ("magnitude", {"layers": ("cross",)}),
+            ("sparse_2_4", {"layers": ("capped",)}),
+            ("dimensions", {"tables": ("user",)}),
+            ("quotient_remainder", {"tables": ("item",)}),
+            ("cluster_rows", {"tables": ("city",)}),
+            ("merge_rows", {"tables": ("genres",), "within": 0.5}),
+            ("multi_hash", {"tables": ("history",)}),
+            ("additive_codes", {"tables": ("tags",), **SETTINGS["additive_codes"]}),
+            ("refit_codes", {"rounds": 1}),
+            ("recalibrate", {}),
+        ),
+        "tensorrt-rtx",
+    ),
+    Case(
+        "mixed 4",
+        "ranking",
+        (
+            ("drop_layers", {}),
+            ("smooth_quant", {}),
+            ("fold", {}),
+            ("l1_training", {}),
+            ("distill", {}),
+            ("fine_tune", {}),
+            ("neural_codes", SETTINGS["neural_codes"]),
+        ),
+        "onnxruntime",
+    ),
+    Case(
+        "mixed 6",
+        "pairs",
+        (("rowwise_int8", {"tables": ("user", "item")}), ("static_int8", {})),
+        "onnxruntime",
+    ),
+    Case("mixed 7", "pairs", (("product_codes", {}), ("weight_int4", {}))),
+    Case("plain", "click", ()),
+    Case("plain", "ranking", ()),
+    Case("plain", "towers", ()),
+    Case(
+        "mixed 5",
+        "towers",
+        (
+            ("rowwise_int8", {"tables": ("of_user.user", "of_item.item")}),
+            ("product_codes", {"tables": ("of_user.lately",)}),
+            ("rowwise_int4", {"tables": ("of_item.tags",)}),
+            ("static_int8", {"layers": ("of_user.*",)}),
+            ("weight_int8", {"layers": ("of_item.*",)}),
+        ),
+    ),
+)
+
+
+def single_cases() -> list[Case]:
+    """Every registered method on every reference network, by the registry."""
+    kinds = {kind: (kind, SETTINGS.get(kind, {})) for kind in package.methods()} | VARIANTS
+    return [
+        Case(name, network, (*BEFORE.get(last[0], ()), last))
+        for name, last in kinds.items()
+        for network in (SINGLE if name not in VARIANTS else SINGLE[:1])
+    ]
+
+
+def bench_of(network: str, kinds: tuple[str, ...], folder: Path) -> Bench:
+    """Data to learn from; recalibration gets labels that agree with the network's scores."""
+    reference = NETWORKS[network]
+    bench = reference.bench(folder)
+    if "recalibrate" not in kinds:
+        return bench
+    module = reference.model().module
+    noise = torch.randn(96, generator=torch.Generator().manual_seed(0))
+
+    def noisy(inputs: dict[str, Tensor]) -> Tensor:
+        with torch.no_grad():
+            scores: Tensor = module(**inputs).reshape(-1)
+        return scores + scores.std() * noise
+
+    validation = prepared(
+        reference.schema, reference.rows_of_tables(), folder / "agreeing", 9, noisy
+    )
+    return bench.model_copy(update={"validation": validation})
+
+
+def all_cases() -> list[Case]:
+    """Every case of the record."""
+    return [*MIXED, *single_cases()]

@@ -1,0 +1,115 @@
+"""The record file, and differences between it and what the code produces now.
+
+In the file, a target whose graphs are those of another target has one line that says so.
+"""
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+
+from tests.golden.cases import Case
+from tests.golden.numerics import is_near, is_scalar, kind_of
+
+RECORD = Path(__file__).with_name("record.json")
+SAME = "same as"
+ALL = " | all tensors"
+# Relative to a tensor's root mean square, on another kind of machine than the record's. Float sums
+# in another order move float32 values by parts in 10^6, and a rounded code by one level at most.
+NEAR = 1e-3
+# Training amplifies such differences. With torch, MKL and numba limited to AVX2, trained networks
+# had statistics up to 0.21 away, and biases of one number up to a factor of 2; those of networks
+# that no step had trained were equal in five digits, except two scales in the eighth.
+NEAR_TRAINED = 0.5
+
+Entries = dict[str, str]
+
+
+def read(path: Path = RECORD) -> tuple[dict[str, str], Entries]:
+    """The machine that wrote the record, and its entries."""
+    content = json.loads(path.read_text(encoding="utf-8"))
+    groups: dict[str, Entries] = content["entries"]
+    entries = {
+        f"{group} | {item}": line
+        for group, items in groups.items()
+        for item, line in groups.get(items.get(SAME, ""), items).items()
+    }
+    return content["machine"], entries
+
+
+def write(machine: dict[str, str], entries: Entries, path: Path = RECORD) -> None:
+    """Write the record sorted, a line for each entry, below its case, network and part."""
+    groups: dict[str, Entries] = {}
+    for key, line in entries.items():
+        group, _, item = key.rpartition(" | ")
+        groups.setdefault(group, {})[item] = line
+    for group, items in sorted(groups.items()):
+        twins = (name for name in sorted(groups) if name < group and groups[name] == items)
+        twin = next((name for name in twins if _owner(name) == _owner(group)), None)
+        if twin is not None and len(items) > 2:
+            groups[group] = {SAME: twin}
+    content = {"machine": machine, "entries": groups}
+    path.write_text(json.dumps(content, indent=0, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _owner(group: str) -> str:
+    """Case and network of a group."""
+    return group.rpartition(" | ")[0]
+
+
+def of_case(entries: Entries, case: Case, skipped_targets: Iterable[str] = ()) -> Entries:
+    """The record's entries of one case, without those of some targets."""
+    skipped = set(skipped_targets)
+    start = f"{case.name} | {case.network} | "
+    return {
+        key: line
+        for key, line in entries.items()
+        if key.startswith(start) and key.split(" | ")[2].split(" ")[0] not in skipped
+    }
+
+
+def differences(expected: Entries, found: Entries, *, exact: bool, trains: bool) -> list[str]:
+    """One line for each entry that differs; empty if none does.
+
+    Of the steps of a recipe, only the first after which tensors differ has a line: the first one.
+
+    Args:
+        expected: of the record.
+        found: of the code as it is.
+        exact: whether the machine is of the kind that wrote the record.
+        trains: whether the case has a step that trains.
+    """
+    lines, step = [], ""
+    for key in sorted(expected.keys() | found.keys()):
+        first, second = expected.get(key), found.get(key)
+        if first == second or (first and second and _allowed(key, first, second, exact, trains)):
+            continue
+        if first and second and key.endswith(ALL):
+            step = step or f"{key}: the first step after which stored tensors differ"
+        elif first is None:
+            lines.append(f"{key}: not in the record, got {second}")
+        elif second is None:
+            lines.append(f"{key}: recorded {first}, got nothing of this name")
+        elif key.endswith("| operators"):
+            lines.append(f"{key}: {_counts_that_differ(first, second)}")
+        else:
+            near = f" (mean and rms within {NEAR:.1%})" if is_near(first, second, NEAR) else ""
+            lines.append(f"{key}: recorded {first}, got {second}{near}")
+    return [step, *lines] if step else lines
+
+
+def _allowed(key: str, expected: str, found: str, exact: bool, trains: bool) -> bool:
+    if exact:
+        return False
+    if key.endswith(ALL):  # each tensor of the last step has a line with statistics
+        return True
+    if trains and is_scalar(expected) and is_scalar(found):
+        return kind_of(expected) == kind_of(found)
+    return is_near(expected, found, NEAR_TRAINED if trains else NEAR)
+
+
+def _counts_that_differ(expected: str, found: str) -> str:
+    pairs = [dict(item.rsplit(":", 1) for item in text.split()) for text in (expected, found)]
+    names = sorted(name for name in pairs[0] | pairs[1] if pairs[0].get(name) != pairs[1].get(name))
+    return "; ".join(
+        f"{name} recorded {pairs[0].get(name, 0)}, got {pairs[1].get(name, 0)}" for name in names
+    )

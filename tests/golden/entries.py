@@ -1,0 +1,117 @@
+"""One case as entries of the record: ``case | network | part | item`` -> one line of text."""
+
+import hashlib
+import math
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import onnx
+import torch
+
+from tests.golden import package
+from tests.golden.cases import NETWORKS, Case, bench_of
+from tests.golden.numerics import digest, line_of, line_of_array, line_of_tensor
+
+Entries = dict[str, str]
+SMALL = 4
+SMALL_TYPES = (onnx.TensorProto.BOOL, onnx.TensorProto.INT32, onnx.TensorProto.INT64)
+
+
+def entries_of(case: Case, folder: Path, targets: tuple[str, ...]) -> Entries:
+    """Compress, store, score and lower one case.
+
+    Args:
+        case: what to do.
+        folder: an empty scratch folder.
+        targets: names of targets in the record.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return _entries_of(case, folder, targets)
+
+
+def _entries_of(case: Case, folder: Path, targets: tuple[str, ...]) -> Entries:
+    reference = NETWORKS[case.network]
+    model = reference.model()
+    bench = bench_of(case.network, tuple(kind for kind, _ in case.steps), folder / "data")
+    title, found = f"{case.name} | {case.network}", Entries()
+    stored = folder / "none"
+    for place, (kind, settings) in enumerate(case.steps):
+        stored = folder / f"step{place}"
+        try:
+            model = package.compress(package.step(kind, **settings), model, bench, stored)
+        except package.Refused as refusal:
+            return {f"{title} | step {place:02} {kind} | refused": str(refusal)}
+        if len(case.steps) > 1:
+            found[f"{title} | step {place:02} {kind} | all tensors"] = _digest_of_all(stored)
+    for name, tensor in package.stored_tensors(stored).items() if case.steps else ():
+        found[f"{title} | stored | {name}"] = line_of_tensor(tensor)
+    found[f"{title} | torch | scores"] = line_of_array(package.module_scores(model, reference))
+    names = package.targets()
+    for target in targets:
+        try:
+            graphs = package.write_graphs(model, reference, names[target], folder)
+        except package.Refused as refusal:
+            found[f"{title} | {target} | refused"] = str(refusal)
+            continue
+        for graph in graphs:
+            part = target if len(graphs) == 1 else f"{target} {graph.name}"
+            for rows, scores in graph.runtime_scores.items():
+                found[f"{title} | {part} | scores of {rows} rows"] = line_of_array(scores)
+            for item, line in _of_graph(graph.path).items():
+                found[f"{title} | {part} | {item}"] = line
+    return found
+
+
+def _digest_of_all(folder: Path) -> str:
+    lines = sorted(f"{k} {line_of_tensor(v)}" for k, v in package.stored_tensors(folder).items())
+    return digest("\n".join(lines).encode())
+
+
+def _of_graph(path: Path) -> Entries:
+    """Initializers, operator counts and connections of a graph."""
+    model = onnx.load(path)
+    found = Entries()
+    small = []
+    for item in model.graph.initializer:
+        name = package.recorded_tensor(item.name)
+        if _is_small_constant(item):
+            small.append(f"{name} {line_of_initializer(item)}")
+        else:
+            found[f"initializer {name}"] = line_of_initializer(item)
+    found["small constants"] = f"{len(small)} {digest(chr(10).join(sorted(small)).encode())}"
+    counts = Counter(_operator(node) for node in model.graph.node)
+    found["operators"] = " ".join(f"{name}:{counts[name]}" for name in sorted(counts))
+    found["connections"] = _connections(model.graph)
+    return found
+
+
+def _is_small_constant(item: onnx.TensorProto) -> bool:
+    """Whether an initializer is an axis, a shape or a bound: up to four integers or booleans."""
+    return item.data_type in SMALL_TYPES and math.prod(item.dims) <= SMALL
+
+
+def line_of_initializer(item: onnx.TensorProto) -> str:
+    """One line about a stored constant of a graph."""
+    kind = onnx.TensorProto.DataType.Name(item.data_type).lower()
+    array = onnx.numpy_helper.to_array(item)
+    return line_of(kind, array.tobytes(), tuple(item.dims), array.astype(np.float64))
+
+
+def _operator(node: onnx.NodeProto) -> str:
+    return f"{node.domain}.{node.op_type}" if node.domain else node.op_type
+
+
+def _connections(graph: onnx.GraphProto) -> str:
+    """A digest of operators, attributes, and what each reads, without names of computed values."""
+    names = {item.name: f"input {item.name}" for item in graph.input}
+    names |= {item.name: package.recorded_tensor(item.name) for item in graph.initializer}
+    total = hashlib.sha256()
+    for place, node in enumerate(graph.node):
+        names |= {output: f"{place}.{index}" for index, output in enumerate(node.output) if output}
+        inputs = [names.get(name, name) for name in node.input]
+        attributes = sorted(item.SerializeToString(deterministic=True) for item in node.attribute)
+        total.update(repr((_operator(node), inputs, attributes)).encode())
+    total.update(repr([names[item.name] for item in graph.output]).encode())
+    return total.hexdigest()[:16]

@@ -1,0 +1,101 @@
+"""Tensors as one line of text, and which differences another CPU may cause.
+
+A line holds dtype, shape, a digest of the values, and two statistics. On the kind of machine that
+wrote the record the whole line must be equal. On another one, float sums have another order, so a
+digest may differ: then dtype and shape must be equal and the statistics must be near.
+"""
+
+import hashlib
+import math
+import re
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+# What changes the order or the rounding of float sums in torch, MKL, OpenBLAS, LLVM and MLAS.
+FLAGS = (
+    "avx2", "fma", "avx512f", "avx512_vnni", "avx512_bf16", "avx512_fp16", "avx_vnni", "amx_tile",
+    "amx_int8",
+)  # fmt: skip
+LIBRARIES = ("torch", "numpy", "scipy", "numba", "onnx", "onnx-ir", "onnxscript", "onnxruntime")
+LINE = re.compile(r"(?P<type>\S+) (?P<digest>[0-9a-f]{16}) mean (?P<mean>\S+) rms (?P<rms>\S+)")
+
+
+def machine() -> dict[str, str]:
+    """What may change the last bits: the processor's vendor and features, and library versions."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    entries = [line.partition(":") for line in lines]
+    values = {key.strip(): value.strip() for key, _, value in reversed(entries)}
+    flags = set(values.get("flags", "").split())
+    features = " ".join(flag for flag in FLAGS if flag in flags)
+    cpu = f"{values.get('vendor_id', 'unknown')}, {features}"
+    libraries = {name: version(name).partition("+")[0] for name in LIBRARIES}
+    return {"cpu": f"{cpu}, torch {torch.backends.cpu.get_cpu_capability()}", **libraries}
+
+
+def digest(content: bytes) -> str:
+    """The first 16 digits of a sha256."""
+    return hashlib.sha256(content).hexdigest()[:16]
+
+
+def line_of(kind: str, content: bytes, shape: tuple[int, ...], values: NDArray[np.float64]) -> str:
+    """One line about a tensor.
+
+    Args:
+        kind: its dtype.
+        content: its bytes.
+        shape: its shape.
+        values: its values, or for packed types the values of its bytes.
+    """
+    title = f"{kind}[{','.join(map(str, shape))}]"
+    finite = values[np.isfinite(values)]
+    if values.size <= 1:
+        return f"{title} = {' '.join(repr(float(value)) for value in values.reshape(-1))}"
+    mean = float(finite.mean()) if finite.size else 0.0
+    rms = math.sqrt(float((finite**2).mean())) if finite.size else 0.0
+    return f"{title} {digest(content)} mean {mean:.5g} rms {rms:.5g}"
+
+
+def line_of_array(array: NDArray[np.generic]) -> str:
+    """One line about scores; every NaN counts as the same NaN."""
+    array = np.where(np.isnan(array), np.float32("nan"), array).astype(np.float32)
+    return line_of("float32", array.tobytes(), array.shape, array.astype(np.float64))
+
+
+def line_of_tensor(tensor: torch.Tensor) -> str:
+    """One line about a stored tensor."""
+    whole = tensor.detach().contiguous()
+    content = whole.reshape(-1).view(torch.uint8).numpy().tobytes() if whole.numel() else b""
+    kind = str(whole.dtype).removeprefix("torch.")
+    return line_of(kind, content, tuple(whole.shape), whole.to(torch.float64).numpy())
+
+
+def is_near(expected: str, found: str, tolerance: float) -> bool:
+    """Whether two lines have equal types and statistics within a share of the root mean square."""
+    first, second = LINE.fullmatch(expected), LINE.fullmatch(found)
+    if first is None or second is None:
+        return _scalars_near(expected, found, tolerance)
+    if first["type"] != second["type"]:
+        return False
+    allowed = tolerance * max(float(first["rms"]), 1e-12)
+    return all(abs(float(first[name]) - float(second[name])) <= allowed for name in ("mean", "rms"))
+
+
+def kind_of(line: str) -> str:
+    """Dtype and shape."""
+    return line.partition(" ")[0]
+
+
+def is_scalar(line: str) -> bool:
+    """Whether a line is about a tensor of one float number, which it holds."""
+    return line.startswith(("float", "bfloat")) and " = " in line
+
+
+def _scalars_near(expected: str, found: str, tolerance: float) -> bool:
+    if not is_scalar(expected) or kind_of(expected) != kind_of(found):
+        return expected == found
+    first, second = (float(line.partition(" = ")[2]) for line in (expected, found))
+    return math.isclose(first, second, rel_tol=tolerance, abs_tol=1e-12)

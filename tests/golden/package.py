@@ -1,0 +1,146 @@
+"""What the lock uses of recpress. Edit this file when code moves: nothing else imports it.
+
+``KINDS``, ``TARGETS`` and ``REFUSALS`` map a name in the package to its name in the record. Add a
+line there when a step kind, a target or an error class is renamed; the record then stays as it is.
+``TENSORS`` does the same by regular expression for the names of stored tensors and initializers.
+A renamed setting of a step is renamed in ``cases.py`` too; the record has no settings.
+"""
+
+import re
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, get_args
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from compressors.batches import edge_example, example
+from compressors.contracts import Bench as Bench
+from compressors.contracts import DenseInput as DenseInput
+from compressors.contracts import IdInput as IdInput
+from compressors.contracts import JaggedBag as JaggedBag
+from compressors.contracts import Schema as Schema
+from compressors.contracts import TargetKind
+from compressors.errors import CompressionError
+from compressors.lower.export import lower
+from compressors.lower.served import forms, input_names
+from compressors.model import Model
+from compressors.state import mapped
+from compressors.step import run
+from compressors.steps import AnyStep
+from infra.onnxruntime import Session
+from tests.models import Reference, Step, default
+
+KINDS: dict[str, str] = {}
+TARGETS: dict[str, str] = {}
+REFUSALS: dict[str, str] = {}
+TENSORS: dict[str, str] = {}
+
+RUNTIME = "onnxruntime"
+ROWS, EDGE_ROWS = 64, 32
+
+
+def recorded(name: str, names: dict[str, str]) -> str:
+    """The name that the record has for a name in the package."""
+    return names.get(name, name)
+
+
+def recorded_tensor(name: str) -> str:
+    """The name that the record has for a stored tensor or an initializer."""
+    for pattern, replacement in TENSORS.items():
+        name = re.sub(pattern, replacement, name)
+    return name
+
+
+def methods() -> dict[str, type[Step]]:
+    """Every registered method by its kind in the record."""
+    registered = get_args(get_args(AnyStep)[0])
+    return {recorded(method.model_fields["kind"].default, KINDS): method for method in registered}
+
+
+def targets() -> dict[str, str]:
+    """Every registered lowering target by its name in the record."""
+    return {recorded(target, TARGETS): target for target in get_args(TargetKind)}
+
+
+def step(kind: str, **settings: Any) -> Step:
+    """A step with settings, quick to train; ``kind`` as in the record."""
+    method = methods()[kind]
+    return method(**{**default(method).model_dump(), **settings})
+
+
+class Refused(Exception):
+    """recpress refused a step or a graph; the message is the error class's name in the record."""
+
+
+@contextmanager
+def refusals() -> Iterator[None]:
+    """Raise refusals of recpress as ``Refused``; any other exception passes."""
+    try:
+        yield
+    except CompressionError as error:
+        raise Refused(recorded(type(error).__name__, REFUSALS)) from error
+
+
+def compress(applied: Step, model: Model, bench: Bench, folder: Path) -> Model:
+    """Apply one step and store the result in ``folder``."""
+    with refusals():
+        return run(applied, model, bench, folder)
+
+
+def stored_tensors(folder: Path) -> dict[str, Tensor]:
+    """The stored tensors by their names in the record."""
+    return {recorded_tensor(name): tensor for name, tensor in mapped(folder).items()}
+
+
+def module_scores(model: Model, reference: Reference) -> NDArray[Any]:
+    """The module's output on fixed valid inputs, float32."""
+    inputs = example(reference.schema, reference.rows_of_tables(), ROWS, seed=5)
+    with torch.no_grad():
+        scores: Tensor = model.module(**inputs)
+    return scores.to(torch.float32).numpy()
+
+
+@dataclass(frozen=True)
+class WrittenGraph:
+    """One exported graph: the file, and ONNX Runtime's output on fixed inputs."""
+
+    name: str
+    path: Path
+    runtime_scores: dict[str, NDArray[np.float32]]
+
+
+def write_graphs(
+    model: Model, reference: Reference, target: str, folder: Path
+) -> list[WrittenGraph]:
+    """Lower a model for one target; graphs for ONNX Runtime are also run.
+
+    Args:
+        model: plain or compressed.
+        reference: the network's schema.
+        target: as the package calls it.
+        folder: where the graphs are written.
+
+    Raises:
+        Refused: the model has no form on this target.
+    """
+    graphs = []
+    for form in forms(reference.schema):
+        path = Path(tempfile.mkdtemp(dir=folder)) / "model.onnx"
+        with refusals():
+            rows = lower(model.module, form, target, path).served.rows_of_table  # type: ignore[arg-type]
+        scores = {}
+        if target == RUNTIME:
+            session, names = Session(path, threads=1), input_names(form.schema)
+            for title, inputs in (
+                ("valid", example(form.schema, rows, ROWS, seed=5)),
+                ("edge", edge_example(form.schema, rows, EDGE_ROWS)),
+            ):
+                scores[title] = session.scores({name: inputs[name].numpy() for name in names})
+        graphs.append(WrittenGraph(form.name, path, scores))
+    return graphs

@@ -1,0 +1,193 @@
+"""The golden lock: every method and every lowering gives what ``tests/golden/record.json`` says.
+
+The default tier checks mixed recipes, which hold every method, on one target each. The
+nightly tier checks every method alone on both networks and every target.
+
+If a difference is intended: ``python -m tests.golden``, and list each change of the record with
+its reason in the commit message.
+"""
+
+import json
+
+import pytest
+import torch
+
+from tests.golden import compare, numerics, package
+from tests.golden.cases import MIXED, SINGLE, TRAINING, Case, all_cases
+from tests.golden.entries import entries_of
+
+RECORDED_ON, RECORD = compare.read()
+SAMPLE = [case for case in MIXED if case.sample]
+
+
+def name_of(case: Case) -> str:
+    return f"{case.name}, {case.network}".replace(" ", "_")
+
+
+def check(case: Case, targets: tuple[str, ...], folder) -> None:
+    """Fail with one line for each entry of the record that differs."""
+    torch.set_num_threads(1)
+    found = entries_of(case, folder, targets)
+    skipped = package.targets().keys() - set(targets)
+    expected = compare.of_case(RECORD, case, skipped)
+    here = numerics.machine()
+    lines = compare.differences(
+        expected,
+        found,
+        exact=here == RECORDED_ON,
+        trains=any(kind in TRAINING for kind, _ in case.steps),
+    )
+    if here != RECORDED_ON:
+        lines += [f"(the record was written on {RECORDED_ON}; this is {here})"] if lines else []
+    assert not lines, "\n".join(
+        [f"{len(lines)} differences from the golden record (python -m tests.golden):", *lines[:60]]
+    )
+
+
+@pytest.mark.parametrize("case", SAMPLE, ids=name_of)
+def test_mixed_recipes_on_one_target_give_the_recorded_tensors_graphs_and_scores(case, tmp_path):
+    check(case, (case.sample,), tmp_path)
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("case", all_cases(), ids=name_of)
+def test_every_method_on_every_target_gives_the_recorded_tensors_graphs_and_scores(case, tmp_path):
+    check(case, tuple(package.targets()), tmp_path)
+
+
+# --- the record is complete ------------------------------------------------------------------
+
+
+def recorded() -> set[tuple[str, str]]:
+    """Case and network of every entry."""
+    return {tuple(key.split(" | ")[:2]) for key in RECORD}
+
+
+def test_record_has_every_registered_method_on_every_network_and_nothing_else():
+    expected = {(case.name, case.network) for case in all_cases()}
+    assert recorded() == expected
+    methods = {(kind, network) for kind in package.methods() for network in SINGLE}
+    assert methods <= expected
+
+
+def test_record_has_every_target_or_a_refusal_for_every_case():
+    targets = package.targets().keys()
+    for case in all_cases():
+        keys = [key.split(" | ") for key in compare.of_case(RECORD, case)]
+        parts = {part.split(" ")[0] for _, _, part, _ in keys}
+        refused = any(p.startswith("step") and item == "refused" for _, _, p, item in keys)
+        assert refused or targets <= parts, f"{name_of(case)}: no entry for {targets - parts}"
+
+
+def test_every_method_takes_effect_on_a_network_and_in_a_mixed_recipe():
+    mixed = {kind for case in SAMPLE for kind, _ in case.steps}
+    assert mixed == package.methods().keys()
+    for case in SAMPLE:
+        assert not [key for key in compare.of_case(RECORD, case) if key.endswith("| refused")]
+    for kind in package.methods():
+        cases = [Case(kind, network, ()) for network in SINGLE]
+        assert any(f"{kind} | {case.network} | torch | scores" in RECORD for case in cases), kind
+
+
+def test_sample_has_every_target():
+    assert {case.sample for case in SAMPLE} == package.targets().keys()
+
+
+def test_record_file_is_sorted_one_line_an_entry_and_below_a_megabyte():
+    text = compare.RECORD.read_text(encoding="utf-8")
+    assert len(text) < 1_000_000
+    content = json.loads(text)
+    assert text == json.dumps(content, indent=0, sort_keys=True) + "\n"
+
+
+# --- the comparison names what differs -------------------------------------------------------
+
+
+def changed(key: str, line: str | None) -> list[str]:
+    """Differences after one entry of a case changed."""
+    case = SAMPLE[0]
+    expected = compare.of_case(RECORD, case)
+    found = {**expected, key: line}
+    if line is None:
+        del found[key]
+    return compare.differences(expected, found, exact=True, trains=False)
+
+
+KEY = "mixed 1 | click | onnxruntime | "
+
+
+def test_difference_names_method_network_target_and_tensor():
+    (line,) = changed("mixed 1 | click | stored | user.codes", "int8[40,6] 0 mean 0 rms 0")
+    assert line.startswith("mixed 1 | click | stored | user.codes: recorded int8[40,6]")
+    (line,) = changed("mixed 1 | click | stored | user.extra", "int8[40,6] 0 mean 0 rms 0")
+    assert "user.extra: not in the record" in line
+    (line,) = changed(f"{KEY}initializer model.user.codes", None)
+    assert "initializer model.user.codes: recorded" in line
+    assert "got nothing of this name" in line
+
+
+def test_difference_in_operators_names_the_operator_and_both_counts():
+    counts = RECORD[f"{KEY}operators"]
+    gathers = int(counts.split(" Gather:")[1].split(" ")[0])
+    more = counts.replace(f" Gather:{gathers} ", f" Gather:{gathers + 1} ")
+    (line,) = changed(f"{KEY}operators", more)
+    assert line == f"{KEY}operators: Gather recorded {gathers}, got {gathers + 1}"
+
+
+def test_difference_in_the_last_bits_is_reported_with_equal_statistics():
+    key = "mixed 1 | click | torch | scores"
+    kind, _, statistics = RECORD[key].split(" ", 2)
+    (line,) = changed(key, f"{kind} {'0' * 16} {statistics}")
+    assert line.endswith("(mean and rms within 0.1%)")
+
+
+def test_first_step_after_which_tensors_differ_is_named_first():
+    case = SAMPLE[0]
+    expected = compare.of_case(RECORD, case)
+    steps = sorted(key for key in expected if key.endswith("| all tensors"))
+    assert len(steps) == len(case.steps)
+    found = {**expected, **dict.fromkeys(steps[6:], "0" * 16)}
+    (line,) = compare.differences(expected, found, exact=True, trains=False)
+    kind, _ = case.steps[6]
+    assert line.startswith(f"mixed 1 | click | step 06 {kind} | all tensors: the first step")
+
+
+def test_another_machine_may_differ_in_digests_and_not_in_statistics_types_or_operators():
+    first = {"a | b | torch | scores": "float32[64] 0123456789abcdef mean 0.5 rms 2"}
+    for line, is_allowed in (
+        ("float32[64] fedcba9876543210 mean 0.5001 rms 2.0001", True),
+        ("float32[64] fedcba9876543210 mean 0.51 rms 2", False),
+        ("float32[64] fedcba9876543210 mean 0.5 rms 2.01", False),
+        ("float16[64] 0123456789abcdef mean 0.5 rms 2", False),
+        ("float32[65] 0123456789abcdef mean 0.5 rms 2", False),
+    ):
+        second = dict.fromkeys(first, line)
+        lines = compare.differences(first, second, exact=False, trains=False)
+        assert (lines == []) == is_allowed, line
+        assert compare.differences(first, second, exact=True, trains=False)
+    scalar = {"a | b | stored | bias": "float32[1] = 0.5"}
+    for line, after_rounding, after_training in (
+        ("float32[1] = 0.50001", True, True),
+        ("float32[1] = 0.6", False, True),
+        ("float64[1] = 0.5", False, False),
+    ):
+        second = dict.fromkeys(scalar, line)
+        for trains, is_allowed in ((False, after_rounding), (True, after_training)):
+            lines = compare.differences(scalar, second, exact=False, trains=trains)
+            assert (lines == []) == is_allowed, line
+    operators = {"a | b | onnxruntime | operators": "Add:3 Mul:2"}
+    other = dict.fromkeys(operators, "Add:3 Mul:1")
+    assert compare.differences(operators, other, exact=False, trains=True)
+
+
+def test_record_round_trips_and_stores_equal_targets_once(tmp_path):
+    entries = {
+        f"m | n | {target} | {item}": f"{item} {place if target == 'x' else 0}"
+        for target in ("a", "b", "x")
+        for place, item in enumerate(("one", "two", "three"), 1)
+    }
+    compare.write({"cpu": "z"}, entries, tmp_path / "record.json")
+    assert compare.read(tmp_path / "record.json") == ({"cpu": "z"}, entries)
+    stored = json.loads((tmp_path / "record.json").read_text())["entries"]
+    assert stored["m | n | b"] == {"same as": "m | n | a"}
+    assert len(stored["m | n | a"]) == len(stored["m | n | x"]) == 3
