@@ -1,0 +1,301 @@
+"""Create a fixture: a recpress home as the present code writes it.
+
+    python -m tests.stored_home.create NAME [--recipe RECIPE ...]
+
+Run it at a commit whose formats are to stay readable: ``NAME`` is a new folder below ``fixtures/``.
+A fixture that exists is never written again, because then the tests would only show that the
+present code reads what the present code wrote. A new method or format gets an entry in ``steps.py``
+and a fixture of its own, with ``--recipe`` for the new entries only; without ``--recipe`` the home
+has all recipes, the orders of ``orders.py`` and their promotions. It takes about ten minutes.
+
+Everything is created through the public paths: the command line, and the tasks of a flow for single
+steps. All data is drawn from seeds.
+"""
+
+import argparse
+import contextlib
+import hashlib
+import io
+import json
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+FIXTURES = Path(__file__).parent / "fixtures"
+HOME = "{HOME}"
+"""Stands for the folder of the home in stored output."""
+CODE = "stored home"
+TEMPORARY = ("cache", "progress", "orders.lock", "registry.db.lock")
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Create the fixture that the arguments name."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("name", help="of a new folder below fixtures/")
+    parser.add_argument("--recipe", action="append", help="of steps.py; all without it")
+    options = parser.parse_args(arguments)
+    fixture = FIXTURES / options.name
+    if fixture.exists():
+        sys.exit(f"{fixture} exists and stays as it is. Choose another name.")
+    with tempfile.TemporaryDirectory(prefix="stored-home-") as scratch:
+        root = Path(scratch) / "root"
+        _enter(root, Path(scratch) / "prefect")
+        expected, tensors = _fill(root, options.recipe)
+        _write(fixture, root, expected, tensors)
+
+
+def _enter(root: Path, prefect: Path) -> None:
+    """Set the environment of a person's machine. Prefect reads it when it is imported."""
+    for name in list(os.environ):
+        if name.startswith(("RECPRESS_", "MLFLOW_", "PREFECT_", "AWS_")):
+            del os.environ[name]
+    os.environ |= {
+        "RECPRESS_HOME": str(root / "recpress"),
+        "RECPRESS_TRITON": str(root / "triton"),
+        "RECPRESS_USER": "somebody",
+        "RECPRESS_ALLOWED_MODULES": "tests.stored_home.networks",
+        "PREFECT_HOME": str(prefect),
+        "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+        "MLFLOW_DISABLE_TELEMETRY": "true",
+        "DO_NOT_TRACK": "1",
+    }
+    # MLflow writes the working folder into an experiment that recpress does not use.
+    os.chdir("/")
+
+
+def _fill(root: Path, recipes: Sequence[str] | None) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Fill the home; returns what the tests expect of it, as JSON and as tensors."""
+    from tests.stored_home import settings
+    from tests.stored_home.drafts import write_click_draft, write_retrieval_draft
+    from tests.stored_home.scores import environment
+    from tests.stored_home.steps import RECIPES
+
+    drafts = (
+        write_click_draft(root / "drafts" / "clicks"),
+        write_click_draft(root / "drafts" / "ranker", name="ranker", ranking=True),
+        write_retrieval_draft(root / "drafts" / "finder"),
+    )
+    for draft in drafts:
+        _run("bundle", "pack", str(draft))
+    expected: dict[str, Any] = {
+        "recpress": metadata.version("recpress"),
+        "environment": environment(),
+        "steps": settings.step_documents(),
+        "limits": settings.limit_documents(),
+        "orders": settings.order_documents(),
+    }
+    if recipes is None:
+        expected["finished"] = _carry_out_orders(root)
+    expected["recipes"] = {name: _apply(name) for name in recipes or RECIPES}
+    expected["tables"] = _quantize_tables(root)
+    if recipes is None:
+        expected["registry"] = _registry(root)
+    expected["bundles"], expected["graphs"], tensors = _scores(root)
+    for name in TEMPORARY:
+        path = root / "recpress" / name
+        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+    return expected, tensors
+
+
+def _run(*arguments: str, codes: tuple[int, ...] = (0,)) -> str:
+    """Run the command line in this process; returns its standard output.
+
+    Raises:
+        RuntimeError: its exit code is not among those that are expected.
+    """
+    from flows import cli
+
+    output = io.StringIO()
+    with contextlib.redirect_stdout(output):
+        code = cli.app(list(arguments), obj=datetime.now(UTC), standalone_mode=False) or 0
+    if code not in codes:
+        raise RuntimeError(f"expected {codes} of {arguments}, got {code}: {output.getvalue()}")
+    print(f"{code}: recpress {' '.join(arguments)}", file=sys.stderr)  # noqa: T201
+    return output.getvalue()
+
+
+def _carry_out_orders(root: Path) -> dict[str, Any]:
+    """Carry out every order, and the commands after it; returns outcome and version of each."""
+    from flows.cli import EXIT
+    from tests.stored_home.orders import COMMANDS, ORDERS, OUTCOMES
+
+    finished = {}
+    folder = root / "orders"
+    folder.mkdir()
+    for name, order in ORDERS.items():
+        file = folder / f"{name}.json"
+        file.write_text(json.dumps(order, indent=1))
+        code = EXIT[OUTCOMES[name]]
+        output = _run("compress", "--order", str(file), "--json", codes=(code,))
+        found = json.loads(output)
+        finished[name] = {
+            "model": found["report"]["name"],
+            "version": found["version"],
+            "outcome": found["report"]["outcome"],
+            "order": found["report"]["order"],
+            "release": found["release"]["sha256"],
+            "compressed": found["report"]["compressed"]["sha256"],
+        }
+        for command in COMMANDS.get(name, ()):
+            _run(*command)
+    return finished
+
+
+def _apply(name: str) -> dict[str, Any]:
+    """Apply one recipe of ``steps.py`` as a flow does; returns its steps, bundle and graph."""
+    from compressors.step import needs, wants
+    from tasks.compress import compress
+    from tasks.lower import lower_model
+    from tasks.prepare import prepare
+    from tasks.score import score
+    from tasks.subject import find
+    from tests.stored_home.settings import STEP
+    from tests.stored_home.steps import RECIPES
+
+    model, steps = RECIPES[name]
+    subject = find(model)
+    original = bundle = subject.artifact
+    for document in steps:
+        step = STEP.validate_python(document)
+        splits = {}
+        for part in {*needs(step), *wants(step)}:
+            split = {"soft_labels": "train", "calibration": subject.calibration()}.get(part, part)
+            if split not in subject.rows:
+                continue
+            splits[part] = prepare.fn(original, split, CODE)
+            if part == "soft_labels":
+                splits[part] = score.fn(original, splits[part], subject.rows[split], CODE)
+        bundle = compress.fn(
+            source=bundle,
+            step=step,
+            splits=splits,
+            original=original,
+            teachers=(),
+            seed=0,
+            device="cpu",
+            code=CODE,
+        )
+        if not hasattr(bundle, "sha256"):
+            raise RuntimeError(f"recipe {name!r}: {bundle}")
+    split = subject.calibration()
+    probe = prepare.fn(original, split, CODE)
+    graph = lower_model.fn(bundle, "onnxruntime", probe, subject.rows[split], 65_536, CODE)
+    print(f"{name}: {bundle.bytes:,} bytes", file=sys.stderr)  # noqa: T201
+    return {
+        "model": model,
+        "steps": list(steps),
+        "bundle": bundle.sha256,
+        "graph": graph.sha256,
+    }
+
+
+def _quantize_tables(root: Path) -> dict[str, str]:
+    """A table file of every table format; returns the hash of each by its format."""
+    from tasks.table_files import short_name, table_steps
+
+    tables = {}
+    source = root / "drafts" / "clicks" / "model.safetensors"
+    for kind in table_steps():
+        into = root / "tables" / kind
+        arguments = ["--format", short_name(kind), "--tensor", "user.weight", "--json"]
+        output = _run("tables", "quantize", str(source), str(into), *arguments)
+        tables[kind] = json.loads(output)["sha256"]
+    return tables
+
+
+def _registry(root: Path) -> dict[str, Any]:
+    """What the registry's commands print about the home."""
+    listed = json.loads(_run("registry", "list", "--json").replace(str(root / "recpress"), HOME))
+    shown = {}
+    for item in listed:
+        version = ("--version", item["version"], "--json")
+        output = _run("registry", "show", item["model"], *version)
+        shown[f"{item['model']}@{item['version']}"] = json.loads(output)
+    fetched = {}
+    for model in sorted({item["model"] for item in listed}):
+        with tempfile.TemporaryDirectory() as folder:
+            into = Path(folder) / "into"
+            _run("registry", "fetch", model, "--into", str(into))
+            fetched[model] = {
+                path.relative_to(into).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
+                for path in sorted(into.rglob("*"))
+                if path.is_file()
+            }
+    return {"list": listed, "show": shown, "fetch": fetched}
+
+
+def _scores(root: Path) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
+    """Scores of every bundle and every graph for ONNX Runtime in the store."""
+    from tasks.documents import lowering_of
+    from tasks.loading import load_bundle
+    from tasks.stored import store
+    from tests.stored_home.drafts import scored_inputs
+    from tests.stored_home.scores import edge_inputs, graph_scores, module_scores, tensors_digest
+
+    inputs = {name: scored_inputs(name) for name in ("clicks", "ranker", "finder")}
+    tensors = {f"input/{m}/{name}": t for m, held in inputs.items() for name, t in held.items()}
+    bundles: dict[str, Any] = {}
+    graphs: dict[str, Any] = {}
+    artifacts = root / "recpress" / "store" / "artifacts"
+    for folder in sorted(path / "files" for path in artifacts.iterdir()):
+        sha256 = folder.parent.name
+        if (folder / "model.json").is_file():
+            loaded = load_bundle(store().artifact(f"artifacts/{sha256}"))
+            name, module = loaded.manifest.name, loaded.model.module
+            tensors[f"torch/{sha256}"] = _tensor(module_scores(module, inputs[name]))
+            formats = {r.kind + ":" + r.format for r in loaded.manifest.network.modules.values()}
+            bundles[sha256] = {
+                "model": name,
+                "tensors": tensors_digest(module),
+                "formats": sorted(formats),
+            }
+        elif (folder / "lowering.json").is_file():
+            lowering = lowering_of(folder)
+            if lowering.target != "onnxruntime":
+                continue
+            name = lowering.name.partition("@")[0]
+            graphs[sha256] = {"model": name, "graphs": [g.name for g in lowering.graphs]}
+            for graph in lowering.graphs:
+                names = tuple(item.name for item in graph.inputs)
+                for kind, given in (("rows", inputs[name]), ("edge", edge_inputs(inputs[name]))):
+                    scores = graph_scores(folder / graph.file, names, given)
+                    tensors[f"onnx/{sha256}/{graph.name}/{kind}"] = _tensor(scores)
+    return bundles, graphs, tensors
+
+
+def _tensor(scores: Any) -> Any:
+    import torch
+
+    return torch.from_numpy(scores.copy())
+
+
+def _write(fixture: Path, root: Path, expected: dict[str, Any], tensors: dict[str, Any]) -> None:
+    """Write the fixture's files at once: a failure leaves no half of one."""
+    from safetensors.torch import save_file
+
+    from tests.stored_home.archive import pack
+
+    place = str(root.parent).encode()
+    for path in root.rglob("*"):
+        # The record of a publication names the registry. In a moved home it does not count.
+        known = path.parent.name == "publish"
+        if path.is_file() and not known and place in path.read_bytes():
+            raise RuntimeError(f"{path} holds the path of the folder it was made in")
+    staged = fixture.with_name(f".{fixture.name}")
+    shutil.rmtree(staged, ignore_errors=True)
+    staged.mkdir(parents=True)
+    size = pack(root, staged)
+    (staged / "expected.json").write_text(json.dumps(expected, indent=1, sort_keys=True) + "\n")
+    save_file(tensors, staged / "expected.safetensors")
+    staged.rename(fixture)
+    print(f"{fixture}: {size:,} bytes packed", file=sys.stderr)  # noqa: T201
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,267 @@
+"""Drafts of the stored home: one click model, one ranking model, one retrieval model.
+
+All data is drawn from a seed. Labels follow the network's own scores, so the untouched network is
+close to the best there is and a step that trains has something to learn from.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from numpy.typing import NDArray
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from tests.stored_home.networks import ClickNet, TwoTowerNet
+
+MODULE = "tests.stored_home.networks"
+LONGEST = 4
+DENSE = 3
+CLICK_CONFIG = {
+    "users": 320,
+    "items": 120,
+    "tags": 40,
+    "dense": DENSE,
+    "dim": 16,
+    "hidden": 32,
+    "inner": 16,
+    "blocks": 2,
+}
+EQUAL_USERS = 20
+"""The last users have the rows of the first ones, so that rows can be merged."""
+TOWER_CONFIG = {"users": 60, "items": 80, "tags": 24, "dense": DENSE, "dim": 16, "hidden": 24}
+ROWS = {"train": 480, "calibration": 160, "validation": 240, "test": 480}
+PER_QUERY = 12
+LIKED = {"train": 4, "validation": 2, "test": 3}
+"""Interactions of every user of the retrieval model."""
+SPREAD = 1.2
+"""Standard deviation of the logits."""
+
+
+def write_click_draft(folder: Path, *, name: str = "clicks", ranking: bool = False) -> Path:
+    """Write a click model, or a ranking model with grades and groups; returns the folder."""
+    seed = int(ranking)
+    folder.mkdir(parents=True)
+    torch.manual_seed(seed)
+    draw = np.random.default_rng(seed)
+    model = ClickNet(**CLICK_CONFIG).eval()
+    columns = {split: _rows(count, draw) for split, count in ROWS.items()}
+    with torch.no_grad():
+        model.user.weight[-EQUAL_USERS:] = model.user.weight[:EQUAL_USERS]
+        nn.init.uniform_(model.norm.running_mean, -0.5, 0.5)
+        nn.init.uniform_(model.norm.running_var, 0.5, 2.0)
+        logits = _logits(model, columns["train"])
+        model.out.weight *= SPREAD / logits.std()
+    start = 0
+    for split, found in columns.items():
+        with torch.no_grad():
+            logits = _logits(model, found).numpy()
+        chance = 1 / (1 + np.exp(-logits))
+        if ranking:  # grades 0 to 3
+            grade = np.clip(np.round(2 * chance + draw.normal(0, 0.5, chance.size)), 0, 3)
+            found["label"] = pa.array(grade.astype(np.int64))
+            found["query"] = pa.array(start // PER_QUERY + np.arange(chance.size) // PER_QUERY)
+        else:
+            found["label"] = pa.array((draw.random(chance.size) < chance).astype(np.int64))
+        found["at"] = pa.array(start + np.arange(chance.size))
+        start += chance.size
+        _write(found, folder / f"{split}.parquet")
+    save_file(model.state_dict(), folder / "model.safetensors")
+    (folder / "items.json").write_text(json.dumps([f"i{n}" for n in range(CLICK_CONFIG["items"])]))
+    document = {
+        "schema_version": 1,
+        "name": name,
+        "version": "1",
+        "signature": _click_signature(ranking=ranking),
+        "network": {"architecture": {"path": f"{MODULE}:ClickNet", "config": CLICK_CONFIG}},
+        "data": {split: f"{split}.parquet" for split in ROWS},
+        "vocabularies": {"item": "items.json"},
+    }
+    (folder / "model.json").write_text(json.dumps(document, indent=1))
+    return folder
+
+
+def write_retrieval_draft(folder: Path, *, name: str = "finder") -> Path:
+    """Write a two-tower model that reads one bag of tags in both towers; returns the folder."""
+    folder.mkdir(parents=True)
+    torch.manual_seed(2)
+    draw = np.random.default_rng(2)
+    model = TwoTowerNet(**TOWER_CONFIG).eval()
+    users, items = TOWER_CONFIG["users"], TOWER_CONFIG["items"]
+    recent = _bags(users, TOWER_CONFIG["tags"], draw)
+    ids = draw.permutation(items)
+    catalogue = {"item": pa.array(ids), "tags": _bags(items, TOWER_CONFIG["tags"], draw)}
+    catalogue |= _dense(items, draw)
+    _write(catalogue, folder / "items.parquet")
+    with torch.no_grad():
+        query = model.query(torch.arange(users), *_flat(recent))
+        vectors = model.catalogue(torch.tensor(ids), *_flat(catalogue["tags"]), _matrix(catalogue))
+        scores = (query @ vectors.T).numpy()
+    # The best of scores plus Gumbel noise are a draw without repetition.
+    noise = draw.gumbel(size=scores.shape)
+    liked = np.argsort(-(scores * SPREAD / scores.std() + noise), axis=1)
+    begin = 0
+    for split, each in LIKED.items():
+        chosen = liked[:, begin : begin + each].reshape(-1)
+        begin += each
+        user = np.repeat(np.arange(users), each)
+        columns = {
+            "user": pa.array(user),
+            "recent": recent.take(pa.array(user)),
+            "item": pa.array(ids[chosen]),
+        }
+        _write(columns, folder / f"{split}.parquet")
+    ties = {"query.recent.weight": "catalogue.tags.weight"}
+    weights = {key: value for key, value in model.state_dict().items() if key not in ties}
+    save_file(weights, folder / "model.safetensors")
+    architecture = {"path": f"{MODULE}:TwoTowerNet", "config": TOWER_CONFIG}
+    document = {
+        "schema_version": 1,
+        "name": name,
+        "version": "1",
+        "signature": _retrieval_signature(),
+        "network": {"architecture": architecture, "ties": ties},
+        "data": {split: f"{split}.parquet" for split in (*LIKED, "items")},
+    }
+    (folder / "model.json").write_text(json.dumps(document, indent=1))
+    return folder
+
+
+def scored_inputs(name: str) -> dict[str, Tensor]:
+    """The fixed inputs that bundles of one model are scored on, by argument name.
+
+    Args:
+        name: ``clicks``, ``ranker`` or ``finder``.
+    """
+    draw = np.random.default_rng(9)
+    rows = 24
+    if name != "finder":
+        columns = _rows(rows, draw)
+        return _arguments(columns)
+    users, items, tags = (TOWER_CONFIG[key] for key in ("users", "items", "tags"))
+    recent, recent_offsets = _flat(_bags(rows, tags, draw))
+    found, offsets = _flat(_bags(rows, tags, draw))
+    return {
+        "user": torch.tensor(draw.integers(0, users, rows)),
+        "recent": recent,
+        "recent_offsets": recent_offsets,
+        "item": torch.tensor(draw.integers(0, items, rows)),
+        "tags": found,
+        "tags_offsets": offsets,
+        "dense": _matrix(_dense(rows, draw)),
+    }
+
+
+def _click_signature(*, ranking: bool) -> dict[str, Any]:
+    return {
+        "task": "ranking" if ranking else "ctr",
+        "inputs": [
+            {"kind": "id", "name": "user", "table": "user"},
+            {
+                "kind": "id",
+                "name": "item",
+                "table": "item",
+                "out_of_range": "default_row",
+                "default_row": 0,
+            },
+            {"kind": "jagged_bag", "name": "tags", "table": "tags", "shape": [LONGEST]},
+            _dense_input(),
+        ],
+        "output": "score" if ranking else "logit",
+        "label": "label",
+        "group": "query" if ranking else None,
+        "time": "at",
+        "metric": "ndcg@10" if ranking else "auc",
+    }
+
+
+def _retrieval_signature() -> dict[str, Any]:
+    return {
+        "task": "retrieval",
+        "inputs": [
+            {"kind": "id", "name": "user", "table": "query.user"},
+            {
+                "kind": "jagged_bag",
+                "name": "recent",
+                "table": "catalogue.tags",
+                "shape": [LONGEST],
+            },
+            {"kind": "id", "name": "item", "table": "catalogue.item"},
+            {"kind": "jagged_bag", "name": "tags", "table": "catalogue.tags", "shape": [LONGEST]},
+            _dense_input(),
+        ],
+        "output": "score",
+        "group": "user",
+        "metric": "recall@20",
+        "item": "item",
+        "towers": {
+            "query": {"module": "query", "inputs": ["user", "recent"]},
+            "item": {"module": "catalogue", "inputs": ["item", "tags", "dense"]},
+        },
+    }
+
+
+def _dense_input() -> dict[str, Any]:
+    columns = [f"d{place}" for place in range(DENSE)]
+    return {"kind": "dense", "name": "dense", "columns": columns, "shape": [DENSE]}
+
+
+def _rows(count: int, draw: np.random.Generator) -> dict[str, pa.Array]:
+    # Lookups as in logs: few ids have most of them.
+    users, items = CLICK_CONFIG["users"], CLICK_CONFIG["items"]
+    return {
+        "user": pa.array((users * draw.random(count) ** 2).astype(np.int64)),
+        "item": pa.array((items * draw.random(count) ** 2).astype(np.int64)),
+        "tags": _bags(count, CLICK_CONFIG["tags"], draw),
+        **_dense(count, draw),
+    }
+
+
+def _bags(count: int, tags: int, draw: np.random.Generator) -> pa.Array:
+    lengths = draw.integers(0, LONGEST + 1, count)
+    bags = [draw.integers(0, tags, length).tolist() for length in lengths]
+    return pa.array(bags, pa.list_(pa.int64()))
+
+
+def _dense(count: int, draw: np.random.Generator) -> dict[str, pa.Array]:
+    # Halves: the values are exact and the files are small.
+    numbers: NDArray[np.float32] = np.round(2 * draw.normal(size=(DENSE, count))).astype(np.float32)
+    return {f"d{place}": pa.array(row / 2) for place, row in enumerate(numbers)}
+
+
+def _matrix(columns: dict[str, pa.Array]) -> Tensor:
+    rows = [columns[f"d{place}"].to_numpy() for place in range(DENSE)]
+    return torch.tensor(np.stack(rows, axis=1), dtype=torch.float32)
+
+
+def _flat(bags: pa.Array) -> tuple[Tensor, Tensor]:
+    """Values and offsets of a list column."""
+    lists = bags.to_pylist()
+    lengths = torch.tensor([len(ids) for ids in lists])
+    values = torch.tensor([number for ids in lists for number in ids], dtype=torch.int64)
+    return values, lengths.cumsum(0) - lengths
+
+
+def _arguments(columns: dict[str, pa.Array]) -> dict[str, Tensor]:
+    tags, offsets = _flat(columns["tags"])
+    return {
+        "user": torch.tensor(columns["user"].to_numpy()),
+        "item": torch.tensor(columns["item"].to_numpy()),
+        "tags": tags,
+        "tags_offsets": offsets,
+        "dense": _matrix(columns),
+    }
+
+
+def _logits(model: ClickNet, columns: dict[str, pa.Array]) -> Tensor:
+    logits: Tensor = model(**_arguments(columns))
+    return logits
+
+
+def _write(columns: dict[str, pa.Array], path: Path) -> None:
+    # The fixture is compressed as a whole.
+    pq.write_table(pa.table(columns), path, compression="none")

@@ -1,0 +1,199 @@
+"""What the stored home holds of every compression method: at least one bundle of each kind.
+
+``RECIPES`` are plain JSON, as an order file has them, so that a step's class can be renamed without
+a change here. Settings are chosen such that every layout of stored tensors occurs: code widths,
+scale types, offsets, rows per scale, block sizes, codebook types. Names are never reused: an entry
+stays as it is once a fixture holds it.
+"""
+
+from typing import Any
+
+Recipe = tuple[dict[str, Any], ...]
+
+QUICK = {"epochs": 2, "batch": 64, "warmup": 0, "learning_rate": 0.01}
+
+
+def _table(kind: str, **settings: Any) -> Recipe:
+    return ({"kind": kind, **settings},)
+
+
+def _layers(kind: str, **settings: Any) -> Recipe:
+    return ({"kind": kind, "layers": ["*"], **settings},)
+
+
+RECIPES: dict[str, tuple[str, Recipe]] = {
+    # Tables whose rows are stored in fewer bits.
+    "rowwise-int8": ("clicks", _table("rowwise_int8")),
+    "rowwise-int8-offsets": (
+        "clicks",
+        _table("rowwise_int8", symmetric=False, scale="float32", clipping="mse"),
+    ),
+    "rowwise-int8-shared-scale": ("clicks", _table("rowwise_int8", rows_per_scale=0)),
+    "rowwise-int4": ("clicks", _table("rowwise_int4", clipping="least_squares")),
+    "rowwise-int4-offsets": (
+        "clicks",
+        _table("rowwise_int4", symmetric=False, scale="float32", rows_per_scale=8),
+    ),
+    "rowwise-int2": ("clicks", _table("rowwise_int2", clipping="greedy")),
+    "rowwise-int2-symmetric": (
+        "clicks",
+        _table("rowwise_int2", symmetric=True, scale="float32", rows_per_scale=2),
+    ),
+    "float8-e4m3": ("clicks", _table("float8_e4m3")),
+    "float8-e4m3-shared-scale": (
+        "clicks",
+        _table("float8_e4m3", scale="float32", rows_per_scale=0),
+    ),
+    "bfloat16": ("clicks", _table("bfloat16")),
+    "kmeans-2": ("clicks", _table("kmeans", bits=2, scale="none")),
+    "kmeans-4": ("clicks", _table("kmeans", bits=4, scale="float16")),
+    "kmeans-8": ("clicks", _table("kmeans", bits=8, scale="float32")),
+    "product-codes-8": ("clicks", _table("product_codes", parts=4, bits=8, codebook_share=1.0)),
+    "product-codes-4": (
+        "clicks",
+        _table("product_codes", parts=3, bits=4, codebook_type="float16", codebook_share=1.0),
+    ),
+    "product-codes-2": ("clicks", _table("product_codes", parts=5, bits=2, codebook_share=1.0)),
+    "residual-codes-8": (
+        "clicks",
+        _table("residual_codes", codebooks=2, bits=8, refine=2, codebook_type="float16"),
+    ),
+    "residual-codes-4": (
+        "clicks",
+        _table(
+            "residual_codes",
+            codebooks=3,
+            bits=4,
+            refine=2,
+            codebook_type="float16",
+            codebook_share=1.0,
+        ),
+    ),
+    "residual-codes-2": ("clicks", _table("residual_codes", codebooks=5, bits=2, refine=2)),
+    "additive-codes": (
+        "clicks",
+        _table("additive_codes", codebooks=2, bits=4, rounds=2, beam=2, codebook_share=1.0),
+    ),
+    # Tables made of smaller tables.
+    "low-rank": ("clicks", _table("low_rank", rank=0.25)),
+    "dimensions": ("clicks", _table("dimensions", keep=0.5, importance="traffic")),
+    "quotient-remainder": ("clicks", _table("quotient_remainder")),
+    "quotient-remainder-product": (
+        "clicks",
+        _table("quotient_remainder", operation="multiply", buckets=0.2),
+    ),
+    "multi-hash": ("clicks", _table("multi_hash", buckets=0.3, draws=1)),
+    "multi-hash-signed": (
+        "clicks",
+        _table("multi_hash", buckets=0.2, hashes=3, signed=True, draws=1),
+    ),
+    "neural-codes": ("clicks", _table("neural_codes", codes=0.3, hidden=8, steps=10)),
+    "merge-rows": ("clicks", _table("merge_rows", tables=["user"])),
+    "cluster-rows": ("clicks", _table("cluster_rows", hot=0.2, clusters=0.2)),
+    "prune-rows-nearest": ("clicks", _table("prune_rows", keep=0.5)),
+    "prune-rows-shared": ("clicks", _table("prune_rows", min_lookups=2, pruned="shared")),
+    "prune-rows-zero": ("clicks", _table("prune_rows", keep=0.4, importance="norm", pruned="zero")),
+    "tiers": ("clicks", _table("tiers", hot=0.2)),
+    "drop-tables": (
+        "clicks",
+        _table("drop_tables", tables=["item", "tags"], most_loss=1.0, repeats=1),
+    ),
+    # Compositions whose parts are stored in fewer bits.
+    "low-rank-then-int4": (
+        "clicks",
+        (*_table("low_rank", rank=0.5), *_table("rowwise_int4")),
+    ),
+    "tiers-then-int8-and-int2": (
+        "clicks",
+        (
+            *_table("tiers", hot=0.2),
+            *_table("rowwise_int8", tables=["*.hot"]),
+            *_table("rowwise_int2", tables=["*.cold"], symmetric=True),
+        ),
+    ),
+    "prune-rows-then-product-codes": (
+        "clicks",
+        (
+            *_table("prune_rows", keep=0.5),
+            *_table("product_codes", parts=4, bits=4, codebook_share=1.0),
+        ),
+    ),
+    # Dense layers.
+    "static-int8": ("clicks", _layers("static_int8")),
+    "static-int8-searched": (
+        "clicks",
+        _layers("static_int8", calibrator="best", weights="mse"),
+    ),
+    "weight-int8": ("clicks", _layers("weight_int8")),
+    "weight-int8-blocks": (
+        "clicks",
+        _layers("weight_int8", block=16, scale="float32", activations="float32"),
+    ),
+    "weight-int4": ("clicks", _layers("weight_int4", block=16)),
+    "weight-int4-row-scale": (
+        "clicks",
+        _layers("weight_int4", block=0, scale="float32", activations="int8", rounding="gptq"),
+    ),
+    "float8-dense": ("clicks", _layers("float8_dense")),
+    "float8-dense-layer-scale": ("clicks", _layers("float8_dense", scales="layer")),
+    "bfloat16-dense": ("clicks", _layers("bfloat16_dense")),
+    "float16": ("clicks", ({"kind": "float16"},)),
+    "qat": ("clicks", _layers("qat", training=QUICK)),
+    "low-rank-dense": ("clicks", _layers("low_rank_dense", rank=0.25)),
+    "low-rank-dense-then-int8": (
+        "clicks",
+        (*_layers("low_rank_dense", rank=0.25), *_layers("static_int8")),
+    ),
+    # Methods that change weights, widths or the number of layers.
+    "fold": ("clicks", _layers("fold")),
+    "equalize": ("clicks", _layers("equalize")),
+    "smooth-quant": ("clicks", _layers("smooth_quant")),
+    "magnitude": ("clicks", _layers("magnitude", scope="global")),
+    "sparse-2-4": ("clicks", _layers("sparse_2_4")),
+    "l1-training": ("clicks", _layers("l1_training", training=QUICK)),
+    "channels": ("clicks", _layers("channels", keep=0.5)),
+    "drop-layers": ("clicks", _layers("drop_layers")),
+    "distill": ("clicks", ({"kind": "distill", "training": QUICK},)),
+    "distill-student": (
+        "clicks",
+        ({"kind": "distill", "training": QUICK, "student": {"blocks": 1}, "loss": "pointwise"},),
+    ),
+    "fine-tune": ("clicks", ({"kind": "fine_tune", "training": QUICK},)),
+    "refit-codes": (
+        "clicks",
+        (
+            *_table("product_codes", parts=4, bits=4, codebook_share=1.0),
+            {"kind": "refit_codes", "rounds": 1, "training": QUICK},
+        ),
+    ),
+    # Maps after the output.
+    "recalibrate-temperature": (
+        "clicks",
+        (*_table("rowwise_int2"), {"kind": "recalibrate", "method": "temperature"}),
+    ),
+    "recalibrate-platt": (
+        "clicks",
+        (*_table("rowwise_int2"), {"kind": "recalibrate", "method": "platt"}),
+    ),
+    "recalibrate-isotonic": (
+        "clicks",
+        (*_table("rowwise_int2"), {"kind": "recalibrate", "method": "isotonic", "knots": 8}),
+    ),
+    # Groups, and two towers with tied tables.
+    "ranker-int4-and-int8": (
+        "ranker",
+        (*_table("rowwise_int4"), *_layers("fold"), *_layers("static_int8")),
+    ),
+    "finder-int8-and-float16": (
+        "finder",
+        (*_table("rowwise_int8"), {"kind": "float16"}),
+    ),
+    "finder-codes-and-int4": (
+        "finder",
+        (
+            *_table("product_codes", parts=4, bits=4, codebook_share=1.0),
+            *_layers("weight_int4", block=16),
+        ),
+    ),
+}
+"""By name: the model, and the steps in order."""

@@ -1,0 +1,269 @@
+"""A home that an earlier version wrote is listed, served, promoted and scored as it was then.
+
+Each fixture below ``tests/stored_home/fixtures`` was written once and is never written again: from
+then on, code may be moved and renamed, and what is stored stays readable. See
+``tests/stored_home/create.py`` for how to add a fixture.
+"""
+
+import hashlib
+import importlib
+import json
+import pkgutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+from command_line import run_main
+from prefect import Task
+
+import tasks
+from infra.bundle import read
+from infra.bundle_json import read_document
+from infra.expectations import Validation
+from infra.json_limits import validated
+from infra.ledger import Ledger
+from infra.tensorrt import Engine
+from tasks.documents import Measurement, Report, Stages, lowering_of
+from tasks.order_records import finished
+from tasks.promotion import version_report
+from tasks.report import markdown
+from tasks.report_page import page, validation_of
+from tasks.result_records import read_result
+from tasks.stored import store
+from tasks.subject import resolve
+from tests.stored_home.create import HOME
+from tests.stored_home.stored import EXPECTED, NAMES, WITH_ORDERS, Fixture, copied, enter, stored
+
+RENAMED: dict[str, str] = {}
+"""The present name of a task by the name in stored records, where it was renamed."""
+every_fixture = pytest.mark.parametrize("name", NAMES)
+every_home = pytest.mark.parametrize("name", WITH_ORDERS)
+
+
+def present_tasks() -> dict[str, Task[..., Any]]:
+    """Every Prefect task below ``tasks/`` by its name."""
+    modules = pkgutil.walk_packages(tasks.__path__, "tasks.")
+    members = [vars(importlib.import_module(module.name)).values() for module in modules]
+    return {task.name: task for found in members for task in found if isinstance(task, Task)}
+
+
+@pytest.fixture
+def fixture(name: str, monkeypatch: pytest.MonkeyPatch) -> Fixture:
+    """A fixture that the test only reads."""
+    found = stored(name)
+    enter(monkeypatch, found.root)
+    return found
+
+
+@pytest.fixture
+def home(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of a fixture's home under another path, for a test that changes it."""
+    root = copied(name, tmp_path / "moved")
+    enter(monkeypatch, root)
+    return root
+
+
+# --- the registry's commands -----------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Command:
+    """The command line in this process, with the home of the test."""
+
+    monkeypatch: pytest.MonkeyPatch
+    capsys: pytest.CaptureFixture[str]
+
+    def __call__(self, *arguments: str, code: int = 0) -> str:
+        """Run it and require an exit code; returns what it printed."""
+        ended, text = run_main(self.monkeypatch, self.capsys, *arguments)
+        assert ended == code, text
+        return text
+
+    def json(self, *arguments: str, code: int = 0) -> Any:
+        """The same for a command that prints JSON."""
+        return json.loads(self(*arguments, "--json", code=code))
+
+
+@pytest.fixture
+def recpress(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Command:
+    return Command(monkeypatch, capsys)
+
+
+def require_within(expected: Any, found: Any, place: str = "") -> None:
+    """Require that everything in a stored document is in the present one, which may have more."""
+    if isinstance(expected, dict):
+        assert isinstance(found, dict), place
+        for key, value in expected.items():
+            assert key in found, f"{place}.{key} is missing"
+            require_within(value, found[key], f"{place}.{key}")
+    elif isinstance(expected, list):
+        assert isinstance(found, list), place
+        assert len(found) == len(expected), place
+        for number, (old, new) in enumerate(zip(expected, found, strict=True)):
+            require_within(old, new, f"{place}[{number}]")
+    else:
+        assert found == expected, place
+
+
+@every_home
+def test_list_and_show_print_what_they_printed_then(name: str, home: Path, recpress: Command):
+    expected = EXPECTED[name]["registry"]
+    place = str(home / "recpress")
+    listed = json.loads(json.dumps(expected["list"]).replace(HOME, place))
+    require_within(listed, recpress.json("registry", "list"))
+    assert len(listed) == len(EXPECTED[name]["finished"])
+    for version, report in expected["show"].items():
+        model, _, number = version.partition("@")
+        require_within(report, recpress.json("registry", "show", model, "--version", number))
+
+
+@every_home
+def test_every_stored_report_is_printed_and_its_page_is_written(
+    name: str, home: Path, recpress: Command
+):
+    for version in EXPECTED[name]["registry"]["show"]:
+        model, _, number = version.partition("@")
+        command = ("registry", "show", model, "--version", number)
+        assert recpress(*command).startswith("#")
+        recpress(*command, "--html", str(home / "page.html"))
+        assert "</html>" in (home / "page.html").read_text()
+
+
+@every_home
+def test_a_stored_champion_is_fetched_file_by_file(name: str, home: Path, recpress: Command):
+    for model, files in EXPECTED[name]["registry"]["fetch"].items():
+        recpress("registry", "fetch", model, "--into", str(home / model))
+        found = {
+            path.relative_to(home / model).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
+            for path in (home / model).rglob("*")
+            if path.is_file()
+        }
+        assert found == files
+        assert any(path.endswith(".onnx") for path in found)
+    engine = ("--version", "2", "--target", "tensorrt-rtx", "--unmeasured")
+    recpress("registry", "fetch", "clicks", "--into", str(home / "engine"), *engine)
+    assert (home / "engine" / "model.engine").stat().st_size > 0
+
+
+@every_home
+def test_versions_are_promoted_and_rolled_back_on_top_of_the_stored_ledger(
+    home: Path, recpress: Command
+):
+    def ledger() -> list[tuple[str, str]]:
+        return [(entry.action, entry.version) for entry in Ledger(store(), "clicks").entries()]
+
+    before = [("promote", "1"), ("promote", "2"), ("rollback", "1")]
+    assert ledger() == before
+    recpress("registry", "promote", "clicks", "--version", "3", code=2)  # it is rejected
+    recpress("registry", "promote", "clicks", "--version", "4", code=2)  # it is undecided
+    assert ledger() == before
+    recpress("registry", "promote", "clicks", "--version", "2")
+    assert ledger() == [*before, ("promote", "2")]
+    champion = recpress.json("registry", "show", "clicks", "--version", "@champion")
+    assert champion["reproduction"]["order"]["preset"] == "safe"
+    recpress("registry", "rollback", "clicks")
+    assert ledger() == [*before, ("promote", "2"), ("rollback", "1")]
+
+
+@every_home
+def test_a_stored_triton_repository_is_read_and_written_again(home: Path, recpress: Command):
+    for model in ("clicks", "ranker", "finder"):
+        # Another version may write another configuration; then this one is "behind", exit code 1.
+        _, text = run_main(recpress.monkeypatch, recpress.capsys, "triton", "show", model, "--json")
+        there = json.loads(text)
+        assert {item["served"] for item in there} == {"1"}
+        assert {state for item in there for state in item["files"].values()} == {"ok"}
+        recpress("triton", "export", model)
+        laid = recpress.json("triton", "show", model)
+        assert {item["state"] for item in laid} == {"champion"}
+    recpress("registry", "promote", "clicks", "--version", "2")
+    assert {item["served"] for item in recpress.json("triton", "show", "clicks")} == {"2"}
+
+
+@every_home
+def test_a_lost_registry_is_restored_from_the_stored_records(
+    name: str, home: Path, recpress: Command
+):
+    (home / "recpress" / "registry.db").unlink()
+    recpress("registry", "restore")
+    found = {(item["model"], item["version"]) for item in recpress.json("registry", "list")}
+    finished = EXPECTED[name]["finished"].values()
+    assert found == {(item["model"], item["version"]) for item in finished}
+
+
+@every_home
+def test_every_stored_report_is_rendered_by_the_present_code(fixture: Fixture):
+    for version in fixture.expected["registry"]["show"]:
+        model, _, number = version.partition("@")
+        _, report = version_report(model, number)
+        assert markdown(report).startswith("#")
+        assert "</html>" in page(report, validation_of(report.validation))
+
+
+# --- bundles, tables and records -------------------------------------------------------------
+
+
+@every_fixture
+def test_a_stored_bundle_is_found_checked_and_not_packed_twice(home: Path, recpress: Command):
+    for model in ("clicks", "ranker", "finder"):
+        found = recpress.json("bundle", "check", f"{model}@1")
+        assert (found["name"], found["version"]) == (model, "1")
+        before = resolve(f"{model}@1")
+        packed = recpress.json("bundle", "pack", str(home / "drafts" / model))
+        assert packed["artifact"]["sha256"] == before.sha256
+        assert packed["rows"] == found["rows"]
+        manifest = recpress.json("bundle", "show", before.uri)
+        assert manifest == recpress.json("bundle", "show", model)
+
+
+@every_fixture
+def test_stored_table_files_are_complete(name: str, fixture: Fixture, recpress: Command):
+    for kind, sha256 in EXPECTED[name]["tables"].items():
+        found, tables = recpress.json("tables", "check", str(fixture.root / "tables" / kind))
+        assert found["sha256"] == sha256
+        assert tables["step"]["kind"] == kind
+
+
+@every_home
+def test_every_stored_task_result_is_read(fixture: Fixture):
+    """Keys hold a digest of the code: other code runs its tasks again, and must not break here."""
+    present = present_tasks()
+    keys = store().keys("results/")
+    assert len({key.split("/")[1] for key in keys}) > 10
+    for key in keys:
+        _, task, file = key.split("/")
+        function = present[RENAMED.get(task, task)].fn
+        read_result(store(), task, file.removesuffix(".json"), function)
+
+
+DOCUMENTS = {
+    "build.json": lambda path: validated(Engine, path.read_bytes()),
+    "lowering.json": lambda path: lowering_of(path.parent),
+    "measurement.json": lambda path: read_document(Measurement, path),
+    "model.json": lambda path: read(path.parent),
+    "report.json": lambda path: validated(Report, path.read_bytes()),
+    "stages.json": lambda path: Stages.validate_json(path.read_bytes()),
+    "validation.json": lambda path: read_document(Validation, path),
+}
+"""Readers of the documents in artifacts; the other JSON files are a user's vocabularies."""
+
+
+@every_home
+def test_every_document_in_a_stored_artifact_is_read(fixture: Fixture):
+    artifacts = fixture.root / "recpress" / "store" / "artifacts"
+    for name, reader in DOCUMENTS.items():
+        paths = sorted(artifacts.glob(f"*/files/{name}"))
+        assert paths, name
+        for path in paths:
+            assert reader(path) is not None
+    assert {path.name for path in artifacts.glob("*/files/*.json")} == {*DOCUMENTS, "items.json"}
+
+
+@every_home
+def test_every_finished_order_is_found_with_its_version(name: str, fixture: Fixture):
+    for order in EXPECTED[name]["finished"].values():
+        found = finished(order["order"])
+        assert found is not None
+        assert (found.version, found.report.name) == (order["version"], order["model"])
+        assert (found.report.outcome, found.release.sha256) == (order["outcome"], order["release"])

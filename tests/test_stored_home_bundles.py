@@ -1,0 +1,149 @@
+"""Bundles and graphs that an earlier version stored have their tensors and scores of then.
+
+A fixture of ``tests/stored_home`` covers every registered method and every format.
+"""
+
+from pathlib import Path
+from typing import get_args
+
+import numpy as np
+import pytest
+
+from compressors.distill.recalibrate import Method
+from compressors.factored import FACTORED
+from compressors.steps import COMPOSITIONS, LINEAR_FORMATS, TABLE_FORMATS
+from tasks.documents import lowering_of
+from tasks.loading import load_bundle
+from tasks.lower import lower_model
+from tasks.prepare import prepare
+from tasks.stored import local
+from tasks.subject import find
+from tests.stored_home.scores import edge_inputs, graph_scores, module_scores, tensors_digest
+from tests.stored_home.settings import registered_steps
+from tests.stored_home.stored import (
+    EXPECTED,
+    NAMES,
+    Fixture,
+    artifact,
+    bundle_of,
+    copied,
+    enter,
+    require_equal,
+    stored,
+)
+
+every_fixture = pytest.mark.parametrize("name", NAMES)
+
+
+@pytest.fixture
+def fixture(name: str, monkeypatch: pytest.MonkeyPatch) -> Fixture:
+    """A fixture that the test only reads."""
+    found = stored(name)
+    enter(monkeypatch, found.root)
+    return found
+
+
+# --- what is stored --------------------------------------------------------------------------
+
+
+def test_every_registered_step_is_in_a_stored_recipe():
+    recipes = [recipe for expected in EXPECTED.values() for recipe in expected["recipes"].values()]
+    kinds = {step["kind"] for recipe in recipes for step in recipe["steps"]}
+    assert {step().kind for step in registered_steps()} - kinds == set()
+
+
+def test_every_format_is_in_a_stored_bundle():
+    formats = {
+        found
+        for expected in EXPECTED.values()
+        for bundle in expected["bundles"].values()
+        for found in bundle["formats"]
+    }
+    known = {f"{kind}:{f}" for kind in ("table", "bag") for f in (*TABLE_FORMATS, *COMPOSITIONS)}
+    known |= {f"linear:{f}" for f in (*LINEAR_FORMATS, FACTORED)}
+    known |= {"norm:folded"} | {f"output:{method}" for method in get_args(Method)}
+    assert known - formats == set()
+
+
+@every_fixture
+def test_the_fixture_holds_every_bundle_that_is_expected(fixture: Fixture):
+    held = {path.name for path in (fixture.root / "recpress/store/artifacts").iterdir()}
+    wanted = {*fixture.expected["bundles"], *fixture.expected["graphs"]}
+    assert wanted
+    assert wanted <= held
+
+
+# --- bundles and graphs ----------------------------------------------------------------------
+
+BUNDLES = [(name, sha) for name in NAMES for sha in EXPECTED[name]["bundles"]]
+GRAPHS = [(name, sha) for name in NAMES for sha in EXPECTED[name]["graphs"]]
+
+
+def _id(value: str) -> str:
+    """A bundle by its recipe's name where it has one."""
+    for expected in EXPECTED.values():
+        for recipe, found in expected["recipes"].items():
+            if value in (found["bundle"], found["graph"]):
+                return recipe
+    return value[:12]
+
+
+@pytest.mark.parametrize(("name", "sha"), BUNDLES, ids=_id)
+def test_a_stored_bundle_has_its_tensors_and_scores(sha: str, fixture: Fixture):
+    expected = fixture.expected["bundles"][sha]
+    loaded = load_bundle(artifact(sha))
+    assert loaded.manifest.name == expected["model"]
+    assert tensors_digest(loaded.model.module) == expected["tensors"]
+    scores = module_scores(loaded.model.module, fixture.inputs(expected["model"]))
+    assert np.isfinite(scores).all()
+    require_equal(scores, fixture.scores(f"torch/{sha}"), fixture, sha)
+
+
+@pytest.mark.parametrize(("name", "sha"), GRAPHS, ids=_id)
+def test_a_stored_graph_has_its_scores_in_onnx_runtime(sha: str, fixture: Fixture):
+    expected = fixture.expected["graphs"][sha]
+    folder = local(artifact(sha))
+    lowering = lowering_of(folder)
+    assert [graph.name for graph in lowering.graphs] == expected["graphs"]
+    inputs = fixture.inputs(expected["model"])
+    for graph in lowering.graphs:
+        names = tuple(item.name for item in graph.inputs)
+        for kind, given in (("rows", inputs), ("edge", edge_inputs(inputs))):
+            scores = graph_scores(folder / graph.file, names, given)
+            key = f"onnx/{sha}/{graph.name}/{kind}"
+            require_equal(scores, fixture.scores(key), fixture, bundle_of(sha, fixture.expected))
+
+
+@every_fixture
+def test_out_of_range_ids_have_their_stored_result_in_a_graph(fixture: Fixture):
+    graphs = [
+        sha for sha, found in fixture.expected["graphs"].items() if found["model"] == "clicks"
+    ]
+    assert graphs
+    for sha in graphs:
+        edge = fixture.scores(f"onnx/{sha}/model/edge")
+        assert np.flatnonzero(np.isnan(edge)).tolist() == [0]  # the user; the item has a default
+
+
+RECIPE_GRAPHS = [(name, recipe) for name in NAMES for recipe in EXPECTED[name]["recipes"]]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "recipe"), RECIPE_GRAPHS)
+def test_a_stored_bundle_is_lowered_to_a_graph_with_the_stored_scores(
+    name: str, recipe: str, fixture: Fixture, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    enter(monkeypatch, copied(name, tmp_path / "moved"))
+    expected = fixture.expected["recipes"][recipe]
+    subject = find(expected["model"])
+    split = subject.calibration()
+    probe = prepare.fn(subject.artifact, split, "code")
+    rows = subject.rows[split]
+    bundle = artifact(expected["bundle"])
+    lowered = local(lower_model.fn(bundle, "onnxruntime", probe, rows, 65_536, "code"))
+    inputs = fixture.inputs(expected["model"])
+    for graph in lowering_of(lowered).graphs:
+        names = tuple(item.name for item in graph.inputs)
+        scores = graph_scores(lowered / graph.file, names, inputs)
+        key = f"onnx/{expected['graph']}/{graph.name}/rows"
+        require_equal(scores, fixture.scores(key), fixture, expected["bundle"])

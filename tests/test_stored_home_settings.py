@@ -1,0 +1,98 @@
+"""Orders, steps and limits that were written once are read for ever, under the names they have.
+
+A setting, kind or choice that is renamed needs an alias for the old name: these documents are order
+files of users, and orders inside of stored reports.
+"""
+
+import json
+import tempfile
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from compressors.contracts import Limit
+from flows.cli_order import read_order
+from flows.order import Order
+from tests.stored_home.archive import fixtures, unpack
+from tests.stored_home.orders import ORDERS
+from tests.stored_home.settings import STEP, registered_steps
+
+EXPECTED = {path.name: json.loads((path / "expected.json").read_text()) for path in fixtures()}
+STEPS = [document for expected in EXPECTED.values() for document in expected["steps"]]
+RECIPES = [
+    (name, recipe["steps"])
+    for expected in EXPECTED.values()
+    for name, recipe in expected["recipes"].items()
+]
+LIMITS = [document for expected in EXPECTED.values() for document in expected["limits"]]
+ORDER_DOCUMENTS = [document for expected in EXPECTED.values() for document in expected["orders"]]
+
+
+def values(document: Any) -> Counter[str]:
+    """Every value in a document, without the names of the fields; ``kind`` is a name as well."""
+    if isinstance(document, dict):
+        parts = [values(value) for key, value in document.items() if key != "kind"]
+        return sum(parts, Counter())
+    if isinstance(document, list):
+        return sum((values(item) for item in document), Counter())
+    return Counter([json.dumps(document)])
+
+
+def require_values(document: Any, found: Any) -> None:
+    """Require that every stored value is in what was read; a later version may have more fields."""
+    lost = values(document) - values(found)
+    assert not lost
+
+
+def test_every_registered_step_is_among_the_stored_documents():
+    stored = {document["kind"] for document in STEPS}
+    assert {step().kind for step in registered_steps()} - stored == set()
+    assert len(STEPS) > len(registered_steps())
+
+
+@pytest.mark.parametrize("document", STEPS, ids=lambda document: document["kind"])
+def test_a_stored_step_is_read_with_all_of_its_values(document: dict[str, Any]):
+    step = STEP.validate_json(json.dumps(document))
+    require_values(document, step.model_dump(mode="json"))
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda recipe: recipe[0])
+def test_the_steps_of_a_stored_recipe_are_read(recipe: tuple[str, list[dict[str, Any]]]):
+    for document in recipe[1]:
+        require_values(document, STEP.validate_python(document).model_dump(mode="json"))
+
+
+@pytest.mark.parametrize("document", LIMITS, ids=lambda document: document["metric"])
+def test_a_stored_limit_is_read_and_written_as_text(document: dict[str, Any]):
+    limit = Limit.model_validate(document)
+    require_values(document, limit.model_dump(mode="json"))
+    assert Limit.parse(str(limit)) == limit
+
+
+@pytest.mark.parametrize("document", ORDER_DOCUMENTS, ids=lambda document: document["preset"])
+def test_a_stored_order_is_read_with_all_of_its_values(document: dict[str, Any]):
+    order = Order.model_validate_json(json.dumps(document))
+    require_values(document, order.model_dump(mode="json"))
+
+
+@pytest.mark.parametrize(
+    "folder",
+    [path for path in fixtures() if "finished" in EXPECTED[path.name]],
+    ids=lambda p: p.name,
+)
+def test_stored_order_files_and_the_orders_in_reports_are_the_same_orders(folder: Path):
+    with tempfile.TemporaryDirectory() as scratch:
+        unpack(folder, Path(scratch) / "home")
+        files = {path.stem: path for path in (Path(scratch) / "home" / "orders").iterdir()}
+        assert files.keys() == ORDERS.keys()
+        orders = {name: read_order(path) for name, path in files.items()}
+    expected = EXPECTED[folder.name]
+    for name, order in orders.items():
+        done = expected["finished"][name]
+        report = expected["registry"]["show"][f"{done['model']}@{done['version']}"]
+        again = Order.model_validate(report["reproduction"]["order"])
+        # The report leaves out what does not change the result, and names bundle and teachers.
+        same = {"model": again.model, "teachers": again.teachers, "promote": False, "attempt": 0}
+        assert order.model_copy(update=same) == again
