@@ -7,8 +7,11 @@ then on, code may be moved and renamed, and what is stored stays readable. See
 
 import hashlib
 import importlib
+import io
 import json
+import lzma
 import pkgutil
+import tarfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,11 +35,21 @@ from tasks.report_page import page, validation_of
 from tasks.result_records import read_result
 from tasks.stored import store
 from tasks.subject import resolve
+from tests.stored_home import create
+from tests.stored_home.archive import fixtures, unpack
 from tests.stored_home.create import HOME
 from tests.stored_home.stored import EXPECTED, NAMES, WITH_ORDERS, Fixture, copied, enter, stored
 
 RENAMED: dict[str, str] = {}
 """The present name of a task by the name in stored records, where it was renamed."""
+FILES = {
+    "0.1.0-2026-11-30": {
+        "expected.json": "84f888849e9c56fc21f72017864f3a92f38ee72c41db7fbb32e5bef4f87c467c",
+        "expected.safetensors": "cb36e959eb5c72642ec3afc2d2636cdecc7c1fd76a0cf3afc8156a905ad13ed4",
+        "home.tar.xz.1": "ffd26476d21366bbfdae56b1b2aa53ffffa99609c0f821a71973091167ccbde9",
+    }
+}
+"""SHA-256 of every file of every fixture; lines are added, never changed."""
 every_fixture = pytest.mark.parametrize("name", NAMES)
 every_home = pytest.mark.parametrize("name", WITH_ORDERS)
 
@@ -62,6 +75,40 @@ def home(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     root = copied(name, tmp_path / "moved")
     enter(monkeypatch, root)
     return root
+
+
+# --- fixtures --------------------------------------------------------------------------------
+
+
+def test_no_stored_file_was_written_again():
+    found = {
+        folder.name: {
+            path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.iterdir()
+        }
+        for folder in fixtures()
+    }
+    assert found == FILES
+    assert WITH_ORDERS
+
+
+def test_a_fixture_that_exists_is_not_created_again():
+    with pytest.raises(SystemExit, match="exists and stays as it is"):
+        create.main([NAMES[0]])
+
+
+@pytest.mark.parametrize(("name", "target"), [("../outside", ""), ("link", "/etc")])
+def test_an_archive_entry_that_leads_out_of_the_folder_is_refused(
+    name: str, target: str, tmp_path: Path
+):
+    plain = io.BytesIO()
+    with tarfile.open(fileobj=plain, mode="w") as tar:
+        entry = tarfile.TarInfo(name)
+        entry.type, entry.linkname = (tarfile.SYMTYPE, target) if target else (entry.type, "")
+        tar.addfile(entry)
+    (tmp_path / "home.tar.xz.1").write_bytes(lzma.compress(plain.getvalue()))
+    with pytest.raises(tarfile.FilterError):
+        unpack(tmp_path, tmp_path / "into")
+    assert not (tmp_path / "outside").exists()
 
 
 # --- the registry's commands -----------------------------------------------------------------
@@ -106,14 +153,19 @@ def require_within(expected: Any, found: Any, place: str = "") -> None:
         assert found == expected, place
 
 
+def listed(name: str, home: Path) -> list[dict[str, Any]]:
+    """What ``registry list`` printed, with the present place of the home."""
+    text = json.dumps(EXPECTED[name]["registry"]["list"])
+    found: list[dict[str, Any]] = json.loads(text.replace(HOME, str(home / "recpress")))
+    return found
+
+
 @every_home
 def test_list_and_show_print_what_they_printed_then(name: str, home: Path, recpress: Command):
-    expected = EXPECTED[name]["registry"]
-    place = str(home / "recpress")
-    listed = json.loads(json.dumps(expected["list"]).replace(HOME, place))
-    require_within(listed, recpress.json("registry", "list"))
-    assert len(listed) == len(EXPECTED[name]["finished"])
-    for version, report in expected["show"].items():
+    versions = listed(name, home)
+    assert len(versions) == len(EXPECTED[name]["finished"])
+    require_within(versions, recpress.json("registry", "list"))
+    for version, report in EXPECTED[name]["registry"]["show"].items():
         model, _, number = version.partition("@")
         require_within(report, recpress.json("registry", "show", model, "--version", number))
 
@@ -182,14 +234,12 @@ def test_a_stored_triton_repository_is_read_and_written_again(home: Path, recpre
 
 
 @every_home
-def test_a_lost_registry_is_restored_from_the_stored_records(
+def test_a_lost_registry_is_restored_from_the_stored_records_with_its_tags(
     name: str, home: Path, recpress: Command
 ):
     (home / "recpress" / "registry.db").unlink()
     recpress("registry", "restore")
-    found = {(item["model"], item["version"]) for item in recpress.json("registry", "list")}
-    finished = EXPECTED[name]["finished"].values()
-    assert found == {(item["model"], item["version"]) for item in finished}
+    require_within(listed(name, home), recpress.json("registry", "list"))
 
 
 @every_home

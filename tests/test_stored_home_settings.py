@@ -5,9 +5,7 @@ files of users, and orders inside of stored reports.
 """
 
 import json
-import tempfile
 from collections import Counter
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,11 +13,10 @@ import pytest
 from compressors.contracts import Limit
 from flows.cli_order import read_order
 from flows.order import Order
-from tests.stored_home.archive import fixtures, unpack
 from tests.stored_home.orders import ORDERS
 from tests.stored_home.settings import STEP, registered_steps
+from tests.stored_home.stored import EXPECTED, WITH_ORDERS, stored
 
-EXPECTED = {path.name: json.loads((path / "expected.json").read_text()) for path in fixtures()}
 STEPS = [document for expected in EXPECTED.values() for document in expected["steps"]]
 RECIPES = [
     (name, recipe["steps"])
@@ -77,20 +74,14 @@ def test_a_stored_order_is_read_with_all_of_its_values(document: dict[str, Any])
     require_values(document, order.model_dump(mode="json"))
 
 
-@pytest.mark.parametrize(
-    "folder",
-    [path for path in fixtures() if "finished" in EXPECTED[path.name]],
-    ids=lambda p: p.name,
-)
-def test_stored_order_files_and_the_orders_in_reports_are_the_same_orders(folder: Path):
-    with tempfile.TemporaryDirectory() as scratch:
-        unpack(folder, Path(scratch) / "home")
-        files = {path.stem: path for path in (Path(scratch) / "home" / "orders").iterdir()}
-        assert files.keys() == ORDERS.keys()
-        orders = {name: read_order(path) for name, path in files.items()}
-    expected = EXPECTED[folder.name]
-    for name, order in orders.items():
-        done = expected["finished"][name]
+@pytest.mark.parametrize("name", WITH_ORDERS)
+def test_stored_order_files_and_the_orders_in_reports_are_the_same_orders(name: str):
+    files = {path.stem: path for path in (stored(name).root / "orders").iterdir()}
+    assert files.keys() == ORDERS.keys()
+    orders = {stem: read_order(path) for stem, path in files.items()}
+    expected = EXPECTED[name]
+    for stem, order in orders.items():
+        done = expected["finished"][stem]
         report = expected["registry"]["show"][f"{done['model']}@{done['version']}"]
         again = Order.model_validate(report["reproduction"]["order"])
         # The report leaves out what does not change the result, and names bundle and teachers.
