@@ -5,6 +5,7 @@ import pytest
 import torch
 from grids import SLACK, normal, scale_types, sharing, tables, unhurried
 from hypothesis import given
+from rowwise_reference import encode_float8_rows
 from torch import Tensor
 
 from compressors.errors import CompressionError
@@ -44,6 +45,19 @@ def test_every_byte_means_what_the_format_says():
             assert np.isnan(found)
         else:
             assert found == (-size if code & 128 else size)
+
+
+@pytest.mark.parametrize("together", [0, 1, 4])
+@pytest.mark.parametrize("scale", ["float16", "float32"])
+def test_stored_bytes_and_scales_are_those_of_the_numpy_reference(together, scale):
+    table = normal(40, 9) * torch.logspace(-6, 3, 40).unsqueeze(1)
+    table[3] = 0.0
+    table[8:12, 0] = 448.0  # the scale of these rows is 1: ties between E4M3 numbers are exact
+    table[8:12, 1:] = torch.tensor([17.0, 19.0, -21.0, 23.0, 2.0**-10, -3 * 2.0**-10, 1.0625, 300])
+    module = encode_table(Float8E4M3(scale=scale, rows_per_scale=together), table)
+    wanted = encode_float8_rows(table.numpy(), together, scale)
+    assert np.array_equal(module.scale.numpy(), wanted.scale)
+    assert np.array_equal(module.codes.numpy(), wanted.codes)
 
 
 def test_no_weight_becomes_the_byte_that_is_no_number():
