@@ -1,56 +1,42 @@
 """What is retried, and under which key a result is found again."""
 
+import importlib
+import pkgutil
+import re
+from pathlib import Path
 from typing import Any, cast, get_type_hints
 from uuid import uuid4
 
 import pytest
-from prefect import task
+from prefect import Task, task
 from prefect.cache_policies import NO_CACHE
 from prefect.client.schemas.objects import State, TaskRun
 from prefect.results import ResultRecordMetadata
 from prefect.states import Cancelled, Completed, Crashed, Failed
 
+import tasks
 from compressors.contracts import Artifact
 from compressors.errors import CompressionError, ParityLost
 from compressors.tables.rowwise_int8 import RowwiseInt8
 from flows.compress import compress as compress_flow
 from infra import errors
-from tasks import (
-    budget,
-    build,
-    compress,
-    gate,
-    lower,
-    measure,
-    policy,
-    prepare,
-    publish,
-    pull,
-    rank,
-    score,
-    stages,
-    tables,
-    validate,
-)
+from tasks import compress, policy, tables
 
 A = Artifact(uri="file:///s/artifacts/a", sha256="a" * 64, bytes=1)
-EVERY = [
-    tables.quantize_tables,
-    pull.pull,
-    validate.validate,
-    prepare.prepare,
-    compress.compress,
-    lower.lower_model,
-    build.build,
-    measure.measure,
-    gate.gate,
-    publish.publish,
-    budget.lost,
-    rank.rank,
-    score.score,
-    score.average,
-    stages.weigh,
-]
+
+
+def own_tasks() -> list[Task[..., Any]]:
+    """Every Prefect task that a module of the package ``tasks`` defines, at any depth."""
+    found: dict[int, Task[..., Any]] = {}
+    for info in pkgutil.walk_packages(tasks.__path__, "tasks."):
+        module = importlib.import_module(info.name)
+        for value in vars(module).values():
+            if isinstance(value, Task) and value.fn.__module__ == info.name:
+                found[id(value)] = value
+    return list(found.values())
+
+
+EVERY = own_tasks()
 
 
 def kinds(of: type[Exception]) -> list[type[Exception]]:
@@ -90,6 +76,18 @@ def test_a_bad_order_or_our_own_bug_stays_bad(kind: type[Exception]) -> None:
 def test_a_result_is_no_fault() -> None:
     state: State[Any] = Completed(data=1)
     assert not policy.infra_fault(cast("Any", None), cast("TaskRun", None), state)
+
+
+def test_every_module_that_declares_a_task_is_among_those_checked() -> None:
+    """By the text of the sources, so that an error of the search for tasks is noticed."""
+    folder = Path(tasks.__file__).parent
+    declaring = {
+        ".".join(path.relative_to(folder.parent).with_suffix("").parts)
+        for path in folder.rglob("*.py")
+        if re.search(r"^@task\b", path.read_text(), re.MULTILINE)
+    }
+    assert {ours.fn.__module__ for ours in EVERY} == declaring
+    assert tables.quantize_tables in EVERY
 
 
 @pytest.mark.parametrize("ours", [*EVERY, compress_flow], ids=lambda ours: ours.name)
