@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from compressors.contracts import Architecture, Bench, DenseInput, IdInput, Network, Schema
 from compressors.dense.fold import Fold
-from compressors.dense.narrowing import TOLERANCE, gap_of
+from compressors.dense.narrowing import gap_of
 from compressors.errors import CompressionError
 from compressors.formats import FoldedNorm
 from compressors.model import Model
@@ -136,7 +136,15 @@ def test_a_probability_near_one_may_move_by_the_last_step_of_float32() -> None:
     assert gap_of(found, expected, shown, lambda: rounded) is None
     moved = expected - 1e-5
     assert gap_of(moved, expected, shown, lambda: rounded) is not None
-    assert TOLERANCE == 1e-3  # the tolerance itself is as it was
+
+
+@pytest.mark.parametrize(("share", "is_accepted"), [(0.5e-3, True), (2e-3, False)])
+def test_scores_may_move_by_a_thousandth_of_their_spread(share: float, is_accepted: bool) -> None:
+    expected = torch.linspace(-1, 1, 64).reshape(4, 16)
+    found = expected.clone()
+    found[2, 5] += share * expected[2].std()
+    gap = gap_of(found, expected, schema("logit"), lambda: expected.unsqueeze(0))
+    assert (gap is None) == is_accepted
 
 
 def test_nan_scores_never_agree() -> None:

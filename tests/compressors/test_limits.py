@@ -8,7 +8,6 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from compressors.contracts import (
-    LATENCY_BATCHES,
     MEASURES,
     Limit,
     Measure,
@@ -203,7 +202,6 @@ def test_every_metric_has_its_line_and_every_line_a_task():
     assert set(MEASURES) == set(get_args(Measure))
     assert {name for name, facts in MEASURES.items() if facts.selects} == set(get_args(Metric))
     assert all(facts.tasks for facts in MEASURES.values())
-    assert LATENCY_BATCHES == (1, 64, 1024)
 
 
 @pytest.mark.parametrize(
