@@ -83,6 +83,29 @@ def test_a_candidate_that_scores_the_same_differs_by_exactly_nothing(metric):
     assert got.baseline == got.candidate
 
 
+@pytest.mark.parametrize("metric", ["auc", "logloss", "normalized_entropy"])
+def test_equal_scores_of_rows_without_groups_differ_by_exactly_nothing(metric):
+    label, before, _, _ = impressions(600)
+    got = paired(metric, label, before, before.copy(), samples=100)
+    assert (got.difference.low, got.difference.point, got.difference.high) == (0, 0, 0)
+
+
+def test_the_interval_of_a_mean_loss_is_the_normal_one_of_95_percent():
+    random = np.random.default_rng(4)
+    label = random.random(5000) < 0.3
+    first, second = 0.2 + 0.2 * random.random((2, 5000))
+    got = paired("logloss", label, first, second, samples=2000)
+    losses = [-np.log(np.where(label, score, 1 - score)) for score in (first, second)]
+    for estimate, values in (
+        (got.baseline, losses[0]),
+        (got.candidate, losses[1]),
+        (got.difference, losses[1] - losses[0]),
+    ):
+        reach = 1.96 * values.std(ddof=1) / values.size**0.5
+        # A 2.5 % quantile of 2000 replicates varies by 3 % of the reach; three of that.
+        assert (estimate.high - estimate.low) / 2 == pytest.approx(reach, rel=0.09)
+
+
 def test_pairing_makes_the_difference_far_narrower_than_either_model():
     got = paired("auc", *impressions(2000, noise=0.05)[:3], samples=200)
     assert got.resolves < (got.baseline.high - got.baseline.low) / 2 / 5

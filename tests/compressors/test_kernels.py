@@ -195,6 +195,7 @@ def test_threads_change_nothing(threads: int, together: int, monkeypatch: pytest
         assert torch.equal(codes, whole[0])
         assert torch.equal(found.scale, whole[1].scale)
         assert torch.equal(kernels.encode_as(rows, fitted, table, 4), alone)
+        assert torch.equal(kernels.encode_as(rows, whole[1], grid, 4), whole[0])
         rows[777, 3] = float("nan")
         with pytest.raises(CompressionError, match="Row 777 has a NaN"):
             kernels.encode(rows, grid, 4)

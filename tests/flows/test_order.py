@@ -22,6 +22,7 @@ from flows.terms import Preset, Targets, Terms
 from infra.checks import Rules
 from tasks import stored
 from tasks.subject import Subject
+from tasks.teachers import Teacher
 
 LIMIT = Limit(metric="auc", against="baseline", at_least=-0.002)
 ORDER = Order(model="clicks@1", limits=(LIMIT,))
@@ -172,6 +173,8 @@ SAME = order_digest(ORDER, SUBJECT, None)
         pytest.param(changed(targets=Targets(best_batch=32)), SUBJECT, None, id="batch"),
         pytest.param(changed(rules=Rules(min_rows=7)), SUBJECT, None, id="rules"),
         pytest.param(changed(seed=1), SUBJECT, None, id="seed"),
+        pytest.param(changed(budget=0.001), SUBJECT, None, id="budget"),
+        pytest.param(changed(attempt=1), SUBJECT, None, id="attempt"),
         pytest.param(ORDER, SUBJECT, CHAMPION, id="champion"),
         pytest.param(
             ORDER,
@@ -188,6 +191,14 @@ def test_whatever_changes_the_result_changes_the_orders_digest(
     order: Order, subject: Subject, champion: Artifact | None
 ) -> None:
     assert order_digest(order, subject, champion) != SAME
+
+
+def test_teachers_change_the_orders_digest() -> None:
+    teacher = Teacher(artifact=CHAMPION, name="clicks@2", output="logit", architecture="b" * 64)
+    edited = teacher.model_copy(update={"architecture": "d" * 64})
+    other = teacher.model_copy(update={"artifact": SUBJECT.artifact})
+    digests = {order_digest(ORDER, SUBJECT, None, (one,)) for one in (teacher, edited, other)}
+    assert len(digests | {SAME}) == 4
 
 
 def test_our_own_code_changes_the_orders_digest(monkeypatch: pytest.MonkeyPatch) -> None:

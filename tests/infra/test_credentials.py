@@ -3,6 +3,8 @@
 import logging
 import os
 import traceback
+from collections.abc import Callable
+from urllib.parse import quote, quote_plus
 
 import pytest
 from canaries import Canaries, canaries, traces
@@ -74,6 +76,19 @@ def test_values_of_secret_variables_are_hidden_wherever_they_stand(
         secret = PLANTED.of(name)
         assert_clean(cleaned(f"password {secret} refused"), cleaned(f"{[secret]}"))
         assert_clean(cleaned(f"http://me:{PLANTED.in_address(name)}@host"))
+
+
+@pytest.mark.parametrize(
+    "encoded",
+    [lambda text: quote(text, safe=""), quote, quote_plus, lambda text: repr(text)[1:-1]],
+    ids=["percent", "percent except /", "form", "repr"],
+)
+def test_encoded_values_of_secret_variables_are_hidden_outside_of_addresses(
+    encoded: Callable[[str], str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    secret = "pä ss/wo\\rd&1"
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", secret)
+    assert cleaned(f"signed with {encoded(secret)} by x") == "signed with *** by x"
 
 
 def test_short_and_ordinary_values_of_variables_stay(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -164,3 +164,11 @@ def test_a_number_of_400_characters_is_read_and_one_more_is_refused():
     assert decode(b'{"a": ' + b"9" * 400 + b"}", Path("x"))["a"] == int("9" * 400)
     with pytest.raises(BundleRefused, match="more than 400 characters"):
         decode(b'{"a": ' + b"9" * 401 + b"}", Path("x"))
+
+
+@pytest.mark.parametrize("opening", ["[", '{"x":'])
+def test_64_levels_are_accepted_and_65_are_refused(opening):
+    closing = {"[": "]", '{"x":': "}"}[opening]
+    check_limits(f"{opening * 64}0{closing * 64}".encode())
+    with pytest.raises(ValueError, match="nested too deep, more than 64 levels"):
+        check_limits(f"{opening * 65}0{closing * 65}".encode())

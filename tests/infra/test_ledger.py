@@ -191,10 +191,23 @@ def test_an_entry_that_does_not_continue_the_one_before_is_damage(ledger):
         first.model_copy(update={"sequence": 2, "previous": "9"}),
         first.model_copy(update={"sequence": 3, "previous": "1"}),
         first.model_copy(update={"sequence": 2, "previous": "1", "action": "rollback"}),
+        first.model_copy(update={"sequence": 2, "previous": "1", "model": "other"}),
     ):
-        ledger._store.write("ledger/ranker/00000002.json", forged.model_dump_json().encode())
+        # With a digest that fits, so that it is not the digest that is refused.
+        body = forged.sealed(first).model_dump_json().encode()
+        ledger._store.write("ledger/ranker/00000002.json", body)
         with pytest.raises(ArtifactDamaged, match=r"00000002\.json"):
             ledger.champion()
+
+
+def test_a_changed_entry_whose_digest_fits_is_found_by_the_entry_after_it(ledger):
+    for version in "123":
+        promote(ledger, version)
+    first = ledger.entries()[0]
+    changed = first.model_copy(update={"reason": "another reason"}).sealed(None)
+    ledger._store.write("ledger/ranker/00000001.json", changed.model_dump_json().encode())
+    with pytest.raises(ArtifactDamaged, match=r"00000002\.json or the entry before it"):
+        ledger.entries()
 
 
 @pytest.mark.parametrize("name", ["2.json", "x.json", "00000002.txt", "00000002.json/x"])

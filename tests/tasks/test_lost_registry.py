@@ -198,14 +198,6 @@ def test_one_changed_value_of_an_entry_is_damage(home: Path, old: str, new: str)
     assert alias() == "2"
 
 
-def test_a_change_of_an_earlier_entry_is_found_by_the_entry_after_it(home: Path) -> None:
-    for digit in "abc":
-        promote("m", published(home, digit).version, "")
-    change_entry(1, '"reason": ""', '"reason": "x"')
-    with pytest.raises(ArtifactDamaged, match=r"00000001\.json"):
-        Ledger(store(), "m").entries()
-
-
 def without_digests(entries: tuple[Entry, ...]) -> None:
     """Write a ledger as versions before this one did."""
     for entry in entries:

@@ -1,0 +1,57 @@
+"""What the settings of an embedded Prefect server do to requests, without starting a server."""
+
+import asyncio
+
+import httpx
+import pytest
+from prefect.context import SettingsContext, get_settings_context
+from prefect.server.api.server import create_app
+from prefect.settings import Settings
+from web_attacks import FOREIGN, basic
+
+from flows import embedded_server
+from flows.embedded_server import new_auth_string
+
+# Unlike /health, it needs authentication; it needs no database.
+VERSION = "http://127.0.0.1/api/version"
+
+
+def replies(
+    monkeypatch: pytest.MonkeyPatch, auth: str, *requests: dict[str, str]
+) -> list[httpx.Response]:
+    """Replies of Prefect's own application, configured as an embedded server is, to some headers.
+
+    The environment is the one that the server's process gets, so every name of a setting counts.
+    """
+    for name, value in embedded_server._environment(auth).items():
+        monkeypatch.setenv(name, value)
+
+    async def ask() -> list[httpx.Response]:
+        app = create_app(ephemeral=True, ignore_cache=True)
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(app=app)) as client:
+            return [await client.get(VERSION, headers=headers) for headers in requests]
+
+    with SettingsContext(profile=get_settings_context().profile, settings=Settings()):
+        return asyncio.run(ask())
+
+
+def test_an_embedded_server_answers_only_requests_with_its_secret(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    auth = new_auth_string()
+    without, wrong, right = replies(monkeypatch, auth, {}, basic("recpress:recpress"), basic(auth))
+    assert (without.status_code, wrong.status_code, right.status_code) == (401, 401, 200)
+
+
+def test_an_embedded_server_allows_no_other_origin(monkeypatch: pytest.MonkeyPatch) -> None:
+    auth = new_auth_string()
+    headers = [basic(auth) | {"Origin": origin} for origin in FOREIGN]
+    for reply in replies(monkeypatch, auth, *headers):
+        assert reply.status_code == 200
+        assert "access-control-allow-origin" not in reply.headers
+
+
+def test_each_embedded_server_has_another_secret_of_at_least_128_bits() -> None:
+    secrets = {new_auth_string().partition(":")[2] for _ in range(100)}
+    assert len(secrets) == 100
+    assert all(len(bytes.fromhex(secret)) * 8 >= 128 for secret in secrets)
