@@ -1,0 +1,163 @@
+"""Faults in table formats: rounding, scales, clipping, and the choice of a format."""
+
+from tests.seeded_faults.fault import Fault
+
+ROWWISE = "tests/compressors/test_rowwise.py"
+STORED = f"{ROWWISE}::test_stored_codes_scales_and_offsets_are_those_of_the_numpy_reference"
+GRID = "tests/compressors/test_grid.py"
+CLIPPING = "tests/compressors/test_clipping.py"
+BETTER = "tests/compressors/test_better_format.py"
+
+FAULTS = (
+    Fault(
+        id="grid-ties-go-up",
+        file="compressors/tables/grid.py",
+        old="steps = steps.round() if grid.levels % 2 else steps.floor() + 0.5",
+        new="steps = (steps + 0.5).floor() if grid.levels % 2 else steps.floor() + 0.5",
+        effect="Weights halfway between two levels are rounded up instead of to the even level.",
+        tests=(
+            "tests/compressors/test_kernels.py"
+            "::test_values_halfway_between_levels_go_to_the_even_one",
+        ),
+    ),
+    Fault(
+        id="grid-int2-levels-shifted",
+        file="compressors/tables/grid.py",
+        old="else steps.floor() + 0.5",
+        new="else steps.round() - 0.5",
+        effect="Symmetric int2 rounds to the level below or above the nearest one.",
+        tests=(STORED,),
+    ),
+    Fault(
+        id="grid-scale-rounded-down",
+        file="compressors/tables/grid.py",
+        old="return torch.where(clipped, stored + smallest, stored)",
+        new="return stored",
+        effect="A small float16 scale is rounded down, which clips the row's largest weights.",
+        tests=(f"{GRID}::test_a_scale_among_the_smallest_float16_numbers_clips_nothing",),
+    ),
+    Fault(
+        id="grid-scale-may-be-zero",
+        file="compressors/tables/grid.py",
+        old="stored = scale.clamp(min=smallest).to(grid.dtype)",
+        new="stored = scale.to(grid.dtype)",
+        effect="A row of zeros has scale 0, which TensorRT refuses.",
+        tests=(f"{GRID}::test_rows_of_zeros_keep_a_positive_scale_and_are_exact",),
+    ),
+    Fault(
+        id="grid-offset-rounded-to-nearest",
+        file="compressors/tables/grid.py",
+        old="offset = torch.where(near.float() > low, below, near)",
+        new="offset = near",
+        effect="An offset above the smallest weight clips that weight.",
+        tests=(f"{GRID}::test_a_row_of_one_value_is_kept_within_a_rounding",),
+    ),
+    Fault(
+        id="grid-symmetric-scale-of-one-end",
+        file="compressors/tables/clipping.py",
+        old="        widest = symmetric_scale(torch.maximum(-low, high), grid)\n"
+        '        if grid.clipping == "min_max":',
+        new="        widest = symmetric_scale(high.abs(), grid)\n"
+        '        if grid.clipping == "min_max":',
+        effect="The scale ignores negative weights that are larger than the positive ones.",
+        tests=(STORED,),
+    ),
+    Fault(
+        id="grid-asymmetric-top-level-unused",
+        file="compressors/tables/grid.py",
+        old="    top = grid.levels - 1\n    scale = (high",
+        new="    top = grid.levels\n    scale = (high",
+        effect="The highest code of an asymmetric grid is never used, so levels are too narrow.",
+        tests=(STORED,),
+    ),
+    Fault(
+        id="int8-asymmetric-has-255-levels",
+        file="compressors/tables/rowwise_int8.py",
+        old="LEVELS, ALL_LEVELS = 255, 256",
+        new="LEVELS, ALL_LEVELS = 255, 255",
+        effect="Row-wise int8 with offsets wastes a code, against the documented formula.",
+        tests=(STORED,),
+    ),
+    Fault(
+        id="int8-levels-are-signed-bytes",
+        file="compressors/tables/rowwise_int8.py",
+        old="LEVELS, ALL_LEVELS = 255, 256",
+        new="LEVELS, ALL_LEVELS = 253, 256",
+        effect="Symmetric row-wise int8 uses 253 of its 255 levels.",
+        tests=(STORED,),
+    ),
+    Fault(
+        id="shared-scale-entry-of-next-rows",
+        file="compressors/tables/scales.py",
+        old="return ids // rows_per_scale if rows_per_scale else torch.zeros_like(ids)",
+        new="return (ids % rows_per_scale).clamp(max=0) if rows_per_scale "
+        "else torch.zeros_like(ids)",
+        effect="All rows of a table with shared scales are read with the first scale.",
+        tests=(f"{ROWWISE}::test_a_lookup_gives_the_reference_weights_for_ids_of_any_shape",),
+    ),
+    Fault(
+        id="shared-scale-layout-drops-last-range",
+        file="compressors/tables/scales.py",
+        old="entries = -(-rows // together) if together else 1",
+        new="entries = max(rows // together, 1) if together else 1",
+        effect="The plan's bytes leave out the scale of the last, shorter range of rows.",
+        tests=(f"{ROWWISE}::test_bytes_are_codes_plus_a_scale_and_an_offset_for_every_range",),
+    ),
+    Fault(
+        id="scale-gradient-ignores-repeated-ids",
+        file="compressors/tables/scales.py",
+        old="total.index_add_(0, entries_of(ids, rows_per_scale).reshape(-1), each)",
+        new="total[entries_of(ids, rows_per_scale).reshape(-1)] = each",
+        effect="The gradient of a scale counts only one of several lookups of a row.",
+        tests=(f"{ROWWISE}::test_the_gradients_of_scales_and_offsets_are_those_of_plain_torch",),
+    ),
+    Fault(
+        id="clipping-mse-takes-last-share",
+        file="compressors/tables/clipping.py",
+        old="better = (error < least) & (scale > 0)",
+        new="better = scale > 0",
+        effect="Clipping takes the narrowest range instead of the one of least squared error.",
+        tests=(f"{CLIPPING}::test_mse_finds_the_best_share_of_every_symmetric_row",),
+    ),
+    Fault(
+        id="clipping-greedy-moves-one-end",
+        file="compressors/tables/clipping.py",
+        old="        lower = first < second\n",
+        new="        lower = first == first\n",
+        effect="Greedy clipping always moves the lower end.",
+        tests=(f"{CLIPPING}::test_greedy_is_as_good_as_torchs_own",),
+    ),
+    Fault(
+        id="float8-scale-ends-below-448",
+        file="compressors/tables/float8_e4m3.py",
+        old="LEVELS = 2 * LARGEST + 1",
+        new="LEVELS = LARGEST + 1",
+        effect="The largest weight of a row is clipped to half.",
+        tests=("tests/compressors/test_float8_e4m3.py",),
+    ),
+    Fault(
+        id="bfloat16-truncates",
+        file="compressors/tables/bfloat16.py",
+        old="short = table.to(torch.bfloat16)",
+        new="short = (table.float().contiguous().view(torch.int32) >> 16 << 16)"
+        ".view(torch.float32).to(torch.bfloat16)",
+        effect="Weights are truncated to bfloat16 instead of rounded.",
+        tests=("tests/compressors/test_bfloat16.py",),
+    ),
+    Fault(
+        id="better-format-ignores-bytes",
+        file="compressors/better_format.py",
+        old="sorted((item for item in better if item[0] <= size), key=lambda item: item[:2])",
+        new="sorted(better, key=lambda item: item[:2])",
+        effect="A row-wise table becomes a better format that takes more bytes.",
+        tests=(f"{BETTER}::test_a_rowwise_format_gives_way_to_a_better_one_that_is_no_larger",),
+    ),
+    Fault(
+        id="better-format-overflows-float16",
+        file="compressors/better_format.py",
+        old='if other.kind == "float16" and float(weight.abs().max()) > LARGEST:',
+        new='if other.kind == "none" and float(weight.abs().max()) > LARGEST:',
+        effect="A table with weights beyond float16 is stored as float16, with infinite weights.",
+        tests=(f"{BETTER}::test_a_table_that_float16_cannot_hold_keeps_the_format_of_the_recipe",),
+    ),
+)

@@ -1,0 +1,163 @@
+"""Faults in metrics, intervals, rankings and score changes."""
+
+from tests.seeded_faults.fault import Fault
+
+METRICS = "tests/compressors/test_metrics.py"
+INTERVALS = "tests/compressors/test_intervals.py"
+CLUSTERS = "tests/compressors/test_cluster_intervals.py"
+CHANGE = "tests/compressors/test_score_change.py"
+RANKING = "tests/compressors/test_full_ranking.py"
+
+FAULTS = (
+    Fault(
+        id="auc-ties-count-as-losses",
+        file="compressors/metrics.py",
+        old='    not_above = np.searchsorted(negatives, positives, side="right")\n',
+        new='    not_above = np.searchsorted(negatives, positives, side="left")\n',
+        effect="A positive and a negative of equal score count 0 instead of a half.",
+        tests=(f"{METRICS}::test_auc_equals_scikit_learn_with_ties",),
+    ),
+    Fault(
+        id="gauc-ignores-impressions",
+        file="compressors/metrics.py",
+        old="return float(value @ impressions / impressions.sum())",
+        new="return float(value.mean())",
+        effect="Users count the same in GAUC, however many impressions they have.",
+        tests=(f"{METRICS}::test_gauc_is_the_impression_weighted_mean_of_scikit_learns_auc",),
+    ),
+    Fault(
+        id="gauc-ties-take-the-last-rank",
+        file="compressors/metrics.py",
+        old="rank = (run_end - (run_size - 1) / 2)[run]",
+        new="rank = run_end[run]",
+        effect="Equal scores inside a group take the last of their ranks instead of the mean.",
+        tests=(f"{METRICS}::test_gauc_is_the_impression_weighted_mean_of_scikit_learns_auc",),
+    ),
+    Fault(
+        id="ndcg-linear-gains",
+        file="compressors/metrics.py",
+        old="gain = np.exp2(relevance) - 1",
+        new="gain = relevance",
+        effect="NDCG has linear gains instead of 2**label - 1.",
+        tests=(
+            f"{METRICS}::test_ndcg_equals_scikit_learn_with_exponential_gains_and_averaged_ties",
+        ),
+    ),
+    Fault(
+        id="logloss-infinite-for-sure-rows",
+        file="compressors/metrics.py",
+        old="    chance = np.clip(chance, PROBABILITY_FLOOR, 1 - PROBABILITY_FLOOR)\n",
+        new="    chance = np.clip(chance, 1e-300, 1 - 1e-16)\n",
+        effect="One sure and wrong row costs hundreds of nats instead of 16.",
+        tests=(f"{METRICS}::test_one_sure_and_wrong_row_costs_sixteen_nats_and_not_infinity",),
+    ),
+    Fault(
+        id="normalized-entropy-of-constant-rate",
+        file="compressors/metrics.py",
+        old="return float(losses.mean()) / float(base_entropy(float(positive.mean())))",
+        new="return float(losses.mean()) / float(base_entropy(0.5))",
+        effect="Normalized entropy divides by the entropy of a fair coin.",
+        tests=(f"{METRICS}::test_normalized_entropy_of_the_base_rate_is_one",),
+    ),
+    Fault(
+        id="interval-difference-not-paired",
+        file="compressors/intervals.py",
+        old="        pair = before(counts), after(counts)\n",
+        new="        pair = before(counts), after(random.permutation(counts))\n",
+        effect="Two models are resampled separately, which widens the interval of the difference.",
+        tests=(f"{INTERVALS}::test_equal_scores_of_rows_without_groups_differ_by_exactly_nothing",),
+    ),
+    Fault(
+        id="interval-of-85-percent",
+        file="compressors/intervals.py",
+        old="    low, high = np.quantile(values, [TAIL, 1 - TAIL])\n",
+        new="    low, high = np.quantile(values, [3 * TAIL, 1 - 3 * TAIL])\n",
+        effect="Bootstrap intervals cover 85 % instead of 95 %.",
+        tests=(f"{INTERVALS}::test_the_interval_of_a_mean_loss_is_the_normal_one_of_95_percent",),
+    ),
+    Fault(
+        id="cluster-interval-ignores-group-size",
+        file="compressors/cluster_intervals.py",
+        old="variance = float((change**2) @ (1 - share))",
+        new="variance = float((change**2).sum() / change.size)",
+        effect="Intervals of grouped rows are too narrow by the root of the number of groups.",
+        tests=(f"{CLUSTERS}::test_groups_of_one_row_give_the_interval_of_independent_rows",),
+    ),
+    Fault(
+        id="cluster-interval-of-rows",
+        file="compressors/intervals.py",
+        old="    if group is not None:\n"
+        "        pair = grouped_pair(metric_name, label, baseline, candidate, group)\n",
+        new="    if group is not None and metric_name not in "
+        '("auc", "logloss", "normalized_entropy"):\n'
+        "        pair = grouped_pair(metric_name, label, baseline, candidate, group)\n",
+        effect="Rows of one user count as independent: the intervals of AUC and log loss shrink.",
+        tests=(f"{CLUSTERS}::test_intervals_of_rows_that_are_copies_of_one_another_do_not_shrink",),
+    ),
+    Fault(
+        id="few-groups-give-an-interval",
+        file="compressors/cluster_intervals.py",
+        old="    if counted < MIN_GROUPS:\n",
+        new="    if counted < 2:\n",
+        effect="Two groups give an interval, so a limit is decided on nearly nothing.",
+        tests=(f"{CLUSTERS}::test_fewer_than_ten_groups_are_undecided_and_say_why",),
+    ),
+    Fault(
+        id="latency-ratio-not-interleaved",
+        file="compressors/intervals.py",
+        old="    if before.size == after.size:\n        values = _quantiles",
+        new="    if before.size != after.size:\n        values = _quantiles",
+        effect="Interleaved rounds are resampled separately: a shared slowdown does not cancel.",
+        tests=(
+            f"{INTERVALS}"
+            "::test_interleaved_rounds_are_drawn_together_so_that_a_shared_slowdown_cancels",
+        ),
+    ),
+    Fault(
+        id="ranking-shows-seen-items",
+        file="compressors/retrieval.py",
+        old="        flat[torch.from_numpy(hidden)] = -torch.inf\n",
+        new="",
+        effect="Items that a query had before take places of its ranking.",
+        tests=(
+            f"{RANKING}::test_a_ranking_is_what_writing_it_out_gives_whatever_is_scored_at_once",
+        ),
+    ),
+    Fault(
+        id="ranking-ties-count-as-found",
+        file="compressors/retrieval.py",
+        old="hits[here] = np.maximum(last - above, 0) / equal",
+        new="hits[here] = (above < k).astype(float)",
+        effect="A model that scores everything alike has recall 1.",
+        tests=(f"{RANKING}::test_a_model_that_scores_everything_alike_is_worth_what_chance_is",),
+    ),
+    Fault(
+        id="score-change-counts-sign",
+        file="compressors/score_change.py",
+        old="change = np.abs(after - before) / (spread or 1.0)",
+        new="change = (after - before) / (spread or 1.0)",
+        effect="Falling scores cancel rising ones in the mean score change.",
+        tests=(f"{CHANGE}::test_values_are_those_of_numpy",),
+    ),
+    Fault(
+        id="changed-top1-counts-ties",
+        file="compressors/score_change.py",
+        old="shared = groups.sums(best[0] & best[1]) / groups.sums(best[1])",
+        new="shared = (groups.sums(best[0] & best[1]) > 0).astype(float)",
+        effect="A candidate with one score for all rows changes no best row.",
+        tests=(
+            f"{CHANGE}::test_changed_top1_counts_groups_whose_best_row_is_another_one",
+            f"{CHANGE}::test_a_candidate_with_one_score_for_all_rows_has_correlation_zero",
+        ),
+    ),
+    Fault(
+        id="no-changed-top1-is-certain",
+        file="compressors/score_change.py",
+        old="    low, high = max(0.0, center - reach), min(1.0, center + reach)\n",
+        new="    low, high = share, share\n",
+        effect="No changed best row among few groups counts as proof that none changes.",
+        tests=(
+            f"{CHANGE}::test_no_changed_top1_among_few_groups_does_not_prove_that_none_changes",
+        ),
+    ),
+)

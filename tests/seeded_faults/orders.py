@@ -1,0 +1,141 @@
+"""Faults in flows, the command line, orders, exit codes and waiting for services."""
+
+from tests.seeded_faults.fault import Fault
+
+CLI = "tests/flows/test_cli.py"
+ORDER = "tests/flows/test_order.py"
+OUTAGES = "tests/tasks/test_outages.py"
+POLICY = "tests/tasks/test_policy.py"
+PROMOTION = "tests/tasks/test_promotion.py"
+
+FAULTS = (
+    Fault(
+        id="bad-input-exits-with-1",
+        file="flows/cli_errors.py",
+        old="    if isinstance(shown, Refused | CompressionError):\n"
+        '        _print(f"recpress: {shown}")\n        return 2\n',
+        new="    if isinstance(shown, Refused | CompressionError):\n"
+        '        _print(f"recpress: {shown}")\n        return 1\n',
+        effect="Bad input has the exit code of a fault that a retry may pass.",
+        tests=(f"{CLI}::test_a_bad_order_is_refused_in_words_with_exit_code_2",),
+    ),
+    Fault(
+        id="lack-of-memory-exits-with-2",
+        file="flows/cli_errors.py",
+        old="    shown: Exception = as_out_of_memory(fault, command(sys.argv[1:])) or fault\n",
+        new="    shown: Exception = fault\n",
+        effect="Too little memory is reported as another fault, with its traceback text.",
+        tests=(
+            "tests/flows/test_exit_codes.py"
+            "::test_a_lack_of_memory_exits_with_code_1_and_one_sentence",
+        ),
+    ),
+    Fault(
+        id="rejected-result-exits-with-0",
+        file="flows/cli.py",
+        old='EXIT = {"accepted": 0, "rejected": 3,',
+        new='EXIT = {"accepted": 0, "rejected": 0,',
+        effect="A rejected result ends with exit code 0, so a pipeline deploys it.",
+        tests=(
+            "tests/flows/test_exit_codes.py"
+            "::test_a_finished_order_exits_with_the_code_of_its_outcome",
+        ),
+    ),
+    Fault(
+        id="missing-module-called-out-of-memory",
+        file="flows/cli_errors.py",
+        old='        said = NO_MEMORY if is_limited() else INCOMPLETE.replace("{missing}", f"{missing}")\n',
+        new="        said = NO_MEMORY\n",
+        effect="A command whose modules cannot be imported claims to be out of memory.",
+        tests=(
+            "tests/flows/test_order_memory.py::test_a_module_that_is_missing_is_not_called_out_of_memory",
+        ),
+    ),
+    Fault(
+        id="order-with-shrinking-batches",
+        file="flows/terms.py",
+        old="        if not self.smallest_batch <= self.best_batch <= self.largest_batch:\n",
+        new="        if not self.smallest_batch <= self.largest_batch:\n",
+        effect="An order's best batch may lie outside of its range; the engine build fails.",
+        tests=(f"{ORDER}::test_batch_sizes_must_grow",),
+    ),
+    Fault(
+        id="order-without-targets",
+        file="flows/terms.py",
+        old="        if not self.wanted():\n",
+        new="        if self.wanted() is None:\n",
+        effect="An order for no target runs and publishes nothing.",
+        tests=(f"{ORDER}::test_an_order_for_no_target_is_refused",),
+    ),
+    Fault(
+        id="order-map-not-last",
+        file="flows/order.py",
+        old='            if step.kind == "recalibrate":\n',
+        new='            if step.kind == behind.kind == "recalibrate":\n',
+        effect="A calibration map is fitted before later steps change the scores.",
+        tests=(f"{ORDER}::test_a_map_of_the_output_comes_last_and_once",),
+    ),
+    Fault(
+        id="order-steps-ignored-with-a-preset",
+        file="flows/order.py",
+        old='        if (self.preset == "custom") != bool(self.steps):\n',
+        new='        if self.preset == "custom" and not self.steps:\n',
+        effect="Steps given with a preset are silently ignored.",
+        tests=(f"{ORDER}::test_steps_belong_to_the_preset_custom_and_to_no_other",),
+    ),
+    Fault(
+        id="order-limits-not-checked",
+        file="flows/terms.py",
+        old="        if problems := limit_problems(limits):\n",
+        new="        if problems := limit_problems(limits[:0]):\n",
+        effect="Limits that cannot be meant pass in the command line, order files and the form.",
+        tests=(
+            "tests/compressors/test_limits.py"
+            "::test_an_order_refuses_such_limits_and_a_stored_limit_is_still_read",
+        ),
+    ),
+    Fault(
+        id="outage-never-given-up",
+        file="tasks/outages.py",
+        old="        if time.monotonic() - self._began + delay > DEADLINE_SECONDS:\n",
+        new="        if delay > DEADLINE_SECONDS:\n",
+        effect="A service that stays away is waited for without end.",
+        tests=(
+            f"{OUTAGES}::test_the_deadline_of_a_task_counts_from_its_first_fault_and_for_each_task",
+        ),
+    ),
+    Fault(
+        id="wrong-credentials-waited-for",
+        file="tasks/outages.py",
+        old="        case httpx.HTTPStatusError() if fault.response.status_code >= _SERVER_FAULTS:\n",
+        new="        case httpx.HTTPStatusError():\n",
+        effect="Wrong credentials of Prefect's API are waited out for ten minutes.",
+        tests=(
+            f"{OUTAGES}::test_only_services_over_the_network_that_do_not_answer_are_waited_for",
+        ),
+    ),
+    Fault(
+        id="bad-order-retried",
+        file="tasks/policy.py",
+        old="    return isinstance(fault, InfraError) and run.run_count <= OTHER_RETRIES\n",
+        new="    return run.run_count <= OTHER_RETRIES\n",
+        effect="A task that refuses its input runs three times.",
+        tests=(f"{POLICY}::test_a_bad_order_or_our_own_bug_stays_bad",),
+    ),
+    Fault(
+        id="task-without-our-options",
+        file="tasks/validate.py",
+        old='@task(task_run_name="validate", **KEPT)\n',
+        new='@task(task_run_name="validate")\n',
+        effect="A task is not retried, and Prefect stores its result.",
+        tests=(POLICY,),
+    ),
+    Fault(
+        id="planted-prefect-result-followed",
+        file="tasks/policy.py",
+        old="    if data is None or isinstance(data, ResultRecordMetadata) or not state.is_completed():\n",
+        new="    if data is None or not state.is_completed():\n",
+        effect="A result that Prefect's API refers to is taken for the result of a run.",
+        tests=(f"{POLICY}::test_a_state_of_the_api_is_never_followed_to_where_it_points",),
+    ),
+)

@@ -1,0 +1,148 @@
+"""Faults in the promotion ledger, the registry, and promotions and rollbacks."""
+
+from tests.seeded_faults.fault import Fault
+
+LEDGER = "tests/infra/test_ledger.py"
+REGISTRY = "tests/infra/test_registry.py"
+LOST = "tests/tasks/test_lost_registry.py"
+PROMOTION = "tests/tasks/test_promotion.py"
+REPEATED = "tests/tasks/test_repeated_promotions.py"
+
+FAULTS = (
+    Fault(
+        id="ledger-expected-sequence-ignored",
+        file="infra/ledger.py",
+        old="            if expected is not None and len(entries) != expected:\n",
+        new="            if expected is not None and len(entries) < expected:\n",
+        effect="A decision made on an older ledger is appended to a newer one.",
+        tests=(f"{LEDGER}::test_who_expected_an_older_ledger_is_told_who_won",),
+    ),
+    Fault(
+        id="ledger-lost-answer-entered-twice",
+        file="infra/ledger.py",
+        old="                if self._store.read(key) == body:\n",
+        new='                if self._store.read(key) == b"":\n',
+        effect="A create whose answer was lost enters one decision twice.",
+        tests=(f"{LEDGER}::test_a_create_whose_answer_was_lost_is_not_entered_twice",),
+    ),
+    Fault(
+        id="ledger-rollback-toggles",
+        file="infra/ledger.py",
+        old='        if entry.action == "rollback":\n            stack.pop()\n',
+        new='        if entry.action == "rollback":\n            stack.append(entry)\n',
+        effect="Two rollbacks go forth and back instead of two steps back.",
+        tests=(f"{LEDGER}::test_rolling_back_twice_goes_two_steps_back",),
+    ),
+    Fault(
+        id="ledger-entry-of-another-model-accepted",
+        file="infra/ledger.py",
+        old="        if (entry.sequence, entry.model, entry.previous) "
+        "!= (sequence, self._model, previous):\n",
+        new="        if (entry.sequence, entry.previous) != (sequence, previous):\n",
+        effect="An entry copied from the ledger of another model decides the champion.",
+        tests=(f"{LEDGER}::test_an_entry_that_does_not_continue_the_one_before_is_damage",),
+    ),
+    Fault(
+        id="ledger-digest-not-checked",
+        file="infra/ledger.py",
+        old="        elif entry.digest != entry.sealed(previous).digest:\n",
+        new="        elif len(entry.digest) != 64:\n",
+        effect="A changed entry is read as if it had been written so.",
+        tests=(f"{LOST}::test_one_changed_value_of_an_entry_is_damage",),
+    ),
+    Fault(
+        id="ledger-digest-not-chained",
+        file="infra/ledger.py",
+        old="        after = None if previous is None else "
+        "previous.digest or previous.sealed(None).digest\n",
+        new="        after = None\n",
+        effect="An entry's digest does not cover the entry before it.",
+        tests=(f"{LEDGER}::test_a_changed_entry_whose_digest_fits_is_found_by_the_entry_after_it",),
+    ),
+    Fault(
+        id="ledger-rollback-anywhere",
+        file="infra/ledger.py",
+        old="        if target.order != order:\n            raise Refused(",
+        new="        if not target.order:\n            raise Refused(",
+        effect="A rollback may go to a version that was not champion before.",
+        tests=(f"{LEDGER}::test_a_rollback_goes_only_where_before_says",),
+    ),
+    Fault(
+        id="registry-duplicates-kept",
+        file="infra/registry.py",
+        old="            if winner.version != str(created.version):\n",
+        new="            if int(winner.version) > int(created.version):\n",
+        effect="Two processes that publish one order leave two versions.",
+        tests=(
+            f"{REGISTRY}"
+            "::test_racers_that_saw_nothing_keep_the_lowest_version_and_delete_the_others",
+        ),
+    ),
+    Fault(
+        id="registry-versions-sorted-as-text",
+        file="infra/registry.py",
+        old="key=lambda entry: -int(entry.version)))",
+        new="key=lambda entry: entry.version, reverse=True))",
+        effect="Version 9 counts as newer than version 10.",
+        tests=(f"{REGISTRY}::test_versions_come_newest_first_also_past_nine",),
+    ),
+    Fault(
+        id="champion-by-version-number",
+        file="tasks/champion.py",
+        old="    registered = registry().by_order(entry.order, model)\n    if registered is None:\n"
+        '        raise _lost(\n            f"The ledger',
+        new="    registered = registry().version(model, entry.version)\n    if registered is None:\n"
+        '        raise _lost(\n            f"The ledger',
+        effect="A registry that was filled again serves another order under the ledger's number.",
+        tests=(f"{LOST}::test_the_champion_is_found_by_its_order_under_another_number",),
+    ),
+    Fault(
+        id="version-tag-not-compared",
+        file="tasks/champion.py",
+        old="    if (report.name, report.order) != (model, order):\n",
+        new="    if report.name != model:\n",
+        effect="A version whose tag names another order is promoted.",
+        tests=(f"{LOST}::test_a_version_whose_tag_names_another_order_is_not_promoted",),
+    ),
+    Fault(
+        id="acceptance-trusts-the-report",
+        file="tasks/acceptance.py",
+        old="    if outcome != report.outcome:\n",
+        new="    outcome = report.outcome\n    if not outcome:\n",
+        effect="A report that was changed to 'accepted' is promoted.",
+        tests=(f"{LOST}::test_a_report_that_contradicts_itself_is_not_promoted",),
+    ),
+    Fault(
+        id="acceptance-judgements-not-computed-again",
+        file="tasks/acceptance.py",
+        old="    outcome = judge.recomputed(verdict)\n",
+        new="    outcome = verdict.outcome\n",
+        effect="A verdict that its own judgements contradict is promoted.",
+        tests=(f"{LOST}::test_a_report_that_contradicts_itself_is_not_promoted",),
+    ),
+    Fault(
+        id="promotion-of-undecided-version",
+        file="tasks/acceptance.py",
+        old='    if outcome != "accepted":\n',
+        new='    if outcome == "rejected":\n',
+        effect="An undecided version becomes champion.",
+        tests=(f"{PROMOTION}::test_only_an_accepted_version_becomes_candidate_or_champion",),
+    ),
+    Fault(
+        id="repeated-rollback-goes-back-twice",
+        file="tasks/promotion.py",
+        old="    return datetime.fromisoformat(last.at) > began "
+        "or registry().confirmed(model) != last.digest\n",
+        new="    return False\n",
+        effect="An interrupted rollback that is repeated goes back two versions.",
+        tests=(f"{REPEATED}::test_a_repeated_rollback_completes_the_interrupted_one",),
+    ),
+    Fault(
+        id="fetch-gives-rejected-targets",
+        file="tasks/promotion.py",
+        old='    if outcome in {"rejected", "undecided"} and not unaccepted:\n',
+        new='    if outcome in {"undecided"} and not unaccepted:\n',
+        effect="A rejected target is fetched without its own option.",
+        tests=(f"{PROMOTION}::test_what_was_not_accepted_is_only_given_by_its_own_option",),
+    ),
+)

@@ -1,0 +1,174 @@
+"""Faults in the handling of hostile names, credentials, paths, JSON and access."""
+
+from tests.seeded_faults.fault import Fault
+
+ARCHITECTURE = "tests/infra/test_architecture.py"
+BUNDLE = "tests/infra/test_bundle.py"
+CREDENTIALS = "tests/infra/test_credentials.py"
+JSON_LIMITS = "tests/infra/test_json_limits.py"
+SERVER = "tests/flows/test_server_settings.py"
+TEXT = "tests/flows/test_terminal_text.py"
+
+FAULTS = (
+    Fault(
+        id="allow-list-by-prefix",
+        file="infra/architecture.py",
+        old='return module_name == root or module_name.startswith(f"{root}.")',
+        new="return module_name.startswith(root)",
+        effect="Allowing module 'a.b' also allows 'a.bc'.",
+        tests=(f"{ARCHITECTURE}::test_a_module_outside_the_list_is_refused_before_it_is_imported",),
+    ),
+    Fault(
+        id="allow-list-checked-after-import",
+        file="infra/architecture.py",
+        old="    if not any(_within(module_name, root) for root in allowed):\n        raise BundleRefused(\n"
+        '            f"architecture {path!r} is not allowed: {_how',
+        new="    if not allowed:\n        raise BundleRefused(\n"
+        '            f"architecture {path!r} is not allowed: {_how',
+        effect="A bundle's module is imported, which runs its code, before it is refused.",
+        tests=(f"{ARCHITECTURE}::test_a_module_outside_the_list_is_refused_before_it_is_imported",),
+    ),
+    Fault(
+        id="architecture-getattr-runs-code",
+        file="infra/architecture.py",
+        old="found = vars(module).get(class_name)  # not getattr: a module may answer that with code",
+        new="found = getattr(module, class_name, None)",
+        effect="A module's own __getattr__ decides what class a bundle gets.",
+        tests=(f"{ARCHITECTURE}::test_a_modules_own_getattr_is_not_asked",),
+    ),
+    Fault(
+        id="attribute-names-run-as-code",
+        file="compressors/construction.py",
+        old="            if _ENDS_TEXT.search(name):\n",
+        new="            if _ENDS_TEXT.fullmatch(name):\n",
+        effect="A module name in a bundle is run as code when the network is traced.",
+        tests=(
+            "tests/compressors/test_construction.py"
+            "::test_an_attribute_whose_name_could_run_as_code_is_refused",
+        ),
+    ),
+    Fault(
+        id="bundle-path-climbs-out",
+        file="infra/bundle_paths.py",
+        old='    if ".." in PurePosixPath(text).parts:\n',
+        new='    if text.startswith("../"):\n',
+        effect="A path such as 'x/../../secret' in a draft leaves its folder.",
+        tests=(f"{BUNDLE}::test_a_draft_path_that_climbs_out_is_refused",),
+    ),
+    Fault(
+        id="bundle-seal-not-checked",
+        file="infra/bundle.py",
+        old="    if raw[-tail:] != _seal_line(raw[:-tail]):\n",
+        new="    if len(raw) < tail:\n",
+        effect="An edited model.json of a sealed bundle is accepted.",
+        tests=(f"{BUNDLE}::test_an_edited_manifest_is_called_changed",),
+    ),
+    Fault(
+        id="refusal-quotes-without-end",
+        file="infra/printable.py",
+        old='    return f"{sentence[: LONGEST_SENTENCE - 3]}..."\n',
+        new="    return sentence\n",
+        effect="A refusal prints a value of 100,000 characters.",
+        tests=(f"{BUNDLE}::test_a_refusal_stays_short_whatever_it_quotes",),
+    ),
+    Fault(
+        id="printable-keeps-direction-marks",
+        file="infra/printable.py",
+        old="\\\\u200b-\\\\u200f\\\\u2028-\\\\u202e",
+        new="\\\\u200b-\\\\u200d\\\\u2028-\\\\u2029",
+        effect="A name can reorder what a terminal or a log shows.",
+        tests=(f"{TEXT}::test_a_log_line_is_one_line_without_control_characters",),
+    ),
+    Fault(
+        id="log-line-forged-by-line-end",
+        file="tasks/log_lines.py",
+        old='record.msg, record.args = "\\n- ".join(map(one_line, lines)), ()',
+        new='record.msg, record.args = "\\n- ".join(map(printable, lines)), ()',
+        effect="A name with a line end forges a line of the log.",
+        tests=(f"{TEXT}::test_a_log_line_is_one_line_without_control_characters",),
+    ),
+    Fault(
+        id="json-depth-unlimited",
+        file="infra/json_limits.py",
+        old="    if size.depth > MAX_JSON_DEPTH:\n",
+        new="    if size.depth > 1000 * MAX_JSON_DEPTH:\n",
+        effect="JSON from outside is parsed at any depth.",
+        tests=(f"{JSON_LIMITS}::test_64_levels_are_accepted_and_65_are_refused",),
+    ),
+    Fault(
+        id="json-counts-brackets-in-text",
+        file="infra/json_limits.py",
+        old="        kinds = np.where((quotes + inside) & 1, 0, _KINDS[block])\n",
+        new="        kinds = _KINDS[block]\n",
+        effect="Brackets inside a text count as nesting, so ordinary JSON is refused.",
+        tests=(f"{JSON_LIMITS}::test_text_in_quotes_does_not_count",),
+    ),
+    Fault(
+        id="credentials-encoded-secrets-shown",
+        file="infra/credentials.py",
+        old='        for form in (text, quote(text, safe=""), quote(text), quote_plus(text), '
+        "repr(text)[1:-1]):\n",
+        new="        for form in (text,):\n",
+        effect="A percent-encoded password is printed.",
+        tests=(
+            f"{CREDENTIALS}::test_encoded_values_of_secret_variables_are_hidden_outside_of_addresses",
+        ),
+    ),
+    Fault(
+        id="credentials-login-in-address-shown",
+        file="infra/credentials.py",
+        old='    return _QUERY.sub(rf"\\g<1>{HIDDEN}", _LOGIN.sub(f"{HIDDEN}@", text))\n',
+        new='    return _QUERY.sub(rf"\\g<1>{HIDDEN}", text)\n',
+        effect="A login in an address of a foreign error message is printed.",
+        tests=(
+            f"{CREDENTIALS}::test_logins_and_tokens_in_addresses_are_hidden_and_other_text_stays",
+        ),
+    ),
+    Fault(
+        id="credentials-cause-keeps-secret",
+        file="infra/credentials.py",
+        old="            fault.__cause__ = fault.__context__ = None\n",
+        new="            fault.__cause__ = earlier\n",
+        effect="The cause of an exception carries a credential into Prefect's database.",
+        tests=(
+            f"{CREDENTIALS}"
+            "::test_an_exception_that_leaves_a_task_keeps_its_class_and_loses_its_secrets",
+        ),
+    ),
+    Fault(
+        id="embedded-server-fixed-secret",
+        file="flows/embedded_server.py",
+        old='    return f"recpress:{secrets.token_hex(24)}"\n',
+        new='    return "recpress:recpress"\n',
+        effect="The embedded Prefect server has a password that everybody knows.",
+        tests=(SERVER,),
+    ),
+    Fault(
+        id="embedded-server-without-authentication",
+        file="flows/embedded_server.py",
+        old='        "PREFECT_SERVER_API_AUTH_STRING": auth,\n',
+        new="",
+        effect="The embedded Prefect server requires no authentication.",
+        tests=(SERVER,),
+    ),
+    Fault(
+        id="embedded-server-answers-every-origin",
+        file="flows/embedded_server.py",
+        old='        "PREFECT_SERVER_API_CORS_ALLOWED_ORIGINS": NO_ORIGIN,\n'
+        '        "PREFECT_SERVER_CORS_ALLOWED_ORIGINS": NO_ORIGIN,\n',
+        new="",
+        effect="A web page may call the API of the embedded Prefect server.",
+        tests=(SERVER,),
+    ),
+    Fault(
+        id="home-with-question-mark",
+        file="infra/settings.py",
+        old='    if "?" not in str(file):\n',
+        new='    if "?" not in str(file) or True:\n',
+        effect="A '?' in RECPRESS_HOME puts the registry into another folder.",
+        tests=(
+            "tests/infra/test_settings.py"
+            "::test_the_uri_of_a_sqlite_file_opens_that_file_whatever_its_path",
+        ),
+    ),
+)

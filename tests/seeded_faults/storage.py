@@ -1,0 +1,171 @@
+"""Faults in the object store, records of results and orders, and cache keys."""
+
+from tests.seeded_faults.fault import Fault
+
+STORE = "tests/infra/test_store.py"
+RESULTS = "tests/tasks/test_result_records.py"
+ORDERS = "tests/tasks/test_order_records.py"
+POLICY = "tests/tasks/test_policy.py"
+ORDER = "tests/flows/test_order.py"
+
+FAULTS = (
+    Fault(
+        id="store-chunks-not-verified",
+        file="infra/store.py",
+        old="            if sha256(data) != entry.chunks[index]:\n                raise _damaged(",
+        new="            if not entry.chunks[index]:\n                raise _damaged(",
+        effect="A flipped byte of an artifact is handed out.",
+        tests=(f"{STORE}::test_a_flipped_byte_is_found_and_its_chunk_named[folder]",),
+    ),
+    Fault(
+        id="store-manifest-root-not-verified",
+        file="infra/store.py",
+        old="        if not name == manifest.root == root_of(manifest.files, manifest.chunk_bytes):\n",
+        new="        if not name == manifest.root:\n",
+        effect="A changed manifest stands for the artifact of its name.",
+        tests=(f"{STORE}::test_a_tampered_manifest_is_damage",),
+    ),
+    Fault(
+        id="store-extra-files-handed-out",
+        file="infra/store.py",
+        old="        if extra_refused and sizes:\n",
+        new="        if extra_refused and not sizes:\n",
+        effect="A file that does not belong to an artifact is loaded with it.",
+        tests=(f"{STORE}::test_a_file_that_does_not_belong_is_not_handed_out_in_place",),
+    ),
+    Fault(
+        id="store-create-overwrites",
+        file="infra/store_folder.py",
+        old="                os.link(temporary, path)\n",
+        new="                temporary.replace(path)\n",
+        effect="Of two writers of one record both believe that they won.",
+        tests=(
+            f"{STORE}"
+            "::test_of_eight_creates_at_once_exactly_one_wins_and_its_body_is_there[folder]",
+        ),
+    ),
+    Fault(
+        id="store-changing-file-stored",
+        file="infra/store_chunks.py",
+        old="        if sha256(data) != entry.chunks[index]:\n            raise _changed(path)\n",
+        new="",
+        effect="A file that changes while it is stored becomes a damaged artifact.",
+        tests=(f"{STORE}::test_a_file_that_changes_while_it_is_stored_is_never_stored",),
+    ),
+    Fault(
+        id="store-cached-copy-not-verified",
+        file="infra/store.py",
+        old="        return hashed(folder, regular_files(folder), manifest.chunk_bytes) == manifest.files\n",
+        new="        return bool(regular_files(folder))\n",
+        effect="A damaged local copy of a remote artifact is used.",
+        tests=(f"{STORE}::test_a_damaged_cached_copy_is_fetched_again",),
+    ),
+    Fault(
+        id="store-symlinks-followed",
+        file="infra/store_chunks.py",
+        old="                if entry.is_symlink():\n",
+        new="                if entry.is_symlink() and not entry.is_file():\n",
+        effect="A symlink in a folder that is stored leads to any file of the machine.",
+        tests=(f"{STORE}::test_put_refuses_symlinks_devices_and_emptiness",),
+    ),
+    Fault(
+        id="result-record-of-another-key",
+        file="tasks/result_records.py",
+        old="    if (record.task, record.key) != (task, key):\n",
+        new="    if record.task != task:\n",
+        effect="The record of other arguments is taken for a task's result.",
+        tests=(
+            f"{RESULTS}"
+            "::test_a_record_that_is_not_exactly_what_was_written_is_refused_and_replaced"
+            "[record of another key]",
+        ),
+    ),
+    Fault(
+        id="result-record-with-artifact-of-two-names",
+        file="tasks/result_records.py",
+        old='        if artifact.uri != f"artifacts/{artifact.sha256}":\n',
+        new='        if not artifact.uri.startswith("artifacts/"):\n',
+        effect="A planted record names two artifacts, one by its URI and one by its hash.",
+        tests=(
+            f"{RESULTS}"
+            "::test_a_record_that_is_not_exactly_what_was_written_is_refused_and_replaced"
+            "[artifact of two names]",
+        ),
+    ),
+    Fault(
+        id="result-record-without-seal",
+        file="tasks/result_records.py",
+        old="    if not is_sealed:\n",
+        new="    if is_sealed is None:\n",
+        effect="A damaged record is read as a result.",
+        tests=(
+            f"{RESULTS}"
+            "::test_a_record_that_is_not_exactly_what_was_written_is_refused_and_replaced"
+            "[no seal]",
+        ),
+    ),
+    Fault(
+        id="order-record-of-another-order",
+        file="tasks/order_records.py",
+        old="        if report.order != order:\n",
+        new="        if not report.order:\n",
+        effect="A record leads to the release of another order.",
+        tests=(f"{ORDERS}::test_a_record_never_leads_to_the_result_of_another_order",),
+    ),
+    Fault(
+        id="cache-key-without-defaults",
+        file="tasks/policy.py",
+        old="    bound.apply_defaults()\n",
+        new="",
+        effect="A default that is named gives another cache key, so the task runs again.",
+        tests=(f"{POLICY}::test_a_default_that_is_named_is_the_same_key",),
+    ),
+    Fault(
+        id="cache-key-of-object-addresses",
+        file="compressors/contracts.py",
+        old='        raise TypeError(f"{type(item).__name__} has no canonical JSON form")\n',
+        new="        return repr(item)\n",
+        effect="Arguments without a canonical form give keys that change with the process.",
+        tests=(f"{POLICY}::test_an_argument_without_a_canonical_form_is_an_error",),
+    ),
+    Fault(
+        id="order-digest-without-budget",
+        file="flows/resolve.py",
+        old='            "budget": order.quality_budget(),\n',
+        new="",
+        effect="Two orders that differ only in the budget share one result.",
+        tests=(f"{ORDER}::test_whatever_changes_the_result_changes_the_orders_digest",),
+    ),
+    Fault(
+        id="order-digest-without-attempt",
+        file="flows/resolve.py",
+        old="    return digest([code_digest(), subject.architecture, order.attempt])\n",
+        new="    return digest([code_digest(), subject.architecture])\n",
+        effect="An order that is carried out again finds the result of the first attempt.",
+        tests=(f"{ORDER}::test_whatever_changes_the_result_changes_the_orders_digest",),
+    ),
+    Fault(
+        id="order-digest-without-teachers",
+        file="flows/resolve.py",
+        old='            "teachers": [[held.artifact.sha256, held.architecture] for held in teachers],\n',
+        new="",
+        effect="Two orders with different teachers share one result.",
+        tests=(f"{ORDER}::test_teachers_change_the_orders_digest",),
+    ),
+    Fault(
+        id="code-digest-without-flows",
+        file="tasks/stored.py",
+        old='    for package in ("flows", "tasks", "compressors", "infra"):\n',
+        new='    for package in ("tasks", "compressors", "infra"):\n',
+        effect="A changed preset finds the results of the preset before.",
+        tests=(f"{ORDER}::test_what_a_preset_stands_for_is_part_of_the_code_that_is_digested",),
+    ),
+    Fault(
+        id="s3-damaged-refusal-is-a-setting",
+        file="infra/store_s3.py",
+        old="    return 400 <= status < 500 and not known\n",
+        new="    return False\n",
+        effect="A refusal that was damaged on the way ends an order as a wrong setting.",
+        tests=(f"{STORE}::test_a_refusal_that_was_damaged_on_the_way_is_asked_for_again",),
+    ),
+)

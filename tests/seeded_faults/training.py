@@ -1,0 +1,263 @@
+"""Faults in distillation, pruning, calibration, training, and checks of data and models."""
+
+from tests.seeded_faults.fault import Fault
+
+LOSS = "tests/compressors/test_loss.py"
+DISTILL = "tests/compressors/test_distill_losses.py"
+CALIBRATION = "tests/compressors/test_calibration.py"
+SPARSE = "tests/compressors/test_sparse_2_4.py"
+PRUNE = "tests/compressors/test_prune_rows.py"
+RECALIBRATE = "tests/compressors/test_recalibrate.py"
+BASELINE = "tests/compressors/test_baseline_checks.py"
+DATA = "tests/infra/test_data.py"
+
+FAULTS = (
+    Fault(
+        id="soft-loss-temperature-of-student-only",
+        file="compressors/loss.py",
+        old="wanted = torch.sigmoid(logits(schema, teacher) / temperature)",
+        new="wanted = torch.sigmoid(logits(schema, teacher))",
+        effect="The teacher's probabilities are not softened by the temperature.",
+        tests=(
+            f"{LOSS}::test_the_soft_loss_of_clicks_is_the_cross_entropy_of_two_softened_answers",
+        ),
+    ),
+    Fault(
+        id="hard-loss-linear-gains",
+        file="compressors/loss.py",
+        old="    gains = torch.exp2(label) - 1\n",
+        new="    gains = label\n",
+        effect="The ranking loss has linear gains instead of 2^label - 1.",
+        tests=(f"{LOSS}::test_list_losses_are_cross_entropies_of_each_lists_shares",),
+    ),
+    Fault(
+        id="margin-loss-counts-the-level",
+        file="compressors/distill/losses.py",
+        old="    spread = sums((gap - mean[segment]).square(), segment, lists)\n",
+        new="    spread = sums(gap.square(), segment, lists)\n",
+        effect="The margin loss depends on the level of a list, not on its margins.",
+        tests=(f"{DISTILL}::test_the_margin_loss_is_the_mean_over_all_pairs_of_a_list",),
+    ),
+    Fault(
+        id="rankdistil-places-reversed",
+        file="compressors/distill/losses.py",
+        old="    by_score = teacher.argsort(descending=True, stable=True)\n",
+        new="    by_score = teacher.argsort(stable=True)\n",
+        effect="RankDistil matches the order of the teacher's last rows instead of its first.",
+        tests=(f"{DISTILL}::test_rankdistil_asks_for_order_at_the_top_and_room_below_it",),
+    ),
+    Fault(
+        id="calibration-percentile-without-zeros",
+        file="compressors/dense/calibration.py",
+        old="    below = seen.zeros + seen.counts.cumsum(0)\n",
+        new="    below = seen.counts.cumsum(0)\n",
+        effect="The percentile of inputs ignores zeros, so more inputs are clipped or none.",
+        tests=(f"{CALIBRATION}::test_percentile_leaves_its_share_inside_and_no_bin_more",),
+    ),
+    Fault(
+        id="calibration-histogram-forgets-when-it-grows",
+        file="compressors/dense/calibration.py",
+        old="        self.counts[: len(folded)] = folded\n",
+        new="",
+        effect="Counts seen before a larger value are lost.",
+        tests=(f"{CALIBRATION}::test_counts_are_the_same_however_the_rows_were_split",),
+    ),
+    Fault(
+        id="int8-products-exceed-sixteen-bits",
+        file="compressors/dense/static_int8.py",
+        old="    step = torch.maximum(scale, paired_scale(inside.detach()))\n",
+        new="    step = scale\n",
+        effect="Int8 products clip on processors without VNNI.",
+        tests=(
+            "tests/compressors/test_static_int8.py"
+            "::test_no_two_neighbouring_products_leave_sixteen_bits",
+        ),
+    ),
+    Fault(
+        id="int8-op-sums-in-float32",
+        file="compressors/dense/static_int8.py",
+        old="    exact = torch.float32 if codes.shape[1] <= EXACT_INPUTS else torch.float64\n",
+        new="    exact = torch.float32\n",
+        effect="Products of more than 1024 inputs are summed inexactly.",
+        tests=(
+            "tests/compressors/test_static_int8.py"
+            "::test_more_inputs_than_float32_sums_exactly_need_the_wider_sum",
+        ),
+    ),
+    Fault(
+        id="magnitude-prunes-the-largest",
+        file="compressors/dense/magnitude.py",
+        old="    smallest = flat.sort(stable=True).indices[: round(share * len(flat))]\n",
+        new="    smallest = flat.sort(stable=True, descending=True).indices"
+        "[: round(share * len(flat))]\n",
+        effect="The largest weights become zero.",
+        tests=(
+            "tests/compressors/test_magnitude.py"
+            "::test_the_smallest_weights_become_zero_and_no_other_changes",
+        ),
+    ),
+    Fault(
+        id="sparse-keeps-three-of-four",
+        file="compressors/dense/sparse_2_4.py",
+        old="scatter_(1, order[:, :2], True)",
+        new="scatter_(1, order[:, :3], True)",
+        effect="Three of four weights stay, which no sparse kernel takes.",
+        tests=(f"{SPARSE}::test_of_every_four_the_two_most_important_stay",),
+    ),
+    Fault(
+        id="sparse-reconstruction-ignores-removed-weights",
+        file="compressors/dense/sparse_2_4.py",
+        old="    moved = torch.where(kept, 0.0, -wide)",
+        new="    moved = torch.zeros_like(wide)",
+        effect="The weights that stay are not refitted for those that are gone.",
+        tests=(f"{SPARSE}::test_reconstruction_is_the_least_squares_solution_on_what_stays",),
+    ),
+    Fault(
+        id="channels-drop-ties",
+        file="compressors/dense/importance.py",
+        old="        total = torch.stack([importance[maker] for maker in group]).sum(dim=0)\n",
+        new="        total = importance[group[0]]\n",
+        effect="Layers whose channels meet are cut by the importance of one of them.",
+        tests=(
+            "tests/compressors/test_channels.py::test_layers_whose_channels_meet_keep_the_same_ones",
+        ),
+    ),
+    Fault(
+        id="prune-rows-shared-row-unweighted",
+        file="compressors/tables/prune_rows.py",
+        old="        each = count[block][chosen[block]].double() + UNSEEN\n",
+        new="        each = torch.ones(int(chosen[block].sum()), dtype=torch.float64)\n",
+        effect="The row of pruned ids is a plain mean instead of one weighted by lookups.",
+        tests=(f"{PRUNE}::test_pruned_ids_share_the_mean_weighted_by_lookups",),
+    ),
+    Fault(
+        id="prune-rows-min-lookups-off-by-one",
+        file="compressors/tables/prune_rows.py",
+        old="kept = max(1, int((counts[unit.name] >= self.min_lookups).sum()))",
+        new="kept = max(1, int((counts[unit.name] > self.min_lookups).sum()))",
+        effect="Rows that training looks up exactly 'min_lookups' times are pruned.",
+        tests=(f"{PRUNE}::test_rows_stay_that_training_looks_up_so_often",),
+    ),
+    Fault(
+        id="lookups-count-padding",
+        file="compressors/traffic.py",
+        old="        read = ids if padding is None else ids[ids != padding]\n",
+        new="        read = ids\n",
+        effect="Padding of bags counts as lookups of row 0.",
+        tests=("tests/compressors/test_traffic.py",),
+    ),
+    Fault(
+        id="fold-forgets-the-mean",
+        file="compressors/dense/fold.py",
+        old="    shift = -norm.running_mean.double() * scale\n",
+        new="    shift = torch.zeros_like(scale)\n",
+        effect="A folded batch norm loses its mean.",
+        tests=("tests/compressors/test_fold.py::test_a_batch_norm_is_a_factor_and_an_offset",),
+    ),
+    Fault(
+        id="recalibration-by-raw-labels",
+        file="compressors/distill/recalibrate.py",
+        old="    label = np.where(label > 0.5, (clicks + 1) / (clicks + 2), "
+        "1 / (len(label) - clicks + 2))\n",
+        new="",
+        effect="Rows that a threshold separates give an infinite slope.",
+        tests=(f"{RECALIBRATE}::test_rows_that_a_threshold_tells_apart_get_a_finite_slope",),
+    ),
+    Fault(
+        id="recalibration-steep-beyond-data",
+        file="compressors/distill/recalibrate.py",
+        old="    first, last = min(slopes[0], 1.0), min(slopes[-1], 1.0)\n",
+        new="    first, last = slopes[0], slopes[-1]\n",
+        effect="Beyond the outer means the isotonic map extrapolates steeply.",
+        tests=(f"{RECALIBRATE}::test_beyond_the_outer_means_a_map_is_no_steeper_than_the_logit",),
+    ),
+    Fault(
+        id="probability-declared-as-logit-accepted",
+        file="compressors/baseline_checks.py",
+        old="        if _clearly_above(loss - other):\n",
+        new="        if _clearly_above(other - loss - 100):\n",
+        effect="Probabilities declared as logits are packed.",
+        tests=(f"{BASELINE}::test_probabilities_declared_as_logits_are_refused",),
+    ),
+    Fault(
+        id="labels-of-one-class-accepted",
+        file="compressors/baseline_checks.py",
+        old="    if label.min() == label.max():\n",
+        new="    if label.size == 0:\n",
+        effect="Test rows of one class are packed; no metric tells models apart.",
+        tests=(
+            f"{BASELINE}::test_one_class_is_refused_in_test_and_validation_and_a_warning_elsewhere",
+        ),
+    ),
+    Fault(
+        id="data-id-of-table-end-accepted",
+        file="infra/data.py",
+        old="if i is not None and not 0 <= i < rows)",
+        new="if i is not None and not 0 <= i <= rows)",
+        effect="An id one beyond its table passes the check.",
+        tests=(f"{DATA}::test_ids_outside_their_table_are_an_error_where_no_policy_covers_them",),
+    ),
+    Fault(
+        id="data-lists-cut-silently",
+        file="infra/data.py",
+        old="            if not isinstance(item, IdInput) and seen.longest > item.shape[0]:\n",
+        new="            if not isinstance(item, IdInput) and seen.longest > 2 * item.shape[0]:\n",
+        effect="Lists longer than the input are accepted at pack.",
+        tests=(f"{DATA}::test_lists_too_long_are_refused_in_every_split_whatever_the_policy",),
+    ),
+    Fault(
+        id="validation-success-without-evaluation",
+        file="infra/expectations.py",
+        old="        success=held and evaluated == intended and intended > 0,\n",
+        new="        success=all(finding.success for finding in findings if finding.evaluated),\n",
+        effect="Checks that were not evaluated count as passed.",
+        tests=(
+            "tests/infra/test_expectations.py"
+            "::test_an_expectation_that_raises_is_not_evaluated_and_refused",
+            "tests/infra/test_expectations.py"
+            "::test_an_empty_file_fails_and_what_needs_rows_is_not_evaluated",
+        ),
+    ),
+    Fault(
+        id="splits-out-of-time-order-accepted",
+        file="infra/checks.py",
+        old='            {"max_value": 0},\n            against=later,\n',
+        new='            {"max_value": 1e18},\n            against=later,\n',
+        effect="Training rows later than the test rows pass the data checks.",
+        tests=(
+            "tests/infra/test_expectations.py::test_rows_after_the_start_of_a_later_split_fail",
+        ),
+    ),
+    Fault(
+        id="training-keeps-the-last-epoch",
+        file="compressors/training.py",
+        old="            for name, tensor in self.held().items() if not self.last else ():\n",
+        new="            for name, tensor in self.held().items() if self.last else ():\n",
+        effect="Training ends with the last epoch instead of the best one.",
+        tests=(
+            "tests/compressors/test_training.py"
+            "::test_it_stops_when_nothing_improves_and_gives_back_what_it_was_given",
+        ),
+    ),
+    Fault(
+        id="step-not-compared-after-loading",
+        file="compressors/step.py",
+        old="    if not torch.equal(again, expected):\n",
+        new="    if again.shape != expected.shape:\n",
+        effect="A step whose state is not stored passes: the loaded model scores differently.",
+        tests=(
+            "tests/compressors/test_broken_steps.py"
+            "::test_a_step_that_breaks_its_contract_is_refused",
+        ),
+    ),
+    Fault(
+        id="named-unit-skipped-silently",
+        file="compressors/skipping.py",
+        old="        if name in units and any(is_named(units[name], pattern) for pattern in exact):\n",
+        new="        if name in units and not exact:\n",
+        effect="A unit that a recipe names exactly is skipped without an error.",
+        tests=(
+            "tests/compressors/test_skipping.py::test_a_unit_that_the_recipe_names_is_an_error",
+        ),
+    ),
+)

@@ -1,0 +1,132 @@
+"""Faults in limits, judgements and verdicts."""
+
+from tests.seeded_faults.fault import Fault
+
+LIMITS = "tests/compressors/test_limits.py"
+JUDGE = "tests/compressors/test_judge.py"
+
+FAULTS = (
+    Fault(
+        id="judge-accepts-on-the-point",
+        file="compressors/judge.py",
+        old='    if worst >= goal:\n        return "accepted"\n',
+        new='    if (worst + best) / 2 >= goal:\n        return "accepted"\n',
+        effect="A limit is accepted although its interval reaches beyond it.",
+        tests=(f"{JUDGE}::test_at_least_is_judged_on_the_bounds_of_the_interval",),
+    ),
+    Fault(
+        id="judge-rejects-undecided",
+        file="compressors/judge.py",
+        old='    return "rejected" if best < goal else "undecided"\n',
+        new='    return "rejected"\n',
+        effect="A limit inside the interval is rejected instead of undecided.",
+        tests=(f"{JUDGE}::test_at_most_is_judged_on_the_bounds_of_the_interval",),
+    ),
+    Fault(
+        id="judge-at-most-reversed",
+        file="compressors/judge.py",
+        old="    up = 1 if limit.at_least is not None else -1\n    goal, point",
+        new="    up = 1\n    goal, point",
+        effect="An upper limit is judged as a lower one.",
+        tests=(f"{JUDGE}::test_at_most_is_judged_on_the_bounds_of_the_interval",),
+    ),
+    Fault(
+        id="judge-decides-without-interval",
+        file="compressors/judge.py",
+        old='outcome = _outcome(goal, worst, best) if estimate.unresolved is None else "undecided"',
+        new="outcome = _outcome(goal, point, point)",
+        effect="A limit on data of few groups is decided by the point estimate.",
+        tests=(
+            "tests/compressors/test_score_change.py"
+            "::test_few_groups_give_no_interval_and_are_undecided",
+        ),
+    ),
+    Fault(
+        id="gate-without-limits-accepts",
+        file="compressors/judge.py",
+        old="    if not limits:\n        raise CompressionError(",
+        new="    if limits is None:\n        raise CompressionError(",
+        effect="A gate without limits accepts everything.",
+        tests=(f"{JUDGE}::test_no_limits_is_an_error",),
+    ),
+    Fault(
+        id="gate-accepts-unmeasured-target",
+        file="compressors/judge.py",
+        old='return Verdict(target=target, outcome="built-unmeasured", reason=reason)',
+        new='return Verdict(target=target, outcome="accepted", reason=reason)',
+        effect="A target that never ran is accepted.",
+        tests=(
+            f"{JUDGE}::test_a_built_target_that_cannot_run_here_is_neither_accepted_nor_rejected",
+        ),
+    ),
+    Fault(
+        id="gate-takes-the-best-limit",
+        file="compressors/judge.py",
+        old='    for outcome in ("rejected", "undecided"):\n',
+        new='    for outcome in ("undecided",):\n',
+        effect="A rejected limit does not reject the target.",
+        tests=(f"{JUDGE}::test_the_outcome_of_a_target_is_its_worst_limit",),
+    ),
+    Fault(
+        id="overall-outcome-takes-the-best-target",
+        file="compressors/contracts.py",
+        old='    order: tuple[Outcome, ...] = ("rejected", "undecided", "accepted")\n'
+        '    return next((outcome for outcome in order if outcome in outcomes), "built-unmeasured")',
+        new='    order: tuple[Outcome, ...] = ("accepted", "undecided", "rejected")\n'
+        '    return next((outcome for outcome in order if outcome in outcomes), "built-unmeasured")',
+        effect="One accepted target makes an order accepted although another is rejected.",
+        tests=("tests/compressors/test_contracts.py::test_the_worst_measured_target_decides",),
+    ),
+    Fault(
+        id="judge-missing-champion-number-accepted",
+        file="compressors/judge.py",
+        old='if limit.against == "champion" and not measured.has_champion:',
+        new='if limit.against == "champion":',
+        effect="With a champion, a comparison that was not measured counts as held.",
+        tests=(f"{JUDGE}::test_with_a_champion_a_number_that_was_not_measured_is_an_error",),
+    ),
+    Fault(
+        id="judge-accepts-nan",
+        file="compressors/judge.py",
+        old="    if not all(math.isfinite(number) for number in numbers) "
+        "or estimate.low > estimate.high:",
+        new="    if estimate.low > estimate.high:",
+        effect="NaN is judged like a number.",
+        tests=(f"{JUDGE}::test_nan_and_infinity_are_refused_never_accepted",),
+    ),
+    Fault(
+        id="limits-that-cannot-be-meant-accepted",
+        file="compressors/limits.py",
+        old="    if (limit.at_least is not None) != facts.higher_is_better:\n        better",
+        new="    if limit.bound == math.inf:\n        better",
+        effect="'auc vs baseline <= 0.002' is accepted as typed.",
+        tests=(f"{LIMITS}::test_a_limit_that_cannot_be_meant_is_refused_with_the_intent",),
+    ),
+    Fault(
+        id="limits-contradictions-accepted",
+        file="compressors/limits.py",
+        old="            if least > most:\n",
+        new="            if least > most + 1:\n",
+        effect="Two limits that no number satisfies are accepted.",
+        tests=(f"{LIMITS}::test_limits_that_contradict_each_other_are_refused_by_name",),
+    ),
+    Fault(
+        id="large-score-changes-without-warning",
+        file="compressors/judge.py",
+        old="correlation.point < LEAST_CORRELATION:",
+        new="correlation.point < -LEAST_CORRELATION:",
+        effect="Large score changes that no limit covers give no warning.",
+        tests=(
+            "tests/compressors/test_score_change.py"
+            "::test_large_score_changes_without_a_limit_are_a_warning_whatever_the_outcome",
+        ),
+    ),
+    Fault(
+        id="metric-of-another-task-accepted",
+        file="compressors/measures.py",
+        old="    if metric in possible:\n        return None\n",
+        new="    if metric in MEASURES:\n        return None\n",
+        effect="A ranking model with metric 'auc' is packed and fails after minutes.",
+        tests=(f"{LIMITS}::test_a_signature_accepts_a_metric_only_if_its_task_measures_it",),
+    ),
+)

@@ -1,0 +1,119 @@
+"""The lists of seeded faults fit the present code, and their runner tells outcomes apart."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+from tests.seeded_faults import FAULTS
+from tests.seeded_faults.fault import ROOT, Fault, NotApplicable
+from tests.seeded_faults.runner import (
+    CAUGHT,
+    ERROR,
+    SURVIVED,
+    PytestRun,
+    failed_tests,
+    outcome_of,
+)
+
+pytest_plugins = ("pytester",)
+
+LEAST = 60
+PRODUCT = ("compressors", "tasks", "infra", "flows")
+
+
+def test_there_are_at_least_60_faults_with_ids_of_their_own() -> None:
+    ids = [fault.id for fault in FAULTS]
+    assert len(ids) >= LEAST
+    assert sorted(set(ids)) == sorted(ids)
+
+
+@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.id)
+def test_a_fault_applies_to_the_present_product_code_and_compiles(fault: Fault) -> None:
+    assert fault.file.partition("/")[0] in PRODUCT
+    patched = fault.patched(ROOT)  # raises unless the old text occurs once
+    assert patched != (ROOT / fault.file).read_text()
+    compile(patched, fault.file, "exec")
+    assert fault.effect.endswith(".")
+
+
+def test_every_selection_of_a_fault_names_an_existing_test() -> None:
+    functions: dict[str, set[str]] = {}
+    missing = []
+    for fault in FAULTS:
+        assert fault.tests, fault.id
+        for selection in fault.tests:
+            file, _, name = selection.partition("::")
+            if file not in functions:
+                path = ROOT / file
+                tree = ast.parse(path.read_text()) if path.is_file() else ast.Module([], [])
+                functions[file] = {
+                    node.name for node in tree.body if isinstance(node, ast.FunctionDef)
+                }
+            found = functions[file]
+            if not found or (name and name.partition("[")[0] not in found):
+                missing.append(f"{fault.id}: {selection}")
+    assert missing == []
+
+
+# --- the runner ------------------------------------------------------------------------------
+
+EXAMPLE = Fault("example", "limit.py", "LIMIT = 3", "LIMIT = 4", "An example.", ("test_code.py",))
+TESTS = """
+import pytest
+
+def test_passing():
+    pass
+
+def test_failing():
+    assert 3 == 4
+
+def test_raising():
+    raise ValueError("a fault of the product")
+
+def test_importing():
+    import no_such_module
+
+@pytest.fixture
+def broken():
+    raise ValueError("an error of a fixture")
+
+def test_with_broken_fixture(broken):
+    pass
+"""
+
+
+def test_only_tests_that_fail_in_their_own_body_count(pytester: pytest.Pytester) -> None:
+    pytester.makepyfile(test_code=TESTS)
+    report = pytester.path / "report.xml"
+    run = pytester.runpytest_inprocess(
+        "-p", "no:cacheprovider", f"--junitxml={report}", "-o", "junit_family=xunit1"
+    )
+    assert run.ret == 1
+    assert failed_tests(report) == ("test_code.py::test_failing", "test_code.py::test_raising")
+
+
+@pytest.mark.parametrize(
+    ("exit_code", "failed", "status"),
+    [
+        (0, (), SURVIVED),
+        (1, ("test_code.py::test_failing",), CAUGHT),
+        (1, (), ERROR),  # errors of fixtures or imports only
+        (2, (), ERROR),  # pytest cannot collect the tests
+        (4, (), ERROR),  # no such test
+        (5, (), ERROR),  # no test is selected
+        (-9, ("test_code.py::test_failing",), ERROR),  # killed at the time limit
+    ],
+)
+def test_a_fault_is_caught_only_by_failed_tests(
+    exit_code: int, failed: tuple[str, ...], status: str
+) -> None:
+    run = PytestRun(exit_code, failed, 1.0, 1.0, "output")
+    assert outcome_of(EXAMPLE, run).status == status
+
+
+def test_text_that_occurs_twice_is_not_applicable(tmp_path: Path) -> None:
+    (tmp_path / "x.py").write_text("a = 1\na = 1\n")
+    with pytest.raises(NotApplicable) as refusal:
+        Fault("twice", "x.py", "a = 1", "a = 2", "An example.", ("t",)).patched(tmp_path)
+    assert (refusal.value.fault_id, refusal.value.occurrences) == ("twice", 2)
