@@ -58,6 +58,7 @@ CASES = {
     "table-250-engine": Case(1_000_000, 32, 20_000, "safe", engine=True),
     "table-500-engine": Case(2_000_000, 32, 20_000, "safe", engine=True),
     "table-250-trained": Case(1_000_000, 32, 20_000, "custom"),
+    "dense-35": Case(10_000, 2048, 20_000, "fast"),
     "dense-130": Case(10_000, 4096, 20_000, "fast"),
     "dense-300-safe": Case(10_000, 6144, 20_000, "safe"),
     "dense-300": Case(10_000, 6144, 20_000, "fast"),

@@ -35,7 +35,7 @@ log = logging.getLogger(__name__)
 Array = NDArray[Any]
 
 QUANTILES = {"p50": 0.5, "p99": 0.99}
-SCORING_ROWS = 4096
+SCORING_ROWS = 1024
 BUDGET_MS = 15_000.0  # of one batch size, all sessions together
 MOST_ROUNDS = 1000
 

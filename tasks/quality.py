@@ -28,7 +28,7 @@ Array = NDArray[Any]
 Vectors = Callable[[Mapping[str, Tensor]], Array]
 """A tower: named inputs -> float32 ``(rows, dim)``."""
 
-SCORING_ROWS = 4096
+SCORING_ROWS = 1024
 BY_QUERY = ("recall@20", "ndcg@20")
 
 

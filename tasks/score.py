@@ -17,7 +17,7 @@ from tasks.loading import load_bundle, split_of
 from tasks.policy import KEPT
 from tasks.stored import local, store
 
-SCORING_ROWS = 4096
+SCORING_ROWS = 1024
 
 
 @task(task_run_name="score", **KEPT)

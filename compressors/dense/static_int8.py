@@ -31,7 +31,7 @@ from compressors.units import Choice, Unit, choose_dense, swap
 SHARES = tuple(1 - place / 64 for place in range(33))
 # Products of two int8 numbers summed over this many inputs are exact in float32 (2^24).
 EXACT_INPUTS = 2**24 // (128 * 128)
-EXACT_CODES = 2**22
+EXACT_CODES = 2**20
 """Weights that are multiplied at once as floats."""
 
 

@@ -40,7 +40,7 @@ def test_the_moment_is_the_one_of_the_larger_part():
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("name", ["tiny", "table-100", "rows-1m"])
+@pytest.mark.parametrize("name", ["tiny", "table-100", "rows-1m", "dense-35"])
 def test_the_estimate_is_within_a_fifth_of_what_a_run_uses(name):
     """A fifth is what the docs promise; runs of one order differ by about 2 %."""
     found = measure(CASES[name])
