@@ -127,7 +127,13 @@ def demo(
 def _carry_out(order: "Terms", *, force: bool, as_json: bool) -> int:
     """Find the finished report of this order, or run the flow; print it; return the exit code."""
     from flows import console
-    from flows.resolve import champion_now, earlier, promotion, require_registry
+    from flows.resolve import (
+        carried_out_before,
+        champion_now,
+        earlier,
+        promotion,
+        require_registry,
+    )
 
     if force:
         order = order.model_copy(update={"attempt": time.time_ns()})
@@ -141,7 +147,7 @@ def _carry_out(order: "Terms", *, force: bool, as_json: bool) -> int:
                 require_registry()  # fails at once: the flow would wait for it
                 found = console.run(order, quiet=as_json)
     else:
-        console.say(f"Order {found.report.order[:12]} was carried out before.", quiet=as_json)
+        console.say(carried_out_before(found), quiet=as_json)
     if as_json:
         write(found.model_dump_json(indent=1))
     else:

@@ -21,10 +21,13 @@ from flows.memory import require_order_memory, what_ran
 from flows.order import Order
 from flows.recipe import carry_out, ranking_of, weighed
 from flows.resolve import (
+    by_other_version,
+    carried_out_before,
     champion_of,
     code_of,
     order_digest,
     promote_if_ordered,
+    request_digest,
     require_registry,
     teachers_of,
 )
@@ -38,6 +41,7 @@ from tasks.documents import Finished, report_from
 from tasks.gate import gate
 from tasks.lower import lower_model
 from tasks.measure import measure
+from tasks.order_records import write_request
 from tasks.outages import wait_out
 from tasks.policy import NO_RESULTS, kept, remembered
 from tasks.prepare import prepare
@@ -71,6 +75,11 @@ def compress(order: Order) -> Finished | State[Any]:
     wait_out(require_registry)
     teachers = wait_out(lambda: teachers_of(order, subject))
     champion = wait_out(lambda: champion_of(order, subject))
+    before = wait_out(lambda: by_other_version(order, subject, champion, teachers))
+    if before is not None:
+        log.info("%s", carried_out_before(before))
+        wait_out(lambda: promote_if_ordered(order, before))
+        return _ended(before)
     progress = Progress(stages=8 + len(order.recipe()) + 2 * len(order.targets.wanted()))
     with memory_errors(what_ran(lambda: progress.current, estimate, subject)):
         return _compress(order, subject, teachers, champion, progress)
@@ -184,13 +193,21 @@ def _compress(
         ),
     )
     report = wait_out(write_report)
+    request = request_digest(order, subject, champion, teachers)
+    wait_out(lambda: write_request(request, report.order))
     finished: Finished = remembered(publish, still_published, report=report, code=code)
     wait_out(lambda: promote_if_ordered(order, finished))
     wait_out(lambda: announce(finished))
     progress.finish()
+    return _ended(finished)
+
+
+def _ended(finished: Finished) -> Finished | State[Any]:
+    """How the run ends: a candidate that is not accepted gives its state a name of its own."""
+    report = finished.report
     if report.outcome in {"accepted", "built-unmeasured"}:
         return finished
-    reasons = "; ".join(verdict.reason for verdict in verdicts.values())
+    reasons = "; ".join(target.verdict.reason for target in report.targets)
     return Completed(name=report.outcome.capitalize(), message=reasons, data=finished)
 
 

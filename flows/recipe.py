@@ -102,7 +102,7 @@ def carry_out(
         subject: the bundle they are for.
         bundle: the pulled bundle.
         teachers: whose predictions steps learn from, next to the original's.
-        code: digest of the code, part of cache keys.
+        code: digest of the architecture's code and the attempt; part of cache keys.
         progress: receives each step's name.
         excluded: units that no step of a preset may change, with the reasons.
 

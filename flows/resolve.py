@@ -8,10 +8,10 @@ from compressors.contracts import Artifact, digest
 from flows.terms import Terms
 from infra.ledger import Entry
 from infra.settings import load_settings, shown
+from tasks.code_digest import recpress_version
 from tasks.documents import Finished
-from tasks.order_records import finished
+from tasks.order_records import finished, order_of_request
 from tasks.promotion import champion, champion_graph, promote_order, registry
-from tasks.stored import code_digest
 from tasks.subject import Subject, find, need_measurable
 from tasks.teachers import Teacher, find_teachers
 
@@ -42,11 +42,24 @@ def order_digest(
     champion: Artifact | None,
     teachers: tuple[Teacher, ...] = (),
 ) -> str:
-    """The name of everything a result is made from; equal orders have equal results."""
+    """The digest of a request and of the version of recpress that carries it out.
+
+    Sources are no part of it: they are part of the cache keys of the tasks.
+    """
+    return digest([request_digest(order, subject, champion, teachers), recpress_version()])
+
+
+def request_digest(
+    order: Terms,
+    subject: Subject,
+    champion: Artifact | None,
+    teachers: tuple[Teacher, ...] = (),
+) -> str:
+    """The digest of what an order asks for: its terms, bundle, teachers and champion."""
     return digest(
         {
             "model": subject.artifact.sha256,
-            "preset": order.preset,  # what a preset stands for is part of the code
+            "preset": order.preset,  # its steps change with the version of recpress only
             "steps": order.own_steps(),
             "limits": list(order.limits),
             "targets": order.targets,
@@ -55,7 +68,9 @@ def order_digest(
             "seed": order.seed,
             "teachers": [[held.artifact.sha256, held.architecture] for held in teachers],
             "champion": None if champion is None else champion.sha256,
-            "code": code_of(order, subject),
+            "architecture": subject.architecture,
+            "attempt": order.attempt,
+            "threads": load_settings().threads,
         }
     )
 
@@ -72,8 +87,16 @@ def digest_now(order: Terms) -> str:
 
 
 def code_of(order: Terms, subject: Subject) -> str:
-    """What every task of an order carries in its cache key beside its own arguments."""
-    return digest([code_digest(), subject.architecture, order.attempt])
+    """A part of the cache key of every task of an order: the architecture and the attempt."""
+    return digest([subject.architecture, order.attempt])
+
+
+def carried_out_before(found: Finished) -> str:
+    """Say in a sentence that an order was carried out, and by which version of recpress."""
+    version = found.report.recpress_version
+    by = f" by recpress {version}" if version not in {"", recpress_version()} else ""
+    again = " Use --force, or a new 'attempt', to carry it out again." if by else ""
+    return f"Order {found.report.order[:12]} was carried out before{by}.{again}"
 
 
 def promote_if_ordered(order: Terms, finished: Finished) -> None:
@@ -129,16 +152,39 @@ def earlier(order: Terms) -> Finished | None:
 def already(order: Terms) -> Finished | None:
     """The finished report of the same order, if the registry still has it; changes nothing.
 
-    The version is the number the order has in this registry now.
+    An order that another version of recpress carried out counts as the same: after an upgrade
+    nothing is compressed, registered or promoted again unless ``attempt`` changes. The registry
+    version is the number that the order has in this registry now.
 
     Raises:
         CompressionError: the order has a metric that is not measured for this bundle.
     """
-    found = finished(digest_now(order))
+    subject = find(order.model)
+    need_measurable(subject, order.limits)
+    now = (order, subject, champion_of(order, subject), teachers_of(order, subject))
+    return _registered(order_digest(*now)) or by_other_version(*now)
+
+
+def by_other_version(
+    order: Terms,
+    subject: Subject,
+    champion: Artifact | None,
+    teachers: tuple[Teacher, ...] = (),
+) -> Finished | None:
+    """The registered result of the same request, if another version of recpress made it last."""
+    digest_of_order = order_of_request(request_digest(order, subject, champion, teachers))
+    if digest_of_order in {None, order_digest(order, subject, champion, teachers)}:
+        return None
+    return _registered(digest_of_order)
+
+
+def _registered(digest_of_order: str) -> Finished | None:
+    """The finished report of an order digest, if the registry has its release."""
+    found = finished(digest_of_order)
     if found is None:
         return None
     uri = load_settings().registry_uri
-    held = registry().find_order(found.report.order, found.report.name)
-    if held is None or held.tags.get("recpress.release") != found.release.sha256:
+    registered = registry().find_order(found.report.order, found.report.name)
+    if registered is None or registered.tags.get("recpress.release") != found.release.sha256:
         return None  # the flow publishes it again
-    return found.model_copy(update={"version": held.version, "registry": shown(uri)})
+    return found.model_copy(update={"version": registered.version, "registry": shown(uri)})

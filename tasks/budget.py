@@ -30,7 +30,7 @@ def lost(
         validation: the prepared validation split, for labels and groups.
         rows: how many it has.
         seed: of the bootstrap.
-        code: digest of the code that compares; part of the cache key.
+        code: digest of the architecture's code and the attempt; part of the cache key.
     """
     schema = read(local(original.bundle)).signature
     quality = quality_of(schema, (original, now), split_of(validation, rows), seed)

@@ -42,7 +42,7 @@ def build(
         batch: the shapes an engine must take.
         longest: the longest list of each jagged input.
         seconds: time limit of building and auditing one engine.
-        code: digest of the code that builds; part of the cache key.
+        code: digest of the architecture's code and the attempt; part of the cache key.
 
     Raises:
         BuildRefused: TensorRT is not installed, refuses a graph, or an audit failed.

@@ -13,6 +13,7 @@ from compressors.steps import AnyStep
 from infra.bundle import SplitName, read, seal
 from infra.settings import load_settings
 from infra.temporary import scratch_folder
+from tasks.code_digest import code_digest
 from tasks.documents import Idle
 from tasks.loading import bench_of, split_of
 from tasks.policy import KEPT
@@ -48,7 +49,7 @@ def compress(
             parents of the result too.
         seed: for whatever the step draws.
         device: where it is carried out, if it trains; several are separated by commas.
-        code: digest of the code that compresses; part of the cache key.
+        code: digest of the architecture's code and the attempt; part of the cache key.
         preset: the step is one of a preset, so that one that cannot be carried out is left out.
         excluded: units that the step may not change, with the reasons.
     """
@@ -65,9 +66,8 @@ def compress(
     }
     held = {part: split_of(artifact, rows[of[part]]) for part, artifact in splits.items()}
     devices = device.split(",")
-    progress = (
-        load_settings().home / "progress" / digest([source, step, splits, original, seed, code])
-    )
+    made_from = digest([source, step, splits, original, seed, code, code_digest(compress.fn)])
+    progress = load_settings().home / "progress" / made_from
     bench = bench_of(manifest, held, original, seed, progress, teachers, devices[0])
     work = Work(source=source, original=original, step=step, bench=bench, excluded=excluded or {})
     with scratch_folder("compress") as scratch:

@@ -29,6 +29,7 @@ from infra.errors import RecordRefused
 from infra.json_limits import validated
 from infra.onnxruntime import Machine
 from infra.tensorrt import FILES
+from tasks.code_digest import recpress_version
 from tasks.stored import local, store
 from tasks.subject import Subject
 
@@ -190,6 +191,7 @@ class Report(Frozen):
 
     schema_version: int = 1
     order: str = Field(description="Digest of everything the result was made from.")
+    recpress_version: str = Field("", description="That carried it out; empty in older reports.")
     name: str
     bundle_version: str
     metric: str
@@ -312,6 +314,7 @@ def report_from(
     plan = read(local(compressed)).plan
     return Report(
         order=order,
+        recpress_version=recpress_version(),
         name=subject.name,
         bundle_version=subject.version,
         metric=subject.metric,

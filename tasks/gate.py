@@ -21,7 +21,7 @@ def gate(
         target: which.
         limits: what was promised.
         measurement: its stored numbers, or None where it could not run on this machine.
-        code: digest of the code that judges; part of the cache key.
+        code: digest of the architecture's code and the attempt; part of the cache key.
 
     Raises:
         CompressionError: no limits, or a limit on a number that was not measured.

@@ -49,7 +49,7 @@ def lower_model(
         probe: a prepared split to compare on.
         probe_rows: how many rows that split has.
         most_rows: the largest batch a graph must take.
-        code: digest of the code that lowers; part of the cache key.
+        code: digest of the architecture's code and the attempt; part of the cache key.
 
     Raises:
         NotLowerable, ParityLost, AuditFailed: what is wrong with which graph.

@@ -66,7 +66,7 @@ def measure(
         test_rows: its rows.
         ranking: what a retrieval model is ranked on beside them; None for other tasks.
         seed: of the bootstrap.
-        code: digest of the code that measures; part of the cache key.
+        code: digest of the architecture's code and the attempt; part of the cache key.
     """
     schema = read(local(bundle)).signature
     threads = load_settings().threads

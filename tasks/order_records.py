@@ -1,7 +1,9 @@
-"""The record by which a finished order is found again. No Prefect.
+"""The records by which a finished order is found again. No Prefect.
 
 ``orders/<digest>.json`` names the release and the registry version of an order. It is a shortcut:
-without it the order runs again and finds the results of its tasks.
+without it the order runs again and finds the results of its tasks. ``requests/<digest>.json`` names
+the order that a request became. A request is an order without the version of recpress, so that a
+result is also found after an upgrade.
 """
 
 import logging
@@ -9,7 +11,7 @@ import os
 
 from pydantic import Field, ValidationError
 
-from compressors.contracts import Artifact, Frozen
+from compressors.contracts import Artifact, Frozen, Sha256
 from infra.errors import ArtifactMissing, RecordRefused
 from infra.registry import Registry
 from infra.settings import load_settings, shown, sqlite_file
@@ -28,6 +30,50 @@ class FinishedRecord(Frozen):
     release: Artifact
     version: str
     registry: str = Field(description="Relative to the root of the store, where both are folders.")
+
+
+class RequestRecord(Frozen):
+    """The record of a request: the order that it became most recently."""
+
+    request: Sha256
+    order: Sha256
+
+
+def write_request(request: str, order: str) -> None:
+    """Store which order a request became, before that order is finished.
+
+    Args:
+        request: digest of the order without the version of recpress.
+        order: digest of the order.
+    """
+    record = RequestRecord(request=request, order=order)
+    body = seal_record({"schema_version": SCHEMA_VERSION, **record.model_dump(mode="json")})
+    try:
+        store().write(request_key(request), body)
+    except RecordRefused as fault:
+        log.warning("%s After an upgrade the order runs again.", fault)
+
+
+def order_of_request(request: str) -> str | None:
+    """The order that a request became most recently; None without a sound record."""
+    key = request_key(request)
+    wrong = RecordRefused(f"{store().root}/{key} is damaged: its seal does not fit the rest.")
+    try:
+        fields, is_sealed = read_record(store(), key)
+        if not is_sealed or fields.pop("schema_version", None) != SCHEMA_VERSION:
+            raise wrong
+        record = RequestRecord.model_validate(fields)
+        if record.request != request:
+            raise wrong
+    except ArtifactMissing:
+        return None
+    except ValidationError:
+        log.warning("%s It counts as absent.", wrong)
+        return None
+    except RecordRefused as fault:
+        log.warning("%s It counts as absent.", fault)
+        return None
+    return record.order
 
 
 def write_finished(done: Finished) -> None:
@@ -136,6 +182,11 @@ def _registry_reference() -> str:
     uri = load_settings().registry_uri
     file, root = sqlite_file(uri), store().folder
     return shown(uri) if file is None or root is None else os.path.relpath(file, root)
+
+
+def request_key(request: str) -> str:
+    """The store's key of the record of a request."""
+    return f"requests/{request}.json"
 
 
 def finished_key(order: str) -> str:

@@ -1,8 +1,9 @@
 """What may be retried, and how the result of a task is found again.
 
 A result is found by what it is made from: the task, its arguments (stored artifacts are named by
-content) and a digest of the code. Prefect's own cache is not used: its keys see a task's lines but
-not the code those lines call, and its records choose how they are decoded, pickle included. Ours
+content) and a digest of the sources the task imports (``code_digest.py``). Prefect's own cache is
+not used: its keys see a task's lines but not the code those lines call, and its records choose how
+they are decoded, pickle included. Ours
 are JSON records in the object store (``tasks/result_records.py``). Prefect runs and retries tasks
 and is given no result to store or to read, whatever its settings say.
 """
@@ -37,6 +38,7 @@ from infra.errors import (
     RegistryOutage,
     StoreOutage,
 )
+from tasks.code_digest import code_digest
 from tasks.outages import DELAYS, TaskOutages, wait_out
 from tasks.result_records import find_result, write_result
 from tasks.stored import store
@@ -130,14 +132,14 @@ KEPT: dict[str, Any] = {
 
 
 def content_key(task: Task[..., Any], arguments: dict[str, Any]) -> str:
-    """The digest of all arguments of a task, defaults included.
+    """The digest of a task's code and of all its arguments, defaults included.
 
     Raises:
         TypeError: an argument has no canonical JSON form.
     """
     bound = inspect.signature(task.fn).bind(**arguments)
     bound.apply_defaults()
-    return digest(dict(bound.arguments))
+    return digest([code_digest(task.fn), dict(bound.arguments)])
 
 
 def kept(task: Task[..., Artifact], **arguments: Any) -> Artifact:

@@ -25,7 +25,7 @@ def prepare(bundle: Artifact, split: SplitName, code: str) -> Artifact:  # noqa:
     Args:
         bundle: whose data, and the schema it is read by.
         split: which part.
-        code: digest of the code that reads; part of the cache key.
+        code: digest of the architecture's code and the attempt; part of the cache key.
     """
     manifest = read(local(bundle))
     with scratch_folder("prepare") as scratch:

@@ -41,7 +41,7 @@ def publish(report: Report, code: str) -> Finished:  # noqa: ARG001
 
     Args:
         report: what the order came to.
-        code: digest of the code that publishes; part of the cache key.
+        code: digest of the architecture's code and the attempt; part of the cache key.
     """
     with scratch_folder("publish") as scratch:
         (scratch / REPORT).write_text(report.model_dump_json(indent=1))

@@ -17,7 +17,7 @@ def pull(artifact: Artifact, code: str) -> Artifact:  # noqa: ARG001
 
     Args:
         artifact: the bundle.
-        code: digest of the code that checks; part of the cache key.
+        code: digest of the architecture's code and the attempt; part of the cache key.
     """
     manifest, facts = check(artifact.uri)
     log.info(

@@ -26,7 +26,7 @@ def rank(bundle: Artifact, test: PreparedRows, ranking: Ranking, code: str) -> A
         bundle: the model.
         test: the prepared test rows.
         ranking: the catalogue and what is hidden.
-        code: digest of the code that ranks; part of the cache key.
+        code: digest of the architecture's code and the attempt; part of the cache key.
 
     Returns:
         ``recall@20`` and ``ndcg@20`` float64 ``(queries,)``.

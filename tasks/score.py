@@ -31,7 +31,7 @@ def score(bundle: Artifact, split: Artifact, rows: int, code: str) -> Artifact: 
         bundle: the model.
         split: the prepared rows.
         rows: how many they are.
-        code: digest of the code that scores; part of the cache key.
+        code: digest of the architecture's code and the attempt; part of the cache key.
 
     Returns:
         ``score`` float32 ``(rows,)``, the network's output as it is (a logit stays a logit).
@@ -64,7 +64,7 @@ def average(
     Args:
         scores: what ``score`` stored of each of them, for the same rows.
         output: the form of the scores.
-        code: digest of the code that averages; part of the cache key.
+        code: digest of the architecture's code and the attempt; part of the cache key.
     """
     held = [load_file(local(item) / "data.safetensors")["score"] for item in scores]
     return _stored(mean_answer(held, output))

@@ -37,7 +37,7 @@ def weigh(
         test: the prepared test split, for labels and groups.
         test_rows: its rows.
         seed: of the bootstrap.
-        code: digest of the code that compares; part of the cache key.
+        code: digest of the architecture's code and the attempt; part of the cache key.
     """
     manifests = [read(local(item.bundle)) for item in scored]
     schema = manifests[0].signature

@@ -23,7 +23,8 @@ from infra.disk import input_files
 from infra.errors import Refused
 from infra.settings import load_settings
 from infra.store_draft import FILES, Draft, draft, finished
-from tasks.stored import code_digest, local, store
+from tasks.code_digest import code_digest
+from tasks.stored import local, store
 
 TENSORS, TABLES = "model.safetensors", "tables.json"
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
@@ -136,7 +137,7 @@ def quantize_artifact(
     Where the store lies on this machine's disk the result is moved there, not copied.
     """
     made = source.sha256
-    key = digest([made, step, block_rows, code_digest()])
+    key = digest([made, step, block_rows, code_digest(quantize)])
     into = load_settings().home / "progress" / f"tables-{key}"
     with (
         _job(local(source), step, block_rows) as (job, plan),
@@ -167,7 +168,7 @@ def _written(
     """The draft of a result with all its bytes."""
     file = StreamedFile(job.layout())
     total = sum(size_of(rows.spec) for rows in job.sources.values())
-    one = [made, job.step, job.block_rows, code_digest()]
+    one = [made, job.step, job.block_rows, code_digest(quantize)]
     with draft(into, one, TENSORS, file.bytes) as begun:
         told = None if progress is None else (lambda read: progress(read, total))
         carry_out(job, file, begun, workers, told)

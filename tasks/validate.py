@@ -31,7 +31,7 @@ def validate(bundle: Artifact, rules: Rules, code: str) -> Artifact:  # noqa: AR
     Args:
         bundle: whose data to check.
         rules: what the schema cannot know, such as the fewest rows.
-        code: digest of the code that checks; part of the cache key.
+        code: digest of the architecture's code and the attempt; part of the cache key.
 
     Raises:
         DataRefused: a check failed, fewer were evaluated than intended, or the model cannot be

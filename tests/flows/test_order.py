@@ -1,6 +1,5 @@
 """An order is the form people fill in, the file they send, and the name of the result."""
 
-import inspect
 import typing
 from pathlib import Path
 
@@ -17,10 +16,10 @@ from flows import resolve
 from flows.compress import compress
 from flows.order import Order
 from flows.presets import PRESETS
-from flows.resolve import order_digest
+from flows.resolve import order_digest, request_digest
 from flows.terms import Preset, Targets, Terms
 from infra.checks import Rules
-from tasks import stored
+from tasks import code_digest
 from tasks.subject import Subject
 from tasks.teachers import Teacher
 
@@ -201,9 +200,25 @@ def test_teachers_change_the_orders_digest() -> None:
     assert len(digests | {SAME}) == 4
 
 
-def test_our_own_code_changes_the_orders_digest(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(resolve, "code_digest", lambda: "e" * 64)
+def test_version_of_recpress_changes_the_order_digest_but_not_the_request(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    request = request_digest(ORDER, SUBJECT, None)
+    monkeypatch.setattr(resolve, "recpress_version", lambda: "99.0")
     assert order_digest(ORDER, SUBJECT, None) != SAME
+    assert request_digest(ORDER, SUBJECT, None) == request
+
+
+def test_sources_of_recpress_do_not_change_the_order_digest(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def unreadable(path: Path) -> bytes:
+        raise AssertionError(f"{path} was read")
+
+    code_digest._direct_imports.cache_clear()
+    code_digest._sources_digest.cache_clear()
+    monkeypatch.setattr(Path, "read_bytes", unreadable)
+    assert order_digest(ORDER, SUBJECT, None) == SAME
 
 
 def test_promoting_or_the_way_a_model_is_called_does_not_change_the_digest() -> None:
@@ -221,20 +236,3 @@ def test_steps_of_ones_own_are_part_of_the_digest() -> None:
     other = changed(preset="custom", steps=(RowwiseInt8(min_rows=7),))
     digests = {order_digest(order, SUBJECT, None) for order in (one, other)}
     assert len(digests | {SAME}) == 3
-
-
-def test_what_a_preset_stands_for_is_part_of_the_code_that_is_digested(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """The digest holds a preset's name only, so the file that defines it must be in the code."""
-    definition = Path(inspect.getfile(Order)).resolve()
-    read: list[Path] = []
-    real = Path.read_bytes
-
-    def reading(path: Path) -> bytes:
-        read.append(path.resolve())
-        return real(path)
-
-    monkeypatch.setattr(Path, "read_bytes", reading)
-    stored._sources_digest.__wrapped__()
-    assert definition in read

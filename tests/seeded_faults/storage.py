@@ -7,6 +7,7 @@ RESULTS = "tests/tasks/test_result_records.py"
 ORDERS = "tests/tasks/test_order_records.py"
 POLICY = "tests/tasks/test_policy.py"
 ORDER = "tests/flows/test_order.py"
+CODE_DIGEST = "tests/tasks/test_code_digest.py"
 
 FAULTS = (
     Fault(
@@ -139,8 +140,8 @@ FAULTS = (
     Fault(
         id="order-digest-without-attempt",
         file="flows/resolve.py",
-        old="    return digest([code_digest(), subject.architecture, order.attempt])\n",
-        new="    return digest([code_digest(), subject.architecture])\n",
+        old='            "attempt": order.attempt,\n',
+        new="",
         effect="An order that is carried out again finds the result of the first attempt.",
         tests=(f"{ORDER}::test_whatever_changes_the_result_changes_the_orders_digest",),
     ),
@@ -153,12 +154,20 @@ FAULTS = (
         tests=(f"{ORDER}::test_teachers_change_the_orders_digest",),
     ),
     Fault(
-        id="code-digest-without-flows",
-        file="tasks/stored.py",
-        old='    for package in ("flows", "tasks", "compressors", "infra"):\n',
-        new='    for package in ("tasks", "compressors", "infra"):\n',
-        effect="A changed preset finds the results of the preset before.",
-        tests=(f"{ORDER}::test_what_a_preset_stands_for_is_part_of_the_code_that_is_digested",),
+        id="code-digest-without-package-files",
+        file="tasks/code_digest.py",
+        old='                found |= {path.with_suffix(".py"), path / "__init__.py"}\n',
+        new='                found |= {path.with_suffix(".py")}\n',
+        effect="A task finds the result of before a change of a package's __init__.py.",
+        tests=(CODE_DIGEST,),
+    ),
+    Fault(
+        id="code-digest-without-late-imports",
+        file="tasks/code_digest.py",
+        old="    for node in ast.walk(tree):\n",
+        new="    for node in ast.iter_child_nodes(tree):\n",
+        effect="A task finds the result of before a change of a module imported in a function.",
+        tests=(CODE_DIGEST,),
     ),
     Fault(
         id="s3-damaged-refusal-is-a-setting",

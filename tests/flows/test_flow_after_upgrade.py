@@ -1,0 +1,73 @@
+"""Another version of recpress in the same home: nothing is registered or promoted again by it."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+from orders import World, carry_out, surroundings
+
+from flows import resolve
+from flows.resolve import already
+from infra.ledger import Ledger
+from tasks import documents
+from tasks.promotion import promote, registry
+from tasks.stored import store
+
+NEWER = "99.1.0"
+
+
+@pytest.fixture
+def upgraded(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> World:
+    """A copy of the finished order's home, with a champion, in the hands of another version."""
+    home = tmp_path / "recpress"
+    shutil.copytree(world.home, home)
+    shutil.rmtree(home / "store" / "ledger", ignore_errors=True)
+    surroundings(monkeypatch, home)
+    promote("clicks", world.first.finished.version, "before the upgrade")
+    for module in (resolve, documents):
+        monkeypatch.setattr(module, "recpress_version", lambda: NEWER)
+    return world
+
+
+def registered() -> list[tuple[str, str]]:
+    return [(found.version, found.source) for found in registry().versions("clicks")]
+
+
+def test_order_of_an_earlier_version_is_found_and_registers_and_promotes_nothing(
+    upgraded: World,
+) -> None:
+    order = upgraded.order.model_copy(update={"promote": True})
+    first = upgraded.first.finished
+    before = registered(), Ledger(store(), "clicks").entries()
+    found = already(order)
+    assert found is not None
+    assert (found.report, found.version) == (first.report, first.version)
+    ran = carry_out(order)
+    assert ran.finished.release == first.release
+    assert ran.tasks == ()
+    assert (registered(), Ledger(store(), "clicks").entries()) == before
+
+
+def test_new_attempt_after_an_upgrade_is_registered_with_the_version_that_made_it(
+    upgraded: World,
+) -> None:
+    versions = len(registered())
+    order = upgraded.order.model_copy(update={"attempt": 7})
+    assert already(order) is None
+    report = carry_out(order).finished.report
+    assert report.recpress_version == NEWER
+    assert len(registered()) == versions + 1
+    assert already(order).report == report
+
+
+def test_request_record_that_is_damaged_counts_as_absent(
+    upgraded: World, caplog: pytest.LogCaptureFixture
+) -> None:
+    (record,) = (Path(upgraded.home) / "store" / "requests").glob("*.json")
+    place = next((store().folder / "requests").glob("*.json"))
+    for body in (b"{}", b"not JSON", record.read_bytes().replace(b'"order": "', b'"order": "0')):
+        place.write_bytes(body)
+        assert already(upgraded.order) is None
+    place.write_bytes(record.read_bytes())
+    assert already(upgraded.order) is not None
+    assert "It counts as absent" in caplog.text

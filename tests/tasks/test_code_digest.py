@@ -1,0 +1,138 @@
+"""The digest of a task's code changes with the sources that the task imports, and with no other."""
+
+import inspect
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tasks import code_digest as digests
+from tasks import compress, gate, publish, tables
+from tasks.code_digest import ROOT, code_digest, imported_sources
+
+LOADED = """
+import json, os, sys
+import prefect, torch, onnx, mlflow, great_expectations  # once for all, they take seconds
+names = sys.argv[1:]
+for name in names:
+    read, write = os.pipe()
+    if os.fork() == 0:
+        __import__(name)
+        files = [getattr(m, "__file__", None) for k, m in sys.modules.items()
+                 if k.split(".")[0] in ("flows", "tasks", "compressors", "infra")]
+        os.write(write, json.dumps(files).encode())
+        os._exit(0)
+    os.close(write)
+    with open(read, "rb") as pipe:
+        print(pipe.read().decode())
+    os.wait()
+"""
+
+
+def sources(function: object) -> set[str]:
+    files = imported_sources(Path(inspect.getsourcefile(function)))
+    return {file.relative_to(ROOT).as_posix() for file in files}
+
+
+def test_sources_of_a_task_hold_every_module_that_importing_it_loads():
+    """The import system itself is the reference, one process for each task."""
+    modules = [compress, gate, publish, tables]
+    names = [module.__name__ for module in modules]
+    ran = subprocess.run(
+        [sys.executable, "-c", LOADED, *names],
+        cwd=ROOT,
+        check=True,
+        stdout=subprocess.PIPE,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    lines = ran.stdout.decode().splitlines()
+    for module, line in zip(modules, lines, strict=True):
+        loaded = {Path(file).relative_to(ROOT).as_posix() for file in json.loads(line) if file}
+        assert len(loaded) > 20
+        assert loaded <= sources(inspect.unwrap(_task(module).fn))
+
+
+def _task(module):
+    return {
+        compress: compress.compress,
+        gate: gate.gate,
+        publish: publish.publish,
+        tables: tables.quantize_tables,
+    }[module]
+
+
+def test_task_does_not_depend_on_flows_or_on_what_it_does_not_import():
+    found = sources(compress.compress.fn)
+    assert "compressors/tables/rowwise_int8.py" in found
+    assert "infra/store.py" in found
+    assert not any(name.startswith("flows/") for name in found)
+    assert not any("report" in name for name in found)
+    assert "compressors/tables/rowwise_int8.py" not in sources(gate.gate.fn)
+    assert "tasks/report.py" in sources(publish.publish.fn)
+
+
+@pytest.fixture
+def project(tmp_path, monkeypatch):
+    """A small project with a task whose imports are direct, indirect and inside a function."""
+    texts = {
+        "tasks/__init__.py": "",
+        "tasks/work.py": "from compressors import direct\nimport infra.inside.leaf\n"
+        "def work():\n    from compressors.late import f\n",
+        "compressors/__init__.py": "",
+        "compressors/direct.py": "import compressors.indirect as other, json\n",
+        "compressors/indirect.py": "from compressors.direct import x\n",
+        "compressors/late.py": "",
+        "compressors/unrelated.py": "",
+        "infra/__init__.py": "",
+        "infra/inside/__init__.py": "",
+        "infra/inside/leaf.py": "",
+        "flows/__init__.py": "",
+    }
+    for name, text in texts.items():
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    monkeypatch.setattr(digests, "ROOT", tmp_path)
+    _forget()
+    yield tmp_path
+    _forget()
+
+
+def _forget():
+    digests._direct_imports.cache_clear()
+    digests._sources_digest.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("edited", "is_part"),
+    [
+        ("tasks/work.py", True),
+        ("compressors/direct.py", True),
+        ("compressors/indirect.py", True),
+        ("compressors/late.py", True),
+        ("compressors/__init__.py", True),
+        ("infra/inside/__init__.py", True),
+        ("infra/inside/leaf.py", True),
+        ("compressors/unrelated.py", False),
+        ("flows/__init__.py", False),
+    ],
+)
+def test_editing_a_source_changes_the_digest_only_if_the_task_imports_it(project, edited, is_part):
+    before = digests._sources_digest(project / "tasks/work.py")
+    with (project / edited).open("a") as file:
+        file.write("# edited\n")
+    _forget()
+    assert (digests._sources_digest(project / "tasks/work.py") != before) == is_part
+
+
+def test_thread_count_and_library_versions_change_the_digest(monkeypatch):
+    before = code_digest(gate.gate.fn)
+    monkeypatch.setenv("RECPRESS_THREADS", "7")
+    assert code_digest(gate.gate.fn) != before
+    monkeypatch.delenv("RECPRESS_THREADS")
+    versions = digests._library_versions()
+    monkeypatch.setattr(digests, "_library_versions", lambda: versions | {"onnx": "0.0.1"})
+    assert code_digest(gate.gate.fn) != before
