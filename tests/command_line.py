@@ -11,9 +11,17 @@ def run_main(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *arguments: str
 ) -> tuple[int, str]:
     """Run ``main`` with these arguments; returns exit code, and both outputs as one text."""
+    code, out, err = run_main_apart(monkeypatch, capsys, *arguments)
+    return code, out + err
+
+
+def run_main_apart(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *arguments: str
+) -> tuple[int, str, str]:
+    """Run ``main`` with these arguments; returns exit code, standard output and error."""
     monkeypatch.setattr(sys, "argv", ["recpress", *arguments])
     capsys.readouterr()
     with pytest.raises(SystemExit) as ended:
         cli.main()
     out, err = capsys.readouterr()
-    return int(ended.value.code or 0), out + err
+    return int(ended.value.code or 0), out, err

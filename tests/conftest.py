@@ -5,10 +5,13 @@ import os
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+from hypothesis import HealthCheck, settings
 from onnx_operators import operators_read_once
 from s3_server import S3Server, running_server
+from xdist.scheduler import LoadScopeScheduling
 
 from infra.telemetry import disable_telemetry
 
@@ -20,34 +23,83 @@ disable_telemetry()
 os.environ["PREFECT_HOME"] = tempfile.mkdtemp(prefix="prefect-")
 
 
-# Exports take seconds each; these files look at the same ones, so one process runs them all.
-SAME_GRAPHS = {"test_audit", "test_composed", "test_lowered_graphs", "test_lowering", "test_parity"}
-SAME_RUNS = {"test_steps", "test_outline"}
-# What takes minutes begins first, or one process ends alone (with --no-loadscope-reorder).
-LONGEST = ("flows", "graphs", "test_readme")
+# No deadline and no limit on slow generation: a busy machine is not a wrong result. The default
+# profile is derandomized: a change fails because of the change, not because of the examples drawn
+# that day. The nightly profile draws new examples every time, and prints how to repeat a failure.
+_PATIENT = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow]}
+settings.register_profile(
+    "nightly", max_examples=200, derandomize=False, print_blob=True, **_PATIENT
+)
+settings.register_profile("default", max_examples=25, derandomize=True, **_PATIENT)
+settings.load_profile("default")  # `pytest --hypothesis-profile nightly` overrides this
+
+# What the tests of several files share, so that one process makes it once: a Prefect server with a
+# finished order ("world"), or with orders of their own; exports, which take seconds each; and runs
+# of every method. The longest groups begin first, or one process ends alone (with
+# --no-loadscope-reorder). Every other file is a group of its own.
+GROUPS = {
+    "world": {
+        "test_budget",
+        "test_canaries",
+        "test_cli",
+        "test_compress",
+        "test_explain",
+        "test_flow_in_moved_home",
+        "test_recipe",
+        "test_triton_warmups",
+    },
+    "orders": {
+        "test_dense_order",
+        "test_planted_results",
+        "test_presets",
+        "test_readme_commands",
+        "test_refused_orders",
+        "test_retrieval",
+        "test_s3",
+        "test_service_outages",
+        "test_teaching",
+    },
+    "graphs": {
+        "test_audit",
+        "test_bfloat16_dense",
+        "test_lowered_graphs",
+        "test_lowering",
+        "test_parity",
+    },
+    "runs": {"test_composed", "test_outline", "test_steps"},
+}
+GROUP_OF = {name: group for group, names in GROUPS.items() for name in names}
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Where tests run in several processes, those that share something slow stay together.
+    """Run the longest groups first."""
+    places = {name: place for place, name in enumerate(GROUPS)}
+    items.sort(key=lambda item: places.get(group_of(item.nodeid), len(places)))
 
-    That is the tests of a file, those of all flows (one Prefect server, one finished order), those
-    of all faults (one server of forks), and those of the same exported graphs, or of the same runs
-    of every method.
+
+def group_of(nodeid: str) -> str:
+    """The group of a test: all tests of a group run in one process, one after another."""
+    path = Path(nodeid.partition("::")[0])
+    if path.parent.name == "faults":  # one server of forks
+        return "faults"
+    return GROUP_OF.get(path.stem, path.stem)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> LoadScopeScheduling | None:
+    """Schedule by ``group_of`` under ``--dist loadgroup``.
+
+    xdist 3.8 marks groups by changing a private attribute of each test, which pytest 9.2 no longer
+    reads: without this every test would be a group of its own.
     """
-    groups = {id(item): _group(item) for item in items}
-    for item in items:
-        item.add_marker(pytest.mark.xdist_group(groups[id(item)]))
-    places = {name: place for place, name in enumerate(LONGEST)}
-    items.sort(key=lambda item: places.get(groups[id(item)], len(LONGEST)))
+    return GroupScheduling(config, log) if config.getvalue("dist") == "loadgroup" else None
 
 
-def _group(item: pytest.Item) -> str:
-    name = item.path.stem
-    if item.path.parent.name in {"flows", "faults"}:
-        return item.path.parent.name
-    if name in SAME_GRAPHS:
-        return "graphs"
-    return "runs" if name in SAME_RUNS else name
+class GroupScheduling(LoadScopeScheduling):
+    """Sends whole groups to a process, in the order in which they were collected."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        return group_of(nodeid)
 
 
 def pytest_collection_finish() -> None:

@@ -5,6 +5,7 @@ trained by nobody; their weights come from a seed.
 """
 
 import functools
+import itertools
 import tempfile
 import typing
 from collections.abc import Callable, Mapping
@@ -79,6 +80,34 @@ UNDIVIDED = (*VALUES, *FORMATS)
 # do more than set weights to other numbers: what those leave is the untouched network's graph.
 SAME_LAYERS = (Magnitude, Sparse24, L1Training, Distill, FineTune)
 UNDIVIDED = tuple(method for method in UNDIVIDED if method not in (Fold, *SAME_LAYERS))
+
+
+def _kinds(where: set[str]) -> list[str]:
+    return [
+        method.model_fields["kind"].default
+        for method in UNDIVIDED
+        if {"tables", "layers"} & set(method.model_fields) == where
+    ]
+
+
+# An export takes three seconds, so a method for layers and one for tables share a graph. Parity
+# tolerates more where layers are packed; test_table_forms.py and test_table_code_graphs.py hold
+# packed tables beside plain layers to the rounding of float32.
+RECIPES: tuple[tuple[str, ...], ...] = (
+    *(
+        tuple(kind for kind in pair if kind is not None)
+        for pair in itertools.zip_longest(_kinds({"layers"}), _kinds({"tables"}))
+    ),
+    *((kind,) for kind in _kinds({"layers", "tables"})),
+)
+
+
+def recipe_with(kind: str) -> tuple[str, ...]:
+    """The recipe of the default tier in which a kind of step stands."""
+    (recipe,) = (recipe for recipe in RECIPES if kind in recipe)
+    return recipe
+
+
 # Steps enough for 96 rows to move the weights.
 QUICKLY = Training(batch=16, learning_rate=0.02, warmup=0)
 BENCH_ROWS = 96

@@ -5,8 +5,8 @@ import re
 import models
 import pytest
 import torch
-from models import ALONE, NORMED, RANKER, REFERENCES, SEARCHES, TIED, Reference, Step
-from test_steps import fits, ran
+from models import NORMED, RANKER, SEARCHES, TIED, Reference, Step
+from test_steps import every_pair, ran
 
 from compressors.contracts import Bench, Plan, PlanLine, Split
 from compressors.dense.channels import Channels
@@ -19,8 +19,6 @@ from compressors.tables.rowwise_int4 import RowwiseInt4
 from compressors.tables.rowwise_int8 import RowwiseInt8
 from compressors.units import stored_bytes
 
-PAIRS = [(m, r) for m in ALONE for r in REFERENCES if fits(m, r)]
-NAMES = [f"{m.__name__}-{r.network.__name__}" for m, r in PAIRS]
 RECIPES: tuple[tuple[Step, ...], ...] = (
     (Channels(), Distill(training=models.QUICKLY), RowwiseInt4(), StaticInt8()),
     (RowwiseInt8(), Channels(), StaticInt8()),
@@ -50,7 +48,7 @@ def without_notes(made: Plan, predicted: Plan) -> Plan:
     return Plan(lines=tuple(map(told, made.lines)))
 
 
-@pytest.mark.parametrize(("method", "reference"), PAIRS, ids=NAMES)
+@every_pair
 def test_a_steps_plan_is_known_before(method, reference: Reference):
     done = ran(method, reference.network.__name__)
     predicted = outline(models.default(method), reference.model(), without_files(done.bench))

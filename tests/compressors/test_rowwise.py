@@ -9,6 +9,7 @@ import torch
 from grids import normal
 from hypothesis import given
 from hypothesis import strategies as st
+from pairwise import parametrize_pairwise
 from pydantic import ValidationError
 from rowwise_reference import StoredRows, decode_rows, encode_rows, pack_planes, unpack_planes
 from torch import Tensor
@@ -31,7 +32,6 @@ EVERY = {
     for symmetric in (True, False)
     for together in (0, 1, 4)
 }
-every_step = pytest.mark.parametrize("step", EVERY.values(), ids=EVERY)
 
 
 def packed(step: Rowwise, table: Tensor) -> PackedTable:
@@ -69,9 +69,7 @@ def spread(rows: int, dim: int) -> Tensor:
     return table
 
 
-@every_step
-@pytest.mark.parametrize("dim", [1, 2, 5, 8])
-@pytest.mark.parametrize("scale", ["float16", "float32"])
+@parametrize_pairwise(step=EVERY, dim=[1, 2, 5, 8], scale=["float16", "float32"])
 def test_stored_codes_scales_and_offsets_are_those_of_the_numpy_reference(step, dim, scale):
     step = step.model_copy(update={"scale": scale})
     table = spread(11, dim)
@@ -95,10 +93,12 @@ def test_weights_halfway_between_two_levels_are_rounded_as_documented(step):
     assert torch.equal(packed(step, table)(torch.arange(4)), expected(step, table))
 
 
-@every_step
-@pytest.mark.parametrize("dim", [1, 2, 5, 8])
-@pytest.mark.parametrize("shape", [(), (7,), (3, 4), (0,), (2, 0)])
-@pytest.mark.parametrize("dtype", [torch.int64, torch.int32])
+@parametrize_pairwise(
+    step=EVERY,
+    dim=[1, 2, 5, 8],
+    shape=[(), (7,), (3, 4), (0,), (2, 0)],
+    dtype=[torch.int64, torch.int32],
+)
 def test_a_lookup_gives_the_reference_weights_for_ids_of_any_shape(step, dim, shape, dtype):
     table = normal(11, dim)
     ids = torch.randint(11, shape, generator=torch.Generator().manual_seed(0), dtype=dtype)
@@ -108,9 +108,7 @@ def test_a_lookup_gives_the_reference_weights_for_ids_of_any_shape(step, dim, sh
     assert torch.equal(rows, expected(step, table)[ids.long()])
 
 
-@every_step
-@pytest.mark.parametrize("rows", [1, 8, 11])
-@pytest.mark.parametrize("scale", ["float16", "float32"])
+@parametrize_pairwise(step=EVERY, rows=[1, 8, 11], scale=["float16", "float32"])
 def test_bytes_are_codes_plus_a_scale_and_an_offset_for_every_range(step, rows, scale):
     step = step.model_copy(update={"scale": scale})
     dim, bits = 10, BITS[step.kind]
@@ -148,9 +146,7 @@ def gradients(
     return {name: stored[name].grad for name in learned}
 
 
-@every_step
-@pytest.mark.parametrize("dim", [2, 5])
-@pytest.mark.parametrize("scale", ["float16", "float32"])
+@parametrize_pairwise(step=EVERY, dim=[2, 5], scale=["float16", "float32"])
 def test_the_gradients_of_scales_and_offsets_are_those_of_plain_torch(step, dim, scale):
     step = step.model_copy(update={"scale": scale})
     table = packed(step, normal(11, dim))
@@ -168,8 +164,12 @@ def test_the_gradients_of_scales_and_offsets_are_those_of_plain_torch(step, dim,
             assert gradient[-1].item() == 0
 
 
-@every_step
-@pytest.mark.parametrize("scale", ["float16", "float32"])
+@pytest.mark.parametrize(
+    ("step", "scale"),
+    # The scale's type passes through; each op gets both.
+    [(step, ("float16", "float32")[place % 2]) for place, step in enumerate(EVERY.values())],
+    ids=EVERY,
+)
 def test_the_op_keeps_torchs_rules_for_custom_ops(step, scale):
     step = step.model_copy(update={"scale": scale})
     table = dict(packed(step, normal(6, 5)).named_buffers())

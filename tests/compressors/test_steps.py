@@ -16,6 +16,7 @@ from models import (
     FORMATS,
     METHODS,
     NORMED,
+    NOT_ALONE,
     RANKER,
     REFERENCES,
     SEARCHES,
@@ -102,11 +103,34 @@ def fits(method: type[Step], reference: Reference) -> bool:
     return reference in ONLY_ON.get(method, REFERENCES)
 
 
+# In the default tier on every reference: one for tables, one for layers.
+ON_EVERY_REFERENCE = (RowwiseInt4, StaticInt8)
+# In the default tier before and after every other format.
+WITH_EVERY_FORMAT = (RowwiseInt8, StaticInt8, Float16)
+
+
+def first_reference(method: type[Step]) -> Reference:
+    return next(reference for reference in REFERENCES if fits(method, reference))
+
+
+def tier(*values: object, default: bool) -> typing.Any:
+    """One case of a test, in the default or in the nightly tier."""
+    names = (getattr(value, "__name__", None) or value.network.__name__ for value in values)
+    return pytest.param(*values, id="-".join(names), marks=() if default else pytest.mark.nightly)
+
+
 def pairs(methods: tuple[type[Step], ...]) -> pytest.MarkDecorator:
-    """Every one of these methods on every reference that has something for it."""
-    every = [(m, r) for m in methods for r in REFERENCES if fits(m, r)]
-    names = [f"{m.__name__}-{r.network.__name__}" for m, r in every]
-    return pytest.mark.parametrize(("method", "reference"), every, ids=names)
+    """Every one of these methods on every reference that has something for it.
+
+    In the default tier each is on one reference, and two are on all.
+    """
+    every = [
+        tier(m, r, default=r is first_reference(m) or m in ON_EVERY_REFERENCE)
+        for m in methods
+        for r in REFERENCES
+        if fits(m, r)
+    ]
+    return pytest.mark.parametrize(("method", "reference"), every)
 
 
 def each(methods: typing.Iterable[type[Step]]) -> pytest.MarkDecorator:
@@ -185,6 +209,14 @@ def state_of(model: Model) -> tuple[object, ...]:
 @pytest.fixture
 def made(method, reference) -> Ran:
     return ran(method, reference.network.__name__)
+
+
+def test_every_method_and_every_reference_is_in_the_default_tier():
+    default = [case.values for case in every_pair.args[1] if not case.marks]
+    assert {method for method, _ in default} == set(ALONE) == set(METHODS) - set(NOT_ALONE)
+    assert {reference.network for _, reference in default} == {r.network for r in REFERENCES}
+    orders = [case.values[:2] for case in COMPOSED if not case.marks]
+    assert {method for pair in orders for method in pair} == set(FORMATS)
 
 
 # --- what every step keeps -------------------------------------------------------------------
@@ -273,9 +305,21 @@ def test_a_method_of_values_leaves_every_format(made, step, reference):
                 assert torch.equal(tensor, before[name]), name
 
 
-@pytest.mark.parametrize("packed", FORMATS, ids=lambda method: method.__name__)
 # Those that take float weights only are left out.
-@each(m for m in VALUES if m not in (Magnitude, Sparse24, L1Training) and fits(m, RANKER))
+CHANGING_VALUES = [
+    m for m in VALUES if m not in (Magnitude, Sparse24, L1Training) and fits(m, RANKER)
+]
+
+
+@pytest.mark.parametrize(
+    ("method", "packed"),
+    [
+        # In the default tier each format has one method of values, in turn.
+        tier(method, packed, default=place % len(CHANGING_VALUES) == turn)
+        for turn, method in enumerate(CHANGING_VALUES)
+        for place, packed in enumerate(FORMATS)
+    ],
+)
 def test_values_change_before_and_after_formats(method, packed, tmp_path):
     made = ran(method, "Ranker")
     first, bench = made.result, made.bench
@@ -430,23 +474,25 @@ def test_a_table_that_renormalizes_while_read_is_refused(step, kind, tmp_path):
         run(step, source, RANKER.bench(tmp_path / "data"), tmp_path / "out")
 
 
+def in_turn(first: type[Step], second: type[Step]) -> bool:
+    return first in WITH_EVERY_FORMAT or second in WITH_EVERY_FORMAT
+
+
 # Every method before and after every other on one network; two of them on all networks.
 COMPOSED = [
-    (a, b, RANKER) for a, b in itertools.permutations(FORMATS, 2) if not takes(b) <= takes(a)
+    tier(a, b, RANKER, default=in_turn(a, b))
+    for a, b in itertools.permutations(FORMATS, 2)
+    if not takes(b) <= takes(a)
 ]
 COMPOSED += [
-    (a, b, reference)
-    for a, b in itertools.permutations((RowwiseInt4, StaticInt8), 2)
+    tier(a, b, reference, default=True)
+    for a, b in itertools.permutations(ON_EVERY_REFERENCE, 2)
     for reference in REFERENCES
     if reference is not RANKER
 ]
 
 
-@pytest.mark.parametrize(
-    ("first", "second", "reference"),
-    COMPOSED,
-    ids=lambda item: getattr(item, "__name__", None) or item.network.__name__,
-)
+@pytest.mark.parametrize(("first", "second", "reference"), COMPOSED)
 def test_recipes_compose_in_both_orders(first, second, reference, tmp_path):
     made = ran(first, reference.network.__name__)
     once, twice = made.result, run(second(), made.result, made.bench, tmp_path / "twice")
@@ -463,8 +509,11 @@ def test_recipes_compose_in_both_orders(first, second, reference, tmp_path):
 
 @pytest.mark.parametrize(
     ("first", "second"),
-    [(a, b) for a, b in itertools.permutations(FORMATS, 2) if takes(b) <= takes(a)],
-    ids=lambda method: method.__name__,
+    [
+        tier(a, b, default=in_turn(a, b))
+        for a, b in itertools.permutations(FORMATS, 2)
+        if takes(b) <= takes(a)
+    ],
 )
 def test_a_step_finds_nothing_left_by_one_that_takes_the_same(first, second, tmp_path):
     made = ran(first, "Ranker")

@@ -1,0 +1,39 @@
+"""The cover that parametrized tests use in place of full products."""
+
+import itertools
+import math
+
+import pytest
+from pairwise import pairwise
+
+AXES = {
+    "one": (["a", "b", "c"],),
+    "two": ([1, 2], ["a", "b", "c"]),
+    "single values": ([1], [2], [3]),
+    "mixed": (range(9), (1, 2, 5, 8), range(5), (True, False)),
+    "many of two": tuple([(0, 1)] * 10),
+    "equal values": ([0, 0], [0, 1], [1, 1]),
+}
+
+
+@pytest.mark.parametrize("axes", AXES.values(), ids=AXES)
+def test_every_pair_of_values_occurs_in_some_combination(axes):
+    found = pairwise(*axes)
+    assert all(value in axis for row in found for value, axis in zip(row, axes, strict=True))
+    for first, second in itertools.combinations(range(len(axes)), 2):
+        covered = {(row[first], row[second]) for row in found}
+        assert covered == set(itertools.product(axes[first], axes[second]))
+    if len(axes) == 1:
+        assert [row[0] for row in found] == list(axes[0])
+
+
+def test_a_cover_is_much_smaller_than_the_product():
+    axes = AXES["mixed"]
+    # At least the product of the two longest axes; a greedy cover is a little longer.
+    assert 9 * 5 <= len(pairwise(*axes)) <= 1.2 * 9 * 5 < math.prod(map(len, axes)) / 6
+    assert len(pairwise(*AXES["many of two"])) <= 12
+
+
+def test_the_same_axes_give_the_same_combinations():
+    axes = AXES["mixed"]
+    assert pairwise(*axes) == pairwise(*map(list, axes))
