@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from drafts import ROWS, write_draft
 from models import METHODS
 
@@ -23,12 +24,17 @@ def commands(containing: str) -> str:
     return found[0]
 
 
-def test_the_commands_for_a_model_of_ones_own_do_what_they_say(tmp_path: Path) -> None:
-    # As the README has it: the class in mymodels.py, the draft in ./draft, called mymodel.
-    shutil.copy(ROOT / "tests" / "draft_network.py", tmp_path / "mymodels.py")
+def write_own_model(folder: Path) -> None:
+    """What the README has a user bring along: a class in mymodels.py, a draft called mymodel."""
+    shutil.copy(ROOT / "tests" / "draft_network.py", folder / "mymodels.py")
     # Enough test rows to tell a loss of 0.002 from none, as the README's limit asks.
     rows = {**ROWS, "test": 30_000}
-    write_draft(tmp_path / "draft", name="mymodel", network="mymodels:ClickNet", rows=rows)
+    write_draft(folder / "draft", name="mymodel", network="mymodels:ClickNet", rows=rows)
+
+
+@pytest.mark.nightly  # tests/flows/test_readme_commands.py runs the same commands in one process
+def test_the_commands_for_a_model_of_ones_own_do_what_they_say(tmp_path: Path) -> None:
+    write_own_model(tmp_path)
     bash = shutil.which("bash")
     assert bash is not None
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"

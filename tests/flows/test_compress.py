@@ -15,6 +15,7 @@ import numpy as np
 import onnxruntime
 import pyarrow.parquet as pq
 import pytest
+from command_line import run_main
 from drafts import DENSE, ROOT, ROWS, environment, planted_auc, recpress, write_draft
 from orders import World, carry_out
 from prefect import flow
@@ -23,7 +24,7 @@ from sklearn.metrics import roc_auc_score
 
 from compressors.contracts import Limit
 from flows.order import Order
-from flows.terms import Targets
+from flows.terms import Preset, Targets
 from infra.checks import Rules
 from infra.errors import BuildRefused, DataRefused, StoreUnavailable
 from infra.registry import Registry
@@ -38,7 +39,6 @@ from tasks.report import markdown
 from tasks.stored import store
 
 ANY = Limit.parse("auc vs baseline >= -0.02")
-EARLY_TASKS = ("pull", "validate", "prepare", "rowwise_int4")  # done before the second step
 
 
 def with_limits(world: World, *limits: str) -> Order:
@@ -218,12 +218,22 @@ def test_an_order_forgotten_by_the_registry_is_registered_again(
     assert registered("clicks") == versions
 
 
-def test_a_killed_flow_goes_on_where_it_was(fresh: Path) -> None:
-    """kill -9 of the process and its embedded server, in the second of two steps."""
+@pytest.mark.parametrize(
+    ("preset", "first_step"),
+    [("fast", "rowwise_int8"), pytest.param("small", "rowwise_int4", marks=pytest.mark.nightly)],
+)
+def test_a_killed_flow_goes_on_where_it_was(
+    preset: Preset,
+    first_step: str,
+    fresh: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """kill -9 of the process and its embedded server, in the second of the steps."""
     pack(write_draft(fresh / "draft", name="killed"))
     limit = str(ANY)
     environ = environment(fresh)
-    command = [sys.executable, "-m", "flows.cli", "compress", "killed", "--preset", "small"]
+    command = [sys.executable, "-m", "flows.cli", "compress", "killed", "--preset", preset]
     process = subprocess.Popen(
         [*command, "--limit", limit],
         cwd=ROOT,
@@ -245,18 +255,18 @@ def test_a_killed_flow_goes_on_where_it_was(fresh: Path) -> None:
     assert process.wait() == -signal.SIGKILL, lines
     assert Registry(load_settings().registry_uri).models() == ()
 
-    order = Order(model="killed", preset="small", limits=(ANY,))
+    order = Order(model="killed", preset=preset, limits=(ANY,))
     ran = carry_out(order)
     assert ran.state == "Completed"
-    for task in EARLY_TASKS:
+    for task in ("pull", "validate", "prepare", first_step):
         assert set(ran.of(task)) == {"Cached"}, (task, ran.tasks)
     assert ran.of("measure") == ["Completed"]
     assert registered("killed") == ["1"]
 
     # What the resumed run made is what the command line now finds.
-    again = recpress("compress", "killed", "--preset", "small", "--limit", limit, env=environ)
-    assert again.returncode == 0, again.stderr
-    assert "was carried out before" in again.stderr
+    code, said = run_main(monkeypatch, capsys, *command[3:], "--limit", limit)
+    assert code == 0, said
+    assert "was carried out before" in said
 
 
 # --- targets ---------------------------------------------------------------------------------

@@ -1,22 +1,25 @@
 """The whole way against a real S3 server, and no secret of it anywhere afterwards."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import boto3
 import pytest
+from command_line import run_main, run_main_apart
 from drafts import environment, recpress, write_draft
-from orders import carry_out
+from orders import carry_out, surroundings
 from prefect.client.orchestration import get_client
 from s3_server import S3Server
 
 from compressors.contracts import Limit
 from flows.order import Order
-from tasks.bundles import Packed
+from flows.terms import Preset
+from tasks.bundles import Packed, pack
 from tasks.documents import Finished
 from tasks.stored import store
 
+ROOT = "s3://models/way/of/one"
 LIMIT = Limit.parse("auc vs baseline >= -0.02")
 
 
@@ -49,32 +52,58 @@ def files_with(secret: str, *folders: Path) -> list[Path]:
     return [path for path in files if secret.encode() in path.read_bytes()]
 
 
-def test_pack_compress_and_fetch_with_an_s3_store_and_its_secret_stays_out_of_everything(
-    s3: S3Server, fresh: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    root = "s3://models/way/of/one"
-    monkeypatch.setenv("RECPRESS_STORE", root)
-    env = environment(fresh, RECPRESS_STORE=root, **s3.environment)
-    draft = write_draft(fresh / "draft")
-    packing = recpress("bundle", "pack", str(draft), "--json", env=env)
-    assert packing.returncode == 0, packing.stderr
-    packed = Packed.model_validate_json(packing.stdout)
-    assert store().uri_of(packed.artifact).startswith(f"{root}/artifacts/")
+Command = Callable[..., tuple[int, str, str]]
 
-    ran = carry_out(Order(model="clicks", preset="small", limits=(LIMIT,)))
+
+@pytest.fixture
+def command(
+    request: pytest.FixtureRequest,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    fresh: Path,
+    s3: S3Server,
+) -> Command:
+    """Run a command line; in a process of its own in the nightly tier, which takes minutes."""
+    monkeypatch.setenv("RECPRESS_STORE", ROOT)
+
+    def child(*arguments: str) -> tuple[int, str, str]:
+        env = environment(fresh, RECPRESS_STORE=ROOT, **s3.environment)
+        ended = recpress(*arguments, env=env)
+        return ended.returncode, ended.stdout, ended.stderr
+
+    def here(*arguments: str) -> tuple[int, str, str]:
+        return run_main_apart(monkeypatch, capsys, *arguments)
+
+    return {"here": here, "child": child}[request.param]
+
+
+@pytest.mark.parametrize(
+    ("command", "preset"),
+    [("here", "safe"), pytest.param("child", "small", marks=pytest.mark.nightly)],
+    indirect=["command"],
+)
+def test_pack_compress_and_fetch_with_an_s3_store_and_its_secret_stays_out_of_everything(
+    s3: S3Server, fresh: Path, command: Command, preset: Preset
+) -> None:
+    draft = write_draft(fresh / "draft")
+    code, said, *packing = command("bundle", "pack", str(draft), "--json")
+    assert code == 0, packing
+    packed = Packed.model_validate_json(said)
+    assert store().uri_of(packed.artifact).startswith(f"{ROOT}/artifacts/")
+
+    ran = carry_out(Order(model="clicks", preset=preset, limits=(LIMIT,)))
     assert (ran.state, ran.finished.report.outcome) == ("Completed", "accepted")
 
     into = fresh / "served"
     arguments = ("clicks", "--version", ran.finished.version, "--into", str(into))
-    fetching = recpress("registry", "fetch", *arguments, env=env)
-    assert fetching.returncode == 0, fetching.stderr
+    code, *fetching = command("registry", "fetch", *arguments)
+    assert code == 0, fetching
     assert (into / "model.onnx").stat().st_size == ran.finished.report.targets[0].bytes
 
-    again = recpress(
-        "compress", "clicks", "--preset", "small", "--limit", str(LIMIT), "--json", env=env
-    )
-    assert again.returncode == 0, again.stderr
-    assert Finished.model_validate_json(again.stdout) == ran.finished
+    order = ("clicks", "--preset", preset, "--limit", str(LIMIT), "--json")
+    code, found, *again = command("compress", *order)
+    assert code == 0, again
+    assert Finished.model_validate_json(found) == ran.finished
 
     secret = s3.secret_key
     objects = dict(everything_in(s3, "models", "way/of/one"))
@@ -82,17 +111,19 @@ def test_pack_compress_and_fetch_with_an_s3_store_and_its_secret_stays_out_of_ev
     assert [key for key, body in objects.items() if secret.encode() in body] == []
     assert files_with(secret, fresh) == []
     assert secret not in told_to_prefect()
-    for ended in (packing, fetching, again):
-        assert secret not in ended.stdout + ended.stderr
+    for text in (said, *packing, *fetching, found, *again):
+        assert secret not in text
 
 
 def test_a_damaged_object_is_not_fetched(
-    s3: S3Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    s3: S3Server,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    root = "s3://models/damaged"
-    env = environment(tmp_path, RECPRESS_STORE=root, **s3.environment)
-    packing = recpress("bundle", "pack", str(write_draft(tmp_path / "d")), "--json", env=env)
-    packed = Packed.model_validate_json(packing.stdout)
+    surroundings(monkeypatch, tmp_path / "recpress")
+    monkeypatch.setenv("RECPRESS_STORE", "s3://models/damaged")
+    packed = pack(write_draft(tmp_path / "d"))
     key = f"damaged/artifacts/{packed.artifact.sha256}/files/model.safetensors"
     body = bytearray(dict(everything_in(s3, "models", key))[key])
     body[-1] ^= 1
@@ -104,8 +135,8 @@ def test_a_damaged_object_is_not_fetched(
         region_name="us-east-1",
     )
     client.put_object(Bucket="models", Key=key, Body=bytes(body))
-    checked = recpress("bundle", "check", "clicks", env=env)
-    assert checked.returncode == 2
-    assert "damaged" in checked.stderr
-    assert "model.safetensors" in checked.stderr
-    assert "Traceback" not in checked.stderr
+    code, said = run_main(monkeypatch, capsys, "bundle", "check", "clicks")
+    assert code == 2
+    assert "damaged" in said
+    assert "model.safetensors" in said
+    assert "Traceback" not in said
