@@ -7,8 +7,9 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
-from models import FORMATS, UNDIVIDED, graph
+from models import FORMATS, RECIPES, UNDIVIDED, graph, recipe_with
 from onnx import TensorProto, helper, numpy_helper
+from test_lowering import OTHER_GRAPHS, OTHER_RECIPES, OTHERS
 
 from compressors.contracts import Plan, PlanLine
 from compressors.errors import AuditFailed
@@ -217,7 +218,7 @@ def test_scales_that_rows_share_are_as_many_as_their_ranges(tmp_path):
 
 
 def test_a_layer_that_is_float32_in_memory_is_refused_where_it_should_be_packed(tmp_path):
-    lowered = graph("Ranker", ("weight_int4",), "onnxruntime")
+    lowered = graph("Ranker", recipe_with("weight_int4"), "onnxruntime")
     optimized = optimized_graph(lowered.path)
     layers = lowered.lowered.layers
     found = audit(optimized, lowered.model.plan, (), layers)
@@ -239,13 +240,13 @@ def test_a_layer_that_is_float32_in_memory_is_refused_where_it_should_be_packed(
 
 @pytest.mark.parametrize("kind", ["float16", "float8_dense"])
 def test_layers_widened_when_a_session_starts_are_counted(kind):
-    lowered = graph("Ranker", (kind,), "onnxruntime")
+    lowered = graph("Ranker", recipe_with(kind), "onnxruntime")
     found = audit(optimized_graph(lowered.path), None, (), lowered.lowered.layers)
     assert (found.packed_layers, found.widened_layers) == (0, 5)
 
 
 def test_tensorrts_form_of_a_table_is_refused_in_onnxruntime():
-    lowered = graph("Ranker", ("rowwise_int8",), "tensorrt-rtx")
+    lowered = graph("Ranker", recipe_with("rowwise_int8"), "tensorrt-rtx")
     optimized = optimized_graph(lowered.path)
     with pytest.raises(AuditFailed, match=r"widened \(DequantizeLinear\) before its Gather"):
         audit(optimized, lowered.model.plan, lowered.lowered.tables)
@@ -253,7 +254,12 @@ def test_tensorrts_form_of_a_table_is_refused_in_onnxruntime():
 
 @pytest.mark.parametrize(
     "kinds",
-    [(), *((kind,) for kind in KINDS), ("rowwise_int8", "static_int8")],
+    [
+        (),
+        *RECIPES,
+        ("rowwise_int8", "static_int8"),
+        *(pytest.param((kind,), marks=pytest.mark.nightly) for kind in KINDS),
+    ],
     ids=lambda kinds: "+".join(kinds) or "-",
 )
 def test_what_we_write_for_onnxruntime_passes(kinds):
@@ -264,8 +270,20 @@ def test_what_we_write_for_onnxruntime_passes(kinds):
     assert found.packed_tables == (6 if packs_tables else 0)
 
 
-@pytest.mark.parametrize("reference", ["Tied", "Buffered", "Attention", "Normed"])
-@pytest.mark.parametrize("kinds", [("rowwise_int8", "static_int8"), ("rowwise_int4", "float16")])
+@pytest.mark.parametrize(
+    ("reference", "kinds"),
+    [
+        # In the default tier those that test_lowering.py writes for this target.
+        pytest.param(
+            name,
+            kinds,
+            id=f"{name}-{'+'.join(kinds)}",
+            marks=() if (name, kinds, "onnxruntime") in OTHER_GRAPHS else pytest.mark.nightly,
+        )
+        for name in OTHERS
+        for kinds in OTHER_RECIPES
+    ],
+)
 def test_what_we_write_for_other_networks_passes(reference, kinds):
     lowered = graph(reference, kinds, "onnxruntime")
     found = audit(optimized_graph(lowered.path), lowered.model.plan, lowered.lowered.tables)
@@ -276,7 +294,7 @@ def test_what_we_write_for_other_networks_passes(reference, kinds):
 
 def test_the_weights_of_a_compressed_graph_are_fewer_bytes():
     sizes = []
-    for kinds in ((), ("rowwise_int8",), ("rowwise_int4",)):
+    for kinds in ((), recipe_with("rowwise_int8"), recipe_with("rowwise_int4")):
         lowered = graph("Ranker", kinds, "onnxruntime")
         optimized = optimized_graph(lowered.path)
         sizes.append(audit(optimized, lowered.model.plan, lowered.lowered.tables).weight_bytes)

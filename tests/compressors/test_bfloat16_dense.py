@@ -6,9 +6,9 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from grids import tables, unhurried
+from grids import tables
 from hypothesis import given
-from models import RANKER, graph
+from models import RANKER, graph, recipe_with
 from onnx import TensorProto
 from torch.nn import functional as F
 
@@ -47,7 +47,6 @@ def test_the_op_keeps_torchs_rules_and_its_gradients_are_plain_torchs():
         assert found.grad.any()
 
 
-@unhurried
 @given(table=tables(largest=3e38))
 def test_a_weight_keeps_eight_bits_at_any_size(table):
     model = RANKER.model().private()
@@ -93,7 +92,7 @@ def to(cast: onnx.NodeProto) -> int:
 
 
 def test_tensorrt_multiplies_in_bfloat16_between_two_casts():
-    written = onnx.load(graph("Ranker", ("bfloat16_dense",), RTX).path).graph
+    written = onnx.load(graph("Ranker", recipe_with("bfloat16_dense"), RTX).path).graph
     held = {item.name: item.data_type for item in written.initializer}
     maker = {output: node for node in written.node for output in node.output}
     gemms = [node for node in written.node if node.op_type == "Gemm"]
@@ -107,7 +106,7 @@ def test_tensorrt_multiplies_in_bfloat16_between_two_casts():
 
 
 def test_onnxruntime_stores_two_bytes_a_weight_and_multiplies_in_float32():
-    written = onnx.load(graph("Ranker", ("bfloat16_dense",), "onnxruntime").path).graph
+    written = onnx.load(graph("Ranker", recipe_with("bfloat16_dense"), "onnxruntime").path).graph
     short = [item for item in written.initializer if item.data_type == TensorProto.BFLOAT16]
     assert len([item for item in short if len(item.dims) == 2]) == 5
     wide = [i for i in written.initializer if i.data_type == TensorProto.FLOAT and len(i.dims) == 2]
@@ -117,7 +116,7 @@ def test_onnxruntime_stores_two_bytes_a_weight_and_multiplies_in_float32():
 def test_onnxruntime_refuses_the_graph_it_cannot_check(tmp_path):
     """Or there would be no need for another form."""
     with pytest.raises(BuildRefused, match="Could not find an implementation for Gemm"):
-        Session(graph("Ranker", ("bfloat16_dense",), RTX).path, 1)
+        Session(graph("Ranker", recipe_with("bfloat16_dense"), RTX).path, 1)
 
 
 def test_what_is_checked_is_the_product_of_rounded_operands_rounded(tmp_path):
@@ -158,7 +157,8 @@ def test_what_is_checked_is_the_product_of_rounded_operands_rounded(tmp_path):
 def test_rounding_to_bfloat16_passes_and_a_weight_three_parts_in_a_hundred_off_does_not(
     reference, tmp_path
 ):
-    lowered = graph(reference, ("bfloat16_dense",), RTX)
+    kinds = recipe_with("bfloat16_dense") if reference == "Ranker" else ("bfloat16_dense",)
+    lowered = graph(reference, kinds, RTX)
     inputs = lowered.rows(1500)
     expected, plan = lowered.in_torch(inputs), lowered.model.plan
     compare(expected, lowered.in_onnx(inputs), plan, RTX)

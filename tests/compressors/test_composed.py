@@ -1,17 +1,23 @@
 """The contract of every method that makes tables of smaller ones; test_steps.py checks the rest."""
 
+import functools
+import tempfile
+from pathlib import Path
+
 import models
 import pytest
 import torch
-from models import PARTS, RANKER, REFERENCES, Reference, graph
-from test_steps import ran, size
+from models import PARTS, RANKER, Graph, Reference, graph, whole
+from test_steps import pairs, ran, size
 
 from compressors.batches import example
 from compressors.composed import ComposedTable, PartSpec, plain_table
 from compressors.dense.channels import Channels
 from compressors.dense.float16 import Float16
 from compressors.errors import CompressionError, NothingToCompress
+from compressors.lower.export import lower
 from compressors.lower.parity import compare
+from compressors.model import Model
 from compressors.outline import outline
 from compressors.state import load, mapped
 from compressors.step import ModelStep, TableStep, run
@@ -24,6 +30,7 @@ from compressors.units import Unit, table_rows
 
 KINDS = [method().kind for method in PARTS]
 every_method = pytest.mark.parametrize("method", PARTS, ids=lambda m: m.__name__)
+_SCRATCH = tempfile.TemporaryDirectory(prefix="composed-")
 PACKERS = (RowwiseInt4, Float16)  # by rows, and by weights
 
 
@@ -33,8 +40,7 @@ def composed_units(model: models.Model) -> tuple[Unit, ...]:
     return tuple(unit for unit in Unit.of(model.module) if unit.name in owners)
 
 
-@every_method
-@pytest.mark.parametrize("reference", REFERENCES, ids=lambda item: item.network.__name__)
+@pairs(PARTS)
 def test_parts_are_plain_tables_with_lines_of_their_own(method, reference: Reference):
     step, done = models.default(method), ran(method, reference.network.__name__)
     source, result = done.source, done.result
@@ -117,6 +123,34 @@ def test_a_table_in_two_places_is_made_of_the_same_parts_in_both(method):
     assert result.plan.of("item").reason == "shares its weight with similar"
 
 
+# Each on a table of its own, so that one graph has several of them.
+TOGETHER = (PARTS[::2], PARTS[1::2])
+TABLES = ("user", "item", "history", "tags")  # ids and both kinds of jagged bags
+
+
+@functools.cache
+def together(place: int) -> Model:
+    folder = Path(tempfile.mkdtemp(dir=_SCRATCH.name))
+    model, bench = RANKER.model(), RANKER.bench(folder / "data")
+    for number, (method, table) in enumerate(zip(TOGETHER[place], TABLES, strict=True)):
+        step = models.default(method).model_copy(update={"tables": (table,)})
+        model = run(step, model, bench, folder / str(number))
+        assert model.plan.of(table).steps == (step.kind,)
+    return run(RowwiseInt8(), model, bench, folder / "packed")
+
+
+@pytest.mark.parametrize("target", ["onnxruntime", "tensorrt-rtx"])
+@pytest.mark.parametrize("place", range(len(TOGETHER)))
+def test_a_graph_of_several_methods_computes_what_the_module_computes(place, target, tmp_path):
+    model, path = together(place), tmp_path / "model.onnx"
+    made = Graph(
+        model, lower(model.module, whole(RANKER.schema), target, path), RANKER.schema, path
+    )
+    inputs = made.rows(600)
+    compare(made.in_torch(inputs), made.in_onnx(inputs), model.plan, target)
+
+
+@pytest.mark.nightly
 @pytest.mark.parametrize("target", ["onnxruntime", "tensorrt-rtx"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_graph_computes_what_the_module_computes(kind, target):

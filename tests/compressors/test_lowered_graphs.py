@@ -7,7 +7,7 @@ import onnx
 import onnx_ir as ir
 import pytest
 import torch
-from models import NORMED, RANKER, UNDIVIDED, Ranker, compressed, graph, whole
+from models import NORMED, RANKER, UNDIVIDED, Ranker, compressed, graph, recipe_with, whole
 from onnx import TensorProto
 from torch import Tensor, nn
 
@@ -68,7 +68,7 @@ def walk(found: onnx.GraphProto, start: str) -> Iterator[onnx.NodeProto]:
 
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "static_int8"])
 def test_onnxruntime_gathers_a_table_before_anything_else_touches_it(kind):
-    lowered = graph("Ranker", (kind,), ORT)
+    lowered = graph("Ranker", recipe_with(kind), ORT)
     found = optimized_graph(lowered.path)
     held = {item.name for item in found.initializer}
     assert len(lowered.lowered.tables) == 6
@@ -91,7 +91,7 @@ PLAIN = {"float16", "bfloat16"}
 
 @pytest.mark.parametrize("kind", sorted(TYPES))
 def test_tensorrt_gets_packed_tables_that_feed_nothing_but_a_dequantize(kind):
-    lowered = graph("Ranker", (kind,), RTX)
+    lowered = graph("Ranker", recipe_with(kind), RTX)
     written = onnx.load(lowered.path).graph
     held = {item.name: item for item in written.initializer}
     reads = {"Gather"} if kind in PLAIN else {"DequantizeLinear"}
@@ -126,7 +126,7 @@ def test_tensorrt_gets_symmetric_int8_layers_with_a_float_bias():
 
 
 @each_target
-@pytest.mark.parametrize("kinds", [(), EVERYTHING, ("rowwise_int4",)])
+@pytest.mark.parametrize("kinds", [(), EVERYTHING, recipe_with("rowwise_int4")])
 def test_the_exporters_notes_are_stripped(kinds, target):
     model = onnx.load(graph("Ranker", kinds, target).path)
     assert not model.metadata_props
@@ -139,7 +139,7 @@ def test_the_exporters_notes_are_stripped(kinds, target):
 @each_target
 @pytest.mark.parametrize("kind", sorted(TYPES))
 def test_packed_bytes_are_what_the_file_holds(kind, target):
-    lowered = graph("Ranker", (kind,), target)
+    lowered = graph("Ranker", recipe_with(kind), target)
     written = onnx.load(lowered.path).graph
     held = {item.name: item for item in written.initializer}
     for table in lowered.lowered.tables:

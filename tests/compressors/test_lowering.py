@@ -1,16 +1,20 @@
 """Every step, written down for every target, run in ONNX Runtime and compared with torch."""
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
 from models import (
     LONGEST,
     RANKER,
+    RECIPES,
     REFERENCES,
     UNDIVIDED,
     Graph,
     graph,
 )
+from pairwise import pairwise
 from torch import Tensor
 
 from compressors.batches import edge_example
@@ -23,11 +27,19 @@ KINDS = [method.model_fields["kind"].default for method in UNDIVIDED]
 EVERYTHING = ("rowwise_int8", "static_int8")
 
 each_target = pytest.mark.parametrize("target", [ORT, RTX])
+# In the nightly tier every method has a graph of its own.
+ALONE = [
+    pytest.param((kind,), marks=pytest.mark.nightly) for kind in KINDS if (kind,) not in RECIPES
+]
 each_recipe = pytest.mark.parametrize(
     "kinds",
-    [(), *((kind,) for kind in KINDS), EVERYTHING],
+    [(), *RECIPES, EVERYTHING, *ALONE],
     ids=lambda kinds: "+".join(kinds) or "-",
 )
+
+
+def test_every_method_has_a_graph_in_the_default_tier():
+    assert sorted(kind for recipe in RECIPES for kind in recipe) == sorted(KINDS)
 
 
 def agree(lowered: Graph, target: TargetKind, inputs: dict[str, Tensor], spread: float) -> None:
@@ -77,13 +89,24 @@ def test_a_batch_with_no_ids_at_all_is_answered(kinds, target):
         assert not np.isnan(lowered.in_onnx(inputs)).any()
 
 
-@each_target
-@pytest.mark.parametrize("reference", REFERENCES[1:], ids=lambda item: item.network.__name__)
+OTHERS = [reference.network.__name__ for reference in REFERENCES[1:]]
+OTHER_RECIPES = (EVERYTHING, ("rowwise_int4", "float16"))
+OTHER_GRAPHS = pairwise(OTHERS, OTHER_RECIPES, (ORT, RTX))
+
+
 @pytest.mark.parametrize(
-    "kinds", [EVERYTHING, ("rowwise_int4", "float16")], ids=lambda kinds: "+".join(kinds)
+    ("reference", "kinds", "target"),
+    [
+        pytest.param(
+            *combination,
+            id=f"{combination[0]}-{'+'.join(combination[1])}-{combination[2]}",
+            marks=() if combination in OTHER_GRAPHS else pytest.mark.nightly,
+        )
+        for combination in itertools.product(OTHERS, OTHER_RECIPES, (ORT, RTX))
+    ],
 )
 def test_other_networks_compute_what_torch_computes(reference, kinds, target):
-    lowered = graph(reference.network.__name__, kinds, target)
+    lowered = graph(reference, kinds, target)
     many = lowered.rows(1500)
     compare(lowered.in_torch(many), lowered.in_onnx(many), lowered.model.plan, target)
     spread = float(np.std(lowered.in_torch(many)))

@@ -12,6 +12,7 @@ import torch
 from models import BENCH_ROWS, Reference, prepared, whole
 from numpy.typing import NDArray
 from onnx import TensorProto, helper
+from pairwise import parametrize_pairwise
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -96,9 +97,7 @@ def scores(
     return expected.numpy(), found
 
 
-@pytest.mark.parametrize("target", TARGETS)
-@pytest.mark.parametrize("form", STEPS)
-@pytest.mark.parametrize("eps", EPS)
+@parametrize_pairwise(eps=EPS, form=list(STEPS), target=TARGETS)
 def test_masked_means_of_empty_lists_are_the_modules_on_every_target(eps, form, target):
     inputs = example(SCHEMA, {"user": 12, "items": 40}, 16)
     inputs["items"][:5] = 0  # empty lists
