@@ -8,7 +8,7 @@ BEGUN := .venv/.recpress-begun
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install demo test faults up-local lint types clean
+.PHONY: help install demo test test-all faults up-local lint types clean
 
 help:     ## Show this list.
 	@sed -n 's/^\([.a-z-]*\): .*## \(.*\)/make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 14
@@ -27,7 +27,7 @@ $(DONE): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet -c constraints.txt torch uv
 	@$(TORCH) > $(BEGUN)
-	$(BIN)/uv pip install --quiet --python $(BIN)/python -c constraints.txt -b constraints.txt -e '.[dev,services,tensorrt-rtx]'
+	$(BIN)/uv pip install --quiet --compile-bytecode --python $(BIN)/python -c constraints.txt -b constraints.txt -e '.[dev,services,tensorrt-rtx]'
 	$(BIN)/uv pip install --quiet --python $(BIN)/python -c constraints.txt --no-deps recbole
 	@[ "$$($(TORCH))" = "$$(cat $(BEGUN))" ] || { echo "uv replaced torch $$(cat $(BEGUN)) by $$($(TORCH)): report this" >&2; exit 1; }
 	@rm $(BEGUN) && touch $@
@@ -35,9 +35,14 @@ $(DONE): pyproject.toml constraints.txt
 demo: $(DONE) ## Train, compress, build, judge and register a click model on MovieLens 100K.
 	$(BIN)/recpress demo
 
-# One thread each: the processes fill the cores already.
-test: $(DONE) ## Run the tests; ARGS are passed on to pytest.
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --maxprocesses 4 --dist loadgroup --no-loadscope-reorder $(ARGS)
+# One thread each: the processes fill the cores already. Bytecode is kept even where the environment
+# says not to: tests start many processes, and each would compile 4,600 modules again.
+PYTEST := PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --maxprocesses 4 --dist loadgroup --no-loadscope-reorder
+test: $(DONE) ## Run the tests of the default tier; ARGS are passed on to pytest.
+	$(PYTEST) $(ARGS)
+
+test-all: $(DONE) ## Run the tests of every tier but gpu, with 200 examples a property, for hours.
+	$(PYTEST) -m 'not gpu' --hypothesis-profile nightly $(ARGS)
 
 # Tests are spread over two processes; each has a Prefect server and an S3 server of its own.
 faults: $(DONE) ## Kill, flip, cut off, race and fuzz for about two hours; results in build/faults.json.

@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from botocore_models import models_read_once
+from groups import GROUPS, GroupScheduling, group_of
 from hypothesis import HealthCheck, settings
 from onnx_operators import operators_read_once
 from s3_server import S3Server, running_server
-from xdist.scheduler import LoadScopeScheduling
 
 from infra.telemetry import disable_telemetry
 
@@ -33,43 +34,6 @@ settings.register_profile(
 settings.register_profile("default", max_examples=25, derandomize=True, **_PATIENT)
 settings.load_profile("default")  # `pytest --hypothesis-profile nightly` overrides this
 
-# What the tests of several files share, so that one process makes it once: a Prefect server with a
-# finished order ("world"), or with orders of their own; exports, which take seconds each; and runs
-# of every method. The longest groups begin first, or one process ends alone (with
-# --no-loadscope-reorder). Every other file is a group of its own.
-GROUPS = {
-    "world": {
-        "test_budget",
-        "test_canaries",
-        "test_cli",
-        "test_compress",
-        "test_explain",
-        "test_flow_in_moved_home",
-        "test_recipe",
-        "test_triton_warmups",
-    },
-    "orders": {
-        "test_dense_order",
-        "test_planted_results",
-        "test_presets",
-        "test_readme_commands",
-        "test_refused_orders",
-        "test_retrieval",
-        "test_s3",
-        "test_service_outages",
-        "test_teaching",
-    },
-    "graphs": {
-        "test_audit",
-        "test_bfloat16_dense",
-        "test_lowered_graphs",
-        "test_lowering",
-        "test_parity",
-    },
-    "runs": {"test_composed", "test_outline", "test_steps"},
-}
-GROUP_OF = {name: group for group, names in GROUPS.items() for name in names}
-
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Run the longest groups first."""
@@ -77,29 +41,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: places.get(group_of(item.nodeid), len(places)))
 
 
-def group_of(nodeid: str) -> str:
-    """The group of a test: all tests of a group run in one process, one after another."""
-    path = Path(nodeid.partition("::")[0])
-    if path.parent.name == "faults":  # one server of forks
-        return "faults"
-    return GROUP_OF.get(path.stem, path.stem)
-
-
 @pytest.hookimpl(optionalhook=True)
-def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> LoadScopeScheduling | None:
-    """Schedule by ``group_of`` under ``--dist loadgroup``.
-
-    xdist 3.8 marks groups by changing a private attribute of each test, which pytest 9.2 no longer
-    reads: without this every test would be a group of its own.
-    """
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> GroupScheduling | None:
+    """Schedule by the groups of ``groups.py`` under ``--dist loadgroup``."""
     return GroupScheduling(config, log) if config.getvalue("dist") == "loadgroup" else None
-
-
-class GroupScheduling(LoadScopeScheduling):
-    """Sends whole groups to a process, in the order in which they were collected."""
-
-    def _split_scope(self, nodeid: str) -> str:
-        return group_of(nodeid)
 
 
 def pytest_collection_finish() -> None:
@@ -110,8 +55,8 @@ def pytest_collection_finish() -> None:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _operators_read_once() -> Iterator[None]:
-    with operators_read_once():
+def _read_once() -> Iterator[None]:
+    with operators_read_once(), models_read_once():
         yield
 
 

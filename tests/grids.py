@@ -6,16 +6,11 @@ import hypothesis.extra.numpy as arrays
 import numpy as np
 import pytest
 import torch
-from hypothesis import settings
 from hypothesis import strategies as st
 from torch import Tensor
 
 from compressors.tables.clipping import fit
 from compressors.tables.grid import Fitted, Grid, nearest, weights
-
-unhurried = settings(deadline=None)  # a busy machine is not a wrong answer
-# Searches encode a table some hundred times.
-few = settings(deadline=None, max_examples=25)
 
 # A float32 quotient, its rounding and the product back each move by at most one part in 2^24; an
 # offset adds a difference and a sum.

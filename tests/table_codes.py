@@ -7,7 +7,6 @@ import hypothesis.extra.numpy as arrays
 import numpy as np
 import pytest
 import torch
-from hypothesis import settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -16,8 +15,6 @@ from compressors.step import TableStep
 from compressors.tables.kmeans import KMeans
 from compressors.tables.product_codes import ProductCodes
 from compressors.tables.residual_codes import ResidualCodes
-
-unhurried = settings(deadline=None, max_examples=20)  # a busy machine is not a wrong answer
 
 STEPS = (
     KMeans(bits=2),

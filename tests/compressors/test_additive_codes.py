@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from models import NORMED, RANKER
-from table_codes import alike, unhurried
+from table_codes import alike
 from torch import Tensor, nn
 
 from compressors.batches import batches
@@ -38,7 +38,6 @@ def error(table: Tensor, codes: Tensor, codebook: Tensor) -> Tensor:
     return squared_distance(table, decode(codes, codebook))
 
 
-@unhurried
 @given(seed=st.integers(0, 10**6), books=st.integers(1, 3), rows=st.integers(1, 20))
 def test_a_beam_that_carries_every_sum_finds_the_best_one(seed, books, rows):
     table, codebook = drawn(seed, rows, 5), drawn(seed + 1, books * 3, 5)
@@ -50,7 +49,6 @@ def test_a_beam_that_carries_every_sum_finds_the_best_one(seed, books, rows):
     torch.testing.assert_close(found.double(), best, atol=1e-4, rtol=1e-4)
 
 
-@unhurried
 @given(seed=st.integers(0, 10**6), books=st.integers(1, 4))
 def test_a_beam_of_one_is_greedy(seed, books):
     table, codebook = drawn(seed, 15, 6), drawn(seed + 1, books * 4, 6)
@@ -99,7 +97,6 @@ def test_rounds_lower_the_error_of_rows_that_count():
     assert min(errors) < 0.9 * errors[0]  # 0.84
 
 
-@unhurried
 @given(seed=st.integers(0, 10**6), size=st.sampled_from([1e-4, 1.0, 1e3]))
 def test_a_table_of_another_size_gets_the_same_codes(seed, size):
     """Trained tables hold numbers of any size; what is held and shaken must not depend on it."""
@@ -123,7 +120,6 @@ def test_rows_that_count_more_are_served_better():
     assert lost[1] < 0.6 * lost[0]
 
 
-@unhurried
 @given(seed=st.integers(0, 10**6))
 def test_squared_error_after_stretching_is_error_by_sensitivity(seed):
     slopes, gap = drawn(seed, 40, 5).double(), drawn(seed + 1, 3, 5)

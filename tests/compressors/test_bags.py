@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 from models import METHODS
 from torch import Tensor, nn
@@ -12,8 +12,6 @@ from compressors.formats import Bag, PackedTable, pad_positions, padded
 from compressors.step import encode_table
 from compressors.steps import TABLE_FORMATS
 from compressors.units import pack_table
-
-unhurried = settings(deadline=None)  # a busy machine is not a wrong answer
 
 ROWS, DIM = 9, 3
 MODES = ("sum", "mean", "max")
@@ -51,7 +49,6 @@ def same(found: Tensor, expected: Tensor) -> None:
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("last", [False, True])
-@unhurried
 @given(lists=bags, padding_idx=st.sampled_from([None, 0, 4]))
 @example(lists=[[]], padding_idx=None)
 @example(lists=[[], [], []], padding_idx=0)
@@ -66,7 +63,6 @@ def test_jagged_bags(mode, last, lists, padding_idx):
 
 
 @pytest.mark.parametrize("mode", MODES)
-@unhurried
 @given(
     rows=st.integers(0, 4),
     length=st.integers(1, 6),
@@ -83,7 +79,6 @@ def test_padded_bags(mode, rows, length, padding_idx, seed):
         same(ours(old)(ids), old(ids))
 
 
-@unhurried
 @given(lists=bags, padding_idx=st.sampled_from([None, 0, 4]), seed=st.integers(0, 9))
 def test_weights_per_id_of_jagged_bags(lists, padding_idx, seed):
     old = torchs("sum", padding_idx)
@@ -133,7 +128,6 @@ def test_a_compressed_table_inside_is_torchs_bag_over_the_decoded_table(name, mo
             same(pack_table(old, inside)(values, offsets), old(values, offsets))
 
 
-@unhurried
 @given(lists=bags.filter(bool), room=st.integers(0, 2))
 def test_places_in_a_bag_hold_its_ids_in_order_and_zero_beyond(lists, room):
     values, bounds = jagged(lists, last=True)

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from grids import normal, tables, unhurried
+from grids import normal, tables
 from hypothesis import given
 
 from compressors.errors import CompressionError
@@ -10,7 +10,6 @@ from compressors.step import encode_table
 from compressors.tables.bfloat16 import BFloat16
 
 
-@unhurried
 @given(table=tables(largest=3e38))
 def test_a_weight_keeps_eight_bits_at_any_size(table):
     decoded = encode_table(BFloat16(), table)(torch.arange(len(table)))

@@ -9,7 +9,6 @@ import hypothesis.extra.numpy as arrays
 import numpy as np
 import pytest
 import torch
-from grids import few, unhurried
 from hypothesis import given
 from hypothesis import strategies as st
 from models import RANKER, Reference
@@ -41,7 +40,6 @@ values = arrays.arrays(
 )
 
 
-@unhurried
 @given(x=values, cut=st.integers(0, 60))
 def test_counts_are_the_same_however_the_rows_were_split(x, cut):
     whole, apart = seen(torch.from_numpy(x)), seen(*map(torch.from_numpy, (x[:cut], x[cut:])))
@@ -50,7 +48,6 @@ def test_counts_are_the_same_however_the_rows_were_split(x, cut):
     assert torch.equal(whole.largest, apart.largest)
 
 
-@unhurried
 @given(x=values)
 def test_every_value_is_counted_in_the_bin_it_lies_in(x):
     found, size = seen(torch.from_numpy(x)), np.abs(x.astype(np.float64))
@@ -72,7 +69,6 @@ def test_nothing_and_what_is_not_finite_are_not_counted():
 # --- where ranges end ------------------------------------------------------------------------
 
 
-@unhurried
 @given(x=values, share=st.sampled_from([0.6, 0.9, 0.999, 1.0]))
 def test_percentile_leaves_its_share_inside_and_no_bin_more(x, share):
     found, size = seen(torch.from_numpy(x)), np.abs(x.astype(np.float64))
@@ -130,7 +126,6 @@ def naive_divergence(counts: np.ndarray, end: int) -> float:
     return sum(p_ * np.log(p_ / q_) for p_, q_ in zip(p, q, strict=True) if p_ > 0)
 
 
-@few
 @given(
     seed=st.integers(0, 2**31),
     power=st.sampled_from([0.5, 1.0, 3.0]),

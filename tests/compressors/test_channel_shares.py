@@ -3,7 +3,7 @@
 import hypothesis.strategies as st
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from models import NORMED, QUICKLY, RANKER, Reference
 from narrow_networks import SCHEMA, Branched, Plain
 from pydantic import ValidationError
@@ -128,7 +128,6 @@ def test_by_activation_a_channel_counts_what_it_adds_to_its_readers(tmp_path):
 WIDTHS = (Width(("a",), 40, {"a": 1}, {"b": 1}), Width(("b",), 24, {"b": 1}, {"c": 1}))
 
 
-@settings(deadline=None)
 @given(st.integers(0, 99), st.sampled_from([1, 4, 8]), st.floats(0, 3), st.floats(0, 3))
 def test_a_lower_threshold_never_leaves_fewer(seed, multiple, first, second):
     drawn = torch.Generator().manual_seed(seed)
@@ -141,7 +140,6 @@ def test_a_lower_threshold_never_leaves_fewer(seed, multiple, first, second):
         assert fewer[width.path] % multiple == 0
 
 
-@settings(deadline=None)
 @given(st.lists(st.integers(0, 50), min_size=1, max_size=40), st.integers(0, 60))
 def test_the_search_finds_the_last_within_the_limit(costs, limit):
     costs = sorted(costs)
@@ -160,7 +158,6 @@ def test_the_search_finds_the_last_within_the_limit(costs, limit):
             search()
 
 
-@settings(deadline=None)
 @given(st.floats(0.05, 0.99), st.sampled_from([1, 4, 8, 16]))
 def test_equal_shares_are_at_most_all_of_a_width(keep, multiple):
     first = {width.path: width.value for width in WIDTHS}

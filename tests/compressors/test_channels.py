@@ -4,7 +4,7 @@ import hypothesis.strategies as st
 import models
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from models import ATTENTION, NORMED, RANKER, Reference
 from narrow_networks import (
     RATE,
@@ -296,7 +296,6 @@ def test_the_plan_says_what_became_of_every_layer(tmp_path):
     assert result.plan.of("user").steps == ()
 
 
-@settings(max_examples=15, deadline=None)
 @given(st.integers(2, 6), st.integers(2, 6), st.integers(2, 6), st.integers(0, 99))
 def test_any_widths_and_weights_survive_the_cut(left, right, deep, seed):
     """The check inside ``apply`` compares with zeroed channels on every call."""

@@ -7,7 +7,6 @@ from grids import (
     back,
     each_asymmetric,
     each_grid,
-    few,
     normal,
     of,
     scale_types,
@@ -33,7 +32,6 @@ def error(table: Tensor, grid: Grid) -> Tensor:
 
 @each_grid
 @pytest.mark.parametrize("rule", ["greedy", "mse"])
-@few
 @given(table=tables(), scale=scale_types, together=sharing)
 def test_clipping_makes_no_range_worse(grid, rule, table, scale, together):
     plain = of(grid, scale=scale, rows_per_scale=together)

@@ -5,7 +5,7 @@ import time
 
 import numpy as np
 import pytest
-from hypothesis import assume, given, settings
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from benchmarks.interval_coverage import METRICS, coverage, heavy_tailed_sizes, simulate
@@ -56,7 +56,6 @@ def plain(metric, label, score, group):
     }[metric]()
 
 
-@settings(deadline=None)
 @given(st.data())
 def test_every_value_without_a_group_is_the_metric_of_the_other_rows(data):
     rows, users = data.draw(st.integers(30, 80)), data.draw(st.integers(3, 8))

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from models import RANKER
 
@@ -12,10 +12,7 @@ from compressors.step import run
 from compressors.tables.cluster_rows import ClusterRows, clustered
 from compressors.traffic import lookups
 
-unhurried = settings(deadline=None, max_examples=40)
 
-
-@unhurried
 @given(
     seed=st.integers(0, 10**6),
     rows=st.integers(2, 60),

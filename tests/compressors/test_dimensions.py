@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from models import RANKER
 from torch.nn import functional as F
@@ -20,14 +20,11 @@ from compressors.tables.dimensions import (
 )
 from compressors.traffic import lookups
 
-unhurried = settings(deadline=None, max_examples=40)
-
 
 def drawn(seed: int, rows: int, dim: int) -> torch.Tensor:
     return torch.randn(rows, dim, generator=torch.Generator().manual_seed(seed))
 
 
-@unhurried
 @given(
     seed=st.integers(0, 10**6),
     rows=st.integers(1, 30),
@@ -44,7 +41,6 @@ def test_kept_dimensions_are_exact_and_the_others_their_mean(seed, rows, kept):
     assert torch.equal(made, expected)  # products with zeros and ones round nothing
 
 
-@unhurried
 @given(seed=st.integers(0, 10**6), rows=st.integers(2, 30), kept=st.integers(1, 6))
 def test_what_a_dimension_is_judged_by_is_the_error_of_dropping_it(seed, rows, kept):
     table, weight = drawn(seed, rows, 7), drawn(seed + 1, rows, 1).abs().squeeze(1) + 0.01

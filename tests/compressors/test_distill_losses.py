@@ -4,7 +4,7 @@ import hypothesis.strategies as st
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from models import ATTENTION, NORMED, RANKER
 from torch import Tensor
 
@@ -12,7 +12,6 @@ from compressors.batches import Batch
 from compressors.distill import losses
 from compressors.distill.losses import OF_LISTS, loss_of_teacher
 
-unhurried = settings(deadline=None, max_examples=40)  # a busy machine is not a wrong answer
 numbers = st.floats(-6, 6, width=32)
 listed = st.lists(st.tuples(numbers, numbers, st.integers(0, 2)), min_size=1, max_size=12)
 FREE_OF_LEVEL = ("margin", "listwise", "rankdistil")
@@ -48,7 +47,6 @@ def slope(name: str, score: Tensor, *rest: object) -> Tensor:
 
 
 @pytest.mark.parametrize("name", ["pointwise", *OF_LISTS])
-@unhurried
 @given(made=listed)
 def test_a_loss_is_least_at_the_teachers_own_answers(name, made):
     score, teacher, segment, lists = columns(made)
@@ -59,7 +57,6 @@ def test_a_loss_is_least_at_the_teachers_own_answers(name, made):
 
 
 @pytest.mark.parametrize("name", FREE_OF_LEVEL)
-@unhurried
 @given(made=listed, level=st.floats(-5, 5))
 def test_losses_of_order_do_not_mind_the_level_of_a_list(name, made, level):
     score, teacher, segment, lists = columns(made)
@@ -77,7 +74,6 @@ def test_losses_of_probabilities_mind_the_level(name):
     assert float(moved) > float(asked(name, teacher, teacher, segment, 1)) + 1e-3
 
 
-@unhurried
 @given(listed)
 def test_the_margin_loss_is_the_mean_over_all_pairs_of_a_list(made):
     score, teacher, segment, lists = columns(made)
@@ -92,7 +88,6 @@ def test_the_margin_loss_is_the_mean_over_all_pairs_of_a_list(made):
     assert found == pytest.approx(np.mean(each) if each else 0.0, rel=1e-9, abs=1e-9)
 
 
-@unhurried
 @given(listed)
 def test_the_listwise_loss_is_a_cross_entropy_of_shares(made):
     score, teacher, segment, lists = columns(made)
@@ -105,7 +100,6 @@ def test_the_listwise_loss_is_a_cross_entropy_of_shares(made):
     )
 
 
-@unhurried
 @given(listed)
 def test_the_calibrated_loss_is_a_cross_entropy_of_shares_of_probabilities(made):
     score, teacher, segment, lists = columns(made)

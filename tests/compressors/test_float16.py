@@ -6,7 +6,7 @@ import hypothesis.extra.numpy as arrays
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from models import RANKER, Reference
 from safetensors.torch import save_file
@@ -17,12 +17,9 @@ from compressors.contracts import Bench, DenseInput, Schema, Split
 from compressors.dense.float16 import Float16, beyond, largest_sum, narrow
 from compressors.step import run
 
-unhurried = settings(deadline=None)  # a busy machine is not a wrong answer
-
 OPS = torch.ops.recpress
 
 
-@unhurried
 @given(st.floats(-65504, 65504, width=32))
 def test_a_weight_moves_by_at_most_half_a_float16_step(value):
     weight = torch.tensor([value])
@@ -38,7 +35,6 @@ def test_a_weight_beyond_float16_is_told(value):
     assert beyond(torch.tensor([65519.0, -65519.0])) is None  # rounds to 65,504
 
 
-@unhurried
 @given(
     x=arrays.arrays(np.float32, (3, 5), elements=st.floats(-10, 10, width=32)),
     weight=arrays.arrays(np.float32, (2, 5), elements=st.floats(-10, 10, width=32)),

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from grids import SLACK, normal, scale_types, sharing, tables, unhurried
+from grids import SLACK, normal, scale_types, sharing, tables
 from hypothesis import given
 from rowwise_reference import encode_float8_rows
 from torch import Tensor
@@ -20,7 +20,6 @@ def back(step: Float8E4M3, table: Tensor) -> tuple[Tensor, Tensor]:
     return module(rows), module.scale[rows // (step.rows_per_scale or len(table))].float()
 
 
-@unhurried
 @given(table=tables(), scale=scale_types, together=sharing)
 def test_a_weight_keeps_four_bits_down_to_the_smallest_even_steps(table, scale, together):
     decoded, scales = back(Float8E4M3(scale=scale, rows_per_scale=together), table)

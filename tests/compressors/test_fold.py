@@ -9,7 +9,7 @@ import onnx
 import pytest
 import torch
 from chained_networks import BLOCK, NORM_FIRST, NormFirst
-from hypothesis import given, settings
+from hypothesis import given
 from models import NORMED, RANKER, Reference, whole
 from narrow_networks import SCHEMA
 from torch import Tensor, nn
@@ -30,7 +30,6 @@ from compressors.step import run
 from examples.dcnv2 import DCNv2
 from infra.onnxruntime import optimized_graph
 
-unhurried = settings(deadline=None)  # a busy machine is not a wrong answer
 FIELDS = [{"name": "user", "rows": 30}, {"name": "item", "rows": 50}]
 DCN = Reference(
     DCNv2,
@@ -65,7 +64,6 @@ def folded(reference: Reference, folder: Path, source: Model | None = None) -> t
     return source, run(Fold(), source, reference.bench(folder / "data"), folder / "out")
 
 
-@unhurried
 @given(
     st.integers(1, 6),
     st.integers(1, 6),

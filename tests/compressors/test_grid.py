@@ -8,14 +8,12 @@ from grids import (
     each_asymmetric,
     each_grid,
     each_symmetric,
-    few,
     normal,
     of,
     rules,
     scale_types,
     sharing,
     tables,
-    unhurried,
 )
 from hypothesis import given
 from hypothesis import strategies as st
@@ -35,7 +33,6 @@ def within_half_a_level(table: Tensor, grid: Grid) -> None:
 
 
 @each_grid
-@unhurried
 @given(table=tables(), scale=scale_types, together=sharing)
 def test_every_weight_returns_within_half_a_level_of_the_stored_scale(grid, table, scale, together):
     within_half_a_level(table, of(grid, scale=scale, rows_per_scale=together))
@@ -49,7 +46,6 @@ def test_a_scale_among_the_smallest_float16_numbers_clips_nothing(grid, largest)
 
 
 @each_grid
-@unhurried
 @given(table=tables(), together=sharing)
 def test_a_level_is_no_wider_than_the_rows_range_needs(grid, table, together):
     _, (scale, offset) = back(table, of(grid, rows_per_scale=together))
@@ -69,7 +65,6 @@ def test_a_level_is_no_wider_than_the_rows_range_needs(grid, table, together):
 
 
 @each_grid
-@few
 @given(table=tables(), together=sharing, clipping=rules)
 def test_codes_are_the_grids_own_and_no_others(grid, table, together, clipping):
     chosen = of(grid, rows_per_scale=together, clipping=clipping)
@@ -164,7 +159,6 @@ def test_both_ends_of_a_row_are_kept_exactly_at_a_scale_float16_holds(grid):
 
 
 @each_grid
-@few
 @given(table=tables(), clipping=rules, data=st.data())
 def test_a_range_is_fitted_by_itself(grid, table, clipping, data):
     """So it does not matter which blocks a table is encoded in."""

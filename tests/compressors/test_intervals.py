@@ -4,7 +4,7 @@ import time
 
 import numpy as np
 import pytest
-from hypothesis import assume, given, settings
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from scipy.stats import norm
 
@@ -28,7 +28,6 @@ def impressions(rows, seed=0, noise=0.3):
     return label, *sigmoid, random.integers(0, max(2, rows // 12), rows)
 
 
-@settings(deadline=None)
 @given(st.data())
 def test_the_weighted_auc_equals_the_auc_of_the_rows_written_out(data):
     rows = data.draw(st.integers(2, 40))

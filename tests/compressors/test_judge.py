@@ -3,7 +3,7 @@
 import math
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
@@ -72,7 +72,6 @@ def test_at_most_is_judged_on_the_bounds_of_the_interval(low, high, outcome):
 floats = st.floats(-1, 1, allow_nan=False)
 
 
-@settings(deadline=None)
 @given(st.lists(floats, min_size=3, max_size=3), st.tuples(floats, floats), st.booleans())
 def test_tightening_a_limit_never_makes_the_outcome_milder(values, bounds, upwards):
     low, point, high = sorted(values)
@@ -85,7 +84,6 @@ def test_tightening_a_limit_never_makes_the_outcome_milder(values, bounds, upwar
     assert STRICTNESS[outcomes[0]] <= STRICTNESS[outcomes[1]]
 
 
-@settings(deadline=None)
 @given(st.lists(floats, min_size=3, max_size=3), floats, st.booleans())
 def test_mirroring_numbers_and_limit_mirrors_nothing_in_the_outcome(values, bound, upwards):
     low, point, high = sorted(values)
@@ -95,7 +93,6 @@ def test_mirroring_numbers_and_limit_mirrors_nothing_in_the_outcome(values, boun
     assert (ours.outcome, ours.rows_to_decide) == (mirror.outcome, mirror.rows_to_decide)
 
 
-@settings(deadline=None)
 @given(st.lists(floats, min_size=3, max_size=3), floats)
 def test_at_the_rows_to_decide_the_shrunk_interval_decides_for_the_side_of_the_point(values, bound):
     low, point, high = sorted(values)

@@ -3,7 +3,7 @@
 import hypothesis.strategies as st
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from models import NORMED, QUICKLY, RANKER, Reference, example, prepared
 from narrow_networks import SCHEMA, Branched
 
@@ -27,7 +27,6 @@ def scores(model, reference):
 numbers = st.lists(st.floats(-5, 5, width=32), min_size=1, max_size=8)
 
 
-@settings(deadline=None)
 @given(numbers, st.floats(0, 3))
 def test_soft_threshold_is_the_nearest_point_under_the_penalty(values, reach):
     """It minimises |x - w|^2 / 2 + reach * |x|: no other x, near or far, is better."""
@@ -41,7 +40,6 @@ def test_soft_threshold_is_the_nearest_point_under_the_penalty(values, reach):
         assert (cost(found) <= cost(other) + 1e-12).all()
 
 
-@settings(deadline=None)
 @given(st.integers(1, 5), st.integers(0, 99), st.floats(0, 2))
 def test_group_threshold_is_the_nearest_point_under_the_penalty_of_groups(count, seed, reach):
     drawn = torch.Generator().manual_seed(seed)

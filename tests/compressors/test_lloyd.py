@@ -6,7 +6,7 @@ import hypothesis.extra.numpy as arrays
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -19,8 +19,6 @@ from compressors.tables.lloyd import (
     scalar_kmeans,
     squared_distance,
 )
-
-unhurried = settings(deadline=None, max_examples=30)  # a busy machine is not a wrong answer
 
 
 def points(most: int = 40) -> st.SearchStrategy[Tensor]:
@@ -44,7 +42,6 @@ def alone(rows: Tensor) -> float:
     return float((rows.double() - rows.double().mean(dim=0)).square().sum())
 
 
-@unhurried
 @given(rows=points(), levels=st.integers(1, 9))
 def test_rounds_never_raise_the_error_and_the_last_is_the_codebooks(rows, levels):
     fit = kmeans(rows, levels)
@@ -57,7 +54,6 @@ def test_rounds_never_raise_the_error_and_the_last_is_the_codebooks(rows, levels
     )
 
 
-@unhurried
 @given(rows=points(), levels=st.integers(1, 9))
 def test_an_entry_for_all_points_is_never_better(rows, levels):
     for fit in (kmeans(rows, levels), scalar_kmeans(rows.flatten(), levels)):
@@ -67,7 +63,6 @@ def test_an_entry_for_all_points_is_never_better(rows, levels):
         assert error(flat, fit.codebook) <= alone(flat) + slack
 
 
-@unhurried
 @given(rows=points(), more=st.integers(0, 5))
 def test_points_that_are_no_more_than_entries_are_kept_exactly(rows, more):
     different = len(torch.unique(rows, dim=0))
@@ -110,7 +105,6 @@ def test_scalar_levels_of_a_normal_come_near_the_best_there_are():
         assert found == pytest.approx(least, rel=0.02)  # a sample of 2e5 is off by a hundredth
 
 
-@unhurried
 @given(rows=points(), levels=st.integers(1, 9), seed=st.integers(0, 5))
 def test_a_weight_is_as_good_as_so_many_copies(rows, levels, seed):
     times = torch.randint(1, 4, (len(rows),), generator=torch.Generator().manual_seed(seed))
@@ -179,7 +173,6 @@ def test_the_same_points_give_the_same_codebook():
 # --- the nearest entry -------------------------------------------------------------------------
 
 
-@unhurried
 @given(rows=points(), levels=st.integers(1, 20), seed=st.integers(0, 9))
 def test_the_nearest_entry_is_that_of_a_plain_search(rows, levels, seed):
     generator = torch.Generator().manual_seed(seed)

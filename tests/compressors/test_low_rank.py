@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from models import RANKER
 
@@ -11,8 +11,6 @@ from compressors.errors import CompressionError
 from compressors.step import run
 from compressors.tables.low_rank import LowRank, factors
 from compressors.traffic import lookups
-
-unhurried = settings(deadline=None, max_examples=40)
 
 
 def drawn(seed: int, rows: int, dim: int) -> torch.Tensor:
@@ -25,7 +23,6 @@ def error(table: torch.Tensor, rank: int, weight: torch.Tensor) -> float:
     return float((weight * gap.square().sum(dim=1)).sum())
 
 
-@unhurried
 @given(seed=st.integers(0, 10**6), rows=st.integers(1, 30), dim=st.integers(1, 9))
 def test_a_full_rank_gives_the_table_back(seed, rows, dim):
     table = drawn(seed, rows, dim)
@@ -34,7 +31,6 @@ def test_a_full_rank_gives_the_table_back(seed, rows, dim):
     torch.testing.assert_close(narrow @ projection + mean, table, atol=1e-5, rtol=1e-5)
 
 
-@unhurried
 @given(seed=st.integers(0, 10**6), rows=st.integers(5, 30), rank=st.integers(1, 5))
 def test_no_other_rows_of_that_rank_are_closer(seed, rows, rank):
     """Against the library's own singular values, of the rows without their mean."""
@@ -43,7 +39,6 @@ def test_no_other_rows_of_that_rank_are_closer(seed, rows, rank):
     assert error(table, rank, torch.ones(rows)) == pytest.approx(float(left), rel=1e-4, abs=1e-5)
 
 
-@unhurried
 @given(seed=st.integers(0, 10**6), rank=st.integers(1, 5))
 def test_weighted_rows_are_closest_under_their_weights(seed, rank):
     table, weight = drawn(seed, 25, 6), drawn(seed + 1, 25, 1).abs().squeeze(1) + 0.01

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from chained_networks import CHAIN
-from hypothesis import given, settings
+from hypothesis import given
 from models import NORMED, RANKER, TIED, Graph, Reference, whole
 from narrow_networks import SCHEMA, Branched
 from test_fold import answers
@@ -34,8 +34,6 @@ from compressors.step import run
 from compressors.units import Unit
 from infra.onnxruntime import optimized_graph
 
-unhurried = settings(deadline=None)  # a busy machine is not a wrong answer
-
 
 def drawn(*shape: int, seed: int) -> Tensor:
     made = torch.Generator().manual_seed(seed)
@@ -52,7 +50,6 @@ def of_rank(weight: Tensor, moment: Tensor, rank: int) -> Tensor:
     return expand.double() @ reduce.double()
 
 
-@unhurried
 @given(st.integers(1, 8), st.integers(1, 8), st.integers(0, 2**31), st.data())
 def test_no_matrix_of_a_rank_has_closer_outputs(inputs, outputs, seed, data):
     weight = drawn(outputs, inputs, seed=seed)
@@ -87,7 +84,6 @@ def test_without_data_it_is_the_singular_value_decomposition():
     torch.testing.assert_close(found, plain, rtol=1e-5, atol=1e-5)
 
 
-@unhurried
 @given(st.lists(st.floats(0, 1e3, width=32), min_size=1, max_size=8), st.floats(0.001, 0.999))
 def test_the_rank_is_the_smallest_that_loses_no_more(values, most):
     energy = torch.tensor(sorted(values, reverse=True), dtype=torch.float64)

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from models import RANKER
 
@@ -10,14 +10,11 @@ from compressors.model import Model
 from compressors.step import run
 from compressors.tables.merge_rows import MergeRows, merged
 
-unhurried = settings(deadline=None, max_examples=60)
-
 
 def drawn(seed: int, rows: int, dim: int) -> torch.Tensor:
     return torch.randn(rows, dim, generator=torch.Generator().manual_seed(seed))
 
 
-@unhurried
 @given(seed=st.integers(0, 10**6), different=st.integers(1, 20), rows=st.integers(1, 60))
 def test_equal_rows_become_one_and_no_others(seed, different, rows):
     choice = torch.randint(different, (rows,), generator=torch.Generator().manual_seed(seed))
@@ -28,7 +25,6 @@ def test_equal_rows_become_one_and_no_others(seed, different, rows):
     assert torch.equal(unique[place], table)
 
 
-@unhurried
 @given(
     seed=st.integers(0, 10**6),
     rows=st.integers(2, 80),
@@ -49,7 +45,6 @@ def test_no_row_is_merged_with_a_leader_beyond_reach(seed, rows, within, dim):
         torch.testing.assert_close(unique[number].double(), mean, rtol=1e-6, atol=1e-7)
 
 
-@unhurried
 @given(seed=st.integers(0, 10**6))
 def test_the_order_of_rows_does_not_decide_what_is_merged(seed):
     centres = drawn(seed, 5, 6) * 10

@@ -4,7 +4,7 @@ import doctest
 
 import numpy as np
 import pytest
-from hypothesis import assume, given, settings
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from sklearn.metrics import log_loss, ndcg_score, roc_auc_score
 
@@ -30,7 +30,6 @@ def has_both(label):
     return 0 < label.sum() < label.size
 
 
-@settings(deadline=None)
 @given(clicks())
 def test_auc_equals_scikit_learn_with_ties(data):
     label, score, _ = data
@@ -38,7 +37,6 @@ def test_auc_equals_scikit_learn_with_ties(data):
     assert metrics.auc(label, score) == pytest.approx(roc_auc_score(label, score), abs=EXACT)
 
 
-@settings(deadline=None)
 @given(clicks())
 def test_auc_does_not_change_under_an_increasing_map_and_mirrors_under_a_decreasing_one(data):
     label, score, _ = data
@@ -56,7 +54,6 @@ def test_auc_keeps_the_ties_of_half_precision():
     assert metrics.auc([0, 1, 1], score) == 0.75
 
 
-@settings(deadline=None)
 @given(clicks())
 def test_gauc_is_the_impression_weighted_mean_of_scikit_learns_auc(data):
     label, score, group = data
@@ -80,7 +77,6 @@ def test_gauc_does_not_care_how_groups_are_named_or_ordered():
     assert by_number == by_name
 
 
-@settings(deadline=None)
 @given(clicks(graded=True), st.integers(1, 12))
 def test_ndcg_equals_scikit_learn_with_exponential_gains_and_averaged_ties(data, k):
     label, score, group = data
@@ -96,7 +92,6 @@ def test_ndcg_equals_scikit_learn_with_exponential_gains_and_averaged_ties(data,
     assert metrics.ndcg(label, score, group, k) == pytest.approx(np.mean(wanted), abs=EXACT)
 
 
-@settings(deadline=None)
 @given(clicks(graded=True), st.randoms(use_true_random=False))
 def test_no_metric_depends_on_the_order_of_rows(data, random):
     label, score, group = data
@@ -111,7 +106,6 @@ def test_no_metric_depends_on_the_order_of_rows(data, random):
         assert metrics.auc(clicked[order], score[order]) == metrics.auc(clicked, score)
 
 
-@settings(deadline=None)
 @given(st.lists(st.floats(0, 1, width=32), min_size=2, max_size=40), st.data())
 def test_logloss_equals_scikit_learns_with_float32_clipping(probability, data):
     size = len(probability)
@@ -127,7 +121,6 @@ def test_one_sure_and_wrong_row_costs_sixteen_nats_and_not_infinity():
     np.testing.assert_allclose(loss, -np.log(np.finfo(np.float32).eps), rtol=1e-6)
 
 
-@settings(deadline=None)
 @given(st.integers(1, 50), st.integers(1, 50))
 def test_normalized_entropy_of_the_base_rate_is_one(positives, negatives):
     label = np.repeat([1, 0], [positives, negatives])

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from models import RANKER, graph
 from torch import Tensor
@@ -21,14 +21,11 @@ from compressors.tables.multi_hash import (
 )
 from compressors.traffic import lookups
 
-unhurried = settings(deadline=None, max_examples=40)
-
 
 def drawn(seed: int, rows: int, dim: int = 3) -> Tensor:
     return torch.randn(rows, dim, generator=torch.Generator().manual_seed(seed))
 
 
-@unhurried
 @given(
     ids=st.lists(st.integers(0, PRIME - 1), min_size=1),
     seed=st.integers(0, 10**6),
@@ -59,7 +56,6 @@ def test_two_ids_meet_about_once_in_as_many_functions_as_there_are_buckets():
         assert abs(same - 0.5) < 4 * (0.25 / functions) ** 0.5
 
 
-@unhurried
 @given(
     seed=st.integers(0, 10**6),
     rows=st.integers(2, 40),
@@ -94,7 +90,6 @@ def test_no_other_buckets_are_closer(seed, rows, buckets, hashes, signed, even):
     )
 
 
-@unhurried
 @given(seed=st.integers(0, 10**6), rows=st.integers(2, 40))
 def test_blocks_of_rows_give_what_one_block_gives(seed, rows):
     table, functions = drawn(seed, rows), coefficients(2, seed, signed=True)
@@ -109,7 +104,6 @@ def test_blocks_of_rows_give_what_one_block_gives(seed, rows):
     assert again.error == pytest.approx(whole.error, rel=1e-6, abs=1e-10)
 
 
-@unhurried
 @given(seed=st.integers(0, 10**6), draws=st.integers(1, 5))
 def test_of_several_draws_the_one_that_leaves_least_is_kept(seed, draws):
     table, weight = drawn(seed, 30), 10 ** drawn(seed + 1, 30, 1)[:, 0].double()

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from models import QUICKLY, RANKER
 from torch import Tensor
@@ -18,8 +18,6 @@ from compressors.tables.low_rank import factors
 from compressors.tables.neural_codes import NeuralCodes, decode, fit, squared_error
 from compressors.traffic import lookups
 
-unhurried = settings(deadline=None, max_examples=25)
-
 
 def drawn(seed: int, rows: int, dim: int) -> Tensor:
     return torch.randn(rows, dim, generator=torch.Generator().manual_seed(seed))
@@ -31,7 +29,6 @@ def of_low_rank(table: Tensor, weight: Tensor, size: int) -> float:
     return float((weight / weight.mean() * gap.square().sum(dim=1)).sum())
 
 
-@unhurried
 @given(
     seed=st.integers(0, 10**6),
     rows=st.integers(1, 30),
@@ -49,7 +46,6 @@ def test_never_further_than_low_rank_of_as_many_numbers(seed, rows, size, hidden
     assert error <= of_low_rank(table, weight, size) * (1 + 1e-5) + 1e-11 * 10 ** (2 * power) * rows
 
 
-@unhurried
 @given(seed=st.integers(0, 10**6), rows=st.integers(20, 40), power=st.floats(-3, 3))
 def test_the_last_layer_is_the_least_squares_optimum(seed, rows, power):
     """Against the library's own, of what the hidden layer as drawn gives."""

@@ -4,17 +4,14 @@ import hypothesis.extra.numpy as arrays
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from compressors.lower.tensorrt_types import codes_tensor
 from compressors.tables.codebooks import WIDTHS, row_bytes, width_of
 from compressors.tables.planar import pack, unpack
 
-unhurried = settings(deadline=None)  # a busy machine is not a wrong answer
 
-
-@unhurried
 @given(data=st.data(), width=st.sampled_from(WIDTHS), shape=st.tuples(*[st.integers(1, 13)] * 2))
 def test_packing_and_back_is_the_identity(data, width, shape):
     values = arrays.arrays(np.uint8, shape, elements=st.integers(0, 2**width - 1))

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from models import RANKER, compressed
 from torch import Tensor
@@ -17,7 +17,6 @@ from compressors.tables.quotient_remainder import (
 )
 from compressors.traffic import lookups
 
-unhurried = settings(deadline=None, max_examples=40)
 tables = given(
     seed=st.integers(0, 10**6), rows=st.integers(2, 40), share=st.floats(0, 1), even=st.booleans()
 )
@@ -49,7 +48,6 @@ def error(table: Tensor, weight: Tensor, sides: tuple[Tensor, Tensor], operation
     return float((weight * gap.square().sum(dim=1)).sum())
 
 
-@unhurried
 @tables
 def test_no_other_sums_are_closer(seed, rows, share, even):
     """Against the library's own least squares on the whole system."""
@@ -67,7 +65,6 @@ def test_no_other_sums_are_closer(seed, rows, share, even):
     assert found == pytest.approx(least, rel=1e-6, abs=1e-11 * float(weight.sum()))
 
 
-@unhurried
 @given(seed=st.integers(0, 10**6), rows=st.integers(4, 40))
 def test_sums_are_found_again(seed, rows):
     buckets = max(1, round(rows**0.5))
@@ -77,7 +74,6 @@ def test_sums_are_found_again(seed, rows):
     assert left < 1e-10 * float((weight * table.square().sum(dim=1)).sum())  # float32, squared
 
 
-@unhurried
 @given(seed=st.integers(0, 10**6), quotients=st.integers(1, 12), buckets=st.integers(1, 12))
 def test_products_are_found_again_where_the_grid_is_full(seed, quotients, buckets):
     """With holes in it, or under uneven weights, alternating may stop short of a product."""
@@ -88,7 +84,6 @@ def test_products_are_found_again_where_the_grid_is_full(seed, quotients, bucket
     assert left < 1e-10 * float(table.double().square().sum())  # float32, squared
 
 
-@unhurried
 @tables
 def test_every_round_of_products_is_as_close_or_closer(seed, rows, share, even):
     table, weight = drawn(seed, rows), weights(seed, rows, even=even)
@@ -102,7 +97,6 @@ def test_every_round_of_products_is_as_close_or_closer(seed, rows, share, even):
         assert after <= before * (1 + 1e-6)  # results are rounded to float32 at the end
 
 
-@unhurried
 @given(seed=st.integers(0, 10**6), rows=st.integers(6, 40))
 def test_products_end_at_the_closest_of_rank_one_where_the_grid_is_full(seed, rows):
     """Each dimension is a matrix of quotients by remainders; its largest singular value says."""
@@ -118,7 +112,6 @@ def test_products_end_at_the_closest_of_rank_one_where_the_grid_is_full(seed, ro
     assert least * (1 - 1e-6) <= found <= least + 2e-3 * float(table.square().sum())
 
 
-@unhurried
 @given(ids=st.lists(st.integers(0, 2**62), min_size=1), divisor=st.integers(1, 2**31))
 def test_division_is_whole_beyond_what_floats_hold(ids, divisor):
     found = divided_by(torch.tensor(ids), divisor)

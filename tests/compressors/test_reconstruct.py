@@ -3,7 +3,7 @@
 import hypothesis.strategies as st
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from models import RANKER, Reference
 from narrow_networks import HISTORY, SCHEMA, Branched, Plain, Transformer
 
@@ -17,7 +17,6 @@ from compressors.step import run
 from compressors.widths import find_widths
 
 
-@settings(deadline=None)
 @given(st.integers(1, 6), st.integers(1, 4), st.integers(0, 99), st.floats(1e-6, 1.0))
 def test_no_other_weights_are_nearer(inputs, outputs, seed, ridge):
     """The slope of distance to the outputs plus distance to the prior is zero there."""

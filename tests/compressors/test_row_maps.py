@@ -1,16 +1,13 @@
 """Maps of rows: every row is found where it was put."""
 
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from compressors.tables.kept_order import BLOCK, kept_order, most, share
 from compressors.tables.row_map import byte_planes, bytes_needed
 
-unhurried = settings(deadline=None)
 
-
-@unhurried
 @given(
     kept=st.lists(st.booleans(), min_size=1, max_size=4 * BLOCK),
     repeats=st.integers(1, 3),
@@ -33,7 +30,6 @@ def test_blocks_of_one_kind_only_use_the_whole_byte():
         assert (int(within.min()), int(within.max())) == ends
 
 
-@unhurried
 @given(
     places=st.sampled_from([1, 2, 255, 256, 257, 65_536, 65_537, 2**24, 2**24 + 1, 2**31]),
     seed=st.integers(0, 10**6),

@@ -6,7 +6,7 @@ import hypothesis.strategies as st
 import pytest
 import torch
 from chained_networks import BLOCK, CHAIN, LOUD, NORM_FIRST
-from hypothesis import given, settings
+from hypothesis import given
 from models import NORMED, RANKER, Reference, Step
 from test_fold import answers, rounding
 from torch import Tensor
@@ -20,11 +20,9 @@ from compressors.errors import NothingToCompress
 from compressors.model import Model
 from compressors.step import run
 
-unhurried = settings(deadline=None)  # a busy machine is not a wrong answer
 RANGES = st.lists(st.floats(0, 1e6, width=32), min_size=1, max_size=6)
 
 
-@unhurried
 @given(RANGES, RANGES)
 def test_after_equalizing_both_ranges_are_equal(first, second):
     count = min(len(first), len(second))
@@ -36,7 +34,6 @@ def test_after_equalizing_both_ranges_are_equal(first, second):
     torch.testing.assert_close((made / scale)[both], (read * scale)[both])
 
 
-@unhurried
 @given(RANGES, RANGES, st.floats(0, 1))
 def test_smoothing_is_equation_4(first, second, alpha):
     count = min(len(first), len(second))
@@ -50,7 +47,6 @@ def test_smoothing_is_equation_4(first, second, alpha):
         torch.testing.assert_close((inputs / scale)[both], (weights * scale)[both])
 
 
-@unhurried
 @given(st.integers(0, 2**31), st.floats(1, 1000))
 def test_a_searched_strength_is_never_worse_than_none(seed, loud):
     drawn = torch.Generator().manual_seed(seed)

@@ -4,7 +4,7 @@ import hypothesis.strategies as st
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from models import QUICKLY, RANKER, Ranker, Reference
 from torch import Tensor, nn
 
@@ -26,7 +26,6 @@ from compressors.distill.fine_tune import FineTune
 from compressors.errors import CompressionError
 from compressors.step import run
 
-unhurried = settings(deadline=None, max_examples=50)
 sizes = st.tuples(st.integers(1, 12).map(lambda n: 4 * n), st.integers(1, 9))
 seeds = st.integers(0, 2**20)
 LAYERS = ("cross", "hidden", "capped", "plain", "out")
@@ -43,7 +42,6 @@ def gram_of(rows: int, inputs: int, seed: int) -> Tensor:
     return x.T @ x
 
 
-@unhurried
 @given(size=sizes, seed=seeds, weighed=st.booleans())
 def test_of_every_four_the_two_most_important_stay(size, seed, weighed):
     inputs, outputs = size
@@ -70,7 +68,6 @@ def test_of_equal_weights_the_first_stay():
     assert kept_2_4(torch.ones(2, 8)).tolist() == [[True, True, False, False] * 2] * 2
 
 
-@unhurried
 @given(size=sizes, rows=st.integers(1, 40), seed=seeds)
 def test_reconstruction_keeps_the_zeros_and_never_costs_an_output(size, rows, seed):
     inputs, outputs = size
@@ -84,7 +81,6 @@ def test_reconstruction_keeps_the_zeros_and_never_costs_an_output(size, rows, se
     assert (squared_error(found - weight, gram) <= gone * (1 + 1e-4) + 1e-9).all()
 
 
-@unhurried
 @given(size=sizes, seed=seeds)
 def test_reconstruction_is_the_least_squares_solution_on_what_stays(size, seed):
     inputs, outputs = size

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from models import RANKER, run
-from table_codes import each_step, named, packed, size_of, stored, tables, unhurried
+from table_codes import each_step, named, packed, size_of, stored, tables
 from torch import Tensor
 
 from compressors.contracts import Bench
@@ -25,7 +25,6 @@ from compressors.tables.residual_codes import ResidualCodes
 
 
 @each_step
-@unhurried
 @given(table=tables())
 def test_what_is_stored_is_as_laid_out(step, table):
     layout = step.storage.layout(*table.shape, step.settings())

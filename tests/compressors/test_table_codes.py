@@ -5,7 +5,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from hypothesis import given
-from table_codes import alike, each_step, named, read, tables, unhurried
+from table_codes import alike, each_step, named, read, tables
 from torch import Tensor
 
 from compressors.errors import CompressionError
@@ -26,7 +26,6 @@ def lost(step: TableStep, table: Tensor) -> float:
 
 
 @each_step
-@unhurried
 @given(table=tables())
 def test_no_table_is_read_worse_than_as_its_mean_row(step, table):
     """The plain answer of one entry for all. Codebooks hold at least two."""

@@ -7,7 +7,7 @@ import models
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from models import ATTENTION, BENCH_ROWS, QUICKLY, RANKER, Reference
 from pydantic import ValidationError
 from safetensors.torch import load_file, save_file
@@ -174,11 +174,9 @@ def test_click_lists_stay_whole_where_lists_are_compared(tmp_path, monkeypatch):
 
 # --- several teachers ------------------------------------------------------------------------
 
-unhurried = settings(deadline=None, max_examples=40)  # a busy machine is not a wrong answer
 logits = st.lists(st.floats(-10, 10, width=32), min_size=3, max_size=3)
 
 
-@unhurried
 @given(st.lists(logits, min_size=1, max_size=4))
 def test_teachers_are_averaged_as_logits_in_any_order(made):
     held = [torch.tensor(answers) for answers in made]

@@ -77,8 +77,15 @@ TARGETS: tuple[TargetKind, ...] = ("onnxruntime", "tensorrt-rtx")
 TABLES = {"item.table": 50}
 
 
-@pytest.mark.parametrize("target", TARGETS)
-@pytest.mark.parametrize("kind", ["rowwise_int8", "rowwise_int4", "float16", "static_int8"])
+@pytest.mark.parametrize(
+    ("kind", "target"),
+    [
+        # In the default tier each has one target, in turn.
+        pytest.param(kind, target, marks=() if (place + turn) % 2 else pytest.mark.nightly)
+        for place, kind in enumerate(("rowwise_int8", "rowwise_int4", "float16", "static_int8"))
+        for turn, target in enumerate(TARGETS)
+    ],
+)
 def test_both_graphs_give_the_modules_vectors_also_of_a_table_they_share(kind, target, tmp_path):
     (method,) = (item for item in METHODS if item.model_fields["kind"].default == kind)
     model = run(method(), SHARED.model(), SHARED.bench(tmp_path / "data"), tmp_path / "out").module

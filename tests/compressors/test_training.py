@@ -8,7 +8,7 @@ import hypothesis.strategies as st
 import models
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from models import ATTENTION, BENCH_ROWS, NORMED, QUICKLY, RANKER, Reference
 from torch import Tensor, nn
 
@@ -276,7 +276,6 @@ def test_progress_of_another_network_is_not_taken_up(tmp_path):
     assert read_progress(str(tmp_path), {"a": torch.empty(3)}) is not None
 
 
-@settings(max_examples=10, deadline=None)
 @given(st.integers(1, 5))
 def test_only_the_newest_progress_is_kept(tmp_path_factory, epochs):
     folder = tmp_path_factory.mktemp("progress")

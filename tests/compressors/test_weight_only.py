@@ -6,7 +6,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from models import NORMED, RANKER
 from onnx import TensorProto, helper, numpy_helper
@@ -36,7 +36,6 @@ from compressors.step import run
 from compressors.units import Unit
 from infra.onnxruntime import Session
 
-unhurried = settings(deadline=None)  # a busy machine is not a wrong answer
 OP = torch.ops.recpress.weight_only_linear
 BLOCKS = (0, 16, 32, 128)
 
@@ -66,7 +65,6 @@ def layer(
 # --- codes -----------------------------------------------------------------------------------
 
 
-@unhurried
 @given(size=sizes, block=blocks, bits=widths, seed=seeds)
 def test_codes_come_back_as_they_were_packed_and_padding_is_zero(size, block, bits, seed):
     inputs, outputs = size
@@ -79,7 +77,6 @@ def test_codes_come_back_as_they_were_packed_and_padding_is_zero(size, block, bi
     assert not unpack(codes, padded(inputs, block), bits)[:, inputs:].any()
 
 
-@unhurried
 @given(size=sizes, block=blocks, bits=widths, clipping=rules, scale=scale_types, seed=seeds)
 def test_a_weight_is_within_half_a_step_and_clipping_never_costs(
     size, block, bits, clipping, scale, seed
@@ -133,7 +130,6 @@ def test_the_op_is_a_dense_layer_over_its_codes_times_scales(bits, block, shape)
     torch.testing.assert_close(without, found - bias, rtol=1e-5, atol=1e-5)
 
 
-@unhurried
 @given(size=sizes, width=st.sampled_from([16, 32]), seed=seeds)
 def test_rounded_inputs_are_within_half_a_level_of_their_own_block(size, width, seed):
     inputs, rows = size
@@ -251,7 +247,6 @@ def quantized(weight: Tensor, x: Tensor, block: int) -> tuple[Tensor, Tensor, Te
     return gptq(weight, nearest, gram, each, levels.half), nearest, each, gram
 
 
-@settings(deadline=None, max_examples=40)
 @given(size=sizes, block=blocks, rows=st.integers(1, 60), seed=seeds)
 def test_no_output_is_worse_than_rounded_to_the_nearest(size, block, rows, seed):
     inputs, outputs = size

@@ -11,6 +11,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
+from command_line import run_main_apart
 from drafts import environment, recpress
 from s3_server import S3Server
 
@@ -242,11 +243,13 @@ def test_what_asking_raised_is_raised_where_the_answer_is_read() -> None:
         Question(ask).answer()
 
 
-def test_json_of_the_command_has_the_remedy(tmp_path: Path, refused: int) -> None:
-    env = environment(tmp_path, MLFLOW_TRACKING_URI=f"http://127.0.0.1:{refused}")
-    said = recpress("doctor", "--json", env=env)
-    assert said.returncode == 1
-    remedies = {item["what"]: item["remedy"] for item in json.loads(said.stdout)}
+def test_json_of_the_command_has_the_remedy(
+    refused: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{refused}")
+    code, out, _ = run_main_apart(monkeypatch, capsys, "doctor", "--json")
+    assert code == 1
+    remedies = {item["what"]: item["remedy"] for item in json.loads(out)}
     assert "MLFLOW_TRACKING_URI" in remedies["registry"]
     assert remedies["torch"] == ""
 

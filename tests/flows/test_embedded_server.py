@@ -16,6 +16,7 @@ from pathlib import Path
 import prefect
 import pytest
 from drafts import ROOT, environment, recpress, write_draft
+from orders import surroundings
 from prefect.settings import (
     PREFECT_API_AUTH_STRING,
     PREFECT_API_URL,
@@ -33,6 +34,7 @@ from flows.embedded_server import CPU_SECONDS, EmbeddedServer, cpu_seconds, star
 from flows.prefect_access import require_access
 from infra.errors import InfraError, SettingRefused
 from infra.telemetry import TELEMETRY_OFF
+from tasks.bundles import pack
 
 LIMIT = "auc vs baseline >= -0.02"
 COMPRESS = ("compress", "clicks", "--preset", "fast", "--limit", LIMIT, "--json")
@@ -46,8 +48,9 @@ SUSPENDED_SECONDS = 5
 def packed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A home with a packed bundle."""
     home = tmp_path_factory.mktemp("embedded")
-    packing = recpress("bundle", "pack", str(write_draft(home / "draft")), env=environment(home))
-    assert packing.returncode == 0, packing.stderr
+    with pytest.MonkeyPatch.context() as patch:
+        surroundings(patch, home / "recpress")
+        pack(write_draft(home / "draft"))
     return home
 
 

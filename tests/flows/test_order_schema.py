@@ -10,7 +10,7 @@ from itertools import product
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from prefect.utilities.callables import parameter_schema
 from prefect.utilities.schema_tools.validation import (
@@ -203,7 +203,6 @@ def bounds_of(metric: str) -> list[float]:
     return sorted({sign * value for value in near for sign in (-1.0, 1.0)})
 
 
-@settings(max_examples=60, deadline=None)
 @given(st.data())
 def test_limits_at_their_bounds_are_treated_alike(data: st.DataObject) -> None:
     metric = data.draw(st.sampled_from(sorted(MEASURES)))
@@ -237,7 +236,6 @@ TARGETS = st.fixed_dictionaries(
 STEPS = st.lists(st.sampled_from([{"kind": kind} for kind in KINDS]), max_size=6)
 
 
-@settings(max_examples=40, deadline=None)
 @given(
     targets=TARGETS,
     steps=STEPS,
@@ -255,7 +253,6 @@ def test_orders_drawn_at_random_are_treated_alike(
         assert is_submitted(order) == is_order(order), order
 
 
-@settings(max_examples=30, deadline=None)
 @given(sizes=st.tuples(*[st.integers(1, 200_000)] * 3))
 def test_no_valid_batch_sizes_are_refused_on_submission(sizes: tuple[int, int, int]) -> None:
     """Between two thresholds only the flow's start compares them."""

@@ -116,7 +116,12 @@ def test_what_explain_foresees_is_kept_to(table_heavy) -> None:
 
 
 @pytest.mark.parametrize(
-    "left", [("train", "test"), ("calibration", "validation", "test")], ids=len
+    "left",
+    [
+        ("train", "test"),
+        pytest.param(("calibration", "validation", "test"), marks=pytest.mark.nightly),
+    ],
+    ids=len,
 )
 def test_presets_work_without_rows_and_say_what_was_left_out(
     table_heavy, left, tmp_path, monkeypatch
@@ -145,17 +150,17 @@ def test_presets_work_without_rows_and_say_what_was_left_out(
     explain(order)
 
 
+@pytest.mark.parametrize("preset", ["small", pytest.param("smallest", marks=pytest.mark.nightly)])
 def test_a_budget_that_nothing_fits_leaves_what_the_earlier_preset_does(
-    table_heavy, monkeypatch
+    table_heavy, monkeypatch, preset
 ) -> None:
     """Every cut counts as over the budget: the result has the bytes of preset 'fast'."""
     _, reports, _ = table_heavy
     monkeypatch.setattr("flows.recipe.over_budget", lambda *_: "over")
-    for preset in ("small", "smallest"):
-        order = Order(model="tableheavy", preset=preset, limits=(ANY,), attempt=7)
-        report = carry_out(order).finished.report
-        assert weights(report) <= weights(reports["fast"])
-        assert "rowwise_int8" in {step for line in report.plan.lines for step in line.steps}
+    order = Order(model="tableheavy", preset=preset, limits=(ANY,), attempt=7)
+    report = carry_out(order).finished.report
+    assert weights(report) <= weights(reports["fast"])
+    assert "rowwise_int8" in {step for line in report.plan.lines for step in line.steps}
 
 
 def test_orders_with_different_budgets_are_different_orders(table_heavy) -> None:

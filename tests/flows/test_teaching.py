@@ -5,7 +5,8 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 import torch
-from drafts import environment, recpress, write_draft
+from command_line import run_main_apart
+from drafts import write_draft
 from orders import Ran, carry_out, surroundings
 from safetensors.torch import load_file
 
@@ -155,14 +156,14 @@ def test_a_registered_version_can_teach(ran: tuple[Path, Ran]) -> None:
 
 
 def test_the_command_line_takes_teachers_and_exits_with_2_where_they_do_not_fit(
-    ran: tuple[Path, Ran], tmp_path: Path
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    env = environment(ran[0])
     (tmp_path / "order.json").write_text(ORDER.model_dump_json())
-    fine = recpress("explain", "--order", str(tmp_path / "order.json"), "--json", env=env)
-    assert fine.returncode == 0, fine.stderr
-    assert "taught by 3 models" in fine.stdout
-    asked = ("--limit", str(ANY), "--teacher", "lists@1")
-    other = recpress("explain", "clicks@1", "--preset", "small", *asked, env=env)
-    assert other.returncode == 2
-    assert "another signature" in other.stderr
+    order = ("--order", str(tmp_path / "order.json"))
+    code, out, err = run_main_apart(monkeypatch, capsys, "explain", *order, "--json")
+    assert code == 0, err
+    assert "taught by 3 models" in out
+    asked = ("clicks@1", "--preset", "small", "--limit", str(ANY), "--teacher", "lists@1")
+    code, _, err = run_main_apart(monkeypatch, capsys, "explain", *asked)
+    assert code == 2
+    assert "another signature" in err

@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from compressors.contracts import (
@@ -315,7 +315,6 @@ def test_any_single_changed_byte_is_refused(tmp_path_factory, shard_bytes):
     originals = {path: path.read_bytes() for path in sorted(folder.iterdir())}
     total = sum(map(len, originals.values()))
 
-    @settings(max_examples=250, deadline=None)
     @given(offset=st.integers(0, total - 1), flip=st.integers(1, 255))
     def check(offset, flip):
         for path, raw in originals.items():
@@ -551,7 +550,6 @@ def test_no_model_json_raises_anything_but_a_refusal(tmp_path_factory):
 
     every_place = list(places(json.loads(good)))[1:]
 
-    @settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.too_slow])
     @given(
         raw=st.binary(max_size=60)
         | JSON_VALUES.map(lambda value: json.dumps(value).encode())
@@ -565,7 +563,6 @@ def test_no_model_json_raises_anything_but_a_refusal(tmp_path_factory):
         refusal(bundle.read, folder)
         refusal(bundle.read_draft, folder)
 
-    @settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.too_slow])
     @given(
         path=st.sampled_from(every_place), value=JSON_VALUES, how=st.sampled_from(["set", "add"])
     )
@@ -623,7 +620,6 @@ def test_a_malformed_shard_is_refused_even_when_hashed(sealed, draft, raw, words
     assert words in refusal(bundle.seal, sealed, **FIELDS)
 
 
-@settings(max_examples=200, deadline=None, suppress_health_check=list(HealthCheck))
 @given(
     header=JSON_VALUES | st.dictionaries(st.text(max_size=3), JSON_VALUES), size=st.integers(0, 9)
 )

@@ -1,9 +1,10 @@
 """Kill promotions and rollbacks at every operation, or let several race: run as a script.
 
-``python killed_promotions.py HOME COMMAND [STEP] [READER]`` publishes three orders as versions 1 to
-3 and promotes them, then runs one command (``rollback``, ``from`` or ``promote``) once for every
-STEP-th operation: killed there, and run again undisturbed. With READER, another process fetches the
-champion in between. ``race COMMAND N`` starts N processes at once. Each prints JSON lines.
+``python killed_promotions.py HOME COMMANDS STEP`` publishes three orders as versions 1 to 3 and
+promotes them, then runs each command (``rollback``, ``from`` or ``promote``, with commas between
+them) once for every STEP-th operation: killed there, and run again undisturbed. After
+``rollback+reader``, another process fetches the champion in between. ``race COMMAND N`` starts N
+processes at once. Each prints JSON lines.
 """
 
 import json
@@ -75,10 +76,11 @@ def prepare() -> Path:
     return copy
 
 
-def kill_everywhere(command: str, step: int, reader: bool) -> None:
-    copy = prepare()
+def kill_everywhere(copy: Path, name: str, step: int) -> None:
+    command, _, reader = name.partition("+")
 
     def counted() -> int:
+        restored(copy)
         last = [0]
         count_operations(lambda number: last.__setitem__(0, number))
         decide(command)
@@ -96,7 +98,7 @@ def kill_everywhere(command: str, step: int, reader: bool) -> None:
         if reader:
             in_child(lambda: version_report("m", "@champion"))
         again = in_child(lambda: decide(command))[1]
-        line = {"at": number, "of": total, "killed": was_killed, "again": again}
+        line = {"command": name, "at": number, "of": total, "killed": was_killed, "again": again}
         show(line | json.loads(in_child(json_state)[1]))
 
 
@@ -142,4 +144,6 @@ if __name__ == "__main__":
     if sys.argv[2] == "race":
         race(sys.argv[3], int(sys.argv[4]))
     else:
-        kill_everywhere(sys.argv[2], int(sys.argv[3]), len(sys.argv) > 4)
+        before = prepare()
+        for command_name in sys.argv[2].split(","):
+            kill_everywhere(before, command_name, int(sys.argv[3]))

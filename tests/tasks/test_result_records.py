@@ -213,7 +213,7 @@ JSON = st.recursive(
 )
 
 
-@settings(max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(body=st.binary(max_size=200) | JSON.map(lambda value: sealed(value=value)))
 def test_any_bytes_are_a_result_or_refused(store: Store, body: bytes) -> None:
     place(store).parent.mkdir(parents=True, exist_ok=True)

@@ -1,0 +1,82 @@
+"""What the default tier is: its examples, its groups, and the command that runs all the rest."""
+
+import ast
+import re
+import tomllib
+from pathlib import Path
+from types import SimpleNamespace
+
+import groups
+import pytest
+from hypothesis import settings
+
+ROOT = Path(__file__).parents[1]
+FILES = sorted((ROOT / "tests").rglob("test_*.py"))
+# What a test of a flow takes if it shares Prefect's server, or the finished order.
+SERVER = {"fresh", "prefect_server", "prefect_folder", "world", "the_world", "no_champion"}
+
+
+def test_a_property_has_25_examples_by_default_the_same_in_every_run_and_200_nightly():
+    default, nightly = (settings.get_profile(name) for name in ("default", "nightly"))
+    assert (default.max_examples, default.derandomize) == (25, True)
+    assert (nightly.max_examples, nightly.derandomize) == (200, False)
+    assert default.deadline is nightly.deadline is None
+
+
+def test_no_test_sets_its_own_number_of_examples_but_the_fuzzer():
+    found = {path.name for path in FILES if "max_examples" in path.read_text()}
+    assert found == {Path(__file__).name}
+
+
+def test_every_tier_but_gpu_is_in_test_all_with_the_nightly_profile():
+    makefile = (ROOT / "Makefile").read_text()
+    (command,) = re.findall(
+        r"^test-all:.*\n\t\$\(PYTEST\) (.*) \$\(ARGS\)$", makefile, re.MULTILINE
+    )
+    assert command == "-m 'not gpu' --hypothesis-profile nightly"
+    options = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["pytest"]["ini_options"]
+    tiers = {marker.partition(":")[0] for marker in options["markers"]}
+    (left_out,) = re.findall(r"-m '(.*)'", options["addopts"])
+    assert set(left_out.replace("not ", "").split(" and ")) == tiers
+
+
+def fixtures_of(path: Path) -> set[str]:
+    """The names of all arguments in a file, and of the fixtures it uses by name."""
+    tree = ast.parse(path.read_text())
+    return {node.arg for node in ast.walk(tree) if isinstance(node, ast.arg)}
+
+
+@pytest.mark.parametrize("path", (ROOT / "tests" / "flows").glob("test_*.py"), ids=lambda p: p.stem)
+def test_tests_that_share_a_prefect_server_or_an_order_are_in_a_group(path: Path):
+    used = fixtures_of(path) & SERVER
+    group = groups.group_of(f"tests/flows/{path.name}::test_x")
+    if used & {"world", "the_world", "no_champion"}:
+        assert group == "world"
+    elif used:
+        assert group in {"orders", "world"}
+    else:
+        assert group == path.stem
+
+
+def test_every_file_that_is_grouped_is_there():
+    names = {path.stem for path in FILES}
+    assert set(groups.GROUP_OF) <= names
+    assert sum(map(len, groups.GROUPS.values())) == len(groups.GROUP_OF)
+
+
+def test_loadgroup_sends_the_tests_of_a_group_to_one_process(pytestconfig):
+    """xdist's own groups do nothing under pytest 9.2: every test would be a group."""
+    config = SimpleNamespace(getvalue=lambda name: {"dist": "loadgroup", "tx": ["2*popen"]}[name])
+    plugin = pytestconfig.pluginmanager.get_plugin(str(ROOT / "tests" / "conftest.py"))
+    scheduler = plugin.pytest_xdist_make_scheduler(config, log=None)
+    assert isinstance(scheduler, groups.GroupScheduling)
+    scopes = [
+        scheduler._split_scope(nodeid)
+        for nodeid in (
+            "tests/compressors/test_lowering.py::test_a[x-tests/y.py::z]",
+            "tests/compressors/test_audit.py::test_b",
+            "tests/faults/test_kills.py::test_c",
+            "tests/infra/test_store.py::TestD::test_d[1]",
+        )
+    ]
+    assert scopes == ["graphs", "graphs", "faults", "test_store"]
