@@ -238,13 +238,31 @@ def made(step: AnyStep, source: Model, bench: Bench, folder: Path) -> Model:
         return source
 
 
+@pytest.mark.parametrize(
+    ("network", "step"),
+    [
+        # In the default tier each network has one step, in turn.
+        pytest.param(
+            network,
+            step,
+            id=f"{network.__name__}-{step.kind}",
+            marks=() if place % len(STEPS) == turn else pytest.mark.nightly,
+        )
+        for place, network in enumerate(NETWORKS)
+        for turn, step in enumerate(STEPS)
+    ],
+)
+def test_a_step_of_a_preset_does_not_fail_on_one_unit(
+    network: type[Plain], step: AnyStep, tmp_path: Path
+) -> None:
+    reference, source = loaded(network)
+    made(step, source, reference.bench(tmp_path / "data"), tmp_path / "out")
+
+
 @pytest.mark.parametrize("network", NETWORKS, ids=lambda n: n.__name__)
 def test_no_step_of_a_preset_fails_on_one_unit(network: type[Plain], tmp_path: Path) -> None:
-    reference, source = loaded(network)
+    reference, model = loaded(network)
     bench = reference.bench(tmp_path / "data")
-    for number, step in enumerate(STEPS):
-        made(step, source, bench, tmp_path / str(number))
-    model = source  # and one after another
     for number, step in enumerate((RowwiseInt8(), Fold(), StaticInt8(), Float16())):
         model = made(step, model, bench, tmp_path / f"then{number}")
     formats = {line.module: line.format for line in model.plan.lines} if model.plan else {}
