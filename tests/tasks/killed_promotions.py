@@ -87,7 +87,8 @@ def kill_everywhere(copy: Path, name: str, step: int) -> None:
         return last[0]
 
     total = int(in_child(counted)[1])
-    for number in sorted({*range(1, total + 1, step), *range(total - 5, total + 1)}):
+    last = 3 if step > 100 else 6
+    for number in sorted({*range(1, total + 1, step), *range(total + 1 - last, total + 1)}):
         restored(copy)
 
         def killed(number: int = number) -> None:
