@@ -82,7 +82,7 @@ def test_stored_codes_scales_and_offsets_are_those_of_the_numpy_reference(step, 
         assert np.array_equal(stored.offset.numpy(), wanted.offset)
 
 
-@every_step
+@parametrize_pairwise(step=EVERY)
 def test_weights_halfway_between_two_levels_are_rounded_as_documented(step):
     """The ends of the range make the scale 1 or 2, so half of the weights lie on a tie."""
     top = (127 if step.symmetric else 255) if step.kind == "rowwise_int8" else 3
