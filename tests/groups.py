@@ -19,6 +19,7 @@ GROUPS = {
         "test_cli",
         "test_compress",
         "test_explain",
+        "test_flow_after_upgrade",
         "test_flow_in_moved_home",
         "test_recipe",
         "test_triton_warmups",
