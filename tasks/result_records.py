@@ -133,11 +133,13 @@ def _validated(plain: Any, function: Callable[..., Any]) -> Any:
     """A value of the declared type.
 
     Raises:
-        ValueError: the plain value is anything but what pydantic writes for such a value.
+        ValueError: the plain value is anything but what pydantic writes for such a value, apart
+            from fields with a default, which may be absent.
     """
     declared = _declared(function)
     value = declared.validate_python(plain)
-    if json.loads(declared.dump_json(value)) != plain:
+    # A field that an earlier version did not have is unset and has its default.
+    if json.loads(declared.dump_json(value, exclude_unset=True)) != plain:
         raise ValueError("its value is not written as recpress writes it")
     for artifact in _artifacts(value):
         if artifact.uri != f"artifacts/{artifact.sha256}":

@@ -85,6 +85,25 @@ def test_not_a_number_is_read_back_as_such(store: Store) -> None:
     assert math.isnan(read_result(store, "step", KEY, estimate).point)
 
 
+INTERVAL = {"point": 0.5, "low": 0.25, "high": 1.0}
+
+
+def test_optional_field_that_an_earlier_version_did_not_have_has_its_default(store: Store) -> None:
+    place(store, "estimate").write_bytes(sealed(task="estimate", value=INTERVAL))
+    assert read_result(store, "estimate", KEY, estimate) == Estimate(**INTERVAL)
+
+
+@pytest.mark.parametrize(
+    "value", [INTERVAL | {"unknown": 1}, {"point": 0.5, "low": 0.25}], ids=["unknown", "lacking"]
+)
+def test_unknown_or_lacking_field_of_a_result_is_refused(
+    store: Store, value: dict[str, Any]
+) -> None:
+    place(store, "estimate").write_bytes(sealed(task="estimate", value=value))
+    with pytest.raises(RecordRefused):
+        read_result(store, "estimate", KEY, estimate)
+
+
 def test_without_a_record_there_is_no_result(store: Store) -> None:
     with pytest.raises(ArtifactMissing):
         find_result(store, "step", KEY, step)
