@@ -8,33 +8,31 @@ from pathlib import Path
 
 from xdist.scheduler import LoadScopeScheduling
 
-# What the tests of several files share, so that one process makes it once: a Prefect server with a
-# finished order ("world"), or with orders of their own; exports, which take seconds each; and runs
-# of every method. The longest groups begin first, or one process ends alone (with
-# --no-loadscope-reorder). Every other file is a group of its own.
+# What the tests of several files share, so that one process makes it once: a Prefect server and a
+# finished order; exports, which take seconds each; and runs of every method. The longest groups
+# begin first, or one process ends alone (with --no-loadscope-reorder), and none takes a third of
+# all. Every other file is a group of its own.
 GROUPS = {
-    "world": {
+    "flows": {
         "test_budget",
         "test_canaries",
         "test_cli",
         "test_compress",
+        "test_dense_order",
+        "test_embedded_server",
         "test_explain",
         "test_flow_after_upgrade",
         "test_flow_in_moved_home",
-        "test_recipe",
-        "test_triton_warmups",
-    },
-    "orders": {
-        "test_dense_order",
-        "test_embedded_server",
         "test_planted_results",
         "test_presets",
         "test_readme_commands",
+        "test_recipe",
         "test_refused_orders",
         "test_retrieval",
         "test_s3",
         "test_service_outages",
         "test_teaching",
+        "test_triton_warmups",
     },
     "graphs": {
         "test_audit",

@@ -48,14 +48,8 @@ def fixtures_of(path: Path) -> set[str]:
 
 @pytest.mark.parametrize("path", (ROOT / "tests" / "flows").glob("test_*.py"), ids=lambda p: p.stem)
 def test_tests_that_share_a_prefect_server_or_an_order_are_in_a_group(path: Path):
-    used = fixtures_of(path) & SERVER
     group = groups.group_of(f"tests/flows/{path.name}::test_x")
-    if used & {"world", "the_world", "no_champion"}:
-        assert group == "world"
-    elif used:
-        assert group in {"orders", "world"}
-    else:
-        assert group == path.stem
+    assert group == ("flows" if fixtures_of(path) & SERVER else path.stem)
 
 
 def test_every_file_that_is_grouped_is_there():
