@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, Field, ValidationInfo, model_validator
 
+from compressors.coded_error import CodedError as CodedError
 from compressors.inputs import AnyInput as AnyInput
 from compressors.inputs import DenseInput as DenseInput
 from compressors.inputs import Frozen as Frozen

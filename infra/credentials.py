@@ -19,6 +19,7 @@ from functools import lru_cache
 from typing import Any
 from urllib.parse import parse_qsl, quote, quote_plus, unquote, urlsplit, urlunsplit
 
+from compressors.contracts import CodedError
 from infra.log_records import change_records
 
 HIDDEN = "***"
@@ -233,6 +234,8 @@ def _clean_exception(fault: BaseException) -> None:
         for name, value in vars(fault).items():
             if isinstance(value, str):
                 setattr(fault, name, cleaned(value))
+        if isinstance(fault, CodedError):
+            fault.fields = {name: _cleaned_field(value) for name, value in fault.fields.items()}
         if (left := cleaned(fault)) != str(fault):  # its text is not made from its arguments
             raise RuntimeError(f"{type(fault).__name__}: {left}") from None
     earlier = fault.__cause__ or fault.__context__
@@ -240,6 +243,12 @@ def _clean_exception(fault: BaseException) -> None:
         chain = "".join(traceback.format_exception(earlier))
         if cleaned(chain) != chain:
             fault.__cause__ = fault.__context__ = None
+
+
+def _cleaned_field(value: Any) -> Any:
+    if isinstance(value, list | tuple):
+        return tuple(map(_cleaned_field, value))
+    return value if isinstance(value, int | float | None) else cleaned(value)
 
 
 def clean_log_records() -> None:

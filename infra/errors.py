@@ -17,8 +17,12 @@ Refused                  what was given cannot be used; retrying will not help
 ├─ ArtifactDamaged       stored bytes are not the bytes that were written
 ├─ AlreadyThere          a conditional create lost: the key exists
 ├─ BuildRefused          an engine could not be built from this graph, or failed its audit
-└─ PromotionRefused      the verdict does not allow it
+└─ PromotionRefused      a version cannot become champion, or cannot be fetched or served
 """
+
+from typing import ClassVar
+
+from compressors.contracts import CodedError
 
 
 class InfraError(Exception):
@@ -89,5 +93,44 @@ class BuildRefused(Refused):
     """An engine could not be built from this graph, or failed its audit."""
 
 
-class PromotionRefused(Refused):
-    """The verdict does not allow it."""
+class PromotionRefused(CodedError, Refused):
+    """A version cannot become champion, or cannot be fetched or served."""
+
+    sentences: ClassVar = {
+        "champion_missing": "{model} has no champion in the ledger. Make one: 'recpress registry "
+        "promote {model}', or name a version.",
+        "earlier_champion_missing": "{model} has no champion before the current one to go back to; "
+        "its ledger has {entries} line(s).",
+        "other_champion": "Expected version {expected} to be the champion of {model}, got {got}. "
+        "Name the version to roll back from, or leave out --from.",
+        "target_unmeasured": "{target} of {model} version {version} is built-unmeasured: it was "
+        "built and audited on a machine that could not run it. Measure it where it will serve; to "
+        "take it as it is, add --unmeasured.",
+        "target_not_accepted": "{target} of {model} version {version} is {outcome}: {reason}. To "
+        "take it all the same, add --unaccepted.",
+        "not_servable_by_triton": "Triton can serve nothing of {model} version {version}; it has "
+        "{targets}. Triton loads accepted ONNX Runtime graphs and TensorRT plans (built but "
+        "unmeasured ones with --unmeasured), and never engines of TensorRT-RTX.",
+        "other_release": "Expected {model} version {version} to be order {expected:.12} of "
+        "{model}, got a release of {got_model}, order {got:.12}: the version was changed, or not "
+        "registered by recpress. Choose another version.",
+        "order_not_registered": "Order {order:.12} of {model} is not in the registry {registry}. "
+        "Set MLFLOW_TRACKING_URI to the registry it was published in, or register the results of "
+        "the store again: 'recpress registry restore {model}'.",
+        "champion_not_registered": "The ledger names order {order:.12} as champion of {model} "
+        "(version {version} when {by} wrote it). This order is not in the registry {registry}. Set "
+        "MLFLOW_TRACKING_URI to the registry it was published in, or register the results of the "
+        "store again: 'recpress registry restore {model}'.",
+        "champions_unusable": "{problems}",
+        "alias_elsewhere": "its champion is version {version}, and the alias @{alias} does not "
+        "point to it. Run 'recpress registry promote {model} --version {version}'.",
+        "limits_missing": "The report of {model} version {version} has no limits, so nothing was "
+        "promised. Compress the model again with at least one limit.",
+        "verdict_contradicts_judgements": "The report of {model} version {version} contradicts "
+        "itself: {problem}. It was changed after it was judged. Compress the model again.",
+        "outcome_contradicts_verdicts": "The report of {model} version {version} contradicts "
+        "itself: it says {stated}, and its targets' verdicts add up to {computed}. It was changed "
+        "after it was judged. Compress the model again.",
+        "not_accepted": "{model} version {version} is {outcome} ({reasons}). Only an accepted "
+        "version can become champion.",
+    }

@@ -17,29 +17,26 @@ def require_accepted(model: str, version: str, report: Report) -> None:
         PromotionRefused: the report has no targets or no limits, contradicts itself, or its
             outcome is not ``accepted``.
     """
-    which = f"{model} version {version}"
     if not report.limits:
-        raise PromotionRefused(
-            f"The report of {which} has no limits, so nothing was promised. Compress the model "
-            "again with at least one limit."
-        )
+        raise PromotionRefused("limits_missing", model=model, version=version)
     for target in report.targets:
         if problem := _contradiction(report, target):
             raise PromotionRefused(
-                f"The report of {which} contradicts itself: {problem}. It was changed after it "
-                "was judged. Compress the model again."
+                "verdict_contradicts_judgements", model=model, version=version, problem=problem
             )
     outcome = overall(target.verdict for target in report.targets)
     if outcome != report.outcome:
         raise PromotionRefused(
-            f"The report of {which} contradicts itself: it says {report.outcome}, and its "
-            f"targets' verdicts add up to {outcome}. It was changed after it was judged. Compress "
-            "the model again."
+            "outcome_contradicts_verdicts",
+            model=model,
+            version=version,
+            stated=report.outcome,
+            computed=outcome,
         )
     if outcome != "accepted":
         reasons = "; ".join(target.verdict.reason for target in report.targets)
         raise PromotionRefused(
-            f"{which} is {outcome} ({reasons}). Only an accepted version can become champion."
+            "not_accepted", model=model, version=version, outcome=outcome, reasons=reasons
         )
 
 

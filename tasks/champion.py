@@ -43,9 +43,12 @@ def version_of(registered: Registered) -> Version:
     model, order = registered.model, registered.tags.get(ORDER_TAG)
     if (report.name, report.order) != (model, order):
         raise PromotionRefused(
-            f"Expected {model} version {registered.version} to be order {str(order)[:12]} of "
-            f"{model}, got a release of {report.name}, order {report.order[:12]}: the version was "
-            "changed, or not registered by recpress. Choose another version."
+            "other_release",
+            model=model,
+            version=registered.version,
+            expected=str(order),
+            got_model=report.name,
+            got=report.order,
         )
     return Version(registered, report)
 
@@ -58,7 +61,9 @@ def version_of_order(model: str, order: str) -> Version:
     """
     registered = registry().by_order(order, model)
     if registered is None:
-        raise _lost(f"Order {order[:12]} of {model}", model)
+        raise PromotionRefused(
+            "order_not_registered", order=order, model=model, registry=_shown_registry()
+        )
     return version_of(registered)
 
 
@@ -70,22 +75,21 @@ def version_of_entry(model: str, entry: Entry) -> Version:
     """
     registered = registry().by_order(entry.order, model)
     if registered is None:
-        raise _lost(
-            f"The ledger names order {entry.order[:12]} as champion of {model} (version "
-            f"{entry.version} when {entry.by} wrote it). This order",
-            model,
+        raise PromotionRefused(
+            "champion_not_registered",
+            order=entry.order,
+            model=model,
+            version=entry.version,
+            by=entry.by,
+            registry=_shown_registry(),
         )
     version = version_of(registered)
     require_accepted(model, version.number, version.report)
     return version
 
 
-def _lost(what: str, model: str) -> PromotionRefused:
-    return PromotionRefused(
-        f"{what} is not in the registry {shown(load_settings().registry_uri)}. Set "
-        "MLFLOW_TRACKING_URI to the registry it was published in, or register the results of the "
-        f"store again: 'recpress registry restore {model}'."
-    )
+def _shown_registry() -> str:
+    return shown(load_settings().registry_uri)
 
 
 def champions() -> dict[str, str]:
@@ -103,7 +107,7 @@ def champions() -> dict[str, str]:
         except Refused as fault:
             problems.append(f"{model}: {fault}")
     if problems:
-        raise PromotionRefused("; ".join(problems))
+        raise PromotionRefused("champions_unusable", problems="; ".join(problems))
     return found
 
 
@@ -114,7 +118,6 @@ def _aliased(model: str) -> str:
     version = version_of_entry(model, entry)
     if CHAMPION not in version.registered.aliases:
         raise PromotionRefused(
-            f"its champion is version {version.number}, and the alias @{CHAMPION} does not point "
-            f"to it. Run 'recpress registry promote {model} --version {version.number}'."
+            "alias_elsewhere", model=model, version=version.number, alias=CHAMPION
         )
     return version.number

@@ -39,10 +39,7 @@ def version_report(model: str, reference: str) -> tuple[Registered, Report]:
         return version.registered, version.report
     entry = repair(model, reading=True)
     if entry is None:
-        raise PromotionRefused(
-            f"{model} has no champion in the ledger, so there is no @champion. Make one: "
-            f"'recpress registry promote {model}', or name a version."
-        )
+        raise PromotionRefused("champion_missing", model=model)
     version = version_of_entry(model, entry)
     return version.registered, version.report
 
@@ -214,10 +211,7 @@ def apply_rollback(
         return _completed(model, is_new=False)
     earlier = before(entries)
     if earlier is None:
-        raise PromotionRefused(
-            f"{model} has no champion before the current one to go back to; "
-            f"its ledger has {len(entries)} line(s)."
-        )
+        raise PromotionRefused("earlier_champion_missing", model=model, entries=len(entries))
     version = version_of_entry(model, earlier)
     _stage(model, version)
     try:
@@ -247,10 +241,7 @@ def _is_rolled_back(
         if left in undone(entries):
             return True
         current = "none" if last is None else f"version {last.version}"
-        raise PromotionRefused(
-            f"Expected version {leaving} to be the champion of {model}, got {current}. Name the "
-            "version to roll back from, or leave out --from."
-        )
+        raise PromotionRefused("other_champion", model=model, expected=leaving, got=current)
     if last is None or last.action != "rollback":
         return False
     if last.digest is None:  # written by a version that did not confirm: the alias moved last
@@ -304,15 +295,18 @@ def fetch(
     registered, report = version_report(model, reference)
     found = _target(report, target, model, registered.version)
     outcome = found.verdict.outcome
-    where = f"{target} of {model} version {registered.version} is {outcome}"
     if outcome == "built-unmeasured" and not unmeasured:
         raise PromotionRefused(
-            f"{where}: it was built and audited on a machine that could not run it. Measure it "
-            f"where it will serve; to take it as it is, add --unmeasured."
+            "target_unmeasured", target=target, model=model, version=registered.version
         )
     if outcome in {"rejected", "undecided"} and not unaccepted:
         raise PromotionRefused(
-            f"{where}: {found.verdict.reason}. To take it all the same, add --unaccepted."
+            "target_not_accepted",
+            target=target,
+            model=model,
+            version=registered.version,
+            outcome=outcome,
+            reason=found.verdict.reason,
         )
     store().get(found.artifact, into)
     return registered, found
@@ -367,17 +361,13 @@ def _servable(model: str, *, unmeasured: bool) -> tuple[Registered, tuple[Served
     """The champion and its graphs for Triton. Looking changes nothing: the alias stays as it is."""
     entry = Ledger(store(), model).champion()
     if entry is None:
-        raise PromotionRefused(
-            f"{model} has no champion in the ledger. Make one: 'recpress registry promote {model}'."
-        )
+        raise PromotionRefused("champion_missing", model=model)
     version = version_of_entry(model, entry)
     registered, report = version.registered, version.report
     found = triton.graphs(version.number, report, unmeasured=unmeasured)
     if not found:
-        held = ", ".join(f"{item.target} ({item.verdict.outcome})" for item in report.targets)
+        targets = tuple(f"{item.target} ({item.verdict.outcome})" for item in report.targets)
         raise PromotionRefused(
-            f"Triton can serve nothing of {model} version {version.number}; it has {held}. Triton "
-            "loads accepted ONNX Runtime graphs and TensorRT plans (built but unmeasured ones with "
-            "--unmeasured), and never engines of TensorRT-RTX."
+            "not_servable_by_triton", model=model, version=version.number, targets=targets
         )
     return registered, found

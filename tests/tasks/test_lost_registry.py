@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from error_codes import raises_code
 from reports import stored
 from triton_configs import served_by
 from triton_versions import body, published
@@ -112,11 +113,12 @@ def test_a_champion_that_the_registry_does_not_have_is_refused_on_every_path(
         "compare": lambda: champion_graph("m"),
     }
     for name, use in paths.items():
-        with pytest.raises(PromotionRefused, match=r"not in the registry.*registry restore m"):
+        with raises_code(PromotionRefused, "champion_not_registered", order=B, model="m"):
             use()
         assert not (home / "out").exists(), name
-    with pytest.raises(PromotionRefused, match="m: The ledger names order bbbbbbbbbbbb"):
+    with raises_code(PromotionRefused, "champions_unusable") as caught:
         champions()
+    assert "m: The ledger names order bbbbbbbbbbbb" in caught.value.fields["problems"]
     assert alias() == other, "nothing was repaired to another order"
     assert served_by(triton) == ("2", body("b"))
     assert len(Ledger(store(), "m").entries()) == 2
@@ -138,8 +140,9 @@ def test_restoring_a_lost_registry_registers_every_result_under_its_number(
     assert restore("other") == ()
     assert champions() == {"m": "2"}
     registry().point("m", "champion", "1")
-    with pytest.raises(PromotionRefused, match="promote m --version 2"):
+    with raises_code(PromotionRefused, "champions_unusable") as caught:
         champions()
+    assert "promote m --version 2" in caught.value.fields["problems"]
     assert rollback("m", "").order == C
 
 
@@ -162,7 +165,7 @@ def test_an_order_is_promoted_by_its_digest(home: Path, lose: Callable[[], None]
     published(home, "a")
     lose()
     published(home, "b")
-    with pytest.raises(PromotionRefused, match="Order aaaaaaaaaaaa of m is not in the registry"):
+    with raises_code(PromotionRefused, "order_not_registered", order=A, model="m"):
         promote_order("m", A, "")
     published(home, "a")
     assert promote_order("m", A, "").version == "2"
@@ -268,7 +271,7 @@ def changed(done: Finished, **verdict: Any) -> tuple[TargetReport, ...]:
 
 
 @pytest.mark.parametrize(
-    ("verdict", "message"),
+    ("verdict", "problem"),
     [
         ({"outcome": "rejected"}, "add up to rejected"),
         ({"outcome": "undecided"}, "add up to undecided"),
@@ -282,13 +285,14 @@ def changed(done: Finished, **verdict: Any) -> tuple[TargetReport, ...]:
     ],
 )
 def test_a_report_that_contradicts_itself_is_not_promoted(
-    home: Path, verdict: dict[str, Any], message: str
+    home: Path, verdict: dict[str, Any], problem: str
 ) -> None:
     done = published(home, "a")
     targets = changed(done, **verdict)
     version = published(home, "b", targets=targets, outcome="accepted").version
-    with pytest.raises(PromotionRefused, match=message):
+    with raises_code(PromotionRefused, "verdict_contradicts_judgements") as caught:
         promote("m", version, "")
+    assert problem in caught.value.fields["problem"]
     assert Ledger(store(), "m").entries() == ()
 
 
@@ -320,5 +324,5 @@ def test_a_version_whose_tag_names_another_order_is_not_promoted(home: Path) -> 
     done = published(home, "a")
     tags = {"recpress.outcome": "accepted"}
     registered = registry().publish("m", C, done.release.uri, tags, "")
-    with pytest.raises(PromotionRefused, match="Expected m version 2 to be order cccccccccccc"):
+    with raises_code(PromotionRefused, "other_release", expected=C, got=done.report.order):
         promote("m", registered.version, "")

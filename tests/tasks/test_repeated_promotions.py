@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from error_codes import raises_code
 from triton_configs import served_by
 from triton_versions import body, published
 
@@ -84,7 +85,7 @@ def test_a_second_rollback_after_a_complete_one_goes_back_further(three: None) -
     assert rollback("m", "").version == "2"
     assert apply_rollback("m", "").is_new
     assert versions() == ["1", "2", "3", "2", "1"]
-    with pytest.raises(PromotionRefused, match="no champion before"):
+    with raises_code(PromotionRefused, "earlier_champion_missing", model="m"):
         rollback("m", "")
 
 
@@ -105,11 +106,11 @@ def test_a_rollback_that_names_its_version_continues_after_an_interrupted_one(
 
 
 def test_a_rollback_from_a_version_that_is_not_champion_is_refused(home: Path, three: None) -> None:
-    with pytest.raises(PromotionRefused, match="Expected version 2 to be the champion of m"):
+    with raises_code(PromotionRefused, "other_champion", expected="2", got="version 3"):
         rollback("m", "", leaving="2")
     rollback("m", "", leaving="3")
     promote("m", "1", "")
-    with pytest.raises(PromotionRefused, match="got version 1"):
+    with raises_code(PromotionRefused, "other_champion", expected="3", got="version 1"):
         rollback("m", "", leaving="3")
     with pytest.raises(Refused, match="has no version '9'"):
         rollback("m", "", leaving="9")

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from error_codes import raises_code
 from pbtxt_reader import read
 from reports import measurement, report, stored
 from triton_configs import served_by
@@ -169,7 +170,7 @@ def test_an_engine_of_tensorrt_rtx_is_never_laid_out(home: Path, triton: Path) -
     assert [path.name for path in triton.iterdir()] == ["m"]
     only = {"tensorrt-rtx": "accepted"}
     promote("m", published(home, "b", outcomes=only).version, "")
-    with pytest.raises(PromotionRefused, match="never engines of TensorRT-RTX"):
+    with raises_code(PromotionRefused, "not_servable_by_triton", model="m"):
         export("m", None, unmeasured=True)
 
 

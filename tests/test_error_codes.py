@@ -1,0 +1,120 @@
+"""Every error with a code is raised with its fields, and documented."""
+
+import ast
+import copy
+import importlib
+from pathlib import Path
+
+import pytest
+from error_codes import MODULES, TABLE, coded_classes, page
+
+from compressors.coded_error import CodedError, field_names
+from infra.credentials import clean_exceptions
+from infra.errors import PromotionRefused, Refused
+
+ROOT = Path(__file__).parents[1]
+PACKAGES = ("flows", "tasks", "compressors", "infra")
+CLASSES = {kind.__name__: kind for kind in coded_classes()}
+
+
+def raised() -> list[tuple[str, ast.Call]]:
+    """Every place where an error of a class with codes is made: ``file:line`` and the call."""
+    paths = [path for name in PACKAGES for path in sorted((ROOT / name).rglob("*.py"))]
+    return [
+        (f"{path.relative_to(ROOT)}:{node.lineno}", node)
+        for path in paths
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Call)
+        and isinstance(node.func, ast.Name)
+        and node.func.id in CLASSES
+    ]
+
+
+@pytest.mark.parametrize(("place", "call"), raised(), ids=lambda item: str(item)[:60])
+def test_error_is_raised_with_a_code_of_its_class_and_with_its_fields(place, call):
+    kind = CLASSES[call.func.id]
+    assert [type(argument) for argument in call.args] == [ast.Constant], place
+    code = call.args[0].value
+    assert code in kind.sentences, place
+    assert {keyword.arg for keyword in call.keywords} == field_names(kind.sentences[code]), place
+
+
+def test_every_code_is_raised_somewhere():
+    used = {(call.func.id, call.args[0].value) for _, call in raised()}
+    listed = {(name, code) for name, kind in CLASSES.items() for code in kind.sentences}
+    assert used == listed
+
+
+def test_classes_with_codes_are_in_the_documented_modules():
+    def subclasses(kind: type) -> set[type]:
+        return {kind} | {below for one in kind.__subclasses__() for below in subclasses(one)}
+
+    for package in ("compressors.errors", "infra.errors", "flows.cli_errors", "tasks.documents"):
+        importlib.import_module(package)
+    ours = {kind for kind in subclasses(CodedError) if kind.__module__.split(".")[0] in PACKAGES}
+    outside = {kind for kind in ours if kind.__module__ not in (*MODULES, CodedError.__module__)}
+    assert outside == set()
+
+
+def test_documented_table_is_that_of_the_classes():
+    assert TABLE.read_text() == page(), "run python -m tests.error_codes"
+
+
+@pytest.mark.parametrize("kind", coded_classes(), ids=lambda kind: kind.__name__)
+def test_sentences_end_with_a_full_stop_and_have_named_fields(kind):
+    for code, sentence in kind.sentences.items():
+        assert code.isidentifier(), code
+        assert sentence.endswith((".", "}")), code
+        assert all(name.isidentifier() for name in field_names(sentence)), code
+
+
+# --- the base class --------------------------------------------------------------------------
+
+
+class Example(CodedError):
+    """An example."""
+
+    sentences = {"wrong_count": "Expected {expected:,} of {names}, got {got!r}. Count again."}  # noqa: RUF012
+
+
+def example() -> Example:
+    return Example("wrong_count", expected=1000, names=("a", "b"), got="x")
+
+
+def test_sentence_is_made_from_the_fields():
+    assert str(example()) == "Expected 1,000 of a, b, got 'x'. Count again."
+    assert example().fields == {"expected": 1000, "names": ("a", "b"), "got": "x"}
+
+
+@pytest.mark.parametrize(
+    ("code", "fields"),
+    [
+        ("unknown", {}),
+        ("wrong_count", {"expected": 1}),
+        ("wrong_count", {"expected": 1, "names": (), "got": 2, "more": 3}),
+    ],
+)
+def test_unknown_code_or_other_fields_are_a_type_error(code, fields):
+    with pytest.raises(TypeError):
+        Example(code, **fields)
+
+
+def test_copy_of_an_error_has_its_code_and_fields():
+    """Pools of processes send errors to their parent by the same protocol as copies."""
+    again = copy.copy(example())
+    assert (type(again), again.code, again.fields) == (Example, "wrong_count", example().fields)
+
+
+def test_credentials_in_fields_are_removed_and_the_class_and_code_stay(monkeypatch):
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "canary-secret-value")
+    with pytest.raises(Refused) as caught, clean_exceptions():
+        raise PromotionRefused(
+            "order_not_registered",
+            order="a" * 64,
+            model="m",
+            registry="http://user:canary-secret-value@host",
+        )
+    assert isinstance(caught.value, PromotionRefused)
+    assert caught.value.code == "order_not_registered"
+    assert "canary-secret-value" not in str(caught.value)
+    assert "canary-secret-value" not in str(caught.value.fields)
