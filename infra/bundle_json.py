@@ -130,7 +130,7 @@ def read_limited(path: Path) -> bytes:
         raw = read_bounded(path)
         check_limits(raw)
     except ValueError as fault:
-        raise RecordRefused(f"{path} cannot be used: {clean(fault)}.") from fault
+        raise RecordRefused("document_unusable", path=str(path), problem=clean(fault)) from fault
     return raw
 
 

@@ -40,7 +40,7 @@ def translate(fault: OSError, path: Path, doing: str) -> Refused | InfraError:
     """
     cause = fault.strerror or str(fault)
     if fault.errno == errno.ENOENT and doing == "read":
-        return ArtifactMissing(f"{path} does not exist. Run the step that writes it again.")
+        return ArtifactMissing("file_missing", path=str(path))
     if fault.errno == errno.ENOENT:
         return SettingRefused(
             f"Could not {doing} {path}: {cause}. Create the folder, or name another one."

@@ -89,7 +89,7 @@ class Ledger:
         for key in self._store.keys(self._home):
             number = key.removeprefix(self._home).removesuffix(".json")
             if key != self._key_of(number):
-                raise ArtifactDamaged(f"{self._store.root}/{key} does not belong in a ledger.")
+                raise ArtifactDamaged("ledger_key_unknown", place=f"{self._store.root}/{key}")
             last = max(last, int(number))
         found: list[Entry] = []
         # By number and not by the listing: a listing of a folder is no snapshot, so it may show
@@ -132,7 +132,7 @@ class Ledger:
         for _ in range(ATTEMPTS):
             entries = self.entries()
             if expected is not None and len(entries) != expected:
-                raise AlreadyThere(self._moved_on(entries, expected))
+                raise self._moved_on(entries, expected)
             if action == "rollback":
                 self._check_rollback(entries, version, order)
             previous = entries[-1] if entries else None
@@ -168,47 +168,41 @@ class Ledger:
         try:
             entry = validated(Entry, self._store.read(key))
         except ArtifactMissing as fault:
-            raise ArtifactDamaged(
-                f"The ledger of {self._model!r} has a gap: {at} is missing, later entries are "
-                "there. Restore it from a backup of the store."
-            ) from fault
+            raise ArtifactDamaged("ledger_gap", model=self._model, place=at) from fault
         except ValueError as fault:
-            raise ArtifactDamaged(
-                f"{at} is not an entry of a ledger. Restore it from a backup of the store."
-            ) from fault
+            raise ArtifactDamaged("ledger_entry_unreadable", place=at) from fault
         last = found[-1] if found else None
         previous = None if last is None else last.version
         if (entry.sequence, entry.model, entry.previous) != (sequence, self._model, previous):
             raise ArtifactDamaged(
-                f"{at} does not continue the entry before it: expected entry {sequence} of "
-                f"{self._model!r} after version {previous}, got entry {short(entry.sequence)} of "
-                f"{short(entry.model)} after version {short(entry.previous)}. Restore it from a "
-                "backup of the store."
+                "ledger_entry_out_of_order",
+                place=at,
+                sequence=sequence,
+                model=self._model,
+                previous=previous,
+                got_sequence=short(entry.sequence),
+                got_model=short(entry.model),
+                got_previous=short(entry.previous),
             )
         self._check_digest(entry, last, at)
         if entry.action == "rollback":
             target = before(found)
             if target is None or not _same_champion(target, entry):
                 raise ArtifactDamaged(
-                    f"{at} rolls back to version {short(entry.version)}, order "
-                    f"{short(entry.order)}, which was not champion before. Restore it from a "
-                    "backup of the store."
+                    "ledger_rollback_unfounded",
+                    place=at,
+                    version=short(entry.version),
+                    order=short(entry.order),
                 )
         return entry
 
     def _check_digest(self, entry: Entry, previous: Entry | None, at: str) -> None:
         if entry.digest is None:
             if previous is not None and previous.digest is not None:
-                raise ArtifactDamaged(
-                    f"{at} has no digest, and the entry before it has one. Restore it from a "
-                    "backup of the store."
-                )
+                raise ArtifactDamaged("ledger_digest_missing", place=at)
         elif entry.digest != entry.sealed(previous).digest:
             changed = at if previous is None else f"{at} or the entry before it"
-            raise ArtifactDamaged(
-                f"{changed} was changed: the digest does not match. Restore it from a backup of "
-                "the store."
-            )
+            raise ArtifactDamaged("ledger_digest_differs", changed=changed)
 
     def _check_rollback(self, entries: tuple[Entry, ...], version: str, order: str) -> None:
         target = before(entries)
@@ -223,13 +217,18 @@ class Ledger:
                 f"{version}. To choose another version, promote it."
             )
 
-    def _moved_on(self, entries: tuple[Entry, ...], expected: int) -> str:
+    def _moved_on(self, entries: tuple[Entry, ...], expected: int) -> AlreadyThere:
         if len(entries) < expected:
-            return f"The ledger of {self._model!r} has no entry {expected} (any more)."
+            return AlreadyThere("ledger_shorter", model=self._model, expected=expected)
         won = entries[expected]
-        return (
-            f"The ledger of {self._model!r} moved on: {won.by} made version {won.version} "
-            f"champion at {won.at} ({won.action}: {won.reason}). Look at it, then decide again."
+        return AlreadyThere(
+            "ledger_moved_on",
+            model=self._model,
+            by=won.by,
+            version=won.version,
+            at=won.at,
+            action=won.action,
+            reason=won.reason,
         )
 
     def _key(self, sequence: int) -> str:

@@ -139,8 +139,7 @@ class Store:
             if uri.startswith((f"{self.root}/", "artifacts/")):
                 raise
             raise ArtifactMissing(
-                f"{shown(uri)} is in another store, and {self.root} does not hold the same "
-                "content. Set RECPRESS_STORE to the store it was put into."
+                "artifact_in_other_store", uri=shown(uri), store=self.root
             ) from fault
 
     def uri_of(self, artifact: Artifact) -> str:
@@ -167,14 +166,14 @@ class Store:
             ArtifactDamaged: the manifest is not the one this name was made from.
         """
         if _name_in(artifact.uri) != artifact.sha256:
-            raise ArtifactDamaged(
-                f"{artifact.uri} and sha256 {artifact.sha256} name two different artifacts."
-            )
+            raise ArtifactDamaged("artifact_names_differ", uri=artifact.uri, sha256=artifact.sha256)
         manifest = self._manifest(artifact.sha256)
         if manifest.bytes != artifact.bytes:
             raise ArtifactDamaged(
-                f"Expected {artifact.bytes} bytes in {self.uri_of(artifact)}; its manifest says "
-                f"{manifest.bytes}."
+                "artifact_size_differs",
+                uri=self.uri_of(artifact),
+                expected=artifact.bytes,
+                got=manifest.bytes,
             )
         return manifest
 
@@ -232,7 +231,7 @@ class Store:
         manifest = self.manifest(artifact)
         entry = _entry(artifact, manifest, path)
         if entry.bytes > MAX_MANIFEST_BYTES:
-            raise ArtifactMissing(f"{artifact.uri} holds no small file {path!r}.")
+            raise ArtifactMissing("artifact_file_large", uri=artifact.uri, path=path)
         return b"".join(self._chunks(artifact, manifest.model_copy(update={"files": (entry,)})))
 
     def chunks(self, artifact: Artifact, path: str) -> Iterator[bytes]:
@@ -321,28 +320,24 @@ class Store:
         try:
             body = self._whole(f"artifacts/{name}/manifest.json", MAX_MANIFEST_BYTES)
         except ArtifactMissing as fault:
-            raise ArtifactMissing(
-                f"{uri} has no manifest, so it does not exist (a put that was cut short leaves "
-                "none). Run the step that makes it again."
-            ) from fault
+            raise ArtifactMissing("artifact_missing", uri=uri) from fault
         try:
             manifest = validated(StoreManifest, body, MAX_MANIFEST_BYTES)
         except ValidationError as fault:
             first = fault.errors()[0]
             where = ".".join(str(part) for part in first["loc"])
-            raise _damaged(uri, f"its manifest cannot be used ({where}: {first['msg']})") from fault
+            problem = f"{where}: {first['msg']}"
+            raise ArtifactDamaged("manifest_unusable", uri=uri, problem=problem) from fault
         except ValueError as fault:
-            raise _damaged(uri, f"its manifest cannot be used: {fault}") from fault
+            raise ArtifactDamaged("manifest_unusable", uri=uri, problem=str(fault)) from fault
         if not name == manifest.root == root_of(manifest.files, manifest.chunk_bytes):
-            raise _damaged(uri, "its manifest was changed: the root over it is another")
+            raise ArtifactDamaged("manifest_changed", uri=uri)
         return manifest
 
     def _whole(self, key: str, limit: int) -> bytes:
         body = self._place.read(key, 0, limit + 1)
         if len(body) > limit:
-            raise RecordRefused(
-                f"{self.root}/{key} is larger than {limit} bytes, so it is no record. Move it away."
-            )
+            raise RecordRefused("record_too_large", place=f"{self.root}/{key}", most_bytes=limit)
         return body
 
     def _verify(
@@ -374,14 +369,21 @@ class Store:
         for entry in manifest.files:
             size = sizes.pop(below + entry.path, None)
             if size is None:
-                raise _damaged(self.uri_of(artifact), f"{entry.path} is missing")
+                raise ArtifactDamaged("file_absent", uri=self.uri_of(artifact), file=entry.path)
             if size != entry.bytes:
-                raise _damaged(
-                    self.uri_of(artifact), f"{entry.path} has {size} bytes instead of {entry.bytes}"
+                raise ArtifactDamaged(
+                    "file_size_differs",
+                    uri=self.uri_of(artifact),
+                    file=entry.path,
+                    got=size,
+                    expected=entry.bytes,
                 )
         if extra_refused and sizes:
-            where = self.uri_of(artifact)
-            raise _damaged(where, f"{min(sizes).removeprefix(below)} does not belong to it")
+            raise ArtifactDamaged(
+                "file_unexpected",
+                uri=self.uri_of(artifact),
+                file=min(sizes).removeprefix(below),
+            )
 
     def _chunks(self, artifact: Artifact, manifest: StoreManifest) -> Iterator[bytes]:
         """All chunks of all files in order, each verified."""
@@ -392,10 +394,13 @@ class Store:
             start, stop = index * step, min((index + 1) * step, entry.bytes)
             data = self._place.read(f"{below}/{entry.path}", start, stop)
             if sha256(data) != entry.chunks[index]:
-                raise _damaged(
-                    self.uri_of(artifact),
-                    f"{entry.path}, chunk {index} (bytes {start} to {stop - 1}) is not what was "
-                    "written",
+                raise ArtifactDamaged(
+                    "chunk_differs",
+                    uri=self.uri_of(artifact),
+                    file=entry.path,
+                    chunk=index,
+                    start=start,
+                    stop=stop - 1,
                 )
             return data
 
@@ -416,7 +421,7 @@ def _name_in(uri: str) -> str:
 def _entry(artifact: Artifact, manifest: StoreManifest, path: str) -> FileEntry:
     entry = next((entry for entry in manifest.files if entry.path == path), None)
     if entry is None:
-        raise ArtifactMissing(f"{artifact.uri} holds no file {path!r}.")
+        raise ArtifactMissing("artifact_file_missing", uri=artifact.uri, path=path)
     return entry
 
 
@@ -433,12 +438,6 @@ def _record_key(key: str, body: bytes) -> str:
     if len(body) > MAX_RECORD_BYTES:
         raise Refused(f"{key!r} has {len(body)} bytes; a record has at most {MAX_RECORD_BYTES}.")
     return _checked_key(key)
-
-
-def _damaged(uri: str, what: str) -> ArtifactDamaged:
-    return ArtifactDamaged(
-        f"{uri} is damaged: {what}. Delete it from the store and run the step that makes it again."
-    )
 
 
 def _is_intact(folder: Path, manifest: StoreManifest) -> bool:

@@ -75,7 +75,7 @@ class ChunkHashes:
         """
         if at < 0 or at + len(data) > self._size:
             raise ArtifactDamaged(
-                f"Bytes {at} to {at + len(data)} lie outside a file of {self._size} bytes."
+                "draft_outside_file", start=at, stop=at + len(data), size=self._size
             )
         while len(data):
             index = at // self._chunk_bytes
@@ -117,7 +117,7 @@ class ChunkHashes:
             missing = next(index for index in range(count) if index not in self._done)
             held = self._open.get(missing)
             at = missing * self._chunk_bytes if held is None else held.at
-            raise ArtifactDamaged(f"The file is not complete: nothing was written at byte {at}.")
+            raise ArtifactDamaged("draft_incomplete", start=at)
         return tuple(self._done[index] for index in range(count))
 
 
@@ -242,19 +242,16 @@ def finished(into: Path) -> StoreManifest:
         raw = read_bounded(into / MANIFEST, MAX_MANIFEST_BYTES)
         manifest = validated(StoreManifest, raw, MAX_MANIFEST_BYTES)
     except OSError as fault:
-        raise ArtifactMissing(
-            f"{into} has no {MANIFEST}, so it is no complete result. Make it again."
-        ) from fault
+        raise ArtifactMissing("result_incomplete", folder=str(into), file=MANIFEST) from fault
     except ValueError as fault:
-        raise ArtifactDamaged(f"{into / MANIFEST} cannot be read as a manifest.") from fault
+        raise ArtifactDamaged("result_manifest_unreadable", path=str(into / MANIFEST)) from fault
     files = into / FILES
     found = hashed(files, regular_files(files), manifest.chunk_bytes)
     held, wanted = ({entry.path: entry for entry in these} for these in (found, manifest.files))
     wrong = [path for path in sorted(held | wanted) if held.get(path) != wanted.get(path)]
     if wrong or manifest.root != root_of(manifest.files, manifest.chunk_bytes):
         raise ArtifactDamaged(
-            f"{into} is damaged: {wrong[0] if wrong else MANIFEST} is not what was written. "
-            f"Make it again."
+            "result_damaged", folder=str(into), file=wrong[0] if wrong else MANIFEST
         )
     return manifest
 
@@ -365,4 +362,4 @@ def _pwrite(file: int, at: int, data: memoryview) -> None:
 
 
 def _written_twice(at: int) -> ArtifactDamaged:
-    return ArtifactDamaged(f"Byte {at} was written twice.")
+    return ArtifactDamaged("draft_written_twice", start=at)

@@ -69,7 +69,7 @@ class Folder:
             try:
                 os.link(temporary, path)
             except FileExistsError as fault:
-                raise AlreadyThere(f"{path} exists already; it is never overwritten.") from fault
+                raise AlreadyThere("key_exists", place=str(path)) from fault
 
     def write(self, key: str, body: bytes) -> None:
         """Write a key, replacing what it held."""
@@ -119,7 +119,7 @@ class Folder:
                     temporary.unlink(missing_ok=True)
 
     def _no_file(self, key: str) -> RecordRefused:
-        return RecordRefused(f"{self._root / key} is not a plain file. Move it away.")
+        return RecordRefused("record_no_plain_file", place=str(self._root / key))
 
     def _walk(self, top: str, found: dict[str, int]) -> None:
         try:

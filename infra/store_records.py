@@ -49,7 +49,10 @@ def read_record(store: Store, key: str) -> tuple[dict[str, Any], bool]:
     try:
         fields = decode(body, Path(key))
     except BundleRefused as fault:
-        raise RecordRefused(f"{store.root}/{key} is damaged: {clean(fault)}") from fault
+        problem = clean(fault).rstrip(".")
+        raise RecordRefused(
+            "record_damaged", place=f"{store.root}/{key}", problem=problem
+        ) from fault
     sealed = is_sealed(body)
     if sealed:
         del fields[SEAL]

@@ -198,14 +198,14 @@ class Bucket:
         code, status = _answer(fault)
         at = f"{self.uri}/{name}"
         if status == 412 or isinstance(fault, FileExistsError):
-            return AlreadyThere(f"{at} exists already; it is never overwritten.")
+            return AlreadyThere("key_exists", place=at)
         if code == "NoSuchBucket":
             return SettingRefused(
                 f"There is no bucket {self._bucket!r} at this endpoint. Create it, or correct "
                 "RECPRESS_STORE or AWS_ENDPOINT_URL."
             )
         if code == "NoSuchKey":  # a bare 404 comes from something that is no S3 server
-            return ArtifactMissing(f"{at} does not exist. Run the step that writes it again.")
+            return ArtifactMissing("file_missing", path=at)
         if code in _PASSING or status >= 500:
             kind = _Conflict if code == "ConditionalRequestConflict" else StoreOutage
             return kind(

@@ -342,6 +342,6 @@ def _entries(source: Store, served: Served) -> dict[str, FileEntry]:
     found = {}
     for name, path in served.files.items():
         if path not in held:
-            raise ArtifactMissing(f"{served.artifact.uri} holds no file {path!r}.")
+            raise ArtifactMissing("artifact_file_missing", uri=served.artifact.uri, path=path)
         found[f"{served.version}/{name}"] = held[path]
     return found

@@ -366,6 +366,5 @@ def _other_bundle(to: Store, manifest: Manifest) -> str | None:
 
 def _packed_before(manifest: Manifest, sha256: str) -> AlreadyThere:
     return AlreadyThere(
-        f"{manifest.name}@{manifest.version} was packed before with other contents "
-        f"({sha256[:12]}). A version never changes: raise 'version' in model.json."
+        "version_packed", name=manifest.name, version=manifest.version, sha256=sha256
     )

@@ -375,10 +375,15 @@ def report_of(release: Artifact) -> Report:
         first = fault.errors()[0]
         place = ".".join(str(part) for part in first["loc"]) or "the document"
         raise RecordRefused(
-            f"{store().uri_of(release)} has no usable {REPORT} ({clean(place)}: "
-            f"{clean(first['msg'])}), so it is no release of recpress."
+            "report_unusable",
+            release=store().uri_of(release),
+            file=REPORT,
+            problem=f"{clean(place)}: {clean(first['msg'])}",
         ) from fault
     except ValueError as fault:
         raise RecordRefused(
-            f"{store().uri_of(release)} has no usable {REPORT}: {clean(fault)}."
+            "report_unusable",
+            release=store().uri_of(release),
+            file=REPORT,
+            problem=clean(fault),
         ) from fault

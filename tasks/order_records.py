@@ -57,7 +57,7 @@ def write_request(request: str, order: str) -> None:
 def order_of_request(request: str) -> str | None:
     """The order that a request became most recently; None without a sound record."""
     key = request_key(request)
-    wrong = RecordRefused(f"{store().root}/{key} is damaged: its seal does not fit the rest.")
+    wrong = _unsealed(key)
     try:
         fields, is_sealed = read_record(store(), key)
         if not is_sealed or fields.pop("schema_version", None) != SCHEMA_VERSION:
@@ -115,12 +115,13 @@ def finished(order: str, *, registered: bool = True) -> Finished | None:
         record, is_sealed = _finished_record(order)
         release = held.find(record.release.sha256)
         if release is None:
-            raise ArtifactMissing(f"{held.uri_of(record.release)} does not exist.")
+            raise ArtifactMissing("release_missing", uri=held.uri_of(record.release))
         report = report_of(release)
         if report.order != order:
             raise RecordRefused(
-                f"{held.root}/{finished_key(order)} is damaged: it names the release of order "
-                f"{report.order[:12]}."
+                "record_damaged",
+                place=f"{held.root}/{finished_key(order)}",
+                problem=f"it names the release of order {report.order[:12]}",
             )
         for target in report.targets:
             held.manifest(target.artifact)
@@ -145,7 +146,7 @@ def _finished_record(order: str) -> tuple[FinishedRecord, bool]:
     """
     key = finished_key(order)
     fields, sealed = read_record(store(), key)
-    wrong = RecordRefused(f"{store().root}/{key} is damaged: its seal does not fit the rest.")
+    wrong = _unsealed(key)
     try:
         if sealed:
             if fields.pop("schema_version") != SCHEMA_VERSION:
@@ -161,8 +162,16 @@ def _finished_record(order: str) -> tuple[FinishedRecord, bool]:
     except (ValidationError, KeyError, TypeError, ValueError) as fault:
         raise wrong from fault
     if record.order != order:
-        raise RecordRefused(f"{store().root}/{key} is the record of another order.")
+        raise RecordRefused("record_of_other_order", place=f"{store().root}/{key}")
     return record, sealed
+
+
+def _unsealed(key: str) -> RecordRefused:
+    return RecordRefused(
+        "record_damaged",
+        place=f"{store().root}/{key}",
+        problem="its seal does not fit the rest",
+    )
 
 
 def _registered_version(report: Report) -> str:
@@ -173,7 +182,7 @@ def _registered_version(report: Report) -> str:
     """
     found = Registry(load_settings().registry_uri).by_order(report.order, report.name)
     if found is None:
-        raise ArtifactMissing(f"The registry does not hold order {report.order[:12]}.")
+        raise ArtifactMissing("order_not_in_registry", order=report.order)
     return found.version
 
 

@@ -321,8 +321,10 @@ def _target(report: Report, target: TargetKind, model: str, version: str) -> Tar
     for item in report.targets:
         if item.target == target:
             return item
-    held = ", ".join(item.target for item in report.targets) or "none"
-    raise ArtifactMissing(f"{model} version {version} has no {target}; it has {held}.")
+    targets = tuple(item.target for item in report.targets) or ("none",)
+    raise ArtifactMissing(
+        "target_missing", model=model, version=version, target=target, targets=targets
+    )
 
 
 # --- what a Triton server finds --------------------------------------------------------------
@@ -361,7 +363,7 @@ def _servable(model: str, *, unmeasured: bool) -> tuple[Registered, tuple[Served
     """The champion and its graphs for Triton. Looking changes nothing: the alias stays as it is."""
     entry = Ledger(store(), model).champion()
     if entry is None:
-        raise PromotionRefused("champion_missing", model=model)
+        raise PromotionRefused("champion_to_serve_missing", model=model)
     version = version_of_entry(model, entry)
     registered, report = version.registered, version.report
     found = triton.graphs(version.number, report, unmeasured=unmeasured)

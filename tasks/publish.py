@@ -117,11 +117,9 @@ def still_published(found: Finished) -> None:
         ArtifactDamaged: its report is not the report of its release.
     """
     if report_of(found.release) != found.report:
-        raise ArtifactDamaged(
-            f"The recorded report of order {found.report.order[:12]} is not that of its release."
-        )
+        raise ArtifactDamaged("report_differs", order=found.report.order)
     if not is_registered(found):
-        raise ArtifactMissing(f"The registry no longer holds order {found.report.order[:12]}.")
+        raise ArtifactMissing("order_no_longer_in_registry", order=found.report.order)
 
 
 def _register(report: Report, release: Artifact) -> Registered:

@@ -113,7 +113,7 @@ def find_result(store: Store, task: str, key: str, function: Callable[..., Any])
         raise
     except (Refused, InfraError) as fault:
         log.warning("%s The task %s runs again.", fault, task)
-        raise ArtifactMissing(f"{record_key(task, key)} cannot be used.") from None
+        raise ArtifactMissing("result_unusable", place=record_key(task, key)) from None
 
 
 @functools.cache
@@ -161,7 +161,7 @@ def _artifacts(value: Any) -> Iterator[Artifact]:
 
 
 def _damaged(store: Store, place: str, reason: str) -> RecordRefused:
-    return RecordRefused(f"{store.root}/{place} is damaged: {reason}.")
+    return RecordRefused("record_damaged", place=f"{store.root}/{place}", problem=reason)
 
 
 def _first(fault: ValidationError) -> str:

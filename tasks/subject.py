@@ -116,10 +116,7 @@ def resolve(reference: str) -> Artifact:
     with input_files(Path(reference)):
         is_folder = Path(reference).is_dir()
     if is_folder:
-        raise ArtifactMissing(
-            f"{reference} is a folder, not a packed bundle. Pack it first: 'recpress bundle pack "
-            f"{reference}', then name it by name@version."
-        )
+        raise ArtifactMissing("bundle_not_packed", folder=reference)
     if "/" in reference or ":" in reference:
         return held.artifact(reference)
     name, _, version = reference.partition("@")
@@ -128,9 +125,10 @@ def resolve(reference: str) -> Artifact:
     records = [record for v in versions if (record := bundle_record(name, v)) is not None]
     if not records:
         raise ArtifactMissing(
-            f"There is no bundle {reference!r} in {held.root}; there is "
-            f"{', '.join(f'{n}@{v}' for n, v in known) or 'none yet'}. Pack one: 'recpress bundle "
-            f"pack FOLDER'."
+            "bundle_missing",
+            reference=reference,
+            store=held.root,
+            known=tuple(f"{name}@{version}" for name, version in known) or ("none yet",),
         )
     newest = max(records, key=lambda record: record.packed_at)
     bundle_manifest(newest)
@@ -225,10 +223,7 @@ def bundle_manifest(record: BundleRecord) -> Manifest:
     where = held.uri_of(record.artifact)
     found = held.find(record.artifact.sha256)
     if found is None:
-        raise ArtifactMissing(
-            f"{name}@{version} is {where}, which is not there (any more). Pack it again: "
-            f"'recpress bundle pack FOLDER' with the draft of this version restores it."
-        )
+        raise ArtifactMissing("bundle_artifact_missing", name=name, version=version, uri=where)
     try:
         body = held.file(found, MANIFEST)
     except ArtifactMissing as fault:
@@ -244,7 +239,9 @@ def bundle_manifest(record: BundleRecord) -> Manifest:
 
 def _damaged(name: str, version: str, why: str) -> RecordRefused:
     return RecordRefused(
-        f"The record of bundle {name}@{version}, {store().root}/{bundle_key(name, version)}, is "
-        f"damaged: {why.rstrip('.')}. Pack the draft of this version again: 'recpress bundle pack "
-        f"FOLDER' restores the record."
+        "bundle_record_damaged",
+        name=name,
+        version=version,
+        place=f"{store().root}/{bundle_key(name, version)}",
+        problem=why.rstrip("."),
     )

@@ -30,7 +30,10 @@ def raised() -> list[tuple[str, ast.Call]]:
     ]
 
 
-@pytest.mark.parametrize(("place", "call"), raised(), ids=lambda item: str(item)[:60])
+RAISED = raised()
+
+
+@pytest.mark.parametrize(("place", "call"), RAISED, ids=[place for place, _ in RAISED])
 def test_error_is_raised_with_a_code_of_its_class_and_with_its_fields(place, call):
     kind = CLASSES[call.func.id]
     assert [type(argument) for argument in call.args] == [ast.Constant], place
@@ -40,7 +43,7 @@ def test_error_is_raised_with_a_code_of_its_class_and_with_its_fields(place, cal
 
 
 def test_every_code_is_raised_somewhere():
-    used = {(call.func.id, call.args[0].value) for _, call in raised()}
+    used = {(call.func.id, call.args[0].value) for _, call in RAISED}
     listed = {(name, code) for name, kind in CLASSES.items() for code in kind.sentences}
     assert used == listed
 

@@ -96,7 +96,7 @@ class Work:
         if self.name == "read a record":
             fields, is_verified = read_record(self.store, f"{self.key}/record")
             if not is_verified:
-                raise ArtifactDamaged("callers refuse a record whose seal does not match")
+                raise ArtifactDamaged("manifest_changed", uri=self.key)  # as callers do
             return fields
         if self.name == "create a record":
             return self.store.create(self.key, self.body)

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 from drafts import write_draft
+from error_codes import raises_code
 from orders import World, carry_out
 from test_recipe import ANY, STEPS, recipe  # noqa: F401 - a fixture
 
@@ -75,7 +76,7 @@ def test_what_would_be_refused_is_refused_now(world: World) -> None:
     order = Order(model="clicks@1", preset="custom", steps=(Channels(),), limits=(ANY,))
     with pytest.raises(CompressionError, match="grows by other than hidden"):
         explain(order)
-    with pytest.raises(ArtifactMissing, match="There is no bundle"):
+    with raises_code(ArtifactMissing, "bundle_missing", reference="nothing"):
         explain(Order(model="nothing", preset="fast", limits=(ANY,)))
 
 

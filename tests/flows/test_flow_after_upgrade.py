@@ -8,11 +8,13 @@ import pytest
 from orders import World, carry_out, surroundings
 
 from flows import resolve
-from flows.resolve import already
+from flows.resolve import already, request_digest
 from infra.ledger import Ledger
 from tasks import documents
+from tasks.order_records import request_key
 from tasks.promotion import promote, registry
 from tasks.stored import store
+from tasks.subject import find
 
 NEWER = "99.1.0"
 
@@ -60,11 +62,12 @@ def test_report_names_the_version_that_carried_the_order_out(world: World) -> No
 def test_request_record_that_is_damaged_counts_as_absent(
     upgraded: World, caplog: pytest.LogCaptureFixture
 ) -> None:
-    (record,) = (Path(upgraded.home) / "store" / "requests").glob("*.json")
-    place = next((store().folder / "requests").glob("*.json"))
-    for body in (b"{}", b"not JSON", record.read_bytes().replace(b'"order": "', b'"order": "0')):
+    order = upgraded.order
+    place = store().folder / request_key(request_digest(order, find(order.model), None))
+    record = place.read_bytes()
+    for body in (b"{}", b"not JSON", record.replace(b'"order": "', b'"order": "0')):
         place.write_bytes(body)
-        assert already(upgraded.order) is None
-    place.write_bytes(record.read_bytes())
+        assert already(order) is None
+    place.write_bytes(record)
     assert already(upgraded.order) is not None
     assert "It counts as absent" in caplog.text

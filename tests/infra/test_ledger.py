@@ -5,6 +5,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+from error_codes import raises_code
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -61,9 +62,9 @@ def test_six_who_append_at_once_leave_a_gapless_ledger_with_each_once(place, tmp
 def test_who_expected_an_older_ledger_is_told_who_won(ledger):
     promote(ledger, "1", expected=0)
     promote(ledger, "2", expected=1)
-    with pytest.raises(AlreadyThere, match=r"ann made version 2 champion at .*promote: better"):
+    with raises_code(AlreadyThere, "ledger_moved_on", by="ann", version="2", reason="better"):
         promote(ledger, "3", expected=1)
-    with pytest.raises(AlreadyThere, match="no entry 7"):
+    with raises_code(AlreadyThere, "ledger_shorter", expected=7):
         promote(ledger, "3", expected=7)
     assert [entry.version for entry in ledger.entries()] == ["1", "2"]
 
@@ -89,7 +90,7 @@ def test_a_create_whose_answer_was_lost_is_not_entered_twice(ledger, monkeypatch
 
     def loses_the_answer(key, body):
         create(key, body)
-        raise AlreadyThere("the client asked again and found its own key")
+        raise AlreadyThere("key_exists", place=key)  # the client asked again and found its own
 
     monkeypatch.setattr(ledger._store, "create", loses_the_answer)
     entry = promote(ledger, "1")
@@ -181,8 +182,9 @@ def test_a_gap_is_damage(ledger, tmp_path):
     for version in ("1", "2", "3"):
         promote(ledger, version)
     (tmp_path / "store" / "ledger" / "ranker" / "00000002.json").unlink()
-    with pytest.raises(ArtifactDamaged, match=r"gap: .*00000002\.json is missing"):
+    with raises_code(ArtifactDamaged, "ledger_gap") as caught:
         ledger.entries()
+    assert caught.value.fields["place"].endswith("00000002.json")
 
 
 def test_an_entry_that_does_not_continue_the_one_before_is_damage(ledger):
@@ -196,8 +198,9 @@ def test_an_entry_that_does_not_continue_the_one_before_is_damage(ledger):
         # With a digest that fits, so that it is not the digest that is refused.
         body = forged.sealed(first).model_dump_json().encode()
         ledger._store.write("ledger/ranker/00000002.json", body)
-        with pytest.raises(ArtifactDamaged, match=r"00000002\.json"):
+        with pytest.raises(ArtifactDamaged) as caught:
             ledger.champion()
+        assert caught.value.fields["place"].endswith("00000002.json")
 
 
 def test_a_changed_entry_whose_digest_fits_is_found_by_the_entry_after_it(ledger):
@@ -206,14 +209,15 @@ def test_a_changed_entry_whose_digest_fits_is_found_by_the_entry_after_it(ledger
     first = ledger.entries()[0]
     changed = first.model_copy(update={"reason": "another reason"}).sealed(None)
     ledger._store.write("ledger/ranker/00000001.json", changed.model_dump_json().encode())
-    with pytest.raises(ArtifactDamaged, match=r"00000002\.json or the entry before it"):
+    with raises_code(ArtifactDamaged, "ledger_digest_differs") as caught:
         ledger.entries()
+    assert caught.value.fields["changed"].endswith("00000002.json or the entry before it")
 
 
 @pytest.mark.parametrize("name", ["2.json", "x.json", "00000002.txt", "00000002.json/x"])
 def test_a_stranger_among_the_entries_is_damage(ledger, name):
     ledger._store.write(f"ledger/ranker/{name}", b"{}")
-    with pytest.raises(ArtifactDamaged, match="does not belong in a ledger"):
+    with raises_code(ArtifactDamaged, "ledger_key_unknown"):
         ledger.entries()
 
 

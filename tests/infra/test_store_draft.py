@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from error_codes import raises_code
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -52,7 +53,7 @@ def test_places_beyond_32_bits_are_counted_in_their_own_chunk():
     hashes = ChunkHashes(size, chunk)
     for at in (2**31, 2**32, 2**33):
         hashes.add(at, memoryview(bytes([1] * 8)))
-    with pytest.raises(ArtifactDamaged, match="byte 0"):
+    with raises_code(ArtifactDamaged, "draft_incomplete", start=0):
         hashes.all()
     assert sorted(hashes._open) == [2, 4]
     assert hashes._done == {8: sha256(bytes([1] * 8))}
@@ -80,13 +81,13 @@ def test_a_byte_is_written_once(at: int, size: int):
     hashes = ChunkHashes(10, 4)
     hashes.add(0, memoryview(b"abcd"))
     hashes.add(8, memoryview(b"ij"))
-    with pytest.raises(ArtifactDamaged, match="twice"):
+    with raises_code(ArtifactDamaged, "draft_written_twice"):
         hashes.add(at, memoryview(bytes(size)))
 
 
 @pytest.mark.parametrize(("at", "size"), [(-1, 1), (9, 2), (11, 0)])
 def test_a_byte_outside_the_file_is_refused(at: int, size: int):
-    with pytest.raises(ArtifactDamaged, match="outside"):
+    with raises_code(ArtifactDamaged, "draft_outside_file", start=at, size=10):
         ChunkHashes(10, 4).add(at, memoryview(bytes(size)))
 
 
@@ -138,7 +139,7 @@ def test_nothing_is_seen_under_the_name_before_it_is_complete(tmp_path: Path):
     assert not (tmp_path / "out").exists()
     with (
         draft(tmp_path / "out", "job", "data", len(BODY)) as made,
-        pytest.raises(ArtifactDamaged, match="not complete"),
+        raises_code(ArtifactDamaged, "draft_incomplete"),
     ):
         made.seal()
     assert not (tmp_path / "out").exists()
@@ -269,14 +270,14 @@ def test_a_damaged_result_is_noticed(what: str, tmp_path: Path):
         manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
         manifest["root"] = "0" * 64
         (tmp_path / "out" / "manifest.json").write_text(json.dumps(manifest))
-    with pytest.raises(ArtifactDamaged, match="not what was written"):
+    with raises_code(ArtifactDamaged, "result_damaged"):
         finished(tmp_path / "out")
 
 
 def test_without_a_manifest_there_is_no_result(tmp_path: Path):
     complete(tmp_path / "out")
     (tmp_path / "out" / "manifest.json").unlink()
-    with pytest.raises(ArtifactMissing, match="no complete result"):
+    with raises_code(ArtifactMissing, "result_incomplete"):
         finished(tmp_path / "out")
     shutil.rmtree(tmp_path / "out")
     with pytest.raises(ArtifactMissing):

@@ -90,9 +90,9 @@ FAULTS = (
         id="champion-by-version-number",
         file="tasks/champion.py",
         old="    registered = registry().by_order(entry.order, model)\n    if registered is None:\n"
-        '        raise _lost(\n            f"The ledger',
+        '        raise PromotionRefused(\n            "champion_not_registered",',
         new="    registered = registry().version(model, entry.version)\n    if registered is None:\n"
-        '        raise _lost(\n            f"The ledger',
+        '        raise PromotionRefused(\n            "champion_not_registered",',
         effect="A registry that was filled again serves another order under the ledger's number.",
         tests=(f"{LOST}::test_the_champion_is_found_by_its_order_under_another_number",),
     ),

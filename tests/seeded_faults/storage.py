@@ -13,8 +13,8 @@ FAULTS = (
     Fault(
         id="store-chunks-not-verified",
         file="infra/store.py",
-        old="            if sha256(data) != entry.chunks[index]:\n                raise _damaged(",
-        new="            if not entry.chunks[index]:\n                raise _damaged(",
+        old="            if sha256(data) != entry.chunks[index]:\n                raise ArtifactDamaged(",
+        new="            if not entry.chunks[index]:\n                raise ArtifactDamaged(",
         effect="A flipped byte of an artifact is handed out.",
         tests=(f"{STORE}::test_a_flipped_byte_is_found_and_its_chunk_named[folder]",),
     ),

@@ -7,6 +7,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from drafts import ALLOWED, DENSE, ROWS, write_draft
+from error_codes import raises_code
 from retrieval_draft import ITEMS, SIGNATURE, write_retrieval_draft
 
 from compressors.errors import ModelRefused
@@ -61,7 +62,7 @@ def test_packing_again_changes_nothing_and_another_content_is_refused(
     assert pack(draft) == packed
     assert store().keys("") == keys
     other = write_draft(tmp_path / "other", seed=1)
-    with pytest.raises(AlreadyThere, match=r"clicks@1 .*raise 'version'"):
+    with raises_code(AlreadyThere, "version_packed", name="clicks", version="1"):
         pack(other)
     assert resolve("clicks@1") == packed.artifact
     check("clicks@1")
@@ -99,17 +100,17 @@ def test_a_version_that_another_one_begins_with_is_not_taken_for_it(
     draft: Path, tmp_path: Path
 ) -> None:
     pack(write_draft(tmp_path / "second", version="1.1", seed=1))
-    with pytest.raises(ArtifactMissing, match=r"there is clicks@1\.1"):
+    with raises_code(ArtifactMissing, "bundle_missing", known=("clicks@1.1",)):
         resolve("clicks@1")
-    with pytest.raises(ArtifactMissing):
+    with raises_code(ArtifactMissing, "bundle_missing", reference="click"):
         resolve("click")
 
 
 def test_an_unknown_bundle_is_refused_with_those_there_are(draft: Path) -> None:
-    with pytest.raises(ArtifactMissing, match="none yet"):
+    with raises_code(ArtifactMissing, "bundle_missing", known=("none yet",)):
         resolve("clicks")
     pack(draft)
-    with pytest.raises(ArtifactMissing, match=r"'nobody'.*clicks@1.*bundle pack"):
+    with raises_code(ArtifactMissing, "bundle_missing", reference="nobody", known=("clicks@1",)):
         resolve("nobody")
     with pytest.raises(Refused, match="artifacts/"):
         resolve(f"{store().root}/artifacts/short")
@@ -178,7 +179,7 @@ def test_check_reads_every_byte_of_the_bundle_and_of_its_data(draft: Path) -> No
         spoiled[len(spoiled) // 2] ^= 1
         path.chmod(0o644)
         path.write_bytes(spoiled)
-        with pytest.raises(ArtifactDamaged, match=file):
+        with raises_code(ArtifactDamaged, "chunk_differs", file=file):
             check("clicks")
         path.write_bytes(whole)
     check("clicks")

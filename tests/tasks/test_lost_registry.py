@@ -113,7 +113,7 @@ def test_a_champion_that_the_registry_does_not_have_is_refused_on_every_path(
         "compare": lambda: champion_graph("m"),
     }
     for name, use in paths.items():
-        with raises_code(PromotionRefused, "champion_not_registered", order=B, model="m"):
+        with raises_code(PromotionRefused, "champion_not_registered", model="m"):
             use()
         assert not (home / "out").exists(), name
     with raises_code(PromotionRefused, "champions_unusable") as caught:
@@ -196,8 +196,9 @@ def test_one_changed_value_of_an_entry_is_damage(home: Path, old: str, new: str)
         promote("m", published(home, digit).version, "")
     change_entry(2, old, new)
     for use in (lambda: version_report("m", "@champion"), lambda: rollback("m", "")):
-        with pytest.raises(ArtifactDamaged, match=r"00000002\.json"):
+        with pytest.raises(ArtifactDamaged) as caught:
             use()
+        assert "00000002.json" in str(caught.value)
     assert alias() == "2"
 
 
@@ -217,15 +218,16 @@ def test_a_ledger_of_an_earlier_version_is_read_and_continued(home: Path) -> Non
     entries = Ledger(store(), "m").entries()
     assert [entry.digest is None for entry in entries] == [True, True, True, False]
     change_entry(3, '"by": "tester"', '"by": "tesser"')
-    with pytest.raises(ArtifactDamaged, match=r"00000004\.json or the entry before it"):
+    with raises_code(ArtifactDamaged, "ledger_digest_differs") as caught:
         Ledger(store(), "m").entries()
+    assert caught.value.fields["changed"].endswith("00000004.json or the entry before it")
 
 
 def test_a_digest_that_was_removed_is_damage(home: Path) -> None:
     for digit in "ab":
         promote("m", published(home, digit).version, "")
     without_digests(Ledger(store(), "m").entries()[1:])
-    with pytest.raises(ArtifactDamaged, match="has no digest"):
+    with raises_code(ArtifactDamaged, "ledger_digest_missing"):
         Ledger(store(), "m").entries()
 
 
@@ -290,9 +292,11 @@ def test_a_report_that_contradicts_itself_is_not_promoted(
     done = published(home, "a")
     targets = changed(done, **verdict)
     version = published(home, "b", targets=targets, outcome="accepted").version
-    with raises_code(PromotionRefused, "verdict_contradicts_judgements") as caught:
+    is_measured = "judgements" in verdict or "target" in verdict
+    code = "verdict_contradicts_judgements" if is_measured else "outcome_contradicts_verdicts"
+    with raises_code(PromotionRefused, code) as caught:
         promote("m", version, "")
-    assert problem in caught.value.fields["problem"]
+    assert problem in str(caught.value)
     assert Ledger(store(), "m").entries() == ()
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 from drafts import ALLOWED, write_draft
+from error_codes import raises_code
 from reports import report
 
 from compressors.contracts import Artifact, Outcome, TargetKind
@@ -138,7 +139,7 @@ def test_an_artifact_of_another_root_is_read_from_this_store_and_verified(home: 
     outside.mkdir(parents=True)
     uri = f"file://{outside}"
     made = Registry(load_settings().registry_uri).publish("m", "c" * 64, uri, {}, "")
-    with pytest.raises(ArtifactMissing, match="Set RECPRESS_STORE"):
+    with raises_code(ArtifactMissing, "artifact_in_other_store"):
         version_report("m", made.version)
     assert Report.model_validate(done.report.model_dump()) == done.report
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from drafts import ALLOWED, write_draft
+from error_codes import raises_code
 from reports import report
 
 from compressors.contracts import Artifact, Outcome, TargetKind
@@ -269,7 +270,7 @@ def test_packing_again_restores_a_damaged_record(kind: str, packed: Packed, tmp_
     path.chmod(0o644)
     path.write_bytes(BROKEN[kind](body))
     assert found_or_refused() is None
-    with pytest.raises(RecordRefused, match="clicks@1"):
+    with raises_code(RecordRefused, "bundle_record_damaged", name="clicks", version="1"):
         resolve("clicks")
     if kind not in {"empty", "deep"}:
         return  # packing takes a second or two
@@ -282,7 +283,7 @@ def test_a_folder_in_place_of_a_bundles_record_is_named(packed: Packed, tmp_path
     assert found_or_refused() is None
     (path / "x").touch()
     assert found_or_refused() is None
-    with pytest.raises(RecordRefused, match=str(path)):
+    with raises_code(RecordRefused, "record_no_plain_file", place=str(path)):
         pack(tmp_path / "draft")
 
 
@@ -290,7 +291,7 @@ def test_a_damaged_newest_version_is_not_silently_left_out(packed: Packed, tmp_p
     pack(write_draft(tmp_path / "second", version="2", seed=1))
     store().write(bundle_key("clicks", "2"), b"")
     assert resolve("clicks@1") == packed.artifact
-    with pytest.raises(RecordRefused, match="clicks@2"):
+    with raises_code(RecordRefused, "bundle_record_damaged", name="clicks", version="2"):
         resolve("clicks")
 
 
@@ -321,14 +322,14 @@ def test_a_damaged_record_does_not_let_another_bundle_take_the_version(
     body = store().read(KEY)
     store().write(KEY, body.replace(b"packed_at", b"packed_ct"))
     other = write_draft(tmp_path / "other", seed=1)
-    with pytest.raises(AlreadyThere, match="packed before with other contents"):
+    with raises_code(AlreadyThere, "version_packed", name="clicks", version="1"):
         pack(other)
     assert pack(tmp_path / "draft") == packed
 
 
 def test_a_bundle_whose_files_are_gone_is_packed_again(packed: Packed, tmp_path: Path) -> None:
     shutil.rmtree(tmp_path / "recpress" / "store" / "artifacts" / packed.artifact.sha256)
-    with pytest.raises(ArtifactMissing, match="recpress bundle pack"):
+    with raises_code(ArtifactMissing, "bundle_artifact_missing", name="clicks", version="1"):
         resolve("clicks@1")
     assert pack(tmp_path / "draft") == packed
     assert resolve("clicks@1") == packed.artifact

@@ -7,7 +7,7 @@ from error_codes import raises_code
 from reports import report
 
 from compressors.contracts import Outcome, TargetKind
-from infra.errors import AlreadyThere, ArtifactDamaged, ArtifactMissing, PromotionRefused, Refused
+from infra.errors import AlreadyThere, ArtifactDamaged, ArtifactMissing, PromotionRefused
 from infra.ledger import Ledger
 from infra.settings import shown
 from tasks import publish as publishing
@@ -71,12 +71,12 @@ def test_a_published_result_the_registry_or_store_lost_is_published_again(
     done = published(home, "a")
     publishing.still_published(done)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{home / 'other.db'}")
-    with pytest.raises(ArtifactMissing, match="no longer holds order aaaaaaaaaaaa"):
+    with raises_code(ArtifactMissing, "order_no_longer_in_registry", order="a" * 64):
         publishing.still_published(done)
     monkeypatch.delenv("MLFLOW_TRACKING_URI")
     lying = home / "recpress" / "store" / "artifacts" / done.release.sha256
     (lying / "manifest.json").unlink()
-    with pytest.raises(ArtifactMissing):
+    with raises_code(ArtifactMissing, "artifact_missing"):
         publishing.still_published(done)
 
 
@@ -137,7 +137,7 @@ def test_an_alias_that_somebody_moved_is_repaired_from_the_ledger(home: Path) ->
 def test_a_champion_without_a_ledger_is_no_champion(home: Path) -> None:
     version = published(home, "a").version
     registry().point("m", "champion", version)
-    with pytest.raises(Refused, match="@champion"):
+    with raises_code(PromotionRefused, "champion_missing", model="m"):
         version_report("m", "@champion")
     assert champion_graph("m") is None
 
@@ -156,7 +156,7 @@ def test_of_two_who_promote_at_once_one_is_told(
         return seen
 
     monkeypatch.setattr(Ledger, "entries", and_meanwhile)
-    with pytest.raises(AlreadyThere, match="moved on"):
+    with raises_code(AlreadyThere, "ledger_moved_on", reason="the other one"):
         promote("m", two, "me")
     assert aliases()["champion"] == one
 
@@ -206,7 +206,8 @@ def test_what_was_not_accepted_is_only_given_by_its_own_option(
 
 def test_a_target_a_version_does_not_have_is_refused_with_those_it_has(home: Path) -> None:
     version = published(home, "a").version
-    with pytest.raises(ArtifactMissing, match="has no tensorrt; it has onnxruntime, tensorrt-rtx"):
+    targets = ("onnxruntime", "tensorrt-rtx")
+    with raises_code(ArtifactMissing, "target_missing", target="tensorrt", targets=targets):
         fetch("m", version, "tensorrt", home / "out")
 
 
@@ -216,7 +217,7 @@ def test_a_changed_byte_is_noticed_before_anything_is_handed_over(home: Path) ->
     path = home / "recpress" / "store" / "artifacts" / sha256 / "files" / "model.onnx"
     path.chmod(0o644)
     path.write_text(path.read_text().replace("a", "b", 1))
-    with pytest.raises(ArtifactDamaged, match=r"model\.onnx"):
+    with raises_code(ArtifactDamaged, "chunk_differs", file="model.onnx", chunk=0):
         fetch("m", done.version, "onnxruntime", home / "new" / "out")
     assert not (home / "new").exists()
 

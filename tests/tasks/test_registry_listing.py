@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 from command_line import run_main
+from error_codes import raises_code
 from mlflow import MlflowClient
 from reports import report
 
@@ -132,7 +133,7 @@ def test_a_release_without_a_usable_report_is_refused(
         lambda: fetch("m", odd, "onnxruntime", tmp_path / "out"),
         lambda: promote("m", odd, ""),
     ):
-        with pytest.raises(RecordRefused, match=r"no usable report\.json"):
+        with raises_code(RecordRefused, "report_unusable", file="report.json"):
             use()
 
 
