@@ -70,7 +70,7 @@ FAULTS = (
         tests=(
             "tests/compressors/test_small_constants.py"
             "::test_masked_means_of_empty_lists_are_the_modules_on_every_target"
-            "[1e-07-rowwise_int4-onnxruntime]",
+            "[1e-08-rowwise_int4-onnxruntime]",
         ),
     ),
     Fault(
