@@ -81,9 +81,16 @@ def digest_now(order: Terms) -> str:
     Raises:
         CompressionError: the order has a metric that is not measured for this bundle.
     """
+    return order_digest(*_as_it_is_now(order))
+
+
+def _as_it_is_now(
+    order: Terms,
+) -> tuple[Terms, Subject, Artifact | None, tuple[Teacher, ...]]:
+    """An order with its bundle, champion and teachers of this moment."""
     subject = find(order.model)
     need_measurable(subject, order.limits)
-    return order_digest(order, subject, champion_of(order, subject), teachers_of(order, subject))
+    return order, subject, champion_of(order, subject), teachers_of(order, subject)
 
 
 def code_of(order: Terms, subject: Subject) -> str:
@@ -159,9 +166,7 @@ def already(order: Terms) -> Finished | None:
     Raises:
         CompressionError: the order has a metric that is not measured for this bundle.
     """
-    subject = find(order.model)
-    need_measurable(subject, order.limits)
-    now = (order, subject, champion_of(order, subject), teachers_of(order, subject))
+    now = _as_it_is_now(order)
     return _registered(order_digest(*now)) or by_other_version(*now)
 
 

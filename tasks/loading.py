@@ -16,6 +16,9 @@ from tasks.stored import local
 
 MAX_LAYER_BYTES = 2**46
 """64 TiB of float32: no layer of a model that is served has more."""
+SCORING_ROWS = 1024
+"""Rows that are scored at once. The activations of 4,096 rows of a layer of 4,096 outputs made
+scoring the peak of an order's memory, which the estimate (``tasks/memory.py``) leaves out."""
 
 
 @dataclass(frozen=True)

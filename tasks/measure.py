@@ -26,7 +26,7 @@ from infra.onnxruntime import Session, interleaved_ms, machine
 from infra.settings import load_settings
 from infra.temporary import scratch_folder
 from tasks.documents import Measurement, Ranking, lowering_of, served_bytes
-from tasks.loading import split_of
+from tasks.loading import SCORING_ROWS, split_of
 from tasks.policy import KEPT
 from tasks.quality import ByQuery, Quality, Vectors, by_row, ranked_vectors, ranking_metrics
 from tasks.stored import local, store
@@ -35,7 +35,6 @@ log = logging.getLogger(__name__)
 Array = NDArray[Any]
 
 QUANTILES = {"p50": 0.5, "p99": 0.99}
-SCORING_ROWS = 1024
 BUDGET_MS = 15_000.0  # of one batch size, all sessions together
 MOST_ROUNDS = 1000
 

@@ -22,13 +22,12 @@ from compressors.lower.served import forms, input_names
 from compressors.retrieval import Asked, Interactions, asked, recall_and_ndcg
 from compressors.score_change import RankedVectors, change_of_rankings, change_of_rows
 from tasks.documents import PreparedRows, Ranking
-from tasks.loading import split_of
+from tasks.loading import SCORING_ROWS, split_of
 
 Array = NDArray[Any]
 Vectors = Callable[[Mapping[str, Tensor]], Array]
 """A tower: named inputs -> float32 ``(rows, dim)``."""
 
-SCORING_ROWS = 1024
 BY_QUERY = ("recall@20", "ndcg@20")
 
 

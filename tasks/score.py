@@ -13,11 +13,9 @@ from compressors.distill.soft_labels import mean_answer
 from compressors.errors import CompressionError
 from compressors.state import write_tensors
 from infra.temporary import scratch_folder
-from tasks.loading import load_bundle, split_of
+from tasks.loading import SCORING_ROWS, load_bundle, split_of
 from tasks.policy import KEPT
 from tasks.stored import local, store
-
-SCORING_ROWS = 1024
 
 
 @task(task_run_name="score", **KEPT)

@@ -23,7 +23,7 @@ def quantize_tables(
     Args:
         source: what holds the tables.
         step: a table method and its settings.
-        code: digest of the architecture's code and the attempt; part of the cache key.
+        code: what else the caller makes the result depend on; part of the cache key.
         block_rows: rows encoded at once by each thread; changes no byte of the result.
         workers: threads, else one per core; changes no byte of the result.
     """

@@ -92,7 +92,7 @@ def _kinds(where: set[str]) -> list[str]:
 
 # An export takes three seconds, so a method for layers and one for tables share a graph. Parity
 # tolerates more where layers are packed; test_table_forms.py and test_table_code_graphs.py hold
-# packed tables beside plain layers to the rounding of float32.
+# packed tables next to plain layers to the rounding of float32.
 RECIPES: tuple[tuple[str, ...], ...] = (
     *(
         tuple(kind for kind in pair if kind is not None)

@@ -1,5 +1,6 @@
 """Carrying out orders in tests: how a run ended, and the home it ended in."""
 
+import shutil
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -72,6 +73,13 @@ def surroundings(patch: pytest.MonkeyPatch, home: Path) -> None:
     patch.setenv("RECPRESS_ALLOWED_MODULES", ALLOWED)
     for name in ("RECPRESS_STORE", "MLFLOW_TRACKING_URI"):
         patch.delenv(name, raising=False)
+
+
+def copied_home(patch: pytest.MonkeyPatch, source: Path, home: Path) -> None:
+    """Work in a copy of a home, without the champions that other tests made."""
+    shutil.copytree(source, home)
+    shutil.rmtree(home / "store" / "ledger", ignore_errors=True)
+    surroundings(patch, home)
 
 
 @dataclass(frozen=True)

@@ -1,11 +1,10 @@
 """Another version of recpress in the same home: nothing is registered or promoted again by it."""
 
 import importlib.metadata
-import shutil
 from pathlib import Path
 
 import pytest
-from orders import World, carry_out, surroundings
+from orders import World, carry_out, copied_home
 
 from flows import resolve
 from flows.resolve import already, request_digest
@@ -23,9 +22,7 @@ NEWER = "99.1.0"
 def upgraded(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> World:
     """A copy of the finished order's home, with a champion, in the hands of another version."""
     home = tmp_path / "recpress"
-    shutil.copytree(world.home, home)
-    shutil.rmtree(home / "store" / "ledger", ignore_errors=True)
-    surroundings(monkeypatch, home)
+    copied_home(monkeypatch, world.home, home)
     promote("clicks", world.first.finished.version, "before the upgrade")
     for module in (resolve, documents):
         monkeypatch.setattr(module, "recpress_version", lambda: NEWER)

@@ -4,7 +4,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from orders import World, carry_out, surroundings
+from orders import World, carry_out, copied_home
 
 from compressors.contracts import Limit
 from flows.resolve import already
@@ -15,9 +15,7 @@ from tasks.promotion import champion_graph, promote, version_report
 def moved(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A copy of the finished order's home under an odd name."""
     home = tmp_path / "a?b#c%41 d"
-    shutil.copytree(world.home, home)
-    shutil.rmtree(home / "store" / "ledger", ignore_errors=True)
-    surroundings(monkeypatch, home)
+    copied_home(monkeypatch, world.home, home)
     return home
 
 
