@@ -49,7 +49,7 @@ faults: $(DONE) ## Kill, flip, cut off, race and fuzz for about two hours; resul
 	OMP_NUM_THREADS=1 RECPRESS_FAULTS_JSON=build/faults.json $(BIN)/pytest -m nightly tests/faults -n 2 --dist load $(ARGS)
 
 up-local: $(DONE) ## Run Prefect, MLflow, Postgres, an S3 store and a worker here until Ctrl-C, without Docker.
-	@$(BIN)/python -m infra.services_local $(ARGS)
+	@$(BIN)/python -m infra.services.local_services $(ARGS)
 
 lint: $(DONE) ## Check style and formatting.
 	$(BIN)/ruff check .

@@ -36,9 +36,9 @@ from scipy.stats import t as student
 from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits
 
-from compressors import metrics
-from compressors.contracts import Architecture, Bench, IdInput, Network, Schema, Split
-from compressors.model import Model
+from compressors.contracts import Architecture, Bench, IdInput, Network, Signature, Split
+from compressors.core.model import Model
+from compressors.metrics import point_estimates
 from examples.dcnv2 import DCNv2
 from infra.settings import load_settings
 
@@ -170,9 +170,9 @@ def _libfm(path: Path) -> tuple[Ints, Ints]:
     return np.array(ids), np.array([int(float(line[0]) > 0) for line in lines])
 
 
-def schema(rows: dict[str, int]) -> Schema:
+def signature(rows: dict[str, int]) -> Signature:
     """What the network takes in."""
-    return Schema(
+    return Signature(
         task="ctr",
         inputs=tuple(
             IdInput(name=name, table=f"tables.{name}", dtype="int64", out_of_range="clamp")
@@ -251,7 +251,7 @@ def scores(module: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
 def auc(module: nn.Module, split: Split) -> float:
     """AUC of a network on the rows of a split."""
     inputs, label = tensors(split)
-    return metrics.auc(label.numpy(), scores(module, inputs).numpy())
+    return point_estimates.auc(label.numpy(), scores(module, inputs).numpy())
 
 
 def train(
@@ -313,7 +313,7 @@ def baseline(name: Name, seed: int, folder: Path, cache: Path) -> tuple[Model, B
     module = DCNv2(**built.config)
     module.load_state_dict(load_file(place / "model.safetensors"))
     bench = Bench(
-        signature=schema(rows),
+        signature=signature(rows),
         train=splits["train"],
         validation=splits["validation"],
         soft_labels=Split(**facts["soft_labels"]),

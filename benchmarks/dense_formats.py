@@ -30,10 +30,10 @@ from benchmarks.ctr import (
     prepared,
 )
 from compressors.contracts import Bench, Split
-from compressors.model import Model
-from compressors.step import run
-from compressors.steps import AnyStep
-from compressors.units import Unit
+from compressors.core.model import Model
+from compressors.core.registries import AnyStep
+from compressors.core.runner import run
+from compressors.core.units import Unit
 
 STEP = TypeAdapter(AnyStep)
 GPTQ = {"kind": "weight_int4", "rounding": "gptq"}

@@ -28,11 +28,11 @@ from benchmarks.ctr import (
     interval,
     prepared,
 )
-from compressors.dense.bfloat16_dense import BFloat16Dense
-from compressors.dense.float16 import Float16
-from compressors.dense.qat import QAT
-from compressors.dense.static_int8 import StaticInt8
-from compressors.step import ModelStep, run
+from compressors.core.runner import ModelStep, run
+from compressors.quantize.dense.bfloat16_dense import BFloat16Dense
+from compressors.quantize.dense.float16 import Float16
+from compressors.quantize.dense.qat import QAT
+from compressors.quantize.dense.static_int8 import StaticInt8
 
 STEPS: dict[str, ModelStep] = {
     **{

@@ -16,18 +16,18 @@ import numpy as np
 import torch
 from torch import nn
 
-from compressors import metrics
-from compressors.batches import batches
 from compressors.contracts import Bench
-from compressors.dense.channels import Channels
+from compressors.core.batches import batches
+from compressors.core.runner import run
 from compressors.distill.distill import Distill
-from compressors.step import run
-from compressors.training import Training
-from flows.demo import BUNDLE
-from tasks.loading import bench_of, load_bundle, split_of
+from compressors.distill.training.settings import Training
+from compressors.metrics import point_estimates
+from compressors.prune.dense.channels import Channels
+from flows.cli.demo import BUNDLE
+from tasks.bundles.bundle_ref import find
+from tasks.bundles.loading import bench_of, load_bundle, split_of
 from tasks.prepare import prepare
 from tasks.score import score
-from tasks.subject import find
 
 KEEP, SHARES, RATES = (0.5, 0.25), (0.5, 1.0), (1e-3, 3e-3)
 SEEDS = 4
@@ -41,12 +41,12 @@ def auc_of(module: nn.Module, bench: Bench) -> float:
     with torch.no_grad():
         scores = [module(**part.inputs).reshape(-1) for part in rows]
     label = np.concatenate([part.label.numpy() for part in rows])
-    return metrics.auc(label, torch.cat(scores).numpy())
+    return point_estimates.auc(label, torch.cat(scores).numpy())
 
 
 def main() -> None:
     """Print one line a setting, as a Markdown table."""
-    logging.getLogger("compressors.training").setLevel(logging.WARNING)
+    logging.getLogger("compressors.distill.training.trainer").setLevel(logging.WARNING)
     subject = find(BUNDLE)
     bundle, loaded = subject.artifact, load_bundle(subject.artifact)
     parts = {part: prepare.fn(bundle, part, "benchmark") for part in ("train", "validation")}

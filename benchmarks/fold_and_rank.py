@@ -29,16 +29,16 @@ from benchmarks.ctr import (
     prepared,
 )
 from compressors.contracts import Bench, Plan, Split
-from compressors.dense.equalize import Equalize
-from compressors.dense.fold import Fold
-from compressors.dense.low_rank_dense import LowRankDense
-from compressors.dense.smooth_quant import SmoothQuant
-from compressors.dense.static_int8 import StaticInt8
+from compressors.core.model import Model
+from compressors.core.runner import ModelStep, run
+from compressors.factorize.low_rank_dense import LowRankDense
 from compressors.lower.export import lower
-from compressors.lower.served import forms
-from compressors.model import Model
-from compressors.step import ModelStep, run
-from infra.onnxruntime import optimized_graph
+from compressors.lower.serving_wrapper import served_graphs
+from compressors.quantize.dense.static_int8 import StaticInt8
+from compressors.rewrite.equalize import Equalize
+from compressors.rewrite.fold import Fold
+from compressors.rewrite.smooth_quant import SmoothQuant
+from infra.onnxruntime.sessions import optimized_graph
 
 INT8 = StaticInt8()
 RECIPES: dict[str, tuple[ModelStep, ...]] = {
@@ -77,7 +77,7 @@ def dense_share(model: Model) -> float:
 
 def operators(model: Model, bench: Bench, folder: Path) -> str:
     """The products and norms of the graph as ONNX Runtime optimizes it."""
-    (form,) = forms(bench.signature)
+    (form,) = served_graphs(bench.signature)
     path = folder / "model.onnx"
     lower(model.module, form, "onnxruntime", path)
     counts = Counter(node.op_type for node in optimized_graph(path).node)

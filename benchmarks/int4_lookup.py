@@ -21,12 +21,12 @@ import torch
 from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor, nn
 
-from compressors.lower.onnxruntime import translations
-from compressors.step import encode_table
-from compressors.tables import planar
-from compressors.tables.rowwise_int4 import RowwiseInt4
-from compressors.tables.rowwise_int8 import RowwiseInt8
-from infra.onnxruntime import Session, interleaved_ms, machine
+from compressors.core.runner import encode_table
+from compressors.lower.targets.onnxruntime.operators import translations
+from compressors.quantize.kernels import bitpacking
+from compressors.quantize.tables.rowwise_int4 import RowwiseInt4
+from compressors.quantize.tables.rowwise_int8 import RowwiseInt8
+from infra.onnxruntime.sessions import Session, interleaved_ms, machine
 
 FIELDS = 10  # ids looked up per row of a batch
 SMALLEST_BLOCK = 16  # of GatherBlockQuantized
@@ -90,7 +90,7 @@ def forms(rows: int, dim: int, folder: Path) -> dict[str, tuple[Path, Tensor]]:
     int8, int4 = (encode_table(step, weight) for step in (RowwiseInt8(), RowwiseInt4()))
     every = torch.arange(rows)
     decoded8, decoded4 = int8(every), int4(every)
-    codes4 = (planar.unpack(int4.codes, dim, 4).to(torch.int8) - 8, int4.scale)
+    codes4 = (bitpacking.unpack(int4.codes, dim, 4).to(torch.int8) - 8, int4.scale)
     makers: dict[str, tuple[Callable[[Path], Path], Tensor]] = {
         "fp32 Gather": (lambda path: exported(plain, path), weight),
         "int8 Gather-Cast-Mul": (lambda path: exported(int8, path), decoded8),

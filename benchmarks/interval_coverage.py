@@ -18,8 +18,8 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from compressors import metrics
-from compressors.intervals import paired
+from compressors.metrics import point_estimates
+from compressors.metrics.intervals import paired
 
 METRICS = ("auc", "logloss", "normalized_entropy")
 USERS = (30, 100, 500)
@@ -74,9 +74,9 @@ def truth() -> dict[str, tuple[float, float]]:
     random = np.random.default_rng(0)
     single = np.ones(TRUTH_ROWS, dtype=np.intp)
     measure = {
-        "auc": metrics.auc,
-        "logloss": metrics.logloss,
-        "normalized_entropy": metrics.normalized_entropy,
+        "auc": point_estimates.auc,
+        "logloss": point_estimates.logloss,
+        "normalized_entropy": point_estimates.normalized_entropy,
     }
     values: dict[str, list[tuple[float, float]]] = {metric: [] for metric in METRICS}
     for _ in range(TRUTH_BATCHES):

@@ -3,7 +3,7 @@
 Click and retrieval models of given sizes are packed and compressed, each in a process of its own.
 A thread samples the process's resident set; its largest value, the anonymous part of it, and the
 stage in which it was reached are compared with the estimate that was made before the run.
-``tasks/memory.py`` takes its factors from here.
+``tasks/orchestration/memory_estimate.py`` takes its factors from here.
 
     python -m benchmarks.peak_memory [--case NAME ...]
 """
@@ -229,7 +229,7 @@ class Sampler(logging.Handler):
                 self.peak, self.anonymous, self.moment = now, anonymous, self._stage
 
     def __enter__(self) -> "Sampler":
-        stages = logging.getLogger("tasks.announce")
+        stages = logging.getLogger("tasks.orchestration.progress")
         stages.setLevel(logging.INFO)
         stages.addHandler(self)
         self._thread.start()
@@ -243,7 +243,7 @@ class Sampler(logging.Handler):
 def carry_out(preset: str, *, engine: bool, retrieval: bool) -> None:
     """Run the order in this process and print the estimate and the measurement, in bytes."""
     from compressors.contracts import Limit
-    from flows import console
+    from flows.cli import console
     from flows.explain import explain
     from flows.order import Order
     from flows.terms import Targets
@@ -284,7 +284,7 @@ def measure(case: Case) -> dict[str, object]:
             "PREFECT_HOME": f"{scratch}/prefect",
             "RECPRESS_ALLOWED_MODULES": "benchmarks",
         }
-        pack = [sys.executable, "-m", "flows.cli", "bundle", "pack", f"{scratch}/draft"]
+        pack = [sys.executable, "-m", "flows.cli.app", "bundle", "pack", f"{scratch}/draft"]
         subprocess.run(pack, env=environ, check=True, stdout=subprocess.DEVNULL)
         command = [sys.executable, "-m", "benchmarks.peak_memory", "--inside"]
         command += [case.preset, str(case.engine), str(case.retrieval)]

@@ -20,9 +20,9 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 from compressors.contracts import Plan, PlanLine
-from compressors.errors import AuditFailed
+from compressors.errors.compression import AuditFailed
 from compressors.lower.audit import INT8_PRODUCTS, audit
-from infra.onnxruntime import Session, interleaved_ms, machine, optimized_graph
+from infra.onnxruntime.sessions import Session, interleaved_ms, machine, optimized_graph
 
 INPUT_SCALE = np.float32(0.03)
 OPSET = 21

@@ -40,15 +40,15 @@ from benchmarks.ctr import (
     tensors,
 )
 from compressors.contracts import Bench
-from compressors.dense.channels import Channels
-from compressors.dense.importance import Importance
-from compressors.dense.shares import multiply_adds
+from compressors.core.model import Model
+from compressors.core.runner import run
 from compressors.distill.soft_labels import mixed_loss
-from compressors.loss import hard_loss, shuffled
-from compressors.model import Model
-from compressors.step import run
-from compressors.trained import trained_on
-from compressors.training import Training
+from compressors.distill.training.settings import Training
+from compressors.distill.training.training_steps import train_model
+from compressors.prune.dense.channels import Channels
+from compressors.prune.dense.importance import Importance
+from compressors.prune.dense.kept_shares import multiply_adds
+from compressors.task_kinds.loss import hard_loss, shuffled
 from examples.dcnv2 import DCNv2
 
 SHARE = 0.5
@@ -172,7 +172,7 @@ def work(module: nn.Module, bench: Bench) -> float:
 def trained(model: Model, bench: Bench, how: Training, soft_share: float) -> Model:
     """The network after the same training as every other."""
     loss = mixed_loss(bench, soft_share, 1.0, "benchmark")
-    return trained_on(replace(model, module=_copied(model)), bench, loss, how, ())
+    return train_model(replace(model, module=_copied(model)), bench, loss, how, ())
 
 
 def choose(
@@ -212,7 +212,7 @@ def main() -> None:
     parser.add_argument("--theirs")
     asked = parser.parse_args()
     torch.set_num_threads(asked.threads)
-    logging.getLogger("compressors.training").setLevel(logging.WARNING)
+    logging.getLogger("compressors.distill.training.trainer").setLevel(logging.WARNING)
     try:
         folder, cache = data_folder(asked.data), asked.cache or default_cache()
     except DataMissing as fault:

@@ -54,14 +54,14 @@ from benchmarks.ctr import (
     tensors,
     train,
 )
-from compressors import metrics
 from compressors.contracts import Bench, Split, digest
+from compressors.core.model import Model
+from compressors.core.runner import run
 from compressors.distill.distill import Distill
 from compressors.distill.losses import SoftLoss
-from compressors.distill.soft_labels import mean_answer
-from compressors.model import Model
-from compressors.step import run
-from compressors.training import Training
+from compressors.distill.soft_labels import mean_predictions
+from compressors.distill.training.settings import Training
+from compressors.metrics import point_estimates
 
 NAME: Name = "frappe"
 ORIGINALS = 5
@@ -165,11 +165,13 @@ def bench_of(way: Way, seed: int, folder: Path, cache: Path, place: Path) -> tup
     held = {"train": stored({**with_requests(inputs), "@label": label}, place / "train")}
     soft = [baseline(NAME, each, folder, cache)[1].soft_labels for each in teachers]
     heard = [load_file(Path(split.path) / "data.safetensors")["score"] for split in soft if split]
-    held["soft_labels"] = stored({"score": mean_answer(heard, "logit")}, place / "soft_labels")
+    held["soft_labels"] = stored({"score": mean_predictions(heard, "logit")}, place / "soft_labels")
     if way.traffic:
         heard = [answered(each, way.traffic, folder, cache) for each in teachers]
         held["traffic"] = traffic_of(way.traffic, folder, cache)
-        soft_traffic = stored({"score": mean_answer(heard, "logit")}, place / "traffic_soft_labels")
+        soft_traffic = stored(
+            {"score": mean_predictions(heard, "logit")}, place / "traffic_soft_labels"
+        )
         held["traffic_soft_labels"] = soft_traffic
     return model, bench.model_copy(update=held)
 
@@ -235,7 +237,9 @@ def judged(module: nn.Module, split: Split) -> tuple[float, float]:
     inputs, label = tensors(split)
     score = scores(module, inputs).numpy()
     users = inputs["user"].numpy()
-    return metrics.auc(label.numpy(), score), metrics.gauc(label.numpy(), score, users)
+    return point_estimates.auc(label.numpy(), score), point_estimates.gauc(
+        label.numpy(), score, users
+    )
 
 
 def tune(folder: Path, cache: Path, epochs: int) -> None:

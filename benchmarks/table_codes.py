@@ -18,25 +18,25 @@ from statistics import mean, stdev
 import torch
 
 from compressors.contracts import Bench, Split
+from compressors.core.model import Model
+from compressors.core.modules.formats import Bag, PackedTable
+from compressors.core.runner import ModelStep, TableStep, run
+from compressors.core.units import Unit
 from compressors.distill.distill import Distill
 from compressors.distill.refit_codes import RefitCodes
-from compressors.formats import Bag, PackedTable
-from compressors.model import Model
-from compressors.scoring import quality
-from compressors.step import ModelStep, TableStep, run
-from compressors.tables.kmeans import KMeans
-from compressors.tables.product_codes import ProductCodes
-from compressors.tables.residual_codes import ResidualCodes
-from compressors.tables.rowwise_int2 import RowwiseInt2
-from compressors.tables.rowwise_int4 import RowwiseInt4
-from compressors.tables.rowwise_int8 import RowwiseInt8
-from compressors.training import Training
-from compressors.units import Unit
-from flows.demo import BUNDLE
-from tasks.loading import bench_of, load_bundle, split_of
+from compressors.distill.training.settings import Training
+from compressors.metrics.validation_score import quality
+from compressors.quantize.tables.kmeans import KMeans
+from compressors.quantize.tables.product_codes import ProductCodes
+from compressors.quantize.tables.residual_codes import ResidualCodes
+from compressors.quantize.tables.rowwise_int2 import RowwiseInt2
+from compressors.quantize.tables.rowwise_int4 import RowwiseInt4
+from compressors.quantize.tables.rowwise_int8 import RowwiseInt8
+from flows.cli.demo import BUNDLE
+from tasks.bundles.bundle_ref import find
+from tasks.bundles.loading import bench_of, load_bundle, split_of
 from tasks.prepare import prepare
 from tasks.score import score
-from tasks.subject import find
 
 SHARE = 0.05
 STEPS: tuple[TableStep, ...] = (

@@ -15,9 +15,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from compressors.step import BLOCK_ROWS
-from compressors.tables.rowwise_int4 import RowwiseInt4
-from compressors.tables.rowwise_int8 import RowwiseInt8
+from compressors.core.runner import BLOCK_ROWS
+from compressors.quantize.tables.rowwise_int4 import RowwiseInt4
+from compressors.quantize.tables.rowwise_int8 import RowwiseInt8
 
 ROUNDS = 15
 INT8 = RowwiseInt8()

@@ -34,7 +34,7 @@ CODE = """
 import json, sys, time
 from pathlib import Path
 import torch
-from tasks.table_files import quantize, step_named
+from tasks.bundles.table_files import quantize, step_named
 
 def held(name):
     lines = Path("/proc/self/status").read_text().splitlines()

@@ -18,24 +18,24 @@ from torch import Tensor
 
 from benchmarks.distill_settings import auc_of
 from compressors.contracts import Bench
+from compressors.core.model import Model
+from compressors.core.runner import ModelStep, TableStep, run
+from compressors.core.units import Unit
 from compressors.distill.distill import Distill
-from compressors.model import Model
-from compressors.step import ModelStep, TableStep, run
-from compressors.tables.dimensions import Dimensions
-from compressors.tables.low_rank import LowRank
-from compressors.tables.multi_hash import MultiHash
-from compressors.tables.neural_codes import NeuralCodes
-from compressors.tables.quotient_remainder import QuotientRemainder
-from compressors.tables.rowwise_int4 import RowwiseInt4
-from compressors.tables.rowwise_int8 import RowwiseInt8
-from compressors.traffic import lookups
-from compressors.training import Training
-from compressors.units import Unit
-from flows.demo import BUNDLE
-from tasks.loading import bench_of, load_bundle, split_of
+from compressors.distill.training.settings import Training
+from compressors.factorize.low_rank import LowRank
+from compressors.factorize.multi_hash import MultiHash
+from compressors.factorize.neural_codes import NeuralCodes
+from compressors.factorize.quotient_remainder import QuotientRemainder
+from compressors.prune.tables.dimensions import Dimensions
+from compressors.quantize.calibration.lookup_counts import lookup_counts
+from compressors.quantize.tables.rowwise_int4 import RowwiseInt4
+from compressors.quantize.tables.rowwise_int8 import RowwiseInt8
+from flows.cli.demo import BUNDLE
+from tasks.bundles.bundle_ref import find
+from tasks.bundles.loading import bench_of, load_bundle, split_of
 from tasks.prepare import prepare
 from tasks.score import score
-from tasks.subject import find
 
 PACKERS: tuple[TableStep | None, ...] = (None, RowwiseInt8(), RowwiseInt4())
 PARTS = ("train", "validation")
@@ -129,7 +129,7 @@ def main() -> None:
     source = loaded.model
     units = [unit for unit in Unit.of(source.module) if unit.role == "table"]
     dim = units[0].weight.shape[1]
-    counts = {k: v + 1e-9 for k, v in lookups(source, bench, [u.name for u in units]).items()}
+    counts = {k: v + 1e-9 for k, v in lookup_counts(source, bench, [u.name for u in units]).items()}
     auc = auc_of(source.module, bench)
     distill = Distill(training=Training(tables=True, table_l2=TABLE_L2))
     print(f"AUC on validation rows as trained: {auc:.5f}; {table_bytes(source)} bytes of tables")

@@ -31,10 +31,10 @@ from benchmarks.ctr import (
     prepared,
 )
 from compressors.contracts import Bench, Split, digest
-from compressors.model import Model
-from compressors.step import run
-from compressors.steps import AnyStep
-from compressors.units import Unit
+from compressors.core.model import Model
+from compressors.core.registries import AnyStep
+from compressors.core.runner import run
+from compressors.core.units import Unit
 
 RECIPES = TypeAdapter(tuple[AnyStep, ...])
 Lines = list[tuple[str, str, list[dict[str, Any]]]]  # family, settings in words, steps

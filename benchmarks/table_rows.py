@@ -16,20 +16,20 @@ import torch
 
 from benchmarks.distill_settings import auc_of
 from benchmarks.table_forms import table_bytes
-from compressors.model import Model
-from compressors.step import ModelStep, TableStep, run
-from compressors.tables.cluster_rows import ClusterRows
-from compressors.tables.drop_tables import DropTables
-from compressors.tables.merge_rows import MergeRows
-from compressors.tables.prune_rows import PruneRows
-from compressors.tables.rowwise_int2 import RowwiseInt2
-from compressors.tables.rowwise_int4 import RowwiseInt4
-from compressors.tables.rowwise_int8 import RowwiseInt8
-from compressors.tables.tiers import Tiers
-from flows.demo import BUNDLE
-from tasks.loading import bench_of, load_bundle, split_of
+from compressors.core.model import Model
+from compressors.core.runner import ModelStep, TableStep, run
+from compressors.prune.tables.cluster_rows import ClusterRows
+from compressors.prune.tables.drop_tables import DropTables
+from compressors.prune.tables.merge_rows import MergeRows
+from compressors.prune.tables.prune_rows import PruneRows
+from compressors.prune.tables.tiers import Tiers
+from compressors.quantize.tables.rowwise_int2 import RowwiseInt2
+from compressors.quantize.tables.rowwise_int4 import RowwiseInt4
+from compressors.quantize.tables.rowwise_int8 import RowwiseInt8
+from flows.cli.demo import BUNDLE
+from tasks.bundles.bundle_ref import find
+from tasks.bundles.loading import bench_of, load_bundle, split_of
 from tasks.prepare import prepare
-from tasks.subject import find
 
 LEAST = 64  # rows of a table that loses some
 Steps = tuple[ModelStep | TableStep, ...]

@@ -20,19 +20,19 @@ from torch import Tensor, nn
 
 from benchmarks.distill_settings import auc_of
 from compressors.contracts import Bench
-from compressors.formats import Bag
-from compressors.model import Model
-from compressors.step import TableStep, encode_table, run
-from compressors.tables.bfloat16 import BFloat16
-from compressors.tables.float8_e4m3 import Float8E4M3
-from compressors.tables.rowwise_int2 import RowwiseInt2
-from compressors.tables.rowwise_int4 import RowwiseInt4
-from compressors.tables.rowwise_int8 import RowwiseInt8
-from compressors.units import Unit
-from flows.demo import BUNDLE
-from tasks.loading import bench_of, load_bundle, split_of
+from compressors.core.model import Model
+from compressors.core.modules.formats import Bag
+from compressors.core.runner import TableStep, encode_table, run
+from compressors.core.units import Unit
+from compressors.quantize.tables.bfloat16 import BFloat16
+from compressors.quantize.tables.float8_e4m3 import Float8E4M3
+from compressors.quantize.tables.rowwise_int2 import RowwiseInt2
+from compressors.quantize.tables.rowwise_int4 import RowwiseInt4
+from compressors.quantize.tables.rowwise_int8 import RowwiseInt8
+from flows.cli.demo import BUNDLE
+from tasks.bundles.bundle_ref import find
+from tasks.bundles.loading import bench_of, load_bundle, split_of
 from tasks.prepare import prepare
-from tasks.subject import find
 
 METHODS = (RowwiseInt8, RowwiseInt4, RowwiseInt2)
 RULES = ("min_max", "greedy", "mse")

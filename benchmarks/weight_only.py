@@ -24,15 +24,15 @@ from onnx import TensorProto, helper, numpy_helper
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from compressors.contracts import Architecture, Bench, DenseInput, Network, Schema, Split
-from compressors.dense.static_int8 import StaticInt8
-from compressors.dense.weight_int4 import WeightInt4
-from compressors.dense.weight_int8 import WeightInt8
+from compressors.contracts import Architecture, Bench, DenseInput, Network, Signature, Split
+from compressors.core.model import Model
+from compressors.core.runner import ModelStep, run
 from compressors.lower.export import lower
-from compressors.lower.served import VECTOR, forms
-from compressors.model import Model
-from compressors.step import ModelStep, run
-from infra.onnxruntime import Session, interleaved_ms, machine
+from compressors.lower.serving_wrapper import VECTOR, served_graphs
+from compressors.quantize.dense.static_int8 import StaticInt8
+from compressors.quantize.dense.weight_int4 import WeightInt4
+from compressors.quantize.dense.weight_int8 import WeightInt8
+from infra.onnxruntime.sessions import Session, interleaved_ms, machine
 
 ROWS = 256  # of calibration
 STEPS: dict[str, ModelStep] = {
@@ -59,10 +59,10 @@ class Layer(nn.Module):
         return y
 
 
-def schema(inputs: int) -> Schema:
+def signature(inputs: int) -> Signature:
     """A network that reads one vector."""
     item = DenseInput(name="x", shape=(inputs,))
-    return Schema(inputs=(item,), output="logit", task="ctr", label="label", metric="auc")
+    return Signature(inputs=(item,), output="logit", task="ctr", label="label", metric="auc")
 
 
 def made(width: int, folder: Path) -> dict[str, Session]:
@@ -77,8 +77,8 @@ def made(width: int, folder: Path) -> dict[str, Session]:
         {"x": torch.randn(ROWS, width), "@label": torch.zeros(ROWS)}, rows / "data.safetensors"
     )
     split = Split(path=str(rows), sha256="0" * 64, rows=ROWS)
-    bench = Bench(signature=schema(width), calibration=split)
-    form = replace(forms(schema(width))[0], output=VECTOR)
+    bench = Bench(signature=signature(width), calibration=split)
+    form = replace(served_graphs(signature(width))[0], output=VECTOR)
     x = torch.randn(37, width)
     sessions = {}
     for number, (name, step) in enumerate({"fp32 Gemm": None, **STEPS}.items()):

@@ -40,17 +40,17 @@ from benchmarks.ctr import (
     prepared,
     tensors,
 )
-from compressors import metrics
 from compressors.contracts import Bench, Network, Plan, Split, digest
+from compressors.core.model import Model
+from compressors.core.registries import AnyStep
+from compressors.core.runner import run
+from compressors.core.state.module_state import load
+from compressors.core.units import stored_bytes
 from compressors.lower.export import lower
-from compressors.lower.served import forms
-from compressors.model import Model
-from compressors.state import load
-from compressors.step import run
-from compressors.steps import AnyStep
-from compressors.units import stored_bytes
+from compressors.lower.serving_wrapper import served_graphs
+from compressors.metrics import point_estimates
 from examples.dcnv2 import DCNv2
-from infra.onnxruntime import Session, interleaved_ms, machine
+from infra.onnxruntime.sessions import Session, interleaved_ms, machine
 
 STEPS = TypeAdapter(tuple[AnyStep, ...])
 Steps = list[dict[str, Any]]
@@ -226,14 +226,14 @@ def served(model: Model, bench: Bench, path: Path) -> Path:
     """A model's graph for ONNX Runtime, written once."""
     if not path.is_file():
         path.parent.mkdir(parents=True, exist_ok=True)
-        lower(model.module, forms(bench.signature)[0], "onnxruntime", path)
+        lower(model.module, served_graphs(bench.signature)[0], "onnxruntime", path)
     return path
 
 
 def auc_of(path: Path, split: Split) -> float:
     """AUC of a graph on the rows of a split."""
     inputs, label = arrays(split)
-    return metrics.auc(label, Session(path, THREADS).scores(inputs))
+    return point_estimates.auc(label, Session(path, THREADS).scores(inputs))
 
 
 def initializer_bytes(path: Path) -> int:

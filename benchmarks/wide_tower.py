@@ -13,13 +13,13 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 
-from benchmarks.ctr import schema
+from benchmarks.ctr import signature
 from benchmarks.whole_model import PEERS, STEPS, arrays, timed
 from compressors.contracts import Architecture, Bench, Network, Split
+from compressors.core.model import Model
+from compressors.core.runner import run
 from compressors.lower.export import lower
-from compressors.lower.served import forms
-from compressors.model import Model
-from compressors.step import run
+from compressors.lower.serving_wrapper import served_graphs
 from examples.dcnv2 import DCNv2
 
 FIELDS = {f"c{number}": 10_000 for number in range(26)}
@@ -67,9 +67,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         place = Path(scratch)
         split = drawn(place / "rows")
-        bench = Bench(signature=schema(FIELDS), calibration=split)
+        bench = Bench(signature=signature(FIELDS), calibration=split)
         model = network()
-        form = forms(bench.signature)[0]
+        form = served_graphs(bench.signature)[0]
         names, paths = ["float32"], [place / "fp32.onnx"]
         lower(model.module, form, "onnxruntime", paths[0])
         rows, _ = arrays(split)

@@ -26,8 +26,8 @@ import pyarrow.parquet as pq
 import torch
 from safetensors.torch import save_file
 
-from compressors.contracts import Architecture, Network, Schema
-from compressors.retrieval import Interactions, asked, recall_and_ndcg
+from compressors.contracts import Architecture, Network, Signature
+from compressors.metrics.full_ranking import Interactions, ranking_queries, recall_and_ndcg
 from examples.two_tower import Ints, Training, TwoTower, train, vectors
 
 USERS, ITEMS = 29_858, 40_981
@@ -137,7 +137,7 @@ def measured_on(test: Ints, *seen: Ints) -> Callable[[TwoTower], tuple[float, fl
         test: what is to be found.
         seen: what is hidden from the same users.
     """
-    what = asked(interactions(test), map(interactions, seen), np.arange(ITEMS))
+    what = ranking_queries(interactions(test), map(interactions, seen), np.arange(ITEMS))
 
     def measure(network: TwoTower) -> tuple[float, float]:
         query, item = vectors(network, {"user": torch.from_numpy(what.query)})
@@ -187,9 +187,9 @@ def fitted(
 # --- the draft of a bundle -------------------------------------------------------------------
 
 
-def signature() -> Schema:
+def signature() -> Signature:
     """What the network takes in, and what its data is judged by."""
-    return Schema.model_validate(
+    return Signature.model_validate(
         {
             "task": "retrieval",
             "inputs": [

@@ -29,8 +29,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from compressors.contracts import Architecture, Network, Schema
-from compressors.metrics import auc
+from compressors.contracts import Architecture, Network, Signature
+from compressors.metrics.point_estimates import auc
 from examples.dcnv2 import DCNv2
 
 PACKAGE = "recbole"
@@ -322,13 +322,13 @@ def train(
 # --- the draft of a bundle -------------------------------------------------------------------
 
 
-def signature() -> Schema:
+def signature() -> Signature:
     """What the network takes in, and which columns its data is judged by."""
     policy = {"out_of_range": "default_row", "default_row": UNKNOWN}
     ids = [{"kind": "id", "name": name, "table": f"tables.{name}", **policy} for name in FIELDS]
     genres = {"kind": "jagged_bag", "name": BAG, "table": f"bags.{BAG}", "shape": [LONGEST_BAG]}
     judged = {"label": "click", "group": "person", "time": "timestamp", "metric": "auc"}
-    return Schema.model_validate(
+    return Signature.model_validate(
         {"task": "ctr", "inputs": [*ids, genres | policy], "output": "logit", **judged}
     )
 

@@ -1,20 +1,18 @@
-"""What happens, in order. Typed parameters, no numerics, no I/O of their own.
+"""What happens, in order. No numerics, no I/O.
 
-terms.py            what an order asks for, without the recipe's own types
-order.py            the same with them: one pydantic model, the form in Prefect's UI
-order_schema.py     the rules of an order that Prefect checks when it is submitted
-resolve.py          what that means today: which bundle, which champion, done before?
-memory.py           whether an order fits in the memory that is available
-compress.py         the way of one model through the tasks
-cli.py              the command line; cli_promotion.py, cli_tables.py, ... are its groups
-cli_errors.py       what it prints, and its exit code, when a command fails
-console.py          what is shown at a terminal
+terms.py            an order without its recipe
+order.py            an order: the parameter of the flow and the form in Prefect's UI
+presets.py          the named recipes
+order_schema.py     the rules that Prefect checks when an order is submitted
+order_faults.py     what is wrong with an order, as sentences
+resolve.py          the bundle, champion and digest of an order
+choosing.py         which steps of a recipe are applied
+memory.py           whether an order fits in the available memory
+dry_run.py          the steps and bytes of a recipe, from shapes alone
+explain.py          what an order would run
+recipe.py           the steps of a recipe, within the budget
+compress.py         one model through all tasks
 prefect_access.py   which Prefect server a command uses
-embedded_server.py  the server of one command, and its process
-demo.py             the demo's order
-doctor.py           what this installation uses, and whether it answers
+embedded_server.py  the Prefect server of one command
+cli/                the command line
 """
-
-from infra.telemetry import disable_telemetry
-
-disable_telemetry()  # before any module here imports Prefect

@@ -7,15 +7,15 @@ from collections.abc import Callable
 from typing import TypeVar
 
 from compressors.contracts import Part
-from compressors.errors import CompressionError
-from compressors.step import needs, wants
-from compressors.steps import AnyStep
-from compressors.tables.prune_rows import PruneRows
+from compressors.core.registries import AnyStep
+from compressors.core.runner import needs, wants
+from compressors.errors.compression import CompressionError
+from compressors.prune.tables.prune_rows import PruneRows
 from flows.order import Order
 from flows.presets import Group
-from infra.bundle import SplitName
-from tasks.documents import AS_TRAINED, Idle
-from tasks.subject import Subject
+from infra.bundle.bundle_folder import SplitName
+from tasks.bundles.bundle_ref import BundleRef
+from tasks.orchestration.documents import AS_TRAINED, NotApplicable
 
 T = TypeVar("T")
 
@@ -25,7 +25,7 @@ UNREPORTED = (NOTHING_LEFT, NOT_NEEDED)
 """Why steps are left out that no report needs to mention."""
 
 
-def need_budget_rows(order: Order, subject: Subject) -> None:
+def require_budget_rows(order: Order, subject: BundleRef) -> None:
     """Require rows to measure the budget on, where the order sets one.
 
     Raises:
@@ -45,17 +45,17 @@ def need_budget_rows(order: Order, subject: Subject) -> None:
         )
 
 
-def can_be_judged(order: Order, subject: Subject) -> bool:
+def can_be_judged(order: Order, subject: BundleRef) -> bool:
     """Whether there is a budget, and rows to measure it on."""
     rows = "validation" in subject.rows and subject.task != "retrieval"
     return order.quality_budget() is not None and rows
 
 
-def through(
+def allowed_steps(
     order: Order,
-    subject: Subject,
+    subject: BundleRef,
     begin: T,
-    attempt: Callable[[AnyStep, T], T | Idle],
+    attempt: Callable[[AnyStep, T], T | NotApplicable],
     spent: Callable[[T], str | None] | None = None,
 ) -> tuple[tuple[tuple[str, T], ...], dict[int, str]]:
     """Go through the choices of an order's steps, really or as a dry run.
@@ -100,7 +100,7 @@ def through(
             done: list[tuple[str, T]] = []
             for step in group if why is None else ():
                 result = attempt(step, (stages + done)[-1][1])
-                if isinstance(result, Idle):
+                if isinstance(result, NotApplicable):
                     why = result.reason
                     break
                 done.append((step.kind, result))
@@ -128,7 +128,7 @@ def method_and_units(step: AnyStep) -> str:
     return step.model_dump_json(include={"kind", "tables", "layers"})
 
 
-def lacking(step: AnyStep, subject: Subject, order: Order | None = None) -> str | None:
+def lacking(step: AnyStep, subject: BundleRef, order: Order | None = None) -> str | None:
     """What a step needs and the bundle does not bring, before anything has run.
 
     Rows are pruned by a preset only where validation rows say what that costs.
@@ -161,7 +161,7 @@ def lacking(step: AnyStep, subject: Subject, order: Order | None = None) -> str 
     )
 
 
-def looked_at(step: AnyStep, subject: Subject) -> tuple[Part, ...]:
+def parts_of_step(step: AnyStep, subject: BundleRef) -> tuple[Part, ...]:
     """The parts a step needs, and of those it would make use of the ones that are there."""
     there = (part for part in wants(step) if split_name(part, subject) in subject.rows)
     return (*needs(step), *there)
@@ -175,7 +175,7 @@ def is_taught(step: AnyStep) -> bool:
     return any(part in SOFT_LABELS for part in (*needs(step), *wants(step)))
 
 
-def need_taught(order: Order) -> None:
+def require_taught(order: Order) -> None:
     """Refuse teachers whom no step would hear.
 
     Raises:
@@ -189,7 +189,7 @@ def need_taught(order: Order) -> None:
         )
 
 
-def split_name(part: Part, subject: Subject) -> SplitName:
+def split_name(part: Part, subject: BundleRef) -> SplitName:
     """The split a part of the bench is made from."""
     match part:
         case "soft_labels":

@@ -14,12 +14,12 @@ from prefect.client.schemas.objects import State
 from prefect.states import Completed
 
 from compressors.contracts import Artifact, TargetKind, Verdict, digest, limit_warnings
-from compressors.errors import CompressionError
-from flows.choosing import need_taught
+from compressors.errors.compression import CompressionError
+from flows.choosing import require_taught
 from flows.embedded_server import protect_ephemeral_server
 from flows.memory import require_order_memory, what_ran
 from flows.order import Order
-from flows.recipe import carry_out, ranking_of, weighed
+from flows.recipe import carry_out, measure_recipe_stages, ranking_of
 from flows.resolve import (
     by_other_version,
     carried_out_before,
@@ -34,21 +34,21 @@ from flows.resolve import (
 from infra.credentials import clean_exceptions
 from infra.errors import InfraError, OutOfMemory, Refused
 from infra.memory import memory_errors
-from tasks import log_lines
-from tasks.announce import Progress, announce, show_log_lines
-from tasks.build import build, need_builder
-from tasks.documents import Finished, report_from
+from tasks.build import build, require_builder
+from tasks.bundles.bundle_ref import BundleRef, find, require_measurable
+from tasks.bundles.teachers import Teacher
 from tasks.gate import gate
 from tasks.lower import lower_model
 from tasks.measure import measure
-from tasks.order_records import write_request
-from tasks.outages import wait_out
-from tasks.policy import NO_RESULTS, kept, remembered
+from tasks.orchestration import log_lines
+from tasks.orchestration.documents import Finished, report_from
+from tasks.orchestration.order_records import write_request
+from tasks.orchestration.outages import wait_out
+from tasks.orchestration.policy import NO_RESULTS, kept, remembered
+from tasks.orchestration.progress import Progress, publish_links, show_log_lines
 from tasks.prepare import prepare
 from tasks.publish import publish, still_published
 from tasks.pull import pull
-from tasks.subject import Subject, find, need_measurable
-from tasks.teachers import Teacher
 from tasks.validate import validate
 
 log = logging.getLogger(__name__)
@@ -67,10 +67,10 @@ def compress(order: Order) -> Finished | State[Any]:
     """
     show_log_lines()
     subject = wait_out(lambda: find(order.model))
-    need_measurable(subject, order.limits)
+    require_measurable(subject, order.limits)
     for warning in limit_warnings(order.limits):
         log.warning("%s", warning)
-    need_taught(order)
+    require_taught(order)
     estimate = require_order_memory(order, subject)
     wait_out(require_registry)
     teachers = wait_out(lambda: teachers_of(order, subject))
@@ -87,7 +87,7 @@ def compress(order: Order) -> Finished | State[Any]:
 
 def _compress(
     order: Order,
-    subject: Subject,
+    subject: BundleRef,
     teachers: tuple[Teacher, ...],
     champion: Artifact | None,
     progress: Progress,
@@ -97,7 +97,7 @@ def _compress(
     progress.stage(f"pull {subject.name} {subject.version}")
     for target, wanted in targets.items():
         if wanted == "required":
-            need_builder(target)
+            require_builder(target)
     bundle = kept(pull, artifact=subject.artifact, code=code)
     for teacher in teachers:
         kept(pull, artifact=teacher.artifact, code=digest([code, teacher.architecture]))
@@ -157,7 +157,7 @@ def _compress(
             code=code,
         )
     progress.stage("weigh the stages")
-    stages = weighed(compressed, subject, test, ranking, order.seed, code)
+    stages = measure_recipe_stages(compressed, subject, test, ranking, order.seed, code)
     progress.stage("judge")
     verdicts: dict[TargetKind, Verdict] = {
         target: remembered(
@@ -197,7 +197,7 @@ def _compress(
     wait_out(lambda: write_request(request, report.order))
     finished: Finished = remembered(publish, still_published, report=report, code=code)
     wait_out(lambda: promote_if_ordered(order, finished))
-    wait_out(lambda: announce(finished))
+    wait_out(lambda: publish_links(finished))
     progress.finish()
     return _ended(finished)
 
@@ -234,7 +234,7 @@ def _not_servable(
 
 
 def _built(
-    order: Order, subject: Subject, target: TargetKind, graph: Artifact, code: str
+    order: Order, subject: BundleRef, target: TargetKind, graph: Artifact, code: str
 ) -> Artifact:
     """What the target loads: the graph itself, or an engine made from it."""
     if target == "onnxruntime":

@@ -6,94 +6,98 @@ before a recipe is carried out, so bytes have bounds.
 
 from typing import Literal, NamedTuple
 
-from compressors.contracts import Artifact, Bench, Part, Schema, Split
-from compressors.errors import CompressionError, NothingToCompress
-from compressors.model import Model
-from compressors.outline import outline
-from compressors.steps import AnyStep
-from compressors.tables.prune_rows import PruneRows
-from compressors.units import stored_bytes
-from flows.choosing import can_be_judged, looked_at, split_name, through
+from compressors.contracts import Artifact, Bench, Part, Signature, Split
+from compressors.core.dry_run import dry_run
+from compressors.core.model import Model
+from compressors.core.registries import AnyStep
+from compressors.core.units import stored_bytes
+from compressors.errors.compression import CompressionError, NothingToCompress
+from compressors.prune.tables.prune_rows import PruneRows
+from flows.choosing import allowed_steps, can_be_judged, parts_of_step, split_name
 from flows.order import Order
-from tasks.documents import Idle
-from tasks.loading import load_bundle
-from tasks.subject import Subject
+from tasks.bundles.bundle_ref import BundleRef
+from tasks.bundles.loading import load_bundle
+from tasks.orchestration.documents import NotApplicable
 
 Cuts = Literal["all", "most", "none"]
 """Which judged cuts count as within the budget: all, all with as few rows as possible, or none."""
 
 
-class Foreseen(NamedTuple):
+class RecipeDryRun(NamedTuple):
     """A dry run: the model after each step that is carried out, and the steps left out."""
 
     stages: tuple[tuple[str, Model], ...]
     idle: dict[int, str]
 
 
-def foresee(
+def dry_run_recipe(
     order: Order,
-    subject: Subject,
-    schema: Schema,
+    subject: BundleRef,
+    signature: Signature,
     model: Model,
     teachers: tuple[Artifact, ...],
     cuts: Cuts = "all",
-) -> Foreseen:
+) -> RecipeDryRun:
     """Go through a recipe without data and without work.
 
     Args:
         order: whose steps.
         subject: the bundle they are for.
-        schema: of its inputs.
+        signature: of its inputs.
         model: loaded from it.
         teachers: what teaching steps learn from.
         cuts: which of the cuts that the budget judges are taken.
 
     Raises:
-        CompressionError: as ``flows.choosing.through``.
+        CompressionError: as ``flows.choosing.allowed_steps``.
     """
 
-    def attempt(step: AnyStep, source: Model) -> Model | Idle:
-        counted = _rows(looked_at(step, subject), subject)
-        bench = Bench(signature=schema, teachers=teachers, **counted)
+    def attempt(step: AnyStep, source: Model) -> Model | NotApplicable:
+        counted = _rows(parts_of_step(step, subject), subject)
+        bench = Bench(signature=signature, teachers=teachers, **counted)
         try:
             if cuts == "most" and isinstance(step, PruneRows) and step.min_lookups:
-                return step.smallest_outline(source.private())
-            return outline(step, source, bench)
+                return step.smallest_dry_run(source.private())
+            return dry_run(step, source, bench)
         except NothingToCompress as fault:
-            return Idle(reason=str(fault))
+            return NotApplicable(reason=str(fault))
         except CompressionError as fault:
             if order.preset == "custom":
                 raise
-            return Idle(reason=str(fault))
+            return NotApplicable(reason=str(fault))
 
     def spent(_: Model) -> str | None:
         return "not within the budget" if cuts == "none" else None
 
     judged = can_be_judged(order, subject)
-    return Foreseen(*through(order, subject, model, attempt, spent if judged else None))
+    return RecipeDryRun(*allowed_steps(order, subject, model, attempt, spent if judged else None))
 
 
 def bounds(
-    order: Order, subject: Subject, schema: Schema, model: Model, teachers: tuple[Artifact, ...]
+    order: Order,
+    subject: BundleRef,
+    signature: Signature,
+    model: Model,
+    teachers: tuple[Artifact, ...],
 ) -> tuple[int, int]:
     """The fewest and the most bytes of weights that a recipe can result in."""
     sizes = []
     for cuts in ("most", "none"):
         try:
-            stages, _ = foresee(order, subject, schema, model, teachers, cuts)
+            stages, _ = dry_run_recipe(order, subject, signature, model, teachers, cuts)
             sizes.append(stored_bytes(stages[-1][1].module))
         except CompressionError:  # nothing is within the budget: the model stays as it is
             sizes.append(stored_bytes(model.module))
     return min(sizes), max(sizes)
 
 
-def least_bytes(order: Order, subject: Subject, bundle: Artifact) -> int:
+def least_bytes(order: Order, subject: BundleRef, bundle: Artifact) -> int:
     """The fewest bytes of weights that a recipe can result in, for a pulled bundle."""
     loaded = load_bundle(bundle)
     return bounds(order, subject, loaded.manifest.signature, loaded.model, ())[0]
 
 
-def _rows(parts: tuple[Part, ...], subject: Subject) -> dict[str, Split]:
+def _rows(parts: tuple[Part, ...], subject: BundleRef) -> dict[str, Split]:
     """The rows a step would see, counted but not prepared: a dry run reads none."""
     return {
         part: Split(path="", sha256="0" * 64, rows=subject.rows[split_name(part, subject)])

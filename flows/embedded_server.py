@@ -28,9 +28,9 @@ from functools import partial
 from pathlib import Path
 from typing import IO
 
-from infra.answers import NoAnswer, get
 from infra.errors import InfraError
-from infra.lock import locked
+from infra.services.http_probe import NoAnswer, get
+from infra.store.lock import locked
 
 SAY_AFTER_SECONDS = 10.0
 SAY_EVERY_SECONDS = 30.0

@@ -1,29 +1,29 @@
 """What an order would run, and what it would come to, without running it.
 
-Formats, widths and bytes are worked out by the steps themselves (``compressors.outline``), so
-they are exact; peak memory is an estimate from sizes (``tasks.memory``).
+Formats, widths and bytes are worked out by the steps themselves (``compressors.core.dry_run``), so
+they are exact; peak memory is an estimate from sizes (``tasks.orchestration.memory_estimate``).
 """
 
 from collections.abc import Mapping
 
-from compressors.contracts import Artifact, Frozen, Plan, Schema, TargetKind
-from compressors.model import Model
-from compressors.training import trainable
-from compressors.units import stored_bytes
-from flows.choosing import UNREPORTED, can_be_judged, need_budget_rows, need_taught
-from flows.dry_run import bounds, foresee
+from compressors.contracts import Artifact, Frozen, Plan, Signature, TargetKind
+from compressors.core.model import Model
+from compressors.core.units import stored_bytes
+from compressors.distill.training.trainable import trainable
+from flows.choosing import UNREPORTED, can_be_judged, require_budget_rows, require_taught
+from flows.dry_run import bounds, dry_run_recipe
 from flows.order import Order
-from flows.resolve import already, teachers_of
+from flows.resolve import carried_out_result, teachers_of
 from flows.terms import Terms, Wanted
 from infra.errors import Refused
-from tasks.build import need_builder
-from tasks.documents import AS_TRAINED
-from tasks.loading import load_bundle
-from tasks.memory import Memory, peak_memory
-from tasks.subject import Subject, find, need_measurable
+from tasks.build import require_builder
+from tasks.bundles.bundle_ref import BundleRef, find, require_measurable
+from tasks.bundles.loading import load_bundle
+from tasks.orchestration.documents import AS_TRAINED
+from tasks.orchestration.memory_estimate import Memory, peak_memory
 
 
-class Foreseen(Frozen):
+class ExplainedStep(Frozen):
     """One step of the recipe: what is left after it, or why it would be left out."""
 
     step: str
@@ -31,7 +31,7 @@ class Foreseen(Frozen):
     idle: str | None = None
 
 
-class ForeseenTarget(Frozen):
+class ExplainedTarget(Frozen):
     """One target, and why it would be left out, if it is optional and cannot be built here."""
 
     target: TargetKind
@@ -50,9 +50,9 @@ class Explanation(Frozen):
     bytes_between: tuple[int, int] | None = None
     teachers: tuple[str, ...]
     earlier: str | None
-    steps: tuple[Foreseen, ...]
+    steps: tuple[ExplainedStep, ...]
     plan: Plan
-    targets: tuple[ForeseenTarget, ...]
+    targets: tuple[ExplainedTarget, ...]
     memory: Memory
 
 
@@ -69,15 +69,15 @@ def explain(terms: Terms) -> Explanation:
     """
     order = terms if isinstance(terms, Order) else Order.model_validate(terms.model_dump())
     subject = find(order.model)
-    need_measurable(subject, order.limits)
-    need_taught(order)
+    require_measurable(subject, order.limits)
+    require_taught(order)
     teachers = teachers_of(order, subject)
-    before = already(order)
+    before = carried_out_result(order)
     loaded = load_bundle(subject.artifact)
-    schema = loaded.manifest.signature
+    signature = loaded.manifest.signature
     teacher_artifacts = tuple(teacher.artifact for teacher in teachers)
-    model, steps, trained = _steps(order, subject, schema, loaded.model, teacher_artifacts)
-    least, most = bounds(order, subject, schema, loaded.model, teacher_artifacts)
+    model, steps, trained = _steps(order, subject, signature, loaded.model, teacher_artifacts)
+    least, most = bounds(order, subject, signature, loaded.model, teacher_artifacts)
     original = stored_bytes(loaded.model.module)
     plan = model.plan if model.plan is not None else Plan()
     return Explanation(
@@ -89,7 +89,7 @@ def explain(terms: Terms) -> Explanation:
         bytes_between=(least, most),
         teachers=tuple(teacher.name for teacher in teachers),
         earlier=None if before is None else before.version,
-        steps=(Foreseen(step=AS_TRAINED, bytes=original), *steps),
+        steps=(ExplainedStep(step=AS_TRAINED, bytes=original), *steps),
         plan=plan if before is None else _with_warnings(plan, before.report.plan),
         targets=tuple(_target(kind, wanted) for kind, wanted in order.targets.wanted().items()),
         memory=peak_memory(
@@ -115,18 +115,18 @@ def _with_warnings(plan: Plan, carried_out: Plan) -> Plan:
 
 def _steps(
     order: Order,
-    subject: Subject,
-    schema: Schema,
+    subject: BundleRef,
+    signature: Signature,
     model: Model,
     teachers: tuple[Artifact, ...],
-) -> tuple[Model, list[Foreseen], int]:
+) -> tuple[Model, list[ExplainedStep], int]:
     """Dry-run the recipe as if every first option were within the budget.
 
     Returns:
         The result, what each step leaves, and the most bytes that one step trains.
     """
-    need_budget_rows(order, subject)
-    stages, idle = foresee(order, subject, schema, model, teachers)
+    require_budget_rows(order, subject)
+    stages, idle = dry_run_recipe(order, subject, signature, model, teachers)
     results = iter(stages[1:])
     foreseen = []
     for place, step in enumerate(order.recipe()):
@@ -134,7 +134,7 @@ def _steps(
             _, model = next(results)
         if idle.get(place) not in UNREPORTED:
             size = stored_bytes(model.module)
-            foreseen.append(Foreseen(step=step.kind, bytes=size, idle=idle.get(place)))
+            foreseen.append(ExplainedStep(step=step.kind, bytes=size, idle=idle.get(place)))
     return model, foreseen, _trained(order, stages, idle)
 
 
@@ -155,11 +155,11 @@ def _trained(order: Order, stages: tuple[tuple[str, Model], ...], idle: Mapping[
     return most
 
 
-def _target(kind: TargetKind, wanted: Wanted) -> ForeseenTarget:
+def _target(kind: TargetKind, wanted: Wanted) -> ExplainedTarget:
     try:
-        need_builder(kind)
+        require_builder(kind)
     except Refused as fault:
         if wanted == "required":
             raise
-        return ForeseenTarget(target=kind, wanted=wanted, missing=str(fault))
-    return ForeseenTarget(target=kind, wanted=wanted)
+        return ExplainedTarget(target=kind, wanted=wanted, missing=str(fault))
+    return ExplainedTarget(target=kind, wanted=wanted)

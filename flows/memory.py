@@ -5,8 +5,8 @@ from collections.abc import Callable
 from flows.order import Order
 from infra.errors import OutOfMemory
 from infra.memory import SETTING, available_memory, resident
-from tasks.memory import MIB, Memory, peak_memory
-from tasks.subject import Subject
+from tasks.bundles.bundle_ref import BundleRef
+from tasks.orchestration.memory_estimate import MIB, Memory, peak_memory
 
 
 def trains_tables(order: Order) -> bool:
@@ -20,7 +20,7 @@ def trains_tables(order: Order) -> bool:
     return False
 
 
-def estimated_memory(order: Order, subject: Subject) -> Memory:
+def estimated_memory(order: Order, subject: BundleRef) -> Memory:
     """The estimate from the sizes in a bundle's manifest alone, before anything is fetched."""
     return peak_memory(
         bytes_before=subject.weight_bytes,
@@ -31,7 +31,7 @@ def estimated_memory(order: Order, subject: Subject) -> Memory:
     )
 
 
-def require_order_memory(order: Order, subject: Subject) -> Memory:
+def require_order_memory(order: Order, subject: BundleRef) -> Memory:
     """Refuse an order that does not fit in memory, before any work.
 
     The untouched model's mapped file counts in the estimate and not here: the system takes those
@@ -56,7 +56,7 @@ def require_order_memory(order: Order, subject: Subject) -> Memory:
     return estimate
 
 
-def what_ran(stage: Callable[[], str], estimate: Memory, subject: Subject) -> Callable[[], str]:
+def what_ran(stage: Callable[[], str], estimate: Memory, subject: BundleRef) -> Callable[[], str]:
     """What ran out of memory, for a message: the stage, and what had been estimated."""
     return lambda: (
         f"Stage '{stage()}' of the order for {subject.name}@{subject.version}, estimated to use "

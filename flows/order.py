@@ -6,12 +6,12 @@ from typing import Any, Self, get_args
 from pydantic import ConfigDict, Field, model_validator
 
 from compressors.contracts import Limit, TargetKind
-from compressors.steps import AnyStep
+from compressors.core.registries import AnyStep
 from flows.order_schema import add_rules
-from flows.presets import PRESETS, Choice, Group
+from flows.presets import PRESETS, Group, PresetOptions
 from flows.terms import Targets, Terms
-from infra.checks import Rules
-from tasks.documents import ORDER_FILE, Reproduction
+from infra.data.checks import Rules
+from tasks.orchestration.documents import ORDER_FILE, Reproduction
 
 RECOVERS = ("distill", "fine_tune", "refit_codes")
 """Methods that train what the step before them has cut or rounded: they are weighed together."""
@@ -57,7 +57,7 @@ class Order(Terms):
         """The same, in groups that are carried out whole or not at all."""
         return tuple(option for choice in self.choices() for option in choice.options)
 
-    def choices(self) -> tuple[Choice, ...]:
+    def choices(self) -> tuple[PresetOptions, ...]:
         """The same, in choices of which the first option is taken that fits model and budget.
 
         A preset has several options and steps that belong together; with a budget, a recipe of
@@ -71,7 +71,7 @@ class Order(Terms):
                 groups[-1] = (*groups[-1], step)
             else:
                 groups.append((step,))
-        return tuple(Choice((group,)) for group in groups)
+        return tuple(PresetOptions((group,)) for group in groups)
 
     def own_steps(self) -> list[dict[str, Any]]:
         """The steps of preset ``custom`` as plain values; none for the other presets."""

@@ -14,9 +14,9 @@ from collections.abc import Iterator
 from itertools import pairwise
 from typing import Any, get_args
 
-from compressors.limits import LARGEST_GAIN
-from compressors.measures import MEASURES, SCORE_CHANGE, MeasureFacts
-from compressors.steps import AnyStep
+from compressors.contracts.limits import LARGEST_GAIN
+from compressors.contracts.metric_properties import MEASURES, SCORE_CHANGE, MetricProperties
+from compressors.core.registries import AnyStep
 from flows.presets import PRESETS
 
 Schema = dict[str, Any]
@@ -73,7 +73,7 @@ def _limit_rules() -> Iterator[Schema]:
         yield _implies(of_metric, by_reference)
 
 
-def _bounded(facts: MeasureFacts, numbers: Schema) -> Schema:
+def _bounded(facts: MetricProperties, numbers: Schema) -> Schema:
     """A bound on the side that says how bad the result may be, and none on the other."""
     sides = ("at_least", "at_most")
     side, other = sides if facts.higher_is_better else sides[::-1]
@@ -81,8 +81,8 @@ def _bounded(facts: MeasureFacts, numbers: Schema) -> Schema:
     return {"properties": bounds, "required": [side]}
 
 
-def _absolute_range(facts: MeasureFacts) -> Schema:
-    """The same as the rule for one limit in ``compressors/limits.py``."""
+def _absolute_range(facts: MetricProperties) -> Schema:
+    """The same as the rule for one limit in ``compressors/contracts/limits.py``."""
     is_change = facts.compared == "never"  # then the best value is possible: no score changes
     if facts.higher_is_better:
         most = "maximum" if is_change else "exclusiveMaximum"
@@ -91,7 +91,7 @@ def _absolute_range(facts: MeasureFacts) -> Schema:
     return least | ({} if is_change else {"exclusiveMinimum": 0}) | {"exclusiveMaximum": facts.high}
 
 
-def _relative_range(facts: MeasureFacts) -> Schema:
+def _relative_range(facts: MetricProperties) -> Schema:
     if facts.compared == "ratio":
         return {"exclusiveMinimum": 0, "maximum": facts.largest}
     least, most = -facts.largest, LARGEST_GAIN
@@ -168,7 +168,7 @@ def _step_rules() -> Iterator[Schema]:
 
 
 def _teacher_rules() -> Iterator[Schema]:
-    """Teachers need a step that learns from them, as ``need_taught`` requires when it runs."""
+    """Teachers need a step that learns from them, as ``require_taught`` requires when it runs."""
 
     def can_be_taught(step: Any) -> bool:
         return "soft_share" in step.model_fields

@@ -10,16 +10,16 @@ the earlier preset's result is smaller all the same, that result is used.
 
 from dataclasses import dataclass
 
-from compressors.dense.channels import Channels
-from compressors.dense.float16 import Float16
-from compressors.dense.fold import Fold
-from compressors.dense.static_int8 import StaticInt8
+from compressors.core.registries import AnyStep
 from compressors.distill.distill import Distill
 from compressors.distill.recalibrate import Recalibrate
-from compressors.steps import AnyStep
-from compressors.tables.prune_rows import PruneRows
-from compressors.tables.rowwise_int4 import RowwiseInt4
-from compressors.tables.rowwise_int8 import RowwiseInt8
+from compressors.prune.dense.channels import Channels
+from compressors.prune.tables.prune_rows import PruneRows
+from compressors.quantize.dense.float16 import Float16
+from compressors.quantize.dense.static_int8 import StaticInt8
+from compressors.quantize.tables.rowwise_int4 import RowwiseInt4
+from compressors.quantize.tables.rowwise_int8 import RowwiseInt8
+from compressors.rewrite.fold import Fold
 from flows.terms import Preset
 
 Group = tuple[AnyStep, ...]
@@ -27,7 +27,7 @@ Group = tuple[AnyStep, ...]
 
 
 @dataclass(frozen=True)
-class Choice:
+class PresetOptions:
     """Options for one part of a recipe; the first that fits model and budget is taken.
 
     Attributes:
@@ -41,26 +41,26 @@ class Choice:
     rest: bool = False
 
 
-def _always(step: AnyStep) -> Choice:
-    return Choice(((step,),), base=True)
+def _always(step: AnyStep) -> PresetOptions:
+    return PresetOptions(((step,),), base=True)
 
 
-RARE_ROWS = Choice(
+RARE_ROWS = PresetOptions(
     tuple((PruneRows(min_lookups=fewest, pruned="shared"),) for fewest in (2, 1)),
 )
 """Rows that training looks up at most once share one row; else those that it never looks up."""
 
 _CUT = (Channels(keep=0.65), Distill())
 _QUARTER = (Channels(keep=0.25), Distill())
-_REST = Choice(((Float16(),),), base=True, rest=True)
+_REST = PresetOptions(((Float16(),),), base=True, rest=True)
 
-PRESETS: dict[Preset, tuple[Choice, ...]] = {
+PRESETS: dict[Preset, tuple[PresetOptions, ...]] = {
     "safe": (_always(RowwiseInt8()), _always(Float16())),
     "fast": (_always(RowwiseInt8()), _always(Fold()), _always(StaticInt8()), _REST),
     "small": (
         RARE_ROWS,
-        Choice((_QUARTER,)),
-        Choice(((RowwiseInt4(),), (RowwiseInt8(),)), base=True),
+        PresetOptions((_QUARTER,)),
+        PresetOptions(((RowwiseInt4(),), (RowwiseInt8(),)), base=True),
         _always(Fold()),
         _always(StaticInt8()),
         _REST,
@@ -68,9 +68,9 @@ PRESETS: dict[Preset, tuple[Choice, ...]] = {
     # What small does, and then cuts of a third of what is left, each recovered before the next.
     "smallest": (
         RARE_ROWS,
-        Choice((_QUARTER, _CUT)),
-        *(Choice((_CUT,)) for _ in range(3)),
-        Choice(((RowwiseInt4(clipping="least_squares"),), (RowwiseInt8(),)), base=True),
+        PresetOptions((_QUARTER, _CUT)),
+        *(PresetOptions((_CUT,)) for _ in range(3)),
+        PresetOptions(((RowwiseInt4(clipping="least_squares"),), (RowwiseInt8(),)), base=True),
         _always(Fold()),
         _always(StaticInt8()),
         _REST,

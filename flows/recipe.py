@@ -5,36 +5,36 @@ from dataclasses import dataclass, replace
 from types import MappingProxyType
 
 from compressors.contracts import Artifact, Estimate, Part, digest
-from compressors.step import needs
-from compressors.steps import AnyStep
+from compressors.core.registries import AnyStep
+from compressors.core.runner import needs
 from flows.choosing import (
     SOFT_LABELS,
     UNREPORTED,
+    allowed_steps,
     can_be_judged,
     is_taught,
-    looked_at,
-    need_budget_rows,
+    parts_of_step,
+    require_budget_rows,
     split_name,
-    through,
 )
 from flows.dry_run import least_bytes
 from flows.order import Order
 from flows.presets import BEFORE
-from infra.bundle import SplitName, read
+from infra.bundle.bundle_folder import SplitName, read
 from infra.settings import load_settings
-from tasks.announce import Progress
-from tasks.budget import lost
+from tasks.bundles.bundle_ref import BundleRef
+from tasks.bundles.teachers import Teacher
 from tasks.compress import compress as compress_step
-from tasks.documents import AS_TRAINED, Idle, PreparedRows, Ranking, Scored
-from tasks.outages import wait_out
-from tasks.policy import kept, remembered
+from tasks.evaluation.budget import quality_loss
+from tasks.orchestration.documents import AS_TRAINED, NotApplicable, PreparedRows, Ranking, Scored
+from tasks.orchestration.outages import wait_out
+from tasks.orchestration.policy import kept, remembered
+from tasks.orchestration.progress import Progress
+from tasks.orchestration.workspace import local, store
 from tasks.prepare import prepare
 from tasks.rank import rank
 from tasks.score import average, score
-from tasks.stages import weigh
-from tasks.stored import local, store
-from tasks.subject import Subject
-from tasks.teachers import Teacher
+from tasks.stages import measure_stages
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ class Compressed:
 
 def carry_out(
     order: Order,
-    subject: Subject,
+    subject: BundleRef,
     bundle: Artifact,
     teachers: tuple[Teacher, ...],
     code: str,
@@ -107,9 +107,9 @@ def carry_out(
         excluded: units that no step of a preset may change, with the reasons.
 
     Raises:
-        CompressionError: as ``through``; or the order has a budget that cannot be measured.
+        CompressionError: as ``allowed_steps``; or the order has a budget that cannot be measured.
     """
-    need_budget_rows(order, subject)
+    require_budget_rows(order, subject)
     own = _carried_out(order, subject, bundle, teachers, code, progress, excluded)
     before = BEFORE.get(order.preset)
     if before is None:
@@ -131,7 +131,7 @@ def carry_out(
 
 def _carried_out(
     order: Order,
-    subject: Subject,
+    subject: BundleRef,
     bundle: Artifact,
     teachers: tuple[Teacher, ...],
     code: str,
@@ -140,12 +140,12 @@ def _carried_out(
 ) -> Compressed:
     learned: set[str] = set()  # stages that have learned from the teachers, or come from one
 
-    def attempt(step: AnyStep, source: Artifact) -> Artifact | Idle:
+    def attempt(step: AnyStep, source: Artifact) -> Artifact | NotApplicable:
         progress.stage(step.kind)
         taught = is_taught(step) or source.sha256 in learned
         used = teachers if taught else ()
         result = _made(order, step, source, subject, bundle, used, code, excluded)
-        if taught and not isinstance(result, Idle):
+        if taught and not isinstance(result, NotApplicable):
             learned.add(result.sha256)
         return result
 
@@ -153,7 +153,7 @@ def _carried_out(
         return over_budget(order, subject, bundle, now, code)
 
     judged = can_be_judged(order, subject)
-    stages, idle = through(order, subject, bundle, attempt, spent if judged else None)
+    stages, idle = allowed_steps(order, subject, bundle, attempt, spent if judged else None)
     remarks = () if not judged else budget_remark(order, subject, bundle, stages[-1][1], code)
     return Compressed(order, stages, idle, remarks)
 
@@ -164,9 +164,9 @@ def weight_bytes(bundle: Artifact) -> int:
     return sum(line.bytes_after for line in plan.lines) if plan is not None else 0
 
 
-def weighed(
+def measure_recipe_stages(
     compressed: Compressed,
-    subject: Subject,
+    subject: BundleRef,
     test: Artifact,
     ranking: Ranking | None,
     seed: int,
@@ -186,7 +186,7 @@ def weighed(
         for step, bundle in compressed.stages
     )
     return kept(
-        weigh,
+        measure_stages,
         scored=scored,
         metric=subject.metric,
         test=test,
@@ -196,7 +196,7 @@ def weighed(
     )
 
 
-def ranking_of(subject: Subject, bundle: Artifact, code: str) -> Ranking | None:
+def ranking_of(subject: BundleRef, bundle: Artifact, code: str) -> Ranking | None:
     """What a retrieval model is ranked on beside the test rows; None for other tasks."""
     if subject.task != "retrieval":
         return None
@@ -211,7 +211,7 @@ def ranking_of(subject: Subject, bundle: Artifact, code: str) -> Ranking | None:
 
 
 def budget_loss(
-    order: Order, subject: Subject, bundle: Artifact, now: Artifact, code: str
+    order: Order, subject: BundleRef, bundle: Artifact, now: Artifact, code: str
 ) -> Estimate:
     """What a stage has lost of the metric against the untouched model, on validation rows."""
     rows = subject.rows["validation"]
@@ -223,7 +223,7 @@ def budget_loss(
         for word, it in ((AS_TRAINED, bundle), ("now", now))
     )
     loss: Estimate = remembered(
-        lost,
+        quality_loss,
         original=original,
         now=candidate,
         metric=subject.metric,
@@ -236,7 +236,7 @@ def budget_loss(
 
 
 def over_budget(
-    order: Order, subject: Subject, bundle: Artifact, now: Artifact, code: str
+    order: Order, subject: BundleRef, bundle: Artifact, now: Artifact, code: str
 ) -> str | None:
     """Why a stage is over the order's budget; None if it is within."""
     budget = order.quality_budget()
@@ -250,7 +250,7 @@ def over_budget(
 
 
 def budget_remark(
-    order: Order, subject: Subject, bundle: Artifact, result: Artifact, code: str
+    order: Order, subject: BundleRef, bundle: Artifact, result: Artifact, code: str
 ) -> tuple[str, ...]:
     """A sentence about the budget, and what the result has lost of it."""
     budget = order.quality_budget()
@@ -269,16 +269,16 @@ def _made(
     order: Order,
     step: AnyStep,
     source: Artifact,
-    subject: Subject,
+    subject: BundleRef,
     bundle: Artifact,
     teachers: tuple[Teacher, ...],
     code: str,
     excluded: Mapping[str, str],
-) -> Artifact | Idle:
+) -> Artifact | NotApplicable:
     """The result of one step, if it is an artifact one that is still stored."""
-    made: Artifact | Idle = remembered(
+    made: Artifact | NotApplicable = remembered(
         compress_step,
-        lambda result: isinstance(result, Idle) or store().manifest(result),
+        lambda result: isinstance(result, NotApplicable) or store().manifest(result),
         source=source,
         step=step,
         splits=_splits(step, subject, bundle, teachers, code),
@@ -295,11 +295,11 @@ def _made(
 
 
 def _splits(
-    step: AnyStep, subject: Subject, bundle: Artifact, teachers: tuple[Teacher, ...], code: str
+    step: AnyStep, subject: BundleRef, bundle: Artifact, teachers: tuple[Teacher, ...], code: str
 ) -> dict[Part, Artifact]:
     """What a step may look at, and no more, so that nothing else is part of its cache key."""
     splits: dict[Part, Artifact] = {}
-    for part in looked_at(step, subject):
+    for part in parts_of_step(step, subject):
         split = split_name(part, subject)
         prepared = kept(prepare, bundle=bundle, split=split, code=code)
         splits[part] = prepared

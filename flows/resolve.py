@@ -6,22 +6,22 @@ answered at once.
 
 from compressors.contracts import Artifact, digest
 from flows.terms import Terms
-from infra.ledger import Entry
+from infra.registry.ledger import Entry
 from infra.settings import load_settings, shown
-from tasks.code_digest import recpress_version
-from tasks.documents import Finished
-from tasks.order_records import finished, order_of_request
-from tasks.promotion import champion, champion_graph, promote_order, registry
-from tasks.subject import Subject, find, need_measurable
-from tasks.teachers import Teacher, find_teachers
+from tasks.bundles.bundle_ref import BundleRef, find, require_measurable
+from tasks.bundles.teachers import Teacher, find_teachers
+from tasks.orchestration.code_digest import recpress_version
+from tasks.orchestration.documents import Finished
+from tasks.orchestration.order_records import finished, order_of_request
+from tasks.promotion.promotions import champion, champion_graph, promote_order, registry
 
 
-def champion_of(order: Terms, subject: Subject) -> Artifact | None:
+def champion_of(order: Terms, subject: BundleRef) -> Artifact | None:
     """What production runs now, if the order compares with it."""
     return champion_graph(subject.name) if order.against_champion() else None
 
 
-def teachers_of(order: Terms, subject: Subject) -> tuple[Teacher, ...]:
+def teachers_of(order: Terms, subject: BundleRef) -> tuple[Teacher, ...]:
     """The models an order names as teachers beside its own."""
     return find_teachers(order.teachers, subject)
 
@@ -38,7 +38,7 @@ def require_registry() -> None:
 
 def order_digest(
     order: Terms,
-    subject: Subject,
+    subject: BundleRef,
     champion: Artifact | None,
     teachers: tuple[Teacher, ...] = (),
 ) -> str:
@@ -51,7 +51,7 @@ def order_digest(
 
 def request_digest(
     order: Terms,
-    subject: Subject,
+    subject: BundleRef,
     champion: Artifact | None,
     teachers: tuple[Teacher, ...] = (),
 ) -> str:
@@ -86,14 +86,14 @@ def digest_now(order: Terms) -> str:
 
 def _as_it_is_now(
     order: Terms,
-) -> tuple[Terms, Subject, Artifact | None, tuple[Teacher, ...]]:
+) -> tuple[Terms, BundleRef, Artifact | None, tuple[Teacher, ...]]:
     """An order with its bundle, champion and teachers of this moment."""
     subject = find(order.model)
-    need_measurable(subject, order.limits)
+    require_measurable(subject, order.limits)
     return order, subject, champion_of(order, subject), teachers_of(order, subject)
 
 
-def code_of(order: Terms, subject: Subject) -> str:
+def code_of(order: Terms, subject: BundleRef) -> str:
     """A part of the cache key of every task of an order: the architecture and the attempt."""
     return digest([subject.architecture, order.attempt])
 
@@ -126,7 +126,7 @@ def promotion(order: Terms, finished: Finished, before: Entry | None) -> str:
         finished: its result.
         before: the champion before the order was carried out.
     """
-    from flows.console import promoted
+    from flows.cli.console import promoted
 
     outcome = finished.report.outcome
     if outcome != "accepted":
@@ -150,13 +150,13 @@ def promotion(order: Terms, finished: Finished, before: Entry | None) -> str:
 
 def earlier(order: Terms) -> Finished | None:
     """The finished report of the same order, if there is one; promoted where the order asks."""
-    found = already(order)
+    found = carried_out_result(order)
     if found is not None:
         promote_if_ordered(order, found)
     return found
 
 
-def already(order: Terms) -> Finished | None:
+def carried_out_result(order: Terms) -> Finished | None:
     """The finished report of the same order, if the registry still has it; changes nothing.
 
     An order that another version of recpress carried out counts as the same: after an upgrade
@@ -172,7 +172,7 @@ def already(order: Terms) -> Finished | None:
 
 def by_other_version(
     order: Terms,
-    subject: Subject,
+    subject: BundleRef,
     champion: Artifact | None,
     teachers: tuple[Teacher, ...] = (),
 ) -> Finished | None:

@@ -9,8 +9,8 @@ from typing import Any, Literal, Self
 from pydantic import Field, field_validator, model_validator
 
 from compressors.contracts import Frozen, Limit, TargetKind, limit_problems
-from infra.checks import Rules
-from tasks.documents import Batch
+from infra.data.checks import Rules
+from tasks.orchestration.documents import BatchSizes
 
 Wanted = Literal["required", "optional", "off"]
 Preset = Literal["small", "fast", "safe", "smallest", "custom"]
@@ -66,9 +66,9 @@ class Targets(Frozen):
         }
         return {target: wanted for target, wanted in every.items() if wanted != "off"}
 
-    def batch(self) -> Batch:
+    def batch(self) -> BatchSizes:
         """The expected batch sizes."""
-        return Batch(low=self.smallest_batch, best=self.best_batch, high=self.largest_batch)
+        return BatchSizes(low=self.smallest_batch, best=self.best_batch, high=self.largest_batch)
 
 
 class Terms(Frozen):

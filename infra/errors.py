@@ -10,7 +10,7 @@ InfraError               something outside did not work this time; a retry may h
 Refused                  what was given cannot be used; retrying will not help
 ├─ SettingRefused        a setting is missing or unusable
 ├─ BundleRefused         a bundle is unsafe, incomplete or does not fit together
-├─ DataRefused           data failed its checks or does not fit the schema
+├─ DataRefused           data failed its checks or does not fit the signature
 ├─ FileRefused           a file the user named is missing, unreadable or of the wrong kind
 ├─ RecordRefused         a stored record is damaged, or is not what its key says
 ├─ ArtifactMissing       something expected in the store or the registry does not exist
@@ -68,7 +68,7 @@ class BundleRefused(Refused):
 
 
 class DataRefused(Refused):
-    """Data failed its checks or does not fit the schema."""
+    """Data failed its checks or does not fit the signature."""
 
 
 class FileRefused(Refused):

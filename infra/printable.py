@@ -1,7 +1,7 @@
 """Text from outside that cannot control what shows it: a terminal, a log, a page.
 
 Names in a bundle, tags of a registry, file names, arguments and variables of the environment may
-contain anything. Every place that shows them uses these functions; ``flows/console.py``
+contain anything. Every place that shows them uses these functions; ``flows/cli/console.py``
 applies them to all that a command prints.
 """
 

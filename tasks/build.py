@@ -6,16 +6,16 @@ from pathlib import Path
 from prefect import task
 
 from compressors.contracts import Artifact, TargetKind
-from infra.temporary import scratch_folder
-from infra.tensorrt import BuildRequest, Profile, TableWeights, Target, build_engine, load
-from tasks.documents import Batch, LoweredGraph, build_record, lowering_of
-from tasks.policy import KEPT
-from tasks.stored import local, store
+from infra.store.temporary import scratch_folder
+from infra.tensorrt.engines import BuildRequest, Profile, TableWeights, Target, build_engine, load
+from tasks.orchestration.documents import BatchSizes, LoweredGraph, build_record, lowering_of
+from tasks.orchestration.policy import KEPT
+from tasks.orchestration.workspace import local, store
 
 log = logging.getLogger(__name__)
 
 
-def need_builder(target: TargetKind) -> None:
+def require_builder(target: TargetKind) -> None:
     """Refuse early, before a long recipe, what could not be built at its end.
 
     Raises:
@@ -29,7 +29,7 @@ def need_builder(target: TargetKind) -> None:
 def build(
     lowered: Artifact,
     target: Target,
-    batch: Batch,
+    batch: BatchSizes,
     longest: dict[str, int],
     seconds: float,
     code: str,  # noqa: ARG001
@@ -85,7 +85,9 @@ def build(
         return store().put(kept_files)
 
 
-def _profiles(graph: LoweredGraph, batch: Batch, longest: dict[str, int]) -> tuple[Profile, ...]:
+def _profiles(
+    graph: LoweredGraph, batch: BatchSizes, longest: dict[str, int]
+) -> tuple[Profile, ...]:
     profiles = []
     for item in graph.inputs:
         sizes = [batch.low, batch.best, batch.high]

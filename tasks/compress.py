@@ -7,18 +7,18 @@ from pathlib import Path
 from prefect import task
 
 from compressors.contracts import Artifact, Part, digest
-from compressors.errors import CompressionError, ModelRefused, NothingToCompress
-from compressors.step import needs
-from compressors.steps import AnyStep
-from infra.bundle import SplitName, read, seal
+from compressors.core.registries import AnyStep
+from compressors.core.runner import needs
+from compressors.errors.compression import CompressionError, ModelRefused, NothingToCompress
+from infra.bundle.bundle_folder import SplitName, read, seal
 from infra.settings import load_settings
-from infra.temporary import scratch_folder
-from tasks.code_digest import code_digest
-from tasks.documents import Idle
-from tasks.loading import bench_of, split_of
-from tasks.policy import KEPT
-from tasks.stored import local, store
-from tasks.together import Made, Work, made, made_together
+from infra.store.temporary import scratch_folder
+from tasks.bundles.loading import bench_of, split_of
+from tasks.orchestration.code_digest import code_digest
+from tasks.orchestration.data_parallel import StepResult, Work, run_step, run_step_on_devices
+from tasks.orchestration.documents import NotApplicable
+from tasks.orchestration.policy import KEPT
+from tasks.orchestration.workspace import local, store
 
 log = logging.getLogger(__name__)
 
@@ -35,7 +35,7 @@ def compress(
     code: str,
     preset: bool = False,
     excluded: dict[str, str] | None = None,
-) -> Artifact | Idle:
+) -> Artifact | NotApplicable:
     """Apply one step to a stored model and store the result.
 
     A step that fits nothing is a result too: whether that is a fault is for the recipe to say.
@@ -73,7 +73,7 @@ def compress(
     with scratch_folder("compress") as scratch:
         folder = Path(scratch) / "made"
         result = _carried_out(work, devices, folder, preset=preset)
-        if isinstance(result, Idle):
+        if isinstance(result, NotApplicable):
             log.warning("%s has nothing to do in this model: %s", step.kind, result.reason)
             return result
         seal(
@@ -95,16 +95,18 @@ def compress(
     return artifact
 
 
-def _carried_out(work: Work, devices: list[str], folder: Path, *, preset: bool) -> Made | Idle:
+def _carried_out(
+    work: Work, devices: list[str], folder: Path, *, preset: bool
+) -> StepResult | NotApplicable:
     try:
         if len(devices) > 1 and "train" in needs(work.step):
-            return made_together(work, devices, folder)
-        return made(work, folder)
+            return run_step_on_devices(work, devices, folder)
+        return run_step(work, folder)
     except NothingToCompress as fault:
-        return Idle(reason=str(fault))
+        return NotApplicable(reason=str(fault))
     except ModelRefused:
         raise  # the network is at fault, whatever the step
     except CompressionError as fault:
         if not preset:
             raise
-        return Idle(reason=str(fault))
+        return NotApplicable(reason=str(fault))

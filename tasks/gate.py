@@ -2,10 +2,10 @@
 
 from prefect import task
 
-from compressors import judge
 from compressors.contracts import Artifact, Limit, TargetKind, Verdict
-from tasks.documents import measurement_of
-from tasks.policy import KEPT
+from compressors.metrics import judge
+from tasks.orchestration.documents import measurement_of
+from tasks.orchestration.policy import KEPT
 
 
 @task(task_run_name="gate {target}", **KEPT)

@@ -6,22 +6,22 @@ from pathlib import Path
 from prefect import task
 from torch import Tensor
 
-from compressors.batches import batches, edge_example
-from compressors.contracts import Artifact, JaggedBag, Plan, Schema, Split, TargetKind
-from compressors.dense.sparse_2_4 import sparse_layers
+from compressors.contracts import Artifact, JaggedBag, Plan, Signature, Split, TargetKind
+from compressors.core.batches import batches, edge_example
+from compressors.core.runner import rows_of_tables
+from compressors.core.units import Unit, stored_bytes
 from compressors.lower.audit import audit
 from compressors.lower.export import Lowered, lower
-from compressors.lower.served import Form, forms, input_names
-from compressors.step import rows_of_tables
-from compressors.units import Unit, stored_bytes
-from infra.onnxruntime import Session, optimized_graph
+from compressors.lower.serving_wrapper import ServedGraph, input_names, served_graphs
+from compressors.prune.dense.sparse_2_4 import sparse_layers
+from infra.onnxruntime.sessions import Session, optimized_graph
 from infra.settings import load_settings
-from infra.temporary import scratch_folder
-from tasks.documents import GraphInput, LoweredGraph, Lowering
-from tasks.loading import Loaded, load_bundle, split_of
-from tasks.parity import Compared, checkable
-from tasks.policy import KEPT
-from tasks.stored import store
+from infra.store.temporary import scratch_folder
+from tasks.bundles.loading import Loaded, load_bundle, split_of
+from tasks.evaluation.parity import Compared, checkable
+from tasks.orchestration.documents import GraphInput, LoweredGraph, Lowering
+from tasks.orchestration.policy import KEPT
+from tasks.orchestration.workspace import store
 
 log = logging.getLogger(__name__)
 PROBE_ROWS = 2048
@@ -57,7 +57,7 @@ def lower_model(
     loaded = load_bundle(bundle)
     with scratch_folder("lower") as scratch:
         graphs = []
-        for form in forms(loaded.manifest.signature):
+        for form in served_graphs(loaded.manifest.signature):
             path = Path(scratch) / f"{form.name}.onnx"
             lowered = lower(loaded.model.module, form, target, path, most_rows)
             rows = split_of(probe, probe_rows)
@@ -90,24 +90,24 @@ def _examine(
     most_rows: int,
 ) -> LoweredGraph:
     form = lowered.served.form
-    schema, plan = form.schema, _plan(loaded, form)
+    signature, plan = form.signature, _plan(loaded, form)
     with checkable(path, target, plan) as runnable:
         session = Session(runnable, load_settings().threads)
         compared = Compared(
             loaded.model.module, lowered, plan, target, most_rows, runnable, session
         )
-        rows_parity, expected = compared.parity(_first(probe, schema, PROBE_ROWS), "the data")
+        rows_parity, expected = compared.parity(_first(probe, signature, PROBE_ROWS), "the data")
         for few in SMALL_BATCHES:
-            compared.same_alone(expected[:few], _first(probe, schema, few), rows_parity)
-        tables = rows_of_tables(loaded.model.module, schema)
-        edge = edge_example(schema, tables, max(EDGE_ROWS, 2 * len(schema.inputs) + 2))
+            compared.same_alone(expected[:few], _first(probe, signature, few), rows_parity)
+        tables = rows_of_tables(loaded.model.module, signature)
+        edge = edge_example(signature, tables, max(EDGE_ROWS, 2 * len(signature.inputs) + 2))
         edge_parity, _ = compared.parity(edge, "the edge cases")
     found_in_graph = None
     if target == "onnxruntime":
         found_in_graph = audit(optimized_graph(path), plan, lowered.tables, lowered.layers)
     return LoweredGraph(
         name=form.name,
-        inputs=tuple(_inputs(edge, schema)),
+        inputs=tuple(_inputs(edge, signature)),
         output=form.output,
         width=expected.shape[1] if expected.ndim == 2 else None,
         rows_parity=rows_parity,
@@ -119,7 +119,7 @@ def _examine(
     )
 
 
-def _plan(loaded: Loaded, form: Form) -> Plan | None:
+def _plan(loaded: Loaded, form: ServedGraph) -> Plan | None:
     """The lines of the plan that speak of what a graph runs."""
     plan = loaded.model.plan
     if plan is None or not form.module:
@@ -129,12 +129,12 @@ def _plan(loaded: Loaded, form: Form) -> Plan | None:
     return Plan(lines=tuple(line for line in plan.lines if line.module in names))
 
 
-def _first(split: Split, schema: Schema, rows: int) -> dict[str, Tensor]:
-    return next(batches(split, schema, rows)).inputs
+def _first(split: Split, signature: Signature, rows: int) -> dict[str, Tensor]:
+    return next(batches(split, signature, rows)).inputs
 
 
-def _inputs(example: dict[str, Tensor], schema: Schema) -> list[GraphInput]:
-    longest = {item.name: item.shape[0] for item in schema.inputs if isinstance(item, JaggedBag)}
+def _inputs(example: dict[str, Tensor], signature: Signature) -> list[GraphInput]:
+    longest = {item.name: item.shape[0] for item in signature.inputs if isinstance(item, JaggedBag)}
     return [
         GraphInput(
             name=name,
@@ -142,11 +142,11 @@ def _inputs(example: dict[str, Tensor], schema: Schema) -> list[GraphInput]:
             shape=tuple(example[name].shape[1:]),
             longest=longest.get(name),
         )
-        for name in input_names(schema)
+        for name in input_names(signature)
     ]
 
 
-def _packed_bytes(loaded: Loaded, form: Form) -> int:
+def _packed_bytes(loaded: Loaded, form: ServedGraph) -> int:
     """Bytes of all weights of one graph; a table that both towers read counts in both graphs."""
     if form.module:
         return stored_bytes(form.part(loaded.model.module))
@@ -157,7 +157,7 @@ def _repeated_bytes(loaded: Loaded) -> int:
     """Bytes of tensors that several graphs read, in every graph but the first."""
     seen: set[int] = set()
     repeated = 0
-    for form in forms(loaded.manifest.signature):
+    for form in served_graphs(loaded.manifest.signature):
         part = form.part(loaded.model.module)
         repeated += stored_bytes(part) - stored_bytes(part, seen)
         seen |= {id(tensor) for tensor in part.state_dict(keep_vars=True).values()}

@@ -9,27 +9,34 @@ import numpy as np
 from numpy.typing import NDArray
 from prefect import task
 
-from compressors import intervals, judge
-from compressors.batches import Batch, batches
 from compressors.contracts import (
     LATENCY_BATCHES,
     Artifact,
-    Schema,
     ScoreUnit,
+    Signature,
     Split,
     quality_metrics,
 )
-from compressors.errors import CompressionError
-from compressors.lower.served import forms
-from infra.bundle import read
-from infra.onnxruntime import Session, interleaved_ms, machine
+from compressors.core.batches import Batch, batches
+from compressors.errors.compression import CompressionError
+from compressors.lower.serving_wrapper import served_graphs
+from compressors.metrics import intervals, judge
+from infra.bundle.bundle_folder import read
+from infra.onnxruntime.sessions import Session, interleaved_ms, machine
 from infra.settings import load_settings
-from infra.temporary import scratch_folder
-from tasks.documents import Measurement, Ranking, lowering_of, served_bytes
-from tasks.loading import SCORING_ROWS, split_of
-from tasks.policy import KEPT
-from tasks.quality import ByQuery, Quality, Vectors, by_row, ranked_vectors, ranking_metrics
-from tasks.stored import local, store
+from infra.store.temporary import scratch_folder
+from tasks.bundles.loading import SCORING_ROWS, split_of
+from tasks.evaluation.quality import (
+    ByQuery,
+    Quality,
+    Vectors,
+    ranked_vectors,
+    ranking_metrics,
+    row_quality,
+)
+from tasks.orchestration.documents import Measurement, Ranking, lowering_of, served_bytes
+from tasks.orchestration.policy import KEPT
+from tasks.orchestration.workspace import local, store
 
 log = logging.getLogger(__name__)
 Array = NDArray[Any]
@@ -57,7 +64,7 @@ def measure(
     items' vectors are made beforehand.
 
     Args:
-        bundle: for the schema.
+        bundle: for the signature.
         baseline: the untouched model's graphs.
         candidate: the compressed model's graphs.
         champion: the graphs production runs now, if there are any.
@@ -67,26 +74,26 @@ def measure(
         seed: of the bootstrap.
         code: digest of the architecture's code and the attempt; part of the cache key.
     """
-    schema = read(local(bundle)).signature
+    signature = read(local(bundle)).signature
     threads = load_settings().threads
     graphs = {"baseline": baseline, "candidate": candidate}
     if champion is not None:
         graphs["champion"] = champion
     folders = {name: local(artifact) for name, artifact in graphs.items()}
-    sessions = {name: _sessions(folder, schema, threads) for name, folder in folders.items()}
+    sessions = {name: _sessions(folder, signature, threads) for name, folder in folders.items()}
     _same_inputs(sessions)
-    quality = _quality(schema, sessions, split_of(test, test_rows), ranking, seed)
+    quality = _quality(signature, sessions, split_of(test, test_rows), ranking, seed)
 
     own: list[judge.Number] = []
     reference: list[judge.Number] = []
     resolves: dict[str, float] = {}
-    for metric in quality_metrics(schema.task, grouped=schema.group is not None):
+    for metric in quality_metrics(signature.task, grouped=signature.group is not None):
         pair = quality.paired(metric, "baseline", "candidate")
         rival = quality.paired(metric, "champion", "candidate") if champion is not None else None
         own += judge.quality_numbers(metric, pair, rival)
         reference.append(judge.Number(metric=metric, against="absolute", estimate=pair.baseline))
         resolves[metric] = pair.resolves
-    unit: ScoreUnit = "probability" if schema.task == "ctr" else "spread"
+    unit: ScoreUnit = "probability" if signature.task == "ctr" else "spread"
     for metric, estimate in quality.score_change("baseline", "candidate", unit).items():
         own.append(judge.Number(metric=metric, against="absolute", estimate=estimate))
     sizes = {name: served_bytes(folder) for name, folder in folders.items()}
@@ -96,10 +103,10 @@ def measure(
             metric="bytes", against="absolute", estimate=judge.exact(float(sizes["baseline"]))
         )
     )
-    waited_for = forms(schema)[0]
+    waited_for = served_graphs(signature)[0]
     timed = {name: held[waited_for.name] for name, held in sessions.items()}
     for size in LATENCY_BATCHES:
-        _time(size, timed, waited_for.schema, test, test_rows, seed, own, reference)
+        _time(size, timed, waited_for.signature, test, test_rows, seed, own, reference)
     measurement = Measurement(
         numbers=judge.Measured(
             numbers=tuple(own), has_champion=champion is not None, score_unit=unit
@@ -118,19 +125,19 @@ Sessions = dict[str, Session]
 """The graphs of one model, by name."""
 
 
-def _sessions(folder: Path, schema: Schema, threads: int) -> Sessions:
-    """Every graph of a stored model, as this schema is served.
+def _sessions(folder: Path, signature: Signature, threads: int) -> Sessions:
+    """Every graph of a stored model, as this signature is served.
 
     Raises:
         CompressionError: it has other graphs.
     """
-    wanted = [form.name for form in forms(schema)]
+    wanted = [form.name for form in served_graphs(signature)]
     found = {graph.name: graph.file for graph in lowering_of(folder).graphs}
     if sorted(found) != sorted(wanted):
         raise CompressionError(
-            f"A model of task {schema.task!r} is served as {', '.join(wanted)}; one that it should "
-            f"be compared with is served as {', '.join(found)}. Leave limits against the champion "
-            f"out of this order."
+            f"A model of task {signature.task!r} is served as {', '.join(wanted)}; one that it "
+            f"should be compared with is served as {', '.join(found)}. Leave limits against the "
+            f"champion out of this order."
         )
     return {name: Session(folder / found[name], threads) for name in wanted}
 
@@ -148,20 +155,24 @@ def _same_inputs(sessions: dict[str, Sessions]) -> None:
 
 
 def _quality(
-    schema: Schema, sessions: dict[str, Sessions], test: Split, ranking: Ranking | None, seed: int
+    signature: Signature,
+    sessions: dict[str, Sessions],
+    test: Split,
+    ranking: Ranking | None,
+    seed: int,
 ) -> Quality:
     """What the served graphs answer: a score a row, or a ranking a query."""
     if ranking is not None:
         vectors = {
-            name: ranked_vectors(_towers(held), schema, test, ranking)
+            name: ranked_vectors(_towers(held), signature, test, ranking)
             for name, held in sessions.items()
         }
         values = {name: ranking_metrics(of_model) for name, of_model in vectors.items()}
         return ByQuery(values, test.rows, seed, vectors)
-    rows = list(batches(test, schema, SCORING_ROWS))
-    (form,) = forms(schema)
+    rows = list(batches(test, signature, SCORING_ROWS))
+    (form,) = served_graphs(signature)
     scores = {name: _scores(name, held[form.name], rows) for name, held in sessions.items()}
-    return by_row(rows, scores, seed)
+    return row_quality(rows, scores, seed)
 
 
 def _towers(sessions: Sessions) -> dict[str, Vectors]:
@@ -190,7 +201,7 @@ def _arrays(batch: Batch) -> dict[str, Array]:
 def _time(
     size: int,
     sessions: dict[str, Session],
-    schema: Schema,
+    signature: Signature,
     test: Artifact,
     test_rows: int,
     seed: int,
@@ -201,7 +212,7 @@ def _time(
     if size > test_rows:
         log.warning("no latency at batch %d: there are %d test rows", size, test_rows)
         return
-    inputs = _arrays(next(batches(split_of(test, test_rows), schema, size)))
+    inputs = _arrays(next(batches(split_of(test, test_rows), signature, size)))
     listed = list(sessions.values())
     trial = interleaved_ms(listed, inputs, rounds=5, warmup=5)
     once = sum(float(np.median(times)) for times in trial)

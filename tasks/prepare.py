@@ -6,12 +6,12 @@ from pathlib import Path
 from prefect import task
 
 from compressors.contracts import Artifact
-from infra.bundle import SplitName, read
-from infra.catalogue import prepare as prepare_split
-from infra.temporary import scratch_folder
-from tasks.loading import data_path
-from tasks.policy import KEPT
-from tasks.stored import local, store
+from infra.bundle.bundle_folder import SplitName, read
+from infra.data.catalogue import prepare as prepare_split
+from infra.store.temporary import scratch_folder
+from tasks.bundles.loading import data_path
+from tasks.orchestration.policy import KEPT
+from tasks.orchestration.workspace import local, store
 
 log = logging.getLogger(__name__)
 
@@ -23,7 +23,7 @@ def prepare(bundle: Artifact, split: SplitName, code: str) -> Artifact:  # noqa:
     Interactions of a retrieval model get what the catalogue says of their items.
 
     Args:
-        bundle: whose data, and the schema it is read by.
+        bundle: whose data, and the signature it is read by.
         split: which part.
         code: digest of the architecture's code and the attempt; part of the cache key.
     """

@@ -7,10 +7,10 @@ from prefect import task
 
 from compressors.contracts import Artifact, artifact_name, digest
 from infra.errors import ArtifactDamaged, ArtifactMissing
-from infra.registry import Registered
+from infra.registry.mlflow_registry import Registered
 from infra.settings import load_settings, shown
-from infra.temporary import scratch_folder
-from tasks.documents import (
+from infra.store.temporary import scratch_folder
+from tasks.orchestration.documents import (
     MARKDOWN,
     PAGE,
     REPORT,
@@ -19,12 +19,12 @@ from tasks.documents import (
     page_reference,
     report_of,
 )
-from tasks.order_records import finished, write_finished
-from tasks.policy import KEPT
-from tasks.promotion import registry, repair
-from tasks.report import markdown
-from tasks.report_page import page, validation_of
-from tasks.stored import store
+from tasks.orchestration.order_records import finished, write_finished
+from tasks.orchestration.policy import KEPT
+from tasks.orchestration.workspace import store
+from tasks.promotion.promotions import registry, repair
+from tasks.report.page import page, validation_of
+from tasks.report.tables import markdown
 
 log = logging.getLogger(__name__)
 CANDIDATE = "candidate"

@@ -5,8 +5,8 @@ import logging
 from prefect import task
 
 from compressors.contracts import Artifact
-from tasks.bundles import check
-from tasks.policy import KEPT
+from tasks.bundles.packing import check
+from tasks.orchestration.policy import KEPT
 
 log = logging.getLogger(__name__)
 

@@ -6,13 +6,13 @@ import torch
 from prefect import task
 
 from compressors.contracts import Artifact
-from compressors.state import write_tensors
-from infra.temporary import scratch_folder
-from tasks.documents import PreparedRows, Ranking
-from tasks.loading import load_bundle, split_of
-from tasks.policy import KEPT
-from tasks.quality import of_queries, torch_towers
-from tasks.stored import store
+from compressors.core.state.module_state import write_tensors
+from infra.store.temporary import scratch_folder
+from tasks.bundles.loading import load_bundle, split_of
+from tasks.evaluation.quality import query_quality, torch_towers
+from tasks.orchestration.documents import PreparedRows, Ranking
+from tasks.orchestration.policy import KEPT
+from tasks.orchestration.workspace import store
 
 
 @task(task_run_name="rank", **KEPT)
@@ -35,9 +35,9 @@ def rank(bundle: Artifact, test: PreparedRows, ranking: Ranking, code: str) -> A
         CompressionError: a vector is not finite, or there is nothing to find.
     """
     loaded = load_bundle(bundle)
-    schema = loaded.manifest.signature
-    towers = torch_towers(loaded.model.module, schema)
-    found = of_queries(towers, schema, split_of(test.artifact, test.rows), ranking)
+    signature = loaded.manifest.signature
+    towers = torch_towers(loaded.model.module, signature)
+    found = query_quality(towers, signature, split_of(test.artifact, test.rows), ranking)
     tensors = {metric: torch.from_numpy(values) for metric, values in found.items()}
     with scratch_folder("rank") as scratch:
         (path,) = write_tensors(tensors, Path(scratch))

@@ -7,15 +7,15 @@ import torch
 from prefect import task
 from safetensors.torch import load_file
 
-from compressors.batches import batches
 from compressors.contracts import Artifact
-from compressors.distill.soft_labels import mean_answer
-from compressors.errors import CompressionError
-from compressors.state import write_tensors
-from infra.temporary import scratch_folder
-from tasks.loading import SCORING_ROWS, load_bundle, split_of
-from tasks.policy import KEPT
-from tasks.stored import local, store
+from compressors.core.batches import batches
+from compressors.core.state.module_state import write_tensors
+from compressors.distill.soft_labels import mean_predictions
+from compressors.errors.compression import CompressionError
+from infra.store.temporary import scratch_folder
+from tasks.bundles.loading import SCORING_ROWS, load_bundle, split_of
+from tasks.orchestration.policy import KEPT
+from tasks.orchestration.workspace import local, store
 
 
 @task(task_run_name="score", **KEPT)
@@ -38,8 +38,8 @@ def score(bundle: Artifact, split: Artifact, rows: int, code: str) -> Artifact: 
         CompressionError: a score is not a finite number.
     """
     loaded = load_bundle(bundle)
-    schema = loaded.manifest.signature
-    held = batches(split_of(split, rows), schema, SCORING_ROWS)
+    signature = loaded.manifest.signature
+    held = batches(split_of(split, rows), signature, SCORING_ROWS)
     with torch.no_grad():
         parts = [loaded.model.module(**batch.inputs).reshape(-1) for batch in held]
     scores = torch.cat(parts).to(torch.float32)
@@ -57,7 +57,7 @@ def average(
     output: Literal["logit", "probability", "score"],
     code: str,  # noqa: ARG001
 ) -> Artifact:
-    """What several teachers answer together (``compressors.distill.soft_labels.mean_answer``).
+    """What several teachers answer together (``compressors.distill.soft_labels.mean_predictions``).
 
     Args:
         scores: what ``score`` stored of each of them, for the same rows.
@@ -65,7 +65,7 @@ def average(
         code: digest of the architecture's code and the attempt; part of the cache key.
     """
     held = [load_file(local(item) / "data.safetensors")["score"] for item in scores]
-    return _stored(mean_answer(held, output))
+    return _stored(mean_predictions(held, output))
 
 
 def _stored(scores: torch.Tensor) -> Artifact:

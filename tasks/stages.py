@@ -7,21 +7,21 @@ import torch
 from prefect import task
 from safetensors.torch import load_file
 
-from compressors.batches import batches
-from compressors.contracts import Artifact, Schema, Split
-from infra.bundle import read
-from infra.temporary import scratch_folder
-from tasks.documents import STAGES, Scored, Stage, Stages
-from tasks.loading import split_of
-from tasks.policy import KEPT
-from tasks.quality import ByQuery, Quality, by_row
-from tasks.stored import local, store
+from compressors.contracts import Artifact, Signature, Split
+from compressors.core.batches import batches
+from infra.bundle.bundle_folder import read
+from infra.store.temporary import scratch_folder
+from tasks.bundles.loading import split_of
+from tasks.evaluation.quality import ByQuery, Quality, row_quality
+from tasks.orchestration.documents import STAGES, Scored, Stage, Stages
+from tasks.orchestration.policy import KEPT
+from tasks.orchestration.workspace import local, store
 
 READING_ROWS = 65_536
 
 
 @task(task_run_name="weigh the stages", **KEPT)
-def weigh(
+def measure_stages(
     scored: tuple[Scored, ...],
     metric: str,
     test: Artifact,
@@ -33,19 +33,19 @@ def weigh(
 
     Args:
         scored: the stages in order, the untouched model first.
-        metric: the schema's own.
+        metric: the signature's own.
         test: the prepared test split, for labels and groups.
         test_rows: its rows.
         seed: of the bootstrap.
         code: digest of the architecture's code and the attempt; part of the cache key.
     """
     manifests = [read(local(item.bundle)) for item in scored]
-    schema = manifests[0].signature
+    signature = manifests[0].signature
     plans = [manifest.plan for manifest in manifests]
     sizes = [sum(line.bytes_after for line in plan.lines) for plan in plans if plan is not None]
     if plans[0] is None and plans[1] is not None:  # a bundle as trained has no plan of its own
         sizes.insert(0, sum(line.bytes_before for line in plans[1].lines))
-    quality = quality_of(schema, scored, split_of(test, test_rows), seed)
+    quality = quality_of(signature, scored, split_of(test, test_rows), seed)
     stages = []
     for place, item in enumerate(scored):
         pair = quality.paired(metric, str(max(place - 1, 0)), str(place))
@@ -63,20 +63,20 @@ def weigh(
         return store().put(Path(scratch))
 
 
-def quality_of(schema: Schema, scored: tuple[Scored, ...], test: Split, seed: int) -> Quality:
+def quality_of(signature: Signature, scored: tuple[Scored, ...], test: Split, seed: int) -> Quality:
     """Stages by their number, each with its answers to the same rows."""
-    if schema.task == "retrieval":
+    if signature.task == "retrieval":
         stored = [load_file(local(item.score) / "data.safetensors") for item in scored]
         values = {
             str(place): {metric: found.numpy() for metric, found in held.items()}
             for place, held in enumerate(stored)
         }
         return ByQuery(values, test.rows, seed)
-    answers = {str(place): _answers(schema, item) for place, item in enumerate(scored)}
-    return by_row(list(batches(test, schema, READING_ROWS)), answers, seed)
+    answers = {str(place): _predictions(signature, item) for place, item in enumerate(scored)}
+    return row_quality(list(batches(test, signature, READING_ROWS)), answers, seed)
 
 
-def _answers(schema: Schema, item: Scored) -> np.ndarray:
+def _predictions(signature: Signature, item: Scored) -> np.ndarray:
     """A stage's scores; log loss and entropy need probabilities, and order does not change."""
     output = load_file(local(item.score) / "data.safetensors")["score"]
-    return (torch.sigmoid(output.double()) if schema.output == "logit" else output).numpy()
+    return (torch.sigmoid(output.double()) if signature.output == "logit" else output).numpy()

@@ -3,11 +3,11 @@
 from prefect import task
 
 from compressors.contracts import Artifact
-from compressors.step import TableStep
-from compressors.steps import AnyStep
+from compressors.core.registries import AnyStep
+from compressors.core.runner import TableStep
 from infra.errors import Refused
-from tasks.policy import KEPT
-from tasks.table_files import quantize_artifact, table_steps
+from tasks.bundles.table_files import quantize_artifact, table_steps
+from tasks.orchestration.policy import KEPT
 
 
 @task(task_run_name="tables {step.kind}", **KEPT)

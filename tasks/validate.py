@@ -5,32 +5,32 @@ from pathlib import Path
 
 from prefect import task
 
-from compressors.baseline_checks import BaselineProblem
 from compressors.contracts import Artifact
-from infra.bundle import check_weights, read, table_rows
-from infra.checks import Rules
-from infra.expectations import refuse_failures
-from infra.expectations import validate as run_checks
-from infra.page import validation_page
-from infra.temporary import scratch_folder
-from tasks.baseline import check_baseline, need_sound
-from tasks.loading import data_path, model_of
-from tasks.policy import KEPT
-from tasks.stored import local, store
+from compressors.metrics.baseline_checks import BaselineProblem
+from infra.bundle.bundle_folder import check_weights, read, table_rows
+from infra.data.checks import Rules
+from infra.data.expectations import refuse_failures
+from infra.data.expectations import validate as run_checks
+from infra.data.validation_page import validation_page
+from infra.store.temporary import scratch_folder
+from tasks.bundles.baseline import check_baseline, require_sound
+from tasks.bundles.loading import data_path, model_of
+from tasks.orchestration.policy import KEPT
+from tasks.orchestration.workspace import local, store
 
 log = logging.getLogger(__name__)
 
 
 @task(task_run_name="validate", **KEPT)
 def validate(bundle: Artifact, rules: Rules, code: str) -> Artifact:  # noqa: ARG001
-    """Run the checks made from a bundle's schema; store the result and a page of it.
+    """Run the checks made from a bundle's signature; store the result and a page of it.
 
     Also checks the model's labels and a sample of its scores: what makes measuring fail is
     refused, the rest is a warning in the result.
 
     Args:
         bundle: whose data to check.
-        rules: what the schema cannot know, such as the fewest rows.
+        rules: what the signature cannot know, such as the fewest rows.
         code: digest of the architecture's code and the attempt; part of the cache key.
 
     Raises:
@@ -61,6 +61,6 @@ def validate(bundle: Artifact, rules: Rules, code: str) -> Artifact:  # noqa: AR
         store().uri_of(artifact),
     )
     refuse_failures(validation)
-    for warning in need_sound(problems, packed=True):
+    for warning in require_sound(problems, packed=True):
         log.warning("%s", warning)
     return artifact

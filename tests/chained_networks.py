@@ -90,6 +90,6 @@ class Chain(nn.Module):
 
 
 NORM_FIRST = Reference(NormFirst, SCHEMA)
-BLOCK = Reference(Block, ATTENTION.schema)
-LOUD = Reference(Block, ATTENTION.schema, {"loud": 40.0})
+BLOCK = Reference(Block, ATTENTION.signature)
+LOUD = Reference(Block, ATTENTION.signature, {"loud": 40.0})
 CHAIN = Reference(Chain, SCHEMA)

@@ -4,7 +4,7 @@ import sys
 
 import pytest
 
-from flows import cli
+from flows.cli import app
 
 
 def run_main(
@@ -22,6 +22,6 @@ def run_main_apart(
     monkeypatch.setattr(sys, "argv", ["recpress", *arguments])
     capsys.readouterr()
     with pytest.raises(SystemExit) as ended:
-        cli.main()
+        app.main()
     out, err = capsys.readouterr()
     return int(ended.value.code or 0), out, err

@@ -156,7 +156,7 @@ def recpress(
 ) -> "subprocess.CompletedProcess[str]":
     """Run the command line as a process of its own."""
     return subprocess.run(
-        [sys.executable, "-m", "flows.cli", *arguments],
+        [sys.executable, "-m", "flows.cli.app", *arguments],
         cwd=ROOT,
         env=dict(env),
         capture_output=True,

@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
-from compressors.coded_error import CodedError
+from compressors.contracts.coded_error import CodedError
 
 TABLE = Path(__file__).parent.parent / "docs" / "errors.md"
-MODULES = ("compressors.errors", "infra.errors")
+MODULES = ("compressors.errors.compression", "infra.errors")
 """Every class of errors with codes is in one of these."""
 
 

@@ -9,8 +9,8 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from compressors.tables.clipping import fit
-from compressors.tables.grid import Fitted, Grid, nearest, weights
+from compressors.quantize.kernels.clipping import fit
+from compressors.quantize.kernels.levels import FittedRange, Grid, nearest, weights
 
 # A float32 quotient, its rounding and the product back each move by at most one part in 2^24; an
 # offset adds a difference and a sum.
@@ -57,10 +57,10 @@ def normal(rows: int, dim: int, seed: int = 3) -> Tensor:
     return torch.randn(rows, dim, generator=torch.Generator().manual_seed(seed))
 
 
-def back(table: Tensor, grid: Grid) -> tuple[Tensor, Fitted]:
+def back(table: Tensor, grid: Grid) -> tuple[Tensor, FittedRange]:
     """The weights that come back, and what was stored for each row."""
     fitted = fit(table, grid)
     entries = torch.arange(len(table)) // (grid.rows_per_scale or len(table))
     scale, offset = (None if part is None else part[entries] for part in fitted)
     assert scale is not None
-    return weights(nearest(table, fitted, grid), scale, offset), Fitted(scale, offset)
+    return weights(nearest(table, fitted, grid), scale, offset), FittedRange(scale, offset)

@@ -41,7 +41,7 @@ GROUPS = {
         "test_lowering",
         "test_parity",
     },
-    "runs": {"test_composed", "test_outline", "test_steps"},
+    "runs": {"test_composed", "test_dry_run_of_steps", "test_steps"},
 }
 GROUP_OF = {name: group for group, names in GROUPS.items() for name in names}
 

@@ -20,7 +20,7 @@ from mlflow import MlflowClient
 from sqlalchemy import event
 from sqlalchemy.engine import Engine
 
-from infra.registry import Registry
+from infra.registry.mlflow_registry import Registry
 
 FILE_EVENTS = {"os.link", "os.mkdir", "os.remove", "os.rename", "sqlite3.connect"}
 ORDER = "a" * 64

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from drafts import ALLOWED, ROOT, environment
 
-from infra.postgres import programs
+from infra.services.postgres import programs
 
 START_SECONDS = 240
 STOP_SECONDS = 120
@@ -62,7 +62,7 @@ def running_services() -> Iterator[LocalServices]:
     printed = home / "printed"
     with printed.open("wb") as out:
         process = subprocess.Popen(
-            [sys.executable, "-m", "infra.services_local", "--any-ports"],
+            [sys.executable, "-m", "infra.services.local_services", "--any-ports"],
             cwd=ROOT,
             env=env,
             stdout=out,

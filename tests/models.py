@@ -1,6 +1,6 @@
 """Small reference networks: every shape of table, bag and dense layer that people bring along.
 
-Each is a ``Reference``: the class, what it is built with, and the schema of its inputs. They are
+Each is a ``Reference``: the class, what it is built with, and the signature of its inputs. They are
 trained by nobody; their weights come from a seed.
 """
 
@@ -20,7 +20,6 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from compressors.batches import batches, example
 from compressors.contracts import (
     Architecture,
     Bench,
@@ -29,30 +28,31 @@ from compressors.contracts import (
     JaggedBag,
     Network,
     PaddedBag,
-    Schema,
+    Signature,
     Split,
     TargetKind,
 )
-from compressors.dense.drop_layers import DropLayers
-from compressors.dense.fold import Fold
-from compressors.dense.l1_training import L1Training
-from compressors.dense.low_rank_dense import LowRankDense
-from compressors.dense.magnitude import Magnitude
-from compressors.dense.sparse_2_4 import Sparse24
+from compressors.core.batches import batches, example
+from compressors.core.model import Model
+from compressors.core.registries import AnyStep
+from compressors.core.runner import ModelStep, TableStep, rows_of_tables, run
 from compressors.distill.distill import Distill
 from compressors.distill.fine_tune import FineTune
 from compressors.distill.recalibrate import Recalibrate
 from compressors.distill.refit_codes import RefitCodes
+from compressors.distill.training.settings import Training
+from compressors.factorize.low_rank_dense import LowRankDense
 from compressors.lower.bfloat16_products import has_bfloat16_products, write_checkable
 from compressors.lower.export import Lowered, lower
-from compressors.lower.served import Form, forms, input_names
-from compressors.model import Model
-from compressors.step import ModelStep, TableStep, rows_of_tables, run
-from compressors.steps import AnyStep
-from compressors.tables.drop_tables import DropTables
-from compressors.tables.merge_rows import MergeRows
-from compressors.training import Training
-from infra.onnxruntime import Session
+from compressors.lower.serving_wrapper import ServedGraph, input_names, served_graphs
+from compressors.prune.dense.drop_layers import DropLayers
+from compressors.prune.dense.l1_training import L1Training
+from compressors.prune.dense.magnitude import Magnitude
+from compressors.prune.dense.sparse_2_4 import Sparse24
+from compressors.prune.tables.drop_tables import DropTables
+from compressors.prune.tables.merge_rows import MergeRows
+from compressors.rewrite.fold import Fold
+from infra.onnxruntime.sessions import Session
 
 torch.set_num_threads(1)
 
@@ -261,10 +261,10 @@ def default(method: type[Step]) -> Step:
 
 @dataclass(frozen=True)
 class Reference:
-    """A network's class with the schema of its inputs."""
+    """A network's class with the signature of its inputs."""
 
     network: type[nn.Module]
-    schema: Schema
+    signature: Signature
     config: Mapping[str, Any] = field(default_factory=dict)
 
     def model(self, seed: int = 0) -> Model:
@@ -282,7 +282,7 @@ class Reference:
 
     def rows_of_tables(self) -> dict[str, int]:
         """Rows of every table an input names."""
-        return rows_of_tables(self.model().module, self.schema)
+        return rows_of_tables(self.model().module, self.signature)
 
     def bench(self, folder: Path) -> Bench:
         """A bench of made-up rows in ``folder``, written once.
@@ -292,25 +292,25 @@ class Reference:
         """
         tables = self.rows_of_tables()
         parts = {
-            part: prepared(self.schema, tables, folder / part, seed, self._opposite)
+            part: prepared(self.signature, tables, folder / part, seed, self._opposite)
             for seed, part in enumerate(("calibration", "train", "validation"), 7)
         }
-        (rows,) = batches(parts["train"], self.schema, BENCH_ROWS)
+        (rows,) = batches(parts["train"], self.signature, BENCH_ROWS)
         answered = folder / "soft_labels"
         answered.mkdir(exist_ok=True)
         save_file({"score": self._opposite(rows.inputs)}, answered / "data.safetensors")
         soft = Split(path=str(answered), sha256="1" * 64, rows=BENCH_ROWS)
-        return Bench(signature=self.schema, soft_labels=soft, **parts)
+        return Bench(signature=self.signature, soft_labels=soft, **parts)
 
     def _opposite(self, inputs: dict[str, Tensor]) -> Tensor:
         with torch.no_grad():
             answers = self.model().module(**inputs).reshape(-1)
-        return 1 - answers if self.schema.output == "probability" else -answers
+        return 1 - answers if self.signature.output == "probability" else -answers
 
 
-def _schema(*inputs: Any, output: str, **more: Any) -> Schema:
+def _schema(*inputs: Any, output: str, **more: Any) -> Signature:
     settings = {"task": "ctr", "label": "label", "metric": "auc", **more}
-    return Schema(inputs=inputs, output=output, **settings)
+    return Signature(inputs=inputs, output=output, **settings)
 
 
 RANKER = Reference(
@@ -374,24 +374,24 @@ REFERENCES = (RANKER, TIED, BUFFERED, ATTENTION, NORMED)
 
 
 def prepared(
-    schema: Schema,
+    signature: Signature,
     rows_of_table: dict[str, int],
     folder: Path,
     seed: int = 7,
     answer: Callable[[dict[str, Tensor]], Tensor] | None = None,
     rows: int = BENCH_ROWS,
 ) -> Split:
-    """A split of made-up rows, written as ``compressors.batches`` reads it.
+    """A split of made-up rows, written as ``compressors.core.batches`` reads it.
 
     Labels are 0 and 1 in turn, or, with an ``answer``, whether it lies above its median.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    made = example(schema, rows_of_table, rows, seed=seed)
+    made = example(signature, rows_of_table, rows, seed=seed)
     label = torch.arange(rows, dtype=torch.float32) % 2
     if answer is not None:
         answers = answer(made)
         label = (answers > answers.median()).to(torch.float32)
-    for item in schema.inputs:
+    for item in signature.inputs:
         if isinstance(item, JaggedBag):
             second = made.pop(f"{item.name}_{item.layout}")
             count = len(made[item.name])
@@ -401,7 +401,7 @@ def prepared(
                 bounds = torch.cat([torch.zeros(1, dtype=torch.int64), second.cumsum(0)])
             made[f"@bounds/{item.name}"] = bounds
     made["@label"] = label
-    if schema.group is not None:
+    if signature.group is not None:
         made["@group"] = torch.arange(rows) // 8
     save_file(made, folder / "data.safetensors")
     return Split(path=str(folder), sha256="0" * 64, rows=rows)
@@ -417,9 +417,9 @@ def tensors_apart(model: nn.Module) -> dict[str, Tensor]:
 _SCRATCH = tempfile.TemporaryDirectory(prefix="lowered-")
 
 
-def whole(schema: Schema) -> Form:
+def whole(signature: Signature) -> ServedGraph:
     """The one graph of a model that is served as one."""
-    (form,) = forms(schema)
+    (form,) = served_graphs(signature)
     return form
 
 
@@ -429,18 +429,18 @@ class Graph:
 
     model: Model
     lowered: Lowered
-    schema: Schema
+    signature: Signature
     path: Path
     target: TargetKind = "onnxruntime"
 
     def rows(self, count: int, seed: int = 5) -> dict[str, Tensor]:
         """Made-up inputs, every id within its table."""
-        return example(self.schema, self.lowered.served.rows_of_table, count, seed)
+        return example(self.signature, self.lowered.served.rows_of_table, count, seed)
 
     def in_torch(self, inputs: dict[str, Tensor]) -> NDArray[np.float32]:
         """Scores of the module inside its input policy."""
         with torch.no_grad():
-            scores: Tensor = self.lowered.served(*(inputs[n] for n in input_names(self.schema)))
+            scores: Tensor = self.lowered.served(*(inputs[n] for n in input_names(self.signature)))
         return scores.numpy()
 
     def in_onnx(self, inputs: dict[str, Tensor]) -> NDArray[np.float32]:
@@ -471,5 +471,5 @@ def graph(reference_name: str, kinds: tuple[str, ...], target: TargetKind) -> Gr
     reference = {item.network.__name__: item for item in REFERENCES}[reference_name]
     model = compressed(reference_name, kinds)
     path = Path(tempfile.mkdtemp(dir=_SCRATCH.name)) / "model.onnx"
-    lowered = lower(model.module, whole(reference.schema), target, path)
-    return Graph(model, lowered, reference.schema, path, target)
+    lowered = lower(model.module, whole(reference.signature), target, path)
+    return Graph(model, lowered, reference.signature, path, target)

@@ -6,9 +6,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from compressors.contracts import DenseInput, IdInput, PaddedBag, Schema
+from compressors.contracts import DenseInput, IdInput, PaddedBag, Signature
 
-SCHEMA = Schema(
+SCHEMA = Signature(
     task="ctr",
     label="label",
     metric="auc",
@@ -30,7 +30,7 @@ HISTORY = SCHEMA.model_copy(
 RATE = SCHEMA.model_copy(update={"output": "probability"})
 
 
-RETRIEVAL = Schema.model_validate(
+RETRIEVAL = Signature.model_validate(
     {
         "task": "retrieval",
         "output": "score",
@@ -328,3 +328,18 @@ class Crossed(nn.Module):
             x = first * up(down(x)) + x
         score: Tensor = self.out(self.deep(x))
         return score
+
+
+class Branching(nn.Module):
+    """Looks at a value to decide what to compute."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.user = nn.Embedding(15, 6)
+        self.out = nn.Linear(8, 1)
+
+    def forward(self, user: Tensor, price: Tensor) -> Tensor:
+        x = torch.cat([self.user(user), price], dim=1)
+        if x.sum() > 0:
+            x = -x
+        return self.out(x)

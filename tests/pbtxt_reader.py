@@ -1,6 +1,6 @@
 """A reader of protocol buffers as text, written against the format's description, not our writer.
 
-Every field is read as a list of its values in order: without the schema a single value and a
+Every field is read as a list of its values in order: without the signature a single value and a
 repeated one look alike.
 """
 

@@ -10,11 +10,11 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from compressors.formats import PackedTable
-from compressors.step import TableStep
-from compressors.tables.kmeans import KMeans
-from compressors.tables.product_codes import ProductCodes
-from compressors.tables.residual_codes import ResidualCodes
+from compressors.core.modules.formats import PackedTable
+from compressors.core.runner import TableStep
+from compressors.quantize.tables.kmeans import KMeans
+from compressors.quantize.tables.product_codes import ProductCodes
+from compressors.quantize.tables.residual_codes import ResidualCodes
 
 STEPS = (
     KMeans(bits=2),

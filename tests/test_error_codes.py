@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from error_codes import MODULES, TABLE, coded_classes, page
 
-from compressors.coded_error import CodedError, field_names
+from compressors.contracts.coded_error import CodedError, field_names
 from infra.credentials import clean_exceptions
 from infra.errors import PromotionRefused, Refused
 
@@ -52,7 +52,12 @@ def test_classes_with_codes_are_in_the_documented_modules():
     def subclasses(kind: type) -> set[type]:
         return {kind} | {below for one in kind.__subclasses__() for below in subclasses(one)}
 
-    for package in ("compressors.errors", "infra.errors", "flows.cli_errors", "tasks.documents"):
+    for package in (
+        "compressors.errors.compression",
+        "infra.errors",
+        "flows.cli.errors",
+        "tasks.orchestration.documents",
+    ):
         importlib.import_module(package)
     ours = {kind for kind in subclasses(CodedError) if kind.__module__.split(".")[0] in PACKAGES}
     outside = {kind for kind in ours if kind.__module__ not in (*MODULES, CodedError.__module__)}

@@ -115,13 +115,13 @@ def test_the_scan_sees_the_program():
     ("folder", "source"),
     [
         ("compressors", "import prefect"),
-        ("compressors", "from infra.store import open_store"),
+        ("compressors", "from infra.store.object_store import open_store"),
         ("compressors", "def late():\n    import tasks.compress"),
         ("compressors", "from ..infra import store"),
         ("infra", "import compressors"),
         ("infra", "from compressors import metrics"),
-        ("infra", "from compressors.step import run"),
-        ("infra", "import importlib\nimportlib.import_module('compressors.steps')"),
+        ("infra", "from compressors.core.runner import run"),
+        ("infra", "import importlib\nimportlib.import_module('compressors.core.registries')"),
         ("infra", "import prefect_dask"),
         ("infra", "from tests import s3_server"),
         ("tasks", "from flows.order import Order"),
@@ -139,9 +139,12 @@ def test_a_forbidden_import_is_found(folder, source):
 @pytest.mark.parametrize(
     ("folder", "source"),
     [
-        ("infra", "from compressors.contracts import Schema"),
+        ("infra", "from compressors.contracts import Signature"),
         ("infra", "from compressors import contracts"),
-        ("tasks", "from compressors.step import run\nfrom infra.store import open_store"),
+        (
+            "tasks",
+            "from compressors.core.runner import run\nfrom infra.store import object_store",
+        ),
         ("flows", "from prefect import flow\nfrom tasks import compress"),
         ("compressors", "import infrared, taskset"),
     ],

@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from compressors.core.registries import COMPOSITIONS, LINEAR_FORMATS, TABLE_FORMATS
 from compressors.lower.export import lower
-from compressors.lower.served import forms
-from compressors.steps import COMPOSITIONS, LINEAR_FORMATS, TABLE_FORMATS
-from infra.tensorrt import BuildRequest, Profile, TableWeights, available, build_engine
+from compressors.lower.serving_wrapper import served_graphs
+from infra.tensorrt.engines import BuildRequest, Profile, TableWeights, available, build_engine
 from tests.random_networks.check import Checker, Findings, checked
 from tests.random_networks.generator import generate
 from tests.random_networks.passes import mixed, whole
@@ -40,7 +40,7 @@ def test_a_random_network_has_parity_in_mixed_formats(seed, target):
 
 def test_the_same_seed_gives_the_same_network_and_weights():
     first, second = generate(18), generate(18)
-    assert (first.config, first.schema) == (second.config, second.schema)
+    assert (first.config, first.signature) == (second.config, second.signature)
     weights = [case.model().module.state_dict() for case in (first, second)]
     assert all(torch.equal(value, weights[1][name]) for name, value in weights[0].items())
 
@@ -81,7 +81,7 @@ def test_all_random_networks_together_lower_every_format_for_every_target():
 @pytest.mark.parametrize("seed", ENGINES)
 def test_tensorrt_and_tensorrt_rtx_get_the_same_graph(seed, tmp_path):
     model = packed(seed, tmp_path)
-    for form in forms(generate(seed).schema):
+    for form in served_graphs(generate(seed).signature):
         paths = [tmp_path / f"{form.name}-{target}.onnx" for target in TARGETS[1:]]
         for target, path in zip(TARGETS[1:], paths, strict=True):
             lower(model.module, form, target, path)
@@ -93,13 +93,13 @@ def test_tensorrt_and_tensorrt_rtx_get_the_same_graph(seed, tmp_path):
 @pytest.mark.parametrize("seed", ENGINES)
 def test_a_random_network_becomes_a_tensorrt_rtx_engine(seed, tmp_path):
     model = packed(seed, tmp_path)
-    for form in forms(generate(seed).schema):
+    for form in served_graphs(generate(seed).signature):
         path = tmp_path / f"{form.name}.onnx"
         lowered = lower(model.module, form, "tensorrt-rtx", path)
         request = BuildRequest(
             target="tensorrt-rtx",
             onnx=str(path),
-            profiles=tuple(profile(item) for item in form.schema.inputs),
+            profiles=tuple(profile(item) for item in form.signature.inputs),
             tables=tuple(
                 TableWeights(
                     module=table.module,

@@ -11,7 +11,7 @@ import pytest
 from drafts import ROWS, write_draft
 from models import METHODS
 
-from compressors.training import Training
+from compressors.distill.training.settings import Training
 
 ROOT = Path(__file__).parents[1]
 

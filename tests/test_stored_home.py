@@ -21,26 +21,26 @@ from command_line import run_main
 from prefect import Task
 
 import tasks
-from infra.bundle import read
-from infra.bundle_json import read_document
-from infra.expectations import Validation
-from infra.json_limits import validated
-from infra.ledger import Ledger
-from infra.tensorrt import Engine
-from tasks.documents import Measurement, Report, Stages, lowering_of
-from tasks.order_records import finished
-from tasks.promotion import version_report
-from tasks.report import markdown
-from tasks.report_page import page, validation_of
-from tasks.result_records import read_result
-from tasks.stored import store
-from tasks.subject import resolve
+from infra.bundle.bundle_folder import read
+from infra.bundle.json_limits import validated
+from infra.bundle.json_reader import read_document
+from infra.data.expectations import Validation
+from infra.registry.ledger import Ledger
+from infra.tensorrt.engines import Engine
+from tasks.bundles.bundle_ref import resolve
+from tasks.orchestration.documents import Measurement, Report, Stages, lowering_of
+from tasks.orchestration.order_records import finished
+from tasks.orchestration.result_records import read_result
+from tasks.orchestration.workspace import store
+from tasks.promotion.promotions import version_report
+from tasks.report.page import page, validation_of
+from tasks.report.tables import markdown
 from tests.stored_home import create
 from tests.stored_home.archive import fixtures, unpack
 from tests.stored_home.create import HOME
 from tests.stored_home.stored import EXPECTED, NAMES, WITH_ORDERS, Fixture, copied, enter, stored
 
-RENAMED: dict[str, str] = {}
+RENAMED = {"lost": "quality_loss", "weigh": "measure_stages"}
 """The present name of a task by the name in stored records, where it was renamed."""
 FILES = {
     "0.1.0-2026-11-30": {

@@ -9,15 +9,15 @@ from typing import get_args
 import numpy as np
 import pytest
 
+from compressors.core.modules.factored import FACTORED
+from compressors.core.registries import COMPOSITIONS, LINEAR_FORMATS, TABLE_FORMATS
 from compressors.distill.recalibrate import Method
-from compressors.factored import FACTORED
-from compressors.steps import COMPOSITIONS, LINEAR_FORMATS, TABLE_FORMATS
-from tasks.documents import lowering_of
-from tasks.loading import load_bundle
+from tasks.bundles.bundle_ref import find
+from tasks.bundles.loading import load_bundle
 from tasks.lower import lower_model
+from tasks.orchestration.documents import lowering_of
+from tasks.orchestration.workspace import local
 from tasks.prepare import prepare
-from tasks.stored import local
-from tasks.subject import find
 from tests.stored_home.scores import edge_inputs, graph_scores, module_scores, tensors_digest
 from tests.stored_home.settings import registered_steps
 from tests.stored_home.stored import (

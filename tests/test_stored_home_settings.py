@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from compressors.contracts import Limit
-from flows.cli_order import read_order
+from flows.cli.orders import read_order
 from flows.order import Order
 from tests.stored_home.orders import ORDERS
 from tests.stored_home.settings import STEP, registered_steps

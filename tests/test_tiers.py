@@ -67,8 +67,8 @@ def test_loadgroup_sends_the_tests_of_a_group_to_one_process(pytestconfig):
     scopes = [
         scheduler._split_scope(nodeid)
         for nodeid in (
-            "tests/compressors/test_lowering.py::test_a[x-tests/y.py::z]",
-            "tests/compressors/test_audit.py::test_b",
+            "tests/compressors/lower/test_lowering.py::test_a[x-tests/y.py::z]",
+            "tests/compressors/lower/test_audit.py::test_b",
             "tests/faults/test_kills.py::test_c",
             "tests/infra/test_store.py::TestD::test_d[1]",
         )

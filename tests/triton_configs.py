@@ -8,10 +8,10 @@ import numpy as np
 from numpy.typing import NDArray
 from pbtxt_reader import read
 
-from compressors.batches import example
-from compressors.contracts import Artifact, JaggedBag, Schema
-from compressors.lower.served import input_names
-from infra.triton import Served, Tensor
+from compressors.contracts import Artifact, JaggedBag, Signature
+from compressors.core.batches import example
+from compressors.lower.serving_wrapper import input_names
+from infra.triton.repository import ServedVersion, Tensor
 
 DTYPES = {"TYPE_INT64": np.int64, "TYPE_INT32": np.int32, "TYPE_FP32": np.float32}
 NOTHING = Artifact(uri="file:///nowhere", sha256="a" * 64, bytes=1)
@@ -24,7 +24,7 @@ TAGS = (
 SCORE = Tensor(name="score", dtype="float32")
 
 
-def served(*inputs: Tensor, **more: Any) -> Served:
+def served(*inputs: Tensor, **more: Any) -> ServedVersion:
     """A graph with these inputs and everything else as usual."""
     fields: dict[str, Any] = {
         "name": "m",
@@ -39,13 +39,13 @@ def served(*inputs: Tensor, **more: Any) -> Served:
         "batches": (1, 64, 1024),
         "threads": 2,
     }
-    return Served(**fields | more)
+    return ServedVersion(**fields | more)
 
 
-def tensors(schema: Schema, rows_of_table: dict[str, int]) -> tuple[Tensor, ...]:
+def tensors(signature: Signature, rows_of_table: dict[str, int]) -> tuple[Tensor, ...]:
     """The inputs of a lowered reference, as its lowering writes them down."""
-    made = example(schema, rows_of_table, 3)
-    longest = {item.name: item.shape[0] for item in schema.inputs if isinstance(item, JaggedBag)}
+    made = example(signature, rows_of_table, 3)
+    longest = {item.name: item.shape[0] for item in signature.inputs if isinstance(item, JaggedBag)}
     return tuple(
         Tensor(
             name=name,
@@ -53,7 +53,7 @@ def tensors(schema: Schema, rows_of_table: dict[str, int]) -> tuple[Tensor, ...]
             shape=tuple(made[name].shape[1:]),
             longest=longest.get(name),
         )
-        for name in input_names(schema)
+        for name in input_names(signature)
     )
 
 

@@ -1,4 +1,13 @@
-"""Recovering quality by training: ``fine_tune`` on the labels, ``distill`` from the original.
+"""Training: on the labels, or with the original model as teacher.
 
-Both train with ``compressors.training``; read that first. Losses are in ``compressors.loss``.
+training/             the training loop, its checkpoints and its processes
+losses.py             losses between student and teacher
+soft_labels.py        the teacher's predictions as labels
+auxiliary_losses.py   hint projections and an auxiliary head
+student.py            a smaller network of the same class
+distill.py            train a pruned or smaller network
+fine_tune.py          train on the labels
+code_reassignment.py  which codes would lower the loss
+refit_codes.py        train tables of codes through the quantizer
+recalibrate.py        calibrate probabilities
 """

@@ -16,16 +16,23 @@ from pydantic import Field, model_validator
 from torch import nn
 
 from compressors.contracts import Bench, Change, Frozen, Part
-from compressors.distill.beside import Beside, hinted, need_layers, outputs_of, widths_of
+from compressors.core.model import Model
+from compressors.core.placement import moved_to
+from compressors.core.units import Choice, private_copy
+from compressors.distill.auxiliary_losses import (
+    AuxiliaryLosses,
+    record_outputs,
+    require_layers,
+    widths_of,
+    with_hint_loss,
+)
 from compressors.distill.losses import OF_LISTS, SoftLoss
-from compressors.distill.soft_labels import Taught, taught_loss, taught_rows
+from compressors.distill.soft_labels import SoftLabelSettings, soft_label_loss, soft_label_rows
 from compressors.distill.student import student_choices, student_of, student_outline
-from compressors.errors import CompressionError, NothingToCompress
-from compressors.model import Model
-from compressors.placement import placed
-from compressors.trained import choose_trained, pruned_layers, trained_on
-from compressors.training import Training, trainable
-from compressors.units import Choice, private_copy
+from compressors.distill.training.settings import Training
+from compressors.distill.training.trainable import trainable
+from compressors.distill.training.training_steps import choose_trainable, pruned_layers, train_model
+from compressors.errors.compression import CompressionError, NothingToCompress
 
 PROBED = 8
 """Rows that are asked for the widths of hinted layers."""
@@ -49,7 +56,7 @@ class Distill(Frozen):
         "teacher's list), calibrated_listwise (shares of probabilities).",
     )
     top: int = Field(10, ge=1, description="Of rankdistil: how many rows of a list are its top.")
-    rows: Taught = Field(
+    rows: SoftLabelSettings = Field(
         "train",
         description="train: rows with labels. traffic: logged requests without labels (soft_share "
         "1). both: labels where there are.",
@@ -95,7 +102,7 @@ class Distill(Frozen):
     @property
     def needs(self) -> tuple[Part, ...]:
         """Rows to learn from, what the teacher answers to them, and rows that say when to stop."""
-        parts: dict[Taught, tuple[Part, ...]] = {
+        parts: dict[SoftLabelSettings, tuple[Part, ...]] = {
             "train": ("train", "validation", "soft_labels"),
             "traffic": ("traffic", "validation", "traffic_soft_labels"),
             "both": ("train", "traffic", "validation", "soft_labels", "traffic_soft_labels"),
@@ -116,9 +123,9 @@ class Distill(Frozen):
                 closest="output 'score', which is no probability",
                 remedy="Take loss 'listwise'.",
             )
-        need_layers(model.module, self._watched())
+        require_layers(model.module, self._watched())
         tables, words = self.training.tables, f"{self.kind} on {self._words(bench)}"
-        choices = choose_trained(
+        choices = choose_trainable(
             model,
             bench,
             self.kind,
@@ -138,7 +145,7 @@ class Distill(Frozen):
             CompressionError: the bench lacks rows, the student cannot be built, hints have no
                 original to come from, or training diverged.
         """
-        rows = taught_rows(bench, self.rows, self.kind)
+        rows = soft_label_rows(bench, self.rows, self.kind)
         original = None if model.original is None else private_copy(model.original).eval()
         pruned = pruned_layers(model) if self.student is None else ()
         if self.student is not None:
@@ -153,10 +160,10 @@ class Distill(Frozen):
                     f"{self.kind!r} takes hints from the layers of the network the recipe began "
                     f"with, and was given none. Set 'original' of the model, or leave out 'hints'."
                 )
-            need_layers(original, self.hints, "original")
+            require_layers(original, self.hints, "original")
             known = widths_of(original, self.hints, first)
-        beside = Beside(self.hints, self.auxiliary, widths, known, bench.seed)
-        loss = taught_loss(
+        beside = AuxiliaryLosses(self.hints, self.auxiliary, widths, known, bench.seed)
+        loss = soft_label_loss(
             bench,
             self.soft_share,
             self.temperature,
@@ -167,10 +174,10 @@ class Distill(Frozen):
             answers=None if self.auxiliary is None else beside.answers,
         )
         teaching = original if self.hints and original is not None else nn.Identity()
-        with outputs_of(model.module, watched) as beside.seen, placed(teaching, bench.device):
+        with record_outputs(model.module, watched) as beside.seen, moved_to(teaching, bench.device):
             if self.hints:
-                loss = hinted(loss, beside, teaching, self.hints, self.hint_share)
-            return trained_on(
+                loss = with_hint_loss(loss, beside, teaching, self.hints, self.hint_share)
+            return train_model(
                 model,
                 bench,
                 loss,
@@ -182,7 +189,7 @@ class Distill(Frozen):
                 beside=beside if watched else None,
             )
 
-    def outline(self, model: Model, bench: Bench) -> Model:  # noqa: ARG002
+    def dry_run(self, model: Model, bench: Bench) -> Model:  # noqa: ARG002
         """The student, if it is a smaller one; training changes no shape."""
         return model if self.student is None else student_outline(model, self.student)
 

@@ -10,13 +10,13 @@ from typing import Literal
 from pydantic import Field
 from torch import Tensor
 
-from compressors.batches import Batch
 from compressors.contracts import Bench, Change, Frozen, Part
-from compressors.loss import hard_loss
-from compressors.model import Model
-from compressors.trained import choose_trained, pruned_layers, trained_on
-from compressors.training import Training
-from compressors.units import Choice
+from compressors.core.batches import Batch
+from compressors.core.model import Model
+from compressors.core.units import Choice
+from compressors.distill.training.settings import Training
+from compressors.distill.training.training_steps import choose_trainable, pruned_layers, train_model
+from compressors.task_kinds.loss import hard_loss
 
 
 class FineTune(Frozen):
@@ -37,7 +37,7 @@ class FineTune(Frozen):
 
     def choose(self, model: Model, bench: Bench) -> dict[str, Choice]:
         """What is trained, and why the rest is not."""
-        return choose_trained(model, bench, self.kind, tables=self.training.tables)
+        return choose_trainable(model, bench, self.kind, tables=self.training.tables)
 
     def apply(self, model: Model, bench: Bench) -> Model:
         """Train, and leave the network as it was in its best epoch.
@@ -49,8 +49,8 @@ class FineTune(Frozen):
         def loss(output: Tensor, batch: Batch, numbers: Tensor) -> Tensor:  # noqa: ARG001
             return hard_loss(bench.signature, output, batch)
 
-        return trained_on(model, bench, loss, self.training, pruned_layers(model))
+        return train_model(model, bench, loss, self.training, pruned_layers(model))
 
-    def outline(self, model: Model, bench: Bench) -> Model:  # noqa: ARG002
+    def dry_run(self, model: Model, bench: Bench) -> Model:  # noqa: ARG002
         """Training changes no shape."""
         return model

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from compressors.batches import Batch
-from compressors.contracts import Schema
-from compressors.loss import log_shares, logits, segments, soft_loss, sums
+from compressors.contracts import Signature
+from compressors.core.batches import Batch
+from compressors.task_kinds.loss import log_shares, logits, segments, soft_loss, sums
 
 SoftLoss = Literal["task", "pointwise", "margin", "listwise", "rankdistil", "calibrated_listwise"]
 OF_LISTS = ("margin", "listwise", "rankdistil", "calibrated_listwise")
@@ -23,7 +23,7 @@ OF_LISTS = ("margin", "listwise", "rankdistil", "calibrated_listwise")
 
 def loss_of_teacher(
     name: SoftLoss,
-    schema: Schema,
+    signature: Signature,
     output: Tensor,
     teacher: Tensor,
     batch: Batch,
@@ -31,14 +31,14 @@ def loss_of_teacher(
     temperature: float,
     top: int,
 ) -> Tensor:
-    """One of the losses, for outputs in the form the schema names.
+    """One of the losses, for outputs in the form the signature names.
 
     Lists are the groups of the batch; without a group column the whole batch is one. Clicks are
     compared as logits, scores of a ranking model as they are.
 
     Args:
         name: which; ``task`` is ``pointwise`` for clicks and ``listwise`` for rankings.
-        schema: task and form of both outputs.
+        signature: task and form of both outputs.
         output: the student's, float ``(rows,)`` or ``(rows, 1)``.
         teacher: the teacher's on the same rows, float ``(rows,)``.
         batch: for its groups.
@@ -47,13 +47,13 @@ def loss_of_teacher(
         top: of ``rankdistil``: how many rows of a list are its top.
     """
     if name == "task":
-        return soft_loss(schema, output, teacher, batch, temperature)
-    clicks = schema.output != "score" and (
-        schema.task == "ctr" or name in ("pointwise", "calibrated_listwise")
+        return soft_loss(signature, output, teacher, batch, temperature)
+    clicks = signature.output != "score" and (
+        signature.task == "ctr" or name in ("pointwise", "calibrated_listwise")
     )
     score = output.reshape(-1)
     if clicks:
-        score, teacher = logits(schema, score), logits(schema, teacher)
+        score, teacher = logits(signature, score), logits(signature, teacher)
     score, teacher = score / temperature, teacher / temperature
     segment, lists = segments(batch, len(score))
     match name:

@@ -21,19 +21,19 @@ from numpy.typing import NDArray
 from pydantic import Field
 from scipy.optimize import isotonic_regression
 
-from compressors.batches import batches
 from compressors.contracts import Bench, Change, Frozen, Part
-from compressors.errors import CompressionError, NothingToCompress
-from compressors.metrics import logloss
-from compressors.model import Model
-from compressors.recalibration import (
+from compressors.core.batches import batches
+from compressors.core.model import Model
+from compressors.core.modules.output_calibration import (
     NAME,
     Recalibration,
     attach,
     logit_of,
     recalibration_of,
 )
-from compressors.units import Choice
+from compressors.core.units import Choice
+from compressors.errors.compression import CompressionError, NothingToCompress
+from compressors.metrics.point_estimates import logloss
 
 Floats = NDArray[np.float64]
 Method = Literal["temperature", "platt", "isotonic"]
@@ -215,11 +215,11 @@ class Recalibrate(Frozen):
         """
         if bench.validation is None:
             raise CompressionError(f"{self.kind!r} needs validation rows.")
-        schema = bench.signature
-        parts = list(batches(bench.validation, schema, SCORING_ROWS))
+        signature = bench.signature
+        parts = list(batches(bench.validation, signature, SCORING_ROWS))
         with torch.no_grad():
             answers = torch.cat([model.module(**part.inputs).reshape(-1) for part in parts])
-        logit = logit_of(answers, schema.output).double().numpy()
+        logit = logit_of(answers, signature.output).double().numpy()
         label = np.concatenate([part.label.numpy() for part in parts]).astype(np.float64)
         before = logloss(label, _sigmoid(logit))
         chosen: Method | None = None
@@ -232,16 +232,16 @@ class Recalibrate(Frozen):
         if chosen is None:
             told = f"recalibrate: no map is better than {before:.5f} on rows it was not fitted to"
             return replace(model, notes={**model.notes, NAME: told})
-        made = made_of(chosen, schema.output, logit, label, self.knots)
+        made = made_of(chosen, signature.output, logit, label, self.knots)
         attach(model.module, made)
         model.module.eval()
         with torch.no_grad():
             found = made(answers)
-        after = logloss(label, _sigmoid(logit_of(found, schema.output).double().numpy()))
+        after = logloss(label, _sigmoid(logit_of(found, signature.output).double().numpy()))
         told = f"{chosen}: log loss {before:.5f} -> {after:.5f} on {len(label):,} validation rows"
         return replace(model, notes={**model.notes, NAME: told})
 
-    def outline(self, model: Model, bench: Bench) -> Model:
+    def dry_run(self, model: Model, bench: Bench) -> Model:
         """A map of as many numbers as there can be, that changes nothing."""
         knots = self.knots if self.method in ("isotonic", "best") else 0
         line, bends = torch.tensor([1.0, 0.0]), torch.zeros(2, knots)

@@ -22,17 +22,23 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from compressors.contracts import Bench, Change, Frozen, Part
-from compressors.distill.soft_labels import taught_loss
-from compressors.errors import CompressionError
-from compressors.formats import Bag, PackedTable
-from compressors.model import Model
-from compressors.scoring import quality
-from compressors.slopes import mean_loss, slopes
-from compressors.tables.grid import SMALLEST
-from compressors.tables.reassign import Codes, moved, propose
-from compressors.trained import need_loss, nothing_to_train, pruned_layers, trained_on
-from compressors.training import Training, trainable
-from compressors.units import Choice, Unit, is_among, need_matches
+from compressors.core.model import Model
+from compressors.core.modules.formats import Bag, PackedTable
+from compressors.core.units import Choice, Unit, is_among, require_matches
+from compressors.distill.code_reassignment import Codes, moved, propose
+from compressors.distill.soft_labels import soft_label_loss
+from compressors.distill.training.settings import Training
+from compressors.distill.training.trainable import trainable
+from compressors.distill.training.training_steps import (
+    nothing_to_train,
+    pruned_layers,
+    require_loss,
+    train_model,
+)
+from compressors.errors.compression import CompressionError
+from compressors.metrics.validation_score import quality
+from compressors.quantize.calibration.loss_gradients import loss_gradients, mean_loss
+from compressors.quantize.kernels.levels import SMALLEST
 
 log = logging.getLogger(__name__)
 TRIES = 5
@@ -81,11 +87,11 @@ class RefitCodes(Frozen):
 
     def choose(self, model: Model, bench: Bench) -> dict[str, Choice]:
         """The tables of codes, and what else is trained with them."""
-        need_loss(bench, self.kind)
+        require_loss(bench, self.kind)
         dense = trainable(model.module, tables=False) if self.dense else ()
         choices = {}
         units = Unit.of(model.module)
-        need_matches(self.tables, [u for u in units if u.role == "table"], self.kind, "table")
+        require_matches(self.tables, [u for u in units if u.role == "table"], self.kind, "table")
         for unit in units:
             if unit.role == "dense":
                 take = any(name.startswith(f"{unit.name}.") for name in dense)
@@ -109,7 +115,7 @@ class RefitCodes(Frozen):
         """
         if bench.train is None or bench.validation is None:
             raise CompressionError(f"{self.kind!r} needs train and validation rows.")
-        loss = taught_loss(bench, self.soft_share, self.temperature, self.kind)
+        loss = soft_label_loss(bench, self.soft_share, self.temperature, self.kind)
         chosen = {name for name, choice in self.choose(model, bench).items() if choice.take}
         named = ((unit.name, _codes(unit)) for unit in Unit.of(model.module))
         tables = {n: table for n, table in named if table is not None and n in chosen}
@@ -122,7 +128,7 @@ class RefitCodes(Frozen):
             for table in tables.values():
                 _cast(table, dict.fromkeys(_types(table), torch.float32))
             mine = bench.model_copy(update={"seed": bench.seed + number, **_place(bench, number)})
-            trained_on(model, mine, loss, self.training, pruned_layers(model), names)
+            train_model(model, mine, loss, self.training, pruned_layers(model), names)
             rows = 0
             for step in ("codebooks", "codes"):
                 if step == "codes" and self.share:
@@ -138,7 +144,7 @@ class RefitCodes(Frozen):
         _restore(model, kept)
         return model
 
-    def outline(self, model: Model, bench: Bench) -> Model:  # noqa: ARG002
+    def dry_run(self, model: Model, bench: Bench) -> Model:  # noqa: ARG002
         """Refitting changes no shape."""
         return model
 
@@ -150,12 +156,12 @@ class RefitCodes(Frozen):
         """
         if bench.train is None:
             raise CompressionError(f"{self.kind!r} needs train rows.")
-        module, schema = model.module, bench.signature
+        module, signature = model.module, bench.signature
         # The original's answers alone: its own rows are where their slope is zero, while labels
         # and penalties would go on to move rows that the original stopped training.
-        loss = taught_loss(bench, 1.0, self.temperature, self.kind)
-        begun = mean_loss(module, schema, bench.train, loss)
-        found = slopes(module, schema, bench.train, loss, tables)
+        loss = soft_label_loss(bench, 1.0, self.temperature, self.kind)
+        begun = mean_loss(module, signature, bench.train, loss)
+        found = loss_gradients(module, signature, bench.train, loss, tables)
         proposals = {name: propose(table, *found[name]) for name, table in tables.items()}
         before = {name: table.get_buffer("codes") for name, table in tables.items()}
         share = self.share
@@ -165,7 +171,7 @@ class RefitCodes(Frozen):
                 table.codes = before[name]
                 table.codes, count = moved(table, proposals[name], share)
                 rows += count
-            ended = mean_loss(module, schema, bench.train, loss)
+            ended = mean_loss(module, signature, bench.train, loss)
             log.info("%d rows moved: loss %.6f -> %.6f", rows, begun, ended)
             if ended < begun:
                 return rows

@@ -11,18 +11,18 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from compressors.batches import Batch, JoinedRows, Rows
 from compressors.contracts import Bench, Split
+from compressors.core.batches import Batch, JoinedRows, Rows
 from compressors.distill.losses import SoftLoss, loss_of_teacher
-from compressors.errors import CompressionError
-from compressors.loss import EDGE, hard_loss
-from compressors.training import Loss
+from compressors.distill.training.trainer import Loss
+from compressors.errors.compression import CompressionError
+from compressors.task_kinds.loss import EDGE, hard_loss
 
-Taught = Literal["train", "traffic", "both"]
+SoftLabelSettings = Literal["train", "traffic", "both"]
 """Which rows are learned from: those with labels, those of logged traffic, or both."""
 
 
-def taught_loss(
+def soft_label_loss(
     bench: Bench,
     soft_share: float,
     temperature: float,
@@ -30,7 +30,7 @@ def taught_loss(
     *,
     name: SoftLoss = "task",
     top: int = 10,
-    rows: Taught = "train",
+    rows: SoftLabelSettings = "train",
     answers: Callable[[], Tensor] | None = None,
 ) -> Loss:
     """A loss over the rows that are learned from.
@@ -53,7 +53,7 @@ def taught_loss(
     """
     teacher = torch.cat(
         [
-            _answered(split, soft, kind)
+            _predictions(split, soft, kind)
             for split, soft, of in (
                 (bench.train, bench.soft_labels, ("train", "both")),
                 (bench.traffic, bench.traffic_soft_labels, ("traffic", "both")),
@@ -86,8 +86,8 @@ def taught_loss(
     return loss
 
 
-def taught_rows(bench: Bench, rows: Taught, kind: str) -> Rows | JoinedRows:
-    """The rows that are learned from, in the order of ``taught_loss``.
+def soft_label_rows(bench: Bench, rows: SoftLabelSettings, kind: str) -> Rows | JoinedRows:
+    """The rows that are learned from, in the order of ``soft_label_loss``.
 
     Raises:
         CompressionError: the bench lacks them.
@@ -98,7 +98,9 @@ def taught_rows(bench: Bench, rows: Taught, kind: str) -> Rows | JoinedRows:
     return JoinedRows(labelled, _rows(bench, bench.traffic, kind))
 
 
-def mean_answer(scores: list[Tensor], output: Literal["logit", "probability", "score"]) -> Tensor:
+def mean_predictions(
+    scores: list[Tensor], output: Literal["logit", "probability", "score"]
+) -> Tensor:
     """What several teachers answer together: the mean of their logits, or of scores as they are.
 
     Probabilities become logits, are averaged and become probabilities again: the geometric mean of
@@ -125,7 +127,7 @@ def _rows(bench: Bench, split: Split | None, kind: str) -> Rows:
     return Rows(split, bench.signature)
 
 
-def _answered(split: Split | None, soft: Split | None, kind: str) -> Tensor:
+def _predictions(split: Split | None, soft: Split | None, kind: str) -> Tensor:
     """What the teacher answers to the rows of a split, float32 ``(rows,)``."""
     if split is None or soft is None:
         raise CompressionError(f"{kind!r} needs train rows and soft labels.")
@@ -143,10 +145,10 @@ def mixed_loss(bench: Bench, soft_share: float, temperature: float, kind: str) -
     """The same, or the labels alone where the teacher's answers weigh nothing.
 
     Raises:
-        CompressionError: as ``taught_loss``.
+        CompressionError: as ``soft_label_loss``.
     """
     if soft_share:
-        return taught_loss(bench, soft_share, temperature, kind)
+        return soft_label_loss(bench, soft_share, temperature, kind)
 
     def loss(output: Tensor, batch: Batch, numbers: Tensor) -> Tensor:  # noqa: ARG001
         return hard_loss(bench.signature, output, batch)

@@ -13,19 +13,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from compressors.composed import ComposedTable
-from compressors.construction import (
+from compressors.core.model import Model
+from compressors.core.modules.composed import ComposedTable
+from compressors.core.modules.formats import Bag, PackedTable
+from compressors.core.modules.output_calibration import recalibration_of
+from compressors.core.placeholders import with_placeholders
+from compressors.core.state.construction import (
     ConstructionFailed,
     assign,
     construct,
     construct_with_weights,
 )
-from compressors.errors import CompressionError
-from compressors.formats import Bag, PackedTable
-from compressors.model import Model
-from compressors.recalibration import recalibration_of
-from compressors.stand_ins import with_stand_ins
-from compressors.units import Choice, Unit, swap, table_rows
+from compressors.core.units import Choice, Unit, swap, table_rows
+from compressors.errors.compression import CompressionError
 
 Config = dict[str, Any]
 
@@ -42,9 +42,9 @@ def student_choices(model: Model, config: Config, *, tables: bool, words: str) -
     Raises:
         CompressionError: the student cannot be built, or could not be what it seems.
     """
-    _need_no_map(model)
-    _need_float_layers(model)
-    _need_arguments(model, config)
+    _require_no_map(model)
+    _require_float_layers(model)
+    _require_arguments(model, config)
     units = Unit.of(model.module)
     shapes = {unit.name: _shape(unit) for unit in units if unit.part_of is None}
     student = Unit.of(_built(model, config, _construct_empty))
@@ -62,7 +62,7 @@ def student_choices(model: Model, config: Config, *, tables: bool, words: str) -
                 f"than the original ({held[unit.name]}): ids would lie outside of it. Leave "
                 f"the tables' rows alone."
             )
-    _need_packed_fit(units, smaller)
+    _require_packed_fit(units, smaller)
     fresh = [u.name for u in student if u.role == "table" and smaller[u.name] != shapes[u.name]]
     if fresh and not tables:
         raise CompressionError(
@@ -91,7 +91,7 @@ def student_of(model: Model, config: Config, seed: int) -> Model:
 def student_outline(model: Model, config: Config) -> Model:
     """The same without weights of its own."""
     student = _built(model, config, _construct_empty)
-    return _over(model, with_stand_ins(student), config)
+    return _over(model, with_placeholders(student), config)
 
 
 def _built(
@@ -146,7 +146,7 @@ def _packed(unit: Unit) -> bool:
     return unit.role == "table" and isinstance(_inside(unit), PackedTable | ComposedTable)
 
 
-def _need_packed_fit(units: tuple[Unit, ...], smaller: dict[str, tuple[int, ...]]) -> None:
+def _require_packed_fit(units: tuple[Unit, ...], smaller: dict[str, tuple[int, ...]]) -> None:
     """Refuse a student that has a packed table in another shape.
 
     Raises:
@@ -161,7 +161,7 @@ def _need_packed_fit(units: tuple[Unit, ...], smaller: dict[str, tuple[int, ...]
             )
 
 
-def _need_float_layers(model: Model) -> None:
+def _require_float_layers(model: Model) -> None:
     """Refuse to build a student of packed dense layers, or of tables in another float type.
 
     Raises:
@@ -175,7 +175,7 @@ def _need_float_layers(model: Model) -> None:
             )
 
 
-def _need_no_map(model: Model) -> None:
+def _require_no_map(model: Model) -> None:
     """Refuse a map behind the output: it was fitted to another network.
 
     Raises:
@@ -188,7 +188,7 @@ def _need_no_map(model: Model) -> None:
         )
 
 
-def _need_arguments(model: Model, config: Config) -> None:
+def _require_arguments(model: Model, config: Config) -> None:
     """Refuse a word that a class taking any keywords would swallow.
 
     Raises:

@@ -1,16 +1,17 @@
-"""How a compressed module is written down for one serving target, and the audit of it.
+"""A compressed module as a graph for one target.
 
-served.py       the graph around the model: the policy for ids out of range, the score
-onnxruntime.py  one translation a format, for ONNX Runtime; onnxruntime_tables.py has the tables',
-                onnxruntime_dense.py layers of few bits
-tensorrt.py     the same for TensorRT and TensorRT-RTX; tensorrt_tables.py, tensorrt_types.py
-dense_types.py  stored tensors of dense layers as operators take them
-attention.py    scaled_dot_product_attention, also where all places are masked
-onnx_pieces.py  pieces of graphs that both are made of
-export.py       torch.onnx.export with a target's translations
-graph_passes.py simplification of an exported graph by exact rules only
-found.py        what lowering says about a graph
-parity.py       does a graph compute what the module computes
-first_difference.py  which tensor of a graph is the first that is not the module's
-audit.py        what an optimized graph must and must not contain
+findings.py            what lowering reports of a graph
+serving_wrapper.py     the served graph: id policy and output
+merged_codebooks.py    tables of codes with one merged codebook
+merged_tables.py       tables of one format, looked up as one
+dense_types.py         stored tensors of dense layers as operators take them
+attention.py           scaled dot-product attention
+graph_builders.py      parts of graphs that targets share
+bfloat16_products.py   bfloat16 products in a form that runs on a CPU
+targets/               one translation for each format and target
+export.py              torch.onnx.export with a target's translations
+graph_passes.py        simplification by exact rules
+parity.py              does the graph compute what the module computes
+first_difference.py    the first tensor that differs
+audit.py               what an optimized graph must and must not contain
 """

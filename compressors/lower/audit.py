@@ -11,8 +11,8 @@ from collections import Counter
 import onnx
 
 from compressors.contracts import Plan
-from compressors.errors import AuditFailed
-from compressors.lower.found import GraphAudit, LayerInitializer, TableInitializers
+from compressors.errors.compression import AuditFailed
+from compressors.lower.findings import GraphAudit, LayerInitializer, TableInitializers
 
 FLOAT_PRODUCTS = {"Gemm", "FusedGemm", "MatMul", "FusedMatMul", "Conv", "FusedConv"}
 INT8_PRODUCTS = {"QGemm", "QLinearMatMul", "MatMulInteger", "MatMulIntegerToFloat"}

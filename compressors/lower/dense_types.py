@@ -8,9 +8,9 @@ import numpy as np
 import onnx_ir as ir
 
 from compressors.contracts import TargetKind
-from compressors.dense.float8_dense import Float8DenseFormat
-from compressors.dense.weight_only import Reading, WeightOnlyFormat, together
-from compressors.formats import PackedLinear
+from compressors.core.modules.formats import PackedLinear
+from compressors.quantize.dense.float8_dense import Float8DenseFormat
+from compressors.quantize.dense.weight_only import Reading, WeightOnlyFormat, together
 
 
 def retyped(

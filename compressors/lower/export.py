@@ -11,18 +11,27 @@ import onnx_ir as ir
 import torch
 from torch import Tensor, nn
 
-from compressors.batches import example
 from compressors.contracts import TargetKind, is_out_of_memory
-from compressors.errors import AuditFailed, NotLowerable
-from compressors.formats import Bag, PackedLinear, PackedTable
-from compressors.lower import attention, dense_types, onnxruntime, tensorrt, tensorrt_types
-from compressors.lower.found import LayerInitializer, TableInitializers
+from compressors.core.batches import example
+from compressors.core.modules.formats import Bag, PackedLinear, PackedTable
+from compressors.core.modules.output_calibration import recalibration_of
+from compressors.core.runner import rows_of_tables
+from compressors.errors.compression import AuditFailed, NotLowerable
+from compressors.lower import attention, dense_types
+from compressors.lower.findings import LayerInitializer, TableInitializers
+from compressors.lower.graph_builders import exact_sigmoid, log_sigmoid, squeeze_fixed
 from compressors.lower.graph_passes import simplify
-from compressors.lower.onnx_pieces import exact_sigmoid, log_sigmoid, squeeze_fixed
-from compressors.lower.served import Form, Served, dynamic_shapes, input_names, served
-from compressors.lower.together import Together
-from compressors.recalibration import recalibration_of
-from compressors.step import rows_of_tables
+from compressors.lower.merged_tables import MergedTable
+from compressors.lower.serving_wrapper import (
+    ServedGraph,
+    ServingWrapper,
+    dynamic_shapes,
+    input_names,
+    wrap_for_serving,
+)
+from compressors.lower.targets.onnxruntime import operators as onnxruntime
+from compressors.lower.targets.tensorrt import operators as tensorrt
+from compressors.lower.targets.tensorrt import types as tensorrt_types
 
 OPSET = 21  # the first with blocked DequantizeLinear and int4
 MERGED = 1024  # the optimizer compares initializers of at most so many numbers
@@ -44,13 +53,13 @@ class Lowered:
     layers.
     """
 
-    served: Served
+    served: ServingWrapper
     tables: tuple[TableInitializers, ...]
     layers: tuple[LayerInitializer, ...] = ()
 
 
 def lower(
-    model: nn.Module, form: Form, target: TargetKind, path: Path, most_rows: int = 65_536
+    model: nn.Module, form: ServedGraph, target: TargetKind, path: Path, most_rows: int = 65_536
 ) -> Lowered:
     """Write one graph of ``model`` for one target to ``path`` (``.onnx``; large weights beside it).
 
@@ -82,16 +91,16 @@ def lower(
         onnxruntime.join_split_rows(program.model)
         onnxruntime.spell_out_clipping(program.model)
     _strip(program.model)
-    _need_packed(packed, program.model.graph, target)
+    _require_packed(packed, program.model.graph, target)
     size = sum(value.const_value.nbytes for value in program.model.graph.initializers.values())
     program.save(str(path), external_data=size > EXTERNAL_BYTES)
-    rows = rows_of_tables(model, form.schema)
-    return Lowered(served(model, form, rows), looked_up, _layers(wrapper, packed))
+    rows = rows_of_tables(model, form.signature)
+    return Lowered(wrap_for_serving(model, form, rows), looked_up, _layers(wrapper, packed))
 
 
 def exported(
-    model: nn.Module, form: Form, target: TargetKind, most_rows: int = 65_536
-) -> tuple[Served, torch.onnx.ONNXProgram]:
+    model: nn.Module, form: ServedGraph, target: TargetKind, most_rows: int = 65_536
+) -> tuple[ServingWrapper, torch.onnx.ONNXProgram]:
     """One graph of ``model`` as torch exports it for a target, before it is simplified.
 
     Takes the same arguments as ``lower`` and gives the same program every time.
@@ -99,10 +108,10 @@ def exported(
     Raises:
         NotLowerable: torch.export cannot trace the module, or an op has no ONNX form.
     """
-    schema = form.schema
-    rows = rows_of_tables(model, schema)
+    signature = form.signature
+    rows = rows_of_tables(model, signature)
     # Merged lookups are ONNX Runtime's: a builder of engines fuses operators by itself.
-    wrapper = served(model, form, rows, together=target == "onnxruntime")
+    wrapper = wrap_for_serving(model, form, rows, together=target == "onnxruntime")
     own = (onnxruntime if target == "onnxruntime" else tensorrt).translations()
     translations = {
         torch.ops.aten.log_sigmoid.default: log_sigmoid,
@@ -110,13 +119,13 @@ def exported(
         **attention.translations(),
         **own,
     }
-    if schema.output == "probability" and recalibration_of(wrapper.model) is not None:
+    if signature.output == "probability" and recalibration_of(wrapper.model) is not None:
         translations[torch.ops.aten.sigmoid.default] = exact_sigmoid
-    inputs = example(schema, rows, TRACE_ROWS)
-    names = input_names(schema)
+    inputs = example(signature, rows, TRACE_ROWS)
+    names = input_names(signature)
     try:
         args = tuple(inputs[name] for name in names)
-        shapes = dynamic_shapes(schema, most_rows)
+        shapes = dynamic_shapes(signature, most_rows)
         program = _export(wrapper, args, names, translations, shapes)
     except Exception as fault:
         if is_out_of_memory(fault):
@@ -140,7 +149,7 @@ def _first_fault(fault: BaseException) -> BaseException:
 
 
 def _export(
-    wrapper: Served,
+    wrapper: ServingWrapper,
     args: tuple[Tensor, ...],
     names: tuple[str, ...],
     translations: dict[Any, Callable[..., Any]],
@@ -198,7 +207,7 @@ class _Packed:
     name: str
 
 
-def _packed(wrapper: Served, graph: ir.Graph) -> tuple[_Packed, ...]:
+def _packed(wrapper: ServingWrapper, graph: ir.Graph) -> tuple[_Packed, ...]:
     """The stored tensors of packed modules in a graph: of layers the weights, of tables all.
 
     Tables, or tensors of them, that no request decides a read of are left out.
@@ -222,7 +231,7 @@ def _packed(wrapper: Served, graph: ir.Graph) -> tuple[_Packed, ...]:
     return tuple(found)
 
 
-def _layers(wrapper: Served, packed: tuple[_Packed, ...]) -> tuple[LayerInitializer, ...]:
+def _layers(wrapper: ServingWrapper, packed: tuple[_Packed, ...]) -> tuple[LayerInitializer, ...]:
     """Where the weights of packed dense layers lie, and which stay as they are at serving."""
     modules = {name.removeprefix("model."): module for name, module in wrapper.named_modules()}
     found = []
@@ -238,7 +247,7 @@ def _layers(wrapper: Served, packed: tuple[_Packed, ...]) -> tuple[LayerInitiali
     return tuple(found)
 
 
-def _need_packed(packed: tuple[_Packed, ...], graph: ir.Graph, target: TargetKind) -> None:
+def _require_packed(packed: tuple[_Packed, ...], graph: ir.Graph, target: TargetKind) -> None:
     """Refuse a graph whose packed weights are not those of the module.
 
     Raises:
@@ -290,7 +299,7 @@ def _strip(model: ir.Model) -> None:
         value.metadata_props.clear()
 
 
-def _names(wrapper: Served) -> dict[int, list[str]]:
+def _names(wrapper: ServingWrapper) -> dict[int, list[str]]:
     """All names of each tensor: a tied one stands in the graph under any one of them."""
     names: dict[int, list[str]] = {}
     for name, tensor in wrapper.state_dict(keep_vars=True).items():
@@ -298,7 +307,7 @@ def _names(wrapper: Served) -> dict[int, list[str]]:
     return names
 
 
-def _tables(wrapper: Served, graph: ir.Graph) -> tuple[TableInitializers, ...]:
+def _tables(wrapper: ServingWrapper, graph: ir.Graph) -> tuple[TableInitializers, ...]:
     """Where each table lies in a graph; tables that the network never reads are in none."""
     names = _names(wrapper)
     found = []
@@ -328,11 +337,11 @@ def _tables(wrapper: Served, graph: ir.Graph) -> tuple[TableInitializers, ...]:
     return tuple(found)
 
 
-def _label(wrapper: Served, name: str) -> str:
+def _label(wrapper: ServingWrapper, name: str) -> str:
     """What people call a unit: a table inside a bag goes by the bag's name."""
     owner, _, leaf = name.rpartition(".")
     outer = wrapper.get_submodule(owner)
-    if leaf == "table" and isinstance(outer, Together):
+    if leaf == "table" and isinstance(outer, MergedTable):
         return outer.label
     return (owner if leaf == "table" and isinstance(outer, Bag) else name).removeprefix("model.")
 
@@ -361,7 +370,7 @@ def _constant(value: ir.Value | None) -> bool:
     return node is not None and all(_constant(item) for item in node.inputs)
 
 
-def _retype(model: ir.Model, wrapper: Served, target: TargetKind) -> None:
+def _retype(model: ir.Model, wrapper: ServingWrapper, target: TargetKind) -> None:
     """Give packed tables and layers the element types and shapes a target's operators take."""
     names, done = _names(wrapper), set()
     for module in wrapper.modules():

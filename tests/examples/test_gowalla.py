@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 import torch
 
-from compressors.retrieval import asked, recall_and_ndcg
+from compressors.metrics.full_ranking import ranking_queries, recall_and_ndcg
 from examples import gowalla
 from examples.gowalla import DataMissing, interactions, main, read_pairs
 from examples.two_tower import Training, TwoTower, train, vectors
-from tasks.bundles import pack
+from tasks.bundles.packing import pack
 
 QUICK = Training(dim=8, hidden=8, batch=64, epochs=12, learning_rate=0.02)
 
@@ -30,7 +30,7 @@ def taste():
 
 
 def measured(seen, unseen):
-    what = asked(interactions(unseen), [interactions(seen)], np.arange(80))
+    what = ranking_queries(interactions(unseen), [interactions(seen)], np.arange(80))
 
     def recall(network):
         query, item = vectors(network, {"user": torch.from_numpy(what.query)})
@@ -129,7 +129,7 @@ def test_two_epochs_find_more_than_popularity_and_the_draft_packs(data, tmp_path
     record = json.loads((tmp_path / "draft.training.json").read_text())
     splits = gowalla.split(data, seed=1)
     popular = np.bincount(splits.train[:, 1], minlength=gowalla.ITEMS).astype(np.float32)
-    what = asked(
+    what = ranking_queries(
         interactions(splits.test),
         [interactions(splits.train), interactions(splits.validation)],
         np.arange(gowalla.ITEMS),

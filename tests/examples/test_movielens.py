@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from compressors.contracts import Network, Schema, tensor_names
+from compressors.contracts import Network, Signature, tensor_names
 from examples import movielens
 from examples.dcnv2 import DCNv2
 from examples.movielens import FIELDS, Training, main, write_draft
@@ -241,15 +241,15 @@ def test_the_draft_holds_what_it_names_and_nothing_else(draft):
 
 def test_the_draft_can_be_built_and_scored_from_its_files_alone(draft):
     said = json.loads((draft / "model.json").read_text())
-    schema = Schema.model_validate(said["signature"])
+    signature = Signature.model_validate(said["signature"])
     network = DCNv2(**Network.model_validate(said["network"]).architecture.config)
     network.load_state_dict(load_file(draft / "model.safetensors"))
     table = pq.read_table(draft / said["data"]["test"])
     rows = movielens.rows_of(table)
     inputs = rows.inputs(torch.arange(100))
-    assert set(inputs) == {name for item in schema.inputs for name in tensor_names(item)}
+    assert set(inputs) == {name for item in signature.inputs for name in tensor_names(item)}
     assert network.eval()(**inputs).isfinite().all()
-    assert {schema.label, schema.group, schema.time} <= set(table.column_names)
+    assert {signature.label, signature.group, signature.time} <= set(table.column_names)
 
 
 def test_every_id_of_the_draft_lies_in_its_table(draft):
@@ -257,7 +257,7 @@ def test_every_id_of_the_draft_lies_in_its_table(draft):
     weights = load_file(draft / "model.safetensors")
     for name in said["data"].values():
         table = pq.read_table(draft / name)
-        for item in Schema.model_validate(said["signature"]).inputs:
+        for item in Signature.model_validate(said["signature"]).inputs:
             column = table[item.columns[0]].combine_chunks()
             ids = column.flatten() if pa.types.is_list(column.type) else column
             assert min(ids.to_pylist()) >= 0

@@ -34,11 +34,11 @@ IMPORTED = (
     "onnx",
     "onnxruntime",
     "pyarrow.parquet",
-    "flows.cli",
-    "flows.console",
-    "infra.registry",
-    "tasks.promotion",
-    "tasks.report",
+    "flows.cli.app",
+    "flows.cli.console",
+    "infra.registry.mlflow_registry",
+    "tasks.promotion.promotions",
+    "tasks.report.tables",
 )
 OPSETS = (18, 20, 21)  # whose operators an export reads
 UNKNOWN = re.compile(r"^recpress: [\w.]*(Error|Exception|Warning|Interrupt): ", re.MULTILINE)
@@ -188,7 +188,7 @@ def serve() -> None:
     torch.set_num_threads(1)
     from onnx_operators import operators_read_once
 
-    from flows.console import EMBEDDED
+    from flows.cli.console import EMBEDDED
 
     for name, value in EMBEDDED.items():
         os.environ.setdefault(name, value)
@@ -361,11 +361,11 @@ def _redirected(stream: str, path: Path) -> int:
 
 
 def _command(arguments: Sequence[str]) -> int:
-    from flows import cli
+    from flows.cli import app
 
     sys.argv = ["recpress", *arguments]
     try:
-        cli.main()
+        app.main()
     except SystemExit as end:
         return end.code if isinstance(end.code, int) else int(end.code is not None)
     except BaseException:

@@ -77,7 +77,7 @@ def _attempt(parse: Any, body: bytes) -> tuple[str, str]:
     import typer
     from pydantic import ValidationError
 
-    from compressors.errors import CompressionError
+    from compressors.errors.compression import CompressionError
     from infra.errors import InfraError, Refused
 
     began = time.monotonic()

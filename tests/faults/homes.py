@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from infra.errors import InfraError, Refused
-from infra.ledger import Ledger
-from infra.store import Store
-from infra.store_records import is_sealed
+from infra.registry.ledger import Ledger
+from infra.store.object_store import Store
+from infra.store.records import is_sealed
 
 ROWS = {"train": 600, "calibration": 200, "validation": 200, "test": 600}
 ORDER = {
@@ -95,7 +95,7 @@ def registered(folder: str, orders: list[str], promoted: int) -> list[str]:
         orders: hex digits; each names an order.
         promoted: how many of them were champion, one after another.
     """
-    from tasks.promotion import promote
+    from tasks.promotion.promotions import promote
 
     published = import_module("triton_versions").published  # in tests/tasks
     versions = [published(Path(folder), digit).version for digit in orders]

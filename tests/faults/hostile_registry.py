@@ -112,7 +112,7 @@ def register(folder: str) -> dict[str, str]:
     from mlflow import MlflowClient
 
     from infra.settings import load_settings
-    from tasks.stored import store
+    from tasks.orchestration.workspace import store
 
     # As a second order, so that the model has one version that is as it should be.
     good = import_module("triton_versions").published(Path(folder), "d")
@@ -144,7 +144,7 @@ def register(folder: str) -> dict[str, str]:
 
 
 def _release(report: bytes) -> str:
-    from tasks.stored import store
+    from tasks.orchestration.workspace import store
 
     with tempfile.TemporaryDirectory() as scratch:
         for name in ("report.md", "report.html"):

@@ -16,22 +16,23 @@ import torch
 import yaml
 from safetensors.torch import save_file
 
-from flows import cli_order
-from infra.bundle import manifest_of, read_draft
-from infra.bundle_shards import stored_tensors
-from infra.data import split_statistics
-from infra.ledger import Entry, Ledger
-from infra.pbtxt import written
-from infra.registry import Registered
-from infra.services import COMPOSE, needed_secrets, read_services, read_variables
-from infra.store import Store
-from infra.store_records import read_record, seal_record
-from infra.triton import version_in
-from tasks import registry_listing, table_files
-from tasks.bundles import pack
-from tasks.documents import Finished, Report, report_of
-from tasks.order_records import finished, finished_key
-from tasks.stored import local, store
+from flows.cli import orders
+from infra.bundle.bundle_folder import manifest_of, read_draft
+from infra.bundle.shards import stored_tensors
+from infra.data.splits import split_statistics
+from infra.registry.ledger import Entry, Ledger
+from infra.registry.mlflow_registry import Registered
+from infra.services.compose import COMPOSE, needed_secrets, read_services, read_variables
+from infra.store.object_store import Store
+from infra.store.records import read_record, seal_record
+from infra.triton.pbtxt import written
+from infra.triton.repository import version_in
+from tasks.bundles import table_files
+from tasks.bundles.packing import pack
+from tasks.orchestration.documents import Finished, Report, report_of
+from tasks.orchestration.order_records import finished, finished_key
+from tasks.orchestration.workspace import local, store
+from tasks.promotion import registry_listing
 
 ORDER_DIGEST = "a" * 64
 ROWS = {"train": 40, "calibration": 20, "validation": 20, "test": 40}
@@ -106,12 +107,12 @@ def safetensors_file(folder: Path) -> Parser:
 def parquet_file(folder: Path) -> Parser:
     """A data file of a draft."""
     draft = drafts.write_draft(folder / "draft", rows=ROWS)
-    schema = read_draft(draft).signature
+    signature = read_draft(draft).signature
     file = folder / "split.parquet"
 
     def parse(body: bytes) -> object:
         file.write_bytes(body)
-        return split_statistics(file, schema)
+        return split_statistics(file, signature)
 
     seeds = tuple((draft / f"{split}.parquet").read_bytes() for split in ("test", "train"))
     return Parser(seeds, parse, is_json=False)
@@ -137,7 +138,7 @@ def order_file(folder: Path) -> Parser:
 
     def parse(body: bytes) -> object:
         file.write_bytes(body)
-        return cli_order.wanted(None, "safe", None, None, None, file, False, 0, None, None)
+        return orders.wanted(None, "safe", None, None, None, file, False, 0, None, None)
 
     return Parser((json.dumps(order).encode(),), parse)
 
@@ -154,7 +155,7 @@ def limit(_: Path) -> Parser:
 
     def parse(body: bytes) -> object:
         text = body.decode(errors="surrogateescape")
-        return cli_order.terms("clicks", "safe", [text], None, [], False, 0)
+        return orders.terms("clicks", "safe", [text], None, [], False, 0)
 
     return Parser(tuple(text.encode() for text in texts), parse, is_json=False)
 

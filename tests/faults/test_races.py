@@ -18,8 +18,8 @@ from forked import Ended, Forks, Job
 from homes import Home, damage, state, temporaries, write_order
 from s3_server import S3Server
 
-from infra.ledger import Ledger
-from infra.store import Store
+from infra.registry.ledger import Ledger
+from infra.store.object_store import Store
 
 SUITE = "races"
 PROCESSES = 6

@@ -26,10 +26,10 @@ from s3_proxy import FAULTS, Proxy, at, often, running_proxy
 from s3_server import S3Server
 
 from infra.errors import AlreadyThere, ArtifactDamaged, InfraError, RecordRefused, Refused
-from infra.ledger import Ledger
-from infra.store import Store
-from infra.store_manifest import CHUNK_BYTES
-from infra.store_records import read_record, seal_record
+from infra.registry.ledger import Ledger
+from infra.store.manifest import CHUNK_BYTES
+from infra.store.object_store import Store
+from infra.store.records import read_record, seal_record
 
 SUITE = "S3"
 ORDER_DIGEST = "0" * 64

@@ -11,9 +11,9 @@ from orders import ACCEPTED, BOTH, World, carry_out, surroundings
 from prefect.testing.utilities import prefect_test_harness
 
 from flows.order import Order
-from tasks import outages
-from tasks.bundles import pack
-from tasks.promotion import repair
+from tasks.bundles.packing import pack
+from tasks.orchestration import outages
+from tasks.promotion.promotions import repair
 
 
 @pytest.fixture(autouse=True)

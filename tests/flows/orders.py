@@ -15,8 +15,8 @@ from compressors.contracts import Limit
 from flows.compress import compress
 from flows.order import Order
 from flows.terms import Targets
-from tasks.bundles import Packed
-from tasks.documents import Finished
+from tasks.bundles.packing import Packed
+from tasks.orchestration.documents import Finished
 
 ACCEPTED = Limit(metric="auc", against="baseline", at_least=-0.02)
 PATIENCE = 30.0  # seconds

@@ -8,20 +8,20 @@ from drafts import ROWS, write_draft
 from orders import World, carry_out
 
 from compressors.contracts import Limit
-from compressors.dense.magnitude import Magnitude
-from compressors.dense.static_int8 import StaticInt8
+from compressors.core.registries import AnyStep
 from compressors.distill.fine_tune import FineTune
 from compressors.distill.recalibrate import Recalibrate
-from compressors.errors import CompressionError
-from compressors.steps import AnyStep
-from compressors.tables.rowwise_int8 import RowwiseInt8
-from compressors.tables.tiers import Tiers
-from compressors.training import Training
-from flows.choosing import through
+from compressors.distill.training.settings import Training
+from compressors.errors.compression import CompressionError
+from compressors.prune.dense.magnitude import Magnitude
+from compressors.prune.tables.tiers import Tiers
+from compressors.quantize.dense.static_int8 import StaticInt8
+from compressors.quantize.tables.rowwise_int8 import RowwiseInt8
+from flows.choosing import allowed_steps
 from flows.explain import explain
 from flows.order import Order
-from tasks.bundles import pack
-from tasks.documents import Idle
+from tasks.bundles.packing import pack
+from tasks.orchestration.documents import NotApplicable
 
 ANY = Limit.parse("auc vs baseline >= -0.4")
 BRIEF = FineTune(training=Training(epochs=1, batch=256))
@@ -74,19 +74,19 @@ def test_what_works_on_parts_that_were_taken_back_is_left_out_with_them() -> Non
     order = budgeted(0.01, (Tiers(), RowwiseInt8(tables=("item.hot",)), StaticInt8()))
     subject = SimpleNamespace(task="ctr", rows={"train": 9}, calibration=lambda: "train")
 
-    def attempt(step: AnyStep, source: str) -> str | Idle:
+    def attempt(step: AnyStep, source: str) -> str | NotApplicable:
         if step.kind == "rowwise_int8" and "tiers" not in source:
-            return Idle(reason="needs a table named like 'item.hot'")
+            return NotApplicable(reason="needs a table named like 'item.hot'")
         return f"{source} {step.kind}"
 
     def spent(made: str) -> str | None:
         return "too much was lost" if made.endswith("tiers") else None
 
-    stages, idle = through(order, subject, "model", attempt, spent)
+    stages, idle = allowed_steps(order, subject, "model", attempt, spent)
     assert [stage for _, stage in stages] == ["model", "model static_int8"]
     assert idle == {0: "too much was lost", 1: "needs a table named like 'item.hot'"}
     with pytest.raises(CompressionError, match="needs a table named like"):
-        through(order, subject, "model", lambda step, source: attempt(step, ""), None)
+        allowed_steps(order, subject, "model", lambda step, source: attempt(step, ""), None)
 
 
 def test_without_a_budget_the_same_steps_are_all_carried_out(world: World) -> None:

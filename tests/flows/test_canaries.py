@@ -16,8 +16,8 @@ from s3_server import S3Server
 from compressors.contracts import Limit
 from infra.credentials import clean_exceptions
 from infra.errors import RegistryUnavailable
-from tasks.documents import Finished
-from tasks.policy import KEPT, NO_RESULTS, remembered
+from tasks.orchestration.documents import Finished
+from tasks.orchestration.policy import KEPT, NO_RESULTS, remembered
 
 PLANTED = canaries()
 LIMIT = "auc vs baseline >= -0.2"

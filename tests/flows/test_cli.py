@@ -16,13 +16,13 @@ from prefect.client.orchestration import get_client
 from safetensors.torch import load_file, save_file
 
 from compressors.contracts import Limit
-from flows import cli
-from flows.console import EMBEDDED
-from tasks.bundles import Packed, pack
-from tasks.documents import Finished, Report
-from tasks.order_records import finished
+from flows.cli import app
+from flows.cli.console import EMBEDDED
+from tasks.bundles.packing import Packed, pack
+from tasks.orchestration.documents import Finished, Report
+from tasks.orchestration.order_records import finished
 from tasks.publish import publish
-from tasks.report_page import page, validation_of
+from tasks.report.page import page, validation_of
 
 LIMIT = "auc vs baseline >= -0.02"
 TARGETS = ("--target", "onnxruntime", "--target", "tensorrt-rtx")
@@ -43,7 +43,7 @@ def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) ->
         monkeypatch.setattr(sys, "argv", ["recpress", *arguments])
         capsys.readouterr()
         with pytest.raises(SystemExit) as ended:
-            cli.main()
+            app.main()
         out, err = capsys.readouterr()
         code = ended.value.code
         return Said(code if isinstance(code, int) else 0 if code is None else 1, out, err)
@@ -88,7 +88,7 @@ def imported_by(code: str, env: Mapping[str, str]) -> set[str]:
 
 
 def test_help_imports_nothing_heavy_so_it_answers_at_once(tmp_path: Path) -> None:
-    loaded = imported_by("import flows.cli", environment(tmp_path))
+    loaded = imported_by("import flows.cli.app", environment(tmp_path))
     assert "typer" in loaded
     assert not loaded & {"torch", "prefect", "mlflow", "numpy", "pyarrow", "onnx", "pydantic"}
 
@@ -105,7 +105,7 @@ def test_an_order_that_was_carried_out_before_is_answered_without_prefect_or_the
     world: World,
 ) -> None:
     code = (
-        "import sys\nfrom flows.cli import main\n"
+        "import sys\nfrom flows.cli.app import main\n"
         f"sys.argv = ['recpress', 'compress', 'clicks@1', '--preset', 'small', '--limit', "
         f"{LIMIT!r}, *{TARGETS!r}]\n"
         "try:\n    main()\nexcept SystemExit as end:\n    assert not end.code, end.code\n"
@@ -246,7 +246,7 @@ def test_what_nobody_foresaw_ends_with_1_its_kind_and_how_to_see_more(
     def broken(reference: str) -> None:
         raise ZeroDivisionError("nobody saw this coming")
 
-    monkeypatch.setattr("tasks.bundles.show", broken)
+    monkeypatch.setattr("tasks.bundles.packing.show", broken)
     said = call("bundle", "show", "clicks")
     assert said.code == 1
     assert "ZeroDivisionError: nobody saw this coming" in said.err

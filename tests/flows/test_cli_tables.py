@@ -14,7 +14,7 @@ import torch
 from drafts import ROOT, environment
 from safetensors.torch import load_file, save_file
 
-from flows import cli
+from flows.cli import app
 
 Call = Callable[..., tuple[int, str, str]]
 
@@ -24,7 +24,7 @@ def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) ->
     def called(*arguments: str) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", ["recpress", "tables", *map(str, arguments)])
         with pytest.raises(SystemExit) as ended:
-            cli.main()
+            app.main()
         said = capsys.readouterr()
         return int(ended.value.code or 0), said.out, said.err
 
@@ -127,7 +127,7 @@ def test_a_missing_file_and_a_full_folder_are_refused(call: Call, source: Path, 
 def test_it_starts_without_prefect(source: Path, tmp_path: Path):
     code = (
         "import sys\n"
-        "from flows.cli import main\n"
+        "from flows.cli.app import main\n"
         "try:\n    main()\nexcept SystemExit as ended:\n    assert not ended.code\n"
         "assert not {'prefect', 'mlflow', 's3fs', 'onnx'} & sys.modules.keys()"
     )

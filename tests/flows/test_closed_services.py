@@ -21,7 +21,7 @@ from prefect.settings import PREFECT_API_AUTH_STRING, PREFECT_API_URL, temporary
 from processes import LOOPBACK, arguments, environment_of, listening, tree
 from web_attacks import FOREIGN, basic, require_no_answer_without_the_secret, send
 
-from infra.services import read_variables
+from infra.services.compose import read_variables
 from infra.telemetry import TELEMETRY_OFF
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]

@@ -25,18 +25,18 @@ from sklearn.metrics import roc_auc_score
 from compressors.contracts import Limit
 from flows.order import Order
 from flows.terms import Preset, Targets
-from infra.checks import Rules
+from infra.data.checks import Rules
 from infra.errors import BuildRefused, DataRefused, StoreUnavailable
-from infra.registry import Registry
+from infra.registry.mlflow_registry import Registry
 from infra.settings import load_settings
 from tasks import prepare as preparing
-from tasks.bundles import pack
-from tasks.documents import Lowering
-from tasks.policy import kept
+from tasks.bundles.packing import pack
+from tasks.orchestration.documents import Lowering
+from tasks.orchestration.policy import kept
+from tasks.orchestration.workspace import store
 from tasks.prepare import prepare
-from tasks.promotion import champion_graph, fetch, promote
-from tasks.report import markdown
-from tasks.stored import store
+from tasks.promotion.promotions import champion_graph, fetch, promote
+from tasks.report.tables import markdown
 
 ANY = Limit.parse("auc vs baseline >= -0.02")
 
@@ -233,7 +233,7 @@ def test_a_killed_flow_goes_on_where_it_was(
     pack(write_draft(fresh / "draft", name="killed"))
     limit = str(ANY)
     environ = environment(fresh)
-    command = [sys.executable, "-m", "flows.cli", "compress", "killed", "--preset", preset]
+    command = [sys.executable, "-m", "flows.cli.app", "compress", "killed", "--preset", preset]
     process = subprocess.Popen(
         [*command, "--limit", limit],
         cwd=ROOT,

@@ -5,12 +5,12 @@ from pathlib import Path
 from drafts import write_draft
 from orders import ACCEPTED, BOTH, carry_out
 
-from compressors.dense.sparse_2_4 import Sparse24
-from compressors.dense.weight_int4 import WeightInt4
-from compressors.dense.weight_int8 import WeightInt8
+from compressors.prune.dense.sparse_2_4 import Sparse24
+from compressors.quantize.dense.weight_int4 import WeightInt4
+from compressors.quantize.dense.weight_int8 import WeightInt8
 from flows.order import Order
-from tasks.bundles import pack
-from tasks.report import markdown
+from tasks.bundles.packing import pack
+from tasks.report.tables import markdown
 
 STEPS = (
     Sparse24(layers=("first", "second")),

@@ -15,8 +15,8 @@ from command_line import run_main_apart
 from drafts import environment, recpress
 from s3_server import S3Server
 
-from flows.doctor import Found, examine
-from infra.answers import SECONDS, NoAnswer, Question, get
+from flows.cli.doctor import Finding, examine
+from infra.services.http_probe import SECONDS, HttpRequest, NoAnswer, get
 
 SECRET = "canary-of-a-password"
 # Two more seconds than the limit, for a machine that does other things as well.
@@ -88,7 +88,7 @@ def configured(patch: pytest.MonkeyPatch, uri: str) -> None:
     patch.setenv("PREFECT_API_AUTH_STRING", f"admin:{SECRET}")
 
 
-def services() -> tuple[Found, Found, Found]:
+def services() -> tuple[Finding, Finding, Finding]:
     """What the doctor says of store, registry and Prefect; never a secret."""
     found = {item.what: item for item in examine()}
     assert SECRET not in "".join(item.model_dump_json() for item in found.values())
@@ -231,7 +231,7 @@ def test_without_settings_everything_is_embedded_and_well() -> None:
 def test_a_question_is_given_up_at_its_limit_though_it_drips() -> None:
     begun = time.monotonic()
     with pytest.raises(NoAnswer, match=r"within 0\.2 s"):
-        Question(lambda: time.sleep(2)).answer(0.2)
+        HttpRequest(lambda: time.sleep(2)).answer(0.2)
     assert time.monotonic() - begun < 1
 
 
@@ -240,7 +240,7 @@ def test_what_asking_raised_is_raised_where_the_answer_is_read() -> None:
         raise PermissionError("no")
 
     with pytest.raises(PermissionError, match="no"):
-        Question(ask).answer()
+        HttpRequest(ask).answer()
 
 
 def test_json_of_the_command_has_the_remedy(

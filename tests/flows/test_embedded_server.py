@@ -34,7 +34,7 @@ from flows.embedded_server import CPU_SECONDS, EmbeddedServer, cpu_seconds, star
 from flows.prefect_access import require_access
 from infra.errors import InfraError, SettingRefused
 from infra.telemetry import TELEMETRY_OFF
-from tasks.bundles import pack
+from tasks.bundles.packing import pack
 
 LIMIT = "auc vs baseline >= -0.02"
 COMPRESS = ("compress", "clicks", "--preset", "fast", "--limit", LIMIT, "--json")
@@ -57,7 +57,7 @@ def packed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @contextmanager
 def compressing(env: dict[str, str]) -> Iterator["subprocess.Popen[str]"]:
     process = subprocess.Popen(
-        [sys.executable, "-m", "flows.cli", *COMPRESS],
+        [sys.executable, "-m", "flows.cli.app", *COMPRESS],
         cwd=ROOT,
         env=env,
         stdout=subprocess.PIPE,

@@ -6,9 +6,10 @@ import pytest
 from command_line import run_main
 
 from compressors.contracts import Outcome
-from compressors.errors import CompressionError
-from flows import cli_errors, resolve
-from tasks.documents import Finished
+from compressors.errors.compression import CompressionError
+from flows import resolve
+from flows.cli import errors as cli_errors
+from tasks.orchestration.documents import Finished
 from tests.tasks.reports import report
 
 DOCUMENTED = {"accepted": 0, "rejected": 3, "undecided": 4, "built-unmeasured": 4}

@@ -9,14 +9,14 @@ from error_codes import raises_code
 from orders import World, carry_out
 from test_recipe import ANY, STEPS, recipe  # noqa: F401 - a fixture
 
-from compressors.dense.channels import Channels
-from compressors.errors import CompressionError
+from compressors.errors.compression import CompressionError
+from compressors.prune.dense.channels import Channels
 from flows.explain import explain
 from flows.order import Order
 from infra.errors import ArtifactMissing
 from infra.settings import load_settings
-from tasks.bundles import pack
-from tasks.documents import Report
+from tasks.bundles.packing import pack
+from tasks.orchestration.documents import Report
 
 
 def stored(home: Path) -> set[Path]:
@@ -97,14 +97,14 @@ def test_a_model_of_any_size_is_explained_in_the_memory_of_its_libraries(world: 
 def test_the_command_prints_it_and_speaks_json(
     world: World, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from flows import cli
+    from flows.cli import app
 
     def called(*arguments: str) -> tuple[int, str, str]:
         monkeypatch.setattr("sys.argv", ["recpress", "explain", *arguments])
         capsys.readouterr()
         code = 0
         try:
-            cli.main()
+            app.main()
         except SystemExit as ended:
             code = int(ended.code or 0)
         return code, *capsys.readouterr()

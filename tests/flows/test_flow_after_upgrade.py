@@ -7,13 +7,13 @@ import pytest
 from orders import World, carry_out, copied_home
 
 from flows import resolve
-from flows.resolve import already, request_digest
-from infra.ledger import Ledger
-from tasks import documents
-from tasks.order_records import request_key
-from tasks.promotion import promote, registry
-from tasks.stored import store
-from tasks.subject import find
+from flows.resolve import carried_out_result, request_digest
+from infra.registry.ledger import Ledger
+from tasks.bundles.bundle_ref import find
+from tasks.orchestration import documents
+from tasks.orchestration.order_records import request_key
+from tasks.orchestration.workspace import store
+from tasks.promotion.promotions import promote, registry
 
 NEWER = "99.1.0"
 
@@ -39,7 +39,7 @@ def test_order_of_an_earlier_version_is_found_and_registers_and_promotes_nothing
     order = upgraded.order.model_copy(update={"promote": True})
     first = upgraded.first.finished
     before = registered(), Ledger(store(), "clicks").entries()
-    found = already(order)
+    found = carried_out_result(order)
     assert found is not None
     assert (found.report, found.version) == (first.report, first.version)
     ran = carry_out(order)
@@ -49,7 +49,7 @@ def test_order_of_an_earlier_version_is_found_and_registers_and_promotes_nothing
 
 
 def test_new_attempt_after_an_upgrade_is_not_found_and_would_run(upgraded: World) -> None:
-    assert already(upgraded.order.model_copy(update={"attempt": 7})) is None
+    assert carried_out_result(upgraded.order.model_copy(update={"attempt": 7})) is None
 
 
 def test_report_names_the_version_that_carried_the_order_out(world: World) -> None:
@@ -64,7 +64,7 @@ def test_request_record_that_is_damaged_counts_as_absent(
     record = place.read_bytes()
     for body in (b"{}", b"not JSON", record.replace(b'"order": "', b'"order": "0')):
         place.write_bytes(body)
-        assert already(order) is None
+        assert carried_out_result(order) is None
     place.write_bytes(record)
-    assert already(upgraded.order) is not None
+    assert carried_out_result(upgraded.order) is not None
     assert "It counts as absent" in caplog.text

@@ -8,24 +8,24 @@ from prefect.utilities.callables import parameter_schema
 from pydantic import ValidationError
 
 from compressors.contracts import Artifact, Limit
-from compressors.dense.float16 import Float16
+from compressors.core.registries import AnyStep
 from compressors.distill.recalibrate import Recalibrate
-from compressors.steps import AnyStep
-from compressors.tables.rowwise_int8 import RowwiseInt8
+from compressors.quantize.dense.float16 import Float16
+from compressors.quantize.tables.rowwise_int8 import RowwiseInt8
 from flows import resolve
 from flows.compress import compress
 from flows.order import Order
 from flows.presets import PRESETS
 from flows.resolve import order_digest, request_digest
 from flows.terms import Preset, Targets, Terms
-from infra.checks import Rules
-from tasks import code_digest
-from tasks.subject import Subject
-from tasks.teachers import Teacher
+from infra.data.checks import Rules
+from tasks.bundles.bundle_ref import BundleRef
+from tasks.bundles.teachers import Teacher
+from tasks.orchestration import code_digest
 
 LIMIT = Limit(metric="auc", against="baseline", at_least=-0.002)
 ORDER = Order(model="clicks@1", limits=(LIMIT,))
-SUBJECT = Subject(
+SUBJECT = BundleRef(
     artifact=Artifact(uri="file:///s/artifacts/a", sha256="a" * 64, bytes=1),
     name="clicks",
     version="1",
@@ -114,8 +114,8 @@ def test_an_order_survives_json() -> None:
 @pytest.fixture(scope="module")
 def form() -> dict[str, typing.Any]:
     """What Prefect's UI draws the flow's form from."""
-    schema = parameter_schema(compress).model_dump()
-    definitions = schema["definitions"]
+    signature = parameter_schema(compress).model_dump()
+    definitions = signature["definitions"]
     return {"Order": definitions["Order"], **definitions}
 
 
@@ -187,7 +187,7 @@ SAME = order_digest(ORDER, SUBJECT, None)
     ],
 )
 def test_whatever_changes_the_result_changes_the_orders_digest(
-    order: Order, subject: Subject, champion: Artifact | None
+    order: Order, subject: BundleRef, champion: Artifact | None
 ) -> None:
     assert order_digest(order, subject, champion) != SAME
 

@@ -8,14 +8,14 @@ import pytest
 from drafts import ALLOWED, environment, recpress, write_draft
 
 from compressors.contracts import Limit
-from flows import cli_errors
+from flows.cli import errors as cli_errors
 from flows.compress import compress
 from flows.memory import estimated_memory, require_order_memory, what_ran
 from flows.order import Order
 from infra.errors import InfraError, OutOfMemory
 from infra.memory import memory_errors
-from tasks.bundles import pack
-from tasks.subject import find
+from tasks.bundles.bundle_ref import find
+from tasks.bundles.packing import pack
 
 
 @pytest.fixture(scope="module")
@@ -124,7 +124,7 @@ LIMITED = """
 import resource, sys
 resource.setrlimit(getattr(resource, sys.argv[1]), (int(sys.argv[2]) * 2**20,) * 2)
 sys.argv = ["recpress", *sys.argv[3:]]
-from flows.cli import main
+from flows.cli.app import main
 main()
 """
 

@@ -22,9 +22,9 @@ from prefect.utilities.schema_tools.validation import (
 from prefect.utilities.schema_tools.validation import ValidationError as SchemaError
 from pydantic import ValidationError
 
-from compressors.limits import LARGEST_GAIN
-from compressors.measures import MEASURES
-from compressors.steps import AnyStep
+from compressors.contracts.limits import LARGEST_GAIN
+from compressors.contracts.metric_properties import MEASURES
+from compressors.core.registries import AnyStep
 from flows.compress import compress
 from flows.order import Order
 from flows.order_schema import BATCH_THRESHOLDS, RATE_THRESHOLDS

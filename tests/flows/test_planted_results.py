@@ -22,13 +22,13 @@ from prefect.settings import get_current_settings, temporary_settings
 from compressors.contracts import Artifact, Limit, Verdict
 from infra.errors import DataRefused
 from infra.settings import load_settings
-from infra.store_records import seal_record
-from tasks.bundles import pack
+from infra.store.records import seal_record
+from tasks.bundles.packing import pack
 from tasks.gate import gate
-from tasks.policy import NO_RESULTS, content_key, kept, remembered
+from tasks.orchestration.policy import NO_RESULTS, content_key, kept, remembered
+from tasks.orchestration.result_records import record_key
+from tasks.orchestration.workspace import store
 from tasks.prepare import prepare
-from tasks.result_records import record_key
-from tasks.stored import store
 
 LIMITS = (Limit.parse("bytes vs baseline <= 1"),)
 MODULE = "planted_module"
@@ -286,7 +286,7 @@ def test_a_task_that_ended_before_its_record_was_written_runs_again(
         raise Killed
 
     with monkeypatch.context() as patch:
-        patch.setattr("tasks.policy.write_result", killed)
+        patch.setattr("tasks.orchestration.policy.write_result", killed)
         with pytest.raises(Killed):
             two_tasks(bundle, code)
     assert keys_of(bundle, code)["prepare"] not in " ".join(store().keys("results/"))

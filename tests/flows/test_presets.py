@@ -10,14 +10,14 @@ import pytest
 from orders import carry_out, surroundings
 
 from compressors.contracts import Limit
-from compressors.dense.static_int8 import StaticInt8
+from compressors.quantize.dense.static_int8 import StaticInt8
 from examples.table_heavy import SMALL, write_draft
 from flows.explain import Explanation, explain
 from flows.order import Order
 from flows.presets import BEFORE, PRESETS
 from flows.terms import DEFAULT_BUDGET, Preset
-from tasks.bundles import pack
-from tasks.documents import Report
+from tasks.bundles.packing import pack
+from tasks.orchestration.documents import Report
 
 ANY = Limit.parse("auc vs baseline >= -0.4")
 ORDER: tuple[Preset, ...] = ("safe", "fast", "small", "smallest")
@@ -165,7 +165,7 @@ def test_a_budget_that_nothing_fits_leaves_what_the_earlier_preset_does(
 
 def test_orders_with_different_budgets_are_different_orders(table_heavy) -> None:
     from flows.resolve import order_digest
-    from tasks.subject import find
+    from tasks.bundles.bundle_ref import find
 
     subject = find("tableheavy")
     orders = [
@@ -181,17 +181,17 @@ def test_a_unit_that_a_target_refuses_is_excluded_and_the_recipe_runs_again(
     table_heavy: Made, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The refusal is injected: no network here has a unit that only the graph shows to be one."""
-    from compressors.errors import AuditFailed
+    from compressors.errors.compression import AuditFailed
     from compressors.lower import export
 
-    real: Callable[..., None] = export._need_packed
+    real: Callable[..., None] = export._require_packed
 
     def refuse_one_layer(packed: Any, graph: Any, target: Any) -> None:
         if any(weight.module == "layers.0" for weight in packed):
             raise AuditFailed("The graph does not hold 'layers.0'.").caused_by("layers.0")
         real(packed, graph, target)
 
-    monkeypatch.setattr(export, "_need_packed", refuse_one_layer)
+    monkeypatch.setattr(export, "_require_packed", refuse_one_layer)
     order = Order(model="tableheavy", preset="fast", limits=(ANY,), attempt=8)
     report = carry_out(order).finished.report
     line = report.plan.of("layers.0")

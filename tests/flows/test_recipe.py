@@ -11,18 +11,18 @@ from safetensors.torch import load_file
 from sklearn.metrics import roc_auc_score
 
 from compressors.contracts import Artifact, Limit
-from compressors.dense.channels import Channels
 from compressors.distill.distill import Distill
 from compressors.distill.fine_tune import FineTune
-from compressors.errors import CompressionError
-from compressors.tables.rowwise_int8 import RowwiseInt8
-from compressors.training import Training
+from compressors.distill.training.settings import Training
+from compressors.errors.compression import CompressionError
+from compressors.prune.dense.channels import Channels
+from compressors.quantize.tables.rowwise_int8 import RowwiseInt8
 from flows.order import Order
 from infra.settings import load_settings
-from tasks.bundles import pack
-from tasks.documents import Report
-from tasks.loading import data_path, load_bundle
-from tasks.stored import local
+from tasks.bundles.loading import data_path, load_bundle
+from tasks.bundles.packing import pack
+from tasks.orchestration.documents import Report
+from tasks.orchestration.workspace import local
 
 ANY = Limit.parse("auc vs baseline >= -0.2")
 SHORT = Training(epochs=2, patience=2, batch=256)

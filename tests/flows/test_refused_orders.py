@@ -9,8 +9,8 @@ from typing import NamedTuple
 import pytest
 from drafts import ALLOWED, write_draft
 
-from flows import cli
-from tasks.bundles import pack
+from flows.cli import app
+from tasks.bundles.packing import pack
 
 TYPED = [
     ("auc vs baseline <= 0.002", "auc vs baseline >= -0.002"),
@@ -45,11 +45,13 @@ def call(
     def called(*arguments: str) -> Ended:
         monkeypatch.setattr(sys, "argv", ["recpress", *arguments])
         # A run, even one that fails at once, would start a server; nothing here may reach it.
-        monkeypatch.setattr("flows.console.run", lambda *_, **__: pytest.fail("a run was started"))
+        monkeypatch.setattr(
+            "flows.cli.console.run", lambda *_, **__: pytest.fail("a run was started")
+        )
         capsys.readouterr()
         code: object = 0
         try:
-            cli.main()
+            app.main()
         except SystemExit as ended:
             code = ended.code
         return Ended(code if isinstance(code, int) else 0, *capsys.readouterr())

@@ -7,17 +7,17 @@ from typing import Any
 import pytest
 
 from compressors.contracts import Artifact, Limit
-from compressors.dense.float16 import Float16
-from flows import cli_order
+from compressors.quantize.dense.float16 import Float16
+from flows.cli import orders
 from flows.order import Order
 from flows.resolve import order_digest
 from flows.terms import Targets, Terms
-from infra.checks import Rules
-from tasks.subject import Subject
+from infra.data.checks import Rules
+from tasks.bundles.bundle_ref import BundleRef
 
 LIMIT = Limit(metric="auc", against="baseline", at_least=-0.002)
 ORDER = Order(model="clicks@1", limits=(LIMIT,))
-SUBJECT = Subject(
+SUBJECT = BundleRef(
     artifact=Artifact(uri="file:///s/artifacts/a", sha256="a" * 64, bytes=1),
     name="clicks",
     version="1",
@@ -43,7 +43,7 @@ def read_by_the_command_line(command: str) -> Terms:
         given.setdefault(option.removeprefix("--"), []).append(value)
     (preset,), (seed,) = given["preset"], given.get("seed", ["0"])
     targets, optional = given.get("target", []), given.get("optional", [])
-    return cli_order.terms(
+    return orders.terms(
         model,
         preset,
         given["limit"],

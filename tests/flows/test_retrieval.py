@@ -12,15 +12,15 @@ from orders import BOTH, Ran, carry_out, surroundings
 from retrieval_draft import ITEMS, USERS, planted_recall, write_retrieval_draft
 
 from compressors.contracts import Limit
-from compressors.dense.static_int8 import StaticInt8
-from compressors.tables.rowwise_int4 import RowwiseInt4
+from compressors.quantize.dense.static_int8 import StaticInt8
+from compressors.quantize.tables.rowwise_int4 import RowwiseInt4
 from flows.order import Order
-from infra.registry import Registry
+from infra.registry.mlflow_registry import Registry
 from infra.settings import load_settings
-from tasks.bundles import pack
-from tasks.documents import lowering_of
-from tasks.promotion import fetch
-from tasks.stored import local
+from tasks.bundles.packing import pack
+from tasks.orchestration.documents import lowering_of
+from tasks.orchestration.workspace import local
+from tasks.promotion.promotions import fetch
 
 LIMITS = (Limit.parse("recall@20 vs baseline >= -0.05"), Limit.parse("bytes vs baseline <= 0.9"))
 STEPS = (RowwiseInt4(), StaticInt8())

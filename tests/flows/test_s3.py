@@ -15,9 +15,9 @@ from s3_server import S3Server
 from compressors.contracts import Limit
 from flows.order import Order
 from flows.terms import Preset
-from tasks.bundles import Packed, pack
-from tasks.documents import Finished
-from tasks.stored import store
+from tasks.bundles.packing import Packed, pack
+from tasks.orchestration.documents import Finished
+from tasks.orchestration.workspace import store
 
 ROOT = "s3://models/way/of/one"
 LIMIT = Limit.parse("auc vs baseline >= -0.02")

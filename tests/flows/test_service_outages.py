@@ -27,8 +27,8 @@ from prefect.deployments import run_deployment
 from prefect.settings import PREFECT_API_AUTH_STRING, PREFECT_API_URL, temporary_settings
 
 from infra import errors
-from infra.answers import NoAnswer, get
-from tasks import outages, policy
+from infra.services.http_probe import NoAnswer, get
+from tasks.orchestration import outages, policy
 
 SECONDS = 600
 ORDER: dict[str, Any] = {
@@ -313,7 +313,7 @@ def test_an_order_completes_although_the_registry_is_down_for_60_s_when_it_publi
             [
                 sys.executable,
                 "-m",
-                "flows.cli",
+                "flows.cli.app",
                 "compress",
                 "outages@1",
                 "--preset",

@@ -12,15 +12,15 @@ from safetensors.torch import load_file
 
 from compressors.contracts import Limit
 from compressors.distill.distill import Distill
-from compressors.errors import CompressionError
-from compressors.tables.rowwise_int8 import RowwiseInt8
-from compressors.training import Training
+from compressors.distill.training.settings import Training
+from compressors.errors.compression import CompressionError
+from compressors.quantize.tables.rowwise_int8 import RowwiseInt8
 from flows.explain import explain
 from flows.order import Order
-from infra.bundle import read
-from tasks.bundles import pack
-from tasks.stored import local
-from tasks.subject import resolve
+from infra.bundle.bundle_folder import read
+from tasks.bundles.bundle_ref import resolve
+from tasks.bundles.packing import pack
+from tasks.orchestration.workspace import local
 
 ANY = Limit.parse("auc vs baseline >= -0.2")
 SHORT = Training(epochs=1, batch=256)
@@ -111,12 +111,12 @@ def test_soft_labels_are_the_mean_of_logits(ran: tuple[Path, Ran]) -> None:
 
 
 def test_an_order_of_other_teachers_is_another_order(ran: tuple[Path, Ran]) -> None:
-    from flows.resolve import already
+    from flows.resolve import carried_out_result
 
-    found = already(ORDER)
+    found = carried_out_result(ORDER)
     assert found is not None
     assert found.version == ran[1].finished.version
-    assert already(ORDER.model_copy(update={"teachers": ("second@1",)})) is None
+    assert carried_out_result(ORDER.model_copy(update={"teachers": ("second@1",)})) is None
 
 
 @pytest.mark.parametrize(

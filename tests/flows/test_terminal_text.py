@@ -21,11 +21,11 @@ from rich.status import Status
 from rich.table import Table
 from safetensors.torch import save_file
 
-from flows.console import _Stages, console, write_table
-from infra.html import document
+from flows.cli.console import _Stages, console, write_table
+from infra.pages.html import document
 from infra.printable import one_line, printable
-from tasks import log_lines
-from tasks.report_cells import cell
+from tasks.orchestration import log_lines
+from tasks.report.cells import cell
 
 HOSTILE = {
     "brackets": "price[usd]",
@@ -268,8 +268,11 @@ def test_a_console_refuses_markup():
         console().print("[red]x[/red]", markup=True)
 
 
+OURS = ("flows", "tasks", "infra")
+
+
 def test_no_module_reads_markup_or_makes_a_console_of_its_own():
-    for path in [*ROOT.glob("flows/*.py"), *ROOT.glob("tasks/*.py"), *ROOT.glob("infra/*.py")]:
+    for path in (path for top in OURS for path in (ROOT / top).rglob("*.py")):
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.keyword) and node.arg == "markup":
                 assert ast.literal_eval(node.value) is False, path
@@ -287,7 +290,7 @@ def test_a_log_line_is_one_line_without_control_characters(kind, caplog):
     try:
         log_lines.install()
         with caplog.at_level(logging.INFO):
-            logging.getLogger("tasks.announce").info("stage %s", HOSTILE[kind])
+            logging.getLogger("tasks.orchestration.progress").info("stage %s", HOSTILE[kind])
             logging.getLogger("prefect.flow_runs").info("run %s", HOSTILE[kind])
     finally:
         logging.setLogRecordFactory(create)

@@ -11,7 +11,7 @@ from orders import World
 from pbtxt_reader import read
 from triton_configs import warmups
 
-from tasks.promotion import promote
+from tasks.promotion.promotions import promote
 
 pytestmark = pytest.mark.usefixtures("no_champion")
 

@@ -3,15 +3,15 @@
 import pytest
 
 from compressors.contracts import Artifact
-from compressors.dense.float16 import Float16
-from compressors.dense.magnitude import Magnitude
-from compressors.dense.static_int8 import StaticInt8
-from flows.choosing import lacking, looked_at
-from tasks.subject import Subject
+from compressors.prune.dense.magnitude import Magnitude
+from compressors.quantize.dense.float16 import Float16
+from compressors.quantize.dense.static_int8 import StaticInt8
+from flows.choosing import lacking, parts_of_step
+from tasks.bundles.bundle_ref import BundleRef
 
 
-def subject(**rows: int) -> Subject:
-    return Subject(
+def subject(**rows: int) -> BundleRef:
+    return BundleRef(
         artifact=Artifact(uri="file:///nowhere", sha256="0" * 64, bytes=1),
         name="clicks",
         version="1",
@@ -35,12 +35,12 @@ def subject(**rows: int) -> Subject:
 )
 def test_float16_sees_calibration_rows_where_there_are_any_and_never_lacks_them(rows, seen):
     held = subject(**rows)
-    assert looked_at(Float16(), held) == seen
+    assert parts_of_step(Float16(), held) == seen
     assert lacking(Float16(), held) is None
 
 
 def test_what_a_step_needs_comes_first_and_others_want_nothing():
     held = subject(train=10)
-    assert looked_at(StaticInt8(), held) == ("calibration",)
-    assert looked_at(Magnitude(), held) == ()
+    assert parts_of_step(StaticInt8(), held) == ("calibration",)
+    assert parts_of_step(Magnitude(), held) == ()
     assert lacking(StaticInt8(), subject()) is not None

@@ -14,14 +14,14 @@ from torch import Tensor, nn
 
 from tests.draft_network import ClickNet, TowerNet
 from tests.golden import package
-from tests.golden.package import Bench, DenseInput, IdInput, JaggedBag, Schema
+from tests.golden.package import Bench, DenseInput, IdInput, JaggedBag, Signature
 from tests.models import RANKER, Reference, prepared
 from tests.narrow_networks import HISTORY, Transformer
 
 RANKING = HISTORY.model_copy(
     update={"task": "ranking", "output": "score", "metric": "ndcg@10", "group": "user"}
 )
-TOWERS = Schema.model_validate(
+TOWERS = Signature.model_validate(
     {
         "task": "retrieval",
         "output": "score",
@@ -252,7 +252,7 @@ def bench_of(network: str, kinds: tuple[str, ...], folder: Path) -> Bench:
         return scores + scores.std() * noise
 
     validation = prepared(
-        reference.schema, reference.rows_of_tables(), folder / "agreeing", 9, noisy
+        reference.signature, reference.rows_of_tables(), folder / "agreeing", 9, noisy
     )
     return bench.model_copy(update={"validation": validation})
 

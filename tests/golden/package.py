@@ -19,21 +19,21 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from compressors.batches import edge_example, example
 from compressors.contracts import Bench as Bench
 from compressors.contracts import DenseInput as DenseInput
 from compressors.contracts import IdInput as IdInput
 from compressors.contracts import JaggedBag as JaggedBag
-from compressors.contracts import Schema as Schema
+from compressors.contracts import Signature as Signature
 from compressors.contracts import TargetKind
-from compressors.errors import CompressionError
+from compressors.core.batches import edge_example, example
+from compressors.core.model import Model
+from compressors.core.registries import AnyStep
+from compressors.core.runner import run
+from compressors.core.state.module_state import mapped
+from compressors.errors.compression import CompressionError
 from compressors.lower.export import lower
-from compressors.lower.served import forms, input_names
-from compressors.model import Model
-from compressors.state import mapped
-from compressors.step import run
-from compressors.steps import AnyStep
-from infra.onnxruntime import Session
+from compressors.lower.serving_wrapper import input_names, served_graphs
+from infra.onnxruntime.sessions import Session
 from tests.models import Reference, Step, default
 
 KINDS: dict[str, str] = {}
@@ -100,7 +100,7 @@ def stored_tensors(folder: Path) -> dict[str, Tensor]:
 
 def module_scores(model: Model, reference: Reference) -> NDArray[Any]:
     """The module's output on fixed valid inputs, float32."""
-    inputs = example(reference.schema, reference.rows_of_tables(), ROWS, seed=5)
+    inputs = example(reference.signature, reference.rows_of_tables(), ROWS, seed=5)
     with torch.no_grad():
         scores: Tensor = model.module(**inputs)
     return scores.to(torch.float32).numpy()
@@ -122,7 +122,7 @@ def write_graphs(
 
     Args:
         model: plain or compressed.
-        reference: the network's schema.
+        reference: the network's signature.
         target: as the package calls it.
         folder: where the graphs are written.
 
@@ -130,16 +130,16 @@ def write_graphs(
         Refused: the model has no form on this target.
     """
     graphs = []
-    for form in forms(reference.schema):
+    for form in served_graphs(reference.signature):
         path = Path(tempfile.mkdtemp(dir=folder)) / "model.onnx"
         with refusals():
             rows = lower(model.module, form, target, path).served.rows_of_table  # type: ignore[arg-type]
         scores = {}
         if target == RUNTIME:
-            session, names = Session(path, threads=1), input_names(form.schema)
+            session, names = Session(path, threads=1), input_names(form.signature)
             for title, inputs in (
-                ("valid", example(form.schema, rows, ROWS, seed=5)),
-                ("edge", edge_example(form.schema, rows, EDGE_ROWS)),
+                ("valid", example(form.signature, rows, ROWS, seed=5)),
+                ("edge", edge_example(form.signature, rows, EDGE_ROWS)),
             ):
                 scores[title] = session.scores({name: inputs[name].numpy() for name in names})
         graphs.append(WrittenGraph(form.name, path, scores))

@@ -6,7 +6,7 @@ import textwrap
 import pytest
 import torch
 
-from infra.architecture import network_class, source_digest
+from infra.bundle.architecture import network_class, source_digest
 from infra.errors import BundleRefused
 
 ALLOWED = ("shopnets",)

@@ -12,11 +12,11 @@ import pytest
 import torch
 
 from compressors.contracts import is_out_of_memory
-from compressors.errors import ModelRefused
+from compressors.errors.compression import ModelRefused
 from infra import memory
-from infra.disk import of_input, translate
 from infra.errors import DataRefused, OutOfMemory, SettingRefused
 from infra.memory import as_out_of_memory, available_memory, memory_errors, require_memory
+from infra.store.disk import of_input, translate
 
 MIB = 2**20
 TOO_MUCH = 2**46  # bytes: more than any address space that these processes may use

@@ -25,21 +25,21 @@ from compressors.contracts import (
     Artifact,
     ModuleRecord,
     Network,
-    Schema,
+    Signature,
     tensor_names,
 )
-from compressors.state import write_tensors
-from infra import bundle, bundle_shards
-from infra.architecture import network_class
+from compressors.core.state.module_state import write_tensors
+from infra.bundle import bundle_folder, shards
+from infra.bundle.architecture import network_class
+from infra.bundle.json_limits import MAX_JSON_BYTES
 from infra.errors import BundleRefused
-from infra.json_limits import MAX_JSON_BYTES
 
 ARTIFACT = Artifact(uri="file:///data", sha256="1" * 64, bytes=10)
 DATA = {
-    "train": bundle.DataReference(artifact=ARTIFACT, file="train.parquet", rows=100),
-    "test": bundle.DataReference(artifact=ARTIFACT, file="test", rows=10),
+    "train": bundle_folder.DataReference(artifact=ARTIFACT, file="train.parquet", rows=100),
+    "test": bundle_folder.DataReference(artifact=ARTIFACT, file="test", rows=10),
 }
-SIGNATURE = Schema.model_validate(
+SIGNATURE = Signature.model_validate(
     {
         "task": "ctr",
         "inputs": [
@@ -71,7 +71,7 @@ EVERY_SHARDING = pytest.mark.parametrize("shard_bytes", [1 << 20, 60], ids=["one
 def make(folder, shard_bytes=1 << 20, **changes):
     folder.mkdir(exist_ok=True)
     write_tensors(WEIGHTS, folder, shard_bytes)
-    bundle.seal(folder, **{**FIELDS, **changes})
+    bundle_folder.seal(folder, **{**FIELDS, **changes})
     return folder
 
 
@@ -155,38 +155,40 @@ def test_what_was_sealed_is_what_is_read(tmp_path, shard_bytes):
     folder = tmp_path / "b"
     folder.mkdir()
     paths = write_tensors(WEIGHTS, folder, shard_bytes)
-    manifest = bundle.seal(folder, **FIELDS, parents=[ARTIFACT], vocabularies={"genres": ARTIFACT})
-    assert bundle.read(folder) == manifest
-    assert bundle.tensor_files(folder) == paths
+    manifest = bundle_folder.seal(
+        folder, **FIELDS, parents=[ARTIFACT], vocabularies={"genres": ARTIFACT}
+    )
+    assert bundle_folder.read(folder) == manifest
+    assert bundle_folder.tensor_files(folder) == paths
     assert len(paths) == (1 if shard_bytes > 60 else 2)
-    assert (folder / bundle.INDEX).exists() == (len(paths) > 1)
-    facts = bundle.check_weights(folder, manifest)
+    assert (folder / bundle_folder.INDEX).exists() == (len(paths) > 1)
+    facts = bundle_folder.check_weights(folder, manifest)
     assert facts == {
-        "embed.user.weight": bundle.TensorFact(shape=(5, 4), dtype="F32", bytes=80),
-        "embed.genres.weight": bundle.TensorFact(shape=(3, 4), dtype="BF16", bytes=24),
-        "dense.bias": bundle.TensorFact(shape=(7,), dtype="F32", bytes=28),
+        "embed.user.weight": bundle_folder.TensorFact(shape=(5, 4), dtype="F32", bytes=80),
+        "embed.genres.weight": bundle_folder.TensorFact(shape=(3, 4), dtype="BF16", bytes=24),
+        "dense.bias": bundle_folder.TensorFact(shape=(7,), dtype="F32", bytes=28),
     }
-    assert bundle.table_rows(facts, manifest) == {"embed.user": 5, "embed.genres": 3}
+    assert bundle_folder.table_rows(facts, manifest) == {"embed.user": 5, "embed.genres": 3}
 
 
 def test_the_index_has_the_standard_form(sharded):
-    index = json.loads((sharded / bundle.INDEX).read_text())
+    index = json.loads((sharded / bundle_folder.INDEX).read_text())
     assert index["metadata"] == {"total_size": 132}
     assert index["weight_map"]["embed.user.weight"] == "model-00001-of-00002.safetensors"
 
 
 def test_sealing_again_replaces_the_manifest_and_a_killed_runs_leftover(sealed):
     (sealed / "model.json.partial").write_text("half")
-    bundle.seal(sealed, **{**FIELDS, "version": "V2"})
-    assert bundle.read(sealed).version == "V2"
+    bundle_folder.seal(sealed, **{**FIELDS, "version": "V2"})
+    assert bundle_folder.read(sealed).version == "V2"
     assert sorted(p.name for p in sealed.iterdir()) == ["model.json", "model.safetensors"]
 
 
 def test_tuples_in_settings_come_back_as_lists_and_seal_says_so(sealed):
     network = Network(architecture=Architecture(path="a:B", config={"hidden": (4, 2)}))
-    manifest = bundle.seal(sealed, **{**FIELDS, "network": network})
+    manifest = bundle_folder.seal(sealed, **{**FIELDS, "network": network})
     assert manifest.network.architecture.config == {"hidden": [4, 2]}
-    assert bundle.read(sealed) == manifest
+    assert bundle_folder.read(sealed) == manifest
 
 
 def test_a_header_that_begins_like_a_pickle_is_no_pickle(tmp_path):
@@ -197,8 +199,8 @@ def test_a_header_that_begins_like_a_pickle_is_no_pickle(tmp_path):
         (tmp_path / "model.safetensors").write_bytes(
             shard_bytes_of(raw + b" " * (length - len(raw)), b"\0" * 4)
         )
-        bundle.seal(tmp_path, **FIELDS)
-        assert list(bundle.check_weights(tmp_path, bundle.read(tmp_path))) == ["a"]
+        bundle_folder.seal(tmp_path, **FIELDS)
+        assert list(bundle_folder.check_weights(tmp_path, bundle_folder.read(tmp_path))) == ["a"]
 
 
 def test_a_compressed_and_a_tied_table_have_rows(tmp_path):
@@ -208,9 +210,9 @@ def test_a_compressed_and_a_tied_table_have_rows(tmp_path):
         ties={"embed.genres.weight": "shared"},
     )
     write_tensors({"shared": torch.ones(6, 2), "embed.user.codes": torch.ones(9)}, tmp_path)
-    manifest = bundle.seal(tmp_path, **{**FIELDS, "network": network})
-    facts = bundle.check_weights(tmp_path, manifest)
-    assert bundle.table_rows(facts, manifest) == {"embed.user": 9, "embed.genres": 6}
+    manifest = bundle_folder.seal(tmp_path, **{**FIELDS, "network": network})
+    facts = bundle_folder.check_weights(tmp_path, manifest)
+    assert bundle_folder.table_rows(facts, manifest) == {"embed.user": 9, "embed.genres": 6}
 
 
 def test_a_draft_is_read_with_relative_and_absolute_paths(draft, tmp_path):
@@ -220,7 +222,7 @@ def test_a_draft_is_read_with_relative_and_absolute_paths(draft, tmp_path):
         data={"train": "train.parquet", "test": str(tmp_path / "elsewhere")},
         vocabularies={"genres": "./train.parquet"},
     )
-    read = bundle.read_draft(draft)
+    read = bundle_folder.read_draft(draft)
     assert read.data["train"] == "train.parquet"
     assert (draft / read.data["test"]).is_dir()
 
@@ -228,14 +230,14 @@ def test_a_draft_is_read_with_relative_and_absolute_paths(draft, tmp_path):
 # --- the folder ------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("ending", bundle_shards.PICKLE_ENDINGS)
+@pytest.mark.parametrize("ending", shards.PICKLE_ENDINGS)
 def test_a_file_named_like_a_pickle_is_refused(sealed, draft, ending):
-    for folder, look in ((sealed, bundle.read), (draft, bundle.read_draft)):
+    for folder, look in ((sealed, bundle_folder.read), (draft, bundle_folder.read_draft)):
         (folder / f"model{ending.upper()}").write_bytes(b"")
         message = refusal(look, folder)
         assert "named like a pickle" in message
         assert "safetensors.torch.save_file" in message
-    assert "named like a pickle" in refusal(bundle.seal, sealed, **FIELDS)
+    assert "named like a pickle" in refusal(bundle_folder.seal, sealed, **FIELDS)
 
 
 def pickles():
@@ -248,20 +250,20 @@ def pickles():
 
 @pytest.mark.parametrize("raw", [raw for _, raw in pickles()], ids=[name for name, _ in pickles()])
 def test_a_pickle_renamed_to_safetensors_is_refused_even_when_hashed(sealed, draft, raw):
-    for folder, look in ((sealed, bundle.read), (draft, bundle.read_draft)):
+    for folder, look in ((sealed, bundle_folder.read), (draft, bundle_folder.read_draft)):
         (folder / "model.safetensors").write_bytes(raw)
         rehash(folder) if folder is sealed else None
         message = refusal(look, folder)
         assert "is a pickle, whatever its name" in message
         assert "safetensors.torch.save_file" in message
-    assert "is a pickle" in refusal(bundle.seal, sealed, **FIELDS)
+    assert "is a pickle" in refusal(bundle_folder.seal, sealed, **FIELDS)
 
 
 def test_what_torch_save_writes_is_refused_under_any_name(sealed):
     for old in (False, True):
         torch.save(WEIGHTS, sealed / "model.safetensors", _use_new_zipfile_serialization=not old)
         assert zipfile.is_zipfile(sealed / "model.safetensors") != old
-        assert "is a pickle, whatever its name" in refusal(bundle.read, sealed)
+        assert "is a pickle, whatever its name" in refusal(bundle_folder.read, sealed)
 
 
 @pytest.mark.parametrize(
@@ -285,7 +287,7 @@ def test_a_folder_that_is_not_what_was_sealed_is_refused(sealed, spoil, words):
     size = (sealed / "model.safetensors").stat().st_size
     spoil(sealed)
     words = words.replace("357", str(size + 1)).replace("356", str(size))
-    assert words in refusal(bundle.read, sealed)
+    assert words in refusal(bundle_folder.read, sealed)
 
 
 def link_out(folder, name):
@@ -298,14 +300,14 @@ def append(path):
 
 
 def test_a_file_is_no_bundle(sealed):
-    assert "is not a folder" in refusal(bundle.read, sealed / "model.json")
+    assert "is not a folder" in refusal(bundle_folder.read, sealed / "model.json")
 
 
 def test_all_problems_of_a_folder_are_told_at_once(sharded):
     (sharded / FIRST).unlink()
     append(sharded / "model-00002-of-00002.safetensors")
     (sharded / "extra.safetensors").write_bytes(b"")
-    message = refusal(bundle.read, sharded)
+    message = refusal(bundle_folder.read, sharded)
     assert re.search(r"00001.*missing[^-]*\n- 'extra.*extra.*\n- .*00002.*bytes, not", message)
 
 
@@ -323,14 +325,14 @@ def test_any_single_changed_byte_is_refused(tmp_path_factory, shard_bytes):
                 changed[offset] ^= flip
                 path.write_bytes(changed)
                 try:
-                    refusal(bundle.read, folder)
+                    refusal(bundle_folder.read, folder)
                 finally:
                     path.write_bytes(raw)
                 return
             offset -= len(raw)
 
     check()
-    bundle.read(folder)
+    bundle_folder.read(folder)
 
 
 def test_a_changed_weight_is_called_changed(sealed):
@@ -338,13 +340,13 @@ def test_a_changed_weight_is_called_changed(sealed):
     raw = bytearray(path.read_bytes())
     raw[-1] ^= 1
     path.write_bytes(raw)
-    assert "was changed, its hash is wrong" in refusal(bundle.read, sealed)
+    assert "was changed, its hash is wrong" in refusal(bundle_folder.read, sealed)
 
 
 def test_an_edited_manifest_is_called_changed(sealed):
     text = (sealed / "model.json").read_text()
     (sealed / "model.json").write_text(text.replace('"tiny"', '"tony"'))
-    assert "was changed after it was sealed" in refusal(bundle.read, sealed)
+    assert "was changed after it was sealed" in refusal(bundle_folder.read, sealed)
 
 
 # --- model.json ------------------------------------------------------------------------------
@@ -380,13 +382,13 @@ def test_an_edited_manifest_is_called_changed(sealed):
     ],
     ids=range(24),
 )
-@pytest.mark.parametrize("look", [bundle.read, bundle.read_draft])
+@pytest.mark.parametrize("look", [bundle_folder.read, bundle_folder.read_draft])
 def test_a_model_json_that_cannot_be_trusted_is_refused(sealed, look, raw, words):
     (sealed / "model.json").write_bytes(raw)
     assert words in refusal(look, sealed)
 
 
-@pytest.mark.parametrize("look", [bundle.read, bundle.read_draft])
+@pytest.mark.parametrize("look", [bundle_folder.read, bundle_folder.read_draft])
 def test_a_large_model_json_is_refused_unread(sealed, look, monkeypatch):
     monkeypatch.setattr(Path, "read_bytes", lambda path: pytest.fail(f"{path} was read"))
     with (sealed / "model.json").open("r+b") as file:
@@ -427,15 +429,15 @@ def test_a_wrong_field_is_named_with_its_place(sealed, path, value, words):
     if path == ("signature", "inputs", 1, "name"):
         document["signature"]["inputs"][1]["columns"] = ["user"]
         words = "inputs share the name(s) user"
-    assert words in refusal(bundle.read, sealed)
+    assert words in refusal(bundle_folder.read, sealed)
 
 
 def test_all_wrong_fields_are_told_at_once_up_to_a_limit(draft):
     write_draft(draft, name="X", version="", data={}, signature=1)
-    message = refusal(bundle.read_draft, draft)
+    message = refusal(bundle_folder.read_draft, draft)
     assert re.search(r"\n- name: .*\n- version: .*\n- signature: ", message)
     write_draft(draft, **{f"x{number}": 1 for number in range(50)})
-    message = refusal(bundle.read_draft, draft)
+    message = refusal(bundle_folder.read_draft, draft)
     assert message.count("\n") == 21
     assert message.endswith("and more.")
 
@@ -445,11 +447,11 @@ def test_all_wrong_fields_are_told_at_once_up_to_a_limit(draft):
 )
 def test_a_refusal_stays_short_whatever_it_quotes(draft, change):
     write_draft(draft, **change)
-    assert len(refusal(bundle.read_draft, draft)) < 2_500  # two sentences of 900 and a path
+    assert len(refusal(bundle_folder.read_draft, draft)) < 2_500  # two sentences of 900 and a path
     document = json.loads((draft / "model.json").read_text())
     document["signature"] = {"task": "ctr", "inputs": [{"kind": "z" * 100_000}] * 3}
     (draft / "model.json").write_text(json.dumps(document))
-    assert len(refusal(bundle.read_draft, draft)) < 20 * 900
+    assert len(refusal(bundle_folder.read_draft, draft)) < 20 * 900
 
 
 LEAVING = [
@@ -473,7 +475,7 @@ def test_a_manifest_naming_files_outside_the_bundle_is_refused(sealed, name, wor
     document = document_of(sealed)
     document["files"][name] = document["files"]["model.safetensors"]
     reseal(sealed, document)
-    assert words in refusal(bundle.read, sealed)
+    assert words in refusal(bundle_folder.read, sealed)
 
 
 @pytest.mark.parametrize(("name", "words"), [*LEAVING, ("/etc/passwd", "is absolute")])
@@ -485,20 +487,20 @@ def test_a_manifest_naming_data_outside_its_artifact_is_refused(sealed, place, n
     else:
         document[place][name] = ARTIFACT.model_dump()
     reseal(sealed, document)
-    assert words in refusal(bundle.read, sealed)
+    assert words in refusal(bundle_folder.read, sealed)
 
 
 @pytest.mark.parametrize(("path", "words"), [*LEAVING, ("/a/../b", "has '..'")])
 @pytest.mark.parametrize("place", ["data", "vocabularies", "transforms"])
 def test_a_draft_path_that_climbs_out_is_refused(draft, place, path, words):
     write_draft(draft, **{place: {"train": path}})
-    assert words in refusal(bundle.read_draft, draft)
+    assert words in refusal(bundle_folder.read_draft, draft)
 
 
 @pytest.mark.parametrize("path", ["gone.parquet", "/nowhere/gone.parquet"])
 def test_a_draft_path_to_nothing_is_refused(draft, path):
     write_draft(draft, data={"train": path})
-    message = refusal(bundle.read_draft, draft)
+    message = refusal(bundle_folder.read_draft, draft)
     assert f"data.train: '{path}' is not there" in message
 
 
@@ -506,26 +508,26 @@ def test_a_draft_path_through_a_link_that_leaves_is_refused(draft, tmp_path):
     (tmp_path / "secret.parquet").write_bytes(b"PAR1")
     (draft / "linked.parquet").symlink_to(tmp_path / "secret.parquet")
     write_draft(draft, data={"train": "linked.parquet"})
-    assert "leaves the folder by a symbolic link" in refusal(bundle.read_draft, draft)
+    assert "leaves the folder by a symbolic link" in refusal(bundle_folder.read_draft, draft)
 
 
 def test_a_draft_is_no_bundle_and_a_bundle_no_draft(sealed, draft):
     (draft / "train.parquet").unlink()
-    assert "is a draft. Pack it first: 'recpress bundle pack" in refusal(bundle.read, draft)
-    assert "already a sealed bundle" in refusal(bundle.read_draft, sealed)
+    assert "is a draft. Pack it first: 'recpress bundle pack" in refusal(bundle_folder.read, draft)
+    assert "already a sealed bundle" in refusal(bundle_folder.read_draft, sealed)
 
 
 def test_a_draft_without_weights_is_refused(draft):
     (draft / "model.safetensors").unlink()
-    assert "holds no tensor" in refusal(bundle.read_draft, draft)
+    assert "holds no tensor" in refusal(bundle_folder.read_draft, draft)
 
 
 def test_settings_without_a_json_form_are_refused(sealed):
     for value in (torch.float16, float("nan"), -float("inf"), {1, 2}, {1: 2}, np.int64(3)):
         network = Network(architecture=Architecture(path="a:B", config={"x": value}))
-        message = refusal(bundle.seal, sealed, **{**FIELDS, "network": network})
+        message = refusal(bundle_folder.seal, sealed, **{**FIELDS, "network": network})
         assert "has no JSON form" in message
-    assert bundle.read(sealed).network == NETWORK, "the old manifest still stands"
+    assert bundle_folder.read(sealed).network == NETWORK, "the old manifest still stands"
 
 
 JSON_VALUES = st.recursive(
@@ -560,8 +562,8 @@ def test_no_model_json_raises_anything_but_a_refusal(tmp_path_factory):
     )
     def garbage(raw):
         (folder / "model.json").write_bytes(raw)
-        refusal(bundle.read, folder)
-        refusal(bundle.read_draft, folder)
+        refusal(bundle_folder.read, folder)
+        refusal(bundle_folder.read_draft, folder)
 
     @given(
         path=st.sampled_from(every_place), value=JSON_VALUES, how=st.sampled_from(["set", "add"])
@@ -577,12 +579,12 @@ def test_no_model_json_raises_anything_but_a_refusal(tmp_path_factory):
             place[path[-1]] = value
         reseal(folder, document)
         with contextlib.suppress(BundleRefused):  # some mutations are still good bundles
-            manifest = bundle.read(folder)
-            bundle.table_rows(bundle.check_weights(folder, manifest), manifest)
+            manifest = bundle_folder.read(folder)
+            bundle_folder.table_rows(bundle_folder.check_weights(folder, manifest), manifest)
         document.pop("files", None)
         document.pop("seal", None)
         (folder / "model.json").write_text(json.dumps(document))
-        refusal(bundle.read, folder)
+        refusal(bundle_folder.read, folder)
 
     garbage()
     mutation()
@@ -613,11 +615,11 @@ FLOAT = {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}
     ids=range(13),
 )
 def test_a_malformed_shard_is_refused_even_when_hashed(sealed, draft, raw, words):
-    for folder, look in ((sealed, bundle.read), (draft, bundle.read_draft)):
+    for folder, look in ((sealed, bundle_folder.read), (draft, bundle_folder.read_draft)):
         (folder / "model.safetensors").write_bytes(raw)
         rehash(folder) if folder is sealed else None
         assert words in refusal(look, folder)
-    assert words in refusal(bundle.seal, sealed, **FIELDS)
+    assert words in refusal(bundle_folder.seal, sealed, **FIELDS)
 
 
 @given(
@@ -627,11 +629,11 @@ def test_no_shard_raises_anything_but_a_refusal(tmp_path_factory, header, size):
     folder = tmp_path_factory.getbasetemp() / "shards"
     folder.mkdir(exist_ok=True)
     (folder / "model.safetensors").write_bytes(shard_bytes_of(header, b"0" * size))
-    refusal(bundle_shards.stored_tensors, folder)
+    refusal(shards.stored_tensors, folder)
 
 
 def change_index(folder, change):
-    path = folder / bundle.INDEX
+    path = folder / bundle_folder.INDEX
     index = json.loads(path.read_text())
     change(index)
     path.write_text(json.dumps(index))
@@ -659,22 +661,22 @@ FIRST = "model-00001-of-00002.safetensors"
     ids=range(11),
 )
 def test_an_index_that_disagrees_with_its_shards_is_refused(sharded, change, words):
-    manifest = bundle.read(sharded)
+    manifest = bundle_folder.read(sharded)
     change_index(sharded, change)
-    assert words in refusal(bundle.read, sharded)
-    assert words in refusal(bundle.check_weights, sharded, manifest)
+    assert words in refusal(bundle_folder.read, sharded)
+    assert words in refusal(bundle_folder.check_weights, sharded, manifest)
 
 
 def test_several_shards_without_an_index_are_refused(sharded):
-    (sharded / bundle.INDEX).unlink()
+    (sharded / bundle_folder.INDEX).unlink()
     rehash(sharded)
-    assert f"2 shards but no {bundle.INDEX}" in refusal(bundle.read, sharded)
+    assert f"2 shards but no {bundle_folder.INDEX}" in refusal(bundle_folder.read, sharded)
 
 
 def test_a_tensor_in_two_shards_is_refused(sharded):
     shutil.copy(sharded / FIRST, sharded / "more.safetensors")
     rehash(sharded)
-    message = refusal(bundle.read, sharded)
+    message = refusal(bundle_folder.read, sharded)
     assert f"'embed.user.weight' lies in two shards, {FIRST} and more.safetensors" in message
 
 
@@ -715,11 +717,11 @@ def test_every_bit_pattern_is_called_finite_exactly_when_torch_says_so(tmp_path,
         folder = tmp_path / name
         folder.mkdir()
         write_tensors({"w": values}, folder)
-        manifest = bundle.seal(folder, **FIELDS)
+        manifest = bundle_folder.seal(folder, **FIELDS)
         if name == "good":
-            assert bundle.check_weights(folder, manifest)["w"].dtype in FLOATS
+            assert bundle_folder.check_weights(folder, manifest)["w"].dtype in FLOATS
         else:
-            message = refusal(bundle.check_weights, folder, manifest)
+            message = refusal(bundle_folder.check_weights, folder, manifest)
             first = int(bad.nonzero()[0])
             assert f"'w' has {int(bad.sum())} NaN or infinite value(s), the first at [{first}]" in (
                 message
@@ -727,7 +729,7 @@ def test_every_bit_pattern_is_called_finite_exactly_when_torch_says_so(tmp_path,
 
 
 def test_nan_is_found_across_blocks_and_all_bad_tensors_are_told(tmp_path, monkeypatch):
-    monkeypatch.setattr(bundle, "BLOCK_BYTES", 64)
+    monkeypatch.setattr(bundle_folder, "BLOCK_BYTES", 64)
     table = torch.ones(40, 5)
     table[17, 3] = float("nan")
     table[39, 4] = -float("inf")
@@ -735,7 +737,7 @@ def test_nan_is_found_across_blocks_and_all_bad_tensors_are_told(tmp_path, monke
     scale[8] = float("inf")
     weights = {"t": table, "s": scale, "ids": torch.full((9,), -1), "fine": torch.ones(100)}
     write_tensors(weights, tmp_path, 500)
-    message = refusal(bundle.check_weights, tmp_path, bundle.seal(tmp_path, **FIELDS))
+    message = refusal(bundle_folder.check_weights, tmp_path, bundle_folder.seal(tmp_path, **FIELDS))
     assert "'t' has 2 NaN or infinite value(s), the first at [17, 3]" in message
     assert "'s' has 1 NaN or infinite value(s), the first at [8]" in message
     assert "'ids'" not in message
@@ -743,10 +745,10 @@ def test_nan_is_found_across_blocks_and_all_bad_tensors_are_told(tmp_path, monke
 
 
 def test_a_shard_that_shrinks_while_it_is_read_is_refused(sealed):
-    stored = bundle_shards.stored_tensors(sealed)["dense.bias"]
+    stored = shards.stored_tensors(sealed)["dense.bias"]
     with (sealed / "model.safetensors").open("r+b") as file:
         file.truncate(stored.start + 4)
-    message = refusal(bundle_shards.nonfinite_problem, "dense.bias", stored, bytearray(64))
+    message = refusal(shards.nonfinite_problem, "dense.bias", stored, bytearray(64))
     assert "ended early" in message
 
 
@@ -760,7 +762,7 @@ def test_a_shard_that_shrinks_while_it_is_read_is_refused(sealed):
 def test_ties_that_do_not_fit_the_shards_are_refused(tmp_path, ties, words):
     network = Network(architecture=NETWORK.architecture, ties=ties)
     folder = make(tmp_path / "b", network=network)
-    assert words in refusal(bundle.check_weights, folder, bundle.read(folder))
+    assert words in refusal(bundle_folder.check_weights, folder, bundle_folder.read(folder))
 
 
 @pytest.mark.parametrize(
@@ -781,17 +783,17 @@ def test_ties_that_do_not_fit_the_shards_are_refused(tmp_path, ties, words):
 )
 def test_an_input_whose_table_is_not_there_is_refused(tmp_path, table, modules, words):
     inputs = [{"kind": "id", "name": "user", "table": table}]
-    signature = Schema.model_validate(SIGNATURE.model_dump() | {"inputs": inputs})
+    signature = Signature.model_validate(SIGNATURE.model_dump() | {"inputs": inputs})
     network = Network(
         architecture=NETWORK.architecture,
         modules={"embed.user": ModuleRecord.model_validate(modules)} if modules else {},
     )
-    manifest = bundle.seal(
+    manifest = bundle_folder.seal(
         make(tmp_path / "b"), **{**FIELDS, "signature": signature} | {"network": network}
     )
-    facts = bundle.check_weights(tmp_path / "b", manifest)
-    facts["flat.weight"] = bundle.TensorFact(shape=(3,), dtype="F32", bytes=12)
-    message = refusal(bundle.table_rows, facts, manifest)
+    facts = bundle_folder.check_weights(tmp_path / "b", manifest)
+    facts["flat.weight"] = bundle_folder.TensorFact(shape=(3,), dtype="F32", bytes=12)
+    message = refusal(bundle_folder.table_rows, facts, manifest)
     assert message.startswith("Inputs and weights do not fit: input 'user'")
     assert words in message
 
@@ -807,7 +809,7 @@ def test_the_guides_example_is_a_draft_whose_network_can_be_called(tmp_path, mon
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
     exec(compile(save, "docs/bundle.md", "exec"), {})  # noqa: S102
-    draft = bundle.read_draft(tmp_path)
+    draft = bundle_folder.read_draft(tmp_path)
     architecture = draft.network.architecture
     model = network_class(architecture.path, ("shop_net",))(**architecture.config)
     inputs = {
@@ -819,6 +821,6 @@ def test_the_guides_example_is_a_draft_whose_network_can_be_called(tmp_path, mon
     }
     assert set(inputs) == {n for item in draft.signature.inputs for n in tensor_names(item)}
     assert model(**inputs).shape == (2, 1)
-    facts = {n: found.fact for n, found in bundle_shards.stored_tensors(tmp_path).items()}
-    assert bundle.table_rows(facts, draft) == {"user": 50, "item": 30, "tags": 8}
+    facts = {n: found.fact for n, found in shards.stored_tensors(tmp_path).items()}
+    assert bundle_folder.table_rows(facts, draft) == {"user": 50, "item": 30, "tags": 8}
     del sys.modules["shop_net"]

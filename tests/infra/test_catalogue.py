@@ -6,14 +6,14 @@ import pytest
 from retrieval_draft import SIGNATURE
 from safetensors.numpy import load_file
 
-from compressors.batches import batches
-from compressors.contracts import Schema, Split
-from infra.catalogue import need_items, prepare
-from infra.data import check_ids, split_statistics
+from compressors.contracts import Signature, Split
+from compressors.core.batches import batches
+from infra.data.catalogue import prepare, require_items
+from infra.data.expectations import Rules, validate
+from infra.data.splits import check_ids, split_statistics
 from infra.errors import DataRefused
-from infra.expectations import Rules, validate
 
-SCHEMA = Schema.model_validate(SIGNATURE)
+SCHEMA = Signature.model_validate(SIGNATURE)
 TABLES = {"of_user.user": 9, "of_user.lately": 6, "of_item.item": 9, "of_item.tags": 6}
 LISTS = pa.list_(pa.int64())
 
@@ -56,7 +56,7 @@ def test_interactions_get_what_the_catalogue_says_of_their_items(paths, tmp_path
     assert held["@bounds/tags"].tolist() == [0, 3, 4, 5, 8]
     assert held["tags"].tolist() == [1, 2, 3, 4, 4, 1, 2, 3]
     assert held["@group"].tolist() == [3, 1, 3, 1]
-    assert held["@label"].tolist() == [1, 1, 1, 1]  # the schema names no label
+    assert held["@label"].tolist() == [1, 1, 1, 1]  # the signature names no label
     # So a row is a whole input of the model, in batches as anywhere else.
     (batch,) = batches(Split(path=str(tmp_path / "out"), sha256="0" * 64, rows=4), SCHEMA, 9)
     assert batch.inputs["tags_offsets"].tolist() == [0, 3, 4, 5]
@@ -105,15 +105,15 @@ def test_what_a_query_sends_may_change_over_the_training_rows(paths, tmp_path):
 
 
 def test_a_catalogue_is_needed_by_retrieval_and_by_nothing_else():
-    need_items(["test", "items"], SCHEMA, "it")
+    require_items(["test", "items"], SCHEMA, "it")
     with pytest.raises(DataRefused, match="refers to no 'items' data"):
-        need_items(["test"], SCHEMA, "it")
-    clicks = Schema(
+        require_items(["test"], SCHEMA, "it")
+    clicks = Signature(
         task="ctr", inputs=SCHEMA.inputs[:1], output="logit", label="click", metric="auc"
     )
-    need_items(["test"], clicks, "it")
+    require_items(["test"], clicks, "it")
     with pytest.raises(DataRefused, match="only task 'retrieval' reads"):
-        need_items(["test", "items"], clicks, "it")
+        require_items(["test", "items"], clicks, "it")
 
 
 def test_ids_are_checked_in_the_file_that_has_them(paths):

@@ -4,19 +4,19 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from compressors.contracts import Architecture, Bench, IdInput, Network, Schema
+from compressors.contracts import Architecture, Bench, IdInput, Network, Signature
+from compressors.core.model import Model
+from compressors.core.runner import ModelStep, run
+from compressors.factorize import multi_hash, quotient_remainder
+from compressors.factorize.low_rank import LowRank
+from compressors.factorize.multi_hash import MultiHash
+from compressors.factorize.neural_codes import NeuralCodes
+from compressors.factorize.quotient_remainder import QuotientRemainder
 from compressors.lower.export import lower
-from compressors.lower.served import forms
-from compressors.model import Model
-from compressors.step import ModelStep, run
-from compressors.tables import multi_hash, quotient_remainder
-from compressors.tables.dimensions import Dimensions
-from compressors.tables.low_rank import LowRank
-from compressors.tables.multi_hash import MultiHash
-from compressors.tables.neural_codes import NeuralCodes
-from compressors.tables.quotient_remainder import QuotientRemainder
-from compressors.tables.rowwise_int8 import RowwiseInt8
-from infra.tensorrt import BuildRequest, Profile, TableWeights, available, build_engine
+from compressors.lower.serving_wrapper import served_graphs
+from compressors.prune.tables.dimensions import Dimensions
+from compressors.quantize.tables.rowwise_int8 import RowwiseInt8
+from infra.tensorrt.engines import BuildRequest, Profile, TableWeights, available, build_engine
 
 needs_rtx = pytest.mark.skipif(
     available("tensorrt-rtx") is None,
@@ -24,7 +24,7 @@ needs_rtx = pytest.mark.skipif(
 )
 FIELDS, DIM = 26, 32
 ROWS = 400_000  # half of them, as float16, are more than the activations of this graph take
-SCHEMA = Schema(
+SCHEMA = Signature(
     inputs=(
         IdInput(
             name="ids",
@@ -77,7 +77,7 @@ def test_an_engine_holds_the_packed_parts_and_no_more(step: ModelStep, tmp_path,
     bench = Bench(signature=SCHEMA)
     made = run(step, Model(Wide().eval(), Wide, network), bench, tmp_path / "made")
     packed = run(RowwiseInt8(), made, bench, tmp_path / "packed")
-    (form,) = forms(SCHEMA)
+    (form,) = served_graphs(SCHEMA)
     lowered = lower(packed.module, form, "tensorrt-rtx", tmp_path / "model.onnx")
     planned = sum(line.bytes_after for line in packed.plan.lines)
     request = BuildRequest(

@@ -21,10 +21,10 @@ from infra.credentials import (
     pass_to_driver,
 )
 from infra.errors import InfraError, Refused, SettingRefused
-from infra.registry import Registry
+from infra.registry.mlflow_registry import Registry
+from infra.services.setup import make_buckets
 from infra.settings import load_settings, shown
-from infra.setup import make_buckets
-from infra.store import Store
+from infra.store.object_store import Store
 
 PLANTED = canaries()
 SECRET = PLANTED.of("MLFLOW_TRACKING_URI")

@@ -8,25 +8,25 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from compressors.contracts import Architecture, Bench, DenseInput, Network, Schema, Split
-from compressors.dense.float8_dense import Float8Dense
-from compressors.dense.sparse_2_4 import Sparse24, sparse_layers
-from compressors.dense.weight_int4 import WeightInt4
-from compressors.dense.weight_int8 import WeightInt8
+from compressors.contracts import Architecture, Bench, DenseInput, Network, Signature, Split
+from compressors.core.model import Model
+from compressors.core.runner import ModelStep, run
+from compressors.core.units import stored_bytes
 from compressors.lower.export import lower
-from compressors.lower.served import forms
-from compressors.model import Model
-from compressors.step import ModelStep, run
-from compressors.units import stored_bytes
-from infra.tensorrt import BuildRequest, Engine, Profile, available, build_engine
-from infra.tensorrt_audit import judge_sparsity
+from compressors.lower.serving_wrapper import served_graphs
+from compressors.prune.dense.sparse_2_4 import Sparse24, sparse_layers
+from compressors.quantize.dense.float8_dense import Float8Dense
+from compressors.quantize.dense.weight_int4 import WeightInt4
+from compressors.quantize.dense.weight_int8 import WeightInt8
+from infra.tensorrt.audit import judge_sparsity
+from infra.tensorrt.engines import BuildRequest, Engine, Profile, available, build_engine
 
 needs_rtx = pytest.mark.skipif(
     available("tensorrt-rtx") is None,
     reason="TensorRT-RTX is not installed; pip install 'recpress[tensorrt-rtx]'",
 )
 INPUTS, WIDTH = 500, 512  # inputs that no block divides
-SCHEMA = Schema(
+SCHEMA = Signature(
     inputs=(DenseInput(name="x", shape=(INPUTS,)),),
     output="logit",
     task="ctr",
@@ -64,7 +64,7 @@ def compressed(step: ModelStep, tmp_path) -> Model:
 
 def built(model: Model, tmp_path, layers: tuple[str, ...] = ()) -> Engine:
     path = tmp_path / "model.onnx"
-    (form,) = forms(SCHEMA)
+    (form,) = served_graphs(SCHEMA)
     lower(model.module, form, "tensorrt-rtx", path)
     request = BuildRequest(
         target="tensorrt-rtx",

@@ -10,12 +10,12 @@ import pyarrow.parquet as pq
 import pytest
 from pydantic import ValidationError
 
-from compressors.contracts import DenseInput, IdInput, JaggedBag, PaddedBag, Schema
-from infra import expectations
-from infra.checks import ROWS, Check
-from infra.data import prepare
+from compressors.contracts import DenseInput, IdInput, JaggedBag, PaddedBag, Signature
+from infra.data import expectations
+from infra.data.checks import ROWS, Check
+from infra.data.expectations import Rules, refuse_failures, validate
+from infra.data.splits import prepare
 from infra.errors import DataRefused
-from infra.expectations import Rules, refuse_failures, validate
 
 INPUTS = (
     IdInput(name="user", table="users"),
@@ -25,7 +25,7 @@ INPUTS = (
     PaddedBag(name="genres", shape=(3,), table="genres"),
     JaggedBag(name="history", shape=(4,), table="users", out_of_range="default_row"),
 )
-SCHEMA = Schema(
+SCHEMA = Signature(
     task="ctr",
     inputs=INPUTS,
     output="logit",
@@ -37,7 +37,7 @@ SCHEMA = Schema(
 
 
 def narrow(column):
-    """The schema with the inputs that read one column, or the first: suites run faster."""
+    """The signature with the inputs that read one column, or the first: suites run faster."""
     kept = tuple(item for item in INPUTS if column in item.columns) or INPUTS[:1]
     return SCHEMA.model_copy(update={"inputs": kept})
 
@@ -426,11 +426,11 @@ def test_rules_that_say_nothing_are_refused(wrong):
 
 def test_column_names_may_hold_anything(write):
     odd = "<script>alert('a.b')</script>"
-    schema = SCHEMA.model_copy(
+    signature = SCHEMA.model_copy(
         update={"inputs": (IdInput(name="user", columns=(odd,), table="users"),)}
     )
     path = write(train={odd: pa.array([0] * (N - 1) + [7])})["train"]
-    (failed,) = failures(validate({"train": path}, schema, TABLES))
+    (failed,) = failures(validate({"train": path}, signature, TABLES))
     assert (failed.column, failed.failing_rows) == (odd, (N - 1,))
 
 
@@ -454,7 +454,7 @@ def test_the_example_in_the_docs_passes_as_it_stands(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     exec(compile(program, "docs/data.md", "exec"), {})  # noqa: S102
     draft = json.loads(described)
-    signature = Schema.model_validate(draft["signature"])
+    signature = Signature.model_validate(draft["signature"])
     splits = {split: tmp_path / file for split, file in draft["data"].items()}
     validation = validate(splits, signature, {"tables.user": 50, "tables.genre": 4})
     refuse_failures(validation)

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from infra import json_limits
-from infra.bundle_json import decode
-from infra.bundle_shards import stored_tensors
+from infra.bundle import json_limits
+from infra.bundle.json_limits import MAX_JSON_BYTES, MAX_JSON_VALUES, check_limits, measure
+from infra.bundle.json_reader import decode
+from infra.bundle.shards import stored_tensors
 from infra.errors import BundleRefused
-from infra.json_limits import MAX_JSON_BYTES, MAX_JSON_VALUES, check_limits, measure
 
 MOST_MEMORY = 300 * 2**20  # beyond what the process has before it reads
 
@@ -33,8 +33,8 @@ SHAPES = {
 READ_WITH_LIMIT = """
 import os, resource, sys
 from pathlib import Path
-from infra.bundle_json import read_json
-from infra.bundle_shards import stored_tensors
+from infra.bundle.json_reader import read_json
+from infra.bundle.shards import stored_tensors
 from infra.errors import BundleRefused
 for path in map(Path, sys.argv[2:]):
     if os.fork() == 0:

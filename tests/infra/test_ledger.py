@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from infra.errors import AlreadyThere, ArtifactDamaged, Refused
-from infra.ledger import Entry, Ledger, before
-from infra.store import Store
+from infra.registry.ledger import Entry, Ledger, before
+from infra.store.object_store import Store
 
 
 @pytest.fixture

@@ -18,18 +18,18 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from compressors.contracts import DenseInput, IdInput, JaggedBag, PaddedBag, Schema
-from infra import parquet_inspector
-from infra.data import check_shapes, prepare, split_statistics
+from compressors.contracts import DenseInput, IdInput, JaggedBag, PaddedBag, Signature
+from infra.data import parquet_inspector
+from infra.data.parquet_inspection import MEMORY_LIMIT, inspect
+from infra.data.parquet_inspector import Inspector, inspect_parquet
+from infra.data.splits import check_shapes, prepare, split_statistics
 from infra.errors import DataRefused, OutOfMemory
-from infra.parquet_inspection import MEMORY_LIMIT, inspect
-from infra.parquet_inspector import Inspector, inspect_parquet
 
 COLUMNS = ("user", "genres", "price", "label")
 
 
-def schema(longest: int = 3) -> Schema:
-    return Schema(
+def schema(longest: int = 3) -> Signature:
+    return Signature(
         task="ctr",
         inputs=(
             IdInput(name="user", table="user"),
@@ -291,7 +291,7 @@ LOW_LIMIT = """
 import resource, sys
 from pathlib import Path
 from infra.errors import InfraError
-from infra.parquet_inspector import inspect_parquet
+from infra.data.parquet_inspector import inspect_parquet
 resource.setrlimit(resource.RLIMIT_AS, (int(sys.argv[2]) * 2**20,) * 2)
 try:
     print(inspect_parquet(Path(sys.argv[1]), ("user",)).rows)
@@ -322,7 +322,7 @@ def test_a_bag_far_longer_than_any_list_in_the_data_is_refused(tmp_path, kind):
     path = tmp_path / "x.parquet"
     pq.write_table(pa.table({"v": [[1, 2]] * 10, "label": [0, 1] * 5}), path)
 
-    def bag(longest: int) -> Schema:
+    def bag(longest: int) -> Signature:
         item = kind(name="v", table="t", shape=(longest,))
         return schema().model_copy(update={"inputs": (item,)})
 

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pbtxt_reader import Word, read
 
-from infra.pbtxt import Enum, entries, written
+from infra.triton.pbtxt import Enum, entries, written
 
 NAMES = st.from_regex(r"[A-Za-z_][A-Za-z0-9_]{0,8}", fullmatch=True)
 SCALARS = st.one_of(
@@ -28,7 +28,7 @@ MESSAGES = st.recursive(
 
 
 def as_read(value: Any) -> list[Any]:
-    """A field's value the way a reader without the schema sees it."""
+    """A field's value the way a reader without the signature sees it."""
     values = value if isinstance(value, list | tuple) else [value]
     return [read_back(item) for item in values]
 

@@ -6,7 +6,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from compressors.contracts import Estimate
-from infra.pictures import MOST_SEGMENTS, Curve, Mark, Part, composition, curves, pair, strip
+from infra.pages.pictures import (
+    MOST_SEGMENTS,
+    BarSegment,
+    Curve,
+    Mark,
+    composition,
+    curves,
+    pair,
+    strip,
+)
 
 NUMBERS = st.floats(-1e6, 1e6, allow_nan=False)
 PLACES = re.compile(r'\b(?:x|x1|x2|cx|width)="(-?[\d.]+)%"')
@@ -45,7 +54,9 @@ def test_a_number_its_interval_and_its_limit_always_lie_on_the_line_in_order(
 
 
 def test_twice_the_bytes_are_twice_the_length():
-    parts = [Part(name=name, role="table", size=size) for name, size in (("a", 100), ("b", 50))]
+    parts = [
+        BarSegment(name=name, role="table", size=size) for name, size in (("a", 100), ("b", 50))
+    ]
     bars = [("before", parts), ("after", [part for part in parts if part.name == "b"])]
     drawn = composition(bars, "title")
     assert places(drawn, "table") == pytest.approx([0, 66.67, 66.67, 33.33, 0, 33.33])
@@ -61,7 +72,7 @@ def test_twice_the_bytes_are_twice_the_length():
 )
 def test_parts_lie_end_to_end_and_none_is_lost(sizes):
     parts = [
-        Part(name=str(place), role=("table", "dense", "other")[place % 3], size=size)
+        BarSegment(name=str(place), role=("table", "dense", "other")[place % 3], size=size)
         for place, size in enumerate(sizes)
     ]
     drawn = composition([("all", parts)], "title")
@@ -110,7 +121,7 @@ def test_words_are_escaped_and_every_picture_is_named():
     listed = [Curve(kind="after", points=((1, found),))]
     for drawn in (
         strip(found, "plain", "<b>", Mark(at=0, label="<i>"), Mark(at=1, label="<i>")),
-        composition([("<i>", [Part(name="<i>", role="table", size=1)])], "<b>"),
+        composition([("<i>", [BarSegment(name="<i>", role="table", size=1)])], "<b>"),
         curves(listed, "<i>", {1: ("<i>",)}, "<b>"),
     ):
         assert "<i>" not in drawn

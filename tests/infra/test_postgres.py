@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from infra import postgres
 from infra.errors import InfraError, SettingRefused
+from infra.services import postgres
 
 PATH = os.pathsep.join([os.environ.get("PATH", ""), *map(str, postgres.programs())])
 needs_initdb = pytest.mark.skipif(

@@ -10,15 +10,15 @@ from pathlib import Path
 import pytest
 
 from infra.errors import Refused, RegistryUnavailable, SettingRefused
-from infra.registry import ORDER_TAG, Registered, Registry
-from infra.registry_limits import MAX_TAG_VALUE
+from infra.registry.limits import MAX_TAG_VALUE
+from infra.registry.mlflow_registry import ORDER_TAG, Registered, Registry
 
 ORDER = "a" * 64
 OTHER = "b" * 64
 
 PUBLISH = """
 import sys
-from infra.registry import Registry
+from infra.registry.mlflow_registry import Registry
 made = Registry(sys.argv[1]).publish("ranker", "a" * 64, "s3://models/x", {"by": sys.argv[2]}, "")
 print(made.version, made.tags["by"])
 """

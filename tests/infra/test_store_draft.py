@@ -14,14 +14,14 @@ from error_codes import raises_code
 from hypothesis import given
 from hypothesis import strategies as st
 
-from infra import store_draft
 from infra.errors import ArtifactDamaged, ArtifactMissing, Refused
-from infra.store import CHUNK_BYTES, Store
-from infra.store_chunks import hashed, sha256
-from infra.store_draft import ChunkHashes, Draft, draft, finished
-from infra.store_manifest import StoreManifest
+from infra.store import draft as store_draft
+from infra.store.chunks import hashed, sha256
+from infra.store.draft import ArtifactDraft, ChunkHashes, draft, finished
+from infra.store.manifest import StoreManifest
+from infra.store.object_store import CHUNK_BYTES, Store
 
-Act = Callable[[Draft], object]
+Act = Callable[[ArtifactDraft], object]
 BODY = random.Random(0).randbytes(2 * CHUNK_BYTES + 1000)
 
 
@@ -91,7 +91,7 @@ def test_a_byte_outside_the_file_is_refused(at: int, size: int):
         ChunkHashes(10, 4).add(at, memoryview(bytes(size)))
 
 
-def fill(made: Draft, rounds: int = 99, size: int = 3 * 2**20) -> None:
+def fill(made: ArtifactDraft, rounds: int = 99, size: int = 3 * 2**20) -> None:
     """Write what is missing, ``rounds`` blocks of it."""
     todo = [at for at in range(0, len(BODY), size) if not made.holds(str(at))]
     for at in todo[:rounds]:
@@ -188,7 +188,7 @@ def test_another_job_starts_over(tmp_path: Path):
 
 
 def test_a_run_killed_between_its_last_two_steps_ends_well(tmp_path: Path):
-    def seal(made: Draft) -> None:
+    def seal(made: ArtifactDraft) -> None:
         made.add("notes", b"small")
         made.seal()
 
@@ -230,8 +230,8 @@ def test_the_store_takes_what_was_hashed_without_reading_it(
 ):
     store = Store(str(tmp_path / "store"))
     monkeypatch.setattr(store_draft, "hashed", None)
-    monkeypatch.setattr("infra.store.hashed", None)
-    monkeypatch.setattr("infra.store.checked_chunks", None)
+    monkeypatch.setattr("infra.store.object_store.hashed", None)
+    monkeypatch.setattr("infra.store.object_store.checked_chunks", None)
     with draft(tmp_path / "work", "job", "data", len(BODY)) as made:
         fill(made)
         manifest = made.seal()

@@ -12,10 +12,11 @@ from pathlib import Path
 
 import pytest
 
-from infra import store_folder, temporary
-from infra.store import Store
-from infra.store_draft import draft
-from infra.temporary import MAX_AGE_SECONDS, collect, owned_name, scratch_folder
+from infra.store import folder as store_folder
+from infra.store import temporary
+from infra.store.draft import draft
+from infra.store.object_store import Store
+from infra.store.temporary import MAX_AGE_SECONDS, collect, owned_name, scratch_folder
 
 NONE = re.compile(r"(?!)")
 ROOT = Path(__file__).parents[2]
@@ -23,12 +24,12 @@ ROOT = Path(__file__).parents[2]
 # Each writes in the folder argv[1], says so, and waits to be killed while the file is unfinished.
 WRITERS = {
     "store key": """
-from infra.store import Store
+from infra.store.object_store import Store
 Store(str(top / "store"))._place.upload("models/1", 5, chunks())
 """,
     "fetched folder": """
-from infra.store import Store
-from infra.store import StoreManifest
+from infra.store.object_store import Store
+from infra.store.object_store import StoreManifest
 store = Store(str(top / "store"))
 (top / "model").mkdir(exist_ok=True); (top / "model" / "f").write_text("x" * 9)
 artifact = store.put(top / "model")
@@ -36,7 +37,7 @@ store._copy = lambda *rest: wait()
 store.get(artifact, top / "fetched")
 """,
     "scratch folder": """
-from infra.temporary import scratch_folder
+from infra.store.temporary import scratch_folder
 with scratch_folder("pack") as folder:
     (folder / "deep").mkdir()
     (folder / "deep" / "f").write_text("x")

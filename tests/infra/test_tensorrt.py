@@ -11,10 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 
-from infra import tensorrt
 from infra.errors import BuildRefused, ChildFailed
-from infra.tensorrt import BuildRequest, Profile, TableWeights, available, build_engine
-from infra.tensorrt_audit import (
+from infra.tensorrt import engines
+from infra.tensorrt.audit import (
     GROWTH,
     TWIN_ROWS,
     check_weights,
@@ -23,6 +22,7 @@ from infra.tensorrt_audit import (
     judge_scratch,
     log_bytes,
 )
+from infra.tensorrt.engines import BuildRequest, Profile, TableWeights, available, build_engine
 
 try:
     import tensorrt_rtx_bindings
@@ -290,7 +290,7 @@ def test_a_profile_must_be_in_order():
 
 @pytest.mark.parametrize("target", ["tensorrt", "tensorrt-rtx"])
 def test_a_flavour_that_is_not_installed_names_the_extra_to_install(tmp_path, monkeypatch, target):
-    monkeypatch.setitem(tensorrt.MODULES, target, ("no_such_tensorrt",))
+    monkeypatch.setitem(engines.MODULES, target, ("no_such_tensorrt",))
     request = ask(tmp_path / "model.onnx", 1, 1, target=target)
     with pytest.raises(BuildRefused, match=rf"pip install 'recpress\[{target}\]'"):
         build_engine(request, tmp_path)
@@ -300,9 +300,9 @@ def test_a_flavour_that_is_not_installed_names_the_extra_to_install(tmp_path, mo
 def test_bindings_without_their_libraries_are_as_good_as_not_installed(tmp_path, monkeypatch):
     (tmp_path / "half_installed.py").write_text("raise OSError('libnvinfer.so.11: cannot open')")
     monkeypatch.syspath_prepend(str(tmp_path))
-    monkeypatch.setitem(tensorrt.MODULES, "tensorrt", ("half_installed",))
+    monkeypatch.setitem(engines.MODULES, "tensorrt", ("half_installed",))
     with pytest.raises(BuildRefused, match=r"libnvinfer\.so\.11: cannot open"):
-        tensorrt.load("tensorrt")
+        engines.load("tensorrt")
 
 
 # --- the audit's arithmetic --------------------------------------------------------------------

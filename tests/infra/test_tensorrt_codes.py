@@ -6,16 +6,23 @@ import torch
 from table_codes import named
 from torch import Tensor, nn
 
-from compressors.contracts import IdInput, Schema
-from compressors.formats import PackedTable
+from compressors.contracts import IdInput, Signature
+from compressors.core.modules.formats import PackedTable
+from compressors.core.runner import TableStep
 from compressors.lower.export import lower
-from compressors.lower.served import forms
-from compressors.step import TableStep
-from compressors.tables.kmeans import KMeans
-from compressors.tables.product_codes import ProductCodes
-from compressors.tables.residual_codes import ResidualCodes
+from compressors.lower.serving_wrapper import served_graphs
+from compressors.quantize.tables.kmeans import KMeans
+from compressors.quantize.tables.product_codes import ProductCodes
+from compressors.quantize.tables.residual_codes import ResidualCodes
 from infra.errors import BuildRefused
-from infra.tensorrt import BuildRequest, Engine, Profile, TableWeights, available, build_engine
+from infra.tensorrt.engines import (
+    BuildRequest,
+    Engine,
+    Profile,
+    TableWeights,
+    available,
+    build_engine,
+)
 
 pytestmark = pytest.mark.skipif(
     available("tensorrt-rtx") is None,
@@ -24,7 +31,7 @@ pytestmark = pytest.mark.skipif(
 FIELDS = 26
 # So many that codes of 16 bytes a row, widened, outweigh the 8.2 MB of scratch that is always used.
 ROWS, DIM = 600_000, 32
-SCHEMA = Schema(
+SCHEMA = Signature(
     inputs=(
         IdInput(
             name="ids", table="items", columns=tuple("abcdefghijklmnopqrstuvwxyz"), shape=(FIELDS,)
@@ -66,7 +73,7 @@ def built(step: TableStep, tmp_path, spoil=None) -> tuple[Engine, int]:
     """The engine of a network over one such table, and the bytes its weights take as stored."""
     module = Fields(drawn(step)).eval()
     path = tmp_path / "model.onnx"
-    (form,) = forms(SCHEMA)
+    (form,) = served_graphs(SCHEMA)
     lowered = lower(module, form, "tensorrt-rtx", path)
     if spoil is not None:
         graph = onnx.load(path)

@@ -16,8 +16,8 @@ from pathlib import Path
 
 import pytest
 
-import infra.tensorrt_build
-from infra.tensorrt import NAMES
+import infra.tensorrt.build
+from infra.tensorrt.engines import NAMES
 
 WHEELS = ("tensorrt-cu12-bindings==10.13.3.9", "tensorrt-cu13-bindings==11.4.0.106")
 HANDLES = {
@@ -68,7 +68,7 @@ def used_names(source):
 
 
 def source():
-    return Path(infra.tensorrt_build.__file__).read_text()
+    return Path(infra.tensorrt.build.__file__).read_text()
 
 
 def test_the_code_uses_no_tensorrt_name_that_is_not_listed_and_lists_none_it_does_not_use():
@@ -95,8 +95,8 @@ def test_a_chain_that_hides_a_name_would_be_seen():
 
 
 def test_tensorrt_is_only_called_in_the_child():
-    for path in Path(infra.tensorrt_build.__file__).parent.glob("tensorrt*.py"):
-        if path.name != "tensorrt_build.py":
+    for path in Path(infra.tensorrt.build.__file__).parent.glob("*.py"):
+        if path.name != "build.py":
             assert "trt" not in {
                 n.id for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.Name)
             }

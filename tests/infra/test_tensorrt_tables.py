@@ -9,17 +9,17 @@ import pytest
 from models import Reference, whole
 from torch import Tensor, nn
 
-from compressors.contracts import Bench, IdInput, Schema
+from compressors.contracts import Bench, IdInput, Signature
+from compressors.core.runner import TableStep, run
+from compressors.core.units import stored_bytes
 from compressors.lower.export import lower
-from compressors.step import TableStep, run
-from compressors.tables.bfloat16 import BFloat16
-from compressors.tables.float8_e4m3 import Float8E4M3
-from compressors.tables.rowwise_int2 import RowwiseInt2
-from compressors.tables.rowwise_int4 import RowwiseInt4
-from compressors.tables.rowwise_int8 import RowwiseInt8
-from compressors.units import stored_bytes
+from compressors.quantize.tables.bfloat16 import BFloat16
+from compressors.quantize.tables.float8_e4m3 import Float8E4M3
+from compressors.quantize.tables.rowwise_int2 import RowwiseInt2
+from compressors.quantize.tables.rowwise_int4 import RowwiseInt4
+from compressors.quantize.tables.rowwise_int8 import RowwiseInt8
 from infra.errors import BuildRefused
-from infra.tensorrt import BuildRequest, Profile, TableWeights, available, build_engine
+from infra.tensorrt.engines import BuildRequest, Profile, TableWeights, available, build_engine
 
 pytestmark = [
     pytest.mark.slow,
@@ -46,7 +46,7 @@ class Fields(nn.Module):
         return score
 
 
-SCHEMA = Schema(
+SCHEMA = Signature(
     task="ctr",
     inputs=(IdInput(name="item", table="item", columns=("a", "b"), shape=(FIELDS,)),),
     output="logit",

@@ -14,8 +14,8 @@ from pydantic import ValidationError
 from triton_configs import PRICE, SCORE, TAGS, USER, served, tensors, warmups
 
 from infra.errors import Refused, SettingRefused
-from infra.store import Store
-from infra.triton import (
+from infra.store.object_store import Store
+from infra.triton.repository import (
     Tensor,
     config,
     contents,
@@ -152,7 +152,7 @@ def test_warm_ups_ask_for_one_row_the_best_batch_and_the_largest() -> None:
 @pytest.mark.parametrize("reference", REFERENCES, ids=lambda item: item.network.__name__)
 def test_every_warm_up_is_a_request_the_graph_answers(reference: Any) -> None:
     lowered = graph(reference.network.__name__, (), "onnxruntime")
-    inputs = tensors(lowered.schema, lowered.lowered.served.rows_of_table)
+    inputs = tensors(lowered.signature, lowered.lowered.served.rows_of_table)
     text = config(served(*inputs, batches=(1, 7, 130))).decode()
     answered = []
     for rows, arrays in warmups(text):
@@ -169,7 +169,7 @@ def test_the_configuration_has_the_graphs_own_inputs_and_output() -> None:
     import onnx
 
     lowered = graph("Ranker", (), "onnxruntime")
-    inputs = tensors(lowered.schema, lowered.lowered.served.rows_of_table)
+    inputs = tensors(lowered.signature, lowered.lowered.served.rows_of_table)
     message = read(config(served(*inputs)).decode())
     held = onnx.load(lowered.path).graph
     for ours, theirs in ((message["input"], held.input), (message["output"], held.output)):

@@ -110,7 +110,7 @@ def shrink(case: Case, work: object, fault: Fault) -> None:
 
     small = shrunk(case, fails)
     print(json.dumps(small.config, indent=1))  # noqa: T201
-    print(small.schema.model_dump_json(indent=1, exclude_defaults=True))  # noqa: T201
+    print(small.signature.model_dump_json(indent=1, exclude_defaults=True))  # noqa: T201
     show(checked(small, work).faults)  # type: ignore[arg-type]
 
 

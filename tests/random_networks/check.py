@@ -26,20 +26,20 @@ from numpy.typing import NDArray
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from compressors.contracts import Bench, DenseInput, JaggedBag, Plan, Schema, Split, TargetKind
-from compressors.dense.weight_only import zero_code
-from compressors.errors import CompressionError, ContractBroken, ParityLost
-from compressors.formats import PackedLinear
+from compressors.contracts import Bench, DenseInput, JaggedBag, Plan, Signature, Split, TargetKind
+from compressors.core.model import Model
+from compressors.core.modules.formats import PackedLinear
+from compressors.core.skipping import run_or_skip
+from compressors.core.state.module_state import load
+from compressors.core.units import Unit, private_copy
+from compressors.errors.compression import CompressionError, ContractBroken, ParityLost
 from compressors.lower.audit import audit
 from compressors.lower.bfloat16_products import has_bfloat16_products, write_checkable
 from compressors.lower.export import lower
 from compressors.lower.parity import compare
-from compressors.lower.served import VECTOR, Form, forms, input_names
-from compressors.model import Model
-from compressors.skipping import run_or_skip
-from compressors.state import load
-from compressors.units import Unit, private_copy
-from infra.onnxruntime import Session, optimized_graph
+from compressors.lower.serving_wrapper import VECTOR, ServedGraph, input_names, served_graphs
+from compressors.quantize.dense.weight_only import zero_code
+from infra.onnxruntime.sessions import Session, optimized_graph
 from tests.random_networks import inputs as row_makers
 from tests.random_networks.generator import Case, rows_of
 from tests.random_networks.inputs import Rows, allowed, some_rows
@@ -93,14 +93,14 @@ class Checker:
     def __init__(self, case: Case, folder: Path) -> None:
         self.case, self.folder, self.found = case, folder, Findings()
         self.source = case.model()
-        self.tables = rows_of(self.source.module, case.schema)
+        self.tables = rows_of(self.source.module, case.signature)
         self.bench = write_bench(case, self.source.module, self.tables, folder / "bench")
-        seed, schema, scales = case.seed, case.schema, case.scales
+        seed, signature, scales = case.seed, case.signature, case.scales
         self.rows: dict[str, Rows] = {
-            "typical": row_makers.typical_rows(schema, self.tables, 48, scales, seed),
-            "edge": row_makers.edge_rows(schema, self.tables, scales, seed),
-            "extreme": row_makers.extreme_rows(schema, self.tables, scales, seed),
-            "empty": row_makers.empty_rows(schema, self.tables, 2),
+            "typical": row_makers.typical_rows(signature, self.tables, 48, scales, seed),
+            "edge": row_makers.edge_rows(signature, self.tables, scales, seed),
+            "extreme": row_makers.extreme_rows(signature, self.tables, scales, seed),
+            "empty": row_makers.empty_rows(signature, self.tables, 2),
         }
         self.number = 0
         self.found.counts["networks"] += 1
@@ -154,14 +154,14 @@ class Checker:
         assert [(u.name, u.format) for u in Unit.of(again)] == [
             (u.name, u.format) for u in Unit.of(model.module)
         ], "a reloaded network has other units"
-        rows = allowed(self.case.schema, self.tables, self.rows["edge"])[0]
+        rows = allowed(self.case.signature, self.tables, self.rows["edge"])[0]
         with torch.no_grad():
             first, second = model.module(**rows), again(**rows)
         assert torch.equal(first.nan_to_num(7.0), second.nan_to_num(7.0)), "a reload scores other"
 
     def _preserves(self, kind: str, before: nn.Module, after: nn.Module) -> None:
         for name in ("typical", "edge", "empty"):
-            rows = allowed(self.case.schema, self.tables, self.rows[name])[0]
+            rows = allowed(self.case.signature, self.tables, self.rows[name])[0]
             self._alike(f"{kind} on {name} rows", before, after, rows, 2e-4)
 
     def module_checked(self, packed: Model, plain: Model, where: str) -> None:
@@ -174,7 +174,7 @@ class Checker:
         rounding = formats & {"static_int8", "float8_dense", "weight_int8", "weight_int4"}
         share = 0.05 if rounding else 2e-4
         for name in ("typical", "edge", "extreme", "empty"):
-            rows = allowed(self.case.schema, self.tables, self.rows[name])[0]
+            rows = allowed(self.case.signature, self.tables, self.rows[name])[0]
             what = f"{where} against decoded weights on {name} rows"
             self.guarded(
                 what,
@@ -188,7 +188,7 @@ class Checker:
         with torch.no_grad():
             expected, found = first(**rows).reshape(-1), second(**rows).reshape(-1)
         assert torch.equal(expected.isnan(), found.isnan()), f"{what}: NaN in other places"
-        typical = allowed(self.case.schema, self.tables, self.rows["typical"])[0]
+        typical = allowed(self.case.signature, self.tables, self.rows["typical"])[0]
         with torch.no_grad():
             spread = float(first(**typical).nan_to_num().std()) if len(expected) else 0.0
         gap = (expected - found).nan_to_num()
@@ -218,11 +218,11 @@ class Checker:
 
     def lowered(self, model: Model, target: TargetKind, where: str) -> None:
         """Lower every graph of a model for one target and compare it with the module."""
-        for form in forms(self.case.schema):
+        for form in served_graphs(self.case.signature):
             what = f"{where} {form.name} on {target}"
             self.guarded(what, lambda: self._lowered(model, form, target, what))  # noqa: B023
 
-    def _lowered(self, model: Model, form: Form, target: TargetKind, where: str) -> None:
+    def _lowered(self, model: Model, form: ServedGraph, target: TargetKind, where: str) -> None:
         path = self.folder / f"{form.name}-{target}.onnx"
         lowered = lower(model.module, form, target, path)
         plan = plan_of_form(model, form)
@@ -233,7 +233,7 @@ class Checker:
         )
         scores: dict[str, FloatArray] = {}
         for name, rows in self.rows.items():
-            mine = {key: rows[key] for key in input_names(form.schema)}
+            mine = {key: rows[key] for key in input_names(form.signature)}
             expected = self.scored(model.module, form, mine)
             with torch.no_grad():
                 served = lowered.served(*mine.values()).numpy()
@@ -245,23 +245,23 @@ class Checker:
             )
             scores[name] = found
             self.found.counts["parities"] += 1
-        mine = {key: self.rows["typical"][key] for key in input_names(form.schema)}
+        mine = {key: self.rows["typical"][key] for key in input_names(form.signature)}
         for few in ([0], [1, 2]):
-            rows = some_rows(form.schema, mine, few)
+            rows = some_rows(form.signature, mine, few)
             alone = session.scores({key: x.numpy() for key, x in rows.items()})
             self._parity(scores["typical"][few], alone, plan, target, model, form, rows, few=True)
         if target == "onnxruntime":
             audit(optimized_graph(path), plan, lowered.tables, lowered.layers)
             self.found.counts["audits"] += 1
 
-    def scored(self, module: nn.Module, form: Form, rows: Rows) -> FloatArray:
+    def scored(self, module: nn.Module, form: ServedGraph, rows: Rows) -> FloatArray:
         """What torch says of rows, with the request policy of this package's own."""
-        within, refused = allowed(form.schema, self.tables, rows)
+        within, refused = allowed(form.signature, self.tables, rows)
         with torch.no_grad():
             score = form.part(module)(**within)
         if form.output != VECTOR:
             score = score.reshape(-1)
-            score = torch.sigmoid(score) if form.schema.output == "logit" else score
+            score = torch.sigmoid(score) if form.signature.output == "logit" else score
         score = score.clone()
         score[refused] = torch.nan
         return score.numpy()
@@ -282,12 +282,12 @@ class Checker:
         plan: Plan | None,
         target: TargetKind,
         model: Model,
-        form: Form,
+        form: ServedGraph,
         rows: Rows,
         *,
         few: bool = False,
     ) -> None:
-        typical = {key: self.rows["typical"][key] for key in input_names(form.schema)}
+        typical = {key: self.rows["typical"][key] for key in input_names(form.signature)}
         usual = self.scored(model.module, form, typical)
         try:
             if few or not _spread(expected) > 0.1 * _spread(usual):
@@ -301,7 +301,7 @@ class Checker:
             else:
                 compare(expected, found, plan, target)
         except ParityLost:
-            within = allowed(form.schema, self.tables, rows)[0]
+            within = allowed(form.signature, self.tables, rows)[0]
             part = form.part(model.module)
             if target != "onnxruntime" and _beyond_float16(part, within):
                 self.found.counts["beyond float16"] += 1
@@ -314,7 +314,7 @@ class Checker:
             if target != "onnxruntime" and formats - {"float32"}:
                 precision = "bfloat16" if has_bfloat16_products(plan) else "float16"
             gap_tensor = torch.from_numpy(expected - found)
-            squash = form.output != VECTOR and form.schema.output == "logit"
+            squash = form.output != VECTOR and form.signature.output == "logit"
             if not self.is_rounding(gap_tensor, part, within, precision, squash=squash):
                 raise
 
@@ -387,7 +387,7 @@ def _session(path: Path, target: TargetKind, plan: Plan | None) -> Session:
     return Session(checkable, 1)
 
 
-def plan_of_form(model: Model, form: Form) -> Plan | None:
+def plan_of_form(model: Model, form: ServedGraph) -> Plan | None:
     """The lines of a plan about the units that a graph runs."""
     if model.plan is None or not form.module:
         return model.plan
@@ -400,25 +400,25 @@ def write_bench(case: Case, module: nn.Module, tables: dict[str, int], folder: P
     """A bench of typical rows, as prepared data is stored, with labels that can be learned."""
     parts: dict[str, Split] = {}
     for seed, name in enumerate(("calibration", "train", "validation"), 70):
-        rows = row_makers.typical_rows(case.schema, tables, BENCH_ROWS, case.scales, seed)
+        rows = row_makers.typical_rows(case.signature, tables, BENCH_ROWS, case.scales, seed)
         with torch.no_grad():
             score = module(**rows).reshape(-1).nan_to_num()
         if name == "train":
             parts["soft_labels"] = _split(folder / "soft_labels", {"score": score})
         # Mostly what the network says, with every fifth row the other way: something to learn.
         label = ((score > score.median()) ^ (torch.arange(BENCH_ROWS) % 5 == 0)).float()
-        parts[name] = _split(folder / name, {**_stored(case.schema, rows), "@label": label})
-    return Bench(signature=case.schema, **parts)
+        parts[name] = _split(folder / name, {**_stored(case.signature, rows), "@label": label})
+    return Bench(signature=case.signature, **parts)
 
 
-def _stored(schema: Schema, rows: Rows) -> dict[str, Tensor]:
+def _stored(signature: Signature, rows: Rows) -> dict[str, Tensor]:
     held = {}
-    for item in schema.inputs:
+    for item in signature.inputs:
         held[item.name] = rows[item.name]
         if isinstance(item, JaggedBag) and not isinstance(item, DenseInput):
             lengths = torch.tensor([len(ids) for ids in row_makers.unpacked(item, rows)])
             held[f"@bounds/{item.name}"] = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
-    if schema.group is not None:
+    if signature.group is not None:
         held["@group"] = torch.arange(BENCH_ROWS) // 8
     return held
 

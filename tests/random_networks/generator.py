@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from compressors.contracts import Architecture, Network, Schema
-from compressors.model import Model
+from compressors.contracts import Architecture, Network, Signature
+from compressors.core.model import Model
 from tests.random_networks.inputs import typical_rows
 from tests.random_networks.network import RandomNetwork, TwoTowers
 from tests.random_networks.parts import PARTS, draw_activation
@@ -37,13 +37,13 @@ class Case:
 
     seed: int
     config: dict[str, Any]
-    schema: Schema
+    signature: Signature
     scales: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def network(self) -> type[nn.Module]:
         """The class of the network."""
-        return TwoTowers if self.schema.task == "retrieval" else RandomNetwork
+        return TwoTowers if self.signature.task == "retrieval" else RandomNetwork
 
     def model(self) -> Model:
         """The network with its weights, as it would be loaded from a bundle."""
@@ -199,14 +199,14 @@ def _click_model(seed: int, rng: random.Random) -> Case:
         "squeeze": "every" if rng.random() < 0.03 else rng.choice(squeezes),
         "probability": probability,
     }
-    schema = Schema(
+    signature = Signature(
         task="ctr",
         inputs=tuple(composer.inputs),
         output="probability" if probability else "logit",
         label="label",
         metric="auc",
     )
-    return Case(seed, {"parts": composer.parts, "head": head}, schema, composer.scales)
+    return Case(seed, {"parts": composer.parts, "head": head}, signature, composer.scales)
 
 
 def _two_towers(seed: int, rng: random.Random) -> Case:
@@ -218,7 +218,7 @@ def _two_towers(seed: int, rng: random.Random) -> Case:
         towers[side].compose(rng.randint(1, 3), rng.randint(1, 4))
     item = next(i for i in towers["item"].inputs if i["kind"] == "id" and not i["shape"])
     inputs = tuple(i for side in towers.values() for i in side.inputs)
-    schema = Schema(
+    signature = Signature(
         task="retrieval",
         inputs=inputs,
         output="score",
@@ -235,7 +235,7 @@ def _two_towers(seed: int, rng: random.Random) -> Case:
         for side, made in towers.items()
     }
     scales = {**towers["query"].scales, **towers["item"].scales}
-    return Case(seed, config, schema, scales)
+    return Case(seed, config, signature, scales)
 
 
 def _rng(seed: int, name: str) -> random.Random:
@@ -307,7 +307,9 @@ def spread_scores(module: nn.Module, case: Case) -> None:
     """Scale the last layers so that logits of typical rows spread by about 1.5 around zero."""
     if not isinstance(module, RandomNetwork):
         return
-    inputs = typical_rows(case.schema, rows_of(module, case.schema), 128, case.scales, case.seed)
+    inputs = typical_rows(
+        case.signature, rows_of(module, case.signature), 128, case.scales, case.seed
+    )
     values = {name: x.nan_to_num() for name, x in module.graph.values(inputs).items()}
     x = torch.cat([values[name] for name in module.reads], dim=1)
     mean, deviation = x.mean(dim=0), x.std(dim=0).clamp(min=1e-3)
@@ -334,15 +336,15 @@ def spread_scores(module: nn.Module, case: Case) -> None:
     module.offset.sub_(logit.nan_to_num().mean())
 
 
-def rows_of(module: nn.Module, schema: Schema) -> dict[str, int]:
+def rows_of(module: nn.Module, signature: Signature) -> dict[str, int]:
     """Rows of the tables that inputs name."""
     return {
         item.table: module.get_submodule(item.table).num_embeddings
-        for item in schema.inputs
+        for item in signature.inputs
         if item.kind != "dense"
     }
 
 
-def with_config(case: Case, config: dict[str, Any], schema: Schema) -> Case:
+def with_config(case: Case, config: dict[str, Any], signature: Signature) -> Case:
     """The same seed with other parts and inputs."""
-    return replace(case, config=config, schema=schema)
+    return replace(case, config=config, signature=signature)

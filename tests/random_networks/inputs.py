@@ -10,7 +10,14 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from compressors.contracts import AnyInput, DenseInput, JaggedBag, PaddedBag, Schema, tensor_names
+from compressors.contracts import (
+    AnyInput,
+    DenseInput,
+    JaggedBag,
+    PaddedBag,
+    Signature,
+    tensor_names,
+)
 
 Rows = dict[str, Tensor]
 Lists = dict[str, list[list[int]]]
@@ -18,13 +25,17 @@ EXTREMES = (0.0, 1e-8, -1e-8, 1.0, -1.0, 30.0, -30.0, 1000.0, -1000.0)
 
 
 def typical_rows(
-    schema: Schema, tables: Mapping[str, int], count: int, scales: Mapping[str, float], seed: int
+    signature: Signature,
+    tables: Mapping[str, int],
+    count: int,
+    scales: Mapping[str, float],
+    seed: int,
 ) -> Rows:
     """Rows within every range: lists from empty to full, raw numbers of their usual size."""
     rng = random.Random(f"rows {seed}")
     generator = torch.Generator().manual_seed(seed + 1)
     rows: Rows = {}
-    for item in schema.inputs:
+    for item in signature.inputs:
         if isinstance(item, DenseInput):
             usual = torch.randn((count, *item.shape), generator=generator)
             rows[item.name] = usual * scales.get(item.name, 1.0)
@@ -35,17 +46,17 @@ def typical_rows(
 
 
 def edge_rows(
-    schema: Schema, tables: Mapping[str, int], scales: Mapping[str, float], seed: int
+    signature: Signature, tables: Mapping[str, int], scales: Mapping[str, float], seed: int
 ) -> Rows:
     """Rows at the edges of ids and lists: bounds, beyond them, empty, full and too long lists.
 
     Each row has one input at an edge and the others as usual; the last rows have all at an edge.
     """
-    named = [item for item in schema.inputs if not isinstance(item, DenseInput)]
+    named = [item for item in signature.inputs if not isinstance(item, DenseInput)]
     edges = [(item.name, edge) for item in named for edge in range(len(_edges(item, 9)))]
     count = len(edges) + 6
     rng = random.Random(f"edges {seed}")
-    rows = typical_rows(schema, tables, count, scales, seed + 17)
+    rows = typical_rows(signature, tables, count, scales, seed + 17)
     for item in named:
         high = tables[item.table]
         lists = [_usual_ids(item, high, rng) for _ in range(count)]
@@ -63,12 +74,12 @@ def edge_rows(
 
 
 def extreme_rows(
-    schema: Schema, tables: Mapping[str, int], scales: Mapping[str, float], seed: int
+    signature: Signature, tables: Mapping[str, int], scales: Mapping[str, float], seed: int
 ) -> Rows:
     """Rows whose raw numbers are zero, tiny, or far beyond their usual size."""
     count = 2 * len(EXTREMES)
-    rows = typical_rows(schema, tables, count, scales, seed + 31)
-    for item in schema.inputs:
+    rows = typical_rows(signature, tables, count, scales, seed + 31)
+    for item in signature.inputs:
         if isinstance(item, DenseInput):
             scale = scales.get(item.name, 1.0)
             for row, value in enumerate(EXTREMES):
@@ -77,10 +88,10 @@ def extreme_rows(
     return rows
 
 
-def empty_rows(schema: Schema, tables: Mapping[str, int], count: int) -> Rows:
+def empty_rows(signature: Signature, tables: Mapping[str, int], count: int) -> Rows:
     """Rows of which every list is empty, every id is zero and every number is zero."""
     rows: Rows = {}
-    for item in schema.inputs:
+    for item in signature.inputs:
         if isinstance(item, DenseInput):
             rows[item.name] = torch.zeros(count, *item.shape)
         else:
@@ -143,10 +154,10 @@ def unpacked(item: AnyInput, rows: Rows) -> list[list[int]]:
     return [values[begin:end] for begin, end in zip(begins, ends, strict=True)]
 
 
-def allowed(schema: Schema, tables: Mapping[str, int], rows: Rows) -> tuple[Rows, Tensor]:
+def allowed(signature: Signature, tables: Mapping[str, int], rows: Rows) -> tuple[Rows, Tensor]:
     """Rows with every id within its table, and which rows must get no score."""
     within, refused = dict(rows), None
-    for item in schema.inputs:
+    for item in signature.inputs:
         if isinstance(item, DenseInput):
             continue
         lists, high = unpacked(item, rows), tables[item.table]
@@ -168,10 +179,10 @@ def allowed(schema: Schema, tables: Mapping[str, int], rows: Rows) -> tuple[Rows
     return within, refused
 
 
-def some_rows(schema: Schema, rows: Rows, places: list[int]) -> Rows:
+def some_rows(signature: Signature, rows: Rows, places: list[int]) -> Rows:
     """Some rows of a batch, by number."""
     chosen: Rows = {}
-    for item in schema.inputs:
+    for item in signature.inputs:
         if isinstance(item, DenseInput):
             chosen[item.name] = rows[item.name][places]
         else:

@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 from compressors.contracts import TargetKind
-from compressors.model import Model
-from compressors.units import Unit, swap
+from compressors.core.model import Model
+from compressors.core.units import Unit, swap
 from tests.random_networks.check import Checker, units_of
 from tests.random_networks.inputs import allowed
 from tests.random_networks.steps import COMPOSING, LAST, LAYERS, TABLES, TARGETS, TRAINS, VALUES
@@ -30,7 +30,7 @@ def mixed(checker: Checker, number: int, target: TargetKind | None) -> Model:
     """
     rng = random.Random(f"pass {checker.case.seed} {number}")
     model = checker.source
-    retrieval = checker.case.schema.task == "retrieval"
+    retrieval = checker.case.signature.task == "retrieval"
     values = rng.sample(sorted(VALUES), rng.choice((0, 1, 1, 1, 2)))
     for name in values:
         if not (retrieval and name in SUPERVISED):
@@ -81,7 +81,7 @@ def dealt(
 @torch.no_grad()
 def called_units(checker: Checker) -> tuple[str, ...]:
     """Units that the network calls, and whose weights no other code of it reads."""
-    rows = allowed(checker.case.schema, checker.tables, checker.rows["typical"])[0]
+    rows = allowed(checker.case.signature, checker.tables, checker.rows["typical"])[0]
     found = []
     for unit in Unit.of(checker.source.module):
         model = checker.source.private().module
@@ -116,7 +116,7 @@ def formats_alone(checker: Checker, every: int) -> None:
         every: 1 for all formats, 2 for one half on even seeds and the other half on odd ones.
     """
     rng = random.Random(f"formats {checker.case.seed}")
-    retrieval = checker.case.schema.task == "retrieval"
+    retrieval = checker.case.signature.task == "retrieval"
     called = set(called_units(checker))
     for draws, role in ((TABLES, "table"), (LAYERS, "dense")):
         units = [u.name for u in Unit.of(checker.source.module) if u.role == role]
@@ -136,7 +136,7 @@ def formats_alone(checker: Checker, every: int) -> None:
 def value_steps(checker: Checker, count: int) -> None:
     """Some value-changing steps alone: the same function, or the same stored state."""
     rng = random.Random(f"values {checker.case.seed}")
-    retrieval = checker.case.schema.task == "retrieval"
+    retrieval = checker.case.signature.task == "retrieval"
     kinds = sorted(VALUES)
     first = checker.case.seed * count
     for place in range(count):

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from compressors.composed import ComposedTable
-from compressors.dense.weight_only import Reading
-from compressors.factored import FactoredLinear
-from compressors.formats import Bag, PackedLinear, PackedTable
-from compressors.units import private_copy
+from compressors.core.modules.composed import ComposedTable
+from compressors.core.modules.factored import FactoredLinear
+from compressors.core.modules.formats import Bag, PackedLinear, PackedTable
+from compressors.core.units import private_copy
+from compressors.quantize.dense.weight_only import Reading
 
 # Root mean square error of a decoded table or layer, as a share of its root mean square.
 # Formats that an outlying row, or a large bias, may leave little of have no such limit.

@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from compressors.contracts import Schema, tensor_names
+from compressors.contracts import Signature, tensor_names
 from tests.random_networks.generator import Case, with_config
 
 SIMPLER: dict[str, Any] = {
@@ -126,16 +126,16 @@ def _changed(case: Case, path: str, side: dict[str, Any] | None) -> Iterator[Cas
         for spec in part["parts"]
         for name in spec.get("inputs", ())
     }
-    kept = tuple(item for item in case.schema.inputs if read & set(tensor_names(item)))
+    kept = tuple(item for item in case.signature.inputs if read & set(tensor_names(item)))
     if not kept:
         return
-    document = case.schema.model_dump()
+    document = case.signature.model_dump()
     document["inputs"] = [item.model_dump() for item in kept]
     names = {item.name for item in kept}
     for tower in (document["towers"] or {}).values():
         tower["inputs"] = [name for name in tower["inputs"] if name in names]
     try:
-        schema = Schema.model_validate(document)
+        signature = Signature.model_validate(document)
     except ValueError:  # a tower without inputs, or without its item
         return
-    yield with_config(case, config, schema)
+    yield with_config(case, config, signature)

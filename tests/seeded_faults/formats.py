@@ -2,27 +2,27 @@
 
 from tests.seeded_faults.fault import Fault
 
-ROWWISE = "tests/compressors/test_rowwise.py"
+ROWWISE = "tests/compressors/quantize/test_rowwise.py"
 STORED = f"{ROWWISE}::test_stored_codes_scales_and_offsets_are_those_of_the_numpy_reference"
-GRID = "tests/compressors/test_grid.py"
-CLIPPING = "tests/compressors/test_clipping.py"
-BETTER = "tests/compressors/test_better_format.py"
+GRID = "tests/compressors/quantize/test_levels.py"
+CLIPPING = "tests/compressors/quantize/test_clipping.py"
+BETTER = "tests/compressors/quantize/test_better_format.py"
 
 FAULTS = (
     Fault(
         id="grid-ties-go-up",
-        file="compressors/tables/grid.py",
+        file="compressors/quantize/kernels/levels.py",
         old="steps = steps.round() if grid.levels % 2 else steps.floor() + 0.5",
         new="steps = (steps + 0.5).floor() if grid.levels % 2 else steps.floor() + 0.5",
         effect="Weights halfway between two levels are rounded up instead of to the even level.",
         tests=(
-            "tests/compressors/test_kernels.py"
+            "tests/compressors/quantize/test_kernels.py"
             "::test_values_halfway_between_levels_go_to_the_even_one",
         ),
     ),
     Fault(
         id="grid-int2-levels-shifted",
-        file="compressors/tables/grid.py",
+        file="compressors/quantize/kernels/levels.py",
         old="else steps.floor() + 0.5",
         new="else steps.round() - 0.5",
         effect="Symmetric int2 rounds to the level below or above the nearest one.",
@@ -30,7 +30,7 @@ FAULTS = (
     ),
     Fault(
         id="grid-scale-rounded-down",
-        file="compressors/tables/grid.py",
+        file="compressors/quantize/kernels/levels.py",
         old="return torch.where(clipped, stored + smallest, stored)",
         new="return stored",
         effect="A small float16 scale is rounded down, which clips the row's largest weights.",
@@ -38,7 +38,7 @@ FAULTS = (
     ),
     Fault(
         id="grid-scale-may-be-zero",
-        file="compressors/tables/grid.py",
+        file="compressors/quantize/kernels/levels.py",
         old="stored = scale.clamp(min=smallest).to(grid.dtype)",
         new="stored = scale.to(grid.dtype)",
         effect="A row of zeros has scale 0, which TensorRT refuses.",
@@ -46,7 +46,7 @@ FAULTS = (
     ),
     Fault(
         id="grid-offset-rounded-to-nearest",
-        file="compressors/tables/grid.py",
+        file="compressors/quantize/kernels/levels.py",
         old="offset = torch.where(near.float() > low, below, near)",
         new="offset = near",
         effect="An offset above the smallest weight clips that weight.",
@@ -54,7 +54,7 @@ FAULTS = (
     ),
     Fault(
         id="grid-symmetric-scale-of-one-end",
-        file="compressors/tables/clipping.py",
+        file="compressors/quantize/kernels/clipping.py",
         old="        widest = symmetric_scale(torch.maximum(-low, high), grid)\n"
         '        if grid.clipping == "min_max":',
         new="        widest = symmetric_scale(high.abs(), grid)\n"
@@ -64,7 +64,7 @@ FAULTS = (
     ),
     Fault(
         id="grid-asymmetric-top-level-unused",
-        file="compressors/tables/grid.py",
+        file="compressors/quantize/kernels/levels.py",
         old="    top = grid.levels - 1\n    scale = (high",
         new="    top = grid.levels\n    scale = (high",
         effect="The highest code of an asymmetric grid is never used, so levels are too narrow.",
@@ -72,7 +72,7 @@ FAULTS = (
     ),
     Fault(
         id="int8-asymmetric-has-255-levels",
-        file="compressors/tables/rowwise_int8.py",
+        file="compressors/quantize/tables/rowwise_int8.py",
         old="LEVELS, ALL_LEVELS = 255, 256",
         new="LEVELS, ALL_LEVELS = 255, 255",
         effect="Row-wise int8 with offsets wastes a code, against the documented formula.",
@@ -80,7 +80,7 @@ FAULTS = (
     ),
     Fault(
         id="int8-levels-are-signed-bytes",
-        file="compressors/tables/rowwise_int8.py",
+        file="compressors/quantize/tables/rowwise_int8.py",
         old="LEVELS, ALL_LEVELS = 255, 256",
         new="LEVELS, ALL_LEVELS = 253, 256",
         effect="Symmetric row-wise int8 uses 253 of its 255 levels.",
@@ -88,7 +88,7 @@ FAULTS = (
     ),
     Fault(
         id="shared-scale-entry-of-next-rows",
-        file="compressors/tables/scales.py",
+        file="compressors/quantize/tables/scales.py",
         old="return ids // rows_per_scale if rows_per_scale else torch.zeros_like(ids)",
         new="return (ids % rows_per_scale).clamp(max=0) if rows_per_scale "
         "else torch.zeros_like(ids)",
@@ -97,7 +97,7 @@ FAULTS = (
     ),
     Fault(
         id="shared-scale-layout-drops-last-range",
-        file="compressors/tables/scales.py",
+        file="compressors/quantize/tables/scales.py",
         old="entries = -(-rows // together) if together else 1",
         new="entries = max(rows // together, 1) if together else 1",
         effect="The plan's bytes leave out the scale of the last, shorter range of rows.",
@@ -105,7 +105,7 @@ FAULTS = (
     ),
     Fault(
         id="scale-gradient-ignores-repeated-ids",
-        file="compressors/tables/scales.py",
+        file="compressors/quantize/tables/scales.py",
         old="total.index_add_(0, entries_of(ids, rows_per_scale).reshape(-1), each)",
         new="total[entries_of(ids, rows_per_scale).reshape(-1)] = each",
         effect="The gradient of a scale counts only one of several lookups of a row.",
@@ -113,7 +113,7 @@ FAULTS = (
     ),
     Fault(
         id="clipping-mse-takes-last-share",
-        file="compressors/tables/clipping.py",
+        file="compressors/quantize/kernels/clipping.py",
         old="better = (error < least) & (scale > 0)",
         new="better = scale > 0",
         effect="Clipping takes the narrowest range instead of the one of least squared error.",
@@ -121,7 +121,7 @@ FAULTS = (
     ),
     Fault(
         id="clipping-greedy-moves-one-end",
-        file="compressors/tables/clipping.py",
+        file="compressors/quantize/kernels/clipping.py",
         old="        lower = first < second\n",
         new="        lower = first == first\n",
         effect="Greedy clipping always moves the lower end.",
@@ -129,24 +129,24 @@ FAULTS = (
     ),
     Fault(
         id="float8-scale-ends-below-448",
-        file="compressors/tables/float8_e4m3.py",
+        file="compressors/quantize/tables/float8_e4m3.py",
         old="LEVELS = 2 * LARGEST + 1",
         new="LEVELS = LARGEST + 1",
         effect="The largest weight of a row is clipped to half.",
-        tests=("tests/compressors/test_float8_e4m3.py",),
+        tests=("tests/compressors/quantize/test_float8_e4m3.py",),
     ),
     Fault(
         id="bfloat16-truncates",
-        file="compressors/tables/bfloat16.py",
+        file="compressors/quantize/tables/bfloat16.py",
         old="short = table.to(torch.bfloat16)",
         new="short = (table.float().contiguous().view(torch.int32) >> 16 << 16)"
         ".view(torch.float32).to(torch.bfloat16)",
         effect="Weights are truncated to bfloat16 instead of rounded.",
-        tests=("tests/compressors/test_bfloat16.py",),
+        tests=("tests/compressors/quantize/test_bfloat16.py",),
     ),
     Fault(
         id="better-format-ignores-bytes",
-        file="compressors/better_format.py",
+        file="compressors/quantize/better_format.py",
         old="sorted((item for item in better if item[0] <= size), key=lambda item: item[:2])",
         new="sorted(better, key=lambda item: item[:2])",
         effect="A row-wise table becomes a better format that takes more bytes.",
@@ -154,7 +154,7 @@ FAULTS = (
     ),
     Fault(
         id="better-format-overflows-float16",
-        file="compressors/better_format.py",
+        file="compressors/quantize/better_format.py",
         old='if other.kind == "float16" and float(weight.abs().max()) > LARGEST:',
         new='if other.kind == "none" and float(weight.abs().max()) > LARGEST:',
         effect="A table with weights beyond float16 is stored as float16, with infinite weights.",

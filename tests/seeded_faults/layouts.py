@@ -3,16 +3,16 @@
 from tests.seeded_faults.fault import Fault
 
 PACKING = (
-    "tests/compressors/test_rowwise.py"
+    "tests/compressors/quantize/test_rowwise.py"
     "::test_packed_codes_are_those_of_the_numpy_reference_and_unpack_again"
 )
-WEIGHT_ONLY = "tests/compressors/test_weight_only.py"
-KERNELS = "tests/compressors/test_kernels.py"
+WEIGHT_ONLY = "tests/compressors/quantize/test_weight_only.py"
+KERNELS = "tests/compressors/quantize/test_kernels.py"
 
 FAULTS = (
     Fault(
         id="planar-neighbours-instead-of-planes",
-        file="compressors/tables/planar.py",
+        file="compressors/quantize/kernels/bitpacking.py",
         old="        packed |= whole[:, plane * width : (plane + 1) * width] << (bits * plane)",
         new="        packed |= whole[:, plane * width : (plane + 1) * width] "
         "<< (bits * (planes - plane))",
@@ -21,7 +21,7 @@ FAULTS = (
     ),
     Fault(
         id="planar-order-of-planes-reversed",
-        file="compressors/tables/planar.py",
+        file="compressors/quantize/kernels/bitpacking.py",
         old="    packed = whole[:, :width].clone()\n    for plane in range(1, planes):\n"
         "        packed |= whole[:, plane * width : (plane + 1) * width] << (bits * plane)\n"
         "    return packed",
@@ -33,7 +33,7 @@ FAULTS = (
     ),
     Fault(
         id="planar-padding-is-zero",
-        file="compressors/tables/planar.py",
+        file="compressors/quantize/kernels/bitpacking.py",
         old="2 ** (bits - 1), dtype=torch.uint8)",
         new="0, dtype=torch.uint8)",
         effect="Padding differs from what compiled loops write, so equal tables differ in bytes.",
@@ -41,7 +41,7 @@ FAULTS = (
     ),
     Fault(
         id="kernel-int4-zero-shifted",
-        file="compressors/tables/compiled.py",
+        file="compressors/quantize/kernels/numba_kernels.py",
         old="    count, dim = rows.shape\n    small = scale_16.size > 0\n"
         "    low = -top if symmetric else ZERO\n"
         "    shift = np.uint64(8) if symmetric else np.uint64(0)\n"
@@ -52,24 +52,24 @@ FAULTS = (
         "    bytes_ = np.zeros((1, dim + 1), np.uint8)\n    least",
         effect="Compiled int4 codes are one level too low.",
         tests=(
-            "tests/compressors/test_rowwise.py"
+            "tests/compressors/quantize/test_rowwise.py"
             "::test_stored_codes_scales_and_offsets_are_those_of_the_numpy_reference",
         ),
     ),
     Fault(
         id="kernel-ties-go-up",
-        file="compressors/tables/compiled.py",
+        file="compressors/quantize/kernels/numba_kernels.py",
         old="        codes[into, place] = np.uint8(_bits(step + ROUNDER))\n",
         new="        codes[into, place] = np.uint8(_bits(np.floor(step + HALF) + ROUNDER))\n",
         effect="Compiled loops round weights halfway between two levels up.",
         tests=(
-            "tests/compressors/test_rowwise.py"
+            "tests/compressors/quantize/test_rowwise.py"
             "::test_weights_halfway_between_two_levels_are_rounded_as_documented",
         ),
     ),
     Fault(
         id="kernel-odd-width-padding",
-        file="compressors/tables/compiled.py",
+        file="compressors/quantize/kernels/numba_kernels.py",
         old="& np.uint8(15)) | np.uint8(0x80)",
         new="& np.uint8(15))",
         effect="The padding of an odd int4 row differs from the specification.",
@@ -77,7 +77,7 @@ FAULTS = (
     ),
     Fault(
         id="kernel-float16-truncates",
-        file="compressors/tables/compiled.py",
+        file="compressors/quantize/kernels/numba_kernels.py",
         old="np.int32(0xFFF) + ((size >> np.int32(13)) & np.int32(1))",
         new="np.int32(0)",
         effect="Compiled scales are truncated to float16 instead of rounded to even.",
@@ -85,7 +85,7 @@ FAULTS = (
     ),
     Fault(
         id="kernel-threads-share-first-scales",
-        file="compressors/tables/kernels.py",
+        file="compressors/quantize/kernels/row_encoding.py",
         old="found = slice(begin // together, -(-end // together)) "
         "if grid.rows_per_scale else slice(1)",
         new="found = slice(0, -(-end // together)) if grid.rows_per_scale else slice(1)",
@@ -94,7 +94,7 @@ FAULTS = (
     ),
     Fault(
         id="weight-only-nibbles-swapped",
-        file="compressors/dense/weight_only.py",
+        file="compressors/quantize/dense/weight_only.py",
         old="codes[:, 0::2] | (codes[:, 1::2] << 4)",
         new="codes[:, 1::2] | (codes[:, 0::2] << 4)",
         effect="Neighbouring 4-bit weights are swapped: ONNX Runtime multiplies others.",
@@ -105,18 +105,20 @@ FAULTS = (
     ),
     Fault(
         id="row-map-byte-offset",
-        file="compressors/tables/row_map.py",
+        file="compressors/prune/tables/row_map.py",
         old="dim=1) - 128)",
         new="dim=1) - 127)",
         effect="The bytes of a map of rows lead to other rows.",
-        tests=("tests/compressors/test_row_maps.py",),
+        tests=("tests/compressors/prune/test_row_maps.py",),
     ),
     Fault(
         id="codes-tensor-sign-bit",
-        file="compressors/lower/tensorrt_types.py",
+        file="compressors/lower/targets/tensorrt/types.py",
         old="    signed = each ^ 8  # in two's complement the sign is bit 3\n",
         new="    signed = each  # in two's complement the sign is bit 3\n",
         effect="TensorRT reads int4 codes 8 levels off.",
-        tests=("tests/compressors/test_planar.py::test_tensorrts_signed_codes_are_the_same_codes",),
+        tests=(
+            "tests/compressors/quantize/test_bitpacking.py::test_tensorrts_signed_codes_are_the_same_codes",
+        ),
     ),
 )

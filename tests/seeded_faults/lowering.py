@@ -2,10 +2,10 @@
 
 from tests.seeded_faults.fault import Fault
 
-CONSTANTS = "tests/compressors/test_small_constants.py"
-AUDIT = "tests/compressors/test_audit.py"
-PARITY = "tests/compressors/test_parity.py"
-GRAPH_VALUES = "tests/compressors/test_graph_values.py"
+CONSTANTS = "tests/compressors/lower/test_small_constants.py"
+AUDIT = "tests/compressors/lower/test_audit.py"
+PARITY = "tests/compressors/lower/test_parity.py"
+GRAPH_VALUES = "tests/compressors/lower/test_graph_values.py"
 
 FAULTS = (
     Fault(
@@ -28,7 +28,7 @@ FAULTS = (
     ),
     Fault(
         id="log-sigmoid-overflows",
-        file="compressors/lower/onnx_pieces.py",
+        file="compressors/lower/graph_builders.py",
         old="return op.Neg(op.Softplus(op.Neg(x)))",
         new="return op.Log(op.Sigmoid(x))",
         effect="The logarithm of a vanishing sigmoid is -inf in served graphs.",
@@ -36,7 +36,7 @@ FAULTS = (
     ),
     Fault(
         id="sigmoid-of-runtime-after-recalibration",
-        file="compressors/lower/onnx_pieces.py",
+        file="compressors/lower/graph_builders.py",
         old="return op.Reciprocal(op.Add(op.Constant(value_float=1.0), op.Exp(op.Neg(x))))",
         new="return op.Sigmoid(x)",
         effect="A recalibrated probability next to 0 differs between torch and ONNX Runtime.",
@@ -44,7 +44,7 @@ FAULTS = (
     ),
     Fault(
         id="squeeze-removes-the-row-dimension",
-        file="compressors/lower/onnx_pieces.py",
+        file="compressors/lower/graph_builders.py",
         old="    return op.Squeeze(x, op.Constant(value_ints=axes)) if axes else op.Identity(x)",
         new="    return op.Squeeze(x) if axes else op.Identity(x)",
         effect="A request of one row gets a score without a dimension.",
@@ -57,25 +57,25 @@ FAULTS = (
         new="return op.MatMul(weights, value)",
         effect="Attention over an empty history gives the mean of all values instead of zeros.",
         tests=(
-            "tests/compressors/test_attention_graphs.py"
+            "tests/compressors/lower/test_attention_graphs.py"
             "::test_attention_scores_an_empty_history_as_torch_does",
         ),
     ),
     Fault(
         id="int4-zero-in-graph-shifted",
-        file="compressors/lower/onnxruntime_tables.py",
+        file="compressors/lower/targets/onnxruntime/tables.py",
         old="rows = op.Sub(rows, op.Constant(value_float=8.0))",
         new="rows = op.Sub(rows, op.Constant(value_float=7.0))",
         effect="ONNX Runtime reads int4 tables one level too high.",
         tests=(
-            "tests/compressors/test_small_constants.py"
+            "tests/compressors/lower/test_small_constants.py"
             "::test_masked_means_of_empty_lists_are_the_modules_on_every_target"
             "[1e-08-rowwise_int4-onnxruntime]",
         ),
     ),
     Fault(
         id="tensorrt-bias-not-rounded",
-        file="compressors/lower/tensorrt.py",
+        file="compressors/lower/targets/tensorrt/operators.py",
         old="rounded = op.Mul(op.Round(op.Div(bias, step)), step)",
         new="rounded = op.Mul(op.Div(bias, step), step)",
         effect="With very wide inputs the int8 bias differs between TensorRT and the module.",
@@ -83,7 +83,7 @@ FAULTS = (
     ),
     Fault(
         id="int8-bias-truncated-in-onnxruntime",
-        file="compressors/lower/onnxruntime.py",
+        file="compressors/lower/targets/onnxruntime/operators.py",
         old="whole = op.Cast(op.Round(op.Div(bias, step)), to=INT32)",
         new="whole = op.Cast(op.Div(bias, step), to=INT32)",
         effect="ONNX Runtime's int8 bias is truncated, the module's is rounded.",

@@ -2,16 +2,16 @@
 
 from tests.seeded_faults.fault import Fault
 
-METRICS = "tests/compressors/test_metrics.py"
-INTERVALS = "tests/compressors/test_intervals.py"
-CLUSTERS = "tests/compressors/test_cluster_intervals.py"
-CHANGE = "tests/compressors/test_score_change.py"
-RANKING = "tests/compressors/test_full_ranking.py"
+METRICS = "tests/compressors/metrics/test_metrics.py"
+INTERVALS = "tests/compressors/metrics/test_intervals.py"
+CLUSTERS = "tests/compressors/metrics/test_cluster_intervals.py"
+CHANGE = "tests/compressors/metrics/test_score_change.py"
+RANKING = "tests/compressors/metrics/test_full_ranking.py"
 
 FAULTS = (
     Fault(
         id="auc-ties-count-as-losses",
-        file="compressors/metrics.py",
+        file="compressors/metrics/point_estimates.py",
         old='    not_above = np.searchsorted(negatives, positives, side="right")\n',
         new='    not_above = np.searchsorted(negatives, positives, side="left")\n',
         effect="A positive and a negative of equal score count 0 instead of a half.",
@@ -19,7 +19,7 @@ FAULTS = (
     ),
     Fault(
         id="gauc-ignores-impressions",
-        file="compressors/metrics.py",
+        file="compressors/metrics/point_estimates.py",
         old="return float(value @ impressions / impressions.sum())",
         new="return float(value.mean())",
         effect="Users count the same in GAUC, however many impressions they have.",
@@ -27,7 +27,7 @@ FAULTS = (
     ),
     Fault(
         id="gauc-ties-take-the-last-rank",
-        file="compressors/metrics.py",
+        file="compressors/metrics/point_estimates.py",
         old="rank = (run_end - (run_size - 1) / 2)[run]",
         new="rank = run_end[run]",
         effect="Equal scores inside a group take the last of their ranks instead of the mean.",
@@ -35,7 +35,7 @@ FAULTS = (
     ),
     Fault(
         id="ndcg-linear-gains",
-        file="compressors/metrics.py",
+        file="compressors/metrics/point_estimates.py",
         old="gain = np.exp2(relevance) - 1",
         new="gain = relevance",
         effect="NDCG has linear gains instead of 2**label - 1.",
@@ -45,7 +45,7 @@ FAULTS = (
     ),
     Fault(
         id="logloss-infinite-for-sure-rows",
-        file="compressors/metrics.py",
+        file="compressors/metrics/point_estimates.py",
         old="    chance = np.clip(chance, PROBABILITY_FLOOR, 1 - PROBABILITY_FLOOR)\n",
         new="    chance = np.clip(chance, 1e-300, 1 - 1e-16)\n",
         effect="One sure and wrong row costs hundreds of nats instead of 16.",
@@ -53,7 +53,7 @@ FAULTS = (
     ),
     Fault(
         id="normalized-entropy-of-constant-rate",
-        file="compressors/metrics.py",
+        file="compressors/metrics/point_estimates.py",
         old="return float(losses.mean()) / float(base_entropy(float(positive.mean())))",
         new="return float(losses.mean()) / float(base_entropy(0.5))",
         effect="Normalized entropy divides by the entropy of a fair coin.",
@@ -61,7 +61,7 @@ FAULTS = (
     ),
     Fault(
         id="interval-difference-not-paired",
-        file="compressors/intervals.py",
+        file="compressors/metrics/intervals.py",
         old="        pair = before(counts), after(counts)\n",
         new="        pair = before(counts), after(random.permutation(counts))\n",
         effect="Two models are resampled separately, which widens the interval of the difference.",
@@ -69,7 +69,7 @@ FAULTS = (
     ),
     Fault(
         id="interval-of-85-percent",
-        file="compressors/intervals.py",
+        file="compressors/metrics/intervals.py",
         old="    low, high = np.quantile(values, [TAIL, 1 - TAIL])\n",
         new="    low, high = np.quantile(values, [3 * TAIL, 1 - 3 * TAIL])\n",
         effect="Bootstrap intervals cover 85 % instead of 95 %.",
@@ -77,7 +77,7 @@ FAULTS = (
     ),
     Fault(
         id="cluster-interval-ignores-group-size",
-        file="compressors/cluster_intervals.py",
+        file="compressors/metrics/cluster_intervals.py",
         old="variance = float((change**2) @ (1 - share))",
         new="variance = float((change**2).sum() / change.size)",
         effect="Intervals of grouped rows are too narrow by the root of the number of groups.",
@@ -85,7 +85,7 @@ FAULTS = (
     ),
     Fault(
         id="cluster-interval-of-rows",
-        file="compressors/intervals.py",
+        file="compressors/metrics/intervals.py",
         old="    if group is not None:\n"
         "        pair = grouped_pair(metric_name, label, baseline, candidate, group)\n",
         new="    if group is not None and metric_name not in "
@@ -96,7 +96,7 @@ FAULTS = (
     ),
     Fault(
         id="few-groups-give-an-interval",
-        file="compressors/cluster_intervals.py",
+        file="compressors/metrics/cluster_intervals.py",
         old="    if counted < MIN_GROUPS:\n",
         new="    if counted < 2:\n",
         effect="Two groups give an interval, so a limit is decided on nearly nothing.",
@@ -104,7 +104,7 @@ FAULTS = (
     ),
     Fault(
         id="latency-ratio-not-interleaved",
-        file="compressors/intervals.py",
+        file="compressors/metrics/intervals.py",
         old="    if before.size == after.size:\n        values = _quantiles",
         new="    if before.size != after.size:\n        values = _quantiles",
         effect="Interleaved rounds are resampled separately: a shared slowdown does not cancel.",
@@ -115,7 +115,7 @@ FAULTS = (
     ),
     Fault(
         id="ranking-shows-seen-items",
-        file="compressors/retrieval.py",
+        file="compressors/metrics/full_ranking.py",
         old="        flat[torch.from_numpy(hidden)] = -torch.inf\n",
         new="",
         effect="Items that a query had before take places of its ranking.",
@@ -125,7 +125,7 @@ FAULTS = (
     ),
     Fault(
         id="ranking-ties-count-as-found",
-        file="compressors/retrieval.py",
+        file="compressors/metrics/full_ranking.py",
         old="hits[here] = np.maximum(last - above, 0) / equal",
         new="hits[here] = (above < k).astype(float)",
         effect="A model that scores everything alike has recall 1.",
@@ -133,7 +133,7 @@ FAULTS = (
     ),
     Fault(
         id="score-change-counts-sign",
-        file="compressors/score_change.py",
+        file="compressors/metrics/score_change.py",
         old="change = np.abs(after - before) / (spread or 1.0)",
         new="change = (after - before) / (spread or 1.0)",
         effect="Falling scores cancel rising ones in the mean score change.",
@@ -141,7 +141,7 @@ FAULTS = (
     ),
     Fault(
         id="changed-top1-counts-ties",
-        file="compressors/score_change.py",
+        file="compressors/metrics/score_change.py",
         old="shared = groups.sums(best[0] & best[1]) / groups.sums(best[1])",
         new="shared = (groups.sums(best[0] & best[1]) > 0).astype(float)",
         effect="A candidate with one score for all rows changes no best row.",
@@ -152,7 +152,7 @@ FAULTS = (
     ),
     Fault(
         id="no-changed-top1-is-certain",
-        file="compressors/score_change.py",
+        file="compressors/metrics/score_change.py",
         old="    low, high = max(0.0, center - reach), min(1.0, center + reach)\n",
         new="    low, high = share, share\n",
         effect="No changed best row among few groups counts as proof that none changes.",

@@ -11,7 +11,7 @@ PROMOTION = "tests/tasks/test_promotion.py"
 FAULTS = (
     Fault(
         id="bad-input-exits-with-1",
-        file="flows/cli_errors.py",
+        file="flows/cli/errors.py",
         old="    if isinstance(shown, Refused | CompressionError):\n"
         '        _print(f"recpress: {shown}")\n        return 2\n',
         new="    if isinstance(shown, Refused | CompressionError):\n"
@@ -21,7 +21,7 @@ FAULTS = (
     ),
     Fault(
         id="lack-of-memory-exits-with-2",
-        file="flows/cli_errors.py",
+        file="flows/cli/errors.py",
         old="    shown: Exception = as_out_of_memory(fault, command(sys.argv[1:])) or fault\n",
         new="    shown: Exception = fault\n",
         effect="Too little memory is reported as another fault, with its traceback text.",
@@ -32,7 +32,7 @@ FAULTS = (
     ),
     Fault(
         id="rejected-result-exits-with-0",
-        file="flows/cli.py",
+        file="flows/cli/app.py",
         old='EXIT = {"accepted": 0, "rejected": 3,',
         new='EXIT = {"accepted": 0, "rejected": 0,',
         effect="A rejected result ends with exit code 0, so a pipeline deploys it.",
@@ -43,7 +43,7 @@ FAULTS = (
     ),
     Fault(
         id="missing-module-called-out-of-memory",
-        file="flows/cli_errors.py",
+        file="flows/cli/errors.py",
         old='        said = NO_MEMORY if is_limited() else INCOMPLETE.replace("{missing}", f"{missing}")\n',
         new="        said = NO_MEMORY\n",
         effect="A command whose modules cannot be imported claims to be out of memory.",
@@ -90,13 +90,13 @@ FAULTS = (
         new="        if problems := limit_problems(limits[:0]):\n",
         effect="Limits that cannot be meant pass in the command line, order files and the form.",
         tests=(
-            "tests/compressors/test_limits.py"
+            "tests/compressors/contracts/test_limits.py"
             "::test_an_order_refuses_such_limits_and_a_stored_limit_is_still_read",
         ),
     ),
     Fault(
         id="outage-never-given-up",
-        file="tasks/outages.py",
+        file="tasks/orchestration/outages.py",
         old="        if time.monotonic() - self._began + delay > DEADLINE_SECONDS:\n",
         new="        if delay > DEADLINE_SECONDS:\n",
         effect="A service that stays away is waited for without end.",
@@ -106,7 +106,7 @@ FAULTS = (
     ),
     Fault(
         id="wrong-credentials-waited-for",
-        file="tasks/outages.py",
+        file="tasks/orchestration/outages.py",
         old="        case httpx.HTTPStatusError() if fault.response.status_code >= _SERVER_FAULTS:\n",
         new="        case httpx.HTTPStatusError():\n",
         effect="Wrong credentials of Prefect's API are waited out for ten minutes.",
@@ -116,7 +116,7 @@ FAULTS = (
     ),
     Fault(
         id="bad-order-retried",
-        file="tasks/policy.py",
+        file="tasks/orchestration/policy.py",
         old="    return isinstance(fault, InfraError) and run.run_count <= OTHER_RETRIES\n",
         new="    return run.run_count <= OTHER_RETRIES\n",
         effect="A task that refuses its input runs three times.",
@@ -132,7 +132,7 @@ FAULTS = (
     ),
     Fault(
         id="planted-prefect-result-followed",
-        file="tasks/policy.py",
+        file="tasks/orchestration/policy.py",
         old="    if data is None or isinstance(data, ResultRecordMetadata) or not state.is_completed():\n",
         new="    if data is None or not state.is_completed():\n",
         effect="A result that Prefect's API refers to is taken for the result of a run.",

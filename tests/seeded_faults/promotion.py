@@ -11,7 +11,7 @@ REPEATED = "tests/tasks/test_repeated_promotions.py"
 FAULTS = (
     Fault(
         id="ledger-expected-sequence-ignored",
-        file="infra/ledger.py",
+        file="infra/registry/ledger.py",
         old="            if expected is not None and len(entries) != expected:\n",
         new="            if expected is not None and len(entries) < expected:\n",
         effect="A decision made on an older ledger is appended to a newer one.",
@@ -19,7 +19,7 @@ FAULTS = (
     ),
     Fault(
         id="ledger-lost-answer-entered-twice",
-        file="infra/ledger.py",
+        file="infra/registry/ledger.py",
         old="                if self._store.read(key) == body:\n",
         new='                if self._store.read(key) == b"":\n',
         effect="A create whose answer was lost enters one decision twice.",
@@ -27,7 +27,7 @@ FAULTS = (
     ),
     Fault(
         id="ledger-rollback-toggles",
-        file="infra/ledger.py",
+        file="infra/registry/ledger.py",
         old='        if entry.action == "rollback":\n            stack.pop()\n',
         new='        if entry.action == "rollback":\n            stack.append(entry)\n',
         effect="Two rollbacks go forth and back instead of two steps back.",
@@ -35,7 +35,7 @@ FAULTS = (
     ),
     Fault(
         id="ledger-entry-of-another-model-accepted",
-        file="infra/ledger.py",
+        file="infra/registry/ledger.py",
         old="        if (entry.sequence, entry.model, entry.previous) "
         "!= (sequence, self._model, previous):\n",
         new="        if (entry.sequence, entry.previous) != (sequence, previous):\n",
@@ -44,7 +44,7 @@ FAULTS = (
     ),
     Fault(
         id="ledger-digest-not-checked",
-        file="infra/ledger.py",
+        file="infra/registry/ledger.py",
         old="        elif entry.digest != entry.sealed(previous).digest:\n",
         new="        elif len(entry.digest) != 64:\n",
         effect="A changed entry is read as if it had been written so.",
@@ -52,7 +52,7 @@ FAULTS = (
     ),
     Fault(
         id="ledger-digest-not-chained",
-        file="infra/ledger.py",
+        file="infra/registry/ledger.py",
         old="        after = None if previous is None else "
         "previous.digest or previous.sealed(None).digest\n",
         new="        after = None\n",
@@ -61,7 +61,7 @@ FAULTS = (
     ),
     Fault(
         id="ledger-rollback-anywhere",
-        file="infra/ledger.py",
+        file="infra/registry/ledger.py",
         old="        if target.order != order:\n            raise Refused(",
         new="        if not target.order:\n            raise Refused(",
         effect="A rollback may go to a version that was not champion before.",
@@ -69,7 +69,7 @@ FAULTS = (
     ),
     Fault(
         id="registry-duplicates-kept",
-        file="infra/registry.py",
+        file="infra/registry/mlflow_registry.py",
         old="            if winner.version != str(created.version):\n",
         new="            if int(winner.version) > int(created.version):\n",
         effect="Two processes that publish one order leave two versions.",
@@ -80,7 +80,7 @@ FAULTS = (
     ),
     Fault(
         id="registry-versions-sorted-as-text",
-        file="infra/registry.py",
+        file="infra/registry/mlflow_registry.py",
         old="key=lambda entry: -int(entry.version)))",
         new="key=lambda entry: entry.version, reverse=True))",
         effect="Version 9 counts as newer than version 10.",
@@ -88,7 +88,7 @@ FAULTS = (
     ),
     Fault(
         id="champion-by-version-number",
-        file="tasks/champion.py",
+        file="tasks/promotion/champion.py",
         old="    registered = registry().by_order(entry.order, model)\n    if registered is None:\n"
         '        raise PromotionRefused(\n            "champion_not_registered",',
         new="    registered = registry().version(model, entry.version)\n    if registered is None:\n"
@@ -98,7 +98,7 @@ FAULTS = (
     ),
     Fault(
         id="version-tag-not-compared",
-        file="tasks/champion.py",
+        file="tasks/promotion/champion.py",
         old="    if (report.name, report.order) != (model, order):\n",
         new="    if report.name != model:\n",
         effect="A version whose tag names another order is promoted.",
@@ -106,7 +106,7 @@ FAULTS = (
     ),
     Fault(
         id="acceptance-trusts-the-report",
-        file="tasks/acceptance.py",
+        file="tasks/promotion/acceptance.py",
         old="    if outcome != report.outcome:\n",
         new="    outcome = report.outcome\n    if not outcome:\n",
         effect="A report that was changed to 'accepted' is promoted.",
@@ -114,7 +114,7 @@ FAULTS = (
     ),
     Fault(
         id="acceptance-judgements-not-computed-again",
-        file="tasks/acceptance.py",
+        file="tasks/promotion/acceptance.py",
         old="    outcome = judge.recomputed(verdict)\n",
         new="    outcome = verdict.outcome\n",
         effect="A verdict that its own judgements contradict is promoted.",
@@ -122,7 +122,7 @@ FAULTS = (
     ),
     Fault(
         id="promotion-of-undecided-version",
-        file="tasks/acceptance.py",
+        file="tasks/promotion/acceptance.py",
         old='    if outcome != "accepted":\n',
         new='    if outcome == "rejected":\n',
         effect="An undecided version becomes champion.",
@@ -130,7 +130,7 @@ FAULTS = (
     ),
     Fault(
         id="repeated-rollback-goes-back-twice",
-        file="tasks/promotion.py",
+        file="tasks/promotion/promotions.py",
         old="    return datetime.fromisoformat(last.at) > began "
         "or registry().confirmed(model) != last.digest\n",
         new="    return False\n",
@@ -139,7 +139,7 @@ FAULTS = (
     ),
     Fault(
         id="fetch-gives-rejected-targets",
-        file="tasks/promotion.py",
+        file="tasks/promotion/promotions.py",
         old='    if outcome in {"rejected", "undecided"} and not unaccepted:\n',
         new='    if outcome in {"undecided"} and not unaccepted:\n',
         effect="A rejected target is fetched without its own option.",

@@ -12,7 +12,7 @@ TEXT = "tests/flows/test_terminal_text.py"
 FAULTS = (
     Fault(
         id="allow-list-by-prefix",
-        file="infra/architecture.py",
+        file="infra/bundle/architecture.py",
         old='return module_name == root or module_name.startswith(f"{root}.")',
         new="return module_name.startswith(root)",
         effect="Allowing module 'a.b' also allows 'a.bc'.",
@@ -20,7 +20,7 @@ FAULTS = (
     ),
     Fault(
         id="allow-list-checked-after-import",
-        file="infra/architecture.py",
+        file="infra/bundle/architecture.py",
         old="    if not any(_within(module_name, root) for root in allowed):\n        raise BundleRefused(\n"
         '            f"architecture {path!r} is not allowed: {_how',
         new="    if not allowed:\n        raise BundleRefused(\n"
@@ -30,7 +30,7 @@ FAULTS = (
     ),
     Fault(
         id="architecture-getattr-runs-code",
-        file="infra/architecture.py",
+        file="infra/bundle/architecture.py",
         old="found = vars(module).get(class_name)  # not getattr: a module may answer that with code",
         new="found = getattr(module, class_name, None)",
         effect="A module's own __getattr__ decides what class a bundle gets.",
@@ -38,18 +38,18 @@ FAULTS = (
     ),
     Fault(
         id="attribute-names-run-as-code",
-        file="compressors/construction.py",
+        file="compressors/core/state/construction.py",
         old="            if _ENDS_TEXT.search(name):\n",
         new="            if _ENDS_TEXT.fullmatch(name):\n",
         effect="A module name in a bundle is run as code when the network is traced.",
         tests=(
-            "tests/compressors/test_construction.py"
+            "tests/compressors/core/test_construction.py"
             "::test_an_attribute_whose_name_could_run_as_code_is_refused",
         ),
     ),
     Fault(
         id="bundle-path-climbs-out",
-        file="infra/bundle_paths.py",
+        file="infra/bundle/paths.py",
         old='    if ".." in PurePosixPath(text).parts:\n',
         new='    if text.startswith("../"):\n',
         effect="A path such as 'x/../../secret' in a draft leaves its folder.",
@@ -57,7 +57,7 @@ FAULTS = (
     ),
     Fault(
         id="bundle-seal-not-checked",
-        file="infra/bundle.py",
+        file="infra/bundle/bundle_folder.py",
         old="    if raw[-tail:] != _seal_line(raw[:-tail]):\n",
         new="    if len(raw) < tail:\n",
         effect="An edited model.json of a sealed bundle is accepted.",
@@ -81,7 +81,7 @@ FAULTS = (
     ),
     Fault(
         id="log-line-forged-by-line-end",
-        file="tasks/log_lines.py",
+        file="tasks/orchestration/log_lines.py",
         old='record.msg, record.args = "\\n- ".join(map(one_line, lines)), ()',
         new='record.msg, record.args = "\\n- ".join(map(printable, lines)), ()',
         effect="A name with a line end forges a line of the log.",
@@ -89,7 +89,7 @@ FAULTS = (
     ),
     Fault(
         id="json-depth-unlimited",
-        file="infra/json_limits.py",
+        file="infra/bundle/json_limits.py",
         old="    if size.depth > MAX_JSON_DEPTH:\n",
         new="    if size.depth > 1000 * MAX_JSON_DEPTH:\n",
         effect="JSON from outside is parsed at any depth.",
@@ -97,7 +97,7 @@ FAULTS = (
     ),
     Fault(
         id="json-counts-brackets-in-text",
-        file="infra/json_limits.py",
+        file="infra/bundle/json_limits.py",
         old="        kinds = np.where((quotes + inside) & 1, 0, _KINDS[block])\n",
         new="        kinds = _KINDS[block]\n",
         effect="Brackets inside a text count as nesting, so ordinary JSON is refused.",

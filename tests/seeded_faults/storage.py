@@ -12,7 +12,7 @@ CODE_DIGEST = "tests/tasks/test_code_digest.py"
 FAULTS = (
     Fault(
         id="store-chunks-not-verified",
-        file="infra/store.py",
+        file="infra/store/object_store.py",
         old="            if sha256(data) != entry.chunks[index]:\n                raise ArtifactDamaged(",
         new="            if not entry.chunks[index]:\n                raise ArtifactDamaged(",
         effect="A flipped byte of an artifact is handed out.",
@@ -20,7 +20,7 @@ FAULTS = (
     ),
     Fault(
         id="store-manifest-root-not-verified",
-        file="infra/store.py",
+        file="infra/store/object_store.py",
         old="        if not name == manifest.root == root_of(manifest.files, manifest.chunk_bytes):\n",
         new="        if not name == manifest.root:\n",
         effect="A changed manifest stands for the artifact of its name.",
@@ -28,7 +28,7 @@ FAULTS = (
     ),
     Fault(
         id="store-extra-files-handed-out",
-        file="infra/store.py",
+        file="infra/store/object_store.py",
         old="        if extra_refused and sizes:\n",
         new="        if extra_refused and not sizes:\n",
         effect="A file that does not belong to an artifact is loaded with it.",
@@ -36,7 +36,7 @@ FAULTS = (
     ),
     Fault(
         id="store-create-overwrites",
-        file="infra/store_folder.py",
+        file="infra/store/folder.py",
         old="                os.link(temporary, path)\n",
         new="                temporary.replace(path)\n",
         effect="Of two writers of one record both believe that they won.",
@@ -47,7 +47,7 @@ FAULTS = (
     ),
     Fault(
         id="store-changing-file-stored",
-        file="infra/store_chunks.py",
+        file="infra/store/chunks.py",
         old="        if sha256(data) != entry.chunks[index]:\n            raise _changed(path)\n",
         new="",
         effect="A file that changes while it is stored becomes a damaged artifact.",
@@ -55,7 +55,7 @@ FAULTS = (
     ),
     Fault(
         id="store-cached-copy-not-verified",
-        file="infra/store.py",
+        file="infra/store/object_store.py",
         old="        return hashed(folder, regular_files(folder), manifest.chunk_bytes) == manifest.files\n",
         new="        return bool(regular_files(folder))\n",
         effect="A damaged local copy of a remote artifact is used.",
@@ -63,7 +63,7 @@ FAULTS = (
     ),
     Fault(
         id="store-symlinks-followed",
-        file="infra/store_chunks.py",
+        file="infra/store/chunks.py",
         old="                if entry.is_symlink():\n",
         new="                if entry.is_symlink() and not entry.is_file():\n",
         effect="A symlink in a folder that is stored leads to any file of the machine.",
@@ -71,7 +71,7 @@ FAULTS = (
     ),
     Fault(
         id="result-record-of-another-key",
-        file="tasks/result_records.py",
+        file="tasks/orchestration/result_records.py",
         old="    if (record.task, record.key) != (task, key):\n",
         new="    if record.task != task:\n",
         effect="The record of other arguments is taken for a task's result.",
@@ -83,7 +83,7 @@ FAULTS = (
     ),
     Fault(
         id="result-record-with-artifact-of-two-names",
-        file="tasks/result_records.py",
+        file="tasks/orchestration/result_records.py",
         old='        if artifact.uri != f"artifacts/{artifact.sha256}":\n',
         new='        if not artifact.uri.startswith("artifacts/"):\n',
         effect="A planted record names two artifacts, one by its URI and one by its hash.",
@@ -95,7 +95,7 @@ FAULTS = (
     ),
     Fault(
         id="result-record-without-seal",
-        file="tasks/result_records.py",
+        file="tasks/orchestration/result_records.py",
         old="    if not is_sealed:\n",
         new="    if is_sealed is None:\n",
         effect="A damaged record is read as a result.",
@@ -107,7 +107,7 @@ FAULTS = (
     ),
     Fault(
         id="order-record-of-another-order",
-        file="tasks/order_records.py",
+        file="tasks/orchestration/order_records.py",
         old="        if report.order != order:\n",
         new="        if not report.order:\n",
         effect="A record leads to the release of another order.",
@@ -115,7 +115,7 @@ FAULTS = (
     ),
     Fault(
         id="cache-key-without-defaults",
-        file="tasks/policy.py",
+        file="tasks/orchestration/policy.py",
         old="    bound.apply_defaults()\n",
         new="",
         effect="A default that is named gives another cache key, so the task runs again.",
@@ -123,7 +123,7 @@ FAULTS = (
     ),
     Fault(
         id="cache-key-of-object-addresses",
-        file="compressors/contracts.py",
+        file="compressors/contracts/artifact.py",
         old='        raise TypeError(f"{type(item).__name__} has no canonical JSON form")\n',
         new="        return repr(item)\n",
         effect="Arguments without a canonical form give keys that change with the process.",
@@ -155,7 +155,7 @@ FAULTS = (
     ),
     Fault(
         id="code-digest-without-package-files",
-        file="tasks/code_digest.py",
+        file="tasks/orchestration/code_digest.py",
         old='                found |= {path.with_suffix(".py"), path / "__init__.py"}\n',
         new='                found |= {path.with_suffix(".py")}\n',
         effect="A task finds the result of before a change of a package's __init__.py.",
@@ -163,7 +163,7 @@ FAULTS = (
     ),
     Fault(
         id="code-digest-without-late-imports",
-        file="tasks/code_digest.py",
+        file="tasks/orchestration/code_digest.py",
         old="    for node in ast.walk(tree):\n",
         new="    for node in ast.iter_child_nodes(tree):\n",
         effect="A task finds the result of before a change of a module imported in a function.",
@@ -171,7 +171,7 @@ FAULTS = (
     ),
     Fault(
         id="s3-damaged-refusal-is-a-setting",
-        file="infra/store_s3.py",
+        file="infra/store/s3.py",
         old="    return 400 <= status < 500 and not known\n",
         new="    return False\n",
         effect="A refusal that was damaged on the way ends an order as a wrong setting.",

@@ -2,21 +2,21 @@
 
 from tests.seeded_faults.fault import Fault
 
-LOSS = "tests/compressors/test_loss.py"
-DISTILL = "tests/compressors/test_distill_losses.py"
-CALIBRATION = "tests/compressors/test_calibration.py"
-SPARSE = "tests/compressors/test_sparse_2_4.py"
-PRUNE = "tests/compressors/test_prune_rows.py"
-RECALIBRATE = "tests/compressors/test_recalibrate.py"
-BASELINE = "tests/compressors/test_baseline_checks.py"
-DATA = "tests/infra/test_data.py"
+LOSS = "tests/compressors/task_kinds/test_loss.py"
+DISTILL = "tests/compressors/distill/test_distill_losses.py"
+CALIBRATION = "tests/compressors/quantize/test_calibration.py"
+SPARSE = "tests/compressors/prune/test_sparse_2_4.py"
+PRUNE = "tests/compressors/prune/test_prune_rows.py"
+RECALIBRATE = "tests/compressors/distill/test_recalibrate.py"
+BASELINE = "tests/compressors/metrics/test_baseline_checks.py"
+DATA = "tests/infra/test_splits.py"
 
 FAULTS = (
     Fault(
         id="soft-loss-temperature-of-student-only",
-        file="compressors/loss.py",
-        old="wanted = torch.sigmoid(logits(schema, teacher) / temperature)",
-        new="wanted = torch.sigmoid(logits(schema, teacher))",
+        file="compressors/task_kinds/loss.py",
+        old="wanted = torch.sigmoid(logits(signature, teacher) / temperature)",
+        new="wanted = torch.sigmoid(logits(signature, teacher))",
         effect="The teacher's probabilities are not softened by the temperature.",
         tests=(
             f"{LOSS}::test_the_soft_loss_of_clicks_is_the_cross_entropy_of_two_softened_answers",
@@ -24,7 +24,7 @@ FAULTS = (
     ),
     Fault(
         id="hard-loss-linear-gains",
-        file="compressors/loss.py",
+        file="compressors/task_kinds/loss.py",
         old="    gains = torch.exp2(label) - 1\n",
         new="    gains = label\n",
         effect="The ranking loss has linear gains instead of 2^label - 1.",
@@ -48,7 +48,7 @@ FAULTS = (
     ),
     Fault(
         id="calibration-percentile-without-zeros",
-        file="compressors/dense/calibration.py",
+        file="compressors/quantize/calibration/calibrators.py",
         old="    below = seen.zeros + seen.counts.cumsum(0)\n",
         new="    below = seen.counts.cumsum(0)\n",
         effect="The percentile of inputs ignores zeros, so more inputs are clipped or none.",
@@ -56,7 +56,7 @@ FAULTS = (
     ),
     Fault(
         id="calibration-histogram-forgets-when-it-grows",
-        file="compressors/dense/calibration.py",
+        file="compressors/quantize/calibration/calibrators.py",
         old="        self.counts[: len(folded)] = folded\n",
         new="",
         effect="Counts seen before a larger value are lost.",
@@ -64,41 +64,41 @@ FAULTS = (
     ),
     Fault(
         id="int8-products-exceed-sixteen-bits",
-        file="compressors/dense/static_int8.py",
+        file="compressors/quantize/dense/static_int8.py",
         old="    step = torch.maximum(scale, paired_scale(inside.detach()))\n",
         new="    step = scale\n",
         effect="Int8 products clip on processors without VNNI.",
         tests=(
-            "tests/compressors/test_static_int8.py"
+            "tests/compressors/quantize/test_static_int8.py"
             "::test_no_two_neighbouring_products_leave_sixteen_bits",
         ),
     ),
     Fault(
         id="int8-op-sums-in-float32",
-        file="compressors/dense/static_int8.py",
+        file="compressors/quantize/dense/static_int8.py",
         old="    exact = torch.float32 if codes.shape[1] <= EXACT_INPUTS else torch.float64\n",
         new="    exact = torch.float32\n",
         effect="Products of more than 1024 inputs are summed inexactly.",
         tests=(
-            "tests/compressors/test_static_int8.py"
+            "tests/compressors/quantize/test_static_int8.py"
             "::test_more_inputs_than_float32_sums_exactly_need_the_wider_sum",
         ),
     ),
     Fault(
         id="magnitude-prunes-the-largest",
-        file="compressors/dense/magnitude.py",
+        file="compressors/prune/dense/magnitude.py",
         old="    smallest = flat.sort(stable=True).indices[: round(share * len(flat))]\n",
         new="    smallest = flat.sort(stable=True, descending=True).indices"
         "[: round(share * len(flat))]\n",
         effect="The largest weights become zero.",
         tests=(
-            "tests/compressors/test_magnitude.py"
+            "tests/compressors/prune/test_magnitude.py"
             "::test_the_smallest_weights_become_zero_and_no_other_changes",
         ),
     ),
     Fault(
         id="sparse-keeps-three-of-four",
-        file="compressors/dense/sparse_2_4.py",
+        file="compressors/prune/dense/sparse_2_4.py",
         old="scatter_(1, order[:, :2], True)",
         new="scatter_(1, order[:, :3], True)",
         effect="Three of four weights stay, which no sparse kernel takes.",
@@ -106,7 +106,7 @@ FAULTS = (
     ),
     Fault(
         id="sparse-reconstruction-ignores-removed-weights",
-        file="compressors/dense/sparse_2_4.py",
+        file="compressors/prune/dense/sparse_2_4.py",
         old="    moved = torch.where(kept, 0.0, -wide)",
         new="    moved = torch.zeros_like(wide)",
         effect="The weights that stay are not refitted for those that are gone.",
@@ -114,17 +114,17 @@ FAULTS = (
     ),
     Fault(
         id="channels-drop-ties",
-        file="compressors/dense/importance.py",
+        file="compressors/prune/dense/importance.py",
         old="        total = torch.stack([importance[maker] for maker in group]).sum(dim=0)\n",
         new="        total = importance[group[0]]\n",
         effect="Layers whose channels meet are cut by the importance of one of them.",
         tests=(
-            "tests/compressors/test_channels.py::test_layers_whose_channels_meet_keep_the_same_ones",
+            "tests/compressors/prune/test_channels.py::test_layers_whose_channels_meet_keep_the_same_ones",
         ),
     ),
     Fault(
         id="prune-rows-shared-row-unweighted",
-        file="compressors/tables/prune_rows.py",
+        file="compressors/prune/tables/prune_rows.py",
         old="        each = count[block][chosen[block]].double() + UNSEEN\n",
         new="        each = torch.ones(int(chosen[block].sum()), dtype=torch.float64)\n",
         effect="The row of pruned ids is a plain mean instead of one weighted by lookups.",
@@ -132,7 +132,7 @@ FAULTS = (
     ),
     Fault(
         id="prune-rows-min-lookups-off-by-one",
-        file="compressors/tables/prune_rows.py",
+        file="compressors/prune/tables/prune_rows.py",
         old="kept = max(1, int((counts[unit.name] >= self.min_lookups).sum()))",
         new="kept = max(1, int((counts[unit.name] > self.min_lookups).sum()))",
         effect="Rows that training looks up exactly 'min_lookups' times are pruned.",
@@ -140,19 +140,21 @@ FAULTS = (
     ),
     Fault(
         id="lookups-count-padding",
-        file="compressors/traffic.py",
+        file="compressors/quantize/calibration/lookup_counts.py",
         old="        read = ids if padding is None else ids[ids != padding]\n",
         new="        read = ids\n",
         effect="Padding of bags counts as lookups of row 0.",
-        tests=("tests/compressors/test_traffic.py",),
+        tests=("tests/compressors/quantize/test_lookup_counts.py",),
     ),
     Fault(
         id="fold-forgets-the-mean",
-        file="compressors/dense/fold.py",
+        file="compressors/rewrite/fold.py",
         old="    shift = -norm.running_mean.double() * scale\n",
         new="    shift = torch.zeros_like(scale)\n",
         effect="A folded batch norm loses its mean.",
-        tests=("tests/compressors/test_fold.py::test_a_batch_norm_is_a_factor_and_an_offset",),
+        tests=(
+            "tests/compressors/rewrite/test_fold.py::test_a_batch_norm_is_a_factor_and_an_offset",
+        ),
     ),
     Fault(
         id="recalibration-by-raw-labels",
@@ -173,7 +175,7 @@ FAULTS = (
     ),
     Fault(
         id="probability-declared-as-logit-accepted",
-        file="compressors/baseline_checks.py",
+        file="compressors/metrics/baseline_checks.py",
         old="        if _clearly_above(loss - other):\n",
         new="        if _clearly_above(other - loss - 100):\n",
         effect="Probabilities declared as logits are packed.",
@@ -181,7 +183,7 @@ FAULTS = (
     ),
     Fault(
         id="labels-of-one-class-accepted",
-        file="compressors/baseline_checks.py",
+        file="compressors/metrics/baseline_checks.py",
         old="    if label.min() == label.max():\n",
         new="    if label.size == 0:\n",
         effect="Test rows of one class are packed; no metric tells models apart.",
@@ -191,7 +193,7 @@ FAULTS = (
     ),
     Fault(
         id="data-id-of-table-end-accepted",
-        file="infra/data.py",
+        file="infra/data/splits.py",
         old="if i is not None and not 0 <= i < rows)",
         new="if i is not None and not 0 <= i <= rows)",
         effect="An id one beyond its table passes the check.",
@@ -199,7 +201,7 @@ FAULTS = (
     ),
     Fault(
         id="data-lists-cut-silently",
-        file="infra/data.py",
+        file="infra/data/splits.py",
         old="            if not isinstance(item, IdInput) and seen.longest > item.shape[0]:\n",
         new="            if not isinstance(item, IdInput) and seen.longest > 2 * item.shape[0]:\n",
         effect="Lists longer than the input are accepted at pack.",
@@ -207,7 +209,7 @@ FAULTS = (
     ),
     Fault(
         id="validation-success-without-evaluation",
-        file="infra/expectations.py",
+        file="infra/data/expectations.py",
         old="        success=held and evaluated == intended and intended > 0,\n",
         new="        success=all(finding.success for finding in findings if finding.evaluated),\n",
         effect="Checks that were not evaluated count as passed.",
@@ -220,7 +222,7 @@ FAULTS = (
     ),
     Fault(
         id="splits-out-of-time-order-accepted",
-        file="infra/checks.py",
+        file="infra/data/checks.py",
         old='            {"max_value": 0},\n            against=later,\n',
         new='            {"max_value": 1e18},\n            against=later,\n',
         effect="Training rows later than the test rows pass the data checks.",
@@ -230,34 +232,34 @@ FAULTS = (
     ),
     Fault(
         id="training-keeps-the-last-epoch",
-        file="compressors/training.py",
+        file="compressors/distill/training/trainer.py",
         old="            for name, tensor in self.held().items() if not self.last else ():\n",
         new="            for name, tensor in self.held().items() if self.last else ():\n",
         effect="Training ends with the last epoch instead of the best one.",
         tests=(
-            "tests/compressors/test_training.py"
+            "tests/compressors/distill/test_trainer.py"
             "::test_it_stops_when_nothing_improves_and_gives_back_what_it_was_given",
         ),
     ),
     Fault(
         id="step-not-compared-after-loading",
-        file="compressors/step.py",
+        file="compressors/core/runner.py",
         old="    if not torch.equal(again, expected):\n",
         new="    if again.shape != expected.shape:\n",
         effect="A step whose state is not stored passes: the loaded model scores differently.",
         tests=(
-            "tests/compressors/test_broken_steps.py"
+            "tests/compressors/core/test_broken_steps.py"
             "::test_a_step_that_breaks_its_contract_is_refused",
         ),
     ),
     Fault(
         id="named-unit-skipped-silently",
-        file="compressors/skipping.py",
+        file="compressors/core/skipping.py",
         old="        if name in units and any(is_named(units[name], pattern) for pattern in exact):\n",
         new="        if name in units and not exact:\n",
         effect="A unit that a recipe names exactly is skipped without an error.",
         tests=(
-            "tests/compressors/test_skipping.py::test_a_unit_that_the_recipe_names_is_an_error",
+            "tests/compressors/core/test_skipping.py::test_a_unit_that_the_recipe_names_is_an_error",
         ),
     ),
 )

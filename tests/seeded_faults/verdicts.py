@@ -2,13 +2,13 @@
 
 from tests.seeded_faults.fault import Fault
 
-LIMITS = "tests/compressors/test_limits.py"
-JUDGE = "tests/compressors/test_judge.py"
+LIMITS = "tests/compressors/contracts/test_limits.py"
+JUDGE = "tests/compressors/metrics/test_judge.py"
 
 FAULTS = (
     Fault(
         id="judge-accepts-on-the-point",
-        file="compressors/judge.py",
+        file="compressors/metrics/judge.py",
         old='    if worst >= goal:\n        return "accepted"\n',
         new='    if (worst + best) / 2 >= goal:\n        return "accepted"\n',
         effect="A limit is accepted although its interval reaches beyond it.",
@@ -16,7 +16,7 @@ FAULTS = (
     ),
     Fault(
         id="judge-rejects-undecided",
-        file="compressors/judge.py",
+        file="compressors/metrics/judge.py",
         old='    return "rejected" if best < goal else "undecided"\n',
         new='    return "rejected"\n',
         effect="A limit inside the interval is rejected instead of undecided.",
@@ -24,7 +24,7 @@ FAULTS = (
     ),
     Fault(
         id="judge-at-most-reversed",
-        file="compressors/judge.py",
+        file="compressors/metrics/judge.py",
         old="    up = 1 if limit.at_least is not None else -1\n    goal, point",
         new="    up = 1\n    goal, point",
         effect="An upper limit is judged as a lower one.",
@@ -32,18 +32,18 @@ FAULTS = (
     ),
     Fault(
         id="judge-decides-without-interval",
-        file="compressors/judge.py",
+        file="compressors/metrics/judge.py",
         old='outcome = _outcome(goal, worst, best) if estimate.unresolved is None else "undecided"',
         new="outcome = _outcome(goal, point, point)",
         effect="A limit on data of few groups is decided by the point estimate.",
         tests=(
-            "tests/compressors/test_score_change.py"
+            "tests/compressors/metrics/test_score_change.py"
             "::test_few_groups_give_no_interval_and_are_undecided",
         ),
     ),
     Fault(
         id="gate-without-limits-accepts",
-        file="compressors/judge.py",
+        file="compressors/metrics/judge.py",
         old="    if not limits:\n        raise CompressionError(",
         new="    if limits is None:\n        raise CompressionError(",
         effect="A gate without limits accepts everything.",
@@ -51,7 +51,7 @@ FAULTS = (
     ),
     Fault(
         id="gate-accepts-unmeasured-target",
-        file="compressors/judge.py",
+        file="compressors/metrics/judge.py",
         old='return Verdict(target=target, outcome="built-unmeasured", reason=reason)',
         new='return Verdict(target=target, outcome="accepted", reason=reason)',
         effect="A target that never ran is accepted.",
@@ -61,7 +61,7 @@ FAULTS = (
     ),
     Fault(
         id="gate-takes-the-best-limit",
-        file="compressors/judge.py",
+        file="compressors/metrics/judge.py",
         old='    for outcome in ("rejected", "undecided"):\n',
         new='    for outcome in ("undecided",):\n',
         effect="A rejected limit does not reject the target.",
@@ -69,17 +69,19 @@ FAULTS = (
     ),
     Fault(
         id="overall-outcome-takes-the-best-target",
-        file="compressors/contracts.py",
+        file="compressors/contracts/verdicts.py",
         old='    order: tuple[Outcome, ...] = ("rejected", "undecided", "accepted")\n'
         '    return next((outcome for outcome in order if outcome in outcomes), "built-unmeasured")',
         new='    order: tuple[Outcome, ...] = ("accepted", "undecided", "rejected")\n'
         '    return next((outcome for outcome in order if outcome in outcomes), "built-unmeasured")',
         effect="One accepted target makes an order accepted although another is rejected.",
-        tests=("tests/compressors/test_contracts.py::test_the_worst_measured_target_decides",),
+        tests=(
+            "tests/compressors/contracts/test_contracts.py::test_the_worst_measured_target_decides",
+        ),
     ),
     Fault(
         id="judge-missing-champion-number-accepted",
-        file="compressors/judge.py",
+        file="compressors/metrics/judge.py",
         old='if limit.against == "champion" and not measured.has_champion:',
         new='if limit.against == "champion":',
         effect="With a champion, a comparison that was not measured counts as held.",
@@ -87,7 +89,7 @@ FAULTS = (
     ),
     Fault(
         id="judge-accepts-nan",
-        file="compressors/judge.py",
+        file="compressors/metrics/judge.py",
         old="    if not all(math.isfinite(number) for number in numbers) "
         "or estimate.low > estimate.high:",
         new="    if estimate.low > estimate.high:",
@@ -96,7 +98,7 @@ FAULTS = (
     ),
     Fault(
         id="limits-that-cannot-be-meant-accepted",
-        file="compressors/limits.py",
+        file="compressors/contracts/limits.py",
         old="    if (limit.at_least is not None) != facts.higher_is_better:\n        better",
         new="    if limit.bound == math.inf:\n        better",
         effect="'auc vs baseline <= 0.002' is accepted as typed.",
@@ -104,7 +106,7 @@ FAULTS = (
     ),
     Fault(
         id="limits-contradictions-accepted",
-        file="compressors/limits.py",
+        file="compressors/contracts/limits.py",
         old="            if least > most:\n",
         new="            if least > most + 1:\n",
         effect="Two limits that no number satisfies are accepted.",
@@ -112,18 +114,18 @@ FAULTS = (
     ),
     Fault(
         id="large-score-changes-without-warning",
-        file="compressors/judge.py",
+        file="compressors/metrics/judge.py",
         old="correlation.point < LEAST_CORRELATION:",
         new="correlation.point < -LEAST_CORRELATION:",
         effect="Large score changes that no limit covers give no warning.",
         tests=(
-            "tests/compressors/test_score_change.py"
+            "tests/compressors/metrics/test_score_change.py"
             "::test_large_score_changes_without_a_limit_are_a_warning_whatever_the_outcome",
         ),
     ),
     Fault(
         id="metric-of-another-task-accepted",
-        file="compressors/measures.py",
+        file="compressors/contracts/metric_properties.py",
         old="    if metric in possible:\n        return None\n",
         new="    if metric in MEASURES:\n        return None\n",
         effect="A ranking model with metric 'auc' is packed and fails after minutes.",

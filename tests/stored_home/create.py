@@ -109,11 +109,11 @@ def _run(*arguments: str, codes: tuple[int, ...] = (0,)) -> str:
     Raises:
         RuntimeError: its exit code is not among those that are expected.
     """
-    from flows import cli
+    from flows.cli import app
 
     output = io.StringIO()
     with contextlib.redirect_stdout(output):
-        code = cli.app(list(arguments), obj=datetime.now(UTC), standalone_mode=False) or 0
+        code = app.app(list(arguments), obj=datetime.now(UTC), standalone_mode=False) or 0
     if code not in codes:
         raise RuntimeError(f"expected {codes} of {arguments}, got {code}: {output.getvalue()}")
     print(f"{code}: recpress {' '.join(arguments)}", file=sys.stderr)  # noqa: T201
@@ -122,7 +122,7 @@ def _run(*arguments: str, codes: tuple[int, ...] = (0,)) -> str:
 
 def _carry_out_orders(root: Path) -> dict[str, Any]:
     """Carry out every order, and the commands after it; returns outcome and version of each."""
-    from flows.cli import EXIT
+    from flows.cli.app import EXIT
     from tests.stored_home.orders import COMMANDS, ORDERS, OUTCOMES
 
     finished = {}
@@ -149,12 +149,12 @@ def _carry_out_orders(root: Path) -> dict[str, Any]:
 
 def _apply(name: str) -> dict[str, Any]:
     """Apply one recipe of ``steps.py`` as a flow does; returns its steps, bundle and graph."""
-    from compressors.step import needs, wants
+    from compressors.core.runner import needs, wants
+    from tasks.bundles.bundle_ref import find
     from tasks.compress import compress
     from tasks.lower import lower_model
     from tasks.prepare import prepare
     from tasks.score import score
-    from tasks.subject import find
     from tests.stored_home.settings import STEP
     from tests.stored_home.steps import RECIPES
 
@@ -197,7 +197,7 @@ def _apply(name: str) -> dict[str, Any]:
 
 def _quantize_tables(root: Path) -> dict[str, str]:
     """A table file of every table format; returns the hash of each by its format."""
-    from tasks.table_files import short_name, table_steps
+    from tasks.bundles.table_files import short_name, table_steps
 
     tables = {}
     source = root / "drafts" / "clicks" / "model.safetensors"
@@ -232,9 +232,9 @@ def _registry(root: Path) -> dict[str, Any]:
 
 def _scores(root: Path) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
     """Scores of every bundle and every graph for ONNX Runtime in the store."""
-    from tasks.documents import lowering_of
-    from tasks.loading import load_bundle
-    from tasks.stored import store
+    from tasks.bundles.loading import load_bundle
+    from tasks.orchestration.documents import lowering_of
+    from tasks.orchestration.workspace import store
     from tests.stored_home.drafts import scored_inputs
     from tests.stored_home.scores import edge_inputs, graph_scores, module_scores, tensors_digest
 

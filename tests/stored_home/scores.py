@@ -23,7 +23,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from infra.onnxruntime import Session
+from infra.onnxruntime.sessions import Session
 from tests.stored_home.drafts import CLICK_CONFIG
 
 FloatArray = NDArray[np.float32]

@@ -11,9 +11,9 @@ from typing import Any, Literal, get_args, get_origin
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from compressors.contracts import Limit
-from compressors.limits import Against
-from compressors.measures import Measure
-from compressors.steps import AnyStep
+from compressors.contracts.limits import Against
+from compressors.contracts.metric_properties import Measure
+from compressors.core.registries import AnyStep
 from flows.order import Order
 from flows.terms import Preset
 

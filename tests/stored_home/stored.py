@@ -16,8 +16,8 @@ from safetensors.torch import load_file
 
 from compressors.contracts import Artifact
 from compressors.lower.parity import compare
-from infra.bundle import read
-from tasks.stored import local, store
+from infra.bundle.bundle_folder import read
+from tasks.orchestration.workspace import local, store
 from tests.stored_home.archive import fixtures, unpack
 from tests.stored_home.scores import environment
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from infra.registry import Registry
+from infra.registry.mlflow_registry import Registry
 
 
 @pytest.fixture(scope="session")

@@ -18,11 +18,17 @@ from typing import Any
 from killed_registry import count_operations, in_child
 from triton_versions import published
 
-from infra.ledger import Ledger
-from infra.triton import current, place, version_in
-from tasks.promotion import apply_promotion, apply_rollback, promote, registry, version_report
+from infra.registry.ledger import Ledger
+from infra.triton.repository import current, place, version_in
+from tasks.orchestration.workspace import store
+from tasks.promotion.promotions import (
+    apply_promotion,
+    apply_rollback,
+    promote,
+    registry,
+    version_report,
+)
 from tasks.publish import publish
-from tasks.stored import store
 
 HOME = Path(sys.argv[1])
 

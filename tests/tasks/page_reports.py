@@ -3,14 +3,14 @@
 from typing import Any
 
 from compressors.contracts import Artifact, Estimate, Judgement, Limit, Plan, PlanLine, Verdict
-from compressors.judge import Measured, Number
-from compressors.lower.found import GraphAudit
+from compressors.lower.findings import GraphAudit
 from compressors.lower.parity import Parity
+from compressors.metrics.judge import Measured, Number
 from flows.order import Order
 from flows.terms import Targets
-from infra.expectations import Finding, Validation
-from infra.onnxruntime import Machine
-from tasks.documents import (
+from infra.data.expectations import Finding, Validation
+from infra.onnxruntime.sessions import Machine
+from tasks.orchestration.documents import (
     GraphInput,
     LoweredGraph,
     Lowering,

@@ -3,7 +3,6 @@
 from pathlib import Path
 from typing import Any
 
-from compressors import judge
 from compressors.contracts import (
     Artifact,
     Estimate,
@@ -16,10 +15,11 @@ from compressors.contracts import (
     overall,
 )
 from compressors.lower.parity import Parity
-from compressors.tables.rowwise_int8 import RowwiseInt8
-from infra.expectations import Validation
-from infra.onnxruntime import Machine
-from tasks.documents import (
+from compressors.metrics import judge
+from compressors.quantize.tables.rowwise_int8 import RowwiseInt8
+from infra.data.expectations import Validation
+from infra.onnxruntime.sessions import Machine
+from tasks.orchestration.documents import (
     GraphInput,
     LoweredGraph,
     Lowering,
@@ -28,7 +28,7 @@ from tasks.documents import (
     Reproduction,
     TargetReport,
 )
-from tasks.stored import store
+from tasks.orchestration.workspace import store
 
 LIMIT = Limit.parse("auc vs baseline >= -0.002")
 MACHINE = Machine(

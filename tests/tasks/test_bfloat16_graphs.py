@@ -7,13 +7,13 @@ import pytest
 from drafts import ALLOWED, ROWS, write_draft
 
 from compressors.contracts import Artifact
-from compressors.dense.bfloat16_dense import BFloat16Dense
-from tasks.bundles import pack
+from compressors.quantize.dense.bfloat16_dense import BFloat16Dense
+from tasks.bundles.packing import pack
 from tasks.compress import compress
-from tasks.documents import lowering_of
 from tasks.lower import lower_model
+from tasks.orchestration.documents import lowering_of
+from tasks.orchestration.workspace import local
 from tasks.prepare import prepare
-from tasks.stored import local
 
 
 def test_a_graph_with_bfloat16_products_is_checked_and_only_what_is_served_is_stored(

@@ -10,7 +10,7 @@ from drafts import ALLOWED, DENSE, ROWS, write_draft
 from error_codes import raises_code
 from retrieval_draft import ITEMS, SIGNATURE, write_retrieval_draft
 
-from compressors.errors import ModelRefused
+from compressors.errors.compression import ModelRefused
 from infra.errors import (
     AlreadyThere,
     ArtifactDamaged,
@@ -19,10 +19,10 @@ from infra.errors import (
     DataRefused,
     Refused,
 )
-from tasks.bundles import check, pack, show
-from tasks.loading import data_path, load_bundle
-from tasks.stored import local, store
-from tasks.subject import find, resolve
+from tasks.bundles.bundle_ref import find, resolve
+from tasks.bundles.loading import data_path, load_bundle
+from tasks.bundles.packing import check, pack, show
+from tasks.orchestration.workspace import local, store
 
 
 @pytest.fixture
@@ -276,7 +276,7 @@ def test_a_tower_that_cannot_be_called_is_refused(query: str, words: str, towers
 
 
 def test_a_tower_must_give_a_vector_a_row_as_long_as_the_others(towers: Path) -> None:
-    lengthened = "of_item.out"  # called with nothing of the schema
+    lengthened = "of_item.out"  # called with nothing of the signature
     named = SIGNATURE["towers"] | {"item": SIGNATURE["towers"]["item"] | {"module": lengthened}}
     signature_of(towers, towers=named)
     with pytest.raises(ModelRefused, match=r"tower 'item' \(of_item.out\) fails"):

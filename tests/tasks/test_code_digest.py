@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from tasks import code_digest as digests
 from tasks import compress, gate, publish, tables
-from tasks.code_digest import ROOT, code_digest, imported_sources
+from tasks.orchestration import code_digest as digests
+from tasks.orchestration.code_digest import ROOT, code_digest, imported_sources
 
 LOADED = """
 import json, os, sys
@@ -66,12 +66,12 @@ def _task(module):
 
 def test_task_does_not_depend_on_flows_or_on_what_it_does_not_import():
     found = sources(compress.compress.fn)
-    assert "compressors/tables/rowwise_int8.py" in found
-    assert "infra/store.py" in found
+    assert "compressors/quantize/tables/rowwise_int8.py" in found
+    assert "infra/store/object_store.py" in found
     assert not any(name.startswith("flows/") for name in found)
     assert not any("report" in name for name in found)
-    assert "compressors/tables/rowwise_int8.py" not in sources(gate.gate.fn)
-    assert "tasks/report.py" in sources(publish.publish.fn)
+    assert "compressors/quantize/tables/rowwise_int8.py" not in sources(gate.gate.fn)
+    assert "tasks/report/tables.py" in sources(publish.publish.fn)
 
 
 @pytest.fixture

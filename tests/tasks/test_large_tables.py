@@ -13,8 +13,8 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from compressors.formats import TensorSpec
-from compressors.safetensors_stream import StreamedFile, put
+from compressors.core.modules.formats import TensorSpec
+from compressors.core.state.safetensors_stream import StreamedFile, put
 
 ROOT = Path(__file__).parents[2]
 DIM = 64
@@ -37,8 +37,8 @@ import json, resource, sys
 from pathlib import Path
 limit = int(sys.argv[3])
 resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
-from compressors.tables.rowwise_int8 import RowwiseInt8
-from tasks.table_files import quantize
+from compressors.quantize.tables.rowwise_int8 import RowwiseInt8
+from tasks.bundles.table_files import quantize
 
 def held(name):
     lines = Path("/proc/self/status").read_text().splitlines()

@@ -13,24 +13,24 @@ from triton_versions import body, published
 
 from compressors.contracts import Estimate, Judgement, Limit
 from infra.errors import ArtifactDamaged, PromotionRefused, RecordRefused, Refused
-from infra.ledger import Entry, Ledger
-from tasks.champion import champions
-from tasks.documents import Finished, TargetReport
-from tasks.promotion import (
+from infra.registry.ledger import Entry, Ledger
+from tasks.orchestration.documents import Finished, TargetReport
+from tasks.orchestration.workspace import store
+from tasks.promotion.champion import champions
+from tasks.promotion.promotions import (
     champion_graph,
     export,
     fetch,
-    laid_out,
     promote,
     promote_order,
     registry,
     repair,
     rollback,
+    triton_contents,
     version_page,
     version_report,
 )
 from tasks.publish import restore
-from tasks.stored import store
 
 A, B, C = ("a" * 64, "b" * 64, "c" * 64)
 
@@ -76,7 +76,7 @@ def test_the_champion_is_found_by_its_order_under_another_number(
     assert repaired.version == "2"
     assert served_by(triton) == ("2", body("a"))
     assert {item.served for item in export("m", None)} == {"2"}
-    assert all(item.sound for item in laid_out("m", None))
+    assert all(item.sound for item in triton_contents("m", None))
     assert promote("m", "2", "again").order == A
     assert len(Ledger(store(), "m").entries()) == 1
 
@@ -109,7 +109,7 @@ def test_a_champion_that_the_registry_does_not_have_is_refused_on_every_path(
         "repair": lambda: repair("m"),
         "rollback": lambda: rollback("m", ""),
         "export": lambda: export("m", None),
-        "show": lambda: laid_out("m", None),
+        "show": lambda: triton_contents("m", None),
         "compare": lambda: champion_graph("m"),
     }
     for name, use in paths.items():

@@ -8,15 +8,15 @@ import pyarrow.parquet as pq
 import pytest
 from drafts import ALLOWED, ROWS, planted_auc, write_draft
 
-from compressors import judge
 from compressors.contracts import Artifact
-from compressors.errors import CompressionError
+from compressors.errors.compression import CompressionError
+from compressors.metrics import judge
 from tasks import measure as measuring
-from tasks.bundles import pack
-from tasks.documents import Measurement, lowering_of, measurement_of, served_bytes
+from tasks.bundles.packing import pack
 from tasks.lower import lower_model
+from tasks.orchestration.documents import Measurement, lowering_of, measurement_of, served_bytes
+from tasks.orchestration.workspace import local, store
 from tasks.prepare import prepare
-from tasks.stored import local, store
 
 QUALITY = {"auc", "logloss", "normalized_entropy"}
 SCORES = {"score_correlation", "mean_score_change", "max_score_change"}

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from benchmarks.peak_memory import CASES, measure
-from tasks.memory import peak_memory
+from tasks.orchestration.memory_estimate import peak_memory
 
 size = st.integers(0, 10**13)
 

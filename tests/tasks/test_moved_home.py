@@ -11,18 +11,18 @@ from error_codes import raises_code
 from reports import report
 
 from compressors.contracts import Artifact, Outcome, TargetKind
-from infra import bundle
+from infra.bundle import bundle_folder
 from infra.errors import ArtifactMissing, Refused
-from infra.registry import Registry
+from infra.registry.mlflow_registry import Registry
 from infra.settings import load_settings, shown
 from tasks import publish as publishing
-from tasks.bundles import check, pack, show
-from tasks.documents import Finished, Report
-from tasks.order_records import finished, finished_key
-from tasks.promotion import champion_graph, fetch, promote, rollback, version_report
-from tasks.registry_listing import listed
-from tasks.stored import store
-from tasks.subject import bundle_key, find, resolve
+from tasks.bundles.bundle_ref import bundle_key, find, resolve
+from tasks.bundles.packing import check, pack, show
+from tasks.orchestration.documents import Finished, Report
+from tasks.orchestration.order_records import finished, finished_key
+from tasks.orchestration.workspace import store
+from tasks.promotion.promotions import champion_graph, fetch, promote, rollback, version_report
+from tasks.promotion.registry_listing import listed
 
 GOOD: dict[TargetKind, Outcome] = {"onnxruntime": "accepted", "tensorrt-rtx": "built-unmeasured"}
 NEW_NAMES = ("moved", "a?b#c%41 d&e=f;g:h'i~@ü")
@@ -154,7 +154,7 @@ def packed_by_0_1_0(home: Path) -> Artifact:
     assert seal
     body = body.replace(b'"artifacts/', f'"{root}/artifacts/'.encode())
     (folder / "model.json").unlink()
-    (folder / "model.json").write_bytes(body + bundle._seal_line(body))
+    (folder / "model.json").write_bytes(body + bundle_folder._seal_line(body))
     earlier = store().put(folder)
     record = {"artifact": earlier.model_dump() | {"uri": f"{root}/{earlier.uri}"}, "packed_at": 1.0}
     store().write(bundle_key("clicks", "1"), json.dumps(record).encode())

@@ -17,9 +17,7 @@ import pytest
 from drafts import ALLOWED, ROOT, environment, write_draft
 from safetensors import SafetensorError
 
-from flows import cli_errors
-from infra import store_chunks
-from infra.disk import as_os_error, of_input, translate
+from flows.cli import errors as cli_errors
 from infra.errors import (
     BundleRefused,
     DataRefused,
@@ -30,9 +28,11 @@ from infra.errors import (
     SettingRefused,
     StoreUnavailable,
 )
-from tasks.bundles import check, pack, show
-from tasks.stored import store
-from tasks.table_files import quantize, step_named
+from infra.store import chunks
+from infra.store.disk import as_os_error, of_input, translate
+from tasks.bundles.packing import check, pack, show
+from tasks.bundles.table_files import quantize, step_named
+from tasks.orchestration.workspace import store
 
 ROWS = {"train": 200, "test": 200}
 NOBODY = 65_534
@@ -214,7 +214,7 @@ def test_a_file_size_limit_ends_packing_with_a_sentence_and_loses_nothing(
     env = environment(tmp_path)
     for limit in (20_000, 330_000):
         packing = subprocess.run(
-            [sys.executable, "-m", "flows.cli", "bundle", "pack", str(draft)],
+            [sys.executable, "-m", "flows.cli.app", "bundle", "pack", str(draft)],
             cwd=ROOT,
             env=env,
             capture_output=True,
@@ -235,7 +235,7 @@ def test_a_file_size_limit_ends_packing_with_a_sentence_and_loses_nothing(
 def test_a_file_that_changes_while_it_is_packed_is_not_stored(
     draft: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = store_chunks.hashed
+    real = chunks.hashed
 
     def changed_afterwards(folder: Path, *rest: Any) -> Any:
         found = real(folder, *rest)
@@ -244,7 +244,7 @@ def test_a_file_that_changes_while_it_is_packed_is_not_stored(
                 file.write(b"more")
         return found
 
-    monkeypatch.setattr("infra.store.hashed", changed_afterwards)
+    monkeypatch.setattr("infra.store.object_store.hashed", changed_afterwards)
     with pytest.raises(InfraError, match="changed while it was being stored"):
         pack(draft)
     assert store().keys("bundles/") == ()

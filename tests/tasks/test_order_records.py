@@ -14,13 +14,13 @@ from reports import report
 from compressors.contracts import Artifact, Outcome, TargetKind
 from infra.errors import AlreadyThere, ArtifactMissing, RecordRefused
 from infra.settings import load_settings, shown
-from infra.store_records import is_sealed, seal_record
+from infra.store.records import is_sealed, seal_record
 from tasks import publish as publishing
-from tasks.bundles import Packed, pack
-from tasks.documents import Finished
-from tasks.order_records import finished, finished_key, write_finished
-from tasks.stored import store
-from tasks.subject import bundle_key, resolve
+from tasks.bundles.bundle_ref import bundle_key, resolve
+from tasks.bundles.packing import Packed, pack
+from tasks.orchestration.documents import Finished
+from tasks.orchestration.order_records import finished, finished_key, write_finished
+from tasks.orchestration.workspace import store
 
 GOOD: dict[TargetKind, Outcome] = {"onnxruntime": "accepted", "tensorrt-rtx": "built-unmeasured"}
 ORDER = "a" * 64

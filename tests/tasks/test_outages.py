@@ -9,9 +9,9 @@ import httpx
 import pytest
 
 from infra import errors
-from infra.registry import Registry
-from tasks import outages, policy
-from tasks.outages import DEADLINE_SECONDS, DELAYS, TaskOutages, service_of, wait_out
+from infra.registry.mlflow_registry import Registry
+from tasks.orchestration import outages, policy
+from tasks.orchestration.outages import DEADLINE_SECONDS, DELAYS, TaskOutages, service_of, wait_out
 
 REQUEST = httpx.Request("GET", "http://127.0.0.1/api")
 

@@ -10,16 +10,16 @@ from drafts import write_draft
 from safetensors.torch import load_file, save_file
 
 from compressors.contracts import MEASURES, Limit
-from compressors.errors import CompressionError, ModelRefused
-from infra import bundle as bundle_format
-from infra.bundle import MANIFEST, manifest_of
-from infra.bundle_json import parse
+from compressors.errors.compression import CompressionError, ModelRefused
+from infra.bundle import bundle_folder as bundle_format
+from infra.bundle.bundle_folder import MANIFEST, manifest_of
+from infra.bundle.json_reader import parse
+from infra.data.expectations import Validation
 from infra.errors import BundleRefused, DataRefused
-from infra.expectations import Validation
-from tasks.bundles import examine, pack, show
-from tasks.loading import load_bundle
-from tasks.stored import local, store
-from tasks.subject import Subject, find, need_measurable
+from tasks.bundles.bundle_ref import BundleRef, find, require_measurable
+from tasks.bundles.loading import load_bundle
+from tasks.bundles.packing import examine, pack, show
+from tasks.orchestration.workspace import local, store
 from tasks.validate import validate
 
 # ClickNet of draft_network.py, with what a test adds at the end of its constructor or forward.
@@ -82,8 +82,10 @@ def labels_of(draft: Path, split: str) -> list[int]:
 def store_as_packed(draft: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     """Pack as a version of recpress without these checks did."""
     with monkeypatch.context() as before:
-        before.setattr("tasks.bundles.need_sound", lambda *_, **__: ())
-        before.setattr("infra.bundle.parse", lambda *a, **k: parse(*a, **(k | {"stored": True})))
+        before.setattr("tasks.bundles.packing.require_sound", lambda *_, **__: ())
+        before.setattr(
+            "infra.bundle.bundle_folder.parse", lambda *a, **k: parse(*a, **(k | {"stored": True}))
+        )
         return pack(draft).artifact.uri
 
 
@@ -181,7 +183,7 @@ def test_a_bundle_packed_with_such_a_metric_is_read_and_refused_for_an_order(
     subject = find("clicks")
     limit = Limit.parse("bytes vs baseline <= 0.5")
     with pytest.raises(CompressionError, match=r"clicks@1.*ndcg@10.*'auc'.*bundle pack"):
-        need_measurable(subject, (limit,))
+        require_measurable(subject, (limit,))
     with pytest.raises(BundleRefused, match=r"ndcg@10.*bundle pack"):
         examine("clicks")
 
@@ -195,7 +197,7 @@ def test_a_limit_is_accepted_exactly_where_its_metric_is_measured(
     if task != "ctr" and not grouped:
         return  # such a signature is refused
     packed = pack(write_draft(home / "draft"))
-    subject = Subject(
+    subject = BundleRef(
         artifact=packed.artifact,
         name="n",
         version="1",
@@ -214,10 +216,10 @@ def test_a_limit_is_accepted_exactly_where_its_metric_is_measured(
             and (facts.batch or 0) <= rows
         )
         if measured:
-            need_measurable(subject, (limit,))
+            require_measurable(subject, (limit,))
         else:
             with pytest.raises(CompressionError, match="not measured for this bundle"):
-                need_measurable(subject, (limit,))
+                require_measurable(subject, (limit,))
 
 
 # --- labels and scores -----------------------------------------------------------------------
@@ -278,7 +280,7 @@ def test_a_bundle_packed_before_is_warned_about_in_its_validation_report(
     draft = own_draft(home, monkeypatch, score="torch.sigmoid(score)")
     store_as_packed(draft, monkeypatch)
     packed = find("clicks").artifact
-    from infra.checks import Rules
+    from infra.data.checks import Rules
 
     artifact = validate.fn(bundle=packed, rules=Rules(), code="code")
     folder = local(artifact)
@@ -296,7 +298,7 @@ def test_a_bundle_packed_before_that_cannot_be_measured_is_refused_in_validation
     draft = write_draft(home / "draft")
     change(draft, output="probability")
     store_as_packed(draft, monkeypatch)
-    from infra.checks import Rules
+    from infra.data.checks import Rules
 
     with pytest.raises(DataRefused, match="Set output to 'logit'"):
         validate.fn(bundle=find("clicks").artifact, rules=Rules(), code="code")

@@ -12,12 +12,12 @@ from numpy.typing import NDArray
 from onnx import numpy_helper
 from torch import Tensor, nn
 
-from compressors.batches import format_row, row_of
-from compressors.contracts import IdInput, JaggedBag, PaddedBag, Schema, TargetKind
-from compressors.errors import ParityFailure, ParityLost
+from compressors.contracts import IdInput, JaggedBag, PaddedBag, Signature, TargetKind
+from compressors.core.batches import format_row, row_of
+from compressors.errors.compression import ParityFailure, ParityLost
 from compressors.lower.export import lower
-from infra.onnxruntime import Session
-from tasks.parity import Compared, checkable
+from infra.onnxruntime.sessions import Session
+from tasks.evaluation.parity import Compared, checkable
 
 each_target = pytest.mark.parametrize("target", ["onnxruntime", "tensorrt", "tensorrt-rtx"])
 
@@ -39,7 +39,7 @@ class Mean(nn.Module):
         return score
 
 
-SCHEMA = Schema(
+SCHEMA = Signature(
     inputs=(PaddedBag(name="items", table="items", shape=(5,)),),
     output="logit",
     task="ctr",
@@ -140,7 +140,7 @@ def test_a_wrong_packed_tensor_is_reported_at_its_module(kinds, wrong, module, t
     assert found.tensor is not None
     assert found.tensor.is_clear
     assert found.tensor.module == module
-    assert set(found.inputs) == {item.name for item in lowered.schema.inputs}
+    assert set(found.inputs) == {item.name for item in lowered.signature.inputs}
 
 
 def test_nan_in_the_module_only_is_reported(tmp_path):
@@ -211,7 +211,7 @@ def test_the_error_survives_being_copied_with_its_fields():
 
 
 def test_a_row_is_taken_out_of_every_kind_of_input():
-    schema = Schema(
+    signature = Signature(
         inputs=(
             IdInput(name="user", table="user"),
             PaddedBag(name="items", table="items", shape=(12,)),
@@ -231,7 +231,7 @@ def test_a_row_is_taken_out_of_every_kind_of_input():
         "b": torch.tensor([7, 8]),
         "b_lengths": torch.tensor([2, 0]),
     }
-    first, second = (format_row(row_of(inputs, schema, row), schema) for row in (0, 1))
+    first, second = (format_row(row_of(inputs, signature, row), signature) for row in (0, 1))
     assert (first["user"], first["a"], first["b"]) == ("4", "[1, 2]", "[7, 8]")
     assert (second["user"], second["a"], second["b"]) == ("5", "[3]", "[]")
     assert first["items"] == "[0, 1, 2, 3, 4, 5, 6, 7, ... 12 values]"

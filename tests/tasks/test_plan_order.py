@@ -1,7 +1,7 @@
 """Plan lines in the order people read them."""
 
 from compressors.contracts import PlanLine
-from tasks.report_cells import largest_first
+from tasks.report.cells import largest_first
 
 
 def line(module: str, before: int) -> PlanLine:

@@ -15,13 +15,14 @@ from prefect.results import ResultRecordMetadata
 from prefect.states import Cancelled, Completed, Crashed, Failed
 
 import tasks
-from compressors.coded_error import CodedError, field_names
 from compressors.contracts import Artifact
-from compressors.errors import CompressionError, ParityLost
-from compressors.tables.rowwise_int8 import RowwiseInt8
+from compressors.contracts.coded_error import CodedError, field_names
+from compressors.errors.compression import CompressionError, ParityLost
+from compressors.quantize.tables.rowwise_int8 import RowwiseInt8
 from flows.compress import compress as compress_flow
 from infra import errors
-from tasks import compress, policy, tables
+from tasks import compress, tables
+from tasks.orchestration import policy
 
 A = Artifact(uri="file:///s/artifacts/a", sha256="a" * 64, bytes=1)
 

@@ -8,12 +8,13 @@ from reports import report
 
 from compressors.contracts import Outcome, TargetKind
 from infra.errors import AlreadyThere, ArtifactDamaged, ArtifactMissing, PromotionRefused
-from infra.ledger import Ledger
+from infra.registry.ledger import Ledger
 from infra.settings import shown
 from tasks import publish as publishing
-from tasks.documents import Finished
-from tasks.order_records import finished
-from tasks.promotion import (
+from tasks.orchestration.documents import Finished
+from tasks.orchestration.order_records import finished
+from tasks.orchestration.workspace import store
+from tasks.promotion.promotions import (
     champion_graph,
     fetch,
     promote,
@@ -23,7 +24,6 @@ from tasks.promotion import (
     version_report,
     whoami,
 )
-from tasks.stored import store
 
 GOOD: dict[TargetKind, Outcome] = {"onnxruntime": "accepted", "tensorrt-rtx": "built-unmeasured"}
 

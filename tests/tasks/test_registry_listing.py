@@ -11,15 +11,15 @@ from mlflow import MlflowClient
 from reports import report
 
 from compressors.contracts import Outcome, TargetKind
-from flows.console import printable
+from flows.cli.console import printable
 from infra.errors import RecordRefused, Refused
-from infra.registry import Registered
+from infra.registry.mlflow_registry import Registered
 from infra.settings import load_settings
 from tasks import publish as publishing
-from tasks.documents import Finished
-from tasks.promotion import fetch, promote, version_report
-from tasks.registry_listing import listed
-from tasks.stored import store
+from tasks.orchestration.documents import Finished
+from tasks.orchestration.workspace import store
+from tasks.promotion.promotions import fetch, promote, version_report
+from tasks.promotion.registry_listing import listed
 
 GOOD: dict[TargetKind, Outcome] = {"onnxruntime": "accepted", "tensorrt-rtx": "built-unmeasured"}
 ORDER = "b" * 64

@@ -14,9 +14,10 @@ from triton_configs import served_by
 from triton_versions import body, published
 
 from infra.errors import PromotionRefused, Refused
-from infra.ledger import Ledger
-from infra.registry import Registry
-from tasks.promotion import (
+from infra.registry.ledger import Ledger
+from infra.registry.mlflow_registry import Registry
+from tasks.orchestration.workspace import store
+from tasks.promotion.promotions import (
     apply_promotion,
     apply_rollback,
     promote,
@@ -24,7 +25,6 @@ from tasks.promotion import (
     rollback,
     version_report,
 )
-from tasks.stored import store
 
 ROOT = Path(__file__).parents[2]
 

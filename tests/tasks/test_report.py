@@ -5,12 +5,12 @@ from pathlib import Path
 import pytest
 from reports import report
 
-from compressors import judge
 from compressors.contracts import Estimate, Outcome, Plan, TargetKind
-from tasks.documents import Finished, Report, Stage, report_of
-from tasks.order_records import finished_key
-from tasks.report import headline, markdown, remarks, resolution
-from tasks.stored import store
+from compressors.metrics import judge
+from tasks.orchestration.documents import Finished, Report, Stage, report_of
+from tasks.orchestration.order_records import finished_key
+from tasks.orchestration.workspace import store
+from tasks.report.tables import headline, markdown, remarks, resolution
 
 OUTCOMES: dict[TargetKind, Outcome] = {
     "onnxruntime": "accepted",

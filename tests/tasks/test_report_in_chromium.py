@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from page_reports import PASSED, report
 
-from infra.pictures import STYLE
-from tasks.report_page import page
+from infra.pages.pictures import STYLE
+from tasks.report.page import page
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser"))), None)
 pytestmark = pytest.mark.skipif(

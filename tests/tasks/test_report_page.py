@@ -7,12 +7,12 @@ import pytest
 from page_reports import HOSTILE, JUDGED, PASSED, artifact, measurement, report
 
 from compressors.contracts import Estimate, Limit, Plan, Verdict
-from compressors.dense.static_int8 import StaticInt8
-from compressors.judge import Number
+from compressors.metrics.judge import Number
+from compressors.quantize.dense.static_int8 import StaticInt8
 from flows.order import Order
-from infra.expectations import Finding
-from tasks.report import headline, markdown
-from tasks.report_page import LARGEST, page
+from infra.data.expectations import Finding
+from tasks.report.page import LARGEST, page
+from tasks.report.tables import headline, markdown
 
 VOID = {"meta", "br", "link", "img", "input"}
 # What an SVG draws with is written <rect .../>, which the parser hands over as opened and closed.

@@ -14,10 +14,10 @@ from hypothesis import strategies as st
 
 from compressors.contracts import Artifact, Estimate, Verdict
 from infra.errors import ArtifactMissing, RecordRefused
-from infra.store import MAX_RECORD_BYTES, Store
-from infra.store_records import seal_record
-from tasks.documents import Idle
-from tasks.result_records import find_result, read_result, record_key, write_result
+from infra.store.object_store import MAX_RECORD_BYTES, Store
+from infra.store.records import seal_record
+from tasks.orchestration.documents import NotApplicable
+from tasks.orchestration.result_records import find_result, read_result, record_key, write_result
 
 KEY = "a" * 64
 SHA = "b" * 64
@@ -25,7 +25,7 @@ ARTIFACT = Artifact(uri=f"artifacts/{SHA}", sha256=SHA, bytes=7)
 PLAIN = {"uri": f"artifacts/{SHA}", "sha256": SHA, "bytes": 7}
 
 
-def step() -> Artifact | Idle: ...  # type: ignore[empty-body]
+def step() -> Artifact | NotApplicable: ...  # type: ignore[empty-body]
 
 
 def estimate() -> Estimate: ...  # type: ignore[empty-body]
@@ -65,7 +65,7 @@ def place(store: Store, task: str = "step") -> Path:
     ("function", "value"),
     [
         (step, ARTIFACT),
-        (step, Idle(reason="no layer to fold")),
+        (step, NotApplicable(reason="no layer to fold")),
         (estimate, Estimate(point=0.5, low=0.25, high=1.0, rows=3)),
         (estimate, Estimate(point=math.inf, low=-math.inf, high=math.inf)),
         (gate, Verdict(target="onnxruntime", outcome="accepted", reason="ok")),
@@ -126,9 +126,9 @@ HOSTILE_BODIES = {
     "record of another task": sealed(task="gate"),
     "record of another key": sealed(key="c" * 64),
     "key that is no digest": sealed(key="../../x"),
-    "later schema version": sealed(schema_version=2),
-    "schema version as text": sealed(schema_version="1"),
-    "schema version as true": sealed(schema_version=True),
+    "later signature version": sealed(schema_version=2),
+    "signature version as text": sealed(schema_version="1"),
+    "signature version as true": sealed(schema_version=True),
     "extra field": sealed(serializer={"type": "pickle"}),
     "missing value": seal_record({"schema_version": 1, "task": "step", "key": KEY}),
     "no value": sealed(value=None),
@@ -210,7 +210,7 @@ def test_a_folder_or_file_in_the_way_costs_the_record_and_not_the_order(
 def test_a_result_larger_than_a_record_is_not_recorded(
     store: Store, caplog: pytest.LogCaptureFixture
 ) -> None:
-    write_result(store, "step", KEY, step, Idle(reason="x" * MAX_RECORD_BYTES))
+    write_result(store, "step", KEY, step, NotApplicable(reason="x" * MAX_RECORD_BYTES))
     assert "is not recorded" in caplog.text
     with pytest.raises(ArtifactMissing):
         find_result(store, "step", KEY, step)
@@ -241,4 +241,4 @@ def test_any_bytes_are_a_result_or_refused(store: Store, body: bytes) -> None:
         value = read_result(store, "step", KEY, step)
     except RecordRefused:
         return
-    assert isinstance(value, Artifact | Idle)
+    assert isinstance(value, Artifact | NotApplicable)

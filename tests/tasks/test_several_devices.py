@@ -9,18 +9,18 @@ from drafts import ROWS, write_draft
 from safetensors.torch import load_file
 from torch import Tensor
 
-from compressors import ranks
-from compressors.dense.l1_training import L1Training
+from compressors.core.runner import needs
 from compressors.distill.fine_tune import FineTune
-from compressors.errors import CompressionError
-from compressors.step import needs
-from compressors.training import Training
-from infra.bundle import read
-from tasks.bundles import pack
-from tasks.loading import bench_of, split_of
+from compressors.distill.training import data_parallel
+from compressors.distill.training.settings import Training
+from compressors.errors.compression import CompressionError
+from compressors.prune.dense.l1_training import L1Training
+from infra.bundle.bundle_folder import read
+from tasks.bundles.loading import bench_of, split_of
+from tasks.bundles.packing import pack
+from tasks.orchestration.data_parallel import StepResult, Work, run_step, run_step_on_devices
+from tasks.orchestration.workspace import local
 from tasks.prepare import prepare
-from tasks.stored import local
-from tasks.together import Made, Work, made, made_together
 
 PAIR = ["cpu", "cpu"]
 HOW = Training(epochs=2, batch=256, learning_rate=1e-3, warmup=0, tables=True, table_l2=1e-4)
@@ -49,9 +49,9 @@ def tensors_in(folder: Path) -> dict[str, Tensor]:
 
 def test_two_processes_learn_what_one_learns(work: Work, tmp_path: Path) -> None:
     before = tensors_in(local(work.source))
-    alone = made(work, tmp_path / "alone" / "made")
-    both = made_together(work, PAIR, tmp_path / "both" / "made")
-    assert isinstance(both, Made)
+    alone = run_step(work, tmp_path / "alone" / "made")
+    both = run_step_on_devices(work, PAIR, tmp_path / "both" / "made")
+    assert isinstance(both, StepResult)
     assert both.network == alone.network
     one, two = tensors_in(tmp_path / "alone" / "made"), tensors_in(tmp_path / "both" / "made")
     assert one.keys() == two.keys()
@@ -70,7 +70,7 @@ def test_a_training_that_diverges_in_two_processes_is_refused_like_one(
 ) -> None:
     wild = FineTune(training=HOW.model_copy(update={"learning_rate": 1e30, "warmup": 0}))
     with pytest.raises(CompressionError, match="Training diverged: the loss is"):
-        made_together(work.model_copy(update={"step": wild}), PAIR, tmp_path / "made")
+        run_step_on_devices(work.model_copy(update={"step": wild}), PAIR, tmp_path / "made")
 
 
 def test_a_device_that_is_not_there_is_refused_before_anything_starts(
@@ -79,16 +79,16 @@ def test_a_device_that_is_not_there_is_refused_before_anything_starts(
     if torch.cuda.device_count() > 1:
         pytest.skip("this machine has two GPUs")
     with pytest.raises(CompressionError, match="'cuda:1' is not there"):
-        made_together(work, ["cpu", "cuda:1"], tmp_path / "made")
+        run_step_on_devices(work, ["cpu", "cuda:1"], tmp_path / "made")
     assert not (tmp_path / "together").exists()
 
 
 def test_without_a_process_group_a_batch_is_ones_own() -> None:
     numbers, loss = torch.arange(5), torch.tensor(2.0)
-    held, weight = ranks.share(numbers, None)
+    held, weight = data_parallel.rank_share(numbers, None)
     assert held is numbers
     assert weight == 1.0
-    assert ranks.add_up([], weight, loss) is loss
+    assert data_parallel.sum_gradients([], weight, loss) is loss
 
 
 @pytest.mark.parametrize(
@@ -106,13 +106,13 @@ def test_every_row_is_one_ranks_and_weights_add_up_to_one(
     shares: tuple[list[int], list[int]],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(ranks, "_several", lambda: True)
-    monkeypatch.setattr(ranks.distributed, "get_world_size", lambda: 2)
+    monkeypatch.setattr(data_parallel, "_several", lambda: True)
+    monkeypatch.setattr(data_parallel.distributed, "get_world_size", lambda: 2)
     whole = None if group is None else torch.tensor(group)
     weights = 0.0
     for rank, wanted in enumerate(shares):
-        monkeypatch.setattr(ranks.distributed, "get_rank", lambda rank=rank: rank)
-        held, weight = ranks.share(torch.arange(rows), whole)
+        monkeypatch.setattr(data_parallel.distributed, "get_rank", lambda rank=rank: rank)
+        held, weight = data_parallel.rank_share(torch.arange(rows), whole)
         assert held.tolist() == wanted
         weights += weight
     assert weights == pytest.approx(1)

@@ -14,16 +14,16 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from compressors.dense.float16 import Float16
-from compressors.errors import ModelRefused, NothingToCompress
-from compressors.state import module_of
-from compressors.tables.kmeans import KMeans
-from compressors.tables.residual_codes import ResidualCodes
-from compressors.tables.rowwise_int4 import RowwiseInt4
-from compressors.tables.rowwise_int8 import RowwiseInt8
+from compressors.core.state.module_state import module_of
+from compressors.errors.compression import ModelRefused, NothingToCompress
+from compressors.quantize.dense.float16 import Float16
+from compressors.quantize.tables.kmeans import KMeans
+from compressors.quantize.tables.residual_codes import ResidualCodes
+from compressors.quantize.tables.rowwise_int4 import RowwiseInt4
+from compressors.quantize.tables.rowwise_int8 import RowwiseInt8
 from infra.errors import BundleRefused, Refused
-from tasks.stored import store
-from tasks.table_files import check, module_name, quantize, quantize_artifact, step_named
+from tasks.bundles.table_files import check, module_name, quantize, quantize_artifact, step_named
+from tasks.orchestration.workspace import store
 from tasks.tables import quantize_tables
 
 ROOT = Path(__file__).parents[2]
@@ -130,8 +130,8 @@ def test_a_killed_run_goes_on_where_it_was_and_ends_with_the_same_bytes(
     step = RowwiseInt4(clipping="mse")
     wanted = quantize(tmp_path / "large.safetensors", tmp_path / "whole", step, block_rows=2000)
     code = (
-        "import sys; from pathlib import Path; from tasks.table_files import quantize;"
-        "from compressors.tables.rowwise_int4 import RowwiseInt4;"
+        "import sys; from pathlib import Path; from tasks.bundles.table_files import quantize;"
+        "from compressors.quantize.tables.rowwise_int4 import RowwiseInt4;"
         "quantize(Path(sys.argv[1]), Path(sys.argv[2]), RowwiseInt4(clipping='mse'),"
         "block_rows=2000)"
     )

@@ -2,12 +2,12 @@
 
 import pytest
 
-from compressors.contracts import DenseInput, IdInput, Schema
-from tasks.teachers import difference
+from compressors.contracts import DenseInput, IdInput, Signature
+from tasks.bundles.teachers import difference
 
 ITEM = IdInput(name="item", table="items", dtype="int64", out_of_range="clamp")
 USER = IdInput(name="user", table="users", dtype="int64", out_of_range="clamp")
-WANTED = Schema(task="ctr", inputs=(USER, ITEM), output="logit", label="label", metric="auc")
+WANTED = Signature(task="ctr", inputs=(USER, ITEM), output="logit", label="label", metric="auc")
 
 
 @pytest.mark.parametrize(

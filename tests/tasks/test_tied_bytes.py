@@ -10,19 +10,19 @@ from retrieval_draft import CONFIG, EACH, SIGNATURE, USERS, write_retrieval_draf
 from safetensors.torch import load_file, save_file
 
 from compressors.contracts import Artifact, Limit
-from compressors.errors import ModelRefused
-from compressors.tables.rowwise_int8 import RowwiseInt8
-from compressors.units import stored_bytes
+from compressors.core.units import stored_bytes
+from compressors.errors.compression import ModelRefused
+from compressors.quantize.tables.rowwise_int8 import RowwiseInt8
 from flows.explain import explain
 from flows.order import Order
-from tasks.bundles import pack
+from tasks.bundles.loading import load_bundle
+from tasks.bundles.packing import pack
 from tasks.compress import compress
-from tasks.documents import Lowering, lowering_of, served_bytes
-from tasks.loading import load_bundle
 from tasks.lower import lower_model
+from tasks.orchestration.documents import Lowering, lowering_of, served_bytes
+from tasks.orchestration.workspace import local
 from tasks.prepare import prepare
-from tasks.report import headline, markdown
-from tasks.stored import local
+from tasks.report.tables import headline, markdown
 
 TABLE = CONFIG["tags"] * CONFIG["dim"] * 4
 TEST_ROWS = USERS * EACH["test"]

@@ -12,12 +12,20 @@ from triton_configs import served_by
 from triton_versions import body, champion, published
 
 from infra.errors import Refused, StoreUnavailable
-from infra.ledger import Ledger
-from infra.registry import Registry
-from infra.store import Store
-from infra.store_folder import Folder
-from tasks.promotion import export, laid_out, promote, registry, repair, rollback, version_report
-from tasks.stored import store
+from infra.registry.ledger import Ledger
+from infra.registry.mlflow_registry import Registry
+from infra.store.folder import Folder
+from infra.store.object_store import Store
+from tasks.orchestration.workspace import store
+from tasks.promotion.promotions import (
+    export,
+    promote,
+    registry,
+    repair,
+    rollback,
+    triton_contents,
+    version_report,
+)
 
 # --- following ------------------------------------------------------------------------------
 
@@ -296,7 +304,7 @@ def test_a_bucket_follows_as_a_folder_does(
     text = bucket.read("m/config.pbtxt").decode()
     assert read(text)["version_policy"] == [{"specific": [{"versions": [int(two)]}]}]
     bucket.write(f"m/{two}/model.onnx", body("f"))
-    (laid,) = laid_out("m", None)
+    (laid,) = triton_contents("m", None)
     assert (laid.state, laid.files) == ("champion", {f"{two}/model.onnx": "changed"})
     (laid,) = export("m", None)
     assert laid.sound

@@ -12,16 +12,16 @@ from reports import measurement, report, stored
 from triton_configs import served_by
 from triton_versions import body, published
 
-from compressors import judge
 from compressors.contracts import Estimate, Outcome
-from flows import cli
-from flows.doctor import examine
+from compressors.metrics import judge
+from flows.cli import app
+from flows.cli.doctor import examine
 from infra.errors import PromotionRefused, Refused, SettingRefused
-from infra.ledger import Ledger
-from infra.tensorrt import Engine, EngineAudit
-from tasks.documents import Finished, GraphInput
-from tasks.promotion import export, laid_out, promote
-from tasks.stored import store
+from infra.registry.ledger import Ledger
+from infra.tensorrt.engines import Engine, EngineAudit
+from tasks.orchestration.documents import Finished, GraphInput
+from tasks.orchestration.workspace import store
+from tasks.promotion.promotions import export, promote, triton_contents
 
 # --- what is configured ---------------------------------------------------------------------
 
@@ -151,7 +151,7 @@ def test_a_plan_nobody_measured_is_only_laid_out_when_asked_for(
     two = published(home, "b").version
     promote("m", two, "")
     assert "m_tensorrt: the champion of m has nothing to serve under this name" in caplog.text
-    stale = {item.name: item for item in laid_out("m", None)}["m_tensorrt"]
+    stale = {item.name: item for item in triton_contents("m", None)}["m_tensorrt"]
     assert (stale.state, stale.served, stale.sound) == ("stale", one, False)
 
 
@@ -182,7 +182,7 @@ def test_two_models_cannot_share_a_folder(home: Path, triton: Path) -> None:
     assert Ledger(store(), "m").entries() == ()
     # Without a plan there is no clash, and the other's folder is nobody's business.
     promote("m", published(home, "b").version, "")
-    assert [item.name for item in laid_out("m", None)] == ["m"]
+    assert [item.name for item in triton_contents("m", None)] == ["m"]
 
 
 def test_a_repository_that_is_the_object_store_is_refused(
@@ -206,7 +206,7 @@ def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) ->
         monkeypatch.setattr(sys, "argv", ["recpress", "triton", *arguments])
         capsys.readouterr()
         try:
-            cli.main()
+            app.main()
             code: Any = 0
         except SystemExit as ended:
             code = ended.code or 0

@@ -6,10 +6,10 @@ from typing import Any
 from reports import report
 
 from compressors.contracts import Outcome, TargetKind
-from infra.ledger import Ledger
+from infra.registry.ledger import Ledger
 from tasks import publish as publishing
-from tasks.documents import Finished, Report
-from tasks.stored import store
+from tasks.orchestration.documents import Finished, Report
+from tasks.orchestration.workspace import store
 
 GOOD: dict[TargetKind, Outcome] = {"onnxruntime": "accepted", "tensorrt-rtx": "built-unmeasured"}
 

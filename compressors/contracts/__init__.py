@@ -1,0 +1,65 @@
+"""Types that every layer uses: no math, no I/O, no torch.
+
+``infra`` may import this package and nothing else of ``compressors``. Reading an order therefore
+loads no tensor library.
+
+coded_error.py        errors that carry a code and fields
+artifact.py           something stored, named by its content
+memory_errors.py      which errors say that there is too little memory
+inputs.py             the kinds of inputs of a model
+metric_properties.py  which tasks measure a metric, which direction is better
+limits.py             the limits of an order
+signature.py          inputs, output, task, label and metric of a model
+network.py            what is needed, with the tensors, to build a module
+plan.py               the decisions of a recipe for each table and layer
+bench.py              the data that a step may learn from
+verdicts.py           estimates, judged limits and the verdict of a target
+"""
+
+from compressors.contracts.artifact import Artifact as Artifact
+from compressors.contracts.artifact import Sha256 as Sha256
+from compressors.contracts.artifact import artifact_name as artifact_name
+from compressors.contracts.artifact import digest as digest
+from compressors.contracts.bench import Bench as Bench
+from compressors.contracts.bench import Change as Change
+from compressors.contracts.bench import Part as Part
+from compressors.contracts.bench import Split as Split
+from compressors.contracts.coded_error import CodedError as CodedError
+from compressors.contracts.inputs import AnyInput as AnyInput
+from compressors.contracts.inputs import DenseInput as DenseInput
+from compressors.contracts.inputs import Frozen as Frozen
+from compressors.contracts.inputs import IdInput as IdInput
+from compressors.contracts.inputs import JaggedBag as JaggedBag
+from compressors.contracts.inputs import PaddedBag as PaddedBag
+from compressors.contracts.inputs import tensor_names as tensor_names
+from compressors.contracts.limits import Limit as Limit
+from compressors.contracts.limits import limit_problems as limit_problems
+from compressors.contracts.limits import limit_warnings as limit_warnings
+from compressors.contracts.memory_errors import is_out_of_memory as is_out_of_memory
+from compressors.contracts.metric_properties import LATENCY_BATCHES as LATENCY_BATCHES
+from compressors.contracts.metric_properties import MEASURES as MEASURES
+from compressors.contracts.metric_properties import SCORE_CHANGE as SCORE_CHANGE
+from compressors.contracts.metric_properties import Measure as Measure
+from compressors.contracts.metric_properties import Metric as Metric
+from compressors.contracts.metric_properties import ScoreUnit as ScoreUnit
+from compressors.contracts.metric_properties import Task as Task
+from compressors.contracts.metric_properties import measured_metrics as measured_metrics
+from compressors.contracts.metric_properties import metric_problem as metric_problem
+from compressors.contracts.metric_properties import quality_metrics as quality_metrics
+from compressors.contracts.network import Architecture as Architecture
+from compressors.contracts.network import ModuleRecord as ModuleRecord
+from compressors.contracts.network import Network as Network
+from compressors.contracts.plan import DROPPED as DROPPED
+from compressors.contracts.plan import Plan as Plan
+from compressors.contracts.plan import PlanLine as PlanLine
+from compressors.contracts.signature import ITEMS as ITEMS
+from compressors.contracts.signature import TRAFFIC as TRAFFIC
+from compressors.contracts.signature import Signature as Signature
+from compressors.contracts.signature import Tower as Tower
+from compressors.contracts.signature import Towers as Towers
+from compressors.contracts.verdicts import Estimate as Estimate
+from compressors.contracts.verdicts import Judgement as Judgement
+from compressors.contracts.verdicts import Outcome as Outcome
+from compressors.contracts.verdicts import TargetKind as TargetKind
+from compressors.contracts.verdicts import Verdict as Verdict
+from compressors.contracts.verdicts import overall as overall

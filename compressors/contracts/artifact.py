@@ -1,0 +1,52 @@
+"""Something stored, named by its content: what tasks exchange. Types only."""
+
+import hashlib
+import json
+import re
+from typing import Annotated, Any
+
+from pydantic import AfterValidator, BaseModel, Field
+
+from compressors.contracts.inputs import Frozen
+
+Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+
+
+def digest(value: Any) -> str:
+    """SHA-256 of a value's canonical JSON: sorted keys, no spaces, models as their fields."""
+
+    def plain(item: Any) -> Any:
+        if isinstance(item, BaseModel):
+            return item.model_dump(mode="json")
+        raise TypeError(f"{type(item).__name__} has no canonical JSON form")
+
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), default=plain)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+_ARTIFACT_URI = re.compile(r"(?:.*/)?artifacts/([0-9a-f]{64})/?", re.DOTALL)
+
+
+def artifact_name(uri: str) -> str | None:
+    """The SHA-256 in an artifact's URI, ``[<root>/]artifacts/<sha256>``; None for another text."""
+    found = _ARTIFACT_URI.fullmatch(uri)
+    return None if found is None else found[1]
+
+
+def _without_root(uri: str) -> str:
+    name = artifact_name(uri)
+    return uri if name is None else f"artifacts/{name}"
+
+
+class Artifact(Frozen):
+    """Something stored, named by its content; the only value that tasks exchange.
+
+    ``uri`` is relative to the root of the store, so that a store can be moved or mounted
+    elsewhere. URIs of earlier versions, which begin with a root, lose it when they are read: the
+    content is found, and verified, by its hash. ``sha256`` is the root over the manifest's chunk
+    hashes, ``bytes`` the size of all files.
+    """
+
+    uri: Annotated[str, AfterValidator(_without_root)]
+    sha256: Sha256
+    bytes: int = Field(ge=0)

@@ -1,0 +1,166 @@
+"""The kinds of inputs a model can take. Types only.
+
+Types only, like that module, and part of it: elsewhere they are imported from there.
+"""
+
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+MAX_ROW_VALUES = 65_536
+"""The most values of one input in one row: its shape decides how much memory a batch takes."""
+
+OutOfRange = Literal["error", "clamp", "default_row"]
+
+
+class Frozen(BaseModel):
+    """A value: equal when its fields are equal, and never changed after it was made."""
+
+    # Not-a-number must not read back as "nothing given".
+    model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="strings")
+
+
+class IdInput(Frozen):
+    """One id per row, or several ids of one table: int, shape ``()`` or ``(fields,)``."""
+
+    kind: Literal["id"] = "id"
+    name: str
+    columns: tuple[str, ...] = ()
+    dtype: Literal["int64", "int32"] = "int64"
+    shape: tuple[int, ...] = ()
+    table: str
+    out_of_range: OutOfRange = "error"
+    default_row: int = Field(0, ge=0)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _columns_default_to_the_name(cls, data: Any) -> Any:
+        return _with_columns(data)
+
+    @model_validator(mode="after")
+    def _shape_fits(self) -> Self:
+        _check_values(self)
+        wanted = () if len(self.columns) == 1 else (len(self.columns),)
+        if self.shape != wanted:
+            raise ValueError(
+                f"input {self.name!r} reads {len(self.columns)} column(s), so its shape is "
+                f"{list(wanted)}; found {list(self.shape)}"
+            )
+        return self
+
+
+class DenseInput(Frozen):
+    """A dense vector per row: float32, shape ``(width,)``.
+
+    ``columns`` is either ``width`` scalar columns or one column of lists of that length.
+    """
+
+    kind: Literal["dense"] = "dense"
+    name: str
+    columns: tuple[str, ...] = ()
+    dtype: Literal["float32"] = "float32"
+    shape: tuple[int, ...]
+
+    @model_validator(mode="before")
+    @classmethod
+    def _columns_default_to_the_name(cls, data: Any) -> Any:
+        return _with_columns(data)
+
+    @model_validator(mode="after")
+    def _shape_fits(self) -> Self:
+        if len(self.shape) != 1 or self.shape[0] < 1:
+            raise ValueError(f"dense input {self.name!r} needs shape [width]")
+        _check_values(self)
+        if len(self.columns) not in (1, self.shape[0]):
+            raise ValueError(
+                f"dense input {self.name!r} of width {self.shape[0]} needs 1 list column or "
+                f"{self.shape[0]} scalar columns; found {len(self.columns)}"
+            )
+        return self
+
+
+class PaddedBag(Frozen):
+    """A list of ids per row, padded at the end with ``padding_id``: int, shape ``(length,)``."""
+
+    kind: Literal["padded_bag"] = "padded_bag"
+    name: str
+    columns: tuple[str, ...] = ()
+    dtype: Literal["int64", "int32"] = "int64"
+    shape: tuple[int, ...]
+    table: str
+    padding_id: int = Field(0, ge=0)
+    out_of_range: OutOfRange = "error"
+    default_row: int = Field(0, ge=0)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _columns_default_to_the_name(cls, data: Any) -> Any:
+        return _with_columns(data)
+
+    @model_validator(mode="after")
+    def _shape_fits(self) -> Self:
+        _check_bag(self)
+        return self
+
+
+class JaggedBag(Frozen):
+    """A list of ids per row, all lists end to end.
+
+    The model is called with ``name`` (values, int ``(all ids,)``) and ``name_offsets``
+    (where each row begins, int ``(rows,)``) or ``name_lengths`` (ids per row, int ``(rows,)``).
+    ``shape`` is ``(longest,)``: the longest list a request may carry, because a served graph
+    pads inside itself. A longer list scores NaN, never a silently shortened answer.
+    """
+
+    kind: Literal["jagged_bag"] = "jagged_bag"
+    name: str
+    columns: tuple[str, ...] = ()
+    dtype: Literal["int64", "int32"] = "int64"
+    shape: tuple[int, ...]
+    table: str
+    layout: Literal["offsets", "lengths"] = "offsets"
+    out_of_range: OutOfRange = "error"
+    default_row: int = Field(0, ge=0)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _columns_default_to_the_name(cls, data: Any) -> Any:
+        return _with_columns(data)
+
+    @model_validator(mode="after")
+    def _shape_fits(self) -> Self:
+        _check_bag(self)
+        return self
+
+
+def _with_columns(data: Any) -> Any:
+    if isinstance(data, dict) and not data.get("columns") and isinstance(data.get("name"), str):
+        return {**data, "columns": (data["name"],)}
+    return data
+
+
+def _check_values(item: "IdInput | DenseInput | PaddedBag | JaggedBag") -> None:
+    most = max(*item.shape, len(item.columns), 1, 1)
+    if most > MAX_ROW_VALUES:
+        raise ValueError(
+            f"input {item.name!r} has {most} values in a row, more than {MAX_ROW_VALUES}: a batch "
+            "of such rows does not fit in memory"
+        )
+
+
+def _check_bag(bag: PaddedBag | JaggedBag) -> None:
+    if len(bag.shape) != 1 or bag.shape[0] < 1:
+        raise ValueError(f"bag {bag.name!r} needs shape [length], at least 1")
+    _check_values(bag)
+    if len(bag.columns) != 1:
+        raise ValueError(f"bag {bag.name!r} reads exactly one list column")
+
+
+AnyInput = Annotated[IdInput | DenseInput | PaddedBag | JaggedBag, Field(discriminator="kind")]
+
+
+def tensor_names(item: AnyInput) -> tuple[str, ...]:
+    """The arguments of the model's forward that one input becomes."""
+    if isinstance(item, JaggedBag):
+        return (item.name, f"{item.name}_{item.layout}")
+    return (item.name,)

@@ -1,0 +1,277 @@
+"""Limits of an order, and which of them cannot mean what was typed.
+
+Types only. A stored limit is read as it is; ``limit_problems`` is for new orders. Each check
+follows from the metric's properties (``metric_properties.py``), not from its name.
+"""
+
+import math
+import re
+from collections.abc import Iterator, Sequence
+from typing import Any, Literal, Self
+
+from pydantic import Field, model_validator
+
+from compressors.contracts.inputs import Frozen
+from compressors.contracts.metric_properties import MEASURES, SCORE_CHANGE, Measure
+
+Against = Literal["absolute", "baseline", "champion"]
+
+LARGEST_GAIN = 0.2
+"""Compression never improves a quality metric by as much: such a bound is not a difference."""
+
+
+class Limit(Frozen):
+    """One promise about one measured number.
+
+    ``absolute`` compares the number itself. ``baseline`` and ``champion`` compare with that
+    model: the difference (candidate minus other) for quality, the ratio (candidate / other) for
+    bytes and latency. Score changes compare with the baseline already and are always ``absolute``.
+    """
+
+    metric: Measure = Field(
+        description="Quality, change of scores, bytes served, or latency: p99_ms@64 is the 99th "
+        "percentile in milliseconds at batch 64.",
+        json_schema_extra={"position": 0},
+    )
+    against: Against = Field(
+        "baseline",
+        description="Quality: difference to it. Bytes and latency: ratio to it.",
+        json_schema_extra={"position": 1},
+    )
+    at_least: float | None = Field(
+        None,
+        allow_inf_nan=False,
+        description="Give one of at_least and at_most.",
+        json_schema_extra={"position": 2},
+    )
+    at_most: float | None = Field(
+        None,
+        allow_inf_nan=False,
+        description="Give one of at_least and at_most.",
+        json_schema_extra={"position": 3},
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _score_change_is_absolute(cls, data: Any) -> Any:
+        """Read a limit on a score change that names no reference as ``absolute``."""
+        if isinstance(data, dict) and data.get("metric") in SCORE_CHANGE and "against" not in data:
+            return {**data, "against": "absolute"}
+        return data
+
+    @model_validator(mode="after")
+    def _one_reference(self) -> Self:
+        if self.metric in SCORE_CHANGE and self.against != "absolute":
+            raise ValueError(
+                f"{self.metric} already compares the candidate's scores with the baseline's, so it "
+                f"has no value vs {self.against}; write '{self.metric}' without 'vs "
+                f"{self.against}' (against: absolute)"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _one_bound(self) -> Self:
+        if (self.at_least is None) == (self.at_most is None):
+            raise ValueError(f"limit on {self.metric!r} needs exactly one of at_least, at_most")
+        return self
+
+    @model_validator(mode="after")
+    def _possible(self) -> Self:
+        if self.against == "absolute" and self.bound < 0:
+            if self.metric in SCORE_CHANGE:
+                raise ValueError(f"{self.metric} needs a bound of at least 0")
+            raise ValueError(
+                f"{self.metric} itself is never below 0; to limit a change write "
+                f"'{self.metric} vs baseline'"
+            )
+        return self
+
+    @property
+    def bound(self) -> float:
+        """The number on either side."""
+        bound = self.at_least if self.at_least is not None else self.at_most
+        assert bound is not None  # noqa: S101 - the validator's own rule
+        return bound
+
+    @classmethod
+    def parse(cls, text: str) -> Self:
+        """Read a limit as people write it: ``auc vs baseline >= -0.002``, ``bytes <= 500000``.
+
+        Raises:
+            ValueError: it is not of that form.
+        """
+        found = re.fullmatch(
+            r"\s*(?P<metric>[\w@]+)(\s+vs\s+(?P<against>baseline|champion))?"
+            r"\s*(?P<sign>>=|<=)\s*(?P<value>\S+)\s*",
+            text,
+        )
+        if found is None:
+            raise ValueError(
+                f"limit {text!r} is not of the form 'auc vs baseline >= -0.002' (vs baseline, vs "
+                f"champion or neither; >= or <=)"
+            )
+        bound = "at_least" if found["sign"] == ">=" else "at_most"
+        return cls.model_validate(
+            {
+                "metric": found["metric"],
+                "against": found["against"] or "absolute",
+                bound: found["value"],
+            }
+        )
+
+    def __str__(self) -> str:
+        versus = "" if self.against == "absolute" else f" vs {self.against}"
+        if self.at_least is not None:
+            return f"{self.metric}{versus} >= {self.at_least:g}"
+        return f"{self.metric}{versus} <= {self.at_most:g}"
+
+
+def limit_problems(limits: Sequence[Limit]) -> tuple[str, ...]:
+    """Limits that cannot mean what was typed: why, and what was probably meant.
+
+    Args:
+        limits: of one order.
+
+    Returns:
+        One sentence for each; empty if all of them make sense.
+    """
+    problems = [*_contradictions(limits)]
+    for limit in limits:
+        reason = _reason(limit)
+        if reason is not None:
+            meant = [f"'{other}'" for other in _intents(limit) if _reason(other) is None]
+            remedy = " or ".join(dict.fromkeys(meant)) or f"for example '{_example(limit)}'"
+            problems.append(f"limit '{limit}' {reason}. Write {remedy}.")
+    return tuple(problems)
+
+
+def limit_warnings(limits: Sequence[Limit]) -> tuple[str, ...]:
+    """Limits that make sense but are rarely meant: those that demand more than the baseline has.
+
+    Allowed, because several teachers or a recalibration can improve a model. Against the champion
+    such a limit is ordinary.
+    """
+    return tuple(
+        f"limit '{limit}' demands a better {limit.metric} than the uncompressed model has. To "
+        f"allow a loss instead, write '{_limit(limit, -limit.bound, limit.against)}'."
+        for limit in limits
+        if limit.against == "baseline"
+        and MEASURES[limit.metric].compared == "difference"
+        and _gain(limit) > 0
+    )
+
+
+def _contradictions(limits: Sequence[Limit]) -> Iterator[str]:
+    """Pairs of limits on one number that no number satisfies."""
+    for place, first in enumerate(limits):
+        for second in limits[place + 1 :]:
+            if (first.metric, first.against) != (second.metric, second.against):
+                continue
+            least = max(
+                (b for b in (first.at_least, second.at_least) if b is not None), default=-math.inf
+            )
+            most = min(
+                (b for b in (first.at_most, second.at_most) if b is not None), default=math.inf
+            )
+            if least > most:
+                yield f"limits '{first}' and '{second}' contradict each other. Keep one of them."
+
+
+def _reason(limit: Limit) -> str | None:
+    """Why a limit cannot be intended, or None."""
+    facts, bound = MEASURES[limit.metric], limit.bound
+    if (limit.at_least is not None) != facts.higher_is_better:
+        better = "higher" if facts.higher_is_better else "lower"
+        return f"bounds how good the result may be: a {better} {limit.metric} is better"
+    if limit.against == "absolute":
+        return _absolute_reason(limit)
+    if facts.compared == "ratio":
+        if bound <= 0:
+            return "can never hold: it compares by the ratio, which is above 0"
+        if bound > facts.largest:
+            return f"allows {bound:g} times the {limit.against}'s {limit.metric}"
+        return None
+    if _gain(limit) >= LARGEST_GAIN:
+        return f"demands {limit.metric} to be better than the {limit.against}'s by {abs(bound):g}"
+    if -_gain(limit) >= facts.largest:
+        return f"accepts a useless model: it allows {limit.metric} to be worse by {abs(bound):g}"
+    return None
+
+
+def _absolute_reason(limit: Limit) -> str | None:
+    facts, bound = MEASURES[limit.metric], limit.bound
+    unchanged = facts.compared == "never"  # then the best value is possible: no score changes
+    if facts.higher_is_better:
+        if bound > facts.high or (bound == facts.high and not unchanged):
+            return f"can never hold: {limit.metric} is at most {facts.high:g}"
+        if bound < facts.low:
+            return f"always holds: scores at random reach {limit.metric} {facts.low:g}"
+        if bound <= 0:
+            return f"always holds: {limit.metric} is never below 0"
+        return None
+    if (bound <= 0 and not unchanged) or bound < facts.low:
+        least = f"never below {facts.low:g}{facts.unit}" if facts.low else "above 0"
+        return f"can never hold: {limit.metric} is {least}"
+    if bound >= facts.high:
+        return f"always holds: {limit.metric} is below {facts.high:g}{facts.unit}"
+    return None
+
+
+def _intents(limit: Limit) -> Iterator[Limit]:
+    """What somebody who wrote this limit may have meant, the likeliest first."""
+    facts, bound = MEASURES[limit.metric], limit.bound
+    versus: Against = "baseline" if limit.against == "absolute" else limit.against
+    loss = -abs(bound) if facts.higher_is_better else abs(bound)
+    if (limit.at_least is not None) != facts.higher_is_better:
+        difference = limit.against != "absolute" and facts.compared == "difference"
+        other = _limit(limit, loss if difference else abs(bound), limit.against)
+        yield from [other] if _reason(other) is None else _intents(other)
+    elif facts.compared == "never":
+        yield _limit(limit, bound / 100, "absolute")  # percent
+    elif facts.compared == "difference" and limit.against == "absolute":
+        if bound > 1:  # percent
+            yield _limit(limit, bound / 100, "absolute")
+        if bound <= 100 * LARGEST_GAIN:
+            yield _limit(limit, loss / 100 if bound >= 1 else loss, versus)
+    elif facts.compared == "difference":
+        if 0 < bound <= 1:
+            yield _limit(limit, bound, "absolute")
+        yield _limit(limit, loss / 100, versus)
+    elif limit.against == "absolute":
+        yield _limit(limit, bound, versus)
+        if bound > 1:  # percent; a ratio that is also a percentage is read as the ratio
+            yield _limit(limit, bound / 100, versus)
+        if facts.batch is not None:
+            yield _limit(limit, bound * 1000, "absolute")  # seconds
+    else:
+        if -1 < bound < 0:
+            yield _limit(limit, 1 + bound, versus)
+        if 0 < bound <= 100:
+            yield _limit(limit, bound / 100, versus)
+        yield _limit(limit, abs(bound), "absolute")
+
+
+def _example(limit: Limit) -> Limit:
+    """A limit on the same metric that many orders have."""
+    facts = MEASURES[limit.metric]
+    if facts.compared == "never":
+        return _limit(limit, 0.999 if facts.higher_is_better else 0.05, "absolute")
+    usual = 1.0 if facts.compared == "ratio" else -0.002 if facts.higher_is_better else 0.002
+    return _limit(limit, usual, "baseline")
+
+
+def _limit(limit: Limit, bound: float, against: Against) -> Limit:
+    """A limit on the same metric, on the side that bounds how bad it may be."""
+    side = "at_least" if MEASURES[limit.metric].higher_is_better else "at_most"
+    other = {
+        "at_least": None,
+        "at_most": None,
+        side: float(f"{bound:.12g}") + 0.0,
+        "against": against,
+    }
+    return limit.model_copy(update=other)
+
+
+def _gain(limit: Limit) -> float:
+    """By how much a difference must be for the better; negative where a loss is allowed."""
+    return limit.bound if MEASURES[limit.metric].higher_is_better else -limit.bound

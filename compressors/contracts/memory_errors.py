@@ -1,0 +1,36 @@
+"""Which errors say that there is too little memory."""
+
+import errno
+import re
+
+_NO_MEMORY = re.compile(
+    r"can't allocate memory|cannot allocate memory|not enough memory|out of memory|bad_alloc"
+    r"|bad allocation|failed to allocate|unable to allocate|unable to mmap|cannot map"
+    r"|malloc of size|can't start new thread"
+    r"|failed to map segment from shared object(?!: operation not permitted)",
+    re.IGNORECASE,
+)
+
+_NATIVE = (RuntimeError, OSError, ImportError, SystemError)
+
+_NATIVE_MODULES = ("onnxruntime", "torch", "safetensors", "safetensors_rust", "pyarrow", "numba")
+
+
+def is_out_of_memory(fault: BaseException) -> bool:
+    """Whether an error, or one that it was raised from, says that there is too little memory.
+
+    numpy and pyarrow raise subclasses of ``MemoryError``; torch, ONNX Runtime, safetensors and
+    the system's loader say it in the text of their own classes only.
+    """
+    seen: set[int] = set()
+    error: BaseException | None = fault
+    while error is not None and id(error) not in seen:
+        seen.add(id(error))
+        if isinstance(error, MemoryError) or getattr(error, "errno", None) == errno.ENOMEM:
+            return True
+        module = type(error).__module__.partition(".")[0]
+        is_native = isinstance(error, _NATIVE) or module in _NATIVE_MODULES
+        if is_native and _NO_MEMORY.search(str(error)):
+            return True
+        error = error.__cause__ or error.__context__
+    return False

@@ -1,0 +1,59 @@
+"""Estimates, judged limits and the verdict of a target. Types only."""
+
+from collections.abc import Iterable
+from typing import Literal
+
+from pydantic import Field
+
+from compressors.contracts.inputs import Frozen
+from compressors.contracts.limits import Limit
+
+TargetKind = Literal["onnxruntime", "tensorrt", "tensorrt-rtx"]
+
+Outcome = Literal["accepted", "rejected", "undecided", "built-unmeasured"]
+
+
+class Estimate(Frozen):
+    """A number with its 95 % interval; exact numbers have ``low == point == high``."""
+
+    point: float
+    low: float
+    high: float
+    rows: int | None = Field(None, description="How many rows it was estimated from.")
+    groups: int | None = Field(
+        None, description="How many groups, such as users, it was estimated from, if rows have one."
+    )
+    unresolved: str | None = Field(
+        None, description="Why there is no interval; then it is the whole range of the metric."
+    )
+
+
+class Judgement(Frozen):
+    """What measuring said about one limit."""
+
+    limit: Limit
+    measured: Estimate | None
+    outcome: Literal["accepted", "rejected", "undecided"]
+    rows_to_decide: int | None = None
+    groups_to_decide: int | None = None
+    reason: str
+
+
+class Verdict(Frozen):
+    """What the gate said about one target."""
+
+    target: TargetKind
+    outcome: Outcome
+    judgements: tuple[Judgement, ...] = ()
+    reason: str
+
+
+def overall(verdicts: Iterable[Verdict]) -> Outcome:
+    """The order's outcome: the worst of its measured targets (contract 5).
+
+    ``built-unmeasured`` neither blocks nor counts as accepted: an order with nothing measured
+    stays ``built-unmeasured``.
+    """
+    outcomes = {verdict.outcome for verdict in verdicts}
+    order: tuple[Outcome, ...] = ("rejected", "undecided", "accepted")
+    return next((outcome for outcome in order if outcome in outcomes), "built-unmeasured")

@@ -1,0 +1,290 @@
+"""Prepared data as batches of model inputs.
+
+A prepared split is a folder with one ``data.safetensors``: a tensor per input under the input's
+name, ``@label``, and where the signature names them ``@group`` and ``@time``. A jagged bag is its
+values plus ``@bounds/<name>``, int64 ``(rows + 1,)``.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from compressors.contracts import (
+    AnyInput,
+    DenseInput,
+    IdInput,
+    JaggedBag,
+    PaddedBag,
+    Signature,
+    Split,
+    tensor_names,
+)
+
+SHOWN = 8
+"""How many values of a list a message shows."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Some consecutive rows: keyword arguments of the model's forward, and their labels."""
+
+    inputs: dict[str, Tensor]
+    label: Tensor
+    group: Tensor | None
+
+
+def batches(
+    split: Split, signature: Signature, size: int, limit: int | None = None
+) -> Iterator[Batch]:
+    """Batches of up to ``size`` rows in stored order, of the first ``limit`` rows.
+
+    Reads only what it yields: the file is memory-mapped and sliced.
+    """
+    rows = split.rows if limit is None else min(limit, split.rows)
+    with safe_open(Path(split.path) / "data.safetensors", framework="pt") as file:
+        slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+        bounds = {
+            item.name: file.get_tensor(f"@bounds/{item.name}")
+            for item in signature.inputs
+            if isinstance(item, JaggedBag)
+        }
+        for begin in range(0, rows, size):
+            end = min(begin + size, rows)
+            inputs: dict[str, Tensor] = {}
+            for item in signature.inputs:
+                if isinstance(item, JaggedBag):
+                    edges = bounds[item.name][begin : end + 1]
+                    values = slices[item.name][int(edges[0]) : int(edges[-1])]
+                    inputs.update(jagged(item, values, edges - edges[0]))
+                else:
+                    inputs[item.name] = slices[item.name][begin:end]
+            group = slices["@group"][begin:end] if "@group" in slices else None
+            yield Batch(inputs, slices["@label"][begin:end], group)
+
+
+class Rows:
+    """A prepared split from which any rows can be taken, in any order.
+
+    The file is memory-mapped, so only what is taken is read. ``label`` is float ``(rows,)``,
+    ``group`` int ``(rows,)`` or None.
+    """
+
+    def __init__(self, split: Split, signature: Signature) -> None:
+        with safe_open(Path(split.path) / "data.safetensors", framework="pt") as file:
+            self._tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        self.signature = signature
+        self.label = self._tensors["@label"]
+        self.group = self._tensors.get("@group")
+
+    def __len__(self) -> int:
+        return len(self.label)
+
+    def in_order(self, rows: Tensor) -> Tensor:
+        """The same numbers as ``take`` wants them: any order will do."""
+        return rows
+
+    def take(self, rows: Tensor) -> Batch:
+        """Some rows, by number: int64 ``(batch,)``."""
+        inputs: dict[str, Tensor] = {}
+        for item in self.signature.inputs:
+            values = self._tensors[item.name]
+            if not isinstance(item, JaggedBag):
+                inputs[item.name] = values[rows]
+                continue
+            bounds = self._tensors[f"@bounds/{item.name}"]
+            begin, length = bounds[rows], bounds[rows + 1] - bounds[rows]  # (batch,)
+            edges = torch.cat([length.new_zeros(1), length.cumsum(0)])  # (batch + 1,)
+            # Where each id of each row lies: its place in the batch, moved to its row's begin.
+            moved = torch.repeat_interleave(begin - edges[:-1], length)  # (all ids,)
+            inputs.update(jagged(item, values[torch.arange(int(edges[-1])) + moved], edges))
+        return Batch(inputs, self.label[rows], None if self.group is None else self.group[rows])
+
+
+class JoinedRows:
+    """Labelled rows, and rows of logged traffic behind them, as one.
+
+    A row of traffic has the label NaN, and its groups are others than those of labelled rows,
+    whatever their numbers in the files. Nothing is copied but labels and groups.
+    """
+
+    def __init__(self, labelled: Rows | None, traffic: Rows) -> None:
+        self._parts = [traffic] if labelled is None else [labelled, traffic]
+        self._edge = 0 if labelled is None else len(labelled)
+        unknown = torch.full((len(traffic),), torch.nan, dtype=torch.float32)
+        known = [] if labelled is None else [labelled.label.to(torch.float32)]
+        self.label = torch.cat([*known, unknown])
+        groups = [part.group for part in self._parts if part.group is not None]
+        self.group: Tensor | None = None
+        if len(groups) == len(self._parts):
+            numbered = [torch.unique(group, return_inverse=True)[1] for group in groups]
+            begin = int(numbered[0].max()) + 1
+            self.group = torch.cat([numbered[0], *(part + begin for part in numbered[1:])])
+
+    def __len__(self) -> int:
+        return len(self.label)
+
+    def take(self, rows: Tensor) -> Batch:
+        """Some rows, by number: int64 ``(batch,)``, labelled ones before traffic."""
+        held = [rows[rows < self._edge], rows[rows >= self._edge] - self._edge]
+        taken = [
+            part.take(mine)
+            for part, mine in zip(self._parts, held[-len(self._parts) :], strict=True)
+            if len(mine)
+        ]
+        group = None if self.group is None else self.group[rows]
+        signature = self._parts[0].signature
+        return Batch(joined([part.inputs for part in taken], signature), self.label[rows], group)
+
+    def in_order(self, rows: Tensor) -> Tensor:
+        """The same numbers as ``take`` wants them."""
+        return torch.cat([rows[rows < self._edge], rows[rows >= self._edge]])
+
+
+def joined(parts: Sequence[dict[str, Tensor]], signature: Signature) -> dict[str, Tensor]:
+    """Inputs of the rows of several batches, one behind the other."""
+    inputs: dict[str, Tensor] = {}
+    for item in signature.inputs:
+        names = tensor_names(item)
+        held = [[part[name] for part in parts] for name in names]
+        if isinstance(item, JaggedBag) and item.layout == "offsets":
+            counts = torch.tensor([0, *(len(values) for values in held[0])]).cumsum(0)
+            held[1] = [own + int(begin) for own, begin in zip(held[1], counts, strict=False)]
+        inputs.update((name, torch.cat(own)) for name, own in zip(names, held, strict=True))
+    return inputs
+
+
+def row_of(inputs: Mapping[str, Tensor], signature: Signature, row: int) -> dict[str, Tensor]:
+    """The inputs of one row of a batch, as a batch of one."""
+    taken: dict[str, Tensor] = {}
+    for item in signature.inputs:
+        if not isinstance(item, JaggedBag):
+            taken[item.name] = inputs[item.name][row : row + 1]
+            continue
+        values, second = (inputs[name] for name in tensor_names(item))
+        begin = second if item.layout == "offsets" else second.cumsum(0) - second
+        edges = torch.cat([begin, begin.new_full((1,), len(values))])
+        own = values[int(edges[row]) : int(edges[row + 1])]
+        bounds = torch.tensor([0, len(own)], dtype=second.dtype)
+        taken.update(jagged(item, own, bounds))
+    return taken
+
+
+def format_row(inputs: Mapping[str, Tensor], signature: Signature) -> dict[str, str]:
+    """The inputs of a batch of one as short text, by input; long lists are shortened."""
+    return {item.name: _format(inputs[item.name], item) for item in signature.inputs}
+
+
+def _format(values: Tensor, item: AnyInput) -> str:
+    flat = values.reshape(-1).tolist()
+    shown = [f"{value:.6g}" if isinstance(value, float) else str(value) for value in flat]
+    if len(shown) == 1 and not isinstance(item, JaggedBag) and not item.shape:
+        return shown[0]
+    if len(shown) > SHOWN:
+        return f"[{', '.join(shown[:SHOWN])}, ... {len(shown)} values]"
+    return f"[{', '.join(shown)}]"
+
+
+def jagged(item: JaggedBag, values: Tensor, bounds: Tensor) -> dict[str, Tensor]:
+    """A jagged bag's two arguments, from values and bounds ``(rows + 1,)``."""
+    second = bounds[:-1] if item.layout == "offsets" else bounds.diff()
+    return dict(zip(tensor_names(item), (values, second), strict=True))
+
+
+def example(
+    signature: Signature, rows_of_table: dict[str, int], rows: int, seed: int = 0
+) -> dict[str, Tensor]:
+    """Made-up inputs every id of which lies in its table: what contracts are checked on.
+
+    Bags run from empty to their longest, so that both edges are looked at.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    inputs: dict[str, Tensor] = {}
+    for item in signature.inputs:
+        inputs.update(_example(item, rows_of_table, rows, generator))
+    return inputs
+
+
+def _example(
+    item: AnyInput,
+    rows_of_table: dict[str, int],
+    rows: int,
+    generator: torch.Generator,
+    share: int | None = None,
+) -> dict[str, Tensor]:
+    """Made-up values of one input; lists have random lengths, or this share of their longest."""
+    if isinstance(item, DenseInput):
+        return {item.name: torch.randn((rows, *item.shape), generator=generator)}
+    high, dtype = rows_of_table[item.table], getattr(torch, item.dtype)
+    if isinstance(item, IdInput | PaddedBag):
+        ids = torch.randint(high, (rows, *item.shape), generator=generator, dtype=dtype)
+        if isinstance(item, PaddedBag):
+            lengths = _lengths(item, (rows, 1), generator, share)
+            ids[torch.arange(item.shape[0]) >= lengths] = item.padding_id
+        return {item.name: ids}
+    lengths = _lengths(item, (rows,), generator, share)
+    bounds = torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)])
+    values = torch.randint(high, (int(bounds[-1]),), generator=generator, dtype=dtype)
+    return jagged(item, values, bounds)
+
+
+def _lengths(
+    item: PaddedBag | JaggedBag,
+    shape: tuple[int, ...],
+    generator: torch.Generator,
+    share: int | None,
+) -> Tensor:
+    if share is not None:
+        return torch.full(shape, share * item.shape[0])
+    return torch.randint(item.shape[0] + 1, shape, generator=generator)
+
+
+def edge_example(
+    signature: Signature, rows_of_table: dict[str, int], rows: int, seed: int = 1
+) -> dict[str, Tensor]:
+    """Made-up inputs with ids below and above their table, to compare two graphs on.
+
+    Every input has its bad ids in rows of its own, where all other inputs are valid: a policy
+    that refuses a row would hide what the others' policies answer there. Needs two rows an input.
+    With two rows more, all lists of the last row but one are empty, and all of the last are full.
+
+    Raises:
+        ValueError: too few rows for the signature's inputs.
+    """
+    named = [item for item in signature.inputs if not isinstance(item, DenseInput)]
+    ends = (0, 1) if rows >= 2 * len(named) + 2 else ()
+    inputs = example(signature, rows_of_table, rows - len(ends), seed)
+    if rows < 2 * len(named):
+        raise ValueError(f"{len(named)} inputs need {2 * len(named)} rows; found {rows}")
+    for place, item in enumerate(named):
+        for row, bad in ((2 * place, -1), (2 * place + 1, rows_of_table[item.table])):
+            _plant(item, inputs, row, bad)
+    lists = [_lists_of(signature, rows_of_table, seed, share) for share in ends]
+    return joined([inputs, *lists], signature)
+
+
+def _lists_of(
+    signature: Signature, rows_of_table: dict[str, int], seed: int, share: int
+) -> dict[str, Tensor]:
+    """One row of which every list is empty (share 0) or as long as it may be (share 1)."""
+    generator = torch.Generator().manual_seed(seed)
+    inputs: dict[str, Tensor] = {}
+    for item in signature.inputs:
+        inputs.update(_example(item, rows_of_table, 1, generator, share))
+    return inputs
+
+
+def _plant(item: AnyInput, inputs: dict[str, Tensor], row: int, bad: int) -> None:
+    """Write a bad id into one row; into a list at its first and, for the second, its last place."""
+    ids = inputs[item.name]
+    if not isinstance(item, JaggedBag):
+        ids[row].reshape(-1)[0 if bad < 0 else -1] = bad
+        return
+    second = inputs[tensor_names(item)[1]]
+    begin = second if item.layout == "offsets" else second.cumsum(0) - second
+    end = torch.cat([begin[1:], begin.new_full((1,), ids.shape[0])])
+    if end[row] > begin[row]:  # an empty list has no place for it
+        ids[begin[row] if bad < 0 else end[row] - 1] = bad

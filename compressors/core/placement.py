@@ -1,0 +1,112 @@
+"""A network on another device for a while, and what it is fed there.
+
+``nn.Module.to`` writes into parameters that a private tree shares with the caller's model, so
+tensors are replaced one by one here, and given back afterwards.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from compressors.core.batches import Batch
+from compressors.errors.compression import CompressionError
+
+
+@dataclass(frozen=True)
+class _Moved:
+    """A tensor, where it stands, and what stands there meanwhile."""
+
+    owner: nn.Module
+    name: str
+    old: Tensor
+    new: Tensor
+
+
+@contextmanager
+def moved_to(module: nn.Module, device: str) -> Iterator[None]:
+    """Inside, a module of a private tree lies on a device; then where it was.
+
+    Tensors that nobody replaced meanwhile are the old ones again, bit for bit and in their own
+    memory; others come back as they are now. What is shared stays shared. Tensors that are plain
+    attributes of a module are not seen and stay.
+
+    Raises:
+        CompressionError: this machine has no such device.
+    """
+    target = torch.device(device)
+    if target.type == "cpu":
+        yield
+        return
+    require_device(target)
+    moved = _move(module, target)
+    try:
+        yield
+    finally:
+        _give_back(moved)
+
+
+def require_device(device: torch.device) -> None:
+    """Refuse a device that is not there.
+
+    Raises:
+        CompressionError: says what there is.
+    """
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise CompressionError(
+            f"Device {str(device)!r} is not there: torch {torch.__version__} finds no CUDA GPU. "
+            f"Take device 'cpu'."
+        )
+
+
+def to_device(batch: Batch, device: torch.device) -> Batch:
+    """A batch on a device; itself if it is there already."""
+    if device.type == "cpu":
+        return batch
+    group = None if batch.group is None else batch.group.to(device)
+    inputs = {name: tensor.to(device) for name, tensor in batch.inputs.items()}
+    return Batch(inputs, batch.label.to(device), group)
+
+
+def device_of(module: nn.Module) -> torch.device:
+    """Where a module's tensors lie."""
+    for tensor in (*module.parameters(), *module.buffers()):
+        return tensor.device
+    return torch.device("cpu")
+
+
+def _move(module: nn.Module, device: torch.device) -> list[_Moved]:
+    copies: dict[int, Tensor] = {}
+    moved = []
+    for owner in module.modules():
+        for held in (owner._parameters, owner._buffers):
+            for name, old in list(held.items()):
+                if old is None:
+                    continue
+                if id(old) not in copies:
+                    new: Tensor = old.detach().to(device)
+                    if isinstance(old, nn.Parameter):
+                        new = nn.Parameter(new, requires_grad=old.requires_grad)
+                    copies[id(old)] = new
+                held[name] = copies[id(old)]  # type: ignore[assignment]
+                moved.append(_Moved(owner, name, old, copies[id(old)]))
+    return moved
+
+
+def _give_back(moved: list[_Moved]) -> None:
+    copies: dict[int, Tensor] = {}
+    for item in moved:
+        held = item.owner._parameters if item.name in item.owner._parameters else None
+        place = item.owner._buffers if held is None else held
+        now = place[item.name]
+        if now is None or now.data_ptr() == item.new.data_ptr():
+            place[item.name] = item.old  # type: ignore[assignment]
+            continue
+        if id(now) not in copies:
+            back: Tensor = now.detach().to(item.old.device)
+            if isinstance(now, nn.Parameter):
+                back = nn.Parameter(back, requires_grad=now.requires_grad)
+            copies[id(now)] = back
+        place[item.name] = copies[id(now)]  # type: ignore[assignment]

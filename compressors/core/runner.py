@@ -1,0 +1,444 @@
+"""The one place that runs every step and checks its contract.
+
+Both kinds of step (``compressors.core.step``) say first, in ``choose``, what they will do with
+every table and dense layer; a step that does something else is refused.
+"""
+
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from types import MappingProxyType
+from typing import get_args
+
+import torch
+from torch import Tensor, nn
+
+from compressors.contracts import (
+    Bench,
+    Frozen,
+    Network,
+    Part,
+    PlanLine,
+    Signature,
+    is_out_of_memory,
+)
+from compressors.core.batches import example
+from compressors.core.model import Model
+from compressors.core.modules.composed import ComposedTable
+from compressors.core.modules.factored import FactoredLinear
+from compressors.core.modules.formats import Bag, PackedTable, TensorSpec, blocks, entries
+from compressors.core.modules.output_calibration import NAME, recalibration_of
+from compressors.core.plan_lines import OUTPUT, build_plan, with_remarks
+from compressors.core.state.module_state import load, records_of, save
+from compressors.core.step import ModelStep as ModelStep
+from compressors.core.step import TableStep as TableStep
+from compressors.core.step import needs as needs
+from compressors.core.step import wants as wants
+from compressors.core.units import (
+    EXCEPT,
+    Choice,
+    Unit,
+    choose_tables,
+    folded_norms,
+    pack_table,
+    stored_bytes,
+    swap,
+    table_rows,
+)
+from compressors.errors.compression import (
+    CompressionError,
+    ContractBroken,
+    ModelRefused,
+    NothingToCompress,
+)
+from compressors.quantize.better_format import best_format, table_bytes
+from compressors.quantize.calibration.input_ranges import input_range_warnings
+
+BLOCK_ROWS = 65_536
+CHECK_ROWS = 32
+REFUSALS = (
+    AttributeError,
+    IndexError,
+    KeyError,
+    NotImplementedError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)
+"""What a network's own code raises where it does not allow what a step does."""
+
+
+def run(
+    step: TableStep | ModelStep,
+    source: Model,
+    bench: Bench,
+    folder: Path,
+    *,
+    skipped: Mapping[str, str] = MappingProxyType({}),
+) -> Model:
+    """Apply one step, write the result to ``folder``, and return it as loaded from there.
+
+    Args:
+        step: the method and its settings.
+        source: the model to compress; left as it is.
+        bench: what the step may learn from.
+        folder: where the tensors are written; the returned module maps them.
+        skipped: units that the step leaves as they are, with the reasons.
+
+    Raises:
+        NothingToCompress: the step takes no unit of this model, or the bench lacks a part.
+        ContractBroken: the step changed its input, gave numbers that are not finite, did other
+            than it chose, or its result does not survive being stored.
+        ModelRefused: the network does not run on inputs that its signature allows, or its scores of
+            them are not finite.
+        CompressionError: the step cannot be carried out on this model.
+    """
+    _require_parts(step, bench)
+    versions = _versions(source.module)
+    model = source.private()
+    before = Unit.of(model.module)
+    with _as_refusal(step):
+        choices = plan_choices(step, model, bench, skipped)
+        if isinstance(step, ModelStep):
+            model = without_units(step, skipped).apply(model, bench)
+        else:
+            for unit in before:
+                if choices[unit.name].take:
+                    stored_by, _ = best_format(step, unit.weight)
+                    packed = pack_table(unit.module, encode_table(stored_by, unit.weight))
+                    swap(model.module, unit.name, packed)
+    module = model.module.eval()
+    if _versions(source.module) != versions:
+        raise ContractBroken(f"{step.kind!r} wrote into the tensors of the model it was given.")
+    after = Unit.of(module)
+    _check_choices(step, choices, model.notes, Unit.of(source.module), after)
+    inputs = example(bench.signature, rows_of_tables(module, bench.signature), CHECK_ROWS)
+    expected = _scores(step, source, module, inputs)
+    if not bool(torch.isfinite(expected).all()):
+        _require_finite_source(step, source, inputs)
+        raise ContractBroken(f"After {step.kind!r} the model's scores are not finite numbers.")
+    ties = save(module, folder)
+    network = Network(
+        architecture=model.network.architecture, modules=records_of(module), ties=ties
+    )
+    stored = load(source.architecture, network, folder)
+    with torch.no_grad():
+        again = stored(**inputs)
+    if not torch.equal(again, expected):
+        gap = float((again - expected).abs().max())
+        raise ContractBroken(
+            f"After {step.kind!r} the stored model scores differently from the one in memory (by "
+            f"up to {gap:g}): some of its state is not among its tensors."
+        )
+    sizes = stored_bytes(source.module), stored_bytes(stored)
+    choices = _as_found(step, choices, Unit.of(source.module), after)
+    choices = {name: _noted(choice, model.notes.get(name)) for name, choice in choices.items()}
+    line, folded = output_line(step, source, model), folded_norms(stored)
+    warnings = input_range_warnings(source.module, stored, bench)
+    plan = build_plan(step.kind, source, choices, before, after, sizes, line, folded, warnings)
+    output = isinstance(step, ModelStep) and step.changes == "output"
+    plan = with_remarks(plan, step.kind, skipped, choices, model.notes, changes_output=output)
+    return Model(stored, source.architecture, network, plan)
+
+
+@contextmanager
+def _as_refusal(step: TableStep | ModelStep) -> Iterator[None]:
+    """Raise what a network's own code raises inside of a step as a refusal of that step.
+
+    Raises:
+        CompressionError: names the step and the exception.
+    """
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except REFUSALS as fault:
+        raise CompressionError(
+            f"Expected a network that {step.kind!r} can change, got {fault!r} while it was "
+            f"applied. Leave the layer or table out of the step, or the step out of the recipe."
+        ) from fault
+
+
+def output_line(step: TableStep | ModelStep, source: Model, model: Model) -> PlanLine | None:
+    """What the plan says of the map behind a network's output; None if none was asked for."""
+    made = recalibration_of(model.module)
+    if not isinstance(step, ModelStep) or step.changes != "output":
+        return source.plan.of(OUTPUT) if source.plan else None
+    return PlanLine(
+        module=OUTPUT,
+        role="other",
+        format="as trained" if made is None else made.method,
+        bytes_before=0,
+        bytes_after=0 if made is None else stored_bytes(made),
+        steps=() if made is None else (step.kind,),
+        reason=model.notes.get(NAME, f"{step.kind} as ordered"),
+    )
+
+
+def _require_parts(step: TableStep | ModelStep, bench: Bench) -> None:
+    missing = [part for part in needs(step) if getattr(bench, part) is None]
+    if missing:
+        held = [part for part in get_args(Part) if getattr(bench, part) is not None]
+        raise NothingToCompress(
+            step=step.kind,
+            wanted=f"{' and '.join(part.replace('_', ' ') for part in missing)} rows",
+            closest=", ".join(part.replace("_", " ") for part in held) or "no data",
+            remedy="Add the data to model.json and pack again, or leave this step out.",
+        )
+
+
+def _scores(
+    step: TableStep | ModelStep, source: Model, model: nn.Module, inputs: dict[str, Tensor]
+) -> Tensor:
+    """Scores of the compressed module, or whose fault it is that there are none."""
+    try:
+        with torch.no_grad():
+            scores: Tensor = model(**inputs)
+    except Exception as fault:
+        if is_out_of_memory(fault):
+            raise
+        try:
+            with torch.no_grad():
+                source.private().module(**inputs)
+        except Exception as first:
+            if is_out_of_memory(first):
+                raise
+            raise ModelRefused(
+                f"{source.network.architecture.path} fails on made-up inputs that its signature "
+                f"allows, such as any id below the rows of its table: {first!r}. Correct the "
+                f"inputs in model.json, or the network."
+            ) from first
+        raise CompressionError(
+            f"After {step.kind!r} the network no longer runs: {fault!r}. Some code of it reads "
+            f"the weights of a layer instead of calling it; leave that layer out of the step."
+        ) from fault
+    return scores
+
+
+def _require_finite_source(
+    step: TableStep | ModelStep, source: Model, inputs: dict[str, Tensor]
+) -> None:
+    """Refuse a model whose own scores are not finite, before a step is blamed for it.
+
+    Raises:
+        ModelRefused: names how many rows of valid inputs have no finite score.
+    """
+    scores = _scores(step, source, source.private().module, inputs)
+    bad = int((~torch.isfinite(scores)).reshape(len(scores), -1).any(dim=1).sum())
+    if bad:
+        raise ModelRefused(
+            f"Expected a finite score of {source.network.architecture.path} for every row that "
+            f"its signature allows; got NaN or infinity for {bad} of {len(scores)} rows before "
+            f"{step.kind!r} was applied. Check what the network does with an empty list (a mean or "
+            f"a softmax over nothing) and with the first and last id of a table."
+        )
+
+
+def rows_of_tables(model: nn.Module, signature: Signature) -> dict[str, int]:
+    """Rows of every table an input of the signature names.
+
+    Raises:
+        NothingToCompress: an input names a table the model does not have.
+    """
+    rows = table_rows(model)
+    for item in signature.inputs:
+        table = getattr(item, "table", None)
+        if table is not None and table not in rows:
+            raise NothingToCompress(
+                step="signature",
+                wanted=f"table {table!r} of input {item.name!r}",
+                closest=", ".join(rows) or "no table",
+                remedy="Correct 'table' in model.json.",
+            )
+    return rows
+
+
+def without_units(step: ModelStep, names: Collection[str]) -> ModelStep:
+    """The step without some units, where it has name patterns; else as it is."""
+    update = {
+        field: (*getattr(step, field), *(EXCEPT + name for name in names))
+        for field in ("tables", "layers")
+        if names and hasattr(step, field)
+    }
+    return step.model_copy(update=update) if isinstance(step, Frozen) and update else step
+
+
+def plan_choices(
+    step: TableStep | ModelStep,
+    model: Model,
+    bench: Bench,
+    skipped: Mapping[str, str] = MappingProxyType({}),
+) -> dict[str, Choice]:
+    """What a step will do with every unit of a model, and why.
+
+    Args:
+        step: the method and its settings.
+        model: whose units.
+        bench: what the step may learn from.
+        skipped: units that it leaves as they are, with the reasons.
+
+    Raises:
+        NothingToCompress: it takes none of them.
+    """
+    units = Unit.of(model.module)
+    if isinstance(step, ModelStep):
+        chosen = without_units(step, skipped).choose(model, bench)
+    else:
+        chosen = choose_tables(units, step.tables, step.min_rows, step.kind)
+        chosen |= {
+            unit.name: _if_smaller(step, unit)
+            for unit in units
+            if unit.name in chosen and chosen[unit.name].take
+        }
+    chosen |= {
+        unit.name: Choice(False, f"skipped by {step.kind}: {skipped[unit.name]}")
+        for unit in units
+        if unit.name in skipped
+    }
+    behind = isinstance(step, ModelStep) and step.changes == "output"
+    if not behind and not any(choice.take for choice in chosen.values()):
+        reasons = "; ".join(f"{name}: {choice.reason}" for name, choice in chosen.items())
+        raise NothingToCompress(
+            step=step.kind,
+            wanted="a table or dense layer it may compress",
+            closest=reasons or "none of that kind",
+            remedy="Drop this step, widen what it takes, or move it before what left it nothing.",
+        )
+    rest = {unit.name: Choice(False, f"{step.kind} takes no {unit.role}") for unit in units}
+    return {**rest, **chosen}
+
+
+def _if_smaller(step: TableStep, unit: Unit) -> Choice:
+    """Take a table in the best format that is no larger; keep it if that saves nothing."""
+    rows, dim = unit.weight.shape
+    stored_by, why = best_format(step, unit.weight)
+    size = table_bytes(stored_by, rows, dim)
+    if size >= unit.bytes:
+        return Choice(
+            False, f"{stored_by.kind} would take {size} bytes, not fewer than its {unit.bytes}"
+        )
+    return Choice(True, why)
+
+
+def encode_table(step: TableStep, weight: Tensor) -> PackedTable:
+    """A table, float ``(rows, dim)``, in the step's format, encoded block by block.
+
+    Raises:
+        ContractBroken: the step encodes a tensor in another type than it lays it out.
+        CompressionError: the step cannot be carried out on this table.
+    """
+    rows, dim = weight.shape
+    params = step.fit(weight)
+    layout = step.storage.layout(rows, dim, step.settings())
+    stored = {name: torch.empty(spec.shape, dtype=spec.dtype) for name, spec in layout.items()}
+    for name in [name for name, spec in layout.items() if not spec.every]:
+        stored[name].copy_(_as_laid_out(step, name, params[name], layout[name]))
+    for begin, end in blocks(layout, rows, BLOCK_ROWS):
+        for name, tensor in step.encode(weight[begin:end], params).items():
+            spec = layout[name]
+            stored[name][entries(spec, begin, end)] = _as_laid_out(step, name, tensor, spec)
+    return PackedTable(step.storage, rows, dim, step.settings(), stored)
+
+
+def _as_laid_out(step: TableStep, name: str, tensor: Tensor, spec: TensorSpec) -> Tensor:
+    if tensor.dtype != spec.dtype:
+        raise ContractBroken(
+            f"{step.kind!r} encodes {name!r} as {tensor.dtype} and lays it out as {spec.dtype}."
+        )
+    return tensor
+
+
+def _check_choices(
+    step: TableStep | ModelStep,
+    choices: Mapping[str, Choice],
+    notes: Mapping[str, str],
+    before: tuple[Unit, ...],
+    after: tuple[Unit, ...],
+) -> None:
+    now = {unit.name: unit for unit in after}
+    values = isinstance(step, ModelStep) and step.changes == "values"
+    may_stay = isinstance(step, ModelStep) and step.changes in ("values", "parts")
+    for unit in before:
+        taken, new = choices[unit.name].take, now.get(unit.name)
+        if new is None:
+            if values and taken:
+                continue
+            raise ContractBroken(f"After {step.kind!r} nothing stands at {unit.name!r} any more.")
+        # A method that changes values, or looks for rows to do without, may find that a unit is
+        # best left as it is.
+        kept = new.format == unit.format if not values else _equal(unit.module, new.module)
+        told = taken and unit.name in notes  # it says why the unit stays
+        if kept == taken and not (taken and (may_stay or told)):
+            did = "kept" if kept else "changed"
+            raise ContractBroken(f"{step.kind!r} {did} {unit.name!r} against its own choice.")
+        if values and new.format != unit.format:
+            raise ContractBroken(f"{step.kind!r} stores {unit.name!r} in another format.")
+    old = {unit.name for unit in before}
+    owners = {name for name, choice in choices.items() if choice.take}
+    parts = isinstance(step, ModelStep) and step.changes == "parts"
+    more = sorted(
+        unit.name
+        for unit in after
+        if unit.name not in old and not (parts and _inside(unit.name, owners))
+    )
+    if more:
+        raise ContractBroken(f"After {step.kind!r} there is {more[0]!r}, which was not there.")
+
+
+def _inside(name: str, owners: Collection[str]) -> bool:
+    return any(name.startswith(f"{owner}.") for owner in owners)
+
+
+def _as_found(
+    step: TableStep | ModelStep,
+    choices: Mapping[str, Choice],
+    before: tuple[Unit, ...],
+    after: tuple[Unit, ...],
+) -> dict[str, Choice]:
+    """The choices, with a word where the method looked for better values and found none."""
+    if not isinstance(step, ModelStep):
+        return dict(choices)
+    now = {unit.name: unit for unit in after}
+    found = dict(choices)
+    for unit in before:
+        new, choice = now.get(unit.name), choices[unit.name]
+        if not choice.take or new is None:
+            continue
+        if step.changes == "format":
+            if new.format == unit.format:
+                found[unit.name] = Choice(False, f"kept {unit.format}")
+        elif _equal(unit.module, new.module):
+            reason = f"{choice.reason}: nothing better was found, kept as it was"
+            found[unit.name] = Choice(False, reason)
+    return found
+
+
+def _noted(choice: Choice, note: str | None) -> Choice:
+    return choice if note is None else replace(choice, reason=f"{choice.reason}; {note}")
+
+
+def _equal(old: nn.Module, new: nn.Module) -> bool:
+    """Whether two modules hold the same tensors; the same memory is not read.
+
+    The tables that a table is made of, and the layers of a layer, are modules of their own.
+    """
+    first, second = _own(old), _own(new)
+    return first.keys() == second.keys() and all(
+        tensor.data_ptr() == second[name].data_ptr()
+        or (tensor.shape == second[name].shape and torch.equal(tensor, second[name]))
+        for name, tensor in first.items()
+    )
+
+
+def _own(module: nn.Module) -> dict[str, Tensor]:
+    table = module.table if isinstance(module, Bag) else module
+    if isinstance(table, ComposedTable | FactoredLinear):
+        return dict(table.named_buffers(recurse=False))
+    return dict(module.state_dict())
+
+
+def _versions(model: nn.Module) -> list[tuple[str, int, int]]:
+    """A tensor's version counter moves with every in-place write, whatever its size."""
+    named = (*model.named_parameters(), *model.named_buffers())
+    return [(name, tensor.data_ptr(), tensor._version) for name, tensor in named]

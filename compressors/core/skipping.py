@@ -1,0 +1,222 @@
+"""Run a step on the units that allow it, and skip the others with their reasons.
+
+A step works on many tables and layers. One of them may not allow it: forward code reads its weight
+instead of calling it, or the network scores otherwise once it is changed. In place of failing, the
+unit is excluded from the step and its plan line says why. A unit that the recipe names exactly
+(without a wildcard) is not skipped: there the reason is an error.
+
+Two ways find such units. Before the step, every unit that would be replaced is replaced by a module
+without weights, and the network runs once (``unreplaceable``). After a failure whose unit is not
+known, the step runs on halves of its units until those that fail alone are found (``_failing``).
+Steps that train are not searched: each try would train again.
+"""
+
+import tempfile
+from collections.abc import Collection, Mapping
+from contextlib import suppress
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from compressors.contracts import Bench, is_out_of_memory
+from compressors.core.batches import example
+from compressors.core.model import Model
+from compressors.core.runner import ModelStep, TableStep, needs, plan_choices, rows_of_tables, run
+from compressors.core.units import EXCEPT, Unit, is_named, swap
+from compressors.errors.compression import CompressionError, ModelRefused, NothingToCompress
+
+PROBE_ROWS = 8
+TRAINS = ("train", "soft_labels", "validation")
+AnyStep = TableStep | ModelStep
+
+
+def run_or_skip(
+    step: AnyStep,
+    source: Model,
+    bench: Bench,
+    folder: Path,
+    excluded: Mapping[str, str] = MappingProxyType({}),
+) -> Model:
+    """Apply a step as ``compressors.core.runner.run`` does, without the units that do not allow it.
+
+    Args:
+        step: the method and its settings.
+        source: the model to compress; left as it is.
+        bench: what the step may learn from.
+        folder: where the tensors are written; the returned module maps them.
+        excluded: units that the step may not change, with the reasons.
+
+    Raises:
+        NothingToCompress: no unit is left.
+        CompressionError: as ``run``, where no unit or several together are the cause, or the
+            recipe names the unit.
+    """
+    present = {unit.name for unit in Unit.of(source.module)}
+    skipped = {name: why for name, why in excluded.items() if name in present}
+    if skipped:
+        with suppress(CompressionError):  # run says why it cannot choose
+            choices = plan_choices(step, source.private(), bench)
+            skipped = {name: why for name, why in skipped.items() if choices[name].take}
+    skipped |= skippable(step, source, bench)
+    try:
+        return run(step, source, bench, folder, skipped=skipped)
+    except (NothingToCompress, ModelRefused):
+        raise
+    except CompressionError as fault:
+        found = _culprits(step, source, bench, skipped)
+        if not found:
+            raise
+        _require_unnamed(step, found, source, fault)
+        return run(step, source, bench, folder, skipped={**skipped, **found})
+
+
+def skippable(step: AnyStep, source: Model, bench: Bench) -> dict[str, str]:
+    """The units that a step is known not to be able to change, with the reasons.
+
+    Args:
+        step: the method and its settings.
+        source: loaded, or over placeholders; left as it is.
+        bench: its signature counts.
+
+    Raises:
+        CompressionError: the recipe names such a unit.
+    """
+    if isinstance(step, ModelStep) and step.changes not in ("format", "parts"):
+        return {}
+    try:
+        choices = plan_choices(step, source.private(), bench)
+    except CompressionError:
+        return {}  # run says the same with its context
+    found = unreplaceable(source, bench, [n for n, choice in choices.items() if choice.take])
+    _require_unnamed(step, found, source, None)
+    return found
+
+
+def unreplaceable(source: Model, bench: Bench, names: Collection[str]) -> dict[str, str]:
+    """The units of a network whose modules cannot be replaced, with the reasons.
+
+    Args:
+        source: the network; left as it is.
+        bench: its signature says what the network is called with.
+        names: of the units to try.
+    """
+    inputs = example(bench.signature, rows_of_tables(source.module, bench.signature), PROBE_ROWS)
+    try:
+        expected = _scores(source.module, inputs)
+    except Exception as fault:
+        if is_out_of_memory(fault):
+            raise
+        return {}  # the network itself fails: run says whose fault that is
+    if not names or _why_not(source, names, inputs, expected) is None:
+        return {}
+    found = {name: _why_not(source, [name], inputs, expected) for name in names}
+    return {name: why for name, why in found.items() if why is not None}
+
+
+class _WithoutWeights(nn.Module):
+    """Calls a unit's module and shows nothing of it, as a compressed module does."""
+
+    def __init__(self, unit: Unit) -> None:
+        super().__init__()
+        self.__dict__["_unit"] = unit.module  # no submodule: its weights are not to be seen
+        if isinstance(unit.module, nn.Linear):
+            self.in_features = unit.module.in_features
+            self.out_features = unit.module.out_features
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.__dict__["_unit"](*args, **kwargs)
+
+
+def _why_not(
+    source: Model, names: Collection[str], inputs: Mapping[str, Tensor], expected: Tensor
+) -> str | None:
+    """Why a network does not run as before once some units show no weights."""
+    module = source.private().module
+    for unit in Unit.of(module):
+        if unit.name in names:
+            swap(module, unit.name, _WithoutWeights(unit))
+    try:
+        scores = _scores(module, inputs)
+    except Exception as fault:  # whatever the network's code raises
+        if is_out_of_memory(fault):
+            raise
+        said = (str(fault).strip().splitlines() or [repr(fault)])[0].rstrip(".")
+        said = said.replace("'_WithoutWeights' object", "a compressed module")
+        return f"forward code reads it instead of calling it ({type(fault).__name__}: {said})"
+    if scores.shape != expected.shape or not torch.equal(scores, expected):
+        return "forward code looks at its attributes: without them the network scores otherwise"
+    return None
+
+
+@torch.no_grad()
+def _scores(module: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
+    scores: Tensor = module(**{name: tensor.clone() for name, tensor in inputs.items()})
+    return torch.nan_to_num(scores)
+
+
+def _culprits(
+    step: AnyStep, source: Model, bench: Bench, skipped: Mapping[str, str]
+) -> dict[str, str]:
+    """The units on each of which alone a step fails, with the reasons; none if it trains."""
+    if any(part in TRAINS for part in needs(step)):
+        return {}
+    if not any(hasattr(step, field) for field in ("tables", "layers")):
+        return {}
+    names = [unit.name for unit in Unit.of(source.module) if unit.name not in skipped]
+    try:
+        choices = plan_choices(step, source.private(), bench, skipped)
+        names = [name for name in names if choices[name].take]
+    except CompressionError:
+        pass  # it fails while it chooses: any unit may be the cause
+    return _failing(step, source, bench, skipped, names)
+
+
+def _failing(
+    step: AnyStep, source: Model, bench: Bench, skipped: Mapping[str, str], names: list[str]
+) -> dict[str, str]:
+    if not names:
+        return {}
+    others = {
+        unit.name: "not tried" for unit in Unit.of(source.module) if unit.name not in set(names)
+    }
+    with tempfile.TemporaryDirectory() as scratch:
+        try:
+            run(step, source, bench, Path(scratch) / "tried", skipped={**others, **skipped})
+        except NothingToCompress:
+            return {}
+        except CompressionError as fault:
+            if len(names) == 1:
+                return {names[0]: _sentence(fault)}
+        else:
+            return {}
+    middle = len(names) // 2
+    return {
+        **_failing(step, source, bench, skipped, names[:middle]),
+        **_failing(step, source, bench, skipped, names[middle:]),
+    }
+
+
+def _sentence(fault: Exception) -> str:
+    return " ".join(str(fault).split()).rstrip(".")
+
+
+def _require_unnamed(
+    step: AnyStep, found: Mapping[str, str], source: Model, fault: Exception | None
+) -> None:
+    """Raise if the recipe names one of some units exactly.
+
+    Raises:
+        CompressionError: it does.
+    """
+    patterns = (*getattr(step, "tables", ()), *getattr(step, "layers", ()))
+    exact = [p for p in patterns if not p.startswith(EXCEPT) and not set(p) & set("*?[")]
+    units = {unit.name: unit for unit in Unit.of(source.module)}
+    for name, why in found.items():
+        if name in units and any(is_named(units[name], pattern) for pattern in exact):
+            raise CompressionError(
+                f"Expected a unit that {step.kind!r} can change, got {name!r}, which the recipe "
+                f"names: {why}. Remove the name, or use a pattern with '*', which skips such units."
+            ) from fault

@@ -1,0 +1,228 @@
+"""Build a network without its weights, and always on the CPU.
+
+``construction.py`` decides which of the two contexts a class is built in. Both redirect tensors
+that a constructor moves to an accelerator: recpress decides where a network runs.
+"""
+
+import re
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.nn.parameter import is_lazy
+from torch.overrides import TorchFunctionMode
+from torch.utils import _device
+
+_LOCK = threading.Lock()
+_DEVICE_GETTER = Tensor.device.__get__
+_DATA_SETTER = Tensor.data.__set__  # type: ignore[attr-defined]
+_MOVES = {Tensor.cuda, Tensor.cpu, Tensor.xpu, Tensor.pin_memory}
+ACCELERATOR = re.compile(r"(cuda|xpu|hpu|mps|npu|xla)(:\d+)?")
+
+
+class TooLarge(Exception):
+    """A constructor creates more than the stored tensors account for."""
+
+
+@dataclass
+class Room:
+    """What a constructor may create, in relation to what is stored.
+
+    Attributes:
+        tensor_bytes: of its largest tensor.
+        tensors: how many it may create.
+    """
+
+    tensor_bytes: int
+    tensors: int
+
+    def check(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Count a tensor before it is created.
+
+        Raises:
+            TooLarge: it is larger than any stored tensor allows, or it is one too many.
+        """
+        self.tensors -= 1
+        if self.tensors < 0:
+            raise TooLarge("its constructor creates far more tensors than the files hold")
+        try:
+            with torch._C.DisableTorchFunction():
+                size = func(*args, **{**kwargs, "device": "meta"}).nbytes
+        except (RuntimeError, NotImplementedError, TypeError):
+            return  # torch refuses it in its own words when it is called
+        if size > self.tensor_bytes:
+            raise TooLarge(
+                f"its constructor creates a tensor of {size} bytes, and by the stored files none "
+                f"has more than {self.tensor_bytes}"
+            )
+
+
+class Placement(TorchFunctionMode):
+    """Keeps tensors on the CPU, and parameters without values on meta, while a class is built.
+
+    Args:
+        room: how much may be created; without it any amount.
+
+    Attributes:
+        devices: other devices that the constructor asked for, in order.
+        originals: by registered parameter, the memory it had before it lost its values.
+    """
+
+    def __init__(self, room: Room | None = None) -> None:
+        super().__init__()
+        self._room = room
+        self.devices: list[str] = []
+        self.originals: list[tuple[StorageWeakRef, nn.Parameter]] = []
+
+    def __torch_function__(
+        self,
+        func: Any,
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        """Call ``func`` with every device replaced."""
+        kwargs = dict(kwargs or {})
+        own = args[0] if args and isinstance(args[0], Tensor) else None
+        if own is not None:
+            if func == _DEVICE_GETTER:
+                return torch.device("cpu") if own.is_meta else func(*args, **kwargs)
+            if func in _MOVES:
+                if func not in (Tensor.cpu, Tensor.pin_memory):
+                    self._note(f"{func.__name__}")
+                return own
+            if func == _DATA_SETTER and own.is_meta and not args[1].is_meta:
+                return func(own, args[1].to("meta"))
+            if func is Tensor.type and (kind := (*args[1:], *kwargs.values())[:1]):
+                return own.to(_number_type(kind[0]))
+            if func is Tensor.to:
+                args, kwargs = self._stay(own, args[1:], kwargs)
+        # A default device that the constructor sets would be added after this.
+        is_new = func in _device._device_constructors()
+        if is_new and self._room is not None:
+            self._room.check(func, args, kwargs)
+        if kwargs.get("device") is None and is_new:
+            kwargs["device"] = _device.CURRENT_DEVICE
+        if kwargs.get("device") is not None:
+            kwargs["device"] = self._cpu(kwargs["device"], own)
+        return func(*args, **kwargs)
+
+    def _stay(
+        self, own: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Arguments of ``Tensor.to`` that change the type and not the device."""
+        other = kwargs.pop("other", None)
+        if other is None and args and isinstance(args[0], Tensor):
+            other, args = args[0], args[1:]
+        if other is not None:
+            return (own, other.dtype, *args), kwargs
+        if args and not isinstance(args[0], torch.dtype | bool):
+            args = (self._cpu(args[0], own), *args[1:])
+        return (own, *args), kwargs
+
+    def _cpu(self, device: Any, own: Tensor | None) -> torch.device:
+        """The device to use instead of one that a constructor names."""
+        if device is not None:
+            try:
+                wanted = torch.device("cuda", device) if type(device) is int else device
+                wanted = torch.device(wanted)
+            except RuntimeError:  # not a device's name: torch says so when it is called
+                return device  # type: ignore[no-any-return]
+            if wanted.type not in ("cpu", "meta"):
+                self._note(str(wanted))
+        return torch.device("meta" if own is not None and own.is_meta else "cpu")
+
+    def _note(self, device: str) -> None:
+        if device not in self.devices:
+            self.devices.append(device)
+
+    def without_values(self, parameter: nn.Parameter) -> nn.Parameter:
+        """The same parameter without its values: every reference to it stays valid."""
+        storage = parameter.untyped_storage()
+        # Modes also see what is called here, and would keep the copy on the CPU.
+        with torch._C.DisableTorchFunction():
+            values = parameter.detach().to("meta")
+            empty = nn.Parameter(values, requires_grad=parameter.requires_grad)
+            if not exchange(parameter, empty):
+                return empty
+        memory = StorageWeakRef(storage)  # type: ignore[no-untyped-call]
+        self.originals.append((memory, parameter))
+        return parameter
+
+
+@contextmanager
+def on_cpu(room: Room | None = None) -> Iterator[Placement]:
+    """Inside, tensors of this thread are created on the CPU and stay there."""
+    with _defaults_restored(), Placement(room) as placement:
+        yield placement
+
+
+@contextmanager
+def parameters_on_meta(room: Room | None = None) -> Iterator[Placement]:
+    """Inside, parameters registered by this thread are on the meta device; buffers stay real.
+
+    ``torch.device("meta")`` would include buffers and plain tensor attributes, and no file stores
+    some of those (offsets, position ids).
+    """
+    here = threading.get_ident()
+    register = nn.Module.register_parameter
+    placement = Placement(room)
+
+    def on_meta(module: nn.Module, name: str, param: nn.Parameter | None) -> None:
+        if param is not None and threading.get_ident() == here:
+            param = param if param.is_meta or is_lazy(param) else placement.without_values(param)
+        register(module, name, param)
+
+    with _LOCK:
+        nn.Module.register_parameter = on_meta  # type: ignore[method-assign, assignment]
+        try:
+            with _defaults_restored(), placement:
+                yield placement
+        finally:
+            nn.Module.register_parameter = register  # type: ignore[method-assign]
+
+
+@contextmanager
+def _defaults_restored() -> Iterator[None]:
+    """Undo what a constructor sets for the whole process: default device and number type."""
+    dtype, device = torch.get_default_dtype(), _device.CURRENT_DEVICE
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(dtype)
+        if device != _device.CURRENT_DEVICE:
+            torch.set_default_device(device)
+
+
+def exchange(first: Tensor, second: Tensor) -> bool:
+    """Exchange the values of two tensors, so that all references to ``first`` have the new ones.
+
+    Class and Python attributes stay with each. Returns False, with nothing changed, where torch
+    cannot do it: the tensor has weak references or is part of a gradient's graph.
+    """
+    kinds = type(first), type(second)
+    attributes = dict(vars(first)), dict(vars(second))
+    try:
+        torch.utils.swap_tensors(first, second)  # type: ignore[no-untyped-call]
+    except (RuntimeError, ValueError):
+        return False
+    for tensor, kind, values in zip((first, second), kinds, attributes, strict=True):
+        if type(tensor) is not kind:
+            tensor.__class__ = kind
+        vars(tensor).clear()
+        vars(tensor).update(values)
+    return True
+
+
+def _number_type(kind: Any) -> torch.dtype:
+    """``torch.float32`` for ``torch.cuda.FloatTensor``, given by name or as a class."""
+    if isinstance(kind, torch.dtype):
+        return kind
+    name = kind if isinstance(kind, str) else kind.__name__
+    dtype: torch.dtype = getattr(torch, name.rpartition(".")[2]).dtype
+    return dtype

@@ -1,0 +1,382 @@
+"""A module as tensors plus records, and back, without ever holding a table twice.
+
+Loading (contract 2): build the architecture with parameters on the meta device and buffers
+real, put compressed modules where the records say, assign memory-mapped tensors, restore ties,
+and refuse to go on if anything is still on meta.
+"""
+
+import json
+import logging
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+
+from compressors.contracts import ModuleRecord, Network, is_out_of_memory
+from compressors.core.modules.composed import ComposedTable
+from compressors.core.modules.factored import FACTORED, FactoredLinear
+from compressors.core.modules.formats import Bag, FoldedNorm, PackedLinear, PackedTable
+from compressors.core.modules.output_calibration import NAME as RECALIBRATION
+from compressors.core.modules.output_calibration import Recalibration, attach
+from compressors.core.registries import COMPOSITIONS, LINEAR_FORMATS, TABLE_FORMATS
+from compressors.core.state.construction import (
+    Construction,
+    ConstructionFailed,
+    assign,
+    construct,
+    outside_cpu,
+    unfilled,
+)
+from compressors.core.state.meta_device import Room
+from compressors.core.state.safetensors_stream import write
+from compressors.core.units import swap
+from compressors.errors.compression import ModelRefused
+
+log = logging.getLogger(__name__)
+# Without gradients torch's attention layers take another path, which scores a row whose places are
+# all masked as NaN. With gradients, as in training, and in a lowered graph such a row attends to
+# nothing. One network has one score: the path that training takes.
+torch.backends.mha.set_fastpath_enabled(False)
+
+SHARD_BYTES = 2**30  # what a reader that reads whole files has to hold
+INDEX = "model.safetensors.index.json"
+LEAST_ROOM = 256 * 2**20
+LEAST_TENSORS, TENSORS_PER_STORED = 10_000, 50
+
+
+def build(architecture: type[nn.Module], network: Network) -> nn.Module:
+    """Build the module with its compressed parts in place, parameters on meta if possible.
+
+    Raises:
+        ModelRefused: the configuration does not fit the class, the class cannot be built, or a
+            record fits no module.
+    """
+    return _build(architecture, network)[0]
+
+
+def construction_notes(
+    architecture: type[nn.Module], network: Network, folder: Path
+) -> tuple[str, ...]:
+    """What a user should know about how a network is built; empty for most.
+
+    Args:
+        architecture: its class.
+        network: its configuration.
+        folder: of its stored tensors, which bound what its constructor may create.
+
+    Raises:
+        ModelRefused: as ``build``.
+    """
+    return _construct(architecture, network, room_in(folder, network)).notes
+
+
+def room_in(folder: Path, network: Network) -> Room:
+    """What the constructor of a stored network may create: in proportion to what is stored.
+
+    A compressed table or layer is built once at its full size, which its record states. Masks and
+    position ids that no file stores have ``LEAST_ROOM``.
+    """
+    stored, tensors = 0, 0
+    for path in folder.glob("*.safetensors"):
+        stored += path.stat().st_size
+        with safe_open(path, framework="pt") as file:
+            tensors += len(file.keys())
+    return Room(
+        tensor_bytes=max(LEAST_ROOM, 2 * stored, largest_replaced(network)),
+        tensors=LEAST_TENSORS + TENSORS_PER_STORED * (tensors + len(network.modules)),
+    )
+
+
+def largest_replaced(network: Network) -> int:
+    """Bytes of the largest weight that a compressed module replaces; built once when it loads."""
+    return max((_full_bytes(record) for record in network.modules.values()), default=0)
+
+
+def _full_bytes(record: ModuleRecord) -> int:
+    """Bytes of the float32 weight that a compressed module replaces, by its record."""
+    names = ("in_features", "out_features") if record.kind == "linear" else ("rows", "dim")
+    sides = [record.settings.get(name) for name in names]
+    numbers = [side for side in sides if isinstance(side, int) and side > 0]
+    return 4 * math.prod(numbers) if len(numbers) == len(sides) else 0
+
+
+def _construct(
+    architecture: type[nn.Module], network: Network, room: Room | None = None
+) -> Construction:
+    try:
+        return construct(architecture, network.architecture.config, room)
+    except ConstructionFailed as fault:
+        raise ModelRefused(f"{network.architecture.path} cannot be built: {fault}") from fault
+
+
+def _build(
+    architecture: type[nn.Module], network: Network, room: Room | None = None
+) -> tuple[nn.Module, tuple[nn.Parameter, ...]]:
+    """The module, and the parameters of layers that compressed ones replaced."""
+    construction = _construct(architecture, network, room)
+    model = construction.module
+    for note in construction.notes:
+        log.info("%s", note)
+    replaced: list[nn.Parameter] = []
+    for name, record in sorted(network.modules.items()):  # what is composed before its parts
+        if record.kind == "output":
+            made = module_of(name, record)
+            if isinstance(made, Recalibration) and name == RECALIBRATION:
+                attach(model, made)
+                continue
+        try:
+            replaced += model.get_submodule(name).parameters()
+        except AttributeError as fault:
+            raise ModelRefused(
+                f"model.json describes a compressed module {name!r}, and "
+                f"{network.architecture.path} has none of that name."
+            ) from fault
+        swap(model, name, module_of(name, record))
+    return model, tuple(replaced)
+
+
+def module_of(name: str, record: ModuleRecord) -> nn.Module:
+    """An empty compressed module from its record.
+
+    Raises:
+        ModelRefused: the format is unknown here or the record is incomplete.
+    """
+    tables: Mapping[str, Any] = {**TABLE_FORMATS, **COMPOSITIONS}
+    others: Mapping[str, Mapping[str, Any]] = {
+        "linear": {**LINEAR_FORMATS, FACTORED: FactoredLinear},
+        "norm": {"folded": FoldedNorm},
+        "output": dict.fromkeys(("temperature", "platt", "isotonic"), Recalibration),
+    }
+    formats = others.get(record.kind, tables)
+    if record.format not in formats:
+        raise ModelRefused(
+            f"{name!r} is stored as {record.format!r}; this version of recpress knows "
+            f"{', '.join(sorted(formats))}. Upgrade recpress."
+        )
+    storage, settings = formats[record.format], dict(record.settings)
+    try:
+        if record.kind == "norm":
+            return FoldedNorm()
+        if record.kind == "output":
+            return Recalibration(record.format, settings["output"], knots=settings["knots"])
+        if record.kind == "linear":
+            inputs, outputs = settings.pop("in_features"), settings.pop("out_features")
+            bias = settings.pop("bias")
+            if record.format == FACTORED:
+                return FactoredLinear(inputs, outputs, int(settings.pop("rank")), bias=bias)
+            return PackedLinear(storage, inputs, outputs, bias=bias, settings=settings)
+        bag = {
+            key: settings.pop(key)
+            for key in ("mode", "padding_idx", "include_last_offset")
+            if record.kind == "bag"
+        }
+        rows, dim = int(settings.pop("rows")), int(settings.pop("dim"))
+        made = ComposedTable if record.format in COMPOSITIONS else PackedTable
+        table: nn.Module = made(storage, rows, dim, settings)
+    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as fault:
+        if is_out_of_memory(fault):
+            raise
+        raise ModelRefused(
+            f"The record of {name!r} in model.json is incomplete: {fault!r}."
+        ) from fault
+    return Bag(table, **bag) if record.kind == "bag" else table
+
+
+def load(architecture: type[nn.Module], network: Network, folder: Path) -> nn.Module:
+    """The module in evaluation mode over memory-mapped tensors of ``folder``.
+
+    Raises:
+        ModelRefused: tensors are missing, left over, of the wrong shape or type, or something
+            is still on the meta device.
+    """
+    model, replaced = _build(architecture, network, room_in(folder, network))
+    tensors = mapped(folder)
+    own = model.state_dict(keep_vars=True)
+    for name, stored in network.ties.items():
+        if stored not in tensors:
+            raise ModelRefused(f"{name!r} is tied to {stored!r}, which no file holds.")
+        if name not in own or stored not in own:
+            raise ModelRefused(
+                f"A tie names {name!r} and {stored!r}; both must be weights of "
+                f"{network.architecture.path}."
+            )
+    copies = _stored_twice(own, tensors, network.architecture.path)
+    ties = {**network.ties, **copies}
+    tensors = {name: tensor for name, tensor in tensors.items() if name not in copies}
+    _check_fit(model, tensors, network.model_copy(update={"ties": ties}))
+    assign(model, tensors, strict=False)
+    for name, stored in ties.items():
+        owner, _, leaf = name.rpartition(".")
+        setattr(model.get_submodule(owner), leaf, _tensor(model, stored))
+    if left := unfilled(model, replaced):
+        raise ModelRefused(
+            f"After loading, {', '.join(left[:5])} still has no values. Store it with the "
+            f"weights, or compute it from the configuration in the class's __init__."
+        )
+    if moved := outside_cpu(model):
+        raise ModelRefused(
+            f"Expected every tensor of {network.architecture.path} on the CPU, got "
+            f"{', '.join(moved[:5])} on an accelerator. Take the device from an argument of the "
+            f"class and pass 'cpu'."
+        )
+    return model.eval()
+
+
+def _stored_twice(
+    own: Mapping[str, Tensor], tensors: Mapping[str, Tensor], path: str
+) -> dict[str, str]:
+    """Stored tensors that the network shares with one stored before them: undeclared ties.
+
+    Raises:
+        ModelRefused: the two hold different values.
+    """
+    first: dict[int, str] = {}
+    ties: dict[str, str] = {}
+    for name, tensor in own.items():
+        if name not in tensors:
+            continue
+        stored = first.setdefault(id(tensor), name)
+        if stored == name:
+            continue
+        if not torch.equal(tensors[name], tensors[stored]):
+            raise ModelRefused(
+                f"{path} uses one tensor as {stored!r} and {name!r}, and the files hold different "
+                f"values for the two. Store the one that the network was trained with, and name "
+                f"the other in 'ties'."
+            )
+        ties[name] = stored
+    return ties
+
+
+def _check_fit(model: nn.Module, tensors: Mapping[str, Tensor], network: Network) -> None:
+    wanted = dict(model.state_dict(keep_vars=True))
+    missing = sorted(wanted.keys() - tensors.keys() - network.ties.keys())
+    extra = sorted(tensors.keys() - wanted.keys())
+    if missing or extra:
+        found = "; ".join(
+            f"{word} {', '.join(names[:5])}{' and more' if len(names) > 5 else ''}"
+            for word, names in (("missing", missing), ("left over", extra))
+            if names
+        )
+        raise ModelRefused(
+            f"The stored tensors do not fit {network.architecture.path}: {found}. A tensor that "
+            f"shares another's memory belongs in 'ties'."
+        )
+    for name, tensor in tensors.items():
+        if nn.parameter.is_lazy(wanted[name]):  # takes the shape of what is loaded
+            continue
+        if tensor.shape != wanted[name].shape:
+            raise ModelRefused(
+                f"{name!r} is {list(tensor.shape)} in the file and {list(wanted[name].shape)} in "
+                f"{network.architecture.path}. The widths of every layer must come from 'config'."
+            )
+        if tensor.is_floating_point() != wanted[name].is_floating_point():
+            raise ModelRefused(
+                f"{name!r} is {tensor.dtype} in the file and {wanted[name].dtype} in the model."
+            )
+
+
+def _tensor(model: nn.Module, name: str) -> Tensor:
+    owner, _, leaf = name.rpartition(".")
+    tensor: Tensor = getattr(model.get_submodule(owner), leaf)
+    return tensor
+
+
+def mapped(folder: Path) -> dict[str, Tensor]:
+    """Every tensor of a folder's safetensors files, memory-mapped.
+
+    Raises:
+        ModelRefused: two files hold a tensor of the same name.
+    """
+    tensors: dict[str, Tensor] = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(path, framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118
+                if name in tensors:
+                    raise ModelRefused(f"{name!r} lies in two files of {folder.name}.")
+                tensors[name] = file.get_tensor(name)
+    return tensors
+
+
+def tensors_of(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """A module's stored tensors, each once, and the names that share one of them.
+
+    A tensor that shares only part of another's memory is stored whole: a view is no tie.
+    """
+    stored: dict[str, Tensor] = {}
+    ties: dict[str, str] = {}
+    seen: dict[tuple[int, torch.Size, tuple[int, ...]], str] = {}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        key = (tensor.data_ptr(), tensor.shape, tensor.stride())
+        if tensor.numel() and key in seen:
+            ties[name] = seen[key]
+            continue
+        seen[key] = name
+        stored[name] = tensor.detach().contiguous()
+    return stored, ties
+
+
+def records_of(model: nn.Module) -> dict[str, ModuleRecord]:
+    """The records of every compressed module; a bag speaks for the table inside it."""
+    records: dict[str, ModuleRecord] = {}
+    inside: set[str] = set()
+    for name, module in model.named_modules():
+        if isinstance(module, Bag):
+            inside.add(f"{name}.table")
+        if name in inside or not isinstance(
+            module,
+            Bag
+            | ComposedTable
+            | PackedTable
+            | FactoredLinear
+            | PackedLinear
+            | FoldedNorm
+            | Recalibration,
+        ):
+            continue
+        record = module.record()
+        if record is not None:
+            records[name] = record
+    return records
+
+
+def save(model: nn.Module, folder: Path, shard_bytes: int = SHARD_BYTES) -> dict[str, str]:
+    """Write a module's tensors as safetensors.
+
+    Returns:
+        The ties that ``model.json`` must carry.
+    """
+    tensors, ties = tensors_of(model)
+    write_tensors(tensors, folder, shard_bytes)
+    return ties
+
+
+def write_tensors(
+    tensors: Mapping[str, Tensor], folder: Path, shard_bytes: int = SHARD_BYTES
+) -> tuple[Path, ...]:
+    """Write tensors as one safetensors file, or above ``shard_bytes`` as several with an index."""
+    folder.mkdir(parents=True, exist_ok=True)
+    shards: list[dict[str, Tensor]] = [{}]
+    filled = 0
+    for name, tensor in tensors.items():
+        if shards[-1] and filled + tensor.nbytes > shard_bytes:
+            shards.append({})
+            filled = 0
+        shards[-1][name] = tensor
+        filled += tensor.nbytes
+    if len(shards) == 1:
+        write(folder / "model.safetensors", shards[0])
+        return (folder / "model.safetensors",)
+    where: dict[str, str] = {}
+    for number, shard in enumerate(shards, start=1):
+        file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        write(folder / file, shard)
+        where.update(dict.fromkeys(shard, file))
+    total = sum(tensor.nbytes for tensor in tensors.values())
+    index = {"metadata": {"total_size": total}, "weight_map": where}
+    (folder / INDEX).write_text(json.dumps(index, indent=1, sort_keys=True))
+    return tuple(folder / file for file in dict.fromkeys(where.values()))

@@ -1,0 +1,195 @@
+"""A safetensors file written piece by piece, in any order, without ever holding a tensor whole.
+
+The sizes of every tensor are known beforehand (a format's ``layout``), so the header can be made
+first and each piece has its place in the file. Bytes are those of the safetensors library's own
+``save_file``: tensors by descending dtype, then by name, and a header padded to eight bytes.
+
+Format: https://github.com/huggingface/safetensors#format
+"""
+
+import json
+import math
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from compressors.core.modules.formats import TensorSpec
+from compressors.errors.compression import ContractBroken
+
+PIECE_BYTES = 2**23
+
+# In the library's own order, by which it sorts tensors; its names for torch's types.
+DTYPES: dict[str, torch.dtype] = {
+    "BOOL": torch.bool,
+    "U8": torch.uint8,
+    "I8": torch.int8,
+    "F8_E5M2": torch.float8_e5m2,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E8M0": torch.float8_e8m0fnu,
+    "F8_E4M3FNUZ": torch.float8_e4m3fnuz,
+    "F8_E5M2FNUZ": torch.float8_e5m2fnuz,
+    "I16": torch.int16,
+    "U16": torch.uint16,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I32": torch.int32,
+    "U32": torch.uint32,
+    "F32": torch.float32,
+    "C64": torch.complex64,
+    "F64": torch.float64,
+    "I64": torch.int64,
+    "U64": torch.uint64,
+}
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+_RANK = {dtype: rank for rank, dtype in enumerate(DTYPES.values())}
+
+
+class Piece(NamedTuple):
+    """Bytes and where in the file they belong."""
+
+    at: int
+    data: memoryview
+
+
+class StreamedFile:
+    """The places of all tensors in one safetensors file.
+
+    Args:
+        layout: shape and type of every tensor, by name.
+        metadata: the header's free text entries.
+
+    Raises:
+        ContractBroken: safetensors has no such type, or a tensor's name is not allowed.
+    """
+
+    def __init__(
+        self, layout: Mapping[str, TensorSpec], metadata: Mapping[str, str] | None = None
+    ) -> None:
+        for name, spec in layout.items():
+            if spec.dtype not in _RANK:
+                raise ContractBroken(
+                    f"{name!r} is laid out as {spec.dtype}, which safetensors cannot hold; it "
+                    f"holds {', '.join(str(dtype) for dtype in _RANK)}."
+                )
+            if name == "__metadata__" or any(size < 0 for size in spec.shape):
+                raise ContractBroken(f"{name!r} of shape {spec.shape} cannot be stored.")
+        self.layout = dict(layout)
+        self._starts: dict[str, int] = {}
+        described: dict[str, object] = {} if metadata is None else {"__metadata__": dict(metadata)}
+        end = 0  # Python's integers: no file is too large for them
+        for name in sorted(layout, key=lambda name: (-_RANK[layout[name].dtype], name)):
+            spec, begin = layout[name], end
+            end += size_of(spec)
+            self._starts[name] = begin
+            described[name] = {
+                "dtype": _NAMES[spec.dtype],
+                "shape": list(spec.shape),
+                "data_offsets": [begin, end],
+            }
+        text = json.dumps(described, separators=(",", ":"), ensure_ascii=False).encode()
+        text += b" " * (-len(text) % 8)
+        self.header = len(text).to_bytes(8, "little") + text
+        """The first bytes of the file."""
+        self.bytes = len(self.header) + end
+        """The size of the whole file."""
+
+    def place(self, name: str, entry: int = 0) -> int:
+        """Where in the file the given entry of a tensor's first dimension begins.
+
+        Raises:
+            ContractBroken: there is no such tensor, or no such entry.
+        """
+        if name not in self.layout:
+            raise ContractBroken(
+                f"{name!r} is not laid out in this file, which holds "
+                f"{', '.join(self.layout) or 'nothing'}."
+            )
+        spec = self.layout[name]
+        most = spec.shape[0] if spec.shape else 0
+        if not 0 <= entry <= most:
+            raise ContractBroken(f"{name!r} has {most} entries; there is no place for {entry}.")
+        return len(self.header) + self._starts[name] + entry * _entry_bytes(spec)
+
+    def piece(self, name: str, values: Tensor, entry: int = 0) -> Piece:
+        """Some entries of a tensor's first dimension as bytes, with their place in the file.
+
+        Args:
+            name: of the tensor.
+            values: ``(entries, ...)`` with the tensor's own further dimensions and type, or the
+                whole of a tensor of no dimension.
+            entry: which of the tensor's entries comes first.
+
+        Raises:
+            ContractBroken: name, type or shape do not fit the layout, or there are too many.
+        """
+        at = self.place(name, entry)
+        spec = self.layout[name]
+        if values.dtype != spec.dtype:
+            raise ContractBroken(f"{name!r} is {values.dtype} and laid out as {spec.dtype}.")
+        shape = tuple(values.shape)
+        fits = shape[1:] == spec.shape[1:] and len(shape) == len(spec.shape)
+        if not fits or (shape and entry + shape[0] > spec.shape[0]):
+            raise ContractBroken(
+                f"{name!r} is laid out as {list(spec.shape)}; {list(shape)} does not fit from "
+                f"entry {entry} on."
+            )
+        return Piece(at, raw(values))
+
+
+def size_of(spec: TensorSpec) -> int:
+    """Bytes of a stored tensor."""
+    return math.prod(spec.shape) * spec.dtype.itemsize
+
+
+def raw(values: Tensor) -> memoryview:
+    """A tensor's bytes in the order of a file; the tensor's own memory where it is contiguous."""
+    if values.is_meta:
+        raise ContractBroken("A tensor on the meta device has no values to write.")
+    flat = values.detach().cpu().contiguous().reshape(-1)
+    return memoryview(flat.view(torch.uint8).numpy())  # type: ignore[arg-type] # a buffer it is
+
+
+def write(
+    path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
+) -> None:
+    """Write whole tensors as one file, a few megabytes at a time.
+
+    The same file as ``safetensors.torch.save_file`` makes, without a second copy in memory.
+
+    Raises:
+        ContractBroken: safetensors cannot hold one of them.
+    """
+    file = StreamedFile(
+        {name: TensorSpec(tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()},
+        metadata,
+    )
+    with path.open("wb", buffering=0) as opened:
+        put(opened.fileno(), Piece(0, memoryview(file.header)))
+        for name, tensor in tensors.items():
+            for piece in _pieces(file, name, tensor):
+                put(opened.fileno(), piece)
+
+
+def put(file: int, piece: Piece) -> None:
+    """Write all of a piece at its place in an open file."""
+    at, data = piece
+    while len(data):
+        done = os.pwrite(file, data, at)  # at most 2 GiB a call
+        at, data = at + done, data[done:]
+
+
+def _pieces(file: StreamedFile, name: str, tensor: Tensor) -> Iterator[Piece]:
+    if not tensor.dim():
+        yield file.piece(name, tensor)
+        return
+    each = max(PIECE_BYTES // max(_entry_bytes(file.layout[name]), 1), 1)
+    for begin in range(0, len(tensor), each):
+        yield file.piece(name, tensor[begin : begin + each], begin)
+
+
+def _entry_bytes(spec: TensorSpec) -> int:
+    return math.prod(spec.shape[1:]) * spec.dtype.itemsize

@@ -1,0 +1,326 @@
+"""The tables and dense layers of a module: finding, choosing and replacing them."""
+
+import copy
+import fnmatch
+import math
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from torch import Tensor, nn
+
+from compressors.core.modules.composed import ComposedTable
+from compressors.core.modules.factored import FACTORED, PARTS, FactoredLinear
+from compressors.core.modules.formats import (
+    Bag,
+    FoldedNorm,
+    LinearFormat,
+    PackedLinear,
+    PackedTable,
+)
+from compressors.core.state.plain_values import plain_tensors
+from compressors.errors.compression import CompressionError, NothingToCompress
+
+Role = Literal["table", "dense"]
+EXCEPT = "!"
+"""A name pattern that begins with this excludes units."""
+
+
+@dataclass(frozen=True)
+class Unit:
+    """One table or dense layer, as it stands in a module now.
+
+    A table or layer made of smaller ones is a unit with only its own tensors; each table or layer
+    inside is another, ``part_of`` it.
+    """
+
+    name: str
+    role: Role
+    module: nn.Module
+    format: str
+    bytes: int
+    rows: int
+    shared_with: str | None
+    part_of: str | None = None
+
+    @staticmethod
+    def of(model: nn.Module) -> tuple["Unit", ...]:
+        """Every table and dense layer of a module, in the module's own order."""
+        return tuple(_walk(model))
+
+    @property
+    def weight(self) -> Tensor:
+        """The float weight of a unit that is not compressed: ``(rows, dim)`` or ``(out, in)``."""
+        module = self.module.table if isinstance(self.module, Bag) else self.module
+        if not isinstance(module, nn.Embedding | nn.EmbeddingBag | nn.Linear):
+            raise CompressionError(f"{self.name!r} is already stored as {self.format}.")
+        return module.weight.detach()
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The float bias of a dense layer, or None."""
+        bias = getattr(self.module, "bias", None)
+        return bias.detach() if isinstance(bias, Tensor) else None
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Whether a step takes a unit, and why."""
+
+    take: bool
+    reason: str
+
+
+def innermost(name: str, units: Collection[str]) -> str | None:
+    """Of some units the one that a tensor or part lies in; of tables in tables the innermost."""
+    return max((unit for unit in units if name.startswith(f"{unit}.")), key=len, default=None)
+
+
+def folded_norms(module: nn.Module) -> tuple[str, ...]:
+    """Norms that have become part of the layers beside them."""
+    return tuple(name for name, part in module.named_modules() if isinstance(part, FoldedNorm))
+
+
+def table_rows(module: nn.Module) -> dict[str, int]:
+    """Rows of every table, by its name."""
+    return {unit.name: unit.rows for unit in Unit.of(module) if unit.role == "table"}
+
+
+def stored_bytes(module: nn.Module, counted: Collection[int] = ()) -> int:
+    """Bytes of the tensors that a file of this module holds, each once.
+
+    Buffers that no file holds are left out, and so are the tensors whose ids are in ``counted``.
+    """
+    held = {id(tensor): tensor for tensor in module.state_dict(keep_vars=True).values()}
+    return sum(t.numel() * t.element_size() for key, t in held.items() if key not in counted)
+
+
+def choose_tables(
+    units: tuple[Unit, ...], patterns: tuple[str, ...], min_rows: int, kind: str
+) -> dict[str, Choice]:
+    """Choose the tables a step takes, with the reason for each other one.
+
+    A pattern that begins with ``!`` excludes the units that it matches.
+    """
+    tables = [unit for unit in units if unit.role == "table"]
+    require_matches(patterns, tables, kind, "table")
+    choices = {}
+    for unit in tables:
+        keep = _keep(unit, patterns)
+        if keep is None and unit.rows < min_rows:
+            keep = f"{unit.rows} rows, fewer than min_rows {min_rows}"
+        choices[unit.name] = Choice(keep is None, keep or f"{kind} as ordered")
+    return choices
+
+
+def choose_dense(
+    units: tuple[Unit, ...],
+    patterns: tuple[str, ...],
+    kind: str,
+    storage: LinearFormat | None = None,
+    settings: Mapping[str, Any] | None = None,
+) -> dict[str, Choice]:
+    """Choose the dense layers a step takes, with the reason for each other one.
+
+    A pattern that begins with ``!`` excludes the units that it matches. With ``storage`` and
+    its ``settings``, the format a layer would have, a layer stays that would not become smaller.
+    """
+    layers = [unit for unit in units if unit.role == "dense"]
+    require_matches(patterns, layers, kind, "dense layer")
+    choices = {}
+    for unit in layers:
+        keep = _keep(unit, patterns)
+        if keep is None and storage is not None:
+            outputs, inputs = unit.weight.shape
+            laid = storage.layout(
+                inputs, outputs, settings or {}, bias=unit.bias is not None
+            ).values()
+            size = sum(math.prod(spec.shape) * spec.dtype.itemsize for spec in laid)
+            if size >= unit.bytes:
+                keep = f"{kind} would take {size} bytes, not fewer than its {unit.bytes}"
+        choices[unit.name] = Choice(keep is None, keep or f"{kind} as ordered")
+    return choices
+
+
+def _keep(unit: Unit, patterns: tuple[str, ...]) -> str | None:
+    if unit.format != "float32":
+        return f"already {unit.format}"
+    if unit.shared_with is not None:
+        return f"shares its weight with {unit.shared_with}"
+    if (why := _own_code(unit.module)) is not None:
+        return why
+    if not is_among(unit, patterns):
+        return f"not among {', '.join(patterns)}"
+    return None
+
+
+def _own_code(module: nn.Module) -> str | None:
+    """What a layer does beside what its class in torch does, and its placeholder would not do."""
+    for base in (nn.Linear, nn.Embedding, nn.EmbeddingBag):
+        if isinstance(module, base) and type(module).forward is not base.forward:
+            return f"{type(module).__name__} has a forward of its own"
+    if module._forward_hooks or module._forward_pre_hooks:
+        return "has forward hooks, which a placeholder would not have"
+    return None
+
+
+def is_among(unit: Unit, patterns: Collection[str]) -> bool:
+    """Whether a unit matches patterns of a step: one that includes it, and none with ``!``."""
+    included = [pattern for pattern in patterns if not pattern.startswith(EXCEPT)]
+    if any(is_named(unit, p.removeprefix(EXCEPT)) for p in patterns if p.startswith(EXCEPT)):
+        return False
+    return any(is_named(unit, pattern) for pattern in included or ("*",))
+
+
+def is_named(unit: Unit, pattern: str) -> bool:
+    """Whether a pattern means a unit: by its name, or by that of what it is a part of."""
+    names = (unit.name,) if unit.part_of is None else (unit.name, unit.part_of)
+    return any(fnmatch.fnmatchcase(name, pattern) for name in names)
+
+
+def require_matches(patterns: tuple[str, ...], units: list[Unit], kind: str, what: str) -> None:
+    """Refuse a name pattern that no unit has.
+
+    Raises:
+        NothingToCompress: names those there are.
+    """
+    for pattern in patterns:
+        if pattern.startswith(EXCEPT):
+            continue
+        if pattern != "*" and not any(is_named(unit, pattern) for unit in units):
+            raise NothingToCompress(
+                step=kind,
+                wanted=f"a {what} named like {pattern!r}",
+                closest=", ".join(unit.name for unit in units) or f"no {what}",
+                remedy="Correct the name, or leave it out.",
+            )
+
+
+def swap(model: nn.Module, name: str, new: nn.Module) -> None:
+    """Put ``new`` wherever the module called ``name`` stands, under every name it has."""
+    old = model.get_submodule(name)
+    for parent in list(model.modules()):
+        for child, module in list(parent._modules.items()):
+            if module is old:
+                parent._modules[child] = new
+
+
+def pack_table(old: nn.Module, table: nn.Module) -> nn.Module:
+    """``table`` in the form of what it replaces: a bag where there was a bag."""
+    if isinstance(old, nn.EmbeddingBag):
+        return Bag(
+            table,
+            mode=old.mode,
+            padding_idx=old.padding_idx,
+            include_last_offset=old.include_last_offset,
+        )
+    return table
+
+
+def plain_bag(old: nn.EmbeddingBag, longest: int | None = None) -> Bag:
+    """An ``nn.EmbeddingBag`` as a lookup and a reduction, over the same weight."""
+    table = nn.Embedding(1, 1)  # its weight is replaced at once: nothing large is made
+    table.num_embeddings, table.embedding_dim = old.num_embeddings, old.embedding_dim
+    table.weight = old.weight
+    return Bag(
+        table,
+        mode=old.mode,
+        padding_idx=old.padding_idx,
+        include_last_offset=old.include_last_offset,
+        longest=longest,
+    )
+
+
+def private_copy(model: nn.Module) -> nn.Module:
+    """A module tree of its own over the same tensors, so that a table is never held twice.
+
+    A list may still hold the parameter of a table that a packed one replaced: it is shared too.
+    """
+    listed = (tensor for _, tensor in plain_tensors(model) if isinstance(tensor, nn.Parameter))
+    tensors = (*model.parameters(), *model.buffers(), *listed)
+    return copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
+
+
+def _walk(model: nn.Module) -> Iterator[Unit]:
+    users: dict[int, list[nn.Module]] = {}
+    names: dict[nn.Module, str] = {}
+    for name, module in model.named_modules():
+        names[module] = name
+        for parameter in module.parameters(recurse=False):
+            users.setdefault(id(parameter), []).append(module)
+    inside: set[nn.Module] = set()
+    owners: dict[nn.Module, str] = {}  # of each table inside a composed one
+    counted: set[int] = set()  # a tied weight's bytes belong to the first unit that holds it
+    for name, module in model.named_modules():
+        described = None if module in inside else _describe(name, module)
+        if described is None:
+            continue
+        table = module
+        if isinstance(module, Bag):
+            table = module.table
+            inside.add(table)
+        if isinstance(table, ComposedTable):
+            whole = owners.get(module, name)
+            owners.update((table.get_submodule(part), whole) for part in table.part_names)
+            size = sum(tensor.nbytes for tensor in table.buffers(recurse=False))
+            role, form, rows = described
+            yield Unit(name, role, module, form, size, rows, None, owners.get(module))
+            continue
+        if isinstance(module, FactoredLinear):
+            whole = owners.get(module, name)
+            owners.update((module.get_submodule(part), whole) for part in PARTS)
+            role, form, rows = described
+            yield Unit(name, role, module, form, 0, rows, None, owners.get(module))
+            continue
+        own = {module, *inside}
+        shared = [
+            names[user]
+            for parameter in module.parameters()
+            for user in users[id(parameter)]
+            if user not in own
+        ]
+        role, form, rows = described
+        size = stored_bytes(module, counted)
+        counted |= {id(tensor) for tensor in module.state_dict(keep_vars=True).values()}
+        yield Unit(
+            name, role, module, form, size, rows, next(iter(shared), None), owners.get(module)
+        )
+
+
+def _describe(name: str, module: nn.Module) -> tuple[Role, str, int] | None:
+    match module:
+        case Bag(table=nn.Embedding() as table):
+            return "table", _float(table.weight), table.num_embeddings
+        case Bag(table=PackedTable() as packed):
+            return "table", packed.storage.name, packed.rows
+        case Bag(table=ComposedTable() as composed):
+            return "table", composed.composition.name, composed.rows
+        case ComposedTable():
+            return "table", module.composition.name, module.rows
+        case PackedTable():
+            return "table", module.storage.name, module.rows
+        case FactoredLinear():
+            return "dense", FACTORED, module.out_features
+        case PackedLinear():
+            return "dense", module.storage.name, module.out_features
+        case nn.Embedding() | nn.EmbeddingBag():
+            if module.max_norm is not None:
+                raise CompressionError(
+                    f"Table {name!r} renormalizes its rows while it is read (max_norm). Apply it "
+                    f"to the weights once and build the table without max_norm."
+                )
+            return "table", _float(module.weight), module.num_embeddings
+        case nn.Linear():
+            return "dense", _float(module.weight), module.out_features
+    return None
+
+
+def _float(weight: Tensor) -> str:
+    return str(weight.dtype).removeprefix("torch.")
+
+
+def own_weight(module: nn.Module, name: str, value: Tensor) -> nn.Parameter:
+    """Give a module of a private tree another parameter, and leave the shared one as it is."""
+    parameter = nn.Parameter(value.detach(), requires_grad=value.is_floating_point())
+    setattr(module, name, parameter)
+    return parameter

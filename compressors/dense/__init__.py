@@ -1,5 +1,0 @@
-"""Methods for dense layers: one storage format and one step a file.
-
-A format's file reads from top to bottom: the maths as plain functions of tensors, the custom op
-with its gradient, the format object, the step's settings.
-"""

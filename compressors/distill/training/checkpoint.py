@@ -1,0 +1,92 @@
+"""What a long step writes down to go on after a crash: tensors, and a few facts about them.
+
+A folder holds one progress: ``progress.json``, which names the safetensors file it belongs to.
+The file is written first and the name last, each by a rename, so a crash at any moment leaves
+the earlier progress or the new one. Files have names of their own and each process removes only
+its own, so two that do the same work at once leave either's progress. What cannot be read counts
+as no progress, and what cannot be written is only told: the work itself goes on.
+"""
+
+import json
+import logging
+import os
+import uuid
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+log = logging.getLogger(__name__)
+NAME = "progress.json"
+
+
+@dataclass(frozen=True)
+class TrainingProgress:
+    """Tensors by name, and plain facts; not-a-number among them is allowed."""
+
+    tensors: dict[str, Tensor]
+    facts: dict[str, Any]
+
+
+def store_progress(folder: str, progress: TrainingProgress) -> bool:
+    """Replace what the folder holds; whether that could be done."""
+    try:
+        write_progress(folder, progress)
+    except (OSError, SafetensorError) as fault:
+        log.warning("progress could not be written to %s and is kept in memory: %s", folder, fault)
+        return False
+    return True
+
+
+def write_progress(folder: str, progress: TrainingProgress) -> None:
+    """Replace what the folder holds.
+
+    Raises:
+        OSError, SafetensorError: it cannot be written; what was there is there.
+    """
+    place = Path(folder)
+    place.mkdir(parents=True, exist_ok=True)
+    mine = f"{os.getpid()}-{uuid.uuid4().hex[:8]}"
+    name = f"epoch-{len(progress.facts['epochs']):05d}-{mine}.safetensors"
+    part = place / f"{name}.part"
+    try:
+        save_file({key: tensor.contiguous() for key, tensor in progress.tensors.items()}, part)
+        os.replace(part, place / name)  # noqa: PTH105
+        part = place / f"{NAME}-{mine}.part"
+        part.write_text(json.dumps({"tensors": name, **progress.facts}))
+        os.replace(part, place / NAME)  # noqa: PTH105
+    except BaseException:
+        part.unlink(missing_ok=True)
+        raise
+    for old in place.glob(f"epoch-*-{os.getpid()}-*.safetensors"):
+        if old.name != name:
+            old.unlink(missing_ok=True)
+
+
+def read_progress(folder: str, held: Mapping[str, Tensor]) -> TrainingProgress | None:
+    """The progress a folder holds, or None where it is empty, damaged or of another network.
+
+    Args:
+        folder: where it may lie.
+        held: the tensors of the network as they are now; names and shapes must be the same.
+    """
+    place = Path(folder)
+    if not (place / NAME).is_file():
+        return None
+    try:
+        facts = json.loads((place / NAME).read_text())
+        tensors = load_file(place / facts.pop("tensors"))
+    except (OSError, ValueError, KeyError, SafetensorError) as fault:
+        log.warning("the progress in %s cannot be read, so this begins anew: %s", folder, fault)
+        return None
+    for prefix in ("now/", "best/"):
+        found = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+        if {name: tensor.shape for name, tensor in found.items()} != {
+            name: tensor.shape for name, tensor in held.items()
+        }:
+            return None
+    return TrainingProgress(tensors, facts)

@@ -1,0 +1,96 @@
+"""The tensors that training may change, and private copies of them."""
+
+import torch
+from torch import Tensor, nn
+
+from compressors.core.modules.composed import ComposedTable
+from compressors.core.modules.formats import Bag, PackedLinear, PackedTable
+from compressors.core.units import own_weight
+
+
+def trainable(module: nn.Module, *, tables: bool, dense: bool = True) -> tuple[str, ...]:
+    """Names of the tensors that training may change.
+
+    Parameters in float32, and of compressed layers the float32 tensors that their format says
+    can be learned; of tables only where asked for, and of tables alone without ``dense``.
+    """
+    names = []
+    inside: set[nn.Module] = set()
+    still: set[int] = set()  # a weight that a table shares with a layer stays with the table
+    for part in module.modules():
+        if isinstance(part, nn.Embedding | nn.EmbeddingBag | ComposedTable | PackedTable | Bag):
+            inside |= set(part.modules())
+            still |= {id(parameter) for parameter in part.parameters() if not tables}
+    for owner, part in module.named_modules():
+        prefix = f"{owner}." if owner else ""
+        learned = _learned(part)
+        for name, tensor in (*part.named_parameters(recurse=False), *part.named_buffers("", False)):
+            free = isinstance(tensor, nn.Parameter) or name in learned
+            mine = tables if part in inside else dense
+            if free and mine and tensor.dtype == torch.float32 and id(tensor) not in still:
+                names.append(prefix + name)
+    return tuple(names)
+
+
+def _learned(part: nn.Module) -> tuple[str, ...]:
+    """The buffers of a compressed module that its format lets training change."""
+    match part:
+        case PackedLinear() | PackedTable():
+            return part.storage.learned
+        case ComposedTable():
+            return part.composition.learned
+    return ()
+
+
+def trained_copies(module: nn.Module, names: tuple[str, ...]) -> dict[str, Tensor]:
+    """Replace the named tensors by copies that train; what was tied stays tied."""
+    copies: dict[int, Tensor] = {}
+    leaves: dict[str, Tensor] = {}
+    for name in names:
+        owner, _, own = name.rpartition(".")
+        part = module.get_submodule(owner)
+        old: Tensor = getattr(part, own)
+        if id(old) in copies:
+            setattr(part, own, copies[id(old)])
+            continue
+        if isinstance(old, nn.Parameter):
+            new: Tensor = own_weight(part, own, old.detach().clone())
+        else:
+            new = old.detach().clone().requires_grad_(True)
+            setattr(part, own, new)
+        copies[id(old)] = leaves[name] = new
+    # All other parameters are frozen, in tensors that no other module shares.
+    frozen: dict[int, nn.Parameter] = {}
+    for part in module.modules():
+        for name, parameter in list(part.named_parameters(recurse=False)):
+            if not any(parameter is leaf for leaf in leaves.values()):
+                still = nn.Parameter(parameter.detach(), requires_grad=False)
+                setattr(part, name, frozen.setdefault(id(parameter), still))
+    return leaves
+
+
+def buffer_copies(module: nn.Module) -> tuple[str, ...]:
+    """Replace buffers by copies and return their names: training may change them, as norms do."""
+    names = []
+    packed: set[nn.Module] = set()
+    for part in module.modules():
+        if isinstance(part, PackedLinear | ComposedTable | PackedTable | Bag):
+            packed |= set(part.modules())
+    for owner, part in module.named_modules():
+        for name, buffer in list(part.named_buffers(recurse=False)):
+            if part not in packed:
+                setattr(part, name, buffer.detach().clone())
+                names.append(f"{owner}.{name}" if owner else name)
+    return tuple(names)
+
+
+def is_table(module: nn.Module, name: str) -> bool:
+    """Whether a tensor is the weight of an uncompressed table."""
+    owner = module.get_submodule(name.rpartition(".")[0])
+    return isinstance(owner, nn.Embedding | nn.EmbeddingBag)
+
+
+def packed_owner(module: nn.Module, name: str) -> PackedTable | None:
+    """The packed table that a tensor belongs to."""
+    owner = module.get_submodule(name.rpartition(".")[0])
+    return owner if isinstance(owner, PackedTable) else None

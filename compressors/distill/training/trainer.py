@@ -1,0 +1,374 @@
+"""Training a compressed network a little: what is trained, how long, and how it goes on.
+
+Tables stay as they are unless asked for: they hold most of the weights, overfit soonest, and
+training them without the original's regularisation loses more than it wins.
+
+The state before training counts as an attempt, so a training that only harms gives it back.
+After every epoch the progress is stored (``checkpoint.py``), and a run that was killed ends with
+the same bits as one that was not: each epoch draws from its own seed, and nothing else carries
+over.
+"""
+
+import logging
+import math
+from collections.abc import Callable, Collection, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from compressors.contracts import Signature, Split
+from compressors.core.batches import Batch, JoinedRows, Rows
+from compressors.core.modules.formats import PackedLinear
+from compressors.core.placement import device_of, moved_to, to_device
+from compressors.distill.training import data_parallel
+from compressors.distill.training.checkpoint import TrainingProgress, read_progress, store_progress
+from compressors.distill.training.settings import Training
+from compressors.distill.training.trainable import (
+    buffer_copies,
+    is_table,
+    packed_owner,
+    trainable,
+    trained_copies,
+)
+from compressors.errors.compression import CompressionError
+from compressors.metrics.validation_score import quality
+from compressors.task_kinds.loss import shuffled_rows
+
+log = logging.getLogger(__name__)
+# A scale that has moved further than this has left the range its codes were rounded for.
+SCALE_REACH = 16.0
+
+Loss = Callable[[Tensor, Batch, Tensor], Tensor]
+"""From the network's output, the rows, and their numbers int64 ``(batch,)``, to a scalar."""
+
+
+@dataclass(frozen=True)
+class Epoch:
+    """What one epoch came to; number 0 is the state before training."""
+
+    number: int
+    loss: float
+    quality: float
+
+
+def train(
+    module: nn.Module,
+    signature: Signature,
+    rows: Split | Rows | JoinedRows,
+    validation: Split,
+    loss: Loss,
+    settings: Training,
+    *,
+    seed: int,
+    checkpoints: str | None,
+    pruned: Collection[str] = (),
+    only: Collection[str] | None = None,
+    whole_lists: bool = False,
+    beside: nn.Module | None = None,
+    device: str = "cpu",
+    after_step: Callable[[float], None] | None = None,
+    last: bool = False,
+) -> tuple[Epoch, ...]:
+    """Train a module of a private tree in place; it ends as it was in its best epoch.
+
+    Args:
+        module: its tensors may be shared with others; those that change are replaced first.
+        signature: inputs and the metric that epochs are compared by (higher is better).
+        rows: what it learns from.
+        validation: what decides when to stop.
+        loss: what is minimised.
+        settings: how.
+        seed: of the order of rows and of dropout.
+        checkpoints: a folder where progress is kept, and found again after a crash.
+        pruned: layers whose zeros stay zero. Elsewhere a zero is a weight like any other: a gate
+            that begins closed, a last layer that begins at nothing.
+        only: names of the tensors that are trained, in place of what ``settings`` says.
+        whole_lists: a batch holds whole groups, whatever the task.
+        beside: a module of the loss's own, trained along and not part of the result.
+        device: where it is trained; the module ends where it was.
+        after_step: called without gradients after every step with its learning rate; it may write
+            into the module's parameters.
+        last: end with the last epoch whatever it is worth: what ``after_step`` works towards costs
+            quality, and the state before training would win.
+
+    Raises:
+        CompressionError: the loss is no longer a finite number, there is nothing to train, or the
+            device is not there.
+    """
+    with moved_to(module, device), moved_to(beside or nn.Identity(), device):
+        held = Rows(rows, signature) if isinstance(rows, Split) else rows
+        run = _Run(module, signature, held, validation, loss, settings, seed, pruned, only)
+        run.whole_lists, run.after_step, run.last = whole_lists, after_step, last
+        if beside is not None:
+            run.take_along(beside)
+        return _trained(run, checkpoints)
+
+
+def _trained(run: "_Run", checkpoints: str | None) -> tuple[Epoch, ...]:
+    """Carry a training out, from where an earlier one was left."""
+    progress = read_progress(checkpoints, run.held()) if checkpoints else None
+    if progress is None:
+        run.begin()
+    else:
+        run.go_on(progress)
+    while not run.over():
+        run.epoch()
+        if checkpoints is not None:
+            run.keep(checkpoints)
+    run.finish()
+    return tuple(run.epochs)
+
+
+class _Run:
+    """One training in progress: everything that a checkpoint must hold is an attribute here."""
+
+    def __init__(
+        self,
+        module: nn.Module,
+        signature: Signature,
+        rows: Rows | JoinedRows,
+        validation: Split,
+        loss: Loss,
+        settings: Training,
+        seed: int,
+        pruned: Collection[str] = (),
+        only: Collection[str] | None = None,
+    ) -> None:
+        self.module, self.signature, self.rows = module, signature, rows
+        self.validation, self.loss, self.settings, self.seed = validation, loss, settings, seed
+        names = trainable(module, tables=settings.tables) if only is None else tuple(only)
+        if not names:
+            raise CompressionError("Nothing in this network can be trained: all of it is packed.")
+        _require_float_layers(module, settings)
+        self.leaves = trained_copies(module, names)
+        self.beside: dict[str, Tensor] = {}
+        self.device = device_of(module)
+        self.whole_lists = False
+        self.statistics = buffer_copies(module)
+        self.tables = [leaf for name, leaf in self.leaves.items() if is_table(module, name)]
+        owners = (packed_owner(module, name) for name in self.leaves)
+        self.packed = list(dict.fromkeys(owner for owner in owners if owner is not None))
+        self.zeros = {
+            name: leaf.detach() != 0
+            for name, leaf in self.leaves.items()
+            if name.rpartition(".")[0] in pruned and leaf.dim() == 2
+        }
+        self.scales = {
+            name: leaf.detach().clone()
+            for name, leaf in self.leaves.items()
+            if not isinstance(leaf, nn.Parameter) and name.endswith("scale")
+        }
+        kept = {id(table) for table in self.tables}
+        kept |= {id(leaf) for n, leaf in self.leaves.items() if packed_owner(module, n)}
+        decayed = [x for x in self.leaves.values() if x.dim() == 2 and id(x) not in kept]
+        others = [x for x in self.leaves.values() if x.dim() != 2 or id(x) in kept]
+        self.optimizer = torch.optim.AdamW(
+            [
+                {"params": decayed, "weight_decay": settings.weight_decay},
+                {"params": others, "weight_decay": 0.0},
+            ],
+            lr=settings.learning_rate,
+        )
+        self.whole: int | None = None  # steps, at most
+        self.epochs: list[Epoch] = []
+        self.best: dict[str, Tensor] = {}
+        self.factor, self.stale, self.steps = 1.0, 0, 0
+        self.after_step: Callable[[float], None] | None = None
+        self.last = False
+
+    def take_along(self, beside: nn.Module) -> None:
+        """Train the parameters of another module as well."""
+        self.beside = {f"@beside/{name}": leaf for name, leaf in beside.named_parameters()}
+        self.optimizer.add_param_group({"params": list(self.beside.values()), "weight_decay": 0.0})
+
+    def held(self) -> dict[str, Tensor]:
+        """Every tensor that training changes, by name."""
+        statistics = {name: self.module.get_buffer(name) for name in self.statistics}
+        return {**self.leaves, **self.beside, **statistics}
+
+    def begin(self) -> None:
+        """Judge the state before training, the first attempt."""
+        self.epochs = [Epoch(0, math.nan, self._quality())]
+        self.best = _copied(self.held())
+
+    def over(self) -> bool:
+        """Whether the epochs or the patience are used up."""
+        done = len(self.epochs) > self.settings.epochs
+        return done or (self.stale >= self.settings.patience and not self.last)
+
+    def epoch(self) -> None:
+        """One pass over the training rows, judged on the validation rows."""
+        number = len(self.epochs)
+        seed = int(np.random.SeedSequence([self.seed, number]).generate_state(1)[0])
+        self.module.train()
+        total = counted = 0.0
+        with torch.random.fork_rng(devices=()):
+            torch.manual_seed(seed + data_parallel.rank())  # dropout
+            for numbers in self._drawn(seed):
+                total += self._step(self.rows.in_order(numbers)) * len(numbers)
+                counted += len(numbers)
+        self.module.eval()
+        data_parallel.average_buffers(self.module.get_buffer(name) for name in self.statistics)
+        found = Epoch(number, total / counted, self._quality())
+        log.info("epoch %d: loss %.5f, validation %.5f", number, found.loss, found.quality)
+        if found.quality > max(epoch.quality for epoch in self.epochs):
+            self.best, self.stale = _copied(self.held()), 0
+        else:
+            self.stale += 1
+            if self.settings.schedule == "plateau":
+                self.factor /= 10
+        self.epochs.append(found)
+
+    def finish(self) -> None:
+        """Leave the module as it was in its best epoch, with nothing that trains."""
+        with torch.no_grad():
+            for name, tensor in self.held().items() if not self.last else ():
+                tensor.copy_(self.best[name])
+        for leaf in self.leaves.values():
+            leaf.grad = None
+            if not isinstance(leaf, nn.Parameter):
+                leaf.requires_grad_(False)
+        self.module.eval()
+
+    def progress(self) -> TrainingProgress:
+        """All that is needed to go on after this epoch."""
+        moments = {
+            f"{name}/{moment}": value
+            for name, leaf in (*self.leaves.items(), *self.beside.items())
+            for moment, value in self.optimizer.state[leaf].items()
+        }
+        return TrainingProgress(
+            tensors={
+                **{f"now/{name}": tensor.detach() for name, tensor in self.held().items()},
+                **{f"best/{name}": tensor for name, tensor in self.best.items()},
+                **{f"moments/{name}": tensor for name, tensor in moments.items()},
+            },
+            facts={
+                "epochs": [[epoch.number, epoch.loss, epoch.quality] for epoch in self.epochs],
+                "factor": self.factor,
+                "stale": self.stale,
+                "steps": self.steps,
+            },
+        )
+
+    def go_on(self, progress: TrainingProgress) -> None:
+        """Take up a training where it was left."""
+        with torch.no_grad():
+            for name, tensor in self.held().items():
+                tensor.copy_(progress.tensors[f"now/{name}"])
+        self.best = {name: progress.tensors[f"best/{name}"] for name in self.held()}
+        for name, leaf in (*self.leaves.items(), *self.beside.items()):
+            prefix = f"moments/{name}/"
+            self.optimizer.state[leaf] = {  # the count of steps lies on the CPU, wherever it trains
+                key.removeprefix(prefix): value.to(leaf.device) if value.dim() else value
+                for key, value in progress.tensors.items()
+                if key.startswith(prefix)
+            }
+        facts = progress.facts
+        self.epochs = [Epoch(*epoch) for epoch in facts["epochs"]]
+        self.factor, self.stale, self.steps = facts["factor"], facts["stale"], facts["steps"]
+        log.info("going on after epoch %d", self.epochs[-1].number)
+
+    def keep(self, folder: str) -> None:
+        """Write down all that is needed to go on; the first of several ranks does so for all."""
+        if data_parallel.rank() == 0:
+            store_progress(folder, self.progress())
+
+    def _quality(self) -> float:
+        """The validation metric as all ranks see it."""
+        return data_parallel.from_first_rank(
+            quality(self.module, self.signature, self.validation), self.device
+        )
+
+    def _backward(self, mine: Tensor) -> Tensor:
+        """Gradients of the loss on some rows; the loss without what tables are penalized by."""
+        if not len(mine):
+            return torch.zeros((), device=self.device)
+        batch = to_device(self.rows.take(mine), self.device)
+        with self._precision():
+            output = self.module(**batch.inputs)
+        loss = self.loss(output.float(), batch, mine)
+        total = loss
+        for table in self._penalized():
+            total = total + self.settings.table_l2 / 2 * table.square().sum()
+        torch.autograd.backward(total)
+        return loss.detach()
+
+    def _step(self, numbers: Tensor) -> float:
+        whole = self.rows.group if self.whole_lists or self.signature.task == "ranking" else None
+        mine, weight = data_parallel.rank_share(numbers, None if whole is None else whole[numbers])
+        self.optimizer.zero_grad(set_to_none=True)
+        loss = data_parallel.sum_gradients(self._optimized(), weight, self._backward(mine))
+        if not bool(loss.isfinite()):
+            raise CompressionError(
+                f"Training diverged: the loss is {float(loss)} in epoch {len(self.epochs)}. "
+                f"Lower learning_rate, or raise warmup."
+            )
+        rate = self._rate()
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        self.optimizer.step()
+        self.steps += 1
+        with torch.no_grad():
+            if self.after_step is not None:
+                self.after_step(rate)
+            for name, mask in self.zeros.items():  # what was pruned stays pruned
+                self.leaves[name].mul_(mask)
+            for name, first in self.scales.items():
+                leaf = self.leaves[name]
+                leaf.copy_(leaf.clamp(first / SCALE_REACH, first * SCALE_REACH))
+        return float(loss)
+
+    def _optimized(self) -> list[Tensor]:
+        """Every tensor that the optimizer changes."""
+        return [leaf for group in self.optimizer.param_groups for leaf in group["params"]]
+
+    def _drawn(self, seed: int) -> Iterator[Tensor]:
+        """The batches of an epoch, as numbers of rows."""
+        size, whole = self.settings.batch, self.whole_lists
+        return shuffled_rows(self.rows, self.signature, size, seed, whole_lists=whole)
+
+    def _precision(self) -> AbstractContextManager[None]:
+        """What the network is computed in."""
+        if self.settings.precision == "float32":
+            return nullcontext()
+        return torch.autocast(self.device.type, torch.bfloat16)
+
+    def _penalized(self) -> list[Tensor]:
+        """Whole tables that are trained, packed ones as they are read."""
+        if not self.settings.table_l2:
+            return []
+        every = (torch.arange(table.rows, device=self.device) for table in self.packed)
+        return [*self.tables, *(table(ids) for table, ids in zip(self.packed, every, strict=True))]
+
+    def _rate(self) -> float:
+        """Adam's learning rate of the next step."""
+        settings = self.settings
+        risen = min(1.0, (self.steps + 1) / settings.warmup) if settings.warmup else 1.0
+        if settings.schedule == "plateau":
+            return settings.learning_rate * risen * self.factor
+        if self.whole is None:  # only a cosine asks, and counting draws an epoch
+            self.whole = settings.epochs * sum(1 for _ in self._drawn(self.seed))
+        fallen = (1 + math.cos(math.pi * min(1.0, self.steps / self.whole))) / 2
+        return settings.learning_rate * risen * fallen
+
+
+def _require_float_layers(module: nn.Module, settings: Training) -> None:
+    """Refuse mixed precision where a packed layer would be fed bfloat16.
+
+    Raises:
+        CompressionError: names the layer.
+    """
+    for name, part in module.named_modules():
+        if settings.precision != "float32" and isinstance(part, PackedLinear):
+            raise CompressionError(
+                f"Training in {settings.precision} needs dense layers in float32; {name!r} is "
+                f"already {part.storage.name}. Set 'precision' of its training to float32."
+            )
+
+
+def _copied(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.detach().clone() for name, tensor in tensors.items()}

@@ -1,0 +1,168 @@
+"""What the steps that train have in common, ``fine_tune`` and ``distill``: all but their loss."""
+
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import replace
+
+from torch import nn
+
+from compressors.contracts import Bench
+from compressors.core.batches import JoinedRows, Rows
+from compressors.core.model import Model
+from compressors.core.modules.formats import Bag, PackedTable
+from compressors.core.plan_lines import UNCHANGED
+from compressors.core.units import Choice, Unit, innermost
+from compressors.distill.training.settings import Training
+from compressors.distill.training.trainable import trainable
+from compressors.distill.training.trainer import Epoch, Loss, train
+from compressors.errors.compression import CompressionError, NothingToCompress
+
+PRUNING = frozenset({"magnitude", "sparse_2_4", "l1_training"})
+"""The steps whose zeros stay zero in every training behind them."""
+
+
+def choose_trainable(
+    model: Model,
+    bench: Bench,
+    kind: str,
+    *,
+    tables: bool,
+    dense: bool = True,
+    words: str | None = None,
+) -> dict[str, Choice]:
+    """What training may change, and why the rest stays.
+
+    Args:
+        model: whose units.
+        bench: its training rows are counted.
+        kind: of the step that asks.
+        tables: whether tables are trained.
+        dense: whether all else is.
+        words: the reason of what is trained; without them the training rows.
+
+    Raises:
+        NothingToCompress: the signature's task has no loss yet.
+    """
+    require_loss(bench, kind)
+    names = trainable(model.module, tables=tables, dense=dense)
+    rows = bench.train.rows if bench.train else 0
+    units = {unit.name: unit for unit in Unit.of(model.module)}
+    learned = {innermost(name, units) for name in names}
+    choices = {}
+    for unit in units.values():
+        if unit.name in learned:
+            choices[unit.name] = Choice(True, words or f"{kind} on {rows:,} rows")
+        elif unit.shared_with is not None:
+            choices[unit.name] = Choice(False, f"shares its weight with {unit.shared_with}")
+        elif unit.role == "table" and not tables:
+            choices[unit.name] = Choice(False, f"{kind} leaves tables as they are")
+        elif unit.role == "dense" and not dense:
+            choices[unit.name] = Choice(False, f"{kind} leaves dense layers as they are")
+        else:
+            choices[unit.name] = Choice(False, nothing_to_train(unit, kind))
+    return choices
+
+
+def require_loss(bench: Bench, kind: str) -> None:
+    """Refuse a task that has no loss yet.
+
+    Raises:
+        NothingToCompress: it is ``retrieval``.
+    """
+    if bench.signature.task == "retrieval":
+        raise NothingToCompress(
+            step=kind,
+            wanted="a model of task 'ctr' or 'ranking'",
+            closest="task 'retrieval', whose training is not written yet",
+            remedy="Leave this step out.",
+        )
+
+
+def nothing_to_train(unit: Unit, kind: str) -> str:
+    """Why training cannot change a unit that it may change."""
+    inside = unit.module.table if isinstance(unit.module, Bag) else unit.module
+    learned = inside.storage.learned if isinstance(inside, PackedTable) else ()
+    if narrow := [name for name, tensor in inside.named_buffers() if name in learned]:
+        dtype = str(inside.get_buffer(narrow[0]).dtype).removeprefix("torch.")
+        return f"{kind} trains only float32, and the {narrow[0]} of {unit.format} is {dtype}"
+    return f"{unit.format} holds nothing that {kind} can train"
+
+
+def pruned_layers(model: Model) -> tuple[str, ...]:
+    """Layers that an earlier step of the recipe set zeros in."""
+    lines = model.plan.lines if model.plan is not None else ()
+    return tuple(line.module for line in lines if PRUNING & set(line.steps))
+
+
+def train_model(
+    model: Model,
+    bench: Bench,
+    loss: Loss,
+    settings: Training,
+    pruned: Collection[str],
+    only: Collection[str] | None = None,
+    *,
+    rows: Rows | JoinedRows | None = None,
+    whole_lists: bool = False,
+    beside: nn.Module | None = None,
+    after_step: Callable[[float], None] | None = None,
+    last: bool = False,
+) -> Model:
+    """The model, trained on the rows of a bench and left as it was in its best epoch.
+
+    What training came to is noted for every unit that it may have changed. ``rows`` are learned
+    from in place of the bench's training rows; the rest is that of
+    ``compressors.distill.training.trainer.train``.
+
+    Raises:
+        CompressionError: the bench lacks rows, or training diverged.
+    """
+    learned = rows if rows is not None else bench.train
+    if learned is None or bench.validation is None:
+        raise CompressionError("Training needs train and validation rows.")
+    names = only if only is not None else trainable(model.module, tables=settings.tables)
+    units = {unit.name for unit in Unit.of(model.module)}
+    trained = {innermost(name, units) for name in names} - {None}
+    epochs = train(
+        model.module,
+        bench.signature,
+        learned,
+        bench.validation,
+        loss,
+        settings,
+        seed=bench.seed,
+        checkpoints=bench.checkpoints,
+        pruned=pruned,
+        only=only,
+        whole_lists=whole_lists,
+        beside=beside,
+        device=bench.device,
+        after_step=after_step,
+        last=last,
+    )
+    told = training_summary(epochs, bench.signature.metric, settings, last=last)
+    notes = {name: told for name in trained if name is not None}
+    return replace(model, notes={**model.notes, **notes})
+
+
+def training_summary(
+    epochs: Sequence[Epoch], metric: str, settings: Training, *, last: bool = False
+) -> str:
+    """What training came to, in half a sentence for the plan.
+
+    Args:
+        epochs: every epoch, that before training first.
+        metric: that they are compared by.
+        settings: how long it could have been.
+        last: the result is the last epoch's, not the best one's.
+    """
+    first, *_ = epochs
+    best = epochs[-1] if last else max(epochs, key=lambda epoch: epoch.quality)  # the earliest
+    if best.number == 0:
+        return f"no epoch of {len(epochs) - 1} {UNCHANGED}"
+    moved = f"{metric} {first.quality:.5f} -> {best.quality:.5f} on validation rows"
+    rising = not last and best.number == settings.epochs
+    return f"trained {_epochs(best.number)}, {moved}{', still rising' if rising else ''}"
+
+
+def _epochs(count: int) -> str:
+    return f"{count} epoch" if count == 1 else f"{count} epochs"

@@ -1,0 +1,152 @@
+"""Embedding tables as narrower rows and one small matrix.
+
+A table of ``rows x dim`` float32 becomes ``rows x rank`` and ``(rank, dim)``: every row is a
+mixture of ``rank`` directions. The narrower table is a plain one, so a later step may store it
+in few bits.
+
+Source: Eckart and Young 1936 (the truncated singular value decomposition is the closest matrix
+of a rank); for embedding tables e.g. https://arxiv.org/abs/1809.10853.
+Differs: rows may be weighted by how often they are looked up, so that popular rows are kept best
+(Srebro and Jaakkola 2003, the case of one weight a row, which still has a closed form), and the
+weighted mean of the rows is kept apart.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from compressors.contracts import Bench, Change, Frozen, Part
+from compressors.core.composition_steps import (
+    FittedParts,
+    choose_composed,
+    dry_run_composed,
+    recompose,
+    row_weights,
+    share_or_number,
+)
+from compressors.core.model import Model
+from compressors.core.modules.composed import Composition, Design, Parts, PartSpec
+from compressors.core.modules.formats import TensorSpec
+from compressors.core.units import Choice
+
+
+def factors(table: Tensor, rank: int, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The closest rows of a rank, under one weight a row.
+
+    Args:
+        table: float, ``(rows, dim)``.
+        rank: how many directions are kept, at most ``dim``.
+        weight: how much each row's squared error counts, ``(rows,)``, not all zero.
+
+    Returns:
+        ``narrow`` ``(rows, rank)``, ``projection`` ``(rank, dim)`` with orthonormal rows, and
+        ``mean`` ``(dim,)``: the table is about ``narrow @ projection + mean``. Only the
+        ``dim x dim`` weighted covariance is decomposed, so it costs one pass whatever the rows.
+    """
+    share = (weight / weight.sum()).to(torch.float64).unsqueeze(1)  # (rows, 1)
+    exact = table.to(torch.float64)
+    mean = (share * exact).sum(dim=0)  # (dim,)
+    centred = exact - mean
+    covariance = centred.T @ (share * centred)  # (dim, dim)
+    _, vectors = torch.linalg.eigh(covariance)  # by rising eigenvalue
+    projection = vectors.T.flip(0)[:rank]  # (rank, dim)
+    # The sign of an eigenvector is anybody's choice: fix it, so that runs agree.
+    sign = torch.gather(projection, 1, projection.abs().argmax(dim=1, keepdim=True)).sign()
+    projection = projection * sign
+    return (centred @ projection.T).float(), projection.float(), mean.float()
+
+
+@dataclass(frozen=True)
+class LowRankComposition:
+    """``projection`` float32 ``(rank, dim)``, ``mean`` ``(dim,)`` and part ``narrow``."""
+
+    name: str = "low_rank"
+    learned: tuple[str, ...] = ("projection", "mean")
+
+    def layout(self, rows: int, dim: int, settings: Mapping[str, Any]) -> dict[str, TensorSpec]:  # noqa: ARG002
+        return {
+            "projection": TensorSpec((settings["rank"], dim), torch.float32, every=0),
+            "mean": TensorSpec((dim,), torch.float32, every=0),
+        }
+
+    def parts(self, rows: int, dim: int, settings: Mapping[str, Any]) -> dict[str, PartSpec]:  # noqa: ARG002
+        return {"narrow": PartSpec(rows, settings["rank"])}
+
+    def traffic(
+        self,
+        stored: Mapping[str, Tensor],  # noqa: ARG002
+        counts: Tensor,
+        settings: Mapping[str, Any],  # noqa: ARG002
+    ) -> dict[str, Tensor]:
+        return {"narrow": counts}
+
+    def lookup(
+        self,
+        stored: Mapping[str, Tensor],
+        parts: Parts,
+        ids: Tensor,
+        settings: Mapping[str, Any],  # noqa: ARG002
+    ) -> Tensor:
+        narrow: Tensor = parts["narrow"](ids)  # (*ids, rank)
+        return torch.matmul(narrow, stored["projection"]) + stored["mean"]
+
+
+COMPOSITION: Composition = LowRankComposition()
+
+
+class LowRank(Frozen):
+    """Make embedding tables of narrower rows and one small matrix."""
+
+    kind: Literal["low_rank"] = "low_rank"
+    tables: tuple[str, ...] = Field(
+        ("*",), description="Tables to compress: module names, with * for any characters."
+    )
+    min_rows: int = Field(1, ge=1, description="Tables with fewer rows stay as they are.")
+    rank: float = Field(
+        0.5, gt=0, description="Below 1: share of a table's width. From 1 on: numbers a row."
+    )
+    weighted: bool = Field(
+        False,
+        description="Rows count by how often training looks them up, instead of all the same.",
+    )
+
+    @property
+    def needs(self) -> tuple[Part, ...]:
+        """Training rows, where they say which rows are looked up most."""
+        return ("train",) if self.weighted else ()
+
+    @property
+    def changes(self) -> Change:
+        """Each table it takes is made of a narrower one."""
+        return "parts"
+
+    def choose(self, model: Model, bench: Bench) -> dict[str, Choice]:  # noqa: ARG002
+        """Which tables become narrower, and why the others stay."""
+        return self._designs(model)[0]
+
+    def apply(self, model: Model, bench: Bench) -> Model:
+        """Replace every chosen table by its factors."""
+        _, designs = self._designs(model)
+        weights = row_weights(model, bench, designs, weighted=self.weighted)
+
+        def fit(name: str, table: Tensor, made: Design) -> FittedParts:
+            narrow, projection, mean = factors(table, made.settings["rank"], weights[name])
+            return FittedParts({"projection": projection, "mean": mean}, {"narrow": narrow})
+
+        return recompose(model, designs, fit)
+
+    def dry_run(self, model: Model, bench: Bench) -> Model:  # noqa: ARG002
+        """Every chosen table over placeholders."""
+        return dry_run_composed(model, self._designs(model)[1])
+
+    def _designs(self, model: Model) -> tuple[dict[str, Choice], dict[str, Design]]:
+        return choose_composed(model, self.tables, self.min_rows, self.kind, self.design)
+
+    def design(self, rows: int, dim: int) -> Design:  # noqa: ARG002
+        """How a table of ``rows x dim`` is made."""
+        rank = share_or_number(self.rank, dim)
+        return Design(COMPOSITION, {"rank": rank}, f"{dim} -> {rank} numbers a row")

@@ -1,0 +1,240 @@
+"""Dense layers as two thin ones: fewer weights and fewer multiplications on every target.
+
+A Linear from ``in`` to ``out`` features becomes one to ``rank`` numbers and one from there. With
+calibration rows the rank is spent where the layer's inputs are: of all matrices of a rank the one
+is taken whose outputs are closest on those rows.
+
+Source: Chen et al. 2021 (DRONE), https://proceedings.neurips.cc/paper/2021/hash/f56de5ef149cf0aedcc8f4797031e229-Abstract.html,
+and Wang et al. 2024 (SVD-LLM), https://arxiv.org/abs/2403.07378 (truncation after whitening by the
+Cholesky factor of the inputs' second moment).
+Differs: the same optimum is found without the factor and its inverse, as the projection on the
+principal directions of the outputs, so a singular moment does no harm; where the layer has a bias,
+moments are taken around the mean and the bias makes up for what the mean loses.
+"""
+
+import math
+from collections.abc import Mapping
+from typing import Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from compressors.contracts import Bench, Change, Frozen, Part
+from compressors.core.composition_steps import share_or_number
+from compressors.core.model import Model
+from compressors.core.modules.factored import FactoredLinear, factored_layout
+from compressors.core.placeholders import placeholder
+from compressors.core.units import Choice, Unit, choose_dense, swap
+from compressors.errors.compression import CompressionError
+from compressors.quantize.calibration.layer_inputs import See, watch_inputs
+
+UNSEEN = 1e-4
+"""Share of the mean variance that every direction of the inputs gets, seen or not."""
+
+
+def principal_outputs(weight: Tensor, moment: Tensor) -> tuple[Tensor, Tensor]:
+    """The directions of a layer's outputs, the largest first.
+
+    Args:
+        weight: float, ``(out, in)``.
+        moment: second moment, or covariance, of its inputs: ``(in, in)``.
+
+    Returns:
+        ``energy`` float64 ``(out,)``, falling, how much of the outputs lies in each direction, and
+        ``directions`` float64 ``(out, out)``, orthonormal, one a column.
+    """
+    exact = weight.double()
+    energy, directions = torch.linalg.eigh(exact @ moment.double() @ exact.T)  # rising
+    energy, directions = energy.flip(0).clamp(min=0), directions.flip(1)
+    # The sign of an eigenvector is anybody's choice: fix it, so that runs agree.
+    largest = directions.abs().argmax(dim=0, keepdim=True)
+    return energy, directions * torch.gather(directions, 0, largest).sign()
+
+
+def factors(weight: Tensor, directions: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """The two thin layers: ``reduce`` ``(rank, in)`` and ``expand`` ``(out, rank)``.
+
+    ``expand @ reduce`` is the weight projected on the first ``rank`` directions of the outputs: of
+    all matrices of that rank the one with the smallest squared error of the outputs.
+    """
+    kept = directions[:, :rank]
+    return (kept.T @ weight.double()).float(), kept.float()
+
+
+def rank_within(energy: Tensor, most_error: float) -> int:
+    """The smallest rank that loses no more than a share of the outputs' energy.
+
+    Args:
+        energy: falling, ``(out,)``.
+        most_error: the share.
+    """
+    total = float(energy.sum())
+    if total == 0:
+        return 1
+    lost = 1 - energy.cumsum(0) / total  # (out,): with 1, 2, ... directions
+    enough = (lost <= most_error + 1e-12).nonzero()
+    return int(enough[0]) + 1
+
+
+class _Moments:
+    """Mean and second moment of a layer's inputs, added up call by call."""
+
+    def __init__(self, inputs: int) -> None:
+        self.count = 0
+        self.total = torch.zeros(inputs, dtype=torch.float64)
+        self.products = torch.zeros((inputs, inputs), dtype=torch.float64)
+
+    def __call__(self, x: Tensor) -> None:
+        exact = x.double()
+        self.count += len(exact)
+        self.total += exact.sum(dim=0)
+        self.products += exact.T @ exact
+
+    def moment(self, *, centred: bool) -> tuple[Tensor, Tensor]:
+        """The moment ``(in, in)``, and the mean it is taken around ``(in,)``."""
+        mean = self.total / self.count if centred else torch.zeros_like(self.total)
+        moment = self.products / self.count - torch.outer(mean, mean)
+        even = moment.diagonal().mean().clamp(min=torch.finfo(torch.float32).tiny)
+        return moment + UNSEEN * even * torch.eye(len(mean), dtype=torch.float64), mean
+
+
+class LowRankDense(Frozen):
+    """Make dense layers of two thin ones."""
+
+    kind: Literal["low_rank_dense"] = "low_rank_dense"
+    layers: tuple[str, ...] = Field(
+        ("*",), description="Dense layers to factorize: module names, with * for any characters."
+    )
+    rank: float = Field(
+        0.25,
+        gt=0,
+        description="Below 1: share of the full rank, the smaller side of a layer. From 1 on: a "
+        "number. Not used with most_error.",
+    )
+    most_error: float | None = Field(
+        None,
+        gt=0,
+        lt=1,
+        description="Find the rank of each layer: the smallest that loses no more than this share "
+        "of its outputs' squared size.",
+    )
+    weighted: bool = Field(
+        True,
+        description="Keep what matters on calibration rows, instead of what is large in the "
+        "weights (the plain singular value decomposition).",
+    )
+    rows: int = Field(4096, ge=1, description="Calibration rows read, at most.")
+
+    @property
+    def needs(self) -> tuple[Part, ...]:
+        """Calibration rows, where they say which directions matter."""
+        return ("calibration",) if self.weighted else ()
+
+    @property
+    def changes(self) -> Change:
+        """Each layer it takes is made of two thinner ones."""
+        return "parts"
+
+    def choose(self, model: Model, bench: Bench) -> dict[str, Choice]:  # noqa: ARG002
+        """Which dense layers are factorized, to which rank, and why the others are not."""
+        choices = choose_dense(Unit.of(model.module), self.layers, self.kind)
+        for unit in Unit.of(model.module):
+            if unit.name not in choices or not choices[unit.name].take:
+                continue
+            outputs, inputs = unit.weight.shape
+            most = _most_rank(inputs, outputs)
+            if self.most_error is not None:
+                take = most > 0
+                why = f"low_rank_dense: loses at most {self.most_error:g}, in rank {most} or less"
+                if not take:
+                    why = f"{inputs} -> {outputs} is no smaller in any rank"
+                choices[unit.name] = Choice(take, why)
+                continue
+            rank = share_or_number(self.rank, min(inputs, outputs))
+            after = rank * (inputs + outputs)
+            take = rank <= most
+            why = f"low_rank_dense: {inputs} -> {rank} -> {outputs}"
+            if not take:
+                why = (
+                    f"in rank {rank} it would be no smaller: {inputs * outputs} -> {after} weights"
+                )
+            choices[unit.name] = Choice(take, why)
+        return choices
+
+    def apply(self, model: Model, bench: Bench) -> Model:
+        """Replace every chosen layer by its factors.
+
+        Raises:
+            CompressionError: there are no calibration rows, or a layer never ran on them.
+        """
+        module, notes = model.module, dict(model.notes)
+        units = self._chosen(model, bench)
+        moments = self._moments(model, bench, units)
+        for unit in units:
+            outputs, inputs = unit.weight.shape
+            weight, bias = unit.weight, unit.bias
+            moment, mean = torch.eye(inputs, dtype=torch.float64), torch.zeros(inputs).double()
+            if self.weighted:
+                moment, mean = moments[unit.name].moment(centred=bias is not None)
+            energy, directions = principal_outputs(weight, moment)
+            rank = share_or_number(self.rank, min(inputs, outputs))
+            if self.most_error is not None:
+                rank = rank_within(energy, self.most_error)
+            if rank > _most_rank(inputs, outputs):
+                notes[unit.name] = f"rank {rank} would be no smaller"
+                continue
+            reduce, expand = factors(weight, directions, rank)
+            stored = {"reduce.weight": reduce.contiguous(), "expand.weight": expand.contiguous()}
+            if bias is not None:
+                lost = (weight.double() - expand.double() @ reduce.double()) @ mean
+                stored["expand.bias"] = (bias.double() + lost).float()
+            share = float(energy[rank:].sum() / energy.sum().clamp(min=1e-300))
+            notes[unit.name] = f"rank {rank} loses {share:.1%} of the outputs' squared size"
+            layer = FactoredLinear(inputs, outputs, rank, bias=bias is not None, stored=stored)
+            swap(module, unit.name, layer.eval())
+        return Model(module, model.architecture, model.network, model.plan, notes)
+
+    def dry_run(self, model: Model, bench: Bench) -> Model:
+        """Factorize placeholders of every chosen layer, with the largest rank if it is searched."""
+        for unit in self._chosen(model, bench):
+            outputs, inputs = unit.weight.shape
+            rank = share_or_number(self.rank, min(inputs, outputs))
+            if self.most_error is not None:
+                rank = _most_rank(inputs, outputs)
+            bias = unit.bias is not None
+            laid = factored_layout(inputs, outputs, rank, bias=bias)
+            stored = {name: placeholder(spec) for name, spec in laid.items()}
+            layer = FactoredLinear(inputs, outputs, rank, bias=bias, stored=stored)
+            swap(model.module, unit.name, layer.eval())
+        return model
+
+    def _chosen(self, model: Model, bench: Bench) -> list[Unit]:
+        choices = self.choose(model, bench)
+        units = Unit.of(model.module)
+        return [unit for unit in units if unit.name in choices and choices[unit.name].take]
+
+    def _moments(self, model: Model, bench: Bench, units: list[Unit]) -> Mapping[str, _Moments]:
+        """What the chosen layers read on calibration rows; nothing where only weights count."""
+        if not self.weighted:
+            return {}
+        if bench.calibration is None:
+            raise CompressionError(
+                "'low_rank_dense' needs calibration rows. Add data to model.json and pack again, "
+                "or set 'weighted' to false."
+            )
+        moments = {unit.name: _Moments(unit.weight.shape[1]) for unit in units}
+        see: dict[str, See] = dict(moments)
+        watch_inputs(model.module, bench.signature, bench.calibration, self.rows, see)
+        for name, seen in moments.items():
+            if not seen.count:
+                raise CompressionError(
+                    f"Dense layer {name!r} never ran on the calibration rows. Leave it out of "
+                    f"'layers'."
+                )
+        return moments
+
+
+def _most_rank(inputs: int, outputs: int) -> int:
+    """The largest rank that takes fewer weights than the whole layer; 0 if none does."""
+    return math.ceil(inputs * outputs / (inputs + outputs)) - 1

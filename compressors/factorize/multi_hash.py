@@ -1,0 +1,280 @@
+"""Embedding tables as sums of few shared rows, chosen by hashing the id.
+
+Row ``id`` is ``mean + sum of buckets[h_j(id)]`` over ``hashes`` functions, each with a sign of its
+own if so ordered. Two rows are alike only where all their hashes meet.
+
+Source: Weinberger et al. 2009, https://arxiv.org/abs/0902.2206 (hashing with signs); Svenstrup et
+al. 2017, https://arxiv.org/abs/1709.03933 (several hashes into one table); the functions are those
+of Carter and Wegman 1979, ``(a * id + b) mod p mod buckets``.
+Differs: there buckets are trained from scratch, and importance weights are learned for each id;
+here buckets are the least-squares optimum for a trained table, rows weighted by their lookups if so
+ordered, of several draws of functions the best is taken, and a mean row is kept apart. Signs make
+sums of random rows unbiased; fitted rows have nothing to win by them.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from compressors.contracts import Bench, Change, Frozen, Part
+from compressors.core.composition_steps import (
+    FittedParts,
+    choose_composed,
+    dry_run_composed,
+    recompose,
+    row_weights,
+    share_or_number,
+)
+from compressors.core.model import Model
+from compressors.core.modules.composed import Composition, Design, Parts, PartSpec, gathered
+from compressors.core.modules.formats import TensorSpec
+from compressors.core.units import Choice
+
+# The largest prime below 2^31: with ids and coefficients below it, a * id + b fits an int64.
+PRIME = 2**31 - 1
+BLOCK = 65_536
+# Of conjugate gradients: at most, and the share of the residual that may stay.
+STEPS, ENOUGH = 1000, 1e-6
+
+
+def coefficients(hashes: int, seed: int, *, signed: bool) -> Tensor:
+    """Functions drawn at random: int64 ``(hashes, 2)``, or 4 where each has a sign of its own."""
+    generator = torch.Generator().manual_seed(seed)
+    drawn = torch.randint(0, PRIME, (hashes, 4), generator=generator)
+    drawn[:, 0::2] = drawn[:, 0::2].clamp(min=1)  # a multiplier of zero maps all ids to one
+    return drawn if signed else drawn[:, :2].contiguous()
+
+
+def hashed(ids: Tensor, coefficients: Tensor, buckets: int) -> Tensor:
+    """Where each id goes: int64 ids ``(*)`` in [0, 2^31 - 1) -> ``(*, hashes)``."""
+    mixed = ids.unsqueeze(-1) * coefficients[:, 0] + coefficients[:, 1]
+    return mixed % PRIME % buckets
+
+
+def signs(ids: Tensor, coefficients: Tensor) -> Tensor:
+    """The sign of each of an id's rows: float32 ``(*, hashes)`` of -1 and 1."""
+    mixed = ids.unsqueeze(-1) * coefficients[:, 2] + coefficients[:, 3]
+    return 1.0 - 2.0 * (mixed % PRIME % 2).float()
+
+
+class HashFit(NamedTuple):
+    """What was found for one draw of functions."""
+
+    buckets: Tensor  # float32 (buckets, dim)
+    mean: Tensor  # float32 (dim,)
+    error: float  # weighted mean over rows of what is left of their squares
+
+
+def fit(table: Tensor, weight: Tensor, drawn: Tensor, buckets: int) -> HashFit:
+    """The buckets and the mean row whose sums are nearest to a table: the least-squares optimum.
+
+    Conjugate gradients on the normal equations, all dimensions at once, each scaled by what looks
+    it up (Jacobi). Where many solutions are as good, it ends at a small one, since it begins at
+    zero. Deterministic; memory is a block of rows.
+
+    Args:
+        table: float, ``(rows, dim)``.
+        weight: how much each row's squared error counts, ``(rows,)``, all positive.
+        drawn: the functions, ``(hashes, 2)`` or ``(hashes, 4)``.
+        buckets: how many.
+    """
+    share = (weight / weight.sum()).double()
+    system = _System(share, drawn, buckets)
+    right = system.transposed(table)  # (buckets + 1, dim)
+    scale = system.diagonal().clamp(min=1e-300).unsqueeze(1)  # an empty bucket stays at zero
+    found = torch.zeros_like(right)
+    left = right.clone()
+    stretched = left / scale
+    along = stretched.clone()
+    size = (left * stretched).sum(dim=0)  # (dim,)
+    wanted = size * ENOUGH**2
+    for _ in range(STEPS):
+        if bool((size <= wanted).all()):
+            break
+        image = system.normal(along)
+        bent = (along * image).sum(dim=0)
+        step = torch.where(bent > 0, size / bent.clamp(min=1e-300), 0.0)
+        found += step * along
+        left -= step * image
+        stretched = left / scale
+        new = (left * stretched).sum(dim=0)
+        along = stretched + torch.where(size > 0, new / size.clamp(min=1e-300), 0.0) * along
+        size = new
+    # With b - Ax = r, the squares x'Ax - 2b'x + c are c - x'(b + r).
+    error = system.squares(table) - float((found * (right + left)).sum())
+    return HashFit(found[:-1].float(), found[-1].float(), error)
+
+
+def best_fit(
+    table: Tensor, weight: Tensor, draws: Sequence[Tensor], buckets: int
+) -> tuple[Tensor, HashFit]:
+    """The functions, of some draws, whose fit leaves least, and that fit; the first of equals.
+
+    Which rows meet is luck: of six draws for the item table of MovieLens 100K, the best left half
+    of what the worst did.
+    """
+    found = [(drawn, fit(table, weight, drawn, buckets)) for drawn in draws]
+    return min(found, key=lambda each: each[1].error)
+
+
+class _System:
+    """The linear map from buckets and mean to rows, never written out."""
+
+    def __init__(self, share: Tensor, drawn: Tensor, buckets: int) -> None:
+        ids = torch.arange(len(share))
+        self.share, self.buckets = share, buckets
+        self.index = hashed(ids, drawn, buckets)  # (rows, hashes)
+        self.sign = signs(ids, drawn).double() if drawn.shape[1] == 4 else None
+
+    def transposed(self, rows: Tensor) -> Tensor:
+        """Weighted sums of rows ``(rows, dim)`` by bucket, and of all: ``(buckets + 1, dim)``."""
+        total = torch.zeros(self.buckets + 1, rows.shape[1], dtype=torch.float64)
+        for begin in range(0, len(rows), BLOCK):
+            self._add(total, rows[begin : begin + BLOCK].double(), begin)
+        return total
+
+    def normal(self, found: Tensor) -> Tensor:
+        """The same of the rows that buckets and mean ``(buckets + 1, dim)`` make."""
+        total = torch.zeros_like(found)
+        for begin in range(0, len(self.index), BLOCK):
+            made = found[-1].expand(len(self.index[begin : begin + BLOCK]), -1).clone()
+            for j in range(self.index.shape[1]):
+                made += self._signed(found[self.index[begin : begin + BLOCK, j]], begin, j)
+            self._add(total, made, begin)
+        return total
+
+    def squares(self, rows: Tensor) -> float:
+        """The weighted squares of rows ``(rows, dim)``, summed."""
+        total = 0.0
+        for begin in range(0, len(rows), BLOCK):
+            each = rows[begin : begin + BLOCK].double().square().sum(dim=1)
+            total += float(self.share[begin : begin + BLOCK] @ each)
+        return total
+
+    def diagonal(self) -> Tensor:
+        """Weight of the rows that each bucket is in, and of all."""
+        total = torch.zeros(self.buckets + 1, dtype=torch.float64)
+        for j in range(self.index.shape[1]):
+            total.index_add_(0, self.index[:, j], self.share)
+        total[-1] = self.share.sum()
+        return total
+
+    def _add(self, total: Tensor, rows: Tensor, begin: int) -> None:
+        end = begin + len(rows)
+        weighed = rows * self.share[begin:end].unsqueeze(1)
+        for j in range(self.index.shape[1]):
+            total.index_add_(0, self.index[begin:end, j], self._signed(weighed, begin, j))
+        total[-1] += weighed.sum(dim=0)
+
+    def _signed(self, rows: Tensor, begin: int, j: int) -> Tensor:
+        if self.sign is None:
+            return rows
+        return rows * self.sign[begin : begin + len(rows), j].unsqueeze(1)
+
+
+@dataclass(frozen=True)
+class MultiHashComposition:
+    """``functions`` int64 ``(hashes, 2 or 4)``, ``mean`` ``(dim,)`` and part ``buckets``."""
+
+    name: str = "multi_hash"
+    learned: tuple[str, ...] = ("mean",)
+
+    def layout(self, rows: int, dim: int, settings: Mapping[str, Any]) -> dict[str, TensorSpec]:  # noqa: ARG002
+        width = 4 if settings["signed"] else 2
+        return {
+            "functions": TensorSpec((settings["hashes"], width), torch.int64, every=0),
+            "mean": TensorSpec((dim,), torch.float32, every=0),
+        }
+
+    def parts(self, rows: int, dim: int, settings: Mapping[str, Any]) -> dict[str, PartSpec]:  # noqa: ARG002
+        return {"buckets": PartSpec(settings["buckets"], dim)}
+
+    def traffic(
+        self, stored: Mapping[str, Tensor], counts: Tensor, settings: Mapping[str, Any]
+    ) -> dict[str, Tensor]:
+        buckets = settings["buckets"]
+        each = hashed(torch.arange(len(counts)), stored["functions"], buckets)  # (rows, hashes)
+        every = counts.unsqueeze(1).expand_as(each)
+        return {"buckets": gathered(every.reshape(-1), each.reshape(-1), buckets)}
+
+    def lookup(
+        self, stored: Mapping[str, Tensor], parts: Parts, ids: Tensor, settings: Mapping[str, Any]
+    ) -> Tensor:
+        whole, functions = ids.long(), stored["functions"]
+        rows: Tensor = parts["buckets"](hashed(whole, functions, settings["buckets"]))
+        if settings["signed"]:
+            rows = rows * signs(whole, functions).unsqueeze(-1)
+        return rows.sum(dim=-2) + stored["mean"]  # (*ids, hashes, dim) -> (*ids, dim)
+
+
+COMPOSITION: Composition = MultiHashComposition()
+
+
+class MultiHash(Frozen):
+    """Make embedding tables of sums of few shared rows, chosen by hashing."""
+
+    kind: Literal["multi_hash"] = "multi_hash"
+    tables: tuple[str, ...] = Field(
+        ("*",), description="Tables to compress: module names, with * for any characters."
+    )
+    min_rows: int = Field(1, ge=1, description="Tables with fewer rows stay as they are.")
+    buckets: float = Field(
+        0.5, gt=0, description="Below 1: share of a table's rows. From 1 on: rows of the new one."
+    )
+    hashes: int = Field(2, ge=1, le=8, description="How many rows each row is the sum of.")
+    draws: int = Field(
+        4, ge=1, description="How often functions are drawn for a table; the best fit is kept."
+    )
+    signed: bool = Field(False, description="Each of the rows is added or taken away, by a hash.")
+    weighted: bool = Field(
+        False,
+        description="Rows count by how often training looks them up, instead of all the same.",
+    )
+
+    @property
+    def needs(self) -> tuple[Part, ...]:
+        """Training rows, where they say which rows are looked up most."""
+        return ("train",) if self.weighted else ()
+
+    @property
+    def changes(self) -> Change:
+        """Each table it takes is made of a shorter one."""
+        return "parts"
+
+    def choose(self, model: Model, bench: Bench) -> dict[str, Choice]:  # noqa: ARG002
+        """Which tables become shorter, and why the others stay."""
+        return self._designs(model)[0]
+
+    def apply(self, model: Model, bench: Bench) -> Model:
+        """Draw functions, and fit buckets to every chosen table."""
+        _, designs = self._designs(model)
+        weights = row_weights(model, bench, designs, weighted=self.weighted)
+        drawn = coefficients(self.hashes * self.draws, bench.seed, signed=self.signed)
+        draws = torch.split(drawn, self.hashes)
+
+        def fitted(name: str, table: Tensor, made: Design) -> FittedParts:
+            functions, found = best_fit(table, weights[name], draws, made.settings["buckets"])
+            stored = {"functions": functions.clone(), "mean": found.mean}
+            return FittedParts(stored, {"buckets": found.buckets})
+
+        return recompose(model, designs, fitted)
+
+    def dry_run(self, model: Model, bench: Bench) -> Model:  # noqa: ARG002
+        """Every chosen table over placeholders."""
+        return dry_run_composed(model, self._designs(model)[1])
+
+    def _designs(self, model: Model) -> tuple[dict[str, Choice], dict[str, Design]]:
+        def shaped(rows: int, dim: int) -> Design | str:  # noqa: ARG001
+            if rows >= PRIME:
+                return f"{rows} rows, and the hash functions are for fewer than {PRIME}"
+            buckets = share_or_number(self.buckets, rows)
+            settings = {"buckets": buckets, "hashes": self.hashes, "signed": self.signed}
+            sign = " with signs" if self.signed else ""
+            reason = f"{buckets} rows, {self.hashes} of them a row{sign}"
+            return Design(COMPOSITION, settings, reason)
+
+        return choose_composed(model, self.tables, self.min_rows, self.kind, shaped)

@@ -1,0 +1,292 @@
+"""Embedding tables as short codes that a small network decodes.
+
+Row ``id`` is ``codes[id] @ projection + relu(codes[id] @ inner + bias) @ outer + mean``: what low
+rank would give, and a correction that is not linear, for rows that lie on a bent surface.
+
+Source: Kang et al. 2021, https://arxiv.org/abs/2010.10784 (deep hash embeddings: a decoder makes
+rows from dense codes); Hinton and Salakhutdinov 2006 (autoencoders against principal components).
+Differs: codes belong to a trained table and are learned with the decoder, starting from the
+truncated singular value decomposition, so the result is never further from the table than low rank
+with as many numbers a row; there codes are hashes that nobody stores and the decoder is larger
+than any table. One hidden layer, and the last layer is solved for by least squares.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+import torch
+from pydantic import Field
+from torch import Tensor
+from torch.nn import functional as F
+
+from compressors.contracts import Bench, Change, Frozen, Part
+from compressors.core.composition_steps import (
+    FittedParts,
+    choose_composed,
+    dry_run_composed,
+    recompose,
+    row_weights,
+    share_or_number,
+)
+from compressors.core.model import Model
+from compressors.core.modules.composed import Composition, Design, Parts, PartSpec
+from compressors.core.modules.formats import TensorSpec
+from compressors.core.units import Choice
+from compressors.factorize.low_rank import factors
+
+BATCH = 4096
+BLOCK = 65_536
+CODE_RATE, DECODER_RATE = 0.01, 0.003  # Adam's, where codes and rows are of size one
+MOST_SHARE = 0.25  # of the codes' numbers: what the hidden layer may take
+DAMPING = 1e-9  # of the last layer's normal equations, against their mean diagonal
+
+
+class Decoder(NamedTuple):
+    """What makes a row of a code: two layers, and a straight way past them."""
+
+    projection: Tensor  # (code, dim)
+    inner: Tensor  # (code, hidden)
+    bias: Tensor  # (hidden,)
+    outer: Tensor  # (hidden, dim)
+    mean: Tensor  # (dim,)
+
+
+def decode(codes: Tensor, decoder: Decoder) -> Tensor:
+    """Rows ``(*, dim)`` of codes ``(*, code)``."""
+    bent = F.relu(torch.matmul(codes, decoder.inner) + decoder.bias)  # (*, hidden)
+    straight = torch.matmul(codes, decoder.projection)
+    return straight + torch.matmul(bent, decoder.outer) + decoder.mean
+
+
+def squared_error(table: Tensor, weight: Tensor, codes: Tensor, decoder: Decoder) -> float:
+    """The weighted squared error of all rows, summed in float64."""
+    total = 0.0
+    for begin in range(0, len(table), BLOCK):
+        block = slice(begin, begin + BLOCK)
+        gap = decode(codes[block], decoder) - table[block]
+        total += float((weight[block] * gap.double().square().sum(dim=1)).sum())
+    return total
+
+
+def fit(
+    table: Tensor, weight: Tensor, size: int, hidden: int, steps: int, seed: int
+) -> tuple[Tensor, Decoder]:
+    """Codes and a decoder for the rows of a table, by squared error.
+
+    Begins at the closest rows of rank ``size`` with a hidden layer drawn at random and an outer
+    one solved for, trains codes and decoder with Adam on batches of rows (whole tables where they
+    are short), and solves for the outer layer again. The best state seen at these three points is
+    given back, the first being low rank itself.
+
+    Args:
+        table: float, ``(rows, dim)``.
+        weight: how much each row's squared error counts, ``(rows,)``, all positive.
+        size: numbers of a code, at most ``dim``.
+        hidden: width of the hidden layer.
+        steps: of Adam, which bound the time it takes; 0 leaves the hidden layer as drawn.
+        seed: of the hidden layer and of the order of rows.
+
+    Returns:
+        ``codes`` float32 ``(rows, size)`` and the decoder, float32.
+    """
+    exact, share = table.float(), weight.double() / weight.double().mean()
+    narrow, projection, mean = factors(exact, size, share)
+    unit = float(narrow.square().mean().sqrt()) or 1.0  # codes and rows are trained at size one
+    generator = torch.Generator().manual_seed(seed)
+    inner = torch.randn(size, hidden, generator=generator) / size**0.5
+    bias = torch.randn(hidden, generator=generator)
+    nothing = torch.zeros(hidden, table.shape[1])
+    start = Decoder(projection, inner / unit, bias, nothing, mean)
+    best = narrow, start
+    least = squared_error(exact, share, *best)
+    scaled = exact / unit
+    codes = narrow / unit
+    decoder = Decoder(projection, inner, bias, nothing, mean / unit)
+    for train in (False, True):
+        if train:
+            codes, decoder = _trained(scaled, share, codes, decoder, steps, generator)
+        decoder = _solved(scaled, share, codes, decoder)
+        found = codes * unit, _in_units(decoder, unit)
+        error = squared_error(exact, share, *found)
+        if error < least:
+            best, least = found, error
+    return best
+
+
+def _in_units(decoder: Decoder, unit: float) -> Decoder:
+    """A decoder of codes and rows of size one, for those of the table."""
+    return Decoder(
+        decoder.projection,
+        decoder.inner / unit,
+        decoder.bias,
+        decoder.outer * unit,
+        decoder.mean * unit,
+    )
+
+
+def _solved(table: Tensor, weight: Tensor, codes: Tensor, decoder: Decoder) -> Decoder:
+    """The decoder whose last layer is the least-squares optimum, given codes and hidden layer."""
+    size, hidden = decoder.inner.shape
+    width = size + hidden + 1
+    left = torch.zeros(width, width, dtype=torch.float64)
+    right = torch.zeros(width, table.shape[1], dtype=torch.float64)
+    for begin in range(0, len(table), BLOCK):
+        block = slice(begin, begin + BLOCK)
+        bent = F.relu(codes[block] @ decoder.inner + decoder.bias)
+        ones = torch.ones(len(bent), 1)
+        read = torch.cat([codes[block], bent, ones], dim=1).double()  # (block, width)
+        weighed = read * weight[block].unsqueeze(1)
+        left += weighed.T @ read
+        right += weighed.T @ table[block].double()
+    # A hidden unit that no row wakes has an empty line: the damping keeps it solvable.
+    damping = DAMPING * left.diagonal().mean()
+    left.diagonal().add_(damping)
+    last = torch.linalg.solve(left, right).float()
+    return decoder._replace(projection=last[:size], outer=last[size:-1], mean=last[-1])
+
+
+def _trained(
+    table: Tensor,
+    weight: Tensor,
+    codes: Tensor,
+    decoder: Decoder,
+    steps: int,
+    generator: torch.Generator,
+) -> tuple[Tensor, Decoder]:
+    """Codes and decoder after some steps of Adam, whose rate falls to zero as a cosine.
+
+    A batch moves only the codes of its own rows, so a step costs the same whatever the rows are.
+    """
+    rows = len(table)
+    own = torch.nn.Embedding(rows, codes.shape[1], sparse=rows > BATCH, _weight=codes.clone())
+    leaves = [tensor.clone().requires_grad_(True) for tensor in decoder]
+    adam = torch.optim.SparseAdam if rows > BATCH else torch.optim.Adam
+    optimizers: list[torch.optim.Optimizer] = [
+        adam(own.parameters(), lr=CODE_RATE),
+        torch.optim.Adam(leaves, lr=DECODER_RATE),
+    ]
+    schedules = [
+        torch.optim.lr_scheduler.CosineAnnealingLR(each, T_max=max(steps, 1)) for each in optimizers
+    ]
+    order, read = torch.empty(0, dtype=torch.int64), 0
+    for _ in range(steps):
+        if read + min(rows, BATCH) > len(order):
+            order, read = torch.randperm(rows, generator=generator), 0
+        ids = order[read : read + BATCH]
+        read += len(ids)
+        gap = decode(own(ids), Decoder(*leaves)) - table[ids]
+        loss = (weight[ids].float() * gap.square().sum(dim=1)).mean()
+        for each in optimizers:
+            each.zero_grad(set_to_none=True)
+        torch.autograd.backward(loss)
+        for each, schedule in zip(optimizers, schedules, strict=True):
+            each.step()
+            schedule.step()
+    return own.weight.detach(), Decoder(*(leaf.detach() for leaf in leaves))
+
+
+@dataclass(frozen=True)
+class NeuralCodesComposition:
+    """The decoder's five tensors in float32, and part ``codes`` ``(rows, code)``."""
+
+    name: str = "neural_codes"
+    learned: tuple[str, ...] = Decoder._fields
+
+    def layout(self, rows: int, dim: int, settings: Mapping[str, Any]) -> dict[str, TensorSpec]:  # noqa: ARG002
+        size, hidden = settings["codes"], settings["hidden"]
+        shapes = ((size, dim), (size, hidden), (hidden,), (hidden, dim), (dim,))
+        return {
+            name: TensorSpec(shape, torch.float32, every=0)
+            for name, shape in zip(Decoder._fields, shapes, strict=True)
+        }
+
+    def parts(self, rows: int, dim: int, settings: Mapping[str, Any]) -> dict[str, PartSpec]:  # noqa: ARG002
+        return {"codes": PartSpec(rows, settings["codes"])}
+
+    def traffic(
+        self,
+        stored: Mapping[str, Tensor],  # noqa: ARG002
+        counts: Tensor,
+        settings: Mapping[str, Any],  # noqa: ARG002
+    ) -> dict[str, Tensor]:
+        return {"codes": counts}
+
+    def lookup(
+        self,
+        stored: Mapping[str, Tensor],
+        parts: Parts,
+        ids: Tensor,
+        settings: Mapping[str, Any],  # noqa: ARG002
+    ) -> Tensor:
+        return decode(parts["codes"](ids), Decoder(**stored))
+
+
+COMPOSITION: Composition = NeuralCodesComposition()
+
+
+class NeuralCodes(Frozen):
+    """Make embedding tables of short codes and a small network that decodes them."""
+
+    kind: Literal["neural_codes"] = "neural_codes"
+    tables: tuple[str, ...] = Field(
+        ("*",), description="Tables to compress: module names, with * for any characters."
+    )
+    min_rows: int = Field(1, ge=1, description="Tables with fewer rows stay as they are.")
+    codes: float = Field(
+        0.5, gt=0, description="Below 1: share of a table's width. From 1 on: numbers a row."
+    )
+    hidden: int = Field(
+        64,
+        ge=1,
+        description="Width of the decoder's hidden layer. It is narrower where a table is short: "
+        "the hidden layer takes at most a quarter of the numbers of the codes.",
+    )
+    steps: int = Field(
+        1000, ge=0, description="Training steps for each table, of 4096 rows at most."
+    )
+    weighted: bool = Field(
+        False,
+        description="Rows count by how often training looks them up, instead of all the same.",
+    )
+
+    @property
+    def needs(self) -> tuple[Part, ...]:
+        """Training rows, where they say which rows are looked up most."""
+        return ("train",) if self.weighted else ()
+
+    @property
+    def changes(self) -> Change:
+        """Each table it takes is made of a narrower one."""
+        return "parts"
+
+    def choose(self, model: Model, bench: Bench) -> dict[str, Choice]:  # noqa: ARG002
+        """Which tables become codes, and why the others stay."""
+        return self._designs(model)[0]
+
+    def apply(self, model: Model, bench: Bench) -> Model:
+        """Fit codes and a decoder to every chosen table."""
+        _, designs = self._designs(model)
+        weights = row_weights(model, bench, designs, weighted=self.weighted)
+
+        def fitted(name: str, table: Tensor, made: Design) -> FittedParts:
+            size, hidden = made.settings["codes"], made.settings["hidden"]
+            codes, decoder = fit(table, weights[name], size, hidden, self.steps, bench.seed)
+            return FittedParts(decoder._asdict(), {"codes": codes})
+
+        return recompose(model, designs, fitted)
+
+    def dry_run(self, model: Model, bench: Bench) -> Model:  # noqa: ARG002
+        """Every chosen table over placeholders."""
+        return dry_run_composed(model, self._designs(model)[1])
+
+    def _designs(self, model: Model) -> tuple[dict[str, Choice], dict[str, Design]]:
+        def shaped(rows: int, dim: int) -> Design | str:
+            size = share_or_number(self.codes, dim)
+            hidden = min(self.hidden, int(MOST_SHARE * rows * size) // (size + 1 + dim))
+            if hidden < 1:
+                return f"{rows} x {dim} is too short for a decoder of codes of {size}"
+            reason = f"{dim} -> {size} numbers a row, {hidden} hidden"
+            return Design(COMPOSITION, {"codes": size, "hidden": hidden}, reason)
+
+        return choose_composed(model, self.tables, self.min_rows, self.kind, shaped)

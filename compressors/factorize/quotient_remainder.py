@@ -1,0 +1,276 @@
+"""Embedding tables as two short ones: a row for an id's quotient and one for its remainder.
+
+Row ``id`` is ``quotient[id // m]`` plus or times ``remainder[id % m]``, so ``rows`` rows become
+``ceil(rows / m) + m``, fewest at ``m = sqrt(rows)``.
+
+Paper: Shi et al. 2019, https://arxiv.org/abs/1909.02107 (compositional embeddings, section 2).
+Differs: there both tables are trained from scratch, and rows find their place while they learn;
+here they are fitted to the rows of a trained table by least squares, rows weighted by their
+lookups if so ordered. Ids of a trained table are numbers in any order, so rows that share a
+quotient or a remainder are not alike, and the fit is far from them wherever few rows are left.
+Sorting alike rows together would need a map of ids, 4 bytes a row: no shorter than 4 bits of a row
+of 8 numbers.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from compressors.contracts import Bench, Change, Frozen, Part
+from compressors.core.composition_steps import (
+    FittedParts,
+    choose_composed,
+    dry_run_composed,
+    recompose,
+    row_weights,
+    share_or_number,
+)
+from compressors.core.model import Model
+from compressors.core.modules.composed import Composition, Design, Parts, PartSpec, gathered
+from compressors.core.modules.formats import TensorSpec
+from compressors.core.units import Choice
+
+Operation = Literal["add", "multiply"]
+ROUNDS, ENOUGH = 100, 1e-6  # of alternating least squares: at most, and the gain worth another
+
+
+@torch.library.custom_op("recpress::divided_by", mutates_args=())
+def divided_by(ids: Tensor, divisor: int) -> Tensor:
+    """Ids int64 ``(*)``, not negative, over a number, rounded down.
+
+    An operator of its own, because torch's floor division is written down as eight nodes, and its
+    truncating one goes through float32, which has no whole numbers beyond 2^24.
+    """
+    return torch.div(ids, divisor, rounding_mode="floor")
+
+
+@divided_by.register_fake
+def _(ids: Tensor, divisor: int) -> Tensor:  # noqa: ARG001
+    return torch.empty_like(ids)
+
+
+def fit_sum(table: Tensor, weight: Tensor, buckets: int) -> tuple[Tensor, Tensor]:
+    """The two tables whose rows add up to those of a table best: the least-squares optimum.
+
+    The normal equations of the longer table are diagonal given the shorter one, so only a matrix
+    of the shorter one's rows is solved (the Schur complement), at most ``sqrt(rows)`` of them.
+    A row may be moved from all of one table to all of the other: they share the mean evenly.
+
+    Args:
+        table: float, ``(rows, dim)``.
+        weight: how much each row's squared error counts, ``(rows,)``, all positive.
+        buckets: m, at most ``rows``.
+
+    Returns:
+        ``quotient`` ``(ceil(rows / m), dim)`` and ``remainder`` ``(m, dim)``, float32.
+    """
+    grid, sums, totals, held = _grids(table, weight, buckets)
+    # The shorter side is solved for, the longer one follows from it.
+    short, long = (1, 0) if buckets <= grid.shape[0] else (0, 1)
+    across = grid if short else grid.T  # (long, short)
+    scaled = across / held[long].unsqueeze(1)
+    left = torch.diag(held[short]) - across.T @ scaled  # (short, short), of rank one less
+    right = totals[short] - scaled.T @ totals[long]  # (short, dim)
+    # Every row of ``left`` adds up to zero: fixing the sum of the solution makes it unique.
+    gauge = held[short].mean()
+    first = torch.linalg.solve(left + gauge / len(left), right)  # (short, dim)
+    second = (totals[long] - across @ first) / held[long].unsqueeze(1)
+    shift = (sums / held[0].sum()) / 2 - first.mean(dim=0)
+    first, second = first + shift, second - shift
+    quotient, remainder = (second, first) if short else (first, second)
+    return quotient.float(), remainder.float()
+
+
+def fit_product(
+    table: Tensor, weight: Tensor, buckets: int, rounds: int = ROUNDS
+) -> tuple[Tensor, Tensor]:
+    """Two tables whose rows, multiplied, are near those of a table: alternating least squares.
+
+    Each half round is exact given the other table, so the error never grows; where it ends need
+    not be the best there is. A copy of the table in float64 is held meanwhile.
+
+    Args:
+        table: float, ``(rows, dim)``.
+        weight: how much each row's squared error counts, ``(rows,)``, all positive.
+        buckets: m, at most ``rows``.
+        rounds: at most; it ends sooner where a round wins next to nothing.
+
+    Returns:
+        ``quotient`` ``(ceil(rows / m), dim)`` and ``remainder`` ``(m, dim)``, float32.
+    """
+    rows, dim = table.shape
+    quotients = -(-rows // buckets)
+    grid = torch.zeros(quotients * buckets, dtype=torch.float64)
+    grid[:rows] = weight
+    grid = grid.reshape(quotients, buckets)
+    weighed = torch.zeros(dim, quotients * buckets, dtype=torch.float64)
+    weighed[:, :rows] = (table.double() * weight.double().unsqueeze(1)).T
+    weighed = weighed.reshape(dim, quotients, buckets)
+    noise = torch.randn(buckets, dim, generator=torch.Generator().manual_seed(0))
+    # Not all alike, so that a dimension whose rows add up to nothing has somewhere to go.
+    remainder = 1 + 0.1 * noise.double()
+    explained = 0.0
+    for _ in range(rounds):
+        quotient, _ = _given(weighed, grid, remainder)
+        remainder, now = _given(weighed.mT, grid.T, quotient)
+        if now - explained <= ENOUGH * now:
+            break
+        explained = now
+    # Each dimension may be larger in one table and smaller in the other: they share it evenly.
+    size = [side.square().mean(dim=0).sqrt() for side in (quotient, remainder)]
+    even = torch.where(size[0] * size[1] > 0, size[1] / size[0], 1.0).sqrt()
+    return (quotient * even).float(), (remainder / even).float()
+
+
+def _given(weighed: Tensor, grid: Tensor, other: Tensor) -> tuple[Tensor, float]:
+    """One side's best rows given the other's.
+
+    Args:
+        weighed: weight times number of every row, ``(dim, side, other side)``.
+        grid: the weights, ``(side, other side)``.
+        other: the rows of the other side, ``(other side, dim)``.
+
+    Returns:
+        ``(side, dim)``, and how much of the table's weighted squares the product explains.
+    """
+    top = torch.bmm(weighed, other.T.unsqueeze(2)).squeeze(2).T  # (side, dim)
+    low = grid @ other.square()
+    best = torch.where(low > 0, top / low, 0.0)
+    return best, float((best * top).sum())
+
+
+def _grids(
+    table: Tensor, weight: Tensor, buckets: int
+) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    """What the normal equations are made of.
+
+    Returns:
+        The weights as a grid ``(quotients, m)``, the weighted sum of all rows ``(dim,)``, and for
+        each side its weighted sums of rows ``(side, dim)`` and of weights ``(side,)``.
+    """
+    rows, dim = table.shape
+    quotients = -(-rows // buckets)
+    share = weight.double()
+    weighed = table.double() * share.unsqueeze(1)
+    ids = torch.arange(rows)
+    totals = (
+        torch.zeros(quotients, dim, dtype=torch.float64).index_add_(0, ids // buckets, weighed),
+        torch.zeros(buckets, dim, dtype=torch.float64).index_add_(0, ids % buckets, weighed),
+    )
+    grid = torch.zeros(quotients * buckets, dtype=torch.float64)
+    grid[:rows] = share
+    grid = grid.reshape(quotients, buckets)
+    return grid, weighed.sum(dim=0), totals, (grid.sum(dim=1), grid.sum(dim=0))
+
+
+@dataclass(frozen=True)
+class QuotientRemainderComposition:
+    """Parts ``quotient`` ``(ceil(rows / m), dim)`` and ``remainder`` ``(m, dim)``, nothing else."""
+
+    name: str = "quotient_remainder"
+    learned: tuple[str, ...] = ()
+
+    def layout(self, rows: int, dim: int, settings: Mapping[str, Any]) -> dict[str, TensorSpec]:  # noqa: ARG002
+        return {}
+
+    def parts(self, rows: int, dim: int, settings: Mapping[str, Any]) -> dict[str, PartSpec]:
+        buckets = settings["buckets"]
+        return {
+            "quotient": PartSpec(-(-rows // buckets), dim),
+            "remainder": PartSpec(buckets, dim),
+        }
+
+    def traffic(
+        self,
+        stored: Mapping[str, Tensor],  # noqa: ARG002
+        counts: Tensor,
+        settings: Mapping[str, Any],
+    ) -> dict[str, Tensor]:
+        ids, buckets = torch.arange(len(counts)), settings["buckets"]
+        quotients = -(-len(counts) // buckets)
+        return {
+            "quotient": gathered(counts, ids // buckets, quotients),
+            "remainder": gathered(counts, ids % buckets, buckets),
+        }
+
+    def lookup(
+        self,
+        stored: Mapping[str, Tensor],  # noqa: ARG002
+        parts: Parts,
+        ids: Tensor,
+        settings: Mapping[str, Any],
+    ) -> Tensor:
+        whole, buckets = ids.long(), settings["buckets"]
+        first: Tensor = parts["quotient"](torch.ops.recpress.divided_by(whole, buckets))
+        second: Tensor = parts["remainder"](whole % buckets)
+        return first + second if settings["operation"] == "add" else first * second
+
+
+COMPOSITION: Composition = QuotientRemainderComposition()
+
+
+class QuotientRemainder(Frozen):
+    """Make embedding tables of two short ones, for quotients and remainders of ids."""
+
+    kind: Literal["quotient_remainder"] = "quotient_remainder"
+    tables: tuple[str, ...] = Field(
+        ("*",), description="Tables to compress: module names, with * for any characters."
+    )
+    min_rows: int = Field(1, ge=1, description="Tables with fewer rows stay as they are.")
+    buckets: float = Field(
+        0,
+        ge=0,
+        description="How many remainders there are. 0: the square root of a table's rows, which "
+        "gives the fewest bytes. Below 1: share of a table's rows. From 1 on: a number.",
+    )
+    operation: Operation = Field(
+        "add", description="How the two rows of an id become one, number by number."
+    )
+    weighted: bool = Field(
+        False,
+        description="Rows count by how often training looks them up, instead of all the same.",
+    )
+
+    @property
+    def needs(self) -> tuple[Part, ...]:
+        """Training rows, where they say which rows are looked up most."""
+        return ("train",) if self.weighted else ()
+
+    @property
+    def changes(self) -> Change:
+        """Each table it takes is made of two short ones."""
+        return "parts"
+
+    def choose(self, model: Model, bench: Bench) -> dict[str, Choice]:  # noqa: ARG002
+        """Which tables become two short ones, and why the others stay."""
+        return self._designs(model)[0]
+
+    def apply(self, model: Model, bench: Bench) -> Model:
+        """Fit two short tables to every chosen one."""
+        _, designs = self._designs(model)
+        weights = row_weights(model, bench, designs, weighted=self.weighted)
+        solve = fit_sum if self.operation == "add" else fit_product
+
+        def fit(name: str, table: Tensor, made: Design) -> FittedParts:
+            quotient, remainder = solve(table, weights[name], made.settings["buckets"])
+            return FittedParts({}, {"quotient": quotient, "remainder": remainder})
+
+        return recompose(model, designs, fit)
+
+    def dry_run(self, model: Model, bench: Bench) -> Model:  # noqa: ARG002
+        """Every chosen table over placeholders."""
+        return dry_run_composed(model, self._designs(model)[1])
+
+    def _designs(self, model: Model) -> tuple[dict[str, Choice], dict[str, Design]]:
+        def shaped(rows: int, dim: int) -> Design | str:  # noqa: ARG001
+            buckets = share_or_number(self.buckets or max(1.0, round(rows**0.5)), rows)
+            settings = {"buckets": buckets, "operation": self.operation}
+            done = {"add": "added", "multiply": "multiplied"}[self.operation]
+            short = f"{-(-rows // buckets)} and {buckets} rows"
+            return Design(COMPOSITION, settings, f"{short}, {done}")
+
+        return choose_composed(model, self.tables, self.min_rows, self.kind, shaped)

@@ -1,0 +1,211 @@
+"""Tables that every request reads once, looked up together.
+
+At a batch of one a graph's time is the number of its operators. A lookup in a packed table takes
+about ten, for each table; tables that are stored alike can lie in one, one below the other, and
+take ten for all. What a group of inputs shares is their table's format, settings and width, and
+their policy for ids out of range.
+
+The network itself is left as it is: it is called with the rows in place of the ids, and its tables
+hand them on. That is only the same if the network reads such an input in its table alone. So it is
+tried with inputs that nothing but the table can read, and the answers are compared, bit for bit.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from compressors.contracts import IdInput, Signature, is_out_of_memory
+from compressors.core.batches import example
+from compressors.core.modules.formats import PackedTable
+from compressors.core.units import private_copy, swap
+from compressors.lower.merged_codebooks import codes_of, merge_tables
+
+MOST_BYTES = 2**28
+"""Of a group: its tables are copied into one, and where they are large a lookup's time is memory's.
+"""
+TRIED_ROWS = 64
+
+
+@dataclass(frozen=True)
+class TableGroup:
+    """Inputs of one column whose tables are stored alike, in the order of the signature."""
+
+    inputs: tuple[IdInput, ...]
+    tables: tuple[PackedTable, ...]
+
+
+class MergedTable(nn.Module):
+    """One table that holds those of a group one below the other."""
+
+    first: Tensor
+    last: Tensor
+    instead: Tensor
+
+    def __init__(self, group: TableGroup, rows_of_table: dict[str, int]) -> None:
+        super().__init__()
+        self.names = tuple(item.name for item in group.inputs)
+        self.label = ", ".join(item.table for item in group.inputs)
+        self.policy = group.inputs[0].out_of_range
+        rows = [rows_of_table[item.table] for item in group.inputs]
+        dtype = getattr(torch, group.inputs[0].dtype)
+        begins = torch.tensor([0, *rows[:-1]]).cumsum(0)
+        for name, values in (
+            ("first", begins),
+            ("last", torch.tensor(rows) - 1),
+            ("instead", torch.tensor([item.default_row for item in group.inputs])),
+        ):
+            self.register_buffer(name, values.to(dtype), persistent=False)  # (inputs,)
+        self.table = _stacked(group.tables)
+        self.dim = group.tables[0].dim
+
+    def forward(self, given: Sequence[Tensor]) -> tuple[list[Tensor], Tensor | None]:
+        """Rows of every input, float32 ``(rows, dim)`` each, and which rows of a request to refuse.
+
+        Args:
+            given: ids by input, ``(rows,)`` each.
+        """
+        ids: Tensor = torch.ops.recpress.ids_beside(list(given))  # (rows, inputs)
+        inside = torch.minimum(torch.maximum(ids, torch.zeros_like(self.last)), self.last)
+        refused = None
+        if self.policy != "clamp":
+            outside = inside != ids
+            if self.policy == "default_row":
+                inside = torch.where(outside, self.instead, ids)
+            else:  # as numbers: not every target reduces booleans
+                refused = outside.to(torch.float32).sum(dim=1) > 0
+        found: Tensor = self.table(inside + self.first)  # (rows, inputs, dim)
+        flat: Tensor = torch.ops.recpress.rows_beside(found)  # (rows, inputs * dim)
+        return list(torch.split(flat, self.dim, dim=1)), refused
+
+
+@torch.library.custom_op("recpress::ids_beside", mutates_args=())
+def join_ids(ids: list[Tensor]) -> Tensor:
+    """Ids of several inputs, ``(rows,)`` each, as ``(rows, inputs)``."""
+    return torch.stack(ids, dim=1)
+
+
+@join_ids.register_fake
+def _(ids: list[Tensor]) -> Tensor:
+    return ids[0].new_empty((ids[0].shape[0], len(ids)))
+
+
+@torch.library.custom_op("recpress::rows_beside", mutates_args=())
+def join_rows(rows: Tensor) -> Tensor:
+    """Rows ``(rows, inputs, dim)`` side by side, ``(rows, inputs * dim)``."""
+    return rows.flatten(1).clone()
+
+
+@join_rows.register_fake
+def _(rows: Tensor) -> Tensor:
+    return rows.new_empty((rows.shape[0], rows.shape[1] * rows.shape[2]))
+
+
+def table_groups(
+    model: nn.Module, part: nn.Module, signature: Signature, rows_of_table: dict[str, int]
+) -> list[TableGroup]:
+    """Inputs whose tables can be looked up together.
+
+    Args:
+        model: in evaluation mode, bags rewritten.
+        part: what of it a graph runs.
+        signature: with the inputs of this graph only.
+        rows_of_table: by table.
+    """
+    held = {name: module for name, module in model.named_modules() if module is part}
+    path = next(iter(held))
+    asked = [item for item in signature.inputs if isinstance(item, IdInput) and not item.shape]
+    read = [item.table for item in signature.inputs if hasattr(item, "table")]
+    alike: dict[Any, list[tuple[IdInput, PackedTable]]] = {}
+    for item in asked:
+        table = model.get_submodule(item.table)
+        if isinstance(table, PackedTable) and _by_rows(table) and read.count(item.table) == 1:
+            settings = tuple(sorted(table.settings.items()))
+            books = tuple(table.get_buffer("codebook").shape) if codes_of(table) else None
+            key = (table.storage.name, table.dim, settings, books, item.dtype, item.out_of_range)
+            alike.setdefault(key, []).append((item, table))
+    return [
+        group
+        for members in alike.values()
+        if len(members) > 1
+        and sum(table.get_buffer(n).nbytes for _, table in members for n in _names(table))
+        <= MOST_BYTES
+        and _same(
+            model, path, signature, rows_of_table, group := TableGroup(*zip(*members, strict=True))
+        )
+    ]
+
+
+def with_merged_tables(
+    model: nn.Module, found: Sequence[TableGroup], stand_in: type[nn.Module] = nn.Identity
+) -> nn.Module:
+    """The network whose tables of some groups are handed their rows, and give those out."""
+    copied = private_copy(model)
+    for group in found:
+        for item in group.inputs:
+            swap(copied, item.table, stand_in())
+    return copied
+
+
+def _by_rows(table: PackedTable) -> bool:
+    """Whether tables can lie below one another: each entry is for one row, or of a codebook."""
+    laid = table.storage.layout(table.rows, table.dim, table.settings)
+    return codes_of(table) is not None or all(spec.every == 1 for spec in laid.values())
+
+
+def _names(table: nn.Module) -> tuple[str, ...]:
+    return tuple(name for name, _ in table.named_buffers())
+
+
+def _stacked(tables: Sequence[PackedTable]) -> PackedTable:
+    first = tables[0]
+    stored = {
+        name: torch.cat([table.get_buffer(name) for table in tables]) for name in _names(first)
+    }
+    if codes_of(first) is not None:
+        return merge_tables(tables, stored)
+    rows = sum(table.rows for table in tables)
+    return PackedTable(first.storage, rows, first.dim, first.settings, stored)
+
+
+@torch.no_grad()
+def _same(
+    model: nn.Module,
+    path: str,
+    signature: Signature,
+    rows_of_table: dict[str, int],
+    group: TableGroup,
+) -> bool:
+    """Whether the network answers the same when its tables alone can read a group's inputs."""
+    inputs = example(signature, rows_of_table, TRIED_ROWS)
+    expected = model.get_submodule(path)(**inputs)
+    rows, _ = MergedTable(group, rows_of_table)([inputs[item.name] for item in group.inputs])
+    sealed = {item.name: _Sealed(row) for item, row in zip(group.inputs, rows, strict=True)}
+    opened = with_merged_tables(model, [group], _Opening)
+    try:
+        found = opened.get_submodule(path)(**{**inputs, **sealed})
+    except (
+        Exception
+    ) as fault:  # whatever a network does with its ids besides a lookup, it cannot do here
+        if is_out_of_memory(fault):
+            raise
+        return False
+    return bool(torch.equal(found, expected))
+
+
+@dataclass(frozen=True)
+class _Sealed:
+    """Rows that only ``_Opening`` gets at: no operator takes this for a tensor."""
+
+    rows: Tensor
+
+
+class _Opening(nn.Module):
+    """A table's placeholder, which gives out sealed rows and takes nothing else."""
+
+    def forward(self, input: _Sealed) -> Tensor:  # noqa: A002 - torch's own name for the ids
+        if not isinstance(input, _Sealed):
+            raise TypeError(f"rows that were looked up together; found {type(input).__name__}")
+        return input.rows

@@ -1,0 +1,200 @@
+"""How well vectors find what people went for: a full ranking of the catalogue for every query.
+
+No sampled negatives: a query's score of every item counts, except for items it is known to have
+had before, which are hidden. Scores are made for some queries at a time, so memory does not grow
+with them.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import ArrayLike, NDArray
+
+from compressors.errors.compression import CompressionError
+from compressors.metrics.point_estimates import Floats
+
+Ints = NDArray[np.int64]
+Float32s = NDArray[np.float32]
+
+DEPTH = 20
+SCORES_AT_ONCE = 2**24
+"""Scores of queries and items held at the same time: 64 MiB."""
+
+
+@dataclass(frozen=True)
+class Interactions:
+    """Who went for what: ``query`` and ``item`` int ``(rows,)``, ``label`` above 0 if they did."""
+
+    query: ArrayLike
+    item: ArrayLike
+    label: ArrayLike
+
+    def positive(self) -> tuple[Ints, Ints]:
+        """Queries and items of the rows that count."""
+        counts = np.asarray(self.label) > 0
+        return np.asarray(self.query)[counts], np.asarray(self.item)[counts]
+
+
+@dataclass(frozen=True)
+class RankingQueries:
+    """What is asked of a ranking.
+
+    ``query`` int64 ``(queries,)``, sorted, and ``row``, the first row of each in the test data.
+    ``wanted`` and ``hidden`` are sorted int64 ``(pairs,)``: the query's number here times
+    ``items``, plus the item's place in the catalogue. No pair is in both.
+    """
+
+    query: Ints
+    row: Ints
+    wanted: Ints
+    hidden: Ints
+    items: int
+
+
+def ranking_queries(
+    test: Interactions, seen: Iterable[Interactions], catalogue: ArrayLike
+) -> RankingQueries:
+    """What test rows ask, and what must be hidden from whom.
+
+    Args:
+        test: the test interactions.
+        seen: interactions that came before; their items are hidden from the same query. An item
+            that is asked for although it was seen before is not counted: it cannot be found.
+        catalogue: the id of every item, ``(items,)``, each once.
+
+    Returns:
+        The queries that ask for anything new.
+
+    Raises:
+        CompressionError: a test item is not in the catalogue, or no query asks for anything new.
+    """
+    ids = np.asarray(catalogue)
+    people, things = test.positive()
+    queries = np.unique(people)
+    wanted = _pairs(people, things, queries, ids)
+    if wanted.size < np.unique(np.stack([people, things]), axis=1).shape[1]:
+        raise CompressionError("Some test items are not in the catalogue, so none can find them.")
+    hidden = np.unique(
+        np.concatenate(
+            [np.empty(0, np.int64)] + [_pairs(*part.positive(), queries, ids) for part in seen]
+        )
+    )
+    wanted = np.setdiff1d(wanted, hidden, assume_unique=True)
+    if not wanted.size:
+        raise CompressionError(
+            "No test row asks for an item that the same query did not have before, so there is "
+            "nothing to find. Look at the group column, which says who asks, and at the splits."
+        )
+    # Numbered anew without the queries that ask for nothing.
+    asking = np.unique(wanted // ids.size)
+    number = np.full(queries.size, -1)
+    number[asking] = np.arange(asking.size)
+
+    def renumbered(pairs: Ints) -> Ints:
+        owner = number[pairs // ids.size]
+        kept: Ints = (owner * ids.size + pairs % ids.size)[owner >= 0]
+        return kept
+
+    everyone, first = np.unique(np.asarray(test.query), return_index=True)
+    kept = queries[asking]
+    row = first[np.searchsorted(everyone, kept)]
+    return RankingQueries(kept, row, renumbered(wanted), renumbered(hidden), ids.size)
+
+
+def recall_and_ndcg(
+    query: Float32s, item: Float32s, what: RankingQueries, k: int = DEPTH
+) -> tuple[Floats, Floats]:
+    """Recall and NDCG of the first ``k`` places, of every query.
+
+    Args:
+        query: a vector a query that asks, float32 ``(queries, dim)``, in the order of ``what``.
+        item: a vector an item, float32 ``(items, dim)``, in the order of the catalogue.
+        what: wanted and hidden pairs.
+        k: how many places are read.
+
+    Returns:
+        Recall float64 ``(queries,)``: the share of a query's wanted items among the first ``k``.
+        NDCG float64 ``(queries,)``: their gains of 1, discounted by ``1 / log2(place + 1)`` with
+        places from 1, over those of the best ranking there is. Items of equal score share what
+        their places give, which is the mean over all orders of them.
+
+    Raises:
+        CompressionError: ``k`` below 1, shapes that do not fit, or a number that is not finite.
+
+    Memory: 64 MiB of scores, or one query's where that is more.
+    """
+    _check(query, item, what, k)
+    discount = np.concatenate([[0.0], np.cumsum(1 / np.log2(np.arange(k) + 2))])  # of k places
+    owner, hits = what.wanted // what.items, np.empty(what.wanted.size)
+    gains = np.empty(what.wanted.size)
+    across = torch.from_numpy(np.ascontiguousarray(item.T))  # (dim, items)
+    step = max(1, SCORES_AT_ONCE // what.items)
+    for begin in range(0, what.query.size, step):
+        end = min(begin + step, what.query.size)
+        scores = torch.from_numpy(query[begin:end]) @ across  # (some queries, items)
+        flat = scores.view(-1)
+        edges = np.array([begin, end]) * what.items
+        hidden = what.hidden[slice(*np.searchsorted(what.hidden, edges))] - edges[0]
+        flat[torch.from_numpy(hidden)] = -torch.inf
+        here = slice(*np.searchsorted(what.wanted, edges))
+        above, equal = _places(scores, what.wanted[here] - edges[0], k)
+        last = np.minimum(above + equal, k)
+        hits[here] = np.maximum(last - above, 0) / equal
+        gains[here] = (discount[last] - discount[np.minimum(above, last)]) / equal
+    wanted = np.bincount(owner, minlength=what.query.size)
+    recall = np.bincount(owner, weights=hits, minlength=what.query.size) / wanted
+    gain = np.bincount(owner, weights=gains, minlength=what.query.size)
+    return recall, gain / discount[np.minimum(wanted, k)]
+
+
+def _places(scores: torch.Tensor, wanted: Ints, k: int) -> tuple[Ints, Ints]:
+    """How many items stand above each wanted one, and how many are its equals, itself included.
+
+    Beyond place ``k`` both are only known to be beyond: ``k`` above, one equal.
+    """
+    items = scores.shape[1]
+    top = scores.topk(min(k, items), dim=1).values  # (queries, k), best first
+    least = top[:, -1:]  # (queries, 1)
+    ties = (scores == least).sum(dim=1)  # (queries,)
+    pair = torch.from_numpy(wanted)
+    owner, own = pair // items, scores.view(-1)[pair].unsqueeze(1)  # (pairs, 1)
+    mine = top[owner]  # (pairs, k)
+    above, equal = (mine > own).sum(dim=1), (mine == own).sum(dim=1)
+    at_least = (own == least[owner]).squeeze(1)
+    equal = torch.where(at_least, ties[owner], equal)
+    beyond = (own < least[owner]).squeeze(1)
+    above, equal = above.masked_fill(beyond, k), equal.masked_fill(beyond, 1)
+    return above.numpy(), equal.numpy()
+
+
+def _pairs(people: Ints, things: Ints, queries: Ints, catalogue: Ints) -> Ints:
+    """Pairs of a query and a place in the catalogue as single numbers, each once, sorted."""
+    order = np.argsort(catalogue)
+    place = order[np.searchsorted(catalogue, things, sorter=order).clip(max=catalogue.size - 1)]
+    number = np.searchsorted(queries, people).clip(max=queries.size - 1)
+    known = (catalogue[place] == things) & (queries[number] == people)
+    pairs: Ints = np.unique(number[known].astype(np.int64) * catalogue.size + place[known])
+    return pairs
+
+
+def _check(query: Float32s, item: Float32s, what: RankingQueries, k: int) -> None:
+    if k < 1:
+        raise CompressionError(f"a ranking is read to a depth of at least 1; got {k}.")
+    shapes: Sequence[tuple[str, Float32s, int]] = (
+        ("query", query, what.query.size),
+        ("item", item, what.items),
+    )
+    for name, vectors, count in shapes:
+        if vectors.ndim != 2 or len(vectors) != count or vectors.shape[1] != item.shape[1]:
+            raise CompressionError(
+                f"a ranking needs {count} {name} vectors of one length; found {vectors.shape}."
+            )
+        broken = ~np.isfinite(vectors).all(axis=1)
+        if broken.any():
+            raise CompressionError(
+                f"{int(broken.sum())} of {count} {name} vectors hold NaN or infinity, the first is "
+                f"number {int(np.flatnonzero(broken)[0])}: an id or a list outside what its inputs "
+                f"declare, or an overflow."
+            )

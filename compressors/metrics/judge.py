@@ -1,0 +1,434 @@
+"""Limits against measured numbers: accepted, rejected, or undecided, with the reason in words.
+
+A limit is judged on the bound of its interval, not on the point: accepted if the whole 95 %
+interval is inside the limit, rejected if all of it is outside, undecided between. Exact numbers
+(bytes) have an interval of width 0 and are never undecided. A number exactly at the limit is
+inside.
+"""
+
+import math
+from typing import Literal, Self
+
+from pydantic import model_validator
+
+from compressors.contracts import (
+    SCORE_CHANGE,
+    Estimate,
+    Frozen,
+    Judgement,
+    Limit,
+    Outcome,
+    ScoreUnit,
+    TargetKind,
+    Verdict,
+)
+from compressors.errors.compression import CompressionError
+from compressors.metrics.intervals import PairedEstimate
+
+Against = Literal["absolute", "baseline", "champion"]
+
+MOST_SHRINKING = 1000.0
+"""An interval that must shrink more than this (a million times the rows) is left undecided."""
+
+_QUALITY = {
+    "auc": "AUC",
+    "gauc": "GAUC",
+    "ndcg@10": "NDCG@10",
+    "recall@20": "Recall@20",
+    "ndcg@20": "NDCG@20",
+    "logloss": "log loss",
+    "normalized_entropy": "normalized entropy",
+    "score_correlation": "score correlation",
+    "mean_score_change": "mean score change",
+    "max_score_change": "largest score change",
+    "changed_top1": "share of changed top-1",
+    "top20_overlap": "overlap of the top 20",
+}
+
+SCORE_UNITS: dict[ScoreUnit, str] = {
+    "probability": "probability",
+    "spread": "standard deviations of the baseline's scores",
+}
+LEAST_CORRELATION = 0.99
+LARGEST_CHANGE: dict[ScoreUnit, float] = {"probability": 0.1, "spread": 1.0}
+"""Score changes beyond these are worth a warning if no limit covers score changes."""
+
+
+class Number(Frozen):
+    """One measured number, named as a ``Limit`` names it.
+
+    ``absolute`` is the candidate's own number; ``baseline`` and ``champion`` are the difference
+    to that model for quality and the ratio to it for bytes and latency.
+    """
+
+    metric: str
+    against: Against
+    estimate: Estimate
+
+    def __str__(self) -> str:
+        return self.metric if self.against == "absolute" else f"{self.metric} vs {self.against}"
+
+
+class Measured(Frozen):
+    """All numbers of one target.
+
+    ``has_champion`` says whether there is a champion to compare with: without one a limit against
+    it holds, with one a missing number is an error. ``score_unit`` is the unit of mean and largest
+    score changes; None in measurements stored before there were any.
+    """
+
+    numbers: tuple[Number, ...]
+    has_champion: bool = False
+    score_unit: ScoreUnit | None = None
+
+    @model_validator(mode="after")
+    def _each_once(self) -> Self:
+        names = [str(number) for number in self.numbers]
+        repeated = sorted({name for name in names if names.count(name) > 1})
+        if repeated:
+            raise ValueError(f"measured more than once: {', '.join(repeated)}")
+        return self
+
+    def of(self, metric: str, against: Against) -> Estimate | None:
+        """The number a limit speaks about, or None."""
+        for number in self.numbers:
+            if (number.metric, number.against) == (metric, against):
+                return number.estimate
+        return None
+
+
+def quality_numbers(
+    metric: str, to_baseline: PairedEstimate, to_champion: PairedEstimate | None = None
+) -> tuple[Number, ...]:
+    """The candidate's own quality and its differences, from ``intervals.paired``."""
+    numbers = [
+        Number(metric=metric, against="absolute", estimate=to_baseline.candidate),
+        Number(metric=metric, against="baseline", estimate=to_baseline.difference),
+    ]
+    if to_champion is not None:
+        numbers.append(Number(metric=metric, against="champion", estimate=to_champion.difference))
+    return tuple(numbers)
+
+
+def byte_numbers(candidate: int, baseline: int, champion: int | None = None) -> tuple[Number, ...]:
+    """The candidate's bytes and its exact ratios.
+
+    Raises:
+        CompressionError: a size below 1 byte.
+    """
+    if min(candidate, baseline, baseline if champion is None else champion) < 1:
+        raise CompressionError(
+            f"sizes must be at least 1 byte; found candidate {candidate}, baseline {baseline}, "
+            f"champion {champion}."
+        )
+    numbers = [
+        Number(metric="bytes", against="absolute", estimate=exact(candidate)),
+        Number(metric="bytes", against="baseline", estimate=exact(candidate / baseline)),
+    ]
+    if champion is not None:
+        ratio = exact(candidate / champion)
+        numbers.append(Number(metric="bytes", against="champion", estimate=ratio))
+    return tuple(numbers)
+
+
+def latency_numbers(
+    metric: str, candidate: Estimate, to_baseline: Estimate, to_champion: Estimate | None = None
+) -> tuple[Number, ...]:
+    """A latency such as ``p99_ms@64``: in ms from ``intervals.latency``, and its ratios."""
+    numbers = [
+        Number(metric=metric, against="absolute", estimate=candidate),
+        Number(metric=metric, against="baseline", estimate=to_baseline),
+    ]
+    if to_champion is not None:
+        numbers.append(Number(metric=metric, against="champion", estimate=to_champion))
+    return tuple(numbers)
+
+
+def exact(value: float) -> Estimate:
+    """A number that would be the same on any other measurement."""
+    return Estimate(point=value, low=value, high=value)
+
+
+def judge(limits: tuple[Limit, ...], measured: Measured) -> tuple[Judgement, ...]:
+    """Judge every limit, in the order given.
+
+    Args:
+        limits: what was promised.
+        measured: the numbers of one target.
+
+    Returns:
+        One judgement a limit. ``rows_to_decide`` is set where a limit on quality is undecided: the
+        rows of test data at which the interval, shrinking with the root of the rows around
+        the same point, would no longer contain the limit. Where rows belong to groups,
+        ``groups_to_decide`` is set too: the interval shrinks with the root of the groups, so the
+        rows must come from new groups. A larger test set moves the point too, so this is an order
+        of magnitude, not a promise.
+
+    Raises:
+        CompressionError: no limits; a limit on a number that was not measured (a champion that
+            does not exist yet excepted: that limit holds); NaN or infinity in any number or limit.
+    """
+    _require_limits(limits)
+    for number in measured.numbers:
+        _refuse_broken(str(number), number.estimate)
+    return tuple(_judge_one(limit, measured) for limit in limits)
+
+
+def verdict(
+    target: TargetKind, limits: tuple[Limit, ...], measured: Measured | None, built: bool
+) -> Verdict:
+    """Say what the gate thinks of one target.
+
+    Args:
+        target: where the result is served.
+        limits: what was promised; the same for every target of an order.
+        measured: its numbers, or None if it could not run on this machine.
+        built: whether it was built and passed its audit. A target that was not is rejected;
+            a flow that does not require the target leaves it out instead.
+
+    Returns:
+        ``rejected`` if any limit is, else ``undecided`` if any is, else ``accepted``;
+        ``built-unmeasured`` for a built target without numbers.
+
+    Raises:
+        CompressionError: as ``judge``, and for numbers of a target that was not built.
+    """
+    _require_limits(limits)
+    if measured is None:
+        if built:
+            reason = "built and audited, but it cannot run on this machine: nothing was measured"
+            return Verdict(target=target, outcome="built-unmeasured", reason=reason)
+        reason = "not built, or its audit failed: there is nothing to serve"
+        return Verdict(target=target, outcome="rejected", reason=reason)
+    if not built:
+        raise CompressionError(
+            f"{target} was measured but is marked as not built; one of the two is wrong."
+        )
+    judgements = judge(limits, measured)
+    warning = score_warning(limits, measured)
+    for outcome in ("rejected", "undecided"):
+        reasons = [item.reason for item in judgements if item.outcome == outcome]
+        if reasons:
+            reason = "; ".join([*reasons, *warning])
+            return Verdict(target=target, outcome=outcome, judgements=judgements, reason=reason)
+    held = "the one limit holds" if len(limits) == 1 else f"all {len(limits)} limits hold"
+    reason = "; ".join([held, *score_summary(measured), *warning])
+    return Verdict(target=target, outcome="accepted", judgements=judgements, reason=reason)
+
+
+def score_summary(measured: Measured) -> list[str]:
+    """One sentence about how much the scores changed; nothing where it was not measured."""
+    found = {metric: measured.of(metric, "absolute") for metric in SCORE_CHANGE}
+    correlation, mean, most = (found[metric] for metric in SCORE_CHANGE[:3])
+    if correlation is None or mean is None or most is None:
+        return []
+    unit = "" if measured.score_unit is None else f" ({SCORE_UNITS[measured.score_unit]})"
+    parts = [
+        f"correlation {_floored(correlation.point)}",
+        f"mean change {mean.point:.2g}",
+        f"largest change {most.point:.2g}{unit}",
+    ]
+    top, overlap = found["changed_top1"], found["top20_overlap"]
+    if top is not None:
+        parts.append(f"another top-1 in {top.point:.1%} of {top.groups:,} groups")
+    if overlap is not None:
+        parts.append(f"top-20 overlap {overlap.point:.1%}")
+    return ["scores against the baseline: " + ", ".join(parts)]
+
+
+def score_warning(limits: tuple[Limit, ...], measured: Measured) -> list[str]:
+    """A warning about large score changes that no limit covers, else nothing."""
+    if any(limit.metric in SCORE_CHANGE for limit in limits):
+        return []
+    correlation = measured.of("score_correlation", "absolute")
+    most, unit = measured.of("max_score_change", "absolute"), measured.score_unit
+    found = []
+    if correlation is not None and correlation.point < LEAST_CORRELATION:
+        found.append(
+            f"the correlation with the baseline's scores is {_floored(correlation.point)}, below "
+            f"{LEAST_CORRELATION:g}"
+        )
+    if most is not None and unit is not None and most.point > LARGEST_CHANGE[unit]:
+        what = "a probability changes" if unit == "probability" else "a score changes"
+        more = "" if unit == "probability" else " standard deviations"
+        found.append(f"{what} by {most.point:.2g}{more}, more than {LARGEST_CHANGE[unit]:g}")
+    if not found:
+        return []
+    return [
+        f"warning: single scores change much ({'; '.join(found)}) and no limit covers that. Add "
+        f"max_score_change or score_correlation to the limits if single scores matter"
+    ]
+
+
+def _floored(correlation: float) -> str:
+    """A correlation that does not read as 1 unless it is 1."""
+    return f"{math.floor(correlation * 1e6) / 1e6:.6f}".rstrip("0").rstrip(".")
+
+
+def _judge_one(limit: Limit, measured: Measured) -> Judgement:
+    bound = _bound(limit)
+    estimate = measured.of(limit.metric, limit.against)
+    if estimate is None:
+        if limit.against == "champion" and not measured.has_champion:
+            reason = f"no champion yet: nothing to compare {_spoken(limit.metric)} with; accepted"
+            return Judgement(limit=limit, measured=None, outcome="accepted", reason=reason)
+        known = ", ".join(str(number) for number in measured.numbers) or "nothing"
+        raise CompressionError(
+            f"limit '{limit}' needs a number that was not measured; measured: {known}. Drop the "
+            "limit, or give the data what the metric needs (gauc, ndcg and changed_top1 need a "
+            "group column, changed_top1 also groups of two rows or more)."
+        )
+    # Read upwards, both kinds of limit are "at least": at_most 3 is -number at least -3.
+    up = 1 if limit.at_least is not None else -1
+    goal, point = up * bound, up * estimate.point
+    worst, best = sorted((up * estimate.low, up * estimate.high))
+    outcome = _outcome(goal, worst, best) if estimate.unresolved is None else "undecided"
+    rows = groups = None
+    may_decide = outcome == "undecided" and estimate.unresolved is None
+    if may_decide and estimate.rows is not None and limit.metric in _QUALITY:
+        reach = point - worst if point > goal else best - point
+        rows = _rows_to_decide(estimate.rows, reach, abs(point - goal))
+        if rows is not None and estimate.groups is not None:
+            groups = math.ceil(estimate.groups * rows / estimate.rows)
+    return Judgement(
+        limit=limit,
+        measured=estimate,
+        outcome=outcome,
+        rows_to_decide=rows,
+        groups_to_decide=groups,
+        reason=_measured_and_limit(limit, estimate, measured.score_unit)
+        + "; "
+        + _conclusion(estimate, outcome, rows, groups),
+    )
+
+
+def _outcome(
+    goal: float, worst: float, best: float
+) -> Literal["accepted", "rejected", "undecided"]:
+    """The outcome of a limit "at least ``goal``" for an interval from ``worst`` to ``best``."""
+    if worst >= goal:
+        return "accepted"
+    return "rejected" if best < goal else "undecided"
+
+
+def recomputed(verdict: Verdict) -> Outcome:
+    """The outcome that a stored verdict's judgements add up to.
+
+    Each judgement is decided again from its limit and its interval, and the stored outcome counts
+    where it is worse. A verdict without judgements keeps its outcome.
+    """
+    outcomes: set[Outcome] = {item.outcome for item in verdict.judgements}
+    for item in verdict.judgements:
+        if item.measured is None:
+            # Only a comparison with a champion that does not exist needs no number.
+            outcomes.add("accepted" if item.limit.against == "champion" else "undecided")
+        elif item.measured.unresolved is not None:
+            outcomes.add("undecided")
+        else:
+            up = 1 if item.limit.at_least is not None else -1
+            worst, best = sorted((up * item.measured.low, up * item.measured.high))
+            outcomes.add(_outcome(up * _bound(item.limit), worst, best))
+    order: tuple[Outcome, ...] = ("rejected", "undecided", "accepted")
+    return next((outcome for outcome in order if outcome in outcomes), verdict.outcome)
+
+
+def _rows_to_decide(rows: int, reach: float, distance: float) -> int | None:
+    """Rows at which an interval that now reaches ``reach`` reaches just short of ``distance``.
+
+    None where the point lies on the limit, or so close that it would take a million times the
+    rows: then the next rows decide which side the point is on, not how many there are.
+    """
+    if distance * MOST_SHRINKING <= reach:
+        return None
+    return max(rows + 1, math.ceil(rows * (reach / distance) ** 2))
+
+
+def _bound(limit: Limit) -> float:
+    if limit.at_least is not None:
+        return limit.at_least
+    if limit.at_most is not None:
+        return limit.at_most
+    raise CompressionError(f"limit on {limit.metric!r} needs at_least or at_most.")
+
+
+def _require_limits(limits: tuple[Limit, ...]) -> None:
+    if not limits:
+        raise CompressionError(
+            "no limits: a gate that promises nothing would accept anything. Give at least one, "
+            "for example auc vs baseline >= -0.001."
+        )
+
+
+def _refuse_broken(name: str, estimate: Estimate) -> None:
+    numbers = (estimate.point, estimate.low, estimate.high)
+    if not all(math.isfinite(number) for number in numbers) or estimate.low > estimate.high:
+        raise CompressionError(
+            f"{name} is {estimate.point} [{estimate.low}, {estimate.high}], which is no "
+            "measurement; nothing is judged by it. Look at the scores it was computed from."
+        )
+
+
+def _spoken(metric: str) -> str:
+    """A metric as one says it: ``p99_ms@64`` is "p99 latency at batch 64"."""
+    if metric == "bytes":
+        return "size"
+    percentile, of_latency, batch = metric.partition("_ms@")
+    return f"{percentile} latency at batch {batch}" if of_latency else _QUALITY.get(metric, metric)
+
+
+def _measured_and_limit(limit: Limit, estimate: Estimate, score_unit: ScoreUnit | None) -> str:
+    """For example "AUC vs baseline is -0.0004 [-0.0011, +0.0003]; the limit is >= -0.0010"."""
+    bound = _bound(limit)
+    quality, absolute = limit.metric in _QUALITY, limit.against == "absolute"
+    sign = "+" if quality and not absolute else ""
+    if quality:
+        unit, places = "", 4
+        if score_unit == "spread" and limit.metric in ("mean_score_change", "max_score_change"):
+            unit = " standard deviations"
+    elif not absolute:
+        unit, places = " times", 3
+    elif limit.metric == "bytes":
+        unit, places = " bytes", 0
+    else:
+        unit, places = " ms", 3
+    values = (estimate.point, estimate.low, estimate.high)
+    # A bound that is printed like the limit though it is not the limit would read as a mistake.
+    while places < 12 and (
+        float(f"{bound:.{places}f}") != bound
+        or any(
+            value != bound and f"{value:.{places}f}" == f"{bound:.{places}f}" for value in values
+        )
+    ):
+        places += 1
+    point, low, high, edge = (f"{value:{sign},.{places}f}" for value in (*values, bound))
+    interval = "" if estimate.low == estimate.high else f" [{low}, {high}]"
+    versus = "" if absolute else f" vs {limit.against}"
+    relation = ">=" if limit.at_least is not None else "<="
+    if limit.metric == "max_score_change" and estimate.rows is not None:
+        interval = f" on {estimate.rows:,} test rows (other rows may change more)"
+    return (
+        f"{_spoken(limit.metric)}{versus} is {point}{unit}{interval}; "
+        f"the limit is {relation} {edge}{unit}"
+    )
+
+
+def _conclusion(estimate: Estimate, outcome: str, rows: int | None, groups: int | None) -> str:
+    if outcome != "undecided":
+        return outcome
+    if estimate.unresolved is not None:
+        return f"undecided: {estimate.unresolved}. Add test rows of other groups"
+    if rows is not None:
+        needed, used = f"{_rounded(rows)} rows", f"{estimate.rows:,}"
+        if groups is not None:
+            needed += f" of {_rounded(groups)} groups"
+            used += f" of {estimate.groups:,}"
+        return f"undecided: about {needed} would decide, {used} were used"
+    if estimate.rows is not None:
+        return "undecided: the number lies on the limit, more rows may not decide either"
+    return "undecided: measuring more rounds would narrow the interval"
+
+
+def _rounded(count: int) -> str:
+    """Two digits, rounded up: more would claim to know how the next rows fall."""
+    step = 10 ** max(0, len(str(count)) - 2)
+    return f"{math.ceil(count / step) * step:,}"

@@ -1,0 +1,372 @@
+"""How well scores order and predict labels: plain functions of 1-D arrays.
+
+All of them are exact (ties count as ties, sums are float64 or integer) and sort at most a few
+times, so millions of rows take seconds. None of them estimates how far the number would move on
+another test set; that is ``intervals.py``.
+
+Rows are impressions: ``label``, ``score`` and ``group`` have one entry each per impression. A score
+that is not a finite number is refused, never ranked last: a model that answers NaN is broken.
+"""
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from compressors.errors.compression import CompressionError
+
+Floats = NDArray[np.float64]
+Ints = NDArray[np.intp]
+Bools = NDArray[np.bool_]
+
+PROBABILITY_FLOOR = float(np.finfo(np.float32).eps)
+"""Log loss counts a probability as at least this and at most 1 minus this (1.19e-7).
+
+Served models answer in float32, where a confident sigmoid is exactly 0 or 1; without a floor one
+such row would make the whole loss infinite. One row can cost at most 15.94 nats.
+"""
+
+
+def auc(label: ArrayLike, score: ArrayLike) -> float:
+    """Area under the ROC curve: how often a positive outscores a negative.
+
+    Args:
+        label: 0 or 1, ``(rows,)``.
+        score: any finite score, ``(rows,)``, higher means more likely positive.
+
+    Returns:
+        A float in [0, 1], unitless. A positive and a negative of equal score count half.
+
+    Raises:
+        CompressionError: one class only, a label other than 0 and 1, NaN, or unequal lengths.
+
+    Source: Hanley and McNeil 1982, https://doi.org/10.1148/radiology.143.1.7063747 (the
+    Mann-Whitney form).
+
+    Example:
+        >>> auc([0, 0, 1, 1], [0.1, 0.4, 0.4, 0.8])
+        0.875
+    """
+    positive, scores = clicks_and_scores(label, score)
+    require_both_classes("auc", positive)
+    negatives = np.sort(scores[~positive])
+    # Sorted queries walk through the sorted negatives once instead of jumping about.
+    positives = np.sort(scores[positive])
+    below = np.searchsorted(negatives, positives, side="left")
+    not_above = np.searchsorted(negatives, positives, side="right")
+    pairs = positives.size * negatives.size
+    return float(below.sum() + not_above.sum()) / (2 * pairs)
+
+
+def row_logloss(label: ArrayLike, probability: ArrayLike) -> Floats:
+    """Negative log likelihood of every row.
+
+    Args:
+        label: 0 or 1, ``(rows,)``.
+        probability: of the label being 1, in [0, 1], ``(rows,)``. Counted as at least
+            ``PROBABILITY_FLOOR`` and at most ``1 - PROBABILITY_FLOOR``.
+
+    Returns:
+        float64 ``(rows,)``, nats, in [0, 15.95].
+
+    Raises:
+        CompressionError: a probability outside [0, 1] (a logit, most likely), a label other
+            than 0 and 1, NaN, or unequal lengths.
+    """
+    positive, chance = clicks_and_scores(label, probability)
+    outside = (chance < 0) | (chance > 1)
+    if outside.any():
+        first = chance[outside][0]
+        raise CompressionError(
+            f"log loss needs probabilities in [0, 1]; {int(outside.sum())} of {chance.size} "
+            f"are outside, the first is {first:g}. Apply the sigmoid to logits before."
+        )
+    chance = np.clip(chance, PROBABILITY_FLOOR, 1 - PROBABILITY_FLOOR)
+    return -np.log(np.where(positive, chance, 1 - chance))
+
+
+def logloss(label: ArrayLike, probability: ArrayLike) -> float:
+    """Mean negative log likelihood in nats; see ``row_logloss`` for the arguments.
+
+    Example:
+        >>> round(logloss([1, 0], [0.9, 0.2]), 4)
+        0.1643
+    """
+    return float(row_logloss(label, probability).mean())
+
+
+def normalized_entropy(label: ArrayLike, probability: ArrayLike) -> float:
+    """Log loss divided by the log loss of always predicting the share of positives.
+
+    Args:
+        label: 0 or 1, ``(rows,)``, both present.
+        probability: of the label being 1, in [0, 1], ``(rows,)``, clipped as for ``logloss``.
+
+    Returns:
+        A float >= 0, unitless. 1 is no better than knowing the base rate, 0 is perfect.
+
+    Raises:
+        CompressionError: as ``logloss``, and for one class only, whose entropy is 0.
+
+    Source: He et al. 2014, https://doi.org/10.1145/2648584.2648589. Differs: nats instead
+    of bits in both parts, which cancels.
+    """
+    losses = row_logloss(label, probability)
+    positive = binary(label)
+    require_both_classes("normalized_entropy", positive)
+    return float(losses.mean()) / float(base_entropy(float(positive.mean())))
+
+
+def base_entropy(rate: float) -> float:
+    """Entropy in nats of a coin that shows 1 with chance ``rate``, which is inside (0, 1)."""
+    return float(-(rate * np.log(rate) + (1 - rate) * np.log1p(-rate)))
+
+
+def group_auc(label: ArrayLike, score: ArrayLike, group: ArrayLike) -> tuple[Floats, Ints]:
+    """AUC inside every group that has both classes.
+
+    Args:
+        label: 0 or 1, ``(rows,)``.
+        score: any finite score, ``(rows,)``.
+        group: whom the row was shown to (a user, a query), ``(rows,)``, in any order.
+
+    Returns:
+        AUC float64 ``(groups,)`` and rows per group ``(groups,)``, groups in sorted order, those
+        of one class left out. Both may be empty.
+
+    Raises:
+        CompressionError: a label other than 0 and 1, NaN, or unequal lengths.
+    """
+    positive, scores = clicks_and_scores(label, score)
+    ids, rows = number_groups(group, positive.size)
+    positives = np.bincount(ids, weights=positive, minlength=rows.size)
+    mixed = (positives > 0) & (positives < rows)
+    won = wins_within_groups(positive, scores, ids, rows)[mixed]
+    positives, size = positives[mixed], rows[mixed]
+    return won / (positives * (size - positives)), size
+
+
+def wins_within_groups(positive: Bools, scores: Floats, ids: Ints, rows: Ints) -> Floats:
+    """Pairs of each group that the positive wins, ties counted half: float64 ``(groups,)``.
+
+    Args:
+        positive: the class of each row, ``(rows,)``.
+        scores: of each row, ``(rows,)``.
+        ids: the group's number of each row, ``(rows,)``.
+        rows: of each group, ``(groups,)``.
+    """
+    order = np.lexsort((scores, ids))
+    run = _runs(ids[order], scores[order])
+    run_size = np.bincount(run)
+    run_end = np.cumsum(run_size)
+    group_start = np.cumsum(rows) - rows
+    # Rows of equal score share the mean of the ranks they occupy; ranks start at 1 in a group.
+    rank = (run_end - (run_size - 1) / 2)[run] - group_start[ids[order]]
+    positives = np.bincount(ids, weights=positive, minlength=rows.size)
+    rank_sum = np.bincount(ids[order], weights=rank * positive[order], minlength=rows.size)
+    won: Floats = rank_sum - positives * (positives + 1) / 2
+    return won
+
+
+def gauc(label: ArrayLike, score: ArrayLike, group: ArrayLike) -> float:
+    """Mean AUC inside groups, weighted by their impressions.
+
+    Groups of one class have no AUC and are left out; ``gauc_left_out`` says how much that is.
+
+    Args:
+        label: 0 or 1, ``(rows,)``.
+        score: any finite score, ``(rows,)``; only its order inside a group matters.
+        group: whom the row was shown to, ``(rows,)``, in any order.
+
+    Returns:
+        A float in [0, 1], unitless.
+
+    Raises:
+        CompressionError: no group has both classes, and as ``group_auc``.
+
+    Source: Zhu et al. 2017, https://arxiv.org/abs/1703.02091.
+
+    Example:
+        >>> gauc([0, 1, 1, 0, 1], [0.2, 0.1, 0.9, 0.8, 0.3], ["a", "a", "b", "b", "c"])
+        0.5
+    """
+    value, impressions = group_auc(label, score, group)
+    if value.size == 0:
+        raise CompressionError(
+            "gauc needs a group with both a positive and a negative row; no group has both. "
+            "Choose another group column, or the metric 'auc'."
+        )
+    return float(value @ impressions / impressions.sum())
+
+
+def gauc_left_out(label: ArrayLike, group: ArrayLike) -> float:
+    """Share of rows, in [0, 1], that lie in groups of one class, where ``gauc`` does not look."""
+    positive = binary(label)
+    ids, rows = number_groups(group, positive.size)
+    positives = np.bincount(ids, weights=positive, minlength=rows.size)
+    mixed = (positives > 0) & (positives < rows)
+    return 1 - float(rows[mixed].sum()) / positive.size
+
+
+def group_ndcg(label: ArrayLike, score: ArrayLike, group: ArrayLike, k: int) -> Floats:
+    """NDCG of the first ``k`` places of every group that has a relevant item.
+
+    Args:
+        label: relevance >= 0, ``(rows,)``; 0 means irrelevant. A gain is ``2**label - 1``.
+        score: any finite score, ``(rows,)``, higher ranks first. Items of equal score share
+            what their places give, which is the mean over all orders of them: the order of rows
+            in a file never matters.
+        group: which list the row belongs to, ``(rows,)``, in any order.
+        k: how many places are read; more than a group has is the same as all of them.
+
+    Returns:
+        float64 ``(groups,)`` in [0, 1], groups in sorted order, those without a relevant item
+        left out: they have no right answer.
+
+    Raises:
+        CompressionError: ``k`` below 1, a label that is negative or above 30, NaN, or unequal
+            lengths.
+    """
+    if k < 1:
+        raise CompressionError(f"ndcg needs k of at least 1; got {k}.")
+    relevance, scores = _column("label", label), _column("score", score)
+    _same_length(relevance.size, scores.size)
+    if relevance.min() < 0 or relevance.max() > 30:
+        raise CompressionError(
+            f"ndcg needs labels in [0, 30] (a gain is 2**label - 1); found {relevance.min():g} "
+            f"to {relevance.max():g}. Map ratings to grades of relevance before."
+        )
+    gain = np.exp2(relevance) - 1
+    ids, rows = number_groups(group, relevance.size)
+    group_start = np.cumsum(rows) - rows
+
+    def discounted(order: Ints, gains: Floats) -> NDArray[Any]:
+        place = np.arange(order.size) - group_start[ids[order]]
+        discount = np.where(place < k, 1 / np.log2(place + 2), 0.0)
+        return np.bincount(ids[order], weights=gains * discount, minlength=rows.size)
+
+    best = np.lexsort((-gain, ids))
+    ideal = discounted(best, gain[best])
+    ranked = np.lexsort((-scores, ids))
+    run = _runs(ids[ranked], scores[ranked])
+    shared = (np.bincount(run, weights=gain[ranked]) / np.bincount(run))[run]
+    reached = discounted(ranked, shared)
+    relevant = ideal > 0
+    value: Floats = reached[relevant] / ideal[relevant]
+    return value
+
+
+def ndcg(label: ArrayLike, score: ArrayLike, group: ArrayLike, k: int = 10) -> float:
+    """Mean NDCG of the first ``k`` places over groups with a relevant item.
+
+    See ``group_ndcg`` for the arguments. Every group counts the same, however long it is.
+
+    Returns:
+        A float in [0, 1], unitless.
+
+    Raises:
+        CompressionError: no group has a relevant item, and as ``group_ndcg``.
+
+    Source: Burges et al. 2005, https://doi.org/10.1145/1102351.1102363 (gains ``2**rel - 1``,
+    discount ``1 / log2(place + 1)`` with places from 1); ties as in McSherry and Najork 2008,
+    https://doi.org/10.1007/978-3-540-78646-7_38.
+
+    Example:
+        >>> round(ndcg([0, 0, 1], [0.9, 0.1, 0.5], [7, 7, 7], k=2), 4)
+        0.6309
+    """
+    value = group_ndcg(label, score, group, k)
+    if value.size == 0:
+        raise CompressionError(
+            "ndcg needs a group with a relevant item (label above 0); no group has one. Check "
+            "the label and group columns."
+        )
+    return float(value.mean())
+
+
+def binary(label: ArrayLike) -> Bools:
+    """Labels as booleans ``(rows,)``.
+
+    Raises:
+        CompressionError: a label other than 0 and 1, or no row.
+    """
+    labels = _column("label", label)
+    other = (labels != 0) & (labels != 1)
+    if other.any():
+        raise CompressionError(
+            f"this metric needs labels 0 and 1; {int(other.sum())} of {labels.size} are neither, "
+            f"the first is {labels[other][0]:g}. Turn ratings into clicks before."
+        )
+    positive: Bools = labels == 1
+    return positive
+
+
+def require_both_classes(metric: str, positive: Bools) -> None:
+    """Refuse labels of one class, for which ``metric`` has no value.
+
+    Raises:
+        CompressionError: all labels are equal.
+    """
+    count = int(positive.sum())
+    if count in (0, positive.size):
+        raise CompressionError(
+            f"{metric} needs positive and negative rows; found {count} positive of "
+            f"{positive.size}. Use a larger or another test set."
+        )
+
+
+def _column(name: str, values: ArrayLike) -> Floats:
+    """One finite float64 column; float64 keeps every tie that float16 or float32 had."""
+    column = np.asarray(values)
+    if column.ndim != 1 or column.size == 0:
+        raise CompressionError(
+            f"a metric needs {name} as one number per row, shape (rows,); found shape "
+            f"{column.shape}."
+        )
+    if column.dtype.kind not in "biuf":
+        raise CompressionError(f"a metric needs {name} as numbers; found {column.dtype}.")
+    column = column.astype(np.float64, copy=False)
+    broken = int(column.size - np.isfinite(column).sum())
+    if broken:
+        raise CompressionError(
+            f"a metric needs finite numbers; {broken} of {column.size} values of {name} are NaN "
+            "or infinite. The model or its data is broken; no gate can accept it."
+        )
+    return column
+
+
+def _same_length(*sizes: int) -> None:
+    if len(set(sizes)) > 1:
+        raise CompressionError(
+            f"a metric needs columns of the same rows; found lengths {', '.join(map(str, sizes))}."
+        )
+
+
+def clicks_and_scores(label: ArrayLike, score: ArrayLike) -> tuple[Bools, Floats]:
+    """Labels as booleans and scores as float64, both ``(rows,)`` and checked.
+
+    Raises:
+        CompressionError: a label other than 0 and 1, NaN, no row, or unequal lengths.
+    """
+    positive, scores = binary(label), _column("score", score)
+    _same_length(positive.size, scores.size)
+    return positive, scores
+
+
+def number_groups(group: ArrayLike, size: int) -> tuple[Ints, Ints]:
+    """Number groups from 0 in sorted order: the number of each row, the rows of each group."""
+    names = np.asarray(group)
+    if names.ndim != 1:
+        raise CompressionError(f"a group column has shape (rows,); found {names.shape}.")
+    _same_length(size, names.size)
+    if names.dtype.kind == "f" and not np.isfinite(names).all():
+        raise CompressionError("a group column must not hold NaN or infinity; fill or drop them.")
+    _, ids, rows = np.unique(names, return_inverse=True, return_counts=True)
+    return ids, rows
+
+
+def _runs(ids: Ints, scores: Floats) -> Ints:
+    """Number the runs of equal (group, score) in rows sorted by both, from 0."""
+    new = np.ones(ids.size, dtype=np.intp)
+    new[1:] = (ids[1:] != ids[:-1]) | (scores[1:] != scores[:-1])
+    return np.cumsum(new) - 1

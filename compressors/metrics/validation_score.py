@@ -1,0 +1,33 @@
+"""How good a network is on some rows: what a method decides by, on validation rows."""
+
+import numpy as np
+import torch
+from torch import nn
+
+from compressors.contracts import Signature, Split
+from compressors.core.batches import batches
+from compressors.core.placement import device_of, to_device
+from compressors.metrics import point_estimates
+
+SCORING_ROWS = 8192
+
+
+@torch.no_grad()
+def quality(module: nn.Module, signature: Signature, split: Split) -> float:
+    """The signature's metric over a split; higher is better.
+
+    Args:
+        module: in evaluation mode.
+        signature: of a click or ranking model.
+        split: with labels, and groups where the metric needs them.
+    """
+    parts, device = list(batches(split, signature, SCORING_ROWS)), device_of(module)
+    found = [module(**to_device(part, device).inputs).reshape(-1) for part in parts]
+    scores = torch.cat(found).cpu().numpy()
+    label = np.concatenate([part.label.numpy() for part in parts])
+    if signature.metric == "auc":
+        return point_estimates.auc(label, scores)
+    group = np.concatenate([part.group.numpy() for part in parts if part.group is not None])
+    if signature.metric == "gauc":
+        return point_estimates.gauc(label, scores, group)
+    return point_estimates.ndcg(label, scores, group, k=int(signature.metric.rpartition("@")[2]))

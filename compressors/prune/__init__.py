@@ -1,0 +1,6 @@
+"""Rows, dimensions, tables, channels and layers removed.
+
+tables/     rows, dimensions and whole tables
+structure/  which widths and depths of a network can be reduced
+dense/      channels, layers and single weights
+"""

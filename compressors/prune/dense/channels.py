@@ -1,0 +1,362 @@
+"""Dense layers with whole output channels removed: smaller matrices, faster on every target.
+
+Removing an output of one layer removes the inputs of all layers that read it
+(``compressors.prune.structure.channel_consumers``). The number of the architecture's configuration
+that is the layer's width becomes smaller, so the result is stored and built like any other network.
+A number may count groups of channels, such as attention heads: then whole groups are removed.
+
+Sources: those of ``compressors.prune.dense.importance``, and Frankle and Carbin 2019,
+https://arxiv.org/abs/1803.03635, sec. 2 (cutting and training in turn, the same share of what is
+left each time).
+Differs: layers that share one number of the configuration lose the same number of channels, and a
+target may be given in multiply-adds.
+"""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Literal, Self
+from weakref import WeakKeyDictionary
+
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor, nn
+
+from compressors.contracts import Bench, Change, Frozen, Part, Signature, is_out_of_memory
+from compressors.core.model import Model
+from compressors.core.units import Choice, Unit, choose_dense, private_copy
+from compressors.distill.soft_labels import mixed_loss
+from compressors.distill.training.settings import Training
+from compressors.distill.training.training_steps import choose_trainable, pruned_layers, train_model
+from compressors.errors.compression import CompressionError, NothingToCompress
+from compressors.prune.dense import kept_shares
+from compressors.prune.dense.importance import Importance, kept_units, per_unit, sizes_of
+from compressors.prune.dense.kept_shares import Counts
+from compressors.prune.dense.reconstruct import reconstruct
+from compressors.prune.structure.channel_consumers import Readers
+from compressors.prune.structure.config_widths import Width
+from compressors.prune.structure.narrowing import Cut, left_of, without_channels
+from compressors.prune.structure.prunable_widths import PrunableWidths, prunable_widths
+
+_PROVED: WeakKeyDictionary[nn.Module, tuple["Channels", PrunableWidths]] = WeakKeyDictionary()
+"""What ``choose`` proved of a network, until ``apply`` cuts it: a proof builds it anew."""
+
+
+class Channels(Frozen):
+    """Remove whole output channels of dense layers, and the inputs that read them."""
+
+    kind: Literal["channels"] = "channels"
+    layers: tuple[str, ...] = Field(
+        ("*",), description="Dense layers to narrow: module names, with * for any characters."
+    )
+    keep: float = Field(0.5, gt=0, lt=1, description="Share of the channels that stay.")
+    multiple: int = Field(8, ge=1, description="Widths are rounded to a multiple of this.")
+    importance: Importance = Field(
+        "l2",
+        description="What a channel is judged by: the L1 or L2 norm of its weights, the loss's "
+        "gradient times its weights on training rows, what it adds to the layers that read it on "
+        "calibration rows, or chance (the honest baseline).",
+    )
+    rows: int = Field(
+        8192, ge=1, description="Rows read for gradient, activation and reconstruct, at most."
+    )
+    scope: Literal["layer", "global"] = Field(
+        "layer",
+        description="Every width keeps the same share, or one threshold decides over all widths, "
+        "importance being divided by its mean over each.",
+    )
+    least: float = Field(
+        0.1, gt=0, le=1, description="Share of its channels that each width keeps under 'global'."
+    )
+    flops: float | None = Field(
+        None,
+        gt=0,
+        lt=1,
+        description="In place of keep: share of all dense layers' multiply-adds that stays, at "
+        "most, after rounding.",
+    )
+    reconstruct: bool = Field(
+        False,
+        description="Solve the layers that read fewer channels anew, so that on calibration rows "
+        "they answer as before.",
+    )
+    rounds: int = Field(
+        1, ge=1, description="Cut in so many rounds, each judging anew what is left."
+    )
+    training: Training | None = Field(
+        None, description="How the network is trained after each round; none: not at all."
+    )
+    soft_share: float = Field(
+        0.0,
+        ge=0,
+        le=1,
+        description="In training, weight of the original's answers against the labels.",
+    )
+    temperature: float = Field(
+        1.0, ge=0.1, le=100, description="Both answers are divided by it before they are compared."
+    )
+
+    @model_validator(mode="after")
+    def _teaching_needs_training(self) -> Self:
+        if self.soft_share and self.training is None:
+            raise ValueError("soft_share needs training: nothing is trained without it")
+        return self
+
+    @property
+    def needs(self) -> tuple[Part, ...]:
+        """Rows that importance is taken on, and rows to train on."""
+        parts: list[Part] = []
+        if self.importance == "gradient" or self.training is not None:
+            parts.append("train")
+        if self.importance == "activation" or self.reconstruct:
+            parts.append("calibration")
+        if self.training is not None:
+            parts.append("validation")
+        if self.soft_share:
+            parts.append("soft_labels")
+        return tuple(parts)
+
+    @property
+    def changes(self) -> Change:
+        """Layers become narrower and stay in their format."""
+        return "values"
+
+    def choose(self, model: Model, bench: Bench) -> dict[str, Choice]:
+        """Which dense layers become narrower, which follow, and why the others do not.
+
+        Raises:
+            NothingToCompress: gradients are asked for, and the signature's task has no loss.
+            CompressionError: not even the smallest widths reach the target.
+        """
+        if self.importance == "gradient" and bench.signature.task == "retrieval":
+            raise NothingToCompress(
+                step=self.kind,
+                wanted="a model of task 'ctr' or 'ranking' for importance 'gradient'",
+                closest="task 'retrieval', which has no loss yet",
+                remedy="Choose another importance.",
+            )
+        found = self._found(model, bench.signature)
+        _PROVED[model.module] = (self, found)
+        choices = dict(found.choices)
+        if not found.readers:
+            return choices
+        counts, left = self._foreseen(model, bench.signature, found.widths)
+        for item in found.readers:
+            for maker in item.width.makers:
+                reason = self._reason(item.width, maker, counts[item.width.path], left)
+                choices[maker] = _joined(choices[maker], reason)
+            for reader in item.width.readers:
+                if reader in choices:
+                    makers = [maker for maker, name in item.reads if name == reader]
+                    choices[reader] = _joined(choices[reader], f"inputs follow {', '.join(makers)}")
+        if self.training is not None:
+            trained = choose_trainable(model, bench, self.kind, tables=self.training.tables)
+            for name, choice in trained.items():
+                if choice.take:
+                    choices[name] = _joined(choices.get(name, choice), "trained after each round")
+        return choices
+
+    def apply(self, model: Model, bench: Bench) -> Model:
+        """Cut every chosen width and check that nothing but the cut channels is missing.
+
+        Raises:
+            CompressionError: the narrower network is not the old one without those channels, no
+                gradient says which channels matter, the target cannot be reached, or training
+                diverged.
+        """
+        signature = bench.signature
+        found = self._proved(model, signature)
+        first = {width.path: width.value for width in found.widths}
+        whole = sum(kept_shares.multiply_adds(model.module, signature).values())
+        readers = found.readers
+        for number in range(1, self.rounds + 1):
+            sizes = sizes_of(model, bench, self.importance, self.rows)
+            importance = {
+                maker: total
+                for item in readers
+                for maker, total in per_unit(item, sizes, self.importance).items()
+            }
+            part = number / self.rounds
+            counts = self._counts(model, signature, readers, importance, first, whole, part)
+            before = private_copy(model.module).eval()
+            kept = _kept(readers, importance, counts)
+            model = self._cut(model, signature, readers, kept, counts)
+            if self.reconstruct:
+                layers = sorted({name for width in found.widths for name in width.readers})
+                outputs = {m: kept[m][own] for item in readers for m, own in item.units.items()}
+                reconstruct(model.module, before, bench, layers, outputs, self.rows)
+            if self.training is not None:
+                model = self._trained(model, bench, self.training, number)
+            if number < self.rounds:
+                readers = tuple(left_of(item, model, signature, kept) for item in readers)
+        if self.scope == "layer":
+            return model
+        share = sum(kept_shares.multiply_adds(model.module, signature).values()) / whole
+        notes = {
+            maker: f"{_spoken(width, maker, width.value, counts[width.path])}, {share:.1%} of all "
+            f"dense multiply-adds stay"
+            for width in found.widths
+            for maker in width.makers
+        }
+        told = {m: "; ".join(filter(None, (n, model.notes.get(m)))) for m, n in notes.items()}
+        return replace(model, notes={**model.notes, **told})
+
+    def dry_run(self, model: Model, bench: Bench) -> Model:
+        """Cut the last channels of every width: as many as importance would choose.
+
+        Under ``global`` only the values tell how many that are: the same share of every width.
+        """
+        found = self._proved(model, bench.signature)
+        counts, _ = self._foreseen(model, bench.signature, found.widths)
+        alike = {
+            maker: torch.zeros(item.width.value)
+            for item in found.readers
+            for maker in item.width.makers
+        }
+        kept = _kept(found.readers, alike, counts)
+        return self._cut(model, bench.signature, found.readers, kept, counts)
+
+    def _reason(self, width: Width, maker: str, count: int, left: float) -> str:
+        reason = f"channels: {_spoken(width, maker, width.value, count)} by {self.importance}"
+        if self.scope == "global":
+            reason = (
+                f"channels: fewer outputs ({width.description()}) by {self.importance}, one threshold "
+                f"for all layers"
+            )
+        elif self.flops is not None:
+            reason += f", {left:.1%} of all dense multiply-adds stay"
+        return reason if self.rounds == 1 else f"{reason}, in {self.rounds} rounds"
+
+    def _foreseen(
+        self, model: Model, signature: Signature, widths: tuple[Width, ...]
+    ) -> tuple[Counts, float]:
+        """What stays if every width keeps the same share, and the multiply-adds that leaves."""
+        first = {width.path: width.value for width in widths}
+        work = kept_shares.multiply_adds(model.module, signature)
+        whole = sum(work.values())
+        counts = self._equal(model, work, widths, first, whole, 1.0)
+        return counts, kept_shares.remaining_multiply_adds(
+            work, model.module, widths, counts
+        ) / whole
+
+    def _equal(
+        self,
+        model: Model,
+        work: Mapping[str, float],
+        widths: tuple[Width, ...],
+        first: Counts,
+        whole: float,
+        part: float,
+    ) -> Counts:
+        if self.flops is None:
+            return kept_shares.equal_shares(widths, first, self.keep**part, self.multiple)
+        return kept_shares.largest_within(
+            lambda k: kept_shares.equal_shares(
+                widths, first, (k + 1) / kept_shares.STEPS, self.multiple
+            ),
+            kept_shares.STEPS,
+            lambda counts: kept_shares.remaining_multiply_adds(work, model.module, widths, counts),
+            whole * self.flops**part,
+            "multiply-adds",
+        )
+
+    def _counts(
+        self,
+        model: Model,
+        signature: Signature,
+        readers: tuple[Readers, ...],
+        importance: Mapping[str, Tensor],
+        first: Counts,
+        whole: float,
+        part: float,
+    ) -> Counts:
+        """How many units every width keeps after ``part`` of all rounds."""
+        widths = tuple(item.width for item in readers)
+        work = kept_shares.multiply_adds(model.module, signature)
+        if self.scope == "layer":
+            return self._equal(model, work, widths, first, whole, part)
+        curves = kept_shares.curves_of(readers, importance)
+        floors = {path: value * self.least for path, value in first.items()}
+
+        def channels(counts: Counts) -> float:
+            return sum(counts[w.path] * sum(w.makers.values()) for w in widths)
+
+        def left(counts: Counts) -> float:
+            return kept_shares.remaining_multiply_adds(work, model.module, widths, counts)
+
+        if self.flops is None:
+            cost, limit, what = channels, channels(first) * self.keep**part, "channels"
+        else:
+            cost, limit, what = left, whole * self.flops**part, "multiply-adds"
+        return kept_shares.by_threshold(curves, widths, floors, self.multiple, cost, limit, what)
+
+    def _cut(
+        self,
+        model: Model,
+        signature: Signature,
+        readers: tuple[Readers, ...],
+        kept: Mapping[str, Tensor],
+        counts: Counts,
+    ) -> Model:
+        cuts = [Cut(item.width, item, counts[item.width.path]) for item in readers]
+        names = ", ".join(sorted(kept))
+        try:
+            narrow, gap = without_channels(model, signature, cuts, kept)
+        except Exception as fault:  # whatever a class raises, these widths are not free
+            if is_out_of_memory(fault):
+                raise
+            raise CompressionError(
+                f"With {', '.join(f'{c.width.description()} = {c.count}' for c in cuts)} the network "
+                f"fails: {fault}. Leave one of {names} out of 'layers'."
+            ) from fault
+        if gap is not None:
+            raise CompressionError(
+                f"Without the cut channels the network scores otherwise than with them at zero "
+                f"({gap}): some code of it reads the channels of {names} past its layers. Leave "
+                f"them out of 'layers'."
+            )
+        return narrow
+
+    def _found(self, model: Model, signature: Signature) -> PrunableWidths:
+        choices = choose_dense(Unit.of(model.module), self.layers, self.kind)
+        searched = self.flops is not None or self.scope == "global"
+        share = self.flops or self.keep
+        return prunable_widths(model, signature, choices, share, self.multiple, searched=searched)
+
+    def _proved(self, model: Model, signature: Signature) -> PrunableWidths:
+        """What ``choose`` found out of this network, or the same anew."""
+        step, found = _PROVED.pop(model.module, (None, None))
+        return self._found(model, signature) if found is None or step != self else found
+
+    def _trained(self, model: Model, bench: Bench, training: Training, number: int) -> Model:
+        loss = mixed_loss(bench, self.soft_share, self.temperature, self.kind)
+        if bench.checkpoints is not None:  # each round has progress of its own
+            place = f"{bench.checkpoints}/round-{number}"
+            bench = bench.model_copy(update={"checkpoints": place})
+        made = train_model(model, bench, loss, training, pruned_layers(model))
+        told = {name: f"in the last round {note}" for name, note in made.notes.items()}
+        return replace(made, notes=told)
+
+
+def _kept(
+    readers: tuple[Readers, ...], importance: Mapping[str, Tensor], counts: Counts
+) -> dict[str, Tensor]:
+    """By maker, the units that stay."""
+    kept: dict[str, Tensor] = {}
+    for item in readers:
+        kept |= kept_units(item, importance, counts[item.width.path])
+    return kept
+
+
+def _spoken(width: Width, maker: str, before: int, after: int) -> str:
+    """For example ``16 -> 8 outputs (hidden[0])``, ``32 -> 16 outputs (heads 4 -> 2)``."""
+    size = width.makers[maker]
+    place = width.description() if size == 1 else f"{width.description()} {before} -> {after}"
+    return f"{before * size} -> {after * size} outputs ({place})"
+
+
+def _joined(choice: Choice, reason: str) -> Choice:
+    return Choice(True, f"{choice.reason}; {reason}" if _is_cut(choice) else reason)
+
+
+def _is_cut(choice: Choice) -> bool:
+    return choice.take and choice.reason.startswith(("channels:", "inputs follow"))

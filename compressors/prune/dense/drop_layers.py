@@ -1,0 +1,217 @@
+"""Whole layers removed: a cross layer, a hidden layer, a block of attention.
+
+Greedy: of all layers that may go, the one without which the network is best on validation rows
+goes first, then the same is asked of what is left.
+
+Source: Men et al. 2024, https://arxiv.org/abs/2403.03853 (layers are redundant; removing beats
+narrowing). Differs: they rank layers once by how much each turns its input; here the network is
+measured without each, which a click model is small enough for.
+"""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Literal
+
+import torch
+from pydantic import Field
+
+from compressors.contracts import Bench, Change, Frozen, Part, Signature
+from compressors.core.model import Model
+from compressors.core.units import Choice, Unit, choose_dense
+from compressors.errors.compression import CompressionError, NothingToCompress
+from compressors.metrics.validation_score import quality
+from compressors.prune.structure.config_depth import NotAMember, Stack, find_stacks, without_member
+
+
+class DropLayers(Frozen):
+    """Remove whole layers, as many as the configuration can count."""
+
+    kind: Literal["drop_layers"] = "drop_layers"
+    layers: tuple[str, ...] = Field(
+        ("*",),
+        description="Dense layers that may go: module names, with * for any characters. A number "
+        "of the configuration is lowered only if all layers it counts are among them.",
+    )
+    count: int = Field(
+        1, ge=1, description="Layers removed for each number or list that counts them, at most."
+    )
+    importance: Literal["quality", "random"] = Field(
+        "quality",
+        description="Which go first: those without which the metric on validation rows is "
+        "highest, or those that chance says (the honest baseline).",
+    )
+    most_loss: float | None = Field(
+        None,
+        ge=0,
+        description="By how much the metric on validation rows may fall, for all that go "
+        "together; none: whatever it costs.",
+    )
+
+    @property
+    def needs(self) -> tuple[Part, ...]:
+        """Validation rows where quality decides."""
+        return ("validation",) if self._measures else ()
+
+    @property
+    def _measures(self) -> bool:
+        return self.importance == "quality" or self.most_loss is not None
+
+    @property
+    def changes(self) -> Change:
+        """Layers are gone, and those behind them move up."""
+        return "values"
+
+    def choose(self, model: Model, bench: Bench) -> dict[str, Choice]:
+        """Which layers are tried, and why the others stay.
+
+        Raises:
+            NothingToCompress: the signature's task has no metric of single rows to decide by.
+        """
+        if self._measures and bench.signature.task == "retrieval":
+            raise NothingToCompress(
+                step=self.kind,
+                wanted="a model of task 'ctr' or 'ranking', or importance 'random'",
+                closest="task 'retrieval', which is judged by full rankings only",
+                remedy="Choose 'random' without most_loss, or leave this step out.",
+            )
+        return self._stacks(model, bench.signature)[1]
+
+    def apply(self, model: Model, bench: Bench) -> Model:
+        """Remove layers one at a time, each time the one that costs least.
+
+        Raises:
+            CompressionError: the bench lacks validation rows.
+        """
+        if self._measures and bench.validation is None:
+            raise CompressionError("'drop_layers' needs validation rows.")
+        stacks, _ = self._stacks(model, bench.signature)
+        names = [unit.name for unit in Unit.of(model.module)]
+        before = self._quality(model, bench)
+        drawn = torch.Generator().manual_seed(bench.seed)
+        notes: dict[str, str] = {}
+        for stack in stacks:
+            now, left, told = stack, list(range(stack.members)), []
+            for _ in range(self.count):
+                tried = _tried(model, bench.signature, now)
+                if not tried:
+                    break
+                if self.importance == "random":
+                    members = sorted(tried)
+                    gone = members[int(torch.randint(len(members), (1,), generator=drawn))]
+                    found = {gone: self._quality(tried[gone][0], bench)}
+                else:
+                    found = {m: self._quality(made, bench) for m, (made, _) in tried.items()}
+                    gone = max(found, key=lambda member: (found[member], -member))
+                change = f"{bench.signature.metric} {found[gone] - before:+.5f}"
+                if self.most_loss is not None and found[gone] < before - self.most_loss:
+                    told.append(f"layer {left[gone]} stays, {change} without it")
+                    break
+                model, now = tried[gone]
+                told.append(f"layer {left.pop(gone)} is gone" + self._measured(change))
+            notes |= _notes(names, stack, left, told)
+        return replace(model, notes=notes)
+
+    def dry_run(self, model: Model, bench: Bench) -> Model:
+        """Without the last layers that may go: as many as importance would choose."""
+        stacks, _ = self._stacks(model, bench.signature)
+        for stack in stacks:
+            now = stack
+            for _ in range(self.count):
+                tried = _tried(model, bench.signature, now)
+                if tried:
+                    model, now = tried[max(tried)]
+        return model
+
+    def _measured(self, change: str) -> str:
+        return f", {change} without it" if self._measures else ""
+
+    def _quality(self, model: Model, bench: Bench) -> float:
+        if not self._measures or bench.validation is None:
+            return 0.0
+        return quality(model.module, bench.signature, bench.validation)
+
+    def _stacks(self, model: Model, signature: Signature) -> tuple[list[Stack], dict[str, Choice]]:
+        """The stacks that may lose layers, and what is said of every dense layer."""
+        units = Unit.of(model.module)
+        wanted = choose_dense(units, self.layers, self.kind)
+        why = "no number or list of the architecture's configuration counts this layer"
+        choices = {n: Choice(False, why) if c.take else c for n, c in wanted.items()}
+        stacks: list[Stack] = []
+        taken: set[str] = set()
+        for stack in find_stacks(model):
+            inside = [u.name for u in units if stack.member_of(u.name) is not None]
+            dense = [name for name in inside if name in wanted]
+            if not dense or taken & set(inside):
+                continue
+            reason = _why_not(model, signature, stack, wanted, dense)
+            for name in inside:
+                if reason is not None and (name not in wanted or wanted[name].take):
+                    choices[name] = Choice(False, reason)
+                elif reason is None:
+                    gone = min(self.count, stack.members - 1)
+                    text = f"{gone} of {stack.members} layers ({stack.description()})"
+                    choices[name] = Choice(True, f"drop_layers: {text} by {self.importance}")
+            if reason is None:
+                stacks.append(stack)
+                taken |= set(inside)
+        return stacks, choices
+
+
+def _why_not(
+    model: Model, signature: Signature, stack: Stack, wanted: Mapping[str, Choice], dense: list[str]
+) -> str | None:
+    """Why no layer of a stack may go."""
+    for name in dense:
+        if not wanted[name].take:
+            return f"shares {stack.description()} with {name!r}: {wanted[name].reason}"
+    # Layers move up: what an earlier step says of one of them must hold for all.
+    steps: dict[str, set[tuple[str, ...]]] = {}
+    for name in dense:
+        line = model.plan.of(name) if model.plan else None
+        place = _place(stack, name)
+        steps.setdefault(place, set()).add(line.steps if line else ())
+    for found in steps.values():
+        if len(found) > 1:
+            return f"earlier steps treat the layers of {stack.description()} unlike: drop layers first"
+    faults: list[str] = []
+    if not _tried(model, signature, stack, faults):
+        return faults[0]
+    return None
+
+
+def _place(stack: Stack, name: str) -> str:
+    """Where in its member a layer lies."""
+    first: str | None = name
+    while first is not None and stack.member_of(first):
+        first = stack.moved(first, 0)
+    return first or name
+
+
+def _tried(
+    model: Model, signature: Signature, stack: Stack, faults: list[str] | None = None
+) -> dict[int, tuple[Model, Stack]]:
+    """By member that may go, the network without it; one member stays in any case."""
+    tried: dict[int, tuple[Model, Stack]] = {}
+    for member in range(stack.members if stack.members > 1 else 0):
+        try:
+            tried[member] = without_member(model, signature, stack, member)
+        except NotAMember as fault:
+            if faults is not None:
+                faults.append(str(fault))
+    return tried
+
+
+def _notes(names: list[str], stack: Stack, left: list[int], told: list[str]) -> dict[str, str]:
+    """What became of every layer of a stack, by its name before."""
+    notes = {}
+    for name in names:
+        member = stack.member_of(name)
+        if member is None or not told:
+            continue
+        words = list(told)
+        if member >= len(left):
+            words.append("nothing stands here any more")
+        elif left[member] != member:
+            words.append(f"this is what was layer {left[member]}")
+        notes[name] = "; ".join(words)
+    return notes

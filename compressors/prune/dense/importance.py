@@ -1,0 +1,175 @@
+"""How much a channel matters: numbers for weights that add up to one for each channel.
+
+Sources: Li et al. 2017, https://arxiv.org/abs/1608.08710 (L1 norm of a filter); Molchanov et al.
+2019, https://arxiv.org/abs/1906.10771, eq. 8 (first-order Taylor importance); Sun et al. 2024,
+https://arxiv.org/abs/2306.11695, eq. 1 (a weight times the norm of its input).
+Differs: a channel is judged by its own weights and by the weights that read it together, as
+dependency groups are (Fang et al. 2023, https://arxiv.org/abs/2301.12900). By activation it is
+judged by its readers alone: the mean square of what it adds to their outputs, as a share of what
+all their inputs add, since readers answer in units of their own.
+"""
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from compressors.contracts import Bench
+from compressors.core.batches import batches
+from compressors.core.model import Model
+from compressors.core.units import Unit, own_weight, private_copy
+from compressors.errors.compression import CompressionError
+from compressors.prune.structure.channel_consumers import Readers
+from compressors.task_kinds.loss import hard_loss, shuffled
+
+Importance = Literal["l1", "l2", "gradient", "activation", "random"]
+BATCH = 1024
+TINY = 1e-300  # a layer that reads only zeros: 0 / TINY is 0
+
+
+def sizes_of(model: Model, bench: Bench, importance: Importance, rows: int) -> dict[str, Tensor]:
+    """By parameter, the importance of every weight outside of tables; it adds up to a channel's.
+
+    Args:
+        model: its tensors are left as they are.
+        bench: with training rows for ``gradient``, calibration rows for ``activation``.
+        importance: which.
+        rows: read, at most.
+
+    Raises:
+        CompressionError: the rows are missing, or they find every weight equally unimportant.
+    """
+    tables = tuple(unit.name for unit in Unit.of(model.module) if unit.role == "table")
+    weights = {
+        name: weight.detach()
+        for name, weight in model.module.named_parameters(remove_duplicate=False)
+        if not name.startswith(tuple(f"{table}." for table in tables))
+    }
+    match importance:
+        case "l1":
+            sizes = {name: weight.abs() for name, weight in weights.items()}
+        case "l2":
+            sizes = {name: weight.square() for name, weight in weights.items()}
+        case "random":
+            drawn = torch.Generator().manual_seed(bench.seed)
+            sizes = {name: torch.rand(w.shape, generator=drawn) for name, w in weights.items()}
+        case "gradient":
+            sizes = _taylor(model.module, bench, weights, rows)
+        case "activation":
+            sizes = _contributions(model.module, bench, rows)
+    if not any(bool(size.any()) for size in sizes.values()):
+        why = "the loss has no gradient on the training rows"
+        raise CompressionError(
+            f"'channels' by {importance} finds every weight equally unimportant: "
+            f"{why if importance == 'gradient' else 'no layer reads anything but zeros'}. Choose "
+            f"another importance."
+        )
+    return sizes
+
+
+def per_unit(
+    readers: Readers, sizes: Mapping[str, Tensor], importance: Importance
+) -> dict[str, Tensor]:
+    """What the weights of each unit of a width come to: its own and those that read it.
+
+    Args:
+        readers: who reads what.
+        sizes: by parameter name, a number for every weight, in the parameter's shape.
+        importance: by ``activation`` only those that read it count.
+
+    Returns:
+        By maker, float ``(units,)``.
+    """
+    totals = {}
+    for maker, units in readers.units.items():
+        total = torch.zeros(readers.width.value)
+        if importance != "activation":
+            own = sizes[f"{maker}.weight"].sum(dim=1)  # (channels,)
+            if f"{maker}.bias" in sizes:
+                own = own + sizes[f"{maker}.bias"]
+            total = total.index_add(0, units, own)
+        for (name, reader), columns in readers.reads.items():
+            if name == maker:
+                read = sizes.get(f"{reader}.weight")  # (out, in), or (in,) of a norm
+                if read is None:  # a norm without weights
+                    continue
+                read = read.sum(dim=0) if read.dim() == 2 else read  # (in,)
+                total = total + columns.to(read.dtype) @ read
+        totals[maker] = total
+    return totals
+
+
+def kept_units(readers: Readers, importance: Mapping[str, Tensor], count: int) -> dict[str, Tensor]:
+    """The units that stay: by maker, bool ``(units,)`` with ``count`` True.
+
+    Makers whose channels meet keep the same ones, by the sum of their importances. Of equally
+    important units the first ones stay.
+    """
+    kept = {}
+    for group in readers.tied:
+        total = torch.stack([importance[maker] for maker in group]).sum(dim=0)
+        best = total.sort(descending=True, stable=True).indices[:count]
+        mask = torch.zeros(len(total), dtype=torch.bool)
+        mask[best] = True
+        kept.update(dict.fromkeys(group, mask))
+    return kept
+
+
+def _taylor(
+    module: nn.Module, bench: Bench, weights: Mapping[str, Tensor], rows: int
+) -> dict[str, Tensor]:
+    """Squared gradient times weight, summed over batches of training rows."""
+    if bench.train is None:
+        raise CompressionError("'channels' by gradient needs training rows.")
+    copied = private_copy(module).eval()
+    leaves: dict[str, nn.Parameter] = {}
+    for name, weight in weights.items():
+        owner, _, own = name.rpartition(".")
+        leaves[name] = own_weight(copied.get_submodule(owner), own, weight)
+    total = {name: torch.zeros_like(weight) for name, weight in weights.items()}
+    for batch in shuffled(bench.train, bench.signature, BATCH, bench.seed, limit=rows):
+        loss = hard_loss(bench.signature, copied(**batch.inputs), batch)
+        grads = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)
+        for (name, leaf), grad in zip(leaves.items(), grads, strict=True):
+            if grad is not None:
+                total[name] += (grad * leaf.detach()).square()
+    return total
+
+
+@torch.no_grad()
+def _contributions(module: nn.Module, bench: Bench, rows: int) -> dict[str, Tensor]:
+    """Mean square of each weight times its input, of every float32 dense layer; 1 over a layer.
+
+    Summed over a layer's outputs this is the energy that one input adds to them, as a share: for
+    the input ``x`` of column ``w`` in proportion to ``E[x^2] * |w|^2``.
+    """
+    if bench.calibration is None:
+        raise CompressionError("'channels' by activation needs calibration or training rows.")
+    layers = {name: part for name, part in module.named_modules() if isinstance(part, nn.Linear)}
+    squares = {
+        name: torch.zeros(layer.in_features, dtype=torch.float64) for name, layer in layers.items()
+    }
+
+    def watch(name: str) -> Any:
+        def hook(_: nn.Module, args: tuple[Tensor, ...], named: dict[str, Tensor]) -> None:
+            x = (args[0] if args else named["input"]).reshape(-1, layers[name].in_features)
+            squares[name] += x.double().square().sum(dim=0)
+
+        return hook
+
+    handles = [
+        layer.register_forward_pre_hook(watch(name), with_kwargs=True)
+        for name, layer in layers.items()
+    ]
+    try:
+        for batch in batches(bench.calibration, bench.signature, BATCH, rows):
+            module(**batch.inputs)
+    finally:
+        for handle in handles:
+            handle.remove()
+    found = {}
+    for name, layer in layers.items():
+        energy = layer.weight.double().square() * squares[name]  # (out, in)
+        found[f"{name}.weight"] = (energy / energy.sum().clamp(min=TINY)).float()
+    return found

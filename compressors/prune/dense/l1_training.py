@@ -1,0 +1,243 @@
+"""Training with a penalty on the size of dense weights, after which many are exactly zero.
+
+After every optimizer step the weights are pulled towards zero by the step's learning rate times
+the strength, and those that would cross it stay there: the proximal operator of the penalty. The
+gradient of a penalty would only make weights small.
+
+Sources: Parikh and Boyd 2014, sec. 6.5 (soft and block soft thresholding); Yuan and Lin 2006 (the
+group lasso); Liu et al. 2017, https://arxiv.org/abs/1708.06519 (the scales of batch norms, so that
+channels go).
+Differs: behind Adam the pull is in proportion to the learning rate alone, decoupled from the
+gradient's scale as AdamW's decay is, so that one strength means the same in every network: a weight
+stays at zero while the running mean of its gradients is a smaller part of their size. And a group
+is all that makes one channel: its weights, its bias, and the scale and shift of the norm behind it,
+of all layers whose channels meet.
+
+Zeros are stored like any other weight, so this alone lowers neither bytes nor multiply-adds nor
+latency on any target. ``fine_tune`` and ``distill`` keep them; channels that became zero can be
+cut by ``channels`` with importance ``activation``.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from compressors.contracts import Bench, Change, Frozen, Part, Signature
+from compressors.core.model import Model
+from compressors.core.units import Choice, Unit, choose_dense
+from compressors.distill.soft_labels import mixed_loss
+from compressors.distill.training.settings import Training
+from compressors.distill.training.training_steps import choose_trainable, pruned_layers, train_model
+from compressors.prune.structure.channel_consumers import Readers
+from compressors.prune.structure.prunable_widths import prunable_widths
+
+
+@dataclass(frozen=True)
+class WeightGroup:
+    """What is pulled to zero together: a row of ``count`` sets of weights.
+
+    ``parts`` hold, by parameter, the places along its first dimension and whose they are, both
+    int64 ``(places,)``.
+    """
+
+    count: int
+    parts: dict[str, tuple[Tensor, Tensor]]
+
+
+def soft_threshold(weight: Tensor, reach: float) -> Tensor:
+    """Weights nearer to zero by ``reach``, and zero where they were nearer than that."""
+    return weight.sign() * (weight.abs() - reach).clamp(min=0) + 0.0  # no zero with a sign
+
+
+def group_threshold(
+    parts: Sequence[tuple[Tensor, Tensor]], count: int, reach: float
+) -> list[Tensor]:
+    """Sets of weights whose length is shorter by ``reach`` times the root of how many they are.
+
+    Args:
+        parts: of each a tensor ``(places, *)`` and whose each place is, int64 ``(places,)``.
+        count: how many sets there are.
+        reach: as far as a single weight would be pulled.
+
+    Returns:
+        The tensors; a set that was shorter than that is zero.
+    """
+    square, size = parts[0][0].new_zeros(count), parts[0][0].new_zeros(count)
+    for tensor, owner in parts:
+        flat = tensor.reshape(len(tensor), -1)
+        square.index_add_(0, owner, flat.square().sum(dim=1))
+        size.index_add_(0, owner, flat.new_full((len(flat),), flat.shape[1]))
+    length = square.sqrt()
+    # A set of zeros stays one, whatever it is multiplied by.
+    factor = (1 - reach * size.sqrt() / length.clamp(min=1e-30)).clamp(min=0)  # (count,)
+    return [
+        tensor * factor[owner].reshape(-1, *[1] * (tensor.dim() - 1)) + 0.0
+        for tensor, owner in parts
+    ]
+
+
+class L1Training(Frozen):
+    """Train with a penalty on dense weights, so that many become zero."""
+
+    kind: Literal["l1_training"] = "l1_training"
+    layers: tuple[str, ...] = Field(
+        ("*",), description="Dense layers to penalize: module names, with * for any characters."
+    )
+    penalty_strength: float = Field(
+        0.3,
+        gt=0,
+        le=1,
+        description="How far each step pulls a weight to zero, in parts of its learning rate. Adam "
+        "moves a weight by up to 1 where every batch asks for the same, by about 0.2 where chance "
+        "does; below that hardly a weight stays at zero.",
+    )
+    penalty: Literal["l1", "group"] = Field(
+        "l1",
+        description="Single weights, or all that makes an output channel together, so that whole "
+        "channels become zero.",
+    )
+    soft_share: float = Field(
+        0.0, ge=0, le=1, description="Weight of the original's answers against the labels."
+    )
+    temperature: float = Field(
+        1.0, ge=0.1, le=100, description="Both answers are divided by it before they are compared."
+    )
+    training: Training = Field(
+        default_factory=lambda: Training(schedule="cosine"),
+        description="How it is trained; all epochs are run, and the last one counts.",
+    )
+
+    @property
+    def needs(self) -> tuple[Part, ...]:
+        """Rows to learn from, rows that are told of, and what the original answers."""
+        return ("train", "validation", *(("soft_labels",) if self.soft_share else ()))
+
+    @property
+    def changes(self) -> Change:
+        """Values change; formats and shapes stay."""
+        return "values"
+
+    def choose(self, model: Model, bench: Bench) -> dict[str, Choice]:
+        """Which layers are penalized, what is trained beside them, and why the rest stays."""
+        wanted = self._wanted(model)
+        choices = choose_trainable(model, bench, self.kind, tables=self.training.tables)
+        if not any(choice.take for choice in wanted.values()):
+            return {**choices, **wanted}  # nothing to penalize: no training without it
+        for name, choice in wanted.items():
+            if choice.take:
+                what = "weight" if self.penalty == "l1" else "channel"
+                reason = (
+                    f"{choices[name].reason}, penalty {self.penalty_strength:g} on every {what}"
+                )
+                choices[name] = replace(choices[name], reason=reason)
+        return choices
+
+    def apply(self, model: Model, bench: Bench) -> Model:
+        """Train with the penalty, and leave the network as it is after the last epoch.
+
+        Raises:
+            CompressionError: the bench lacks rows, or training diverged.
+        """
+        wanted = self._wanted(model)
+        taken = [name for name, choice in wanted.items() if choice.take]
+        loss = mixed_loss(bench, self.soft_share, self.temperature, self.kind)
+        groups = _groups(model, bench.signature, wanted) if self.penalty == "group" else []
+        model = train_model(
+            model,
+            bench,
+            loss,
+            self.training,
+            pruned_layers(model),
+            after_step=_pull(model.module, taken, groups, self.penalty_strength),
+            last=True,
+        )
+        zeros = {name: _notes(model.module, name, groups) for name in taken}
+        notes = {name: f"{told}; {model.notes[name]}" for name, told in zeros.items()}
+        return replace(model, notes={**model.notes, **notes})
+
+    def _wanted(self, model: Model) -> dict[str, Choice]:
+        """Which dense layers are penalized, and why not the others."""
+        units = Unit.of(model.module)
+        wanted = choose_dense(units, self.layers, self.kind)
+        if self.penalty == "group":
+            for unit in units:
+                if unit.name in wanted and wanted[unit.name].take and unit.rows == 1:
+                    wanted[unit.name] = Choice(False, "has a single output, which has to stay")
+        return wanted
+
+    def dry_run(self, model: Model, bench: Bench) -> Model:  # noqa: ARG002
+        """Zeros are stored like other weights."""
+        return model
+
+
+def _pull(
+    module: nn.Module, layers: Sequence[str], groups: Sequence[WeightGroup], strength: float
+) -> Callable[[float], None]:
+    """What happens to the weights after a step of some learning rate."""
+
+    def single(rate: float) -> None:
+        for name in layers:
+            weight = module.get_parameter(f"{name}.weight")
+            weight.copy_(soft_threshold(weight, rate * strength))
+
+    def grouped(rate: float) -> None:
+        for group in groups:
+            held = {name: module.get_parameter(name) for name in group.parts}
+            parts = [
+                (weight[group.parts[name][0]], group.parts[name][1].to(weight.device))
+                for name, weight in held.items()
+            ]
+            pulled = group_threshold(parts, group.count, rate * strength)
+            for (name, (places, _)), new in zip(group.parts.items(), pulled, strict=True):
+                held[name][places] = new
+
+    return grouped if groups else single
+
+
+def _groups(model: Model, signature: Signature, wanted: Mapping[str, Choice]) -> list[WeightGroup]:
+    """All that makes each channel; where no number counts them, a layer's rows and biases."""
+    found = prunable_widths(model, signature, wanted, share=0.5, multiple=1, searched=True)
+    groups = [
+        _group(model.module, readers, makers)
+        for readers in found.readers
+        for makers in readers.tied
+    ]
+    together = {maker for readers in found.readers for maker in readers.width.makers}
+    for name, choice in wanted.items():
+        if choice.take and name not in together:
+            every = torch.arange(model.module.get_parameter(f"{name}.weight").shape[0])
+            parts = dict.fromkeys(_leaves(model.module, name), (every, every))
+            groups.append(WeightGroup(len(every), parts))
+    return groups
+
+
+def _group(module: nn.Module, readers: Readers, makers: tuple[str, ...]) -> WeightGroup:
+    parts: dict[str, tuple[Tensor, Tensor]] = {}
+    for maker in makers:
+        units = readers.units[maker]
+        for leaf in _leaves(module, maker):
+            parts[leaf] = (torch.arange(len(units)), units)
+        for (name, reader), columns in readers.reads.items():
+            if name == maker and isinstance(module.get_submodule(reader), nn.BatchNorm1d):
+                places = columns.any(dim=0).nonzero().flatten()
+                owner = columns.int().argmax(dim=0)[places]
+                for leaf in _leaves(module, reader):
+                    parts[leaf] = (places, owner)
+    return WeightGroup(readers.width.value, parts)
+
+
+def _leaves(module: nn.Module, owner: str) -> list[str]:
+    return [f"{owner}.{name}" for name, _ in module.get_submodule(owner).named_parameters()]
+
+
+def _notes(module: nn.Module, name: str, groups: Sequence[WeightGroup]) -> str:
+    """What became of a layer."""
+    weight = module.get_parameter(f"{name}.weight").detach()
+    said = f"{float((weight == 0).float().mean()):.1%} zeros, stored like other weights"
+    if groups:
+        said += f"; {int((weight == 0).all(dim=1).sum())} of {len(weight)} outputs are zero"
+    return said

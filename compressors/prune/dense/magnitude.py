@@ -1,0 +1,92 @@
+"""Dense layers with their smallest weights set to zero.
+
+Source: Han et al. 2015, https://arxiv.org/abs/1506.02626 (magnitude pruning).
+Differs: one cut, and no retraining of its own; ``fine_tune`` or ``distill`` behind it keep the
+zeros and recover quality.
+
+Zeros are stored like any other weight: this alone saves neither bytes nor time on the targets
+we serve. It is the first half of a recipe, and an honest baseline for ``channels``.
+"""
+
+from dataclasses import replace
+from typing import Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from compressors.contracts import Bench, Change, Frozen, Part
+from compressors.core.model import Model
+from compressors.core.units import Choice, Unit, choose_dense, own_weight
+
+
+def zeroed(weights: list[Tensor], share: float) -> list[Tensor]:
+    """The weights with ``round(share * all)`` of them, the smallest by absolute value, set to 0.
+
+    Args:
+        weights: any shapes, ranked together.
+        share: between 0 and 1. Of equal weights the first ones go.
+    """
+    flat = torch.cat([weight.abs().flatten() for weight in weights])  # (all weights,)
+    smallest = flat.sort(stable=True).indices[: round(share * len(flat))]
+    gone = torch.zeros(len(flat), dtype=torch.bool)
+    gone[smallest] = True
+    masks = torch.split(gone, [weight.numel() for weight in weights])
+    return [
+        weight.masked_fill(mask.view_as(weight), 0.0)
+        for weight, mask in zip(weights, masks, strict=True)
+    ]
+
+
+class Magnitude(Frozen):
+    """Set the smallest weights of dense layers to zero."""
+
+    kind: Literal["magnitude"] = "magnitude"
+    layers: tuple[str, ...] = Field(
+        ("*",), description="Dense layers to prune: module names, with * for any characters."
+    )
+    share: float = Field(0.5, gt=0, lt=1, description="Share of the weights that become zero.")
+    scope: Literal["layer", "global"] = Field(
+        "layer", description="Rank the weights of each layer, or of all layers together."
+    )
+
+    @property
+    def needs(self) -> tuple[Part, ...]:
+        """No data: only the weights are looked at."""
+        return ()
+
+    @property
+    def changes(self) -> Change:
+        """Weights become zero; every layer stays as wide as it is."""
+        return "values"
+
+    def choose(self, model: Model, bench: Bench) -> dict[str, Choice]:  # noqa: ARG002
+        """Which dense layers this step takes, and why not the others."""
+        chosen = choose_dense(Unit.of(model.module), self.layers, self.kind)
+        where = "its smallest weights" if self.scope == "layer" else "the smallest of all layers"
+        reason = f"magnitude: {self.share:.0%} zeros, {where}"
+        return {
+            name: replace(choice, reason=reason) if choice.take else choice
+            for name, choice in chosen.items()
+        }
+
+    def apply(self, model: Model, bench: Bench) -> Model:
+        """Replace the weight of every chosen layer by one with zeros."""
+        choices = self.choose(model, bench)
+        taken = [
+            unit
+            for unit in Unit.of(model.module)
+            if unit.name in choices and choices[unit.name].take
+        ]
+        groups = [taken] if self.scope == "global" else [[unit] for unit in taken]
+        for group in groups:
+            weights = zeroed([unit.weight for unit in group], self.share)
+            for unit, weight in zip(group, weights, strict=True):
+                layer = unit.module
+                if isinstance(layer, nn.Linear):
+                    own_weight(layer, "weight", weight)
+        return model
+
+    def dry_run(self, model: Model, bench: Bench) -> Model:  # noqa: ARG002
+        """Zeros are stored like other weights."""
+        return model

@@ -1,0 +1,207 @@
+"""Dense layers with two zeros among every four inputs, and the other weights fitted anew.
+
+GPUs from compute capability 8.0 on multiply such weights with sparse kernels, half the products
+each; TensorRT's builder measures them and takes them where they pay, which for the layers of a
+recommender they often do not. The engine's audit says which it took. ONNX Runtime stores and
+multiplies zeros like other weights: there nothing becomes smaller or faster.
+
+Of every four weights the two that matter least go: the smallest, or the smallest once each is
+weighed by how large its input is on the calibration rows (Wanda; on Frappe's networks no better,
+``benchmarks/dense_formats.py``). Then the weights that stay are
+moved so that the layer's outputs on those rows change least: least squares over the kept weights
+of each output channel by itself.
+
+Papers: Mishra et al. 2021, https://arxiv.org/abs/2104.08378 (2:4); Sun et al. 2023,
+https://arxiv.org/abs/2306.11695 (weight times norm of its input); Frantar and Alistarh 2023,
+https://arxiv.org/abs/2301.00774 (reconstruction, SparseGPT). Differs: the mask is chosen first, and
+the reconstruction is the least squares solution for that mask, by conjugate gradients on all
+channels at once, where SparseGPT goes through the columns one by one and never looks back.
+"""
+
+from dataclasses import replace
+from typing import Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from compressors.contracts import Bench, Change, Frozen, Part, Plan
+from compressors.core.model import Model
+from compressors.core.modules.formats import PackedLinear
+from compressors.core.units import Choice, Unit, choose_dense, own_weight
+from compressors.errors.compression import CompressionError
+from compressors.quantize.calibration.input_moments import grams, squared_error
+
+KIND = "sparse_2_4"
+STORES_ZEROS = frozenset({"static_int8", "float16", "bfloat16"})
+"""Formats of dense layers in which a zero is a zero, to a kernel as well."""
+DAMPING = 0.01
+"""Share of the mean energy of inputs by which moving a weight is held back: SparseGPT's."""
+ROUNDS = 100
+"""Of conjugate gradients, at most."""
+ENOUGH = 1e-6
+"""What may be left of the gradient."""
+
+
+def kept_2_4(weight: Tensor, norms: Tensor | None = None) -> Tensor:
+    """Which two of every four neighbouring inputs an output keeps: bool ``(out, in)``.
+
+    Args:
+        weight: float, ``(out, in)``, ``in`` a multiple of four.
+        norms: of the inputs, float ``(in,)``; without them only the weights count. Of equally
+            important weights the first stay.
+    """
+    importance = weight.abs() if norms is None else weight.abs() * norms
+    fours = importance.reshape(-1, 4)
+    order = fours.argsort(dim=1, descending=True, stable=True)
+    kept = torch.zeros(fours.shape, dtype=torch.bool).scatter_(1, order[:, :2], True)
+    return kept.reshape(weight.shape)
+
+
+def reconstructed(weight: Tensor, kept: Tensor, gram: Tensor) -> Tensor:
+    """The weights, zero where not kept, that change a layer's outputs least.
+
+    Args:
+        weight: float, ``(out, in)``.
+        kept: bool, ``(out, in)``.
+        gram: of the layer's inputs, float64 ``(in, in)``.
+
+    Returns:
+        ``(out, in)`` in the type of ``weight``. No output's squared error on the rows of the gram
+        matrix is larger than with the other weights as they were: each round of conjugate
+        gradients lowers that error and what damping adds to it, and damping only grows.
+    """
+    energy = gram.diagonal()
+    curved = gram + torch.diag(torch.full_like(energy, DAMPING * float(energy.mean())))
+    usual = 1 / curved.diagonal()
+    wide = weight.double()
+    moved = torch.where(kept, 0.0, -wide)  # what each weight is off by: those that are gone, gone
+    slope = torch.where(kept, moved @ curved, 0.0)  # half the gradient, (out, in)
+    first = (slope * slope * usual).sum(dim=1, keepdim=True)
+    along = -slope * usual
+    size = first
+    for _ in range(ROUNDS):
+        going = size > ENOUGH**2 * first  # (out, 1): channels that are not there yet
+        if not bool(going.any()):
+            break
+        bent = torch.where(kept, along @ curved, 0.0)
+        step = torch.where(going, size / (along * bent).sum(dim=1, keepdim=True), 0.0)
+        moved = moved + step * along
+        slope = slope + step * bent
+        now = (slope * slope * usual).sum(dim=1, keepdim=True)
+        along = -slope * usual + torch.where(going, now / size, 0.0) * along
+        size = torch.where(going, now, size)
+    return torch.where(kept, wide + moved, 0.0).to(weight.dtype)
+
+
+def is_2_4(weight: Tensor) -> bool:
+    """Whether at most two of every four neighbouring inputs have a weight: any type, 2-D."""
+    if weight.dim() != 2 or weight.shape[1] % 4:
+        return False
+    return bool(((weight != 0).reshape(-1, 4).sum(dim=1) <= 2).all())
+
+
+def sparse_layers(module: nn.Module, plan: Plan | None) -> tuple[str, ...]:
+    """Layers that this step made sparse, and that still are, in a form whose zeros are zeros."""
+    modules, found = dict(module.named_modules()), []
+    for line in plan.lines if plan is not None else ():
+        if KIND not in line.steps:
+            continue
+        layer = modules.get(line.module)
+        weight = None
+        if isinstance(layer, nn.Linear):
+            weight = layer.weight
+        elif isinstance(layer, PackedLinear) and layer.storage.name in STORES_ZEROS:
+            held = dict(layer.named_buffers())
+            weight = held.get("codes", held.get("weight"))
+        if weight is not None and is_2_4(weight):
+            found.append(line.module)
+    return tuple(found)
+
+
+class Sparse24(Frozen):
+    """Set two of every four weights of dense layers to zero, for TensorRT's sparse kernels."""
+
+    kind: Literal["sparse_2_4"] = "sparse_2_4"
+    layers: tuple[str, ...] = Field(
+        ("*",), description="Dense layers to prune: module names, with * for any characters."
+    )
+    importance: Literal["magnitude", "activation"] = Field(
+        "magnitude",
+        description="Which two of four stay: the largest weights, or the largest once weighed by "
+        "the norm of their input on calibration rows.",
+    )
+    reconstruct: bool = Field(
+        True, description="Fit the weights that stay to the layer's outputs on calibration rows."
+    )
+    rows: int = Field(4096, ge=1, description="Calibration rows read, at most.")
+    batch: int = Field(1024, ge=1, description="Rows of one calibration batch.")
+
+    @property
+    def needs(self) -> tuple[Part, ...]:
+        """Rows to see what the inputs are, unless only the weights are looked at."""
+        looks = self.reconstruct or self.importance == "activation"
+        return ("calibration",) if looks else ()
+
+    @property
+    def changes(self) -> Change:
+        """Weights become zero; every layer stays as wide as it is."""
+        return "values"
+
+    def choose(self, model: Model, bench: Bench) -> dict[str, Choice]:  # noqa: ARG002
+        """Which dense layers this step takes, and why not the others."""
+        units = {unit.name: unit for unit in Unit.of(model.module)}
+        chosen = choose_dense(tuple(units.values()), self.layers, self.kind)
+        reason = (
+            "sparse_2_4: two zeros among every four inputs, fewer products where TensorRT picks "
+            "sparse kernels, no gain in ONNX Runtime"
+        )
+        for name, choice in chosen.items():
+            inputs = units[name].weight.shape[1] if choice.take else 4
+            if inputs % 4:
+                chosen[name] = Choice(False, f"{inputs} inputs, no multiple of 4")
+            elif choice.take:
+                chosen[name] = replace(choice, reason=reason)
+        return chosen
+
+    def apply(self, model: Model, bench: Bench) -> Model:
+        """Replace the weight of every chosen layer by one with zeros.
+
+        Raises:
+            CompressionError: there are no calibration rows, or a layer never ran on them.
+        """
+        choices = self.choose(model, bench)
+        units = Unit.of(model.module)
+        taken = [unit for unit in units if unit.name in choices and choices[unit.name].take]
+        seen = self._seen(model, taken, bench) if self.needs else {}
+        notes = dict(model.notes)
+        for unit in taken:
+            layer, weight, gram = unit.module, unit.weight, seen.get(unit.name)
+            norms = None
+            if gram is not None and self.importance == "activation":
+                norms = gram.diagonal().sqrt().float()
+            kept = kept_2_4(weight, norms)
+            found = torch.where(kept, weight, 0.0)
+            if gram is not None and self.reconstruct:
+                gone = float(squared_error(found - weight, gram).sum())
+                found = reconstructed(weight, kept, gram)
+                left = float(squared_error(found - weight, gram).sum())
+                if gone > 0:
+                    notes[unit.name] = f"reconstruction leaves {left / gone:.0%} of the error"
+            if isinstance(layer, nn.Linear):
+                own_weight(layer, "weight", found)
+        return replace(model, notes=notes)
+
+    def _seen(self, model: Model, taken: list[Unit], bench: Bench) -> dict[str, Tensor]:
+        if bench.calibration is None:
+            raise CompressionError(
+                "'sparse_2_4' needs calibration rows; this bundle has neither calibration nor "
+                "train data. Add one to model.json, or set importance to 'magnitude' and "
+                "reconstruct to false."
+            )
+        rows, signature = bench.calibration, bench.signature
+        return grams(model.module, taken, rows, signature, self.batch, self.rows)
+
+    def dry_run(self, model: Model, bench: Bench) -> Model:  # noqa: ARG002
+        """Zeros are stored like other weights."""
+        return model

@@ -1,0 +1,224 @@
+"""Layers of which a configuration says how many there are, and a network with one of them less.
+
+A number such as ``cross_layers``, or the entries of a list such as ``hidden``, is found by trying:
+build the network with one less, and see which lists and sequences of modules became shorter. Which
+member goes is free as long as what is left fits the shapes that the class then builds: later
+members move up by one. That nothing else depends on the member is proved: the shorter network
+must score as the old one does when the member is skipped, either passing on what it is given (a
+block, a hidden layer) or adding nothing (a residual part, a cross layer).
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from compressors.contracts import Signature, is_out_of_memory
+from compressors.core.model import Model
+from compressors.core.state.construction import construct
+from compressors.core.units import private_copy, table_rows
+from compressors.prune.structure.config_widths import (
+    Path,
+    defaults_of,
+    describe_path,
+    numbers,
+    with_value,
+)
+from compressors.prune.structure.narrowing import gap_of, made_up_scores, rebuilt, rounded_scores
+
+
+@dataclass(frozen=True)
+class Stack:
+    """Layers that a number of the configuration counts, or a list of it lists.
+
+    ``parts`` are the containers that hold them, each with how many of its modules, from the first
+    on, are one member.
+    """
+
+    path: Path
+    members: int
+    listed: bool
+    parts: dict[str, int]
+
+    def description(self) -> str:
+        """The number or list as people would write it."""
+        return describe_path(self.path)
+
+    def member_of(self, name: str) -> int | None:
+        """Which member a module or tensor is of."""
+        for part, size in self.parts.items():
+            place, _, _ = name.removeprefix(f"{part}.").partition(".")
+            if name.startswith(f"{part}.") and place.isdecimal():
+                member = int(place) // size
+                return member if member < self.members else None
+        return None
+
+    def moved(self, name: str, gone: int) -> str | None:
+        """The name of a module or tensor without one member; None if it is of that one."""
+        for part, size in self.parts.items():
+            place, dot, rest = name.removeprefix(f"{part}.").partition(".")
+            if not name.startswith(f"{part}.") or not place.isdecimal():
+                continue
+            if int(place) // size == gone:
+                return None
+            after = int(place) - size * (int(place) // size > gone)
+            return f"{part}.{after}{dot}{rest}"
+        return name
+
+
+class NotAMember(Exception):
+    """Why a layer cannot go; half a sentence."""
+
+
+def find_stacks(model: Model) -> tuple[Stack, ...]:
+    """Every number and list of a configuration that some containers follow, by one build each."""
+    before = _lengths(model.module)
+    config = {**defaults_of(model.architecture), **model.network.architecture.config}
+    found = []
+    for path, members, listed in _counted(config):
+        shorter = Stack(path, members, listed, {})
+        try:
+            after = _lengths(_built(model, _config(model, shorter, members - 1)))
+        except Exception as fault:
+            if is_out_of_memory(fault):
+                raise
+            continue
+        parts = {
+            name: size - after[name]
+            for name, size in before.items()
+            if after.get(name, size) < size and (size - after[name]) * members <= size
+        }
+        outermost = {
+            name: size
+            for name, size in parts.items()
+            if not any(name.startswith(f"{other}.") for other in parts)
+        }
+        if outermost:
+            found.append(replace(shorter, parts=outermost))
+    return tuple(found)
+
+
+def _counted(config: Any, path: Path = ()) -> Iterator[tuple[Path, int, bool]]:
+    """Numbers of at least 2, and lists of at least two numbers, with their places."""
+    for place, value in numbers(config, path):
+        if value >= 2:
+            yield place, value, False
+    items = config.items() if isinstance(config, dict) else enumerate(config)
+    for key, value in items:
+        if isinstance(value, list) and len(value) >= 2 and all(type(v) is int for v in value):
+            yield (*path, key), len(value), True
+        elif isinstance(value, dict | list):
+            for found in _counted(value, (*path, key)):
+                if found[2]:
+                    yield found
+
+
+def _lengths(module: nn.Module) -> dict[str, int]:
+    return {
+        name: len(part)
+        for name, part in module.named_modules()
+        if isinstance(part, nn.ModuleList | nn.Sequential)
+    }
+
+
+def _config(model: Model, stack: Stack, gone: int) -> dict[str, Any]:
+    """The configuration without one member."""
+    config = model.network.architecture.config
+    if not stack.listed:
+        return with_value(model.architecture, config, stack.path, stack.members - 1)
+    value: Any = {**defaults_of(model.architecture), **config}
+    for part in stack.path:
+        value = value[part]
+    return with_value(model.architecture, config, stack.path, [*value[:gone], *value[gone + 1 :]])
+
+
+def _built(model: Model, config: dict[str, Any]) -> nn.Module:
+    return construct(model.architecture, config).module
+
+
+def without_member(
+    model: Model, signature: Signature, stack: Stack, gone: int
+) -> tuple[Model, Stack]:
+    """The network without one member, over the same tensors, and the stack that is left.
+
+    Raises:
+        NotAMember: what is left does not fit the shapes of the shorter network, or it is another
+            network than the old one with that member skipped.
+    """
+    config = _config(model, stack, gone)
+    try:
+        built = rebuilt(model, config, lambda name: stack.moved(name, gone))
+    except Exception as fault:  # whatever a class raises, it says that this member has to stay
+        if is_out_of_memory(fault):
+            raise
+        first = str(fault).strip().splitlines()[-1].strip()
+        raise NotAMember(f"what is left does not fit without layer {gone}: {first}") from fault
+    architecture = model.network.architecture.model_copy(update={"config": config})
+    network = model.network.model_copy(update={"architecture": architecture})
+    shorter = replace(model, module=built, network=network)
+    _require_skipped(model, shorter, signature, stack, gone)
+    return shorter, replace(stack, members=stack.members - 1)
+
+
+def _require_skipped(
+    model: Model, shorter: Model, signature: Signature, stack: Stack, gone: int
+) -> None:
+    tables = table_rows(model.module)
+    found = made_up_scores(shorter.module, signature, tables)
+    gaps = []
+    for instead in (_its_input, _nothing):
+        skipping = private_copy(model.module).eval()
+        try:
+            with _replaced(skipping, stack, gone, instead):
+                gap = gap_of(
+                    found,
+                    made_up_scores(skipping, signature, tables),
+                    signature,
+                    lambda: rounded_scores(shorter.module, signature, tables),
+                )
+        except Exception as fault:
+            if is_out_of_memory(fault):
+                raise
+            continue
+        if gap is None:
+            return
+        gaps.append(gap)
+    raise NotAMember(
+        f"without layer {gone} it is another network than one that skips it (scores are off by "
+        f"{gaps[0]})"
+        if gaps
+        else f"layer {gone} cannot be skipped: it returns what it is not given"
+    )
+
+
+def _its_input(args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+    if args[0].shape != output.shape:
+        raise ValueError("another shape")
+    return args[0]
+
+
+def _nothing(args: tuple[Tensor, ...], output: Tensor) -> Tensor:  # noqa: ARG001
+    return torch.zeros_like(output)
+
+
+@contextmanager
+def _replaced(
+    module: nn.Module,
+    stack: Stack,
+    member: int,
+    instead: Callable[[tuple[Tensor, ...], Tensor], Tensor],
+) -> Iterator[None]:
+    """Inside, every module of a member answers something else."""
+
+    def hook(_: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        return instead(args, output)
+
+    with ExitStack() as hooks:
+        for name, size in stack.parts.items():
+            held = list(module.get_submodule(name).children())
+            for part in held[member * size : (member + 1) * size]:
+                hooks.callback(part.register_forward_hook(hook).remove)
+        yield

@@ -1,0 +1,208 @@
+"""Which number of a configuration is the width of which layers.
+
+A bundle stores a network as its class and the keyword arguments it is built with, so a narrower
+layer exists only if some number of those arguments says how wide it is. That number is found by
+trying: change it, build the network without its weights, and see which shapes followed.
+
+A number counts channels, or groups of channels: of a configuration with ``heads`` and ``head_dim``
+each head is ``head_dim`` channels of three layers. What the number counts is called a unit here.
+"""
+
+import copy
+import inspect
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from compressors.contracts import is_out_of_memory
+from compressors.core.model import Model
+from compressors.core.modules.factored import FactoredLinear
+from compressors.core.modules.formats import FoldedNorm, PackedLinear
+from compressors.core.state.construction import construct
+
+Path = tuple[str | int, ...]
+Shapes = dict[str, torch.Size]
+STEPS = (8, 1)  # a multiple of 8 first: widths are often split among heads
+
+
+@dataclass(frozen=True)
+class Width:
+    """A number of the configuration, and the layers that follow it.
+
+    ``makers`` are the dense layers whose outputs it counts, each with its channels per unit: 1
+    where the number is the layer's width, the size of a head where it counts heads. ``readers``
+    hold, for each module that reads those channels, how many of its inputs there are per unit.
+    """
+
+    path: Path
+    value: int
+    makers: dict[str, int]
+    readers: dict[str, int]
+
+    def description(self) -> str:
+        """The number as people would write it: ``hidden[0]``."""
+        return describe_path(self.path)
+
+
+def describe_path(path: Path) -> str:
+    """A place in a configuration as people would write it: ``hidden[0]``."""
+    first, *rest = path
+    return str(first) + "".join(f"[{part!r}]" for part in rest)
+
+
+class NotAWidth(Exception):
+    """Why a layer cannot become narrower; half a sentence."""
+
+
+def defaults_of(architecture: type[nn.Module]) -> dict[str, Any]:
+    """The class's own defaults for arguments that a configuration may name."""
+    return {
+        name: _listed(parameter.default)
+        for name, parameter in inspect.signature(architecture).parameters.items()
+        if parameter.default is not inspect.Parameter.empty
+        and parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)
+    }
+
+
+def _listed(value: Any) -> Any:
+    """Tuples as the lists that JSON knows, so that a part of one can be replaced."""
+    return [_listed(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+def with_value(
+    architecture: type[nn.Module], config: Mapping[str, Any], path: Path, value: Any
+) -> dict[str, Any]:
+    """The configuration with one value replaced; other arguments stay as they are written.
+
+    A default of the class is written out only where a number of it is replaced.
+    """
+    first = path[0]
+    changed: dict[Any, Any] = copy.deepcopy(dict(config))
+    if first not in changed:
+        changed[first] = copy.deepcopy(defaults_of(architecture)[str(first)])
+    place: Any = changed
+    for part in path[:-1]:
+        place = place[part]
+    place[path[-1]] = value
+    result: dict[str, Any] = changed
+    return result
+
+
+def find_widths(model: Model) -> tuple[dict[str, Width], dict[str, str]]:
+    """The numbers that layers' outputs follow, as spoken, and why the other layers have none.
+
+    Cost: two or three builds without weights per number that divides a layer's width.
+    """
+    linear = {
+        name: layer.out_features
+        for name, layer in model.module.named_modules()
+        if isinstance(layer, nn.Linear | PackedLinear)
+    }
+    config = model.network.architecture.config
+    before = shapes_of(model.architecture, config)
+    found: dict[str, Width] = {}
+    reasons: dict[str, str] = {}
+    splits: dict[str, int] = {}
+    for path, value in numbers({**defaults_of(model.architecture), **config}):
+        divides = any(outputs % value == 0 for outputs in linear.values()) if value > 1 else False
+        if before is None or not divides:
+            continue
+        try:
+            width = _width(model, before, path, value)
+        except NotAWidth as why:
+            # Said of the layers of that width, unless another number turns out to be theirs.
+            said = {name: str(why) for name, outputs in linear.items() if outputs == value}
+            reasons = {**said, **reasons}
+            if isinstance(why, _OutOfStep):
+                splits[describe_path(path)] = value
+            continue
+        found[describe_path(path)] = width
+    for name, outputs in linear.items():
+        default = f"no number of the architecture's configuration is its width {outputs}"
+        reasons.setdefault(name, "has a single output" if outputs == 1 else default)
+        for number, value in splits.items():
+            if outputs > value and outputs % value == 0:
+                reasons[name] += (
+                    f"; nothing grows with {number}, as where a class splits one width among heads"
+                )
+    taken = {maker for width in found.values() for maker in width.makers}
+    return found, {name: why for name, why in reasons.items() if name not in taken}
+
+
+class _OutOfStep(NotAWidth):
+    """With another number no layer grows by as much, or nothing can be built."""
+
+
+def _width(model: Model, before: Shapes, path: Path, value: int) -> Width:
+    architecture, config = model.architecture, model.network.architecture.config
+    first_name = {module: name for name, module in reversed(_every(model.module))}
+    built = 0
+    for step in STEPS:
+        after = shapes_of(architecture, with_value(architecture, config, path, value + step))
+        built += after is not None
+        if after is not None and after.keys() == before.keys():
+            break
+    else:
+        why = "another width does not build"
+        raise NotAWidth(why) if built else _OutOfStep(why)
+    makers: dict[str, int] = {}
+    readers: dict[str, int] = {}
+    for name, shape in before.items():
+        if after[name] == shape:
+            continue
+        owner, _, leaf = name.rpartition(".")
+        module = model.module.get_submodule(owner)
+        if isinstance(module, FoldedNorm):  # the class builds it with numbers, here it has none
+            continue
+        owner = first_name[module]  # a module in two places goes by the first
+        if isinstance(module, PackedLinear):
+            raise NotAWidth(f"{owner!r} is already {module.storage.name}: prune before quantizing")
+        if isinstance(module, FactoredLinear):
+            raise NotAWidth(f"{owner!r} is already factored: prune before factorizing")
+        if not isinstance(module, nn.Linear | nn.BatchNorm1d | nn.PReLU):
+            raise NotAWidth(f"{describe_path(path)} is also a size of {owner!r}")
+        grown = [new - old for old, new in zip(shape, after[name], strict=True)]
+        if isinstance(module, nn.Linear) and leaf == "weight":
+            in_step = not grown[0] or grown[0] * value == step * shape[0]
+            if not in_step or grown[0] % step or grown[1] % step:
+                raise _OutOfStep(f"{owner!r} grows by other than {describe_path(path)} does")
+            if grown[0]:
+                makers[owner] = grown[0] // step
+            if grown[1]:
+                readers[owner] = grown[1] // step
+        elif not isinstance(module, nn.Linear):
+            readers[owner] = grown[0] // step
+    if not makers or not readers:
+        why = f"{describe_path(path)} is not the width between two layers"
+        raise NotAWidth(why) if makers or readers else _OutOfStep(why)
+    return Width(path, value, makers, readers)
+
+
+def _every(module: nn.Module) -> list[tuple[str, nn.Module]]:
+    return list(module.named_modules(remove_duplicate=False))
+
+
+def numbers(value: Any, path: Path = ()) -> Iterator[tuple[Path, int]]:
+    """Every whole number of a configuration with its place."""
+    if isinstance(value, int) and not isinstance(value, bool):
+        yield path, value
+    elif isinstance(value, dict):
+        for key, item in value.items():
+            yield from numbers(item, (*path, key))
+    elif isinstance(value, list):
+        for place, item in enumerate(value):
+            yield from numbers(item, (*path, place))
+
+
+def shapes_of(architecture: type[nn.Module], config: Mapping[str, Any]) -> Shapes | None:
+    """The shapes of a network's tensors, or None where it cannot be built like that."""
+    try:
+        module = construct(architecture, config).module
+    except Exception as fault:  # whatever a class raises, it says that this number is not free
+        if is_out_of_memory(fault):
+            raise
+        return None
+    return {name: tensor.shape for name, tensor in module.state_dict().items()}

@@ -1,0 +1,106 @@
+"""Which widths of a network can be cut, each proved, and why the other layers stay."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from compressors.contracts import Signature
+from compressors.core.model import Model
+from compressors.core.units import Choice, table_rows
+from compressors.prune.dense.kept_shares import kept_width, multiple_of
+from compressors.prune.structure.channel_consumers import Readers, layouts, readers_of, trace
+from compressors.prune.structure.config_widths import NotAWidth, Width, find_widths
+from compressors.prune.structure.narrowing import Cut, prove
+
+
+@dataclass(frozen=True)
+class PrunableWidths:
+    """The widths that can be cut, and what is said of every dense layer."""
+
+    readers: tuple[Readers, ...]
+    choices: dict[str, Choice]
+
+    @property
+    def widths(self) -> tuple[Width, ...]:
+        """The widths alone."""
+        return tuple(item.width for item in self.readers)
+
+
+def prunable_widths(
+    model: Model,
+    signature: Signature,
+    choices: Mapping[str, Choice],
+    share: float,
+    multiple: int,
+    *,
+    searched: bool,
+) -> PrunableWidths:
+    """The widths that can be cut.
+
+    Args:
+        model: left as it is.
+        signature: of its inputs.
+        choices: which dense layers are wanted.
+        share: of its units that a width keeps, about.
+        multiple: of channels.
+        searched: whether a width may be told to keep fewer than that.
+    """
+    told = dict(choices)
+    widths, reasons = find_widths(model)
+    found: list[Readers] = []
+    taken: set[str] = set()
+    for width in widths.values():
+        if taken & width.makers.keys():  # another number cuts these layers
+            continue
+        try:
+            _require_choices(width, choices)
+            count = _tried(width, share, multiple, searched=searched)
+            found.append(_proved(model, signature, width, count))
+        except NotAWidth as fault:
+            for name in width.makers:  # of two numbers the first is more likely its width
+                reasons.setdefault(name, str(fault))
+        else:
+            taken |= width.makers.keys()
+    for name, choice in choices.items():
+        if choice.take and name not in taken:
+            told[name] = Choice(False, reasons[name])
+    return PrunableWidths(tuple(found), told)
+
+
+def _require_choices(width: Width, choices: Mapping[str, Choice]) -> None:
+    for name in width.makers:
+        if not choices[name].take:
+            raise NotAWidth(f"shares {width.description()} with {name!r}: {choices[name].reason}")
+
+
+def _tried(width: Width, share: float, multiple: int, *, searched: bool) -> int:
+    """How many units a width is proved with."""
+    step = multiple_of(width, multiple)
+    count = kept_width(width.value, share, step)
+    if count >= width.value and searched:
+        count = step
+    if count >= width.value:
+        grouped = max(width.makers.values()) > 1
+        units = f"groups of channels ({width.description()})" if grouped else "channels"
+        raise NotAWidth(
+            f"{width.value} {units}: {share:.0%} of them, as a multiple of {step}, is no fewer"
+        )
+    return count
+
+
+def _proved(model: Model, signature: Signature, width: Width, count: int) -> Readers:
+    """Who reads a width, in the first order of its channels that holds.
+
+    Raises:
+        NotAWidth: none does, with the reason of the first.
+    """
+    traces = trace(model.module, signature, table_rows(model.module), width)
+    faults: list[NotAWidth] = []
+    for units in layouts(width):
+        try:
+            readers = readers_of(width, traces, units)
+            prove(model, signature, Cut(width, readers, count))
+        except NotAWidth as fault:
+            faults.append(fault)
+        else:
+            return readers
+    raise faults[0]

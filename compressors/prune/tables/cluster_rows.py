@@ -1,0 +1,125 @@
+"""Embedding tables whose seldom looked-up rows share a few rows.
+
+Rows that are looked up most stay as they are. The others are clustered by weighted k-means, each
+answered by the mean of its cluster, so that what little traffic they get is served by something
+near. With ``hot`` at 0 the whole table is clustered: k-means of rows.
+
+Source: clustered embeddings of rare ids, e.g. CCE (https://arxiv.org/abs/2210.05974), which
+clusters while it trains. Differs: after training, in one go, rows weighted by their lookups.
+"""
+
+from dataclasses import replace
+from typing import Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from compressors.contracts import Bench, Change, Frozen, Part
+from compressors.core.composition_steps import (
+    UNSEEN,
+    FittedParts,
+    choose_composed,
+    dry_run_composed,
+    recompose,
+    share_or_number,
+)
+from compressors.core.model import Model
+from compressors.core.modules.composed import Design
+from compressors.core.units import Choice
+from compressors.prune.tables.kept_rows import most, share
+from compressors.prune.tables.row_map import COMPOSITION, byte_planes
+from compressors.quantize.calibration.lookup_counts import lookup_counts
+from compressors.quantize.kernels.lloyd import kmeans, nearest
+
+SAMPLE = 65_536
+"""Rows that clusters are fitted on, at most: the ones looked up most among those that share."""
+
+
+def clustered(table: Tensor, counts: Tensor, hot: int, clusters: int) -> tuple[Tensor, Tensor]:
+    """Rows that share.
+
+    Args:
+        table: float, ``(rows, dim)``.
+        counts: lookups of each row, ``(rows,)``.
+        hot: how many rows stay, those that are looked up most.
+        clusters: how many rows the others share, at most as many as there are.
+
+    Returns:
+        ``place`` int64 ``(rows,)`` and ``unique`` float32 ``(hot + clusters, dim)``: hot rows
+        first, in their order.
+    """
+    chosen = most(counts, hot)
+    cold = table[~chosen].float()
+    weight = counts[~chosen] + UNSEEN
+    fitted = most(weight, min(len(cold), SAMPLE))
+    centres = kmeans(cold[fitted], clusters, weight[fitted]).codebook
+    place = torch.empty(len(table), dtype=torch.int64)
+    place[chosen] = torch.arange(hot)
+    place[~chosen] = hot + nearest(cold, centres)
+    return place, torch.cat([table[chosen].float(), centres])
+
+
+class ClusterRows(Frozen):
+    """Let the seldom looked-up rows of embedding tables share a few rows."""
+
+    kind: Literal["cluster_rows"] = "cluster_rows"
+    tables: tuple[str, ...] = Field(
+        ("*",), description="Tables to cluster: module names, with * for any characters."
+    )
+    min_rows: int = Field(1, ge=1, description="Tables with fewer rows stay as they are.")
+    hot: float = Field(
+        0.2, ge=0, lt=1, description="Share of a table's rows, the most looked up, that stay."
+    )
+    clusters: float = Field(
+        0.1,
+        gt=0,
+        description="Rows that the others share. Below 1: as a share of them. From 1 on: a number.",
+    )
+
+    @property
+    def needs(self) -> tuple[Part, ...]:
+        """Training rows say which rows are looked up most."""
+        return ("train",)
+
+    @property
+    def changes(self) -> Change:
+        """Each table it takes is made of one with fewer rows."""
+        return "parts"
+
+    def choose(self, model: Model, bench: Bench) -> dict[str, Choice]:  # noqa: ARG002
+        """Which tables are clustered, and why the others stay."""
+        return self._designs(model)[0]
+
+    def apply(self, model: Model, bench: Bench) -> Model:
+        """Replace every chosen table by its hot rows, its clusters and a map."""
+        _, designs = self._designs(model)
+        counts = lookup_counts(model, bench, designs)
+        notes = {}
+
+        def fit(name: str, table: Tensor, made: Design) -> FittedParts:  # noqa: ARG001
+            hot, clusters = self._sizes(len(table))
+            place, unique = clustered(table, counts[name], hot, clusters)
+            touched = share(counts[name], ~most(counts[name], hot))
+            notes[name] = f"{touched:.2%} of the lookups get a shared row"
+            return FittedParts({"planes": byte_planes(place, len(unique))}, {"unique": unique})
+
+        return replace(recompose(model, designs, fit), notes=notes)
+
+    def dry_run(self, model: Model, bench: Bench) -> Model:  # noqa: ARG002
+        """Every chosen table over placeholders."""
+        return dry_run_composed(model, self._designs(model)[1])
+
+    def _designs(self, model: Model) -> tuple[dict[str, Choice], dict[str, Design]]:
+        return choose_composed(model, self.tables, self.min_rows, self.kind, self.design)
+
+    def design(self, rows: int, dim: int) -> Design:  # noqa: ARG002
+        """How a table of ``rows x dim`` is made."""
+        hot, clusters = self._sizes(rows)
+        words = f"{hot:,} of {rows:,} rows stay, the others share {clusters:,}"
+        return Design(COMPOSITION, {"places": hot + clusters}, words)
+
+    def _sizes(self, rows: int) -> tuple[int, int]:
+        """How many rows stay, and how many the others share."""
+        hot = min(rows - 1, round(self.hot * rows))
+        return hot, share_or_number(self.clusters, rows - hot)

@@ -1,0 +1,181 @@
+"""Embedding tables that do not pay: whole fields answered by one row.
+
+Tables are ranked by permutation importance (Breiman 2001, sec. 10; Fisher et al. 2019,
+https://arxiv.org/abs/1801.01489): how much worse the network is on the validation rows when what a
+table gives is dealt out to other rows. Then they are dropped in that order, the least important
+first, as long as the network with all of them dropped, measured on the same rows, is within the
+allowed loss.
+
+A dropped table gives every id its mean row, weighted by lookups, so the layers above stay as they
+are. ``channels`` or a distilled student can then do without its columns.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from compressors.contracts import Bench, Change, Frozen, Part
+from compressors.core.composition_steps import UNSEEN
+from compressors.core.model import Model
+from compressors.core.modules.composed import ComposedTable, Composition, Parts, PartSpec
+from compressors.core.modules.formats import TensorSpec
+from compressors.core.units import Choice, Unit, choose_tables, pack_table, swap
+from compressors.errors.compression import CompressionError, NothingToCompress
+from compressors.metrics.validation_score import quality
+from compressors.quantize.calibration.lookup_counts import lookup_counts
+
+
+@dataclass(frozen=True)
+class ConstantComposition:
+    """No part at all: ``row`` float32 ``(dim,)`` answers every id."""
+
+    name: str = "constant"
+    learned: tuple[str, ...] = ("row",)
+
+    def layout(self, rows: int, dim: int, settings: Mapping[str, Any]) -> dict[str, TensorSpec]:  # noqa: ARG002
+        return {"row": TensorSpec((dim,), torch.float32, every=0)}
+
+    def parts(self, rows: int, dim: int, settings: Mapping[str, Any]) -> dict[str, PartSpec]:  # noqa: ARG002
+        return {}
+
+    def traffic(
+        self,
+        stored: Mapping[str, Tensor],  # noqa: ARG002
+        counts: Tensor,  # noqa: ARG002
+        settings: Mapping[str, Any],  # noqa: ARG002
+    ) -> dict[str, Tensor]:
+        return {}
+
+    def lookup(
+        self,
+        stored: Mapping[str, Tensor],
+        parts: Parts,  # noqa: ARG002
+        ids: Tensor,
+        settings: Mapping[str, Any],  # noqa: ARG002
+    ) -> Tensor:
+        row = stored["row"]
+        return row.expand(*ids.shape, row.shape[0])
+
+
+COMPOSITION: Composition = ConstantComposition()
+
+
+def permutation_loss(model: Model, bench: Bench, name: str, before: float, repeats: int) -> float:
+    """How much the validation metric falls when a table's rows are dealt out anew.
+
+    Args:
+        model: the network.
+        bench: with validation rows.
+        name: the table's.
+        before: the metric as it is.
+        repeats: permutations whose mean is taken.
+
+    Rows change places within a batch of ``scoring.SCORING_ROWS``.
+    """
+    if bench.validation is None:
+        raise CompressionError("'drop_tables' needs validation rows.")
+    private = model.private().module
+    drawn = torch.Generator().manual_seed(bench.seed)
+
+    def dealt(module: nn.Module, args: tuple[Tensor, ...], found: Tensor) -> Tensor:  # noqa: ARG001
+        return found[torch.randperm(len(found), generator=drawn)]
+
+    private.get_submodule(name).register_forward_hook(dealt)
+    found = [quality(private, bench.signature, bench.validation) for _ in range(repeats)]
+    return before - sum(found) / repeats
+
+
+class DropTables(Frozen):
+    """Drop embedding tables that do not pay, as far as a loss on validation rows allows."""
+
+    kind: Literal["drop_tables"] = "drop_tables"
+    tables: tuple[str, ...] = Field(
+        ("*",), description="Tables that may be dropped: module names, with * for any characters."
+    )
+    min_rows: int = Field(1, ge=1, description="Tables with fewer rows stay as they are.")
+    most_loss: float = Field(
+        0.0,
+        ge=0,
+        description="By how much the metric on validation rows may fall, for all dropped tables "
+        "together.",
+    )
+    repeats: int = Field(
+        3, ge=1, description="Permutations of each table whose mean loss ranks it."
+    )
+
+    @property
+    def needs(self) -> tuple[Part, ...]:
+        """Validation rows decide; training rows say which row answers in a table's place."""
+        return ("train", "validation")
+
+    @property
+    def changes(self) -> Change:
+        """Each table it drops becomes one row."""
+        return "parts"
+
+    def choose(self, model: Model, bench: Bench) -> dict[str, Choice]:
+        """Which tables are tried; only the data tells which of them pay.
+
+        Raises:
+            NothingToCompress: the signature's task has no metric of single rows.
+        """
+        if bench.signature.task == "retrieval":
+            raise NothingToCompress(
+                step=self.kind,
+                wanted="a model of task 'ctr' or 'ranking'",
+                closest="task 'retrieval', which is judged by full rankings only",
+                remedy="Leave this step out.",
+            )
+        choices = choose_tables(Unit.of(model.module), self.tables, self.min_rows, self.kind)
+        reason = f"drop_tables: if {bench.signature.metric} falls by at most {self.most_loss:g}"
+        return {
+            name: replace(choice, reason=reason) if choice.take else choice
+            for name, choice in choices.items()
+        }
+
+    def apply(self, model: Model, bench: Bench) -> Model:
+        """Drop tables from the least important on, while the loss allows.
+
+        Raises:
+            CompressionError: the bench lacks validation rows.
+        """
+        if bench.validation is None:
+            raise CompressionError("'drop_tables' needs validation rows.")
+        choices = self.choose(model, bench)
+        taken = {
+            unit.name: unit
+            for unit in Unit.of(model.module)
+            if unit.name in choices and choices[unit.name].take
+        }
+        counts = lookup_counts(model, bench, taken)
+        before = quality(model.module, bench.signature, bench.validation)
+        cost = {n: permutation_loss(model, bench, n, before, self.repeats) for n in taken}
+        metric, notes = bench.signature.metric, {}
+        for name in sorted(taken, key=lambda name: cost[name]):
+            tried = model.private()
+            unit = taken[name]
+            dropped = pack_table(unit.module, _constant(unit, counts[name]))
+            swap(tried.module, name, dropped)
+            change = quality(tried.module, bench.signature, bench.validation) - before
+            if change >= -self.most_loss:
+                model = tried
+                notes[name] = f"dropped, {metric} {change:+.5f} with all dropped so far"
+            else:
+                notes[name] = f"stays, {metric} {change:+.5f} without it"
+        return replace(model, notes=notes)
+
+    def dry_run(self, model: Model, bench: Bench) -> Model:  # noqa: ARG002
+        """Every table as it is: only the data tells which of them pay."""
+        return model
+
+
+def _constant(unit: Unit, counts: Tensor) -> ComposedTable:
+    weight = unit.weight
+    rows, dim = weight.shape
+    share = (counts + UNSEEN) / (counts + UNSEEN).sum()
+    row = (share.unsqueeze(1) * weight.double()).sum(dim=0).float()
+    return ComposedTable(COMPOSITION, rows, dim, {}, {"row": row}, {})

@@ -1,0 +1,148 @@
+"""Embedding tables without rows that are there twice, or nearly.
+
+Rows closer to each other than a tolerance become one, their mean weighted by lookups. Found with
+leaders (Hartigan 1975, ch. 3): the most looked-up row leads, and rows within reach of it follow.
+Differs: only rows of the same cell of a grid over the table's strongest directions are compared,
+so that a table of millions costs no more than sorting it; two rows near a border of cells may
+stay apart, but none that are farther apart than said are ever merged.
+"""
+
+from dataclasses import replace
+from typing import Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from compressors.contracts import Bench, Change, Frozen, Part
+from compressors.core.composition_steps import UNSEEN
+from compressors.core.model import Model
+from compressors.core.modules.composed import Design
+from compressors.core.units import Choice, Unit, choose_tables, pack_table, swap
+from compressors.prune.tables.row_map import COMPOSITION, byte_planes
+from compressors.quantize.calibration.lookup_counts import lookup_counts
+
+DIRECTIONS = 4
+"""Of the grid. More make smaller cells, so fewer comparisons, and more pairs missed at borders."""
+
+CELLS_PER_REACH = 4
+"""A cell is so many times as wide as rows may be apart: wider ones miss fewer pairs."""
+
+
+def merged(table: Tensor, weight: Tensor, within: float) -> tuple[Tensor, Tensor]:
+    """Rows that may be one.
+
+    Args:
+        table: float, ``(rows, dim)``.
+        weight: how much each row counts, positive ``(rows,)``: heavier rows lead, and a merged
+            row is the weighted mean.
+        within: how far from its leader a row may lie, as a share of the root mean square length
+            of a row. 0 merges only rows that are equal bit for bit, but for the sign of zero.
+
+    Returns:
+        ``place`` int64 ``(rows,)`` and ``rows`` float32 ``(places, dim)``: each row is about
+        ``rows[place]``. Places are in the order of their first row.
+    """
+    exact, first = torch.unique(table, dim=0, return_inverse=True)
+    total = torch.zeros(len(exact), dtype=torch.float64).index_add_(0, first, weight.double())
+    lead = _leaders(exact, total, within) if within > 0 else torch.arange(len(exact))
+    lead = lead[first]  # (rows,): a number for each group
+    # Number the groups by their first row, so that the result does not depend on sorting.
+    order = torch.full((len(exact),), len(table)).scatter_reduce(
+        0, lead, torch.arange(len(table)), "amin"
+    )
+    used = order.sort().indices[: int((order < len(table)).sum())]
+    place = torch.empty(len(exact), dtype=torch.int64)
+    place[used] = torch.arange(len(used))
+    place = place[lead]
+    share = weight.double().unsqueeze(1)
+    shape = (len(used), table.shape[1])
+    sums = torch.zeros(shape, dtype=torch.float64).index_add_(0, place, share * table.double())
+    rows = sums / torch.zeros(len(used), 1, dtype=torch.float64).index_add_(0, place, share)
+    return place, rows.float()
+
+
+def _leaders(table: Tensor, weight: Tensor, within: float) -> Tensor:
+    """The leader of each of some different rows, int64 ``(rows,)``."""
+    reach = within * float(table.double().square().sum(dim=1).mean().sqrt())
+    lead = torch.arange(len(table))
+    for members in _cells(table, CELLS_PER_REACH * reach):
+        left = members[weight[members].sort(descending=True, stable=True).indices]
+        while len(left) > 1:
+            # Rounding must not merge what lies just beyond.
+            gap = (table[left].double() - table[left[0]].double()).square().sum(dim=1).sqrt()
+            follows = gap <= reach
+            lead[left[follows]] = left[0]
+            left = left[~follows]
+    return lead
+
+
+def _cells(table: Tensor, width: float) -> list[Tensor]:
+    """The rows of each cell of a grid, where a cell has more than one."""
+    centred = table.double() - table.double().mean(dim=0)
+    _, vectors = torch.linalg.eigh(centred.T @ centred)
+    strongest = vectors[:, -DIRECTIONS:]  # (dim, directions)
+    cell = (centred @ strongest / max(width, torch.finfo(torch.float64).tiny)).floor()
+    number, counts = torch.unique(cell, dim=0, return_inverse=True, return_counts=True)[1:]
+    members = torch.split(number.sort(stable=True).indices, counts.tolist())
+    return [rows for rows in members if len(rows) > 1]
+
+
+class MergeRows(Frozen):
+    """Make one of the rows of embedding tables that are equal, or nearly."""
+
+    kind: Literal["merge_rows"] = "merge_rows"
+    tables: tuple[str, ...] = Field(
+        ("*",), description="Tables to search: module names, with * for any characters."
+    )
+    min_rows: int = Field(1, ge=1, description="Tables with fewer rows stay as they are.")
+    within: float = Field(
+        0.0,
+        ge=0,
+        description="How far apart merged rows may lie, as a share of a row's usual length; 0 for "
+        "equal rows only.",
+    )
+
+    @property
+    def needs(self) -> tuple[Part, ...]:
+        """Training rows say which of two rows counts for more."""
+        return ("train",)
+
+    @property
+    def changes(self) -> Change:
+        """Each table it takes is made of one with fewer rows, if any of them are alike."""
+        return "parts"
+
+    def choose(self, model: Model, bench: Bench) -> dict[str, Choice]:  # noqa: ARG002
+        """Which tables are searched; only their values tell whether rows are alike."""
+        units = Unit.of(model.module)
+        choices = choose_tables(units, self.tables, self.min_rows, self.kind)
+        how = f"within {self.within:g} of a row's length" if self.within else "equal ones"
+        reason = f"merge_rows: {how}"
+        return {
+            name: replace(choice, reason=reason) if choice.take else choice
+            for name, choice in choices.items()
+        }
+
+    def apply(self, model: Model, bench: Bench) -> Model:
+        """Replace every table in which enough rows are alike to pay for the map."""
+        choices = self.choose(model, bench)
+        taken = [u for u in Unit.of(model.module) if u.name in choices and choices[u.name].take]
+        counts = lookup_counts(model, bench, [unit.name for unit in taken])
+        notes = {}
+        for unit in taken:
+            rows, dim = unit.weight.shape
+            place, unique = merged(unit.weight, counts[unit.name] + UNSEEN, self.within)
+            words = f"{rows:,} -> {len(unique):,} rows"
+            made = Design(COMPOSITION, {"places": len(unique)}, words)
+            notes[unit.name] = words
+            if made.bytes(rows, dim) >= unit.bytes:
+                continue
+            stored = {"planes": byte_planes(place, len(unique))}
+            table = made.table(rows, dim, stored, {"unique": unique})
+            swap(model.module, unit.name, pack_table(unit.module, table))
+        return replace(model, notes=notes)
+
+    def dry_run(self, model: Model, bench: Bench) -> Model:  # noqa: ARG002
+        """Every table as it is: how many rows are alike is not known before they are compared."""
+        return model

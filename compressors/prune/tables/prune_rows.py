@@ -1,0 +1,248 @@
+"""Embedding tables without the rows that matter least.
+
+Ids of pruned rows are answered by the nearest row that is kept, by one shared row, or by zeros.
+With one answer for all of them, where the kept rows lie takes a byte a row; with an answer for
+each, as many bytes a row as the number of kept rows needs. Kept rows are a plain table, which a
+later step may store in few bits.
+
+With ``min_lookups`` the number of rows that stay is not a share but what the training rows say:
+those that they look up so often. The rest of most tables of ids is rows that training hardly met,
+whose values are still near those they were initialized with.
+
+Importance is what is lost with a row: how often training looks it up, its norm, or how much the
+loss would change to first order (Molchanov et al. 2019, https://arxiv.org/abs/1906.10771, equation
+8: the squared product of gradient and weight). Rows of tables are pruned by traffic in e.g.
+https://arxiv.org/abs/2101.07577 (learned thresholds) while the network is trained; here the
+network is trained already, and the report says what share of the lookups is touched.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Literal, Self
+
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor
+
+from compressors.contracts import Bench, Change, Frozen, Part
+from compressors.core.composition_steps import (
+    UNSEEN,
+    FittedParts,
+    choose_composed,
+    dry_run_composed,
+    recompose,
+)
+from compressors.core.model import Model
+from compressors.core.modules.composed import Composition, Design, Parts, PartSpec, gathered
+from compressors.core.modules.formats import TensorSpec
+from compressors.core.units import Choice, Unit, choose_tables
+from compressors.prune.tables import row_map
+from compressors.prune.tables.kept_rows import BLOCK, kept_order, most, share
+from compressors.prune.tables.row_map import byte_planes
+from compressors.quantize.calibration.lookup_counts import lookup_counts, squared_gradients
+from compressors.quantize.kernels.lloyd import nearest
+
+
+@dataclass(frozen=True)
+class KeptRowsComposition:
+    """Part ``kept``, whose last row answers for all that were pruned, and which row lies where."""
+
+    name: str = "kept_rows"
+    learned: tuple[str, ...] = ()
+
+    def layout(self, rows: int, dim: int, settings: Mapping[str, Any]) -> dict[str, TensorSpec]:  # noqa: ARG002
+        return {
+            "within": TensorSpec((rows,), torch.int8),
+            "before": TensorSpec((-(-rows // BLOCK),), torch.int32, every=BLOCK),
+        }
+
+    def parts(self, rows: int, dim: int, settings: Mapping[str, Any]) -> dict[str, PartSpec]:  # noqa: ARG002
+        return {"kept": PartSpec(settings["kept"] + 1, dim)}
+
+    def traffic(
+        self, stored: Mapping[str, Tensor], counts: Tensor, settings: Mapping[str, Any]
+    ) -> dict[str, Tensor]:
+        ids, kept = torch.arange(len(counts)), settings["kept"]
+        place = torch.ops.recpress.kept_place(stored["within"], stored["before"], ids)
+        return {"kept": gathered(counts, torch.where(place < 0, kept, place), kept + 1)}
+
+    def lookup(
+        self,
+        stored: Mapping[str, Tensor],
+        parts: Parts,
+        ids: Tensor,
+        settings: Mapping[str, Any],
+    ) -> Tensor:
+        place = torch.ops.recpress.kept_place(stored["within"], stored["before"], ids)
+        rows: Tensor = parts["kept"](torch.where(place < 0, settings["kept"], place))
+        return rows
+
+
+COMPOSITION: Composition = KeptRowsComposition()
+
+
+class PruneRows(Frozen):
+    """Drop the rows of embedding tables that matter least."""
+
+    kind: Literal["prune_rows"] = "prune_rows"
+    tables: tuple[str, ...] = Field(
+        ("*",), description="Tables to prune: module names, with * for any characters."
+    )
+    min_rows: int = Field(1, ge=1, description="Tables with fewer rows stay as they are.")
+    keep: float = Field(0.5, gt=0, lt=1, description="Share of a table's rows that stay.")
+    importance: Literal["traffic", "norm", "gradient"] = Field(
+        "traffic",
+        description="Rows that stay are looked up most, are largest, or change the loss most.",
+    )
+    min_lookups: int = Field(
+        0,
+        ge=0,
+        description="Rows that training looks up fewer times are pruned, whatever share they are; "
+        "0: the share 'keep' stays. For importance 'traffic'.",
+    )
+    pruned: Literal["nearest", "shared", "zero"] = Field(
+        "nearest",
+        description="What ids of pruned rows get: the nearest row that stays, the mean of the "
+        "pruned rows, or zeros (the last two in a byte a row).",
+    )
+
+    @property
+    def needs(self) -> tuple[Part, ...]:
+        """Training rows say what share of the lookups is touched."""
+        return ("train",)
+
+    @property
+    def changes(self) -> Change:
+        """Each table it takes is made of one with fewer rows."""
+        return "parts"
+
+    @model_validator(mode="after")
+    def _lookups_are_traffic(self) -> Self:
+        if self.min_lookups and self.importance != "traffic":
+            raise ValueError(
+                f"min_lookups counts lookups, so it needs importance 'traffic', got "
+                f"{self.importance!r}. Remove one of the two."
+            )
+        return self
+
+    def choose(self, model: Model, bench: Bench) -> dict[str, Choice]:  # noqa: ARG002
+        """Which tables lose rows, and why the others stay."""
+        return self._taken(model) if self.min_lookups else self._designs(model)[0]
+
+    def _taken(self, model: Model) -> dict[str, Choice]:
+        reason = f"prune_rows: rows stay that training looks up at least {self.min_lookups} times"
+        units = Unit.of(model.module)
+        choices = choose_tables(units, self.tables, max(self.min_rows, 2), self.kind)
+        return {n: replace(c, reason=reason) if c.take else c for n, c in choices.items()}
+
+    def apply(self, model: Model, bench: Bench) -> Model:
+        """Replace every chosen table by the rows that stay and a map."""
+        if self.min_lookups:
+            taken = [name for name, choice in self.choose(model, bench).items() if choice.take]
+            counts = lookup_counts(model, bench, taken)
+            designs, notes = self._rare(model, counts)
+        else:
+            _, designs = self._designs(model)
+            counts, notes = lookup_counts(model, bench, designs), {}
+        by_gradient = self.importance == "gradient"
+        gradients = squared_gradients(model, bench, designs) if by_gradient else {}
+
+        def fit(name: str, table: Tensor, made: Design) -> FittedParts:
+            match self.importance:
+                case "traffic":
+                    score = counts[name]
+                case "norm":
+                    score = table.double().square().sum(dim=1)
+                case "gradient":
+                    score = (gradients[name] * table.square()).double().sum(dim=1)
+            kept = most(score, made.settings[_COUNT[made.composition.name]])
+            words = f"{made.words}, " if self.min_lookups else ""
+            notes[name] = f"{words}{share(counts[name], ~kept):.2%} of the lookups get another row"
+            return self._stored(table, kept, counts[name])
+
+        return replace(recompose(model, designs, fit), notes=notes)
+
+    def _stored(self, weight: Tensor, kept: Tensor, count: Tensor) -> FittedParts:
+        """The map and the rows that stay."""
+        if self.pruned == "nearest":
+            place = torch.empty(len(kept), dtype=torch.int64)
+            place[kept] = torch.arange(int(kept.sum()))
+            place[~kept] = nearest(weight[~kept], weight[kept])
+            planes = byte_planes(place, int(kept.sum()))
+            return FittedParts({"planes": planes}, {"unique": weight[kept]})
+        within, before = kept_order(kept)
+        shared = torch.zeros(weight.shape[1])
+        if self.pruned != "zero":
+            shared = _mean_row(weight, ~kept, count)
+        rows = torch.cat([weight[kept], shared.unsqueeze(0)])
+        return FittedParts({"within": within, "before": before}, {"kept": rows})
+
+    def dry_run(self, model: Model, bench: Bench) -> Model:  # noqa: ARG002
+        """Every chosen table over placeholders.
+
+        With ``min_lookups`` every table as it is: how often rows are looked up is not known.
+        """
+        return model if self.min_lookups else dry_run_composed(model, self._designs(model)[1])
+
+    def smallest_dry_run(self, model: Model) -> Model:
+        """With ``min_lookups``: as if no row of any table were looked up so often."""
+        tables = [name for name, choice in self._taken(model).items() if choice.take]
+        rows = {unit.name: unit.rows for unit in Unit.of(model.module)}
+        none = {name: torch.zeros(()).expand(rows[name]) for name in tables}
+        return dry_run_composed(model, self._rare(model, none)[0])
+
+    def _rare(
+        self, model: Model, counts: Mapping[str, Tensor]
+    ) -> tuple[dict[str, Design], dict[str, str]]:
+        """What becomes of each table whose lookups are known, and why others stay as they are.
+
+        A table is pruned if that saves bytes also once rows are stored in four bits: the map of
+        rows does not become smaller.
+        """
+        designs: dict[str, Design] = {}
+        notes: dict[str, str] = {}
+        for unit in Unit.of(model.module):
+            if unit.name not in counts:
+                continue
+            rows, dim = unit.weight.shape
+            kept = max(1, int((counts[unit.name] >= self.min_lookups).sum()))
+            made = self._design(rows, kept, f"looked up at least {self.min_lookups} times")
+            packed = min(2 * dim, -(-dim // 2) + 2)  # bytes of a row as float16 or int4
+            parts = sum(p.rows for p in made.composition.parts(rows, dim, made.settings).values())
+            own = made.bytes(rows, dim) - 4 * parts * dim  # the map
+            if kept < rows and own + parts * packed < rows * packed:
+                designs[unit.name] = made
+            else:
+                notes[unit.name] = f"{made.words}: a map of rows would cost more than it saves"
+        return designs, notes
+
+    def _designs(self, model: Model) -> tuple[dict[str, Choice], dict[str, Design]]:
+        return choose_composed(model, self.tables, max(self.min_rows, 2), self.kind, self.design)
+
+    def design(self, rows: int, dim: int) -> Design:  # noqa: ARG002
+        """How a table of ``rows x dim`` is made."""
+        kept = min(rows - 1, max(1, round(self.keep * rows)))
+        return self._design(rows, kept, f"by {self.importance}")
+
+    def _design(self, rows: int, kept: int, why: str) -> Design:
+        words = f"{kept:,} of {rows:,} rows stay, {why}"
+        form = row_map.COMPOSITION if self.pruned == "nearest" else COMPOSITION
+        return Design(form, {_COUNT[form.name]: kept}, words)
+
+
+_BLOCK_ROWS = 65_536
+_COUNT = {COMPOSITION.name: "kept", row_map.COMPOSITION.name: "places"}
+
+
+def _mean_row(weight: Tensor, chosen: Tensor, count: Tensor) -> Tensor:
+    """The mean of the chosen rows, weighted by their lookups: float32 ``(dim,)``.
+
+    In blocks, since most rows of a large table may be chosen.
+    """
+    total, lookups_in_all = torch.zeros(weight.shape[1], dtype=torch.float64), 0.0
+    for begin in range(0, len(weight), _BLOCK_ROWS):
+        block = slice(begin, begin + _BLOCK_ROWS)
+        each = count[block][chosen[block]].double() + UNSEEN
+        total += each @ weight[block][chosen[block]].double()
+        lookups_in_all += float(each.sum())
+    return (total / lookups_in_all).float()

@@ -1,0 +1,75 @@
+"""Tables in which several ids read one row: what merging, clustering and pruning write.
+
+The map takes one byte a row for up to 256 different rows, two for up to 65,536, and so on. TensorRT
+keeps a constant of one byte only as int8 behind a DequantizeLinear (uint8 and int16 become four
+bytes in its engine without a word), so the bytes are int8, for all targets alike.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from compressors.core.modules.composed import Composition, Parts, PartSpec, gathered
+from compressors.core.modules.formats import TensorSpec
+
+
+def bytes_needed(places: int) -> int:
+    """How many bytes a row of ``byte_planes`` takes for a number of places."""
+    return max(1, -(-(places - 1).bit_length() // 8))
+
+
+def byte_planes(place: Tensor, places: int) -> Tensor:
+    """Places, int ``(rows,)`` in [0, places), as int8 ``(rows, bytes_needed(places))``."""
+    planes = [(place >> (8 * plane)) & 255 for plane in range(bytes_needed(places))]
+    return (torch.stack(planes, dim=1) - 128).to(torch.int8)
+
+
+@torch.library.custom_op("recpress::planned_place", mutates_args=())
+def planned_place(planes: Tensor, ids: Tensor) -> Tensor:
+    """Places from ``byte_planes``: int8 ``(rows, k)``, ids ``(*,)`` -> int64 ``(*ids,)``."""
+    digits = planes[ids].to(torch.int64) + 128  # (*ids, k)
+    weight = 256 ** torch.arange(planes.shape[1], device=planes.device)  # (k,)
+    return (digits * weight).sum(dim=-1)
+
+
+@planned_place.register_fake
+def _(planes: Tensor, ids: Tensor) -> Tensor:
+    return planes.new_empty(ids.shape, dtype=torch.int64)
+
+
+@dataclass(frozen=True)
+class RowMapComposition:
+    """Part ``unique`` with ``places`` rows, and ``planes``: which of them each id reads."""
+
+    name: str = "row_map"
+    learned: tuple[str, ...] = ()
+
+    def layout(self, rows: int, dim: int, settings: Mapping[str, Any]) -> dict[str, TensorSpec]:  # noqa: ARG002
+        shape = (rows, bytes_needed(settings["places"]))
+        return {"planes": TensorSpec(shape, torch.int8, first=-128)}  # what says place 0
+
+    def parts(self, rows: int, dim: int, settings: Mapping[str, Any]) -> dict[str, PartSpec]:  # noqa: ARG002
+        return {"unique": PartSpec(settings["places"], dim)}
+
+    def traffic(
+        self, stored: Mapping[str, Tensor], counts: Tensor, settings: Mapping[str, Any]
+    ) -> dict[str, Tensor]:
+        ids = torch.arange(len(counts))
+        place = torch.ops.recpress.planned_place(stored["planes"], ids)
+        return {"unique": gathered(counts, place, settings["places"])}
+
+    def lookup(
+        self,
+        stored: Mapping[str, Tensor],
+        parts: Parts,
+        ids: Tensor,
+        settings: Mapping[str, Any],  # noqa: ARG002
+    ) -> Tensor:
+        rows: Tensor = parts["unique"](torch.ops.recpress.planned_place(stored["planes"], ids))
+        return rows
+
+
+COMPOSITION: Composition = RowMapComposition()

@@ -1,0 +1,131 @@
+"""Embedding tables in two stores: the rows that are looked up most, and the rest.
+
+A few rows get most of the lookups. Kept apart as two plain tables, each may be stored in its own
+format by a later step of the recipe: ``rowwise_int8`` on ``*.hot``, ``rowwise_int2`` on ``*.cold``.
+One lookup reads both stores and takes the one that has the row.
+
+Source: the split by traffic of e.g. https://arxiv.org/abs/2108.02191 (hot rows in fast memory).
+Differs: here the split decides the format, both stores lie side by side.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from compressors.contracts import Bench, Change, Frozen, Part
+from compressors.core.composition_steps import (
+    FittedParts,
+    choose_composed,
+    dry_run_composed,
+    recompose,
+)
+from compressors.core.model import Model
+from compressors.core.modules.composed import Composition, Design, Parts, PartSpec
+from compressors.core.modules.formats import TensorSpec
+from compressors.core.units import Choice
+from compressors.prune.tables.kept_rows import BLOCK, kept_order, most, share
+from compressors.quantize.calibration.lookup_counts import lookup_counts
+
+
+@dataclass(frozen=True)
+class TiersComposition:
+    """Parts ``hot`` and ``cold``, both in the order of their rows, and which row lies where."""
+
+    name: str = "tiers"
+    learned: tuple[str, ...] = ()
+
+    def layout(self, rows: int, dim: int, settings: Mapping[str, Any]) -> dict[str, TensorSpec]:  # noqa: ARG002
+        return {
+            "within": TensorSpec((rows,), torch.int8),
+            "before": TensorSpec((-(-rows // BLOCK),), torch.int32, every=BLOCK),
+        }
+
+    def parts(self, rows: int, dim: int, settings: Mapping[str, Any]) -> dict[str, PartSpec]:
+        hot = settings["hot"]
+        return {"hot": PartSpec(hot, dim), "cold": PartSpec(rows - hot, dim)}
+
+    def traffic(
+        self,
+        stored: Mapping[str, Tensor],
+        counts: Tensor,
+        settings: Mapping[str, Any],  # noqa: ARG002
+    ) -> dict[str, Tensor]:
+        ids = torch.arange(len(counts))
+        hot = torch.ops.recpress.kept_place(stored["within"], stored["before"], ids) >= 0
+        return {"hot": counts[hot], "cold": counts[~hot]}
+
+    def lookup(
+        self,
+        stored: Mapping[str, Tensor],
+        parts: Parts,
+        ids: Tensor,
+        settings: Mapping[str, Any],  # noqa: ARG002
+    ) -> Tensor:
+        place = torch.ops.recpress.kept_place(stored["within"], stored["before"], ids)
+        hot: Tensor = parts["hot"](place.clamp(min=0))
+        cold: Tensor = parts["cold"]((-1 - place).clamp(min=0))
+        return torch.where((place >= 0).unsqueeze(-1), hot, cold)
+
+
+COMPOSITION: Composition = TiersComposition()
+
+
+class Tiers(Frozen):
+    """Part embedding tables into rows that are looked up often and the rest."""
+
+    kind: Literal["tiers"] = "tiers"
+    tables: tuple[str, ...] = Field(
+        ("*",), description="Tables to part: module names, with * for any characters."
+    )
+    min_rows: int = Field(2, ge=1, description="Tables with fewer rows stay as they are.")
+    hot: float = Field(
+        0.1, gt=0, lt=1, description="Share of a table's rows that are kept apart as hot."
+    )
+
+    @property
+    def needs(self) -> tuple[Part, ...]:
+        """Training rows say which rows are looked up most."""
+        return ("train",)
+
+    @property
+    def changes(self) -> Change:
+        """Each table it takes is made of two."""
+        return "parts"
+
+    def choose(self, model: Model, bench: Bench) -> dict[str, Choice]:  # noqa: ARG002
+        """Which tables are parted, and why the others stay."""
+        return self._designs(model)[0]
+
+    def apply(self, model: Model, bench: Bench) -> Model:
+        """Part every chosen table by its lookups."""
+        _, designs = self._designs(model)
+        counts = lookup_counts(model, bench, designs)
+        notes = {}
+
+        def fit(name: str, table: Tensor, made: Design) -> FittedParts:
+            hot = most(counts[name], made.settings["hot"])
+            notes[name] = f"hot rows get {share(counts[name], hot):.2%} of the lookups"
+            within, before = kept_order(hot)
+            return FittedParts(
+                {"within": within, "before": before}, {"hot": table[hot], "cold": table[~hot]}
+            )
+
+        return replace(recompose(model, designs, fit), notes=notes)
+
+    def dry_run(self, model: Model, bench: Bench) -> Model:  # noqa: ARG002
+        """Every chosen table over placeholders."""
+        return dry_run_composed(model, self._designs(model)[1])
+
+    def _designs(self, model: Model) -> tuple[dict[str, Choice], dict[str, Design]]:
+        return choose_composed(
+            model, self.tables, max(self.min_rows, 2), self.kind, self.design, smaller=False
+        )
+
+    def design(self, rows: int, dim: int) -> Design:  # noqa: ARG002
+        """How a table of ``rows x dim`` is made."""
+        hot = min(rows - 1, max(1, round(self.hot * rows)))
+        return Design(COMPOSITION, {"hot": hot}, f"{hot:,} of {rows:,} rows are hot")

@@ -1,0 +1,9 @@
+"""Tables and dense layers in fewer bits.
+
+kernels/          levels, ranges, k-means and bit packing
+calibration/      statistics of data: ranges, moments, lookup counts, loss gradients
+tables/           storage formats of embedding tables, and their steps
+dense/            storage formats of dense layers, and their steps
+better_format.py  a more precise row-wise format at no more bytes
+table_stream.py   tables of any size, encoded block by block
+"""

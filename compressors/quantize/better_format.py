@@ -1,0 +1,98 @@
+"""Replace a row-wise table format by a better one that takes no more bytes.
+
+Scales and offsets outweigh the codes of narrow rows: a row of one number takes 3 bytes as
+``rowwise_int4`` and 2 as ``float16``. A table for which that is so is stored in the better format,
+and its plan line says why. Formats are compared by their exact bytes, and by how well they store
+arbitrary rows: float16 better than 8 bits, 8 bits better than 4, 4 better than 2.
+
+Methods with codebooks are chosen for what they learn, so they are not replaced: where a table is so
+short that its codebooks outweigh its codes, the plan line names the smaller format.
+"""
+
+import math
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from compressors.contracts import Frozen
+from compressors.core.modules.formats import TableFormat
+from compressors.core.step import TableStep
+from compressors.quantize.dense.float16 import LARGEST, TABLE_FORMAT
+from compressors.quantize.tables.rowwise_int4 import RowwiseInt4
+from compressors.quantize.tables.rowwise_int8 import RowwiseInt8
+
+RANK = {
+    "float16": 4,
+    "rowwise_int8": 3,
+    "float8_e4m3": 3,
+    "rowwise_int4": 2,
+    "rowwise_int2": 1,
+}
+"""How well a row-wise method stores arbitrary rows."""
+AS_GOOD_AS = 2
+"""What codebooks are compared as: their error is that of about 4 bits."""
+
+
+class Float16Rows(Frozen):
+    """Store a table as float16: a table step for those of other methods' tables it suits better."""
+
+    kind: Literal["float16"] = "float16"
+    tables: tuple[str, ...] = ("*",)
+    min_rows: int = 1
+
+    @property
+    def storage(self) -> TableFormat:
+        """The format it writes."""
+        return TABLE_FORMAT
+
+    def settings(self) -> dict[str, Any]:
+        """The format has no settings."""
+        return {}
+
+    def fit(self, rows: Tensor) -> dict[str, Tensor]:  # noqa: ARG002
+        """Nothing is learned."""
+        return {}
+
+    def encode(self, block: Tensor, params: Mapping[str, Tensor]) -> dict[str, Tensor]:  # noqa: ARG002
+        """The rows, float ``(rows, dim)``, rounded to float16."""
+        return {"weight": block.to(torch.float16)}
+
+
+def table_bytes(step: TableStep, rows: int, dim: int) -> int:
+    """Bytes of a table of ``rows x dim`` in a step's format: everything that is stored."""
+    laid = step.storage.layout(rows, dim, step.settings()).values()
+    return sum(math.prod(spec.shape) * spec.dtype.itemsize for spec in laid)
+
+
+def best_format(step: TableStep, weight: Tensor) -> tuple[TableStep, str]:
+    """The step that stores a table: the one given, or one that is better and no larger.
+
+    Args:
+        step: the method that the recipe names.
+        weight: of the table, float ``(rows, dim)``.
+
+    Returns:
+        A step, and the reason for the plan.
+    """
+    rows, dim = weight.shape
+    size = table_bytes(step, rows, dim)
+    rank = RANK.get(step.kind, AS_GOOD_AS)
+    better = [
+        (table_bytes(other, rows, dim), -RANK[other.kind], other)
+        for other in (Float16Rows(), RowwiseInt8(), RowwiseInt4())
+        if RANK[other.kind] > rank and step.kind != "bfloat16"
+    ]
+    no_larger = sorted((item for item in better if item[0] <= size), key=lambda item: item[:2])
+    for other_size, _, other in no_larger:
+        if other.kind == "float16" and float(weight.abs().max()) > LARGEST:
+            continue
+        if step.kind not in RANK:
+            less = f"{other.kind} would take {other_size:,} bytes, not {size:,}"
+            return step, f"{step.kind} as ordered; {less}"
+        return other, (
+            f"stored as {other.kind}, which is better and takes {other_size:,} bytes: {step.kind} "
+            f"would take {size:,} for {rows:,} x {dim}"
+        )
+    return step, f"{step.kind} as ordered"

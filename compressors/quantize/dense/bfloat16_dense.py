@@ -1,0 +1,129 @@
+"""Dense layers as bfloat16: half the bytes, float32's range, three decimal digits.
+
+A weight keeps 8 significant bits, float16 11: take it where float16 overflows, which its plan
+says. TensorRT multiplies in bfloat16; ONNX Runtime on CPU has no such Gemm, so there only the
+stored bytes halve and the arithmetic stays float32. Tables have ``bfloat16``, a step of its own
+because tables of any size are encoded row block by row block, which a step that needs the whole
+network cannot do.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+from torch.nn import functional as F
+
+from compressors.contracts import Bench, Change, Frozen, Part
+from compressors.core.model import Model
+from compressors.core.modules.formats import LinearFormat, PackedLinear, TensorSpec
+from compressors.core.placeholders import dry_run_packed
+from compressors.core.units import Choice, Unit, choose_dense, swap
+
+LARGEST = float(torch.finfo(torch.bfloat16).max)
+
+
+@torch.library.custom_op("recpress::bfloat16_linear", mutates_args=())
+def bfloat16_linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """float32 ``(*, in)``, bfloat16 ``(out, in)`` and ``(out,)`` -> float32 ``(*, out)``."""
+    return F.linear(x, weight.float(), bias.float())
+
+
+@bfloat16_linear.register_fake
+def _(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:  # noqa: ARG001
+    return x.new_empty((*x.shape[:-1], weight.shape[0]))
+
+
+def _keep(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:  # noqa: ARG001
+    ctx.save_for_backward(*inputs)
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    x, weight, bias = ctx.saved_tensors
+    flat, rows = grad.reshape(-1, grad.shape[-1]), x.reshape(-1, x.shape[-1])
+    return grad @ weight.float(), (flat.T @ rows).to(weight.dtype), flat.sum(0).to(bias.dtype)
+
+
+bfloat16_linear.register_autograd(_backward, setup_context=_keep)
+
+
+@dataclass(frozen=True)
+class BFloat16LinearFormat:
+    """``weight`` bfloat16 ``(out, in)`` and ``bias`` ``(out,)`` (zeros where there is none)."""
+
+    name: str = "bfloat16"
+    learned: tuple[str, ...] = ()  # too coarse to be trained in: Adam's small steps would vanish
+
+    def layout(
+        self,
+        inputs: int,
+        outputs: int,
+        settings: Mapping[str, Any],  # noqa: ARG002
+        *,
+        bias: bool,  # noqa: ARG002
+    ) -> dict[str, TensorSpec]:
+        return {
+            "weight": TensorSpec((outputs, inputs), torch.bfloat16),
+            "bias": TensorSpec((outputs,), torch.bfloat16),
+        }
+
+    def apply(
+        self,
+        stored: Mapping[str, Tensor],
+        x: Tensor,
+        settings: Mapping[str, Any],  # noqa: ARG002
+    ) -> Tensor:
+        y: Tensor = torch.ops.recpress.bfloat16_linear(x, stored["weight"], stored["bias"])
+        return y
+
+
+FORMAT: LinearFormat = BFloat16LinearFormat()
+
+
+class BFloat16Dense(Frozen):
+    """Store dense layers as bfloat16."""
+
+    kind: Literal["bfloat16_dense"] = "bfloat16_dense"
+    layers: tuple[str, ...] = Field(
+        ("*",), description="Dense layers to compress: module names, with * for any characters."
+    )
+
+    @property
+    def needs(self) -> tuple[Part, ...]:
+        """No data: the range is float32's, whatever the rows are."""
+        return ()
+
+    @property
+    def changes(self) -> Change:
+        """Each layer it takes is stored in another format."""
+        return "format"
+
+    def choose(self, model: Model, bench: Bench) -> dict[str, Choice]:  # noqa: ARG002
+        """Which dense layers this step takes, and why not the others."""
+        return choose_dense(Unit.of(model.module), self.layers, self.kind, FORMAT)
+
+    def apply(self, model: Model, bench: Bench) -> Model:
+        """Replace every chosen layer whose weights do not round to infinity."""
+        choices, kept = self.choose(model, bench), {}
+        for unit in Unit.of(model.module):
+            if unit.name not in choices or not choices[unit.name].take:
+                continue
+            weight, bias = unit.weight, unit.bias
+            largest = max(float(each.abs().max()) for each in (weight, bias) if each is not None)
+            stored = {
+                "weight": weight.to(torch.bfloat16),
+                "bias": (weight.new_zeros(len(weight)) if bias is None else bias).bfloat16(),
+            }
+            if not all(bool(torch.isfinite(tensor).all()) for tensor in stored.values()):
+                kept[unit.name] = f"holds {largest:g}, beyond bfloat16's {LARGEST:.3g}"
+                continue
+            outputs, inputs = weight.shape
+            packed = PackedLinear(FORMAT, inputs, outputs, bias=bias is not None, stored=stored)
+            swap(model.module, unit.name, packed)
+        return replace(model, notes={**model.notes, **kept})
+
+    def dry_run(self, model: Model, bench: Bench) -> Model:
+        """Every chosen layer in the format."""
+        return dry_run_packed(model, self.choose(model, bench), linear=FORMAT)

@@ -1,0 +1,162 @@
+"""Dense layers in a format whose inputs are scaled: each with the range found for it."""
+
+from collections.abc import Callable, Collection, Mapping
+from typing import Literal, NamedTuple, get_args
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from compressors.contracts import Bench
+from compressors.core.modules.formats import PackedLinear
+from compressors.core.units import Unit
+from compressors.errors.compression import CompressionError
+from compressors.quantize.calibration import calibrators as calibration
+from compressors.quantize.calibration.calibrators import Histogram
+from compressors.quantize.calibration.input_statistics import See, observe
+
+EVERY = "*"
+"""Layers of a step that was asked for no layer by name: one that cannot be scaled may stay."""
+UNSEEN = "saw no input but zeros on the calibration rows, so there is nothing to scale by"
+
+Calibrator = Literal["min_max", "percentile", "entropy", "mse", "best"]
+
+Pack = Callable[[nn.Linear, Tensor], PackedLinear]
+"""From a layer and the end of its inputs' range, float32 scalar, to what takes its place."""
+
+
+class Calibrated(NamedTuple):
+    """What takes a layer's place, the calibrator that found its range, and what is lost.
+
+    ``error`` is the root mean square of the output's error on the calibration rows, as a share of
+    the output's own; None where nobody asked for it.
+    """
+
+    packed: PackedLinear
+    calibrator: str
+    error: float | None
+
+    def told(self) -> str:
+        """In half a sentence for the plan; nothing where nothing was chosen or measured."""
+        how = "" if self.calibrator == "min_max" else f"range by {self.calibrator}"
+        if self.error is None:
+            return how
+        lost = f"output off by {self.error:.2%} of its root mean square"
+        return f"{how}, {lost}" if how else lost
+
+
+def range_end(seen: Histogram, calibrator: str, share: float) -> Tensor:
+    """The largest input that is held, float32 scalar, as a calibrator says."""
+    match calibrator:
+        case "percentile":
+            return torch.tensor(calibration.percentile(seen, share))
+        case "entropy":
+            return torch.tensor(calibration.least_divergence(seen))
+        case "mse":
+            return torch.tensor(calibration.least_squares(seen))
+    return seen.largest
+
+
+def calibrated(
+    module: nn.Module,
+    chosen: Collection[Unit],
+    bench: Bench,
+    pack: Pack,
+    *,
+    calibrator: Calibrator,
+    share: float,
+    rows: int,
+    batch: int,
+    measured: bool,
+    lenient: bool,
+) -> dict[str, Calibrated]:
+    """What takes the place of every chosen layer, by its name.
+
+    Args:
+        module: in evaluation mode; left as it is.
+        chosen: its layers, each an ``nn.Linear``.
+        bench: with calibration rows.
+        pack: the format.
+        calibrator: how the range of the inputs is found; ``best`` tries all on a second pass.
+        share: of the inputs that ``percentile`` leaves inside.
+        rows: read at most.
+        batch: rows of one run.
+        measured: find out what is lost, on a second pass.
+        lenient: leave out layers that saw nothing but zeros, such as heads for training alone.
+
+    Raises:
+        CompressionError: there are no calibration rows, or a layer saw nothing to scale by.
+    """
+    split = bench.calibration
+    if split is None:
+        raise CompressionError(
+            "Scales of inputs need calibration rows; this bundle has neither calibration nor "
+            "train data. Add one to model.json, or use 'float16' for the dense layers."
+        )
+
+    def watched(units: Collection[Unit], see: See) -> None:
+        observe(module, units, split, bench.signature, batch=batch, limit=rows, see=see)
+
+    seen = {unit.name: Histogram() for unit in chosen}
+    watched(chosen, lambda unit, x: seen[unit.name].add(x))
+    taken = [unit for unit in chosen if not lenient or seen[unit.name].largest != 0]
+    layers = {unit.name: _scalable(unit, seen[unit.name]) for unit in taken}
+    tried = get_args(Calibrator)[:-1] if calibrator == "best" else (calibrator,)
+    candidates = {
+        name: [pack(layer, range_end(seen[name], how, share)) for how in tried]
+        for name, layer in layers.items()
+    }
+    if not measured and len(tried) == 1:
+        return {name: Calibrated(made, tried[0], None) for name, (made,) in candidates.items()}
+    wrong = {name: [0.0] * len(tried) for name in layers}
+    right = dict.fromkeys(layers, 0.0)
+
+    def compare(unit: Unit, x: Tensor) -> None:
+        for place, candidate in enumerate(candidates[unit.name]):
+            error, own = squared_error(layers[unit.name], candidate, x)
+            wrong[unit.name][place] += error
+        right[unit.name] += own
+
+    watched(taken, compare)
+    return {name: _least(candidates[name], tried, wrong[name], right[name]) for name in layers}
+
+
+def squared_error(layer: nn.Linear, packed: nn.Module, x: Tensor) -> tuple[float, float]:
+    """Sums of squares of the error of a layer's output, and of the output, on ``(*, in)``."""
+    wanted = F.linear(x, layer.weight, layer.bias).double()
+    error = packed(x).double() - wanted
+    return float(error.square().sum()), float(wanted.square().sum())
+
+
+def _least(
+    made: list[PackedLinear], calibrators: tuple[str, ...], wrong: list[float], right: float
+) -> Calibrated:
+    place = min(range(len(made)), key=wrong.__getitem__)
+    return Calibrated(
+        made[place], calibrators[place], (wrong[place] / right) ** 0.5 if right else 0.0
+    )
+
+
+def _scalable(unit: Unit, seen: Histogram) -> nn.Linear:
+    """The layer, if what it saw can be scaled by.
+
+    Raises:
+        CompressionError: it saw only zeros, or what is not a finite number.
+    """
+    largest = seen.largest
+    if not isinstance(unit.module, nn.Linear) or largest == 0:
+        raise CompressionError(
+            f"Dense layer {unit.name!r} saw no input but zeros on the calibration rows, so its "
+            f"scale is unknown. Leave it out of 'layers'."
+        )
+    if not bool(torch.isfinite(largest)):
+        raise CompressionError(
+            f"Dense layer {unit.name!r} saw an input of {float(largest)} on the calibration rows, "
+            f"so its scale is unknown. Leave it out of 'layers', or correct the rows."
+        )
+    return unit.module
+
+
+def notes_of(found: Mapping[str, Calibrated]) -> dict[str, str]:
+    """What the plan says of each layer."""
+    return {name: layer.told() for name, layer in found.items() if layer.told()}

@@ -1,0 +1,277 @@
+"""Tables and dense layers as float16: half the bytes, no calibration.
+
+Tables are looked up in float16 and widened after the lookup. Dense layers compute in float16
+where the target does (TensorRT); ONNX Runtime on CPU has no float16 Gemm, so there only the
+stored bytes halve and the arithmetic stays float32.
+
+What float16 cannot hold stays in float32, and the plan says why: weights above 65,504, and dense
+layers whose inputs or sums come near that on the calibration rows.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from compressors.contracts import Bench, Change, Frozen, Part
+from compressors.core.model import Model
+from compressors.core.modules.formats import (
+    LinearFormat,
+    PackedLinear,
+    PackedTable,
+    TableFormat,
+    TensorSpec,
+)
+from compressors.core.placeholders import dry_run_packed
+from compressors.core.units import Choice, Unit, choose_dense, choose_tables, pack_table, swap
+from compressors.quantize.calibration.input_statistics import observe
+
+LARGEST = 65_504.0  # float16's
+
+
+def narrow(weight: Tensor) -> Tensor:
+    """A tensor as float16, infinite where a number rounds to more than 65,504."""
+    return weight.detach().to(torch.float16)
+
+
+def beyond(*weights: Tensor | None) -> str | None:
+    """Why float16 cannot hold some tensors, or None if it can."""
+    for weight in weights:
+        if weight is not None and not bool(torch.isfinite(narrow(weight)).all()):
+            return f"holds {float(weight.abs().max()):g}, beyond float16's {LARGEST:g}"
+    return None
+
+
+def largest_sum(x: Tensor, weight: Tensor, bias: Tensor | None) -> float:
+    """The largest absolute number on the way to a layer's outputs, in whatever order it sums.
+
+    The terms of one sign, added up first, are as far from zero as a sum can get; a GPU may add
+    them up in float16.
+
+    Args:
+        x: float ``(*, in)``, at least one row.
+        weight: float ``(out, in)``.
+        bias: float ``(out,)`` or None.
+    """
+    output = F.linear(x, weight, bias)
+    terms = F.linear(x.abs(), weight.abs(), None if bias is None else bias.abs())
+    return float(((terms + output.abs()) / 2).max())
+
+
+@torch.library.custom_op("recpress::float16_table", mutates_args=())
+def float16_table(weight: Tensor, ids: Tensor) -> Tensor:
+    """Rows of a float16 ``(rows, dim)`` table as float32 ``(*ids, dim)``."""
+    return weight[ids].float()
+
+
+@float16_table.register_fake
+def _(weight: Tensor, ids: Tensor) -> Tensor:
+    return weight.new_empty((*ids.shape, weight.shape[1]), dtype=torch.float32)
+
+
+def _keep_table(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:  # noqa: ARG001
+    ctx.save_for_backward(*inputs)
+
+
+def _table_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+    weight, ids = ctx.saved_tensors
+    total = torch.zeros(weight.shape, device=weight.device)
+    total.index_add_(0, ids.reshape(-1), grad.reshape(-1, grad.shape[-1]))
+    return total.to(weight.dtype), None
+
+
+float16_table.register_autograd(_table_backward, setup_context=_keep_table)
+
+
+@torch.library.custom_op("recpress::float16_linear", mutates_args=())
+def float16_linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """float32 ``(*, in)``, float16 ``(out, in)`` and ``(out,)`` -> float32 ``(*, out)``."""
+    return F.linear(x, weight.float(), bias.float())
+
+
+@float16_linear.register_fake
+def _(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:  # noqa: ARG001
+    return x.new_empty((*x.shape[:-1], weight.shape[0]))
+
+
+def _keep_linear(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:  # noqa: ARG001
+    ctx.save_for_backward(*inputs)
+
+
+def _linear_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    x, weight, bias = ctx.saved_tensors
+    flat, rows = grad.reshape(-1, grad.shape[-1]), x.reshape(-1, x.shape[-1])
+    return grad @ weight.float(), (flat.T @ rows).to(weight.dtype), flat.sum(0).to(bias.dtype)
+
+
+float16_linear.register_autograd(_linear_backward, setup_context=_keep_linear)
+
+
+@dataclass(frozen=True)
+class Float16TableFormat:
+    """``weight`` float16 ``(rows, dim)``."""
+
+    name: str = "float16"
+    learned: tuple[str, ...] = ()  # too coarse to be trained in: Adam's small steps would vanish
+
+    def layout(self, rows: int, dim: int, settings: Mapping[str, Any]) -> dict[str, TensorSpec]:  # noqa: ARG002
+        return {"weight": TensorSpec((rows, dim), torch.float16)}
+
+    def lookup(
+        self,
+        stored: Mapping[str, Tensor],
+        ids: Tensor,
+        dim: int,  # noqa: ARG002
+        settings: Mapping[str, Any],  # noqa: ARG002
+    ) -> Tensor:
+        rows: Tensor = torch.ops.recpress.float16_table(stored["weight"], ids)
+        return rows
+
+
+@dataclass(frozen=True)
+class Float16LinearFormat:
+    """``weight`` float16 ``(out, in)`` and ``bias`` ``(out,)`` (zeros where there is none)."""
+
+    name: str = "float16"
+    learned: tuple[str, ...] = ()  # as the table's
+
+    def layout(
+        self,
+        inputs: int,
+        outputs: int,
+        settings: Mapping[str, Any],  # noqa: ARG002
+        *,
+        bias: bool,  # noqa: ARG002
+    ) -> dict[str, TensorSpec]:
+        return {
+            "weight": TensorSpec((outputs, inputs), torch.float16),
+            "bias": TensorSpec((outputs,), torch.float16),
+        }
+
+    def apply(
+        self,
+        stored: Mapping[str, Tensor],
+        x: Tensor,
+        settings: Mapping[str, Any],  # noqa: ARG002
+    ) -> Tensor:
+        y: Tensor = torch.ops.recpress.float16_linear(x, stored["weight"], stored["bias"])
+        return y
+
+
+TABLE_FORMAT: TableFormat = Float16TableFormat()
+LINEAR_FORMAT: LinearFormat = Float16LinearFormat()
+
+
+class Float16(Frozen):
+    """Store tables and dense layers as float16."""
+
+    kind: Literal["float16"] = "float16"
+    tables: tuple[str, ...] = Field(("*",), description="Tables to compress, with * as wildcard.")
+    layers: tuple[str, ...] = Field(
+        ("*",), description="Dense layers to compress, with * as wildcard."
+    )
+    min_rows: int = Field(1, ge=1, description="Tables with fewer rows stay as they are.")
+    headroom: float = Field(
+        2.0,
+        ge=1,
+        description="Dense layers whose inputs or sums, times this, lie beyond 65,504 on the "
+        "calibration rows stay float32: rows to come may be larger.",
+    )
+    rows: int = Field(4096, ge=1, description="Calibration rows read, at most.")
+    batch: int = Field(1024, ge=1, description="Rows of one calibration batch.")
+
+    @property
+    def needs(self) -> tuple[Part, ...]:
+        """No data: narrowing is the same whatever the rows are."""
+        return ()
+
+    @property
+    def wants(self) -> tuple[Part, ...]:
+        """Rows to see which layers would overflow; without, only weights are looked at."""
+        return ("calibration",)
+
+    @property
+    def changes(self) -> Change:
+        """Each unit it takes is stored in another format, unless float16 cannot hold it."""
+        return "format"
+
+    def choose(self, model: Model, bench: Bench) -> dict[str, Choice]:  # noqa: ARG002
+        """Which tables and dense layers this step takes, and why not the others."""
+        units = Unit.of(model.module)
+        return {
+            **choose_tables(units, self.tables, self.min_rows, self.kind),
+            **choose_dense(units, self.layers, self.kind, LINEAR_FORMAT),
+        }
+
+    def apply(self, model: Model, bench: Bench) -> Model:
+        """Replace every chosen table and layer that float16 can hold."""
+        module, choices = model.module, self.choose(model, bench)
+        chosen = [unit for unit in Unit.of(module) if choices[unit.name].take]
+        dense = [unit for unit in chosen if unit.role == "dense"]
+        kept = self._overflowing(module, dense, bench)
+        notes = dict(model.notes)
+        if bench.calibration is None:
+            notes |= {unit.name: "no rows to see its sums on" for unit in dense}
+        for unit in chosen:
+            reason = beyond(unit.weight, unit.bias) or kept.get(unit.name)
+            if reason is not None:
+                notes[unit.name] = reason
+            else:
+                swap(module, unit.name, _packed(unit))
+        return replace(model, notes=notes)
+
+    def dry_run(self, model: Model, bench: Bench) -> Model:
+        """Every chosen table and layer in the format."""
+        choices = self.choose(model, bench)
+        return dry_run_packed(model, choices, table=TABLE_FORMAT, linear=LINEAR_FORMAT)
+
+    def _overflowing(
+        self, module: nn.Module, layers: Sequence[Unit], bench: Bench
+    ) -> dict[str, str]:
+        """Layers whose inputs or sums come too near the end of float16's range, and by how much."""
+        if bench.calibration is None:
+            return {}
+        largest = {unit.name: {"an input": 0.0, "a sum": 0.0} for unit in layers}
+
+        def look(unit: Unit, x: Tensor) -> None:
+            if x.numel():
+                met = largest[unit.name]
+                sums = largest_sum(x, unit.weight, unit.bias)
+                for what, size in (("an input", float(x.abs().max())), ("a sum", sums)):
+                    met[what] = size if math.isnan(size) else max(met[what], size)
+
+        observe(
+            module,
+            layers,
+            bench.calibration,
+            bench.signature,
+            batch=self.batch,
+            limit=self.rows,
+            see=look,
+        )
+        return {
+            name: f"{what} of {size:g} on the calibration rows, times headroom "
+            f"{self.headroom:g}, is beyond float16's {LARGEST:g}"
+            for name, met in largest.items()
+            for what, size in met.items()
+            if not size * self.headroom <= LARGEST  # NaN is beyond it too
+        }
+
+
+def _packed(unit: Unit) -> nn.Module:
+    """What takes the place of a table or layer."""
+    weight, bias = narrow(unit.weight), unit.bias
+    if unit.role == "table":
+        rows, dim = weight.shape
+        return pack_table(unit.module, PackedTable(TABLE_FORMAT, rows, dim, {}, {"weight": weight}))
+    outputs, inputs = weight.shape
+    stored = {
+        "weight": weight,
+        "bias": weight.new_zeros(outputs) if bias is None else narrow(bias),
+    }
+    return PackedLinear(LINEAR_FORMAT, inputs, outputs, bias=bias is not None, stored=stored)

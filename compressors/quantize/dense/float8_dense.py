@@ -1,0 +1,238 @@
+"""Dense layers in 8-bit floats (E4M3), weights and inputs: for GPUs that multiply them.
+
+Weights get one scale per output channel or one per layer, inputs one per layer, so that the largest
+weight, and the largest input seen on the calibration rows, lies at 448, where E4M3 ends. Numbers
+keep 4 significant bits down to 1/28,672 of the largest, so inputs of a few large values lose less
+than as int8.
+
+For GPU targets: TensorRT multiplies 8-bit floats from compute capability 8.9 on. CPUs do not, and
+ONNX Runtime there computes the same numbers in float32 with weights widened once when a session
+starts: the file is a quarter, and nothing is faster.
+
+Format: Micikevicius et al. 2022, https://arxiv.org/abs/2209.05433 (E4M3 without infinities).
+Differs: static scales from the largest value; what is beyond at serving is clipped to 448, as
+QuantizeLinear saturates.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+from torch.nn import functional as F
+
+from compressors.contracts import Bench, Change, Frozen, Part
+from compressors.core.model import Model
+from compressors.core.modules.formats import LinearFormat, PackedLinear, TensorSpec
+from compressors.core.placeholders import dry_run_packed
+from compressors.core.units import Choice, Unit, choose_dense, swap
+from compressors.errors.compression import CompressionError
+from compressors.quantize.calibration.input_moments import look_at_inputs
+from compressors.quantize.dense.calibrated import EVERY, UNSEEN
+from compressors.quantize.tables.float8_e4m3 import LARGEST, steps_of
+
+SMALLEST = torch.finfo(torch.float32).tiny
+
+
+def encode(weight: Tensor, *, by_channel: bool) -> tuple[Tensor, Tensor]:
+    """The nearest 8-bit floats of a layer's weights.
+
+    Args:
+        weight: float, ``(out, in)``.
+        by_channel: a scale per output channel, or one for the layer.
+
+    Returns:
+        ``codes`` uint8 ``(out, in)``, the bits of E4M3, and ``scale`` float32, ``(out,)`` or
+        ``()``, always positive.
+    """
+    wide = weight.float().abs()
+    largest = wide.amax(dim=1) if by_channel else wide.amax()
+    scale = largest / LARGEST
+    scale = torch.where(scale >= SMALLEST, scale, torch.ones_like(scale))
+    near = rounded(weight.float() / scale.reshape(-1, 1))
+    return near.to(torch.float8_e4m3fn).view(torch.uint8), scale
+
+
+def rounded(x: Tensor) -> Tensor:
+    """The nearest numbers that E4M3 has, as float32; beyond 448 they are 448."""
+    return x.clamp(-LARGEST, LARGEST).to(torch.float8_e4m3fn).float()
+
+
+@torch.library.custom_op("recpress::float8_linear", mutates_args=())
+def float8_linear(
+    x: Tensor, codes: Tensor, weight_scale: Tensor, input_scale: Tensor, bias: Tensor | None
+) -> Tensor:
+    """What a Gemm of 8-bit floats computes, with products summed in float32.
+
+    ``x`` float32 ``(*, in)``, ``codes`` uint8 ``(out, in)``, ``weight_scale`` ``(out,)`` or ``()``,
+    ``input_scale`` ``()``, ``bias`` float32 ``(out,)`` -> float32 ``(*, out)``.
+    """
+    weight = steps_of(codes) * weight_scale.reshape(-1, 1)
+    return F.linear(rounded(x / input_scale) * input_scale, weight, bias)
+
+
+@float8_linear.register_fake
+def _(
+    x: Tensor,
+    codes: Tensor,
+    weight_scale: Tensor,  # noqa: ARG001
+    input_scale: Tensor,  # noqa: ARG001
+    bias: Tensor | None,  # noqa: ARG001
+) -> Tensor:
+    return x.new_empty((*x.shape[:-1], codes.shape[0]))
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:  # noqa: ARG001
+    *tensors, bias = inputs
+    ctx.has_bias = bias is not None
+    ctx.save_for_backward(*tensors)
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    """Rounding passes gradients straight through; clipped inputs get none (Esser et al. 2020)."""
+    x, codes, weight_scale, input_scale = ctx.saved_tensors
+    ratio = x / input_scale
+    inside = ratio.abs() <= LARGEST
+    near, steps = rounded(ratio), steps_of(codes)
+    to_input = grad @ (steps * weight_scale.reshape(-1, 1))  # (*, in)
+    flat = grad.reshape(-1, grad.shape[-1])
+    each = flat.T @ (near * input_scale).reshape(-1, near.shape[-1]) * steps  # (out, in)
+    to_weight_scale = each.sum(dim=1) if weight_scale.dim() else each.sum()
+    to_input_scale = (to_input * torch.where(inside, near - ratio, near)).sum()
+    to_x = torch.where(inside, to_input, torch.zeros_like(to_input))
+    to_bias = flat.sum(dim=0) if ctx.has_bias else None
+    return to_x, None, to_weight_scale, to_input_scale.reshape(input_scale.shape), to_bias
+
+
+float8_linear.register_autograd(_backward, setup_context=_keep)
+
+
+@dataclass(frozen=True)
+class Float8DenseFormat:
+    """``codes`` uint8 ``(out, in)``, two scales, and a float32 bias where there is one."""
+
+    name: str = "float8_dense"
+    learned: tuple[str, ...] = ("weight_scale", "input_scale", "bias")
+
+    def layout(
+        self, inputs: int, outputs: int, settings: Mapping[str, Any], *, bias: bool
+    ) -> dict[str, TensorSpec]:
+        by_channel = settings["scales"] == "channel"
+        laid = {
+            "codes": TensorSpec((outputs, inputs), torch.uint8),
+            "weight_scale": TensorSpec((outputs,) if by_channel else (), torch.float32),
+            "input_scale": TensorSpec((), torch.float32),
+        }
+        return {**laid, "bias": TensorSpec((outputs,), torch.float32)} if bias else laid
+
+    def apply(
+        self,
+        stored: Mapping[str, Tensor],
+        x: Tensor,
+        settings: Mapping[str, Any],  # noqa: ARG002
+    ) -> Tensor:
+        y: Tensor = torch.ops.recpress.float8_linear(
+            x, stored["codes"], stored["weight_scale"], stored["input_scale"], stored.get("bias")
+        )
+        return y
+
+    def rounded_inputs(
+        self,
+        stored: Mapping[str, Tensor],
+        x: Tensor,
+        settings: Mapping[str, Any],  # noqa: ARG002
+    ) -> Tensor:
+        """The inputs as they are multiplied, float32 ``(*, in)``."""
+        scale = stored["input_scale"]
+        return rounded(x / scale) * scale
+
+
+FORMAT: LinearFormat = Float8DenseFormat()
+
+
+class Float8Dense(Frozen):
+    """Compute dense layers in 8-bit floats (E4M3) on GPUs, with scales calibrated before."""
+
+    kind: Literal["float8_dense"] = "float8_dense"
+    layers: tuple[str, ...] = Field(
+        ("*",), description="Dense layers to compress: module names, with * for any characters."
+    )
+    scales: Literal["channel", "layer"] = Field(
+        "channel", description="A scale for the weights of each output channel, or of the layer."
+    )
+    rows: int = Field(4096, ge=1, description="Calibration rows read, at most.")
+    batch: int = Field(1024, ge=1, description="Rows of one calibration batch.")
+
+    @property
+    def needs(self) -> tuple[Part, ...]:
+        """Rows to see how large the inputs of each layer become."""
+        return ("calibration",)
+
+    @property
+    def changes(self) -> Change:
+        """Each layer it takes is stored in another format."""
+        return "format"
+
+    def settings(self) -> dict[str, Any]:
+        """What the format needs to know to lay a layer out."""
+        return {"scales": self.scales}
+
+    def choose(self, model: Model, bench: Bench) -> dict[str, Choice]:  # noqa: ARG002
+        """Which dense layers this step takes, and why not the others."""
+        return choose_dense(Unit.of(model.module), self.layers, self.kind, FORMAT, self.settings())
+
+    def apply(self, model: Model, bench: Bench) -> Model:
+        """Calibrate on ``bench.calibration`` and replace every chosen layer.
+
+        Raises:
+            CompressionError: there are no calibration rows, or a layer saw none that is not zero.
+        """
+        if bench.calibration is None:
+            raise CompressionError(
+                "'float8_dense' needs calibration rows; this bundle has neither calibration nor "
+                "train data. Add one to model.json, or use 'float16' for the dense layers."
+            )
+        choices = self.choose(model, bench)
+        units = Unit.of(model.module)
+        chosen = [unit for unit in units if unit.name in choices and choices[unit.name].take]
+        largest = {unit.name: torch.zeros(()) for unit in chosen}
+
+        def look(name: str, x: Tensor) -> None:
+            largest[name] = torch.maximum(largest[name], x.abs().amax())
+
+        notes = dict(model.notes)
+        rows, signature = bench.calibration, bench.signature
+        look_at_inputs(model.module, chosen, rows, signature, self.batch, self.rows, look)
+        for unit in chosen:
+            input_scale = largest[unit.name] / LARGEST
+            if EVERY in self.layers and not largest[unit.name]:
+                notes[unit.name] = UNSEEN
+                continue
+            if not input_scale >= SMALLEST:
+                raise CompressionError(
+                    f"Dense layer {unit.name!r} saw no input but zeros on the calibration rows, "
+                    f"so its scale is unknown. Leave it out of 'layers'."
+                )
+            weight, bias = unit.weight, unit.bias
+            codes, weight_scale = encode(weight, by_channel=self.scales == "channel")
+            held = {"codes": codes, "weight_scale": weight_scale, "input_scale": input_scale}
+            if bias is not None:
+                held["bias"] = bias.float().clone()
+            outputs, inputs = weight.shape
+            packed = PackedLinear(
+                FORMAT,
+                inputs,
+                outputs,
+                bias=bias is not None,
+                settings=self.settings(),
+                stored=held,
+            )
+            swap(model.module, unit.name, packed)
+        return replace(model, notes=notes)
+
+    def dry_run(self, model: Model, bench: Bench) -> Model:
+        """Every chosen layer in the format, without calibration."""
+        choices = self.choose(model, bench)
+        return dry_run_packed(model, choices, linear=FORMAT, settings=self.settings())

@@ -1,0 +1,255 @@
+"""Quantization-aware training: dense layers learn to be int8, and their scales with them.
+
+While it trains, a chosen layer has float weights, and both they and its inputs are rounded to
+int8 levels on the way through; rounding passes gradients straight through, and the scales, one for
+each output channel and one for the layer's inputs, are learned. They begin where a calibrator puts
+them. In the end the layer is stored as ``static_int8``, and answers what it answered when its
+epoch was judged, to the bit.
+
+Papers: Esser et al. 2020, https://arxiv.org/abs/1902.08153 (learned step size quantization: the
+gradient of a scale, equation 3). Differs: scales begin as calibrated, not from the mean absolute
+value; and what is learned is the logarithm of a scale's change, as in Jain et al. 2020,
+https://arxiv.org/abs/1903.08066: Adam's steps are as long for a small number as for a large one,
+and a scale is a small number. Adam also undoes the paper's scaling of gradients, so there is none.
+"""
+
+from collections.abc import Collection
+from dataclasses import replace
+from typing import Literal, Self
+
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from compressors.contracts import Bench, Change, Frozen, Part
+from compressors.core.batches import Batch
+from compressors.core.model import Model
+from compressors.core.modules.formats import PackedLinear
+from compressors.core.placeholders import dry_run_packed
+from compressors.core.units import Choice, Unit, choose_dense, innermost, swap
+from compressors.distill.soft_labels import soft_label_loss
+from compressors.distill.training.settings import Training
+from compressors.distill.training.trainable import trainable
+from compressors.distill.training.trainer import Loss, train
+from compressors.distill.training.training_steps import (
+    pruned_layers,
+    require_loss,
+    training_summary,
+)
+from compressors.errors.compression import CompressionError
+from compressors.quantize.calibration.calibrators import LEVELS
+from compressors.quantize.dense.calibrated import EVERY, UNSEEN, Calibrator, calibrated, notes_of
+from compressors.quantize.dense.static_int8 import FORMAT, encode, packed_int8, ranged
+from compressors.task_kinds.loss import hard_loss
+
+
+def fake_quantize(x: Tensor, scale: Tensor, low: int, high: int) -> Tensor:
+    """Numbers rounded to whole multiples of a scale, as float, with gradients for both.
+
+    Args:
+        x: float, any shape.
+        scale: float > 0, of a shape that broadcasts to ``x``.
+        low: the lowest multiple, which lower numbers are clipped to.
+        high: the highest.
+
+    Returns:
+        float, shape of ``x``. The gradient of ``x`` passes where nothing was clipped; that of
+        ``scale`` is ``round(x / scale) - x / scale`` there, and ``low`` or ``high`` elsewhere.
+    """
+    ratio = (x / scale).clamp(low, high)
+    whole: Tensor = ratio + (ratio.round() - ratio).detach()
+    return whole * scale
+
+
+class LearnedInt8(nn.Module):
+    """A dense layer in training: float32 ``(*, in)`` in, ``(*, out)`` out.
+
+    ``weight`` and ``bias`` are those of the layer, ``weight_scale`` ``(out,)`` and ``input_scale``
+    ``()`` where the scales began, ``weight_growth`` and ``input_growth`` the logarithms of how
+    often larger they have become. In evaluation mode it computes what ``packed`` computes.
+    """
+
+    weight_scale: Tensor
+    input_scale: Tensor
+    weight_growth: nn.Parameter
+    input_growth: nn.Parameter
+
+    def __init__(self, layer: nn.Linear, begin: PackedLinear) -> None:
+        super().__init__()
+        self.weight, self.bias = layer.weight, layer.bias
+        for name in ("weight", "input"):
+            first = begin.get_buffer(f"{name}_scale")
+            self.register_buffer(f"{name}_scale", first)
+            setattr(self, f"{name}_growth", nn.Parameter(torch.zeros_like(first)))
+
+    def scales(self) -> tuple[Tensor, Tensor]:
+        """The scales of weights ``(out,)`` and inputs ``()`` as they are now."""
+        weight_scale = self.weight_scale * self.weight_growth.exp()
+        return weight_scale, self.input_scale * self.input_growth.exp()
+
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - torch's own name
+        if not self.training:
+            return FORMAT.apply(self.stored(), input, {})
+        weight_scale, input_scale = self.scales()
+        x = fake_quantize(input, input_scale, -LEVELS - 1, LEVELS)
+        bias = None if self.bias is None else self.bias.detach()
+        inside, step = ranged(self.weight, weight_scale, bias, input_scale.detach())
+        weight = fake_quantize(inside, step[:, None], -LEVELS, LEVELS)
+        return F.linear(x, weight, self.bias)
+
+    @torch.no_grad()
+    def stored(self) -> dict[str, Tensor]:
+        """The layer as ``static_int8`` stores it."""
+        weight_scale, input_scale = self.scales()
+        bias = None if self.bias is None else self.bias.detach()
+        codes, weight_scale = encode(self.weight.detach(), bias, input_scale, weight_scale)
+        return {
+            "codes": codes,
+            "weight_scale": weight_scale,
+            "input_scale": input_scale,
+            "bias": torch.zeros_like(weight_scale) if bias is None else bias.clone(),
+        }
+
+    def packed(self) -> PackedLinear:
+        """What is left of it after training."""
+        outputs, inputs = self.weight.shape
+        stored = self.stored()
+        return PackedLinear(FORMAT, inputs, outputs, bias=self.bias is not None, stored=stored)
+
+
+class QAT(Frozen):
+    """Train dense layers to be int8, with scales that are learned."""
+
+    kind: Literal["qat"] = "qat"
+    layers: tuple[str, ...] = Field(
+        ("*",), description="Dense layers to compress: module names, with * for any characters."
+    )
+    calibrator: Calibrator = Field(
+        "best",
+        description="Where the ranges of inputs begin, as in static_int8: min_max, percentile, "
+        "entropy, mse, or for each layer the best of them.",
+    )
+    share: float = Field(
+        0.9999, gt=0.5, le=1, description="Of the inputs, what percentile does not clip."
+    )
+    rows: int = Field(4096, ge=1, description="Calibration rows read, at most.")
+    batch: int = Field(1024, ge=1, description="Rows of one calibration batch.")
+    soft_share: float = Field(
+        0.5,
+        ge=0,
+        le=1,
+        description="Weight of the original's answers against the labels; 0: labels alone.",
+    )
+    temperature: float = Field(
+        1.0, ge=0.1, le=100, description="Both answers are divided by it before they are compared."
+    )
+    training: Training = Field(
+        default_factory=lambda: Training(epochs=5, learning_rate=3e-4),
+        description="How it is trained. Tables are not.",
+    )
+
+    @model_validator(mode="after")
+    def _no_tables(self) -> Self:
+        if self.training.tables:
+            raise ValueError("qat trains no tables; train them before, with fine_tune or distill")
+        return self
+
+    @property
+    def needs(self) -> tuple[Part, ...]:
+        """Rows to calibrate on, to learn from and to stop by, and the original's answers."""
+        parts: tuple[Part, ...] = ("calibration", "train", "validation")
+        return (*parts, "soft_labels") if self.soft_share else parts
+
+    @property
+    def changes(self) -> Change:
+        """Each layer it takes is stored in another format."""
+        return "format"
+
+    def choose(self, model: Model, bench: Bench) -> dict[str, Choice]:
+        """Which dense layers this step takes, and why not the others.
+
+        Raises:
+            NothingToCompress: the signature's task has no loss yet.
+        """
+        require_loss(bench, self.kind)
+        return choose_dense(Unit.of(model.module), self.layers, self.kind, FORMAT)
+
+    def apply(self, model: Model, bench: Bench) -> Model:
+        """Train the chosen layers, and norms between them, then store them as in their best epoch.
+
+        Raises:
+            CompressionError: the bench lacks rows, a layer never ran on the calibration rows, or
+                training diverged.
+        """
+        if bench.train is None or bench.validation is None:
+            raise CompressionError("'qat' needs train and validation rows.")
+        module, choices, units = model.module, self.choose(model, bench), Unit.of(model.module)
+        chosen = [unit for unit in units if unit.name in choices and choices[unit.name].take]
+        begun = calibrated(
+            module,
+            chosen,
+            bench,
+            packed_int8,
+            calibrator=self.calibrator,
+            share=self.share,
+            rows=self.rows,
+            batch=self.batch,
+            measured=False,
+            lenient=EVERY in self.layers,
+        )
+        unseen = [unit.name for unit in chosen if unit.name not in begun]
+        learned = {
+            unit.name: _learned(unit.module, begun[unit.name].packed)
+            for unit in chosen
+            if unit.name in begun
+        }
+        for name, layer in learned.items():
+            swap(module, name, layer)
+        epochs = train(
+            module,
+            bench.signature,
+            bench.train,
+            bench.validation,
+            self._loss(bench),
+            self.training,
+            seed=bench.seed,
+            device=bench.device,
+            checkpoints=bench.checkpoints,
+            pruned=pruned_layers(model),
+            only=_trained(module, units, learned),
+        )
+        for name, layer in learned.items():
+            swap(module, name, layer.packed())
+        told = training_summary(epochs, bench.signature.metric, self.training)
+        first = {name: f"began with {note}; " for name, note in notes_of(begun).items()}
+        notes = {name: f"{first.get(name, '')}{told}" for name in learned}
+        return replace(model, notes={**model.notes, **notes, **dict.fromkeys(unseen, UNSEEN)})
+
+    def dry_run(self, model: Model, bench: Bench) -> Model:
+        """Every chosen layer in the format, without training."""
+        return dry_run_packed(model, self.choose(model, bench), linear=FORMAT)
+
+    def _loss(self, bench: Bench) -> Loss:
+        if self.soft_share:
+            return soft_label_loss(bench, self.soft_share, self.temperature, self.kind)
+
+        def loss(output: Tensor, batch: Batch, numbers: Tensor) -> Tensor:  # noqa: ARG001
+            return hard_loss(bench.signature, output, batch)
+
+        return loss
+
+
+def _learned(layer: nn.Module, begin: PackedLinear) -> LearnedInt8:
+    if not isinstance(layer, nn.Linear):  # choose_dense takes no other
+        raise CompressionError(f"'qat' needs an nn.Linear; found {type(layer).__name__}.")
+    return LearnedInt8(layer, begin)
+
+
+def _trained(
+    module: nn.Module, units: Collection[Unit], learned: Collection[str]
+) -> tuple[str, ...]:
+    """Tensors of the learned layers, and of what is neither a table nor a dense layer."""
+    names = {unit.name for unit in units}
+    owners = {name: innermost(name, names) for name in trainable(module, tables=False)}
+    return tuple(name for name, owner in owners.items() if owner is None or owner in learned)

@@ -1,0 +1,333 @@
+"""Dense layers as int8 weights and int8 inputs, both scaled before serving.
+
+Weights get one scale per output channel, inputs one scale per layer, whose range a calibrator finds
+on the calibration rows (``calibrators.py``). Both symmetric, since TensorRT takes no zero point.
+
+Paper: Jacob et al. 2018, https://arxiv.org/abs/1712.05877 (integer-arithmetic-only inference).
+Differs: symmetric activations, the output stays float32 unless the runtime fuses it, and the
+weights of two neighbouring inputs never add up to more than 128 steps. x86 processors without VNNI
+add two products of unsigned and signed bytes up in 16 bits, which clips 255 * 129: a model would
+answer otherwise there than on the machine that judged it.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from compressors.contracts import Bench, Change, Frozen, Part
+from compressors.core.model import Model
+from compressors.core.modules.formats import LinearFormat, PackedLinear, TensorSpec
+from compressors.core.placeholders import dry_run_packed
+from compressors.core.units import Choice, Unit, choose_dense, swap
+from compressors.quantize.calibration.calibrators import LEVELS
+from compressors.quantize.dense.calibrated import EVERY, UNSEEN, Calibrator, calibrated, notes_of
+
+# Of a channel's largest weight: where clipping may begin. Beyond a half far too much is lost.
+SHARES = tuple(1 - place / 64 for place in range(33))
+# Products of two int8 numbers summed over this many inputs are exact in float32 (2^24).
+EXACT_INPUTS = 2**24 // (128 * 128)
+EXACT_CODES = 2**20
+"""Weights that are multiplied at once as floats."""
+
+
+def encode(
+    weight: Tensor, bias: Tensor | None, input_scale: Tensor, weight_scale: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Round each output channel to 255 even levels.
+
+    Args:
+        weight: float, ``(out, in)``.
+        bias: float ``(out,)`` or None; runtimes hold it as an int32 multiple of
+            ``weight_scale * input_scale``, so a channel's scale is kept large enough for it.
+        input_scale: float, scalar.
+        weight_scale: wanted, float ``(out,)``; without it each channel's largest weight is the
+            highest level.
+
+    Returns:
+        ``codes`` int8 ``(out, in)``, of which columns 0 and 1, 2 and 3, ... add up to no more than
+        128, and ``weight_scale`` float32 ``(out,)``, always positive.
+    """
+    scale = weight.float().abs().amax(dim=1) / LEVELS if weight_scale is None else weight_scale
+    inside, scale = ranged(weight.float(), scale, bias, input_scale)
+    codes = (inside / scale[:, None]).round().clamp(-LEVELS, LEVELS).to(torch.int8)
+    return codes, scale
+
+
+def ranged(
+    weight: Tensor, scale: Tensor, bias: Tensor | None, input_scale: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Weights ``(out, in)`` clipped to the range of wanted scales, and the scales they can have.
+
+    Both pass gradients on to ``weight`` and ``scale``; arguments as those of ``encode``.
+    """
+    end = LEVELS * scale[:, None]
+    inside = torch.minimum(torch.maximum(weight, -end), end)
+    step = torch.maximum(scale, paired_scale(inside.detach()))
+    return inside, storable(step, bias, input_scale)
+
+
+def paired_scale(weight: Tensor) -> Tensor:
+    """The smallest scales at which no two neighbouring weights add up to more than 128 steps.
+
+    Rounding adds at most half a step to each, so it is where their sums are 127 steps; of two
+    weights of unlike sign the larger one counts, which has a range of its own.
+
+    Args:
+        weight: float, ``(out, in)``.
+
+    Returns:
+        float ``(out,)``.
+    """
+    even = F.pad(weight, (0, weight.shape[1] % 2))
+    return (even[:, 0::2] + even[:, 1::2]).abs().amax(dim=1) / LEVELS
+
+
+def storable(scale: Tensor, bias: Tensor | None, input_scale: Tensor) -> Tensor:
+    """Scales of output channels ``(out,)``, larger where runtimes could not hold the bias else."""
+    if bias is not None:
+        scale = torch.maximum(scale, bias.float().abs() / (input_scale * 2**23))
+    scale = torch.where(scale > 0, scale, torch.ones_like(scale))
+    # A dead channel's weights may have decayed to next to nothing: the step of its products,
+    # which the bias is divided by, must not underflow to zero.
+    return scale.clamp(min=torch.finfo(torch.float32).tiny / min(float(input_scale), 1.0))
+
+
+def clipped_scale(weight: Tensor) -> Tensor:
+    """The scale of each output channel that leaves its weights the least squared error.
+
+    Args:
+        weight: float, ``(out, in)``.
+
+    Returns:
+        float32 ``(out,)``: a channel's largest weight over 127, or a share of it down to a half.
+    """
+    whole = weight.float().abs().amax(dim=1) / LEVELS
+    best, least = whole, torch.full_like(whole, torch.inf)
+    for share in SHARES:
+        codes, scale = encode(weight, None, torch.tensor(1.0), share * whole)
+        error = (codes.float() * scale[:, None] - weight.float()).square().sum(dim=1)
+        best = torch.where(error < least, share * whole, best)
+        least = torch.minimum(error, least)
+    return best
+
+
+def quantize(x: Tensor, scale: Tensor) -> Tensor:
+    """Inputs as whole numbers in [-128, 127], still float, as QuantizeLinear rounds them."""
+    return (x / scale).round().clamp(-128, 127)
+
+
+@torch.library.custom_op("recpress::static_int8_linear", mutates_args=())
+def static_int8_linear(
+    x: Tensor, codes: Tensor, weight_scale: Tensor, input_scale: Tensor, bias: Tensor
+) -> Tensor:
+    """What an int8 Gemm computes, in float arithmetic that is exact for it.
+
+    ``x`` float32 ``(*, in)``, ``codes`` int8 ``(out, in)``, ``weight_scale`` ``(out,)``,
+    ``input_scale`` scalar, ``bias`` float32 ``(out,)`` -> float32 ``(*, out)``.
+    """
+    exact = torch.float32 if codes.shape[1] <= EXACT_INPUTS else torch.float64
+    step = weight_scale * input_scale
+    shift = (bias / step).round()
+    output = x.new_empty((*x.shape[:-1], codes.shape[0]), dtype=torch.float32)
+    # In parts, which are exact as well: codes and inputs as float64 take two to eight times their
+    # memory, a few copies of both are needed, and wide layers have many of both.
+    parts = torch.split(codes, max(1, EXACT_CODES // codes.shape[1]))
+    rows = max(1, EXACT_CODES // max(codes.shape))
+    inputs = torch.split(x.reshape(-1, x.shape[-1]), rows)
+    for block, target in zip(inputs, torch.split(output.view(-1, len(codes)), rows), strict=True):
+        whole = quantize(block, input_scale).to(exact)
+        total = torch.cat([whole @ part.to(exact).T for part in parts], dim=-1)
+        target.copy_((total + shift) * step)
+    return output
+
+
+@static_int8_linear.register_fake
+def _(
+    x: Tensor,
+    codes: Tensor,
+    weight_scale: Tensor,  # noqa: ARG001
+    input_scale: Tensor,  # noqa: ARG001
+    bias: Tensor,  # noqa: ARG001
+) -> Tensor:
+    return x.new_empty((*x.shape[:-1], codes.shape[0]))
+
+
+def _keep(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:  # noqa: ARG001
+    ctx.save_for_backward(*inputs)
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, Tensor, Tensor, Tensor]:
+    """Rounding passes gradients straight through; clipped inputs get none (Esser et al. 2020)."""
+    x, codes, weight_scale, input_scale, _ = ctx.saved_tensors
+    ratio = x / input_scale
+    inside = (ratio >= -128) & (ratio <= 127)
+    whole = quantize(x, input_scale)
+    weight = codes.float() * weight_scale[:, None]
+    to_input = grad @ weight  # (*, in)
+    flat = grad.reshape(-1, grad.shape[-1])
+    dot = whole.reshape(-1, whole.shape[-1]) @ codes.float().T  # (rows, out)
+    to_weight_scale = (flat * dot * input_scale).sum(dim=0)
+    to_input_scale = (to_input * torch.where(inside, whole - ratio, whole)).sum()
+    to_x = torch.where(inside, to_input, torch.zeros_like(to_input))
+    return to_x, None, to_weight_scale, to_input_scale.reshape(input_scale.shape), flat.sum(dim=0)
+
+
+static_int8_linear.register_autograd(_backward, setup_context=_keep)
+
+
+@dataclass(frozen=True)
+class StaticInt8Format:
+    """``codes`` int8 ``(out, in)``, two scales and a float32 bias (zeros where there is none)."""
+
+    name: str = "static_int8"
+    learned: tuple[str, ...] = ("weight_scale", "input_scale", "bias")
+
+    def layout(
+        self,
+        inputs: int,
+        outputs: int,
+        settings: Mapping[str, Any],  # noqa: ARG002
+        *,
+        bias: bool,  # noqa: ARG002
+    ) -> dict[str, TensorSpec]:
+        return {
+            "codes": TensorSpec((outputs, inputs), torch.int8),
+            "weight_scale": TensorSpec((outputs,), torch.float32),
+            "input_scale": TensorSpec((), torch.float32),
+            "bias": TensorSpec((outputs,), torch.float32),
+        }
+
+    def apply(
+        self,
+        stored: Mapping[str, Tensor],
+        x: Tensor,
+        settings: Mapping[str, Any],  # noqa: ARG002
+    ) -> Tensor:
+        y: Tensor = torch.ops.recpress.static_int8_linear(
+            x, stored["codes"], stored["weight_scale"], stored["input_scale"], stored["bias"]
+        )
+        return y
+
+    def rounded_inputs(
+        self,
+        stored: Mapping[str, Tensor],
+        x: Tensor,
+        settings: Mapping[str, Any],  # noqa: ARG002
+    ) -> Tensor:
+        """The inputs as they are multiplied, float32 ``(*, in)``."""
+        scale = stored["input_scale"]
+        return quantize(x, scale) * scale
+
+
+FORMAT: LinearFormat = StaticInt8Format()
+
+
+WeightClipping = Literal["min_max", "mse"]
+
+
+def packed_int8(layer: nn.Linear, end: Tensor, weight_scale: Tensor | None = None) -> PackedLinear:
+    """What stands in a layer's place.
+
+    Args:
+        layer: float32.
+        end: of the range of its inputs, float32 scalar.
+        weight_scale: wanted, float32 ``(out,)``; without it all weights lie in range.
+    """
+    bias = None if layer.bias is None else layer.bias.detach().float()
+    input_scale = end / LEVELS
+    codes, weight_scale = encode(layer.weight.detach(), bias, input_scale, weight_scale)
+    stored = {
+        "codes": codes,
+        "weight_scale": weight_scale,
+        "input_scale": input_scale,
+        "bias": torch.zeros_like(weight_scale) if bias is None else bias.clone(),
+    }
+    sizes = layer.in_features, layer.out_features
+    return PackedLinear(FORMAT, *sizes, bias=bias is not None, stored=stored)
+
+
+class StaticInt8(Frozen):
+    """Compute dense layers in int8, with scales calibrated before serving."""
+
+    kind: Literal["static_int8"] = "static_int8"
+    layers: tuple[str, ...] = Field(
+        ("*",), description="Dense layers to compress: module names, with * for any characters."
+    )
+    rows: int = Field(4096, ge=1, description="Calibration rows read, at most.")
+    batch: int = Field(1024, ge=1, description="Rows of one calibration batch.")
+    calibrator: Calibrator = Field(
+        "min_max",
+        description="How much of a layer's inputs int8 holds. min_max: all. percentile: all but a "
+        "share. entropy, mse: what changes their distribution least, or their squared error. best: "
+        "for each layer whichever leaves its output the least squared error.",
+    )
+    share: float = Field(
+        0.9999, gt=0.5, le=1, description="Of the inputs, what percentile does not clip."
+    )
+    weights: WeightClipping = Field(
+        "min_max",
+        description="Range of the weights of an output channel. min_max: all. mse: of least "
+        "squared error.",
+    )
+    most_error: float | None = Field(
+        None,
+        gt=0,
+        description="Layers whose int8 output is off by more, root mean square on the calibration "
+        "rows as a share of the output's own, stay float32. Without it all are taken.",
+    )
+
+    @property
+    def needs(self) -> tuple[Part, ...]:
+        """Rows to see how large the inputs of each layer become."""
+        return ("calibration",)
+
+    @property
+    def changes(self) -> Change:
+        """Each layer it takes is stored in another format."""
+        return "format"
+
+    def choose(self, model: Model, bench: Bench) -> dict[str, Choice]:  # noqa: ARG002
+        """Which dense layers this step takes, and why not the others."""
+        return choose_dense(Unit.of(model.module), self.layers, self.kind, FORMAT)
+
+    def apply(self, model: Model, bench: Bench) -> Model:
+        """Calibrate on ``bench.calibration`` and replace every chosen layer within ``most_error``.
+
+        Raises:
+            CompressionError: there are no calibration rows, or a layer never ran on them.
+        """
+        choices = self.choose(model, bench)
+        units = [unit for unit in Unit.of(model.module) if unit.name in choices]
+        found = calibrated(
+            model.module,
+            [unit for unit in units if choices[unit.name].take],
+            bench,
+            self._pack,
+            calibrator=self.calibrator,
+            share=self.share,
+            rows=self.rows,
+            batch=self.batch,
+            measured=self.most_error is not None,
+            lenient=EVERY in self.layers,
+        )
+        unseen = [name for name, choice in choices.items() if choice.take and name not in found]
+        notes = {**model.notes, **notes_of(found), **dict.fromkeys(unseen, UNSEEN)}
+        for name, layer in found.items():
+            if self.most_error is not None and (layer.error or 0.0) > self.most_error:
+                notes[name] = f"as static_int8 {layer.told()}, above most_error {self.most_error:g}"
+            else:
+                swap(model.module, name, layer.packed)
+        return replace(model, notes=notes)
+
+    def _pack(self, layer: nn.Linear, end: Tensor) -> PackedLinear:
+        wanted = clipped_scale(layer.weight.detach()) if self.weights == "mse" else None
+        return packed_int8(layer, end, wanted)
+
+    def dry_run(self, model: Model, bench: Bench) -> Model:
+        """Every chosen layer in the format, without calibration."""
+        return dry_run_packed(model, self.choose(model, bench), linear=FORMAT)

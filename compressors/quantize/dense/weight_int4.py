@@ -1,0 +1,142 @@
+"""Dense layers with weights of half a byte, rounded to the nearest level or so that outputs stay.
+
+A layer of ``out x in`` float32 shrinks from ``4 * out * in`` to ``out * in * (1/2 + 2/block)``
+bytes with float16 scales, ``in`` filled up to a multiple of ``block``: with blocks of 32 to 14 %.
+
+``rounding="gptq"`` looks at what the layer's inputs are on calibration rows; see ``gptq.py``.
+ONNX Runtime keeps the weights packed and computes on float inputs in about the time of a Gemm, on
+inputs rounded to int8 faster for single rows and wide layers (``benchmarks/weight_only.py``).
+
+Paper: Frantar et al. 2022, https://arxiv.org/abs/2210.17323 (4 bits in groups, GPTQ).
+Differs: symmetric with 15 levels, since TensorRT takes no zero point; ranges may be clipped.
+"""
+
+from dataclasses import replace
+from typing import Any, Literal
+
+from pydantic import Field
+from torch import Tensor, nn
+
+from compressors.contracts import Bench, Change, Frozen, Part
+from compressors.core.model import Model
+from compressors.core.modules.formats import PackedLinear
+from compressors.core.placeholders import dry_run_packed
+from compressors.core.units import Choice, Unit, swap
+from compressors.errors.compression import CompressionError
+from compressors.quantize.calibration.input_moments import grams, squared_error
+from compressors.quantize.dense import weight_only
+from compressors.quantize.dense.gptq import gptq
+from compressors.quantize.dense.weight_only import Activations, Block, WeightOnlyFormat
+from compressors.quantize.kernels.levels import Clipping, ScaleType
+
+BITS = 4
+FORMAT = WeightOnlyFormat("weight_int4", BITS)
+
+
+class WeightInt4(Frozen):
+    """Store the weights of dense layers as half a byte each."""
+
+    kind: Literal["weight_int4"] = "weight_int4"
+    layers: tuple[str, ...] = Field(
+        ("*",), description="Dense layers to compress: module names, with * for any characters."
+    )
+    block: Block = Field(32, description="Inputs that share a scale; 0: all of an output channel.")
+    clipping: Clipping = Field(
+        "mse", description="Where a range ends: at its largest weight, or where errors are least."
+    )
+    scale: ScaleType = Field("float16", description="How scales are stored.")
+    activations: Activations = Field(
+        "float32",
+        description="float32: inputs stay as they are. int8: they are rounded while computing, "
+        "each block of a row by itself: faster in ONNX Runtime for single rows and wide layers.",
+    )
+    rounding: Literal["nearest", "gptq"] = Field(
+        "nearest",
+        description="nearest: each weight by itself. gptq: so that the layer's outputs on "
+        "calibration rows change least.",
+    )
+    rows: int = Field(4096, ge=1, description="Calibration rows read for gptq, at most.")
+    batch: int = Field(1024, ge=1, description="Rows of one calibration batch.")
+
+    @property
+    def needs(self) -> tuple[Part, ...]:
+        """Rows to see what the inputs are, where rounding depends on them."""
+        return ("calibration",) if self.rounding == "gptq" else ()
+
+    @property
+    def wants(self) -> tuple[Part, ...]:
+        """Rows to check the range of inputs that are rounded."""
+        rounds = self.activations == "int8" and self.rounding != "gptq"
+        return ("calibration",) if rounds else ()
+
+    @property
+    def changes(self) -> Change:
+        """Each layer it takes is stored in another format."""
+        return "format"
+
+    def settings(self) -> dict[str, Any]:
+        """What the format needs to know to lay a layer out and to read it."""
+        return {"block": self.block, "scale": self.scale, "activations": self.activations}
+
+    def choose(self, model: Model, bench: Bench) -> dict[str, Choice]:  # noqa: ARG002
+        """Which dense layers this step takes, and why not the others."""
+        units = Unit.of(model.module)
+        return weight_only.choose_smaller(units, self.layers, FORMAT, self.settings())
+
+    def apply(self, model: Model, bench: Bench) -> Model:
+        """Round the weights of every chosen layer.
+
+        Raises:
+            CompressionError: a weight is too large for the type of the scales, there are no
+                calibration rows for gptq, or a layer never ran on them.
+        """
+        choices = self.choose(model, bench)
+        chosen = [unit for unit in Unit.of(model.module) if _taken(unit, choices)]
+        seen = self._seen(model, chosen, bench) if self.rounding == "gptq" else {}
+        levels = weight_only.grid(BITS, self.clipping, self.scale)
+        notes = dict(model.notes)
+        for unit in chosen:
+            weight, bias = unit.weight, unit.bias
+            scale = weight_only.fitted_scale(weight, self.block, levels)
+            steps = weight_only.nearest_steps(weight, scale, self.block, levels)
+            if unit.name in seen:
+                gram, nearest = seen[unit.name], steps
+                each = weight_only.of_inputs(scale, weight.shape[1], self.block)
+                steps = gptq(weight, nearest, gram, each, levels.half)
+                less = _error(steps, each, weight, gram) / _error(nearest, each, weight, gram)
+                notes[unit.name] = f"gptq leaves {less:.0%} of the error of outputs"
+            outputs, inputs = weight.shape
+            packed = PackedLinear(
+                FORMAT,
+                inputs,
+                outputs,
+                bias=bias is not None,
+                settings=self.settings(),
+                stored=weight_only.stored(steps, scale, bias, self.block, BITS),
+            )
+            swap(model.module, unit.name, packed)
+        return replace(model, notes=notes)
+
+    def _seen(self, model: Model, chosen: list[Unit], bench: Bench) -> dict[str, Tensor]:
+        if bench.calibration is None:
+            raise CompressionError(
+                "'weight_int4' with rounding 'gptq' needs calibration rows; this bundle has "
+                "neither calibration nor train data. Add one to model.json, or round to nearest."
+            )
+        rows, signature = bench.calibration, bench.signature
+        return grams(model.module, chosen, rows, signature, self.batch, self.rows)
+
+    def dry_run(self, model: Model, bench: Bench) -> Model:
+        """Every chosen layer in the format, whatever the rounding."""
+        choices = self.choose(model, bench)
+        return dry_run_packed(model, choices, linear=FORMAT, settings=self.settings())
+
+
+def _taken(unit: Unit, choices: dict[str, Choice]) -> bool:
+    taken = unit.name in choices and choices[unit.name].take
+    return taken and isinstance(unit.module, nn.Linear)
+
+
+def _error(steps: Tensor, scale: Tensor, weight: Tensor, gram: Tensor) -> float:
+    """Squared error of a layer's outputs; never zero, to divide by."""
+    return float(squared_error(steps * scale - weight, gram).sum()) + 1e-300

@@ -1,0 +1,105 @@
+"""Dense layers with int8 weights and inputs that nobody calibrated.
+
+A layer of ``out x in`` float32 shrinks from ``4 * out * in`` to ``out * (in + 2)`` bytes with one
+float16 scale per output channel, ``in`` filled up to a multiple of 16.
+
+With ``activations="int8"`` ONNX Runtime rounds inputs while it computes, each row and block to its
+own largest number, which needs no calibration and loses next to nothing; the weights stay packed in
+its memory. With ``float32`` only the file is smaller there: its 8-bit product on float inputs is
+four to twelve times slower than a Gemm for one row (``benchmarks/weight_only.py``), so weights are
+widened once when a session starts.
+
+Source: Dettmers et al. 2022, https://arxiv.org/abs/2208.07339 (LLM.int8(), vector-wise scales).
+Differs: no outlier columns kept in float.
+"""
+
+from typing import Any, Literal
+
+from pydantic import Field
+from torch import nn
+
+from compressors.contracts import Bench, Change, Frozen, Part
+from compressors.core.model import Model
+from compressors.core.modules.formats import PackedLinear
+from compressors.core.placeholders import dry_run_packed
+from compressors.core.units import Choice, Unit, swap
+from compressors.quantize.dense import weight_only
+from compressors.quantize.dense.weight_only import Activations, Block, WeightOnlyFormat
+from compressors.quantize.kernels.levels import Clipping, ScaleType
+
+BITS = 8
+FORMAT = WeightOnlyFormat("weight_int8", BITS)
+
+
+class WeightInt8(Frozen):
+    """Store the weights of dense layers as one byte each; no calibration."""
+
+    kind: Literal["weight_int8"] = "weight_int8"
+    layers: tuple[str, ...] = Field(
+        ("*",), description="Dense layers to compress: module names, with * for any characters."
+    )
+    block: Block = Field(0, description="Inputs that share a scale; 0: all of an output channel.")
+    clipping: Clipping = Field(
+        "min_max",
+        description="Where a range ends: at its largest weight, or where errors are least.",
+    )
+    scale: ScaleType = Field("float16", description="How scales are stored.")
+    activations: Activations = Field(
+        "int8",
+        description="int8: inputs are rounded while computing, each block of a row by itself. "
+        "float32: they are not; in ONNX Runtime weights are then packed in the file only.",
+    )
+
+    @property
+    def needs(self) -> tuple[Part, ...]:
+        """No data: only the weights are looked at."""
+        return ()
+
+    @property
+    def wants(self) -> tuple[Part, ...]:
+        """Rows to check the range of inputs that are rounded."""
+        return ("calibration",) if self.activations == "int8" else ()
+
+    @property
+    def changes(self) -> Change:
+        """Each layer it takes is stored in another format."""
+        return "format"
+
+    def settings(self) -> dict[str, Any]:
+        """What the format needs to know to lay a layer out and to read it."""
+        return {"block": self.block, "scale": self.scale, "activations": self.activations}
+
+    def choose(self, model: Model, bench: Bench) -> dict[str, Choice]:  # noqa: ARG002
+        """Which dense layers this step takes, and why not the others."""
+        units = Unit.of(model.module)
+        return weight_only.choose_smaller(units, self.layers, FORMAT, self.settings())
+
+    def apply(self, model: Model, bench: Bench) -> Model:
+        """Round the weights of every chosen layer.
+
+        Raises:
+            CompressionError: a weight is too large for the type of the scales.
+        """
+        choices = self.choose(model, bench)
+        levels = weight_only.grid(BITS, self.clipping, self.scale)
+        for unit in Unit.of(model.module):
+            if not isinstance(unit.module, nn.Linear) or not choices[unit.name].take:
+                continue
+            weight, bias = unit.weight, unit.bias
+            scale = weight_only.fitted_scale(weight, self.block, levels)
+            steps = weight_only.nearest_steps(weight, scale, self.block, levels)
+            packed = PackedLinear(
+                FORMAT,
+                unit.module.in_features,
+                unit.module.out_features,
+                bias=bias is not None,
+                settings=self.settings(),
+                stored=weight_only.stored(steps, scale, bias, self.block, BITS),
+            )
+            swap(model.module, unit.name, packed)
+        return model
+
+    def dry_run(self, model: Model, bench: Bench) -> Model:
+        """Every chosen layer in the format."""
+        choices = self.choose(model, bench)
+        return dry_run_packed(model, choices, linear=FORMAT, settings=self.settings())

@@ -1,0 +1,276 @@
+"""Dense layers whose weights alone are stored in few bits: blocks, codes, and the op of both.
+
+``weight_int8`` and ``weight_int4`` differ in nothing but the width of a code. Inputs that lie side
+by side share a scale, ``block`` of them or a whole row; grids and clipping are those of tables
+(``kernels/levels.py``, ``kernels/clipping.py``). All is symmetric: TensorRT takes no zero point.
+
+Codes lie as ONNX Runtime's MatMulNBits and ONNX's int4 both have them, two to a byte, neighbours
+together and the first in the low half, and not planar as tables do: nothing is repacked at any
+target. A row is filled up to whole blocks with codes of zero, and the plan counts those bytes.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from compressors.core.modules.formats import TensorSpec
+from compressors.core.units import Choice, Unit, choose_dense
+from compressors.quantize.kernels.clipping import fit
+from compressors.quantize.kernels.levels import Clipping, FittedRange, Grid, ScaleType, nearest
+
+Block = Literal[0, 16, 32, 64, 128, 256]
+"""How many neighbouring inputs share a scale; 0 is the whole row. What MatMulNBits takes."""
+Activations = Literal["float32", "int8"]
+SHORTEST = 16
+"""A row without blocks is filled up to a multiple of this, so that it can be read in blocks."""
+LEVELS = 127
+"""Of an input that is rounded."""
+SMALLEST = 1e-36
+"""A block of smaller inputs is zero: 127 divided by less is beyond float32."""
+
+
+def grid(bits: int, clipping: Clipping, scale: ScaleType) -> Grid:
+    """As many levels around zero as codes of so many bits have, less one."""
+    return Grid(2**bits - 1, clipping=clipping, scale=scale)
+
+
+def zero_code(bits: int) -> int:
+    """The code that stands for zero."""
+    return 1 << (bits - 1)
+
+
+def padded(inputs: int, block: int) -> int:
+    """How many codes a row has: a multiple of the block, or without blocks of 16."""
+    whole = block or SHORTEST
+    return -(-inputs // whole) * whole
+
+
+def together(inputs: int, block: int) -> int:
+    """How many inputs are computed, and where asked for rounded, together."""
+    if block:
+        return block
+    length = padded(inputs, block)
+    return next(size for size in (128, 64, 32, SHORTEST) if length % size == 0)
+
+
+def in_blocks(weight: Tensor, block: int) -> Tensor:
+    """Weights ``(out, in)`` with one block a row, ``(out * blocks, block)``, filled with zeros."""
+    if not block:
+        return weight
+    whole = F.pad(weight, (0, padded(weight.shape[1], block) - weight.shape[1]))
+    return whole.reshape(-1, block)
+
+
+def fitted_scale(weight: Tensor, block: int, levels: Grid) -> Tensor:
+    """The scale of every block, ``(out, blocks)``, as stored.
+
+    Args:
+        weight: float, ``(out, in)``.
+        block: inputs that share a scale; 0 is the row.
+        levels: the grid.
+
+    Raises:
+        CompressionError: a weight is too large for the type of the scales.
+    """
+    return fit(in_blocks(weight.float(), block), levels).scale.reshape(len(weight), -1)
+
+
+def nearest_steps(weight: Tensor, scale: Tensor, block: int, levels: Grid) -> Tensor:
+    """The nearest level of every weight, counted in scales: float32 ``(out, in)``."""
+    blocks = in_blocks(weight.float(), block)
+    steps = nearest(blocks, FittedRange(scale.reshape(-1, 1), None), levels)
+    return steps.reshape(len(weight), -1)[:, : weight.shape[1]]
+
+
+def of_inputs(scale: Tensor, inputs: int, block: int) -> Tensor:
+    """Scales ``(out, blocks)`` as float32, one for every input: ``(out, in)``, or ``(out, 1)``."""
+    if not block:
+        return scale.float()
+    return scale.float().repeat_interleave(block, dim=1)[:, :inputs]
+
+
+def pack(steps: Tensor, block: int, bits: int) -> Tensor:
+    """Levels counted in scales, ``(out, in)``, as stored codes, uint8.
+
+    ``(out, padded)`` with 8 bits, ``(out, padded / 2)`` with 4.
+    """
+    outputs, inputs = steps.shape
+    zero = zero_code(bits)
+    codes = steps.new_full((outputs, padded(inputs, block)), zero, dtype=torch.uint8)
+    codes[:, :inputs] = (steps + zero).to(torch.uint8)
+    return codes if bits == 8 else codes[:, 0::2] | (codes[:, 1::2] << 4)
+
+
+def unpack(codes: Tensor, inputs: int, bits: int) -> Tensor:
+    """Stored codes as levels counted in scales, float32 ``(out, in)``."""
+    if bits == 4:
+        codes = torch.stack([codes & 15, codes >> 4], dim=-1).flatten(1)
+    return codes[:, :inputs].float() - zero_code(bits)
+
+
+def rounded(x: Tensor, width: int) -> Tensor:
+    """Inputs ``(*, in)`` rounded to 255 levels, each ``width`` neighbours to their own largest.
+
+    What ONNX Runtime's MatMulNBits does to them at accuracy level 4: same operations, same order.
+    """
+    inputs = x.shape[-1]
+    blocks = F.pad(x, (0, -inputs % width)).reshape(*x.shape[:-1], -1, width)
+    largest = blocks.abs().amax(dim=-1, keepdim=True)
+    steps = (blocks * torch.where(largest > SMALLEST, LEVELS / largest, 0.0)).round()
+    near: Tensor = (steps * (largest / LEVELS)).flatten(-2)[..., :inputs]
+    return near
+
+
+@torch.library.custom_op("recpress::weight_only_linear", mutates_args=())
+def weight_only_linear(
+    x: Tensor,
+    codes: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    bits: int,
+    block: int,
+    activations: str,
+) -> Tensor:
+    """A dense layer that widens its weights while it computes.
+
+    ``x`` float32 ``(*, in)``, ``codes`` uint8 ``(out, padded * bits / 8)``, ``scale``
+    ``(out, blocks)``, ``bias`` float32 ``(out,)`` -> float32 ``(*, out)``.
+    """
+    weight, read = _operands(x, codes, scale, bits, block, activations)
+    return F.linear(read, weight, bias)
+
+
+def _operands(
+    x: Tensor, codes: Tensor, scale: Tensor, bits: int, block: int, activations: str
+) -> tuple[Tensor, Tensor]:
+    """The weights as float32 ``(out, in)``, and the inputs as they are multiplied."""
+    inputs = x.shape[-1]
+    weight = unpack(codes, inputs, bits) * of_inputs(scale, inputs, block)
+    return weight, rounded(x, together(inputs, block)) if activations == "int8" else x
+
+
+@weight_only_linear.register_fake
+def _(
+    x: Tensor,
+    codes: Tensor,
+    scale: Tensor,  # noqa: ARG001
+    bias: Tensor | None,  # noqa: ARG001
+    bits: int,  # noqa: ARG001
+    block: int,  # noqa: ARG001
+    activations: str,  # noqa: ARG001
+) -> Tensor:
+    return x.new_empty((*x.shape[:-1], codes.shape[0]))
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:  # noqa: ARG001
+    x, codes, scale, bias, ctx.bits, ctx.block, ctx.activations = inputs
+    ctx.has_bias = bias is not None
+    ctx.save_for_backward(x, codes, scale)
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    """Rounding of inputs passes gradients straight through; nothing of them is clipped."""
+    x, codes, scale = ctx.saved_tensors
+    weight, read = _operands(x, codes, scale, ctx.bits, ctx.block, ctx.activations)
+    flat, rows = grad.reshape(-1, grad.shape[-1]), read.reshape(-1, read.shape[-1])
+    inputs = x.shape[-1]
+    each = (flat.T @ rows) * unpack(codes, inputs, ctx.bits)  # (out, in)
+    if ctx.block:
+        to_scale = in_blocks(each, ctx.block).sum(dim=1).reshape(scale.shape)
+    else:
+        to_scale = each.sum(dim=1, keepdim=True)
+    to_bias = flat.sum(dim=0) if ctx.has_bias else None
+    return grad @ weight, None, to_scale.to(scale.dtype), to_bias, None, None, None
+
+
+weight_only_linear.register_autograd(_backward, setup_context=_keep)
+
+
+class Reading(NamedTuple):
+    """What a layer's record says of how its codes are read."""
+
+    block: int
+    scale: torch.dtype
+    activations: str
+
+    @staticmethod
+    def of(settings: Mapping[str, Any]) -> "Reading":
+        """As ``settings`` of a step or a record say."""
+        dtype = getattr(torch, settings["scale"])
+        return Reading(settings["block"], dtype, settings["activations"])
+
+
+@dataclass(frozen=True)
+class WeightOnlyFormat:
+    """``codes`` uint8, ``scale`` ``(out, blocks)``, and ``bias`` float32 where there is one."""
+
+    name: str
+    bits: int
+    learned: tuple[str, ...] = ("scale", "bias")
+
+    def layout(
+        self, inputs: int, outputs: int, settings: Mapping[str, Any], *, bias: bool
+    ) -> dict[str, TensorSpec]:
+        block, dtype, _ = Reading.of(settings)
+        length = padded(inputs, block)
+        laid = {
+            "codes": TensorSpec((outputs, length * self.bits // 8), torch.uint8),
+            "scale": TensorSpec((outputs, length // block if block else 1), dtype),
+        }
+        return {**laid, "bias": TensorSpec((outputs,), torch.float32)} if bias else laid
+
+    def apply(self, stored: Mapping[str, Tensor], x: Tensor, settings: Mapping[str, Any]) -> Tensor:
+        block, _, activations = Reading.of(settings)
+        y: Tensor = torch.ops.recpress.weight_only_linear(
+            x, stored["codes"], stored["scale"], stored.get("bias"), self.bits, block, activations
+        )
+        return y
+
+    def rounded_inputs(
+        self,
+        stored: Mapping[str, Tensor],  # noqa: ARG002
+        x: Tensor,
+        settings: Mapping[str, Any],
+    ) -> Tensor:
+        """The inputs as they are multiplied, float32 ``(*, in)``."""
+        block, _, activations = Reading.of(settings)
+        return rounded(x, together(x.shape[-1], block)) if activations == "int8" else x
+
+    def bytes_of(self, unit: Unit, settings: Mapping[str, Any]) -> int:
+        """Bytes that a dense layer takes in this format."""
+        outputs, inputs = unit.weight.shape
+        laid = self.layout(inputs, outputs, settings, bias=unit.bias is not None)
+        return sum(spec.dtype.itemsize * torch.Size(spec.shape).numel() for spec in laid.values())
+
+
+def choose_smaller(
+    units: tuple[Unit, ...],
+    patterns: tuple[str, ...],
+    storage: WeightOnlyFormat,
+    settings: Mapping[str, Any],
+) -> dict[str, Choice]:
+    """Which dense layers become smaller in a format, and why the others stay.
+
+    A layer of few inputs, filled up to a block, may take more bytes than it has.
+    """
+    choices = choose_dense(units, patterns, storage.name)
+    for unit in units:
+        if unit.name not in choices or not choices[unit.name].take:
+            continue
+        size = storage.bytes_of(unit, settings)
+        if size >= unit.bytes:
+            reason = f"{storage.name} would take {size} bytes, not fewer than its {unit.bytes}"
+            choices[unit.name] = Choice(False, reason)
+    return choices
+
+
+def stored(
+    steps: Tensor, scale: Tensor, bias: Tensor | None, block: int, bits: int
+) -> dict[str, Tensor]:
+    """The stored tensors of a layer from its levels ``(out, in)`` and scales ``(out, blocks)``."""
+    held = {"codes": pack(steps, block, bits), "scale": scale}
+    return held if bias is None else {**held, "bias": bias.float().clone()}

@@ -1,0 +1,134 @@
+"""Ranges refitted to their own codes: most of what a long search finds, in seven passes.
+
+A few ranges that lose the same share at either end are compared. The best of them is refitted:
+with its codes kept, the scale and the offset of least squared error are a straight line through
+weights over codes; with those come new codes. Each round is kept only where the error, with scale
+and offset as stored, became less.
+
+Alternating between codes and what they stand for is LQ-Nets' QEM (Zhang et al. 2018,
+https://arxiv.org/abs/1807.10029, Algorithm 1). Differs: levels stay even, so a line is fitted
+instead of a basis; the start is the best of several clipped ranges, not one.
+
+In plain torch, this is the specification of ``compiled.least_squares``: sums are taken one number
+after the other in float32, and steps are found with the scale's reciprocal, since a division takes
+as long as all the rest. Codes that are stored are divided.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from compressors.quantize.kernels.levels import (
+    PIECE,
+    FittedRange,
+    Grid,
+    asymmetric_ends,
+    ends,
+    stored_offset,
+    stored_scale,
+    symmetric_scale,
+    weights,
+)
+
+SHARES = (0.03, 0.06, 0.10)
+"""What is tried of a range at either end."""
+ROUNDS = 2
+"""How often it is refitted. With seven shares and three rounds errors are 1 % lower still."""
+
+
+class Residuals(NamedTuple):
+    """Sums over ranges, ``(ranges, 1)``, of codes ``q`` and what they miss weights by, ``r``."""
+
+    q: Tensor
+    qq: Tensor
+    r: Tensor
+    qr: Tensor
+    rr: Tensor
+
+
+def least_squares(values: Tensor, grid: Grid) -> FittedRange:
+    """Scale and offset, as stored, of every range.
+
+    Args:
+        values: float, one range a row, ``(ranges, values)``.
+        grid: the levels.
+
+    Raises:
+        CompressionError: a weight is too large for the type of the scales.
+    """
+    values = values.float()
+    low, high = ends(values)
+    best = _clipped(low, high, grid, 0.0)
+    least = residuals(values, best, grid)
+    for share in SHARES:
+        tried = _clipped(low, high, grid, share)
+        best, least = _better(best, least, tried, residuals(values, tried, grid))
+    for _ in range(ROUNDS):
+        tried = _refitted(best, least, values.shape[1], grid)
+        best, least = _better(best, least, tried, residuals(values, tried, grid))
+    return best
+
+
+def _clipped(low: Tensor, high: Tensor, grid: Grid, share: float) -> FittedRange:
+    if grid.symmetric:
+        return FittedRange(symmetric_scale(torch.maximum(-low, high) * (1 - share), grid), None)
+    cut = (high - low) * share
+    return asymmetric_ends(low + cut, high - cut, grid)
+
+
+def residuals(values: Tensor, fitted: FittedRange, grid: Grid) -> Residuals:
+    """What the levels of a range miss its weights by."""
+    scale = fitted.scale.float()
+    offset = torch.zeros_like(scale) if fitted.offset is None else fitted.offset.float()
+    steps = (values - offset) * (1 / scale)
+    if not grid.symmetric:
+        q = steps.clamp(0, grid.levels - 1).round()
+    elif grid.levels % 2:
+        q = steps.clamp(-grid.half, grid.half).round()
+    else:  # levels at halves, none at zero
+        q = (steps.floor() + 0.5).clamp(-grid.half, grid.half)
+    r = values - weights(q, scale, offset)
+    return Residuals(*(in_order(each) for each in (q, q * q, r, q * r, r * r)))
+
+
+def _refitted(fitted: FittedRange, sums: Residuals, count: int, grid: Grid) -> FittedRange:
+    """The line of least squared error through weights over codes, as stored."""
+    scale, largest = fitted.scale.float(), torch.finfo(grid.dtype).max
+    if fitted.offset is None:
+        more = _usable(sums.qr / sums.qq)
+        return FittedRange(stored_scale((scale + more).clamp(0, largest), grid.half, grid), None)
+    spread = sums.qq * count - sums.q * sums.q
+    more = _usable((sums.qr * count - sums.q * sums.r) / spread)
+    shift = _usable((sums.r - more * sums.q) / count)
+    scale = stored_scale((scale + more).clamp(0, largest), grid.levels - 1, grid)
+    return FittedRange(scale, stored_offset(fitted.offset.float() + shift, grid))
+
+
+def _usable(change: Tensor) -> Tensor:
+    """No change where a range has but one code, or its sums are too large."""
+    return torch.where(change.abs() <= torch.finfo(torch.float32).max, change, 0.0)
+
+
+def _better(
+    best: FittedRange, least: Residuals, tried: FittedRange, found: Residuals
+) -> tuple[FittedRange, Residuals]:
+    less = found.rr < least.rr
+    kept = Residuals(*(torch.where(less, new, old) for new, old in zip(found, least, strict=True)))
+    scale = torch.where(less, tried.scale, best.scale)
+    if best.offset is None or tried.offset is None:
+        return FittedRange(scale, None), kept
+    return FittedRange(scale, torch.where(less, tried.offset, best.offset)), kept
+
+
+def in_order(values: Tensor) -> Tensor:
+    """Sums of rows, ``(ranges, 1)``, one number after the other.
+
+    Ranges longer than ``PIECE`` are no rows of their own and are summed as torch likes.
+    """
+    if values.shape[1] > PIECE:
+        return values.sum(dim=1, keepdim=True)
+    total = torch.zeros_like(values[:, :1])
+    for place in range(values.shape[1]):
+        total = total + values[:, place : place + 1]
+    return total

@@ -1,0 +1,235 @@
+"""k-means: the codebooks of table codes, and the nearest entry of each row.
+
+Sources: Lloyd 1982 (alternating means and nearest entries); Arthur and Vassilvitskii 2007
+(k-means++ seeding). Differs: deterministic (a seed of its own), fitted on a sample of large tables,
+rows may have weights, and an entry that no row is nearest to is moved to the row that is served
+worst.
+
+Which entry is nearest is the same however rows are cut into blocks: products of matrices round
+differently by their shapes, so wherever two entries are about equally near, the distances are added
+up again in a fixed order.
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+SAMPLE = 65_536
+"""Rows a codebook is fitted on, at most: 256 of them for each of 256 entries."""
+BLOCK = 8_192
+"""Rows whose distances to every entry are held at once: 8 MB for 256 entries."""
+ROUNDS = 30
+ENOUGH = 1e-4
+"""Rounds end when one takes less than this share off the error."""
+
+
+class KMeansFit(NamedTuple):
+    """A codebook ``(levels, dim)`` and the squared error after every round, the last included."""
+
+    codebook: Tensor
+    errors: tuple[float, ...]
+
+
+def sample(rows: Tensor, most: int = SAMPLE) -> Tensor:
+    """At most so many rows, spread evenly over a table: one drawn from every stretch of it.
+
+    Args:
+        rows: ``(rows, dim)``, memory-mapped if large: only what is drawn is read.
+        most: how many are drawn.
+
+    Returns:
+        float32 ``(rows or most, dim)``, the same for the same table.
+    """
+    count = len(rows)
+    if count <= most:
+        return rows.float()
+    bounds = torch.arange(most + 1, dtype=torch.int64) * count // most  # (most + 1,)
+    generator = torch.Generator().manual_seed(0)
+    place = torch.rand(most, generator=generator, dtype=torch.float64) * bounds.diff()
+    return rows[bounds[:-1] + place.long()].float()
+
+
+def kmeans(
+    points: Tensor, levels: int, weight: Tensor | None = None, rounds: int = ROUNDS, seed: int = 0
+) -> KMeansFit:
+    """Fit a codebook.
+
+    Args:
+        points: float32 ``(points, dim)``.
+        levels: entries of the codebook, at least 1.
+        weight: how much each point counts, ``(points,)``, none negative; equally without.
+        rounds: at most.
+        seed: of the first entries.
+
+    Returns:
+        Float32 entries; some are equal if there are fewer different points than levels. The error
+        is weighted and summed over points, and no round raises it.
+    """
+    counts = torch.ones(len(points), dtype=torch.float64) if weight is None else weight.double()
+    codebook = _seeded(points, levels, counts, seed)
+    codes = nearest(points, codebook)
+    lost = squared_distance(points, codebook[codes]) * counts
+    errors = [float(lost.sum())]
+    for _ in range(rounds):
+        moved = _means(points, codes, counts, codebook, lost)
+        codes = nearest(points, moved)
+        lost = squared_distance(points, moved[codes]) * counts
+        error = float(lost.sum())
+        if error >= errors[-1]:  # nothing left but rounding
+            break
+        codebook = moved
+        errors.append(error)
+        if errors[-2] - error <= ENOUGH * errors[-2]:
+            break
+    return KMeansFit(codebook, tuple(errors))
+
+
+def nearest(points: Tensor, codebook: Tensor) -> Tensor:
+    """The entry nearest to each point, int64 ``(points,)``; the first of several.
+
+    Args:
+        points: float32 ``(points, dim)``.
+        codebook: float ``(levels, dim)``.
+    """
+    entries = codebook.float()
+    squares = entries.square().sum(dim=1)  # (levels,)
+    # What rounding can move the difference of two distances by: each is a sum of dim products.
+    slack = 8 * (entries.shape[1] + 2) * 2.0**-24
+    largest = float(squares.max())
+    codes = torch.empty(len(points), dtype=torch.int64)
+    for begin in range(0, len(points), BLOCK):
+        block = points[begin : begin + BLOCK]
+        score = torch.addmm(squares, block, entries.t(), alpha=-2)  # (block, levels)
+        least, found = score.min(dim=1)
+        size = block.square().sum(dim=1) + largest
+        close = score <= (least + slack * size).unsqueeze(1)
+        unsure = close.sum(dim=1) != 1
+        if bool(unsure.any()):
+            found[unsure] = _in_order(block[unsure], entries).argmin(dim=1)
+        codes[begin : begin + BLOCK] = found
+    return codes
+
+
+def nearest_under(points: Tensor, metric: Tensor, codebook: Tensor) -> Tensor:
+    """The entry nearest to each point where each point's own columns count differently.
+
+    Args:
+        points: float32 ``(points, dim)``.
+        metric: what a squared difference counts, ``(points, dim)``, none negative.
+        codebook: float ``(levels, dim)``.
+
+    Returns:
+        int64 ``(points,)``.
+    """
+    entries = codebook.float()
+    codes = torch.empty(len(points), dtype=torch.int64)
+    for begin in range(0, len(points), BLOCK):
+        part = slice(begin, begin + BLOCK)
+        squares = metric[part] @ entries.square().t()  # (block, levels)
+        score = torch.addmm(squares, metric[part] * points[part], entries.t(), alpha=-2)
+        codes[part] = score.argmin(dim=1)
+    return codes
+
+
+def squared_distance(points: Tensor, others: Tensor) -> Tensor:
+    """Between each point and another one, both ``(points, dim)``: float64 ``(points,)``."""
+    return (points - others).double().square().sum(dim=1)
+
+
+def _in_order(points: Tensor, entries: Tensor) -> Tensor:
+    """Squared distances ``(points, levels)``, added up dimension by dimension."""
+    total = torch.zeros(len(points), len(entries), dtype=torch.float64)
+    for column in range(points.shape[1]):
+        gap = points[:, column : column + 1].double() - entries[:, column].double()
+        total = total + gap * gap
+    return total
+
+
+def _seeded(points: Tensor, levels: int, counts: Tensor, seed: int) -> Tensor:
+    """First entries: points drawn by weight times squared distance to those drawn before."""
+    generator = torch.Generator().manual_seed(seed)
+    chosen = [_drawn(counts, generator)]
+    wide = points.double()
+    left = (wide - wide[chosen[0]]).square().sum(dim=1) * counts  # (points,)
+    while len(chosen) < levels and bool((left > 0).any()):
+        chosen.append(_drawn(left, generator))
+        again = (wide - wide[chosen[-1]]).square().sum(dim=1) * counts
+        left = torch.minimum(left, again)
+    chosen += chosen[:1] * (levels - len(chosen))  # every point is an entry already
+    return points[torch.tensor(chosen)].clone()
+
+
+def _drawn(share: Tensor, generator: torch.Generator) -> int:
+    """One number drawn by shares ``(n,)``; the first if all are zero."""
+    total = share.cumsum(0)
+    place = torch.rand((), generator=generator, dtype=torch.float64) * total[-1]
+    found = int(torch.searchsorted(total, place, right=True))
+    # Rounding may lead past the last share that is not zero.
+    return found if found < len(share) and share[found] > 0 else int(share.argmax())
+
+
+def _means(points: Tensor, codes: Tensor, counts: Tensor, codebook: Tensor, lost: Tensor) -> Tensor:
+    """The mean of each entry's points; entries without points go where most is lost."""
+    total = torch.zeros(len(codebook), points.shape[1], dtype=torch.float64)
+    total.index_add_(0, codes, points.double() * counts.unsqueeze(1))
+    mass = torch.zeros(len(codebook), dtype=torch.float64).index_add_(0, codes, counts)
+    held = mass > 0
+    means = codebook.clone()
+    means[held] = (total[held] / mass[held].unsqueeze(1)).to(codebook.dtype)
+    empty = (~held).nonzero().flatten()
+    worst = lost.topk(min(len(empty), len(lost))).indices
+    worst = worst[lost[worst] > 0]
+    means[empty[: len(worst)]] = points[worst]
+    return means
+
+
+def scalar_kmeans(
+    values: Tensor, levels: int, weight: Tensor | None = None, rounds: int = 200
+) -> KMeansFit:
+    """Fit a codebook of numbers, from evenly filled and from evenly spaced levels; the better one.
+
+    Sorted once, every round takes only sums between borders, so it runs until nothing moves.
+
+    Args:
+        values: float ``(values,)``.
+        levels: entries of the codebook.
+        weight: how much each value counts, ``(values,)``.
+        rounds: at most.
+
+    Returns:
+        Entries ``(levels, 1)`` in rising order.
+    """
+    ordered, order = values.double().sort()
+    different = torch.unique(ordered)  # rising
+    if len(different) <= levels:
+        exact = torch.cat([different, different[-1:].expand(levels - len(different))])
+        return KMeansFit(exact.float().unsqueeze(1), (0.0,))
+    counts = torch.ones_like(ordered) if weight is None else weight.double()[order]
+    zero = ordered.new_zeros(1)
+    mass = torch.cat([zero, counts.cumsum(0)])  # (values + 1,)
+    first = torch.cat([zero, (counts * ordered).cumsum(0)])
+    second = torch.cat([zero, (counts * ordered.square()).cumsum(0)])
+    whole = float(mass[-1])
+    shares = (torch.arange(levels, dtype=torch.float64) + 0.5) / levels  # (levels,)
+    filled = ordered[torch.searchsorted(mass[1:], shares * whole).clamp(max=len(ordered) - 1)]
+    spaced = ordered[0] + (ordered[-1] - ordered[0]) * shares
+    fits = []
+    for start in (filled, spaced):
+        entries, errors = start.clone(), [math.inf]
+        for _ in range(rounds):
+            middle = (entries[1:] + entries[:-1]) / 2
+            cut = torch.searchsorted(ordered, middle, right=True)
+            border = torch.cat([cut.new_zeros(1), cut, cut.new_full((1,), len(ordered))])
+            held = mass[border].diff()  # (levels,)
+            moment = first[border].diff()
+            mean = torch.where(held > 0, moment / held.clamp(min=1e-300), entries)
+            each = second[border].diff() - 2 * mean * moment + mean.square() * held
+            error = float(each.clamp(min=0).sum())
+            if error >= errors[-1]:
+                break
+            entries = mean.sort().values
+            errors.append(error)
+        fits.append(KMeansFit(entries.float().unsqueeze(1), tuple(errors[1:])))
+    return min(fits, key=lambda fit: fit.errors[-1])

@@ -1,0 +1,160 @@
+"""Encoding of row blocks by compiled loops: what ``levels`` and ``clipping`` specify, bit for bit.
+
+A row is read once, from its ends to its codes, where plain torch reads and writes a block for every
+operation. The loops are in ``numba_kernels.py``; here they are given memory and threads.
+"""
+
+import functools
+import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import cast
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from compressors.errors.compression import CompressionError
+from compressors.quantize.kernels import numba_kernels
+from compressors.quantize.kernels.least_squares import ROUNDS
+from compressors.quantize.kernels.levels import FittedRange, Grid
+
+THREAD_VALUES = 2**18
+"""A thread is given no less than this many values: waking one takes as long as some of them."""
+
+
+def encode(rows: Tensor, grid: Grid, bits: int) -> tuple[Tensor, FittedRange]:
+    """Encode rows: ``min_max`` or ``least_squares``, and ``nearest``, in one.
+
+    Args:
+        rows: float, ``(rows, dim)``; the first of them begins a range.
+        grid: levels, type of the scales, and how many rows share one: 1 with ``least_squares``,
+            else not 0.
+        bits: 8, a byte a code; or 4, planar as in ``planar``.
+
+    Returns:
+        Codes uint8 ``(rows, dim)`` or ``(rows, ceil(dim / 2))``, negative ones as their two's
+        complement where a byte is a code, plus 8 where it is half of one; and what ``clipping.fit``
+        would give.
+
+    Raises:
+        CompressionError: a weight is not finite, or too large for the type of the scales.
+    """
+    count, dim = rows.shape
+    together = grid.rows_per_scale
+    values, codes = _floats(rows), _room(rows, bits)
+    scale = torch.empty(-(-count // together), 1, dtype=grid.dtype)
+    offset = None if grid.symmetric else torch.empty_like(scale)
+    top = np.float32(grid.half if grid.symmetric else grid.levels - 1)
+    stored_scale, stored_offset = _words(scale), _words(scale if offset is None else offset)
+
+    def part(begin: int, end: int) -> int:
+        entries = slice(begin // together, -(-end // together))
+        into = codes.numpy()[begin:end]
+        words = [found[entries] for found in (*stored_scale, *stored_offset)]
+        alone = grid.clipping == "least_squares"
+        loop: Callable[..., int] = numba_kernels.least_squares if alone else numba_kernels.min_max
+        worst = loop(
+            values[begin:end],
+            ROUNDS if alone else together,
+            top,
+            grid.symmetric,
+            bits == 4,
+            into,
+            *words,
+        )
+        return -1 if worst < 0 else begin + worst
+
+    bad = _in_threads(part, count, dim, together)
+    if bad >= 0:
+        raise _refused(rows[bad : bad + numba_kernels.LANES * together], bad, grid)
+    return codes, FittedRange(scale, offset)
+
+
+def encode_as(rows: Tensor, fitted: FittedRange, grid: Grid, bits: int) -> Tensor:
+    """Encode rows to the levels nearest to them, where scales and offsets are known.
+
+    Args:
+        rows: finite, float, ``(rows, dim)``; the first of them begins a range.
+        fitted: of these rows, or of the whole table where that is one range.
+        grid: levels, and how many rows share a scale.
+        bits: as for ``encode``.
+
+    Returns:
+        Codes as ``encode`` gives them.
+    """
+    count, dim = rows.shape
+    values, codes = _floats(rows), _room(rows, bits)
+    top = np.float32(grid.half if grid.symmetric else grid.levels - 1)
+    scales = _floats(fitted.scale)[:, 0]
+    offsets = np.zeros_like(scales) if fitted.offset is None else _floats(fitted.offset)[:, 0]
+    together = grid.rows_per_scale or max(count, 1)
+
+    def part(begin: int, end: int) -> int:
+        found = slice(begin // together, -(-end // together)) if grid.rows_per_scale else slice(1)
+        into = codes.numpy()[begin:end]
+        numba_kernels.nearest(
+            values[begin:end], scales[found], offsets[found], together, top, grid.symmetric,
+            bits == 4, into,
+        )  # fmt: skip
+        return -1
+
+    _in_threads(part, count, dim, grid.rows_per_scale or 1)
+    return codes
+
+
+def _floats(values: Tensor) -> NDArray[np.float32]:
+    return cast("NDArray[np.float32]", values.detach().cpu().float().contiguous().numpy())
+
+
+def _room(rows: Tensor, bits: int) -> Tensor:
+    """Where the codes of some rows go."""
+    count, dim = rows.shape
+    # Large arrays of numpy lie in large pages, which are there several times sooner.
+    return torch.from_numpy(np.empty((count, dim if bits == 8 else -(-dim // 2)), np.uint8))
+
+
+def _words(stored: Tensor) -> tuple[NDArray[np.uint16], NDArray[np.uint32]]:
+    """The bits of stored numbers as 16 and as 32 bit words: one of the two is empty."""
+    flat = stored.view(-1).numpy()
+    if stored.dtype == torch.float16:
+        return flat.view(np.uint16), np.empty(0, np.uint32)
+    return np.empty(0, np.uint16), flat.view(np.uint32)
+
+
+def _in_threads(part: Callable[[int, int], int], rows: int, dim: int, together: int) -> int:
+    """Run over all rows with as many threads as torch would use; the first bad row, or -1."""
+    threads = min(torch.get_num_threads(), max(rows * dim // THREAD_VALUES, 1))
+    if threads == 1:
+        return part(0, rows)
+    each = -(-rows // (threads * together)) * together
+    begun = [
+        _helpers(os.getpid(), threads - 1).submit(part, begin, min(begin + each, rows))
+        for begin in range(each, rows, each)
+    ]
+    found = [part(0, min(each, rows)), *(work.result() for work in begun)]
+    return next((bad for bad in found if bad >= 0), -1)
+
+
+@functools.cache
+def _helpers(process: int, threads: int) -> ThreadPoolExecutor:  # noqa: ARG001
+    """Threads that stay; a process that was forked off has none of its parent's."""
+    return ThreadPoolExecutor(threads, thread_name_prefix="encode-rows")
+
+
+def _refused(rows: Tensor, begin: int, grid: Grid) -> CompressionError:
+    """What is wrong with the range that begins at a row."""
+    bad = (~torch.isfinite(rows)).any(dim=1)
+    if bool(bad.any()):
+        row = begin + int(bad.to(torch.uint8).argmax())
+        return CompressionError(f"Row {row} has a NaN or infinite weight; it cannot be stored.")
+    remedy = (
+        "Set the step's scale to 'float32'"
+        if grid.scale == "float16"
+        else "Leave the table out of the step"
+    )
+    return CompressionError(
+        f"A weight of {float(rows.abs().max()):g} needs a scale or an offset above {grid.scale}'s "
+        f"largest number. {remedy}."
+    )

@@ -1,0 +1,293 @@
+"""Tables encoded block by block, from wherever their rows are read to wherever they are written.
+
+Memory is that of a few row blocks whatever the size of a table, and the bytes are the same
+whatever the number of rows in a block and of threads: a row's place in the file is known from
+the format's layout, and no stored entry is for rows of two blocks.
+"""
+
+import math
+import os
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from compressors.contracts import ModuleRecord
+from compressors.core.modules.formats import TensorSpec, blocks, entries
+from compressors.core.runner import TableStep
+from compressors.core.state.safetensors_stream import Piece, StreamedFile, size_of
+from compressors.errors.compression import CompressionError, ContractBroken, ModelRefused
+
+BLOCK_BYTES = 2**22
+"""Read at once where nobody says how many rows: the block and its codes stay in a core's cache."""
+
+
+HEADER, WHOLE = "header", "whole"
+"""Names of blocks that are not rows: the file's header, and what belongs to a whole table."""
+
+
+class Source(Protocol):
+    """A stored tensor that is read piece by piece."""
+
+    @property
+    def spec(self) -> TensorSpec:
+        """Its shape and type."""
+
+    def read(self, begin: int, end: int) -> Tensor:
+        """Entries ``begin`` to ``end`` of the first dimension, or all of a tensor of none.
+
+        The caller may keep them only until its thread reads again.
+        """
+
+    def mapped(self) -> Tensor:
+        """All of it, memory-mapped."""
+
+
+class Sink(Protocol):
+    """Where encoded blocks go."""
+
+    def holds(self, block: str) -> bool:
+        """Whether a block of this name was written already, by a run that was interrupted."""
+
+    def write(self, block: str, pieces: Sequence[Piece]) -> None:
+        """Write one block's bytes at their places; called by several threads."""
+
+
+class Block(NamedTuple):
+    """One unit of work: rows ``begin`` to ``end`` of the tensor called ``source``."""
+
+    source: str
+    begin: int
+    end: int
+
+    @property
+    def name(self) -> str:
+        """What a sink knows it by."""
+        return f"{self.source}@{self.begin}"
+
+
+@dataclass(frozen=True)
+class Job:
+    """What becomes of every tensor of a file.
+
+    ``tables`` are encoded, each to the stored tensors ``MODULE.NAME``; ``rest`` is copied as it
+    is, under its own name.
+    """
+
+    step: TableStep
+    tables: Mapping[str, str]
+    """Tensor name -> the module its stored tensors belong to."""
+    sources: Mapping[str, Source]
+    block_rows: int | None = None
+
+    @property
+    def rest(self) -> list[str]:
+        """The tensors that stay as they are."""
+        return [name for name in self.sources if name not in self.tables]
+
+    def stored(self, name: str) -> dict[str, TensorSpec]:
+        """The stored tensors of one table, as the format names them."""
+        rows, dim = self.sources[name].spec.shape
+        return self.step.storage.layout(rows, dim, self.step.settings())
+
+    def layout(self) -> dict[str, TensorSpec]:
+        """Every tensor of the result.
+
+        Raises:
+            ModelRefused: two of them would have the same name.
+        """
+        found = {name: self.sources[name].spec for name in self.rest}
+        for name, module in self.tables.items():
+            for part, spec in self.stored(name).items():
+                whole = within(module, part)
+                if whole in found:
+                    raise ModelRefused(
+                        f"{name!r} would be stored as {whole!r}, and there is another tensor of "
+                        f"that name. Rename it, or leave {name!r} out."
+                    )
+                found[whole] = spec
+        return found
+
+    def records(self) -> dict[str, ModuleRecord]:
+        """How each encoded table becomes a module again, by its module's name."""
+        settings = self.step.settings()
+        return {
+            module: ModuleRecord(
+                kind="table",
+                format=self.step.storage.name,
+                settings={
+                    "rows": self.sources[name].spec.shape[0],
+                    "dim": self.sources[name].spec.shape[1],
+                    **settings,
+                },
+            )
+            for name, module in self.tables.items()
+        }
+
+    def blocks(self, name: str) -> Iterator[Block]:
+        """The units of work of one tensor, in order."""
+        spec = self.sources[name].spec
+        rows = spec.shape[0] if spec.shape else 1
+        most = max(BLOCK_BYTES * rows // max(size_of(spec), 1), 1)
+        layout = {name: spec}
+        if name in self.tables:
+            most, layout = self.block_rows or most, self.stored(name)
+        for begin, end in blocks(layout, rows, most):
+            yield Block(name, begin, end)
+
+
+def within(module: str, part: str) -> str:
+    """The name of a module's tensor."""
+    return f"{module}.{part}" if module else part
+
+
+def carry_out(
+    job: Job,
+    file: StreamedFile,
+    sink: Sink,
+    workers: int | None = None,
+    progress: Callable[[int], None] | None = None,
+) -> None:
+    """Encode or copy every tensor of a job into a file.
+
+    Tables are fitted one after the other, so that what one table's fit needs is never held
+    together with another's; their blocks are encoded by several threads at once.
+
+    Args:
+        job: what becomes of every tensor.
+        file: its ``layout`` as places.
+        sink: takes the bytes; blocks it holds already are not made again.
+        workers: threads; one per core without it.
+        progress: told the bytes read of every block, as it is written.
+
+    Raises:
+        ContractBroken: the step encodes something else than it lays out.
+        ModelRefused: a weight is NaN or infinite.
+    """
+    if not sink.holds(HEADER):
+        sink.write(HEADER, [Piece(0, memoryview(file.header))])
+    count = workers or len(os.sched_getaffinity(0))
+    before = torch.get_num_threads()
+    # Each block is a thread's own work: torch's threads within it would only be in the way.
+    pool = ThreadPoolExecutor(count, "encode", initializer=torch.set_num_threads, initargs=(1,))
+    waiting: deque[Future[None]] = deque()
+    try:
+        with pool:
+            try:
+                for work in _works(job, file, sink, progress):
+                    waiting.append(pool.submit(work))
+                    if len(waiting) > 2 * count:
+                        waiting.popleft().result()
+                while waiting:
+                    waiting.popleft().result()
+            finally:
+                for future in waiting:
+                    future.cancel()
+    finally:
+        torch.set_num_threads(before)
+
+
+def _works(
+    job: Job, file: StreamedFile, sink: Sink, progress: Callable[[int], None] | None
+) -> Iterator[Callable[[], None]]:
+    def work(block: Block, encode: Callable[[Block], list[Piece]]) -> Callable[[], None]:
+        def run() -> None:
+            if not sink.holds(block.name):
+                sink.write(block.name, encode(block))
+            if progress is not None:
+                spec = job.sources[block.source].spec
+                rows = spec.shape[0] if spec.shape else 1
+                progress(size_of(spec) // max(rows, 1) * (block.end - block.begin))
+
+        return run
+
+    copying = _Copying(job, file)
+    for name in job.rest:
+        yield from (work(block, copying) for block in job.blocks(name))
+    for name in job.tables:
+        whole = f"{name}@{WHOLE}"
+        if sink.holds(whole) and all(sink.holds(block.name) for block in job.blocks(name)):
+            yield from (work(block, copying) for block in job.blocks(name))  # tells its progress
+            continue
+        encoding = _Encoding(job, file, name)
+        if not sink.holds(whole):
+            sink.write(whole, encoding.whole())
+        yield from (work(block, encoding) for block in job.blocks(name))
+
+
+@dataclass(frozen=True)
+class _Copying:
+    job: Job
+    file: StreamedFile
+
+    def __call__(self, block: Block) -> list[Piece]:
+        values = self.job.sources[block.source].read(block.begin, block.end)
+        return [self.file.piece(block.source, values, block.begin)]
+
+
+class _Encoding:
+    """One table: fitted when it is first needed, then encoded block by block."""
+
+    def __init__(self, job: Job, file: StreamedFile, name: str) -> None:
+        self._job, self._file, self._name = job, file, name
+        self._module = job.tables[name]
+        self._layout = job.stored(name)
+        try:
+            self._params = job.step.fit(job.sources[name].mapped())
+        except CompressionError:
+            # What is no number may have been too large for a codebook: then its row is the fault.
+            for block in job.blocks(name):
+                self._rows(block)
+            raise
+
+    def whole(self) -> list[Piece]:
+        """What belongs to the whole table, as a codebook does."""
+        names = [part for part, spec in self._layout.items() if not spec.every]
+        if missing := [part for part in names if part not in self._params]:
+            raise ContractBroken(
+                f"{self._job.step.kind!r} lays out {missing[0]!r} for the whole table, and its "
+                f"fit does not give it."
+            )
+        return [self._file.piece(within(self._module, part), self._params[part]) for part in names]
+
+    def _rows(self, block: Block) -> Tensor:
+        rows = self._job.sources[self._name].read(block.begin, block.end).float()
+        _check_finite(self._name, rows, block.begin)
+        return rows
+
+    def __call__(self, block: Block) -> list[Piece]:
+        rows = self._rows(block)
+        encoded = self._job.step.encode(rows, self._params)
+        wanted = {part for part, spec in self._layout.items() if spec.every}
+        if encoded.keys() != wanted:
+            raise ContractBroken(
+                f"{self._job.step.kind!r} encodes {', '.join(sorted(encoded)) or 'nothing'} and "
+                f"lays out {', '.join(sorted(wanted))}."
+            )
+        pieces = []
+        for part, values in encoded.items():
+            place = entries(self._layout[part], block.begin, block.end)
+            if len(values) != place.stop - place.start:
+                raise ContractBroken(
+                    f"{self._job.step.kind!r} encodes {len(values)} entries of {part!r} for rows "
+                    f"{block.begin} to {block.end}; {place.stop - place.start} were needed."
+                )
+            pieces.append(self._file.piece(within(self._module, part), values, place.start))
+        return pieces
+
+
+def _check_finite(name: str, rows: Tensor, begin: int) -> None:
+    # The sum is one pass over the block; it may also overflow where every weight is finite.
+    if math.isfinite(float(rows.sum())):
+        return
+    bad = (~torch.isfinite(rows)).any(dim=1)
+    if bool(bad.any()):
+        row = begin + int(bad.to(torch.uint8).argmax())
+        raise ModelRefused(
+            f"Row {row} of {name!r} has a NaN or infinite weight. Find where training diverged; "
+            f"such a table cannot be served."
+        )

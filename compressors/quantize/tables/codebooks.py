@@ -1,0 +1,92 @@
+"""How large the codebooks of vector codes are, and how their codes are laid out.
+
+A codebook costs the same for a table of a hundred rows and for one of a hundred million, so the
+number of its entries is what the ordered bits allow, and no more than a share of the table's own
+bytes pays for.
+"""
+
+from collections.abc import Mapping
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from compressors.core.modules.formats import TensorSpec
+from compressors.errors.compression import CompressionError
+
+WIDTHS = (2, 4, 8)
+"""Bits that a code may take as stored."""
+
+CodebookType = Literal["float32", "float16"]
+
+
+def width_of(levels: int) -> int:
+    """Bits of a stored code that tells ``levels`` apart, at most 256."""
+    return next(width for width in WIDTHS if levels <= 1 << width)
+
+
+def row_bytes(count: int, width: int) -> int:
+    """Bytes of a row of ``count`` codes of ``width`` bits, padding included."""
+    return -(-count * width // 8)
+
+
+class Shape(NamedTuple):
+    """Of a table's codes and codebooks.
+
+    ``books`` codebooks of ``levels`` entries of ``dim`` numbers each; ``width`` is the bits of a
+    code as stored.
+    """
+
+    books: int
+    levels: int
+    dim: int
+    width: int
+
+
+def shape_of(rows: int, dim: int, books: int, entry: int, settings: Mapping[str, Any]) -> Shape:
+    """What codebooks a table of ``rows x dim`` gets.
+
+    Args:
+        rows: of the table.
+        dim: of the table.
+        books: codebooks, and codes of each row.
+        entry: numbers of an entry.
+        settings: ``bits`` of a code, ``codebook_type``, and ``codebook_share``.
+
+    Returns:
+        ``levels`` is ``2 ** bits``, or as many as the share allows, and never below 2.
+    """
+    size = getattr(torch, settings["codebook_type"]).itemsize
+    allowed = int(settings["codebook_share"] * 4 * rows * dim // (books * entry * size))
+    levels = max(min(1 << settings["bits"], allowed), 2)
+    return Shape(books, levels, entry, width_of(levels))
+
+
+def layout(rows: int, shape: Shape, settings: Mapping[str, Any]) -> dict[str, TensorSpec]:
+    """The stored tensors: codes uint8, packed, and all codebooks one below the other."""
+    codebook = (shape.books * shape.levels, shape.dim)
+    return {
+        "codes": TensorSpec((rows, row_bytes(shape.books, shape.width)), torch.uint8),
+        "codebook": TensorSpec(codebook, getattr(torch, settings["codebook_type"]), every=0),
+    }
+
+
+def entry_of(codes: Tensor, entries: int) -> Tensor:
+    """Codes ``(*, books)`` as rows of the codebooks that lie one below the other."""
+    books = codes.shape[-1]
+    return codes.long() + torch.arange(books, device=codes.device) * (entries // books)
+
+
+def as_stored(codebook: Tensor, dtype: CodebookType) -> Tensor:
+    """A codebook in the type it is stored in.
+
+    Raises:
+        CompressionError: an entry is beyond float16.
+    """
+    stored = codebook.to(getattr(torch, dtype))
+    if not bool(stored.isfinite().all()):
+        raise CompressionError(
+            f"A codebook holds {float(codebook.abs().max()):g}, beyond float16's 65504. Set the "
+            f"step's codebook_type to 'float32'."
+        )
+    return stored

@@ -1,0 +1,139 @@
+"""Embedding tables as 8-bit floats (E4M3) and a scale per row, or per several rows.
+
+E4M3 has 4 significant bits from 2^-6 to 448 and even steps of 2^-9 below, so without a scale a
+table whose weights are around 0.01 would be left with a dozen values. The scale puts the largest
+weight of a row at 448. A weight then keeps 4 bits down to 1/28,672 of its row's largest; int8 has
+more near the largest weight, less below an eighth of it. Stored as bytes: neither torch nor ONNX
+gathers or compares 8-bit floats. A table of ``rows x dim`` takes
+``rows * (dim + 2)`` bytes with a float16 scale per row.
+
+Format: Micikevicius et al. 2022, https://arxiv.org/abs/2209.05433 (E4M3 without infinities).
+Differs: a scale per row instead of one per tensor. There is no other clipping than min-max: an
+8-bit float has no even levels that a narrower range would make finer.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from compressors.contracts import Frozen
+from compressors.core.modules.formats import TableFormat, TensorSpec
+from compressors.quantize.kernels.levels import Grid, RowsPerScale, ScaleType, weights
+from compressors.quantize.tables import scales
+
+LARGEST = 448
+LEVELS = 2 * LARGEST + 1
+"""A grid of so many levels has its highest at 448 scales, where E4M3 ends."""
+
+
+def encode(table: Tensor, scale: Tensor, rows_per_scale: int = 1) -> Tensor:
+    """The bits of the nearest 8-bit floats, uint8 ``(rows, dim)``.
+
+    Args:
+        table: float, ``(rows, dim)``; the first row begins a range.
+        scale: as stored, ``(entries, 1)``.
+        rows_per_scale: how many rows share an entry.
+    """
+    rows = torch.arange(len(table), device=table.device)
+    by_row = scale[scales.entries_of(rows, rows_per_scale)].float()
+    near = (table.float() / by_row).clamp(-LARGEST, LARGEST).to(torch.float8_e4m3fn)
+    return near.view(torch.uint8)
+
+
+def steps_of(codes: Tensor) -> Tensor:
+    """What bits of 8-bit floats stand for, float32 in the same shape."""
+    return codes.view(torch.float8_e4m3fn).float()
+
+
+@torch.library.custom_op("recpress::float8_e4m3_table", mutates_args=())
+def float8_e4m3_table(codes: Tensor, scale: Tensor, ids: Tensor, rows_per_scale: int) -> Tensor:
+    """Rows of a stored table: bytes ``(rows, dim)``, ids -> float32 ``(*ids, dim)``."""
+    return weights(steps_of(codes[ids]), scale[scales.entries_of(ids, rows_per_scale)], None)
+
+
+@float8_e4m3_table.register_fake
+def _(codes: Tensor, scale: Tensor, ids: Tensor, rows_per_scale: int) -> Tensor:  # noqa: ARG001
+    return scale.new_empty((*ids.shape, codes.shape[1]), dtype=torch.float32)
+
+
+def _keep(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor, int], output: Tensor) -> None:  # noqa: ARG001
+    *tensors, ctx.rows_per_scale = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor, None, None]:
+    codes, scale, ids = ctx.saved_tensors
+    by_scale = scales.gradients(grad, steps_of(codes[ids]), scale, ids, ctx.rows_per_scale)
+    return None, by_scale, None, None
+
+
+float8_e4m3_table.register_autograd(_backward, setup_context=_keep)
+
+
+@dataclass(frozen=True)
+class Float8E4M3Format:
+    """``codes`` uint8 ``(rows, dim)``, the bits of 8-bit floats, and ``scale``."""
+
+    name: str = "float8_e4m3"
+    learned: tuple[str, ...] = ("scale",)
+
+    def layout(self, rows: int, dim: int, settings: Mapping[str, Any]) -> dict[str, TensorSpec]:
+        codes = TensorSpec((rows, dim), torch.uint8)
+        return {"codes": codes, **scales.layout(rows, settings)}
+
+    def lookup(
+        self,
+        stored: Mapping[str, Tensor],
+        ids: Tensor,
+        dim: int,  # noqa: ARG002
+        settings: Mapping[str, Any],
+    ) -> Tensor:
+        together = scales.SharedScales.of(settings).rows_per_scale
+        codes, scale = stored["codes"], stored["scale"]
+        rows: Tensor = torch.ops.recpress.float8_e4m3_table(codes, scale, ids, together)
+        return rows
+
+
+FORMAT = Float8E4M3Format()
+
+
+class Float8E4M3(Frozen):
+    """Store embedding tables as 8-bit floats and one scale per row."""
+
+    kind: Literal["float8_e4m3"] = "float8_e4m3"
+    tables: tuple[str, ...] = Field(
+        ("*",), description="Tables to compress: module names, with * for any characters."
+    )
+    min_rows: int = Field(1, ge=1, description="Tables with fewer rows stay as they are.")
+    scale: ScaleType = Field("float16", description="How scales are stored.")
+    rows_per_scale: RowsPerScale = Field(
+        1, description="Neighbouring rows that share a scale; 0: one scale for the table."
+    )
+
+    @property
+    def storage(self) -> TableFormat:
+        """The format this step writes."""
+        return FORMAT
+
+    @property
+    def grid(self) -> Grid:
+        """The range that scales are fitted to; its levels are not the format's."""
+        return Grid(LEVELS, scale=self.scale, rows_per_scale=self.rows_per_scale)
+
+    def settings(self) -> dict[str, Any]:
+        """What the format needs to know to lay a table out."""
+        return scales.settings_of(self.grid)
+
+    def fit(self, rows: Tensor) -> dict[str, Tensor]:
+        """The scale of the table where it has but one; nothing else is learned."""
+        return scales.fit_table(rows, self.grid)
+
+    def encode(self, block: Tensor, params: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Stored tensors of one block of rows, float ``(rows, dim)``."""
+        stored = scales.fit_block(block, self.grid)
+        scale = {**params, **stored}["scale"]
+        return {"codes": encode(block, scale, self.rows_per_scale), **stored}

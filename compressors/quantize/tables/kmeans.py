@@ -1,0 +1,256 @@
+"""Embedding tables as a small codebook of numbers and a few bits per weight.
+
+The levels of a table lie where its weights are, instead of evenly: 16 numbers for the whole table
+and 4 bits a weight. A table of ``rows x dim`` float32 shrinks from ``4 * rows * dim`` to
+``rows * (ceil(dim * bits / 8) + 2) + 4 * 2 ** bits`` bytes with a float16 scale a row.
+
+Sources: Han et al. 2016, https://arxiv.org/abs/1510.00149 (weights shared by k-means);
+Guan et al. 2019, https://arxiv.org/abs/1911.02079 (codebooks for embedding tables).
+Differs: one codebook a table and, by default, a scale per row, where Guan et al. fit a codebook to
+each row or to classes of rows; codebook and scales are fitted to each other.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from compressors.contracts import Frozen
+from compressors.core.modules.formats import TableFormat, TensorSpec
+from compressors.errors.compression import CompressionError
+from compressors.quantize.kernels.bitpacking import pack, unpack
+from compressors.quantize.kernels.lloyd import sample, scalar_kmeans
+from compressors.quantize.tables.codebooks import row_bytes
+
+RowScale = Literal["none", "float16", "float32"]
+FITTED_VALUES = 2**21
+"""Weights a codebook is fitted on, at most: more sorting, no better levels."""
+TURNS = 3
+"""How often codebook, codes and scales are fitted to each other in turn."""
+
+
+def fit(
+    table: Tensor, bits: int, scale_type: RowScale = "float16", weight: Tensor | None = None
+) -> Tensor:
+    """The codebook of a table.
+
+    Args:
+        table: float ``(rows, dim)``; large ones are sampled.
+        bits: of a code.
+        scale_type: whether rows are divided by a scale first, and how it is stored.
+        weight: how much each row counts, ``(rows,)``, for a table that is small enough to be taken
+            whole; equally without.
+
+    Returns:
+        float32 ``(2 ** bits,)``, rising.
+
+    Raises:
+        CompressionError: a weight is too large for a float16 scale.
+    """
+    most = max(FITTED_VALUES // table.shape[1], 1)
+    rows = sample(table, most)
+    if weight is not None and len(table) > most:
+        raise ValueError(f"rows are weighted in tables of at most {most} rows; got {len(table)}")
+    counts = torch.ones(len(rows)) if weight is None else weight
+    scale = torch.ones(len(rows), 1)
+    if scale_type != "none":
+        scale = largest(rows, scale_type).float()
+    best, least = torch.empty(0), float("inf")
+    for _ in range(TURNS if scale_type != "none" else 1):
+        # A level's error counts with the square of the scale that it is multiplied by.
+        each = (counts.double().unsqueeze(1) * scale.double().square()).expand_as(rows)
+        # Rows of zeros have none, and do not count.
+        values = rows / scale.where(scale > 0, torch.ones_like(scale))
+        found = scalar_kmeans(values.flatten(), 1 << bits, each.flatten())
+        codebook = found.codebook.flatten()
+        codes, stored = encode(rows, codebook, scale_type)
+        scale = torch.ones(len(rows), 1) if stored is None else stored.float()
+        gap = (codebook[codes.long()] * scale - rows).double().square().sum(dim=1)
+        error = float((gap * counts.double()).sum())
+        if error >= least:
+            break
+        best, least = codebook, error
+    return best
+
+
+def largest(rows: Tensor, scale_type: RowScale) -> Tensor:
+    """The largest weight of each row, as a scale is stored: ``(rows, 1)``, always positive.
+
+    Raises:
+        CompressionError: it is beyond float16.
+    """
+    dtype = torch.float16 if scale_type == "float16" else torch.float32
+    smallest = 2.0**-24 if scale_type == "float16" else torch.finfo(torch.float32).tiny
+    stored = rows.abs().amax(dim=1, keepdim=True).clamp(min=smallest).to(dtype)
+    if not bool(stored.isfinite().all()):
+        raise CompressionError(
+            f"A weight of {float(rows.abs().max()):g} is beyond float16's 65504. Set the step's "
+            f"scale to 'float32'."
+        )
+    return stored
+
+
+def encode(
+    table: Tensor, codebook: Tensor, scale_type: RowScale = "float16"
+) -> tuple[Tensor, Tensor | None]:
+    """The nearest level of every weight, and the scale that suits a row's levels best.
+
+    Args:
+        table: float ``(rows, dim)``.
+        codebook: rising, ``(levels,)``.
+        scale_type: how the scales are stored.
+
+    Returns:
+        ``codes`` uint8 ``(rows, dim)``, not packed, and ``scale`` ``(rows, 1)`` or None.
+
+    Raises:
+        CompressionError: a weight is too large for a float16 scale.
+    """
+    rows = table.float()
+    if scale_type == "none":
+        return _codes(rows, codebook), None
+    scale = largest(rows, scale_type)
+    codes = _codes(rows / scale.float(), codebook)
+    for _ in range(TURNS):
+        levels = codebook[codes.long()]
+        square = levels.square().sum(dim=1, keepdim=True)
+        fitted = ((levels * rows).sum(dim=1, keepdim=True) / square).to(scale.dtype)
+        usable = fitted.isfinite() & (fitted > 0)
+        fitted = torch.where(usable, fitted, scale)
+        again = _codes(rows / fitted.float(), codebook)
+        better = _error(rows, codebook, again, fitted) < _error(rows, codebook, codes, scale)
+        scale, codes = torch.where(better, fitted, scale), torch.where(better, again, codes)
+    # It may be that no level is zero: a scale of zero keeps a row of zeros exact.
+    scale = torch.where((rows == 0).all(dim=1, keepdim=True), torch.zeros_like(scale), scale)
+    return codes, scale
+
+
+def _codes(values: Tensor, codebook: Tensor) -> Tensor:
+    middle = (codebook[1:] + codebook[:-1]) / 2
+    return torch.bucketize(values, middle).to(torch.uint8)
+
+
+def _error(rows: Tensor, codebook: Tensor, codes: Tensor, scale: Tensor) -> Tensor:
+    gap = codebook[codes.long()] * scale.float() - rows
+    return gap.square().sum(dim=1, keepdim=True)
+
+
+def decode(codes: Tensor, codebook: Tensor, scale: Tensor | None) -> Tensor:
+    """Weights as float32 ``(*, dim)`` from codes ``(*, dim)`` and scales ``(*, 1)``."""
+    levels = codebook[codes.long()]
+    return levels if scale is None else levels * scale.float()
+
+
+@torch.library.custom_op("recpress::kmeans_table", mutates_args=())
+def kmeans_table(
+    codes: Tensor, codebook: Tensor, scale: Tensor | None, ids: Tensor, dim: int, width: int
+) -> Tensor:
+    """Rows of a stored table: packed codes, ``(levels,)``, ``(rows, 1)`` -> ``(*ids, dim)``."""
+    found = None if scale is None else scale[ids]
+    return decode(unpack(codes[ids], dim, width), codebook, found)
+
+
+@kmeans_table.register_fake
+def _(
+    codes: Tensor,  # noqa: ARG001
+    codebook: Tensor,
+    scale: Tensor | None,  # noqa: ARG001
+    ids: Tensor,
+    dim: int,
+    width: int,  # noqa: ARG001
+) -> Tensor:
+    return codebook.new_empty((*ids.shape, dim))
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:  # noqa: ARG001
+    codes, codebook, scale, ids, ctx.dim, ctx.width = inputs
+    ctx.scaled = scale is not None
+    ctx.save_for_backward(codes, codebook, *([scale] if ctx.scaled else []), ids)
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    codes, codebook, *scales, ids = ctx.saved_tensors
+    found = unpack(codes[ids], ctx.dim, ctx.width).long()  # (*ids, dim)
+    of_scale = None
+    if ctx.scaled:
+        each = (grad * codebook[found]).sum(dim=-1).reshape(-1)  # one number per lookup
+        total = torch.zeros(len(scales[0]), device=grad.device)
+        total.index_add_(0, ids.reshape(-1), each)
+        of_scale = total.unsqueeze(1).to(scales[0].dtype)
+        grad = grad * scales[0][ids].float()
+    of_levels = torch.zeros_like(codebook).index_add_(0, found.reshape(-1), grad.reshape(-1))
+    return None, of_levels, of_scale, None, None, None
+
+
+kmeans_table.register_autograd(_backward, setup_context=_keep)
+
+
+@dataclass(frozen=True)
+class KMeansFormat:
+    """``codes`` uint8, packed, ``codebook`` float32 ``(levels,)``, ``scale`` ``(rows, 1)``."""
+
+    name: str = "kmeans"
+    learned: tuple[str, ...] = ("codebook", "scale")
+
+    def layout(self, rows: int, dim: int, settings: Mapping[str, Any]) -> dict[str, TensorSpec]:
+        bits, scale = settings["bits"], settings["scale"]
+        laid = {
+            "codes": TensorSpec((rows, row_bytes(dim, bits)), torch.uint8),
+            "codebook": TensorSpec((1 << bits,), torch.float32, every=0),
+        }
+        if scale != "none":
+            laid["scale"] = TensorSpec((rows, 1), getattr(torch, scale))
+        return laid
+
+    def width(self, rows: int, dim: int, settings: Mapping[str, Any]) -> int:  # noqa: ARG002
+        """Bits of a code as stored."""
+        return int(settings["bits"])
+
+    def lookup(
+        self, stored: Mapping[str, Tensor], ids: Tensor, dim: int, settings: Mapping[str, Any]
+    ) -> Tensor:
+        rows: Tensor = torch.ops.recpress.kmeans_table(
+            stored["codes"], stored["codebook"], stored.get("scale"), ids, dim, settings["bits"]
+        )
+        return rows
+
+
+FORMAT = KMeansFormat()
+
+
+class KMeans(Frozen):
+    """Store embedding tables as a codebook of numbers and a few bits per weight."""
+
+    kind: Literal["kmeans"] = "kmeans"
+    tables: tuple[str, ...] = Field(
+        ("*",), description="Tables to compress: module names, with * for any characters."
+    )
+    min_rows: int = Field(1, ge=1, description="Tables with fewer rows stay as they are.")
+    bits: Literal[2, 4, 8] = Field(4, description="Of a weight's code: 4, 16 or 256 levels.")
+    scale: RowScale = Field(
+        "float16",
+        description="How the scale of each row is stored; none: the levels serve all rows as they "
+        "are, which saves two bytes a row.",
+    )
+
+    @property
+    def storage(self) -> TableFormat:
+        """The format this step writes."""
+        return FORMAT
+
+    def settings(self) -> dict[str, Any]:
+        """What the format needs to know to lay a table out."""
+        return {"bits": self.bits, "scale": self.scale}
+
+    def fit(self, rows: Tensor) -> dict[str, Tensor]:
+        """The codebook of a table, float ``(rows, dim)``."""
+        return {"codebook": fit(rows, self.bits, self.scale)}
+
+    def encode(self, block: Tensor, params: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Stored tensors of one block of rows, float ``(rows, dim)``."""
+        codes, scale = encode(block, params["codebook"], self.scale)
+        stored = {"codes": pack(codes, self.bits)}
+        return stored if scale is None else {**stored, "scale": scale}

@@ -1,0 +1,215 @@
+"""Embedding tables as a few codes a row, each for one part of its columns.
+
+The columns are cut into ``parts``, and each part of a row is the nearest of ``2 ** bits`` short
+vectors. A table of ``rows x dim`` float32 shrinks from ``4 * rows * dim`` to
+``rows * ceil(parts * bits / 8)`` bytes and a codebook of about ``4 * dim * 2 ** bits``.
+
+Source: Jegou et al. 2011, https://doi.org/10.1109/TPAMI.2010.57 (product quantization).
+Differs: parts are of two widths where the columns do not divide evenly; codebooks shrink for small
+tables; codes of 2 and 4 bits are packed.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from compressors.contracts import Frozen
+from compressors.core.modules.formats import TableFormat, TensorSpec
+from compressors.quantize.kernels.bitpacking import pack, unpack
+from compressors.quantize.kernels.lloyd import kmeans, nearest, sample
+from compressors.quantize.tables.codebooks import (
+    CodebookType,
+    Shape,
+    as_stored,
+    entry_of,
+    layout,
+    shape_of,
+    width_of,
+)
+
+
+def widths(dim: int, parts: int) -> tuple[int, ...]:
+    """Columns of each part, the wider ones first; no part is empty."""
+    parts = min(parts, dim)
+    return tuple(dim // parts + (place < dim % parts) for place in range(parts))
+
+
+def columns(dim: int, parts: int) -> list[int] | None:
+    """Where a row's columns lie when every part is laid out as wide as the widest; None if so."""
+    each = widths(dim, parts)
+    if len(set(each)) == 1:
+        return None
+    return [part * each[0] + place for part, width in enumerate(each) for place in range(width)]
+
+
+def fit(table: Tensor, parts: int, levels: int, weight: Tensor | None = None) -> Tensor:
+    """A codebook for each part.
+
+    Args:
+        table: float ``(rows, dim)``; large ones are sampled.
+        parts: of the columns.
+        levels: entries of a codebook.
+        weight: how much each row counts, ``(rows,)``, where the table is not sampled.
+
+    Returns:
+        float32 ``(parts * levels, widest part)``, the codebooks one below the other; columns that
+        a narrower part does not have are zero.
+    """
+    rows = sample(table)
+    if weight is not None and len(weight) != len(rows):
+        raise ValueError(f"rows are weighted in tables of at most {len(rows)} rows")
+    each = widths(table.shape[1], parts)
+    codebook = torch.zeros(len(each), levels, each[0])
+    for place, part in enumerate(torch.split(rows, list(each), dim=1)):
+        codebook[place, :, : each[place]] = kmeans(part.contiguous(), levels, weight).codebook
+    return codebook.reshape(-1, each[0])
+
+
+def encode(table: Tensor, codebook: Tensor, parts: int) -> Tensor:
+    """The nearest entry for each part of each row: uint8 ``(rows, parts)``, not packed."""
+    each = widths(table.shape[1], parts)
+    books = codebook.reshape(len(each), -1, each[0])
+    codes = [
+        nearest(part.float().contiguous(), books[place, :, : each[place]])
+        for place, part in enumerate(torch.split(table, list(each), dim=1))
+    ]
+    return torch.stack(codes, dim=1).to(torch.uint8)
+
+
+def decode(codes: Tensor, codebook: Tensor, dim: int) -> Tensor:
+    """Weights as float32 ``(*, dim)`` from codes ``(*, parts)``."""
+    return _joined(codebook[entry_of(codes, len(codebook))].float(), dim)
+
+
+def _joined(found: Tensor, dim: int) -> Tensor:
+    """Entries ``(*, parts, widest)`` side by side, without the columns that are not there."""
+    places = columns(dim, found.shape[-2])
+    side_by_side = found.flatten(-2)
+    return side_by_side if places is None else side_by_side[..., places]
+
+
+@torch.library.custom_op("recpress::product_codes", mutates_args=())
+def product_codes(
+    codes: Tensor, codebook: Tensor, ids: Tensor, dim: int, parts: int, width: int
+) -> Tensor:
+    """Rows of a stored table: packed codes, ``(parts * levels, widest)`` -> ``(*ids, dim)``."""
+    return decode(unpack(codes[ids], parts, width), codebook, dim).contiguous()
+
+
+@product_codes.register_fake
+def _(
+    codes: Tensor,  # noqa: ARG001
+    codebook: Tensor,
+    ids: Tensor,
+    dim: int,
+    parts: int,  # noqa: ARG001
+    width: int,  # noqa: ARG001
+) -> Tensor:
+    return codebook.new_empty((*ids.shape, dim), dtype=torch.float32)
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:  # noqa: ARG001
+    *tensors, ctx.dim, ctx.parts, ctx.width = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    codes, codebook, ids = ctx.saved_tensors
+    entry = entry_of(unpack(codes[ids], ctx.parts, ctx.width), len(codebook))  # (*ids, parts)
+    places = columns(ctx.dim, ctx.parts)
+    if places is not None:
+        wide = grad.new_zeros((*grad.shape[:-1], ctx.parts * codebook.shape[1]))
+        wide[..., places] = grad
+        grad = wide
+    total = torch.zeros(codebook.shape, device=grad.device)
+    total.index_add_(0, entry.reshape(-1), grad.reshape(-1, codebook.shape[1]))
+    return None, total.to(codebook.dtype), None, None, None, None
+
+
+product_codes.register_autograd(_backward, setup_context=_keep)
+
+
+@dataclass(frozen=True)
+class ProductCodesFormat:
+    """``codes`` uint8, packed, and ``codebook`` ``(parts * levels, widest part)``."""
+
+    name: str = "product_codes"
+    learned: tuple[str, ...] = ("codebook",)
+
+    def shape(self, rows: int, dim: int, settings: Mapping[str, Any]) -> Shape:
+        """The number of codebooks, their entries, and the bits of a code as stored."""
+        each = widths(dim, settings["parts"])
+        return shape_of(rows, dim, len(each), each[0], settings)
+
+    def layout(self, rows: int, dim: int, settings: Mapping[str, Any]) -> dict[str, TensorSpec]:
+        return layout(rows, self.shape(rows, dim, settings), settings)
+
+    def width(self, rows: int, dim: int, settings: Mapping[str, Any]) -> int:
+        """Bits of a code as stored."""
+        return self.shape(rows, dim, settings).width
+
+    def lookup(
+        self, stored: Mapping[str, Tensor], ids: Tensor, dim: int, settings: Mapping[str, Any]
+    ) -> Tensor:
+        codes, codebook = stored["codes"], stored["codebook"]
+        shape = self.shape(codes.shape[0], dim, settings)
+        rows: Tensor = torch.ops.recpress.product_codes(
+            codes, codebook, ids, dim, shape.books, shape.width
+        )
+        return rows
+
+
+FORMAT = ProductCodesFormat()
+
+
+class ProductCodes(Frozen):
+    """Store embedding tables as a few codes a row, each for one part of its columns."""
+
+    kind: Literal["product_codes"] = "product_codes"
+    tables: tuple[str, ...] = Field(
+        ("*",), description="Tables to compress: module names, with * for any characters."
+    )
+    min_rows: int = Field(1, ge=1, description="Tables with fewer rows stay as they are.")
+    parts: int = Field(
+        4,
+        ge=1,
+        description="Codes of a row: its columns are cut into so many parts, at most one each.",
+    )
+    bits: int = Field(
+        8, ge=1, le=8, description="Of a code: 2 to this power are the entries of a codebook."
+    )
+    codebook_type: CodebookType = Field(
+        "float32", description="How codebooks are stored; only float32 can be trained by any step."
+    )
+    codebook_share: float = Field(
+        0.5,
+        gt=0,
+        le=1,
+        description="Share of a table's float32 bytes that its codebooks may take; small tables "
+        "get fewer entries.",
+    )
+
+    @property
+    def storage(self) -> TableFormat:
+        """The format this step writes."""
+        return FORMAT
+
+    def settings(self) -> dict[str, Any]:
+        """What the format needs to know to lay a table out."""
+        return self.model_dump(include={"parts", "bits", "codebook_type", "codebook_share"})
+
+    def fit(self, rows: Tensor) -> dict[str, Tensor]:
+        """The codebooks of a table, float ``(rows, dim)``."""
+        count, dim = rows.shape
+        shape = FORMAT.shape(count, dim, self.settings())
+        return {"codebook": as_stored(fit(rows, self.parts, shape.levels), self.codebook_type)}
+
+    def encode(self, block: Tensor, params: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Stored tensors of one block of rows, float ``(rows, dim)``."""
+        codes = encode(block, params["codebook"], self.parts)
+        levels = len(params["codebook"]) // codes.shape[1]
+        return {"codes": pack(codes, width_of(levels))}

@@ -1,0 +1,256 @@
+"""Embedding tables as a few codes a row, whose entries are added up.
+
+Each of ``codebooks`` holds ``2 ** bits`` vectors as wide as the table, and a row is the sum of one
+of each. A table of ``rows x dim`` float32 shrinks from ``4 * rows * dim`` to
+``rows * ceil(codebooks * bits / 8)`` bytes and codebooks of ``4 * codebooks * dim * 2 ** bits``.
+
+*Residual*: each codebook is fitted to what those before it leave over (Chen et al. 2010,
+https://doi.org/10.3390/s101211259). *Additive* (``refine``): all codebooks are fitted again to the
+codes by least squares, and the codes to the codebooks, in turn (Babenko and Lempitsky 2014,
+https://doi.org/10.1109/CVPR.2014.124). Both are stored alike.
+Differs: codes are found greedily and then one at a time while the others stay (iterated conditional
+modes) instead of by beam search, so a row's codes depend on nothing but the row.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from compressors.contracts import Frozen
+from compressors.core.modules.formats import TableFormat, TensorSpec
+from compressors.quantize.kernels.bitpacking import pack, unpack
+from compressors.quantize.kernels.lloyd import KMeansFit, kmeans, nearest, sample, squared_distance
+from compressors.quantize.tables.codebooks import (
+    CodebookType,
+    Shape,
+    as_stored,
+    entry_of,
+    layout,
+    shape_of,
+    width_of,
+)
+
+TURNS = 8
+"""Passes over the codes of a row, at most; they end when no code changes."""
+HELD = 1e-6
+"""Rows' worth of weight that hold an entry where it is; decides where the rows leave it free."""
+
+
+def fit(
+    table: Tensor, books: int, levels: int, refine: int = 0, weight: Tensor | None = None
+) -> KMeansFit:
+    """The codebooks of a table.
+
+    Args:
+        table: float ``(rows, dim)``; large ones are sampled.
+        books: codebooks.
+        levels: entries of each.
+        refine: rounds in which all of them are fitted together, at most.
+        weight: how much each row counts, ``(rows,)``, where the table is not sampled.
+
+    Returns:
+        float32 ``(books * levels, dim)``, one below the other, and the squared error of the rows
+        after residual fitting and after each round that lowered it.
+    """
+    rows = sample(table)
+    if weight is not None and len(weight) != len(rows):
+        raise ValueError(f"rows are weighted in tables of at most {len(rows)} rows")
+    counts = torch.ones(len(rows), dtype=torch.float64) if weight is None else weight.double()
+    left, fitted = rows, []
+    for number in range(books):
+        book = kmeans(left, levels, weight, seed=number).codebook
+        left = left - book[nearest(left, book)]
+        fitted.append(book)
+    codebook = torch.cat(fitted)
+    codes = encode(rows, codebook, books)
+    errors = [_error(rows, codes, codebook, counts)]
+    for _ in range(refine):
+        again = least_squares(rows, codes, codebook, counts)
+        codes = encode(rows, again, books)
+        error = _error(rows, codes, again, counts)
+        if error >= errors[-1]:
+            break
+        codebook = again
+        errors.append(error)
+    return KMeansFit(codebook, tuple(errors))
+
+
+def least_squares(rows: Tensor, codes: Tensor, codebook: Tensor, weight: Tensor) -> Tensor:
+    """The codebooks that serve given codes best.
+
+    Args:
+        rows: float ``(rows, dim)``.
+        codes: uint8 ``(rows, books)``.
+        codebook: the present one, ``(books * levels, dim)``: where the rows leave an entry free, it
+            stays.
+        weight: how much each row counts, float64 ``(rows,)``.
+    """
+    entries = len(codebook)
+    places = entry_of(codes, entries)  # (rows, books)
+    pairs = torch.zeros(entries * entries, dtype=torch.float64)
+    wanted = torch.zeros(codebook.shape, dtype=torch.float64)
+    for first in places.unbind(1):
+        wanted.index_add_(0, first, rows.double() * weight.unsqueeze(1))
+        for second in places.unbind(1):
+            pairs.index_add_(0, first * entries + second, weight)
+    held = HELD * float(weight.mean())
+    matrix = pairs.reshape(entries, entries) + held * torch.eye(entries, dtype=torch.float64)
+    solved: Tensor = torch.linalg.solve(matrix, wanted + held * codebook.double())
+    return solved.to(codebook.dtype)
+
+
+def encode(table: Tensor, codebook: Tensor, books: int) -> Tensor:
+    """Codes of each row: uint8 ``(rows, books)``, not packed.
+
+    Each is the entry nearest to what the codes before it leave over; then each in turn is chosen
+    anew while the others stay, until nothing changes. No pass raises a row's error.
+
+    Args:
+        table: float ``(rows, dim)``.
+        codebook: ``(books * levels, dim)``.
+        books: how many codebooks there are.
+    """
+    rows = table.float()
+    each = codebook.float().reshape(books, -1, codebook.shape[1])
+    left, codes = rows, []
+    for book in each:
+        codes.append(nearest(left, book))
+        left = left - book[codes[-1]]
+    for _ in range(TURNS if books > 1 else 0):
+        changed = False
+        for number, book in enumerate(each):
+            others = torch.zeros_like(rows)
+            for other, found in enumerate(codes):
+                if other != number:
+                    others = others + each[other][found]
+            again = nearest(rows - others, book)
+            changed = changed or not torch.equal(again, codes[number])
+            codes[number] = again
+        if not changed:
+            break
+    return torch.stack(codes, dim=1).to(torch.uint8)
+
+
+def decode(codes: Tensor, codebook: Tensor) -> Tensor:
+    """Weights as float32 ``(*, dim)`` from codes ``(*, books)``."""
+    return codebook[entry_of(codes, len(codebook))].float().sum(dim=-2)
+
+
+def _error(rows: Tensor, codes: Tensor, codebook: Tensor, weight: Tensor) -> float:
+    return float((squared_distance(rows, decode(codes, codebook)) * weight).sum())
+
+
+@torch.library.custom_op("recpress::residual_codes", mutates_args=())
+def residual_codes(codes: Tensor, codebook: Tensor, ids: Tensor, books: int, width: int) -> Tensor:
+    """Rows of a stored table: packed codes, ``(books * levels, dim)`` -> ``(*ids, dim)``."""
+    return decode(unpack(codes[ids], books, width), codebook)
+
+
+@residual_codes.register_fake
+def _(codes: Tensor, codebook: Tensor, ids: Tensor, books: int, width: int) -> Tensor:  # noqa: ARG001
+    return codebook.new_empty((*ids.shape, codebook.shape[1]), dtype=torch.float32)
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:  # noqa: ARG001
+    *tensors, ctx.books, ctx.width = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    codes, codebook, ids = ctx.saved_tensors
+    entry = entry_of(unpack(codes[ids], ctx.books, ctx.width), len(codebook))  # (*ids, books)
+    flat = grad.reshape(-1, codebook.shape[1])
+    total = torch.zeros(codebook.shape, device=grad.device)
+    for places in entry.reshape(-1, ctx.books).unbind(1):
+        total.index_add_(0, places, flat)
+    return None, total.to(codebook.dtype), None, None, None
+
+
+residual_codes.register_autograd(_backward, setup_context=_keep)
+
+
+@dataclass(frozen=True)
+class ResidualCodesFormat:
+    """``codes`` uint8, packed, and ``codebook`` ``(codebooks * levels, dim)``."""
+
+    name: str = "residual_codes"
+    learned: tuple[str, ...] = ("codebook",)
+
+    def shape(self, rows: int, dim: int, settings: Mapping[str, Any]) -> Shape:
+        """The number of codebooks, their entries, and the bits of a code as stored."""
+        return shape_of(rows, dim, settings["codebooks"], dim, settings)
+
+    def layout(self, rows: int, dim: int, settings: Mapping[str, Any]) -> dict[str, TensorSpec]:
+        return layout(rows, self.shape(rows, dim, settings), settings)
+
+    def width(self, rows: int, dim: int, settings: Mapping[str, Any]) -> int:
+        """Bits of a code as stored."""
+        return self.shape(rows, dim, settings).width
+
+    def lookup(
+        self, stored: Mapping[str, Tensor], ids: Tensor, dim: int, settings: Mapping[str, Any]
+    ) -> Tensor:
+        codes, codebook = stored["codes"], stored["codebook"]
+        shape = self.shape(codes.shape[0], dim, settings)
+        rows: Tensor = torch.ops.recpress.residual_codes(
+            codes, codebook, ids, shape.books, shape.width
+        )
+        return rows
+
+
+FORMAT = ResidualCodesFormat()
+
+
+class ResidualCodes(Frozen):
+    """Store embedding tables as a few codes a row, whose codebook entries are added up."""
+
+    kind: Literal["residual_codes"] = "residual_codes"
+    tables: tuple[str, ...] = Field(
+        ("*",), description="Tables to compress: module names, with * for any characters."
+    )
+    min_rows: int = Field(1, ge=1, description="Tables with fewer rows stay as they are.")
+    codebooks: int = Field(2, ge=1, le=16, description="Codebooks, and codes of a row.")
+    bits: int = Field(
+        8, ge=1, le=8, description="Of a code: 2 to this power are the entries of a codebook."
+    )
+    refine: int = Field(
+        8,
+        ge=0,
+        description="Rounds in which all codebooks are fitted together, at most (additive codes); "
+        "0: each only to what those before it leave over.",
+    )
+    codebook_type: CodebookType = Field(
+        "float32", description="How codebooks are stored; only float32 can be trained by any step."
+    )
+    codebook_share: float = Field(
+        0.5,
+        gt=0,
+        le=1,
+        description="Share of a table's float32 bytes that its codebooks may take; small tables "
+        "get fewer entries.",
+    )
+
+    @property
+    def storage(self) -> TableFormat:
+        """The format this step writes."""
+        return FORMAT
+
+    def settings(self) -> dict[str, Any]:
+        """What the format needs to know to lay a table out."""
+        return self.model_dump(include={"codebooks", "bits", "codebook_type", "codebook_share"})
+
+    def fit(self, rows: Tensor) -> dict[str, Tensor]:
+        """The codebooks of a table, float ``(rows, dim)``."""
+        count, dim = rows.shape
+        shape = FORMAT.shape(count, dim, self.settings())
+        found = fit(rows, shape.books, shape.levels, self.refine)
+        return {"codebook": as_stored(found.codebook, self.codebook_type)}
+
+    def encode(self, block: Tensor, params: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Stored tensors of one block of rows, float ``(rows, dim)``."""
+        codes = encode(block, params["codebook"], self.codebooks)
+        return {"codes": pack(codes, width_of(len(params["codebook"]) // self.codebooks))}

@@ -1,0 +1,250 @@
+"""Who feeds whom among a network's layers and norms, read from the graph that lowering uses too.
+
+Moving numbers from one layer into the next is right only if nothing else reads what lies between
+them, and if what lies between them lets the numbers through: a positive factor passes a Relu, an
+offset does not. Both are read from ``torch.export``: a layer is a product with its weight, so code
+that reads the weight past the layer is seen as well.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.fx import Node
+
+from compressors.contracts import Signature, is_out_of_memory
+from compressors.core.batches import example
+from compressors.core.units import table_rows
+from compressors.errors.compression import CompressionError
+from compressors.lower.serving_wrapper import input_names, served_graphs, wrap_for_serving
+
+TRACE_ROWS = 3
+_aten = torch.ops.aten
+_TAKES: dict[Any, tuple[int, ...]] = {  # operator -> where its weights stand
+    _aten.linear.default: (1, 2),
+    _aten.batch_norm.default: (1, 2, 3, 4),
+    _aten.layer_norm.default: (2, 3),
+    _aten.rms_norm.default: (2,),
+}
+_NOTHING = {_aten.dropout.default, _aten.contiguous.default, _aten.clone.default}
+_NOTHING |= {_aten.alias.default, _aten.detach.default, _aten.dropout_.default}
+_BENDS: dict[Any, str] = {
+    _aten.relu.default: "relu",
+    _aten.relu_.default: "relu",
+    _aten.leaky_relu.default: "leaky_relu",
+    _aten.leaky_relu_.default: "leaky_relu",
+    _aten.prelu.default: "prelu",
+    _aten.abs.default: "abs",
+}
+_CLAMPS = {_aten.clamp.default, _aten.clamp_min.default}  # at zero, from below only
+_RESHAPES = {_aten.view.default, _aten.reshape.default, _aten.flatten.using_ints}
+_RESHAPES |= {_aten.unsqueeze.default, _aten.squeeze.dim, _aten.expand.default}
+_PICKS = {_aten.select.int, _aten.slice.Tensor}
+_LOOKS = {_aten._assert_tensor_metadata.default, _aten.sym_size.int}
+
+
+@dataclass(frozen=True)
+class Reader:
+    """A layer or norm that reads another's output, and what bends the output on its way.
+
+    ``bends`` are positively homogeneous and work on single numbers: ``f(s x) = s f(x)`` for
+    ``s > 0``. Without any the output arrives as it is.
+    """
+
+    name: str
+    bends: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Dataflow:
+    """Who reads whom.
+
+    ``readers`` hold, by layer or norm, everything that reads its output, where all of that is
+    layers and norms whose numbers may be changed. ``reasons`` say why the others are not there, in
+    half a sentence. ``closed`` are those whose own numbers may not be changed, and why. ``dims``
+    are how many dimensions each one's input has.
+    """
+
+    readers: Mapping[str, tuple[Reader, ...]]
+    reasons: Mapping[str, str]
+    closed: Mapping[str, str]
+    dims: Mapping[str, int]
+
+    def feeder(self, name: str) -> str | None:
+        """The layer or norm whose output, unbent, is read by this one and by nothing else."""
+        for maker, readers in self.readers.items():
+            if readers == (Reader(name),):
+                return maker
+        return None
+
+    def straight(self, name: str) -> tuple[str, ...]:
+        """Who reads this one's output, if nothing bends it on the way to any of them."""
+        readers = self.readers.get(name, ())
+        return () if any(reader.bends for reader in readers) else tuple(r.name for r in readers)
+
+
+def dataflow(module: nn.Module, signature: Signature) -> Dataflow:
+    """Who feeds whom in a network, in evaluation mode.
+
+    Args:
+        module: plain or compressed; left as it is. Packed layers are no one's neighbours.
+        signature: of its inputs.
+
+    Raises:
+        CompressionError: ``torch.export`` cannot trace the network.
+    """
+    owners: dict[int, set[str]] = {}
+    for name, part in module.named_modules():
+        for tensor in (*part.parameters(recurse=False), *part.buffers(recurse=False)):
+            owners.setdefault(id(tensor), set()).add(name)
+    readers: dict[str, tuple[Reader, ...]] = {}
+    reasons: dict[str, str] = {}
+    closed: dict[str, str] = {}
+    dims: dict[str, int] = {}
+    for graph, placeholders in _graphs(module, signature):
+        called = _called(
+            graph, {node: owners.get(key, set()) for node, key in placeholders.items()}
+        )
+        closed |= _read_otherwise(placeholders, owners, called)
+        for node, name in called.items():
+            if name in dims:
+                closed[name] = "is called more than once"
+                continue
+            dims[name] = _value(node.args[0]).dim()
+            try:
+                readers[name] = tuple(_readers(node, called, ()))
+            except _ReadOtherwise as why:
+                reasons[name] = str(why)
+    for name, part in module.named_modules():
+        if isinstance(part, nn.Linear) and name not in dims:
+            closed.setdefault(name, "is not called in the graph that is served")
+    for name, found in readers.items():
+        if lost := next((reader.name for reader in found if reader.name in closed), None):
+            reasons[name] = f"{lost!r}, which reads it, {closed[lost]}"
+    reasons |= closed
+    known = {name: found for name, found in readers.items() if name not in reasons}
+    return Dataflow(known, reasons, closed, dims)
+
+
+class _ReadOtherwise(Exception):
+    """What reads a layer's output beside layers and norms; half a sentence."""
+
+
+def _graphs(
+    module: nn.Module, signature: Signature
+) -> list[tuple[torch.fx.Graph, dict[Node, int]]]:
+    """Every graph the network is served as, with the tensor that each placeholder stands for."""
+    rows = table_rows(module)
+    found = []
+    for form in served_graphs(signature):
+        wrapper = wrap_for_serving(module, form, rows)
+        given = example(form.signature, rows, TRACE_ROWS)
+        names = input_names(form.signature)
+        free = tuple({0: torch.export.Dim.AUTO} for _ in names)
+        try:
+            with torch.no_grad():
+                program = torch.export.export(
+                    wrapper, tuple(given[name] for name in names), dynamic_shapes=(free,)
+                )
+        except Exception as fault:  # whatever the network's code raises while it is traced
+            if is_out_of_memory(fault):
+                raise
+            first = (str(fault).strip().splitlines() or [repr(fault)])[0].rstrip(".")
+            raise CompressionError(
+                f"Who reads which layer could not be read from the network: {first}. Its forward "
+                f"must be free of Python control flow that depends on tensor values; leave this "
+                f"step out for a network that cannot be exported."
+            ) from fault
+        held: dict[str, Tensor] = dict(wrapper.named_parameters(remove_duplicate=False))
+        held |= dict(wrapper.named_buffers(remove_duplicate=False))
+        exported = program.graph_signature
+        names_of = {**exported.inputs_to_parameters, **exported.inputs_to_buffers}
+        placeholders = {
+            node: id(held[names_of[node.name]])
+            for node in program.graph.nodes
+            if node.op == "placeholder" and names_of.get(node.name) in held
+        }
+        found.append((program.graph, placeholders))
+    return found
+
+
+def _called(graph: torch.fx.Graph, owners: Mapping[Node, set[str]]) -> dict[Node, str]:
+    """The products and norms of a graph, by the module whose weights they take."""
+    called = {}
+    for node in graph.nodes:
+        places = _TAKES.get(node.target, ())
+        if node.target is _aten.linear.default and node.args[1] not in owners:
+            continue  # its weight is computed on the way
+        weights = [node.args[place] for place in places if len(node.args) > place]
+        of = {name for weight in weights if weight is not None for name in owners.get(weight, ())}
+        if len(of) == 1:
+            called[node] = of.pop()
+    return called
+
+
+def _read_otherwise(
+    placeholders: Mapping[Node, int], owners: Mapping[int, set[str]], called: Mapping[Node, str]
+) -> dict[str, str]:
+    """Layers and norms whose tensors somebody else reads or shares."""
+    reasons = {}
+    for node, key in placeholders.items():
+        for name in owners.get(key, ()):
+            if not node.users or name not in called.values():
+                continue
+            others = owners[key] - {name}
+            if others:
+                reasons[name] = f"shares a tensor with {min(others)!r}"
+            elif any(called.get(user) != name for user in node.users):
+                reasons[name] = "has a weight that other code reads"
+    for key, names in owners.items():  # a tied tensor has one placeholder, under either name
+        if len(names) > 1 and key in placeholders.values():
+            for name in names:
+                reasons[name] = f"shares a tensor with {min(names - {name})!r}"
+    return reasons
+
+
+def _readers(node: Node, called: Mapping[Node, str], bends: tuple[str, ...]) -> list[Reader]:
+    found: list[Reader] = []
+    for user in node.users:
+        if user.target in _LOOKS:
+            continue
+        if user in called and user.args[0] is node and node not in user.args[1:]:
+            found.append(Reader(called[user], bends))
+        elif _lets_through(user, node):
+            bend = "clamp" if user.target in _CLAMPS else _BENDS.get(user.target)
+            more = () if bend is None else (bend,)
+            found += _readers(user, called, (*bends, *more))
+        elif user.op == "output":
+            raise _ReadOtherwise("its output leaves the network")
+        else:
+            raise _ReadOtherwise(f"its output goes into {_operator(user.target)}")
+    return found
+
+
+def _lets_through(node: Node, source: Node) -> bool:
+    """Whether an operator keeps channels, the last dimension, apart and positive factors as is."""
+    if node.args[0] is not source or source in node.args[1:]:
+        return False
+    if node.target in _NOTHING or node.target in _BENDS:
+        return True
+    before, after = _value(source), _value(node)
+    if node.target in _RESHAPES:  # in memory's order: the last size alone says where columns are
+        return before.dim() > 0 and after.dim() > 0 and before.shape[-1] == after.shape[-1]
+    if node.target in _PICKS:
+        place = node.args[1] if len(node.args) > 1 else 0
+        return isinstance(place, int) and place % before.dim() != before.dim() - 1
+    if node.target is _aten.to.dtype:
+        return before.dtype == after.dtype
+    return node.target in _CLAMPS and tuple(node.args[1:]) == (0,)
+
+
+def _value(node: Any) -> Tensor:
+    """The made-up tensor that stands for a node's output."""
+    value: Tensor = node.meta["val"]
+    return value
+
+
+def _operator(target: Callable[..., Any] | str) -> str:
+    return str(target).removeprefix("aten.").partition(".")[0]

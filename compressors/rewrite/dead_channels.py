@@ -1,0 +1,219 @@
+"""Channels that say nothing: found, told to the layers behind as a constant, and cut.
+
+A channel is dead if it is the same number whatever the input is, which its weights prove (a row of
+zeros: only the bias is left), or if no layer reads it (columns of zeros). On request also if it did
+not change on any calibration row, as a Relu that never opens; that is no proof.
+"""
+
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from compressors.contracts import DenseInput, Signature, Split
+from compressors.core.batches import batches, example
+from compressors.core.model import Model
+from compressors.core.units import own_weight, table_rows
+from compressors.errors.compression import CompressionError
+from compressors.prune.structure.channel_consumers import Readers, layouts, readers_of, trace
+from compressors.prune.structure.config_widths import NotAWidth, Width, find_widths
+from compressors.prune.structure.narrowing import SCALES, Cut, prove, without_channels
+
+EXAMPLE_ROWS = 256
+BATCH = 1024
+
+Sample = tuple[Split, int]
+"""Calibration rows, and how many of them at most."""
+
+
+@dataclass(frozen=True)
+class DeadChannels:
+    """The dead channels of one width.
+
+    ``kept`` is bool ``(channels,)`` by maker; ``offsets`` float64 ``(outputs,)`` by reader: what
+    the channels that go add to each of its outputs.
+    """
+
+    cut: Cut
+    kept: Mapping[str, Tensor]
+    offsets: Mapping[str, Tensor]
+
+    def words(self) -> dict[str, str]:
+        """By dense layer, what becomes of it."""
+        width = self.cut.width
+        gone = width.value - self.cut.count
+        said = {
+            name: f"{gone} of {width.value} channels are dead ({width.description()})"
+            for name in width.makers
+        }
+        for maker, reader in self.cut.readers.reads:
+            if reader in self.offsets:
+                said.setdefault(reader, f"inputs follow {maker}")
+        return said
+
+
+def find_dead_channels(
+    model: Model, signature: Signature, free: Collection[str], sample: Sample | None
+) -> tuple[DeadChannels, ...]:
+    """The dead channels that can be cut.
+
+    Args:
+        model: left as it is.
+        signature: of its inputs.
+        free: the dense layers that may change.
+        sample: rows on which a channel that never changes counts as dead; without, only what the
+            weights prove.
+    """
+    widths, _ = find_widths(model)
+    found = []
+    for width in widths.values():
+        if max(width.makers.values()) > 1:  # of a group, such as a head, all channels must be dead
+            continue
+        layers = {*width.makers, *_dense(model.module, width.readers)}
+        if not layers <= set(free) or not (sample or _suspects(model.module, width)):
+            continue
+        try:
+            traces = trace(model.module, signature, table_rows(model.module), width)
+            readers = readers_of(width, traces, next(layouts(width)))
+            dead = _dead(model, signature, readers, sample)
+            if dead is not None:
+                prove(model, signature, dead.cut)
+                found.append(dead)
+        except NotAWidth:
+            continue  # its channels cannot go: the constants stay where they are
+    return tuple(found)
+
+
+def remove_dead_channels(
+    model: Model, signature: Signature, found: Sequence[DeadChannels]
+) -> Model:
+    """The network without its dead channels; ``model`` is of a private tree.
+
+    Raises:
+        CompressionError: the narrower network is not the old one without those channels.
+    """
+    if not found:
+        return model
+    kept: dict[str, Tensor] = {}
+    for dead in found:
+        kept |= dead.kept
+        for name, offset in dead.offsets.items():
+            layer = model.module.get_submodule(name)
+            if isinstance(layer, nn.Linear) and layer.bias is not None:
+                moved = layer.bias.detach().double() + offset
+                own_weight(layer, "bias", moved.to(layer.bias.dtype))
+    narrow, gap = without_channels(model, signature, [dead.cut for dead in found], kept)
+    if gap is not None:
+        raise CompressionError(
+            f"Without its dead channels the network scores otherwise ({gap}): some code reads the "
+            f"channels of {', '.join(sorted(kept))} past its layers. Leave them out of 'layers'."
+        )
+    return narrow
+
+
+def _suspects(module: nn.Module, width: Width) -> bool:
+    """Whether the weights give any reason to trace a width: most have none, and traces cost."""
+    makers = [_weight(module, name) for name in width.makers]
+    readers = [_weight(module, name) for name in _dense(module, width.readers)]
+    rows = any(not bool(weight.any(dim=1).all()) for weight in makers)
+    return rows or any(not bool(weight.any(dim=0).all()) for weight in readers)
+
+
+def _dead(
+    model: Model, signature: Signature, readers: Readers, sample: Sample | None
+) -> DeadChannels | None:
+    module, width = model.module, readers.width
+    behind = _dense(module, {reader: 1 for _, reader in readers.reads})
+    low, high = _ranges(model, signature, behind, sample)
+    value = {name: torch.where(low[name] == high[name], low[name], 0.0) for name in behind}
+    gone: dict[tuple[str, ...], Tensor] = {}
+    for group in readers.tied:
+        constant = torch.ones(width.value, dtype=torch.bool)
+        silent = torch.ones(width.value, dtype=torch.bool)
+        for maker in group:
+            if sample is None:
+                constant &= ~_weight(module, maker).any(dim=1)
+            for name in behind:
+                columns = readers.reads.get((maker, name))  # (channels, inputs)
+                if columns is None:
+                    continue
+                weight = _weight(module, name)
+                constant &= ~(columns & (low[name] != high[name])).any(dim=1)
+                silent &= ~(columns & weight.any(dim=0)).any(dim=1)
+                if module.get_submodule(name).bias is None:
+                    lost = weight.any(dim=0) & (value[name] != 0)
+                    constant &= ~(columns & lost).any(dim=1)
+        gone[group] = constant | silent
+    fewest = min(int(dead.sum()) for dead in gone.values())
+    fewest = min(fewest, width.value - 1)  # one channel stays, whatever it says
+    if fewest == 0:
+        return None
+    kept = {}
+    for group, dead in gone.items():
+        mask = torch.ones(width.value, dtype=torch.bool)
+        mask[dead.nonzero().flatten()[:fewest]] = False
+        kept.update(dict.fromkeys(group, mask))
+    offsets = {}
+    for name in behind:
+        heard = [
+            reads[~kept[maker]].any(dim=0)
+            for (maker, reader), reads in readers.reads.items()
+            if reader == name
+        ]
+        cut = torch.stack(heard).any(dim=0)  # (inputs,)
+        offsets[name] = _weight(module, name)[:, cut].double() @ value[name][cut].double()
+    return DeadChannels(Cut(width, readers, width.value - fewest), kept, offsets)
+
+
+def _ranges(
+    model: Model, signature: Signature, names: Sequence[str], sample: Sample | None
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """The smallest and the largest number at each input of some layers, ``(inputs,)`` each."""
+    low: dict[str, Tensor] = {}
+    high: dict[str, Tensor] = {}
+
+    def watch(name: str) -> Any:
+        def hook(_: nn.Module, args: tuple[Tensor, ...], named: dict[str, Tensor]) -> None:
+            x = args[0] if args else named["input"]
+            flat = x.reshape(-1, x.shape[-1])
+            if len(flat):
+                least, most = flat.amin(dim=0), flat.amax(dim=0)
+                low[name] = torch.minimum(low[name], least) if name in low else least
+                high[name] = torch.maximum(high[name], most) if name in high else most
+
+        return hook
+
+    with ExitStack() as hooks, torch.no_grad():
+        for name in names:
+            part = model.module.get_submodule(name)
+            hooks.callback(part.register_forward_pre_hook(watch(name), with_kwargs=True).remove)
+        for inputs in _inputs(model, signature, sample):
+            model.module(**inputs)
+    return low, high
+
+
+def _inputs(
+    model: Model, signature: Signature, sample: Sample | None
+) -> Iterator[dict[str, Tensor]]:
+    if sample is not None:
+        split, rows = sample
+        yield from (batch.inputs for batch in batches(split, signature, BATCH, rows))
+        return
+    for scale in SCALES:
+        made = example(signature, table_rows(model.module), EXAMPLE_ROWS)
+        dense = {item.name for item in signature.inputs if isinstance(item, DenseInput)}
+        yield {name: x * scale if name in dense else x for name, x in made.items()}
+
+
+def _dense(module: nn.Module, names: Collection[str]) -> list[str]:
+    return [name for name in names if isinstance(module.get_submodule(name), nn.Linear)]
+
+
+def _weight(module: nn.Module, name: str) -> Tensor:
+    layer = module.get_submodule(name)
+    if not isinstance(layer, nn.Linear):
+        raise CompressionError(f"{name!r} is no Linear.")
+    return layer.weight.detach()

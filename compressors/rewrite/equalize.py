@@ -1,0 +1,90 @@
+"""Channels of neighbouring dense layers brought to equal ranges: the same scores, rounded better.
+
+Where one channel's weights are large on one side and small on the other, both sides are rounded
+badly. A factor per channel moves between the two layers until both ranges are equal.
+
+Paper: Nagel et al. 2019, https://arxiv.org/abs/1906.04721, section 4.1, eq. 11 (cross-layer
+equalization).
+Differs: a layer that several others read is equalized with the largest of their ranges; leaky Relu,
+PReLU and dropout count as Relu does; high biases are not absorbed.
+"""
+
+from typing import Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from compressors.contracts import Bench, Change, Frozen, Part
+from compressors.core.model import Model
+from compressors.core.units import Choice
+from compressors.rewrite.scaling import Link, choose_links, linear_weight, rescale
+
+ROUNDS = 100
+DEAD = 1e-3  # of a layer's largest channel
+SETTLED = 1e-3  # of a factor: what a round changes less than that is left
+
+
+def equalizing(made: Tensor, read: Tensor) -> Tensor:
+    """The factor between two layers after which both ranges of a channel are equal.
+
+    Args:
+        made: the largest absolute weight of each output channel, ``(channels,)``.
+        read: the largest absolute weight that reads it, ``(channels,)``.
+
+    Returns:
+        ``sqrt(made / read)``, float64 ``(channels,)``; 1 where either is zero, or so small beside
+        the layer's other channels that it is next to dead: what such a channel says is its bias,
+        which grows with the factor and with it the range of what the next layer reads.
+    """
+    first, second = made.double(), read.double()
+    both = (first > DEAD * first.max()) & (second > DEAD * second.max())
+    ratio = torch.where(both, first, 1.0) / torch.where(both, second, 1.0)
+    return ratio.sqrt()
+
+
+class Equalize(Frozen):
+    """Bring the channels between neighbouring dense layers to equal ranges."""
+
+    kind: Literal["equalize"] = "equalize"
+    layers: tuple[str, ...] = Field(
+        ("*",), description="Dense layers that may change: module names, with * for any characters."
+    )
+
+    @property
+    def needs(self) -> tuple[Part, ...]:
+        """No data: only the weights are looked at."""
+        return ()
+
+    @property
+    def changes(self) -> Change:
+        """Layers hold other values in the same format."""
+        return "values"
+
+    def choose(self, model: Model, bench: Bench) -> dict[str, Choice]:
+        """Which dense layers are equalized, with whom, and why the others are not."""
+        return self._links(model, bench)[1]
+
+    def apply(self, model: Model, bench: Bench) -> Model:
+        """Move factors, pair by pair, until none of them moves any more."""
+        links, _ = self._links(model, bench)
+        module = model.module
+        for _round in range(ROUNDS):
+            moved = 0.0
+            for link in links:
+                made = linear_weight(module.get_submodule(link.maker)).abs().amax(dim=1)
+                readers = [linear_weight(module.get_submodule(name)) for name in link.readers]
+                read = torch.stack([weight.abs().amax(dim=0) for weight in readers]).amax(dim=0)
+                scale = equalizing(made, read)
+                rescale(module, link, scale)
+                moved = max(moved, float((scale - 1).abs().max()))
+            if moved < SETTLED:
+                break
+        return model
+
+    def dry_run(self, model: Model, bench: Bench) -> Model:  # noqa: ARG002
+        """No shape changes."""
+        return model
+
+    def _links(self, model: Model, bench: Bench) -> tuple[list[Link], dict[str, Choice]]:
+        return choose_links(model, bench.signature, self.layers, self.kind, norms=False)

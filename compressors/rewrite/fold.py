@@ -1,0 +1,321 @@
+"""Norms folded into the dense layers around them, and channels that say nothing taken out.
+
+Free before anything lossy: the network computes the same numbers up to the rounding of float32, in
+fewer operators, and every later step meets the weights that are served.
+
+* A batch norm right behind a Linear is a factor and an offset per output channel; before a Linear,
+  with nothing that bends between them, per input channel. Either way it becomes part of the weight
+  and bias, and ``FoldedNorm`` stands in its place. What a runtime leaves of a batch norm stands
+  between two int8 products and keeps them apart.
+* The affine part of a LayerNorm or RMSNorm goes into the Linears that read it, if all readers are.
+* Dead channels (``dead_channels.py``) are removed; the next layers' biases take their constant.
+* Numbers of tables and inputs that no weight reads (``unread_features.py``) are only reported.
+
+Source: Jacob et al. 2018, https://arxiv.org/abs/1712.05877, section 3.2 (batch norm into the layer
+before it).
+Differs: in evaluation mode only, and also into the layers behind.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from compressors.contracts import Bench, Change, Frozen, Part
+from compressors.core.model import Model
+from compressors.core.modules.formats import FoldedNorm
+from compressors.core.placeholders import is_placeholder
+from compressors.core.units import Choice, Unit, choose_dense, own_weight, private_copy, swap
+from compressors.errors.compression import CompressionError
+from compressors.prune.structure.narrowing import apart
+from compressors.rewrite.dataflow import Dataflow, Reader, dataflow
+from compressors.rewrite.dead_channels import find_dead_channels, remove_dead_channels
+from compressors.rewrite.unread_features import unread_features
+
+AffineNorm = nn.LayerNorm | nn.RMSNorm
+
+
+def scaled_outputs(
+    weight: Tensor, bias: Tensor | None, scale: Tensor, shift: Tensor
+) -> tuple[Tensor, Tensor]:
+    """A Linear with ``y * scale + shift`` behind it: weight ``(out, in)``, the rest ``(out,)``."""
+    before = torch.zeros_like(shift) if bias is None else bias.double()
+    return weight.double() * scale[:, None], before * scale + shift
+
+
+def scaled_inputs(
+    weight: Tensor, bias: Tensor | None, scale: Tensor, shift: Tensor
+) -> tuple[Tensor, Tensor]:
+    """A Linear with ``x * scale + shift`` before it: ``scale`` and ``shift`` are ``(in,)``."""
+    moved = weight.double() @ shift
+    return weight.double() * scale, moved if bias is None else bias.double() + moved
+
+
+def of_batch_norm(norm: nn.BatchNorm1d) -> tuple[Tensor, Tensor]:
+    """The factor and the offset of a batch norm in evaluation mode: float64 ``(channels,)``."""
+    if norm.running_mean is None or norm.running_var is None:
+        raise CompressionError("A batch norm without running statistics cannot be folded.")
+    scale = (norm.running_var.double() + norm.eps).rsqrt()
+    if norm.weight is not None:
+        scale = scale * norm.weight.detach().double()
+    shift = -norm.running_mean.double() * scale
+    if norm.bias is not None:
+        shift = shift + norm.bias.detach().double()
+    return scale, shift
+
+
+def of_affine(norm: AffineNorm) -> tuple[Tensor, Tensor]:
+    """The factor and the offset that a LayerNorm or RMSNorm ends with: float64 ``(channels,)``."""
+    scale = norm.weight.detach().double()
+    bias = getattr(norm, "bias", None)
+    return scale, torch.zeros_like(scale) if bias is None else bias.detach().double()
+
+
+@dataclass(frozen=True)
+class _Move:
+    """One norm and the layers it goes into: the one before it, or those behind it."""
+
+    norm: str
+    layers: tuple[str, ...]
+    behind: bool
+
+
+class Fold(Frozen):
+    """Fold norms into the dense layers around them, and take out channels that say nothing."""
+
+    kind: Literal["fold"] = "fold"
+    layers: tuple[str, ...] = Field(
+        ("*",), description="Dense layers that may change: module names, with * for any characters."
+    )
+    rows: int = Field(
+        0,
+        ge=0,
+        description="Channels that stay the same on so many calibration rows count as dead too. 0: "
+        "only what the weights prove, which changes no score.",
+    )
+
+    @property
+    def needs(self) -> tuple[Part, ...]:
+        """Calibration rows, where they say which channels are dead."""
+        return ("calibration",) if self.rows else ()
+
+    @property
+    def changes(self) -> Change:
+        """Layers hold other values, or fewer channels, in the same format."""
+        return "values"
+
+    def choose(self, model: Model, bench: Bench) -> dict[str, Choice]:
+        """Which dense layers take up a norm or lose dead channels, and why the others do not.
+
+        Raises:
+            CompressionError: the network cannot be exported.
+        """
+        moves, choices, stays = self._moves(model, bench)
+        words: dict[str, list[str]] = {}
+        for move in moves:
+            for layer in move.layers:
+                words.setdefault(layer, []).append(f"takes up {move.norm}")
+        free = frozenset(name for name, choice in choices.items() if choice.take)
+        folded = _folded(replace(model, module=private_copy(model.module)), moves)
+        if not _predicted(model):
+            for dead in find_dead_channels(folded, bench.signature, free, None):
+                for name, change in dead.words().items():
+                    words.setdefault(name, []).append(change)
+        found = {}
+        for name, choice in choices.items():
+            if choice.take and name in words:
+                found[name] = Choice(True, f"fold: {', '.join(words[name])}")
+            elif choice.take and self.rows:
+                found[name] = Choice(True, f"fold: channels dead on {self.rows:,} rows")
+            elif choice.take:
+                found[name] = Choice(False, stays.get(name, "no norm to take up, no dead channel"))
+            else:
+                found[name] = choice
+        return found
+
+    def apply(self, model: Model, bench: Bench) -> Model:
+        """Fold, take out, and check that the network still answers the same.
+
+        Raises:
+            CompressionError: it does not, beyond rounding: some code reads the layers' weights or
+                channels past them.
+        """
+        moves, choices, _ = self._moves(model, bench)
+        free = frozenset(name for name, choice in choices.items() if choice.take)
+        before = replace(model, module=private_copy(model.module))
+        after = _folded(model, moves)
+        proven = (
+            () if _predicted(before) else find_dead_channels(after, bench.signature, free, None)
+        )
+        after = remove_dead_channels(after, bench.signature, proven)
+        gap = apart(after.module, before.module, bench.signature)
+        if gap is not None:
+            raise CompressionError(
+                f"After 'fold' the network scores otherwise than before ({gap}): some code reads "
+                f"its layers past their outputs. Leave them out of 'layers'."
+            )
+        if not _predicted(before):
+            after = replace(after, notes={**after.notes, **_unread(after, bench)})
+        if self.rows and bench.calibration is not None:
+            seen = find_dead_channels(after, bench.signature, free, (bench.calibration, self.rows))
+            after = remove_dead_channels(after, bench.signature, seen)
+        return after
+
+    def dry_run(self, model: Model, bench: Bench) -> Model:
+        """The same without rows: what only they would show as dead stays."""
+        return self.model_copy(update={"rows": 0}).apply(model, bench)
+
+    def _moves(
+        self, model: Model, bench: Bench
+    ) -> tuple[list[_Move], dict[str, Choice], dict[str, str]]:
+        """Which norm goes where, which layers may change, and why the norms beside them stay."""
+        choices = choose_dense(Unit.of(model.module), self.layers, self.kind)
+        found = dataflow(model.module, bench.signature)
+        for name, why in found.closed.items():
+            if name in choices and choices[name].take:
+                choices[name] = Choice(False, why)
+        moves: list[_Move] = []
+        stays: dict[str, str] = {}
+        for name, norm in model.module.named_modules():
+            if isinstance(norm, nn.BatchNorm1d | AffineNorm) and name in found.closed:
+                told = f"{name!r}, which reads it, {found.closed[name]}"
+                stays |= {n: told for n in choices if found.reasons.get(n) == told}
+            elif isinstance(norm, nn.BatchNorm1d | AffineNorm):
+                move = _batch_norm if isinstance(norm, nn.BatchNorm1d) else _affine
+                made = move(model.module, name, found, choices)
+                if isinstance(made, _Move):
+                    moves.append(made)
+                else:
+                    beside = [n for n in choices if Reader(name) in found.readers.get(n, ())]
+                    beside += [reader.name for reader in found.readers.get(name, ())]
+                    stays.update(dict.fromkeys(beside, made))
+        return moves, choices, stays
+
+
+def _batch_norm(
+    module: nn.Module, name: str, found: Dataflow, choices: Mapping[str, Choice]
+) -> _Move | str:
+    norm = module.get_submodule(name)
+    if not isinstance(norm, nn.BatchNorm1d) or norm.running_var is None:
+        return f"{name} has no running statistics"
+    if found.dims.get(name) != 2:
+        return f"{name} normalises (rows, channels, places)"
+    _, shift = of_batch_norm(norm)
+    before = found.feeder(name)
+    why = _cannot(module, before, choices, bias=bool(shift.any())) if before else None
+    if before is not None and why is None:
+        return _Move(name, (before,), behind=False)
+    behind = found.straight(name)
+    for layer in behind:
+        bias = not _nothing(module, layer, shift)
+        why = _cannot(module, layer, choices, bias=bias) or None
+        if why is not None:
+            break
+    if behind and why is None:
+        return _Move(name, behind, behind=True)
+    return f"{name} stays: {why or 'no dense layer is its only neighbour'}"
+
+
+def _affine(
+    module: nn.Module, name: str, found: Dataflow, choices: Mapping[str, Choice]
+) -> _Move | str:
+    norm = module.get_submodule(name)
+    if not isinstance(norm, AffineNorm) or norm.weight is None:
+        return f"{name} has no affine part"
+    if norm.weight.dim() != 1:
+        return f"{name} normalises more than channels"
+    scale, shift = of_affine(norm)
+    if bool((scale == 1).all()) and not bool(shift.any()):
+        return f"{name} has no affine part any more"
+    behind = found.straight(name)
+    if not behind:
+        return f"{name} stays: {found.reasons.get(name, 'its output is bent before it is read')}"
+    for layer in behind:
+        bias = not _nothing(module, layer, shift)
+        if (why := _cannot(module, layer, choices, bias=bias)) is not None:
+            return f"{name} stays: {why}"
+    return _Move(name, behind, behind=True)
+
+
+def _nothing(module: nn.Module, layer: str, shift: Tensor) -> bool:
+    """Whether an offset before a layer adds nothing to its output."""
+    part = module.get_submodule(layer)
+    if not isinstance(part, nn.Linear):
+        return False
+    return not bool((part.weight.detach().double() @ shift).any())
+
+
+def _cannot(
+    module: nn.Module, layer: str, choices: Mapping[str, Choice], *, bias: bool
+) -> str | None:
+    """Why a layer cannot take up a norm, which would give it a bias or not."""
+    part = module.get_submodule(layer)
+    if not isinstance(part, nn.Linear):
+        return f"{layer} is no float32 Linear"
+    if not choices[layer].take:
+        return f"{layer}: {choices[layer].reason}"
+    if bias and part.bias is None:
+        return f"{layer} has no bias to take up its offset, and its class builds it without one"
+    return None
+
+
+def _folded(model: Model, moves: list[_Move]) -> Model:
+    """The model with norms moved into layers, in place: it is of a private tree."""
+    for move in moves:
+        norm = model.module.get_submodule(move.norm)
+        scale, shift = _factor_and_offset(norm)
+        for name in move.layers:
+            layer = model.module.get_submodule(name)
+            if isinstance(layer, nn.Linear):
+                scaled = scaled_inputs if move.behind else scaled_outputs
+                weight, bias = scaled(layer.weight.detach(), _bias(layer), scale, shift)
+                own_weight(layer, "weight", weight.to(layer.weight.dtype))
+                if layer.bias is not None:
+                    own_weight(layer, "bias", bias.to(layer.bias.dtype))
+        if isinstance(norm, nn.BatchNorm1d):
+            swap(model.module, move.norm, FoldedNorm())
+            continue
+        for name, tensor in list(norm.named_parameters(recurse=False)):
+            rest = torch.ones_like(tensor) if name == "weight" else torch.zeros_like(tensor)
+            own_weight(norm, name, rest)
+    return model
+
+
+def _unread(model: Model, bench: Bench) -> dict[str, str]:
+    """By unit, what is told of features that nothing reads: of an input by the first layer."""
+    notes: dict[str, str] = {}
+    units = Unit.of(model.module)
+    first = next((unit.name for unit in units if unit.role == "dense"), None)
+    for name, columns in unread_features(model.module, bench.signature).items():
+        told = f"no weight reads {'number' if len(columns) == 1 else 'numbers'} "
+        told += ", ".join(map(str, columns))
+        if name in {unit.name for unit in units}:
+            notes[name] = told
+        elif first is not None:
+            notes[first] = f"{notes[first]}; " if first in notes else ""
+            notes[first] += f"{told} of input {name!r}"
+    return notes
+
+
+def _factor_and_offset(norm: nn.Module) -> tuple[Tensor, Tensor]:
+    if isinstance(norm, nn.BatchNorm1d):
+        return of_batch_norm(norm)
+    if isinstance(norm, AffineNorm):
+        return of_affine(norm)
+    raise CompressionError(f"A {type(norm).__name__} cannot be folded.")
+
+
+def _bias(layer: nn.Linear) -> Tensor | None:
+    return None if layer.bias is None else layer.bias.detach()
+
+
+def _predicted(model: Model) -> bool:
+    """Whether weights are placeholders: all zero, which says nothing about channels."""
+    return any(
+        is_placeholder(part.weight)
+        for part in model.module.modules()
+        if isinstance(part, nn.Linear)
+    )

@@ -1,0 +1,184 @@
+"""Outliers moved from what dense layers read into their weights: the same scores, rounded better.
+
+An input is rounded with one scale for all channels, a weight with one for each output. Where a few
+input channels are far larger than the rest, all others fall on few levels. A factor per channel
+makes inputs smaller and weights larger, and goes into whatever made the channel: the affine part of
+a norm, or the rows of the layer before.
+
+Paper: Xiao et al. 2022, https://arxiv.org/abs/2211.10438, eq. 4.
+Differs: also between two dense layers with a Relu or the like between them, and the migration
+strength can be searched for each layer on the error of int8 products, as AWQ does for weights (Lin
+et al. 2023, https://arxiv.org/abs/2306.00978); moving nothing is then one of the choices.
+"""
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from compressors.contracts import Bench, Change, Frozen, Part
+from compressors.core.model import Model
+from compressors.core.units import Choice
+from compressors.errors.compression import CompressionError
+from compressors.quantize.calibration.calibrators import LEVELS
+from compressors.quantize.calibration.layer_inputs import BATCH, See, watch_inputs
+from compressors.quantize.dense.static_int8 import encode, quantize
+from compressors.rewrite.scaling import Link, choose_links, linear_weight, rescale
+
+SAMPLE = 1024  # input vectors of a layer that a search compares int8 products on
+Read = tuple[Tensor, Tensor]
+"""What a layer reads, float ``(vectors, channels)``, and its weight ``(out, channels)``."""
+STRENGTHS = tuple(step / 10 for step in range(11))
+
+
+def smoothing(inputs: Tensor, weights: Tensor, alpha: float) -> Tensor:
+    """By what each input channel is divided: eq. 4.
+
+    Args:
+        inputs: the largest absolute input of each channel, ``(channels,)``.
+        weights: the largest absolute weight that reads it, ``(channels,)``.
+        alpha: 0 moves all of the difficulty into the inputs, 1 all of it into the weights.
+
+    Returns:
+        ``inputs ** alpha / weights ** (1 - alpha)``, float64 ``(channels,)``; 1 where either is
+        zero.
+    """
+    first, second = inputs.double(), weights.double()
+    both = (first > 0) & (second > 0)
+    moved = torch.where(both, first, 1.0) ** alpha / torch.where(both, second, 1.0) ** (1 - alpha)
+    return torch.where(both, moved, 1.0)
+
+
+def int8_error(read: Sequence[Read], scale: Tensor) -> float:
+    """Mean relative squared error of int8 products over all outputs, after ``scale`` has moved.
+
+    Every output counts alike: a loud one may be read quietly, or be scaled itself. The range of the
+    inputs is taken from half of the vectors and the error from the others, so that inputs which
+    served rows would clip count.
+
+    Args:
+        read: inputs and weight of each layer.
+        scale: float64 ``(channels,)``.
+    """
+    smallest = torch.finfo(torch.float32).tiny
+    errors = []
+    for vectors, weight in read:
+        inputs = (vectors.double() / scale).float()
+        step = inputs[::2].abs().amax().clamp(min=smallest) / LEVELS
+        inputs, x = inputs[1::2], vectors[1::2]
+        codes, steps = encode((weight.double() * scale).float(), None, step)
+        exact = x @ weight.T  # (vectors, out)
+        rounded = (quantize(inputs, step) * step) @ (codes.float() * steps[:, None]).T
+        energy = exact.double().square().sum(dim=0).clamp(min=smallest)
+        errors.append((rounded.double() - exact.double()).square().sum(dim=0) / energy)
+    return float(torch.cat(errors).mean())
+
+
+def best_smoothing(inputs: Tensor, weights: Tensor, read: Sequence[Read]) -> Tensor:
+    """Of all strengths, and of moving nothing, the factor with the smallest int8 error.
+
+    ``inputs`` and ``weights`` are those of ``smoothing``, ``read`` that of ``int8_error``.
+    """
+    choices = [torch.ones_like(inputs, dtype=torch.float64)]
+    choices += [smoothing(inputs, weights, alpha) for alpha in STRENGTHS]
+    return min(choices, key=lambda scale: int8_error(read, scale))
+
+
+class SmoothQuant(Frozen):
+    """Move outliers from the inputs of dense layers into their weights, before int8."""
+
+    kind: Literal["smooth_quant"] = "smooth_quant"
+    layers: tuple[str, ...] = Field(
+        ("*",), description="Dense layers that may change: module names, with * for any characters."
+    )
+    alpha: float = Field(
+        0.5,
+        ge=0,
+        le=1,
+        description="Migration strength: 0 leaves the weights even, 1 the inputs.",
+    )
+    search: bool = Field(
+        False,
+        description="Find the strength for each layer that loses least in int8, or none at all; "
+        "alpha is then not used.",
+    )
+    rows: int = Field(4096, ge=1, description="Calibration rows read, at most.")
+
+    @property
+    def needs(self) -> tuple[Part, ...]:
+        """Rows to see how large each input channel becomes."""
+        return ("calibration",)
+
+    @property
+    def changes(self) -> Change:
+        """Layers hold other values in the same format."""
+        return "values"
+
+    def choose(self, model: Model, bench: Bench) -> dict[str, Choice]:
+        """Which dense layers are smoothed, with whom, and why the others are not."""
+        return self._links(model, bench)[1]
+
+    def apply(self, model: Model, bench: Bench) -> Model:
+        """Look at the inputs on calibration rows, and move a factor for each of their channels.
+
+        Raises:
+            CompressionError: there are no calibration rows.
+        """
+        if bench.calibration is None:
+            raise CompressionError("'smooth_quant' needs calibration rows.")
+        links, _ = self._links(model, bench)
+        module = model.module
+        calls = -(-min(self.rows, bench.calibration.rows) // BATCH)
+        readers = [name for link in links for name in link.readers]
+        seen = {name: _Inputs(-(-SAMPLE // calls)) for name in readers}
+        see: dict[str, See] = dict(seen)
+        watch_inputs(module, bench.signature, bench.calibration, self.rows, see)
+        # From the end: a factor changes the rows of the layer before, which the one before that
+        # is judged by; what any layer reads, it leaves as it was seen.
+        for link in reversed(links):
+            weights = {name: linear_weight(module.get_submodule(name)) for name in link.readers}
+            heard = torch.stack([weight.abs().amax(dim=0) for weight in weights.values()])
+            inputs = torch.stack([seen[name].largest(name) for name in link.readers])
+            first, second = inputs.amax(dim=0), heard.amax(dim=0)  # (channels,)
+            if self.search:
+                read = [(torch.cat(seen[name].sample), weight) for name, weight in weights.items()]
+                scale = best_smoothing(first, second, read)
+            else:
+                scale = smoothing(first, second, self.alpha)
+            rescale(module, link, scale)
+        return model
+
+    def dry_run(self, model: Model, bench: Bench) -> Model:  # noqa: ARG002
+        """No shape changes."""
+        return model
+
+    def _links(self, model: Model, bench: Bench) -> tuple[list[Link], dict[str, Choice]]:
+        return choose_links(model, bench.signature, self.layers, self.kind, norms=True)
+
+
+class _Inputs:
+    """What is kept of a layer's inputs: the largest of each channel, and some vectors."""
+
+    def __init__(self, each: int) -> None:
+        self.each = each
+        self.most: list[Tensor] = []
+        self.sample: list[Tensor] = []
+
+    def __call__(self, x: Tensor) -> None:
+        if len(x):
+            self.most.append(x.abs().amax(dim=0))
+            self.sample.append(x[:: max(1, len(x) // self.each)][: self.each].clone())
+
+    def largest(self, name: str) -> Tensor:
+        """The largest absolute input of each channel, ``(channels,)``.
+
+        Raises:
+            CompressionError: the layer never ran.
+        """
+        if not self.most:
+            raise CompressionError(
+                f"Dense layer {name!r} never ran on the calibration rows. Leave it out of 'layers'."
+            )
+        return torch.stack(self.most).amax(dim=0)

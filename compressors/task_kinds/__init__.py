@@ -1,0 +1,4 @@
+"""What a model is trained for.
+
+loss.py  the training loss of each task
+"""

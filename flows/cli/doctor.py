@@ -1,0 +1,238 @@
+"""What this installation uses, whether it answers, and what to do where it does not.
+
+Services are asked at the same time and have ``SECONDS`` each, so an address that swallows
+everything costs no more than that. What lies on this machine has no limit.
+"""
+
+import importlib
+import importlib.util
+import os
+import time
+from collections.abc import Callable
+from typing import Literal
+
+from compressors.contracts import Frozen
+from flows.prefect_access import CREDENTIALS
+from infra.credentials import MLFLOW_PASSWORD, MLFLOW_USER, cleaned
+from infra.errors import InfraError, Refused
+from infra.services.http_probe import HttpAnswer, HttpRequest, NoAnswer, basic, get
+from infra.settings import load_settings, shown
+from infra.tensorrt.engines import load
+from tasks.orchestration.workspace import store
+from tasks.promotion.champion import champions, registry
+from tasks.promotion.triton_repository import contents
+
+PROBE = "doctor/written.json"
+
+_SILENT = "Start it, or correct the address; a firewall in between may swallow what is sent."
+_STORE = (
+    "Set RECPRESS_STORE and, for s3://, AWS_ENDPOINT_URL and a key that may list, read and write "
+    "below it."
+)
+_REGISTRY = "Set MLFLOW_TRACKING_URI to a server that runs, or unset it for the embedded registry."
+_CHAMPIONS = (
+    "Set MLFLOW_TRACKING_URI to the registry the champions were published in, or register the "
+    "results of the store again: 'recpress registry restore'."
+)
+_TRITON = (
+    "Set RECPRESS_TRITON to a folder or s3://bucket/prefix that this key may list, read and write, "
+    "or unset it."
+)
+_PREFECT = "Set PREFECT_API_URL to a server that runs, or unset it for the embedded one."
+
+
+class Finding(Frozen):
+    """One thing that was looked at: it works, it is not there (and need not be), or a fault."""
+
+    what: str
+    state: Literal["ok", "absent", "fault"]
+    found: str
+    remedy: str = ""
+
+
+class _Faulty(Exception):
+    """It answered, but not as it should: what was found, and what to do."""
+
+    def __init__(self, found: str, remedy: str) -> None:
+        super().__init__(found)
+        self.remedy = remedy
+
+
+def examine() -> tuple[Finding, ...]:
+    """Look at the store, the registry, the Prefect server, the libraries and the builders."""
+    settings = load_settings()
+    # Imports have no part in a service's seconds: they come before anything is asked.
+    importlib.import_module("prefect.settings")
+    if settings.store_root.startswith("s3://") or settings.triton.startswith("s3://"):
+        importlib.import_module("s3fs")
+    asked = [
+        _asked("object store", settings.store_root.startswith("s3://"), _store, _STORE),
+        _asked("registry", not settings.registry_uri.startswith("sqlite"), _registry, _REGISTRY),
+        _asked("Prefect", True, _prefect, _PREFECT),
+    ]
+    remote = settings.store_root.startswith("s3://")
+    remote = remote or not settings.registry_uri.startswith("sqlite")
+    champion = _asked("champions", remote, _champions, _CHAMPIONS)
+    triton = _asked("Triton repository", settings.triton.startswith("s3://"), _triton, _TRITON)
+    unset = Finding(what="Triton repository", state="absent", found="RECPRESS_TRITON is not set")
+    return (
+        *(wait() for wait in asked),
+        champion(),
+        triton() if settings.triton else unset,
+        _try("torch", _torch, "Install it again: make .venv"),
+        _try("ONNX Runtime", lambda: _version("onnxruntime"), "Install it again: make .venv"),
+        _try("TensorRT-RTX", lambda: str(load("tensorrt-rtx").__version__), "", needed=False),
+        _try("TensorRT", lambda: str(load("tensorrt").__version__), "", needed=False),
+        _architectures(settings.allowed_modules),
+    )
+
+
+def _architectures(modules: tuple[str, ...]) -> Finding:
+    """Whether each allowed module can be found; none is imported, since that runs it."""
+    said = ", ".join(modules) + " (RECPRESS_ALLOWED_MODULES)"
+    missing = [name for name in modules if importlib.util.find_spec(name.partition(".")[0]) is None]
+    if not missing:
+        return Finding(what="architectures from", state="ok", found=said)
+    return Finding(
+        what="architectures from",
+        state="fault",
+        found=f"{said}: there is no module {', '.join(missing)}",
+        remedy="Correct the name, or put the folder that holds it on PYTHONPATH.",
+    )
+
+
+def _triton() -> str:
+    return "{}: {} model(s)".format(*contents())
+
+
+def _asked(what: str, remote: bool, look: Callable[[], str], remedy: str) -> Callable[[], Finding]:
+    """Begin to look, and give what waits for the result."""
+    if not remote:
+        return lambda: _try(what, look, remedy)
+    question = HttpRequest(look)
+    return lambda: _try(what, question.answer, remedy)
+
+
+def _try(what: str, look: Callable[[], str], remedy: str, *, needed: bool = True) -> Finding:
+    try:
+        return Finding(what=what, state="ok", found=look())
+    except _Faulty as fault:
+        return Finding(what=what, state="fault", found=cleaned(fault), remedy=fault.remedy)
+    except NoAnswer as fault:
+        return Finding(what=what, state="fault", found=cleaned(fault), remedy=f"{_SILENT} {remedy}")
+    except (InfraError, Refused, ImportError, OSError) as fault:
+        state: Literal["absent", "fault"] = "fault" if needed else "absent"
+        return Finding(what=what, state=state, found=cleaned(fault), remedy=remedy)
+
+
+def _store() -> str:
+    held = store()
+    begun = time.monotonic()
+    bundles = len(held.keys("bundles/"))
+    ms = 1000 * (time.monotonic() - begun)
+    try:
+        held.write(PROBE, b"{}")
+        written = held.read(PROBE) == b"{}"
+    except (InfraError, Refused) as fault:
+        raise _Faulty(
+            f"{held.root} is read ({bundles} bundle(s)) but not written: {fault}",
+            "Fetching works; to pack and compress, use a key or user that may write there.",
+        ) from fault
+    if not written:
+        raise _Faulty(f"{held.root} does not give back what was written to {PROBE}", _STORE)
+    return f"{held.root}: {bundles} bundle(s), {ms:.0f} ms, writable"
+
+
+def _registry() -> str:
+    uri = load_settings().registry_uri
+    if not uri.startswith(("http://", "https://")):
+        return f"{shown(uri)}: {len(registry().models())} model(s)"
+    base = uri.rstrip("/")
+    path = "/api/2.0/mlflow/registered-models/search?max_results=1000"
+    answer = get(base + path, headers=_mlflow_credentials())
+    _accepted(
+        answer,
+        f"MLflow at {shown(uri)}",
+        "Set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD (or MLFLOW_TRACKING_TOKEN); a "
+        "server that says 'Invalid Host' needs this host in its --allowed-hosts.",
+        _REGISTRY,
+    )
+    found = answer.value()
+    if not isinstance(found, dict) or found.keys() - {"registered_models", "next_page_token"}:
+        raise _Faulty(f"{shown(uri)} answers, but not as MLflow does", _REGISTRY)
+    more = "+" if found.get("next_page_token") else ""
+    models = len(found.get("registered_models", ()))
+    version = get(f"{base}/version", headers=_mlflow_credentials())
+    named = version.body.decode("ascii", "replace")[:20] if version.status == 200 else "?"
+    return f"MLflow {named} at {shown(uri)}: {models}{more} model(s), {answer.ms:.0f} ms"
+
+
+def _champions() -> str:
+    found = champions()
+    return ", ".join(f"{model} {number}" for model, number in found.items()) or "none yet"
+
+
+def _mlflow_credentials() -> dict[str, str]:
+    """The header that MLflow's client sends: a login counts before a token."""
+    user, password = os.environ.get(MLFLOW_USER), os.environ.get(MLFLOW_PASSWORD)
+    if user and password:
+        return basic(user, password)
+    token = os.environ.get("MLFLOW_TRACKING_TOKEN")
+    return {"Authorization": f"Bearer {token}"} if token else {}
+
+
+def _prefect() -> str:
+    from prefect.settings import Settings
+
+    api = Settings().api  # the environment and the profile, as a command started now reads them
+    if not api.url:
+        return "embedded, started with each command"
+    base, headers = api.url.rstrip("/"), dict[str, str]()
+    if api.key is not None:
+        headers = {"Authorization": f"Bearer {api.key.get_secret_value()}"}
+    elif api.auth_string is not None:
+        headers = basic(*api.auth_string.get_secret_value().partition(":")[::2])
+    answer = get(f"{base}/work_pools/filter", headers=headers, posted={"limit": 200})
+    _accepted(
+        answer,
+        f"Prefect at {shown(api.url)}",
+        CREDENTIALS,
+        _PREFECT,
+    )
+    pools = answer.value()
+    if not isinstance(pools, list):
+        raise _Faulty(f"{shown(api.url)} answers, but not as Prefect does", _PREFECT)
+    version = get(f"{base}/admin/version", headers=headers)
+    named = str(version.value())[:20] if version.status == 200 else "?"
+    ready = ", ".join(str(pool.get("name")) for pool in pools if pool.get("status") == "READY")
+    workers = f"workers of {ready}" if ready else "no worker online"
+    return f"Prefect {named} at {shown(api.url)}: {workers}, {answer.ms:.0f} ms"
+
+
+def _accepted(answer: HttpAnswer, whose: str, credentials: str, otherwise: str) -> None:
+    """Nothing, if the answer is 200.
+
+    Raises:
+        _Faulty: it is not; the body is left out, since some servers repeat the request in it.
+    """
+    if answer.status == 200:
+        return
+    if answer.status in {401, 403}:
+        raise _Faulty(f"{whose} refuses the credentials ({answer.status})", credentials)
+    if answer.status >= 500:
+        raise _Faulty(
+            f"{whose} answers with its own failure ({answer.status})",
+            "Its log says more; it may wait for its database.",
+        )
+    raise _Faulty(f"{whose} answers {answer.status}", otherwise)
+
+
+def _torch() -> str:
+    import torch
+
+    gpu = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ", no GPU"
+    return f"{torch.__version__}{gpu}"
+
+
+def _version(module: str) -> str:
+    return str(importlib.import_module(module).__version__)

@@ -1,0 +1,416 @@
+"""The bundle format: a folder with ``model.json``, ``*.safetensors`` and nothing else.
+
+Reading a bundle executes nothing: JSON and safetensors are data, whatever else lies there is
+refused. ``model.json`` names every other file with its size and SHA-256, and its last line, the
+seal, is the SHA-256 of its own bytes before that line. So any changed byte is noticed. Noticed
+is not signed: who rewrites everything can also reseal it, and it is the object store's artifact
+hash that says *which* bundle this is.
+"""
+
+import difflib
+import hashlib
+import json
+import os
+import stat
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Annotated, Any, Final, Literal
+
+from pydantic import Field, field_validator
+
+from compressors.contracts import Artifact, DenseInput, Frozen, Network, Plan, Sha256, Signature
+from infra.bundle.json_reader import clean, decode, parse, plain, read_json, refuse_if, short
+from infra.bundle.paths import DraftPath, FileName, InsidePath
+from infra.bundle.shards import (
+    BLOCK_BYTES,
+    INDEX,
+    StoredTensor,
+    TensorFact,
+    draft_file_problem,
+    listing,
+    nonfinite_problem,
+    pickle_problem,
+    stored_tensors,
+    tensor_files,
+)
+from infra.errors import BundleRefused
+
+__all__ = [
+    "SCHEMA_VERSION",
+    "MANIFEST",
+    "INDEX",
+    "DataReference",
+    "Draft",
+    "FileRecord",
+    "Manifest",
+    "SplitName",
+    "TensorFact",
+    "read_draft",
+    "seal",
+    "read",
+    "check_weights",
+    "table_rows",
+    "tensor_files",
+]
+
+SCHEMA_VERSION: Final = 1
+MANIFEST = "model.json"
+
+
+# --- what model.json says --------------------------------------------------------------------
+
+
+SplitName = Literal["train", "calibration", "validation", "test", "items", "traffic"]
+Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,63}$")]
+Version = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
+
+
+class FileRecord(Frozen):
+    """One file as it was when the bundle was sealed."""
+
+    sha256: Sha256
+    bytes: int = Field(ge=0)
+
+
+class DataReference(Frozen):
+    """One part of the data: a parquet file, or a folder of them, inside an artifact."""
+
+    artifact: Artifact
+    file: InsidePath
+    rows: int = Field(ge=0)
+
+
+class Manifest(Frozen):
+    """A sealed bundle's ``model.json``."""
+
+    schema_version: Literal[1] = SCHEMA_VERSION
+    name: Name
+    version: Version
+    signature: Signature
+    network: Network
+    data: dict[SplitName, DataReference]
+    vocabularies: dict[InsidePath, Artifact] = Field(default_factory=dict)
+    transforms: dict[InsidePath, Artifact] = Field(default_factory=dict)
+    files: dict[FileName, FileRecord]
+    parents: tuple[Artifact, ...] = ()
+    plan: Plan | None = None
+    notes: tuple[str, ...] = Field((), description="What to know about how the class is built.")
+
+    @field_validator("files")
+    @classmethod
+    def _other_files(cls, files: dict[str, FileRecord]) -> dict[str, FileRecord]:
+        if MANIFEST in files:
+            raise ValueError(f"{MANIFEST} cannot hold its own hash; its seal line does that")
+        return files
+
+
+class Draft(Frozen):
+    """What a user writes as ``model.json``: paths where the manifest has artifacts.
+
+    Paths are relative to the draft's folder, or absolute: ``folder / path`` is right for both.
+    """
+
+    schema_version: Literal[1] = SCHEMA_VERSION
+    name: Name
+    version: Version
+    signature: Signature
+    network: Network
+    data: dict[SplitName, DraftPath]
+    vocabularies: dict[InsidePath, DraftPath] = Field(default_factory=dict)
+    transforms: dict[InsidePath, DraftPath] = Field(default_factory=dict)
+
+
+# --- reading and sealing ---------------------------------------------------------------------
+
+
+def read_draft(folder: Path) -> Draft:
+    """Read a user's ``model.json`` and check what can be checked without storing anything.
+
+    Raises:
+        BundleRefused: the draft, its weights' headers or the paths in it are unusable.
+    """
+    refuse_if(folder, (p for path in listing(folder) if (p := draft_file_problem(path))))
+    _, document = read_json(folder / MANIFEST)
+    _check_version(folder / MANIFEST, document)
+    if "seal" in document or "files" in document:
+        raise BundleRefused(
+            f"{folder} is already a sealed bundle, not a draft. Look at it with "
+            f"'recpress bundle check {folder}'; to pack it anew, start from its draft."
+        )
+    draft = parse(Draft, document, folder / MANIFEST)
+    stored_tensors(folder)
+    sections: tuple[tuple[str, Mapping[Any, str]], ...] = (
+        ("data", draft.data),
+        ("vocabularies", draft.vocabularies),
+        ("transforms", draft.transforms),
+    )
+    places = ((f"{name}.{key}", text) for name, part in sections for key, text in part.items())
+    refuse_if(folder, (p for where, text in places if (p := _unusable(folder, where, text))))
+    return draft
+
+
+def seal(
+    folder: Path,
+    *,
+    name: str,
+    version: str,
+    signature: Signature,
+    network: Network,
+    data: Mapping[SplitName, DataReference],
+    vocabularies: Mapping[str, Artifact] | None = None,
+    transforms: Mapping[str, Artifact] | None = None,
+    parents: Sequence[Artifact] = (),
+    plan: Plan | None = None,
+    notes: Sequence[str] = (),
+) -> Manifest:
+    """Hash every file in ``folder`` and write ``model.json``, whole or not at all.
+
+    The weights must be there already: shards, and their index where there are several. An
+    older ``model.json`` is replaced. Returns what ``read`` will return.
+
+    Raises:
+        BundleRefused: the folder holds what does not belong there, or the fields do not fit.
+    """
+    partial = folder / f"{MANIFEST}.partial"
+    names = _names(folder, leave=partial.name) - {MANIFEST}  # a killed run may have left one
+    stored_tensors(folder)
+    fields = {
+        "schema_version": SCHEMA_VERSION,
+        "name": name,
+        "version": version,
+        "signature": signature,
+        "network": network,
+        "data": dict(data),
+        "vocabularies": dict(vocabularies or {}),
+        "transforms": dict(transforms or {}),
+        "files": {item: _record(folder / item) for item in sorted(names)},
+        "parents": tuple(parents),
+        "plan": plan,
+        "notes": tuple(notes),
+    }
+    checked = parse(Manifest, fields, folder / MANIFEST)
+    try:
+        # Without notes a bundle keeps the hash it had before there were any.
+        document = checked.model_dump(exclude=set() if checked.notes else {"notes"})
+        text = json.dumps(plain(document), indent=2)
+    except (ValueError, RecursionError) as fault:
+        raise BundleRefused(
+            f"{folder}: {clean(fault)}. Use numbers, texts, lists and dicts with text keys in "
+            "the architecture's config and in module settings."
+        ) from fault
+    body = text.removesuffix("\n}").encode() + b",\n"
+    raw = body + _seal_line(body)
+    manifest = manifest_of(raw, folder)
+    with partial.open("wb") as file:
+        file.write(raw)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(folder / MANIFEST)
+    return manifest
+
+
+def read(folder: Path) -> Manifest:
+    """Read a sealed bundle and verify every byte of it.
+
+    Raises:
+        BundleRefused: anything in the folder is missing, extra, changed, unsafe or malformed.
+    """
+    if not folder.is_dir() or folder.is_symlink():
+        _names(folder)  # says why it cannot be read
+    raw, _ = read_json(folder / MANIFEST)
+    manifest = manifest_of(raw, folder)  # first, so that a draft is told from a broken bundle
+    names = _names(folder)
+    refuse_if(folder, _differences(folder, names - {MANIFEST}, manifest.files))
+    stored_tensors(folder)
+    return manifest
+
+
+def manifest_of(raw: bytes, folder: Path) -> Manifest:
+    """A sealed bundle's ``model.json``, without a look at the files it speaks of.
+
+    Args:
+        raw: its bytes.
+        folder: where it lies, for the message.
+
+    Raises:
+        BundleRefused: it is a draft, malformed, of an unknown version, or changed after sealing.
+    """
+    path = folder / MANIFEST
+    document = decode(raw, path)
+    _check_version(path, document)
+    if "seal" not in document and "files" not in document:
+        raise BundleRefused(f"{folder} is a draft. Pack it first: 'recpress bundle pack {folder}'.")
+    manifest = parse(Manifest, _without_seal(document), path, stored=True)
+    tail = len(_seal_line(b""))
+    if raw[-tail:] != _seal_line(raw[:-tail]):
+        raise BundleRefused(
+            f"{path} was changed after it was sealed (its last line does not fit the rest). "
+            "Fetch it again, or change the draft and pack that."
+        )
+    return manifest
+
+
+def check_weights(folder: Path, manifest: Manifest) -> dict[str, TensorFact]:
+    """Check that every weight is finite and every tie leads to a stored tensor.
+
+    Reads block by block, so memory stays flat whatever the size.
+
+    Returns:
+        Tensor name -> what it is, for every stored tensor.
+
+    Raises:
+        BundleRefused: NaN or infinite weights, or ties and index that do not fit the shards.
+    """
+    found = stored_tensors(folder)
+    buffer = bytearray(BLOCK_BYTES)
+    problems = (nonfinite_problem(name, stored, buffer) for name, stored in found.items())
+    refuse_if(folder, (problem for problem in problems if problem))
+    refuse_if(folder, _tie_problems(manifest.network.ties, found))
+    return {name: stored.fact for name, stored in found.items()}
+
+
+def table_rows(facts: Mapping[str, TensorFact], manifest: Manifest) -> dict[str, int]:
+    """How many rows each table has that an input names: plain, tied or compressed.
+
+    Raises:
+        BundleRefused: an input names a table that the weights do not have.
+    """
+    network = manifest.network
+    tables = [name.removesuffix(".weight") for name, fact in facts.items() if len(fact.shape) == 2]
+    rows: dict[str, int] = {}
+    problems: list[str] = []
+    for item in manifest.signature.inputs:
+        if isinstance(item, DenseInput):
+            continue
+        where = f"input {short(item.name)}, table {short(item.table)}"
+        record = network.modules.get(item.table)
+        weight = f"{item.table}.weight"
+        fact = facts.get(network.ties.get(weight, weight))
+        if record is not None:
+            count = record.settings.get("rows")
+            if record.kind == "linear" or type(count) is not int or count < 1:
+                problems.append(
+                    f"{where}: network.modules has a {record.kind} with rows {short(count)}; "
+                    "a table or bag with its number of rows is needed."
+                )
+            else:
+                rows[item.table] = count
+        elif fact is None or len(fact.shape) != 2:
+            shape = "is not stored" if fact is None else f"has shape {list(fact.shape)}"
+            problems.append(
+                f"{where}: {short(weight)} {shape}. A table is named as the module's attribute "
+                f"path; there is {_near(item.table, [*tables, *network.modules])}."
+            )
+        else:
+            rows[item.table] = fact.shape[0]
+    refuse_if("Inputs and weights do not fit", problems)
+    return rows
+
+
+def _tie_problems(ties: Mapping[str, str], found: Mapping[str, StoredTensor]) -> Iterator[str]:
+    for alias, target in ties.items():
+        if target not in found:
+            yield (
+                f"network.ties: {short(alias)} shares {short(target)}, which is not stored; "
+                f"there is {_near(target, found)}."
+            )
+        if alias in found:
+            yield f"network.ties: {short(alias)} is both tied and stored; keep one."
+
+
+def _near(name: str, names: Iterable[str]) -> str:
+    known = list(islice(names, 2000))  # comparing is slow, and this is only a hint
+    close = difflib.get_close_matches(name, known, n=3, cutoff=0.4) or known[:5]
+    return ", ".join(short(item) for item in close) or "none"
+
+
+# --- files -----------------------------------------------------------------------------------
+
+
+def _names(folder: Path, leave: str = "") -> set[str]:
+    """The names in a bundle's folder; refuses whatever cannot belong to a bundle."""
+    problems: list[str] = []
+    names: set[str] = set()
+    for path in listing(folder):
+        if path.name == leave:
+            continue
+        mode = path.lstat().st_mode
+        names.add(path.name)
+        label = short(path.name)
+        if stat.S_ISLNK(mode):
+            problems.append(f"{label} is a symbolic link; put the file itself into the bundle.")
+        elif stat.S_ISDIR(mode):
+            problems.append(f"{label} is a folder; a bundle is flat. Remove it.")
+        elif not stat.S_ISREG(mode):
+            problems.append(f"{label} is not a regular file; remove it.")
+        elif problem := pickle_problem(path):
+            problems.append(problem)
+        elif path.name not in (MANIFEST, INDEX) and path.suffix != ".safetensors":
+            problems.append(
+                f"{label} is extra: a bundle holds {MANIFEST}, *.safetensors and {INDEX}. "
+                "Remove it; data and vocabularies are stored beside the bundle."
+            )
+    refuse_if(folder, problems)
+    return names
+
+
+def _record(path: Path) -> FileRecord:
+    with path.open("rb") as file:
+        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+        return FileRecord(sha256=sha256, bytes=file.tell())
+
+
+def _differences(folder: Path, names: set[str], records: Mapping[str, FileRecord]) -> Iterator[str]:
+    """Where a folder is not what its manifest says; hashes the files one after the other."""
+    for name in sorted(records.keys() - names):
+        yield f"{short(name)} is missing; fetch or pack the bundle again."
+    for name in sorted(names - records.keys()):
+        yield f"{short(name)} is extra: {MANIFEST} does not list it. Remove it or pack again."
+    for name in sorted(names & records.keys()):
+        size = (folder / name).stat().st_size
+        if size != (wanted := records[name]).bytes:
+            yield f"{short(name)} has {size} bytes, not {wanted.bytes}; fetch or pack it again."
+        elif (found := _record(folder / name).sha256) != wanted.sha256:
+            yield (
+                f"{short(name)} was changed, its hash is wrong: sha256 {found[:12]}..., not "
+                f"{wanted.sha256[:12]}...; fetch or pack it again."
+            )
+
+
+def _unusable(folder: Path, where: str, text: str) -> str | None:
+    """Why a draft's path cannot be used, or None."""
+    path = folder / text
+    try:
+        there = path.exists()
+    except OSError as fault:
+        return f"{where}: {short(text)} cannot be read ({clean(fault)})."
+    if not there:
+        return f"{where}: {short(text)} is not there (paths are relative to {folder})."
+    if folder.resolve().is_relative_to(path.resolve()):
+        return (
+            f"{where}: {short(text)} is a folder that holds the draft itself; name one file, or a "
+            "folder of part files and nothing else."
+        )
+    if not Path(text).is_absolute() and not path.resolve().is_relative_to(folder.resolve()):
+        return f"{where}: {short(text)} leaves the folder by a symbolic link; name its real path."
+    return None
+
+
+def _check_version(path: Path, document: Mapping[str, Any]) -> None:
+    found = document.get("schema_version")
+    if type(found) is int and found == SCHEMA_VERSION:
+        return
+    newer = type(found) is int and found > SCHEMA_VERSION
+    remedy = "Upgrade recpress" if newer else f'Write "schema_version": {SCHEMA_VERSION}'
+    raise BundleRefused(
+        f"{path} has schema_version {short(found)}; this recpress knows {SCHEMA_VERSION}. {remedy}."
+    )
+
+
+def _without_seal(document: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in document.items() if name != "seal"}
+
+
+def _seal_line(body: bytes) -> bytes:
+    return f'  "seal": "{hashlib.sha256(body).hexdigest()}"\n}}\n'.encode()

@@ -1,0 +1,217 @@
+"""JSON from outside: read within the limits of ``json_limits``, refused in sentences."""
+
+import json
+import math
+import os
+import reprlib
+from collections.abc import Iterable, Iterator, Mapping
+from itertools import islice
+from pathlib import Path
+from typing import Any, NoReturn
+
+from pydantic import ValidationError
+
+from infra.bundle.json_limits import (
+    MAX_JSON_BYTES,
+    MAX_JSON_DEPTH,
+    AnyModel,
+    check_limits,
+    read_bounded,
+)
+from infra.errors import BundleRefused, RecordRefused
+from infra.printable import bounded
+
+PROBLEMS_SHOWN = 20
+
+INPUT_KINDS = ("id", "dense", "padded_bag", "jagged_bag")
+
+_END = object()
+_BRIEF = reprlib.Repr()
+_BRIEF.maxstring = _BRIEF.maxother = 120
+
+
+def short(value: object) -> str:
+    """A value as printable text of bounded length: it may be anybody's."""
+    return _BRIEF.repr(value)
+
+
+def clean(message: object) -> str:
+    """A foreign error's own words, printable and of bounded length."""
+    return repr(str(message)[:300])[1:-1]
+
+
+def listed(place: Path | str, problems: Iterable[str]) -> str:
+    """One message for all problems, a line each; takes no more of them than it shows."""
+    shown = [bounded(problem) for problem in islice(problems, PROBLEMS_SHOWN + 1)]
+    if len(shown) > PROBLEMS_SHOWN:
+        shown[-1] = "and more."
+    return f"{place}: " + ("\n- ".join(["", *shown]) if len(shown) > 1 else "".join(shown))
+
+
+def refuse_if(place: Path | str, problems: Iterable[str]) -> None:
+    """Raise ``BundleRefused`` if there is any problem."""
+    if shown := list(islice(problems, PROBLEMS_SHOWN + 1)):
+        raise BundleRefused(listed(place, shown))
+
+
+def read_json(path: Path) -> tuple[bytes, dict[str, Any]]:
+    """A file's bytes and the JSON object they are.
+
+    Raises:
+        BundleRefused: the file is missing, too large, or not one plain JSON object.
+    """
+    if not path.is_file():
+        if os.path.lexists(path):
+            raise BundleRefused(f"{path} is not a plain file; put the file itself there.")
+        raise BundleRefused(f"{path} is missing; write it, or fetch the bundle again.")
+    size = path.stat().st_size
+    if size > MAX_JSON_BYTES:
+        raise BundleRefused(f"{path} has {size} bytes, too large: at most {MAX_JSON_BYTES}.")
+    raw = path.read_bytes()
+    return raw, decode(raw, path)
+
+
+def decode(raw: bytes, path: Path) -> dict[str, Any]:
+    """JSON without what makes two readers disagree: repeated names, NaN, half characters.
+
+    Args:
+        raw: UTF-8 text.
+        path: where it came from, for the message.
+
+    Raises:
+        BundleRefused: it is not one plain JSON object, or it is larger or deeper than allowed.
+    """
+    try:
+        check_limits(raw)
+        document = json.loads(
+            raw.decode(),
+            object_pairs_hook=_unique,
+            parse_constant=_no_constant,
+            parse_float=_finite,
+        )
+        _check_texts(document)
+    except RecursionError as fault:
+        raise BundleRefused(f"{path} is nested too deep to be read.") from fault
+    except ValueError as fault:
+        raise BundleRefused(f"{path} is not usable JSON: {clean(fault)}.") from fault
+    if not isinstance(document, dict):
+        raise BundleRefused(f"{path} must be one JSON object, not a {type(document).__name__}.")
+    return document
+
+
+def parse(
+    kind: type[AnyModel], document: Mapping[str, Any], path: Path, *, stored: bool = False
+) -> AnyModel:
+    """Validate a document.
+
+    Args:
+        kind: what it must be.
+        document: its fields.
+        path: of its file, for the message.
+        stored: whether recpress wrote it: rules that came later do not apply.
+
+    Raises:
+        BundleRefused: fields are missing, unknown or wrong; a sentence for each.
+    """
+    try:
+        return kind.model_validate(document, context={"stored": stored})
+    except ValidationError as fault:
+        sentences = (_sentence(error) for error in fault.errors(include_url=False))
+        raise BundleRefused(listed(path, sentences)) from fault
+
+
+def read_limited(path: Path) -> bytes:
+    """The bytes of a stored JSON document that is small enough to be parsed.
+
+    Raises:
+        RecordRefused: it is beyond the limits of ``json_limits``.
+    """
+    try:
+        raw = read_bounded(path)
+        check_limits(raw)
+    except ValueError as fault:
+        raise RecordRefused("document_unusable", path=str(path), problem=clean(fault)) from fault
+    return raw
+
+
+def read_document(kind: type[AnyModel], path: Path) -> AnyModel:
+    """A stored JSON document.
+
+    Raises:
+        RecordRefused: it is beyond the limits of ``json_limits``.
+        ValidationError: it does not fit ``kind``.
+    """
+    return kind.model_validate_json(read_limited(path))
+
+
+def plain(value: object) -> Any:
+    """A value as JSON can hold it, or ``ValueError``: nothing is turned into something else.
+
+    Only tuples become lists. (pydantic's own JSON form writes NaN as null, and ``json`` writes
+    number keys as texts.)
+    """
+    if value is None or isinstance(value, str | bool | int):
+        return value
+    if isinstance(value, float) and math.isfinite(value):
+        return value
+    if isinstance(value, list | tuple):
+        return [plain(item) for item in value]
+    if isinstance(value, dict) and all(isinstance(name, str) for name in value):
+        return {name: plain(item) for name, item in value.items()}
+    raise ValueError(f"{short(value)} has no JSON form")
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    document: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in document:
+            raise ValueError(f"duplicate name {short(name)} in one object; keep one")
+        document[name] = value
+    return document
+
+
+def _no_constant(text: str) -> NoReturn:
+    raise ValueError(f"{text} is not a JSON number")
+
+
+def _finite(text: str) -> float:
+    if not math.isfinite(number := float(text)):
+        raise ValueError(f"{short(text)} is too large for a number")
+    return number
+
+
+def _check_texts(document: object) -> None:
+    """Refuse text that is not Unicode, such as half of a surrogate pair, and deep nesting."""
+    waiting: list[Iterator[object]] = [iter((document,))]
+    while waiting:
+        value = next(waiting[-1], _END)
+        if value is _END:
+            waiting.pop()
+        elif isinstance(value, str):
+            value.encode()
+        elif isinstance(value, dict):
+            waiting.append(item for pair in value.items() for item in pair)
+        elif isinstance(value, list):
+            waiting.append(iter(value))
+        if len(waiting) > MAX_JSON_DEPTH + 2:
+            raise ValueError(f"it is nested too deep, more than {MAX_JSON_DEPTH} levels")
+
+
+def _sentence(error: Mapping[str, Any]) -> str:
+    """One of pydantic's complaints as a sentence."""
+    where = ""
+    tag_may_follow = False  # a union's chosen kind stands in the location as if it were a field
+    for part in error["loc"]:
+        if isinstance(part, int):
+            where += f"[{part}]"
+        elif part != "[key]" and not (tag_may_follow and part in INPUT_KINDS):
+            where += f".{part if part.isprintable() and len(part) < 80 else short(part)}"
+        tag_may_follow = isinstance(part, int)
+    where = where.removeprefix(".") or "the document"
+    if error["type"] == "missing":
+        return f"{where} is missing; add it."
+    if error["type"] == "extra_forbidden":
+        return f"{where} is not a field of this format; remove it or correct its spelling."
+    if error["type"] == "value_error":  # our own validators already say what was found
+        return f"{where}: {error['msg'].removeprefix('Value error, ')}."
+    return f"{where}: {error['msg']}; found {short(error['input'])}."

@@ -1,0 +1,244 @@
+"""A bundle's ``*.safetensors``: where each tensor lies, what it is, whether it is finite.
+
+Headers are validated by the safetensors library; weights are read block by block as plain
+bytes, so neither torch nor memory for a table is needed to check one.
+"""
+
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import numpy as np
+from pydantic import Field
+from safetensors import SafetensorError, safe_open
+
+from compressors.contracts import Frozen
+from infra.bundle.json_limits import MAX_JSON_BYTES, check_limits
+from infra.bundle.json_reader import clean, decode, read_json, refuse_if, short
+from infra.errors import BundleRefused
+
+INDEX = "model.safetensors.index.json"
+BLOCK_BYTES = 16 << 20
+
+PICKLE_ENDINGS = (".pt", ".pth", ".bin", ".pkl", ".pickle", ".ckpt", ".joblib")
+HOW_TO_SAVE = (
+    'Save the weights with safetensors.torch.save_file(model.state_dict(), "model.safetensors").'
+)
+
+# Protocol 2-5, protocol 0 (dict, list, instance, global), and zip: what torch.save writes.
+_PICKLE = re.compile(rb"\x80[\x02-\x05]|\((?:d|l|i)|c[A-Za-z_][\w.]*\n[\w.]+\n|PK[\x03\x05]")
+
+# dtype -> (word, mask, value): a weight is NaN or infinite where ``word & mask == value``. For
+# the IEEE-like formats that is "exponent all ones"; the others have their own single pattern.
+# None: the format has neither. Bit patterns, because numpy knows no bfloat16 and no float8.
+_NONFINITE: dict[str, tuple[str, int, int] | None] = {
+    "F64": ("<u8", 0x7FF0_0000_0000_0000, 0x7FF0_0000_0000_0000),
+    "F32": ("<u4", 0x7F80_0000, 0x7F80_0000),
+    "C64": ("<u4", 0x7F80_0000, 0x7F80_0000),
+    "F16": ("<u2", 0x7C00, 0x7C00),
+    "BF16": ("<u2", 0x7F80, 0x7F80),
+    "F8_E5M2": ("u1", 0x7C, 0x7C),
+    "F8_E4M3": ("u1", 0x7F, 0x7F),
+    "F8_E8M0": ("u1", 0xFF, 0xFF),
+    "F8_E5M2FNUZ": ("u1", 0xFF, 0x80),
+    "F8_E4M3FNUZ": ("u1", 0xFF, 0x80),
+} | dict.fromkeys(
+    ("F4", "F6_E2M3", "F6_E3M2", "BOOL", "U8", "I8", "U16", "I16", "U32", "I32", "U64", "I64")
+)
+
+
+class TensorFact(Frozen):
+    """One stored tensor; ``dtype`` is safetensors' name (``F32``, ``BF16``, ``I8``, ...)."""
+
+    shape: tuple[int, ...]
+    dtype: str
+    bytes: int = Field(ge=0)
+
+
+class StoredTensor(Frozen):
+    """A tensor and where its first byte lies in its shard."""
+
+    shard: Path
+    start: int
+    fact: TensorFact
+
+
+def listing(folder: Path) -> list[Path]:
+    """What lies in a folder, by name.
+
+    Raises:
+        BundleRefused: it is not a readable folder.
+    """
+    try:
+        return sorted(folder.iterdir())
+    except OSError as fault:
+        raise BundleRefused(
+            f"{clean(folder)} is not a folder that can be read ({fault.strerror}); a bundle is a "
+            "folder with model.json and *.safetensors."
+        ) from fault
+
+
+def tensor_files(folder: Path) -> tuple[Path, ...]:
+    """The ``*.safetensors`` shards of a folder by name; the index (``INDEX``) is not one."""
+    return tuple(p for p in listing(folder) if p.suffix == ".safetensors" and p.is_file())
+
+
+def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
+    """Every tensor's place, from the shards' headers; checks that shards and index agree.
+
+    Args:
+        folder: of shards, or one file.
+
+    Raises:
+        BundleRefused: a header is malformed, a tensor lies in two shards, the index disagrees.
+    """
+    if folder.is_file():
+        return _header(folder)
+    shards = tensor_files(folder)
+    found: dict[str, StoredTensor] = {}
+    problems: list[str] = []
+    for shard in shards:
+        for name, stored in _header(shard).items():
+            if name in found:
+                problems.append(
+                    f"tensor {short(name)} lies in two shards, {found[name].shard.name} and "
+                    f"{shard.name}; keep one."
+                )
+            found[name] = stored
+    if not found:
+        raise BundleRefused(f"{folder} holds no tensor in any *.safetensors file. {HOW_TO_SAVE}")
+    refuse_if(folder, problems)
+    if (folder / INDEX).exists():
+        refuse_if(folder, _index_problems(folder, found))
+    elif len(shards) > 1:
+        raise BundleRefused(
+            f"{folder} has {len(shards)} shards but no {INDEX}; add one, or save all weights "
+            "in one file."
+        )
+    return found
+
+
+def nonfinite_problem(name: str, stored: StoredTensor, buffer: bytearray) -> str | None:
+    """A sentence if a tensor has NaN or infinite weights; reads it through ``buffer``.
+
+    Raises:
+        BundleRefused: the dtype is unknown, or the file shrank meanwhile.
+    """
+    fact = stored.fact
+    if fact.dtype not in _NONFINITE:
+        raise BundleRefused(f"{stored.shard}: dtype {fact.dtype} is unknown; convert the weights.")
+    pattern = _NONFINITE[fact.dtype]
+    if pattern is None:
+        return None
+    word, mask, value = np.dtype(pattern[0]), pattern[1], pattern[2]
+    first, count, done = -1, 0, 0
+    # Read, not mapped: a mapped file that shrinks meanwhile would kill the process.
+    with stored.shard.open("rb") as file:
+        file.seek(stored.start)
+        while done < fact.bytes:
+            view = memoryview(buffer)[: min(len(buffer), fact.bytes - done)]
+            if file.readinto(view) != len(view):
+                raise BundleRefused(f"{stored.shard} ended early while it was read; fetch again.")
+            bad = (np.frombuffer(view, word) & word.type(mask)) == word.type(value)
+            if bad.any():
+                if first < 0:
+                    first = done // word.itemsize + int(bad.argmax())
+                count += int(np.count_nonzero(bad))
+            done += len(view)
+    if not count:
+        return None
+    first //= 2 if fact.dtype == "C64" else 1  # two words a weight
+    place = [int(i) for i in np.unravel_index(first, fact.shape)]
+    return (
+        f"tensor {short(name)} has {count} NaN or infinite value(s), the first at {place}. "
+        "Find where training diverged; such a model cannot be served."
+    )
+
+
+def pickle_problem(path: Path) -> str | None:
+    """A sentence if a file is, or calls itself, a pickle. Looks at its first bytes only.
+
+    A safetensors header of 640 bytes begins with ``80 02`` just as a pickle does, so what can
+    be a safetensors header is left to that library.
+    """
+    if not path.is_file():
+        return None
+    if path.name.lower().endswith(PICKLE_ENDINGS):
+        return f"{short(path.name)} is named like a pickle, which runs when loaded. {HOW_TO_SAVE}"
+    if path.suffix not in (".safetensors", ".json"):
+        return None
+    with path.open("rb") as file:
+        head = file.read(256)
+        size = file.seek(0, 2)
+    header_fits = int.from_bytes(head[:8], "little") <= size - 8 and head[8:9] == b"{"
+    if header_fits or not _PICKLE.match(head):
+        return None
+    return f"{short(path.name)} is a pickle, whatever its name, and runs when loaded. {HOW_TO_SAVE}"
+
+
+def draft_file_problem(path: Path) -> str | None:
+    """Why a file next to a draft's ``model.json`` cannot be packed, or None."""
+    if not path.is_file() and ".safetensors" in path.name:
+        kind = "a folder" if path.is_dir() else "a link that leads nowhere"
+        if not path.is_dir() and not path.is_symlink():
+            kind = "neither a file nor a folder"
+        return f"{short(path.name)} is {kind}; put a safetensors file in its place, or remove it."
+    return pickle_problem(path)
+
+
+def _header(shard: Path) -> dict[str, StoredTensor]:
+    """A shard's tensors: validated by the safetensors library, offsets from the header itself."""
+    if problem := pickle_problem(shard):
+        raise BundleRefused(f"{shard.parent}: {problem}")
+    with shard.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if MAX_JSON_BYTES < length <= shard.stat().st_size - 8:
+            raise BundleRefused(
+                f"{shard} is not a usable safetensors file: its header of {length} bytes is too "
+                f"large, at most {MAX_JSON_BYTES}. {HOW_TO_SAVE} Use shards for very many tensors."
+            )
+        raw = file.read(min(length, MAX_JSON_BYTES))
+    try:
+        check_limits(raw)  # before any reader creates the values
+        with safe_open(shard, framework="numpy") as opened:
+            names = set(opened.keys())
+    except (SafetensorError, ValueError) as fault:
+        raise BundleRefused(
+            f"{shard} is not a safetensors file ({clean(fault)}). If it was copied, copy it "
+            f"again. {HOW_TO_SAVE}"
+        ) from fault
+    header = decode(raw, shard)
+    header.pop("__metadata__", None)
+    if set(header) != names:  # two JSON readers must not see two different models
+        raise BundleRefused(f"{shard}: its header can be read in two ways; save it again.")
+    found: dict[str, StoredTensor] = {}
+    for name, entry in header.items():
+        start, end = entry["data_offsets"]
+        fact = TensorFact(shape=tuple(entry["shape"]), dtype=entry["dtype"], bytes=end - start)
+        found[name] = StoredTensor(shard=shard, start=8 + length + start, fact=fact)
+    return found
+
+
+def _index_problems(folder: Path, found: Mapping[str, StoredTensor]) -> Iterator[str]:
+    """Where the index and the shards' headers disagree."""
+    weight_map = read_json(folder / INDEX)[1].get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(f, str) for f in weight_map.values()):
+        yield f"{INDEX} needs 'weight_map', an object of tensor name -> file name."
+        return
+    shards = {stored.shard.name for stored in found.values()}
+    for file in sorted(set(weight_map.values()) - shards):
+        if "/" in file or "\\" in file or file in ("", ".", ".."):
+            yield f"{INDEX} names {short(file)}, which leaves the bundle; shards lie beside it."
+        else:
+            yield f"{INDEX} names {short(file)}, which is missing or empty; add that shard."
+    for name, file in weight_map.items():
+        if name not in found:
+            yield f"{INDEX} names tensor {short(name)}, which is in no shard."
+        elif file in shards and file != found[name].shard.name:
+            yield (
+                f"{INDEX} says tensor {short(name)} lies in {short(file)}, but it lies in "
+                f"{found[name].shard.name}."
+            )
+    for name, stored in found.items():
+        if name not in weight_map:
+            yield f"{INDEX} does not name tensor {short(name)} of {stored.shard.name}; add it."

@@ -1,0 +1,132 @@
+"""A retrieval model's splits as tensors: interactions, with what the catalogue says of their items.
+
+The split ``items`` is the catalogue: what the item tower reads, a row an item. The other splits
+hold interactions: what the query tower reads, and the item's id. Prepared, they have the item's
+other inputs as well, so that every row is a whole input of the model, as for any other task.
+"""
+
+from collections.abc import Collection, Mapping
+from pathlib import Path
+
+import numpy as np
+from safetensors.numpy import load_file
+
+from compressors.contracts import ITEMS, JaggedBag, Signature
+from infra.data import splits as data
+from infra.data.parquet import Array, Faults
+from infra.data.splits import Prepared
+from infra.errors import DataRefused
+from infra.store.temporary import scratch_folder
+
+
+def prepare(paths: Mapping[str, Path], split: str, signature: Signature, into: Path) -> Prepared:
+    """Write one split as ``into/data.safetensors``, whatever the task.
+
+    Args:
+        paths: parquet file or folder by split name; ``retrieval`` reads ``items`` beside ``split``.
+        split: which one.
+        signature: the bundle's.
+        into: a folder; made if it is not there.
+
+    Raises:
+        DataRefused: as ``data.prepare``; an item is there twice, or is not in the catalogue; two
+            test rows of one query differ in what the query tower reads.
+    """
+    prepared = data.prepare(paths[split], signature.of_split(split), into)
+    if signature.item is None:
+        return prepared
+    tensors = load_file(into / data.FILE)
+    if split == ITEMS:
+        _require_unique(paths[split], tensors, signature)
+        return prepared
+    if split == "test":
+        _require_one_request(paths[split], tensors, signature)
+    with scratch_folder("items") as scratch:
+        data.prepare(paths[ITEMS], signature.of_split(ITEMS), scratch)
+        items = load_file(scratch / data.FILE)
+    _join(paths[split], tensors, items, signature)
+    size = data.save(tensors, into)
+    return Prepared(rows=prepared.rows, bytes=size, tensors=tuple(tensors))
+
+
+def _require_unique(parquet: Path, items: dict[str, Array], signature: Signature) -> None:
+    faults, (column,) = Faults(), _item_columns(signature)
+    _, first = np.unique(items[str(signature.item)], return_index=True)
+    again = np.setdiff1d(np.arange(len(items[str(signature.item)])), first)
+    faults.note(column, "an item that stands in an earlier row too", again)
+    faults.refuse(parquet)
+
+
+def _require_one_request(parquet: Path, tensors: dict[str, Array], signature: Signature) -> None:
+    """A query is answered once, so its rows must agree on what is sent."""
+    assert signature.towers is not None  # noqa: S101 - the signature's own rule
+    faults = Faults()
+    _, first, query = np.unique(tensors["@group"], return_index=True, return_inverse=True)
+    same = first[query]  # (rows,): the first row of each row's query
+    for item in signature.only(signature.towers.query.inputs).inputs:
+        values = tensors[item.name]
+        if isinstance(item, JaggedBag):
+            bounds = tensors[f"@bounds/{item.name}"]
+            lengths = np.diff(bounds)
+            differs = lengths != lengths[same]
+            kept = np.flatnonzero(~differs)
+            mine = _places(bounds[kept], lengths[kept])
+            other = _places(bounds[same[kept]], lengths[kept])
+            unlike = np.repeat(kept, lengths[kept])[values[mine] != values[other]]
+            differs[unlike] = True
+        else:
+            differs = (values != values[same]).reshape(len(same), -1).any(axis=1)
+        rule = f"differs from the first row of the same {signature.group}, which is one query"
+        faults.note(item.columns[0], rule, np.flatnonzero(differs))
+    faults.refuse(parquet)
+
+
+def _join(
+    parquet: Path, tensors: dict[str, Array], items: dict[str, Array], signature: Signature
+) -> None:
+    """Add what the catalogue says of each row's item."""
+    assert signature.towers is not None  # noqa: S101 - the signature's own rule
+    wanted, known = tensors[str(signature.item)], items[str(signature.item)]
+    order = np.argsort(known)
+    place = order[np.searchsorted(known, wanted, sorter=order).clip(max=len(known) - 1)]
+    faults, (column,) = Faults(), _item_columns(signature)
+    faults.note(column, "an item that is not in 'items'", np.flatnonzero(known[place] != wanted))
+    faults.refuse(parquet)
+    for item in signature.only(signature.towers.item.inputs).inputs:
+        if item.name == signature.item:
+            continue
+        if not isinstance(item, JaggedBag):
+            tensors[item.name] = items[item.name][place]
+            continue
+        bounds = items[f"@bounds/{item.name}"]
+        lengths = np.diff(bounds)[place]
+        tensors[item.name] = items[item.name][_places(bounds[place], lengths)]
+        tensors[f"@bounds/{item.name}"] = np.concatenate([[0], np.cumsum(lengths)])
+
+
+def _places(begin: Array, lengths: Array) -> Array:
+    """Where the values of lists lie, end to end, from where each begins and how long it is."""
+    edges = np.cumsum(lengths) - lengths
+    places: Array = np.repeat(begin - edges, lengths) + np.arange(int(lengths.sum()))
+    return places
+
+
+def _item_columns(signature: Signature) -> tuple[str, ...]:
+    return next(item.columns for item in signature.inputs if item.name == signature.item)
+
+
+def require_items(splits: Collection[str], signature: Signature, where: object) -> None:
+    """Refuse a retrieval model without a catalogue, and a catalogue of another model.
+
+    Raises:
+        DataRefused: says which of the two.
+    """
+    if signature.item is not None and ITEMS not in splits:
+        raise DataRefused(
+            f"{where} refers to no {ITEMS!r} data. Task 'retrieval' ranks a whole catalogue: write "
+            f"what the item tower reads as parquet, a row an item, and name it in 'data'."
+        )
+    if signature.item is None and ITEMS in splits:
+        raise DataRefused(
+            f"{where} refers to {ITEMS!r} data, which only task 'retrieval' reads. Leave it out."
+        )

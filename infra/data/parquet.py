@@ -1,0 +1,281 @@
+"""Parquet files as record batches: which columns a signature reads, and what is wrong with them.
+
+A split is one file or a folder of part files, read in the order of their names. Rows are counted
+through all parts from 0; every refusal names rows by that number.
+"""
+
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from numpy.typing import NDArray
+
+from compressors.contracts import DenseInput, IdInput, Signature
+from infra.data.parquet_inspection import BATCH_ROWS, decoded, kind_of, opened, record_batches
+from infra.data.parquet_inspector import inspect_parquet
+from infra.errors import DataRefused
+
+ROWS_SHOWN = 20
+
+NUMBERS = ("integer", "float", "boolean")
+MOMENTS = ("timestamp", "timestamp with time zone", "date")
+SCALARS = (*NUMBERS, *MOMENTS, "string", "binary", "decimal", "time of day")
+
+Array = NDArray[Any]
+
+
+class Need(NamedTuple):
+    """What one column must hold for one use; ``kinds`` as ``kind_of`` names them."""
+
+    column: str
+    use: str
+    kinds: tuple[str, ...]
+    remedy: str
+
+
+@dataclass(frozen=True)
+class Survey:
+    """What a split's files contain, counted by reading them: nothing a footer only declares.
+
+    ``values`` and ``longest`` have an entry for each column that the signature reads: how many
+    values it has, and how many its longest list has (0 where it has no lists).
+    """
+
+    files: tuple[Path, ...]
+    rows: int
+    kinds: dict[str, str]
+    values: dict[str, int]
+    longest: dict[str, int]
+    repeated: frozenset[str]
+    batch_rows: int
+
+
+@dataclass
+class Faults:
+    """Broken rules of one pass, counted by column and rule; only the first rows are kept."""
+
+    counts: dict[tuple[str, str], int] = field(default_factory=dict)
+    rows: dict[tuple[str, str], list[int]] = field(default_factory=dict)
+
+    def note(self, column: str, rule: str, rows: Array) -> None:
+        """Add broken rows; ``rows`` are row numbers in the split, once a broken value."""
+        if len(rows) == 0:
+            return
+        key = (column, rule)
+        self.counts[key] = self.counts.get(key, 0) + len(rows)
+        kept = self.rows.setdefault(key, [])
+        for row in dict.fromkeys(rows[:ROWS_SHOWN].tolist()):
+            if len(kept) < ROWS_SHOWN and row not in kept:
+                kept.append(row)
+
+    def refuse(self, parquet: Path) -> None:
+        """Raise ``DataRefused`` with one line for each broken rule, if there is any."""
+        lines = [
+            f"column {column!r}: {rule}; {self.counts[column, rule]} value(s), "
+            f"first in row(s) {', '.join(map(str, self.rows[column, rule]))}."
+            for column, rule in self.counts
+        ]
+        refuse(parquet, lines)
+
+
+def refuse(parquet: Path, lines: list[str]) -> None:
+    """Raise ``DataRefused`` with these lines, if there are any."""
+    if lines:
+        raise DataRefused(f"{parquet} does not fit the signature:\n- " + "\n- ".join(lines))
+
+
+def needs(signature: Signature) -> tuple[Need, ...]:
+    """Every column a signature reads, once a use, in the signature's order."""
+    whole = "Encode it to row numbers of the table and store it as int64."
+    found: list[Need] = []
+    for item in signature.inputs:
+        use = f"input {item.name!r}"
+        for column in item.columns:
+            if isinstance(item, IdInput):
+                found.append(Need(column, use, ("integer",), whole))
+            elif isinstance(item, DenseInput):
+                lists = tuple(f"list of {kind}" for kind in NUMBERS)
+                many = len(item.columns) > 1
+                kinds = NUMBERS if many else NUMBERS + lists if item.shape == (1,) else lists
+                found.append(Need(column, use, kinds, "Store it as float32."))
+            else:
+                found.append(Need(column, use, ("list of integer",), whole))
+    if signature.label is not None:
+        found.append(Need(signature.label, "the label", NUMBERS, "Store it as a number."))
+    if signature.group is not None and signature.task == "retrieval":
+        # Other values are numbered split by split, and here splits are compared.
+        remedy = "Number the groups the same way in every split."
+        found.append(Need(signature.group, "the group", ("integer",), remedy))
+    elif signature.group is not None:
+        found.append(Need(signature.group, "the group", SCALARS, "Store one plain value a row."))
+    if signature.time is not None:
+        kinds = ("integer", "float", *MOMENTS)
+        found.append(Need(signature.time, "the time", kinds, "Store a timestamp or a number."))
+    return tuple(found)
+
+
+def survey(parquet: Path, signature: Signature) -> Survey:
+    """Read a split's files once, in a process of their own, and count what is in them.
+
+    Raises:
+        DataRefused: there is no parquet file, one cannot be read within the limits of
+            ``parquet_inspection``, or parts differ in a type.
+    """
+    files = _part_files(parquet)
+    columns = [need.column for need in needs(signature)]
+    rows, kinds, batch_rows = 0, dict[str, str](), BATCH_ROWS
+    values, longest = dict[str, int](), dict[str, int]()
+    repeated: set[str] = set()
+    for file in files:
+        found = inspect_parquet(file, columns)
+        names = Counter(name for name, _ in found.kinds)
+        repeated.update(name for name, count in names.items() if count > 1)
+        here = dict(found.kinds)
+        if file == files[0]:
+            kinds = here
+        odd = [
+            f"column {name!r} is {here.get(name, 'missing')} in {file.name}, but "
+            f"{kinds.get(name, 'missing')} in {files[0].name}. Write all parts alike."
+            for name in {**kinds, **here}
+            if here.get(name) != kinds.get(name)
+        ]
+        refuse(parquet, odd)
+        rows += found.rows
+        batch_rows = min(batch_rows, found.batch_rows)
+        for name, count in found.values.items():
+            values[name] = values.get(name, 0) + count
+            longest[name] = max(longest.get(name, 0), found.longest[name])
+    return Survey(files, rows, kinds, values, longest, frozenset(repeated), batch_rows)
+
+
+def _part_files(parquet: Path) -> tuple[Path, ...]:
+    if parquet.is_file():
+        return (parquet,)
+    if not parquet.is_dir():
+        fault = "is neither a file nor a folder" if parquet.exists() else "does not exist"
+        raise DataRefused(f"{parquet} {fault}. Give a parquet file or a folder of them.")
+    visible = sorted(p for p in parquet.rglob("*.parquet") if p.name[0] not in "._")
+    nested = [path for path in visible if path.parent != parquet]
+    if nested:
+        raise DataRefused(
+            f"{parquet} has parquet files in subfolders ({nested[0].relative_to(parquet)}), whose "
+            "names may carry columns. Write the part files into one folder."
+        )
+    for path in visible:
+        if not path.is_file():  # opening a pipe would wait for a writer
+            raise DataRefused(f"{path} is not a plain file. Put the part file itself there.")
+    if not visible:
+        raise DataRefused(f"{parquet} has no *.parquet file. Give a file or a folder of them.")
+    return tuple(visible)
+
+
+def check_columns(found: Survey, parquet: Path, signature: Signature) -> None:
+    """Refuse missing columns and columns of a kind their use cannot read.
+
+    Raises:
+        DataRefused: one line for each, with the remedy; also when there are no rows.
+    """
+    lines = [] if found.rows else ["it has no rows."]
+    for column, use, kinds, remedy in dict.fromkeys(needs(signature)):
+        kind = found.kinds.get(column)
+        if kind is None:
+            lines.append(f"column {column!r} is missing; {use} reads it.")
+        elif column in found.repeated:
+            lines.append(f"column {column!r} is there more than once. Keep one.")
+        elif kind not in kinds:
+            why = remedy
+            if kind.endswith("float") and kinds[0].endswith("integer"):
+                why = _why_not_integers(found, column)
+            lines.append(
+                f"column {column!r}: {use} needs {' or '.join(kinds)}, found {kind} in all "
+                f"{found.rows} row(s). {why}"
+            )
+    if not lines:
+        lines = [
+            f"column {item.columns[0]!r}: input {item.name!r} has {item.shape[0]} values in a "
+            f"row, and the longest list has {found.longest[item.columns[0]]}."
+            for item in signature.inputs
+            if isinstance(item, DenseInput)
+            and len(item.columns) == 1
+            and item.shape[0] > max(1, 2 * found.longest[item.columns[0]])
+        ]
+    refuse(parquet, lines)
+
+
+def _why_not_integers(found: Survey, column: str) -> str:
+    """What keeps a float column from being ids: nulls, fractions, or only its type."""
+    faults = Faults()
+    for first, batch in batches(found, (column,)):
+        values, parents, _ = flat(batch.column(column))
+        numbers = values.cast(pa.float64()).fill_null(np.nan).to_numpy(zero_copy_only=False)
+        gone = np.isnan(numbers)
+        faults.note(column, "null or NaN", first + parents[gone])
+        faults.note(column, "fraction", first + parents[~gone & (numbers != np.floor(numbers))])
+    texts = [
+        f"{count} value(s) are a {rule}, first in row(s) "
+        f"{', '.join(map(str, faults.rows[column, rule]))}."
+        for (column, rule), count in faults.counts.items()
+    ]
+    return " ".join([*texts, "Cast it to int64" + (" when they are gone." if texts else ".")])
+
+
+def batches(found: Survey, columns: Iterable[str]) -> Iterator[tuple[int, pa.RecordBatch]]:
+    """Record batches of some columns, each with the split's row number of its first row.
+
+    Raises:
+        DataRefused: a file cannot be read to its end.
+    """
+    wanted = list(dict.fromkeys(columns))
+    row = 0
+    for file in found.files:
+        try:
+            with opened(file) as source:
+                for batch in record_batches(source, wanted, found.batch_rows):
+                    yield row, batch
+                    row += batch.num_rows
+        except MemoryError:
+            raise
+        except (pa.ArrowException, OSError) as fault:
+            raise DataRefused(f"{file} breaks off while it is read: {fault}") from fault
+    if row != found.rows:
+        raise DataRefused(
+            f"{found.files[0]} changed while it was read: {found.rows} rows before, {row} now. "
+            "Leave the files of a split alone until it is packed."
+        )
+
+
+def is_list(column: pa.Array) -> bool:
+    """Whether a column holds a list per row."""
+    return kind_of(column.type).startswith("list of ")
+
+
+def flat(
+    column: pa.Array, name: str = "", first: int = 0, faults: Faults | None = None
+) -> tuple[pa.Array, Array, Array]:
+    """Lists as values, the row each value is from, and values per row; scalars as themselves."""
+    if not is_list(column):
+        return column, np.arange(len(column)), np.ones(len(column), np.int64)
+    if faults is not None:
+        faults.note(name, "null list (write an empty one)", first + nulls(column))
+    lengths = pc.list_value_length(column).fill_null(0).to_numpy(zero_copy_only=False)
+    values = decoded(pc.list_flatten(column))
+    return values, np.repeat(np.arange(len(column)), lengths), lengths.astype(np.int64)
+
+
+def nulls(column: pa.Array) -> Array:
+    """Positions of the nulls."""
+    return np.flatnonzero(column.is_null().to_numpy(zero_copy_only=False))
+
+
+def plain_times(column: pa.Array) -> pa.Array:
+    """Timestamps and dates as int64 microseconds since 1970, numbers as int64 or float64."""
+    kind = kind_of(column.type)
+    if kind in MOMENTS:
+        zone = getattr(column.type, "tz", None)
+        column = column.cast(pa.timestamp("us", zone), safe=False)
+    return column.cast(pa.float64() if kind == "float" else pa.int64())

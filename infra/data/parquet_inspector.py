@@ -1,0 +1,272 @@
+"""The parent's side of ``parquet_inspection.py``: one child process for many files.
+
+The child is started for the first file and reused, because a start takes a third of a second. A
+file that ends it, or exceeds its limits, is refused, and the next file gets a new child.
+"""
+
+import atexit
+import contextlib
+import json
+import os
+import select
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import IO, Any, NamedTuple
+
+from pydantic import ValidationError
+
+from compressors.contracts import Frozen
+from infra.bundle.json_reader import clean
+from infra.data.parquet_inspection import MEMORY_LIMIT
+from infra.errors import ChildFailed, DataRefused, OutOfMemory
+from infra.store.disk import of_input
+
+START_SECONDS = 120.0
+SECONDS = 60.0
+BYTES_PER_SECOND = 4 * 2**20
+"""A file may take a minute, and a second more for each 4 MiB; usual are 100 MiB a second."""
+
+MAX_REPLY_BYTES = 16 * 2**20
+CACHED = 1024
+
+
+class Inspected(Frozen):
+    """What the child counted in one file."""
+
+    rows: int
+    kinds: tuple[tuple[str, str], ...]
+    values: dict[str, int]
+    longest: dict[str, int]
+    batch_rows: int
+
+
+class _Identity(NamedTuple):
+    path: str
+    device: int
+    inode: int
+    size: int
+    modified: int
+    changed: int
+    columns: tuple[str, ...]
+
+
+class _Ended(Exception):
+    """The child ended, or was ended because its time was over."""
+
+
+class _Child:
+    """One running child process."""
+
+    def __init__(self) -> None:
+        self._log: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115 - closed in forget
+        environment = os.environ | {
+            "PYTHONPATH": os.pathsep.join(p or str(Path.cwd()) for p in sys.path),
+            "ARROW_DEFAULT_MEMORY_POOL": "system",  # the others reserve far more than they use
+            "OMP_NUM_THREADS": "1",
+            "OPENBLAS_NUM_THREADS": "1",
+        }
+        self._process = subprocess.Popen(
+            [sys.executable, "-u", "-P", "-m", "infra.data.parquet_inspection"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._log,
+            env=environment,
+            bufsize=0,
+            start_new_session=True,
+        )
+        self._rest = b""
+        try:
+            self.memory: int = self.reply(START_SECONDS)["memory"]
+        except BaseException:
+            self.end()
+            raise
+
+    def ask(self, request: dict[str, Any], seconds: float) -> dict[str, Any]:
+        """Send a request and wait for the reply.
+
+        Raises:
+            _Ended: the child died before it replied.
+            TimeoutError: it did not reply in time.
+        """
+        line = json.dumps(request | {"seconds": seconds}).encode() + b"\n"
+        try:
+            self._pipe(self._process.stdin).write(line)
+        except BrokenPipeError as fault:
+            raise _Ended from fault
+        return self.reply(seconds)
+
+    def reply(self, seconds: float) -> dict[str, Any]:
+        """One line of the child as an object."""
+        out = self._pipe(self._process.stdout)
+        end = time.monotonic() + seconds
+        while b"\n" not in self._rest:
+            ready, _, _ = select.select([out], [], [], max(end - time.monotonic(), 0))
+            if not ready:
+                raise TimeoutError
+            data = os.read(out.fileno(), 2**16)
+            if not data or len(self._rest) > MAX_REPLY_BYTES:
+                raise _Ended
+            self._rest += data
+        line, _, self._rest = self._rest.partition(b"\n")
+        value: dict[str, Any] = json.loads(line)
+        return value
+
+    def end(self) -> int:
+        """Kill the child if it runs; returns its exit code."""
+        if (code := self._process.poll()) is None:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                code = self._process.wait(timeout=0.2)  # its pipe closed: it is ending by itself
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)
+        self.forget()
+        return self._process.wait() if code is None else code
+
+    def forget(self) -> None:
+        """Close this process's ends of the pipes; the child ends when it reads the end."""
+        for pipe in (self._process.stdin, self._process.stdout):
+            if pipe is not None:
+                pipe.close()
+        self._log.close()
+
+    def printed(self) -> str:
+        """The last line that the child printed."""
+        self._log.seek(0)
+        lines = self._log.read()[-4096:].decode(errors="replace").split("\n")
+        return next((line.strip()[:300] for line in reversed(lines) if line.strip()), "")
+
+    @staticmethod
+    def _pipe(pipe: IO[bytes] | None) -> IO[bytes]:
+        if pipe is None:  # never: both are pipes
+            raise _Ended
+        return pipe
+
+
+class Inspector:
+    """Inspects files one after the other; one child process for this process."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._child: _Child | None = None
+        self._known: dict[_Identity, Inspected] = {}
+
+    def inspect(self, file: Path, columns: Iterable[str]) -> Inspected:
+        """What is in a file, read to its end by the child.
+
+        A file that was inspected before, and has not changed since, is not read again.
+
+        Raises:
+            DataRefused: it is damaged, or beyond the limits of memory, time or expansion.
+            FileRefused: it cannot be opened.
+            OutOfMemory: this process or machine has less memory than a file may use.
+            ChildFailed: the child could not be started.
+        """
+        names = tuple(dict.fromkeys(columns))
+        try:
+            facts = file.stat()
+        except OSError as fault:
+            raise of_input(fault, file) from fault
+        identity = _Identity(
+            str(file.absolute()),
+            facts.st_dev,
+            facts.st_ino,
+            facts.st_size,
+            facts.st_mtime_ns,
+            facts.st_ctime_ns,
+            names,
+        )
+        with self._lock:
+            if identity not in self._known:
+                found = self._inspect(file, names, SECONDS + facts.st_size / BYTES_PER_SECOND)
+                if len(self._known) >= CACHED:
+                    self._known.clear()
+                self._known[identity] = found
+            return self._known[identity]
+
+    def _inspect(self, file: Path, columns: tuple[str, ...], seconds: float) -> Inspected:
+        child = self._running()
+        try:
+            reply = child.ask({"file": str(file.absolute()), "columns": columns}, seconds)
+        except TimeoutError as fault:
+            self._drop()
+            raise DataRefused(
+                f"{file} could not be read within {seconds:.0f} s, the limit for its size. Write "
+                "it again, or as several files."
+            ) from fault
+        except _Ended as fault:
+            printed = child.printed()
+            raise self._refusal(file, self._drop(), printed) from fault
+        if "refused" in reply:
+            raise DataRefused(f"{file} {clean(reply['refused'])}")
+        if "memory" in reply:
+            if child.memory < MEMORY_LIMIT:
+                raise OutOfMemory(
+                    f"{file} could not be read with the {child.memory / 2**20:.0f} MiB that this "
+                    "process may still use. Raise its limit (ulimit -v), then run again."
+                )
+            raise DataRefused(
+                f"{file} needs more than {MEMORY_LIMIT // 2**20} MiB of memory to be read, in "
+                "batches of few rows: a page or a value in it is too large. Write it with smaller "
+                "pages and values."
+            )
+        if "errno" in reply:
+            raise of_input(OSError(reply["errno"], os.strerror(reply["errno"]), str(file)))
+        try:
+            return Inspected.model_validate(reply)
+        except ValidationError as fault:
+            raise DataRefused(f"{file} is not a readable parquet file.") from fault
+
+    def _refusal(self, file: Path, code: int, printed: str) -> DataRefused | OutOfMemory:
+        if code == -signal.SIGKILL:
+            return OutOfMemory(
+                f"The process that reads {file} was killed, most likely because the machine ran "
+                "out of memory. End other processes, then run again."
+            )
+        cause = signal.Signals(-code).name if code < 0 else f"exit code {code}"
+        note = f" ({clean(printed)})" if printed else ""
+        return DataRefused(
+            f"{file} is not a readable parquet file: the process that read it ended with "
+            f"{cause}{note}. Write the file again."
+        )
+
+    def _running(self) -> _Child:
+        if self._child is None:
+            try:
+                self._child = _Child()
+            except (_Ended, TimeoutError, OSError) as fault:
+                raise ChildFailed(
+                    "The process that inspects parquet files could not be started; it may lack "
+                    "memory. Raise the limits of this process (ulimit -v), or end other "
+                    "processes, then run again."
+                ) from fault
+        return self._child
+
+    def _drop(self) -> int:
+        child, self._child = self._child, None
+        return 0 if child is None else child.end()
+
+    def close(self) -> None:
+        """End the child process, if there is one."""
+        self._drop()
+
+    def after_fork(self) -> None:
+        """Leave the parent's child process to the parent."""
+        self._lock = threading.Lock()
+        if self._child is not None:
+            self._child.forget()
+            self._child = None
+
+
+_inspector = Inspector()
+atexit.register(_inspector.close)
+os.register_at_fork(after_in_child=_inspector.after_fork)
+
+
+def inspect_parquet(file: Path, columns: Iterable[str]) -> Inspected:
+    """``Inspector.inspect`` with the child process that all callers of this process share."""
+    return _inspector.inspect(file, columns)

@@ -1,0 +1,4 @@
+"""ONNX Runtime on CPU.
+
+sessions.py  sessions: scores, latency and the optimized graph
+"""

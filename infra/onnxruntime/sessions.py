@@ -1,0 +1,237 @@
+"""ONNX Runtime on CPU: sessions, the graph a session really runs, and interleaved timing."""
+
+import contextlib
+import os
+import platform
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import Field
+
+from compressors.contracts import Frozen, is_out_of_memory
+from infra.errors import BuildRefused, InfraError
+from infra.store.temporary import scratch_folder
+
+if TYPE_CHECKING:
+    import onnx
+
+FloatArray = NDArray[np.float32]
+PROVIDERS = ["CPUExecutionProvider"]
+NUMPY_TYPES = {
+    f"tensor({name})"
+    for name in (
+        *("float", "float16", "double", "bool"),
+        *(f"{sign}int{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64)),
+    )
+}
+
+
+class Machine(Frozen):
+    """Where a latency was measured."""
+
+    processor: str
+    cores: int
+    system: str
+    onnxruntime: str
+    threads: int
+    int8_dot: bool = Field(description="VNNI or its like: int8 products are exact and fast.")
+
+
+class Session:
+    """One served graph: arrays in by name, scores or vectors out."""
+
+    def __init__(self, path: Path, threads: int) -> None:
+        """Load ``path`` with full graph optimization.
+
+        Raises:
+            BuildRefused: ONNX Runtime does not accept the graph.
+        """
+        self._session = _open(path, threads, None)
+        self.inputs = tuple(item.name for item in self._session.get_inputs())
+
+    def scores(self, inputs: Mapping[str, NDArray[Any]]) -> FloatArray:
+        """Float32 ``(rows,)``, or ``(rows, dim)`` of a graph that gives vectors.
+
+        NaN where the graph's own policy refuses a row.
+
+        Raises:
+            InfraError: the runtime failed on these inputs.
+        """
+        try:
+            answer = self._session.run(None, {name: inputs[name] for name in self.inputs})
+        except Exception as fault:
+            if is_out_of_memory(fault):
+                raise
+            raise InfraError(f"ONNX Runtime failed while scoring: {fault}") from fault
+        scores: FloatArray = answer[0]
+        return scores
+
+    def bound(self, inputs: Mapping[str, NDArray[Any]]) -> Callable[[], FloatArray]:
+        """What ``scores`` gives, again and again, of inputs that lie ready in the runtime.
+
+        So does a server that holds them in the runtime's own form. ``scores`` takes them from
+        Python, one to two microseconds each, which for one row of a model with many inputs is as
+        long as all of its layers.
+
+        Raises:
+            InfraError: the runtime does not take these inputs, or failed on them.
+        """
+        import onnxruntime
+
+        try:
+            binding = self._session.io_binding()
+            for name in self.inputs:
+                value = onnxruntime.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(inputs[name]))
+                binding.bind_ortvalue_input(name, value)
+            binding.bind_output(self._session.get_outputs()[0].name)
+        except Exception as fault:
+            if is_out_of_memory(fault):
+                raise
+            raise InfraError(f"ONNX Runtime does not take these inputs: {fault}") from fault
+
+        def call() -> FloatArray:
+            try:
+                self._session.run_with_iobinding(binding)
+                scores: FloatArray = binding.get_outputs()[0].numpy()
+            except Exception as fault:
+                if is_out_of_memory(fault):
+                    raise
+                raise InfraError(f"ONNX Runtime failed while scoring: {fault}") from fault
+            return scores
+
+        return call
+
+
+def optimized_graph(path: Path, threads: int = 1) -> "onnx.GraphProto":
+    """The graph as the runtime rewrote it; large weights stay out of memory.
+
+    Raises:
+        BuildRefused: ONNX Runtime does not accept the graph.
+    """
+    import onnx
+
+    with scratch_folder("graph") as folder:
+        out = Path(folder) / "optimized.onnx"
+        _open(path, threads, out)
+        graph: onnx.GraphProto = onnx.load(out, load_external_data=False).graph
+        return graph
+
+
+def graph_values(
+    path: Path, inputs: Mapping[str, NDArray[Any]], threads: int = 1
+) -> list[tuple[str, str, NDArray[Any]]]:
+    """Every value that a graph computes: its name, its operator and the array, in graph order.
+
+    Values of types that numpy lacks (bfloat16, 8-bit floats, int4) are left out. With every value
+    as an output the runtime merges fewer operators than it does otherwise.
+
+    Args:
+        path: the graph; a second file is written next to it and removed.
+        inputs: arrays by name.
+        threads: of the session.
+
+    Raises:
+        BuildRefused: ONNX Runtime does not accept the graph.
+        InfraError: the runtime failed on these inputs.
+    """
+    import onnx
+
+    model = onnx.load(path, load_external_data=False)
+    operators = {name: node.op_type for node in model.graph.node for name in node.output if name}
+    outputs = {item.name for item in model.graph.output}
+    model.graph.output.extend(
+        onnx.ValueInfoProto(name=name) for name in operators if name not in outputs
+    )
+    exposed = path.with_name(f"values-{path.name}")
+    try:
+        onnx.save(model, exposed)
+        session = _open(exposed, threads, None)
+    finally:
+        exposed.unlink(missing_ok=True)
+    wanted = [item.name for item in session.get_outputs() if item.type in NUMPY_TYPES]
+    names = [item.name for item in session.get_inputs()]
+    try:
+        values = session.run(wanted, {name: inputs[name] for name in names})
+    except Exception as fault:
+        if is_out_of_memory(fault):
+            raise
+        raise InfraError(f"ONNX Runtime failed while scoring: {fault}") from fault
+    by_name = dict(zip(wanted, values, strict=True))
+    return [(name, kind, by_name[name]) for name, kind in operators.items() if name in by_name]
+
+
+def _open(path: Path, threads: int, optimized: Path | None) -> Any:
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    options.log_severity_level = 3
+    if optimized is not None:
+        options.optimized_model_filepath = str(optimized)
+        # Weights of the optimized graph go beside it: one protobuf holds at most 2 GiB.
+        options.add_session_config_entry(
+            "session.optimized_model_external_initializers_file_name", "weights.bin"
+        )
+        options.add_session_config_entry(
+            "session.optimized_model_external_initializers_min_size_in_bytes", "1048576"
+        )
+    try:
+        return onnxruntime.InferenceSession(str(path), options, providers=PROVIDERS)
+    except Exception as fault:
+        if is_out_of_memory(fault):
+            raise
+        raise BuildRefused(f"ONNX Runtime does not accept {path.name}: {fault}") from fault
+
+
+def interleaved_ms(
+    sessions: Sequence[Session],
+    inputs: Mapping[str, NDArray[Any]],
+    rounds: int,
+    warmup: int = 20,
+) -> tuple[FloatArray, ...]:
+    """Milliseconds of each call on inputs that lie ready, one array a session, measured in turn.
+
+    The sessions run A B A B ..., so that a machine that slows down slows all of them, and the
+    n-th numbers belong together.
+    """
+    calls = [session.bound(inputs) for session in sessions]
+    for call in calls:
+        for _ in range(warmup):
+            call()
+    times = np.empty((len(sessions), rounds), dtype=np.float32)
+    for turn in range(rounds):
+        for index, call in enumerate(calls):
+            begin = time.perf_counter_ns()
+            call()
+            times[index, turn] = (time.perf_counter_ns() - begin) / 1e6
+    return tuple(times)
+
+
+def machine(threads: int) -> Machine:
+    """What the numbers were measured on."""
+    import onnxruntime
+
+    features = set((_cpuinfo("flags") or _cpuinfo("Features")).split())
+    return Machine(
+        processor=_cpuinfo("model name") or platform.processor() or platform.machine(),
+        cores=os.cpu_count() or 1,
+        system=f"{platform.system()} {platform.machine()}",
+        onnxruntime=onnxruntime.__version__,
+        threads=threads,
+        int8_dot=bool({"avx512_vnni", "avx_vnni", "asimddp"} & features),
+    )
+
+
+def _cpuinfo(key: str) -> str:
+    """One entry of the first processor on Linux; empty elsewhere."""
+    with contextlib.suppress(OSError), Path("/proc/cpuinfo").open() as lines:
+        for line in lines:
+            name, _, value = line.partition(":")
+            if name.strip() == key:
+                return value.strip()
+    return ""

@@ -1,0 +1,288 @@
+"""The report's pictures as inline SVG: plain data in, text out.
+
+Drawn by hand rather than by a plotting library, for what that library cannot give: lengths across
+are percentages and text is never scaled, so a picture is as readable in a narrow window as in a
+wide one; colours are the page's own variables, so it follows light and dark; and the same data
+give the same bytes on every machine. Every picture says in words (``title``) what it shows.
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from html import escape
+from itertools import pairwise
+from typing import Literal, get_args
+
+from compressors.contracts import Estimate, Frozen
+
+STYLE = """
+:root { --before: #8b949c; --table: #2f6690; --dense: #c27c0e; --rest: #77808a; }
+@media (prefers-color-scheme: dark) {
+  :root { --before: #7d868f; --table: #7fb3dc; --dense: #e2a94e; --rest: #98a1aa; }
+}
+svg { display: block; width: 100%; overflow: visible; }
+svg text { font-size: 12.5px; fill: var(--soft); font-variant-numeric: tabular-nums; }
+svg .value { paint-order: stroke; stroke: var(--card); stroke-width: 4px; }
+svg .name { fill: var(--ink); font-size: 14px; }
+svg .table { fill: var(--table); } svg .dense { fill: var(--dense); }
+svg .other { fill: var(--rest); } svg .faded { opacity: 0.38; }
+svg .cut { stroke: var(--card); stroke-width: 1; }
+svg .axis { stroke: var(--line); stroke-width: 1.5; }
+svg .grid { stroke: var(--line); stroke-width: 1; }
+svg .reference { stroke: var(--soft); stroke-width: 1.5; stroke-dasharray: 2 3; }
+svg .limit { stroke: var(--bad); stroke-width: 2; }
+svg .refused { fill: var(--bad-wash); }
+svg .interval { stroke-width: 5; stroke-linecap: round; opacity: 0.55; }
+svg .point { stroke: var(--card); stroke-width: 1.5; }
+svg .curve { stroke-width: 2.25; stroke-linecap: round; }
+svg .whisker { stroke-width: 1.5; }
+svg line.before { stroke: var(--before); } svg circle.before { fill: var(--before); }
+svg line.after { stroke: var(--table); } svg circle.after, svg text.after { fill: var(--table); }
+svg line.held { stroke: var(--good); } svg circle.held { fill: var(--good); }
+svg line.broken { stroke: var(--bad); } svg circle.broken { fill: var(--bad); }
+svg line.unsure { stroke: var(--open); } svg circle.unsure { fill: var(--open); }
+svg line.plain { stroke: var(--ink); } svg circle.plain { fill: var(--ink); }
+.key { display: inline-block; width: 0.75em; height: 0.75em; border-radius: 3px;
+  margin: 0 0.4em 0 0; }
+.key.table, .key.after { background: var(--table); } .key.dense { background: var(--dense); }
+.key.other { background: var(--rest); } .key.before { background: var(--before); }
+"""
+
+Role = Literal["table", "dense", "other"]
+Tone = Literal["held", "broken", "unsure", "plain"]
+MOST_SEGMENTS = 40  # of one bar; thinner ones could not be told apart
+THINNEST_CUT = 0.8  # percent; around thinner segments a gap would be wider than they are
+
+
+class BarSegment(Frozen):
+    """One table or layer of a model, and how much of it there is."""
+
+    name: str
+    role: Role
+    size: int
+
+
+class Mark(Frozen):
+    """A place on a scale that a number is compared with, and what is written there."""
+
+    at: float
+    label: str
+
+
+class Curve(Frozen):
+    """Numbers above zero with their intervals over sizes, in ascending order of size."""
+
+    kind: Literal["before", "after"]
+    points: tuple[tuple[int, Estimate], ...]
+
+
+def composition(bars: Sequence[tuple[str, Sequence[BarSegment]]], title: str) -> str:
+    """Bars of one scale, one below the other, each made of a model's parts.
+
+    Args:
+        bars: what stands above each bar, and its parts.
+        title: what the picture says, in words.
+    """
+    most = max((sum(part.size for part in parts) for _, parts in bars), default=0)
+    drawn = []
+    for place, (name, parts) in enumerate(bars):
+        top = 58 * place
+        drawn.append(f'<text class="name" x="0" y="{top + 15}">{escape(name)}</text>')
+        x = 0.0
+        for part in _fewer(parts):
+            width = 100 * part.size / most if most else 0.0
+            cut = " cut" if width >= THINNEST_CUT else ""
+            drawn.append(
+                f'<rect class="{part.role}{cut}" x="{_percent(x)}" y="{top + 24}" '
+                f'width="{_percent(width)}" height="24">'
+                f"<title>{escape(part.name)}: {part.size:,} bytes</title></rect>"
+            )
+            x += width
+    return _picture(58 * len(bars) - 6, title, drawn)
+
+
+def pair(before: int, after: int, most: int, role: Role) -> str:
+    """Two thin bars, to stand in a table's row beside the numbers they show.
+
+    Args:
+        before: the upper bar's length.
+        after: the lower bar's length.
+        most: the length of a bar as wide as the cell.
+        role: its colour.
+    """
+    drawn = [
+        f'<rect class="{role}{faded}" y="{y}" width="{_percent(_visible(size, most))}" '
+        'height="7" rx="2"/>'
+        for y, size, faded in ((2, before, " faded"), (11, after, ""))
+    ]
+    return f'<svg height="20" aria-hidden="true">{"".join(drawn)}</svg>'
+
+
+def strip(
+    found: Estimate,
+    tone: Tone,
+    title: str,
+    reference: Mark | None = None,
+    limit: Mark | None = None,
+    refused: Literal["below", "above"] = "below",
+) -> str:
+    """A number and its interval on a line, with what it is compared with.
+
+    Args:
+        found: the number.
+        tone: its colour, by what was decided about it.
+        title: what the picture says, in words.
+        reference: where there is no change; written above the line.
+        limit: where the limit lies; written below the line.
+        refused: the side of the limit that is refused.
+    """
+    marks = [mark.at for mark in (reference, limit) if mark is not None]
+    low, high = min(found.low, *marks, found.point), max(found.high, *marks, found.point)
+    spare = (high - low) * 0.14 or max(abs(high) * 0.14, 1e-9)
+    low, high = low - spare, high + spare
+
+    def place(value: float) -> float:
+        return 100 * (value - low) / (high - low)
+
+    drawn = []
+    if limit is not None:
+        edge = place(limit.at)
+        start, width = (0.0, edge) if refused == "below" else (edge, 100 - edge)
+        drawn.append(
+            f'<rect class="refused" x="{_percent(start)}" y="18" width="{_percent(width)}" '
+            'height="22" rx="3"/>'
+        )
+    drawn.append('<line class="axis" x1="0%" x2="100%" y1="29" y2="29"/>')
+    if reference is not None:
+        drawn += _mark(place(reference.at), reference.label, "reference", text_y=12)
+    if limit is not None:
+        drawn += _mark(place(limit.at), limit.label, "limit", text_y=55)
+    if found.low < found.high:
+        drawn.append(
+            f'<line class="interval {tone}" x1="{_percent(place(found.low))}" '
+            f'x2="{_percent(place(found.high))}" y1="29" y2="29"/>'
+        )
+    drawn.append(
+        f'<circle class="point {tone}" cx="{_percent(place(found.point))}" cy="29" r="6"/>'
+    )
+    return _picture(60, title, drawn)
+
+
+def curves(
+    listed: Sequence[Curve], unit: str, below: Mapping[int, tuple[str, ...]], title: str
+) -> str:
+    """Curves over sizes, both scales logarithmic, with intervals as whiskers.
+
+    Args:
+        listed: the curves, each over the same sizes; the number is written at every point.
+        unit: of the numbers.
+        below: what is written below each size, line by line.
+        title: what the picture says, in words.
+    """
+    found = [estimate for curve in listed for _, estimate in curve.points]
+    low = math.log10(min(estimate.low for estimate in found))
+    high = math.log10(max(estimate.high for estimate in found))
+    spare = max((high - low) * 0.14, 0.05)
+    low, high = low - spare, high + spare
+    first, last = math.log2(min(below)), math.log2(max(below))
+
+    def across(size: int) -> float:
+        return 20 + 68 * (math.log2(size) - first) / (last - first) if last > first else 54.0
+
+    def down(value: float) -> float:
+        return 210 - 200 * (math.log10(value) - low) / (high - low)
+
+    drawn = []
+    for value in _round_numbers(10**low, 10**high):
+        y = down(value)
+        drawn.append(f'<line class="grid" x1="0%" x2="100%" y1="{y:.1f}" y2="{y:.1f}"/>')
+        drawn.append(f'<text x="0" y="{y - 4:.1f}">{value:g} {escape(unit)}</text>')
+    for size, lines in below.items():
+        for place, line in enumerate(lines):
+            drawn.append(
+                f'<text x="{_percent(across(size))}" y="{232 + 18 * place}" '
+                f'text-anchor="middle">{escape(line)}</text>'
+            )
+    layers = [_curve(curve, listed, across, down) for curve in listed]
+    # All lines below all points below all labels.
+    drawn += [item for layer in zip(*layers, strict=True) for item in layer]
+    return _picture(214 + 18 * max(map(len, below.values())), title, drawn)
+
+
+def _curve(
+    curve: Curve,
+    listed: Sequence[Curve],
+    across: Callable[[int], float],
+    down: Callable[[float], float],
+) -> tuple[str, str, str]:
+    """Its lines, its points with their whiskers, and its labels."""
+    # Side by side, so that neither whisker hides the other.
+    aside = 0.9 * (listed.index(curve) - (len(listed) - 1) / 2)
+    lines, points, labels = [], [], []
+    for (size, one), (following, other) in pairwise(curve.points):
+        lines.append(
+            f'<line class="curve {curve.kind}" x1="{_percent(across(size) + aside)}" '
+            f'x2="{_percent(across(following) + aside)}" y1="{down(one.point):.1f}" '
+            f'y2="{down(other.point):.1f}"/>'
+        )
+    for size, found in curve.points:
+        x, above, below = _percent(across(size) + aside), down(found.high), down(found.low)
+        # The highest number has its label above it, the others below.
+        here = [(e.point, -listed.index(c)) for c in listed for s, e in c.points if s == size]
+        y = above - 9 if (found.point, -listed.index(curve)) == max(here) else below + 19
+        points.append(
+            f'<line class="whisker {curve.kind}" x1="{x}" x2="{x}" y1="{above:.1f}" '
+            f'y2="{below:.1f}"/>'
+            f'<circle class="point {curve.kind}" cx="{x}" cy="{down(found.point):.1f}" r="5"/>'
+        )
+        labels.append(
+            f'<text class="value {curve.kind}" x="{x}" y="{y:.1f}" '
+            f'text-anchor="middle">{found.point:.3g}</text>'
+        )
+    return "".join(lines), "".join(points), "".join(labels)
+
+
+def _picture(height: int, title: str, drawn: Sequence[str]) -> str:
+    """One picture; its title is what a screen reader says and a pointer shows."""
+    return f'<svg height="{height}" role="img"><title>{escape(title)}</title>{"".join(drawn)}</svg>'
+
+
+def _mark(at: float, label: str, kind: str, text_y: int) -> list[str]:
+    """A line across the scale with its label, which stays inside the picture."""
+    anchor = "start" if at < 30 else "end" if at > 70 else "middle"
+    x = _percent(at)
+    return [
+        f'<line class="{kind}" x1="{x}" x2="{x}" y1="18" y2="40"/>',
+        f'<text x="{x}" y="{text_y}" text-anchor="{anchor}">{escape(label)}</text>',
+    ]
+
+
+def _fewer(parts: Sequence[BarSegment]) -> list[BarSegment]:
+    """The largest parts, the rest of each role as one; tables first, so that bars compare."""
+    ordered = sorted(parts, key=lambda part: (-part.size, part.name))
+    shown, rest = ordered[:MOST_SEGMENTS], ordered[MOST_SEGMENTS:]
+    for role in get_args(Role):
+        sizes = [part.size for part in rest if part.role == role]
+        if sizes:
+            shown.append(
+                BarSegment(name=f"{len(sizes):,} smaller ones", role=role, size=sum(sizes))
+            )
+    roles = get_args(Role)
+    # Stable: inside a role the largest stays first, what was put together last.
+    return sorted((part for part in shown if part.size), key=lambda part: roles.index(part.role))
+
+
+def _round_numbers(low: float, high: float) -> list[float]:
+    """Round numbers between two: 1, 2, 5, 10 ... or, over a wide range, 1, 10, 100 ..."""
+    exponents = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    steps = (1, 2, 5) if high / low < 60 else (1,)
+    values = [float(f"{step}e{power}") for power in exponents for step in steps]
+    return [value for value in values if low <= value <= high]
+
+
+def _visible(size: int, most: int) -> float:
+    """Percent of the full length; what is there at all is seen."""
+    return max(100 * size / most, 0.6) if size and most else 0.0
+
+
+def _percent(value: float) -> str:
+    return f"{value:.2f}%"

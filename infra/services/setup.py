@@ -1,0 +1,153 @@
+"""What the services need once before the first run: buckets, work pools, deployments, automations.
+
+``python -m infra.services.setup`` creates what is missing and leaves what exists as it is, except
+for our deployments and automations, which it updates. It reads the ``AWS_*`` variables (a key that
+may create buckets), ``PREFECT_API_URL`` and ``RECPRESS_CODE``, the folder that workers run the
+code from.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from http import HTTPStatus
+from pathlib import Path
+from typing import Any
+
+from compressors.contracts import digest
+from infra.credentials import cleaned
+from infra.errors import InfraError, SettingRefused
+from infra.services.http_probe import basic, get
+
+BUCKETS = ("recpress", "mlflow")
+POOLS = ("recpress-cpu", "recpress-gpu")
+DEPLOYMENTS = Path(__file__).parent / "prefect.yaml"
+AUTOMATIONS = Path(__file__).parent / "automations.yaml"
+
+_THERE = {"BucketAlreadyOwnedByYou", "BucketAlreadyExists"}
+SECONDS = 120
+
+
+def make_buckets(names: tuple[str, ...] = BUCKETS) -> None:
+    """Make the buckets that are not there.
+
+    Raises:
+        SettingRefused: the store does not let this key make one, or does not answer.
+    """
+    import s3fs
+    from botocore.exceptions import BotoCoreError, ClientError
+
+    files: Any = s3fs.S3FileSystem(anon=False, skip_instance_cache=True)
+    for name in names:
+        try:
+            files.call_s3("create_bucket", Bucket=name)
+        except FileExistsError:
+            continue
+        except (ClientError, BotoCoreError, OSError) as fault:
+            cause = fault if isinstance(fault, ClientError) else fault.__cause__
+            said = getattr(cause, "response", {}).get("Error", {}).get("Code", "")
+            if said in _THERE:
+                continue
+            raise SettingRefused(
+                f"The bucket {name!r} cannot be made ({said or type(fault).__name__}). Check "
+                "AWS_ENDPOINT_URL, and that AWS_ACCESS_KEY_ID may make buckets."
+            ) from None
+
+
+def make_pools(names: tuple[str, ...] = POOLS) -> None:
+    """Create the work pools that are missing, each with a limit of one run.
+
+    The limit of the pool also counts a run whose worker was killed and whose own process still
+    runs: a new worker does not start another run next to it. Pools that exist stay as they are.
+
+    Raises:
+        InfraError: Prefect refused, or did not answer.
+    """
+    for name in names:
+        if _prefect("work-pool", "inspect", name, needed=False).returncode:
+            _prefect("work-pool", "create", name, "--type", "process")
+            _prefect("work-pool", "set-concurrency-limit", name, "1")
+
+
+def deploy() -> None:
+    """Create or update the deployments of ``infra/services/prefect.yaml``.
+
+    Raises:
+        InfraError: Prefect refused, or did not answer.
+    """
+    _prefect("--no-prompt", "deploy", "--all", "--prefect-file", str(DEPLOYMENTS))
+
+
+def make_automations() -> None:
+    """Create or update the automations of ``infra/services/automations.yaml``.
+
+    One that is as in the file is left alone: an update discards what its trigger waits for. The
+    description carries a digest of the file's entry, by which that is seen.
+
+    Raises:
+        InfraError: Prefect refused, or did not answer.
+    """
+    import yaml
+
+    current = _automations()
+    for entry in yaml.safe_load(AUTOMATIONS.read_text(encoding="utf-8"))["automations"]:
+        described = (
+            f"{entry['description']} (infra/services/automations.yaml, {digest(entry)[:12]})"
+        )
+        text = json.dumps({**entry, "description": described})
+        same_name = [item for item in current if item["name"] == entry["name"]]
+        if not same_name:
+            _prefect("automation", "create", "--from-json", text)
+        for duplicate in same_name[1:]:  # two setups ran at once
+            _prefect("automation", "delete", "--id", duplicate["id"])
+        if same_name and same_name[0]["description"] != described:
+            _prefect("automation", "update", "--id", same_name[0]["id"], "--from-json", text)
+
+
+def _automations() -> list[dict[str, Any]]:
+    """The server's automations. The command line prints JSON with line breaks inside of strings."""
+    user, _, password = os.environ.get("PREFECT_API_AUTH_STRING", "").partition(":")
+    answer = get(
+        os.environ["PREFECT_API_URL"].rstrip("/") + "/automations/filter",
+        headers=basic(user, password) if user else {},
+        posted={"limit": 200},
+        seconds=SECONDS,
+    )
+    found = answer.value()
+    if answer.status != HTTPStatus.OK or not isinstance(found, list):
+        raise InfraError(
+            f"Expected the list of automations from PREFECT_API_URL, got HTTP {answer.status}. "
+            "Check PREFECT_API_URL and PREFECT_API_AUTH_STRING."
+        )
+    return found
+
+
+def _prefect(*arguments: str, needed: bool = True) -> "subprocess.CompletedProcess[str]":
+    # Its command line, since only flows and tasks know Prefect as a library.
+    ended = subprocess.run(
+        [sys.executable, "-m", "prefect", *arguments],
+        cwd=DEPLOYMENTS.parent.parent,
+        capture_output=True,
+        text=True,
+        timeout=SECONDS,
+        check=False,
+    )
+    if needed and ended.returncode:
+        said = cleaned(ended.stdout + ended.stderr)[-2000:]
+        raise InfraError(f"'prefect {' '.join(arguments)}' failed: {said}")
+    return ended
+
+
+def main() -> None:
+    """Create all of it, and print what it was."""
+    make_buckets()
+    make_pools()
+    deploy()
+    make_automations()
+    print(  # noqa: T201
+        f"buckets {', '.join(BUCKETS)}; pools {', '.join(POOLS)}; deployments; automations"
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,161 @@
+"""Files as chunks: read, hashed and checked by a few threads, in order, with flat memory."""
+
+import hashlib
+import os
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import TypeVar
+
+from infra.errors import InfraError, Refused
+from infra.store.manifest import CHUNK_BYTES, FileEntry, plain_path
+
+WORKERS = 4
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+
+def in_order(work: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
+    """Map with ``WORKERS`` threads; results in order, at most ``WORKERS + 1`` of them waiting.
+
+    ``Executor.map`` would submit everything at once, and every result not yet taken is a chunk
+    in memory.
+    """
+    with ThreadPoolExecutor(WORKERS, thread_name_prefix="chunks") as pool:
+        waiting: deque[Future[Result]] = deque()
+        try:
+            for item in items:
+                waiting.append(pool.submit(work, item))
+                if len(waiting) > WORKERS:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        finally:
+            for future in waiting:
+                future.cancel()
+
+
+def sha256(data: bytes) -> str:
+    """The chunk hash, as hex."""
+    return hashlib.sha256(data).hexdigest()
+
+
+def regular_files(folder: Path) -> list[tuple[str, int]]:
+    """Every file below ``folder`` as (relative posix path, bytes), sorted by path.
+
+    Empty folders leave no trace, as in git and in object stores.
+
+    Raises:
+        Refused: ``folder`` is not a folder or holds no file; something below it is a symlink,
+            not a regular file, cannot be read, or has a name that no store could keep.
+    """
+    found: list[tuple[str, int]] = []
+
+    def walk(below: Path, prefix: str) -> None:
+        with os.scandir(below) as entries:
+            for entry in entries:
+                path = prefix + entry.name
+                if entry.is_symlink():
+                    raise Refused(
+                        f"{folder / path} is a symlink, and what it points to may change or lie "
+                        "anywhere. Put a copy of the file there."
+                    )
+                if entry.is_dir(follow_symlinks=False):
+                    walk(below / entry.name, path + "/")
+                elif entry.is_file(follow_symlinks=False):
+                    plain_path(path)
+                    found.append((path, entry.stat(follow_symlinks=False).st_size))
+                else:
+                    raise Refused(f"{folder / path} is neither a file nor a folder. Remove it.")
+
+    try:
+        walk(folder, "")
+    except ValueError as fault:
+        raise Refused(f"{folder}: {fault}. Rename the file.") from fault
+    except OSError as fault:
+        raise Refused(
+            f"{folder} cannot be read as a folder of files: {fault.strerror} ({fault.filename})."
+        ) from fault
+    if not found:
+        raise Refused(f"{folder} holds no file, so there is nothing to store.")
+    return sorted(found)
+
+
+def hashed(
+    folder: Path, files: list[tuple[str, int]], chunk_bytes: int = CHUNK_BYTES
+) -> tuple[FileEntry, ...]:
+    """Hash every chunk of these files.
+
+    Raises:
+        InfraError: a file changed its size meanwhile, or cannot be read.
+    """
+    places = [(path, start) for path, size in files for start in range(0, size, chunk_bytes)]
+    sizes = dict(files)
+
+    def one(place: tuple[str, int]) -> str:
+        path, start = place
+        return sha256(_read(folder / path, start, min(start + chunk_bytes, sizes[path])))
+
+    chunks: dict[str, list[str]] = {path: [] for path, _ in files}
+    for (path, _), value in zip(places, in_order(one, places), strict=True):
+        chunks[path].append(value)
+    return tuple(
+        FileEntry(path=path, bytes=size, chunks=tuple(chunks[path])) for path, size in files
+    )
+
+
+def checked_chunks(folder: Path, entry: FileEntry) -> Iterator[bytes]:
+    """The chunks of one file, each compared with its hash before it is given out.
+
+    Raises:
+        InfraError: the file is no longer the one that was hashed.
+    """
+    path = folder / entry.path
+
+    def one(index: int) -> bytes:
+        start = index * CHUNK_BYTES
+        data = _read(path, start, min(start + CHUNK_BYTES, entry.bytes))
+        if sha256(data) != entry.chunks[index]:
+            raise _changed(path)
+        return data
+
+    yield from in_order(one, range(len(entry.chunks)))
+    try:
+        grown = path.lstat().st_size != entry.bytes
+    except OSError as fault:
+        raise _changed(path) from fault
+    if grown:
+        raise _changed(path)
+
+
+def pread(file: int, start: int, stop: int) -> bytes:
+    """Bytes ``start`` to ``stop`` of an open file; fewer if it ends before."""
+    stop = min(stop, os.fstat(file).st_size)  # pread sets aside what it is asked for
+    pieces = []
+    while start < stop and (piece := os.pread(file, stop - start, start)):
+        pieces.append(piece)
+        start += len(piece)
+    return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+
+
+def _read(path: Path, start: int, stop: int) -> bytes:
+    try:
+        file = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        try:
+            data = pread(file, start, stop)
+        finally:
+            os.close(file)
+    except OSError as fault:
+        raise InfraError(f"{path} could not be read while storing it: {fault.strerror}.") from fault
+    if len(data) != stop - start:
+        raise _changed(path)
+    return data
+
+
+def _changed(path: Path) -> InfraError:
+    return InfraError(
+        f"{path} changed while it was being stored; nothing was stored. Let its writer finish, "
+        "then store it again."
+    )

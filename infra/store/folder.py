@@ -1,0 +1,157 @@
+"""The object store in a local folder: what S3 gives, made of temporary files, rename and link.
+
+Plain system calls rather than fsspec's local file system: that one has neither an exclusive
+create which is atomic with its content, nor a way to keep half a file from being seen.
+"""
+
+import errno
+import os
+import stat
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from urllib.parse import quote
+
+from infra.errors import AlreadyThere, RecordRefused, Refused
+from infra.store.chunks import pread
+from infra.store.disk import translated
+from infra.store.temporary import EARLIER_KEYS, collect, owned_name
+
+TEMPORARY = ".tmp"
+
+COLLECT_SECONDS = 60.0
+_collected: dict[Path, float] = {}
+
+
+class Folder:
+    """Keys are paths below one folder. Nothing is ever visible half-written under its key."""
+
+    def __init__(self, root: Path) -> None:
+        self._root = root
+        self.uri = "file://" + quote(str(root))
+
+    def in_place(self, key: str) -> Path | None:
+        """Where the files of a key prefix lie on this machine."""
+        return self._root / key
+
+    def sizes(self, prefix: str) -> dict[str, int]:
+        """Every key that begins with ``prefix``, with its size in bytes."""
+        found: dict[str, int] = {}
+        top = prefix.rpartition("/")[0]
+        with translated(self._root / top, "list"):
+            self._walk(top, found)
+        return {key: size for key, size in found.items() if key.startswith(prefix)}
+
+    def read(self, key: str, start: int, stop: int) -> bytes:
+        """Bytes ``start`` to ``stop``; fewer if the file ends before."""
+        with translated(self._root / key, "read"):
+            # Not blocking: a pipe would wait for a writer.
+            flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK
+            try:
+                file = os.open(self._root / key, flags)
+            except OSError as fault:
+                if fault.errno in {errno.ELOOP, errno.ENXIO}:  # a link, a socket
+                    raise self._no_file(key) from fault
+                raise
+            try:
+                if not stat.S_ISREG(os.fstat(file).st_mode):
+                    raise self._no_file(key)
+                return pread(file, start, stop)
+            finally:
+                os.close(file)
+
+    def create(self, key: str, body: bytes) -> None:
+        """Write a new key; ``AlreadyThere`` if it exists."""
+        path = self._root / key
+        with self._written(path, (body,)) as temporary:
+            # rename would replace; link is the one call that fails if the name is taken.
+            try:
+                os.link(temporary, path)
+            except FileExistsError as fault:
+                raise AlreadyThere("key_exists", place=str(path)) from fault
+
+    def write(self, key: str, body: bytes) -> None:
+        """Write a key, replacing what it held."""
+        path = self._root / key
+        with self._written(path, (body,)) as temporary:
+            try:
+                temporary.replace(path)
+            except IsADirectoryError as fault:
+                raise self._no_file(key) from fault
+
+    def move(self, file: Path, key: str) -> bool:
+        """Put a file of this machine under a key without copying it, if it is on this disk."""
+        path = self._root / key
+        with translated(path, "write"):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                file.rename(path)
+            except OSError as fault:
+                if fault.errno == errno.EXDEV:
+                    return False
+                raise
+        return True
+
+    def upload(self, key: str, size: int, chunks: Iterable[bytes]) -> None:  # noqa: ARG002
+        """Write a large file; if ``chunks`` raises, the key is as it was before."""
+        path = self._root / key
+        with self._written(path, chunks) as temporary:
+            temporary.replace(path)
+
+    @contextmanager
+    def _written(self, path: Path, chunks: Iterable[bytes]) -> Iterator[Path]:
+        """A complete temporary file on the same disk as ``path``, removed at the end."""
+        with translated(path, "write"):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            temporary = self._root / TEMPORARY / owned_name("key", "tmp")
+            temporary.parent.mkdir(exist_ok=True)
+            _collect_sometimes(temporary.parent)
+            try:
+                # Read-only from the start: readers map these files in place.
+                flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
+                with os.fdopen(os.open(temporary, flags, 0o444), "wb") as file:
+                    for chunk in chunks:
+                        file.write(chunk)
+                yield temporary
+            finally:
+                with suppress(OSError):
+                    temporary.unlink(missing_ok=True)
+
+    def _no_file(self, key: str) -> RecordRefused:
+        return RecordRefused("record_no_plain_file", place=str(self._root / key))
+
+    def _walk(self, top: str, found: dict[str, int]) -> None:
+        try:
+            entries = list(os.scandir(self._root / top))
+        except (FileNotFoundError, NotADirectoryError):
+            return  # as in S3: a prefix that nobody used has no keys
+        for entry in entries:
+            key = f"{top}/{entry.name}" if top else entry.name
+            if key == TEMPORARY:
+                continue
+            if entry.is_dir(follow_symlinks=False):
+                self._walk(key, found)
+            else:
+                with suppress(FileNotFoundError):  # deleted since it was listed
+                    found[key] = entry.stat(follow_symlinks=False).st_size
+
+
+def _collect_sometimes(folder: Path) -> None:
+    """Collect what killed runs left, at most once in ``COLLECT_SECONDS``."""
+    now = time.monotonic()
+    if now - _collected.get(folder, -COLLECT_SECONDS) >= COLLECT_SECONDS:
+        _collected[folder] = now
+        collect(folder, EARLIER_KEYS)
+
+
+def must_be_free(into: Path) -> None:
+    """Refuse a place that holds something.
+
+    Raises:
+        Refused: it is no folder, or not empty.
+    """
+    if into.is_symlink() or (into.exists() and not into.is_dir()):
+        raise Refused(f"{into} is not a folder. Name a folder that does not exist or is empty.")
+    if into.is_dir() and any(into.iterdir()):
+        raise Refused(f"{into} is not empty. Name a folder that does not exist or is empty.")

@@ -1,0 +1,447 @@
+"""The object store: a local folder or ``s3://bucket/prefix``, content-addressed, verified.
+
+::
+
+    <root>/artifacts/<sha256>/files/...       the files of one artifact
+    <root>/artifacts/<sha256>/manifest.json   written last; without it the artifact does not exist
+    <root>/<key>                              small records: the ledger, reports
+
+``manifest.py`` defines the manifest, ``chunks.py`` reads and hashes files, ``place.py`` is the
+protocol of a place for keys, ``folder.py`` and ``s3.py`` are its two implementations.
+"""
+
+import re
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import TypeVar
+
+from pydantic import ValidationError
+
+from compressors.contracts import Artifact, artifact_name
+from infra.bundle.json_limits import validated
+from infra.bundle.json_reader import short
+from infra.errors import (
+    AlreadyThere,
+    ArtifactDamaged,
+    ArtifactMissing,
+    InfraError,
+    RecordRefused,
+    Refused,
+)
+from infra.settings import shown
+from infra.store.chunks import checked_chunks, hashed, in_order, regular_files, sha256
+from infra.store.disk import translate
+from infra.store.folder import TEMPORARY, must_be_free
+from infra.store.manifest import (
+    CHUNK_BYTES,
+    MAX_MANIFEST_BYTES,
+    FileEntry,
+    StoreManifest,
+    plain_path,
+    root_of,
+)
+from infra.store.place import place_of
+from infra.store.temporary import drop_folder, folder_next_to
+
+__all__ = ["CHUNK_BYTES", "MAX_RECORD_BYTES", "FileEntry", "Store", "StoreManifest"]
+
+MAX_RECORD_BYTES = 16 * 2**20
+
+Checked = TypeVar("Checked")
+
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+
+
+class Store:
+    """Artifacts by content and small records by key, below one root.
+
+    Args:
+        root: a folder, ``file:///folder`` or ``s3://bucket/prefix``. Nothing is contacted or
+            created until something is read or written.
+        setting: where ``root`` came from, for the message.
+
+    Raises:
+        SettingRefused: ``root`` is none of these.
+
+    Every method that reaches the store may also raise ``StoreUnavailable`` (a retry may help)
+    or ``SettingRefused`` (credentials, bucket or permissions are wrong).
+    """
+
+    def __init__(self, root: str, setting: str = "RECPRESS_STORE") -> None:
+        self._place = place_of(root, setting)
+        self.root = self._place.uri
+
+    def put(self, folder: Path) -> Artifact:
+        """Store every regular file below ``folder``, unless the same content is there already.
+
+        Returns:
+            The artifact, named by its content.
+
+        Raises:
+            Refused: the folder is missing or empty, or holds a symlink or a device.
+            InfraError: a file changed while it was being stored. Nothing was stored.
+        """
+        manifest = StoreManifest.of(hashed(folder, regular_files(folder)))
+        if found := self.find(manifest.root):
+            return found
+        home = f"artifacts/{manifest.root}"
+        for entry in manifest.files:
+            key = f"{home}/files/{entry.path}"
+            self._place.upload(key, entry.bytes, checked_chunks(folder, entry))
+        # Losing to somebody who stored the same content is as good as winning.
+        with suppress(AlreadyThere):
+            self._place.create(f"{home}/manifest.json", manifest.model_dump_json().encode())
+        return self._named(manifest)
+
+    def take(self, folder: Path, manifest: StoreManifest) -> Artifact:
+        """Store files that were hashed while they were written, as ``Draft.seal`` left them.
+
+        Where the store lies on the same disk they are moved instead of copied; ``folder`` is
+        used up.
+
+        Raises:
+            InfraError: a file is not what its hashes say. Nothing was stored.
+        """
+        if found := self.find(manifest.root):
+            return found
+        home = f"artifacts/{manifest.root}"
+        for entry in manifest.files:
+            file, key = folder / entry.path, f"{home}/files/{entry.path}"
+            if not self._place.move(file, key):
+                self._place.upload(key, entry.bytes, checked_chunks(folder, entry))
+        with suppress(AlreadyThere):
+            self._place.create(f"{home}/manifest.json", manifest.model_dump_json().encode())
+        return self._named(manifest)
+
+    def find(self, sha256: str) -> Artifact | None:
+        """The artifact of this name, or None if it does not exist (or is not complete)."""
+        try:
+            return self._named(self._manifest(sha256))
+        except ArtifactMissing:
+            return None
+
+    def artifact(self, uri: str) -> Artifact:
+        """The artifact of this store that a URI names.
+
+        Only the hash counts, whatever root the URI begins with: a store may have been moved, and
+        contents are verified against the hash. Nothing outside this store is read.
+
+        Raises:
+            ArtifactMissing: there is no complete artifact under this name.
+            Refused: the URI is not of the form ``[<root>/]artifacts/<sha256>``.
+        """
+        name = _name_in(uri)
+        try:
+            return self._named(self._manifest(name))
+        except ArtifactMissing as fault:
+            if uri.startswith((f"{self.root}/", "artifacts/")):
+                raise
+            raise ArtifactMissing(
+                "artifact_in_other_store", uri=shown(uri), store=self.root
+            ) from fault
+
+    def uri_of(self, artifact: Artifact) -> str:
+        """The whole URI of an artifact in this store, for people and other programs."""
+        return f"{self.root}/artifacts/{artifact.sha256}"
+
+    def reference(self, artifact: Artifact) -> str:
+        """What to write down outside the store: a whole URI only if it names a bucket.
+
+        A folder may be moved, or mounted elsewhere, with all that refers to it.
+        """
+        return artifact.uri if self.folder is not None else self.uri_of(artifact)
+
+    @property
+    def folder(self) -> Path | None:
+        """The folder of this store, if it is on this machine."""
+        return self._place.in_place("")
+
+    def manifest(self, artifact: Artifact) -> StoreManifest:
+        """The files of an artifact, verified against its name.
+
+        Raises:
+            ArtifactMissing: it has no manifest, so for us it does not exist.
+            ArtifactDamaged: the manifest is not the one this name was made from.
+        """
+        if _name_in(artifact.uri) != artifact.sha256:
+            raise ArtifactDamaged("artifact_names_differ", uri=artifact.uri, sha256=artifact.sha256)
+        manifest = self._manifest(artifact.sha256)
+        if manifest.bytes != artifact.bytes:
+            raise ArtifactDamaged(
+                "artifact_size_differs",
+                uri=self.uri_of(artifact),
+                expected=artifact.bytes,
+                got=manifest.bytes,
+            )
+        return manifest
+
+    def get(self, artifact: Artifact, into: Path) -> Path:
+        """Copy an artifact's files to a folder, every chunk verified. All or nothing.
+
+        Args:
+            artifact: what to copy.
+            into: must not exist, or be an empty folder.
+
+        Raises:
+            ArtifactMissing, ArtifactDamaged: as ``manifest``; also a file or chunk is damaged.
+            Refused: ``into`` holds something already.
+        """
+        must_be_free(into)
+        manifest = self.manifest(artifact)
+        with folder_next_to(into) as partial:
+            self._copy(artifact, manifest, partial)
+            try:
+                partial.rename(into)  # replaces an empty folder, fails on any other
+            except OSError as fault:
+                must_be_free(into)
+                raise translate(fault, into, "write") from fault
+        return into
+
+    def local(self, artifact: Artifact, cache: Path) -> Path:
+        """A verified folder on this machine to memory-map; treat it as read-only.
+
+        For a folder store that is where the files lie, for S3 a copy at ``cache/<sha256>``,
+        verified again each time and fetched anew if it was damaged.
+        """
+        manifest = self.manifest(artifact)
+        place = self._place.in_place(self._files_of(artifact))
+        if place is not None:
+            self._verify(artifact, manifest, extra_refused=True)
+            return place
+        kept = cache / artifact.sha256
+        for _ in range(2):
+            if _is_intact(kept, manifest):
+                return kept
+            drop_folder(kept)
+            try:
+                return self.get(artifact, kept)
+            except Refused:
+                if not kept.exists():
+                    raise  # otherwise somebody else put the copy there meanwhile: look at it
+        raise InfraError(f"{kept} keeps changing. Is another program writing to the cache?")
+
+    def file(self, artifact: Artifact, path: str) -> bytes:
+        """One small file of an artifact, its own chunks verified; at most a manifest's size.
+
+        Raises:
+            ArtifactMissing, ArtifactDamaged: as ``manifest``; also there is no such file in it.
+        """
+        manifest = self.manifest(artifact)
+        entry = _entry(artifact, manifest, path)
+        if entry.bytes > MAX_MANIFEST_BYTES:
+            raise ArtifactMissing("artifact_file_large", uri=artifact.uri, path=path)
+        return b"".join(self._chunks(artifact, manifest.model_copy(update={"files": (entry,)})))
+
+    def chunks(self, artifact: Artifact, path: str) -> Iterator[bytes]:
+        """One file of an artifact in order and piece by piece, each piece verified.
+
+        Raises:
+            ArtifactMissing, ArtifactDamaged: as ``file``, whatever the size.
+        """
+        manifest = self.manifest(artifact)
+        entry = _entry(artifact, manifest, path)
+        return self._chunks(artifact, manifest.model_copy(update={"files": (entry,)}))
+
+    def create(self, key: str, body: bytes) -> None:
+        """Write a small record unless its key exists; atomic with its content.
+
+        Raises:
+            AlreadyThere: the key exists, also if somebody else won by a moment.
+        """
+        self._place.create(_record_key(key, body), body)
+
+    def read(self, key: str) -> bytes:
+        """A small record (up to 16 MiB).
+
+        Raises:
+            ArtifactMissing: there is no such key.
+        """
+        return self._whole(_checked_key(key), MAX_RECORD_BYTES)
+
+    def write(self, key: str, body: bytes) -> None:
+        """Write a small record, replacing what the key held; readers see the old or the new."""
+        self._place.write(_record_key(key, body), body)
+
+    def keys(self, prefix: str) -> tuple[str, ...]:
+        """Every key that begins with ``prefix``, relative to the root, sorted."""
+        return tuple(sorted(self.sizes(prefix)))
+
+    def sizes(self, prefix: str) -> dict[str, int]:
+        """The same with the size of each in bytes, in no order."""
+        if prefix:
+            _checked_key(prefix.rstrip("/"))
+        return self._place.sizes(prefix)
+
+    def checked(self, read: Callable[[], Checked]) -> Checked:
+        """Read something that is verified; once more if a bucket's answer is not what was written.
+
+        A byte that changed on the way is not damage in the store. What is damaged there is damaged
+        in the second answer as well.
+
+        Args:
+            read: reads and verifies; raises ``ArtifactDamaged``.
+        """
+        try:
+            return read()
+        except ArtifactDamaged:
+            if self.folder is not None:
+                raise
+        return read()
+
+    def upload(self, key: str, size: int, chunks: Iterable[bytes]) -> None:
+        """Write a file of any size under a key; if ``chunks`` raises, the key is as it was."""
+        self._place.upload(_record_key(key, b""), size, chunks)
+
+    def holds(self, key: str, entry: FileEntry, chunk_bytes: int = CHUNK_BYTES) -> bool:
+        """Whether a key holds exactly the bytes of this file; reads all of it."""
+        if self._place.sizes(_checked_key(key)).get(key) != entry.bytes:
+            return False
+        return all(
+            sha256(self._place.read(key, at * chunk_bytes, (at + 1) * chunk_bytes)) == wanted
+            for at, wanted in enumerate(entry.chunks)
+        )
+
+    def _named(self, manifest: StoreManifest) -> Artifact:
+        uri = f"artifacts/{manifest.root}"
+        return Artifact(uri=uri, sha256=manifest.root, bytes=manifest.bytes)
+
+    def _files_of(self, artifact: Artifact) -> str:
+        return f"artifacts/{artifact.sha256}/files"
+
+    def _manifest(self, name: str) -> StoreManifest:
+        if not _SHA256.fullmatch(name):
+            raise Refused(f"An artifact's name is 64 hex digits; found {short(name)}.")
+        return self.checked(lambda: self._read_manifest(name))
+
+    def _read_manifest(self, name: str) -> StoreManifest:
+        uri = f"{self.root}/artifacts/{name}"
+        try:
+            body = self._whole(f"artifacts/{name}/manifest.json", MAX_MANIFEST_BYTES)
+        except ArtifactMissing as fault:
+            raise ArtifactMissing("artifact_missing", uri=uri) from fault
+        try:
+            manifest = validated(StoreManifest, body, MAX_MANIFEST_BYTES)
+        except ValidationError as fault:
+            first = fault.errors()[0]
+            where = ".".join(str(part) for part in first["loc"])
+            problem = f"{where}: {first['msg']}"
+            raise ArtifactDamaged("manifest_unusable", uri=uri, problem=problem) from fault
+        except ValueError as fault:
+            raise ArtifactDamaged("manifest_unusable", uri=uri, problem=str(fault)) from fault
+        if not name == manifest.root == root_of(manifest.files, manifest.chunk_bytes):
+            raise ArtifactDamaged("manifest_changed", uri=uri)
+        return manifest
+
+    def _whole(self, key: str, limit: int) -> bytes:
+        body = self._place.read(key, 0, limit + 1)
+        if len(body) > limit:
+            raise RecordRefused("record_too_large", place=f"{self.root}/{key}", most_bytes=limit)
+        return body
+
+    def _verify(
+        self, artifact: Artifact, manifest: StoreManifest, *, extra_refused: bool = False
+    ) -> None:
+        self.checked(lambda: self._check_sizes(artifact, manifest, extra_refused=extra_refused))
+        for _ in self._chunks(artifact, manifest):
+            pass
+
+    def _copy(self, artifact: Artifact, manifest: StoreManifest, into: Path) -> None:
+        self.checked(lambda: self._check_sizes(artifact, manifest))
+        chunks = self._chunks(artifact, manifest)
+        for entry in manifest.files:
+            path = into / entry.path
+            try:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                with path.open("xb") as file:
+                    for _ in entry.chunks:
+                        file.write(next(chunks))
+            except OSError as fault:
+                raise translate(fault, path, "write") from fault
+
+    def _check_sizes(
+        self, artifact: Artifact, manifest: StoreManifest, *, extra_refused: bool = False
+    ) -> None:
+        """One listing finds missing, cut and lengthened files before any byte is read."""
+        below = self._files_of(artifact) + "/"
+        sizes = self._place.sizes(below)
+        for entry in manifest.files:
+            size = sizes.pop(below + entry.path, None)
+            if size is None:
+                raise ArtifactDamaged("file_absent", uri=self.uri_of(artifact), file=entry.path)
+            if size != entry.bytes:
+                raise ArtifactDamaged(
+                    "file_size_differs",
+                    uri=self.uri_of(artifact),
+                    file=entry.path,
+                    got=size,
+                    expected=entry.bytes,
+                )
+        if extra_refused and sizes:
+            raise ArtifactDamaged(
+                "file_unexpected",
+                uri=self.uri_of(artifact),
+                file=min(sizes).removeprefix(below),
+            )
+
+    def _chunks(self, artifact: Artifact, manifest: StoreManifest) -> Iterator[bytes]:
+        """All chunks of all files in order, each verified."""
+        below, step = self._files_of(artifact), manifest.chunk_bytes
+
+        def read(place: tuple[FileEntry, int]) -> bytes:
+            entry, index = place
+            start, stop = index * step, min((index + 1) * step, entry.bytes)
+            data = self._place.read(f"{below}/{entry.path}", start, stop)
+            if sha256(data) != entry.chunks[index]:
+                raise ArtifactDamaged(
+                    "chunk_differs",
+                    uri=self.uri_of(artifact),
+                    file=entry.path,
+                    chunk=index,
+                    start=start,
+                    stop=stop - 1,
+                )
+            return data
+
+        def one(place: tuple[FileEntry, int]) -> bytes:
+            return self.checked(lambda: read(place))
+
+        places = ((entry, at) for entry in manifest.files for at in range(len(entry.chunks)))
+        return in_order(one, places)
+
+
+def _name_in(uri: str) -> str:
+    name = artifact_name(uri)
+    if name is None:
+        raise Refused(f"Expected an artifact's URI, artifacts/<sha256>; got {shown(uri)}.")
+    return name
+
+
+def _entry(artifact: Artifact, manifest: StoreManifest, path: str) -> FileEntry:
+    entry = next((entry for entry in manifest.files if entry.path == path), None)
+    if entry is None:
+        raise ArtifactMissing("artifact_file_missing", uri=artifact.uri, path=path)
+    return entry
+
+
+def _checked_key(key: str) -> str:
+    try:
+        return plain_path(key)
+    except ValueError as fault:
+        raise Refused(f"A key of the store is a plain relative path: {fault}.") from fault
+
+
+def _record_key(key: str, body: bytes) -> str:
+    if key.partition("/")[0] in {"artifacts", TEMPORARY}:
+        raise Refused(f"{key!r} belongs to the store itself; records go elsewhere.")
+    if len(body) > MAX_RECORD_BYTES:
+        raise Refused(f"{key!r} has {len(body)} bytes; a record has at most {MAX_RECORD_BYTES}.")
+    return _checked_key(key)
+
+
+def _is_intact(folder: Path, manifest: StoreManifest) -> bool:
+    """Whether a cached copy is complete and unchanged; any trouble reading it means no."""
+    try:
+        return hashed(folder, regular_files(folder), manifest.chunk_bytes) == manifest.files
+    except (Refused, InfraError):
+        return False

@@ -1,0 +1,328 @@
+"""The object store in an S3 bucket, over s3fs. Endpoint and credentials are the AWS_* variables.
+
+s3fs is used as a client (its retries, sessions and credentials), not through its file objects:
+those commit a half-written file when their block is left by an exception, and cache listings.
+"""
+
+import logging
+import time
+import traceback
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import Any, TypeVar
+
+from infra.errors import (
+    AlreadyThere,
+    ArtifactMissing,
+    InfraError,
+    Refused,
+    SettingRefused,
+    StoreOutage,
+    StoreUnavailable,
+)
+from infra.store.chunks import in_order
+from infra.store.manifest import CHUNK_BYTES
+
+log = logging.getLogger(__name__)
+
+Answer = TypeVar("Answer")
+
+MAX_PARTS = 9_000  # S3 allows 10,000
+
+# A store that is down must say so within seconds; tasks retry on top of this.
+CONNECT_SECONDS = 3
+READ_SECONDS = 20
+ATTEMPTS = 3
+
+_PASSING = {
+    "BadDigest",
+    "ConditionalRequestConflict",
+    "IncompleteBody",
+    "NoSuchUpload",  # ours was ended by an answer that was lost, or its name was damaged on the way
+    "OperationAborted",
+    "RequestTimeout",
+    "SlowDown",
+    "XAmzContentSHA256Mismatch",
+}
+_PARSERS = {"botocore.parsers", "aiobotocore.parsers"}
+_MISSING = {"NoSuchBucket", "NoSuchKey"}
+_BY_STATUS = {401, 403, 412, 416}
+_CREDENTIALS = {"ExpiredToken", "InvalidToken", "TokenRefreshRequired"}
+
+
+class _Conflict(StoreOutage):
+    """Another create of the same key is under way."""
+
+
+class Bucket:
+    """Keys below one prefix of one bucket."""
+
+    def __init__(self, bucket: str, prefix: str) -> None:
+        self._bucket = bucket
+        self._prefix = f"{prefix}/" if prefix else ""
+        self.uri = f"s3://{bucket}/{prefix}".rstrip("/")
+
+    def in_place(self, key: str) -> Path | None:  # noqa: ARG002
+        """Nothing of a bucket lies on this machine."""
+        return None
+
+    def sizes(self, prefix: str) -> dict[str, int]:
+        """Every key that begins with ``prefix``, with its size in bytes."""
+        found: dict[str, int] = {}
+        more: dict[str, str] = {}
+        while True:
+            page = self._call("list_objects_v2", prefix, Prefix=self._prefix + prefix, **more)
+            for entry in page.get("Contents", ()):
+                if not entry["Key"].endswith("/"):  # some servers list folders as well
+                    found[entry["Key"].removeprefix(self._prefix)] = entry["Size"]
+            if not page.get("IsTruncated"):
+                return found
+            more = {"ContinuationToken": page["NextContinuationToken"]}
+
+    def read(self, key: str, start: int, stop: int) -> bytes:
+        """Bytes ``start`` to ``stop``; fewer if the object ends before."""
+        from fsspec.asyn import sync
+
+        def ask() -> bytes:
+            try:
+                return bytes(sync(self._files.loop, self._ranged, key, start, stop))
+            except _foreign() as fault:
+                if _answer(fault)[1] == 416:
+                    return b""
+                raise
+
+        return self._asked(ask, key, lambda fault: _broke_off(fault) or _is_strange(fault))
+
+    def create(self, key: str, body: bytes) -> None:
+        """Write a new key; ``AlreadyThere`` if it exists."""
+        for attempt in range(ATTEMPTS):
+            try:
+                self._call("put_object", key, Key=self._prefix + key, Body=body, IfNoneMatch="*")
+            except _Conflict:
+                # S3 answers so while another create of the key is under way, and asks to retry.
+                if attempt + 1 == ATTEMPTS:
+                    raise
+                time.sleep(0.1 * 2**attempt)
+            else:
+                return
+
+    def write(self, key: str, body: bytes) -> None:
+        """Write a key, replacing what it held."""
+        self._call("put_object", key, Key=self._prefix + key, Body=body)
+
+    def move(self, file: Path, key: str) -> bool:  # noqa: ARG002
+        """A file of this machine cannot be moved into a bucket."""
+        return False
+
+    def upload(self, key: str, size: int, chunks: Iterable[bytes]) -> None:
+        """Write a large object; if ``chunks`` raises, the key is as it was before."""
+        per_part = max(1, -(-size // (CHUNK_BYTES * MAX_PARTS)))
+        if size <= per_part * CHUNK_BYTES:
+            self.write(key, b"".join(chunks))
+            return
+        where: dict[str, Any] = {"Key": self._prefix + key}
+        where["UploadId"] = self._call("create_multipart_upload", key, **where)["UploadId"]
+
+        def send(part: tuple[int, bytes]) -> dict[str, Any]:
+            number, body = part
+            sent = self._call("upload_part", key, PartNumber=number, Body=body, **where)
+            return {"PartNumber": number, "ETag": sent["ETag"]}
+
+        try:
+            parts = list(in_order(send, enumerate(_grouped(chunks, per_part), start=1)))
+            self._call("complete_multipart_upload", key, MultipartUpload={"Parts": parts}, **where)
+        except BaseException:
+            # Parts of an open upload are invisible but paid for.
+            try:
+                self._call("abort_multipart_upload", key, **where)
+            except (InfraError, Refused) as fault:
+                log.warning("The unfinished upload of %s/%s stays behind: %s", self.uri, key, fault)
+            raise
+
+    @cached_property
+    def _files(self) -> Any:
+        import s3fs
+
+        files = s3fs.S3FileSystem(
+            anon=False,
+            skip_instance_cache=True,  # its cache does not know the AWS_* variables
+            use_listings_cache=False,
+            config_kwargs={
+                "connect_timeout": CONNECT_SECONDS,
+                "read_timeout": READ_SECONDS,
+                "retries": {"mode": "standard", "total_max_attempts": ATTEMPTS},
+            },
+        )
+        files.retries = 1  # botocore retries already; the product of both would be minutes
+        return files
+
+    def _call(self, method: str, name: str, **request: Any) -> Any:
+        def ask() -> Any:
+            return self._files.call_s3(method, Bucket=self._bucket, **request)
+
+        return self._asked(ask, name, _is_strange)
+
+    def _asked(
+        self, ask: Callable[[], Answer], name: str, asks_again: Callable[[BaseException], bool]
+    ) -> Answer:
+        """The answer to a request, made again after faults that botocore does not repeat."""
+        tried = 0
+        while True:
+            tried += 1
+            try:
+                return ask()
+            except _foreign() as fault:
+                if tried == ATTEMPTS or not asks_again(fault):
+                    raise self._translate(fault, name) from None
+
+    async def _ranged(self, key: str, start: int, stop: int) -> Any:
+        answer = await self._files._call_s3(
+            "get_object",
+            Bucket=self._bucket,
+            Key=self._prefix + key,
+            Range=f"bytes={start}-{stop - 1}",
+        )
+        body = answer["Body"]
+        try:
+            return await body.read()
+        finally:
+            body.close()
+
+    def _translate(self, fault: BaseException, name: str) -> Refused | InfraError:
+        """What an answer of the store, or its absence, means; the class says if retrying helps.
+
+        The store's own words are left out: some servers repeat the request in them, and a
+        request carries an access key. For the same reason its exception is no cause of ours.
+        """
+        code, status = _answer(fault)
+        at = f"{self.uri}/{name}"
+        if status == 412 or isinstance(fault, FileExistsError):
+            return AlreadyThere("key_exists", place=at)
+        if code == "NoSuchBucket":
+            return SettingRefused(
+                f"There is no bucket {self._bucket!r} at this endpoint. Create it, or correct "
+                "RECPRESS_STORE or AWS_ENDPOINT_URL."
+            )
+        if code == "NoSuchKey":  # a bare 404 comes from something that is no S3 server
+            return ArtifactMissing("file_missing", path=at)
+        if code in _PASSING or status >= 500:
+            kind = _Conflict if code == "ConditionalRequestConflict" else StoreOutage
+            return kind(
+                f"The object store answered {code} for {at}. Wait a little, then run again."
+            )
+        if code in _CREDENTIALS or status in {401, 403} or _lacks_credentials(fault):
+            return SettingRefused(
+                f"The object store refused the credentials for {at} ({code or 'none found'}). "
+                "Set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY (or AWS_PROFILE) to a key that "
+                f"may use bucket {self._bucket!r}, and check AWS_ENDPOINT_URL and the clock."
+            )
+        if _is_unreadable(fault) or (status == 404 and _is_from_s3(fault)):
+            return StoreUnavailable(
+                f"The object store's answer for {at} cannot be read. Run again."
+            )
+        if 300 <= status < 500 or not _is_silence(fault):
+            return SettingRefused(
+                f"The object store cannot be used for {at} ({code or type(fault).__name__}). "
+                "Check AWS_ENDPOINT_URL, AWS_DEFAULT_REGION and the bucket's name."
+            )
+        return StoreOutage(
+            f"The object store did not answer for {at} ({type(fault).__name__}). Start it or "
+            "check AWS_ENDPOINT_URL, then run again."
+        )
+
+
+def _grouped(chunks: Iterable[bytes], count: int) -> Iterator[bytes]:
+    group: list[bytes] = []
+    for chunk in chunks:
+        group.append(chunk)
+        if len(group) == count:
+            yield group[0] if count == 1 else b"".join(group)
+            group = []
+    if group:
+        yield b"".join(group)
+
+
+def _foreign() -> tuple[type[Exception], ...]:
+    """What s3fs and the libraries below it raise. Anything else is a fault of ours."""
+    from aiohttp import ClientError as HttpError
+    from botocore.exceptions import BotoCoreError, ClientError
+    from botocore.parsers import ResponseParserError
+
+    known = (BotoCoreError, ClientError, HttpError, OSError, ValueError, TimeoutError)
+    return (*known, ResponseParserError)
+
+
+def _is_silence(fault: BaseException) -> bool:
+    """Whether no (whole) answer came back, as opposed to a request that could not be made."""
+    from aiohttp import ClientError as HttpError
+    from botocore.exceptions import ConnectionError as Unconnected
+    from botocore.exceptions import HTTPClientError
+
+    return isinstance(fault, Unconnected | HTTPClientError | HttpError | OSError)
+
+
+def _is_unreadable(fault: BaseException) -> bool:
+    """Whether an answer came and could not be parsed, as opposed to an address without meaning."""
+    frames = traceback.walk_tb(fault.__traceback__)
+    return any(frame.f_globals.get("__name__") in _PARSERS for frame, _ in frames)
+
+
+def _response(fault: BaseException | None) -> Mapping[str, Any]:
+    """The store's answer as botocore read it; empty if there was none."""
+    from botocore.exceptions import ClientError
+
+    while fault is not None:
+        if isinstance(fault, ClientError):
+            response: Mapping[str, Any] = fault.response
+            return response
+        fault = fault.__cause__
+    return {}
+
+
+def _answer(fault: BaseException) -> tuple[str, int]:
+    """Error code and HTTP status of the store's answer; ``("", 0)`` if there was none."""
+    found = _response(fault)
+    status = found.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
+    return str(found.get("Error", {}).get("Code", "")), int(status)
+
+
+def _is_from_s3(fault: BaseException) -> bool:
+    """Whether a server that numbers its answers as S3 does gave the answer.
+
+    Its 404 has one of few codes; with another one its text was damaged on the way.
+    """
+    headers = _response(fault).get("ResponseMetadata", {}).get("HTTPHeaders", {})
+    return "x-amz-request-id" in headers
+
+
+def _is_strange(fault: BaseException) -> bool:
+    """Whether a refusal has an unknown code, so that it may have been damaged on the way.
+
+    botocore does not repeat such a request. A server that is no S3 store answers the same again.
+    """
+    code, status = _answer(fault)
+    known = code in _PASSING | _MISSING | _CREDENTIALS or status in _BY_STATUS
+    return 400 <= status < 500 and not known
+
+
+def _broke_off(fault: BaseException) -> bool:
+    """Whether the answer began but its body ended early, which botocore does not retry."""
+    from aiohttp import ClientPayloadError
+    from botocore.exceptions import IncompleteReadError, ResponseStreamingError
+
+    return isinstance(fault, ClientPayloadError | IncompleteReadError | ResponseStreamingError)
+
+
+def _lacks_credentials(fault: BaseException) -> bool:
+    from botocore.exceptions import (
+        CredentialRetrievalError,
+        NoCredentialsError,
+        PartialCredentialsError,
+        ProfileNotFound,
+    )
+
+    return isinstance(
+        fault,
+        NoCredentialsError | PartialCredentialsError | CredentialRetrievalError | ProfileNotFound,
+    )

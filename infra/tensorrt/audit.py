@@ -1,0 +1,261 @@
+"""What a TensorRT engine must prove before it is accepted; needs no GPU and no TensorRT.
+
+*Weights.* The builder logs the bytes of weights the engine holds. If they exceed what the plan
+packed, something was widened: a table, a scale, a dense layer.
+
+*Sparsity.* Whether layers with 2:4 zeros run on sparse kernels is the builder's choice, by time.
+Its log says it, and where none does the order is told that it did not pay.
+
+*Scratch.* A table that is widened before its Gather is written, whole, into scratch memory at
+every call. So scratch memory that is smaller than one fp16 copy of the table proves it is not.
+A twin of the graph with half the rows is built as well: its scratch must be the same.
+"""
+
+import math
+import re
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Literal
+
+from infra.errors import BuildRefused
+from infra.tensorrt.engines import TableWeights
+
+if TYPE_CHECKING:
+    import onnx
+
+TWIN_ROWS = 200_000
+"""Tables with fewer rows get no twin: below, other scratch memory hides what a table adds."""
+
+GROWTH = 0.1
+"""Share of the smallest cut table's removed bytes by which the two scratch sizes may differ.
+
+Measured: flat graphs differ by exactly 0, a materialised table by 1.3 to 1.9 times
+what was removed.
+"""
+
+WIDENED = 1.1
+WIDENED_BYTES = 64 * 1024
+"""Weights may be ``packed * WIDENED + WIDENED_BYTES``.
+
+Measured with TensorRT-RTX 1.7: packed + 2.5 KB for int8, int4 and fp16 tables and for int8 and
+fp16 dense layers from 0.3 KB to 13 MB. The constant is for the padding of many small tensors, the
+10 % for builders that were never measured. The cheapest widening that changes a whole model, fp16
+scales folded to fp32, adds 11 % to int8 rows of 16 and more to anything smaller.
+"""
+
+_WIDE_BYTES = 2  # the narrowest type a table can be widened to
+_SCRATCH = re.compile(r"\b(?:Max|Total) Scratch Memory:\s*(\d+)")
+_WEIGHTS = re.compile(r"\bTotal Weights Memory:\s*(\d+)")
+
+# Up to TensorRT 9 names, from 10 on numbers with names behind them in verbose logs.
+_ELIGIBLE = (
+    re.compile(r"\(Sparsity\) Layers eligible for sparse math:(?P<names>.*)"),
+    re.compile(r"\(Sparsity\) Found (?P<count>\d+) layer\(s\) eligible to use sparse tactics"),
+)
+_PICKED = (
+    re.compile(r"\(Sparsity\) .*picked sparse implementation for layers:(?P<names>.*)"),
+    re.compile(r"\(Sparsity\) Chose (?P<count>\d+) layer\(s\) using sparse tactics"),
+)
+
+Sparsity = tuple[Literal["picked", "did not pay", "not told"] | None, str | None]
+Scratch = tuple[Literal["flat", "grows", "not checkable"], str, tuple[str, ...]]
+
+
+def log_bytes(messages: Sequence[str], version: str) -> tuple[int, int]:
+    """Scratch and weights bytes of the engine, from the builder's log.
+
+    Raises:
+        BuildRefused: this version does not log them, so nothing can be audited.
+    """
+    found = []
+    for name, pattern in (("Max Scratch Memory", _SCRATCH), ("Total Weights Memory", _WEIGHTS)):
+        values = [int(hit.group(1)) for text in messages for hit in pattern.finditer(text)]
+        if not values:
+            raise BuildRefused(
+                f"the log of TensorRT {version} has no line {name!r}, so the engine cannot be "
+                "audited. Use a version named in docs/tensorrt.md."
+            )
+        found.append(max(values))
+    return found[0], found[1]
+
+
+def check_weights(weights_bytes: int, packed_bytes: int, constant_bytes: dict[str, int]) -> None:
+    """Refuse an engine that holds more bytes of weights than the plan packed.
+
+    Raises:
+        BuildRefused: something was widened.
+    """
+    limit = int(packed_bytes * WIDENED) + WIDENED_BYTES
+    if weights_bytes > limit:
+        parts = ", ".join(f"{kind} {size:,}" for kind, size in sorted(constant_bytes.items()))
+        raise BuildRefused(
+            f"the engine holds {weights_bytes:,} bytes of weights; the plan packed "
+            f"{packed_bytes:,} and at most {limit:,} are allowed, so something was widened. The "
+            f"graph's constants by type: {parts}."
+        )
+
+
+def find_tables(
+    model: "onnx.ModelProto", tables: Sequence[TableWeights]
+) -> dict[str, list["onnx.TensorProto"]]:
+    """The initializers of every table, by module.
+
+    Raises:
+        BuildRefused: the graph lacks one, or its first dimension does not fit the table's rows.
+    """
+    stored = {tensor.name: tensor for tensor in model.graph.initializer}
+    found: dict[str, list[onnx.TensorProto]] = {}
+    for table in tables:
+        for name in table.initializers:
+            if name not in stored:
+                raise BuildRefused(
+                    f"table {table.module!r} should lie in initializer {name!r}, which the graph "
+                    "does not have; the audit cannot find the table."
+                )
+            shape, wanted = list(stored[name].dims), table.entries(name, table.rows)
+            if wanted is not None and (not shape or shape[0] != wanted):
+                raise BuildRefused(
+                    f"initializer {name!r} of table {table.module!r} should have {wanted} "
+                    f"rows; its shape is {shape}."
+                )
+            found.setdefault(table.module, []).append(stored[name])
+    return found
+
+
+def widened_bytes(tensors: Sequence["onnx.TensorProto"]) -> int:
+    """Bytes of one whole fp16 copy of a table: its largest initializer, 2 bytes an element."""
+    return max(_elements(tensor) for tensor in tensors) * _WIDE_BYTES
+
+
+def halve(model: "onnx.ModelProto", tables: Sequence[TableWeights]) -> int | None:
+    """Cut every table with ``TWIN_ROWS`` rows or more to half its rows, in place.
+
+    External data stays where it is: rows lie one after the other, so only the length changes.
+
+    Returns:
+        Bytes removed from the table that lost least; None if no table is large enough.
+    """
+    large = [table for table in tables if table.rows >= TWIN_ROWS]
+    found = find_tables(model, large)
+    # A shared table may be named twice; it is cut once.
+    cut: dict[str, int] = {}
+    removed = []
+    for table in large:
+        together = math.lcm(*(every for every in table.every.values() if every))
+        kept = table.rows // (4 * together) * 2 * together
+        for tensor in found[table.module]:
+            entries = table.entries(tensor.name, kept)
+            if tensor.name not in cut:
+                cut[tensor.name] = 0 if entries is None else _cut(tensor, entries)
+        removed.append(sum(cut[tensor.name] for tensor in found[table.module]))
+    del model.graph.value_info[:]  # shapes of the uncut graph
+    return min(removed, default=None)
+
+
+def judge_scratch(
+    scratch_bytes: int,
+    twin_bytes: int | None,
+    removed_bytes: int | None,
+    widened: dict[str, int],
+) -> Scratch:
+    """Say whether scratch memory depends on the rows, why, and for which tables that is proven.
+
+    Args:
+        scratch_bytes: of the engine.
+        twin_bytes: of the twin with half the rows; None if no table is large enough for one.
+        removed_bytes: what ``halve`` returned.
+        widened: bytes of a whole fp16 copy per table.
+    """
+    proven = tuple(sorted(name for name, size in widened.items() if size > scratch_bytes))
+    if twin_bytes is not None and removed_bytes is not None:
+        growth = abs(scratch_bytes - twin_bytes)
+        if growth > GROWTH * removed_bytes:
+            return (
+                "grows",
+                f"a table is widened before its Gather: scratch memory is {scratch_bytes:,} bytes, "
+                f"and {twin_bytes:,} with half the rows. Gather the rows first, then widen them.",
+                (),
+            )
+    if not widened:
+        return "not checkable", "the model has no table", ()
+    largest = max(widened, key=lambda name: widened[name])
+    if largest not in proven:
+        return (
+            "not checkable",
+            f"the largest table {largest!r} takes {widened[largest]:,} bytes as fp16, which the "
+            f"{scratch_bytes:,} bytes of scratch memory for activations could hide",
+            proven,
+        )
+    reason = f"{scratch_bytes:,} bytes, less than an fp16 copy of {largest!r}"
+    if twin_bytes is not None:
+        reason += f"; {twin_bytes:,} with half the rows"
+    return "flat", reason, proven
+
+
+def judge_sparsity(messages: Sequence[str], ordered: int, version: str) -> Sparsity:
+    """What came of layers with 2:4 zeros, by the builder's log: an outcome and its reason.
+
+    Args:
+        messages: the builder's log.
+        ordered: how many layers have such zeros.
+        version: of TensorRT.
+    """
+    if not ordered:
+        return None, None
+    eligible, picked = _counted(messages, _ELIGIBLE), _counted(messages, _PICKED)
+    if eligible is None or picked is None:
+        return "not told", (
+            f"{ordered} layers have 2:4 zeros; the log of TensorRT {version} does not say which "
+            "would run on sparse kernels. Builders without a GPU leave that to where the engine "
+            "runs: measure it there, against the dense model"
+        )
+    if picked:
+        return "picked", f"{picked} of {ordered} layers with 2:4 zeros run on sparse kernels"
+    why = "dense kernels were faster for all" if eligible else "none was eligible"
+    return "did not pay", (
+        f"of {ordered} layers with 2:4 zeros {eligible} were eligible for sparse kernels and none "
+        f"runs on one: {why}"
+    )
+
+
+def _counted(messages: Sequence[str], patterns: Sequence[re.Pattern[str]]) -> int | None:
+    """How many layers the last such line speaks of: there is one each time tactics are chosen."""
+    found = None
+    for text in messages:
+        for pattern in patterns:
+            for hit in pattern.finditer(text):
+                told = hit.groupdict()
+                if "count" in told:
+                    found = int(told["count"])
+                else:
+                    found = sum(bool(name.strip()) for name in told["names"].split(","))
+    return found
+
+
+def _elements(tensor: "onnx.TensorProto") -> int:
+    count = 1
+    for size in tensor.dims:
+        count *= size
+    return count
+
+
+def _cut(tensor: "onnx.TensorProto", rows: int) -> int:
+    """Keep the first ``rows`` (even, so that 4-bit rows end on a byte); return bytes removed."""
+    import onnx
+    from onnx import numpy_helper
+
+    external = {entry.key: entry for entry in tensor.external_data}
+    outside = tensor.data_location == onnx.TensorProto.EXTERNAL
+    if not outside and not tensor.raw_data:  # values in a typed field: rewrite as raw bytes
+        tensor.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(tensor), tensor.name))
+    if outside and "length" not in external:
+        raise BuildRefused(f"external initializer {tensor.name!r} does not say its length.")
+    before = int(external["length"].value) if outside else len(tensor.raw_data)
+    whole = _elements(tensor)
+    bits = round(8 * before / whole)
+    tensor.dims[0] = rows
+    after = _elements(tensor) * bits // 8
+    if outside:
+        external["length"].value = str(after)
+    else:
+        tensor.raw_data = tensor.raw_data[:after]
+    return before - after

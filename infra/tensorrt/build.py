@@ -1,0 +1,290 @@
+"""The child process that builds an engine: the only file that calls TensorRT.
+
+Started by ``infra.tensorrt.engines.build_engine``. Strongly typed networks only: the graph sets
+the precision (casts, Q/DQ), never a builder flag; the one flag that is set allows sparse kernels.
+TensorRT 10 needs strong types said when the network is created; 11 and RTX accept the same flag.
+
+Variables that hold a TensorRT object are always called builder, network, parser, config, profile,
+layer, tensor or fault and are never chained: a test reads this file and holds every attribute
+against ``infra.tensorrt.engines.NAMES``.
+"""
+
+import ctypes
+import hashlib
+import time
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+from infra.child import serve
+from infra.errors import BuildRefused
+from infra.tensorrt.audit import (
+    check_weights,
+    find_tables,
+    halve,
+    judge_scratch,
+    judge_sparsity,
+    log_bytes,
+    widened_bytes,
+)
+from infra.tensorrt.engines import FILES, BuildRequest, Engine, EngineAudit, Profile, load
+
+_TYPES = {  # TensorRT's name -> ours, bits
+    "FLOAT": ("fp32", 32),
+    "HALF": ("fp16", 16),
+    "BF16": ("bf16", 16),
+    "FP8": ("fp8", 8),
+    "FP4": ("fp4", 4),
+    "E8M0": ("e8m0", 8),
+    "INT4": ("int4", 4),
+    "INT8": ("int8", 8),
+    "UINT8": ("uint8", 8),
+    "INT32": ("int32", 32),
+    "INT64": ("int64", 64),
+    "BOOL": ("bool", 8),
+}
+_CUDA_MAJOR, _CUDA_MINOR = 75, 76  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_*
+
+
+@dataclass(frozen=True)
+class Built:
+    """An engine in memory, what its builder logged, and what its network was made of."""
+
+    plan: memoryview
+    messages: list[str]
+    layer_types: dict[str, int]
+    constant_bytes: dict[str, int]
+    seconds: float
+
+
+class Said:
+    """What TensorRT logged; printed too (stdout is the child's log), except its verbose lines."""
+
+    def __init__(self) -> None:
+        self.messages: list[str] = []
+        self.errors: list[str] = []
+
+    def add(self, severity: str, text: str) -> None:
+        """Take one message."""
+        self.messages.append(text)
+        if severity in ("ERROR", "INTERNAL_ERROR"):
+            self.errors.append(text)
+        if severity != "VERBOSE":
+            print(f"[{severity}] {text}")  # noqa: T201
+
+    @property
+    def reason(self) -> str:
+        """What went wrong, in TensorRT's words: the first errors name the cause."""
+        return " ".join(self.errors[:3]) or "it gave no reason."
+
+
+def engine_from_onnx(trt: Any, request: BuildRequest, model: bytes | None = None) -> Built:
+    """Build from ``request.onnx``, or from ``model`` with its external data beside that file.
+
+    Raises:
+        BuildRefused: no builder here, or it does not accept the graph, the profiles or both.
+    """
+    said = Said()
+    logger = _logger(trt, said)
+    version = trt.__version__
+    try:
+        builder = trt.Builder(logger)
+    except TypeError as fault:  # the factory returned nothing: no driver, no device
+        raise BuildRefused(
+            f"TensorRT {version} has no builder on this machine: {said.reason} The datacenter "
+            "builder needs a GPU like the one that will serve the engine."
+        ) from fault
+    network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
+    parser = trt.OnnxParser(network, logger)
+    if model is None:
+        parsed = parser.parse_from_file(request.onnx)
+    else:
+        parsed = parser.parse(model, request.onnx)
+    if not parsed:
+        raise BuildRefused(f"TensorRT {version} refuses the graph: {_parse_errors(parser)}")
+    layer_types, constant_bytes = _census(trt, network)
+    config = builder.create_builder_config()
+    if request.workspace_bytes is not None:
+        config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, request.workspace_bytes)
+    if request.sparse_layers:
+        config.set_flag(trt.BuilderFlag.SPARSE_WEIGHTS)
+    if request.profiles or _open_inputs(network):
+        profile = builder.create_optimization_profile()
+        for shapes in _fitting(network, request.profiles):
+            profile.set_shape(shapes.input, shapes.low, shapes.best, shapes.high)
+        if config.add_optimization_profile(profile) < 0:
+            raise BuildRefused(f"TensorRT {version} refuses the profiles: {said.reason}")
+    start = time.monotonic()
+    plan = builder.build_serialized_network(network, config)
+    seconds = time.monotonic() - start
+    if plan is None:
+        raise BuildRefused(f"TensorRT {version} built no engine: {said.reason}")
+    return Built(memoryview(plan), said.messages, layer_types, constant_bytes, seconds)
+
+
+def build(job: dict[str, Any]) -> dict[str, Any]:
+    """Build, audit, and only then write the engine.
+
+    Raises:
+        BuildRefused: it cannot be built from this graph, or failed its audit.
+    """
+    import onnx
+
+    request = BuildRequest.model_validate(job["request"])
+    folder = Path(job["folder"])
+    trt = load(request.target)
+    if not Path(request.onnx).is_file():
+        raise BuildRefused(f"there is no ONNX file {request.onnx}.")
+
+    built = engine_from_onnx(trt, request)
+    scratch_bytes, weights_bytes = log_bytes(built.messages, trt.__version__)
+    check_weights(weights_bytes, request.packed_bytes, built.constant_bytes)
+
+    model = onnx.load(request.onnx, load_external_data=False)
+    widened = {
+        name: widened_bytes(tensors) for name, tensors in find_tables(model, request.tables).items()
+    }
+    removed_bytes = halve(model, request.tables)
+    twin_bytes = None
+    if removed_bytes is not None:
+        print("--- the twin with half the rows ---")  # noqa: T201
+        twin = engine_from_onnx(trt, request, model.SerializeToString())
+        twin_bytes, _ = log_bytes(twin.messages, trt.__version__)
+    scratch, reason, checked = judge_scratch(scratch_bytes, twin_bytes, removed_bytes, widened)
+    if scratch == "grows":
+        raise BuildRefused(reason)
+
+    sparsity, sparsity_reason = judge_sparsity(
+        built.messages, len(request.sparse_layers), trt.__version__
+    )
+
+    path = folder / FILES[request.target]
+    path.write_bytes(built.plan)
+    engine = Engine(
+        path=str(path),
+        bytes=built.plan.nbytes,
+        sha256=hashlib.sha256(built.plan).hexdigest(),
+        target=request.target,
+        version=trt.__version__,
+        seconds=built.seconds,
+        audit=EngineAudit(
+            scratch=scratch,
+            scratch_reason=reason,
+            scratch_bytes=scratch_bytes,
+            twin_scratch_bytes=twin_bytes,
+            tables_checked=checked,
+            weights_bytes=weights_bytes,
+            packed_bytes=request.packed_bytes,
+            layer_types=built.layer_types,
+            constant_bytes=built.constant_bytes,
+            sparsity=sparsity,
+            sparsity_reason=sparsity_reason,
+        ),
+        capability=compute_capability() if request.target == "tensorrt" else None,
+    )
+    return engine.model_dump(mode="json")
+
+
+def compute_capability() -> str | None:
+    """That of the first visible CUDA device, such as ``8.9``; None without a driver."""
+    try:
+        cuda = ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return None
+    device, major, minor = ctypes.c_int(), ctypes.c_int(), ctypes.c_int()
+    failed = (  # every call returns 0 when it worked
+        cuda.cuInit(0)
+        or cuda.cuDeviceGet(ctypes.byref(device), 0)
+        or cuda.cuDeviceGetAttribute(ctypes.byref(major), _CUDA_MAJOR, device)
+        or cuda.cuDeviceGetAttribute(ctypes.byref(minor), _CUDA_MINOR, device)
+    )
+    if failed:
+        return None
+    return f"{major.value}.{minor.value}"
+
+
+def _logger(trt: Any, said: Said) -> Any:
+    class Logger(trt.ILogger):  # type: ignore[misc]  # a native class without type information
+        def __init__(self) -> None:
+            # Not super(): pybind11 checks that the native constructor itself was called.
+            trt.ILogger.__init__(self)
+
+        def log(self, severity: Any, msg: str) -> None:
+            said.add(severity.name, msg)
+
+    return Logger()
+
+
+def _parse_errors(parser: Any) -> str:
+    """Every node the parser refused, and why; the first three in full."""
+    lines = []
+    for index in range(parser.num_errors):
+        fault = parser.get_error(index)
+        name, operator, at = fault.node_name(), fault.node_operator(), fault.node()
+        lines.append(f"node {name or f'number {at}'!r} ({operator}): {fault.desc()}")
+    more = f" And {len(lines) - 3} more." if len(lines) > 3 else ""
+    return (" ".join(lines[:3]) or "it gave no reason.") + more
+
+
+def _census(trt: Any, network: Any) -> tuple[dict[str, int], dict[str, int]]:
+    """Layer outputs per type, and bytes of constants per type, of a parsed network."""
+    outputs: Counter[str] = Counter()
+    constants: Counter[str] = Counter()
+    for index in range(network.num_layers):
+        layer = network.get_layer(index)
+        for place in range(layer.num_outputs):
+            tensor = layer.get_output(place)
+            kind = tensor.dtype
+            if kind.name not in _TYPES:
+                raise BuildRefused(f"layer {index} gives out {kind.name}, a type unknown here.")
+            name, bits = _TYPES[kind.name]
+            outputs[name] += 1
+            if layer.type == trt.LayerType.CONSTANT:
+                constants[name] += (prod(tensor.shape) * bits + 7) // 8
+    return dict(outputs), dict(constants)
+
+
+def _inputs(network: Any) -> dict[str, tuple[int, ...]]:
+    shapes = {}
+    for index in range(network.num_inputs):
+        tensor = network.get_input(index)
+        shapes[tensor.name] = tuple(tensor.shape)
+    return shapes
+
+
+def _open_inputs(network: Any) -> list[str]:
+    return [name for name, shape in _inputs(network).items() if -1 in shape]
+
+
+def _fitting(network: Any, profiles: Sequence[Profile]) -> Sequence[Profile]:
+    """The profiles, once they are known to be those the network needs."""
+    inputs = _inputs(network)
+    named = {shapes.input for shapes in profiles}
+    if missing := sorted(set(_open_inputs(network)) - named):
+        raise BuildRefused(
+            f"input(s) {', '.join(missing)} have dimensions that vary and need a profile each."
+        )
+    for shapes in profiles:
+        if shapes.input not in inputs:
+            raise BuildRefused(
+                f"the profile of {shapes.input!r} fits no input; the graph has {sorted(inputs)}."
+            )
+        wanted = inputs[shapes.input]
+        fits = len(wanted) == len(shapes.low) and all(
+            size == low == high
+            for size, low, high in zip(wanted, shapes.low, shapes.high, strict=True)
+            if size != -1
+        )
+        if not fits:
+            raise BuildRefused(
+                f"the profile of {shapes.input!r} runs from {shapes.low} to {shapes.high}; the "
+                f"graph's input has shape {wanted} (-1 varies)."
+            )
+    return profiles
+
+
+if __name__ == "__main__":
+    serve(build)

@@ -1,0 +1,213 @@
+"""Engines of TensorRT 10 / 11 and TensorRT-RTX, built and audited in a child process.
+
+Both flavours share one API, and one code path builds both (``infra/tensorrt/build.py``, the only
+file that touches it). What an engine must prove is in ``infra/tensorrt/audit.py``; what was never
+executed is in ``docs/tensorrt.md``.
+"""
+
+import importlib
+import json
+from pathlib import Path
+from types import ModuleType
+from typing import Literal, Self
+
+from pydantic import Field, model_validator
+
+from compressors.contracts import Frozen, Sha256
+from infra.child import run_child
+from infra.errors import BuildRefused
+
+Target = Literal["tensorrt", "tensorrt-rtx"]
+
+MODULES: dict[str, tuple[str, ...]] = {
+    "tensorrt": ("tensorrt",),
+    # The metapackage gives the first name, its two parts installed alone the second.
+    "tensorrt-rtx": ("tensorrt_rtx", "tensorrt_rtx_bindings"),
+}
+"""Where each flavour is imported from, in this order."""
+
+FILES = {"tensorrt": "model.plan", "tensorrt-rtx": "model.engine"}
+
+NAMES: tuple[str, ...] = (
+    "__version__",
+    "ILogger",
+    "Builder",
+    "Builder.create_network",
+    "Builder.create_builder_config",
+    "Builder.create_optimization_profile",
+    "Builder.build_serialized_network",
+    "NetworkDefinitionCreationFlag",
+    "NetworkDefinitionCreationFlag.STRONGLY_TYPED",
+    "OnnxParser",
+    "OnnxParser.parse_from_file",
+    "OnnxParser.parse",
+    "OnnxParser.num_errors",
+    "OnnxParser.get_error",
+    "ParserError.desc",
+    "ParserError.node",
+    "ParserError.node_name",
+    "ParserError.node_operator",
+    "INetworkDefinition.num_inputs",
+    "INetworkDefinition.get_input",
+    "INetworkDefinition.num_layers",
+    "INetworkDefinition.get_layer",
+    "ILayer.type",
+    "ILayer.num_outputs",
+    "ILayer.get_output",
+    "ITensor.name",
+    "ITensor.shape",
+    "ITensor.dtype",
+    "LayerType",
+    "LayerType.CONSTANT",
+    "IOptimizationProfile.set_shape",
+    "IBuilderConfig.add_optimization_profile",
+    "IBuilderConfig.set_memory_pool_limit",
+    "IBuilderConfig.set_flag",
+    "BuilderFlag",
+    "BuilderFlag.SPARSE_WEIGHTS",
+    "MemoryPoolType",
+    "MemoryPoolType.WORKSPACE",
+)
+"""Every name of TensorRT's Python API that is used: the same in 10, 11 and RTX.
+
+Tests hold it against the real binding wheels, and the code against it.
+"""
+
+
+class Profile(Frozen):
+    """The shapes one graph input may take: smallest, the one to be fastest at, largest."""
+
+    input: str
+    low: tuple[int, ...]
+    best: tuple[int, ...]
+    high: tuple[int, ...]
+
+    @model_validator(mode="after")
+    def _in_order(self) -> Self:
+        if not len(self.low) == len(self.best) == len(self.high):
+            raise ValueError(f"profile of {self.input!r} mixes shapes of different rank")
+        steps = zip(self.low, self.best, self.high, strict=True)
+        if not all(0 <= low <= best <= high for low, best, high in steps):
+            raise ValueError(f"profile of {self.input!r} needs 0 <= low <= best <= high")
+        return self
+
+
+class TableWeights(Frozen):
+    """The ONNX initializers one table became.
+
+    The first dimension of each is the table's rows, but for those that ``every`` names: there so
+    many rows share one entry, or, with 0, the tensor belongs to the whole table.
+    """
+
+    module: str
+    rows: int = Field(ge=1)
+    initializers: tuple[str, ...] = Field(min_length=1)
+    every: dict[str, int] = Field(default_factory=dict)
+
+    def entries(self, name: str, rows: int) -> int | None:
+        """The first dimension of an initializer for so many rows; None if it does not depend."""
+        every = self.every.get(name, 1)
+        return -(-rows // every) if every else None
+
+
+class BuildRequest(Frozen):
+    """What is to be built. ``packed_bytes`` is what the plan says all weights take.
+
+    ``sparse_layers`` are dense layers with two zeros among every four inputs: with any of them the
+    builder may take sparse kernels, where it finds them faster.
+    """
+
+    target: Target
+    onnx: str = Field(description="Path; external data lies beside it.")
+    profiles: tuple[Profile, ...] = ()
+    tables: tuple[TableWeights, ...] = ()
+    sparse_layers: tuple[str, ...] = ()
+    workspace_bytes: int | None = Field(None, ge=0)
+    packed_bytes: int = Field(ge=0)
+    seconds: float = Field(gt=0, description="Limit for building and auditing together.")
+
+
+class EngineAudit(Frozen):
+    """What the builder's own log and network say about the engine.
+
+    ``layer_types`` counts layer outputs per type, ``constant_bytes`` the parsed network's
+    constants per type (before the builder folds any). ``tables_checked`` are the tables whose
+    widened copy could not have fitted into the scratch memory. ``sparsity`` says what came of
+    layers with 2:4 zeros; None where there are none.
+    """
+
+    scratch: Literal["flat", "grows", "not checkable"]
+    scratch_reason: str
+    scratch_bytes: int | None
+    twin_scratch_bytes: int | None = None
+    tables_checked: tuple[str, ...] = ()
+    weights_bytes: int | None
+    packed_bytes: int
+    layer_types: dict[str, int]
+    constant_bytes: dict[str, int]
+    sparsity: Literal["picked", "did not pay", "not told"] | None = None
+    sparsity_reason: str | None = None
+
+
+class Engine(Frozen):
+    """A built engine that passed its audit.
+
+    ``capability`` is the compute capability it was built on; None for a portable RTX engine.
+    """
+
+    path: str
+    bytes: int = Field(ge=1)
+    sha256: Sha256
+    target: Target
+    version: str
+    seconds: float
+    audit: EngineAudit
+    capability: str | None = None
+
+
+def load(target: str) -> ModuleType:
+    """Import the flavour of TensorRT that builds for a target.
+
+    Raises:
+        BuildRefused: none of its modules can be imported; names the extra to install.
+    """
+    reasons = []
+    for name in MODULES[target]:
+        try:
+            return importlib.import_module(name)
+        except (ImportError, OSError) as fault:  # OSError: bindings without their libraries
+            reasons.append(f"{name}: {fault}")
+    raise BuildRefused(
+        f"target {target!r} needs TensorRT, which cannot be imported here ({'; '.join(reasons)}). "
+        f"Run: pip install 'recpress[{target}]'"
+    )
+
+
+def available(target: str) -> str | None:
+    """The version of TensorRT that would build for this target, or None if not importable."""
+    try:
+        return str(load(target).__version__)
+    except BuildRefused:
+        return None
+
+
+def build_engine(request: BuildRequest, folder: Path) -> Engine:
+    """Build an engine from an ONNX graph, audit it, and write it into ``folder``.
+
+    Leaves ``model.engine`` (RTX) or ``model.plan`` and ``build.json`` (request and result) only
+    if the audit passed; ``child.log`` holds the builder's log either way.
+
+    Raises:
+        BuildRefused: TensorRT is not installed, does not accept the graph, or the engine failed
+            its audit.
+        ChildFailed: the time limit passed, or the builder crashed.
+    """
+    load(request.target)
+    for stale in (*FILES.values(), "build.json"):
+        (folder / stale).unlink(missing_ok=True)
+    job = {"request": request.model_dump(mode="json"), "folder": str(folder.absolute())}
+    answer = run_child("infra.tensorrt.build", job, folder, request.seconds)
+    engine = Engine.model_validate(answer)
+    record = {"request": job["request"], "engine": answer}
+    (folder / "build.json").write_text(json.dumps(record, indent=2), encoding="utf-8")
+    return engine

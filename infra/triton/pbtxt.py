@@ -1,0 +1,111 @@
+"""Protocol buffers as text: a writer for what a Triton configuration needs, and no reader.
+
+A message is a mapping from field names to values, written in its order. The signature is not known
+here: a field that a message does not have is the reader's to refuse, so tests parse what is
+written with the real signature.
+"""
+
+import math
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+_IDENTIFIER = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+_ESCAPES = {"\\": "\\\\", '"': '\\"', "\n": "\\n", "\r": "\\r", "\t": "\\t"}
+_INTEGERS = range(-(2**63), 2**64)
+
+
+class Enum(str):
+    """A name of an enumeration, which is written without quotes.
+
+    Raises:
+        ValueError: it is no identifier.
+    """
+
+    __slots__ = ()
+
+    def __new__(cls, name: str) -> "Enum":
+        return super().__new__(cls, _identifier(name))
+
+
+def entries(pairs: Mapping[str, Any]) -> tuple[dict[str, Any], ...]:
+    """A map field: the messages of ``key`` and ``value`` it is written as."""
+    return tuple({"key": key, "value": value} for key, value in pairs.items())
+
+
+def written(message: Mapping[str, Any]) -> str:
+    """A message as text, one field a line, nested messages indented.
+
+    Args:
+        message: field name -> ``str``, ``bool``, ``int``, ``float``, ``Enum``, a mapping (a
+            nested message), or a list or tuple of one of these (a repeated field).
+
+    Raises:
+        ValueError: a field's name is no identifier, a number does not fit into 64 bits, or a
+            text is not valid Unicode.
+        TypeError: a value is none of these.
+    """
+    return "".join(f"{line}\n" for line in _lines(message))
+
+
+def _lines(message: Mapping[str, Any]) -> Iterable[str]:
+    for field, value in message.items():
+        name = _identifier(field)
+        if isinstance(value, Mapping):
+            yield from _nested(name, value)
+        elif isinstance(value, list | tuple):
+            if any(isinstance(item, Mapping) for item in value):
+                for item in value:
+                    if not isinstance(item, Mapping):
+                        raise TypeError(f"field {name!r} mixes messages with {item!r}")
+                    yield from _nested(name, item)
+            else:
+                yield f"{name}: [{', '.join(_scalar(name, item) for item in value)}]"
+        else:
+            yield f"{name}: {_scalar(name, value)}"
+
+
+def _nested(name: str, message: Mapping[str, Any]) -> Iterable[str]:
+    yield f"{name} {{"
+    yield from (f"  {line}" for line in _lines(message))
+    yield "}"
+
+
+def _scalar(name: str, value: object) -> str:
+    if isinstance(value, Enum):
+        return str(value)
+    if isinstance(value, str):
+        return _quoted(name, value)
+    if isinstance(value, bool):  # before int, which it is as well
+        return "true" if value else "false"
+    if isinstance(value, int):
+        if value not in _INTEGERS:
+            raise ValueError(f"field {name!r} holds 64 bits; {value} does not fit")
+        return str(value)
+    if isinstance(value, float):
+        if math.isnan(value):
+            return "nan"
+        return repr(value) if math.isfinite(value) else ("inf" if value > 0 else "-inf")
+    raise TypeError(f"field {name!r} cannot hold {value!r}")
+
+
+def _quoted(name: str, text: str) -> str:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise ValueError(f"field {name!r} holds {text!r}, which is not valid Unicode") from None
+    letters = (
+        _ESCAPES.get(letter) or (f"\\{ord(letter):03o}" if _is_control(letter) else letter)
+        for letter in text
+    )
+    return f'"{"".join(letters)}"'
+
+
+def _is_control(letter: str) -> bool:
+    return ord(letter) < 32 or ord(letter) == 127
+
+
+def _identifier(name: str) -> str:
+    if not _IDENTIFIER.fullmatch(name):
+        raise ValueError(f"{name!r} is no name of a field or of an enumeration's value")
+    return name

@@ -1,0 +1,96 @@
+"""Check a bundle's own model and labels before it is compressed. No Prefect."""
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import nn
+
+from compressors.contracts import ITEMS, TRAFFIC, Signature, Split
+from compressors.core.batches import Rows
+from compressors.metrics.baseline_checks import BaselineProblem, label_problems, score_problems
+from infra.data.catalogue import prepare
+from infra.errors import DataRefused
+from infra.store.temporary import scratch_folder
+
+JUDGED = ("test", "validation")
+
+
+@dataclass(frozen=True)
+class LabelledSplits:
+    """What is wrong with labels, and the prepared test rows, for as long as their folder exists."""
+
+    problems: tuple[BaselineProblem, ...]
+    test: Split
+
+
+def check_labels(
+    signature: Signature, paths: Mapping[str, Path], splits: Collection[str], into: Path
+) -> LabelledSplits:
+    """Prepare splits as strictly as for a run and check their labels.
+
+    Args:
+        signature: of the bundle.
+        paths: parquet file or folder by split name.
+        splits: which of them to check; ``test`` always is.
+        into: a folder for the prepared test rows.
+
+    Raises:
+        DataRefused: a split cannot be read as the signature says.
+    """
+    problems: list[BaselineProblem] = []
+    for split in paths:
+        if split != "test" and split not in splits:
+            continue
+        with scratch_folder("check") as scratch:
+            folder = into if split == "test" else scratch
+            try:
+                prepared = prepare(paths, split, signature, folder)
+            except DataRefused as fault:
+                raise DataRefused(f"split {split!r}: {fault}") from fault
+            if split in (ITEMS, TRAFFIC) or not prepared.rows:
+                continue
+            held = Split(path=str(folder), sha256="0" * 64, rows=prepared.rows)
+            rows = Rows(held, signature)
+            group = None if rows.group is None else rows.group.numpy()
+            problems += label_problems(signature, split, rows.label.numpy(), group)
+            if split == "test":
+                test = held
+    return LabelledSplits(tuple(problems), test)
+
+
+def check_scores(
+    module: nn.Module, signature: Signature, labelled: LabelledSplits
+) -> tuple[BaselineProblem, ...]:
+    """Score a sample of the test rows, and add what is wrong with the scores."""
+    return (*labelled.problems, *score_problems(module, signature, labelled.test))
+
+
+def check_baseline(
+    module: nn.Module, signature: Signature, paths: Mapping[str, Path]
+) -> tuple[BaselineProblem, ...]:
+    """Check the labels of test and validation rows, and a sample of the test rows' scores.
+
+    Args:
+        module: the loaded model.
+        signature: of the bundle.
+        paths: parquet file or folder by split name.
+    """
+    with scratch_folder("check") as scratch:
+        return check_scores(module, signature, check_labels(signature, paths, JUDGED, scratch))
+
+
+def require_sound(problems: tuple[BaselineProblem, ...], *, packed: bool) -> tuple[str, ...]:
+    """Raise for problems that make results meaningless; return the others as warnings.
+
+    Args:
+        problems: of one bundle.
+        packed: whether the bundle is stored already: then only what makes measuring fail raises.
+
+    Raises:
+        DataRefused: one line for each.
+    """
+    refused = [item.text for item in problems if (item.fatal if packed else item.refused)]
+    if refused:
+        raise DataRefused("The model cannot be measured:\n- " + "\n- ".join(refused))
+    return tuple(item.text for item in problems)

@@ -1,0 +1,109 @@
+"""A stored bundle as a module, and a stored split as tensors."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from compressors.contracts import Artifact, Bench, Part, Split
+from compressors.core.model import Model
+from compressors.core.state.module_state import largest_replaced, load
+from infra.bundle.architecture import network_class
+from infra.bundle.bundle_folder import Manifest, SplitName, read
+from infra.errors import BundleRefused
+from infra.memory import require_memory
+from infra.settings import load_settings
+from tasks.orchestration.workspace import local
+
+MAX_LAYER_BYTES = 2**46
+"""64 TiB of float32: no layer of a model that is served has more."""
+SCORING_ROWS = 1024
+"""Rows that are scored at once. The activations of 4,096 rows of a layer of 4,096 outputs made
+scoring the peak of an order's memory, which the estimate
+(``tasks/orchestration/memory_estimate.py``) leaves out."""
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A bundle on this machine: its manifest, its folder, its module."""
+
+    artifact: Artifact
+    manifest: Manifest
+    folder: Path
+    model: Model
+
+
+def load_bundle(artifact: Artifact) -> Loaded:
+    """Verify a stored bundle and load its module over memory-mapped tensors.
+
+    Raises:
+        BundleRefused: the bundle is unsafe or its architecture is not allowed.
+        ModelRefused: its tensors do not fit its architecture.
+    """
+    folder = local(artifact)
+    manifest = read(folder)
+    return Loaded(artifact, manifest, folder, model_of(folder, manifest))
+
+
+def model_of(folder: Path, manifest: Manifest) -> Model:
+    """The module of a verified bundle folder.
+
+    Raises:
+        BundleRefused: a compressed module declares a size that no machine has.
+        OutOfMemory: a layer, which is built once at its full size, does not fit in memory.
+    """
+    network, name = manifest.network, f"{manifest.name}@{manifest.version}"
+    largest = largest_replaced(network)
+    if largest > MAX_LAYER_BYTES:
+        raise BundleRefused(
+            f"Expected layers of at most {MAX_LAYER_BYTES} bytes in {name}, got a compressed "
+            f"module that declares {largest} bytes. Pack the model again."
+        )
+    require_memory(largest, f"Building {name}")
+    architecture = network_class(network.architecture.path, load_settings().allowed_modules)
+    return Model(load(architecture, network, folder), architecture, network, manifest.plan)
+
+
+def data_path(manifest: Manifest, split: SplitName) -> Path:
+    """The verified parquet file or folder of one split.
+
+    Raises:
+        BundleRefused: the bundle has no such split.
+    """
+    reference = manifest.data.get(split)
+    if reference is None:
+        raise BundleRefused(
+            f"{manifest.name} {manifest.version} refers to no {split} data; it has "
+            f"{', '.join(manifest.data) or 'none'}. Add it to model.json and pack again."
+        )
+    return local(reference.artifact) / reference.file
+
+
+def split_of(prepared: Artifact, rows: int) -> Split:
+    """A prepared split on this machine."""
+    return Split(path=str(local(prepared)), sha256=prepared.sha256, rows=rows)
+
+
+def bench_of(
+    manifest: Manifest,
+    splits: Mapping[Part, Split],
+    teacher: Artifact,
+    seed: int,
+    checkpoints: Path | None = None,
+    teachers: tuple[Artifact, ...] = (),
+    device: str = "cpu",
+) -> Bench:
+    """What a step may learn from; test data is not among it."""
+    return Bench(
+        signature=manifest.signature,
+        train=splits.get("train"),
+        calibration=splits.get("calibration"),
+        validation=splits.get("validation"),
+        soft_labels=splits.get("soft_labels"),
+        traffic=splits.get("traffic"),
+        traffic_soft_labels=splits.get("traffic_soft_labels"),
+        teacher=teacher,
+        teachers=teachers,
+        seed=seed,
+        device=device,
+        checkpoints=None if checkpoints is None else str(checkpoints),
+    )

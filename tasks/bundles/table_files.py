@@ -1,0 +1,279 @@
+"""Tables compressed from file to file, whatever their size. No Prefect."""
+
+import fnmatch
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import cast, get_args
+
+import torch
+from pydantic import Field
+
+from compressors.contracts import Artifact, Frozen, ModuleRecord, Plan, PlanLine, Sha256, digest
+from compressors.core.modules.formats import TensorSpec
+from compressors.core.registries import AnyStep
+from compressors.core.runner import TableStep
+from compressors.core.state.safetensors_rows import StoredRows, spec_of
+from compressors.core.state.safetensors_stream import StreamedFile, size_of
+from compressors.errors.compression import NothingToCompress
+from compressors.quantize.table_stream import Job, carry_out
+from infra.bundle.json_reader import read_document
+from infra.bundle.shards import stored_tensors
+from infra.errors import Refused
+from infra.settings import load_settings
+from infra.store.disk import input_files
+from infra.store.draft import FILES, ArtifactDraft, draft, finished
+from tasks.orchestration.code_digest import code_digest
+from tasks.orchestration.workspace import local, store
+
+TENSORS, TABLES = "model.safetensors", "tables.json"
+FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+
+Progress = Callable[[int, int], None]
+"""Told the bytes of one block that was read, and of all there are to read."""
+
+
+class Tables(Frozen):
+    """``tables.json``: how the stored tensors become modules, and what was done to each tensor."""
+
+    step: AnyStep
+    modules: dict[str, ModuleRecord]
+    plan: Plan
+
+
+class Quantized(Frozen):
+    """What became of a file of tables."""
+
+    place: str = Field(description="The folder, or the artifact's URI.")
+    sha256: Sha256 = Field(description="The root over all chunk hashes: the artifact's name.")
+    bytes: int = Field(description="All files of the result.")
+    plan: Plan
+
+
+def table_steps() -> dict[str, type[Frozen]]:
+    """The methods for tables that work row block by row block, by their kind."""
+    methods: tuple[type[Frozen], ...] = get_args(get_args(AnyStep)[0])
+    steps = {method: method() for method in methods}
+    return {step.kind: method for method, step in steps.items() if isinstance(step, TableStep)}
+
+
+def step_named(name: str, settings: dict[str, object]) -> TableStep:
+    """A table method by its kind or short name (``int8`` for ``rowwise_int8``), with settings.
+
+    Raises:
+        Refused: there is no such method, or it has no such setting.
+    """
+    short = {short_name(kind): kind for kind in table_steps()}
+    kind = short.get(name, name)
+    if kind not in table_steps():
+        raise Refused(f"There is no table format {name!r}; there are {', '.join(short)}.")
+    fields = table_steps()[kind].model_fields.keys() - {"kind"}
+    if unknown := sorted(settings.keys() - fields):
+        raise Refused(f"{kind} has no setting {unknown[0]!r}; it has {', '.join(sorted(fields))}.")
+    return cast(TableStep, table_steps()[kind].model_validate(settings))
+
+
+def short_name(kind: str) -> str:
+    """What people may write for a kind."""
+    return kind.removeprefix("rowwise_")
+
+
+def quantize(
+    source: Path,
+    into: Path,
+    step: TableStep,
+    *,
+    block_rows: int | None = None,
+    workers: int | None = None,
+    progress: Progress | None = None,
+) -> Quantized:
+    """Compress the tables of a safetensors file, or of a folder of shards, into a new folder.
+
+    ``into`` is complete when it is there at all. A run that was interrupted is taken up where
+    it was by the same call. The bytes are the same whatever ``block_rows`` and ``workers``.
+
+    Args:
+        source: float32, float16 or bfloat16 tables ``(rows, dim)``; other tensors are copied.
+        into: must not exist, or be an empty folder.
+        step: the method; its ``tables`` name tensors or their modules.
+        block_rows: rows encoded at once by each thread.
+        workers: threads; one per core without it.
+        progress: called from several threads.
+
+    Raises:
+        NothingToCompress: the step fits no tensor.
+        BundleRefused: the source is not readable as safetensors.
+        Refused: ``into`` holds something, or another process writes there.
+    """
+    with input_files(source):
+        if not source.exists():
+            raise Refused(
+                f"{source} does not exist. Name a safetensors file, or a folder of shards."
+            )
+        return _quantize(source, into, step, block_rows, workers, progress)
+
+
+def _quantize(
+    source: Path,
+    into: Path,
+    step: TableStep,
+    block_rows: int | None,
+    workers: int | None,
+    progress: Progress | None,
+) -> Quantized:
+    with _job(source, step, block_rows) as (job, plan):
+        made = _identity(source)
+        with _written(job, plan, into, made, workers, progress) as begun:
+            manifest = begun.seal()
+            begun.publish(manifest)
+    return Quantized(place=str(into), sha256=manifest.root, bytes=manifest.bytes, plan=plan)
+
+
+def quantize_artifact(
+    source: Artifact, step: TableStep, block_rows: int | None = None, workers: int | None = None
+) -> Artifact:
+    """The same for a stored artifact with safetensors files; the result is an artifact.
+
+    Where the store lies on this machine's disk the result is moved there, not copied.
+    """
+    made = source.sha256
+    key = digest([made, step, block_rows, code_digest(quantize)])
+    into = load_settings().home / "progress" / f"tables-{key}"
+    with (
+        _job(local(source), step, block_rows) as (job, plan),
+        _written(job, plan, into, made, workers, None) as begun,
+    ):
+        artifact = store().take(begun.files, begun.seal())
+        begun.drop()
+    return artifact
+
+
+def check(folder: Path) -> tuple[Artifact, Tables]:
+    """Verify every chunk of a result of ``quantize`` and say what is in it.
+
+    Raises:
+        ArtifactMissing, ArtifactDamaged: it is not complete, or not what was written.
+    """
+    with input_files(folder):
+        manifest = finished(folder)
+        tables = read_document(Tables, folder / FILES / TABLES)
+    uri = folder.absolute().as_uri()
+    return Artifact(uri=uri, sha256=manifest.root, bytes=manifest.bytes), tables
+
+
+@contextmanager
+def _written(
+    job: Job, plan: Plan, into: Path, made: object, workers: int | None, progress: Progress | None
+) -> Iterator[ArtifactDraft]:
+    """The draft of a result with all its bytes."""
+    file = StreamedFile(job.layout())
+    total = sum(size_of(rows.spec) for rows in job.sources.values())
+    one = [made, job.step, job.block_rows, code_digest(quantize)]
+    with draft(into, one, TENSORS, file.bytes) as begun:
+        told = None if progress is None else (lambda read: progress(read, total))
+        carry_out(job, file, begun, workers, told)
+        records = job.records()
+        tables = Tables.model_validate({"step": job.step, "modules": records, "plan": plan})
+        begun.add(TABLES, tables.model_dump_json(indent=1).encode())
+        yield begun
+
+
+@contextmanager
+def _job(source: Path, step: TableStep, block_rows: int | None) -> Iterator[tuple[Job, Plan]]:
+    """What becomes of every tensor of a file or folder, its files open."""
+    with ExitStack() as files:
+        descriptors: dict[Path, int] = {}
+        sources: dict[str, StoredRows] = {}
+        for name, stored in sorted(stored_tensors(source).items()):
+            if stored.shard not in descriptors:
+                descriptors[stored.shard] = files.enter_context(stored.shard.open("rb")).fileno()
+            spec = spec_of(stored.fact.dtype, stored.fact.shape, name)
+            file = descriptors[stored.shard]
+            sources[name] = StoredRows(stored.shard, file, name, stored.start, spec)
+        reasons = {name: _reason(step, name, rows.spec) for name, rows in sources.items()}
+        _all_match(step, sources)
+        tables = {name: module_name(name) for name, why in reasons.items() if why is None}
+        if not tables:
+            raise NothingToCompress(
+                step=step.kind,
+                wanted="a table: a float tensor of two dimensions",
+                closest="; ".join(f"{name}: {why}" for name, why in reasons.items()),
+                remedy="Name other tensors, or another file.",
+            )
+        job = Job(step, tables, sources, block_rows)
+        yield job, Plan(lines=tuple(_line(job, name, reasons[name]) for name in sources))
+
+
+def _reason(step: TableStep, name: str, spec: TensorSpec) -> str | None:
+    """Why a tensor is left as it is, or None."""
+    if len(spec.shape) != 2 or spec.dtype not in FLOATS:
+        return f"{list(spec.shape)} of {_type(spec)} is no table"
+    if not any(_matches(pattern, name) for pattern in step.tables):
+        return f"not among {', '.join(step.tables)}"
+    if spec.shape[0] < step.min_rows:
+        return f"{spec.shape[0]} rows, fewer than min_rows {step.min_rows}"
+    laid = step.storage.layout(*spec.shape, step.settings()).values()
+    size = sum(size_of(part) for part in laid)
+    if size >= size_of(spec):
+        return f"{step.kind} would take {size} bytes, not fewer than its {size_of(spec)}"
+    return None
+
+
+def _matches(pattern: str, name: str) -> bool:
+    return any(fnmatch.fnmatchcase(own, pattern) for own in (name, module_name(name)))
+
+
+def module_name(tensor: str) -> str:
+    """The module a table's tensor belongs to: ``user`` for ``user.weight``."""
+    return "" if tensor == "weight" else tensor.removesuffix(".weight")
+
+
+def _all_match(step: TableStep, sources: dict[str, StoredRows]) -> None:
+    tables = [
+        name
+        for name, rows in sources.items()
+        if len(rows.spec.shape) == 2 and rows.spec.dtype in FLOATS
+    ]
+    for pattern in step.tables:
+        if not any(_matches(pattern, name) for name in tables) and pattern != "*":
+            raise NothingToCompress(
+                step=step.kind,
+                wanted=f"a table named like {pattern!r}",
+                closest=", ".join(tables) or "no table",
+                remedy="Correct the name, or leave it out.",
+            )
+
+
+def _line(job: Job, name: str, reason: str | None) -> PlanLine:
+    spec = job.sources[name].spec
+    before = size_of(spec)
+    if reason is not None:
+        role = "table" if len(spec.shape) == 2 and spec.dtype in FLOATS else "other"
+        return PlanLine(
+            module=name,
+            role=role,
+            format=_type(spec),
+            bytes_before=before,
+            bytes_after=before,
+            reason=reason,
+        )
+    return PlanLine(
+        module=job.tables[name],
+        role="table",
+        format=job.step.storage.name,
+        bytes_before=before,
+        bytes_after=sum(size_of(part) for part in job.stored(name).values()),
+        steps=(job.step.kind,),
+        reason=f"{job.step.kind} as ordered",
+    )
+
+
+def _type(spec: TensorSpec) -> str:
+    return str(spec.dtype).removeprefix("torch.")
+
+
+def _identity(source: Path) -> object:
+    """What says whether files are the ones an interrupted run was reading, without their bytes."""
+    shards = sorted({stored.shard for stored in stored_tensors(source).values()})
+    facts = [(str(shard.absolute()), shard.stat()) for shard in shards]
+    return [[path, found.st_size, found.st_mtime_ns] for path, found in facts]

@@ -1,0 +1,112 @@
+"""Models that teach beside the one that is compressed. No Prefect, no torch."""
+
+from pathlib import Path
+from typing import Literal
+
+from compressors.contracts import Artifact, Frozen, Signature
+from compressors.errors.compression import CompressionError
+from infra.bundle.architecture import source_digest
+from infra.bundle.bundle_folder import MANIFEST, Manifest, manifest_of
+from infra.settings import load_settings
+from tasks.bundles.bundle_ref import BundleRef, resolve
+from tasks.orchestration.workspace import store
+from tasks.promotion.promotions import version_report
+
+REGISTERED = "registry:"
+
+
+class Teacher(Frozen):
+    """A teacher: which bundle it is, the form it answers in, a digest of its class's source."""
+
+    artifact: Artifact
+    name: str
+    output: Literal["logit", "probability", "score"]
+    architecture: str
+
+
+def find_teachers(references: tuple[str, ...], subject: BundleRef) -> tuple[Teacher, ...]:
+    """The bundles that are meant, of the same signature as the subject's.
+
+    Args:
+        references: of each a packed bundle as ``tasks.bundles.bundle_ref.resolve`` knows it, or
+            ``registry:name@version`` for the compressed model of a registered version
+            (``registry:name@@champion`` for an alias).
+        subject: the model that is to be taught.
+
+    Raises:
+        ArtifactMissing, Refused: there is no such bundle or version.
+        CompressionError: a teacher takes other inputs, answers in another form, or is named twice.
+    """
+    if not references:
+        return ()
+    wanted = _signature(subject.artifact)
+    found: dict[str, Teacher] = {subject.artifact.sha256: _teacher(subject.artifact)}
+    for reference in references:
+        artifact = _resolved(reference)
+        if artifact.sha256 in found:
+            raise CompressionError(
+                f"Teacher {reference!r} is {found[artifact.sha256].name}, which teaches already. "
+                f"Name each other model once; the one that is compressed is always among them."
+            )
+        _require_same(reference, _signature(artifact), wanted)
+        found[artifact.sha256] = _teacher(artifact)
+    return tuple(found.values())[1:]
+
+
+def _resolved(reference: str) -> Artifact:
+    if not reference.startswith(REGISTERED):
+        return resolve(reference)
+    name, _, version = reference.removeprefix(REGISTERED).partition("@")
+    if not name or not version:
+        raise CompressionError(
+            f"Teacher {reference!r} is not of the form 'registry:name@version', such as "
+            f"'registry:clicks@3' or 'registry:clicks@@champion'."
+        )
+    _, report = version_report(name, version)
+    return report.compressed
+
+
+def _teacher(artifact: Artifact) -> Teacher:
+    manifest = _manifest(artifact)
+    path = manifest.network.architecture.path
+    return Teacher(
+        artifact=artifact,
+        name=f"{manifest.name}@{manifest.version}",
+        output=manifest.signature.output,
+        architecture=source_digest(path, load_settings().allowed_modules),
+    )
+
+
+def _signature(artifact: Artifact) -> Signature:
+    return _manifest(artifact).signature
+
+
+def _manifest(artifact: Artifact) -> Manifest:
+    return manifest_of(store().file(artifact, MANIFEST), Path(store().uri_of(artifact)))
+
+
+def _require_same(reference: str, found: Signature, wanted: Signature) -> None:
+    """Refuse a teacher who could not be asked, or would answer something else."""
+    told = difference(found, wanted)
+    if told is not None:
+        raise CompressionError(
+            f"Teacher {reference!r} has another signature: {told}. Teachers must take the same "
+            f"inputs and answer in the same form."
+        )
+
+
+def difference(found: Signature, wanted: Signature) -> str | None:
+    """The first difference between what a teacher takes and answers and what is wanted."""
+    if found.task != wanted.task:
+        return f"its task is {found.task!r}, not {wanted.task!r}"
+    if found.output != wanted.output:
+        return f"its output is a {found.output}, not a {wanted.output}"
+    own, others = ([item.name for item in signature.inputs] for signature in (found, wanted))
+    if own != others:
+        return f"its inputs are {', '.join(own)}, not {', '.join(others)}"
+    for one, other in zip(found.inputs, wanted.inputs, strict=True):
+        known = other.model_dump()
+        for field, value in one.model_dump().items():
+            if field not in known or value != known[field]:
+                return f"{field!r} of its input {one.name!r} is {value!r}, not {known.get(field)!r}"
+    return None

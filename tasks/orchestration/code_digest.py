@@ -1,0 +1,117 @@
+"""The digest of the code that a task runs, which is part of its cache key. No Prefect.
+
+A task's result is found again only if the sources it was computed with are unchanged. Those are
+the file of the task's function and, transitively, every module of this project that it imports,
+read from the import statements; nothing is imported. Read this file when a task runs again after a
+change, or does not.
+"""
+
+import ast
+import functools
+import hashlib
+import importlib.metadata
+import inspect
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from compressors.contracts import digest
+from infra.settings import load_settings
+
+ROOT = Path(__file__).parents[2]
+PACKAGES = ("flows", "tasks", "compressors", "infra")
+LIBRARIES = (
+    "torch",
+    "numpy",
+    "safetensors",
+    "pyarrow",
+    "onnx",
+    "onnx-ir",
+    "onnxscript",
+    "onnxruntime",
+    "great-expectations",
+    "tensorrt",
+    "tensorrt-rtx-cu13-bindings",
+)
+"""Distributions whose version can change results although no source of this project changes."""
+
+
+def code_digest(function: Callable[..., Any]) -> str:
+    """SHA-256 of what can change a function's result besides its arguments.
+
+    Args:
+        function: a task's function, defined in a source file.
+
+    Returns:
+        Hexadecimal digest of the sources that the function imports, the versions of
+        ``LIBRARIES`` and the number of threads that are measured with.
+    """
+    file = Path(inspect.getsourcefile(inspect.unwrap(function)) or "")
+    return digest([_sources_digest(file), _library_versions(), load_settings().threads])
+
+
+def recpress_version() -> str:
+    """The installed version of recpress, such as ``0.1.0``."""
+    return importlib.metadata.version("recpress")
+
+
+def imported_sources(file: Path) -> tuple[Path, ...]:
+    """A source file and every file of this project that it imports, transitively, sorted.
+
+    Imports inside functions count, and so do those for type checkers only.
+    """
+    found: set[Path] = set()
+    pending = [file]
+    while pending:
+        source = pending.pop()
+        if source not in found:
+            found.add(source)
+            pending += _direct_imports(source)
+    return tuple(sorted(found))
+
+
+@functools.cache
+def _direct_imports(file: Path) -> tuple[Path, ...]:
+    """The project's files that the import statements of one file name, packages included."""
+    names = set(_imported_names(ast.parse(file.read_bytes())))
+    found = set()
+    for name in names:
+        parts = name.split(".")
+        if parts[0] in PACKAGES:
+            for depth in range(1, len(parts) + 1):
+                path = ROOT.joinpath(*parts[:depth])
+                found |= {path.with_suffix(".py"), path / "__init__.py"}
+    return tuple(sorted(path for path in found if path.is_file()))
+
+
+def _imported_names(tree: ast.AST) -> Iterator[str]:
+    """Dotted names of modules, and of what is imported from them: it may be a module too."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module is not None:
+            yield node.module
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+@functools.cache
+def _sources_digest(file: Path) -> str:
+    digester = hashlib.sha256()
+    for source in imported_sources(file):
+        inside = source.is_relative_to(ROOT)
+        name = source.relative_to(ROOT).as_posix() if inside else source.name
+        content = hashlib.sha256(source.read_bytes()).hexdigest()
+        digester.update(f"{name}\0{content}\n".encode())
+    return digester.hexdigest()
+
+
+@functools.cache
+def _library_versions() -> dict[str, str]:
+    """Installed versions of ``LIBRARIES``; ``absent`` for those that are not installed."""
+    versions = {}
+    for name in LIBRARIES:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            versions[name] = "absent"
+    return versions

@@ -1,0 +1,389 @@
+"""What tasks store as JSON beside their files, and how it is read back. No Prefect.
+
+``Report`` is what an order came to: for people, programs and the registry alike.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field, TypeAdapter, ValidationError
+
+from compressors.contracts import (
+    Artifact,
+    Estimate,
+    Frozen,
+    Limit,
+    Outcome,
+    Plan,
+    TargetKind,
+    Verdict,
+    overall,
+)
+from compressors.lower.findings import GraphAudit, TableInitializers
+from compressors.lower.parity import Parity
+from compressors.metrics import judge
+from infra.bundle.bundle_folder import read
+from infra.bundle.json_limits import validated
+from infra.bundle.json_reader import clean, read_document, read_limited
+from infra.errors import RecordRefused
+from infra.onnxruntime.sessions import Machine
+from infra.tensorrt.engines import FILES
+from tasks.bundles.bundle_ref import BundleRef
+from tasks.orchestration.code_digest import recpress_version
+from tasks.orchestration.workspace import local, store
+
+REPORT = "report.json"
+MARKDOWN = "report.md"
+PAGE = "report.html"
+ORDER_FILE = "order.json"
+STAGES = "stages.json"
+AS_TRAINED = "as trained"
+
+
+class BatchSizes(Frozen):
+    """Expected batch sizes of a target: smallest, the one to be fastest at, largest."""
+
+    low: int
+    best: int
+    high: int
+
+
+class GraphInput(Frozen):
+    """One input a caller must send: ``shape`` without the varying first dimension.
+
+    That dimension is the rows, except for the values of a jagged bag: those are all ids of all
+    rows end to end, at most ``longest`` a row.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    longest: int | None = None
+
+
+class LoweredGraph(Frozen):
+    """One graph, and what was found about it.
+
+    ``width`` is None where ``output`` is one number a row, else how many numbers a vector has.
+    ``packed_bytes`` is what the weights of its part of the model take as planned, each once,
+    ``sparse_layers`` are those with two zeros among every four inputs.
+    """
+
+    name: str
+    inputs: tuple[GraphInput, ...]
+    output: str
+    width: int | None = None
+    rows_parity: Parity
+    edge_parity: Parity
+    audit: GraphAudit | None
+    tables: tuple[TableInitializers, ...]
+    packed_bytes: int
+    sparse_layers: tuple[str, ...] = ()
+
+    @property
+    def file(self) -> str:
+        """Its file beside ``lowering.json``; large weights lie beside that."""
+        return f"{self.name}.onnx"
+
+
+class Lowering(Frozen):
+    """What is stored beside the graphs of a model; requests wait for the first of them.
+
+    A model is one graph, ``model``; a retrieval model two, ``query`` and ``item``.
+    ``packed_bytes`` counts each stored tensor of the model once, as plans do;
+    ``served_packed_bytes`` counts it in every graph that reads it, as served bytes do;
+    ``repeated_bytes`` is what tensors in more than one graph add to the latter.
+    """
+
+    target: TargetKind
+    name: str
+    graphs: tuple[LoweredGraph, ...] = Field(min_length=1)
+    packed_bytes: int
+    repeated_bytes: int = 0
+
+    @property
+    def served_packed_bytes(self) -> int:
+        """Bytes of weights in all graphs together."""
+        return sum(graph.packed_bytes for graph in self.graphs)
+
+
+class Measurement(Frozen):
+    """What measuring one target said: the candidate's and the baseline's own numbers."""
+
+    numbers: judge.Measured
+    baseline: judge.Measured
+    resolves: dict[str, float]
+    rows: int
+    machine: Machine
+
+
+class PreparedRows(Frozen):
+    """A prepared split and how many rows it has."""
+
+    artifact: Artifact
+    rows: int
+
+
+class Ranking(Frozen):
+    """What a full ranking needs beside the test rows: the catalogue, and what was seen before."""
+
+    items: PreparedRows
+    seen: tuple[PreparedRows, ...]
+
+
+class NotApplicable(Frozen):
+    """A step of a recipe that has nothing to do in this model, and why."""
+
+    reason: str
+
+
+class Scored(Frozen):
+    """A model on its way through a recipe, and what it answers to the test rows.
+
+    ``score`` holds a score a row, or for ``retrieval`` the metrics of every query.
+    """
+
+    step: str
+    bundle: Artifact
+    score: Artifact
+
+
+class Stage(Frozen):
+    """A model on its way through a recipe: bytes of its weights and its quality in torch.
+
+    ``change`` is the difference to the stage before; the untouched model has none.
+    """
+
+    step: str
+    bundle: Artifact
+    bytes: int
+    quality: Estimate
+    change: Estimate | None = None
+
+
+Stages = TypeAdapter(tuple[Stage, ...])
+
+
+class TargetReport(Frozen):
+    """One target: what is served, and what is known about it."""
+
+    target: TargetKind
+    required: bool
+    artifact: Artifact
+    bytes: int
+    verdict: Verdict
+    lowering: Lowering
+    audits: dict[str, dict[str, object]] = Field(
+        default_factory=dict, description="Of each engine, by the name of its graph."
+    )
+
+
+class Reproduction(Frozen):
+    """How to carry an order out again: the command, and the order as ``ORDER_FILE`` holds it."""
+
+    command: str
+    order: dict[str, Any]
+
+
+class Report(Frozen):
+    """An order and its result; the document a registry version points to."""
+
+    schema_version: int = 1
+    order: str = Field(description="Digest of everything the result was made from.")
+    recpress_version: str = Field("", description="That carried it out; empty in older reports.")
+    name: str
+    bundle_version: str
+    metric: str
+    source: Artifact
+    compressed: Artifact
+    champion: Artifact | None = Field(
+        None, description="The graph it was compared with, if a limit asked for that."
+    )
+    recipe: tuple[dict[str, Any], ...]
+    limits: tuple[Limit, ...]
+    plan: Plan
+    outcome: Outcome
+    targets: tuple[TargetReport, ...] = Field(min_length=1)
+    skipped: dict[str, str] = Field(
+        default_factory=dict, description="Optional targets that were left out, and why."
+    )
+    idle: dict[str, str] = Field(
+        default_factory=dict, description="Steps that were left out, and why."
+    )
+    remarks: tuple[str, ...] = Field(
+        (),
+        description="What else was decided: the quality budget, units that steps skipped, steps "
+        "that changed nothing.",
+    )
+    stages: tuple[Stage, ...] = Field(
+        (), description="What each step was worth, in torch on the test rows; nothing judges by it."
+    )
+    baseline_bytes: int
+    measurement: Measurement | None
+    validation: Artifact
+    calibrated_on: str
+    reproduction: Reproduction
+
+
+class Finished(Frozen):
+    """A report that was published: where it lies and which registry version it became."""
+
+    report: Report
+    release: Artifact
+    version: str
+    registry: str
+
+    def fetch_command(self) -> str:
+        """What a serving team types to get the result, with the flag its verdict asks for."""
+        first = self.report.targets[0]
+        flag = {"accepted": "", "built-unmeasured": " --unmeasured"}.get(
+            first.verdict.outcome, " --unaccepted"
+        )
+        return (
+            f"recpress registry fetch {self.report.name} --version {self.version} "
+            f"--target {first.target} --into ./{self.report.name}{flag}"
+        )
+
+    def page_uri(self) -> str:
+        """Where the report's page lies."""
+        return page_uri(self.release)
+
+    def page_command(self) -> str:
+        """What anybody types to read the report's page."""
+        return f"recpress registry show {self.report.name} --version {self.version} --html ./{PAGE}"
+
+
+def page_uri(release: Artifact) -> str:
+    """The whole URI of the page of a release's report."""
+    return f"{store().uri_of(release)}/files/{PAGE}"
+
+
+def page_reference(release: Artifact) -> str:
+    """The same as it is written down outside the store."""
+    return f"{store().reference(release)}/files/{PAGE}"
+
+
+def build_record(graph: str) -> str:
+    """The file beside an engine that says how it was built and audited."""
+    return "build.json" if graph == "model" else f"{graph}.build.json"
+
+
+def lowering_of(folder: Path) -> Lowering:
+    """What is stored beside the graphs of a model."""
+    return read_document(Lowering, folder / "lowering.json")
+
+
+def served_bytes(folder: Path) -> int:
+    """Bytes of what a target loads: all graphs with their weights, or all engines.
+
+    The same for the baseline, the candidate and the champion. A tensor that two graphs read is in
+    both files and counts in both.
+    """
+    suffixes = [Path(name).suffix for name in FILES.values()]
+    engines = [path for path in folder.iterdir() if path.suffix in suffixes]
+    return sum(path.stat().st_size for path in engines or folder.glob("*.onnx*"))
+
+
+def measurement_of(artifact: Artifact) -> Measurement:
+    """A stored measurement."""
+    return read_document(Measurement, local(artifact) / "measurement.json")
+
+
+def report_from(
+    *,
+    order: str,
+    subject: BundleRef,
+    compressed: Artifact,
+    champion: Artifact | None,
+    recipe: tuple[dict[str, Any], ...],
+    limits: tuple[Limit, ...],
+    baseline: Artifact,
+    built: dict[TargetKind, Artifact],
+    required: dict[TargetKind, bool],
+    verdicts: dict[TargetKind, Verdict],
+    skipped: dict[str, str],
+    idle: dict[str, str],
+    remarks: tuple[str, ...] = (),
+    stages: Artifact,
+    measurement: Artifact | None,
+    validation: Artifact,
+    reproduction: Reproduction,
+) -> Report:
+    """Put what the tasks stored together."""
+    plan = read(local(compressed)).plan
+    return Report(
+        order=order,
+        recpress_version=recpress_version(),
+        name=subject.name,
+        bundle_version=subject.version,
+        metric=subject.metric,
+        source=subject.artifact,
+        compressed=compressed,
+        champion=champion,
+        recipe=recipe,
+        limits=limits,
+        plan=plan if plan is not None else Plan(),
+        outcome=overall(verdicts.values()),
+        targets=tuple(
+            _target(target, artifact, required[target], verdicts[target])
+            for target, artifact in built.items()
+        ),
+        skipped=skipped,
+        idle=idle,
+        remarks=(*remarks, *(plan.remarks if plan is not None else ())),
+        stages=Stages.validate_json(read_limited(local(stages) / STAGES)),
+        baseline_bytes=served_bytes(local(baseline)),
+        measurement=None if measurement is None else measurement_of(measurement),
+        validation=validation,
+        calibrated_on=f"{subject.calibration()} ({subject.rows[subject.calibration()]:,} rows)",
+        reproduction=reproduction,
+    )
+
+
+def _target(
+    target: TargetKind, artifact: Artifact, required: bool, verdict: Verdict
+) -> TargetReport:
+    folder = local(artifact)
+    lowering = lowering_of(folder)
+    audits = {
+        graph.name: json.loads(read_limited(path))["audit"]
+        for graph in lowering.graphs
+        if (path := folder / build_record(graph.name)).exists()
+    }
+    return TargetReport(
+        target=target,
+        required=required,
+        artifact=artifact,
+        bytes=served_bytes(folder),
+        verdict=verdict,
+        lowering=lowering,
+        audits=audits,
+    )
+
+
+def report_of(release: Artifact) -> Report:
+    """A stored report, verified by its hash.
+
+    Raises:
+        ArtifactMissing, ArtifactDamaged: it is not there, or not what was written.
+        RecordRefused: it is no report.
+    """
+    try:
+        return validated(Report, store().file(release, REPORT))
+    except ValidationError as fault:
+        first = fault.errors()[0]
+        place = ".".join(str(part) for part in first["loc"]) or "the document"
+        raise RecordRefused(
+            "report_unusable",
+            release=store().uri_of(release),
+            file=REPORT,
+            problem=f"{clean(place)}: {clean(first['msg'])}",
+        ) from fault
+    except ValueError as fault:
+        raise RecordRefused(
+            "report_unusable",
+            release=store().uri_of(release),
+            file=REPORT,
+            problem=clean(fault),
+        ) from fault

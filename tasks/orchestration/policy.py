@@ -1,0 +1,201 @@
+"""What may be retried, and how the result of a task is found again.
+
+A result is found by what it is made from: the task, its arguments (stored artifacts are named by
+content) and a digest of the sources the task imports (``code_digest.py``). Prefect's own cache is
+not used: its keys see a task's lines but not the code those lines call, and its records choose how
+they are decoded, pickle included. Ours are JSON records in the object store
+(``result_records.py``). Prefect runs and retries tasks and is given no result to store or to read,
+whatever its settings are.
+"""
+
+import copy
+import functools
+import inspect
+import logging
+from collections.abc import Callable
+from typing import Any
+from uuid import UUID
+
+from prefect import Task
+from prefect.cache_policies import NO_CACHE
+from prefect.client.schemas.objects import State, TaskRun
+from prefect.filesystems import WritableFileSystem
+from prefect.results import (  # type: ignore[attr-defined]  # imported there, not listed
+    ResultRecord,
+    ResultRecordMetadata,
+)
+from prefect.states import Completed
+from pydantic import PrivateAttr
+
+from compressors.contracts import Artifact, digest
+from infra.credentials import clean_exceptions, clean_log_records
+from infra.errors import (
+    ArtifactDamaged,
+    ArtifactMissing,
+    InfraError,
+    OutOfMemory,
+    RecordRefused,
+    RegistryOutage,
+    StoreOutage,
+)
+from tasks.orchestration.code_digest import code_digest
+from tasks.orchestration.outages import DELAYS, TaskOutages, wait_out
+from tasks.orchestration.result_records import find_result, write_result
+from tasks.orchestration.workspace import store
+
+log = logging.getLogger(__name__)
+
+
+OTHER_RETRIES = 2
+"""Retries after a fault outside that is no outage, such as a child process that was killed."""
+
+_outages = TaskOutages()
+
+
+clean_log_records()  # before a run begins: Prefect stores its log, with every traceback
+
+
+class NoResultStorage(WritableFileSystem):
+    """A result storage for Prefect that keeps nothing.
+
+    Without one, Prefect writes the exception of every failed flow to its default storage, also if
+    results are not persisted. The id is that of no block: a state that refers to this storage
+    cannot be read from any other.
+    """
+
+    _block_type_slug = "recpress-no-results"
+    _block_document_id: UUID | None = PrivateAttr(UUID(int=0))
+
+    def read_path(self, path: str, **_: Any) -> bytes:  # type: ignore[override]
+        """Refuse to read; Prefect calls it from synchronous and asynchronous code.
+
+        Raises:
+            ValueError: always.
+        """
+        raise ValueError(f"Prefect has no result {path!r}: recpress stores results itself.")
+
+    def write_path(self, path: str, content: bytes, **_: Any) -> None:  # type: ignore[override]
+        """Discard the content."""
+
+
+NO_RESULTS: dict[str, Any] = {
+    "persist_result": False,
+    "result_storage": NoResultStorage(),
+    "result_serializer": "json",  # the default would pickle what is then discarded
+}
+"""Options of every flow and task: Prefect stores no result and reads none."""
+
+
+def local_result(state: State[Any]) -> Any:
+    """The result of a run of this process.
+
+    ``State.result`` would read a result from wherever the state refers to, decoded by whatever
+    the state names, if the state came from Prefect's API.
+
+    Raises:
+        InfraError: the state came from the API: the server ended the run.
+        BaseException: what the run raised.
+    """
+    data = state.data.result if isinstance(state.data, ResultRecord) else state.data
+    if isinstance(data, State):
+        return local_result(data)
+    if isinstance(data, BaseException):
+        raise data
+    if data is None or isinstance(data, ResultRecordMetadata) or not state.is_completed():
+        raise InfraError(
+            f"Prefect's server ended the run as {state.name}: {state.message or 'no reason given'}"
+        )
+    return data
+
+
+def infra_fault(task: Task[..., Any], run: TaskRun, state: State[Any]) -> bool:  # noqa: ARG001
+    """Retry only what may pass on a second try; a bad order stays bad.
+
+    A service that is away is waited for until a deadline (``outages.py``).
+    """
+    fault = state.data.result if isinstance(state.data, ResultRecord) else state.data
+    if isinstance(fault, StoreOutage | RegistryOutage):
+        return _outages.may_try_again(run.id, fault)
+    if isinstance(fault, OutOfMemory):
+        return False  # a moment later there is no more memory than now
+    return isinstance(fault, InfraError) and run.run_count <= OTHER_RETRIES
+
+
+KEPT: dict[str, Any] = {
+    **NO_RESULTS,
+    "cache_policy": NO_CACHE,
+    "retries": len(DELAYS),
+    "retry_delay_seconds": list(DELAYS),
+    "retry_condition_fn": infra_fault,
+}
+"""How every task of ours is declared."""
+
+
+def content_key(task: Task[..., Any], arguments: dict[str, Any]) -> str:
+    """The digest of a task's code and of all its arguments, defaults included.
+
+    Raises:
+        TypeError: an argument has no canonical JSON form.
+    """
+    bound = inspect.signature(task.fn).bind(**arguments)
+    bound.apply_defaults()
+    return digest([code_digest(task.fn), dict(bound.arguments)])
+
+
+def kept(task: Task[..., Artifact], **arguments: Any) -> Artifact:
+    """Run a task, or take its recorded result if the artifact it names is still stored.
+
+    Records may remain longer than an object store keeps artifacts: the task of an artifact that
+    is gone runs again.
+    """
+    result: Artifact = remembered(task, lambda artifact: store().manifest(artifact), **arguments)
+    return result
+
+
+def remembered(
+    task: Task[..., Any], check: Callable[[Any], object] = bool, **arguments: Any
+) -> Any:
+    """Run a task, or take its recorded result if ``check`` does not refuse it.
+
+    Args:
+        task: declared with ``KEPT``.
+        check: raises ``ArtifactMissing`` or ``ArtifactDamaged`` for a result that cannot be used.
+        arguments: of the task, by name.
+    """
+    key = content_key(task, arguments)
+
+    def recorded() -> Any:
+        found = find_result(store(), task.name, key, task.fn)
+        check(found)
+        return found
+
+    try:
+        result = wait_out(recorded)
+    except (StoreOutage, RegistryOutage):
+        raise
+    except ArtifactMissing as fault:
+        log.debug("%s: %s", task.name, fault)
+    except (ArtifactDamaged, RecordRefused, InfraError) as fault:
+        log.warning("%s: %s The task runs again.", task.name, fault)
+    else:
+        _show_cached(task, arguments)
+        return result
+    guarded = copy.copy(task)
+    guarded.fn = clean_exceptions()(task.fn)
+    result = guarded(**arguments)
+    wait_out(lambda: check(result))
+    wait_out(lambda: write_result(store(), task.name, key, task.fn, result))
+    return result
+
+
+def _show_cached(task: Task[..., Any], arguments: dict[str, Any]) -> None:
+    """Show a result that was found on the flow run's page: a task run in the state Cached."""
+
+    @functools.wraps(task.fn)
+    def found(*_: Any, **__: Any) -> State[Any]:
+        return Completed(name="Cached", message="Found in the object store.")
+
+    shown = Task(
+        found, name=task.name, task_run_name=task.task_run_name, cache_policy=NO_CACHE, **NO_RESULTS
+    )
+    shown(**arguments)

@@ -1,0 +1,171 @@
+"""Records of task results, by which a task that ran before is not run again. No Prefect.
+
+``results/<task>/<key>.json`` in the object store holds what one task returned for one set of
+arguments, as JSON. A record is untrusted input: it must be a sealed record of this very task and
+key, its value must have exactly the form that pydantic writes for the task's declared return type,
+and every artifact in it must be named ``artifacts/<sha256>``. Nothing in a record chooses a class,
+an import or a decoder. Read this file when a task runs again although it should not.
+"""
+
+import functools
+import json
+import logging
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, get_type_hints
+
+from pydantic import BaseModel, Field, TypeAdapter, ValidationError
+
+from compressors.contracts import Artifact, Frozen, Sha256
+from infra.bundle.json_reader import clean
+from infra.errors import ArtifactMissing, InfraError, RecordRefused, Refused, StoreOutage
+from infra.store.object_store import Store
+from infra.store.records import read_record, seal_record
+
+log = logging.getLogger(__name__)
+SCHEMA_VERSION = 1
+FOLDER = "results"
+
+
+class ResultRecord(Frozen):
+    """What is stored of one result; ``value`` is plain JSON until it is validated."""
+
+    schema_version: int
+    task: str
+    key: Sha256
+    value: Any = Field(description="The result, as pydantic dumps its declared type.")
+
+
+def record_key(task: str, key: str) -> str:
+    """The store's key of the record of a task's result."""
+    return f"{FOLDER}/{task}/{key}.json"
+
+
+def read_result(store: Store, task: str, key: str, function: Callable[..., Any]) -> Any:
+    """The recorded result of a task, validated.
+
+    Args:
+        store: where records are.
+        task: the task's name.
+        key: the digest of its arguments.
+        function: the task's function; its return annotation says what the value must be.
+
+    Raises:
+        ArtifactMissing: there is no record.
+        RecordRefused: it is damaged, is the record of another task or key, or its value is not
+            of the declared type.
+    """
+    place = record_key(task, key)
+    fields, is_sealed = read_record(store, place)
+    if not is_sealed:
+        raise _damaged(store, place, "its seal does not fit the rest")
+    try:
+        record = ResultRecord.model_validate(fields, strict=True)
+    except ValidationError as fault:
+        raise _damaged(store, place, _first(fault)) from None
+    if record.schema_version != SCHEMA_VERSION:
+        raise _damaged(store, place, f"its signature version is {record.schema_version}")
+    if (record.task, record.key) != (task, key):
+        raise _damaged(store, place, "it is the record of another task or other arguments")
+    try:
+        return _validated(record.value, function)
+    except ValueError as fault:
+        reason = _first(fault) if isinstance(fault, ValidationError) else str(fault)
+        raise _damaged(store, place, reason) from None
+
+
+def write_result(
+    store: Store, task: str, key: str, function: Callable[..., Any], value: Any
+) -> None:
+    """Record the result of a task.
+
+    A result that cannot be recorded costs the next run of this task time and nothing else: it is
+    logged.
+
+    Raises:
+        StoreOutage: the store is away, so the caller may wait and call again.
+    """
+    place = record_key(task, key)
+    try:
+        plain = json.loads(_declared(function).dump_json(value))
+        _validated(plain, function)
+        record = ResultRecord(schema_version=SCHEMA_VERSION, task=task, key=key, value=plain)
+        store.write(place, seal_record(record.model_dump(mode="json")))
+    except StoreOutage:
+        raise
+    except (Refused, InfraError, ValueError) as fault:
+        log.warning(
+            "The result of %s is not recorded (%s). The task runs again next time.",
+            task,
+            clean(fault),
+        )
+
+
+def find_result(store: Store, task: str, key: str, function: Callable[..., Any]) -> Any:
+    """As ``read_result``; every reason why a record cannot be used is logged.
+
+    Raises:
+        ArtifactMissing: there is no record that can be used, so the task has to run.
+        StoreOutage: the store is away, so the caller may wait and call again.
+    """
+    try:
+        return read_result(store, task, key, function)
+    except (ArtifactMissing, StoreOutage):
+        raise
+    except (Refused, InfraError) as fault:
+        log.warning("%s The task %s runs again.", fault, task)
+        raise ArtifactMissing("result_unusable", place=record_key(task, key)) from None
+
+
+@functools.cache
+def _declared(function: Callable[..., Any]) -> TypeAdapter[Any]:
+    """The declared return type of a task's function.
+
+    Raises:
+        TypeError: it declares none.
+    """
+    hints = get_type_hints(function)
+    if "return" not in hints:
+        raise TypeError(f"{function.__qualname__} declares no return type. Annotate it.")
+    return TypeAdapter(hints["return"])
+
+
+def _validated(plain: Any, function: Callable[..., Any]) -> Any:
+    """A value of the declared type.
+
+    Raises:
+        ValueError: the plain value is anything but what pydantic writes for such a value, apart
+            from fields with a default, which may be absent.
+    """
+    declared = _declared(function)
+    value = declared.validate_python(plain)
+    # A field that an earlier version did not have is unset and has its default.
+    if json.loads(declared.dump_json(value, exclude_unset=True)) != plain:
+        raise ValueError("its value is not written as recpress writes it")
+    for artifact in _artifacts(value):
+        if artifact.uri != f"artifacts/{artifact.sha256}":
+            raise ValueError(f"expected artifacts/{artifact.sha256}, got {clean(artifact.uri)}")
+    return value
+
+
+def _artifacts(value: Any) -> Iterator[Artifact]:
+    """Every artifact in a value, at any depth."""
+    if isinstance(value, Artifact):
+        yield value
+    elif isinstance(value, BaseModel):
+        yield from _artifacts([getattr(value, name) for name in type(value).model_fields])
+    elif isinstance(value, Mapping):
+        yield from _artifacts(list(value.values()))
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from _artifacts(item)
+
+
+def _damaged(store: Store, place: str, reason: str) -> RecordRefused:
+    return RecordRefused("record_damaged", place=f"{store.root}/{place}", problem=reason)
+
+
+def _first(fault: ValidationError) -> str:
+    """The first problem of a record; the values are left out, since they may be anything."""
+    problem = fault.errors(include_input=False, include_url=False)[0]
+    where = ".".join(str(part) for part in problem["loc"]) or "the value"
+    return clean(f"{where}: {problem['msg']}")

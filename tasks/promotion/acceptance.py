@@ -1,0 +1,59 @@
+"""Whether a stored report allows its version to become champion. No Prefect.
+
+A report is read from the store, where another program may have written it: what it says about its
+own outcome is computed again from its targets' verdicts, and these from their judgements.
+"""
+
+from compressors.contracts import overall
+from compressors.metrics import judge
+from infra.errors import PromotionRefused
+from tasks.orchestration.documents import Report, TargetReport
+
+
+def require_accepted(model: str, version: str, report: Report) -> None:
+    """Raise unless every measured target of a report was accepted.
+
+    Raises:
+        PromotionRefused: the report has no targets or no limits, contradicts itself, or its
+            outcome is not ``accepted``.
+    """
+    if not report.limits:
+        raise PromotionRefused("limits_missing", model=model, version=version)
+    for target in report.targets:
+        if problem := _contradiction(report, target):
+            raise PromotionRefused(
+                "verdict_contradicts_judgements", model=model, version=version, problem=problem
+            )
+    outcome = overall(target.verdict for target in report.targets)
+    if outcome != report.outcome:
+        raise PromotionRefused(
+            "outcome_contradicts_verdicts",
+            model=model,
+            version=version,
+            stated=report.outcome,
+            computed=outcome,
+        )
+    if outcome != "accepted":
+        reasons = "; ".join(target.verdict.reason for target in report.targets)
+        raise PromotionRefused(
+            "not_accepted", model=model, version=version, outcome=outcome, reasons=reasons
+        )
+
+
+def _contradiction(report: Report, target: TargetReport) -> str | None:
+    verdict = target.verdict
+    if verdict.target != target.target:
+        return f"the verdict of {target.target} is one of {verdict.target}"
+    if not verdict.judgements:
+        return None  # nothing was measured
+    judged = {str(item.limit) for item in verdict.judgements}
+    missing = [str(limit) for limit in report.limits if str(limit) not in judged]
+    if missing:
+        return f"{target.target} was not judged by its limit {missing[0]}"
+    outcome = judge.recomputed(verdict)
+    if outcome != verdict.outcome:
+        return (
+            f"{target.target} says {verdict.outcome}, and its judgements add up to {outcome} "
+            f"({'; '.join(item.reason for item in verdict.judgements)})"
+        )
+    return None

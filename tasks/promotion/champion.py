@@ -1,0 +1,123 @@
+"""From a ledger entry to the registry version and the report it names. No Prefect.
+
+The digest of the order connects the two. Version numbers do not: a registry that was lost and
+filled again, or another registry, gives the same number to another order.
+"""
+
+from dataclasses import dataclass
+
+from infra.errors import PromotionRefused, Refused
+from infra.registry.ledger import Entry, Ledger
+from infra.registry.mlflow_registry import CHAMPION, ORDER_TAG, Registered, Registry
+from infra.settings import load_settings, shown
+from tasks.orchestration.documents import Report, report_of
+from tasks.orchestration.workspace import store
+from tasks.promotion.acceptance import require_accepted
+
+
+@dataclass(frozen=True)
+class Version:
+    """A version of the registry and the report of its release."""
+
+    registered: Registered
+    report: Report
+
+    @property
+    def number(self) -> str:
+        """The version's number in the registry."""
+        return self.registered.version
+
+
+def registry() -> Registry:
+    """The registry of this process's settings."""
+    return Registry(load_settings().registry_uri)
+
+
+def version_of(registered: Registered) -> Version:
+    """Read the report of a registered version.
+
+    Raises:
+        PromotionRefused: the report is of another model or another order.
+    """
+    report = report_of(store().artifact(registered.source))
+    model, order = registered.model, registered.tags.get(ORDER_TAG)
+    if (report.name, report.order) != (model, order):
+        raise PromotionRefused(
+            "other_release",
+            model=model,
+            version=registered.version,
+            expected=str(order),
+            got_model=report.name,
+            got=report.order,
+        )
+    return Version(registered, report)
+
+
+def version_of_order(model: str, order: str) -> Version:
+    """The version that has this order in the registry, whatever its number.
+
+    Raises:
+        PromotionRefused: the registry does not have the order.
+    """
+    registered = registry().by_order(order, model)
+    if registered is None:
+        raise PromotionRefused(
+            "order_not_registered", order=order, model=model, registry=_shown_registry()
+        )
+    return version_of(registered)
+
+
+def version_of_entry(model: str, entry: Entry) -> Version:
+    """The version whose order a ledger entry made champion.
+
+    Raises:
+        PromotionRefused: the registry does not have the order, or its report is not accepted.
+    """
+    registered = registry().by_order(entry.order, model)
+    if registered is None:
+        raise PromotionRefused(
+            "champion_not_registered",
+            order=entry.order,
+            model=model,
+            version=entry.version,
+            by=entry.by,
+            registry=_shown_registry(),
+        )
+    version = version_of(registered)
+    require_accepted(model, version.number, version.report)
+    return version
+
+
+def _shown_registry() -> str:
+    return shown(load_settings().registry_uri)
+
+
+def champions() -> dict[str, str]:
+    """The champion of every model that has a ledger: its version's number.
+
+    Raises:
+        PromotionRefused: names every model whose champion the registry does not have, or whose
+            alias points to another version.
+    """
+    models = sorted({key.split("/")[1] for key in store().keys("ledger/")})
+    found, problems = {}, []
+    for model in models:
+        try:
+            found[model] = _aliased(model)
+        except Refused as fault:
+            problems.append(f"{model}: {fault}")
+    if problems:
+        raise PromotionRefused("champions_unusable", problems="; ".join(problems))
+    return found
+
+
+def _aliased(model: str) -> str:
+    entry = Ledger(store(), model).champion()
+    if entry is None:
+        return "none"
+    version = version_of_entry(model, entry)
+    if CHAMPION not in version.registered.aliases:
+        raise PromotionRefused(
+            "alias_elsewhere", model=model, version=version.number, alias=CHAMPION
+        )
+    return version.number

@@ -1,0 +1,304 @@
+"""The Triton repository that follows the champion. No Prefect: promotions and people call this.
+
+A promotion puts a version's files in place before the ledger names it, and lets the server load
+it after the registry's alias moved: whatever happens in between, the server finds the old champion
+or the new one, whole. What a promotion that was cut short left undone, ``follow`` does.
+"""
+
+import logging
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from pydantic import ValidationError
+
+from compressors.contracts import Frozen
+from infra.bundle.json_limits import validated
+from infra.errors import Refused, SettingRefused
+from infra.settings import load_settings
+from infra.store.object_store import Store
+from infra.tensorrt.engines import FILES, Engine
+from infra.triton import repository as triton
+from infra.triton.repository import ServedVersion, Tensor, triton_name
+from tasks.orchestration.documents import LoweredGraph, Report, TargetReport, build_record
+from tasks.orchestration.workspace import store
+
+log = logging.getLogger(__name__)
+
+PARTS = ("", "query", "item")
+"""Which graphs a model may have: the only one, or the two towers of a retrieval model."""
+
+TARGETS: tuple[triton.Target, ...] = ("onnxruntime", "tensorrt")
+_LATENCY = re.compile(r"p50_ms@([0-9]+)")
+
+
+@dataclass(frozen=True)
+class GraphPart:
+    """One graph of a target: ``name`` is one of ``PARTS``."""
+
+    name: str
+    graph: LoweredGraph
+
+
+class TritonModel(Frozen):
+    """One Triton model in a repository and whether it is what was published.
+
+    ``files`` says of every file of the served version: ``ok``, ``missing`` or ``changed``.
+    """
+
+    name: str
+    uri: str
+    state: Literal["champion", "behind", "absent", "stale"]
+    served: str | None
+    champion: str
+    files: dict[str, Literal["ok", "missing", "changed"]]
+    config: str | None
+
+    @property
+    def sound(self) -> bool:
+        """Whether a server that starts now serves the champion from the right bytes."""
+        return self.state == "champion" and set(self.files.values()) == {"ok"}
+
+
+def repository(given: str | None = None) -> str | None:
+    """The repository's root: what was given, or ``RECPRESS_TRITON``; None if there is none.
+
+    Raises:
+        SettingRefused: it cannot be used.
+    """
+    root, setting = (given, "--to") if given else (load_settings().triton, "RECPRESS_TRITON")
+    if not root:
+        return None
+    triton.refuse_overlap(root, store(), setting)
+    return root
+
+
+def needed(given: str | None) -> str:
+    """As ``repository``, where there has to be one.
+
+    Raises:
+        SettingRefused: there is none.
+    """
+    root = repository(given)
+    if root is None:
+        raise SettingRefused(
+            "There is no Triton repository to work on. Set RECPRESS_TRITON, or add --to, to a "
+            "folder or s3://bucket/prefix."
+        )
+    return root
+
+
+def contents() -> tuple[str, int]:
+    """The repository of these settings and how many models are laid out in it."""
+    return triton.contents(needed(None))
+
+
+def graphs(version: str, report: Report, *, unmeasured: bool = False) -> tuple[ServedVersion, ...]:
+    """What Triton can serve of a version: accepted ONNX graphs and plans of TensorRT.
+
+    Args:
+        version: its number in the registry.
+        report: its report.
+        unmeasured: also a target that was built but never measured.
+
+    Raises:
+        Refused: the report does not say enough to configure one of them.
+    """
+    outcomes = {"accepted", "built-unmeasured"} if unmeasured else {"accepted"}
+    return tuple(
+        _served(version, report, target, kind, part)
+        for target in report.targets
+        for kind in TARGETS
+        for part in _parts(target)
+        if target.target == kind and target.verdict.outcome in outcomes
+    )
+
+
+def stage(root: str, found: tuple[ServedVersion, ...]) -> None:
+    """Put the files of a version in place. No server loads them before ``follow``.
+
+    Raises:
+        Refused: a folder belongs to another model.
+    """
+    if not found:
+        log.warning("Triton has nothing to serve of this version: no accepted graph it can load")
+    for served in found:
+        for key in triton.stage(_home(root, served.name), store(), served):
+            log.info("%s: %s is in place", served.name, key)
+
+
+def follow(root: str, model: str, found: tuple[ServedVersion, ...]) -> tuple[str, ...]:
+    """Let the server load these graphs of a model; put in place first what is missing.
+
+    Returns:
+        The Triton models that had to change.
+    """
+    late = [item for item in found if not triton.follows(_home(root, item.name), store(), item)]
+    for served in late:  # all files before the first configuration: graphs belong together
+        triton.stage(_home(root, served.name), store(), served)
+    for served in late:
+        triton.point(_home(root, served.name), served)
+    for name in stale_models(root, model, found):
+        log.warning(
+            "%s: the champion of %s has nothing to serve under this name, so the server keeps "
+            "an earlier version. Remove the folder from %s if it should not.",
+            name,
+            model,
+            root,
+        )
+    return tuple(served.name for served in late)
+
+
+def stale_models(root: str, model: str, found: tuple[ServedVersion, ...]) -> tuple[str, ...]:
+    """Triton models of earlier versions that the present one has no graph for."""
+    names = {triton_name(model, target, part) for target in TARGETS for part in PARTS}
+    names -= {served.name for served in found}
+    return tuple(sorted(name for name in names if _follows(_home(root, name), model)))
+
+
+def compare(
+    root: str, model: str, version: str, served: tuple[ServedVersion, ...]
+) -> tuple[TritonModel, ...]:
+    """What lies in the repository for each graph of the champion, every byte compared.
+
+    Args:
+        root: the repository.
+        model: the registered model.
+        version: its champion.
+        served: what Triton can serve of that.
+    """
+    found = [_look(_home(root, item.name), item) for item in served]
+    for name in stale_models(root, model, served):
+        home = _home(root, name)
+        body = triton.current(home) or b""
+        found.append(
+            TritonModel(
+                name=name,
+                uri=home.root,
+                state="stale",
+                served=triton.version_in(body),
+                champion=version,
+                files={},
+                config=body.decode(errors="replace"),
+            )
+        )
+    return tuple(found)
+
+
+def _look(home: Store, wanted: ServedVersion) -> TritonModel:
+    triton.owner(home)  # refuses a stranger's
+    body = triton.current(home)
+    wrong = triton.faults(home, store(), wanted)
+    state: Literal["champion", "behind", "absent"] = "behind"
+    if body is None:
+        state = "absent"
+    elif body == triton.config(wanted):
+        state = "champion"
+    return TritonModel(
+        name=wanted.name,
+        uri=home.root,
+        state=state,
+        served=None if body is None else triton.version_in(body),
+        champion=str(wanted.version),
+        files={
+            key: "missing" if wrong.get(key) == "missing" else "changed" if key in wrong else "ok"
+            for key in triton.keys(store(), wanted)
+        },
+        config=None if body is None else body.decode(errors="replace"),
+    )
+
+
+def _home(root: str, name: str) -> Store:
+    return triton.place(root, name)
+
+
+def _follows(home: Store, model: str) -> bool:
+    try:
+        return triton.owner(home) == model
+    except Refused:  # somebody else's folder that happens to have this name
+        return False
+
+
+def _parts(target: TargetReport) -> tuple[GraphPart, ...]:
+    """The graphs of one target, each a Triton model of its own."""
+    return tuple(
+        GraphPart("" if graph.name == "model" else graph.name, graph)
+        for graph in target.lowering.graphs
+    )
+
+
+def _served(
+    version: str, report: Report, target: TargetReport, kind: triton.Target, part: GraphPart
+) -> ServedVersion:
+    held = {entry.path for entry in store().manifest(target.artifact).files}
+    capability = None
+    if kind == "tensorrt":
+        build = store().file(target.artifact, build_record(part.graph.name))
+        capability = validated(Engine, build).capability
+        # A GPU of another kind finds no file, rather than one it cannot read.
+        stored = f"{part.graph.name}{Path(FILES['tensorrt']).suffix}"
+        plan = f"{part.graph.name}-{capability}.plan" if capability else stored
+        files = {plan: stored}
+        batches, threads = _ordered_batches(report), None
+    else:
+        # Large weights lie beside the graph and have to be there before it.
+        beside = sorted(path for path in held if path.startswith(f"{part.graph.file}."))
+        files = {path: path for path in (*beside, part.graph.file)}
+        batches = _measured_batches(report)
+        threads = report.measurement.machine.threads if report.measurement else None
+    width = () if part.graph.width is None else (part.graph.width,)
+    try:
+        return ServedVersion(
+            name=triton_name(report.name, kind, part.name),
+            model=report.name,
+            version=int(version),
+            order=report.order,
+            target=kind,
+            artifact=target.artifact,
+            files=files,
+            inputs=tuple(
+                Tensor(name=item.name, dtype=item.dtype, shape=item.shape, longest=item.longest)
+                for item in part.graph.inputs
+            ),
+            outputs=(Tensor(name=part.graph.output, dtype="float32", shape=width),),
+            batches=batches,
+            threads=threads,
+            capability=capability,
+        )
+    except (ValidationError, ValueError) as fault:
+        raise Refused(
+            f"{report.name} version {version}, {kind}: no Triton configuration can be made of it "
+            f"({fault})."
+        ) from fault
+
+
+def _measured_batches(report: Report) -> tuple[int, int, int]:
+    """One row, the batch that was answered at the most rows a second, and the largest measured.
+
+    A request larger than any that was measured is one nobody promised anything about.
+    """
+    numbers = report.measurement.numbers.numbers if report.measurement else ()
+    pace = {
+        int(size[1]): int(size[1]) / max(number.estimate.point, 1e-9)
+        for number in numbers
+        if number.against == "absolute" and (size := _LATENCY.fullmatch(number.metric))
+    }
+    if not pace:
+        return 1, 1, 1
+    return 1, max(pace, key=lambda rows: pace[rows]), max(pace)
+
+
+def _ordered_batches(report: Report) -> tuple[int, int, int]:
+    """The shapes the plan was built for: its optimization profile."""
+    ordered = report.reproduction.order.get("targets", {})
+    try:
+        low, best, high = (
+            int(ordered[f"{size}_batch"]) for size in ("smallest", "best", "largest")
+        )
+    except (KeyError, TypeError, ValueError) as fault:
+        raise Refused(
+            f"The report of {report.name}, order {report.order[:12]}, does not say for which batch "
+            "sizes its TensorRT plan was built. Carry the order out anew with --force."
+        ) from fault
+    return low, best, high

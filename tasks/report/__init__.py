@@ -1,0 +1,8 @@
+"""Results as tables, Markdown and HTML. No Prefect.
+
+cells.py     metrics and changes as text
+tables.py    the report as a table and as Markdown
+stages.py    what each step contributes
+measured.py  limits, quality and latency
+page.py      the report as one HTML page
+"""

@@ -1,0 +1,112 @@
+"""How a report writes metrics and changes, and in which order. No Prefect."""
+
+from collections.abc import Iterable
+from html import escape
+
+from compressors.contracts import Estimate, Plan, PlanLine, ScoreUnit
+from compressors.lower.findings import GraphAudit
+from infra.pages.html import many
+from infra.printable import one_line
+
+
+def label(metric: str) -> str:
+    """A metric as people write it."""
+    names = {
+        "auc": "AUC",
+        "gauc": "GAUC",
+        "logloss": "log loss",
+        "recall@20": "Recall@20",
+        "max_score_change": "largest score change",
+        "changed_top1": "changed top-1",
+        "top20_overlap": "top-20 overlap",
+    }
+    if metric.startswith("ndcg@"):
+        return metric.upper()
+    if "_ms@" in metric:
+        quantile, _, size = metric.partition("_ms@")
+        return f"{quantile} ms, batch {size}"
+    return names.get(metric, metric.replace("_", " "))
+
+
+def change_of(estimate: Estimate, latency: bool) -> str:
+    """A change and its interval if it has one: a ratio, or a signed difference for quality."""
+    if estimate.low == estimate.high:  # exact, such as bytes
+        return f"{estimate.point:.2f}x" if latency else f"{estimate.point:+.5f}"
+    if latency:
+        return f"{estimate.point:.2f}x [{estimate.low:.2f}, {estimate.high:.2f}]"
+    return f"{estimate.point:+.5f} [{estimate.low:+.5f}, {estimate.high:+.5f}]"
+
+
+def score_change_of(metric: str, estimate: Estimate, unit: ScoreUnit | None) -> str:
+    """A score change and its interval if it has one; ``sd`` stands for standard deviations."""
+    shares = ("changed_top1", "top20_overlap")
+    if metric in shares:
+        return f"{estimate.point:.2%} [{estimate.low:.2%}, {estimate.high:.2%}]"
+    after = " sd" if metric != "score_correlation" and unit == "spread" else ""
+    if metric == "score_correlation":
+        point, low, high = (f"{value:.6f}" for value in _ends(estimate))
+    else:
+        point, low, high = (f"{value:.3g}" for value in _ends(estimate))
+    if estimate.low == estimate.high:
+        return f"{point}{after}"
+    return f"{point}{after} [{low}, {high}]"
+
+
+def _ends(estimate: Estimate) -> tuple[float, float, float]:
+    return estimate.point, estimate.low, estimate.high
+
+
+def reason_and_warning(line: PlanLine) -> str:
+    """Why a unit is stored as it is, and the warning about it if there is one."""
+    return line.reason if line.warning is None else f"{line.reason}. Warning: {line.warning}"
+
+
+def plan_warnings(plan: Plan) -> list[str]:
+    """The warnings of a plan, one sentence for each table or layer that has one."""
+    return [
+        f"Warning about {line.module} ({line.format}): {line.warning}."
+        for line in plan.lines
+        if line.warning is not None
+    ]
+
+
+def cell(text: str) -> str:
+    """A name or a sentence inside a table: it neither ends the cell nor becomes HTML or markup.
+
+    Links, pictures and code are written as HTML entities, which Markdown shows as the characters.
+    """
+    plain = escape(one_line(" ".join(text.split())), quote=False)
+    return plain.replace("|", "\\|").replace("`", "&#96;").replace("](", "]&#40;")
+
+
+def packed(audit: GraphAudit) -> str:
+    """How many packed tables an optimized graph holds: those that it looks up together are one."""
+    tables = many(audit.packed_tables, "packed table")
+    return f"{tables} (alike ones count once)" if audit.packed_tables else tables
+
+
+def widened(audit: GraphAudit) -> str:
+    """What became of packed dense layers in an optimized graph."""
+    kept, wide = audit.packed_layers, audit.widened_layers
+    told = [f"{many(kept, 'dense layer')} multiplied by codes as stored"] if kept else []
+    floats = f"{many(wide, 'dense layer')} float32 once a session starts"
+    told.append(floats if wide else "nothing widened")
+    return "; ".join(told)
+
+
+def mebibytes(size: int) -> str:
+    """A size as people write it."""
+    return f"{size / 2**20:,.0f}"
+
+
+def largest_first(lines: Iterable[PlanLine]) -> list[PlanLine]:
+    """Lines by the bytes they had, each followed by the tables that it is made of now."""
+    listed = tuple(lines)
+    before = {line.module: line.bytes_before for line in listed}
+
+    def place(line: PlanLine) -> tuple[int, str, str]:
+        owners = [name for name in before if line.module.startswith(f"{name}.")]
+        whole = min(owners, key=len) if owners and not line.bytes_before else line.module
+        return -before[whole], whole, line.module
+
+    return sorted(listed, key=place)

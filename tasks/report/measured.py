@@ -1,0 +1,181 @@
+"""The part of the report's page about what was measured: limits, quality, latency. No Prefect."""
+
+from collections.abc import Collection, Iterable, Iterator
+from html import escape
+
+from compressors.contracts import (
+    MEASURES,
+    SCORE_CHANGE,
+    Estimate,
+    Judgement,
+    Limit,
+    Outcome,
+    ScoreUnit,
+)
+from compressors.metrics.judge import Number
+from infra.pages import pictures
+from infra.pages.html import many, scrollable, table
+from infra.pages.pictures import Curve, Mark, Tone
+from tasks.orchestration.documents import Measurement, Report, TargetReport
+from tasks.report.cells import change_of, label, score_change_of
+from tasks.report.tables import timed
+
+TONES: dict[Outcome, Tone] = {
+    "accepted": "held",
+    "rejected": "broken",
+    "undecided": "unsure",
+    "built-unmeasured": "unsure",
+}
+WORDS = {"held": "good", "broken": "bad", "unsure": "open", "plain": "soft"}
+
+
+def limits(report: Report) -> str:
+    """Every limit with its number, then the quality numbers nothing was promised about."""
+    rows, judged = [], set()
+    unit = None if report.measurement is None else report.measurement.numbers.score_unit
+    for target in report.targets:
+        for item in target.verdict.judgements:
+            judged.add((item.limit.metric, item.limit.against))
+            rows.append(_judged(item, target, unit))
+    if not rows:
+        rows = [
+            _limit_row(str(limit), "", "", '<span class="open">not measured</span>', "")
+            for limit in report.limits
+        ]
+    for number in _unpromised(report, judged):
+        higher = MEASURES[number.metric].higher_is_better
+        up = "higher" if higher else "lower"
+        if number.metric in SCORE_CHANGE:
+            title = label(number.metric)
+            said = score_change_of(number.metric, number.estimate, unit)
+            same = Mark(at=1.0 if higher else 0.0, label="no change")
+        else:
+            title = f"{label(number.metric)} vs {number.against}"
+            said = change_of(number.estimate, latency=False)
+            same = Mark(at=0, label="no change")
+        picture = pictures.strip(number.estimate, "plain", f"{title} is {said}; no limit", same)
+        what = f"{escape(title)}<small>{up} is better</small>"
+        rows.append(_limit_row(what, picture, said, '<span class="soft">no limit</span>', ""))
+    heads = ("Number", "On its scale", "Measured", "Outcome")
+    return (
+        '<p class="soft">A limit is judged on the whole 95 % interval, the thick line: inside, '
+        "outside the tinted side, or across the limit and so undecided.</p>"
+        + scrollable(table(heads, rows), "limits")
+    )
+
+
+def _judged(item: Judgement, target: TargetReport, unit: ScoreUnit | None) -> str:
+    limit, found = item.limit, item.measured
+    tone = TONES[item.outcome]
+    outcome = f'<span class="{WORDS[tone]}">{item.outcome}</span>'
+    what = f"{escape(str(limit))}<small>{escape(target.target)}</small>"
+    if found is None:
+        return _limit_row(what, "", "", outcome, item.reason)
+    bound = limit.at_least if limit.at_least is not None else limit.at_most
+    if bound is None:  # a limit has one of the two: Limit checks it when it is made
+        raise ValueError(f"limit {limit} has no bound")
+    picture = pictures.strip(
+        found,
+        tone,
+        item.reason,
+        _no_change(limit),
+        Mark(at=bound, label=f"limit {bound:g}"),
+        "below" if limit.at_least is not None else "above",
+    )
+    return _limit_row(what, picture, _said(limit, found, unit), outcome, item.reason)
+
+
+def _limit_row(what: str, picture: str, said: str, outcome: str, reason: str) -> str:
+    more = f"<small>{escape(reason)}</small>" if reason else ""
+    point, _, interval = said.partition(" [")
+    interval = interval and f"[{interval}"
+    return (
+        f'<tr><th scope="row">{what}</th><td class="picture">{picture}</td>'
+        f'<td class="measured">{escape(point)}<small>{escape(interval)}</small></td>'
+        f'<td class="reason">{outcome}{more}</td></tr>'
+    )
+
+
+def _no_change(limit: Limit) -> Mark | None:
+    if limit.metric in SCORE_CHANGE:
+        return Mark(at=1.0 if MEASURES[limit.metric].higher_is_better else 0.0, label="no change")
+    if limit.against == "absolute":
+        return None
+    ratio = MEASURES[limit.metric].compared == "ratio"
+    return Mark(at=1.0 if ratio else 0.0, label="no change")
+
+
+def _said(limit: Limit, found: Estimate, score_unit: ScoreUnit | None) -> str:
+    if limit.against != "absolute":
+        ratio = limit.metric == "bytes" or "_ms@" in limit.metric
+        return change_of(found, latency=ratio)
+    if limit.metric == "bytes":
+        return f"{found.point:,.0f}"
+    if limit.metric in SCORE_CHANGE:
+        return score_change_of(limit.metric, found, score_unit)
+    unit = " ms" if "_ms@" in limit.metric else ""
+    return f"{found.point:.5g}{unit} [{found.low:.5g}, {found.high:.5g}]"
+
+
+def _unpromised(report: Report, judged: Collection[tuple[str, str]]) -> Iterator[Number]:
+    if report.measurement is None:
+        return
+    for number in report.measurement.numbers.numbers:
+        quality = number.metric != "bytes" and "_ms@" not in number.metric
+        promised = (number.metric, number.against) in judged
+        compared = number.against != "absolute" or number.metric in SCORE_CHANGE
+        if quality and compared and not promised:
+            yield number
+
+
+def latency(report: Report) -> str:
+    """Curves over the batch sizes, and the machine they were measured on."""
+    measured = report.measurement
+    if measured is None:
+        return '<p class="soft">Nothing was measured on this machine.</p>'
+    charts = [_chart(measured, quantile) for quantile in ("p50", "p99")]
+    machine = measured.machine
+    where = (
+        f"Measured on {machine.processor}, {machine.cores} cores, {machine.system}, ONNX Runtime "
+        f"{machine.onnxruntime} with {many(machine.threads, 'thread')}, "
+        f"{'with' if machine.int8_dot else 'without'} int8 dot products. Both models are called "
+        "in turn, so what slows the machine slows both. Whiskers are 95 % intervals."
+    )
+    where = " ".join([where, *timed(report)])
+    return f'<p class="soft">{escape(where)}</p><div class="charts">{"".join(charts)}</div>'
+
+
+def _chart(measured: Measurement, quantile: str) -> str:
+    before = _over_sizes(measured.baseline.numbers, quantile)
+    after = _over_sizes(measured.numbers.numbers, quantile)
+    if not before or not after:
+        return f"<figure><figcaption>{quantile}: not measured</figcaption></figure>"
+    ends = ", ".join(
+        f"{old.point:.3g} to {new.point:.3g} ms at batch {size}"
+        for (size, old), (_, new) in zip(before, after, strict=True)
+    )
+    drawn = pictures.curves(
+        [Curve(kind="before", points=before), Curve(kind="after", points=after)],
+        "ms",
+        {size: (f"batch {size:,}", _ratio_at(measured, quantile, size)) for size, _ in after},
+        f"{quantile} latency, before to after: {ends}",
+    )
+    return (
+        f"<figure><figcaption><b>{quantile} latency, ms</b>"
+        '<span><i class="key before"></i>before</span>'
+        f'<span><i class="key after"></i>after</span></figcaption>{drawn}</figure>'
+    )
+
+
+def _ratio_at(measured: Measurement, quantile: str, size: int) -> str:
+    ratio = measured.numbers.of(f"{quantile}_ms@{size}", "baseline")
+    return "" if ratio is None else f"{ratio.point:.2f}x"
+
+
+def _over_sizes(numbers: Iterable[Number], quantile: str) -> tuple[tuple[int, Estimate], ...]:
+    found = {
+        int(number.metric.partition("@")[2]): number.estimate
+        for number in numbers
+        if number.against == "absolute" and number.metric.startswith(f"{quantile}_ms@")
+    }
+    return tuple(sorted(found.items()))

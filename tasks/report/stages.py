@@ -1,0 +1,70 @@
+"""The part of the report about what each step of the recipe was worth. No Prefect."""
+
+from html import escape
+
+from infra.pages.html import scrollable, table
+from tasks.orchestration.documents import Report
+from tasks.report.cells import cell, change_of, label
+
+NOTE = (
+    "Bytes are those of all weights, the share is of the untouched model's. Quality is the torch "
+    "module's on the test rows, and each change is against the line above, paired on the same "
+    "rows, with its 95 % interval; the verdict is about what is served, above."
+)
+
+
+def stage_rows(report: Report) -> list[dict[str, str]]:
+    """One row a stage: what it weighs, how good it is, and the change it made."""
+    rows = []
+    before = None
+    first = report.stages[0].bytes if report.stages else 0
+    for stage in report.stages:
+        rows.append(
+            {
+                "after": stage.step,
+                "bytes": f"{stage.bytes:,}",
+                "share": f"{stage.bytes / first:.2f}x" if first else "-",
+                label(report.metric): f"{stage.quality.point:.5f}",
+                "worth in bytes": f"{stage.bytes - before.bytes:+,}" if before else "",
+                f"worth in {label(report.metric)}": ""
+                if stage.change is None
+                else change_of(stage.change, latency=False),
+            }
+        )
+        before = stage
+    return rows
+
+
+def stage_lines(report: Report) -> list[str]:
+    """The same as a section of Markdown; empty for a report without stages."""
+    rows = stage_rows(report)
+    if not rows:
+        return []
+    columns = list(rows[0])
+    return [
+        "",
+        "## What each step was worth",
+        "",
+        NOTE,
+        "",
+        "| " + " | ".join(columns) + " |",
+        "|" + "---|" * len(columns),
+        *("| " + " | ".join(map(cell, row.values())) + " |" for row in rows),
+    ]
+
+
+def stage_table(report: Report) -> str:
+    """The same as HTML."""
+    rows = stage_rows(report)
+    if not rows:
+        return '<p class="soft">This report holds no stages.</p>'
+    columns = list(rows[0])
+    lines = [
+        f'<tr><th scope="row">{escape(row["after"])}</th>'
+        + "".join(f'<td class="number">{escape(row[column])}</td>' for column in columns[1:])
+        + "</tr>"
+        for row in rows
+    ]
+    heads = [escape(column[0].upper() + column[1:]) for column in columns]
+    listed = scrollable(table(heads, lines, heads[1:]), "stages")
+    return f'{listed}<p class="soft gap">{escape(NOTE)}</p>'

@@ -1,0 +1,285 @@
+"""The report as a table and as Markdown. No Prefect."""
+
+import json
+
+from compressors.contracts import SCORE_CHANGE, Estimate, Plan
+from infra.pages.html import many
+from infra.printable import printable
+from tasks.orchestration.documents import ORDER_FILE, LoweredGraph, Report, TargetReport
+from tasks.report.cells import (
+    cell,
+    change_of,
+    label,
+    packed,
+    plan_warnings,
+    reason_and_warning,
+    score_change_of,
+    widened,
+)
+from tasks.report.stages import stage_lines
+
+NOTICED = 1.02
+"""A slower median is told from here on: less is nothing to act on, however sure it is."""
+
+
+def headline(report: Report) -> list[dict[str, str]]:
+    """The table of before and after: one row a number, one column a model and target."""
+    rows: list[dict[str, str]] = []
+    served = next((t for t in report.targets if t.target == "onnxruntime"), None)
+    rows.append(
+        {
+            "what": "bytes served",
+            "before": f"{report.baseline_bytes:,}",
+            **{t.target: f"{t.bytes:,}" for t in report.targets},
+            "change": "" if served is None else f"{served.bytes / report.baseline_bytes:.2f}x",
+        }
+    )
+    rows.append(
+        {
+            "what": "bytes of weights",
+            "before": f"{sum(line.bytes_before for line in report.plan.lines):,}",
+            **{t.target: f"{_bytes_after(report.plan):,}" for t in report.targets},
+            "change": f"{_ratio(report.plan):.2f}x",
+        }
+    )
+    if report.measurement is None:
+        return rows
+    for number in report.measurement.baseline.numbers:
+        if number.metric == "bytes":
+            continue
+        own = report.measurement.numbers.of(number.metric, "absolute")
+        change = report.measurement.numbers.of(number.metric, "baseline")
+        latency = "_ms@" in number.metric
+        row = {"what": label(number.metric), "before": _plain(number.estimate, latency)}
+        for t in report.targets:
+            measured = t.target == "onnxruntime" and own is not None
+            row[t.target] = _plain(own, latency) if measured and own else "-"
+        row["change"] = "" if change is None else change_of(change, latency)
+        rows.append(row)
+    numbers = report.measurement.numbers
+    rows += [
+        {
+            "what": label(number.metric),
+            "before": "",
+            **{t.target: "" for t in report.targets},
+            "change": score_change_of(number.metric, number.estimate, numbers.score_unit),
+        }
+        for number in numbers.numbers
+        if number.metric in SCORE_CHANGE
+    ]
+    return rows
+
+
+def markdown(report: Report) -> str:
+    """The whole report as Markdown."""
+    rows = headline(report)
+    columns = list(rows[0])
+    lines = [
+        f"# {report.name} {report.bundle_version}: {report.outcome}",
+        "",
+        f"Order `{report.order}`",
+        "",
+        "| " + " | ".join(columns) + " |",
+        "|" + "---|" * len(columns),
+        *("| " + " | ".join(row.get(column, "") for column in columns) + " |" for row in rows),
+        "",
+        resolution(report),
+        "",
+        *(f"- {cell(remark)}" for remark in remarks(report)),
+        "",
+        "## Verdicts",
+        "",
+        "| target | verdict | why |",
+        "|---|---|---|",
+        *(
+            f"| {t.target} | {t.verdict.outcome} | {cell(t.verdict.reason)} |"
+            for t in report.targets
+        ),
+        *(
+            f"| {name} | left out (optional) | {cell(why)} |"
+            for name, why in report.skipped.items()
+        ),
+        "",
+        "## Limits",
+        "",
+        *limit_lines(report),
+        *stage_lines(report),
+        "",
+        "## Plan",
+        "",
+        "| table or layer | role | stored as | bytes before | after | why |",
+        "|---|---|---|---|---|---|",
+        *(
+            f"| {cell(line.module)} | {line.role} | {line.format} | {line.bytes_before:,} | "
+            f"{line.bytes_after:,} | {cell(reason_and_warning(line))} |"
+            for line in report.plan.lines
+        ),
+        "",
+        "## Checks of each graph",
+        "",
+        *_checks(report),
+        "",
+        "## Made from",
+        "",
+        "Each artifact is named relative to the root of the object store.",
+        "",
+        f"- bundle `{report.source.uri}`",
+        f"- compressed bundle `{report.compressed.uri}`",
+        f"- validation `{report.validation.uri}` (open validation.html)",
+        *(f"- {t.target} `{t.artifact.uri}`" for t in report.targets),
+        f"- calibrated on: {report.calibrated_on}",
+    ]
+    if report.measurement is not None:
+        machine = report.measurement.machine
+        lines.append(
+            f"- measured on {machine.processor}, {machine.cores} cores, {machine.system}, ONNX "
+            f"Runtime {machine.onnxruntime} with {machine.threads} thread(s)"
+        )
+    again = report.reproduction
+    lines += ["", "## Carry it out again", "", f"```bash\n{again.command}\n```"]
+    if ORDER_FILE in again.command:
+        lines += ["", f"```json\n{json.dumps(again.order, indent=1)}\n```"]
+    return printable("\n".join(lines) + "\n")
+
+
+def remarks(report: Report) -> list[str]:
+    """What a reader of the table should not overlook, a sentence each."""
+    found = []
+    if report.measurement is not None:
+        slower = [
+            f"{number.metric.rpartition('@')[2]} ({number.estimate.point:.2f}x)"
+            for number in report.measurement.numbers.numbers
+            if number.metric.startswith("p50_ms")
+            and number.against == "baseline"
+            and number.estimate.low > NOTICED
+        ]
+        if slower:
+            found.append(
+                f"Slower than before at batch {', '.join(slower)}: put a limit on p50_ms or p99_ms "
+                f"where that matters."
+            )
+        found.append("'change' compares ONNX Runtime with the untouched model in the same run.")
+        found += timed(report)
+        if not report.measurement.machine.int8_dot:
+            found.append(
+                "This processor has no int8 dot product: int8 layers are slower than with one."
+            )
+    found += [
+        f"{_engines(target)} {target.lowering.served_packed_bytes:,} bytes of weights; the rest of "
+        f"the {target.bytes:,} bytes is code, which does not grow with a table's rows."
+        for target in report.targets
+        if target.audits
+    ]
+    found += shared(report)
+    found += plan_warnings(report.plan)
+    found += report.remarks
+    found += [f"Step {kind} was left out: {why}" for kind, why in report.idle.items()]
+    return found
+
+
+def _engines(target: TargetReport) -> str:
+    if len(target.lowering.graphs) == 1:
+        return f"The {target.target} engine holds"
+    return f"The {len(target.lowering.graphs)} {target.target} engines hold"
+
+
+def shared(report: Report) -> list[str]:
+    """That some weights are in several graphs and count differently; nothing where none are."""
+    first = report.targets[0].lowering
+    if not first.repeated_bytes:
+        return []
+    names = " and ".join(graph.name for graph in first.graphs)
+    return [
+        f"The graphs {names} share {first.repeated_bytes:,} bytes of weights. 'bytes of weights' "
+        f"counts each stored tensor once, before and after; 'bytes served' counts every file that "
+        f"a target loads, before and after."
+    ]
+
+
+def timed(report: Report) -> list[str]:
+    """Which of several graphs the latency is of; nothing where there is one."""
+    names = [graph.name for target in report.targets[:1] for graph in target.lowering.graphs]
+    if len(names) == 1:
+        return []
+    return [
+        f"Bytes are of all graphs ({', '.join(names)}); latency is of the {names[0]} graph alone: "
+        f"a request waits for it, while the items' vectors are made beforehand."
+    ]
+
+
+def limit_lines(report: Report) -> list[str]:
+    """Every limit and what was found about it, one line each."""
+    judged = [item for target in report.targets for item in target.verdict.judgements]
+    if not judged:
+        return [f"- `{limit}`: not measured here" for limit in report.limits]
+    return [f"- `{item.limit}`: {item.outcome}. {item.reason}" for item in judged]
+
+
+def resolution(report: Report) -> str:
+    """What loss the test set can tell from none."""
+    if report.measurement is None:
+        return "Nothing was measured on this machine."
+    metric = report.metric
+    rows = f"{report.measurement.rows:,} test rows"
+    change = report.measurement.numbers.of(metric, "baseline")
+    if change is not None and change.unresolved is not None:
+        return f"The {rows} resolve no change of {label(metric)}: {change.unresolved}."
+    if change is not None and change.groups is not None:
+        rows += f" of {change.groups:,} groups"
+    return (
+        f"The {rows} resolve a change of {label(metric)} of about "
+        f"{report.measurement.resolves[metric]:.2g} (half the width of its 95 % interval)."
+    )
+
+
+def _checks(report: Report) -> list[str]:
+    lines = []
+    for t in report.targets:
+        for graph in t.lowering.graphs:
+            where = t.target if len(t.lowering.graphs) == 1 else f"{t.target}, {graph.name}"
+            lines += _graph_checks(where, graph, t.audits.get(graph.name, {}))
+    return lines
+
+
+def _graph_checks(where: str, graph: LoweredGraph, audit: dict[str, object]) -> list[str]:
+    parity = graph.rows_parity
+    lines = [
+        f"- {where}: {graph.output}s differ from torch by at most {parity.largest:.2g} (root mean "
+        f"square {parity.root_mean_square:.2g}) on {parity.rows} rows"
+    ]
+    if graph.audit is not None:
+        lines.append(
+            f"- {where}: optimized graph holds {graph.audit.int8_products} int8 "
+            f"products and {packed(graph.audit)}; {widened(graph.audit)}"
+        )
+        if graph.sparse_layers:
+            lines.append(
+                f"- {where}: {many(len(graph.sparse_layers), 'layer')} with 2:4 zeros: did not "
+                f"pay, since ONNX Runtime stores and multiplies zeros like other weights"
+            )
+    lines += [
+        f"- {where}: {name.replace('_', ' ')}: {audit[name]}"
+        for name in (
+            "scratch",
+            "scratch_reason",
+            "weights_bytes",
+            "packed_bytes",
+            "sparsity",
+            "sparsity_reason",
+        )
+        if audit.get(name) is not None
+    ]
+    return lines
+
+
+def _ratio(plan: Plan) -> float:
+    before = sum(line.bytes_before for line in plan.lines)
+    return _bytes_after(plan) / before if before else 1.0
+
+
+def _bytes_after(plan: Plan) -> int:
+    return sum(line.bytes_after for line in plan.lines)
+
+
+def _plain(estimate: Estimate, latency: bool) -> str:
+    return f"{estimate.point:.3f}" if latency else f"{estimate.point:.5f}"

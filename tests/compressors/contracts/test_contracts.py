@@ -1,0 +1,285 @@
+"""The words that cross layers refuse what does not fit together."""
+
+import subprocess
+import sys
+
+import pytest
+from models import RANKER
+from pydantic import TypeAdapter, ValidationError
+
+from compressors.contracts import (
+    AnyInput,
+    Architecture,
+    Artifact,
+    Bench,
+    DenseInput,
+    IdInput,
+    JaggedBag,
+    Limit,
+    PaddedBag,
+    Plan,
+    PlanLine,
+    Signature,
+    Verdict,
+    digest,
+    overall,
+    tensor_names,
+)
+
+USER = IdInput(name="user", table="user")
+
+
+def signature(*inputs, **changes) -> Signature:
+    settings = {"task": "ctr", "output": "logit", "label": "click", "metric": "auc", **changes}
+    return Signature(inputs=inputs or (USER,), **settings)
+
+
+def test_the_contracts_load_neither_torch_nor_an_adapter():
+    code = (
+        "import sys, compressors.contracts; "
+        "print(*sorted({'torch', 'onnx', 'numpy', 'prefect'} & set(sys.modules)))"
+    )
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert ran.stdout.strip() == ""
+
+
+def test_values_are_frozen_equal_by_their_fields_and_refuse_unknown_ones():
+    first, second = (Artifact(uri="a", sha256="0" * 64, bytes=3) for _ in range(2))
+    assert first == second
+    assert hash(first) == hash(second)
+    with pytest.raises(ValidationError, match="frozen"):
+        first.bytes = 4
+    with pytest.raises(ValidationError, match="Extra inputs"):
+        Artifact(uri="a", sha256="0" * 64, bytes=3, size=3)
+
+
+@pytest.mark.parametrize("sha256", ["0" * 63, "G" * 64, "A" * 64, ""])
+def test_a_hash_is_64_small_hex_digits(sha256):
+    with pytest.raises(ValidationError, match="sha256"):
+        Artifact(uri="a", sha256=sha256, bytes=3)
+
+
+def test_a_digest_depends_on_values_not_on_their_order():
+    assert digest({"a": 1, "b": [USER]}) == digest({"b": [USER.model_dump(mode="json")], "a": 1})
+    assert digest({"a": 1}) != digest({"a": 2})
+    assert digest([1, 2]) != digest([2, 1])
+    with pytest.raises(TypeError, match="set has no canonical JSON form"):
+        digest({1})
+
+
+def test_a_schema_is_json_and_back():
+    assert Signature.model_validate_json(RANKER.signature.model_dump_json()) == RANKER.signature
+
+
+def test_inputs_are_told_apart_by_kind():
+    adapter = TypeAdapter(AnyInput)
+    assert isinstance(adapter.validate_python({"kind": "id", "name": "u", "table": "t"}), IdInput)
+    with pytest.raises(ValidationError, match="'id', 'dense', 'padded_bag', 'jagged_bag'"):
+        adapter.validate_python({"kind": "image", "name": "u"})
+
+
+def test_columns_default_to_the_name():
+    assert USER.columns == ("user",)
+    assert PaddedBag(name="genres", table="g", shape=(3,)).columns == ("genres",)
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings", "message"),
+    [
+        (IdInput, {"columns": ("a", "b"), "table": "t"}, r"2 column.*\[2\]; found \[\]"),
+        (IdInput, {"shape": (3,), "table": "t"}, r"1 column.*\[\]; found \[3\]"),
+        (IdInput, {"table": "t", "dtype": "int16"}, "int64"),
+        (IdInput, {"table": "t", "out_of_range": "ignore"}, "'error', 'clamp' or 'default_row'"),
+        (IdInput, {"table": "t", "default_row": -1}, "greater than or equal to 0"),
+        (DenseInput, {"shape": ()}, r"needs shape \[width\]"),
+        (DenseInput, {"shape": (0,)}, r"needs shape \[width\]"),
+        (DenseInput, {"shape": (3,), "columns": ("a", "b")}, "1 list column or 3 scalar columns"),
+        (PaddedBag, {"shape": (), "table": "t"}, r"needs shape \[length\]"),
+        (PaddedBag, {"shape": (0,), "table": "t"}, r"needs shape \[length\]"),
+        (JaggedBag, {"shape": (2, 2), "table": "t"}, r"needs shape \[length\]"),
+        (JaggedBag, {"shape": (2,), "table": "t", "columns": ("a", "b")}, "exactly one list"),
+        (JaggedBag, {"shape": (2,), "table": "t", "layout": "ends"}, "'offsets' or 'lengths'"),
+    ],
+)
+def test_an_input_that_does_not_fit_together_is_refused(kind, settings, message):
+    with pytest.raises(ValidationError, match=message):
+        kind(name="x", **settings)
+
+
+def test_a_jagged_bag_is_two_arguments():
+    bag = JaggedBag(name="tags", table="t", shape=(2,), layout="lengths")
+    assert tensor_names(bag) == ("tags", "tags_lengths")
+    assert tensor_names(USER) == ("user",)
+
+
+@pytest.mark.parametrize(
+    ("inputs", "changes", "message"),
+    [
+        ((USER, USER), {}, "share the name.*user"),
+        (
+            (
+                JaggedBag(name="a", table="t", shape=(2,)),
+                IdInput(name="a_offsets", table="t"),
+            ),
+            {},
+            "share the name.*a_offsets",
+        ),
+        ((USER,), {"metric": "gauc"}, "'gauc' needs a group column"),
+        ((USER,), {"output": "score"}, "'ctr' needs output 'logit' or 'probability'"),
+        ((USER,), {"task": "regression"}, "task"),
+        ((USER,), {"metric": "accuracy"}, "metric"),
+    ],
+)
+def test_a_schema_that_does_not_fit_together_is_refused(inputs, changes, message):
+    with pytest.raises(ValidationError, match=message):
+        signature(*inputs, **changes)
+
+
+def test_a_schema_needs_an_input():
+    with pytest.raises(ValidationError, match="at least 1 item"):
+        Signature(inputs=(), task="ctr", output="logit", label="click", metric="auc")
+
+
+@pytest.mark.parametrize("path", ["a.b", "a:b:c", "a/b:C", "os.system('x'):y", ":A", "a:"])
+def test_an_architectures_path_is_a_module_and_a_class(path):
+    with pytest.raises(ValidationError, match="path"):
+        Architecture(path=path)
+
+
+def test_a_bench_never_holds_test_data():
+    assert "test" not in Bench.model_fields
+    with pytest.raises(ValidationError, match="Extra inputs"):
+        Bench(signature=RANKER.signature, test=None)
+    with pytest.raises(ValidationError, match="greater than 0"):
+        Bench(signature=RANKER.signature, seconds=0)
+
+
+def test_a_plan_finds_the_line_of_a_module():
+    line = PlanLine(
+        module="user", role="table", format="f", bytes_before=2, bytes_after=1, reason="r"
+    )
+    assert Plan(lines=(line,)).of("user") is line
+    assert Plan(lines=(line,)).of("item") is None
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "auc vs baseline >= -0.002",
+        "auc vs champion >= 0",
+        "bytes <= 500000",
+        "p99_ms@64 vs baseline <= 1.2",
+        "ndcg@10 >= 0.3",
+    ],
+)
+def test_a_limit_reads_as_people_write_it_and_back(text):
+    assert str(Limit.parse(text)) == text
+    assert Limit.parse(str(Limit.parse(text))) == Limit.parse(text)
+    assert Limit.parse(text.replace(" ", "  ")) == Limit.parse(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("auc > 0.5", "is not of the form 'auc vs baseline >= -0.002'"),
+        ("auc vs best >= 0", "is not of the form"),
+        ("accuracy >= 0.5", "metric"),
+        ("p95_ms@64 <= 2", "metric"),
+        ("auc >= nan", "finite"),
+        ("bytes <= inf", "finite"),
+        ("auc >= much", "valid number"),
+    ],
+)
+def test_a_limit_nobody_can_judge_is_refused(text, message):
+    with pytest.raises(ValueError, match=message):
+        Limit.parse(text)
+
+
+@pytest.mark.parametrize("bounds", [{}, {"at_least": 0.1, "at_most": 0.2}])
+def test_a_limit_has_exactly_one_bound(bounds):
+    with pytest.raises(ValidationError, match="exactly one of at_least, at_most"):
+        Limit(metric="auc", **bounds)
+
+
+@pytest.mark.parametrize(
+    ("outcomes", "expected"),
+    [
+        (("accepted", "accepted"), "accepted"),
+        (("accepted", "undecided"), "undecided"),
+        (("undecided", "rejected", "accepted"), "rejected"),
+        (("built-unmeasured", "accepted"), "accepted"),
+        (("built-unmeasured",), "built-unmeasured"),
+        ((), "built-unmeasured"),
+    ],
+)
+def test_the_worst_measured_target_decides(outcomes, expected):
+    verdicts = [Verdict(target="onnxruntime", outcome=item, reason="r") for item in outcomes]
+    assert overall(verdicts) == expected
+
+
+ITEM = IdInput(name="item", table="item")
+TOWERS = {
+    "query": {"module": "of_user", "inputs": ["user"]},
+    "item": {"module": "of_item", "inputs": ["item"]},
+}
+RETRIEVAL = {
+    "task": "retrieval",
+    "output": "score",
+    "label": None,
+    "group": "user",
+    "metric": "ndcg@20",
+    "towers": TOWERS,
+    "item": "item",
+}
+
+
+def test_a_retrieval_schema_knows_what_each_of_its_files_holds():
+    whole = signature(
+        USER,
+        ITEM,
+        DenseInput(name="price", shape=(2,)),
+        **RETRIEVAL
+        | {
+            "label": "bought",
+            "towers": TOWERS | {"item": {"module": "of_item", "inputs": ["price", "item"]}},
+        },
+    )
+    test, items = whole.of_split("test"), whole.of_split("items")
+    assert [item.name for item in test.inputs] == ["user", "item"]
+    assert (test.label, test.group) == ("bought", "user")
+    assert [item.name for item in items.inputs] == ["item", "price"]
+    assert (items.label, items.group) == (None, None)
+    assert signature().of_split("items") == signature()
+    traffic = whole.of_split("traffic")
+    assert (traffic.inputs, traffic.label, traffic.group) == (test.inputs, None, "user")
+    assert signature().of_split("traffic") == signature().model_copy(update={"label": None})
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"towers": None}, "needs towers"),
+        ({"item": None}, "needs towers .* and item"),
+        ({"item": "user"}, "not among the item tower's inputs"),
+        ({"metric": "auc"}, r"needs metric recall@20 or ndcg@20; got 'auc'"),
+        ({"group": None}, "needs a group"),
+        ({"output": "logit"}, "needs output 'score'"),
+        (
+            {"towers": TOWERS | {"query": {"module": "of_user", "inputs": ["user", "item"]}}},
+            "exactly one tower",
+        ),
+        ({"towers": TOWERS | {"query": {"module": "of_user", "inputs": ["usr"]}}}, "read .*usr"),
+        ({"task": "ranking", "label": "bought"}, "needs metric ndcg@10; got 'ndcg@20'"),
+        ({"task": "ranking", "label": "bought", "metric": "ndcg@10"}, "belong to task 'retrieval'"),
+        ({"task": "ranking", "metric": "gauc"}, "label is missing"),
+    ],
+)
+def test_a_retrieval_schema_that_does_not_fit_together_says_why(changes, words):
+    with pytest.raises(ValidationError, match=words):
+        signature(USER, ITEM, **RETRIEVAL | changes)
+
+
+def test_the_item_must_be_one_id():
+    bag = JaggedBag(name="item", table="item", shape=(3,))
+    with pytest.raises(ValidationError, match="id input of one column"):
+        signature(USER, bag, **RETRIEVAL)

@@ -1,0 +1,211 @@
+"""Steps that break their contract are refused by the one place that runs them."""
+
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import pytest
+import torch
+from models import NORMED, RANKER, Reference
+from torch import Tensor, nn
+
+from compressors.contracts import Architecture, Bench, Network
+from compressors.core.model import Model
+from compressors.core.runner import run
+from compressors.core.units import Choice, Unit
+from compressors.errors.compression import CompressionError, ContractBroken, ModelRefused
+from compressors.quantize.dense import float16
+from compressors.quantize.dense.float16 import Float16
+from compressors.quantize.tables.rowwise_int8 import RowwiseInt8
+
+
+@dataclass(frozen=True)
+class Changed:
+    """Float16, and something that the contract forbids."""
+
+    what: Any
+    chosen: Literal["as float16", "nothing but user", "everything"] = "as float16"
+    kind: str = "changed"
+    changes: str = "format"
+    needs: tuple[str, ...] = ()
+
+    def choose(self, model: Model, bench: Bench) -> dict[str, Choice]:
+        if self.chosen == "nothing but user":
+            return {"user": Choice(True, "as ordered")}
+        if self.chosen == "everything":
+            units = Unit.of(model.module)
+            return {unit.name: Choice(True, "as ordered") for unit in units}
+        return Float16().choose(model, bench)
+
+    def apply(self, model: Model, bench: Bench) -> Model:
+        self.what(model.module)
+        return model
+
+    def dry_run(self, model: Model, bench: Bench) -> Model:
+        return model
+
+
+def narrow(module: nn.Module, **settings: Any) -> None:
+    """Float16 on a module of our own: its tensors are shared, its tree is not."""
+    model = Model(module, type(module), Network(architecture=Architecture(path="models:Any")))
+    Float16(**settings).apply(model, Bench(signature=RANKER.signature))
+
+
+def writes_in_place(module: nn.Module) -> None:
+    with torch.no_grad():
+        module.user.weight.mul_(2)
+    narrow(module)
+
+
+def writes_a_buffer(module: nn.Module) -> None:
+    module.norm.running_mean.add_(1)
+    narrow(module)
+
+
+def gives_nan(module: nn.Module) -> None:
+    narrow(module)
+    module.out.bias.fill_(torch.nan)
+
+
+def does_more(module: nn.Module) -> None:
+    narrow(module)
+
+
+def does_less(module: nn.Module) -> None:
+    narrow(module, layers=("out",))
+
+
+def drops_a_table(module: nn.Module) -> None:
+    narrow(module)
+    module.user = nn.Identity()
+
+
+@dataclass(frozen=True)
+class Doubled:
+    """A format that answers to float16's name and computes something else."""
+
+    name: str = "float16"
+    layout: Any = float16.LINEAR_FORMAT.layout
+
+    def apply(self, stored: dict[str, Tensor], x: Tensor, settings: dict[str, Any]) -> Tensor:
+        return 2 * float16.LINEAR_FORMAT.apply(stored, x, settings)
+
+
+def hides_state(module: nn.Module) -> None:
+    narrow(module)
+    module.out.storage = Doubled()
+
+
+def drops_the_weights_on_the_way(module: nn.Module) -> None:
+    narrow(module)
+    module.get_submodule("out")._non_persistent_buffers_set.add("bias")
+
+
+@pytest.mark.parametrize(
+    ("what", "chosen", "fault"),
+    [
+        (writes_in_place, "as float16", "wrote into the tensors"),
+        (gives_nan, "as float16", "not finite"),
+        (does_more, "nothing but user", "changed '[a-z]+' against its own choice"),
+        (does_less, "everything", "kept '[a-z]+' against its own choice"),
+        (drops_a_table, "as float16", "nothing stands at 'user'"),
+        (hides_state, "as float16", "not among its tensors"),
+    ],
+)
+def test_a_step_that_breaks_its_contract_is_refused(what, chosen, fault, tmp_path):
+    bench = RANKER.bench(tmp_path / "data")
+    with pytest.raises(ContractBroken, match=f"'changed'.*{fault}|'changed' {fault}"):
+        run(Changed(what, chosen), RANKER.model(), bench, tmp_path / "out")
+
+
+def test_a_step_that_writes_a_buffer_is_refused(tmp_path):
+    bench = NORMED.bench(tmp_path / "data")
+    with pytest.raises(ContractBroken, match="wrote into the tensors"):
+        run(Changed(writes_a_buffer), NORMED.model(), bench, tmp_path / "out")
+
+
+def test_a_step_whose_state_is_not_stored_is_refused(tmp_path):
+    bench = RANKER.bench(tmp_path / "data")
+    with pytest.raises(ModelRefused, match=r"missing out\.bias"):
+        run(Changed(drops_the_weights_on_the_way), RANKER.model(), bench, tmp_path / "out")
+
+
+def test_a_table_step_that_encodes_other_than_it_lays_out_is_refused(tmp_path):
+    class Wide(RowwiseInt8):
+        kind: Literal["wide"] = "wide"  # type: ignore[assignment]
+
+        def encode(self, block: Tensor, params: Any) -> dict[str, Tensor]:
+            return {k: v.to(torch.int32) for k, v in super().encode(block, params).items()}
+
+    bench = RANKER.bench(tmp_path / "data")
+    with pytest.raises(ContractBroken, match=r"'wide' encodes 'codes' as torch.int32"):
+        run(Wide(), RANKER.model(), bench, tmp_path / "out")
+
+
+class ReadsWeights(nn.Module):
+    """Uses a layer's weight without calling the layer, as torch's own attention does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.user = nn.Embedding(15, 6)
+        self.out = nn.Linear(8, 1)
+
+    def forward(self, user: Tensor, price: Tensor) -> Tensor:
+        x = torch.cat([self.user(user), price], dim=1)
+        return nn.functional.linear(x, self.out.weight, self.out.bias)
+
+
+class Offset(nn.Module):
+    """Moves its ids itself, so that ids its signature allows lie outside the table."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.user = nn.Embedding(15, 6)
+        self.out = nn.Linear(8, 1)
+
+    def forward(self, user: Tensor, price: Tensor) -> Tensor:
+        return self.out(torch.cat([self.user(user + 10), price], dim=1))
+
+
+def test_a_layer_whose_weight_is_read_around_it_is_named_as_such(tmp_path):
+    reference = Reference(ReadsWeights, NORMED.signature)
+    bench = reference.bench(tmp_path / "data")
+    with pytest.raises(CompressionError, match=r"'float16' the network no longer runs.*leave that"):
+        run(Float16(), reference.model(), bench, tmp_path / "out")
+    run(RowwiseInt8(), reference.model(), bench, tmp_path / "tables")
+
+
+def test_a_network_that_fails_on_ids_its_schema_allows_is_refused(tmp_path):
+    reference = Reference(Offset, NORMED.signature)
+    with pytest.raises(ModelRefused, match=r"models:Offset fails on made-up inputs.*IndexError"):
+        run(RowwiseInt8(), reference.model(), Bench(signature=NORMED.signature), tmp_path / "out")
+
+
+@dataclass(frozen=True)
+class Told:
+    """Float16 on everything but one layer, which its notes speak of or do not."""
+
+    notes: dict[str, str]
+    kind: str = "told"
+    changes: str = "format"
+    needs: tuple[str, ...] = ()
+
+    def choose(self, model: Model, bench: Bench) -> dict[str, Choice]:
+        return Float16().choose(model, bench)
+
+    def apply(self, model: Model, bench: Bench) -> Model:
+        made = Float16(layers=("cross", "hidden", "capped", "plain")).apply(model, bench)
+        return replace(made, notes=self.notes)
+
+    def dry_run(self, model: Model, bench: Bench) -> Model:
+        return model
+
+
+def test_a_layer_may_stay_in_its_format_only_if_the_step_says_why(tmp_path):
+    bench = RANKER.bench(tmp_path / "data")
+    result = run(Told({"out": "reaches 7e4"}), RANKER.model(), bench, tmp_path / "out")
+    line = result.plan.of("out")
+    assert (line.format, line.steps) == ("float32", ())
+    assert line.reason == "kept float32; reaches 7e4"
+    assert result.plan.of("cross").format == "float16"
+    with pytest.raises(ContractBroken, match="kept 'out' against its own choice"):
+        run(Told({}), RANKER.model(), bench, tmp_path / "again")

@@ -1,0 +1,345 @@
+"""Networks whose constructors move, copy, cast or read their parameters are built and loaded."""
+
+import copy
+import resource
+import weakref
+
+import pytest
+import torch
+from constructed_networks import (
+    DIM,
+    EMPTY,
+    WITH_VALUES,
+    Base,
+    CallsCuda,
+    CreatesOnCuda,
+    MovesToADevice,
+    MovesToADeviceObject,
+    Penalized,
+    ReadsANumber,
+    SetsDefaultsOfTheProcess,
+)
+from safetensors.torch import save_file
+from torch import nn
+
+from compressors.contracts import Architecture, Network
+from compressors.core.state.construction import ConstructionFailed, assign, construct
+from compressors.core.state.module_state import load, save, tensors_of
+from compressors.core.units import private_copy
+from compressors.errors.compression import ModelRefused
+
+
+def network_of(architecture: type[nn.Module], **config: object) -> Network:
+    path = f"networks:{architecture.__name__}"
+    return Network(architecture=Architecture(path=path, config=config))
+
+
+def stored(architecture: type[nn.Module], folder, **config: object) -> tuple[nn.Module, nn.Module]:
+    """A network as a user trained it, and the same loaded from its file."""
+    torch.manual_seed(1)
+    trained = construct_as_a_user(architecture, **config)
+    with torch.no_grad():
+        for parameter in trained.parameters():
+            parameter.add_(0.01)
+    ties = save(trained, folder)
+    network = network_of(architecture, **config).model_copy(update={"ties": ties})
+    return trained.eval(), load(architecture, network, folder)
+
+
+def construct_as_a_user(architecture: type[nn.Module], **config: object) -> nn.Module:
+    """Without CUDA here, what a GPU would hold is on the CPU; nothing else differs."""
+    from compressors.core.state.construction import construct_with_weights
+
+    return construct_with_weights(architecture, config)
+
+
+@pytest.mark.parametrize("architecture", EMPTY)
+@pytest.mark.parametrize("device", ["cpu", "cuda:0"])
+def test_a_constructor_that_moves_casts_or_copies_is_built_without_weights(architecture, device):
+    module = construct(architecture, {"device": device}).module
+    assert all(parameter.is_meta for parameter in module.parameters())
+    assert not module.places.is_meta
+    assert module.places.tolist() == [0, 1, 2]
+
+
+@pytest.mark.parametrize("architecture", [*EMPTY, *WITH_VALUES])
+def test_a_loaded_network_scores_like_the_trained_one(architecture, tmp_path):
+    trained, loaded = stored(architecture, tmp_path)
+    ids = torch.arange(7)
+    # The same operations on the same numbers: not even rounding differs.
+    torch.testing.assert_close(loaded(ids), trained(ids), rtol=0, atol=0)
+    for tensor in (*loaded.parameters(), *loaded.buffers()):
+        assert tensor.device.type == "cpu"
+
+
+@pytest.mark.parametrize("architecture", WITH_VALUES)
+def test_a_constructor_that_reads_values_is_built_with_weights_and_a_note(architecture):
+    built = construct(architecture, {})
+    assert not any(parameter.is_meta for parameter in built.module.parameters())
+    (note,) = built.notes
+    assert architecture.__name__ in note
+    assert "all its weights in memory" in note
+
+
+def test_the_note_names_the_line_that_reads_a_value():
+    (note,) = construct(ReadsANumber, {}).notes
+    assert "constructed_networks.py, line " in note
+    assert "self.level = float(" in note
+
+
+def test_a_class_that_needs_no_values_has_no_notes():
+    assert construct(MovesToADevice, {"device": "cpu"}).notes == ()
+
+
+@pytest.mark.parametrize("architecture", [CallsCuda, CreatesOnCuda, MovesToADeviceObject])
+def test_a_constructor_on_a_gpu_is_built_on_the_cpu_with_a_note(architecture):
+    built = construct(architecture, {"device": "cuda:0"})
+    (note,) = built.notes
+    assert "cuda" in note
+    assert "decides the device itself" in note
+
+
+def test_process_wide_defaults_are_as_before_a_construction():
+    before = torch.get_default_device(), torch.get_default_dtype()
+    construct(SetsDefaultsOfTheProcess, {})
+    assert (torch.get_default_device(), torch.get_default_dtype()) == before
+    assert torch.zeros(1).device.type == "cpu"
+
+
+def test_devices_that_a_network_remembers_become_the_cpu():
+    class Remembers(Base):
+        def finish(self, device):
+            self.device = device
+            self.own_device = torch.device(device)
+            self.from_weights = self.emb.weight.device
+            self.settings = {"device": device, "name": "cuda"}
+            self.to(device)
+
+    module = construct(Remembers, {"device": "cuda:1"}).module
+    assert module.device == "cpu"
+    assert module.own_device == torch.device("cpu")
+    assert module.from_weights == torch.device("cpu")
+    assert module.settings == {"device": "cpu", "name": "cuda"}  # a name is no device
+
+
+def test_references_to_parameters_in_plain_attributes_have_the_loaded_values(tmp_path):
+    trained, loaded = stored(Penalized, tmp_path)
+    for found, expected in zip(loaded.penalties(), trained.penalties(), strict=True):
+        assert torch.equal(found, expected)
+    assert loaded.weights[0][0][0] is loaded.emb.weight
+    assert loaded.by_name["out"] is loaded.out.weight is loaded.alias
+    assert loaded.first_row.data_ptr() == loaded.emb.weight[2].data_ptr()
+
+
+def test_a_plain_tensor_that_became_a_parameter_follows_the_stored_values(tmp_path):
+    class SharesMemory(Base):
+        def finish(self, device):
+            rows = torch.zeros(7, DIM)
+            self.emb.weight = nn.Parameter(rows)
+            self.rows = rows
+            self.held = [self.out.weight]
+
+    _, loaded = stored(SharesMemory, tmp_path)
+    assert torch.equal(loaded.rows, loaded.emb.weight)
+    assert loaded.held[0] is loaded.out.weight
+
+
+def test_parameters_of_compressed_layers_in_lists_do_not_refuse_the_model(tmp_path):
+    from compressors.core.modules.formats import PackedTable
+    from compressors.quantize.tables.rowwise_int8 import RowwiseInt8
+
+    storage = RowwiseInt8().storage
+    settings = RowwiseInt8().settings()
+    layout = storage.layout(7, DIM, settings)
+    values = {name: torch.ones(spec.shape, dtype=spec.dtype) for name, spec in layout.items()}
+    packed = PackedTable(storage, 7, DIM, settings, values)
+    module = construct_as_a_user(Penalized)
+    module.emb = packed
+    tensors, ties = tensors_of(module)
+    save_file(tensors, tmp_path / "model.safetensors")
+    network = network_of(Penalized).model_copy(
+        update={"modules": {"emb": packed.record()}, "ties": ties}
+    )
+    loaded = load(Penalized, network, tmp_path)
+    assert loaded.by_name["out"] is loaded.out.weight
+
+
+def test_a_private_copy_shares_parameters_that_only_a_list_holds():
+    module = construct_as_a_user(Penalized)
+    held = module.weights[0][0][0]
+    module.emb = nn.Embedding(7, DIM)  # as if a packed table had replaced it
+    copied = private_copy(module)
+    assert copied.weights[0][0][0] is held
+    assert copied.weights is not module.weights
+
+
+def test_random_values_that_no_file_stores_are_refused_by_name():
+    class Halved(Base):
+        def finish(self, device):
+            self.half = self.out.weight.detach() / 2
+
+    class Hidden(Base):
+        def finish(self, device):
+            self.hidden = [nn.Linear(DIM, DIM)]
+
+    with pytest.raises(ModelRefused, match=r"'half'.*still has no values"):
+        construct(Halved, {})
+    with pytest.raises(ModelRefused, match=r"'hidden\[0\]\.weight'.*Register it as a module"):
+        construct(Hidden, {})
+
+
+def test_a_weight_with_weak_references_is_still_loaded(tmp_path):
+    class Watched(Base):
+        def finish(self, device):
+            self.watch = weakref.ref(self.emb.weight)
+
+    trained, loaded = stored(Watched, tmp_path)
+    assert torch.equal(loaded.emb.weight, trained.emb.weight)
+
+
+def test_attributes_and_class_of_a_parameter_survive_building_and_loading(tmp_path):
+    class Marked(nn.Parameter):
+        pass
+
+    class HasMarks(Base):
+        def finish(self, device):
+            marked = Marked(torch.zeros(2))
+            marked.group = "slow"
+            self.marked = marked
+
+    _, loaded = stored(HasMarks, tmp_path)
+    assert type(loaded.marked) is Marked
+    assert loaded.marked.group == "slow"
+
+
+def test_a_constructor_that_fails_is_refused_with_its_own_cause():
+    class Broken(Base):
+        def finish(self, device):
+            raise ValueError("depth must be even")
+
+    with pytest.raises(ConstructionFailed) as refused:
+        construct(Broken, {})
+    text = str(refused.value)
+    assert "ValueError" in text
+    assert "depth must be even" in text
+    assert "test_construction.py, line" in text
+    assert "keyword arguments" not in text
+
+
+def test_wrong_arguments_are_refused_with_those_the_class_takes():
+    with pytest.raises(ConstructionFailed, match=r"'depth'.*keyword arguments: device\."):
+        construct(Base, {"depth": 3})
+
+
+def test_a_constructor_that_needs_cuda_itself_is_refused_with_a_remedy():
+    class Needs(Base):
+        def finish(self, device):
+            raise RuntimeError("Found no NVIDIA driver on your system")
+
+    with pytest.raises(ConstructionFailed, match=r"NVIDIA.*\.to\(device\).*argument of Needs"):
+        construct(Needs, {})
+
+
+def test_assigning_leaves_the_network_that_gave_the_tensors_as_it_was():
+    source, target = Base(), construct(Base, {}).module
+    expected = copy.deepcopy(source.state_dict())
+    assign(target, source.state_dict(keep_vars=True), strict=True)
+    for name, tensor in source.state_dict().items():
+        assert torch.equal(tensor, expected[name])
+        assert target.state_dict()[name].data_ptr() == tensor.data_ptr()
+
+
+class Sized(nn.Module):
+    """Its configuration decides everything that its constructor creates."""
+
+    def __init__(self, *, rows=10, hidden=4, layers=1, mask=4, drawn=4):
+        super().__init__()
+        self.table = nn.Embedding(rows, 4)
+        self.layers = nn.ModuleList(nn.Linear(4, hidden) for _ in range(layers))
+        self.register_buffer("mask", torch.ones(mask, mask), persistent=False)
+        self.drawn = torch.zeros(drawn)
+
+    def forward(self, x):
+        return self.table(x)
+
+
+def stored_network(tmp_path, **config):
+    save(Sized(), tmp_path)
+    architecture = Architecture(path="test_construction:Sized", config=config)
+    return Network(architecture=architecture)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [{"rows": 10**9}, {"hidden": 10**12}, {"mask": 10**6}, {"drawn": 10**10}],
+    ids=["table", "layer", "buffer", "plain tensor"],
+)
+def test_a_constructor_that_creates_far_more_than_is_stored_is_refused_unbuilt(tmp_path, config):
+    network = stored_network(tmp_path, **config)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(ModelRefused, match=r"creates a tensor of \d+ bytes, and by the stored"):
+        load(Sized, network, tmp_path)
+    grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+    assert grown < 100 * 1024  # KiB: not even a part of it was touched
+
+
+def test_a_constructor_that_creates_tensors_without_end_is_refused(tmp_path):
+    network = stored_network(tmp_path, layers=10**9)
+    with pytest.raises(ModelRefused, match="far more tensors than the files hold"):
+        load(Sized, network, tmp_path)
+
+
+def test_a_mask_of_60_mib_that_no_file_stores_is_allowed(tmp_path):
+    network = stored_network(tmp_path, mask=4000)
+    assert load(Sized, network, tmp_path).mask.shape == (4000, 4000)
+
+
+class KeyedByFeature(nn.Module):
+    """A table for each feature, a dense layer, a buffer and an attribute, by the given name."""
+
+    def __init__(self, name: str, place: str = "module") -> None:
+        super().__init__()
+        self.tables = nn.ModuleDict({name if place == "module" else "user": nn.Embedding(4, DIM)})
+        self.owner = nn.Module()
+        if place == "parameter":
+            self.owner.register_parameter(name, nn.Parameter(torch.zeros(2)))
+        if place == "buffer":
+            self.owner.register_buffer(name, torch.zeros(2), persistent=False)
+        if place == "attribute":
+            setattr(self.owner, name, torch.zeros(2))
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        (table,) = self.tables.values()
+        return table(ids).sum(dim=1)
+
+
+def name_that_runs(command: str) -> str:
+    """A module's name that ends the text in which torch writes it, and continues as a line."""
+    body = f"exec(bytes({list(command.encode())}))"
+    return f'x")\r{body}\rdef other():\r    (lambda name: name)("'
+
+
+def test_torch_runs_what_a_name_of_a_module_contains(tmp_path):
+    """Why such names are refused; if this fails, torch escapes them and the rule is needless."""
+    name = name_that_runs(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    program = torch.export.export(KeyedByFeature(name), (torch.arange(3),))
+    program.run_decompositions({})
+    assert (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("place", ["module", "parameter", "buffer", "attribute"])
+@pytest.mark.parametrize("sign", ['"', "'", "\\", "\n", "\r", "\0"])
+def test_an_attribute_whose_name_could_run_as_code_is_refused(place, sign):
+    config = {"name": f"a{sign}b", "place": place}
+    with pytest.raises(ConstructionFailed, match="expected attribute names without quotes"):
+        construct(KeyedByFeature, config)
+    with pytest.raises(ConstructionFailed, match="expected attribute names without quotes"):
+        construct_as_a_user(KeyedByFeature, **config)
+
+
+def test_an_attribute_with_another_unusual_name_is_built_and_traced(tmp_path):
+    name = "price[usd] {0} %s </b> $(a) `b` ü \u2028 \x1b[31m # ; x=1"
+    trained, loaded = stored(KeyedByFeature, tmp_path, name=name)
+    ids = torch.arange(3)
+    program = torch.export.export(loaded, (ids,)).run_decompositions({})
+    torch.testing.assert_close(program.module()(ids), trained(ids), rtol=0, atol=0)

@@ -1,0 +1,177 @@
+"""The streaming writer against the safetensors library, over types, shapes and orders."""
+
+import json
+import math
+import random
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from compressors.core.modules.formats import TensorSpec
+from compressors.core.state.safetensors_stream import DTYPES, StreamedFile, put, size_of, write
+from compressors.errors.compression import ContractBroken
+
+SHAPES = st.lists(st.integers(0, 5), max_size=3).map(tuple)
+NAMES = st.text(st.characters(codec="utf-8"), min_size=1, max_size=6).filter(
+    lambda name: name != "__metadata__"
+)
+METADATA = st.none() | st.dictionaries(st.text(max_size=4), st.text(max_size=4), max_size=1)
+
+
+@st.composite
+def tensor_sets(draw: st.DrawFn) -> dict[str, Tensor]:
+    """Named tensors of any type and small shape, with every bit pattern."""
+    names = draw(st.lists(NAMES, min_size=1, max_size=6, unique=True))
+    found = {}
+    for name in names:
+        dtype, shape = draw(st.sampled_from(list(DTYPES.values()))), draw(SHAPES)
+        count = math.prod(shape) * dtype.itemsize
+        data = draw(st.binary(min_size=count, max_size=count))
+        if dtype == torch.bool:
+            data = bytes(byte & 1 for byte in data)
+        flat = torch.tensor(list(data), dtype=torch.uint8).view(dtype) if count else torch.empty(0)
+        found[name] = flat.to(dtype).reshape(shape)
+    return found
+
+
+def layout_of(tensors: dict[str, Tensor]) -> dict[str, TensorSpec]:
+    return {name: TensorSpec(tuple(value.shape), value.dtype) for name, value in tensors.items()}
+
+
+@given(tensor_sets(), METADATA)
+def test_the_file_is_the_librarys_byte_for_byte(tmp_path_factory, tensors, metadata):
+    folder = tmp_path_factory.mktemp("files")
+    write(folder / "ours", tensors, metadata)
+    save_file(tensors, folder / "library", metadata)
+    assert (folder / "ours").read_bytes() == (folder / "library").read_bytes()
+
+
+@given(tensor_sets(), st.randoms(use_true_random=False), st.integers(1, 3))
+def test_pieces_in_any_order_and_of_any_size_make_the_same_file(
+    tmp_path_factory, tensors, rng: random.Random, each: int
+):
+    folder = tmp_path_factory.mktemp("files")
+    file = StreamedFile(layout_of(tensors))
+    pieces = []
+    for name, tensor in tensors.items():
+        if tensor.dim():
+            pieces += [
+                file.piece(name, tensor[at : at + each], at) for at in range(0, len(tensor), each)
+            ]
+        else:
+            pieces.append(file.piece(name, tensor))
+    rng.shuffle(pieces)
+    with (folder / "ours").open("wb") as opened:
+        opened.write(file.header)
+        opened.truncate(file.bytes)
+        opened.flush()
+        for piece in pieces:
+            put(opened.fileno(), piece)
+    save_file(tensors, folder / "library")
+    assert (folder / "ours").read_bytes() == (folder / "library").read_bytes()
+
+
+def test_a_tensor_that_is_not_contiguous_is_written_in_its_own_order(tmp_path: Path):
+    turned = torch.arange(12.0).reshape(3, 4).T
+    write(tmp_path / "file", {"turned": turned})
+    assert torch.equal(load_file(tmp_path / "file")["turned"], turned)
+
+
+def test_many_pieces_of_one_tensor_are_joined(tmp_path: Path):
+    large = torch.arange(3 * 2**20, dtype=torch.int64).reshape(-1, 4)  # 24 MiB: three pieces
+    write(tmp_path / "file", {"large": large, "small": torch.tensor(7)})
+    found = load_file(tmp_path / "file")
+    assert torch.equal(found["large"], large)
+    assert found["small"].item() == 7
+
+
+# Entries on both sides of where 32-bit arithmetic would break: elements and bytes.
+BORDERS = (2**31, 2**32, 2**33)
+
+
+@pytest.mark.parametrize("border", BORDERS)
+@pytest.mark.parametrize(
+    ("dtype", "width"), [(torch.int8, 1), (torch.int8, 64), (torch.float16, 1), (torch.float32, 24)]
+)
+def test_places_beyond_32_bits_are_exact(border: int, dtype: torch.dtype, width: int):
+    rows = border // width + 3
+    specs = {"first": TensorSpec((rows, width), dtype), "next": TensorSpec((rows, width), dtype)}
+    file = StreamedFile(specs)
+    head = len(file.header)
+    entry_bytes = width * dtype.itemsize
+    for entry in (border // width - 1, border // width, border // width + 1):
+        assert file.place("first", entry) == head + entry * entry_bytes
+        assert file.place("next", entry) == head + (rows + entry) * entry_bytes
+    assert file.bytes == head + 2 * rows * entry_bytes
+    offsets = json.loads(file.header[8:])["next"]["data_offsets"]
+    assert offsets == [rows * entry_bytes, 2 * rows * entry_bytes]
+
+
+def test_rows_on_both_sides_of_every_border_are_read_back_by_the_library(tmp_path: Path):
+    # A file with holes: 6 GiB long, a few blocks of the disk.
+    width, rows = 32, 6 * 2**30 // 32
+    file = StreamedFile({"codes": TensorSpec((rows, width), torch.int8)})
+    at_2_31 = 2**31 // width
+    planted = [0, at_2_31 - 1, at_2_31, at_2_31 + 1, 2 * at_2_31 - 1, 2 * at_2_31, rows - 1]
+    path = tmp_path / "large"
+    with path.open("wb") as opened:
+        opened.write(file.header)
+        opened.truncate(file.bytes)
+        opened.flush()
+        for number, row in enumerate(planted, start=1):
+            values = torch.full((1, width), number, dtype=torch.int8)
+            put(opened.fileno(), file.piece("codes", values, row))
+    assert path.stat().st_blocks * 512 < 2**20
+    with safe_open(path, framework="pt") as opened:
+        codes = opened.get_slice("codes")
+        assert codes.get_shape() == [rows, width]
+        for number, row in enumerate(planted, start=1):
+            assert set(codes[row : row + 1].flatten().tolist()) == {number}
+        assert not codes[at_2_31 + 2 : at_2_31 + 4].any()
+
+
+LAYOUT = {"codes": TensorSpec((4, 2), torch.int8), "one": TensorSpec((), torch.float32)}
+
+
+@pytest.mark.parametrize(
+    ("name", "values", "entry", "said"),
+    [
+        ("other", torch.zeros(1, 2, dtype=torch.int8), 0, "not laid out"),
+        ("codes", torch.zeros(1, 2), 0, "torch.float32 and laid out as torch.int8"),
+        ("codes", torch.zeros(1, 3, dtype=torch.int8), 0, "does not fit"),
+        ("codes", torch.zeros(2, dtype=torch.int8), 0, "does not fit"),
+        ("codes", torch.zeros(2, 2, dtype=torch.int8), 3, "does not fit from entry 3"),
+        ("codes", torch.zeros(1, 2, dtype=torch.int8), 5, "no place for 5"),
+        ("codes", torch.zeros(1, 2, dtype=torch.int8), -1, "no place for -1"),
+        ("one", torch.zeros(1), 0, "does not fit"),
+        ("codes", torch.zeros(1, 2, dtype=torch.int8, device="meta"), 0, "meta device"),
+    ],
+)
+def test_what_does_not_fit_the_layout_is_refused(name, values, entry, said):
+    with pytest.raises(ContractBroken, match=said):
+        StreamedFile(LAYOUT).piece(name, values, entry)
+
+
+@pytest.mark.parametrize(
+    ("name", "spec"),
+    [
+        ("x", TensorSpec((2,), torch.complex128)),
+        ("__metadata__", TensorSpec((2,), torch.int8)),
+        ("x", TensorSpec((-2,), torch.int8)),
+    ],
+)
+def test_what_safetensors_cannot_hold_is_refused(name, spec):
+    with pytest.raises(ContractBroken):
+        StreamedFile({name: spec})
+
+
+def test_sizes_are_counted_in_bytes():
+    assert size_of(TensorSpec((3, 5), torch.float16)) == 30
+    assert size_of(TensorSpec((), torch.float64)) == 8
+    assert size_of(TensorSpec((2**31, 4), torch.int64)) == 2**36

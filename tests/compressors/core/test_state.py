@@ -1,0 +1,212 @@
+"""A module as tensors plus records, and back."""
+
+import json
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+from models import BUFFERED, NORMED, RANKER, TIED, compressed
+from safetensors.torch import save_file
+from torch import nn
+
+from compressors.contracts import Architecture, ModuleRecord, Network
+from compressors.core.state.meta_device import parameters_on_meta
+from compressors.core.state.module_state import (
+    INDEX,
+    build,
+    load,
+    mapped,
+    module_of,
+    save,
+    tensors_of,
+)
+from compressors.errors.compression import ModelRefused
+
+EVERYTHING = ("rowwise_int8", "static_int8")
+
+
+def network_of(reference, **changes) -> Network:
+    return reference.model().network.model_copy(update=changes)
+
+
+def test_parameters_are_made_on_meta_and_buffers_are_real():
+    with parameters_on_meta():
+        module = NORMED.network()
+    assert all(parameter.is_meta for parameter in module.parameters())
+    assert not any(buffer.is_meta for buffer in module.buffers())
+    assert not any(parameter.is_meta for parameter in NORMED.network().parameters())
+
+
+def test_other_threads_and_later_modules_are_not_put_on_meta():
+    made: list[nn.Linear] = []
+    with parameters_on_meta():
+        other = threading.Thread(target=lambda: made.append(nn.Linear(2, 2)))
+        other.start()
+        other.join()
+    with pytest.raises(RuntimeError, match="boom"), parameters_on_meta():
+        raise RuntimeError("boom")
+    assert not made[0].weight.is_meta
+    assert not nn.Linear(2, 2).weight.is_meta
+
+
+@pytest.mark.parametrize("reference", [RANKER, TIED, BUFFERED, NORMED])
+def test_a_plain_model_comes_back_bit_for_bit_in_evaluation_mode(reference, tmp_path):
+    source = reference.model()
+    ties = save(source.module.train(), tmp_path)
+    loaded = load(reference.network, network_of(reference, ties=ties), tmp_path)
+    expected, found = source.module.state_dict(), loaded.state_dict()
+    torch.testing.assert_close(dict(found), dict(expected), rtol=0, atol=0)
+    assert not any(module.training for module in loaded.modules())
+
+
+def test_tied_tensors_are_stored_once_and_tied_again(tmp_path):
+    source = TIED.model()
+    ties = save(source.module, tmp_path)
+    assert ties == {"similar.weight": "item.weight", "friend.weight": "user.weight"}
+    assert set(mapped(tmp_path)) == {"item.weight", "user.weight", "out.weight", "out.bias"}
+    loaded = load(TIED.network, network_of(TIED, ties=ties), tmp_path)
+    assert loaded.similar.weight is loaded.item.weight
+    assert loaded.friend is loaded.user
+
+
+def test_a_view_of_another_tensor_is_stored_whole():
+    module = nn.Module()
+    module.register_buffer("whole", torch.arange(6.0))
+    module.register_buffer("part", module.whole[2:4])
+    stored, ties = tensors_of(module)
+    assert ties == {}
+    assert stored["part"].tolist() == [2, 3]
+
+
+def test_unstored_buffers_and_plain_tensors_are_there_after_loading(tmp_path):
+    source = BUFFERED.model()
+    save(source.module, tmp_path)
+    assert "places" not in mapped(tmp_path)
+    assert "gain" in mapped(tmp_path)
+    loaded = load(BUFFERED.network, source.network, tmp_path)
+    assert loaded.places.tolist() == [0, 1, 2]
+    assert loaded.floor.tolist() == [-1.0]
+
+
+def test_a_plain_tensor_made_from_a_parameter_is_refused_because_nothing_stores_it(tmp_path):
+    class Halved(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.out = nn.Linear(2, 1)
+            self.half = self.out.weight.detach() / 2
+
+    save(Halved(), tmp_path)
+    network = Network(architecture=Architecture(path="models:Halved"))
+    with pytest.raises(ModelRefused, match=r"'half'.*after loading it still has no values"):
+        load(Halved, network, tmp_path)
+
+
+def test_shards_carry_an_index_and_read_back(tmp_path):
+    model = compressed("Ranker", EVERYTHING)
+    ties = save(model.module, tmp_path, shard_bytes=1000)
+    shards = sorted(path.name for path in tmp_path.glob("*.safetensors"))
+    assert len(shards) > 3
+    assert shards[0] == f"model-00001-of-{len(shards):05d}.safetensors"
+    index = json.loads((tmp_path / INDEX).read_text())
+    assert set(index["weight_map"].values()) == set(shards)
+    stored, _ = tensors_of(model.module)
+    assert index["weight_map"].keys() == stored.keys()
+    assert index["metadata"]["total_size"] == sum(t.nbytes for t in stored.values())
+    loaded = load(model.architecture, model.network.model_copy(update={"ties": ties}), tmp_path)
+    torch.testing.assert_close(
+        dict(loaded.state_dict()), dict(model.module.state_dict()), rtol=0, atol=0
+    )
+
+
+def test_a_tensor_in_two_files_is_refused(tmp_path):
+    for name in ("a", "b"):
+        save_file({"weight": torch.zeros(1)}, tmp_path / f"{name}.safetensors")
+    with pytest.raises(ModelRefused, match=r"'weight' lies in two files"):
+        mapped(tmp_path)
+
+
+def test_records_survive_json():
+    network = compressed("Ranker", EVERYTHING).network
+    assert Network.model_validate_json(network.model_dump_json()) == network
+    assert network.modules["history"].kind == "bag"
+    assert network.modules["tags"].settings["include_last_offset"] is True
+    assert network.modules["genres"].settings["padding_idx"] == 0
+    assert network.modules["cross"].kind == "linear"
+    assert "history.table" not in network.modules
+
+
+def test_missing_and_left_over_tensors_are_named(tmp_path):
+    source = NORMED.model()
+    stored, _ = tensors_of(source.module)
+    stored["elsewhere"] = stored.pop("out.bias")
+    save_file(stored, tmp_path / "model.safetensors")
+    with pytest.raises(ModelRefused, match=r"missing out\.bias; left over elsewhere\..*'ties'"):
+        load(NORMED.network, source.network, tmp_path)
+
+
+def test_a_wrong_shape_names_the_configuration_as_its_source(tmp_path):
+    save(NORMED.model().module, tmp_path)
+    network = network_of(
+        NORMED, architecture=Architecture(path="models:Normed", config={"width": 5})
+    )
+    with pytest.raises(ModelRefused, match=r"is \[12.*and \[5.*must come from 'config'"):
+        load(NORMED.network, network, tmp_path)
+
+
+def test_codes_where_floats_belong_are_refused(tmp_path):
+    source = NORMED.model()
+    stored, _ = tensors_of(source.module)
+    stored["out.bias"] = stored["out.bias"].to(torch.int8)
+    save_file(stored, tmp_path / "model.safetensors")
+    with pytest.raises(ModelRefused, match=r"'out.bias' is torch.int8 in the file"):
+        load(NORMED.network, source.network, tmp_path)
+
+
+def test_a_tie_to_a_tensor_no_file_holds_is_refused(tmp_path):
+    save(TIED.model().module, tmp_path)
+    network = network_of(TIED, ties={"similar.weight": "items.weight"})
+    with pytest.raises(ModelRefused, match=r"tied to 'items\.weight', which no file holds"):
+        load(TIED.network, network, tmp_path)
+
+
+def test_a_configuration_the_class_does_not_take_is_refused():
+    network = network_of(
+        NORMED, architecture=Architecture(path="models:Normed", config={"depth": 5})
+    )
+    with pytest.raises(ModelRefused, match=r"models:Normed cannot be built: .*'depth'"):
+        build(NORMED.network, network)
+
+
+def test_a_record_of_a_module_that_is_not_there_is_refused():
+    record = compressed("Normed", EVERYTHING).network.modules["user"]
+    with pytest.raises(
+        ModelRefused, match=r"compressed module 'users', and models:Normed has none"
+    ):
+        build(NORMED.network, network_of(NORMED, modules={"users": record}))
+
+
+def test_a_format_of_a_later_version_is_refused_with_what_is_known():
+    record = ModuleRecord(kind="table", format="ternary", settings={"rows": 1, "dim": 1})
+    with pytest.raises(ModelRefused, match=r"'ternary'.*float16.*rowwise_int4.*Upgrade"):
+        module_of("user", record)
+
+
+@pytest.mark.parametrize("kind", ["table", "bag", "linear"])
+@pytest.mark.parametrize("broken", [{}, {"rows": "many", "dim": 4}, {"rows": 3, "dim": 4}])
+def test_an_incomplete_record_is_refused(kind, broken):
+    form = "static_int8" if kind == "linear" else "rowwise_int8"
+    with pytest.raises(ModelRefused, match=r"record of 'user' in model.json is incomplete"):
+        module_of("user", ModuleRecord(kind=kind, format=form, settings=broken))
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="reads Linux's list of mappings")
+def test_loading_maps_tables_instead_of_reading_them(tmp_path):
+    ties = save(RANKER.model().module, tmp_path)
+    loaded = load(RANKER.network, network_of(RANKER, ties=ties), tmp_path)
+    lines = Path("/proc/self/maps").read_text().splitlines()
+    file = str(tmp_path / "model.safetensors")
+    ranges = [line.split()[0].split("-") for line in lines if line.endswith(file)]
+    places = [(int(begin, 16), int(end, 16)) for begin, end in ranges]
+    for name, tensor in loaded.state_dict().items():
+        assert any(begin <= tensor.data_ptr() < end for begin, end in places), name

@@ -1,0 +1,265 @@
+"""What a student learns from layers inside, what it takes over packed, and what stays as it was."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from models import ATTENTION, BENCH_ROWS, NORMED, QUICKLY, RANKER
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from compressors.core.batches import batches
+from compressors.core.dry_run import dry_run
+from compressors.core.modules.output_calibration import Recalibration, attach
+from compressors.core.runner import run
+from compressors.core.state.module_state import mapped
+from compressors.distill.auxiliary_losses import AuxiliaryLosses, record_outputs, widths_of
+from compressors.distill.distill import Distill
+from compressors.distill.training import trainer
+from compressors.distill.training.settings import Training
+from compressors.errors.compression import CompressionError
+from compressors.factorize.low_rank import LowRank
+from compressors.quantize.dense.float16 import Float16
+from compressors.quantize.dense.static_int8 import StaticInt8
+from compressors.quantize.tables.rowwise_int4 import RowwiseInt4
+from compressors.quantize.tables.rowwise_int8 import RowwiseInt8
+
+NAMES = ("user", "item", "city", "genres", "history", "tags")
+TABLES = QUICKLY.model_copy(update={"tables": True})
+
+
+def activations(module: nn.Module, name: str, bench) -> Tensor:
+    (held,) = batches(bench.train, bench.signature, BENCH_ROWS)
+    with torch.no_grad(), record_outputs(module, (name,)) as seen:
+        module(**held.inputs)
+    return seen[name]
+
+
+def unexplained(module: nn.Module, original: nn.Module, name: str, bench) -> float:
+    """The share of what the original's layer gives that no linear map of the student's tells."""
+    own, wanted = activations(module, name, bench), activations(original, name, bench)
+    whole = torch.cat([own, torch.ones(len(own), 1)], dim=1)
+    found = whole @ torch.linalg.lstsq(whole, wanted).solution
+    return float((found - wanted).square().mean() / wanted.square().mean())
+
+
+def test_hints_make_a_narrower_layer_tell_what_the_originals_told(tmp_path):
+    """The answers alone need not; a map of 8 outputs to 16 is fitted best after the fact."""
+    bench = RANKER.bench(tmp_path / "data")
+    original = RANKER.model().module
+    source = replace(RANKER.model(), original=original)
+    how = Training(batch=16, learning_rate=0.01, warmup=0, epochs=15, patience=15)
+    found = {}
+    for share, hints in ((1.0, ()), (100.0, ("hidden",))):
+        step = Distill(student={"width": 8}, hints=hints, hint_share=share, training=how)
+        result = run(step, source, bench, tmp_path / f"{share}")
+        assert set(mapped(tmp_path / f"{share}")) == set(original.state_dict())  # nothing is left
+        assert not result.module.hidden._forward_hooks
+        found[bool(hints)] = unexplained(result.module, original, "hidden", bench)
+    assert found[True] < 0.9 * found[False]
+
+
+def test_hints_leave_the_original_as_it_was(tmp_path):
+    bench = RANKER.bench(tmp_path / "data")
+    original = NORMED.model().module.train()
+    before = {name: tensor.clone() for name, tensor in original.state_dict().items()}
+    source = replace(NORMED.model(), original=original)
+    bench = NORMED.bench(tmp_path / "normed")
+    run(Distill(hints=("hidden", "norm"), training=QUICKLY), source, bench, tmp_path / "out")
+    assert original.training
+    torch.testing.assert_close(dict(original.state_dict()), before, rtol=0, atol=0)
+    assert not original.hidden._forward_hooks
+
+
+def test_hints_without_an_original_or_of_unknown_layers_are_refused(tmp_path):
+    bench = RANKER.bench(tmp_path / "data")
+    with pytest.raises(CompressionError, match="was given none"):
+        run(Distill(hints=("hidden",), training=QUICKLY), RANKER.model(), bench, tmp_path / "a")
+    with pytest.raises(CompressionError, match=r"no layer 'hiden' in the network.*hidden, capped"):
+        dry_run(Distill(hints=("hiden",)), RANKER.model(), bench)
+    source = replace(RANKER.model(), original=NORMED.model().module)
+    with pytest.raises(CompressionError, match="no layer 'plain' in the original"):
+        run(Distill(hints=("plain",), training=QUICKLY), source, bench, tmp_path / "b")
+
+
+def test_layers_that_give_no_vectors_are_refused(tmp_path):
+    (held,) = batches(NORMED.bench(tmp_path).train, NORMED.signature, BENCH_ROWS)
+
+    class Flat(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.total = nn.Flatten(0)
+
+        def forward(self, user: Tensor, price: Tensor) -> Tensor:
+            score: Tensor = self.total(price[:, :1])
+            return score
+
+    with pytest.raises(CompressionError, match=r"'total' gives torch.float32 of shape \(96,\)"):
+        widths_of(Flat(), ("total",), held)
+
+
+def test_the_gap_of_hints_is_relative_and_zero_where_the_map_is_right():
+    beside = AuxiliaryLosses(("a",), None, {"a": 2}, {"a": 3}, seed=0)
+    beside.seen = {"a": torch.randn(5, 2)}
+    with torch.no_grad():
+        right = beside.maps[0](beside.seen["a"])
+    assert beside.gap({"a": right}).item() < 1e-12
+    assert beside.gap({"a": torch.zeros(5, 3)}).item() > 1e6  # of nothing everything is too much
+    doubled = AuxiliaryLosses(("a",), None, {"a": 2}, {"a": 3}, seed=0)
+    doubled.load_state_dict({key: 2 * value for key, value in beside.state_dict().items()})
+    doubled.seen = beside.seen
+    wanted = torch.randn(5, 3)
+    torch.testing.assert_close(beside.gap({"a": wanted}), doubled.gap({"a": 2 * wanted}))
+
+
+def test_hints_of_several_vectors_a_row_are_compared_one_by_one(tmp_path):
+    bench = ATTENTION.bench(tmp_path / "data")
+    source = replace(ATTENTION.model(), original=ATTENTION.model(seed=1).module)
+    step = Distill(hints=("key", "value"), training=QUICKLY)
+    result = run(step, source, bench, tmp_path / "out")
+    assert "distill" in result.plan.of("key").steps
+
+
+# --- a head of its own -----------------------------------------------------------------------
+
+
+def test_with_a_head_of_its_own_the_output_follows_the_labels(tmp_path):
+    """Labels contradict the teacher here; without a head the teacher bends the output."""
+    bench = RANKER.bench(tmp_path / "data")
+    (held,) = batches(bench.train, RANKER.signature, BENCH_ROWS)
+    soft = tmp_path / "soft"
+    soft.mkdir()
+    # The labels' opposite, and far too sure of it.
+    save_file({"score": 20 * (0.5 - held.label)}, soft / "data.safetensors")
+    bench = bench.model_copy(
+        update={"soft_labels": bench.soft_labels.model_copy(update={"path": str(soft)})}
+    )
+    how = QUICKLY.model_copy(update={"epochs": 4, "patience": 4})
+    found = {}
+    for auxiliary in (None, "hidden"):
+        step = Distill(soft_share=0.8, auxiliary=auxiliary, training=how)
+        result = run(step, RANKER.model(), bench, tmp_path / str(auxiliary))
+        assert set(mapped(tmp_path / str(auxiliary))) == set(RANKER.model().module.state_dict())
+        with torch.no_grad():
+            score = result.module(**held.inputs).reshape(-1)
+        found[auxiliary] = float(torch.corrcoef(torch.stack([score, held.label]))[0, 1])
+    # Validation rows agree with the labels, so without a head nothing better was found (-0.8).
+    assert found[None] < 0 < 0.5 < found["hidden"]
+
+
+def test_the_layers_below_a_head_learn_from_the_teacher(tmp_path):
+    """Almost all the weight is the teacher's: what the layer tells of its answers must grow."""
+    bench = RANKER.bench(tmp_path / "data")
+    how = QUICKLY.model_copy(update={"epochs": 6, "patience": 6})
+    step = Distill(soft_share=0.99, auxiliary="plain", training=how)
+    result = run(step, RANKER.model(), bench, tmp_path / "out")
+    (held,) = batches(bench.train, RANKER.signature, BENCH_ROWS)
+    wanted = RANKER._opposite(held.inputs)[:, None]
+
+    def told(module: nn.Module) -> float:
+        own = activations(module, "plain", bench)
+        whole = torch.cat([own, torch.ones(len(own), 1)], dim=1)
+        gap = whole @ torch.linalg.lstsq(whole, wanted).solution - wanted
+        return 1 - float(gap.square().mean() / wanted.var())
+
+    assert told(result.module) > told(RANKER.model().module) + 0.1
+
+
+# --- progress --------------------------------------------------------------------------------
+
+
+def test_a_killed_training_with_hints_and_a_head_ends_with_the_same_bits(tmp_path, monkeypatch):
+    bench = RANKER.bench(tmp_path / "data")
+    source = replace(RANKER.model(), original=RANKER.model(seed=1).module)
+    how = QUICKLY.model_copy(update={"epochs": 4, "patience": 4})
+    step = Distill(hints=("hidden",), auxiliary="plain", training=how)
+    whole = bench.model_copy(update={"checkpoints": str(tmp_path / "whole")})
+    run(step, source, whole, tmp_path / "a")
+
+    class Killed(Exception):
+        pass
+
+    def kill(folder, progress, write=trainer.store_progress):
+        write(folder, progress)
+        if len(progress.facts["epochs"]) == 3:
+            raise Killed
+
+    cut = bench.model_copy(update={"checkpoints": str(tmp_path / "cut")})
+    monkeypatch.setattr(trainer, "store_progress", kill)
+    with pytest.raises(Killed):
+        run(step, source, cut, tmp_path / "b")
+    assert not source.module.hidden._forward_hooks
+    monkeypatch.undo()
+    run(step, source, cut, tmp_path / "c")
+    torch.testing.assert_close(mapped(tmp_path / "a"), mapped(tmp_path / "c"), rtol=0, atol=0)
+
+
+# --- tables ----------------------------------------------------------------------------------
+
+
+def test_tables_alone_learn_and_dense_layers_stay(tmp_path):
+    bench = RANKER.bench(tmp_path / "data")
+    step = Distill(dense=False, soft_share=1, training=TABLES)
+    result = run(step, RANKER.model(), bench, tmp_path / "out")
+    before = RANKER.model().module.state_dict()
+    for name, tensor in result.module.state_dict().items():
+        assert torch.equal(tensor, before[name]) == (name.partition(".")[0] not in NAMES), name
+    assert result.plan.of("hidden").reason == "distill leaves dense layers as they are"
+    assert result.plan.of("user").reason.startswith("distill on 96 rows; train")
+
+
+def test_tables_alone_may_be_packed(tmp_path):
+    bench = RANKER.bench(tmp_path / "data")
+    packed = run(RowwiseInt4(scale="float32"), RANKER.model(), bench, tmp_path / "packed")
+    step = Distill(dense=False, soft_share=1, training=TABLES)
+    result = run(step, packed, bench, tmp_path / "out")
+    assert torch.equal(result.module.item.codes, packed.module.item.codes)
+    assert not torch.equal(result.module.item.scale, packed.module.item.scale)
+    assert torch.equal(result.module.hidden.weight, packed.module.hidden.weight)
+
+
+@pytest.mark.parametrize("method", [RowwiseInt8(), LowRank(rank=0.5)], ids=lambda m: m.kind)
+def test_a_student_takes_packed_tables_over_as_they_are(method, tmp_path):
+    bench = RANKER.bench(tmp_path / "data")
+    packed = run(method, RANKER.model(), bench, tmp_path / "packed")
+    step = Distill(student={"width": 8}, training=QUICKLY)
+    foreseen = dry_run(step, packed, bench).plan
+    result = run(step, packed, bench, tmp_path / "out")
+    assert [(line.module, line.bytes_after) for line in result.plan.lines] == [
+        (line.module, line.bytes_after) for line in foreseen.lines
+    ]
+    stored = mapped(tmp_path / "out")
+    assert sum(line.bytes_after for line in result.plan.lines) == sum(
+        tensor.nbytes for tensor in stored.values()
+    )
+    assert result.network.modules == packed.network.modules
+    before = packed.module.state_dict()
+    for name in stored:
+        if name.startswith(("user", "item", "genres", "history", "tags")):
+            assert torch.equal(stored[name], before[name]), name
+    assert result.module.hidden.out_features == 8
+    assert result.plan.of("item").format == packed.plan.of("item").format
+    assert "16x40 -> 8x40 in the student" in result.plan.of("hidden").reason
+
+
+def test_a_student_that_wants_a_packed_table_narrower_is_refused(tmp_path):
+    bench = RANKER.bench(tmp_path / "data")
+    packed = run(RowwiseInt8(), RANKER.model(), bench, tmp_path / "packed")
+    with pytest.raises(CompressionError, match=r"already stored as rowwise_int8.*before the step"):
+        dry_run(Distill(student={"dim": 4}, training=TABLES), packed, bench)
+
+
+def test_a_student_of_a_recalibrated_network_is_refused(tmp_path):
+    bench = RANKER.bench(tmp_path / "data")
+    source = RANKER.model()
+    attach(source.module, Recalibration("platt", "logit", line=torch.tensor([2.0, 0.0])))
+    with pytest.raises(CompressionError, match="must come before 'recalibrate'"):
+        dry_run(Distill(student={"width": 8}), source, bench)
+
+
+@pytest.mark.parametrize("method", [StaticInt8(), Float16()], ids=lambda m: m.kind)
+def test_a_student_of_packed_layers_is_refused(method, tmp_path):
+    bench = RANKER.bench(tmp_path / "data")
+    packed = run(method, RANKER.model(), bench, tmp_path / "packed")
+    with pytest.raises(CompressionError, match="before quantization of dense layers"):
+        dry_run(Distill(student={"width": 8}), packed, bench)

@@ -1,0 +1,167 @@
+"""Students: what they learn from the original, and which are refused."""
+
+import re
+
+import models
+import pytest
+import torch
+from models import BENCH_ROWS, NORMED, QUICKLY, RANKER, Reference
+from torch import Tensor, nn
+
+from compressors.contracts import Signature, Split
+from compressors.core.batches import batches
+from compressors.core.dry_run import dry_run
+from compressors.core.runner import run
+from compressors.core.state.module_state import mapped
+from compressors.distill.distill import Distill
+from compressors.distill.fine_tune import FineTune
+from compressors.errors.compression import CompressionError, NothingToCompress
+from compressors.metrics import point_estimates
+from compressors.prune.dense.channels import Channels
+from compressors.quantize.dense.static_int8 import StaticInt8
+
+
+def test_a_student_answers_more_like_the_teacher_than_before(tmp_path):
+    """The teacher's answers are the opposite of the network's, so they say what was learned."""
+    bench = RANKER.bench(tmp_path / "data")
+    source = RANKER.model()
+    step = Distill(soft_share=1.0, training=QUICKLY)
+    result = run(step, source, bench, tmp_path / "out")
+    (held,) = batches(bench.validation, RANKER.signature, BENCH_ROWS)
+    with torch.no_grad():
+        teacher = -source.module(**held.inputs).reshape(-1)
+        student = result.module(**held.inputs).reshape(-1)
+    both = torch.stack([teacher, student])
+    assert float(torch.corrcoef(both)[0, 1]) > 0.5  # it was -1
+
+
+def test_the_soft_share_weighs_labels_against_the_teacher(tmp_path):
+    """Labels contradict the teacher here: what the student learns says which one it heard."""
+    bench = RANKER.bench(tmp_path / "data")
+    agreeing = models.prepared(
+        RANKER.signature, RANKER.rows_of_tables(), tmp_path / "l", 8, lambda x: -RANKER._opposite(x)
+    )
+    bench = bench.model_copy(update={"train": agreeing})
+    (held,) = batches(bench.validation, RANKER.signature, BENCH_ROWS)
+    found = {}
+    for share in (0.05, 1.0):
+        step = Distill(soft_share=share, training=QUICKLY)
+        result = run(step, RANKER.model(), bench, tmp_path / str(share))
+        with torch.no_grad():
+            scores = result.module(**held.inputs).reshape(-1)
+        found[share] = point_estimates.auc(held.label.numpy(), scores.numpy())
+    # The teacher answers what the validation rows ask for, the labels say the opposite.
+    assert found[1.0] > 0.6
+    assert found[0.05] < 0.4
+
+
+def test_a_smaller_student_is_built_from_a_configuration(tmp_path):
+    bench = RANKER.bench(tmp_path / "data")
+    step = Distill(student={"width": 8}, training=QUICKLY)
+    result = run(step, RANKER.model(), bench, tmp_path / "out")
+    assert result.network.architecture.config == {"width": 8}
+    assert result.module.hidden.out_features == 8
+    assert torch.equal(result.module.item.weight, RANKER.model().module.item.weight)
+    reason = result.plan.of("hidden").reason
+    assert reason.startswith("distill on 96 rows, 16x40 -> 8x40 in the student; train")
+    assert re.search(r"trained \d+ epochs?, auc 0\.\d{5} -> 0\.\d{5} on validation rows", reason)
+    assert result.plan.of("item").reason == "distill leaves tables as they are"
+
+
+def test_a_student_that_cannot_be_built_or_comes_too_late_is_refused(tmp_path):
+    bench = RANKER.bench(tmp_path / "data")
+    with pytest.raises(CompressionError, match=r"cannot build its student.*models:Ranker has no"):
+        run(Distill(student={"widht": 8}), RANKER.model(), bench, tmp_path / "a")
+    packed = run(StaticInt8(), RANKER.model(), bench, tmp_path / "packed")
+    with pytest.raises(CompressionError, match="must come before quantization of dense layers"):
+        run(Distill(student={"width": 8}), packed, bench, tmp_path / "b")
+
+
+class Deep(nn.Module):
+    """As many layers as its configuration says, and it takes any other word."""
+
+    def __init__(
+        self, dim: int = 4, hidden: tuple[int, ...] = (8, 8), users: int = 15, **_: int
+    ) -> None:
+        super().__init__()
+        self.user = nn.Embedding(users, dim)
+        widths = [dim + 2, *hidden]
+        self.layers = nn.ModuleList(map(nn.Linear, widths, widths[1:]))
+        self.out = nn.Linear(widths[-1], 1)
+
+    def forward(self, user: Tensor, price: Tensor) -> Tensor:
+        x = torch.cat([self.user(user), price], dim=1)
+        for layer in self.layers:
+            x = torch.relu(layer(x))
+        score: Tensor = torch.sigmoid(self.out(x))
+        return score
+
+
+@pytest.mark.parametrize(
+    ("student", "reason"),
+    [
+        ({"dim": 2}, r"has a table 'user' of another shape.*Set 'tables'"),
+        ({"users": 9}, r"has fewer rows in table 'user' \(9\) than the original \(15\)"),
+        ({"hidden": [8, 8, 8]}, r"has 'layers\.2', which the original has not"),
+        ({"hiden": [8]}, "has no argument 'hiden'; it has .*dim, hidden"),
+    ],
+)
+def test_students_that_could_not_be_what_they_seem_are_refused(student, reason, tmp_path):
+    reference = Reference(Deep, NORMED.signature)
+    bench = reference.bench(tmp_path / "data")
+    with pytest.raises(CompressionError, match=reason):
+        dry_run(Distill(student=student), reference.model(), bench)
+
+
+def test_a_student_with_fewer_layers_drops_the_others_from_the_plan(tmp_path):
+    reference = Reference(Deep, NORMED.signature)
+    bench = reference.bench(tmp_path / "data")
+    step = Distill(student={"hidden": [8]}, training=QUICKLY)
+    result = run(step, reference.model(), bench, tmp_path / "out")
+    line = result.plan.of("layers.1")
+    assert (line.format, line.bytes_after) == ("dropped", 0)
+    assert line.reason == "distill on 96 rows, not in the student"
+    assert sum(item.bytes_after for item in result.plan.lines) == sum(
+        t.numel() * t.element_size() for t in mapped(tmp_path / "out").values()
+    )
+
+
+def test_a_student_with_narrower_tables_trains_them(tmp_path):
+    reference = Reference(Deep, NORMED.signature)
+    bench = reference.bench(tmp_path / "data")
+    how = QUICKLY.model_copy(update={"tables": True})
+    step = Distill(student={"dim": 2}, training=how)
+    result = run(step, reference.model(), bench, tmp_path / "out")
+    assert result.module.user.weight.shape == (15, 2)
+    reason = result.plan.of("user").reason
+    assert reason.startswith("distill on 96 rows, 15x4 -> 15x2 in the student; train")
+
+
+def test_soft_labels_must_be_one_a_row(tmp_path):
+    bench = RANKER.bench(tmp_path / "data")
+    other = NORMED.bench(tmp_path / "other")
+    cut = tmp_path / "cut"
+    cut.mkdir()
+    models.save_file({"score": torch.zeros(5)}, cut / "data.safetensors")
+    wrong = bench.model_copy(update={"soft_labels": Split(path=str(cut), sha256="2" * 64, rows=5)})
+    with pytest.raises(CompressionError, match="found 5 for 96 rows"):
+        run(Distill(), RANKER.model(), wrong, tmp_path / "out")
+    without = other.model_copy(update={"soft_labels": None})
+    with pytest.raises(NothingToCompress, match="'distill' needs soft labels rows"):
+        run(Distill(), NORMED.model(), without, tmp_path / "out")
+
+
+def test_retrieval_is_refused_until_it_has_a_loss(tmp_path):
+    bench = RANKER.bench(tmp_path / "data")
+
+    signature = Signature.model_construct(**{**dict(RANKER.signature), "task": "retrieval"})
+    with pytest.raises(NothingToCompress, match="whose training is not written yet"):
+        FineTune().choose(RANKER.model(), bench.model_copy(update={"signature": signature}))
+
+
+def test_a_pruned_network_learns_after_the_cut(tmp_path):
+    bench = RANKER.bench(tmp_path / "data")
+    cut = run(Channels(), RANKER.model(), bench, tmp_path / "cut")
+    result = run(Distill(training=QUICKLY), cut, bench, tmp_path / "out")
+    assert result.network.architecture == cut.network.architecture
+    assert result.plan.of("hidden").steps == ("channels", "distill")

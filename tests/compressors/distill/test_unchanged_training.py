@@ -1,0 +1,65 @@
+"""A training step that changed nothing says so in the plan."""
+
+from pathlib import Path
+
+import pytest
+from models import RANKER
+from safetensors.torch import load_file, save_file
+
+from compressors.contracts import Bench
+from compressors.core.registries import AnyStep
+from compressors.core.runner import run
+from compressors.distill.distill import Distill
+from compressors.distill.fine_tune import FineTune
+from compressors.distill.refit_codes import RefitCodes
+from compressors.distill.training.settings import Training
+from compressors.prune.dense.l1_training import L1Training
+from compressors.prune.tables.merge_rows import MergeRows
+from compressors.quantize.tables.rowwise_int4 import RowwiseInt4
+
+HARMFUL = Training(batch=16, learning_rate=30.0, warmup=0, epochs=1, patience=1)
+"""A learning rate at which any epoch is worse than the start."""
+
+
+def labels_of_its_own(folder: Path) -> Bench:
+    """A bench whose labels are the network's own predictions, so that nothing can be better."""
+    bench = RANKER.bench(folder)
+    for split in (bench.train, bench.validation):
+        assert split is not None
+        path = Path(split.path) / "data.safetensors"
+        held = load_file(path)
+        held["@label"] = 1 - held["@label"]  # the bench's labels are the opposite of them
+        save_file(held, path)
+    return bench
+
+
+@pytest.mark.parametrize(
+    "step",
+    [Distill(training=HARMFUL), FineTune(training=HARMFUL), RefitCodes(training=HARMFUL, rounds=1)],
+    ids=lambda step: step.kind,
+)
+def test_a_training_that_restored_its_start_says_so(step: AnyStep, tmp_path: Path) -> None:
+    bench, source = labels_of_its_own(tmp_path / "data"), RANKER.model()
+    if step.kind == "refit_codes":
+        source = run(RowwiseInt4(), source, bench, tmp_path / "codes")
+    plan = run(step, source, bench, tmp_path / "out").plan
+    assert plan is not None
+    (remark,) = plan.remarks
+    assert remark.startswith(f"{step.kind} changed nothing: ")
+    assert "better than the start" in remark or "nothing better was found" in remark
+
+
+def test_a_training_that_changed_something_says_nothing(tmp_path: Path) -> None:
+    settings = Training(batch=16, learning_rate=0.02, warmup=0)
+    bench = RANKER.bench(tmp_path / "data")
+    for step in (FineTune(training=settings), L1Training(training=settings)):
+        plan = run(step, RANKER.model(), bench, tmp_path / step.kind).plan
+        assert plan is not None
+        assert plan.remarks == ()
+
+
+def test_a_search_for_equal_rows_that_finds_none_says_so(tmp_path: Path) -> None:
+    plan = run(MergeRows(), RANKER.model(), RANKER.bench(tmp_path / "data"), tmp_path / "out").plan
+    assert plan is not None
+    (remark,) = plan.remarks
+    assert remark.startswith("merge_rows changed nothing: ")

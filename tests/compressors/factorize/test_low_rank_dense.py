@@ -1,0 +1,301 @@
+"""Dense layers made of two thin ones, and what later steps make of the parts."""
+
+from pathlib import Path
+
+import hypothesis.strategies as st
+import models
+import numpy as np
+import pytest
+import torch
+from chained_networks import CHAIN
+from hypothesis import given
+from model_scores import scores_of, stored_bytes
+from models import NORMED, RANKER, TIED, Graph, Reference, whole
+from narrow_networks import SCHEMA, Branched
+from torch import Tensor, nn
+
+from compressors.contracts import Bench, ModuleRecord, TargetKind
+from compressors.core.dry_run import dry_run
+from compressors.core.model import Model
+from compressors.core.modules.factored import FactoredLinear
+from compressors.core.runner import run
+from compressors.core.state.module_state import load, mapped, module_of
+from compressors.core.units import Unit
+from compressors.distill.fine_tune import FineTune
+from compressors.errors.compression import CompressionError, ModelRefused, NothingToCompress
+from compressors.factorize.low_rank_dense import (
+    LowRankDense,
+    factors,
+    principal_outputs,
+    rank_within,
+)
+from compressors.lower.audit import audit
+from compressors.lower.export import lower
+from compressors.lower.parity import compare
+from compressors.prune.dense.channels import Channels
+from compressors.quantize.dense.static_int8 import StaticInt8
+from compressors.rewrite.equalize import Equalize
+from compressors.rewrite.fold import Fold
+from infra.onnxruntime.sessions import optimized_graph
+
+
+def drawn(*shape: int, seed: int) -> Tensor:
+    made = torch.Generator().manual_seed(seed)
+    return torch.randn(shape, generator=made, dtype=torch.float64)
+
+
+def output_error(weight: Tensor, other: Tensor, x: Tensor) -> float:
+    return float((x @ (weight - other).T).square().sum())
+
+
+def of_rank(weight: Tensor, moment: Tensor, rank: int) -> Tensor:
+    _, directions = principal_outputs(weight, moment)
+    reduce, expand = factors(weight, directions, rank)
+    return expand.double() @ reduce.double()
+
+
+@given(st.integers(1, 8), st.integers(1, 8), st.integers(0, 2**31), st.data())
+def test_no_matrix_of_a_rank_has_closer_outputs(inputs, outputs, seed, data):
+    weight = drawn(outputs, inputs, seed=seed)
+    x = drawn(30, inputs, seed=seed + 1) @ drawn(inputs, inputs, seed=seed + 2)
+    rank = data.draw(st.integers(1, min(inputs, outputs)))
+    energy, directions = principal_outputs(weight, x.T @ x)
+    found = output_error(weight, of_rank(weight, x.T @ x, rank), x)
+    whole_energy = float(energy.sum())
+    # the factors are float32
+    assert found == pytest.approx(float(energy[rank:].sum()), abs=1e-10 * whole_energy)
+    # Eckart and Young on the outputs themselves: nothing of that rank is closer
+    left, values, right = torch.linalg.svd(x @ weight.T, full_matrices=False)
+    nearest = (left[:, :rank] * values[:rank]) @ right[:rank]
+    best = float((x @ weight.T - nearest).square().sum())
+    assert found <= best + 1e-10 * whole_energy
+    torch.testing.assert_close(directions.T @ directions, torch.eye(outputs).double())
+
+
+def test_it_is_what_whitening_by_the_cholesky_factor_gives():
+    weight, x = drawn(6, 9, seed=1), drawn(200, 9, seed=2) @ drawn(9, 9, seed=3)
+    root = torch.linalg.cholesky(x.T @ x)
+    left, values, right = torch.linalg.svd(weight @ root, full_matrices=False)
+    whitened = (left[:, :3] * values[:3]) @ right[:3] @ torch.linalg.inv(root)
+    torch.testing.assert_close(of_rank(weight, x.T @ x, 3), whitened, rtol=1e-5, atol=1e-5)
+
+
+def test_without_data_it_is_the_singular_value_decomposition():
+    weight = drawn(6, 9, seed=1)
+    left, values, right = torch.linalg.svd(weight, full_matrices=False)
+    plain = (left[:, :3] * values[:3]) @ right[:3]
+    found = of_rank(weight, torch.eye(9).double(), 3)
+    torch.testing.assert_close(found, plain, rtol=1e-5, atol=1e-5)
+
+
+@given(st.lists(st.floats(0, 1e3, width=32), min_size=1, max_size=8), st.floats(0.001, 0.999))
+def test_the_rank_is_the_smallest_that_loses_no_more(values, most):
+    energy = torch.tensor(sorted(values, reverse=True), dtype=torch.float64)
+    rank = rank_within(energy, most)
+    total = float(energy.sum())
+    assert 1 <= rank <= len(values)
+    assert float(energy[rank:].sum()) <= (most + 1e-9) * total
+    if rank > 1:
+        assert float(energy[rank - 1 :].sum()) > (most - 1e-9) * total
+
+
+# --- the step --------------------------------------------------------------------------------
+
+
+class Confined(nn.Module):
+    """A wide layer whose inputs lie in three directions, far from zero."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.user = nn.Embedding(30, 4)
+        self.spread = nn.Linear(3, 24)
+        self.wide = nn.Linear(24, 24)
+        self.out = nn.Linear(24, 1)
+        nn.init.constant_(self.spread.bias, 5.0)
+
+    def forward(self, user: Tensor, price: Tensor) -> Tensor:
+        x = self.spread(price[:, :3]) + self.user(user).sum(dim=1, keepdim=True) * 1e-4
+        score: Tensor = self.out(torch.tanh(self.wide(x)))
+        return score
+
+
+CONFINED = Reference(Confined, SCHEMA)
+
+
+def factorized(
+    reference: Reference, folder: Path, **given: float | bool | tuple[str, ...]
+) -> tuple[Model, Model]:
+    source = reference.model()
+    bench = reference.bench(folder / "data")
+    return source, run(LowRankDense(**given), source, bench, folder / "out")
+
+
+def off(first: Model, second: Model, reference: Reference) -> float:
+    before = scores_of(first.private(), reference)
+    return float((scores_of(second, reference) - before).square().mean().sqrt() / before.std())
+
+
+def test_rank_is_spent_where_the_inputs_are(tmp_path):
+    """Rank 3 of 24 is nearly all that this layer's inputs use; the weights do not know."""
+    source, result = factorized(CONFINED, tmp_path / "a", layers=("wide",), rank=3)
+    _, blind = factorized(CONFINED, tmp_path / "b", layers=("wide",), rank=3, weighted=False)
+    # what is left is the rank-one trace of the table, a hundredth of a percent of the inputs
+    assert off(source, result, CONFINED) < 0.01
+    assert off(source, blind, CONFINED) > 0.5
+
+
+def test_the_rank_is_found_for_each_layer(tmp_path):
+    _, result = factorized(CONFINED, tmp_path, layers=("wide", "spread"), most_error=0.01)
+    assert result.module.wide.rank <= 3
+    line = result.plan.of("wide")
+    assert "loses at most 0.01, in rank 11 or less; rank" in line.reason
+    assert result.plan.of("spread").format == "float32" or result.module.spread.rank <= 2
+
+
+def test_a_layer_that_needs_too_much_rank_stays_and_says_so(tmp_path):
+    bench = RANKER.bench(tmp_path / "data")
+    step = LowRankDense(layers=("hidden", "plain"), most_error=1e-6)
+    plan = run(step, RANKER.model(), bench, tmp_path / "out").plan
+    assert plan.of("plain").format == "float32"
+    assert "would be no smaller" in plan.of("plain").reason
+    predicted = dry_run(step, RANKER.model(), Bench(signature=RANKER.signature)).plan
+    for line in plan.lines:  # the largest rank it may find is predicted
+        if predicted.of(line.module) is None:
+            continue
+        whole_line = sum(x.bytes_after for x in plan.lines if x.module.startswith(line.module))
+        most = sum(x.bytes_before for x in predicted.lines if x.module.startswith(line.module))
+        assert whole_line <= most
+
+
+def test_two_parts_have_lines_of_their_own_and_the_bytes_of_the_file(tmp_path):
+    source, result = factorized(RANKER, tmp_path)
+    plan, stored = result.plan, mapped(tmp_path / "out")
+    assert sum(line.bytes_after for line in plan.lines) == stored_bytes(stored)
+    hidden = plan.of("hidden")
+    assert (hidden.format, hidden.bytes_after, hidden.steps) == (
+        "factored",
+        0,
+        ("low_rank_dense",),
+    )
+    assert hidden.reason.startswith("low_rank_dense: 40 -> 4 -> 16; rank 4 loses ")
+    assert plan.of("hidden.reduce").bytes_after == 4 * 40 * 4
+    assert plan.of("hidden.expand").bytes_after == 4 * (4 * 16 + 16)
+    for name in ("reduce", "expand"):
+        line = plan.of(f"hidden.{name}")
+        assert (line.bytes_before, line.reason) == (0, "a part of hidden")
+    assert plan.of("out").reason == "in rank 1 it would be no smaller: 56 -> 57 weights"
+    assert result.network.modules["plain"].settings == {
+        "in_features": 16,
+        "out_features": 16,
+        "rank": 4,
+        "bias": False,
+    }
+    assert result.module.plain.expand.bias is None
+    assert source.module.hidden.weight.shape == (16, 40)
+
+
+def test_a_network_of_layers_too_small_says_so(tmp_path):
+    with pytest.raises(NothingToCompress, match="it would be no smaller: 24 -> 25 weights"):
+        factorized(TIED, tmp_path)
+
+
+def test_later_steps_take_the_parts(tmp_path):
+    model, bench = NORMED.model(), NORMED.bench(tmp_path / "data")
+    steps = (
+        Fold(),
+        LowRankDense(rank=2),
+        FineTune(training=models.QUICKLY),
+        StaticInt8(layers=("hidden",)),
+    )
+    for number, step in enumerate(steps):
+        predicted = dry_run(step, model, bench).plan
+        before = model
+        model = run(step, model, bench, tmp_path / str(number))
+        assert sum(line.bytes_after for line in predicted.lines) == sum(
+            line.bytes_after for line in model.plan.lines
+        )
+        if isinstance(step, FineTune):
+            for name in ("reduce", "expand"):
+                part = f"hidden.{name}.weight"
+                old, new = (m.module.get_parameter(part) for m in (before, model))
+                assert not torch.equal(old, new)
+    for name in ("hidden.reduce", "hidden.expand"):
+        assert model.plan.of(name).steps == ("fine_tune", "static_int8")
+        assert model.network.modules[name].format == "static_int8"
+    assert model.network.modules["hidden"].format == "factored"
+    again = load(model.architecture, model.network, tmp_path / "3")
+    torch.testing.assert_close(dict(again.state_dict()), dict(model.module.state_dict()))
+
+
+def test_factors_move_between_the_parts(tmp_path):
+    _, made = factorized(CHAIN, tmp_path, layers=("a", "b"))
+    result = run(Equalize(), made, CHAIN.bench(tmp_path / "data"), tmp_path / "equal")
+    assert result.plan.of("b.reduce").reason.startswith("equalize: inputs scaled with a.expand")
+    # float32 products in another order
+    assert off(made, result, CHAIN) < 1e-4
+
+
+def test_a_factored_layer_is_not_pruned(tmp_path):
+    _, result = factorized(RANKER, tmp_path, layers=("capped",))
+    with pytest.raises(NothingToCompress, match="'capped' is already factored: prune before"):
+        run(Channels(), result, RANKER.bench(tmp_path / "data"), tmp_path / "again")
+
+
+def test_a_narrowed_network_keeps_its_factored_layers(tmp_path):
+    """Of two widths one has nothing to do with the factored layer."""
+
+    reference = Reference(Branched, SCHEMA, {"left": 16, "right": 24, "deep": 32})
+    bench = reference.bench(tmp_path / "data")
+    made = run(LowRankDense(layers=("again",)), reference.model(), bench, tmp_path / "0")
+    result = run(Channels(layers=("right",)), made, bench, tmp_path / "1")
+    assert isinstance(result.module.again, FactoredLinear)
+    assert result.module.right.out_features < 24
+    with torch.no_grad():
+        assert torch.equal(result.module.again.reduce.weight, made.module.again.reduce.weight)
+
+
+@pytest.mark.parametrize("target", ["onnxruntime", "tensorrt-rtx"])
+def test_a_graph_computes_what_the_module_computes(target: TargetKind, tmp_path):
+    bench = RANKER.bench(tmp_path / "data")
+    model = run(LowRankDense(), RANKER.model(), bench, tmp_path / "0")
+    model = run(StaticInt8(), model, bench, tmp_path / "1")
+    path = tmp_path / "model.onnx"
+    lowered = lower(model.module, whole(RANKER.signature), target, path)
+    made = Graph(model, lowered, RANKER.signature, path)
+    inputs = made.rows(1500)
+    compare(made.in_torch(inputs), made.in_onnx(inputs), model.plan, target)
+    if target == "onnxruntime":
+        found = audit(optimized_graph(path), model.plan, lowered.tables)
+        assert found.int8_products == 9  # four layers of two parts, and the last
+        assert np.isfinite(made.in_onnx(inputs)).all()
+
+
+def test_without_calibration_rows_only_weights_can_decide(tmp_path):
+    bench = Bench(signature=RANKER.signature)
+    result = run(LowRankDense(weighted=False), RANKER.model(), bench, tmp_path / "out")
+    assert isinstance(result.module.hidden, FactoredLinear)
+    with pytest.raises(NothingToCompress, match="calibration rows"):
+        run(LowRankDense(), RANKER.model(), bench, tmp_path / "again")
+    with pytest.raises(CompressionError, match="set 'weighted' to false"):
+        LowRankDense().apply(RANKER.model(), bench)
+
+
+def test_a_layer_that_never_runs_is_refused(tmp_path):
+    source = CONFINED.model()
+    source.module.spare = nn.Linear(20, 20)
+    with pytest.raises(CompressionError, match="'spare' never ran on the calibration rows"):
+        LowRankDense().apply(source, CONFINED.bench(tmp_path / "data"))
+
+
+def test_records_and_shapes_that_do_not_fit_are_refused():
+    record = ModuleRecord(
+        kind="linear", format="factored", settings={"in_features": 4, "out_features": 4}
+    )
+    with pytest.raises(ModelRefused, match=r"record of 'hidden'.*bias"):
+        module_of("hidden", record)
+    stored = {"reduce.weight": torch.zeros(2, 4), "expand.weight": torch.zeros(2, 4)}
+    with pytest.raises(ValueError, match=r"expand.weight of \(4, 2\) was given \(2, 4\)"):
+        FactoredLinear(4, 4, 2, bias=False, stored=stored)
+    empty = FactoredLinear(4, 4, 2, bias=True)
+    assert all(weight.is_meta for weight in empty.parameters())
+    assert [unit.part_of for unit in Unit.of(nn.Sequential(empty))] == [None, "0", "0"]

@@ -1,0 +1,50 @@
+"""Two small tables that hold the same codes are one tensor in a graph, and still two tables."""
+
+import numpy as np
+import pytest
+import torch
+from models import Graph, Reference, _schema, whole
+from torch import Tensor, nn
+
+from compressors.contracts import IdInput
+from compressors.core.runner import run
+from compressors.lower.export import lower
+from compressors.quantize.tables.rowwise_int8 import RowwiseInt8
+
+
+class Alike(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Embedding(60, 4), nn.Embedding(60, 4)
+        self.out = nn.Linear(8, 1)
+
+    def forward(self, first: Tensor, second: Tensor) -> Tensor:
+        x = torch.cat([self.first(first), self.second(second)], dim=1)
+        score: Tensor = self.out(x)
+        return score
+
+
+REFERENCE = Reference(
+    Alike,
+    # Of two policies: ONNX Runtime would look both up together otherwise.
+    _schema(
+        IdInput(name="first", table="first"),
+        IdInput(name="second", table="second", out_of_range="clamp"),
+        output="logit",
+    ),
+)
+
+
+@pytest.mark.parametrize("target", ["onnxruntime", "tensorrt_rtx"])
+def test_tables_with_the_same_codes_are_written_down(target, tmp_path):
+    model = REFERENCE.model()
+    model.module.second.weight = nn.Parameter(model.module.first.weight.detach().clone())
+    packed = run(RowwiseInt8(), model, REFERENCE.bench(tmp_path / "data"), tmp_path / "out")
+    path = tmp_path / "model.onnx"
+    lowered = lower(packed.module, whole(REFERENCE.signature), target, path)
+    first, second = lowered.tables
+    assert first.names == second.names
+    made = Graph(packed, lowered, REFERENCE.signature, path)
+    inputs = made.rows(50)
+    # In the form for TensorRT rows are float16 before they are widened: 2^-11 of each weight.
+    np.testing.assert_allclose(made.in_onnx(inputs), made.in_torch(inputs), atol=1e-3)

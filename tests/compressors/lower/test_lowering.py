@@ -1,0 +1,224 @@
+"""Every step, written down for every target, run in ONNX Runtime and compared with torch."""
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+from models import (
+    LONGEST,
+    RANKER,
+    RECIPES,
+    REFERENCES,
+    UNDIVIDED,
+    Graph,
+    graph,
+)
+from pairwise import pairwise
+from torch import Tensor
+
+from compressors.contracts import DenseInput, JaggedBag, TargetKind
+from compressors.core.batches import edge_example
+from compressors.lower.parity import compare
+
+ORT: TargetKind = "onnxruntime"
+RTX: TargetKind = "tensorrt-rtx"
+KINDS = [method.model_fields["kind"].default for method in UNDIVIDED]
+EVERYTHING = ("rowwise_int8", "static_int8")
+
+each_target = pytest.mark.parametrize("target", [ORT, RTX])
+# In the nightly tier every method has a graph of its own.
+ALONE = [
+    pytest.param((kind,), marks=pytest.mark.nightly) for kind in KINDS if (kind,) not in RECIPES
+]
+each_recipe = pytest.mark.parametrize(
+    "kinds",
+    [(), *RECIPES, EVERYTHING, *ALONE],
+    ids=lambda kinds: "+".join(kinds) or "-",
+)
+
+
+def test_every_method_has_a_graph_in_the_default_tier():
+    assert sorted(kind for recipe in RECIPES for kind in recipe) == sorted(KINDS)
+
+
+def agree(lowered: Graph, target: TargetKind, inputs: dict[str, Tensor], spread: float) -> None:
+    """Scores are as near as parity asks, measured against the spread of a large batch."""
+    expected, found = lowered.in_torch(inputs), lowered.in_onnx(inputs)
+    assert found.dtype == np.float32
+    assert np.array_equal(np.isnan(expected), np.isnan(found))
+    formats = {line.format for line in lowered.model.plan.lines} if lowered.model.plan else set()
+    share = 1e-3
+    if target != ORT and formats - {"float32", "as trained", "dropped"}:
+        share = 0.05  # one float16 rounding, parts in a thousand of a score
+    if formats & {"weight_int8", "weight_int4", "float8_dense"}:
+        share = 0.05 if target == ORT else 0.3  # the same, of fewer or of smaller steps
+    if "static_int8" in formats:
+        share = 0.5  # an input on the edge of two levels may fall to either side
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5 + share * spread)
+
+
+# --- the same numbers everywhere -------------------------------------------------------------
+
+
+@each_target
+@each_recipe
+def test_the_graph_computes_what_torch_computes_at_every_batch(kinds, target):
+    lowered = graph("Ranker", kinds, target)
+    many = lowered.rows(1500)
+    spread = float(np.std(lowered.in_torch(many)))
+    compare(lowered.in_torch(many), lowered.in_onnx(many), lowered.model.plan, target)
+    for count in (1, 2, 57):
+        agree(lowered, target, lowered.rows(count, seed=count), spread)
+    outside = edge_example(lowered.signature, lowered.lowered.served.rows_of_table, 57)
+    agree(lowered, target, outside, spread)
+
+
+@each_target
+@each_recipe
+def test_a_batch_with_no_ids_at_all_is_answered(kinds, target):
+    lowered = graph("Ranker", kinds, target)
+    for count in (1, 3):
+        inputs = lowered.rows(count)
+        for name in ("history", "tags"):
+            inputs[name] = inputs[name][:0]
+        inputs["history_offsets"] = torch.zeros(count, dtype=torch.int64)
+        inputs["tags_lengths"] = torch.zeros(count, dtype=torch.int64)
+        inputs["genres"] = torch.zeros(count, 4, dtype=torch.int64)
+        agree(lowered, target, inputs, spread=0.02)
+        assert not np.isnan(lowered.in_onnx(inputs)).any()
+
+
+OTHERS = [reference.network.__name__ for reference in REFERENCES[1:]]
+OTHER_RECIPES = (EVERYTHING, ("rowwise_int4", "float16"))
+OTHER_GRAPHS = pairwise(OTHERS, OTHER_RECIPES, (ORT, RTX))
+
+
+@pytest.mark.parametrize(
+    ("reference", "kinds", "target"),
+    [
+        pytest.param(
+            *combination,
+            id=f"{combination[0]}-{'+'.join(combination[1])}-{combination[2]}",
+            marks=() if combination in OTHER_GRAPHS else pytest.mark.nightly,
+        )
+        for combination in itertools.product(OTHERS, OTHER_RECIPES, (ORT, RTX))
+    ],
+)
+def test_other_networks_compute_what_torch_computes(reference, kinds, target):
+    lowered = graph(reference, kinds, target)
+    many = lowered.rows(1500)
+    compare(lowered.in_torch(many), lowered.in_onnx(many), lowered.model.plan, target)
+    spread = float(np.std(lowered.in_torch(many)))
+    for count in (1, 2, 57):
+        agree(lowered, target, lowered.rows(count, seed=count), spread)
+
+
+@each_target
+def test_a_layer_over_lists_is_multiplied_by_its_codes(target):
+    lowered = graph("Attention", ("weight_int4",), target)
+    many = lowered.rows(1500)
+    compare(lowered.in_torch(many), lowered.in_onnx(many), lowered.model.plan, target)
+
+
+@each_target
+def test_the_module_and_the_served_wrapper_score_alike(target):
+    lowered = graph("Ranker", EVERYTHING, target)
+    inputs = lowered.rows(20)
+    with torch.no_grad():
+        logits = lowered.model.module(**inputs).squeeze(1)
+    # bags are padded to the longest list there is or to the declared one: sums in another order
+    np.testing.assert_allclose(lowered.in_torch(inputs), logits.sigmoid().numpy(), atol=1e-3)
+
+
+# --- the policy for ids out of range ---------------------------------------------------------
+
+
+def bad_rows(lowered: Graph, inputs: dict[str, Tensor]) -> list[int]:
+    expected, found = lowered.in_torch(inputs), lowered.in_onnx(inputs)
+    assert np.array_equal(np.isnan(expected), np.isnan(found))
+    return np.flatnonzero(np.isnan(found)).tolist()
+
+
+@each_target
+@pytest.mark.parametrize("wrong", [-1, 40, 2**40])
+def test_under_error_an_id_out_of_range_refuses_its_own_row_only(target, wrong):
+    lowered = graph("Ranker", EVERYTHING, target)
+    inputs = lowered.rows(9)
+    before = lowered.in_onnx(inputs)
+    inputs["user"][[2, 7]] = wrong
+    assert bad_rows(lowered, inputs) == [2, 7]
+    kept = [0, 1, 3, 4, 5, 6, 8]
+    np.testing.assert_array_equal(lowered.in_onnx(inputs)[kept], before[kept])
+
+
+@each_target
+@pytest.mark.parametrize("wrong", [-1, 20])
+def test_under_error_a_padded_list_refuses_its_own_row_only(target, wrong):
+    lowered = graph("Ranker", EVERYTHING, target)
+    inputs = lowered.rows(6)
+    inputs["genres"][4, 3] = wrong
+    assert bad_rows(lowered, inputs) == [4]
+
+
+@each_target
+@pytest.mark.parametrize("wrong", [-1, 50])
+@pytest.mark.parametrize(("place", "row"), [(0, 1), (1, 1), (2, 3), (4, 3), (5, 4)])
+def test_under_error_a_jagged_list_refuses_its_own_row_only(target, wrong, place, row):
+    lowered = graph("Ranker", EVERYTHING, target)
+    inputs = lowered.rows(6)
+    inputs["history"] = torch.arange(6) + 1
+    inputs["history_offsets"] = torch.tensor([0, 0, 2, 2, 5, 6])  # lists of 0, 2, 0, 3, 1, 0 ids
+    inputs["history"][place] = wrong
+    assert bad_rows(lowered, inputs) == [row]
+
+
+@each_target
+def test_under_clamp_an_id_out_of_range_is_the_nearest_row(target):
+    lowered = graph("Ranker", EVERYTHING, target)
+    inputs = lowered.rows(4)
+    inputs["item"] = torch.tensor([-5, 300, 10**9, 7])
+    found = lowered.in_onnx(inputs)
+    inputs["item"] = torch.tensor([0, 299, 299, 7])
+    np.testing.assert_array_equal(found, lowered.in_onnx(inputs))
+    assert not np.isnan(found).any()
+
+
+@each_target
+def test_under_default_row_an_id_out_of_range_is_that_row(target):
+    lowered = graph("Ranker", EVERYTHING, target)
+    inputs = lowered.rows(3)
+    inputs["tags_lengths"] = torch.tensor([2, 0, 3])
+    inputs["tags"] = torch.tensor([-1, 5, 30, 4, 10**6], dtype=torch.int32)
+    inputs["city"] = torch.tensor([-1, 9, 0], dtype=torch.int32)
+    found = lowered.in_onnx(inputs)
+    inputs["tags"] = torch.tensor([2, 5, 2, 4, 2], dtype=torch.int32)
+    inputs["city"] = torch.tensor([3, 3, 0], dtype=torch.int32)
+    np.testing.assert_array_equal(found, lowered.in_onnx(inputs))
+    assert not np.isnan(found).any()
+
+
+@each_target
+@pytest.mark.parametrize("name", ["history", "tags"])
+def test_a_list_longer_than_declared_is_refused_not_shortened(target, name):
+    lowered = graph("Ranker", EVERYTHING, target)
+    inputs = lowered.rows(3)
+    lengths = torch.tensor([LONGEST, LONGEST + 1, 1])
+    inputs[name] = torch.ones(int(lengths.sum()), dtype=inputs[name].dtype)
+    second = lengths if name == "tags" else lengths.cumsum(0) - lengths
+    inputs[f"{name}_{'lengths' if name == 'tags' else 'offsets'}"] = second
+    assert bad_rows(lowered, inputs) == [1]
+
+
+def test_every_policy_and_layout_is_in_the_reference_schema():
+    """The tests above rest on it."""
+    given = [item for item in RANKER.signature.inputs if not isinstance(item, DenseInput)]
+    assert {item.out_of_range for item in given} == {"error", "clamp", "default_row"}
+    layouts = {item.layout for item in given if isinstance(item, JaggedBag)}
+    assert layouts == {"offsets", "lengths"}
+    assert {item.kind for item in RANKER.signature.inputs} == {
+        "id",
+        "dense",
+        "padded_bag",
+        "jagged_bag",
+    }

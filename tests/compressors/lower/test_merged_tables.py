@@ -1,0 +1,229 @@
+"""Tables that are stored alike are looked up together in ONNX Runtime's graph."""
+
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from models import Reference
+from torch import Tensor, nn
+
+from compressors.contracts import IdInput, Signature, TargetKind
+from compressors.core.batches import edge_example, example
+from compressors.core.model import Model
+from compressors.core.registries import AnyStep
+from compressors.core.runner import run
+from compressors.lower.audit import audit
+from compressors.lower.export import Lowered, lower
+from compressors.lower.serving_wrapper import input_names, served_graphs
+from compressors.quantize.tables.additive_codes import AdditiveCodes
+from compressors.quantize.tables.bfloat16 import BFloat16
+from compressors.quantize.tables.kmeans import KMeans
+from compressors.quantize.tables.product_codes import ProductCodes
+from compressors.quantize.tables.residual_codes import ResidualCodes
+from compressors.quantize.tables.rowwise_int4 import RowwiseInt4
+from compressors.quantize.tables.rowwise_int8 import RowwiseInt8
+from infra.onnxruntime.sessions import Session, optimized_graph
+
+FIELDS = {"user": 40, "item": 300, "city": 9}
+
+
+class Fields(nn.Module):
+    """Three fields side by side, and one of another width.
+
+    ``masked`` and ``moved`` do something to an id beside its lookup, for one id alone.
+    """
+
+    def __init__(self, *, masked: bool = False, moved: bool = False) -> None:
+        super().__init__()
+        self.masked, self.moved = masked, moved
+        self.tables = nn.ModuleDict({name: nn.Embedding(rows, 8) for name, rows in FIELDS.items()})
+        self.wide = nn.Embedding(12, 5)
+        self.out = nn.Linear(29, 1)
+
+    def forward(self, wide: Tensor, **ids: Tensor) -> Tensor:
+        if self.moved:  # of 300 rows, so that rows drawn by chance seldom show it
+            ids["item"] = ids["item"].masked_fill(ids["item"] == 7, 0)
+        parts = [table(ids[name]) for name, table in self.tables.items()]  # (rows, 8) each
+        if self.masked:
+            parts[0] = parts[0] * (ids["user"] > 0).unsqueeze(1)
+        logit: Tensor = self.out(torch.cat([*parts, self.wide(wide)], dim=1))
+        return logit.squeeze(1)
+
+
+def reference(policy: str = "clamp", **what: bool) -> Reference:
+    inputs = [
+        IdInput(name=name, table=f"tables.{name}", out_of_range=policy, default_row=place + 1)
+        for place, name in enumerate(FIELDS)
+    ]
+    return Reference(
+        Fields,
+        Signature(
+            task="ctr",
+            inputs=(*inputs, IdInput(name="wide", table="wide", out_of_range=policy)),
+            output="logit",
+            label="label",
+            metric="auc",
+        ),
+        what,
+    )
+
+
+def packed(asked: Reference, step: AnyStep, folder: Path) -> Model:
+    return run(step, asked.model(), asked.bench(folder / "data"), folder / "out")
+
+
+def lowered(
+    asked: Reference, model: Model, folder: Path, target: TargetKind = "onnxruntime"
+) -> tuple[Lowered, Path]:
+    path = folder / f"{target}.onnx"
+    return lower(model.module, served_graphs(asked.signature)[0], target, path), path
+
+
+def nodes(path: Path) -> Counter[str]:
+    return Counter(node.op_type for node in onnx.load(path).graph.node)
+
+
+@pytest.mark.parametrize(
+    ("step", "policy"),
+    [
+        (RowwiseInt8(), "clamp"),
+        (RowwiseInt4(symmetric=False), "default_row"),
+        (BFloat16(), "error"),
+        (KMeans(bits=2), "clamp"),
+        (KMeans(bits=4, scale="none"), "error"),
+        (ProductCodes(parts=3, bits=1), "default_row"),  # 8 columns: parts of two widths
+        (ResidualCodes(bits=1, codebooks=3, codebook_type="float16"), "clamp"),
+        (AdditiveCodes(bits=1, rounds=2), "error"),
+    ],
+)
+def test_tables_stored_alike_are_one_lookup_with_the_same_answers(step, policy, tmp_path):
+    asked = reference(policy)
+    model = packed(asked, step, tmp_path)
+    made, path = lowered(asked, model, tmp_path)
+    tensors, of_wide = (
+        len(dict(table.named_buffers()))
+        for table in (model.module.tables["user"], model.module.wide)
+    )
+    # One Gather a stored tensor for the three, and one for the table of another width.
+    stored = {name for table in made.tables for name in table.names}
+    reads = [node for node in onnx.load(path).graph.node if stored.intersection(node.input)]
+    assert [node.op_type for node in reads] == ["Gather"] * (tensors + of_wide)
+    session = Session(path, threads=1)
+    tables = asked.rows_of_tables()
+    for inputs in (example(asked.signature, tables, 50), edge_example(asked.signature, tables, 50)):
+        expected = made.served(*(inputs[name] for name in input_names(asked.signature)))
+        found = session.scores({name: tensor.numpy() for name, tensor in inputs.items()})
+        refused = np.isnan(expected.detach().numpy())
+        assert np.array_equal(np.isnan(found), refused)
+        assert refused.any() == (policy == "error" and inputs["user"].min() < 0)
+        # The same float32 products in the same order, but for the Gemm's own rounding.
+        np.testing.assert_allclose(found, expected.detach().numpy(), rtol=1e-5, atol=1e-6)
+
+
+def test_what_is_merged_passes_the_audit_and_holds_every_row_once(tmp_path):
+    asked = reference()
+    model = packed(asked, RowwiseInt4(), tmp_path)
+    made, path = lowered(asked, model, tmp_path)
+    found = audit(optimized_graph(path), model.plan, made.tables)
+    assert found.packed_tables == 2
+    rows = {table.module: table.rows for table in made.tables}
+    assert rows == {"tables.user, tables.item, tables.city": 349, "wide": 12}
+    held = {item.name: item.dims for item in onnx.load(path).graph.initializer}
+    (merged,) = [table for table in made.tables if table.rows == 349]
+    assert [held[name][0] for name in merged.names] == [349, 349]
+
+
+def test_rows_that_stand_side_by_side_again_are_not_taken_apart(tmp_path):
+    asked = reference()
+    _, path = lowered(asked, packed(asked, RowwiseInt8(), tmp_path), tmp_path)
+    assert nodes(path)["Split"] == 0
+
+
+@pytest.mark.parametrize("what", ["masked", "moved"])
+def test_a_network_that_reads_an_id_beside_its_table_keeps_its_lookups(what, tmp_path):
+    asked = reference(**{what: True})
+    model = packed(asked, RowwiseInt8(), tmp_path)
+    made, path = lowered(asked, model, tmp_path)
+    assert nodes(path)["Gather"] == 8
+    inputs = example(asked.signature, asked.rows_of_tables(), 50)
+    inputs["item"][:10] = 7
+    expected = made.served(*(inputs[name] for name in input_names(asked.signature)))
+    found = Session(path, threads=1).scores({k: v.numpy() for k, v in inputs.items()})
+    np.testing.assert_allclose(found, expected.detach().numpy(), rtol=1e-5, atol=1e-6)
+
+
+def test_tables_with_codebooks_of_other_sizes_stay_apart(tmp_path):
+    asked = reference()  # the share of bytes that codebooks may take gives each another size
+    made, _ = lowered(asked, packed(asked, ResidualCodes(bits=8), tmp_path), tmp_path)
+    assert {table.module for table in made.tables} == {
+        *(f"tables.{name}" for name in FIELDS),
+        "wide",
+    }
+
+
+def test_tables_as_trained_and_engines_keep_a_lookup_each(tmp_path):
+    asked = reference()
+    _, plain = lowered(asked, asked.model(), tmp_path)
+    assert nodes(plain)["Gather"] == 4
+    model = packed(asked, RowwiseInt8(), tmp_path)
+    _, engine = lowered(asked, model, tmp_path, "tensorrt")
+    assert nodes(engine)["Gather"] == 4
+
+
+class Vectors(nn.Module):
+    """A tower that is nothing but rows side by side, and an item's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.query, self.item = Rows("user", "city"), Rows("item", "kind")
+
+    def forward(self, user: Tensor, city: Tensor, item: Tensor, kind: Tensor) -> Tensor:
+        score: Tensor = (self.query(user=user, city=city) * self.item(item=item, kind=kind)).sum(1)
+        return score
+
+
+class Rows(nn.Module):
+    """Rows of two tables side by side."""
+
+    def __init__(self, *names: str) -> None:
+        super().__init__()
+        self.names = names
+        self.tables = nn.ModuleDict({name: nn.Embedding(20, 4) for name in names})
+
+    def forward(self, **ids: Tensor) -> Tensor:
+        return torch.cat([self.tables[name](ids[name]) for name in self.names], dim=1)
+
+
+def test_rows_side_by_side_may_be_all_that_a_tower_gives(tmp_path):
+    inputs = {"query": ["user", "city"], "item": ["item", "kind"]}
+    signature = Signature.model_validate(
+        {
+            "task": "retrieval",
+            "inputs": [
+                {
+                    "kind": "id",
+                    "name": name,
+                    "table": f"{tower}.tables.{name}",
+                    "out_of_range": "clamp",
+                }
+                for tower, names in inputs.items()
+                for name in names
+            ],
+            "output": "score",
+            "group": "user",
+            "metric": "recall@20",
+            "item": "item",
+            "towers": {name: {"module": name, "inputs": read} for name, read in inputs.items()},
+        }
+    )
+    asked = Reference(Vectors, signature)
+    model = run(RowwiseInt8(), asked.model(), asked.bench(tmp_path / "data"), tmp_path / "out")
+    for form in served_graphs(signature):
+        path = tmp_path / f"{form.name}.onnx"
+        made = lower(model.module, form, "onnxruntime", path)
+        ids = {name: torch.arange(20) for name in inputs[form.name]}
+        found = Session(path, threads=1).scores({k: v.numpy() for k, v in ids.items()})
+        np.testing.assert_array_equal(found, made.served(*ids.values()).detach().numpy())

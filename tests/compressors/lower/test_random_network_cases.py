@@ -1,0 +1,183 @@
+"""What random networks found, each case as small as it fails."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from compressors.contracts import (
+    Architecture,
+    Bench,
+    IdInput,
+    Network,
+    PaddedBag,
+    Signature,
+    Split,
+    TargetKind,
+)
+from compressors.core.model import Model
+from compressors.core.modules.output_calibration import Recalibration, attach
+from compressors.core.runner import run
+from compressors.errors.compression import ModelRefused
+from compressors.lower.export import lower
+from compressors.lower.serving_wrapper import served_graphs
+from compressors.quantize.dense.float8_dense import Float8Dense
+from compressors.quantize.dense.static_int8 import packed_int8
+from compressors.quantize.tables.rowwise_int8 import RowwiseInt8
+from infra.onnxruntime.sessions import Session
+
+USERS = Signature(
+    inputs=(IdInput(name="user", table="table"),),
+    task="ctr",
+    output="logit",
+    label="label",
+    metric="auc",
+)
+HISTORIES = Signature(
+    inputs=(PaddedBag(name="seen", table="table", shape=(3,)),),
+    task="ctr",
+    output="logit",
+    label="label",
+    metric="auc",
+)
+
+
+class Narrow(nn.Module):
+    """A dense layer of few inputs: its scales take more bytes than its weights in 8 bits."""
+
+    def __init__(self, inputs: int) -> None:
+        super().__init__()
+        self.table, self.hidden = nn.Embedding(20, inputs), nn.Linear(inputs, 12)
+        self.out = nn.Linear(12, 1)
+
+    def forward(self, user: Tensor) -> Tensor:
+        return self.out(torch.relu(self.hidden(self.table(user))))
+
+
+class Unguarded(nn.Module):
+    """A mean over real places that is 0 / 0 for an empty list."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.out = nn.Embedding(20, 4), nn.Linear(4, 1)
+
+    def forward(self, seen: Tensor) -> Tensor:
+        real = (seen != 0).float().unsqueeze(-1)
+        return self.out((self.table(seen) * real).sum(dim=1) / real.sum(dim=1))
+
+
+class Squeezed(nn.Module):
+    """Removes every dimension of size 1 from its score, so also that of a single row."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.out = nn.Embedding(20, 4), nn.Linear(4, 1)
+
+    def forward(self, user: Tensor) -> Tensor:
+        return self.out(self.table(user)).squeeze()
+
+
+class Sure(nn.Module):
+    """A probability that is next to 0 for the first users and next to 1 for the last."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(20, 1)
+        nn.init.zeros_(self.table.weight)
+
+    def forward(self, user: Tensor) -> Tensor:
+        return torch.sigmoid(self.table(user).squeeze(1) + 4.0 * (user - 10))
+
+
+def model(network: type[nn.Module], **config: int) -> Model:
+    """A network with weights from a seed."""
+    torch.manual_seed(0)
+    architecture = Architecture(path=f"{__name__}:{network.__name__}", config=config)
+    return Model(network(**config).eval(), network, Network(architecture=architecture))
+
+
+@pytest.mark.parametrize("target", ["onnxruntime", "tensorrt"])
+def test_a_float8_layer_of_two_inputs_is_lowered(target: TargetKind, tmp_path):
+    (tmp_path / "rows").mkdir()
+    users = {"user": torch.arange(20), "@label": torch.arange(20.0) % 2}
+    save_file(users, tmp_path / "rows" / "data.safetensors")
+    rows = Split(path=str(tmp_path / "rows"), sha256="0" * 64, rows=20)
+    bench = Bench(signature=USERS, calibration=rows)
+    packed = run(Float8Dense(layers=("hidden",)), model(Narrow, inputs=2), bench, tmp_path / "out")
+    (form,) = served_graphs(USERS)
+    (layer,) = lower(packed.module, form, target, tmp_path / "model.onnx").layers
+    assert layer.module == "hidden"
+    assert layer.name.endswith("codes")
+
+
+def test_a_network_that_scores_nan_by_itself_is_refused_in_place_of_the_step(tmp_path):
+    with pytest.raises(ModelRefused, match="before 'rowwise_int8' was applied"):
+        run(RowwiseInt8(), model(Unguarded), Bench(signature=HISTORIES), tmp_path)
+
+
+def test_a_recalibrated_probability_next_to_zero_is_the_same_in_the_graph(tmp_path):
+    signature = USERS.model_copy(update={"output": "probability"})
+    module = model(Sure).module
+    attach(module, Recalibration("platt", "probability", line=torch.tensor([0.1, 0.0])))
+    (form,) = served_graphs(signature)
+    lowered = lower(module, form, "onnxruntime", tmp_path / "model.onnx")
+    users = torch.arange(20)
+    found = Session(tmp_path / "model.onnx", 1).scores({"user": users.numpy()})
+    with torch.no_grad():
+        expected = lowered.served(users).numpy()
+    # Next to 1 a probability has steps of 6e-8, which move a tenth of a logit of 16 by 0.006.
+    np.testing.assert_allclose(found[:10], expected[:10], atol=1e-5)
+    np.testing.assert_allclose(found, expected, atol=1e-2)
+
+
+@pytest.mark.parametrize("target", ["onnxruntime", "tensorrt", "tensorrt-rtx"])
+def test_a_graph_of_a_squeezed_score_gives_one_score_for_one_row(
+    target: TargetKind, tmp_path: Path
+) -> None:
+    torch.manual_seed(0)
+    model = Squeezed().eval()
+    # Without a check of ids nothing else brings the number of rows into the score.
+    users_alone = (IdInput(name="user", table="table", out_of_range="clamp"),)
+    form = served_graphs(USERS.model_copy(update={"inputs": users_alone}))[0]
+    lower(model, form, target, tmp_path / "model.onnx")
+    session = Session(tmp_path / "model.onnx", threads=1)
+    for rows in (1, 2, 5):
+        users = torch.arange(rows)
+        with torch.no_grad():
+            expected = torch.sigmoid(model(users)).reshape(rows).numpy()
+        scores = session.scores({"user": users.numpy()})
+        assert scores.shape == (rows,)
+        np.testing.assert_allclose(scores, expected, atol=1e-6)  # float32 sums of four products
+
+
+class Wide(nn.Module):
+    """Adds a number of any size to what an int8 layer reads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.out = nn.Embedding(20, 4), nn.Linear(4, 1)
+        with torch.no_grad():
+            self.table.weight[-1] = 1e6
+
+    def forward(self, user: Tensor) -> Tensor:
+        return self.out(self.table(user))
+
+
+@pytest.mark.parametrize("target", ["onnxruntime", "tensorrt", "tensorrt-rtx"])
+def test_an_int8_layer_whose_bias_is_below_one_step_scores_the_same_on_every_target(
+    target: TargetKind, tmp_path: Path
+) -> None:
+    torch.manual_seed(0)
+    model = Wide().eval()
+    model.out = packed_int8(model.out, torch.tensor(1e6))
+    assert float(model.out.bias.abs()) < 0.5 * float(model.out.weight_scale * 1e6 / 127)
+    form = served_graphs(USERS)[0]
+    lower(model, form, target, tmp_path / "model.onnx")
+    users = torch.arange(19)
+    with torch.no_grad():
+        expected = torch.sigmoid(model(users)).squeeze(1).numpy()
+    scores = Session(tmp_path / "model.onnx", threads=1).scores({"user": users.numpy()})
+    np.testing.assert_allclose(scores, expected, atol=1e-6)  # every input and the bias are 0 steps

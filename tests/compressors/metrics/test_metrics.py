@@ -1,0 +1,186 @@
+"""Metrics against scikit-learn, and what they refuse."""
+
+import doctest
+
+import numpy as np
+import pytest
+from hypothesis import assume, given
+from hypothesis import strategies as st
+from sklearn.metrics import log_loss, ndcg_score, roc_auc_score
+
+from compressors.errors.compression import CompressionError
+from compressors.metrics import point_estimates
+
+# Both sides sum at most a few hundred float64 terms of size one; 1e-12 leaves 4,000 roundings.
+EXACT = 1e-12
+
+
+@st.composite
+def clicks(draw, most=60, graded=False):
+    """Labels, scores with many ties, and groups, of equal length."""
+    rows = draw(st.integers(2, most))
+    labels = st.integers(0, 4 if graded else 1)
+    # A handful of distinct scores, as a heavily quantized model gives, so ties are the rule.
+    scores = st.sampled_from([-3.0, -0.5, 0.0, 0.1, 0.1000001, 2.0])
+    column = lambda values: np.array(draw(st.lists(values, min_size=rows, max_size=rows)))  # noqa: E731
+    return column(labels), column(scores), column(st.integers(0, 5))
+
+
+def has_both(label):
+    return 0 < label.sum() < label.size
+
+
+@given(clicks())
+def test_auc_equals_scikit_learn_with_ties(data):
+    label, score, _ = data
+    assume(has_both(label))
+    assert point_estimates.auc(label, score) == pytest.approx(
+        roc_auc_score(label, score), abs=EXACT
+    )
+
+
+@given(clicks())
+def test_auc_does_not_change_under_an_increasing_map_and_mirrors_under_a_decreasing_one(data):
+    label, score, _ = data
+    assume(has_both(label))
+    assert point_estimates.auc(label, np.arctan(score)) == point_estimates.auc(label, score)
+    assert point_estimates.auc(label, -score) == pytest.approx(
+        1 - point_estimates.auc(label, score), abs=EXACT
+    )
+
+
+def test_auc_of_all_ties_is_a_half():
+    assert point_estimates.auc([0, 1, 1], [7.0, 7.0, 7.0]) == 0.5
+
+
+def test_auc_keeps_the_ties_of_half_precision():
+    score = np.array([0.1, 0.1, 0.2], dtype=np.float16)
+    assert point_estimates.auc([0, 1, 1], score) == 0.75
+
+
+@given(clicks())
+def test_gauc_is_the_impression_weighted_mean_of_scikit_learns_auc(data):
+    label, score, group = data
+    total = weight = 0.0
+    for one in np.unique(group):
+        rows = group == one
+        if has_both(label[rows]):
+            total += rows.sum() * roc_auc_score(label[rows], score[rows])
+            weight += rows.sum()
+    assume(weight > 0)
+    assert point_estimates.gauc(label, score, group) == pytest.approx(total / weight, abs=EXACT)
+    left_out = point_estimates.gauc_left_out(label, group)
+    assert left_out == pytest.approx(1 - weight / label.size, abs=EXACT)
+
+
+def test_gauc_does_not_care_how_groups_are_named_or_ordered():
+    label = np.array([0, 1, 1, 0, 1, 0])
+    score = np.array([0.1, 0.2, 0.3, 0.4, 0.5, 0.6])
+    by_number = point_estimates.gauc(label, score, np.array([9, 9, 3, 3, 9, 3]))
+    by_name = point_estimates.gauc(
+        label, score, np.array(["u", "u", "v", "v", "u", "v"], dtype=object)
+    )
+    assert by_number == by_name
+
+
+@given(clicks(graded=True), st.integers(1, 12))
+def test_ndcg_equals_scikit_learn_with_exponential_gains_and_averaged_ties(data, k):
+    label, score, group = data
+    wanted = []
+    for one in np.unique(group):
+        rows = group == one
+        # scikit-learn refuses a list of one item; its NDCG is 1 if the item is relevant.
+        if label[rows].max() > 0:
+            gain = np.exp2(label[rows]) - 1.0
+            alone = rows.sum() == 1
+            wanted.append(1.0 if alone else ndcg_score([gain], [score[rows]], k=k))
+    assume(wanted)
+    assert point_estimates.ndcg(label, score, group, k) == pytest.approx(np.mean(wanted), abs=EXACT)
+
+
+@given(clicks(graded=True), st.randoms(use_true_random=False))
+def test_no_metric_depends_on_the_order_of_rows(data, random):
+    label, score, group = data
+    order = list(range(label.size))
+    random.shuffle(order)
+    clicked = label > 0
+    shuffled = label[order], score[order], group[order]
+    if clicked.any():
+        ours = point_estimates.ndcg(label, score, group, 3)
+        assert point_estimates.ndcg(*shuffled, 3) == pytest.approx(ours, abs=EXACT)
+    if has_both(clicked):
+        assert point_estimates.auc(clicked[order], score[order]) == point_estimates.auc(
+            clicked, score
+        )
+
+
+@given(st.lists(st.floats(0, 1, width=32), min_size=2, max_size=40), st.data())
+def test_logloss_equals_scikit_learns_with_float32_clipping(probability, data):
+    size = len(probability)
+    label = np.array(data.draw(st.lists(st.integers(0, 1), min_size=size, max_size=size)))
+    served = np.array(probability, dtype=np.float32)
+    # scikit-learn clips by the eps of what it is given and computes in float32: 1e-6 of 16 nats.
+    wanted = log_loss(label, served, labels=[0, 1])
+    assert point_estimates.logloss(label, served) == pytest.approx(wanted, abs=2e-5)
+
+
+def test_one_sure_and_wrong_row_costs_sixteen_nats_and_not_infinity():
+    loss = point_estimates.row_logloss([1, 0], [0.0, 1.0])
+    np.testing.assert_allclose(loss, -np.log(np.finfo(np.float32).eps), rtol=1e-6)
+
+
+@given(st.integers(1, 50), st.integers(1, 50))
+def test_normalized_entropy_of_the_base_rate_is_one(positives, negatives):
+    label = np.repeat([1, 0], [positives, negatives])
+    chance = np.full(label.size, positives / label.size)
+    # The clip at 1.19e-7 is far below 1/51, so nothing but rounding is left.
+    assert point_estimates.normalized_entropy(label, chance) == pytest.approx(1, abs=1e-9)
+
+
+def test_examples_in_docstrings_run():
+    assert doctest.testmod(point_estimates).failed == 0
+    assert doctest.testmod(point_estimates).attempted >= 4
+
+
+@pytest.mark.parametrize("broken", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize(
+    "metric",
+    [
+        lambda y, s, g: point_estimates.auc(y, s),
+        lambda y, s, g: point_estimates.logloss(y, s),
+        lambda y, s, g: point_estimates.normalized_entropy(y, s),
+        lambda y, s, g: point_estimates.gauc(y, s, g),
+        lambda y, s, g: point_estimates.ndcg(y, s, g, 10),
+    ],
+    ids=["auc", "logloss", "normalized_entropy", "gauc", "ndcg"],
+)
+def test_a_score_that_is_no_number_is_refused(metric, broken):
+    with pytest.raises(CompressionError, match="1 of 4 values of score are NaN"):
+        metric(np.array([0, 1, 0, 1]), np.array([0.1, broken, 0.3, 0.2]), np.zeros(4, int))
+
+
+@pytest.mark.parametrize(
+    ("call", "says"),
+    [
+        (lambda: point_estimates.auc([1, 1], [0.1, 0.2]), "2 positive of 2"),
+        (lambda: point_estimates.normalized_entropy([0, 0], [0.1, 0.2]), "0 positive of 2"),
+        (lambda: point_estimates.auc([1, 4], [0.1, 0.2]), "the first is 4"),
+        (lambda: point_estimates.auc([1, np.nan], [0.1, 0.2]), "label are NaN"),
+        (lambda: point_estimates.auc([0, 1], [0.1, 0.2, 0.3]), "lengths 2, 3"),
+        (lambda: point_estimates.auc([0, 1], [[0.1], [0.2]]), r"found shape \(2, 1\)"),
+        (lambda: point_estimates.auc([], []), r"found shape \(0,\)"),
+        (lambda: point_estimates.auc([0, 1], ["a", "b"]), "as numbers"),
+        (lambda: point_estimates.logloss([0, 1], [0.5, 1.5]), "Apply the sigmoid"),
+        (lambda: point_estimates.gauc([0, 1], [0.1, 0.2], [1, 2]), "no group has both"),
+        (
+            lambda: point_estimates.gauc([0, 1], [0.1, 0.2], [1.0, np.nan]),
+            "group column must not hold NaN",
+        ),
+        (lambda: point_estimates.ndcg([0, 0], [0.1, 0.2], [1, 1], 3), "no group has one"),
+        (lambda: point_estimates.ndcg([0, -1], [0.1, 0.2], [1, 1], 3), "found -1 to 0"),
+        (lambda: point_estimates.ndcg([0, 1], [0.1, 0.2], [1, 1], 0), "k of at least 1"),
+    ],
+)
+def test_what_has_no_value_is_refused_in_a_sentence(call, says):
+    with pytest.raises(CompressionError, match=says):
+        call()

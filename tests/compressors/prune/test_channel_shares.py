@@ -1,0 +1,247 @@
+"""How many channels each width keeps, and in how many rounds."""
+
+import hypothesis.strategies as st
+import pytest
+import torch
+from hypothesis import given
+from models import NORMED, QUICKLY, RANKER, Reference
+from narrow_networks import SCHEMA, Branched, Plain
+from pydantic import ValidationError
+from torch import nn
+from torch.nn import functional as F
+
+import compressors.distill.training.trainer
+from compressors.core.batches import batches
+from compressors.core.runner import run
+from compressors.errors.compression import CompressionError
+from compressors.prune.dense.channels import Channels
+from compressors.prune.dense.importance import sizes_of
+from compressors.prune.dense.kept_shares import (
+    curves_of,
+    equal_shares,
+    kept_above_threshold,
+    largest_within,
+    multiply_adds,
+    remaining_multiply_adds,
+)
+from compressors.prune.structure import prunable_widths
+from compressors.prune.structure.channel_consumers import layouts, readers_of, trace
+from compressors.prune.structure.config_widths import Width, find_widths
+
+WIDE = Reference(Branched, SCHEMA, {"left": 32, "right": 48, "deep": 64})
+
+
+def work_of(module: nn.Module) -> float:
+    return sum(multiply_adds(module, SCHEMA).values())
+
+
+@pytest.mark.parametrize("scope", ["layer", "global"])
+@pytest.mark.parametrize("target", [0.3, 0.5, 0.8])
+def test_the_multiply_adds_left_are_the_most_within_the_target(scope, target, tmp_path):
+    source, bench = WIDE.model(), WIDE.bench(tmp_path / "data")
+    step = Channels(flops=target, multiple=4, scope=scope)
+    result = run(step, source, bench, tmp_path / "out")
+    share = work_of(result.module) / work_of(source.module)
+    # Four channels of one width are at most 7 % of these layers.
+    assert target - 0.07 < share <= target
+    assert f"{share:.1%} of all dense multiply-adds stay" in result.plan.of("deep").reason
+    assert all(value % 4 == 0 for value in result.network.architecture.config.values())
+
+
+def test_a_target_below_the_smallest_widths_is_refused_with_what_can_be_reached(tmp_path):
+    with pytest.raises(CompressionError, match=r"only 69 multiply-adds: with every width"):
+        run(Channels(flops=0.01), WIDE.model(), WIDE.bench(tmp_path), tmp_path / "out")
+
+
+def test_predicted_multiply_adds_are_those_of_the_narrower_network(tmp_path):
+    source = WIDE.model()
+    widths = tuple(find_widths(source)[0].values())
+    counts = {("left",): 8, ("right",): 20, ("deep",): 40}
+    work = multiply_adds(source.module, SCHEMA)
+    assert work["deep"] == 80 * 64
+    built = Branched(left=8, right=20, deep=40).eval()
+    assert remaining_multiply_adds(work, source.module, widths, counts) == pytest.approx(
+        work_of(built)
+    )
+
+
+def test_under_one_threshold_the_layer_with_idle_channels_loses_most(tmp_path):
+    source, bench = WIDE.model(), WIDE.bench(tmp_path / "data")
+    with torch.no_grad():
+        source.module.deep.weight[8:] *= 1e-3
+        source.module.deep.bias[8:] *= 1e-3
+        source.module.out.weight[:, 8:] *= 1e-3
+    step = Channels(scope="global", keep=0.7, multiple=4, least=0.125)
+    result = run(step, source, bench, tmp_path / "out")
+    config = result.network.architecture.config
+    assert config["deep"] == 8  # the eighth that is its floor, and all that is of use
+    # Of 32 + 32 + 48 + 64 channels 70 % stay, 123: what deep gives up the others keep.
+    assert 2 * config["left"] + config["right"] + 8 > 105
+    assert f"64 -> 8 outputs (deep), {work_of(result.module) / work_of(source.module):.1%}" in (
+        result.plan.of("deep").reason
+    )
+
+
+def test_curves_of_widths_are_in_the_same_unit():
+    """A layer of many large weights would keep everything if its sums were compared as they are."""
+    source = WIDE.model()
+    width = find_widths(source)[0]["left"]
+    traces = trace(source.module, SCHEMA, {"user": 30}, width)
+    readers = readers_of(width, traces, next(layouts(width)))
+    drawn = torch.rand(32, generator=torch.Generator().manual_seed(0))
+    importance = {"left": drawn, "again": drawn.flip(0)}
+    curve = curves_of([readers], importance)[width.path]
+    assert float(curve.mean()) == pytest.approx(1.0)
+    assert bool((curve.diff() <= 0).all())
+    larger = {name: 100 * value for name, value in importance.items()}
+    torch.testing.assert_close(curves_of([readers], larger)[width.path], curve)
+
+
+def test_comparable_importance_does_not_depend_on_a_layers_scale(tmp_path):
+    """A layer whose weights are larger, and read by as much less: the same network."""
+    configs = []
+    for factor in (1.0, 16.0):  # a power of two rounds nothing
+        source = WIDE.model()
+        with torch.no_grad():
+            source.module.deep.weight.mul_(factor)
+            source.module.deep.bias.mul_(factor)
+            source.module.out.weight.div_(factor)
+        step = Channels(scope="global", importance="activation", multiple=4)
+        bench = WIDE.bench(tmp_path / f"{factor}")
+        result = run(step, source, bench, tmp_path / f"{factor}" / "out")
+        configs.append(result.network.architecture.config)
+    assert configs[0] == configs[1]
+
+
+def test_by_activation_a_channel_counts_what_it_adds_to_its_readers(tmp_path):
+    reference = Reference(Plain, SCHEMA)
+    source, bench = reference.model(), reference.bench(tmp_path / "data")
+    found = sizes_of(source, bench, "activation", 8192)["out.weight"].sum(dim=0)
+    (rows,) = batches(bench.calibration, SCHEMA, 10_000)
+    module = source.module
+    with torch.no_grad():
+        x = torch.cat([module.user(rows.inputs["user"]), rows.inputs["price"]], dim=1)
+        hidden = F.relu(module.hidden(x))
+        added = hidden * module.out.weight  # (rows, channels)
+    energy = added.square().mean(dim=0)
+    torch.testing.assert_close(found, energy / energy.sum())
+
+
+WIDTHS = (Width(("a",), 40, {"a": 1}, {"b": 1}), Width(("b",), 24, {"b": 1}, {"c": 1}))
+
+
+@given(st.integers(0, 99), st.sampled_from([1, 4, 8]), st.floats(0, 3), st.floats(0, 3))
+def test_a_lower_threshold_never_leaves_fewer(seed, multiple, first, second):
+    drawn = torch.Generator().manual_seed(seed)
+    curves = {w.path: torch.rand(w.value, generator=drawn) * 2 for w in WIDTHS}
+    floors = {w.path: 0.1 * w.value for w in WIDTHS}
+    low, high = sorted((first, second))
+    more, fewer = (kept_above_threshold(curves, WIDTHS, floors, t, multiple) for t in (low, high))
+    for width in WIDTHS:
+        assert 0.1 * width.value <= fewer[width.path] <= more[width.path] <= width.value
+        assert fewer[width.path] % multiple == 0
+
+
+@given(st.lists(st.integers(0, 50), min_size=1, max_size=40), st.integers(0, 60))
+def test_the_search_finds_the_last_within_the_limit(costs, limit):
+    costs = sorted(costs)
+    fits = [cost for cost in costs if cost <= limit]
+
+    def search() -> int:
+        counts = largest_within(
+            lambda k: {("n",): costs[k]}, len(costs), lambda c: c["n",], limit, "things"
+        )
+        return counts["n",]
+
+    if fits:
+        assert search() == fits[-1]
+    else:
+        with pytest.raises(CompressionError, match="cannot leave only"):
+            search()
+
+
+@given(st.floats(0.05, 0.99), st.sampled_from([1, 4, 8, 16]))
+def test_equal_shares_are_at_most_all_of_a_width(keep, multiple):
+    first = {width.path: width.value for width in WIDTHS}
+    counts = equal_shares(WIDTHS, first, keep, multiple)
+    for width in WIDTHS:
+        assert 1 <= counts[width.path] <= width.value
+
+
+# --- rounds and training ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("scope", ["layer", "global"])
+def test_rounds_end_at_the_same_widths_as_one_cut(scope, tmp_path):
+    bench = WIDE.bench(tmp_path / "data")
+    sizes = []
+    for rounds in (1, 3):
+        step = Channels(flops=0.4, multiple=4, rounds=rounds, scope=scope, importance="gradient")
+        result = run(step, WIDE.model(), bench, tmp_path / f"{rounds}")
+        sizes.append(work_of(result.module) / work_of(WIDE.model().module))
+    assert max(sizes) <= 0.4
+    assert abs(sizes[0] - sizes[1]) < 0.07
+    assert "in 3 rounds" in result.plan.of("deep").reason
+
+
+def test_each_round_judges_what_the_training_before_left(tmp_path, monkeypatch):
+    """Two rounds with training in between are a cut, a training, a cut and a training."""
+    bench = RANKER.bench(tmp_path / "data")
+    how = QUICKLY.model_copy(update={"epochs": 2})
+    step = Channels(multiple=4, rounds=2, importance="gradient", training=how, soft_share=0.5)
+    result = run(step, RANKER.model(), bench, tmp_path / "out")
+    widths: list[int] = []
+    kept = Channels._trained
+
+    def noted(self, model, *args):
+        widths.append(model.module.hidden.out_features)
+        return kept(self, model, *args)
+
+    monkeypatch.setattr(Channels, "_trained", noted)
+    again = run(step, RANKER.model(), bench, tmp_path / "again")
+    assert widths == [12, 8]  # of 16: the root of a half, then a half
+    for name, tensor in result.module.state_dict().items():
+        assert torch.equal(tensor, again.module.state_dict()[name]), name
+    plain = run(Channels(multiple=4, rounds=2), RANKER.model(), bench, tmp_path / "plain")
+    assert not torch.equal(plain.module.cross.weight, result.module.cross.weight)
+    for name in ("cross", "hidden"):
+        told = result.plan.of(name).reason.partition("trained after each round; ")[2]
+        assert told.startswith(("in the last round trained", "in the last round no epoch")), name
+
+
+def test_a_run_that_was_killed_goes_on_in_its_round(tmp_path, monkeypatch):
+    bench = NORMED.bench(tmp_path / "data")
+    how = QUICKLY.model_copy(update={"epochs": 2, "patience": 5})
+    step = Channels(multiple=2, rounds=2, training=how)
+    whole = run(step, NORMED.model(), bench, tmp_path / "whole")
+    saved = bench.model_copy(update={"checkpoints": str(tmp_path / "progress")})
+    run_epoch, count = compressors.distill.training.trainer._Run.epoch, []
+
+    def until_killed(self):
+        count.append(1)
+        if len(count) == 4:
+            raise KeyboardInterrupt
+        run_epoch(self)
+
+    monkeypatch.setattr("compressors.distill.training.trainer._Run.epoch", until_killed)
+    with pytest.raises(KeyboardInterrupt):
+        run(step, NORMED.model(), saved, tmp_path / "killed")
+    count.clear()
+    count.extend([0] * 10)  # from here on nothing is killed
+    again = run(step, NORMED.model(), saved, tmp_path / "again")
+    assert len(count) == 11  # only the last epoch of the second round was missing
+    for name, tensor in whole.module.state_dict().items():
+        assert torch.equal(tensor, again.module.state_dict()[name]), name
+
+
+def test_soft_labels_without_training_are_refused():
+    with pytest.raises(ValidationError, match="soft_share needs training"):
+        Channels(soft_share=0.5)
+
+
+def test_a_width_is_proved_once(tmp_path, monkeypatch):
+    proved = []
+    prove = prunable_widths.prove
+    monkeypatch.setattr(prunable_widths, "prove", lambda *args: proved.append(1) or prove(*args))
+    run(Channels(), WIDE.model(), WIDE.bench(tmp_path / "data"), tmp_path / "out")
+    assert len(proved) == 3

@@ -1,0 +1,152 @@
+"""Dropped dimensions become their mean, and the right ones are dropped."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from models import RANKER
+from torch.nn import functional as F
+
+from compressors.contracts import Bench
+from compressors.core.batches import batches
+from compressors.core.runner import run
+from compressors.errors.compression import CompressionError, NothingToCompress
+from compressors.prune.tables.dimensions import (
+    Dimensions,
+    mean_row,
+    taylor,
+    variance,
+    without_dimensions,
+)
+from compressors.quantize.calibration.lookup_counts import lookup_counts
+
+
+def drawn(seed: int, rows: int, dim: int) -> torch.Tensor:
+    return torch.randn(rows, dim, generator=torch.Generator().manual_seed(seed))
+
+
+@given(
+    seed=st.integers(0, 10**6),
+    rows=st.integers(1, 30),
+    kept=st.sets(st.integers(0, 6), min_size=1),
+)
+def test_kept_dimensions_are_exact_and_the_others_their_mean(seed, rows, kept):
+    table, weight = drawn(seed, rows, 7), drawn(seed + 1, rows, 1).abs().squeeze(1) + 0.01
+    stay = torch.tensor(sorted(kept))
+    mean = mean_row(table, weight)
+    narrow, selection, rest = without_dimensions(table, stay, mean)
+    made = narrow @ selection + rest
+    expected = mean.float().expand(rows, -1).clone()
+    expected[:, stay] = table[:, stay]
+    assert torch.equal(made, expected)  # products with zeros and ones round nothing
+
+
+@given(seed=st.integers(0, 10**6), rows=st.integers(2, 30), kept=st.integers(1, 6))
+def test_what_a_dimension_is_judged_by_is_the_error_of_dropping_it(seed, rows, kept):
+    table, weight = drawn(seed, rows, 7), drawn(seed + 1, rows, 1).abs().squeeze(1) + 0.01
+    judged = variance(table, weight)
+    stay = judged.argsort(descending=True)[:kept].sort().values
+    narrow, selection, rest = without_dimensions(table, stay, mean_row(table, weight))
+    gap = (narrow @ selection + rest - table).double()
+    error = float((weight * gap.square().sum(dim=1)).sum() / weight.sum())
+    # float32 means of thirty numbers of size one
+    assert error == pytest.approx(float(judged.sort().values[: 7 - kept].sum()), rel=1e-4, abs=1e-6)
+
+
+def test_traffic_decides_which_dimension_stays(tmp_path):
+    bench, source = RANKER.bench(tmp_path / "data"), RANKER.model()
+    seen = lookup_counts(source, bench, ["item"])["item"]
+    with torch.no_grad():
+        table = source.module.item.weight
+        table.zero_()
+        table[seen > 0, 2] = drawn(0, int((seen > 0).sum()), 1).squeeze(1)
+        table[seen == 0, 5] = 0.9 * drawn(1, int((seen == 0).sum()), 1).squeeze(1)
+    assert bool((seen > 0).any())
+    for importance, stays in (("variance", 5), ("traffic", 2)):
+        step = Dimensions(tables=("item",), keep=1, importance=importance)
+        made = run(step, source, bench, tmp_path / importance).module.item
+        assert made.projection.argmax() == stays
+
+
+def test_a_gradient_judges_what_the_loss_would_change_by(tmp_path):
+    """Against the loss itself, with a dimension moved a little towards its mean."""
+    bench, source = RANKER.bench(tmp_path / "data"), RANKER.model()
+    table = source.module.user.weight
+    mean = mean_row(table.detach(), torch.ones(40, dtype=torch.float64))
+    (found,) = taylor(source.module, bench, {"user": mean}, 10_000).values()
+    (batch,) = batches(bench.train, bench.signature, 1024)
+    module = source.module.double()  # differences of losses need more digits
+    table = module.user.weight
+    inputs = {name: x.double() if x.is_floating_point() else x for name, x in batch.inputs.items()}
+
+    def loss() -> float:
+        with torch.no_grad():
+            score = module(**inputs).reshape(-1)
+            return float(F.binary_cross_entropy_with_logits(score, batch.label.double()))
+
+    for dimension in range(6):
+        kept = table.detach().clone()
+        losses = []
+        for part in (1e-4, -1e-4):
+            with torch.no_grad():
+                table[:, dimension] += part * (mean[dimension].float() - kept[:, dimension])
+            losses.append(loss())
+            with torch.no_grad():
+                table.copy_(kept)
+        slope = (losses[0] - losses[1]) / 2e-4
+        # the gradient is taken in float32
+        assert found[dimension] == pytest.approx(slope**2, rel=1e-3, abs=1e-12)
+    assert float(found.max()) > 1e-7
+
+
+def test_a_dimension_nothing_reads_goes_first_by_gradient(tmp_path):
+    bench, source = RANKER.bench(tmp_path / "data"), RANKER.model()
+    with torch.no_grad():  # the first input of every reader is the user's first dimension
+        source.module.cross.weight[:, 0] = 0
+        source.module.cross.weight[0, :] = 0
+        source.module.cross.bias[0] = 0
+        source.module.hidden.weight[:, 0] = 0
+        source.module.out.weight[:, 0] = 0
+        source.module.user.weight[:, 0] *= 100
+    kept = {}
+    for importance in ("variance", "gradient"):
+        step = Dimensions(tables=("user",), keep=5, importance=importance)
+        made = run(step, source, bench, tmp_path / importance).module.user
+        kept[importance] = bool(made.projection[:, 0].any())
+    assert kept == {"variance": True, "gradient": False}
+
+
+def test_the_form_is_that_of_low_rank_and_the_plan_says_so(tmp_path):
+    result = run(Dimensions(), RANKER.model(), Bench(signature=RANKER.signature), tmp_path)
+    line = result.plan.of("user")
+    assert (line.format, line.steps) == ("low_rank", ("dimensions",))
+    assert line.reason == "dimensions: 3 of 6 stay, by variance; form low_rank"
+    assert line.bytes_after == 4 * (3 * 6 + 6)
+
+
+def test_a_table_that_would_grow_stays(tmp_path):
+    result = run(Dimensions(keep=5), RANKER.model(), Bench(signature=RANKER.signature), tmp_path)
+    assert result.plan.of("city").reason == "9 x 6 would be no smaller: 216 -> 324 bytes"
+
+
+@pytest.mark.parametrize("importance", ["traffic", "gradient"])
+def test_data_is_asked_for_where_it_is_needed(importance, tmp_path):
+    step = Dimensions(importance=importance)
+    with pytest.raises(CompressionError, match="train rows"):
+        run(step, RANKER.model(), Bench(signature=RANKER.signature), tmp_path)
+
+
+def test_a_loss_without_gradient_is_no_judge(tmp_path):
+    bench, source = RANKER.bench(tmp_path / "data"), RANKER.model()
+    with torch.no_grad():
+        source.module.out.weight.zero_()
+    with pytest.raises(CompressionError, match=r"equally unimportant.*another importance"):
+        run(Dimensions(importance="gradient"), source, bench, tmp_path / "out")
+
+
+def test_retrieval_has_no_loss_to_take_a_gradient_of(tmp_path):
+    bench = RANKER.bench(tmp_path / "data")
+    signature = bench.signature.model_copy(update={"task": "retrieval"})
+    asked = bench.model_copy(update={"signature": signature})
+    with pytest.raises(NothingToCompress, match=r"retrieval.*no loss.*another importance"):
+        run(Dimensions(importance="gradient"), RANKER.model(), asked, tmp_path / "out")

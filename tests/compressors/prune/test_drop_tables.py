@@ -1,0 +1,115 @@
+"""Tables that do not pay are dropped, and no others."""
+
+import pytest
+import torch
+from models import RANKER, prepared
+
+from compressors.contracts import Bench
+from compressors.core.batches import example
+from compressors.core.runner import run
+from compressors.errors.compression import NothingToCompress
+from compressors.lower.export import lower
+from compressors.lower.serving_wrapper import input_names, served_graphs
+from compressors.metrics.validation_score import quality
+from compressors.prune.tables.drop_tables import DropTables, permutation_loss
+from compressors.quantize.calibration.lookup_counts import lookup_counts
+from infra.onnxruntime.sessions import Session
+
+
+def bench_of(tmp_path) -> Bench:
+    """Labels that follow the network's answers, so that its tables do pay."""
+    module = RANKER.model().module
+
+    def answer(inputs):
+        with torch.no_grad():
+            return module(**inputs).reshape(-1)
+
+    parts = {
+        part: prepared(RANKER.signature, RANKER.rows_of_tables(), tmp_path / part, seed, answer)
+        for seed, part in enumerate(("train", "validation"))
+    }
+    return Bench(signature=RANKER.signature, **parts)
+
+
+def without_use_of(name: str):
+    """The ranker with a table whose rows are all the same, which nothing can depend on."""
+    source = RANKER.model()
+    with torch.no_grad():
+        source.module.get_submodule(name).weight.copy_(torch.ones(6).mul(0.25))
+    return source
+
+
+def test_a_table_nothing_depends_on_is_dropped_at_no_loss(tmp_path):
+    source, bench = without_use_of("user"), bench_of(tmp_path)
+    before = quality(source.module, bench.signature, bench.validation)
+    result = run(DropTables(tables=("user",)), source, bench, tmp_path / "out")
+    line = result.plan.of("user")
+    assert (line.format, line.bytes_after) == ("constant", 6 * 4)
+    assert line.reason.endswith("dropped, auc +0.00000 with all dropped so far")
+    assert quality(result.module, bench.signature, bench.validation) == before
+
+
+def test_tables_that_pay_stay_and_the_plan_says_what_they_are_worth(tmp_path):
+    source, bench = RANKER.model(), bench_of(tmp_path)
+    before = quality(source.module, bench.signature, bench.validation)
+    result = run(DropTables(), source, bench, tmp_path / "out")
+    stays = [line for line in result.plan.lines if line.role == "table" and not line.steps]
+    assert "item" in {line.module for line in stays}
+    for line in stays:
+        assert line.format == "float32"
+        assert "stays, auc -0." in line.reason
+    assert quality(result.module, bench.signature, bench.validation) >= before
+
+
+def test_the_whole_loss_stays_within_what_is_allowed(tmp_path):
+    source, bench = RANKER.model(), bench_of(tmp_path)
+    before = quality(source.module, bench.signature, bench.validation)
+    dropped = []
+    for most in (0.0, 0.02, 0.2):
+        result = run(DropTables(most_loss=most), source, bench, tmp_path / str(most))
+        loss = before - quality(result.module, bench.signature, bench.validation)
+        assert loss <= most
+        dropped.append(sum(line.format == "constant" for line in result.plan.lines))
+    assert dropped == sorted(dropped)
+    assert dropped[-1] > dropped[0]
+
+
+def test_the_mean_row_answers_weighted_by_lookups(tmp_path):
+    source, bench = without_use_of("city"), bench_of(tmp_path)
+    with torch.no_grad():
+        source.module.city.weight.add_(1e-9 * torch.arange(9).unsqueeze(1))
+    result = run(DropTables(tables=("city",), most_loss=1), source, bench, tmp_path / "out")
+    counts = lookup_counts(source, bench, ["city"])["city"] + 0.5
+    weight = source.module.city.weight.detach().double()
+    wanted = (counts / counts.sum()).unsqueeze(1).mul(weight).sum(dim=0).float()
+    with torch.no_grad():
+        found = result.module.city(torch.tensor([[0, 8]]))
+    torch.testing.assert_close(found, wanted.expand(1, 2, 6))
+
+
+def test_dealing_out_rows_of_a_table_of_one_row_costs_nothing(tmp_path):
+    source, bench = without_use_of("user"), bench_of(tmp_path)
+    before = quality(source.module, bench.signature, bench.validation)
+    assert permutation_loss(source, bench, "user", before, repeats=2) == 0
+    assert permutation_loss(source, bench, "item", before, repeats=2) > 0
+
+
+@pytest.mark.parametrize("target", ["onnxruntime", "tensorrt-rtx"])
+def test_a_dropped_table_is_lowered(target, tmp_path):
+    source, bench = RANKER.model(), bench_of(tmp_path)
+    step = DropTables(tables=("city", "genres"), most_loss=1)
+    result = run(step, source, bench, tmp_path / "out")
+    (form,) = served_graphs(RANKER.signature)
+    lowered = lower(result.module, form, target, tmp_path / "model.onnx")
+    assert {table.module for table in lowered.tables} == {"user", "item", "history", "tags"}
+    inputs = example(RANKER.signature, RANKER.rows_of_tables(), 50)
+    with torch.no_grad():
+        expected = lowered.served(*(inputs[name] for name in input_names(RANKER.signature)))
+    found = Session(tmp_path / "model.onnx", 1).scores({k: v.numpy() for k, v in inputs.items()})
+    # float32 sums in another order
+    torch.testing.assert_close(torch.from_numpy(found), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_without_validation_rows_nothing_is_dropped(tmp_path):
+    with pytest.raises(NothingToCompress, match="validation rows"):
+        run(DropTables(), RANKER.model(), Bench(signature=RANKER.signature), tmp_path / "out")

@@ -1,0 +1,155 @@
+"""Weights and channels that a penalty makes exactly zero, and what keeps them there."""
+
+import hypothesis.strategies as st
+import pytest
+import torch
+from hypothesis import given
+from models import NORMED, QUICKLY, RANKER, Reference, example, prepared
+from narrow_networks import SCHEMA, Branched
+
+from compressors.core.runner import run
+from compressors.distill.fine_tune import FineTune
+from compressors.errors.compression import NothingToCompress
+from compressors.prune.dense.channels import Channels
+from compressors.prune.dense.l1_training import L1Training, group_threshold, soft_threshold
+from compressors.quantize.dense.static_int8 import StaticInt8
+
+BRANCHED = Reference(Branched, SCHEMA)
+LONG = QUICKLY.model_copy(update={"epochs": 20, "schedule": "cosine"})
+
+
+def scores(model, reference):
+    inputs = example(reference.signature, reference.rows_of_tables(), 50, seed=3)
+    with torch.no_grad():
+        return model.module(**inputs).reshape(-1)
+
+
+numbers = st.lists(st.floats(-5, 5, width=32), min_size=1, max_size=8)
+
+
+@given(numbers, st.floats(0, 3))
+def test_soft_threshold_is_the_nearest_point_under_the_penalty(values, reach):
+    """It minimises |x - w|^2 / 2 + reach * |x|: no other x, near or far, is better."""
+    weight = torch.tensor(values, dtype=torch.float64)
+
+    def cost(x: torch.Tensor) -> torch.Tensor:
+        return (x - weight).square() / 2 + reach * x.abs()
+
+    found = soft_threshold(weight, reach)
+    for other in (found + 1e-3, found - 1e-3, torch.zeros_like(weight), weight):
+        assert (cost(found) <= cost(other) + 1e-12).all()
+
+
+@given(st.integers(1, 5), st.integers(0, 99), st.floats(0, 2))
+def test_group_threshold_is_the_nearest_point_under_the_penalty_of_groups(count, seed, reach):
+    drawn = torch.Generator().manual_seed(seed)
+    owner = torch.randint(count, (7,), generator=drawn)
+    first = torch.randn(7, 3, generator=drawn, dtype=torch.float64)
+    second = torch.randn(count, generator=drawn, dtype=torch.float64)
+    every = torch.arange(count)
+    found = group_threshold([(first, owner), (second, every)], count, reach)
+    for group in range(count):
+        mine = torch.cat([first[owner == group].flatten(), second[group : group + 1]])
+        new = torch.cat([found[0][owner == group].flatten(), found[1][group : group + 1]])
+        pull = reach * len(mine) ** 0.5
+        if mine.norm() <= pull:
+            assert not new.any()
+        else:  # where the penalty has a slope, the slopes cancel
+            torch.testing.assert_close(new - mine + pull * new / new.norm(), torch.zeros_like(new))
+
+
+def test_more_strength_gives_more_zeros_and_the_plan_counts_them(tmp_path):
+    bench = RANKER.bench(tmp_path / "data")
+    shares = []
+    for strength in (0.01, 0.05, 0.2):
+        step = L1Training(penalty_strength=strength, training=LONG)
+        result = run(step, RANKER.model(), bench, tmp_path / f"{strength}")
+        zeros = float((result.module.hidden.weight == 0).float().mean())
+        shares.append(zeros)
+        line = result.plan.of("hidden")
+        assert f"{zeros:.1%} zeros, stored like other weights" in line.reason
+        assert line.bytes_after == line.bytes_before
+    assert 0 < shares[0] < shares[1] < shares[2] <= 1
+    # Without a penalty Adam lands on zero by no chance.
+    plain = run(FineTune(training=LONG), RANKER.model(), bench, tmp_path / "plain")
+    assert not (plain.module.hidden.weight == 0).any()
+
+
+def test_only_the_named_layers_are_penalized_and_all_are_trained(tmp_path):
+    bench = RANKER.bench(tmp_path / "data")
+    step = L1Training(layers=("hidden",), penalty_strength=0.1, training=LONG)
+    result = run(step, RANKER.model(), bench, tmp_path / "out")
+    assert (result.module.hidden.weight == 0).any()
+    assert not (result.module.cross.weight == 0).any()
+    assert not torch.equal(result.module.cross.weight, RANKER.model().module.cross.weight)
+    assert result.plan.of("cross").reason.startswith("l1_training on 96 rows; trained ")
+    assert "penalty 0.1 on every weight" in result.plan.of("hidden").reason
+
+
+def test_the_last_epoch_counts_though_it_is_worse(tmp_path, caplog):
+    """The labels are the network's own answers: every epoch with a penalty is a loss."""
+    source = NORMED.model()
+    rows = prepared(
+        NORMED.signature,
+        NORMED.rows_of_tables(),
+        tmp_path / "own",
+        9,
+        lambda inputs: source.module(**inputs).reshape(-1),
+    )
+    bench = NORMED.bench(tmp_path / "data").model_copy(update={"validation": rows})
+    how = QUICKLY.model_copy(update={"epochs": 4, "patience": 1})
+    result = run(L1Training(penalty_strength=1.0, training=how), source, bench, tmp_path / "out")
+    assert (result.module.hidden.weight == 0).any()
+    assert [r.message for r in caplog.records if r.message.startswith("epoch 4")]
+
+
+def test_training_afterwards_keeps_the_zeros(tmp_path):
+    bench = RANKER.bench(tmp_path / "data")
+    step = L1Training(penalty_strength=0.5, training=QUICKLY.model_copy(update={"epochs": 3}))
+    sparse = run(step, RANKER.model(), bench, tmp_path / "sparse")
+    tuned = run(FineTune(training=QUICKLY), sparse, bench, tmp_path / "tuned")
+    for name in ("hidden", "cross", "out"):
+        before = sparse.module.get_submodule(name).weight
+        after = tuned.module.get_submodule(name).weight
+        assert torch.equal(before == 0, after == 0)
+        assert (before == 0).any()
+        assert not torch.equal(before, after)
+
+
+@pytest.mark.parametrize(("reference", "layer"), [(BRANCHED, "right"), (NORMED, "hidden")])
+def test_channels_that_became_zero_are_cut_without_a_change(reference, layer, tmp_path):
+    """Behind a norm too: its scale and shift are of the channel. So are both of a residual sum."""
+    bench = reference.bench(tmp_path / "data")
+    step = L1Training(penalty="group", penalty_strength=0.4, training=LONG, soft_share=0.5)
+    sparse = run(step, reference.model(), bench, tmp_path / "sparse")
+    weights = dict(sparse.module.named_parameters())
+    dead = {n: int((weights[f"{n}.weight"] == 0).all(dim=1).sum()) for n in _makers(reference)}
+    assert dead[layer] > 0
+    reason = sparse.plan.of(layer).reason
+    width = len(weights[f"{layer}.bias"])
+    assert f"{dead[layer]} of {width} outputs are zero" in reason
+    zero = (weights[f"{layer}.weight"] == 0).all(dim=1)
+    assert not weights[f"{layer}.bias"][zero].any()
+    assert not weights["norm.weight"][zero].any()
+    if reference is BRANCHED:
+        pair = [(weights[f"{n}.weight"] == 0).all(dim=1) for n in ("left", "again")]
+        assert torch.equal(*pair)
+    keep = 1 - dead[layer] / width
+    cutting = Channels(importance="activation", layers=(layer,), keep=keep, multiple=1)
+    cut = run(cutting, sparse, bench, tmp_path / "cut")
+    assert cut.module.get_submodule(layer).out_features == width - dead[layer]
+    # Sums of fewer terms round otherwise.
+    torch.testing.assert_close(
+        scores(cut, reference), scores(sparse, reference), rtol=1e-5, atol=1e-6
+    )
+
+
+def _makers(reference) -> tuple[str, ...]:
+    return ("left", "again", "right", "deep") if reference is BRANCHED else ("hidden",)
+
+
+def test_packed_layers_have_nothing_to_penalize(tmp_path):
+    bench = NORMED.bench(tmp_path / "data")
+    packed = run(StaticInt8(), NORMED.model(), bench, tmp_path / "packed")
+    with pytest.raises(NothingToCompress, match="already static_int8"):
+        run(L1Training(training=QUICKLY), packed, bench, tmp_path / "out")

@@ -1,0 +1,51 @@
+"""The smallest weights set to zero."""
+
+import hypothesis.strategies as st
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from models import RANKER
+
+from compressors.core.runner import run
+from compressors.prune.dense.magnitude import Magnitude, zeroed
+
+sizes = st.lists(st.tuples(st.integers(1, 7), st.integers(1, 9)), min_size=1, max_size=4)
+
+
+@given(sizes, st.floats(0, 1), st.integers(0, 2**20))
+def test_the_smallest_weights_become_zero_and_no_other_changes(shapes, share, seed):
+    drawn = np.random.default_rng(seed)
+    weights = [torch.tensor(drawn.normal(size=shape)) for shape in shapes]
+    result = zeroed(weights, share)
+    before = torch.cat([weight.flatten() for weight in weights])
+    after = torch.cat([weight.flatten() for weight in result])
+    gone = after == 0
+    assert int(gone.sum()) == round(share * len(before))
+    assert torch.equal(after[~gone], before[~gone])
+    if bool(gone.any()) and not bool(gone.all()):
+        assert before[gone].abs().max() <= before[~gone].abs().min()
+
+
+def test_of_equal_weights_exactly_the_share_goes():
+    (result,) = zeroed([torch.full((4, 5), -2.0)], 0.25)
+    assert int((result == 0).sum()) == 5
+
+
+def test_a_share_of_each_layer_or_of_all_layers_together(tmp_path):
+    bench = RANKER.bench(tmp_path / "data")
+    source = RANKER.model()
+    with torch.no_grad():
+        source.module.cross.weight.mul_(1e-6)
+    layers = ("cross", "hidden")
+    for scope in ("layer", "global"):
+        step = Magnitude(share=0.5, scope=scope, layers=layers)
+        result = run(step, source, bench, tmp_path / scope).module
+        shares = [float((getattr(result, name).weight == 0).float().mean()) for name in layers]
+        cells = [getattr(result, name).weight.numel() for name in layers]
+        if scope == "layer":
+            assert shares == pytest.approx([0.5, 0.5], abs=0.01)
+        else:  # cross's are all smaller, so they go first
+            assert shares[0] == pytest.approx(min(1, 0.5 * sum(cells) / cells[0]))
+            assert shares[1] == 0
+        assert bool((result.plain.weight != 0).all())

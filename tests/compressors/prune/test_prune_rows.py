@@ -1,0 +1,178 @@
+"""Pruned rows: those that stay are the right ones, bit for bit, and the others are answered for."""
+
+import pytest
+import torch
+from models import RANKER
+from pydantic import ValidationError
+
+from compressors.contracts import Bench
+from compressors.core.runner import run
+from compressors.errors.compression import NothingToCompress
+from compressors.prune.tables.cluster_rows import ClusterRows
+from compressors.prune.tables.prune_rows import PruneRows
+from compressors.prune.tables.tiers import Tiers
+from compressors.quantize.calibration.lookup_counts import lookup_counts, squared_gradients
+from compressors.quantize.tables.rowwise_int4 import RowwiseInt4
+
+ROWS = 300  # of table item
+
+
+def pruned(tmp_path, **settings):
+    step = PruneRows(tables=("item",), **settings)
+    result = run(step, RANKER.model(), RANKER.bench(tmp_path / "data"), tmp_path / "out")
+    with torch.no_grad():
+        return result, result.module.item(torch.arange(ROWS))
+
+
+def score(tmp_path, importance: str) -> torch.Tensor:
+    model, bench = RANKER.model(), RANKER.bench(tmp_path / "data")
+    weight = model.module.item.weight.detach()
+    match importance:
+        case "traffic":
+            return lookup_counts(model, bench, ["item"])["item"]
+        case "norm":
+            return weight.double().square().sum(dim=1)
+    return (squared_gradients(model, bench, ["item"])["item"] * weight.square()).double().sum(dim=1)
+
+
+@pytest.mark.parametrize("importance", ["traffic", "norm", "gradient"])
+@pytest.mark.parametrize("answer", ["shared", "zero", "nearest"])
+def test_the_most_important_rows_stay_bit_for_bit(importance, answer, tmp_path):
+    result, found = pruned(tmp_path, keep=0.2, importance=importance, pruned=answer)
+    weight = RANKER.model().module.item.weight.detach()
+    same = (found == weight).all(dim=1)
+    assert int(same.sum()) == 60
+    scores = score(tmp_path, importance)
+    assert scores[same].min() >= scores[~same].max()
+    assert "60 of 300 rows stay, by " + importance in result.plan.of("item").reason
+
+
+def test_the_reason_says_what_share_of_lookups_is_touched(tmp_path):
+    result, found = pruned(tmp_path, keep=0.1, pruned="shared")
+    counts = lookup_counts(RANKER.model(), RANKER.bench(tmp_path / "data"), ["item"])["item"]
+    touched = ~(found == RANKER.model().module.item.weight).all(dim=1)
+    wanted = float(counts[touched].sum() / counts.sum())
+    assert f"; {wanted:.2%} of the lookups get another row" in result.plan.of("item").reason
+    assert wanted > 0
+
+
+def test_pruned_ids_share_the_mean_weighted_by_lookups(tmp_path):
+    _, found = pruned(tmp_path, keep=0.2, pruned="shared")
+    weight = RANKER.model().module.item.weight.detach()
+    gone = ~(found == weight).all(dim=1)
+    counts = lookup_counts(RANKER.model(), RANKER.bench(tmp_path / "data"), ["item"])["item"]
+    share = (counts[gone] + 0.5) / (counts[gone] + 0.5).sum()
+    wanted = (share.unsqueeze(1) * weight[gone].double()).sum(dim=0).float()
+    torch.testing.assert_close(found[gone], wanted.expand(240, -1))
+
+
+def test_pruned_ids_are_zero_where_asked_also_in_four_bits(tmp_path):
+    result, found = pruned(tmp_path, keep=0.2, pruned="zero")
+    gone = (found == 0).all(dim=1)
+    assert int(gone.sum()) == 240
+    packed = run(RowwiseInt4(), result, RANKER.bench(tmp_path / "data"), tmp_path / "packed")
+    with torch.no_grad():
+        assert not packed.module.item(torch.arange(ROWS))[gone].any()
+
+
+def test_the_nearest_row_that_stays_answers(tmp_path):
+    _, found = pruned(tmp_path, keep=0.2, importance="norm", pruned="nearest")
+    weight = RANKER.model().module.item.weight.detach()
+    kept = (found == weight).all(dim=1)
+    best = torch.cdist(weight.double(), weight[kept].double()).amin(dim=1)
+    # float32 sums of seven squares
+    torch.testing.assert_close((found - weight).double().square().sum(dim=1).sqrt(), best)
+
+
+def test_bytes_are_a_map_and_the_rows_that_stay(tmp_path):
+    plan = pruned(tmp_path, keep=0.2, pruned="shared")[0].plan
+    assert plan.of("item").bytes_after == 300 + 4 * 3  # a byte a row, four a block of 128
+    assert plan.of("item.kept").bytes_after == 61 * 7 * 4
+    plan = pruned(tmp_path, keep=0.2, pruned="nearest")[0].plan
+    assert plan.of("item").bytes_after == 300  # 60 places: one byte each
+    assert plan.of("item.unique").bytes_after == 60 * 7 * 4
+
+
+def test_a_table_whose_map_would_cost_more_stays(tmp_path):
+    step = PruneRows(tables=("city",), keep=0.99, pruned="shared")
+    with pytest.raises(NothingToCompress, match="city: 9 x 6 would be no smaller"):
+        run(step, RANKER.model(), RANKER.bench(tmp_path / "data"), tmp_path / "out")
+
+
+def test_the_only_row_of_a_table_stays(tmp_path):
+    bench = RANKER.bench(tmp_path / "data")
+    one = run(
+        ClusterRows(tables=("city",), hot=0, clusters=1), RANKER.model(), bench, tmp_path / "one"
+    )
+    result = run(PruneRows(), one, bench, tmp_path / "out")
+    assert "1 rows, fewer than min_rows 2" in result.plan.of("city.unique").reason
+    assert torch.equal(result.module.city.unique.weight, one.module.city.unique.weight)
+
+
+def test_without_training_rows_nothing_is_pruned(tmp_path):
+    with pytest.raises(NothingToCompress, match="train rows"):
+        run(PruneRows(), RANKER.model(), Bench(signature=RANKER.signature), tmp_path / "out")
+
+
+# --- tiers -----------------------------------------------------------------------------------
+
+
+def test_tiers_keep_every_row_and_put_the_most_looked_up_apart(tmp_path):
+    bench = RANKER.bench(tmp_path / "data")
+    result = run(Tiers(tables=("item",)), RANKER.model(), bench, tmp_path / "out")
+    weight = RANKER.model().module.item.weight.detach()
+    with torch.no_grad():
+        assert torch.equal(result.module.item(torch.arange(ROWS)), weight)
+    hot = result.module.item.hot.weight
+    counts = lookup_counts(RANKER.model(), bench, ["item"])["item"]
+    chosen = torch.tensor([bool((row == hot).all(dim=1).any()) for row in weight])
+    assert len(hot) == int(chosen.sum()) == 30
+    assert counts[chosen].min() >= counts[~chosen].max()
+    wanted = float(counts[chosen].sum() / counts.sum())
+    assert f"hot rows get {wanted:.2%} of the lookups" in result.plan.of("item").reason
+
+
+def test_each_tier_is_packed_in_its_own_format(tmp_path):
+    bench = RANKER.bench(tmp_path / "data")
+    parted = run(Tiers(tables=("item",), hot=0.5), RANKER.model(), bench, tmp_path / "parted")
+    packed = run(RowwiseInt4(tables=("*.cold",)), parted, bench, tmp_path / "packed")
+    assert packed.plan.of("item.cold").format == "rowwise_int4"
+    assert packed.plan.of("item.hot").format == "float32"
+    weight = RANKER.model().module.item.weight.detach()
+    with torch.no_grad():
+        same = (packed.module.item(torch.arange(ROWS)) == weight).all(dim=1)
+    assert int(same.sum()) == 150
+
+
+# --- a number of lookups instead of a share ----------------------------------------------------
+
+
+@pytest.mark.parametrize("fewest", [1, 2])
+def test_rows_stay_that_training_looks_up_so_often(fewest, tmp_path):
+    source, bench = RANKER.model(), RANKER.bench(tmp_path / "data")
+    counts = lookup_counts(source, bench, ["item"])["item"]
+    step = PruneRows(tables=("item",), min_lookups=fewest, pruned="shared")
+    result = run(step, source, bench, tmp_path / "out")
+    kept = counts >= fewest
+    assert f"{int(kept.sum())} of 300 rows stay, looked up at least {fewest} times" in (
+        result.plan.of("item").reason
+    )
+    ids = torch.arange(300)
+    with torch.no_grad():
+        before, after = source.module.item(ids), result.module.item(ids)
+    torch.testing.assert_close(after[kept], before[kept], rtol=0, atol=0)
+    if bool((~kept).any()):
+        assert len(torch.unique(after[~kept], dim=0)) == 1
+
+
+def test_a_table_stays_whose_map_would_cost_more_than_pruning_saves(tmp_path):
+    source, bench = RANKER.model(), RANKER.bench(tmp_path / "data")
+    result = run(PruneRows(min_lookups=1, pruned="shared"), source, bench, tmp_path / "out")
+    line = result.plan.of("city")  # 9 rows, all of which training looks up
+    assert line.format == "float32"
+    assert "a map of rows would cost more than it saves" in line.reason
+
+
+def test_lookups_need_importance_by_traffic():
+    with pytest.raises(ValidationError, match="needs importance 'traffic', got 'norm'"):
+        PruneRows(min_lookups=2, importance="norm")

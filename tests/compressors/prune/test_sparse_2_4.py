@@ -1,0 +1,156 @@
+"""Two zeros among every four inputs: which, what stays, and what keeps them."""
+
+import hypothesis.strategies as st
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from models import QUICKLY, RANKER, Ranker, Reference
+from torch import Tensor, nn
+
+from compressors.contracts import Bench
+from compressors.core.runner import run
+from compressors.distill.fine_tune import FineTune
+from compressors.errors.compression import CompressionError
+from compressors.prune.dense.sparse_2_4 import (
+    DAMPING,
+    Sparse24,
+    is_2_4,
+    kept_2_4,
+    reconstructed,
+    sparse_layers,
+)
+from compressors.quantize.calibration.input_moments import squared_error
+from compressors.quantize.dense.bfloat16_dense import BFloat16Dense
+from compressors.quantize.dense.float16 import Float16
+from compressors.quantize.dense.static_int8 import StaticInt8
+from compressors.quantize.dense.weight_int4 import WeightInt4
+
+sizes = st.tuples(st.integers(1, 12).map(lambda n: 4 * n), st.integers(1, 9))
+seeds = st.integers(0, 2**20)
+LAYERS = ("cross", "hidden", "capped", "plain", "out")
+
+
+def drawn(outputs: int, inputs: int, seed: int) -> Tensor:
+    random = np.random.default_rng(seed)
+    return torch.tensor(random.normal(size=(outputs, inputs)), dtype=torch.float32)
+
+
+def gram_of(rows: int, inputs: int, seed: int) -> Tensor:
+    """Of inputs that go together."""
+    x = (drawn(rows, inputs, seed) @ drawn(inputs, inputs, seed + 1)).relu().double()
+    return x.T @ x
+
+
+@given(size=sizes, seed=seeds, weighed=st.booleans())
+def test_of_every_four_the_two_most_important_stay(size, seed, weighed):
+    inputs, outputs = size
+    weight = drawn(outputs, inputs, seed)
+    norms = torch.tensor(np.random.default_rng(seed).random(inputs)).float() if weighed else None
+    kept = kept_2_4(weight, norms)
+    fours = kept.reshape(-1, 4)
+    assert (fours.sum(dim=1) == 2).all()
+    importance = (weight.abs() if norms is None else weight.abs() * norms).reshape(-1, 4)
+    least_kept = importance.masked_fill(~fours, torch.inf).amin(dim=1)
+    most_gone = importance.masked_fill(fours, -1).amax(dim=1)
+    assert (least_kept >= most_gone).all()
+    assert is_2_4(torch.where(kept, weight, 0.0))
+
+
+def test_an_input_that_is_large_keeps_a_small_weight():
+    weight = torch.tensor([[0.1, 1.0, 2.0, 3.0]])
+    assert kept_2_4(weight).tolist() == [[False, False, True, True]]
+    norms = torch.tensor([100.0, 1.0, 1.0, 1.0])
+    assert kept_2_4(weight, norms).tolist() == [[True, False, False, True]]
+
+
+def test_of_equal_weights_the_first_stay():
+    assert kept_2_4(torch.ones(2, 8)).tolist() == [[True, True, False, False] * 2] * 2
+
+
+@given(size=sizes, rows=st.integers(1, 40), seed=seeds)
+def test_reconstruction_keeps_the_zeros_and_never_costs_an_output(size, rows, seed):
+    inputs, outputs = size
+    weight, gram = drawn(outputs, inputs, seed), gram_of(rows, inputs, seed)
+    kept = kept_2_4(weight)
+    found = reconstructed(weight, kept, gram)
+    assert found.dtype == weight.dtype
+    assert not found[~kept].any()
+    gone = squared_error(torch.where(kept, weight, 0.0) - weight, gram)
+    # the sums are of float32 weights
+    assert (squared_error(found - weight, gram) <= gone * (1 + 1e-4) + 1e-9).all()
+
+
+@given(size=sizes, seed=seeds)
+def test_reconstruction_is_the_least_squares_solution_on_what_stays(size, seed):
+    inputs, outputs = size
+    weight, gram = drawn(outputs, inputs, seed), gram_of(60, inputs, seed)
+    kept = kept_2_4(weight)
+    found = reconstructed(weight, kept, gram)
+    curved = gram + DAMPING * gram.diagonal().mean() * torch.eye(inputs)
+    for channel in range(outputs):
+        stays = kept[channel]
+        gone = curved[stays][:, ~stays] @ weight[channel][~stays].double()
+        exact = weight[channel][stays].double() + torch.linalg.solve(curved[stays][:, stays], gone)
+        # stored in float32; conjugate gradients stop at a millionth of the slope
+        torch.testing.assert_close(found[channel][stays].double(), exact, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("importance", ["magnitude", "activation"])
+def test_a_models_layers_become_sparse_and_the_plan_says_what_is_left(importance, tmp_path):
+    source, bench = RANKER.model(), RANKER.bench(tmp_path / "data")
+    result = run(Sparse24(importance=importance), source, bench, tmp_path / "out")
+    for name in LAYERS:
+        layer = getattr(result.module, name)
+        assert isinstance(layer, nn.Linear)
+        assert is_2_4(layer.weight)
+        reason = result.plan.of(name).reason
+        assert "no gain in ONNX Runtime" in reason
+        assert "% of the error" in reason
+    assert sparse_layers(result.module, result.plan) == LAYERS
+    assert sparse_layers(source.module, source.plan) == ()
+
+
+def test_by_magnitude_alone_no_rows_are_read(tmp_path):
+    step = Sparse24(importance="magnitude", reconstruct=False)
+    source = RANKER.model()
+    result = run(step, source, Bench(signature=RANKER.signature), tmp_path / "out")
+    kept = result.module.hidden.weight != 0
+    assert torch.equal(result.module.hidden.weight[kept], source.module.hidden.weight[kept])
+    with pytest.raises(CompressionError, match="calibration rows; this model has no data"):
+        run(Sparse24(), source, Bench(signature=RANKER.signature), tmp_path / "not")
+
+
+def test_a_layer_of_other_inputs_than_fours_stays_with_the_reason(tmp_path):
+    wide = Reference(Ranker, RANKER.signature, {"width": 18})
+    plan = run(Sparse24(), wide.model(), wide.bench(tmp_path / "data"), tmp_path / "out").plan
+    assert plan.of("plain").reason == "18 inputs, no multiple of 4"
+    assert plan.of("plain").steps == ()
+    assert plan.of("hidden").steps == ("sparse_2_4",)
+
+
+def test_zeros_survive_training_and_the_formats_that_sparse_kernels_take(tmp_path):
+    bench = RANKER.bench(tmp_path / "data")
+    sparse = run(Sparse24(), RANKER.model(), bench, tmp_path / "sparse")
+    tuned = run(FineTune(training=QUICKLY), sparse, bench, tmp_path / "tuned")
+    assert tuned.plan.of("hidden").steps == ("sparse_2_4", "fine_tune")
+    assert not torch.equal(tuned.module.hidden.weight, sparse.module.hidden.weight)
+    assert sparse_layers(tuned.module, tuned.plan) == LAYERS
+    for step in (StaticInt8(), Float16(), BFloat16Dense()):
+        packed = run(step, tuned, bench, tmp_path / step.kind)
+        assert sparse_layers(packed.module, packed.plan) == LAYERS
+    # Codes of weights alone are dense to a kernel, whatever they stand for.
+    packed = run(WeightInt4(), tuned, bench, tmp_path / "int4")
+    assert sparse_layers(packed.module, packed.plan) == ()
+
+
+@pytest.mark.parametrize(
+    ("weight", "sparse"),
+    [
+        (torch.tensor([[1, 0, 0, 2, 0, 0, 0, 0]], dtype=torch.int8), True),
+        (torch.tensor([[1, 0, 0, 2, 3, 4, 5, 0]], dtype=torch.int8), False),
+        (torch.zeros(2, 6), False),
+    ],
+)
+def test_the_pattern_is_told_from_another(weight, sparse):
+    assert is_2_4(weight) == sparse

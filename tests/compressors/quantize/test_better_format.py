@@ -1,0 +1,132 @@
+"""No step makes a unit larger, and no row-wise format is stored where a better is no larger."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from models import METHODS, Reference, default
+from torch import Tensor, nn
+
+from compressors.contracts import Bench, IdInput, Signature, Split
+from compressors.core.dry_run import dry_run
+from compressors.core.runner import TableStep, run
+from compressors.core.units import stored_bytes
+from compressors.distill.recalibrate import Recalibrate
+from compressors.errors.compression import CompressionError
+from compressors.prune.tables.tiers import Tiers
+from compressors.quantize.better_format import RANK, Float16Rows, best_format, table_bytes
+from compressors.quantize.tables.float8_e4m3 import Float8E4M3
+from compressors.quantize.tables.rowwise_int2 import RowwiseInt2
+from compressors.quantize.tables.rowwise_int4 import RowwiseInt4
+from compressors.quantize.tables.rowwise_int8 import RowwiseInt8
+
+ROWWISE = (
+    RowwiseInt8(),
+    RowwiseInt8(symmetric=False),
+    RowwiseInt8(scale="float32"),
+    RowwiseInt4(),
+    RowwiseInt4(symmetric=False),
+    RowwiseInt4(scale="float32", symmetric=False),
+    RowwiseInt4(rows_per_scale=4),
+    RowwiseInt4(rows_per_scale=0),
+    RowwiseInt2(),
+    RowwiseInt2(symmetric=True),
+    RowwiseInt2(rows_per_scale=0),
+    Float8E4M3(),
+)
+
+
+class Net(nn.Module):
+    def __init__(self, rows: int, dim: int) -> None:
+        super().__init__()
+        self.table, self.out = nn.Embedding(rows, dim), nn.Linear(dim, 1)
+
+    def forward(self, user: Tensor) -> Tensor:
+        score: Tensor = self.out(self.table(user)).squeeze(1)
+        return score
+
+
+SCHEMA = Signature(
+    task="ctr",
+    label="label",
+    metric="auc",
+    output="logit",
+    inputs=(IdInput(name="user", table="table"),),
+)
+ROWS = Split(path="", sha256="0" * 64, rows=10)
+BENCH = Bench(signature=SCHEMA, train=ROWS, calibration=ROWS, validation=ROWS, soft_labels=ROWS)
+
+
+def network(rows: int, dim: int) -> Reference:
+    return Reference(Net, SCHEMA, {"rows": rows, "dim": dim})
+
+
+@pytest.mark.parametrize(
+    "step", ROWWISE, ids=[f"{step.kind}-{number}" for number, step in enumerate(ROWWISE)]
+)
+def test_a_rowwise_format_gives_way_to_a_better_one_that_is_no_larger(step: TableStep) -> None:
+    better = [
+        o for o in (Float16Rows(), RowwiseInt8(), RowwiseInt4()) if RANK[o.kind] > RANK[step.kind]
+    ]
+    for dim in range(1, 17):
+        for rows in range(1, 101):
+            weight = torch.zeros(()).expand(rows, dim)
+            chosen, reason = best_format(step, weight)
+            size = table_bytes(chosen, rows, dim)
+            assert size <= table_bytes(step, rows, dim)
+            for other in better:
+                if RANK[other.kind] > RANK[chosen.kind]:
+                    assert table_bytes(other, rows, dim) > size
+            if chosen is not step:
+                assert (
+                    f"stored as {chosen.kind}, which is better and takes {size:,} bytes" in reason
+                )
+
+
+@pytest.mark.parametrize(
+    "method", [m for m in METHODS if m not in (Tiers, Recalibrate)], ids=lambda m: m.__name__
+)
+def test_no_step_makes_a_network_of_any_table_size_larger(method) -> None:
+    """``tiers`` adds a map that later steps pay for, ``recalibrate`` a map of the output."""
+    step = default(method)
+    for dim in (1, 2, 3, 5, 8, 16):
+        for rows in (1, 2, 5, 17, 100):
+            source = network(rows, dim).model()
+            try:
+                made = dry_run(step, source, BENCH)
+            except CompressionError:
+                continue  # nothing to do, which makes nothing larger
+            assert stored_bytes(made.module) <= stored_bytes(source.module), (dim, rows)
+            assert made.plan is not None
+            assert all(
+                line.bytes_after <= line.bytes_before
+                for line in made.plan.lines
+                if line.bytes_before
+            )
+
+
+@pytest.mark.parametrize(
+    "step", [RowwiseInt8(), RowwiseInt4(), RowwiseInt2()], ids=lambda s: s.kind
+)
+def test_a_table_of_one_number_a_row_is_stored_as_float16(step: TableStep, tmp_path: Path) -> None:
+    reference = network(50, 1)
+    source = reference.model()
+    result = run(step, source, reference.bench(tmp_path / "data"), tmp_path / "out")
+    assert result.plan is not None
+    line = result.plan.of("table")
+    assert line is not None
+    assert (line.format, line.bytes_after) == ("float16", 100)
+    assert f"{step.kind} would take" in line.reason
+    assert dry_run(step, source, BENCH).plan == result.plan
+
+
+def test_a_table_that_float16_cannot_hold_keeps_the_format_of_the_recipe(tmp_path: Path) -> None:
+    reference = network(50, 1)
+    source = reference.model()
+    with torch.no_grad():
+        source.module.table.weight[3] = 1e5
+    result = run(RowwiseInt4(), source, reference.bench(tmp_path / "data"), tmp_path / "out")
+    assert result.plan is not None
+    line = result.plan.of("table")
+    assert line is not None
+    assert line.format == "rowwise_int8"  # as many bytes as int4, and better

@@ -1,0 +1,45 @@
+"""bfloat16 tables: eight significant bits over float32's whole range."""
+
+import pytest
+import torch
+from grids import normal, tables
+from hypothesis import given
+
+from compressors.core.runner import encode_table
+from compressors.errors.compression import CompressionError
+from compressors.quantize.tables.bfloat16 import BFloat16
+
+
+@given(table=tables(largest=3e38))
+def test_a_weight_keeps_eight_bits_at_any_size(table):
+    decoded = encode_table(BFloat16(), table)(torch.arange(len(table)))
+    # Half of the last of 8 significant bits; below float32's normal numbers the steps are even.
+    assert torch.all((decoded - table).abs() <= table.abs() * 2.0**-8 + 2.0**-134)
+
+
+@pytest.mark.parametrize("value", [3.4e38, -3.4e38])
+def test_a_weight_that_would_round_to_infinity_is_refused(value):
+    table = torch.tensor([[1.0, value]])
+    with pytest.raises(CompressionError, match=r"3.4e\+38 is beyond bfloat16's 3.39e38"):
+        encode_table(BFloat16(), table)
+
+
+@pytest.mark.parametrize("shape", [(), (7,), (3, 4), (0,)])
+def test_a_lookup_takes_ids_of_any_shape(shape):
+    table = normal(11, 5)
+    ids = torch.randint(11, shape, generator=torch.Generator().manual_seed(0))
+    rows = encode_table(BFloat16(), table)(ids)
+    assert rows.dtype == torch.float32
+    assert torch.equal(rows, table.to(torch.bfloat16).float()[ids])
+
+
+def test_the_op_keeps_torchs_rules_and_its_gradient_is_plain_torchs():
+    ids, by = torch.tensor([[0, 5, 5], [2, 1, 0]]), normal(6, 4).reshape(2, 3, 4)
+    ours, plain = (normal(6, 4).to(torch.bfloat16).requires_grad_() for _ in range(2))
+    op = torch.ops.recpress.bfloat16_table
+    torch.library.opcheck(op.default, (ours, ids))
+    (op(ours, ids) * by).sum().backward()
+    (plain.float()[ids] * by).sum().backward()
+    torch.testing.assert_close(ours.grad, plain.grad, rtol=1e-2, atol=0)  # one bfloat16 rounding
+    assert not ours.grad[3].any()
+    assert ours.grad.abs().sum() > 0

@@ -1,0 +1,195 @@
+"""bfloat16 layers: stored in half, multiplied as each target can."""
+
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from grids import tables
+from hypothesis import given
+from models import RANKER, graph, recipe_with
+from onnx import TensorProto
+from torch.nn import functional as F
+
+from compressors.contracts import Bench
+from compressors.core.runner import run
+from compressors.errors.compression import ParityLost
+from compressors.lower.bfloat16_products import has_bfloat16_products, write_checkable
+from compressors.lower.parity import compare
+from compressors.quantize.dense.bfloat16_dense import BFloat16Dense
+from infra.errors import BuildRefused
+from infra.onnxruntime.sessions import Session
+from infra.tensorrt.engines import BuildRequest, Profile, available, build_engine
+
+OP = torch.ops.recpress.bfloat16_linear
+RTX = "tensorrt-rtx"
+
+
+@pytest.mark.parametrize("shape", [(5, 6), (2, 3, 6), (0, 6)])
+def test_a_layer_computes_in_float32(shape):
+    x, weight, bias = torch.randn(shape), torch.randn(4, 6).bfloat16(), torch.randn(4).bfloat16()
+    y = OP(x, weight, bias)
+    assert y.dtype == torch.float32
+    assert torch.equal(y, F.linear(x, weight.float(), bias.float()))
+
+
+def test_the_op_keeps_torchs_rules_and_its_gradients_are_plain_torchs():
+    leaves = (torch.randn(2, 3, 6), torch.randn(4, 6).bfloat16(), torch.randn(4).bfloat16())
+    torch.library.opcheck(OP.default, tuple(leaf.clone().requires_grad_() for leaf in leaves))
+    up = torch.randn(2, 3, 4)
+    ours, plain = ([t.clone().requires_grad_() for t in leaves] for _ in range(2))
+    (OP(*ours) * up).sum().backward()
+    (F.linear(plain[0], plain[1].float(), plain[2].float()) * up).sum().backward()
+    for found, expected in zip(ours, plain, strict=True):
+        # gradients of bfloat16 leaves are rounded to 8 bits
+        torch.testing.assert_close(found.grad, expected.grad, rtol=1e-2, atol=1e-2)
+        assert found.grad.any()
+
+
+@given(table=tables(largest=3e38))
+def test_a_weight_keeps_eight_bits_at_any_size(table):
+    model = RANKER.model().private()
+    layer = torch.nn.Linear(table.shape[1], table.shape[0])
+    layer.weight = torch.nn.Parameter(table)
+    model.module.hidden = layer
+    step = BFloat16Dense(layers=("hidden",))
+    found = step.apply(model, Bench(signature=RANKER.signature)).module.hidden.weight.float()
+    # Half of the last of 8 significant bits; below float32's normal numbers the steps are even.
+    assert torch.all((found - table).abs() <= table.abs() * 2.0**-8 + 2.0**-134)
+
+
+def test_a_layer_that_would_round_to_infinity_stays_in_float32_and_the_plan_says_why():
+    model = RANKER.model().private()
+    with torch.no_grad():
+        model.module.hidden.bias[0] = -3.4e38
+    result = BFloat16Dense().apply(model, Bench(signature=RANKER.signature))
+    assert result.notes == {"hidden": "holds 3.4e+38, beyond bfloat16's 3.39e+38"}
+    assert isinstance(result.module.hidden, torch.nn.Linear)
+    assert not isinstance(result.module.cross, torch.nn.Linear)
+
+
+def test_both_halves_of_a_network_go_to_bfloat16(tmp_path):
+    """Tables by a step of their own, and layers."""
+    bench = RANKER.bench(tmp_path / "data")
+    result = run(BFloat16Dense(), RANKER.model(), bench, tmp_path / "out")
+    lines = [line for line in result.plan.lines if line.role == "dense"]
+    assert {line.format for line in lines} == {"bfloat16"}
+    assert has_bfloat16_products(result.plan)
+    assert not has_bfloat16_products(RANKER.model().plan)
+    for line in lines:  # two bytes a number, and a bias where there was none
+        layer = RANKER.model().module.get_submodule(line.module)
+        assert line.bytes_after == 2 * (layer.weight.numel() + layer.out_features)
+
+
+# --- graphs ----------------------------------------------------------------------------------
+
+
+def to(cast: onnx.NodeProto) -> int:
+    """The type a Cast casts to."""
+    (found,) = (item.i for item in cast.attribute if item.name == "to")
+    return found
+
+
+def test_tensorrt_multiplies_in_bfloat16_between_two_casts():
+    written = onnx.load(graph("Ranker", recipe_with("bfloat16_dense"), RTX).path).graph
+    held = {item.name: item.data_type for item in written.initializer}
+    maker = {output: node for node in written.node for output in node.output}
+    gemms = [node for node in written.node if node.op_type == "Gemm"]
+    assert len(gemms) == 5
+    for gemm in gemms:
+        assert {held[name] for name in gemm.input[1:]} == {TensorProto.BFLOAT16}
+        before = maker[gemm.input[0]]
+        assert (before.op_type, to(before)) == ("Cast", TensorProto.BFLOAT16)
+        (after,) = (n for n in written.node if gemm.output[0] in n.input)
+        assert (after.op_type, to(after)) == ("Cast", TensorProto.FLOAT)
+
+
+def test_onnxruntime_stores_two_bytes_a_weight_and_multiplies_in_float32():
+    written = onnx.load(graph("Ranker", recipe_with("bfloat16_dense"), "onnxruntime").path).graph
+    short = [item for item in written.initializer if item.data_type == TensorProto.BFLOAT16]
+    assert len([item for item in short if len(item.dims) == 2]) == 5
+    wide = [i for i in written.initializer if i.data_type == TensorProto.FLOAT and len(i.dims) == 2]
+    assert not {tuple(i.dims) for i in wide} & {tuple(item.dims) for item in short}
+
+
+def test_onnxruntime_refuses_the_graph_it_cannot_check(tmp_path):
+    """Or there would be no need for another form."""
+    with pytest.raises(BuildRefused, match="Could not find an implementation for Gemm"):
+        Session(graph("Ranker", recipe_with("bfloat16_dense"), RTX).path, 1)
+
+
+def test_what_is_checked_is_the_product_of_rounded_operands_rounded(tmp_path):
+    held = np.random.default_rng(0)
+    weight = torch.from_numpy(held.standard_normal((3, 8)).astype(np.float32)).bfloat16()
+    bias = torch.from_numpy(held.standard_normal(3).astype(np.float32)).bfloat16()
+    short = [
+        onnx.helper.make_tensor(name, TensorProto.BFLOAT16, list(t.shape), t.float().flatten())
+        for name, t in (("w", weight), ("b", bias))
+    ]
+    plain = onnx.numpy_helper.from_array(np.eye(8, dtype=np.float32), "eye")
+    nodes = [
+        onnx.helper.make_node("Gemm", ["x", "eye"], ["same"]),
+        onnx.helper.make_node("Cast", ["same"], ["short"], to=TensorProto.BFLOAT16),
+        onnx.helper.make_node("Gemm", ["short", "w", "b"], ["product"], transB=1),
+        onnx.helper.make_node("Cast", ["product"], ["y"], to=TensorProto.FLOAT),
+    ]
+    ends = [
+        onnx.helper.make_tensor_value_info(name, TensorProto.FLOAT, ["rows", width])
+        for name, width in (("x", 8), ("y", 3))
+    ]
+    drawn = onnx.helper.make_graph(nodes, "g", ends[:1], ends[1:], [*short, plain])
+    opset = [onnx.helper.make_opsetid("", 21)]
+    onnx.save(
+        onnx.helper.make_model(drawn, opset_imports=opset, ir_version=10), tmp_path / "g.onnx"
+    )
+    write_checkable(tmp_path / "g.onnx", tmp_path / "c.onnx")
+    x = held.standard_normal((50, 8)).astype(np.float32)
+    found = Session(tmp_path / "c.onnx", 1).scores({"x": x})
+    wide = F.linear(torch.from_numpy(x).bfloat16().float(), weight.float(), bias.float())
+    # Sums in another order may fall to the other side of a rounding: one bit of 8.
+    np.testing.assert_allclose(found, wide.bfloat16().float().numpy(), rtol=2.0**-7)
+    assert np.array_equal(found, torch.from_numpy(found).bfloat16().float().numpy())
+    assert not np.array_equal(found, wide.numpy())
+
+
+@pytest.mark.parametrize("reference", ["Ranker", "Attention", "Normed"])
+def test_rounding_to_bfloat16_passes_and_a_weight_three_parts_in_a_hundred_off_does_not(
+    reference, tmp_path
+):
+    kinds = recipe_with("bfloat16_dense") if reference == "Ranker" else ("bfloat16_dense",)
+    lowered = graph(reference, kinds, RTX)
+    inputs = lowered.rows(1500)
+    expected, plan = lowered.in_torch(inputs), lowered.model.plan
+    compare(expected, lowered.in_onnx(inputs), plan, RTX)
+    spread = expected.std()
+    off = expected + np.float32(0.03) * spread
+    with pytest.raises(ParityLost):
+        compare(expected, off.astype(np.float32), plan, RTX)
+    with pytest.raises(ParityLost):  # ONNX Runtime widens, and rounds nothing
+        compare(expected, expected + np.float32(0.005) * spread, plan, "onnxruntime")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    available(RTX) is None,
+    reason="TensorRT-RTX is not installed; pip install 'recpress[tensorrt-rtx]'",
+)
+def test_an_engine_holds_the_layers_in_two_bytes_a_weight(tmp_path: Path):
+    lowered = graph("Attention", ("bfloat16_dense",), RTX)
+    packed = sum(line.bytes_after for line in lowered.model.plan.lines)
+    shapes = {"user": (), "history": (6,)}
+    request = BuildRequest(
+        target=RTX,
+        onnx=str(lowered.path),
+        profiles=tuple(
+            Profile(input=name, low=(1, *shape), best=(16, *shape), high=(64, *shape))
+            for name, shape in shapes.items()
+        ),
+        tables=(),
+        packed_bytes=packed,
+        seconds=300,
+    )
+    audit = build_engine(request, tmp_path / "engine").audit
+    layers = [line for line in lowered.model.plan.lines if line.role == "dense"]
+    assert audit.constant_bytes["bf16"] >= sum(line.bytes_after for line in layers) - 64

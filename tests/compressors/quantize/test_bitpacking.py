@@ -1,0 +1,60 @@
+"""Packed codes come back, in as many bytes as were promised."""
+
+import hypothesis.extra.numpy as arrays
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from compressors.lower.targets.tensorrt.types import codes_tensor
+from compressors.quantize.kernels.bitpacking import pack, unpack
+from compressors.quantize.tables.codebooks import WIDTHS, row_bytes, width_of
+
+
+@given(data=st.data(), width=st.sampled_from(WIDTHS), shape=st.tuples(*[st.integers(1, 13)] * 2))
+def test_packing_and_back_is_the_identity(data, width, shape):
+    values = arrays.arrays(np.uint8, shape, elements=st.integers(0, 2**width - 1))
+    codes = torch.from_numpy(data.draw(values))
+    packed = pack(codes, width)
+    assert packed.dtype == torch.uint8
+    assert packed.shape == (shape[0], row_bytes(shape[1], width))
+    assert torch.equal(unpack(packed, shape[1], width), codes)
+    assert torch.equal(unpack(packed[:, None], shape[1], width), codes[:, None])
+
+
+@given(count=st.integers(1, 100), width=st.sampled_from(WIDTHS))
+def test_a_row_wastes_less_than_a_byte(count, width):
+    assert 0 <= row_bytes(count, width) * 8 - count * width < 8
+
+
+@pytest.mark.parametrize(
+    ("levels", "width"), [(1, 2), (2, 2), (4, 2), (5, 4), (16, 4), (17, 8), (256, 8)]
+)
+def test_a_code_is_as_wide_as_its_levels_need(levels, width):
+    assert width_of(levels) == width
+
+
+@pytest.mark.parametrize("width", [2, 4])
+@pytest.mark.parametrize("count", [1, 2, 3, 4, 5, 8])
+def test_each_plane_is_a_stretch_of_a_row_the_first_in_the_lowest_bits(count, width):
+    """The order that graphs unpack in, written out."""
+    codes = torch.arange(count, dtype=torch.uint8).reshape(1, count) % 4
+    packed = pack(codes, width)[0]
+    planes = [(packed >> shift) & ((1 << width) - 1) for shift in range(0, 8, width)]
+    assert torch.equal(torch.cat(planes)[:count], codes[0])
+    assert len(packed) == -(-count * width // 8)
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 4, 5, 8, 13])
+@pytest.mark.parametrize("width", WIDTHS)
+def test_tensorrts_signed_codes_are_the_same_codes(count, width):
+    codes = torch.randint(1 << width, (7, count), dtype=torch.uint8)
+    tensor = codes_tensor(pack(codes, width).numpy(), width)
+    found = tensor.numpy().astype(np.int64)
+    if width == 2:
+        found += 8
+        found = np.concatenate([found % 4, found // 4], axis=1)
+    else:
+        found += 128 if width == 8 else 8
+    assert np.array_equal(found[:, :count], codes.numpy())

@@ -1,0 +1,357 @@
+"""Calibrators: what a histogram counts, where each rule ends a range, and what a step does."""
+
+import itertools
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import hypothesis.extra.numpy as arrays
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from models import RANKER, Reference
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from compressors.contracts import Bench, DenseInput, Signature, Split
+from compressors.core.model import Model
+from compressors.core.runner import run
+from compressors.errors.compression import CompressionError
+from compressors.quantize.calibration import calibrators
+from compressors.quantize.calibration.calibrators import BINS, LEVELS, Histogram
+from compressors.quantize.dense.static_int8 import StaticInt8, clipped_scale, encode, quantize
+
+# --- the histogram ---------------------------------------------------------------------------
+
+
+def seen(*parts: Tensor) -> Histogram:
+    found = Histogram()
+    for part in parts:
+        found.add(part)
+    return found
+
+
+values = arrays.arrays(
+    np.float32,
+    st.integers(1, 60),
+    elements=st.one_of(st.floats(-(2.0**100), 2.0**100, width=32), st.floats(-1, 1, width=32)),
+)
+
+
+@given(x=values, cut=st.integers(0, 60))
+def test_counts_are_the_same_however_the_rows_were_split(x, cut):
+    whole, apart = seen(torch.from_numpy(x)), seen(*map(torch.from_numpy, (x[:cut], x[cut:])))
+    assert torch.equal(whole.counts, apart.counts)
+    assert (whole.zeros, whole.width) == (apart.zeros, apart.width)
+    assert torch.equal(whole.largest, apart.largest)
+
+
+@given(x=values)
+def test_every_value_is_counted_in_the_bin_it_lies_in(x):
+    found, size = seen(torch.from_numpy(x)), np.abs(x.astype(np.float64))
+    assert found.zeros == int((size == 0).sum())
+    place = np.floor(size[size > 0] / found.width).astype(np.int64)
+    assert np.array_equal(found.counts.numpy(), np.bincount(place, minlength=BINS))
+    assert float(found.largest) == size.max()
+    # At least half the bins, but for numbers that are next to nothing.
+    assert size.max() < 2.0**-100 or BINS // 2 < found.used() <= BINS
+
+
+def test_nothing_and_what_is_not_finite_are_not_counted():
+    found = seen(torch.empty(0, 3), torch.tensor([1.0, -3.0]))
+    assert int(found.counts.sum()) == 2
+    assert not torch.isfinite(seen(torch.tensor([1.0, torch.nan])).largest)
+    assert not torch.isfinite(seen(torch.tensor([1.0, -torch.inf])).largest)
+
+
+# --- where ranges end ------------------------------------------------------------------------
+
+
+@given(x=values, share=st.sampled_from([0.6, 0.9, 0.999, 1.0]))
+def test_percentile_leaves_its_share_inside_and_no_bin_more(x, share):
+    found, size = seen(torch.from_numpy(x)), np.abs(x.astype(np.float64))
+    end = calibrators.percentile(found, share)
+    assert (size <= end).mean() >= share or size.max() == 0
+    fewer = (size < end - found.width).mean()
+    assert fewer < share or end <= found.width
+    assert end <= size.max() or size.max() == 0
+    if share == 1:
+        assert end == size.max()
+
+
+def rounded(x: Tensor, end: float) -> float:
+    """Squared error of int8 inputs whose range has this end."""
+    scale = torch.tensor(end / LEVELS)
+    return float((quantize(x, scale) * scale - x).double().square().sum())
+
+
+SHAPES: dict[str, Callable[[torch.Generator], Tensor]] = {
+    "normal": lambda g: torch.randn(20_000, generator=g),
+    "relu": lambda g: torch.randn(20_000, generator=g).relu(),
+    "laplace": lambda g: torch.empty(20_000).exponential_(generator=g) * 3,
+    "cubed": lambda g: torch.randn(20_000, generator=g) ** 3,
+    "one far": lambda g: torch.cat([torch.randn(200_000, generator=g), torch.tensor([25.0])]),
+}
+
+
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+@pytest.mark.parametrize("seed", [0, 1])
+def test_least_squares_is_the_best_range_of_all(shape, seed):
+    x = shape(torch.Generator().manual_seed(seed))
+    found = seen(x)
+    end = calibrators.least_squares(found)
+    largest = float(found.largest)
+    best = min(rounded(x, share * largest) for share in np.linspace(0.05, 1, 96))
+    # Errors are expected, not measured: inputs are taken as even within a step.
+    assert rounded(x, end) <= 1.02 * best
+
+
+def naive_divergence(counts: np.ndarray, end: int) -> float:
+    """Migacz's pseudocode, a bin at a time, on counts of bins without the zeros."""
+    p = counts[:end].astype(np.float64)
+    p[-1] += counts[end:].sum()
+    groups: dict[int, list[int]] = {}
+    for bin_ in range(end):
+        groups.setdefault(bin_ * 128 // end, []).append(bin_)
+    q = np.zeros(end)
+    for group in groups.values():
+        filled = [bin_ for bin_ in group if counts[bin_]]
+        for bin_ in filled:
+            q[bin_] = sum(counts[b] for b in group) / len(filled)
+    p, q = p / p.sum(), q / q.sum()
+    if any(p_ > 0 and q_ == 0 for p_, q_ in zip(p, q, strict=True)):
+        return np.inf
+    return sum(p_ * np.log(p_ / q_) for p_, q_ in zip(p, q, strict=True) if p_ > 0)
+
+
+@given(
+    seed=st.integers(0, 2**31),
+    power=st.sampled_from([0.5, 1.0, 3.0]),
+    zeros=st.integers(0, 5000),
+)
+def test_entropy_takes_the_range_of_least_divergence(seed, power, zeros):
+    drawn = torch.Generator().manual_seed(seed)
+    x = torch.randn(3000, generator=drawn).abs() ** power
+    found = seen(torch.cat([x, torch.zeros(zeros)]))
+    counts, used = found.counts.numpy(), found.used()
+    ends = [*range(128, used, calibrators.BINS_APART), used]
+    every = ends[:: max(1, len(ends) // 12)]  # a dozen of them: the reference is slow
+    end = calibrators.least_divergence(found)
+    place = math.ceil(end / found.width)  # the largest value ends the last bin
+    least = naive_divergence(counts, place)
+    assert place in ends
+    for other in every:
+        assert least <= naive_divergence(counts, other) * (1 + 1e-9) + 1e-12
+
+
+@pytest.mark.parametrize("rule", ["percentile", "least_divergence", "least_squares"])
+@pytest.mark.parametrize("value", [1e-44, 2.0**-101, 1.0, 4.0, 3e38])
+def test_inputs_of_one_size_are_all_held(rule, value):
+    ends = {
+        "percentile": lambda found: calibrators.percentile(found, 0.999),
+        "least_divergence": calibrators.least_divergence,
+        "least_squares": calibrators.least_squares,
+    }
+    x = torch.tensor([value, -value, value])
+    # A bin's values are taken as even within it: least squares may clip less than a bin.
+    room = value / BINS * 2 if rule == "least_squares" else 0
+    assert float(x[0]) - room <= ends[rule](seen(x)) <= float(x[0])
+
+
+# --- weights ---------------------------------------------------------------------------------
+
+
+def test_clipped_weights_never_lose_more_than_whole_ones():
+    weight = torch.randn(20, 4000, generator=torch.Generator().manual_seed(0))
+    weight[3, 7] = 30.0  # worth clipping among so many
+    one = torch.tensor(1.0)
+
+    def lost(scale: Tensor | None) -> Tensor:
+        codes, found = encode(weight, None, one, scale)
+        return (codes.float() * found[:, None] - weight).square().sum(dim=1)
+
+    clipped, whole = lost(clipped_scale(weight)), lost(None)
+    assert torch.all(clipped <= whole * (1 + 1e-5))
+    assert clipped[3] < 0.99 * whole[3]
+
+
+# --- the step --------------------------------------------------------------------------------
+
+WIDTH, ROWS = 64, 4096
+
+
+class Small(nn.Module):
+    """Two layers over a dense vector."""
+
+    def __init__(self, width: int = WIDTH) -> None:
+        super().__init__()
+        self.first = nn.Linear(width, 16)
+        self.out = nn.Linear(16, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        score: Tensor = self.out(torch.relu(self.first(x)))
+        return score
+
+
+SCHEMA = Signature(
+    task="ctr",
+    inputs=(DenseInput(name="x", shape=(WIDTH,)),),
+    output="logit",
+    label="label",
+    metric="auc",
+)
+SMALL = Reference(Small, SCHEMA)
+
+
+def calibrating(folder: Path, x: Tensor) -> Bench:
+    """A bench with these rows, ``(rows, WIDTH)``, to calibrate on."""
+    folder.mkdir(parents=True)
+    save_file({"x": x, "@label": torch.zeros(len(x))}, folder / "data.safetensors")
+    split = Split(path=str(folder), sha256="0" * 64, rows=len(x))
+    return Bench(signature=SCHEMA, calibration=split)
+
+
+def outliers() -> Tensor:
+    """Normal rows, with one number in a quarter of a million far out."""
+    x = torch.randn(ROWS, WIDTH, generator=torch.Generator().manual_seed(1))
+    x[17, 3] = 40.0
+    return x
+
+
+def lost(source: Model, result: Model, x: Tensor, layer: str = "first") -> float:
+    """Mean squared error of a layer's output."""
+    with torch.no_grad():
+        before, after = (model.module.get_submodule(layer)(x) for model in (source, result))
+    return float((after - before).double().square().mean())
+
+
+@pytest.fixture(scope="module")
+def by_calibrator(tmp_path_factory):
+    """The network in int8 by every calibrator, and the rows they saw."""
+    folder, x, source = tmp_path_factory.mktemp("calibrators"), outliers(), SMALL.model()
+    bench = calibrating(folder / "data", x)
+    made = {
+        how: run(StaticInt8(calibrator=how, most_error=1.0), source, bench, folder / how)
+        for how in ("min_max", "percentile", "entropy", "mse", "best")
+    }
+    return source, x, made
+
+
+@pytest.mark.parametrize("how", ["percentile", "entropy", "mse"])
+def test_one_far_input_costs_min_max_more_than_others(by_calibrator, how):
+    source, x, made = by_calibrator
+    assert lost(source, made[how], x) < 0.7 * lost(source, made["min_max"], x)
+    end = float(made[how].module.first.input_scale) * LEVELS
+    assert 2.5 < end < 20
+    assert (
+        made[how]
+        .plan.of("first")
+        .reason.startswith(f"static_int8 as ordered; range by {how}, output off by ")
+    )
+
+
+def test_best_takes_for_each_layer_the_calibrator_of_least_error(by_calibrator):
+    source, x, made = by_calibrator
+    others = [how for how in made if how != "best"]
+    hidden = torch.relu(source.module.first(x)).detach()
+    chosen = []
+    for layer, read in (("first", x), ("out", hidden)):
+        errors = {how: lost(source, made[how], read, layer) for how in others}
+        least = min(errors, key=errors.__getitem__)
+        assert lost(source, made["best"], read, layer) == errors[least]
+        reason = made["best"].plan.of(layer).reason
+        assert ("range by" not in reason) if least == "min_max" else (f"by {least}" in reason)
+        chosen.append(least)
+    assert chosen[0] != "min_max"
+
+
+def test_the_error_told_is_that_of_the_output_on_the_calibration_rows(by_calibrator):
+    source, x, made = by_calibrator
+    with torch.no_grad():
+        own = float(source.module.first(x).double().square().mean())
+    share = (lost(source, made["mse"], x) / own) ** 0.5
+    assert f"output off by {share:.2%} of its root mean square" in (
+        made["mse"].plan.of("first").reason
+    )
+
+
+def test_layers_over_most_error_stay_in_float32_and_the_plan_says_by_how_much(tmp_path):
+    source, x = SMALL.model(), outliers()
+    bench = calibrating(tmp_path / "data", x)
+    # `first` reads the far input, `out` does not: its error lies between.
+    result = run(StaticInt8(most_error=0.04), source, bench, tmp_path / "out")
+    kept, taken = result.plan.of("first"), result.plan.of("out")
+    assert kept.format == "float32"
+    assert kept.steps == ()
+    assert kept.bytes_after == kept.bytes_before
+    assert "kept float32; as static_int8 output off by" in kept.reason
+    assert kept.reason.endswith("above most_error 0.04")
+    assert torch.equal(result.module.first.weight, source.module.first.weight)
+    assert taken.format == "static_int8"
+    assert "above" not in taken.reason
+    none = run(StaticInt8(most_error=1e-9), source, bench, tmp_path / "none")
+    assert not none.network.modules
+    assert torch.equal(none.module(x), source.module(x))
+
+
+def test_by_default_every_input_is_held_exactly_and_nothing_is_told(tmp_path):
+    source, x = SMALL.model(), outliers()
+    result = run(StaticInt8(), source, calibrating(tmp_path / "data", x), tmp_path / "out")
+    assert torch.equal(result.module.first.input_scale, x.abs().max() / LEVELS)
+    codes, scale = encode(
+        source.module.first.weight.detach(), source.module.first.bias.detach(), x.abs().max() / 127
+    )
+    assert torch.equal(result.module.first.codes, codes)
+    assert torch.equal(result.module.first.weight_scale, scale)
+    assert result.plan.of("first").reason == "static_int8 as ordered"
+
+
+def test_the_share_of_the_percentile_is_what_is_not_clipped(tmp_path):
+    x, ends = outliers(), []
+    bench = calibrating(tmp_path / "data", x)
+    for share in (0.9, 0.99, 0.9999):
+        step = StaticInt8(calibrator="percentile", share=share)
+        result = run(step, SMALL.model(), bench, tmp_path / str(share))
+        ends.append(float(result.module.first.input_scale) * LEVELS)
+        inside = float((x.abs() <= ends[-1]).float().mean())
+        assert share <= inside <= share + 5e-3  # a bin holds so many
+    assert all(low < high for low, high in itertools.pairwise(ends))
+
+
+def test_weights_are_clipped_where_that_is_asked_for(tmp_path):
+    source = SMALL.model()
+    with torch.no_grad():
+        source.module.first.weight[0, :] = 0.5  # 63.5 steps of the whole range
+        source.module.first.weight[0, 0] = 1.0
+    x = outliers()
+    bench = calibrating(tmp_path / "data", x)
+    plain, clipped = (
+        run(StaticInt8(weights=how), source, bench, tmp_path / how) for how in ("min_max", "mse")
+    )
+    assert torch.all(clipped.module.first.weight_scale <= plain.module.first.weight_scale * 1.001)
+    assert torch.equal(clipped.module.first.input_scale, plain.module.first.input_scale)
+
+    def error(result: Model) -> float:
+        layer = result.module.first
+        back = layer.codes.float() * layer.weight_scale[:, None]
+        return float((back - source.module.first.weight.detach()).square().sum())
+
+    assert error(clipped) < error(plain)
+
+
+@pytest.mark.parametrize("value", [torch.inf, torch.nan])
+def test_inputs_that_are_not_finite_are_named(value, tmp_path):
+    x = outliers()
+    x[5, 5] = value
+    bench = calibrating(tmp_path / "data", x)
+    with pytest.raises(CompressionError, match=r"'first' saw an input of (inf|nan) on the cal"):
+        run(StaticInt8(), SMALL.model(), bench, tmp_path / "out")
+
+
+def test_both_passes_leave_no_hook_behind(tmp_path):
+    source = RANKER.model()
+    bench = RANKER.bench(tmp_path / "data")
+    run(StaticInt8(calibrator="best", rows=50, batch=7), source, bench, tmp_path / "out")
+    assert not any(part._forward_pre_hooks for part in source.module.modules())

@@ -1,0 +1,160 @@
+"""Clipping lowers the squared error of every range, as far as its search can."""
+
+import pytest
+import torch
+from grids import (
+    GRIDS,
+    back,
+    each_asymmetric,
+    each_grid,
+    normal,
+    of,
+    scale_types,
+    sharing,
+    tables,
+)
+from hypothesis import given
+from torch import Tensor
+
+from compressors.quantize.kernels import clipping
+from compressors.quantize.kernels.clipping import fit
+from compressors.quantize.kernels.levels import Grid, asymmetric_ends, ends, ranges, squared_error
+
+INT4 = GRIDS["15 symmetric"]
+
+
+def error(table: Tensor, grid: Grid) -> Tensor:
+    """Squared error of every range, in float64."""
+    squares = (back(table, grid)[0] - table).double().square().sum(dim=1)
+    entries = torch.arange(len(table)) // (grid.rows_per_scale or len(table))
+    return torch.zeros(int(entries[-1]) + 1, dtype=torch.float64).index_add_(0, entries, squares)
+
+
+@each_grid
+@pytest.mark.parametrize("rule", ["greedy", "mse"])
+@given(table=tables(), scale=scale_types, together=sharing)
+def test_clipping_makes_no_range_worse(grid, rule, table, scale, together):
+    plain = of(grid, scale=scale, rows_per_scale=together)
+    # Errors are compared in float32; sums of a few dozen squares round by parts in 10^6.
+    least = error(table, plain) * (1 + 1e-5) + 1e-45
+    assert torch.all(error(table, of(plain, clipping=rule)) <= least)
+
+
+def test_mse_finds_the_best_share_of_every_symmetric_row():
+    """Against a search that encodes the whole table once for every share."""
+    table = normal(200, 24)
+    grid = of(INT4, scale="float32")
+    widest = fit(table, grid).scale
+    tried = []
+    for share in (1.0, *clipping.SHARES):
+        scale = (widest * share).double()
+        codes = (table.double() / scale).round().clamp(-7, 7)
+        tried.append((codes * scale - table.double()).square().sum(dim=1))
+    found = error(table, of(grid, clipping="mse"))
+    torch.testing.assert_close(found, torch.stack(tried).amin(dim=0), rtol=1e-4, atol=0)
+    # A normal row of 24 loses a tenth of its error and more where its largest weight stands out.
+    assert found.sum() < 0.95 * error(table, grid).sum()
+
+
+@each_asymmetric
+def test_mse_is_as_good_as_trying_every_pair_of_ends(grid):
+    table = normal(100, 16)
+    low, high = ends(table)
+    step = (high - low) / clipping.STEPS
+    places = range(clipping.STEPS // 2)
+    tried = [
+        squared_error(table, asymmetric_ends(low + first * step, high - second * step, grid), grid)
+        for first in places
+        for second in places
+    ]
+    least = torch.stack(tried).amin(dim=0).sum()
+    # One end at a time may miss a pair of steps; the finer steps win that back, and more at 256
+    # levels, where a 50th of the range is five of them.
+    assert error(table, of(grid, clipping="mse")).sum() <= 1.01 * least
+
+
+@each_asymmetric
+def test_greedy_is_as_good_as_torchs_own(grid):
+    """The same search; torch keeps only local minima on the way and rounds offsets to nearest."""
+    table = normal(100, 16)
+    bits = grid.levels.bit_length() - 1
+    found = [
+        torch.choose_qparams_optimized(row, row.numel(), clipping.BINS, 0.16, bits) for row in table
+    ]
+    high, low = (torch.cat(parts).unsqueeze(1) for parts in zip(*found, strict=True))
+    scale = ((high - low) / (grid.levels - 1)).half().float()
+    low = low.half().float()
+    codes = ((table - low) / scale).round().clamp(0, grid.levels - 1)
+    theirs = (codes * scale + low - table).square().sum()
+    # At 256 levels the rounding of an offset is what differs: by an eighth of a level at most.
+    assert error(table, of(grid, clipping="greedy")).sum() <= 1.02 * theirs
+
+
+@each_grid
+def test_greedy_takes_no_more_than_16_percent_of_a_range(grid):
+    table = normal(300, 16)
+    whole, found = (fit(table, of(grid, clipping=rule)).scale for rule in ("min_max", "greedy"))
+    assert torch.all(found.float() >= 0.84 * whole.float() * (1 - 2.0**-9))
+    if grid.levels < 20:  # with more levels a bin is more than a level
+        assert (found < whole).float().mean() > 0.7
+
+
+def test_one_large_weight_is_clipped_for_the_many_small_ones():
+    table = torch.full((1, 64), 0.5)
+    table[0, 0] = 1.0
+    plain, clipped = (fit(table, of(INT4, clipping=rule)).scale for rule in ("min_max", "mse"))
+    assert float(plain) == pytest.approx(1 / 7, rel=1e-3)
+    assert float(clipped) < float(plain)
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("largest", [5, 100])
+def test_two_bits_for_a_whole_table_clip_far_more_than_half(symmetric, largest):
+    """One and a half standard deviations are worth keeping, whatever a single weight is."""
+    table = normal(4000, 16)
+    table[7, 3] = largest
+    grid = Grid(4, symmetric=symmetric, rows_per_scale=0)
+    scale = float(fit(table, of(grid, clipping="mse")).scale)
+    # 0.9957 is the step of the best four even levels for a normal distribution (Max 1960).
+    assert scale == pytest.approx(0.9957, rel=0.05)
+    assert scale < float(fit(table, grid).scale) / 2
+
+
+@each_grid
+@pytest.mark.parametrize("rule", ["min_max", "greedy", "mse"])
+def test_a_range_in_many_pieces_is_the_range_in_one(grid, rule, monkeypatch):
+    table = normal(64, 10)
+    chosen = of(grid, rows_per_scale=0, clipping=rule)
+    whole = fit(table, chosen)
+    monkeypatch.setattr(
+        "compressors.quantize.kernels.levels.CHUNK", 100
+    )  # 640 values: a short last piece
+    pieces = fit(table, chosen)
+    # Sums of squares in another order may choose the neighbouring step at most.
+    for name in ("scale", "offset"):
+        if getattr(whole, name) is not None:
+            torch.testing.assert_close(
+                getattr(pieces, name), getattr(whole, name), rtol=0.03, atol=1e-3
+            )
+
+
+def test_a_table_of_one_range_is_not_copied_to_be_fitted():
+    table = normal(1000, 8)
+    (values,) = ranges(table, 0)
+    assert values.data_ptr() == table.data_ptr()
+    assert values.shape == (1, 8000)
+
+
+@pytest.mark.parametrize("clipping", ["min_max", "least_squares", "greedy", "mse"])
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("together", [0, 1, 4])
+def test_a_table_of_no_rows_has_as_many_scales_as_its_layout_says(clipping, symmetric, together):
+    levels = 15 if symmetric else 16
+    grid = Grid(levels, symmetric, clipping, rows_per_scale=together)
+    scale, offset = fit(torch.empty(0, 6), grid)
+    wanted = (0 if together else 1, 1)
+    assert scale.shape == wanted
+    assert scale.dtype == torch.float16
+    assert (offset is None) == symmetric
+    if offset is not None:
+        assert offset.shape == wanted

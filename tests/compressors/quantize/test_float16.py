@@ -1,0 +1,202 @@
+"""Float16 tables and layers: stored in half, computed in float32."""
+
+from pathlib import Path
+
+import hypothesis.extra.numpy as arrays
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from models import RANKER, Reference
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from compressors.contracts import Bench, DenseInput, Signature, Split
+from compressors.core.runner import run
+from compressors.quantize.dense.float16 import Float16, beyond, largest_sum, narrow
+
+OPS = torch.ops.recpress
+
+
+@given(st.floats(-65504, 65504, width=32))
+def test_a_weight_moves_by_at_most_half_a_float16_step(value):
+    weight = torch.tensor([value])
+    error = (narrow(weight).float() - weight).abs().item()
+    assert error <= max(abs(value) * 2.0**-11, 2.0**-25)
+
+
+@pytest.mark.parametrize("value", [65520.0, -7e4, 1e30])
+def test_a_weight_beyond_float16_is_told(value):
+    weight = torch.tensor([[0.0, value]])
+    assert beyond(weight, None) == f"holds {abs(value):g}, beyond float16's 65504"
+    assert beyond(torch.ones(1, 2), weight) == beyond(weight)
+    assert beyond(torch.tensor([65519.0, -65519.0])) is None  # rounds to 65,504
+
+
+@given(
+    x=arrays.arrays(np.float32, (3, 5), elements=st.floats(-10, 10, width=32)),
+    weight=arrays.arrays(np.float32, (2, 5), elements=st.floats(-10, 10, width=32)),
+    bias=arrays.arrays(np.float32, 2, elements=st.floats(-10, 10, width=32)),
+    seed=st.integers(0, 100),
+)
+def test_no_order_of_summing_goes_beyond_the_largest_sum(x, weight, bias, seed):
+    terms = np.concatenate([x[:, None] * weight, np.broadcast_to(bias, (3, 2))[..., None]], axis=2)
+    found = largest_sum(*map(torch.from_numpy, (x, weight, bias)))
+    shuffled = np.random.default_rng(seed).permuted(terms.astype(np.float64), axis=2)
+    room = 1e-5 * np.abs(terms).sum(axis=2).max()
+    assert np.abs(shuffled.cumsum(axis=2)).max() <= found + room
+    # and one of them gets there: all terms of one sign first
+    ordered = np.sort(terms.astype(np.float64), axis=2)
+    highest = max(np.abs(o.cumsum(axis=2)).max() for o in (ordered, ordered[..., ::-1]))
+    assert abs(highest - found) <= room
+
+
+WIDTH, ROWS = 4, 50
+
+
+class Tall(nn.Module):
+    """``raised`` reads numbers of the rows' size, ``sums`` adds up what cancels out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.raised = nn.Linear(WIDTH, WIDTH)
+        self.sums = nn.Linear(WIDTH, 2)
+        self.out = nn.Linear(WIDTH, 1)
+        nn.init.constant_(self.raised.weight, 1e-3)
+        nn.init.zeros_(self.sums.bias)
+        with torch.no_grad():
+            self.sums.weight.copy_(torch.tensor([[1.0, -1.0, 1.0, -1.0]] * 2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        raised = self.raised(x)
+        same = (x[:, :1] / 10).expand(-1, WIDTH)
+        score: Tensor = self.out(raised.tanh()) + self.sums(same).sum(dim=1, keepdim=True)
+        return score
+
+
+SCHEMA = Signature(
+    task="ctr",
+    inputs=(DenseInput(name="x", shape=(WIDTH,)),),
+    output="logit",
+    label="label",
+    metric="auc",
+)
+TALL = Reference(Tall, SCHEMA)
+
+
+def calibrating(folder: Path, size: float) -> Bench:
+    """Rows whose largest number is ``size``, in their last row."""
+    x = torch.ones(ROWS, WIDTH)
+    x[-1] = -size
+    folder.mkdir(parents=True)
+    save_file({"x": x, "@label": torch.zeros(ROWS)}, folder / "data.safetensors")
+    split = Split(path=str(folder), sha256="0" * 64, rows=ROWS)
+    return Bench(signature=SCHEMA, calibration=split)
+
+
+@pytest.mark.parametrize(
+    ("size", "headroom", "kept"),
+    [
+        (30_000, 2.0, set()),
+        (33_000, 2.0, {"raised"}),
+        (33_000, 1.0, set()),
+        (66_000, 1.0, {"raised"}),
+        # a tenth of it twice with either sign: no output, but sums of a fifth on the way
+        (170_000, 2.0, {"raised", "sums"}),
+        (170_000, 1.0, {"raised"}),
+    ],
+)
+def test_layers_that_would_overflow_stay_in_float32_and_the_plan_says_why(
+    size, headroom, kept, tmp_path
+):
+    source = TALL.model()
+    bench = calibrating(tmp_path / "data", size)
+    result = run(Float16(headroom=headroom, batch=8), source, bench, tmp_path / "out")
+    lines = {line.module: line for line in result.plan.lines if line.role == "dense"}
+    assert {name for name, line in lines.items() if line.format == "float32"} == kept
+    for name in kept:
+        assert lines[name].reason.startswith("float16 as ordered") is False
+        assert "on the calibration rows, times headroom" in lines[name].reason
+        assert lines[name].bytes_after == lines[name].bytes_before
+    if "raised" in kept:
+        assert f"an input of {size:g} " in lines["raised"].reason
+    if "sums" in kept:
+        assert "a sum of 34000 " in lines["sums"].reason
+    x = torch.full((2, WIDTH), float(size))
+    with torch.no_grad():  # what float16 took, it can compute
+        for name in lines.keys() - kept:
+            layer = result.module.get_submodule(name)
+            told = x if name == "raised" else x / 10 if name == "sums" else x.tanh()
+            assert torch.isfinite(F.linear(told.half(), layer.weight, layer.bias)).all()
+
+
+def test_what_weights_float16_cannot_hold_stays_in_float32_without_any_rows(tmp_path):
+    source = RANKER.model()
+    with torch.no_grad():
+        source.module.item.weight[7, 2] = -7e4
+        source.module.hidden.weight[0, 0] = 1e5
+        source.module.capped.bias[0] = 2e5
+    result = run(Float16(), source, Bench(signature=RANKER.signature), tmp_path / "out")
+    for name, weight in (("item", 70000), ("hidden", 100000), ("capped", 200000)):
+        line = result.plan.of(name)
+        assert line.format == "float32"
+        assert line.reason == f"kept float32; holds {weight:g}, beyond float16's 65504"
+    assert result.plan.of("cross").format == result.plan.of("user").format == "float16"
+    assert result.plan.of("cross").reason == "float16 as ordered; no rows to see its sums on"
+    assert result.plan.of("user").reason == "float16 as ordered"
+    assert torch.equal(result.module.item.weight, source.module.item.weight)
+
+
+@pytest.mark.parametrize("shape", [(), (4,), (2, 3), (0,)])
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32])
+def test_a_lookup_gives_the_stored_rows_in_float32(shape, dtype):
+    weight = torch.randn(5, 3).half()
+    ids = torch.randint(5, shape, dtype=dtype)
+    rows = OPS.float16_table(weight, ids)
+    assert rows.dtype == torch.float32
+    assert torch.equal(rows, weight.float()[ids.long()])
+
+
+@pytest.mark.parametrize("shape", [(5, 6), (2, 3, 6), (0, 6)])
+def test_a_layer_computes_in_float32(shape):
+    x, weight, bias = torch.randn(shape), torch.randn(4, 6).half(), torch.randn(4).half()
+    y = OPS.float16_linear(x, weight, bias)
+    assert y.dtype == torch.float32
+    assert torch.equal(y, F.linear(x, weight.float(), bias.float()))
+
+
+def test_the_ops_keep_torchs_rules_for_custom_ops():
+    weight, ids = torch.randn(5, 3).half().requires_grad_(), torch.tensor([[0, 4, 4]])
+    torch.library.opcheck(OPS.float16_table.default, (weight, ids))
+    x = torch.randn(2, 3, 6, requires_grad=True)
+    layer = (torch.randn(4, 6).half().requires_grad_(), torch.randn(4).half().requires_grad_())
+    torch.library.opcheck(OPS.float16_linear.default, (x, *layer))
+
+
+# Gradients of float16 leaves are float16: one part in 2^11, on sums of a few numbers near 1.
+HALF = {"rtol": 2e-3, "atol": 2e-3}
+
+
+def test_the_tables_gradient_is_that_of_plain_torch():
+    weight, ids = torch.randn(5, 3).half(), torch.tensor([[0, 4, 4], [1, 0, 0]])
+    up = torch.randn(2, 3, 3)
+    ours, plain = (weight.clone().requires_grad_() for _ in range(2))
+    (OPS.float16_table(ours, ids) * up).sum().backward()
+    (plain.float()[ids] * up).sum().backward()
+    torch.testing.assert_close(ours.grad, plain.grad, **HALF)
+    assert not ours.grad[[2, 3]].any()
+    assert ours.grad[4].any()
+
+
+@pytest.mark.parametrize("shape", [(5, 6), (2, 3, 6)])
+def test_the_layers_gradients_are_those_of_plain_torch(shape):
+    leaves = (torch.randn(shape), torch.randn(4, 6).half(), torch.randn(4).half())
+    up = torch.randn(*shape[:-1], 4)
+    ours, plain = ([t.clone().requires_grad_() for t in leaves] for _ in range(2))
+    (OPS.float16_linear(*ours) * up).sum().backward()
+    (F.linear(plain[0], plain[1].float(), plain[2].float()) * up).sum().backward()
+    for found, expected in zip(ours, plain, strict=True):
+        torch.testing.assert_close(found.grad, expected.grad, **HALF)
+        assert found.grad.any()

@@ -1,0 +1,133 @@
+"""Dense layers in 8-bit floats: what a Gemm of them computes, and what scales are for."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from models import RANKER
+from torch import Tensor, nn
+
+from compressors.contracts import Bench
+from compressors.core.batches import batches
+from compressors.core.runner import run
+from compressors.errors.compression import CompressionError
+from compressors.quantize.dense.float8_dense import LARGEST, Float8Dense, encode, rounded
+from compressors.quantize.tables.float8_e4m3 import steps_of
+
+OP = torch.ops.recpress.float8_linear
+# Every number that E4M3 has, from the format's own bits.
+NUMBERS = steps_of(torch.tensor([code for code in range(256) if code & 127 != 127]).byte()).numpy()
+
+
+def layer(inputs: int, outputs: int, *, by_channel: bool = True) -> tuple[Tensor, ...]:
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(outputs, inputs, generator=generator) / inputs**0.5
+    bias = torch.randn(outputs, generator=generator)
+    codes, scale = encode(weight, by_channel=by_channel)
+    return codes, scale, torch.tensor(0.01), bias
+
+
+@given(st.lists(st.floats(-1000, 1000, width=32), min_size=1, max_size=50))
+def test_an_input_becomes_the_nearest_number_there_is(values):
+    x = torch.tensor(values)
+    found = rounded(x).numpy()
+    gaps = np.abs(NUMBERS[None] - x.clamp(-448, 448).numpy()[:, None])
+    np.testing.assert_array_equal(np.abs(found - x.clamp(-448, 448).numpy()), gaps.min(axis=1))
+
+
+@pytest.mark.parametrize("by_channel", [True, False])
+def test_a_scale_puts_the_largest_weight_at_448(by_channel):
+    weight = torch.randn(6, 40) * torch.logspace(-3, 3, 6)[:, None]
+    codes, scale = encode(weight, by_channel=by_channel)
+    assert scale.shape == ((6,) if by_channel else ())
+    tops = steps_of(codes).abs().amax(dim=1)
+    assert tops.max() == LARGEST
+    assert bool((tops == LARGEST).all()) == by_channel
+    off = (steps_of(codes) * scale.reshape(-1, 1) - weight).abs()
+    if by_channel:  # half of the last of 4 bits; below 2^-6 scales even steps of 2^-9
+        allowed = torch.maximum(weight.abs() * 2.0**-4, scale[:, None] * 2.0**-10)
+        assert (off <= allowed * (1 + 1e-6)).all()
+
+
+def test_a_channel_of_zeros_stays_one():
+    weight = torch.zeros(3, 8)
+    weight[1] = 1e-45  # a denormal number: its scale would be zero
+    codes, scale = encode(weight, by_channel=True)
+    assert (scale > 0).all()
+    assert torch.isfinite(steps_of(codes) * scale[:, None]).all()
+
+
+@pytest.mark.parametrize("by_channel", [True, False])
+@pytest.mark.parametrize("shape", [(5, 40), (2, 3, 40)])
+def test_the_op_multiplies_rounded_inputs_by_stored_weights(shape, by_channel):
+    codes, scale, input_scale, bias = layer(40, 6, by_channel=by_channel)
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(3))
+    x.view(-1)[0] = 100.0  # beyond 4.48: clipped, as QuantizeLinear saturates
+    near = rounded((x / input_scale).clamp(-448, 448)).double() * 0.01
+    weight = steps_of(codes).double() * scale.double().reshape(-1, 1)
+    found = OP(x, codes, scale, input_scale, bias)
+    torch.testing.assert_close(found.double(), near @ weight.T + bias, rtol=1e-5, atol=1e-5)
+    without = OP(x, codes, scale, input_scale, None)
+    torch.testing.assert_close(without, found - bias, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("by_channel", [True, False])
+def test_gradients_are_those_of_the_straight_through_estimate(by_channel):
+    codes, scale, input_scale, bias = layer(40, 6, by_channel=by_channel)
+    generator = torch.Generator().manual_seed(3)
+    x, up = torch.randn(2, 3, 40, generator=generator), torch.randn(2, 3, 6, generator=generator)
+    x.view(-1)[:2] = torch.tensor([100.0, -100.0])  # clipped: 0.01 * 448 is 4.48
+
+    def plain(x: Tensor, scale: Tensor, input_scale: Tensor, bias: Tensor) -> Tensor:
+        ratio = (x / input_scale).clamp(-448, 448)
+        near = ratio + (rounded(ratio) - ratio).detach()
+        return near * input_scale @ (steps_of(codes) * scale.reshape(-1, 1)).T + bias
+
+    def ours(x: Tensor, scale: Tensor, input_scale: Tensor, bias: Tensor) -> Tensor:
+        return OP(x, codes, scale, input_scale, bias)
+
+    def gradients(function) -> list[Tensor]:
+        leaves = [t.clone().requires_grad_() for t in (x, scale, input_scale, bias)]
+        (function(*leaves) * up).sum().backward()
+        return [leaf.grad for leaf in leaves]
+
+    found = gradients(ours)
+    for ours_, expected in zip(found, gradients(plain), strict=True):
+        torch.testing.assert_close(ours_, expected, rtol=1e-4, atol=1e-4)
+        assert ours_.abs().sum() > 0
+    assert found[0].view(-1)[:2].tolist() == [0, 0]
+
+
+def test_the_op_keeps_torchs_contract_for_custom_ops():
+    codes, scale, input_scale, bias = layer(24, 5)
+    x = torch.randn(3, 24, requires_grad=True)
+    for leaf in (scale, bias):
+        leaf.requires_grad_()
+    torch.library.opcheck(OP.default, (x, codes, scale, input_scale, bias))
+
+
+def test_the_input_scale_is_the_largest_input_of_the_calibration_rows(tmp_path):
+    source, bench = RANKER.model(), RANKER.bench(tmp_path / "data")
+    seen: list[Tensor] = []
+    hook = source.module.capped.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    with torch.no_grad():
+        for batch in batches(bench.calibration, RANKER.signature, 10, 50):
+            source.module(**batch.inputs)
+    hook.remove()
+    result = run(Float8Dense(rows=50, batch=7), source, bench, tmp_path / "out")
+    largest = torch.cat(seen).abs().max()
+    # batches of another size sum in another order
+    torch.testing.assert_close(result.module.capped.input_scale, largest / 448, rtol=1e-6, atol=0)
+    assert not source.module.capped._forward_pre_hooks
+
+
+def test_what_has_no_scale_is_refused(tmp_path):
+    source = RANKER.model()
+    nn.init.zeros_(source.module.hidden.weight)
+    nn.init.zeros_(source.module.hidden.bias)
+    step = Float8Dense(layers=("capped",))
+    with pytest.raises(CompressionError, match=r"'capped' saw no input but zeros.*'layers'"):
+        run(step, source, RANKER.bench(tmp_path / "data"), tmp_path / "out")
+    with pytest.raises(CompressionError, match="calibration rows; this model has no data"):
+        run(Float8Dense(), source, Bench(signature=RANKER.signature), tmp_path / "out")

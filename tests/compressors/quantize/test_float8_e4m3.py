@@ -1,0 +1,122 @@
+"""8-bit floats: what rounding may cost, and what a scale is for."""
+
+import numpy as np
+import pytest
+import torch
+from grids import SLACK, normal, scale_types, sharing, tables
+from hypothesis import given
+from rowwise_reference import encode_float8_rows
+from torch import Tensor
+
+from compressors.core.runner import encode_table
+from compressors.errors.compression import CompressionError
+from compressors.quantize.tables.float8_e4m3 import Float8E4M3, steps_of
+
+
+def back(step: Float8E4M3, table: Tensor) -> tuple[Tensor, Tensor]:
+    """The weights that come back, and the scale of each row."""
+    module = encode_table(step, table)
+    rows = torch.arange(len(table))
+    return module(rows), module.scale[rows // (step.rows_per_scale or len(table))].float()
+
+
+@given(table=tables(), scale=scale_types, together=sharing)
+def test_a_weight_keeps_four_bits_down_to_the_smallest_even_steps(table, scale, together):
+    decoded, scales = back(Float8E4M3(scale=scale, rows_per_scale=together), table)
+    # Half of the last of 4 significant bits; below 2^-6 scales the steps are 2^-9, all even.
+    allowed = torch.maximum(table.abs() * 2.0**-4, scales * 2.0**-10)
+    # A stored scale may round down and leave the largest weight at 448.5 instead of 448.
+    clipped = scales * 0.5
+    top = table.abs() > 447.9 * scales
+    slack = SLACK * table.abs()
+    assert torch.all(
+        (decoded - table).abs() <= torch.where(top, allowed + clipped, allowed) + slack
+    )
+
+
+def test_every_byte_means_what_the_format_says():
+    """Against the formula of the paper's table 1: sign, 4 bits of exponent, 3 of mantissa."""
+    for code in range(256):
+        exponent, mantissa = (code >> 3) & 15, code & 7
+        size = (8 + mantissa) * 2.0 ** (exponent - 10) if exponent else mantissa * 2.0**-9
+        found = float(steps_of(torch.tensor([code], dtype=torch.uint8)))
+        if code & 127 == 127:
+            assert np.isnan(found)
+        else:
+            assert found == (-size if code & 128 else size)
+
+
+@pytest.mark.parametrize("together", [0, 1, 4])
+@pytest.mark.parametrize("scale", ["float16", "float32"])
+def test_stored_bytes_and_scales_are_those_of_the_numpy_reference(together, scale):
+    table = normal(40, 9) * torch.logspace(-6, 3, 40).unsqueeze(1)
+    table[3] = 0.0
+    table[8:12, 0] = 448.0  # the scale of these rows is 1: ties between E4M3 numbers are exact
+    table[8:12, 1:] = torch.tensor([17.0, 19.0, -21.0, 23.0, 2.0**-10, -3 * 2.0**-10, 1.0625, 300])
+    module = encode_table(Float8E4M3(scale=scale, rows_per_scale=together), table)
+    wanted = encode_float8_rows(table.numpy(), together, scale)
+    assert np.array_equal(module.scale.numpy(), wanted.scale)
+    assert np.array_equal(module.codes.numpy(), wanted.codes)
+
+
+def test_no_weight_becomes_the_byte_that_is_no_number():
+    table = normal(2000, 7) * torch.logspace(-9, 3, 2000).unsqueeze(1)
+    sizes = encode_table(Float8E4M3(), table).codes & 127
+    assert not bool((sizes == 127).any())
+    # 448, where the scale puts each row's largest weight, unless float16 has no scale so small.
+    assert bool((sizes.amax(dim=1) == 126)[1200:].all())
+
+
+def test_a_scale_puts_small_weights_where_the_format_has_values():
+    table = normal(200, 16) * 0.001
+    decoded, _ = back(Float8E4M3(), table)
+    bare = table.to(torch.float8_e4m3fn).float()
+    assert (decoded - table).square().sum() < 0.05 * (bare - table).square().sum()
+
+
+@pytest.mark.parametrize("together", [0, 1, 4])
+@pytest.mark.parametrize("shape", [(), (7,), (3, 4), (0,)])
+def test_a_lookup_takes_ids_of_any_shape(together, shape):
+    step, table = Float8E4M3(rows_per_scale=together), normal(11, 5)
+    ids = torch.randint(11, shape, generator=torch.Generator().manual_seed(0))
+    rows = encode_table(step, table)(ids)
+    assert rows.shape == (*shape, 5)
+    assert torch.equal(rows, back(step, table)[0][ids])
+
+
+@pytest.mark.parametrize("together", [0, 1, 4])
+def test_bytes_are_codes_plus_a_scale_for_every_range(together):
+    module = encode_table(Float8E4M3(rows_per_scale=together), normal(11, 5))
+    stored = sum(tensor.numel() * tensor.element_size() for tensor in module.buffers())
+    assert stored == 11 * 5 + 2 * {0: 1, 1: 11, 4: 3}[together]
+
+
+@pytest.mark.parametrize("together", [0, 1, 4])
+@pytest.mark.parametrize("scale", ["float16", "float32"])
+def test_the_op_keeps_torchs_rules_and_its_gradient_is_plain_torchs(together, scale):
+    module = encode_table(Float8E4M3(scale=scale, rows_per_scale=together), normal(11, 5))
+    ids, by = torch.tensor([[0, 5, 5], [2, 1, 0]]), normal(6, 5).reshape(2, 3, 5)
+    ours, plain = (module.scale.clone().requires_grad_() for _ in range(2))
+    op = torch.ops.recpress.float8_e4m3_table
+    torch.library.opcheck(op.default, (module.codes, ours, ids, together))
+    (op(module.codes, ours, ids, together) * by).sum().backward()
+    places = ids // (together or 11)
+    (steps_of(module.codes[ids]) * plain.float()[places] * by).sum().backward()
+    # The same sums in another order; in float16 torch also adds repeated ids in float16.
+    tolerance = 1e-5 if scale == "float32" else 5e-3
+    torch.testing.assert_close(ours.grad, plain.grad, rtol=tolerance, atol=tolerance)
+    assert ours.grad.abs().sum() > 0
+
+
+def test_a_scale_above_float16_is_refused_and_float32_takes_it():
+    table = torch.full((2, 3), 65504.0 * 449)
+    with pytest.raises(CompressionError, match=r"needs a scale above float16.*'float32'"):
+        encode_table(Float8E4M3(), table)
+    decoded, _ = back(Float8E4M3(scale="float32"), table)
+    torch.testing.assert_close(decoded, table, rtol=1e-6, atol=0)
+
+
+def test_rows_of_zeros_are_exact():
+    decoded, scales = back(Float8E4M3(), torch.zeros(3, 4))
+    assert not decoded.any()
+    assert torch.all(scales > 0)

@@ -1,0 +1,162 @@
+"""Warnings about layers whose inputs differ in range under one scale."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from compressors.contracts import (
+    Architecture,
+    Bench,
+    DenseInput,
+    IdInput,
+    Network,
+    Plan,
+    PlanLine,
+    Signature,
+    Split,
+)
+from compressors.core.model import Model
+from compressors.core.runner import run
+from compressors.quantize.dense.float8_dense import Float8Dense
+from compressors.quantize.dense.static_int8 import StaticInt8
+from compressors.quantize.dense.weight_int8 import WeightInt8
+from compressors.quantize.tables.rowwise_int8 import RowwiseInt8
+
+ROWS = 2048
+DIM = 16
+
+
+class CountsAndVectors(nn.Module):
+    """Embeddings next to dense features in one layer, then a hidden layer."""
+
+    def __init__(self, features: int = 3) -> None:
+        super().__init__()
+        self.user = nn.Embedding(500, DIM)
+        self.first = nn.Linear(DIM + features, 32)
+        self.out = nn.Linear(32, 1)
+
+    def forward(self, user: Tensor, counts: Tensor) -> Tensor:
+        x = torch.cat([self.user(user), counts], dim=1)
+        out: Tensor = self.out(torch.relu(self.first(x))).squeeze(1)
+        return out
+
+
+def model_and_bench(tmp_path: Path, largest: float, spread: float = 0.05) -> tuple[Model, Bench]:
+    """A model whose embeddings have a standard deviation of ``spread``, features up to a number."""
+    torch.manual_seed(0)
+    module = CountsAndVectors().eval()
+    with torch.no_grad():
+        module.user.weight.mul_(spread)
+        # A trained network gives both parts a say: weights shrink with the range of the input.
+        module.first.weight[:, :DIM] = torch.randn(32, DIM) * 0.05 / spread
+        module.first.weight[:, DIM:] = torch.randn(32, 3) * 0.2 / largest
+    signature = Signature(
+        task="ctr",
+        inputs=(
+            IdInput(name="user", table="user"),
+            DenseInput(name="counts", shape=(3,)),
+        ),
+        output="logit",
+        label="click",
+        metric="auc",
+    )
+    columns = {
+        "user": torch.randint(0, 500, (ROWS,)),
+        "counts": torch.rand(ROWS, 3) * largest,
+        "@label": torch.randint(0, 2, (ROWS,)).float(),
+    }
+    folder = tmp_path / "rows"
+    folder.mkdir()
+    save_file(columns, folder / "data.safetensors")
+    split = Split(path=str(folder), sha256="0" * 64, rows=ROWS)
+    network = Network(architecture=Architecture(path="tests.counts:CountsAndVectors"))
+    return Model(module, CountsAndVectors, network), Bench(signature=signature, calibration=split)
+
+
+STEPS = {
+    "static_int8": StaticInt8(),
+    "weight_int8": WeightInt8(activations="int8", block=0),
+}
+
+
+@pytest.mark.parametrize("kind", STEPS)
+def test_raw_counts_next_to_small_embeddings_are_a_warning_on_the_plan_line(tmp_path, kind):
+    model, bench = model_and_bench(tmp_path, largest=12.0)
+    plan = run(STEPS[kind], model, bench, tmp_path / "out").plan
+    line = plan.of("first")
+    assert line.warning is not None
+    assert "the range is 12 overall" in line.warning
+    assert "in 16 of 19 input channels" in line.warning
+    for column in (16, 17, 18):
+        assert f"{column} (up to 12)" in line.warning
+    assert "'equalize' or 'smooth_quant'" in line.warning
+    assert plan.of("out").warning is None
+
+
+@pytest.mark.parametrize("kind", STEPS)
+def test_inputs_of_similar_range_are_no_warning(tmp_path, kind):
+    model, bench = model_and_bench(tmp_path, largest=1.0, spread=0.3)
+    plan = run(STEPS[kind], model, bench, tmp_path / "out").plan
+    assert [line.module for line in plan.lines if line.warning] == []
+
+
+def test_counts_thousands_of_times_larger_are_no_warning_in_8_bit_floats_and_one_in_int8(tmp_path):
+    model, bench = model_and_bench(tmp_path, largest=200.0)
+    int8 = run(StaticInt8(), model, bench, tmp_path / "int8").plan.of("first").warning
+    assert int8 is not None
+    # E4M3 keeps 4 significant bits down to 1 / 28,672 of the largest input.
+    assert run(Float8Dense(), model, bench, tmp_path / "f8").plan.of("first").warning is None
+
+
+def test_counts_a_million_times_larger_are_a_warning_in_8_bit_floats(tmp_path):
+    model, bench = model_and_bench(tmp_path, largest=1e6)
+    warning = run(Float8Dense(), model, bench, tmp_path / "f8").plan.of("first").warning
+    assert warning is not None
+    assert "1e+06 overall" in warning
+
+
+def test_channels_without_weight_or_without_values_are_no_warning(tmp_path):
+    model, bench = model_and_bench(tmp_path, largest=12.0)
+    with torch.no_grad():
+        model.module.first.weight[:, :DIM] = 0
+    assert run(StaticInt8(), model, bench, tmp_path / "a").plan.of("first").warning is None
+
+
+def test_the_warning_is_about_what_really_changes_scores(tmp_path):
+    """The layer that is warned about loses its small inputs; scaled features lose nothing."""
+    losses = {}
+    for largest in (1.0, 12.0):
+        (tmp_path / str(largest)).mkdir()
+        model, bench = model_and_bench(tmp_path / str(largest), largest=largest, spread=0.05)
+        result = run(StaticInt8(), model, bench, tmp_path / str(largest) / "out")
+        torch.manual_seed(1)
+        inputs = {"user": torch.randint(0, 500, (500,)), "counts": torch.rand(500, 3) * largest}
+        with torch.no_grad():
+            before, after = model.module(**inputs), result.module(**inputs)
+        losses[largest] = float((after - before).std() / before.std())
+        assert (result.plan.of("first").warning is None) == (largest == 1.0)
+    assert losses[12.0] > 3 * losses[1.0]
+
+
+def test_a_warning_stays_on_the_line_after_steps_that_leave_the_layer_alone(tmp_path):
+    model, bench = model_and_bench(tmp_path, largest=12.0)
+    first = run(StaticInt8(), model, bench, tmp_path / "a")
+    second = run(RowwiseInt8(), first, bench, tmp_path / "b")
+    assert second.plan.of("first").warning == first.plan.of("first").warning is not None
+
+
+def test_without_calibration_rows_nothing_is_known_and_nothing_is_said(tmp_path):
+    model, bench = model_and_bench(tmp_path, largest=12.0)
+    bare = bench.model_copy(update={"calibration": None})
+    assert run(STEPS["weight_int8"], model, bare, tmp_path / "a").plan.of("first").warning is None
+
+
+def test_plans_stored_before_warnings_load():
+    line = PlanLine(module="a", role="dense", format="f", bytes_before=1, bytes_after=1, reason="r")
+    stored = json.loads(Plan(lines=(line,)).model_dump_json())
+    del stored["lines"][0]["warning"]
+    assert Plan.model_validate(stored).lines[0].warning is None

@@ -1,0 +1,256 @@
+"""Compiled loops against the specification in torch operators, bit for bit."""
+
+import itertools
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from compressors.errors.compression import CompressionError
+from compressors.quantize.kernels import bitpacking, clipping, row_encoding
+from compressors.quantize.kernels.levels import FittedRange, Grid, nearest, squared_error
+from compressors.quantize.tables.rowwise_int4 import RowwiseInt4
+from compressors.quantize.tables.rowwise_int8 import RowwiseInt8
+
+ROOT = Path(__file__).parents[3]
+LEVELS = {(8, True): 255, (8, False): 256, (4, True): 15, (4, False): 16}
+GRIDS = [
+    (bits, Grid(levels, symmetric, "min_max", scale, together))
+    for ((bits, symmetric), levels), scale, together in itertools.product(
+        LEVELS.items(), ("float16", "float32"), (1, 2, 8)
+    )
+] + [
+    (bits, Grid(levels, symmetric, "least_squares", scale))
+    for ((bits, symmetric), levels), scale in itertools.product(
+        LEVELS.items(), ("float16", "float32")
+    )
+]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _compiled() -> None:
+    """Compiling takes seconds, which are no example's fault."""
+    row_encoding.encode(torch.zeros(1, 1), Grid(15), 4)
+    row_encoding.encode(torch.zeros(1, 1), Grid(15, clipping="least_squares"), 4)
+    row_encoding.encode_as(torch.zeros(1, 1), FittedRange(torch.ones(1, 1), None), Grid(15), 4)
+
+
+def words(tensor: Tensor) -> Tensor:
+    """A tensor's bits, so that zeros of both signs differ."""
+    return tensor.view({1: torch.uint8, 2: torch.int16, 4: torch.int32}[tensor.element_size()])
+
+
+def stored(steps: Tensor, bits: int, *, symmetric: bool) -> Tensor:
+    """Levels counted in scales as codes: what the compiled loops write."""
+    if bits == 8:
+        return steps.to(torch.int8 if symmetric else torch.uint8).view(torch.uint8)
+    return bitpacking.pack((steps + 8 if symmetric else steps).to(torch.uint8), 4)
+
+
+def agree(rows: Tensor, grid: Grid, bits: int) -> None:
+    """Codes, scales and offsets are the specification's, or both refuse."""
+    try:
+        wanted = clipping.fit(rows, grid)
+    except CompressionError:
+        with pytest.raises(CompressionError):
+            row_encoding.encode(rows, grid, bits)
+        return
+    codes, fitted = row_encoding.encode(rows, grid, bits)
+    assert torch.equal(words(fitted.scale), words(wanted.scale))
+    assert (fitted.offset is None) == (wanted.offset is None)
+    if fitted.offset is not None and wanted.offset is not None:
+        assert torch.equal(words(fitted.offset), words(wanted.offset))
+    steps = stored(nearest(rows, wanted, grid), bits, symmetric=grid.symmetric)
+    assert torch.equal(codes, steps)
+    assert torch.equal(row_encoding.encode_as(rows, wanted, grid, bits), steps)
+
+
+def finite(words_: list[int], dim: int) -> Tensor:
+    """Rows made of any float32 bit patterns but NaN and infinity."""
+    numbers = np.array(words_, np.uint32).view(np.float32)
+    numbers = np.where(np.isfinite(numbers), numbers, np.float32(0))
+    return torch.from_numpy(numbers[: len(numbers) // dim * dim].reshape(-1, dim).copy())
+
+
+# Any bits; and floats of one size, so that rows are not ruled by one large number.
+ANY = st.integers(0, 2**32 - 1)
+NEAR = st.builds(
+    lambda sign, exponent, rest: sign << 31 | exponent << 23 | rest,
+    st.integers(0, 1),
+    st.integers(96, 143),
+    st.integers(0, 2**23 - 1),
+)
+SPECIAL = st.sampled_from([0, 1 << 31, 1, 0x7FFFFF, 0x800000, 0x477FE000, 0x33800000, 0x38800000])
+
+
+@pytest.mark.parametrize(("bits", "grid"), GRIDS)
+@given(st.lists(ANY | NEAR | SPECIAL, min_size=1, max_size=60), st.integers(1, 20))
+def test_every_bit_is_the_specifications(bits: int, grid: Grid, numbers: list[int], dim: int):
+    agree(finite(numbers, min(dim, len(numbers))), grid, bits)
+
+
+@pytest.mark.parametrize(("bits", "grid"), GRIDS)
+@given(st.integers(-20, 20), st.integers(0, 2**16), st.sampled_from([1, 2, 7, 8, 15, 16, 33, 64]))
+def test_every_bit_of_ordinary_rows_is_the_specifications(
+    bits: int, grid: Grid, power: int, seed: int, dim: int
+):
+    rows = torch.randn(70, dim, generator=torch.Generator().manual_seed(seed)) * 2.0**power
+    rows[seed % 70] = 0
+    rows[seed % 7] = rows[seed % 7].abs() + 2.0**power  # all of one sign
+    agree(rows, grid, bits)
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_values_halfway_between_levels_go_to_the_even_one(bits: int, symmetric: bool):
+    grid = Grid(LEVELS[bits, symmetric], symmetric, "min_max", "float32")
+    top = grid.half if symmetric else grid.levels - 1
+    rows = torch.arange(-2 * int(top), 2 * int(top) + 1).float().unsqueeze(0) / 2
+    agree(rows if symmetric else rows.abs(), grid, bits)
+
+
+@pytest.mark.parametrize("clip", ["min_max", "least_squares", "greedy", "mse"])
+@pytest.mark.parametrize("step", [RowwiseInt8, RowwiseInt4])
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("together", [0, 1, 4])
+def test_a_steps_blocks_are_the_specifications(step, clip, symmetric, together):
+    method = step(clipping=clip, symmetric=symmetric, rows_per_scale=together)
+    rows = torch.randn(41, 10, generator=torch.Generator().manual_seed(1)).half()
+    found = method.encode(rows, method.fit(rows))
+    fitted = clipping.fit(rows, method.grid)
+    bits = 8 if step is RowwiseInt8 else 4
+    steps = stored(nearest(rows, fitted, method.grid), bits, symmetric=symmetric)
+    assert torch.equal(found["codes"].view(torch.uint8), steps)
+    assert found.keys() == {"codes"} | (
+        ({"scale"} | (set() if symmetric else {"offset"})) if together else set()
+    )
+    if together:
+        assert torch.equal(found["scale"], fitted.scale)
+
+
+def prepacked(rows: Tensor) -> Tensor:
+    """What torch's own 4-bit prepack makes of a table: asymmetric, float16 scale and offset."""
+    packed = torch.ops.quantized.embedding_bag_4bit_prepack(rows)
+    found: Tensor = torch.ops.quantized.embedding_bag_4bit_unpack(packed)
+    return found[:, : rows.shape[1]]
+
+
+def tables(dim: int) -> dict[str, Tensor]:
+    torch.manual_seed(dim)
+    shape = (2000, dim)
+    return {
+        "normal": torch.randn(shape) * 0.1,
+        "laplace": torch.distributions.Laplace(0.0, 1.0).sample(shape),
+        "uniform": torch.rand(shape) * 2 - 1,
+        "log-normal": torch.randn(shape).exp(),
+        "student": torch.distributions.StudentT(3.0).sample(shape),
+    }
+
+
+@pytest.mark.parametrize("dim", [8, 10, 16, 64, 128])
+def test_least_squares_loses_less_than_torchs_prepack_on_every_table(dim: int):
+    for name, rows in tables(dim).items():
+        step = RowwiseInt4(symmetric=False, clipping="least_squares")
+        found = step.encode(rows, {})
+        ids = torch.arange(len(rows))
+        weights = step.storage.lookup(found, ids, dim, step.settings())
+        ratio = (weights - rows).square().sum() / (prepacked(rows) - rows).square().sum()
+        # 0.71 to 0.89 as measured; the tables are drawn, so a little more is allowed.
+        assert float(ratio) < 0.92, (name, float(ratio))
+
+
+@given(st.integers(0, 2**16), st.sampled_from([1, 2, 3, 8, 16, 33]), st.sampled_from(list(LEVELS)))
+def test_least_squares_is_never_worse_than_min_max(seed: int, dim: int, form: tuple[int, bool]):
+    rows = torch.randn(70, dim, generator=torch.Generator().manual_seed(seed))
+    errors = []
+    for clip in ("min_max", "least_squares"):
+        grid = Grid(LEVELS[form], form[1], clip)
+        fitted = clipping.fit(rows, grid)
+        errors.append(squared_error(rows, fitted, grid))
+    # Errors are of float32 sums and codes found with a reciprocal: a rounding apart at a tie.
+    assert bool((errors[1] <= errors[0] * (1 + 1e-4) + 1e-12).all())
+
+
+@pytest.mark.parametrize("threads", [2, 3])
+@pytest.mark.parametrize("together", [1, 8])
+def test_threads_change_nothing(threads: int, together: int, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(row_encoding, "THREAD_VALUES", 64)
+    rows = torch.randn(1001, 12, generator=torch.Generator().manual_seed(2))
+    grid = Grid(15, True, "min_max", "float16", together)
+    whole = row_encoding.encode(rows, grid, 4)
+    fitted = clipping.fit(rows, Grid(15, True, "min_max", "float16", 0))
+    table = Grid(15, True, "min_max", "float16", 0)
+    alone = row_encoding.encode_as(rows, fitted, table, 4)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        codes, found = row_encoding.encode(rows, grid, 4)
+        assert torch.equal(codes, whole[0])
+        assert torch.equal(found.scale, whole[1].scale)
+        assert torch.equal(row_encoding.encode_as(rows, fitted, table, 4), alone)
+        assert torch.equal(row_encoding.encode_as(rows, whole[1], grid, 4), whole[0])
+        rows[777, 3] = float("nan")
+        with pytest.raises(CompressionError, match="Row 777 has a NaN"):
+            row_encoding.encode(rows, grid, 4)
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_a_weight_that_is_not_finite_is_refused_by_its_row(bad: float, symmetric: bool):
+    rows = torch.ones(200, 3)
+    rows[131, 1] = bad
+    with pytest.raises(CompressionError, match="Row 131"):
+        row_encoding.encode(rows, Grid(255, symmetric, "min_max", "float32"), 8)
+
+
+@pytest.mark.parametrize(
+    ("largest", "grid", "said"),
+    [
+        (1e9, Grid(255, True, "min_max", "float16"), "Set the step's scale to 'float32'"),
+        (1e9, Grid(16, False, "min_max", "float16"), "A weight of 1e\\+09"),
+        (3e38, Grid(16, False, "min_max", "float32"), "Leave the table out"),
+    ],
+)
+def test_a_weight_without_a_scale_is_refused_with_what_to_do(largest, grid, said):
+    rows = torch.ones(100, 4)
+    rows[70, 2], rows[70, 3] = largest, -largest
+    with pytest.raises(CompressionError, match=said):
+        row_encoding.encode(rows, grid, 8 if grid.levels > 16 else 4)
+
+
+def test_no_rows_are_no_codes():
+    codes, fitted = row_encoding.encode(torch.zeros(0, 5), Grid(15), 4)
+    assert codes.shape == (0, 3)
+    assert fitted.scale.shape == (0, 1)
+    assert row_encoding.encode_as(
+        torch.zeros(0, 5), FittedRange(torch.ones(1, 1), None), Grid(15), 4
+    ).shape == (0, 3)
+
+
+def test_rows_need_not_lie_together():
+    rows = torch.randn(64, 40)[::2, ::3]
+    codes, _ = row_encoding.encode(rows, Grid(255), 8)
+    assert torch.equal(codes, row_encoding.encode(rows.contiguous(), Grid(255), 8)[0])
+
+
+def test_who_encodes_nothing_does_not_wait_for_the_compiler():
+    code = "import sys; import compressors.core.registries; assert 'numba' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, timeout=120)
+
+
+def test_machine_code_is_cached_next_to_the_source_and_nowhere_else(tmp_path):
+    """numba's caches are pickles: one that anybody may fill could run their code."""
+    module = "compressors.quantize.kernels.numba_kernels"
+    code = f"from {module} import _to_16; import numpy; _to_16(numpy.float32(1))"
+    environment = os.environ | {"NUMBA_CACHE_DIR": str(tmp_path), "XDG_CACHE_HOME": str(tmp_path)}
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, timeout=120, env=environment)
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == []

@@ -1,0 +1,185 @@
+"""Levels of uniform tables: what rounding may cost, and that no row is clipped by rounding."""
+
+import pytest
+import torch
+from grids import (
+    SLACK,
+    back,
+    each_asymmetric,
+    each_grid,
+    each_symmetric,
+    normal,
+    of,
+    rules,
+    scale_types,
+    sharing,
+    tables,
+)
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from compressors.errors.compression import CompressionError
+from compressors.quantize.kernels.clipping import fit
+from compressors.quantize.kernels.levels import Grid, nearest
+
+
+def within_half_a_level(table: Tensor, grid: Grid) -> None:
+    decoded, (scale, offset) = back(table, grid)
+    largest = table.abs().amax(dim=1, keepdim=True)
+    if offset is not None:
+        largest = torch.maximum(largest, offset.float().abs())
+    assert torch.all((decoded - table).abs() <= scale.float() / 2 + SLACK * largest)
+
+
+@each_grid
+@given(table=tables(), scale=scale_types, together=sharing)
+def test_every_weight_returns_within_half_a_level_of_the_stored_scale(grid, table, scale, together):
+    within_half_a_level(table, of(grid, scale=scale, rows_per_scale=together))
+
+
+@each_grid
+@pytest.mark.parametrize("largest", [1.4e-7, 1e-5, 1.1e-4, 6e-8 * 127.4, 6e-8 * 7.4, 6e-8 * 1.6])
+def test_a_scale_among_the_smallest_float16_numbers_clips_nothing(grid, largest):
+    # Such scales are whole multiples of 2^-24: rounded down, they would clip the largest weights.
+    within_half_a_level(torch.linspace(-1, 1, 33).reshape(3, 11) * largest, grid)
+
+
+@each_grid
+@given(table=tables(), together=sharing)
+def test_a_level_is_no_wider_than_the_rows_range_needs(grid, table, together):
+    _, (scale, offset) = back(table, of(grid, rows_per_scale=together))
+    groups = torch.arange(len(table)) // (together or len(table))
+    low, high = (
+        torch.stack([part(table[groups == group]) for group in groups])
+        for part in (torch.min, torch.max)
+    )
+    if offset is None:
+        needed = torch.maximum(-low, high) / grid.half
+    else:
+        # Rounding an offset down by one part in 2^10 widens the range by as much.
+        needed = (high - low + low.abs() * 2.0**-10 + 2.0**-24) / (grid.levels - 1)
+    # float16 rounds a scale by at most one part in 2^11, or by one of its smallest steps
+    assert torch.all(scale.float() <= needed.unsqueeze(1) * (1 + 2.0**-11) + 2.0**-24)
+    assert torch.all(scale > 0)
+
+
+@each_grid
+@given(table=tables(), together=sharing, clipping=rules)
+def test_codes_are_the_grids_own_and_no_others(grid, table, together, clipping):
+    chosen = of(grid, rows_per_scale=together, clipping=clipping)
+    steps = nearest(table, fit(table, chosen), chosen)
+    codes = steps + (grid.half if grid.symmetric else 0)
+    assert torch.equal(codes, codes.round())
+    assert torch.all((codes >= 0) & (codes <= grid.levels - 1))
+
+
+@each_grid
+@pytest.mark.parametrize("scale", ["float16", "float32"])
+@pytest.mark.parametrize("clipping", ["min_max", "greedy", "mse"])
+def test_rows_of_zeros_keep_a_positive_scale_and_are_exact(grid, scale, clipping):
+    table = torch.zeros(4, 5)
+    table[2] = torch.tensor([0.5, -1.0, 0.0, 0.25, 1.0])
+    decoded, stored = back(table, of(grid, scale=scale, clipping=clipping))
+    # Around zero there is no level at zero: half of the smallest scale is what is left.
+    allowed = 2.0**-25 if grid.symmetric and grid.levels == 4 else 0.0
+    assert decoded[[0, 1, 3]].abs().max() <= allowed
+    assert torch.all(stored.scale > 0)
+    assert torch.isfinite(stored.scale).all()
+    assert all(part.dtype == getattr(torch, scale) for part in stored if part is not None)
+
+
+@each_asymmetric
+@pytest.mark.parametrize("scale", ["float16", "float32"])
+@pytest.mark.parametrize("value", [0.013, -0.013, 1 / 3, -7.7, 1e-6, 60000.3])
+def test_a_row_of_one_value_is_kept_within_a_rounding(grid, scale, value):
+    decoded, stored = back(torch.full((3, 6), value), of(grid, scale=scale))
+    # The offset lies below by less than a float16 step, and the codes divide what is left.
+    step = 2.0**-10 * abs(value) / (grid.levels - 1) + 2.0**-24
+    assert (decoded - value).abs().max() <= step / 2 + SLACK * abs(value)
+    assert torch.all(stored.offset.float() <= value + SLACK * abs(value))
+
+
+@each_asymmetric
+def test_an_offset_makes_levels_finer_where_weights_lie_to_one_side(grid):
+    table = torch.rand(50, 16, generator=torch.Generator().manual_seed(0)) * 0.1 + 0.1
+    plain = of(grid, symmetric=True, levels=grid.levels - grid.levels % 2)
+    with_offset, without = ((back(table, one)[0] - table).square().sum() for one in (grid, plain))
+    # Half of a symmetric grid's levels lie where no weight is, and zero to 0.1 is empty.
+    assert with_offset < without / 4
+
+
+def test_four_levels_around_zero_beat_three_with_a_zero():
+    table = normal(500, 16)
+    errors = {
+        levels: (back(table, Grid(levels, clipping="mse"))[0] - table).square().sum()
+        for levels in (3, 4)
+    }
+    assert errors[4] < 0.7 * errors[3]
+
+
+@each_grid
+def test_weights_too_small_for_float16_become_next_to_nothing(grid):
+    decoded, _ = back(torch.full((2, 4), 1e-12), grid)
+    assert decoded.abs().max() <= 2.0**-24
+
+
+@each_symmetric
+def test_a_scale_above_float16_is_refused_and_float32_takes_it(grid):
+    table = torch.full((2, 3), 65504.0 * grid.half * 1.01)
+    with pytest.raises(CompressionError, match=r"needs a scale above float16.*'float32'"):
+        fit(table, grid)
+    within_half_a_level(table, of(grid, scale="float32"))
+
+
+@each_asymmetric
+def test_an_offset_or_scale_above_float16_is_refused_and_float32_takes_it(grid):
+    low = torch.tensor([[-66000.0, 0.0]])
+    with pytest.raises(CompressionError, match=r"-?66000 needs an offset above float16.*'float32'"):
+        fit(low, grid)
+    high = torch.tensor([[-1.0, 65504.0 * grid.levels]])
+    with pytest.raises(CompressionError, match=r"needs a scale above float16.*'float32'"):
+        fit(high, grid)
+    for table in (low, high):
+        within_half_a_level(table, of(grid, scale="float32"))
+
+
+@each_asymmetric
+@pytest.mark.parametrize("clipping", ["min_max", "greedy", "mse"])
+def test_a_range_beyond_float32_is_refused(grid, clipping):
+    table = torch.tensor([[-3e38, 3e38]])
+    with pytest.raises(CompressionError, match=r"above float32's largest number\. Leave the table"):
+        fit(table, of(grid, scale="float32", clipping=clipping))
+
+
+@each_symmetric
+def test_both_ends_of_a_row_are_kept_exactly_at_a_scale_float16_holds(grid):
+    table = torch.tensor([[-1.0, 1.0, 1.0]]) * grid.half * 2.0**-6
+    assert torch.equal(back(table, grid)[0], table)
+
+
+@each_grid
+@given(table=tables(), clipping=rules, data=st.data())
+def test_a_range_is_fitted_by_itself(grid, table, clipping, data):
+    """So it does not matter which blocks a table is encoded in."""
+    together = data.draw(st.sampled_from([1, 2]))
+    chosen = of(grid, clipping=clipping, rows_per_scale=together)
+    whole = fit(table, chosen)
+    parts = [fit(part, chosen) for part in table.split(together)]
+    for name in ("scale", "offset"):
+        if getattr(whole, name) is not None:
+            alone = torch.cat([getattr(part, name) for part in parts])
+            assert torch.equal(getattr(whole, name), alone)
+
+
+@each_grid
+@pytest.mark.parametrize("rows", [8, 11, 3])
+def test_shared_scales_are_those_of_the_rows_laid_end_to_end(grid, rows):
+    table = normal(rows, 3, seed=rows)
+    shared = fit(table, of(grid, rows_per_scale=4))
+    assert len(shared.scale) == -(-rows // 4)
+    for number, part in enumerate(table.split(4)):
+        alone = fit(part.reshape(1, -1), grid)
+        assert torch.equal(shared.scale[number], alone.scale[0])
+    one = fit(table, of(grid, rows_per_scale=0))
+    assert torch.equal(one.scale, fit(table.reshape(1, -1), grid).scale)

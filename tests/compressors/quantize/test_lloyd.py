@@ -1,0 +1,229 @@
+"""k-means: it never gets worse, finds what is there, and answers the same however it is asked."""
+
+import itertools
+
+import hypothesis.extra.numpy as arrays
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from compressors.quantize.kernels import lloyd
+from compressors.quantize.kernels.lloyd import (
+    kmeans,
+    nearest,
+    nearest_under,
+    sample,
+    scalar_kmeans,
+    squared_distance,
+)
+
+
+def points(most: int = 40) -> st.SearchStrategy[Tensor]:
+    """Float32 points of any spread; few values, so that some points are equal."""
+    unit = st.floats(-1, 1, width=32, allow_subnormal=False).map(lambda x: round(x, 1))
+    shapes = st.tuples(st.integers(1, most), st.integers(1, 4))
+    values = arrays.arrays(np.float32, shapes, elements=st.builds(np.float32, unit))
+    scales = st.sampled_from([1e-4, 1.0, 1e4])
+    return st.tuples(values, scales).map(lambda drawn: torch.from_numpy(drawn[0]) * drawn[1])
+
+
+def error(rows: Tensor, codebook: Tensor, weight: Tensor | None = None) -> float:
+    """Squared error with every point at its nearest entry, the plain way, in float64."""
+    gaps = rows.double()[:, None] - codebook.double()[None]
+    each = gaps.square().sum(dim=2).amin(dim=1)
+    return float(each.sum() if weight is None else (each * weight.double()).sum())
+
+
+def alone(rows: Tensor) -> float:
+    """The squared error of one entry for all points: what any codebook must beat."""
+    return float((rows.double() - rows.double().mean(dim=0)).square().sum())
+
+
+@given(rows=points(), levels=st.integers(1, 9))
+def test_rounds_never_raise_the_error_and_the_last_is_the_codebooks(rows, levels):
+    fit = kmeans(rows, levels)
+    assert fit.codebook.shape == (levels, rows.shape[1])
+    assert list(fit.errors) == sorted(fit.errors, reverse=True)
+    # Gaps are float32, so each is off by a part in 2^24 of the largest number.
+    largest = float(rows.abs().max())
+    assert fit.errors[-1] == pytest.approx(
+        error(rows, fit.codebook), rel=1e-4, abs=1e-9 * largest**2
+    )
+
+
+@given(rows=points(), levels=st.integers(1, 9))
+def test_an_entry_for_all_points_is_never_better(rows, levels):
+    for fit in (kmeans(rows, levels), scalar_kmeans(rows.flatten(), levels)):
+        flat = rows if fit.codebook.shape[1] == rows.shape[1] else rows.reshape(-1, 1)
+        # One entry is the mean but for float32's last bit.
+        slack = 1e-6 * float(flat.double().square().sum())
+        assert error(flat, fit.codebook) <= alone(flat) + slack
+
+
+@given(rows=points(), more=st.integers(0, 5))
+def test_points_that_are_no_more_than_entries_are_kept_exactly(rows, more):
+    different = len(torch.unique(rows, dim=0))
+    fit = kmeans(rows, different + more)
+    assert torch.equal(fit.codebook[nearest(rows, fit.codebook)], rows)
+    values = rows.flatten()
+    scalar = scalar_kmeans(values, len(torch.unique(values)) + more).codebook
+    assert torch.equal(scalar[nearest(values[:, None], scalar)].flatten(), values)
+
+
+def clustered(count: int, dim: int, clusters: int, seed: int = 0) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    centres = torch.randn(clusters, dim, generator=generator) * 10
+    which = torch.arange(count) % clusters
+    return centres[which] + 0.1 * torch.randn(count, dim, generator=generator), which
+
+
+def test_clusters_that_stand_apart_are_found():
+    rows, which = clustered(800, 5, 20)
+    codes = nearest(rows, kmeans(rows, 20).codebook)
+    assert len(torch.unique(codes)) == 20
+    for cluster in range(20):
+        assert len(torch.unique(codes[which == cluster])) == 1
+
+
+@pytest.mark.parametrize("dim", [1, 3, 8])
+def test_more_entries_lose_less(dim):
+    rows = torch.randn(2000, dim, generator=torch.Generator().manual_seed(1))
+    losses = [kmeans(rows, levels).errors[-1] for levels in (1, 2, 4, 8, 16, 32, 64)]
+    # A minimum of Lloyd's is local, so a hundredth of slack; in fact each halves in one column.
+    assert all(later <= 1.01 * earlier for earlier, later in itertools.pairwise(losses))
+    assert losses[-1] < 0.5 * losses[0]
+
+
+def test_scalar_levels_of_a_normal_come_near_the_best_there_are():
+    """Max 1960 gives the least mean squared error of a unit normal under 4 and 16 levels."""
+    values = torch.randn(200_000, generator=torch.Generator().manual_seed(2))
+    for levels, least in ((4, 0.1175), (16, 0.009497)):
+        found = scalar_kmeans(values, levels).errors[-1] / len(values)
+        assert found == pytest.approx(least, rel=0.02)  # a sample of 2e5 is off by a hundredth
+
+
+@given(rows=points(), levels=st.integers(1, 9), seed=st.integers(0, 5))
+def test_a_weight_is_as_good_as_so_many_copies(rows, levels, seed):
+    times = torch.randint(1, 4, (len(rows),), generator=torch.Generator().manual_seed(seed))
+    copies = rows.repeat_interleave(times, dim=0)
+    values, each = rows[:, 0], times.double()
+    weighted = scalar_kmeans(values, levels, each)
+    repeated = scalar_kmeans(copies[:, 0], levels)
+    torch.testing.assert_close(weighted.codebook, repeated.codebook, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("levels", [2, 8, 30])
+def test_entries_are_the_weighted_means_of_what_is_nearest_to_them(levels):
+    """One more plain step takes next to nothing off the error."""
+    generator = torch.Generator().manual_seed(6)
+    rows = torch.randn(600, 3, generator=generator)
+    weight = torch.rand(600, generator=generator, dtype=torch.float64) ** 4
+    fit = kmeans(rows, levels, weight, rounds=200)
+    found = error(rows, fit.codebook, weight)
+    assert found == pytest.approx(fit.errors[-1], rel=1e-6)
+    codes = nearest(rows, fit.codebook)
+    means = [
+        np.average(rows[codes == code].numpy(), axis=0, weights=weight[codes == code].numpy())
+        for code in range(levels)
+    ]
+    again = error(rows, torch.from_numpy(np.stack(means)).float(), weight)
+    assert again > (1 - 2 * lloyd.ENOUGH) * found
+
+
+def test_a_point_of_great_weight_gets_an_entry_of_its_own():
+    rows = torch.randn(500, 3, generator=torch.Generator().manual_seed(3))
+    weight = torch.ones(500)
+    weight[7] = 1e6
+    codebook = kmeans(rows, 4, weight).codebook
+    assert float((codebook - rows[7]).norm(dim=1).min()) < 1e-3
+    assert float((kmeans(rows, 4).codebook - rows[7]).norm(dim=1).min()) > 1e-2
+
+
+def test_points_without_weight_decide_nothing():
+    rows, _ = clustered(200, 3, 4)
+    weight = (torch.arange(200) % 4 < 2).float()
+    fit = kmeans(rows, 2, weight)
+    assert fit.errors[-1] == pytest.approx(error(rows[weight > 0], fit.codebook), rel=1e-4)
+    assert fit.errors[-1] < 0.01 * alone(rows[weight > 0])
+
+
+def test_entries_that_nothing_is_near_to_are_put_to_work(monkeypatch):
+    rows, _ = clustered(400, 2, 8)
+    equal = rows[:1].expand(8, 2).clone()  # seven of these first entries are nearest to nothing
+    monkeypatch.setattr(lloyd, "_seeded", lambda *_: equal)
+    fit = kmeans(rows, 8)
+    assert len(torch.unique(nearest(rows, fit.codebook))) == 8
+    # Two clusters may keep one entry between them.
+    assert fit.errors[-1] < 0.2 * fit.errors[0]
+
+
+def test_the_same_points_give_the_same_codebook():
+    rows = torch.randn(3000, 6, generator=torch.Generator().manual_seed(4))
+    state = torch.random.get_rng_state()
+    first = kmeans(rows, 16)
+    torch.manual_seed(99)
+    second = kmeans(rows, 16)
+    assert torch.equal(first.codebook, second.codebook)
+    torch.random.set_rng_state(state)
+
+
+# --- the nearest entry -------------------------------------------------------------------------
+
+
+@given(rows=points(), levels=st.integers(1, 20), seed=st.integers(0, 9))
+def test_the_nearest_entry_is_that_of_a_plain_search(rows, levels, seed):
+    generator = torch.Generator().manual_seed(seed)
+    codebook = rows[torch.randint(len(rows), (levels,), generator=generator)] * 0.9
+    gaps = (rows.double()[:, None] - codebook.double()[None]).square().sum(dim=2)
+    assert torch.equal(nearest(rows, codebook), gaps.argmin(dim=1))
+    ones = torch.ones_like(rows)
+    under = nearest_under(rows, ones, codebook)
+    found = gaps.gather(1, under[:, None]).flatten()
+    size = float(rows.double().square().sum(dim=1).amax())
+    assert torch.all(found <= gaps.amin(dim=1) + 1e-5 * size)  # products of float32
+
+
+def test_columns_that_do_not_count_do_not_decide():
+    rows, codebook = torch.tensor([[0.0, 9.0]]), torch.tensor([[1.0, 9.0], [0.0, -9.0]])
+    assert nearest_under(rows, torch.tensor([[1.0, 0.0]]), codebook).tolist() == [1]
+    assert nearest_under(rows, torch.tensor([[1.0, 1.0]]), codebook).tolist() == [0]
+
+
+@pytest.mark.parametrize("block", [1, 7, 64, 1000])
+def test_nearest_entries_do_not_depend_on_how_points_are_cut(block, monkeypatch):
+    """Equal and nearly equal distances are what rounding would decide by the cut."""
+    generator = torch.Generator().manual_seed(5)
+    codebook = torch.randn(200, 7, generator=generator)
+    codebook[100:] = codebook[:100] * (1 + 2.0**-22)
+    pairs = torch.randint(200, (1000, 2), generator=generator)
+    rows = codebook[pairs].mean(dim=1)  # half way between two entries
+    whole = nearest(rows, codebook)
+    monkeypatch.setattr(lloyd, "BLOCK", block)
+    assert torch.equal(nearest(rows, codebook), whole)
+    parts = [nearest(part, codebook) for part in rows.split(block)]
+    assert torch.equal(torch.cat(parts), whole)
+
+
+def test_squared_distances_are_those_of_float64():
+    rows, others = torch.randn(50, 4), torch.randn(50, 4)
+    expected = (rows.double() - others.double()).square().sum(dim=1)
+    torch.testing.assert_close(squared_distance(rows, others), expected, rtol=1e-6, atol=1e-12)
+
+
+# --- samples -----------------------------------------------------------------------------------
+
+
+@given(count=st.integers(1, 500), most=st.integers(1, 50))
+def test_a_sample_has_a_row_of_every_stretch(count, most):
+    rows = torch.arange(count, dtype=torch.float32).unsqueeze(1)
+    drawn = sample(rows, most).flatten()
+    assert len(drawn) == min(count, most)
+    if count <= most:
+        assert torch.equal(drawn, rows.flatten())
+    else:
+        stretch = (torch.arange(most + 1) * count // most).float()
+        assert torch.all(drawn >= stretch[:-1])
+        assert torch.all(drawn < stretch[1:])

@@ -1,0 +1,174 @@
+"""Lookups are counted where a network makes them."""
+
+import pytest
+import torch
+from models import ATTENTION, BENCH_ROWS, RANKER, TIED, Step
+
+from compressors.contracts import Bench
+from compressors.core.batches import Rows, batches
+from compressors.core.modules.formats import Bag
+from compressors.core.runner import run
+from compressors.core.units import Unit, own_weight, private_copy, table_rows
+from compressors.errors.compression import CompressionError
+from compressors.factorize.low_rank import LowRank
+from compressors.factorize.multi_hash import MultiHash, hashed
+from compressors.factorize.quotient_remainder import QuotientRemainder
+from compressors.prune.tables.cluster_rows import ClusterRows
+from compressors.prune.tables.prune_rows import PruneRows
+from compressors.prune.tables.tiers import Tiers
+from compressors.quantize.calibration.lookup_counts import lookup_counts, squared_gradients
+from compressors.quantize.tables.rowwise_int8 import RowwiseInt8
+from compressors.task_kinds.loss import hard_loss
+
+NAMES = ("user", "item", "city", "genres", "history", "tags")
+
+
+def expected(bench: Bench, name: str, table_size: int) -> torch.Tensor:
+    """Counted from the data itself."""
+    (rows,) = batches(bench.train, bench.signature, BENCH_ROWS)
+    ids = rows.inputs[name].reshape(-1).long()
+    if name == "genres":
+        ids = ids[ids != 0]  # its padding
+    return torch.bincount(ids, minlength=table_size).double()
+
+
+@pytest.mark.parametrize("first", [None, RowwiseInt8(), LowRank()], ids=lambda s: s and s.kind)
+def test_every_lookup_counts_once_whatever_the_table_is_made_of(first, tmp_path):
+    bench, model = RANKER.bench(tmp_path / "data"), RANKER.model()
+    if first is not None:
+        model = run(first, model, bench, tmp_path / "first")
+    counts = lookup_counts(model, bench, NAMES)
+    assert set(counts) == set(NAMES)
+    for name in NAMES:
+        assert torch.equal(counts[name], expected(bench, name, table_rows(model.module)[name]))
+
+
+def test_a_part_is_counted_where_it_is_read(tmp_path):
+    bench = RANKER.bench(tmp_path / "data")
+    model = run(LowRank(), RANKER.model(), bench, tmp_path / "out")
+    counts = lookup_counts(model, bench, ["item", "item.narrow"])
+    assert torch.equal(counts["item"], counts["item.narrow"])
+
+
+NESTED: tuple[Step, ...] = (
+    Tiers(tables=("user", "item", "genres", "tags"), hot=0.2),
+    PruneRows(tables=("item.hot", "history"), keep=0.4, pruned="shared"),
+    ClusterRows(tables=("genres.table.cold",), hot=0.4, clusters=3),
+    LowRank(tables=("item.cold",)),
+    QuotientRemainder(tables=("user.cold", "tags.table.hot")),
+)
+
+
+def test_only_what_is_read_counts_as_a_lookup_of_a_part(tmp_path):
+    """A row of a part counts for those of the table that are other rows if it is another one."""
+    bench, model = RANKER.bench(tmp_path / "data"), RANKER.model()
+    before = lookup_counts(model, bench, NAMES)
+    for number, step in enumerate(NESTED):
+        model = run(step, model, bench, tmp_path / str(number))
+    owners = {unit.name: unit.part_of for unit in Unit.of(model.module) if unit.part_of}
+    counts, module = lookup_counts(model, bench, owners), private_copy(model.module)
+    assert set(counts) == set(owners)
+    for name, count in counts.items():
+        part, whole = module.get_submodule(name), module.get_submodule(owners[name])
+        if not isinstance(part, torch.nn.Embedding):
+            continue  # its own parts are looked at
+        table = whole.table if isinstance(whole, Bag) else whole
+        ids = torch.arange(table.rows)
+        was, weight = table(ids), part.weight
+        for row in range(part.num_embeddings):
+            moved = weight.detach().clone()
+            moved[row] += 1 + moved[row].abs()
+            own_weight(part, "weight", moved)
+            reads = (table(ids) != was).any(dim=1)
+            assert float(count[row]) == float(before[owners[name]][reads].sum()), (name, row)
+        part.weight = weight
+
+
+def test_a_bucket_counts_for_every_hash(tmp_path):
+    bench, step = RANKER.bench(tmp_path / "data"), MultiHash(tables=("user",), hashes=3)
+    model = run(step, RANKER.model(), bench, tmp_path / "out")
+    counts = lookup_counts(model, bench, ["user", "user.buckets"])
+    places = hashed(torch.arange(40), model.module.user.functions, 20)
+    expected = [float((counts["user"].unsqueeze(1) * (places == at)).sum()) for at in range(20)]
+    assert counts["user.buckets"].tolist() == expected
+
+
+def test_a_table_in_two_places_counts_both(tmp_path):
+    bench = TIED.bench(tmp_path / "data")
+    (rows,) = batches(bench.train, bench.signature, BENCH_ROWS)
+    ids = torch.cat([rows.inputs["user"], rows.inputs["friend"]])
+    counts = lookup_counts(TIED.model(), bench, ["user"])
+    assert torch.equal(counts["user"], torch.bincount(ids, minlength=20).double())
+
+
+def test_the_model_is_left_without_hooks(tmp_path):
+    model = RANKER.model()
+    lookup_counts(model, RANKER.bench(tmp_path / "data"), ["user"])
+    assert not model.module.user._forward_pre_hooks
+
+
+def test_without_training_rows_it_is_refused():
+    with pytest.raises(CompressionError, match="train rows"):
+        lookup_counts(RANKER.model(), Bench(signature=RANKER.signature), ["user"])
+
+
+# --- squared gradients -----------------------------------------------------------------------
+
+
+def by_single_rows(bench: Bench, model, name: str) -> torch.Tensor:
+    """The same from autograd's own gradient of the weight, one row of the data at a time."""
+    rows = Rows(bench.train, bench.signature)
+    module = model.private().module.requires_grad_(True)
+    weight = module.get_submodule(name).weight
+    total = torch.zeros(weight.shape, dtype=torch.float64)
+    for number in range(len(rows)):
+        batch = rows.take(torch.tensor([number]))
+        loss = hard_loss(bench.signature, module(**batch.inputs), batch)
+        (grad,) = torch.autograd.grad(loss, [weight])
+        total += grad.double().square()
+    return (total / len(rows)).float()
+
+
+@pytest.mark.parametrize("name", ["user", "item", "city"])
+def test_gradients_are_each_rows_own(name, tmp_path):
+    bench, model = RANKER.bench(tmp_path / "data"), RANKER.model()
+    found = squared_gradients(model, bench, [name])[name]
+    # float32 gradients of the batch against those of single rows
+    torch.testing.assert_close(found, by_single_rows(bench, model, name), rtol=1e-4, atol=1e-10)
+
+
+def test_bags_pass_gradients_to_what_they_read_and_to_no_padding(tmp_path):
+    bench, model = RANKER.bench(tmp_path / "data"), RANKER.model()
+    found = squared_gradients(model, bench, NAMES)
+    for name in ("genres", "history", "tags"):
+        read = lookup_counts(model, bench, [name])[name] > 0
+        touched = found[name].sum(dim=1) > 0
+        assert touched.any()
+        assert not (touched & ~read).any(), name
+    assert not found["genres"][0].any()
+
+
+def test_lists_count_as_one_loss_each(tmp_path):
+    bench = ATTENTION.bench(tmp_path / "data")
+    found = squared_gradients(ATTENTION.model(), bench, ["user"])["user"]
+    module = ATTENTION.model().module
+    data = Rows(bench.train, bench.signature)
+    total = torch.zeros(25, 8, dtype=torch.float64)
+    for group in data.group.unique():
+        numbers = (data.group == group).nonzero().squeeze(1)
+        batch = data.take(numbers)
+        seen = module.user(batch.inputs["user"]).detach().requires_grad_(True)
+        with torch.no_grad():
+            rows = module.item(batch.inputs["history"])
+        keys, values = torch.relu(module.key(rows)), module.value(rows)
+        fit = (keys * seen.unsqueeze(1)).sum(dim=2)
+        answer = module.out(torch.matmul(fit.softmax(dim=1).unsqueeze(1), values).squeeze(1))
+        (grad,) = torch.autograd.grad(hard_loss(bench.signature, answer, batch), [seen])
+        total.index_add_(0, batch.inputs["user"], grad.double().square())
+    wanted = (total / len(data.group.unique())).float()
+    torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-10)
+
+
+def test_gradients_need_a_loss(tmp_path):
+    with pytest.raises(CompressionError, match="train rows"):
+        squared_gradients(RANKER.model(), Bench(signature=RANKER.signature), ["user"])

@@ -1,0 +1,264 @@
+"""Training through int8: gradients, what is stored in the end, and whether it was worth it."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from models import NORMED, QUICKLY, RANKER, Reference
+from pydantic import ValidationError
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import compressors.distill.training.trainer
+from compressors.contracts import Bench, DenseInput, Signature, Split
+from compressors.core.batches import batches
+from compressors.core.model import Model
+from compressors.core.runner import run
+from compressors.core.state.module_state import mapped
+from compressors.distill.training.checkpoint import TrainingProgress, store_progress
+from compressors.distill.training.settings import Training
+from compressors.metrics.validation_score import quality
+from compressors.quantize.dense.qat import QAT, LearnedInt8, fake_quantize
+from compressors.quantize.dense.static_int8 import StaticInt8, packed_int8, quantize
+
+# --- the quantizer ---------------------------------------------------------------------------
+
+
+def test_numbers_are_rounded_as_the_stored_layer_rounds_them():
+    x = 3 * torch.randn(1000, generator=torch.Generator().manual_seed(0))
+    scale = torch.tensor(0.02)
+    assert torch.equal(fake_quantize(x, scale, -128, 127), quantize(x, scale) * scale)
+
+
+def test_gradients_are_those_of_learned_step_size_quantization():
+    x = torch.tensor([0.26, -0.74, 5.0, -5.0], requires_grad=True)
+    scale = torch.tensor(0.1, requires_grad=True)
+    fake_quantize(x, scale, -8, 7).backward(torch.tensor([1.0, 10.0, 100.0, 1000.0]))
+    assert x.grad.tolist() == [1, 10, 0, 0]  # what is clipped cannot move
+    # Esser et al., equation 3: round(v/s) - v/s inside, the bound outside
+    expected = 1 * (3 - 2.6) + 10 * (-7 + 7.4) + 100 * 7 + 1000 * -8
+    assert scale.grad.item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_scale_moves_towards_less_error():
+    drawn = torch.Generator().manual_seed(0)
+    x = torch.randn(5000, generator=drawn)
+    for first in (0.5, 0.002):  # too coarse, and clipping nearly all
+        scale = torch.tensor(first, requires_grad=True)
+        (fake_quantize(x, scale, -128, 127) - x).square().sum().backward()
+        assert (scale.grad > 0) == (first == 0.5)
+
+
+# --- the layer in training, and what it becomes ----------------------------------------------
+
+
+def learned(bias: bool = True) -> LearnedInt8:
+    """A layer whose scales have moved away from where they began."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        layer = nn.Linear(20, 6, bias=bias)
+        made = LearnedInt8(layer, packed_int8(layer, torch.tensor(2.0)))
+        with torch.no_grad():
+            made.weight_growth.uniform_(-1, 1)
+            made.input_growth.fill_(-0.3)
+    return made
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_the_packed_layer_answers_what_the_trained_one_answered(bias):
+    made = learned(bias).eval()
+    x = torch.randn(7, 3, 20, generator=torch.Generator().manual_seed(1))
+    packed = made.packed()
+    assert torch.equal(packed(x), made(x))
+    assert packed.has_bias == bias
+    # In training the same numbers are computed in float: other sums, and the bias is not rounded.
+    trained = made.train()(x)
+    assert trained.requires_grad
+    room = float((packed.weight_scale * packed.input_scale).max()) / 2 + 1e-5
+    assert (trained - packed(x)).abs().max() <= room
+    # ... which the clipped and rounded weights decide: float answers are further off
+    plain = F.linear(x, made.weight, made.bias)
+    assert (plain - trained).abs().max() > 10 * room
+
+
+def test_before_anything_was_learned_it_is_the_calibrated_layer():
+    layer = nn.Linear(20, 6)
+    packed = packed_int8(layer, torch.tensor(2.0))
+    again = LearnedInt8(layer, packed).packed()
+    for (name, first), second in zip(packed.named_buffers(), again.buffers(), strict=True):
+        assert torch.equal(first, second), name
+
+
+def test_every_tensor_of_it_learns():
+    made = learned().train()
+    made(torch.randn(50, 20)).square().sum().backward()
+    assert {name for name, p in made.named_parameters() if p.grad.abs().sum() > 0} == {
+        "weight",
+        "bias",
+        "weight_growth",
+        "input_growth",
+    }
+
+
+# --- the step --------------------------------------------------------------------------------
+
+
+def test_a_training_that_finds_nothing_better_is_static_int8(tmp_path):
+    """So that what is compared below is what training adds."""
+    bench = RANKER.bench(tmp_path / "data")
+    still = Training(epochs=1, learning_rate=1e-30)
+    step = QAT(training=still, soft_share=0, calibrator="mse")
+    trained = run(step, RANKER.model(), bench, tmp_path / "qat")
+    run(StaticInt8(calibrator="mse"), RANKER.model(), bench, tmp_path / "ptq")
+    torch.testing.assert_close(mapped(tmp_path / "qat"), mapped(tmp_path / "ptq"), rtol=0, atol=0)
+    reason = trained.plan.of("hidden").reason
+    assert reason == (
+        "qat as ordered; began with range by mse; no epoch of 1 was better than the start"
+    )
+    assert trained.plan.remarks == (
+        "The training of qat changed nothing: no epoch of 1 was better than the start",
+    )
+
+
+def test_the_plan_says_what_training_came_to_and_the_stored_network_has_it(tmp_path):
+    bench = RANKER.bench(tmp_path / "data")
+    result = run(QAT(training=QUICKLY), RANKER.model(), bench, tmp_path / "out")
+    found = quality(result.module, RANKER.signature, bench.validation)
+    assert result.plan.of("hidden").format == "static_int8"
+    assert f"-> {found:.5f} on validation rows" in result.plan.of("hidden").reason
+    before = run(StaticInt8(calibrator="best"), RANKER.model(), bench, tmp_path / "before")
+    assert found > quality(before.module, RANKER.signature, bench.validation)
+
+
+def test_norms_between_layers_train_and_keep_counting(tmp_path):
+    bench = NORMED.bench(tmp_path / "data")
+    source = NORMED.model()
+    result = run(QAT(training=QUICKLY), source, bench, tmp_path / "out")
+    for name in ("weight", "bias", "running_mean", "running_var"):
+        before, after = (m.module.norm.state_dict()[name] for m in (source, result))
+        assert not torch.equal(before, after), name
+
+
+class Killed(BaseException):
+    """A process that ends."""
+
+
+def test_a_killed_training_ends_with_the_same_bits(tmp_path, monkeypatch):
+    how = QUICKLY.model_copy(update={"epochs": 4, "patience": 4})
+    bench = NORMED.bench(tmp_path / "data")
+
+    def ran(name: str) -> Model:
+        own = bench.model_copy(update={"checkpoints": str(tmp_path / f"{name} progress")})
+        return run(QAT(training=how), NORMED.model(), own, tmp_path / name)
+
+    whole = ran("whole")
+    shuffled = compressors.distill.training.trainer.shuffled_rows
+
+    def dying(folder: str, progress: TrainingProgress) -> None:
+        store_progress(folder, progress)
+        if len(progress.facts["epochs"]) == 3:
+            raise Killed
+
+    monkeypatch.setattr(compressors.distill.training.trainer, "store_progress", dying)
+    with pytest.raises(Killed):
+        ran("killed")
+    monkeypatch.undo()
+    epochs = []
+    monkeypatch.setattr(
+        compressors.distill.training.trainer,
+        "shuffled_rows",
+        lambda *a, **k: epochs.append(1) or shuffled(*a, **k),
+    )
+    again = ran("killed")
+    assert len(epochs) == 2  # the third and the fourth
+    torch.testing.assert_close(
+        mapped(tmp_path / "killed"), mapped(tmp_path / "whole"), rtol=0, atol=0
+    )
+    assert again.plan == whole.plan
+
+
+def test_it_asks_for_soft_labels_only_if_it_learns_from_them():
+    assert QAT().needs == ("calibration", "train", "validation", "soft_labels")
+    assert QAT(soft_share=0).needs == ("calibration", "train", "validation")
+
+
+def test_tables_are_not_trained():
+    with pytest.raises(ValidationError, match="qat trains no tables; train them before"):
+        QAT(training=Training(tables=True))
+
+
+# --- what it is for --------------------------------------------------------------------------
+
+WIDTH, ROWS = 9, 2048
+
+
+class Sum(nn.Module):
+    """One layer over a dense vector."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.out = nn.Linear(WIDTH, 1)
+        with torch.no_grad():  # the many small numbers say most, the one large number as much
+            self.out.weight.copy_(torch.tensor([[4.0, -4.0] * 4 + [0.05]]))
+            self.out.bias.zero_()
+
+    def forward(self, x: Tensor) -> Tensor:
+        score: Tensor = self.out(x)
+        return score
+
+
+SCHEMA = Signature(
+    task="ctr",
+    inputs=(DenseInput(name="x", shape=(WIDTH,)),),
+    output="logit",
+    label="label",
+    metric="auc",
+)
+SUM = Reference(Sum, SCHEMA)
+
+
+def drawn(folder: Path, seed: int) -> Split:
+    """Eight numbers around 0.3 and one of 60 or -60, labelled by the network's own answer."""
+    generator = torch.Generator().manual_seed(seed)
+    x = 0.3 * torch.randn(ROWS, WIDTH, generator=generator)
+    x[:, -1] = 60 * (2 * torch.randint(2, (ROWS,), generator=generator) - 1)
+    with torch.no_grad():
+        score = SUM.model().module(x).squeeze(1)
+    folder.mkdir(parents=True)
+    save_file({"x": x, "@label": (score > 0).float(), "score": score}, folder / "data.safetensors")
+    return Split(path=str(folder), sha256="0" * 64, rows=ROWS)
+
+
+@pytest.mark.parametrize("soft_share", [0.0, 0.5])
+def test_training_wins_back_what_rounding_after_training_loses(soft_share, tmp_path):
+    """The large number takes the range, and the small ones fall on three levels.
+
+    A network that learns what int8 does to it clips the large number, which says no more than its
+    sign, and gives it a larger weight.
+    """
+    train, validation, test = (drawn(tmp_path / str(seed), seed) for seed in (1, 2, 3))
+    bench = Bench(
+        signature=SCHEMA,
+        calibration=train,
+        train=train,
+        validation=validation,
+        soft_labels=train,  # its scores are the network's own
+    )
+    source = SUM.model()
+    rounded = {
+        how: quality(
+            run(StaticInt8(calibrator=how), source, bench, tmp_path / how).module, SCHEMA, test
+        )
+        for how in ("min_max", "percentile", "entropy", "mse", "best")
+    }
+    training = Training(epochs=20, patience=20, batch=64, learning_rate=0.02, warmup=0)
+    step = QAT(soft_share=soft_share, training=training)
+    result = run(step, source, bench, tmp_path / "qat")
+    found = quality(result.module, SCHEMA, test)
+    assert quality(source.module, SCHEMA, test) == 1.0
+    # The loss of ranking, 1 - AUC, is cut at least to a third.
+    assert 1 - found < (1 - max(rounded.values())) / 3
+    assert float(result.module.out.input_scale) * 127 < 30
+    (rows,) = batches(test, SCHEMA, ROWS)
+    assert torch.isfinite(result.module(**rows.inputs)).all()

@@ -1,0 +1,251 @@
+"""Row-wise int8, int4 and int2: what is stored, looked up and trained."""
+
+import hashlib
+
+import hypothesis.extra.numpy as arrays
+import numpy as np
+import pytest
+import torch
+from grids import normal
+from hypothesis import given
+from hypothesis import strategies as st
+from pairwise import parametrize_pairwise
+from pydantic import ValidationError
+from rowwise_reference import StoredRows, decode_rows, encode_rows, pack_planes, unpack_planes
+from torch import Tensor
+
+from compressors.core.modules.formats import PackedTable
+from compressors.core.runner import encode_table
+from compressors.quantize.kernels import bitpacking
+from compressors.quantize.tables import rowwise_int4, rowwise_int8
+from compressors.quantize.tables.rowwise_int2 import RowwiseInt2
+from compressors.quantize.tables.rowwise_int4 import RowwiseInt4
+from compressors.quantize.tables.rowwise_int8 import RowwiseInt8
+
+Rowwise = RowwiseInt8 | RowwiseInt4 | RowwiseInt2
+BITS = {"rowwise_int8": 8, "rowwise_int4": 4, "rowwise_int2": 2}
+
+EVERY = {
+    f"{method.__name__}-{'symmetric' if symmetric else 'offset'}-{together}": method(
+        symmetric=symmetric, clipping="min_max", rows_per_scale=together
+    )
+    for method in (RowwiseInt8, RowwiseInt4, RowwiseInt2)
+    for symmetric in (True, False)
+    for together in (0, 1, 4)
+}
+
+
+def packed(step: Rowwise, table: Tensor) -> PackedTable:
+    """A table as the step stores it, in blocks of eight rows."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("compressors.core.runner.BLOCK_ROWS", 8)
+        return encode_table(step, table)
+
+
+def reference(step: Rowwise, table: Tensor) -> StoredRows:
+    """The table as plain numpy stores it, from the documented formulas."""
+    return encode_rows(
+        table.numpy(),
+        BITS[step.kind],
+        symmetric=step.symmetric,
+        rows_per_scale=step.rows_per_scale,
+        scale_type=step.scale,
+    )
+
+
+def expected(step: Rowwise, table: Tensor) -> Tensor:
+    """The weights that must come back, by the reference alone."""
+    stored, dim = reference(step, table), table.shape[1]
+    return torch.from_numpy(decode_rows(stored, BITS[step.kind], dim, step.rows_per_scale))
+
+
+def spread(rows: int, dim: int) -> Tensor:
+    """Normal weights; rows of zeros, of one value, and next to float16's smallest scales."""
+    table = normal(rows, dim)
+    table[1 % rows] = 0.0
+    table[2 % rows] = -0.37
+    table[3 % rows] *= 2.0**-20
+    table[4 % rows] = table[4 % rows].abs() + 3.0
+    table[5 % rows, 0] = 40.0
+    return table
+
+
+@parametrize_pairwise(step=EVERY, dim=[1, 2, 5, 8], scale=["float16", "float32"])
+def test_stored_codes_scales_and_offsets_are_those_of_the_numpy_reference(step, dim, scale):
+    step = step.model_copy(update={"scale": scale})
+    table = spread(11, dim)
+    stored, wanted = packed(step, table), reference(step, table)
+    assert np.array_equal(stored.codes.view(torch.uint8).numpy(), wanted.codes)
+    assert np.array_equal(stored.scale.numpy(), wanted.scale)
+    if wanted.offset is None:
+        assert "offset" not in dict(stored.named_buffers())
+    else:
+        assert np.array_equal(stored.offset.numpy(), wanted.offset)
+
+
+@parametrize_pairwise(step=EVERY)
+def test_weights_halfway_between_two_levels_are_rounded_as_documented(step):
+    """The ends of the range make the scale 1 or 2, so half of the weights lie on a tie."""
+    top = (127 if step.symmetric else 255) if step.kind == "rowwise_int8" else 3
+    halves = torch.arange(-2 * top if step.symmetric else 0, 2 * top + 1).float() / 2
+    if step.kind == "rowwise_int4":
+        halves = torch.cat([halves, torch.tensor([7.0 if step.symmetric else 15.0])])
+    table = halves.repeat(4, 1)
+    assert torch.equal(packed(step, table)(torch.arange(4)), expected(step, table))
+
+
+@parametrize_pairwise(
+    step=EVERY,
+    dim=[1, 2, 5, 8],
+    shape=[(), (7,), (3, 4), (0,), (2, 0)],
+    dtype=[torch.int64, torch.int32],
+)
+def test_a_lookup_gives_the_reference_weights_for_ids_of_any_shape(step, dim, shape, dtype):
+    table = normal(11, dim)
+    ids = torch.randint(11, shape, generator=torch.Generator().manual_seed(0), dtype=dtype)
+    rows = packed(step, table)(ids)
+    assert rows.dtype == torch.float32
+    assert rows.shape == (*shape, dim)
+    assert torch.equal(rows, expected(step, table)[ids.long()])
+
+
+@parametrize_pairwise(step=EVERY, rows=[1, 8, 11], scale=["float16", "float32"])
+def test_bytes_are_codes_plus_a_scale_and_an_offset_for_every_range(step, rows, scale):
+    step = step.model_copy(update={"scale": scale})
+    dim, bits = 10, BITS[step.kind]
+    table = packed(step, normal(rows, dim))
+    ranges = -(-rows // step.rows_per_scale) if step.rows_per_scale else 1
+    numbers = ranges * (1 if step.symmetric else 2)
+    size = {"float16": 2, "float32": 4}[scale]
+    stored = sum(tensor.numel() * tensor.element_size() for tensor in table.buffers())
+    assert stored == rows * -(-dim * bits // 8) + numbers * size
+
+
+def gradients(
+    step: Rowwise, table: PackedTable, ids: Tensor, by: Tensor, *, ours: bool
+) -> dict[str, Tensor]:
+    """Of what the format learns, by the op or by plain torch operators."""
+    stored = {name: tensor.clone() for name, tensor in table.named_buffers()}
+    learned = [name for name in step.storage.learned if name in stored]
+    for name in learned:
+        stored[name].requires_grad_()
+    if ours:
+        rows = step.storage.lookup(stored, ids, table.dim, step.settings())
+    else:
+        with torch.no_grad():
+            bits = BITS[step.kind]
+            levels = unpack_planes(stored["codes"].view(torch.uint8).numpy(), table.dim, bits)
+            if bits == 8 and step.symmetric:
+                levels = levels.view(np.int8)
+            zero = {8: 0, 4: 8, 2: 1.5}[bits] * step.symmetric
+            steps = torch.from_numpy(levels).float()[ids] - zero
+        places = ids // (step.rows_per_scale or table.rows)
+        rows = steps * stored["scale"].float()[places]
+        if "offset" in stored:
+            rows = rows + stored["offset"].float()[places]
+    (rows * by).sum().backward()
+    return {name: stored[name].grad for name in learned}
+
+
+@parametrize_pairwise(step=EVERY, dim=[2, 5], scale=["float16", "float32"])
+def test_the_gradients_of_scales_and_offsets_are_those_of_plain_torch(step, dim, scale):
+    step = step.model_copy(update={"scale": scale})
+    table = packed(step, normal(11, dim))
+    ids = torch.tensor([[0, 5, 5], [2, 1, 0]])  # repeated ids add up, rows 8 to 10 are never read
+    by = normal(6, dim).reshape(2, 3, dim)
+    ours = gradients(step, table, ids, by, ours=True)
+    plain = gradients(step, table, ids, by, ours=False)
+    assert set(ours) == ({"scale"} if step.symmetric else {"scale", "offset"})
+    # The same sums in another order; in float16 torch also adds repeated ids in float16.
+    tolerance = 1e-5 if scale == "float32" else 5e-3
+    torch.testing.assert_close(ours, plain, rtol=tolerance, atol=tolerance)
+    for gradient in ours.values():
+        assert gradient.abs().sum() > 0
+        if step.rows_per_scale:
+            assert gradient[-1].item() == 0
+
+
+@pytest.mark.parametrize(
+    ("step", "scale"),
+    # The scale's type passes through; each op gets both.
+    [(step, ("float16", "float32")[place % 2]) for place, step in enumerate(EVERY.values())],
+    ids=EVERY,
+)
+def test_the_op_keeps_torchs_rules_for_custom_ops(step, scale):
+    step = step.model_copy(update={"scale": scale})
+    table = dict(packed(step, normal(6, 5)).named_buffers())
+    ids = torch.tensor([[0, 5, 5], [2, 1, 0]])
+    offset = table.get("offset")
+    learned = (
+        table["scale"].requires_grad_(),
+        offset if offset is None else offset.requires_grad_(),
+    )
+    dim = () if step.kind == "rowwise_int8" else (5,)
+    op = getattr(torch.ops.recpress, step.kind).default
+    torch.library.opcheck(op, (table["codes"], *learned, ids, *dim, step.rows_per_scale))
+
+
+# --- packing ---------------------------------------------------------------------------------
+
+
+@given(
+    codes=arrays.arrays(
+        np.uint8, st.tuples(st.integers(1, 5), st.integers(1, 9)), elements=st.integers(0, 15)
+    ),
+    bits=st.sampled_from([2, 4]),
+)
+def test_packed_codes_are_those_of_the_numpy_reference_and_unpack_again(codes, bits):
+    codes = codes % 2**bits
+    stored = bitpacking.pack(torch.from_numpy(codes), bits)
+    assert stored.dtype == torch.uint8
+    assert np.array_equal(stored.numpy(), pack_planes(codes, bits))
+    assert np.array_equal(bitpacking.unpack(stored, codes.shape[1], bits).numpy(), codes)
+
+
+# --- what was stored before ------------------------------------------------------------------
+
+
+def even(rows: int = 300, dim: int = 11) -> Tensor:
+    """Weights from integers, the same bits everywhere."""
+    whole = torch.arange(rows * dim, dtype=torch.int64)
+    values = (whole * 2_654_435_761 % 2001 - 1000).to(torch.float32).reshape(rows, dim) / 1000
+    return values * (1 + torch.arange(rows).unsqueeze(1) % 7) * 2.0**-7
+
+
+@pytest.mark.parametrize(
+    ("step", "digest"),
+    [
+        (RowwiseInt8(), "68a06e2f17c19eb1"),
+        (RowwiseInt8(scale="float32"), "4de72887cf979078"),
+        (RowwiseInt4(), "6e15b02a2656a51b"),
+        (RowwiseInt4(scale="float32"), "98e099e823878c3e"),
+        (RowwiseInt4(clipping="mse"), "5e26bcd6df2a3ccf"),
+        (RowwiseInt4(scale="float32", clipping="mse"), "71fc3cf97fb8b2e3"),
+    ],
+)
+def test_symmetric_tables_are_the_bytes_they_were_before_there_were_offsets(step, digest):
+    """Digests of what the version before (e06a5ae) wrote of the same table."""
+    table = packed(step, even())
+    data = b"".join(tensor.numpy().tobytes() for tensor in (table.codes, table.scale))
+    assert hashlib.sha256(data).hexdigest()[:16] == digest
+
+
+@pytest.mark.parametrize("form", [rowwise_int8.FORMAT, rowwise_int4.FORMAT])
+def test_a_record_from_before_there_were_offsets_is_symmetric_with_a_scale_a_row(form):
+    layout = form.layout(9, 6, {"scale": "float16"})
+    assert set(layout) == {"codes", "scale"}
+    assert layout["scale"].shape == (9, 1)
+    table = packed({"rowwise_int8": RowwiseInt8, "rowwise_int4": RowwiseInt4}[form.name](), even())
+    old = PackedTable(form, 300, 11, {"scale": "float16"}, dict(table.named_buffers()))
+    ids = torch.tensor([0, 299, 7])
+    assert torch.equal(old(ids), table(ids))
+
+
+# --- settings --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", [RowwiseInt8, RowwiseInt4, RowwiseInt2])
+@pytest.mark.parametrize("rows", [3, -1, 131_072])
+def test_rows_that_share_a_scale_are_a_power_of_two(method, rows):
+    with pytest.raises(ValidationError, match="rows_per_scale"):
+        method(rows_per_scale=rows)

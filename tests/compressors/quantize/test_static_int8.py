@@ -1,0 +1,274 @@
+"""Static int8: the module computes what an integer Gemm computes, and trains through it."""
+
+import hypothesis.extra.numpy as arrays
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from models import RANKER, whole
+from torch import Tensor
+
+from compressors.contracts import DenseInput, Signature
+from compressors.core.batches import batches
+from compressors.core.runner import run
+from compressors.lower.export import lower
+from compressors.quantize.dense import static_int8
+from compressors.quantize.dense.static_int8 import (
+    EXACT_INPUTS,
+    StaticInt8,
+    encode,
+    packed_int8,
+    quantize,
+    static_int8_linear,
+)
+from infra.onnxruntime.sessions import Session
+
+OP = torch.ops.recpress.static_int8_linear
+
+
+def layer(
+    inputs: int, outputs: int, seed: int = 0, input_scale: float = 0.02
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Codes, weight scales, input scale and bias of one layer."""
+    generator = torch.Generator().manual_seed(seed)
+    weight = torch.randn(outputs, inputs, generator=generator) / inputs**0.5
+    bias = torch.randn(outputs, generator=generator)
+    scale = torch.tensor(input_scale)
+    codes, weight_scale = encode(weight, bias, scale)
+    return codes, weight_scale, scale, bias
+
+
+def integer_gemm(
+    x: Tensor, codes: Tensor, weight_scale: Tensor, input_scale: Tensor, bias: Tensor
+) -> np.ndarray:
+    """What an int8 Gemm with an int32 bias computes, in int64, scaled in float64 at the end."""
+    ratio = x.numpy() / input_scale.numpy()  # float32, as QuantizeLinear divides
+    whole = np.clip(np.rint(ratio), -128, 127).astype(np.int64)
+    step = weight_scale.numpy() * input_scale.numpy()
+    offset = np.rint(bias.numpy() / step).astype(np.int64)
+    total = whole @ codes.numpy().astype(np.int64).T + offset
+    return total.astype(np.float64) * step.astype(np.float64)
+
+
+@pytest.mark.parametrize("inputs", [1, 7, EXACT_INPUTS, EXACT_INPUTS + 1, 5000])
+@pytest.mark.parametrize("extreme", [False, True])
+def test_the_op_equals_exact_integer_arithmetic(inputs, extreme):
+    codes, weight_scale, input_scale, bias = layer(inputs, 9)
+    generator = torch.Generator().manual_seed(2)
+    x = 2 * torch.randn(33, inputs, generator=generator)
+    if extreme:  # every product as large as it gets, all of one sign
+        codes, x = torch.full_like(codes, -127), torch.full_like(x, -1e6)
+    found = OP(x, codes, weight_scale, input_scale, bias)
+    expected = integer_gemm(x, codes, weight_scale, input_scale, bias)
+    # Adding the bias, scaling, and one rounding to float32 each cost one part in 2^24 of the
+    # numbers added; an inexact sum of products would be off by whole levels.
+    room = 3 * 2.0**-24 * (np.abs(expected) + bias.abs().numpy())
+    assert np.all(np.abs(found.numpy() - expected) <= room)
+
+
+@pytest.mark.parametrize("shape", [(33,), (3, 11), (0,), ()])
+@pytest.mark.parametrize("inputs", [7, EXACT_INPUTS + 1])
+def test_op_in_parts_gives_the_bits_of_one_product(inputs, shape, monkeypatch):
+    codes, weight_scale, input_scale, bias = layer(inputs, 9)
+    x = torch.randn(*shape, inputs, generator=torch.Generator().manual_seed(2))
+    at_once = OP(x, codes, weight_scale, input_scale, bias)
+    for values in (1, 5 * inputs, 2 * 9):  # one row and output, several, a last part that is short
+        monkeypatch.setattr(static_int8, "EXACT_CODES", values)
+        in_parts = OP(x, codes, weight_scale, input_scale, bias)
+        assert torch.equal(in_parts, at_once)
+        assert in_parts.shape == (*shape, 9)
+        assert in_parts.dtype == torch.float32
+
+
+def test_more_inputs_than_float32_sums_exactly_need_the_wider_sum():
+    inputs = 4 * EXACT_INPUTS
+    codes = torch.full((1, inputs), 127, dtype=torch.int8)
+    codes[0, -1] = 1
+    x = torch.full((1, inputs), 127.0)
+    x[0, -1] = 1.0
+    one, zero = torch.ones(1), torch.zeros(1)
+    expected = 127 * 127 * (inputs - 1) + 1
+    # As float32 the result itself rounds to a multiple of 8 up there, so it is offset to be small.
+    found = OP(x, codes, one, torch.tensor(1.0), zero - expected + 5)
+    assert abs(found.item() - 5) <= 4
+
+
+@given(
+    weight=arrays.arrays(
+        np.float32,
+        st.tuples(st.integers(1, 6), st.integers(1, 6)),
+        elements=st.floats(-100, 100, width=32, allow_subnormal=False),
+    ),
+    bias=st.floats(-1000, 1000, width=32),
+    input_scale=st.floats(2.0**-20, 100, width=32),
+)
+def test_every_weight_returns_within_half_a_level_of_its_channel(weight, bias, input_scale):
+    table = torch.from_numpy(weight)
+    offset = torch.full((len(table),), bias)
+    codes, scale = encode(table, offset, torch.tensor(input_scale))
+    assert torch.all(scale > 0)
+    error = (codes.float() * scale[:, None] - table).abs()
+    # the quotient, its rounding and the product back: one part in 2^24 each
+    slack = 4 * 2.0**-24 * table.abs().amax(dim=1, keepdim=True)
+    assert torch.all(error <= scale[:, None] / 2 + slack)
+    # The runtime's bias is an int32 with room above it for the sum of products.
+    assert torch.all((offset / (scale * input_scale)).abs() <= 2**23 * (1 + 1e-6))
+
+
+def test_each_channel_has_its_own_scale_and_zeros_stay_zeros():
+    weight = torch.tensor([[1.0, -2.0], [0.001, 0.002], [0.0, 0.0]])
+    codes, scale = encode(weight, None, torch.tensor(0.1))
+    # Neighbours of one sign share 127 steps, those of unlike sign have 127 each.
+    torch.testing.assert_close(scale, torch.tensor([2 / 127, 0.003 / 127, 1.0]))
+    assert codes.tolist() == [[64, -127], [42, 85], [0, 0]]
+
+
+@given(
+    weight=arrays.arrays(
+        np.float32,
+        st.tuples(st.integers(1, 6), st.integers(1, 7)),
+        elements=st.floats(-100, 100, width=32, allow_subnormal=False),
+    ),
+    wanted=st.none() | st.floats(2.0**-10, 2, width=32),
+)
+def test_no_two_neighbouring_products_leave_sixteen_bits(weight, wanted):
+    table = torch.from_numpy(weight)
+    scale = None if wanted is None else torch.full((len(table),), wanted)
+    codes, _ = encode(table, None, torch.tensor(0.1), scale)
+    padded = torch.nn.functional.pad(codes.to(torch.int64), (0, codes.shape[1] % 2))
+    pairs = padded.unflatten(1, (-1, 2))  # (out, pairs, 2)
+    for x in ((255, 255), (255, 0), (0, 255)):  # a sum is largest where each input is 0 or 255
+        sums = (pairs * torch.tensor(x)).sum(dim=2)
+        assert torch.all((sums >= -(2**15)) & (sums < 2**15))
+
+
+@pytest.mark.parametrize("inputs", [7, 64, 257, 1664])
+@pytest.mark.parametrize("rows", [1, 3, 64])
+def test_the_largest_inputs_and_weights_are_multiplied_exactly_in_onnxruntime(
+    inputs, rows, tmp_path
+):
+    """On a processor without VNNI this fails for weights that are rounded one by one."""
+    layer = torch.nn.Linear(inputs, 16)
+    torch.nn.init.uniform_(layer.weight, 0.99, 1.0)
+    signature = Signature(
+        task="ranking",
+        inputs=(DenseInput(name="x", shape=(inputs,)),),
+        output="score",
+        label="label",
+        group="g",
+        metric="ndcg@10",
+    )
+    network = torch.nn.Sequential(packed_int8(layer, torch.tensor(1.0)), torch.nn.Linear(16, 1))
+    torch.nn.init.ones_(network[1].weight)
+    network = Named(network).eval()
+    lower(network, whole(signature), "onnxruntime", tmp_path / "model.onnx")
+    x = torch.ones(rows, inputs)
+    with torch.no_grad():
+        expected = network(x).numpy()
+    found = Session(tmp_path / "model.onnx", threads=1).scores({"x": x.numpy()})
+    np.testing.assert_allclose(found, expected, rtol=1e-6)  # float32 sums of 16 numbers
+
+
+class Named(torch.nn.Module):
+    """A network with an input called ``x``."""
+
+    def __init__(self, inside: torch.nn.Module) -> None:
+        super().__init__()
+        self.inside = inside
+
+    def forward(self, x: Tensor) -> Tensor:
+        score: Tensor = self.inside(x).squeeze(1)
+        return score
+
+
+@given(
+    x=arrays.arrays(np.float32, 8, elements=st.floats(-1e6, 1e6, width=32)),
+    scale=st.floats(2.0**-10, 10, width=32),
+)
+def test_inputs_are_rounded_half_to_even_and_clipped_to_int8(x, scale):
+    found = quantize(torch.from_numpy(x), torch.tensor(scale)).numpy()
+    expected = np.clip(np.rint(x / np.float32(scale)), -128, 127)
+    assert np.array_equal(found, expected)
+
+
+@pytest.mark.parametrize("shape", [(5,), (0,), (2, 3), (2, 0, 4)])
+def test_leading_dimensions_are_kept(shape):
+    stored = layer(6, 4)
+    x = torch.randn(*shape, 6)
+    y = OP(x, *stored)
+    assert y.shape == (*shape, 4)
+    assert y.dtype == torch.float32
+    flat = OP(x.reshape(-1, 6), *stored)
+    assert torch.equal(y.reshape(-1, 4), flat)
+
+
+@pytest.mark.parametrize("shape", [(5, 6), (2, 3, 6)])
+def test_the_op_keeps_torchs_rules_for_custom_ops(shape):
+    codes, weight_scale, input_scale, bias = layer(6, 4)
+    parts = (torch.randn(shape), codes, weight_scale, input_scale, bias)
+    args = tuple(part.requires_grad_() if part.is_floating_point() else part for part in parts)
+    torch.library.opcheck(OP.default, args)
+
+
+def straight_through(
+    x: Tensor, codes: Tensor, weight_scale: Tensor, input_scale: Tensor, bias: Tensor
+) -> Tensor:
+    """The same function in plain torch, with every rounding passed straight through."""
+    ratio = (x / input_scale).clamp(-128, 127)
+    whole = ratio + (ratio.round() - ratio).detach()
+    weight = codes.to(x.dtype) * weight_scale[:, None]
+    return whole * input_scale @ weight.T + bias
+
+
+@pytest.mark.parametrize("shape", [(5, 6), (2, 3, 6)])
+def test_gradients_are_those_of_the_straight_through_estimate(shape):
+    codes, weight_scale, input_scale, bias = layer(6, 4)
+    generator = torch.Generator().manual_seed(3)
+    x = 1.5 * torch.randn(shape, generator=generator)
+    x.view(-1)[:2] = torch.tensor([40.0, -40.0])  # clipped: 0.02 * 127 is 2.54
+    up = torch.randn(*shape[:-1], 4, generator=generator)
+
+    def gradients(function):
+        leaves = [t.clone().requires_grad_() for t in (x, weight_scale, input_scale, bias)]
+        (function(leaves[0], codes, *leaves[1:]) * up).sum().backward()
+        return [leaf.grad for leaf in leaves]
+
+    ours, plain = gradients(static_int8_linear), gradients(straight_through)
+    for found, expected in zip(ours, plain, strict=True):
+        # float32 sums in another order
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+        assert found.abs().sum() > 0
+    assert ours[0].view(-1)[:2].tolist() == [0, 0]
+    assert ours[0][x.abs() < 2.5].abs().min() > 0
+
+
+def test_the_weight_scales_gradient_is_the_slope_of_the_function():
+    # The scale of the weights enters without rounding but for the bias, which is zero here.
+    codes, weight_scale, input_scale, _ = layer(6, 4)
+    zero, x = torch.zeros(4), torch.randn(5, 6, generator=torch.Generator().manual_seed(4))
+    leaf = weight_scale.clone().requires_grad_()
+    OP(x, codes, leaf, input_scale, zero).sum().backward()
+    for channel in range(4):
+        moved = weight_scale.clone()
+        moved[channel] *= 1.5
+        rise = OP(x, codes, moved, input_scale, zero) - OP(
+            x, codes, weight_scale, input_scale, zero
+        )
+        slope = rise.sum() / (0.5 * weight_scale[channel])
+        torch.testing.assert_close(leaf.grad[channel], slope, rtol=1e-3, atol=1e-3)
+
+
+def test_the_input_scale_is_the_largest_input_seen_on_the_calibration_rows(tmp_path):
+    source, bench = RANKER.model(), RANKER.bench(tmp_path / "data")
+    seen: list[Tensor] = []
+    source.module.capped.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    with torch.no_grad():
+        for batch in batches(bench.calibration, RANKER.signature, 10, 50):
+            source.module(**batch.inputs)
+    largest = torch.cat(seen).abs().max()
+    source.module.capped._forward_pre_hooks.clear()
+    result = run(StaticInt8(rows=50, batch=7), source, bench, tmp_path / "out")
+    # batches of another size sum in another order
+    torch.testing.assert_close(result.module.capped.input_scale, largest / 127, rtol=1e-6, atol=0)
+    assert not source.module.capped._forward_pre_hooks

@@ -1,0 +1,226 @@
+"""Tables with codebooks: what is stored, what it takes, and the ops that read it."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from models import RANKER, run
+from table_codes import each_step, named, packed, size_of, stored, tables
+from torch import Tensor
+
+from compressors.contracts import Bench
+from compressors.core.runner import TableStep
+from compressors.core.state.module_state import mapped
+from compressors.errors.compression import NothingToCompress
+from compressors.quantize.kernels.bitpacking import unpack
+from compressors.quantize.tables import product_codes
+from compressors.quantize.tables.kmeans import KMeans
+from compressors.quantize.tables.product_codes import ProductCodes
+from compressors.quantize.tables.residual_codes import ResidualCodes
+
+# --- bytes and layout --------------------------------------------------------------------------
+
+
+@each_step
+@given(table=tables())
+def test_what_is_stored_is_as_laid_out(step, table):
+    layout = step.storage.layout(*table.shape, step.settings())
+    held = stored(step, table)
+    assert {name: (tuple(t.shape), t.dtype) for name, t in held.items()} == {
+        name: (spec.shape, spec.dtype) for name, spec in layout.items()
+    }
+    width = step.storage.width(*table.shape, step.settings())
+    books, count = 1, table.shape[1]
+    if step.kind != "kmeans":
+        books = count = step.storage.shape(*table.shape, step.settings()).books
+    codes = unpack(held["codes"], count, width)
+    assert int(codes.max()) < len(held["codebook"]) // books
+
+
+@pytest.mark.parametrize(
+    ("step", "shape", "size"),
+    [
+        (KMeans(), (1000, 10), 1000 * (5 + 2) + 16 * 4),
+        (KMeans(bits=2, scale="none"), (1000, 10), 1000 * 3 + 4 * 4),
+        (KMeans(bits=8, scale="float32"), (1000, 10), 1000 * (10 + 4) + 256 * 4),
+        (ProductCodes(), (10_000, 16), 10_000 * 4 + 256 * 16 * 4),
+        # Ten columns in four parts: three wide, each codebook of three columns.
+        (ProductCodes(codebook_type="float16"), (10_000, 10), 10_000 * 4 + 256 * 4 * 3 * 2),
+        (ProductCodes(parts=5, bits=4), (10_000, 10), 10_000 * 3 + 16 * 10 * 4),
+        (ResidualCodes(), (10_000, 16), 10_000 * 2 + 2 * 256 * 16 * 4),
+        (ResidualCodes(codebooks=5, bits=2), (10_000, 16), 10_000 * 2 + 5 * 4 * 16 * 4),
+        # A tenth of 400 x 8 float32 pays for 40 entries of 8 float32: 4 codebooks of 10.
+        (ResidualCodes(codebooks=4, codebook_share=0.1), (400, 8), 400 * 2 + 4 * 10 * 8 * 4),
+    ],
+    ids=lambda value: named(value) if hasattr(value, "kind") else str(value),
+)
+def test_bytes_are_codes_and_codebooks_and_padding(step, shape, size):
+    assert size_of(step, *shape) == size
+
+
+@given(
+    rows=st.integers(1, 10**9),
+    dim=st.integers(1, 200),
+    books=st.integers(1, 16),
+    bits=st.integers(1, 8),
+    share=st.floats(0.01, 1),
+)
+def test_codebooks_take_no_more_than_their_share(rows, dim, books, bits, share):
+    for step in (
+        ProductCodes(parts=books, bits=bits, codebook_share=share),
+        ResidualCodes(codebooks=books, bits=bits, codebook_share=share),
+    ):
+        shape = step.storage.shape(rows, dim, step.settings())
+        size = shape.books * shape.levels * shape.dim * 4
+        assert size <= share * 4 * rows * dim or shape.levels == 2
+        assert 2 <= shape.levels <= max(1 << bits, 2)
+        assert shape.levels <= 1 << shape.width
+
+
+@given(dim=st.integers(1, 60), parts=st.integers(1, 70))
+def test_parts_are_even_and_cover_every_column_once(dim, parts):
+    each = product_codes.widths(dim, parts)
+    assert sum(each) == dim
+    assert len(each) == min(parts, dim)
+    assert max(each) - min(each) <= 1
+    assert list(each) == sorted(each, reverse=True)
+    places = product_codes.columns(dim, parts)
+    assert (places is None) == (max(each) == min(each))
+    if places is not None:
+        assert len(set(places)) == dim
+        assert max(places) < len(each) * each[0]
+
+
+@each_step
+@pytest.mark.parametrize("cut", [1, 7, 100])
+def test_a_rows_codes_do_not_depend_on_its_block(step, cut):
+    table = torch.randn(300, 5, generator=torch.Generator().manual_seed(0))
+    table[100:200] = table[:100]
+    params = step.fit(table)
+    whole = step.encode(table, params)
+    parts = [step.encode(block, params) for block in table.split(cut)]
+    for name, tensor in whole.items():
+        assert torch.equal(torch.cat([part[name] for part in parts]), tensor), name
+
+
+@each_step
+def test_the_same_table_gives_the_same_tensors_whatever_was_drawn_before(step):
+    table = torch.randn(200, 6, generator=torch.Generator().manual_seed(0))
+    torch.manual_seed(1)
+    first = stored(step, table)
+    torch.manual_seed(2)
+    torch.testing.assert_close(stored(step, table), first, rtol=0, atol=0)
+
+
+# --- tables that do not pay --------------------------------------------------------------------
+
+
+def test_a_table_that_would_not_shrink_is_kept_with_both_sizes(tmp_path):
+    step = ResidualCodes(codebooks=8)
+    plan = run(step, RANKER.model(), Bench(signature=RANKER.signature), tmp_path).plan
+    line = plan.of("city")  # 9 x 6
+    assert line.format == "float32"
+    size = size_of(step, 9, 6)
+    assert line.reason == f"{step.kind} would take {size} bytes, not fewer than its 216"
+    assert size >= 216
+    assert all(line.bytes_after < line.bytes_before for line in plan.lines if line.steps)
+    assert plan.of("item").format == step.kind
+    kept = {name for name in mapped(tmp_path) if name.startswith("city.")}
+    assert kept == {"city.weight"}
+
+
+def test_a_step_with_no_table_that_would_shrink_says_so(tmp_path):
+    step = ResidualCodes(tables=("city",), codebooks=8)
+    with pytest.raises(NothingToCompress, match=r"city: residual_codes would take \d+ bytes"):
+        run(step, RANKER.model(), Bench(signature=RANKER.signature), tmp_path)
+
+
+# --- the ops -----------------------------------------------------------------------------------
+
+
+@each_step
+@pytest.mark.parametrize("shape", [(), (7,), (3, 4), (0,), (2, 0)])
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32])
+def test_a_lookup_gives_the_same_rows_for_ids_of_any_shape(step, shape, dtype):
+    table = torch.randn(40, 5, generator=torch.Generator().manual_seed(0))
+    module = packed(step, table)
+    ids = torch.randint(40, shape, dtype=dtype, generator=torch.Generator().manual_seed(0))
+    rows = module(ids)
+    assert rows.dtype == torch.float32
+    assert rows.shape == (*shape, 5)
+    assert torch.equal(rows, module(torch.arange(40))[ids.long()])
+
+
+def op_and_arguments(step: TableStep, table: Tensor, ids: Tensor) -> tuple[Any, tuple[Any, ...]]:
+    module = packed(step, table)
+    held = {
+        name: tensor.requires_grad_() if tensor.is_floating_point() else tensor
+        for name, tensor in module.named_buffers()
+    }
+    rows, dim = table.shape
+    width = step.storage.width(rows, dim, step.settings())
+    ops = torch.ops.recpress
+    if step.kind == "kmeans":
+        scale = held.get("scale")
+        return ops.kmeans_table, (held["codes"], held["codebook"], scale, ids, dim, width)
+    books = step.storage.shape(rows, dim, step.settings()).books
+    first = (held["codes"], held["codebook"], ids)
+    if step.kind == "product_codes":
+        return ops.product_codes, (*first, dim, books, width)
+    return ops.residual_codes, (*first, books, width)
+
+
+@each_step
+def test_the_op_keeps_torchs_rules_for_custom_ops(step):
+    ids = torch.tensor([[0, 5, 5], [2, 1, 39]])
+    op, arguments = op_and_arguments(step, torch.randn(40, 5), ids)
+    torch.library.opcheck(op.default, arguments)
+
+
+def plain(step: TableStep, held: Mapping[str, Tensor], ids: Tensor, dim: int) -> Tensor:
+    """The lookup as torch would differentiate it: every code's entry, in float32."""
+    rows = len(held["codes"])
+    width = step.storage.width(rows, dim, step.settings())
+    codebook = held["codebook"].float()
+    if step.kind == "kmeans":
+        found = codebook[unpack(held["codes"], dim, width)[ids].long()]
+        return found * held["scale"].float()[ids] if "scale" in held else found
+    shape = step.storage.shape(rows, dim, step.settings())
+    codes = unpack(held["codes"], shape.books, width)[ids].long()
+    books = codebook.reshape(shape.books, shape.levels, shape.dim)
+    each = [books[place][codes[..., place]] for place in range(shape.books)]
+    if step.kind == "residual_codes":
+        return torch.stack(each).sum(dim=0)
+    widths = product_codes.widths(dim, step.parts)
+    return torch.cat([one[..., :n] for one, n in zip(each, widths, strict=True)], dim=-1)
+
+
+@each_step
+@pytest.mark.parametrize("dim", [5, 8])
+def test_gradients_are_those_of_plain_torch(step, dim):
+    generator = torch.Generator().manual_seed(1)
+    table = torch.randn(40, dim, generator=generator)
+    ids = torch.tensor([[0, 5, 5], [2, 1, 39]])  # repeated ids add up
+    factor = torch.randn(2, 3, dim, generator=generator)
+    tensors = stored(step, table)
+
+    def leaves() -> dict[str, Tensor]:
+        return {
+            name: t.clone().requires_grad_() if t.is_floating_point() else t
+            for name, t in tensors.items()
+        }
+
+    ours, theirs = leaves(), leaves()
+    rows = step.storage.lookup(ours, ids, dim, step.settings())
+    assert torch.equal(rows, plain(step, theirs, ids, dim))
+    (rows * factor).sum().backward()
+    (plain(step, theirs, ids, dim) * factor).sum().backward()
+    for name in step.storage.learned:
+        if name in ours:
+            # The same sums in another order; in float16 rounded once at the end.
+            close = 1e-5 if ours[name].dtype == torch.float32 else 2e-3
+            torch.testing.assert_close(ours[name].grad, theirs[name].grad, rtol=close, atol=close)
+            assert ours[name].grad.abs().sum() > 0

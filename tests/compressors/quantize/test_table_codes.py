@@ -1,0 +1,191 @@
+"""Tables as k-means levels, product, residual and additive codes: how near they come back."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from hypothesis import given
+from table_codes import alike, each_step, named, read, tables
+from torch import Tensor
+
+from compressors.core.runner import TableStep
+from compressors.errors.compression import CompressionError
+from compressors.quantize.tables import kmeans, product_codes, residual_codes
+from compressors.quantize.tables.kmeans import KMeans
+from compressors.quantize.tables.product_codes import ProductCodes
+from compressors.quantize.tables.residual_codes import ResidualCodes
+
+
+def lost(step: TableStep, table: Tensor) -> float:
+    """Squared error, as a share of what the table's mean row leaves."""
+    spread = (table - table.mean(dim=0)).double().square().sum()
+    return float((read(step, table) - table).double().square().sum() / spread)
+
+
+# --- error -------------------------------------------------------------------------------------
+
+
+@each_step
+@given(table=tables())
+def test_no_table_is_read_worse_than_as_its_mean_row(step, table):
+    """The plain answer of one entry for all. Codebooks hold at least two."""
+    gap = (read(step, table) - table).double().square().sum()
+    mean = table.double().mean() if step.kind == "kmeans" else table.double().mean(dim=0)
+    worst = (table.double() - mean).square().sum()
+    if step.kind == "kmeans" and step.scale != "none":
+        # Rows of one size and sign are one level of their scale; others are no worse than zero.
+        worst = table.double().square().sum()
+    # A codebook or a scale of float16 is off by one part in 2^11, or half of 2^-24.
+    assert gap <= worst + table.numel() * (float(table.abs().max()) * 2.0**-11 + 2.0**-24) ** 2
+
+
+@each_step
+def test_rows_that_have_something_in_common_come_back_near(step):
+    """Twelve kinds of rows: an error that is not rounding (codes of other rows) loses twice all."""
+    assert lost(step, alike(2000, 8)) < {2: 0.35, 4: 0.25, 8: 0.1}[step.bits]
+
+
+@pytest.mark.parametrize(
+    "family",
+    [
+        lambda bits: KMeans(bits=bits),
+        lambda bits: KMeans(bits=bits, scale="none"),
+        lambda bits: ProductCodes(bits=bits),
+        lambda bits: ResidualCodes(bits=bits, refine=0),
+        lambda bits: ResidualCodes(bits=bits),
+    ],
+    ids=["kmeans", "kmeans without scale", "product", "residual", "additive"],
+)
+@pytest.mark.parametrize("seed", range(3))
+def test_more_bits_lose_less(family: Callable[[int], TableStep], seed):
+    table = torch.randn(3000, 6, generator=torch.Generator().manual_seed(seed))
+    two, four, eight = (lost(family(bits), table) for bits in (2, 4, 8))
+    assert eight < four < two
+
+
+def test_more_codes_lose_less():
+    table = torch.randn(3000, 8, generator=torch.Generator().manual_seed(1))
+    for family in (
+        lambda count: ProductCodes(parts=count, bits=4),
+        lambda count: ResidualCodes(codebooks=count, bits=4),
+    ):
+        losses = [lost(family(count), table) for count in (1, 2, 4, 8)]
+        assert losses == sorted(losses, reverse=True)
+
+
+def test_rounds_of_additive_codes_never_raise_the_error_and_pay():
+    table = alike(3000, 8, seed=2)
+    fit = residual_codes.fit(table, 3, 16, refine=10)
+    assert list(fit.errors) == sorted(fit.errors, reverse=True)
+    assert fit.errors[-1] < 0.97 * fit.errors[0]
+    codes = residual_codes.encode(table, fit.codebook, 3)
+    gap = residual_codes.decode(codes, fit.codebook) - table
+    assert float(gap.double().square().sum()) == pytest.approx(fit.errors[-1], rel=1e-6)
+
+
+def test_least_squares_serves_given_codes_best():
+    table = alike(400, 5)
+    fit = residual_codes.fit(table, 2, 8)
+    codes = residual_codes.encode(table, fit.codebook, 2)
+    weight = torch.rand(400, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    solved = residual_codes.least_squares(table, codes, fit.codebook, weight)
+    onehot = torch.zeros(400, 16, dtype=torch.float64)
+    onehot.scatter_(1, codes.long() + torch.tensor([0, 8]), 1.0)
+    root = weight.sqrt().unsqueeze(1)
+    best = torch.linalg.lstsq(root * onehot, root * table.double(), driver="gelsd").solution
+    expected = (root * (onehot @ best - table)).square().sum()
+    found = (root * (onehot @ solved.double() - table)).square().sum()
+    assert float(found) == pytest.approx(float(expected), rel=1e-5)  # entries are float32
+
+
+def test_an_entry_that_no_row_has_stays_where_it_is():
+    table = alike(50, 4)
+    codebook = torch.randn(8, 4, generator=torch.Generator().manual_seed(0))
+    codes = torch.zeros(50, 2, dtype=torch.uint8)
+    solved = residual_codes.least_squares(table, codes, codebook, torch.ones(50).double())
+    assert torch.allclose(solved[[1, 2, 3, 5, 6, 7]], codebook[[1, 2, 3, 5, 6, 7]])
+
+
+def test_codes_chosen_anew_one_at_a_time_are_no_worse_than_greedy_ones(monkeypatch):
+    table = alike(500, 6)
+    codebook = torch.randn(3 * 16, 6, generator=torch.Generator().manual_seed(0))
+
+    def each_error() -> Tensor:
+        codes = residual_codes.encode(table, codebook, 3)
+        return (residual_codes.decode(codes, codebook) - table).double().square().sum(dim=1)
+
+    settled = each_error()
+    monkeypatch.setattr(residual_codes, "TURNS", 0)
+    greedy = each_error()
+    assert torch.all(settled <= greedy * (1 + 1e-5))
+    assert settled.sum() < 0.9 * greedy.sum()
+
+
+@pytest.mark.parametrize("scale", ["float16", "float32"])
+def test_a_row_of_any_size_keeps_its_share_of_the_levels(scale):
+    """Without a scale a row a thousand times smaller is one level; with one it is like others."""
+    table = torch.randn(400, 16, generator=torch.Generator().manual_seed(0))
+    table[::2] *= 1e-3
+    small = table[::2]
+    near = read(KMeans(scale=scale), table)[::2]
+    plain = read(KMeans(scale="none"), table)[::2]
+    assert (near - small).square().sum() < 0.01 * small.square().sum()
+    assert (plain - small).square().sum() > 0.5 * small.square().sum()
+
+
+def test_rows_of_zeros_are_exact_under_a_scale():
+    table = torch.randn(50, 6)
+    table[[3, 17]] = 0
+    for bits in (2, 4, 8):
+        rows = read(KMeans(bits=bits), table)
+        assert not rows[[3, 17]].any()
+        assert rows.isfinite().all()
+    assert not read(KMeans(), torch.zeros(9, 3)).any()
+
+
+@each_step
+def test_few_different_rows_are_exact_but_for_float16(step):
+    table = torch.tensor([[1.0, -2.0, 0.5, 0.25], [3.0, 0.0, 1.0, -1.0]]).repeat(40, 1)
+    if step.kind == "kmeans":
+        table = table.sign().abs() * torch.tensor([[1.0], [2.0]]).repeat(40, 1)
+    torch.testing.assert_close(read(step, table), table, rtol=1e-6, atol=1e-6)
+
+
+def test_weights_decide_which_rows_are_kept_well():
+    table = torch.randn(600, 6, generator=torch.Generator().manual_seed(3))
+    weight = torch.ones(600)
+    weight[:30] = 1000
+
+    def first(codebook: Tensor, read: Callable[[Tensor], Tensor]) -> float:
+        return float((read(codebook) - table)[:30].square().sum())
+
+    def by_product(codebook: Tensor) -> Tensor:
+        return product_codes.decode(product_codes.encode(table, codebook, 3), codebook, 6)
+
+    def by_residual(codebook: Tensor) -> Tensor:
+        return residual_codes.decode(residual_codes.encode(table, codebook, 2), codebook)
+
+    def by_levels(codebook: Tensor) -> Tensor:
+        codes, scale = kmeans.encode(table, codebook, "none")
+        return kmeans.decode(codes, codebook, scale)
+
+    for fit, reading in (
+        (lambda w: product_codes.fit(table, 3, 8, w), by_product),
+        (lambda w: residual_codes.fit(table, 2, 8, 4, w).codebook, by_residual),
+        (lambda w: kmeans.fit(table, 2, "none", w), by_levels),
+    ):
+        assert first(fit(weight), reading) < 0.97 * first(fit(None), reading)
+
+
+def test_weights_of_a_table_that_is_sampled_are_refused(monkeypatch):
+    monkeypatch.setattr(kmeans, "FITTED_VALUES", 60)
+    with pytest.raises(ValueError, match="at most 10 rows; got 20"):
+        kmeans.fit(torch.randn(20, 6), 2, "none", torch.ones(20))
+
+
+@pytest.mark.parametrize("step", [ProductCodes(codebook_type="float16"), KMeans()], ids=named)
+def test_weights_beyond_float16_are_refused_with_the_remedy(step):
+    with pytest.raises(
+        CompressionError, match=r"Set the step's (codebook_type|scale) to 'float32'"
+    ):
+        read(step, torch.full((20, 4), 1e5))

@@ -1,0 +1,340 @@
+"""Tables encoded block by block: the same bytes whatever the blocks, and exact beyond 32 bits."""
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import load, save_file
+from torch import Tensor
+
+from compressors.core.modules.formats import PackedTable, TensorSpec
+from compressors.core.state.module_state import module_of
+from compressors.core.state.safetensors_rows import StoredRows, spec_of
+from compressors.core.state.safetensors_stream import Piece, StreamedFile
+from compressors.errors.compression import ContractBroken, ModelRefused
+from compressors.quantize.table_stream import Block, Job, carry_out
+from compressors.quantize.tables.rowwise_int4 import RowwiseInt4
+from compressors.quantize.tables.rowwise_int8 import RowwiseInt8
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _compiled() -> None:
+    """Compiling takes seconds, which are no example's fault."""
+    RowwiseInt8().encode(torch.ones(1, 1), {})
+    RowwiseInt4(clipping="mse").encode(torch.ones(1, 1), {})
+
+
+@dataclass(frozen=True)
+class Held:
+    """A table in memory."""
+
+    values: Tensor
+
+    @property
+    def spec(self) -> TensorSpec:
+        return TensorSpec(tuple(self.values.shape), self.values.dtype)
+
+    def read(self, begin: int, end: int) -> Tensor:
+        return self.values[begin:end] if self.values.dim() else self.values
+
+    def mapped(self) -> Tensor:
+        return self.values
+
+
+@dataclass(frozen=True)
+class Endless:
+    """A table of any size whose row r is filled with (r mod 97) + 1, so every row is known."""
+
+    rows: int
+    dim: int
+
+    @property
+    def spec(self) -> TensorSpec:
+        return TensorSpec((self.rows, self.dim), torch.float32)
+
+    def read(self, begin: int, end: int) -> Tensor:
+        return (torch.arange(begin, end) % 97 + 1.0).unsqueeze(1).expand(-1, self.dim)
+
+    def mapped(self) -> Tensor:
+        return torch.empty(self.rows, self.dim, device="meta")
+
+
+class Memory:
+    """A sink that is a file in memory."""
+
+    def __init__(self, size: int, held: Sequence[str] = ()) -> None:
+        self.file, self.blocks, self.held = bytearray(size), [], set(held)
+        self.written = bytearray(size)
+
+    def holds(self, block: str) -> bool:
+        return block in self.held
+
+    def write(self, block: str, pieces: Sequence[Piece]) -> None:
+        self.blocks.append(block)
+        for at, data in pieces:
+            self.file[at : at + len(data)] = data
+            self.written[at : at + len(data)] = bytes(
+                count + 1 for count in self.written[at : at + len(data)]
+            )
+
+
+def encoded(job: Job, workers: int = 1) -> bytes:
+    """The whole result; every byte is written exactly once."""
+    file = StreamedFile(job.layout())
+    sink = Memory(file.bytes)
+    carry_out(job, file, sink, workers)
+    assert set(sink.written) == {1}
+    return bytes(sink.file)
+
+
+def job_of(step: Any, tables: Mapping[str, Tensor], rows: int | None = None, **rest: Tensor) -> Job:
+    sources = {name: Held(values) for name, values in {**tables, **rest}.items()}
+    return Job(step, {name: name.removesuffix(".weight") for name in tables}, sources, rows)
+
+
+@given(st.integers(0, 60), st.integers(1, 9), st.integers(1, 70), st.integers(1, 3), st.booleans())
+def test_the_bytes_are_those_of_the_whole_table_encoded_at_once(
+    rows: int, dim: int, block_rows: int, workers: int, small: bool
+):
+    step = RowwiseInt4(clipping="mse") if small else RowwiseInt8(scale="float32")
+    weight = torch.randn(rows, dim, generator=torch.Generator().manual_seed(rows + dim))
+    found = load(encoded(job_of(step, {"user.weight": weight}, block_rows), workers))
+    assert found.keys() == {"user.codes", "user.scale"}
+    for name, values in step.encode(weight, {}).items():
+        assert torch.equal(found[f"user.{name}"], values)
+
+
+@dataclass(frozen=True)
+class PairedFormat:
+    """A sum for every three rows, the rows themselves as float16, and the mean of the table."""
+
+    name: str = "paired"
+
+    def layout(self, rows: int, dim: int, settings: Mapping[str, Any]) -> dict[str, TensorSpec]:
+        return {
+            "rows": TensorSpec((rows, dim), torch.float16),
+            "sums": TensorSpec((-(-rows // 3), dim), torch.float32, every=3),
+            "mean": TensorSpec((1, dim), torch.float64, every=0),
+        }
+
+
+@dataclass(frozen=True)
+class Paired:
+    """A step whose scales are shared by neighbours and which learns something from the table."""
+
+    kind: str = "paired"
+    tables: tuple[str, ...] = ("*",)
+    min_rows: int = 1
+    storage: PairedFormat = field(default_factory=PairedFormat)
+    fitted: list[int] = field(default_factory=list)
+
+    def settings(self) -> dict[str, Any]:
+        return {}
+
+    def fit(self, rows: Tensor) -> dict[str, Tensor]:
+        self.fitted.append(len(rows))
+        return {"mean": rows.double().mean(dim=0, keepdim=True)}
+
+    def encode(self, block: Tensor, params: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        centred = block - params["mean"].float()
+        sums = torch.stack([part.sum(dim=0) for part in centred.split(3)])
+        return {"rows": centred.half(), "sums": sums}
+
+
+@given(st.integers(1, 40), st.integers(1, 50), st.integers(1, 3))
+def test_no_block_splits_what_neighbours_share(rows: int, block_rows: int, workers: int):
+    weight = torch.randn(rows, 2, generator=torch.Generator().manual_seed(rows))
+    whole = encoded(job_of(Paired(), {"t": weight}, rows))
+    assert encoded(job_of(Paired(), {"t": weight}, block_rows), workers) == whole
+    found = load(whole)
+    assert torch.equal(found["t.mean"], weight.double().mean(dim=0, keepdim=True))
+    assert len(found["t.sums"]) == -(-rows // 3)
+
+
+def test_what_is_no_table_is_copied_and_a_table_becomes_its_module_again():
+    weight = torch.randn(50, 6)
+    rest = {"bias": torch.randn(20_000), "count": torch.tensor(3), "none": torch.empty(0, 4)}
+    job = job_of(RowwiseInt8(), {"user.weight": weight.bfloat16()}, **rest)
+    found = load(encoded(job, workers=2))
+    for name, values in rest.items():
+        assert torch.equal(found[name], values)
+    table = module_of("user", job.records()["user"])
+    assert isinstance(table, PackedTable)
+    stored = {name: found[f"user.{name}"] for name in ("codes", "scale")}
+    table.load_state_dict(stored, assign=True)
+    # Half a level of an int8 row, and bfloat16 was what it read.
+    error = (table(torch.arange(50)) - weight.bfloat16().float()).abs()
+    assert bool((error <= stored["scale"].float() * 0.51).all())
+
+
+def test_blocks_that_are_there_are_not_made_again_nor_fitted_again():
+    step, weight = Paired(), torch.randn(12, 2)
+    job = job_of(step, {"t": weight}, 3)
+    file = StreamedFile(job.layout())
+    sink = Memory(file.bytes, held=["header", "t@0", "t@6"])
+    carry_out(job, file, sink, 1)
+    assert sink.blocks == ["t@whole", "t@3", "t@9"]
+    step.fitted.clear()
+    done = Memory(file.bytes, held=["header", "t@whole", "t@0", "t@3", "t@6", "t@9"])
+    read: list[int] = []
+    carry_out(job, file, done, 1, read.append)
+    assert done.blocks == step.fitted == []
+    assert sum(read) == weight.nbytes  # a bar reaches its end all the same
+
+
+def test_torchs_own_threads_are_as_before():
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        encoded(job_of(RowwiseInt8(), {"t": torch.randn(40, 2)}, 4), workers=2)
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+
+
+# 2^31 elements, 2^32 bytes of input, and 2^31 and 2^32 bytes of codes.
+ROWS, DIM = 2**32 // 64 + 1000, 64
+ELEMENTS = (2**31, 2**32)
+BYTES = (2**31, 2**32, 2**33, 2**34)
+BORDERS = sorted({*(n // DIM for n in ELEMENTS), *(n // (4 * DIM) for n in BYTES)})
+
+
+@pytest.mark.parametrize("row", BORDERS)
+@pytest.mark.parametrize("block_rows", [1000, 4096])
+def test_rows_beyond_32_bits_land_where_they_belong(row: int, block_rows: int):
+    job = Job(RowwiseInt8(), {"t": "t"}, {"t": Endless(ROWS, DIM)}, block_rows)
+    file = StreamedFile(job.layout())
+    starts = {part: file.place(f"t.{part}") for part in ("codes", "scale")}
+    wanted = [block for block in job.blocks("t") if block.begin - block_rows <= row <= block.end]
+    assert len(wanted) >= 2
+    pieces: dict[int, memoryview] = {}
+
+    class Caught:
+        def holds(self, block: str) -> bool:
+            return block not in {each.name for each in wanted}
+
+        def write(self, block: str, written: Sequence[Piece]) -> None:
+            pieces.update((piece.at, piece.data) for piece in written)
+
+    carry_out(job, file, Caught(), 2)
+    for block in wanted:
+        codes = pieces[starts["codes"] + block.begin * DIM]
+        assert len(codes) == (block.end - block.begin) * DIM
+        scales = torch.frombuffer(
+            bytearray(pieces[starts["scale"] + block.begin * 2]), dtype=torch.float16
+        )
+        amounts = torch.arange(block.begin, block.end) % 97 + 1.0
+        # A float16 scale is within 2^-11 of the largest weight over 127.
+        torch.testing.assert_close(scales.float() * 127, amounts, rtol=2**-10, atol=0)
+    assert file.place("t.codes", ROWS) == starts["codes"] + ROWS * DIM
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+def test_a_weight_that_is_not_finite_is_named_by_its_row(bad: float):
+    weight = torch.ones(100, 4)
+    weight[71, 2] = bad
+    with pytest.raises(ModelRefused, match=r"Row 71 of 'user.weight'"):
+        encoded(job_of(RowwiseInt8(), {"user.weight": weight}, 16), workers=2)
+
+
+def test_a_sum_that_overflows_is_no_fault():
+    encoded(job_of(RowwiseInt8(scale="float32"), {"t": torch.full((8, 8), 3e38)}))
+
+
+@dataclass(frozen=True)
+class Broken(Paired):
+    """A step that encodes what it was told to."""
+
+    made: Mapping[str, Tensor] = field(default_factory=dict)
+
+    def encode(self, block: Tensor, params: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return dict(self.made)
+
+
+@pytest.mark.parametrize(
+    ("made", "said"),
+    [
+        ({}, "encodes nothing and lays out rows, sums"),
+        ({"rows": torch.zeros(3, 2).half()}, "encodes rows and lays out rows, sums"),
+        ({"rows": torch.zeros(3, 2).half(), "sums": torch.zeros(2, 2)}, "2 entries of 'sums'"),
+        ({"rows": torch.zeros(3, 2), "sums": torch.zeros(1, 2)}, "laid out as torch.float16"),
+        ({"rows": torch.zeros(3, 9).half(), "sums": torch.zeros(1, 2)}, "does not fit"),
+    ],
+)
+def test_a_step_that_breaks_its_layout_is_named(made: Mapping[str, Tensor], said: str):
+    with pytest.raises(ContractBroken, match=said):
+        encoded(job_of(Broken(made=made), {"t": torch.zeros(3, 2)}))
+
+
+def test_a_fit_that_forgets_what_is_laid_out_for_the_whole_table_is_named():
+    class Forgetful(Paired):
+        def fit(self, rows: Tensor) -> dict[str, Tensor]:
+            return {}
+
+    with pytest.raises(ContractBroken, match="'mean' for the whole table"):
+        encoded(job_of(Forgetful(), {"t": torch.zeros(3, 2)}))
+
+
+def test_two_tensors_of_one_name_are_refused():
+    job = job_of(RowwiseInt8(), {"a.weight": torch.zeros(3, 2)}, **{"a.codes": torch.zeros(1)})
+    with pytest.raises(ModelRefused, match="another tensor of that name"):
+        job.layout()
+
+
+# --- rows of a stored tensor -----------------------------------------------------------------
+
+
+@pytest.fixture
+def opened() -> Iterator[ExitStack]:
+    with ExitStack() as files:
+        yield files
+
+
+def stored(opened: ExitStack, path: Path, name: str, values: Tensor) -> StoredRows:
+    save_file({name: values, "other": torch.arange(5)}, path)
+    file = opened.enter_context(path.open("rb"))
+    header = int.from_bytes(file.read(8), "little")
+
+    begin = json.loads(file.read(header))[name]["data_offsets"][0]
+    rows = StoredRows(path, file.fileno(), name, 8 + header + begin, Held(values).spec)
+    assert torch.equal(rows.mapped(), values)
+    return rows
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.int8])
+def test_rows_are_read_as_they_were_stored(dtype: torch.dtype, opened: ExitStack, tmp_path: Path):
+    values = torch.randn(30, 3).to(dtype)
+    rows = stored(opened, tmp_path / "file", "t", values)
+    assert torch.equal(rows.read(7, 19), values[7:19])
+    assert torch.equal(rows.read(0, 30), values)
+    assert rows.read(4, 4).shape == (0, 3)
+
+
+def test_a_thread_reads_into_the_same_memory_again(opened: ExitStack, tmp_path: Path):
+    rows = stored(opened, tmp_path / "file", "t", torch.randn(30, 3))
+    first = rows.read(0, 20)
+    assert rows.read(10, 20).data_ptr() == first.data_ptr()
+
+
+def test_a_file_that_ends_early_is_refused(opened: ExitStack, tmp_path: Path):
+    rows = stored(opened, tmp_path / "file", "t", torch.randn(3000, 3))
+    with (tmp_path / "file").open("r+b") as file:
+        file.truncate(20_000)
+    with pytest.raises(ModelRefused, match="ends within 't'"):
+        rows.read(0, 3000)
+
+
+def test_a_type_without_a_counterpart_is_refused():
+    with pytest.raises(ModelRefused, match="F4"):
+        spec_of("F4", (2,), "t")
+
+
+def test_a_block_is_named_by_its_tensor_and_first_row():
+    assert Block("user.weight", 2**40, 2**40 + 5).name == f"user.weight@{2**40}"

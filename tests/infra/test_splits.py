@@ -1,0 +1,499 @@
+import datetime as dt
+import re
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors import SafetensorError
+from safetensors.numpy import load_file
+
+from compressors.contracts import DenseInput, IdInput, JaggedBag, PaddedBag, Signature
+from infra.data.splits import check_ids, prepare, split_statistics
+from infra.errors import DataRefused, StoreUnavailable
+
+USER = IdInput(name="user", table="users")
+PAIR = IdInput(name="pair", columns=("a", "b"), shape=(2,), dtype="int32", table="pairs")
+DENSE = DenseInput(name="dense", columns=("x", "y"), shape=(2,))
+VECTOR = DenseInput(name="vector", shape=(3,))
+PADDED = PaddedBag(name="genres", shape=(3,), table="genres", padding_id=7)
+JAGGED = JaggedBag(name="history", shape=(4,), table="items", dtype="int32")
+
+
+def signature_of(*inputs, task="ctr", group="session", time="at"):
+    output = "logit" if task == "ctr" else "score"
+    return Signature(
+        task=task,
+        inputs=inputs,
+        output=output,
+        label="click",
+        group=group,
+        time=time,
+        metric="auc" if task == "ctr" else "ndcg@10",
+    )
+
+
+ALL = signature_of(USER, PAIR, DENSE, VECTOR, PADDED, JAGGED)
+
+
+def columns(**changes):
+    """Four good rows of every column ``ALL`` reads."""
+    good = {
+        "user": pa.array([5, 0, 3, 5]),
+        "a": pa.array([1, 2, 3, 4], pa.int16()),
+        "b": pa.array([9, 8, 7, 6], pa.uint8()),
+        "x": pa.array([0.5, -1.0, 2.0, 3.0]),
+        "y": pa.array([1, 2, 3, 4]),
+        "vector": pa.array([[1.0, 2.0, 3.0]] * 4, pa.list_(pa.float32())),
+        "genres": pa.array([[1], [], [2, 3, 4], [5, 6]]),
+        "history": pa.array([[], [1, 2], [], [3, 4, 5, 6]]),
+        "click": pa.array([1, 0, 0, 1]),
+        "session": pa.array(["b", "a", "b", "c"]),
+        "at": pa.array([10, 20, 30, 40]),
+    }
+    made = {**good, **changes}
+    return {name: column for name, column in made.items() if column is not None}
+
+
+@pytest.fixture
+def split(tmp_path):
+    def write(**changes):
+        path = tmp_path / "split.parquet"
+        pq.write_table(pa.table(columns(**changes)), path)
+        return path
+
+    return write
+
+
+@pytest.fixture
+def tensors(tmp_path):
+    def make(path, signature=ALL):
+        prepare(path, signature, tmp_path / "out")
+        return load_file(tmp_path / "out" / "data.safetensors")
+
+    return make
+
+
+@pytest.fixture
+def refusal(tmp_path, split):
+    def of(signature=ALL, **changes):
+        with pytest.raises(DataRefused) as caught:
+            prepare(split(**changes), signature, tmp_path / "refused")
+        assert not (tmp_path / "refused" / "data.safetensors").exists()
+        return str(caught.value)
+
+    return of
+
+
+def test_every_kind_of_input_becomes_the_tensor_its_layout_promises(split, tensors):
+    out = tensors(split())
+    np.testing.assert_array_equal(out["user"], np.array([5, 0, 3, 5], np.int64))
+    np.testing.assert_array_equal(out["pair"], np.int32([[1, 9], [2, 8], [3, 7], [4, 6]]))
+    np.testing.assert_array_equal(out["dense"], np.float32([[0.5, 1], [-1, 2], [2, 3], [3, 4]]))
+    np.testing.assert_array_equal(out["vector"], np.float32([[1, 2, 3]] * 4))
+    np.testing.assert_array_equal(out["genres"], [[1, 7, 7], [7, 7, 7], [2, 3, 4], [5, 6, 7]])
+    np.testing.assert_array_equal(out["history"], np.int32([1, 2, 3, 4, 5, 6]))
+    np.testing.assert_array_equal(out["@bounds/history"], [0, 0, 2, 2, 6])
+    np.testing.assert_array_equal(out["@label"], np.float32([1, 0, 0, 1]))
+    np.testing.assert_array_equal(out["@group"], [0, 1, 0, 2])
+    np.testing.assert_array_equal(out["@time"], [10, 20, 30, 40])
+    dtypes = {name: str(tensor.dtype) for name, tensor in out.items()}
+    assert dtypes == {
+        "user": "int64",
+        "pair": "int32",
+        "dense": "float32",
+        "vector": "float32",
+        "genres": "int64",
+        "history": "int32",
+        "@bounds/history": "int64",
+        "@label": "float32",
+        "@group": "int64",
+        "@time": "int64",
+    }
+
+
+def test_prepared_says_what_was_written(split, tmp_path):
+    prepared = prepare(
+        split(), signature_of(USER, group=None, time=None), tmp_path / "deep" / "out"
+    )
+    written = tmp_path / "deep" / "out" / "data.safetensors"
+    assert prepared.rows == 4
+    assert prepared.tensors == ("user", "@label")
+    assert prepared.bytes == written.stat().st_size
+    assert list(written.parent.iterdir()) == [written]
+
+
+def test_a_write_that_breaks_off_leaves_nothing_behind(split, tmp_path, monkeypatch):
+    def torn(tensors, path):
+        path.write_bytes(b"half")
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr("infra.data.splits.save_file", torn)
+    with pytest.raises(StoreUnavailable, match=r"disk of .*data\.safetensors is full"):
+        prepare(split(), ALL, tmp_path / "out")
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_only_empty_lists_make_an_empty_tensor(split, tensors):
+    out = tensors(split(history=pa.array([[]] * 4, pa.list_(pa.int64()))))
+    assert out["history"].shape == (0,)
+    np.testing.assert_array_equal(out["@bounds/history"], [0] * 5)
+
+
+@pytest.mark.parametrize(
+    "column",
+    [
+        pa.array([[1, 2, 3]] * 4, pa.list_(pa.int64(), 3)),
+        pa.array([[1, 2, 3]] * 4, pa.large_list(pa.uint64())),
+    ],
+    ids=["fixed size", "large"],
+)
+def test_every_arrow_list_of_integers_is_a_bag(column, split, tensors):
+    np.testing.assert_array_equal(tensors(split(genres=column))["genres"], [[1, 2, 3]] * 4)
+
+
+def test_booleans_and_dictionaries_are_read_as_their_values(split, tensors):
+    path = split(
+        click=pa.array([True, False, False, True]),
+        x=pa.array([True, False, True, True]),
+        user=pa.array([5, 0, 3, 5]).dictionary_encode(),
+        session=pa.array(["b", "a", "b", "c"]).dictionary_encode(),
+    )
+    out = tensors(path)
+    np.testing.assert_array_equal(out["@label"], [1, 0, 0, 1])
+    np.testing.assert_array_equal(out["dense"][:, 0], [1, 0, 1, 1])
+    np.testing.assert_array_equal(out["user"], [5, 0, 3, 5])
+    np.testing.assert_array_equal(out["@group"], [0, 1, 0, 2])
+
+
+@pytest.mark.parametrize("unit", ["s", "ms", "us", "ns"])
+@pytest.mark.parametrize("zone", [None, "Europe/Berlin"])
+def test_timestamps_are_microseconds_whatever_their_unit(unit, zone, split, tensors):
+    moments = pa.array([0, 1, 2, 3], pa.int64()).cast(pa.timestamp("s"))
+    out = tensors(split(at=moments.cast(pa.timestamp(unit)).cast(pa.timestamp(unit, zone))))
+    np.testing.assert_array_equal(out["@time"], [0, 1_000_000, 2_000_000, 3_000_000])
+
+
+def test_dates_and_fractional_seconds_are_times_too(split, tensors):
+    days = pa.array([dt.date(1970, 1, day) for day in (1, 2, 3, 4)])
+    np.testing.assert_array_equal(tensors(split(at=days))["@time"][1], 86_400_000_000)
+    seconds = tensors(split(at=pa.array([0.5, 1.5, 2.5, 3.5])))["@time"]
+    np.testing.assert_array_equal(seconds, np.float64([0.5, 1.5, 2.5, 3.5]))
+
+
+def test_integer_groups_keep_their_numbers(split, tensors):
+    out = tensors(split(session=pa.array([40, -3, 40, 9])))
+    np.testing.assert_array_equal(out["@group"], [40, -3, 40, 9])
+
+
+@given(
+    rows=st.lists(
+        st.tuples(
+            st.integers(-(2**31), 2**31 - 1),
+            st.floats(width=32, allow_nan=False, allow_infinity=False),
+            st.lists(st.integers(0, 99), max_size=3),
+            st.lists(st.integers(0, 99), max_size=4),
+            st.booleans(),
+            st.text(max_size=3),
+        ),
+        min_size=1,
+        max_size=40,
+    ),
+    row_group=st.integers(1, 15),
+    batch=st.integers(1, 9),
+)
+def test_what_was_written_comes_back(rows, row_group, batch, tmp_path_factory):
+    """Random frames, cut into row groups and batches at random places; exact: nothing rounds."""
+    folder = tmp_path_factory.mktemp("round")
+    ids, numbers, padded, jagged, labels, groups = map(list, zip(*rows, strict=True))
+    lists = pa.list_(pa.int64())
+    table = pa.table(
+        {
+            "user": ids,
+            "vector": pa.array([[number] for number in numbers]),
+            "genres": pa.array(padded, lists),
+            "history": pa.array(jagged, lists),
+            "click": labels,
+            "session": groups,
+        }
+    )
+    pq.write_table(table, folder / "s.parquet", row_group_size=row_group)
+    one = DenseInput(name="vector", shape=(1,))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("infra.data.parquet.BATCH_ROWS", batch)
+        prepare(folder / "s.parquet", signature_of(USER, one, PADDED, JAGGED, time=None), folder)
+    out = load_file(folder / "data.safetensors")
+    assert out["user"].tolist() == ids
+    assert out["vector"].ravel().tolist() == numbers
+    assert out["genres"].tolist() == [row + [7] * (3 - len(row)) for row in padded]
+    bounds = out["@bounds/history"]
+    found = [out["history"][bounds[i] : bounds[i + 1]].tolist() for i in range(len(rows))]
+    assert found == jagged
+    assert out["@label"].tolist() == [float(label) for label in labels]
+    order = list(dict.fromkeys(groups))
+    assert out["@group"].tolist() == [order.index(group) for group in groups]
+
+
+def test_part_files_are_one_split_in_the_order_of_their_names(tmp_path, tensors):
+    folder = tmp_path / "parts"
+    folder.mkdir()
+    for name, ids in (("part-1", [3, 4]), ("part-0", [1, 2])):
+        frame = pd.DataFrame({"user": ids, "click": [0, 1], "session": ["x", name]})
+        frame.to_parquet(folder / f"{name}.parquet")
+    (folder / "_SUCCESS").touch()
+    out = tensors(folder, signature_of(USER, time=None))
+    assert out["user"].tolist() == [1, 2, 3, 4]
+    assert out["@group"].tolist() == [0, 1, 0, 2]
+
+
+def test_rows_are_counted_through_all_parts(tmp_path):
+    folder = tmp_path / "parts"
+    folder.mkdir()
+    for part, labels in enumerate(([0, 1], [0, 3])):
+        frame = pd.DataFrame({"user": [1, 2], "click": labels})
+        frame.to_parquet(folder / f"{part}.parquet")
+    with pytest.raises(DataRefused, match=r"first in row\(s\) 3\."):
+        prepare(folder, signature_of(USER, group=None, time=None), tmp_path)
+
+
+def test_parts_of_different_types_are_refused(tmp_path):
+    folder = tmp_path / "parts"
+    folder.mkdir()
+    pd.DataFrame({"user": [1]}).to_parquet(folder / "0.parquet")
+    pd.DataFrame({"user": [1.5]}).to_parquet(folder / "1.parquet")
+    with pytest.raises(DataRefused, match=r"'user' is float in 1\.parquet, but integer in 0"):
+        prepare(folder, ALL, tmp_path)
+
+
+def test_partitioned_folders_are_refused_because_their_names_carry_columns(tmp_path):
+    (tmp_path / "day=1").mkdir()
+    pd.DataFrame({"user": [1]}).to_parquet(tmp_path / "day=1" / "0.parquet")
+    with pytest.raises(DataRefused, match="subfolders"):
+        prepare(tmp_path, ALL, tmp_path)
+
+
+def test_no_file_no_parquet_and_no_rows_are_refused(tmp_path, refusal):
+    with pytest.raises(DataRefused, match="does not exist"):
+        prepare(tmp_path / "nowhere", ALL, tmp_path)
+    with pytest.raises(DataRefused, match=r"has no \*\.parquet file"):
+        prepare(tmp_path, ALL, tmp_path)
+    (tmp_path / "odd.parquet").write_bytes(b"PAR1 and nothing else")
+    with pytest.raises(DataRefused, match="is not a readable parquet file"):
+        prepare(tmp_path / "odd.parquet", ALL, tmp_path)
+    nothing = {name: column.slice(0, 0) for name, column in columns().items()}
+    assert "it has no rows" in refusal(**nothing)
+
+
+def test_a_file_that_breaks_off_inside_is_refused(split, tmp_path):
+    path = split()
+    raw = bytearray(path.read_bytes())
+    raw[4:400] = b"\xff" * 396
+    path.write_bytes(raw)
+    with pytest.raises(DataRefused, match=r"is not a readable parquet file: .*page header"):
+        prepare(path, ALL, tmp_path)
+
+
+NO_FIT = [
+    ("missing", {"b": None}, r"column 'b' is missing; input 'pair' reads it"),
+    (
+        "strings as ids",
+        {"user": pa.array(["u1", "u2", "u3", "u4"])},
+        r"column 'user': input 'user' needs integer, found string in all 4 row\(s\)\. Encode it",
+    ),
+    (
+        "whole numbers as floats",
+        {"user": pa.array([1.0, 2.0, 3.0, 4.0])},
+        r"column 'user': .* found float in all 4 row\(s\)\. Cast it to int64\.",
+    ),
+    (
+        "fractions as ids",
+        {"user": pa.array([1.0, 2.5, 3.0, 0.5])},
+        r"found float .* 2 value\(s\) are a fraction, first in row\(s\) 1, 3\. Cast it to int64",
+    ),
+    (
+        "gaps as NaN",
+        {"user": pa.array([1.0, None, float("nan"), 4.0])},
+        r"2 value\(s\) are a null or NaN, first in row\(s\) 1, 2\. Cast it .* when they are gone",
+    ),
+    (
+        "fractions in a bag",
+        {"genres": pa.array([[1.0], [], [2.5], [3.0]])},
+        r"needs list of integer, found list of float .* a fraction, first in row\(s\) 2",
+    ),
+    ("ids where a bag is", {"genres": pa.array([1, 2, 3, 4])}, "needs list of integer, found int"),
+    ("a bag where ids are", {"user": pa.array([[1]] * 4)}, "needs integer, found list of integer"),
+    ("text as dense", {"x": pa.array(["1"] * 4)}, "'x': input 'dense' needs integer or float or"),
+    ("a label as text", {"click": pa.array(["1"] * 4)}, "'click': the label needs .* string"),
+    ("a group as list", {"session": pa.array([[1]] * 4)}, "the group needs .* Store one plain"),
+    ("a time as text", {"at": pa.array(["now"] * 4)}, "the time needs .* found string"),
+    ("null id", {"user": pa.array([1, None, 3, None])}, r"'user': null; 2 .*row\(s\) 1, 3"),
+    (
+        "an id past int32",
+        {"user": pa.array([1, 2**31, 3, -(2**31) - 1])},
+        r"'user': id does not fit int32; 2 value\(s\), first in row\(s\) 1, 3",
+    ),
+    ("an id past int64", {"user": pa.array([2**64 - 1] * 4, pa.uint64())}, "fit int32; 4 value"),
+    ("null number", {"y": pa.array([1, 2, 3, None])}, r"'y': null; 1 .*row\(s\) 3"),
+    ("NaN", {"x": pa.array([1.0, float("nan"), 0.0, 0.0])}, r"'x': NaN; 1 .*row\(s\) 1"),
+    ("inf", {"x": pa.array([1.0, 0.0, -np.inf, 0.0])}, r"'x': infinite or beyond.*row\(s\) 2"),
+    ("too big", {"x": pa.array([1.0, 0.0, 1e300, 0.0])}, r"infinite or beyond.*row\(s\) 2"),
+    ("null list", {"genres": pa.array([[1], None, [2], [3]])}, r"'genres': null list.*row\(s\) 1"),
+    (
+        "null in a list",
+        {"genres": pa.array([[1], [2, None], [None, None], [3]])},
+        r"'genres': null; 3 value\(s\), first in row\(s\) 1, 2\.",
+    ),
+    (
+        "a padded list too long",
+        {"genres": pa.array([[1], [2], [1, 2, 3, 4], [3]])},
+        r"'genres': a list has 4 ids, input 'genres' takes at most 3; 1 .*row\(s\) 2",
+    ),
+    (
+        "a jagged list too long",
+        {"history": pa.array([[1] * 5, [], [1], [2] * 9])},
+        r"'history': a list has 5 ids, input 'history' takes at most 4; 2 .*row\(s\) 0, 3",
+    ),
+    (
+        "a vector of another width",
+        {"vector": pa.array([[1.0] * 3, [1.0] * 2, [1.0] * 3, [1.0] * 3])},
+        r"'vector': a list has 2 value\(s\), input 'vector' has 3; 1 .*row\(s\) 1",
+    ),
+    ("a label of two", {"click": pa.array([0, 1, 2, 0])}, r"a ctr label is 0 or 1; 1 .*row\(s\) 2"),
+    ("half a label", {"click": pa.array([0, 1, 0.5, 0])}, r"a ctr label is 0 or 1; 1"),
+    ("null label", {"click": pa.array([0, None, 1, 0])}, r"'click': null; 1 .*row\(s\) 1"),
+    ("NaN label", {"click": pa.array([0.0, np.nan, 1, 0])}, r"'click': NaN; 1 .*row\(s\) 1"),
+    ("null group", {"session": pa.array(["a", None, "b", "c"])}, r"'session': null; 1"),
+    ("NaN group", {"session": pa.array([0.0, np.nan, 1, 0])}, r"'session': NaN; 1"),
+    ("group too big", {"session": pa.array([2**64 - 1] * 4, pa.uint64())}, "fit int64; 4"),
+    ("null time", {"at": pa.array([1, None, 2, 3])}, r"'at': null; 1 .*row\(s\) 1"),
+    ("endless time", {"at": pa.array([1.0, np.inf, 2, 3])}, r"'at': NaN or infinite; 1"),
+]
+
+
+@pytest.mark.parametrize(("changes", "message"), [case[1:] for case in NO_FIT], ids=lambda v: "")
+def test_what_does_not_fit_is_named_with_column_rule_and_rows(changes, message, refusal):
+    text = refusal(**changes)
+    assert re.search(message, text)
+    assert len(text.splitlines()) == 2, "exactly the planted fault is named"
+
+
+def test_ranking_labels_are_grades_from_zero(refusal, split, tensors):
+    grades = signature_of(USER, task="ranking")
+    assert tensors(split(click=pa.array([0, 4, 2, 1])), grades)["@label"].tolist() == [0, 4, 2, 1]
+    text = refusal(grades, click=pa.array([0, -1, 2, 1]))
+    assert "a ranking label is at least 0; 1 value(s), first in row(s) 1." in text
+
+
+def test_all_faults_are_named_at_once(refusal):
+    text = refusal(user=pa.array([1, None, 2, 3]), click=pa.array([0, 1, 2, 0]))
+    assert "'user': null" in text
+    assert "'click': a ctr label" in text
+
+
+def test_only_the_first_rows_are_named_and_all_are_counted(split, tmp_path):
+    rows = 1000
+    pq.write_table(pa.table({"user": [None] * rows, "click": [0] * rows}), tmp_path / "n.parquet")
+    frame = pa.table({"user": pa.array([None] * rows, pa.int64()), "click": [0] * rows})
+    pq.write_table(frame, tmp_path / "n.parquet")
+    with pytest.raises(DataRefused, match=r"null; 1000 value\(s\), .* 18, 19\.$"):
+        prepare(tmp_path / "n.parquet", signature_of(USER, group=None, time=None), tmp_path)
+
+
+def test_a_column_twice_is_refused(tmp_path):
+    table = pa.Table.from_arrays(
+        [pa.array([1]), pa.array([2]), pa.array([0])], ["user"] * 2 + ["click"]
+    )
+    pq.write_table(table, tmp_path / "twice.parquet")
+    with pytest.raises(DataRefused, match="'user' is there more than once"):
+        prepare(tmp_path / "twice.parquet", signature_of(USER, group=None, time=None), tmp_path)
+
+
+def test_names_that_collide_with_ours_are_refused(refusal):
+    odd = IdInput(name="@label", columns=("user",), table="users")
+    assert "names starting with '@' are ours" in refusal(signature_of(odd))
+
+
+def test_dots_in_column_names_are_part_of_the_name(split, tensors):
+    dotted = JaggedBag(name="history", columns=("user.items",), shape=(4,), table="items")
+    plain = IdInput(name="user", table="users")
+    path = split(**{"user.items": columns()["history"]})
+    assert tensors(path, signature_of(plain, dotted))["history"].tolist() == [1, 2, 3, 4, 5, 6]
+
+
+def test_statistics_are_the_facts_of_the_split(split):
+    facts = split_statistics(split(), ALL)
+    assert (facts.rows, facts.label_mean) == (4, 0.5)
+    assert (facts.time_min, facts.time_max) == (10, 40)
+    user, pair = facts.inputs["user"], facts.inputs["pair"]
+    assert (user.min_id, user.max_id, user.longest, user.nulls) == (0, 5, 0, 0)
+    assert (pair.min_id, pair.max_id) == (1, 9)
+    genres, history = facts.inputs["genres"], facts.inputs["history"]
+    assert (genres.min_id, genres.max_id, genres.longest) == (1, 6, 3)
+    assert (history.min_id, history.max_id, history.longest) == (1, 6, 4)
+    assert "dense" not in facts.inputs
+
+
+def test_statistics_count_nulls_and_survive_columns_without_any_id(split):
+    path = split(
+        user=pa.array([None] * 4, pa.int64()),
+        genres=pa.array([None, [1, None], [], [2]]),
+        history=pa.array([[]] * 4, pa.list_(pa.int64())),
+    )
+    facts = split_statistics(path, ALL)
+    assert (facts.inputs["user"].min_id, facts.inputs["user"].nulls) == (None, 4)
+    assert facts.inputs["genres"].nulls == 2
+    assert (facts.inputs["history"].max_id, facts.inputs["history"].longest) == (None, 0)
+
+
+TABLES = {"users": 6, "pairs": 10, "genres": 8, "items": 7}
+
+
+def test_ids_inside_their_tables_pass(split):
+    check_ids({"train": split_statistics(split(), ALL)}, ALL, TABLES)
+
+
+@pytest.mark.parametrize(
+    ("name", "policy", "refused"),
+    [
+        ("train", "error", True),
+        ("train", "clamp", True),
+        ("calibration", "default_row", True),
+        ("validation", "error", True),
+        ("test", "error", True),
+        ("validation", "clamp", False),
+        ("test", "default_row", False),
+    ],
+)
+@pytest.mark.parametrize("wrong", [6, -1])
+def test_ids_outside_their_table_are_an_error_where_no_policy_covers_them(
+    name, policy, refused, wrong, split
+):
+    signature = signature_of(USER.model_copy(update={"out_of_range": policy}))
+    facts = {name: split_statistics(split(user=pa.array([0, wrong, 3, 5])), signature)}
+    if not refused:
+        check_ids(facts, signature, TABLES)
+        return
+    message = rf"split '{name}', input 'user': id {wrong} is not in table 'users' of 6 rows"
+    with pytest.raises(DataRefused, match=message):
+        check_ids(facts, signature, TABLES)
+
+
+def test_lists_too_long_are_refused_in_every_split_whatever_the_policy(split):
+    short = signature_of(PADDED.model_copy(update={"shape": (2,), "out_of_range": "clamp"}))
+    with pytest.raises(DataRefused, match="'test', input 'genres': a list has 3 ids, the input"):
+        check_ids({"test": split_statistics(split(), short)}, short, TABLES)
+
+
+@pytest.mark.parametrize("setting", ["default_row", "padding_id"])
+def test_rows_that_stand_in_for_ids_must_be_in_the_table(setting):
+    signature = signature_of(PADDED.model_copy(update={setting: 8}))
+    with pytest.raises(DataRefused, match=rf"{setting} 8 is not in table 'genres' of 8 rows"):
+        check_ids({}, signature, TABLES)
+
+
+def test_a_table_nobody_has_is_refused():
+    with pytest.raises(DataRefused, match="input 'user' reads table 'users'; there is items"):
+        check_ids({}, signature_of(USER), {"items": 3})

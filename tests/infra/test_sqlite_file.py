@@ -1,0 +1,256 @@
+"""The registry's file: complete or absent whenever a process is killed, and never half migrated."""
+
+import json
+import os
+import shutil
+import sqlite3
+import subprocess
+import sys
+import threading
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from infra.errors import RegistryUnavailable, SettingRefused
+from infra.registry import sqlite_file
+from infra.registry.mlflow_registry import Registry
+
+ROOT = Path(__file__).parents[2]
+ORDER = "a" * 64
+EARLIER = "acf3f17fdcc7"  # a revision between two releases of MLflow, well before today's
+
+
+@pytest.fixture(scope="module")
+def fresh(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    file = tmp_path_factory.mktemp("registry") / "registry.db"
+    assert Registry(f"sqlite:///{file}").models() == ()
+    return file
+
+
+@pytest.fixture
+def file(fresh: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copy(fresh, tmp_path / "registry.db"))
+
+
+def opened(file: Path) -> Registry:
+    return Registry(f"sqlite:///{file}")
+
+
+def publish(file: Path, order: str = ORDER) -> str:
+    return opened(file).publish("ranker", order, "s3://models/x", {}, "").version
+
+
+def execute(file: Path, *statements: str) -> None:
+    with closing(sqlite3.connect(file)) as database, database:
+        for statement in statements:
+            database.execute(statement)
+
+
+def kill_points(folder: Path, writer: str, points: list[float]) -> list[dict[str, Any]]:
+    ended = subprocess.run(
+        [sys.executable, "tests/killed_registry.py", folder, writer, *map(str, points)],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    return [json.loads(line) for line in ended.stdout.splitlines()]
+
+
+# The last operations create the link and remove the temporary file.
+SOME = [0.001, 0.1, 0.5, 0.9, 0.995, 1.0]
+MANY = [number / 40 for number in range(1, 36)] + [0.9 + number / 500 for number in range(51)]
+
+
+@pytest.mark.parametrize("points", [SOME, pytest.param(MANY, marks=pytest.mark.slow)])
+def test_a_registry_whose_first_user_was_killed_is_complete_at_the_next_use(
+    tmp_path: Path, points: list[float]
+) -> None:
+    results = kill_points(tmp_path, "now", points)
+    assert [result["version"] for result in results] == ["1"] * len(points)
+    assert all(result["killed"] for result in results)
+    # Temporary files of the killed process are removed.
+    assert {tuple(result["left"]) for result in results} == {("registry.db", "registry.db.lock")}
+
+
+@pytest.mark.parametrize("points", [[0.1, 0.6, 0.95], pytest.param(MANY, marks=pytest.mark.slow)])
+def test_a_registry_that_an_earlier_version_left_half_migrated_works_again(
+    tmp_path: Path, points: list[float]
+) -> None:
+    results = kill_points(tmp_path, "earlier", points)
+    assert [result["version"] for result in results] == ["1"] * len(points)
+    assert all(result["killed"] for result in results)
+
+
+def test_an_empty_file_becomes_a_registry(tmp_path: Path) -> None:
+    file = tmp_path / "registry.db"
+    file.touch()
+    assert publish(file) == "1"
+
+
+def test_journals_of_a_deleted_registry_do_not_reach_the_new_one(file: Path) -> None:
+    journal = file.with_name("registry.db-journal")
+    with closing(sqlite3.connect(file, isolation_level=None)) as database:
+        database.execute("PRAGMA cache_size = 1")  # pages reach the file before the commit
+        database.execute("BEGIN IMMEDIATE")
+        database.execute("DELETE FROM workspaces")
+        database.execute("CREATE TABLE large AS SELECT zeroblob(1000000) AS body")
+        hot = journal.read_bytes()
+        database.execute("ROLLBACK")
+    file.unlink()
+    journal.write_bytes(hot)
+    assert publish(file) == "1"
+    with closing(sqlite3.connect(file)) as database:
+        assert database.execute("PRAGMA integrity_check").fetchone() == ("ok",)
+
+
+def test_a_registry_in_a_folder_with_signs_of_a_uri_is_created_there(tmp_path: Path) -> None:
+    file = tmp_path / "what % 20 # of it" / "registry.db"
+    assert publish(file) == "1"
+    assert file.is_file()
+
+
+def test_a_registry_that_is_a_symlink_stays_one(tmp_path: Path) -> None:
+    (tmp_path / "disk").mkdir()
+    file = tmp_path / "registry.db"
+    file.symlink_to(tmp_path / "disk" / "real.db")
+    assert publish(file) == "1"
+    assert file.is_symlink()
+    assert (tmp_path / "disk" / "real.db").is_file()
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        "DELETE FROM alembic_version",
+        "DROP TABLE model_version_tags",
+        "UPDATE alembic_version SET version_num = (SELECT 'acf3f17fdcc7')",
+    ],
+)
+def test_an_incomplete_registry_that_holds_versions_is_refused_unchanged(
+    file: Path, damage: str
+) -> None:
+    publish(file)
+    execute(file, damage)
+    before = file.read_bytes()
+    with pytest.raises(SettingRefused, match=r"holds 1 registered version.*registry restore"):
+        opened(file).models()
+    assert file.read_bytes() == before
+    assert sorted(path.name for path in file.parent.iterdir()) == [
+        "registry.db",
+        "registry.db.lock",
+    ]
+
+
+@pytest.mark.parametrize("damage", ["DELETE FROM alembic_version", "DROP TABLE model_versions"])
+def test_an_incomplete_registry_that_holds_nothing_is_created_again(
+    file: Path, damage: str
+) -> None:
+    execute(file, damage)
+    assert publish(file) == "1"
+
+
+def test_an_incomplete_file_with_runs_of_another_program_is_not_replaced(file: Path) -> None:
+    execute(file, "DELETE FROM alembic_version", "CREATE TABLE mine AS SELECT 1 AS one")
+    with pytest.raises(SettingRefused, match="is incomplete"):
+        opened(file).models()
+
+
+# --- a registry of an earlier MLflow ---------------------------------------------------------
+
+
+@pytest.fixture
+def earlier(tmp_path: Path) -> Path:
+    """A registry as an earlier MLflow left it, with one version in it."""
+    from alembic import command
+    from mlflow.store.db.utils import InitialBase, _get_alembic_config
+
+    file = tmp_path / "registry.db"
+    with sqlite_file._engine(file) as engine:
+        InitialBase.metadata.create_all(engine)
+        config = _get_alembic_config("sqlite://")
+        with engine.begin() as connection:
+            config.attributes["connection"] = connection
+            command.upgrade(config, EARLIER)
+    execute(
+        file,
+        "INSERT INTO registered_models (name, creation_time, last_updated_time) "
+        "VALUES ('ranker', 1, 1)",
+        "INSERT INTO model_versions (name, creation_time, last_updated_time, version, source, "
+        "current_stage) VALUES ('ranker', 1, 1, 1, 's3://models/x', 'None')",
+        "INSERT INTO model_version_tags (name, version, key, value) "
+        "VALUES ('ranker', 1, 'recpress.order', printf('%.64c', 'a'))",
+    )
+    return file
+
+
+def test_a_registry_of_an_earlier_mlflow_is_migrated_with_its_versions(earlier: Path) -> None:
+    assert publish(earlier) == "1"  # the order that is registered already
+    assert publish(earlier, "b" * 64) == "2"
+
+
+def test_a_migration_that_fails_leaves_the_registry_as_it_was(
+    earlier: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import mlflow.store.db.utils
+
+    upgrade = mlflow.store.db.utils._upgrade_db
+
+    def upgrade_and_fail(engine: Any) -> None:
+        upgrade(engine)
+        raise RuntimeError("no such column")
+
+    monkeypatch.setattr(mlflow.store.db.utils, "_upgrade_db", upgrade_and_fail)
+    before = earlier.read_bytes()
+    with pytest.raises(SettingRefused, match="cannot migrate it: no such column"):
+        opened(earlier).models()
+    assert earlier.read_bytes() == before
+    monkeypatch.undo()
+    assert publish(earlier) == "1"
+
+
+def test_what_another_process_writes_while_a_registry_is_migrated_is_kept(
+    earlier: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import mlflow.store.db.utils
+
+    upgrade = mlflow.store.db.utils._upgrade_db
+    insert = (
+        "INSERT INTO model_version_tags (name, version, key, value) "
+        "VALUES ('ranker', 1, 'meanwhile', 'yes')"
+    )
+    writers: list[threading.Thread] = []
+    with closing(sqlite3.connect(earlier, timeout=60, check_same_thread=False)) as other:
+        assert other.execute("SELECT count(*) FROM model_versions").fetchone() == (1,)
+
+        def upgrade_slowly(engine: Any) -> None:
+            writers.append(threading.Thread(target=lambda: (other.execute(insert), other.commit())))
+            writers[0].start()
+            writers[0].join(0.5)
+            assert writers[0].is_alive(), "the writer waits"
+            upgrade(engine)
+
+        monkeypatch.setattr(mlflow.store.db.utils, "_upgrade_db", upgrade_slowly)
+        registry = opened(earlier)
+        registry.models()
+        writers[0].join(60)
+    assert registry.version("ranker", "1").tags["meanwhile"] == "yes"
+
+
+def test_a_registry_of_a_later_mlflow_is_refused_also_if_it_is_empty(file: Path) -> None:
+    execute(file, "UPDATE alembic_version SET version_num = 'later'")
+    with pytest.raises(SettingRefused, match="schema 'later'"):
+        opened(file).models()
+
+
+def test_a_registry_that_another_program_keeps_locked_is_unavailable(
+    earlier: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sqlite_file, "BUSY_SECONDS", 0.1)
+    with closing(sqlite3.connect(earlier)) as other:
+        other.execute("BEGIN EXCLUSIVE")
+        with pytest.raises(RegistryUnavailable):
+            opened(earlier).models()

@@ -1,0 +1,24 @@
+"""Scores of a model on fixed rows, and how far float32 sums in another order may move them."""
+
+import models
+import torch
+from models import Reference
+from torch import Tensor
+
+from compressors.core.model import Model
+
+
+def scores_of(model: Model, reference: Reference, rows: int = 300) -> Tensor:
+    """Scores float32 ``(rows,)`` of the reference network's example rows."""
+    inputs = models.example(reference.signature, reference.rows_of_tables(), rows, seed=11)
+    with torch.no_grad():
+        return model.module(**inputs).reshape(-1)
+
+
+def float32_rounding(scores: Tensor) -> float:
+    """Sums of a hundred float32 products in another order differ by some steps of the largest."""
+    return 64 * torch.finfo(torch.float32).eps * max(1.0, float(scores.abs().max()))
+
+
+def stored_bytes(tensors: dict[str, Tensor]) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())

@@ -1,0 +1,52 @@
+"""Every folder of the packages lists its files in reading order, and none is too large to read."""
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PACKAGES = ("flows", "tasks", "compressors", "infra")
+MOST_FILES = 15
+MOST_LINES = 450
+LONG_FILES = {"compressors/quantize/kernels/numba_kernels.py"}
+"""Files that may be longer; their docstrings give the reason."""
+
+FOLDERS = sorted(path.parent for top in PACKAGES for path in (ROOT / top).rglob("__init__.py"))
+FILES = sorted(path for top in PACKAGES for path in (ROOT / top).rglob("*.py"))
+
+
+def name(path: Path) -> str:
+    return str(path.relative_to(ROOT))
+
+
+def listed(folder: Path) -> list[str]:
+    """Files and subfolders that the folder's docstring lists, in its order."""
+    text = ast.get_docstring(ast.parse((folder / "__init__.py").read_text())) or ""
+    return re.findall(r"^(\w+(?:\.py|/)) +\S", text, re.MULTILINE)
+
+
+def present(folder: Path) -> set[str]:
+    """Python files of a folder, and its subfolders that hold some."""
+    files = {path.name for path in folder.glob("*.py")} - {"__init__.py"}
+    return files | {f"{path.parent.name}/" for path in folder.glob("*/*.py")}
+
+
+@pytest.mark.parametrize("folder", FOLDERS, ids=name)
+def test_a_folder_lists_each_of_its_files_once(folder):
+    assert sorted(listed(folder)) == sorted(present(folder))
+
+
+@pytest.mark.parametrize("folder", FOLDERS, ids=name)
+def test_a_folder_has_at_most_fifteen_python_files(folder):
+    assert len(list(folder.glob("*.py"))) <= MOST_FILES
+
+
+def test_every_folder_with_python_files_is_a_package():
+    assert {path.parent for path in FILES} == set(FOLDERS)
+
+
+def test_only_files_with_a_stated_reason_are_longer_than_450_lines():
+    long = {name(path) for path in FILES if len(path.read_text().splitlines()) > MOST_LINES}
+    assert long == LONG_FILES
