@@ -27,7 +27,7 @@ from compressors.core.modules.factored import FactoredLinear, factored_layout
 from compressors.core.placeholders import placeholder
 from compressors.core.units import Choice, Unit, choose_dense, swap
 from compressors.errors.compression import CompressionError
-from compressors.quantize.calibration.layer_inputs import See, watch_inputs
+from compressors.quantize.calibration.layer_inputs import BATCH, input_vectors, read_layer_inputs
 
 UNSEEN = 1e-4
 """Share of the mean variance that every direction of the inputs gets, seen or not."""
@@ -224,8 +224,15 @@ class LowRankDense(Frozen):
                 "or set 'weighted' to false."
             )
         moments = {unit.name: _Moments(unit.weight.shape[1]) for unit in units}
-        see: dict[str, See] = dict(moments)
-        watch_inputs(model.module, bench.signature, bench.calibration, self.rows, see)
+        read_layer_inputs(
+            model.module,
+            units,
+            bench.calibration,
+            bench.signature,
+            batch=BATCH,
+            limit=self.rows,
+            receive=lambda unit, x: moments[unit.name](input_vectors(x)),
+        )
         for name, seen in moments.items():
             if not seen.count:
                 raise CompressionError(

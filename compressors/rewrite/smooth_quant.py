@@ -20,10 +20,10 @@ from torch import Tensor
 
 from compressors.contracts import Bench, Change, Frozen, Part
 from compressors.core.model import Model
-from compressors.core.units import Choice
+from compressors.core.units import Choice, Unit
 from compressors.errors.compression import CompressionError
 from compressors.quantize.calibration.calibrators import LEVELS
-from compressors.quantize.calibration.layer_inputs import BATCH, See, watch_inputs
+from compressors.quantize.calibration.layer_inputs import BATCH, input_vectors, read_layer_inputs
 from compressors.quantize.dense.static_int8 import encode, quantize
 from compressors.rewrite.scaling import Link, choose_links, linear_weight, rescale
 
@@ -133,8 +133,15 @@ class SmoothQuant(Frozen):
         calls = -(-min(self.rows, bench.calibration.rows) // BATCH)
         readers = [name for link in links for name in link.readers]
         seen = {name: _Inputs(-(-SAMPLE // calls)) for name in readers}
-        see: dict[str, See] = dict(seen)
-        watch_inputs(module, bench.signature, bench.calibration, self.rows, see)
+        read_layer_inputs(
+            module,
+            [unit for unit in Unit.of(module) if unit.name in seen],
+            bench.calibration,
+            bench.signature,
+            batch=BATCH,
+            limit=self.rows,
+            receive=lambda unit, x: seen[unit.name](input_vectors(x)),
+        )
         # From the end: a factor changes the rows of the layer before, which the one before that
         # is judged by; what any layer reads, it leaves as it was seen.
         for link in reversed(links):

@@ -1,58 +1,14 @@
-"""What dense layers see on rows of data: looked at in one pass, held as small sums."""
+"""Second moments of the inputs of dense layers, and the output error that they imply."""
 
-from collections.abc import Callable, Collection
-from typing import Any
+from collections.abc import Collection
 
 import torch
 from torch import Tensor, nn
 
 from compressors.contracts import Signature, Split
-from compressors.core.batches import batches
 from compressors.core.units import Unit
 from compressors.errors.compression import CompressionError
-
-Look = Callable[[str, Tensor], None]
-"""Takes a layer's name and some of its inputs, float32 ``(rows, in)``."""
-
-
-def look_at_inputs(
-    module: nn.Module,
-    layers: Collection[Unit],
-    rows: Split,
-    signature: Signature,
-    batch: int,
-    most: int,
-    look: Look,
-) -> None:
-    """Run a network on rows of data and look at what its dense layers are given.
-
-    Args:
-        module: in evaluation mode; left as it is.
-        layers: those looked at.
-        rows: a prepared split.
-        signature: of its columns.
-        batch: rows of one run.
-        most: rows of the split that are read, at most.
-        look: called at every run of a layer; a layer of lists has more than ``batch`` inputs.
-    """
-
-    def hook(name: str) -> Any:
-        def seen(_: nn.Module, args: tuple[Tensor, ...], named: dict[str, Tensor]) -> None:
-            x = args[0] if args else named["input"]
-            look(name, x.detach().float().reshape(-1, x.shape[-1]))
-
-        return seen
-
-    handles = [
-        unit.module.register_forward_pre_hook(hook(unit.name), with_kwargs=True) for unit in layers
-    ]
-    try:
-        with torch.no_grad():
-            for each in batches(rows, signature, batch, most):
-                module(**each.inputs)
-    finally:
-        for handle in handles:
-            handle.remove()
+from compressors.quantize.calibration.layer_inputs import input_vectors, read_layer_inputs
 
 
 def grams(
@@ -69,23 +25,24 @@ def grams(
     and channels, where its weight ``(out, in)`` is off by ``d``.
 
     Args:
-        module: see ``look_at_inputs``, as for all others.
-        layers: those looked at.
-        rows: a prepared split.
-        signature: of its columns.
+        module: in evaluation mode; it is not changed.
+        layers: dense layers of the module.
+        rows: the first ``most`` of them are read.
+        signature: inputs of the network.
         batch: rows of one run.
-        most: rows that are read, at most.
+        most: rows in all.
 
     Raises:
         CompressionError: a layer never ran, or saw nothing but zeros.
     """
     found: dict[str, Tensor] = {}
 
-    def add(name: str, x: Tensor) -> None:
-        wide = x.double()
-        found[name] = found.get(name, torch.zeros((), dtype=torch.float64)) + wide.T @ wide
+    def add(unit: Unit, x: Tensor) -> None:
+        wide = input_vectors(x).float().double()
+        sums = found.get(unit.name, torch.zeros((), dtype=torch.float64))
+        found[unit.name] = sums + wide.T @ wide
 
-    look_at_inputs(module, layers, rows, signature, batch, most, add)
+    read_layer_inputs(module, layers, rows, signature, batch=batch, limit=most, receive=add)
     for unit in layers:
         if unit.name not in found or not bool(found[unit.name].any()):
             raise CompressionError(

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from compressors.contracts import Bench
 from compressors.core.modules.formats import PackedLinear
 from compressors.core.units import Unit
-from compressors.quantize.calibration.input_moments import look_at_inputs
+from compressors.quantize.calibration.layer_inputs import input_vectors, read_layer_inputs
 
 LEAST_LEVELS = 8
 LARGEST_ERROR = 0.02
@@ -84,12 +84,11 @@ def input_range_warnings(source: nn.Module, result: nn.Module, bench: Bench) -> 
 
 def _inputs_of(result: nn.Module, units: Collection[Unit], bench: Bench) -> dict[str, _Seen]:
     seen: dict[str, _Seen] = {}
-    modules = {unit.name: unit.module for unit in units}
     if bench.calibration is None or not units:
         return seen
 
-    def look(name: str, x: Tensor) -> None:
-        layer = modules[name]
+    def add(unit: Unit, inputs: Tensor) -> None:
+        layer, name, x = unit.module, unit.name, input_vectors(inputs).float()
         if not x.numel() or not isinstance(layer, PackedLinear):
             return
         storage = layer.storage
@@ -107,7 +106,9 @@ def _inputs_of(result: nn.Module, units: Collection[Unit], bench: Bench) -> dict
         sums.error = sums.error + error.square().sum(dim=0)
         sums.largest = torch.maximum(sums.largest, wide.abs().amax(dim=0))
 
-    look_at_inputs(result, units, bench.calibration, bench.signature, BATCH, ROWS, look)
+    read_layer_inputs(
+        result, units, bench.calibration, bench.signature, batch=BATCH, limit=ROWS, receive=add
+    )
     return seen
 
 

@@ -1,7 +1,6 @@
-"""What dense layers read on rows of data: a network is run, and each layer's input is looked at."""
+"""The inputs of dense layers while a network runs on rows of data."""
 
-from collections.abc import Callable, Mapping
-from contextlib import ExitStack
+from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
@@ -9,36 +8,55 @@ from torch import Tensor, nn
 
 from compressors.contracts import Signature, Split
 from compressors.core.batches import batches
+from compressors.core.units import Unit
 
 BATCH = 1024
+"""Rows of one run, for steps without a setting of it."""
 
-See = Callable[[Tensor], None]
-"""Is given what a layer reads in one call, as float ``(vectors, inputs)``."""
+Receive = Callable[[Unit, Tensor], None]
+"""Called with a layer and its input of one call, float ``(*, in)``."""
 
 
-def watch_inputs(
-    module: nn.Module, signature: Signature, split: Split, rows: int, see: Mapping[str, See]
+@torch.no_grad()
+def read_layer_inputs(
+    module: nn.Module,
+    layers: Collection[Unit],
+    rows: Split,
+    signature: Signature,
+    *,
+    batch: int,
+    limit: int,
+    receive: Receive,
 ) -> None:
-    """Run a network on the first ``rows`` rows of a split and show the inputs of some layers.
+    """Run a network on some rows and pass on the inputs of its layers, batch by batch.
 
     Args:
-        module: in evaluation mode; left as it is.
-        signature: of its inputs.
-        split: the rows.
-        rows: how many of them, at most.
-        see: by layer, what is told; a sequence's places are vectors like any other.
+        module: in evaluation mode; it is not changed.
+        layers: dense layers of the module.
+        rows: the first ``limit`` of them are read.
+        signature: inputs of the network.
+        batch: rows of one run.
+        limit: rows in all.
+        receive: called once for each call of a layer.
     """
 
-    def hook(tell: See) -> Any:
-        def look(_: nn.Module, args: tuple[Tensor, ...], named: dict[str, Tensor]) -> None:
-            x = args[0] if args else named["input"]
-            tell(x.detach().reshape(-1, x.shape[-1]))
+    def hook_of(unit: Unit) -> Any:
+        def hook(_: nn.Module, args: tuple[Tensor, ...], named: dict[str, Tensor]) -> None:
+            receive(unit, (args[0] if args else named["input"]).detach())
 
-        return look
+        return hook
 
-    with ExitStack() as hooks, torch.no_grad():
-        for name, tell in see.items():
-            layer = module.get_submodule(name)
-            hooks.callback(layer.register_forward_pre_hook(hook(tell), with_kwargs=True).remove)
-        for batch in batches(split, signature, BATCH, rows):
-            module(**batch.inputs)
+    handles = [
+        unit.module.register_forward_pre_hook(hook_of(unit), with_kwargs=True) for unit in layers
+    ]
+    try:
+        for part in batches(rows, signature, batch, limit):
+            module(**part.inputs)
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def input_vectors(inputs: Tensor) -> Tensor:
+    """Inputs ``(*, in)`` as ``(vectors, in)``: the places of a sequence are vectors like others."""
+    return inputs.reshape(-1, inputs.shape[-1])

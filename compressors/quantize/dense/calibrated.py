@@ -13,7 +13,7 @@ from compressors.core.units import Unit
 from compressors.errors.compression import CompressionError
 from compressors.quantize.calibration import calibrators as calibration
 from compressors.quantize.calibration.calibrators import Histogram
-from compressors.quantize.calibration.input_statistics import See, observe
+from compressors.quantize.calibration.layer_inputs import Receive, read_layer_inputs
 
 EVERY = "*"
 """Layers of a step that was asked for no layer by name: one that cannot be scaled may stay."""
@@ -94,11 +94,13 @@ def calibrated(
             "train data. Add one to model.json, or use 'float16' for the dense layers."
         )
 
-    def watched(units: Collection[Unit], see: See) -> None:
-        observe(module, units, split, bench.signature, batch=batch, limit=rows, see=see)
+    def read(units: Collection[Unit], receive: Receive) -> None:
+        read_layer_inputs(
+            module, units, split, bench.signature, batch=batch, limit=rows, receive=receive
+        )
 
     seen = {unit.name: Histogram() for unit in chosen}
-    watched(chosen, lambda unit, x: seen[unit.name].add(x))
+    read(chosen, lambda unit, x: seen[unit.name].add(x))
     taken = [unit for unit in chosen if not lenient or seen[unit.name].largest != 0]
     layers = {unit.name: _scalable(unit, seen[unit.name]) for unit in taken}
     tried = get_args(Calibrator)[:-1] if calibrator == "best" else (calibrator,)
@@ -117,7 +119,7 @@ def calibrated(
             wrong[unit.name][place] += error
         right[unit.name] += own
 
-    watched(taken, compare)
+    read(taken, compare)
     return {name: _least(candidates[name], tried, wrong[name], right[name]) for name in layers}
 
 

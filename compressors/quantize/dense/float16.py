@@ -29,7 +29,7 @@ from compressors.core.modules.formats import (
 )
 from compressors.core.placeholders import dry_run_packed
 from compressors.core.units import Choice, Unit, choose_dense, choose_tables, pack_table, swap
-from compressors.quantize.calibration.input_statistics import observe
+from compressors.quantize.calibration.layer_inputs import read_layer_inputs
 
 LARGEST = 65_504.0  # float16's
 
@@ -238,21 +238,21 @@ class Float16(Frozen):
             return {}
         largest = {unit.name: {"an input": 0.0, "a sum": 0.0} for unit in layers}
 
-        def look(unit: Unit, x: Tensor) -> None:
+        def compare(unit: Unit, x: Tensor) -> None:
             if x.numel():
                 met = largest[unit.name]
                 sums = largest_sum(x, unit.weight, unit.bias)
                 for what, size in (("an input", float(x.abs().max())), ("a sum", sums)):
                     met[what] = size if math.isnan(size) else max(met[what], size)
 
-        observe(
+        read_layer_inputs(
             module,
             layers,
             bench.calibration,
             bench.signature,
             batch=self.batch,
             limit=self.rows,
-            see=look,
+            receive=compare,
         )
         return {
             name: f"{what} of {size:g} on the calibration rows, times headroom "

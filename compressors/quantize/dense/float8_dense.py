@@ -29,7 +29,7 @@ from compressors.core.modules.formats import LinearFormat, PackedLinear, TensorS
 from compressors.core.placeholders import dry_run_packed
 from compressors.core.units import Choice, Unit, choose_dense, swap
 from compressors.errors.compression import CompressionError
-from compressors.quantize.calibration.input_moments import look_at_inputs
+from compressors.quantize.calibration.layer_inputs import input_vectors, read_layer_inputs
 from compressors.quantize.dense.calibrated import EVERY, UNSEEN
 from compressors.quantize.tables.float8_e4m3 import LARGEST, steps_of
 
@@ -199,12 +199,20 @@ class Float8Dense(Frozen):
         chosen = [unit for unit in units if unit.name in choices and choices[unit.name].take]
         largest = {unit.name: torch.zeros(()) for unit in chosen}
 
-        def look(name: str, x: Tensor) -> None:
-            largest[name] = torch.maximum(largest[name], x.abs().amax())
+        def compare(unit: Unit, x: Tensor) -> None:
+            found = input_vectors(x).float().abs().amax()
+            largest[unit.name] = torch.maximum(largest[unit.name], found)
 
         notes = dict(model.notes)
-        rows, signature = bench.calibration, bench.signature
-        look_at_inputs(model.module, chosen, rows, signature, self.batch, self.rows, look)
+        read_layer_inputs(
+            model.module,
+            chosen,
+            bench.calibration,
+            bench.signature,
+            batch=self.batch,
+            limit=self.rows,
+            receive=compare,
+        )
         for unit in chosen:
             input_scale = largest[unit.name] / LARGEST
             if EVERY in self.layers and not largest[unit.name]:
