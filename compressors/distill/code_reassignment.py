@@ -21,8 +21,7 @@ from compressors.quantize.tables import kmeans, product_codes, residual_codes, s
 from compressors.quantize.tables.kmeans import KMeansFormat
 from compressors.quantize.tables.product_codes import ProductCodesFormat
 from compressors.quantize.tables.residual_codes import ResidualCodesFormat
-from compressors.quantize.tables.rowwise_int2 import RowwiseInt2Format
-from compressors.quantize.tables.rowwise_int4 import RowwiseInt4Format
+from compressors.quantize.tables.rowwise import PackedRowsFormat
 from compressors.quantize.tables.rowwise_int8 import RowwiseInt8Format
 
 DAMPING = 0.1
@@ -30,11 +29,9 @@ DAMPING = 0.1
 
 SMALLEST = 1e-30
 
-Rowwise = RowwiseInt8Format | RowwiseInt4Format | RowwiseInt2Format
+Rowwise = RowwiseInt8Format | PackedRowsFormat
 Codebook = KMeansFormat | ProductCodesFormat | ResidualCodesFormat
 Codes = Rowwise | Codebook
-
-BITS = {"rowwise_int8": 8, "rowwise_int4": 4, "rowwise_int2": 2}
 
 
 class Proposal(NamedTuple):
@@ -102,8 +99,7 @@ def rounded(table: PackedTable, target: Tensor) -> tuple[Tensor, Tensor]:
 
     With even levels the nearest one of each weight is the best under any metric of columns.
     """
-    form, shared = _form(table), scales.SharedScales.of(table.settings)
-    bits = BITS[form.name]
+    bits, shared = _width(table), scales.SharedScales.of(table.settings)
     odd = shared.symmetric and bits > 2  # a level at zero, and one code unused
     grid = Grid(2**bits - odd, shared.symmetric, rows_per_scale=shared.rows_per_scale)
     stored = dict(table.named_buffers())
@@ -123,7 +119,7 @@ def _width(table: PackedTable) -> int:
     """Bits of a stored code."""
     form = _form(table)
     if isinstance(form, Rowwise):
-        return BITS[form.name]
+        return form.bits
     return form.width(table.rows, table.dim, table.settings)
 
 

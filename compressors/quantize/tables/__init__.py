@@ -4,6 +4,7 @@ A file reads from top to bottom: plain functions of tensors, the custom op with 
 format, the settings of the step.
 
 scales.py          scales and offsets that rows share
+rowwise.py         what the row-wise integer formats share
 rowwise_int8.py    one byte for each weight
 rowwise_int4.py    half a byte
 rowwise_int2.py    a quarter of a byte

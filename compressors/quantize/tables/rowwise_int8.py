@@ -5,24 +5,21 @@ table of ``rows x dim`` float32 shrinks from ``4 * rows * dim`` to ``rows * (dim
 with a float16 scale per row; asymmetric, with an offset, to ``rows * (dim + 4)``.
 
 Paper: Guan et al. 2019, https://arxiv.org/abs/1911.02079 (row-wise uniform quantization).
-Differs: symmetric unless asked for otherwise (TensorRT takes no zero point, so a symmetric lookup
-is the cheaper one there), and min-max unless asked for otherwise.
+Differs: the default is symmetric (TensorRT takes no zero point, so a symmetric lookup is cheaper
+there) and min-max.
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
-from pydantic import Field
 from torch import Tensor
 
-from compressors.contracts import Frozen
 from compressors.core.modules.formats import TableFormat, TensorSpec
-from compressors.quantize.kernels.levels import Clipping, Grid, RowsPerScale, ScaleType, weights
+from compressors.quantize.kernels.levels import weights
 from compressors.quantize.tables import scales
-
-LEVELS, ALL_LEVELS = 255, 256
+from compressors.quantize.tables.rowwise import RowwiseSettings
 
 
 def code_type(*, symmetric: bool) -> torch.dtype:
@@ -76,6 +73,7 @@ class RowwiseInt8Format:
     """``codes`` int8 ``(rows, dim)``, or uint8 with an ``offset``, and ``scale``."""
 
     name: str = "rowwise_int8"
+    bits: int = 8
     learned: tuple[str, ...] = ("scale", "offset")
 
     def layout(self, rows: int, dim: int, settings: Mapping[str, Any]) -> dict[str, TensorSpec]:
@@ -99,46 +97,17 @@ class RowwiseInt8Format:
 FORMAT = RowwiseInt8Format()
 
 
-class RowwiseInt8(Frozen):
+class RowwiseInt8(RowwiseSettings):
     """Store embedding tables as one byte per weight and one scale per row."""
 
+    levels: ClassVar[tuple[int, int]] = (255, 256)
+
     kind: Literal["rowwise_int8"] = "rowwise_int8"
-    tables: tuple[str, ...] = Field(
-        ("*",), description="Tables to compress: module names, with * for any characters."
-    )
-    min_rows: int = Field(1, ge=1, description="Tables with fewer rows stay as they are.")
-    scale: ScaleType = Field("float16", description="How scales and offsets are stored.")
-    symmetric: bool = Field(
-        True, description="Levels around zero, or an offset beside every scale and all codes used."
-    )
-    clipping: Clipping = Field(
-        "min_max",
-        description="min_max: the largest weight ends a range. The others clip one where that "
-        "lowers its squared error: least_squares in 7 times the work, greedy 33 and mse 26 times, "
-        "asymmetric 65 and some hundred times.",
-    )
-    rows_per_scale: RowsPerScale = Field(
-        1, description="Neighbouring rows that share a scale; 0: one scale for the table."
-    )
 
     @property
     def storage(self) -> TableFormat:
         """The format this step writes."""
         return FORMAT
-
-    @property
-    def grid(self) -> Grid:
-        """Which levels there are and how they are fitted."""
-        levels = LEVELS if self.symmetric else ALL_LEVELS
-        return Grid(levels, self.symmetric, self.clipping, self.scale, self.rows_per_scale)
-
-    def settings(self) -> dict[str, Any]:
-        """What the format needs to know to lay a table out."""
-        return scales.settings_of(self.grid)
-
-    def fit(self, rows: Tensor) -> dict[str, Tensor]:
-        """The scale of the table where it has but one; nothing else is learned."""
-        return scales.fit_table(rows, self.grid)
 
     def encode(self, block: Tensor, params: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Stored tensors of one block of rows, float ``(rows, dim)``."""

@@ -414,7 +414,7 @@ def test_row_wise_codes_are_the_nearest_levels_there_are(codes):
     table = encode_table(codes, torch.randn(12, 6, generator=generator))
     target = 1.5 * torch.randn(12, 6, generator=generator)
     new, read = code_reassignment.rounded(table, target)
-    bits = code_reassignment.BITS[codes.storage.name]
+    bits = codes.storage.bits
     signed = new.dtype == torch.int8
     every = torch.arange(-127, 128) if signed else torch.arange(2**bits)
     if bits == 4 and codes.symmetric:
