@@ -8,6 +8,7 @@ placement.py          a network on another device for the time of a pass
 placeholders.py       tensors with a shape and no values, for dry runs
 state/                a module as tensors and records, and back
 step.py               the protocols that a step implements
+step_settings.py      settings that many steps have
 runner.py             runs a step and checks its contract
 skipping.py           runs a step without the units that do not support it
 plan_lines.py         the plan after a step

@@ -31,6 +31,7 @@ from compressors.core.composition_steps import (
 from compressors.core.model import Model
 from compressors.core.modules.composed import Composition, Design, Parts, PartSpec
 from compressors.core.modules.formats import TensorSpec
+from compressors.core.step_settings import MinRows, TablePatterns
 from compressors.core.units import Choice
 
 
@@ -102,10 +103,8 @@ class LowRank(Frozen):
     """Make embedding tables of narrower rows and one small matrix."""
 
     kind: Literal["low_rank"] = "low_rank"
-    tables: tuple[str, ...] = Field(
-        ("*",), description="Tables to compress: module names, with * for any characters."
-    )
-    min_rows: int = Field(1, ge=1, description="Tables with fewer rows stay as they are.")
+    tables: TablePatterns = ("*",)
+    min_rows: MinRows = 1
     rank: float = Field(
         0.5, gt=0, description="Below 1: share of a table's width. From 1 on: numbers a row."
     )

@@ -32,6 +32,7 @@ from compressors.core.composition_steps import (
 from compressors.core.model import Model
 from compressors.core.modules.composed import Composition, Design, Parts, PartSpec, gathered
 from compressors.core.modules.formats import TensorSpec
+from compressors.core.step_settings import MinRows, TablePatterns
 from compressors.core.units import Choice
 
 # The largest prime below 2^31: with ids and coefficients below it, a * id + b fits an int64.
@@ -218,10 +219,8 @@ class MultiHash(Frozen):
     """Make embedding tables of sums of few shared rows, chosen by hashing."""
 
     kind: Literal["multi_hash"] = "multi_hash"
-    tables: tuple[str, ...] = Field(
-        ("*",), description="Tables to compress: module names, with * for any characters."
-    )
-    min_rows: int = Field(1, ge=1, description="Tables with fewer rows stay as they are.")
+    tables: TablePatterns = ("*",)
+    min_rows: MinRows = 1
     buckets: float = Field(
         0.5, gt=0, description="Below 1: share of a table's rows. From 1 on: rows of the new one."
     )

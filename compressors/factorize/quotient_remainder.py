@@ -32,6 +32,7 @@ from compressors.core.composition_steps import (
 from compressors.core.model import Model
 from compressors.core.modules.composed import Composition, Design, Parts, PartSpec, gathered
 from compressors.core.modules.formats import TensorSpec
+from compressors.core.step_settings import MinRows, TablePatterns
 from compressors.core.units import Choice
 
 Operation = Literal["add", "multiply"]
@@ -217,10 +218,8 @@ class QuotientRemainder(Frozen):
     """Make embedding tables of two short ones, for quotients and remainders of ids."""
 
     kind: Literal["quotient_remainder"] = "quotient_remainder"
-    tables: tuple[str, ...] = Field(
-        ("*",), description="Tables to compress: module names, with * for any characters."
-    )
-    min_rows: int = Field(1, ge=1, description="Tables with fewer rows stay as they are.")
+    tables: TablePatterns = ("*",)
+    min_rows: MinRows = 1
     buckets: float = Field(
         0,
         ge=0,

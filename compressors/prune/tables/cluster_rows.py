@@ -26,6 +26,7 @@ from compressors.core.composition_steps import (
 )
 from compressors.core.model import Model
 from compressors.core.modules.composed import Design
+from compressors.core.step_settings import MinRows
 from compressors.core.units import Choice
 from compressors.prune.tables.kept_rows import most, share
 from compressors.prune.tables.row_map import COMPOSITION, byte_planes
@@ -67,7 +68,7 @@ class ClusterRows(Frozen):
     tables: tuple[str, ...] = Field(
         ("*",), description="Tables to cluster: module names, with * for any characters."
     )
-    min_rows: int = Field(1, ge=1, description="Tables with fewer rows stay as they are.")
+    min_rows: MinRows = 1
     hot: float = Field(
         0.2, ge=0, lt=1, description="Share of a table's rows, the most looked up, that stay."
     )

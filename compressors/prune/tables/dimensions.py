@@ -30,6 +30,7 @@ from compressors.core.composition_steps import (
 from compressors.core.model import Model
 from compressors.core.modules.composed import Design
 from compressors.core.modules.formats import Bag
+from compressors.core.step_settings import MinRows, TablePatterns
 from compressors.core.units import Choice, Unit, own_weight, private_copy
 from compressors.errors.compression import CompressionError, NothingToCompress
 from compressors.factorize.low_rank import COMPOSITION
@@ -70,10 +71,8 @@ class Dimensions(Frozen):
     """Drop the least important dimensions of embedding tables."""
 
     kind: Literal["dimensions"] = "dimensions"
-    tables: tuple[str, ...] = Field(
-        ("*",), description="Tables to compress: module names, with * for any characters."
-    )
-    min_rows: int = Field(1, ge=1, description="Tables with fewer rows stay as they are.")
+    tables: TablePatterns = ("*",)
+    min_rows: MinRows = 1
     keep: float = Field(
         0.5, gt=0, description="Below 1: share of the dimensions that stay. From 1 on: how many."
     )

@@ -23,6 +23,7 @@ from compressors.core.composition_steps import UNSEEN
 from compressors.core.model import Model
 from compressors.core.modules.composed import ComposedTable, Composition, Parts, PartSpec
 from compressors.core.modules.formats import TensorSpec
+from compressors.core.step_settings import MinRows
 from compressors.core.units import Choice, Unit, choose_tables, pack_table, swap
 from compressors.errors.compression import CompressionError, NothingToCompress
 from compressors.metrics.validation_score import quality
@@ -96,7 +97,7 @@ class DropTables(Frozen):
     tables: tuple[str, ...] = Field(
         ("*",), description="Tables that may be dropped: module names, with * for any characters."
     )
-    min_rows: int = Field(1, ge=1, description="Tables with fewer rows stay as they are.")
+    min_rows: MinRows = 1
     most_loss: float = Field(
         0.0,
         ge=0,

@@ -18,6 +18,7 @@ from compressors.contracts import Bench, Change, Frozen, Part
 from compressors.core.composition_steps import UNSEEN
 from compressors.core.model import Model
 from compressors.core.modules.composed import Design
+from compressors.core.step_settings import MinRows
 from compressors.core.units import Choice, Unit, choose_tables, pack_table, swap
 from compressors.prune.tables.row_map import COMPOSITION, byte_planes
 from compressors.quantize.calibration.lookup_counts import lookup_counts
@@ -95,7 +96,7 @@ class MergeRows(Frozen):
     tables: tuple[str, ...] = Field(
         ("*",), description="Tables to search: module names, with * for any characters."
     )
-    min_rows: int = Field(1, ge=1, description="Tables with fewer rows stay as they are.")
+    min_rows: MinRows = 1
     within: float = Field(
         0.0,
         ge=0,

@@ -35,6 +35,7 @@ from compressors.core.composition_steps import (
 from compressors.core.model import Model
 from compressors.core.modules.composed import Composition, Design, Parts, PartSpec, gathered
 from compressors.core.modules.formats import TensorSpec
+from compressors.core.step_settings import MinRows
 from compressors.core.units import Choice, Unit, choose_tables
 from compressors.prune.tables import row_map
 from compressors.prune.tables.kept_rows import BLOCK, kept_order, most, share
@@ -88,7 +89,7 @@ class PruneRows(Frozen):
     tables: tuple[str, ...] = Field(
         ("*",), description="Tables to prune: module names, with * for any characters."
     )
-    min_rows: int = Field(1, ge=1, description="Tables with fewer rows stay as they are.")
+    min_rows: MinRows = 1
     keep: float = Field(0.5, gt=0, lt=1, description="Share of a table's rows that stay.")
     importance: Literal["traffic", "norm", "gradient"] = Field(
         "traffic",

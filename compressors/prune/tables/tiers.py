@@ -26,6 +26,7 @@ from compressors.core.composition_steps import (
 from compressors.core.model import Model
 from compressors.core.modules.composed import Composition, Design, Parts, PartSpec
 from compressors.core.modules.formats import TensorSpec
+from compressors.core.step_settings import MinRows
 from compressors.core.units import Choice
 from compressors.prune.tables.kept_rows import BLOCK, kept_order, most, share
 from compressors.quantize.calibration.lookup_counts import lookup_counts
@@ -81,7 +82,7 @@ class Tiers(Frozen):
     tables: tuple[str, ...] = Field(
         ("*",), description="Tables to part: module names, with * for any characters."
     )
-    min_rows: int = Field(2, ge=1, description="Tables with fewer rows stay as they are.")
+    min_rows: MinRows = 2
     hot: float = Field(
         0.1, gt=0, lt=1, description="Share of a table's rows that are kept apart as hot."
     )

@@ -12,7 +12,6 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
-from pydantic import Field
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -20,6 +19,7 @@ from compressors.contracts import Bench, Change, Frozen, Part
 from compressors.core.model import Model
 from compressors.core.modules.formats import LinearFormat, PackedLinear, TensorSpec
 from compressors.core.placeholders import dry_run_packed
+from compressors.core.step_settings import LayerPatterns
 from compressors.core.units import Choice, Unit, choose_dense, swap
 
 LARGEST = float(torch.finfo(torch.bfloat16).max)
@@ -86,9 +86,7 @@ class BFloat16Dense(Frozen):
     """Store dense layers as bfloat16."""
 
     kind: Literal["bfloat16_dense"] = "bfloat16_dense"
-    layers: tuple[str, ...] = Field(
-        ("*",), description="Dense layers to compress: module names, with * for any characters."
-    )
+    layers: LayerPatterns = ("*",)
 
     @property
     def needs(self) -> tuple[Part, ...]:

@@ -28,6 +28,7 @@ from compressors.core.modules.formats import (
     TensorSpec,
 )
 from compressors.core.placeholders import dry_run_packed
+from compressors.core.step_settings import MinRows
 from compressors.core.units import Choice, Unit, choose_dense, choose_tables, pack_table, swap
 from compressors.quantize.calibration.layer_inputs import read_layer_inputs
 
@@ -175,7 +176,7 @@ class Float16(Frozen):
     layers: tuple[str, ...] = Field(
         ("*",), description="Dense layers to compress, with * as wildcard."
     )
-    min_rows: int = Field(1, ge=1, description="Tables with fewer rows stay as they are.")
+    min_rows: MinRows = 1
     headroom: float = Field(
         2.0,
         ge=1,

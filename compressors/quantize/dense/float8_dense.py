@@ -27,6 +27,7 @@ from compressors.contracts import Bench, Change, Frozen, Part
 from compressors.core.model import Model
 from compressors.core.modules.formats import LinearFormat, PackedLinear, TensorSpec
 from compressors.core.placeholders import dry_run_packed
+from compressors.core.step_settings import LayerPatterns
 from compressors.core.units import Choice, Unit, choose_dense, swap
 from compressors.errors.compression import CompressionError
 from compressors.quantize.calibration.layer_inputs import input_vectors, read_layer_inputs
@@ -156,9 +157,7 @@ class Float8Dense(Frozen):
     """Compute dense layers in 8-bit floats (E4M3) on GPUs, with scales calibrated before."""
 
     kind: Literal["float8_dense"] = "float8_dense"
-    layers: tuple[str, ...] = Field(
-        ("*",), description="Dense layers to compress: module names, with * for any characters."
-    )
+    layers: LayerPatterns = ("*",)
     scales: Literal["channel", "layer"] = Field(
         "channel", description="A scale for the weights of each output channel, or of the layer."
     )

@@ -27,6 +27,7 @@ from compressors.core.batches import Batch
 from compressors.core.model import Model
 from compressors.core.modules.formats import PackedLinear
 from compressors.core.placeholders import dry_run_packed
+from compressors.core.step_settings import LayerPatterns
 from compressors.core.units import Choice, Unit, choose_dense, innermost, swap
 from compressors.distill.soft_labels import soft_label_loss
 from compressors.distill.training.settings import Training
@@ -122,9 +123,7 @@ class QAT(Frozen):
     """Train dense layers to be int8, with scales that are learned."""
 
     kind: Literal["qat"] = "qat"
-    layers: tuple[str, ...] = Field(
-        ("*",), description="Dense layers to compress: module names, with * for any characters."
-    )
+    layers: LayerPatterns = ("*",)
     calibrator: Calibrator = Field(
         "best",
         description="Where the ranges of inputs begin, as in static_int8: min_max, percentile, "

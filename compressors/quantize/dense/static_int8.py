@@ -23,6 +23,7 @@ from compressors.contracts import Bench, Change, Frozen, Part
 from compressors.core.model import Model
 from compressors.core.modules.formats import LinearFormat, PackedLinear, TensorSpec
 from compressors.core.placeholders import dry_run_packed
+from compressors.core.step_settings import LayerPatterns
 from compressors.core.units import Choice, Unit, choose_dense, swap
 from compressors.quantize.calibration.calibrators import LEVELS
 from compressors.quantize.dense.calibrated import EVERY, UNSEEN, Calibrator, calibrated, notes_of
@@ -255,9 +256,7 @@ class StaticInt8(Frozen):
     """Compute dense layers in int8, with scales calibrated before serving."""
 
     kind: Literal["static_int8"] = "static_int8"
-    layers: tuple[str, ...] = Field(
-        ("*",), description="Dense layers to compress: module names, with * for any characters."
-    )
+    layers: LayerPatterns = ("*",)
     rows: int = Field(4096, ge=1, description="Calibration rows read, at most.")
     batch: int = Field(1024, ge=1, description="Rows of one calibration batch.")
     calibrator: Calibrator = Field(

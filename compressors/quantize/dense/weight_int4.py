@@ -21,6 +21,7 @@ from compressors.contracts import Bench, Change, Frozen, Part
 from compressors.core.model import Model
 from compressors.core.modules.formats import PackedLinear
 from compressors.core.placeholders import dry_run_packed
+from compressors.core.step_settings import LayerPatterns
 from compressors.core.units import Choice, Unit, swap
 from compressors.errors.compression import CompressionError
 from compressors.quantize.calibration.input_moments import grams, squared_error
@@ -37,9 +38,7 @@ class WeightInt4(Frozen):
     """Store the weights of dense layers as half a byte each."""
 
     kind: Literal["weight_int4"] = "weight_int4"
-    layers: tuple[str, ...] = Field(
-        ("*",), description="Dense layers to compress: module names, with * for any characters."
-    )
+    layers: LayerPatterns = ("*",)
     block: Block = Field(32, description="Inputs that share a scale; 0: all of an output channel.")
     clipping: Clipping = Field(
         "mse", description="Where a range ends: at its largest weight, or where errors are least."

@@ -22,6 +22,7 @@ from compressors.contracts import Bench, Change, Frozen, Part
 from compressors.core.model import Model
 from compressors.core.modules.formats import PackedLinear
 from compressors.core.placeholders import dry_run_packed
+from compressors.core.step_settings import LayerPatterns
 from compressors.core.units import Choice, Unit, swap
 from compressors.quantize.dense import weight_only
 from compressors.quantize.dense.weight_only import Activations, Block, WeightOnlyFormat
@@ -35,9 +36,7 @@ class WeightInt8(Frozen):
     """Store the weights of dense layers as one byte each; no calibration."""
 
     kind: Literal["weight_int8"] = "weight_int8"
-    layers: tuple[str, ...] = Field(
-        ("*",), description="Dense layers to compress: module names, with * for any characters."
-    )
+    layers: LayerPatterns = ("*",)
     block: Block = Field(0, description="Inputs that share a scale; 0: all of an output channel.")
     clipping: Clipping = Field(
         "min_max",

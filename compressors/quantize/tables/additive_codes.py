@@ -31,13 +31,14 @@ from compressors.contracts import Bench, Change, Frozen, Part
 from compressors.core.model import Model
 from compressors.core.modules.formats import PackedTable, TableFormat
 from compressors.core.placeholders import dry_run_packed
+from compressors.core.step_settings import MinRows, TablePatterns
 from compressors.core.units import Choice, Unit, choose_tables, pack_table, swap
 from compressors.errors.compression import NothingToCompress
 from compressors.metrics.validation_score import quality
 from compressors.quantize.calibration.lookup_counts import lookup_counts, sensitivities
 from compressors.quantize.kernels.bitpacking import pack
 from compressors.quantize.kernels.lloyd import kmeans, nearest, squared_distance
-from compressors.quantize.tables.codebooks import CodebookType, as_stored
+from compressors.quantize.tables.codebooks import CodeBits, CodebookShare, CodebookType, as_stored
 from compressors.quantize.tables.residual_codes import FORMAT, decode, least_squares
 
 BLOCK = 4_096
@@ -170,14 +171,10 @@ class AdditiveCodes(Frozen):
     """Store embedding tables as a few codes a row, fitted to the rows that are looked up."""
 
     kind: Literal["additive_codes"] = "additive_codes"
-    tables: tuple[str, ...] = Field(
-        ("*",), description="Tables to compress: module names, with * for any characters."
-    )
-    min_rows: int = Field(1, ge=1, description="Tables with fewer rows stay as they are.")
+    tables: TablePatterns = ("*",)
+    min_rows: MinRows = 1
     codebooks: int = Field(4, ge=1, le=16, description="Codebooks, and codes of a row.")
-    bits: int = Field(
-        4, ge=1, le=8, description="Of a code: 2 to this power are the entries of a codebook."
-    )
+    bits: CodeBits = 4
     traffic: float = Field(
         0.5,
         ge=0,
@@ -205,13 +202,7 @@ class AdditiveCodes(Frozen):
         "validation rows with the fit that stays.",
     )
     codebook_type: CodebookType = Field("float16", description="How codebooks are stored.")
-    codebook_share: float = Field(
-        0.5,
-        gt=0,
-        le=1,
-        description="Share of a table's float32 bytes that its codebooks may take; small tables "
-        "get fewer entries.",
-    )
+    codebook_share: CodebookShare = 0.5
 
     @property
     def needs(self) -> tuple[Part, ...]:

@@ -9,11 +9,11 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from pydantic import Field
 from torch import Tensor
 
 from compressors.contracts import Frozen
 from compressors.core.modules.formats import TableFormat, TensorSpec
+from compressors.core.step_settings import MinRows, TablePatterns
 from compressors.errors.compression import CompressionError
 
 
@@ -85,10 +85,8 @@ class BFloat16(Frozen):
     """Store embedding tables as bfloat16."""
 
     kind: Literal["bfloat16"] = "bfloat16"
-    tables: tuple[str, ...] = Field(
-        ("*",), description="Tables to compress: module names, with * for any characters."
-    )
-    min_rows: int = Field(1, ge=1, description="Tables with fewer rows stay as they are.")
+    tables: TablePatterns = ("*",)
+    min_rows: MinRows = 1
 
     @property
     def storage(self) -> TableFormat:

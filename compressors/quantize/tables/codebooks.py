@@ -6,9 +6,10 @@ bytes pays for.
 """
 
 from collections.abc import Mapping
-from typing import Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from compressors.core.modules.formats import TensorSpec
@@ -18,6 +19,19 @@ WIDTHS = (2, 4, 8)
 """Bits that a code may take as stored."""
 
 CodebookType = Literal["float32", "float16"]
+
+CodeBits = Annotated[
+    int, Field(ge=1, le=8, description="Of a code: 2 to this power are the entries of a codebook.")
+]
+CodebookShare = Annotated[
+    float,
+    Field(
+        gt=0,
+        le=1,
+        description="Share of a table's float32 bytes that its codebooks may take; small tables "
+        "get fewer entries.",
+    ),
+]
 
 
 def width_of(levels: int) -> int:

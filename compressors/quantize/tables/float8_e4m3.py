@@ -22,6 +22,7 @@ from torch import Tensor
 
 from compressors.contracts import Frozen
 from compressors.core.modules.formats import TableFormat, TensorSpec
+from compressors.core.step_settings import MinRows, TablePatterns
 from compressors.quantize.kernels.levels import Grid, RowsPerScale, ScaleType, weights
 from compressors.quantize.tables import scales
 
@@ -105,10 +106,8 @@ class Float8E4M3(Frozen):
     """Store embedding tables as 8-bit floats and one scale per row."""
 
     kind: Literal["float8_e4m3"] = "float8_e4m3"
-    tables: tuple[str, ...] = Field(
-        ("*",), description="Tables to compress: module names, with * for any characters."
-    )
-    min_rows: int = Field(1, ge=1, description="Tables with fewer rows stay as they are.")
+    tables: TablePatterns = ("*",)
+    min_rows: MinRows = 1
     scale: ScaleType = Field("float16", description="How scales are stored.")
     rows_per_scale: RowsPerScale = Field(
         1, description="Neighbouring rows that share a scale; 0: one scale for the table."

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from compressors.contracts import Frozen
 from compressors.core.modules.formats import TableFormat, TensorSpec
+from compressors.core.step_settings import MinRows, TablePatterns
 from compressors.errors.compression import CompressionError
 from compressors.quantize.kernels.bitpacking import pack, unpack
 from compressors.quantize.kernels.lloyd import sample, scalar_kmeans
@@ -225,10 +226,8 @@ class KMeans(Frozen):
     """Store embedding tables as a codebook of numbers and a few bits per weight."""
 
     kind: Literal["kmeans"] = "kmeans"
-    tables: tuple[str, ...] = Field(
-        ("*",), description="Tables to compress: module names, with * for any characters."
-    )
-    min_rows: int = Field(1, ge=1, description="Tables with fewer rows stay as they are.")
+    tables: TablePatterns = ("*",)
+    min_rows: MinRows = 1
     bits: Literal[2, 4, 8] = Field(4, description="Of a weight's code: 4, 16 or 256 levels.")
     scale: RowScale = Field(
         "float16",

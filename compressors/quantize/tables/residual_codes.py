@@ -22,9 +22,12 @@ from torch import Tensor
 
 from compressors.contracts import Frozen
 from compressors.core.modules.formats import TableFormat, TensorSpec
+from compressors.core.step_settings import MinRows, TablePatterns
 from compressors.quantize.kernels.bitpacking import pack, unpack
 from compressors.quantize.kernels.lloyd import KMeansFit, kmeans, nearest, sample, squared_distance
 from compressors.quantize.tables.codebooks import (
+    CodeBits,
+    CodebookShare,
     CodebookType,
     Shape,
     as_stored,
@@ -209,14 +212,10 @@ class ResidualCodes(Frozen):
     """Store embedding tables as a few codes a row, whose codebook entries are added up."""
 
     kind: Literal["residual_codes"] = "residual_codes"
-    tables: tuple[str, ...] = Field(
-        ("*",), description="Tables to compress: module names, with * for any characters."
-    )
-    min_rows: int = Field(1, ge=1, description="Tables with fewer rows stay as they are.")
+    tables: TablePatterns = ("*",)
+    min_rows: MinRows = 1
     codebooks: int = Field(2, ge=1, le=16, description="Codebooks, and codes of a row.")
-    bits: int = Field(
-        8, ge=1, le=8, description="Of a code: 2 to this power are the entries of a codebook."
-    )
+    bits: CodeBits = 8
     refine: int = Field(
         8,
         ge=0,
@@ -226,13 +225,7 @@ class ResidualCodes(Frozen):
     codebook_type: CodebookType = Field(
         "float32", description="How codebooks are stored; only float32 can be trained by any step."
     )
-    codebook_share: float = Field(
-        0.5,
-        gt=0,
-        le=1,
-        description="Share of a table's float32 bytes that its codebooks may take; small tables "
-        "get fewer entries.",
-    )
+    codebook_share: CodebookShare = 0.5
 
     @property
     def storage(self) -> TableFormat:

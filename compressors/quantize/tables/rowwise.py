@@ -10,6 +10,7 @@ from torch import Tensor
 
 from compressors.contracts import Frozen
 from compressors.core.modules.formats import TensorSpec
+from compressors.core.step_settings import MinRows, TablePatterns
 from compressors.quantize.kernels import bitpacking
 from compressors.quantize.kernels.levels import Clipping, Grid, RowsPerScale, ScaleType
 from compressors.quantize.tables import scales
@@ -22,10 +23,8 @@ class RowwiseSettings(Frozen):
     """Levels of a symmetric and of an asymmetric grid."""
 
     kind: str
-    tables: tuple[str, ...] = Field(
-        ("*",), description="Tables to compress: module names, with * for any characters."
-    )
-    min_rows: int = Field(1, ge=1, description="Tables with fewer rows stay as they are.")
+    tables: TablePatterns = ("*",)
+    min_rows: MinRows = 1
     scale: ScaleType = Field("float16", description="How scales and offsets are stored.")
     symmetric: bool = Field(
         True, description="Levels around zero; or an offset for each scale, and all codes used."
