@@ -7,79 +7,23 @@ because tables of any size are encoded row block by row block, which a step that
 network cannot do.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
-from typing import Any, Literal
+from dataclasses import replace
+from typing import Literal
 
 import torch
-from torch import Tensor
-from torch.nn import functional as F
 
 from compressors.contracts import Bench, Change, Frozen, Part
 from compressors.core.model import Model
-from compressors.core.modules.formats import LinearFormat, PackedLinear, TensorSpec
+from compressors.core.modules.formats import PackedLinear
 from compressors.core.placeholders import dry_run_packed
 from compressors.core.step_settings import LayerPatterns
 from compressors.core.units import Choice, Unit, choose_dense, swap
+from compressors.quantize.kernels.short_floats import short_float_linear_format
 
 LARGEST = float(torch.finfo(torch.bfloat16).max)
 
 
-@torch.library.custom_op("recpress::bfloat16_linear", mutates_args=())
-def bfloat16_linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """float32 ``(*, in)``, bfloat16 ``(out, in)`` and ``(out,)`` -> float32 ``(*, out)``."""
-    return F.linear(x, weight.float(), bias.float())
-
-
-@bfloat16_linear.register_fake
-def _(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:  # noqa: ARG001
-    return x.new_empty((*x.shape[:-1], weight.shape[0]))
-
-
-def _keep(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:  # noqa: ARG001
-    ctx.save_for_backward(*inputs)
-
-
-def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    x, weight, bias = ctx.saved_tensors
-    flat, rows = grad.reshape(-1, grad.shape[-1]), x.reshape(-1, x.shape[-1])
-    return grad @ weight.float(), (flat.T @ rows).to(weight.dtype), flat.sum(0).to(bias.dtype)
-
-
-bfloat16_linear.register_autograd(_backward, setup_context=_keep)
-
-
-@dataclass(frozen=True)
-class BFloat16LinearFormat:
-    """``weight`` bfloat16 ``(out, in)`` and ``bias`` ``(out,)`` (zeros where there is none)."""
-
-    name: str = "bfloat16"
-    learned: tuple[str, ...] = ()  # too coarse to be trained in: Adam's small steps would vanish
-
-    def layout(
-        self,
-        inputs: int,
-        outputs: int,
-        settings: Mapping[str, Any],  # noqa: ARG002
-        *,
-        bias: bool,  # noqa: ARG002
-    ) -> dict[str, TensorSpec]:
-        return {
-            "weight": TensorSpec((outputs, inputs), torch.bfloat16),
-            "bias": TensorSpec((outputs,), torch.bfloat16),
-        }
-
-    def apply(
-        self,
-        stored: Mapping[str, Tensor],
-        x: Tensor,
-        settings: Mapping[str, Any],  # noqa: ARG002
-    ) -> Tensor:
-        y: Tensor = torch.ops.recpress.bfloat16_linear(x, stored["weight"], stored["bias"])
-        return y
-
-
-FORMAT: LinearFormat = BFloat16LinearFormat()
+FORMAT = short_float_linear_format("bfloat16", torch.bfloat16)
 
 
 class BFloat16Dense(Frozen):

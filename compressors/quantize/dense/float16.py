@@ -9,9 +9,9 @@ layers whose inputs or sums come near that on the calibration rows.
 """
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, Literal
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Literal
 
 import torch
 from pydantic import Field
@@ -21,16 +21,17 @@ from torch.nn import functional as F
 from compressors.contracts import Bench, Change, Frozen, Part
 from compressors.core.model import Model
 from compressors.core.modules.formats import (
-    LinearFormat,
     PackedLinear,
     PackedTable,
-    TableFormat,
-    TensorSpec,
 )
 from compressors.core.placeholders import dry_run_packed
 from compressors.core.step_settings import MinRows
 from compressors.core.units import Choice, Unit, choose_dense, choose_tables, pack_table, swap
 from compressors.quantize.calibration.layer_inputs import read_layer_inputs
+from compressors.quantize.kernels.short_floats import (
+    short_float_linear_format,
+    short_float_table_format,
+)
 
 LARGEST = 65_504.0  # float16's
 
@@ -64,108 +65,8 @@ def largest_sum(x: Tensor, weight: Tensor, bias: Tensor | None) -> float:
     return float(((terms + output.abs()) / 2).max())
 
 
-@torch.library.custom_op("recpress::float16_table", mutates_args=())
-def float16_table(weight: Tensor, ids: Tensor) -> Tensor:
-    """Rows of a float16 ``(rows, dim)`` table as float32 ``(*ids, dim)``."""
-    return weight[ids].float()
-
-
-@float16_table.register_fake
-def _(weight: Tensor, ids: Tensor) -> Tensor:
-    return weight.new_empty((*ids.shape, weight.shape[1]), dtype=torch.float32)
-
-
-def _keep_table(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:  # noqa: ARG001
-    ctx.save_for_backward(*inputs)
-
-
-def _table_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-    weight, ids = ctx.saved_tensors
-    total = torch.zeros(weight.shape, device=weight.device)
-    total.index_add_(0, ids.reshape(-1), grad.reshape(-1, grad.shape[-1]))
-    return total.to(weight.dtype), None
-
-
-float16_table.register_autograd(_table_backward, setup_context=_keep_table)
-
-
-@torch.library.custom_op("recpress::float16_linear", mutates_args=())
-def float16_linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """float32 ``(*, in)``, float16 ``(out, in)`` and ``(out,)`` -> float32 ``(*, out)``."""
-    return F.linear(x, weight.float(), bias.float())
-
-
-@float16_linear.register_fake
-def _(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:  # noqa: ARG001
-    return x.new_empty((*x.shape[:-1], weight.shape[0]))
-
-
-def _keep_linear(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:  # noqa: ARG001
-    ctx.save_for_backward(*inputs)
-
-
-def _linear_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    x, weight, bias = ctx.saved_tensors
-    flat, rows = grad.reshape(-1, grad.shape[-1]), x.reshape(-1, x.shape[-1])
-    return grad @ weight.float(), (flat.T @ rows).to(weight.dtype), flat.sum(0).to(bias.dtype)
-
-
-float16_linear.register_autograd(_linear_backward, setup_context=_keep_linear)
-
-
-@dataclass(frozen=True)
-class Float16TableFormat:
-    """``weight`` float16 ``(rows, dim)``."""
-
-    name: str = "float16"
-    learned: tuple[str, ...] = ()  # too coarse to be trained in: Adam's small steps would vanish
-
-    def layout(self, rows: int, dim: int, settings: Mapping[str, Any]) -> dict[str, TensorSpec]:  # noqa: ARG002
-        return {"weight": TensorSpec((rows, dim), torch.float16)}
-
-    def lookup(
-        self,
-        stored: Mapping[str, Tensor],
-        ids: Tensor,
-        dim: int,  # noqa: ARG002
-        settings: Mapping[str, Any],  # noqa: ARG002
-    ) -> Tensor:
-        rows: Tensor = torch.ops.recpress.float16_table(stored["weight"], ids)
-        return rows
-
-
-@dataclass(frozen=True)
-class Float16LinearFormat:
-    """``weight`` float16 ``(out, in)`` and ``bias`` ``(out,)`` (zeros where there is none)."""
-
-    name: str = "float16"
-    learned: tuple[str, ...] = ()  # as the table's
-
-    def layout(
-        self,
-        inputs: int,
-        outputs: int,
-        settings: Mapping[str, Any],  # noqa: ARG002
-        *,
-        bias: bool,  # noqa: ARG002
-    ) -> dict[str, TensorSpec]:
-        return {
-            "weight": TensorSpec((outputs, inputs), torch.float16),
-            "bias": TensorSpec((outputs,), torch.float16),
-        }
-
-    def apply(
-        self,
-        stored: Mapping[str, Tensor],
-        x: Tensor,
-        settings: Mapping[str, Any],  # noqa: ARG002
-    ) -> Tensor:
-        y: Tensor = torch.ops.recpress.float16_linear(x, stored["weight"], stored["bias"])
-        return y
-
-
-TABLE_FORMAT: TableFormat = Float16TableFormat()
-LINEAR_FORMAT: LinearFormat = Float16LinearFormat()
+TABLE_FORMAT = short_float_table_format("float16", torch.float16)
+LINEAR_FORMAT = short_float_linear_format("float16", torch.float16)
 
 
 class Float16(Frozen):

@@ -1,0 +1,133 @@
+"""Storage as 16-bit floats: the custom ops and formats of float16 and bfloat16."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from compressors.core.modules.formats import TensorSpec
+
+
+@dataclass(frozen=True)
+class ShortFloatTableFormat:
+    """``weight`` ``(rows, dim)`` in a 16-bit type; the format is named after the type.
+
+    Attributes:
+        name: of the format.
+        dtype: of the stored tensor.
+        learned: none: a 16-bit type is too coarse to train in, Adam's small steps would vanish.
+    """
+
+    name: str
+    dtype: torch.dtype
+    learned: tuple[str, ...] = ()
+
+    def layout(self, rows: int, dim: int, settings: Mapping[str, Any]) -> dict[str, TensorSpec]:  # noqa: ARG002
+        return {"weight": TensorSpec((rows, dim), self.dtype)}
+
+    def lookup(
+        self,
+        stored: Mapping[str, Tensor],
+        ids: Tensor,
+        dim: int,  # noqa: ARG002
+        settings: Mapping[str, Any],  # noqa: ARG002
+    ) -> Tensor:
+        op = getattr(torch.ops.recpress, f"{self.name}_table")
+        rows: Tensor = op(stored["weight"], ids)
+        return rows
+
+
+@dataclass(frozen=True)
+class ShortFloatLinearFormat:
+    """``weight`` ``(out, in)`` and ``bias`` ``(out,)`` in a 16-bit type; a missing bias is zeros.
+
+    Attributes:
+        name: of the format.
+        dtype: of the stored tensors.
+        learned: none, as for tables.
+    """
+
+    name: str
+    dtype: torch.dtype
+    learned: tuple[str, ...] = ()
+
+    def layout(
+        self,
+        inputs: int,
+        outputs: int,
+        settings: Mapping[str, Any],  # noqa: ARG002
+        *,
+        bias: bool,  # noqa: ARG002
+    ) -> dict[str, TensorSpec]:
+        return {
+            "weight": TensorSpec((outputs, inputs), self.dtype),
+            "bias": TensorSpec((outputs,), self.dtype),
+        }
+
+    def apply(
+        self,
+        stored: Mapping[str, Tensor],
+        x: Tensor,
+        settings: Mapping[str, Any],  # noqa: ARG002
+    ) -> Tensor:
+        op = getattr(torch.ops.recpress, f"{self.name}_linear")
+        y: Tensor = op(x, stored["weight"], stored["bias"])
+        return y
+
+
+def short_float_table_format(name: str, dtype: torch.dtype) -> ShortFloatTableFormat:
+    """Create a table format and register its op ``recpress::<name>_table``.
+
+    The op takes ``weight`` ``(rows, dim)`` and ids, and returns float32 ``(*ids, dim)``: rows are
+    looked up as stored and widened afterwards.
+    """
+
+    @torch.library.custom_op(f"recpress::{name}_table", mutates_args=())
+    def table(weight: Tensor, ids: Tensor) -> Tensor:
+        return weight[ids].float()
+
+    def fake(weight: Tensor, ids: Tensor) -> Tensor:
+        return weight.new_empty((*ids.shape, weight.shape[1]), dtype=torch.float32)
+
+    def keep(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:  # noqa: ARG001
+        ctx.save_for_backward(*inputs)
+
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        weight, ids = ctx.saved_tensors
+        total = torch.zeros(weight.shape, device=weight.device)
+        total.index_add_(0, ids.reshape(-1), grad.reshape(-1, grad.shape[-1]))
+        return total.to(weight.dtype), None
+
+    table.register_fake(fake)
+    table.register_autograd(backward, setup_context=keep)
+    return ShortFloatTableFormat(name, dtype)
+
+
+def short_float_linear_format(name: str, dtype: torch.dtype) -> ShortFloatLinearFormat:
+    """Create a dense format and register its op ``recpress::<name>_linear``.
+
+    The op takes float32 ``(*, in)``, ``(out, in)`` and ``(out,)``, and returns float32
+    ``(*, out)``.
+    """
+
+    @torch.library.custom_op(f"recpress::{name}_linear", mutates_args=())
+    def linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        return F.linear(x, weight.float(), bias.float())
+
+    def fake(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:  # noqa: ARG001
+        return x.new_empty((*x.shape[:-1], weight.shape[0]))
+
+    def keep(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:  # noqa: ARG001
+        ctx.save_for_backward(*inputs)
+
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        x, weight, bias = ctx.saved_tensors
+        flat, rows = grad.reshape(-1, grad.shape[-1]), x.reshape(-1, x.shape[-1])
+        return grad @ weight.float(), (flat.T @ rows).to(weight.dtype), flat.sum(0).to(bias.dtype)
+
+    linear.register_fake(fake)
+    linear.register_autograd(backward, setup_context=keep)
+    return ShortFloatLinearFormat(name, dtype)
