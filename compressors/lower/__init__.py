@@ -8,9 +8,9 @@ dense_types.py         stored tensors of dense layers as operators take them
 attention.py           scaled dot-product attention
 graph_builders.py      parts of graphs that targets share
 bfloat16_products.py   bfloat16 products in a form that runs on a CPU
+passes/                passes over a graph that every target uses
 targets/               one translation for each format and target
 export.py              torch.onnx.export with a target's translations
-graph_passes.py        simplification by exact rules
 parity.py              does the graph compute what the module computes
 first_difference.py    the first tensor that differs
 audit.py               what an optimized graph must and must not contain

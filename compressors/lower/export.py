@@ -20,8 +20,9 @@ from compressors.errors.compression import AuditFailed, NotLowerable
 from compressors.lower import attention, dense_types
 from compressors.lower.findings import LayerInitializer, TableInitializers
 from compressors.lower.graph_builders import exact_sigmoid, log_sigmoid, squeeze_fixed
-from compressors.lower.graph_passes import simplify
 from compressors.lower.merged_tables import MergedTable
+from compressors.lower.passes.simplify import simplify
+from compressors.lower.passes.strip_metadata import StripMetadata
 from compressors.lower.serving_wrapper import (
     ServedGraph,
     ServingWrapper,
@@ -30,6 +31,8 @@ from compressors.lower.serving_wrapper import (
     wrap_for_serving,
 )
 from compressors.lower.targets.onnxruntime import operators as onnxruntime
+from compressors.lower.targets.onnxruntime.join_split_rows import JoinSplitRows
+from compressors.lower.targets.onnxruntime.spell_out_clipping import SpellOutClipping
 from compressors.lower.targets.tensorrt import operators as tensorrt
 from compressors.lower.targets.tensorrt import types as tensorrt_types
 
@@ -88,9 +91,9 @@ def lower(
     packed = tuple(replace(each, name=merged.get(each.name, each.name)) for each in packed)
     looked_up = tuple(_renamed(table, merged) for table in looked_up)
     if target == "onnxruntime":
-        onnxruntime.join_split_rows(program.model)
-        onnxruntime.spell_out_clipping(program.model)
-    _strip(program.model)
+        JoinSplitRows()(program.model)
+        SpellOutClipping()(program.model)
+    StripMetadata()(program.model)
     _require_packed(packed, program.model.graph, target)
     size = sum(value.const_value.nbytes for value in program.model.graph.initializers.values())
     program.save(str(path), external_data=size > EXTERNAL_BYTES)
@@ -284,19 +287,6 @@ def _renamed(table: TableInitializers, merged: dict[str, str]) -> TableInitializ
     every = {merged.get(name, name): share for name, share in table.every.items()}
     names = tuple(merged.get(name, name) for name in table.names)
     return table.model_copy(update={"names": names, "every": every})
-
-
-def _strip(model: ir.Model) -> None:
-    """Drop the exporter's notes (stack traces of every node): they can outweigh small weights."""
-    model.metadata_props.clear()
-    model.graph.metadata_props.clear()
-    for node in model.graph.all_nodes():
-        node.metadata_props.clear()
-        node.doc_string = None
-        for value in node.outputs:
-            value.metadata_props.clear()
-    for value in (*model.graph.inputs, *model.graph.initializers.values()):
-        value.metadata_props.clear()
 
 
 def _names(wrapper: ServingWrapper) -> dict[int, list[str]]:

@@ -10,7 +10,7 @@ GRAPH_VALUES = "tests/compressors/lower/test_graph_values.py"
 FAULTS = (
     Fault(
         id="passes-remove-small-constants",
-        file="compressors/lower/graph_passes.py",
+        file="compressors/lower/passes/exact_rules.py",
         old="return pattern.Constant(value, rel_tol=0.0, abs_tol=0.0)",
         new="return pattern.Constant(value)",
         effect="'+ 1e-9' is removed, so masked means of empty lists are NaN in the graph.",
@@ -18,7 +18,7 @@ FAULTS = (
     ),
     Fault(
         id="passes-merge-clips-apart",
-        file="compressors/lower/graph_passes.py",
+        file="compressors/lower/passes/exact_rules.py",
         old="    rules.successive_clip_relu_rule,\n",
         new="    rules.successive_clip_relu_rule,\n    rules.successive_clip_rule,\n",
         effect="Two clamps whose bounds do not overlap become one wrong clamp.",

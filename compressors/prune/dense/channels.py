@@ -192,8 +192,8 @@ class Channels(Frozen):
             return model
         share = sum(kept_shares.multiply_adds(model.module, signature).values()) / whole
         notes = {
-            maker: f"{_spoken(width, maker, width.value, counts[width.path])}, {share:.1%} of all "
-            f"dense multiply-adds stay"
+            maker: f"{_description(width, maker, width.value, counts[width.path])}, {share:.1%} of "
+            f"all dense multiply-adds stay"
             for width in found.widths
             for maker in width.makers
         }
@@ -216,11 +216,11 @@ class Channels(Frozen):
         return self._cut(model, bench.signature, found.readers, kept, counts)
 
     def _reason(self, width: Width, maker: str, count: int, left: float) -> str:
-        reason = f"channels: {_spoken(width, maker, width.value, count)} by {self.importance}"
+        reason = f"channels: {_description(width, maker, width.value, count)} by {self.importance}"
         if self.scope == "global":
             reason = (
-                f"channels: fewer outputs ({width.description()}) by {self.importance}, one threshold "
-                f"for all layers"
+                f"channels: fewer outputs ({width.description()}) by {self.importance}, one "
+                f"threshold for all layers"
             )
         elif self.flops is not None:
             reason += f", {left:.1%} of all dense multiply-adds stay"
@@ -304,9 +304,9 @@ class Channels(Frozen):
         except Exception as fault:  # whatever a class raises, these widths are not free
             if is_out_of_memory(fault):
                 raise
+            sizes = ", ".join(f"{cut.width.description()} = {cut.count}" for cut in cuts)
             raise CompressionError(
-                f"With {', '.join(f'{c.width.description()} = {c.count}' for c in cuts)} the network "
-                f"fails: {fault}. Leave one of {names} out of 'layers'."
+                f"With {sizes} the network fails: {fault}. Leave one of {names} out of 'layers'."
             ) from fault
         if gap is not None:
             raise CompressionError(
@@ -347,7 +347,7 @@ def _kept(
     return kept
 
 
-def _spoken(width: Width, maker: str, before: int, after: int) -> str:
+def _description(width: Width, maker: str, before: int, after: int) -> str:
     """For example ``16 -> 8 outputs (hidden[0])``, ``32 -> 16 outputs (heads 4 -> 2)``."""
     size = width.makers[maker]
     place = width.description() if size == 1 else f"{width.description()} {before} -> {after}"

@@ -172,7 +172,9 @@ def _why_not(
         steps.setdefault(place, set()).add(line.steps if line else ())
     for found in steps.values():
         if len(found) > 1:
-            return f"earlier steps treat the layers of {stack.description()} unlike: drop layers first"
+            return (
+                f"earlier steps treat the layers of {stack.description()} unlike: drop layers first"
+            )
     faults: list[str] = []
     if not _tried(model, signature, stack, faults):
         return faults[0]

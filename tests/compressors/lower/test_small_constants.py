@@ -20,7 +20,7 @@ from compressors.contracts import Bench, IdInput, PaddedBag, Signature, TargetKi
 from compressors.core.batches import example
 from compressors.core.runner import run
 from compressors.lower.export import Lowered, lower
-from compressors.lower.graph_passes import simplify
+from compressors.lower.passes.simplify import simplify
 from compressors.lower.serving_wrapper import input_names
 from compressors.quantize.tables.rowwise_int4 import RowwiseInt4
 from compressors.quantize.tables.rowwise_int8 import RowwiseInt8

@@ -1,28 +1,21 @@
-"""The passes that simplify an exported graph without changing what it computes.
+"""Rewrite rules that do not change what a graph computes.
 
-These are the passes of ``onnxscript.optimizer.optimize_ir`` with other rewrite rules. onnxscript's
-no-op rules compare constants with a tolerance (absolute 1e-8, relative 1e-5), so they remove
-``+ 1e-9`` and ``* 1.000009``: a masked mean ``sum / (count + 1e-12)`` of an empty list then divides
-0 by 0. The rules here compare exactly: only 0 is removed from a sum or difference, and only 1 from
-a product or quotient. Two rules that merge clips are left out, because they are wrong for bounds
-that do not overlap: ``clamp(0, 1).clamp(2, 3)`` is 2, and one Clip from 2 to 1 gives 1.
+These are onnxscript's default rules, but for its no-op rules and two others. onnxscript's no-op
+rules compare constants with a tolerance (absolute 1e-8, relative 1e-5), so they remove ``+ 1e-9``
+and ``* 1.000009``: a masked mean ``sum / (count + 1e-12)`` of an empty list then divides 0 by 0.
+The rules here compare exactly: only 0 is removed from a sum or difference, and only 1 from a
+product or quotient. Two rules that merge clips are left out, because they are wrong for bounds that
+do not overlap: ``clamp(0, 1).clamp(2, 3)`` is 2, and one Clip from 2 to 1 gives 1.
 
 The other comparisons with a tolerance in onnxscript are in rules that are not run (HardSwish, RMS
 norm, attention scales). Constant folding and the passes that merge equal initializers and equal
 subexpressions compare exactly.
 """
 
-from collections.abc import Callable
 from typing import Any
 
-import onnx_ir as ir
-import onnx_ir.passes.common as passes
-from onnxscript.optimizer import fold_constants_ir
-from onnxscript.rewriter import RewritePass, pattern
+from onnxscript.rewriter import pattern
 from onnxscript.rewriter.rules import common as rules
-
-ROUNDS = 2
-"""How often folding and rewriting are repeated at most, as in ``optimize_ir``."""
 
 
 def _scalar(value: int) -> pattern.Constant:
@@ -97,33 +90,3 @@ RULES = (
     rules.remove_optional_bias_from_gemm_rule,
 )
 """onnxscript's default rules in their order, but for those named above."""
-
-
-def simplify(model: ir.Model, may_fold: Callable[[ir.Node], bool | None]) -> None:
-    """Inline functions, fold constants and remove what computes nothing, in place.
-
-    Args:
-        model: the exported graph.
-        may_fold: whether a node with constant inputs may be replaced by its result; None for the
-            default of constant folding.
-    """
-    passes.InlinePass()(model)
-    for _ in range(ROUNDS):
-        folded = fold_constants_ir(model, onnx_shape_inference=True, should_fold=may_fold)
-        rest = ir.passes.Sequential(
-            RewritePass(RULES),
-            passes.RemoveUnusedNodesPass(),
-            passes.RemoveUnusedFunctionsPass(),
-            passes.RemoveUnusedOpsetsPass(),
-        )(model)
-        if not (folded.modified or rest.modified):
-            break
-    ir.passes.Sequential(
-        passes.RemoveUnusedNodesPass(),
-        passes.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
-        passes.LiftSubgraphInitializersToMainGraphPass(),
-        passes.DeduplicateInitializersPass(),
-        passes.CommonSubexpressionEliminationPass(),
-        passes.OutputFixPass(),
-        passes.NameFixPass(),
-    )(model)

@@ -1,0 +1,43 @@
+"""Simplify an exported graph: the passes of onnxscript's ``optimize_ir`` with exact rules."""
+
+from collections.abc import Callable
+
+import onnx_ir as ir
+import onnx_ir.passes.common as passes
+from onnxscript.optimizer import fold_constants_ir
+from onnxscript.rewriter import RewritePass
+
+from compressors.lower.passes.exact_rules import RULES
+
+ROUNDS = 2
+"""How often folding and rewriting are repeated at most, as in ``optimize_ir``."""
+
+
+def simplify(model: ir.Model, may_fold: Callable[[ir.Node], bool | None]) -> None:
+    """Inline functions, fold constants and remove what computes nothing, in place.
+
+    Args:
+        model: the exported graph.
+        may_fold: whether a node with constant inputs may be replaced by its result; None for the
+            default of constant folding.
+    """
+    passes.InlinePass()(model)
+    for _ in range(ROUNDS):
+        folded = fold_constants_ir(model, onnx_shape_inference=True, should_fold=may_fold)
+        rest = ir.passes.Sequential(
+            RewritePass(RULES),
+            passes.RemoveUnusedNodesPass(),
+            passes.RemoveUnusedFunctionsPass(),
+            passes.RemoveUnusedOpsetsPass(),
+        )(model)
+        if not (folded.modified or rest.modified):
+            break
+    ir.passes.Sequential(
+        passes.RemoveUnusedNodesPass(),
+        passes.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
+        passes.LiftSubgraphInitializersToMainGraphPass(),
+        passes.DeduplicateInitializersPass(),
+        passes.CommonSubexpressionEliminationPass(),
+        passes.OutputFixPass(),
+        passes.NameFixPass(),
+    )(model)

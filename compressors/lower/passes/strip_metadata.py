@@ -1,0 +1,21 @@
+"""Remove the exporter's metadata, such as a stack trace for each node, from a graph."""
+
+import onnx_ir as ir
+from onnx_ir.passes.common import ClearMetadataAndDocStringPass
+
+
+class StripMetadata(ir.passes.InPlacePass):
+    """Remove metadata of the model, its graph, nodes and values; it can outweigh small weights.
+
+    Differs from onnx_ir's ``ClearMetadataAndDocStringPass``: also of the model and of values.
+    """
+
+    def call(self, model: ir.Model) -> ir.passes.PassResult:
+        """Strip a model in place."""
+        modified = bool(ClearMetadataAndDocStringPass()(model).modified)
+        outputs = [value for node in model.graph.all_nodes() for value in node.outputs]
+        values = (*model.graph.inputs, *model.graph.initializers.values(), *outputs)
+        for holder in (model, model.graph, *values):
+            modified |= bool(holder.metadata_props)
+            holder.metadata_props.clear()
+        return ir.passes.PassResult(model, modified=modified)
