@@ -28,8 +28,8 @@ from functools import partial
 from pathlib import Path
 from typing import IO
 
-from infra.errors import InfraError
-from infra.services.http_probe import NoAnswer, get
+from infra.errors import NoAnswer, ServiceFailed
+from infra.services.http_probe import get
 from infra.store.lock import locked
 
 SAY_AFTER_SECONDS = 10.0
@@ -84,13 +84,13 @@ class EmbeddedServer:
             stall_seconds: the longest time without progress.
 
         Raises:
-            InfraError: the process ended, or made no progress for ``stall_seconds``.
+            ServiceFailed: the process ended, or made no progress for ``stall_seconds``.
         """
         begun = looked = time.monotonic()
         say_at, stalled, last = begun + SAY_AFTER_SECONDS, 0.0, self._progress()
         try:
             while not self._is_ready():
-                self.require_running("before it was ready")
+                self.require_running(is_started=False)
                 now, current = time.monotonic(), self._progress()
                 if current[0] - last[0] >= CPU_SECONDS or current[1] != last[1]:
                     last, stalled = current, 0.0
@@ -98,11 +98,12 @@ class EmbeddedServer:
                     stalled += min(now - looked, 2 * _REQUEST_SECONDS)
                 looked = now
                 if stalled >= stall_seconds:
-                    raise InfraError(
-                        f"The embedded Prefect server (process {self.process.pid}) made no "
-                        f"progress for {stall_seconds:g} s: it used no CPU time and its database "
-                        f"in {self._home} did not change. Run the command again. {_REMEDY} "
-                        f"{self._last_output()}"
+                    raise ServiceFailed(
+                        "embedded_server_stalled",
+                        process=self.process.pid,
+                        seconds=stall_seconds,
+                        folder=str(self._home),
+                        output=self._last_output(),
                     )
                 if now >= say_at:
                     say_at = now + SAY_EVERY_SECONDS
@@ -117,14 +118,19 @@ class EmbeddedServer:
         finally:
             self._lock.close()
 
-    def require_running(self, when: str) -> None:
-        """Raise ``InfraError`` with the server's last output if its process has ended."""
-        code = self.process.poll()
-        if code is not None:
-            raise InfraError(
-                f"The embedded Prefect server ended with exit code {code} {when}. Its data is in "
-                f"{self._home}; PREFECT_HOME names another folder. {_REMEDY} {self._last_output()}"
+    def require_running(self, *, is_started: bool = True) -> None:
+        """Raise ``ServiceFailed`` with the server's last output if its process has ended."""
+        code, folder = self.process.poll(), str(self._home)
+        if code is None:
+            return
+        output = self._last_output()
+        if is_started:
+            raise ServiceFailed(
+                "embedded_server_ended", exit_code=code, folder=folder, output=output
             )
+        raise ServiceFailed(
+            "embedded_server_not_started", exit_code=code, folder=folder, output=output
+        )
 
     def stop(self) -> None:
         """Stop the process; the second call does nothing."""

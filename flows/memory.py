@@ -47,11 +47,14 @@ def require_order_memory(order: Order, subject: BundleRef) -> Memory:
     needed = estimate.peak - subject.weight_bytes
     if available is not None and needed - used > available.bytes:
         raise OutOfMemory(
-            f"The order for {subject.name}@{subject.version} is estimated to use "
-            f"{needed // MIB:,} MiB of memory in {estimate.moment}, and "
-            f"{max(available.bytes + used, 0) // MIB:,} MiB are available within "
-            f"{available.limit}. Free memory, raise that limit or use a larger machine, then run "
-            f"again. If you know better, set {SETTING} to the MiB that the process may use."
+            "order_memory",
+            name=subject.name,
+            version=subject.version,
+            needed_mib=needed // MIB,
+            moment=estimate.moment,
+            available_mib=max(available.bytes + used, 0) // MIB,
+            limit=available.limit,
+            setting=SETTING,
         )
     return estimate
 

@@ -1,13 +1,8 @@
 """Which Prefect server a command uses: the configured one, checked, or an embedded one."""
 
 from flows.embedded_server import EmbeddedServer, Say, start_embedded_server
-from infra.errors import InfraError, SettingRefused
+from infra.errors import ServiceFailed, SettingRefused
 from infra.settings import shown
-
-CREDENTIALS = (
-    "Set PREFECT_API_AUTH_STRING to the server's PREFECT_SERVER_API_AUTH_STRING (a server of your "
-    "own; after 'make up-local' it is in client.env), or PREFECT_API_KEY (Prefect Cloud)."
-)
 
 
 def connect(say: Say) -> EmbeddedServer | None:
@@ -22,7 +17,7 @@ def connect(say: Say) -> EmbeddedServer | None:
     Raises:
         SettingRefused: the configured server refuses the credentials or is not Prefect, or there is
             none and embedded servers are switched off.
-        InfraError: the configured server does not answer, or answers with its own failure.
+        ServiceFailed: the configured server does not answer, or answers with its own failure.
     """
     from prefect.settings import get_current_settings
 
@@ -31,10 +26,7 @@ def connect(say: Say) -> EmbeddedServer | None:
         require_access()
         return None
     if not settings.server.ephemeral.enabled:
-        raise SettingRefused(
-            "Expected a Prefect server, got none: PREFECT_API_URL is not set and "
-            "PREFECT_SERVER_EPHEMERAL_ENABLED is false. Set one of them."
-        )
+        raise SettingRefused("prefect_not_configured")
     return start_embedded_server(say)
 
 
@@ -43,7 +35,7 @@ def require_access() -> None:
 
     Raises:
         SettingRefused: it refuses the credentials, or is not Prefect.
-        InfraError: it does not answer, or answers with its own failure.
+        ServiceFailed: it does not answer, or answers with its own failure.
     """
     from prefect.settings import get_current_settings
 
@@ -53,7 +45,6 @@ def require_access() -> None:
     import httpx
     from prefect.client.orchestration import get_client
 
-    where = f"the Prefect server at {shown(api.url)}"
     try:
         with get_client(sync_client=True) as client:
             client.read_work_pools(limit=1)
@@ -62,25 +53,24 @@ def require_access() -> None:
         if status in {401, 403}:
             name = "PREFECT_API_KEY" if api.auth_string is None else "PREFECT_API_AUTH_STRING"
             sent = getattr(api, "key" if api.auth_string is None else "auth_string")
-            got = f"with the value of {name}" if sent is not None else "without credentials"
+            if sent is None:
+                raise SettingRefused(
+                    "prefect_credentials_missing", address=shown(api.url), status=status
+                ) from None
             raise SettingRefused(
-                f"Expected access to {where}, got answer {status} {got}. {CREDENTIALS}"
+                "prefect_credentials_refused",
+                address=shown(api.url),
+                status=status,
+                variable=name,
             ) from None
         if status >= 500:
-            raise InfraError(
-                f"Expected an answer of {where}, got its own failure ({status}). Its log says more."
-            ) from None
-        raise SettingRefused(
-            f"Expected {where} to list its work pools, got answer {status}. Set PREFECT_API_URL to "
-            "the address of Prefect's API, which ends with /api, or unset it for the embedded one."
-        ) from None
+            raise ServiceFailed("prefect_failed", address=shown(api.url), status=status) from None
+        raise SettingRefused("prefect_not_listing", address=shown(api.url), status=status) from None
     except (httpx.HTTPError, OSError) as fault:
-        raise InfraError(
-            f"Expected an answer of {where}, got {type(fault).__name__}. Start it, correct "
-            "PREFECT_API_URL, or unset it for the embedded server."
+        raise ServiceFailed(
+            "prefect_no_answer", address=shown(api.url), problem=type(fault).__name__
         ) from None
     except ValueError as fault:  # an answer that is not Prefect's
         raise SettingRefused(
-            f"Expected Prefect's API at {shown(api.url)}, got another answer "
-            f"({type(fault).__name__}). Correct PREFECT_API_URL, or unset it for the embedded one."
+            "prefect_answer_foreign", address=shown(api.url), problem=type(fault).__name__
         ) from None

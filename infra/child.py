@@ -26,8 +26,10 @@ from infra.errors import BuildRefused, ChildFailed, OutOfMemory, Refused
 from infra.memory import as_out_of_memory
 
 REFUSED, NO_MEMORY = 2, 3
-"""Exit codes of a child that refuses its request, or ran out of memory; the reason is the field
-``error`` of its answer."""
+"""Exit codes of a child that refuses its request, or ran out of memory; the code and the fields of
+the error are the field ``error`` of its answer."""
+
+_SENT: dict[int, type[BuildRefused | OutOfMemory]] = {REFUSED: BuildRefused, NO_MEMORY: OutOfMemory}
 
 GRACE_SECONDS = 5.0
 """How long after its limit a child lives at most if nobody is left to kill it."""
@@ -51,7 +53,8 @@ def run_child(
         seconds: wall-clock limit.
 
     Raises:
-        BuildRefused: the child said no (exit code 2); the message is its sentence.
+        BuildRefused: the child refused the request (exit code 2), with the child's code and
+            fields.
         OutOfMemory: the child ran out of memory, or was killed.
         ChildFailed: the limit passed, the child died of another signal, or left no answer.
     """
@@ -79,29 +82,27 @@ def run_child(
             code = process.wait(timeout=seconds)
         except subprocess.TimeoutExpired as fault:
             raise ChildFailed(
-                f"{module} was killed at its limit of {seconds:g} s. Allow more seconds, or make "
-                f"the model smaller. {_tail(log)}"
+                "child_timed_out", module=module, seconds=seconds, output=_tail(log)
             ) from fault
         finally:
             _kill_group(process)
-    if code == REFUSED:
-        raise BuildRefused(str(_read(answer, module, log).get("error", "no reason was given")))
-    if code == NO_MEMORY:
-        raise OutOfMemory(str(_read(answer, module, log).get("error", "no reason was given")))
+    if code in _SENT:
+        raise _received(_SENT[code], answer, module, log)
     if code == -signal.SIGKILL:
-        raise OutOfMemory(
-            f"{module} was killed, most likely because the machine ran out of memory. End other "
-            f"processes or use a larger machine, then run again. {_tail(log)}"
-        )
-    if code != 0:
-        raise ChildFailed(f"{module} {_cause(code)}. {_tail(log)}")
+        raise OutOfMemory("child_killed", module=module, output=_tail(log))
+    if code < 0:
+        name = signal.Signals(-code).name
+        raise ChildFailed("child_signalled", module=module, signal=name, output=_tail(log))
+    if code > 0:
+        raise ChildFailed("child_failed", module=module, exit_code=code, output=_tail(log))
     return _read(answer, module, log)
 
 
 def serve(work: Callable[[dict[str, Any]], dict[str, Any]]) -> NoReturn:
     """Answer one request and exit; the main of a module that ``run_child`` starts.
 
-    A ``Refused`` raised by ``work`` becomes exit code 2 and its sentence the answer. Anything else
+    A ``Refused`` raised by ``work`` becomes exit code 2 and the answer its code and fields (the
+    sentence of classes other than ``BuildRefused``). Anything else
     ends as a traceback in the log and exit code 1. The process dies when its parent does.
     """
     question, answer, limit, parent = sys.argv[1:5]
@@ -115,12 +116,12 @@ def serve(work: Callable[[dict[str, Any]], dict[str, Any]]) -> NoReturn:
     try:
         reply = work(json.loads(Path(question).read_text(encoding="utf-8")))
     except Refused as fault:
-        reply, code = {"error": str(fault)}, REFUSED
+        reply, code = {"error": _sent(fault)}, REFUSED
     except Exception as fault:
         error = as_out_of_memory(fault, "A child process")
         if error is None:
             raise
-        reply, code = {"error": str(error)}, NO_MEMORY
+        reply, code = {"error": _sent(error)}, NO_MEMORY
     part = Path(answer + ".part")
     part.write_text(json.dumps(reply), encoding="utf-8")
     part.replace(answer)
@@ -147,16 +148,32 @@ def _read(answer: Path, module: str, log: Path) -> dict[str, Any]:
     try:
         value = json.loads(answer.read_text(encoding="utf-8"))
     except (FileNotFoundError, ValueError) as fault:
-        raise ChildFailed(f"{module} ended without a readable answer. {_tail(log)}") from fault
+        raise ChildFailed("child_answer_unreadable", module=module, output=_tail(log)) from fault
     if not isinstance(value, dict):
-        raise ChildFailed(f"{module} answered with a {type(value).__name__}, not an object.")
+        raise ChildFailed("child_answer_no_object", module=module, kind=type(value).__name__)
     return value
 
 
-def _cause(code: int) -> str:
-    if code >= 0:
-        return f"failed with exit code {code}"
-    return f"died of {signal.Signals(-code).name}"
+def _sent(fault: Refused | OutOfMemory) -> dict[str, Any]:
+    """An error as the child writes it."""
+    if not isinstance(fault, BuildRefused | OutOfMemory):
+        fault = BuildRefused("request_refused", problem=str(fault))
+    return {"code": fault.code, "fields": fault.fields}
+
+
+def _received(
+    kind: type[BuildRefused | OutOfMemory], answer: Path, module: str, log: Path
+) -> BuildRefused | OutOfMemory | ChildFailed:
+    """The error that a child wrote; its lists are tuples again."""
+    error = _read(answer, module, log).get("error")
+    try:
+        fields = {
+            name: tuple(value) if isinstance(value, list) else value
+            for name, value in error["fields"].items()  # type: ignore[index]
+        }
+        return kind(error["code"], **fields)  # type: ignore[index]
+    except (TypeError, KeyError, AttributeError):
+        return ChildFailed("child_answer_unreadable", module=module, output=_tail(log))
 
 
 def _tail(log: Path) -> str:

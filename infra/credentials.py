@@ -225,6 +225,8 @@ def clean_exceptions() -> Iterator[None]:
 
 
 def _clean_exception(fault: BaseException) -> None:
+    if isinstance(fault, CodedError):  # also what its sentence shows in part, or not at all
+        fault.fields = {name: _cleaned_field(value) for name, value in fault.fields.items()}
     whole = "".join(traceback.format_exception_only(fault))
     if cleaned(whole) != whole:
         fault.args = tuple(
@@ -234,8 +236,6 @@ def _clean_exception(fault: BaseException) -> None:
         for name, value in vars(fault).items():
             if isinstance(value, str):
                 setattr(fault, name, cleaned(value))
-        if isinstance(fault, CodedError):
-            fault.fields = {name: _cleaned_field(value) for name, value in fault.fields.items()}
         if (left := cleaned(fault)) != str(fault):  # its text is not made from its arguments
             raise RuntimeError(f"{type(fault).__name__}: {left}") from None
     earlier = fault.__cause__ or fault.__context__
@@ -248,7 +248,7 @@ def _clean_exception(fault: BaseException) -> None:
 def _cleaned_field(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return tuple(map(_cleaned_field, value))
-    return value if isinstance(value, int | float | None) else cleaned(value)
+    return value if cleaned(value) == str(value) else cleaned(value)
 
 
 def clean_log_records() -> None:

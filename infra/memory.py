@@ -66,10 +66,12 @@ def require_memory(needed: int, doing: str) -> None:
     found = available_memory()
     if found is not None and needed > found.bytes:
         raise OutOfMemory(
-            f"{doing} needs about {needed // MIB:,} MiB of memory, and "
-            f"{max(found.bytes, 0) // MIB:,} MiB are available within {found.limit}. Free memory, "
-            f"raise that limit or use a larger machine, then run again; {SETTING} states the "
-            "memory available yourself."
+            "step_memory",
+            doing=doing,
+            needed_mib=needed // MIB,
+            available_mib=max(found.bytes, 0) // MIB,
+            limit=found.limit,
+            setting=SETTING,
         )
 
 
@@ -80,13 +82,10 @@ def as_out_of_memory(fault: BaseException, doing: str = "The work") -> OutOfMemo
     if not is_out_of_memory(fault):
         return None
     found = available_memory()
-    left = (
-        "" if found is None else f" {max(found.bytes, 0) // MIB:,} MiB are left of {found.limit}."
-    )
-    return OutOfMemory(
-        f"{doing} ran out of memory.{left} End other processes, raise the memory limit or use a "
-        "larger machine, then run again; 'recpress explain' estimates what an order needs."
-    )
+    if found is None:
+        return OutOfMemory("memory_exhausted", doing=doing)
+    left = max(found.bytes, 0) // MIB
+    return OutOfMemory("memory_limit_exhausted", doing=doing, left_mib=left, limit=found.limit)
 
 
 @contextmanager

@@ -108,7 +108,9 @@ def load_settings() -> RecpressSettings:
         first = fault.errors()[0]
         name = "RECPRESS_" + ".".join(str(part) for part in first["loc"]).upper()
         value = cleaned(repr(first["input"]))
-        raise SettingRefused(f"{name}: {cleaned(first['msg'])}; got {value}.") from None
+        raise SettingRefused(
+            "variable_invalid", name=name, problem=cleaned(first["msg"]), got=value
+        ) from None
 
 
 def sqlite_uri(file: Path) -> str:

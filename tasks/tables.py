@@ -5,7 +5,7 @@ from prefect import task
 from compressors.contracts import Artifact
 from compressors.core.registries import AnyStep
 from compressors.core.runner import TableStep
-from infra.errors import Refused
+from infra.errors import CommandRefused
 from tasks.bundles.table_files import quantize_artifact, table_steps
 from tasks.orchestration.policy import KEPT
 
@@ -28,5 +28,5 @@ def quantize_tables(
         workers: threads, else one per core; changes no byte of the result.
     """
     if not isinstance(step, TableStep):
-        raise Refused(f"{step.kind} needs a whole model; here {', '.join(table_steps())} can work.")
+        raise CommandRefused("method_needs_model", method=step.kind, methods=tuple(table_steps()))
     return quantize_artifact(source, step, block_rows, workers)

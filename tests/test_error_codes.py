@@ -6,11 +6,11 @@ import importlib
 from pathlib import Path
 
 import pytest
-from error_codes import MODULES, TABLE, coded_classes, page
+from error_codes import MODULES, TABLE, coded_classes, example_of, page, raises_code
 
 from compressors.contracts.coded_error import CodedError, field_names
 from infra.credentials import clean_exceptions
-from infra.errors import PromotionRefused, Refused
+from infra.errors import InfraError, PromotionRefused, Refused
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("flows", "tasks", "compressors", "infra")
@@ -31,6 +31,19 @@ def raised() -> list[tuple[str, ast.Call]]:
 
 
 RAISED = raised()
+
+
+def test_classes_without_codes_are_never_raised():
+    """They are for ``except`` alone."""
+    roots = {kind.__name__ for kind in (InfraError, Refused)}
+    made = [
+        f"{path}:{node.lineno}"
+        for name in PACKAGES
+        for path in sorted((ROOT / name).rglob("*.py"))
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in roots
+    ]
+    assert made == []
 
 
 @pytest.mark.parametrize(("place", "call"), RAISED, ids=[place for place, _ in RAISED])
@@ -113,6 +126,29 @@ def test_copy_of_an_error_has_its_code_and_fields():
     assert (type(again), again.code, again.fields) == (Example, "wrong_count", example().fields)
 
 
+@pytest.mark.parametrize(
+    ("sentence", "values", "text"),
+    [
+        ("{names}", ("a", "b"), "a, b"),
+        ("x:{names:list}", ("a",), "x:\n- a"),
+        ("x:{names:lines}", ("a",), "x: a"),
+        ("x:{names:lines}", ("a", "b"), "x:\n- a\n- b"),
+    ],
+)
+def test_sequences_are_written_in_a_line_or_one_line_each(sentence, values, text):
+    kind = type("Listing", (CodedError,), {"sentences": {"some": sentence}})
+    assert str(kind("some", names=values)) == text
+
+
+@pytest.mark.parametrize("kind", coded_classes(), ids=lambda kind: kind.__name__)
+def test_every_error_has_a_sentence_and_survives_a_copy(kind):
+    for code in kind.sentences:
+        error = example_of(kind, code)
+        assert "{" not in str(error)
+        again = copy.copy(error)
+        assert (type(again), again.code, again.fields) == (kind, code, error.fields)
+
+
 def test_credentials_in_fields_are_removed_and_the_class_and_code_stay(monkeypatch):
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "canary-secret-value")
     with pytest.raises(Refused) as caught, clean_exceptions():
@@ -125,4 +161,13 @@ def test_credentials_in_fields_are_removed_and_the_class_and_code_stay(monkeypat
     assert isinstance(caught.value, PromotionRefused)
     assert caught.value.code == "order_not_registered"
     assert "canary-secret-value" not in str(caught.value)
+    assert "canary-secret-value" not in str(caught.value.fields)
+
+
+def test_credentials_are_removed_from_fields_that_the_sentence_cuts_off(monkeypatch):
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "canary-secret-value")
+    with raises_code(PromotionRefused, "order_not_registered") as caught, clean_exceptions():
+        raise PromotionRefused(
+            "order_not_registered", order="0" * 12 + "canary-secret-value", model="m", registry="r"
+        )
     assert "canary-secret-value" not in str(caught.value.fields)

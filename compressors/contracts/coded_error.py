@@ -13,12 +13,21 @@ from typing import Any, ClassVar
 
 
 class _SentenceFormatter(string.Formatter):
-    """Formats a sequence without a format specification as ``a, b, c``."""
+    """Formats sequences: ``{x}`` as ``a, b, c``, ``{x:list}`` with a line for each item.
+
+    ``{x:lines}`` is the same, except that a single item stays on the line.
+    """
 
     def format_field(self, value: Any, format_spec: str) -> str:
-        if isinstance(value, list | tuple) and not format_spec:
+        if not isinstance(value, list | tuple):
+            return str(super().format_field(value, format_spec))
+        if not format_spec:
             return ", ".join(map(str, value))
-        return str(super().format_field(value, format_spec))
+        if format_spec == "lines" and len(value) == 1:
+            return f" {value[0]}"
+        if format_spec in {"list", "lines"}:
+            return "".join(f"\n- {item}" for item in value)
+        raise ValueError(f"Expected 'list' or 'lines' for a sequence, got {format_spec!r}.")
 
 
 class CodedError(Exception):

@@ -7,6 +7,7 @@ demo.py       the demo's order
 promotion.py  ``recpress registry``
 tables.py     ``recpress tables``
 triton.py     ``recpress triton``
+doctor_errors.py  what ``recpress doctor`` finds
 doctor.py     ``recpress doctor``
 app.py        all commands
 """

@@ -168,8 +168,7 @@ def _only_process_of(order: "Terms", *, quiet: bool) -> Iterator[None]:
             held.enter_context(locked_name(path, digest, waiting))
         except OSError as fault:
             raise SettingRefused(
-                f"{path} cannot be written: {fault.strerror}. Set RECPRESS_HOME to a folder you "
-                "may write."
+                "lock_not_writable", path=str(path), problem=fault.strerror
             ) from fault
         yield
 

@@ -112,7 +112,7 @@ def run(order: "Terms", *, quiet: bool) -> "Finished":
             outcome = local_result(compress(order, return_state=True))
         except Exception:
             if server is not None:
-                server.require_running("during the run")
+                server.require_running()
             raise
         return Finished.model_validate(outcome)
 

@@ -9,7 +9,7 @@ from compressors.contracts import Limit, digest
 from flows.cli.console import say
 from flows.prefect_access import require_access
 from flows.terms import Targets, Terms
-from infra.errors import ArtifactMissing, InfraError, RecordRefused, Refused
+from infra.errors import ArtifactMissing, ChildFailed, CommandRefused, RecordRefused
 from infra.store.temporary import scratch_folder
 from tasks.bundles.bundle_ref import resolve
 from tasks.orchestration.workspace import store
@@ -28,16 +28,14 @@ def demo_order() -> Terms:
     """Train and pack the demo's model unless it is there, and give the order for it.
 
     Raises:
-        Refused: the examples are not beside this installation.
-        InfraError: training failed, or the configured Prefect server does not answer.
+        CommandRefused: the examples are not beside this installation.
+        ChildFailed: training failed.
+        ServiceFailed: the configured Prefect server does not answer.
     """
     root = Path(__file__).parents[2]
     sources = sorted((root / "examples").glob("*.py"))
     if not sources:
-        raise Refused(
-            "The demo trains the model in examples/, which lies in the repository and not in the "
-            "installed package. Clone the repository and run 'make demo' there."
-        )
+        raise CommandRefused("examples_missing")
     version = digest([path.read_text() for path in sources])[:12]
     model = f"{BUNDLE}@{version}"
     if not _is_packed(model):
@@ -70,7 +68,7 @@ def _train_and_pack(root: Path, version: str) -> None:
             check=False,
         )
         if trained.returncode:
-            raise InfraError(f"{TRAINER} ended with exit code {trained.returncode}; see above.")
+            raise ChildFailed("trainer_failed", trainer=TRAINER, exit_code=trained.returncode)
         described = json.loads((draft / "model.json").read_text())
         described["version"] = version
         (draft / "model.json").write_text(json.dumps(described, indent=1))

@@ -12,10 +12,11 @@ from collections.abc import Callable
 from typing import Literal
 
 from compressors.contracts import Frozen
-from flows.prefect_access import CREDENTIALS
+from flows.cli.doctor_errors import CheckFailed
 from infra.credentials import MLFLOW_PASSWORD, MLFLOW_USER, cleaned
-from infra.errors import InfraError, Refused
-from infra.services.http_probe import HttpAnswer, HttpRequest, NoAnswer, basic, get
+from infra.errors import InfraError, NoAnswer, Refused
+from infra.errors.settings import PREFECT_CREDENTIALS
+from infra.services.http_probe import HttpAnswer, HttpRequest, basic, get
 from infra.settings import load_settings, shown
 from infra.tensorrt.engines import load
 from tasks.orchestration.workspace import store
@@ -39,6 +40,12 @@ _TRITON = (
     "or unset it."
 )
 _PREFECT = "Set PREFECT_API_URL to a server that runs, or unset it for the embedded one."
+_CREDENTIALS = {
+    "MLflow": "Set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD (or "
+    "MLFLOW_TRACKING_TOKEN); a server that says 'Invalid Host' needs this host in its "
+    "--allowed-hosts.",
+    "Prefect": PREFECT_CREDENTIALS,
+}
 
 
 class Finding(Frozen):
@@ -48,14 +55,6 @@ class Finding(Frozen):
     state: Literal["ok", "absent", "fault"]
     found: str
     remedy: str = ""
-
-
-class _Faulty(Exception):
-    """It answered, but not as it should: what was found, and what to do."""
-
-    def __init__(self, found: str, remedy: str) -> None:
-        super().__init__(found)
-        self.remedy = remedy
 
 
 def examine() -> tuple[Finding, ...]:
@@ -116,13 +115,26 @@ def _asked(what: str, remote: bool, look: Callable[[], str], remedy: str) -> Cal
 def _try(what: str, look: Callable[[], str], remedy: str, *, needed: bool = True) -> Finding:
     try:
         return Finding(what=what, state="ok", found=look())
-    except _Faulty as fault:
-        return Finding(what=what, state="fault", found=cleaned(fault), remedy=fault.remedy)
+    except CheckFailed as fault:
+        return Finding(
+            what=what, state="fault", found=cleaned(fault), remedy=_remedy(fault, remedy)
+        )
     except NoAnswer as fault:
         return Finding(what=what, state="fault", found=cleaned(fault), remedy=f"{_SILENT} {remedy}")
     except (InfraError, Refused, ImportError, OSError) as fault:
         state: Literal["absent", "fault"] = "fault" if needed else "absent"
         return Finding(what=what, state=state, found=cleaned(fault), remedy=remedy)
+
+
+def _remedy(fault: CheckFailed, otherwise: str) -> str:
+    match fault.code:
+        case "store_read_only":
+            return "Fetching works; to pack and compress, use a key or user that may write there."
+        case "credentials_refused":
+            return _CREDENTIALS[fault.fields["service"]]
+        case "service_failed":
+            return "Its log says more; it may wait for its database."
+    return otherwise
 
 
 def _store() -> str:
@@ -134,12 +146,11 @@ def _store() -> str:
         held.write(PROBE, b"{}")
         written = held.read(PROBE) == b"{}"
     except (InfraError, Refused) as fault:
-        raise _Faulty(
-            f"{held.root} is read ({bundles} bundle(s)) but not written: {fault}",
-            "Fetching works; to pack and compress, use a key or user that may write there.",
+        raise CheckFailed(
+            "store_read_only", root=held.root, bundles=bundles, problem=str(fault)
         ) from fault
     if not written:
-        raise _Faulty(f"{held.root} does not give back what was written to {PROBE}", _STORE)
+        raise CheckFailed("store_write_lost", root=held.root, key=PROBE)
     return f"{held.root}: {bundles} bundle(s), {ms:.0f} ms, writable"
 
 
@@ -150,16 +161,10 @@ def _registry() -> str:
     base = uri.rstrip("/")
     path = "/api/2.0/mlflow/registered-models/search?max_results=1000"
     answer = get(base + path, headers=_mlflow_credentials())
-    _accepted(
-        answer,
-        f"MLflow at {shown(uri)}",
-        "Set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD (or MLFLOW_TRACKING_TOKEN); a "
-        "server that says 'Invalid Host' needs this host in its --allowed-hosts.",
-        _REGISTRY,
-    )
+    _require_accepted(answer, "MLflow", shown(uri))
     found = answer.value()
     if not isinstance(found, dict) or found.keys() - {"registered_models", "next_page_token"}:
-        raise _Faulty(f"{shown(uri)} answers, but not as MLflow does", _REGISTRY)
+        raise CheckFailed("answer_foreign", service="MLflow", address=shown(uri))
     more = "+" if found.get("next_page_token") else ""
     models = len(found.get("registered_models", ()))
     version = get(f"{base}/version", headers=_mlflow_credentials())
@@ -193,15 +198,10 @@ def _prefect() -> str:
     elif api.auth_string is not None:
         headers = basic(*api.auth_string.get_secret_value().partition(":")[::2])
     answer = get(f"{base}/work_pools/filter", headers=headers, posted={"limit": 200})
-    _accepted(
-        answer,
-        f"Prefect at {shown(api.url)}",
-        CREDENTIALS,
-        _PREFECT,
-    )
+    _require_accepted(answer, "Prefect", shown(api.url))
     pools = answer.value()
     if not isinstance(pools, list):
-        raise _Faulty(f"{shown(api.url)} answers, but not as Prefect does", _PREFECT)
+        raise CheckFailed("answer_foreign", service="Prefect", address=shown(api.url))
     version = get(f"{base}/admin/version", headers=headers)
     named = str(version.value())[:20] if version.status == 200 else "?"
     ready = ", ".join(str(pool.get("name")) for pool in pools if pool.get("status") == "READY")
@@ -209,22 +209,20 @@ def _prefect() -> str:
     return f"Prefect {named} at {shown(api.url)}: {workers}, {answer.ms:.0f} ms"
 
 
-def _accepted(answer: HttpAnswer, whose: str, credentials: str, otherwise: str) -> None:
-    """Nothing, if the answer is 200.
+def _require_accepted(answer: HttpAnswer, service: str, address: str) -> None:
+    """Raise unless the answer is 200.
 
     Raises:
-        _Faulty: it is not; the body is left out, since some servers repeat the request in it.
+        CheckFailed: the body is left out, since some servers repeat the request in it.
     """
-    if answer.status == 200:
+    status = answer.status
+    if status == 200:
         return
-    if answer.status in {401, 403}:
-        raise _Faulty(f"{whose} refuses the credentials ({answer.status})", credentials)
-    if answer.status >= 500:
-        raise _Faulty(
-            f"{whose} answers with its own failure ({answer.status})",
-            "Its log says more; it may wait for its database.",
-        )
-    raise _Faulty(f"{whose} answers {answer.status}", otherwise)
+    if status in {401, 403}:
+        raise CheckFailed("credentials_refused", service=service, address=address, status=status)
+    if status >= 500:
+        raise CheckFailed("service_failed", service=service, address=address, status=status)
+    raise CheckFailed("status_unexpected", service=service, address=address, status=status)
 
 
 def _torch() -> str:

@@ -61,17 +61,17 @@ def wanted(
     """The order that the options or the file give.
 
     Raises:
-        Refused: both or neither are given, or what is given is not an order.
+        CommandRefused: both or neither are given, or what is given is not an order.
     """
-    from infra.errors import Refused
+    from infra.errors import CommandRefused
 
     if order is not None:
         options = (limit, target, optional, promote, seed, preset != "safe", budget is not None)
         if model is not None or teacher or any(options):
-            raise Refused("Give either --order FILE or a model with options, not both.")
+            raise CommandRefused("order_and_options")
         return read_order(order)
     if model is None:
-        raise Refused("Name a model: recpress compress NAME --limit 'auc vs baseline >= -0.002'.")
+        raise CommandRefused("model_missing")
     some = optional or []
     return terms(model, preset, limit or [], target, some, promote, seed, budget, teacher)
 
@@ -90,19 +90,16 @@ def terms(
     """The order that options give.
 
     Raises:
-        Refused: a limit or a target is not one, or there is no limit.
+        CommandRefused: a limit or a target is not one, or there is no limit.
     """
     from pydantic import ValidationError
 
     from compressors.contracts import Limit, TargetKind
     from flows.terms import Terms
-    from infra.errors import Refused
+    from infra.errors import CommandRefused
 
     if not limits:
-        raise Refused(
-            "An order needs at least one limit, or nothing would be judged: --limit 'auc vs "
-            "baseline >= -0.002'."
-        )
+        raise CommandRefused("limit_missing")
     try:
         parsed = tuple(Limit.parse(text) for text in limits)
     except ValidationError as fault:
@@ -111,9 +108,9 @@ def terms(
             + (f" (found {error['input']!r})" if error["type"] != "value_error" else "")
             for error in fault.errors()
         )
-        raise Refused(f"--limit: {reasons}") from fault
+        raise CommandRefused("limit_invalid", problem=reasons) from fault
     except ValueError as fault:
-        raise Refused(str(fault)) from fault
+        raise CommandRefused("limit_unreadable", problem=str(fault)) from fault
     # The quality of a result is measured in ONNX Runtime, so it is always among the targets.
     names = [target_named(name) for name in ["onnxruntime", *(targets or []), *optional]]
     wanted = dict.fromkeys((name.replace("-", "_") for name in get_args(TargetKind)), "off")
@@ -145,39 +142,39 @@ def warn(terms: "Terms") -> None:
 def target_named(name: str) -> "TargetKind":
     """A target's name, checked; ``"RTX"`` is refused with those there are."""
     from compressors.contracts import TargetKind
-    from infra.errors import Refused
+    from infra.errors import CommandRefused
 
     for known in get_args(TargetKind):
         if name == known:
             return known  # type: ignore[no-any-return]  # get_args forgets the literal's type
-    raise Refused(f"Target {name!r} is not among {', '.join(get_args(TargetKind))}.")
+    raise CommandRefused("target_unknown", target=name, targets=get_args(TargetKind))
 
 
 def read_order(path: Path) -> "Terms":
     """The order in a JSON file.
 
     Raises:
-        Refused: the file cannot be read, or holds no order.
+        CommandRefused: the file cannot be read, or holds no order.
     """
     from pydantic import ValidationError
 
     from flows.order import Order
     from flows.order_faults import sentences
     from infra.bundle.json_limits import check_limits, read_bounded
-    from infra.errors import Refused
+    from infra.errors import CommandRefused
 
     try:
         raw = read_bounded(path)
         check_limits(raw)
         text = raw.decode()
     except OSError as fault:
-        raise Refused(f"{path} cannot be read: {fault.strerror}. Name a readable file.") from fault
+        raise CommandRefused("order_unreadable", path=str(path), problem=fault.strerror) from fault
     except UnicodeDecodeError as fault:
-        raise Refused(f"{path} cannot be read as UTF-8 text: {fault}.") from fault
+        raise CommandRefused("order_not_utf8", path=str(path), problem=str(fault)) from fault
     except ValueError as fault:
-        raise Refused(f"{path} is no usable order: {fault}.") from fault
+        raise CommandRefused("order_unusable", path=str(path), problem=str(fault)) from fault
     try:
         return Order.model_validate_json(text)
     except ValidationError as fault:
-        told = "\n  ".join(sentences(fault, Order))
-        raise Refused(f"{path} holds no order:\n  {told}") from fault
+        problems = tuple(sentences(fault, Order))
+        raise CommandRefused("order_invalid", path=str(path), problems=problems) from fault

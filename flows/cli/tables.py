@@ -118,11 +118,11 @@ def tables_formats(as_json: Json = False) -> None:
 
 
 def _setting(text: str) -> tuple[str, object]:
-    from infra.errors import Refused
+    from infra.errors import CommandRefused
 
     name, sign, value = text.partition("=")
     if not sign or not name:
-        raise Refused(f"--set takes NAME=VALUE, such as --set scale=float32; found {text!r}.")
+        raise CommandRefused("setting_form", got=text)
     try:
         return name, json.loads(value)  # a number is one, also where only some are allowed
     except ValueError:

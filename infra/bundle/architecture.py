@@ -45,17 +45,18 @@ def network_class(path: str, allowed: Sequence[str]) -> "type[torch.nn.Module]":
     except ModuleNotFoundError as fault:
         if fault.name is None or not _within(module_name, fault.name):
             raise BundleRefused(
-                f"architecture {path!r}: {module_name} needs the module {fault.name}, which is "
-                "not installed. Install it where recpress runs."
+                "architecture_dependency_missing", path=path, module=module_name, missing=fault.name
             ) from fault
         raise _not_found(path, module_name) from fault
     except (Exception, SystemExit) as fault:  # whatever that module's own code raises
         if is_out_of_memory(fault):
             raise
         raise BundleRefused(
-            f"architecture {path!r}: importing {module_name} failed with "
-            f"{type(fault).__name__}: {fault}. Repair it; 'python -c \"import {module_name}\"' "
-            "shows the same."
+            "architecture_import_failed",
+            path=path,
+            module=module_name,
+            kind=type(fault).__name__,
+            problem=str(fault),
         ) from fault
     found = vars(module).get(class_name)  # not getattr: a module may answer that with code
     if found is None:
@@ -66,19 +67,23 @@ def network_class(path: str, allowed: Sequence[str]) -> "type[torch.nn.Module]":
         ]
         close = difflib.get_close_matches(class_name, classes, n=3) or classes[:5]
         raise BundleRefused(
-            f"architecture {path!r}: {module_name} has no class {class_name}; there is "
-            f"{', '.join(close) or 'no network class in it'}."
+            "architecture_class_missing",
+            path=path,
+            module=module_name,
+            name=class_name,
+            classes=tuple(close) or ("no network class in it",),
         )
     if not isinstance(found, type) or not issubclass(found, torch.nn.Module):
-        kind = f"a {type(found).__name__}" if not isinstance(found, type) else "another class"
-        raise BundleRefused(
-            f"architecture {path!r} is {kind}, not a torch.nn.Module class. Name the class that "
-            "builds the network."
-        )
+        if isinstance(found, type):
+            raise BundleRefused("architecture_no_module_class", path=path)
+        raise BundleRefused("architecture_no_class", path=path, kind=type(found).__name__)
     if not any(_within(found.__module__, root) for root in allowed):
         raise BundleRefused(
-            f"architecture {path!r} is defined in {found.__module__}, which is not allowed: "
-            f"{_how_to_allow(found.__module__, allowed)}"
+            "architecture_defined_elsewhere",
+            path=path,
+            module=found.__module__,
+            allowed=_named(allowed),
+            setting=_setting(found.__module__, allowed),
         )
     return found
 
@@ -104,10 +109,7 @@ def source_digest(path: str, allowed: Sequence[str]) -> str:
         for file in Path(root).rglob("*.py"):
             files[f"{number}/{file.relative_to(root).as_posix()}"] = file
     if not any(file.is_file() for file in files.values()):
-        raise BundleRefused(
-            f"architecture {path!r}: {module_name} has no source file, so a change in it could "
-            "not be noticed. Use a module that lies on disk."
-        )
+        raise BundleRefused("architecture_source_missing", path=path, module=module_name)
     total = hashlib.sha256()
     for name in sorted(files):
         content = hashlib.sha256(files[name].read_bytes()).hexdigest()
@@ -119,14 +121,15 @@ def _split(path: str, allowed: Sequence[str]) -> tuple[str, str]:
     """Module and class of a path; refuses before anything is imported."""
     match = _PATH.fullmatch(path)
     if match is None:
-        raise BundleRefused(
-            f"architecture {path[:200]!r} must be written 'package.module:Class'; it is imported "
-            "as that and never evaluated."
-        )
+        raise BundleRefused("architecture_form", path=path[:200])
     module_name, class_name = match.groups()
     if not any(_within(module_name, root) for root in allowed):
         raise BundleRefused(
-            f"architecture {path!r} is not allowed: {_how_to_allow(module_name, allowed)}"
+            "architecture_not_allowed",
+            path=path,
+            module=module_name,
+            allowed=_named(allowed),
+            setting=_setting(module_name, allowed),
         )
     return module_name, class_name
 
@@ -135,18 +138,21 @@ def _within(module_name: str, root: str) -> bool:
     return module_name == root or module_name.startswith(f"{root}.")
 
 
-def _how_to_allow(module_name: str, allowed: Sequence[str]) -> str:
-    return (
-        f"importing a module runs its code, and only {', '.join(allowed) or 'nothing'} may be "
-        f"imported. If you trust {module_name}, set "
-        f"RECPRESS_ALLOWED_MODULES={','.join([*allowed, module_name])}"
-    )
+def _named(allowed: Sequence[str]) -> tuple[str, ...]:
+    return tuple(allowed) or ("nothing",)
+
+
+def _setting(module_name: str, allowed: Sequence[str]) -> str:
+    """The value of RECPRESS_ALLOWED_MODULES that allows a module too."""
+    return ",".join([*allowed, module_name])
 
 
 def _not_found(path: str, module_name: str) -> BundleRefused:
     return BundleRefused(
-        f"architecture {path!r}: there is no module {module_name} to import. Put the folder that "
-        f"holds {module_name.partition('.')[0]} on PYTHONPATH, or install its package."
+        "architecture_module_missing",
+        path=path,
+        module=module_name,
+        top=module_name.partition(".")[0],
     )
 
 

@@ -134,10 +134,7 @@ def read_draft(folder: Path) -> Draft:
     _, document = read_json(folder / MANIFEST)
     _check_version(folder / MANIFEST, document)
     if "seal" in document or "files" in document:
-        raise BundleRefused(
-            f"{folder} is already a sealed bundle, not a draft. Look at it with "
-            f"'recpress bundle check {folder}'; to pack it anew, start from its draft."
-        )
+        raise BundleRefused("already_sealed", folder=str(folder))
     draft = parse(Draft, document, folder / MANIFEST)
     stored_tensors(folder)
     sections: tuple[tuple[str, Mapping[Any, str]], ...] = (
@@ -196,8 +193,7 @@ def seal(
         text = json.dumps(plain(document), indent=2)
     except (ValueError, RecursionError) as fault:
         raise BundleRefused(
-            f"{folder}: {clean(fault)}. Use numbers, texts, lists and dicts with text keys in "
-            "the architecture's config and in module settings."
+            "settings_not_json", folder=str(folder), problem=clean(fault)
         ) from fault
     body = text.removesuffix("\n}").encode() + b",\n"
     raw = body + _seal_line(body)
@@ -240,14 +236,11 @@ def manifest_of(raw: bytes, folder: Path) -> Manifest:
     document = decode(raw, path)
     _check_version(path, document)
     if "seal" not in document and "files" not in document:
-        raise BundleRefused(f"{folder} is a draft. Pack it first: 'recpress bundle pack {folder}'.")
+        raise BundleRefused("is_draft", folder=str(folder))
     manifest = parse(Manifest, _without_seal(document), path, stored=True)
     tail = len(_seal_line(b""))
     if raw[-tail:] != _seal_line(raw[:-tail]):
-        raise BundleRefused(
-            f"{path} was changed after it was sealed (its last line does not fit the rest). "
-            "Fetch it again, or change the draft and pack that."
-        )
+        raise BundleRefused("seal_differs", path=str(path))
     return manifest
 
 
@@ -401,10 +394,12 @@ def _check_version(path: Path, document: Mapping[str, Any]) -> None:
     found = document.get("schema_version")
     if type(found) is int and found == SCHEMA_VERSION:
         return
-    newer = type(found) is int and found > SCHEMA_VERSION
-    remedy = "Upgrade recpress" if newer else f'Write "schema_version": {SCHEMA_VERSION}'
+    if type(found) is int and found > SCHEMA_VERSION:
+        raise BundleRefused(
+            "schema_version_newer", path=str(path), got=short(found), known=SCHEMA_VERSION
+        )
     raise BundleRefused(
-        f"{path} has schema_version {short(found)}; this recpress knows {SCHEMA_VERSION}. {remedy}."
+        "schema_version_unknown", path=str(path), got=short(found), known=SCHEMA_VERSION
     )
 
 

@@ -40,18 +40,18 @@ def clean(message: object) -> str:
     return repr(str(message)[:300])[1:-1]
 
 
-def listed(place: Path | str, problems: Iterable[str]) -> str:
-    """One message for all problems, a line each; takes no more of them than it shows."""
+def first_problems(problems: Iterable[str]) -> tuple[str, ...]:
+    """The problems that an error shows, each of bounded length; takes few more than those."""
     shown = [bounded(problem) for problem in islice(problems, PROBLEMS_SHOWN + 1)]
     if len(shown) > PROBLEMS_SHOWN:
         shown[-1] = "and more."
-    return f"{place}: " + ("\n- ".join(["", *shown]) if len(shown) > 1 else "".join(shown))
+    return tuple(shown)
 
 
 def refuse_if(place: Path | str, problems: Iterable[str]) -> None:
     """Raise ``BundleRefused`` if there is any problem."""
-    if shown := list(islice(problems, PROBLEMS_SHOWN + 1)):
-        raise BundleRefused(listed(place, shown))
+    if shown := first_problems(problems):
+        raise BundleRefused("unusable", place=str(place), problems=shown)
 
 
 def read_json(path: Path) -> tuple[bytes, dict[str, Any]]:
@@ -62,11 +62,11 @@ def read_json(path: Path) -> tuple[bytes, dict[str, Any]]:
     """
     if not path.is_file():
         if os.path.lexists(path):
-            raise BundleRefused(f"{path} is not a plain file; put the file itself there.")
-        raise BundleRefused(f"{path} is missing; write it, or fetch the bundle again.")
+            raise BundleRefused("json_no_plain_file", path=str(path))
+        raise BundleRefused("json_missing", path=str(path))
     size = path.stat().st_size
     if size > MAX_JSON_BYTES:
-        raise BundleRefused(f"{path} has {size} bytes, too large: at most {MAX_JSON_BYTES}.")
+        raise BundleRefused("json_too_large", path=str(path), size=size, most_bytes=MAX_JSON_BYTES)
     raw = path.read_bytes()
     return raw, decode(raw, path)
 
@@ -91,11 +91,11 @@ def decode(raw: bytes, path: Path) -> dict[str, Any]:
         )
         _check_texts(document)
     except RecursionError as fault:
-        raise BundleRefused(f"{path} is nested too deep to be read.") from fault
+        raise BundleRefused("json_too_deep", path=str(path)) from fault
     except ValueError as fault:
-        raise BundleRefused(f"{path} is not usable JSON: {clean(fault)}.") from fault
+        raise BundleRefused("json_unusable", path=str(path), problem=clean(fault)) from fault
     if not isinstance(document, dict):
-        raise BundleRefused(f"{path} must be one JSON object, not a {type(document).__name__}.")
+        raise BundleRefused("json_no_object", path=str(path), kind=type(document).__name__)
     return document
 
 
@@ -117,7 +117,9 @@ def parse(
         return kind.model_validate(document, context={"stored": stored})
     except ValidationError as fault:
         sentences = (_sentence(error) for error in fault.errors(include_url=False))
-        raise BundleRefused(listed(path, sentences)) from fault
+        raise BundleRefused(
+            "fields_unusable", path=str(path), problems=first_problems(sentences)
+        ) from fault
 
 
 def read_limited(path: Path) -> bytes:

@@ -73,8 +73,7 @@ def listing(folder: Path) -> list[Path]:
         return sorted(folder.iterdir())
     except OSError as fault:
         raise BundleRefused(
-            f"{clean(folder)} is not a folder that can be read ({fault.strerror}); a bundle is a "
-            "folder with model.json and *.safetensors."
+            "folder_unreadable", folder=clean(folder), problem=fault.strerror
         ) from fault
 
 
@@ -106,15 +105,12 @@ def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
                 )
             found[name] = stored
     if not found:
-        raise BundleRefused(f"{folder} holds no tensor in any *.safetensors file. {HOW_TO_SAVE}")
+        raise BundleRefused("tensors_missing", folder=str(folder))
     refuse_if(folder, problems)
     if (folder / INDEX).exists():
         refuse_if(folder, _index_problems(folder, found))
     elif len(shards) > 1:
-        raise BundleRefused(
-            f"{folder} has {len(shards)} shards but no {INDEX}; add one, or save all weights "
-            "in one file."
-        )
+        raise BundleRefused("index_missing", folder=str(folder), shards=len(shards), index=INDEX)
     return found
 
 
@@ -126,7 +122,7 @@ def nonfinite_problem(name: str, stored: StoredTensor, buffer: bytearray) -> str
     """
     fact = stored.fact
     if fact.dtype not in _NONFINITE:
-        raise BundleRefused(f"{stored.shard}: dtype {fact.dtype} is unknown; convert the weights.")
+        raise BundleRefused("dtype_unknown", file=str(stored.shard), dtype=fact.dtype)
     pattern = _NONFINITE[fact.dtype]
     if pattern is None:
         return None
@@ -138,7 +134,7 @@ def nonfinite_problem(name: str, stored: StoredTensor, buffer: bytearray) -> str
         while done < fact.bytes:
             view = memoryview(buffer)[: min(len(buffer), fact.bytes - done)]
             if file.readinto(view) != len(view):
-                raise BundleRefused(f"{stored.shard} ended early while it was read; fetch again.")
+                raise BundleRefused("shard_ended_early", file=str(stored.shard))
             bad = (np.frombuffer(view, word) & word.type(mask)) == word.type(value)
             if bad.any():
                 if first < 0:
@@ -189,13 +185,12 @@ def draft_file_problem(path: Path) -> str | None:
 def _header(shard: Path) -> dict[str, StoredTensor]:
     """A shard's tensors: validated by the safetensors library, offsets from the header itself."""
     if problem := pickle_problem(shard):
-        raise BundleRefused(f"{shard.parent}: {problem}")
+        raise BundleRefused("unusable", place=str(shard.parent), problems=(problem,))
     with shard.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
         if MAX_JSON_BYTES < length <= shard.stat().st_size - 8:
             raise BundleRefused(
-                f"{shard} is not a usable safetensors file: its header of {length} bytes is too "
-                f"large, at most {MAX_JSON_BYTES}. {HOW_TO_SAVE} Use shards for very many tensors."
+                "header_too_large", file=str(shard), size=length, most_bytes=MAX_JSON_BYTES
             )
         raw = file.read(min(length, MAX_JSON_BYTES))
     try:
@@ -203,14 +198,11 @@ def _header(shard: Path) -> dict[str, StoredTensor]:
         with safe_open(shard, framework="numpy") as opened:
             names = set(opened.keys())
     except (SafetensorError, ValueError) as fault:
-        raise BundleRefused(
-            f"{shard} is not a safetensors file ({clean(fault)}). If it was copied, copy it "
-            f"again. {HOW_TO_SAVE}"
-        ) from fault
+        raise BundleRefused("not_safetensors", file=str(shard), problem=clean(fault)) from fault
     header = decode(raw, shard)
     header.pop("__metadata__", None)
     if set(header) != names:  # two JSON readers must not see two different models
-        raise BundleRefused(f"{shard}: its header can be read in two ways; save it again.")
+        raise BundleRefused("header_ambiguous", file=str(shard))
     found: dict[str, StoredTensor] = {}
     for name, entry in header.items():
         start, end = entry["data_offsets"]

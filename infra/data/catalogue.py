@@ -122,11 +122,6 @@ def require_items(splits: Collection[str], signature: Signature, where: object) 
         DataRefused: says which of the two.
     """
     if signature.item is not None and ITEMS not in splits:
-        raise DataRefused(
-            f"{where} refers to no {ITEMS!r} data. Task 'retrieval' ranks a whole catalogue: write "
-            f"what the item tower reads as parquet, a row an item, and name it in 'data'."
-        )
+        raise DataRefused("catalogue_missing", place=str(where), split=ITEMS)
     if signature.item is None and ITEMS in splits:
-        raise DataRefused(
-            f"{where} refers to {ITEMS!r} data, which only task 'retrieval' reads. Leave it out."
-        )
+        raise DataRefused("catalogue_unexpected", place=str(where), split=ITEMS)

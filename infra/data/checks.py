@@ -170,11 +170,8 @@ def _of_input(
         view = VALUES if listed else ROWS
         rows = rows_of_table.get(item.table)
         if rows is None:
-            known = ", ".join(sorted(rows_of_table)) or "none"
-            raise DataRefused(
-                f"input {item.name!r} reads table {item.table!r}; there is {known}. "
-                "Name a table the model has."
-            )
+            known = tuple(sorted(rows_of_table)) or ("none",)
+            raise DataRefused("table_unknown", input=item.name, table=item.table, tables=known)
         if policed(split, item):
             rule, low, high = f"id in table {item.table!r} (0 to {rows - 1})", 0, rows - 1
         else:

@@ -146,7 +146,7 @@ def refuse_failures(validation: Validation) -> None:
             checks were evaluated than intended; or none was intended.
     """
     if validation.intended == 0:
-        raise DataRefused("No check was intended, so nothing is known. Give at least one split.")
+        raise DataRefused("checks_missing")
     failed = [found for found in validation.findings if not found.success and found.evaluated]
     unknown = [found for found in validation.findings if not found.evaluated]
     lines = [f"{_place(found)}: needs {found.rule}; found {_told(found)}." for found in failed]
@@ -157,7 +157,7 @@ def refuse_failures(validation: Validation) -> None:
             "evaluated, and a check that was not evaluated did not pass."
         )
     if lines or not validation.success:
-        raise DataRefused("The data failed its checks:\n- " + "\n- ".join(lines))
+        raise DataRefused("checks_failed", problems=tuple(lines))
 
 
 def _place(found: Finding) -> str:
@@ -272,10 +272,7 @@ def _whole(found: Survey, columns: Iterable[str]) -> dict[str, pa.Array]:
     whole = {name: table.column(name).combine_chunks() for name in wanted}
     broken = [name for name, column in whole.items() if isinstance(column, pa.ChunkedArray)]
     if broken:
-        raise DataRefused(
-            f"column {broken[0]!r} holds more than 2**31 list elements or characters in one "
-            "split. Write it as large_list or large_string, or split the data."
-        )
+        raise DataRefused("column_too_long", column=broken[0])
     return whole
 
 

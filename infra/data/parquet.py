@@ -86,7 +86,7 @@ class Faults:
 def refuse(parquet: Path, lines: list[str]) -> None:
     """Raise ``DataRefused`` with these lines, if there are any."""
     if lines:
-        raise DataRefused(f"{parquet} does not fit the signature:\n- " + "\n- ".join(lines))
+        raise DataRefused("schema_unfit", path=str(parquet), problems=tuple(lines))
 
 
 def needs(signature: Signature) -> tuple[Need, ...]:
@@ -157,20 +157,20 @@ def _part_files(parquet: Path) -> tuple[Path, ...]:
     if parquet.is_file():
         return (parquet,)
     if not parquet.is_dir():
-        fault = "is neither a file nor a folder" if parquet.exists() else "does not exist"
-        raise DataRefused(f"{parquet} {fault}. Give a parquet file or a folder of them.")
+        if parquet.exists():
+            raise DataRefused("parquet_of_other_kind", path=str(parquet))
+        raise DataRefused("parquet_missing", path=str(parquet))
     visible = sorted(p for p in parquet.rglob("*.parquet") if p.name[0] not in "._")
     nested = [path for path in visible if path.parent != parquet]
     if nested:
         raise DataRefused(
-            f"{parquet} has parquet files in subfolders ({nested[0].relative_to(parquet)}), whose "
-            "names may carry columns. Write the part files into one folder."
+            "parquet_in_subfolders", path=str(parquet), file=str(nested[0].relative_to(parquet))
         )
     for path in visible:
         if not path.is_file():  # opening a pipe would wait for a writer
-            raise DataRefused(f"{path} is not a plain file. Put the part file itself there.")
+            raise DataRefused("part_no_plain_file", path=str(path))
     if not visible:
-        raise DataRefused(f"{parquet} has no *.parquet file. Give a file or a folder of them.")
+        raise DataRefused("parquet_absent", path=str(parquet))
     return tuple(visible)
 
 
@@ -241,12 +241,9 @@ def batches(found: Survey, columns: Iterable[str]) -> Iterator[tuple[int, pa.Rec
         except MemoryError:
             raise
         except (pa.ArrowException, OSError) as fault:
-            raise DataRefused(f"{file} breaks off while it is read: {fault}") from fault
+            raise DataRefused("file_broken_off", file=str(file), problem=str(fault)) from fault
     if row != found.rows:
-        raise DataRefused(
-            f"{found.files[0]} changed while it was read: {found.rows} rows before, {row} now. "
-            "Leave the files of a split alone until it is packed."
-        )
+        raise DataRefused("file_changed", file=str(found.files[0]), expected=found.rows, got=row)
 
 
 def is_list(column: pa.Array) -> bool:

@@ -39,7 +39,12 @@ BUFFER_BYTES = 2**20
 
 
 class NotUsable(Exception):
-    """Why a file is refused, in one sentence that begins after the file's name."""
+    """Why a file is refused: a code of ``DataRefused`` and its fields, except for the file."""
+
+    def __init__(self, code: str, **fields: Any) -> None:
+        super().__init__(code)
+        self.code = code
+        self.fields = fields
 
 
 def kind_of(dtype: pa.DataType) -> str:
@@ -106,18 +111,17 @@ def inspect(file: str, columns: Iterable[str]) -> dict[str, Any]:
         names = sum(len(name) for name in schema.names)
         if len(kinds) > MAX_COLUMNS or names > MAX_NAME_BYTES:
             raise NotUsable(
-                f"has {len(kinds)} columns with names of {names} characters, more than the "
-                f"{MAX_COLUMNS} columns or {MAX_NAME_BYTES} characters allowed. Write the columns "
-                "that the model reads."
+                "too_many_columns",
+                columns=len(kinds),
+                characters=names,
+                most_columns=MAX_COLUMNS,
+                most_characters=MAX_NAME_BYTES,
             )
         wanted = [name for name in dict.fromkeys(columns) if schema.names.count(name) == 1]
         batch_rows = _batch_rows(footer, wanted)
         found = _count(source, wanted, batch_rows, _most_bytes(file)) if wanted else None
         if found is not None and found["rows"] != footer.num_rows:
-            raise NotUsable(
-                f"declares {footer.num_rows} rows in its footer and has {found['rows']}. Write "
-                "the file again."
-            )
+            raise NotUsable("footer_rows_differ", expected=footer.num_rows, got=found["rows"])
     counts = found or {"rows": footer.num_rows, "values": {}, "longest": {}}
     return {**counts, "kinds": kinds, "batch_rows": batch_rows}
 
@@ -142,10 +146,7 @@ def _count(
                 values[name] += len(column)
                 size += column.nbytes
         if size > most_bytes:
-            raise NotUsable(
-                f"expands to more than {most_bytes} bytes, {EXPANSION} times its size or 1 GiB. "
-                "Write it without repeating one row so often, or as several files."
-            )
+            raise NotUsable("expands_too_far", most_bytes=most_bytes, factor=EXPANSION)
     return {"rows": rows, "values": values, "longest": longest}
 
 
@@ -175,20 +176,24 @@ def answer(request: dict[str, Any]) -> dict[str, Any]:
     try:
         return inspect(request["file"], request["columns"])
     except NotUsable as fault:
-        return {"refused": str(fault)}
+        return _refused(fault)
     except MemoryError:
         return {"memory": True}
     except OSError as fault:
         if fault.errno is not None:
             return {"errno": fault.errno}
-        return {"refused": _unreadable(fault)}
+        return _refused(_unreadable(fault))
     except Exception as fault:  # the reader raises errors of many classes on damaged files
-        return {"refused": _unreadable(fault)}
+        return _refused(_unreadable(fault))
 
 
-def _unreadable(fault: Exception) -> str:
+def _refused(fault: NotUsable) -> dict[str, Any]:
+    return {"refused": {"code": fault.code, "fields": fault.fields}}
+
+
+def _unreadable(fault: Exception) -> NotUsable:
     reason = " ".join(str(fault).split())[:500].encode(errors="replace").decode()
-    return f"is not a readable parquet file: {reason}"
+    return NotUsable("unreadable", problem=reason)
 
 
 def limit_memory(most: int) -> int:

@@ -147,6 +147,28 @@ class _Child:
         return pipe
 
 
+def _refused(file: str, code: str, fields: dict[str, Any]) -> DataRefused:
+    """The error for what the child refused; texts of the file's reader become printable."""
+    if code == "too_many_columns":
+        return DataRefused(
+            "too_many_columns",
+            file=file,
+            columns=fields["columns"],
+            characters=fields["characters"],
+            most_columns=fields["most_columns"],
+            most_characters=fields["most_characters"],
+        )
+    if code == "footer_rows_differ":
+        return DataRefused(
+            "footer_rows_differ", file=file, expected=fields["expected"], got=fields["got"]
+        )
+    if code == "expands_too_far":
+        return DataRefused(
+            "expands_too_far", file=file, most_bytes=fields["most_bytes"], factor=fields["factor"]
+        )
+    return DataRefused("unreadable", file=file, problem=clean(fields["problem"]))
+
+
 class Inspector:
     """Inspects files one after the other; one child process for this process."""
 
@@ -194,44 +216,33 @@ class Inspector:
             reply = child.ask({"file": str(file.absolute()), "columns": columns}, seconds)
         except TimeoutError as fault:
             self._drop()
-            raise DataRefused(
-                f"{file} could not be read within {seconds:.0f} s, the limit for its size. Write "
-                "it again, or as several files."
-            ) from fault
+            raise DataRefused("reader_timed_out", file=str(file), seconds=seconds) from fault
         except _Ended as fault:
             printed = child.printed()
             raise self._refusal(file, self._drop(), printed) from fault
         if "refused" in reply:
-            raise DataRefused(f"{file} {clean(reply['refused'])}")
+            raise _refused(str(file), **reply["refused"])
         if "memory" in reply:
             if child.memory < MEMORY_LIMIT:
                 raise OutOfMemory(
-                    f"{file} could not be read with the {child.memory / 2**20:.0f} MiB that this "
-                    "process may still use. Raise its limit (ulimit -v), then run again."
+                    "reader_memory", file=str(file), available_mib=child.memory / 2**20
                 )
-            raise DataRefused(
-                f"{file} needs more than {MEMORY_LIMIT // 2**20} MiB of memory to be read, in "
-                "batches of few rows: a page or a value in it is too large. Write it with smaller "
-                "pages and values."
-            )
+            raise DataRefused("reader_memory", file=str(file), most_mib=MEMORY_LIMIT // 2**20)
         if "errno" in reply:
             raise of_input(OSError(reply["errno"], os.strerror(reply["errno"]), str(file)))
         try:
             return Inspected.model_validate(reply)
         except ValidationError as fault:
-            raise DataRefused(f"{file} is not a readable parquet file.") from fault
+            raise DataRefused("not_parquet", file=str(file)) from fault
 
     def _refusal(self, file: Path, code: int, printed: str) -> DataRefused | OutOfMemory:
         if code == -signal.SIGKILL:
-            return OutOfMemory(
-                f"The process that reads {file} was killed, most likely because the machine ran "
-                "out of memory. End other processes, then run again."
-            )
+            return OutOfMemory("reader_killed", file=str(file))
         cause = signal.Signals(-code).name if code < 0 else f"exit code {code}"
-        note = f" ({clean(printed)})" if printed else ""
+        if not printed:
+            return DataRefused("reader_ended", file=str(file), cause=cause)
         return DataRefused(
-            f"{file} is not a readable parquet file: the process that read it ended with "
-            f"{cause}{note}. Write the file again."
+            "reader_ended_with_message", file=str(file), cause=cause, message=clean(printed)
         )
 
     def _running(self) -> _Child:
@@ -239,11 +250,7 @@ class Inspector:
             try:
                 self._child = _Child()
             except (_Ended, TimeoutError, OSError) as fault:
-                raise ChildFailed(
-                    "The process that inspects parquet files could not be started; it may lack "
-                    "memory. Raise the limits of this process (ulimit -v), or end other "
-                    "processes, then run again."
-                ) from fault
+                raise ChildFailed("reader_not_started") from fault
         return self._child
 
     def _drop(self) -> int:

@@ -342,7 +342,7 @@ def check_shapes(statistics: dict[str, SplitStatistics], signature: Signature) -
                 f"longest in the data has {longest}. Set shape to at most {most}."
             )
     if lines:
-        raise DataRefused("The data does not fit the declared shapes:\n- " + "\n- ".join(lines))
+        raise DataRefused("shapes_unfit", problems=tuple(lines))
 
 
 def policed(split: str, item: IdInput | PaddedBag | JaggedBag) -> bool:
@@ -401,4 +401,4 @@ def check_ids(
                     f"input takes at most {item.shape[0]}. Cut the lists, or raise shape."
                 )
     if lines:
-        raise DataRefused("The data does not fit the model's tables:\n- " + "\n- ".join(lines))
+        raise DataRefused("ids_unfit", problems=tuple(lines))

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from pydantic import Field
 
 from compressors.contracts import Frozen, is_out_of_memory
-from infra.errors import BuildRefused, InfraError
+from infra.errors import BuildRefused, ScoringFailed
 from infra.store.temporary import scratch_folder
 
 if TYPE_CHECKING:
@@ -59,14 +59,14 @@ class Session:
         NaN where the graph's own policy refuses a row.
 
         Raises:
-            InfraError: the runtime failed on these inputs.
+            ScoringFailed: the runtime failed on these inputs.
         """
         try:
             answer = self._session.run(None, {name: inputs[name] for name in self.inputs})
         except Exception as fault:
             if is_out_of_memory(fault):
                 raise
-            raise InfraError(f"ONNX Runtime failed while scoring: {fault}") from fault
+            raise ScoringFailed("scoring_failed", problem=str(fault)) from fault
         scores: FloatArray = answer[0]
         return scores
 
@@ -78,7 +78,7 @@ class Session:
         long as all of its layers.
 
         Raises:
-            InfraError: the runtime does not take these inputs, or failed on them.
+            ScoringFailed: the runtime does not take these inputs, or failed on them.
         """
         import onnxruntime
 
@@ -91,7 +91,7 @@ class Session:
         except Exception as fault:
             if is_out_of_memory(fault):
                 raise
-            raise InfraError(f"ONNX Runtime does not take these inputs: {fault}") from fault
+            raise ScoringFailed("inputs_refused", problem=str(fault)) from fault
 
         def call() -> FloatArray:
             try:
@@ -100,7 +100,7 @@ class Session:
             except Exception as fault:
                 if is_out_of_memory(fault):
                     raise
-                raise InfraError(f"ONNX Runtime failed while scoring: {fault}") from fault
+                raise ScoringFailed("scoring_failed", problem=str(fault)) from fault
             return scores
 
         return call
@@ -136,7 +136,7 @@ def graph_values(
 
     Raises:
         BuildRefused: ONNX Runtime does not accept the graph.
-        InfraError: the runtime failed on these inputs.
+        ScoringFailed: the runtime failed on these inputs.
     """
     import onnx
 
@@ -159,7 +159,7 @@ def graph_values(
     except Exception as fault:
         if is_out_of_memory(fault):
             raise
-        raise InfraError(f"ONNX Runtime failed while scoring: {fault}") from fault
+        raise ScoringFailed("scoring_failed", problem=str(fault)) from fault
     by_name = dict(zip(wanted, values, strict=True))
     return [(name, kind, by_name[name]) for name, kind in operators.items() if name in by_name]
 
@@ -185,7 +185,9 @@ def _open(path: Path, threads: int, optimized: Path | None) -> Any:
     except Exception as fault:
         if is_out_of_memory(fault):
             raise
-        raise BuildRefused(f"ONNX Runtime does not accept {path.name}: {fault}") from fault
+        raise BuildRefused(
+            "onnxruntime_graph_refused", file=path.name, problem=str(fault)
+        ) from fault
 
 
 def interleaved_ms(

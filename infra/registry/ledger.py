@@ -18,7 +18,14 @@ from pydantic import Field
 from compressors.contracts import Frozen, digest
 from infra.bundle.json_limits import validated
 from infra.bundle.json_reader import short
-from infra.errors import AlreadyThere, ArtifactDamaged, ArtifactMissing, InfraError, Refused
+from infra.errors import (
+    AlreadyThere,
+    ArtifactDamaged,
+    ArtifactMissing,
+    ConcurrentChange,
+    PromotionRefused,
+    StoreRefused,
+)
 from infra.store.manifest import plain_path
 from infra.store.object_store import Store
 
@@ -64,16 +71,16 @@ class Ledger:
         model: the model's name; one part of a path.
 
     Raises:
-        Refused: ``model`` cannot be part of a key.
+        StoreRefused: ``model`` cannot be part of a key.
     """
 
     def __init__(self, store: Store, model: str) -> None:
         try:
             plain_path(model)
         except ValueError as fault:
-            raise Refused(f"A model's name is part of a path: {fault}.") from fault
+            raise StoreRefused("model_name_no_path", problem=str(fault)) from fault
         if "/" in model or ":" in model:
-            raise Refused(f"A model's name has neither '/' nor ':'; found {short(model)}.")
+            raise StoreRefused("model_name_characters", got=short(model))
         self._store = store
         self._model = model
         self._home = f"ledger/{model}/"
@@ -126,7 +133,7 @@ class Ledger:
 
         Raises:
             AlreadyThere: the ledger moved on since ``expected``; it says who won.
-            Refused: a rollback to another order than ``before`` names.
+            PromotionRefused: a rollback to another order than ``before`` names.
             ArtifactDamaged: as ``entries``.
         """
         for _ in range(ATTEMPTS):
@@ -157,10 +164,7 @@ class Ledger:
                     return entry
             else:
                 return entry
-        raise InfraError(
-            f"The ledger of {self._model!r} was appended to by others {ATTEMPTS} times in a row. "
-            "Try again."
-        )
+        raise ConcurrentChange("ledger_contention", model=self._model, attempts=ATTEMPTS)
 
     def _next(self, found: tuple[Entry, ...], sequence: int) -> Entry:
         key = self._key(sequence)
@@ -207,14 +211,10 @@ class Ledger:
     def _check_rollback(self, entries: tuple[Entry, ...], version: str, order: str) -> None:
         target = before(entries)
         if target is None:
-            raise Refused(
-                f"No version of {self._model!r} was champion before the present one, so there "
-                "is nothing to roll back to."
-            )
+            raise PromotionRefused("nothing_to_roll_back", model=self._model)
         if target.order != order:
-            raise Refused(
-                f"A rollback of {self._model!r} goes to version {target.version}, not to "
-                f"{version}. To choose another version, promote it."
+            raise PromotionRefused(
+                "rollback_to_other_version", model=self._model, expected=target.version, got=version
             )
 
     def _moved_on(self, entries: tuple[Entry, ...], expected: int) -> AlreadyThere:

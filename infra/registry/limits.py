@@ -5,7 +5,7 @@ Checked before MLflow is called, since its servers refuse some of it with a data
 
 import re
 
-from infra.errors import Refused
+from infra.errors import RegistryRefused
 
 # The narrowest limits of MLflow's own checks and of the columns its SQL stores use.
 MAX_NAME = 256
@@ -19,40 +19,32 @@ _TAG_KEY = re.compile(r"[\w\-./: ]+")
 
 
 def require_fit(model: str, order: str, source: str, tags: dict[str, str]) -> None:
-    """Refuse what the registry cannot store of one version; raises ``Refused``."""
+    """Refuse what the registry cannot store of one version; raises ``RegistryRefused``."""
     require_name(model)
     require_order(order)
     if len(source) > MAX_SOURCE:
-        raise Refused(
-            f"The source has {len(source)} characters, the registry keeps {MAX_SOURCE}: "
-            f"{source[:60]}... Use a store with a shorter root."
+        raise RegistryRefused(
+            "source_too_long", got=len(source), most=MAX_SOURCE, source=source[:60]
         )
     for name, value in tags.items():
         if not _TAG_KEY.fullmatch(name) or len(name) > MAX_TAG_KEY:
-            raise Refused(
-                f"Tag {name[:60]!r} is no name the registry takes: up to {MAX_TAG_KEY} letters, "
-                "digits, spaces and _-./:"
-            )
+            raise RegistryRefused("tag_name_invalid", tag=name[:60], most=MAX_TAG_KEY)
         if len(value) > MAX_TAG_VALUE:
-            raise Refused(
-                f"Tag {name!r} has {len(value)} characters, the registry keeps {MAX_TAG_VALUE}. "
-                "Put it into the release and tag its digest."
+            raise RegistryRefused(
+                "tag_value_too_long", tag=name, got=len(value), most=MAX_TAG_VALUE
             )
 
 
 def require_name(model: str) -> None:
     """Refuse a model name that the registry does not take."""
     if not _NAME.fullmatch(model) or model.strip() != model or len(model) > MAX_NAME:
-        raise Refused(
-            f"{model[:60]!r} is no model name the registry takes: 1 to {MAX_NAME} characters, "
-            "without / : and quotes."
-        )
+        raise RegistryRefused("model_name_invalid", name=model[:60], most=MAX_NAME)
 
 
 def require_order(order: str) -> None:
     """Refuse anything but the digest of an order: 64 hex digits."""
     if not _SHA256.fullmatch(order):
-        raise Refused(f"An order's digest is 64 hex digits; found {order[:60]!r}.")
+        raise RegistryRefused("order_invalid", got=order[:60])
 
 
 def shortened(text: str) -> str:

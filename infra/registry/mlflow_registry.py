@@ -17,7 +17,7 @@ from typing import Any
 
 from compressors.contracts import Frozen
 from infra.credentials import bare_database, first_line, move_login, pass_to_driver
-from infra.errors import Refused, RegistryOutage, RegistryUnavailable, SettingRefused
+from infra.errors import RegistryOutage, RegistryRefused, RegistryUnavailable, SettingRefused
 from infra.registry.limits import require_fit, require_name, require_order, shortened
 from infra.registry.sqlite_file import alone, prepare, read_order
 from infra.settings import shown, sqlite_file
@@ -72,16 +72,11 @@ class Registry:
 
     def __init__(self, uri: str) -> None:
         if not _SCHEME.match(uri):
-            raise SettingRefused(
-                f"MLFLOW_TRACKING_URI {uri.partition(':')[0]!r}... is no registry. Give "
-                "sqlite:///folder/registry.db, http(s)://server or a database URI."
-            )
+            raise SettingRefused("registry_scheme_unknown", scheme=uri.partition(":")[0])
         try:
             self._uri = move_login(uri) if uri.startswith("http") else uri
         except ValueError:
-            raise SettingRefused(
-                "MLFLOW_TRACKING_URI is no address. Percent-encode its password."
-            ) from None
+            raise SettingRefused("registry_address_malformed") from None
 
     def publish(
         self, model: str, order: str, source: str, tags: dict[str, str], description: str
@@ -96,7 +91,7 @@ class Registry:
             description: for people; shortened to what the registry can keep.
 
         Raises:
-            Refused: a name, tag or URI is longer than the registry keeps, or has characters
+            RegistryRefused: a name, tag or URI is longer than the registry keeps, or has characters
                 it does not take.
         """
         tags = {**tags, ORDER_TAG: order}
@@ -118,8 +113,7 @@ class Registry:
             winner = self.by_order(order, model)
             if winner is None:
                 raise RegistryUnavailable(
-                    f"Version {created.version} of {model!r} was created but is not found again. "
-                    "Was it deleted meanwhile? Run again."
+                    "created_version_missing", model=model, version=created.version
                 )
             if winner.version != str(created.version):
                 self._delete(model, str(created.version))
@@ -129,7 +123,7 @@ class Registry:
         """All versions of a model, newest first.
 
         Raises:
-            Refused: there is no such model; it names those there are.
+            RegistryRefused: there is no such model; it names those there are.
         """
         aliases = self._aliases(model)
         return self._search(f"name = '{model}'", aliases)
@@ -151,7 +145,7 @@ class Registry:
         """One version by number (``"3"``) or alias (``"@champion"``).
 
         Raises:
-            Refused: there is no such model, version or alias; it names those there are.
+            RegistryRefused: there is no such model, version or alias; it names those there are.
         """
         aliases = self._aliases(model)
         number = aliases.get(ref[1:]) if ref.startswith("@") else ref
@@ -159,16 +153,13 @@ class Registry:
             if found.version == number:
                 return found
         if ref.startswith("@"):
-            there = ", ".join(f"@{alias}" for alias in sorted(aliases)) or "none"
-            newest = ", ".join(found.version for found in self.versions(model)[:3]) or "none"
-            raise Refused(
-                f"{model!r} has no alias {ref!r}; it has {there}. Only an accepted result becomes "
-                f"@candidate. Give the number of a version instead; the newest are {newest}."
+            known = tuple(f"@{alias}" for alias in sorted(aliases)) or ("none",)
+            newest = tuple(found.version for found in self.versions(model)[:3]) or ("none",)
+            raise RegistryRefused(
+                "alias_missing", model=model, alias=ref, aliases=known, newest=newest
             )
-        there = ", ".join(found.version for found in self.versions(model)[:10]) or "none"
-        raise Refused(
-            f"{model!r} has no version {ref!r}; the newest are {there}. Give a number or @alias."
-        )
+        newest = tuple(found.version for found in self.versions(model)[:10]) or ("none",)
+        raise RegistryRefused("version_missing", model=model, version=ref, newest=newest)
 
     def by_order(self, order: str, model: str) -> Registered | None:
         """The version made by this order, or None.
@@ -187,7 +178,7 @@ class Registry:
         """Let an alias name this version.
 
         Raises:
-            Refused: there is no such model or version, or MLflow does not take the alias.
+            RegistryRefused: there is no such model or version, or MLflow does not take the alias.
         """
         self.version(model, version)
         with self._writing(), self._translated():
@@ -305,8 +296,8 @@ class Registry:
         """Alias -> version of a model that must exist."""
         aliases = self._aliases_if_any(model)
         if aliases is None:
-            there = ", ".join(self.models()) or "none yet"
-            raise Refused(f"There is no model {model!r} in the registry; there are: {there}.")
+            models = tuple(self.models()) or ("none yet",)
+            raise RegistryRefused("model_missing", model=model, models=models)
         return aliases
 
     def _aliases_if_any(self, model: str) -> dict[str, str] | None:
@@ -352,47 +343,32 @@ class Registry:
             from mlflow.exceptions import MlflowException
             from sqlalchemy.exc import NoSuchModuleError, OperationalError, SQLAlchemyError
         except ImportError as fault:
-            raise SettingRefused(
-                f"The registry needs {fault.name}. Run: pip install mlflow-skinny 'sqlalchemy<2.1' "
-                "alembic"
-            ) from None
+            raise SettingRefused("registry_library_missing", module=fault.name) from None
         try:
             yield
         except MlflowException as fault:
             said = self._said(fault.message)
             if fault.error_code in _FORBIDDEN:
-                raise SettingRefused(
-                    f"The registry refused the credentials: {said}. Set "
-                    "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or "
-                    "MLFLOW_TRACKING_TOKEN."
-                ) from None
+                raise SettingRefused("registry_credentials_refused", problem=said) from None
             if "local path as a model version source" in said:
-                raise Refused(
-                    "An MLflow server takes no local folder as a model's source, since its "
-                    "readers could not reach it. Set RECPRESS_STORE to s3://bucket/prefix."
-                ) from None
+                raise RegistryRefused("source_is_local") from None
             if fault.error_code in _REFUSED:
-                raise Refused(f"The registry refused: {said}") from None
+                raise RegistryRefused("registry_refused", problem=said) from None
             if "out-of-date database schema" in said:
-                raise SettingRefused(
-                    f"The registry was made by another MLflow version: {said}"
-                ) from None
-            raise self._unavailable(f"The registry did not answer: {said}") from None
+                raise SettingRefused("registry_version_differs", problem=said) from None
+            raise self._no_answer(said) from None
         except (NoSuchModuleError, ImportError) as fault:
-            raise SettingRefused(
-                f"MLFLOW_TRACKING_URI needs a driver that is not installed: {self._said(fault)}."
-            ) from None
+            raise SettingRefused("registry_driver_missing", problem=self._said(fault)) from None
         except (OperationalError, OSError) as fault:
-            raise self._unavailable(f"The registry did not answer: {self._said(fault)}") from None
+            raise self._no_answer(self._said(fault)) from None
         except (SQLAlchemyError, ValueError) as fault:
-            raise SettingRefused(
-                f"The database cannot be used as a registry: {self._said(fault)}. Check "
-                "MLFLOW_TRACKING_URI, or move the file away."
-            ) from None
+            raise SettingRefused("registry_database_unusable", problem=self._said(fault)) from None
 
-    def _unavailable(self, text: str) -> RegistryUnavailable:
+    def _no_answer(self, problem: str) -> RegistryUnavailable:
         """An outage where the registry is a service; a file does not come back by waiting."""
-        return (RegistryOutage if sqlite_file(self._uri) is None else RegistryUnavailable)(text)
+        if sqlite_file(self._uri) is None:
+            return RegistryOutage("registry_no_answer", problem=problem)
+        return RegistryUnavailable("registry_no_answer", problem=problem)
 
     def _said(self, message: object) -> str:
         """The first line of a foreign message, without credentials and the URI's options."""

@@ -68,8 +68,7 @@ def alone(file: Path) -> Iterator[None]:
             held.enter_context(locked(file.with_name(file.name + ".lock")))
         except OSError as fault:
             raise SettingRefused(
-                f"The registry {file} cannot be made there: {fault.strerror}. Set RECPRESS_HOME "
-                "to a folder you may write, or MLFLOW_TRACKING_URI."
+                "registry_file_not_creatable", file=str(file), problem=fault.strerror
             ) from None
         yield
 
@@ -167,10 +166,7 @@ def _replace(file: Path) -> None:
 
 def _require_known(file: Path, schema: DatabaseSchema) -> None:
     if schema.revision is not None and schema.revision not in _revisions()[1]:
-        raise SettingRefused(
-            f"Expected a registry of the installed MLflow or an earlier one, got {file} with "
-            f"schema {schema.revision!r}. Install the MLflow version that wrote it, or a later one."
-        )
+        raise SettingRefused("registry_schema_unknown", file=str(file), schema=schema.revision)
 
 
 def _migrate(file: Path, temporary: Path, schema: DatabaseSchema) -> None:
@@ -193,9 +189,7 @@ def _migrate(file: Path, temporary: Path, schema: DatabaseSchema) -> None:
 
 def _incomplete(file: Path, schema: DatabaseSchema, why: str) -> SettingRefused:
     return SettingRefused(
-        f"The registry {file} is incomplete ({why}) and holds {schema.versions} registered "
-        f"version(s), so it is left as it is. Restore it from a backup; or move it away and run "
-        "'recpress registry restore', which registers every result in the store again."
+        "registry_incomplete", file=str(file), problem=why, versions=schema.versions
     )
 
 
@@ -208,12 +202,11 @@ def _schema(file: Path, database: sqlite3.Connection) -> DatabaseSchema:
             revisions = database.execute("SELECT version_num FROM alembic_version").fetchall()
         rows = {name: _rows(database, name) for name in tables - SEEDED}
     except sqlite3.OperationalError as fault:
-        raise RegistryUnavailable(f"The registry {file} cannot be read: {fault}.") from None
-    except sqlite3.DatabaseError as fault:
-        raise SettingRefused(
-            f"{file} cannot be used as a registry: {fault}. Check MLFLOW_TRACKING_URI, or move "
-            "the file away."
+        raise RegistryUnavailable(
+            "registry_file_unreadable", file=str(file), problem=str(fault)
         ) from None
+    except sqlite3.DatabaseError as fault:
+        raise SettingRefused("registry_file_unusable", file=str(file), problem=str(fault)) from None
     return DatabaseSchema(
         tables=tables,
         revision=revisions[0][0] if len(revisions) == 1 else None,
@@ -282,8 +275,7 @@ def _connected(file: Path, mode: str = "rw") -> sqlite3.Connection:
         return sqlite3.connect(uri, uri=True, timeout=BUSY_SECONDS, isolation_level=None)
     except sqlite3.OperationalError as fault:
         raise SettingRefused(
-            f"The registry {file} cannot be opened for writing: {fault}. Check its permissions, "
-            "or set MLFLOW_TRACKING_URI."
+            "registry_file_not_writable", file=str(file), problem=str(fault)
         ) from None
 
 
@@ -293,7 +285,7 @@ def _not_locked(file: Path) -> Iterator[None]:
         yield
     except sqlite3.OperationalError as fault:
         raise RegistryUnavailable(
-            f"The registry {file} is in use by another program ({fault}). Try again."
+            "registry_file_locked", file=str(file), problem=str(fault)
         ) from None
 
 

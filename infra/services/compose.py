@@ -87,14 +87,14 @@ def read_variables(path: Path) -> dict[str, str]:
     try:
         text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError as fault:
-        raise SettingRefused(f"Expected UTF-8 text in {path}, got {fault}. Correct it.") from fault
+        raise SettingRefused("variables_not_utf8", path=str(path), problem=str(fault)) from fault
     found = {}
     for number, line in enumerate(text.splitlines(), start=1):
         if not line.strip() or line.lstrip().startswith("#"):
             continue
         name, equals, value = line.partition("=")
         if not equals or not re.fullmatch(r"\w+", name.strip()):
-            raise SettingRefused(f"{path}, line {number}: needed NAME=value.")
+            raise SettingRefused("variables_line_form", path=str(path), line=number)
         found[name.strip()] = value.strip().strip("\"'")
     return found
 
@@ -125,8 +125,7 @@ def read_services(
         return _read_services(_filled(document, variables), state, compose, ports or free_ports)
     except (yaml.YAMLError, *NOT_OF_ITS_FORM) as fault:
         raise SettingRefused(
-            f"Expected services that can be processes in {compose}, got {type(fault).__name__}: "
-            f"{str(fault)[:300]}. Compare it with the file in the repository."
+            "services_form", path=str(compose), kind=type(fault).__name__, problem=str(fault)[:300]
         ) from fault
 
 
@@ -170,7 +169,7 @@ def _service(name: str, entry: dict[str, Any], at: dict[int, int], places: "_Pla
     health = entry.get("healthcheck", {})
     test = health.get("test", ["CMD"])
     if test[0] != "CMD":
-        raise SettingRefused(f"The health check of {name!r} must be a list that begins with CMD.")
+        raise SettingRefused("health_check_form", service=name)
     return Service(
         name=name,
         command=tuple(map(places.of, [*entry.get("entrypoint", ()), *entry["command"]])),
@@ -212,7 +211,7 @@ def _ports(
     for line in entry.get("ports", ()):
         address, here, inside = line.split(":")
         if address != "127.0.0.1":
-            raise SettingRefused(f"The port {line!r} must be published on 127.0.0.1.")
+            raise SettingRefused("port_not_loopback", port=line)
         published[int(inside)] = int(here)
     inner = [int(port) for port in entry.get("expose", ())]
     pairs = {
@@ -269,12 +268,12 @@ def _value(found: "re.Match[str]", variables: Mapping[str, str]) -> str:
     if value or (value is not None and how in {None, "-", "?"}):
         return value
     if how in {"?", ":?"}:
-        raise SettingRefused(f"{name} is not set: {rest}.")
+        raise SettingRefused("variable_missing", name=name, remedy=rest)
     return rest or ""
 
 
 def _seconds(text: str) -> float:
     found = _SECONDS.fullmatch(text)
     if not found:
-        raise SettingRefused(f"A duration must be whole seconds such as 5s; found {short(text)}.")
+        raise SettingRefused("duration_form", got=short(text))
     return float(found[1])

@@ -15,17 +15,13 @@ from typing import Any, Generic, TypeVar
 from urllib.parse import unquote, urlsplit, urlunsplit
 
 from compressors.contracts import Frozen
-from infra.errors import InfraError
+from infra.errors import NoAnswer
 from infra.settings import shown
 
 SECONDS = 5.0
 MOST_BYTES = 1_000_000
 
 T = TypeVar("T")
-
-
-class NoAnswer(InfraError):
-    """Nothing came within the limit, or no connection was made."""
 
 
 class HttpAnswer(Frozen):
@@ -68,7 +64,7 @@ class HttpRequest(Generic[T]):
         if self._fault is not None:
             raise self._fault
         if not self._held:
-            raise NoAnswer(f"no answer within {seconds:g} s")
+            raise NoAnswer("no_answer_in_time", seconds=seconds)
         return self._held[0]
 
     def _work(self) -> None:
@@ -123,7 +119,7 @@ def get(
     except (OSError, ValueError) as fault:
         why = getattr(fault, "reason", fault)
         said = getattr(why, "strerror", None) or type(why).__name__
-        raise NoAnswer(f"no answer from {shown(uri)} ({said})") from None
+        raise NoAnswer("no_answer", address=shown(uri), problem=said) from None
     return HttpAnswer(status=status, body=read, ms=1000 * (time.monotonic() - begun))
 
 

@@ -23,7 +23,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
 
-from infra.errors import InfraError, Refused, SettingRefused
+from infra.errors import InfraError, Refused, ServiceFailed, SettingRefused
 from infra.services import postgres
 from infra.services.compose import (
     COMPOSE,
@@ -75,7 +75,7 @@ class Running:
         """Start each as soon as those it waits for are ready, until all are.
 
         Raises:
-            InfraError: one ended or was not healthy in time; the end of its log is in the message.
+            ServiceFailed: one ended or was not healthy in time; with the end of its log.
         """
         end = time.monotonic() + seconds
         while len(self._ready) < len(self._services):
@@ -87,17 +87,22 @@ class Running:
             self.check()
             if time.monotonic() > end:
                 late = sorted(self._services.keys() - self._ready)
-                raise InfraError(
-                    f"Not ready after {seconds:g} s: {', '.join(late)}. {self._tail(late[0])}"
+                raise ServiceFailed(
+                    "services_not_ready",
+                    seconds=seconds,
+                    services=tuple(late),
+                    output=self._tail(late[0]),
                 )
             time.sleep(POLL_SECONDS)
 
     def check(self) -> None:
-        """Raise ``InfraError`` if one that should run has ended before all are ready."""
+        """Raise ``ServiceFailed`` if one that should run has ended before all are ready."""
         for name, process in self._processes.items():
             code = process.poll()
             if code is not None and not (self._services[name].one_shot and code == 0):
-                raise InfraError(f"{name} ended with {code}. {self._tail(name)}")
+                raise ServiceFailed(
+                    "service_ended", service=name, exit_code=code, output=self._tail(name)
+                )
 
     def restart_ended(self) -> None:
         """Start each service again that has ended, after a delay that grows with each end.
@@ -201,7 +206,7 @@ def _require_programs(services: Services) -> None:
     missing = sorted(name for name in wanted if shutil.which(name, path=_path()) is None)
     if missing:
         advice = dict.fromkeys(INSTALL.get(name, f"Install {name}.") for name in missing)
-        raise SettingRefused(f"Not found: {', '.join(missing)}. {' '.join(advice)}")
+        raise SettingRefused("programs_missing", programs=tuple(missing), remedy=" ".join(advice))
 
 
 def _require_ports(services: Services) -> None:
@@ -209,8 +214,7 @@ def _require_ports(services: Services) -> None:
         for inside, here in service.ports.items():
             if not is_free(here):
                 raise SettingRefused(
-                    f"Port {here} ({service.name}, {inside} in its container) is taken. Stop what "
-                    "listens there, set PREFECT_PORT, MLFLOW_PORT or S3_PORT, or use --any-ports."
+                    "port_taken", port=here, service=service.name, container_port=inside
                 )
 
 
@@ -278,9 +282,7 @@ def _alone(state: Path) -> Iterator[None]:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as fault:
-            raise SettingRefused(
-                f"The services of {state} run already. Stop them, or set another RECPRESS_HOME."
-            ) from fault
+            raise SettingRefused("services_running", folder=str(state)) from fault
         yield
 
 
@@ -303,7 +305,7 @@ def up(*, any_ports: bool) -> None:
     """Run the services until this process is told to stop.
 
     Raises:
-        InfraError: one of them did not start, or ended.
+        ServiceFailed: one of them did not start, or ended.
         SettingRefused: something is missing that they need.
     """
     state = load_settings().home / "services"

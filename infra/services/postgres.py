@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from infra.credentials import cleaned
-from infra.errors import InfraError, SettingRefused
+from infra.errors import ChildFailed, SettingRefused
 
 UNPRIVILEGED = ("postgres", "nobody")
 PLACES = ("/usr/lib/postgresql", "/usr/pgsql", "/opt/homebrew/opt", "/usr/local/opt")
@@ -42,10 +42,7 @@ def as_whom() -> dict[str, Any]:
         except KeyError:
             continue
         return {"user": user.pw_uid, "group": user.pw_gid, "extra_groups": []}
-    raise SettingRefused(
-        f"Postgres refuses to run as root, and none of the users {', '.join(UNPRIVILEGED)} is "
-        "here to run it. Start this as another user."
-    )
+    raise SettingRefused("postgres_user_missing", users=UNPRIVILEGED)
 
 
 def prepare(environment: dict[str, str]) -> None:
@@ -56,7 +53,7 @@ def prepare(environment: dict[str, str]) -> None:
             ``_DB``) and a PATH.
 
     Raises:
-        InfraError: ``initdb`` failed; what it said is in the message.
+        ChildFailed: ``initdb`` failed; what it said is in the message.
         SettingRefused: the user that has to run Postgres may not reach the folder.
     """
     cluster, whom = Path(environment["PGDATA"]), as_whom()
@@ -66,8 +63,7 @@ def prepare(environment: dict[str, str]) -> None:
         os.chown(home, whom["user"], whom["group"])
     if subprocess.run(["test", "-w", str(home)], check=False, **whom).returncode:  # noqa: S607
         raise SettingRefused(
-            f"Postgres runs as user {whom.get('user', os.geteuid())} and cannot reach {home}. Set "
-            "RECPRESS_HOME to a folder whose parents every user may enter, such as one in /var/lib."
+            "postgres_folder_unreachable", user=whom.get("user", os.geteuid()), folder=str(home)
         )
     if (cluster / "PG_VERSION").exists():
         return
@@ -111,4 +107,4 @@ def _run(
         output = cleaned(ended.stdout + ended.stderr).replace(
             environment["POSTGRES_PASSWORD"], "***"
         )
-        raise InfraError(f"'{command[0]}' failed: {output[-1500:]}")
+        raise ChildFailed("command_failed", command=command[0], output=output[-1500:])

@@ -16,7 +16,7 @@ from typing import Any
 
 from compressors.contracts import digest
 from infra.credentials import cleaned
-from infra.errors import InfraError, SettingRefused
+from infra.errors import ChildFailed, ServiceFailed, SettingRefused
 from infra.services.http_probe import basic, get
 
 BUCKETS = ("recpress", "mlflow")
@@ -49,8 +49,7 @@ def make_buckets(names: tuple[str, ...] = BUCKETS) -> None:
             if said in _THERE:
                 continue
             raise SettingRefused(
-                f"The bucket {name!r} cannot be made ({said or type(fault).__name__}). Check "
-                "AWS_ENDPOINT_URL, and that AWS_ACCESS_KEY_ID may make buckets."
+                "bucket_not_creatable", bucket=name, problem=said or type(fault).__name__
             ) from None
 
 
@@ -61,7 +60,7 @@ def make_pools(names: tuple[str, ...] = POOLS) -> None:
     runs: a new worker does not start another run next to it. Pools that exist stay as they are.
 
     Raises:
-        InfraError: Prefect refused, or did not answer.
+        ChildFailed: Prefect refused, or did not answer.
     """
     for name in names:
         if _prefect("work-pool", "inspect", name, needed=False).returncode:
@@ -73,7 +72,7 @@ def deploy() -> None:
     """Create or update the deployments of ``infra/services/prefect.yaml``.
 
     Raises:
-        InfraError: Prefect refused, or did not answer.
+        ChildFailed: Prefect refused, or did not answer.
     """
     _prefect("--no-prompt", "deploy", "--all", "--prefect-file", str(DEPLOYMENTS))
 
@@ -85,7 +84,7 @@ def make_automations() -> None:
     description carries a digest of the file's entry, by which that is seen.
 
     Raises:
-        InfraError: Prefect refused, or did not answer.
+        ChildFailed: Prefect refused, or did not answer.
     """
     import yaml
 
@@ -115,10 +114,7 @@ def _automations() -> list[dict[str, Any]]:
     )
     found = answer.value()
     if answer.status != HTTPStatus.OK or not isinstance(found, list):
-        raise InfraError(
-            f"Expected the list of automations from PREFECT_API_URL, got HTTP {answer.status}. "
-            "Check PREFECT_API_URL and PREFECT_API_AUTH_STRING."
-        )
+        raise ServiceFailed("automations_not_listed", status=answer.status)
     return found
 
 
@@ -134,7 +130,7 @@ def _prefect(*arguments: str, needed: bool = True) -> "subprocess.CompletedProce
     )
     if needed and ended.returncode:
         said = cleaned(ended.stdout + ended.stderr)[-2000:]
-        raise InfraError(f"'prefect {' '.join(arguments)}' failed: {said}")
+        raise ChildFailed("command_failed", command=" ".join(("prefect", *arguments)), output=said)
     return ended
 
 

@@ -8,7 +8,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import TypeVar
 
-from infra.errors import InfraError, Refused
+from infra.errors import ConcurrentChange, InfraError, StoreRefused
 from infra.store.manifest import CHUNK_BYTES, FileEntry, plain_path
 
 WORKERS = 4
@@ -48,7 +48,7 @@ def regular_files(folder: Path) -> list[tuple[str, int]]:
     Empty folders leave no trace, as in git and in object stores.
 
     Raises:
-        Refused: ``folder`` is not a folder or holds no file; something below it is a symlink,
+        StoreRefused: ``folder`` is not a folder or holds no file; something below it is a symlink,
             not a regular file, cannot be read, or has a name that no store could keep.
     """
     found: list[tuple[str, int]] = []
@@ -58,28 +58,28 @@ def regular_files(folder: Path) -> list[tuple[str, int]]:
             for entry in entries:
                 path = prefix + entry.name
                 if entry.is_symlink():
-                    raise Refused(
-                        f"{folder / path} is a symlink, and what it points to may change or lie "
-                        "anywhere. Put a copy of the file there."
-                    )
+                    raise StoreRefused("file_is_link", path=str(folder / path))
                 if entry.is_dir(follow_symlinks=False):
                     walk(below / entry.name, path + "/")
                 elif entry.is_file(follow_symlinks=False):
                     plain_path(path)
                     found.append((path, entry.stat(follow_symlinks=False).st_size))
                 else:
-                    raise Refused(f"{folder / path} is neither a file nor a folder. Remove it.")
+                    raise StoreRefused("file_of_other_kind", path=str(folder / path))
 
     try:
         walk(folder, "")
     except ValueError as fault:
-        raise Refused(f"{folder}: {fault}. Rename the file.") from fault
+        raise StoreRefused("file_name_form", folder=str(folder), problem=str(fault)) from fault
     except OSError as fault:
-        raise Refused(
-            f"{folder} cannot be read as a folder of files: {fault.strerror} ({fault.filename})."
+        raise StoreRefused(
+            "folder_unreadable",
+            folder=str(folder),
+            problem=fault.strerror,
+            file=str(fault.filename),
         ) from fault
     if not found:
-        raise Refused(f"{folder} holds no file, so there is nothing to store.")
+        raise StoreRefused("folder_empty", folder=str(folder))
     return sorted(found)
 
 
@@ -89,7 +89,7 @@ def hashed(
     """Hash every chunk of these files.
 
     Raises:
-        InfraError: a file changed its size meanwhile, or cannot be read.
+        ConcurrentChange: a file changed its size meanwhile, or cannot be read.
     """
     places = [(path, start) for path, size in files for start in range(0, size, chunk_bytes)]
     sizes = dict(files)
@@ -110,7 +110,7 @@ def checked_chunks(folder: Path, entry: FileEntry) -> Iterator[bytes]:
     """The chunks of one file, each compared with its hash before it is given out.
 
     Raises:
-        InfraError: the file is no longer the one that was hashed.
+        ConcurrentChange: the file is no longer the one that was hashed.
     """
     path = folder / entry.path
 
@@ -148,14 +148,11 @@ def _read(path: Path, start: int, stop: int) -> bytes:
         finally:
             os.close(file)
     except OSError as fault:
-        raise InfraError(f"{path} could not be read while storing it: {fault.strerror}.") from fault
+        raise ConcurrentChange("file_unreadable", path=str(path), problem=fault.strerror) from fault
     if len(data) != stop - start:
         raise _changed(path)
     return data
 
 
 def _changed(path: Path) -> InfraError:
-    return InfraError(
-        f"{path} changed while it was being stored; nothing was stored. Let its writer finish, "
-        "then store it again."
-    )
+    return ConcurrentChange("file_changed", path=str(path))

@@ -42,41 +42,22 @@ def translate(fault: OSError, path: Path, doing: str) -> Refused | InfraError:
     if fault.errno == errno.ENOENT and doing == "read":
         return ArtifactMissing("file_missing", path=str(path))
     if fault.errno == errno.ENOENT:
-        return SettingRefused(
-            f"Could not {doing} {path}: {cause}. Create the folder, or name another one."
-        )
+        return SettingRefused("folder_missing", doing=doing, path=str(path), problem=cause)
     if fault.errno in _FULL:
-        return StoreUnavailable(f"The disk of {path} is full. Free some space, then run again.")
+        return StoreUnavailable("disk_full", path=str(path))
     if fault.errno == errno.EFBIG:
-        return StoreUnavailable(
-            f"{path} would become larger than this process or file system allows. Raise the "
-            "file-size limit (ulimit -f), or choose another file system, then run again."
-        )
+        return StoreUnavailable("file_size_limit", path=str(path))
     if fault.errno == errno.ENOMEM:
-        return OutOfMemory(
-            f"There is not enough memory to {doing} {path}. Raise the limit of this process "
-            "(ulimit -v) or end other processes, then run again."
-        )
+        return OutOfMemory("file_memory", doing=doing, path=str(path))
     if fault.errno in _BUSY:
-        return StoreUnavailable(
-            f"Could not {doing} {path}: {cause}. Raise the limits of this process (ulimit -n) "
-            "or end other processes, then run again."
-        )
+        return StoreUnavailable("open_files_limit", doing=doing, path=str(path), problem=cause)
     if fault.errno in _FORBIDDEN:
-        return SettingRefused(
-            f"Could not {doing} {path}: {cause}. Choose a folder where you may "
-            f"{doing} (RECPRESS_STORE, RECPRESS_HOME), or change its permissions."
-        )
+        return SettingRefused("path_forbidden", doing=doing, path=str(path), problem=cause)
     if fault.errno in _NAME:
-        return SettingRefused(
-            f"Could not {doing} {path}: {cause}. Use a shorter path without links that form a loop."
-        )
+        return SettingRefused("path_unusable", doing=doing, path=str(path), problem=cause)
     if fault.errno in _KIND:
-        return SettingRefused(
-            f"Could not {doing} {path}: {cause}. A file is where a folder is needed, "
-            "or the other way round; move it away."
-        )
-    return StoreUnavailable(f"Could not {doing} {path}: {cause}. Check the disk.")
+        return SettingRefused("path_of_wrong_kind", doing=doing, path=str(path), problem=cause)
+    return StoreUnavailable("disk_failed", doing=doing, path=str(path), problem=cause)
 
 
 @contextmanager
@@ -134,16 +115,11 @@ def of_input(fault: OSError, around: Path | None = None) -> Refused | InfraError
         path = Path()
     cause = fault.strerror or str(fault)
     if fault.errno == errno.ENOENT:
-        return FileRefused(f"{path} does not exist. Correct the path, or put the file there.")
+        return FileRefused("file_missing", path=str(path))
     if fault.errno in _FORBIDDEN - {errno.EROFS}:
-        return FileRefused(f"{path} may not be used: {cause}. Change its permissions.")
+        return FileRefused("file_forbidden", path=str(path), problem=cause)
     if fault.errno in _NAME:
-        return FileRefused(
-            f"{path} cannot be opened: {cause}. Use a shorter path without links that form a loop."
-        )
+        return FileRefused("path_unusable", path=str(path), problem=cause)
     if fault.errno in _KIND:
-        return FileRefused(
-            f"{path} is not of the kind that is needed: {cause}. Put a plain file (or a folder "
-            "where one is asked for) in its place."
-        )
+        return FileRefused("file_of_wrong_kind", path=str(path), problem=cause)
     return translate(fault, path, "use")

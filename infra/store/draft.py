@@ -27,7 +27,7 @@ from pathlib import Path
 
 from compressors.contracts import digest
 from infra.bundle.json_limits import read_bounded, validated
-from infra.errors import ArtifactDamaged, ArtifactMissing, Refused
+from infra.errors import ArtifactDamaged, ArtifactMissing, StoreRefused
 from infra.store.chunks import hashed, pread, regular_files, sha256
 from infra.store.disk import translate, translated
 from infra.store.folder import must_be_free
@@ -206,7 +206,7 @@ class ArtifactDraft:
         """Show the result under its name, whole.
 
         Raises:
-            Refused: something came to lie there meanwhile.
+            StoreRefused: something came to lie there meanwhile.
         """
         with translated(self.folder, "write"):
             (self.folder / MANIFEST).write_text(manifest.model_dump_json())
@@ -261,7 +261,7 @@ def draft(into: Path, job: object, path: str, size: int) -> Iterator[ArtifactDra
         size: of the large file, in bytes.
 
     Raises:
-        Refused: ``into`` holds something, or another process is writing there.
+        StoreRefused: ``into`` holds something, or another process is writing there.
         SettingRefused, StoreUnavailable: the disk does not take it.
     """
     head = json.dumps([digest(job), path, size]).encode()
@@ -313,9 +313,7 @@ def _journal(into: Path, noted: Path) -> Iterator[int]:
         except BlockingIOError:
             free = False
         if not free:
-            raise Refused(
-                f"Another process is writing {into}. Wait for it, or name another folder."
-            )
+            raise StoreRefused("output_in_use", folder=str(into))
         yield journal
     finally:
         os.close(journal)

@@ -13,7 +13,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from urllib.parse import quote
 
-from infra.errors import AlreadyThere, RecordRefused, Refused
+from infra.errors import AlreadyThere, RecordRefused, StoreRefused
 from infra.store.chunks import pread
 from infra.store.disk import translated
 from infra.store.temporary import EARLIER_KEYS, collect, owned_name
@@ -149,9 +149,9 @@ def must_be_free(into: Path) -> None:
     """Refuse a place that holds something.
 
     Raises:
-        Refused: it is no folder, or not empty.
+        StoreRefused: it is no folder, or not empty.
     """
     if into.is_symlink() or (into.exists() and not into.is_dir()):
-        raise Refused(f"{into} is not a folder. Name a folder that does not exist or is empty.")
+        raise StoreRefused("output_no_folder", path=str(into))
     if into.is_dir() and any(into.iterdir()):
-        raise Refused(f"{into} is not empty. Name a folder that does not exist or is empty.")
+        raise StoreRefused("output_not_empty", folder=str(into))

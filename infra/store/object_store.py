@@ -25,9 +25,11 @@ from infra.errors import (
     AlreadyThere,
     ArtifactDamaged,
     ArtifactMissing,
+    ConcurrentChange,
     InfraError,
     RecordRefused,
     Refused,
+    StoreRefused,
 )
 from infra.settings import shown
 from infra.store.chunks import checked_chunks, hashed, in_order, regular_files, sha256
@@ -79,8 +81,8 @@ class Store:
             The artifact, named by its content.
 
         Raises:
-            Refused: the folder is missing or empty, or holds a symlink or a device.
-            InfraError: a file changed while it was being stored. Nothing was stored.
+            StoreRefused: the folder is missing or empty, or holds a symlink or a device.
+            ConcurrentChange: a file changed while it was being stored. Nothing was stored.
         """
         manifest = StoreManifest.of(hashed(folder, regular_files(folder)))
         if found := self.find(manifest.root):
@@ -101,7 +103,7 @@ class Store:
         used up.
 
         Raises:
-            InfraError: a file is not what its hashes say. Nothing was stored.
+            ConcurrentChange: a file is not what its hashes say. Nothing was stored.
         """
         if found := self.find(manifest.root):
             return found
@@ -129,7 +131,7 @@ class Store:
 
         Raises:
             ArtifactMissing: there is no complete artifact under this name.
-            Refused: the URI is not of the form ``[<root>/]artifacts/<sha256>``.
+            StoreRefused: the URI is not of the form ``[<root>/]artifacts/<sha256>``.
         """
         name = _name_in(uri)
         try:
@@ -185,7 +187,7 @@ class Store:
 
         Raises:
             ArtifactMissing, ArtifactDamaged: as ``manifest``; also a file or chunk is damaged.
-            Refused: ``into`` holds something already.
+            StoreRefused: ``into`` holds something already.
         """
         must_be_free(into)
         manifest = self.manifest(artifact)
@@ -219,7 +221,7 @@ class Store:
             except Refused:
                 if not kept.exists():
                     raise  # otherwise somebody else put the copy there meanwhile: look at it
-        raise InfraError(f"{kept} keeps changing. Is another program writing to the cache?")
+        raise ConcurrentChange("cache_changing", path=str(kept))
 
     def file(self, artifact: Artifact, path: str) -> bytes:
         """One small file of an artifact, its own chunks verified; at most a manifest's size.
@@ -311,7 +313,7 @@ class Store:
 
     def _manifest(self, name: str) -> StoreManifest:
         if not _SHA256.fullmatch(name):
-            raise Refused(f"An artifact's name is 64 hex digits; found {short(name)}.")
+            raise StoreRefused("artifact_name_form", got=short(name))
         return self.checked(lambda: self._read_manifest(name))
 
     def _read_manifest(self, name: str) -> StoreManifest:
@@ -413,7 +415,7 @@ class Store:
 def _name_in(uri: str) -> str:
     name = artifact_name(uri)
     if name is None:
-        raise Refused(f"Expected an artifact's URI, artifacts/<sha256>; got {shown(uri)}.")
+        raise StoreRefused("artifact_uri_form", got=shown(uri))
     return name
 
 
@@ -428,14 +430,14 @@ def _checked_key(key: str) -> str:
     try:
         return plain_path(key)
     except ValueError as fault:
-        raise Refused(f"A key of the store is a plain relative path: {fault}.") from fault
+        raise StoreRefused("key_form", problem=str(fault)) from fault
 
 
 def _record_key(key: str, body: bytes) -> str:
     if key.partition("/")[0] in {"artifacts", TEMPORARY}:
-        raise Refused(f"{key!r} belongs to the store itself; records go elsewhere.")
+        raise StoreRefused("key_reserved", key=key)
     if len(body) > MAX_RECORD_BYTES:
-        raise Refused(f"{key!r} has {len(body)} bytes; a record has at most {MAX_RECORD_BYTES}.")
+        raise StoreRefused("record_too_large", key=key, size=len(body), most_bytes=MAX_RECORD_BYTES)
     return _checked_key(key)
 
 

@@ -58,25 +58,18 @@ def place_of(root: str, setting: str) -> Place:
         bucket, _, prefix = root.removeprefix("s3://").partition("/")
         prefix = prefix.strip("/")
         if not _BUCKET.fullmatch(bucket):
-            raise _root_refused(setting, root, "the bucket's name is not valid")
+            raise SettingRefused("root_bucket_invalid", setting=setting, root=shown(root))
         try:
             return Bucket(bucket, plain_path(prefix) if prefix else "")
         except ValueError:
-            raise _root_refused(setting, root, "the prefix is not a plain path") from None
+            raise SettingRefused("root_prefix_invalid", setting=setting, root=shown(root)) from None
     path = root
     if root.startswith("file://"):
         path = unquote(root.removeprefix("file://"))
         if not path.startswith("/"):
-            raise _root_refused(setting, root, "a file URI has three slashes and an absolute path")
+            raise SettingRefused("root_file_uri_form", setting=setting, root=shown(root))
     elif _SCHEME.match(root):
-        raise _root_refused(setting, root, "this scheme is not known")
+        raise SettingRefused("root_scheme_unknown", setting=setting, root=shown(root))
     if not path.strip() or "\0" in path:
-        raise _root_refused(setting, root, "it is empty")
+        raise SettingRefused("root_empty", setting=setting, root=shown(root))
     return Folder(Path(os.path.abspath(Path(path).expanduser())))  # noqa: PTH100 (keeps symlinks)
-
-
-def _root_refused(setting: str, root: str, why: str) -> SettingRefused:
-    return SettingRefused(
-        f"{setting} {shown(root)!r} cannot be used: {why}. Give a folder, file:///folder or "
-        "s3://bucket/prefix."
-    )

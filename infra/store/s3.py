@@ -51,10 +51,6 @@ _BY_STATUS = {401, 403, 412, 416}
 _CREDENTIALS = {"ExpiredToken", "InvalidToken", "TokenRefreshRequired"}
 
 
-class _Conflict(StoreOutage):
-    """Another create of the same key is under way."""
-
-
 class Bucket:
     """Keys below one prefix of one bucket."""
 
@@ -99,9 +95,9 @@ class Bucket:
         for attempt in range(ATTEMPTS):
             try:
                 self._call("put_object", key, Key=self._prefix + key, Body=body, IfNoneMatch="*")
-            except _Conflict:
+            except StoreOutage as fault:
                 # S3 answers so while another create of the key is under way, and asks to retry.
-                if attempt + 1 == ATTEMPTS:
+                if fault.code != "create_conflict" or attempt + 1 == ATTEMPTS:
                     raise
                 time.sleep(0.1 * 2**attempt)
             else:
@@ -200,36 +196,25 @@ class Bucket:
         if status == 412 or isinstance(fault, FileExistsError):
             return AlreadyThere("key_exists", place=at)
         if code == "NoSuchBucket":
-            return SettingRefused(
-                f"There is no bucket {self._bucket!r} at this endpoint. Create it, or correct "
-                "RECPRESS_STORE or AWS_ENDPOINT_URL."
-            )
+            return SettingRefused("bucket_missing", bucket=self._bucket)
         if code == "NoSuchKey":  # a bare 404 comes from something that is no S3 server
             return ArtifactMissing("file_missing", path=at)
+        if code == "ConditionalRequestConflict":
+            return StoreOutage("create_conflict", place=at)
         if code in _PASSING or status >= 500:
-            kind = _Conflict if code == "ConditionalRequestConflict" else StoreOutage
-            return kind(
-                f"The object store answered {code} for {at}. Wait a little, then run again."
-            )
+            return StoreOutage("store_failed", place=at, problem=code or str(status))
         if code in _CREDENTIALS or status in {401, 403} or _lacks_credentials(fault):
             return SettingRefused(
-                f"The object store refused the credentials for {at} ({code or 'none found'}). "
-                "Set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY (or AWS_PROFILE) to a key that "
-                f"may use bucket {self._bucket!r}, and check AWS_ENDPOINT_URL and the clock."
+                "store_credentials_refused",
+                place=at,
+                problem=code or "none found",
+                bucket=self._bucket,
             )
         if _is_unreadable(fault) or (status == 404 and _is_from_s3(fault)):
-            return StoreUnavailable(
-                f"The object store's answer for {at} cannot be read. Run again."
-            )
+            return StoreUnavailable("store_answer_unreadable", place=at)
         if 300 <= status < 500 or not _is_silence(fault):
-            return SettingRefused(
-                f"The object store cannot be used for {at} ({code or type(fault).__name__}). "
-                "Check AWS_ENDPOINT_URL, AWS_DEFAULT_REGION and the bucket's name."
-            )
-        return StoreOutage(
-            f"The object store did not answer for {at} ({type(fault).__name__}). Start it or "
-            "check AWS_ENDPOINT_URL, then run again."
-        )
+            return SettingRefused("store_unusable", place=at, problem=code or type(fault).__name__)
+        return StoreOutage("store_no_answer", place=at, problem=type(fault).__name__)
 
 
 def _grouped(chunks: Iterable[bytes], count: int) -> Iterator[bytes]:

@@ -95,10 +95,7 @@ def scratch_folder(purpose: str) -> Iterator[Path]:
     try:
         base = Path(tempfile.gettempdir())
     except FileNotFoundError as fault:
-        raise StoreUnavailable(
-            f"Expected a folder for temporary files, got none ({fault.strerror}): each is missing, "
-            "full or read-only. Free some space, or set TMPDIR to a folder you may write."
-        ) from fault
+        raise StoreUnavailable("temporary_folder_missing", problem=fault.strerror) from fault
     collect(base, _EARLIER_SCRATCH)
     folder = base / owned_name(f"recpress-{purpose}", "tmp")
     try:

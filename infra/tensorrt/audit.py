@@ -70,10 +70,7 @@ def log_bytes(messages: Sequence[str], version: str) -> tuple[int, int]:
     for name, pattern in (("Max Scratch Memory", _SCRATCH), ("Total Weights Memory", _WEIGHTS)):
         values = [int(hit.group(1)) for text in messages for hit in pattern.finditer(text)]
         if not values:
-            raise BuildRefused(
-                f"the log of TensorRT {version} has no line {name!r}, so the engine cannot be "
-                "audited. Use a version named in docs/tensorrt.md."
-            )
+            raise BuildRefused("log_line_missing", version=version, line=name)
         found.append(max(values))
     return found[0], found[1]
 
@@ -88,9 +85,11 @@ def check_weights(weights_bytes: int, packed_bytes: int, constant_bytes: dict[st
     if weights_bytes > limit:
         parts = ", ".join(f"{kind} {size:,}" for kind, size in sorted(constant_bytes.items()))
         raise BuildRefused(
-            f"the engine holds {weights_bytes:,} bytes of weights; the plan packed "
-            f"{packed_bytes:,} and at most {limit:,} are allowed, so something was widened. The "
-            f"graph's constants by type: {parts}."
+            "weights_widened",
+            weights_bytes=weights_bytes,
+            packed_bytes=packed_bytes,
+            most_bytes=limit,
+            constants=parts,
         )
 
 
@@ -107,15 +106,15 @@ def find_tables(
     for table in tables:
         for name in table.initializers:
             if name not in stored:
-                raise BuildRefused(
-                    f"table {table.module!r} should lie in initializer {name!r}, which the graph "
-                    "does not have; the audit cannot find the table."
-                )
+                raise BuildRefused("initializer_missing", table=table.module, initializer=name)
             shape, wanted = list(stored[name].dims), table.entries(name, table.rows)
             if wanted is not None and (not shape or shape[0] != wanted):
                 raise BuildRefused(
-                    f"initializer {name!r} of table {table.module!r} should have {wanted} "
-                    f"rows; its shape is {shape}."
+                    "initializer_rows_differ",
+                    table=table.module,
+                    initializer=name,
+                    expected=wanted,
+                    shape=shape,
                 )
             found.setdefault(table.module, []).append(stored[name])
     return found
@@ -169,12 +168,7 @@ def judge_scratch(
     if twin_bytes is not None and removed_bytes is not None:
         growth = abs(scratch_bytes - twin_bytes)
         if growth > GROWTH * removed_bytes:
-            return (
-                "grows",
-                f"a table is widened before its Gather: scratch memory is {scratch_bytes:,} bytes, "
-                f"and {twin_bytes:,} with half the rows. Gather the rows first, then widen them.",
-                (),
-            )
+            return "grows", f"{scratch_bytes:,} bytes; {twin_bytes:,} with half the rows", ()
     if not widened:
         return "not checkable", "the model has no table", ()
     largest = max(widened, key=lambda name: widened[name])
@@ -248,7 +242,7 @@ def _cut(tensor: "onnx.TensorProto", rows: int) -> int:
     if not outside and not tensor.raw_data:  # values in a typed field: rewrite as raw bytes
         tensor.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(tensor), tensor.name))
     if outside and "length" not in external:
-        raise BuildRefused(f"external initializer {tensor.name!r} does not say its length.")
+        raise BuildRefused("initializer_length_missing", initializer=tensor.name)
     before = int(external["length"].value) if outside else len(tensor.raw_data)
     whole = _elements(tensor)
     bits = round(8 * before / whole)

@@ -93,10 +93,7 @@ def engine_from_onnx(trt: Any, request: BuildRequest, model: bytes | None = None
     try:
         builder = trt.Builder(logger)
     except TypeError as fault:  # the factory returned nothing: no driver, no device
-        raise BuildRefused(
-            f"TensorRT {version} has no builder on this machine: {said.reason} The datacenter "
-            "builder needs a GPU like the one that will serve the engine."
-        ) from fault
+        raise BuildRefused("builder_missing", version=version, problem=said.reason) from fault
     network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
     parser = trt.OnnxParser(network, logger)
     if model is None:
@@ -104,7 +101,7 @@ def engine_from_onnx(trt: Any, request: BuildRequest, model: bytes | None = None
     else:
         parsed = parser.parse(model, request.onnx)
     if not parsed:
-        raise BuildRefused(f"TensorRT {version} refuses the graph: {_parse_errors(parser)}")
+        raise BuildRefused("tensorrt_graph_refused", version=version, problem=_parse_errors(parser))
     layer_types, constant_bytes = _census(trt, network)
     config = builder.create_builder_config()
     if request.workspace_bytes is not None:
@@ -116,12 +113,12 @@ def engine_from_onnx(trt: Any, request: BuildRequest, model: bytes | None = None
         for shapes in _fitting(network, request.profiles):
             profile.set_shape(shapes.input, shapes.low, shapes.best, shapes.high)
         if config.add_optimization_profile(profile) < 0:
-            raise BuildRefused(f"TensorRT {version} refuses the profiles: {said.reason}")
+            raise BuildRefused("profiles_refused", version=version, problem=said.reason)
     start = time.monotonic()
     plan = builder.build_serialized_network(network, config)
     seconds = time.monotonic() - start
     if plan is None:
-        raise BuildRefused(f"TensorRT {version} built no engine: {said.reason}")
+        raise BuildRefused("engine_not_built", version=version, problem=said.reason)
     return Built(memoryview(plan), said.messages, layer_types, constant_bytes, seconds)
 
 
@@ -137,7 +134,7 @@ def build(job: dict[str, Any]) -> dict[str, Any]:
     folder = Path(job["folder"])
     trt = load(request.target)
     if not Path(request.onnx).is_file():
-        raise BuildRefused(f"there is no ONNX file {request.onnx}.")
+        raise BuildRefused("graph_missing", path=request.onnx)
 
     built = engine_from_onnx(trt, request)
     scratch_bytes, weights_bytes = log_bytes(built.messages, trt.__version__)
@@ -155,7 +152,7 @@ def build(job: dict[str, Any]) -> dict[str, Any]:
         twin_bytes, _ = log_bytes(twin.messages, trt.__version__)
     scratch, reason, checked = judge_scratch(scratch_bytes, twin_bytes, removed_bytes, widened)
     if scratch == "grows":
-        raise BuildRefused(reason)
+        raise BuildRefused("scratch_grows", scratch_bytes=scratch_bytes, twin_bytes=twin_bytes)
 
     sparsity, sparsity_reason = judge_sparsity(
         built.messages, len(request.sparse_layers), trt.__version__
@@ -239,7 +236,7 @@ def _census(trt: Any, network: Any) -> tuple[dict[str, int], dict[str, int]]:
             tensor = layer.get_output(place)
             kind = tensor.dtype
             if kind.name not in _TYPES:
-                raise BuildRefused(f"layer {index} gives out {kind.name}, a type unknown here.")
+                raise BuildRefused("layer_type_unknown", layer=index, type=kind.name)
             name, bits = _TYPES[kind.name]
             outputs[name] += 1
             if layer.type == trt.LayerType.CONSTANT:
@@ -264,13 +261,11 @@ def _fitting(network: Any, profiles: Sequence[Profile]) -> Sequence[Profile]:
     inputs = _inputs(network)
     named = {shapes.input for shapes in profiles}
     if missing := sorted(set(_open_inputs(network)) - named):
-        raise BuildRefused(
-            f"input(s) {', '.join(missing)} have dimensions that vary and need a profile each."
-        )
+        raise BuildRefused("profiles_missing", inputs=tuple(missing))
     for shapes in profiles:
         if shapes.input not in inputs:
             raise BuildRefused(
-                f"the profile of {shapes.input!r} fits no input; the graph has {sorted(inputs)}."
+                "profile_input_unknown", input=shapes.input, inputs=tuple(sorted(inputs))
             )
         wanted = inputs[shapes.input]
         fits = len(wanted) == len(shapes.low) and all(
@@ -280,8 +275,11 @@ def _fitting(network: Any, profiles: Sequence[Profile]) -> Sequence[Profile]:
         )
         if not fits:
             raise BuildRefused(
-                f"the profile of {shapes.input!r} runs from {shapes.low} to {shapes.high}; the "
-                f"graph's input has shape {wanted} (-1 varies)."
+                "profile_shape_differs",
+                input=shapes.input,
+                low=str(shapes.low),
+                high=str(shapes.high),
+                shape=str(wanted),
             )
     return profiles
 

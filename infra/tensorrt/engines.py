@@ -177,10 +177,7 @@ def load(target: str) -> ModuleType:
             return importlib.import_module(name)
         except (ImportError, OSError) as fault:  # OSError: bindings without their libraries
             reasons.append(f"{name}: {fault}")
-    raise BuildRefused(
-        f"target {target!r} needs TensorRT, which cannot be imported here ({'; '.join(reasons)}). "
-        f"Run: pip install 'recpress[{target}]'"
-    )
+    raise BuildRefused("tensorrt_missing", target=target, problem="; ".join(reasons))
 
 
 def available(target: str) -> str | None:

@@ -21,7 +21,7 @@ from urllib.parse import quote
 from pydantic import Field, model_validator
 
 from compressors.contracts import Artifact, Frozen, Sha256
-from infra.errors import ArtifactMissing, Refused, SettingRefused
+from infra.errors import ArtifactMissing, SettingRefused, TritonRefused
 from infra.store.object_store import FileEntry, Store
 from infra.triton.pbtxt import Enum, entries, written
 
@@ -230,8 +230,7 @@ def refuse_overlap(root: str, store: Store, setting: str = "RECPRESS_TRITON") ->
     base = Store(root, setting).root
     if f"{store.root}/".startswith(f"{base}/"):
         raise SettingRefused(
-            f"{setting} {base} holds the object store {store.root}, and Triton takes every folder "
-            "for a model. Give a folder or prefix of its own."
+            "triton_repository_holds_store", setting=setting, repository=base, store=store.root
         )
 
 
@@ -239,17 +238,14 @@ def owner(home: Store) -> str | None:
     """The registered model a Triton model follows; None if there is no configuration.
 
     Raises:
-        Refused: somebody else wrote the configuration.
+        TritonRefused: somebody else wrote the configuration.
     """
     body = current(home)
     if body is None:
         return None
     first = body.decode(errors="replace").partition("\n")[0]
     if not first.startswith(_MARK):
-        raise Refused(
-            f"{home.root}/{CONFIG} was not written by recpress, so it is left alone. Move it away "
-            "or choose another repository."
-        )
+        raise TritonRefused("configuration_foreign", path=f"{home.root}/{CONFIG}")
     return first.removeprefix(_MARK).removesuffix(".")
 
 
@@ -274,22 +270,20 @@ def stage(home: Store, source: Store, served: ServedVersion) -> tuple[str, ...]:
         The keys that had to be written.
 
     Raises:
-        Refused: the folder belongs to another model or program, or serves another order under
+        TritonRefused: the folder belongs to another model or program, or serves another order under
             this version's number.
         ArtifactMissing, ArtifactDamaged: as ``Store.chunks``.
     """
     if (held := owner(home)) not in (None, served.model):
-        raise Refused(
-            f"{home.root} already follows model {held!r}, so {served.model!r} cannot be laid out "
-            "there as well. Rename one of the two."
-        )
+        raise TritonRefused("folder_of_other_model", folder=home.root, model=held, got=served.model)
     body = (current(home) or b"").decode(errors="replace")
     if version_in(body.encode()) == str(served.version) and _names_other_order(body, served):
-        raise Refused(
-            f"{home.root} serves another order as version {served.version} than the registry has "
-            f"under this number (order {served.order[:12]}), and its files would be overwritten "
-            f"while a server reads them. Run 'recpress registry restore {served.model}' and "
-            f"'recpress triton export {served.model}', or remove the folder."
+        raise TritonRefused(
+            "version_of_other_order",
+            folder=home.root,
+            version=served.version,
+            order=served.order,
+            model=served.model,
         )
     wrong = faults(home, source, served)
     for key in wrong:

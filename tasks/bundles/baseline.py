@@ -47,7 +47,7 @@ def check_labels(
             try:
                 prepared = prepare(paths, split, signature, folder)
             except DataRefused as fault:
-                raise DataRefused(f"split {split!r}: {fault}") from fault
+                raise DataRefused("split_unusable", split=split, problem=str(fault)) from fault
             if split in (ITEMS, TRAFFIC) or not prepared.rows:
                 continue
             held = Split(path=str(folder), sha256="0" * 64, rows=prepared.rows)
@@ -92,5 +92,5 @@ def require_sound(problems: tuple[BaselineProblem, ...], *, packed: bool) -> tup
     """
     refused = [item.text for item in problems if (item.fatal if packed else item.refused)]
     if refused:
-        raise DataRefused("The model cannot be measured:\n- " + "\n- ".join(refused))
+        raise DataRefused("not_measurable", problems=tuple(refused))
     return tuple(item.text for item in problems)

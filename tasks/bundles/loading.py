@@ -54,10 +54,7 @@ def model_of(folder: Path, manifest: Manifest) -> Model:
     network, name = manifest.network, f"{manifest.name}@{manifest.version}"
     largest = largest_replaced(network)
     if largest > MAX_LAYER_BYTES:
-        raise BundleRefused(
-            f"Expected layers of at most {MAX_LAYER_BYTES} bytes in {name}, got a compressed "
-            f"module that declares {largest} bytes. Pack the model again."
-        )
+        raise BundleRefused("layer_too_large", name=name, most_bytes=MAX_LAYER_BYTES, got=largest)
     require_memory(largest, f"Building {name}")
     architecture = network_class(network.architecture.path, load_settings().allowed_modules)
     return Model(load(architecture, network, folder), architecture, network, manifest.plan)
@@ -72,8 +69,11 @@ def data_path(manifest: Manifest, split: SplitName) -> Path:
     reference = manifest.data.get(split)
     if reference is None:
         raise BundleRefused(
-            f"{manifest.name} {manifest.version} refers to no {split} data; it has "
-            f"{', '.join(manifest.data) or 'none'}. Add it to model.json and pack again."
+            "split_missing",
+            name=manifest.name,
+            version=manifest.version,
+            split=split,
+            splits=tuple(manifest.data) or ("none",),
         )
     return local(reference.artifact) / reference.file
 

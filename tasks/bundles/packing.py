@@ -96,10 +96,7 @@ def _pack(folder: Path) -> Packed:
     architecture = draft.network.architecture
     network = network_class(architecture.path, load_settings().allowed_modules)
     if "test" not in draft.data:
-        raise BundleRefused(
-            f"{folder} refers to no test data; without it nothing can be gated. Add 'test' to "
-            f"'data' in model.json."
-        )
+        raise BundleRefused("test_data_missing", folder=str(folder))
     require_items(draft.data, draft.signature, folder)
     statistics = {
         split: split_statistics(folder / path, draft.signature.of_split(split))
@@ -107,10 +104,7 @@ def _pack(folder: Path) -> Packed:
     }
     check_shapes(_by_name(statistics), draft.signature)
     if "train" not in draft.data and "calibration" not in draft.data:
-        raise BundleRefused(
-            f"{folder} refers to neither train nor calibration data; a compressed model is "
-            f"compared with the original on rows it may learn from. Add one of them."
-        )
+        raise BundleRefused("training_data_missing", folder=str(folder))
     paths = {str(split): folder / path for split, path in draft.data.items()}
     notes = construction_notes(network, draft.network, folder)
     with scratch_folder("pack") as scratch:
@@ -175,8 +169,7 @@ def _examine(reference: str) -> Checked:
     grouped = signature.group is not None
     if problem := metric_problem(signature.task, signature.metric, grouped=grouped):
         raise BundleRefused(
-            f"{manifest.name}@{manifest.version}: {problem} in the draft's model.json, raise its "
-            f"version and run 'recpress bundle pack' again."
+            "metric_unfit", name=manifest.name, version=manifest.version, problem=problem
         )
     require_items(manifest.data, signature, folder)
     paths = {split: data_path(manifest, split) for split in manifest.data}
@@ -254,8 +247,7 @@ def _inside(folder: Path, draft: Draft) -> None:
         for key, path in entries.items():
             if not (folder / path).resolve().is_relative_to(folder.resolve()):
                 raise BundleRefused(
-                    f"{section}.{key} names {path!r}, outside {folder}. Copy the file into the "
-                    f"draft's folder; only data may lie elsewhere."
+                    "file_outside_draft", entry=f"{section}.{key}", path=path, folder=str(folder)
                 )
 
 

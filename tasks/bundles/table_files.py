@@ -19,7 +19,7 @@ from compressors.errors.compression import NothingToCompress
 from compressors.quantize.table_stream import Job, carry_out
 from infra.bundle.json_reader import read_document
 from infra.bundle.shards import stored_tensors
-from infra.errors import Refused
+from infra.errors import CommandRefused
 from infra.settings import load_settings
 from infra.store.disk import input_files
 from infra.store.draft import FILES, ArtifactDraft, draft, finished
@@ -61,15 +61,17 @@ def step_named(name: str, settings: dict[str, object]) -> TableStep:
     """A table method by its kind or short name (``int8`` for ``rowwise_int8``), with settings.
 
     Raises:
-        Refused: there is no such method, or it has no such setting.
+        CommandRefused: there is no such method, or it has no such setting.
     """
     short = {short_name(kind): kind for kind in table_steps()}
     kind = short.get(name, name)
     if kind not in table_steps():
-        raise Refused(f"There is no table format {name!r}; there are {', '.join(short)}.")
+        raise CommandRefused("table_format_unknown", format=name, formats=tuple(short))
     fields = table_steps()[kind].model_fields.keys() - {"kind"}
     if unknown := sorted(settings.keys() - fields):
-        raise Refused(f"{kind} has no setting {unknown[0]!r}; it has {', '.join(sorted(fields))}.")
+        raise CommandRefused(
+            "setting_unknown", method=kind, setting=unknown[0], settings=tuple(sorted(fields))
+        )
     return cast(TableStep, table_steps()[kind].model_validate(settings))
 
 
@@ -103,13 +105,11 @@ def quantize(
     Raises:
         NothingToCompress: the step fits no tensor.
         BundleRefused: the source is not readable as safetensors.
-        Refused: ``into`` holds something, or another process writes there.
+        StoreRefused: ``into`` holds something, or another process writes there.
     """
     with input_files(source):
         if not source.exists():
-            raise Refused(
-                f"{source} does not exist. Name a safetensors file, or a folder of shards."
-            )
+            raise CommandRefused("tables_missing", path=str(source))
         return _quantize(source, into, step, block_rows, workers, progress)
 
 

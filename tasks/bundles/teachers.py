@@ -34,7 +34,7 @@ def find_teachers(references: tuple[str, ...], subject: BundleRef) -> tuple[Teac
         subject: the model that is to be taught.
 
     Raises:
-        ArtifactMissing, Refused: there is no such bundle or version.
+        ArtifactMissing, RegistryRefused: there is no such bundle or version.
         CompressionError: a teacher takes other inputs, answers in another form, or is named twice.
     """
     if not references:

@@ -36,6 +36,7 @@ from infra.errors import (
     OutOfMemory,
     RecordRefused,
     RegistryOutage,
+    ServiceFailed,
     StoreOutage,
 )
 from tasks.orchestration.code_digest import code_digest
@@ -93,7 +94,7 @@ def local_result(state: State[Any]) -> Any:
     the state names, if the state came from Prefect's API.
 
     Raises:
-        InfraError: the state came from the API: the server ended the run.
+        ServiceFailed: the state came from the API: the server ended the run.
         BaseException: what the run raised.
     """
     data = state.data.result if isinstance(state.data, ResultRecord) else state.data
@@ -102,8 +103,8 @@ def local_result(state: State[Any]) -> Any:
     if isinstance(data, BaseException):
         raise data
     if data is None or isinstance(data, ResultRecordMetadata) or not state.is_completed():
-        raise InfraError(
-            f"Prefect's server ended the run as {state.name}: {state.message or 'no reason given'}"
+        raise ServiceFailed(
+            "run_ended_by_prefect", state=state.name, problem=state.message or "no reason given"
         )
     return data
 

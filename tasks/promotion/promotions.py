@@ -13,7 +13,14 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from compressors.contracts import Artifact, Frozen, TargetKind
-from infra.errors import AlreadyThere, ArtifactMissing, InfraError, PromotionRefused, Refused
+from infra.errors import (
+    AlreadyThere,
+    ArtifactMissing,
+    ConcurrentChange,
+    InfraError,
+    PromotionRefused,
+    Refused,
+)
 from infra.registry.ledger import Entry, Ledger, before, undone
 from infra.registry.mlflow_registry import CHAMPION, ORDER_TAG, Registered
 from infra.triton.repository import ServedVersion
@@ -258,7 +265,7 @@ def _completed(model: str, *, is_new: bool) -> Change:
     """Make the alias and the Triton repository follow, then confirm that they do."""
     entry = repair(model, expected=True)
     if entry is None:
-        raise InfraError(f"The ledger of {model!r} is empty. Was it deleted meanwhile? Run again.")
+        raise ConcurrentChange("ledger_emptied", model=model)
     if entry.digest is not None:
         registry().confirm(model, entry.digest)
     return Change(entry=entry, is_new=is_new)

@@ -37,7 +37,7 @@ def listed(model: str | None) -> tuple[ListedVersion, ...]:
     """Our versions of one model or of all; what others registered is left out.
 
     Raises:
-        Refused: there is no model of that name.
+        RegistryRefused: there is no model of that name.
     """
     registry = Registry(load_settings().registry_uri)
     found: list[Registered] = []

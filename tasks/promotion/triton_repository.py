@@ -15,7 +15,7 @@ from pydantic import ValidationError
 
 from compressors.contracts import Frozen
 from infra.bundle.json_limits import validated
-from infra.errors import Refused, SettingRefused
+from infra.errors import Refused, SettingRefused, TritonRefused
 from infra.settings import load_settings
 from infra.store.object_store import Store
 from infra.tensorrt.engines import FILES, Engine
@@ -82,10 +82,7 @@ def needed(given: str | None) -> str:
     """
     root = repository(given)
     if root is None:
-        raise SettingRefused(
-            "There is no Triton repository to work on. Set RECPRESS_TRITON, or add --to, to a "
-            "folder or s3://bucket/prefix."
-        )
+        raise SettingRefused("triton_repository_missing")
     return root
 
 
@@ -103,7 +100,7 @@ def graphs(version: str, report: Report, *, unmeasured: bool = False) -> tuple[S
         unmeasured: also a target that was built but never measured.
 
     Raises:
-        Refused: the report does not say enough to configure one of them.
+        TritonRefused: the report does not say enough to configure one of them.
     """
     outcomes = {"accepted", "built-unmeasured"} if unmeasured else {"accepted"}
     return tuple(
@@ -119,7 +116,7 @@ def stage(root: str, found: tuple[ServedVersion, ...]) -> None:
     """Put the files of a version in place. No server loads them before ``follow``.
 
     Raises:
-        Refused: a folder belongs to another model.
+        TritonRefused: a folder belongs to another model.
     """
     if not found:
         log.warning("Triton has nothing to serve of this version: no accepted graph it can load")
@@ -267,9 +264,12 @@ def _served(
             capability=capability,
         )
     except (ValidationError, ValueError) as fault:
-        raise Refused(
-            f"{report.name} version {version}, {kind}: no Triton configuration can be made of it "
-            f"({fault})."
+        raise TritonRefused(
+            "configuration_impossible",
+            model=report.name,
+            version=version,
+            target=kind,
+            problem=str(fault),
         ) from fault
 
 
@@ -297,8 +297,5 @@ def _ordered_batches(report: Report) -> tuple[int, int, int]:
             int(ordered[f"{size}_batch"]) for size in ("smallest", "best", "largest")
         )
     except (KeyError, TypeError, ValueError) as fault:
-        raise Refused(
-            f"The report of {report.name}, order {report.order[:12]}, does not say for which batch "
-            "sizes its TensorRT plan was built. Carry the order out anew with --force."
-        ) from fault
+        raise TritonRefused("batch_sizes_missing", model=report.name, order=report.order) from fault
     return low, best, high

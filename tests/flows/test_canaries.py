@@ -72,7 +72,9 @@ def failing(code: str) -> int:
     try:
         raise ConnectionError(f"{login('MLFLOW_TRACKING_URI', 'h')}/api?token={token}")
     except ConnectionError as fault:
-        raise RegistryUnavailable(f"no answer: {PLANTED.of('AWS_SECRET_ACCESS_KEY')}") from fault
+        raise RegistryUnavailable(
+            "registry_no_answer", problem=PLANTED.of("AWS_SECRET_ACCESS_KEY")
+        ) from fault
 
 
 @flow(name="failing-task", **NO_RESULTS)

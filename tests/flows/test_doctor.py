@@ -13,10 +13,12 @@ from pathlib import Path
 import pytest
 from command_line import run_main_apart
 from drafts import environment, recpress
+from error_codes import raises_code
 from s3_server import S3Server
 
 from flows.cli.doctor import Finding, examine
-from infra.services.http_probe import SECONDS, HttpRequest, NoAnswer, get
+from infra.errors import NoAnswer
+from infra.services.http_probe import SECONDS, HttpRequest, get
 
 SECRET = "canary-of-a-password"
 # Two more seconds than the limit, for a machine that does other things as well.
@@ -103,7 +105,7 @@ def test_services_that_are_down_are_named_with_what_to_do(
     assert {item.state for item in (store, registry, prefect)} == {"fault"}
     assert "did not answer" in store.found
     assert "AWS_ENDPOINT_URL" in store.remedy
-    assert f"no answer from http://127.0.0.1:{refused}" in registry.found
+    assert f"No answer from http://127.0.0.1:{refused}" in registry.found
     assert "MLFLOW_TRACKING_URI" in registry.remedy
     assert "refused" in prefect.found
     assert "PREFECT_API_URL" in prefect.remedy
@@ -119,7 +121,7 @@ def test_services_that_accept_and_never_answer_cost_one_limit_and_not_three(
     assert SECONDS - 1 < time.monotonic() - begun < AT_MOST
     for item in found:
         assert item.state == "fault"
-        assert "no answer" in item.found
+        assert "No answer" in item.found
         assert "firewall" in item.remedy
 
 
@@ -139,7 +141,7 @@ def test_the_whole_command_ends_soon_though_its_services_hang(
     assert said.returncode == 1
     # Start-up, imports and torch take most of it; a client's own retries would take minutes.
     assert time.monotonic() - begun < 40
-    assert said.stdout.count("no answer") >= 3
+    assert said.stdout.count("No answer") >= 3
     assert "registry: Start it, or correct the address" in said.stdout
     assert SECRET not in said.stdout + said.stderr
 
@@ -230,7 +232,7 @@ def test_without_settings_everything_is_embedded_and_well() -> None:
 
 def test_a_question_is_given_up_at_its_limit_though_it_drips() -> None:
     begun = time.monotonic()
-    with pytest.raises(NoAnswer, match=r"within 0\.2 s"):
+    with raises_code(NoAnswer, "no_answer_in_time", seconds=0.2):
         HttpRequest(lambda: time.sleep(2)).answer(0.2)
     assert time.monotonic() - begun < 1
 

@@ -16,6 +16,7 @@ from pathlib import Path
 import prefect
 import pytest
 from drafts import ROOT, environment, recpress, write_draft
+from error_codes import raises_code
 from orders import surroundings
 from prefect.settings import (
     PREFECT_API_AUTH_STRING,
@@ -32,7 +33,7 @@ from web_attacks import require_no_answer_without_the_secret, send
 from flows import embedded_server
 from flows.embedded_server import CPU_SECONDS, EmbeddedServer, cpu_seconds, start_embedded_server
 from flows.prefect_access import require_access
-from infra.errors import InfraError, SettingRefused
+from infra.errors import ServiceFailed, SettingRefused
 from infra.telemetry import TELEMETRY_OFF
 from tasks.bundles.packing import pack
 
@@ -188,7 +189,7 @@ def test_a_server_without_progress_is_given_up_with_what_to_do(
     monkeypatch.setattr(embedded_server, "SAY_AFTER_SECONDS", 0.5)
     said: list[str] = []
     os.kill(started.process.pid, signal.SIGSTOP)
-    with pytest.raises(InfraError, match="made no progress for 1 s") as raised:
+    with raises_code(ServiceFailed, "embedded_server_stalled", seconds=1) as raised:
         started.wait_until_ready(said.append, stall_seconds=1)
     assert "set PREFECT_API_URL" in str(raised.value)
     assert started.process.poll() is not None
@@ -264,7 +265,12 @@ def test_missing_credentials_end_the_command_with_2_before_it_works(
 def test_wrong_credentials_are_refused_and_not_repeated(prefect_server: None) -> None:
     with (
         temporary_settings({PREFECT_API_AUTH_STRING: "recpress:canary"}),
-        pytest.raises(SettingRefused, match="401 with the value of PREFECT_API_AUTH_STRING") as no,
+        raises_code(
+            SettingRefused,
+            "prefect_credentials_refused",
+            status=401,
+            variable="PREFECT_API_AUTH_STRING",
+        ) as no,
     ):
         require_access()
     assert "canary" not in str(no.value)
@@ -276,13 +282,13 @@ def test_a_configured_server_that_is_down_or_another_is_named() -> None:
         uri = f"http://127.0.0.1:{probe.getsockname()[1]}/api"
         with (
             temporary_settings({PREFECT_API_URL: uri}),
-            pytest.raises(InfraError, match="Expected an answer of the Prefect server"),
+            raises_code(ServiceFailed, "prefect_no_answer", address=uri),
         ):
             require_access()
     with (
         serving(lambda _: (200, {}, b"<html>It works!</html>")) as uri,
         temporary_settings({PREFECT_API_URL: f"{uri}/api"}),
-        pytest.raises(SettingRefused, match="Expected Prefect's API"),
+        raises_code(SettingRefused, "prefect_answer_foreign"),
     ):
         require_access()
 

@@ -27,7 +27,8 @@ from prefect.deployments import run_deployment
 from prefect.settings import PREFECT_API_AUTH_STRING, PREFECT_API_URL, temporary_settings
 
 from infra import errors
-from infra.services.http_probe import NoAnswer, get
+from infra.errors import NoAnswer
+from infra.services.http_probe import get
 from tasks.orchestration import outages, policy
 
 SECONDS = 600
@@ -58,7 +59,7 @@ def test_a_task_waits_while_the_registry_is_away_and_then_completes(
     def publish() -> int:
         began.append(time.monotonic())
         if time.monotonic() - began[0] < 1.5:
-            raise errors.RegistryOutage("connection refused")
+            raise errors.RegistryOutage("registry_no_answer", problem="connection refused")
         return len(began)
 
     waiting = retried_task(publish)
@@ -78,7 +79,7 @@ def test_a_task_gives_up_at_the_deadline_with_the_outage_as_its_fault(
 
     def publish() -> int:
         tries.append(time.monotonic())
-        raise errors.RegistryOutage("connection refused")
+        raise errors.RegistryOutage("registry_no_answer", problem="connection refused")
 
     waiting = retried_task(publish)
 

@@ -10,6 +10,7 @@ import onnxruntime
 import pyarrow as pa
 import pytest
 import torch
+from error_codes import raises_code
 
 from compressors.contracts import is_out_of_memory
 from compressors.errors.compression import ModelRefused
@@ -77,7 +78,7 @@ def test_errors_that_cannot_be_caused_here_are_recognized_by_their_words(fault):
         ValueError("out of memory"),
         KeyError("std::bad_alloc"),
         ModelRefused("tensor 'out of memory' is missing"),
-        DataRefused("column 'bad_alloc' is missing"),
+        DataRefused("column_too_long", column="bad_alloc"),
         RuntimeError("mat1 and mat2 shapes cannot be multiplied"),
         ImportError("libx.so: failed to map segment from shared object: Operation not permitted"),
     ],
@@ -94,7 +95,7 @@ def test_an_error_raised_from_an_exhausted_memory_is_out_of_memory():
 
 def test_a_block_raises_out_of_memory_and_leaves_other_errors_alone():
     with (
-        pytest.raises(OutOfMemory, match="Lowering ran out of memory"),
+        raises_code(OutOfMemory, None, doing="Lowering"),
         memory_errors(lambda: "Lowering"),
     ):
         torch.ones(TOO_MUCH)
@@ -180,14 +181,18 @@ def test_the_setting_replaces_what_was_found(machine, monkeypatch):
 @pytest.mark.parametrize("text", ["0", "-1", "x", "nan", "inf", "1e300"])
 def test_a_setting_that_is_no_size_is_refused(monkeypatch, text):
     monkeypatch.setenv("RECPRESS_MEMORY_MB", text)
-    with pytest.raises(SettingRefused, match="RECPRESS_MEMORY_MB"):
+    with raises_code(SettingRefused, "variable_invalid", name="RECPRESS_MEMORY_MB"):
         available_memory()
 
 
 def test_a_refusal_names_both_figures_and_the_remedy(monkeypatch):
     monkeypatch.setenv("RECPRESS_MEMORY_MB", "100")
-    with pytest.raises(OutOfMemory) as caught:
+    with raises_code(
+        OutOfMemory,
+        "step_memory",
+        doing="Lowering",
+        needed_mib=1_048_576,
+        limit="RECPRESS_MEMORY_MB=100",
+        setting="RECPRESS_MEMORY_MB",
+    ):
         require_memory(2**40, "Lowering")
-    sentence = str(caught.value)
-    for part in ("Lowering needs about 1,048,576 MiB", "available within", "RECPRESS_MEMORY_MB"):
-        assert part in sentence

@@ -3,6 +3,7 @@
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from error_codes import Text, raises_code
 from retrieval_draft import SIGNATURE
 from safetensors.numpy import load_file
 
@@ -94,7 +95,7 @@ def test_the_catalogue_itself_has_the_item_towers_inputs_alone(paths, tmp_path):
 def test_what_a_ranking_cannot_be_made_of_is_refused_with_its_rows(
     split, changes, words, paths, tmp_path
 ):
-    with pytest.raises(DataRefused, match=words):
+    with raises_code(DataRefused, "schema_unfit", problems=Text(words)):
         prepare(paths(**changes), split, SCHEMA, tmp_path / "out")
 
 
@@ -106,20 +107,24 @@ def test_what_a_query_sends_may_change_over_the_training_rows(paths, tmp_path):
 
 def test_a_catalogue_is_needed_by_retrieval_and_by_nothing_else():
     require_items(["test", "items"], SCHEMA, "it")
-    with pytest.raises(DataRefused, match="refers to no 'items' data"):
+    with raises_code(DataRefused, "catalogue_missing", place="it", split="items"):
         require_items(["test"], SCHEMA, "it")
     clicks = Signature(
         task="ctr", inputs=SCHEMA.inputs[:1], output="logit", label="click", metric="auc"
     )
     require_items(["test"], clicks, "it")
-    with pytest.raises(DataRefused, match="only task 'retrieval' reads"):
+    with raises_code(DataRefused, "catalogue_unexpected", split="items"):
         require_items(["test", "items"], clicks, "it")
 
 
 def test_ids_are_checked_in_the_file_that_has_them(paths):
     found = paths(catalogue=items(tags=pa.array([[1], [6], []], LISTS)))
     facts = {name: split_statistics(path, SCHEMA.of_split(name)) for name, path in found.items()}
-    with pytest.raises(DataRefused, match=r"split 'items', input 'tags': id 6 is not in table"):
+    with raises_code(
+        DataRefused,
+        "ids_unfit",
+        problems=Text("split 'items', input 'tags': id 6 is not in table"),
+    ):
         check_ids(facts, SCHEMA, TABLES)
 
 

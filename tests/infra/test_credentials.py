@@ -8,6 +8,7 @@ from urllib.parse import quote, quote_plus
 
 import pytest
 from canaries import Canaries, canaries, traces
+from error_codes import raises_code
 from sqlalchemy import create_engine, event
 from sqlalchemy.exc import SQLAlchemyError
 
@@ -20,7 +21,7 @@ from infra.credentials import (
     move_registry_login,
     pass_to_driver,
 )
-from infra.errors import InfraError, Refused, SettingRefused
+from infra.errors import InfraError, Refused, RegistryRefused, RegistryUnavailable, SettingRefused
 from infra.registry.mlflow_registry import Registry
 from infra.services.setup import make_buckets
 from infra.settings import load_settings, shown
@@ -242,7 +243,7 @@ def test_settings_that_cannot_be_used_carry_no_input_in_their_chain(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("RECPRESS_DEVICE", f"http://me:{ENCODED}@host")
-    with pytest.raises(SettingRefused, match="RECPRESS_DEVICE") as raised:
+    with raises_code(SettingRefused, "variable_invalid", name="RECPRESS_DEVICE") as raised:
         load_settings()
     assert_clean(chain(raised.value))
 
@@ -258,9 +259,26 @@ class Foreign(Exception):
         return f"cannot connect to {self.uri}"
 
 
-@pytest.mark.parametrize("kind", [ValueError, OSError, InfraError, Refused, Foreign])
+def registry_unavailable(text: str) -> RegistryUnavailable:
+    return RegistryUnavailable("registry_no_answer", problem=text)
+
+
+def registry_refused(text: str) -> RegistryRefused:
+    return RegistryRefused("registry_refused", problem=text)
+
+
+@pytest.mark.parametrize(
+    ("make", "kind"),
+    [
+        (ValueError, ValueError),
+        (OSError, OSError),
+        (registry_unavailable, RegistryUnavailable),
+        (registry_refused, RegistryRefused),
+        (Foreign, Foreign),
+    ],
+)
 def test_an_exception_that_leaves_a_task_keeps_its_class_and_loses_its_secrets(
-    kind: type[Exception], monkeypatch: pytest.MonkeyPatch
+    make: Callable[[str], Exception], kind: type[Exception], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", PLANTED.of("AWS_SECRET_ACCESS_KEY"))
     text = f"http://me:{ENCODED}@host and {PLANTED.of('AWS_SECRET_ACCESS_KEY')}"
@@ -270,7 +288,7 @@ def test_an_exception_that_leaves_a_task_keeps_its_class_and_loses_its_secrets(
         try:
             raise ConnectionError(text)
         except ConnectionError as fault:
-            raise kind(text) from fault
+            raise make(text) from fault
 
     with pytest.raises(kind) as raised:
         work()

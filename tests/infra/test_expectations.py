@@ -8,6 +8,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from error_codes import Text, raises_code
 from pydantic import ValidationError
 
 from compressors.contracts import DenseInput, IdInput, JaggedBag, PaddedBag, Signature
@@ -145,10 +146,11 @@ def test_a_planted_violation_fails_its_rule_and_no_other(write, split, column, v
     assert validation.evaluated == validation.intended
     assert not validation.success
     message = f"split '{split}', column '{column}': needs {rule}; found 1 of "
-    with pytest.raises(DataRefused) as caught:
+    with raises_code(DataRefused, "checks_failed") as caught:
         refuse_failures(validation)
-    assert message in str(caught.value)
-    assert f"row(s) {ROW} ({shown})." in str(caught.value)
+    (problem,) = caught.value.fields["problems"]
+    assert message in problem
+    assert f"row(s) {ROW} ({shown})." in problem
 
 
 @pytest.mark.parametrize("split", ["validation", "test"])
@@ -355,7 +357,7 @@ def test_many_failing_rows_are_counted_and_twenty_are_named(write):
     assert failed.failing_rows == tuple(range(10, 30))
     assert failed.failing_values == ("77",) * 20
     shown = r"50 of 120 value\(s\) failing, row\(s\) 10 \(77\), .* 19 \(77\) and more\.$"
-    with pytest.raises(DataRefused, match=shown):
+    with raises_code(DataRefused, "checks_failed", problems=Text(shown)):
         refuse_failures(validation)
 
 
@@ -391,30 +393,30 @@ def test_an_expectation_that_raises_is_not_evaluated_and_refused(write, monkeypa
     (failed,) = failures(validation)
     assert not failed.evaluated
     assert "raised inside Great Expectations: Column values, min_value" in failed.observed
-    with pytest.raises(DataRefused, match="a check that was not evaluated did not pass"):
+    with raises_code(DataRefused, "checks_failed", problems=Text("not evaluated did not pass")):
         refuse_failures(validation)
 
 
 def test_nothing_intended_is_refused():
     validation = validate({}, SCHEMA, TABLES)
     assert (validation.success, validation.intended) == (False, 0)
-    with pytest.raises(DataRefused, match="No check was intended"):
+    with raises_code(DataRefused, "checks_missing"):
         refuse_failures(validation)
 
 
 def test_fewer_evaluated_than_intended_is_refused_even_if_none_failed(write):
     good = validate({"train": write()["train"]}, narrow("user"), TABLES)
-    with pytest.raises(DataRefused, match=r"Only \d+ of \d+ intended"):
+    with raises_code(DataRefused, "checks_failed", problems=Text(r"Only \d+ of \d+ intended")):
         refuse_failures(good.model_copy(update={"evaluated": good.intended - 1}))
 
 
 def test_an_unknown_table_is_refused(write):
-    with pytest.raises(DataRefused, match="reads table 'genres'; there is users"):
+    with raises_code(DataRefused, "table_unknown", table="genres", tables=("users",)):
         validate({"train": write()["train"]}, SCHEMA, {"users": 6})
 
 
 def test_an_unreadable_file_is_refused(tmp_path):
-    with pytest.raises(DataRefused, match="does not exist"):
+    with raises_code(DataRefused, "parquet_missing", path=str(tmp_path / "nowhere")):
         validate({"train": tmp_path / "nowhere"}, SCHEMA, TABLES)
 
 

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from error_codes import Text, raises_code
 
 from infra.bundle import json_limits
 from infra.bundle.json_limits import MAX_JSON_BYTES, MAX_JSON_VALUES, check_limits, measure
@@ -162,7 +163,7 @@ def test_bytes_that_are_no_json_are_measured_all_the_same(raw):
 
 def test_a_number_of_400_characters_is_read_and_one_more_is_refused():
     assert decode(b'{"a": ' + b"9" * 400 + b"}", Path("x"))["a"] == int("9" * 400)
-    with pytest.raises(BundleRefused, match="more than 400 characters"):
+    with raises_code(BundleRefused, "json_unusable", problem=Text("more than 400 characters")):
         decode(b'{"a": ' + b"9" * 401 + b"}", Path("x"))
 
 

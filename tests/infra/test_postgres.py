@@ -7,8 +7,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from error_codes import raises_code
 
-from infra.errors import InfraError, SettingRefused
+from infra.errors import ChildFailed, SettingRefused
 from infra.services import postgres
 
 PATH = os.pathsep.join([os.environ.get("PATH", ""), *map(str, postgres.programs())])
@@ -34,7 +35,7 @@ def open_folder() -> Iterator[Path]:
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root has to become somebody else")
 def test_a_folder_its_user_cannot_enter_is_refused_before_anything_is_made(tmp_path: Path) -> None:
     tmp_path.chmod(0o700)
-    with pytest.raises(SettingRefused, match=r"cannot reach .*Set RECPRESS_HOME"):
+    with raises_code(SettingRefused, "postgres_folder_unreachable", folder=str(tmp_path / "db")):
         postgres.prepare(variables(tmp_path))
     assert list((tmp_path / "db").iterdir()) == []
 
@@ -59,7 +60,7 @@ def test_a_cluster_is_made_once_with_passwords_required_and_none_left_behind(
 
 @needs_initdb
 def test_what_initdb_refuses_is_told_and_leaves_no_cluster(open_folder: Path) -> None:
-    with pytest.raises(InfraError, match="'initdb' failed"):
+    with raises_code(ChildFailed, "command_failed", command="initdb"):
         postgres.prepare(variables(open_folder, POSTGRES_USER="pg_reserved"))
     assert not (open_folder / "db" / "cluster").exists()
     assert not (open_folder / "db" / "password").exists()

@@ -5,6 +5,7 @@ import sqlite3
 from pathlib import Path
 
 import pytest
+from error_codes import raises_code
 from sqlalchemy import create_engine, text
 
 from infra.errors import SettingRefused
@@ -118,7 +119,7 @@ def test_a_home_that_cannot_be_a_path_is_refused(
     given: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("RECPRESS_HOME", given)
-    with pytest.raises(SettingRefused, match="RECPRESS_HOME"):
+    with raises_code(SettingRefused, "variable_invalid", name="RECPRESS_HOME"):
         load_settings()
 
 

@@ -6,6 +6,7 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from error_codes import Text, raises_code
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors import SafetensorError
@@ -132,7 +133,7 @@ def test_a_write_that_breaks_off_leaves_nothing_behind(split, tmp_path, monkeypa
         raise SafetensorError("I/O error: No space left on device (os error 28)")
 
     monkeypatch.setattr("infra.data.splits.save_file", torn)
-    with pytest.raises(StoreUnavailable, match=r"disk of .*data\.safetensors is full"):
+    with raises_code(StoreUnavailable, "disk_full", path=Text(r"data\.safetensors")):
         prepare(split(), ALL, tmp_path / "out")
     assert list((tmp_path / "out").iterdir()) == []
 
@@ -255,7 +256,7 @@ def test_rows_are_counted_through_all_parts(tmp_path):
     for part, labels in enumerate(([0, 1], [0, 3])):
         frame = pd.DataFrame({"user": [1, 2], "click": labels})
         frame.to_parquet(folder / f"{part}.parquet")
-    with pytest.raises(DataRefused, match=r"first in row\(s\) 3\."):
+    with raises_code(DataRefused, "schema_unfit", problems=Text(r"first in row\(s\) 3\.")):
         prepare(folder, signature_of(USER, group=None, time=None), tmp_path)
 
 
@@ -264,24 +265,30 @@ def test_parts_of_different_types_are_refused(tmp_path):
     folder.mkdir()
     pd.DataFrame({"user": [1]}).to_parquet(folder / "0.parquet")
     pd.DataFrame({"user": [1.5]}).to_parquet(folder / "1.parquet")
-    with pytest.raises(DataRefused, match=r"'user' is float in 1\.parquet, but integer in 0"):
+    with raises_code(
+        DataRefused,
+        "schema_unfit",
+        problems=Text(r"'user' is float in 1\.parquet, but integer in 0"),
+    ):
         prepare(folder, ALL, tmp_path)
 
 
 def test_partitioned_folders_are_refused_because_their_names_carry_columns(tmp_path):
     (tmp_path / "day=1").mkdir()
     pd.DataFrame({"user": [1]}).to_parquet(tmp_path / "day=1" / "0.parquet")
-    with pytest.raises(DataRefused, match="subfolders"):
+    with raises_code(
+        DataRefused, "parquet_in_subfolders", path=str(tmp_path), file="day=1/0.parquet"
+    ):
         prepare(tmp_path, ALL, tmp_path)
 
 
 def test_no_file_no_parquet_and_no_rows_are_refused(tmp_path, refusal):
-    with pytest.raises(DataRefused, match="does not exist"):
+    with raises_code(DataRefused, "parquet_missing", path=str(tmp_path / "nowhere")):
         prepare(tmp_path / "nowhere", ALL, tmp_path)
-    with pytest.raises(DataRefused, match=r"has no \*\.parquet file"):
+    with raises_code(DataRefused, "parquet_absent", path=str(tmp_path)):
         prepare(tmp_path, ALL, tmp_path)
     (tmp_path / "odd.parquet").write_bytes(b"PAR1 and nothing else")
-    with pytest.raises(DataRefused, match="is not a readable parquet file"):
+    with raises_code(DataRefused, "unreadable", file=str(tmp_path / "odd.parquet")):
         prepare(tmp_path / "odd.parquet", ALL, tmp_path)
     nothing = {name: column.slice(0, 0) for name, column in columns().items()}
     assert "it has no rows" in refusal(**nothing)
@@ -292,7 +299,7 @@ def test_a_file_that_breaks_off_inside_is_refused(split, tmp_path):
     raw = bytearray(path.read_bytes())
     raw[4:400] = b"\xff" * 396
     path.write_bytes(raw)
-    with pytest.raises(DataRefused, match=r"is not a readable parquet file: .*page header"):
+    with raises_code(DataRefused, "unreadable", problem=Text("page header")):
         prepare(path, ALL, tmp_path)
 
 
@@ -398,7 +405,9 @@ def test_only_the_first_rows_are_named_and_all_are_counted(split, tmp_path):
     pq.write_table(pa.table({"user": [None] * rows, "click": [0] * rows}), tmp_path / "n.parquet")
     frame = pa.table({"user": pa.array([None] * rows, pa.int64()), "click": [0] * rows})
     pq.write_table(frame, tmp_path / "n.parquet")
-    with pytest.raises(DataRefused, match=r"null; 1000 value\(s\), .* 18, 19\.$"):
+    with raises_code(
+        DataRefused, "schema_unfit", problems=Text(r"null; 1000 value\(s\), .* 18, 19\.$")
+    ):
         prepare(tmp_path / "n.parquet", signature_of(USER, group=None, time=None), tmp_path)
 
 
@@ -407,7 +416,7 @@ def test_a_column_twice_is_refused(tmp_path):
         [pa.array([1]), pa.array([2]), pa.array([0])], ["user"] * 2 + ["click"]
     )
     pq.write_table(table, tmp_path / "twice.parquet")
-    with pytest.raises(DataRefused, match="'user' is there more than once"):
+    with raises_code(DataRefused, "schema_unfit", problems=Text("'user' is there more than once")):
         prepare(tmp_path / "twice.parquet", signature_of(USER, group=None, time=None), tmp_path)
 
 
@@ -477,23 +486,31 @@ def test_ids_outside_their_table_are_an_error_where_no_policy_covers_them(
         check_ids(facts, signature, TABLES)
         return
     message = rf"split '{name}', input 'user': id {wrong} is not in table 'users' of 6 rows"
-    with pytest.raises(DataRefused, match=message):
+    with raises_code(DataRefused, "ids_unfit", problems=Text(message)):
         check_ids(facts, signature, TABLES)
 
 
 def test_lists_too_long_are_refused_in_every_split_whatever_the_policy(split):
     short = signature_of(PADDED.model_copy(update={"shape": (2,), "out_of_range": "clamp"}))
-    with pytest.raises(DataRefused, match="'test', input 'genres': a list has 3 ids, the input"):
+    with raises_code(
+        DataRefused, "ids_unfit", problems=Text("'test', input 'genres': a list has 3 ids")
+    ):
         check_ids({"test": split_statistics(split(), short)}, short, TABLES)
 
 
 @pytest.mark.parametrize("setting", ["default_row", "padding_id"])
 def test_rows_that_stand_in_for_ids_must_be_in_the_table(setting):
     signature = signature_of(PADDED.model_copy(update={setting: 8}))
-    with pytest.raises(DataRefused, match=rf"{setting} 8 is not in table 'genres' of 8 rows"):
+    with raises_code(
+        DataRefused,
+        "ids_unfit",
+        problems=Text(f"{setting} 8 is not in table 'genres' of 8 rows"),
+    ):
         check_ids({}, signature, TABLES)
 
 
 def test_a_table_nobody_has_is_refused():
-    with pytest.raises(DataRefused, match="input 'user' reads table 'users'; there is items"):
+    with raises_code(
+        DataRefused, "ids_unfit", problems=Text("input 'user' reads table 'users'; there is items")
+    ):
         check_ids({}, signature_of(USER), {"items": 3})

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from error_codes import Text, raises_code
 
 from infra.errors import RegistryUnavailable, SettingRefused
 from infra.registry import sqlite_file
@@ -136,7 +137,7 @@ def test_an_incomplete_registry_that_holds_versions_is_refused_unchanged(
     publish(file)
     execute(file, damage)
     before = file.read_bytes()
-    with pytest.raises(SettingRefused, match=r"holds 1 registered version.*registry restore"):
+    with raises_code(SettingRefused, "registry_incomplete", file=str(file), versions=1):
         opened(file).models()
     assert file.read_bytes() == before
     assert sorted(path.name for path in file.parent.iterdir()) == [
@@ -155,7 +156,7 @@ def test_an_incomplete_registry_that_holds_nothing_is_created_again(
 
 def test_an_incomplete_file_with_runs_of_another_program_is_not_replaced(file: Path) -> None:
     execute(file, "DELETE FROM alembic_version", "CREATE TABLE mine AS SELECT 1 AS one")
-    with pytest.raises(SettingRefused, match="is incomplete"):
+    with raises_code(SettingRefused, "registry_incomplete", file=str(file)):
         opened(file).models()
 
 
@@ -205,7 +206,9 @@ def test_a_migration_that_fails_leaves_the_registry_as_it_was(
 
     monkeypatch.setattr(mlflow.store.db.utils, "_upgrade_db", upgrade_and_fail)
     before = earlier.read_bytes()
-    with pytest.raises(SettingRefused, match="cannot migrate it: no such column"):
+    with raises_code(
+        SettingRefused, "registry_incomplete", problem=Text("cannot migrate it: no such column")
+    ):
         opened(earlier).models()
     assert earlier.read_bytes() == before
     monkeypatch.undo()
@@ -242,7 +245,7 @@ def test_what_another_process_writes_while_a_registry_is_migrated_is_kept(
 
 def test_a_registry_of_a_later_mlflow_is_refused_also_if_it_is_empty(file: Path) -> None:
     execute(file, "UPDATE alembic_version SET version_num = 'later'")
-    with pytest.raises(SettingRefused, match="schema 'later'"):
+    with raises_code(SettingRefused, "registry_schema_unknown", schema="later"):
         opened(file).models()
 
 
@@ -252,5 +255,7 @@ def test_a_registry_that_another_program_keeps_locked_is_unavailable(
     monkeypatch.setattr(sqlite_file, "BUSY_SECONDS", 0.1)
     with closing(sqlite3.connect(earlier)) as other:
         other.execute("BEGIN EXCLUSIVE")
-        with pytest.raises(RegistryUnavailable):
+        with raises_code(
+            RegistryUnavailable, "registry_file_unreadable", problem="database is locked"
+        ):
             opened(earlier).models()

@@ -6,6 +6,7 @@ from typing import NamedTuple
 import numpy as np
 import onnx
 import pytest
+from error_codes import raises_code
 from models import Reference, whole
 from torch import Tensor, nn
 
@@ -131,7 +132,7 @@ def test_codes_that_are_multiplied_before_their_gather_are_refused(name: str, tm
     product = onnx.helper.make_node("MatMul", [codes.output[0], "unit"], ["multiplied"])
     nodes.insert(list(nodes).index(codes) + 1, product)
     onnx.save(model, request.onnx)
-    with pytest.raises(BuildRefused, match="a table is widened before its Gather"):
+    with raises_code(BuildRefused, "scratch_grows"):
         build_engine(request, tmp_path / "engine")
 
 

@@ -8,12 +8,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+from error_codes import raises_code
 from models import REFERENCES, graph
 from pbtxt_reader import read
 from pydantic import ValidationError
 from triton_configs import PRICE, SCORE, TAGS, USER, served, tensors, warmups
 
-from infra.errors import Refused, SettingRefused
+from infra.errors import SettingRefused, TritonRefused
 from infra.store.object_store import Store
 from infra.triton.repository import (
     Tensor,
@@ -198,7 +199,7 @@ def test_a_strangers_configuration_is_left_alone(tmp_path: Path) -> None:
     home.write("config.pbtxt", config(served(USER)))
     assert owner(home) == "m"
     home.write("config.pbtxt", b'name: "m"\n')
-    with pytest.raises(Refused, match="not written by recpress"):
+    with raises_code(TritonRefused, "configuration_foreign"):
         owner(home)
 
 
@@ -214,11 +215,11 @@ def test_models_are_folders_below_the_root_and_nothing_else_is(tmp_path: Path) -
 def test_a_repository_around_the_object_store_is_refused(tmp_path: Path) -> None:
     store = Store(str(tmp_path / "a" / "store"))
     for root in (tmp_path / "a", tmp_path / "a" / "store"):
-        with pytest.raises(SettingRefused, match="holds the object store"):
+        with raises_code(SettingRefused, "triton_repository_holds_store", store=store.root):
             refuse_overlap(str(root), store)
     refuse_overlap(str(tmp_path / "a" / "store" / "triton"), store)
     refuse_overlap(str(tmp_path / "a" / "sto"), store)
-    with pytest.raises(SettingRefused, match="--to 'gs://x/y' cannot be used"):
+    with raises_code(SettingRefused, "root_scheme_unknown", setting="--to", root="gs://x/y"):
         refuse_overlap("gs://x/y", store, "--to")
 
 

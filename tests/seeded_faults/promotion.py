@@ -62,8 +62,8 @@ FAULTS = (
     Fault(
         id="ledger-rollback-anywhere",
         file="infra/registry/ledger.py",
-        old="        if target.order != order:\n            raise Refused(",
-        new="        if not target.order:\n            raise Refused(",
+        old="        if target.order != order:\n            raise PromotionRefused(",
+        new="        if not target.order:\n            raise PromotionRefused(",
         effect="A rollback may go to a version that was not champion before.",
         tests=(f"{LEDGER}::test_a_rollback_goes_only_where_before_says",),
     ),

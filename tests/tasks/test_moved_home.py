@@ -12,7 +12,7 @@ from reports import report
 
 from compressors.contracts import Artifact, Outcome, TargetKind
 from infra.bundle import bundle_folder
-from infra.errors import ArtifactMissing, Refused
+from infra.errors import ArtifactMissing, StoreRefused
 from infra.registry.mlflow_registry import Registry
 from infra.settings import load_settings, shown
 from tasks import publish as publishing
@@ -129,7 +129,7 @@ def test_an_order_published_again_after_the_move_is_the_same_version(
 )
 def test_a_source_outside_the_store_is_never_read(source: str, home: Path) -> None:
     made = Registry(load_settings().registry_uri).publish("m", "c" * 64, source, {}, "")
-    with pytest.raises(Refused, match="artifacts/<sha256>; got"):
+    with raises_code(StoreRefused, "artifact_uri_form"):
         version_report("m", made.version)
 
 

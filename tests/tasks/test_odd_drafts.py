@@ -15,11 +15,13 @@ from typing import Any
 
 import pytest
 from drafts import ALLOWED, ROOT, environment, write_draft
+from error_codes import raises_code
 from safetensors import SafetensorError
 
 from flows.cli import errors as cli_errors
 from infra.errors import (
     BundleRefused,
+    ConcurrentChange,
     DataRefused,
     FileRefused,
     InfraError,
@@ -245,7 +247,7 @@ def test_a_file_that_changes_while_it_is_packed_is_not_stored(
         return found
 
     monkeypatch.setattr("infra.store.object_store.hashed", changed_afterwards)
-    with pytest.raises(InfraError, match="changed while it was being stored"):
+    with raises_code(ConcurrentChange, "file_changed"):
         pack(draft)
     assert store().keys("bundles/") == ()
 

@@ -56,18 +56,18 @@ def away_until(clock: Clock, end: float, fault: Exception, takes: float = 0.0) -
 @pytest.mark.parametrize(
     ("fault", "service"),
     [
-        (errors.RegistryOutage("x"), "The registry"),
-        (errors.StoreOutage("x"), "The object store"),
+        (errors.RegistryOutage("registry_no_answer", problem="x"), "The registry"),
+        (errors.StoreOutage("store_failed", place="p", problem="x"), "The object store"),
         (httpx.ConnectError("x"), "Prefect's API"),
         (httpx.ReadTimeout("x"), "Prefect's API"),
         (api_fault(503), "Prefect's API"),
         (api_fault(500), "Prefect's API"),
         (api_fault(404), None),
         (api_fault(401), None),
-        (errors.RegistryUnavailable("a damaged file"), None),
-        (errors.StoreUnavailable("a full disk"), None),
-        (errors.ChildFailed("x"), None),
-        (errors.SettingRefused("wrong credentials"), None),
+        (errors.RegistryUnavailable("registry_file_unreadable", file="f", problem="x"), None),
+        (errors.StoreUnavailable("disk_full", path="p"), None),
+        (errors.ChildFailed("reader_not_started"), None),
+        (errors.SettingRefused("registry_credentials_refused", problem="x"), None),
         (ValueError("x"), None),
     ],
 )
@@ -81,7 +81,12 @@ def test_only_services_over_the_network_that_do_not_answer_are_waited_for(
 def test_a_call_succeeds_after_an_outage_that_is_shorter_than_the_deadline(
     clock: Clock, seconds: float
 ) -> None:
-    assert wait_out(away_until(clock, seconds, errors.RegistryOutage("x"))) == "done"
+    assert (
+        wait_out(
+            away_until(clock, seconds, errors.RegistryOutage("registry_no_answer", problem="x"))
+        )
+        == "done"
+    )
     assert clock.now <= seconds + max(DELAYS)
 
 
@@ -89,7 +94,7 @@ def test_a_call_succeeds_after_an_outage_that_is_shorter_than_the_deadline(
 def test_an_outage_without_end_raises_its_own_fault_at_the_deadline(
     clock: Clock, takes: float
 ) -> None:
-    fault = errors.StoreOutage("no answer")
+    fault = errors.StoreOutage("store_failed", place="p", problem="x")
     with pytest.raises(errors.StoreOutage) as raised:
         wait_out(away_until(clock, float("inf"), fault, takes))
     assert raised.value is fault
@@ -99,7 +104,7 @@ def test_an_outage_without_end_raises_its_own_fault_at_the_deadline(
 
 def test_another_fault_is_raised_at_once(clock: Clock) -> None:
     with pytest.raises(errors.SettingRefused):
-        wait_out(away_until(clock, 1, errors.SettingRefused("x")))
+        wait_out(away_until(clock, 1, errors.SettingRefused("registry_address_malformed")))
     assert clock.now == 0
 
 
@@ -107,9 +112,10 @@ def test_a_person_reads_what_is_waited_for_and_until_when(
     clock: Clock, caplog: pytest.LogCaptureFixture
 ) -> None:
     until = datetime.fromtimestamp(outages.time.time() + DEADLINE_SECONDS).strftime("%H:%M")
-    wait_out(away_until(clock, 30, errors.RegistryOutage("connection refused")))
+    fault = errors.RegistryOutage("registry_no_answer", problem="connection refused")
+    wait_out(away_until(clock, 30, fault))
     lines = [record.getMessage() for record in caplog.records]
-    waits = [line for line in lines if line != "connection refused"]
+    waits = [line for line in lines if line != str(fault)]
     assert waits[3] == f"The registry did not answer; trying again in 20 s, until {until}"
     assert len(waits) == len(lines) - 1  # the cause is in the log once
 
@@ -117,7 +123,11 @@ def test_a_person_reads_what_is_waited_for_and_until_when(
 def test_the_deadline_of_a_task_counts_from_its_first_fault_and_for_each_task(
     clock: Clock,
 ) -> None:
-    known, run, fault = TaskOutages(), uuid4(), errors.RegistryOutage("x")
+    known, run, fault = (
+        TaskOutages(),
+        uuid4(),
+        errors.RegistryOutage("registry_no_answer", problem="x"),
+    )
     clock.pass_by(7_200)  # a task that trains for hours is still waited for
     assert known.may_try_again(run, fault)
     clock.pass_by(DEADLINE_SECONDS - 20)

@@ -7,6 +7,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from drafts import write_draft
+from error_codes import Text, raises_code
 from safetensors.torch import load_file, save_file
 
 from compressors.contracts import MEASURES, Limit
@@ -168,7 +169,9 @@ def test_a_class_that_raises_is_refused_with_its_own_reason(
 def test_a_ranking_model_with_a_metric_of_another_task_is_refused(home: Path, metric: str) -> None:
     draft = write_draft(home / "draft", task="ranking")
     change(draft, metric=metric)
-    with pytest.raises(BundleRefused, match=rf"needs metric ndcg@10.*{metric}"):
+    with raises_code(
+        BundleRefused, "fields_unusable", problems=Text(rf"needs metric ndcg@10.*{metric}")
+    ):
         pack(draft)
     assert store().keys("bundles") == ()
 
@@ -184,7 +187,7 @@ def test_a_bundle_packed_with_such_a_metric_is_read_and_refused_for_an_order(
     limit = Limit.parse("bytes vs baseline <= 0.5")
     with pytest.raises(CompressionError, match=r"clicks@1.*ndcg@10.*'auc'.*bundle pack"):
         require_measurable(subject, (limit,))
-    with pytest.raises(BundleRefused, match=r"ndcg@10.*bundle pack"):
+    with raises_code(BundleRefused, "metric_unfit", problem=Text("ndcg@10")):
         examine("clicks")
 
 
@@ -230,7 +233,9 @@ def test_a_limit_is_accepted_exactly_where_its_metric_is_measured(
 def test_a_split_of_one_class_is_refused(home: Path, split: str, value: int) -> None:
     draft = write_draft(home / "draft")
     relabel(draft, split, [value] * len(labels_of(draft, split)))
-    with pytest.raises(DataRefused, match=f"different labels in split '{split}'"):
+    with raises_code(
+        DataRefused, "not_measurable", problems=Text(f"different labels in split '{split}'")
+    ):
         pack(draft)
     assert store().keys("") == ()  # nothing is stored
 
@@ -239,7 +244,11 @@ def test_lists_whose_labels_are_all_equal_are_refused(home: Path) -> None:
     draft = write_draft(home / "draft", task="ranking")
     queries = pq.read_table(draft / "test.parquet")["query"].to_pylist()
     relabel(draft, "test", [query % 2 for query in queries])
-    with pytest.raises(DataRefused, match=r"different labels in split 'test' for ndcg@10"):
+    with raises_code(
+        DataRefused,
+        "not_measurable",
+        problems=Text("different labels in split 'test' for ndcg@10"),
+    ):
         pack(draft)
 
 
@@ -247,7 +256,7 @@ def test_a_probability_declared_as_logit_is_refused_and_named_right(
     home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     draft = own_draft(home, monkeypatch, score="torch.sigmoid(score)")
-    with pytest.raises(DataRefused, match="Set output to 'probability'"):
+    with raises_code(DataRefused, "not_measurable", problems=Text("Set output to 'probability'")):
         pack(draft)
     change(draft, output="probability")
     assert pack(draft).warnings == ()
@@ -256,7 +265,7 @@ def test_a_probability_declared_as_logit_is_refused_and_named_right(
 def test_a_logit_declared_as_probability_is_refused(home: Path) -> None:
     draft = write_draft(home / "draft")
     change(draft, output="probability")
-    with pytest.raises(DataRefused, match="Set output to 'logit'"):
+    with raises_code(DataRefused, "not_measurable", problems=Text("Set output to 'logit'")):
         pack(draft)
 
 
@@ -300,7 +309,7 @@ def test_a_bundle_packed_before_that_cannot_be_measured_is_refused_in_validation
     store_as_packed(draft, monkeypatch)
     from infra.data.checks import Rules
 
-    with pytest.raises(DataRefused, match="Set output to 'logit'"):
+    with raises_code(DataRefused, "not_measurable", problems=Text("Set output to 'logit'")):
         validate.fn(bundle=find("clicks").artifact, rules=Rules(), code="code")
 
 

@@ -13,7 +13,7 @@ from error_codes import raises_code
 from triton_configs import served_by
 from triton_versions import body, published
 
-from infra.errors import PromotionRefused, Refused
+from infra.errors import PromotionRefused, RegistryRefused
 from infra.registry.ledger import Ledger
 from infra.registry.mlflow_registry import Registry
 from tasks.orchestration.workspace import store
@@ -112,7 +112,7 @@ def test_a_rollback_from_a_version_that_is_not_champion_is_refused(home: Path, t
     promote("m", "1", "")
     with raises_code(PromotionRefused, "other_champion", expected="3", got="version 1"):
         rollback("m", "", leaving="3")
-    with pytest.raises(Refused, match="has no version '9'"):
+    with raises_code(RegistryRefused, "version_missing", version="9"):
         rollback("m", "", leaving="9")
 
 

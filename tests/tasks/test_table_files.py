@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from error_codes import raises_code
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -21,7 +22,7 @@ from compressors.quantize.tables.kmeans import KMeans
 from compressors.quantize.tables.residual_codes import ResidualCodes
 from compressors.quantize.tables.rowwise_int4 import RowwiseInt4
 from compressors.quantize.tables.rowwise_int8 import RowwiseInt8
-from infra.errors import BundleRefused, Refused
+from infra.errors import BundleRefused, CommandRefused
 from tasks.bundles.table_files import check, module_name, quantize, quantize_artifact, step_named
 from tasks.orchestration.workspace import store
 from tasks.tables import quantize_tables
@@ -119,7 +120,7 @@ def test_the_task_gives_an_artifact_whatever_the_step(source: Path, tmp_path: Pa
     stored = store().put(folder)
     done = quantize_tables.fn(stored, STEP, "code")
     assert done == quantize_artifact(stored, STEP)
-    with pytest.raises(Refused, match="float16 needs a whole model; here rowwise_int8"):
+    with raises_code(CommandRefused, "method_needs_model", method="float16"):
         quantize_tables.fn(stored, Float16(), "code")
 
 
@@ -192,10 +193,10 @@ def test_a_file_without_tables_is_refused(tmp_path: Path):
 
 
 def test_what_is_no_safetensors_file_is_refused(tmp_path: Path):
-    with pytest.raises(Refused, match="does not exist"):
+    with raises_code(CommandRefused, "tables_missing", path=str(tmp_path / "in")):
         quantize(tmp_path / "in", tmp_path / "out", RowwiseInt8())
     (tmp_path / "in").write_bytes(b"nothing of the kind")
-    with pytest.raises(BundleRefused, match="not a safetensors file"):
+    with raises_code(BundleRefused, "not_safetensors", file=str(tmp_path / "in")):
         quantize(tmp_path / "in", tmp_path / "out", RowwiseInt8())
 
 
@@ -238,10 +239,12 @@ def test_formats_go_by_their_kind_or_short_name():
     assert step_named("int8", {}) == step_named("rowwise_int8", {}) == RowwiseInt8()
     settings = {"clipping": "mse", "min_rows": "7", "tables": ["a"]}
     assert step_named("int4", settings) == RowwiseInt4(clipping="mse", min_rows=7, tables=("a",))
-    with pytest.raises(Refused, match="no table format 'float16'; there are int8, int4"):
+    with raises_code(CommandRefused, "table_format_unknown", format="float16") as caught:
         step_named("float16", {})
-    with pytest.raises(Refused, match="no setting 'colour'; it has clipping, min_rows"):
+    assert caught.value.fields["formats"][:2] == ("int8", "int4")
+    with raises_code(CommandRefused, "setting_unknown", setting="colour") as caught:
         step_named("int8", {"colour": "red"})
+    assert {"clipping", "min_rows"} <= set(caught.value.fields["settings"])
 
 
 @pytest.mark.parametrize("step", [KMeans(), ResidualCodes()], ids=lambda step: step.kind)

@@ -16,7 +16,7 @@ from compressors.contracts import Estimate, Outcome
 from compressors.metrics import judge
 from flows.cli import app
 from flows.cli.doctor import examine
-from infra.errors import PromotionRefused, Refused, SettingRefused
+from infra.errors import PromotionRefused, SettingRefused, TritonRefused
 from infra.registry.ledger import Ledger
 from infra.tensorrt.engines import Engine, EngineAudit
 from tasks.orchestration.documents import Finished, GraphInput
@@ -159,7 +159,7 @@ def test_a_plan_of_unknown_batch_sizes_is_refused_before_the_ledger(
     home: Path, triton: Path
 ) -> None:
     one = with_plan(home, "a", "accepted", ordered={}).version
-    with pytest.raises(Refused, match="for which batch sizes"):
+    with raises_code(TritonRefused, "batch_sizes_missing", model="m"):
         promote("m", one, "")
     assert Ledger(store(), "m").entries() == ()
 
@@ -177,7 +177,7 @@ def test_an_engine_of_tensorrt_rtx_is_never_laid_out(home: Path, triton: Path) -
 def test_two_models_cannot_share_a_folder(home: Path, triton: Path) -> None:
     other = published(home, "c", name="m_tensorrt").version
     promote("m_tensorrt", other, "")
-    with pytest.raises(Refused, match="already follows model 'm_tensorrt'"):
+    with raises_code(TritonRefused, "folder_of_other_model", model="m_tensorrt", got="m"):
         promote("m", with_plan(home, "a", "accepted").version, "")
     assert Ledger(store(), "m").entries() == ()
     # Without a plan there is no clash, and the other's folder is nobody's business.
@@ -190,7 +190,7 @@ def test_a_repository_that_is_the_object_store_is_refused(
 ) -> None:
     one = published(home, "a").version
     monkeypatch.setenv("RECPRESS_TRITON", str(home / "recpress"))
-    with pytest.raises(SettingRefused, match="Triton takes every folder for a model"):
+    with raises_code(SettingRefused, "triton_repository_holds_store"):
         promote("m", one, "")
     assert Ledger(store(), "m").entries() == ()
 

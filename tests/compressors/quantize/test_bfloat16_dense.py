@@ -6,6 +6,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from error_codes import Text, raises_code
 from grids import tables
 from hypothesis import given
 from models import RANKER, graph, recipe_with
@@ -115,7 +116,11 @@ def test_onnxruntime_stores_two_bytes_a_weight_and_multiplies_in_float32():
 
 def test_onnxruntime_refuses_the_graph_it_cannot_check(tmp_path):
     """Or there would be no need for another form."""
-    with pytest.raises(BuildRefused, match="Could not find an implementation for Gemm"):
+    with raises_code(
+        BuildRefused,
+        "onnxruntime_graph_refused",
+        problem=Text("Could not find an implementation for Gemm"),
+    ):
         Session(graph("Ranker", recipe_with("bfloat16_dense"), RTX).path, 1)
 
 

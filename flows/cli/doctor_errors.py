@@ -1,0 +1,18 @@
+"""The error of ``recpress doctor``: a service that answers, but not as it should. Types only."""
+
+from typing import ClassVar
+
+from compressors.contracts import CodedError
+
+
+class CheckFailed(CodedError):
+    """A service answers, but not as it should."""
+
+    sentences: ClassVar = {
+        "store_read_only": "{root} is read ({bundles} bundle(s)) but not written: {problem}",
+        "store_write_lost": "{root} does not give back what was written to {key}.",
+        "answer_foreign": "{address} answers, but not as {service} does.",
+        "credentials_refused": "{service} at {address} refuses the credentials ({status}).",
+        "service_failed": "{service} at {address} answers with its own failure ({status}).",
+        "status_unexpected": "{service} at {address} answers {status}.",
+    }

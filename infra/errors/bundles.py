@@ -1,0 +1,146 @@
+"""Errors of bundles, of their data, and of files that a user named. Types only."""
+
+from typing import ClassVar
+
+from infra.errors.base import Refused
+
+_SAVE = (
+    'Save the weights with safetensors.torch.save_file(model.state_dict(), "model.safetensors").'
+)
+_ALLOW = (
+    "importing a module runs its code, and only {allowed} may be imported. If you trust {module}, "
+    "set RECPRESS_ALLOWED_MODULES={setting}"
+)
+_SHAPE = "Give a parquet file or a folder of them."
+_ENDED = "{file} is not a readable parquet file: the process that read it ended with {cause}"
+
+
+class BundleRefused(Refused):
+    """A bundle is unsafe, incomplete or does not fit together."""
+
+    sentences: ClassVar = {
+        "unusable": "{place}:{problems:lines}",
+        "fields_unusable": "{path}:{problems:lines}",
+        "json_missing": "{path} is missing; write it, or fetch the bundle again.",
+        "json_no_plain_file": "{path} is not a plain file; put the file itself there.",
+        "json_too_large": "{path} has {size} bytes, too large: at most {most_bytes}.",
+        "json_too_deep": "{path} is nested too deep to be read.",
+        "json_unusable": "{path} is not usable JSON: {problem}.",
+        "json_no_object": "{path} must be one JSON object, not a {kind}.",
+        "schema_version_newer": "{path} has schema_version {got}; this recpress knows {known}. "
+        "Upgrade recpress.",
+        "schema_version_unknown": "{path} has schema_version {got}; this recpress knows {known}. "
+        'Write "schema_version": {known}.',
+        "already_sealed": "{folder} is already a sealed bundle, not a draft. Check it with "
+        "'recpress bundle check {folder}'; to pack it again, start from its draft.",
+        "is_draft": "{folder} is a draft. Pack it first: 'recpress bundle pack {folder}'.",
+        "seal_differs": "{path} was changed after it was sealed (its last line does not fit the "
+        "rest). Fetch it again, or change the draft and pack that.",
+        "settings_not_json": "{folder}: {problem}. Use numbers, texts, lists and dicts with text "
+        "keys in the architecture's config and in module settings.",
+        "folder_unreadable": "{folder} is not a folder that can be read ({problem}); a bundle is a "
+        "folder with model.json and *.safetensors.",
+        "tensors_missing": f"{{folder}} holds no tensor in any *.safetensors file. {_SAVE}",
+        "index_missing": "{folder} has {shards} shards but no {index}; add one, or save all "
+        "weights in one file.",
+        "dtype_unknown": "{file}: dtype {dtype} is unknown; convert the weights.",
+        "shard_ended_early": "{file} ended early while it was read; fetch again.",
+        "header_too_large": "{file} is not a usable safetensors file: its header of {size} bytes "
+        f"is too large, at most {{most_bytes}}. {_SAVE} Use shards for very many tensors.",
+        "header_ambiguous": "{file}: its header can be read in two ways; save it again.",
+        "not_safetensors": "{file} is not a safetensors file ({problem}). If it was copied, copy "
+        f"it again. {_SAVE}",
+        "architecture_form": "architecture {path!r} must be written 'package.module:Class'; it is "
+        "imported as that and never evaluated.",
+        "architecture_not_allowed": f"architecture {{path!r}} is not allowed: {_ALLOW}",
+        "architecture_defined_elsewhere": "architecture {path!r} is defined in {module}, which is "
+        f"not allowed: {_ALLOW}",
+        "architecture_module_missing": "architecture {path!r}: there is no module {module} to "
+        "import. Put the folder that holds {top} on PYTHONPATH, or install its package.",
+        "architecture_dependency_missing": "architecture {path!r}: {module} needs the module "
+        "{missing}, which is not installed. Install it where recpress runs.",
+        "architecture_import_failed": "architecture {path!r}: importing {module} failed with "
+        "{kind}: {problem}. Repair it; 'python -c \"import {module}\"' shows the same.",
+        "architecture_class_missing": "architecture {path!r}: {module} has no class {name}; there "
+        "is {classes}.",
+        "architecture_no_class": "architecture {path!r} is a {kind}, not a torch.nn.Module class. "
+        "Name the class that builds the network.",
+        "architecture_no_module_class": "architecture {path!r} is another class, not a "
+        "torch.nn.Module class. Name the class that builds the network.",
+        "architecture_source_missing": "architecture {path!r}: {module} has no source file, so a "
+        "change in it could not be noticed. Use a module that is stored on disk.",
+        "layer_too_large": "Expected layers of at most {most_bytes} bytes in {name}, got a "
+        "compressed module that declares {got} bytes. Pack the model again.",
+        "split_missing": "{name} {version} refers to no {split} data; it has {splits}. Add it to "
+        "model.json and pack again.",
+        "test_data_missing": "{folder} refers to no test data; without it nothing can be gated. "
+        "Add 'test' to 'data' in model.json.",
+        "training_data_missing": "{folder} refers to neither train nor calibration data; a "
+        "compressed model is compared with the original on rows it may learn from. Add one of "
+        "them.",
+        "metric_unfit": "{name}@{version}: {problem} in the draft's model.json, raise its version "
+        "and run 'recpress bundle pack' again.",
+        "file_outside_draft": "{entry} names {path!r}, outside {folder}. Copy the file into the "
+        "draft's folder; only data may be stored elsewhere.",
+    }
+
+
+class DataRefused(Refused):
+    """Data failed its checks or does not fit the signature."""
+
+    sentences: ClassVar = {
+        "parquet_missing": f"{{path}} does not exist. {_SHAPE}",
+        "parquet_of_other_kind": f"{{path}} is neither a file nor a folder. {_SHAPE}",
+        "parquet_absent": "{path} has no *.parquet file. Give a file or a folder of them.",
+        "parquet_in_subfolders": "{path} has parquet files in subfolders ({file}), whose names may "
+        "carry columns. Write the part files into one folder.",
+        "part_no_plain_file": "{path} is not a plain file. Put the part file itself there.",
+        "not_parquet": "{file} is not a readable parquet file.",
+        "unreadable": "{file} is not a readable parquet file: {problem}",
+        "reader_ended": f"{_ENDED}. Write the file again.",
+        "reader_ended_with_message": f"{_ENDED} ({{message}}). Write the file again.",
+        "reader_timed_out": "{file} could not be read within {seconds:.0f} s, the limit for its "
+        "size. Write it again, or as several files.",
+        "reader_memory": "{file} needs more than {most_mib} MiB of memory to be read, in batches "
+        "of few rows: a page or a value in it is too large. Write it with smaller pages and "
+        "values.",
+        "too_many_columns": "{file} has {columns} columns with names of {characters} characters, "
+        "more than the {most_columns} columns or {most_characters} characters allowed. Write the "
+        "columns that the model reads.",
+        "footer_rows_differ": "{file} declares {expected} rows in its footer and has {got}. Write "
+        "the file again.",
+        "expands_too_far": "{file} expands to more than {most_bytes} bytes, {factor} times its "
+        "size or 1 GiB. Write it without repeating one row so often, or as several files.",
+        "file_broken_off": "{file} breaks off while it is read: {problem}",
+        "file_changed": "{file} changed while it was read: {expected} rows before, {got} now. "
+        "Leave the files of a split alone until it is packed.",
+        "schema_unfit": "{path} does not fit the signature:{problems:list}",
+        "shapes_unfit": "The data does not fit the declared shapes:{problems:list}",
+        "ids_unfit": "The data does not fit the model's tables:{problems:list}",
+        "table_unknown": "input {input!r} reads table {table!r}; there is {tables}. Name a table "
+        "the model has.",
+        "column_too_long": "column {column!r} holds more than 2**31 list elements or characters in "
+        "one split. Write it as large_list or large_string, or split the data.",
+        "checks_missing": "No check was intended, so nothing is known. Give at least one split.",
+        "checks_failed": "The data failed its checks:{problems:list}",
+        "catalogue_missing": "{place} refers to no {split!r} data. Task 'retrieval' ranks a whole "
+        "catalogue: write what the item tower reads as parquet, a row an item, and name it in "
+        "'data'.",
+        "catalogue_unexpected": "{place} refers to {split!r} data, which only task 'retrieval' "
+        "reads. Leave it out.",
+        "not_measurable": "The model cannot be measured:{problems:list}",
+        "split_unusable": "split {split!r}: {problem}",
+    }
+
+
+class FileRefused(Refused):
+    """A file the user named is missing, unreadable or of the wrong kind."""
+
+    sentences: ClassVar = {
+        "file_missing": "{path} does not exist. Correct the path, or put the file there.",
+        "file_forbidden": "{path} may not be used: {problem}. Change its permissions.",
+        "path_unusable": "{path} cannot be opened: {problem}. Use a shorter path without links "
+        "that form a loop.",
+        "file_of_wrong_kind": "{path} is not of the kind that is needed: {problem}. Put a plain "
+        "file (or a folder where one is needed) in its place.",
+    }

@@ -1,0 +1,50 @@
+"""Errors of runtimes: graphs that they refuse, engines that fail their audit. Types only."""
+
+from typing import ClassVar
+
+from infra.errors.base import InfraError, Refused
+
+
+class ScoringFailed(InfraError):
+    """ONNX Runtime failed on inputs, or did not accept them."""
+
+    sentences: ClassVar = {
+        "scoring_failed": "ONNX Runtime failed while scoring: {problem}",
+        "inputs_refused": "ONNX Runtime does not accept these inputs: {problem}",
+    }
+
+
+class BuildRefused(Refused):
+    """An engine could not be built from this graph, or failed its audit."""
+
+    sentences: ClassVar = {
+        "onnxruntime_graph_refused": "ONNX Runtime does not accept {file}: {problem}",
+        "tensorrt_missing": "target {target!r} needs TensorRT, which cannot be imported here "
+        "({problem}). Run: pip install 'recpress[{target}]'.",
+        "builder_missing": "TensorRT {version} has no builder on this machine: {problem} The "
+        "datacenter builder needs a GPU like the one that will serve the engine.",
+        "graph_missing": "there is no ONNX file {path}.",
+        "tensorrt_graph_refused": "TensorRT {version} refuses the graph: {problem}",
+        "layer_type_unknown": "layer {layer} has outputs of type {type}, which is unknown here.",
+        "profiles_missing": "input(s) {inputs} have dimensions that vary and need a profile each.",
+        "profile_input_unknown": "the profile of {input!r} fits no input; the graph has {inputs}.",
+        "profile_shape_differs": "the profile of {input!r} runs from {low} to {high}; the graph's "
+        "input has shape {shape} (-1 varies).",
+        "profiles_refused": "TensorRT {version} refuses the profiles: {problem}",
+        "engine_not_built": "TensorRT {version} built no engine: {problem}",
+        "log_line_missing": "the log of TensorRT {version} has no line {line!r}, so the engine "
+        "cannot be audited. Use a version named in docs/tensorrt.md.",
+        "weights_widened": "the engine holds {weights_bytes:,} bytes of weights; the plan packed "
+        "{packed_bytes:,} and at most {most_bytes:,} are allowed, so something was widened. The "
+        "graph's constants by type: {constants}.",
+        "scratch_grows": "a table is widened before its Gather: scratch memory is "
+        "{scratch_bytes:,} bytes, and {twin_bytes:,} with half the rows. Gather the rows first, "
+        "then widen them.",
+        "initializer_missing": "Expected table {table!r} in initializer {initializer!r}, which the "
+        "graph does not have; the audit cannot find the table.",
+        "initializer_rows_differ": "Expected {expected} rows in initializer {initializer!r} of "
+        "table {table!r}, got shape {shape}.",
+        "initializer_length_missing": "external initializer {initializer!r} does not state its "
+        "length.",
+        "request_refused": "{problem}",
+    }
