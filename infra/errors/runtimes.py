@@ -28,8 +28,8 @@ class BuildRefused(Refused):
         "layer_type_unknown": "layer {layer} has outputs of type {type}, which is unknown here.",
         "profiles_missing": "input(s) {inputs} have dimensions that vary and need a profile each.",
         "profile_input_unknown": "the profile of {input!r} fits no input; the graph has {inputs}.",
-        "profile_shape_differs": "the profile of {input!r} runs from {low} to {high}; the graph's "
-        "input has shape {shape} (-1 varies).",
+        "profile_shape_differs": "the profile of {input!r} runs from ({low}) to ({high}); the "
+        "graph's input has shape ({shape}), where -1 varies.",
         "profiles_refused": "TensorRT {version} refuses the profiles: {problem}",
         "engine_not_built": "TensorRT {version} built no engine: {problem}",
         "log_line_missing": "the log of TensorRT {version} has no line {line!r}, so the engine "
@@ -43,7 +43,7 @@ class BuildRefused(Refused):
         "initializer_missing": "Expected table {table!r} in initializer {initializer!r}, which the "
         "graph does not have; the audit cannot find the table.",
         "initializer_rows_differ": "Expected {expected} rows in initializer {initializer!r} of "
-        "table {table!r}, got shape {shape}.",
+        "table {table!r}, got shape ({shape}).",
         "initializer_length_missing": "external initializer {initializer!r} does not state its "
         "length.",
         "request_refused": "{problem}",

@@ -114,7 +114,7 @@ def find_tables(
                     table=table.module,
                     initializer=name,
                     expected=wanted,
-                    shape=shape,
+                    shape=tuple(shape),
                 )
             found.setdefault(table.module, []).append(stored[name])
     return found

@@ -277,9 +277,9 @@ def _fitting(network: Any, profiles: Sequence[Profile]) -> Sequence[Profile]:
             raise BuildRefused(
                 "profile_shape_differs",
                 input=shapes.input,
-                low=str(shapes.low),
-                high=str(shapes.high),
-                shape=str(wanted),
+                low=shapes.low,
+                high=shapes.high,
+                shape=wanted,
             )
     return profiles
 
