@@ -121,7 +121,7 @@ def test_a_promotion_that_lost_a_race_changes_nothing_that_is_served(
         return seen
 
     monkeypatch.setattr(Ledger, "entries", and_meanwhile)
-    with raises_code(AlreadyThere, "ledger_moved_on", by="the other one"):
+    with raises_code(AlreadyThere, "ledger_moved_on", reason="the other one"):
         promote("m", two, "me")
     assert served_by(triton) == (one, body("a"))
 

@@ -266,7 +266,7 @@ def test_bad_input_is_one_sentence_and_exit_code_2(home: Path, call: Any, comman
 
     refused("Set RECPRESS_TRITON, or add --to", "m")
     refused("m has no champion in the ledger", "m", "--to", str(home / "t"))
-    refused("neither '/' nor ':'", "a/b", "--to", str(home / "t"))
+    refused("without '/' and ':'", "a/b", "--to", str(home / "t"))
     refused("--to 'gs://b' cannot be used", "m", "--to", "gs://b")
     promote("m", published(home, "a").version, "")
     refused("holds the object store", "m", "--to", str(home))
