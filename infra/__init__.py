@@ -1,6 +1,6 @@
 """Adapters: one folder for each outside system. No Prefect, no numerics.
 
-errors.py          what can go wrong here, and whether a retry helps
+errors/            what can go wrong here, and whether a retry helps
 settings.py        the environment
 telemetry.py       usage reports of libraries, switched off
 credentials.py     passwords, tokens and keys removed from messages and logs

@@ -248,7 +248,9 @@ def _clean_exception(fault: BaseException) -> None:
 def _cleaned_field(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return tuple(map(_cleaned_field, value))
-    return value if cleaned(value) == str(value) else cleaned(value)
+    if isinstance(value, int | float | None) or cleaned(value) == str(value):
+        return value
+    return cleaned(value)
 
 
 def clean_log_records() -> None:

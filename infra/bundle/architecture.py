@@ -65,13 +65,17 @@ def network_class(path: str, allowed: Sequence[str]) -> "type[torch.nn.Module]":
             for name, value in vars(module).items()
             if isinstance(value, type) and issubclass(value, torch.nn.Module)
         ]
+        if not classes:
+            raise BundleRefused(
+                "architecture_without_classes", path=path, module=module_name, name=class_name
+            )
         close = difflib.get_close_matches(class_name, classes, n=3) or classes[:5]
         raise BundleRefused(
             "architecture_class_missing",
             path=path,
             module=module_name,
             name=class_name,
-            classes=tuple(close) or ("no network class in it",),
+            classes=tuple(close),
         )
     if not isinstance(found, type) or not issubclass(found, torch.nn.Module):
         if isinstance(found, type):

@@ -27,8 +27,17 @@ Refused                  what was given cannot be used; retrying will not help
 ├─ PromotionRefused      a version cannot become champion, or cannot be fetched or served
 └─ TritonRefused         a Triton repository holds something else, or cannot hold a graph
 
-Import them from here. Each module of the list below holds the classes of one subject, with the
-code and the sentence of every error; ``docs/errors.md`` is generated from them.
+Import them from here. Each file holds the classes of one subject, with the code and the sentence
+of every error; ``docs/errors.md`` is generated from them.
+
+base.py       the two roots
+settings.py   settings
+commands.py   options and orders
+bundles.py    bundles, data and files
+store.py      the object store and its records
+registry.py   the registry, promotions and Triton repositories
+runtimes.py   engines and scoring
+processes.py  memory, child processes and services
 """
 
 from infra.errors.base import InfraError as InfraError

@@ -63,6 +63,8 @@ class BundleRefused(Refused):
         "{kind}: {problem}. Repair it; 'python -c \"import {module}\"' shows the same.",
         "architecture_class_missing": "architecture {path!r}: {module} has no class {name}; there "
         "is {classes}.",
+        "architecture_without_classes": "architecture {path!r}: {module} has no class {name}; "
+        "there is no network class in it.",
         "architecture_no_class": "architecture {path!r} is a {kind}, not a torch.nn.Module class. "
         "Name the class that builds the network.",
         "architecture_no_module_class": "architecture {path!r} is another class, not a "

@@ -83,7 +83,7 @@ def check_weights(weights_bytes: int, packed_bytes: int, constant_bytes: dict[st
     """
     limit = int(packed_bytes * WIDENED) + WIDENED_BYTES
     if weights_bytes > limit:
-        parts = ", ".join(f"{kind} {size:,}" for kind, size in sorted(constant_bytes.items()))
+        parts = tuple(f"{kind} {size:,}" for kind, size in sorted(constant_bytes.items()))
         raise BuildRefused(
             "weights_widened",
             weights_bytes=weights_bytes,

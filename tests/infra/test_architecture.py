@@ -141,7 +141,7 @@ def test_a_module_that_cannot_be_imported_says_why(package, source, code, fields
 @pytest.mark.usefixtures("package")
 def test_a_modules_own_getattr_is_not_asked(package):
     write(package / "lazy.py", "def __getattr__(name):\n    raise RuntimeError(name)\n")
-    with raises_code(BundleRefused, "architecture_class_missing", name="Ranker"):
+    with raises_code(BundleRefused, "architecture_without_classes", name="Ranker"):
         network_class("shopnets.lazy:Ranker", ALLOWED)
 
 

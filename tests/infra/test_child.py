@@ -119,7 +119,16 @@ def test_a_child_without_memory_is_no_refusal(child, tmp_path, raised):
         run_child(module, {}, tmp_path / "job", 30)
 
 
-@pytest.mark.parametrize("work", ["os._exit(0)", "open(sys.argv[2], 'w').write('{'); os._exit(0)"])
+@pytest.mark.parametrize(
+    "work",
+    [
+        "os._exit(0)",
+        "open(sys.argv[2], 'w').write('{'); os._exit(0)",
+        "open(sys.argv[2], 'w').write('{}'); os._exit(2)",
+        """open(sys.argv[2], 'w').write('{"error": "some text"}'); os._exit(3)""",
+        """open(sys.argv[2], 'w').write('{"error": {"code": "x", "fields": {}}}'); os._exit(2)""",
+    ],
+)
 def test_a_child_without_a_readable_answer_failed(child, tmp_path, work):
     module = child("mute", f"def work(request):\n    {work}")
     with raises_code(ChildFailed, "child_answer_unreadable", module="mute"):
