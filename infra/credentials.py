@@ -248,6 +248,8 @@ def _clean_exception(fault: BaseException) -> None:
 def _cleaned_field(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return tuple(map(_cleaned_field, value))
+    if isinstance(value, Mapping):
+        return {name: _cleaned_field(item) for name, item in value.items()}
     if isinstance(value, int | float | None) or cleaned(value) == str(value):
         return value
     return cleaned(value)

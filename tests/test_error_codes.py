@@ -4,6 +4,7 @@ import ast
 import copy
 import importlib
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 from error_codes import MODULES, TABLE, coded_classes, example_of, page, raises_code
@@ -95,7 +96,10 @@ def test_sentences_end_with_a_full_stop_and_have_named_fields(kind):
 class Example(CodedError):
     """An example."""
 
-    sentences = {"wrong_count": "Expected {expected:,} of {names}, got {got!r}. Count again."}  # noqa: RUF012
+    sentences: ClassVar = {
+        "wrong_count": "Expected {expected:,} of {names}, got {got!r}. Count again.",
+        "not_fitting": "{missing: and } are missing; there is {found:; }.",
+    }
 
 
 def example() -> Example:
@@ -105,6 +109,13 @@ def example() -> Example:
 def test_sentence_is_made_from_the_fields():
     assert str(example()) == "Expected 1,000 of a, b, got 'x'. Count again."
     assert example().fields == {"expected": 1000, "names": ("a", "b"), "got": "x"}
+
+
+def test_lists_and_mappings_are_written_with_the_separator_of_the_sentence():
+    missing, found = ("train", "test"), {"user": "packed", "item": "tied"}
+    fault = Example("not_fitting", missing=missing, found=found)
+    assert str(fault) == "train and test are missing; there is user: packed; item: tied."
+    assert str(Example("not_fitting", missing=("a",), found={})) == "a are missing; there is none."
 
 
 @pytest.mark.parametrize(
@@ -147,6 +158,16 @@ def test_every_error_has_a_sentence_and_survives_a_copy(kind):
         assert "{" not in str(error)
         again = copy.copy(error)
         assert (type(again), again.code, again.fields) == (kind, code, error.fields)
+
+
+def test_credentials_in_a_mapping_of_fields_are_removed_and_its_keys_stay(monkeypatch):
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "canary-secret-value")
+    found = {"user": "read from http://user:canary-secret-value@host", "item": "tied"}
+    with pytest.raises(Example) as caught, clean_exceptions():
+        raise Example("not_fitting", missing=("train",), found=found)
+    assert caught.value.fields["found"].keys() == found.keys()
+    assert "canary-secret-value" not in str(caught.value)
+    assert "item: tied" in str(caught.value)
 
 
 def test_credentials_in_fields_are_removed_and_the_class_and_code_stay(monkeypatch):

@@ -1,8 +1,8 @@
 """Errors that carry a code and fields, from which their sentence is made. Types only.
 
 A program reads ``code`` and ``fields``; a person reads the sentence. The classes list their codes
-and sentences in one place each (``compressors/errors/compression.py``, ``infra/errors.py``), and
-``docs/errors.md`` is generated from them.
+and sentences in the modules of ``compressors/errors`` and ``infra/errors``, and ``docs/errors.md`` is
+generated from them.
 """
 
 import string
@@ -13,21 +13,22 @@ from typing import Any, ClassVar
 
 
 class _SentenceFormatter(string.Formatter):
-    """Formats sequences: ``{x}`` as ``a, b, c``, ``{x:list}`` with a line for each item.
+    """Formats a sequence as ``a, b, c``, a mapping as ``a: 1, b: 2``, an empty one as ``none``.
 
-    ``{x:lines}`` is the same, except that a single item stays on the line.
+    A format specification of a sequence is the separator instead of ``, ``, except for ``list``,
+    which gives each item a line, and ``lines``, which does so for more than one item.
     """
 
     def format_field(self, value: Any, format_spec: str) -> str:
+        if isinstance(value, Mapping):
+            value = [f"{name}: {item}" for name, item in value.items()]
         if not isinstance(value, list | tuple):
             return str(super().format_field(value, format_spec))
-        if not format_spec:
-            return ", ".join(map(str, value))
         if format_spec == "lines" and len(value) == 1:
             return f" {value[0]}"
         if format_spec in {"list", "lines"}:
             return "".join(f"\n- {item}" for item in value)
-        raise ValueError(f"Expected 'list' or 'lines' for a sequence, got {format_spec!r}.")
+        return (format_spec or ", ").join(map(str, value)) or "none"
 
 
 class CodedError(Exception):
@@ -65,8 +66,9 @@ class CodedError(Exception):
     def __str__(self) -> str:
         return _SentenceFormatter().vformat(type(self).sentences[self.code], (), self.fields)
 
-    def __reduce__(self) -> tuple[Callable[..., Any], tuple[str]]:
-        return partial(type(self), **self.fields), (self.code,)
+    def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]:
+        """Copies and pickles have the code, the fields and all other attributes."""
+        return partial(type(self), **self.fields), (self.code,), vars(self)
 
 
 def field_names(sentence: str) -> set[str]:
