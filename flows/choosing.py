@@ -9,7 +9,7 @@ from typing import TypeVar
 from compressors.contracts import Part
 from compressors.core.registries import AnyStep
 from compressors.core.runner import needs, wants
-from compressors.errors.compression import CompressionError
+from compressors.errors.orders import OrderRefused
 from compressors.prune.tables.prune_rows import PruneRows
 from flows.order import Order
 from flows.presets import Group
@@ -34,15 +34,9 @@ def require_budget_rows(order: Order, subject: BundleRef) -> None:
     if order.budget is None:
         return
     if subject.task == "retrieval":
-        raise CompressionError(
-            "A budget is measured on the scores of validation rows, which task 'retrieval' does "
-            "not have yet. Leave it out; limits are judged all the same."
-        )
+        raise OrderRefused("budget_for_retrieval")
     if "validation" not in subject.rows:
-        raise CompressionError(
-            f"A budget is weighed on validation data; this model has {', '.join(subject.rows)}. "
-            f"Add it to model.json and pack again, or leave the budget out."
-        )
+        raise OrderRefused("budget_needs_validation", splits=tuple(subject.rows))
 
 
 def can_be_judged(order: Order, subject: BundleRef) -> bool:
@@ -105,7 +99,7 @@ def allowed_steps(
                     break
                 done.append((step.kind, result))
             if why is not None and order.preset == "custom" and not over:
-                raise CompressionError(why)
+                raise OrderRefused("step_not_applicable", reason=why)
             if why is None and spent is not None and not exempt:
                 why = spent(done[-1][1])
                 if why is not None:
@@ -118,8 +112,9 @@ def allowed_steps(
         if taken is None:
             over |= refused
     if len(stages) == 1:
-        reasons = "; ".join(dict.fromkeys(idle.values()))
-        raise CompressionError(f"No step of preset {order.preset!r} fits this model: {reasons}")
+        raise OrderRefused(
+            "no_step_fits", preset=order.preset, reasons=tuple(dict.fromkeys(idle.values()))
+        )
     return tuple(stages), idle
 
 
@@ -182,10 +177,10 @@ def require_taught(order: Order) -> None:
         CompressionError: names the steps.
     """
     if order.teachers and not any(map(is_taught, order.recipe())):
-        kinds = ", ".join(step.kind for step in order.recipe())
-        raise CompressionError(
-            f"The order names {len(order.teachers)} teacher(s), and no step of it learns from "
-            f"any: it has {kinds}. Add a step such as 'distill', or leave 'teachers' out."
+        raise OrderRefused(
+            "teachers_unused",
+            teachers=len(order.teachers),
+            steps=tuple(step.kind for step in order.recipe()),
         )
 
 

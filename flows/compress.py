@@ -15,6 +15,7 @@ from prefect.states import Completed
 
 from compressors.contracts import Artifact, TargetKind, Verdict, digest, limit_warnings
 from compressors.errors.compression import CompressionError
+from compressors.errors.orders import OrderRefused
 from flows.choosing import require_taught
 from flows.embedded_server import protect_ephemeral_server
 from flows.memory import require_order_memory, what_ran
@@ -138,8 +139,7 @@ def _compress(
             skipped[target] = str(fault)
 
     if not built:
-        reasons = "; ".join(f"{target}: {why}" for target, why in skipped.items())
-        raise CompressionError(f"None of the optional targets could be built: {reasons}")
+        raise OrderRefused("no_target_built", reasons=skipped)
 
     progress.stage("measure")
     measurement = None

@@ -18,7 +18,7 @@ from compressors.contracts import (
     quality_metrics,
 )
 from compressors.core.batches import Batch, batches
-from compressors.errors.compression import CompressionError
+from compressors.errors.metrics import MetricRefused
 from compressors.lower.serving_wrapper import served_graphs
 from compressors.metrics import intervals, judge
 from infra.bundle.bundle_folder import read
@@ -134,10 +134,8 @@ def _sessions(folder: Path, signature: Signature, threads: int) -> Sessions:
     wanted = [form.name for form in served_graphs(signature)]
     found = {graph.name: graph.file for graph in lowering_of(folder).graphs}
     if sorted(found) != sorted(wanted):
-        raise CompressionError(
-            f"A model of task {signature.task!r} is served as {', '.join(wanted)}; one that it "
-            f"should be compared with is served as {', '.join(found)}. Leave limits against the "
-            f"champion out of this order."
+        raise MetricRefused(
+            "graphs_differ", task=signature.task, expected=tuple(wanted), got=tuple(found)
         )
     return {name: Session(folder / found[name], threads) for name in wanted}
 
@@ -147,10 +145,11 @@ def _same_inputs(sessions: dict[str, Sessions]) -> None:
         wanted = set(candidate.inputs)
         for name, held in sessions.items():
             if set(held[graph].inputs) != wanted:
-                raise CompressionError(
-                    f"The {name} takes the inputs {', '.join(held[graph].inputs)}, the candidate "
-                    f"{', '.join(sorted(wanted))}: they cannot be compared on the same rows. Leave "
-                    f"limits against the champion out of this order."
+                raise MetricRefused(
+                    "inputs_differ",
+                    model=name,
+                    got=tuple(held[graph].inputs),
+                    expected=tuple(sorted(wanted)),
                 )
 
 
@@ -187,9 +186,8 @@ def _scores(name: str, session: Session, rows: list[Batch]) -> Array:
     scores = np.concatenate(parts)
     refused = np.flatnonzero(~np.isfinite(scores))
     if refused.size:
-        raise CompressionError(
-            f"The {name} graph gives no score for {refused.size} test rows, the first is row "
-            f"{refused[0]}: an id or a list outside what its inputs declare, or an overflow."
+        raise MetricRefused(
+            "graph_scores_not_finite", model=name, count=refused.size, row=int(refused[0])
         )
     return scores
 

@@ -11,7 +11,7 @@ from compressors.contracts import Artifact
 from compressors.core.batches import batches
 from compressors.core.state.module_state import write_tensors
 from compressors.distill.soft_labels import mean_predictions
-from compressors.errors.compression import CompressionError
+from compressors.errors.metrics import MetricRefused
 from infra.store.temporary import scratch_folder
 from tasks.bundles.loading import SCORING_ROWS, load_bundle, split_of
 from tasks.orchestration.policy import KEPT
@@ -44,9 +44,11 @@ def score(bundle: Artifact, split: Artifact, rows: int, code: str) -> Artifact: 
         parts = [loaded.model.module(**batch.inputs).reshape(-1) for batch in held]
     scores = torch.cat(parts).to(torch.float32)
     if not bool(scores.isfinite().all()):
-        raise CompressionError(
-            f"{loaded.manifest.name} {loaded.manifest.version} gives no finite score for "
-            f"{int((~scores.isfinite()).sum())} rows: an id outside its table, or an overflow."
+        raise MetricRefused(
+            "bundle_scores_not_finite",
+            name=loaded.manifest.name,
+            version=loaded.manifest.version,
+            count=int((~scores.isfinite()).sum()),
         )
     return _stored(scores)
 

@@ -14,7 +14,12 @@ from compressors.contracts.coded_error import CodedError
 
 TABLE = Path(__file__).parent.parent / "docs" / "errors.md"
 MODULES = (
+    "compressors.errors.construction",
     "compressors.errors.compression",
+    "compressors.errors.metrics",
+    "compressors.errors.orders",
+    "compressors.errors.steps",
+    "compressors.errors.widths",
     "infra.errors.base",
     "infra.errors.bundles",
     "infra.errors.commands",
@@ -72,7 +77,7 @@ def example_of(kind: type[CodedError], code: str | None = None) -> CodedError:
     """An error of a class, by default of its first code, with a value in each field."""
     chosen = code or next(iter(kind.sentences))
     values = {
-        name: ("x",) if spec in {"list", "lines"} else 1 if spec and spec[-1] in ",fg" else "x"
+        name: "x" if not spec else 1 if spec == "," or spec[-1] in "fg" else ("x",)
         for _, name, spec, _ in string.Formatter().parse(kind.sentences[chosen])
         if name is not None
     }

@@ -3,6 +3,7 @@
 import ast
 import copy
 import importlib
+from collections.abc import Collection
 from pathlib import Path
 from typing import ClassVar
 
@@ -10,16 +11,20 @@ import pytest
 from error_codes import MODULES, TABLE, coded_classes, example_of, page, raises_code
 
 from compressors.contracts.coded_error import CodedError, field_names
+from compressors.errors.compression import AuditFailed, ParityLost
+from compressors.errors.parity_failure import ParityFailure
 from infra.credentials import clean_exceptions
 from infra.errors import InfraError, PromotionRefused, Refused
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("flows", "tasks", "compressors", "infra")
 CLASSES = {kind.__name__: kind for kind in coded_classes()}
+CODE_OF_FAILURE = {"ParityFailure": "ParityLost"}
+"""Classes whose ``code`` becomes that of an error of another class, which is made from them."""
 
 
-def raised() -> list[tuple[str, ast.Call]]:
-    """Every place where an error of a class with codes is made: ``file:line`` and the call."""
+def calls_of(classes: Collection[str]) -> list[tuple[str, ast.Call]]:
+    """Every place where an instance of a class is made: ``file:line`` and the call."""
     paths = [path for name in PACKAGES for path in sorted((ROOT / name).rglob("*.py"))]
     return [
         (f"{path.relative_to(ROOT)}:{node.lineno}", node)
@@ -27,11 +32,12 @@ def raised() -> list[tuple[str, ast.Call]]:
         for node in ast.walk(ast.parse(path.read_text()))
         if isinstance(node, ast.Call)
         and isinstance(node.func, ast.Name)
-        and node.func.id in CLASSES
+        and node.func.id in classes
     ]
 
 
-RAISED = raised()
+RAISED = calls_of(CLASSES.keys() - set(CODE_OF_FAILURE.values()))
+FAILURES = calls_of(CODE_OF_FAILURE.keys())
 
 
 def test_classes_without_codes_are_never_raised():
@@ -58,6 +64,9 @@ def test_error_is_raised_with_a_code_of_its_class_and_with_its_fields(place, cal
 
 def test_every_code_is_raised_somewhere():
     used = {(call.func.id, call.args[0].value) for _, call in RAISED}
+    for _, call in FAILURES:
+        (code,) = (keyword.value.value for keyword in call.keywords if keyword.arg == "code")
+        used.add((CODE_OF_FAILURE[call.func.id], code))
     listed = {(name, code) for name, kind in CLASSES.items() for code in kind.sentences}
     assert used == listed
 
@@ -158,6 +167,21 @@ def test_every_error_has_a_sentence_and_survives_a_copy(kind):
         assert "{" not in str(error)
         again = copy.copy(error)
         assert (type(again), again.code, again.fields) == (kind, code, error.fields)
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        AuditFailed("graph_not_as_ordered", faults=("user: lost rows",)).caused_by("user"),
+        ParityLost(ParityFailure(code="parity_nan", target="tensorrt", row=3)).caused_by("user"),
+    ],
+    ids=lambda fault: type(fault).__name__,
+)
+def test_copy_of_a_compression_error_has_the_units_that_are_its_cause(fault):
+    copied = copy.deepcopy(fault)
+    assert (type(copied), copied.code, copied.fields) == (type(fault), fault.code, fault.fields)
+    assert copied.units == ("user",)
+    assert str(copied) == str(fault)
 
 
 def test_credentials_in_a_mapping_of_fields_are_removed_and_its_keys_stay(monkeypatch):

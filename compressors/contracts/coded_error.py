@@ -1,8 +1,8 @@
 """Errors that carry a code and fields, from which their sentence is made. Types only.
 
 A program reads ``code`` and ``fields``; a person reads the sentence. The classes list their codes
-and sentences in the modules of ``compressors/errors`` and ``infra/errors``, and ``docs/errors.md`` is
-generated from them.
+and sentences in the files of ``compressors/errors`` and ``infra/errors``, from which
+``docs/errors.md`` is generated.
 """
 
 import string

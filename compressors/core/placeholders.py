@@ -19,7 +19,7 @@ from compressors.core.modules.formats import (
     TensorSpec,
 )
 from compressors.core.units import Choice, Unit, pack_table, swap
-from compressors.errors.compression import CompressionError
+from compressors.errors.steps import StepRefused
 
 
 def placeholder(spec: TensorSpec) -> Tensor:
@@ -75,5 +75,5 @@ def dry_run_packed(
             layer = PackedLinear(linear, second, first, bias=bias, settings=settings, stored=stored)
             swap(model.module, unit.name, layer)
         else:
-            raise CompressionError(f"No format was given for {unit.role} {unit.name!r}.")
+            raise StepRefused("format_missing", role=unit.role, unit=unit.name)
     return model

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from compressors.core.batches import Batch
-from compressors.errors.compression import CompressionError
+from compressors.errors.steps import StepRefused
 
 
 @dataclass(frozen=True)
@@ -55,10 +55,7 @@ def require_device(device: torch.device) -> None:
         CompressionError: says what there is.
     """
     if device.type == "cuda" and not torch.cuda.is_available():
-        raise CompressionError(
-            f"Device {str(device)!r} is not there: torch {torch.__version__} finds no CUDA GPU. "
-            f"Take device 'cpu'."
-        )
+        raise StepRefused("device_missing", device=str(device), torch=torch.__version__)
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:

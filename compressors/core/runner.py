@@ -46,12 +46,8 @@ from compressors.core.units import (
     swap,
     table_rows,
 )
-from compressors.errors.compression import (
-    CompressionError,
-    ContractBroken,
-    ModelRefused,
-    NothingToCompress,
-)
+from compressors.errors.compression import ContractBroken, ModelRefused, NothingToCompress
+from compressors.errors.steps import StepRefused
 from compressors.quantize.better_format import best_format, table_bytes
 from compressors.quantize.calibration.input_ranges import input_range_warnings
 
@@ -110,14 +106,14 @@ def run(
                     swap(model.module, unit.name, packed)
     module = model.module.eval()
     if _versions(source.module) != versions:
-        raise ContractBroken(f"{step.kind!r} wrote into the tensors of the model it was given.")
+        raise ContractBroken("source_changed", step=step.kind)
     after = Unit.of(module)
     _check_choices(step, choices, model.notes, Unit.of(source.module), after)
     inputs = example(bench.signature, rows_of_tables(module, bench.signature), CHECK_ROWS)
     expected = _scores(step, source, module, inputs)
     if not bool(torch.isfinite(expected).all()):
         _require_finite_source(step, source, inputs)
-        raise ContractBroken(f"After {step.kind!r} the model's scores are not finite numbers.")
+        raise ContractBroken("scores_not_finite", step=step.kind)
     ties = save(module, folder)
     network = Network(
         architecture=model.network.architecture, modules=records_of(module), ties=ties
@@ -127,10 +123,7 @@ def run(
         again = stored(**inputs)
     if not torch.equal(again, expected):
         gap = float((again - expected).abs().max())
-        raise ContractBroken(
-            f"After {step.kind!r} the stored model scores differently from the one in memory (by "
-            f"up to {gap:g}): some of its state is not among its tensors."
-        )
+        raise ContractBroken("stored_scores_differ", step=step.kind, gap=gap)
     sizes = stored_bytes(source.module), stored_bytes(stored)
     choices = _as_found(step, choices, Unit.of(source.module), after)
     choices = {name: _noted(choice, model.notes.get(name)) for name, choice in choices.items()}
@@ -154,10 +147,7 @@ def _as_refusal(step: TableStep | ModelStep) -> Iterator[None]:
     except torch.OutOfMemoryError:
         raise
     except REFUSALS as fault:
-        raise CompressionError(
-            f"Expected a network that {step.kind!r} can change, got {fault!r} while it was "
-            f"applied. Leave the layer or table out of the step, or the step out of the recipe."
-        ) from fault
+        raise StepRefused("network_not_changeable", step=step.kind, problem=repr(fault)) from fault
 
 
 def output_line(step: TableStep | ModelStep, source: Model, model: Model) -> PlanLine | None:
@@ -181,10 +171,7 @@ def _require_parts(step: TableStep | ModelStep, bench: Bench) -> None:
     if missing:
         held = [part for part in get_args(Part) if getattr(bench, part) is not None]
         raise NothingToCompress(
-            step=step.kind,
-            wanted=f"{' and '.join(part.replace('_', ' ') for part in missing)} rows",
-            closest=", ".join(part.replace("_", " ") for part in held) or "no data",
-            remedy="Add the data to model.json and pack again, or leave this step out.",
+            "rows_missing", step=step.kind, missing=tuple(missing), present=tuple(held)
         )
 
 
@@ -205,14 +192,9 @@ def _scores(
             if is_out_of_memory(first):
                 raise
             raise ModelRefused(
-                f"{source.network.architecture.path} fails on made-up inputs that its signature "
-                f"allows, such as any id below the rows of its table: {first!r}. Correct the "
-                f"inputs in model.json, or the network."
+                "network_fails", architecture=source.network.architecture.path, problem=repr(first)
             ) from first
-        raise CompressionError(
-            f"After {step.kind!r} the network no longer runs: {fault!r}. Some code of it reads "
-            f"the weights of a layer instead of calling it; leave that layer out of the step."
-        ) from fault
+        raise StepRefused("network_fails", step=step.kind, problem=repr(fault)) from fault
     return scores
 
 
@@ -228,10 +210,11 @@ def _require_finite_source(
     bad = int((~torch.isfinite(scores)).reshape(len(scores), -1).any(dim=1).sum())
     if bad:
         raise ModelRefused(
-            f"Expected a finite score of {source.network.architecture.path} for every row that "
-            f"its signature allows; got NaN or infinity for {bad} of {len(scores)} rows before "
-            f"{step.kind!r} was applied. Check what the network does with an empty list (a mean or "
-            f"a softmax over nothing) and with the first and last id of a table."
+            "scores_not_finite",
+            architecture=source.network.architecture.path,
+            count=bad,
+            rows=len(scores),
+            step=step.kind,
         )
 
 
@@ -246,10 +229,7 @@ def rows_of_tables(model: nn.Module, signature: Signature) -> dict[str, int]:
         table = getattr(item, "table", None)
         if table is not None and table not in rows:
             raise NothingToCompress(
-                step="signature",
-                wanted=f"table {table!r} of input {item.name!r}",
-                closest=", ".join(rows) or "no table",
-                remedy="Correct 'table' in model.json.",
+                "input_table_missing", input=item.name, table=table, tables=tuple(rows)
             )
     return rows
 
@@ -298,12 +278,10 @@ def plan_choices(
     }
     behind = isinstance(step, ModelStep) and step.changes == "output"
     if not behind and not any(choice.take for choice in chosen.values()):
-        reasons = "; ".join(f"{name}: {choice.reason}" for name, choice in chosen.items())
         raise NothingToCompress(
+            "units_missing",
             step=step.kind,
-            wanted="a table or dense layer it may compress",
-            closest=reasons or "none of that kind",
-            remedy="Drop this step, widen what it takes, or move it before what left it nothing.",
+            reasons={name: choice.reason for name, choice in chosen.items()},
         )
     rest = {unit.name: Choice(False, f"{step.kind} takes no {unit.role}") for unit in units}
     return {**rest, **chosen}
@@ -344,7 +322,11 @@ def encode_table(step: TableStep, weight: Tensor) -> PackedTable:
 def _as_laid_out(step: TableStep, name: str, tensor: Tensor, spec: TensorSpec) -> Tensor:
     if tensor.dtype != spec.dtype:
         raise ContractBroken(
-            f"{step.kind!r} encodes {name!r} as {tensor.dtype} and lays it out as {spec.dtype}."
+            "encoded_dtype_differs",
+            step=step.kind,
+            name=name,
+            got=str(tensor.dtype),
+            expected=str(spec.dtype),
         )
     return tensor
 
@@ -364,16 +346,19 @@ def _check_choices(
         if new is None:
             if values and taken:
                 continue
-            raise ContractBroken(f"After {step.kind!r} nothing stands at {unit.name!r} any more.")
+            raise ContractBroken("unit_lost", step=step.kind, unit=unit.name)
         # A method that changes values, or looks for rows to do without, may find that a unit is
         # best left as it is.
         kept = new.format == unit.format if not values else _equal(unit.module, new.module)
         told = taken and unit.name in notes  # it says why the unit stays
         if kept == taken and not (taken and (may_stay or told)):
-            did = "kept" if kept else "changed"
-            raise ContractBroken(f"{step.kind!r} {did} {unit.name!r} against its own choice.")
+            raise (
+                ContractBroken("unit_kept", step=step.kind, unit=unit.name)
+                if kept
+                else ContractBroken("unit_changed", step=step.kind, unit=unit.name)
+            )
         if values and new.format != unit.format:
-            raise ContractBroken(f"{step.kind!r} stores {unit.name!r} in another format.")
+            raise ContractBroken("format_changed", step=step.kind, unit=unit.name)
     old = {unit.name for unit in before}
     owners = {name for name, choice in choices.items() if choice.take}
     parts = isinstance(step, ModelStep) and step.changes == "parts"
@@ -383,7 +368,7 @@ def _check_choices(
         if unit.name not in old and not (parts and _inside(unit.name, owners))
     )
     if more:
-        raise ContractBroken(f"After {step.kind!r} there is {more[0]!r}, which was not there.")
+        raise ContractBroken("unit_added", step=step.kind, unit=more[0])
 
 
 def _inside(name: str, owners: Collection[str]) -> bool:

@@ -27,6 +27,7 @@ from compressors.core.model import Model
 from compressors.core.runner import ModelStep, TableStep, needs, plan_choices, rows_of_tables, run
 from compressors.core.units import EXCEPT, Unit, is_named, swap
 from compressors.errors.compression import CompressionError, ModelRefused, NothingToCompress
+from compressors.errors.steps import StepRefused
 
 PROBE_ROWS = 8
 TRAINS = ("train", "soft_labels", "validation")
@@ -216,7 +217,6 @@ def _require_unnamed(
     units = {unit.name: unit for unit in Unit.of(source.module)}
     for name, why in found.items():
         if name in units and any(is_named(units[name], pattern) for pattern in exact):
-            raise CompressionError(
-                f"Expected a unit that {step.kind!r} can change, got {name!r}, which the recipe "
-                f"names: {why}. Remove the name, or use a pattern with '*', which skips such units."
+            raise StepRefused(
+                "unit_not_changeable", step=step.kind, unit=name, reason=why
             ) from fault

@@ -34,10 +34,7 @@ def smoke_test(
     """
     other = {str(p.dtype) for p in model.parameters() if p.is_floating_point()} - {"torch.float32"}
     if other:
-        raise ModelRefused(
-            f"{path} holds {', '.join(sorted(other))} weights; a bundle begins with float32. "
-            f"Convert them with model.float() before saving."
-        )
+        raise ModelRefused("weights_not_float32", architecture=path, dtypes=tuple(sorted(other)))
     rows_of_table = rows_of_tables(model, signature)
     inputs = example(signature, rows_of_table, ROWS)
     for item in signature.inputs:
@@ -49,10 +46,7 @@ def smoke_test(
     except Exception as fault:
         if is_out_of_memory(fault):
             raise
-        raise ModelRefused(
-            f"{path} fails on made-up rows that its signature allows (any id below its table's "
-            f"rows): {fault!r}. Correct the inputs in model.json, or the network."
-        ) from fault
+        raise ModelRefused("network_fails", architecture=path, problem=repr(fault)) from fault
     _check_score(score, path)
     _require_repeatable(model, again, inputs, score, path)
     if signature.towers is not None:
@@ -63,9 +57,10 @@ def _check_score(score: object, path: str) -> None:
     shape = list(score.shape) if isinstance(score, torch.Tensor) else type(score).__name__
     fits = isinstance(score, torch.Tensor) and shape in ([ROWS], [ROWS, 1])
     if not isinstance(score, torch.Tensor) or not fits or not bool(torch.isfinite(score).all()):
-        raise ModelRefused(
-            f"{path} must return one finite score a row, (rows,) or (rows, 1); on {ROWS} rows it "
-            f"returned {shape}{' with NaN or inf' if fits else ''}."
+        raise (
+            ModelRefused("score_not_finite", architecture=path, rows=ROWS)
+            if fits
+            else ModelRefused("score_shape", architecture=path, rows=ROWS, got=str(shape))
         )
 
 
@@ -81,21 +76,16 @@ def _require_repeatable(
     with torch.no_grad():
         gap = float((model(**inputs) - score).abs().max())
         if not gap <= tolerance:
-            raise ModelRefused(
-                f"Expected {path} to give the same rows the same scores, got scores up to "
-                f"{gap:.3g} apart in two calls. Something random is active in evaluation mode: "
-                f"pass training=self.training to functional dropout."
-            )
+            raise ModelRefused("calls_differ", architecture=path, gap=gap)
         if again is None:
             return
         gap = float((again(**inputs) - score).abs().max())
     if not gap <= tolerance:
-        names = ", ".join(map(repr, differing_tensors(model, again)[:5]))
-        what = f"{names}, which no file stores" if names else "a value that no file stores"
         raise ModelRefused(
-            f"Expected {path} to score alike whenever it is loaded, got scores up to {gap:.3g} "
-            f"apart from two loads: its constructor draws {what}. Register it as a parameter or "
-            f"buffer and save the weights again, or compute it from the configuration."
+            "loads_differ",
+            architecture=path,
+            gap=gap,
+            names=tuple(differing_tensors(model, again)[:5]),
         )
 
 
@@ -105,8 +95,6 @@ def _check_towers(
     """What is served are the towers, so their dot product must be what the network says."""
     vectors: dict[str, Tensor] = {}
     for form in served_graphs(signature):
-        where = f"{path}: tower {form.name!r} ({form.module})"
-        read = ", ".join(input_names(form.signature))
         try:
             part = form.part(model)
             with torch.no_grad():
@@ -115,27 +103,32 @@ def _check_towers(
             if is_out_of_memory(fault):
                 raise
             raise ModelRefused(
-                f"{where} fails when it is called with {read}: {fault!r}. Name the submodule that "
-                f"takes exactly the inputs listed for it in model.json."
+                "tower_fails",
+                architecture=path,
+                tower=form.name,
+                module=form.module,
+                inputs=tuple(input_names(form.signature)),
+                problem=repr(fault),
             ) from fault
         shape = list(vector.shape) if isinstance(vector, Tensor) else type(vector).__name__
         if not isinstance(vector, Tensor) or vector.dim() != 2 or len(vector) != ROWS:
             raise ModelRefused(
-                f"{where} must return one vector a row, (rows, dim); on {ROWS} rows it returned "
-                f"{shape}."
+                "tower_vector_shape",
+                architecture=path,
+                tower=form.name,
+                module=form.module,
+                rows=ROWS,
+                got=str(shape),
             )
         vectors[form.name] = vector
     if vectors["query"].shape != vectors["item"].shape:
         raise ModelRefused(
-            f"{path}: the query tower's vectors have {vectors['query'].shape[1]} numbers, the item "
-            f"tower's {vectors['item'].shape[1]}. A score is their dot product, so they must be of "
-            f"the same length."
+            "tower_lengths_differ",
+            architecture=path,
+            query=vectors["query"].shape[1],
+            item=vectors["item"].shape[1],
         )
     product = (vectors["query"] * vectors["item"]).sum(dim=1)
     gap = float((product - score).abs().max())
     if not gap <= TOWER_TOLERANCE * (1 + float(score.abs().max())):
-        raise ModelRefused(
-            f"{path}: the dot product of the towers' vectors is up to {gap:.3g} away from the "
-            f"network's own score on made-up rows. Only the vectors are served: put scales, biases "
-            f"and norms into the towers, and let forward return the dot product."
-        )
+        raise ModelRefused("towers_not_the_score", architecture=path, gap=gap)

@@ -19,7 +19,8 @@ from compressors.core.modules.formats import (
     PackedTable,
 )
 from compressors.core.state.plain_values import plain_tensors
-from compressors.errors.compression import CompressionError, NothingToCompress
+from compressors.errors.compression import NothingToCompress
+from compressors.errors.steps import StepRefused
 
 Role = Literal["table", "dense"]
 EXCEPT = "!"
@@ -53,7 +54,7 @@ class Unit:
         """The float weight of a unit that is not compressed: ``(rows, dim)`` or ``(out, in)``."""
         module = self.module.table if isinstance(self.module, Bag) else self.module
         if not isinstance(module, nn.Embedding | nn.EmbeddingBag | nn.Linear):
-            raise CompressionError(f"{self.name!r} is already stored as {self.format}.")
+            raise StepRefused("already_compressed", unit=self.name, format=self.format)
         return module.weight.detach()
 
     @property
@@ -189,10 +190,11 @@ def require_matches(patterns: tuple[str, ...], units: list[Unit], kind: str, wha
             continue
         if pattern != "*" and not any(is_named(unit, pattern) for unit in units):
             raise NothingToCompress(
+                "name_unmatched",
                 step=kind,
-                wanted=f"a {what} named like {pattern!r}",
-                closest=", ".join(unit.name for unit in units) or f"no {what}",
-                remedy="Correct the name, or leave it out.",
+                role=what,
+                pattern=pattern,
+                names=tuple(unit.name for unit in units),
             )
 
 
@@ -305,10 +307,7 @@ def _describe(name: str, module: nn.Module) -> tuple[Role, str, int] | None:
             return "dense", module.storage.name, module.out_features
         case nn.Embedding() | nn.EmbeddingBag():
             if module.max_norm is not None:
-                raise CompressionError(
-                    f"Table {name!r} renormalizes its rows while it is read (max_norm). Apply it "
-                    f"to the weights once and build the table without max_norm."
-                )
+                raise StepRefused("table_renormalizes", table=name)
             return "table", _float(module.weight), module.num_embeddings
         case nn.Linear():
             return "dense", _float(module.weight), module.out_features

@@ -22,7 +22,7 @@ from torch.nn import functional as F
 
 from compressors.core.batches import Batch
 from compressors.distill.training.trainer import Loss
-from compressors.errors.compression import CompressionError
+from compressors.errors.steps import DistillationRefused
 
 TINY = 1e-12  # of a layer that gives nothing but zeros
 
@@ -57,7 +57,7 @@ class AuxiliaryLosses(nn.Module):
     def answers(self) -> Tensor:
         """What the head answers to the rows the student has just been given, ``(rows,)``."""
         if self.head is None or self.auxiliary is None:
-            raise CompressionError("There is no auxiliary head to ask.")
+            raise DistillationRefused("auxiliary_head_missing")
         found: Tensor = self.head(self.seen[self.auxiliary].float()).reshape(-1)
         return found
 
@@ -72,10 +72,11 @@ class AuxiliaryLosses(nn.Module):
             wanted = shown[name].float()
             own = translate(self.seen[name].float())
             if own.shape != wanted.shape:
-                raise CompressionError(
-                    f"Hint {name!r} has shape {tuple(own.shape)} in the student and "
-                    f"{tuple(wanted.shape)} in the original; only the last dimension may differ. "
-                    f"Name another layer."
+                raise DistillationRefused(
+                    "hint_shapes_differ",
+                    layer=name,
+                    student=tuple(own.shape),
+                    original=tuple(wanted.shape),
                 )
             gaps.append(F.mse_loss(own, wanted) / wanted.square().mean().clamp(min=TINY))
         return torch.stack(gaps).mean()
@@ -114,9 +115,8 @@ def require_layers(module: nn.Module, names: tuple[str, ...], where: str = "netw
     known = [name for name, _ in module.named_modules() if name]
     for name in names:
         if name not in known:
-            raise CompressionError(
-                f"There is no layer {name!r} in the {where} to take hints from or to put a head "
-                f"on; it has {', '.join(known)}."
+            raise DistillationRefused(
+                "layer_missing", layer=name, network=where, layers=tuple(known)
             )
 
 
@@ -142,10 +142,7 @@ def widths_of(
             found = type(given).__name__
             if isinstance(given, Tensor):
                 found = f"{given.dtype} of shape {tuple(given.shape)}"
-            raise CompressionError(
-                f"Layer {name!r} gives {found}; hints and heads need floats (rows, width). Name "
-                f"another layer."
-            )
+            raise DistillationRefused("layer_output_unusable", layer=name, got=found)
     return {name: seen[name].shape[-1] for name in names}
 
 

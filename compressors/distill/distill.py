@@ -32,7 +32,8 @@ from compressors.distill.student import student_choices, student_of, student_out
 from compressors.distill.training.settings import Training
 from compressors.distill.training.trainable import trainable
 from compressors.distill.training.training_steps import choose_trainable, pruned_layers, train_model
-from compressors.errors.compression import CompressionError, NothingToCompress
+from compressors.errors.compression import NothingToCompress
+from compressors.errors.steps import DistillationRefused
 
 PROBED = 8
 """Rows that are asked for the widths of hinted layers."""
@@ -117,12 +118,7 @@ class Distill(Frozen):
     def choose(self, model: Model, bench: Bench) -> dict[str, Choice]:
         """What is trained, and what becomes of each layer in a smaller student."""
         if self.loss == "calibrated_listwise" and bench.signature.output == "score":
-            raise NothingToCompress(
-                step=self.kind,
-                wanted="an output 'logit' or 'probability' for loss 'calibrated_listwise'",
-                closest="output 'score', which is no probability",
-                remedy="Take loss 'listwise'.",
-            )
+            raise NothingToCompress("loss_without_probability", step=self.kind)
         require_layers(model.module, self._watched())
         tables, words = self.training.tables, f"{self.kind} on {self._words(bench)}"
         choices = choose_trainable(
@@ -156,10 +152,7 @@ class Distill(Frozen):
         known: dict[str, int] = {}
         if self.hints:
             if original is None:
-                raise CompressionError(
-                    f"{self.kind!r} takes hints from the layers of the network the recipe began "
-                    f"with, and was given none. Set 'original' of the model, or leave out 'hints'."
-                )
+                raise DistillationRefused("hints_need_original", step=self.kind)
             require_layers(original, self.hints, "original")
             known = widths_of(original, self.hints, first)
         beside = AuxiliaryLosses(self.hints, self.auxiliary, widths, known, bench.seed)

@@ -33,6 +33,7 @@ from compressors.core.modules.output_calibration import (
 )
 from compressors.core.units import Choice
 from compressors.errors.compression import CompressionError, NothingToCompress
+from compressors.errors.steps import RowsMissing, StepRefused
 from compressors.metrics.point_estimates import logloss
 
 Floats = NDArray[np.float64]
@@ -81,14 +82,10 @@ def fit_line(logit: Floats, label: Floats, *, offset: bool) -> tuple[float, floa
             break
         found, best = moved, cost
     if not (np.isfinite(found).all() and found[0] > 0):
-        raise CompressionError(
-            f"'recalibrate' finds no rising map: the best slope of the logit on the validation "
-            f"rows is {found[0]:.3g}. "
-            + (
-                "The model orders them no better than chance."
-                if offset
-                else "Without an offset there may be none; try 'platt' or 'best'."
-            )
+        raise (
+            StepRefused("slope_not_positive", slope=float(found[0]))
+            if offset
+            else StepRefused("slope_not_positive_without_offset", slope=float(found[0]))
         )
     return float(found[0]), float(found[1]) if offset else 0.0
 
@@ -124,10 +121,7 @@ def fit_pieces(logit: Floats, label: Floats, knots: int) -> tuple[Floats, Floats
     rising = np.concatenate([[True], np.diff(at) > 1e-9])
     at, wanted = at[rising], wanted[rising]
     if len(at) < 2:
-        raise CompressionError(
-            "'recalibrate' by isotonic needs rows of different scores; found one score in all "
-            "validation rows. Choose 'platt'."
-        )
+        raise StepRefused("scores_equal")
     for place in range(1, len(at)):
         least = wanted[place - 1] + LEAST_SLOPE * (at[place] - at[place - 1])
         wanted[place] = max(wanted[place], least)
@@ -195,16 +189,11 @@ class Recalibrate(Frozen):
         """
         if bench.signature.task != "ctr":
             raise NothingToCompress(
-                step=self.kind,
-                wanted="a model of task 'ctr', whose output is a probability",
-                closest=f"task {bench.signature.task!r}, whose scores only order rows",
-                remedy="Leave this step out.",
+                "probability_missing", step=self.kind, task=bench.signature.task
             )
         earlier = recalibration_of(model.module)
         if earlier is not None:  # a map of a map would be one nobody can read
-            raise CompressionError(
-                f"{self.kind!r} was already done ({earlier.method}); keep one of the two, the last."
-            )
+            raise StepRefused("recalibrated_already", step=self.kind, method=earlier.method)
         return {}
 
     def apply(self, model: Model, bench: Bench) -> Model:
@@ -214,7 +203,7 @@ class Recalibrate(Frozen):
             CompressionError: there are no validation rows, or no rising map fits them.
         """
         if bench.validation is None:
-            raise CompressionError(f"{self.kind!r} needs validation rows.")
+            raise RowsMissing("validation_rows_missing", step=self.kind)
         signature = bench.signature
         parts = list(batches(bench.validation, signature, SCORING_ROWS))
         with torch.no_grad():

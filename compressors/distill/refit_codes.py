@@ -35,7 +35,7 @@ from compressors.distill.training.training_steps import (
     require_loss,
     train_model,
 )
-from compressors.errors.compression import CompressionError
+from compressors.errors.steps import RowsMissing
 from compressors.metrics.validation_score import quality
 from compressors.quantize.calibration.loss_gradients import loss_gradients, mean_loss
 from compressors.quantize.kernels.levels import SMALLEST
@@ -114,7 +114,7 @@ class RefitCodes(Frozen):
             CompressionError: the bench lacks rows or soft labels, or training diverged.
         """
         if bench.train is None or bench.validation is None:
-            raise CompressionError(f"{self.kind!r} needs train and validation rows.")
+            raise RowsMissing("training_needs_rows")
         loss = soft_label_loss(bench, self.soft_share, self.temperature, self.kind)
         chosen = {name for name, choice in self.choose(model, bench).items() if choice.take}
         named = ((unit.name, _codes(unit)) for unit in Unit.of(model.module))
@@ -155,7 +155,7 @@ class RefitCodes(Frozen):
         are tried.
         """
         if bench.train is None:
-            raise CompressionError(f"{self.kind!r} needs train rows.")
+            raise RowsMissing("train_rows_missing", step=self.kind)
         module, signature = model.module, bench.signature
         # The original's answers alone: its own rows are where their slope is zero, while labels
         # and penalties would go on to move rows that the original stopped training.

@@ -15,7 +15,7 @@ from compressors.contracts import Bench, Split
 from compressors.core.batches import Batch, JoinedRows, Rows
 from compressors.distill.losses import SoftLoss, loss_of_teacher
 from compressors.distill.training.trainer import Loss
-from compressors.errors.compression import CompressionError
+from compressors.errors.steps import RowsMissing
 from compressors.task_kinds.loss import EDGE, hard_loss
 
 SoftLabelSettings = Literal["train", "traffic", "both"]
@@ -123,21 +123,18 @@ def mean_predictions(
 
 def _rows(bench: Bench, split: Split | None, kind: str) -> Rows:
     if split is None:
-        raise CompressionError(f"{kind!r} needs rows to learn from, and the bench lacks them.")
+        raise RowsMissing("train_rows_missing", step=kind)
     return Rows(split, bench.signature)
 
 
 def _predictions(split: Split | None, soft: Split | None, kind: str) -> Tensor:
     """What the teacher answers to the rows of a split, float32 ``(rows,)``."""
     if split is None or soft is None:
-        raise CompressionError(f"{kind!r} needs train rows and soft labels.")
+        raise RowsMissing("soft_labels_missing", step=kind)
     with safe_open(Path(soft.path) / "data.safetensors", framework="pt") as file:
         teacher: Tensor = file.get_tensor("score")
     if len(teacher) != split.rows:
-        raise CompressionError(
-            f"{kind!r} needs one soft label per training row; found {len(teacher)} for "
-            f"{split.rows} rows."
-        )
+        raise RowsMissing("soft_labels_differ", step=kind, got=len(teacher), expected=split.rows)
     return teacher
 
 

@@ -18,14 +18,10 @@ from compressors.core.modules.composed import ComposedTable
 from compressors.core.modules.formats import Bag, PackedTable
 from compressors.core.modules.output_calibration import recalibration_of
 from compressors.core.placeholders import with_placeholders
-from compressors.core.state.construction import (
-    ConstructionFailed,
-    assign,
-    construct,
-    construct_with_weights,
-)
+from compressors.core.state.construction import assign, construct, construct_with_weights
 from compressors.core.units import Choice, Unit, swap, table_rows
-from compressors.errors.compression import CompressionError
+from compressors.errors.construction import ConstructionFailed
+from compressors.errors.steps import DistillationRefused
 
 Config = dict[str, Any]
 
@@ -50,26 +46,17 @@ def student_choices(model: Model, config: Config, *, tables: bool, words: str) -
     student = Unit.of(_built(model, config, _construct_empty))
     smaller = {unit.name: _shape(unit) for unit in student}
     if added := sorted(smaller.keys() - shapes.keys()):
-        raise CompressionError(
-            f"The student of 'distill' has {added[0]!r}, which the original has not: a student "
-            f"has the original's layers or fewer. Name another configuration."
-        )
+        raise DistillationRefused("layer_added", unit=added[0])
     held = table_rows(model.module)
     for unit in student:
         if unit.role == "table" and unit.rows < held[unit.name]:
-            raise CompressionError(
-                f"The student of 'distill' has fewer rows in table {unit.name!r} ({unit.rows}) "
-                f"than the original ({held[unit.name]}): ids would lie outside of it. Leave "
-                f"the tables' rows alone."
+            raise DistillationRefused(
+                "table_shortened", table=unit.name, got=unit.rows, expected=held[unit.name]
             )
     _require_packed_fit(units, smaller)
     fresh = [u.name for u in student if u.role == "table" and smaller[u.name] != shapes[u.name]]
     if fresh and not tables:
-        raise CompressionError(
-            f"The student of 'distill' has a table {fresh[0]!r} of another shape, which would "
-            f"stay as it is drawn: tables are not trained. Set 'tables' of its training, or "
-            f"leave the tables' shapes alone."
-        )
+        raise DistillationRefused("table_untrained", table=fresh[0])
     choices = {}
     for name, shape in shapes.items():
         if name not in smaller:
@@ -100,9 +87,11 @@ def _built(
     try:
         return how(model.architecture, {**model.network.architecture.config, **config})
     except ConstructionFailed as fault:
-        raise CompressionError(
-            f"'distill' cannot build its student: {model.network.architecture.path} with "
-            f"{config}: {fault}"
+        raise DistillationRefused(
+            "construction_failed",
+            architecture=model.network.architecture.path,
+            config=dict(config),
+            problem=str(fault),
         ) from fault
 
 
@@ -154,11 +143,7 @@ def _require_packed_fit(units: tuple[Unit, ...], smaller: dict[str, tuple[int, .
     """
     for unit in units:
         if _packed(unit) and smaller.get(unit.name, _shape(unit)) != _shape(unit):
-            raise CompressionError(
-                f"The student of 'distill' has table {unit.name!r} in another shape, and it is "
-                f"already stored as {unit.format}. Move 'distill' before the step that packs it, "
-                f"or leave the table's shape alone."
-            )
+            raise DistillationRefused("table_packed", table=unit.name, format=unit.format)
 
 
 def _require_float_layers(model: Model) -> None:
@@ -169,10 +154,7 @@ def _require_float_layers(model: Model) -> None:
     """
     for unit in Unit.of(model.module):
         if unit.format != "float32" and not (_packed(unit) or unit.part_of is not None):
-            raise CompressionError(
-                f"'distill' into a smaller student must come before quantization of dense layers; "
-                f"{unit.name!r} is already packed. Move it to the front of the recipe."
-            )
+            raise DistillationRefused("layer_packed", layer=unit.name)
 
 
 def _require_no_map(model: Model) -> None:
@@ -182,10 +164,7 @@ def _require_no_map(model: Model) -> None:
         CompressionError: there is one.
     """
     if recalibration_of(model.module) is not None:
-        raise CompressionError(
-            "'distill' into a smaller student must come before 'recalibrate', whose map fits the "
-            "network it was made for alone. Move 'recalibrate' to the end of the recipe."
-        )
+        raise DistillationRefused("already_recalibrated")
 
 
 def _require_arguments(model: Model, config: Config) -> None:
@@ -197,7 +176,9 @@ def _require_arguments(model: Model, config: Config) -> None:
     named = inspect.signature(model.architecture).parameters
     known = {*named, *model.network.architecture.config}
     if unknown := sorted(config.keys() - known):
-        raise CompressionError(
-            f"'distill' cannot build its student: {model.network.architecture.path} has no "
-            f"argument {unknown[0]!r}; it has {', '.join(sorted(known))}."
+        raise DistillationRefused(
+            "argument_unknown",
+            architecture=model.network.architecture.path,
+            argument=unknown[0],
+            arguments=tuple(sorted(known)),
         )

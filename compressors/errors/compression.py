@@ -1,4 +1,4 @@
-"""What can go wrong while compressing a model.
+"""What can go wrong while compressing a model, with the codes and sentences of the base classes.
 
 CompressionError       the order cannot be carried out as written; retrying will not help
 ├─ NothingToCompress   a step, or a pattern in it, fits no layer of this model
@@ -6,15 +6,24 @@ CompressionError       the order cannot be carried out as written; retrying will
 ├─ ModelRefused        the stored weights do not fit the architecture, or are not finite
 ├─ NotLowerable        a module has no form on this target
 ├─ ParityLost          the lowered graph does not compute what the module computes
-└─ AuditFailed         the target's own graph is not what was ordered
+├─ AuditFailed         the target's own graph is not what was ordered
+├─ StepRefused         and others of ``step_errors.py``: a step cannot change this network
+├─ MetricRefused       and LimitRefused, of ``metric_errors.py``: a metric or a limit
+└─ OrderRefused        of ``order_errors.py``: the parts of an order do not fit together
+
+``construction_errors.py`` and ``width_errors.py`` hold errors that do not leave ``compressors``.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Literal, Self
+from typing import Any, ClassVar, Self, get_args
+
+from compressors.contracts.coded_error import CodedError
+from compressors.errors.parity_failure import ParityCode, ParityFailure
+
+_OTHER_IMPORTANCE = "Choose another importance."
+_LEAVE_OUT = "Leave this step out."
 
 
-class CompressionError(Exception):
+class CompressionError(CodedError):
     """The order cannot be carried out as written; retrying will not help.
 
     Attributes:
@@ -32,177 +41,174 @@ class CompressionError(Exception):
 class NothingToCompress(CompressionError):
     """A step, or a pattern in it, fits no layer of this model."""
 
-    def __init__(self, *, step: str, wanted: str, closest: str, remedy: str) -> None:
-        super().__init__(f"{step!r} needs {wanted}; this model has {closest}. {remedy}")
+    sentences: ClassVar = {
+        "units_missing": "{step!r} needs a table or dense layer it may compress; this model has "
+        "{reasons:; }. Drop this step, let it take more units, or move it before the step that "
+        "left it none.",
+        "name_unmatched": "{step!r} needs a {role} named like {pattern!r}; this model has {names}. "
+        "Correct the name, or leave it out.",
+        "float_table_missing": "{step!r} needs a table, a float tensor of two dimensions; these "
+        "files have {reasons:; }. Name other tensors, or another file.",
+        "input_table_missing": "Input {input!r} names table {table!r}; this model has {tables}. "
+        "Correct 'table' in model.json.",
+        "rows_missing": "{step!r} needs {missing: and } rows; this model has {present}. Add the "
+        "data to model.json and pack again, or leave this step out.",
+        "loss_missing": "Importance 'gradient' of {step!r} needs a model of task 'ctr' or "
+        f"'ranking'; this model has task 'retrieval', which has no loss yet. {_OTHER_IMPORTANCE}",
+        "loss_without_probability": "Loss 'calibrated_listwise' of {step!r} needs an output "
+        "'logit' or 'probability'; this model has output 'score', which is no probability. Choose "
+        "loss 'listwise'.",
+        "probability_missing": "{step!r} needs a model of task 'ctr', whose output is a "
+        f"probability; this model has task {{task!r}}, whose scores only order rows. {_LEAVE_OUT}",
+        "training_unavailable": "{step!r} needs a model of task 'ctr' or 'ranking'; this model has "
+        f"task 'retrieval', whose training is not written yet. {_LEAVE_OUT}",
+        "row_metric_missing": "{step!r} needs a model of task 'ctr' or 'ranking'; this model has "
+        f"task 'retrieval', which is evaluated by full rankings only. {_LEAVE_OUT}",
+        "row_metric_for_layers_missing": "{step!r} needs a model of task 'ctr' or 'ranking', or "
+        "importance 'random'; this model has task 'retrieval', which is evaluated by full "
+        "rankings only. Choose 'random' without most_loss, or leave this step out.",
+        "row_metric_for_draws_missing": "{step!r} needs a model of task 'ctr' or 'ranking' for "
+        "more than one draw; this model has task 'retrieval', which is evaluated by full rankings "
+        "only. Set 'draws' to 1.",
+    }
 
 
 class ContractBroken(CompressionError):
     """A step did not keep its contract; the step is at fault, not the order."""
 
+    sentences: ClassVar = {
+        "source_changed": "{step!r} wrote into the tensors of the model that it received.",
+        "scores_not_finite": "After {step!r} the model's scores are not finite numbers.",
+        "stored_scores_differ": "After {step!r} the stored model scores differently from the one "
+        "in memory (by up to {gap:g}): some of its state is not among its tensors.",
+        "unit_lost": "After {step!r} the network has no {unit!r} any more.",
+        "unit_added": "After {step!r} the network has {unit!r}, which it did not have before.",
+        "unit_kept": "{step!r} kept {unit!r}, which its choice includes.",
+        "unit_changed": "{step!r} changed {unit!r}, which its choice excludes.",
+        "format_changed": "{step!r} stores {unit!r} in another format.",
+        "fit_incomplete": "{step!r} lays out {name!r} for the whole table, and its fit does not "
+        "return it.",
+        "encoded_dtype_differs": "{step!r} encodes {name!r} as {got} and lays it out as "
+        "{expected}.",
+        "encoded_names_differ": "{step!r} encodes {got} and lays out {expected}.",
+        "encoded_rows_differ": "Expected {expected} entries of {name!r} from {step!r} for rows "
+        "{begin} to {end}, got {got}.",
+        "dtype_not_storable": "{name!r} is laid out as {dtype}, which safetensors cannot store. "
+        "Expected one of {dtypes}.",
+        "tensor_not_storable": "{name!r} of shape {shape!r} cannot be stored.",
+        "tensor_not_laid_out": "{name!r} is not laid out in this file, which has {names}.",
+        "entry_outside": "{name!r} has {entries} entries; there is no place for entry {entry}.",
+        "dtype_differs": "{name!r} is {got} and laid out as {expected}.",
+        "shape_differs": "{name!r} is laid out as {expected!r}; {got!r} does not fit from entry "
+        "{entry} on.",
+        "values_missing": "A tensor on the meta device has no values to write.",
+    }
+
 
 class ModelRefused(CompressionError):
     """The stored weights do not fit the architecture, or are not finite."""
+
+    sentences: ClassVar = {
+        "construction_failed": "{architecture} cannot be built: {problem}",
+        "initial_weights_used": "{architecture} computes {names} from its initial weights "
+        "({count} in total), and no file stores that, so it has no values after loading. Register "
+        "it as a module, parameter or buffer and save the weights again, or compute it in forward.",
+        "compressed_module_missing": "model.json describes a compressed module {name!r}, and "
+        "{architecture} has none of that name.",
+        "format_unknown": "{name!r} is stored as {format!r}; this version of recpress knows "
+        "{formats}. Upgrade recpress.",
+        "record_incomplete": "The record of {name!r} in model.json is incomplete: {problem}.",
+        "tie_not_stored": "{name!r} is tied to {stored!r}, which no file holds.",
+        "tie_unknown": "A tie names {name!r} and {stored!r}; both must be weights of "
+        "{architecture}.",
+        "values_missing": "After loading, {names} still has no values. Store it with the weights, "
+        "or compute it from the configuration in the class's __init__.",
+        "tensors_on_accelerator": "Expected every tensor of {architecture} on the CPU, got {names} "
+        "on an accelerator. Take the device from an argument of the class and pass 'cpu'.",
+        "shared_tensor_differs": "{architecture} uses one tensor as {first!r} and {second!r}, and "
+        "the files hold different values for the two. Store the one that the network was trained "
+        "with, and name the other in 'ties'.",
+        "tensors_differ": "The stored tensors do not fit {architecture}: {missing_count} missing "
+        "({missing}), {unexpected_count} left over ({unexpected}). A tensor that shares another's "
+        "memory belongs in 'ties'.",
+        "shape_differs": "{name!r} is {stored!r} in the file and {expected!r} in {architecture}. "
+        "The widths of every layer must come from 'config'.",
+        "dtype_differs": "{name!r} is {stored} in the file and {expected} in the model.",
+        "tensor_stored_twice": "{name!r} is in two files of {folder}.",
+        "tensor_name_taken": "{table!r} would be stored as {name!r}, and there is another tensor "
+        "of that name. Rename it, or leave {table!r} out.",
+        "file_truncated": "{path} ends within {name!r}, at byte {byte}. If it was copied, copy it "
+        "again.",
+        "dtype_unknown": "{name!r} is stored as {dtype}, which recpress does not read. Convert it "
+        "to one of {dtypes}.",
+        "row_not_finite": "Row {row} of {table!r} has a NaN or infinite weight. Find where "
+        "training diverged; such a table cannot be served.",
+        "weights_not_float32": "{architecture} has {dtypes} weights; a bundle begins with float32. "
+        "Convert them with model.float() before saving.",
+        "network_fails": "{architecture} fails on generated rows that its signature allows (any id "
+        "below its table's rows): {problem}. Correct the inputs in model.json, or the network.",
+        "scores_not_finite": "Expected a finite score of {architecture} for every row that its "
+        "signature allows; got NaN or infinity for {count} of {rows} rows before {step!r} was "
+        "applied. Check what the network does with an empty list (a mean or a softmax over "
+        "nothing) and with the first and last id of a table.",
+        "score_shape": "{architecture} must return one finite score per row, (rows,) or (rows, 1); "
+        "on {rows} rows it returned {got}.",
+        "score_not_finite": "{architecture} must return one finite score per row, (rows,) or "
+        "(rows, 1); on {rows} rows it returned NaN or infinity.",
+        "calls_differ": "Expected {architecture} to give the same rows the same scores, got scores "
+        "up to {gap:.3g} apart in two calls. Something random is active in evaluation mode: pass "
+        "training=self.training to functional dropout.",
+        "loads_differ": "Expected {architecture} to score alike whenever it is loaded, got scores "
+        "up to {gap:.3g} apart from two loads: its constructor draws values that no file stores "
+        "(differing tensors: {names}). Register them as parameters or buffers and save the weights "
+        "again, or compute them from the configuration.",
+        "tower_fails": "{architecture}: tower {tower!r} ({module}) fails when it is called with "
+        "{inputs}: {problem}. Name the submodule that takes exactly the inputs listed for it in "
+        "model.json.",
+        "tower_vector_shape": "{architecture}: tower {tower!r} ({module}) must return one vector "
+        "per row, (rows, dim); on {rows} rows it returned {got}.",
+        "tower_lengths_differ": "{architecture}: the query tower's vectors have {query} numbers, "
+        "the item tower's {item}. A score is their dot product, so they must have the same length.",
+        "towers_not_the_score": "{architecture}: the dot product of the towers' vectors is up to "
+        "{gap:.3g} away from the network's score on generated rows. Only the vectors are served: "
+        "put scales, biases and norms into the towers, and let forward return the dot product.",
+    }
 
 
 class NotLowerable(CompressionError):
     """A module has no form on this target."""
 
-
-@dataclass(frozen=True)
-class TensorDifference:
-    """The first tensor of a graph whose values are not the module's.
-
-    Attributes:
-        name: the tensor's name in the graph, which is that of the node in the exported program.
-        operator: the ONNX operator that computes it.
-        module: the submodule that computes it, by its attribute path; empty for the network.
-        source: file, line and code in the network; empty if it is not from there.
-        place: where in the tensor the difference is largest.
-        expected: the module's value there.
-        found: the graph's value there.
-        is_clear: whether it differs by more than the graph's formats explain; if not, it is the
-            tensor that differs most.
-    """
-
-    name: str
-    operator: str
-    module: str
-    source: str
-    place: tuple[int, ...]
-    expected: float
-    found: float
-    is_clear: bool = True
-
-    def __str__(self) -> str:
-        rank = "First tensor that differs" if self.is_clear else "Tensor that differs most"
-        module = f" of {self.module!r}" if self.module else ""
-        source = f", {self.source}" if self.source else ""
-        place = f"[{', '.join(map(str, self.place))}]"
-        return (
-            f"{rank}: {self.name!r} ({self.operator}{module}{source}), at {place} "
-            f"{self.expected:.6g} in the module and {self.found:.6g} in the graph."
-        )
-
-
-ParityCode = Literal["parity_shape", "parity_nan", "parity_limit", "parity_batch", "parity_run"]
-
-
-@dataclass(frozen=True)
-class ParityFailure:
-    """How a graph and its module disagree.
-
-    Attributes:
-        code: ``parity_shape``: another number of scores; ``parity_nan``: NaN in other rows;
-            ``parity_limit``: a difference over a limit; ``parity_batch``: ``side`` scores a row
-            alone differently than among others; ``parity_run``: the graph does not run.
-        target: the serving target whose form the graph has.
-        graph: which graph of the model.
-        rows_from: what the compared rows are: of the data, or edge cases.
-        row: the number of the row that shows it best among the compared ones.
-        component: where in the row's vector, for graphs that output vectors.
-        inputs: what that row holds, shortened.
-        expected: the module's score of that row, or the worst number of its vector; for
-            ``parity_batch`` the score among others.
-        found: the graph's score of that row; for ``parity_batch`` the score alone.
-        measured: differences by their names, in the order of ``limits``.
-        limits: the largest allowed of each.
-        spread: the standard deviation of the module's scores.
-        shapes: of the module's and the graph's output.
-        side: ``network`` or ``graph``, for ``parity_batch``.
-        reason: what the runtime reported, for ``parity_run``.
-        rows: how many rows were compared.
-        tensor: the first tensor that differs.
-        is_exported_wrong: whether the program that torch.export traced differs from the module
-            already, so that no operator of the graph is at fault.
-    """
-
-    code: ParityCode
-    target: str
-    graph: str = "model"
-    rows_from: str = "the compared rows"
-    row: int | None = None
-    component: int | None = None
-    inputs: Mapping[str, str] = field(default_factory=dict)
-    expected: float | None = None
-    found: float | None = None
-    measured: Mapping[str, float] = field(default_factory=dict)
-    limits: Mapping[str, float] = field(default_factory=dict)
-    spread: float = 0.0
-    shapes: tuple[tuple[int, ...], tuple[int, ...]] | None = None
-    side: str = ""
-    reason: str = ""
-    rows: int = 0
-    tensor: TensorDifference | None = None
-    is_exported_wrong: bool = False
-
-    def __str__(self) -> str:
-        parts = [self._what(), self._where()]
-        if self.is_exported_wrong:
-            parts.append(
-                "The program that torch.export traced computes this already, so forward does "
-                "something that tracing fixes: leave Python control flow on tensor values and "
-                "random numbers out of it."
-            )
-        if self.tensor is not None:
-            parts.append(str(self.tensor))
-        return " ".join(part for part in parts if part)
-
-    def _what(self) -> str:
-        graph = (
-            f"{self.target} graph"
-            if self.graph == "model"
-            else (f"{self.target} graph {self.graph!r}")
-        )
-        match self.code:
-            case "parity_shape":
-                first, second = self.shapes or ((), ())
-                return f"The module gives {first} scores, the {graph} {second}."
-            case "parity_nan":
-                return f"The module and the {graph} give NaN in different rows."
-            case "parity_batch":
-                who = "network" if self.side == "network" else graph
-                return (
-                    f"The {who} scores {self.rows} row(s) alone differently than among others, by "
-                    f"up to {self.measured['largest']:.2g} (limit {self.limits['largest']:.2g}). "
-                    f"A served score must not depend on the batch: leave batch statistics and "
-                    f"branches on the batch size out of forward."
-                )
-            case "parity_run":
-                return f"The {graph} does not run on {self.rows} rows: {self.reason}"
-        sizes = ", ".join(
-            f"{value:.2g} {name} (limit {self.limits[name]:.2g})"
-            for name, value in self.measured.items()
-        )
-        return f"The {graph} is off by {sizes}, where scores spread by {self.spread:.2g}."
-
-    def _where(self) -> str:
-        if self.row is None:
-            return ""
-        inputs = ", ".join(f"{name}={value}" for name, value in self.inputs.items())
-        scores = ""
-        if self.expected is not None and self.found is not None:
-            first, second = "by the module", "by the graph"
-            if self.code == "parity_batch":
-                first, second = "among others", "alone"
-            scores = f": {self.expected:.6g} {first} and {self.found:.6g} {second}"
-        number = "" if self.component is None else f", number {self.component} of its vector"
-        return (
-            f"Row {self.row} of {self.rows_from}{f' ({inputs})' if inputs else ''}{number}{scores}."
-        )
+    sentences: ClassVar = {
+        "longest_list_unknown": "A jagged EmbeddingBag needs the longest list that a request may "
+        "have. Declare its input as a jagged_bag with shape [longest].",
+        "export_failed": "The network cannot be exported for {target}: {problem}. Its forward must "
+        "be free of Python control flow that depends on tensor values.",
+        "tensor_missing": "The exported graph has no tensor {name!r}.",
+    }
 
 
 class ParityLost(CompressionError):
     """The lowered graph does not compute what the module computes."""
 
+    sentences: ClassVar = dict.fromkeys(get_args(ParityCode), "{failure}")
+
     def __init__(self, failure: ParityFailure) -> None:
-        super().__init__(failure)
+        """Create an error with the code of a failure, which is its only field."""
+        super().__init__(failure.code, failure=failure)
         self.failure = failure
 
-    @property
-    def code(self) -> ParityCode:
-        """Which way of disagreeing it is."""
-        return self.failure.code
+    def __reduce__(self) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
+        return type(self), (self.failure,), vars(self)
 
 
 class AuditFailed(CompressionError):
     """The target's own graph is not what was ordered."""
+
+    sentences: ClassVar = {
+        "graph_not_as_ordered": "ONNX Runtime would not serve what was ordered: {faults:; }. Leave "
+        "the layer or table out of the step, or report the network's form.",
+        "weight_replaced": "The {target} graph has another tensor for {unit!r} instead of its "
+        "{expected} bytes of {format}. Leave it out of the step.",
+        "weight_expanded": "The {target} graph holds {unit!r} as {got} bytes instead of its "
+        "{expected} bytes of {format}. Leave it out of the step.",
+    }

@@ -26,8 +26,12 @@ from compressors.core.model import Model
 from compressors.core.modules.factored import FactoredLinear, factored_layout
 from compressors.core.placeholders import placeholder
 from compressors.core.units import Choice, Unit, choose_dense, swap
-from compressors.errors.compression import CompressionError
-from compressors.quantize.calibration.layer_inputs import BATCH, input_vectors, read_layer_inputs
+from compressors.errors.steps import RowsMissing, StepRefused
+from compressors.quantize.calibration.layer_inputs import (
+    BATCH,
+    input_vectors,
+    read_layer_inputs,
+)
 
 UNSEEN = 1e-4
 """Share of the mean variance that every direction of the inputs gets, seen or not."""
@@ -219,10 +223,7 @@ class LowRankDense(Frozen):
         if not self.weighted:
             return {}
         if bench.calibration is None:
-            raise CompressionError(
-                "'low_rank_dense' needs calibration rows. Add data to model.json and pack again, "
-                "or set 'weighted' to false."
-            )
+            raise RowsMissing("weighted_needs_rows", step=self.kind)
         moments = {unit.name: _Moments(unit.weight.shape[1]) for unit in units}
         read_layer_inputs(
             model.module,
@@ -235,10 +236,7 @@ class LowRankDense(Frozen):
         )
         for name, seen in moments.items():
             if not seen.count:
-                raise CompressionError(
-                    f"Dense layer {name!r} never ran on the calibration rows. Leave it out of "
-                    f"'layers'."
-                )
+                raise StepRefused("layer_not_called", layer=name)
         return moments
 
 

@@ -55,10 +55,9 @@ def audit(
     faults += _not_multiplied(graph, held, layers)
     if faults:
         modules = [table.module for table in tables] + [layer.module for layer in layers]
-        raise AuditFailed(
-            "ONNX Runtime would not serve what was ordered: " + "; ".join(faults) + ". Leave the "
-            "layer or table out of the step, or report the network's form."
-        ).caused_by(*(name for name in modules if any(f"{name!r}:" in fault for fault in faults)))
+        raise AuditFailed("graph_not_as_ordered", faults=tuple(faults)).caused_by(
+            *(name for name in modules if any(f"{name!r}:" in fault for fault in faults))
+        )
     return GraphAudit(
         nodes=dict(Counter(node.op_type for node in graph.node).most_common()),
         int8_products=fused,

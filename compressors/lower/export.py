@@ -1,5 +1,6 @@
 """One compressed module, written down for one target with ``torch.onnx.export``."""
 
+import copy
 import logging
 import warnings
 from collections.abc import Callable, Iterator
@@ -135,12 +136,9 @@ def exported(
             raise
         first = _first_fault(fault)
         if isinstance(first, NotLowerable):
-            raise NotLowerable(str(first)) from fault
+            raise copy.copy(first) from fault
         reason = (str(first).strip().splitlines() or [repr(first)])[0].rstrip(".")
-        raise NotLowerable(
-            f"The network cannot be written down for {target}: {reason}. "
-            f"Its forward must be free of Python control flow that depends on tensor values."
-        ) from fault
+        raise NotLowerable("export_failed", target=target, problem=reason) from fault
     return wrapper, program
 
 
@@ -260,10 +258,23 @@ def _require_packed(packed: tuple[_Packed, ...], graph: ir.Graph, target: Target
         value = graph.initializers.get(weight.name)
         found = None if value is None or value.const_value is None else value.const_value.nbytes
         if found is None or found > weight.bytes:
-            raise AuditFailed(
-                f"The {target} graph holds {weight.module!r} as "
-                f"{'another tensor' if found is None else f'{found} bytes'} instead of its "
-                f"{weight.bytes} bytes of {weight.format}. Leave it out of the step."
+            raise (
+                AuditFailed(
+                    "weight_replaced",
+                    target=target,
+                    unit=weight.module,
+                    expected=weight.bytes,
+                    format=weight.format,
+                )
+                if found is None
+                else AuditFailed(
+                    "weight_expanded",
+                    target=target,
+                    unit=weight.module,
+                    expected=weight.bytes,
+                    got=found,
+                    format=weight.format,
+                )
             ).caused_by(weight.module)
 
 
@@ -386,7 +397,7 @@ def _retype(model: ir.Model, wrapper: ServingWrapper, target: TargetKind) -> Non
 def _initializer(model: ir.Model, name: str) -> ir.Value:
     value = model.graph.initializers.get(name)
     if value is None or value.const_value is None:
-        raise NotLowerable(f"The exported graph holds no tensor {name!r}.")
+        raise NotLowerable("tensor_missing", name=name)
     return value
 
 

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor, fx
 from torch.export.graph_signature import InputKind
 
-from compressors.errors.compression import TensorDifference
+from compressors.errors.parity_failure import TensorDifference
 
 ROUNDING = 1e-4
 """The least share of a tensor's size that is a difference: float32 sums in another order."""

@@ -18,7 +18,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from compressors.contracts import DROPPED, Frozen, Plan, TargetKind
-from compressors.errors.compression import ParityFailure, ParityLost
+from compressors.errors.compression import ParityLost
+from compressors.errors.parity_failure import ParityFailure
 from compressors.lower.bfloat16_products import has_bfloat16_products
 
 FloatArray = NDArray[np.float32]

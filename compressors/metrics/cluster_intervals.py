@@ -29,7 +29,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy.special import stdtrit
 
-from compressors.errors.compression import CompressionError
+from compressors.errors.metrics import MetricRefused
 from compressors.metrics.point_estimates import (
     PROBABILITY_FLOOR,
     Bools,
@@ -130,10 +130,7 @@ def grouped_pair(
     if metric == "gauc":
         values = [group_auc(label, score, group) for score in scores]
         if not values[0][0].size:
-            raise CompressionError(
-                "gauc needs a group with both a positive and a negative row; no group has both. "
-                "Choose another group column, or the metric 'auc'."
-            )
+            raise MetricRefused("groups_of_one_class")
         weight = values[0][1].astype(np.float64)
         pair = [weighted_mean(value, weight) for value, _ in values]
         return _pair(pair, 1.0, weight.size, "with both classes")
@@ -141,10 +138,7 @@ def grouped_pair(
     if depth is not None:
         found = [group_ndcg(label, score, group, int(depth[1])) for score in scores]
         if not found[0].size:
-            raise CompressionError(
-                "ndcg needs a group with a relevant item (label above 0); no group has one. Check "
-                "the label and group columns."
-            )
+            raise MetricRefused("relevant_items_missing")
         pair = [weighted_mean(value, np.ones(value.size)) for value in found]
         return _pair(pair, 1.0, found[0].size, "with a relevant item")
     positive = binary(label)
@@ -160,10 +154,7 @@ def grouped_pair(
         pair = [_auc(label, score, groups) for score in scores]
         return _pair(pair, 1.0, scarce, f"with a {one} row", groups.rows.size)
     if metric != "normalized_entropy":
-        raise CompressionError(
-            "an interval needs the metric auc, logloss, normalized_entropy, gauc or ndcg@<k>; "
-            f"got {metric!r}."
-        )
+        raise MetricRefused("interval_metric_unknown", metric=metric)
     pair = [_entropy(row_logloss(label, score), positive, groups) for score in scores]
     largest = LARGEST_LOSS / base_entropy(float(positive.mean()))
     return _pair(pair, largest, scarce, f"with a {one} row", groups.rows.size)

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
 
-from compressors.errors.compression import CompressionError
+from compressors.errors.metrics import MetricRefused
 from compressors.metrics.point_estimates import Floats
 
 Ints = NDArray[np.int64]
@@ -75,7 +75,7 @@ def ranking_queries(
     queries = np.unique(people)
     wanted = _pairs(people, things, queries, ids)
     if wanted.size < np.unique(np.stack([people, things]), axis=1).shape[1]:
-        raise CompressionError("Some test items are not in the catalogue, so none can find them.")
+        raise MetricRefused("items_not_in_catalogue")
     hidden = np.unique(
         np.concatenate(
             [np.empty(0, np.int64)] + [_pairs(*part.positive(), queries, ids) for part in seen]
@@ -83,10 +83,7 @@ def ranking_queries(
     )
     wanted = np.setdiff1d(wanted, hidden, assume_unique=True)
     if not wanted.size:
-        raise CompressionError(
-            "No test row asks for an item that the same query did not have before, so there is "
-            "nothing to find. Look at the group column, which says who asks, and at the splits."
-        )
+        raise MetricRefused("new_items_missing")
     # Numbered anew without the queries that ask for nothing.
     asking = np.unique(wanted // ids.size)
     number = np.full(queries.size, -1)
@@ -181,20 +178,20 @@ def _pairs(people: Ints, things: Ints, queries: Ints, catalogue: Ints) -> Ints:
 
 def _check(query: Float32s, item: Float32s, what: RankingQueries, k: int) -> None:
     if k < 1:
-        raise CompressionError(f"a ranking is read to a depth of at least 1; got {k}.")
+        raise MetricRefused("depth_below_one", depth=k)
     shapes: Sequence[tuple[str, Float32s, int]] = (
         ("query", query, what.query.size),
         ("item", item, what.items),
     )
     for name, vectors, count in shapes:
         if vectors.ndim != 2 or len(vectors) != count or vectors.shape[1] != item.shape[1]:
-            raise CompressionError(
-                f"a ranking needs {count} {name} vectors of one length; found {vectors.shape}."
-            )
+            raise MetricRefused("vectors_shape", side=name, expected=count, shape=vectors.shape)
         broken = ~np.isfinite(vectors).all(axis=1)
         if broken.any():
-            raise CompressionError(
-                f"{int(broken.sum())} of {count} {name} vectors hold NaN or infinity, the first is "
-                f"number {int(np.flatnonzero(broken)[0])}: an id or a list outside what its inputs "
-                f"declare, or an overflow."
+            raise MetricRefused(
+                "vectors_not_finite",
+                side=name,
+                count=int(broken.sum()),
+                rows=count,
+                first=int(np.flatnonzero(broken)[0]),
             )

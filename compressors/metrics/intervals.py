@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from compressors.contracts import Estimate, Frozen
-from compressors.errors.compression import CompressionError
+from compressors.errors.metrics import MetricRefused
 from compressors.metrics.cluster_intervals import GroupedPair, grouped_pair, interval
 from compressors.metrics.point_estimates import (
     Bools,
@@ -124,12 +124,9 @@ def paired_means(
     _require_samples(samples)
     before, after = (np.asarray(values, dtype=np.float64) for values in (baseline, candidate))
     if before.ndim != 1 or before.shape != after.shape:
-        raise CompressionError(
-            f"means are compared on the same queries; found values of shapes {before.shape} and "
-            f"{after.shape}."
-        )
+        raise MetricRefused("values_unpaired", baseline=before.shape, candidate=after.shape)
     if not (np.isfinite(before).all() and np.isfinite(after).all()):
-        raise CompressionError("a query's value is NaN or infinite, which is no measurement.")
+        raise MetricRefused("values_not_finite")
     _require_units("queries that ask for something new", before.size)
     return _paired(before.size, _mean(before), _mean(after), rows, samples, seed)
 
@@ -285,14 +282,8 @@ def _statistics(
     if metric in ("logloss", "normalized_entropy"):
         return _losses_of_rows(metric, label, baseline, candidate)
     if metric != "gauc" and not metric.startswith("ndcg@"):
-        raise CompressionError(
-            "an interval needs the metric auc, logloss, normalized_entropy, gauc or ndcg@<k>; "
-            f"got {metric!r}."
-        )
-    raise CompressionError(
-        f"{metric} needs a group column and this data has none. Name one in the bundle's "
-        "signature, or use the metric 'auc'."
-    )
+        raise MetricRefused("interval_metric_unknown", metric=metric)
+    raise MetricRefused("metric_needs_groups", metric=metric)
 
 
 def _auc_of_rows(
@@ -380,9 +371,7 @@ def _estimate(point: float, values: Floats, rows: int | None) -> Estimate:
 
 def _require_units(what: str, found: int) -> None:
     if found < MIN_UNITS:
-        raise CompressionError(
-            f"an interval needs at least {MIN_UNITS} {what}; found {found}. Use a larger test set."
-        )
+        raise MetricRefused("units_few", least=MIN_UNITS, units=what, got=found)
 
 
 def _require_both(positive: Bools) -> None:
@@ -392,26 +381,25 @@ def _require_both(positive: Bools) -> None:
 
 def _require_samples(samples: int) -> None:
     if samples < MIN_SAMPLES:
-        raise CompressionError(
-            f"a 95 % interval needs at least {MIN_SAMPLES} bootstrap samples; got {samples}."
-        )
+        raise MetricRefused("bootstrap_samples_few", least=MIN_SAMPLES, got=samples)
 
 
 def _times(what: str, ms: ArrayLike, quantile: float, samples: int) -> Floats:
     """Checked durations as float64 ``(rounds,)``."""
     _require_samples(samples)
     if not 0 < quantile < 1:
-        raise CompressionError(f"a latency quantile lies inside (0, 1); got {quantile!r}.")
+        raise MetricRefused("quantile_outside", quantile=quantile)
     times = np.asarray(ms, dtype=np.float64)
     if times.ndim != 1 or not (np.isfinite(times) & (times > 0)).all():
-        raise CompressionError(
-            f"{what} needs one positive, finite duration in ms per round, shape (rounds,); found "
-            f"shape {times.shape} with {int((~(np.isfinite(times) & (times > 0))).sum())} others."
+        raise MetricRefused(
+            "durations_unusable",
+            times=what,
+            shape=times.shape,
+            count=int((~(np.isfinite(times) & (times > 0))).sum()),
         )
     needed = rounds_needed(quantile)
     if times.size < needed:
-        raise CompressionError(
-            f"{what} at quantile {quantile:g} needs at least {needed} rounds for a 95 % interval; "
-            f"found {times.size}. Measure more rounds, or limit the median."
+        raise MetricRefused(
+            "rounds_few", times=what, quantile=quantile, least=needed, got=times.size
         )
     return times

@@ -22,7 +22,7 @@ from compressors.contracts import (
     TargetKind,
     Verdict,
 )
-from compressors.errors.compression import CompressionError
+from compressors.errors.metrics import LimitRefused
 from compressors.metrics.intervals import PairedEstimate
 
 Against = Literal["absolute", "baseline", "champion"]
@@ -117,9 +117,8 @@ def byte_numbers(candidate: int, baseline: int, champion: int | None = None) -> 
         CompressionError: a size below 1 byte.
     """
     if min(candidate, baseline, baseline if champion is None else champion) < 1:
-        raise CompressionError(
-            f"sizes must be at least 1 byte; found candidate {candidate}, baseline {baseline}, "
-            f"champion {champion}."
+        raise LimitRefused(
+            "sizes_below_one", candidate=candidate, baseline=baseline, champion=champion
         )
     numbers = [
         Number(metric="bytes", against="absolute", estimate=exact(candidate)),
@@ -201,9 +200,7 @@ def verdict(
         reason = "not built, or its audit failed: there is nothing to serve"
         return Verdict(target=target, outcome="rejected", reason=reason)
     if not built:
-        raise CompressionError(
-            f"{target} was measured but is marked as not built; one of the two is wrong."
-        )
+        raise LimitRefused("measured_but_not_built", target=target)
     judgements = judge(limits, measured)
     warning = score_warning(limits, measured)
     for outcome in ("rejected", "undecided"):
@@ -272,11 +269,8 @@ def _judge_one(limit: Limit, measured: Measured) -> Judgement:
         if limit.against == "champion" and not measured.has_champion:
             reason = f"no champion yet: nothing to compare {_spoken(limit.metric)} with; accepted"
             return Judgement(limit=limit, measured=None, outcome="accepted", reason=reason)
-        known = ", ".join(str(number) for number in measured.numbers) or "nothing"
-        raise CompressionError(
-            f"limit '{limit}' needs a number that was not measured; measured: {known}. Drop the "
-            "limit, or give the data what the metric needs (gauc, ndcg and changed_top1 need a "
-            "group column, changed_top1 also groups of two rows or more)."
+        raise LimitRefused(
+            "number_missing", limit=str(limit), measured=tuple(map(str, measured.numbers))
         )
     # Read upwards, both kinds of limit are "at least": at_most 3 is -number at least -3.
     up = 1 if limit.at_least is not None else -1
@@ -348,23 +342,19 @@ def _bound(limit: Limit) -> float:
         return limit.at_least
     if limit.at_most is not None:
         return limit.at_most
-    raise CompressionError(f"limit on {limit.metric!r} needs at_least or at_most.")
+    raise LimitRefused("bound_missing", metric=limit.metric)
 
 
 def _require_limits(limits: tuple[Limit, ...]) -> None:
     if not limits:
-        raise CompressionError(
-            "no limits: a gate that promises nothing would accept anything. Give at least one, "
-            "for example auc vs baseline >= -0.001."
-        )
+        raise LimitRefused("limits_missing")
 
 
 def _refuse_broken(name: str, estimate: Estimate) -> None:
     numbers = (estimate.point, estimate.low, estimate.high)
     if not all(math.isfinite(number) for number in numbers) or estimate.low > estimate.high:
-        raise CompressionError(
-            f"{name} is {estimate.point} [{estimate.low}, {estimate.high}], which is no "
-            "measurement; nothing is judged by it. Look at the scores it was computed from."
+        raise LimitRefused(
+            "number_broken", number=name, point=estimate.point, low=estimate.low, high=estimate.high
         )
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from compressors.errors.compression import CompressionError
+from compressors.errors.metrics import MetricRefused
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.intp]
@@ -77,9 +77,8 @@ def row_logloss(label: ArrayLike, probability: ArrayLike) -> Floats:
     outside = (chance < 0) | (chance > 1)
     if outside.any():
         first = chance[outside][0]
-        raise CompressionError(
-            f"log loss needs probabilities in [0, 1]; {int(outside.sum())} of {chance.size} "
-            f"are outside, the first is {first:g}. Apply the sigmoid to logits before."
+        raise MetricRefused(
+            "probabilities_outside", count=int(outside.sum()), rows=chance.size, first=float(first)
         )
     chance = np.clip(chance, PROBABILITY_FLOOR, 1 - PROBABILITY_FLOOR)
     return -np.log(np.where(positive, chance, 1 - chance))
@@ -192,10 +191,7 @@ def gauc(label: ArrayLike, score: ArrayLike, group: ArrayLike) -> float:
     """
     value, impressions = group_auc(label, score, group)
     if value.size == 0:
-        raise CompressionError(
-            "gauc needs a group with both a positive and a negative row; no group has both. "
-            "Choose another group column, or the metric 'auc'."
-        )
+        raise MetricRefused("groups_of_one_class")
     return float(value @ impressions / impressions.sum())
 
 
@@ -228,13 +224,12 @@ def group_ndcg(label: ArrayLike, score: ArrayLike, group: ArrayLike, k: int) -> 
             lengths.
     """
     if k < 1:
-        raise CompressionError(f"ndcg needs k of at least 1; got {k}.")
+        raise MetricRefused("depth_below_one", depth=k)
     relevance, scores = _column("label", label), _column("score", score)
     _same_length(relevance.size, scores.size)
     if relevance.min() < 0 or relevance.max() > 30:
-        raise CompressionError(
-            f"ndcg needs labels in [0, 30] (a gain is 2**label - 1); found {relevance.min():g} "
-            f"to {relevance.max():g}. Map ratings to grades of relevance before."
+        raise MetricRefused(
+            "grades_outside", lowest=float(relevance.min()), highest=float(relevance.max())
         )
     gain = np.exp2(relevance) - 1
     ids, rows = number_groups(group, relevance.size)
@@ -277,10 +272,7 @@ def ndcg(label: ArrayLike, score: ArrayLike, group: ArrayLike, k: int = 10) -> f
     """
     value = group_ndcg(label, score, group, k)
     if value.size == 0:
-        raise CompressionError(
-            "ndcg needs a group with a relevant item (label above 0); no group has one. Check "
-            "the label and group columns."
-        )
+        raise MetricRefused("relevant_items_missing")
     return float(value.mean())
 
 
@@ -293,9 +285,11 @@ def binary(label: ArrayLike) -> Bools:
     labels = _column("label", label)
     other = (labels != 0) & (labels != 1)
     if other.any():
-        raise CompressionError(
-            f"this metric needs labels 0 and 1; {int(other.sum())} of {labels.size} are neither, "
-            f"the first is {labels[other][0]:g}. Turn ratings into clicks before."
+        raise MetricRefused(
+            "labels_not_binary",
+            count=int(other.sum()),
+            rows=labels.size,
+            first=float(labels[other][0]),
         )
     positive: Bools = labels == 1
     return positive
@@ -309,37 +303,26 @@ def require_both_classes(metric: str, positive: Bools) -> None:
     """
     count = int(positive.sum())
     if count in (0, positive.size):
-        raise CompressionError(
-            f"{metric} needs positive and negative rows; found {count} positive of "
-            f"{positive.size}. Use a larger or another test set."
-        )
+        raise MetricRefused("one_class_only", metric=metric, positive=count, rows=positive.size)
 
 
 def _column(name: str, values: ArrayLike) -> Floats:
     """One finite float64 column; float64 keeps every tie that float16 or float32 had."""
     column = np.asarray(values)
     if column.ndim != 1 or column.size == 0:
-        raise CompressionError(
-            f"a metric needs {name} as one number per row, shape (rows,); found shape "
-            f"{column.shape}."
-        )
+        raise MetricRefused("column_shape", column=name, shape=column.shape)
     if column.dtype.kind not in "biuf":
-        raise CompressionError(f"a metric needs {name} as numbers; found {column.dtype}.")
+        raise MetricRefused("column_not_numeric", column=name, dtype=str(column.dtype))
     column = column.astype(np.float64, copy=False)
     broken = int(column.size - np.isfinite(column).sum())
     if broken:
-        raise CompressionError(
-            f"a metric needs finite numbers; {broken} of {column.size} values of {name} are NaN "
-            "or infinite. The model or its data is broken; no gate can accept it."
-        )
+        raise MetricRefused("column_not_finite", column=name, count=broken, rows=column.size)
     return column
 
 
 def _same_length(*sizes: int) -> None:
     if len(set(sizes)) > 1:
-        raise CompressionError(
-            f"a metric needs columns of the same rows; found lengths {', '.join(map(str, sizes))}."
-        )
+        raise MetricRefused("lengths_differ", lengths=sizes)
 
 
 def clicks_and_scores(label: ArrayLike, score: ArrayLike) -> tuple[Bools, Floats]:
@@ -357,10 +340,10 @@ def number_groups(group: ArrayLike, size: int) -> tuple[Ints, Ints]:
     """Number groups from 0 in sorted order: the number of each row, the rows of each group."""
     names = np.asarray(group)
     if names.ndim != 1:
-        raise CompressionError(f"a group column has shape (rows,); found {names.shape}.")
+        raise MetricRefused("group_shape", shape=names.shape)
     _same_length(size, names.size)
     if names.dtype.kind == "f" and not np.isfinite(names).all():
-        raise CompressionError("a group column must not hold NaN or infinity; fill or drop them.")
+        raise MetricRefused("group_not_finite")
     _, ids, rows = np.unique(names, return_inverse=True, return_counts=True)
     return ids, rows
 

@@ -24,7 +24,7 @@ from numpy.typing import ArrayLike
 from scipy.special import ndtri
 
 from compressors.contracts import Estimate, ScoreUnit
-from compressors.errors.compression import CompressionError
+from compressors.errors.metrics import MetricRefused
 from compressors.metrics.cluster_intervals import (
     MIN_GROUPS,
     TAIL,
@@ -88,12 +88,9 @@ def change_of_rows(
     """
     before, after = (np.asarray(score, dtype=np.float64) for score in (baseline, candidate))
     if before.ndim != 1 or before.shape != after.shape or not before.size:
-        raise CompressionError(
-            f"Expected a score of both models for each row, got shapes {before.shape} and "
-            f"{after.shape}."
-        )
+        raise MetricRefused("scores_unpaired", baseline=before.shape, candidate=after.shape)
     if not (np.isfinite(before).all() and np.isfinite(after).all()):
-        raise CompressionError("Expected finite scores, got NaN or infinity.")
+        raise MetricRefused("scores_not_finite")
     rows = before.size
     groups = Groups(np.arange(rows), np.ones(rows, dtype=np.intp))
     if group is not None:

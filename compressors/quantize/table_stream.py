@@ -105,10 +105,7 @@ class Job:
             for part, spec in self.stored(name).items():
                 whole = within(module, part)
                 if whole in found:
-                    raise ModelRefused(
-                        f"{name!r} would be stored as {whole!r}, and there is another tensor of "
-                        f"that name. Rename it, or leave {name!r} out."
-                    )
+                    raise ModelRefused("tensor_name_taken", table=name, name=whole)
                 found[whole] = spec
         return found
 
@@ -248,10 +245,7 @@ class _Encoding:
         """What belongs to the whole table, as a codebook does."""
         names = [part for part, spec in self._layout.items() if not spec.every]
         if missing := [part for part in names if part not in self._params]:
-            raise ContractBroken(
-                f"{self._job.step.kind!r} lays out {missing[0]!r} for the whole table, and its "
-                f"fit does not give it."
-            )
+            raise ContractBroken("fit_incomplete", step=self._job.step.kind, name=missing[0])
         return [self._file.piece(within(self._module, part), self._params[part]) for part in names]
 
     def _rows(self, block: Block) -> Tensor:
@@ -265,16 +259,23 @@ class _Encoding:
         wanted = {part for part, spec in self._layout.items() if spec.every}
         if encoded.keys() != wanted:
             raise ContractBroken(
-                f"{self._job.step.kind!r} encodes {', '.join(sorted(encoded)) or 'nothing'} and "
-                f"lays out {', '.join(sorted(wanted))}."
+                "encoded_names_differ",
+                step=self._job.step.kind,
+                got=tuple(sorted(encoded)),
+                expected=tuple(sorted(wanted)),
             )
         pieces = []
         for part, values in encoded.items():
             place = entries(self._layout[part], block.begin, block.end)
             if len(values) != place.stop - place.start:
                 raise ContractBroken(
-                    f"{self._job.step.kind!r} encodes {len(values)} entries of {part!r} for rows "
-                    f"{block.begin} to {block.end}; {place.stop - place.start} were needed."
+                    "encoded_rows_differ",
+                    step=self._job.step.kind,
+                    name=part,
+                    begin=block.begin,
+                    end=block.end,
+                    got=len(values),
+                    expected=place.stop - place.start,
                 )
             pieces.append(self._file.piece(within(self._module, part), values, place.start))
         return pieces
@@ -287,7 +288,4 @@ def _check_finite(name: str, rows: Tensor, begin: int) -> None:
     bad = (~torch.isfinite(rows)).any(dim=1)
     if bool(bad.any()):
         row = begin + int(bad.to(torch.uint8).argmax())
-        raise ModelRefused(
-            f"Row {row} of {name!r} has a NaN or infinite weight. Find where training diverged; "
-            f"such a table cannot be served."
-        )
+        raise ModelRefused("row_not_finite", row=row, table=name)

@@ -17,7 +17,8 @@ from torch.fx import Node
 from compressors.contracts import Signature, is_out_of_memory
 from compressors.core.batches import example
 from compressors.core.units import table_rows
-from compressors.errors.compression import CompressionError
+from compressors.errors.steps import StepRefused
+from compressors.errors.widths import OtherConsumer
 from compressors.lower.serving_wrapper import input_names, served_graphs, wrap_for_serving
 
 TRACE_ROWS = 3
@@ -115,8 +116,8 @@ def dataflow(module: nn.Module, signature: Signature) -> Dataflow:
             dims[name] = _value(node.args[0]).dim()
             try:
                 readers[name] = tuple(_readers(node, called, ()))
-            except _ReadOtherwise as why:
-                reasons[name] = str(why)
+            except OtherConsumer as why:
+                reasons[name] = why.reason
     for name, part in module.named_modules():
         if isinstance(part, nn.Linear) and name not in dims:
             closed.setdefault(name, "is not called in the graph that is served")
@@ -126,10 +127,6 @@ def dataflow(module: nn.Module, signature: Signature) -> Dataflow:
     reasons |= closed
     known = {name: found for name, found in readers.items() if name not in reasons}
     return Dataflow(known, reasons, closed, dims)
-
-
-class _ReadOtherwise(Exception):
-    """What reads a layer's output beside layers and norms; half a sentence."""
 
 
 def _graphs(
@@ -152,11 +149,7 @@ def _graphs(
             if is_out_of_memory(fault):
                 raise
             first = (str(fault).strip().splitlines() or [repr(fault)])[0].rstrip(".")
-            raise CompressionError(
-                f"Who reads which layer could not be read from the network: {first}. Its forward "
-                f"must be free of Python control flow that depends on tensor values; leave this "
-                f"step out for a network that cannot be exported."
-            ) from fault
+            raise StepRefused("network_not_traceable", problem=first) from fault
         held: dict[str, Tensor] = dict(wrapper.named_parameters(remove_duplicate=False))
         held |= dict(wrapper.named_buffers(remove_duplicate=False))
         exported = program.graph_signature
@@ -217,9 +210,9 @@ def _readers(node: Node, called: Mapping[Node, str], bends: tuple[str, ...]) -> 
             more = () if bend is None else (bend,)
             found += _readers(user, called, (*bends, *more))
         elif user.op == "output":
-            raise _ReadOtherwise("its output leaves the network")
+            raise OtherConsumer("output_of_network")
         else:
-            raise _ReadOtherwise(f"its output goes into {_operator(user.target)}")
+            raise OtherConsumer("output_of_operator", operator=_operator(user.target))
     return found
 
 

@@ -17,9 +17,10 @@ from compressors.contracts import DenseInput, Signature, Split
 from compressors.core.batches import batches, example
 from compressors.core.model import Model
 from compressors.core.units import own_weight, table_rows
-from compressors.errors.compression import CompressionError
+from compressors.errors.steps import StepRefused
+from compressors.errors.widths import NotAWidth
 from compressors.prune.structure.channel_consumers import Readers, layouts, readers_of, trace
-from compressors.prune.structure.config_widths import NotAWidth, Width, find_widths
+from compressors.prune.structure.config_widths import Width, find_widths
 from compressors.prune.structure.narrowing import SCALES, Cut, prove, without_channels
 
 EXAMPLE_ROWS = 256
@@ -107,10 +108,7 @@ def remove_dead_channels(
                 own_weight(layer, "bias", moved.to(layer.bias.dtype))
     narrow, gap = without_channels(model, signature, [dead.cut for dead in found], kept)
     if gap is not None:
-        raise CompressionError(
-            f"Without its dead channels the network scores otherwise ({gap}): some code reads the "
-            f"channels of {', '.join(sorted(kept))} past its layers. Leave them out of 'layers'."
-        )
+        raise StepRefused("channels_read_elsewhere", gap=gap, layers=tuple(sorted(kept)))
     return narrow
 
 
@@ -215,5 +213,5 @@ def _dense(module: nn.Module, names: Collection[str]) -> list[str]:
 def _weight(module: nn.Module, name: str) -> Tensor:
     layer = module.get_submodule(name)
     if not isinstance(layer, nn.Linear):
-        raise CompressionError(f"{name!r} is no Linear.")
+        raise StepRefused("layer_not_linear", got=type(layer).__name__)
     return layer.weight.detach()

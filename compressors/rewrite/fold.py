@@ -29,7 +29,7 @@ from compressors.core.model import Model
 from compressors.core.modules.formats import FoldedNorm
 from compressors.core.placeholders import is_placeholder
 from compressors.core.units import Choice, Unit, choose_dense, own_weight, private_copy, swap
-from compressors.errors.compression import CompressionError
+from compressors.errors.steps import StepRefused
 from compressors.prune.structure.narrowing import apart
 from compressors.rewrite.dataflow import Dataflow, Reader, dataflow
 from compressors.rewrite.dead_channels import find_dead_channels, remove_dead_channels
@@ -57,7 +57,7 @@ def scaled_inputs(
 def of_batch_norm(norm: nn.BatchNorm1d) -> tuple[Tensor, Tensor]:
     """The factor and the offset of a batch norm in evaluation mode: float64 ``(channels,)``."""
     if norm.running_mean is None or norm.running_var is None:
-        raise CompressionError("A batch norm without running statistics cannot be folded.")
+        raise StepRefused("norm_without_statistics")
     scale = (norm.running_var.double() + norm.eps).rsqrt()
     if norm.weight is not None:
         scale = scale * norm.weight.detach().double()
@@ -153,10 +153,7 @@ class Fold(Frozen):
         after = remove_dead_channels(after, bench.signature, proven)
         gap = apart(after.module, before.module, bench.signature)
         if gap is not None:
-            raise CompressionError(
-                f"After 'fold' the network scores otherwise than before ({gap}): some code reads "
-                f"its layers past their outputs. Leave them out of 'layers'."
-            )
+            raise StepRefused("folded_scores_differ", gap=gap)
         if not _predicted(before):
             after = replace(after, notes={**after.notes, **_unread(after, bench)})
         if self.rows and bench.calibration is not None:
@@ -305,7 +302,7 @@ def _factor_and_offset(norm: nn.Module) -> tuple[Tensor, Tensor]:
         return of_batch_norm(norm)
     if isinstance(norm, AffineNorm):
         return of_affine(norm)
-    raise CompressionError(f"A {type(norm).__name__} cannot be folded.")
+    raise StepRefused("norm_not_foldable", kind=type(norm).__name__)
 
 
 def _bias(layer: nn.Linear) -> Tensor | None:

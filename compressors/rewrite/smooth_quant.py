@@ -21,7 +21,7 @@ from torch import Tensor
 from compressors.contracts import Bench, Change, Frozen, Part
 from compressors.core.model import Model
 from compressors.core.units import Choice, Unit
-from compressors.errors.compression import CompressionError
+from compressors.errors.steps import RowsMissing, StepRefused
 from compressors.quantize.calibration.calibrators import LEVELS
 from compressors.quantize.calibration.layer_inputs import BATCH, input_vectors, read_layer_inputs
 from compressors.quantize.dense.static_int8 import encode, quantize
@@ -127,7 +127,7 @@ class SmoothQuant(Frozen):
             CompressionError: there are no calibration rows.
         """
         if bench.calibration is None:
-            raise CompressionError("'smooth_quant' needs calibration rows.")
+            raise RowsMissing("calibration_rows_missing", step=self.kind)
         links, _ = self._links(model, bench)
         module = model.module
         calls = -(-min(self.rows, bench.calibration.rows) // BATCH)
@@ -185,7 +185,5 @@ class _Inputs:
             CompressionError: the layer never ran.
         """
         if not self.most:
-            raise CompressionError(
-                f"Dense layer {name!r} never ran on the calibration rows. Leave it out of 'layers'."
-            )
+            raise StepRefused("layer_not_called", layer=name)
         return torch.stack(self.most).amax(dim=0)

@@ -14,7 +14,7 @@ from compressors.contracts import (
     measured_metrics,
     metric_problem,
 )
-from compressors.errors.compression import CompressionError
+from compressors.errors.metrics import LimitRefused
 from infra.bundle.architecture import source_digest
 from infra.bundle.bundle_folder import MANIFEST, Manifest, SplitName, manifest_of
 from infra.errors import ArtifactMissing, BundleRefused, RecordRefused
@@ -61,17 +61,28 @@ def require_measurable(subject: BundleRef, limits: tuple[Limit, ...]) -> None:
     """
     task, grouped = subject.task, subject.grouped
     if problem := metric_problem(task, subject.metric, grouped=grouped):
-        raise CompressionError(
-            f"Bundle {subject.name}@{subject.version}: {problem} in the draft's model.json, raise "
-            f"its version and run 'recpress bundle pack' again."
+        raise LimitRefused(
+            "bundle_metric_unusable", name=subject.name, version=subject.version, problem=problem
         )
     measured = measured_metrics(task, grouped=grouped, test_rows=subject.rows["test"])
     for limit in limits:
         if limit.metric not in measured:
-            raise CompressionError(
-                f"Limit '{limit}' is on a metric that is not measured for this bundle (task "
-                f"{task}, {subject.rows['test']} test rows, {'a' if grouped else 'no'} group "
-                f"column). Use one of {', '.join(measured)}."
+            raise (
+                LimitRefused(
+                    "limit_not_measured",
+                    limit=str(limit),
+                    task=task,
+                    rows=subject.rows["test"],
+                    metrics=measured,
+                )
+                if grouped
+                else LimitRefused(
+                    "limit_not_measured_without_groups",
+                    limit=str(limit),
+                    task=task,
+                    rows=subject.rows["test"],
+                    metrics=measured,
+                )
             )
 
 

@@ -194,12 +194,7 @@ def _job(source: Path, step: TableStep, block_rows: int | None) -> Iterator[tupl
         _all_match(step, sources)
         tables = {name: module_name(name) for name, why in reasons.items() if why is None}
         if not tables:
-            raise NothingToCompress(
-                step=step.kind,
-                wanted="a table: a float tensor of two dimensions",
-                closest="; ".join(f"{name}: {why}" for name, why in reasons.items()),
-                remedy="Name other tensors, or another file.",
-            )
+            raise NothingToCompress("float_table_missing", step=step.kind, reasons=reasons)
         job = Job(step, tables, sources, block_rows)
         yield job, Plan(lines=tuple(_line(job, name, reasons[name]) for name in sources))
 
@@ -237,10 +232,7 @@ def _all_match(step: TableStep, sources: dict[str, StoredRows]) -> None:
     for pattern in step.tables:
         if not any(_matches(pattern, name) for name in tables) and pattern != "*":
             raise NothingToCompress(
-                step=step.kind,
-                wanted=f"a table named like {pattern!r}",
-                closest=", ".join(tables) or "no table",
-                remedy="Correct the name, or leave it out.",
+                "name_unmatched", step=step.kind, role="table", pattern=pattern, names=tuple(tables)
             )
 
 

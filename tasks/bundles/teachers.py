@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Literal
 
 from compressors.contracts import Artifact, Frozen, Signature
-from compressors.errors.compression import CompressionError
+from compressors.errors.orders import OrderRefused
 from infra.bundle.architecture import source_digest
 from infra.bundle.bundle_folder import MANIFEST, Manifest, manifest_of
 from infra.settings import load_settings
@@ -44,9 +44,8 @@ def find_teachers(references: tuple[str, ...], subject: BundleRef) -> tuple[Teac
     for reference in references:
         artifact = _resolved(reference)
         if artifact.sha256 in found:
-            raise CompressionError(
-                f"Teacher {reference!r} is {found[artifact.sha256].name}, which teaches already. "
-                f"Name each other model once; the one that is compressed is always among them."
+            raise OrderRefused(
+                "teacher_repeated", reference=reference, name=found[artifact.sha256].name
             )
         _require_same(reference, _signature(artifact), wanted)
         found[artifact.sha256] = _teacher(artifact)
@@ -58,10 +57,7 @@ def _resolved(reference: str) -> Artifact:
         return resolve(reference)
     name, _, version = reference.removeprefix(REGISTERED).partition("@")
     if not name or not version:
-        raise CompressionError(
-            f"Teacher {reference!r} is not of the form 'registry:name@version', such as "
-            f"'registry:clicks@3' or 'registry:clicks@@champion'."
-        )
+        raise OrderRefused("teacher_reference_malformed", reference=reference)
     _, report = version_report(name, version)
     return report.compressed
 
@@ -89,10 +85,7 @@ def _require_same(reference: str, found: Signature, wanted: Signature) -> None:
     """Refuse a teacher who could not be asked, or would answer something else."""
     told = difference(found, wanted)
     if told is not None:
-        raise CompressionError(
-            f"Teacher {reference!r} has another signature: {told}. Teachers must take the same "
-            f"inputs and answer in the same form."
-        )
+        raise OrderRefused("teacher_signature_differs", reference=reference, difference=told)
 
 
 def difference(found: Signature, wanted: Signature) -> str | None:

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from compressors.contracts import Plan, TargetKind, is_out_of_memory
 from compressors.core.batches import format_row, row_of
-from compressors.errors.compression import ParityFailure, ParityLost
+from compressors.errors.compression import ParityLost
+from compressors.errors.parity_failure import ParityFailure
 from compressors.lower.bfloat16_products import has_bfloat16_products, write_checkable
 from compressors.lower.export import Lowered, exported
 from compressors.lower.first_difference import GraphValue, first_difference, run_traced

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from compressors.contracts import Estimate, ScoreUnit, Signature, Split
 from compressors.core.batches import Batch, Rows, batches
-from compressors.errors.compression import CompressionError
+from compressors.errors.metrics import MetricRefused
 from compressors.lower.serving_wrapper import input_names, served_graphs
 from compressors.metrics import intervals
 from compressors.metrics.full_ranking import (
@@ -182,5 +182,5 @@ def _interactions(split: Split, signature: Signature) -> Interactions:
     held = Rows(split, signature.only([str(signature.item)]))
     item = held.take(torch.arange(len(held))).inputs[str(signature.item)]
     if held.group is None:
-        raise CompressionError("A retrieval model's rows need a group: whose interaction it is.")
+        raise MetricRefused("retrieval_needs_groups")
     return Interactions(held.group.numpy(), item.numpy(), held.label.numpy())

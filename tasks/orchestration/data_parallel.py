@@ -24,6 +24,7 @@ from compressors.core.registries import AnyStep
 from compressors.core.skipping import run_or_skip
 from compressors.distill.distill import Distill
 from compressors.errors.compression import CompressionError, NothingToCompress
+from compressors.errors.steps import StepRefused
 from infra.child import run_child, serve
 from infra.errors import BuildRefused
 from tasks.bundles.loading import load_bundle
@@ -100,12 +101,16 @@ def run_step_on_devices(work: Work, devices: list[str], folder: Path) -> StepRes
     try:
         answer = run_child("tasks.orchestration.data_parallel", shared, place / "together", SECONDS)
     except BuildRefused as fault:
-        raise CompressionError(str(fault)) from fault
+        raise StepRefused("device_processes_failed", problem=str(fault)) from fault
     outcome = Outcome.model_validate(answer)
     if outcome.idle is not None:
         return NotApplicable(reason=outcome.idle)
     if outcome.refused is not None or outcome.network is None:
-        raise CompressionError(outcome.refused or "a step ended without a result")
+        raise (
+            StepRefused("result_missing")
+            if outcome.refused is None
+            else StepRefused("device_processes_failed", problem=outcome.refused)
+        )
     return StepResult(outcome.network, outcome.plan)
 
 

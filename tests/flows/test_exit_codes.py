@@ -6,7 +6,7 @@ import pytest
 from command_line import run_main
 
 from compressors.contracts import Outcome
-from compressors.errors.compression import CompressionError
+from compressors.errors.steps import StepRefused
 from flows import resolve
 from flows.cli import errors as cli_errors
 from tasks.orchestration.documents import Finished
@@ -40,7 +40,7 @@ def test_a_lack_of_memory_exits_with_code_1_and_one_sentence(
     """A step that raises a refusal because memory ran out is no bad input: a retry may pass."""
     fault: Exception = MemoryError()
     if wrapped:
-        fault = CompressionError("the layer cannot be rounded")
+        fault = StepRefused("norm_without_statistics")
         fault.__cause__ = MemoryError()
     assert cli_errors.report(fault) == 1
     printed = capsys.readouterr().err

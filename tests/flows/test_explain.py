@@ -9,7 +9,7 @@ from error_codes import raises_code
 from orders import World, carry_out
 from test_recipe import ANY, STEPS, recipe  # noqa: F401 - a fixture
 
-from compressors.errors.compression import CompressionError
+from compressors.errors.orders import OrderRefused
 from compressors.prune.dense.channels import Channels
 from flows.explain import explain
 from flows.order import Order
@@ -74,8 +74,9 @@ def test_nothing_is_stored_and_nothing_is_run(world: World) -> None:
 
 def test_what_would_be_refused_is_refused_now(world: World) -> None:
     order = Order(model="clicks@1", preset="custom", steps=(Channels(),), limits=(ANY,))
-    with pytest.raises(CompressionError, match="grows by other than hidden"):
+    with raises_code(OrderRefused, "step_not_applicable") as caught:
         explain(order)
+    assert "grows by other than hidden" in caught.value.fields["reason"]
     with raises_code(ArtifactMissing, "bundle_missing", reference="nothing"):
         explain(Order(model="nothing", preset="fast", limits=(ANY,)))
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from error_codes import raises_code
 from orders import carry_out, surroundings
 
 from compressors.contracts import Limit
@@ -188,7 +189,9 @@ def test_a_unit_that_a_target_refuses_is_excluded_and_the_recipe_runs_again(
 
     def refuse_one_layer(packed: Any, graph: Any, target: Any) -> None:
         if any(weight.module == "layers.0" for weight in packed):
-            raise AuditFailed("The graph does not hold 'layers.0'.").caused_by("layers.0")
+            raise AuditFailed(
+                "weight_replaced", target=target, unit="layers.0", expected=1, format="static_int8"
+            ).caused_by("layers.0")
         real(packed, graph, target)
 
     monkeypatch.setattr(export, "_require_packed", refuse_one_layer)
@@ -197,7 +200,7 @@ def test_a_unit_that_a_target_refuses_is_excluded_and_the_recipe_runs_again(
     line = report.plan.of("layers.0")
     assert line is not None
     assert (line.format, line.steps) == ("float32", ())
-    assert "skipped by static_int8: The graph does not hold 'layers.0'" in line.reason
+    assert "skipped by static_int8: The onnxruntime graph has another tensor" in line.reason
     assert any(r.startswith("static_int8 skipped 'layers.0'") for r in report.remarks)
     other = report.plan.of("layers.1")
     assert other is not None
@@ -205,5 +208,5 @@ def test_a_unit_that_a_target_refuses_is_excluded_and_the_recipe_runs_again(
     custom = Order(
         model="tableheavy", preset="custom", steps=(StaticInt8(),), limits=(ANY,), attempt=8
     )
-    with pytest.raises(AuditFailed, match=r"does not hold 'layers\.0'"):
+    with raises_code(AuditFailed, "weight_replaced", unit="layers.0"):
         carry_out(custom)

@@ -6,6 +6,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from drafts import ROWS, write_draft
+from error_codes import raises_code
 from orders import World, carry_out, surroundings
 from safetensors.torch import load_file
 from sklearn.metrics import roc_auc_score
@@ -14,7 +15,7 @@ from compressors.contracts import Artifact, Limit
 from compressors.distill.distill import Distill
 from compressors.distill.fine_tune import FineTune
 from compressors.distill.training.settings import Training
-from compressors.errors.compression import CompressionError
+from compressors.errors.orders import OrderRefused
 from compressors.prune.dense.channels import Channels
 from compressors.quantize.tables.rowwise_int8 import RowwiseInt8
 from flows.order import Order
@@ -115,13 +116,15 @@ def test_what_a_preset_could_not_do_is_said_and_fails_nothing(world: World) -> N
 
 def test_a_recipe_of_ones_own_must_fit(world: World) -> None:
     order = Order(model="clicks@1", preset="custom", steps=(Channels(),), limits=(ANY,))
-    with pytest.raises(CompressionError, match=r"'channels' needs .*grows by other than hidden"):
+    with raises_code(OrderRefused, "step_not_applicable") as caught:
         carry_out(order)
+    assert "grows by other than hidden" in caught.value.fields["reason"]
 
 
 def test_rows_that_a_step_needs_are_asked_for_before_anything_runs(fresh: Path) -> None:
     rows = {split: count for split, count in ROWS.items() if split != "validation"}
     pack(write_draft(fresh / "draft", name="few", rows=rows))
     order = Order(model="few", preset="custom", steps=STEPS[1:], limits=(ANY,))
-    with pytest.raises(CompressionError, match=r"'fine_tune' needs validation data; this model"):
+    with raises_code(OrderRefused, "step_not_applicable") as caught:
         carry_out(order)
+    assert "'fine_tune' needs validation data; this model" in caught.value.fields["reason"]

@@ -1,19 +1,22 @@
 """Who teaches a student, and on which rows: logged traffic and several teachers, all the way."""
 
 from pathlib import Path
+from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
 import torch
 from command_line import run_main_apart
 from drafts import write_draft
+from error_codes import raises_code
 from orders import Ran, carry_out, surroundings
 from safetensors.torch import load_file
 
 from compressors.contracts import Limit
 from compressors.distill.distill import Distill
 from compressors.distill.training.settings import Training
-from compressors.errors.compression import CompressionError
+from compressors.errors.orders import OrderRefused
+from compressors.errors.steps import StepRefused
 from compressors.quantize.tables.rowwise_int8 import RowwiseInt8
 from flows.explain import explain
 from flows.order import Order
@@ -120,20 +123,33 @@ def test_an_order_of_other_teachers_is_another_order(ran: tuple[Path, Ran]) -> N
 
 
 @pytest.mark.parametrize(
-    ("teachers", "steps", "reason"),
+    ("teachers", "steps", "code", "fields"),
     [
-        (("lists@1",), STEPS, "another signature: its task is 'ranking', not 'ctr'"),
-        (("second@1", "second"), STEPS, "teaches already"),
-        (("clicks@1",), STEPS, "teaches already"),
-        (("registry:clicks",), STEPS, "not of the form 'registry:name@version'"),
-        (("second@1",), (RowwiseInt8(),), "no step of it learns from any"),
+        (
+            ("lists@1",),
+            STEPS,
+            "teacher_signature_differs",
+            {"difference": "its task is 'ranking', not 'ctr'"},
+        ),
+        (("second@1", "second"), STEPS, "teacher_repeated", {"name": "second@1"}),
+        (("clicks@1",), STEPS, "teacher_repeated", {"name": "clicks@1"}),
+        (
+            ("registry:clicks",),
+            STEPS,
+            "teacher_reference_malformed",
+            {"reference": "registry:clicks"},
+        ),
+        (("second@1",), (RowwiseInt8(),), "teachers_unused", {"steps": ("rowwise_int8",)}),
     ],
 )
 def test_teachers_who_cannot_be_heard_are_refused_before_anything_runs(
-    teachers: tuple[str, ...], steps: tuple[Distill | RowwiseInt8, ...], reason: str
+    teachers: tuple[str, ...],
+    steps: tuple[Distill | RowwiseInt8, ...],
+    code: str,
+    fields: dict[str, Any],
 ) -> None:
     order = ORDER.model_copy(update={"teachers": teachers, "steps": steps})
-    with pytest.raises(CompressionError, match=reason):
+    with raises_code(OrderRefused, code, **fields):
         explain(order)
 
 
@@ -143,7 +159,7 @@ def test_training_goes_where_the_settings_say(
     """There is no such GPU here; the step's cache on the CPU does not stand in for it."""
     monkeypatch.setenv("RECPRESS_DEVICE", "cuda")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(CompressionError, match="finds no CUDA GPU"):
+    with raises_code(StepRefused, "device_missing", device="cuda"):
         carry_out(ORDER.model_copy(update={"limits": (Limit.parse("auc >= 0.2"),)}))
 
 

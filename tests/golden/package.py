@@ -38,7 +38,19 @@ from tests.models import Reference, Step, default
 
 KINDS: dict[str, str] = {}
 TARGETS: dict[str, str] = {}
-REFUSALS: dict[str, str] = {}
+REFUSALS: dict[str, str] = dict.fromkeys(
+    (
+        "DistillationRefused",
+        "LimitRefused",
+        "MetricRefused",
+        "OrderRefused",
+        "RowsMissing",
+        "StepRefused",
+        "TrainingFailed",
+        "ValueNotStorable",
+    ),
+    "CompressionError",
+)
 TENSORS: dict[str, str] = {}
 
 RUNTIME = "onnxruntime"

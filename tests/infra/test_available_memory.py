@@ -77,7 +77,7 @@ def test_errors_that_cannot_be_caused_here_are_recognized_by_their_words(fault):
     [
         ValueError("out of memory"),
         KeyError("std::bad_alloc"),
-        ModelRefused("tensor 'out of memory' is missing"),
+        ModelRefused("values_missing", names=("out of memory",)),
         DataRefused("column_too_long", column="bad_alloc"),
         RuntimeError("mat1 and mat2 shapes cannot be multiplied"),
         ImportError("libx.so: failed to map segment from shared object: Operation not permitted"),
@@ -88,7 +88,7 @@ def test_a_name_that_reads_like_an_error_is_not_one(fault):
 
 
 def test_an_error_raised_from_an_exhausted_memory_is_out_of_memory():
-    fault = ModelRefused("the model is wrong")
+    fault = ModelRefused("values_missing", names=("weight",))
     fault.__cause__ = MemoryError()
     assert is_out_of_memory(fault)
 

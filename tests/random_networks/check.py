@@ -33,6 +33,7 @@ from compressors.core.skipping import run_or_skip
 from compressors.core.state.module_state import load
 from compressors.core.units import Unit, private_copy
 from compressors.errors.compression import CompressionError, ContractBroken, ParityLost
+from compressors.errors.parity_failure import ParityFailure
 from compressors.lower.audit import audit
 from compressors.lower.bfloat16_products import has_bfloat16_products, write_checkable
 from compressors.lower.export import lower
@@ -297,7 +298,14 @@ class Checker:
                 gap = float(np.nanmax(np.abs(expected - found), initial=0.0))
                 nan = np.array_equal(np.isnan(expected), np.isnan(found))
                 if expected.shape != found.shape or not nan or gap > limits.largest_limit:
-                    raise ParityLost(f"Off by {gap:.2g} (limit {limits.largest_limit:.2g}).")
+                    raise ParityLost(
+                        ParityFailure(
+                            code="parity_limit",
+                            target=target,
+                            measured={"at most": gap},
+                            limits={"at most": limits.largest_limit},
+                        )
+                    )
             else:
                 compare(expected, found, plan, target)
         except ParityLost:

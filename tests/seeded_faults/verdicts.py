@@ -44,8 +44,8 @@ FAULTS = (
     Fault(
         id="gate-without-limits-accepts",
         file="compressors/metrics/judge.py",
-        old="    if not limits:\n        raise CompressionError(",
-        new="    if limits is None:\n        raise CompressionError(",
+        old="    if not limits:\n        raise LimitRefused(",
+        new="    if limits is None:\n        raise LimitRefused(",
         effect="A gate without limits accepts everything.",
         tests=(f"{JUDGE}::test_no_limits_is_an_error",),
     ),

@@ -160,7 +160,7 @@ def test_weights_that_do_not_fit_the_architecture_are_refused(draft: Path) -> No
     document = json.loads((draft / "model.json").read_text())
     document["network"]["architecture"]["config"]["dim"] = 8
     (draft / "model.json").write_text(json.dumps(document))
-    with pytest.raises(ModelRefused, match=r"weight|bias"):
+    with raises_code(ModelRefused, "shape_differs"):
         pack(draft)
     assert bundles() == ()
 
@@ -259,29 +259,27 @@ def signature_of(draft: Path, **changes: object) -> None:
 
 def test_a_score_that_is_not_the_towers_dot_product_is_refused(towers: Path) -> None:
     network_of(towers, bias=0.5)
-    with pytest.raises(ModelRefused, match=r"up to 0\.5 away from the network's own score"):
+    with raises_code(ModelRefused, "towers_not_the_score", gap=0.5):
         pack(towers)
 
 
 @pytest.mark.parametrize(
-    ("query", "words"),
-    [
-        ("of_nobody", r"tower 'query' \(of_nobody\) fails when it is called with user, lately"),
-        ("of_item", "takes exactly the inputs listed for it"),
-    ],
+    "query",
+    ["of_nobody", "of_item"],
 )
-def test_a_tower_that_cannot_be_called_is_refused(query: str, words: str, towers: Path) -> None:
+def test_a_tower_that_cannot_be_called_is_refused(query: str, towers: Path) -> None:
     named = SIGNATURE["towers"] | {"query": {"module": query, "inputs": ["user", "lately"]}}
     signature_of(towers, towers=named)
-    with pytest.raises(ModelRefused, match=words):
+    with raises_code(ModelRefused, "tower_fails", tower="query", module=query) as caught:
         pack(towers)
+    assert caught.value.fields["inputs"][:2] == ("user", "lately")
 
 
 def test_a_tower_must_give_a_vector_a_row_as_long_as_the_others(towers: Path) -> None:
     lengthened = "of_item.out"  # called with nothing of the signature
     named = SIGNATURE["towers"] | {"item": SIGNATURE["towers"]["item"] | {"module": lengthened}}
     signature_of(towers, towers=named)
-    with pytest.raises(ModelRefused, match=r"tower 'item' \(of_item.out\) fails"):
+    with raises_code(ModelRefused, "tower_fails", tower="item", module="of_item.out"):
         pack(towers)
 
 

@@ -7,9 +7,10 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from drafts import ALLOWED, ROWS, planted_auc, write_draft
+from error_codes import raises_code
 
 from compressors.contracts import Artifact
-from compressors.errors.compression import CompressionError
+from compressors.errors.metrics import MetricRefused
 from compressors.metrics import judge
 from tasks import measure as measuring
 from tasks.bundles.packing import pack
@@ -174,13 +175,13 @@ def test_a_graph_with_other_inputs_is_not_compared(
     onnx.save(model, other / "model.onnx")
     lowering = lowering_of(local(made.graph))
     (other / "lowering.json").write_text(lowering.model_dump_json())
-    with pytest.raises(CompressionError, match=r"champion takes the inputs .*person"):
+    with raises_code(MetricRefused, "inputs_differ", model="champion"):
         measured(made, champion=store().put(other))
 
     towers = tuple(lowering.graphs[0].model_copy(update={"name": n}) for n in ("query", "item"))
     several = lowering.model_copy(update={"graphs": towers})
     (other / "lowering.json").write_text(several.model_dump_json())
-    with pytest.raises(CompressionError, match=r"served as model; .* is served as query, item"):
+    with raises_code(MetricRefused, "graphs_differ", expected=("model",), got=("query", "item")):
         measured(made, champion=store().put(other))
 
 
@@ -194,7 +195,7 @@ def test_rows_without_a_score_are_an_error_that_counts_them(made: Graphs, tmp_pa
     spoiled = tmp_path / "spoiled"
     spoiled.mkdir()
     save_file(tensors, spoiled / "data.safetensors")
-    with pytest.raises(CompressionError, match="no score for 2 test rows, the first is row 5"):
+    with raises_code(MetricRefused, "graph_scores_not_finite", count=2, row=5):
         measured(made, test=store().put(spoiled))
 
 

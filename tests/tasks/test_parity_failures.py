@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from compressors.contracts import IdInput, JaggedBag, PaddedBag, Signature, TargetKind
 from compressors.core.batches import format_row, row_of
-from compressors.errors.compression import ParityFailure, ParityLost
+from compressors.errors.compression import ParityLost
+from compressors.errors.parity_failure import ParityFailure
 from compressors.lower.export import lower
 from infra.onnxruntime.sessions import Session
 from tasks.evaluation.parity import Compared, checkable

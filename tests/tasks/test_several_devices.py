@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 from drafts import ROWS, write_draft
+from error_codes import raises_code
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -13,7 +14,7 @@ from compressors.core.runner import needs
 from compressors.distill.fine_tune import FineTune
 from compressors.distill.training import data_parallel
 from compressors.distill.training.settings import Training
-from compressors.errors.compression import CompressionError
+from compressors.errors.steps import StepRefused
 from compressors.prune.dense.l1_training import L1Training
 from infra.bundle.bundle_folder import read
 from tasks.bundles.loading import bench_of, split_of
@@ -69,8 +70,9 @@ def test_a_training_that_diverges_in_two_processes_is_refused_like_one(
     work: Work, tmp_path: Path
 ) -> None:
     wild = FineTune(training=HOW.model_copy(update={"learning_rate": 1e30, "warmup": 0}))
-    with pytest.raises(CompressionError, match="Training diverged: the loss is"):
+    with raises_code(StepRefused, "device_processes_failed") as caught:
         run_step_on_devices(work.model_copy(update={"step": wild}), PAIR, tmp_path / "made")
+    assert "Training diverged: the loss is" in caught.value.fields["problem"]
 
 
 def test_a_device_that_is_not_there_is_refused_before_anything_starts(
@@ -78,7 +80,7 @@ def test_a_device_that_is_not_there_is_refused_before_anything_starts(
 ) -> None:
     if torch.cuda.device_count() > 1:
         pytest.skip("this machine has two GPUs")
-    with pytest.raises(CompressionError, match="'cuda:1' is not there"):
+    with raises_code(StepRefused, "device_missing", device="cuda:1"):
         run_step_on_devices(work, ["cpu", "cuda:1"], tmp_path / "made")
     assert not (tmp_path / "together").exists()
 

@@ -234,10 +234,7 @@ class Bag(nn.Module):
             end = torch.cat([offsets[1:], offsets.new_full((1,), count)])
         if torch.compiler.is_exporting():
             if self.longest is None:
-                raise NotLowerable(
-                    "A jagged EmbeddingBag needs the longest list a request may carry; declare "
-                    "its input as a jagged_bag with shape [longest]."
-                )
+                raise NotLowerable("longest_list_unknown")
             longest = self.longest
         else:
             # At least one place, so that there is something to reduce where every bag is empty.

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from compressors.contracts import ModuleRecord
-from compressors.errors.compression import CompressionError
+from compressors.errors.steps import StepRefused
 
 NAME = "recalibration"
 # The least and the greatest probability that float32 tells from 0 and 1: logits stay finite.
@@ -92,10 +92,7 @@ def attach(module: nn.Module, recalibration: Recalibration) -> None:
     """
     if recalibration_of(module) is None:
         if hasattr(module, NAME):
-            raise CompressionError(
-                f"{type(module).__name__} has an attribute {NAME!r} of its own, which is what the "
-                f"map behind its output is called. Rename it in the class."
-            )
+            raise StepRefused("attribute_taken", architecture=type(module).__name__, name=NAME)
         module.register_forward_hook(_recalibrated)
     module.add_module(NAME, recalibration)
 

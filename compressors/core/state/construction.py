@@ -27,13 +27,13 @@ from compressors.core.state.meta_device import (
     ACCELERATOR,
     Placement,
     Room,
-    TooLarge,
     exchange,
     on_cpu,
     parameters_on_meta,
 )
 from compressors.core.state.plain_values import plain_tensors, plain_values
 from compressors.errors.compression import ModelRefused
+from compressors.errors.construction import ConstructionFailed, TooLarge
 
 _OWN_FOLDERS = (str(Path(torch.__file__).parent), str(Path(__file__).parents[2]))
 NAMES_SHOWN = 5
@@ -46,10 +46,6 @@ class Construction:
 
     module: nn.Module
     notes: tuple[str, ...] = ()
-
-
-class ConstructionFailed(Exception):
-    """A class cannot be built. The message names the cause and the remedy."""
 
 
 def construct(
@@ -84,7 +80,7 @@ def _constructed(
         with parameters_on_meta(copy.copy(room)) as placement:
             module = architecture(**copy.deepcopy(dict(config)))
     except TooLarge as fault:
-        raise ConstructionFailed(_too_large(fault)) from fault
+        raise ConstructionFailed("tensors_too_large", problem=str(fault)) from fault
     except Exception as fault:
         if is_out_of_memory(fault):
             raise
@@ -214,11 +210,11 @@ def _real(
         with on_cpu(copy.copy(room)) as placement:
             module = architecture(**copy.deepcopy(dict(config)))
     except TooLarge as fault:
-        raise ConstructionFailed(_too_large(fault)) from fault
+        raise ConstructionFailed("tensors_too_large", problem=str(fault)) from fault
     except Exception as fault:
         if is_out_of_memory(fault):
             raise
-        raise ConstructionFailed(_failure(architecture, fault)) from fault
+        raise _failure(architecture, fault) from fault
     return module, placement
 
 
@@ -234,30 +230,20 @@ def _require_arguments(architecture: type[nn.Module], config: Mapping[str, Any])
             if parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
         ]
         raise ConstructionFailed(
-            f"{fault}. The 'config' of model.json must be the class's keyword arguments: "
-            f"{', '.join(named) or 'it takes none'}."
+            "arguments_wrong", problem=str(fault), arguments=tuple(named)
         ) from fault
 
 
-def _too_large(fault: TooLarge) -> str:
-    return (
-        f"{fault}. Correct 'config' in model.json, or store the weights that the network was "
-        f"trained with."
-    )
-
-
-def _failure(architecture: type[nn.Module], fault: Exception) -> str:
-    """Why a constructor failed and what to do, in one or two sentences."""
-    said = str(fault).strip() or "no message"
-    text = f"its constructor raised {type(fault).__name__} at {_place(fault)}: {said}"
-    if any(word in said for word in ("CUDA", "cuda", "NVIDIA", "accelerator")):
-        return (
-            f"{text.rstrip('.')}. Build it without a GPU: move tensors with .to(device) from an "
-            f"argument of {architecture.__name__}, which recpress keeps on the CPU."
+def _failure(architecture: type[nn.Module], fault: Exception) -> ConstructionFailed:
+    """The error of a constructor that raised."""
+    error, place = type(fault).__name__, _place(fault)
+    problem, name = (str(fault).strip() or "no message").rstrip("."), architecture.__name__
+    if any(word in problem for word in ("CUDA", "cuda", "NVIDIA", "accelerator")):
+        return ConstructionFailed(
+            "constructor_needs_gpu", error=error, place=place, problem=problem, architecture=name
         )
-    return (
-        f"{text.rstrip('.')}. Correct 'config' in model.json or the class, and check that "
-        f"{architecture.__name__}(**config) works in Python."
+    return ConstructionFailed(
+        "constructor_raised", error=error, place=place, problem=problem, architecture=name
     )
 
 
@@ -271,11 +257,10 @@ def _require_safe_names(architecture: type[nn.Module], module: nn.Module) -> Non
     for path, part in module.named_modules():
         for name in (*vars(part), *part._modules, *part._parameters, *part._buffers):
             if _ENDS_TEXT.search(name):
-                where = f"of {path!r} " if path else ""
                 raise ConstructionFailed(
-                    f"expected attribute names without quotes, backslashes and line ends, because "
-                    f"torch writes them into code when it traces a network; got {name!r} {where}in "
-                    f"{architecture.__name__}. Rename it in model.json or in the class."
+                    "attribute_name_unsafe",
+                    name=name,
+                    module=f"{architecture.__name__}.{path}".rstrip("."),
                 )
 
 
@@ -327,9 +312,10 @@ def _require_equal(
     differing = [name for name in differing_tensors(first, second) if name in names]
     if differing:
         raise ModelRefused(
-            f"{architecture.__name__} computes {_listed(differing)} from its initial weights, and "
-            f"no file stores it, so after loading it still has no values. Register it as a module, "
-            f"parameter or buffer and save the weights again, or compute it in forward."
+            "initial_weights_used",
+            architecture=architecture.__name__,
+            names=tuple(differing[:NAMES_SHOWN]),
+            count=len(differing),
         )
 
 

@@ -18,15 +18,13 @@ from torch.nn.parameter import is_lazy
 from torch.overrides import TorchFunctionMode
 from torch.utils import _device
 
+from compressors.errors.construction import TooLarge
+
 _LOCK = threading.Lock()
 _DEVICE_GETTER = Tensor.device.__get__
 _DATA_SETTER = Tensor.data.__set__  # type: ignore[attr-defined]
 _MOVES = {Tensor.cuda, Tensor.cpu, Tensor.xpu, Tensor.pin_memory}
 ACCELERATOR = re.compile(r"(cuda|xpu|hpu|mps|npu|xla)(:\d+)?")
-
-
-class TooLarge(Exception):
-    """A constructor creates more than the stored tensors account for."""
 
 
 @dataclass
@@ -49,17 +47,14 @@ class Room:
         """
         self.tensors -= 1
         if self.tensors < 0:
-            raise TooLarge("its constructor creates far more tensors than the files hold")
+            raise TooLarge("tensors_many")
         try:
             with torch._C.DisableTorchFunction():
                 size = func(*args, **{**kwargs, "device": "meta"}).nbytes
         except (RuntimeError, NotImplementedError, TypeError):
             return  # torch refuses it in its own words when it is called
         if size > self.tensor_bytes:
-            raise TooLarge(
-                f"its constructor creates a tensor of {size} bytes, and by the stored files none "
-                f"has more than {self.tensor_bytes}"
-            )
+            raise TooLarge("tensor_large", bytes=size, most_bytes=self.tensor_bytes)
 
 
 class Placement(TorchFunctionMode):

@@ -25,7 +25,6 @@ from compressors.core.modules.output_calibration import Recalibration, attach
 from compressors.core.registries import COMPOSITIONS, LINEAR_FORMATS, TABLE_FORMATS
 from compressors.core.state.construction import (
     Construction,
-    ConstructionFailed,
     assign,
     construct,
     outside_cpu,
@@ -35,6 +34,7 @@ from compressors.core.state.meta_device import Room
 from compressors.core.state.safetensors_stream import write
 from compressors.core.units import swap
 from compressors.errors.compression import ModelRefused
+from compressors.errors.construction import ConstructionFailed
 
 log = logging.getLogger(__name__)
 # Without gradients torch's attention layers take another path, which scores a row whose places are
@@ -110,7 +110,9 @@ def _construct(
     try:
         return construct(architecture, network.architecture.config, room)
     except ConstructionFailed as fault:
-        raise ModelRefused(f"{network.architecture.path} cannot be built: {fault}") from fault
+        raise ModelRefused(
+            "construction_failed", architecture=network.architecture.path, problem=str(fault)
+        ) from fault
 
 
 def _build(
@@ -132,8 +134,7 @@ def _build(
             replaced += model.get_submodule(name).parameters()
         except AttributeError as fault:
             raise ModelRefused(
-                f"model.json describes a compressed module {name!r}, and "
-                f"{network.architecture.path} has none of that name."
+                "compressed_module_missing", name=name, architecture=network.architecture.path
             ) from fault
         swap(model, name, module_of(name, record))
     return model, tuple(replaced)
@@ -154,8 +155,7 @@ def module_of(name: str, record: ModuleRecord) -> nn.Module:
     formats = others.get(record.kind, tables)
     if record.format not in formats:
         raise ModelRefused(
-            f"{name!r} is stored as {record.format!r}; this version of recpress knows "
-            f"{', '.join(sorted(formats))}. Upgrade recpress."
+            "format_unknown", name=name, format=record.format, formats=tuple(sorted(formats))
         )
     storage, settings = formats[record.format], dict(record.settings)
     try:
@@ -180,9 +180,7 @@ def module_of(name: str, record: ModuleRecord) -> nn.Module:
     except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as fault:
         if is_out_of_memory(fault):
             raise
-        raise ModelRefused(
-            f"The record of {name!r} in model.json is incomplete: {fault!r}."
-        ) from fault
+        raise ModelRefused("record_incomplete", name=name, problem=repr(fault)) from fault
     return Bag(table, **bag) if record.kind == "bag" else table
 
 
@@ -198,11 +196,10 @@ def load(architecture: type[nn.Module], network: Network, folder: Path) -> nn.Mo
     own = model.state_dict(keep_vars=True)
     for name, stored in network.ties.items():
         if stored not in tensors:
-            raise ModelRefused(f"{name!r} is tied to {stored!r}, which no file holds.")
+            raise ModelRefused("tie_not_stored", name=name, stored=stored)
         if name not in own or stored not in own:
             raise ModelRefused(
-                f"A tie names {name!r} and {stored!r}; both must be weights of "
-                f"{network.architecture.path}."
+                "tie_unknown", name=name, stored=stored, architecture=network.architecture.path
             )
     copies = _stored_twice(own, tensors, network.architecture.path)
     ties = {**network.ties, **copies}
@@ -213,15 +210,10 @@ def load(architecture: type[nn.Module], network: Network, folder: Path) -> nn.Mo
         owner, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(owner), leaf, _tensor(model, stored))
     if left := unfilled(model, replaced):
-        raise ModelRefused(
-            f"After loading, {', '.join(left[:5])} still has no values. Store it with the "
-            f"weights, or compute it from the configuration in the class's __init__."
-        )
+        raise ModelRefused("values_missing", names=tuple(left[:5]))
     if moved := outside_cpu(model):
         raise ModelRefused(
-            f"Expected every tensor of {network.architecture.path} on the CPU, got "
-            f"{', '.join(moved[:5])} on an accelerator. Take the device from an argument of the "
-            f"class and pass 'cpu'."
+            "tensors_on_accelerator", architecture=network.architecture.path, names=tuple(moved[:5])
         )
     return model.eval()
 
@@ -244,9 +236,7 @@ def _stored_twice(
             continue
         if not torch.equal(tensors[name], tensors[stored]):
             raise ModelRefused(
-                f"{path} uses one tensor as {stored!r} and {name!r}, and the files hold different "
-                f"values for the two. Store the one that the network was trained with, and name "
-                f"the other in 'ties'."
+                "shared_tensor_differs", architecture=path, first=stored, second=name
             )
         ties[name] = stored
     return ties
@@ -257,26 +247,31 @@ def _check_fit(model: nn.Module, tensors: Mapping[str, Tensor], network: Network
     missing = sorted(wanted.keys() - tensors.keys() - network.ties.keys())
     extra = sorted(tensors.keys() - wanted.keys())
     if missing or extra:
-        found = "; ".join(
-            f"{word} {', '.join(names[:5])}{' and more' if len(names) > 5 else ''}"
-            for word, names in (("missing", missing), ("left over", extra))
-            if names
-        )
         raise ModelRefused(
-            f"The stored tensors do not fit {network.architecture.path}: {found}. A tensor that "
-            f"shares another's memory belongs in 'ties'."
+            "tensors_differ",
+            architecture=network.architecture.path,
+            missing_count=len(missing),
+            missing=tuple(missing[:5]),
+            unexpected_count=len(extra),
+            unexpected=tuple(extra[:5]),
         )
     for name, tensor in tensors.items():
         if nn.parameter.is_lazy(wanted[name]):  # takes the shape of what is loaded
             continue
         if tensor.shape != wanted[name].shape:
             raise ModelRefused(
-                f"{name!r} is {list(tensor.shape)} in the file and {list(wanted[name].shape)} in "
-                f"{network.architecture.path}. The widths of every layer must come from 'config'."
+                "shape_differs",
+                name=name,
+                stored=list(tensor.shape),
+                expected=list(wanted[name].shape),
+                architecture=network.architecture.path,
             )
         if tensor.is_floating_point() != wanted[name].is_floating_point():
             raise ModelRefused(
-                f"{name!r} is {tensor.dtype} in the file and {wanted[name].dtype} in the model."
+                "dtype_differs",
+                name=name,
+                stored=str(tensor.dtype),
+                expected=str(wanted[name].dtype),
             )
 
 
@@ -297,7 +292,7 @@ def mapped(folder: Path) -> dict[str, Tensor]:
         with safe_open(path, framework="pt") as file:
             for name in file.keys():  # noqa: SIM118
                 if name in tensors:
-                    raise ModelRefused(f"{name!r} lies in two files of {folder.name}.")
+                    raise ModelRefused("tensor_stored_twice", name=name, folder=folder.name)
                 tensors[name] = file.get_tensor(name)
     return tensors
 

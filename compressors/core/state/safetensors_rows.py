@@ -52,8 +52,7 @@ class StoredRows(NamedTuple):
             count = os.preadv(self.file, [view[done:]], at + done)  # at most 2 GiB a call
             if not count:
                 raise ModelRefused(
-                    f"{self.path} ends within {self.name!r}, at byte {at + done}. If it was "
-                    f"copied, copy it again."
+                    "file_truncated", path=str(self.path), name=self.name, byte=at + done
                 )
             done += count
         return buffer[:size].view(self.spec.dtype).reshape(shape)
@@ -81,10 +80,7 @@ def spec_of(dtype: str, shape: tuple[int, ...], name: str) -> TensorSpec:
         ModelRefused: torch has no type for it.
     """
     if dtype not in DTYPES:
-        raise ModelRefused(
-            f"{name!r} is stored as {dtype}, which is not read here; convert it to one of "
-            f"{', '.join(DTYPES)}."
-        )
+        raise ModelRefused("dtype_unknown", name=name, dtype=dtype, dtypes=tuple(DTYPES))
     return TensorSpec(shape, DTYPES[dtype])
 
 

@@ -72,11 +72,13 @@ class StreamedFile:
         for name, spec in layout.items():
             if spec.dtype not in _RANK:
                 raise ContractBroken(
-                    f"{name!r} is laid out as {spec.dtype}, which safetensors cannot hold; it "
-                    f"holds {', '.join(str(dtype) for dtype in _RANK)}."
+                    "dtype_not_storable",
+                    name=name,
+                    dtype=str(spec.dtype),
+                    dtypes=tuple(map(str, _RANK)),
                 )
             if name == "__metadata__" or any(size < 0 for size in spec.shape):
-                raise ContractBroken(f"{name!r} of shape {spec.shape} cannot be stored.")
+                raise ContractBroken("tensor_not_storable", name=name, shape=tuple(spec.shape))
         self.layout = dict(layout)
         self._starts: dict[str, int] = {}
         described: dict[str, object] = {} if metadata is None else {"__metadata__": dict(metadata)}
@@ -104,14 +106,11 @@ class StreamedFile:
             ContractBroken: there is no such tensor, or no such entry.
         """
         if name not in self.layout:
-            raise ContractBroken(
-                f"{name!r} is not laid out in this file, which holds "
-                f"{', '.join(self.layout) or 'nothing'}."
-            )
+            raise ContractBroken("tensor_not_laid_out", name=name, names=tuple(self.layout))
         spec = self.layout[name]
         most = spec.shape[0] if spec.shape else 0
         if not 0 <= entry <= most:
-            raise ContractBroken(f"{name!r} has {most} entries; there is no place for {entry}.")
+            raise ContractBroken("entry_outside", name=name, entries=most, entry=entry)
         return len(self.header) + self._starts[name] + entry * _entry_bytes(spec)
 
     def piece(self, name: str, values: Tensor, entry: int = 0) -> Piece:
@@ -129,13 +128,14 @@ class StreamedFile:
         at = self.place(name, entry)
         spec = self.layout[name]
         if values.dtype != spec.dtype:
-            raise ContractBroken(f"{name!r} is {values.dtype} and laid out as {spec.dtype}.")
+            raise ContractBroken(
+                "dtype_differs", name=name, got=str(values.dtype), expected=str(spec.dtype)
+            )
         shape = tuple(values.shape)
         fits = shape[1:] == spec.shape[1:] and len(shape) == len(spec.shape)
         if not fits or (shape and entry + shape[0] > spec.shape[0]):
             raise ContractBroken(
-                f"{name!r} is laid out as {list(spec.shape)}; {list(shape)} does not fit from "
-                f"entry {entry} on."
+                "shape_differs", name=name, got=shape, expected=tuple(spec.shape), entry=entry
             )
         return Piece(at, raw(values))
 
@@ -148,7 +148,7 @@ def size_of(spec: TensorSpec) -> int:
 def raw(values: Tensor) -> memoryview:
     """A tensor's bytes in the order of a file; the tensor's own memory where it is contiguous."""
     if values.is_meta:
-        raise ContractBroken("A tensor on the meta device has no values to write.")
+        raise ContractBroken("values_missing")
     flat = values.detach().cpu().contiguous().reshape(-1)
     return memoryview(flat.view(torch.uint8).numpy())  # type: ignore[arg-type] # a buffer it is
 

@@ -33,7 +33,7 @@ from compressors.distill.training.trainable import (
     trainable,
     trained_copies,
 )
-from compressors.errors.compression import CompressionError
+from compressors.errors.steps import TrainingFailed
 from compressors.metrics.validation_score import quality
 from compressors.task_kinds.loss import shuffled_rows
 
@@ -141,7 +141,7 @@ class _Run:
         self.validation, self.loss, self.settings, self.seed = validation, loss, settings, seed
         names = trainable(module, tables=settings.tables) if only is None else tuple(only)
         if not names:
-            raise CompressionError("Nothing in this network can be trained: all of it is packed.")
+            raise TrainingFailed("nothing_trainable")
         _require_float_layers(module, settings)
         self.leaves = trained_copies(module, names)
         self.beside: dict[str, Tensor] = {}
@@ -303,10 +303,7 @@ class _Run:
         self.optimizer.zero_grad(set_to_none=True)
         loss = data_parallel.sum_gradients(self._optimized(), weight, self._backward(mine))
         if not bool(loss.isfinite()):
-            raise CompressionError(
-                f"Training diverged: the loss is {float(loss)} in epoch {len(self.epochs)}. "
-                f"Lower learning_rate, or raise warmup."
-            )
+            raise TrainingFailed("diverged", loss=float(loss), epoch=len(self.epochs))
         rate = self._rate()
         for group in self.optimizer.param_groups:
             group["lr"] = rate
@@ -364,9 +361,11 @@ def _require_float_layers(module: nn.Module, settings: Training) -> None:
     """
     for name, part in module.named_modules():
         if settings.precision != "float32" and isinstance(part, PackedLinear):
-            raise CompressionError(
-                f"Training in {settings.precision} needs dense layers in float32; {name!r} is "
-                f"already {part.storage.name}. Set 'precision' of its training to float32."
+            raise TrainingFailed(
+                "float_layers_needed",
+                precision=settings.precision,
+                layer=name,
+                format=part.storage.name,
             )
 
 

@@ -14,7 +14,8 @@ from compressors.core.units import Choice, Unit, innermost
 from compressors.distill.training.settings import Training
 from compressors.distill.training.trainable import trainable
 from compressors.distill.training.trainer import Epoch, Loss, train
-from compressors.errors.compression import CompressionError, NothingToCompress
+from compressors.errors.compression import NothingToCompress
+from compressors.errors.steps import RowsMissing
 
 PRUNING = frozenset({"magnitude", "sparse_2_4", "l1_training"})
 """The steps whose zeros stay zero in every training behind them."""
@@ -69,12 +70,7 @@ def require_loss(bench: Bench, kind: str) -> None:
         NothingToCompress: it is ``retrieval``.
     """
     if bench.signature.task == "retrieval":
-        raise NothingToCompress(
-            step=kind,
-            wanted="a model of task 'ctr' or 'ranking'",
-            closest="task 'retrieval', whose training is not written yet",
-            remedy="Leave this step out.",
-        )
+        raise NothingToCompress("training_unavailable", step=kind)
 
 
 def nothing_to_train(unit: Unit, kind: str) -> str:
@@ -118,7 +114,7 @@ def train_model(
     """
     learned = rows if rows is not None else bench.train
     if learned is None or bench.validation is None:
-        raise CompressionError("Training needs train and validation rows.")
+        raise RowsMissing("training_needs_rows")
     names = only if only is not None else trainable(model.module, tables=settings.tables)
     units = {unit.name for unit in Unit.of(model.module)}
     trained = {innermost(name, units) for name in names} - {None}

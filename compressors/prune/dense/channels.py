@@ -27,7 +27,8 @@ from compressors.core.units import Choice, Unit, choose_dense, private_copy
 from compressors.distill.soft_labels import mixed_loss
 from compressors.distill.training.settings import Training
 from compressors.distill.training.training_steps import choose_trainable, pruned_layers, train_model
-from compressors.errors.compression import CompressionError, NothingToCompress
+from compressors.errors.compression import NothingToCompress
+from compressors.errors.steps import StepRefused
 from compressors.prune.dense import kept_shares
 from compressors.prune.dense.importance import Importance, kept_units, per_unit, sizes_of
 from compressors.prune.dense.kept_shares import Counts
@@ -128,12 +129,7 @@ class Channels(Frozen):
             CompressionError: not even the smallest widths reach the target.
         """
         if self.importance == "gradient" and bench.signature.task == "retrieval":
-            raise NothingToCompress(
-                step=self.kind,
-                wanted="a model of task 'ctr' or 'ranking' for importance 'gradient'",
-                closest="task 'retrieval', which has no loss yet",
-                remedy="Choose another importance.",
-            )
+            raise NothingToCompress("loss_missing", step=self.kind)
         found = self._found(model, bench.signature)
         _PROVED[model.module] = (self, found)
         choices = dict(found.choices)
@@ -298,22 +294,19 @@ class Channels(Frozen):
         counts: Counts,
     ) -> Model:
         cuts = [Cut(item.width, item, counts[item.width.path]) for item in readers]
-        names = ", ".join(sorted(kept))
         try:
             narrow, gap = without_channels(model, signature, cuts, kept)
         except Exception as fault:  # whatever a class raises, these widths are not free
             if is_out_of_memory(fault):
                 raise
-            sizes = ", ".join(f"{cut.width.description()} = {cut.count}" for cut in cuts)
-            raise CompressionError(
-                f"With {sizes} the network fails: {fault}. Leave one of {names} out of 'layers'."
+            raise StepRefused(
+                "widths_fail",
+                widths={c.width.description(): c.count for c in cuts},
+                problem=str(fault),
+                layers=tuple(sorted(kept)),
             ) from fault
         if gap is not None:
-            raise CompressionError(
-                f"Without the cut channels the network scores otherwise than with them at zero "
-                f"({gap}): some code of it reads the channels of {names} past its layers. Leave "
-                f"them out of 'layers'."
-            )
+            raise StepRefused("channels_read_elsewhere", gap=gap, layers=tuple(sorted(kept)))
         return narrow
 
     def _found(self, model: Model, signature: Signature) -> PrunableWidths:

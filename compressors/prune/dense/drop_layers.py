@@ -18,9 +18,11 @@ from pydantic import Field
 from compressors.contracts import Bench, Change, Frozen, Part, Signature
 from compressors.core.model import Model
 from compressors.core.units import Choice, Unit, choose_dense
-from compressors.errors.compression import CompressionError, NothingToCompress
+from compressors.errors.compression import NothingToCompress
+from compressors.errors.steps import RowsMissing
+from compressors.errors.widths import NotAMember
 from compressors.metrics.validation_score import quality
-from compressors.prune.structure.config_depth import NotAMember, Stack, find_stacks, without_member
+from compressors.prune.structure.config_depth import Stack, find_stacks, without_member
 
 
 class DropLayers(Frozen):
@@ -68,12 +70,7 @@ class DropLayers(Frozen):
             NothingToCompress: the signature's task has no metric of single rows to decide by.
         """
         if self._measures and bench.signature.task == "retrieval":
-            raise NothingToCompress(
-                step=self.kind,
-                wanted="a model of task 'ctr' or 'ranking', or importance 'random'",
-                closest="task 'retrieval', which is judged by full rankings only",
-                remedy="Choose 'random' without most_loss, or leave this step out.",
-            )
+            raise NothingToCompress("row_metric_for_layers_missing", step=self.kind)
         return self._stacks(model, bench.signature)[1]
 
     def apply(self, model: Model, bench: Bench) -> Model:
@@ -83,7 +80,7 @@ class DropLayers(Frozen):
             CompressionError: the bench lacks validation rows.
         """
         if self._measures and bench.validation is None:
-            raise CompressionError("'drop_layers' needs validation rows.")
+            raise RowsMissing("validation_rows_missing", step=self.kind)
         stacks, _ = self._stacks(model, bench.signature)
         names = [unit.name for unit in Unit.of(model.module)]
         before = self._quality(model, bench)
@@ -199,7 +196,7 @@ def _tried(
             tried[member] = without_member(model, signature, stack, member)
         except NotAMember as fault:
             if faults is not None:
-                faults.append(str(fault))
+                faults.append(fault.reason)
     return tried
 
 

@@ -19,7 +19,7 @@ from compressors.contracts import Bench
 from compressors.core.batches import batches
 from compressors.core.model import Model
 from compressors.core.units import Unit, own_weight, private_copy
-from compressors.errors.compression import CompressionError
+from compressors.errors.steps import RowsMissing, StepRefused
 from compressors.prune.structure.channel_consumers import Readers
 from compressors.task_kinds.loss import hard_loss, shuffled
 
@@ -59,11 +59,10 @@ def sizes_of(model: Model, bench: Bench, importance: Importance, rows: int) -> d
         case "activation":
             sizes = _contributions(model.module, bench, rows)
     if not any(bool(size.any()) for size in sizes.values()):
-        why = "the loss has no gradient on the training rows"
-        raise CompressionError(
-            f"'channels' by {importance} finds every weight equally unimportant: "
-            f"{why if importance == 'gradient' else 'no layer reads anything but zeros'}. Choose "
-            f"another importance."
+        raise (
+            StepRefused("channel_gradients_zero")
+            if importance == "gradient"
+            else StepRefused("channel_inputs_zero", importance=importance)
         )
     return sizes
 
@@ -121,7 +120,7 @@ def _taylor(
 ) -> dict[str, Tensor]:
     """Squared gradient times weight, summed over batches of training rows."""
     if bench.train is None:
-        raise CompressionError("'channels' by gradient needs training rows.")
+        raise RowsMissing("gradients_need_rows")
     copied = private_copy(module).eval()
     leaves: dict[str, nn.Parameter] = {}
     for name, weight in weights.items():
@@ -145,7 +144,7 @@ def _contributions(module: nn.Module, bench: Bench, rows: int) -> dict[str, Tens
     the input ``x`` of column ``w`` in proportion to ``E[x^2] * |w|^2``.
     """
     if bench.calibration is None:
-        raise CompressionError("'channels' by activation needs calibration or training rows.")
+        raise RowsMissing("calibration_rows_missing", step="channels")
     layers = {name: part for name, part in module.named_modules() if isinstance(part, nn.Linear)}
     squares = {
         name: torch.zeros(layer.in_features, dtype=torch.float64) for name, layer in layers.items()

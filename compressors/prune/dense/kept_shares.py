@@ -20,7 +20,7 @@ from compressors.contracts import Signature
 from compressors.core.batches import example
 from compressors.core.modules.formats import PackedLinear
 from compressors.core.units import table_rows
-from compressors.errors.compression import CompressionError
+from compressors.errors.steps import StepRefused
 from compressors.prune.structure.channel_consumers import Readers
 from compressors.prune.structure.config_widths import Path, Width
 
@@ -202,11 +202,7 @@ def largest_within(
     """
     low, high = 0, number - 1
     if cost(candidate(0)) > limit:
-        raise CompressionError(
-            f"'channels' cannot leave only {limit:,.0f} {what}: with every width at its smallest "
-            f"there are {cost(candidate(0)):,.0f}. Ask for a larger share, name more layers, or "
-            f"lower 'multiple' or 'least'."
-        )
+        raise StepRefused("share_unreachable", limit=limit, units=what, least=cost(candidate(0)))
     while low < high:
         middle = (low + high + 1) // 2
         if cost(candidate(middle)) <= limit:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from compressors.contracts import Bench
 from compressors.core.batches import Batch, batches
 from compressors.core.units import own_weight
-from compressors.errors.compression import CompressionError
+from compressors.errors.steps import RowsMissing
 
 BATCH = 1024
 RIDGE = 1e-3
@@ -66,7 +66,7 @@ def reconstruct(
         CompressionError: there are no calibration rows.
     """
     if bench.calibration is None:
-        raise CompressionError("'channels' needs calibration or training rows to reconstruct on.")
+        raise RowsMissing("calibration_rows_missing", step="channels")
     split, signature = bench.calibration, bench.signature
 
     def read() -> Iterator[Batch]:

@@ -29,7 +29,7 @@ from compressors.contracts import Bench, Change, Frozen, Part, Plan
 from compressors.core.model import Model
 from compressors.core.modules.formats import PackedLinear
 from compressors.core.units import Choice, Unit, choose_dense, own_weight
-from compressors.errors.compression import CompressionError
+from compressors.errors.steps import RowsMissing
 from compressors.quantize.calibration.input_moments import grams, squared_error
 
 KIND = "sparse_2_4"
@@ -194,11 +194,7 @@ class Sparse24(Frozen):
 
     def _seen(self, model: Model, taken: list[Unit], bench: Bench) -> dict[str, Tensor]:
         if bench.calibration is None:
-            raise CompressionError(
-                "'sparse_2_4' needs calibration rows; this bundle has neither calibration nor "
-                "train data. Add one to model.json, or set importance to 'magnitude' and "
-                "reconstruct to false."
-            )
+            raise RowsMissing("activations_need_rows", step=self.kind)
         rows, signature = bench.calibration, bench.signature
         return grams(model.module, taken, rows, signature, self.batch, self.rows)
 

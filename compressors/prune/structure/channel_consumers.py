@@ -24,7 +24,8 @@ from torch import Tensor, nn
 from compressors.contracts import Signature
 from compressors.core.batches import example
 from compressors.core.modules.formats import PackedLinear
-from compressors.prune.structure.config_widths import NotAWidth, Width
+from compressors.errors.widths import NotAWidth
+from compressors.prune.structure.config_widths import Width
 
 TRACED = 128  # channels at a time: each is a row through the whole network
 Traces = dict[tuple[str, str], Tensor]
@@ -65,17 +66,17 @@ def trace(
             with torch.no_grad(), _traced(module, maker, channels, begin, rows) as seen:
                 score = module(**inputs)
             if bool(score.isnan().any()):
-                raise NotAWidth(f"the channels of {maker!r} reach the score without a dense layer")
+                raise NotAWidth("channels_in_score", layer=maker)
             for reader, columns in seen.items():
                 parts.setdefault(reader, {})[begin] = columns
         for reader, held in parts.items():
             columns = torch.cat(list(held.values()))
             if len(columns) < channels:  # called for some rows and not for others
-                raise NotAWidth(f"{reader!r} is not called every time")
+                raise NotAWidth("consumer_called_sometimes", consumer=reader)
             if not bool(columns.any()):
                 continue
             if reader not in width.readers:
-                raise NotAWidth(f"{reader!r} mixes the channels of {maker!r}")
+                raise NotAWidth("channels_mixed_by", consumer=reader, layer=maker)
             reads[maker, reader] = columns
     return reads
 
@@ -115,13 +116,13 @@ def readers_of(width: Width, traces: Traces, units: dict[str, Tensor]) -> Reader
         found = arrived > 0
         each = found.sum(dim=1)  # (units,)
         if bool((each != each[0]).any()) or bool((found.sum(dim=0) > 1).any()):
-            raise NotAWidth(f"the channels of {maker!r} are mixed on their way to {reader!r}")
+            raise NotAWidth("channels_mixed_before", layer=maker, consumer=reader)
         reads[maker, reader] = found
     for reader, per_unit in width.readers.items():
         arriving = [columns for (_, name), columns in reads.items() if name == reader]
         together = torch.stack(arriving).any(dim=0) if arriving else torch.zeros(1, 1)
         if int(together.sum()) != per_unit * width.value or not arriving:
-            raise NotAWidth(f"not all inputs of {reader!r} come from channels of one layer")
+            raise NotAWidth("inputs_from_elsewhere", consumer=reader)
     return Readers(width, reads, units, _tied(width, reads))
 
 
@@ -137,7 +138,7 @@ def _traced(
             x = args[0] if args else named["input"]
             if len(x) != rows:
                 if bool(x.isnan().any()):
-                    raise NotAWidth(f"{name!r} is not called with a row a row")
+                    raise NotAWidth("consumer_rows_differ", consumer=name)
                 return
             columns = x.isnan().reshape(len(x), -1, x.shape[-1]).any(dim=1)
             seen[name] = seen[name] | columns if name in seen else columns
@@ -146,7 +147,7 @@ def _traced(
 
     def marking(_: nn.Module, args: Any, output: Tensor) -> Tensor:  # noqa: ARG001
         if len(output) != rows or output.shape[-1] != channels:
-            raise NotAWidth(f"{maker!r} does not answer a row a row")
+            raise NotAWidth("output_rows_differ", layer=maker)
         marked = output.clone()
         each = torch.arange(rows)
         marked[each, ..., begin + each] = torch.nan
@@ -184,7 +185,7 @@ def _tied(width: Width, reads: Mapping[tuple[str, str], Tensor]) -> tuple[tuple[
             if first == second or reader != other or not bool((columns & others).any()):
                 continue
             if not torch.equal(columns, others):
-                raise NotAWidth(f"{first!r} and {second!r} meet in {reader!r} out of step")
+                raise NotAWidth("channels_permuted", first=first, second=second, consumer=reader)
             mine = next(group for group in groups if first in group)
             theirs = next(group for group in groups if second in group)
             if mine is not theirs:

@@ -20,6 +20,7 @@ from compressors.contracts import Signature, is_out_of_memory
 from compressors.core.model import Model
 from compressors.core.state.construction import construct
 from compressors.core.units import private_copy, table_rows
+from compressors.errors.widths import NotAMember
 from compressors.prune.structure.config_widths import (
     Path,
     defaults_of,
@@ -67,10 +68,6 @@ class Stack:
             after = int(place) - size * (int(place) // size > gone)
             return f"{part}.{after}{dot}{rest}"
         return name
-
-
-class NotAMember(Exception):
-    """Why a layer cannot go; half a sentence."""
 
 
 def find_stacks(model: Model) -> tuple[Stack, ...]:
@@ -154,8 +151,8 @@ def without_member(
     except Exception as fault:  # whatever a class raises, it says that this member has to stay
         if is_out_of_memory(fault):
             raise
-        first = str(fault).strip().splitlines()[-1].strip()
-        raise NotAMember(f"what is left does not fit without layer {gone}: {first}") from fault
+        first = str(fault).strip().splitlines()[-1].strip().rstrip(".")
+        raise NotAMember("rest_unfit", layer=gone, problem=first) from fault
     architecture = model.network.architecture.model_copy(update={"config": config})
     network = model.network.model_copy(update={"architecture": architecture})
     shorter = replace(model, module=built, network=network)
@@ -186,11 +183,10 @@ def _require_skipped(
         if gap is None:
             return
         gaps.append(gap)
-    raise NotAMember(
-        f"without layer {gone} it is another network than one that skips it (scores are off by "
-        f"{gaps[0]})"
+    raise (
+        NotAMember("other_network", layer=gone, gap=gaps[0])
         if gaps
-        else f"layer {gone} cannot be skipped: it returns what it is not given"
+        else NotAMember("not_skippable", layer=gone)
     )
 
 

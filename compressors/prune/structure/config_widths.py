@@ -22,6 +22,7 @@ from compressors.core.model import Model
 from compressors.core.modules.factored import FactoredLinear
 from compressors.core.modules.formats import FoldedNorm, PackedLinear
 from compressors.core.state.construction import construct
+from compressors.errors.widths import NotAWidth, NotProportional
 
 Path = tuple[str | int, ...]
 Shapes = dict[str, torch.Size]
@@ -51,10 +52,6 @@ def describe_path(path: Path) -> str:
     """A place in a configuration as people would write it: ``hidden[0]``."""
     first, *rest = path
     return str(first) + "".join(f"[{part!r}]" for part in rest)
-
-
-class NotAWidth(Exception):
-    """Why a layer cannot become narrower; half a sentence."""
 
 
 def defaults_of(architecture: type[nn.Module]) -> dict[str, Any]:
@@ -114,9 +111,9 @@ def find_widths(model: Model) -> tuple[dict[str, Width], dict[str, str]]:
             width = _width(model, before, path, value)
         except NotAWidth as why:
             # Said of the layers of that width, unless another number turns out to be theirs.
-            said = {name: str(why) for name, outputs in linear.items() if outputs == value}
+            said = {name: why.reason for name, outputs in linear.items() if outputs == value}
             reasons = {**said, **reasons}
-            if isinstance(why, _OutOfStep):
+            if isinstance(why, NotProportional):
                 splits[describe_path(path)] = value
             continue
         found[describe_path(path)] = width
@@ -132,10 +129,6 @@ def find_widths(model: Model) -> tuple[dict[str, Width], dict[str, str]]:
     return found, {name: why for name, why in reasons.items() if name not in taken}
 
 
-class _OutOfStep(NotAWidth):
-    """With another number no layer grows by as much, or nothing can be built."""
-
-
 def _width(model: Model, before: Shapes, path: Path, value: int) -> Width:
     architecture, config = model.architecture, model.network.architecture.config
     first_name = {module: name for name, module in reversed(_every(model.module))}
@@ -146,8 +139,7 @@ def _width(model: Model, before: Shapes, path: Path, value: int) -> Width:
         if after is not None and after.keys() == before.keys():
             break
     else:
-        why = "another width does not build"
-        raise NotAWidth(why) if built else _OutOfStep(why)
+        raise NotAWidth("tensors_differ") if built else NotProportional("not_built")
     makers: dict[str, int] = {}
     readers: dict[str, int] = {}
     for name, shape in before.items():
@@ -159,16 +151,16 @@ def _width(model: Model, before: Shapes, path: Path, value: int) -> Width:
             continue
         owner = first_name[module]  # a module in two places goes by the first
         if isinstance(module, PackedLinear):
-            raise NotAWidth(f"{owner!r} is already {module.storage.name}: prune before quantizing")
+            raise NotAWidth("already_quantized", layer=owner, format=module.storage.name)
         if isinstance(module, FactoredLinear):
-            raise NotAWidth(f"{owner!r} is already factored: prune before factorizing")
+            raise NotAWidth("already_factored", layer=owner)
         if not isinstance(module, nn.Linear | nn.BatchNorm1d | nn.PReLU):
-            raise NotAWidth(f"{describe_path(path)} is also a size of {owner!r}")
+            raise NotAWidth("other_size", argument=describe_path(path), module=owner)
         grown = [new - old for old, new in zip(shape, after[name], strict=True)]
         if isinstance(module, nn.Linear) and leaf == "weight":
             in_step = not grown[0] or grown[0] * value == step * shape[0]
             if not in_step or grown[0] % step or grown[1] % step:
-                raise _OutOfStep(f"{owner!r} grows by other than {describe_path(path)} does")
+                raise NotProportional("other_growth", layer=owner, argument=describe_path(path))
             if grown[0]:
                 makers[owner] = grown[0] // step
             if grown[1]:
@@ -176,8 +168,11 @@ def _width(model: Model, before: Shapes, path: Path, value: int) -> Width:
         elif not isinstance(module, nn.Linear):
             readers[owner] = grown[0] // step
     if not makers or not readers:
-        why = f"{describe_path(path)} is not the width between two layers"
-        raise NotAWidth(why) if makers or readers else _OutOfStep(why)
+        raise (
+            NotAWidth("not_between_layers", argument=describe_path(path))
+            if makers or readers
+            else NotProportional("not_between_layers", argument=describe_path(path))
+        )
     return Width(path, value, makers, readers)
 
 

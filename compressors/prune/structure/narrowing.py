@@ -22,8 +22,9 @@ from compressors.core.modules.formats import Bag, FoldedNorm, PackedLinear, Pack
 from compressors.core.modules.output_calibration import attach, recalibration_of
 from compressors.core.state.construction import assign, construct
 from compressors.core.units import own_weight, private_copy, swap, table_rows
+from compressors.errors.widths import NotAWidth
 from compressors.prune.structure.channel_consumers import Readers, readers_of, trace
-from compressors.prune.structure.config_widths import NotAWidth, Width, with_value
+from compressors.prune.structure.config_widths import Width, with_value
 
 CHECK_ROWS = 128
 SCALES = (1.0, 30.0)
@@ -67,12 +68,10 @@ def prove(model: Model, signature: Signature, cut: Cut) -> None:
         if is_out_of_memory(fault):
             raise
         raise NotAWidth(
-            f"with {cut.width.description()} = {cut.count} the network fails: {fault}"
+            "network_fails", width=cut.width.description(), count=cut.count, problem=str(fault)
         ) from fault
     if gap is not None:
-        raise NotAWidth(
-            f"its channels are read past its layers: without some, scores are off by {gap}"
-        )
+        raise NotAWidth("channels_read_elsewhere", gap=gap)
 
 
 def without_channels(

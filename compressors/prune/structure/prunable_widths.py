@@ -6,9 +6,10 @@ from dataclasses import dataclass
 from compressors.contracts import Signature
 from compressors.core.model import Model
 from compressors.core.units import Choice, table_rows
+from compressors.errors.widths import NotAWidth
 from compressors.prune.dense.kept_shares import kept_width, multiple_of
 from compressors.prune.structure.channel_consumers import Readers, layouts, readers_of, trace
-from compressors.prune.structure.config_widths import NotAWidth, Width, find_widths
+from compressors.prune.structure.config_widths import Width, find_widths
 from compressors.prune.structure.narrowing import Cut, prove
 
 
@@ -57,7 +58,7 @@ def prunable_widths(
             found.append(_proved(model, signature, width, count))
         except NotAWidth as fault:
             for name in width.makers:  # of two numbers the first is more likely its width
-                reasons.setdefault(name, str(fault))
+                reasons.setdefault(name, fault.reason)
         else:
             taken |= width.makers.keys()
     for name, choice in choices.items():
@@ -69,7 +70,12 @@ def prunable_widths(
 def _require_choices(width: Width, choices: Mapping[str, Choice]) -> None:
     for name in width.makers:
         if not choices[name].take:
-            raise NotAWidth(f"shares {width.description()} with {name!r}: {choices[name].reason}")
+            raise NotAWidth(
+                "shared_width_excluded",
+                width=width.description(),
+                layer=name,
+                reason=choices[name].reason,
+            )
 
 
 def _tried(width: Width, share: float, multiple: int, *, searched: bool) -> int:
@@ -79,10 +85,16 @@ def _tried(width: Width, share: float, multiple: int, *, searched: bool) -> int:
     if count >= width.value and searched:
         count = step
     if count >= width.value:
-        grouped = max(width.makers.values()) > 1
-        units = f"groups of channels ({width.description()})" if grouped else "channels"
-        raise NotAWidth(
-            f"{width.value} {units}: {share:.0%} of them, as a multiple of {step}, is no fewer"
+        raise (
+            NotAWidth(
+                "groups_few",
+                groups=width.value,
+                width=width.description(),
+                share=share,
+                multiple=step,
+            )
+            if max(width.makers.values()) > 1
+            else NotAWidth("channels_few", channels=width.value, share=share, multiple=step)
         )
     return count
 

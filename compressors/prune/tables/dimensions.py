@@ -32,7 +32,8 @@ from compressors.core.modules.composed import Design
 from compressors.core.modules.formats import Bag
 from compressors.core.step_settings import MinRows, TablePatterns
 from compressors.core.units import Choice, Unit, own_weight, private_copy
-from compressors.errors.compression import CompressionError, NothingToCompress
+from compressors.errors.compression import NothingToCompress
+from compressors.errors.steps import RowsMissing, StepRefused
 from compressors.factorize.low_rank import COMPOSITION
 from compressors.task_kinds.loss import hard_loss, shuffled
 
@@ -100,12 +101,7 @@ class Dimensions(Frozen):
             NothingToCompress: gradients are asked for, and the signature's task has no loss.
         """
         if self.importance == "gradient" and bench.signature.task == "retrieval":
-            raise NothingToCompress(
-                step=self.kind,
-                wanted="a model of task 'ctr' or 'ranking' for importance 'gradient'",
-                closest="task 'retrieval', which has no loss yet",
-                remedy="Choose another importance.",
-            )
+            raise NothingToCompress("loss_missing", step=self.kind)
         return self._designs(model)[0]
 
     def apply(self, model: Model, bench: Bench) -> Model:
@@ -160,7 +156,7 @@ def taylor(
         ``(sum over rows of gradient * (mean - weight)) ** 2``.
     """
     if bench.train is None:
-        raise CompressionError("'dimensions' by gradient needs training rows.")
+        raise RowsMissing("gradients_need_rows")
     copied = private_copy(module).eval()
     leaves: dict[str, nn.Parameter] = {}
     for name in means:
@@ -176,8 +172,5 @@ def taylor(
                 move = means[name] - leaf.detach().double()
                 total[name] += (grad.double() * move).sum(dim=0).square()
     if not any(bool(each.any()) for each in total.values()):
-        raise CompressionError(
-            "'dimensions' by gradient finds every dimension equally unimportant: the loss has no "
-            "gradient on the training rows. Choose another importance."
-        )
+        raise StepRefused("dimension_gradients_zero")
     return total

@@ -25,7 +25,8 @@ from compressors.core.modules.composed import ComposedTable, Composition, Parts,
 from compressors.core.modules.formats import TensorSpec
 from compressors.core.step_settings import MinRows
 from compressors.core.units import Choice, Unit, choose_tables, pack_table, swap
-from compressors.errors.compression import CompressionError, NothingToCompress
+from compressors.errors.compression import NothingToCompress
+from compressors.errors.steps import RowsMissing
 from compressors.metrics.validation_score import quality
 from compressors.quantize.calibration.lookup_counts import lookup_counts
 
@@ -78,7 +79,7 @@ def permutation_loss(model: Model, bench: Bench, name: str, before: float, repea
     Rows change places within a batch of ``scoring.SCORING_ROWS``.
     """
     if bench.validation is None:
-        raise CompressionError("'drop_tables' needs validation rows.")
+        raise RowsMissing("validation_rows_missing", step="drop_tables")
     private = model.private().module
     drawn = torch.Generator().manual_seed(bench.seed)
 
@@ -125,12 +126,7 @@ class DropTables(Frozen):
             NothingToCompress: the signature's task has no metric of single rows.
         """
         if bench.signature.task == "retrieval":
-            raise NothingToCompress(
-                step=self.kind,
-                wanted="a model of task 'ctr' or 'ranking'",
-                closest="task 'retrieval', which is judged by full rankings only",
-                remedy="Leave this step out.",
-            )
+            raise NothingToCompress("row_metric_missing", step=self.kind)
         choices = choose_tables(Unit.of(model.module), self.tables, self.min_rows, self.kind)
         reason = f"drop_tables: if {bench.signature.metric} falls by at most {self.most_loss:g}"
         return {
@@ -145,7 +141,7 @@ class DropTables(Frozen):
             CompressionError: the bench lacks validation rows.
         """
         if bench.validation is None:
-            raise CompressionError("'drop_tables' needs validation rows.")
+            raise RowsMissing("validation_rows_missing", step=self.kind)
         choices = self.choose(model, bench)
         taken = {
             unit.name: unit

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from compressors.contracts import Signature, Split
 from compressors.core.units import Unit
-from compressors.errors.compression import CompressionError
+from compressors.errors.steps import StepRefused
 from compressors.quantize.calibration.layer_inputs import input_vectors, read_layer_inputs
 
 
@@ -45,10 +45,7 @@ def grams(
     read_layer_inputs(module, layers, rows, signature, batch=batch, limit=most, receive=add)
     for unit in layers:
         if unit.name not in found or not bool(found[unit.name].any()):
-            raise CompressionError(
-                f"Dense layer {unit.name!r} saw no input but zeros on the calibration rows, so "
-                f"what its weights do there is unknown. Leave it out of 'layers'."
-            )
+            raise StepRefused("layer_inputs_zero", layer=unit.name)
     return found
 
 

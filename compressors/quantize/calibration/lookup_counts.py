@@ -15,7 +15,7 @@ from compressors.core.model import Model
 from compressors.core.modules.composed import ComposedTable
 from compressors.core.modules.formats import Bag
 from compressors.core.units import Unit, plain_bag, swap
-from compressors.errors.compression import CompressionError
+from compressors.errors.steps import RowsMissing, StepRefused
 from compressors.quantize.calibration.loss_gradients import Sensitivity, loss_gradients, sensitivity
 from compressors.task_kinds.loss import hard_loss
 
@@ -37,7 +37,7 @@ def lookup_counts(model: Model, bench: Bench, tables: Collection[str]) -> dict[s
         CompressionError: the bench has no training rows.
     """
     if bench.train is None:
-        raise CompressionError("Counting lookups needs train rows.")
+        raise RowsMissing("lookup_counts_need_rows")
     private = model.private().module
     every = {unit.name: unit for unit in Unit.of(private)}
     whole = {every[name].part_of or name for name in tables}
@@ -103,9 +103,9 @@ def squared_gradients(model: Model, bench: Bench, tables: Collection[str]) -> di
         CompressionError: the bench has no training rows, or its task has no loss.
     """
     if bench.train is None:
-        raise CompressionError("Gradients need train rows.")
+        raise RowsMissing("gradients_need_rows")
     if bench.signature.task == "retrieval":
-        raise CompressionError("Gradients need a loss, and task 'retrieval' has none yet.")
+        raise StepRefused("gradients_need_loss")
     private = model.private().module
     watched = _tables(private, tables)
 
@@ -128,7 +128,7 @@ def sensitivities(model: Model, bench: Bench, tables: Collection[str]) -> dict[s
         CompressionError: the bench has no training rows.
     """
     if bench.train is None:
-        raise CompressionError("Gradients need train rows.")
+        raise RowsMissing("gradients_need_rows")
     private = model.private().module
     return sensitivity(private, bench.signature, bench.train, _tables(private, tables))
 

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from compressors.contracts import Bench
 from compressors.core.modules.formats import PackedLinear
 from compressors.core.units import Unit
-from compressors.errors.compression import CompressionError
+from compressors.errors.steps import RowsMissing, StepRefused
 from compressors.quantize.calibration import calibrators as calibration
 from compressors.quantize.calibration.calibrators import Histogram
 from compressors.quantize.calibration.layer_inputs import Receive, read_layer_inputs
@@ -89,10 +89,7 @@ def calibrated(
     """
     split = bench.calibration
     if split is None:
-        raise CompressionError(
-            "Scales of inputs need calibration rows; this bundle has neither calibration nor "
-            "train data. Add one to model.json, or use 'float16' for the dense layers."
-        )
+        raise RowsMissing("input_scales_need_rows")
 
     def read(units: Collection[Unit], receive: Receive) -> None:
         read_layer_inputs(
@@ -147,15 +144,9 @@ def _scalable(unit: Unit, seen: Histogram) -> nn.Linear:
     """
     largest = seen.largest
     if not isinstance(unit.module, nn.Linear) or largest == 0:
-        raise CompressionError(
-            f"Dense layer {unit.name!r} saw no input but zeros on the calibration rows, so its "
-            f"scale is unknown. Leave it out of 'layers'."
-        )
+        raise StepRefused("layer_inputs_zero", layer=unit.name)
     if not bool(torch.isfinite(largest)):
-        raise CompressionError(
-            f"Dense layer {unit.name!r} saw an input of {float(largest)} on the calibration rows, "
-            f"so its scale is unknown. Leave it out of 'layers', or correct the rows."
-        )
+        raise StepRefused("layer_inputs_not_finite", layer=unit.name, value=float(largest))
     return unit.module
 
 

@@ -29,7 +29,7 @@ from compressors.core.modules.formats import LinearFormat, PackedLinear, TensorS
 from compressors.core.placeholders import dry_run_packed
 from compressors.core.step_settings import LayerPatterns
 from compressors.core.units import Choice, Unit, choose_dense, swap
-from compressors.errors.compression import CompressionError
+from compressors.errors.steps import RowsMissing, StepRefused
 from compressors.quantize.calibration.layer_inputs import input_vectors, read_layer_inputs
 from compressors.quantize.dense.calibrated import EVERY, UNSEEN
 from compressors.quantize.tables.float8_e4m3 import LARGEST, steps_of
@@ -189,10 +189,7 @@ class Float8Dense(Frozen):
             CompressionError: there are no calibration rows, or a layer saw none that is not zero.
         """
         if bench.calibration is None:
-            raise CompressionError(
-                "'float8_dense' needs calibration rows; this bundle has neither calibration nor "
-                "train data. Add one to model.json, or use 'float16' for the dense layers."
-            )
+            raise RowsMissing("input_scales_need_rows")
         choices = self.choose(model, bench)
         units = Unit.of(model.module)
         chosen = [unit for unit in units if unit.name in choices and choices[unit.name].take]
@@ -218,10 +215,7 @@ class Float8Dense(Frozen):
                 notes[unit.name] = UNSEEN
                 continue
             if not input_scale >= SMALLEST:
-                raise CompressionError(
-                    f"Dense layer {unit.name!r} saw no input but zeros on the calibration rows, "
-                    f"so its scale is unknown. Leave it out of 'layers'."
-                )
+                raise StepRefused("layer_inputs_zero", layer=unit.name)
             weight, bias = unit.weight, unit.bias
             codes, weight_scale = encode(weight, by_channel=self.scales == "channel")
             held = {"codes": codes, "weight_scale": weight_scale, "input_scale": input_scale}

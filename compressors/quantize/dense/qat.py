@@ -38,7 +38,7 @@ from compressors.distill.training.training_steps import (
     require_loss,
     training_summary,
 )
-from compressors.errors.compression import CompressionError
+from compressors.errors.steps import RowsMissing, StepRefused
 from compressors.quantize.calibration.calibrators import LEVELS
 from compressors.quantize.dense.calibrated import EVERY, UNSEEN, Calibrator, calibrated, notes_of
 from compressors.quantize.dense.static_int8 import FORMAT, encode, packed_int8, ranged
@@ -182,7 +182,7 @@ class QAT(Frozen):
                 training diverged.
         """
         if bench.train is None or bench.validation is None:
-            raise CompressionError("'qat' needs train and validation rows.")
+            raise RowsMissing("training_needs_rows")
         module, choices, units = model.module, self.choose(model, bench), Unit.of(model.module)
         chosen = [unit for unit in units if unit.name in choices and choices[unit.name].take]
         begun = calibrated(
@@ -241,7 +241,7 @@ class QAT(Frozen):
 
 def _learned(layer: nn.Module, begin: PackedLinear) -> LearnedInt8:
     if not isinstance(layer, nn.Linear):  # choose_dense takes no other
-        raise CompressionError(f"'qat' needs an nn.Linear; found {type(layer).__name__}.")
+        raise StepRefused("layer_not_linear", got=type(layer).__name__)
     return LearnedInt8(layer, begin)
 
 

@@ -23,7 +23,7 @@ from compressors.core.modules.formats import PackedLinear
 from compressors.core.placeholders import dry_run_packed
 from compressors.core.step_settings import LayerPatterns
 from compressors.core.units import Choice, Unit, swap
-from compressors.errors.compression import CompressionError
+from compressors.errors.steps import RowsMissing
 from compressors.quantize.calibration.input_moments import grams, squared_error
 from compressors.quantize.dense import weight_only
 from compressors.quantize.dense.gptq import gptq
@@ -118,10 +118,7 @@ class WeightInt4(Frozen):
 
     def _seen(self, model: Model, chosen: list[Unit], bench: Bench) -> dict[str, Tensor]:
         if bench.calibration is None:
-            raise CompressionError(
-                "'weight_int4' with rounding 'gptq' needs calibration rows; this bundle has "
-                "neither calibration nor train data. Add one to model.json, or round to nearest."
-            )
+            raise RowsMissing("gptq_needs_rows", step=self.kind)
         rows, signature = bench.calibration, bench.signature
         return grams(model.module, chosen, rows, signature, self.batch, self.rows)
 

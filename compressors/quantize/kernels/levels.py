@@ -20,7 +20,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from compressors.errors.compression import CompressionError
+from compressors.errors.steps import ValueNotStorable
 
 Clipping = Literal["min_max", "least_squares", "greedy", "mse"]
 ScaleType = Literal["float16", "float32"]
@@ -100,7 +100,7 @@ def symmetric_scale(largest: Tensor, grid: Grid) -> Tensor:
         CompressionError: a weight is too large for the type of the scales.
     """
     scale = largest / grid.half
-    _require_in_range("a scale", scale, largest, grid)
+    _require_in_range("scale", scale, largest, grid)
     return stored_scale(scale, grid.half, grid)
 
 
@@ -113,14 +113,14 @@ def asymmetric_ends(low: Tensor, high: Tensor, grid: Grid) -> FittedRange:
     Raises:
         CompressionError: a weight is too large for the type of the scales.
     """
-    _require_in_range("an offset", low.abs(), low.abs(), grid)
+    _require_in_range("offset", low.abs(), low.abs(), grid)
     low = low + 0.0  # among zeros of both signs either may have been the lowest
     near = low.to(grid.dtype)
     below = torch.nextafter(near, torch.full_like(near, -torch.inf))
     offset = torch.where(near.float() > low, below, near)
     top = grid.levels - 1
     scale = (high - offset.float()).clamp(min=0) / top
-    _require_in_range("a scale", scale, high, grid)
+    _require_in_range("scale", scale, high, grid)
     return FittedRange(stored_scale(scale, top, grid), offset)
 
 
@@ -142,18 +142,23 @@ def stored_offset(offset: Tensor, grid: Grid) -> Tensor:
     return (offset.clamp(-largest, largest) + 0.0).to(grid.dtype)
 
 
-def _require_in_range(what: str, value: Tensor, weight: Tensor, grid: Grid) -> None:
+def beyond(quantity: str, weight: float, grid: Grid) -> ValueNotStorable:
+    """The error of a range whose scale or offset is beyond the type it is stored in.
+
+    Args:
+        quantity: ``scale``, ``offset`` or ``scale or offset``.
+        weight: the largest of the range.
+        grid: its scale type counts.
+    """
+    if grid.scale == "float16":
+        return ValueNotStorable("scale_beyond_float16", quantity=quantity, weight=weight)
+    return ValueNotStorable("scale_beyond_float32", quantity=quantity, weight=weight)
+
+
+def _require_in_range(quantity: str, value: Tensor, weight: Tensor, grid: Grid) -> None:
     if not bool((value > torch.finfo(grid.dtype).max).any()):
         return
-    remedy = (
-        "Set the step's scale to 'float32'"
-        if grid.scale == "float16"
-        else "Leave the table out of the step"
-    )
-    raise CompressionError(
-        f"A weight of {float(weight.max()):g} needs {what} above {grid.scale}'s largest number. "
-        f"{remedy}."
-    )
+    raise beyond(quantity, float(weight.max()), grid)
 
 
 # --- over ranges -----------------------------------------------------------------------------

@@ -15,10 +15,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from compressors.errors.compression import CompressionError
+from compressors.errors.steps import ValueNotStorable
 from compressors.quantize.kernels import numba_kernels
 from compressors.quantize.kernels.least_squares import ROUNDS
-from compressors.quantize.kernels.levels import FittedRange, Grid
+from compressors.quantize.kernels.levels import FittedRange, Grid, beyond
 
 THREAD_VALUES = 2**18
 """A thread is given no less than this many values: waking one takes as long as some of them."""
@@ -143,18 +143,10 @@ def _helpers(process: int, threads: int) -> ThreadPoolExecutor:  # noqa: ARG001
     return ThreadPoolExecutor(threads, thread_name_prefix="encode-rows")
 
 
-def _refused(rows: Tensor, begin: int, grid: Grid) -> CompressionError:
+def _refused(rows: Tensor, begin: int, grid: Grid) -> ValueNotStorable:
     """What is wrong with the range that begins at a row."""
     bad = (~torch.isfinite(rows)).any(dim=1)
     if bool(bad.any()):
         row = begin + int(bad.to(torch.uint8).argmax())
-        return CompressionError(f"Row {row} has a NaN or infinite weight; it cannot be stored.")
-    remedy = (
-        "Set the step's scale to 'float32'"
-        if grid.scale == "float16"
-        else "Leave the table out of the step"
-    )
-    return CompressionError(
-        f"A weight of {float(rows.abs().max()):g} needs a scale or an offset above {grid.scale}'s "
-        f"largest number. {remedy}."
-    )
+        return ValueNotStorable("row_not_finite", row=row)
+    return beyond("scale or offset", float(rows.abs().max()), grid)

@@ -231,12 +231,7 @@ class AdditiveCodes(Frozen):
             NothingToCompress: validation rows are to choose, and the task has no metric of rows.
         """
         if self.draws > 1 and bench.signature.task == "retrieval":
-            raise NothingToCompress(
-                step=self.kind,
-                wanted="a model of task 'ctr' or 'ranking' for more than one draw",
-                closest="task 'retrieval', which is judged by full rankings only",
-                remedy="Set 'draws' to 1.",
-            )
+            raise NothingToCompress("row_metric_for_draws_missing", step=self.kind)
         units = Unit.of(model.module)
         choices = choose_tables(units, self.tables, self.min_rows, self.kind)
         for unit in units:

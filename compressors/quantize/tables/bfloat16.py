@@ -13,7 +13,7 @@ from torch import Tensor
 from compressors.contracts import Frozen
 from compressors.core.modules.formats import TableFormat
 from compressors.core.step_settings import MinRows, TablePatterns
-from compressors.errors.compression import CompressionError
+from compressors.errors.steps import ValueNotStorable
 from compressors.quantize.kernels.short_floats import short_float_table_format
 
 
@@ -25,10 +25,7 @@ def encode(table: Tensor) -> Tensor:
     """
     short = table.to(torch.bfloat16)
     if not bool(torch.isfinite(short).all()):
-        raise CompressionError(
-            f"A weight of {float(table.abs().max()):g} is beyond bfloat16's 3.39e38. Leave the "
-            f"table out of the step."
-        )
+        raise ValueNotStorable("weight_beyond_bfloat16", weight=float(table.abs().max()))
     return short
 
 

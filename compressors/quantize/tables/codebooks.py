@@ -13,7 +13,7 @@ from pydantic import Field
 from torch import Tensor
 
 from compressors.core.modules.formats import TensorSpec
-from compressors.errors.compression import CompressionError
+from compressors.errors.steps import ValueNotStorable
 
 WIDTHS = (2, 4, 8)
 """Bits that a code may take as stored."""
@@ -99,8 +99,5 @@ def as_stored(codebook: Tensor, dtype: CodebookType) -> Tensor:
     """
     stored = codebook.to(getattr(torch, dtype))
     if not bool(stored.isfinite().all()):
-        raise CompressionError(
-            f"A codebook holds {float(codebook.abs().max()):g}, beyond float16's 65504. Set the "
-            f"step's codebook_type to 'float32'."
-        )
+        raise ValueNotStorable("codebook_beyond_float16", value=float(codebook.abs().max()))
     return stored

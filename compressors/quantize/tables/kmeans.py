@@ -21,7 +21,7 @@ from torch import Tensor
 from compressors.contracts import Frozen
 from compressors.core.modules.formats import TableFormat, TensorSpec
 from compressors.core.step_settings import MinRows, TablePatterns
-from compressors.errors.compression import CompressionError
+from compressors.errors.steps import ValueNotStorable
 from compressors.quantize.kernels.bitpacking import pack, unpack
 from compressors.quantize.kernels.lloyd import sample, scalar_kmeans
 from compressors.quantize.tables.codebooks import row_bytes
@@ -87,10 +87,7 @@ def largest(rows: Tensor, scale_type: RowScale) -> Tensor:
     smallest = 2.0**-24 if scale_type == "float16" else torch.finfo(torch.float32).tiny
     stored = rows.abs().amax(dim=1, keepdim=True).clamp(min=smallest).to(dtype)
     if not bool(stored.isfinite().all()):
-        raise CompressionError(
-            f"A weight of {float(rows.abs().max()):g} is beyond float16's 65504. Set the step's "
-            f"scale to 'float32'."
-        )
+        raise ValueNotStorable("weight_beyond_float16", weight=float(rows.abs().max()))
     return stored
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import models
 import pytest
 import torch
+from error_codes import raises_code
 from model_scores import stored_bytes
 from models import PARTS, RANKER, Graph, Reference, graph, whole
 from test_steps import pairs, ran
@@ -19,7 +20,8 @@ from compressors.core.runner import ModelStep, TableStep, run
 from compressors.core.state.module_state import load, mapped
 from compressors.core.units import Unit, table_rows
 from compressors.distill.training.trainable import trainable
-from compressors.errors.compression import CompressionError, NothingToCompress
+from compressors.errors.compression import NothingToCompress
+from compressors.errors.steps import StepRefused
 from compressors.factorize.low_rank import LowRank
 from compressors.lower.export import lower
 from compressors.lower.parity import compare
@@ -175,8 +177,9 @@ def test_training_leaves_tables_alone_unless_asked(method):
 @every_method
 def test_a_packed_table_is_not_taken_apart(method, tmp_path):
     packed, bench = ran(RowwiseInt8, "Ranker").result, ran(RowwiseInt8, "Ranker").bench
-    with pytest.raises(NothingToCompress, match="already rowwise_int8"):
+    with raises_code(NothingToCompress, "units_missing") as caught:
         run(models.default(method), packed, bench, tmp_path / "again")
+    assert caught.value.fields["reasons"]["user"] == "already rowwise_int8"
 
 
 def test_both_protocols_are_not_kept_at_once():
@@ -188,7 +191,7 @@ def test_both_protocols_are_not_kept_at_once():
 def test_a_composed_tables_own_weight_is_not_there_to_take():
     result = ran(PARTS[0], "Ranker").result
     unit = composed_units(result)[0]
-    with pytest.raises(CompressionError, match=f"already stored as {unit.format}"):
+    with raises_code(StepRefused, "already_compressed", unit=unit.name, format=unit.format):
         _ = unit.weight
 
 

@@ -5,6 +5,7 @@ import re
 import models
 import pytest
 import torch
+from error_codes import raises_code
 from models import NORMED, RANKER, SEARCHES, TIED, Reference, Step
 from test_steps import every_pair, ran
 
@@ -101,5 +102,6 @@ def test_a_model_is_left_as_it_is():
 
 
 def test_what_has_nothing_to_do_says_so():
-    with pytest.raises(NothingToCompress, match="has a single output"):
+    with raises_code(NothingToCompress, "units_missing") as caught:
         dry_run(Channels(), TIED.model(), Bench(signature=TIED.signature))
+    assert caught.value.fields["reasons"]["out"] == "has a single output"

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from error_codes import raises_code
 from models import NORMED, QUICKLY, RANKER, TIED
 from torch import nn
 
@@ -9,7 +10,7 @@ from compressors.core.placement import device_of, moved_to
 from compressors.core.runner import run
 from compressors.distill.distill import Distill
 from compressors.distill.fine_tune import FineTune
-from compressors.errors.compression import CompressionError
+from compressors.errors.steps import StepRefused, TrainingFailed
 from compressors.quantize.dense.static_int8 import StaticInt8
 
 MIXED = QUICKLY.model_copy(update={"precision": "bfloat16"})
@@ -37,14 +38,14 @@ def test_mixed_precision_learns_nearly_the_same_and_stores_float32(tmp_path):
 def test_packed_layers_and_mixed_precision_do_not_go_together(tmp_path):
     bench = RANKER.bench(tmp_path / "data")
     packed = run(StaticInt8(), RANKER.model(), bench, tmp_path / "packed")
-    with pytest.raises(CompressionError, match="needs dense layers in float32; 'cross' is already"):
+    with raises_code(TrainingFailed, "float_layers_needed", layer="cross"):
         run(FineTune(training=MIXED), packed, bench, tmp_path / "out")
 
 
 def test_a_device_that_is_not_there_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     bench = RANKER.bench(tmp_path / "data").model_copy(update={"device": "cuda"})
-    with pytest.raises(CompressionError, match="finds no CUDA GPU"):
+    with raises_code(StepRefused, "device_missing", device="cuda"):
         run(FineTune(training=QUICKLY), RANKER.model(), bench, tmp_path / "out")
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from error_codes import raises_code
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors import safe_open
@@ -140,21 +141,21 @@ LAYOUT = {"codes": TensorSpec((4, 2), torch.int8), "one": TensorSpec((), torch.f
 
 
 @pytest.mark.parametrize(
-    ("name", "values", "entry", "said"),
+    ("name", "values", "entry", "code", "fields"),
     [
-        ("other", torch.zeros(1, 2, dtype=torch.int8), 0, "not laid out"),
-        ("codes", torch.zeros(1, 2), 0, "torch.float32 and laid out as torch.int8"),
-        ("codes", torch.zeros(1, 3, dtype=torch.int8), 0, "does not fit"),
-        ("codes", torch.zeros(2, dtype=torch.int8), 0, "does not fit"),
-        ("codes", torch.zeros(2, 2, dtype=torch.int8), 3, "does not fit from entry 3"),
-        ("codes", torch.zeros(1, 2, dtype=torch.int8), 5, "no place for 5"),
-        ("codes", torch.zeros(1, 2, dtype=torch.int8), -1, "no place for -1"),
-        ("one", torch.zeros(1), 0, "does not fit"),
-        ("codes", torch.zeros(1, 2, dtype=torch.int8, device="meta"), 0, "meta device"),
+        ("other", torch.zeros(1, 2).to(torch.int8), 0, "tensor_not_laid_out", {"name": "other"}),
+        ("codes", torch.zeros(1, 2), 0, "dtype_differs", {"got": "torch.float32"}),
+        ("codes", torch.zeros(1, 3).to(torch.int8), 0, "shape_differs", {"got": (1, 3)}),
+        ("codes", torch.zeros(2).to(torch.int8), 0, "shape_differs", {"got": (2,)}),
+        ("codes", torch.zeros(2, 2).to(torch.int8), 3, "shape_differs", {"entry": 3}),
+        ("codes", torch.zeros(1, 2).to(torch.int8), 5, "entry_outside", {"entry": 5}),
+        ("codes", torch.zeros(1, 2).to(torch.int8), -1, "entry_outside", {"entry": -1}),
+        ("one", torch.zeros(1), 0, "shape_differs", {"got": (1,), "expected": ()}),
+        ("codes", torch.zeros(1, 2, dtype=torch.int8, device="meta"), 0, "values_missing", {}),
     ],
 )
-def test_what_does_not_fit_the_layout_is_refused(name, values, entry, said):
-    with pytest.raises(ContractBroken, match=said):
+def test_what_does_not_fit_the_layout_is_refused(name, values, entry, code, fields):
+    with raises_code(ContractBroken, code, **fields):
         StreamedFile(LAYOUT).piece(name, values, entry)
 
 

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from error_codes import raises_code
 from models import Reference
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -15,7 +16,8 @@ from compressors.core.dry_run import dry_run
 from compressors.core.model import Model
 from compressors.core.registries import AnyStep
 from compressors.core.skipping import run_or_skip
-from compressors.errors.compression import CompressionError, NothingToCompress
+from compressors.errors.compression import NothingToCompress
+from compressors.errors.steps import StepRefused
 from compressors.prune.dense.channels import Channels
 from compressors.prune.tables.prune_rows import PruneRows
 from compressors.quantize.dense.float16 import Float16
@@ -312,8 +314,9 @@ def test_a_unit_that_the_recipe_names_is_an_error(
     network: type[Plain], step: AnyStep, named: str, tmp_path: Path
 ) -> None:
     reference, source = loaded(network)
-    with pytest.raises(CompressionError, match=rf"got '{named}', which the recipe names: forward"):
+    with raises_code(StepRefused, "unit_not_changeable", unit=named) as caught:
         run_or_skip(step, source, reference.bench(tmp_path / "data"), tmp_path / "out")
+    assert caught.value.fields["reason"].startswith("forward code reads it")
 
 
 @pytest.mark.parametrize("tables", [("*",), ("*", "!us*r"), ("it*",)], ids=str)
@@ -351,7 +354,7 @@ def test_a_unit_that_only_fails_once_it_is_compressed_is_found_and_skipped(
     (remark,) = result.plan.remarks
     assert remark.startswith(f"{step.kind} skipped 'item': After '{step.kind}' the network no")
     named = step.model_copy(update={"tables": ("item", "user")})
-    with pytest.raises(CompressionError, match="got 'item', which the recipe names"):
+    with raises_code(StepRefused, "unit_not_changeable", unit="item"):
         run_or_skip(named, source, bench, tmp_path / "named")
 
 

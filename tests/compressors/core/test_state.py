@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from error_codes import raises_code
 from models import BUFFERED, NORMED, RANKER, TIED, compressed
 from safetensors.torch import save_file
 from torch import nn
@@ -98,7 +99,7 @@ def test_a_plain_tensor_made_from_a_parameter_is_refused_because_nothing_stores_
 
     save(Halved(), tmp_path)
     network = Network(architecture=Architecture(path="models:Halved"))
-    with pytest.raises(ModelRefused, match=r"'half'.*after loading it still has no values"):
+    with raises_code(ModelRefused, "initial_weights_used", names=("half",)):
         load(Halved, network, tmp_path)
 
 
@@ -122,7 +123,7 @@ def test_shards_carry_an_index_and_read_back(tmp_path):
 def test_a_tensor_in_two_files_is_refused(tmp_path):
     for name in ("a", "b"):
         save_file({"weight": torch.zeros(1)}, tmp_path / f"{name}.safetensors")
-    with pytest.raises(ModelRefused, match=r"'weight' lies in two files"):
+    with raises_code(ModelRefused, "tensor_stored_twice", name="weight"):
         mapped(tmp_path)
 
 
@@ -141,7 +142,9 @@ def test_missing_and_left_over_tensors_are_named(tmp_path):
     stored, _ = tensors_of(source.module)
     stored["elsewhere"] = stored.pop("out.bias")
     save_file(stored, tmp_path / "model.safetensors")
-    with pytest.raises(ModelRefused, match=r"missing out\.bias; left over elsewhere\..*'ties'"):
+    with raises_code(
+        ModelRefused, "tensors_differ", missing=("out.bias",), unexpected=("elsewhere",)
+    ):
         load(NORMED.network, source.network, tmp_path)
 
 
@@ -150,7 +153,7 @@ def test_a_wrong_shape_names_the_configuration_as_its_source(tmp_path):
     network = network_of(
         NORMED, architecture=Architecture(path="models:Normed", config={"width": 5})
     )
-    with pytest.raises(ModelRefused, match=r"is \[12.*and \[5.*must come from 'config'"):
+    with raises_code(ModelRefused, "shape_differs", stored=[12], expected=[5]):
         load(NORMED.network, network, tmp_path)
 
 
@@ -159,14 +162,14 @@ def test_codes_where_floats_belong_are_refused(tmp_path):
     stored, _ = tensors_of(source.module)
     stored["out.bias"] = stored["out.bias"].to(torch.int8)
     save_file(stored, tmp_path / "model.safetensors")
-    with pytest.raises(ModelRefused, match=r"'out.bias' is torch.int8 in the file"):
+    with raises_code(ModelRefused, "dtype_differs", name="out.bias", stored="torch.int8"):
         load(NORMED.network, source.network, tmp_path)
 
 
 def test_a_tie_to_a_tensor_no_file_holds_is_refused(tmp_path):
     save(TIED.model().module, tmp_path)
     network = network_of(TIED, ties={"similar.weight": "items.weight"})
-    with pytest.raises(ModelRefused, match=r"tied to 'items\.weight', which no file holds"):
+    with raises_code(ModelRefused, "tie_not_stored", stored="items.weight"):
         load(TIED.network, network, tmp_path)
 
 
@@ -174,21 +177,22 @@ def test_a_configuration_the_class_does_not_take_is_refused():
     network = network_of(
         NORMED, architecture=Architecture(path="models:Normed", config={"depth": 5})
     )
-    with pytest.raises(ModelRefused, match=r"models:Normed cannot be built: .*'depth'"):
+    with raises_code(ModelRefused, "construction_failed", architecture="models:Normed") as caught:
         build(NORMED.network, network)
+    assert "'depth'" in caught.value.fields["problem"]
 
 
 def test_a_record_of_a_module_that_is_not_there_is_refused():
     record = compressed("Normed", EVERYTHING).network.modules["user"]
-    with pytest.raises(
-        ModelRefused, match=r"compressed module 'users', and models:Normed has none"
+    with raises_code(
+        ModelRefused, "compressed_module_missing", name="users", architecture="models:Normed"
     ):
         build(NORMED.network, network_of(NORMED, modules={"users": record}))
 
 
 def test_a_format_of_a_later_version_is_refused_with_what_is_known():
     record = ModuleRecord(kind="table", format="ternary", settings={"rows": 1, "dim": 1})
-    with pytest.raises(ModelRefused, match=r"'ternary'.*float16.*rowwise_int4.*Upgrade"):
+    with raises_code(ModelRefused, "format_unknown", format="ternary"):
         module_of("user", record)
 
 
@@ -196,7 +200,7 @@ def test_a_format_of_a_later_version_is_refused_with_what_is_known():
 @pytest.mark.parametrize("broken", [{}, {"rows": "many", "dim": 4}, {"rows": 3, "dim": 4}])
 def test_an_incomplete_record_is_refused(kind, broken):
     form = "static_int8" if kind == "linear" else "rowwise_int8"
-    with pytest.raises(ModelRefused, match=r"record of 'user' in model.json is incomplete"):
+    with raises_code(ModelRefused, "record_incomplete", name="user"):
         module_of("user", ModuleRecord(kind=kind, format=form, settings=broken))
 
 

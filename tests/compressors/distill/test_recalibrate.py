@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from error_codes import raises_code
 from hypothesis import given
 from hypothesis import strategies as st
 from models import ATTENTION, NORMED, QUICKLY, RANKER, Reference, prepared, whole
@@ -23,7 +24,8 @@ from compressors.distill.recalibrate import (
     held_out,
     made_of,
 )
-from compressors.errors.compression import CompressionError, NothingToCompress
+from compressors.errors.compression import NothingToCompress
+from compressors.errors.steps import StepRefused
 from compressors.lower.export import lower
 from compressors.metrics import point_estimates
 from compressors.quantize.dense.static_int8 import StaticInt8
@@ -103,7 +105,7 @@ def test_beyond_the_outer_means_a_map_is_no_steeper_than_the_logit():
 def test_a_method_that_fits_nothing_is_not_the_best():
     logit, label = drawn(1, -1.5)
     logit = logit + 5  # without an offset the best factor would turn the order round
-    with pytest.raises(CompressionError, match="try 'platt' or 'best'"):
+    with raises_code(StepRefused, "slope_not_positive_without_offset"):
         made_of("temperature", "logit", logit, label, 8)
     assert held_out("temperature", logit, label, 8) == np.inf
     assert held_out("platt", logit, label, 8) < 0.6
@@ -204,7 +206,7 @@ def test_what_follows_keeps_the_map(tmp_path):
     assert torch.equal(then.module.recalibration.line, first.module.recalibration.line)
     tuned = run(FineTune(training=QUICKLY), first, bench, tmp_path / "c")
     assert torch.equal(tuned.module.recalibration.line, first.module.recalibration.line)
-    with pytest.raises(CompressionError, match="already done"):
+    with raises_code(StepRefused, "recalibrated_already"):
         run(Recalibrate(), first, bench, tmp_path / "d")
 
 
@@ -220,12 +222,12 @@ def test_the_best_map_may_be_none(tmp_path):
 
 def test_a_model_that_orders_the_wrong_way_round_is_refused(tmp_path):
     bench = planted(NORMED, tmp_path / "data", -1.0, 0.0)
-    with pytest.raises(CompressionError, match="no rising map"):
+    with raises_code(StepRefused, "slope_not_positive"):
         run(Recalibrate(), NORMED.model(), bench, tmp_path / "out")
 
 
 def test_scores_without_probabilities_are_refused(tmp_path):
-    with pytest.raises(NothingToCompress, match="whose scores only order rows"):
+    with raises_code(NothingToCompress, "probability_missing"):
         run(Recalibrate(), ATTENTION.model(), ATTENTION.bench(tmp_path / "d"), tmp_path / "out")
 
 

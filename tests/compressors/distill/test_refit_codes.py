@@ -6,6 +6,7 @@ from typing import Any
 import models
 import pytest
 import torch
+from error_codes import raises_code
 from models import ATTENTION, NORMED, QUICKLY, RANKER, Reference
 from pydantic import ValidationError
 from safetensors.torch import save_file
@@ -174,8 +175,9 @@ def test_codes_of_parts_are_refitted_and_the_table_they_make_keeps_its_own(first
 
 
 def test_without_codebooks_there_is_nothing_to_refit(bench, tmp_path):
-    with pytest.raises(NothingToCompress, match="item: float32 has no codes"):
+    with raises_code(NothingToCompress, "units_missing") as caught:
         run(RefitCodes(), RANKER.model(), bench, tmp_path)
+    assert caught.value.fields["reasons"]["item"] == "float32 has no codes"
 
 
 def test_its_plan_is_known_before(bench, tmp_path):

@@ -7,6 +7,7 @@ import models
 import numpy as np
 import pytest
 import torch
+from error_codes import raises_code
 from hypothesis import given
 from models import ATTENTION, BENCH_ROWS, QUICKLY, RANKER, Reference
 from pydantic import ValidationError
@@ -20,7 +21,8 @@ from compressors.core.runner import run
 from compressors.core.state.module_state import mapped
 from compressors.distill.distill import Distill
 from compressors.distill.soft_labels import mean_predictions, soft_label_loss, soft_label_rows
-from compressors.errors.compression import CompressionError, NothingToCompress
+from compressors.errors.compression import NothingToCompress
+from compressors.errors.steps import RowsMissing
 from compressors.task_kinds.loss import hard_loss, shuffled_rows
 
 
@@ -146,9 +148,10 @@ def test_a_student_of_both_is_planned_and_trained_on_both(tmp_path):
 
 def test_without_rows_of_traffic_nothing_is_learned_from_them(tmp_path):
     step = Distill(rows="traffic", soft_share=1, training=QUICKLY)
-    with pytest.raises(NothingToCompress, match="traffic and traffic soft labels"):
+    missing = ("traffic", "traffic_soft_labels")
+    with raises_code(NothingToCompress, "rows_missing", missing=missing):
         run(step, RANKER.model(), RANKER.bench(tmp_path), tmp_path / "out")
-    with pytest.raises(CompressionError, match="lacks them"):
+    with raises_code(RowsMissing, "train_rows_missing"):
         soft_label_rows(RANKER.bench(tmp_path), "both", "distill")
 
 
@@ -232,7 +235,7 @@ def test_settings_that_contradict_each_other_are_refused(fields, reason):
 
 def test_shares_of_probabilities_need_probabilities(tmp_path):
     step = Distill(loss="calibrated_listwise")
-    with pytest.raises(NothingToCompress, match="which is no probability"):
+    with raises_code(NothingToCompress, "loss_without_probability"):
         dry_run(step, ATTENTION.model(), ATTENTION.bench(tmp_path))
 
 

@@ -2,13 +2,14 @@
 
 import pytest
 import torch
+from error_codes import raises_code
 from hypothesis import given
 from hypothesis import strategies as st
 from models import RANKER
 
 from compressors.contracts import Bench
 from compressors.core.runner import run
-from compressors.errors.compression import CompressionError
+from compressors.errors.compression import NothingToCompress
 from compressors.factorize.low_rank import LowRank, factors
 from compressors.quantize.calibration.lookup_counts import lookup_counts
 
@@ -70,7 +71,7 @@ def test_a_table_that_would_grow_stays(tmp_path):
 
 
 def test_weighted_needs_training_rows(tmp_path):
-    with pytest.raises(CompressionError, match="train rows"):
+    with raises_code(NothingToCompress, "rows_missing", missing=("train",)):
         run(LowRank(weighted=True), RANKER.model(), Bench(signature=RANKER.signature), tmp_path)
 
 

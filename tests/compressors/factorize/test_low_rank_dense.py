@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from chained_networks import CHAIN
+from error_codes import raises_code
 from hypothesis import given
 from model_scores import scores_of, stored_bytes
 from models import NORMED, RANKER, TIED, Graph, Reference, whole
@@ -22,7 +23,8 @@ from compressors.core.runner import run
 from compressors.core.state.module_state import load, mapped, module_of
 from compressors.core.units import Unit
 from compressors.distill.fine_tune import FineTune
-from compressors.errors.compression import CompressionError, ModelRefused, NothingToCompress
+from compressors.errors.compression import ModelRefused, NothingToCompress
+from compressors.errors.steps import RowsMissing, StepRefused
 from compressors.factorize.low_rank_dense import (
     LowRankDense,
     factors,
@@ -195,8 +197,12 @@ def test_two_parts_have_lines_of_their_own_and_the_bytes_of_the_file(tmp_path):
 
 
 def test_a_network_of_layers_too_small_says_so(tmp_path):
-    with pytest.raises(NothingToCompress, match="it would be no smaller: 24 -> 25 weights"):
+    with raises_code(NothingToCompress, "units_missing") as caught:
         factorized(TIED, tmp_path)
+    assert (
+        caught.value.fields["reasons"]["out"]
+        == "in rank 1 it would be no smaller: 24 -> 25 weights"
+    )
 
 
 def test_later_steps_take_the_parts(tmp_path):
@@ -237,8 +243,12 @@ def test_factors_move_between_the_parts(tmp_path):
 
 def test_a_factored_layer_is_not_pruned(tmp_path):
     _, result = factorized(RANKER, tmp_path, layers=("capped",))
-    with pytest.raises(NothingToCompress, match="'capped' is already factored: prune before"):
+    with raises_code(NothingToCompress, "units_missing") as caught:
         run(Channels(), result, RANKER.bench(tmp_path / "data"), tmp_path / "again")
+    assert (
+        caught.value.fields["reasons"]["hidden"]
+        == "'capped' is already factored: prune before factorizing"
+    )
 
 
 def test_a_narrowed_network_keeps_its_factored_layers(tmp_path):
@@ -274,16 +284,16 @@ def test_without_calibration_rows_only_weights_can_decide(tmp_path):
     bench = Bench(signature=RANKER.signature)
     result = run(LowRankDense(weighted=False), RANKER.model(), bench, tmp_path / "out")
     assert isinstance(result.module.hidden, FactoredLinear)
-    with pytest.raises(NothingToCompress, match="calibration rows"):
+    with raises_code(NothingToCompress, "rows_missing", missing=("calibration",)):
         run(LowRankDense(), RANKER.model(), bench, tmp_path / "again")
-    with pytest.raises(CompressionError, match="set 'weighted' to false"):
+    with raises_code(RowsMissing, "weighted_needs_rows"):
         LowRankDense().apply(RANKER.model(), bench)
 
 
 def test_a_layer_that_never_runs_is_refused(tmp_path):
     source = CONFINED.model()
     source.module.spare = nn.Linear(20, 20)
-    with pytest.raises(CompressionError, match="'spare' never ran on the calibration rows"):
+    with raises_code(StepRefused, "layer_not_called", layer="spare"):
         LowRankDense().apply(source, CONFINED.bench(tmp_path / "data"))
 
 
@@ -291,8 +301,9 @@ def test_records_and_shapes_that_do_not_fit_are_refused():
     record = ModuleRecord(
         kind="linear", format="factored", settings={"in_features": 4, "out_features": 4}
     )
-    with pytest.raises(ModelRefused, match=r"record of 'hidden'.*bias"):
+    with raises_code(ModelRefused, "record_incomplete", name="hidden") as caught:
         module_of("hidden", record)
+    assert "bias" in caught.value.fields["problem"]
     stored = {"reduce.weight": torch.zeros(2, 4), "expand.weight": torch.zeros(2, 4)}
     with pytest.raises(ValueError, match=r"expand.weight of \(4, 2\) was given \(2, 4\)"):
         FactoredLinear(4, 4, 2, bias=False, stored=stored)

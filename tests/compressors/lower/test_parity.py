@@ -6,11 +6,13 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
+from error_codes import raises_code
 from models import Graph, graph, recipe_with
 from onnx import numpy_helper
 
 from compressors.contracts import Plan, PlanLine
 from compressors.errors.compression import ParityLost
+from compressors.errors.parity_failure import ParityFailure
 from compressors.lower.parity import compare
 from infra.onnxruntime.sessions import Session
 
@@ -43,13 +45,19 @@ def test_equal_scores_pass_and_the_numbers_are_reported():
     assert parity.spread == pytest.approx(SPREAD, rel=0.1)
 
 
+def exceeded(failure: ParityFailure) -> set[str]:
+    """The limits that a failure's differences are over."""
+    return {name for name, value in failure.measured.items() if value > failure.limits[name]}
+
+
 @pytest.mark.parametrize("target", ["onnxruntime", "tensorrt-rtx"])
 @pytest.mark.parametrize("decided", [None, plan("float32", "float32")])
 def test_a_float_only_graph_may_differ_by_rounding_and_no_more(decided, target):
     rounding = 1e-6 * np.sign(scores() - 0.5).astype(np.float32)
     compare(scores(), scores() + rounding, decided, target)
-    with pytest.raises(ParityLost, match="root mean square"):
+    with raises_code(ParityLost, "parity_limit") as caught:
         compare(scores(), scores() + 40 * rounding, decided, target)
+    assert "root mean square" in exceeded(caught.value.fields["failure"])
 
 
 @pytest.mark.parametrize("form", ["rowwise_int8", "rowwise_int4", "float16"])
@@ -69,8 +77,9 @@ def test_int8_layers_may_differ_by_a_level_in_single_rows_but_not_in_all():
     compare(scores(5000), one, plan("static_int8"), "onnxruntime")
     a_little, much = (scores() + np.float32(share * SPREAD) for share in (0.003, 0.03))
     compare(scores(), a_little, plan("static_int8"), "tensorrt-rtx")
-    with pytest.raises(ParityLost, match="nine of ten"):
+    with raises_code(ParityLost, "parity_limit") as caught:
         compare(scores(), a_little, plan("static_int8"), "onnxruntime")
+    assert exceeded(caught.value.fields["failure"]) == {"in nine of ten rows"}
     with pytest.raises(ParityLost):
         compare(scores(), much, plan("static_int8"), "tensorrt-rtx")
 
@@ -78,8 +87,9 @@ def test_int8_layers_may_differ_by_a_level_in_single_rows_but_not_in_all():
 def test_one_row_far_off_is_enough_to_fail():
     wrong = scores(5000)
     wrong[7] += 0.25 * SPREAD
-    with pytest.raises(ParityLost, match="at most"):
+    with raises_code(ParityLost, "parity_limit") as caught:
         compare(scores(5000), wrong, plan("static_int8"), "onnxruntime")
+    assert exceeded(caught.value.fields["failure"]) == {"at most"}
 
 
 @pytest.mark.parametrize("swapped", [False, True])

@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from error_codes import raises_code
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -114,7 +115,7 @@ def test_a_float8_layer_of_two_inputs_is_lowered(target: TargetKind, tmp_path):
 
 
 def test_a_network_that_scores_nan_by_itself_is_refused_in_place_of_the_step(tmp_path):
-    with pytest.raises(ModelRefused, match="before 'rowwise_int8' was applied"):
+    with raises_code(ModelRefused, "scores_not_finite", step="rowwise_int8"):
         run(RowwiseInt8(), model(Unguarded), Bench(signature=HISTORIES), tmp_path)
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
+from error_codes import raises_code
 from models import RANKER, Graph, run, whole
 from onnx import TensorProto
 from table_codes import STEPS, named
@@ -138,5 +139,9 @@ def test_codes_that_are_widened_as_a_whole_are_refused():
     (read,) = (node for node in graph.node if name in node.input)
     graph.node.insert(0, onnx.helper.make_node("Cast", [name], ["wide"], to=TensorProto.INT32))
     read.input[0] = "wide"
-    with pytest.raises(AuditFailed, match=r"is widened \(Cast\) before its Gather"):
+    with raises_code(AuditFailed, "graph_not_as_ordered") as caught:
         audit(graph, lowered.model.plan, lowered.lowered.tables)
+    assert (
+        "table 'model.item.codes' is widened (Cast) before its Gather"
+        in caught.value.fields["faults"]
+    )

@@ -4,11 +4,12 @@ import time
 
 import numpy as np
 import pytest
+from error_codes import raises_code
 from hypothesis import assume, given
 from hypothesis import strategies as st
 from scipy.stats import norm
 
-from compressors.errors.compression import CompressionError
+from compressors.errors.metrics import MetricRefused
 from compressors.metrics import point_estimates
 from compressors.metrics.intervals import (
     auc_statistic,
@@ -245,27 +246,63 @@ FINE = impressions(100)
 
 
 @pytest.mark.parametrize(
-    ("call", "says"),
+    ("call", "code", "fields"),
     [
-        (lambda: paired("recall", *FINE), "got 'recall'"),
-        (lambda: paired("ndcg@0", *FINE), "got 'ndcg@0'"),
-        (lambda: paired("gauc", *FINE[:3]), "needs a group column"),
-        (lambda: paired("auc", *FINE, samples=99), "at least 100 bootstrap samples"),
-        (lambda: paired("auc", FINE[0], FINE[1], FINE[2][:-1]), "lengths 100, 99"),
-        (lambda: paired("auc", FINE[0], FINE[1], np.full(100, np.nan)), "NaN"),
-        (lambda: paired("logloss", FINE[0], FINE[1], FINE[2] + 9), "Apply the sigmoid"),
-        (lambda: paired("auc", np.arange(100) < 9, *FINE[1:3]), "10 positive rows; found 9"),
-        (lambda: paired("auc", np.arange(100) > 8, *FINE[1:3]), "10 negative rows; found 9"),
-        (lambda: paired("logloss", *(column[:9] for column in FINE[:3])), "10 rows; found 9"),
-        (lambda: paired("gauc", *FINE[:3], np.arange(100)), "no group has both"),
-        (lambda: paired("ndcg@5", 0 * FINE[0], *FINE[1:]), "with a relevant item"),
-        (lambda: latency(np.ones(367), 0.99), "at least 368 rounds"),
-        (lambda: latency(np.r_[np.ones(500), np.nan], 0.5), r"shape \(501,\) with 1 others"),
-        (lambda: latency(np.zeros(500), 0.5), "positive, finite"),
-        (lambda: latency(np.ones(500), 99), "inside"),
-        (lambda: latency_ratio(np.ones(500), np.ones(300), 0.99), "candidate latency at"),
+        (lambda: paired("recall", *FINE), "interval_metric_unknown", {"metric": "recall"}),
+        (lambda: paired("ndcg@0", *FINE), "interval_metric_unknown", {"metric": "ndcg@0"}),
+        (lambda: paired("gauc", *FINE[:3]), "metric_needs_groups", {"metric": "gauc"}),
+        (
+            lambda: paired("auc", *FINE, samples=99),
+            "bootstrap_samples_few",
+            {"least": 100, "got": 99},
+        ),
+        (
+            lambda: paired("auc", FINE[0], FINE[1], FINE[2][:-1]),
+            "lengths_differ",
+            {"lengths": (100, 99)},
+        ),
+        (
+            lambda: paired("auc", FINE[0], FINE[1], np.full(100, np.nan)),
+            "column_not_finite",
+            {"column": "score", "count": 100},
+        ),
+        (
+            lambda: paired("logloss", FINE[0], FINE[1], FINE[2] + 9),
+            "probabilities_outside",
+            {"count": 100, "rows": 100},
+        ),
+        (
+            lambda: paired("auc", np.arange(100) < 9, *FINE[1:3]),
+            "units_few",
+            {"least": 10, "units": "positive rows", "got": 9},
+        ),
+        (
+            lambda: paired("auc", np.arange(100) > 8, *FINE[1:3]),
+            "units_few",
+            {"least": 10, "units": "negative rows", "got": 9},
+        ),
+        (
+            lambda: paired("logloss", *(column[:9] for column in FINE[:3])),
+            "units_few",
+            {"least": 10, "units": "rows", "got": 9},
+        ),
+        (lambda: paired("gauc", *FINE[:3], np.arange(100)), "groups_of_one_class", {}),
+        (lambda: paired("ndcg@5", 0 * FINE[0], *FINE[1:]), "relevant_items_missing", {}),
+        (lambda: latency(np.ones(367), 0.99), "rounds_few", {"least": 368, "got": 367}),
+        (
+            lambda: latency(np.r_[np.ones(500), np.nan], 0.5),
+            "durations_unusable",
+            {"shape": (501,), "count": 1},
+        ),
+        (lambda: latency(np.zeros(500), 0.5), "durations_unusable", {"count": 500}),
+        (lambda: latency(np.ones(500), 99), "quantile_outside", {"quantile": 99}),
+        (
+            lambda: latency_ratio(np.ones(500), np.ones(300), 0.99),
+            "rounds_few",
+            {"times": "candidate latency", "got": 300},
+        ),
     ],
 )
-def test_what_has_no_interval_is_refused_in_a_sentence(call, says):
-    with pytest.raises(CompressionError, match=says):
+def test_what_has_no_interval_is_refused(call, code, fields):
+    with raises_code(MetricRefused, code, **fields):
         call()

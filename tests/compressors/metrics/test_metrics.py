@@ -4,11 +4,12 @@ import doctest
 
 import numpy as np
 import pytest
+from error_codes import raises_code
 from hypothesis import assume, given
 from hypothesis import strategies as st
 from sklearn.metrics import log_loss, ndcg_score, roc_auc_score
 
-from compressors.errors.compression import CompressionError
+from compressors.errors.metrics import MetricRefused
 from compressors.metrics import point_estimates
 
 # Both sides sum at most a few hundred float64 terms of size one; 1e-12 leaves 4,000 roundings.
@@ -155,32 +156,69 @@ def test_examples_in_docstrings_run():
     ids=["auc", "logloss", "normalized_entropy", "gauc", "ndcg"],
 )
 def test_a_score_that_is_no_number_is_refused(metric, broken):
-    with pytest.raises(CompressionError, match="1 of 4 values of score are NaN"):
+    with raises_code(MetricRefused, "column_not_finite", column="score", count=1, rows=4):
         metric(np.array([0, 1, 0, 1]), np.array([0.1, broken, 0.3, 0.2]), np.zeros(4, int))
 
 
 @pytest.mark.parametrize(
-    ("call", "says"),
+    ("call", "code", "fields"),
     [
-        (lambda: point_estimates.auc([1, 1], [0.1, 0.2]), "2 positive of 2"),
-        (lambda: point_estimates.normalized_entropy([0, 0], [0.1, 0.2]), "0 positive of 2"),
-        (lambda: point_estimates.auc([1, 4], [0.1, 0.2]), "the first is 4"),
-        (lambda: point_estimates.auc([1, np.nan], [0.1, 0.2]), "label are NaN"),
-        (lambda: point_estimates.auc([0, 1], [0.1, 0.2, 0.3]), "lengths 2, 3"),
-        (lambda: point_estimates.auc([0, 1], [[0.1], [0.2]]), r"found shape \(2, 1\)"),
-        (lambda: point_estimates.auc([], []), r"found shape \(0,\)"),
-        (lambda: point_estimates.auc([0, 1], ["a", "b"]), "as numbers"),
-        (lambda: point_estimates.logloss([0, 1], [0.5, 1.5]), "Apply the sigmoid"),
-        (lambda: point_estimates.gauc([0, 1], [0.1, 0.2], [1, 2]), "no group has both"),
         (
-            lambda: point_estimates.gauc([0, 1], [0.1, 0.2], [1.0, np.nan]),
-            "group column must not hold NaN",
+            lambda: point_estimates.auc([1, 1], [0.1, 0.2]),
+            "one_class_only",
+            {"metric": "auc", "positive": 2, "rows": 2},
         ),
-        (lambda: point_estimates.ndcg([0, 0], [0.1, 0.2], [1, 1], 3), "no group has one"),
-        (lambda: point_estimates.ndcg([0, -1], [0.1, 0.2], [1, 1], 3), "found -1 to 0"),
-        (lambda: point_estimates.ndcg([0, 1], [0.1, 0.2], [1, 1], 0), "k of at least 1"),
+        (
+            lambda: point_estimates.normalized_entropy([0, 0], [0.1, 0.2]),
+            "one_class_only",
+            {"metric": "normalized_entropy", "positive": 0, "rows": 2},
+        ),
+        (
+            lambda: point_estimates.auc([1, 4], [0.1, 0.2]),
+            "labels_not_binary",
+            {"count": 1, "rows": 2, "first": 4.0},
+        ),
+        (
+            lambda: point_estimates.auc([1, np.nan], [0.1, 0.2]),
+            "column_not_finite",
+            {"column": "label", "count": 1, "rows": 2},
+        ),
+        (
+            lambda: point_estimates.auc([0, 1], [0.1, 0.2, 0.3]),
+            "lengths_differ",
+            {"lengths": (2, 3)},
+        ),
+        (
+            lambda: point_estimates.auc([0, 1], [[0.1], [0.2]]),
+            "column_shape",
+            {"column": "score", "shape": (2, 1)},
+        ),
+        (lambda: point_estimates.auc([], []), "column_shape", {"column": "label", "shape": (0,)}),
+        (
+            lambda: point_estimates.auc([0, 1], ["a", "b"]),
+            "column_not_numeric",
+            {"column": "score"},
+        ),
+        (
+            lambda: point_estimates.logloss([0, 1], [0.5, 1.5]),
+            "probabilities_outside",
+            {"count": 1, "rows": 2, "first": 1.5},
+        ),
+        (lambda: point_estimates.gauc([0, 1], [0.1, 0.2], [1, 2]), "groups_of_one_class", {}),
+        (lambda: point_estimates.gauc([0, 1], [0.1, 0.2], [1.0, np.nan]), "group_not_finite", {}),
+        (lambda: point_estimates.ndcg([0, 0], [0.1, 0.2], [1, 1], 3), "relevant_items_missing", {}),
+        (
+            lambda: point_estimates.ndcg([0, -1], [0.1, 0.2], [1, 1], 3),
+            "grades_outside",
+            {"lowest": -1.0, "highest": 0.0},
+        ),
+        (
+            lambda: point_estimates.ndcg([0, 1], [0.1, 0.2], [1, 1], 0),
+            "depth_below_one",
+            {"depth": 0},
+        ),
     ],
 )
-def test_what_has_no_value_is_refused_in_a_sentence(call, says):
-    with pytest.raises(CompressionError, match=says):
+def test_what_has_no_value_is_refused(call, code, fields):
+    with raises_code(MetricRefused, code, **fields):
         call()

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from error_codes import raises_code
 from models import Reference
 from narrow_networks import HISTORY, SCHEMA, Crossed, Plain, Split, Transformer
 from torch import Tensor, nn
@@ -106,8 +107,12 @@ def test_half_of_a_transformers_multiply_adds_stay(scope, tmp_path):
 
 
 def test_a_head_cannot_go_without_its_queries(tmp_path):
-    with pytest.raises(NothingToCompress, match=r"shares heads with 'blocks\.0\.q': not"):
+    with raises_code(NothingToCompress, "units_missing") as caught:
         cut(Reference(Transformer, HISTORY), tmp_path, layers=("*.k",))
+    assert (
+        caught.value.fields["reasons"]["blocks.0.k"]
+        == "shares heads with 'blocks.0.q': not among *.k"
+    )
 
 
 class Halved(Plain):
@@ -123,5 +128,6 @@ class Halved(Plain):
 
 
 def test_half_a_channel_is_no_group(tmp_path):
-    with pytest.raises(NothingToCompress, match="grows by other than width does"):
+    with raises_code(NothingToCompress, "units_missing") as caught:
         cut(Reference(Halved, SCHEMA), tmp_path)
+    assert caught.value.fields["reasons"]["hidden"] == "'out' grows by other than width does"

@@ -4,6 +4,7 @@ import hypothesis.strategies as st
 import models
 import pytest
 import torch
+from error_codes import raises_code
 from hypothesis import given
 from models import ATTENTION, NORMED, RANKER, Reference
 from narrow_networks import (
@@ -30,7 +31,8 @@ from torch import Tensor
 
 from compressors.core.model import Model
 from compressors.core.runner import run
-from compressors.errors.compression import CompressionError, NothingToCompress
+from compressors.errors.compression import NothingToCompress
+from compressors.errors.steps import StepRefused
 from compressors.prune.dense.channels import Channels
 from compressors.prune.dense.importance import kept_units, per_unit
 from compressors.prune.dense.kept_shares import kept_width
@@ -167,7 +169,7 @@ def test_channels_in_another_order_are_followed(tmp_path):
 
 def test_gradient_importance_needs_training_rows(tmp_path):
     bench = NORMED.bench(tmp_path / "data").model_copy(update={"train": None})
-    with pytest.raises(NothingToCompress, match="'channels' needs train rows"):
+    with raises_code(NothingToCompress, "rows_missing", step="channels", missing=("train",)):
         run(Channels(importance="gradient"), NORMED.model(), bench, tmp_path / "out")
 
 
@@ -184,43 +186,58 @@ def test_random_channels_follow_the_seed(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("reference", "reason"),
+    ("reference", "layer", "reason"),
     [
-        (Reference(Softmaxed, SCHEMA), "mixed on their way to 'out'"),
-        (Reference(Leaking, SCHEMA), "'hidden' reach the score without a dense layer"),
-        (ATTENTION, "is also a size of"),
+        (
+            Reference(Softmaxed, SCHEMA),
+            "hidden",
+            "the channels of 'hidden' are mixed on their way to 'out'",
+        ),
+        (
+            Reference(Leaking, SCHEMA),
+            "hidden",
+            "the channels of 'hidden' reach the score without a dense layer",
+        ),
+        (ATTENTION, "key", "dim is also a size of 'user'"),
         (
             Reference(Plain, SCHEMA, {"width": 8}),
+            "hidden",
             "8 channels: 50% of them, as a multiple of 8, is no fewer",
         ),
     ],
     ids=["softmax", "past the layers", "a table's dimension", "narrow already"],
 )
-def test_a_layer_that_cannot_be_narrower_says_why(reference, reason, tmp_path):
-    with pytest.raises(NothingToCompress, match=reason):
+def test_a_layer_that_cannot_be_narrower_says_why(reference, layer, reason, tmp_path):
+    with raises_code(NothingToCompress, "units_missing") as caught:
         narrowed(reference, tmp_path)
+    assert caught.value.fields["reasons"][layer] == reason
 
 
 def test_a_layer_without_a_number_in_the_configuration_says_so(tmp_path):
     reference = Reference(Fixed, SCHEMA)
-    with pytest.raises(NothingToCompress, match="no number of the architecture's configuration"):
+    with raises_code(NothingToCompress, "units_missing") as caught:
         narrowed(reference, tmp_path)
+    assert (
+        caught.value.fields["reasons"]["hidden"]
+        == "no number of the architecture's configuration is its width 16"
+    )
 
 
 @pytest.mark.parametrize(
-    ("network", "signature", "reason"),
+    ("network", "signature", "layer", "reason"),
     [
-        (Centred, SCHEMA, "read past its layers: without some, scores are off by"),
-        (Heads, RATE, "read past its layers: without some, scores are off by"),
-        (Halves, SCHEMA, "read past its layers: without some, scores are off by"),
-        (Remembering, SCHEMA, "read past its layers: without some, scores are off by"),
-        (Squeezed, SCHEMA, "with width = 64 the network fails|grows by other than width"),
+        (Centred, SCHEMA, "hidden", "its channels are read past its layers"),
+        (Heads, RATE, "value", "its channels are read past its layers"),
+        (Halves, SCHEMA, "hidden", "its channels are read past its layers"),
+        (Remembering, SCHEMA, "hidden", "its channels are read past its layers"),
+        (Squeezed, SCHEMA, "hidden", "with width = 64 the network fails"),
     ],
     ids=lambda value: getattr(value, "__name__", ""),
 )
-def test_channels_that_code_reads_past_the_layers_stay(network, signature, reason, tmp_path):
-    with pytest.raises(NothingToCompress, match=reason):
+def test_channels_that_code_reads_past_the_layers_stay(network, signature, layer, reason, tmp_path):
+    with raises_code(NothingToCompress, "units_missing") as caught:
         narrowed(Reference(network, signature), tmp_path)
+    assert caught.value.fields["reasons"][layer].startswith(reason)
 
 
 def test_shared_layers_and_norms_without_weights_are_cut(tmp_path):
@@ -249,7 +266,7 @@ def test_lists_that_cannot_be_told_apart_give_no_gradient(tmp_path):
     path = tmp_path / "data" / "train" / "data.safetensors"
     alone = {**load_file(path), "@group": torch.arange(models.BENCH_ROWS)}
     save_file(alone, path)
-    with pytest.raises(CompressionError, match="equally unimportant"):
+    with raises_code(StepRefused, "channel_gradients_zero"):
         run(Channels(importance="gradient"), reference.model(), bench, tmp_path / "out")
 
 
@@ -260,7 +277,7 @@ def test_a_towers_hidden_layer_is_cut_and_its_vector_is_not(tmp_path):
     assert result.network.architecture.config == {"hidden": 8}
     assert result.module.query[3].in_features == 8
     assert result.module.query[3].out_features == 6
-    with pytest.raises(NothingToCompress, match="'retrieval', which has no loss yet"):
+    with raises_code(NothingToCompress, "loss_missing"):
         Channels(importance="gradient").choose(source, bench)
 
 
@@ -276,13 +293,15 @@ def test_wide_layers_are_traced_in_slices(tmp_path, monkeypatch):
 def test_quantized_layers_are_pruned_before(tmp_path):
     bench = NORMED.bench(tmp_path / "data")
     packed = run(StaticInt8(), NORMED.model(), bench, tmp_path / "packed")
-    with pytest.raises(NothingToCompress, match="already static_int8"):
+    with raises_code(NothingToCompress, "units_missing") as caught:
         run(Channels(), packed, bench, tmp_path / "out")
+    assert caught.value.fields["reasons"]["hidden"] == "already static_int8"
 
 
 def test_a_layer_that_shares_its_width_with_one_left_out_stays(tmp_path):
-    with pytest.raises(NothingToCompress, match=r"shares left with 'again': .*not among"):
+    with raises_code(NothingToCompress, "units_missing") as caught:
         narrowed(BRANCHED, tmp_path, layers=("left",))
+    assert caught.value.fields["reasons"]["left"] == "shares left with 'again': not among left"
 
 
 def test_the_plan_says_what_became_of_every_layer(tmp_path):

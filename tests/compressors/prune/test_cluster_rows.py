@@ -1,7 +1,7 @@
 """Clustered rows: hot ones untouched, the others nearest to what they share."""
 
-import pytest
 import torch
+from error_codes import raises_code
 from hypothesis import given
 from hypothesis import strategies as st
 from models import RANKER
@@ -66,5 +66,5 @@ def test_the_plan_says_what_share_of_lookups_is_touched(tmp_path):
 
 
 def test_without_training_rows_nothing_is_clustered(tmp_path):
-    with pytest.raises(NothingToCompress, match="train rows"):
+    with raises_code(NothingToCompress, "rows_missing", missing=("train",)):
         run(ClusterRows(), RANKER.model(), Bench(signature=RANKER.signature), tmp_path)

@@ -3,6 +3,7 @@
 import models
 import pytest
 import torch
+from error_codes import raises_code
 from models import QUICKLY, RANKER, Reference, prepared
 from narrow_networks import HISTORY, RETRIEVAL, SCHEMA, Crossed, Towers, Transformer
 from torch import Tensor, nn
@@ -15,11 +16,12 @@ from compressors.core.state.module_state import mapped
 from compressors.core.units import stored_bytes
 from compressors.distill.distill import Distill
 from compressors.errors.compression import NothingToCompress
+from compressors.errors.widths import NotAMember
 from compressors.metrics.validation_score import quality
 from compressors.prune.dense.channels import Channels
 from compressors.prune.dense.drop_layers import DropLayers
 from compressors.prune.dense.magnitude import Magnitude
-from compressors.prune.structure.config_depth import NotAMember, find_stacks, without_member
+from compressors.prune.structure.config_depth import find_stacks, without_member
 from compressors.quantize.dense.static_int8 import StaticInt8
 
 DEEP = Reference(Crossed, SCHEMA, {"cross_layers": 3, "hidden": [20, 12, 12, 12]})
@@ -113,7 +115,7 @@ def test_whole_members_move_up():
     assert torch.equal(after[6].weight, before[9].weight)
     assert torch.equal(after[7].running_mean, before[10].running_mean)
     assert torch.equal(after[3].weight, before[3].weight)
-    with pytest.raises(NotAMember, match="does not fit without layer 1"):
+    with raises_code(NotAMember, "rest_unfit", layer=1):
         without_member(source.private(), SCHEMA, stack, 1)
 
 
@@ -169,18 +171,24 @@ def test_a_loss_that_is_not_allowed_keeps_the_layer(tmp_path):
     ids=["weighted", "uncounted", "unequal"],
 )
 def test_layers_that_have_to_stay_say_why(reference, reason, tmp_path):
-    with pytest.raises(NothingToCompress, match=reason):
+    with raises_code(NothingToCompress, "units_missing") as caught:
         dropped(reference, tmp_path)
+    assert any(reason in found for found in caught.value.fields["reasons"].values())
 
 
 def test_layers_that_earlier_steps_treat_unlike_stay(tmp_path):
     bench = DEEP.bench(tmp_path / "data")
     one = run(Magnitude(layers=("up.1",)), DEEP.model(), bench, tmp_path / "one")
-    with pytest.raises(NothingToCompress, match="treat the layers of cross_layers unlike"):
+    with raises_code(NothingToCompress, "units_missing") as caught:
         run(DropLayers(layers=("up.*", "down.*")), one, bench, tmp_path / "out")
+    assert (
+        caught.value.fields["reasons"]["down.0"]
+        == "earlier steps treat the layers of cross_layers unlike: drop layers first"
+    )
     packed = run(StaticInt8(), DEEP.model(), bench, tmp_path / "packed")
-    with pytest.raises(NothingToCompress, match="already static_int8"):
+    with raises_code(NothingToCompress, "units_missing") as caught:
         run(DropLayers(), packed, bench, tmp_path / "out")
+    assert caught.value.fields["reasons"]["down.0"] == "already static_int8"
 
 
 def test_a_shorter_network_is_distilled_and_quantized_like_any_other(tmp_path):
@@ -195,7 +203,7 @@ def test_a_shorter_network_is_distilled_and_quantized_like_any_other(tmp_path):
 
 def test_towers_are_judged_by_chance_only():
     source = Reference(Towers, RETRIEVAL).model()
-    with pytest.raises(NothingToCompress, match="judged by full rankings only"):
+    with raises_code(NothingToCompress, "row_metric_for_layers_missing"):
         DropLayers().choose(source, Bench(signature=RETRIEVAL))
     chosen = DropLayers(importance="random").choose(source, Bench(signature=RETRIEVAL))
     assert not any(choice.take for choice in chosen.values())

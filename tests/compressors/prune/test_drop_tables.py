@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from error_codes import raises_code
 from models import RANKER, prepared
 
 from compressors.contracts import Bench
@@ -111,5 +112,5 @@ def test_a_dropped_table_is_lowered(target, tmp_path):
 
 
 def test_without_validation_rows_nothing_is_dropped(tmp_path):
-    with pytest.raises(NothingToCompress, match="validation rows"):
+    with raises_code(NothingToCompress, "rows_missing", missing=("train", "validation")):
         run(DropTables(), RANKER.model(), Bench(signature=RANKER.signature), tmp_path / "out")

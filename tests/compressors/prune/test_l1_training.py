@@ -3,6 +3,7 @@
 import hypothesis.strategies as st
 import pytest
 import torch
+from error_codes import raises_code
 from hypothesis import given
 from models import NORMED, QUICKLY, RANKER, Reference, example, prepared
 from narrow_networks import SCHEMA, Branched
@@ -151,5 +152,6 @@ def _makers(reference) -> tuple[str, ...]:
 def test_packed_layers_have_nothing_to_penalize(tmp_path):
     bench = NORMED.bench(tmp_path / "data")
     packed = run(StaticInt8(), NORMED.model(), bench, tmp_path / "packed")
-    with pytest.raises(NothingToCompress, match="already static_int8"):
+    with raises_code(NothingToCompress, "units_missing") as caught:
         run(L1Training(training=QUICKLY), packed, bench, tmp_path / "out")
+    assert caught.value.fields["reasons"]["hidden"] == "already static_int8"

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from error_codes import raises_code
 from models import RANKER
 from pydantic import ValidationError
 
@@ -95,8 +96,9 @@ def test_bytes_are_a_map_and_the_rows_that_stay(tmp_path):
 
 def test_a_table_whose_map_would_cost_more_stays(tmp_path):
     step = PruneRows(tables=("city",), keep=0.99, pruned="shared")
-    with pytest.raises(NothingToCompress, match="city: 9 x 6 would be no smaller"):
+    with raises_code(NothingToCompress, "units_missing") as caught:
         run(step, RANKER.model(), RANKER.bench(tmp_path / "data"), tmp_path / "out")
+    assert caught.value.fields["reasons"]["city"] == "9 x 6 would be no smaller: 216 -> 229 bytes"
 
 
 def test_the_only_row_of_a_table_stays(tmp_path):
@@ -110,7 +112,7 @@ def test_the_only_row_of_a_table_stays(tmp_path):
 
 
 def test_without_training_rows_nothing_is_pruned(tmp_path):
-    with pytest.raises(NothingToCompress, match="train rows"):
+    with raises_code(NothingToCompress, "rows_missing", missing=("train",)):
         run(PruneRows(), RANKER.model(), Bench(signature=RANKER.signature), tmp_path / "out")
 
 

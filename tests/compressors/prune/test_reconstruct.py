@@ -3,6 +3,7 @@
 import hypothesis.strategies as st
 import pytest
 import torch
+from error_codes import raises_code
 from hypothesis import given
 from models import RANKER, Reference
 from narrow_networks import HISTORY, SCHEMA, Branched, Plain, Transformer
@@ -78,5 +79,5 @@ def test_a_channel_answers_for_its_twin(tmp_path):
 
 def test_reconstruction_needs_rows(tmp_path):
     bench = RANKER.bench(tmp_path / "data").model_copy(update={"calibration": None})
-    with pytest.raises(NothingToCompress, match="'channels' needs calibration rows"):
+    with raises_code(NothingToCompress, "rows_missing", step="channels", missing=("calibration",)):
         run(Channels(reconstruct=True), RANKER.model(), bench, tmp_path / "out")

@@ -4,6 +4,7 @@ import itertools
 
 import pytest
 import torch
+from error_codes import raises_code
 from hypothesis import given
 from hypothesis import strategies as st
 from models import NORMED, RANKER
@@ -173,7 +174,7 @@ def test_lookups_and_slopes_are_asked_for_only_where_they_count(tmp_path):
     model, bench = RANKER.model(), RANKER.bench(tmp_path)
     bare = Bench(signature=bench.signature)
     for needing in (AdditiveCodes(), AdditiveCodes(traffic=0), AdditiveCodes(sensitive=False)):
-        with pytest.raises(NothingToCompress, match="train rows"):
+        with raises_code(NothingToCompress, "rows_missing", missing=("train",)):
             run(needing, model, bare, tmp_path / "refused")
     plain = AdditiveCodes(traffic=0, sensitive=False, rounds=1)
     packed = run(plain, model, bare, tmp_path / "out")

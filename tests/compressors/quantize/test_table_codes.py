@@ -4,12 +4,13 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from error_codes import raises_code
 from hypothesis import given
-from table_codes import alike, each_step, named, read, tables
+from table_codes import alike, each_step, read, tables
 from torch import Tensor
 
 from compressors.core.runner import TableStep
-from compressors.errors.compression import CompressionError
+from compressors.errors.steps import ValueNotStorable
 from compressors.quantize.tables import kmeans, product_codes, residual_codes
 from compressors.quantize.tables.kmeans import KMeans
 from compressors.quantize.tables.product_codes import ProductCodes
@@ -183,9 +184,14 @@ def test_weights_of_a_table_that_is_sampled_are_refused(monkeypatch):
         kmeans.fit(torch.randn(20, 6), 2, "none", torch.ones(20))
 
 
-@pytest.mark.parametrize("step", [ProductCodes(codebook_type="float16"), KMeans()], ids=named)
-def test_weights_beyond_float16_are_refused_with_the_remedy(step):
-    with pytest.raises(
-        CompressionError, match=r"Set the step's (codebook_type|scale) to 'float32'"
-    ):
+@pytest.mark.parametrize(
+    ("step", "code"),
+    [
+        (ProductCodes(codebook_type="float16"), "codebook_beyond_float16"),
+        (KMeans(), "weight_beyond_float16"),
+    ],
+    ids=["product_codes", "kmeans"],
+)
+def test_weights_beyond_float16_are_refused_with_the_remedy(step, code):
+    with raises_code(ValueNotStorable, code):
         read(step, torch.full((20, 4), 1e5))

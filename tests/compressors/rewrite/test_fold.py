@@ -9,6 +9,7 @@ import onnx
 import pytest
 import torch
 from chained_networks import BLOCK, NORM_FIRST, NormFirst
+from error_codes import raises_code
 from hypothesis import given
 from model_scores import float32_rounding, scores_of
 from models import NORMED, RANKER, Reference, whole
@@ -22,7 +23,8 @@ from compressors.core.model import Model
 from compressors.core.modules.formats import FoldedNorm
 from compressors.core.runner import run
 from compressors.distill.fine_tune import FineTune
-from compressors.errors.compression import CompressionError, NothingToCompress
+from compressors.errors.compression import NothingToCompress
+from compressors.errors.steps import StepRefused
 from compressors.lower.export import lower
 from compressors.prune.dense.channels import Channels
 from compressors.quantize.dense.static_int8 import StaticInt8
@@ -116,8 +118,9 @@ def test_the_affine_part_of_a_norm_goes_into_all_that_reads_it(tmp_path):
     assert bool((result.module.last.weight == 1).all())
     for name in ("query", "key", "value"):
         assert result.plan.of(name).reason == "fold: takes up first"
-    with pytest.raises(NothingToCompress, match="first has no affine part any more"):
+    with raises_code(NothingToCompress, "units_missing") as caught:
         run(Fold(), result, BLOCK.bench(tmp_path / "data"), tmp_path / "again")
+    assert caught.value.fields["reasons"]["query"] == "first has no affine part any more"
 
 
 def test_a_layer_without_bias_cannot_take_an_offset(tmp_path):
@@ -214,8 +217,9 @@ def test_a_constant_needs_a_bias_to_live_on_in(tmp_path):
         source.module.hidden.weight[0] = 0  # the others of that width could lose one
         source.module.plain.weight[2] = 0
     bench = RANKER.bench(tmp_path / "data")
-    with pytest.raises(NothingToCompress, match="no norm to take up, no dead channel"):
+    with raises_code(NothingToCompress, "units_missing") as caught:
         run(Fold(), source, bench, tmp_path / "out")
+    assert caught.value.fields["reasons"]["cross"] == "no norm to take up, no dead channel"
 
 
 def test_layers_of_one_number_lose_as_many_as_the_poorest_has(tmp_path):
@@ -249,13 +253,17 @@ class Peeking(nn.Module):
 
 def test_a_norm_that_other_code_reads_stays(tmp_path):
     reference = Reference(Peeking, SCHEMA)
-    with pytest.raises(NothingToCompress, match="'norm', which reads it, has a weight that other"):
+    with raises_code(NothingToCompress, "units_missing") as caught:
         folded(reference, tmp_path)
+    assert (
+        caught.value.fields["reasons"]["hidden"]
+        == "'norm', which reads it, has a weight that other code reads"
+    )
 
 
 def test_a_network_that_would_change_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr("compressors.rewrite.fold.scaled_outputs", lambda w, b, *_: (w, b))
-    with pytest.raises(CompressionError, match="scores otherwise than before"):
+    with raises_code(StepRefused, "folded_scores_differ"):
         folded(NORMED, tmp_path)
 
 

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from error_codes import raises_code
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -11,7 +12,7 @@ from compressors.contracts import Architecture, Bench, DenseInput, IdInput, Netw
 from compressors.core.model import Model
 from compressors.core.modules.formats import FoldedNorm
 from compressors.core.runner import run
-from compressors.errors.compression import CompressionError
+from compressors.errors.steps import StepRefused
 from compressors.prune.structure.narrowing import gap_of
 from compressors.quantize.tables.rowwise_int4 import RowwiseInt4
 from compressors.quantize.tables.rowwise_int8 import RowwiseInt8
@@ -122,7 +123,7 @@ def test_a_wrong_fold_is_refused_also_where_rounding_is_a_large_share_of_the_spr
         return real(weight, bias, scale * factor, shift)
 
     monkeypatch.setattr(fold, "scaled_outputs", slightly_wrong)
-    with pytest.raises(CompressionError, match="scores otherwise than before"):
+    with raises_code(StepRefused, "folded_scores_differ"):
         run(Fold(), towers("logit"), Bench(signature=signature("logit")), tmp_path / "folded")
 
 

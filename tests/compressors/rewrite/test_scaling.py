@@ -6,6 +6,7 @@ import hypothesis.strategies as st
 import pytest
 import torch
 from chained_networks import BLOCK, CHAIN, LOUD, NORM_FIRST
+from error_codes import raises_code
 from hypothesis import given
 from model_scores import float32_rounding, scores_of
 from models import NORMED, RANKER, Reference, Step
@@ -117,8 +118,11 @@ def test_what_stays_is_told_why(tmp_path):
     assert plan.of("e").reason == "'twice', which reads it, is called more than once"
     assert plan.of("looked").reason == "has a weight that other code reads"
     assert plan.of("out").reason == "its output goes into squeeze"
-    with pytest.raises(NothingToCompress, match="norm, which reads it, is a norm: fold it first"):
+    with raises_code(NothingToCompress, "units_missing") as caught:
         run(Equalize(), NORMED.model(), NORMED.bench(tmp_path / "n"), tmp_path / "n/out")
+    assert (
+        caught.value.fields["reasons"]["hidden"] == "norm, which reads it, is a norm: fold it first"
+    )
 
 
 def test_layers_that_are_not_named_keep_what_they_have(tmp_path):

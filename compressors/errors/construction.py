@@ -1,0 +1,35 @@
+"""Why a network's class cannot be built; callers raise it as ``ModelRefused`` or another error."""
+
+from typing import ClassVar
+
+from compressors.contracts.coded_error import CodedError
+
+
+class ConstructionFailed(CodedError):
+    """A class cannot be built."""
+
+    sentences: ClassVar = {
+        "tensors_too_large": "{problem} Correct 'config' in model.json, or store the weights that "
+        "the network was trained with.",
+        "arguments_wrong": "{problem}. The 'config' of model.json must be the class's keyword "
+        "arguments: {arguments}.",
+        "constructor_raised": "its constructor raised {error} at {place}: {problem}. Correct "
+        "'config' in model.json or the class, and check that {architecture}(**config) works in "
+        "Python.",
+        "constructor_needs_gpu": "its constructor raised {error} at {place}: {problem}. Build it "
+        "without a GPU: move tensors with .to(device) from an argument of {architecture}, which "
+        "recpress keeps on the CPU.",
+        "attribute_name_unsafe": "expected attribute names without quotes, backslashes and line "
+        "ends, because torch writes them into code when it traces a network; got {name!r} in "
+        "{module}. Rename it in model.json or in the class.",
+    }
+
+
+class TooLarge(CodedError):
+    """A constructor creates more than the stored tensors account for."""
+
+    sentences: ClassVar = {
+        "tensors_many": "its constructor creates far more tensors than the files hold.",
+        "tensor_large": "its constructor creates a tensor of {bytes} bytes, and by the stored "
+        "files none has more than {most_bytes}.",
+    }

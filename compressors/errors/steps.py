@@ -1,0 +1,163 @@
+"""Steps that cannot be applied to a network with its data, with their codes and sentences."""
+
+from typing import ClassVar
+
+from compressors.errors.compression import CompressionError
+
+_NO_CALIBRATION = "this bundle has neither calibration nor train data. Add one to model.json"
+_ADD_OR_LEAVE_OUT = "Add the data to model.json and pack again, or leave the step out."
+_LEAVE_LAYER_OUT = "Leave it out of 'layers'."
+_LEAVE_TABLE_OUT = "Leave the table out of the step."
+
+
+class RowsMissing(CompressionError):
+    """A step needs rows, or soft labels of them, that the bench does not have."""
+
+    sentences: ClassVar = {
+        "calibration_rows_missing": f"{{step!r}} needs calibration rows; {_NO_CALIBRATION} and "
+        "pack again, or leave the step out.",
+        "input_scales_need_rows": f"Scales of inputs need calibration rows; {_NO_CALIBRATION}, or "
+        "use 'float16' for the dense layers.",
+        "weighted_needs_rows": "{step!r} needs calibration rows. Add data to model.json and pack "
+        "again, or set 'weighted' to false.",
+        "gptq_needs_rows": f"{{step!r}} with rounding 'gptq' needs calibration rows; "
+        f"{_NO_CALIBRATION}, or round to nearest.",
+        "activations_need_rows": f"{{step!r}} needs calibration rows; {_NO_CALIBRATION}, or set "
+        "importance to 'magnitude' and reconstruct to false.",
+        "validation_rows_missing": f"{{step!r}} needs validation rows. {_ADD_OR_LEAVE_OUT}",
+        "train_rows_missing": f"{{step!r}} needs train rows. {_ADD_OR_LEAVE_OUT}",
+        "training_needs_rows": f"Training needs train and validation rows. {_ADD_OR_LEAVE_OUT}",
+        "gradients_need_rows": f"Gradients need train rows. {_ADD_OR_LEAVE_OUT}",
+        "lookup_counts_need_rows": f"Counting lookups needs train rows. {_ADD_OR_LEAVE_OUT}",
+        "soft_labels_missing": "{step!r} needs train rows and soft labels.",
+        "soft_labels_differ": "{step!r} needs one soft label per training row; got {got} for "
+        "{expected} rows.",
+    }
+
+
+class StepRefused(CompressionError):
+    """A step cannot change this network as its settings say."""
+
+    sentences: ClassVar = {
+        "network_not_changeable": "Expected a network that {step!r} can change, got {problem} "
+        "while it was applied. Leave the layer or table out of the step, or the step out of the "
+        "recipe.",
+        "network_fails": "After {step!r} the network no longer runs: {problem}. Some code of it "
+        "reads the weights of a layer instead of calling it; leave that layer out of the step.",
+        "unit_not_changeable": "Expected a unit that {step!r} can change, got {unit!r}, which the "
+        "recipe names: {reason}. Remove the name, or use a pattern with '*', which skips such "
+        "units.",
+        "already_compressed": "{unit!r} is already stored as {format}.",
+        "table_renormalizes": "Table {table!r} renormalizes its rows while it is read (max_norm). "
+        "Apply it to the weights once and build the table without max_norm.",
+        "layer_not_linear": "Expected an nn.Linear, got {got}.",
+        "format_missing": "Expected a format for {role} {unit!r}, got none.",
+        "device_missing": "Device {device!r} does not exist: torch {torch} finds no CUDA GPU. Use "
+        "device 'cpu'.",
+        "device_processes_failed": "{problem}",
+        "result_missing": "A step ended without a result.",
+        "network_not_traceable": "The consumers of each layer could not be determined from the "
+        "network: {problem}. Its forward must be free of Python control flow that depends on "
+        "tensor values; leave this step out for a network that cannot be exported.",
+        "layer_inputs_zero": "Dense layer {layer!r} receives only zeros on the calibration rows, "
+        f"so the range of its inputs is unknown. {_LEAVE_LAYER_OUT}",
+        "layer_inputs_not_finite": "Dense layer {layer!r} receives an input of {value} on the "
+        "calibration rows, so its scale is unknown. Leave it out of 'layers', or correct the rows.",
+        "layer_not_called": "Dense layer {layer!r} never ran on the calibration rows. "
+        f"{_LEAVE_LAYER_OUT}",
+        "widths_fail": "With {widths} the network fails: {problem}. Leave one of {layers} out of "
+        "'layers'.",
+        "channels_read_elsewhere": "Without the removed channels the network scores otherwise than "
+        "with them at zero (off by {gap}): some code reads the channels of {layers} without "
+        "calling the layers. Leave them out of 'layers'.",
+        "folded_scores_differ": "After 'fold' the network scores otherwise than before (off by "
+        "{gap}): some code reads inside of its layers. Leave them out of 'layers'.",
+        "norm_without_statistics": "A batch norm without running statistics cannot be folded.",
+        "norm_not_foldable": "A {kind} cannot be folded.",
+        "channel_gradients_zero": "Importance 'gradient' of 'channels' is zero for every weight: "
+        "the loss has no gradient on the training rows. Choose another importance.",
+        "channel_inputs_zero": "Importance {importance!r} of 'channels' is zero for every weight: "
+        "the consuming layers receive only zeros. Choose another importance.",
+        "dimension_gradients_zero": "Importance 'gradient' of 'dimensions' is zero for every "
+        "dimension: the loss has no gradient on the training rows. Choose another importance.",
+        "gradients_need_loss": "Gradients need a loss, and task 'retrieval' has none yet.",
+        "share_unreachable": "'channels' cannot leave only {limit:,.0f} {units}: with every width "
+        "at its smallest there are {least:,.0f}. Set a larger share, name more layers, or lower "
+        "'multiple' or 'least'.",
+        "recalibrated_already": "{step!r} was already applied ({method}). Keep one of the two, the "
+        "last.",
+        "slope_not_positive": "'recalibrate' finds no rising map: the best slope of the logit on "
+        "the validation rows is {slope:.3g}. The model orders them no better than chance.",
+        "slope_not_positive_without_offset": "'recalibrate' finds no rising map: the best slope of "
+        "the logit on the validation rows is {slope:.3g}. Without an offset there may be none; try "
+        "'platt' or 'best'.",
+        "scores_equal": "'recalibrate' by isotonic needs rows of different scores; got one score "
+        "in all validation rows. Choose 'platt'.",
+        "attribute_taken": "{architecture} has an attribute {name!r}, the name of the map that "
+        "recpress puts on its output. Rename it in the class.",
+    }
+
+
+class ValueNotStorable(CompressionError):
+    """A weight, a scale or an offset is beyond the type that a table is stored in."""
+
+    sentences: ClassVar = {
+        "weight_beyond_bfloat16": "A weight of {weight:g} is beyond bfloat16's 3.39e38. "
+        f"{_LEAVE_TABLE_OUT}",
+        "weight_beyond_float16": "A weight of {weight:g} is beyond float16's 65504. Set the step's "
+        "scale to 'float32'.",
+        "codebook_beyond_float16": "A codebook has {value:g}, beyond float16's 65504. Set the "
+        "step's codebook_type to 'float32'.",
+        "scale_beyond_float16": "The {quantity} for a weight of {weight:g} is above float16's "
+        "largest number. Set the step's scale to 'float32'.",
+        "scale_beyond_float32": "The {quantity} for a weight of {weight:g} is above float32's "
+        f"largest number. {_LEAVE_TABLE_OUT}",
+        "row_not_finite": "Row {row} has a NaN or infinite weight; it cannot be stored.",
+    }
+
+
+class TrainingFailed(CompressionError):
+    """A network cannot be trained with these settings, or training diverged."""
+
+    sentences: ClassVar = {
+        "nothing_trainable": "Nothing in this network can be trained: all of it is packed.",
+        "diverged": "Training diverged: the loss is {loss} in epoch {epoch}. Lower learning_rate, "
+        "or raise warmup.",
+        "float_layers_needed": "Training in {precision} needs dense layers in float32; {layer!r} "
+        "is already {format}. Set 'precision' of its training to float32.",
+    }
+
+
+class DistillationRefused(CompressionError):
+    """A student, or what it learns from besides labels, does not fit the original."""
+
+    sentences: ClassVar = {
+        "hints_need_original": "Hints of {step!r} come from layers of the network that the recipe "
+        "began with, and there is none. Set 'original' of the model, or leave out 'hints'.",
+        "auxiliary_head_missing": "There is no auxiliary head to evaluate.",
+        "layer_missing": "There is no layer {layer!r} in the {network} for a hint or a head; it "
+        "has {layers}.",
+        "layer_output_unusable": "Layer {layer!r} outputs {got}; hints and heads need floats "
+        "(rows, width). Name another layer.",
+        "hint_shapes_differ": "Hint {layer!r} has shape {student!r} in the student and "
+        "{original!r} in the original; only the last dimension may differ. Name another layer.",
+        "argument_unknown": "'distill' cannot build its student: {architecture} has no argument "
+        "{argument!r}; it has {arguments}.",
+        "construction_failed": "'distill' cannot build its student: {architecture} with {config}: "
+        "{problem}",
+        "layer_added": "The student of 'distill' has {unit!r}, which the original does not have: a "
+        "student has the original's layers or fewer. Name another configuration.",
+        "table_shortened": "The student of 'distill' has fewer rows in table {table!r} ({got}) "
+        "than the original ({expected}): ids would be outside of it. Leave the tables' rows alone.",
+        "table_untrained": "The student of 'distill' has a table {table!r} of another shape, which "
+        "would stay as it is drawn: tables are not trained. Set 'tables' of its training, or leave "
+        "the tables' shapes alone.",
+        "table_packed": "The student of 'distill' has table {table!r} in another shape, and it is "
+        "already stored as {format}. Move 'distill' before the step that packs it, or leave the "
+        "table's shape alone.",
+        "layer_packed": "'distill' into a smaller student must come before quantization of dense "
+        "layers; {layer!r} is already packed. Move it to the front of the recipe.",
+        "already_recalibrated": "'distill' into a smaller student must come before 'recalibrate', "
+        "whose map fits only the network it was fitted to. Move 'recalibrate' to the end of the "
+        "recipe.",
+    }
