@@ -20,7 +20,7 @@ class BuildRefused(Refused):
     sentences: ClassVar = {
         "onnxruntime_graph_refused": "ONNX Runtime does not accept {file}: {problem}",
         "tensorrt_missing": "target {target!r} needs TensorRT, which cannot be imported here "
-        "({problem}). Run: pip install 'recpress[{target}]'.",
+        "({problem}). Run \"pip install 'recpress[{target}]'\" to install it.",
         "builder_missing": "TensorRT {version} has no builder on this machine: {problem} The "
         "datacenter builder needs a GPU like the one that will serve the engine.",
         "graph_missing": "there is no ONNX file {path}.",

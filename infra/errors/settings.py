@@ -57,8 +57,8 @@ class SettingRefused(Refused):
         "sqlite:///folder/registry.db, http(s)://server or a database URI.",
         "registry_address_malformed": "MLFLOW_TRACKING_URI is no address. Percent-encode its "
         "password.",
-        "registry_library_missing": "The registry needs {module}. Run: pip install mlflow-skinny "
-        "'sqlalchemy<2.1' alembic.",
+        "registry_library_missing": 'The registry needs {module}. Run "pip install mlflow-skinny '
+        "'sqlalchemy<2.1' alembic\" to install it.",
         "registry_driver_missing": "MLFLOW_TRACKING_URI needs a driver that is not installed: "
         "{problem}.",
         "registry_credentials_refused": "The registry refused the credentials: {problem}. Set "
