@@ -1,10 +1,11 @@
 """Kill promotions and rollbacks at every operation, or let several race: run as a script.
 
-``python killed_promotions.py HOME COMMANDS STEP`` publishes three orders as versions 1 to 3 and
-promotes them, then runs each command (``rollback``, ``from`` or ``promote``, with commas between
-them) once for every STEP-th operation: killed there, and run again undisturbed. After
-``rollback+reader``, another process fetches the champion in between. ``race COMMAND N`` starts N
-processes at once. Each prints JSON lines.
+``python killed_promotions.py HOME`` publishes three orders as versions 1 to 3 and promotes them,
+then reads lines. ``kill COMMAND STEP`` runs a command (``rollback``, ``from`` or ``promote``) once
+for every STEP-th operation: killed there, and run again undisturbed. After ``rollback+reader``,
+another process fetches the champion in between. ``race COMMAND N`` starts N processes at once. Each
+line is answered with JSON lines and an empty one. The processes are forks of this one, which has
+imported everything.
 """
 
 import json
@@ -19,6 +20,7 @@ from killed_registry import count_operations, in_child
 from triton_versions import published
 
 from infra.registry.ledger import Ledger
+from infra.registry.mlflow_registry import Registry
 from infra.triton.repository import current, place, version_in
 from tasks.orchestration.workspace import store
 from tasks.promotion.promotions import (
@@ -28,9 +30,10 @@ from tasks.promotion.promotions import (
     registry,
     version_report,
 )
-from tasks.publish import publish
 
 HOME = Path(sys.argv[1])
+COPY = HOME / "copy"
+EMPTY = HOME / "empty" / "registry.db"
 
 
 def decide(command: str) -> str:
@@ -54,10 +57,10 @@ def state() -> dict[str, Any]:
     }
 
 
-def restored(copy: Path) -> None:
+def restored() -> None:
     for name in ("recpress", "triton"):
         shutil.rmtree(HOME / name, ignore_errors=True)
-        shutil.copytree(copy / name, HOME / name)
+        shutil.copytree(COPY / name, HOME / name)
 
 
 def show(line: dict[str, Any]) -> None:
@@ -69,24 +72,28 @@ def json_state() -> str:
     return json.dumps(state())
 
 
-def prepare() -> Path:
+def prepare() -> None:
+    # This process opens no file that its forks open, but imports what opening one imports.
+    EMPTY.parent.mkdir()
+    assert Registry(f"sqlite:///{EMPTY}").models() == ()
+    (HOME / "recpress").mkdir()
+    shutil.copy(EMPTY, HOME / "recpress" / "registry.db")
+
     def work() -> None:
         for digit in "abc":
             promote("m", published(HOME, digit).version, "")
 
     status, result = in_child(work)
     assert (status, result) == (0, "None"), result
-    copy = HOME / "copy"
     for name in ("recpress", "triton"):
-        shutil.copytree(HOME / name, copy / name)
-    return copy
+        shutil.copytree(HOME / name, COPY / name)
 
 
-def kill_everywhere(copy: Path, name: str, step: int) -> None:
+def kill_everywhere(name: str, step: int) -> None:
     command, _, reader = name.partition("+")
 
     def counted() -> int:
-        restored(copy)
+        restored()
         last = [0]
         count_operations(lambda number: last.__setitem__(0, number))
         decide(command)
@@ -95,7 +102,7 @@ def kill_everywhere(copy: Path, name: str, step: int) -> None:
     total = int(in_child(counted)[1])
     last = 3 if step > 100 else 6
     for number in sorted({*range(1, total + 1, step), *range(total + 1 - last, total + 1)}):
-        restored(copy)
+        restored()
 
         def killed(number: int = number) -> None:
             count_operations(lambda at: os.kill(os.getpid(), 9) if at == number else None)
@@ -110,10 +117,9 @@ def kill_everywhere(copy: Path, name: str, step: int) -> None:
 
 
 def race(command: str, count: int) -> None:
-    if command == "publish":
-        shutil.rmtree(HOME / "recpress", ignore_errors=True)
-    else:
-        prepare()
+    restored()
+    if command == "publish":  # they make the registry as well
+        shutil.rmtree(HOME / "recpress")
     start, begin = os.pipe()
     children = []
     for number in range(count):
@@ -140,17 +146,19 @@ def race(command: str, count: int) -> None:
         with os.fdopen(reading) as pipe:
             show({"result": pipe.read()})
         os.waitpid(child, 0)
-    if command == "publish":
-        versions = [item.version for item in registry().versions("m")]
-        show({"versions": versions, "task": publish.name})
-    else:
-        show(state())
+
+    def ended() -> str:
+        if command == "publish":
+            return json.dumps({"versions": [item.version for item in registry().versions("m")]})
+        return json_state()
+
+    show(json.loads(in_child(ended)[1]))
 
 
 if __name__ == "__main__":
-    if sys.argv[2] == "race":
-        race(sys.argv[3], int(sys.argv[4]))
-    else:
-        before = prepare()
-        for command_name in sys.argv[2].split(","):
-            kill_everywhere(before, command_name, int(sys.argv[3]))
+    prepare()
+    for line in sys.stdin:
+        work, command_name, number = line.split()
+        {"kill": kill_everywhere, "race": race}[work](command_name, int(number))
+        sys.stdout.write("\n")
+        sys.stdout.flush()

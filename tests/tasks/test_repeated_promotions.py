@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -147,21 +148,38 @@ def test_a_promotion_of_the_champion_completes_an_interrupted_one(home: Path, th
 # --- real processes --------------------------------------------------------------------------
 
 
-def run(home: Path, *arguments: str) -> list[dict[str, Any]]:
-    ended = subprocess.run(
-        [sys.executable, "tests/tasks/killed_promotions.py", str(home), *arguments],
-        cwd=ROOT,
-        env={
-            **os.environ,
-            "PYTHONPATH": os.pathsep.join(map(str, (ROOT, ROOT / "tests", Path(__file__).parent))),
-            "RECPRESS_HOME": str(home / "recpress"),
-            "RECPRESS_TRITON": str(home / "triton"),
-        },
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    return [json.loads(line) for line in ended.stdout.splitlines() if line.startswith("{")]
+Work = Callable[[str], list[dict[str, Any]]]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Work]:
+    """Give a line to ``killed_promotions.py``, which imports and publishes once for all tests."""
+    home = tmp_path_factory.mktemp("processes")
+    script = [sys.executable, "tests/tasks/killed_promotions.py", str(home)]
+    foreign = ("AWS_", "MLFLOW_TRACKING_", "RECPRESS_")
+    environment = {
+        **{name: value for name, value in os.environ.items() if not name.startswith(foreign)},
+        "PYTHONPATH": os.pathsep.join(map(str, (ROOT, ROOT / "tests", Path(__file__).parent))),
+        "RECPRESS_HOME": str(home / "recpress"),
+        "RECPRESS_TRITON": str(home / "triton"),
+    }
+    with subprocess.Popen(
+        script, cwd=ROOT, env=environment, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as process:
+        asked, answers = process.stdin, process.stdout
+        assert asked is not None
+        assert answers is not None
+
+        def answer(line: str) -> list[dict[str, Any]]:
+            asked.write(f"{line}\n")
+            asked.flush()
+            found = list(iter(answers.readline, "\n"))
+            assert "" not in found, f"the process ended with {process.wait()}"
+            return [json.loads(item) for item in found]
+
+        yield answer
+        asked.close()
+    assert process.returncode == 0
 
 
 # A kill takes half a second to a second. The default tier tries a few points along the way and the
@@ -177,12 +195,10 @@ ROLLBACKS = ("rollback", "rollback+reader", "from")
 
 
 @pytest.fixture(scope="module", params=EVERY)
-def killed(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
-) -> list[dict[str, Any]]:
+def killed(request: pytest.FixtureRequest, run: Work) -> list[dict[str, Any]]:
     """Every command, killed at operation after operation and repeated each time."""
-    commands = ",".join((*ROLLBACKS, "promote"))
-    return run(tmp_path_factory.mktemp("killed"), commands, request.param)
+    commands = (*ROLLBACKS, "promote")
+    return [item for command in commands for item in run(f"kill {command} {request.param}")]
 
 
 @pytest.mark.parametrize("command", ROLLBACKS)
@@ -215,9 +231,9 @@ def test_a_promotion_killed_at_any_operation_and_repeated_is_entered_once(
     ],
 )
 def test_processes_that_decide_the_same_at_once_all_succeed(
-    tmp_path: Path, command: str, count: int
+    run: Work, command: str, count: int
 ) -> None:
-    *results, state = run(tmp_path, "race", command, str(count))
+    *results, state = run(f"race {command} {count}")
     said = [item["result"] for item in results]
     assert sorted(said) == ["2 False"] * (count - 1) + ["2 True"]
     assert state == {"ledger": ["1", "2", "3", "2"], "alias": ["2"], "served": "2"}
@@ -225,9 +241,9 @@ def test_processes_that_decide_the_same_at_once_all_succeed(
 
 @pytest.mark.parametrize("count", [4, pytest.param(8, marks=pytest.mark.nightly)])
 def test_processes_that_publish_the_same_order_at_once_share_one_version(
-    tmp_path: Path, count: int
+    run: Work, count: int
 ) -> None:
-    *results, state = run(tmp_path, "race", "publish", str(count))
+    *results, state = run(f"race publish {count}")
     (said,) = {item["result"] for item in results}  # one version and one report for all
     assert said.startswith("1 ")
     assert state["versions"] == ["1"]
