@@ -11,9 +11,23 @@ from orders import ACCEPTED, BOTH, World, carry_out, surroundings
 from prefect.testing.utilities import prefect_test_harness
 
 from flows.order import Order
+from tasks import measure
 from tasks.bundles.packing import pack
 from tasks.orchestration import outages
 from tasks.promotion.promotions import repair
+
+# Of the server's background services a flow here needs the one that records task runs; the others
+# work on schedules, deployments, automations and runs that were lost.
+UNUSED_SERVICES = (
+    "CANCELLATION_CLEANUP",
+    "EVENT_PERSISTER",
+    "FOREMAN",
+    "LATE_RUNS",
+    "PAUSE_EXPIRATIONS",
+    "REPOSSESSOR",
+    "SCHEDULER",
+    "TRIGGERS",
+)
 
 
 @pytest.fixture(autouse=True)
@@ -22,10 +36,21 @@ def _outages_end_soon(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(outages, "DEADLINE_SECONDS", 3.0)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _few_rounds() -> Iterator[None]:
+    """As few rounds of latency as a p99 needs: no test of a flow is about the milliseconds."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(measure, "MOST_ROUNDS", 1)
+        yield
+
+
 @pytest.fixture(scope="session")
 def prefect_server() -> Iterator[None]:
-    with prefect_test_harness(server_startup_timeout=90):
-        yield
+    with pytest.MonkeyPatch.context() as patch:
+        for service in UNUSED_SERVICES:
+            patch.setenv(f"PREFECT_SERVER_SERVICES_{service}_ENABLED", "false")
+        with prefect_test_harness(server_startup_timeout=90):
+            yield
 
 
 @pytest.fixture(scope="session")

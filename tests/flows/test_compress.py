@@ -21,6 +21,7 @@ from error_codes import Text, raises_code
 from orders import World, carry_out
 from prefect import flow
 from prefect.client.orchestration import get_client
+from prefect.settings import get_current_settings
 from sklearn.metrics import roc_auc_score
 
 from compressors.contracts import Limit
@@ -219,21 +220,35 @@ def test_an_order_forgotten_by_the_registry_is_registered_again(
     assert registered("clicks") == versions
 
 
+def access() -> dict[str, str]:
+    """Environment variables for the Prefect server of the tests."""
+    api = get_current_settings().api
+    assert api.url is not None
+    assert api.auth_string is not None
+    secret = api.auth_string.get_secret_value()
+    return {"PREFECT_API_URL": api.url, "PREFECT_API_AUTH_STRING": secret}
+
+
 @pytest.mark.parametrize(
-    ("preset", "first_step"),
-    [("fast", "rowwise_int8"), pytest.param("small", "rowwise_int4", marks=pytest.mark.nightly)],
+    ("preset", "first_step", "server"),
+    [
+        ("fast", "rowwise_int8", "shared"),
+        # Its own server takes as long to start as all the rest, and keeps nothing that is needed.
+        pytest.param("small", "rowwise_int4", "embedded", marks=pytest.mark.nightly),
+    ],
 )
 def test_a_killed_flow_goes_on_where_it_was(
     preset: Preset,
     first_step: str,
+    server: str,
     fresh: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """kill -9 of the process and its embedded server, in the second of the steps."""
+    """kill -9 of the process and of its server if it is embedded, in the second of the steps."""
     pack(write_draft(fresh / "draft", name="killed"))
     limit = str(ANY)
-    environ = environment(fresh)
+    environ = environment(fresh, **(access() if server == "shared" else {}))
     command = [sys.executable, "-m", "flows.cli.app", "compress", "killed", "--preset", preset]
     process = subprocess.Popen(
         [*command, "--limit", limit],

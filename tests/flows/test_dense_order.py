@@ -1,15 +1,11 @@
 """Weights of few bits and 2:4 zeros through the whole flow, to both targets and the report."""
 
-from pathlib import Path
-
-from drafts import write_draft
-from orders import ACCEPTED, BOTH, carry_out
+from orders import ACCEPTED, BOTH, World, carry_out
 
 from compressors.prune.dense.sparse_2_4 import Sparse24
 from compressors.quantize.dense.weight_int4 import WeightInt4
 from compressors.quantize.dense.weight_int8 import WeightInt8
 from flows.order import Order
-from tasks.bundles.packing import pack
 from tasks.report.tables import markdown
 
 STEPS = (
@@ -19,8 +15,7 @@ STEPS = (
 )
 
 
-def test_a_report_says_what_became_of_packed_and_of_sparse_layers(fresh: Path) -> None:
-    pack(write_draft(fresh / "draft"))
+def test_a_report_says_what_became_of_packed_and_of_sparse_layers(world: World) -> None:
     order = Order(model="clicks@1", preset="custom", steps=STEPS, limits=(ACCEPTED,), targets=BOTH)
     report = carry_out(order).finished.report
     assert [(item.target, item.verdict.outcome) for item in report.targets] == [
