@@ -3,6 +3,8 @@
 import json
 import os
 import re
+import runpy
+import shlex
 import shutil
 import subprocess
 import sys
@@ -151,7 +153,34 @@ def blocks_of(language: str) -> list[str]:
     return re.findall(rf"```{language}\n(.*?)```", told, re.DOTALL)
 
 
-def test_what_the_documentation_shows_is_what_happens(tmp_path: Path):
+def test_what_the_documentation_shows_is_what_happens(
+    call: Call,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+):
+    (commands,), (python,) = blocks_of("bash"), blocks_of("python")
+    (printed,) = blocks_of("text")
+    script = re.fullmatch(r"python - <<'END'\n(.*?)END\n(.*)", commands, re.DOTALL)
+    assert script is not None
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "written.py").write_text(script[1])
+    runpy.run_path("written.py")
+    said = ""
+    for line in script[2].splitlines():
+        recpress, tables, *arguments = shlex.split(line, comments=True)
+        assert (recpress, tables) == ("recpress", "tables")
+        code, out, err = call(*arguments)
+        assert code == 0, err
+        said += out
+    assert said.count(printed) == 2  # once as it is made, once as it is checked
+    (tmp_path / "read.py").write_text(python)
+    runpy.run_path("read.py")
+    assert capsys.readouterr().out == "torch.Size([2, 64])\n"
+
+
+@pytest.mark.nightly  # the test above runs the same commands in one process
+def test_what_the_documentation_shows_is_what_happens_in_a_shell(tmp_path: Path):
     (commands,), (python,) = blocks_of("bash"), blocks_of("python")
     (printed,) = blocks_of("text")
     bash = shutil.which("bash")
