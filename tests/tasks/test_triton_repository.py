@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 from error_codes import raises_code
+from pairwise import parametrize_pairwise
 from pbtxt_reader import read
 from reports import report, stored
 from triton_configs import served_by
@@ -185,9 +186,11 @@ def dying(monkeypatch: pytest.MonkeyPatch, at: int, *, after: bool) -> Callable[
 WRITES = 4  # the file, the ledger, the alias, the configuration
 
 
-@pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
-@pytest.mark.parametrize("at", range(1, WRITES + 1))
-@pytest.mark.parametrize("mend", ["again", "repair"])
+@parametrize_pairwise(
+    mend=["again", "repair"],
+    at=range(1, WRITES + 1),
+    after={"before": False, "after": True},
+)
 def test_a_promotion_that_dies_leaves_old_or_new_and_is_mended(
     home: Path, triton: Path, at: int, after: bool, mend: str
 ) -> None:

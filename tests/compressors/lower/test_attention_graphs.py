@@ -82,7 +82,11 @@ def rows() -> dict[str, Tensor]:
     return {"user": torch.arange(5), "seen": seen}
 
 
-@pytest.mark.parametrize("target", ["onnxruntime", "tensorrt"])
+@pytest.mark.parametrize(
+    "target",
+    # Targets differ in how packed weights are written down, and nothing is packed here.
+    ["onnxruntime", pytest.param("tensorrt", marks=pytest.mark.nightly)],
+)
 def test_attention_scores_an_empty_history_as_torch_does(target: TargetKind, tmp_path):
     (form,) = served_graphs(SCHEMA)
     lowered = lower(model().module, form, target, tmp_path / "model.onnx")

@@ -8,12 +8,14 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
+import torch
 from error_codes import raises_code
-from models import RANKER, Graph, run, whole
+from models import LONGEST, Graph, Reference, run, whole
 from onnx import TensorProto
 from table_codes import STEPS, named
+from torch import Tensor, nn
 
-from compressors.contracts import Bench, TargetKind
+from compressors.contracts import Bench, IdInput, JaggedBag, PaddedBag, Signature, TargetKind
 from compressors.errors.compression import AuditFailed
 from compressors.lower.audit import audit
 from compressors.lower.export import lower
@@ -23,6 +25,40 @@ from infra.onnxruntime.sessions import optimized_graph
 ORT: TargetKind = "onnxruntime"
 RTX: TargetKind = "tensorrt-rtx"
 _SCRATCH = tempfile.TemporaryDirectory(prefix="codes-")
+
+
+class Lookups(nn.Module):
+    """A table of odd width read by single ids, and one by each kind of bag."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.item = nn.Embedding(300, 7)
+        self.genres = nn.EmbeddingBag(20, 6, mode="mean", padding_idx=0)
+        self.history = nn.EmbeddingBag(50, 6, mode="sum")
+        self.out = nn.Linear(19, 1)
+
+    def forward(
+        self, item: Tensor, genres: Tensor, history: Tensor, history_offsets: Tensor
+    ) -> Tensor:
+        bags = self.genres(genres), self.history(history, history_offsets)
+        score: Tensor = self.out(torch.cat([self.item(item), *bags], dim=1)).squeeze(1)
+        return score
+
+
+REFERENCE = Reference(
+    Lookups,
+    Signature(
+        task="ctr",
+        inputs=(
+            IdInput(name="item", table="item"),
+            PaddedBag(name="genres", table="genres", shape=(4,)),
+            JaggedBag(name="history", table="history", shape=(LONGEST,)),
+        ),
+        output="logit",
+        label="label",
+        metric="auc",
+    ),
+)
 
 # Every width of codes of every format with the shared tests of default settings.
 WRITTEN = (0, 2, 4, 5, 8)
@@ -55,13 +91,13 @@ each_graph = pytest.mark.parametrize(
 
 @functools.cache
 def written(place: int, target: TargetKind) -> Graph:
-    """The reference network, with bags and an odd width, under one of the steps."""
+    """The network under one of the steps."""
     folder = Path(tempfile.mkdtemp(dir=_SCRATCH.name))
-    bench = Bench(signature=RANKER.signature)
-    model = run(STEPS[place], RANKER.model(), bench, folder)
+    bench = Bench(signature=REFERENCE.signature)
+    model = run(STEPS[place], REFERENCE.model(), bench, folder)
     path = folder / "model.onnx"
-    lowered = lower(model.module, whole(RANKER.signature), target, path)
-    return Graph(model, lowered, RANKER.signature, path)
+    lowered = lower(model.module, whole(REFERENCE.signature), target, path)
+    return Graph(model, lowered, REFERENCE.signature, path)
 
 
 @each_graph

@@ -89,8 +89,8 @@ def test_a_rowwise_format_gives_way_to_a_better_one_that_is_no_larger(step: Tabl
 def test_no_step_makes_a_network_of_any_table_size_larger(method) -> None:
     """``tiers`` adds a map that later steps pay for, ``recalibrate`` a map of the output."""
     step = default(method)
-    for dim in (1, 2, 3, 5, 8, 16):
-        for rows in (1, 2, 5, 17, 100):
+    for dim in (1, 2, 5, 16):
+        for rows in (1, 2, 17, 100):
             source = network(rows, dim).model()
             try:
                 made = dry_run(step, source, BENCH)
