@@ -11,7 +11,6 @@ import pytest
 from botocore_models import models_read_once
 from groups import GROUPS, GroupScheduling, group_of
 from hypothesis import HealthCheck, settings
-from onnx_operators import operators_read_once
 from s3_server import S3Server, running_server
 
 from infra.telemetry import disable_telemetry
@@ -56,6 +55,9 @@ def pytest_collection_finish() -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def _read_once() -> Iterator[None]:
+    # Imports torch, which the process that only sends tests to others does without.
+    from onnx_operators import operators_read_once
+
     with operators_read_once(), models_read_once():
         yield
 
