@@ -1,9 +1,10 @@
 """Kill processes while they open a registry for the first time, then use it: run as a script.
 
-``python killed_registry.py FOLDER WRITER POINT...`` prints one JSON line for each point. A point is
-a share of all operations of an undisturbed first use: the SQL statements and commits of SQLAlchemy
-and the changes to files. ``WRITER`` is ``now`` for ``Registry`` as it is, and ``earlier`` for
-MLflow's own migrations in place, as earlier versions of recpress ran them.
+Each line that it reads, ``FOLDER WRITER POINT...``, is answered with one JSON line for each point
+and an empty one. A point is a share of all operations of an undisturbed first use: the SQL
+statements and commits of SQLAlchemy and the changes to files. ``WRITER`` is ``now`` for
+``Registry`` as it is, and ``earlier`` for MLflow's own migrations in place, as earlier versions of
+recpress ran them.
 """
 
 import json
@@ -101,7 +102,11 @@ def main(folder: Path, writer: str, points: list[float]) -> None:
         left = sorted(path.name for path in file.parent.iterdir())
         line = {"at": number, "killed": killed, "version": version, "left": left}
         sys.stdout.write(json.dumps(line) + "\n")
+    sys.stdout.write("\n")
+    sys.stdout.flush()
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2], [float(point) for point in sys.argv[3:]])
+    for asked in sys.stdin:
+        place, kind, *shares = asked.split()
+        main(Path(place), kind, [float(share) for share in shares])

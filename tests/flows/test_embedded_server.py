@@ -31,6 +31,7 @@ from test_doctor import serving
 from web_attacks import require_no_answer_without_the_secret, send
 
 from flows import embedded_server
+from flows.cli import errors as cli_errors
 from flows.embedded_server import CPU_SECONDS, EmbeddedServer, cpu_seconds, start_embedded_server
 from flows.prefect_access import require_access
 from infra.errors import ServiceFailed, SettingRefused
@@ -222,6 +223,29 @@ def test_no_other_process_can_take_the_port_before_the_server_listens(
             other.bind(("127.0.0.1", port))
 
 
+@pytest.fixture
+def damaged(tmp_path: Path) -> Path:
+    """The new Prefect home of ``started``, with a database that is none."""
+    folder = tmp_path / "prefect"
+    folder.mkdir()
+    (folder / "prefect.db").write_bytes(b"this is no database" * 1000)
+    return folder
+
+
+def test_a_server_that_dies_is_an_error_of_exit_code_1_with_its_last_output(
+    damaged: Path, started: EmbeddedServer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(InfraError) as raised:
+        started.wait_until_ready(lambda _: None)
+    assert cli_errors.report(raised.value) == 1
+    said = capsys.readouterr().err
+    assert "The embedded Prefect server ended with exit code 3 before it was ready" in said
+    assert "file is not a database" in said
+    assert "set PREFECT_API_URL" in said
+    assert str(damaged) in said
+
+
+@pytest.mark.nightly
 def test_a_server_that_dies_ends_the_command_with_1_and_its_last_output(packed: Path) -> None:
     prefect = packed / "damaged"
     prefect.mkdir()

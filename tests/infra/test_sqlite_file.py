@@ -1,24 +1,21 @@
 """The registry's file: complete or absent whenever a process is killed, and never half migrated."""
 
-import json
-import os
 import shutil
 import sqlite3
-import subprocess
-import sys
 import threading
+from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import pytest
+from answering import Answers, answering
 from error_codes import Text, raises_code
 
 from infra.errors import RegistryUnavailable, SettingRefused
 from infra.registry import sqlite_file
 from infra.registry.mlflow_registry import Registry
 
-ROOT = Path(__file__).parents[2]
 ORDER = "a" * 64
 EARLIER = "acf3f17fdcc7"  # a revision between two releases of MLflow, well before today's
 
@@ -49,16 +46,16 @@ def execute(file: Path, *statements: str) -> None:
             database.execute(statement)
 
 
-def kill_points(folder: Path, writer: str, points: list[float]) -> list[dict[str, Any]]:
-    ended = subprocess.run(
-        [sys.executable, "tests/killed_registry.py", folder, writer, *map(str, points)],
-        cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    return [json.loads(line) for line in ended.stdout.splitlines()]
+@pytest.fixture(scope="module")
+def answers() -> Iterator[Answers]:
+    with answering("tests/killed_registry.py", variables={}) as answers:
+        yield answers
+
+
+def kill_points(
+    answers: Answers, folder: Path, writer: str, points: list[float]
+) -> list[dict[str, Any]]:
+    return answers(" ".join([str(folder), writer, *map(str, points)]))
 
 
 # The last operations create the link and remove the temporary file.
@@ -68,9 +65,9 @@ MANY = [number / 40 for number in range(1, 36)] + [0.9 + number / 500 for number
 
 @pytest.mark.parametrize("points", [SOME, pytest.param(MANY, marks=pytest.mark.slow)])
 def test_a_registry_whose_first_user_was_killed_is_complete_at_the_next_use(
-    tmp_path: Path, points: list[float]
+    answers: Answers, tmp_path: Path, points: list[float]
 ) -> None:
-    results = kill_points(tmp_path, "now", points)
+    results = kill_points(answers, tmp_path, "now", points)
     assert [result["version"] for result in results] == ["1"] * len(points)
     assert all(result["killed"] for result in results)
     # Temporary files of the killed process are removed.
@@ -79,9 +76,9 @@ def test_a_registry_whose_first_user_was_killed_is_complete_at_the_next_use(
 
 @pytest.mark.parametrize("points", [[0.1, 0.6, 0.95], pytest.param(MANY, marks=pytest.mark.slow)])
 def test_a_registry_that_an_earlier_version_left_half_migrated_works_again(
-    tmp_path: Path, points: list[float]
+    answers: Answers, tmp_path: Path, points: list[float]
 ) -> None:
-    results = kill_points(tmp_path, "earlier", points)
+    results = kill_points(answers, tmp_path, "earlier", points)
     assert [result["version"] for result in results] == ["1"] * len(points)
     assert all(result["killed"] for result in results)
 

@@ -1,15 +1,12 @@
 """Interrupted and racing promotions and rollbacks: one decision has one effect."""
 
-import json
-import os
-import subprocess
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import pytest
+from answering import Answers, answering
 from error_codes import raises_code
 from triton_configs import served_by
 from triton_versions import body, published
@@ -26,8 +23,6 @@ from tasks.promotion.promotions import (
     rollback,
     version_report,
 )
-
-ROOT = Path(__file__).parents[2]
 
 
 class Interrupted(Exception):
@@ -148,38 +143,14 @@ def test_a_promotion_of_the_champion_completes_an_interrupted_one(home: Path, th
 # --- real processes --------------------------------------------------------------------------
 
 
-Work = Callable[[str], list[dict[str, Any]]]
-
-
 @pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Work]:
+def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Answers]:
     """Give a line to ``killed_promotions.py``, which imports and publishes once for all tests."""
     home = tmp_path_factory.mktemp("processes")
-    script = [sys.executable, "tests/tasks/killed_promotions.py", str(home)]
-    foreign = ("AWS_", "MLFLOW_TRACKING_", "RECPRESS_")
-    environment = {
-        **{name: value for name, value in os.environ.items() if not name.startswith(foreign)},
-        "PYTHONPATH": os.pathsep.join(map(str, (ROOT, ROOT / "tests", Path(__file__).parent))),
-        "RECPRESS_HOME": str(home / "recpress"),
-        "RECPRESS_TRITON": str(home / "triton"),
-    }
-    with subprocess.Popen(
-        script, cwd=ROOT, env=environment, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE
-    ) as process:
-        asked, answers = process.stdin, process.stdout
-        assert asked is not None
-        assert answers is not None
-
-        def answer(line: str) -> list[dict[str, Any]]:
-            asked.write(f"{line}\n")
-            asked.flush()
-            found = list(iter(answers.readline, "\n"))
-            assert "" not in found, f"the process ended with {process.wait()}"
-            return [json.loads(item) for item in found]
-
-        yield answer
-        asked.close()
-    assert process.returncode == 0
+    variables = {"RECPRESS_HOME": str(home / "recpress"), "RECPRESS_TRITON": str(home / "triton")}
+    script = "tests/tasks/killed_promotions.py"
+    with answering(script, str(home), variables=variables) as run:
+        yield run
 
 
 # A kill takes half a second to a second. The default tier tries a few points along the way and the
@@ -195,7 +166,7 @@ ROLLBACKS = ("rollback", "rollback+reader", "from")
 
 
 @pytest.fixture(scope="module", params=EVERY)
-def killed(request: pytest.FixtureRequest, run: Work) -> list[dict[str, Any]]:
+def killed(request: pytest.FixtureRequest, run: Answers) -> list[dict[str, Any]]:
     """Every command, killed at operation after operation and repeated each time."""
     commands = (*ROLLBACKS, "promote")
     return [item for command in commands for item in run(f"kill {command} {request.param}")]
@@ -231,7 +202,7 @@ def test_a_promotion_killed_at_any_operation_and_repeated_is_entered_once(
     ],
 )
 def test_processes_that_decide_the_same_at_once_all_succeed(
-    run: Work, command: str, count: int
+    run: Answers, command: str, count: int
 ) -> None:
     *results, state = run(f"race {command} {count}")
     said = [item["result"] for item in results]
@@ -241,7 +212,7 @@ def test_processes_that_decide_the_same_at_once_all_succeed(
 
 @pytest.mark.parametrize("count", [4, pytest.param(8, marks=pytest.mark.nightly)])
 def test_processes_that_publish_the_same_order_at_once_share_one_version(
-    run: Work, count: int
+    run: Answers, count: int
 ) -> None:
     *results, state = run(f"race publish {count}")
     (said,) = {item["result"] for item in results}  # one version and one report for all
