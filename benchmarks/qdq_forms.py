@@ -19,7 +19,7 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from compressors.contracts import Plan, PlanLine
+from compressors.contracts import Plan, PlanLine, Reason
 from compressors.errors.compression import AuditFailed
 from compressors.lower.audit import INT8_PRODUCTS, audit
 from infra.onnxruntime.sessions import Session, interleaved_ms, machine, optimized_graph
@@ -152,7 +152,7 @@ def opinion(graph: onnx.GraphProto, form: Form) -> tuple[int, str]:
         format="static_int8",
         bytes_before=0,
         bytes_after=0,
-        reason="benchmark",
+        reasons=(Reason("as_written", text="benchmark"),),
     )
     try:
         audit(graph, Plan(lines=(line, line)), ())

@@ -8,7 +8,6 @@ left in 8 bits.
     recpress demo && python -m benchmarks.table_rows
 """
 
-import re
 import tempfile
 from pathlib import Path
 
@@ -32,6 +31,7 @@ from tasks.bundles.loading import bench_of, load_bundle, split_of
 from tasks.prepare import prepare
 
 LEAST = 64  # rows of a table that loses some
+LOOKUPS = ("pruned_lookups", "shared_lookups")  # codes of reasons with a share of lookups
 Steps = tuple[ModelStep | TableStep, ...]
 
 
@@ -65,9 +65,10 @@ def touched(model: Model) -> str:
     """What the plan says of lookups and rows, table by table, as one range."""
     lines = model.plan.lines if model.plan else ()
     shares = [
-        float(found[1])
+        100 * float(reason.fields["share"])
         for line in lines
-        if (found := re.search(r"([\d.]+)% of the lookups get", line.reason))
+        for reason in line.reasons
+        if reason.code in LOOKUPS
     ]
     return f"{min(shares):.1f} to {max(shares):.1f} %" if shares else ""
 

@@ -104,10 +104,10 @@ def explain(terms: Terms) -> Explanation:
 
 def _with_warnings(plan: Plan, carried_out: Plan) -> Plan:
     """Add what a finished run of the order found out on its calibration rows."""
-    warnings = {line.module: line.warning for line in carried_out.lines if line.warning is not None}
+    warnings = {line.module: line.warnings for line in carried_out.lines if line.warnings}
     return Plan(
         lines=tuple(
-            line.model_copy(update={"warning": warnings.get(line.module, line.warning)})
+            line.model_copy(update={"warnings": warnings.get(line.module, line.warnings)})
             for line in plan.lines
         )
     )

@@ -19,7 +19,6 @@ MODULES = (
     "compressors.errors.metrics",
     "compressors.errors.orders",
     "compressors.errors.steps",
-    "compressors.errors.widths",
     "infra.errors.base",
     "infra.errors.bundles",
     "infra.errors.commands",

@@ -4,6 +4,8 @@
 loads no tensor library.
 
 coded_error.py        errors that carry a code and fields
+reasons/              reasons of decisions and verdicts, as code and fields
+reasoned.py           a decision and its reasons
 artifact.py           something stored, named by its content
 memory_errors.py      which errors say that there is too little memory
 inputs.py             the kinds of inputs of a model
@@ -52,6 +54,9 @@ from compressors.contracts.network import Network as Network
 from compressors.contracts.plan import DROPPED as DROPPED
 from compressors.contracts.plan import Plan as Plan
 from compressors.contracts.plan import PlanLine as PlanLine
+from compressors.contracts.reasoned import Reasoned as Reasoned
+from compressors.contracts.reasons import Reason as Reason
+from compressors.contracts.reasons import joined as joined
 from compressors.contracts.signature import ITEMS as ITEMS
 from compressors.contracts.signature import TRAFFIC as TRAFFIC
 from compressors.contracts.signature import Signature as Signature

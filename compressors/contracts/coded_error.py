@@ -12,7 +12,7 @@ from types import MappingProxyType
 from typing import Any, ClassVar
 
 
-class _SentenceFormatter(string.Formatter):
+class SentenceFormatter(string.Formatter):
     """Formats a sequence as ``a, b, c``, a mapping as ``a: 1, b: 2``, an empty one as ``none``.
 
     A format specification of a sequence is the separator instead of ``, ``, except for ``list``,
@@ -64,7 +64,7 @@ class CodedError(Exception):
         self.fields = fields
 
     def __str__(self) -> str:
-        return _SentenceFormatter().vformat(type(self).sentences[self.code], (), self.fields)
+        return SentenceFormatter().vformat(type(self).sentences[self.code], (), self.fields)
 
     def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]:
         """Copies and pickles have the code, the fields and all other attributes."""

@@ -1,17 +1,22 @@
 """The plan of a recipe: one line for each table and dense layer. Types only."""
 
-from typing import Literal
+from typing import Any, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, ModelWrapValidatorHandler, computed_field, model_validator
 
 from compressors.contracts.inputs import Frozen
+from compressors.contracts.reasoned import Reasoned
+from compressors.contracts.reasons import Reason, joined, read_reasons
 
 DROPPED = "dropped"
 """The format of a table or layer that is gone."""
 
 
-class PlanLine(Frozen):
-    """What a recipe decided for one table or dense layer, and why."""
+class PlanLine(Reasoned):
+    """What a recipe decided for one table or dense layer, and why.
+
+    ``warnings`` say what may be wrong with the result; in JSON ``warning`` is their sentence.
+    """
 
     module: str
     role: Literal["table", "dense", "other"]
@@ -19,19 +24,40 @@ class PlanLine(Frozen):
     bytes_before: int = Field(ge=0)
     bytes_after: int = Field(ge=0)
     steps: tuple[str, ...] = Field((), description="The steps that changed it, in order.")
-    reason: str
-    warning: str | None = Field(None, description="What may be wrong with the result, and why.")
+    warnings: tuple[Reason, ...] = ()
+
+    @computed_field(repr=False)  # type: ignore[prop-decorator]
+    @property
+    def warning(self) -> str | None:
+        """What may be wrong with the result, and why."""
+        return joined(self.warnings) or None
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _read_warning(cls, data: Any, validate: ModelWrapValidatorHandler[Self]) -> Self:
+        return read_reasons(data, validate, "warning", "warnings")
 
 
 class Plan(Frozen):
     """One explicit line for every table and every dense layer.
 
-    ``remarks`` are sentences about a step that no line shows: a step that changed nothing, a unit
-    that a step had to skip.
+    ``reasons`` are about a step that no line shows: a step that changed nothing, a unit that a
+    step had to skip. In JSON ``remarks`` are their sentences.
     """
 
     lines: tuple[PlanLine, ...] = ()
-    remarks: tuple[str, ...] = ()
+    reasons: tuple[Reason, ...] = ()
+
+    @computed_field(repr=False)  # type: ignore[prop-decorator]
+    @property
+    def remarks(self) -> tuple[str, ...]:
+        """The reasons as sentences."""
+        return tuple(map(str, self.reasons))
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _read_remarks(cls, data: Any, validate: ModelWrapValidatorHandler[Self]) -> Self:
+        return read_reasons(data, validate, "remarks", "reasons")
 
     def of(self, module: str) -> PlanLine | None:
         """The line of one module, or None."""

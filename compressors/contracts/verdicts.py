@@ -7,6 +7,7 @@ from pydantic import Field
 
 from compressors.contracts.inputs import Frozen
 from compressors.contracts.limits import Limit
+from compressors.contracts.reasoned import Reasoned
 
 TargetKind = Literal["onnxruntime", "tensorrt", "tensorrt-rtx"]
 
@@ -28,7 +29,7 @@ class Estimate(Frozen):
     )
 
 
-class Judgement(Frozen):
+class Judgement(Reasoned):
     """What measuring said about one limit."""
 
     limit: Limit
@@ -36,16 +37,14 @@ class Judgement(Frozen):
     outcome: Literal["accepted", "rejected", "undecided"]
     rows_to_decide: int | None = None
     groups_to_decide: int | None = None
-    reason: str
 
 
-class Verdict(Frozen):
+class Verdict(Reasoned):
     """What the gate said about one target."""
 
     target: TargetKind
     outcome: Outcome
     judgements: tuple[Judgement, ...] = ()
-    reason: str
 
 
 def overall(verdicts: Iterable[Verdict]) -> Outcome:

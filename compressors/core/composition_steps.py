@@ -1,13 +1,13 @@
 """What the steps that make tables of smaller ones have in common: all but how a table is fitted."""
 
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import replace
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from compressors.contracts import Bench
+from compressors.contracts.reasons import Reason
 from compressors.core.model import Model
 from compressors.core.modules.composed import Design
 from compressors.core.modules.formats import TensorSpec
@@ -18,7 +18,7 @@ from compressors.quantize.calibration.lookup_counts import lookup_counts
 UNSEEN = 0.5
 """A row that was never looked up still gets an answer: it counts as half a lookup."""
 
-Shaped = Callable[[int, int], Design | str]
+Shaped = Callable[[int, int], Design | Reason]
 """From a table's rows and width to what it becomes, or the reason why it stays."""
 
 
@@ -56,15 +56,17 @@ def choose_composed(
             continue
         rows, dim = unit.weight.shape
         made = shaped(rows, dim)
-        if not isinstance(made, str):
+        if isinstance(made, Design):
             after = made.bytes(rows, dim)
             if after < unit.bytes or not smaller:
                 designs[unit.name] = made
-                reason = f"{kind}: {made.words}"
-                choices[unit.name] = replace(choices[unit.name], reason=reason)
+                taken = Reason("composed", step=kind, what=made.reason)
+                choices[unit.name] = Choice(True, (taken,))
                 continue
-            made = f"{rows} x {dim} would be no smaller: {unit.bytes} -> {after} bytes"
-        choices[unit.name] = Choice(False, made)
+            made = Reason(
+                "not_smaller_composed", rows=rows, dim=dim, before=unit.bytes, after=after
+            )
+        choices[unit.name] = Choice(False, (made,))
     return choices, designs
 
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, replace
 from torch import nn
 
 from compressors.contracts import Network, Plan
+from compressors.contracts.reasons import Reason
 from compressors.core.units import private_copy
 
 
@@ -13,16 +14,16 @@ from compressors.core.units import private_copy
 class Model:
     """A loaded network: the module, the class it was built from, and what describes it.
 
-    ``notes`` holds, by unit, what a step found out while it worked, in half a sentence: it joins
-    the reason in the plan. ``original`` is the network the recipe began with, for steps that look
-    inside of it; nothing of it is stored.
+    ``notes`` holds, by unit, what a step measured while it worked; its plan line has these reasons
+    after those of the choice. ``original`` is the network the recipe began with, for steps that
+    read its layers; nothing of it is stored.
     """
 
     module: nn.Module
     architecture: type[nn.Module]
     network: Network
     plan: Plan | None = None
-    notes: Mapping[str, str] = field(default_factory=dict)
+    notes: Mapping[str, tuple[Reason, ...]] = field(default_factory=dict)
     original: nn.Module | None = None
 
     def private(self) -> "Model":

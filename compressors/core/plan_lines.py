@@ -1,16 +1,17 @@
 """The plan of a step: one line for every table and dense layer, with bytes and reason."""
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 
 from compressors.contracts import DROPPED, Plan, PlanLine
+from compressors.contracts.reasons import Reason
 from compressors.core.model import Model
 from compressors.core.units import Choice, Unit, innermost
 
 OUTPUT = "(output)"
 """What the plan calls the map after a network's output."""
 
-UNCHANGED = "was better than the start"
-"""How a step's note ends whose training restored its start."""
+SHOWN = 3
+"""How many folded norms a plan names."""
 
 
 def build_plan(
@@ -22,7 +23,7 @@ def build_plan(
     sizes: tuple[int, int],
     output: PlanLine | None = None,
     folded: Collection[str] = (),
-    warnings: Mapping[str, str] | None = None,
+    warnings: Mapping[str, Reason] | None = None,
 ) -> Plan:
     """What earlier steps decided stays, what this one decided is new.
 
@@ -33,7 +34,7 @@ def build_plan(
         before: the units before.
         after: the units now; those that are missing were dropped.
         sizes: bytes of all tensors before and now.
-        output: the line of a map behind the network's output.
+        output: the line of a map that follows the network's output.
         folded: the norms that are part of the layers next to them now.
         warnings: of units that the step changed; other units of unchanged format keep theirs.
     """
@@ -52,8 +53,8 @@ def build_plan(
                 bytes_before=earlier.bytes_before if earlier else unit.bytes,
                 bytes_after=new.bytes if new else 0,
                 steps=(*steps, kind) if choice.take else steps,
-                reason=_reason(earlier, choice),
-                warning=_warning(earlier, new, unit.name, warnings or {}),
+                reasons=_reasons(earlier, choice),
+                warnings=_warnings(earlier, new, unit.name, warnings or {}),
             )
         )
         # The tables that this one is made of now. What it weighed before stays on its own line.
@@ -64,8 +65,8 @@ def build_plan(
                 format=part.format,
                 bytes_before=0,
                 bytes_after=part.bytes,
-                reason=f"a part of {unit.name}",
-                warning=(warnings or {}).get(part.name),
+                reasons=(Reason("part_of", unit=unit.name),),
+                warnings=_warnings(None, part, part.name, warnings or {}),
             )
             for part in after
             if part.name not in old and innermost(part.name, old) == unit.name
@@ -83,23 +84,22 @@ def build_plan(
             format="as trained",
             bytes_before=other.bytes_before if other else max(rest_before, 0),
             bytes_after=max(sizes[1] - sum(unit.bytes for unit in after) - behind, 0),
-            reason=_rest(folded),
+            reasons=_rest(folded),
         )
     )
-    earlier_remarks = source.plan.remarks if source.plan else ()
-    return Plan(lines=tuple(lines), remarks=earlier_remarks)
+    return Plan(lines=tuple(lines), reasons=source.plan.reasons if source.plan else ())
 
 
 def with_remarks(
     plan: Plan,
     kind: str,
-    skipped: Mapping[str, str],
+    skipped: Mapping[str, Reason],
     choices: Mapping[str, Choice],
-    notes: Mapping[str, str],
+    notes: Mapping[str, tuple[Reason, ...]],
     *,
     changes_output: bool = False,
 ) -> Plan:
-    """The plan with remarks: what this step had to skip, and whether it changed nothing.
+    """The plan with the units this step had to skip, and whether it changed nothing.
 
     Args:
         plan: after the step.
@@ -109,44 +109,55 @@ def with_remarks(
         notes: by unit, what the step found while it worked.
         changes_output: the step changes no unit, but what follows the network's output.
     """
-    found = [f"{kind} skipped {name!r}: {why}" for name, why in skipped.items()]
+    found = [Reason("unit_skipped", step=kind, unit=n, why=why) for n, why in skipped.items()]
     output = plan.of(OUTPUT) if changes_output else None
     if output is not None:
         if kind not in output.steps:
-            found.append(f"{kind} changed nothing: {output.reason}")
+            found.append(Reason("step_changed_nothing", step=kind, why=output.reasons))
     elif choices and not any(choice.take for choice in choices.values()):
-        whys = dict.fromkeys(notes[name] for name in choices if name in notes)
-        found.append(f"{kind} changed nothing: {'; '.join(whys) or 'nothing better was found'}")
-    else:
-        whys = dict.fromkeys(
-            part for note in notes.values() for part in note.split("; ") if part.endswith(UNCHANGED)
+        whys = _once(notes[name] for name in choices if name in notes)
+        found.append(
+            Reason("step_changed_nothing", step=kind, why=whys)
+            if whys
+            else Reason("step_found_nothing", step=kind)
         )
-        found += [f"The training of {kind} changed nothing: {why}" for why in whys]
-    return plan.model_copy(update={"remarks": (*plan.remarks, *found)})
+    else:
+        found += [
+            Reason("training_changed_nothing", step=kind, why=why)
+            for why in _once(notes.values())
+            if any(reason.code == "training_unchanged" for reason in why.walk())
+        ]
+    return plan.model_copy(update={"reasons": (*plan.reasons, *found)})
 
 
-def _warning(
-    earlier: PlanLine | None, new: Unit | None, name: str, warnings: Mapping[str, str]
-) -> str | None:
+def _once(notes: Iterable[tuple[Reason, ...]]) -> tuple[Reason, ...]:
+    """The reasons of some notes, each once."""
+    return tuple(dict.fromkeys(reason for note in notes for reason in note))
+
+
+def _warnings(
+    earlier: PlanLine | None, new: Unit | None, name: str, warnings: Mapping[str, Reason]
+) -> tuple[Reason, ...]:
     if name in warnings:
-        return warnings[name]
+        return (warnings[name],)
     same = earlier is not None and new is not None and earlier.format == new.format
-    return earlier.warning if earlier is not None and same else None
+    return earlier.warnings if earlier is not None and same else ()
 
 
-def _rest(folded: Collection[str]) -> str:
+def _rest(folded: Collection[str]) -> tuple[Reason, ...]:
     """What the last line stands for, and which norms are no longer in it."""
-    rest = "norms, biases outside dense layers, buffers"
-    if not folded:
-        return rest
-    first = ", ".join(sorted(folded)[:3]) + (" and more" if len(folded) > 3 else "")
-    return f"{rest}; {len(folded)} of the norms became part of a layer: {first}"
+    rest, norms = Reason("outside_units"), tuple(sorted(folded))
+    if not norms:
+        return (rest,)
+    if len(norms) > SHOWN:
+        return rest, Reason("many_folded_norms", count=len(norms), norms=norms[:SHOWN])
+    return rest, Reason("folded_norms", count=len(norms), norms=norms)
 
 
-def _reason(earlier: PlanLine | None, choice: Choice) -> str:
+def _reasons(earlier: PlanLine | None, choice: Choice) -> tuple[Reason, ...]:
     """What was done to a unit so far; where nothing was, every reason why not."""
     if earlier is None:
-        return choice.reason
+        return choice.reasons
     if choice.take:
-        return f"{earlier.reason}; {choice.reason}" if earlier.steps else choice.reason
-    return earlier.reason if earlier.steps else f"{earlier.reason}; {choice.reason}"
+        return (*earlier.reasons, *choice.reasons) if earlier.steps else choice.reasons
+    return earlier.reasons if earlier.steps else (*earlier.reasons, *choice.reasons)

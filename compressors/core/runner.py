@@ -23,6 +23,7 @@ from compressors.contracts import (
     Signature,
     is_out_of_memory,
 )
+from compressors.contracts.reasons import Reason
 from compressors.core.batches import example
 from compressors.core.model import Model
 from compressors.core.modules.composed import ComposedTable
@@ -71,7 +72,7 @@ def run(
     bench: Bench,
     folder: Path,
     *,
-    skipped: Mapping[str, str] = MappingProxyType({}),
+    skipped: Mapping[str, Reason] = MappingProxyType({}),
 ) -> Model:
     """Apply one step, write the result to ``folder``, and return it as loaded from there.
 
@@ -126,7 +127,7 @@ def run(
         raise ContractBroken("stored_scores_differ", step=step.kind, gap=gap)
     sizes = stored_bytes(source.module), stored_bytes(stored)
     choices = _as_found(step, choices, Unit.of(source.module), after)
-    choices = {name: _noted(choice, model.notes.get(name)) for name, choice in choices.items()}
+    choices = {name: _noted(choice, model.notes.get(name, ())) for name, choice in choices.items()}
     line, folded = output_line(step, source, model), folded_norms(stored)
     warnings = input_range_warnings(source.module, stored, bench)
     plan = build_plan(step.kind, source, choices, before, after, sizes, line, folded, warnings)
@@ -151,7 +152,7 @@ def _as_refusal(step: TableStep | ModelStep) -> Iterator[None]:
 
 
 def output_line(step: TableStep | ModelStep, source: Model, model: Model) -> PlanLine | None:
-    """What the plan says of the map behind a network's output; None if none was asked for."""
+    """The plan line of the map after a network's output; None if no step made one."""
     made = recalibration_of(model.module)
     if not isinstance(step, ModelStep) or step.changes != "output":
         return source.plan.of(OUTPUT) if source.plan else None
@@ -162,7 +163,7 @@ def output_line(step: TableStep | ModelStep, source: Model, model: Model) -> Pla
         bytes_before=0,
         bytes_after=0 if made is None else stored_bytes(made),
         steps=() if made is None else (step.kind,),
-        reason=model.notes.get(NAME, f"{step.kind} as ordered"),
+        reasons=model.notes.get(NAME, (Reason("selected", step=step.kind),)),
     )
 
 
@@ -248,7 +249,7 @@ def plan_choices(
     step: TableStep | ModelStep,
     model: Model,
     bench: Bench,
-    skipped: Mapping[str, str] = MappingProxyType({}),
+    skipped: Mapping[str, Reason] = MappingProxyType({}),
 ) -> dict[str, Choice]:
     """What a step will do with every unit of a model, and why.
 
@@ -272,7 +273,7 @@ def plan_choices(
             if unit.name in chosen and chosen[unit.name].take
         }
     chosen |= {
-        unit.name: Choice(False, f"skipped by {step.kind}: {skipped[unit.name]}")
+        unit.name: Choice(False, (Reason("skipped", step=step.kind, why=skipped[unit.name]),))
         for unit in units
         if unit.name in skipped
     }
@@ -283,20 +284,22 @@ def plan_choices(
             step=step.kind,
             reasons={name: choice.reason for name, choice in chosen.items()},
         )
-    rest = {unit.name: Choice(False, f"{step.kind} takes no {unit.role}") for unit in units}
+    rest = {
+        unit.name: Choice(False, (Reason("wrong_role", step=step.kind, role=unit.role),))
+        for unit in units
+    }
     return {**rest, **chosen}
 
 
 def _if_smaller(step: TableStep, unit: Unit) -> Choice:
     """Take a table in the best format that is no larger; keep it if that saves nothing."""
     rows, dim = unit.weight.shape
-    stored_by, why = best_format(step, unit.weight)
+    stored_by, reasons = best_format(step, unit.weight)
     size = table_bytes(stored_by, rows, dim)
     if size >= unit.bytes:
-        return Choice(
-            False, f"{stored_by.kind} would take {size} bytes, not fewer than its {unit.bytes}"
-        )
-    return Choice(True, why)
+        kept = Reason("not_smaller", step=stored_by.kind, bytes=size, present=unit.bytes)
+        return Choice(False, (kept,))
+    return Choice(True, reasons)
 
 
 def encode_table(step: TableStep, weight: Tensor) -> PackedTable:
@@ -334,7 +337,7 @@ def _as_laid_out(step: TableStep, name: str, tensor: Tensor, spec: TensorSpec) -
 def _check_choices(
     step: TableStep | ModelStep,
     choices: Mapping[str, Choice],
-    notes: Mapping[str, str],
+    notes: Mapping[str, tuple[Reason, ...]],
     before: tuple[Unit, ...],
     after: tuple[Unit, ...],
 ) -> None:
@@ -350,8 +353,8 @@ def _check_choices(
         # A method that changes values, or looks for rows to do without, may find that a unit is
         # best left as it is.
         kept = new.format == unit.format if not values else _equal(unit.module, new.module)
-        told = taken and unit.name in notes  # it says why the unit stays
-        if kept == taken and not (taken and (may_stay or told)):
+        has_note = taken and unit.name in notes  # it says why the unit stays
+        if kept == taken and not (taken and (may_stay or has_note)):
             raise (
                 ContractBroken("unit_kept", step=step.kind, unit=unit.name)
                 if kept
@@ -381,7 +384,7 @@ def _as_found(
     before: tuple[Unit, ...],
     after: tuple[Unit, ...],
 ) -> dict[str, Choice]:
-    """The choices, with a word where the method looked for better values and found none."""
+    """The choices, with a reason where the method searched better values and found none."""
     if not isinstance(step, ModelStep):
         return dict(choices)
     now = {unit.name: unit for unit in after}
@@ -392,15 +395,14 @@ def _as_found(
             continue
         if step.changes == "format":
             if new.format == unit.format:
-                found[unit.name] = Choice(False, f"kept {unit.format}")
+                found[unit.name] = Choice(False, (Reason("kept_format", format=unit.format),))
         elif _equal(unit.module, new.module):
-            reason = f"{choice.reason}: nothing better was found, kept as it was"
-            found[unit.name] = Choice(False, reason)
+            found[unit.name] = Choice(False, (*choice.reasons, Reason("nothing_better")))
     return found
 
 
-def _noted(choice: Choice, note: str | None) -> Choice:
-    return choice if note is None else replace(choice, reason=f"{choice.reason}; {note}")
+def _noted(choice: Choice, note: tuple[Reason, ...]) -> Choice:
+    return replace(choice, reasons=(*choice.reasons, *note))
 
 
 def _equal(old: nn.Module, new: nn.Module) -> bool:

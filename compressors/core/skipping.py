@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from compressors.contracts import Bench, is_out_of_memory
+from compressors.contracts.reasons import Reason
 from compressors.core.batches import example
 from compressors.core.model import Model
 from compressors.core.runner import ModelStep, TableStep, needs, plan_choices, rows_of_tables, run
@@ -39,7 +40,7 @@ def run_or_skip(
     source: Model,
     bench: Bench,
     folder: Path,
-    excluded: Mapping[str, str] = MappingProxyType({}),
+    excluded: Mapping[str, Reason] = MappingProxyType({}),
 ) -> Model:
     """Apply a step as ``compressors.core.runner.run`` does, without the units that do not allow it.
 
@@ -74,7 +75,7 @@ def run_or_skip(
         return run(step, source, bench, folder, skipped={**skipped, **found})
 
 
-def skippable(step: AnyStep, source: Model, bench: Bench) -> dict[str, str]:
+def skippable(step: AnyStep, source: Model, bench: Bench) -> dict[str, Reason]:
     """The units that a step is known not to be able to change, with the reasons.
 
     Args:
@@ -96,7 +97,7 @@ def skippable(step: AnyStep, source: Model, bench: Bench) -> dict[str, str]:
     return found
 
 
-def unreplaceable(source: Model, bench: Bench, names: Collection[str]) -> dict[str, str]:
+def unreplaceable(source: Model, bench: Bench, names: Collection[str]) -> dict[str, Reason]:
     """The units of a network whose modules cannot be replaced, with the reasons.
 
     Args:
@@ -133,7 +134,7 @@ class _WithoutWeights(nn.Module):
 
 def _why_not(
     source: Model, names: Collection[str], inputs: Mapping[str, Tensor], expected: Tensor
-) -> str | None:
+) -> Reason | None:
     """Why a network does not run as before once some units show no weights."""
     module = source.private().module
     for unit in Unit.of(module):
@@ -146,9 +147,9 @@ def _why_not(
             raise
         said = (str(fault).strip().splitlines() or [repr(fault)])[0].rstrip(".")
         said = said.replace("'_WithoutWeights' object", "a compressed module")
-        return f"forward code reads it instead of calling it ({type(fault).__name__}: {said})"
+        return Reason("weight_read", error=type(fault).__name__, message=said)
     if scores.shape != expected.shape or not torch.equal(scores, expected):
-        return "forward code looks at its attributes: without them the network scores otherwise"
+        return Reason("attributes_read")
     return None
 
 
@@ -159,8 +160,8 @@ def _scores(module: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
 
 
 def _culprits(
-    step: AnyStep, source: Model, bench: Bench, skipped: Mapping[str, str]
-) -> dict[str, str]:
+    step: AnyStep, source: Model, bench: Bench, skipped: Mapping[str, Reason]
+) -> dict[str, Reason]:
     """The units on each of which alone a step fails, with the reasons; none if it trains."""
     if any(part in TRAINS for part in needs(step)):
         return {}
@@ -176,13 +177,12 @@ def _culprits(
 
 
 def _failing(
-    step: AnyStep, source: Model, bench: Bench, skipped: Mapping[str, str], names: list[str]
-) -> dict[str, str]:
+    step: AnyStep, source: Model, bench: Bench, skipped: Mapping[str, Reason], names: list[str]
+) -> dict[str, Reason]:
     if not names:
         return {}
-    others = {
-        unit.name: "not tried" for unit in Unit.of(source.module) if unit.name not in set(names)
-    }
+    tried, units = set(names), Unit.of(source.module)
+    others = {unit.name: Reason("not_tried") for unit in units if unit.name not in tried}
     with tempfile.TemporaryDirectory() as scratch:
         try:
             run(step, source, bench, Path(scratch) / "tried", skipped={**others, **skipped})
@@ -190,7 +190,7 @@ def _failing(
             return {}
         except CompressionError as fault:
             if len(names) == 1:
-                return {names[0]: _sentence(fault)}
+                return {names[0]: Reason("step_failed", fault=_sentence(fault))}
         else:
             return {}
     middle = len(names) // 2
@@ -205,7 +205,7 @@ def _sentence(fault: Exception) -> str:
 
 
 def _require_unnamed(
-    step: AnyStep, found: Mapping[str, str], source: Model, fault: Exception | None
+    step: AnyStep, found: Mapping[str, Reason], source: Model, fault: Exception | None
 ) -> None:
     """Raise if the recipe names one of some units exactly.
 

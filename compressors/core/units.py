@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
+from compressors.contracts.reasons import Reason, joined
 from compressors.core.modules.composed import ComposedTable
 from compressors.core.modules.factored import FACTORED, PARTS, FactoredLinear
 from compressors.core.modules.formats import (
@@ -69,7 +70,12 @@ class Choice:
     """Whether a step takes a unit, and why."""
 
     take: bool
-    reason: str
+    reasons: tuple[Reason, ...]
+
+    @property
+    def reason(self) -> str:
+        """The reasons as a sentence."""
+        return joined(self.reasons)
 
 
 def innermost(name: str, units: Collection[str]) -> str | None:
@@ -109,8 +115,8 @@ def choose_tables(
     for unit in tables:
         keep = _keep(unit, patterns)
         if keep is None and unit.rows < min_rows:
-            keep = f"{unit.rows} rows, fewer than min_rows {min_rows}"
-        choices[unit.name] = Choice(keep is None, keep or f"{kind} as ordered")
+            keep = Reason("too_few_rows", rows=unit.rows, min_rows=min_rows)
+        choices[unit.name] = Choice(keep is None, (keep or Reason("selected", step=kind),))
     return choices
 
 
@@ -138,30 +144,30 @@ def choose_dense(
             ).values()
             size = sum(math.prod(spec.shape) * spec.dtype.itemsize for spec in laid)
             if size >= unit.bytes:
-                keep = f"{kind} would take {size} bytes, not fewer than its {unit.bytes}"
-        choices[unit.name] = Choice(keep is None, keep or f"{kind} as ordered")
+                keep = Reason("not_smaller", step=kind, bytes=size, present=unit.bytes)
+        choices[unit.name] = Choice(keep is None, (keep or Reason("selected", step=kind),))
     return choices
 
 
-def _keep(unit: Unit, patterns: tuple[str, ...]) -> str | None:
+def _keep(unit: Unit, patterns: tuple[str, ...]) -> Reason | None:
     if unit.format != "float32":
-        return f"already {unit.format}"
+        return Reason("already_stored", format=unit.format)
     if unit.shared_with is not None:
-        return f"shares its weight with {unit.shared_with}"
+        return Reason("shares_weight", unit=unit.shared_with)
     if (why := _own_code(unit.module)) is not None:
         return why
     if not is_among(unit, patterns):
-        return f"not among {', '.join(patterns)}"
+        return Reason("not_matched", patterns=patterns)
     return None
 
 
-def _own_code(module: nn.Module) -> str | None:
-    """What a layer does beside what its class in torch does, and its placeholder would not do."""
+def _own_code(module: nn.Module) -> Reason | None:
+    """What a layer does that its class in torch, and so its replacement, does not do."""
     for base in (nn.Linear, nn.Embedding, nn.EmbeddingBag):
         if isinstance(module, base) and type(module).forward is not base.forward:
-            return f"{type(module).__name__} has a forward of its own"
+            return Reason("custom_forward", module_class=type(module).__name__)
     if module._forward_hooks or module._forward_pre_hooks:
-        return "has forward hooks, which a placeholder would not have"
+        return Reason("has_hooks")
     return None
 
 

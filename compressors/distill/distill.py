@@ -16,6 +16,7 @@ from pydantic import Field, model_validator
 from torch import nn
 
 from compressors.contracts import Bench, Change, Frozen, Part
+from compressors.contracts.reasons import Reason
 from compressors.core.model import Model
 from compressors.core.placement import moved_to
 from compressors.core.units import Choice, private_copy
@@ -120,18 +121,18 @@ class Distill(Frozen):
         if self.loss == "calibrated_listwise" and bench.signature.output == "score":
             raise NothingToCompress("loss_without_probability", step=self.kind)
         require_layers(model.module, self._watched())
-        tables, words = self.training.tables, f"{self.kind} on {self._words(bench)}"
+        tables, reasons = self.training.tables, self._reasons(bench)
         choices = choose_trainable(
             model,
             bench,
             self.kind,
             tables=tables,
             dense=self.dense,
-            words=words,
+            reasons=reasons,
         )
         if self.student is None:
             return choices
-        smaller = student_choices(model, self.student, tables=tables, words=words)
+        smaller = student_choices(model, self.student, tables=tables, reasons=reasons)
         return {**choices, **smaller}
 
     def apply(self, model: Model, bench: Bench) -> Model:
@@ -190,10 +191,16 @@ class Distill(Frozen):
         """The layers whose outputs are looked at."""
         return tuple(dict.fromkeys((*self.hints, *filter(None, (self.auxiliary,)))))
 
-    def _words(self, bench: Bench) -> str:
+    def _reasons(self, bench: Bench) -> tuple[Reason, ...]:
         """What it learns from, for the plan."""
-        parts = [f"{bench.train.rows:,} rows"] if bench.train and self.rows != "traffic" else []
-        if bench.traffic and self.rows != "train":
-            parts.append(f"{bench.traffic.rows:,} rows of traffic")
-        taught = f", taught by {1 + len(bench.teachers)} models" if bench.teachers else ""
-        return " and ".join(parts or ["0 rows"]) + taught
+        rows = bench.train.rows if bench.train and self.rows != "traffic" else 0
+        traffic = bench.traffic.rows if bench.traffic and self.rows != "train" else 0
+        if rows and traffic:
+            learned = Reason("trained_on_both", step=self.kind, rows=rows, traffic=traffic)
+        elif traffic:
+            learned = Reason("trained_on_traffic", step=self.kind, traffic=traffic)
+        else:
+            learned = Reason("trained_on_rows", step=self.kind, rows=rows)
+        if not bench.teachers:
+            return (learned,)
+        return learned, Reason("several_teachers", teachers=1 + len(bench.teachers))

@@ -22,6 +22,7 @@ from pydantic import Field
 from scipy.optimize import isotonic_regression
 
 from compressors.contracts import Bench, Change, Frozen, Part
+from compressors.contracts.reasons import Reason
 from compressors.core.batches import batches
 from compressors.core.model import Model
 from compressors.core.modules.output_calibration import (
@@ -219,16 +220,16 @@ class Recalibrate(Frozen):
         else:
             chosen = self.method
         if chosen is None:
-            told = f"recalibrate: no map is better than {before:.5f} on rows it was not fitted to"
-            return replace(model, notes={**model.notes, NAME: told})
+            no_map = Reason("no_better_map", step=self.kind, loss=before)
+            return replace(model, notes={**model.notes, NAME: (no_map,)})
         made = made_of(chosen, signature.output, logit, label, self.knots)
         attach(model.module, made)
         model.module.eval()
         with torch.no_grad():
             found = made(answers)
         after = logloss(label, _sigmoid(logit_of(found, signature.output).double().numpy()))
-        told = f"{chosen}: log loss {before:.5f} -> {after:.5f} on {len(label):,} validation rows"
-        return replace(model, notes={**model.notes, NAME: told})
+        mapped = Reason("output_mapped", method=chosen, before=before, after=after, rows=len(label))
+        return replace(model, notes={**model.notes, NAME: (mapped,)})
 
     def dry_run(self, model: Model, bench: Bench) -> Model:
         """A map of as many numbers as there can be, that changes nothing."""

@@ -22,6 +22,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from compressors.contracts import Bench, Change, Frozen, Part
+from compressors.contracts.reasons import Reason
 from compressors.core.model import Model
 from compressors.core.modules.formats import Bag, PackedTable
 from compressors.core.units import Choice, Unit, is_among, require_matches
@@ -95,16 +96,20 @@ class RefitCodes(Frozen):
         for unit in units:
             if unit.role == "dense":
                 take = any(name.startswith(f"{unit.name}.") for name in dense)
-                why = "trained along" if take else nothing_to_train(unit, self.kind)
                 if not self.dense:
-                    why = f"{self.kind} leaves dense layers as they are"
-                choices[unit.name] = Choice(take, f"{self.kind}: {why}" if take else why)
+                    why = Reason("dense_not_trained", step=self.kind)
+                elif take:
+                    why = Reason("trained_with_codes", step=self.kind)
+                else:
+                    why = nothing_to_train(unit, self.kind)
+                choices[unit.name] = Choice(take, (why,))
             elif not is_among(unit, self.tables):
-                choices[unit.name] = Choice(False, f"not among {', '.join(self.tables)}")
+                choices[unit.name] = Choice(False, (Reason("not_matched", patterns=self.tables),))
             elif _codes(unit) is None:
-                choices[unit.name] = Choice(False, f"{unit.format} has no codes")
+                choices[unit.name] = Choice(False, (Reason("no_codes", format=unit.format),))
             else:
-                choices[unit.name] = Choice(True, f"{self.kind} in {self.rounds} rounds")
+                refitted = Reason("refitted", step=self.kind, rounds=self.rounds)
+                choices[unit.name] = Choice(True, (refitted,))
         return choices
 
     def apply(self, model: Model, bench: Bench) -> Model:

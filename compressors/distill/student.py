@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from compressors.contracts.reasons import Reason
 from compressors.core.model import Model
 from compressors.core.modules.composed import ComposedTable
 from compressors.core.modules.formats import Bag, PackedTable
@@ -26,14 +27,16 @@ from compressors.errors.steps import DistillationRefused
 Config = dict[str, Any]
 
 
-def student_choices(model: Model, config: Config, *, tables: bool, words: str) -> dict[str, Choice]:
+def student_choices(
+    model: Model, config: Config, *, tables: bool, reasons: tuple[Reason, ...]
+) -> dict[str, Choice]:
     """What becomes of each unit that is another one in the student.
 
     Args:
         model: the original.
         config: keyword arguments that differ.
         tables: whether tables are trained, without which a narrower one would stay as drawn.
-        words: what the student learns from.
+        reasons: what the student learns from.
 
     Raises:
         CompressionError: the student cannot be built, or could not be what it seems.
@@ -60,10 +63,11 @@ def student_choices(model: Model, config: Config, *, tables: bool, words: str) -
     choices = {}
     for name, shape in shapes.items():
         if name not in smaller:
-            choices[name] = Choice(True, f"{words}, not in the student")
+            choices[name] = Choice(True, (*reasons, Reason("not_in_student")))
         elif smaller[name] != shape:
-            sizes = " -> ".join("x".join(map(str, size)) for size in (shape, smaller[name]))
-            choices[name] = Choice(True, f"{words}, {sizes} in the student")
+            before, after = ("x".join(map(str, size)) for size in (shape, smaller[name]))
+            changed = Reason("smaller_in_student", before=before, after=after)
+            choices[name] = Choice(True, (*reasons, changed))
     return choices
 
 

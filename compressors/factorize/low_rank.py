@@ -20,6 +20,7 @@ from pydantic import Field
 from torch import Tensor
 
 from compressors.contracts import Bench, Change, Frozen, Part
+from compressors.contracts.reasons import Reason
 from compressors.core.composition_steps import (
     FittedParts,
     choose_composed,
@@ -148,4 +149,4 @@ class LowRank(Frozen):
     def design(self, rows: int, dim: int) -> Design:  # noqa: ARG002
         """How a table of ``rows x dim`` is made."""
         rank = share_or_number(self.rank, dim)
-        return Design(COMPOSITION, {"rank": rank}, f"{dim} -> {rank} numbers a row")
+        return Design(COMPOSITION, {"rank": rank}, Reason("narrower_rows", dim=dim, rank=rank))

@@ -21,6 +21,7 @@ from pydantic import Field
 from torch import Tensor
 
 from compressors.contracts import Bench, Change, Frozen, Part
+from compressors.contracts.reasons import Reason
 from compressors.core.composition_steps import share_or_number
 from compressors.core.model import Model
 from compressors.core.modules.factored import FactoredLinear, factored_layout
@@ -150,20 +151,22 @@ class LowRankDense(Frozen):
             most = _most_rank(inputs, outputs)
             if self.most_error is not None:
                 take = most > 0
-                why = f"low_rank_dense: loses at most {self.most_error:g}, in rank {most} or less"
-                if not take:
-                    why = f"{inputs} -> {outputs} is no smaller in any rank"
-                choices[unit.name] = Choice(take, why)
+                why = (
+                    Reason("rank_searched", step=self.kind, most_error=self.most_error, rank=most)
+                    if take
+                    else Reason("no_smaller_rank", inputs=inputs, outputs=outputs)
+                )
+                choices[unit.name] = Choice(take, (why,))
                 continue
             rank = share_or_number(self.rank, min(inputs, outputs))
-            after = rank * (inputs + outputs)
+            before, after = inputs * outputs, rank * (inputs + outputs)
             take = rank <= most
-            why = f"low_rank_dense: {inputs} -> {rank} -> {outputs}"
-            if not take:
-                why = (
-                    f"in rank {rank} it would be no smaller: {inputs * outputs} -> {after} weights"
-                )
-            choices[unit.name] = Choice(take, why)
+            why = (
+                Reason("factorized", step=self.kind, inputs=inputs, rank=rank, outputs=outputs)
+                if take
+                else Reason("rank_not_smaller", rank=rank, before=before, after=after)
+            )
+            choices[unit.name] = Choice(take, (why,))
         return choices
 
     def apply(self, model: Model, bench: Bench) -> Model:
@@ -186,7 +189,7 @@ class LowRankDense(Frozen):
             if self.most_error is not None:
                 rank = rank_within(energy, self.most_error)
             if rank > _most_rank(inputs, outputs):
-                notes[unit.name] = f"rank {rank} would be no smaller"
+                notes[unit.name] = (Reason("found_rank_not_smaller", rank=rank),)
                 continue
             reduce, expand = factors(weight, directions, rank)
             stored = {"reduce.weight": reduce.contiguous(), "expand.weight": expand.contiguous()}
@@ -194,7 +197,7 @@ class LowRankDense(Frozen):
                 lost = (weight.double() - expand.double() @ reduce.double()) @ mean
                 stored["expand.bias"] = (bias.double() + lost).float()
             share = float(energy[rank:].sum() / energy.sum().clamp(min=1e-300))
-            notes[unit.name] = f"rank {rank} loses {share:.1%} of the outputs' squared size"
+            notes[unit.name] = (Reason("rank_loss", rank=rank, share=share),)
             layer = FactoredLinear(inputs, outputs, rank, bias=bias is not None, stored=stored)
             swap(module, unit.name, layer.eval())
         return Model(module, model.architecture, model.network, model.plan, notes)

@@ -21,6 +21,7 @@ from pydantic import Field
 from torch import Tensor
 
 from compressors.contracts import Bench, Change, Frozen, Part
+from compressors.contracts.reasons import Reason
 from compressors.core.composition_steps import (
     FittedParts,
     choose_composed,
@@ -267,13 +268,16 @@ class MultiHash(Frozen):
         return dry_run_composed(model, self._designs(model)[1])
 
     def _designs(self, model: Model) -> tuple[dict[str, Choice], dict[str, Design]]:
-        def shaped(rows: int, dim: int) -> Design | str:  # noqa: ARG001
+        def shaped(rows: int, dim: int) -> Design | Reason:  # noqa: ARG001
             if rows >= PRIME:
-                return f"{rows} rows, and the hash functions are for fewer than {PRIME}"
+                return Reason("too_many_rows", rows=rows, limit=PRIME)
             buckets = share_or_number(self.buckets, rows)
             settings = {"buckets": buckets, "hashes": self.hashes, "signed": self.signed}
-            sign = " with signs" if self.signed else ""
-            reason = f"{buckets} rows, {self.hashes} of them a row{sign}"
+            reason = (
+                Reason("signed_hashed_rows", buckets=buckets, hashes=self.hashes)
+                if self.signed
+                else Reason("hashed_rows", buckets=buckets, hashes=self.hashes)
+            )
             return Design(COMPOSITION, settings, reason)
 
         return choose_composed(model, self.tables, self.min_rows, self.kind, shaped)

@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from compressors.contracts import Bench, Change, Frozen, Part
+from compressors.contracts.reasons import Reason
 from compressors.core.composition_steps import (
     FittedParts,
     choose_composed,
@@ -280,12 +281,12 @@ class NeuralCodes(Frozen):
         return dry_run_composed(model, self._designs(model)[1])
 
     def _designs(self, model: Model) -> tuple[dict[str, Choice], dict[str, Design]]:
-        def shaped(rows: int, dim: int) -> Design | str:
+        def shaped(rows: int, dim: int) -> Design | Reason:
             size = share_or_number(self.codes, dim)
             hidden = min(self.hidden, int(MOST_SHARE * rows * size) // (size + 1 + dim))
             if hidden < 1:
-                return f"{rows} x {dim} is too short for a decoder of codes of {size}"
-            reason = f"{dim} -> {size} numbers a row, {hidden} hidden"
+                return Reason("too_short_for_decoder", rows=rows, dim=dim, codes=size)
+            reason = Reason("decoded_codes", dim=dim, codes=size, hidden=hidden)
             return Design(COMPOSITION, {"codes": size, "hidden": hidden}, reason)
 
         return choose_composed(model, self.tables, self.min_rows, self.kind, shaped)

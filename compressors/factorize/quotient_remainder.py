@@ -21,6 +21,7 @@ from pydantic import Field
 from torch import Tensor
 
 from compressors.contracts import Bench, Change, Frozen, Part
+from compressors.contracts.reasons import Reason
 from compressors.core.composition_steps import (
     FittedParts,
     choose_composed,
@@ -265,11 +266,15 @@ class QuotientRemainder(Frozen):
         return dry_run_composed(model, self._designs(model)[1])
 
     def _designs(self, model: Model) -> tuple[dict[str, Choice], dict[str, Design]]:
-        def shaped(rows: int, dim: int) -> Design | str:  # noqa: ARG001
+        def shaped(rows: int, dim: int) -> Design | Reason:  # noqa: ARG001
             buckets = share_or_number(self.buckets or max(1.0, round(rows**0.5)), rows)
             settings = {"buckets": buckets, "operation": self.operation}
-            done = {"add": "added", "multiply": "multiplied"}[self.operation]
-            short = f"{-(-rows // buckets)} and {buckets} rows"
-            return Design(COMPOSITION, settings, f"{short}, {done}")
+            reason = Reason(
+                "quotient_and_remainder",
+                quotients=-(-rows // buckets),
+                buckets=buckets,
+                operation=self.operation,
+            )
+            return Design(COMPOSITION, settings, reason)
 
         return choose_composed(model, self.tables, self.min_rows, self.kind, shaped)

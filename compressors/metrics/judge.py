@@ -1,4 +1,4 @@
-"""Limits against measured numbers: accepted, rejected, or undecided, with the reason in words.
+"""Limits against measured numbers: accepted, rejected, or undecided, with reasons.
 
 A limit is judged on the bound of its interval, not on the point: accepted if the whole 95 %
 interval is inside the limit, rejected if all of it is outside, undecided between. Exact numbers
@@ -22,6 +22,7 @@ from compressors.contracts import (
     TargetKind,
     Verdict,
 )
+from compressors.contracts.reasons import Reason
 from compressors.errors.metrics import LimitRefused
 from compressors.metrics.intervals import PairedEstimate
 
@@ -195,45 +196,48 @@ def verdict(
     _require_limits(limits)
     if measured is None:
         if built:
-            reason = "built and audited, but it cannot run on this machine: nothing was measured"
-            return Verdict(target=target, outcome="built-unmeasured", reason=reason)
-        reason = "not built, or its audit failed: there is nothing to serve"
-        return Verdict(target=target, outcome="rejected", reason=reason)
+            unmeasured = (Reason("cannot_run"),)
+            return Verdict(target=target, outcome="built-unmeasured", reasons=unmeasured)
+        return Verdict(target=target, outcome="rejected", reasons=(Reason("not_built"),))
     if not built:
         raise LimitRefused("measured_but_not_built", target=target)
     judgements = judge(limits, measured)
     warning = score_warning(limits, measured)
     for outcome in ("rejected", "undecided"):
-        reasons = [item.reason for item in judgements if item.outcome == outcome]
-        if reasons:
-            reason = "; ".join([*reasons, *warning])
-            return Verdict(target=target, outcome=outcome, judgements=judgements, reason=reason)
-    held = "the one limit holds" if len(limits) == 1 else f"all {len(limits)} limits hold"
-    reason = "; ".join([held, *score_summary(measured), *warning])
-    return Verdict(target=target, outcome="accepted", judgements=judgements, reason=reason)
+        found = [why for item in judgements if item.outcome == outcome for why in item.reasons]
+        if found:
+            reasons = (*found, *warning)
+            return Verdict(target=target, outcome=outcome, judgements=judgements, reasons=reasons)
+    one = Reason("one_limit_holds")
+    held = one if len(limits) == 1 else Reason("all_limits_hold", limits=len(limits))
+    reasons = (held, *score_summary(measured), *warning)
+    return Verdict(target=target, outcome="accepted", judgements=judgements, reasons=reasons)
 
 
-def score_summary(measured: Measured) -> list[str]:
-    """One sentence about how much the scores changed; nothing where it was not measured."""
+def score_summary(measured: Measured) -> list[Reason]:
+    """How much the scores changed, as one reason; nothing where it was not measured."""
     found = {metric: measured.of(metric, "absolute") for metric in SCORE_CHANGE}
     correlation, mean, most = (found[metric] for metric in SCORE_CHANGE[:3])
     if correlation is None or mean is None or most is None:
         return []
-    unit = "" if measured.score_unit is None else f" ({SCORE_UNITS[measured.score_unit]})"
-    parts = [
-        f"correlation {_floored(correlation.point)}",
-        f"mean change {mean.point:.2g}",
-        f"largest change {most.point:.2g}{unit}",
+    unit = None if measured.score_unit is None else SCORE_UNITS[measured.score_unit]
+    largest = most.point
+    changes = [
+        Reason("correlation", correlation=_floored(correlation.point)),
+        Reason("mean_change", change=mean.point),
+        Reason("largest_change_in", change=largest, unit=unit)
+        if unit
+        else Reason("largest_change", change=largest),
     ]
     top, overlap = found["changed_top1"], found["top20_overlap"]
-    if top is not None:
-        parts.append(f"another top-1 in {top.point:.1%} of {top.groups:,} groups")
+    if top is not None and top.groups is not None:
+        changes.append(Reason("other_top1", share=top.point, groups=top.groups))
     if overlap is not None:
-        parts.append(f"top-20 overlap {overlap.point:.1%}")
-    return ["scores against the baseline: " + ", ".join(parts)]
+        changes.append(Reason("top20_overlap", share=overlap.point))
+    return [Reason("score_changes", changes=tuple(changes))]
 
 
-def score_warning(limits: tuple[Limit, ...], measured: Measured) -> list[str]:
+def score_warning(limits: tuple[Limit, ...], measured: Measured) -> list[Reason]:
     """A warning about large score changes that no limit covers, else nothing."""
     if any(limit.metric in SCORE_CHANGE for limit in limits):
         return []
@@ -241,25 +245,21 @@ def score_warning(limits: tuple[Limit, ...], measured: Measured) -> list[str]:
     most, unit = measured.of("max_score_change", "absolute"), measured.score_unit
     found = []
     if correlation is not None and correlation.point < LEAST_CORRELATION:
-        found.append(
-            f"the correlation with the baseline's scores is {_floored(correlation.point)}, below "
-            f"{LEAST_CORRELATION:g}"
-        )
+        low, least = _floored(correlation.point), LEAST_CORRELATION
+        found.append(Reason("low_correlation", correlation=low, least=least))
     if most is not None and unit is not None and most.point > LARGEST_CHANGE[unit]:
-        what = "a probability changes" if unit == "probability" else "a score changes"
-        more = "" if unit == "probability" else " standard deviations"
-        found.append(f"{what} by {most.point:.2g}{more}, more than {LARGEST_CHANGE[unit]:g}")
-    if not found:
-        return []
-    return [
-        f"warning: single scores change much ({'; '.join(found)}) and no limit covers that. Add "
-        f"max_score_change or score_correlation to the limits if single scores matter"
-    ]
+        change, limit = most.point, LARGEST_CHANGE[unit]
+        found.append(
+            Reason("probability_change", change=change, most=limit)
+            if unit == "probability"
+            else Reason("score_change", change=change, most=limit)
+        )
+    return [Reason("large_score_changes", changes=tuple(found))] if found else []
 
 
-def _floored(correlation: float) -> str:
+def _floored(correlation: float) -> float:
     """A correlation that does not read as 1 unless it is 1."""
-    return f"{math.floor(correlation * 1e6) / 1e6:.6f}".rstrip("0").rstrip(".")
+    return math.floor(correlation * 1e6) / 1e6
 
 
 def _judge_one(limit: Limit, measured: Measured) -> Judgement:
@@ -267,8 +267,8 @@ def _judge_one(limit: Limit, measured: Measured) -> Judgement:
     estimate = measured.of(limit.metric, limit.against)
     if estimate is None:
         if limit.against == "champion" and not measured.has_champion:
-            reason = f"no champion yet: nothing to compare {_spoken(limit.metric)} with; accepted"
-            return Judgement(limit=limit, measured=None, outcome="accepted", reason=reason)
+            reasons = (Reason("no_champion", metric=_spoken(limit.metric)),)
+            return Judgement(limit=limit, measured=None, outcome="accepted", reasons=reasons)
         raise LimitRefused(
             "number_missing", limit=str(limit), measured=tuple(map(str, measured.numbers))
         )
@@ -290,9 +290,10 @@ def _judge_one(limit: Limit, measured: Measured) -> Judgement:
         outcome=outcome,
         rows_to_decide=rows,
         groups_to_decide=groups,
-        reason=_measured_and_limit(limit, estimate, measured.score_unit)
-        + "; "
-        + _conclusion(estimate, outcome, rows, groups),
+        reasons=(
+            _measured_and_limit(limit, estimate, measured.score_unit),
+            _conclusion(estimate, outcome, rows, groups),
+        ),
     )
 
 
@@ -366,7 +367,7 @@ def _spoken(metric: str) -> str:
     return f"{percentile} latency at batch {batch}" if of_latency else _QUALITY.get(metric, metric)
 
 
-def _measured_and_limit(limit: Limit, estimate: Estimate, score_unit: ScoreUnit | None) -> str:
+def _measured_and_limit(limit: Limit, estimate: Estimate, score_unit: ScoreUnit | None) -> Reason:
     """For example "AUC vs baseline is -0.0004 [-0.0011, +0.0003]; the limit is >= -0.0010"."""
     bound = _bound(limit)
     quality, absolute = limit.metric in _QUALITY, limit.against == "absolute"
@@ -391,34 +392,47 @@ def _measured_and_limit(limit: Limit, estimate: Estimate, score_unit: ScoreUnit 
     ):
         places += 1
     point, low, high, edge = (f"{value:{sign},.{places}f}" for value in (*values, bound))
-    interval = "" if estimate.low == estimate.high else f" [{low}, {high}]"
-    versus = "" if absolute else f" vs {limit.against}"
+    metric = _spoken(limit.metric) + ("" if absolute else f" vs {limit.against}")
     relation = ">=" if limit.at_least is not None else "<="
-    if limit.metric == "max_score_change" and estimate.rows is not None:
-        interval = f" on {estimate.rows:,} test rows (other rows may change more)"
-    return (
-        f"{_spoken(limit.metric)}{versus} is {point}{unit}{interval}; "
-        f"the limit is {relation} {edge}{unit}"
+    number, edge, rows = f"{point}{unit}", f"{edge}{unit}", estimate.rows
+    if limit.metric == "max_score_change" and rows is not None:
+        return Reason(
+            "most_of_rows", metric=metric, number=number, rows=rows, relation=relation, limit=edge
+        )
+    if estimate.low == estimate.high:
+        return Reason("exact_number", metric=metric, number=number, relation=relation, limit=edge)
+    return Reason(
+        "number_in_interval",
+        metric=metric,
+        number=number,
+        low=low,
+        high=high,
+        relation=relation,
+        limit=edge,
     )
 
 
-def _conclusion(estimate: Estimate, outcome: str, rows: int | None, groups: int | None) -> str:
+def _conclusion(estimate: Estimate, outcome: str, rows: int | None, groups: int | None) -> Reason:
     if outcome != "undecided":
-        return outcome
+        return Reason("limit_met") if outcome == "accepted" else Reason("limit_missed")
     if estimate.unresolved is not None:
-        return f"undecided: {estimate.unresolved}. Add test rows of other groups"
-    if rows is not None:
-        needed, used = f"{_rounded(rows)} rows", f"{estimate.rows:,}"
-        if groups is not None:
-            needed += f" of {_rounded(groups)} groups"
-            used += f" of {estimate.groups:,}"
-        return f"undecided: about {needed} would decide, {used} were used"
-    if estimate.rows is not None:
-        return "undecided: the number lies on the limit, more rows may not decide either"
-    return "undecided: measuring more rounds would narrow the interval"
+        return Reason("no_interval", cause=estimate.unresolved)
+    if estimate.rows is None:
+        return Reason("more_rounds_decide")
+    if rows is None:
+        return Reason("on_the_limit")
+    if groups is None or estimate.groups is None:
+        return Reason("more_rows_decide", needed=_rounded(rows), rows=estimate.rows)
+    return Reason(
+        "more_groups_decide",
+        needed=_rounded(rows),
+        needed_groups=_rounded(groups),
+        rows=estimate.rows,
+        groups=estimate.groups,
+    )
 
 
-def _rounded(count: int) -> str:
+def _rounded(count: int) -> int:
     """Two digits, rounded up: more would claim to know how the next rows fall."""
-    step = 10 ** max(0, len(str(count)) - 2)
-    return f"{math.ceil(count / step) * step:,}"
+    step: int = 10 ** max(0, len(str(count)) - 2)
+    return math.ceil(count / step) * step

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from compressors.contracts import Frozen
+from compressors.contracts.reasons import Reason
 from compressors.core.modules.formats import TableFormat
 from compressors.core.step import TableStep
 from compressors.quantize.dense.float16 import LARGEST, TABLE_FORMAT
@@ -66,7 +67,7 @@ def table_bytes(step: TableStep, rows: int, dim: int) -> int:
     return sum(math.prod(spec.shape) * spec.dtype.itemsize for spec in laid)
 
 
-def best_format(step: TableStep, weight: Tensor) -> tuple[TableStep, str]:
+def best_format(step: TableStep, weight: Tensor) -> tuple[TableStep, tuple[Reason, ...]]:
     """The step that stores a table: the one given, or one that is better and no larger.
 
     Args:
@@ -74,7 +75,7 @@ def best_format(step: TableStep, weight: Tensor) -> tuple[TableStep, str]:
         weight: of the table, float ``(rows, dim)``.
 
     Returns:
-        A step, and the reason for the plan.
+        A step, and the reasons for the plan.
     """
     rows, dim = weight.shape
     size = table_bytes(step, rows, dim)
@@ -89,10 +90,18 @@ def best_format(step: TableStep, weight: Tensor) -> tuple[TableStep, str]:
         if other.kind == "float16" and float(weight.abs().max()) > LARGEST:
             continue
         if step.kind not in RANK:
-            less = f"{other.kind} would take {other_size:,} bytes, not {size:,}"
-            return step, f"{step.kind} as ordered; {less}"
-        return other, (
-            f"stored as {other.kind}, which is better and takes {other_size:,} bytes: {step.kind} "
-            f"would take {size:,} for {rows:,} x {dim}"
+            less = Reason(
+                "other_format_smaller", format=other.kind, bytes=other_size, step_bytes=size
+            )
+            return step, (Reason("selected", step=step.kind), less)
+        better_format = Reason(
+            "better_format",
+            format=other.kind,
+            bytes=other_size,
+            step=step.kind,
+            step_bytes=size,
+            rows=rows,
+            dim=dim,
         )
-    return step, f"{step.kind} as ordered"
+        return other, (better_format,)
+    return step, (Reason("selected", step=step.kind),)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.fx import Node
 
 from compressors.contracts import Signature, is_out_of_memory
+from compressors.contracts.reasons import Reason
 from compressors.core.batches import example
 from compressors.core.units import table_rows
 from compressors.errors.steps import StepRefused
@@ -63,14 +64,14 @@ class Dataflow:
     """Who reads whom.
 
     ``readers`` hold, by layer or norm, everything that reads its output, where all of that is
-    layers and norms whose numbers may be changed. ``reasons`` say why the others are not there, in
-    half a sentence. ``closed`` are those whose own numbers may not be changed, and why. ``dims``
+    layers and norms whose numbers may be changed. ``reasons`` say why the others are not there.
+    ``closed`` are those whose own numbers may not be changed, and why. ``dims``
     are how many dimensions each one's input has.
     """
 
     readers: Mapping[str, tuple[Reader, ...]]
-    reasons: Mapping[str, str]
-    closed: Mapping[str, str]
+    reasons: Mapping[str, Reason]
+    closed: Mapping[str, Reason]
     dims: Mapping[str, int]
 
     def feeder(self, name: str) -> str | None:
@@ -101,8 +102,8 @@ def dataflow(module: nn.Module, signature: Signature) -> Dataflow:
         for tensor in (*part.parameters(recurse=False), *part.buffers(recurse=False)):
             owners.setdefault(id(tensor), set()).add(name)
     readers: dict[str, tuple[Reader, ...]] = {}
-    reasons: dict[str, str] = {}
-    closed: dict[str, str] = {}
+    reasons: dict[str, Reason] = {}
+    closed: dict[str, Reason] = {}
     dims: dict[str, int] = {}
     for graph, placeholders in _graphs(module, signature):
         called = _called(
@@ -111,19 +112,19 @@ def dataflow(module: nn.Module, signature: Signature) -> Dataflow:
         closed |= _read_otherwise(placeholders, owners, called)
         for node, name in called.items():
             if name in dims:
-                closed[name] = "is called more than once"
+                closed[name] = Reason("called_again")
                 continue
             dims[name] = _value(node.args[0]).dim()
             try:
                 readers[name] = tuple(_readers(node, called, ()))
-            except OtherConsumer as why:
-                reasons[name] = why.reason
+            except OtherConsumer as fault:
+                reasons[name] = fault.reason
     for name, part in module.named_modules():
         if isinstance(part, nn.Linear) and name not in dims:
-            closed.setdefault(name, "is not called in the graph that is served")
+            closed.setdefault(name, Reason("not_called"))
     for name, found in readers.items():
         if lost := next((reader.name for reader in found if reader.name in closed), None):
-            reasons[name] = f"{lost!r}, which reads it, {closed[lost]}"
+            reasons[name] = Reason("reader_closed", reader=lost, why=closed[lost])
     reasons |= closed
     known = {name: found for name, found in readers.items() if name not in reasons}
     return Dataflow(known, reasons, closed, dims)
@@ -179,8 +180,8 @@ def _called(graph: torch.fx.Graph, owners: Mapping[Node, set[str]]) -> dict[Node
 
 def _read_otherwise(
     placeholders: Mapping[Node, int], owners: Mapping[int, set[str]], called: Mapping[Node, str]
-) -> dict[str, str]:
-    """Layers and norms whose tensors somebody else reads or shares."""
+) -> dict[str, Reason]:
+    """Layers and norms whose tensors other code reads or shares."""
     reasons = {}
     for node, key in placeholders.items():
         for name in owners.get(key, ()):
@@ -188,13 +189,13 @@ def _read_otherwise(
                 continue
             others = owners[key] - {name}
             if others:
-                reasons[name] = f"shares a tensor with {min(others)!r}"
+                reasons[name] = Reason("shares_tensor", other=min(others))
             elif any(called.get(user) != name for user in node.users):
-                reasons[name] = "has a weight that other code reads"
+                reasons[name] = Reason("weight_read_elsewhere")
     for key, names in owners.items():  # a tied tensor has one placeholder, under either name
         if len(names) > 1 and key in placeholders.values():
             for name in names:
-                reasons[name] = f"shares a tensor with {min(names - {name})!r}"
+                reasons[name] = Reason("shares_tensor", other=min(names - {name}))
     return reasons
 
 
@@ -210,9 +211,9 @@ def _readers(node: Node, called: Mapping[Node, str], bends: tuple[str, ...]) -> 
             more = () if bend is None else (bend,)
             found += _readers(user, called, (*bends, *more))
         elif user.op == "output":
-            raise OtherConsumer("output_of_network")
+            raise OtherConsumer(Reason("output_leaves"))
         else:
-            raise OtherConsumer("output_of_operator", operator=_operator(user.target))
+            raise OtherConsumer(Reason("output_enters", operator=_operator(user.target)))
     return found
 
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from compressors.contracts import DenseInput, Signature, Split
+from compressors.contracts.reasons import Reason
 from compressors.core.batches import batches, example
 from compressors.core.model import Model
 from compressors.core.units import own_weight, table_rows
@@ -42,18 +43,21 @@ class DeadChannels:
     kept: Mapping[str, Tensor]
     offsets: Mapping[str, Tensor]
 
-    def words(self) -> dict[str, str]:
-        """By dense layer, what becomes of it."""
+    def reasons(self, step: str) -> dict[str, Reason]:
+        """By dense layer, how the step changes it."""
         width = self.cut.width
-        gone = width.value - self.cut.count
-        said = {
-            name: f"{gone} of {width.value} channels are dead ({width.description()})"
-            for name in width.makers
-        }
+        dead = Reason(
+            "dead_channels",
+            step=step,
+            count=width.value - self.cut.count,
+            channels=width.value,
+            width=width.description(),
+        )
+        found = dict.fromkeys(width.makers, dead)
         for maker, reader in self.cut.readers.reads:
             if reader in self.offsets:
-                said.setdefault(reader, f"inputs follow {maker}")
-        return said
+                found.setdefault(reader, Reason("dead_inputs", step=step, makers=(maker,)))
+        return found
 
 
 def find_dead_channels(

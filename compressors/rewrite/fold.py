@@ -25,6 +25,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from compressors.contracts import Bench, Change, Frozen, Part
+from compressors.contracts.reasons import Reason
 from compressors.core.model import Model
 from compressors.core.modules.formats import FoldedNorm
 from compressors.core.placeholders import is_placeholder
@@ -108,30 +109,32 @@ class Fold(Frozen):
         return "values"
 
     def choose(self, model: Model, bench: Bench) -> dict[str, Choice]:
-        """Which dense layers take up a norm or lose dead channels, and why the others do not.
+        """Which dense layers include a norm or lose dead channels, and why the others do not.
 
         Raises:
             CompressionError: the network cannot be exported.
         """
         moves, choices, stays = self._moves(model, bench)
-        words: dict[str, list[str]] = {}
+        reasons: dict[str, list[Reason]] = {}
         for move in moves:
             for layer in move.layers:
-                words.setdefault(layer, []).append(f"takes up {move.norm}")
+                folded_norm = Reason("norm_folded", step=self.kind, norm=move.norm)
+                reasons.setdefault(layer, []).append(folded_norm)
         free = frozenset(name for name, choice in choices.items() if choice.take)
         folded = _folded(replace(model, module=private_copy(model.module)), moves)
         if not _predicted(model):
             for dead in find_dead_channels(folded, bench.signature, free, None):
-                for name, change in dead.words().items():
-                    words.setdefault(name, []).append(change)
+                for name, change in dead.reasons(self.kind).items():
+                    reasons.setdefault(name, []).append(change)
         found = {}
         for name, choice in choices.items():
-            if choice.take and name in words:
-                found[name] = Choice(True, f"fold: {', '.join(words[name])}")
+            if choice.take and name in reasons:
+                found[name] = Choice(True, tuple(reasons[name]))
             elif choice.take and self.rows:
-                found[name] = Choice(True, f"fold: channels dead on {self.rows:,} rows")
+                constant = Reason("constant_channels", step=self.kind, rows=self.rows)
+                found[name] = Choice(True, (constant,))
             elif choice.take:
-                found[name] = Choice(False, stays.get(name, "no norm to take up, no dead channel"))
+                found[name] = Choice(False, (stays.get(name, Reason("nothing_to_fold")),))
             else:
                 found[name] = choice
         return found
@@ -167,39 +170,39 @@ class Fold(Frozen):
 
     def _moves(
         self, model: Model, bench: Bench
-    ) -> tuple[list[_Move], dict[str, Choice], dict[str, str]]:
-        """Which norm goes where, which layers may change, and why the norms beside them stay."""
+    ) -> tuple[list[_Move], dict[str, Choice], dict[str, Reason]]:
+        """Which norm goes where, which layers may change, and why the norms next to them stay."""
         choices = choose_dense(Unit.of(model.module), self.layers, self.kind)
         found = dataflow(model.module, bench.signature)
         for name, why in found.closed.items():
             if name in choices and choices[name].take:
-                choices[name] = Choice(False, why)
+                choices[name] = Choice(False, (why,))
         moves: list[_Move] = []
-        stays: dict[str, str] = {}
+        stays: dict[str, Reason] = {}
         for name, norm in model.module.named_modules():
             if isinstance(norm, nn.BatchNorm1d | AffineNorm) and name in found.closed:
-                told = f"{name!r}, which reads it, {found.closed[name]}"
-                stays |= {n: told for n in choices if found.reasons.get(n) == told}
+                closed = Reason("reader_closed", reader=name, why=found.closed[name])
+                stays |= {n: closed for n in choices if found.reasons.get(n) == closed}
             elif isinstance(norm, nn.BatchNorm1d | AffineNorm):
                 move = _batch_norm if isinstance(norm, nn.BatchNorm1d) else _affine
                 made = move(model.module, name, found, choices)
                 if isinstance(made, _Move):
                     moves.append(made)
                 else:
-                    beside = [n for n in choices if Reader(name) in found.readers.get(n, ())]
-                    beside += [reader.name for reader in found.readers.get(name, ())]
-                    stays.update(dict.fromkeys(beside, made))
+                    near = [n for n in choices if Reader(name) in found.readers.get(n, ())]
+                    near += [reader.name for reader in found.readers.get(name, ())]
+                    stays.update(dict.fromkeys(near, made))
         return moves, choices, stays
 
 
 def _batch_norm(
     module: nn.Module, name: str, found: Dataflow, choices: Mapping[str, Choice]
-) -> _Move | str:
+) -> _Move | Reason:
     norm = module.get_submodule(name)
     if not isinstance(norm, nn.BatchNorm1d) or norm.running_var is None:
-        return f"{name} has no running statistics"
+        return Reason("norm_without_statistics", norm=name)
     if found.dims.get(name) != 2:
-        return f"{name} normalises (rows, channels, places)"
+        return Reason("norm_of_places", norm=name)
     _, shift = of_batch_norm(norm)
     before = found.feeder(name)
     why = _cannot(module, before, choices, bias=bool(shift.any())) if before else None
@@ -213,27 +216,28 @@ def _batch_norm(
             break
     if behind and why is None:
         return _Move(name, behind, behind=True)
-    return f"{name} stays: {why or 'no dense layer is its only neighbour'}"
+    return Reason("norm_kept", norm=name, why=why or Reason("no_single_neighbor"))
 
 
 def _affine(
     module: nn.Module, name: str, found: Dataflow, choices: Mapping[str, Choice]
-) -> _Move | str:
+) -> _Move | Reason:
     norm = module.get_submodule(name)
     if not isinstance(norm, AffineNorm) or norm.weight is None:
-        return f"{name} has no affine part"
+        return Reason("norm_without_affine", norm=name)
     if norm.weight.dim() != 1:
-        return f"{name} normalises more than channels"
+        return Reason("norm_of_more", norm=name)
     scale, shift = of_affine(norm)
     if bool((scale == 1).all()) and not bool(shift.any()):
-        return f"{name} has no affine part any more"
+        return Reason("norm_already_folded", norm=name)
     behind = found.straight(name)
     if not behind:
-        return f"{name} stays: {found.reasons.get(name, 'its output is bent before it is read')}"
+        why = found.reasons.get(name, Reason("nonlinear_output"))
+        return Reason("norm_kept", norm=name, why=why)
     for layer in behind:
         bias = not _nothing(module, layer, shift)
-        if (why := _cannot(module, layer, choices, bias=bias)) is not None:
-            return f"{name} stays: {why}"
+        if (cannot := _cannot(module, layer, choices, bias=bias)) is not None:
+            return Reason("norm_kept", norm=name, why=cannot)
     return _Move(name, behind, behind=True)
 
 
@@ -247,15 +251,15 @@ def _nothing(module: nn.Module, layer: str, shift: Tensor) -> bool:
 
 def _cannot(
     module: nn.Module, layer: str, choices: Mapping[str, Choice], *, bias: bool
-) -> str | None:
-    """Why a layer cannot take up a norm, which would give it a bias or not."""
+) -> Reason | None:
+    """Why a layer cannot include a norm, which would give it a bias or not."""
     part = module.get_submodule(layer)
     if not isinstance(part, nn.Linear):
-        return f"{layer} is no float32 Linear"
+        return Reason("not_float_linear", layer=layer)
     if not choices[layer].take:
-        return f"{layer}: {choices[layer].reason}"
+        return Reason("layer_not_free", layer=layer, why=choices[layer].reasons)
     if bias and part.bias is None:
-        return f"{layer} has no bias to take up its offset, and its class builds it without one"
+        return Reason("no_bias_for_offset", layer=layer)
     return None
 
 
@@ -281,19 +285,17 @@ def _folded(model: Model, moves: list[_Move]) -> Model:
     return model
 
 
-def _unread(model: Model, bench: Bench) -> dict[str, str]:
-    """By unit, what is told of features that nothing reads: of an input by the first layer."""
-    notes: dict[str, str] = {}
+def _unread(model: Model, bench: Bench) -> dict[str, tuple[Reason, ...]]:
+    """By unit, the features that nothing reads; those of inputs are noted at the first layer."""
+    notes: dict[str, tuple[Reason, ...]] = {}
     units = Unit.of(model.module)
     first = next((unit.name for unit in units if unit.role == "dense"), None)
     for name, columns in unread_features(model.module, bench.signature).items():
-        told = f"no weight reads {'number' if len(columns) == 1 else 'numbers'} "
-        told += ", ".join(map(str, columns))
         if name in {unit.name for unit in units}:
-            notes[name] = told
+            notes[name] = (Reason("columns_unread", columns=columns),)
         elif first is not None:
-            notes[first] = f"{notes[first]}; " if first in notes else ""
-            notes[first] += f"{told} of input {name!r}"
+            unread = Reason("input_columns_unread", columns=columns, input=name)
+            notes[first] = (*notes.get(first, ()), unread)
     return notes
 
 

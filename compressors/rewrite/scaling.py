@@ -5,11 +5,12 @@ read it take ``s`` times each input: through a Relu and the like, ``f(y / s) = f
 """
 
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from torch import Tensor, nn
 
 from compressors.contracts import Signature
+from compressors.contracts.reasons import Reason
 from compressors.core.model import Model
 from compressors.core.units import Choice, Unit, choose_dense, own_weight
 from compressors.rewrite.dataflow import dataflow
@@ -43,8 +44,8 @@ def choose_links(
     choices = choose_dense(Unit.of(model.module), patterns, kind)
     found = dataflow(model.module, signature)
     links: list[Link] = []
-    words: dict[str, list[str]] = {}
-    reasons: dict[str, str] = {**found.reasons}
+    scaled: dict[str, list[Reason]] = {}
+    reasons: dict[str, Reason] = {**found.reasons}
     for maker, readers in found.readers.items():
         names = tuple(dict.fromkeys(reader.name for reader in readers))
         why = _why_not(model.module, maker, names, choices, found.dims, norms=norms)
@@ -53,17 +54,19 @@ def choose_links(
             continue
         links.append(Link(maker, names))
         for name in names:
-            words.setdefault(name, []).append(f"inputs scaled with {maker}")
+            inputs = Reason("inputs_scaled", step=kind, maker=maker)
+            scaled.setdefault(name, []).append(inputs)
         if maker in choices:
-            words.setdefault(maker, []).append(f"outputs scaled for {', '.join(names)}")
+            outputs = Reason("outputs_scaled", step=kind, readers=names)
+            scaled.setdefault(maker, []).append(outputs)
     for name, choice in choices.items():
         if not choice.take:
             continue
-        if name in words:
-            choices[name] = replace(choice, reason=f"{kind}: {', '.join(words[name])}")
+        if name in scaled:
+            choices[name] = Choice(True, tuple(scaled[name]))
         else:
-            default = "nothing that a factor passes feeds it"
-            choices[name] = Choice(False, reasons.get(name, default))
+            default = Reason("not_scalable")
+            choices[name] = Choice(False, (reasons.get(name, default),))
     return links, choices
 
 
@@ -75,28 +78,29 @@ def _why_not(
     dims: Mapping[str, int],
     *,
     norms: bool,
-) -> str | None:
-    """Why no factor can move from a layer or norm into those who read it."""
+) -> Reason | None:
+    """Why no factor can move from a layer or norm into the layers that read it."""
     made = module.get_submodule(maker)
     if not readers:
-        return "nothing reads it"
+        return Reason("output_unread")
     if isinstance(made, Norm):
         if not norms:
-            return f"{maker} is a norm: fold it first"
+            return Reason("is_norm", norm=maker)
         if made.weight is None or made.weight.dim() != 1:
-            return f"{maker} has no affine part for each channel"
+            return Reason("norm_without_channel_affine", norm=maker)
         if isinstance(made, nn.BatchNorm1d) and dims[maker] != 2:
-            return f"{maker} normalises (rows, channels, places)"
+            return Reason("norm_of_places", norm=maker)
     elif not isinstance(made, nn.Linear):
-        return f"{maker} is no Linear and no norm"
+        return Reason("not_linear_or_norm", module=maker)
     for name in (maker, *readers):
         if name == maker and not isinstance(made, nn.Linear):
             continue
         if name not in choices:
-            norm = isinstance(module.get_submodule(name), Norm)
-            return f"{name}, which reads it, is {'a norm: fold it first' if norm else 'no Linear'}"
+            if isinstance(module.get_submodule(name), Norm):
+                return Reason("reader_is_norm", reader=name)
+            return Reason("reader_not_linear", reader=name)
         if not choices[name].take:
-            return f"{name}: {choices[name].reason}"
+            return Reason("layer_not_free", layer=name, why=choices[name].reasons)
     return None
 
 

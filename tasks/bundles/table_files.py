@@ -9,7 +9,16 @@ from typing import cast, get_args
 import torch
 from pydantic import Field
 
-from compressors.contracts import Artifact, Frozen, ModuleRecord, Plan, PlanLine, Sha256, digest
+from compressors.contracts import (
+    Artifact,
+    Frozen,
+    ModuleRecord,
+    Plan,
+    PlanLine,
+    Reason,
+    Sha256,
+    digest,
+)
 from compressors.core.modules.formats import TensorSpec
 from compressors.core.registries import AnyStep
 from compressors.core.runner import TableStep
@@ -199,18 +208,18 @@ def _job(source: Path, step: TableStep, block_rows: int | None) -> Iterator[tupl
         yield job, Plan(lines=tuple(_line(job, name, reasons[name]) for name in sources))
 
 
-def _reason(step: TableStep, name: str, spec: TensorSpec) -> str | None:
+def _reason(step: TableStep, name: str, spec: TensorSpec) -> Reason | None:
     """Why a tensor is left as it is, or None."""
     if len(spec.shape) != 2 or spec.dtype not in FLOATS:
-        return f"{list(spec.shape)} of {_type(spec)} is no table"
+        return Reason("not_a_table", shape=tuple(spec.shape), dtype=_type(spec))
     if not any(_matches(pattern, name) for pattern in step.tables):
-        return f"not among {', '.join(step.tables)}"
+        return Reason("not_matched", patterns=step.tables)
     if spec.shape[0] < step.min_rows:
-        return f"{spec.shape[0]} rows, fewer than min_rows {step.min_rows}"
+        return Reason("too_few_rows", rows=spec.shape[0], min_rows=step.min_rows)
     laid = step.storage.layout(*spec.shape, step.settings()).values()
     size = sum(size_of(part) for part in laid)
     if size >= size_of(spec):
-        return f"{step.kind} would take {size} bytes, not fewer than its {size_of(spec)}"
+        return Reason("not_smaller", step=step.kind, bytes=size, present=size_of(spec))
     return None
 
 
@@ -236,7 +245,7 @@ def _all_match(step: TableStep, sources: dict[str, StoredRows]) -> None:
             )
 
 
-def _line(job: Job, name: str, reason: str | None) -> PlanLine:
+def _line(job: Job, name: str, reason: Reason | None) -> PlanLine:
     spec = job.sources[name].spec
     before = size_of(spec)
     if reason is not None:
@@ -247,7 +256,7 @@ def _line(job: Job, name: str, reason: str | None) -> PlanLine:
             format=_type(spec),
             bytes_before=before,
             bytes_after=before,
-            reason=reason,
+            reasons=(reason,),
         )
     return PlanLine(
         module=job.tables[name],
@@ -256,7 +265,7 @@ def _line(job: Job, name: str, reason: str | None) -> PlanLine:
         bytes_before=before,
         bytes_after=sum(size_of(part) for part in job.stored(name).values()),
         steps=(job.step.kind,),
-        reason=f"{job.step.kind} as ordered",
+        reasons=(Reason("selected", step=job.step.kind),),
     )
 
 

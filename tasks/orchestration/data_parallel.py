@@ -18,7 +18,7 @@ import torch
 from pydantic import Field
 from torch import distributed, multiprocessing
 
-from compressors.contracts import Artifact, Bench, Frozen, Network, Plan
+from compressors.contracts import Artifact, Bench, Frozen, Network, Plan, Reason
 from compressors.core.placement import require_device
 from compressors.core.registries import AnyStep
 from compressors.core.skipping import run_or_skip
@@ -82,7 +82,8 @@ def run_step(work: Work, folder: Path) -> StepResult:
     if isinstance(work.step, Distill) and work.step.hints:
         model = replace(model, original=load_bundle(work.original).model.module)
     folder.mkdir(parents=True, exist_ok=True)
-    result = run_or_skip(work.step, model, work.bench, folder, work.excluded)
+    excluded = {unit: Reason("not_servable", fault=why) for unit, why in work.excluded.items()}
+    result = run_or_skip(work.step, model, work.bench, folder, excluded)
     return StepResult(result.network, result.plan)
 
 

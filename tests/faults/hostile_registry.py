@@ -88,11 +88,14 @@ def _climbing(target: dict[str, Any]) -> None:
         graph["name"] = "../../../outside"
 
 
+CONTROL = {"code": "as_written", "fields": {"text": "\x1b[31mred\x1b]0;t\x07\x9b"}}
+
 REPORTS: dict[str, Callable[[dict[str, Any]], object]] = {
     "target outside the store": _each("targets", _outside),
     "graph whose name climbs out": _each("targets", _climbing),
     "report with control characters": _each(
-        "targets", lambda item: item["verdict"].update(reason="\x1b[31mred\x1b]0;t\x07\x9b")
+        "targets",
+        lambda item: item["verdict"].update(reasons=[CONTROL]),
     ),
     "report without targets": lambda report: report.update(targets=[]),
     "accepted report of a rejected target": _each(

@@ -72,7 +72,10 @@ def test_every_setting_reaches_the_step(call: Call, source: Path, tmp_path: Path
     options = ("--format", "int4", "--scale", "float32", "--clipping", "mse", "--min-rows", "5")
     code, said, _ = call("quantize", source, tmp_path / "out", *options, "--json")
     assert code == 0
-    assert json.loads(said)["plan"]["lines"][0]["reason"] == "4 rows, fewer than min_rows 5"
+    line = json.loads(said)["plan"]["lines"][0]
+    fields = {"rows": 4, "min_rows": 5}
+    assert line["reasons"] == [{"code": "too_few_rows", "fields": fields}]
+    assert line["reason"] == "4 rows, fewer than min_rows 5"
     _, said, _ = call("check", tmp_path / "out", "--json")
     step = json.loads(said)[1]["step"]
     assert (step["scale"], step["clipping"], step["min_rows"]) == ("float32", "mse", 5)

@@ -9,8 +9,10 @@ from typing import Any
 import pytest
 from error_codes import raises_code
 from orders import carry_out, surroundings
+from reason_codes import codes_of, with_code
 
 from compressors.contracts import Limit
+from compressors.contracts.reasons import Reason
 from compressors.quantize.dense.static_int8 import StaticInt8
 from examples.table_heavy import SMALL, write_draft
 from flows.explain import Explanation, explain
@@ -85,7 +87,7 @@ def test_rows_that_training_hardly_looks_up_share_one_at_no_loss(table_heavy, pr
     lines = [
         line for line in report.plan.lines if line.role == "table" and "prune_rows" in line.steps
     ]
-    assert any("looked up at least 2 times" in line.reason for line in lines)
+    assert any("kept_rows_by_lookups" in codes_of(line.reasons) for line in lines)
     assert [step["kind"] for step in report.recipe].count("prune_rows") == 1
     assert "prune_rows" not in report.idle  # what is not needed is not reported
     # 3,200 test rows: the interval of such a change is about 0.01 wide to each side.
@@ -200,8 +202,13 @@ def test_a_unit_that_a_target_refuses_is_excluded_and_the_recipe_runs_again(
     line = report.plan.of("layers.0")
     assert line is not None
     assert (line.format, line.steps) == ("float32", ())
-    assert "skipped by static_int8: The onnxruntime graph has another tensor" in line.reason
-    assert any(r.startswith("static_int8 skipped 'layers.0'") for r in report.remarks)
+    why = with_code(line.reasons, "skipped", step="static_int8").fields["why"]
+    assert isinstance(why, Reason)
+    assert why.code == "not_servable"
+    assert "The onnxruntime graph has another tensor" in str(why)
+    skipped = Reason("unit_skipped", step="static_int8", unit="layers.0", why=why)
+    assert skipped in report.plan.reasons
+    assert str(skipped) in report.remarks
     other = report.plan.of("layers.1")
     assert other is not None
     assert other.format == "static_int8"

@@ -8,6 +8,7 @@ import torch
 from drafts import ROWS, write_draft
 from error_codes import raises_code
 from orders import World, carry_out, surroundings
+from reason_codes import codes_of, with_code
 from safetensors.torch import load_file
 from sklearn.metrics import roc_auc_score
 
@@ -89,9 +90,16 @@ def test_the_student_is_stored_with_its_own_configuration(
     assert loaded.model.module.first.out_features == 32
     line = report.plan.of("first")
     assert line is not None
-    first, second = line.reason.split("; fine_tune on 4,000 rows; ")
-    assert first.startswith("distill on 4,000 rows, 64x52 -> 32x52 in the student; train")
-    assert second.startswith("train")
+    assert codes_of(why for why in line.reasons if why.code != "still_rising") == [
+        "trained_on_rows",
+        "smaller_in_student",
+        "trained_to_epoch",
+        "trained_on_rows",
+        "trained_to_epoch",
+    ]
+    steps = [why.fields["step"] for why in line.reasons if why.code == "trained_on_rows"]
+    assert steps == ["distill", "fine_tune"]
+    with_code(line.reasons, "smaller_in_student", before="64x52", after="32x52")
     assert line.bytes_after < line.bytes_before
 
 
@@ -109,7 +117,7 @@ def test_what_a_preset_could_not_do_is_said_and_fails_nothing(world: World) -> N
     for name in ("rowwise_int4", *pruned):
         assert report.idle[name].endswith("of auc on validation rows; the budget is 0.001")
     assert report.idle["channels"] == report.idle["distill"]
-    assert "'second' grows by other than hidden does" in report.idle["channels"]
+    assert "'second' does not grow in proportion to hidden" in report.idle["channels"]
     assert [stage.step for stage in report.stages] == ["as trained", "rowwise_int8", "static_int8"]
     assert {state for _, state in world.first.tasks} <= {"Completed", "Cached"}
 

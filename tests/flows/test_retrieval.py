@@ -9,6 +9,7 @@ import onnxruntime
 import pyarrow.parquet as pq
 import pytest
 from orders import BOTH, Ran, carry_out, surroundings
+from reason_codes import with_code
 from retrieval_draft import ITEMS, USERS, planted_recall, write_retrieval_draft
 
 from compressors.contracts import Limit
@@ -153,7 +154,7 @@ def test_the_report_says_what_was_timed_and_measured(ran: tuple[Path, Ran]) -> N
         found = numbers.of(metric, "absolute")
         assert found is not None
         assert least < found.point < 1, metric
-    assert "top-20 overlap" in finished.report.targets[0].verdict.reason
+    with_code(finished.report.targets[0].verdict.reasons, "top20_overlap")
     text = (local(finished.release) / "report.md").read_text()
     assert "Recall@20" in text
     assert "latency is of the query graph" in text

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from error_codes import Text, raises_code
 
+from compressors.contracts import PlanLine, Reason
 from infra.bundle import json_limits
 from infra.bundle.json_limits import MAX_JSON_BYTES, MAX_JSON_VALUES, check_limits, measure
 from infra.bundle.json_reader import decode
@@ -119,10 +120,19 @@ def test_a_hostile_safetensors_header_is_refused_within_300_mib(tmp_path):
 
 def test_model_json_of_10000_tables_is_far_below_the_limits():
     module = {"kind": "table", "format": "rowwise_int8", "settings": {"rows": 10**6, "dim": 64}}
-    line = dict.fromkeys(("module", "role", "format", "steps", "reason", "bytes"), "x" * 60)
+    larger = Reason("other_format_smaller", format="rowwise_int8", bytes=10**9, step_bytes=10**9)
+    line = PlanLine(
+        module="features.tables.1000",
+        role="table",
+        format="product_codes",
+        bytes_before=10**10,
+        bytes_after=10**9,
+        steps=("dimensions", "product_codes"),
+        reasons=(Reason("selected", step="product_codes"), larger),
+    )
     document = {
         "modules": {f"features.tables.{n}": module for n in range(10_000)},
-        "plan": [line] * 10_000,
+        "plan": [json.loads(line.model_dump_json())] * 10_000,
     }
     raw = json.dumps(document).encode()
     assert len(raw) < MAX_JSON_BYTES / 2

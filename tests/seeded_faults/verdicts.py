@@ -52,8 +52,8 @@ FAULTS = (
     Fault(
         id="gate-accepts-unmeasured-target",
         file="compressors/metrics/judge.py",
-        old='return Verdict(target=target, outcome="built-unmeasured", reason=reason)',
-        new='return Verdict(target=target, outcome="accepted", reason=reason)',
+        old='return Verdict(target=target, outcome="built-unmeasured", reasons=unmeasured)',
+        new='return Verdict(target=target, outcome="accepted", reasons=unmeasured)',
         effect="A target that never ran is accepted.",
         tests=(
             f"{JUDGE}::test_a_built_target_that_cannot_run_here_is_neither_accepted_nor_rejected",

@@ -3,6 +3,7 @@
 from typing import Any
 
 from compressors.contracts import Artifact, Estimate, Judgement, Limit, Plan, PlanLine, Verdict
+from compressors.contracts.reasons import Reason
 from compressors.lower.findings import GraphAudit
 from compressors.lower.parity import Parity
 from compressors.metrics.judge import Measured, Number
@@ -51,7 +52,7 @@ def plan(tables: int) -> Plan:
             format="rowwise_int4",
             bytes_before=640 * (place + 1),
             bytes_after=100 * (place + 1),
-            reason=f"because of {place:04}",
+            reasons=(Reason("as_written", text=f"because of {place:04}"),),
         )
         for place in range(tables)
     ]
@@ -61,7 +62,7 @@ def plan(tables: int) -> Plan:
         format="static_int8",
         bytes_before=4000,
         bytes_after=1100,
-        reason="static_int8 as ordered",
+        reasons=(Reason("selected", step="static_int8"),),
     )
     hostile = PlanLine(
         module=HOSTILE,
@@ -69,7 +70,7 @@ def plan(tables: int) -> Plan:
         format="as trained",
         bytes_before=8,
         bytes_after=8,
-        reason="</td></table><img src=x onerror=alert(1)>",
+        reasons=(Reason("as_written", text="</td></table><img src=x onerror=alert(1)>"),),
     )
     return Plan(lines=(*lines, dense, hostile))
 
@@ -111,25 +112,56 @@ JUDGED = (
         limit=Limit.parse("auc vs baseline >= -0.002"),
         measured=estimate(-0.0009, 0.0006, rows=20_000),
         outcome="accepted",
-        reason="AUC vs baseline is -0.0009 [-0.0015, -0.0003]; the limit is >= -0.0020; accepted",
+        reasons=(
+            Reason(
+                "number_in_interval",
+                metric="AUC vs baseline",
+                number="-0.0009",
+                low="-0.0015",
+                high="-0.0003",
+                relation=">=",
+                limit="-0.0020",
+            ),
+            Reason("limit_met"),
+        ),
     ),
     Judgement(
         limit=Limit.parse("p99_ms@64 vs baseline <= 0.92"),
         measured=estimate(0.9, 0.05),
         outcome="undecided",
-        reason="p99 latency at batch 64 vs baseline is 0.900 times; undecided",
+        reasons=(
+            Reason(
+                "number_in_interval",
+                metric="p99 latency at batch 64 vs baseline",
+                number="0.900 times",
+                low="0.850",
+                high="0.950",
+                relation="<=",
+                limit="0.920 times",
+            ),
+            Reason("more_rounds_decide"),
+        ),
     ),
     Judgement(
         limit=Limit.parse("bytes <= 200000"),
         measured=estimate(250_000),
         outcome="rejected",
-        reason="size is 250,000 bytes; the limit is <= 200,000 bytes; rejected",
+        reasons=(
+            Reason(
+                "exact_number",
+                metric="size",
+                number="250,000 bytes",
+                relation="<=",
+                limit="200,000 bytes",
+            ),
+            Reason("limit_missed"),
+        ),
     ),
     Judgement(
         limit=Limit.parse("auc vs champion >= 0"),
         measured=None,
         outcome="accepted",
-        reason="no champion yet: nothing to compare AUC with; accepted",
+        reasons=(Reason("no_champion", metric="AUC"),),
     ),
 )
 
@@ -192,7 +224,7 @@ def report(tables: int = 12, **changes: Any) -> Report:
         artifact=artifact("d", 250_400),
         bytes=250_000,
         verdict=Verdict(
-            target="onnxruntime", outcome="rejected", judgements=JUDGED, reason=JUDGED[2].reason
+            target="onnxruntime", outcome="rejected", judgements=JUDGED, reasons=JUDGED[2].reasons
         ),
         lowering=lowering("onnxruntime"),
     )
@@ -202,7 +234,7 @@ def report(tables: int = 12, **changes: Any) -> Report:
         artifact=artifact("e", 1_300_000),
         bytes=1_296_900,
         verdict=Verdict(
-            target="tensorrt-rtx", outcome="built-unmeasured", reason="it cannot run here"
+            target="tensorrt-rtx", outcome="built-unmeasured", reasons=(Reason("cannot_run"),)
         ),
         lowering=lowering("tensorrt-rtx"),
         audits={

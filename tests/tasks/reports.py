@@ -14,6 +14,7 @@ from compressors.contracts import (
     Verdict,
     overall,
 )
+from compressors.contracts.reasons import Reason
 from compressors.lower.parity import Parity
 from compressors.metrics import judge
 from compressors.quantize.tables.rowwise_int8 import RowwiseInt8
@@ -107,7 +108,11 @@ def report(folder: Path, order: str, outcomes: dict[TargetKind, Outcome]) -> Rep
             required=True,
             artifact=stored(folder / order[:4] / target, model_onnx=f"{target} {order}"),
             bytes=400,
-            verdict=Verdict(target=target, outcome=outcome, reason=f"the gate said {outcome}"),
+            verdict=Verdict(
+                target=target,
+                outcome=outcome,
+                reasons=(Reason("as_written", text=f"the gate said {outcome}"),),
+            ),
             lowering=lowering(target),
         )
         for target, outcome in outcomes.items()
@@ -120,7 +125,7 @@ def report(folder: Path, order: str, outcomes: dict[TargetKind, Outcome]) -> Rep
         format="rowwise_int8",
         bytes_before=1000,
         bytes_after=300,
-        reason="as ordered",
+        reasons=(Reason("selected", step="rowwise_int8"),),
     )
     return Report(
         order=order,

@@ -256,7 +256,7 @@ def judged(limit: str, low: float, outcome: str, *, measured: bool = True) -> Ju
             "limit": Limit.parse(limit).model_dump(),
             "measured": estimate.model_dump() if measured else None,
             "outcome": outcome,
-            "reason": "as measured",
+            "reasons": [{"code": "as_written", "fields": {"text": "as measured"}}],
         }
     )
 

@@ -1,12 +1,18 @@
 """Plan lines in the order people read them."""
 
 from compressors.contracts import PlanLine
+from compressors.contracts.reasons import Reason
 from tasks.report.cells import largest_first
 
 
 def line(module: str, before: int) -> PlanLine:
     return PlanLine(
-        module=module, role="table", format="x", bytes_before=before, bytes_after=1, reason="r"
+        module=module,
+        role="table",
+        format="x",
+        bytes_before=before,
+        bytes_after=1,
+        reasons=(Reason("as_written", text="r"),),
     )
 
 

@@ -11,6 +11,7 @@ from mlflow import MlflowClient
 from reports import report
 
 from compressors.contracts import Outcome, TargetKind
+from compressors.contracts.reasons import Reason
 from flows.cli.console import printable
 from infra.errors import RecordRefused, Refused
 from infra.registry.mlflow_registry import Registered
@@ -145,7 +146,7 @@ def test_text_of_others_cannot_control_the_terminal(
 ) -> None:
     made = report(home, ORDER, GOOD)
     target = made.targets[0]
-    verdict = target.verdict.model_copy(update={"reason": ESCAPES})
+    verdict = target.verdict.model_copy(update={"reasons": (Reason("as_written", text=ESCAPES),)})
     targets = (target.model_copy(update={"verdict": verdict}), *made.targets[1:])
     done = publishing.publish.fn(made.model_copy(update={"targets": targets}), code="c")
     for more in ((), ("--json",)):

@@ -6,6 +6,7 @@ import pytest
 from reports import report
 
 from compressors.contracts import Estimate, Outcome, Plan, TargetKind
+from compressors.contracts.reasons import Reason
 from compressors.metrics import judge
 from tasks.orchestration.documents import Finished, Report, Stage, report_of
 from tasks.orchestration.order_records import finished_key
@@ -76,7 +77,7 @@ def test_the_page_holds_verdicts_limits_plan_and_where_everything_came_from(made
         "| tensorrt-rtx | built-unmeasured |",
         "| tensorrt | left out (optional) | not installed |",
         "- `auc vs baseline >= -0.002`",
-        "| user | table | rowwise_int8 | 1,000 | 300 | as ordered |",
+        "| user | table | rowwise_int8 | 1,000 | 300 | rowwise_int8 as ordered |",
         made.source.uri,
         "calibrated on: train (10 rows)",
         "measured on a processor, 2 cores",
@@ -165,7 +166,8 @@ def test_score_changes_are_rows_of_the_table_with_their_intervals(made: Report) 
 
 
 def test_warnings_of_the_plan_are_remarks_and_in_the_plan_table(made: Report) -> None:
-    line = made.plan.lines[0].model_copy(update={"warning": "inputs | of <different> range"})
+    warning = Reason("as_written", text="inputs | of <different> range")
+    line = made.plan.lines[0].model_copy(update={"warnings": (warning,)})
     warned = made.model_copy(update={"plan": Plan(lines=(line,))})
     assert "Warning about user (rowwise_int8): inputs | of <different> range." in remarks(warned)
     assert "as ordered. Warning: inputs \\| of &lt;different&gt; range |" in markdown(warned)

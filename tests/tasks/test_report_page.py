@@ -7,6 +7,7 @@ import pytest
 from page_reports import HOSTILE, JUDGED, PASSED, artifact, measurement, report
 
 from compressors.contracts import Estimate, Limit, Plan, Verdict
+from compressors.contracts.reasons import Reason
 from compressors.metrics.judge import Number
 from compressors.quantize.dense.static_int8 import StaticInt8
 from flows.order import Order
@@ -64,7 +65,7 @@ def test_the_verdict_of_the_order_and_of_every_target_comes_first(html):
     assert "<strong>Rejected</strong>" in top
     assert 'class="verdict broken"' in top
     assert "onnxruntime: size is 250,000 bytes; the limit is &lt;= 200,000 bytes" in top
-    assert "tensorrt-rtx: it cannot run here" in top
+    assert f"tensorrt-rtx: {Reason('cannot_run')}" in top
     assert "2 of 2" in top
 
 
@@ -105,7 +106,9 @@ def test_quality_without_a_limit_is_shown_and_said_to_have_none(html):
 
 def test_limits_are_listed_although_nothing_was_measured():
     target = report().targets[1]
-    verdict = Verdict(target="tensorrt-rtx", outcome="built-unmeasured", reason="cannot run")
+    verdict = Verdict(
+        target="tensorrt-rtx", outcome="built-unmeasured", reasons=(Reason("cannot_run"),)
+    )
     alone = report(
         targets=(target.model_copy(update={"verdict": verdict}),),
         measurement=None,
@@ -321,7 +324,8 @@ def test_score_changes_are_shown_with_their_picture_with_and_without_a_limit():
 
 def test_a_warning_about_a_layer_is_in_the_plan_table():
     made = report()
-    lines = [line.model_copy(update={"warning": "one <scale>"}) for line in made.plan.lines]
+    warnings = (Reason("as_written", text="one <scale>"),)
+    lines = [line.model_copy(update={"warnings": warnings}) for line in made.plan.lines]
     found = section(
         page(made.model_copy(update={"plan": Plan(lines=tuple(lines))}), PASSED), "plan"
     )

@@ -13,6 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from compressors.contracts import Artifact, Estimate, Verdict
+from compressors.contracts.reasons import Reason
 from infra.errors import ArtifactMissing, RecordRefused
 from infra.store.object_store import MAX_RECORD_BYTES, Store
 from infra.store.records import seal_record
@@ -68,8 +69,22 @@ def place(store: Store, task: str = "step") -> Path:
         (step, NotApplicable(reason="no layer to fold")),
         (estimate, Estimate(point=0.5, low=0.25, high=1.0, rows=3)),
         (estimate, Estimate(point=math.inf, low=-math.inf, high=math.inf)),
-        (gate, Verdict(target="onnxruntime", outcome="accepted", reason="ok")),
-        (verdicts, (Verdict(target="tensorrt", outcome="rejected", reason="\ud7ff <&>\0"),)),
+        (
+            gate,
+            Verdict(
+                target="onnxruntime", outcome="accepted", reasons=(Reason("as_written", text="ok"),)
+            ),
+        ),
+        (
+            verdicts,
+            (
+                Verdict(
+                    target="tensorrt",
+                    outcome="rejected",
+                    reasons=(Reason("as_written", text="\ud7ff <&>\0"),),
+                ),
+            ),
+        ),
     ],
 )
 def test_a_result_is_read_back_as_it_was_written(

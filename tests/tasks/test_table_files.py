@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from error_codes import raises_code
+from reason_codes import with_code
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -74,8 +75,8 @@ def test_every_tensor_is_there_as_ordered_and_the_plan_counts_the_files_bytes(
         tensor.nbytes for tensor in found.values()
     )
     assert lines["user"].bytes_after == 3000 * (16 + 2)
-    assert lines["tower.weight"].reason == "not among user, item*"
-    assert lines["steps"].reason == "[] of int64 is no table"
+    with_code(lines["tower.weight"].reasons, "not_matched", patterns=("user", "item*"))
+    with_code(lines["steps"].reasons, "not_a_table", shape=(), dtype="int64")
     assert artifact.sha256 == done.sha256
     assert artifact.bytes == done.bytes
 
@@ -88,8 +89,8 @@ def test_a_table_that_would_not_shrink_is_copied(tmp_path: Path):
     plan = quantize(tmp_path / "model.safetensors", tmp_path / "out", step).plan
     lines = {line.module: line for line in plan.lines}
     # One row of kmeans is 2 bytes of codes, 2 of scale and 64 of codebook.
-    assert lines["one.weight"].reason == "kmeans would take 68 bytes, not fewer than its 12"
-    assert lines["half.weight"].reason == "kmeans would take 184 bytes, not fewer than its 160"
+    with_code(lines["one.weight"].reasons, "not_smaller", step="kmeans", bytes=68, present=12)
+    with_code(lines["half.weight"].reasons, "not_smaller", step="kmeans", bytes=184, present=160)
     assert lines["user"].format == "kmeans"
     found = load_file(tmp_path / "out" / "files" / "model.safetensors")
     assert torch.equal(found["one.weight"], given["one.weight"])

@@ -6,6 +6,7 @@ import pytest
 import torch
 from drafts import ALLOWED
 from error_codes import raises_code
+from reason_codes import with_code
 from reports import report
 from retrieval_draft import CONFIG, EACH, SIGNATURE, USERS, write_retrieval_draft
 from safetensors.torch import load_file, save_file
@@ -71,7 +72,7 @@ def test_a_table_of_both_towers_counts_once_in_weights_and_twice_in_served_files
     assert (tags is None) == (share == "module")
     if tags is not None:
         assert (tags.bytes_before, tags.bytes_after) == (0, 0)
-        assert "shares its weight" in tags.reason
+        with_code(tags.reasons, "shares_weight")
 
     for artifact, weights, size in ((bundle, before, TABLE), (made, after, table.bytes_after)):
         described, folder = lowered(artifact, rows)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from compressors.contracts import ModuleRecord
+from compressors.contracts.reasons import Reason
 from compressors.core.modules.formats import TensorSpec, register_stored
 
 
@@ -63,11 +64,11 @@ class Composition(Protocol):
 
 
 class Design(NamedTuple):
-    """How one table would be composed, and in words what for."""
+    """How one table would be composed, and what that leaves of it."""
 
     composition: Composition
     settings: Mapping[str, Any]
-    words: str
+    reason: Reason
 
     def bytes(self, rows: int, dim: int) -> int:
         """What it would take, its parts in float32."""

@@ -6,10 +6,10 @@ from dataclasses import replace
 from torch import nn
 
 from compressors.contracts import Bench
+from compressors.contracts.reasons import Reason
 from compressors.core.batches import JoinedRows, Rows
 from compressors.core.model import Model
 from compressors.core.modules.formats import Bag, PackedTable
-from compressors.core.plan_lines import UNCHANGED
 from compressors.core.units import Choice, Unit, innermost
 from compressors.distill.training.settings import Training
 from compressors.distill.training.trainable import trainable
@@ -28,17 +28,17 @@ def choose_trainable(
     *,
     tables: bool,
     dense: bool = True,
-    words: str | None = None,
+    reasons: tuple[Reason, ...] = (),
 ) -> dict[str, Choice]:
     """What training may change, and why the rest stays.
 
     Args:
         model: whose units.
         bench: its training rows are counted.
-        kind: of the step that asks.
+        kind: of the step.
         tables: whether tables are trained.
         dense: whether all else is.
-        words: the reason of what is trained; without them the training rows.
+        reasons: of what is trained; without them the training rows.
 
     Raises:
         NothingToCompress: the signature's task has no loss yet.
@@ -51,15 +51,16 @@ def choose_trainable(
     choices = {}
     for unit in units.values():
         if unit.name in learned:
-            choices[unit.name] = Choice(True, words or f"{kind} on {rows:,} rows")
+            rows_read = Reason("trained_on_rows", step=kind, rows=rows)
+            choices[unit.name] = Choice(True, reasons or (rows_read,))
         elif unit.shared_with is not None:
-            choices[unit.name] = Choice(False, f"shares its weight with {unit.shared_with}")
+            choices[unit.name] = Choice(False, (Reason("shares_weight", unit=unit.shared_with),))
         elif unit.role == "table" and not tables:
-            choices[unit.name] = Choice(False, f"{kind} leaves tables as they are")
+            choices[unit.name] = Choice(False, (Reason("tables_not_trained", step=kind),))
         elif unit.role == "dense" and not dense:
-            choices[unit.name] = Choice(False, f"{kind} leaves dense layers as they are")
+            choices[unit.name] = Choice(False, (Reason("dense_not_trained", step=kind),))
         else:
-            choices[unit.name] = Choice(False, nothing_to_train(unit, kind))
+            choices[unit.name] = Choice(False, (nothing_to_train(unit, kind),))
     return choices
 
 
@@ -73,14 +74,16 @@ def require_loss(bench: Bench, kind: str) -> None:
         raise NothingToCompress("training_unavailable", step=kind)
 
 
-def nothing_to_train(unit: Unit, kind: str) -> str:
+def nothing_to_train(unit: Unit, kind: str) -> Reason:
     """Why training cannot change a unit that it may change."""
     inside = unit.module.table if isinstance(unit.module, Bag) else unit.module
     learned = inside.storage.learned if isinstance(inside, PackedTable) else ()
     if narrow := [name for name, tensor in inside.named_buffers() if name in learned]:
         dtype = str(inside.get_buffer(narrow[0]).dtype).removeprefix("torch.")
-        return f"{kind} trains only float32, and the {narrow[0]} of {unit.format} is {dtype}"
-    return f"{unit.format} holds nothing that {kind} can train"
+        return Reason(
+            "trains_float32_only", step=kind, tensor=narrow[0], format=unit.format, dtype=dtype
+        )
+    return Reason("nothing_to_train", format=unit.format, step=kind)
 
 
 def pruned_layers(model: Model) -> tuple[str, ...]:
@@ -105,7 +108,7 @@ def train_model(
 ) -> Model:
     """The model, trained on the rows of a bench and left as it was in its best epoch.
 
-    What training came to is noted for every unit that it may have changed. ``rows`` are learned
+    The outcome of training is noted for every unit that it may have changed. ``rows`` are learned
     from in place of the bench's training rows; the rest is that of
     ``compressors.distill.training.trainer.train``.
 
@@ -135,15 +138,15 @@ def train_model(
         after_step=after_step,
         last=last,
     )
-    told = training_summary(epochs, bench.signature.metric, settings, last=last)
-    notes = {name: told for name in trained if name is not None}
+    outcome = outcome_of(epochs, bench.signature.metric, settings, last=last)
+    notes = {name: outcome for name in trained if name is not None}
     return replace(model, notes={**model.notes, **notes})
 
 
-def training_summary(
+def outcome_of(
     epochs: Sequence[Epoch], metric: str, settings: Training, *, last: bool = False
-) -> str:
-    """What training came to, in half a sentence for the plan.
+) -> tuple[Reason, ...]:
+    """The outcome of training, for the plan.
 
     Args:
         epochs: every epoch, that before training first.
@@ -154,11 +157,13 @@ def training_summary(
     first, *_ = epochs
     best = epochs[-1] if last else max(epochs, key=lambda epoch: epoch.quality)  # the earliest
     if best.number == 0:
-        return f"no epoch of {len(epochs) - 1} {UNCHANGED}"
-    moved = f"{metric} {first.quality:.5f} -> {best.quality:.5f} on validation rows"
+        return (Reason("training_unchanged", epochs=len(epochs) - 1),)
+    trained = Reason(
+        "trained_to_epoch",
+        epoch=best.number,
+        metric=metric,
+        before=first.quality,
+        after=best.quality,
+    )
     rising = not last and best.number == settings.epochs
-    return f"trained {_epochs(best.number)}, {moved}{', still rising' if rising else ''}"
-
-
-def _epochs(count: int) -> str:
-    return f"{count} epoch" if count == 1 else f"{count} epochs"
+    return (trained, Reason("still_rising")) if rising else (trained,)

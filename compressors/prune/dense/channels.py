@@ -22,6 +22,7 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from compressors.contracts import Bench, Change, Frozen, Part, Signature, is_out_of_memory
+from compressors.contracts.reasons import Reason
 from compressors.core.model import Model
 from compressors.core.units import Choice, Unit, choose_dense, private_copy
 from compressors.distill.soft_labels import mixed_loss
@@ -37,6 +38,9 @@ from compressors.prune.structure.channel_consumers import Readers
 from compressors.prune.structure.config_widths import Width
 from compressors.prune.structure.narrowing import Cut, left_of, without_channels
 from compressors.prune.structure.prunable_widths import PrunableWidths, prunable_widths
+
+CUTS = frozenset({"channels_cut", "one_threshold", "inputs_follow"})
+"""Reasons of layers that become narrower."""
 
 _PROVED: WeakKeyDictionary[nn.Module, tuple["Channels", PrunableWidths]] = WeakKeyDictionary()
 """What ``choose`` proved of a network, until ``apply`` cuts it: a proof builds it anew."""
@@ -138,17 +142,19 @@ class Channels(Frozen):
         counts, left = self._foreseen(model, bench.signature, found.widths)
         for item in found.readers:
             for maker in item.width.makers:
-                reason = self._reason(item.width, maker, counts[item.width.path], left)
-                choices[maker] = _joined(choices[maker], reason)
+                reasons = self._reasons(item.width, maker, counts[item.width.path], left)
+                choices[maker] = _taken(choices[maker], *reasons)
             for reader in item.width.readers:
                 if reader in choices:
-                    makers = [maker for maker, name in item.reads if name == reader]
-                    choices[reader] = _joined(choices[reader], f"inputs follow {', '.join(makers)}")
+                    makers = tuple(maker for maker, name in item.reads if name == reader)
+                    follows = Reason("inputs_follow", makers=makers)
+                    choices[reader] = _taken(choices[reader], follows)
         if self.training is not None:
             trained = choose_trainable(model, bench, self.kind, tables=self.training.tables)
             for name, choice in trained.items():
                 if choice.take:
-                    choices[name] = _joined(choices.get(name, choice), "trained after each round")
+                    after_round = Reason("trained_each_round")
+                    choices[name] = _taken(choices.get(name, choice), after_round)
         return choices
 
     def apply(self, model: Model, bench: Bench) -> Model:
@@ -187,14 +193,17 @@ class Channels(Frozen):
         if self.scope == "layer":
             return model
         share = sum(kept_shares.multiply_adds(model.module, signature).values()) / whole
+        work_left = Reason("multiply_adds_left", share=share)
         notes = {
-            maker: f"{_description(width, maker, width.value, counts[width.path])}, {share:.1%} of "
-            f"all dense multiply-adds stay"
+            maker: (
+                _fewer(width, maker, width.value, counts[width.path]),
+                work_left,
+                *model.notes.get(maker, ()),
+            )
             for width in found.widths
             for maker in width.makers
         }
-        told = {m: "; ".join(filter(None, (n, model.notes.get(m)))) for m, n in notes.items()}
-        return replace(model, notes={**model.notes, **told})
+        return replace(model, notes={**model.notes, **notes})
 
     def dry_run(self, model: Model, bench: Bench) -> Model:
         """Cut the last channels of every width: as many as importance would choose.
@@ -211,16 +220,19 @@ class Channels(Frozen):
         kept = _kept(found.readers, alike, counts)
         return self._cut(model, bench.signature, found.readers, kept, counts)
 
-    def _reason(self, width: Width, maker: str, count: int, left: float) -> str:
-        reason = f"channels: {_description(width, maker, width.value, count)} by {self.importance}"
+    def _reasons(self, width: Width, maker: str, count: int, left: float) -> list[Reason]:
+        step, importance = self.kind, self.importance
         if self.scope == "global":
-            reason = (
-                f"channels: fewer outputs ({width.description()}) by {self.importance}, one "
-                f"threshold for all layers"
-            )
-        elif self.flops is not None:
-            reason += f", {left:.1%} of all dense multiply-adds stay"
-        return reason if self.rounds == 1 else f"{reason}, in {self.rounds} rounds"
+            place = width.description()
+            found = [Reason("one_threshold", step=step, width=place, importance=importance)]
+        else:
+            fewer = _fewer(width, maker, width.value, count)
+            found = [Reason("channels_cut", step=step, what=fewer, importance=importance)]
+            if self.flops is not None:
+                found.append(Reason("multiply_adds_left", share=left))
+        if self.rounds > 1:
+            found.append(Reason("in_rounds", rounds=self.rounds))
+        return found
 
     def _foreseen(
         self, model: Model, signature: Signature, widths: tuple[Width, ...]
@@ -326,8 +338,8 @@ class Channels(Frozen):
             place = f"{bench.checkpoints}/round-{number}"
             bench = bench.model_copy(update={"checkpoints": place})
         made = train_model(model, bench, loss, training, pruned_layers(model))
-        told = {name: f"in the last round {note}" for name, note in made.notes.items()}
-        return replace(made, notes=told)
+        notes = {name: (Reason("last_round", what=note),) for name, note in made.notes.items()}
+        return replace(made, notes=notes)
 
 
 def _kept(
@@ -340,16 +352,22 @@ def _kept(
     return kept
 
 
-def _description(width: Width, maker: str, before: int, after: int) -> str:
+def _fewer(width: Width, maker: str, before: int, after: int) -> Reason:
     """For example ``16 -> 8 outputs (hidden[0])``, ``32 -> 16 outputs (heads 4 -> 2)``."""
     size = width.makers[maker]
-    place = width.description() if size == 1 else f"{width.description()} {before} -> {after}"
-    return f"{before * size} -> {after * size} outputs ({place})"
+    if size == 1:
+        return Reason("fewer_channels", before=before, after=after, width=width.description())
+    return Reason(
+        "fewer_groups",
+        before=before * size,
+        after=after * size,
+        width=width.description(),
+        units_before=before,
+        units_after=after,
+    )
 
 
-def _joined(choice: Choice, reason: str) -> Choice:
-    return Choice(True, f"{choice.reason}; {reason}" if _is_cut(choice) else reason)
-
-
-def _is_cut(choice: Choice) -> bool:
-    return choice.take and choice.reason.startswith(("channels:", "inputs follow"))
+def _taken(choice: Choice, *reasons: Reason) -> Choice:
+    """The choice to cut or train a layer; the reasons of an earlier cut stay."""
+    is_cut = choice.take and choice.reasons[0].code in CUTS
+    return Choice(True, (*choice.reasons, *reasons) if is_cut else reasons)

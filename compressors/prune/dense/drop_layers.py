@@ -16,6 +16,7 @@ import torch
 from pydantic import Field
 
 from compressors.contracts import Bench, Change, Frozen, Part, Signature
+from compressors.contracts.reasons import Reason
 from compressors.core.model import Model
 from compressors.core.units import Choice, Unit, choose_dense
 from compressors.errors.compression import NothingToCompress
@@ -85,9 +86,9 @@ class DropLayers(Frozen):
         names = [unit.name for unit in Unit.of(model.module)]
         before = self._quality(model, bench)
         drawn = torch.Generator().manual_seed(bench.seed)
-        notes: dict[str, str] = {}
+        notes: dict[str, tuple[Reason, ...]] = {}
         for stack in stacks:
-            now, left, told = stack, list(range(stack.members)), []
+            now, left, changes = stack, list(range(stack.members)), list[Reason]()
             for _ in range(self.count):
                 tried = _tried(model, bench.signature, now)
                 if not tried:
@@ -99,13 +100,19 @@ class DropLayers(Frozen):
                 else:
                     found = {m: self._quality(made, bench) for m, (made, _) in tried.items()}
                     gone = max(found, key=lambda member: (found[member], -member))
-                change = f"{bench.signature.metric} {found[gone] - before:+.5f}"
+                metric, change = bench.signature.metric, found[gone] - before
                 if self.most_loss is not None and found[gone] < before - self.most_loss:
-                    told.append(f"layer {left[gone]} stays, {change} without it")
+                    layer = left[gone]
+                    changes.append(Reason("layer_kept", layer=layer, metric=metric, change=change))
                     break
                 model, now = tried[gone]
-                told.append(f"layer {left.pop(gone)} is gone" + self._measured(change))
-            notes |= _notes(names, stack, left, told)
+                layer = left.pop(gone)
+                changes.append(
+                    Reason("layer_removed_measured", layer=layer, metric=metric, change=change)
+                    if self._measures
+                    else Reason("layer_removed", layer=layer)
+                )
+            notes |= _notes(names, stack, left, changes)
         return replace(model, notes=notes)
 
     def dry_run(self, model: Model, bench: Bench) -> Model:
@@ -119,20 +126,17 @@ class DropLayers(Frozen):
                     model, now = tried[max(tried)]
         return model
 
-    def _measured(self, change: str) -> str:
-        return f", {change} without it" if self._measures else ""
-
     def _quality(self, model: Model, bench: Bench) -> float:
         if not self._measures or bench.validation is None:
             return 0.0
         return quality(model.module, bench.signature, bench.validation)
 
     def _stacks(self, model: Model, signature: Signature) -> tuple[list[Stack], dict[str, Choice]]:
-        """The stacks that may lose layers, and what is said of every dense layer."""
+        """The stacks that may lose layers, and the choice of every dense layer."""
         units = Unit.of(model.module)
         wanted = choose_dense(units, self.layers, self.kind)
-        why = "no number or list of the architecture's configuration counts this layer"
-        choices = {n: Choice(False, why) if c.take else c for n, c in wanted.items()}
+        why = Reason("no_layer_count")
+        choices = {n: Choice(False, (why,)) if c.take else c for n, c in wanted.items()}
         stacks: list[Stack] = []
         taken: set[str] = set()
         for stack in find_stacks(model):
@@ -143,11 +147,17 @@ class DropLayers(Frozen):
             reason = _why_not(model, signature, stack, wanted, dense)
             for name in inside:
                 if reason is not None and (name not in wanted or wanted[name].take):
-                    choices[name] = Choice(False, reason)
+                    choices[name] = Choice(False, (reason,))
                 elif reason is None:
-                    gone = min(self.count, stack.members - 1)
-                    text = f"{gone} of {stack.members} layers ({stack.description()})"
-                    choices[name] = Choice(True, f"drop_layers: {text} by {self.importance}")
+                    dropped = Reason(
+                        "layers_dropped",
+                        step=self.kind,
+                        count=min(self.count, stack.members - 1),
+                        members=stack.members,
+                        argument=stack.description(),
+                        importance=self.importance,
+                    )
+                    choices[name] = Choice(True, (dropped,))
             if reason is None:
                 stacks.append(stack)
                 taken |= set(inside)
@@ -156,11 +166,12 @@ class DropLayers(Frozen):
 
 def _why_not(
     model: Model, signature: Signature, stack: Stack, wanted: Mapping[str, Choice], dense: list[str]
-) -> str | None:
+) -> Reason | None:
     """Why no layer of a stack may go."""
     for name in dense:
         if not wanted[name].take:
-            return f"shares {stack.description()} with {name!r}: {wanted[name].reason}"
+            why = wanted[name].reasons
+            return Reason("shares_count", argument=stack.description(), layer=name, why=why)
     # Layers move up: what an earlier step says of one of them must hold for all.
     steps: dict[str, set[tuple[str, ...]]] = {}
     for name in dense:
@@ -169,10 +180,8 @@ def _why_not(
         steps.setdefault(place, set()).add(line.steps if line else ())
     for found in steps.values():
         if len(found) > 1:
-            return (
-                f"earlier steps treat the layers of {stack.description()} unlike: drop layers first"
-            )
-    faults: list[str] = []
+            return Reason("treated_differently", argument=stack.description())
+    faults: list[Reason] = []
     if not _tried(model, signature, stack, faults):
         return faults[0]
     return None
@@ -187,7 +196,7 @@ def _place(stack: Stack, name: str) -> str:
 
 
 def _tried(
-    model: Model, signature: Signature, stack: Stack, faults: list[str] | None = None
+    model: Model, signature: Signature, stack: Stack, faults: list[Reason] | None = None
 ) -> dict[int, tuple[Model, Stack]]:
     """By member that may go, the network without it; one member stays in any case."""
     tried: dict[int, tuple[Model, Stack]] = {}
@@ -200,17 +209,19 @@ def _tried(
     return tried
 
 
-def _notes(names: list[str], stack: Stack, left: list[int], told: list[str]) -> dict[str, str]:
+def _notes(
+    names: list[str], stack: Stack, left: list[int], changes: list[Reason]
+) -> dict[str, tuple[Reason, ...]]:
     """What became of every layer of a stack, by its name before."""
     notes = {}
     for name in names:
         member = stack.member_of(name)
-        if member is None or not told:
+        if member is None or not changes:
             continue
-        words = list(told)
+        found = list(changes)
         if member >= len(left):
-            words.append("nothing stands here any more")
+            found.append(Reason("place_removed"))
         elif left[member] != member:
-            words.append(f"this is what was layer {left[member]}")
-        notes[name] = "; ".join(words)
+            found.append(Reason("moved_from", layer=left[member]))
+        notes[name] = tuple(found)
     return notes

@@ -27,6 +27,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from compressors.contracts import Bench, Change, Frozen, Part, Signature
+from compressors.contracts.reasons import Reason
 from compressors.core.model import Model
 from compressors.core.units import Choice, Unit, choose_dense
 from compressors.distill.soft_labels import mixed_loss
@@ -129,11 +130,10 @@ class L1Training(Frozen):
             return {**choices, **wanted}  # nothing to penalize: no training without it
         for name, choice in wanted.items():
             if choice.take:
-                what = "weight" if self.penalty == "l1" else "channel"
-                reason = (
-                    f"{choices[name].reason}, penalty {self.penalty_strength:g} on every {what}"
-                )
-                choices[name] = replace(choices[name], reason=reason)
+                part = "weight" if self.penalty == "l1" else "channel"
+                penalty = Reason("penalty", strength=self.penalty_strength, part=part)
+                reasons = (*choices[name].reasons, penalty)
+                choices[name] = replace(choices[name], reasons=reasons)
         return choices
 
     def apply(self, model: Model, bench: Bench) -> Model:
@@ -155,8 +155,8 @@ class L1Training(Frozen):
             after_step=_pull(model.module, taken, groups, self.penalty_strength),
             last=True,
         )
-        zeros = {name: _notes(model.module, name, groups) for name in taken}
-        notes = {name: f"{told}; {model.notes[name]}" for name, told in zeros.items()}
+        zeros = {name: _zeros(model.module, name, groups) for name in taken}
+        notes = {name: (*found, *model.notes[name]) for name, found in zeros.items()}
         return replace(model, notes={**model.notes, **notes})
 
     def _wanted(self, model: Model) -> dict[str, Choice]:
@@ -166,7 +166,7 @@ class L1Training(Frozen):
         if self.penalty == "group":
             for unit in units:
                 if unit.name in wanted and wanted[unit.name].take and unit.rows == 1:
-                    wanted[unit.name] = Choice(False, "has a single output, which has to stay")
+                    wanted[unit.name] = Choice(False, (Reason("single_output"),))
         return wanted
 
     def dry_run(self, model: Model, bench: Bench) -> Model:  # noqa: ARG002
@@ -234,10 +234,11 @@ def _leaves(module: nn.Module, owner: str) -> list[str]:
     return [f"{owner}.{name}" for name, _ in module.get_submodule(owner).named_parameters()]
 
 
-def _notes(module: nn.Module, name: str, groups: Sequence[WeightGroup]) -> str:
-    """What became of a layer."""
+def _zeros(module: nn.Module, name: str, groups: Sequence[WeightGroup]) -> tuple[Reason, ...]:
+    """How many weights of a layer are zero, and how many outputs where channels are penalized."""
     weight = module.get_parameter(f"{name}.weight").detach()
-    said = f"{float((weight == 0).float().mean()):.1%} zeros, stored like other weights"
-    if groups:
-        said += f"; {int((weight == 0).all(dim=1).sum())} of {len(weight)} outputs are zero"
-    return said
+    zeros = Reason("zeros", share=float((weight == 0).float().mean()))
+    if not groups:
+        return (zeros,)
+    count = int((weight == 0).all(dim=1).sum())
+    return zeros, Reason("zero_outputs", count=count, outputs=len(weight))

@@ -16,6 +16,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from compressors.contracts import Bench, Change, Frozen, Part
+from compressors.contracts.reasons import Reason
 from compressors.core.model import Model
 from compressors.core.units import Choice, Unit, choose_dense, own_weight
 
@@ -63,10 +64,13 @@ class Magnitude(Frozen):
     def choose(self, model: Model, bench: Bench) -> dict[str, Choice]:  # noqa: ARG002
         """Which dense layers this step takes, and why not the others."""
         chosen = choose_dense(Unit.of(model.module), self.layers, self.kind)
-        where = "its smallest weights" if self.scope == "layer" else "the smallest of all layers"
-        reason = f"magnitude: {self.share:.0%} zeros, {where}"
+        reason = (
+            Reason("zeros_of_layer", step=self.kind, share=self.share)
+            if self.scope == "layer"
+            else Reason("zeros_of_all_layers", step=self.kind, share=self.share)
+        )
         return {
-            name: replace(choice, reason=reason) if choice.take else choice
+            name: replace(choice, reasons=(reason,)) if choice.take else choice
             for name, choice in chosen.items()
         }
 

@@ -26,6 +26,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from compressors.contracts import Bench, Change, Frozen, Part, Plan
+from compressors.contracts.reasons import Reason
 from compressors.core.model import Model
 from compressors.core.modules.formats import PackedLinear
 from compressors.core.units import Choice, Unit, choose_dense, own_weight
@@ -152,16 +153,12 @@ class Sparse24(Frozen):
         """Which dense layers this step takes, and why not the others."""
         units = {unit.name: unit for unit in Unit.of(model.module)}
         chosen = choose_dense(tuple(units.values()), self.layers, self.kind)
-        reason = (
-            "sparse_2_4: two zeros among every four inputs, fewer products where TensorRT picks "
-            "sparse kernels, no gain in ONNX Runtime"
-        )
         for name, choice in chosen.items():
             inputs = units[name].weight.shape[1] if choice.take else 4
             if inputs % 4:
-                chosen[name] = Choice(False, f"{inputs} inputs, no multiple of 4")
+                chosen[name] = Choice(False, (Reason("inputs_not_multiple", inputs=inputs),))
             elif choice.take:
-                chosen[name] = replace(choice, reason=reason)
+                chosen[name] = Choice(True, (Reason("two_of_four", step=self.kind),))
         return chosen
 
     def apply(self, model: Model, bench: Bench) -> Model:
@@ -187,7 +184,7 @@ class Sparse24(Frozen):
                 found = reconstructed(weight, kept, gram)
                 left = float(squared_error(found - weight, gram).sum())
                 if gone > 0:
-                    notes[unit.name] = f"reconstruction leaves {left / gone:.0%} of the error"
+                    notes[unit.name] = (Reason("reconstruction_error", share=left / gone),)
             if isinstance(layer, nn.Linear):
                 own_weight(layer, "weight", found)
         return replace(model, notes=notes)

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from compressors.contracts import Signature
+from compressors.contracts.reasons import Reason
 from compressors.core.batches import example
 from compressors.core.modules.formats import PackedLinear
 from compressors.errors.widths import NotAWidth
@@ -66,17 +67,17 @@ def trace(
             with torch.no_grad(), _traced(module, maker, channels, begin, rows) as seen:
                 score = module(**inputs)
             if bool(score.isnan().any()):
-                raise NotAWidth("channels_in_score", layer=maker)
+                raise NotAWidth(Reason("channels_reach_score", maker=maker))
             for reader, columns in seen.items():
                 parts.setdefault(reader, {})[begin] = columns
         for reader, held in parts.items():
             columns = torch.cat(list(held.values()))
             if len(columns) < channels:  # called for some rows and not for others
-                raise NotAWidth("consumer_called_sometimes", consumer=reader)
+                raise NotAWidth(Reason("not_always_called", reader=reader))
             if not bool(columns.any()):
                 continue
             if reader not in width.readers:
-                raise NotAWidth("channels_mixed_by", consumer=reader, layer=maker)
+                raise NotAWidth(Reason("channels_mixed", reader=reader, maker=maker))
             reads[maker, reader] = columns
     return reads
 
@@ -116,13 +117,13 @@ def readers_of(width: Width, traces: Traces, units: dict[str, Tensor]) -> Reader
         found = arrived > 0
         each = found.sum(dim=1)  # (units,)
         if bool((each != each[0]).any()) or bool((found.sum(dim=0) > 1).any()):
-            raise NotAWidth("channels_mixed_before", layer=maker, consumer=reader)
+            raise NotAWidth(Reason("mixed_before_reader", maker=maker, reader=reader))
         reads[maker, reader] = found
     for reader, per_unit in width.readers.items():
         arriving = [columns for (_, name), columns in reads.items() if name == reader]
         together = torch.stack(arriving).any(dim=0) if arriving else torch.zeros(1, 1)
         if int(together.sum()) != per_unit * width.value or not arriving:
-            raise NotAWidth("inputs_from_elsewhere", consumer=reader)
+            raise NotAWidth(Reason("inputs_of_several", reader=reader))
     return Readers(width, reads, units, _tied(width, reads))
 
 
@@ -138,7 +139,7 @@ def _traced(
             x = args[0] if args else named["input"]
             if len(x) != rows:
                 if bool(x.isnan().any()):
-                    raise NotAWidth("consumer_rows_differ", consumer=name)
+                    raise NotAWidth(Reason("called_with_other_rows", layer=name))
                 return
             columns = x.isnan().reshape(len(x), -1, x.shape[-1]).any(dim=1)
             seen[name] = seen[name] | columns if name in seen else columns
@@ -147,7 +148,7 @@ def _traced(
 
     def marking(_: nn.Module, args: Any, output: Tensor) -> Tensor:  # noqa: ARG001
         if len(output) != rows or output.shape[-1] != channels:
-            raise NotAWidth("output_rows_differ", layer=maker)
+            raise NotAWidth(Reason("returns_other_rows", maker=maker))
         marked = output.clone()
         each = torch.arange(rows)
         marked[each, ..., begin + each] = torch.nan
@@ -185,7 +186,9 @@ def _tied(width: Width, reads: Mapping[tuple[str, str], Tensor]) -> tuple[tuple[
             if first == second or reader != other or not bool((columns & others).any()):
                 continue
             if not torch.equal(columns, others):
-                raise NotAWidth("channels_permuted", first=first, second=second, consumer=reader)
+                raise NotAWidth(
+                    Reason("channels_differ", first=first, second=second, reader=reader)
+                )
             mine = next(group for group in groups if first in group)
             theirs = next(group for group in groups if second in group)
             if mine is not theirs:

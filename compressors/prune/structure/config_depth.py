@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from compressors.contracts import Signature, is_out_of_memory
+from compressors.contracts.reasons import Reason
 from compressors.core.model import Model
 from compressors.core.state.construction import construct
 from compressors.core.units import private_copy, table_rows
@@ -151,8 +152,8 @@ def without_member(
     except Exception as fault:  # whatever a class raises, it says that this member has to stay
         if is_out_of_memory(fault):
             raise
-        first = str(fault).strip().splitlines()[-1].strip().rstrip(".")
-        raise NotAMember("rest_unfit", layer=gone, problem=first) from fault
+        first = str(fault).strip().splitlines()[-1].strip()
+        raise NotAMember(Reason("rest_does_not_fit", layer=gone, fault=first)) from fault
     architecture = model.network.architecture.model_copy(update={"config": config})
     network = model.network.model_copy(update={"architecture": architecture})
     shorter = replace(model, module=built, network=network)
@@ -183,11 +184,9 @@ def _require_skipped(
         if gap is None:
             return
         gaps.append(gap)
-    raise (
-        NotAMember("other_network", layer=gone, gap=gaps[0])
-        if gaps
-        else NotAMember("not_skippable", layer=gone)
-    )
+    if gaps:
+        raise NotAMember(Reason("not_the_skipping_network", layer=gone, gap=gaps[0]))
+    raise NotAMember(Reason("cannot_be_skipped", layer=gone))
 
 
 def _its_input(args: tuple[Tensor, ...], output: Tensor) -> Tensor:

@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from compressors.contracts import is_out_of_memory
+from compressors.contracts.reasons import Reason
 from compressors.core.model import Model
 from compressors.core.modules.factored import FactoredLinear
 from compressors.core.modules.formats import FoldedNorm, PackedLinear
@@ -88,7 +89,7 @@ def with_value(
     return result
 
 
-def find_widths(model: Model) -> tuple[dict[str, Width], dict[str, str]]:
+def find_widths(model: Model) -> tuple[dict[str, Width], dict[str, tuple[Reason, ...]]]:
     """The numbers that layers' outputs follow, as spoken, and why the other layers have none.
 
     Cost: two or three builds without weights per number that divides a layer's width.
@@ -101,7 +102,7 @@ def find_widths(model: Model) -> tuple[dict[str, Width], dict[str, str]]:
     config = model.network.architecture.config
     before = shapes_of(model.architecture, config)
     found: dict[str, Width] = {}
-    reasons: dict[str, str] = {}
+    reasons: dict[str, tuple[Reason, ...]] = {}
     splits: dict[str, int] = {}
     for path, value in numbers({**defaults_of(model.architecture), **config}):
         divides = any(outputs % value == 0 for outputs in linear.values()) if value > 1 else False
@@ -109,22 +110,20 @@ def find_widths(model: Model) -> tuple[dict[str, Width], dict[str, str]]:
             continue
         try:
             width = _width(model, before, path, value)
-        except NotAWidth as why:
-            # Said of the layers of that width, unless another number turns out to be theirs.
-            said = {name: why.reason for name, outputs in linear.items() if outputs == value}
-            reasons = {**said, **reasons}
-            if isinstance(why, NotProportional):
+        except NotAWidth as fault:
+            # The reason of the layers of that width, unless another number turns out to be theirs.
+            refused = {n: (fault.reason,) for n, outputs in linear.items() if outputs == value}
+            reasons = {**refused, **reasons}
+            if isinstance(fault, NotProportional):
                 splits[describe_path(path)] = value
             continue
         found[describe_path(path)] = width
     for name, outputs in linear.items():
-        default = f"no number of the architecture's configuration is its width {outputs}"
-        reasons.setdefault(name, "has a single output" if outputs == 1 else default)
+        default = Reason("no_width_argument", outputs=outputs)
+        reasons.setdefault(name, (Reason("one_output") if outputs == 1 else default,))
         for number, value in splits.items():
             if outputs > value and outputs % value == 0:
-                reasons[name] += (
-                    f"; nothing grows with {number}, as where a class splits one width among heads"
-                )
+                reasons[name] = (*reasons[name], Reason("split_width", argument=number))
     taken = {maker for width in found.values() for maker in width.makers}
     return found, {name: why for name, why in reasons.items() if name not in taken}
 
@@ -139,7 +138,8 @@ def _width(model: Model, before: Shapes, path: Path, value: int) -> Width:
         if after is not None and after.keys() == before.keys():
             break
     else:
-        raise NotAWidth("tensors_differ") if built else NotProportional("not_built")
+        why = Reason("width_not_built")
+        raise NotAWidth(why) if built else NotProportional(why)
     makers: dict[str, int] = {}
     readers: dict[str, int] = {}
     for name, shape in before.items():
@@ -151,16 +151,18 @@ def _width(model: Model, before: Shapes, path: Path, value: int) -> Width:
             continue
         owner = first_name[module]  # a module in two places goes by the first
         if isinstance(module, PackedLinear):
-            raise NotAWidth("already_quantized", layer=owner, format=module.storage.name)
+            already = Reason("prune_before_quantizing", module=owner, format=module.storage.name)
+            raise NotAWidth(already)
         if isinstance(module, FactoredLinear):
-            raise NotAWidth("already_factored", layer=owner)
+            raise NotAWidth(Reason("prune_before_factorizing", module=owner))
         if not isinstance(module, nn.Linear | nn.BatchNorm1d | nn.PReLU):
-            raise NotAWidth("other_size", argument=describe_path(path), module=owner)
+            raise NotAWidth(Reason("size_of_other", argument=describe_path(path), module=owner))
         grown = [new - old for old, new in zip(shape, after[name], strict=True)]
         if isinstance(module, nn.Linear) and leaf == "weight":
             in_step = not grown[0] or grown[0] * value == step * shape[0]
             if not in_step or grown[0] % step or grown[1] % step:
-                raise NotProportional("other_growth", layer=owner, argument=describe_path(path))
+                unlike = Reason("grows_differently", module=owner, argument=describe_path(path))
+                raise NotProportional(unlike)
             if grown[0]:
                 makers[owner] = grown[0] // step
             if grown[1]:
@@ -168,11 +170,8 @@ def _width(model: Model, before: Shapes, path: Path, value: int) -> Width:
         elif not isinstance(module, nn.Linear):
             readers[owner] = grown[0] // step
     if not makers or not readers:
-        raise (
-            NotAWidth("not_between_layers", argument=describe_path(path))
-            if makers or readers
-            else NotProportional("not_between_layers", argument=describe_path(path))
-        )
+        why = Reason("not_between_layers", argument=describe_path(path))
+        raise NotAWidth(why) if makers or readers else NotProportional(why)
     return Width(path, value, makers, readers)
 
 

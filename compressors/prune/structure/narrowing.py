@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from compressors.contracts import DenseInput, Signature, is_out_of_memory
+from compressors.contracts.reasons import Reason
 from compressors.core.batches import example
 from compressors.core.model import Model
 from compressors.core.modules.composed import ComposedTable
@@ -67,11 +68,11 @@ def prove(model: Model, signature: Signature, cut: Cut) -> None:
     except Exception as fault:  # whatever a class raises, it says that this width is not free
         if is_out_of_memory(fault):
             raise
-        raise NotAWidth(
-            "network_fails", width=cut.width.description(), count=cut.count, problem=str(fault)
-        ) from fault
+        width = cut.width.description()
+        fails = Reason("narrower_fails", width=width, count=cut.count, fault=str(fault))
+        raise NotAWidth(fails) from fault
     if gap is not None:
-        raise NotAWidth("channels_read_elsewhere", gap=gap)
+        raise NotAWidth(Reason("channels_read", gap=gap))
 
 
 def without_channels(

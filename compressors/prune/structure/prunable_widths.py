@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from compressors.contracts import Signature
+from compressors.contracts.reasons import Reason
 from compressors.core.model import Model
 from compressors.core.units import Choice, table_rows
 from compressors.errors.widths import NotAWidth
@@ -15,7 +16,7 @@ from compressors.prune.structure.narrowing import Cut, prove
 
 @dataclass(frozen=True)
 class PrunableWidths:
-    """The widths that can be cut, and what is said of every dense layer."""
+    """The widths that can be cut, and the choice of every dense layer."""
 
     readers: tuple[Readers, ...]
     choices: dict[str, Choice]
@@ -43,9 +44,9 @@ def prunable_widths(
         choices: which dense layers are wanted.
         share: of its units that a width keeps, about.
         multiple: of channels.
-        searched: whether a width may be told to keep fewer than that.
+        searched: whether a width may keep fewer than that.
     """
-    told = dict(choices)
+    result = dict(choices)
     widths, reasons = find_widths(model)
     found: list[Readers] = []
     taken: set[str] = set()
@@ -58,24 +59,20 @@ def prunable_widths(
             found.append(_proved(model, signature, width, count))
         except NotAWidth as fault:
             for name in width.makers:  # of two numbers the first is more likely its width
-                reasons.setdefault(name, fault.reason)
+                reasons.setdefault(name, (fault.reason,))
         else:
             taken |= width.makers.keys()
     for name, choice in choices.items():
         if choice.take and name not in taken:
-            told[name] = Choice(False, reasons[name])
-    return PrunableWidths(tuple(found), told)
+            result[name] = Choice(False, reasons[name])
+    return PrunableWidths(tuple(found), result)
 
 
 def _require_choices(width: Width, choices: Mapping[str, Choice]) -> None:
     for name in width.makers:
         if not choices[name].take:
-            raise NotAWidth(
-                "shared_width_excluded",
-                width=width.description(),
-                layer=name,
-                reason=choices[name].reason,
-            )
+            why = choices[name].reasons
+            raise NotAWidth(Reason("shares_width", width=width.description(), layer=name, why=why))
 
 
 def _tried(width: Width, share: float, multiple: int, *, searched: bool) -> int:
@@ -85,17 +82,17 @@ def _tried(width: Width, share: float, multiple: int, *, searched: bool) -> int:
     if count >= width.value and searched:
         count = step
     if count >= width.value:
-        raise (
-            NotAWidth(
-                "groups_few",
+        if max(width.makers.values()) > 1:
+            no_fewer = Reason(
+                "no_fewer_groups",
                 groups=width.value,
                 width=width.description(),
                 share=share,
                 multiple=step,
             )
-            if max(width.makers.values()) > 1
-            else NotAWidth("channels_few", channels=width.value, share=share, multiple=step)
-        )
+        else:
+            no_fewer = Reason("no_fewer_channels", channels=width.value, share=share, multiple=step)
+        raise NotAWidth(no_fewer)
     return count
 
 

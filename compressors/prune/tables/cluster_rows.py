@@ -16,6 +16,7 @@ from pydantic import Field
 from torch import Tensor
 
 from compressors.contracts import Bench, Change, Frozen, Part
+from compressors.contracts.reasons import Reason
 from compressors.core.composition_steps import (
     UNSEEN,
     FittedParts,
@@ -96,13 +97,13 @@ class ClusterRows(Frozen):
         """Replace every chosen table by its hot rows, its clusters and a map."""
         _, designs = self._designs(model)
         counts = lookup_counts(model, bench, designs)
-        notes = {}
+        notes: dict[str, tuple[Reason, ...]] = {}
 
         def fit(name: str, table: Tensor, made: Design) -> FittedParts:  # noqa: ARG001
             hot, clusters = self._sizes(len(table))
             place, unique = clustered(table, counts[name], hot, clusters)
             touched = share(counts[name], ~most(counts[name], hot))
-            notes[name] = f"{touched:.2%} of the lookups get a shared row"
+            notes[name] = (Reason("shared_lookups", share=touched),)
             return FittedParts({"planes": byte_planes(place, len(unique))}, {"unique": unique})
 
         return replace(recompose(model, designs, fit), notes=notes)
@@ -117,8 +118,8 @@ class ClusterRows(Frozen):
     def design(self, rows: int, dim: int) -> Design:  # noqa: ARG002
         """How a table of ``rows x dim`` is made."""
         hot, clusters = self._sizes(rows)
-        words = f"{hot:,} of {rows:,} rows stay, the others share {clusters:,}"
-        return Design(COMPOSITION, {"places": hot + clusters}, words)
+        reason = Reason("clustered_rows", hot=hot, rows=rows, clusters=clusters)
+        return Design(COMPOSITION, {"places": hot + clusters}, reason)
 
     def _sizes(self, rows: int) -> tuple[int, int]:
         """How many rows stay, and how many the others share."""

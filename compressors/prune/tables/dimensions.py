@@ -19,6 +19,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from compressors.contracts import Bench, Change, Frozen, Part
+from compressors.contracts.reasons import Reason
 from compressors.core.composition_steps import (
     FittedParts,
     choose_composed,
@@ -132,9 +133,9 @@ class Dimensions(Frozen):
         return dry_run_composed(model, self._designs(model)[1])
 
     def _designs(self, model: Model) -> tuple[dict[str, Choice], dict[str, Design]]:
-        def shaped(rows: int, dim: int) -> Design | str:  # noqa: ARG001
+        def shaped(rows: int, dim: int) -> Design | Reason:  # noqa: ARG001
             count = share_or_number(self.keep, dim)
-            reason = f"{count} of {dim} stay, by {self.importance}; form low_rank"
+            reason = Reason("kept_dimensions", kept=count, dim=dim, importance=self.importance)
             return Design(COMPOSITION, {"rank": count}, reason)
 
         return choose_composed(model, self.tables, self.min_rows, self.kind, shaped)

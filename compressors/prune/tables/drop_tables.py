@@ -19,6 +19,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from compressors.contracts import Bench, Change, Frozen, Part
+from compressors.contracts.reasons import Reason
 from compressors.core.composition_steps import UNSEEN
 from compressors.core.model import Model
 from compressors.core.modules.composed import ComposedTable, Composition, Parts, PartSpec
@@ -128,9 +129,11 @@ class DropTables(Frozen):
         if bench.signature.task == "retrieval":
             raise NothingToCompress("row_metric_missing", step=self.kind)
         choices = choose_tables(Unit.of(model.module), self.tables, self.min_rows, self.kind)
-        reason = f"drop_tables: if {bench.signature.metric} falls by at most {self.most_loss:g}"
+        tried = Reason(
+            "dropped_if", step=self.kind, metric=bench.signature.metric, most_loss=self.most_loss
+        )
         return {
-            name: replace(choice, reason=reason) if choice.take else choice
+            name: replace(choice, reasons=(tried,)) if choice.take else choice
             for name, choice in choices.items()
         }
 
@@ -151,7 +154,8 @@ class DropTables(Frozen):
         counts = lookup_counts(model, bench, taken)
         before = quality(model.module, bench.signature, bench.validation)
         cost = {n: permutation_loss(model, bench, n, before, self.repeats) for n in taken}
-        metric, notes = bench.signature.metric, {}
+        metric = bench.signature.metric
+        notes: dict[str, tuple[Reason, ...]] = {}
         for name in sorted(taken, key=lambda name: cost[name]):
             tried = model.private()
             unit = taken[name]
@@ -160,9 +164,9 @@ class DropTables(Frozen):
             change = quality(tried.module, bench.signature, bench.validation) - before
             if change >= -self.most_loss:
                 model = tried
-                notes[name] = f"dropped, {metric} {change:+.5f} with all dropped so far"
+                notes[name] = (Reason("table_dropped", metric=metric, change=change),)
             else:
-                notes[name] = f"stays, {metric} {change:+.5f} without it"
+                notes[name] = (Reason("table_kept", metric=metric, change=change),)
         return replace(model, notes=notes)
 
     def dry_run(self, model: Model, bench: Bench) -> Model:  # noqa: ARG002

@@ -15,6 +15,7 @@ from pydantic import Field
 from torch import Tensor
 
 from compressors.contracts import Bench, Change, Frozen, Part
+from compressors.contracts.reasons import Reason
 from compressors.core.composition_steps import UNSEEN
 from compressors.core.model import Model
 from compressors.core.modules.composed import Design
@@ -118,10 +119,13 @@ class MergeRows(Frozen):
         """Which tables are searched; only their values tell whether rows are alike."""
         units = Unit.of(model.module)
         choices = choose_tables(units, self.tables, self.min_rows, self.kind)
-        how = f"within {self.within:g} of a row's length" if self.within else "equal ones"
-        reason = f"merge_rows: {how}"
+        reason = (
+            Reason("merged_within", step=self.kind, within=self.within)
+            if self.within
+            else Reason("merged_equal", step=self.kind)
+        )
         return {
-            name: replace(choice, reason=reason) if choice.take else choice
+            name: replace(choice, reasons=(reason,)) if choice.take else choice
             for name, choice in choices.items()
         }
 
@@ -130,13 +134,13 @@ class MergeRows(Frozen):
         choices = self.choose(model, bench)
         taken = [u for u in Unit.of(model.module) if u.name in choices and choices[u.name].take]
         counts = lookup_counts(model, bench, [unit.name for unit in taken])
-        notes = {}
+        notes: dict[str, tuple[Reason, ...]] = {}
         for unit in taken:
             rows, dim = unit.weight.shape
             place, unique = merged(unit.weight, counts[unit.name] + UNSEEN, self.within)
-            words = f"{rows:,} -> {len(unique):,} rows"
-            made = Design(COMPOSITION, {"places": len(unique)}, words)
-            notes[unit.name] = words
+            reason = Reason("merged_rows", rows=rows, unique=len(unique))
+            made = Design(COMPOSITION, {"places": len(unique)}, reason)
+            notes[unit.name] = (reason,)
             if made.bytes(rows, dim) >= unit.bytes:
                 continue
             stored = {"planes": byte_planes(place, len(unique))}

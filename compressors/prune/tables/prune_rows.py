@@ -25,6 +25,7 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from compressors.contracts import Bench, Change, Frozen, Part
+from compressors.contracts.reasons import Reason
 from compressors.core.composition_steps import (
     UNSEEN,
     FittedParts,
@@ -131,10 +132,10 @@ class PruneRows(Frozen):
         return self._taken(model) if self.min_lookups else self._designs(model)[0]
 
     def _taken(self, model: Model) -> dict[str, Choice]:
-        reason = f"prune_rows: rows stay that training looks up at least {self.min_lookups} times"
+        reason = Reason("rows_by_lookups", step=self.kind, min_lookups=self.min_lookups)
         units = Unit.of(model.module)
         choices = choose_tables(units, self.tables, max(self.min_rows, 2), self.kind)
-        return {n: replace(c, reason=reason) if c.take else c for n, c in choices.items()}
+        return {n: replace(c, reasons=(reason,)) if c.take else c for n, c in choices.items()}
 
     def apply(self, model: Model, bench: Bench) -> Model:
         """Replace every chosen table by the rows that stay and a map."""
@@ -157,8 +158,8 @@ class PruneRows(Frozen):
                 case "gradient":
                     score = (gradients[name] * table.square()).double().sum(dim=1)
             kept = most(score, made.settings[_COUNT[made.composition.name]])
-            words = f"{made.words}, " if self.min_lookups else ""
-            notes[name] = f"{words}{share(counts[name], ~kept):.2%} of the lookups get another row"
+            touched = Reason("pruned_lookups", share=share(counts[name], ~kept))
+            notes[name] = (made.reason, touched) if self.min_lookups else (touched,)
             return self._stored(table, kept, counts[name])
 
         return replace(recompose(model, designs, fit), notes=notes)
@@ -194,27 +195,30 @@ class PruneRows(Frozen):
 
     def _rare(
         self, model: Model, counts: Mapping[str, Tensor]
-    ) -> tuple[dict[str, Design], dict[str, str]]:
+    ) -> tuple[dict[str, Design], dict[str, tuple[Reason, ...]]]:
         """What becomes of each table whose lookups are known, and why others stay as they are.
 
         A table is pruned if that saves bytes also once rows are stored in four bits: the map of
         rows does not become smaller.
         """
         designs: dict[str, Design] = {}
-        notes: dict[str, str] = {}
+        notes: dict[str, tuple[Reason, ...]] = {}
         for unit in Unit.of(model.module):
             if unit.name not in counts:
                 continue
             rows, dim = unit.weight.shape
             kept = max(1, int((counts[unit.name] >= self.min_lookups).sum()))
-            made = self._design(rows, kept, f"looked up at least {self.min_lookups} times")
+            reason = Reason(
+                "kept_rows_by_lookups", kept=kept, rows=rows, min_lookups=self.min_lookups
+            )
+            made = self._design(kept, reason)
             packed = min(2 * dim, -(-dim // 2) + 2)  # bytes of a row as float16 or int4
             parts = sum(p.rows for p in made.composition.parts(rows, dim, made.settings).values())
             own = made.bytes(rows, dim) - 4 * parts * dim  # the map
             if kept < rows and own + parts * packed < rows * packed:
                 designs[unit.name] = made
             else:
-                notes[unit.name] = f"{made.words}: a map of rows would cost more than it saves"
+                notes[unit.name] = (made.reason, Reason("row_map_too_large"))
         return designs, notes
 
     def _designs(self, model: Model) -> tuple[dict[str, Choice], dict[str, Design]]:
@@ -223,12 +227,12 @@ class PruneRows(Frozen):
     def design(self, rows: int, dim: int) -> Design:  # noqa: ARG002
         """How a table of ``rows x dim`` is made."""
         kept = min(rows - 1, max(1, round(self.keep * rows)))
-        return self._design(rows, kept, f"by {self.importance}")
+        reason = Reason("kept_rows", kept=kept, rows=rows, importance=self.importance)
+        return self._design(kept, reason)
 
-    def _design(self, rows: int, kept: int, why: str) -> Design:
-        words = f"{kept:,} of {rows:,} rows stay, {why}"
+    def _design(self, kept: int, reason: Reason) -> Design:
         form = row_map.COMPOSITION if self.pruned == "nearest" else COMPOSITION
-        return Design(form, {_COUNT[form.name]: kept}, words)
+        return Design(form, {_COUNT[form.name]: kept}, reason)
 
 
 _BLOCK_ROWS = 65_536

@@ -17,6 +17,7 @@ from pydantic import Field
 from torch import Tensor
 
 from compressors.contracts import Bench, Change, Frozen, Part
+from compressors.contracts.reasons import Reason
 from compressors.core.composition_steps import (
     FittedParts,
     choose_composed,
@@ -105,11 +106,11 @@ class Tiers(Frozen):
         """Part every chosen table by its lookups."""
         _, designs = self._designs(model)
         counts = lookup_counts(model, bench, designs)
-        notes = {}
+        notes: dict[str, tuple[Reason, ...]] = {}
 
         def fit(name: str, table: Tensor, made: Design) -> FittedParts:
             hot = most(counts[name], made.settings["hot"])
-            notes[name] = f"hot rows get {share(counts[name], hot):.2%} of the lookups"
+            notes[name] = (Reason("hot_lookups", share=share(counts[name], hot)),)
             within, before = kept_order(hot)
             return FittedParts(
                 {"within": within, "before": before}, {"hot": table[hot], "cold": table[~hot]}
@@ -129,4 +130,4 @@ class Tiers(Frozen):
     def design(self, rows: int, dim: int) -> Design:  # noqa: ARG002
         """How a table of ``rows x dim`` is made."""
         hot = min(rows - 1, max(1, round(self.hot * rows)))
-        return Design(COMPOSITION, {"hot": hot}, f"{hot:,} of {rows:,} rows are hot")
+        return Design(COMPOSITION, {"hot": hot}, Reason("hot_rows", hot=hot, rows=rows))

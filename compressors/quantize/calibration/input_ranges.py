@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from compressors.contracts import Bench
+from compressors.contracts.reasons import Reason
 from compressors.core.modules.formats import PackedLinear
 from compressors.core.units import Unit
 from compressors.quantize.calibration.layer_inputs import input_vectors, read_layer_inputs
@@ -53,7 +54,7 @@ class _Seen:
     largest: Tensor
 
 
-def input_range_warnings(source: nn.Module, result: nn.Module, bench: Bench) -> dict[str, str]:
+def input_range_warnings(source: nn.Module, result: nn.Module, bench: Bench) -> dict[str, Reason]:
     """The warning for every layer that a step made round its inputs too coarsely.
 
     Args:
@@ -112,7 +113,7 @@ def _inputs_of(result: nn.Module, units: Collection[Unit], bench: Bench) -> dict
     return seen
 
 
-def _warning(seen: _Seen, weight: Tensor) -> str | None:
+def _warning(seen: _Seen, weight: Tensor) -> Reason | None:
     """Judge one layer by its inputs and its float weight ``(out, in)``."""
     variance = (seen.second - seen.first.square() / seen.rows).clamp(min=0) / seen.rows
     noise = seen.error / seen.rows
@@ -131,13 +132,19 @@ def _warning(seen: _Seen, weight: Tensor) -> str | None:
         return None
     ranges, left = seen.largest[coarse], levels[coarse]
     widest = seen.largest.argsort(descending=True)[:SHOWN].tolist()
-    columns = ", ".join(f"{place} (up to {float(seen.largest[place]):.3g})" for place in widest)
-    return (
-        f"inputs of very different range share one scale: the range is {overall:.3g} overall, but "
-        f"{float(ranges.min()):.3g} to {float(ranges.max()):.3g} in {int(coarse.sum())} of "
-        f"{coarse.numel()} input channels, which keep {float(left.min()):.1f} to "
-        f"{float(left.max()):.1f} levels; their rounding alone changes the layer's output by "
-        f"{error:.1%} of its standard deviation. Widest channels: {columns}. Scale or normalize "
-        f"these inputs, run 'equalize' or 'smooth_quant' before this step, or leave the layer out "
-        f"of 'layers'"
+    channels = tuple(
+        Reason("channel_range", channel=place, largest=float(seen.largest[place]))
+        for place in widest
+    )
+    return Reason(
+        "mixed_input_ranges",
+        range=overall,
+        least_range=float(ranges.min()),
+        largest_range=float(ranges.max()),
+        coarse=int(coarse.sum()),
+        channels=coarse.numel(),
+        least_levels=float(left.min()),
+        most_levels=float(left.max()),
+        error=error,
+        widest=channels,
     )

@@ -13,6 +13,7 @@ from typing import Literal
 import torch
 
 from compressors.contracts import Bench, Change, Frozen, Part
+from compressors.contracts.reasons import Reason
 from compressors.core.model import Model
 from compressors.core.modules.formats import PackedLinear
 from compressors.core.placeholders import dry_run_packed
@@ -48,7 +49,8 @@ class BFloat16Dense(Frozen):
 
     def apply(self, model: Model, bench: Bench) -> Model:
         """Replace every chosen layer whose weights do not round to infinity."""
-        choices, kept = self.choose(model, bench), {}
+        choices = self.choose(model, bench)
+        kept: dict[str, tuple[Reason, ...]] = {}
         for unit in Unit.of(model.module):
             if unit.name not in choices or not choices[unit.name].take:
                 continue
@@ -59,7 +61,10 @@ class BFloat16Dense(Frozen):
                 "bias": (weight.new_zeros(len(weight)) if bias is None else bias).bfloat16(),
             }
             if not all(bool(torch.isfinite(tensor).all()) for tensor in stored.values()):
-                kept[unit.name] = f"holds {largest:g}, beyond bfloat16's {LARGEST:.3g}"
+                beyond = Reason(
+                    "beyond_largest", largest=largest, format=FORMAT.name, limit=LARGEST
+                )
+                kept[unit.name] = (beyond,)
                 continue
             outputs, inputs = weight.shape
             packed = PackedLinear(FORMAT, inputs, outputs, bias=bias is not None, stored=stored)

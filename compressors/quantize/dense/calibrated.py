@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from compressors.contracts import Bench
+from compressors.contracts.reasons import Reason
 from compressors.core.modules.formats import PackedLinear
 from compressors.core.units import Unit
 from compressors.errors.steps import RowsMissing, StepRefused
@@ -16,8 +17,9 @@ from compressors.quantize.calibration.calibrators import Histogram
 from compressors.quantize.calibration.layer_inputs import Receive, read_layer_inputs
 
 EVERY = "*"
-"""Layers of a step that was asked for no layer by name: one that cannot be scaled may stay."""
-UNSEEN = "saw no input but zeros on the calibration rows, so there is nothing to scale by"
+"""Layers of a step that names no layer: one that cannot be scaled may stay."""
+UNSEEN = Reason("zero_inputs")
+"""Why such a layer stays."""
 
 Calibrator = Literal["min_max", "percentile", "entropy", "mse", "best"]
 
@@ -29,20 +31,21 @@ class Calibrated(NamedTuple):
     """What takes a layer's place, the calibrator that found its range, and what is lost.
 
     ``error`` is the root mean square of the output's error on the calibration rows, as a share of
-    the output's own; None where nobody asked for it.
+    the output's own; None where it was not measured.
     """
 
     packed: PackedLinear
     calibrator: str
     error: float | None
 
-    def told(self) -> str:
-        """In half a sentence for the plan; nothing where nothing was chosen or measured."""
-        how = "" if self.calibrator == "min_max" else f"range by {self.calibrator}"
-        if self.error is None:
-            return how
-        lost = f"output off by {self.error:.2%} of its root mean square"
-        return f"{how}, {lost}" if how else lost
+    def reasons(self) -> tuple[Reason, ...]:
+        """What was chosen and measured, for the plan; empty where nothing was."""
+        found: list[Reason] = []
+        if self.calibrator != "min_max":
+            found.append(Reason("calibrated_range", calibrator=self.calibrator))
+        if self.error is not None:
+            found.append(Reason("output_error", share=self.error))
+        return tuple(found)
 
 
 def range_end(seen: Histogram, calibrator: str, share: float) -> Tensor:
@@ -150,6 +153,6 @@ def _scalable(unit: Unit, seen: Histogram) -> nn.Linear:
     return unit.module
 
 
-def notes_of(found: Mapping[str, Calibrated]) -> dict[str, str]:
-    """What the plan says of each layer."""
-    return {name: layer.told() for name, layer in found.items() if layer.told()}
+def notes_of(found: Mapping[str, Calibrated]) -> dict[str, tuple[Reason, ...]]:
+    """The reasons of each layer that has some, for the plan."""
+    return {name: layer.reasons() for name, layer in found.items() if layer.reasons()}

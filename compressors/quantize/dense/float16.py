@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from compressors.contracts import Bench, Change, Frozen, Part
+from compressors.contracts.reasons import Reason
 from compressors.core.model import Model
 from compressors.core.modules.formats import (
     PackedLinear,
@@ -41,11 +42,12 @@ def narrow(weight: Tensor) -> Tensor:
     return weight.detach().to(torch.float16)
 
 
-def beyond(*weights: Tensor | None) -> str | None:
+def beyond(*weights: Tensor | None) -> Reason | None:
     """Why float16 cannot hold some tensors, or None if it can."""
     for weight in weights:
         if weight is not None and not bool(torch.isfinite(narrow(weight)).all()):
-            return f"holds {float(weight.abs().max()):g}, beyond float16's {LARGEST:g}"
+            largest = float(weight.abs().max())
+            return Reason("beyond_largest", largest=largest, format="float16", limit=LARGEST)
     return None
 
 
@@ -118,11 +120,11 @@ class Float16(Frozen):
         kept = self._overflowing(module, dense, bench)
         notes = dict(model.notes)
         if bench.calibration is None:
-            notes |= {unit.name: "no rows to see its sums on" for unit in dense}
+            notes |= {unit.name: (Reason("sums_not_checked"),) for unit in dense}
         for unit in chosen:
             reason = beyond(unit.weight, unit.bias) or kept.get(unit.name)
             if reason is not None:
-                notes[unit.name] = reason
+                notes[unit.name] = (reason,)
             else:
                 swap(module, unit.name, _packed(unit))
         return replace(model, notes=notes)
@@ -134,7 +136,7 @@ class Float16(Frozen):
 
     def _overflowing(
         self, module: nn.Module, layers: Sequence[Unit], bench: Bench
-    ) -> dict[str, str]:
+    ) -> dict[str, Reason]:
         """Layers whose inputs or sums come too near the end of float16's range, and by how much."""
         if bench.calibration is None:
             return {}
@@ -157,8 +159,14 @@ class Float16(Frozen):
             receive=compare,
         )
         return {
-            name: f"{what} of {size:g} on the calibration rows, times headroom "
-            f"{self.headroom:g}, is beyond float16's {LARGEST:g}"
+            name: Reason(
+                "near_largest",
+                what=what,
+                size=size,
+                headroom=self.headroom,
+                format="float16",
+                limit=LARGEST,
+            )
             for name, met in largest.items()
             for what, size in met.items()
             if not size * self.headroom <= LARGEST  # NaN is beyond it too

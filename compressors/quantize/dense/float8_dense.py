@@ -212,7 +212,7 @@ class Float8Dense(Frozen):
         for unit in chosen:
             input_scale = largest[unit.name] / LARGEST
             if EVERY in self.layers and not largest[unit.name]:
-                notes[unit.name] = UNSEEN
+                notes[unit.name] = (UNSEEN,)
                 continue
             if not input_scale >= SMALLEST:
                 raise StepRefused("layer_inputs_zero", layer=unit.name)

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from compressors.contracts import Bench, Change, Frozen, Part
+from compressors.contracts.reasons import Reason
 from compressors.core.batches import Batch
 from compressors.core.model import Model
 from compressors.core.modules.formats import PackedLinear
@@ -34,9 +35,9 @@ from compressors.distill.training.settings import Training
 from compressors.distill.training.trainable import trainable
 from compressors.distill.training.trainer import Loss, train
 from compressors.distill.training.training_steps import (
+    outcome_of,
     pruned_layers,
     require_loss,
-    training_summary,
 )
 from compressors.errors.steps import RowsMissing, StepRefused
 from compressors.quantize.calibration.calibrators import LEVELS
@@ -220,10 +221,12 @@ class QAT(Frozen):
         )
         for name, layer in learned.items():
             swap(module, name, layer.packed())
-        told = training_summary(epochs, bench.signature.metric, self.training)
-        first = {name: f"began with {note}; " for name, note in notes_of(begun).items()}
-        notes = {name: f"{first.get(name, '')}{told}" for name in learned}
-        return replace(model, notes={**model.notes, **notes, **dict.fromkeys(unseen, UNSEEN)})
+        outcome = outcome_of(epochs, bench.signature.metric, self.training)
+        first = {
+            name: (Reason("training_start", start=note),) for name, note in notes_of(begun).items()
+        }
+        notes = {name: (*first.get(name, ()), *outcome) for name in learned}
+        return replace(model, notes={**model.notes, **notes, **dict.fromkeys(unseen, (UNSEEN,))})
 
     def dry_run(self, model: Model, bench: Bench) -> Model:
         """Every chosen layer in the format, without training."""

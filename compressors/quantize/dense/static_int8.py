@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from compressors.contracts import Bench, Change, Frozen, Part
+from compressors.contracts.reasons import Reason
 from compressors.core.model import Model
 from compressors.core.modules.formats import LinearFormat, PackedLinear, TensorSpec
 from compressors.core.placeholders import dry_run_packed
@@ -315,10 +316,11 @@ class StaticInt8(Frozen):
             lenient=EVERY in self.layers,
         )
         unseen = [name for name, choice in choices.items() if choice.take and name not in found]
-        notes = {**model.notes, **notes_of(found), **dict.fromkeys(unseen, UNSEEN)}
+        notes = {**model.notes, **notes_of(found), **dict.fromkeys(unseen, (UNSEEN,))}
         for name, layer in found.items():
             if self.most_error is not None and (layer.error or 0.0) > self.most_error:
-                notes[name] = f"as static_int8 {layer.told()}, above most_error {self.most_error:g}"
+                above = Reason("above_most_error", step=self.kind, most_error=self.most_error)
+                notes[name] = (*layer.reasons(), above)
             else:
                 swap(model.module, name, layer.packed)
         return replace(model, notes=notes)

@@ -18,6 +18,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from compressors.contracts import Bench, Change, Frozen, Part
+from compressors.contracts.reasons import Reason
 from compressors.core.model import Model
 from compressors.core.modules.formats import PackedLinear
 from compressors.core.placeholders import dry_run_packed
@@ -103,7 +104,7 @@ class WeightInt4(Frozen):
                 each = weight_only.of_inputs(scale, weight.shape[1], self.block)
                 steps = gptq(weight, nearest, gram, each, levels.half)
                 less = _error(steps, each, weight, gram) / _error(nearest, each, weight, gram)
-                notes[unit.name] = f"gptq leaves {less:.0%} of the error of outputs"
+                notes[unit.name] = (Reason("gptq_error", share=less),)
             outputs, inputs = weight.shape
             packed = PackedLinear(
                 FORMAT,

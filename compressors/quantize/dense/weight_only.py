@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from compressors.contracts.reasons import Reason
 from compressors.core.modules.formats import TensorSpec
 from compressors.core.units import Choice, Unit, choose_dense
 from compressors.quantize.kernels.clipping import fit
@@ -263,8 +264,8 @@ def choose_smaller(
             continue
         size = storage.bytes_of(unit, settings)
         if size >= unit.bytes:
-            reason = f"{storage.name} would take {size} bytes, not fewer than its {unit.bytes}"
-            choices[unit.name] = Choice(False, reason)
+            larger = Reason("not_smaller", step=storage.name, bytes=size, present=unit.bytes)
+            choices[unit.name] = Choice(False, (larger,))
     return choices
 
 

@@ -28,6 +28,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from compressors.contracts import Bench, Change, Frozen, Part
+from compressors.contracts.reasons import Reason
 from compressors.core.model import Model
 from compressors.core.modules.formats import PackedTable, TableFormat
 from compressors.core.placeholders import dry_run_packed
@@ -239,8 +240,8 @@ class AdditiveCodes(Frozen):
                 laid = FORMAT.layout(unit.rows, unit.weight.shape[1], self.settings()).values()
                 size = sum(math.prod(spec.shape) * spec.dtype.itemsize for spec in laid)
                 if size >= unit.bytes:
-                    words = f"its codes would take {size} bytes, now it takes {unit.bytes}"
-                    choices[unit.name] = Choice(False, words)
+                    larger = Reason("not_smaller", step=self.kind, bytes=size, present=unit.bytes)
+                    choices[unit.name] = Choice(False, (larger,))
         return choices
 
     def apply(self, model: Model, bench: Bench) -> Model:

@@ -25,6 +25,7 @@ from compressors.contracts import (
     overall,
     tensor_names,
 )
+from compressors.contracts.reasons import Reason
 
 USER = IdInput(name="user", table="user")
 
@@ -154,9 +155,12 @@ def test_a_bench_never_holds_test_data():
         Bench(signature=RANKER.signature, seconds=0)
 
 
+REASONS = (Reason("selected", step="s"),)
+
+
 def test_a_plan_finds_the_line_of_a_module():
     line = PlanLine(
-        module="user", role="table", format="f", bytes_before=2, bytes_after=1, reason="r"
+        module="user", role="table", format="f", bytes_before=2, bytes_after=1, reasons=REASONS
     )
     assert Plan(lines=(line,)).of("user") is line
     assert Plan(lines=(line,)).of("item") is None
@@ -213,7 +217,7 @@ def test_a_limit_has_exactly_one_bound(bounds):
     ],
 )
 def test_the_worst_measured_target_decides(outcomes, expected):
-    verdicts = [Verdict(target="onnxruntime", outcome=item, reason="r") for item in outcomes]
+    verdicts = [Verdict(target="onnxruntime", outcome=item, reasons=REASONS) for item in outcomes]
     assert overall(verdicts) == expected
 
 

@@ -10,6 +10,7 @@ from models import NORMED, RANKER, Reference
 from torch import Tensor, nn
 
 from compressors.contracts import Architecture, Bench, Network
+from compressors.contracts.reasons import Reason
 from compressors.core.model import Model
 from compressors.core.runner import run
 from compressors.core.units import Choice, Unit
@@ -32,10 +33,11 @@ class Changed:
 
     def choose(self, model: Model, bench: Bench) -> dict[str, Choice]:
         if self.chosen == "nothing but user":
-            return {"user": Choice(True, "as ordered")}
+            return {"user": Choice(True, (Reason("selected", step=self.kind),))}
         if self.chosen == "everything":
             units = Unit.of(model.module)
-            return {unit.name: Choice(True, "as ordered") for unit in units}
+            taken = Choice(True, (Reason("selected", step=self.kind),))
+            return {unit.name: taken for unit in units}
         return Float16().choose(model, bench)
 
     def apply(self, model: Model, bench: Bench) -> Model:
@@ -187,9 +189,9 @@ def test_a_network_that_fails_on_ids_its_schema_allows_is_refused(tmp_path):
 
 @dataclass(frozen=True)
 class Told:
-    """Float16 on everything but one layer, which its notes speak of or do not."""
+    """Float16 on all layers but one, with or without a note about that one."""
 
-    notes: dict[str, str]
+    notes: dict[str, tuple[Reason, ...]]
     kind: str = "told"
     changes: str = "format"
     needs: tuple[str, ...] = ()
@@ -207,10 +209,11 @@ class Told:
 
 def test_a_layer_may_stay_in_its_format_only_if_the_step_says_why(tmp_path):
     bench = RANKER.bench(tmp_path / "data")
-    result = run(Told({"out": "reaches 7e4"}), RANKER.model(), bench, tmp_path / "out")
+    note = Reason("as_written", text="reaches 7e4")
+    result = run(Told({"out": (note,)}), RANKER.model(), bench, tmp_path / "out")
     line = result.plan.of("out")
     assert (line.format, line.steps) == ("float32", ())
-    assert line.reason == "kept float32; reaches 7e4"
+    assert line.reasons == (Reason("kept_format", format="float32"), note)
     assert result.plan.of("cross").format == "float16"
     with raises_code(ContractBroken, "unit_kept", unit="out"):
         run(Told({}), RANKER.model(), bench, tmp_path / "again")

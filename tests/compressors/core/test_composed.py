@@ -10,8 +10,10 @@ import torch
 from error_codes import raises_code
 from model_scores import stored_bytes
 from models import PARTS, RANKER, Graph, Reference, graph, whole
+from reason_codes import with_code
 from test_steps import pairs, ran
 
+from compressors.contracts.reasons import Reason
 from compressors.core.batches import example
 from compressors.core.dry_run import dry_run
 from compressors.core.model import Model
@@ -55,9 +57,9 @@ def test_parts_are_plain_tables_with_lines_of_their_own(method, reference: Refer
         assert line.steps == (step.kind,)
         parts = [u for u in Unit.of(result.module) if u.part_of == unit.name]
         for part in parts:
-            told = result.plan.of(part.name)
-            assert (told.format, told.bytes_before, told.bytes_after) == ("float32", 0, part.bytes)
-            assert told.reason == f"a part of {unit.name}"
+            own = result.plan.of(part.name)
+            assert (own.format, own.bytes_before, own.bytes_after) == ("float32", 0, part.bytes)
+            with_code(own.reasons, "part_of", unit=unit.name)
         whole = line.bytes_after + sum(part.bytes for part in parts)
         stored = {k: v for k, v in mapped(done.folder).items() if k.startswith(unit.name)}
         assert whole == stored_bytes(stored)
@@ -77,7 +79,7 @@ def test_a_later_step_packs_the_parts(method, packer, tmp_path):
         line = packed.plan.of(name)
         assert line.format == step.kind == packed.network.modules[name].format
         assert line.steps == (step.kind,)
-        assert line.reason == f"{step.kind} as ordered"
+        assert line.reasons == (Reason("selected", step=step.kind),)
     for unit in composed_units(made):
         assert packed.plan.of(unit.name) == made.plan.of(unit.name)
     assert sum(line.bytes_after for line in packed.plan.lines) == stored_bytes(
@@ -108,7 +110,7 @@ def test_tables_in_tables_have_one_line_each(tmp_path):
         held = stored_bytes(mapped(tmp_path / str(number)))
         assert sum(line.bytes_after for line in model.plan.lines) == held
         assert sum(line.bytes_after for line in predicted.lines) == held
-    assert model.plan.of("user.cold.narrow.narrow").reason == "a part of user.cold.narrow"
+    with_code(model.plan.of("user.cold.narrow.narrow").reasons, "part_of", unit="user.cold.narrow")
 
 
 @every_method
@@ -125,7 +127,7 @@ def test_a_table_in_two_places_is_made_of_the_same_parts_in_both(method):
     result = ran(method, "Tied").result
     assert isinstance(result.module.user, ComposedTable)
     assert result.module.friend is result.module.user
-    assert result.plan.of("item").reason == "shares its weight with similar"
+    with_code(result.plan.of("item").reasons, "shares_weight", unit="similar")
 
 
 # Each on a table of its own, so that one graph has several of them.

@@ -1,7 +1,5 @@
 """What a step is predicted to make is what it makes."""
 
-import re
-
 import models
 import pytest
 import torch
@@ -38,15 +36,15 @@ def without_files(bench: Bench) -> Bench:
 
 
 def without_notes(made: Plan, predicted: Plan) -> Plan:
-    """A plan without what its step found out while it worked."""
+    """A plan without what its step measured while it worked."""
 
-    def told(line: PlanLine) -> PlanLine:
+    def foreseen(line: PlanLine) -> PlanLine:
         before = predicted.of(line.module)
-        if before is not None and line.reason.startswith(f"{before.reason}; "):
-            return line.model_copy(update={"reason": before.reason})
+        if before is not None and line.reasons[: len(before.reasons)] == before.reasons:
+            return line.model_copy(update={"reasons": before.reasons})
         return line
 
-    return Plan(lines=tuple(map(told, made.lines)))
+    return Plan(lines=tuple(map(foreseen, made.lines)))
 
 
 @every_pair
@@ -73,10 +71,13 @@ def test_a_recipes_plan_is_known_before(recipe, tmp_path):
 
 
 def without_outcome(plan):
-    """The plan without what training came to, which nobody can know before."""
-    told = r"; train(ed|ing \() ?\d+ epochs?[^;]*"
+    """The plan without the outcome of training, which is not known before."""
+    outcome = {"trained_to_epoch", "still_rising"}
     lines = (
-        line.model_copy(update={"reason": re.sub(told, "", line.reason)}) for line in plan.lines
+        line.model_copy(
+            update={"reasons": tuple(why for why in line.reasons if why.code not in outcome)}
+        )
+        for line in plan.lines
     )
     return plan.model_copy(update={"lines": tuple(lines)})
 

@@ -7,11 +7,13 @@ import pytest
 import torch
 from error_codes import raises_code
 from models import Reference
+from reason_codes import with_code
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrizations
 
 from compressors.contracts import Bench, DenseInput, IdInput, Signature
+from compressors.contracts.reasons import Reason
 from compressors.core.dry_run import dry_run
 from compressors.core.model import Model
 from compressors.core.registries import AnyStep
@@ -288,16 +290,18 @@ def test_what_is_skipped_has_its_reason_in_its_line_and_in_a_remark(
     line = result.plan.of(name)
     assert line is not None
     assert (line.format, line.steps) == ("float32", ())
-    assert line.reason.startswith("skipped by float16: forward code")
-    (remark,) = result.plan.remarks
-    assert remark.startswith(f"float16 skipped {name!r}: forward code")
+    skipped = with_code(line.reasons, "skipped", step="float16")
+    why = skipped.fields["why"]
+    assert why.code in ("weight_read", "attributes_read")
+    assert result.plan.reasons == (Reason("unit_skipped", step="float16", unit=name, why=why),)
     # The dry run gives the same plan, and a later step keeps the remark.
     assert dry_run(step, source, bench).plan == result.plan
     if name == "item":
         then = run_or_skip(StaticInt8(), source, bench, tmp_path / "then")
         later = run_or_skip(RowwiseInt8(), then, bench, tmp_path / "later")
         assert later.plan is not None
-        assert later.plan.remarks[0].startswith("rowwise_int8 skipped 'item': forward code")
+        again = with_code(later.plan.reasons[:1], "unit_skipped", step="rowwise_int8", unit="item")
+        assert again.fields["why"] == why
 
 
 @pytest.mark.parametrize(
@@ -336,8 +340,8 @@ def test_a_pattern_with_an_exclamation_mark_excludes_units(tmp_path: Path) -> No
         plan = run_or_skip(RowwiseInt8(tables=tables), source, bench, tmp_path / str(tables)).plan
         assert plan is not None
         assert [line.format for line in plan.lines[:2]] == ["rowwise_int8", "float32"]
-        assert plan.lines[1].reason == f"not among {', '.join(tables)}"
-        assert plan.remarks == ()
+        with_code(plan.lines[1].reasons, "not_matched", patterns=tables)
+        assert plan.reasons == ()
 
 
 @pytest.mark.parametrize("step", [RowwiseInt8(), Float16(), RowwiseInt4()], ids=lambda s: s.kind)
@@ -351,8 +355,10 @@ def test_a_unit_that_only_fails_once_it_is_compressed_is_found_and_skipped(
     assert result.plan is not None
     formats = {line.module: line.format for line in result.plan.lines}
     assert (formats["user"], formats["item"]) == (step.kind, "float32")
-    (remark,) = result.plan.remarks
-    assert remark.startswith(f"{step.kind} skipped 'item': After '{step.kind}' the network no")
+    (skipped,) = result.plan.reasons
+    with_code([skipped], "unit_skipped", step=step.kind, unit="item")
+    fault = with_code([skipped], "step_failed").fields["fault"]
+    assert fault.startswith(f"After '{step.kind}' the network no")
     named = step.model_copy(update={"tables": ("item", "user")})
     with raises_code(StepRefused, "unit_not_changeable", unit="item"):
         run_or_skip(named, source, bench, tmp_path / "named")
@@ -383,8 +389,10 @@ def test_a_fold_that_changes_scores_at_one_layer_skips_that_layer(
     result = run_or_skip(Fold(), source, reference.bench(tmp_path / "data"), tmp_path / "out")
     assert result.plan is not None
     assert [line.module for line in result.plan.lines if line.steps == ("fold",)] == ["first"]
-    (remark,) = result.plan.remarks
-    assert remark.startswith("fold skipped 'second': After 'fold' the network scores otherwise")
+    (skipped,) = result.plan.reasons
+    with_code([skipped], "unit_skipped", step="fold", unit="second")
+    fault = with_code([skipped], "step_failed").fields["fault"]
+    assert fault.startswith("After 'fold' the network scores otherwise")
 
 
 @pytest.mark.parametrize("network", NETWORKS, ids=lambda n: n.__name__)

@@ -6,6 +6,7 @@ import pytest
 import torch
 from error_codes import raises_code
 from models import ATTENTION, BENCH_ROWS, NORMED, QUICKLY, RANKER
+from reason_codes import codes_of, with_code
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -210,8 +211,10 @@ def test_tables_alone_learn_and_dense_layers_stay(tmp_path):
     before = RANKER.model().module.state_dict()
     for name, tensor in result.module.state_dict().items():
         assert torch.equal(tensor, before[name]) == (name.partition(".")[0] not in NAMES), name
-    assert result.plan.of("hidden").reason == "distill leaves dense layers as they are"
-    assert result.plan.of("user").reason.startswith("distill on 96 rows; train")
+    assert codes_of(result.plan.of("hidden").reasons) == ["dense_not_trained"]
+    reasons = result.plan.of("user").reasons
+    assert codes_of(reasons)[:2] == ["trained_on_rows", "trained_to_epoch"]
+    with_code(reasons, "trained_on_rows", step="distill", rows=96)
 
 
 def test_tables_alone_may_be_packed(tmp_path):
@@ -245,7 +248,8 @@ def test_a_student_takes_packed_tables_over_as_they_are(method, tmp_path):
             assert torch.equal(stored[name], before[name]), name
     assert result.module.hidden.out_features == 8
     assert result.plan.of("item").format == packed.plan.of("item").format
-    assert "16x40 -> 8x40 in the student" in result.plan.of("hidden").reason
+    reasons = result.plan.of("hidden").reasons
+    with_code(reasons, "smaller_in_student", before="16x40", after="8x40")
 
 
 def test_a_student_that_wants_a_packed_table_narrower_is_refused(tmp_path):

@@ -1,15 +1,15 @@
 """Students: what they learn from the original, and which are refused."""
 
-import re
-
 import models
 import pytest
 import torch
 from error_codes import raises_code
 from models import BENCH_ROWS, NORMED, QUICKLY, RANKER, Reference
+from reason_codes import codes_of, with_code
 from torch import Tensor, nn
 
 from compressors.contracts import Signature, Split
+from compressors.contracts.reasons import Reason
 from compressors.core.batches import batches
 from compressors.core.dry_run import dry_run
 from compressors.core.runner import run
@@ -64,10 +64,14 @@ def test_a_smaller_student_is_built_from_a_configuration(tmp_path):
     assert result.network.architecture.config == {"width": 8}
     assert result.module.hidden.out_features == 8
     assert torch.equal(result.module.item.weight, RANKER.model().module.item.weight)
-    reason = result.plan.of("hidden").reason
-    assert reason.startswith("distill on 96 rows, 16x40 -> 8x40 in the student; train")
-    assert re.search(r"trained \d+ epochs?, auc 0\.\d{5} -> 0\.\d{5} on validation rows", reason)
-    assert result.plan.of("item").reason == "distill leaves tables as they are"
+    reasons = result.plan.of("hidden").reasons
+    assert codes_of(reasons)[:3] == ["trained_on_rows", "smaller_in_student", "trained_to_epoch"]
+    with_code(reasons, "trained_on_rows", step="distill", rows=96)
+    with_code(reasons, "smaller_in_student", before="16x40", after="8x40")
+    trained = with_code(reasons, "trained_to_epoch", metric="auc")
+    assert 1 <= trained.fields["epoch"] <= QUICKLY.epochs
+    assert 0 < trained.fields["before"] < trained.fields["after"] < 1
+    assert result.plan.of("item").reasons == (Reason("tables_not_trained", step="distill"),)
 
 
 def test_a_student_that_cannot_be_built_or_comes_too_late_is_refused(tmp_path):
@@ -126,7 +130,7 @@ def test_a_student_with_fewer_layers_drops_the_others_from_the_plan(tmp_path):
     result = run(step, reference.model(), bench, tmp_path / "out")
     line = result.plan.of("layers.1")
     assert (line.format, line.bytes_after) == ("dropped", 0)
-    assert line.reason == "distill on 96 rows, not in the student"
+    assert codes_of(line.reasons) == ["trained_on_rows", "not_in_student"]
     assert sum(item.bytes_after for item in result.plan.lines) == sum(
         t.numel() * t.element_size() for t in mapped(tmp_path / "out").values()
     )
@@ -139,8 +143,9 @@ def test_a_student_with_narrower_tables_trains_them(tmp_path):
     step = Distill(student={"dim": 2}, training=how)
     result = run(step, reference.model(), bench, tmp_path / "out")
     assert result.module.user.weight.shape == (15, 2)
-    reason = result.plan.of("user").reason
-    assert reason.startswith("distill on 96 rows, 15x4 -> 15x2 in the student; train")
+    reasons = result.plan.of("user").reasons
+    assert codes_of(reasons)[:3] == ["trained_on_rows", "smaller_in_student", "trained_to_epoch"]
+    with_code(reasons, "smaller_in_student", before="15x4", after="15x2")
 
 
 def test_soft_labels_must_be_one_a_row(tmp_path):

@@ -9,6 +9,7 @@ import torch
 from error_codes import raises_code
 from models import ATTENTION, NORMED, QUICKLY, RANKER, Reference
 from pydantic import ValidationError
+from reason_codes import with_code
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -145,13 +146,12 @@ def test_only_tables_with_codebooks_are_taken_and_the_others_say_why(bench, tmp_
         bench,
         tmp_path / "x",
     )
-    said = {line.module: line.reason for line in after.plan.lines}
-    assert "refit_codes in 1 rounds" in said["item"]
+    with_code(after.plan.of("item").reasons, "refitted", step="refit_codes", rounds=1)
     assert torch.equal(after.module.tags.table.codes, before.module.tags.table.codes)
     chosen = RefitCodes(tables=("item", "user")).choose(before, bench)
-    assert chosen["user"].reason == "bfloat16 has no codes"
-    assert chosen["city"].reason == "not among item, user"
-    assert chosen["tags"].reason == "not among item, user"
+    with_code(chosen["user"].reasons, "no_codes", format="bfloat16")
+    for name in ("city", "tags"):
+        with_code(chosen[name].reasons, "not_matched", patterns=("item", "user"))
 
 
 def test_a_table_means_its_parts_too(bench, tmp_path):
@@ -376,9 +376,8 @@ def test_codebooks_of_float16_say_that_they_are_not_trained(bench, tmp_path):
     assert torch.equal(after.module.item.codebook, before.module.item.codebook)
     choice = FineTune(training=TABLES).choose(before, bench)["item"]
     assert not choice.take
-    assert choice.reason == (
-        "fine_tune trains only float32, and the codebook of product_codes is float16"
-    )
+    why = with_code(choice.reasons, "trains_float32_only", step="fine_tune", dtype="float16")
+    assert (why.fields["tensor"], why.fields["format"]) == ("codebook", "product_codes")
 
 
 def test_a_penalty_on_tables_makes_packed_ones_smaller_as_they_are_read(bench, tmp_path):

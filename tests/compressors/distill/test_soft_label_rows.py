@@ -11,10 +11,12 @@ from error_codes import raises_code
 from hypothesis import given
 from models import ATTENTION, BENCH_ROWS, QUICKLY, RANKER, Reference
 from pydantic import ValidationError
+from reason_codes import codes_of, with_code
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from compressors.contracts import Bench, Split
+from compressors.contracts.reasons import Reason
 from compressors.core.batches import JoinedRows, Rows, batches
 from compressors.core.dry_run import dry_run
 from compressors.core.runner import run
@@ -108,8 +110,9 @@ def test_a_student_learns_from_traffic_alone_and_never_sees_its_labels(tmp_path)
         result = run(step, RANKER.model(), bench, tmp_path / str(label) / "out")
         results.append(mapped(tmp_path / str(label) / "out"))
         assert likeness(result.module, bench, RANKER) > 0.5  # it was -1
-        reason = result.plan.of("hidden").reason
-        assert reason.startswith(f"distill on {BENCH_ROWS} rows of traffic; trained ")
+        reasons = result.plan.of("hidden").reasons
+        assert codes_of(reasons)[:2] == ["trained_on_traffic", "trained_to_epoch"]
+        with_code(reasons, "trained_on_traffic", traffic=BENCH_ROWS)
     torch.testing.assert_close(*results, rtol=0, atol=0)
 
 
@@ -140,9 +143,11 @@ def test_a_student_of_both_is_planned_and_trained_on_both(tmp_path):
     foreseen = dry_run(step, RANKER.model(), bench).plan
     result = run(step, RANKER.model(), bench, tmp_path / "out")
     assert [line.format for line in result.plan.lines] == [line.format for line in foreseen.lines]
-    words = "distill on 96 rows and 96 rows of traffic"
-    assert foreseen.of("hidden").reason == words
-    assert result.plan.of("hidden").reason.startswith(f"{words}; trained ")
+    both = Reason("trained_on_both", step="distill", rows=96, traffic=96)
+    assert foreseen.of("hidden").reasons == (both,)
+    reasons = result.plan.of("hidden").reasons
+    assert reasons[0] == both
+    assert reasons[1].code == "trained_to_epoch"
     assert likeness(result.module, bench, RANKER) > 0.5
 
 
@@ -212,7 +217,8 @@ def test_the_plan_says_how_many_models_taught(tmp_path):
     other = {"uri": "file:///a", "sha256": "4" * 64, "bytes": 1}
     bench = Bench.model_validate({**dict(bench), "teachers": [other, other]})
     plan = dry_run(Distill(), RANKER.model(), bench).plan
-    assert plan.of("hidden").reason == "distill on 96 rows, taught by 3 models"
+    assert codes_of(plan.of("hidden").reasons) == ["trained_on_rows", "several_teachers"]
+    with_code(plan.of("hidden").reasons, "several_teachers", teachers=3)
 
 
 # --- orders that contradict themselves -------------------------------------------------------

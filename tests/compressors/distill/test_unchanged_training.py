@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 from models import RANKER
+from reason_codes import with_code
 from safetensors.torch import load_file, save_file
 
 from compressors.contracts import Bench
@@ -44,9 +45,11 @@ def test_a_training_that_restored_its_start_says_so(step: AnyStep, tmp_path: Pat
         source = run(RowwiseInt4(), source, bench, tmp_path / "codes")
     plan = run(step, source, bench, tmp_path / "out").plan
     assert plan is not None
-    (remark,) = plan.remarks
-    assert remark.startswith(f"{step.kind} changed nothing: ")
-    assert "better than the start" in remark or "nothing better was found" in remark
+    (reason,) = plan.reasons
+    assert reason.fields["step"] == step.kind
+    if reason.code != "step_found_nothing":
+        assert reason.code == "step_changed_nothing"
+        with_code([reason], "training_unchanged")
 
 
 def test_a_training_that_changed_something_says_nothing(tmp_path: Path) -> None:
@@ -55,7 +58,7 @@ def test_a_training_that_changed_something_says_nothing(tmp_path: Path) -> None:
     for step in (FineTune(training=settings), L1Training(training=settings)):
         plan = run(step, RANKER.model(), bench, tmp_path / step.kind).plan
         assert plan is not None
-        assert plan.remarks == ()
+        assert plan.reasons == ()
 
 
 def test_a_search_for_equal_rows_that_finds_none_says_so(tmp_path: Path) -> None:

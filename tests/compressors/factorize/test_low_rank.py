@@ -6,6 +6,7 @@ from error_codes import raises_code
 from hypothesis import given
 from hypothesis import strategies as st
 from models import RANKER
+from reason_codes import with_code
 
 from compressors.contracts import Bench
 from compressors.core.runner import run
@@ -61,12 +62,12 @@ def test_a_rank_is_a_share_or_a_number(tmp_path):
     for rank, width in ((0.5, 3), (2, 2), (0.01, 1)):
         result = run(LowRank(rank=rank), RANKER.model(), bench, tmp_path / str(rank))
         assert result.module.user.narrow.embedding_dim == width
-        assert result.plan.of("user").reason == f"low_rank: 6 -> {width} numbers a row"
+        with_code(result.plan.of("user").reasons, "narrower_rows", dim=6, rank=width)
 
 
 def test_a_table_that_would_grow_stays(tmp_path):
     result = run(LowRank(rank=5), RANKER.model(), Bench(signature=RANKER.signature), tmp_path)
-    assert result.plan.of("city").reason == "9 x 6 would be no smaller: 216 -> 324 bytes"
+    with_code(result.plan.of("city").reasons, "not_smaller_composed", before=216, after=324)
     assert result.plan.of("city").format == "float32"
 
 

@@ -13,6 +13,7 @@ from hypothesis import given
 from model_scores import scores_of, stored_bytes
 from models import NORMED, RANKER, TIED, Graph, Reference, whole
 from narrow_networks import SCHEMA, Branched
+from reason_codes import codes_of, with_code
 from torch import Tensor, nn
 
 from compressors.contracts import Bench, ModuleRecord, TargetKind
@@ -150,7 +151,8 @@ def test_the_rank_is_found_for_each_layer(tmp_path):
     _, result = factorized(CONFINED, tmp_path, layers=("wide", "spread"), most_error=0.01)
     assert result.module.wide.rank <= 3
     line = result.plan.of("wide")
-    assert "loses at most 0.01, in rank 11 or less; rank" in line.reason
+    assert codes_of(line.reasons) == ["rank_searched", "rank_loss"]
+    with_code(line.reasons, "rank_searched", most_error=0.01, rank=11)
     assert result.plan.of("spread").format == "float32" or result.module.spread.rank <= 2
 
 
@@ -159,7 +161,7 @@ def test_a_layer_that_needs_too_much_rank_stays_and_says_so(tmp_path):
     step = LowRankDense(layers=("hidden", "plain"), most_error=1e-6)
     plan = run(step, RANKER.model(), bench, tmp_path / "out").plan
     assert plan.of("plain").format == "float32"
-    assert "would be no smaller" in plan.of("plain").reason
+    with_code(plan.of("plain").reasons, "found_rank_not_smaller")
     predicted = dry_run(step, RANKER.model(), Bench(signature=RANKER.signature)).plan
     for line in plan.lines:  # the largest rank it may find is predicted
         if predicted.of(line.module) is None:
@@ -179,13 +181,16 @@ def test_two_parts_have_lines_of_their_own_and_the_bytes_of_the_file(tmp_path):
         0,
         ("low_rank_dense",),
     )
-    assert hidden.reason.startswith("low_rank_dense: 40 -> 4 -> 16; rank 4 loses ")
+    assert codes_of(hidden.reasons) == ["factorized", "rank_loss"]
+    with_code(hidden.reasons, "factorized", inputs=40, rank=4, outputs=16)
+    with_code(hidden.reasons, "rank_loss", rank=4)
     assert plan.of("hidden.reduce").bytes_after == 4 * 40 * 4
     assert plan.of("hidden.expand").bytes_after == 4 * (4 * 16 + 16)
     for name in ("reduce", "expand"):
         line = plan.of(f"hidden.{name}")
-        assert (line.bytes_before, line.reason) == (0, "a part of hidden")
-    assert plan.of("out").reason == "in rank 1 it would be no smaller: 56 -> 57 weights"
+        assert line.bytes_before == 0
+        with_code(line.reasons, "part_of", unit="hidden")
+    with_code(plan.of("out").reasons, "rank_not_smaller", rank=1, before=56, after=57)
     assert result.network.modules["plain"].settings == {
         "in_features": 16,
         "out_features": 16,
@@ -236,7 +241,7 @@ def test_later_steps_take_the_parts(tmp_path):
 def test_factors_move_between_the_parts(tmp_path):
     _, made = factorized(CHAIN, tmp_path, layers=("a", "b"))
     result = run(Equalize(), made, CHAIN.bench(tmp_path / "data"), tmp_path / "equal")
-    assert result.plan.of("b.reduce").reason.startswith("equalize: inputs scaled with a.expand")
+    with_code(result.plan.of("b.reduce").reasons[:1], "inputs_scaled", maker="a.expand")
     # float32 products in another order
     assert off(made, result, CHAIN) < 1e-4
 

@@ -5,6 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from models import RANKER, graph
+from reason_codes import with_code
 from torch import Tensor
 
 from compressors.contracts import Bench
@@ -130,8 +131,8 @@ def test_what_is_stored_is_all_there_is(signed, tmp_path):
     line = result.plan.of("item")
     assert line.bytes_after == 3 * (4 if signed else 2) * 8 + 7 * 4
     assert result.plan.of("item.buckets").bytes_after == 75 * 7 * 4
-    sign = " with signs" if signed else ""
-    assert line.reason == f"multi_hash: 75 rows, 3 of them a row{sign}"
+    code = "signed_hashed_rows" if signed else "hashed_rows"
+    with_code(line.reasons, code, buckets=75, hashes=3)
     other = run(
         step, RANKER.model(), Bench(signature=RANKER.signature, seed=6), tmp_path / "other"
     ).module.item
@@ -141,9 +142,9 @@ def test_what_is_stored_is_all_there_is(signed, tmp_path):
 def test_a_table_that_would_grow_stays(tmp_path):
     step = MultiHash(buckets=30)
     result = run(step, RANKER.model(), Bench(signature=RANKER.signature), tmp_path)
-    assert result.plan.of("user").reason == "multi_hash: 30 rows, 2 of them a row"
+    with_code(result.plan.of("user").reasons, "hashed_rows", buckets=30, hashes=2)
     # as many rows as before, and functions and a mean beside them
-    assert result.plan.of("tags").reason == "30 x 6 would be no smaller: 720 -> 776 bytes"
+    with_code(result.plan.of("tags").reasons, "not_smaller_composed", before=720, after=776)
 
 
 @pytest.mark.parametrize("target", ["onnxruntime", "tensorrt-rtx"])

@@ -5,6 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from models import RANKER, compressed
+from reason_codes import with_code
 from torch import Tensor
 
 from compressors.contracts import Bench
@@ -127,16 +128,15 @@ def test_buckets_are_a_root_a_share_or_a_number(ordered, short, tmp_path):
         step = step.model_copy(update={"tables": ("item", "user"), "buckets": 50})
     result = run(step, RANKER.model(), Bench(signature=RANKER.signature), tmp_path)
     if short is None:
-        assert result.plan.of("user").reason == "40 x 6 would be no smaller: 960 -> 984 bytes"
+        with_code(result.plan.of("user").reasons, "not_smaller_composed", before=960, after=984)
         return
     item = result.module.item
     assert (item.quotient.num_embeddings, item.remainder.num_embeddings) == (
         -(-300 // short[1]),
         short[1],
     )
-    assert result.plan.of("item").reason == (
-        f"quotient_remainder: {-(-300 // short[1])} and {short[1]} rows, added"
-    )
+    made = with_code(result.plan.of("item").reasons, "quotient_and_remainder", operation="add")
+    assert (made.fields["quotients"], made.fields["buckets"]) == (-(-300 // short[1]), short[1])
 
 
 def test_weighted_keeps_the_rows_of_the_data_better(tmp_path):

@@ -13,6 +13,7 @@ from onnx import TensorProto, helper, numpy_helper
 from test_lowering import OTHER_GRAPHS, OTHER_RECIPES, OTHERS
 
 from compressors.contracts import Plan, PlanLine
+from compressors.contracts.reasons import Reason
 from compressors.errors.compression import AuditFailed
 from compressors.lower.audit import audit
 from compressors.lower.findings import LayerInitializer, TableInitializers
@@ -98,7 +99,7 @@ def plan(int8_layers: int) -> Plan:
         format="static_int8",
         bytes_before=4,
         bytes_after=1,
-        reason="r",
+        reasons=(Reason("as_written", text="r"),),
     )
     return Plan(lines=(line,) * int8_layers)
 

@@ -11,6 +11,7 @@ from models import Graph, graph, recipe_with
 from onnx import numpy_helper
 
 from compressors.contracts import Plan, PlanLine
+from compressors.contracts.reasons import Reason
 from compressors.errors.compression import ParityLost
 from compressors.errors.parity_failure import ParityFailure
 from compressors.lower.parity import compare
@@ -28,7 +29,7 @@ def plan(*formats: str) -> Plan:
                 format=form,
                 bytes_before=4,
                 bytes_after=1,
-                reason="r",
+                reasons=(Reason("as_written", text="r"),),
             )
             for number, form in enumerate(formats)
         )

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
+from reason_codes import with_code
 
 from benchmarks.interval_coverage import METRICS, coverage, heavy_tailed_sizes, simulate
 from compressors.contracts import Limit
@@ -127,8 +128,9 @@ def test_fewer_than_ten_groups_are_undecided_and_say_why(metric, users):
     (judgement,) = judge((limit,), Measured(numbers=numbers))
     assert judgement.outcome == "undecided"
     assert judgement.rows_to_decide is None
-    assert f"{users} group" in judgement.reason
-    assert "at least 10" in judgement.reason
+    cause = with_code(judgement.reasons, "no_interval").fields["cause"]
+    assert f"{users} group" in cause
+    assert "at least 10" in cause
 
 
 def test_positives_of_few_users_are_undecided_however_many_users_there_are():
@@ -150,7 +152,7 @@ def test_an_undecided_limit_on_grouped_rows_counts_rows_and_groups():
     assert judgement.outcome == "undecided"
     used = rows.label.size
     assert judgement.groups_to_decide == math.ceil(100 * judgement.rows_to_decide / used)
-    assert judgement.reason.endswith(f"groups would decide, {used:,} of 100 were used")
+    with_code(judgement.reasons, "more_groups_decide", rows=used, groups=100)
 
 
 def test_ends_stay_inside_the_range_of_the_metric():

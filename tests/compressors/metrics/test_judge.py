@@ -7,8 +7,10 @@ from error_codes import raises_code
 from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
+from reason_codes import codes_of, with_code
 
 from compressors.contracts import Estimate, Limit
+from compressors.contracts.reasons import Reason
 from compressors.errors.metrics import LimitRefused
 from compressors.metrics.intervals import PairedEstimate
 from compressors.metrics.judge import (
@@ -116,9 +118,17 @@ def test_an_undecided_limit_says_how_many_rows_would_decide():
     judgement = only(AUC_LIMIT, auc_change(-0.0004, -0.0011, 0.0003))
     # The lower reach 0.0007 has to shrink to the distance 0.0006: (7/6)^2 of 20,000 rows.
     assert judgement.rows_to_decide == pytest.approx(20_000 * (7 / 6) ** 2, abs=1)
-    assert judgement.reason == (
-        "AUC vs baseline is -0.0004 [-0.0011, +0.0003]; the limit is >= -0.0010; "
-        "undecided: about 28,000 rows would decide, 20,000 were used"
+    assert judgement.reasons == (
+        Reason(
+            "number_in_interval",
+            metric="AUC vs baseline",
+            number="-0.0004",
+            low="-0.0011",
+            high="+0.0003",
+            relation=">=",
+            limit="-0.0010",
+        ),
+        Reason("more_rows_decide", needed=28_000, rows=20_000),
     )
 
 
@@ -126,7 +136,7 @@ def test_a_point_on_the_limit_promises_no_number_of_rows():
     judgement = only(AUC_LIMIT, auc_change(-0.001, -0.002, 0.0))
     assert judgement.outcome == "undecided"
     assert judgement.rows_to_decide is None
-    assert "more rows may not decide" in judgement.reason
+    with_code(judgement.reasons, "on_the_limit")
 
 
 def test_bytes_are_exact_and_say_both_numbers():
@@ -134,24 +144,34 @@ def test_bytes_are_exact_and_say_both_numbers():
     small = only(Limit(metric="bytes", against="absolute", at_most=262_144), numbers)
     assert small.outcome == "accepted"
     large = only(Limit(metric="bytes", against="absolute", at_most=262_143), numbers)
-    assert large.reason == "size is 262,144 bytes; the limit is <= 262,143 bytes; rejected"
+    with_code(large.reasons, "exact_number", number="262,144 bytes", limit="262,143 bytes")
+    with_code(large.reasons, "limit_missed")
     ratio = only(Limit(metric="bytes", against="baseline", at_most=0.25), numbers)
-    assert ratio.reason == "size vs baseline is 0.262 times; the limit is <= 0.250 times; rejected"
+    compared = with_code(ratio.reasons, "exact_number", metric="size vs baseline", relation="<=")
+    assert (compared.fields["number"], compared.fields["limit"]) == ("0.262 times", "0.250 times")
 
 
 def test_a_bound_just_past_the_limit_is_not_printed_as_the_limit():
     judgement = only(AUC_LIMIT, auc_change(-0.0005, -0.00100002, 0.0))
-    assert "[-0.00100002, +0.00000000]; the limit is >= -0.00100000" in judgement.reason
+    printed = with_code(judgement.reasons, "number_in_interval", relation=">=").fields
+    assert (printed["low"], printed["high"]) == ("-0.00100002", "+0.00000000")
+    assert printed["limit"] == "-0.00100000"
 
 
 def test_latency_is_said_in_words_and_milliseconds():
     limit = Limit(metric="p99_ms@64", against="absolute", at_most=2.0)
     estimate = Estimate(point=2.0625, low=1.5, high=2.25)
     measured = Measured(numbers=latency_numbers("p99_ms@64", estimate, exact(0.5)))
-    assert only(limit, measured).reason == (
-        "p99 latency at batch 64 is 2.062 ms [1.500, 2.250]; the limit is <= 2.000 ms; "
-        "undecided: measuring more rounds would narrow the interval"
-    )
+    reasons = only(limit, measured).reasons
+    assert codes_of(reasons) == ["number_in_interval", "more_rounds_decide"]
+    assert reasons[0].fields == {
+        "metric": "p99 latency at batch 64",
+        "number": "2.062 ms",
+        "low": "1.500",
+        "high": "2.250",
+        "relation": "<=",
+        "limit": "2.000 ms",
+    }
 
 
 def test_quality_numbers_carry_the_candidate_and_both_differences():
@@ -171,7 +191,7 @@ def test_without_a_champion_a_limit_against_it_holds_and_says_so():
     judgement = only(CHAMPION_LIMIT, auc_change(0, 0, 0))
     assert judgement.outcome == "accepted"
     assert judgement.measured is None
-    assert "no champion yet" in judgement.reason
+    assert codes_of(judgement.reasons) == ["no_champion"]
 
 
 def test_with_a_champion_a_number_that_was_not_measured_is_an_error():
@@ -240,19 +260,19 @@ OPEN = Limit(metric="auc", against="baseline", at_least=-0.001)
 
 
 @pytest.mark.parametrize(
-    ("limits", "outcome", "says"),
+    ("limits", "outcome", "expected"),
     [
-        ((GOOD,), "accepted", "the one limit holds"),
-        ((GOOD, GOOD), "accepted", "all 2 limits hold"),
-        ((GOOD, OPEN), "undecided", "rows would decide"),
-        ((GOOD, OPEN, BAD), "rejected", "size is 10 bytes; the limit is <= 1 bytes; rejected"),
+        ((GOOD,), "accepted", ["one_limit_holds"]),
+        ((GOOD, GOOD), "accepted", ["all_limits_hold"]),
+        ((GOOD, OPEN), "undecided", ["number_in_interval", "more_rows_decide"]),
+        ((GOOD, OPEN, BAD), "rejected", ["exact_number", "limit_missed"]),
     ],
 )
-def test_the_outcome_of_a_target_is_its_worst_limit(limits, outcome, says):
+def test_the_outcome_of_a_target_is_its_worst_limit(limits, outcome, expected):
     numbers = (*auc_change(-0.0004, -0.0011, 0.0003).numbers, *byte_numbers(10, 40))
     result = verdict("onnxruntime", limits, Measured(numbers=numbers), built=True)
     assert result.outcome == outcome
-    assert says in result.reason
+    assert codes_of(result.reasons) == expected
     assert tuple(item.limit for item in result.judgements) == limits
 
 
@@ -260,7 +280,7 @@ def test_a_built_target_that_cannot_run_here_is_neither_accepted_nor_rejected():
     result = verdict("tensorrt-rtx", (GOOD,), None, built=True)
     assert result.outcome == "built-unmeasured"
     assert result.judgements == ()
-    assert "cannot run on this machine" in result.reason
+    assert codes_of(result.reasons) == ["cannot_run"]
 
 
 def test_a_target_that_was_not_built_is_rejected():

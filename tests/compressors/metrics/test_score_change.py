@@ -4,8 +4,10 @@ import numpy as np
 import pytest
 from error_codes import raises_code
 from pydantic import ValidationError
+from reason_codes import codes_of, with_code
 
 from compressors.contracts import SCORE_CHANGE, Limit
+from compressors.contracts.reasons import Reason
 from compressors.errors.metrics import MetricRefused
 from compressors.metrics.full_ranking import Interactions, ranking_queries
 from compressors.metrics.intervals import paired
@@ -129,7 +131,8 @@ def test_few_groups_give_no_interval_and_are_undecided(unit):
     limits = (Limit.parse("score_correlation >= 0.5"), Limit.parse("mean_score_change <= 0.9"))
     for judgement in judge(limits, measured(found, unit)):
         assert judgement.outcome == "undecided"
-        assert "4 groups in the data" in judgement.reason
+        cause = with_code(judgement.reasons, "no_interval").fields["cause"]
+        assert "4 groups in the data" in cause
 
 
 def test_scores_that_cannot_be_compared_are_refused():
@@ -213,31 +216,42 @@ def judged(change, *limits):
 def test_an_accepted_verdict_reports_the_score_change():
     said, found = judged(0.005, "auc >= 0.3")
     assert said.outcome == "accepted"
-    assert said.reason.startswith("the one limit holds; scores against the baseline: correlation 0")
-    assert f"largest change {found['max_score_change'].point:.2g} (probability)" in said.reason
-    assert "of 300 groups" in said.reason
-    assert "warning" not in said.reason
+    assert codes_of(said.reasons) == ["one_limit_holds", "score_changes"]
+    largest = found["max_score_change"].point
+    with_code(said.reasons, "largest_change_in", change=largest, unit="probability")
+    with_code(said.reasons, "other_top1", share=found["changed_top1"].point, groups=300)
+    correlation = with_code(said.reasons, "correlation").fields["correlation"]
+    # Rounded down to six places.
+    assert found["score_correlation"].point - 1e-6 <= correlation
+    assert correlation <= found["score_correlation"].point
 
 
 @pytest.mark.parametrize("limit", ["auc >= 0.3", "auc >= 0.9", "auc >= 0.5"])
 def test_large_score_changes_without_a_limit_are_a_warning_whatever_the_outcome(limit):
     said, _ = judged(0.1, limit)
-    assert "warning: single scores change much" in said.reason
-    assert "more than 0.1" in said.reason
-    assert "below 0.99" in said.reason
+    with_code(said.reasons, "large_score_changes")
+    with_code(said.reasons, "probability_change", most=0.1)
+    with_code(said.reasons, "low_correlation", least=0.99)
 
 
 def test_a_limit_on_score_change_replaces_the_warning_and_is_named_when_it_fails():
     said, found = judged(0.1, "auc >= 0.3", "max_score_change <= 0.05")
     assert said.outcome == "rejected"
-    assert "warning" not in said.reason
     point = found["max_score_change"].point
-    assert said.reason == (
-        f"largest score change is {point:.4f} on 1,500 test rows (other rows may change more); "
-        "the limit is <= 0.0500; rejected"
+    assert said.reasons == (
+        Reason(
+            "most_of_rows",
+            metric="largest score change",
+            number=f"{point:.4f}",
+            rows=1500,
+            relation="<=",
+            limit="0.0500",
+        ),
+        Reason("limit_missed"),
     )
     said, _ = judged(0.1, "auc >= 0.3", "mean_score_change <= 0.001")
-    assert said.reason.startswith("mean score change is ")
+    assert codes_of(said.reasons) == ["number_in_interval", "limit_missed"]
+    with_code(said.reasons, "number_in_interval", metric="mean score change")
 
 
 def test_measurements_stored_before_score_changes_load_and_are_judged():
@@ -248,4 +262,4 @@ def test_measurements_stored_before_score_changes_load_and_are_judged():
             del number["estimate"][field]
     loaded = Measured.model_validate(old)
     said = verdict("onnxruntime", (Limit.parse("auc >= 0.3"),), loaded, built=True)
-    assert said.reason == "the one limit holds"
+    assert codes_of(said.reasons) == ["one_limit_holds"]

@@ -5,6 +5,7 @@ import torch
 from error_codes import raises_code
 from models import Reference
 from narrow_networks import HISTORY, SCHEMA, Crossed, Plain, Split, Transformer
+from reason_codes import with_code
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -51,8 +52,10 @@ def test_whole_heads_go(fused, importance, tmp_path):
         else:
             assert torch.equal(new.q.bias, old.q.bias[places])
     name = "blocks.0.qkv" if fused else "blocks.0.q"
-    outputs = "48 -> 24" if fused else "16 -> 8"
-    assert f"{outputs} outputs (heads 4 -> 2)" in result.plan.of(name).reason
+    before, after = (48, 24) if fused else (16, 8)
+    fewer = with_code(result.plan.of(name).reasons, "fewer_groups", before=before, after=after)
+    assert fewer.fields["width"] == "heads"
+    assert (fewer.fields["units_before"], fewer.fields["units_after"]) == (4, 2)
 
 
 def test_heads_are_counted_so_that_channels_are_a_multiple(tmp_path):
@@ -66,7 +69,7 @@ def test_heads_are_counted_so_that_channels_are_a_multiple(tmp_path):
 def test_feed_forward_widths_and_ranks_are_widths(tmp_path):
     result = cut(Reference(Transformer, HISTORY), tmp_path / "ffn", layers=("*.up",))
     assert result.network.architecture.config == {"ffn": 16}
-    assert "not among *.up" in result.plan.of("blocks.0.q").reason
+    with_code(result.plan.of("blocks.0.q").reasons, "not_matched", patterns=("*.up",))
     low = cut(Reference(Crossed, SCHEMA), tmp_path / "rank")
     assert low.network.architecture.config == {"cross_rank": 8}
     assert [layer.out_features for layer in low.module.down] == [8, 8, 8]
@@ -76,9 +79,9 @@ def test_feed_forward_widths_and_ranks_are_widths(tmp_path):
 def test_heads_that_share_out_another_width_stay_with_that_reason(tmp_path):
     result = cut(Reference(Split, HISTORY), tmp_path)
     assert result.network.architecture.config == {"ffn": 16}
-    reason = result.plan.of("blocks.0.q").reason
-    assert "'item'" in reason
-    assert "nothing grows with heads, as where a class splits one width among heads" in reason
+    reasons = result.plan.of("blocks.0.q").reasons
+    with_code(reasons, "size_of_other", module="item")
+    with_code(reasons, "split_width", argument="heads")
 
 
 def test_a_layer_over_a_sequence_works_once_a_position():
@@ -96,9 +99,8 @@ def test_half_of_a_transformers_multiply_adds_stay(scope, tmp_path):
     after = sum(multiply_adds(result.module, HISTORY).values())
     # One head of two blocks is 2 * 4 * 4 * 12 * 6 of 41,489 multiply-adds: a step of 5.6 %.
     assert 0.4 < after / before <= 0.5
-    assert (
-        f"{after / before:.1%} of all dense multiply-adds" in result.plan.of("blocks.0.up").reason
-    )
+    reasons = result.plan.of("blocks.0.up").reasons
+    with_code(reasons, "multiply_adds_left", share=pytest.approx(after / before))
     predicted = dry_run(
         Channels(flops=0.5, multiple=4), reference.model(), reference.bench(tmp_path)
     )

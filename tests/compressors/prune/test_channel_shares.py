@@ -8,6 +8,7 @@ from hypothesis import given
 from models import NORMED, QUICKLY, RANKER, Reference
 from narrow_networks import SCHEMA, Branched, Plain
 from pydantic import ValidationError
+from reason_codes import codes_of, with_code
 from torch import nn
 from torch.nn import functional as F
 
@@ -45,7 +46,7 @@ def test_the_multiply_adds_left_are_the_most_within_the_target(scope, target, tm
     share = work_of(result.module) / work_of(source.module)
     # Four channels of one width are at most 7 % of these layers.
     assert target - 0.07 < share <= target
-    assert f"{share:.1%} of all dense multiply-adds stay" in result.plan.of("deep").reason
+    with_code(result.plan.of("deep").reasons, "multiply_adds_left", share=pytest.approx(share))
     assert all(value % 4 == 0 for value in result.network.architecture.config.values())
 
 
@@ -78,9 +79,10 @@ def test_under_one_threshold_the_layer_with_idle_channels_loses_most(tmp_path):
     assert config["deep"] == 8  # the eighth that is its floor, and all that is of use
     # Of 32 + 32 + 48 + 64 channels 70 % stay, 123: what deep gives up the others keep.
     assert 2 * config["left"] + config["right"] + 8 > 105
-    assert f"64 -> 8 outputs (deep), {work_of(result.module) / work_of(source.module):.1%}" in (
-        result.plan.of("deep").reason
-    )
+    reasons = result.plan.of("deep").reasons
+    share = work_of(result.module) / work_of(source.module)
+    with_code(reasons, "fewer_channels", before=64, after=8, width="deep")
+    with_code(reasons, "multiply_adds_left", share=pytest.approx(share))
 
 
 def test_curves_of_widths_are_in_the_same_unit():
@@ -182,7 +184,7 @@ def test_rounds_end_at_the_same_widths_as_one_cut(scope, tmp_path):
         sizes.append(work_of(result.module) / work_of(WIDE.model().module))
     assert max(sizes) <= 0.4
     assert abs(sizes[0] - sizes[1]) < 0.07
-    assert "in 3 rounds" in result.plan.of("deep").reason
+    with_code(result.plan.of("deep").reasons, "in_rounds", rounds=3)
 
 
 def test_each_round_judges_what_the_training_before_left(tmp_path, monkeypatch):
@@ -206,8 +208,10 @@ def test_each_round_judges_what_the_training_before_left(tmp_path, monkeypatch):
     plain = run(Channels(multiple=4, rounds=2), RANKER.model(), bench, tmp_path / "plain")
     assert not torch.equal(plain.module.cross.weight, result.module.cross.weight)
     for name in ("cross", "hidden"):
-        told = result.plan.of(name).reason.partition("trained after each round; ")[2]
-        assert told.startswith(("in the last round trained", "in the last round no epoch")), name
+        reasons = result.plan.of(name).reasons
+        place = codes_of(reasons).index("trained_each_round")
+        (outcome,) = with_code(reasons[place + 1 :], "last_round").fields["what"][:1]
+        assert outcome.code in ("trained_to_epoch", "training_unchanged"), name
 
 
 def test_a_run_that_was_killed_goes_on_in_its_round(tmp_path, monkeypatch):

@@ -26,9 +26,11 @@ from narrow_networks import (
     Towers,
     Twice,
 )
+from reason_codes import with_code
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from compressors.contracts.reasons import Reason
 from compressors.core.model import Model
 from compressors.core.runner import run
 from compressors.errors.compression import NothingToCompress
@@ -226,11 +228,15 @@ def test_a_layer_without_a_number_in_the_configuration_says_so(tmp_path):
 @pytest.mark.parametrize(
     ("network", "signature", "layer", "reason"),
     [
-        (Centred, SCHEMA, "hidden", "its channels are read past its layers"),
-        (Heads, RATE, "value", "its channels are read past its layers"),
-        (Halves, SCHEMA, "hidden", "its channels are read past its layers"),
-        (Remembering, SCHEMA, "hidden", "its channels are read past its layers"),
-        (Squeezed, SCHEMA, "hidden", "with width = 64 the network fails"),
+        (Centred, SCHEMA, "read outside of its layers: without some, scores are off by"),
+        (Heads, RATE, "read outside of its layers: without some, scores are off by"),
+        (Halves, SCHEMA, "read outside of its layers: without some, scores are off by"),
+        (Remembering, SCHEMA, "read outside of its layers: without some, scores are off by"),
+        (
+            Squeezed,
+            SCHEMA,
+            "with width = 64 the network fails|does not grow in proportion to width",
+        ),
     ],
     ids=lambda value: getattr(value, "__name__", ""),
 )
@@ -253,7 +259,7 @@ def test_shared_layers_and_norms_without_weights_are_cut(tmp_path):
 def test_one_layer_that_cannot_be_cut_does_not_keep_the_others(tmp_path):
     _, result = narrowed(Reference(Mixed, SCHEMA), tmp_path)
     assert result.network.architecture.config == {"free": 8}
-    assert "read past" in result.plan.of("held").reason
+    with_code(result.plan.of("held").reasons, "channels_read")
 
 
 def test_lists_that_cannot_be_told_apart_give_no_gradient(tmp_path):
@@ -306,12 +312,14 @@ def test_a_layer_that_shares_its_width_with_one_left_out_stays(tmp_path):
 
 def test_the_plan_says_what_became_of_every_layer(tmp_path):
     _, result = narrowed(BRANCHED, tmp_path)
-    reasons = {line.module: line.reason for line in result.plan.lines}
-    assert reasons["left"] == "channels: 16 -> 8 outputs (left) by l2"
-    assert "inputs follow" in reasons["again"]
-    assert "channels: 16 -> 8" in reasons["again"]
-    assert reasons["out"] == "inputs follow deep"
-    assert reasons["user"] == "channels takes no table"
+    reasons = {line.module: line.reasons for line in result.plan.lines}
+    fewer = Reason("fewer_channels", before=16, after=8, width="left")
+    cut = Reason("channels_cut", step="channels", what=fewer, importance="l2")
+    assert reasons["left"] == (cut,)
+    with_code(reasons["again"], "inputs_follow")
+    with_code(reasons["again"], "fewer_channels", before=16, after=8)
+    assert reasons["out"] == (Reason("inputs_follow", makers=("deep",)),)
+    assert reasons["user"] == (Reason("wrong_role", step="channels", role="table"),)
     assert result.plan.of("user").steps == ()
 
 

@@ -1,10 +1,12 @@
 """Clustered rows: hot ones untouched, the others nearest to what they share."""
 
+import pytest
 import torch
 from error_codes import raises_code
 from hypothesis import given
 from hypothesis import strategies as st
 from models import RANKER
+from reason_codes import codes_of, with_code
 
 from compressors.contracts import Bench
 from compressors.core.runner import run
@@ -57,10 +59,10 @@ def test_the_plan_says_what_share_of_lookups_is_touched(tmp_path):
     result = run(step, RANKER.model(), bench, tmp_path / "out")
     counts = lookup_counts(RANKER.model(), bench, ["item"])["item"]
     touched = 1 - float(counts.sort(descending=True).values[:60].sum() / counts.sum())
-    assert result.plan.of("item").reason == (
-        f"cluster_rows: 60 of 300 rows stay, the others share 12; "
-        f"{touched:.2%} of the lookups get a shared row"
-    )
+    reasons = result.plan.of("item").reasons
+    assert codes_of(reasons) == ["composed", "shared_lookups"]
+    with_code(reasons, "clustered_rows", hot=60, rows=300, clusters=12)
+    with_code(reasons, "shared_lookups", share=pytest.approx(touched))
     assert result.plan.of("item").bytes_after == 300  # 72 places: a byte each
     assert result.plan.of("item.unique").bytes_after == 72 * 7 * 4
 

@@ -6,6 +6,7 @@ from error_codes import raises_code
 from hypothesis import given
 from hypothesis import strategies as st
 from models import RANKER
+from reason_codes import with_code
 from torch.nn import functional as F
 
 from compressors.contracts import Bench
@@ -122,13 +123,14 @@ def test_the_form_is_that_of_low_rank_and_the_plan_says_so(tmp_path):
     result = run(Dimensions(), RANKER.model(), Bench(signature=RANKER.signature), tmp_path)
     line = result.plan.of("user")
     assert (line.format, line.steps) == ("low_rank", ("dimensions",))
-    assert line.reason == "dimensions: 3 of 6 stay, by variance; form low_rank"
+    with_code(line.reasons, "composed", step="dimensions")
+    with_code(line.reasons, "kept_dimensions", kept=3, dim=6, importance="variance")
     assert line.bytes_after == 4 * (3 * 6 + 6)
 
 
 def test_a_table_that_would_grow_stays(tmp_path):
     result = run(Dimensions(keep=5), RANKER.model(), Bench(signature=RANKER.signature), tmp_path)
-    assert result.plan.of("city").reason == "9 x 6 would be no smaller: 216 -> 324 bytes"
+    with_code(result.plan.of("city").reasons, "not_smaller_composed", before=216, after=324)
 
 
 @pytest.mark.parametrize("importance", ["traffic", "gradient"])

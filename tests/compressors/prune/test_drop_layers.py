@@ -6,9 +6,11 @@ import torch
 from error_codes import raises_code
 from models import QUICKLY, RANKER, Reference, prepared
 from narrow_networks import HISTORY, RETRIEVAL, SCHEMA, Crossed, Towers, Transformer
+from reason_codes import with_code
 from torch import Tensor, nn
 
 from compressors.contracts import DROPPED, Bench
+from compressors.contracts.reasons import Reason
 from compressors.core.dry_run import dry_run
 from compressors.core.model import Model
 from compressors.core.runner import run
@@ -80,15 +82,17 @@ def test_the_layer_that_does_nothing_goes_and_no_score_changes(idle, tmp_path):
         assert torch.equal(result.module.up[new].weight, source.module.up[old].weight)
         assert torch.equal(result.module.down[new].weight, source.module.down[old].weight)
     assert torch.equal(answers(result.module, DEEP), answers(source.module, DEEP))
-    reason = result.plan.of("up.2").reason
-    assert "drop_layers: 1 of 3 layers (cross_layers) by quality" in reason
-    assert f"layer {idle} is gone, auc +0.00000 without it" in reason
+    reasons = result.plan.of("up.2").reasons
+    dropped = with_code(reasons, "layers_dropped", count=1, members=3, importance="quality")
+    assert dropped.fields["argument"] == "cross_layers"
+    with_code(reasons, "layer_removed_measured", layer=idle, metric="auc", change=0.0)
     assert result.plan.of("up.2").format == result.plan.of("down.2").format == DROPPED
-    assert "nothing stands here any more" in reason
+    with_code(reasons, "place_removed")
     for place in (0, 1):
         line = result.plan.of(f"up.{place}")
         assert line.format == "float32"
-        assert (f"this is what was layer {place + 1}" in line.reason) == (place >= idle)
+        moved = Reason("moved_from", layer=place + 1)
+        assert (moved in line.reasons) == (place >= idle)
 
 
 def test_only_hidden_layers_that_leave_a_network_that_fits_go(tmp_path):
@@ -115,8 +119,9 @@ def test_whole_members_move_up():
     assert torch.equal(after[6].weight, before[9].weight)
     assert torch.equal(after[7].running_mean, before[10].running_mean)
     assert torch.equal(after[3].weight, before[3].weight)
-    with raises_code(NotAMember, "rest_unfit", layer=1):
+    with pytest.raises(NotAMember) as caught:
         without_member(source.private(), SCHEMA, stack, 1)
+    with_code([caught.value.reason], "rest_does_not_fit", layer=1)
 
 
 def test_the_plans_bytes_are_those_of_the_stored_tensors(tmp_path):
@@ -127,7 +132,8 @@ def test_the_plans_bytes_are_those_of_the_stored_tensors(tmp_path):
     predicted = dry_run(DropLayers(count=2), BLOCKS.model(), BLOCKS.bench(tmp_path / "data"))
     assert stored_bytes(predicted.module) == stored
     assert predicted.network.architecture == result.network.architecture
-    assert result.plan.of("blocks.3.up").reason.startswith(predicted.plan.of("blocks.3.up").reason)
+    foreseen = predicted.plan.of("blocks.3.up").reasons
+    assert result.plan.of("blocks.3.up").reasons[: len(foreseen)] == foreseen
     then = run(Channels(layers=("*.up",)), result, BLOCKS.bench(tmp_path / "d"), tmp_path / "then")
     assert then.plan.of("blocks.3.up").format == DROPPED
     assert then.plan.of("blocks.1.up").steps == ("drop_layers", "channels")
@@ -155,9 +161,9 @@ def test_a_loss_that_is_not_allowed_keeps_the_layer(tmp_path):
     step = DropLayers(layers=("down.*", "up.*"), most_loss=0.0)
     result = run(step, source, bench, tmp_path / "out")
     assert result.network.architecture == source.network.architecture
-    reason = result.plan.of("up.0").reason
-    assert "stays, auc -0." in reason
-    assert "kept as it was" in reason
+    reasons = result.plan.of("up.0").reasons
+    assert with_code(reasons, "layer_kept", metric="auc").fields["change"] < 0
+    with_code(reasons, "nothing_better")
     assert result.plan.of("up.0").steps == ()
 
 

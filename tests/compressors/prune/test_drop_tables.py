@@ -4,6 +4,7 @@ import pytest
 import torch
 from error_codes import raises_code
 from models import RANKER, prepared
+from reason_codes import with_code
 
 from compressors.contracts import Bench
 from compressors.core.batches import example
@@ -46,7 +47,7 @@ def test_a_table_nothing_depends_on_is_dropped_at_no_loss(tmp_path):
     result = run(DropTables(tables=("user",)), source, bench, tmp_path / "out")
     line = result.plan.of("user")
     assert (line.format, line.bytes_after) == ("constant", 6 * 4)
-    assert line.reason.endswith("dropped, auc +0.00000 with all dropped so far")
+    with_code(line.reasons, "table_dropped", metric="auc", change=0.0)
     assert quality(result.module, bench.signature, bench.validation) == before
 
 
@@ -58,7 +59,7 @@ def test_tables_that_pay_stay_and_the_plan_says_what_they_are_worth(tmp_path):
     assert "item" in {line.module for line in stays}
     for line in stays:
         assert line.format == "float32"
-        assert "stays, auc -0." in line.reason
+        assert with_code(line.reasons, "table_kept", metric="auc").fields["change"] < 0
     assert quality(result.module, bench.signature, bench.validation) >= before
 
 

@@ -7,6 +7,7 @@ from error_codes import raises_code
 from hypothesis import given
 from models import NORMED, QUICKLY, RANKER, Reference, example, prepared
 from narrow_networks import SCHEMA, Branched
+from reason_codes import codes_of, with_code
 
 from compressors.core.runner import run
 from compressors.distill.fine_tune import FineTune
@@ -68,7 +69,7 @@ def test_more_strength_gives_more_zeros_and_the_plan_counts_them(tmp_path):
         zeros = float((result.module.hidden.weight == 0).float().mean())
         shares.append(zeros)
         line = result.plan.of("hidden")
-        assert f"{zeros:.1%} zeros, stored like other weights" in line.reason
+        with_code(line.reasons, "zeros", share=pytest.approx(zeros))
         assert line.bytes_after == line.bytes_before
     assert 0 < shares[0] < shares[1] < shares[2] <= 1
     # Without a penalty Adam lands on zero by no chance.
@@ -83,8 +84,8 @@ def test_only_the_named_layers_are_penalized_and_all_are_trained(tmp_path):
     assert (result.module.hidden.weight == 0).any()
     assert not (result.module.cross.weight == 0).any()
     assert not torch.equal(result.module.cross.weight, RANKER.model().module.cross.weight)
-    assert result.plan.of("cross").reason.startswith("l1_training on 96 rows; trained ")
-    assert "penalty 0.1 on every weight" in result.plan.of("hidden").reason
+    assert codes_of(result.plan.of("cross").reasons)[:2] == ["trained_on_rows", "trained_to_epoch"]
+    with_code(result.plan.of("hidden").reasons, "penalty", strength=0.1, part="weight")
 
 
 def test_the_last_epoch_counts_though_it_is_worse(tmp_path, caplog):
@@ -126,9 +127,9 @@ def test_channels_that_became_zero_are_cut_without_a_change(reference, layer, tm
     weights = dict(sparse.module.named_parameters())
     dead = {n: int((weights[f"{n}.weight"] == 0).all(dim=1).sum()) for n in _makers(reference)}
     assert dead[layer] > 0
-    reason = sparse.plan.of(layer).reason
+    reasons = sparse.plan.of(layer).reasons
     width = len(weights[f"{layer}.bias"])
-    assert f"{dead[layer]} of {width} outputs are zero" in reason
+    with_code(reasons, "zero_outputs", count=dead[layer], outputs=width)
     zero = (weights[f"{layer}.weight"] == 0).all(dim=1)
     assert not weights[f"{layer}.bias"][zero].any()
     assert not weights["norm.weight"][zero].any()

@@ -5,6 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from models import RANKER
+from reason_codes import codes_of, with_code
 
 from compressors.core.model import Model
 from compressors.core.runner import run
@@ -84,7 +85,8 @@ def test_twins_of_a_table_are_stored_once(tmp_path):
     source, bench = with_twins(), RANKER.bench(tmp_path / "data")
     result = run(MergeRows(), source, bench, tmp_path / "out")
     line = result.plan.of("item")
-    assert line.reason == "merge_rows: equal ones; 300 -> 40 rows"
+    assert codes_of(line.reasons) == ["merged_equal", "merged_rows"]
+    with_code(line.reasons, "merged_rows", rows=300, unique=40)
     assert (line.format, line.bytes_after) == ("row_map", 300)
     assert result.plan.of("item.unique").bytes_after == 40 * 7 * 4
     ids = torch.arange(300)
@@ -92,8 +94,8 @@ def test_twins_of_a_table_are_stored_once(tmp_path):
         assert torch.equal(result.module.item(ids), source.module.item(ids))
     kept = result.plan.of("user")
     assert (kept.format, kept.steps) == ("float32", ())
-    assert kept.reason.startswith("merge_rows: equal ones: nothing better was found")
-    assert kept.reason.endswith("40 -> 40 rows")
+    assert codes_of(kept.reasons) == ["merged_equal", "nothing_better", "merged_rows"]
+    with_code(kept.reasons, "merged_rows", rows=40, unique=40)
 
 
 def test_a_tolerance_below_zero_is_refused():

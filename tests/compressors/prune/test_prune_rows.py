@@ -5,6 +5,7 @@ import torch
 from error_codes import raises_code
 from models import RANKER
 from pydantic import ValidationError
+from reason_codes import with_code
 
 from compressors.contracts import Bench
 from compressors.core.runner import run
@@ -45,7 +46,8 @@ def test_the_most_important_rows_stay_bit_for_bit(importance, answer, tmp_path):
     assert int(same.sum()) == 60
     scores = score(tmp_path, importance)
     assert scores[same].min() >= scores[~same].max()
-    assert "60 of 300 rows stay, by " + importance in result.plan.of("item").reason
+    reasons = result.plan.of("item").reasons
+    with_code(reasons, "kept_rows", kept=60, rows=300, importance=importance)
 
 
 def test_the_reason_says_what_share_of_lookups_is_touched(tmp_path):
@@ -53,7 +55,8 @@ def test_the_reason_says_what_share_of_lookups_is_touched(tmp_path):
     counts = lookup_counts(RANKER.model(), RANKER.bench(tmp_path / "data"), ["item"])["item"]
     touched = ~(found == RANKER.model().module.item.weight).all(dim=1)
     wanted = float(counts[touched].sum() / counts.sum())
-    assert f"; {wanted:.2%} of the lookups get another row" in result.plan.of("item").reason
+    reasons = result.plan.of("item").reasons
+    with_code(reasons, "pruned_lookups", share=pytest.approx(wanted))
     assert wanted > 0
 
 
@@ -107,7 +110,7 @@ def test_the_only_row_of_a_table_stays(tmp_path):
         ClusterRows(tables=("city",), hot=0, clusters=1), RANKER.model(), bench, tmp_path / "one"
     )
     result = run(PruneRows(), one, bench, tmp_path / "out")
-    assert "1 rows, fewer than min_rows 2" in result.plan.of("city.unique").reason
+    with_code(result.plan.of("city.unique").reasons, "too_few_rows", rows=1, min_rows=2)
     assert torch.equal(result.module.city.unique.weight, one.module.city.unique.weight)
 
 
@@ -131,7 +134,7 @@ def test_tiers_keep_every_row_and_put_the_most_looked_up_apart(tmp_path):
     assert len(hot) == int(chosen.sum()) == 30
     assert counts[chosen].min() >= counts[~chosen].max()
     wanted = float(counts[chosen].sum() / counts.sum())
-    assert f"hot rows get {wanted:.2%} of the lookups" in result.plan.of("item").reason
+    with_code(result.plan.of("item").reasons, "hot_lookups", share=pytest.approx(wanted))
 
 
 def test_each_tier_is_packed_in_its_own_format(tmp_path):
@@ -156,9 +159,8 @@ def test_rows_stay_that_training_looks_up_so_often(fewest, tmp_path):
     step = PruneRows(tables=("item",), min_lookups=fewest, pruned="shared")
     result = run(step, source, bench, tmp_path / "out")
     kept = counts >= fewest
-    assert f"{int(kept.sum())} of 300 rows stay, looked up at least {fewest} times" in (
-        result.plan.of("item").reason
-    )
+    reasons = result.plan.of("item").reasons
+    with_code(reasons, "kept_rows_by_lookups", kept=int(kept.sum()), rows=300, min_lookups=fewest)
     ids = torch.arange(300)
     with torch.no_grad():
         before, after = source.module.item(ids), result.module.item(ids)
@@ -172,7 +174,7 @@ def test_a_table_stays_whose_map_would_cost_more_than_pruning_saves(tmp_path):
     result = run(PruneRows(min_lookups=1, pruned="shared"), source, bench, tmp_path / "out")
     line = result.plan.of("city")  # 9 rows, all of which training looks up
     assert line.format == "float32"
-    assert "a map of rows would cost more than it saves" in line.reason
+    with_code(line.reasons, "row_map_too_large")
 
 
 def test_lookups_need_importance_by_traffic():

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 from models import METHODS, Reference, default
+from reason_codes import with_code
 from torch import Tensor, nn
 
 from compressors.contracts import Bench, IdInput, Signature, Split
@@ -71,16 +72,14 @@ def test_a_rowwise_format_gives_way_to_a_better_one_that_is_no_larger(step: Tabl
     for dim in range(1, 17):
         for rows in range(1, 101):
             weight = torch.zeros(()).expand(rows, dim)
-            chosen, reason = best_format(step, weight)
+            chosen, reasons = best_format(step, weight)
             size = table_bytes(chosen, rows, dim)
             assert size <= table_bytes(step, rows, dim)
             for other in better:
                 if RANK[other.kind] > RANK[chosen.kind]:
                     assert table_bytes(other, rows, dim) > size
             if chosen is not step:
-                assert (
-                    f"stored as {chosen.kind}, which is better and takes {size:,} bytes" in reason
-                )
+                with_code(reasons, "better_format", format=chosen.kind, bytes=size, step=step.kind)
 
 
 @pytest.mark.parametrize(
@@ -116,7 +115,7 @@ def test_a_table_of_one_number_a_row_is_stored_as_float16(step: TableStep, tmp_p
     line = result.plan.of("table")
     assert line is not None
     assert (line.format, line.bytes_after) == ("float16", 100)
-    assert f"{step.kind} would take" in line.reason
+    with_code(line.reasons, "better_format", step=step.kind, format="float16", bytes=100)
     assert dry_run(step, source, BENCH).plan == result.plan
 
 

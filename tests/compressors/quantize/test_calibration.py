@@ -13,6 +13,7 @@ from error_codes import raises_code
 from hypothesis import given
 from hypothesis import strategies as st
 from models import RANKER, Reference
+from reason_codes import codes_of, with_code
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -246,11 +247,9 @@ def test_one_far_input_costs_min_max_more_than_others(by_calibrator, how):
     assert lost(source, made[how], x) < 0.7 * lost(source, made["min_max"], x)
     end = float(made[how].module.first.input_scale) * LEVELS
     assert 2.5 < end < 20
-    assert (
-        made[how]
-        .plan.of("first")
-        .reason.startswith(f"static_int8 as ordered; range by {how}, output off by ")
-    )
+    reasons = made[how].plan.of("first").reasons
+    assert codes_of(reasons) == ["selected", "calibrated_range", "output_error"]
+    with_code(reasons, "calibrated_range", calibrator=how)
 
 
 def test_best_takes_for_each_layer_the_calibrator_of_least_error(by_calibrator):
@@ -262,8 +261,9 @@ def test_best_takes_for_each_layer_the_calibrator_of_least_error(by_calibrator):
         errors = {how: lost(source, made[how], read, layer) for how in others}
         least = min(errors, key=errors.__getitem__)
         assert lost(source, made["best"], read, layer) == errors[least]
-        reason = made["best"].plan.of(layer).reason
-        assert ("range by" not in reason) if least == "min_max" else (f"by {least}" in reason)
+        reasons = made["best"].plan.of(layer).reasons
+        chosen_range = [r.fields["calibrator"] for r in reasons if r.code == "calibrated_range"]
+        assert chosen_range == ([] if least == "min_max" else [least])
         chosen.append(least)
     assert chosen[0] != "min_max"
 
@@ -273,9 +273,9 @@ def test_the_error_told_is_that_of_the_output_on_the_calibration_rows(by_calibra
     with torch.no_grad():
         own = float(source.module.first(x).double().square().mean())
     share = (lost(source, made["mse"], x) / own) ** 0.5
-    assert f"output off by {share:.2%} of its root mean square" in (
-        made["mse"].plan.of("first").reason
-    )
+    # The step adds up the same squares batch by batch.
+    expected = pytest.approx(share, rel=1e-4)
+    with_code(made["mse"].plan.of("first").reasons, "output_error", share=expected)
 
 
 def test_layers_over_most_error_stay_in_float32_and_the_plan_says_by_how_much(tmp_path):
@@ -287,11 +287,12 @@ def test_layers_over_most_error_stay_in_float32_and_the_plan_says_by_how_much(tm
     assert kept.format == "float32"
     assert kept.steps == ()
     assert kept.bytes_after == kept.bytes_before
-    assert "kept float32; as static_int8 output off by" in kept.reason
-    assert kept.reason.endswith("above most_error 0.04")
+    assert codes_of(kept.reasons) == ["kept_format", "output_error", "above_most_error"]
+    assert with_code(kept.reasons, "output_error").fields["share"] > 0.04
+    with_code(kept.reasons, "above_most_error", step="static_int8", most_error=0.04)
     assert torch.equal(result.module.first.weight, source.module.first.weight)
     assert taken.format == "static_int8"
-    assert "above" not in taken.reason
+    assert codes_of(taken.reasons) == ["selected", "output_error"]
     none = run(StaticInt8(most_error=1e-9), source, bench, tmp_path / "none")
     assert not none.network.modules
     assert torch.equal(none.module(x), source.module(x))
@@ -306,7 +307,7 @@ def test_by_default_every_input_is_held_exactly_and_nothing_is_told(tmp_path):
     )
     assert torch.equal(result.module.first.codes, codes)
     assert torch.equal(result.module.first.weight_scale, scale)
-    assert result.plan.of("first").reason == "static_int8 as ordered"
+    assert codes_of(result.plan.of("first").reasons) == ["selected"]
 
 
 def test_the_share_of_the_percentile_is_what_is_not_clipped(tmp_path):

@@ -9,6 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from models import RANKER, Reference
+from reason_codes import codes_of, with_code
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -30,7 +31,8 @@ def test_a_weight_moves_by_at_most_half_a_float16_step(value):
 @pytest.mark.parametrize("value", [65520.0, -7e4, 1e30])
 def test_a_weight_beyond_float16_is_told(value):
     weight = torch.tensor([[0.0, value]])
-    assert beyond(weight, None) == f"holds {abs(value):g}, beyond float16's 65504"
+    largest = float(weight.abs().max())  # in float32
+    with_code([beyond(weight, None)], "beyond_largest", largest=largest, limit=65504.0)
     assert beyond(torch.ones(1, 2), weight) == beyond(weight)
     assert beyond(torch.tensor([65519.0, -65519.0])) is None  # rounds to 65,504
 
@@ -117,13 +119,15 @@ def test_layers_that_would_overflow_stay_in_float32_and_the_plan_says_why(
     lines = {line.module: line for line in result.plan.lines if line.role == "dense"}
     assert {name for name, line in lines.items() if line.format == "float32"} == kept
     for name in kept:
-        assert lines[name].reason.startswith("float16 as ordered") is False
-        assert "on the calibration rows, times headroom" in lines[name].reason
+        assert codes_of(lines[name].reasons) == ["kept_format", "near_largest"]
+        with_code(lines[name].reasons, "near_largest", headroom=headroom, format="float16")
         assert lines[name].bytes_after == lines[name].bytes_before
     if "raised" in kept:
-        assert f"an input of {size:g} " in lines["raised"].reason
+        with_code(lines["raised"].reasons, "near_largest", what="an input", size=float(size))
     if "sums" in kept:
-        assert "a sum of 34000 " in lines["sums"].reason
+        # 20 products in float32.
+        sums = pytest.approx(34_000, rel=1e-5)
+        with_code(lines["sums"].reasons, "near_largest", what="a sum", size=sums)
     x = torch.full((2, WIDTH), float(size))
     with torch.no_grad():  # what float16 took, it can compute
         for name in lines.keys() - kept:
@@ -142,10 +146,11 @@ def test_what_weights_float16_cannot_hold_stays_in_float32_without_any_rows(tmp_
     for name, weight in (("item", 70000), ("hidden", 100000), ("capped", 200000)):
         line = result.plan.of(name)
         assert line.format == "float32"
-        assert line.reason == f"kept float32; holds {weight:g}, beyond float16's 65504"
+        assert codes_of(line.reasons) == ["kept_format", "beyond_largest"]
+        with_code(line.reasons, "beyond_largest", largest=float(weight), limit=65504.0)
     assert result.plan.of("cross").format == result.plan.of("user").format == "float16"
-    assert result.plan.of("cross").reason == "float16 as ordered; no rows to see its sums on"
-    assert result.plan.of("user").reason == "float16 as ordered"
+    assert codes_of(result.plan.of("cross").reasons) == ["selected", "sums_not_checked"]
+    assert codes_of(result.plan.of("user").reasons) == ["selected"]
     assert torch.equal(result.module.item.weight, source.module.item.weight)
 
 

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from reason_codes import codes_of, with_code
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -88,42 +89,42 @@ def test_raw_counts_next_to_small_embeddings_are_a_warning_on_the_plan_line(tmp_
     model, bench = model_and_bench(tmp_path, largest=12.0)
     plan = run(STEPS[kind], model, bench, tmp_path / "out").plan
     line = plan.of("first")
-    assert line.warning is not None
-    assert "the range is 12 overall" in line.warning
-    assert "in 16 of 19 input channels" in line.warning
-    for column in (16, 17, 18):
-        assert f"{column} (up to 12)" in line.warning
-    assert "'equalize' or 'smooth_quant'" in line.warning
-    assert plan.of("out").warning is None
+    warning = with_code(line.warnings, "mixed_input_ranges", coarse=16, channels=19)
+    # Uniform inputs up to 12: the largest of the calibration rows is less.
+    assert warning.fields["range"] == pytest.approx(12, rel=0.01)
+    widest = {
+        reason.fields["channel"]: reason.fields["largest"] for reason in warning.fields["widest"]
+    }
+    assert widest == dict.fromkeys((16, 17, 18), pytest.approx(12, rel=0.05))
+    assert plan.of("out").warnings == ()
 
 
 @pytest.mark.parametrize("kind", STEPS)
 def test_inputs_of_similar_range_are_no_warning(tmp_path, kind):
     model, bench = model_and_bench(tmp_path, largest=1.0, spread=0.3)
     plan = run(STEPS[kind], model, bench, tmp_path / "out").plan
-    assert [line.module for line in plan.lines if line.warning] == []
+    assert [line.module for line in plan.lines if line.warnings] == []
 
 
 def test_counts_thousands_of_times_larger_are_no_warning_in_8_bit_floats_and_one_in_int8(tmp_path):
     model, bench = model_and_bench(tmp_path, largest=200.0)
-    int8 = run(StaticInt8(), model, bench, tmp_path / "int8").plan.of("first").warning
-    assert int8 is not None
+    int8 = run(StaticInt8(), model, bench, tmp_path / "int8").plan.of("first").warnings
+    assert codes_of(int8) == ["mixed_input_ranges"]
     # E4M3 keeps 4 significant bits down to 1 / 28,672 of the largest input.
-    assert run(Float8Dense(), model, bench, tmp_path / "f8").plan.of("first").warning is None
+    assert run(Float8Dense(), model, bench, tmp_path / "f8").plan.of("first").warnings == ()
 
 
 def test_counts_a_million_times_larger_are_a_warning_in_8_bit_floats(tmp_path):
     model, bench = model_and_bench(tmp_path, largest=1e6)
-    warning = run(Float8Dense(), model, bench, tmp_path / "f8").plan.of("first").warning
-    assert warning is not None
-    assert "1e+06 overall" in warning
+    warnings = run(Float8Dense(), model, bench, tmp_path / "f8").plan.of("first").warnings
+    with_code(warnings, "mixed_input_ranges", range=pytest.approx(1e6, rel=0.01))
 
 
 def test_channels_without_weight_or_without_values_are_no_warning(tmp_path):
     model, bench = model_and_bench(tmp_path, largest=12.0)
     with torch.no_grad():
         model.module.first.weight[:, :DIM] = 0
-    assert run(StaticInt8(), model, bench, tmp_path / "a").plan.of("first").warning is None
+    assert run(StaticInt8(), model, bench, tmp_path / "a").plan.of("first").warnings == ()
 
 
 def test_the_warning_is_about_what_really_changes_scores(tmp_path):
@@ -138,7 +139,7 @@ def test_the_warning_is_about_what_really_changes_scores(tmp_path):
         with torch.no_grad():
             before, after = model.module(**inputs), result.module(**inputs)
         losses[largest] = float((after - before).std() / before.std())
-        assert (result.plan.of("first").warning is None) == (largest == 1.0)
+        assert (result.plan.of("first").warnings == ()) == (largest == 1.0)
     assert losses[12.0] > 3 * losses[1.0]
 
 
@@ -146,17 +147,21 @@ def test_a_warning_stays_on_the_line_after_steps_that_leave_the_layer_alone(tmp_
     model, bench = model_and_bench(tmp_path, largest=12.0)
     first = run(StaticInt8(), model, bench, tmp_path / "a")
     second = run(RowwiseInt8(), first, bench, tmp_path / "b")
-    assert second.plan.of("first").warning == first.plan.of("first").warning is not None
+    assert second.plan.of("first").warnings == first.plan.of("first").warnings
+    assert codes_of(first.plan.of("first").warnings) == ["mixed_input_ranges"]
 
 
 def test_without_calibration_rows_nothing_is_known_and_nothing_is_said(tmp_path):
     model, bench = model_and_bench(tmp_path, largest=12.0)
     bare = bench.model_copy(update={"calibration": None})
-    assert run(STEPS["weight_int8"], model, bare, tmp_path / "a").plan.of("first").warning is None
+    assert run(STEPS["weight_int8"], model, bare, tmp_path / "a").plan.of("first").warnings == ()
 
 
 def test_plans_stored_before_warnings_load():
-    line = PlanLine(module="a", role="dense", format="f", bytes_before=1, bytes_after=1, reason="r")
+    line = PlanLine.model_validate(
+        {"module": "a", "role": "dense", "format": "f", "bytes_before": 1, "bytes_after": 1}
+        | {"reason": "r"}
+    )
     stored = json.loads(Plan(lines=(line,)).model_dump_json())
-    del stored["lines"][0]["warning"]
-    assert Plan.model_validate(stored).lines[0].warning is None
+    del stored["lines"][0]["warning"], stored["lines"][0]["warnings"]
+    assert Plan.model_validate(stored).lines[0].warnings == ()

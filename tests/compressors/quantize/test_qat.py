@@ -6,12 +6,14 @@ import pytest
 import torch
 from models import NORMED, QUICKLY, RANKER, Reference
 from pydantic import ValidationError
+from reason_codes import with_code
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 import compressors.distill.training.trainer
 from compressors.contracts import Bench, DenseInput, Signature, Split
+from compressors.contracts.reasons import Reason
 from compressors.core.batches import batches
 from compressors.core.model import Model
 from compressors.core.runner import run
@@ -112,21 +114,21 @@ def test_a_training_that_finds_nothing_better_is_static_int8(tmp_path):
     trained = run(step, RANKER.model(), bench, tmp_path / "qat")
     run(StaticInt8(calibrator="mse"), RANKER.model(), bench, tmp_path / "ptq")
     torch.testing.assert_close(mapped(tmp_path / "qat"), mapped(tmp_path / "ptq"), rtol=0, atol=0)
-    reason = trained.plan.of("hidden").reason
-    assert reason == (
-        "qat as ordered; began with range by mse; no epoch of 1 was better than the start"
+    unchanged = Reason("training_unchanged", epochs=1)
+    assert trained.plan.of("hidden").reasons == (
+        Reason("selected", step="qat"),
+        Reason("training_start", start=(Reason("calibrated_range", calibrator="mse"),)),
+        unchanged,
     )
-    assert trained.plan.remarks == (
-        "The training of qat changed nothing: no epoch of 1 was better than the start",
-    )
+    assert trained.plan.reasons == (Reason("training_changed_nothing", step="qat", why=unchanged),)
 
 
-def test_the_plan_says_what_training_came_to_and_the_stored_network_has_it(tmp_path):
+def test_quality_in_the_plan_is_that_of_the_stored_network(tmp_path):
     bench = RANKER.bench(tmp_path / "data")
     result = run(QAT(training=QUICKLY), RANKER.model(), bench, tmp_path / "out")
     found = quality(result.module, RANKER.signature, bench.validation)
     assert result.plan.of("hidden").format == "static_int8"
-    assert f"-> {found:.5f} on validation rows" in result.plan.of("hidden").reason
+    with_code(result.plan.of("hidden").reasons, "trained_to_epoch", after=pytest.approx(found))
     before = run(StaticInt8(calibrator="best"), RANKER.model(), bench, tmp_path / "before")
     assert found > quality(before.module, RANKER.signature, bench.validation)
 

@@ -9,6 +9,7 @@ from error_codes import raises_code
 from hypothesis import given
 from hypothesis import strategies as st
 from models import RANKER, run
+from reason_codes import with_code
 from table_codes import each_step, named, packed, size_of, stored, tables
 from torch import Tensor
 
@@ -125,7 +126,7 @@ def test_a_table_that_would_not_shrink_is_kept_with_both_sizes(tmp_path):
     line = plan.of("city")  # 9 x 6
     assert line.format == "float32"
     size = size_of(step, 9, 6)
-    assert line.reason == f"{step.kind} would take {size} bytes, not fewer than its 216"
+    with_code(line.reasons, "not_smaller", step=step.kind, bytes=size, present=216)
     assert size >= 216
     assert all(line.bytes_after < line.bytes_before for line in plan.lines if line.steps)
     assert plan.of("item").format == step.kind

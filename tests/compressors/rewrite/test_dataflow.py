@@ -11,6 +11,7 @@ from narrow_networks import SCHEMA, Branching, Plain
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from compressors.contracts.reasons import Reason
 from compressors.errors.steps import StepRefused
 from compressors.rewrite.dataflow import Dataflow, Reader, dataflow
 
@@ -61,16 +62,17 @@ def test_a_bend_passes_if_positive_factors_do(bend):
 
 def test_what_stops_them_is_named():
     found = of(CHAIN)
-    assert found.reasons["c"] == "its output goes into gelu"
-    assert found.reasons["d"] == "its output goes into tanh"
-    assert found.reasons["e"] == "'twice', which reads it, is called more than once"
-    assert of(RANKER).reasons["capped"] == "its output goes into relu6"
+    assert found.reasons["c"] == Reason("output_enters", operator="gelu")
+    assert found.reasons["d"] == Reason("output_enters", operator="tanh")
+    called_again = Reason("called_again")
+    assert found.reasons["e"] == Reason("reader_closed", reader="twice", why=called_again)
+    assert of(RANKER).reasons["capped"] == Reason("output_enters", operator="relu6")
 
 
 def test_layers_whose_numbers_cannot_change_are_closed():
     assert of(CHAIN).closed == {
-        "twice": "is called more than once",
-        "looked": "has a weight that other code reads",
+        "twice": Reason("called_again"),
+        "looked": Reason("weight_read_elsewhere"),
     }
 
 
@@ -79,7 +81,7 @@ def test_a_norm_before_a_layer_and_one_behind():
     assert found.straight("first") == ("hidden",)
     assert found.feeder("second") == "plain"
     assert found.feeder("third") is None  # the sum reads what the norm reads
-    assert found.reasons["deep"] == "its output goes into add"
+    assert found.reasons["deep"] == Reason("output_enters", operator="add")
 
 
 def test_a_norm_that_three_layers_read_over_a_sequence():
@@ -110,10 +112,10 @@ class Tied(nn.Module):
 
 def test_shared_computed_and_unused_weights_are_closed():
     found = of(Reference(Tied, SCHEMA))
-    assert found.closed["a"] == "shares a tensor with 'b'"
-    assert found.closed["b"] == "shares a tensor with 'a'"
+    assert found.closed["a"] == Reason("shares_tensor", other="b")
+    assert found.closed["b"] == Reason("shares_tensor", other="a")
     assert "c" not in found.readers  # its weight is computed at every call
-    assert found.closed["c"] == found.closed["spare"] == "is not called in the graph that is served"
+    assert found.closed["c"] == found.closed["spare"] == Reason("not_called")
 
 
 class Columns(nn.Module):
@@ -139,8 +141,8 @@ class Columns(nn.Module):
 def test_channels_are_followed_only_while_they_stay_in_place():
     found = of(Reference(Columns, SCHEMA))
     assert found.straight("kept") == ("first",)
-    assert found.reasons["moved"] == "its output goes into select"
-    assert found.reasons["turned"] == "its output goes into view"
+    assert found.reasons["moved"] == Reason("output_enters", operator="select")
+    assert found.reasons["turned"] == Reason("output_enters", operator="view")
 
 
 def test_packed_layers_are_nobodys_neighbours():

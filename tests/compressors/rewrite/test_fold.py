@@ -14,10 +14,12 @@ from hypothesis import given
 from model_scores import float32_rounding, scores_of
 from models import NORMED, RANKER, Reference, whole
 from narrow_networks import SCHEMA
+from reason_codes import codes_of, with_code
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from compressors.contracts import Bench, DenseInput, IdInput, Signature
+from compressors.contracts.reasons import Reason
 from compressors.core.dry_run import dry_run
 from compressors.core.model import Model
 from compressors.core.modules.formats import FoldedNorm
@@ -107,7 +109,7 @@ def test_scores_stay_the_same_and_the_norms_are_gone(reference, gone, tmp_path):
     other = result.plan.of("(other)")
     assert (other.bytes_after < other.bytes_before) == bool(gone)
     for name in gone:
-        assert name in other.reason
+        assert name in with_code(other.reasons, "folded_norms").fields["norms"]
 
 
 def test_the_affine_part_of_a_norm_goes_into_all_that_reads_it(tmp_path):
@@ -117,7 +119,7 @@ def test_the_affine_part_of_a_norm_goes_into_all_that_reads_it(tmp_path):
         assert not bool(norm.bias.any())
     assert bool((result.module.last.weight == 1).all())
     for name in ("query", "key", "value"):
-        assert result.plan.of(name).reason == "fold: takes up first"
+        assert result.plan.of(name).reasons == (Reason("norm_folded", step="fold", norm="first"),)
     with raises_code(NothingToCompress, "units_missing") as caught:
         run(Fold(), result, BLOCK.bench(tmp_path / "data"), tmp_path / "again")
     assert caught.value.fields["reasons"]["query"] == "first has no affine part any more"
@@ -128,7 +130,8 @@ def test_a_layer_without_bias_cannot_take_an_offset(tmp_path):
     source, result = folded(reference, tmp_path)
     assert isinstance(result.module.first, FoldedNorm)
     assert isinstance(result.module.second, nn.BatchNorm1d)
-    assert "second stays: deep has no bias to take up its offset" in result.plan.of("plain").reason
+    stays = with_code(result.plan.of("plain").reasons, "norm_kept", norm="second")
+    assert stays.fields["why"] == Reason("no_bias_for_offset", layer="deep")
     assert torch.equal(source.module.deep.weight, result.module.deep.weight)
 
 
@@ -138,7 +141,7 @@ def test_a_norm_without_an_offset_goes_into_a_layer_without_bias(tmp_path):
     nn.init.zeros_(source.module.second.running_mean)
     source, result = folded(reference, tmp_path, source)
     assert isinstance(result.module.second, FoldedNorm)
-    assert result.plan.of("plain").reason == "fold: takes up second"
+    assert result.plan.of("plain").reasons == (Reason("norm_folded", step="fold", norm="second"),)
     before = scores_of(source.private(), reference)
     assert (scores_of(result, reference) - before).abs().max() <= float32_rounding(before)
 
@@ -168,8 +171,11 @@ def test_dead_channels_go_and_their_constant_stays(tmp_path):
     source, result = folded(NORMED, tmp_path, with_dead_channels())
     assert result.network.architecture.config == {"width": 9}
     assert result.module.hidden.weight.shape == (9, 8)
-    assert "3 of 12 channels are dead (width)" in result.plan.of("hidden").reason
-    assert result.plan.of("out").reason == "fold: inputs follow hidden"
+    hidden = result.plan.of("hidden").reasons
+    with_code(hidden, "dead_channels", count=3, channels=12, width="width")
+    assert result.plan.of("out").reasons == (
+        Reason("dead_inputs", step="fold", makers=("hidden",)),
+    )
     before = scores_of(source.private(), NORMED)
     assert (scores_of(result, NORMED) - before).abs().max() <= float32_rounding(before)
     # Without the constants it would be another network.
@@ -193,7 +199,7 @@ def test_stand_ins_are_not_taken_for_dead_channels(tmp_path):
             part.weight = nn.Parameter(torch.zeros(()).expand(part.weight.shape))
     again = dry_run(student, predicted, bench)
     assert again.network.architecture.config == {"width": 8}
-    assert again.plan.of("hidden").reason.endswith("fold: takes up norm")
+    assert again.plan.of("hidden").reasons[-1] == Reason("norm_folded", step="fold", norm="norm")
 
 
 def test_a_relu_that_never_opens_goes_only_if_rows_may_say_so(tmp_path):
@@ -275,8 +281,11 @@ def test_numbers_that_no_weight_reads_are_told(tmp_path):
     with torch.no_grad():
         source.module.hidden.weight[:, [1, 4, 7]] = 0  # two of the table's six, the second price
     plan = run(Fold(), source, NORMED.bench(tmp_path / "data"), tmp_path / "out").plan
-    assert plan.of("user").reason == "fold takes no table; no weight reads numbers 1, 4"
-    assert plan.of("hidden").reason.endswith("; no weight reads number 1 of input 'price'")
+    assert codes_of(plan.of("user").reasons) == ["wrong_role", "columns_unread"]
+    with_code(plan.of("user").reasons, "columns_unread", columns=(1, 4))
+    assert plan.of("hidden").reasons[-1] == Reason(
+        "input_columns_unread", columns=(1,), input="price"
+    )
 
 
 def test_numbers_that_are_read_in_another_way_are_not():

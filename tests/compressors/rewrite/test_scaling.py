@@ -12,6 +12,7 @@ from model_scores import float32_rounding, scores_of
 from models import NORMED, RANKER, Reference, Step
 from torch import Tensor
 
+from compressors.contracts.reasons import Reason
 from compressors.core.model import Model
 from compressors.core.runner import run
 from compressors.errors.compression import NothingToCompress
@@ -109,15 +110,19 @@ def test_equalize_settles_in_a_chain_where_a_layer_is_on_both_sides(tmp_path):
         made, read = ranges(result, maker, readers)
         # each round leaves factors no further from 1 than this, on both sides of a square root
         torch.testing.assert_close(made, read, rtol=4 * SETTLED, atol=0)
-    assert result.plan.of("b").reason == "equalize: inputs scaled with a, outputs scaled for c, d"
+    assert result.plan.of("b").reasons == (
+        Reason("inputs_scaled", step="equalize", maker="a"),
+        Reason("outputs_scaled", step="equalize", readers=("c", "d")),
+    )
 
 
 def test_what_stays_is_told_why(tmp_path):
     bench = CHAIN.bench(tmp_path / "data")
     plan = run(Equalize(), CHAIN.model(), bench, tmp_path / "out").plan
-    assert plan.of("e").reason == "'twice', which reads it, is called more than once"
-    assert plan.of("looked").reason == "has a weight that other code reads"
-    assert plan.of("out").reason == "its output goes into squeeze"
+    called_again = Reason("called_again")
+    assert plan.of("e").reasons == (Reason("reader_closed", reader="twice", why=called_again),)
+    assert plan.of("looked").reasons == (Reason("weight_read_elsewhere"),)
+    assert plan.of("out").reasons == (Reason("output_enters", operator="squeeze"),)
     with raises_code(NothingToCompress, "units_missing") as caught:
         run(Equalize(), NORMED.model(), NORMED.bench(tmp_path / "n"), tmp_path / "n/out")
     assert (

@@ -1,0 +1,29 @@
+"""A decision and its reasons, as codes and fields. Types only."""
+
+from typing import Any, Self
+
+from pydantic import Field, ModelWrapValidatorHandler, computed_field, model_validator
+
+from compressors.contracts.inputs import Frozen
+from compressors.contracts.reasons import Reason, joined, read_reasons
+
+
+class Reasoned(Frozen):
+    """A decision and its reasons.
+
+    In JSON ``reasons`` are codes and fields, and ``reason`` is their sentence. Documents stored
+    before there were codes have the sentence only: it is read as code ``as_written``.
+    """
+
+    reasons: tuple[Reason, ...] = Field(min_length=1)
+
+    @computed_field(repr=False)  # type: ignore[prop-decorator]
+    @property
+    def reason(self) -> str:
+        """The reasons as a sentence."""
+        return joined(self.reasons)
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _read_sentence(cls, data: Any, validate: ModelWrapValidatorHandler[Self]) -> Self:
+        return read_reasons(data, validate, "reason", "reasons")

@@ -1,0 +1,17 @@
+"""Reasons of decisions: a code and fields, from which the sentence is derived.
+
+reason.py     the value ``Reason``, how several are rendered, and how they are read from JSON
+selection.py  sentences about which units a step takes, and about whole steps
+tables.py     sentences about embedding tables
+dense.py      sentences about formats of dense layers
+pruning.py    sentences about channels, weights and layers that are removed
+rewriting.py  sentences about norms and factors that move between layers
+training.py   sentences about training
+verdicts.py   sentences about limits and targets
+"""
+
+from compressors.contracts.reasons.reason import SENTENCES as SENTENCES
+from compressors.contracts.reasons.reason import SUBJECTS as SUBJECTS
+from compressors.contracts.reasons.reason import Reason as Reason
+from compressors.contracts.reasons.reason import joined as joined
+from compressors.contracts.reasons.reason import read_reasons as read_reasons

@@ -1,0 +1,237 @@
+"""The value ``Reason``: why something was decided, as a code and fields. Types only.
+
+A program reads ``code`` and ``fields``; a person reads the sentence, ``str(reason)``. Each subject
+has one table of sentences, in a file of its own next to this one; ``docs/reasons.md`` is generated
+from them.
+"""
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+from types import MappingProxyType
+from typing import Any, TypeAlias, TypeVar, Union
+
+from pydantic import BaseModel, GetCoreSchemaHandler, GetJsonSchemaHandler
+from pydantic_core import CoreSchema, core_schema
+
+from compressors.contracts.coded_error import SentenceFormatter, field_names
+from compressors.contracts.reasons import (
+    dense,
+    pruning,
+    rewriting,
+    selection,
+    tables,
+    training,
+    verdicts,
+)
+
+SUBJECTS: Mapping[str, Mapping[str, str]] = MappingProxyType(
+    {
+        "Selection of units": selection.SENTENCES,
+        "Embedding tables": tables.SENTENCES,
+        "Formats of dense layers": dense.SENTENCES,
+        "Pruning": pruning.SENTENCES,
+        "Rewriting": rewriting.SENTENCES,
+        "Training": training.SENTENCES,
+        "Verdicts": verdicts.SENTENCES,
+    }
+)
+"""The tables of sentences: by code, a clause with the fields in braces."""
+
+SENTENCES: Mapping[str, str] = MappingProxyType(
+    {code: text for table in SUBJECTS.values() for code, text in table.items()}
+)
+
+Value: TypeAlias = Union[str, int, float, bool, "Reason", tuple["Value", ...]]
+"""What a field can be. A reason in a field is the reason of another decision."""
+
+Model = TypeVar("Model", bound=BaseModel)
+
+_NOT_FINITE = ("nan", "inf", "-inf")
+
+
+class _ReasonFormatter(SentenceFormatter):
+    """Renders several reasons in one field, with ``,`` as a list, and numbers not finite."""
+
+    def format_field(self, value: Any, format_spec: str) -> str:
+        if isinstance(value, tuple) and value and all(isinstance(v, Reason) for v in value):
+            return ", ".join(map(str, value)) if format_spec == "," else joined(value)
+        if value in _NOT_FINITE:
+            return str(value)
+        return super().format_field(value, format_spec)
+
+
+@dataclass(frozen=True, init=False)
+class Reason:
+    """Why something was decided.
+
+    In JSON it is ``{"code": ..., "fields": {...}}``. Floats that are not finite, which JSON does
+    not have, are fields ``"nan"``, ``"inf"`` and ``"-inf"``.
+
+    Attributes:
+        code: a key of ``SENTENCES``.
+        fields: the values of the names in its sentence.
+    """
+
+    code: str
+    fields: Mapping[str, Value]
+
+    def __init__(self, code: str, /, **fields: Value) -> None:
+        """Create a reason.
+
+        Args:
+            code: a key of ``SENTENCES``.
+            fields: a value for each name in the sentence, and for no other.
+
+        Raises:
+            TypeError: there is no such code, or it has other fields, or one has another type.
+        """
+        sentence = SENTENCES.get(code)
+        if sentence is None:
+            raise TypeError(f"no reason has the code {code!r}")
+        if field_names(sentence) != fields.keys():
+            expected = ", ".join(sorted(field_names(sentence))) or "none"
+            got = ", ".join(sorted(fields)) or "none"
+            raise TypeError(f"{code!r} has the fields {expected}, got {got}")
+        object.__setattr__(self, "code", code)
+        object.__setattr__(
+            self, "fields", {name: _plain(name, value) for name, value in fields.items()}
+        )
+        try:
+            str(self)
+        except ValueError as fault:  # a format specification that is not of the value's type
+            raise TypeError(f"{code!r} cannot be rendered: {fault}") from fault
+
+    def __str__(self) -> str:
+        return _ReasonFormatter().vformat(SENTENCES[self.code], (), self.fields)
+
+    def __hash__(self) -> int:
+        return hash((self.code, *sorted(self.fields.items(), key=lambda item: item[0])))
+
+    def __reduce__(self) -> tuple[Callable[..., Any], tuple[str]]:
+        return partial(type(self), **self.fields), (self.code,)
+
+    def walk(self) -> Iterator["Reason"]:
+        """This reason and those in its fields, outermost first."""
+        yield self
+        for value in self.fields.values():
+            for item in value if isinstance(value, tuple) else (value,):
+                if isinstance(item, Reason):
+                    yield from item.walk()
+
+    def as_json(self) -> dict[str, Any]:
+        """The code and fields as JSON values."""
+        return {"code": self.code, "fields": {n: _as_json(v) for n, v in self.fields.items()}}
+
+    @classmethod
+    def of_json(cls, value: Any) -> "Reason":
+        """The reason that ``as_json`` returned; a reason as it is.
+
+        Raises:
+            ValueError: it is something else, or of a code or fields that this version does not
+                have.
+        """
+        if isinstance(value, Reason):
+            return value
+        match value:
+            case {"code": str(code), "fields": Mapping() as fields} if len(value) == 2:
+                pass
+            case _:
+                raise ValueError("a reason is an object of code, a string, and fields, an object")
+        try:
+            return cls(code, **{str(name): _of_json(item) for name, item in fields.items()})
+        except TypeError as fault:
+            raise ValueError(str(fault)) from fault
+
+    @classmethod
+    def __get_pydantic_core_schema__(
+        cls, source: type[Any], handler: GetCoreSchemaHandler
+    ) -> CoreSchema:
+        return core_schema.no_info_plain_validator_function(
+            cls.of_json,
+            serialization=core_schema.plain_serializer_function_ser_schema(cls.as_json),
+        )
+
+    @classmethod
+    def __get_pydantic_json_schema__(
+        cls, signature: CoreSchema, handler: GetJsonSchemaHandler
+    ) -> dict[str, Any]:
+        properties = {"code": {"type": "string"}, "fields": {"type": "object"}}
+        return {"type": "object", "properties": properties, "required": ["code", "fields"]}
+
+
+def joined(reasons: Iterable[Reason]) -> str:
+    """The sentences of several reasons as one."""
+    return "; ".join(map(str, reasons))
+
+
+def read_reasons(
+    value: Any, validate: Callable[[Any], Model], sentence: str, reasons: str
+) -> Model:
+    """Validate a stored object that has reasons, their sentence, or both.
+
+    Documents of earlier versions have only the sentence, and those of later versions may have
+    codes that this one does not know: of both the sentence is kept, as code ``as_written``. The
+    reasons of an earlier document count as unset, so that it is written again as it was.
+
+    Args:
+        value: the object, to be validated.
+        validate: validates it with its reasons in place of their sentence.
+        sentence: its key of the sentence, or of a list of sentences.
+        reasons: its key of the reasons.
+
+    Raises:
+        ValidationError: as ``validate``.
+    """
+    result = validate(_with_reasons(value, sentence, reasons))
+    if isinstance(value, Mapping) and reasons not in value:
+        result.model_fields_set.discard(reasons)
+    return result
+
+
+def _with_reasons(value: Any, sentence: str, reasons: str) -> Any:
+    """A mapping with its reasons in place of their sentence; anything else as it is."""
+    if not isinstance(value, Mapping) or sentence not in value:
+        return value
+    rest = {name: item for name, item in value.items() if name != sentence}
+    if reasons in value and _are_known(value[reasons]):
+        return rest
+    text = value[sentence]
+    texts = text if isinstance(text, list | tuple) else [] if text is None else [text]
+    if not all(isinstance(item, str) for item in texts):
+        return value
+    return {**rest, reasons: tuple(Reason("as_written", text=item) for item in texts)}
+
+
+def _are_known(stored: Any) -> bool:
+    try:
+        for item in stored:
+            Reason.of_json(item)
+    except (TypeError, ValueError):
+        return False
+    return True
+
+
+def _plain(name: str, value: Any) -> Value:
+    if isinstance(value, bool | str | Reason):
+        return value
+    if isinstance(value, int):
+        return int(value)
+    if isinstance(value, float):
+        return float(value) if math.isfinite(value) else f"{value:g}"
+    if isinstance(value, tuple):
+        return tuple(_plain(name, item) for item in value)
+    raise TypeError(f"field {name!r} of a reason is a {type(value).__name__}")
+
+
+def _as_json(value: Value) -> Any:
+    if isinstance(value, Reason):
+        return value.as_json()
+    return [_as_json(item) for item in value] if isinstance(value, tuple) else value
+
+
+def _of_json(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return Reason.of_json(value)
+    return tuple(_of_json(item) for item in value) if isinstance(value, list | tuple) else value

@@ -1,0 +1,50 @@
+"""Reasons by code and fields; and the table of all codes: ``python -m tests.reason_codes``."""
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from compressors.contracts.reasons import SUBJECTS, Reason
+
+TABLE = Path(__file__).parent.parent / "docs" / "reasons.md"
+
+
+def codes_of(reasons: Iterable[Reason]) -> list[str]:
+    """The codes of some reasons, in their order."""
+    return [reason.code for reason in reasons]
+
+
+def with_code(reasons: Iterable[Reason], code: str, **fields: Any) -> Reason:
+    """The one reason of a code, also inside fields of others, with at least these fields."""
+    known = list(reasons)
+    found = [inner for reason in known for inner in reason.walk() if inner.code == code]
+    assert len(found) == 1, f"{len(found)} of code {code!r} in {known}"
+    got = {name: found[0].fields.get(name) for name in fields}
+    assert got == fields, found[0]
+    return found[0]
+
+
+def page() -> str:
+    """The documentation page: one table for each subject."""
+    lines = [
+        "# Reason codes",
+        "",
+        "Plans and verdicts carry their reasons as a code and fields, so that a program need not",
+        "read the sentence. In JSON, `reasons` holds objects of `code` and `fields`, and `reason`",
+        "holds the derived sentence. A plan has `reasons` and `remarks` about whole steps, and its",
+        "lines have `warnings` and `warning` in the same way.",
+        "",
+        "This page lists every code with its sentence; names in braces are the fields. A field",
+        "can be the reason of another decision. Documents of earlier versions have sentences only:",
+        "they are read as code `as_written`.",
+        "",
+        "The page is generated: `python -m tests.reason_codes`.",
+    ]
+    for subject, sentences in SUBJECTS.items():
+        lines += ["", f"## {subject}", "", "| code | sentence |", "|---|---|"]
+        lines += [f"| `{code}` | {text} |" for code, text in sentences.items()]
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    TABLE.write_text(page())
