@@ -235,7 +235,7 @@ def damaged(tmp_path: Path) -> Path:
 def test_a_server_that_dies_is_an_error_of_exit_code_1_with_its_last_output(
     damaged: Path, started: EmbeddedServer, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with raises_code(ServiceFailed, "embedded_server_ended", status=3) as raised:
+    with raises_code(ServiceFailed, "embedded_server_not_started", exit_code=3) as raised:
         started.wait_until_ready(lambda _: None)
     assert cli_errors.report(raised.value) == 1
     said = capsys.readouterr().err
