@@ -27,7 +27,10 @@ from compressors.quantize.tables.rowwise_int8 import RowwiseInt8
 from infra.onnxruntime.sessions import Session
 
 TARGETS: tuple[TargetKind, ...] = ("onnxruntime", "tensorrt", "tensorrt-rtx")
-EPS = (1e-7, 1e-8, 1e-9, 1e-12, 1e-16)
+# Both sides of the 1e-8 below which ``isclose`` takes a number for 0, and one far below. Others are
+# tried on the passes alone, and nightly on the network.
+EPS = (1e-7, 1e-8, 1e-16)
+OTHER_EPS = (1e-9, 1e-12)
 LENGTH = 4
 # A float32 graph sums in another order; TensorRT's forms round looked-up rows to float16 once.
 ROUNDING = {"float32": 1e-6, "packed": 2e-3}
@@ -99,6 +102,16 @@ def scores(
 
 @parametrize_pairwise(eps=EPS, form=list(STEPS), target=TARGETS)
 def test_masked_means_of_empty_lists_are_the_modules_on_every_target(eps, form, target):
+    check_masked_means(eps, form, target)
+
+
+@pytest.mark.nightly
+@parametrize_pairwise(eps=OTHER_EPS, form=list(STEPS), target=TARGETS)
+def test_masked_means_with_other_guards_are_the_modules_on_every_target(eps, form, target):
+    check_masked_means(eps, form, target)
+
+
+def check_masked_means(eps: float, form: str, target: TargetKind) -> None:
     inputs = example(SCHEMA, {"user": 12, "items": 40}, 16)
     inputs["items"][:5] = 0  # empty lists
     inputs["items"][5:9, 1:] = 0  # lists of one
