@@ -19,6 +19,7 @@ import typer
 from flows.cli import orders
 from flows.cli.console import write, write_line, write_table
 from flows.cli.errors import report, require_limits
+from flows.cli.options import Json, RegisteredModel, Version
 from flows.cli.promotion import promotion_app
 from flows.cli.tables import tables_app
 from flows.cli.triton import triton_app
@@ -41,7 +42,6 @@ app.add_typer(tables_app, name="tables")
 app.add_typer(triton_app, name="triton")
 
 EXIT = {"accepted": 0, "rejected": 3, "undecided": 4, "built-unmeasured": 4}
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of a table.")]
 
 
 def main() -> None:
@@ -59,50 +59,28 @@ def main() -> None:
 
 
 @app.command()
+@orders.with_order_options
 def compress(
-    model: orders.Model = None,
-    preset: orders.Preset = "safe",
-    limit: orders.Limits = None,
-    target: orders.Target = None,
-    optional: orders.Optionals = None,
-    order: orders.File = None,
-    promote: orders.Promote = False,
-    seed: orders.Seed = 0,
-    budget: orders.Budget = None,
-    teacher: orders.Teachers = None,
+    terms: "Terms",
     force: Annotated[
         bool, typer.Option(help="Carry the order out anew, as a new version.")
     ] = False,
     as_json: Json = False,
 ) -> None:
     """Compress a model, judge what will be served, and register the result."""
-    terms = orders.wanted(
-        model, preset, limit, target, optional, order, promote, seed, budget, teacher
-    )
     raise typer.Exit(_carry_out(terms, force=force, as_json=as_json))
 
 
 @app.command()
+@orders.with_order_options
 def explain(
-    model: orders.Model = None,
-    preset: orders.Preset = "safe",
-    limit: orders.Limits = None,
-    target: orders.Target = None,
-    optional: orders.Optionals = None,
-    order: orders.File = None,
-    promote: orders.Promote = False,
-    seed: orders.Seed = 0,
-    budget: orders.Budget = None,
-    teacher: orders.Teachers = None,
+    terms: "Terms",
     as_json: Json = False,
 ) -> None:
     """Say what an order would run, its bytes and its peak memory, without running it."""
     from flows.cli.console import explained
     from flows.explain import explain
 
-    terms = orders.wanted(
-        model, preset, limit, target, optional, order, promote, seed, budget, teacher
-    )
     found = explain(terms)
     orders.warn(terms)
     if as_json:
@@ -274,9 +252,6 @@ def bundle_schema() -> None:
 
 # --- registry --------------------------------------------------------------------------------
 
-Model = Annotated[str, typer.Argument(help="Registered model name.")]
-Version = Annotated[str, typer.Option("--version", help="3, @champion or @candidate.")]
-
 
 @registry_app.command("list")
 def registry_list(
@@ -314,7 +289,7 @@ def registry_list(
 
 @registry_app.command("show")
 def registry_show(
-    model: Model,
+    model: RegisteredModel,
     version: Version = "@candidate",
     html: Annotated[
         Path | None, typer.Option(help="Write the report's page, with pictures, to this file.")
@@ -336,7 +311,7 @@ def registry_show(
 
 @registry_app.command("fetch")
 def registry_fetch(
-    model: Model,
+    model: RegisteredModel,
     into: Annotated[Path, typer.Option(help="A new or empty folder.")],
     version: Version = "@champion",
     target: Annotated[str, typer.Option(help="Which target's files.")] = "onnxruntime",

@@ -1,7 +1,10 @@
 """An order as the command line gives it: a model with options, or a file."""
 
+import functools
+import inspect
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, get_args
+from typing import TYPE_CHECKING, Annotated, Any, get_args
 
 import typer
 
@@ -46,19 +49,19 @@ Teachers = Annotated[
 Seed = Annotated[int, typer.Option(help="Seed of everything drawn.")]
 
 
-def wanted(
-    model: str | None,
-    preset: str,
-    limit: list[str] | None,
-    target: list[str] | None,
-    optional: list[str] | None,
-    order: Path | None,
-    promote: bool,
-    seed: int,
-    budget: float | None,
-    teacher: list[str] | None = None,
+def order_from_options(
+    model: Model = None,
+    preset: Preset = "safe",
+    limit: Limits = None,
+    target: Target = None,
+    optional: Optionals = None,
+    order: File = None,
+    promote: Promote = False,
+    seed: Seed = 0,
+    budget: Budget = None,
+    teacher: Teachers = None,
 ) -> "Terms":
-    """The order that the options or the file give.
+    """Return the order that the options or the file describe.
 
     Raises:
         CommandRefused: both or neither are given, or what is given is not an order.
@@ -74,6 +77,26 @@ def wanted(
         raise CommandRefused("model_missing")
     some = optional or []
     return terms(model, preset, limit or [], target, some, promote, seed, budget, teacher)
+
+
+def with_order_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Give a command the options of ``order_from_options``; it receives the order as ``terms``.
+
+    typer reads the options of a command from its signature.
+    """
+    options = inspect.signature(order_from_options).parameters
+    own = inspect.signature(command).parameters
+    others = [parameter for name, parameter in own.items() if name != "terms"]
+
+    @functools.wraps(command)
+    def run(**values: Any) -> None:
+        terms = order_from_options(**{name: values.pop(name) for name in options})
+        command(terms=terms, **values)
+
+    parameters = [*options.values(), *others]
+    run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    run.__annotations__ = {item.name: item.annotation for item in parameters}
+    return run
 
 
 def terms(

@@ -9,21 +9,22 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from flows.cli.console import write, write_line
+from flows.cli.options import Json, RegisteredModel, Version
 
 if TYPE_CHECKING:
     from infra.registry.ledger import Entry
 
 promotion_app = typer.Typer()
 
-Model = Annotated[str, typer.Argument(help="Registered model name.")]
-Version = Annotated[str, typer.Option("--version", help="3, @champion or @candidate.")]
 Reason = Annotated[str, typer.Option(help="Written into the ledger.")]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead.")]
 
 
 @promotion_app.command("promote")
 def registry_promote(
-    model: Model, version: Version = "@candidate", reason: Reason = "", as_json: Json = False
+    model: RegisteredModel,
+    version: Version = "@candidate",
+    reason: Reason = "",
+    as_json: Json = False,
 ) -> None:
     """Make an accepted version the champion."""
     from flows.cli.console import promoted
@@ -42,7 +43,7 @@ def registry_promote(
 @promotion_app.command("rollback")
 def registry_rollback(
     context: typer.Context,
-    model: Model,
+    model: RegisteredModel,
     leaving: Annotated[
         str | None,
         typer.Option("--from", help="The version to roll back from; else the champion."),

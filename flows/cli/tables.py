@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from flows.cli.console import write, write_line
+from flows.cli.options import Json
 
 if TYPE_CHECKING:
     from compressors.contracts import Plan
@@ -20,8 +21,6 @@ if TYPE_CHECKING:
 tables_app = typer.Typer(
     no_args_is_help=True, help="Compress embedding tables of any size, from file to file."
 )
-
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead.")]
 
 
 @tables_app.command("quantize")

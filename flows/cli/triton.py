@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from flows.cli.console import write, write_line
+from flows.cli.options import Json, RegisteredModel
 
 if TYPE_CHECKING:
     from tasks.promotion.triton_repository import TritonModel
@@ -17,11 +18,9 @@ triton_app = typer.Typer(
     no_args_is_help=True, help="A Triton model repository that follows the champion."
 )
 
-Model = Annotated[str, typer.Argument(help="Registered model name.")]
 To = Annotated[
     str | None, typer.Option("--to", help="A folder or s3://bucket/prefix; else RECPRESS_TRITON.")
 ]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead.")]
 Unmeasured = Annotated[
     bool, typer.Option(help="Also a TensorRT plan that was built but never measured.")
 ]
@@ -29,7 +28,7 @@ Unmeasured = Annotated[
 
 @triton_app.command("export")
 def triton_export(
-    model: Model, to: To = None, unmeasured: Unmeasured = False, as_json: Json = False
+    model: RegisteredModel, to: To = None, unmeasured: Unmeasured = False, as_json: Json = False
 ) -> None:
     """Lay the champion out: its files, then the configuration that serves them."""
     from tasks.promotion.promotions import export
@@ -44,7 +43,7 @@ def triton_export(
 
 @triton_app.command("show")
 def triton_show(
-    model: Model, to: To = None, unmeasured: Unmeasured = False, as_json: Json = False
+    model: RegisteredModel, to: To = None, unmeasured: Unmeasured = False, as_json: Json = False
 ) -> None:
     """Print the configuration, which version it serves, and whether its files are sound.
 

@@ -138,7 +138,7 @@ def order_file(folder: Path) -> Parser:
 
     def parse(body: bytes) -> object:
         file.write_bytes(body)
-        return orders.wanted(None, "safe", None, None, None, file, False, 0, None, None)
+        return orders.order_from_options(order=file)
 
     return Parser((json.dumps(order).encode(),), parse)
 
