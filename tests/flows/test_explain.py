@@ -76,7 +76,7 @@ def test_what_would_be_refused_is_refused_now(world: World) -> None:
     order = Order(model="clicks@1", preset="custom", steps=(Channels(),), limits=(ANY,))
     with raises_code(OrderRefused, "step_not_applicable") as caught:
         explain(order)
-    assert "grows by other than hidden" in caught.value.fields["reason"]
+    assert "does not grow in proportion to hidden" in caught.value.fields["reason"]
     with raises_code(ArtifactMissing, "bundle_missing", reference="nothing"):
         explain(Order(model="nothing", preset="fast", limits=(ANY,)))
 

@@ -126,7 +126,7 @@ def test_a_recipe_of_ones_own_must_fit(world: World) -> None:
     order = Order(model="clicks@1", preset="custom", steps=(Channels(),), limits=(ANY,))
     with raises_code(OrderRefused, "step_not_applicable") as caught:
         carry_out(order)
-    assert "grows by other than hidden" in caught.value.fields["reason"]
+    assert "does not grow in proportion to hidden" in caught.value.fields["reason"]
 
 
 def test_rows_that_a_step_needs_are_asked_for_before_anything_runs(fresh: Path) -> None:

@@ -132,4 +132,4 @@ class Halved(Plain):
 def test_half_a_channel_is_no_group(tmp_path):
     with raises_code(NothingToCompress, "units_missing") as caught:
         cut(Reference(Halved, SCHEMA), tmp_path)
-    assert caught.value.fields["reasons"]["hidden"] == "'out' grows by other than width does"
+    assert caught.value.fields["reasons"]["hidden"] == "'out' does not grow in proportion to width"

@@ -228,14 +228,20 @@ def test_a_layer_without_a_number_in_the_configuration_says_so(tmp_path):
 @pytest.mark.parametrize(
     ("network", "signature", "layer", "reason"),
     [
-        (Centred, SCHEMA, "read outside of its layers: without some, scores are off by"),
-        (Heads, RATE, "read outside of its layers: without some, scores are off by"),
-        (Halves, SCHEMA, "read outside of its layers: without some, scores are off by"),
-        (Remembering, SCHEMA, "read outside of its layers: without some, scores are off by"),
+        (Centred, SCHEMA, "hidden", "read outside of its layers: without some, scores are off by"),
+        (Heads, RATE, "value", "read outside of its layers: without some, scores are off by"),
+        (Halves, SCHEMA, "hidden", "read outside of its layers: without some, scores are off by"),
+        (
+            Remembering,
+            SCHEMA,
+            "hidden",
+            "read outside of its layers: without some, scores are off by",
+        ),
         (
             Squeezed,
             SCHEMA,
-            "with width = 64 the network fails|does not grow in proportion to width",
+            "hidden",
+            "with width = 64 the network fails",
         ),
     ],
     ids=lambda value: getattr(value, "__name__", ""),
@@ -243,7 +249,7 @@ def test_a_layer_without_a_number_in_the_configuration_says_so(tmp_path):
 def test_channels_that_code_reads_past_the_layers_stay(network, signature, layer, reason, tmp_path):
     with raises_code(NothingToCompress, "units_missing") as caught:
         narrowed(Reference(network, signature), tmp_path)
-    assert caught.value.fields["reasons"][layer].startswith(reason)
+    assert reason in caught.value.fields["reasons"][layer]
 
 
 def test_shared_layers_and_norms_without_weights_are_cut(tmp_path):

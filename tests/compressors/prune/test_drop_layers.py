@@ -189,7 +189,7 @@ def test_layers_that_earlier_steps_treat_unlike_stay(tmp_path):
         run(DropLayers(layers=("up.*", "down.*")), one, bench, tmp_path / "out")
     assert (
         caught.value.fields["reasons"]["down.0"]
-        == "earlier steps treat the layers of cross_layers unlike: drop layers first"
+        == "earlier steps treat the layers of cross_layers differently: drop layers first"
     )
     packed = run(StaticInt8(), DEEP.model(), bench, tmp_path / "packed")
     with raises_code(NothingToCompress, "units_missing") as caught:

@@ -225,7 +225,7 @@ def test_a_constant_needs_a_bias_to_live_on_in(tmp_path):
     bench = RANKER.bench(tmp_path / "data")
     with raises_code(NothingToCompress, "units_missing") as caught:
         run(Fold(), source, bench, tmp_path / "out")
-    assert caught.value.fields["reasons"]["cross"] == "no norm to take up, no dead channel"
+    assert caught.value.fields["reasons"]["cross"] == "no norm to fold, no dead channel"
 
 
 def test_layers_of_one_number_lose_as_many_as_the_poorest_has(tmp_path):
