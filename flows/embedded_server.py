@@ -52,7 +52,7 @@ _REMEDY = (
     "start' and set PREFECT_API_URL=http://127.0.0.1:4200/api."
 )
 
-Say = Callable[[str], object]
+Notify = Callable[[str], object]
 
 
 class EmbeddedServer:
@@ -73,14 +73,14 @@ class EmbeddedServer:
         self._lock = lock
         atexit.register(self.stop)
 
-    def wait_until_ready(self, say: Say, *, stall_seconds: float = STALL_SECONDS) -> None:
+    def wait_until_ready(self, notify: Notify, *, stall_seconds: float = STALL_SECONDS) -> None:
         """Wait until the server answers, as long as its process makes progress.
 
         Progress is CPU time of the process, or a change of the database's files. Only time in which
         this process runs is counted, so both may be suspended together.
 
         Args:
-            say: called with what is waited for, first after ``SAY_AFTER_SECONDS``.
+            notify: called with what is waited for, first after ``SAY_AFTER_SECONDS``.
             stall_seconds: the longest time without progress.
 
         Raises:
@@ -107,7 +107,7 @@ class EmbeddedServer:
                     )
                 if now >= say_at:
                     say_at = now + SAY_EVERY_SECONDS
-                    say(
+                    notify(
                         f"waiting for the embedded Prefect server to start ({now - begun:.0f} s, "
                         f"process {self.process.pid}, database in {self._home}). {_REMEDY}"
                     )
@@ -170,7 +170,7 @@ class EmbeddedServer:
         return f"Its last output:\n{text}" if text else "It printed nothing."
 
 
-def start_embedded_server(say: Say) -> EmbeddedServer:
+def start_embedded_server(notify: Notify) -> EmbeddedServer:
     """Start the server of this command and make Prefect's clients in this process use it.
 
     One server of a Prefect home starts at a time, because each migrates the same database. The lock
@@ -180,7 +180,7 @@ def start_embedded_server(say: Say) -> EmbeddedServer:
 
     home = get_current_settings().home
     lock = ExitStack()
-    waiting = partial(say, f"waiting for another command that starts a Prefect server in {home}")
+    waiting = partial(notify, f"waiting for another command that starts a Prefect server in {home}")
     lock.enter_context(locked(home / "recpress-server.lock", waiting))
     output = tempfile.TemporaryFile()  # noqa: SIM115 (open as long as the server runs)
     with socket.socket() as listener:

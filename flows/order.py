@@ -93,10 +93,10 @@ class Order(Terms):
 
 
 def _command(order: Order) -> str:
-    """The command that gives this order: with options where they say all of it."""
+    """The command for this order, with options if they express all of it."""
     wanted = order.targets.wanted()
     required = [target for target, how in wanted.items() if how == "required"]
-    if order.preset == "custom" or not _options_say_it(order):
+    if order.preset == "custom" or not _has_only_options(order):
         return f"recpress compress --order {ORDER_FILE}"
     options = [("--preset", str(order.preset))]
     options += [("--limit", str(limit)) for limit in order.limits]
@@ -112,7 +112,7 @@ def _command(order: Order) -> str:
     return " \\\n    ".join(parts)
 
 
-def _options_say_it(order: Order) -> bool:
+def _has_only_options(order: Order) -> bool:
     """Whether what has no option is as it is without one, and limits read back as they are."""
     chosen = {target.replace("-", "_") for target in get_args(TargetKind)}
     return (

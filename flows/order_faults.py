@@ -32,7 +32,7 @@ def sentences(fault: "ValidationError", model: "type[BaseModel] | None" = None) 
         if not (error["type"] == "too_short" and any(_inside(p, error["loc"]) for p in places))
     ]
     found = [
-        bounded(f"{'.'.join(map(str, error['loc'])) or fault.title}: {_said(error, model)}")
+        bounded(f"{'.'.join(map(str, error['loc'])) or fault.title}: {_sentence(error, model)}")
         for error in errors[:MOST_SENTENCES]
     ]
     more = len(errors) - len(found)
@@ -43,7 +43,7 @@ def _inside(place: Place, outer: Place) -> bool:
     return len(place) > len(outer) and place[: len(outer)] == outer
 
 
-def _said(error: Any, model: "type[BaseModel] | None") -> str:
+def _sentence(error: Any, model: "type[BaseModel] | None") -> str:
     place, context = error["loc"], error.get("ctx", {})
     match error["type"]:
         case "extra_forbidden":

@@ -1,15 +1,15 @@
 """Which Prefect server a command uses: the configured one, checked, or an embedded one."""
 
-from flows.embedded_server import EmbeddedServer, Say, start_embedded_server
+from flows.embedded_server import EmbeddedServer, Notify, start_embedded_server
 from infra.errors import ServiceFailed, SettingRefused
 from infra.settings import shown
 
 
-def connect(say: Say) -> EmbeddedServer | None:
+def connect(notify: Notify) -> EmbeddedServer | None:
     """Check the configured server, or start an embedded one if none is configured.
 
     Args:
-        say: called with what is waited for.
+        notify: called with what is waited for.
 
     Returns:
         The embedded server, which is not ready yet; None if another server is configured.
@@ -27,7 +27,7 @@ def connect(say: Say) -> EmbeddedServer | None:
         return None
     if not settings.server.ephemeral.enabled:
         raise SettingRefused("prefect_not_configured")
-    return start_embedded_server(say)
+    return start_embedded_server(notify)
 
 
 def require_access() -> None:

@@ -175,14 +175,14 @@ def measure_recipe_stages(
     """Every stage's quality on the test rows, for the report; nothing is chosen by it."""
     rows = subject.rows["test"]
 
-    def answers(bundle: Artifact) -> Artifact:
+    def predictions(bundle: Artifact) -> Artifact:
         if ranking is None:
             return kept(score, bundle=bundle, split=test, rows=rows, code=code)
         asked = PreparedRows(artifact=test, rows=rows)
         return kept(rank, bundle=bundle, test=asked, ranking=ranking, code=code)
 
     scored = tuple(
-        Scored(step=step, bundle=bundle, score=answers(bundle))
+        Scored(step=step, bundle=bundle, score=predictions(bundle))
         for step, bundle in compressed.stages
     )
     return kept(

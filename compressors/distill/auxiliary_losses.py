@@ -1,4 +1,4 @@
-"""What is learned beside a student and thrown away after: maps of hints, and a head of its own.
+"""Auxiliary distillation losses: hint projections and an auxiliary head, discarded after training.
 
 Hints: what layers inside the original give out is shown to the student's layers of the same name,
 through a linear map each, since the student's may be narrower.
@@ -54,8 +54,8 @@ class AuxiliaryLosses(nn.Module):
             self.head = None if auxiliary is None else nn.Linear(widths[auxiliary], 1)
         self.seen: dict[str, Tensor] = {}
 
-    def answers(self) -> Tensor:
-        """What the head answers to the rows the student has just been given, ``(rows,)``."""
+    def predictions(self) -> Tensor:
+        """The head's predictions for the rows of the student's last forward pass, ``(rows,)``."""
         if self.head is None or self.auxiliary is None:
             raise DistillationRefused("auxiliary_head_missing")
         found: Tensor = self.head(self.seen[self.auxiliary].float()).reshape(-1)
@@ -147,7 +147,11 @@ def widths_of(
 
 
 def with_hint_loss(
-    loss: Loss, beside: AuxiliaryLosses, original: nn.Module, hints: tuple[str, ...], share: float
+    loss: Loss,
+    auxiliary: AuxiliaryLosses,
+    original: nn.Module,
+    hints: tuple[str, ...],
+    share: float,
 ) -> Loss:
     """A loss with the gap between the student's layers and the original's added to it.
 
@@ -158,6 +162,6 @@ def with_hint_loss(
     def whole(output: Tensor, batch: Batch, numbers: Tensor) -> Tensor:
         with torch.no_grad(), record_outputs(original, hints) as shown:
             original(**batch.inputs)
-        return loss(output, batch, numbers) + share * beside.gap(shown)
+        return loss(output, batch, numbers) + share * auxiliary.gap(shown)
 
     return whole

@@ -69,7 +69,7 @@ class Distill(Frozen):
         "name, through a linear map that is dropped afterwards.",
     )
     hint_share: float = Field(
-        0.1, gt=0, le=100, description="Weight of the hints beside the answers."
+        0.1, gt=0, le=100, description="Weight of the hints next to the soft labels."
     )
     auxiliary: str | None = Field(
         None,
@@ -156,7 +156,7 @@ class Distill(Frozen):
                 raise DistillationRefused("hints_need_original", step=self.kind)
             require_layers(original, self.hints, "original")
             known = widths_of(original, self.hints, first)
-        beside = AuxiliaryLosses(self.hints, self.auxiliary, widths, known, bench.seed)
+        auxiliary = AuxiliaryLosses(self.hints, self.auxiliary, widths, known, bench.seed)
         loss = soft_label_loss(
             bench,
             self.soft_share,
@@ -165,12 +165,15 @@ class Distill(Frozen):
             name=self.loss,
             top=self.top,
             rows=self.rows,
-            answers=None if self.auxiliary is None else beside.answers,
+            predictions=None if self.auxiliary is None else auxiliary.predictions,
         )
         teaching = original if self.hints and original is not None else nn.Identity()
-        with record_outputs(model.module, watched) as beside.seen, moved_to(teaching, bench.device):
+        with (
+            record_outputs(model.module, watched) as auxiliary.seen,
+            moved_to(teaching, bench.device),
+        ):
             if self.hints:
-                loss = with_hint_loss(loss, beside, teaching, self.hints, self.hint_share)
+                loss = with_hint_loss(loss, auxiliary, teaching, self.hints, self.hint_share)
             return train_model(
                 model,
                 bench,
@@ -180,7 +183,7 @@ class Distill(Frozen):
                 only=None if self.dense else trainable(model.module, tables=True, dense=False),
                 rows=rows,
                 whole_lists=self.loss in OF_LISTS,
-                beside=beside if watched else None,
+                auxiliary=auxiliary if watched else None,
             )
 
     def dry_run(self, model: Model, bench: Bench) -> Model:  # noqa: ARG002

@@ -31,7 +31,7 @@ def soft_label_loss(
     name: SoftLoss = "task",
     top: int = 10,
     rows: SoftLabelSettings = "train",
-    answers: Callable[[], Tensor] | None = None,
+    predictions: Callable[[], Tensor] | None = None,
 ) -> Loss:
     """A loss over the rows that are learned from.
 
@@ -46,7 +46,7 @@ def soft_label_loss(
         name: how they are compared.
         top: of the loss ``rankdistil``.
         rows: which.
-        answers: what is compared with the teacher in place of the network's own output.
+        predictions: what is compared with the teacher in place of the network's own output.
 
     Raises:
         CompressionError: there are no soft labels, or not one for every row.
@@ -66,7 +66,7 @@ def soft_label_loss(
         soft = loss_of_teacher(
             name,
             bench.signature,
-            output if answers is None else answers(),
+            output if predictions is None else predictions(),
             teacher[numbers].to(output.device),
             batch,
             temperature=temperature,

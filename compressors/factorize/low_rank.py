@@ -78,7 +78,7 @@ class LowRankComposition:
     def parts(self, rows: int, dim: int, settings: Mapping[str, Any]) -> dict[str, PartSpec]:  # noqa: ARG002
         return {"narrow": PartSpec(rows, settings["rank"])}
 
-    def traffic(
+    def lookup_counts(
         self,
         stored: Mapping[str, Tensor],  # noqa: ARG002
         counts: Tensor,

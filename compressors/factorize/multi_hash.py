@@ -195,7 +195,7 @@ class MultiHashComposition:
     def parts(self, rows: int, dim: int, settings: Mapping[str, Any]) -> dict[str, PartSpec]:  # noqa: ARG002
         return {"buckets": PartSpec(settings["buckets"], dim)}
 
-    def traffic(
+    def lookup_counts(
         self, stored: Mapping[str, Tensor], counts: Tensor, settings: Mapping[str, Any]
     ) -> dict[str, Tensor]:
         buckets = settings["buckets"]

@@ -206,7 +206,7 @@ class NeuralCodesComposition:
     def parts(self, rows: int, dim: int, settings: Mapping[str, Any]) -> dict[str, PartSpec]:  # noqa: ARG002
         return {"codes": PartSpec(rows, settings["codes"])}
 
-    def traffic(
+    def lookup_counts(
         self,
         stored: Mapping[str, Tensor],  # noqa: ARG002
         counts: Tensor,

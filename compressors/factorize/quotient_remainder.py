@@ -186,7 +186,7 @@ class QuotientRemainderComposition:
             "remainder": PartSpec(buckets, dim),
         }
 
-    def traffic(
+    def lookup_counts(
         self,
         stored: Mapping[str, Tensor],  # noqa: ARG002
         counts: Tensor,

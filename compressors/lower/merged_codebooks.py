@@ -69,7 +69,7 @@ class MergedCodebookFormat:
         scalar = self.inside == kmeans.FORMAT
         books = self.inputs if scalar else self.inputs * self.count
         first = torch.arange(books, dtype=torch.int32) * (len(codebook) // books)
-        codes: Tensor = torch.ops.recpress.codes_beside(stored["codes"], ids, self.count, self.wide)
+        codes: Tensor = torch.ops.recpress.merged_codes(stored["codes"], ids, self.count, self.wide)
         places = codes + first.reshape(self.inputs, -1)  # (rows, inputs, count)
         found = F.embedding(places, codebook).float()  # (rows, inputs, count, entry)
         if scalar:
@@ -106,7 +106,7 @@ def merge_tables(tables: Sequence[PackedTable], stored: dict[str, Tensor]) -> Pa
     return PackedTable(form, rows, first.dim, first.settings, stored)
 
 
-@torch.library.custom_op("recpress::codes_beside", mutates_args=())
+@torch.library.custom_op("recpress::merged_codes", mutates_args=())
 def merged_codes(codes: Tensor, ids: Tensor, count: int, width: int) -> Tensor:
     """Codes of the rows asked for: int32 ``(*ids, count)`` from bytes ``(rows, bytes)``."""
     return unpack(codes[ids], count, width).to(torch.int32)

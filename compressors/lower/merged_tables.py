@@ -67,7 +67,7 @@ class MergedTable(nn.Module):
         Args:
             given: ids by input, ``(rows,)`` each.
         """
-        ids: Tensor = torch.ops.recpress.ids_beside(list(given))  # (rows, inputs)
+        ids: Tensor = torch.ops.recpress.join_ids(list(given))  # (rows, inputs)
         inside = torch.minimum(torch.maximum(ids, torch.zeros_like(self.last)), self.last)
         refused = None
         if self.policy != "clamp":
@@ -77,11 +77,11 @@ class MergedTable(nn.Module):
             else:  # as numbers: not every target reduces booleans
                 refused = outside.to(torch.float32).sum(dim=1) > 0
         found: Tensor = self.table(inside + self.first)  # (rows, inputs, dim)
-        flat: Tensor = torch.ops.recpress.rows_beside(found)  # (rows, inputs * dim)
+        flat: Tensor = torch.ops.recpress.join_rows(found)  # (rows, inputs * dim)
         return list(torch.split(flat, self.dim, dim=1)), refused
 
 
-@torch.library.custom_op("recpress::ids_beside", mutates_args=())
+@torch.library.custom_op("recpress::join_ids", mutates_args=())
 def join_ids(ids: list[Tensor]) -> Tensor:
     """Ids of several inputs, ``(rows,)`` each, as ``(rows, inputs)``."""
     return torch.stack(ids, dim=1)
@@ -92,7 +92,7 @@ def _(ids: list[Tensor]) -> Tensor:
     return ids[0].new_empty((ids[0].shape[0], len(ids)))
 
 
-@torch.library.custom_op("recpress::rows_beside", mutates_args=())
+@torch.library.custom_op("recpress::join_rows", mutates_args=())
 def join_rows(rows: Tensor) -> Tensor:
     """Rows ``(rows, inputs, dim)`` side by side, ``(rows, inputs * dim)``."""
     return rows.flatten(1).clone()

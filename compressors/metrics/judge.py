@@ -267,7 +267,7 @@ def _judge_one(limit: Limit, measured: Measured) -> Judgement:
     estimate = measured.of(limit.metric, limit.against)
     if estimate is None:
         if limit.against == "champion" and not measured.has_champion:
-            reasons = (Reason("no_champion", metric=_spoken(limit.metric)),)
+            reasons = (Reason("no_champion", metric=_metric_text(limit.metric)),)
             return Judgement(limit=limit, measured=None, outcome="accepted", reasons=reasons)
         raise LimitRefused(
             "number_missing", limit=str(limit), measured=tuple(map(str, measured.numbers))
@@ -359,7 +359,7 @@ def _refuse_broken(name: str, estimate: Estimate) -> None:
         )
 
 
-def _spoken(metric: str) -> str:
+def _metric_text(metric: str) -> str:
     """A metric as one says it: ``p99_ms@64`` is "p99 latency at batch 64"."""
     if metric == "bytes":
         return "size"
@@ -392,7 +392,7 @@ def _measured_and_limit(limit: Limit, estimate: Estimate, score_unit: ScoreUnit 
     ):
         places += 1
     point, low, high, edge = (f"{value:{sign},.{places}f}" for value in (*values, bound))
-    metric = _spoken(limit.metric) + ("" if absolute else f" vs {limit.against}")
+    metric = _metric_text(limit.metric) + ("" if absolute else f" vs {limit.against}")
     relation = ">=" if limit.at_least is not None else "<="
     number, edge, rows = f"{point}{unit}", f"{edge}{unit}", estimate.rows
     if limit.metric == "max_score_change" and rows is not None:

@@ -119,13 +119,13 @@ def _carry_out(order: "Terms", *, force: bool, as_json: bool) -> int:
                 require_registry()  # fails at once: the flow would wait for it
                 found = console.run(order, quiet=as_json)
     else:
-        console.say(carried_out_before(found), quiet=as_json)
+        console.print_progress(carried_out_before(found), quiet=as_json)
     if as_json:
         write(found.model_dump_json(indent=1))
     else:
         console.show(found)
     if order.promote:
-        console.say(promotion(order, found, champion), quiet=as_json)
+        console.print_progress(promotion(order, found, champion), quiet=as_json)
     return EXIT[found.report.outcome]
 
 
@@ -142,7 +142,7 @@ def _only_process_of(order: "Terms", *, quiet: bool) -> Iterator[None]:
     text = f"Order {digest[:12]} is being carried out by another process. Waiting for its result."
     with ExitStack() as held:
         try:
-            waiting = functools.partial(console.say, text, quiet=quiet)
+            waiting = functools.partial(console.print_progress, text, quiet=quiet)
             held.enter_context(locked_name(path, digest, waiting))
         except OSError as fault:
             raise SettingRefused(

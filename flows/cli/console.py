@@ -84,7 +84,7 @@ def write_table(columns: list[str], rows: list[list[str]]) -> None:
     console().print(table)
 
 
-def say(text: str, *, quiet: bool = False) -> None:
+def print_progress(text: str, *, quiet: bool = False) -> None:
     """One line for a person, on standard error so that results can be piped."""
     if not quiet:
         console(error=True).print(one_line(text))

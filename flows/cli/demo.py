@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 from compressors.contracts import Limit, digest
-from flows.cli.console import say
+from flows.cli.console import print_progress
 from flows.prefect_access import require_access
 from flows.terms import Targets, Terms
 from infra.errors import ArtifactMissing, ChildFailed, CommandRefused, RecordRefused
@@ -60,7 +60,7 @@ def _train_and_pack(root: Path, version: str) -> None:
     require_access()
     with scratch_folder("demo") as scratch:
         draft = scratch / "draft"
-        say("Training a DCN-v2 click model on MovieLens 100K ...")
+        print_progress("Training a DCN-v2 click model on MovieLens 100K ...")
         trained = subprocess.run(
             [sys.executable, "-m", TRAINER, str(draft)],
             cwd=root,
@@ -76,5 +76,5 @@ def _train_and_pack(root: Path, version: str) -> None:
             pack,  # torch: not needed where the model is packed already
         )
 
-        say("Packing it into the object store ...")
+        print_progress("Packing it into the object store ...")
         pack(draft)

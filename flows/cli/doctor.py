@@ -65,14 +65,14 @@ def examine() -> tuple[Finding, ...]:
     if settings.store_root.startswith("s3://") or settings.triton.startswith("s3://"):
         importlib.import_module("s3fs")
     asked = [
-        _asked("object store", settings.store_root.startswith("s3://"), _store, _STORE),
-        _asked("registry", not settings.registry_uri.startswith("sqlite"), _registry, _REGISTRY),
-        _asked("Prefect", True, _prefect, _PREFECT),
+        _start("object store", settings.store_root.startswith("s3://"), _store, _STORE),
+        _start("registry", not settings.registry_uri.startswith("sqlite"), _registry, _REGISTRY),
+        _start("Prefect", True, _prefect, _PREFECT),
     ]
     remote = settings.store_root.startswith("s3://")
     remote = remote or not settings.registry_uri.startswith("sqlite")
-    champion = _asked("champions", remote, _champions, _CHAMPIONS)
-    triton = _asked("Triton repository", settings.triton.startswith("s3://"), _triton, _TRITON)
+    champion = _start("champions", remote, _champions, _CHAMPIONS)
+    triton = _start("Triton repository", settings.triton.startswith("s3://"), _triton, _TRITON)
     unset = Finding(what="Triton repository", state="absent", found="RECPRESS_TRITON is not set")
     return (
         *(wait() for wait in asked),
@@ -104,17 +104,17 @@ def _triton() -> str:
     return "{}: {} model(s)".format(*contents())
 
 
-def _asked(what: str, remote: bool, look: Callable[[], str], remedy: str) -> Callable[[], Finding]:
-    """Begin to look, and give what waits for the result."""
+def _start(what: str, remote: bool, probe: Callable[[], str], remedy: str) -> Callable[[], Finding]:
+    """Start a probe and return a function that waits for its result."""
     if not remote:
-        return lambda: _try(what, look, remedy)
-    question = HttpRequest(look)
+        return lambda: _try(what, probe, remedy)
+    question = HttpRequest(probe)
     return lambda: _try(what, question.answer, remedy)
 
 
-def _try(what: str, look: Callable[[], str], remedy: str, *, needed: bool = True) -> Finding:
+def _try(what: str, probe: Callable[[], str], remedy: str, *, needed: bool = True) -> Finding:
     try:
-        return Finding(what=what, state="ok", found=look())
+        return Finding(what=what, state="ok", found=probe())
     except CheckFailed as fault:
         return Finding(
             what=what, state="fault", found=cleaned(fault), remedy=_remedy(fault, remedy)

@@ -156,10 +156,10 @@ def terms(
 def warn(terms: "Terms") -> None:
     """Print what in an order is allowed and rarely meant, on standard error."""
     from compressors.contracts import limit_warnings
-    from flows.cli.console import say
+    from flows.cli.console import print_progress
 
     for warning in limit_warnings(terms.limits):
-        say(f"warning: {warning}")
+        print_progress(f"warning: {warning}")
 
 
 def target_named(name: str) -> "TargetKind":

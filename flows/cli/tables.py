@@ -152,7 +152,7 @@ def _bar(*, quiet: bool) -> Iterator[Callable[[int, int], None] | None]:
     with Progress(*columns, console=err, transient=True) as bar:
         task = bar.add_task("reading", total=None)
 
-        def told(read: int, total: int) -> None:
+        def show(read: int, total: int) -> None:
             bar.update(task, advance=read, total=total)
 
-        yield told
+        yield show

@@ -347,30 +347,32 @@ class Registry:
         try:
             yield
         except MlflowException as fault:
-            said = self._said(fault.message)
+            message = self._message(fault.message)
             if fault.error_code in _FORBIDDEN:
-                raise SettingRefused("registry_credentials_refused", problem=said) from None
-            if "local path as a model version source" in said:
+                raise SettingRefused("registry_credentials_refused", problem=message) from None
+            if "local path as a model version source" in message:
                 raise RegistryRefused("source_is_local") from None
             if fault.error_code in _REFUSED:
-                raise RegistryRefused("registry_refused", problem=said) from None
-            if "out-of-date database schema" in said:
-                raise SettingRefused("registry_version_differs", problem=said) from None
-            raise self._no_answer(said) from None
+                raise RegistryRefused("registry_refused", problem=message) from None
+            if "out-of-date database schema" in message:
+                raise SettingRefused("registry_version_differs", problem=message) from None
+            raise self._unavailable_or_outage(message) from None
         except (NoSuchModuleError, ImportError) as fault:
-            raise SettingRefused("registry_driver_missing", problem=self._said(fault)) from None
+            raise SettingRefused("registry_driver_missing", problem=self._message(fault)) from None
         except (OperationalError, OSError) as fault:
-            raise self._no_answer(self._said(fault)) from None
+            raise self._unavailable_or_outage(self._message(fault)) from None
         except (SQLAlchemyError, ValueError) as fault:
-            raise SettingRefused("registry_database_unusable", problem=self._said(fault)) from None
+            raise SettingRefused(
+                "registry_database_unusable", problem=self._message(fault)
+            ) from None
 
-    def _no_answer(self, problem: str) -> RegistryUnavailable:
+    def _unavailable_or_outage(self, problem: str) -> RegistryUnavailable:
         """An outage where the registry is a service; a file does not come back by waiting."""
         if sqlite_file(self._uri) is None:
             return RegistryOutage("registry_no_answer", problem=problem)
         return RegistryUnavailable("registry_no_answer", problem=problem)
 
-    def _said(self, message: object) -> str:
+    def _message(self, message: object) -> str:
         """The first line of a foreign message, without credentials and the URI's options."""
         return first_line(str(message).replace(self._uri, shown(self._uri)), self._uri)
 

@@ -83,7 +83,7 @@ class Running:
                 if service.name not in self._processes and self._may_start(service):
                     self._run(service)
                 elif service.name in self._processes and service.name not in self._ready:
-                    self._look(service)
+                    self._check(service)
             self.check()
             if time.monotonic() > end:
                 late = sorted(self._services.keys() - self._ready)
@@ -122,7 +122,7 @@ class Running:
                 count = self._restarts.get(name, 0)
                 delay = RESTART_SECONDS[min(count, len(RESTART_SECONDS) - 1)]
                 self._restarts[name], self._due[name] = count + 1, now + delay
-                _say(f"{name} ended with {code} and is started again in {delay:g} s")
+                _print(f"{name} ended with {code} and is started again in {delay:g} s")
             if now >= self._due[name]:
                 del self._due[name]
                 self._run(service)
@@ -139,7 +139,7 @@ class Running:
             try:
                 process.wait(service.stop_seconds)
             except subprocess.TimeoutExpired:
-                _say(f"{name} did not stop within {service.stop_seconds:g} s and is killed")
+                _print(f"{name} did not stop within {service.stop_seconds:g} s and is killed")
             _signal(process, signal.SIGKILL, group=True)  # and what it left behind
             process.wait()
         self._processes.clear()  # their ids may soon be somebody else's
@@ -150,7 +150,7 @@ class Running:
             for other, how in service.after.items()
         )
 
-    def _look(self, service: Service) -> None:
+    def _check(self, service: Service) -> None:
         process = self._processes[service.name]
         if service.one_shot:
             ready = process.poll() == 0
@@ -158,7 +158,7 @@ class Running:
             ready = not service.health or _is_healthy(service)
         if ready:
             self._ready.add(service.name)
-            _say(f"{service.name} is ready")
+            _print(f"{service.name} is ready")
 
     def _tail(self, name: str) -> str:
         log = self._logs / f"{name}.log"
@@ -293,7 +293,7 @@ def _write_private(path: Path, text: str) -> None:
     path.write_text(text, encoding="utf-8")
 
 
-def _say(text: str) -> None:
+def _print(text: str) -> None:
     print(text, flush=True)  # noqa: T201
 
 
@@ -317,12 +317,12 @@ def up(*, any_ports: bool) -> None:
         try:
             running.start()
             for line in instructions(services.client, state / "client.env"):
-                _say(line)
+                _print(line)
             while True:
                 running.restart_ended()
                 time.sleep(1)
         except KeyboardInterrupt:
-            _say("stopping")
+            _print("stopping")
         finally:
             signal.signal(signal.SIGTERM, signal.SIG_IGN)  # once is enough: stopping goes on
             signal.signal(signal.SIGINT, signal.SIG_IGN)

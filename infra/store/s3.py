@@ -26,7 +26,7 @@ from infra.store.manifest import CHUNK_BYTES
 
 log = logging.getLogger(__name__)
 
-Answer = TypeVar("Answer")
+Result = TypeVar("Result")
 
 MAX_PARTS = 9_000  # S3 allows 10,000
 
@@ -80,15 +80,15 @@ class Bucket:
         """Bytes ``start`` to ``stop``; fewer if the object ends before."""
         from fsspec.asyn import sync
 
-        def ask() -> bytes:
+        def send() -> bytes:
             try:
                 return bytes(sync(self._files.loop, self._ranged, key, start, stop))
             except _foreign() as fault:
-                if _answer(fault)[1] == 416:
+                if _code_and_status(fault)[1] == 416:
                     return b""
                 raise
 
-        return self._asked(ask, key, lambda fault: _broke_off(fault) or _is_strange(fault))
+        return self._with_retries(send, key, lambda fault: _broke_off(fault) or _is_strange(fault))
 
     def create(self, key: str, body: bytes) -> None:
         """Write a new key; ``AlreadyThere`` if it exists."""
@@ -154,22 +154,22 @@ class Bucket:
         return files
 
     def _call(self, method: str, name: str, **request: Any) -> Any:
-        def ask() -> Any:
+        def send() -> Any:
             return self._files.call_s3(method, Bucket=self._bucket, **request)
 
-        return self._asked(ask, name, _is_strange)
+        return self._with_retries(send, name, _is_strange)
 
-    def _asked(
-        self, ask: Callable[[], Answer], name: str, asks_again: Callable[[BaseException], bool]
-    ) -> Answer:
+    def _with_retries(
+        self, send: Callable[[], Result], name: str, is_retried: Callable[[BaseException], bool]
+    ) -> Result:
         """The answer to a request, made again after faults that botocore does not repeat."""
         tried = 0
         while True:
             tried += 1
             try:
-                return ask()
+                return send()
             except _foreign() as fault:
-                if tried == ATTEMPTS or not asks_again(fault):
+                if tried == ATTEMPTS or not is_retried(fault):
                     raise self._translate(fault, name) from None
 
     async def _ranged(self, key: str, start: int, stop: int) -> Any:
@@ -191,7 +191,7 @@ class Bucket:
         The store's own words are left out: some servers repeat the request in them, and a
         request carries an access key. For the same reason its exception is no cause of ours.
         """
-        code, status = _answer(fault)
+        code, status = _code_and_status(fault)
         at = f"{self.uri}/{name}"
         if status == 412 or isinstance(fault, FileExistsError):
             return AlreadyThere("key_exists", place=at)
@@ -265,7 +265,7 @@ def _response(fault: BaseException | None) -> Mapping[str, Any]:
     return {}
 
 
-def _answer(fault: BaseException) -> tuple[str, int]:
+def _code_and_status(fault: BaseException) -> tuple[str, int]:
     """Error code and HTTP status of the store's answer; ``("", 0)`` if there was none."""
     found = _response(fault)
     status = found.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
@@ -286,7 +286,7 @@ def _is_strange(fault: BaseException) -> bool:
 
     botocore does not repeat such a request. A server that is no S3 store answers the same again.
     """
-    code, status = _answer(fault)
+    code, status = _code_and_status(fault)
     known = code in _PASSING | _MISSING | _CREDENTIALS or status in _BY_STATUS
     return 400 <= status < 500 and not known
 

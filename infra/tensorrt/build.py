@@ -2,7 +2,7 @@
 
 Started by ``infra.tensorrt.engines.build_engine``. Strongly typed networks only: the graph sets
 the precision (casts, Q/DQ), never a builder flag; the one flag that is set allows sparse kernels.
-TensorRT 10 needs strong types said when the network is created; 11 and RTX accept the same flag.
+TensorRT 10 needs strong types declared when the network is created; 11 and RTX accept the same flag.
 
 Variables that hold a TensorRT object are always called builder, network, parser, config, profile,
 layer, tensor or fault and are never chained: a test reads this file and holds every attribute
@@ -60,7 +60,7 @@ class Built:
     seconds: float
 
 
-class Said:
+class BuildLog:
     """What TensorRT logged; printed too (stdout is the child's log), except its verbose lines."""
 
     def __init__(self) -> None:
@@ -87,13 +87,13 @@ def engine_from_onnx(trt: Any, request: BuildRequest, model: bytes | None = None
     Raises:
         BuildRefused: no builder here, or it does not accept the graph, the profiles or both.
     """
-    said = Said()
-    logger = _logger(trt, said)
+    build_log = BuildLog()
+    logger = _logger(trt, build_log)
     version = trt.__version__
     try:
         builder = trt.Builder(logger)
     except TypeError as fault:  # the factory returned nothing: no driver, no device
-        raise BuildRefused("builder_missing", version=version, problem=said.reason) from fault
+        raise BuildRefused("builder_missing", version=version, problem=build_log.reason) from fault
     network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
     parser = trt.OnnxParser(network, logger)
     if model is None:
@@ -113,13 +113,13 @@ def engine_from_onnx(trt: Any, request: BuildRequest, model: bytes | None = None
         for shapes in _fitting(network, request.profiles):
             profile.set_shape(shapes.input, shapes.low, shapes.best, shapes.high)
         if config.add_optimization_profile(profile) < 0:
-            raise BuildRefused("profiles_refused", version=version, problem=said.reason)
+            raise BuildRefused("profiles_refused", version=version, problem=build_log.reason)
     start = time.monotonic()
     plan = builder.build_serialized_network(network, config)
     seconds = time.monotonic() - start
     if plan is None:
-        raise BuildRefused("engine_not_built", version=version, problem=said.reason)
-    return Built(memoryview(plan), said.messages, layer_types, constant_bytes, seconds)
+        raise BuildRefused("engine_not_built", version=version, problem=build_log.reason)
+    return Built(memoryview(plan), build_log.messages, layer_types, constant_bytes, seconds)
 
 
 def build(job: dict[str, Any]) -> dict[str, Any]:
@@ -203,14 +203,14 @@ def compute_capability() -> str | None:
     return f"{major.value}.{minor.value}"
 
 
-def _logger(trt: Any, said: Said) -> Any:
+def _logger(trt: Any, build_log: BuildLog) -> Any:
     class Logger(trt.ILogger):  # type: ignore[misc]  # a native class without type information
         def __init__(self) -> None:
             # Not super(): pybind11 checks that the native constructor itself was called.
             trt.ILogger.__init__(self)
 
         def log(self, severity: Any, msg: str) -> None:
-            said.add(severity.name, msg)
+            build_log.add(severity.name, msg)
 
     return Logger()
 

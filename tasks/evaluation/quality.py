@@ -135,7 +135,7 @@ def ranked_vectors(
         _interactions(test, signature), [_seen(p, signature) for p in ranking.seen], ids
     )
     return RankedVectors(
-        _of_asked(towers["query"], what, Rows(test, query)),
+        _query_vectors(towers["query"], what, Rows(test, query)),
         np.concatenate([towers["item"](batch.inputs) for batch in listed]),
         what,
     )
@@ -167,7 +167,7 @@ def torch_towers(model: nn.Module, signature: Signature) -> dict[str, Vectors]:
     }
 
 
-def _of_asked(tower: Vectors, what: RankingQueries, test: Rows) -> Array:
+def _query_vectors(tower: Vectors, what: RankingQueries, test: Rows) -> Array:
     rows = torch.from_numpy(what.row)
     return np.concatenate(
         [tower(test.take(part).inputs) for part in torch.split(rows, SCORING_ROWS)]

@@ -165,7 +165,7 @@ def compare(
         version: its champion.
         served: what Triton can serve of that.
     """
-    found = [_look(_home(root, item.name), item) for item in served]
+    found = [_compare_one(_home(root, item.name), item) for item in served]
     for name in stale_models(root, model, served):
         home = _home(root, name)
         body = triton.current(home) or b""
@@ -183,7 +183,7 @@ def compare(
     return tuple(found)
 
 
-def _look(home: Store, wanted: ServedVersion) -> TritonModel:
+def _compare_one(home: Store, wanted: ServedVersion) -> TritonModel:
     triton.owner(home)  # refuses a stranger's
     body = triton.current(home)
     wrong = triton.faults(home, store(), wanted)

@@ -45,7 +45,7 @@ class Composition(Protocol):
     def parts(self, rows: int, dim: int, settings: Mapping[str, Any]) -> dict[str, PartSpec]:
         """The tables inside, by name."""
 
-    def traffic(
+    def lookup_counts(
         self, stored: Mapping[str, Tensor], counts: Tensor, settings: Mapping[str, Any]
     ) -> dict[str, Tensor]:
         """How often each part's rows answer, from how often rows are looked up, ``(rows,)``.

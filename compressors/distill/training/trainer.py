@@ -67,7 +67,7 @@ def train(
     pruned: Collection[str] = (),
     only: Collection[str] | None = None,
     whole_lists: bool = False,
-    beside: nn.Module | None = None,
+    auxiliary: nn.Module | None = None,
     device: str = "cpu",
     after_step: Callable[[float], None] | None = None,
     last: bool = False,
@@ -87,7 +87,7 @@ def train(
             that begins closed, a last layer that begins at nothing.
         only: names of the tensors that are trained, in place of what ``settings`` says.
         whole_lists: a batch holds whole groups, whatever the task.
-        beside: a module of the loss's own, trained along and not part of the result.
+        auxiliary: a module of the loss's own, trained along and not part of the result.
         device: where it is trained; the module ends where it was.
         after_step: called without gradients after every step with its learning rate; it may write
             into the module's parameters.
@@ -98,12 +98,12 @@ def train(
         CompressionError: the loss is no longer a finite number, there is nothing to train, or the
             device is not there.
     """
-    with moved_to(module, device), moved_to(beside or nn.Identity(), device):
+    with moved_to(module, device), moved_to(auxiliary or nn.Identity(), device):
         held = Rows(rows, signature) if isinstance(rows, Split) else rows
         run = _Run(module, signature, held, validation, loss, settings, seed, pruned, only)
         run.whole_lists, run.after_step, run.last = whole_lists, after_step, last
-        if beside is not None:
-            run.take_along(beside)
+        if auxiliary is not None:
+            run.add_auxiliary(auxiliary)
         return _trained(run, checkpoints)
 
 
@@ -113,8 +113,8 @@ def _trained(run: "_Run", checkpoints: str | None) -> tuple[Epoch, ...]:
     if progress is None:
         run.begin()
     else:
-        run.go_on(progress)
-    while not run.over():
+        run.resume(progress)
+    while not run.is_over():
         run.epoch()
         if checkpoints is not None:
             run.keep(checkpoints)
@@ -144,7 +144,7 @@ class _Run:
             raise TrainingFailed("nothing_trainable")
         _require_float_layers(module, settings)
         self.leaves = trained_copies(module, names)
-        self.beside: dict[str, Tensor] = {}
+        self.auxiliary: dict[str, Tensor] = {}
         self.device = device_of(module)
         self.whole_lists = False
         self.statistics = buffer_copies(module)
@@ -179,22 +179,24 @@ class _Run:
         self.after_step: Callable[[float], None] | None = None
         self.last = False
 
-    def take_along(self, beside: nn.Module) -> None:
+    def add_auxiliary(self, auxiliary: nn.Module) -> None:
         """Train the parameters of another module as well."""
-        self.beside = {f"@beside/{name}": leaf for name, leaf in beside.named_parameters()}
-        self.optimizer.add_param_group({"params": list(self.beside.values()), "weight_decay": 0.0})
+        self.auxiliary = {f"@auxiliary/{name}": leaf for name, leaf in auxiliary.named_parameters()}
+        self.optimizer.add_param_group(
+            {"params": list(self.auxiliary.values()), "weight_decay": 0.0}
+        )
 
     def held(self) -> dict[str, Tensor]:
         """Every tensor that training changes, by name."""
         statistics = {name: self.module.get_buffer(name) for name in self.statistics}
-        return {**self.leaves, **self.beside, **statistics}
+        return {**self.leaves, **self.auxiliary, **statistics}
 
     def begin(self) -> None:
         """Judge the state before training, the first attempt."""
         self.epochs = [Epoch(0, math.nan, self._quality())]
         self.best = _copied(self.held())
 
-    def over(self) -> bool:
+    def is_over(self) -> bool:
         """Whether the epochs or the patience are used up."""
         done = len(self.epochs) > self.settings.epochs
         return done or (self.stale >= self.settings.patience and not self.last)
@@ -237,7 +239,7 @@ class _Run:
         """All that is needed to go on after this epoch."""
         moments = {
             f"{name}/{moment}": value
-            for name, leaf in (*self.leaves.items(), *self.beside.items())
+            for name, leaf in (*self.leaves.items(), *self.auxiliary.items())
             for moment, value in self.optimizer.state[leaf].items()
         }
         return TrainingProgress(
@@ -254,13 +256,13 @@ class _Run:
             },
         )
 
-    def go_on(self, progress: TrainingProgress) -> None:
+    def resume(self, progress: TrainingProgress) -> None:
         """Take up a training where it was left."""
         with torch.no_grad():
             for name, tensor in self.held().items():
                 tensor.copy_(progress.tensors[f"now/{name}"])
         self.best = {name: progress.tensors[f"best/{name}"] for name in self.held()}
-        for name, leaf in (*self.leaves.items(), *self.beside.items()):
+        for name, leaf in (*self.leaves.items(), *self.auxiliary.items()):
             prefix = f"moments/{name}/"
             self.optimizer.state[leaf] = {  # the count of steps lies on the CPU, wherever it trains
                 key.removeprefix(prefix): value.to(leaf.device) if value.dim() else value

@@ -102,7 +102,7 @@ def train_model(
     *,
     rows: Rows | JoinedRows | None = None,
     whole_lists: bool = False,
-    beside: nn.Module | None = None,
+    auxiliary: nn.Module | None = None,
     after_step: Callable[[float], None] | None = None,
     last: bool = False,
 ) -> Model:
@@ -133,7 +133,7 @@ def train_model(
         pruned=pruned,
         only=only,
         whole_lists=whole_lists,
-        beside=beside,
+        auxiliary=auxiliary,
         device=bench.device,
         after_step=after_step,
         last=last,

@@ -139,7 +139,7 @@ class Channels(Frozen):
         choices = dict(found.choices)
         if not found.readers:
             return choices
-        counts, left = self._foreseen(model, bench.signature, found.widths)
+        counts, left = self._predicted(model, bench.signature, found.widths)
         for item in found.readers:
             for maker in item.width.makers:
                 reasons = self._reasons(item.width, maker, counts[item.width.path], left)
@@ -211,7 +211,7 @@ class Channels(Frozen):
         Under ``global`` only the values tell how many that are: the same share of every width.
         """
         found = self._proved(model, bench.signature)
-        counts, _ = self._foreseen(model, bench.signature, found.widths)
+        counts, _ = self._predicted(model, bench.signature, found.widths)
         alike = {
             maker: torch.zeros(item.width.value)
             for item in found.readers
@@ -234,7 +234,7 @@ class Channels(Frozen):
             found.append(Reason("in_rounds", rounds=self.rounds))
         return found
 
-    def _foreseen(
+    def _predicted(
         self, model: Model, signature: Signature, widths: tuple[Width, ...]
     ) -> tuple[Counts, float]:
         """What stays if every width keeps the same share, and the multiply-adds that leaves."""

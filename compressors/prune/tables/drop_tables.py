@@ -45,7 +45,7 @@ class ConstantComposition:
     def parts(self, rows: int, dim: int, settings: Mapping[str, Any]) -> dict[str, PartSpec]:  # noqa: ARG002
         return {}
 
-    def traffic(
+    def lookup_counts(
         self,
         stored: Mapping[str, Tensor],  # noqa: ARG002
         counts: Tensor,  # noqa: ARG002

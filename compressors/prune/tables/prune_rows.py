@@ -61,7 +61,7 @@ class KeptRowsComposition:
     def parts(self, rows: int, dim: int, settings: Mapping[str, Any]) -> dict[str, PartSpec]:  # noqa: ARG002
         return {"kept": PartSpec(settings["kept"] + 1, dim)}
 
-    def traffic(
+    def lookup_counts(
         self, stored: Mapping[str, Tensor], counts: Tensor, settings: Mapping[str, Any]
     ) -> dict[str, Tensor]:
         ids, kept = torch.arange(len(counts)), settings["kept"]
@@ -119,7 +119,7 @@ class PruneRows(Frozen):
         return "parts"
 
     @model_validator(mode="after")
-    def _lookups_are_traffic(self) -> Self:
+    def _min_lookups_need_traffic(self) -> Self:
         if self.min_lookups and self.importance != "traffic":
             raise ValueError(
                 f"min_lookups counts lookups, so it needs importance 'traffic', got "

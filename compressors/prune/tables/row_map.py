@@ -54,7 +54,7 @@ class RowMapComposition:
     def parts(self, rows: int, dim: int, settings: Mapping[str, Any]) -> dict[str, PartSpec]:  # noqa: ARG002
         return {"unique": PartSpec(settings["places"], dim)}
 
-    def traffic(
+    def lookup_counts(
         self, stored: Mapping[str, Tensor], counts: Tensor, settings: Mapping[str, Any]
     ) -> dict[str, Tensor]:
         ids = torch.arange(len(counts))

@@ -50,7 +50,7 @@ class TiersComposition:
         hot = settings["hot"]
         return {"hot": PartSpec(hot, dim), "cold": PartSpec(rows - hot, dim)}
 
-    def traffic(
+    def lookup_counts(
         self,
         stored: Mapping[str, Tensor],
         counts: Tensor,

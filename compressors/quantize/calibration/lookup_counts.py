@@ -65,7 +65,7 @@ def _of_parts(
         return {}
     stored = dict(table.named_buffers(recurse=False))
     found: dict[str, Tensor] = {}
-    for part, count in table.composition.traffic(stored, counts, table.settings).items():
+    for part, count in table.composition.lookup_counts(stored, counts, table.settings).items():
         module = table.get_submodule(part)
         found |= {names[module]: count, **_of_parts(module, count, names)}
     return found

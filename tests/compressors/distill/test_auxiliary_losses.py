@@ -106,17 +106,17 @@ def test_layers_that_give_no_vectors_are_refused(tmp_path):
 
 
 def test_the_gap_of_hints_is_relative_and_zero_where_the_map_is_right():
-    beside = AuxiliaryLosses(("a",), None, {"a": 2}, {"a": 3}, seed=0)
-    beside.seen = {"a": torch.randn(5, 2)}
+    auxiliary = AuxiliaryLosses(("a",), None, {"a": 2}, {"a": 3}, seed=0)
+    auxiliary.seen = {"a": torch.randn(5, 2)}
     with torch.no_grad():
-        right = beside.maps[0](beside.seen["a"])
-    assert beside.gap({"a": right}).item() < 1e-12
-    assert beside.gap({"a": torch.zeros(5, 3)}).item() > 1e6  # of nothing everything is too much
+        right = auxiliary.maps[0](auxiliary.seen["a"])
+    assert auxiliary.gap({"a": right}).item() < 1e-12
+    assert auxiliary.gap({"a": torch.zeros(5, 3)}).item() > 1e6  # of nothing everything is too much
     doubled = AuxiliaryLosses(("a",), None, {"a": 2}, {"a": 3}, seed=0)
-    doubled.load_state_dict({key: 2 * value for key, value in beside.state_dict().items()})
-    doubled.seen = beside.seen
+    doubled.load_state_dict({key: 2 * value for key, value in auxiliary.state_dict().items()})
+    doubled.seen = auxiliary.seen
     wanted = torch.randn(5, 3)
-    torch.testing.assert_close(beside.gap({"a": wanted}), doubled.gap({"a": 2 * wanted}))
+    torch.testing.assert_close(auxiliary.gap({"a": wanted}), doubled.gap({"a": 2 * wanted}))
 
 
 def test_hints_of_several_vectors_a_row_are_compared_one_by_one(tmp_path):

@@ -44,13 +44,13 @@ def short_float_linear(x: Any, weight: Any, bias: Any) -> Any:
     return restore(op.Gemm(flat, op.Cast(weight, to=FLOAT), op.Cast(bias, to=FLOAT), transB=1))
 
 
-def ids_beside(ids: Any) -> Any:
+def join_ids(ids: Any) -> Any:
     """One below the other, then turned: two operators instead of one an input."""
     rows = op.Reshape(op.Concat(*ids, axis=0), op.Constant(value_ints=[len(ids), -1]))
     return op.Transpose(rows, perm=[1, 0])
 
 
-def rows_beside(rows: Any) -> Any:
+def join_rows(rows: Any) -> Any:
     """Rows of several inputs as one row."""
     width = int(rows.shape[1]) * int(rows.shape[2])
     return op.Reshape(rows, op.Constant(value_ints=[-1, width]))
@@ -65,6 +65,6 @@ def translations() -> dict[Any, Callable[..., Any]]:
         ops.static_int8_linear.default: static_int8_linear,
         ops.float16_linear.default: short_float_linear,
         ops.bfloat16_linear.default: short_float_linear,
-        ops.ids_beside.default: ids_beside,
-        ops.rows_beside.default: rows_beside,
+        ops.join_ids.default: join_ids,
+        ops.join_rows.default: join_rows,
     }

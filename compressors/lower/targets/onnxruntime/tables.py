@@ -115,7 +115,7 @@ def translations() -> dict[Any, Callable[..., Any]]:
         ops.bfloat16_table.default: short_float_table,
         ops.float16_table.default: short_float_table,
         **code_tables(unpacked),
-        ops.codes_beside.default: unpacked,
+        ops.merged_codes.default: unpacked,
         ops.planned_place.default: planned_place,
         ops.kept_place.default: kept_place,
         ops.divided_by.default: divided_by,
