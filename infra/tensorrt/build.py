@@ -2,7 +2,8 @@
 
 Started by ``infra.tensorrt.engines.build_engine``. Strongly typed networks only: the graph sets
 the precision (casts, Q/DQ), never a builder flag; the one flag that is set allows sparse kernels.
-TensorRT 10 needs strong types declared when the network is created; 11 and RTX accept the same flag.
+TensorRT 10 needs strong types declared when the network is created; 11 and RTX accept the same
+flag.
 
 Variables that hold a TensorRT object are always called builder, network, parser, config, profile,
 layer, tensor or fault and are never chained: a test reads this file and holds every attribute
