@@ -248,6 +248,6 @@ def test_a_registry_file_of_another_mlflow_names_the_remedy(registry, tmp_path):
 
 def test_passwords_in_the_uri_stay_out_of_messages():
     registry = Registry("postgresql://ann:hunter2@host/x")
-    said = registry._said("cannot reach postgresql://ann:hunter2@host/x")
+    said = registry._message("cannot reach postgresql://ann:hunter2@host/x")
     assert said == "cannot reach postgresql://host/x"
-    assert registry._said("user ann, password hunter2: no") == "user ann, password ***: no"
+    assert registry._message("user ann, password hunter2: no") == "user ann, password ***: no"
