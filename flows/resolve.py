@@ -118,6 +118,12 @@ def champion_now(order: Terms) -> Entry | None:
     return champion(find(order.model).name)
 
 
+def promoted_sentence(entry: Entry) -> str:
+    """Describe the version that a ledger entry made champion, and the champion before it."""
+    was = "there was none" if entry.previous is None else f"was version {entry.previous}"
+    return f"version {entry.version} is champion ({was})."
+
+
 def promotion(order: Terms, finished: Finished, before: Entry | None) -> str:
     """Describe in a sentence whether an order with ``promote`` changed the champion.
 
@@ -126,8 +132,6 @@ def promotion(order: Terms, finished: Finished, before: Entry | None) -> str:
         finished: its result.
         before: the champion before the order was carried out.
     """
-    from flows.cli.console import promoted
-
     outcome = finished.report.outcome
     if outcome != "accepted":
         kept = "there is no champion"
@@ -145,7 +149,7 @@ def promotion(order: Terms, finished: Finished, before: Entry | None) -> str:
         return f"Not champion: version {finished.version} was promoted, and {other}."
     if before is not None and before.order == now.order:
         return f"Version {finished.version} is champion already."
-    return f"Promoted: {promoted(now)}"
+    return f"Promoted: {promoted_sentence(now)}"
 
 
 def earlier(order: Terms) -> Finished | None:

@@ -17,7 +17,6 @@ if TYPE_CHECKING:
 
     from flows.explain import Explanation
     from flows.terms import Terms
-    from infra.registry.ledger import Entry
     from tasks.orchestration.documents import Finished
 
 EMBEDDED = {
@@ -142,12 +141,6 @@ def show(finished: "Finished") -> None:
     line(f"Registered: {version} in {finished.registry}")
     line(f"Report:     {finished.page_uri()}")
     line(f"Get it:     {finished.fetch_command()}")
-
-
-def promoted(entry: "Entry") -> str:
-    """A sentence about the version that an entry made champion, and the champion before it."""
-    was = "there was none" if entry.previous is None else f"was version {entry.previous}"
-    return f"version {entry.version} is champion ({was})."
 
 
 def explained(found: "Explanation") -> None:

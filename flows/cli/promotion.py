@@ -27,7 +27,7 @@ def registry_promote(
     as_json: Json = False,
 ) -> None:
     """Make an accepted version the champion."""
-    from flows.cli.console import promoted
+    from flows.resolve import promoted_sentence
     from tasks.promotion.promotions import apply_promotion
 
     change = apply_promotion(model, version, reason)
@@ -35,7 +35,7 @@ def registry_promote(
     if as_json:
         write(entry.model_dump_json(indent=1))
     elif change.is_new:
-        write_line(f"{model}: {promoted(entry)}")
+        write_line(f"{model}: {promoted_sentence(entry)}")
     else:
         write_line(f"{model}: version {entry.version} is champion already ({_decision(entry)}).")
 
