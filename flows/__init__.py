@@ -16,3 +16,7 @@ prefect_access.py   which Prefect server a command uses
 embedded_server.py  the Prefect server of one command
 cli/                the command line
 """
+
+from infra.telemetry import disable_telemetry
+
+disable_telemetry()

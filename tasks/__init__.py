@@ -19,3 +19,7 @@ report/         results as tables and pages
 publish.py      the release and its registry version
 promotion/      which version serves
 """
+
+from infra.telemetry import disable_telemetry
+
+disable_telemetry()

@@ -272,7 +272,7 @@ def test_a_forked_process_starts_a_child_of_its_own(tmp_path, good):
 ENDS_WITH_PARENT = """
 import os, sys, time
 from pathlib import Path
-from infra import parquet_inspector
+from infra.data import parquet_inspector
 parquet_inspector.inspect_parquet(Path(sys.argv[1]), ("user",))
 print(parquet_inspector._inspector._child._process.pid, flush=True)
 time.sleep(60)

@@ -242,7 +242,7 @@ def test_a_registry_file_of_another_mlflow_names_the_remedy(registry, tmp_path):
 
     with sqlite3.connect(tmp_path / "registry.db") as database:
         database.execute("update alembic_version set version_num = 'somebody-elses'")
-    with raises_code(SettingRefused, "registry_schema_unknown", signature="somebody-elses"):
+    with raises_code(SettingRefused, "registry_schema_unknown", schema="somebody-elses"):
         registry.models()
 
 
