@@ -16,7 +16,7 @@ from flows.cli.doctor_errors import CheckFailed
 from infra.credentials import MLFLOW_PASSWORD, MLFLOW_USER, cleaned
 from infra.errors import InfraError, NoAnswer, Refused
 from infra.errors.settings import PREFECT_CREDENTIALS
-from infra.services.http_probe import HttpAnswer, HttpRequest, basic, get
+from infra.services.http_probe import HttpAnswer, HttpRequest, get
 from infra.settings import load_settings, shown
 from infra.tensorrt.engines import load
 from tasks.orchestration.workspace import store
@@ -160,14 +160,14 @@ def _registry() -> str:
         return f"{shown(uri)}: {len(registry().models())} model(s)"
     base = uri.rstrip("/")
     path = "/api/2.0/mlflow/registered-models/search?max_results=1000"
-    answer = get(base + path, headers=_mlflow_credentials())
+    answer = _mlflow_get(base + path)
     _require_accepted(answer, "MLflow", shown(uri))
     found = answer.value()
     if not isinstance(found, dict) or found.keys() - {"registered_models", "next_page_token"}:
         raise CheckFailed("answer_foreign", service="MLflow", address=shown(uri))
     more = "+" if found.get("next_page_token") else ""
     models = len(found.get("registered_models", ()))
-    version = get(f"{base}/version", headers=_mlflow_credentials())
+    version = _mlflow_get(f"{base}/version")
     named = version.body.decode("ascii", "replace")[:20] if version.status == 200 else "?"
     return f"MLflow {named} at {shown(uri)}: {models}{more} model(s), {answer.ms:.0f} ms"
 
@@ -177,13 +177,13 @@ def _champions() -> str:
     return ", ".join(f"{model} {number}" for model, number in found.items()) or "none yet"
 
 
-def _mlflow_credentials() -> dict[str, str]:
-    """The header that MLflow's client sends: a login counts before a token."""
+def _mlflow_get(uri: str) -> HttpAnswer:
+    """Send a request with the credentials of MLflow's client: a login, otherwise a token."""
     user, password = os.environ.get(MLFLOW_USER), os.environ.get(MLFLOW_PASSWORD)
     if user and password:
-        return basic(user, password)
+        return get(uri, login=(user, password))
     token = os.environ.get("MLFLOW_TRACKING_TOKEN")
-    return {"Authorization": f"Bearer {token}"} if token else {}
+    return get(uri, headers={"Authorization": f"Bearer {token}"} if token else {})
 
 
 def _prefect() -> str:
@@ -192,17 +192,18 @@ def _prefect() -> str:
     api = Settings().api  # the environment and the profile, as a command started now reads them
     if not api.url:
         return "embedded, started with each command"
-    base, headers = api.url.rstrip("/"), dict[str, str]()
+    base, headers, login = api.url.rstrip("/"), dict[str, str](), None
     if api.key is not None:
         headers = {"Authorization": f"Bearer {api.key.get_secret_value()}"}
     elif api.auth_string is not None:
-        headers = basic(*api.auth_string.get_secret_value().partition(":")[::2])
-    answer = get(f"{base}/work_pools/filter", headers=headers, posted={"limit": 200})
+        user, _, password = api.auth_string.get_secret_value().partition(":")
+        login = user, password
+    answer = get(f"{base}/work_pools/filter", headers=headers, login=login, posted={"limit": 200})
     _require_accepted(answer, "Prefect", shown(api.url))
     pools = answer.value()
     if not isinstance(pools, list):
         raise CheckFailed("answer_foreign", service="Prefect", address=shown(api.url))
-    version = get(f"{base}/admin/version", headers=headers)
+    version = get(f"{base}/admin/version", headers=headers, login=login)
     named = str(version.value())[:20] if version.status == 200 else "?"
     ready = ", ".join(str(pool.get("name")) for pool in pools if pool.get("status") == "READY")
     workers = f"workers of {ready}" if ready else "no worker online"

@@ -1,18 +1,20 @@
-"""What a service answers to one question, within seconds whatever it does.
+"""One HTTP request to a service with a total deadline.
 
-For looking at services, not for using them: one request, no retries, no redirect followed, and a
-limit on the whole of it, since a socket's own timeout starts anew with every byte.
+For checking services, not for using them: one request, no retries, no redirect followed. A thread
+keeps the deadline, since the timeouts of a socket and of httpx start again with every byte, and
+the lookup of a host name has none.
 """
 
-import base64
+import functools
 import json
+import ssl
 import threading
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Callable, Mapping
 from typing import Any, Generic, TypeVar
-from urllib.parse import unquote, urlsplit, urlunsplit
+from urllib.request import getproxies, proxy_bypass
+
+import httpx
 
 from compressors.contracts import Frozen
 from infra.errors import NoAnswer
@@ -74,56 +76,92 @@ class HttpRequest(Generic[T]):
             self._fault = fault
 
 
-class _Stay(urllib.request.HTTPRedirectHandler):
-    """A redirect is an answer: following it would take the credentials elsewhere."""
-
-    def redirect_request(self, *_: Any) -> None:
-        return None
-
-
 def get(
     uri: str,
     *,
     headers: Mapping[str, str] | None = None,
     posted: Mapping[str, Any] | None = None,
+    login: tuple[str, str] | None = None,
     seconds: float = SECONDS,
 ) -> HttpAnswer:
-    """One request. User and password of the URI are sent as HTTP asks for them.
+    """Send one request; an error status or a redirect is an HTTP answer like any other.
 
     Args:
         uri: ``http(s)://``, with or without ``user:password@``.
-        headers: more of the request's headers.
+        headers: additional headers of the request.
         posted: a JSON body; the request is then a POST.
-        seconds: limit for connecting and for each read.
+        login: user and password for basic authentication; those of the URI take precedence.
+        seconds: total deadline, from the lookup of the host name to the end of the body.
 
     Raises:
-        NoAnswer: there is none; the message says why, without the credentials.
+        NoAnswer: there is none before the deadline; the message says why, without credentials.
     """
-    parts = urlsplit(uri)
-    sent = {"Accept": "application/json", **(headers or {})}
-    if parts.username or parts.password:
-        sent |= basic(unquote(parts.username or ""), unquote(parts.password or ""))
-    bare = urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2]))
-    body = None if posted is None else json.dumps(posted).encode()
-    if body is not None:
-        sent["Content-Type"] = "application/json"
-    request = urllib.request.Request(bare, data=body, headers=sent)  # noqa: S310 (see Raises)
-    opener = urllib.request.build_opener(_Stay)
-    begun = time.monotonic()
+    request = HttpRequest(lambda: _exchange(uri, headers or {}, posted, login, seconds))
     try:
-        with opener.open(request, timeout=seconds) as reply:
-            status, read = reply.status, reply.read(MOST_BYTES)
-    except urllib.error.HTTPError as fault:
-        with fault:
-            status, read = fault.code, fault.read(MOST_BYTES)
-    except (OSError, ValueError) as fault:
-        why = getattr(fault, "reason", fault)
-        said = getattr(why, "strerror", None) or type(why).__name__
-        raise NoAnswer("no_answer", address=shown(uri), problem=said) from None
-    return HttpAnswer(status=status, body=read, ms=1000 * (time.monotonic() - begun))
+        return request.answer(seconds)
+    except NoAnswer:
+        problem = TimeoutError.__name__
+    except (httpx.HTTPError, httpx.InvalidURL, OSError, ValueError) as fault:
+        problem = _problem(fault)
+    raise NoAnswer("no_answer", address=shown(uri), problem=problem)
 
 
-def basic(user: str, password: str) -> dict[str, str]:
-    """The header of HTTP's basic authentication."""
-    token = base64.b64encode(f"{user}:{password}".encode()).decode()
-    return {"Authorization": f"Basic {token}"}
+def _exchange(
+    uri: str,
+    headers: Mapping[str, str],
+    posted: Mapping[str, Any] | None,
+    login: tuple[str, str] | None,
+    seconds: float,
+) -> HttpAnswer:
+    """Send the request and read at most ``MOST_BYTES`` of the body.
+
+    Raises:
+        TimeoutError: the body is not complete after ``seconds``; the connection is closed.
+    """
+    address = httpx.URL(uri)
+    if address.userinfo:
+        login = address.username, address.password
+    # Without user and password, since httpx logs the address.
+    address = address.copy_with(userinfo=b"")
+    # As it is sent: a compressed body could expand beyond the limit.
+    sent = {"Accept": "application/json", "Accept-Encoding": "identity", **headers}
+    method = "GET" if posted is None else "POST"
+    body = bytearray()
+    with httpx.Client(
+        verify=_certificates(), proxy=_proxy(address), trust_env=False, timeout=seconds
+    ) as client:
+        begun = time.monotonic()
+        with client.stream(method, address, headers=sent, json=posted, auth=login) as reply:
+            for chunk in reply.iter_raw():
+                body += chunk
+                if len(body) >= MOST_BYTES:
+                    break
+                if time.monotonic() > begun + seconds:
+                    raise TimeoutError
+    ms = 1000 * (time.monotonic() - begun)
+    return HttpAnswer(status=reply.status_code, body=bytes(body[:MOST_BYTES]), ms=ms)
+
+
+@functools.cache
+def _certificates() -> ssl.SSLContext:
+    """The certificates that the system trusts; httpx would use those of certifi."""
+    return ssl.create_default_context()
+
+
+def _proxy(address: httpx.URL) -> str | None:
+    """The proxy in ``http_proxy`` or ``https_proxy`` unless ``no_proxy`` excludes the address.
+
+    With its own lookup httpx also reads ``all_proxy``, and fails if that is a SOCKS proxy.
+    """
+    if proxy_bypass(address.netloc.decode("ascii")):
+        return None
+    proxy = getproxies().get(address.scheme)
+    return proxy if proxy is None or "://" in proxy else f"http://{proxy}"
+
+
+def _problem(fault: BaseException) -> str:
+    """The operating system's description of a failure, or the name of its class."""
+    cause: BaseException | None = fault
+    while cause is not None and not isinstance(cause, OSError):
+        cause = cause.__cause__ or cause.__context__  # httpcore raises its own "from None"
+    return getattr(cause, "strerror", None) or type(cause or fault).__name__

@@ -17,7 +17,7 @@ from typing import Any
 from compressors.contracts import digest
 from infra.credentials import cleaned
 from infra.errors import ChildFailed, ServiceFailed, SettingRefused
-from infra.services.http_probe import basic, get
+from infra.services.http_probe import get
 
 BUCKETS = ("recpress", "mlflow")
 POOLS = ("recpress-cpu", "recpress-gpu")
@@ -108,7 +108,7 @@ def _automations() -> list[dict[str, Any]]:
     user, _, password = os.environ.get("PREFECT_API_AUTH_STRING", "").partition(":")
     answer = get(
         os.environ["PREFECT_API_URL"].rstrip("/") + "/automations/filter",
-        headers=basic(user, password) if user else {},
+        login=(user, password) if user else None,
         posted={"limit": 200},
         seconds=SECONDS,
     )

@@ -5,10 +5,12 @@ import os
 import socket
 import threading
 import time
+from base64 import b64encode
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from socketserver import BaseRequestHandler, ThreadingTCPServer
 
 import pytest
 from command_line import run_main_apart
@@ -18,7 +20,7 @@ from s3_server import S3Server
 
 from flows.cli.doctor import Finding, examine
 from infra.errors import NoAnswer
-from infra.services.http_probe import SECONDS, HttpRequest, get
+from infra.services.http_probe import MOST_BYTES, SECONDS, HttpRequest, get
 
 SECRET = "canary-of-a-password"
 # Two more seconds than the limit, for a machine that does other things as well.
@@ -228,6 +230,123 @@ def test_without_settings_everything_is_embedded_and_well() -> None:
     assert [store.state, registry.state, prefect.state] == ["ok", "ok", "ok"]
     assert registry.found.startswith("sqlite:///")
     assert prefect.found.startswith("embedded")
+
+
+@contextmanager
+def dripping(head: bytes) -> Iterator[tuple[str, threading.Event]]:
+    """A server that sends ``head``, then a byte every 50 ms; the event: its client hung up."""
+    hung_up, stopped = threading.Event(), threading.Event()
+
+    class Handler(BaseRequestHandler):
+        def handle(self) -> None:
+            self.request.recv(65_536)
+            try:
+                self.request.sendall(head)
+                for _ in range(100):  # 5 s, ten times the deadline of the tests
+                    self.request.sendall(b"x")
+                    if stopped.wait(0.05):
+                        return
+            except OSError:
+                hung_up.set()
+
+    with ThreadingTCPServer(("127.0.0.1", 0), Handler) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        try:
+            yield f"http://127.0.0.1:{server.server_address[1]}", hung_up
+        finally:
+            stopped.set()
+            server.shutdown()
+            thread.join()
+
+
+@pytest.mark.parametrize(
+    "head", [b"HTTP/1.1 200 OK\r\nContent-Length: 1000\r\n\r\n", b"HTTP/1.1 200 OK\r\nX-Long: "]
+)
+def test_request_to_a_server_that_drips_bytes_ends_at_its_total_deadline(head: bytes) -> None:
+    with dripping(head) as (uri, _):
+        begun = time.monotonic()
+        with raises_code(NoAnswer, "no_answer", address=uri, problem="TimeoutError"):
+            get(uri, seconds=0.5)
+        # The server drips for 5 s; the rest is for a machine that does other things as well.
+        assert 0.5 <= time.monotonic() - begun < 2.5
+
+
+def test_connection_to_a_server_that_drips_its_body_is_closed_after_the_deadline() -> None:
+    with dripping(b"HTTP/1.1 200 OK\r\nContent-Length: 1000\r\n\r\n") as (uri, hung_up):
+        with raises_code(NoAnswer, "no_answer", address=uri, problem="TimeoutError"):
+            get(uri, seconds=0.5)
+        assert hung_up.wait(2)
+
+
+def test_body_is_read_to_its_first_megabyte_and_not_decompressed() -> None:
+    body = b"x" * (MOST_BYTES + 100_000)
+    headers = {"Content-Encoding": "gzip"}  # which it is not: reading it so would fail
+    with serving(lambda _: (200, headers, body)) as uri:
+        assert get(uri).body == body[:MOST_BYTES]
+
+
+def test_login_in_the_uri_takes_precedence_over_the_one_given() -> None:
+    seen: list[str | None] = []
+
+    def reply(request: BaseHTTPRequestHandler) -> Reply:
+        seen.append(request.headers.get("Authorization"))
+        return 200, {}, b""
+
+    with serving(reply) as uri:
+        get(uri, login=("a", "b"))
+        get(uri.replace("://", "://some%40body:c%3Ad@"), login=("a", "b"))
+    expected = [b64encode(login).decode() for login in (b"a:b", b"some@body:c:d")]
+    assert seen == [f"Basic {login}" for login in expected]
+
+
+def test_a_password_in_the_uri_is_in_no_log_record(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("DEBUG")
+    with serving(lambda _: (200, {}, b"")) as uri:
+        get(uri.replace("://", f"://somebody:{SECRET}@"))
+    assert "HTTP Request" in caplog.text
+    assert SECRET not in caplog.text
+
+
+def test_posted_json_arrives_and_an_error_status_is_returned_with_its_body() -> None:
+    seen: list[tuple[str, str | None]] = []
+
+    def reply(request: BaseHTTPRequestHandler) -> Reply:
+        seen.append((request.command, request.headers.get("Content-Type")))
+        return 422, {}, b'{"detail": 1}'
+
+    with serving(reply) as uri:
+        answer = get(uri, posted={"limit": 1})
+    assert (answer.status, answer.value()) == (422, {"detail": 1})
+    assert seen == [("POST", "application/json")]
+
+
+def test_proxy_of_the_environment_is_used_unless_the_address_is_excluded(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for name in ("HTTP_PROXY", "NO_PROXY", "no_proxy"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("all_proxy", "socks5://127.0.0.1:1")  # not read, as before httpx
+    paths: list[str] = []
+
+    def proxy(request: BaseHTTPRequestHandler) -> Reply:
+        paths.append(request.path)
+        return 203, {}, b""
+
+    with serving(proxy) as through, serving(lambda _: (200, {}, b"")) as uri:
+        monkeypatch.setenv("http_proxy", through.removeprefix("http://"))
+        assert get(f"{uri}/x").status == 203
+        monkeypatch.setenv("no_proxy", "127.0.0.1")
+        assert get(f"{uri}/x").status == 200
+    assert paths == [f"{uri}/x"]
+
+
+@pytest.mark.parametrize("uri", [f"http://a:{SECRET}/x@h:1/", "gopher://h/", "http://"])
+def test_address_that_is_none_of_http_is_no_answer_without_its_password(uri: str) -> None:
+    with pytest.raises(NoAnswer) as fault:
+        get(uri)
+    assert fault.value.code == "no_answer"
+    assert SECRET not in str(fault.value)
 
 
 def test_a_question_is_given_up_at_its_limit_though_it_drips() -> None:
