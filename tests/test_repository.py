@@ -32,6 +32,7 @@ BROUGHT_ALONG = {
     "onnx_ir": "the values that onnxscript's translation functions build",
     "llvmlite": "numba requires exactly one version of it",
     "httpx": "prefect's client raises its errors",
+    "markupsafe": "jinja2 requires it; its Markup marks what is escaped already",
     "packaging": "pytest requires it; used in tests only",
     "pydantic_core": "pydantic requires exactly one version of it",
     "uvicorn": "prefect's server is run by it",

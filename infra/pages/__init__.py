@@ -1,5 +1,5 @@
 """HTML pages that need no network and no script.
 
-html.py      what all pages share
+html.py      renders a template; those of all pages are in ``templates/``
 pictures.py  pictures as inline SVG
 """

@@ -2,8 +2,8 @@
 
 A task's result is found again only if the sources it was computed with are unchanged. Those are
 the file of the task's function and, transitively, every module of this project that it imports,
-read from the import statements; nothing is imported. Read this file when a task runs again after a
-change, or does not.
+read from the import statements; nothing is imported. The templates of a folder count as sources of
+its modules. Read this file when a task runs again after a change, or does not.
 """
 
 import ast
@@ -20,6 +20,7 @@ from infra.settings import load_settings
 
 ROOT = Path(__file__).parents[2]
 PACKAGES = ("flows", "tasks", "compressors", "infra")
+TEMPLATES = "templates/*.jinja"
 LIBRARIES = (
     "torch",
     "numpy",
@@ -58,7 +59,8 @@ def recpress_version() -> str:
 def imported_sources(file: Path) -> tuple[Path, ...]:
     """A source file and every file of this project that it imports, transitively, sorted.
 
-    Imports inside functions count, and so do those for type checkers only.
+    Imports inside functions count, and so do those for type checkers only. Jinja2 templates in
+    ``templates`` of an imported file's folder count too: they are the text of its pages.
     """
     found: set[Path] = set()
     pending = [file]
@@ -67,7 +69,8 @@ def imported_sources(file: Path) -> tuple[Path, ...]:
         if source not in found:
             found.add(source)
             pending += _direct_imports(source)
-    return tuple(sorted(found))
+    folders = {source.parent for source in found}
+    return tuple(sorted(found.union(*(folder.glob(TEMPLATES) for folder in folders))))
 
 
 @functools.cache

@@ -1,5 +1,6 @@
 """How a report writes metrics and changes, and in which order. No Prefect."""
 
+import json
 from collections.abc import Iterable
 from html import escape
 
@@ -110,3 +111,22 @@ def largest_first(lines: Iterable[PlanLine]) -> list[PlanLine]:
         return -before[whole], whole, line.module
 
     return sorted(listed, key=place)
+
+
+def as_text(value: object) -> str:
+    """A value of an order or an audit as people write it."""
+    match value:
+        case None:
+            return "none"
+        case str():
+            return value
+        case int() if not isinstance(value, bool):
+            return f"{value:,}"
+        case list():
+            return ", ".join(map(as_text, value)) or "none"
+        case dict():
+            return (
+                ", ".join(f"{name} {as_text(item)}" for name, item in sorted(value.items()))
+                or "none"
+            )
+    return json.dumps(value)

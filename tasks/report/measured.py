@@ -1,7 +1,9 @@
 """The part of the report's page about what was measured: limits, quality, latency. No Prefect."""
 
 from collections.abc import Collection, Iterable, Iterator
-from html import escape
+from dataclasses import dataclass
+
+from markupsafe import Markup
 
 from compressors.contracts import (
     MEASURES,
@@ -14,7 +16,7 @@ from compressors.contracts import (
 )
 from compressors.metrics.judge import Number
 from infra.pages import pictures
-from infra.pages.html import many, scrollable, table
+from infra.pages.html import many
 from infra.pages.pictures import Curve, Mark, Tone
 from tasks.orchestration.documents import Measurement, Report, TargetReport
 from tasks.report.cells import change_of, label, score_change_of
@@ -29,7 +31,48 @@ TONES: dict[Outcome, Tone] = {
 WORDS = {"held": "good", "broken": "bad", "unsure": "open", "plain": "soft"}
 
 
-def limits(report: Report) -> str:
+@dataclass(frozen=True)
+class LimitRow:
+    """A limit, or a number without one, as a row of the page.
+
+    Attributes:
+        name: of the limit or the number.
+        note: what stands below the name; empty if nothing.
+        picture: SVG of the number on its scale; empty if nothing was measured.
+        point: the number; empty if nothing was measured.
+        interval: of the number, in brackets; empty if it has none.
+        outcome: of the limit, or that there is no limit.
+        tone: class of the outcome's colour.
+        reason: of the outcome; empty if there is none.
+    """
+
+    name: str
+    note: str
+    picture: Markup
+    point: str
+    interval: str
+    outcome: str
+    tone: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Chart:
+    """The latency of one quantile over the batch sizes; ``picture`` is None if not measured."""
+
+    quantile: str
+    picture: Markup | None
+
+
+@dataclass(frozen=True)
+class LatencySection:
+    """The charts of latency, and where they were measured."""
+
+    note: str
+    charts: tuple[Chart, ...]
+
+
+def limit_rows(report: Report) -> tuple[LimitRow, ...]:
     """Every limit with its number, then the quality numbers nothing was promised about."""
     rows, judged = [], set()
     unit = None if report.measurement is None else report.measurement.numbers.score_unit
@@ -39,7 +82,7 @@ def limits(report: Report) -> str:
             rows.append(_judged(item, target, unit))
     if not rows:
         rows = [
-            _limit_row(str(limit), "", "", '<span class="open">not measured</span>', "")
+            _limit_row(str(limit), "", Markup(), "", "not measured", "open", "")
             for limit in report.limits
         ]
     for number in _unpromised(report, judged):
@@ -53,47 +96,44 @@ def limits(report: Report) -> str:
             title = f"{label(number.metric)} vs {number.against}"
             said = change_of(number.estimate, latency=False)
             same = Mark(at=0, label="no change")
-        picture = pictures.strip(number.estimate, "plain", f"{title} is {said}; no limit", same)
-        what = f"{escape(title)}<small>{up} is better</small>"
-        rows.append(_limit_row(what, picture, said, '<span class="soft">no limit</span>', ""))
-    heads = ("Number", "On its scale", "Measured", "Outcome")
-    return (
-        '<p class="soft">A limit is judged on the whole 95 % interval, the thick line: inside, '
-        "outside the tinted side, or across the limit and so undecided.</p>"
-        + scrollable(table(heads, rows), "limits")
-    )
+        picture = Markup(
+            pictures.strip(number.estimate, "plain", f"{title} is {said}; no limit", same)
+        )
+        note = f"{up} is better"
+        rows.append(_limit_row(title, note, picture, said, "no limit", "soft", ""))
+    return tuple(rows)
 
 
-def _judged(item: Judgement, target: TargetReport, unit: ScoreUnit | None) -> str:
+def _judged(item: Judgement, target: TargetReport, unit: ScoreUnit | None) -> LimitRow:
     limit, found = item.limit, item.measured
     tone = TONES[item.outcome]
-    outcome = f'<span class="{WORDS[tone]}">{item.outcome}</span>'
-    what = f"{escape(str(limit))}<small>{escape(target.target)}</small>"
-    if found is None:
-        return _limit_row(what, "", "", outcome, item.reason)
-    bound = limit.at_least if limit.at_least is not None else limit.at_most
-    if bound is None:  # a limit has one of the two: Limit checks it when it is made
-        raise ValueError(f"limit {limit} has no bound")
-    picture = pictures.strip(
-        found,
-        tone,
-        item.reason,
-        _no_change(limit),
-        Mark(at=bound, label=f"limit {bound:g}"),
-        "below" if limit.at_least is not None else "above",
+    picture, said = Markup(), ""
+    if found is not None:
+        bound = limit.at_least if limit.at_least is not None else limit.at_most
+        if bound is None:  # a limit has one of the two: Limit checks it when it is made
+            raise ValueError(f"limit {limit} has no bound")
+        picture = Markup(
+            pictures.strip(
+                found,
+                tone,
+                item.reason,
+                _no_change(limit),
+                Mark(at=bound, label=f"limit {bound:g}"),
+                "below" if limit.at_least is not None else "above",
+            )
+        )
+        said = _said(limit, found, unit)
+    return _limit_row(
+        str(limit), target.target, picture, said, item.outcome, WORDS[tone], item.reason
     )
-    return _limit_row(what, picture, _said(limit, found, unit), outcome, item.reason)
 
 
-def _limit_row(what: str, picture: str, said: str, outcome: str, reason: str) -> str:
-    more = f"<small>{escape(reason)}</small>" if reason else ""
+def _limit_row(
+    name: str, note: str, picture: Markup, said: str, outcome: str, tone: str, reason: str
+) -> LimitRow:
     point, _, interval = said.partition(" [")
     interval = interval and f"[{interval}"
-    return (
-        f'<tr><th scope="row">{what}</th><td class="picture">{picture}</td>'
-        f'<td class="measured">{escape(point)}<small>{escape(interval)}</small></td>'
-        f'<td class="reason">{outcome}{more}</td></tr>'
-    )
+    return LimitRow(name, note, picture, point, interval, outcome, tone, reason)
 
 
 def _no_change(limit: Limit) -> Mark | None:
@@ -128,12 +168,11 @@ def _unpromised(report: Report, judged: Collection[tuple[str, str]]) -> Iterator
             yield number
 
 
-def latency(report: Report) -> str:
+def latency_section(report: Report) -> LatencySection:
     """Curves over the batch sizes, and the machine they were measured on."""
     measured = report.measurement
     if measured is None:
-        return '<p class="soft">Nothing was measured on this machine.</p>'
-    charts = [_chart(measured, quantile) for quantile in ("p50", "p99")]
+        return LatencySection(note="Nothing was measured on this machine.", charts=())
     machine = measured.machine
     where = (
         f"Measured on {machine.processor}, {machine.cores} cores, {machine.system}, ONNX Runtime "
@@ -141,30 +180,30 @@ def latency(report: Report) -> str:
         f"{'with' if machine.int8_dot else 'without'} int8 dot products. Both models are called "
         "in turn, so what slows the machine slows both. Whiskers are 95 % intervals."
     )
-    where = " ".join([where, *timed(report)])
-    return f'<p class="soft">{escape(where)}</p><div class="charts">{"".join(charts)}</div>'
+    return LatencySection(
+        note=" ".join([where, *timed(report)]),
+        charts=tuple(_chart(measured, quantile) for quantile in ("p50", "p99")),
+    )
 
 
-def _chart(measured: Measurement, quantile: str) -> str:
+def _chart(measured: Measurement, quantile: str) -> Chart:
     before = _over_sizes(measured.baseline.numbers, quantile)
     after = _over_sizes(measured.numbers.numbers, quantile)
     if not before or not after:
-        return f"<figure><figcaption>{quantile}: not measured</figcaption></figure>"
+        return Chart(quantile, None)
     ends = ", ".join(
         f"{old.point:.3g} to {new.point:.3g} ms at batch {size}"
         for (size, old), (_, new) in zip(before, after, strict=True)
     )
-    drawn = pictures.curves(
-        [Curve(kind="before", points=before), Curve(kind="after", points=after)],
-        "ms",
-        {size: (f"batch {size:,}", _ratio_at(measured, quantile, size)) for size, _ in after},
-        f"{quantile} latency, before to after: {ends}",
+    drawn = Markup(
+        pictures.curves(
+            [Curve(kind="before", points=before), Curve(kind="after", points=after)],
+            "ms",
+            {size: (f"batch {size:,}", _ratio_at(measured, quantile, size)) for size, _ in after},
+            f"{quantile} latency, before to after: {ends}",
+        )
     )
-    return (
-        f"<figure><figcaption><b>{quantile} latency, ms</b>"
-        '<span><i class="key before"></i>before</span>'
-        f'<span><i class="key after"></i>after</span></figcaption>{drawn}</figure>'
-    )
+    return Chart(quantile, drawn)
 
 
 def _ratio_at(measured: Measurement, quantile: str, size: int) -> str:

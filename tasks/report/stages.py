@@ -1,8 +1,7 @@
 """The part of the report about what each step of the recipe was worth. No Prefect."""
 
-from html import escape
+from dataclasses import dataclass
 
-from infra.pages.html import scrollable, table
 from tasks.orchestration.documents import Report
 from tasks.report.cells import cell, change_of, label
 
@@ -11,6 +10,21 @@ NOTE = (
     "module's on the test rows, and each change is against the line above, paired on the same "
     "rows, with its 95 % interval; the verdict is about what is served, above."
 )
+
+
+@dataclass(frozen=True)
+class NumberTable:
+    """A table of text for the page: all columns after the first are numbers.
+
+    Attributes:
+        heads: of the columns.
+        rows: as many cells each.
+        note: what stands below the table.
+    """
+
+    heads: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+    note: str
 
 
 def stage_rows(report: Report) -> list[dict[str, str]]:
@@ -53,18 +67,12 @@ def stage_lines(report: Report) -> list[str]:
     ]
 
 
-def stage_table(report: Report) -> str:
-    """The same as HTML."""
+def stage_section(report: Report) -> NumberTable:
+    """The same for the page; without rows for a report without stages."""
     rows = stage_rows(report)
-    if not rows:
-        return '<p class="soft">This report holds no stages.</p>'
-    columns = list(rows[0])
-    lines = [
-        f'<tr><th scope="row">{escape(row["after"])}</th>'
-        + "".join(f'<td class="number">{escape(row[column])}</td>' for column in columns[1:])
-        + "</tr>"
-        for row in rows
-    ]
-    heads = [escape(column[0].upper() + column[1:]) for column in columns]
-    listed = scrollable(table(heads, lines, heads[1:]), "stages")
-    return f'{listed}<p class="soft gap">{escape(NOTE)}</p>'
+    columns = list(rows[0]) if rows else []
+    return NumberTable(
+        heads=tuple(column[0].upper() + column[1:] for column in columns),
+        rows=tuple(tuple(row.values()) for row in rows),
+        note=NOTE,
+    )

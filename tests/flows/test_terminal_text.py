@@ -22,7 +22,7 @@ from rich.table import Table
 from safetensors.torch import save_file
 
 from flows.cli.console import _Stages, console, write_table
-from infra.pages.html import document
+from infra.pages.html import render
 from infra.printable import one_line, printable
 from tasks.orchestration import log_lines
 from tasks.report.cells import cell
@@ -312,7 +312,9 @@ def test_a_cell_of_a_report_is_neither_html_nor_markup(kind):
 
 
 def test_a_page_contains_no_control_character():
-    assert not RAW.search(document("x\x1b[31m", ["\u202e", "\x9b"]))
+    page = render("infra/pages/templates/document.html.jinja", title="x\x1b[31m\u202e\x9b")
+    assert "<title>x\\u001b[31m\\u202e\\u009b</title>" in page
+    assert not RAW.search(page)
 
 
 @pytest.mark.parametrize("text", ["\ud800", "a\udc80b", "\x1b", "\U000e0041", "\u2028", "\x7f"])

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tasks import compress, gate, publish, tables
+from tasks import compress, gate, publish, tables, validate
 from tasks.orchestration import code_digest as digests
 from tasks.orchestration.code_digest import ROOT, code_digest, imported_sources
 
@@ -74,6 +74,13 @@ def test_task_does_not_depend_on_flows_or_on_what_it_does_not_import():
     assert "tasks/report/tables.py" in sources(publish.publish.fn)
 
 
+def test_tasks_that_render_a_page_depend_on_its_templates():
+    validation = "infra/pages/templates/validation.html.jinja"
+    assert validation in sources(validate.validate.fn)
+    assert "tasks/report/templates/limits.html.jinja" in sources(publish.publish.fn)
+    assert not any(name.endswith(".jinja") for name in sources(compress.compress.fn))
+
+
 @pytest.fixture
 def project(tmp_path, monkeypatch):
     """A small project with a task whose imports are direct, indirect and inside a function."""
@@ -89,7 +96,9 @@ def project(tmp_path, monkeypatch):
         "infra/__init__.py": "",
         "infra/inside/__init__.py": "",
         "infra/inside/leaf.py": "",
+        "infra/inside/templates/leaf.html.jinja": "",
         "flows/__init__.py": "",
+        "flows/templates/unused.html.jinja": "",
     }
     for name, text in texts.items():
         path = tmp_path / name
@@ -116,8 +125,10 @@ def _forget():
         ("compressors/__init__.py", True),
         ("infra/inside/__init__.py", True),
         ("infra/inside/leaf.py", True),
+        ("infra/inside/templates/leaf.html.jinja", True),
         ("compressors/unrelated.py", False),
         ("flows/__init__.py", False),
+        ("flows/templates/unused.html.jinja", False),
     ],
 )
 def test_editing_a_source_changes_the_digest_only_if_the_task_imports_it(project, edited, is_part):

@@ -12,7 +12,8 @@ from compressors.metrics.judge import Number
 from compressors.quantize.dense.static_int8 import StaticInt8
 from flows.order import Order
 from infra.data.expectations import Finding
-from tasks.report.page import LARGEST, page
+from tasks.report.page import page
+from tasks.report.plan_section import LARGEST
 from tasks.report.tables import headline, markdown
 
 VOID = {"meta", "br", "link", "img", "input"}
