@@ -102,7 +102,7 @@ def test_render_raises_for_a_missing_value_and_for_an_unknown_template():
         render("../outside.html.jinja")
 
 
-def test_help_of_the_command_line_does_not_import_jinja2():
+def test_importing_the_command_line_and_render_does_not_import_jinja2():
     code = "import sys, flows.cli.app, infra.pages.html; print('jinja2' in sys.modules)"
     ran = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True, text=True

@@ -5,6 +5,7 @@ from tests.seeded_faults.fault import Fault
 ARCHITECTURE = "tests/infra/test_architecture.py"
 BUNDLE = "tests/infra/test_bundle.py"
 CREDENTIALS = "tests/infra/test_credentials.py"
+HTML = "tests/infra/test_html.py"
 JSON_LIMITS = "tests/infra/test_json_limits.py"
 SERVER = "tests/flows/test_server_settings.py"
 TEXT = "tests/flows/test_terminal_text.py"
@@ -170,5 +171,24 @@ FAULTS = (
             "tests/infra/test_settings.py"
             "::test_the_uri_of_a_sqlite_file_opens_that_file_whatever_its_path",
         ),
+    ),
+    Fault(
+        id="pages-not-escaped",
+        file="infra/pages/html.py",
+        old="        autoescape=True,\n",
+        new="        autoescape=False,\n",
+        effect="A name in a model or its data becomes HTML of the report.",
+        tests=(
+            f"{HTML}::test_render_escapes_text_and_inserts_markup_as_it_is",
+            "tests/tasks/test_report_page.py::test_what_comes_from_a_model_or_its_data_is_escaped",
+        ),
+    ),
+    Fault(
+        id="pages-with-control-characters",
+        file="infra/pages/html.py",
+        old="    return printable(_environment().get_template(template).render(values))\n",
+        new="    return _environment().get_template(template).render(values)\n",
+        effect="A name on a page may hide characters or reorder those around it.",
+        tests=(f"{TEXT}::test_a_page_contains_no_control_character",),
     ),
 )

@@ -170,6 +170,14 @@ FAULTS = (
         tests=(CODE_DIGEST,),
     ),
     Fault(
+        id="code-digest-without-templates",
+        file="tasks/orchestration/code_digest.py",
+        old="    return tuple(sorted(found.union(*(folder.glob(TEMPLATES) for folder in folders))))\n",
+        new="    return tuple(sorted(found))\n",
+        effect="A task finds the page of before a change of the page's template.",
+        tests=(CODE_DIGEST,),
+    ),
+    Fault(
         id="s3-damaged-refusal-is-a-setting",
         file="infra/store/s3.py",
         old="    return 400 <= status < 500 and not known\n",
