@@ -17,6 +17,7 @@ from reason_codes import with_code
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from compressors.contracts import Reason
 from compressors.core.state.module_state import module_of
 from compressors.errors.compression import ModelRefused, NothingToCompress
 from compressors.quantize.dense.float16 import Float16
@@ -193,7 +194,7 @@ def test_an_order_that_fits_nothing_says_what_there_is(
         quantize(source, source.parent / "out", step)
     if code == "float_table_missing":
         reason = caught.value.fields["reasons"]["user.weight"]
-        assert reason == "3000 rows, fewer than min_rows 1000000"
+        assert reason == Reason("too_few_rows", rows=3000, min_rows=10**6)
     assert sorted(path.name for path in source.parent.iterdir()) == ["model.safetensors"]
 
 
