@@ -31,7 +31,6 @@ BROUGHT_ALONG = {
     "botocore": "s3fs lets its errors through, so they have to be named",
     "onnx_ir": "the values that onnxscript's translation functions build",
     "llvmlite": "numba requires exactly one version of it",
-    "httpx": "prefect's client raises its errors",
     "markupsafe": "jinja2 requires it; its Markup marks what is escaped already",
     "packaging": "pytest requires it; used in tests only",
     "pydantic_core": "pydantic requires exactly one version of it",
