@@ -158,6 +158,8 @@ def run_rank(rank: int, text: str, place: str) -> None:
         outcome = Outcome(refused=str(fault))
     if rank == 0:
         _outcome(Path(place)).write_text(outcome.model_dump_json())
+    # gloo aborts a process that still waits for one that has closed its connections.
+    distributed.barrier()
     distributed.destroy_process_group()
 
 

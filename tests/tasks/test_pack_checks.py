@@ -1,5 +1,6 @@
 """What pack says about a model that loads: how it is built, its metric, its labels, its scores."""
 
+import html
 import json
 from pathlib import Path
 
@@ -300,7 +301,7 @@ def test_a_bundle_packed_before_is_warned_about_in_its_validation_report(
     assert stored.success
     (warning,) = stored.warnings
     assert "Set output to 'probability'" in warning
-    assert "Set output to &#x27;probability&#x27;" in (folder / "validation.html").read_text()
+    assert "Set output to 'probability'" in html.unescape((folder / "validation.html").read_text())
     assert warning in caplog.text
 
 
