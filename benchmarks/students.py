@@ -164,13 +164,17 @@ def bench_of(way: Way, seed: int, folder: Path, cache: Path, place: Path) -> tup
     inputs, label = tensors(prepared(NAME, folder, cache)[0]["train"])
     held = {"train": stored({**with_requests(inputs), "@label": label}, place / "train")}
     soft = [baseline(NAME, each, folder, cache)[1].soft_labels for each in teachers]
-    heard = [load_file(Path(split.path) / "data.safetensors")["score"] for split in soft if split]
-    held["soft_labels"] = stored({"score": mean_predictions(heard, "logit")}, place / "soft_labels")
+    soft_scores = [
+        load_file(Path(split.path) / "data.safetensors")["score"] for split in soft if split
+    ]
+    held["soft_labels"] = stored(
+        {"score": mean_predictions(soft_scores, "logit")}, place / "soft_labels"
+    )
     if way.traffic:
-        heard = [answered(each, way.traffic, folder, cache) for each in teachers]
+        soft_scores = [answered(each, way.traffic, folder, cache) for each in teachers]
         held["traffic"] = traffic_of(way.traffic, folder, cache)
         soft_traffic = stored(
-            {"score": mean_predictions(heard, "logit")}, place / "traffic_soft_labels"
+            {"score": mean_predictions(soft_scores, "logit")}, place / "traffic_soft_labels"
         )
         held["traffic_soft_labels"] = soft_traffic
     return model, bench.model_copy(update=held)

@@ -29,8 +29,8 @@ class Bench(Frozen):
 
     ``soft_labels`` holds what the teacher answers to every row of ``train``, in its order:
     ``score`` float32 ``(rows,)`` in the form of the signature's output; ``traffic_soft_labels`` the
-    same for ``traffic``, whose labels mean nothing. With ``teachers`` beside ``teacher`` it is the
-    mean of what all of them answer.
+    same for ``traffic``, whose labels mean nothing. With ``teachers`` next to ``teacher`` it is the
+    mean of the predictions of all.
     """
 
     signature: Signature

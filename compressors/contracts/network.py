@@ -26,7 +26,7 @@ class ModuleRecord(Frozen):
 
 
 class Network(Frozen):
-    """All that is needed, beside the tensors, to build a module."""
+    """What is needed, with the tensors, to build a module."""
 
     architecture: Architecture
     modules: dict[str, ModuleRecord] = Field(default_factory=dict)

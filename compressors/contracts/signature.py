@@ -44,7 +44,7 @@ class Signature(Frozen):
     ``retrieval``.
 
     ``retrieval`` alone has ``towers``, and ``item``: the input that is the item's id. Its rows
-    are interactions of whoever ``group`` says; all of them count where there is no ``label``.
+    are interactions of the users in column ``group``; all of them count if there is no ``label``.
     """
 
     task: Task

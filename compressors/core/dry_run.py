@@ -20,7 +20,7 @@ def dry_run(step: TableStep | ModelStep, source: Model, bench: Bench) -> Model:
 
     Args:
         step: the method and its settings.
-        source: the model, or an earlier outline; left as it is.
+        source: the model, or the result of an earlier dry run; it is not changed.
         bench: its signature and the rows of its splits count; none of its files is read.
 
     Raises:

@@ -29,7 +29,7 @@ from compressors.distill.auxiliary_losses import (
 )
 from compressors.distill.losses import OF_LISTS, SoftLoss
 from compressors.distill.soft_labels import SoftLabelSettings, soft_label_loss, soft_label_rows
-from compressors.distill.student import student_choices, student_of, student_outline
+from compressors.distill.student import student_choices, student_dry_run, student_of
 from compressors.distill.training.settings import Training
 from compressors.distill.training.trainable import trainable
 from compressors.distill.training.training_steps import choose_trainable, pruned_layers, train_model
@@ -188,7 +188,7 @@ class Distill(Frozen):
 
     def dry_run(self, model: Model, bench: Bench) -> Model:  # noqa: ARG002
         """The student, if it is a smaller one; training changes no shape."""
-        return model if self.student is None else student_outline(model, self.student)
+        return model if self.student is None else student_dry_run(model, self.student)
 
     def _watched(self) -> tuple[str, ...]:
         """The layers whose outputs are looked at."""

@@ -79,7 +79,7 @@ def student_of(model: Model, config: Config, seed: int) -> Model:
     return _over(model, student, config)
 
 
-def student_outline(model: Model, config: Config) -> Model:
+def student_dry_run(model: Model, config: Config) -> Model:
     """The same without weights of its own."""
     student = _built(model, config, _construct_empty)
     return _over(model, with_placeholders(student), config)

@@ -1,4 +1,4 @@
-"""Channels that say nothing: found, told to the layers behind as a constant, and cut.
+"""Detect dead channels, fold their constant output into the next layers, and remove them.
 
 A channel is dead if it is the same number whatever the input is, which its weights prove (a row of
 zeros: only the bias is left), or if no layer reads it (columns of zeros). On request also if it did
@@ -160,12 +160,12 @@ def _dead(
         kept.update(dict.fromkeys(group, mask))
     offsets = {}
     for name in behind:
-        heard = [
+        read_inputs = [
             reads[~kept[maker]].any(dim=0)
             for (maker, reader), reads in readers.reads.items()
             if reader == name
         ]
-        cut = torch.stack(heard).any(dim=0)  # (inputs,)
+        cut = torch.stack(read_inputs).any(dim=0)  # (inputs,)
         offsets[name] = _weight(module, name)[:, cut].double() @ value[name][cut].double()
     return DeadChannels(Cut(width, readers, width.value - fewest), kept, offsets)
 

@@ -146,9 +146,9 @@ class SmoothQuant(Frozen):
         # is judged by; what any layer reads, it leaves as it was seen.
         for link in reversed(links):
             weights = {name: linear_weight(module.get_submodule(name)) for name in link.readers}
-            heard = torch.stack([weight.abs().amax(dim=0) for weight in weights.values()])
+            weight_ranges = torch.stack([weight.abs().amax(dim=0) for weight in weights.values()])
             inputs = torch.stack([seen[name].largest(name) for name in link.readers])
-            first, second = inputs.amax(dim=0), heard.amax(dim=0)  # (channels,)
+            first, second = inputs.amax(dim=0), weight_ranges.amax(dim=0)  # (channels,)
             if self.search:
                 read = [(torch.cat(seen[name].sample), weight) for name, weight in weights.items()]
                 scale = best_smoothing(first, second, read)

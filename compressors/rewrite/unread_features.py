@@ -43,8 +43,8 @@ def unread_features(module: nn.Module, signature: Signature) -> dict[str, tuple[
     for name, width, changed in _features(module, signature):
         unread = [
             column
-            for column, heard in enumerate(_reads(module, signature, rows, width, changed))
-            if not heard and _same(module, signature, rows, changed, column)
+            for column, is_read in enumerate(_reads(module, signature, rows, width, changed))
+            if not is_read and _same(module, signature, rows, changed, column)
         ]
         if unread:
             found[name] = tuple(unread)

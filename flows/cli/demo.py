@@ -28,7 +28,7 @@ def demo_order() -> Terms:
     """Train and pack the demo's model unless it is there, and give the order for it.
 
     Raises:
-        CommandRefused: the examples are not beside this installation.
+        CommandRefused: the examples are not next to this installation.
         ChildFailed: training failed.
         ServiceFailed: the configured Prefect server does not answer.
     """

@@ -1,4 +1,4 @@
-"""Great Expectations on the splits of a data set: suites made from a signature, run, told plainly.
+"""Great Expectations on the splits of a data set: suites made from a signature, run and reported.
 
 A check that raises inside Great Expectations was not evaluated, and what was not evaluated never
 counts as passed: a validation succeeds only if every intended check was evaluated and held.
@@ -149,7 +149,9 @@ def refuse_failures(validation: Validation) -> None:
         raise DataRefused("checks_missing")
     failed = [found for found in validation.findings if not found.success and found.evaluated]
     unknown = [found for found in validation.findings if not found.evaluated]
-    lines = [f"{_place(found)}: needs {found.rule}; found {_told(found)}." for found in failed]
+    lines = [
+        f"{_place(found)}: needs {found.rule}; found {_failure_text(found)}." for found in failed
+    ]
     lines += [f"{_place(found)}: {found.rule}: {found.observed}." for found in unknown]
     if validation.evaluated < validation.intended:
         lines.append(
@@ -165,7 +167,7 @@ def _place(found: Finding) -> str:
     return f"split {found.split!r}{column}"
 
 
-def _told(found: Finding) -> str:
+def _failure_text(found: Finding) -> str:
     if not found.failing_rows:
         return found.observed
     pairs = list(zip(found.failing_rows, found.failing_values, strict=True))[:ROWS_TOLD]
@@ -203,19 +205,19 @@ def _check_split(
     session: Any, known: _Facts, checks: list[Check], starts: dict[str, Any]
 ) -> list[Finding]:
     """Run a split's checks, one suite per frame; findings in the order of the checks."""
-    told: dict[int, Finding] = {}
+    findings: dict[int, Finding] = {}
     suites: dict[tuple[str, str | None], list[int]] = {}
     for place, check in enumerate(checks):
         obstacle = _obstacle(check, known, starts)
         if obstacle:
-            told[place] = _not_evaluated(check, obstacle)
+            findings[place] = _not_evaluated(check, obstacle)
         else:
             suites.setdefault(check.frame, []).append(place)
     for frame, places in suites.items():
         suite = [checks[place] for place in places]
         entries = _frame(frame, suite, known, starts)
-        told |= zip(places, _run(session, entries, suite, known, starts), strict=True)
-    return [told[place] for place in range(len(checks))]
+        findings |= zip(places, _run(session, entries, suite, known, starts), strict=True)
+    return [findings[place] for place in range(len(checks))]
 
 
 def _obstacle(check: Check, known: _Facts, starts: dict[str, Any]) -> str:

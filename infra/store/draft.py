@@ -206,7 +206,7 @@ class ArtifactDraft:
         """Show the result under its name, whole.
 
         Raises:
-            StoreRefused: something came to lie there meanwhile.
+            StoreRefused: something else was stored there meanwhile.
         """
         with translated(self.folder, "write"):
             (self.folder / MANIFEST).write_text(manifest.model_dump_json())

@@ -217,11 +217,11 @@ def _counted(messages: Sequence[str], patterns: Sequence[re.Pattern[str]]) -> in
     for text in messages:
         for pattern in patterns:
             for hit in pattern.finditer(text):
-                told = hit.groupdict()
-                if "count" in told:
-                    found = int(told["count"])
+                groups = hit.groupdict()
+                if "count" in groups:
+                    found = int(groups["count"])
                 else:
-                    found = sum(bool(name.strip()) for name in told["names"].split(","))
+                    found = sum(bool(name.strip()) for name in groups["names"].split(","))
     return found
 
 

@@ -179,8 +179,8 @@ def _written(
     total = sum(size_of(rows.spec) for rows in job.sources.values())
     one = [made, job.step, job.block_rows, code_digest(quantize)]
     with draft(into, one, TENSORS, file.bytes) as begun:
-        told = None if progress is None else (lambda read: progress(read, total))
-        carry_out(job, file, begun, workers, told)
+        report_bytes = None if progress is None else (lambda read: progress(read, total))
+        carry_out(job, file, begun, workers, report_bytes)
         records = job.records()
         tables = Tables.model_validate({"step": job.step, "modules": records, "plan": plan})
         begun.add(TABLES, tables.model_dump_json(indent=1).encode())

@@ -83,9 +83,9 @@ def _manifest(artifact: Artifact) -> Manifest:
 
 def _require_same(reference: str, found: Signature, wanted: Signature) -> None:
     """Refuse a teacher who could not be asked, or would answer something else."""
-    told = difference(found, wanted)
-    if told is not None:
-        raise OrderRefused("teacher_signature_differs", reference=reference, difference=told)
+    unlike = difference(found, wanted)
+    if unlike is not None:
+        raise OrderRefused("teacher_signature_differs", reference=reference, difference=unlike)
 
 
 def difference(found: Signature, wanted: Signature) -> str | None:

@@ -89,10 +89,10 @@ def packed(audit: GraphAudit) -> str:
 def widened(audit: GraphAudit) -> str:
     """What became of packed dense layers in an optimized graph."""
     kept, wide = audit.packed_layers, audit.widened_layers
-    told = [f"{many(kept, 'dense layer')} multiplied by codes as stored"] if kept else []
+    parts = [f"{many(kept, 'dense layer')} multiplied by codes as stored"] if kept else []
     floats = f"{many(wide, 'dense layer')} float32 once a session starts"
-    told.append(floats if wide else "nothing widened")
-    return "; ".join(told)
+    parts.append(floats if wide else "nothing widened")
+    return "; ".join(parts)
 
 
 def mebibytes(size: int) -> str:

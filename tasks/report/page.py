@@ -1,7 +1,7 @@
 """The report as one HTML page: no network, no script, everything escaped. No Prefect.
 
 This file selects and words what the page shows; its HTML is in ``templates``, one file a section.
-The pictures stand beside the numbers they show, so nothing is said by a picture alone.
+The pictures stand next to the numbers they show, so a picture is never the only source.
 """
 
 import json

@@ -244,10 +244,10 @@ class Bag(nn.Module):
 
     def record(self) -> ModuleRecord | None:
         """What a bundle must say, or None while the table inside is a plain one."""
-        told = getattr(self.table, "record", None)
-        if told is None:
+        record_of = getattr(self.table, "record", None)
+        if record_of is None:
             return None
-        inner: ModuleRecord = told()
+        inner: ModuleRecord = record_of()
         return ModuleRecord(
             kind="bag",
             format=inner.format,

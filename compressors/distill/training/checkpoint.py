@@ -4,7 +4,7 @@ A folder holds one progress: ``progress.json``, which names the safetensors file
 The file is written first and the name last, each by a rename, so a crash at any moment leaves
 the earlier progress or the new one. Files have names of their own and each process removes only
 its own, so two that do the same work at once leave either's progress. What cannot be read counts
-as no progress, and what cannot be written is only told: the work itself goes on.
+as no progress, and what cannot be written is only logged: the work itself continues.
 """
 
 import json

@@ -90,9 +90,9 @@ def from_first_rank(value: float, device: torch.device) -> float:
     """What the first rank found: devices may differ in the last bits, and all must stop alike."""
     if not _several():
         return value
-    told = torch.tensor([value], dtype=torch.float64, device=device)
-    distributed.broadcast(told, src=0)
-    return float(told)
+    shared = torch.tensor([value], dtype=torch.float64, device=device)
+    distributed.broadcast(shared, src=0)
+    return float(shared)
 
 
 def _several() -> bool:

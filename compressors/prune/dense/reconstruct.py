@@ -127,16 +127,16 @@ def _in_order(
 @contextmanager
 def _recorded(layer: nn.Linear, *, inputs: bool) -> Iterator[list[Tensor]]:
     """Inside, what a layer is given or answers, float64 ``(rows, features)`` a call."""
-    heard: list[Tensor] = []
+    recorded: list[Tensor] = []
 
     def hook(
         _: nn.Module, args: tuple[Tensor, ...], named: dict[str, Tensor], output: Tensor
     ) -> None:
         found = (args[0] if args else named["input"]) if inputs else output
-        heard.append(found.reshape(-1, found.shape[-1]).double())
+        recorded.append(found.reshape(-1, found.shape[-1]).double())
 
     handle = layer.register_forward_hook(hook, with_kwargs=True)
     try:
-        yield heard
+        yield recorded
     finally:
         handle.remove()
