@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import TypeVar
 
 from compressors.contracts import Part
+from compressors.contracts.reasons import Reason
 from compressors.core.registries import AnyStep
 from compressors.core.runner import needs, wants
 from compressors.errors.orders import OrderRefused
@@ -19,10 +20,13 @@ from tasks.orchestration.documents import AS_TRAINED, NotApplicable
 
 T = TypeVar("T")
 
-NOTHING_LEFT = "nothing is left for it"
-NOT_NEEDED = "an earlier option is within the budget"
-UNREPORTED = (NOTHING_LEFT, NOT_NEEDED)
-"""Why steps are left out that no report needs to mention."""
+UNREPORTED = ("nothing_left", "option_not_needed")
+"""Codes of the reasons why steps are left out that no report needs to mention."""
+
+
+def is_reported(left_out: Reason | None) -> bool:
+    """Whether a report mentions a step: it is carried out, or left out for a notable reason."""
+    return left_out is None or left_out.code not in UNREPORTED
 
 
 def require_budget_rows(order: Order, subject: BundleRef) -> None:
@@ -50,8 +54,8 @@ def allowed_steps(
     subject: BundleRef,
     begin: T,
     attempt: Callable[[AnyStep, T], T | NotApplicable],
-    spent: Callable[[T], str | None] | None = None,
-) -> tuple[tuple[tuple[str, T], ...], dict[int, str]]:
+    spent: Callable[[T], Reason | None] | None = None,
+) -> tuple[tuple[tuple[str, T], ...], dict[int, Reason]]:
     """Go through the choices of an order's steps, really or as a dry run.
 
     A preset is written for any model, so a group of its steps that does not fit this one is left
@@ -75,19 +79,19 @@ def allowed_steps(
             before it was over the budget, which may be the reason; or no step fits at all.
     """
     stages = [(AS_TRAINED, begin)]
-    idle: dict[int, str] = {}
-    over: dict[str, str] = {}
+    left_out: dict[int, Reason] = {}
+    over: dict[str, Reason] = {}
     number = 0
     for choice in order.choices():
         taken: Group | None = None
-        refused: dict[str, str] = {}
+        refused: dict[str, Reason] = {}
         for group in choice.options:
             places, number = range(number, number + len(group)), number + len(group)
             if taken is not None:
-                idle.update(dict.fromkeys(places, NOT_NEEDED))
+                left_out.update(dict.fromkeys(places, Reason("option_not_needed")))
                 continue
             if method_and_units(group[0]) in over:
-                idle.update(dict.fromkeys(places, over[method_and_units(group[0])]))
+                left_out.update(dict.fromkeys(places, over[method_and_units(group[0])]))
                 continue
             exempt = choice.base and group is choice.options[-1] and order.budget is None
             why = next(filter(None, (lacking(step, subject, order) for step in group)), None)
@@ -95,7 +99,7 @@ def allowed_steps(
             for step in group if why is None else ():
                 result = attempt(step, (stages + done)[-1][1])
                 if isinstance(result, NotApplicable):
-                    why = result.reason
+                    (why,) = result.reasons
                     break
                 done.append((step.kind, result))
             if why is not None and order.preset == "custom" and not over:
@@ -108,14 +112,15 @@ def allowed_steps(
                 taken = group
                 stages += done
             else:
-                idle.update(dict.fromkeys(places, NOTHING_LEFT if choice.rest else why))
+                reported = Reason("nothing_left") if choice.rest else why
+                left_out.update(dict.fromkeys(places, reported))
         if taken is None:
             over |= refused
     if len(stages) == 1:
         raise OrderRefused(
-            "no_step_fits", preset=order.preset, reasons=tuple(dict.fromkeys(idle.values()))
+            "no_step_fits", preset=order.preset, reasons=tuple(dict.fromkeys(left_out.values()))
         )
-    return tuple(stages), idle
+    return tuple(stages), left_out
 
 
 def method_and_units(step: AnyStep) -> str:
@@ -123,7 +128,7 @@ def method_and_units(step: AnyStep) -> str:
     return step.model_dump_json(include={"kind", "tables", "layers"})
 
 
-def lacking(step: AnyStep, subject: BundleRef, order: Order | None = None) -> str | None:
+def lacking(step: AnyStep, subject: BundleRef, order: Order | None = None) -> Reason | None:
     """What a step needs and the bundle does not bring, before anything has run.
 
     Rows are pruned by a preset only where validation rows say what that costs.
@@ -134,25 +139,17 @@ def lacking(step: AnyStep, subject: BundleRef, order: Order | None = None) -> st
         and order.preset != "custom"
         and not can_be_judged(order, subject)
     ):
-        lack = (
-            "task 'retrieval' has no quality budget yet"
-            if subject.task == "retrieval"
-            else f"this model has {', '.join(subject.rows)} data"
-        )
-        return (
-            f"rows are pruned only where validation rows say what that costs; {lack}. Add "
-            f"validation data to model.json and pack again."
-        )
+        if subject.task == "retrieval":
+            return Reason("pruning_without_budget", task=subject.task)
+        return Reason("pruning_not_judged", splits=tuple(subject.rows))
     if subject.task == "retrieval" and "validation" in needs(step):
-        return f"{step.kind!r} trains, and for task 'retrieval' there is no loss yet. Leave it out."
+        return Reason("no_loss", step=step.kind, task=subject.task)
     wanted = dict.fromkeys(split_name(part, subject) for part in needs(step))
     missing = [split for split in wanted if split not in subject.rows]
     if not missing:
         return None
-    return (
-        f"{step.kind!r} needs {' and '.join(missing)} data; this model has "
-        f"{', '.join(subject.rows) or 'none'}. Add it to model.json and pack again, or leave the "
-        f"step out."
+    return Reason(
+        "data_missing", step=step.kind, missing=tuple(missing), splits=tuple(subject.rows)
     )
 
 

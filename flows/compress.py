@@ -183,7 +183,7 @@ def _compress(
         required={target: wanted == "required" for target, wanted in targets.items()},
         verdicts=verdicts,
         skipped=skipped,
-        idle=compressed.left_out(),
+        left_out=compressed.left_out(),
         remarks=compressed.remarks,
         stages=stages,
         measurement=measurement,

@@ -7,6 +7,7 @@ before a recipe is carried out, so bytes have bounds.
 from typing import Literal, NamedTuple
 
 from compressors.contracts import Artifact, Bench, Part, Signature, Split
+from compressors.contracts.reasons import Reason
 from compressors.core.dry_run import dry_run
 from compressors.core.model import Model
 from compressors.core.registries import AnyStep
@@ -17,7 +18,7 @@ from flows.choosing import allowed_steps, can_be_judged, parts_of_step, split_na
 from flows.order import Order
 from tasks.bundles.bundle_ref import BundleRef
 from tasks.bundles.loading import load_bundle
-from tasks.orchestration.documents import NotApplicable
+from tasks.orchestration.documents import NotApplicable, not_applicable
 
 Cuts = Literal["all", "most", "none"]
 """Which judged cuts count as within the budget: all, all with as few rows as possible, or none."""
@@ -27,7 +28,7 @@ class RecipeDryRun(NamedTuple):
     """A dry run: the model after each step that is carried out, and the steps left out."""
 
     stages: tuple[tuple[str, Model], ...]
-    idle: dict[int, str]
+    left_out: dict[int, Reason]
 
 
 def dry_run_recipe(
@@ -60,14 +61,14 @@ def dry_run_recipe(
                 return step.smallest_dry_run(source.private())
             return dry_run(step, source, bench)
         except NothingToCompress as fault:
-            return NotApplicable(reason=str(fault))
+            return not_applicable(fault)
         except CompressionError as fault:
             if order.preset == "custom":
                 raise
-            return NotApplicable(reason=str(fault))
+            return not_applicable(fault)
 
-    def spent(_: Model) -> str | None:
-        return "not within the budget" if cuts == "none" else None
+    def spent(_: Model) -> Reason | None:
+        return Reason("not_within_budget") if cuts == "none" else None
 
     judged = can_be_judged(order, subject)
     return RecipeDryRun(*allowed_steps(order, subject, model, attempt, spent if judged else None))

@@ -7,10 +7,11 @@ they are exact; peak memory is an estimate from sizes (``tasks.orchestration.mem
 from collections.abc import Mapping
 
 from compressors.contracts import Artifact, Frozen, Plan, Signature, TargetKind
+from compressors.contracts.reasons import Reason
 from compressors.core.model import Model
 from compressors.core.units import stored_bytes
 from compressors.distill.training.trainable import trainable
-from flows.choosing import UNREPORTED, can_be_judged, require_budget_rows, require_taught
+from flows.choosing import can_be_judged, is_reported, require_budget_rows, require_taught
 from flows.dry_run import bounds, dry_run_recipe
 from flows.order import Order
 from flows.resolve import carried_out_result, teachers_of
@@ -28,7 +29,7 @@ class ExplainedStep(Frozen):
 
     step: str
     bytes: int
-    idle: str | None = None
+    left_out: Reason | None = None
 
 
 class ExplainedTarget(Frozen):
@@ -126,25 +127,28 @@ def _steps(
         The result, what each step leaves, and the most bytes that one step trains.
     """
     require_budget_rows(order, subject)
-    stages, idle = dry_run_recipe(order, subject, signature, model, teachers)
+    stages, left_out = dry_run_recipe(order, subject, signature, model, teachers)
     results = iter(stages[1:])
     foreseen = []
     for place, step in enumerate(order.recipe()):
-        if place not in idle:
+        if place not in left_out:
             _, model = next(results)
-        if idle.get(place) not in UNREPORTED:
+        why = left_out.get(place)
+        if is_reported(why):
             size = stored_bytes(model.module)
-            foreseen.append(ExplainedStep(step=step.kind, bytes=size, idle=idle.get(place)))
-    return model, foreseen, _trained(order, stages, idle)
+            foreseen.append(ExplainedStep(step=step.kind, bytes=size, left_out=why))
+    return model, foreseen, _trained(order, stages, left_out)
 
 
-def _trained(order: Order, stages: tuple[tuple[str, Model], ...], idle: Mapping[int, str]) -> int:
+def _trained(
+    order: Order, stages: tuple[tuple[str, Model], ...], left_out: Mapping[int, Reason]
+) -> int:
     """The most bytes of tensors that one step of the order trains."""
     most = 0
     (_, model), *results = stages
     after = iter(results)
     for place, step in enumerate(order.recipe()):
-        if place in idle:
+        if place in left_out:
             continue
         training = getattr(step, "training", None)
         if training is not None:

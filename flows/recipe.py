@@ -5,13 +5,14 @@ from dataclasses import dataclass, replace
 from types import MappingProxyType
 
 from compressors.contracts import Artifact, Estimate, Part, digest
+from compressors.contracts.reasons import Reason
 from compressors.core.registries import AnyStep
 from compressors.core.runner import needs
 from flows.choosing import (
     SOFT_LABELS,
-    UNREPORTED,
     allowed_steps,
     can_be_judged,
+    is_reported,
     is_taught,
     parts_of_step,
     require_budget_rows,
@@ -44,14 +45,14 @@ class Compressed:
     Attributes:
         order: the order that was carried out; of an earlier preset where that gave fewer bytes.
         stages: what each step resulted in.
-        idle: why steps were left out, by the step's place in the recipe.
-        remarks: sentences for the report: the budget and what was lost of it, a fallback.
+        left_out_steps: why steps were left out, by the step's place in the recipe.
+        remarks: for the report: the budget and what was lost of it, a fallback.
     """
 
     order: Order
     stages: tuple[tuple[str, Artifact], ...]
-    idle: dict[int, str]
-    remarks: tuple[str, ...] = ()
+    left_out_steps: dict[int, Reason]
+    remarks: tuple[Reason, ...] = ()
 
     @property
     def bundle(self) -> Artifact:
@@ -62,24 +63,24 @@ class Compressed:
         """The steps that were tried: without options that were not needed."""
         return tuple(step for _, step in self._tried())
 
-    def left_out(self) -> dict[str, str]:
+    def left_out(self) -> dict[str, Reason]:
         """Why steps were left out, by the names that reports give them."""
         tried = self._tried()
         kinds = [step.kind for _, step in tried]
         return {
             step.kind
-            + (f" (step {number} of the recipe)" if kinds.count(step.kind) > 1 else ""): self.idle[
-                place
-            ]
+            + (
+                f" (step {number} of the recipe)" if kinds.count(step.kind) > 1 else ""
+            ): self.left_out_steps[place]
             for number, (place, step) in enumerate(tried, 1)
-            if place in self.idle
+            if place in self.left_out_steps
         }
 
     def _tried(self) -> list[tuple[int, AnyStep]]:
         return [
             (place, step)
             for place, step in enumerate(self.order.recipe())
-            if self.idle.get(place) not in UNREPORTED
+            if is_reported(self.left_out_steps.get(place))
         ]
 
 
@@ -122,11 +123,14 @@ def carry_out(
     other_size = weight_bytes(other.bundle)
     if other_size >= size:
         return own
-    said = (
-        f"Preset {order.preset!r} gave {size:,} bytes of weights and preset {other.order.preset!r} "
-        f"gives {other_size:,}: this is the result of {other.order.preset!r}."
+    remark = Reason(
+        "earlier_preset_smaller",
+        preset=order.preset,
+        bytes=size,
+        earlier=other.order.preset,
+        earlier_bytes=other_size,
     )
-    return replace(other, remarks=(said, *other.remarks))
+    return replace(other, remarks=(remark, *other.remarks))
 
 
 def _carried_out(
@@ -149,13 +153,16 @@ def _carried_out(
             learned.add(result.sha256)
         return result
 
-    def spent(now: Artifact) -> str | None:
+    def spent(now: Artifact) -> Reason | None:
         return over_budget(order, subject, bundle, now, code)
 
     judged = can_be_judged(order, subject)
-    stages, idle = allowed_steps(order, subject, bundle, attempt, spent if judged else None)
-    remarks = () if not judged else budget_remark(order, subject, bundle, stages[-1][1], code)
-    return Compressed(order, stages, idle, remarks)
+    stages, left_out = allowed_steps(order, subject, bundle, attempt, spent if judged else None)
+    budget = order.quality_budget()
+    if not judged or budget is None:
+        return Compressed(order, stages, left_out)
+    remark = budget_remark(order, budget, subject, bundle, stages[-1][1], code)
+    return Compressed(order, stages, left_out, (remark,))
 
 
 def weight_bytes(bundle: Artifact) -> int:
@@ -237,32 +244,37 @@ def budget_loss(
 
 def over_budget(
     order: Order, subject: BundleRef, bundle: Artifact, now: Artifact, code: str
-) -> str | None:
+) -> Reason | None:
     """Why a stage is over the order's budget; None if it is within."""
     budget = order.quality_budget()
     loss = budget_loss(order, subject, bundle, now, code).point
     if budget is None or loss <= budget:
         return None
-    return (
-        f"the model would have lost {loss:.5f} of {subject.metric} on validation rows; the "
-        f"budget is {budget:g}"
-    )
+    return Reason("over_budget", loss=loss, metric=subject.metric, budget=budget)
 
 
 def budget_remark(
-    order: Order, subject: BundleRef, bundle: Artifact, result: Artifact, code: str
-) -> tuple[str, ...]:
-    """A sentence about the budget, and what the result has lost of it."""
-    budget = order.quality_budget()
+    order: Order,
+    budget: float,
+    subject: BundleRef,
+    bundle: Artifact,
+    result: Artifact,
+    code: str,
+) -> Reason:
+    """The budget, and what the result has lost of it."""
     loss = budget_loss(order, subject, bundle, result, code).point
-    whose = "as ordered" if order.budget is not None else f"the default of preset {order.preset!r}"
-    said = (
-        f"Quality budget: {budget:g} of {subject.metric} on validation rows ({whose}); the result "
-        f"{'lost' if loss >= 0 else 'gained'} {abs(loss):.5f} there."
-    )
-    if budget is not None and loss > budget:
-        said += " That is over the budget: the steps that preset 'fast' has as well are not judged."
-    return (said,)
+    origin = Reason("budget_ordered")
+    if order.budget is None:
+        origin = Reason("budget_of_preset", preset=order.preset)
+    if loss < 0:
+        return Reason(
+            "quality_gained", budget=budget, metric=subject.metric, origin=origin, gain=-loss
+        )
+    if loss > budget:
+        return Reason(
+            "quality_over_budget", budget=budget, metric=subject.metric, origin=origin, loss=loss
+        )
+    return Reason("quality_lost", budget=budget, metric=subject.metric, origin=origin, loss=loss)
 
 
 def _made(

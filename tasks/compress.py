@@ -16,7 +16,7 @@ from infra.store.temporary import scratch_folder
 from tasks.bundles.loading import bench_of, split_of
 from tasks.orchestration.code_digest import code_digest
 from tasks.orchestration.data_parallel import StepResult, Work, run_step, run_step_on_devices
-from tasks.orchestration.documents import NotApplicable
+from tasks.orchestration.documents import NotApplicable, not_applicable
 from tasks.orchestration.policy import KEPT
 from tasks.orchestration.workspace import local, store
 
@@ -103,10 +103,10 @@ def _carried_out(
             return run_step_on_devices(work, devices, folder)
         return run_step(work, folder)
     except NothingToCompress as fault:
-        return NotApplicable(reason=str(fault))
+        return not_applicable(fault)
     except ModelRefused:
         raise  # the network is at fault, whatever the step
     except CompressionError as fault:
         if not preset:
             raise
-        return NotApplicable(reason=str(fault))
+        return not_applicable(fault)

@@ -159,7 +159,7 @@ def explained(found: "Explanation") -> None:
     first = found.steps[0].bytes
     stages = [
         {
-            "step": item.step if item.idle is None else f"{item.step} (left out)",
+            "step": item.step if item.left_out is None else f"{item.step} (left out)",
             "bytes of weights": f"{item.bytes:,}",
             "share": f"{item.bytes / first:.2f}x" if first else "-",
         }
@@ -167,8 +167,8 @@ def explained(found: "Explanation") -> None:
     ]
     out.print(_table("What would run, and what would be left after it", stages, out.width))
     for item in found.steps:
-        if item.idle is not None:
-            line(f"{item.step} is left out: {item.idle}")
+        if item.left_out is not None:
+            line(f"{item.step} is left out: {item.left_out}")
     lines = [
         {
             "table or layer": unit.module,

@@ -28,7 +28,7 @@ from compressors.errors.steps import StepRefused
 from infra.child import run_child, serve
 from infra.errors import BuildRefused
 from tasks.bundles.loading import load_bundle
-from tasks.orchestration.documents import NotApplicable
+from tasks.orchestration.documents import NotApplicable, not_applicable
 
 log = logging.getLogger(__name__)
 
@@ -60,7 +60,7 @@ class Outcome(Frozen):
 
     network: Network | None = None
     plan: Plan | None = None
-    idle: str | None = None
+    left_out: NotApplicable | None = None
     refused: str | None = None
 
 
@@ -104,8 +104,8 @@ def run_step_on_devices(work: Work, devices: list[str], folder: Path) -> StepRes
     except BuildRefused as fault:
         raise StepRefused("device_processes_failed", problem=str(fault)) from fault
     outcome = Outcome.model_validate(answer)
-    if outcome.idle is not None:
-        return NotApplicable(reason=outcome.idle)
+    if outcome.left_out is not None:
+        return outcome.left_out
     if outcome.refused is not None or outcome.network is None:
         raise (
             StepRefused("result_missing")
@@ -153,7 +153,7 @@ def run_rank(rank: int, text: str, place: str) -> None:
         result = run_step(shared.work.model_copy(update={"bench": bench}), folder)
         outcome = Outcome(network=result.network, plan=result.plan)
     except NothingToCompress as fault:
-        outcome = Outcome(idle=str(fault))
+        outcome = Outcome(left_out=not_applicable(fault))
     except CompressionError as fault:  # the same on all ranks, which see the same numbers
         outcome = Outcome(refused=str(fault))
     if rank == 0:

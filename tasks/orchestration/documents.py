@@ -5,9 +5,16 @@
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
-from pydantic import Field, TypeAdapter, ValidationError
+from pydantic import (
+    Field,
+    ModelWrapValidatorHandler,
+    TypeAdapter,
+    ValidationError,
+    computed_field,
+    model_validator,
+)
 
 from compressors.contracts import (
     Artifact,
@@ -20,6 +27,9 @@ from compressors.contracts import (
     Verdict,
     overall,
 )
+from compressors.contracts.reasoned import Reasoned
+from compressors.contracts.reasons import Reason, read_reasons
+from compressors.errors.compression import CompressionError
 from compressors.lower.findings import GraphAudit, TableInitializers
 from compressors.lower.parity import Parity
 from compressors.metrics import judge
@@ -132,10 +142,13 @@ class Ranking(Frozen):
     seen: tuple[PreparedRows, ...]
 
 
-class NotApplicable(Frozen):
-    """A step of a recipe that has nothing to do in this model, and why."""
+class NotApplicable(Reasoned):
+    """A step of a recipe that has nothing to do in this model, and why: one reason."""
 
-    reason: str
+
+def not_applicable(fault: CompressionError) -> NotApplicable:
+    """The outcome of a step that refuses a model."""
+    return NotApplicable(reasons=(Reason("not_applicable", fault=str(fault)),))
 
 
 class Scored(Frozen):
@@ -208,13 +221,14 @@ class Report(Frozen):
     skipped: dict[str, str] = Field(
         default_factory=dict, description="Optional targets that were left out, and why."
     )
-    idle: dict[str, str] = Field(
-        default_factory=dict, description="Steps that were left out, and why."
+    idle_reasons: dict[str, Reason] = Field(
+        default_factory=dict,
+        description="Steps that were left out, and why. In JSON 'idle' has the sentences.",
     )
-    remarks: tuple[str, ...] = Field(
+    remark_reasons: tuple[Reason, ...] = Field(
         (),
         description="What else was decided: the quality budget, units that steps skipped, steps "
-        "that changed nothing.",
+        "that changed nothing. In JSON 'remarks' are the sentences.",
     )
     stages: tuple[Stage, ...] = Field(
         (), description="What each step was worth, in torch on the test rows; nothing judges by it."
@@ -224,6 +238,28 @@ class Report(Frozen):
     validation: Artifact
     calibrated_on: str
     reproduction: Reproduction
+
+    @computed_field(repr=False)  # type: ignore[prop-decorator]
+    @property
+    def idle(self) -> dict[str, str]:
+        """Why steps were left out, in sentences."""
+        return {step: str(reason) for step, reason in self.idle_reasons.items()}
+
+    @computed_field(repr=False)  # type: ignore[prop-decorator]
+    @property
+    def remarks(self) -> tuple[str, ...]:
+        """What else was decided, in sentences."""
+        return tuple(map(str, self.remark_reasons))
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _read_sentences(cls, data: Any, validate: ModelWrapValidatorHandler[Self]) -> Self:
+        return read_reasons(
+            data,
+            lambda rest: read_reasons(rest, validate, "remarks", "remark_reasons"),
+            "idle",
+            "idle_reasons",
+        )
 
 
 class Finished(Frozen):
@@ -303,8 +339,8 @@ def report_from(
     required: dict[TargetKind, bool],
     verdicts: dict[TargetKind, Verdict],
     skipped: dict[str, str],
-    idle: dict[str, str],
-    remarks: tuple[str, ...] = (),
+    left_out: dict[str, Reason],
+    remarks: tuple[Reason, ...] = (),
     stages: Artifact,
     measurement: Artifact | None,
     validation: Artifact,
@@ -330,8 +366,8 @@ def report_from(
             for target, artifact in built.items()
         ),
         skipped=skipped,
-        idle=idle,
-        remarks=(*remarks, *(plan.remarks if plan is not None else ())),
+        idle_reasons=left_out,
+        remark_reasons=(*remarks, *(plan.reasons if plan is not None else ())),
         stages=Stages.validate_json(read_limited(local(stages) / STAGES)),
         baseline_bytes=served_bytes(local(baseline)),
         measurement=None if measurement is None else measurement_of(measurement),

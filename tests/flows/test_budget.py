@@ -6,8 +6,10 @@ from types import SimpleNamespace
 from drafts import ROWS, write_draft
 from error_codes import raises_code
 from orders import World, carry_out
+from reason_codes import with_code
 
 from compressors.contracts import Limit
+from compressors.contracts.reasons import Reason
 from compressors.core.registries import AnyStep
 from compressors.distill.fine_tune import FineTune
 from compressors.distill.recalibrate import Recalibrate
@@ -56,11 +58,12 @@ def test_what_costs_more_than_the_budget_is_left_out_with_what_follows_it(world:
         "recalibrate",
     ]
     left_out = (("magnitude", 3), ("magnitude", 4), ("fine_tune", 5))
-    assert set(report.idle) == {f"{kind} (step {place} of the recipe)" for kind, place in left_out}
-    assert len(set(report.idle.values())) == 1
-    why = report.idle["magnitude (step 3 of the recipe)"]
-    assert why.startswith("the model would have lost 0.")
-    assert why.endswith("of auc on validation rows; the budget is 0.02")
+    reasons = report.idle_reasons
+    assert set(reasons) == {f"{kind} (step {place} of the recipe)" for kind, place in left_out}
+    (why,) = set(reasons.values())
+    loss = with_code([why], "over_budget", metric="auc", budget=0.02).fields["loss"]
+    assert isinstance(loss, float)
+    assert 0.02 < loss < 0.5
     # Every stage that counts is found again: an order that was stopped goes on where it was.
     again = carry_out(order)
     cut = [
@@ -73,21 +76,22 @@ def test_what_costs_more_than_the_budget_is_left_out_with_what_follows_it(world:
 def test_what_works_on_parts_that_were_taken_back_is_left_out_with_them() -> None:
     order = budgeted(0.01, (Tiers(), RowwiseInt8(tables=("item.hot",)), StaticInt8()))
     subject = SimpleNamespace(task="ctr", rows={"train": 9}, calibration=lambda: "train")
+    missing = Reason("not_applicable", fault="needs a table named like 'item.hot'")
+    lost = Reason("over_budget", loss=0.03, metric="auc", budget=0.01)
 
     def attempt(step: AnyStep, source: str) -> str | NotApplicable:
         if step.kind == "rowwise_int8" and "tiers" not in source:
-            return NotApplicable(reason="needs a table named like 'item.hot'")
+            return NotApplicable(reasons=(missing,))
         return f"{source} {step.kind}"
 
-    def spent(made: str) -> str | None:
-        return "too much was lost" if made.endswith("tiers") else None
+    def spent(made: str) -> Reason | None:
+        return lost if made.endswith("tiers") else None
 
-    stages, idle = allowed_steps(order, subject, "model", attempt, spent)
+    stages, left_out = allowed_steps(order, subject, "model", attempt, spent)
     assert [stage for _, stage in stages] == ["model", "model static_int8"]
-    assert idle == {0: "too much was lost", 1: "needs a table named like 'item.hot'"}
-    with raises_code(OrderRefused, "step_not_applicable") as caught:
+    assert left_out == {0: lost, 1: missing}
+    with raises_code(OrderRefused, "step_not_applicable", reason=missing):
         allowed_steps(order, subject, "model", lambda step, source: attempt(step, ""), None)
-    assert "needs a table named like" in caught.value.fields["reason"]
 
 
 def test_without_a_budget_the_same_steps_are_all_carried_out(world: World) -> None:
@@ -101,8 +105,9 @@ def test_without_a_budget_the_same_steps_are_all_carried_out(world: World) -> No
 def test_a_budget_that_nothing_keeps_to_is_an_error_that_says_so(world: World) -> None:
     with raises_code(OrderRefused, "no_step_fits") as caught:
         carry_out(budgeted(0.0, (Magnitude(share=0.99),)))
-    (reason,) = caught.value.fields["reasons"]
-    assert reason.startswith("the model would have lost 0.")
+    loss = with_code(caught.value.fields["reasons"], "over_budget", budget=0.0).fields["loss"]
+    assert isinstance(loss, float)
+    assert loss > 0
 
 
 def test_a_budget_needs_rows_to_weigh_on(fresh: Path) -> None:

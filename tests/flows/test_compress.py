@@ -74,7 +74,7 @@ def test_an_order_within_its_limits_is_accepted_registered_and_measured(world: W
     # int8 rows with their scales and int8 layers: 0.28 of the weights, and the graph around it.
     # int4 rows cost more than the preset's budget on the few validation rows.
     assert report.targets[0].bytes < 0.35 * report.baseline_bytes
-    assert "budget" in report.idle["rowwise_int4"]
+    assert report.idle_reasons["rowwise_int4"].code == "over_budget"
     lines = {line.module: line.format for line in report.plan.lines}
     assert {"user", "item", "tags", "cross", "first", "second", "out"} <= set(lines)
     assert {lines[table] for table in ("user", "item", "tags")} == {"rowwise_int8"}

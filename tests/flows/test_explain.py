@@ -9,9 +9,10 @@ from error_codes import raises_code
 from orders import World, carry_out
 from test_recipe import ANY, STEPS, recipe  # noqa: F401 - a fixture
 
+from compressors.contracts.reasons import Reason
 from compressors.errors.orders import OrderRefused
 from compressors.prune.dense.channels import Channels
-from flows.explain import explain
+from flows.explain import Explanation, explain
 from flows.order import Order
 from infra.errors import ArtifactMissing
 from infra.settings import load_settings
@@ -24,13 +25,18 @@ def stored(home: Path) -> set[Path]:
     return {path for path in home.rglob("*") if path.is_file() and "cache" not in path.parts}
 
 
-def test_a_presets_stages_plan_and_idle_steps_are_known_before(world: World) -> None:
+def left_out(found: Explanation) -> dict[str, Reason]:
+    """Why steps would be left out."""
+    return {item.step: item.left_out for item in found.steps if item.left_out is not None}
+
+
+def test_a_presets_stages_plan_and_skipped_steps_are_known_before(world: World) -> None:
     report = carry_out(world.order.model_copy(update={"preset": "fast"})).finished.report
     found = explain(world.order.model_copy(update={"preset": "fast"}))
     assert found.plan == report.plan
-    done = [(item.step, item.bytes) for item in found.steps if item.idle is None]
+    done = [(item.step, item.bytes) for item in found.steps if item.left_out is None]
     assert done == [(stage.step, stage.bytes) for stage in report.stages]
-    assert {item.step: item.idle for item in found.steps if item.idle} == report.idle
+    assert left_out(found) == report.idle_reasons
     assert found.bytes_between == (report.stages[-1].bytes, report.stages[-1].bytes)
 
 
@@ -41,8 +47,8 @@ def test_what_a_budget_decides_is_known_within_bounds(world: World) -> None:
     least, most = found.bytes_between
     assert least < report.stages[-1].bytes <= most
     assert {"channels", "distill", "fold"} <= set(report.idle)
-    foreseen = {item.step: item.idle for item in found.steps if item.idle}
-    assert foreseen == {name: report.idle[name] for name in ("channels", "distill", "fold")}
+    expected = {name: report.idle_reasons[name] for name in ("channels", "distill", "fold")}
+    assert left_out(found) == expected
     assert [target.target for target in found.targets] == ["onnxruntime", "tensorrt-rtx"]
 
 
@@ -76,7 +82,7 @@ def test_what_would_be_refused_is_refused_now(world: World) -> None:
     order = Order(model="clicks@1", preset="custom", steps=(Channels(),), limits=(ANY,))
     with raises_code(OrderRefused, "step_not_applicable") as caught:
         explain(order)
-    assert "does not grow in proportion to hidden" in caught.value.fields["reason"]
+    assert "does not grow in proportion to hidden" in str(caught.value.fields["reason"])
     with raises_code(ArtifactMissing, "bundle_missing", reference="nothing"):
         explain(Order(model="nothing", preset="fast", limits=(ANY,)))
 
@@ -84,9 +90,12 @@ def test_what_would_be_refused_is_refused_now(world: World) -> None:
 def test_rows_that_are_missing_are_told(fresh: Path) -> None:
     pack(write_draft(fresh / "draft", name="few", rows={"train": 500, "test": 500}))
     found = explain(Order(model="few", preset="small", limits=(ANY,)))
-    idle = {item.step: item.idle for item in found.steps if item.idle}
-    assert set(idle) == {"prune_rows", "channels", "distill", "fold"}
-    assert "'distill' needs validation data; this model has train, test" in idle["distill"]
+    reasons = left_out(found)
+    assert set(reasons) == {"prune_rows", "channels", "distill", "fold"}
+    splits = ("train", "test")
+    assert reasons["distill"] == Reason(
+        "data_missing", step="distill", missing=("validation",), splits=splits
+    )
 
 
 def test_a_model_of_any_size_is_explained_in_the_memory_of_its_libraries(world: World) -> None:

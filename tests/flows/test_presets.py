@@ -94,13 +94,21 @@ def test_rows_that_training_hardly_looks_up_share_one_at_no_loss(table_heavy, pr
     assert loss_on_test_rows(report) < 0.005
 
 
+def budget_remarks(report: Report) -> list[Reason]:
+    """What a report says about the quality budget."""
+    outcomes = {"quality_lost", "quality_gained", "quality_over_budget"}
+    return [remark for remark in report.remark_reasons if remark.code in outcomes]
+
+
 def test_the_budget_and_what_was_lost_of_it_are_in_the_report(table_heavy) -> None:
     _, reports, _ = table_heavy
     for preset in ("small", "smallest"):
-        (said,) = [text for text in reports[preset].remarks if text.startswith("Quality budget")]
-        assert f"{DEFAULT_BUDGET:g} of auc on validation rows (the default of preset" in said
+        (remark,) = budget_remarks(reports[preset])
+        assert remark.fields["budget"] == DEFAULT_BUDGET
+        assert remark.fields["metric"] == "auc"
+        assert remark.fields["origin"] == Reason("budget_of_preset", preset=preset)
     for preset in ("safe", "fast"):
-        assert not any("budget" in text for text in reports[preset].remarks)
+        assert not budget_remarks(reports[preset])
 
 
 def test_what_explain_foresees_is_kept_to(table_heavy) -> None:
@@ -142,11 +150,11 @@ def test_presets_work_without_rows_and_say_what_was_left_out(
     pack(few)
     order = Order(model="few", preset="small", limits=(ANY,))
     report = carry_out(order).finished.report
-    why = report.idle["prune_rows (step 1 of the recipe)"]
+    why = report.idle_reasons["prune_rows (step 1 of the recipe)"]
     if "validation" in left:
-        assert why.startswith("'prune_rows' needs train data; this model has")
+        with_code([why], "data_missing", step="prune_rows", missing=("train",))
     else:
-        assert why.startswith("rows are pruned only where validation rows say what that costs")
+        with_code([why], "pruning_not_judged", splits=left)
     steps = {step for line in report.plan.lines for step in line.steps}
     # Without validation rows int4 is not judged; with them it may cost more than the budget.
     assert steps & ({"rowwise_int4", "rowwise_int8"} if "validation" in left else {"rowwise_int4"})
@@ -159,7 +167,8 @@ def test_a_budget_that_nothing_fits_leaves_what_the_earlier_preset_does(
 ) -> None:
     """Every cut counts as over the budget: the result has the bytes of preset 'fast'."""
     _, reports, _ = table_heavy
-    monkeypatch.setattr("flows.recipe.over_budget", lambda *_: "over")
+    lost = Reason("over_budget", loss=1.0, metric="auc", budget=DEFAULT_BUDGET)
+    monkeypatch.setattr("flows.recipe.over_budget", lambda *_: lost)
     order = Order(model="tableheavy", preset=preset, limits=(ANY,), attempt=7)
     report = carry_out(order).finished.report
     assert weights(report) <= weights(reports["fast"])

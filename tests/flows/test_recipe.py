@@ -112,12 +112,13 @@ def test_what_a_preset_could_not_do_is_said_and_fails_nothing(world: World) -> N
     """The draft's one width is also half of another, so nothing can be pruned alone."""
     report = world.first.finished.report
     pruned = {f"prune_rows (step {place} of the recipe)" for place in (1, 2)}
-    assert set(report.idle) == {"channels", "distill", "fold", "rowwise_int4", *pruned}
+    reasons = report.idle_reasons
+    assert set(reasons) == {"channels", "distill", "fold", "rowwise_int4", *pruned}
     # On 1,000 validation rows of a network that is the best there is, each of these costs more.
     for name in ("rowwise_int4", *pruned):
-        assert report.idle[name].endswith("of auc on validation rows; the budget is 0.001")
-    assert report.idle["channels"] == report.idle["distill"]
-    assert "'second' does not grow in proportion to hidden" in report.idle["channels"]
+        with_code([reasons[name]], "over_budget", metric="auc", budget=0.001)
+    assert reasons["channels"] == reasons["distill"]
+    assert "'second' does not grow in proportion to hidden" in str(reasons["channels"])
     assert [stage.step for stage in report.stages] == ["as trained", "rowwise_int8", "static_int8"]
     assert {state for _, state in world.first.tasks} <= {"Completed", "Cached"}
 
@@ -126,7 +127,7 @@ def test_a_recipe_of_ones_own_must_fit(world: World) -> None:
     order = Order(model="clicks@1", preset="custom", steps=(Channels(),), limits=(ANY,))
     with raises_code(OrderRefused, "step_not_applicable") as caught:
         carry_out(order)
-    assert "does not grow in proportion to hidden" in caught.value.fields["reason"]
+    assert "does not grow in proportion to hidden" in str(caught.value.fields["reason"])
 
 
 def test_rows_that_a_step_needs_are_asked_for_before_anything_runs(fresh: Path) -> None:
@@ -135,4 +136,4 @@ def test_rows_that_a_step_needs_are_asked_for_before_anything_runs(fresh: Path) 
     order = Order(model="few", preset="custom", steps=STEPS[1:], limits=(ANY,))
     with raises_code(OrderRefused, "step_not_applicable") as caught:
         carry_out(order)
-    assert "'fine_tune' needs validation data; this model" in caught.value.fields["reason"]
+    with_code([caught.value.fields["reason"]], "data_missing", missing=("validation",))

@@ -3,6 +3,7 @@
 import pytest
 
 from compressors.contracts import Artifact
+from compressors.contracts.reasons import Reason
 from compressors.prune.dense.magnitude import Magnitude
 from compressors.quantize.dense.float16 import Float16
 from compressors.quantize.dense.static_int8 import StaticInt8
@@ -43,4 +44,6 @@ def test_what_a_step_needs_comes_first_and_others_want_nothing():
     held = subject(train=10)
     assert parts_of_step(StaticInt8(), held) == ("calibration",)
     assert parts_of_step(Magnitude(), held) == ()
-    assert lacking(StaticInt8(), subject()) is not None
+    assert lacking(StaticInt8(), subject()) == Reason(
+        "data_missing", step="static_int8", missing=("train",), splits=("test",)
+    )

@@ -66,7 +66,7 @@ def place(store: Store, task: str = "step") -> Path:
     ("function", "value"),
     [
         (step, ARTIFACT),
-        (step, NotApplicable(reason="no layer to fold")),
+        (step, NotApplicable(reasons=(Reason("not_applicable", fault="no layer to fold"),))),
         (estimate, Estimate(point=0.5, low=0.25, high=1.0, rows=3)),
         (estimate, Estimate(point=math.inf, low=-math.inf, high=math.inf)),
         (
@@ -225,7 +225,8 @@ def test_a_folder_or_file_in_the_way_costs_the_record_and_not_the_order(
 def test_a_result_larger_than_a_record_is_not_recorded(
     store: Store, caplog: pytest.LogCaptureFixture
 ) -> None:
-    write_result(store, "step", KEY, step, NotApplicable(reason="x" * MAX_RECORD_BYTES))
+    reason = Reason("not_applicable", fault="x" * MAX_RECORD_BYTES)
+    write_result(store, "step", KEY, step, NotApplicable(reasons=(reason,)))
     assert "is not recorded" in caplog.text
     with pytest.raises(ArtifactMissing):
         find_result(store, "step", KEY, step)

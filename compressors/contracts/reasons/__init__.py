@@ -2,6 +2,7 @@
 
 reason.py     the value ``Reason``, how several are rendered, and how they are read from JSON
 selection.py  sentences about which units a step takes, and about whole steps
+recipe.py     sentences about steps of a recipe that are left out, and about its quality budget
 tables.py     sentences about embedding tables
 dense.py      sentences about formats of dense layers
 pruning.py    sentences about channels, weights and layers that are removed

@@ -19,6 +19,7 @@ from compressors.contracts.coded_error import SentenceFormatter, field_names
 from compressors.contracts.reasons import (
     dense,
     pruning,
+    recipe,
     rewriting,
     selection,
     tables,
@@ -29,6 +30,7 @@ from compressors.contracts.reasons import (
 SUBJECTS: Mapping[str, Mapping[str, str]] = MappingProxyType(
     {
         "Selection of units": selection.SENTENCES,
+        "Steps of a recipe": recipe.SENTENCES,
         "Embedding tables": tables.SENTENCES,
         "Formats of dense layers": dense.SENTENCES,
         "Pruning": pruning.SENTENCES,
@@ -178,7 +180,7 @@ def read_reasons(
     Args:
         value: the object, to be validated.
         validate: validates it with its reasons in place of their sentence.
-        sentence: its key of the sentence, or of a list of sentences.
+        sentence: its key of the sentence, or of a list or mapping of sentences.
         reasons: its key of the reasons.
 
     Raises:
@@ -198,6 +200,10 @@ def _with_reasons(value: Any, sentence: str, reasons: str) -> Any:
     if reasons in value and _are_known(value[reasons]):
         return rest
     text = value[sentence]
+    if isinstance(text, Mapping):
+        if not all(isinstance(item, str) for item in text.values()):
+            return value
+        return {**rest, reasons: {key: Reason("as_written", text=text[key]) for key in text}}
     texts = text if isinstance(text, list | tuple) else [] if text is None else [text]
     if not all(isinstance(item, str) for item in texts):
         return value
@@ -206,7 +212,7 @@ def _with_reasons(value: Any, sentence: str, reasons: str) -> Any:
 
 def _are_known(stored: Any) -> bool:
     try:
-        for item in stored:
+        for item in stored.values() if isinstance(stored, Mapping) else stored:
             Reason.of_json(item)
     except (TypeError, ValueError):
         return False

@@ -1,0 +1,28 @@
+"""Sentences about the steps of a recipe that are left out, and about its quality budget."""
+
+SENTENCES = {
+    "option_not_needed": "an earlier option is within the budget",
+    "nothing_left": "nothing is left for it",
+    "over_budget": "the model would have lost {loss:.5f} of {metric} on validation rows; the "
+    "budget is {budget:g}",
+    "not_within_budget": "not within the budget",
+    "not_applicable": "{fault}",
+    "pruning_not_judged": "rows are pruned only where validation rows say what that costs; this "
+    "model has {splits} data. Add validation data to model.json and pack again",
+    "pruning_without_budget": "rows are pruned only where validation rows say what that costs; "
+    "task {task!r} has no quality budget yet",
+    "no_loss": "{step!r} trains, and for task {task!r} there is no loss yet. Leave it out",
+    "data_missing": "{step!r} needs {missing: and } data; this model has {splits}. Add it to "
+    "model.json and pack again, or leave the step out",
+    "budget_ordered": "as ordered",
+    "budget_of_preset": "the default of preset {preset!r}",
+    "quality_lost": "Quality budget: {budget:g} of {metric} on validation rows ({origin}); the "
+    "result lost {loss:.5f} there",
+    "quality_gained": "Quality budget: {budget:g} of {metric} on validation rows ({origin}); the "
+    "result gained {gain:.5f} there",
+    "quality_over_budget": "Quality budget: {budget:g} of {metric} on validation rows ({origin}); "
+    "the result lost {loss:.5f} there, which is over the budget: the steps that preset 'fast' has "
+    "as well are not judged",
+    "earlier_preset_smaller": "Preset {preset!r} gave {bytes:,} bytes of weights and preset "
+    "{earlier!r} gives {earlier_bytes:,}: this is the result of {earlier!r}",
+}
