@@ -17,6 +17,7 @@ from typing import Any
 from compressors.contracts import digest
 from infra.credentials import cleaned
 from infra.errors import ChildFailed, ServiceFailed, SettingRefused
+from infra.services.compose import ROOT
 from infra.services.http_probe import get
 
 BUCKETS = ("recpress", "mlflow")
@@ -122,7 +123,7 @@ def _prefect(*arguments: str, needed: bool = True) -> "subprocess.CompletedProce
     # Its command line, since only flows and tasks know Prefect as a library.
     ended = subprocess.run(
         [sys.executable, "-m", "prefect", *arguments],
-        cwd=DEPLOYMENTS.parent.parent,
+        cwd=ROOT,  # where it looks for the entrypoints of deployments
         capture_output=True,
         text=True,
         timeout=SECONDS,

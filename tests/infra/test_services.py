@@ -20,7 +20,7 @@ from error_codes import Text, raises_code
 from pydantic import TypeAdapter
 
 from infra.errors import ServiceFailed, SettingRefused
-from infra.services import local_services
+from infra.services import local_services, setup
 from infra.services.compose import (
     COMPOSE,
     ROOT,
@@ -181,6 +181,23 @@ def test_setup_makes_what_workers_and_deployments_name() -> None:
     assert started == set(POOLS)
     assert DOCUMENT["x-client"]["RECPRESS_STORE"].removeprefix("s3://").split("/")[0] in BUCKETS
     assert ENTRIES["mlflow"]["environment"]["MLFLOW_ARTIFACTS_DESTINATION"][5:] in BUCKETS
+
+
+def test_prefect_finds_every_entrypoint_from_the_folder_it_is_started_in(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    folders: list[Path] = []
+
+    def recorded(command: list[str], **options: Any) -> subprocess.CompletedProcess[str]:
+        folders.append(options["cwd"])
+        return subprocess.CompletedProcess(command, 0, "", "")
+
+    monkeypatch.setattr(setup.subprocess, "run", recorded)
+    setup.deploy()
+    (folder,) = folders
+    for deployment in yaml.safe_load(DEPLOYMENTS.read_text())["deployments"]:
+        path, _, flow = deployment["entrypoint"].partition(":")
+        assert f"def {flow}(" in (folder / path).read_text()
 
 
 def test_each_worker_has_its_device_and_a_run_inherits_it() -> None:
