@@ -6,6 +6,7 @@ from typing import Any, Self, get_args
 from pydantic import ConfigDict, Field, model_validator
 
 from compressors.contracts import Limit, TargetKind
+from compressors.contracts.value_errors import value_error
 from compressors.core.registries import AnyStep
 from flows.order_schema import add_rules
 from flows.presets import PRESETS, Group, PresetOptions
@@ -32,10 +33,10 @@ class Order(Terms):
     @model_validator(mode="after")
     def _steps_fit_the_preset(self) -> Self:
         if (self.preset == "custom") != bool(self.steps):
-            raise ValueError(
-                "preset 'custom' needs steps"
-                if not self.steps
-                else f"steps need preset 'custom'; found preset {self.preset!r}"
+            raise (
+                value_error("steps_with_preset", preset=self.preset)
+                if self.steps
+                else value_error("steps_missing")
             )
         return self
 
@@ -43,10 +44,7 @@ class Order(Terms):
     def _a_map_fits_what_is_served(self) -> Self:
         for step, behind in zip(self.steps, self.steps[1:], strict=False):
             if step.kind == "recalibrate":
-                raise ValueError(
-                    f"step 'recalibrate' fits a map to the network as it then is, and "
-                    f"{behind.kind!r} comes behind it: put one 'recalibrate' at the end"
-                )
+                raise value_error("recalibrate_not_last", step=behind.kind)
         return self
 
     def recipe(self) -> tuple[AnyStep, ...]:

@@ -9,6 +9,7 @@ from typing import Any, Literal, Self
 from pydantic import Field, field_validator, model_validator
 
 from compressors.contracts import Frozen, Limit, TargetKind, limit_problems
+from compressors.contracts.value_errors import value_error
 from infra.data.checks import Rules
 from tasks.orchestration.documents import BatchSizes
 
@@ -52,9 +53,9 @@ class Targets(Frozen):
     @model_validator(mode="after")
     def _in_order(self) -> Self:
         if not self.smallest_batch <= self.best_batch <= self.largest_batch:
-            raise ValueError("batch sizes must not shrink from smallest to best to largest")
+            raise value_error("batch_sizes_shrink")
         if not self.wanted():
-            raise ValueError("an order needs at least one target that is not 'off'")
+            raise value_error("targets_off")
         return self
 
     def wanted(self) -> dict[TargetKind, Wanted]:
@@ -140,7 +141,7 @@ class Terms(Frozen):
     @classmethod
     def _limits_mean_something(cls, limits: tuple[Limit, ...]) -> tuple[Limit, ...]:
         if problems := limit_problems(limits):
-            raise ValueError("; ".join(problems))
+            raise value_error("limits_not_meant", reasons=problems)
         return limits
 
     def quality_budget(self) -> float | None:

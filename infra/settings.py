@@ -13,6 +13,7 @@ from urllib.parse import parse_qs, quote, unquote_to_bytes
 from pydantic import Field, ValidationError, field_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
+from compressors.contracts.value_errors import value_error
 from infra.credentials import cleaned, move_registry_login
 from infra.errors import SettingRefused
 
@@ -70,13 +71,13 @@ class RecpressSettings(BaseSettings):
         try:
             str(value).encode()
         except UnicodeEncodeError:
-            raise ValueError("the path is not valid UTF-8") from None
+            raise value_error("home_not_utf8") from None
         if "\0" in str(value):
-            raise ValueError("the path has a null character")
+            raise value_error("home_with_null")
         try:
             value = value.expanduser()
         except RuntimeError as fault:
-            raise ValueError(f"{fault}; give an absolute path") from None
+            raise value_error("home_of_unknown_user", problem=str(fault)) from None
         return Path(os.path.abspath(value))  # noqa: PTH100 (keeps symlinks)
 
     @property

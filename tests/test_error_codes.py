@@ -5,12 +5,23 @@ import copy
 import importlib
 from collections.abc import Collection
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, get_args
 
 import pytest
-from error_codes import MODULES, TABLE, coded_classes, example_of, page, raises_code
+from error_codes import (
+    MODULES,
+    TABLE,
+    coded_classes,
+    example_of,
+    page,
+    raises_code,
+    raises_value_error,
+)
+from pydantic import BaseModel, field_validator
+from pydantic_core.core_schema import ErrorType
 
 from compressors.contracts.coded_error import CodedError, field_names
+from compressors.contracts.value_errors import SENTENCES, SUBJECTS, value_error
 from compressors.errors.compression import AuditFailed, ParityLost
 from compressors.errors.parity_failure import ParityFailure
 from infra.credentials import clean_exceptions
@@ -40,6 +51,7 @@ def calls_of(classes: Collection[str]) -> list[tuple[str, ast.Call]]:
 
 RAISED = calls_of(CLASSES.keys() - set(CODE_OF_FAILURE.values()))
 FAILURES = calls_of(CODE_OF_FAILURE.keys())
+VALUE_ERRORS = calls_of({"value_error"})
 
 
 def test_classes_without_codes_are_never_raised():
@@ -218,3 +230,81 @@ def test_credentials_are_removed_from_fields_that_the_sentence_cuts_off(monkeypa
             "order_not_registered", order="0" * 12 + "canary-secret-value", model="m", registry="r"
         )
     assert "canary-secret-value" not in str(caught.value.fields)
+
+
+# --- values that documents and settings cannot have --------------------------------------------
+
+
+@pytest.mark.parametrize(("place", "call"), VALUE_ERRORS, ids=[place for place, _ in VALUE_ERRORS])
+def test_value_error_is_created_with_a_literal_code_and_exactly_its_fields(place, call):
+    assert [type(argument) for argument in call.args] == [ast.Constant], place
+    code = call.args[0].value
+    assert code in SENTENCES, place
+    assert {keyword.arg for keyword in call.keywords} == field_names(SENTENCES[code]), place
+
+
+def test_every_code_of_a_value_error_is_created_somewhere():
+    assert {call.args[0].value for _, call in VALUE_ERRORS} == set(SENTENCES)
+
+
+def test_codes_of_value_errors_differ_from_each_other_and_from_those_of_pydantic():
+    assert len(SENTENCES) == sum(map(len, SUBJECTS.values()))
+    assert SENTENCES.keys().isdisjoint(get_args(ErrorType))
+
+
+@pytest.mark.parametrize("code", SENTENCES)
+def test_sentence_of_a_value_error_has_named_fields_and_none_called_sentence(code):
+    assert code.isidentifier()
+    names = field_names(SENTENCES[code])
+    assert all(name.isidentifier() for name in names)
+    assert "sentence" not in names
+
+
+def test_validators_raise_value_errors_with_a_code():
+    """Sentences that are built in place have no code that a program could read."""
+    built = [
+        f"{path.relative_to(ROOT)}:{node.lineno}"
+        for name in PACKAGES
+        for path in sorted((ROOT / name).rglob("*.py"))
+        for function in ast.walk(ast.parse(path.read_text()))
+        if isinstance(function, ast.FunctionDef)
+        and any("_validator" in ast.unparse(item) for item in function.decorator_list)
+        for node in ast.walk(function)
+        if isinstance(node, ast.Call) and ast.unparse(node.func) in {"ValueError", "AssertionError"}
+    ]
+    assert built == []
+
+
+class Unnamed(BaseModel):
+    """A model whose validator refuses every name."""
+
+    name: str
+
+    @field_validator("name")
+    @classmethod
+    def _refuse(cls, name: str) -> str:
+        raise value_error("tensor_type_unknown", tensor=name, dtype="int8", dtypes=["FP32"])
+
+
+def test_pydantic_reports_the_code_the_fields_and_the_derived_sentence():
+    with raises_value_error("tensor_type_unknown", tensor="x", dtypes=["FP32"]) as caught:
+        Unnamed(name="x")
+    (error,) = caught.value.errors()
+    assert error["msg"] == "'x' is int8; Triton gets ['FP32']"
+    assert error["ctx"]["sentence"] == error["msg"]
+
+
+def test_value_that_looks_like_a_field_stays_as_it_is_in_the_sentence():
+    """Pydantic replaces names in braces, also within values that it inserted before."""
+    with raises_value_error("tensor_type_unknown") as caught:
+        Unnamed(name="{dtype} {sentence}")
+    assert caught.value.errors()[0]["msg"] == "'{dtype} {sentence}' is int8; Triton gets ['FP32']"
+
+
+@pytest.mark.parametrize(
+    ("code", "fields"),
+    [("unknown", {}), ("steps_with_preset", {}), ("steps_missing", {"preset": "safe"})],
+)
+def test_unknown_code_or_other_fields_of_a_value_error_are_a_type_error(code, fields):
+    with pytest.raises(TypeError):
+        value_error(code, **fields)

@@ -4,6 +4,7 @@
 loads no tensor library.
 
 coded_error.py        errors that carry a code and fields
+value_errors/         values that documents and settings cannot have, as code and fields
 reasons/              reasons of decisions and verdicts, as code and fields
 reasoned.py           a decision and its reasons
 artifact.py           something stored, named by its content

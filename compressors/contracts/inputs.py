@@ -7,6 +7,8 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from compressors.contracts.value_errors import value_error
+
 MAX_ROW_VALUES = 65_536
 """The most values of one input in one row: its shape decides how much memory a batch takes."""
 
@@ -42,9 +44,12 @@ class IdInput(Frozen):
         _check_values(self)
         wanted = () if len(self.columns) == 1 else (len(self.columns),)
         if self.shape != wanted:
-            raise ValueError(
-                f"input {self.name!r} reads {len(self.columns)} column(s), so its shape is "
-                f"{list(wanted)}; found {list(self.shape)}"
+            raise value_error(
+                "input_shape_differs",
+                name=self.name,
+                columns=len(self.columns),
+                expected=list(wanted),
+                got=list(self.shape),
             )
         return self
 
@@ -69,12 +74,14 @@ class DenseInput(Frozen):
     @model_validator(mode="after")
     def _shape_fits(self) -> Self:
         if len(self.shape) != 1 or self.shape[0] < 1:
-            raise ValueError(f"dense input {self.name!r} needs shape [width]")
+            raise value_error("dense_shape_form", name=self.name)
         _check_values(self)
         if len(self.columns) not in (1, self.shape[0]):
-            raise ValueError(
-                f"dense input {self.name!r} of width {self.shape[0]} needs 1 list column or "
-                f"{self.shape[0]} scalar columns; found {len(self.columns)}"
+            raise value_error(
+                "dense_columns_count",
+                name=self.name,
+                width=self.shape[0],
+                columns=len(self.columns),
             )
         return self
 
@@ -142,18 +149,15 @@ def _with_columns(data: Any) -> Any:
 def _check_values(item: "IdInput | DenseInput | PaddedBag | JaggedBag") -> None:
     most = max(*item.shape, len(item.columns), 1, 1)
     if most > MAX_ROW_VALUES:
-        raise ValueError(
-            f"input {item.name!r} has {most} values in a row, more than {MAX_ROW_VALUES}: a batch "
-            "of such rows does not fit in memory"
-        )
+        raise value_error("row_too_large", name=item.name, values=most, most=MAX_ROW_VALUES)
 
 
 def _check_bag(bag: PaddedBag | JaggedBag) -> None:
     if len(bag.shape) != 1 or bag.shape[0] < 1:
-        raise ValueError(f"bag {bag.name!r} needs shape [length], at least 1")
+        raise value_error("bag_shape_form", name=bag.name)
     _check_values(bag)
     if len(bag.columns) != 1:
-        raise ValueError(f"bag {bag.name!r} reads exactly one list column")
+        raise value_error("bag_columns_count", name=bag.name)
 
 
 AnyInput = Annotated[IdInput | DenseInput | PaddedBag | JaggedBag, Field(discriminator="kind")]

@@ -13,6 +13,7 @@ from pydantic import Field, model_validator
 
 from compressors.contracts.inputs import Frozen
 from compressors.contracts.metric_properties import MEASURES, SCORE_CHANGE, Measure
+from compressors.contracts.value_errors import value_error
 
 Against = Literal["absolute", "baseline", "champion"]
 
@@ -62,28 +63,23 @@ class Limit(Frozen):
     @model_validator(mode="after")
     def _one_reference(self) -> Self:
         if self.metric in SCORE_CHANGE and self.against != "absolute":
-            raise ValueError(
-                f"{self.metric} already compares the candidate's scores with the baseline's, so it "
-                f"has no value vs {self.against}; write '{self.metric}' without 'vs "
-                f"{self.against}' (against: absolute)"
+            raise value_error(
+                "score_change_with_reference", metric=self.metric, against=self.against
             )
         return self
 
     @model_validator(mode="after")
     def _one_bound(self) -> Self:
         if (self.at_least is None) == (self.at_most is None):
-            raise ValueError(f"limit on {self.metric!r} needs exactly one of at_least, at_most")
+            raise value_error("bound_count", metric=self.metric)
         return self
 
     @model_validator(mode="after")
     def _possible(self) -> Self:
         if self.against == "absolute" and self.bound < 0:
             if self.metric in SCORE_CHANGE:
-                raise ValueError(f"{self.metric} needs a bound of at least 0")
-            raise ValueError(
-                f"{self.metric} itself is never below 0; to limit a change write "
-                f"'{self.metric} vs baseline'"
-            )
+                raise value_error("score_change_bound_negative", metric=self.metric)
+            raise value_error("absolute_bound_negative", metric=self.metric)
         return self
 
     @property
@@ -106,10 +102,7 @@ class Limit(Frozen):
             text,
         )
         if found is None:
-            raise ValueError(
-                f"limit {text!r} is not of the form 'auc vs baseline >= -0.002' (vs baseline, vs "
-                f"champion or neither; >= or <=)"
-            )
+            raise value_error("limit_form", text=text)
         bound = "at_least" if found["sign"] == ">=" else "at_most"
         return cls.model_validate(
             {

@@ -7,6 +7,7 @@ from pydantic import Field, ValidationInfo, model_validator
 
 from compressors.contracts.inputs import AnyInput, Frozen, IdInput, tensor_names
 from compressors.contracts.metric_properties import Metric, Task, metric_problem
+from compressors.contracts.value_errors import value_error
 
 ITEMS = "items"
 """The split of a retrieval model that lists what can be found: its catalogue, a row an item."""
@@ -62,11 +63,11 @@ class Signature(Frozen):
         names = [name for item in self.inputs for name in tensor_names(item)]
         repeated = sorted({name for name in names if names.count(name) > 1})
         if repeated:
-            raise ValueError(f"inputs share the name(s) {', '.join(repeated)}")
+            raise value_error("inputs_repeated", names=tuple(repeated))
         if self.task == "ctr" and self.output == "score":
-            raise ValueError("task 'ctr' needs output 'logit' or 'probability'")
+            raise value_error("ctr_output_form")
         if self.task != "retrieval" and self.label is None:
-            raise ValueError(f"label is missing; task {self.task!r} needs a label column")
+            raise value_error("label_missing", task=self.task)
         return self
 
     @model_validator(mode="after")
@@ -75,31 +76,30 @@ class Signature(Frozen):
         stored = isinstance(info.context, dict) and info.context.get("stored")
         problem = metric_problem(self.task, self.metric, grouped=self.group is not None)
         if problem is not None and not stored:
-            raise ValueError(problem)
+            raise value_error("metric_not_measured", reason=problem)
         return self
 
     @model_validator(mode="after")
     def _towers_fit(self) -> Self:
         if self.task != "retrieval":
             if self.towers is not None or self.item is not None:
-                raise ValueError(f"towers and item belong to task 'retrieval', not {self.task!r}")
+                raise value_error("towers_unexpected", task=self.task)
             return self
         if self.towers is None or self.item is None:
-            raise ValueError("task 'retrieval' needs towers (query and item) and item, the id")
+            raise value_error("towers_missing")
         if self.output != "score":
-            raise ValueError("task 'retrieval' needs output 'score', the dot product of vectors")
+            raise value_error("retrieval_output_form")
         read = (*self.towers.query.inputs, *self.towers.item.inputs)
         known = {item.name: item for item in self.inputs}
         if sorted(read) != sorted(known):
-            raise ValueError(
-                f"every input belongs to exactly one tower; inputs are {', '.join(sorted(known))}, "
-                f"the towers read {', '.join(sorted(read))}"
+            raise value_error(
+                "tower_inputs_differ", inputs=tuple(sorted(known)), read=tuple(sorted(read))
             )
         if self.item not in self.towers.item.inputs:
-            raise ValueError(f"item {self.item!r} is not among the item tower's inputs")
+            raise value_error("item_not_in_tower", item=self.item)
         found = known[self.item]
         if not isinstance(found, IdInput) or found.shape:
-            raise ValueError(f"item {self.item!r} must be an id input of one column")
+            raise value_error("item_no_single_id", item=self.item)
         return self
 
     def only(self, names: Iterable[str]) -> Self:

@@ -17,6 +17,7 @@ from torch import nn
 
 from compressors.contracts import Bench, Change, Frozen, Part
 from compressors.contracts.reasons import Reason
+from compressors.contracts.value_errors import value_error
 from compressors.core.model import Model
 from compressors.core.placement import moved_to
 from compressors.core.units import Choice, private_copy
@@ -90,15 +91,15 @@ class Distill(Frozen):
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
         if self.rows == "traffic" and self.soft_share < 1:
-            raise ValueError("rows 'traffic' have no labels to mix in: set soft_share to 1")
+            raise value_error("traffic_without_labels")
         if self.auxiliary is not None and (self.soft_share == 1 or self.rows == "traffic"):
-            raise ValueError("with 'auxiliary' the output learns from labels: lower soft_share")
+            raise value_error("auxiliary_without_labels")
         if self.temperature != 1 and self.loss == "margin":
-            raise ValueError("temperature changes nothing about loss 'margin': leave it out")
+            raise value_error("temperature_of_margin")
         if not self.dense and not self.training.tables:
-            raise ValueError("without dense layers only tables can learn: set training.tables")
+            raise value_error("nothing_to_train")
         if not self.dense and self.student is not None:
-            raise ValueError("a student's dense layers are drawn anew: leave 'dense' true")
+            raise value_error("student_without_dense")
         return self
 
     @property

@@ -23,6 +23,7 @@ from compressors.contracts import (
     Verdict,
 )
 from compressors.contracts.reasons import Reason
+from compressors.contracts.value_errors import value_error
 from compressors.errors.metrics import LimitRefused
 from compressors.metrics.intervals import PairedEstimate
 
@@ -87,7 +88,7 @@ class Measured(Frozen):
         names = [str(number) for number in self.numbers]
         repeated = sorted({name for name in names if names.count(name) > 1})
         if repeated:
-            raise ValueError(f"measured more than once: {', '.join(repeated)}")
+            raise value_error("numbers_repeated", numbers=tuple(repeated))
         return self
 
     def of(self, metric: str, against: Against) -> Estimate | None:

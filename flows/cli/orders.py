@@ -118,6 +118,7 @@ def terms(
     from pydantic import ValidationError
 
     from compressors.contracts import Limit, TargetKind
+    from compressors.contracts.value_errors import SENTENCES
     from flows.terms import Terms
     from infra.errors import CommandRefused
 
@@ -127,8 +128,8 @@ def terms(
         parsed = tuple(Limit.parse(text) for text in limits)
     except ValidationError as fault:
         reasons = "; ".join(
-            error["msg"].removeprefix("Value error, ")
-            + (f" (found {error['input']!r})" if error["type"] != "value_error" else "")
+            error["msg"]
+            + (f" (found {error['input']!r})" if error["type"] not in SENTENCES else "")
             for error in fault.errors()
         )
         raise CommandRefused("limit_invalid", problem=reasons) from fault

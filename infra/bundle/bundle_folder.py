@@ -20,6 +20,7 @@ from typing import Annotated, Any, Final, Literal
 from pydantic import Field, field_validator
 
 from compressors.contracts import Artifact, DenseInput, Frozen, Network, Plan, Sha256, Signature
+from compressors.contracts.value_errors import value_error
 from infra.bundle.json_reader import clean, decode, parse, plain, read_json, refuse_if, short
 from infra.bundle.paths import DraftPath, FileName, InsidePath
 from infra.bundle.shards import (
@@ -101,7 +102,7 @@ class Manifest(Frozen):
     @classmethod
     def _other_files(cls, files: dict[str, FileRecord]) -> dict[str, FileRecord]:
         if MANIFEST in files:
-            raise ValueError(f"{MANIFEST} cannot hold its own hash; its seal line does that")
+            raise value_error("manifest_hashes_itself", manifest=MANIFEST)
         return files
 
 

@@ -12,6 +12,8 @@ from typing import NamedTuple, TypeVar
 import numpy as np
 from pydantic import BaseModel
 
+from compressors.contracts.value_errors import value_error
+
 MIB = 2**20
 MAX_JSON_BYTES = 24 * MIB
 """A safetensors header of 100,000 tensors with names of 150 characters, or a ``model.json`` of
@@ -56,14 +58,14 @@ def check_limits(raw: bytes, most_bytes: int = MAX_JSON_BYTES) -> None:
             many characters.
     """
     if len(raw) > most_bytes:
-        raise ValueError(f"it has {len(raw)} bytes, too large: at most {most_bytes}")
+        raise value_error("json_too_large", bytes=len(raw), most_bytes=most_bytes)
     size = measure(raw)
     if size.depth > MAX_JSON_DEPTH:
-        raise ValueError(f"it is nested too deep, more than {MAX_JSON_DEPTH} levels")
+        raise value_error("json_too_deep", most_levels=MAX_JSON_DEPTH)
     if size.values > MAX_JSON_VALUES:
-        raise ValueError(f"it has more than {MAX_JSON_VALUES} values")
+        raise value_error("json_too_many_values", most_values=MAX_JSON_VALUES)
     if size.longest_number > MAX_NUMBER_CHARACTERS:
-        raise ValueError(f"a number in it has more than {MAX_NUMBER_CHARACTERS} characters")
+        raise value_error("json_number_too_long", most_characters=MAX_NUMBER_CHARACTERS)
 
 
 def measure(raw: bytes) -> JsonSize:
@@ -108,5 +110,5 @@ def read_bounded(path: Path, most_bytes: int = MAX_JSON_BYTES) -> bytes:
     with path.open("rb") as file:
         raw = file.read(most_bytes + 1)
     if len(raw) > most_bytes:
-        raise ValueError(f"it is too large: more than {most_bytes} bytes")
+        raise value_error("json_file_too_large", most_bytes=most_bytes)
     return raw

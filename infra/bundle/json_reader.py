@@ -11,6 +11,7 @@ from typing import Any, NoReturn
 
 from pydantic import ValidationError
 
+from compressors.contracts.value_errors import SENTENCES, value_error
 from infra.bundle.json_limits import (
     MAX_JSON_BYTES,
     MAX_JSON_DEPTH,
@@ -196,7 +197,7 @@ def _check_texts(document: object) -> None:
         elif isinstance(value, list):
             waiting.append(iter(value))
         if len(waiting) > MAX_JSON_DEPTH + 2:
-            raise ValueError(f"it is nested too deep, more than {MAX_JSON_DEPTH} levels")
+            raise value_error("json_too_deep", most_levels=MAX_JSON_DEPTH)
 
 
 def _sentence(error: Mapping[str, Any]) -> str:
@@ -214,6 +215,7 @@ def _sentence(error: Mapping[str, Any]) -> str:
         return f"{where} is missing; add it."
     if error["type"] == "extra_forbidden":
         return f"{where} is not a field of this format; remove it or correct its spelling."
-    if error["type"] == "value_error":  # our own validators already say what was found
+    if error["type"] in SENTENCES or error["type"] == "value_error":
+        # Our own validators already say what was found.
         return f"{where}: {error['msg'].removeprefix('Value error, ')}."
     return f"{where}: {error['msg']}; found {short(error['input'])}."

@@ -9,6 +9,7 @@ from typing import Annotated
 
 from pydantic import AfterValidator
 
+from compressors.contracts.value_errors import value_error
 from infra.bundle.json_reader import short
 
 
@@ -29,21 +30,19 @@ def _path_problem(text: str) -> str | None:
 
 def _inside(text: str) -> str:
     if problem := _path_problem(text) or ("is absolute" if text.startswith("/") else None):
-        raise ValueError(f"{short(text)} {problem}; name something inside the folder instead")
+        raise value_error("path_not_inside", path=short(text), reason=problem)
     return text
 
 
 def _flat(text: str) -> str:
     if "/" in _inside(text):
-        raise ValueError(f"{short(text)} lies in a sub-folder; a bundle is flat")
+        raise value_error("path_in_subfolder", path=short(text))
     return text
 
 
 def _draft_path(text: str) -> str:
     if problem := _path_problem(text):
-        raise ValueError(
-            f"{short(text)} {problem}; give a path below the draft's folder or an absolute one"
-        )
+        raise value_error("draft_path_unusable", path=short(text), reason=problem)
     return text
 
 

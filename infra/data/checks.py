@@ -10,6 +10,7 @@ from typing import Any, Self
 from pydantic import Field, model_validator
 
 from compressors.contracts import ITEMS, AnyInput, DenseInput, Frozen, IdInput, Signature
+from compressors.contracts.value_errors import value_error
 from infra.data.parquet import SCALARS, needs
 from infra.data.splits import FLOAT32_MAX, INT32, policed
 from infra.errors import DataRefused
@@ -52,9 +53,9 @@ class Rules(Frozen):
     def _in_order(self) -> Self:
         counts = self.min_rows.values() if isinstance(self.min_rows, dict) else [self.min_rows]
         if min(counts, default=1) < 1:
-            raise ValueError("min_rows needs at least 1 row: nothing can be said of none")
+            raise value_error("min_rows_not_positive")
         if self.label_rate and not 0 <= self.label_rate[0] <= self.label_rate[1] <= 1:
-            raise ValueError(f"label_rate needs 0 <= low <= high <= 1; found {self.label_rate}")
+            raise value_error("label_rate_order", got=self.label_rate)
         return self
 
     def rows_needed(self, split: str) -> int:

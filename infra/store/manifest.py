@@ -9,6 +9,7 @@ from typing import Annotated, Literal, Self
 from pydantic import AfterValidator, Field, model_validator
 
 from compressors.contracts import Frozen, Sha256, digest
+from compressors.contracts.value_errors import value_error
 
 CHUNK_BYTES = 8 * 2**20
 MAX_CHUNK_BYTES = 2**30
@@ -24,13 +25,13 @@ def plain_path(path: str) -> str:
     """
     parts = path.split("/")
     if not path or any(part in {"", ".", ".."} for part in parts):
-        raise ValueError(f"{path!r} is not a relative path that stays in its folder")
+        raise value_error("path_not_relative", path=path)
     if "\\" in path or any(ord(letter) < 32 or ord(letter) == 127 for letter in path):
-        raise ValueError(f"{path!r} has a backslash or a control character")
+        raise value_error("path_characters", path=path)
     try:
         path.encode()
     except UnicodeEncodeError:
-        raise ValueError(f"{path!r} is not valid Unicode") from None
+        raise value_error("path_not_unicode", path=path) from None
     return path
 
 
@@ -64,16 +65,19 @@ class StoreManifest(Frozen):
     def _fits_together(self) -> Self:
         paths = [entry.path for entry in self.files]
         if paths != sorted(set(paths)):
-            raise ValueError("the files are not sorted by path, or a path occurs twice")
+            raise value_error("files_not_sorted")
         folders = {path[:cut] for path in paths for cut in _slashes(path)}
         if both := sorted(folders.intersection(paths)):
-            raise ValueError(f"{both[0]!r} is a file and a folder at once")
+            raise value_error("file_and_folder", path=both[0])
         for entry in self.files:
             wanted = -(-entry.bytes // self.chunk_bytes)
             if len(entry.chunks) != wanted:
-                raise ValueError(
-                    f"{entry.path!r} of {entry.bytes} bytes needs {wanted} chunk hashes; "
-                    f"found {len(entry.chunks)}"
+                raise value_error(
+                    "chunk_count_differs",
+                    path=entry.path,
+                    bytes=entry.bytes,
+                    expected=wanted,
+                    got=len(entry.chunks),
                 )
         return self
 

@@ -14,6 +14,7 @@ from typing import Literal, Self
 from pydantic import Field, model_validator
 
 from compressors.contracts import Frozen, Sha256
+from compressors.contracts.value_errors import value_error
 from infra.child import run_child
 from infra.errors import BuildRefused
 
@@ -85,10 +86,10 @@ class Profile(Frozen):
     @model_validator(mode="after")
     def _in_order(self) -> Self:
         if not len(self.low) == len(self.best) == len(self.high):
-            raise ValueError(f"profile of {self.input!r} mixes shapes of different rank")
+            raise value_error("profile_ranks_differ", input=self.input)
         steps = zip(self.low, self.best, self.high, strict=True)
         if not all(0 <= low <= best <= high for low, best, high in steps):
-            raise ValueError(f"profile of {self.input!r} needs 0 <= low <= best <= high")
+            raise value_error("profile_order", input=self.input)
         return self
 
 

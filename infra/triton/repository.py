@@ -21,6 +21,7 @@ from urllib.parse import quote
 from pydantic import Field, model_validator
 
 from compressors.contracts import Artifact, Frozen, Sha256
+from compressors.contracts.value_errors import value_error
 from infra.errors import ArtifactMissing, SettingRefused, TritonRefused
 from infra.store.object_store import FileEntry, Store
 from infra.triton.pbtxt import Enum, entries, written
@@ -86,10 +87,15 @@ class ServedVersion(Frozen):
     def _fits_together(self) -> Self:
         low, best, high = self.batches
         if not 1 <= low <= best <= high:
-            raise ValueError(f"batches must not shrink; found {self.batches}")
+            raise value_error("batches_shrink", got=self.batches)
         for tensor in (*self.inputs, *self.outputs):
             if tensor.dtype not in TYPES:
-                raise ValueError(f"{tensor.name!r} is {tensor.dtype}; Triton gets {list(TYPES)}")
+                raise value_error(
+                    "tensor_type_unknown",
+                    tensor=tensor.name,
+                    dtype=tensor.dtype,
+                    dtypes=list(TYPES),
+                )
         return self
 
     @property

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from error_codes import Text, raises_code
+from error_codes import Text, raises_code, raises_value_error
 
 from compressors.contracts import PlanLine, Reason
 from infra.bundle import json_limits
@@ -181,5 +181,5 @@ def test_a_number_of_400_characters_is_read_and_one_more_is_refused():
 def test_64_levels_are_accepted_and_65_are_refused(opening):
     closing = {"[": "]", '{"x":': "}"}[opening]
     check_limits(f"{opening * 64}0{closing * 64}".encode())
-    with pytest.raises(ValueError, match="nested too deep, more than 64 levels"):
+    with raises_value_error("json_too_deep", most_levels=64):
         check_limits(f"{opening * 65}0{closing * 65}".encode())

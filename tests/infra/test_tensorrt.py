@@ -7,7 +7,7 @@ from itertools import pairwise
 import numpy as np
 import onnx
 import pytest
-from error_codes import Text, raises_code
+from error_codes import Text, raises_code, raises_value_error
 from hypothesis import given
 from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
@@ -299,7 +299,7 @@ def test_a_build_is_killed_at_its_limit(tmp_path):
 
 
 def test_a_profile_must_be_in_order():
-    with pytest.raises(ValueError, match="low <= best <= high"):
+    with raises_value_error("profile_order", input="ids"):
         Profile(input="ids", low=(1, 26), best=(64, 26), high=(32, 26))
 
 

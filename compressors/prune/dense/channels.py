@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from compressors.contracts import Bench, Change, Frozen, Part, Signature, is_out_of_memory
 from compressors.contracts.reasons import Reason
+from compressors.contracts.value_errors import value_error
 from compressors.core.model import Model
 from compressors.core.units import Choice, Unit, choose_dense, private_copy
 from compressors.distill.soft_labels import mixed_loss
@@ -103,7 +104,7 @@ class Channels(Frozen):
     @model_validator(mode="after")
     def _teaching_needs_training(self) -> Self:
         if self.soft_share and self.training is None:
-            raise ValueError("soft_share needs training: nothing is trained without it")
+            raise value_error("soft_share_without_training")
         return self
 
     @property

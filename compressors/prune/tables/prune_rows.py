@@ -26,6 +26,7 @@ from torch import Tensor
 
 from compressors.contracts import Bench, Change, Frozen, Part
 from compressors.contracts.reasons import Reason
+from compressors.contracts.value_errors import value_error
 from compressors.core.composition_steps import (
     UNSEEN,
     FittedParts,
@@ -121,10 +122,7 @@ class PruneRows(Frozen):
     @model_validator(mode="after")
     def _min_lookups_need_traffic(self) -> Self:
         if self.min_lookups and self.importance != "traffic":
-            raise ValueError(
-                f"min_lookups counts lookups, so it needs importance 'traffic', got "
-                f"{self.importance!r}. Remove one of the two."
-            )
+            raise value_error("min_lookups_without_traffic", importance=self.importance)
         return self
 
     def choose(self, model: Model, bench: Bench) -> dict[str, Choice]:  # noqa: ARG002

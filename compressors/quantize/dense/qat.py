@@ -24,6 +24,7 @@ from torch.nn import functional as F
 
 from compressors.contracts import Bench, Change, Frozen, Part
 from compressors.contracts.reasons import Reason
+from compressors.contracts.value_errors import value_error
 from compressors.core.batches import Batch
 from compressors.core.model import Model
 from compressors.core.modules.formats import PackedLinear
@@ -152,7 +153,7 @@ class QAT(Frozen):
     @model_validator(mode="after")
     def _no_tables(self) -> Self:
         if self.training.tables:
-            raise ValueError("qat trains no tables; train them before, with fine_tune or distill")
+            raise value_error("qat_trains_tables")
         return self
 
     @property

@@ -3,11 +3,10 @@
 import hypothesis.strategies as st
 import pytest
 import torch
-from error_codes import raises_code
+from error_codes import raises_code, raises_value_error
 from hypothesis import given
 from models import NORMED, QUICKLY, RANKER, Reference
 from narrow_networks import SCHEMA, Branched, Plain
-from pydantic import ValidationError
 from reason_codes import codes_of, with_code
 from torch import nn
 from torch.nn import functional as F
@@ -240,7 +239,7 @@ def test_a_run_that_was_killed_goes_on_in_its_round(tmp_path, monkeypatch):
 
 
 def test_soft_labels_without_training_are_refused():
-    with pytest.raises(ValidationError, match="soft_share needs training"):
+    with raises_value_error("soft_share_without_training"):
         Channels(soft_share=0.5)
 
 

@@ -2,9 +2,8 @@
 
 import pytest
 import torch
-from error_codes import raises_code
+from error_codes import raises_code, raises_value_error
 from models import RANKER
-from pydantic import ValidationError
 from reason_codes import with_code
 
 from compressors.contracts import Bench
@@ -178,5 +177,5 @@ def test_a_table_stays_whose_map_would_cost_more_than_pruning_saves(tmp_path):
 
 
 def test_lookups_need_importance_by_traffic():
-    with pytest.raises(ValidationError, match="needs importance 'traffic', got 'norm'"):
+    with raises_value_error("min_lookups_without_traffic", importance="norm"):
         PruneRows(min_lookups=2, importance="norm")

@@ -1,0 +1,66 @@
+"""The function ``value_error``: an error with a code and fields that pydantic reports. Types only.
+
+A validator raises it. A program reads ``type`` (the code) and ``ctx`` (the fields) of an entry of
+``ValidationError.errors()``; a person reads ``msg``, the sentence. Each subject has one table of
+sentences, in a file of its own next to this one; ``docs/errors.md`` is generated from them.
+"""
+
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any
+
+from pydantic_core import PydanticCustomError
+
+from compressors.contracts.coded_error import SentenceFormatter, field_names
+from compressors.contracts.value_errors import (
+    bundles,
+    limits,
+    orders,
+    serving,
+    signature,
+    steps,
+    storage,
+)
+
+SUBJECTS: Mapping[str, Mapping[str, str]] = MappingProxyType(
+    {
+        "Inputs and signature": signature.SENTENCES,
+        "Limits and measured numbers": limits.SENTENCES,
+        "Settings of steps": steps.SENTENCES,
+        "Orders and data rules": orders.SENTENCES,
+        "Paths and JSON of bundles": bundles.SENTENCES,
+        "Stored artifacts and RECPRESS_HOME": storage.SENTENCES,
+        "Engine profiles and Triton models": serving.SENTENCES,
+    }
+)
+"""The tables of sentences: by code, a clause with the fields in braces."""
+
+SENTENCES: Mapping[str, str] = MappingProxyType(
+    {code: text for table in SUBJECTS.values() for code, text in table.items()}
+)
+
+
+def value_error(code: str, /, **fields: Any) -> PydanticCustomError:
+    """Create a ``ValueError`` with a code and fields, which pydantic reports as they are.
+
+    ``ctx`` has the fields and the derived ``sentence``. Pydantic replaces the names in braces of a
+    message one after the other, in the order of ``ctx``, also inside values that it has just
+    inserted. ``sentence`` is therefore the only such name, and the last: text of a user that
+    looks like a field stays as it is.
+
+    Args:
+        code: a key of ``SENTENCES``.
+        fields: a value for each name in the sentence, and for no other.
+
+    Raises:
+        TypeError: there is no such code, or it has other fields.
+    """
+    sentence = SENTENCES.get(code)
+    if sentence is None:
+        raise TypeError(f"no value error has the code {code!r}")
+    if field_names(sentence) != fields.keys():
+        expected = ", ".join(sorted(field_names(sentence))) or "none"
+        got = ", ".join(sorted(fields)) or "none"
+        raise TypeError(f"{code!r} has the fields {expected}, got {got}")
+    text = SentenceFormatter().vformat(sentence, (), fields)
+    return PydanticCustomError(code, "{sentence}", {**fields, "sentence": text})

@@ -1,0 +1,8 @@
+"""Sentences about the profiles of engines and about models of a Triton repository."""
+
+SENTENCES = {
+    "profile_ranks_differ": "profile of {input!r} mixes shapes of different rank",
+    "profile_order": "profile of {input!r} needs 0 <= low <= best <= high",
+    "batches_shrink": "batches must not shrink; found {got!r}",
+    "tensor_type_unknown": "{tensor!r} is {dtype}; Triton gets {dtypes!r}",
+}
