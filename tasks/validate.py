@@ -46,7 +46,7 @@ def validate(bundle: Artifact, rules: Rules, code: str) -> Artifact:  # noqa: AR
     if validation.success:  # else the splits cannot be read, and are refused below
         module = model_of(folder, manifest).module
         problems = check_baseline(module, manifest.signature, splits)
-        texts = tuple(problem.text for problem in problems)
+        texts = tuple(str(problem.reason) for problem in problems)
         validation = validation.model_copy(update={"warnings": texts})
     with scratch_folder("validate") as scratch:
         out = Path(scratch)

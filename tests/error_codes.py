@@ -13,6 +13,7 @@ from pydantic import ValidationError
 from pydantic_core import PydanticCustomError
 
 from compressors.contracts.coded_error import CodedError
+from compressors.contracts.reasons import Reason
 from compressors.contracts.value_errors import SUBJECTS
 
 TABLE = Path(__file__).parent.parent / "docs" / "errors.md"
@@ -52,13 +53,39 @@ class Text:
         return f"Text({self.pattern!r})"
 
 
+class HasReason:
+    """Equal to a reason, and to a sequence of reasons, with one of this code and these fields.
+
+    The reason may be in a field of another one, and have more fields.
+    """
+
+    def __init__(self, code: str, **fields: Any) -> None:
+        self.code, self.fields = code, fields
+
+    def __eq__(self, other: object) -> bool:
+        reasons = other if isinstance(other, list | tuple) else (other,)
+        return any(
+            inner.code == self.code
+            and all(inner.fields.get(name) == value for name, value in self.fields.items())
+            for reason in reasons
+            if isinstance(reason, Reason)
+            for inner in reason.walk()
+        )
+
+    def __hash__(self) -> int:
+        return hash(self.code)
+
+    def __repr__(self) -> str:
+        return f"HasReason({self.code!r}, {self.fields!r})"
+
+
 @contextmanager
 def raises_code(
     kind: type[CodedError], code: str | None, /, **fields: Any
 ) -> Iterator[pytest.ExceptionInfo[CodedError]]:
     """Require an error of this class and code (None: any), with at least these fields.
 
-    The value of a field may be a ``Text``.
+    The value of a field may be a ``Text`` or ``HasReason``.
     """
     with pytest.raises(kind) as caught:
         yield caught
@@ -82,7 +109,7 @@ def raises_value_error(
 ) -> Iterator[pytest.ExceptionInfo[ValidationError | PydanticCustomError]]:
     """Require one error in a value, of this code, with at least these fields.
 
-    It may be of pydantic's own codes. The value of a field may be a ``Text``.
+    It may be of pydantic's own codes. The value of a field may be a ``Text`` or ``HasReason``.
     """
     with pytest.raises((ValidationError, PydanticCustomError)) as caught:
         yield caught

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from compressors.contracts import MEASURES, Signature, Split, quality_metrics
+from compressors.contracts.reasons import Reason
 from compressors.core.batches import Rows
 from compressors.metrics import point_estimates
 
@@ -32,12 +33,12 @@ class BaselineProblem:
     """What is wrong with a model or its labels.
 
     Attributes:
-        text: what was expected, what was found, and what to do.
+        reason: what was expected, what was found, and what to do.
         refused: whether a bundle with it is refused at pack; else it is a warning.
         fatal: whether measuring fails because of it, so that a run cannot succeed.
     """
 
-    text: str
+    reason: Reason
     refused: bool = False
     fatal: bool = False
 
@@ -60,18 +61,22 @@ def label_problems(
     if signature.task == "retrieval":
         if not (label > 0).any():
             yield BaselineProblem(
-                f"Expected interactions with a label above 0 in split {split!r}, got none in "
-                f"{label.size:,} rows, so there is nothing to find. Check column "
-                f"{signature.label!r}.",
+                Reason(
+                    "interactions_missing", split=split, rows=label.size, column=signature.label
+                ),
                 refused=judged,
                 fatal=measured,
             )
         return
     if label.min() == label.max():
         yield BaselineProblem(
-            f"Expected rows with different labels in split {split!r}, got {label.size:,} rows "
-            f"that all have label {label[0]:g}: no metric can tell models apart. Check column "
-            f"{signature.label!r}, or how the split was drawn.",
+            Reason(
+                "labels_equal",
+                split=split,
+                rows=label.size,
+                label=float(label[0]),
+                column=signature.label,
+            ),
             refused=judged,
             fatal=measured,
         )
@@ -80,11 +85,11 @@ def label_problems(
     grouped = [name for name in quality if MEASURES[name].needs_group]
     needed = grouped if measured else [name for name in grouped if name == signature.metric]
     if group is not None and judged and needed and not _has_mixed_group(label, group):
+        column, metrics = str(signature.group), tuple(needed)
         yield BaselineProblem(
-            f"Expected a group with different labels in split {split!r} for "
-            f"{', '.join(needed)}, got none: within each value of {signature.group!r} all labels "
-            f"are equal. Name another group column"
-            f"{', or remove it' if signature.metric not in grouped else ''}.",
+            Reason("group_labels_equal", split=split, metrics=metrics, group=column)
+            if signature.metric in grouped
+            else Reason("optional_group_labels_equal", split=split, metrics=metrics, group=column),
             refused=True,
             fatal=measured,
         )
@@ -107,17 +112,13 @@ def score_problems(
     label = sample.label.numpy().astype(np.float64)
     if broken := int((~np.isfinite(score)).sum()):
         yield BaselineProblem(
-            f"Expected a finite score for every test row, got none for {broken:,} of "
-            f"{score.size:,} rows. Check ids and dense inputs of these rows, and the weights.",
+            Reason("scores_not_finite", count=broken, rows=score.size),
             refused=True,
             fatal=True,
         )
         return
     if score.size > 1 and score.min() == score.max():
-        yield BaselineProblem(
-            f"The model gives all {score.size:,} sampled test rows the same score "
-            f"{score[0]:g}. Check that the trained weights were saved, and the inputs."
-        )
+        yield BaselineProblem(Reason("scores_equal", rows=score.size, score=float(score[0])))
         return
     if signature.task == "ctr":
         yield from _probability_problems(signature, label, score)
@@ -129,14 +130,16 @@ def _probability_problems(
     signature: Signature, label: Array, score: Array
 ) -> Iterator[BaselineProblem]:
     """Whether scores are what the output declares, and better than the base rate."""
-    count = f"{score.size:,} sampled test rows"
     outside = (score < 0) | (score > 1)
     declared = signature.output == "probability"
     if declared and outside.any():
         yield BaselineProblem(
-            f"Expected output 'probability' in [0, 1], got {int(outside.sum()):,} of {count} "
-            f"outside, such as {score[outside][0]:g}. Set output to 'logit', or apply the sigmoid "
-            f"in forward.",
+            Reason(
+                "probability_outside",
+                count=int(outside.sum()),
+                rows=score.size,
+                score=float(score[outside][0]),
+            ),
             refused=True,
             fatal=True,
         )
@@ -150,9 +153,14 @@ def _probability_problems(
         if _clearly_above(loss - other):
             wrong, right = ("probability", "logit") if declared else ("logit", "probability")
             yield BaselineProblem(
-                f"Expected output {wrong!r}, got scores that fit output {right!r}: all of {count} "
-                f"lie in [0, 1], and their log loss is {other.mean():.4f} as {right} and "
-                f"{loss.mean():.4f} as {wrong}. Set output to {right!r}.",
+                Reason(
+                    "output_misdeclared",
+                    declared=wrong,
+                    fitting=right,
+                    rows=score.size,
+                    declared_loss=float(loss.mean()),
+                    fitting_loss=float(other.mean()),
+                ),
                 refused=not declared,
             )
             return
@@ -161,20 +169,20 @@ def _probability_problems(
         return
     if _clearly_above(loss - np.where(label == 1, -np.log(rate), -np.log1p(-rate))):
         yield BaselineProblem(
-            f"The model's log loss {loss.mean():.4f} on {count} is worse than "
-            f"{point_estimates.base_entropy(rate):.4f}, which predicting the mean label {rate:.4f} "
-            "for every row reaches. Check the labels, and whether the model is calibrated (a model "
-            "trained on sampled negatives is not)."
+            Reason(
+                "worse_than_base_rate",
+                loss=float(loss.mean()),
+                rows=score.size,
+                entropy=float(point_estimates.base_entropy(rate)),
+                rate=rate,
+            )
         )
     positives = float(label.sum())
     negatives = label.size - positives
     error = np.sqrt((label.size + 1) / (12 * positives * negatives))
     found = point_estimates.auc(label, score)
     if min(positives, negatives) >= 10 and found + CLEAR * error < 0.5:
-        yield BaselineProblem(
-            f"The model's AUC {found:.4f} on {count} is worse than chance (0.5). Check that "
-            f"label 1 is the positive class and that a higher score means more likely."
-        )
+        yield BaselineProblem(Reason("worse_than_chance", auc=float(found), rows=score.size))
 
 
 def _order_problems(label: Array, score: Array, group: Array) -> Iterator[BaselineProblem]:
@@ -183,9 +191,12 @@ def _order_problems(label: Array, score: Array, group: Array) -> Iterator[Baseli
     random = point_estimates.group_ndcg(label, np.zeros_like(score), group, k=10)
     if _clearly_above(random - reached):
         yield BaselineProblem(
-            f"The model's NDCG@10 {reached.mean():.4f} on {reached.size:,} sampled test groups is "
-            f"worse than the {random.mean():.4f} of a random order. Check that a higher label is "
-            f"more relevant and that a higher score ranks first."
+            Reason(
+                "worse_than_random_order",
+                ndcg=float(reached.mean()),
+                groups=reached.size,
+                random=float(random.mean()),
+            )
         )
 
 

@@ -25,6 +25,7 @@ from flows.cli.tables import tables_app
 from flows.cli.triton import triton_app
 
 if TYPE_CHECKING:
+    from compressors.contracts.reasons import Reason
     from flows.terms import Terms
 
 app = typer.Typer(
@@ -202,7 +203,7 @@ def bundle_check(
         "files": len(manifest.files),
         "rows": {split: held.rows for split, held in manifest.data.items()},
         "notes": manifest.notes,
-        "warnings": checked.warnings,
+        "warnings": tuple(map(str, checked.warnings)),
     }
     if as_json:
         write(json.dumps(found, indent=1))
@@ -368,7 +369,7 @@ def doctor(as_json: Json = False) -> None:
     raise typer.Exit(1 if any(item.state == "fault" for item in findings) else 0)
 
 
-def _notices(notes: tuple[str, ...], warnings: tuple[str, ...] = ()) -> None:
+def _notices(notes: tuple[str, ...], warnings: "tuple[Reason, ...]" = ()) -> None:
     """Print what a user should know about a bundle, after what was asked for."""
     for note in notes:
         write_line(f"note: {note}")

@@ -7,6 +7,7 @@ from pathlib import Path
 from torch import nn
 
 from compressors.contracts import ITEMS, TRAFFIC, Signature, Split
+from compressors.contracts.reasons import Reason
 from compressors.core.batches import Rows
 from compressors.metrics.baseline_checks import BaselineProblem, label_problems, score_problems
 from infra.data.catalogue import prepare
@@ -80,7 +81,7 @@ def check_baseline(
         return check_scores(module, signature, check_labels(signature, paths, JUDGED, scratch))
 
 
-def require_sound(problems: tuple[BaselineProblem, ...], *, packed: bool) -> tuple[str, ...]:
+def require_sound(problems: tuple[BaselineProblem, ...], *, packed: bool) -> tuple[Reason, ...]:
     """Raise for problems that make results meaningless; return the others as warnings.
 
     Args:
@@ -90,7 +91,7 @@ def require_sound(problems: tuple[BaselineProblem, ...], *, packed: bool) -> tup
     Raises:
         DataRefused: one line for each.
     """
-    refused = [item.text for item in problems if (item.fatal if packed else item.refused)]
+    refused = [item.reason for item in problems if (item.fatal if packed else item.refused)]
     if refused:
         raise DataRefused("not_measurable", problems=tuple(refused))
-    return tuple(item.text for item in problems)
+    return tuple(item.reason for item in problems)

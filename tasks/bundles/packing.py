@@ -8,9 +8,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from pydantic import field_serializer
 from torch import nn
 
 from compressors.contracts import Artifact, Frozen, artifact_name, metric_problem
+from compressors.contracts.reasons import Reason
 from compressors.core.smoke_test import smoke_test
 from compressors.core.state.module_state import construction_notes
 from infra.bundle.architecture import network_class
@@ -60,7 +62,11 @@ class Packed(Frozen):
     rows: dict[str, int]
     tables: dict[str, int]
     notes: tuple[str, ...] = ()
-    warnings: tuple[str, ...] = ()
+    warnings: tuple[Reason, ...] = ()
+
+    @field_serializer("warnings")
+    def _sentences(self, warnings: tuple[Reason, ...]) -> tuple[str, ...]:
+        return tuple(map(str, warnings))
 
 
 @dataclass(frozen=True)
@@ -69,7 +75,7 @@ class Checked:
 
     manifest: Manifest
     facts: dict[str, TensorFact]
-    warnings: tuple[str, ...]
+    warnings: tuple[Reason, ...]
 
 
 def pack(folder: Path) -> Packed:

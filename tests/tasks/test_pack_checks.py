@@ -8,7 +8,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from drafts import write_draft
-from error_codes import Text, raises_code
+from error_codes import HasReason, Text, raises_code
+from reason_codes import codes_of
 from safetensors.torch import load_file, save_file
 
 from compressors.contracts import MEASURES, Limit
@@ -238,7 +239,7 @@ def test_a_split_of_one_class_is_refused(home: Path, split: str, value: int) -> 
     draft = write_draft(home / "draft")
     relabel(draft, split, [value] * len(labels_of(draft, split)))
     with raises_code(
-        DataRefused, "not_measurable", problems=Text(f"different labels in split '{split}'")
+        DataRefused, "not_measurable", problems=HasReason("labels_equal", split=split, label=value)
     ):
         pack(draft)
     assert store().keys("") == ()  # nothing is stored
@@ -251,7 +252,7 @@ def test_lists_whose_labels_are_all_equal_are_refused(home: Path) -> None:
     with raises_code(
         DataRefused,
         "not_measurable",
-        problems=Text("different labels in split 'test' for ndcg@10"),
+        problems=HasReason("group_labels_equal", split="test", metrics=("ndcg@10",)),
     ):
         pack(draft)
 
@@ -260,7 +261,11 @@ def test_a_probability_declared_as_logit_is_refused_and_named_right(
     home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     draft = own_draft(home, monkeypatch, score="torch.sigmoid(score)")
-    with raises_code(DataRefused, "not_measurable", problems=Text("Set output to 'probability'")):
+    with raises_code(
+        DataRefused,
+        "not_measurable",
+        problems=HasReason("output_misdeclared", fitting="probability"),
+    ):
         pack(draft)
     change(draft, output="probability")
     assert pack(draft).warnings == ()
@@ -269,7 +274,7 @@ def test_a_probability_declared_as_logit_is_refused_and_named_right(
 def test_a_logit_declared_as_probability_is_refused(home: Path) -> None:
     draft = write_draft(home / "draft")
     change(draft, output="probability")
-    with raises_code(DataRefused, "not_measurable", problems=Text("Set output to 'logit'")):
+    with raises_code(DataRefused, "not_measurable", problems=HasReason("probability_outside")):
         pack(draft)
 
 
@@ -282,9 +287,10 @@ def test_a_model_worse_than_the_base_rate_is_packed_with_warnings_that_stay_visi
         weights[name] = -weights[name]
     save_file(weights, draft / "model.safetensors")
     packed = pack(draft)
-    assert any("mean label" in text for text in packed.warnings)
-    assert any("worse than chance" in text for text in packed.warnings)
+    assert codes_of(packed.warnings) == ["worse_than_base_rate", "worse_than_chance"]
     assert examine("clicks").warnings == packed.warnings
+    document = json.loads(packed.model_dump_json())
+    assert document["warnings"] == [str(warning) for warning in packed.warnings]
 
 
 def test_a_bundle_packed_before_is_warned_about_in_its_validation_report(
@@ -313,7 +319,7 @@ def test_a_bundle_packed_before_that_cannot_be_measured_is_refused_in_validation
     store_as_packed(draft, monkeypatch)
     from infra.data.checks import Rules
 
-    with raises_code(DataRefused, "not_measurable", problems=Text("Set output to 'logit'")):
+    with raises_code(DataRefused, "not_measurable", problems=HasReason("probability_outside")):
         validate.fn(bundle=find("clicks").artifact, rules=Rules(), code="code")
 
 

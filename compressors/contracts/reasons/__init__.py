@@ -8,6 +8,7 @@ dense.py      sentences about formats of dense layers
 pruning.py    sentences about channels, weights and layers that are removed
 rewriting.py  sentences about norms and factors that move between layers
 training.py   sentences about training
+baseline.py   sentences about the labels of a bundle and the scores of its model
 verdicts.py   sentences about limits and targets
 """
 

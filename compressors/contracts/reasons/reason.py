@@ -17,6 +17,7 @@ from pydantic_core import CoreSchema, core_schema
 
 from compressors.contracts.coded_error import SentenceFormatter, field_names
 from compressors.contracts.reasons import (
+    baseline,
     dense,
     pruning,
     recipe,
@@ -36,6 +37,7 @@ SUBJECTS: Mapping[str, Mapping[str, str]] = MappingProxyType(
         "Pruning": pruning.SENTENCES,
         "Rewriting": rewriting.SENTENCES,
         "Training": training.SENTENCES,
+        "Labels and scores of a bundle": baseline.SENTENCES,
         "Verdicts": verdicts.SENTENCES,
     }
 )

@@ -3,10 +3,11 @@
 import numpy as np
 import pytest
 import torch
+from reason_codes import codes_of, with_code
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from compressors.contracts import Signature, Split
+from compressors.contracts import Reason, Signature, Split
 from compressors.metrics.baseline_checks import SAMPLE_ROWS, label_problems, score_problems
 
 ROWS = 2 * SAMPLE_ROWS
@@ -78,8 +79,7 @@ def test_probabilities_declared_as_logits_are_refused(tmp_path):
     logit, label = clicks()
     (problem,) = found(CLICKS, tmp_path, sigmoid(logit), label)
     assert problem.refused
-    assert "fit output 'probability'" in problem.text
-    assert "Set output to 'probability'" in problem.text
+    with_code([problem.reason], "output_misdeclared", declared="logit", fitting="probability")
 
 
 def test_logits_declared_as_probabilities_are_refused_because_they_leave_the_range(tmp_path):
@@ -87,8 +87,7 @@ def test_logits_declared_as_probabilities_are_refused_because_they_leave_the_ran
     (problem,) = found(CHANCES, tmp_path, logit, label)
     assert problem.refused
     assert problem.fatal  # log loss of such scores has no value
-    assert "outside" in problem.text
-    assert "Set output to 'logit'" in problem.text
+    with_code([problem.reason], "probability_outside", rows=SAMPLE_ROWS)
 
 
 def test_logits_that_happen_to_lie_in_the_range_of_probabilities_are_accepted_as_logits(tmp_path):
@@ -98,30 +97,30 @@ def test_logits_that_happen_to_lie_in_the_range_of_probabilities_are_accepted_as
     assert found(CLICKS, tmp_path, logit, label) == []
     (problem,) = found(CHANCES, tmp_path, logit, label)
     assert not problem.refused  # the range fits, so it is not certain
-    assert "fit output 'logit'" in problem.text
+    with_code([problem.reason], "output_misdeclared", declared="probability", fitting="logit")
 
 
 def test_scores_worse_than_the_base_rate_or_chance_are_warned_about(tmp_path):
     logit, label = clicks()
     problems = found(CLICKS, tmp_path, -logit, label)
     assert not any(problem.refused for problem in problems)
-    texts = " ".join(problem.text for problem in problems)
-    assert "predicting the mean label" in texts
-    assert "worse than chance" in texts
+    codes = codes_of(problem.reason for problem in problems)
+    assert codes == ["worse_than_base_rate", "worse_than_chance"]
 
 
 def test_a_well_ordered_but_uncalibrated_model_gets_one_warning(tmp_path):
     logit, label = clicks()
     (problem,) = found(CLICKS, tmp_path, logit + 4, label)
     assert not problem.refused
-    assert "calibrated" in problem.text
+    with_code([problem.reason], "worse_than_base_rate")
 
 
 @pytest.mark.parametrize("seed", range(5))
 def test_random_scores_are_not_called_worse_than_chance(tmp_path, seed):
     _, label = clicks(seed)
     score = np.random.default_rng(seed + 100).normal(np.log(0.35 / 0.65), 1e-3, ROWS)
-    assert not any("chance" in problem.text for problem in found(CLICKS, tmp_path, score, label))
+    problems = found(CLICKS, tmp_path, score, label)
+    assert "worse_than_chance" not in codes_of(problem.reason for problem in problems)
 
 
 def test_a_few_rows_prove_nothing(tmp_path):
@@ -132,11 +131,13 @@ def test_equal_and_missing_scores_are_named(tmp_path):
     _, label = clicks()
     (constant,) = found(CLICKS, tmp_path, np.full(ROWS, 0.3), label)
     assert not constant.refused
-    assert "same score" in constant.text
+    reason = with_code([constant.reason], "scores_equal", rows=SAMPLE_ROWS)
+    assert reason.fields["score"] == pytest.approx(0.3)  # stored as float32
     score = clicks()[0]
     score[::2] = np.nan
     (missing,) = found(CLICKS, tmp_path, score, label)
     assert missing.fatal
+    with_code([missing.reason], "scores_not_finite", rows=SAMPLE_ROWS)
 
 
 def test_lists_in_reverse_order_are_warned_about_and_random_ones_are_not(tmp_path):
@@ -145,7 +146,7 @@ def test_lists_in_reverse_order_are_warned_about_and_random_ones_are_not(tmp_pat
     group = np.arange(ROWS) // 8
     (problem,) = found(LISTS, tmp_path, -label + draw.normal(0, 0.1, ROWS), label, group)
     assert not problem.refused
-    assert "random order" in problem.text
+    with_code([problem.reason], "worse_than_random_order", groups=SAMPLE_ROWS // 8)
     assert found(LISTS, tmp_path, draw.normal(size=ROWS), label, group) == []
     assert found(LISTS, tmp_path, label + draw.normal(size=ROWS), label, group) == []
 
@@ -154,7 +155,7 @@ def test_the_sample_spreads_over_a_split_that_is_sorted_by_label(tmp_path):
     logit, label = clicks()
     order = np.argsort(label, kind="stable")
     problems = found(CLICKS, tmp_path, -logit[order], label[order])
-    assert any("worse than chance" in problem.text for problem in problems)
+    with_code([problem.reason for problem in problems], "worse_than_chance")
 
 
 # --- labels ----------------------------------------------------------------------------------
@@ -166,9 +167,22 @@ def test_one_class_is_refused_in_test_and_validation_and_a_warning_elsewhere(val
     for name in ("test", "validation"):
         (problem,) = label_problems(CLICKS, name, label, None)
         assert problem.refused
-        assert f"split '{name}'" in problem.text
+        fields = {"split": name, "rows": 50, "label": value, "column": "label"}
+        assert problem.reason == Reason("labels_equal", **fields)
     (problem,) = label_problems(CLICKS, "train", label, None)
     assert not problem.refused
+
+
+def test_interactions_without_a_label_above_zero_are_refused_in_test_and_validation():
+    signature = signature_of("ranking", "score", "user", "ndcg@10").model_copy(
+        update={"task": "retrieval"}
+    )
+    for name, fatal in (("test", True), ("validation", False)):
+        (problem,) = label_problems(signature, name, np.zeros(50), None)
+        assert (problem.refused, problem.fatal) == (True, fatal)
+        fields = {"split": name, "rows": 50, "column": "label"}
+        assert problem.reason == Reason("interactions_missing", **fields)
+    assert list(label_problems(signature, "test", np.array([0.0, 1.0]), None)) == []
 
 
 def test_lists_of_equal_labels_are_refused_because_no_order_differs():
@@ -176,7 +190,7 @@ def test_lists_of_equal_labels_are_refused_because_no_order_differs():
     label = np.repeat(np.arange(10) % 2, 5).astype(float)
     (problem,) = label_problems(LISTS, "test", label, group)
     assert problem.refused
-    assert "ndcg@10" in problem.text
+    with_code([problem.reason], "group_labels_equal", metrics=("ndcg@10",), group="query")
     label[0] = 1 - label[0]
     assert list(label_problems(LISTS, "test", label, group)) == []
 
@@ -187,9 +201,9 @@ def test_a_group_column_without_mixed_groups_is_refused_with_its_removal():
     label = np.repeat(np.arange(10) % 2, 5).astype(float)
     (problem,) = label_problems(signature, "test", label, group)
     assert problem.fatal  # gauc has no value
-    assert "or remove it" in problem.text
+    with_code([problem.reason], "optional_group_labels_equal", metrics=("gauc",))
     assert list(label_problems(signature, "validation", label, group)) == []  # judged by auc alone
     judged = signature_of("ctr", "logit", "user", "gauc")
     (problem,) = label_problems(judged, "validation", label, group)
     assert problem.refused
-    assert "or remove it" not in problem.text
+    with_code([problem.reason], "group_labels_equal", metrics=("gauc",))
