@@ -13,6 +13,7 @@ from pydantic import Field, model_validator
 
 from compressors.contracts.inputs import Frozen
 from compressors.contracts.metric_properties import MEASURES, SCORE_CHANGE, Measure
+from compressors.contracts.reasons import Reason
 from compressors.contracts.value_errors import value_error
 
 Against = Literal["absolute", "baseline", "champion"]
@@ -119,34 +120,43 @@ class Limit(Frozen):
         return f"{self.metric}{versus} <= {self.at_most:g}"
 
 
-def limit_problems(limits: Sequence[Limit]) -> tuple[str, ...]:
+def limit_problems(limits: Sequence[Limit]) -> tuple[Reason, ...]:
     """Limits that cannot mean what was typed: why, and what was probably meant.
 
     Args:
         limits: of one order.
 
     Returns:
-        One sentence for each; empty if all of them make sense.
+        One reason for each; empty if all of them make sense.
     """
     problems = [*_contradictions(limits)]
     for limit in limits:
-        reason = _reason(limit)
-        if reason is not None:
-            meant = [f"'{other}'" for other in _intents(limit) if _reason(other) is None]
-            remedy = " or ".join(dict.fromkeys(meant)) or f"for example '{_example(limit)}'"
-            problems.append(f"limit '{limit}' {reason}. Write {remedy}.")
+        why = _reason(limit)
+        if why is None:
+            continue
+        meant = (str(other) for other in _intents(limit) if _reason(other) is None)
+        intents, text = tuple(dict.fromkeys(meant)), str(limit)
+        problems.append(
+            Reason("limit_with_intents", limit=text, why=why, intents=intents)
+            if intents
+            else Reason("limit_with_example", limit=text, why=why, example=str(_example(limit)))
+        )
     return tuple(problems)
 
 
-def limit_warnings(limits: Sequence[Limit]) -> tuple[str, ...]:
+def limit_warnings(limits: Sequence[Limit]) -> tuple[Reason, ...]:
     """Limits that make sense but are rarely meant: those that demand more than the baseline has.
 
     Allowed, because several teachers or a recalibration can improve a model. Against the champion
     such a limit is ordinary.
     """
     return tuple(
-        f"limit '{limit}' demands a better {limit.metric} than the uncompressed model has. To "
-        f"allow a loss instead, write '{_limit(limit, -limit.bound, limit.against)}'."
+        Reason(
+            "improvement_demanded",
+            limit=str(limit),
+            metric=limit.metric,
+            loss=str(_limit(limit, -limit.bound, limit.against)),
+        )
         for limit in limits
         if limit.against == "baseline"
         and MEASURES[limit.metric].compared == "difference"
@@ -154,7 +164,7 @@ def limit_warnings(limits: Sequence[Limit]) -> tuple[str, ...]:
     )
 
 
-def _contradictions(limits: Sequence[Limit]) -> Iterator[str]:
+def _contradictions(limits: Sequence[Limit]) -> Iterator[Reason]:
     """Pairs of limits on one number that no number satisfies."""
     for place, first in enumerate(limits):
         for second in limits[place + 1 :]:
@@ -167,46 +177,47 @@ def _contradictions(limits: Sequence[Limit]) -> Iterator[str]:
                 (b for b in (first.at_most, second.at_most) if b is not None), default=math.inf
             )
             if least > most:
-                yield f"limits '{first}' and '{second}' contradict each other. Keep one of them."
+                yield Reason("limits_contradict", first=str(first), second=str(second))
 
 
-def _reason(limit: Limit) -> str | None:
+def _reason(limit: Limit) -> Reason | None:
     """Why a limit cannot be intended, or None."""
-    facts, bound = MEASURES[limit.metric], limit.bound
+    facts, bound, metric = MEASURES[limit.metric], limit.bound, limit.metric
     if (limit.at_least is not None) != facts.higher_is_better:
         better = "higher" if facts.higher_is_better else "lower"
-        return f"bounds how good the result may be: a {better} {limit.metric} is better"
+        return Reason("bounds_best", better=better, metric=metric)
     if limit.against == "absolute":
         return _absolute_reason(limit)
     if facts.compared == "ratio":
         if bound <= 0:
-            return "can never hold: it compares by the ratio, which is above 0"
+            return Reason("ratio_not_positive")
         if bound > facts.largest:
-            return f"allows {bound:g} times the {limit.against}'s {limit.metric}"
+            return Reason("ratio_too_large", ratio=bound, against=limit.against, metric=metric)
         return None
     if _gain(limit) >= LARGEST_GAIN:
-        return f"demands {limit.metric} to be better than the {limit.against}'s by {abs(bound):g}"
+        return Reason("gain_too_large", metric=metric, against=limit.against, gain=abs(bound))
     if -_gain(limit) >= facts.largest:
-        return f"accepts a useless model: it allows {limit.metric} to be worse by {abs(bound):g}"
+        return Reason("loss_too_large", metric=metric, loss=abs(bound))
     return None
 
 
-def _absolute_reason(limit: Limit) -> str | None:
-    facts, bound = MEASURES[limit.metric], limit.bound
+def _absolute_reason(limit: Limit) -> Reason | None:
+    facts, bound, metric = MEASURES[limit.metric], limit.bound, limit.metric
     unchanged = facts.compared == "never"  # then the best value is possible: no score changes
     if facts.higher_is_better:
         if bound > facts.high or (bound == facts.high and not unchanged):
-            return f"can never hold: {limit.metric} is at most {facts.high:g}"
+            return Reason("above_highest", metric=metric, highest=facts.high)
         if bound < facts.low:
-            return f"always holds: scores at random reach {limit.metric} {facts.low:g}"
+            return Reason("below_random", metric=metric, lowest=facts.low)
         if bound <= 0:
-            return f"always holds: {limit.metric} is never below 0"
+            return Reason("below_zero", metric=metric)
         return None
     if (bound <= 0 and not unchanged) or bound < facts.low:
-        least = f"never below {facts.low:g}{facts.unit}" if facts.low else "above 0"
-        return f"can never hold: {limit.metric} is {least}"
+        if not facts.low:
+            return Reason("not_above_zero", metric=metric)
+        return Reason("below_lowest", metric=metric, lowest=facts.low, unit=facts.unit)
     if bound >= facts.high:
-        return f"always holds: {limit.metric} is below {facts.high:g}{facts.unit}"
+        return Reason("beyond_highest", metric=metric, highest=facts.high, unit=facts.unit)
     return None
 
 

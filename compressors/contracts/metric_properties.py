@@ -9,6 +9,7 @@ from typing import Literal, get_args
 from pydantic import Field
 
 from compressors.contracts.inputs import Frozen
+from compressors.contracts.reasons import Reason
 
 Task = Literal["ctr", "ranking", "retrieval"]
 Metric = Literal["auc", "gauc", "ndcg@10", "recall@20", "ndcg@20"]
@@ -224,22 +225,23 @@ def selecting_metrics(task: str, *, grouped: bool) -> tuple[str, ...]:
     return tuple(n for n in quality_metrics(task, grouped=grouped) if MEASURES[n].selects)
 
 
-def metric_problem(task: str, metric: str, *, grouped: bool) -> str | None:
+def metric_problem(task: str, metric: str, *, grouped: bool) -> Reason | None:
     """Why a signature's metric cannot be used, or None."""
     possible = selecting_metrics(task, grouped=grouped)
     if metric in possible:
         return None
     with_group = selecting_metrics(task, grouped=True)
     if not grouped and metric in with_group:
-        return f"metric {metric!r} needs a group column; name it in 'group'"
+        return Reason("metric_without_group", metric=metric)
     if not possible and not grouped:
-        return (
-            f"metric {metric!r} is not measured for task {task!r}; with a group column "
-            f"{', '.join(with_group)} is. Name the column in 'group' and set 'metric'"
+        return Reason("metric_of_groups_alone", metric=metric, task=task, grouped=with_group)
+    more = tuple(name for name in with_group if name not in possible)
+    if more:
+        return Reason(
+            "metric_of_other_task_or_group",
+            task=task,
+            metrics=possible,
+            grouped=more,
+            metric=metric,
         )
-    more = [name for name in with_group if name not in possible]
-    also = f" (with a group column also {', '.join(more)})" if more else ""
-    return (
-        f"task {task!r} needs metric {' or '.join(possible)}{also}; got {metric!r}, which is not "
-        f"measured for it. Change 'metric'"
-    )
+    return Reason("metric_of_other_task", task=task, metrics=possible, metric=metric)

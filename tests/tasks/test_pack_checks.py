@@ -190,8 +190,9 @@ def test_a_bundle_packed_with_such_a_metric_is_read_and_refused_for_an_order(
     limit = Limit.parse("bytes vs baseline <= 0.5")
     with raises_code(LimitRefused, "bundle_metric_unusable", name="clicks", version="1") as caught:
         require_measurable(subject, (limit,))
-    assert "ndcg@10" in caught.value.fields["problem"]
-    with raises_code(BundleRefused, "metric_unfit", problem=Text("ndcg@10")):
+    unfit = HasReason("metric_of_other_task", metrics=("ndcg@10",), metric="auc")
+    assert caught.value.fields["problem"] == unfit
+    with raises_code(BundleRefused, "metric_unfit", problem=unfit):
         examine("clicks")
 
 

@@ -9,7 +9,8 @@ pruning.py    sentences about channels, weights and layers that are removed
 rewriting.py  sentences about norms and factors that move between layers
 training.py   sentences about training
 baseline.py   sentences about the labels of a bundle and the scores of its model
-verdicts.py   sentences about limits and targets
+limits.py     sentences about limits that cannot be meant, and metrics that are not measured
+verdicts.py   sentences about judged limits and targets
 """
 
 from compressors.contracts.reasons.reason import SENTENCES as SENTENCES

@@ -19,6 +19,7 @@ from compressors.contracts.coded_error import SentenceFormatter, field_names
 from compressors.contracts.reasons import (
     baseline,
     dense,
+    limits,
     pruning,
     recipe,
     rewriting,
@@ -38,6 +39,7 @@ SUBJECTS: Mapping[str, Mapping[str, str]] = MappingProxyType(
         "Rewriting": rewriting.SENTENCES,
         "Training": training.SENTENCES,
         "Labels and scores of a bundle": baseline.SENTENCES,
+        "Limits and metrics of an order": limits.SENTENCES,
         "Verdicts": verdicts.SENTENCES,
     }
 )

@@ -4,7 +4,7 @@ import subprocess
 import sys
 
 import pytest
-from error_codes import Text, raises_value_error
+from error_codes import HasReason, Text, raises_value_error
 from models import RANKER
 from pydantic import TypeAdapter, ValidationError
 
@@ -161,7 +161,7 @@ def test_a_jagged_bag_is_two_arguments():
             (USER,),
             {"metric": "gauc"},
             "metric_not_measured",
-            {"reason": Text("'gauc' needs a group column")},
+            {"reason": Reason("metric_without_group", metric="gauc")},
         ),
         ((USER,), {"output": "score"}, "ctr_output_form", {}),
         ((USER,), {"task": "regression"}, "literal_error", {"expected": Text("'ctr'")}),
@@ -305,9 +305,17 @@ def test_a_retrieval_schema_knows_what_each_of_its_files_holds():
         (
             {"metric": "auc"},
             "metric_not_measured",
-            {"reason": Text("needs metric recall@20 or ndcg@20; got 'auc'")},
+            {
+                "reason": HasReason(
+                    "metric_of_other_task", metrics=("recall@20", "ndcg@20"), metric="auc"
+                )
+            },
         ),
-        ({"group": None}, "metric_not_measured", {"reason": Text("needs a group")}),
+        (
+            {"group": None},
+            "metric_not_measured",
+            {"reason": Reason("metric_without_group", metric="ndcg@20")},
+        ),
         ({"output": "logit"}, "retrieval_output_form", {}),
         (
             {"towers": TOWERS | {"query": {"module": "of_user", "inputs": ["user", "item"]}}},
@@ -322,7 +330,7 @@ def test_a_retrieval_schema_knows_what_each_of_its_files_holds():
         (
             {"task": "ranking", "label": "bought"},
             "metric_not_measured",
-            {"reason": Text("needs metric ndcg@10; got 'ndcg@20'")},
+            {"reason": HasReason("metric_of_other_task", metrics=("ndcg@10",), metric="ndcg@20")},
         ),
         (
             {"task": "ranking", "label": "bought", "metric": "ndcg@10"},
