@@ -167,6 +167,8 @@ def test_copy_of_an_error_has_its_code_and_fields():
         ("x:{names:list}", ("a",), "x:\n- a"),
         ("x:{names:lines}", ("a",), "x: a"),
         ("x:{names:lines}", ("a", "b"), "x:\n- a\n- b"),
+        ("{names:[]}", (2, 3), "[2, 3]"),
+        ("{names:[]}", (), "[]"),
     ],
 )
 def test_sequences_are_written_in_a_line_or_one_line_each(sentence, values, text):

@@ -16,7 +16,8 @@ class SentenceFormatter(string.Formatter):
     """Formats a sequence as ``a, b, c``, a mapping as ``a: 1, b: 2``, an empty one as ``none``.
 
     A format specification of a sequence is the separator instead of ``, ``, except for ``list``,
-    which gives each item a line, and ``lines``, which does so for more than one item.
+    which gives each item a line, ``lines``, which does so for more than one item, and ``[]``, which
+    writes brackets, also around nothing.
     """
 
     def format_field(self, value: Any, format_spec: str) -> str:
@@ -28,6 +29,8 @@ class SentenceFormatter(string.Formatter):
             return f" {value[0]}"
         if format_spec in {"list", "lines"}:
             return "".join(f"\n- {item}" for item in value)
+        if format_spec == "[]":
+            return f"[{', '.join(map(str, value))}]"
         return (format_spec or ", ").join(map(str, value)) or "none"
 
 

@@ -20,6 +20,7 @@ from typing import Annotated, Any, Final, Literal
 from pydantic import Field, field_validator
 
 from compressors.contracts import Artifact, DenseInput, Frozen, Network, Plan, Sha256, Signature
+from compressors.contracts.reasons import Reason
 from compressors.contracts.value_errors import value_error
 from infra.bundle.json_reader import clean, decode, parse, plain, read_json, refuse_if, short
 from infra.bundle.paths import DraftPath, FileName, InsidePath
@@ -36,6 +37,7 @@ from infra.bundle.shards import (
     tensor_files,
 )
 from infra.errors import BundleRefused
+from infra.printable import bounded
 
 __all__ = [
     "SCHEMA_VERSION",
@@ -57,6 +59,8 @@ __all__ = [
 
 SCHEMA_VERSION: Final = 1
 MANIFEST = "model.json"
+MAX_DIMENSIONS_SHOWN = 8
+"""Of a shape in an error: a header may list thousands."""
 
 
 # --- what model.json says --------------------------------------------------------------------
@@ -273,11 +277,11 @@ def table_rows(facts: Mapping[str, TensorFact], manifest: Manifest) -> dict[str,
     network = manifest.network
     tables = [name.removesuffix(".weight") for name, fact in facts.items() if len(fact.shape) == 2]
     rows: dict[str, int] = {}
-    problems: list[str] = []
+    problems: list[Reason] = []
     for item in manifest.signature.inputs:
         if isinstance(item, DenseInput):
             continue
-        where = f"input {short(item.name)}, table {short(item.table)}"
+        name, table = short(item.name), short(item.table)
         record = network.modules.get(item.table)
         weight = f"{item.table}.weight"
         fact = facts.get(network.ties.get(weight, weight))
@@ -285,16 +289,35 @@ def table_rows(facts: Mapping[str, TensorFact], manifest: Manifest) -> dict[str,
             count = record.settings.get("rows")
             if record.kind == "linear" or type(count) is not int or count < 1:
                 problems.append(
-                    f"{where}: network.modules has a {record.kind} with rows {short(count)}; "
-                    "a table or bag with its number of rows is needed."
+                    Reason(
+                        "table_record_unusable",
+                        input=name,
+                        table=table,
+                        kind=record.kind,
+                        rows=short(count),
+                    )
                 )
             else:
                 rows[item.table] = count
         elif fact is None or len(fact.shape) != 2:
-            shape = "is not stored" if fact is None else f"has shape {list(fact.shape)}"
+            near = _near(item.table, [*tables, *network.modules])
             problems.append(
-                f"{where}: {short(weight)} {shape}. A table is named as the module's attribute "
-                f"path; there is {_near(item.table, [*tables, *network.modules])}."
+                Reason(
+                    "table_not_stored",
+                    input=name,
+                    table=table,
+                    weight=short(weight),
+                    near=near,
+                )
+                if fact is None
+                else Reason(
+                    "table_shape",
+                    input=name,
+                    table=table,
+                    weight=short(weight),
+                    shape=fact.shape[:MAX_DIMENSIONS_SHOWN],
+                    near=near,
+                )
             )
         else:
             rows[item.table] = fact.shape[0]
@@ -302,21 +325,24 @@ def table_rows(facts: Mapping[str, TensorFact], manifest: Manifest) -> dict[str,
     return rows
 
 
-def _tie_problems(ties: Mapping[str, str], found: Mapping[str, StoredTensor]) -> Iterator[str]:
+def _tie_problems(ties: Mapping[str, str], found: Mapping[str, StoredTensor]) -> Iterator[Reason]:
     for alias, target in ties.items():
         if target not in found:
-            yield (
-                f"network.ties: {short(alias)} shares {short(target)}, which is not stored; "
-                f"there is {_near(target, found)}."
+            yield Reason(
+                "tie_not_stored",
+                alias=short(alias),
+                target=short(target),
+                near=_near(target, found),
             )
         if alias in found:
-            yield f"network.ties: {short(alias)} is both tied and stored; keep one."
+            yield Reason("tie_stored_too", alias=short(alias))
 
 
-def _near(name: str, names: Iterable[str]) -> str:
+def _near(name: str, names: Iterable[str]) -> tuple[str, ...]:
+    """The names most like one that is not there, or the first few."""
     known = list(islice(names, 2000))  # comparing is slow, and this is only a hint
     close = difflib.get_close_matches(name, known, n=3, cutoff=0.4) or known[:5]
-    return ", ".join(short(item) for item in close) or "none"
+    return tuple(map(short, close))
 
 
 # --- files -----------------------------------------------------------------------------------
@@ -324,27 +350,24 @@ def _near(name: str, names: Iterable[str]) -> str:
 
 def _names(folder: Path, leave: str = "") -> set[str]:
     """The names in a bundle's folder; refuses whatever cannot belong to a bundle."""
-    problems: list[str] = []
+    problems: list[Reason] = []
     names: set[str] = set()
     for path in listing(folder):
         if path.name == leave:
             continue
         mode = path.lstat().st_mode
         names.add(path.name)
-        label = short(path.name)
+        file = short(path.name)
         if stat.S_ISLNK(mode):
-            problems.append(f"{label} is a symbolic link; put the file itself into the bundle.")
+            problems.append(Reason("file_is_link", file=file))
         elif stat.S_ISDIR(mode):
-            problems.append(f"{label} is a folder; a bundle is flat. Remove it.")
+            problems.append(Reason("file_is_folder", file=file))
         elif not stat.S_ISREG(mode):
-            problems.append(f"{label} is not a regular file; remove it.")
+            problems.append(Reason("file_is_special", file=file))
         elif problem := pickle_problem(path):
             problems.append(problem)
         elif path.name not in (MANIFEST, INDEX) and path.suffix != ".safetensors":
-            problems.append(
-                f"{label} is extra: a bundle holds {MANIFEST}, *.safetensors and {INDEX}. "
-                "Remove it; data and vocabularies are stored beside the bundle."
-            )
+            problems.append(Reason("file_of_other_kind", file=file, manifest=MANIFEST, index=INDEX))
     refuse_if(folder, problems)
     return names
 
@@ -355,39 +378,36 @@ def _record(path: Path) -> FileRecord:
         return FileRecord(sha256=sha256, bytes=file.tell())
 
 
-def _differences(folder: Path, names: set[str], records: Mapping[str, FileRecord]) -> Iterator[str]:
+def _differences(
+    folder: Path, names: set[str], records: Mapping[str, FileRecord]
+) -> Iterator[Reason]:
     """Where a folder is not what its manifest says; hashes the files one after the other."""
     for name in sorted(records.keys() - names):
-        yield f"{short(name)} is missing; fetch or pack the bundle again."
+        yield Reason("file_missing", file=short(name))
     for name in sorted(names - records.keys()):
-        yield f"{short(name)} is extra: {MANIFEST} does not list it. Remove it or pack again."
+        yield Reason("file_unlisted", file=short(name), manifest=MANIFEST)
     for name in sorted(names & records.keys()):
         size = (folder / name).stat().st_size
         if size != (wanted := records[name]).bytes:
-            yield f"{short(name)} has {size} bytes, not {wanted.bytes}; fetch or pack it again."
+            yield Reason("file_size_differs", file=short(name), got=size, expected=wanted.bytes)
         elif (found := _record(folder / name).sha256) != wanted.sha256:
-            yield (
-                f"{short(name)} was changed, its hash is wrong: sha256 {found[:12]}..., not "
-                f"{wanted.sha256[:12]}...; fetch or pack it again."
-            )
+            yield Reason("file_hash_differs", file=short(name), got=found, expected=wanted.sha256)
 
 
-def _unusable(folder: Path, where: str, text: str) -> str | None:
+def _unusable(folder: Path, entry: str, text: str) -> Reason | None:
     """Why a draft's path cannot be used, or None."""
-    path = folder / text
+    path, entry, shown = folder / text, bounded(entry), short(text)
     try:
         there = path.exists()
     except OSError as fault:
-        return f"{where}: {short(text)} cannot be read ({clean(fault)})."
+        return Reason("draft_path_unreadable", entry=entry, path=shown, problem=clean(fault))
     if not there:
-        return f"{where}: {short(text)} is not there (paths are relative to {folder})."
+        folder_name = bounded(str(folder))
+        return Reason("draft_path_missing", entry=entry, path=shown, folder=folder_name)
     if folder.resolve().is_relative_to(path.resolve()):
-        return (
-            f"{where}: {short(text)} is a folder that holds the draft itself; name one file, or a "
-            "folder of part files and nothing else."
-        )
+        return Reason("draft_path_holds_draft", entry=entry, path=shown)
     if not Path(text).is_absolute() and not path.resolve().is_relative_to(folder.resolve()):
-        return f"{where}: {short(text)} leaves the folder by a symbolic link; name its real path."
+        return Reason("draft_path_outside", entry=entry, path=shown)
     return None
 
 

@@ -11,6 +11,7 @@ from typing import Any, NoReturn
 
 from pydantic import ValidationError
 
+from compressors.contracts.reasons import Reason
 from compressors.contracts.value_errors import SENTENCES, value_error
 from infra.bundle.json_limits import (
     MAX_JSON_BYTES,
@@ -41,18 +42,26 @@ def clean(message: object) -> str:
     return repr(str(message)[:300])[1:-1]
 
 
-def first_problems(problems: Iterable[str]) -> tuple[str, ...]:
-    """The problems that an error shows, each of bounded length; takes few more than those."""
+def _first_sentences(problems: Iterable[str]) -> tuple[str, ...]:
+    """The sentences that an error shows, each of bounded length; takes few more than those."""
     shown = [bounded(problem) for problem in islice(problems, PROBLEMS_SHOWN + 1)]
     if len(shown) > PROBLEMS_SHOWN:
         shown[-1] = "and more."
     return tuple(shown)
 
 
-def refuse_if(place: Path | str, problems: Iterable[str]) -> None:
-    """Raise ``BundleRefused`` if there is any problem."""
-    if shown := first_problems(problems):
-        raise BundleRefused("unusable", place=str(place), problems=shown)
+def refuse_if(place: Path | str, problems: Iterable[Reason]) -> None:
+    """Raise ``BundleRefused`` if there is any problem, with the first of them.
+
+    Args:
+        place: what they are about.
+        problems: reasons whose fields are of bounded length.
+    """
+    shown = list(islice(problems, PROBLEMS_SHOWN + 1))
+    if len(shown) > PROBLEMS_SHOWN:
+        shown[-1] = Reason("more_problems")
+    if shown:
+        raise BundleRefused("unusable", place=str(place), problems=tuple(shown))
 
 
 def read_json(path: Path) -> tuple[bytes, dict[str, Any]]:
@@ -119,7 +128,7 @@ def parse(
     except ValidationError as fault:
         sentences = (_sentence(error) for error in fault.errors(include_url=False))
         raise BundleRefused(
-            "fields_unusable", path=str(path), problems=first_problems(sentences)
+            "fields_unusable", path=str(path), problems=_first_sentences(sentences)
         ) from fault
 
 

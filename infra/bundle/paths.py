@@ -9,27 +9,31 @@ from typing import Annotated
 
 from pydantic import AfterValidator
 
+from compressors.contracts.reasons import Reason
 from compressors.contracts.value_errors import value_error
 from infra.bundle.json_reader import short
 
 
-def _path_problem(text: str) -> str | None:
+def _path_problem(text: str) -> Reason | None:
     """Why a path may not be followed, or None."""
     if not text or not text.isprintable():
-        return "is empty or has characters that cannot be shown"
+        return Reason("path_not_printable")
     if "\\" in text:
-        return "has a backslash; write paths with /"
+        return Reason("path_with_backslash")
     if ".." in PurePosixPath(text).parts:
-        return "has '..', which leaves the folder"
+        return Reason("path_with_parent")
     if re.match(r"[A-Za-z]:|[\w+.-]+://", text):
-        return "has a scheme or a drive letter; only plain paths are read here"
+        return Reason("path_with_scheme")
     if max(len(part.encode()) for part in text.split("/")) > 255 or len(text.encode()) > 4000:
-        return "is longer than a file system allows"
+        return Reason("path_too_long")
     return None
 
 
 def _inside(text: str) -> str:
-    if problem := _path_problem(text) or ("is absolute" if text.startswith("/") else None):
+    problem = _path_problem(text)
+    if problem is None and text.startswith("/"):
+        problem = Reason("path_absolute")
+    if problem is not None:
         raise value_error("path_not_inside", path=short(text), reason=problem)
     return text
 

@@ -13,6 +13,7 @@ from pydantic import Field
 from safetensors import SafetensorError, safe_open
 
 from compressors.contracts import Frozen
+from compressors.contracts.reasons import Reason
 from infra.bundle.json_limits import MAX_JSON_BYTES, check_limits
 from infra.bundle.json_reader import clean, decode, read_json, refuse_if, short
 from infra.errors import BundleRefused
@@ -21,9 +22,6 @@ INDEX = "model.safetensors.index.json"
 BLOCK_BYTES = 16 << 20
 
 PICKLE_ENDINGS = (".pt", ".pth", ".bin", ".pkl", ".pickle", ".ckpt", ".joblib")
-HOW_TO_SAVE = (
-    'Save the weights with safetensors.torch.save_file(model.state_dict(), "model.safetensors").'
-)
 
 # Protocol 2-5, protocol 0 (dict, list, instance, global), and zip: what torch.save writes.
 _PICKLE = re.compile(rb"\x80[\x02-\x05]|\((?:d|l|i)|c[A-Za-z_][\w.]*\n[\w.]+\n|PK[\x03\x05]")
@@ -95,13 +93,17 @@ def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
         return _header(folder)
     shards = tensor_files(folder)
     found: dict[str, StoredTensor] = {}
-    problems: list[str] = []
+    problems: list[Reason] = []
     for shard in shards:
         for name, stored in _header(shard).items():
             if name in found:
                 problems.append(
-                    f"tensor {short(name)} lies in two shards, {found[name].shard.name} and "
-                    f"{shard.name}; keep one."
+                    Reason(
+                        "tensor_in_two_shards",
+                        tensor=short(name),
+                        first=found[name].shard.name,
+                        second=shard.name,
+                    )
                 )
             found[name] = stored
     if not found:
@@ -114,8 +116,8 @@ def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
     return found
 
 
-def nonfinite_problem(name: str, stored: StoredTensor, buffer: bytearray) -> str | None:
-    """A sentence if a tensor has NaN or infinite weights; reads it through ``buffer``.
+def nonfinite_problem(name: str, stored: StoredTensor, buffer: bytearray) -> Reason | None:
+    """What is wrong if a tensor has NaN or infinite weights; reads it through ``buffer``.
 
     Raises:
         BundleRefused: the dtype is unknown, or the file shrank meanwhile.
@@ -144,15 +146,12 @@ def nonfinite_problem(name: str, stored: StoredTensor, buffer: bytearray) -> str
     if not count:
         return None
     first //= 2 if fact.dtype == "C64" else 1  # two words a weight
-    place = [int(i) for i in np.unravel_index(first, fact.shape)]
-    return (
-        f"tensor {short(name)} has {count} NaN or infinite value(s), the first at {place}. "
-        "Find where training diverged; such a model cannot be served."
-    )
+    place = tuple(int(i) for i in np.unravel_index(first, fact.shape))
+    return Reason("weights_not_finite", tensor=short(name), count=count, place=place)
 
 
-def pickle_problem(path: Path) -> str | None:
-    """A sentence if a file is, or calls itself, a pickle. Looks at its first bytes only.
+def pickle_problem(path: Path) -> Reason | None:
+    """What is wrong if a file is, or calls itself, a pickle. Looks at its first bytes only.
 
     A safetensors header of 640 bytes begins with ``80 02`` just as a pickle does, so what can
     be a safetensors header is left to that library.
@@ -160,7 +159,7 @@ def pickle_problem(path: Path) -> str | None:
     if not path.is_file():
         return None
     if path.name.lower().endswith(PICKLE_ENDINGS):
-        return f"{short(path.name)} is named like a pickle, which runs when loaded. {HOW_TO_SAVE}"
+        return Reason("file_named_like_pickle", file=short(path.name))
     if path.suffix not in (".safetensors", ".json"):
         return None
     with path.open("rb") as file:
@@ -169,16 +168,18 @@ def pickle_problem(path: Path) -> str | None:
     header_fits = int.from_bytes(head[:8], "little") <= size - 8 and head[8:9] == b"{"
     if header_fits or not _PICKLE.match(head):
         return None
-    return f"{short(path.name)} is a pickle, whatever its name, and runs when loaded. {HOW_TO_SAVE}"
+    return Reason("file_is_pickle", file=short(path.name))
 
 
-def draft_file_problem(path: Path) -> str | None:
+def draft_file_problem(path: Path) -> Reason | None:
     """Why a file next to a draft's ``model.json`` cannot be packed, or None."""
     if not path.is_file() and ".safetensors" in path.name:
-        kind = "a folder" if path.is_dir() else "a link that leads nowhere"
-        if not path.is_dir() and not path.is_symlink():
-            kind = "neither a file nor a folder"
-        return f"{short(path.name)} is {kind}; put a safetensors file in its place, or remove it."
+        file = short(path.name)
+        if path.is_dir():
+            return Reason("weights_are_folder", file=file)
+        if path.is_symlink():
+            return Reason("weights_are_broken_link", file=file)
+        return Reason("weights_are_special", file=file)
     return pickle_problem(path)
 
 
@@ -211,26 +212,30 @@ def _header(shard: Path) -> dict[str, StoredTensor]:
     return found
 
 
-def _index_problems(folder: Path, found: Mapping[str, StoredTensor]) -> Iterator[str]:
+def _index_problems(folder: Path, found: Mapping[str, StoredTensor]) -> Iterator[Reason]:
     """Where the index and the shards' headers disagree."""
     weight_map = read_json(folder / INDEX)[1].get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(f, str) for f in weight_map.values()):
-        yield f"{INDEX} needs 'weight_map', an object of tensor name -> file name."
+        yield Reason("index_form", index=INDEX)
         return
     shards = {stored.shard.name for stored in found.values()}
     for file in sorted(set(weight_map.values()) - shards):
         if "/" in file or "\\" in file or file in ("", ".", ".."):
-            yield f"{INDEX} names {short(file)}, which leaves the bundle; shards lie beside it."
+            yield Reason("index_file_outside", index=INDEX, file=short(file))
         else:
-            yield f"{INDEX} names {short(file)}, which is missing or empty; add that shard."
+            yield Reason("index_file_missing", index=INDEX, file=short(file))
     for name, file in weight_map.items():
         if name not in found:
-            yield f"{INDEX} names tensor {short(name)}, which is in no shard."
+            yield Reason("index_tensor_missing", index=INDEX, tensor=short(name))
         elif file in shards and file != found[name].shard.name:
-            yield (
-                f"{INDEX} says tensor {short(name)} lies in {short(file)}, but it lies in "
-                f"{found[name].shard.name}."
+            yield Reason(
+                "index_tensor_elsewhere",
+                index=INDEX,
+                tensor=short(name),
+                file=short(file),
+                shard=found[name].shard.name,
             )
     for name, stored in found.items():
         if name not in weight_map:
-            yield f"{INDEX} does not name tensor {short(name)} of {stored.shard.name}; add it."
+            shard = stored.shard.name
+            yield Reason("index_without_tensor", index=INDEX, tensor=short(name), shard=shard)

@@ -1,6 +1,6 @@
 """A bundle is exactly what was sealed, and everything else is refused in a sentence.
 
-Each refusal is checked by the words a user needs: what was found and what to do.
+Each refusal is checked by code and fields, or by the words that JSON and its readers use.
 """
 
 import contextlib
@@ -13,18 +13,22 @@ import struct
 import sys
 import zipfile
 from pathlib import Path
+from unittest.mock import ANY
 
 import numpy as np
 import pytest
 import torch
+from error_codes import HasReason, raises_code, value_errors
 from hypothesis import given
 from hypothesis import strategies as st
+from reason_codes import codes_of
 
 from compressors.contracts import (
     Architecture,
     Artifact,
     ModuleRecord,
     Network,
+    Reason,
     Signature,
     tensor_names,
 )
@@ -136,10 +140,29 @@ def rehash(folder):
     reseal(folder, document)
 
 
-def refusal(function, *arguments, **keywords):
+def refused(function, *arguments, **keywords):
     with pytest.raises(BundleRefused) as caught:
         function(*arguments, **keywords)
-    return str(caught.value)
+    return caught.value
+
+
+def refusal(function, *arguments, **keywords):
+    return str(refused(function, *arguments, **keywords))
+
+
+def problems(function, *arguments, **keywords):
+    """The reasons of a refusal that lists problems."""
+    fault = refused(function, *arguments, **keywords)
+    assert fault.code == "unusable", fault
+    assert all(isinstance(problem, Reason) for problem in fault.fields["problems"])
+    return fault.fields["problems"]
+
+
+def wrong_fields(function, *arguments, **keywords):
+    """Codes and fields of what pydantic found, of a refusal of wrong fields."""
+    fault = refused(function, *arguments, **keywords)
+    assert fault.code == "fields_unusable", fault
+    return value_errors(fault.__cause__)
 
 
 def shard_bytes_of(header, body=b""):
@@ -234,10 +257,10 @@ def test_a_draft_is_read_with_relative_and_absolute_paths(draft, tmp_path):
 def test_a_file_named_like_a_pickle_is_refused(sealed, draft, ending):
     for folder, look in ((sealed, bundle_folder.read), (draft, bundle_folder.read_draft)):
         (folder / f"model{ending.upper()}").write_bytes(b"")
-        message = refusal(look, folder)
-        assert "named like a pickle" in message
-        assert "safetensors.torch.save_file" in message
-    assert "named like a pickle" in refusal(bundle_folder.seal, sealed, **FIELDS)
+        expected = HasReason("file_named_like_pickle", file=f"'model{ending.upper()}'")
+        assert problems(look, folder) == expected
+    assert problems(bundle_folder.seal, sealed, **FIELDS) == expected
+    assert "safetensors.torch.save_file" in refusal(bundle_folder.seal, sealed, **FIELDS)
 
 
 def pickles():
@@ -253,41 +276,48 @@ def test_a_pickle_renamed_to_safetensors_is_refused_even_when_hashed(sealed, dra
     for folder, look in ((sealed, bundle_folder.read), (draft, bundle_folder.read_draft)):
         (folder / "model.safetensors").write_bytes(raw)
         rehash(folder) if folder is sealed else None
-        message = refusal(look, folder)
-        assert "is a pickle, whatever its name" in message
-        assert "safetensors.torch.save_file" in message
-    assert "is a pickle" in refusal(bundle_folder.seal, sealed, **FIELDS)
+        expected = HasReason("file_is_pickle", file="'model.safetensors'")
+        assert problems(look, folder) == expected
+    assert problems(bundle_folder.seal, sealed, **FIELDS) == expected
+    assert "safetensors.torch.save_file" in refusal(bundle_folder.seal, sealed, **FIELDS)
 
 
 def test_what_torch_save_writes_is_refused_under_any_name(sealed):
     for old in (False, True):
         torch.save(WEIGHTS, sealed / "model.safetensors", _use_new_zipfile_serialization=not old)
         assert zipfile.is_zipfile(sealed / "model.safetensors") != old
-        assert "is a pickle, whatever its name" in refusal(bundle_folder.read, sealed)
+        assert problems(bundle_folder.read, sealed) == HasReason("file_is_pickle")
 
 
 @pytest.mark.parametrize(
-    ("spoil", "words"),
+    ("spoil", "code", "file"),
     [
-        (lambda f: (f / "README.md").write_text("hi"), "'README.md' is extra"),
-        (lambda f: (f / "more.safetensors").write_bytes(b"x"), "'more.safetensors' is extra"),
-        (lambda f: (f / "model.safetensors").unlink(), "'model.safetensors' is missing"),
-        (lambda f: (f / "model.json").unlink(), "model.json is missing"),
-        (lambda f: (f / "sub").mkdir(), "'sub' is a folder; a bundle is flat"),
-        (lambda f: os.mkfifo(f / "pipe.safetensors"), "is not a regular file"),
-        (lambda f: (f / "m.safetensors").symlink_to("/etc/hosts"), "is a symbolic link"),
-        (lambda f: (f / "m.safetensors").symlink_to("gone"), "is a symbolic link"),
-        (lambda f: link_out(f, "model.safetensors"), "is a symbolic link"),
-        (lambda f: link_out(f, "model.json"), "is a symbolic link"),
-        (lambda f: append(f / "model.safetensors"), "has 357 bytes, not 356"),
-        (lambda f: shutil.rmtree(f), "is not a folder that can be read"),
+        (lambda f: (f / "README.md").write_text("hi"), "file_of_other_kind", "README.md"),
+        (lambda f: (f / "more.safetensors").write_bytes(b"x"), "file_unlisted", "more.safetensors"),
+        (lambda f: (f / "model.safetensors").unlink(), "file_missing", "model.safetensors"),
+        (lambda f: (f / "sub").mkdir(), "file_is_folder", "sub"),
+        (lambda f: os.mkfifo(f / "pipe.safetensors"), "file_is_special", "pipe.safetensors"),
+        (lambda f: (f / "m.safetensors").symlink_to("/etc/hosts"), "file_is_link", "m.safetensors"),
+        (lambda f: (f / "m.safetensors").symlink_to("gone"), "file_is_link", "m.safetensors"),
+        (lambda f: link_out(f, "model.safetensors"), "file_is_link", "model.safetensors"),
+        (lambda f: link_out(f, "model.json"), "file_is_link", "model.json"),
+        (lambda f: append(f / "model.safetensors"), "file_size_differs", "model.safetensors"),
     ],
 )
-def test_a_folder_that_is_not_what_was_sealed_is_refused(sealed, spoil, words):
+def test_a_folder_that_is_not_what_was_sealed_is_refused(sealed, spoil, code, file):
     size = (sealed / "model.safetensors").stat().st_size
     spoil(sealed)
-    words = words.replace("357", str(size + 1)).replace("356", str(size))
-    assert words in refusal(bundle_folder.read, sealed)
+    sizes = {"expected": size, "got": size + 1} if code == "file_size_differs" else {}
+    assert problems(bundle_folder.read, sealed) == HasReason(code, file=repr(file), **sizes)
+
+
+def test_folder_without_a_manifest_or_no_folder_at_all_is_refused(sealed):
+    (sealed / "model.json").unlink()
+    with raises_code(BundleRefused, "json_missing", path=str(sealed / "model.json")):
+        bundle_folder.read(sealed)
+    shutil.rmtree(sealed)
+    with raises_code(BundleRefused, "folder_unreadable", folder=str(sealed)):
+        bundle_folder.read(sealed)
 
 
 def link_out(folder, name):
@@ -307,8 +337,9 @@ def test_all_problems_of_a_folder_are_told_at_once(sharded):
     (sharded / FIRST).unlink()
     append(sharded / "model-00002-of-00002.safetensors")
     (sharded / "extra.safetensors").write_bytes(b"")
-    message = refusal(bundle_folder.read, sharded)
-    assert re.search(r"00001.*missing[^-]*\n- 'extra.*extra.*\n- .*00002.*bytes, not", message)
+    found = problems(bundle_folder.read, sharded)
+    assert codes_of(found) == ["file_missing", "file_unlisted", "file_size_differs"]
+    assert refusal(bundle_folder.read, sharded).count("\n- ") == 3
 
 
 @EVERY_SHARDING
@@ -340,7 +371,9 @@ def test_a_changed_weight_is_called_changed(sealed):
     raw = bytearray(path.read_bytes())
     raw[-1] ^= 1
     path.write_bytes(raw)
-    assert "was changed, its hash is wrong" in refusal(bundle_folder.read, sealed)
+    digest = hashlib.sha256(raw).hexdigest()
+    (problem,) = problems(bundle_folder.read, sealed)
+    assert problem == HasReason("file_hash_differs", file="'model.safetensors'", got=digest)
 
 
 def test_an_edited_manifest_is_called_changed(sealed):
@@ -455,60 +488,106 @@ def test_a_refusal_stays_short_whatever_it_quotes(draft, change):
 
 
 LEAVING = [
-    ("../model.safetensors", "has '..', which leaves the folder"),
-    ("a/../../model.safetensors", "has '..', which leaves the folder"),
-    ("..", "has '..', which leaves the folder"),
-    ("..\\model.safetensors", "has a backslash"),
-    ("a\0b", "characters that cannot be shown"),
-    ("", "is empty"),
-    ("C:model", "drive letter"),
-    ("s3://bucket/model", "has a scheme"),
-    ("a" * 300, "longer than a file system allows"),
+    ("../model.safetensors", "path_with_parent"),
+    ("a/../../model.safetensors", "path_with_parent"),
+    ("..", "path_with_parent"),
+    ("..\\model.safetensors", "path_with_backslash"),
+    ("a\0b", "path_not_printable"),
+    ("", "path_not_printable"),
+    ("C:model", "path_with_scheme"),
+    ("s3://bucket/model", "path_with_scheme"),
+    ("a" * 300, "path_too_long"),
 ]
 
 
-@pytest.mark.parametrize(
-    ("name", "words"),
-    [*LEAVING, ("/etc/passwd", "is absolute"), ("sub/model.safetensors", "a bundle is flat")],
-)
-def test_a_manifest_naming_files_outside_the_bundle_is_refused(sealed, name, words):
+def leaving(code, why):
+    """The one wrong field of a document: a path that may not be followed."""
+    return [(code, {"path": ANY, "reason": HasReason(why), "sentence": ANY})]
+
+
+@pytest.mark.parametrize(("name", "why"), [*LEAVING, ("/etc/passwd", "path_absolute")])
+def test_a_manifest_naming_files_outside_the_bundle_is_refused(sealed, name, why):
     document = document_of(sealed)
     document["files"][name] = document["files"]["model.safetensors"]
     reseal(sealed, document)
-    assert words in refusal(bundle_folder.read, sealed)
+    assert wrong_fields(bundle_folder.read, sealed) == leaving("path_not_inside", why)
 
 
-@pytest.mark.parametrize(("name", "words"), [*LEAVING, ("/etc/passwd", "is absolute")])
+def test_manifest_naming_a_file_in_a_subfolder_is_refused(sealed):
+    document = document_of(sealed)
+    document["files"]["sub/model.safetensors"] = document["files"]["model.safetensors"]
+    reseal(sealed, document)
+    (found,) = wrong_fields(bundle_folder.read, sealed)
+    assert found == ("path_in_subfolder", {"path": "'sub/model.safetensors'", "sentence": ANY})
+
+
+@pytest.mark.parametrize(("name", "why"), [*LEAVING, ("/etc/passwd", "path_absolute")])
 @pytest.mark.parametrize("place", ["data", "vocabularies", "transforms"])
-def test_a_manifest_naming_data_outside_its_artifact_is_refused(sealed, place, name, words):
+def test_a_manifest_naming_data_outside_its_artifact_is_refused(sealed, place, name, why):
     document = document_of(sealed)
     if place == "data":
         document["data"]["train"]["file"] = name
     else:
         document[place][name] = ARTIFACT.model_dump()
     reseal(sealed, document)
-    assert words in refusal(bundle_folder.read, sealed)
+    assert wrong_fields(bundle_folder.read, sealed) == leaving("path_not_inside", why)
 
 
-@pytest.mark.parametrize(("path", "words"), [*LEAVING, ("/a/../b", "has '..'")])
+@pytest.mark.parametrize(("path", "why"), [*LEAVING, ("/a/../b", "path_with_parent")])
 @pytest.mark.parametrize("place", ["data", "vocabularies", "transforms"])
-def test_a_draft_path_that_climbs_out_is_refused(draft, place, path, words):
+def test_a_draft_path_that_climbs_out_is_refused(draft, place, path, why):
     write_draft(draft, **{place: {"train": path}})
-    assert words in refusal(bundle_folder.read_draft, draft)
+    assert wrong_fields(bundle_folder.read_draft, draft) == leaving("draft_path_unusable", why)
 
 
 @pytest.mark.parametrize("path", ["gone.parquet", "/nowhere/gone.parquet"])
 def test_a_draft_path_to_nothing_is_refused(draft, path):
     write_draft(draft, data={"train": path})
-    message = refusal(bundle_folder.read_draft, draft)
-    assert f"data.train: '{path}' is not there" in message
+    (problem,) = problems(bundle_folder.read_draft, draft)
+    fields = {"entry": "data.train", "path": repr(path), "folder": str(draft)}
+    assert problem == Reason("draft_path_missing", **fields)
 
 
 def test_a_draft_path_through_a_link_that_leaves_is_refused(draft, tmp_path):
     (tmp_path / "secret.parquet").write_bytes(b"PAR1")
     (draft / "linked.parquet").symlink_to(tmp_path / "secret.parquet")
     write_draft(draft, data={"train": "linked.parquet"})
-    assert "leaves the folder by a symbolic link" in refusal(bundle_folder.read_draft, draft)
+    (problem,) = problems(bundle_folder.read_draft, draft)
+    assert problem == Reason("draft_path_outside", entry="data.train", path="'linked.parquet'")
+
+
+def test_draft_path_to_a_folder_that_holds_the_draft_is_refused(draft):
+    write_draft(draft, data={"train": "."})
+    (problem,) = problems(bundle_folder.read_draft, draft)
+    assert problem == Reason("draft_path_holds_draft", entry="data.train", path="'.'")
+
+
+@pytest.mark.parametrize(
+    ("place", "code"),
+    [
+        (lambda path: path.mkdir(), "weights_are_folder"),
+        (lambda path: path.symlink_to("nowhere"), "weights_are_broken_link"),
+        (os.mkfifo, "weights_are_special"),
+    ],
+)
+def test_draft_whose_weights_are_no_file_is_refused(draft, place, code):
+    place(draft / "more.safetensors")
+    (problem,) = problems(bundle_folder.read_draft, draft)
+    assert problem == Reason(code, file="'more.safetensors'")
+
+
+def test_refusal_lists_twenty_problems_of_bounded_length(sealed):
+    for number in range(50):
+        (sealed / f"{number}{'x' * 200}").write_bytes(b"")
+    found = problems(bundle_folder.read, sealed)
+    assert codes_of(found) == ["file_of_other_kind"] * 20 + ["more_problems"]
+    assert all(len(str(problem)) < 900 for problem in found)
+    facts = {"flat.weight": bundle_folder.TensorFact(shape=(1,) * 9999, dtype="F32", bytes=4)}
+    inputs = [{"kind": "id", "name": "user", "table": "flat"}]
+    signature = Signature.model_validate(SIGNATURE.model_dump() | {"inputs": inputs})
+    manifest = bundle_folder.seal(make(sealed.parent / "b"), **FIELDS | {"signature": signature})
+    (problem,) = problems(bundle_folder.table_rows, facts, manifest)
+    assert len(str(problem)) < 900
 
 
 def test_a_draft_is_no_bundle_and_a_bundle_no_draft(sealed, draft):
@@ -641,30 +720,44 @@ def change_index(folder, change):
 
 
 FIRST = "model-00001-of-00002.safetensors"
+BIAS = "dense.bias"
 
 
 @pytest.mark.parametrize(
-    ("change", "words"),
+    ("change", "code", "fields"),
     [
-        (lambda i: i.pop("weight_map"), "needs 'weight_map'"),
-        (lambda i: i.update(weight_map=[]), "needs 'weight_map'"),
-        (lambda i: i["weight_map"].update({"dense.bias": 3}), "needs 'weight_map'"),
-        (lambda i: i["weight_map"].update({"dense.bias": "../x"}), "'../x', which leaves the"),
-        (lambda i: i["weight_map"].update({"dense.bias": "/x"}), "'/x', which leaves the bundle"),
-        (lambda i: i["weight_map"].update({"dense.bias": "a\\x"}), "which leaves the bundle"),
-        (lambda i: i["weight_map"].update({"dense.bias": ".."}), "which leaves the bundle"),
-        (lambda i: i["weight_map"].update({"dense.bias": "x.safetensors"}), "which is missing"),
-        (lambda i: i["weight_map"].update({"dense.bias": FIRST}), "but it lies in model-00002"),
-        (lambda i: i["weight_map"].update({"ghost": FIRST}), "'ghost', which is in no shard"),
-        (lambda i: i["weight_map"].pop("dense.bias"), "does not name tensor 'dense.bias'"),
+        (lambda i: i.pop("weight_map"), "index_form", {}),
+        (lambda i: i.update(weight_map=[]), "index_form", {}),
+        (lambda i: i["weight_map"].update({BIAS: 3}), "index_form", {}),
+        (lambda i: i["weight_map"].update({BIAS: "../x"}), "index_file_outside", {"file": "../x"}),
+        (lambda i: i["weight_map"].update({BIAS: "/x"}), "index_file_outside", {"file": "/x"}),
+        (lambda i: i["weight_map"].update({BIAS: "a\\x"}), "index_file_outside", {"file": "a\\x"}),
+        (lambda i: i["weight_map"].update({BIAS: ".."}), "index_file_outside", {"file": ".."}),
+        (
+            lambda i: i["weight_map"].update({BIAS: "x.safetensors"}),
+            "index_file_missing",
+            {"file": "x.safetensors"},
+        ),
+        (
+            lambda i: i["weight_map"].update({BIAS: FIRST}),
+            "index_tensor_elsewhere",
+            {"tensor": BIAS, "file": FIRST},
+        ),
+        (
+            lambda i: i["weight_map"].update({"ghost": FIRST}),
+            "index_tensor_missing",
+            {"tensor": "ghost"},
+        ),
+        (lambda i: i["weight_map"].pop(BIAS), "index_without_tensor", {"tensor": BIAS}),
     ],
     ids=range(11),
 )
-def test_an_index_that_disagrees_with_its_shards_is_refused(sharded, change, words):
+def test_an_index_that_disagrees_with_its_shards_is_refused(sharded, change, code, fields):
     manifest = bundle_folder.read(sharded)
     change_index(sharded, change)
-    assert words in refusal(bundle_folder.read, sharded)
-    assert words in refusal(bundle_folder.check_weights, sharded, manifest)
+    expected = HasReason(code, **{name: repr(value) for name, value in fields.items()})
+    assert problems(bundle_folder.read, sharded) == expected
+    assert problems(bundle_folder.check_weights, sharded, manifest) == expected
 
 
 def test_several_shards_without_an_index_are_refused(sharded):
@@ -676,8 +769,12 @@ def test_several_shards_without_an_index_are_refused(sharded):
 def test_a_tensor_in_two_shards_is_refused(sharded):
     shutil.copy(sharded / FIRST, sharded / "more.safetensors")
     rehash(sharded)
-    message = refusal(bundle_folder.read, sharded)
-    assert f"'embed.user.weight' lies in two shards, {FIRST} and more.safetensors" in message
+    assert problems(bundle_folder.read, sharded) == HasReason(
+        "tensor_in_two_shards",
+        tensor="'embed.user.weight'",
+        first=FIRST,
+        second="more.safetensors",
+    )
 
 
 # --- weights ---------------------------------------------------------------------------------
@@ -721,11 +818,10 @@ def test_every_bit_pattern_is_called_finite_exactly_when_torch_says_so(tmp_path,
         if name == "good":
             assert bundle_folder.check_weights(folder, manifest)["w"].dtype in FLOATS
         else:
-            message = refusal(bundle_folder.check_weights, folder, manifest)
-            first = int(bad.nonzero()[0])
-            assert f"'w' has {int(bad.sum())} NaN or infinite value(s), the first at [{first}]" in (
-                message
-            )
+            (problem,) = problems(bundle_folder.check_weights, folder, manifest)
+            place = (int(bad.nonzero()[0]),)
+            fields = {"tensor": "'w'", "count": int(bad.sum()), "place": place}
+            assert problem == Reason("weights_not_finite", **fields)
 
 
 def test_nan_is_found_across_blocks_and_all_bad_tensors_are_told(tmp_path, monkeypatch):
@@ -737,11 +833,13 @@ def test_nan_is_found_across_blocks_and_all_bad_tensors_are_told(tmp_path, monke
     scale[8] = float("inf")
     weights = {"t": table, "s": scale, "ids": torch.full((9,), -1), "fine": torch.ones(100)}
     write_tensors(weights, tmp_path, 500)
-    message = refusal(bundle_folder.check_weights, tmp_path, bundle_folder.seal(tmp_path, **FIELDS))
+    manifest = bundle_folder.seal(tmp_path, **FIELDS)
+    assert set(problems(bundle_folder.check_weights, tmp_path, manifest)) == {
+        Reason("weights_not_finite", tensor="'t'", count=2, place=(17, 3)),
+        Reason("weights_not_finite", tensor="'s'", count=1, place=(8,)),
+    }
+    message = refusal(bundle_folder.check_weights, tmp_path, manifest)
     assert "'t' has 2 NaN or infinite value(s), the first at [17, 3]" in message
-    assert "'s' has 1 NaN or infinite value(s), the first at [8]" in message
-    assert "'ids'" not in message
-    assert "'fine'" not in message
 
 
 def test_a_shard_that_shrinks_while_it_is_read_is_refused(sealed):
@@ -753,35 +851,59 @@ def test_a_shard_that_shrinks_while_it_is_read_is_refused(sealed):
 
 
 @pytest.mark.parametrize(
-    ("ties", "words"),
+    ("ties", "problem"),
     [
-        ({"a": "dense.bia"}, "'a' shares 'dense.bia', which is not stored; there is 'dense.bias'"),
-        ({"dense.bias": "embed.user.weight"}, "'dense.bias' is both tied and stored"),
+        (
+            {"a": "dense.bia"},
+            Reason(
+                "tie_not_stored",
+                alias="'a'",
+                target="'dense.bia'",
+                near=("'dense.bias'", "'embed.genres.weight'"),
+            ),
+        ),
+        ({"dense.bias": "embed.user.weight"}, Reason("tie_stored_too", alias="'dense.bias'")),
     ],
 )
-def test_ties_that_do_not_fit_the_shards_are_refused(tmp_path, ties, words):
+def test_ties_that_do_not_fit_the_shards_are_refused(tmp_path, ties, problem):
     network = Network(architecture=NETWORK.architecture, ties=ties)
     folder = make(tmp_path / "b", network=network)
-    assert words in refusal(bundle_folder.check_weights, folder, bundle_folder.read(folder))
+    (found,) = problems(bundle_folder.check_weights, folder, bundle_folder.read(folder))
+    assert found == problem
 
 
 @pytest.mark.parametrize(
-    ("table", "modules", "words"),
+    ("table", "modules", "problem"),
     [
-        ("embed.users", {}, "'embed.users.weight' is not stored"),
-        ("embed.users", {}, "there is 'embed.user'"),
-        ("dense.bias", {}, "there is 'embed.genres'"),
-        ("flat", {}, "'flat.weight' has shape [3]"),
-        ("embed.user", {"kind": "table", "format": "int8"}, "a table with rows None"),
-        ("embed.user", {"kind": "bag", "format": "x", "settings": {"rows": True}}, "rows True"),
+        (
+            "embed.users",
+            {},
+            HasReason(
+                "table_not_stored",
+                weight="'embed.users.weight'",
+                near=("'embed.user'", "'embed.genres'"),
+            ),
+        ),
+        ("dense.bias", {}, HasReason("table_not_stored", near=("'embed.genres'",))),
+        ("flat", {}, HasReason("table_shape", weight="'flat.weight'", shape=(3,))),
+        (
+            "embed.user",
+            {"kind": "table", "format": "int8"},
+            HasReason("table_record_unusable", kind="table", rows="None"),
+        ),
+        (
+            "embed.user",
+            {"kind": "bag", "format": "x", "settings": {"rows": True}},
+            HasReason("table_record_unusable", kind="bag", rows="True"),
+        ),
         (
             "embed.user",
             {"kind": "linear", "format": "x", "settings": {"rows": 3}},
-            "network.modules has a linear with rows 3",
+            HasReason("table_record_unusable", kind="linear", rows="3"),
         ),
     ],
 )
-def test_an_input_whose_table_is_not_there_is_refused(tmp_path, table, modules, words):
+def test_an_input_whose_table_is_not_there_is_refused(tmp_path, table, modules, problem):
     inputs = [{"kind": "id", "name": "user", "table": table}]
     signature = Signature.model_validate(SIGNATURE.model_dump() | {"inputs": inputs})
     network = Network(
@@ -793,9 +915,11 @@ def test_an_input_whose_table_is_not_there_is_refused(tmp_path, table, modules, 
     )
     facts = bundle_folder.check_weights(tmp_path / "b", manifest)
     facts["flat.weight"] = bundle_folder.TensorFact(shape=(3,), dtype="F32", bytes=12)
-    message = refusal(bundle_folder.table_rows, facts, manifest)
-    assert message.startswith("Inputs and weights do not fit: input 'user'")
-    assert words in message
+    fault = refused(bundle_folder.table_rows, facts, manifest)
+    assert fault.fields["place"] == "Inputs and weights do not fit"
+    (found,) = fault.fields["problems"]
+    assert found == problem
+    assert (found.fields["input"], found.fields["table"]) == ("'user'", repr(table))
 
 
 def test_the_guides_example_is_a_draft_whose_network_can_be_called(tmp_path, monkeypatch):

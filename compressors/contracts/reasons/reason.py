@@ -18,6 +18,7 @@ from pydantic_core import CoreSchema, core_schema
 from compressors.contracts.coded_error import SentenceFormatter, field_names
 from compressors.contracts.reasons import (
     baseline,
+    bundles,
     dense,
     limits,
     pruning,
@@ -38,6 +39,7 @@ SUBJECTS: Mapping[str, Mapping[str, str]] = MappingProxyType(
         "Pruning": pruning.SENTENCES,
         "Rewriting": rewriting.SENTENCES,
         "Training": training.SENTENCES,
+        "Files and paths of a bundle": bundles.SENTENCES,
         "Labels and scores of a bundle": baseline.SENTENCES,
         "Limits and metrics of an order": limits.SENTENCES,
         "Verdicts": verdicts.SENTENCES,
