@@ -135,9 +135,9 @@ def test_sentence_is_made_from_the_fields():
 
 
 def test_lists_and_mappings_are_written_with_the_separator_of_the_sentence():
-    missing, found = ("train", "test"), {"user": "packed", "item": "tied"}
+    missing, found = ("train", "test"), {"user": "packed", "item": ("tied", "small")}
     fault = Example("not_fitting", missing=missing, found=found)
-    assert str(fault) == "train and test are missing; there is user: packed; item: tied."
+    assert str(fault) == "train and test are missing; there is user: packed; item: tied; small."
     assert str(Example("not_fitting", missing=("a",), found={})) == "a are missing; there is none."
 
 

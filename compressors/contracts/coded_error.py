@@ -15,6 +15,7 @@ from typing import Any, ClassVar
 class SentenceFormatter(string.Formatter):
     """Formats a sequence as ``a, b, c``, a mapping as ``a: 1, b: 2``, an empty one as ``none``.
 
+    A sequence in a mapping has ``; `` between its items.
     A format specification of a sequence is the separator instead of ``, ``, except for ``list``,
     which gives each item a line, ``lines``, which does so for more than one item, and ``[]``, which
     writes brackets, also around nothing.
@@ -22,7 +23,7 @@ class SentenceFormatter(string.Formatter):
 
     def format_field(self, value: Any, format_spec: str) -> str:
         if isinstance(value, Mapping):
-            value = [f"{name}: {item}" for name, item in value.items()]
+            value = [f"{name}: {self._item(item)}" for name, item in value.items()]
         if not isinstance(value, list | tuple):
             return str(super().format_field(value, format_spec))
         if format_spec == "lines" and len(value) == 1:
@@ -32,6 +33,9 @@ class SentenceFormatter(string.Formatter):
         if format_spec == "[]":
             return f"[{', '.join(map(str, value))}]"
         return (format_spec or ", ").join(map(str, value)) or "none"
+
+    def _item(self, value: Any) -> str:
+        return self.format_field(value, "; ") if isinstance(value, list | tuple) else str(value)
 
 
 class CodedError(Exception):

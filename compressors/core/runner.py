@@ -282,7 +282,7 @@ def plan_choices(
         raise NothingToCompress(
             "units_missing",
             step=step.kind,
-            reasons={name: choice.reason for name, choice in chosen.items()},
+            reasons={name: choice.reasons for name, choice in chosen.items()},
         )
     rest = {
         unit.name: Choice(False, (Reason("wrong_role", step=step.kind, role=unit.role),))

@@ -189,7 +189,9 @@ def test_a_packed_table_is_not_taken_apart(method, tmp_path):
     packed, bench = ran(RowwiseInt8, "Ranker").result, ran(RowwiseInt8, "Ranker").bench
     with raises_code(NothingToCompress, "units_missing") as caught:
         run(models.default(method), packed, bench, tmp_path / "again")
-    assert caught.value.fields["reasons"]["user"] == "already rowwise_int8"
+    assert caught.value.fields["reasons"]["user"] == (
+        Reason("already_stored", format="rowwise_int8"),
+    )
 
 
 def test_both_protocols_are_not_kept_at_once():

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from compressors.contracts import DenseInput, IdInput, Signature
+from compressors.contracts.reasons import Reason
 from compressors.core.runner import run
 from compressors.errors.compression import NothingToCompress
 from compressors.factorize.low_rank_dense import LowRankDense
@@ -81,7 +82,7 @@ def test_a_layer_with_code_of_its_own_stays_and_the_others_answer_as_before(step
         with raises_code(NothingToCompress, "units_missing") as caught:
             run(step, source, bench, tmp_path / "out")
         assert caught.value.fields["reasons"]["bent"] == (
-            "ReluLinear has a forward method that differs from its base class"
+            Reason("custom_forward", module_class="ReluLinear"),
         )
         return
     made = run(step, source, bench, tmp_path / "out")

@@ -8,6 +8,7 @@ from models import NORMED, RANKER, SEARCHES, TIED, Reference, Step
 from test_steps import every_pair, ran
 
 from compressors.contracts import Bench, Plan, PlanLine, Split
+from compressors.contracts.reasons import Reason
 from compressors.core.dry_run import dry_run
 from compressors.core.runner import run
 from compressors.core.units import stored_bytes
@@ -105,4 +106,4 @@ def test_a_model_is_left_as_it_is():
 def test_what_has_nothing_to_do_says_so():
     with raises_code(NothingToCompress, "units_missing") as caught:
         dry_run(Channels(), TIED.model(), Bench(signature=TIED.signature))
-    assert caught.value.fields["reasons"]["out"] == "has a single output"
+    assert caught.value.fields["reasons"]["out"] == (Reason("one_output"),)

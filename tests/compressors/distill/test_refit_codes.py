@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from compressors.contracts import Bench
+from compressors.contracts.reasons import Reason
 from compressors.core.batches import Rows
 from compressors.core.dry_run import dry_run
 from compressors.core.model import Model
@@ -177,7 +178,7 @@ def test_codes_of_parts_are_refitted_and_the_table_they_make_keeps_its_own(first
 def test_without_codebooks_there_is_nothing_to_refit(bench, tmp_path):
     with raises_code(NothingToCompress, "units_missing") as caught:
         run(RefitCodes(), RANKER.model(), bench, tmp_path)
-    assert caught.value.fields["reasons"]["item"] == "float32 has no codes"
+    assert caught.value.fields["reasons"]["item"] == (Reason("no_codes", format="float32"),)
 
 
 def test_its_plan_is_known_before(bench, tmp_path):

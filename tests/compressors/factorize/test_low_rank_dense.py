@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from chained_networks import CHAIN
-from error_codes import raises_code
+from error_codes import HasReason, raises_code
 from hypothesis import given
 from model_scores import scores_of, stored_bytes
 from models import NORMED, RANKER, TIED, Graph, Reference, whole
@@ -17,6 +17,7 @@ from reason_codes import codes_of, with_code
 from torch import Tensor, nn
 
 from compressors.contracts import Bench, ModuleRecord, TargetKind
+from compressors.contracts.reasons import Reason
 from compressors.core.dry_run import dry_run
 from compressors.core.model import Model
 from compressors.core.modules.factored import FactoredLinear
@@ -204,9 +205,8 @@ def test_two_parts_have_lines_of_their_own_and_the_bytes_of_the_file(tmp_path):
 def test_a_network_of_layers_too_small_says_so(tmp_path):
     with raises_code(NothingToCompress, "units_missing") as caught:
         factorized(TIED, tmp_path)
-    assert (
-        caught.value.fields["reasons"]["out"]
-        == "in rank 1 it would be no smaller: 24 -> 25 weights"
+    assert caught.value.fields["reasons"]["out"] == (
+        Reason("rank_not_smaller", rank=1, before=24, after=25),
     )
 
 
@@ -250,10 +250,8 @@ def test_a_factored_layer_is_not_pruned(tmp_path):
     _, result = factorized(RANKER, tmp_path, layers=("capped",))
     with raises_code(NothingToCompress, "units_missing") as caught:
         run(Channels(), result, RANKER.bench(tmp_path / "data"), tmp_path / "again")
-    assert (
-        caught.value.fields["reasons"]["hidden"]
-        == "'capped' is already factored: prune before factorizing"
-    )
+    reasons = caught.value.fields["reasons"]["hidden"]
+    assert reasons == HasReason("prune_before_factorizing", module="capped")
 
 
 def test_a_narrowed_network_keeps_its_factored_layers(tmp_path):

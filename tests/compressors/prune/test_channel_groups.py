@@ -9,6 +9,7 @@ from reason_codes import with_code
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from compressors.contracts.reasons import Reason
 from compressors.core.dry_run import dry_run
 from compressors.core.runner import run
 from compressors.errors.compression import NothingToCompress
@@ -111,10 +112,9 @@ def test_half_of_a_transformers_multiply_adds_stay(scope, tmp_path):
 def test_a_head_cannot_go_without_its_queries(tmp_path):
     with raises_code(NothingToCompress, "units_missing") as caught:
         cut(Reference(Transformer, HISTORY), tmp_path, layers=("*.k",))
-    assert (
-        caught.value.fields["reasons"]["blocks.0.k"]
-        == "shares heads with 'blocks.0.q': not among *.k"
-    )
+    reasons = caught.value.fields["reasons"]["blocks.0.k"]
+    with_code(reasons, "shares_width", width="heads", layer="blocks.0.q")
+    with_code(reasons, "not_matched", patterns=("*.k",))
 
 
 class Halved(Plain):
@@ -132,4 +132,6 @@ class Halved(Plain):
 def test_half_a_channel_is_no_group(tmp_path):
     with raises_code(NothingToCompress, "units_missing") as caught:
         cut(Reference(Halved, SCHEMA), tmp_path)
-    assert caught.value.fields["reasons"]["hidden"] == "'out' does not grow in proportion to width"
+    assert caught.value.fields["reasons"]["hidden"] == (
+        Reason("grows_differently", module="out", argument="width"),
+    )

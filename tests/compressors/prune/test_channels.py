@@ -4,7 +4,7 @@ import hypothesis.strategies as st
 import models
 import pytest
 import torch
-from error_codes import raises_code
+from error_codes import HasReason, raises_code
 from hypothesis import given
 from models import ATTENTION, NORMED, RANKER, Reference
 from narrow_networks import (
@@ -193,18 +193,18 @@ def test_random_channels_follow_the_seed(tmp_path):
         (
             Reference(Softmaxed, SCHEMA),
             "hidden",
-            "the channels of 'hidden' are mixed on their way to 'out'",
+            Reason("mixed_before_reader", maker="hidden", reader="out"),
         ),
         (
             Reference(Leaking, SCHEMA),
             "hidden",
-            "the channels of 'hidden' reach the score without a dense layer",
+            Reason("channels_reach_score", maker="hidden"),
         ),
-        (ATTENTION, "key", "dim is also a size of 'user'"),
+        (ATTENTION, "key", Reason("size_of_other", argument="dim", module="user")),
         (
             Reference(Plain, SCHEMA, {"width": 8}),
             "hidden",
-            "8 channels: 50% of them, as a multiple of 8, is no fewer",
+            Reason("no_fewer_channels", channels=8, share=0.5, multiple=8),
         ),
     ],
     ids=["softmax", "past the layers", "a table's dimension", "narrow already"],
@@ -212,44 +212,31 @@ def test_random_channels_follow_the_seed(tmp_path):
 def test_a_layer_that_cannot_be_narrower_says_why(reference, layer, reason, tmp_path):
     with raises_code(NothingToCompress, "units_missing") as caught:
         narrowed(reference, tmp_path)
-    assert caught.value.fields["reasons"][layer] == reason
+    assert caught.value.fields["reasons"][layer] == (reason,)
 
 
 def test_a_layer_without_a_number_in_the_configuration_says_so(tmp_path):
     reference = Reference(Fixed, SCHEMA)
     with raises_code(NothingToCompress, "units_missing") as caught:
         narrowed(reference, tmp_path)
-    assert (
-        caught.value.fields["reasons"]["hidden"]
-        == "no number of the architecture's configuration is its width 16"
-    )
+    assert caught.value.fields["reasons"]["hidden"] == (Reason("no_width_argument", outputs=16),)
 
 
 @pytest.mark.parametrize(
     ("network", "signature", "layer", "reason"),
     [
-        (Centred, SCHEMA, "hidden", "read outside of its layers: without some, scores are off by"),
-        (Heads, RATE, "value", "read outside of its layers: without some, scores are off by"),
-        (Halves, SCHEMA, "hidden", "read outside of its layers: without some, scores are off by"),
-        (
-            Remembering,
-            SCHEMA,
-            "hidden",
-            "read outside of its layers: without some, scores are off by",
-        ),
-        (
-            Squeezed,
-            SCHEMA,
-            "hidden",
-            "with width = 64 the network fails",
-        ),
+        (Centred, SCHEMA, "hidden", HasReason("channels_read")),
+        (Heads, RATE, "value", HasReason("channels_read")),
+        (Halves, SCHEMA, "hidden", HasReason("channels_read")),
+        (Remembering, SCHEMA, "hidden", HasReason("channels_read")),
+        (Squeezed, SCHEMA, "hidden", HasReason("narrower_fails", width="width", count=64)),
     ],
     ids=lambda value: getattr(value, "__name__", ""),
 )
 def test_channels_that_code_reads_past_the_layers_stay(network, signature, layer, reason, tmp_path):
     with raises_code(NothingToCompress, "units_missing") as caught:
         narrowed(Reference(network, signature), tmp_path)
-    assert reason in caught.value.fields["reasons"][layer]
+    assert caught.value.fields["reasons"][layer] == reason
 
 
 def test_shared_layers_and_norms_without_weights_are_cut(tmp_path):
@@ -307,13 +294,17 @@ def test_quantized_layers_are_pruned_before(tmp_path):
     packed = run(StaticInt8(), NORMED.model(), bench, tmp_path / "packed")
     with raises_code(NothingToCompress, "units_missing") as caught:
         run(Channels(), packed, bench, tmp_path / "out")
-    assert caught.value.fields["reasons"]["hidden"] == "already static_int8"
+    assert caught.value.fields["reasons"]["hidden"] == (
+        Reason("already_stored", format="static_int8"),
+    )
 
 
 def test_a_layer_that_shares_its_width_with_one_left_out_stays(tmp_path):
     with raises_code(NothingToCompress, "units_missing") as caught:
         narrowed(BRANCHED, tmp_path, layers=("left",))
-    assert caught.value.fields["reasons"]["left"] == "shares left with 'again': not among left"
+    reasons = caught.value.fields["reasons"]["left"]
+    with_code(reasons, "shares_width", width="left", layer="again")
+    with_code(reasons, "not_matched", patterns=("left",))
 
 
 def test_the_plan_says_what_became_of_every_layer(tmp_path):

@@ -3,7 +3,7 @@
 import models
 import pytest
 import torch
-from error_codes import raises_code
+from error_codes import HasReason, raises_code
 from models import QUICKLY, RANKER, Reference, prepared
 from narrow_networks import HISTORY, RETRIEVAL, SCHEMA, Crossed, Towers, Transformer
 from reason_codes import with_code
@@ -168,18 +168,18 @@ def test_a_loss_that_is_not_allowed_keeps_the_layer(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("reference", "reason"),
+    ("reference", "code"),
     [
-        (Reference(Weighted, SCHEMA), "is another network than one that skips it"),
-        (RANKER, "no number or list of the architecture's configuration counts this layer"),
-        (Reference(Crossed, SCHEMA, {"cross_layers": 1, "hidden": [20, 12]}), "does not fit"),
+        (Reference(Weighted, SCHEMA), "not_the_skipping_network"),
+        (RANKER, "no_layer_count"),
+        (Reference(Crossed, SCHEMA, {"cross_layers": 1, "hidden": [20, 12]}), "rest_does_not_fit"),
     ],
     ids=["weighted", "uncounted", "unequal"],
 )
-def test_layers_that_have_to_stay_say_why(reference, reason, tmp_path):
+def test_layers_that_have_to_stay_say_why(reference, code, tmp_path):
     with raises_code(NothingToCompress, "units_missing") as caught:
         dropped(reference, tmp_path)
-    assert any(reason in found for found in caught.value.fields["reasons"].values())
+    assert HasReason(code) in caught.value.fields["reasons"].values()
 
 
 def test_layers_that_earlier_steps_treat_unlike_stay(tmp_path):
@@ -187,14 +187,14 @@ def test_layers_that_earlier_steps_treat_unlike_stay(tmp_path):
     one = run(Magnitude(layers=("up.1",)), DEEP.model(), bench, tmp_path / "one")
     with raises_code(NothingToCompress, "units_missing") as caught:
         run(DropLayers(layers=("up.*", "down.*")), one, bench, tmp_path / "out")
-    assert (
-        caught.value.fields["reasons"]["down.0"]
-        == "earlier steps treat the layers of cross_layers differently: drop layers first"
-    )
+    reasons = caught.value.fields["reasons"]["down.0"]
+    assert reasons == HasReason("treated_differently", argument="cross_layers")
     packed = run(StaticInt8(), DEEP.model(), bench, tmp_path / "packed")
     with raises_code(NothingToCompress, "units_missing") as caught:
         run(DropLayers(), packed, bench, tmp_path / "out")
-    assert caught.value.fields["reasons"]["down.0"] == "already static_int8"
+    assert caught.value.fields["reasons"]["down.0"] == (
+        Reason("already_stored", format="static_int8"),
+    )
 
 
 def test_a_shorter_network_is_distilled_and_quantized_like_any_other(tmp_path):

@@ -9,6 +9,7 @@ from models import NORMED, QUICKLY, RANKER, Reference, example, prepared
 from narrow_networks import SCHEMA, Branched
 from reason_codes import codes_of, with_code
 
+from compressors.contracts.reasons import Reason
 from compressors.core.runner import run
 from compressors.distill.fine_tune import FineTune
 from compressors.errors.compression import NothingToCompress
@@ -155,4 +156,6 @@ def test_packed_layers_have_nothing_to_penalize(tmp_path):
     packed = run(StaticInt8(), NORMED.model(), bench, tmp_path / "packed")
     with raises_code(NothingToCompress, "units_missing") as caught:
         run(L1Training(training=QUICKLY), packed, bench, tmp_path / "out")
-    assert caught.value.fields["reasons"]["hidden"] == "already static_int8"
+    assert caught.value.fields["reasons"]["hidden"] == (
+        Reason("already_stored", format="static_int8"),
+    )

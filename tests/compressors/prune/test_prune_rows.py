@@ -7,6 +7,7 @@ from models import RANKER
 from reason_codes import with_code
 
 from compressors.contracts import Bench
+from compressors.contracts.reasons import Reason
 from compressors.core.runner import run
 from compressors.errors.compression import NothingToCompress
 from compressors.prune.tables.cluster_rows import ClusterRows
@@ -100,7 +101,9 @@ def test_a_table_whose_map_would_cost_more_stays(tmp_path):
     step = PruneRows(tables=("city",), keep=0.99, pruned="shared")
     with raises_code(NothingToCompress, "units_missing") as caught:
         run(step, RANKER.model(), RANKER.bench(tmp_path / "data"), tmp_path / "out")
-    assert caught.value.fields["reasons"]["city"] == "9 x 6 would be no smaller: 216 -> 229 bytes"
+    assert caught.value.fields["reasons"]["city"] == (
+        Reason("not_smaller_composed", rows=9, dim=6, before=216, after=229),
+    )
 
 
 def test_the_only_row_of_a_table_stays(tmp_path):

@@ -9,7 +9,7 @@ import onnx
 import pytest
 import torch
 from chained_networks import BLOCK, NORM_FIRST, NormFirst
-from error_codes import raises_code
+from error_codes import HasReason, raises_code
 from hypothesis import given
 from model_scores import float32_rounding, scores_of
 from models import NORMED, RANKER, Reference, whole
@@ -122,7 +122,7 @@ def test_the_affine_part_of_a_norm_goes_into_all_that_reads_it(tmp_path):
         assert result.plan.of(name).reasons == (Reason("norm_folded", step="fold", norm="first"),)
     with raises_code(NothingToCompress, "units_missing") as caught:
         run(Fold(), result, BLOCK.bench(tmp_path / "data"), tmp_path / "again")
-    assert caught.value.fields["reasons"]["query"] == "first has no affine part any more"
+    assert caught.value.fields["reasons"]["query"] == (Reason("norm_already_folded", norm="first"),)
 
 
 def test_a_layer_without_bias_cannot_take_an_offset(tmp_path):
@@ -227,7 +227,7 @@ def test_a_constant_needs_a_bias_to_live_on_in(tmp_path):
     bench = RANKER.bench(tmp_path / "data")
     with raises_code(NothingToCompress, "units_missing") as caught:
         run(Fold(), source, bench, tmp_path / "out")
-    assert caught.value.fields["reasons"]["cross"] == "no norm to fold, no dead channel"
+    assert caught.value.fields["reasons"]["cross"] == (Reason("nothing_to_fold"),)
 
 
 def test_layers_of_one_number_lose_as_many_as_the_poorest_has(tmp_path):
@@ -263,9 +263,9 @@ def test_a_norm_that_other_code_reads_stays(tmp_path):
     reference = Reference(Peeking, SCHEMA)
     with raises_code(NothingToCompress, "units_missing") as caught:
         folded(reference, tmp_path)
-    assert (
-        caught.value.fields["reasons"]["hidden"]
-        == "'norm', which reads it, has a weight that other code reads"
+    why = Reason("weight_read_elsewhere")
+    assert caught.value.fields["reasons"]["hidden"] == HasReason(
+        "reader_closed", reader="norm", why=why
     )
 
 

@@ -125,9 +125,7 @@ def test_what_stays_is_told_why(tmp_path):
     assert plan.of("out").reasons == (Reason("output_enters", operator="squeeze"),)
     with raises_code(NothingToCompress, "units_missing") as caught:
         run(Equalize(), NORMED.model(), NORMED.bench(tmp_path / "n"), tmp_path / "n/out")
-    assert (
-        caught.value.fields["reasons"]["hidden"] == "norm, which reads it, is a norm: fold it first"
-    )
+    assert caught.value.fields["reasons"]["hidden"] == (Reason("reader_is_norm", reader="norm"),)
 
 
 def test_layers_that_are_not_named_keep_what_they_have(tmp_path):
