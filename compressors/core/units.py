@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
-from compressors.contracts.reasons import Reason, joined
+from compressors.contracts.reasons import Reason
 from compressors.core.modules.composed import ComposedTable
 from compressors.core.modules.factored import FACTORED, PARTS, FactoredLinear
 from compressors.core.modules.formats import (
@@ -71,11 +71,6 @@ class Choice:
 
     take: bool
     reasons: tuple[Reason, ...]
-
-    @property
-    def reason(self) -> str:
-        """The reasons as a sentence."""
-        return joined(self.reasons)
 
 
 def innermost(name: str, units: Collection[str]) -> str | None:
