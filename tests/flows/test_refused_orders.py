@@ -8,8 +8,12 @@ from typing import NamedTuple
 
 import pytest
 from drafts import ALLOWED, write_draft
+from error_codes import raises_code
 
+from compressors.contracts.value_errors import value_error
 from flows.cli import app
+from flows.cli.orders import terms
+from infra.errors import CommandRefused
 from tasks.bundles.packing import pack
 
 TYPED = [
@@ -65,6 +69,19 @@ def refused(ended: Ended, *words: str) -> None:
     assert "Traceback" not in ended.err
     for word in words:
         assert word in ended.err, ended.err
+
+
+@pytest.mark.parametrize(
+    ("typed", "code", "problem"),
+    [
+        ("auc > 0.5", "limit_unreadable", str(value_error("limit_form", text="auc > 0.5"))),
+        ("auc >= -0.1", "limit_invalid", str(value_error("absolute_bound_negative", metric="auc"))),
+        ("auc >= nan", "limit_invalid", "Input should be a finite number (found 'nan')"),
+    ],
+)
+def test_limit_is_refused_with_what_was_found_unless_our_sentence_says_it(typed, code, problem):
+    with raises_code(CommandRefused, code, problem=problem):
+        terms("clicks", "safe", [typed], None, [], promote=False, seed=0)
 
 
 @pytest.mark.parametrize(("typed", "meant"), TYPED)

@@ -32,6 +32,7 @@ from compressors.contracts import (
     Signature,
     tensor_names,
 )
+from compressors.contracts.value_errors import value_error
 from compressors.core.state.module_state import write_tensors
 from infra.bundle import bundle_folder, shards
 from infra.bundle.architecture import network_class
@@ -463,6 +464,17 @@ def test_a_wrong_field_is_named_with_its_place(sealed, path, value, words):
         document["signature"]["inputs"][1]["columns"] = ["user"]
         words = "inputs share the name(s) user"
     assert words in refusal(bundle_folder.read, sealed)
+
+
+def test_wrong_field_is_shown_with_its_input_unless_our_sentence_says_it(sealed):
+    document = document_of(sealed)
+    document["signature"]["inputs"][1]["shape"] = [0]
+    document["version"] = ""
+    reseal(sealed, document)
+    found = refused(bundle_folder.read, sealed).fields["problems"]
+    assert found[0].endswith("; found ''.")
+    sentence = value_error("bag_shape_form", name="genres")
+    assert found[1] == f"signature.inputs[1]: {sentence}."
 
 
 def test_all_wrong_fields_are_told_at_once_up_to_a_limit(draft):
