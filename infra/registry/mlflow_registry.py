@@ -251,7 +251,9 @@ class Registry:
                 uri, options = bare_database(uri)
                 pass_to_driver(uri, options)
             client = MlflowClient(tracking_uri=uri, registry_uri=uri)
-            client.search_registered_models(max_results=1)  # checks the tables
+            # Opens the store, which checks the tables. No model has this name, so that no model
+            # is loaded with its versions and tags.
+            client.search_registered_models("name = ''", max_results=1)
         return client
 
     @contextmanager

@@ -1,6 +1,8 @@
 """A home with an empty registry of its own for every test that publishes."""
 
 import shutil
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -16,12 +18,16 @@ def empty_registry(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return file
 
 
+def _use_home(folder: Path, empty_registry: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RECPRESS_HOME", str(folder / "recpress"))
+    (folder / "recpress").mkdir()
+    shutil.copy(empty_registry, folder / "recpress" / "registry.db")
+    monkeypatch.setenv("RECPRESS_USER", "tester")
+
+
 @pytest.fixture
 def home(empty_registry: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv("RECPRESS_HOME", str(tmp_path / "recpress"))
-    (tmp_path / "recpress").mkdir()
-    shutil.copy(empty_registry, tmp_path / "recpress" / "registry.db")
-    monkeypatch.setenv("RECPRESS_USER", "tester")
+    _use_home(tmp_path, empty_registry, monkeypatch)
     return tmp_path
 
 
@@ -30,3 +36,45 @@ def triton(home: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The repository that follows."""
     monkeypatch.setenv("RECPRESS_TRITON", str(home / "triton"))
     return home / "triton"
+
+
+@pytest.fixture(scope="session")
+def prepared_home(
+    empty_registry: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str, str], Path]:
+    """Homes with orders of the model "m", published once for all tests that start with them."""
+    from triton_versions import published
+
+    from tasks.promotion.promotions import promote
+
+    @cache
+    def prepare(orders: str, promoted: str) -> Path:
+        folder = tmp_path_factory.mktemp("prepared")
+        with pytest.MonkeyPatch.context() as monkeypatch:
+            _use_home(folder, empty_registry, monkeypatch)
+            monkeypatch.setenv("RECPRESS_TRITON", str(folder / "triton"))
+            monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+            for digit in orders:
+                published(folder, digit)
+            for digit in promoted:
+                promote("m", str(orders.index(digit) + 1), "")
+        return folder
+
+    return prepare
+
+
+@pytest.fixture
+def fill(
+    home: Path, prepared_home: Callable[[str, str], Path]
+) -> Callable[[str, str], tuple[str, ...]]:
+    """Publish orders in an empty home, then promote some of them: ``fill("abc", "ab")``.
+
+    The promotions are followed in ``home / "triton"``. What is filled in is a copy: references in
+    a home have no root (``test_moved_home.py``).
+    """
+
+    def copy(orders: str, promoted: str) -> tuple[str, ...]:
+        shutil.copytree(prepared_home(orders, promoted), home, dirs_exist_ok=True)
+        return tuple(str(number) for number in range(1, len(orders) + 1))
+
+    return copy

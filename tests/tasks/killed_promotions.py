@@ -99,8 +99,12 @@ def kill_everywhere(name: str, step: int) -> None:
         decide(command)
         return last[0]
 
+    def again() -> str:
+        result = decide(command)
+        return json.dumps({"again": result} | state())
+
     total = int(in_child(counted)[1])
-    last = 3 if step > 100 else 6
+    last = (3 if name == "rollback" else 1) if step > 100 else 6
     for number in sorted({*range(1, total + 1, step), *range(total + 1 - last, total + 1)}):
         restored()
 
@@ -111,9 +115,8 @@ def kill_everywhere(name: str, step: int) -> None:
         was_killed = in_child(killed)[0] == 9
         if reader:
             in_child(lambda: version_report("m", "@champion"))
-        again = in_child(lambda: decide(command))[1]
-        line = {"command": name, "at": number, "of": total, "killed": was_killed, "again": again}
-        show(line | json.loads(in_child(json_state)[1]))
+        line = {"command": name, "at": number, "of": total, "killed": was_killed}
+        show(line | json.loads(in_child(again)[1]))
 
 
 def race(command: str, count: int) -> None:

@@ -9,7 +9,7 @@ import pytest
 from error_codes import raises_code
 from reports import stored
 from triton_configs import served_by
-from triton_versions import body, published
+from triton_versions import Fill, body, published
 
 from compressors.contracts import Estimate, Judgement, Limit
 from infra.errors import ArtifactDamaged, PromotionRefused, RecordRefused, Refused, TritonRefused
@@ -82,10 +82,9 @@ def test_the_champion_is_found_by_its_order_under_another_number(
 
 
 def test_a_rollback_goes_to_the_order_before_whatever_its_number_is(
-    home: Path, lose: Callable[[], None]
+    home: Path, fill: Fill, lose: Callable[[], None]
 ) -> None:
-    for digit in "ab":
-        promote("m", published(home, digit).version, "")
+    fill("ab", "ab")
     lose()
     for digit in "cba":
         published(home, digit)
@@ -95,10 +94,9 @@ def test_a_rollback_goes_to_the_order_before_whatever_its_number_is(
 
 
 def test_a_champion_that_the_registry_does_not_have_is_refused_on_every_path(
-    home: Path, triton: Path, lose: Callable[[], None]
+    home: Path, fill: Fill, triton: Path, lose: Callable[[], None]
 ) -> None:
-    for digit in "ab":
-        promote("m", published(home, digit).version, "")
+    fill("ab", "ab")
     lose()
     other = published(home, "c").version  # version 1, as order a was
     registry().point("m", "champion", other)
@@ -147,9 +145,9 @@ def test_restoring_a_lost_registry_registers_every_result_under_its_number(
 
 
 def test_a_new_champion_does_not_overwrite_the_files_a_server_reads(
-    home: Path, triton: Path, lose: Callable[[], None]
+    home: Path, fill: Fill, triton: Path, lose: Callable[[], None]
 ) -> None:
-    promote("m", published(home, "a").version, "")
+    fill("a", "a")
     lose()
     other = published(home, "b").version
     with raises_code(TritonRefused, "version_of_other_order", version=1, model="m"):
@@ -161,8 +159,10 @@ def test_a_new_champion_does_not_overwrite_the_files_a_server_reads(
     assert (triton / "m" / "2" / "model.onnx").read_bytes() == body("a")
 
 
-def test_an_order_is_promoted_by_its_digest(home: Path, lose: Callable[[], None]) -> None:
-    published(home, "a")
+def test_an_order_is_promoted_by_its_digest(
+    home: Path, fill: Fill, lose: Callable[[], None]
+) -> None:
+    fill("a", "")
     lose()
     published(home, "b")
     with raises_code(PromotionRefused, "order_not_registered", order=A, model="m"):
@@ -191,9 +191,10 @@ def change_entry(sequence: int, old: str, new: str) -> None:
         ('"by": "tester"', '"by": "tesser"'),
     ],
 )
-def test_one_changed_value_of_an_entry_is_damage(home: Path, old: str, new: str) -> None:
-    for digit in "ab":
-        promote("m", published(home, digit).version, "")
+def test_one_changed_value_of_an_entry_is_damage(
+    home: Path, fill: Fill, old: str, new: str
+) -> None:
+    fill("ab", "ab")
     change_entry(2, old, new)
     for use in (lambda: version_report("m", "@champion"), lambda: rollback("m", "")):
         with pytest.raises(ArtifactDamaged) as caught:
@@ -209,9 +210,8 @@ def without_digests(entries: tuple[Entry, ...]) -> None:
         store().write(f"ledger/m/{entry.sequence:08d}.json", text.encode())
 
 
-def test_a_ledger_of_an_earlier_version_is_read_and_continued(home: Path) -> None:
-    for digit in "ab":
-        promote("m", published(home, digit).version, "")
+def test_a_ledger_of_an_earlier_version_is_read_and_continued(home: Path, fill: Fill) -> None:
+    fill("ab", "ab")
     rollback("m", "")
     without_digests(Ledger(store(), "m").entries())
     promote("m", published(home, "c").version, "")
@@ -223,9 +223,8 @@ def test_a_ledger_of_an_earlier_version_is_read_and_continued(home: Path) -> Non
     assert caught.value.fields["changed"].endswith("00000004.json or the entry before it")
 
 
-def test_a_digest_that_was_removed_is_damage(home: Path) -> None:
-    for digit in "ab":
-        promote("m", published(home, digit).version, "")
+def test_a_digest_that_was_removed_is_damage(home: Path, fill: Fill) -> None:
+    fill("ab", "ab")
     without_digests(Ledger(store(), "m").entries()[1:])
     with raises_code(ArtifactDamaged, "ledger_digest_missing"):
         Ledger(store(), "m").entries()
@@ -233,9 +232,9 @@ def test_a_digest_that_was_removed_is_damage(home: Path) -> None:
 
 @pytest.mark.parametrize("order", [C, f"{'a' * 63}b", "?"])
 def test_an_entry_of_an_earlier_version_with_another_order_serves_nothing(
-    home: Path, order: str
+    home: Path, fill: Fill, order: str
 ) -> None:
-    promote("m", published(home, "a").version, "")
+    fill("a", "a")
     published(home, "c", outcomes={"onnxruntime": "rejected"})
     (entry,) = Ledger(store(), "m").entries()
     without_digests((entry.model_copy(update={"order": order}),))

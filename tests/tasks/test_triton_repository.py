@@ -11,7 +11,7 @@ from pairwise import parametrize_pairwise
 from pbtxt_reader import read
 from reports import report, stored
 from triton_configs import served_by
-from triton_versions import body, champion, published
+from triton_versions import Fill, body, champion, published
 
 from infra.errors import AlreadyThere, StoreUnavailable, TritonRefused
 from infra.registry.ledger import Ledger
@@ -32,8 +32,8 @@ from tasks.promotion.promotions import (
 # --- following ------------------------------------------------------------------------------
 
 
-def test_promotions_and_rollbacks_are_followed(home: Path, triton: Path) -> None:
-    one, two = published(home, "a").version, published(home, "b").version
+def test_promotions_and_rollbacks_are_followed(home: Path, fill: Fill, triton: Path) -> None:
+    one, two = fill("ab", "")
     assert not triton.exists()
     promote("m", one, "")
     assert served_by(triton) == (one, body("a"))
@@ -45,15 +45,16 @@ def test_promotions_and_rollbacks_are_followed(home: Path, triton: Path) -> None
     assert sorted(path.name for path in triton.iterdir()) == ["m"]
 
 
-def test_without_the_setting_nothing_is_laid_out(home: Path) -> None:
-    promote("m", published(home, "a").version, "")
+def test_without_the_setting_nothing_is_laid_out(home: Path, fill: Fill) -> None:
+    (one,) = fill("a", "")
+    promote("m", one, "")
     assert list(home.rglob("config.pbtxt")) == []
 
 
 def test_a_repository_set_up_later_is_filled_by_the_next_repair(
-    home: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    home: Path, fill: Fill, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    one = published(home, "a").version
+    (one,) = fill("a", "")
     promote("m", one, "")
     monkeypatch.setenv("RECPRESS_TRITON", str(home / "late"))
     repair("m")
@@ -64,10 +65,10 @@ def test_a_repository_set_up_later_is_filled_by_the_next_repair(
     assert caplog.text == ""
 
 
-def test_what_somebody_changed_or_removed_is_put_right(home: Path, triton: Path) -> None:
-    one, two = published(home, "a").version, published(home, "b").version
-    promote("m", one, "")
-    promote("m", two, "")
+def test_what_somebody_changed_or_removed_is_put_right(
+    home: Path, fill: Fill, triton: Path
+) -> None:
+    one, two = fill("ab", "ab")
     config = triton / "m" / "config.pbtxt"
     good = config.read_bytes()
     config.chmod(0o644)
@@ -80,9 +81,9 @@ def test_what_somebody_changed_or_removed_is_put_right(home: Path, triton: Path)
 
 
 def test_a_file_left_from_another_registry_is_compared_byte_by_byte(
-    home: Path, triton: Path
+    home: Path, fill: Fill, triton: Path
 ) -> None:
-    one = published(home, "a").version
+    (one,) = fill("a", "")
     left = triton / "m" / one / "model.onnx"
     left.parent.mkdir(parents=True)
     left.write_bytes(body("f"))  # the same size
@@ -110,9 +111,9 @@ def test_large_weights_beside_the_graph_are_in_place_before_it(
 
 
 def test_a_promotion_that_lost_a_race_changes_nothing_that_is_served(
-    home: Path, triton: Path, monkeypatch: pytest.MonkeyPatch
+    home: Path, fill: Fill, triton: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    one, two = published(home, "a").version, published(home, "b").version
+    one, two = fill("ab", "")
     real = Ledger.entries
 
     def and_meanwhile(ledger: Ledger) -> object:
@@ -128,9 +129,9 @@ def test_a_promotion_that_lost_a_race_changes_nothing_that_is_served(
 
 
 def test_whoever_writes_last_looks_again_who_is_champion(
-    home: Path, triton: Path, monkeypatch: pytest.MonkeyPatch
+    home: Path, fill: Fill, triton: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    one, two = published(home, "a").version, published(home, "b").version
+    one, two = fill("ab", "")
     real = Folder.write
 
     def and_meanwhile(place: Folder, key: str, body: bytes) -> None:
@@ -192,10 +193,9 @@ WRITES = 4  # the file, the ledger, the alias, the configuration
     after={"before": False, "after": True},
 )
 def test_a_promotion_that_dies_leaves_old_or_new_and_is_mended(
-    home: Path, triton: Path, at: int, after: bool, mend: str
+    home: Path, fill: Fill, triton: Path, at: int, after: bool, mend: str
 ) -> None:
-    one, two = published(home, "a").version, published(home, "b").version
-    promote("m", one, "")
+    one, two = fill("ab", "a")
     whole = {(one, body("a")), (two, body("b"))}
     with pytest.MonkeyPatch.context() as patch:
         dying(patch, at, after=after)
@@ -221,12 +221,10 @@ def test_a_promotion_that_dies_leaves_old_or_new_and_is_mended(
 @pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
 @pytest.mark.parametrize("at", range(1, WRITES))
 def test_a_rollback_that_dies_leaves_old_or_new_and_is_mended(
-    home: Path, triton: Path, at: int, after: bool
+    home: Path, fill: Fill, triton: Path, at: int, after: bool
 ) -> None:
     """The earlier version's file is there already: three writes."""
-    one, two = published(home, "a").version, published(home, "b").version
-    promote("m", one, "")
-    promote("m", two, "")
+    one, two = fill("ab", "ab")
     with pytest.MonkeyPatch.context() as patch:
         dying(patch, at, after=after)
         with pytest.raises(Died):
@@ -242,8 +240,10 @@ def test_a_rollback_that_dies_leaves_old_or_new_and_is_mended(
     assert served_by(triton) == (one, body("a"))
 
 
-def test_the_writes_of_a_promotion_are_the_four_that_are_cut(home: Path, triton: Path) -> None:
-    one = published(home, "a").version
+def test_the_writes_of_a_promotion_are_the_four_that_are_cut(
+    home: Path, fill: Fill, triton: Path
+) -> None:
+    (one,) = fill("a", "")
     with pytest.MonkeyPatch.context() as patch:
         writes = dying(patch, 99, after=False)
         promote("m", one, "")
@@ -251,9 +251,9 @@ def test_the_writes_of_a_promotion_are_the_four_that_are_cut(home: Path, triton:
 
 
 def test_a_first_promotion_that_dies_serves_nothing_before_the_ledger_does(
-    home: Path, triton: Path
+    home: Path, fill: Fill, triton: Path
 ) -> None:
-    one = published(home, "a").version
+    (one,) = fill("a", "")
     for at in (1, 2):
         with pytest.MonkeyPatch.context() as patch:
             dying(patch, at, after=False)
@@ -264,9 +264,9 @@ def test_a_first_promotion_that_dies_serves_nothing_before_the_ledger_does(
 
 
 def test_a_repository_that_does_not_answer_stops_a_promotion_before_the_ledger(
-    home: Path, monkeypatch: pytest.MonkeyPatch
+    home: Path, fill: Fill, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    one = published(home, "a").version
+    (one,) = fill("a", "")
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "k")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "s")
@@ -277,10 +277,9 @@ def test_a_repository_that_does_not_answer_stops_a_promotion_before_the_ledger(
 
 
 def test_reading_the_champion_does_not_need_the_repository(
-    home: Path, triton: Path, caplog: pytest.LogCaptureFixture
+    home: Path, fill: Fill, triton: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    one = published(home, "a").version
-    promote("m", one, "")
+    (one,) = fill("a", "a")
     config = triton / "m" / "config.pbtxt"
     config.chmod(0o644)
     config.write_text("mine")
@@ -295,11 +294,11 @@ def test_reading_the_champion_does_not_need_the_repository(
 
 
 def test_a_bucket_follows_as_a_folder_does(
-    home: Path, s3: Any, monkeypatch: pytest.MonkeyPatch
+    home: Path, fill: Fill, s3: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     root = f"s3://models/triton-{time.time_ns()}"
     monkeypatch.setenv("RECPRESS_TRITON", root)
-    one, two = published(home, "a").version, published(home, "b").version
+    one, two = fill("ab", "")
     promote("m", one, "")
     promote("m", two, "")
     bucket = Store(root)

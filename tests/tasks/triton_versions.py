@@ -1,5 +1,6 @@
 """Published versions of a model 'm' for tests of the Triton repository."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,9 @@ from tasks.orchestration.documents import Finished, Report
 from tasks.orchestration.workspace import store
 
 GOOD: dict[TargetKind, Outcome] = {"onnxruntime": "accepted", "tensorrt-rtx": "built-unmeasured"}
+
+Fill = Callable[[str, str], tuple[str, ...]]
+"""The fixture ``fill``: orders to publish, those of them to promote -> their versions."""
 
 
 def published(home: Path, digit: str, **more: Any) -> Finished:
