@@ -123,9 +123,9 @@ def validate(
     }
     starts = {split: _start(known, read[split].time) for split, known in facts.items()}
     findings: list[Finding] = []
-    with _TURN, _quiet_session() as session:
+    with _TURN, _quiet_frames() as frames:
         for split, known in facts.items():
-            findings += _check_split(session, known, checks[split], starts)
+            findings += _check_split(frames, known, checks[split], starts)
     intended = sum(map(len, checks.values()))
     evaluated = sum(finding.evaluated for finding in findings)
     held = all(finding.success for finding in findings)
@@ -202,7 +202,7 @@ def _start(known: _Facts, column: str | None) -> Any:
 
 
 def _check_split(
-    session: Any, known: _Facts, checks: list[Check], starts: dict[str, Any]
+    frames: Any, known: _Facts, checks: list[Check], starts: dict[str, Any]
 ) -> list[Finding]:
     """Run a split's checks, one suite per frame; findings in the order of the checks."""
     findings: dict[int, Finding] = {}
@@ -216,7 +216,7 @@ def _check_split(
     for frame, places in suites.items():
         suite = [checks[place] for place in places]
         entries = _frame(frame, suite, known, starts)
-        findings |= zip(places, _run(session, entries, suite, known, starts), strict=True)
+        findings |= zip(places, _run(frames, entries, suite, known, starts), strict=True)
     return [findings[place] for place in range(len(checks))]
 
 
@@ -296,8 +296,11 @@ def _series(column: pa.Array) -> "pd.Series[Any]":
 
 
 @contextmanager
-def _quiet_session() -> Iterator[Any]:
-    """A context that lives in memory: no files, no telemetry, no progress bars, no log lines."""
+def _quiet_frames() -> Iterator[Any]:
+    """Give a definition of batches that are whole frames, in a context that lives in memory.
+
+    Great Expectations writes no files, telemetry, progress bars or log lines meanwhile.
+    """
     import great_expectations as gx
 
     # What goes wrong inside an expectation is in its result, and from there in a finding. Its
@@ -309,15 +312,15 @@ def _quiet_session() -> Iterator[Any]:
     try:
         context = gx.get_context(mode="ephemeral")
         context.variables.progress_bars = {"globally": False, "metric_calculations": False}
-        context.data_sources.add_pandas(FRAMES)
-        yield context
+        asset = context.data_sources.add_pandas(FRAMES).add_dataframe_asset(FRAMES)
+        yield asset.add_batch_definition_whole_dataframe(FRAMES)
     finally:
         log.removeHandler(wall)
         log.propagate = passes_on
 
 
 def _run(
-    context: Any,
+    frames: Any,
     entries: "pd.DataFrame",
     suite: list[Check],
     known: _Facts,
@@ -327,18 +330,10 @@ def _run(
     import great_expectations as gx
     from great_expectations.exceptions import GreatExpectationsError
 
-    # Names need only differ: the context is gone after the validation.
-    name = f"suite-{len(list(context.suites.all()))}"
     wanted = [_expectation(check, place) for place, check in enumerate(suite)]
     try:
-        asset = context.data_sources.get(FRAMES).add_dataframe_asset(name)
-        definition = gx.ValidationDefinition(
-            name=name,
-            data=asset.add_batch_definition_whole_dataframe(name),
-            suite=context.suites.add(gx.ExpectationSuite(name, expectations=wanted)),
-        )
-        ran = context.validation_definitions.add(definition).run(
-            batch_parameters={"dataframe": entries},
+        ran = frames.get_batch({"dataframe": entries}).validate(
+            gx.ExpectationSuite(FRAMES, expectations=wanted),
             result_format={
                 "result_format": "SUMMARY",
                 "partial_unexpected_count": ENTRIES_ASKED,

@@ -19,7 +19,15 @@ from compressors.prune.dense.l1_training import L1Training
 from infra.bundle.bundle_folder import read
 from tasks.bundles.loading import bench_of, split_of
 from tasks.bundles.packing import pack
-from tasks.orchestration.data_parallel import StepResult, Work, run_step, run_step_on_devices
+from tasks.orchestration.data_parallel import (
+    Outcome,
+    SharedWork,
+    StepResult,
+    Work,
+    run_rank,
+    run_step,
+    run_step_on_devices,
+)
 from tasks.orchestration.workspace import local
 from tasks.prepare import prepare
 
@@ -66,13 +74,26 @@ def test_two_processes_learn_what_one_learns(work: Work, tmp_path: Path) -> None
         assert float(gap.max()) < moved / 5, name
 
 
+WILD = FineTune(training=HOW.model_copy(update={"learning_rate": 1e30, "warmup": 0}))
+
+
+@pytest.mark.nightly
 def test_a_training_that_diverges_in_two_processes_is_refused_like_one(
     work: Work, tmp_path: Path
 ) -> None:
-    wild = FineTune(training=HOW.model_copy(update={"learning_rate": 1e30, "warmup": 0}))
     with raises_code(StepRefused, "device_processes_failed") as caught:
-        run_step_on_devices(work.model_copy(update={"step": wild}), PAIR, tmp_path / "made")
+        run_step_on_devices(work.model_copy(update={"step": WILD}), PAIR, tmp_path / "made")
     assert "Training diverged: the loss is" in caught.value.fields["problem"]
+
+
+def test_a_training_that_diverges_is_the_outcome_of_its_rank(work: Work, tmp_path: Path) -> None:
+    wild = work.model_copy(update={"step": WILD})
+    shared = SharedWork(work=wild, devices=("cpu",), folder=str(tmp_path / "made"))
+    run_rank(0, shared.model_dump_json(), str(tmp_path))
+    outcome = Outcome.model_validate_json((tmp_path / "outcome.json").read_text())
+    assert outcome.network is None
+    assert outcome.refused is not None
+    assert "Training diverged: the loss is" in outcome.refused
 
 
 def test_a_device_that_is_not_there_is_refused_before_anything_starts(
