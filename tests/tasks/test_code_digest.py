@@ -15,7 +15,7 @@ from tasks.orchestration.code_digest import ROOT, code_digest, imported_sources
 
 LOADED = """
 import json, os, sys
-import prefect, torch, onnx, mlflow, great_expectations  # once for all, they take seconds
+import onnx, onnxscript, pandas, prefect, scipy.optimize, torch  # once for all, they take seconds
 names = sys.argv[1:]
 for name in names:
     read, write = os.pipe()

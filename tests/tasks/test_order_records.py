@@ -9,20 +9,18 @@ from pathlib import Path
 import pytest
 from drafts import ALLOWED, write_draft
 from error_codes import raises_code
-from reports import report
+from triton_versions import Fill, published
 
-from compressors.contracts import Artifact, Outcome, TargetKind
+from compressors.contracts import Artifact
 from infra.errors import AlreadyThere, ArtifactMissing, RecordRefused
 from infra.settings import load_settings, shown
 from infra.store.records import is_sealed, seal_record
-from tasks import publish as publishing
 from tasks.bundles.bundle_ref import bundle_key, resolve
 from tasks.bundles.packing import Packed, pack
 from tasks.orchestration.documents import Finished
 from tasks.orchestration.order_records import finished, finished_key, write_finished
 from tasks.orchestration.workspace import store
 
-GOOD: dict[TargetKind, Outcome] = {"onnxruntime": "accepted", "tensorrt-rtx": "built-unmeasured"}
 ORDER = "a" * 64
 
 
@@ -71,8 +69,13 @@ def put_folder_at(key: str, home: Path) -> Path:
 # --- orders ----------------------------------------------------------------------------------
 
 
-def published(home: Path, digit: str = "a") -> Finished:
-    return publishing.publish.fn(report(home, digit * 64, GOOD), code="c")
+@pytest.fixture
+def done(fill: Fill) -> Finished:
+    """An order that was published."""
+    fill("a", "")
+    found = finished(ORDER)
+    assert found is not None
+    return found
 
 
 def of_version_0_1_0(done: Finished, home: Path) -> bytes:
@@ -85,7 +88,7 @@ def of_version_0_1_0(done: Finished, home: Path) -> bytes:
 def test_a_record_of_an_order_holds_references_only_and_no_place_of_this_machine(
     home: Path,
 ) -> None:
-    done = published(home)
+    done = published(home, "a")
     body = store().read(finished_key(ORDER))
     assert is_sealed(body)
     assert str(home).encode() not in body
@@ -100,11 +103,10 @@ def test_a_record_of_an_order_holds_references_only_and_no_place_of_this_machine
     assert finished(ORDER) == done
 
 
-@pytest.mark.parametrize("count", [500, pytest.param(None, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("count", [200, pytest.param(None, marks=pytest.mark.slow)])
 def test_a_flipped_bit_of_a_record_of_an_order_makes_the_order_run_again(
-    count: int | None, home: Path, caplog: pytest.LogCaptureFixture
+    count: int | None, done: Finished, home: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    done = published(home)
     key = finished_key(ORDER)
     body = store().read(key)
     path = home / "recpress" / "store" / key
@@ -117,11 +119,10 @@ def test_a_flipped_bit_of_a_record_of_an_order_makes_the_order_run_again(
     assert finished(ORDER) == done
 
 
-@pytest.mark.parametrize("count", [150, pytest.param(None, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("count", [75, pytest.param(None, marks=pytest.mark.slow)])
 def test_a_flipped_bit_of_an_earlier_versions_record_never_changes_what_is_found(
-    home: Path, count: int | None
+    done: Finished, home: Path, count: int | None
 ) -> None:
-    done = published(home)
     body = of_version_0_1_0(done, home)
     store().write(finished_key(ORDER), body)
     assert finished(ORDER) == done
@@ -133,8 +134,9 @@ def test_a_flipped_bit_of_an_earlier_versions_record_never_changes_what_is_found
 
 
 @pytest.mark.parametrize("kind", [*BROKEN, "a folder"])
-def test_what_is_no_record_of_an_order_counts_as_absent(kind: str, home: Path) -> None:
-    done = published(home)
+def test_what_is_no_record_of_an_order_counts_as_absent(
+    kind: str, done: Finished, home: Path
+) -> None:
     key = finished_key(ORDER)
     if kind == "a folder":
         path = put_folder_at(key, home)
@@ -180,7 +182,7 @@ def test_a_record_never_leads_to_the_result_of_another_order(home: Path) -> None
 def test_a_record_names_the_registry_that_its_version_belongs_to(
     home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    published(home)
+    published(home, "a")
     found = finished(ORDER)
     assert found is not None
     assert found.registry == shown(load_settings().registry_uri)
@@ -233,7 +235,7 @@ def found_or_refused() -> Artifact | None:
     return None
 
 
-@pytest.mark.parametrize("count", [500, pytest.param(None, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("count", [200, pytest.param(None, marks=pytest.mark.slow)])
 def test_a_flipped_bit_of_a_bundles_record_is_refused_with_what_to_do(
     count: int | None, packed: Packed, tmp_path: Path
 ) -> None:
@@ -249,7 +251,7 @@ def test_a_flipped_bit_of_a_bundles_record_is_refused_with_what_to_do(
     assert resolve("clicks@1") == packed.artifact
 
 
-@pytest.mark.parametrize("count", [500, pytest.param(None, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("count", [200, pytest.param(None, marks=pytest.mark.slow)])
 def test_a_flipped_bit_of_an_earlier_bundles_record_is_refused_or_harmless(
     count: int | None, packed: Packed, tmp_path: Path
 ) -> None:

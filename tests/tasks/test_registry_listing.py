@@ -9,8 +9,8 @@ from command_line import run_main
 from error_codes import raises_code
 from mlflow import MlflowClient
 from reports import report
+from triton_versions import GOOD, Fill
 
-from compressors.contracts import Outcome, TargetKind
 from compressors.contracts.reasons import Reason
 from flows.cli.console import printable
 from infra.errors import RecordRefused, Refused
@@ -18,18 +18,21 @@ from infra.registry.mlflow_registry import Registered
 from infra.settings import load_settings
 from tasks import publish as publishing
 from tasks.orchestration.documents import Finished
+from tasks.orchestration.order_records import finished
 from tasks.orchestration.workspace import store
 from tasks.promotion.promotions import fetch, promote, version_report
 from tasks.promotion.registry_listing import listed
 
-GOOD: dict[TargetKind, Outcome] = {"onnxruntime": "accepted", "tensorrt-rtx": "built-unmeasured"}
 ORDER = "b" * 64
 ESCAPES = "\x1b[31mPWN\x1b]0;t\x07\x9b1m\u202egpj\r\n[red]x[/y]"
 
 
 @pytest.fixture
-def good(home: Path) -> Finished:
-    return publishing.publish.fn(report(home, "a" * 64, GOOD), code="c")
+def good(fill: Fill) -> Finished:
+    fill("a", "")
+    found = finished("a" * 64)
+    assert found is not None
+    return found
 
 
 def register(source: Any, tags: dict[str, str], name: str = "m") -> str:
