@@ -4,14 +4,13 @@ from pathlib import Path
 
 import pytest
 from error_codes import raises_code
-from reports import report
+from triton_versions import Fill, published
 
-from compressors.contracts import Outcome, TargetKind
+from compressors.contracts import Outcome
 from infra.errors import AlreadyThere, ArtifactDamaged, ArtifactMissing, PromotionRefused
 from infra.registry.ledger import Ledger
 from infra.settings import shown
 from tasks import publish as publishing
-from tasks.orchestration.documents import Finished
 from tasks.orchestration.order_records import finished
 from tasks.orchestration.workspace import store
 from tasks.promotion.promotions import (
@@ -24,13 +23,6 @@ from tasks.promotion.promotions import (
     version_report,
     whoami,
 )
-
-GOOD: dict[TargetKind, Outcome] = {"onnxruntime": "accepted", "tensorrt-rtx": "built-unmeasured"}
-
-
-def published(home: Path, digit: str, outcomes: dict[TargetKind, Outcome] = GOOD) -> Finished:
-    """Publish an order named by one repeated hex digit, as the task does."""
-    return publishing.publish.fn(report(home, digit * 64, outcomes), code="c")
 
 
 def aliases(model: str = "m") -> dict[str, str]:
@@ -84,7 +76,7 @@ def test_a_published_result_the_registry_or_store_lost_is_published_again(
 def test_only_an_accepted_version_becomes_candidate_or_champion(
     home: Path, outcome: Outcome
 ) -> None:
-    version = published(home, "a", {"onnxruntime": outcome}).version
+    version = published(home, "a", outcomes={"onnxruntime": outcome}).version
     assert aliases() == {}
     with raises_code(PromotionRefused, "not_accepted", version=version, outcome=outcome):
         promote("m", version, "")
@@ -92,24 +84,25 @@ def test_only_an_accepted_version_becomes_candidate_or_champion(
     assert aliases() == {}
 
 
-def test_a_promotion_is_in_the_ledger_with_who_and_why_and_on_the_alias(home: Path) -> None:
-    version = published(home, "a").version
+def test_a_promotion_is_in_the_ledger_with_who_and_why_and_on_the_alias(
+    home: Path, fill: Fill
+) -> None:
+    (version,) = fill("a", "")
     entry = promote("m", "@candidate", "smaller and as good")
     assert (entry.version, entry.by, entry.reason) == (version, "tester", "smaller and as good")
     assert entry.order == "a" * 64
     assert aliases() == {"candidate": version, "champion": version}
 
 
-def test_promoting_the_champion_again_changes_nothing(home: Path) -> None:
-    version = published(home, "a").version
+def test_promoting_the_champion_again_changes_nothing(home: Path, fill: Fill) -> None:
+    (version,) = fill("a", "")
     first = promote("m", version, "once")
     assert promote("m", version, "twice") == first
     assert len(Ledger(store(), "m").entries()) == 1
 
 
-def test_rolling_back_goes_to_the_version_before_and_needs_one(home: Path) -> None:
-    one = published(home, "a").version
-    two = published(home, "b").version
+def test_rolling_back_goes_to_the_version_before_and_needs_one(home: Path, fill: Fill) -> None:
+    one, two = fill("ab", "")
     promote("m", one, "")
     with raises_code(PromotionRefused, "earlier_champion_missing", model="m", entries=1):
         rollback("m", "")
@@ -123,7 +116,7 @@ def test_rolling_back_goes_to_the_version_before_and_needs_one(home: Path) -> No
 
 def test_an_alias_that_somebody_moved_is_repaired_from_the_ledger(home: Path) -> None:
     one = published(home, "a").version
-    two = published(home, "b", {"onnxruntime": "rejected"}).version
+    two = published(home, "b", outcomes={"onnxruntime": "rejected"}).version
     promote("m", one, "")
     registry().point("m", "champion", two)
     version, found = version_report("m", "@champion")
@@ -134,8 +127,8 @@ def test_an_alias_that_somebody_moved_is_repaired_from_the_ledger(home: Path) ->
     assert aliases()["champion"] == one
 
 
-def test_a_champion_without_a_ledger_is_no_champion(home: Path) -> None:
-    version = published(home, "a").version
+def test_a_champion_without_a_ledger_is_no_champion(home: Path, fill: Fill) -> None:
+    (version,) = fill("a", "")
     registry().point("m", "champion", version)
     with raises_code(PromotionRefused, "champion_missing", model="m"):
         version_report("m", "@champion")
@@ -143,10 +136,9 @@ def test_a_champion_without_a_ledger_is_no_champion(home: Path) -> None:
 
 
 def test_of_two_who_promote_at_once_one_is_told(
-    home: Path, monkeypatch: pytest.MonkeyPatch
+    home: Path, fill: Fill, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    one = published(home, "a").version
-    two = published(home, "b").version
+    one, two = fill("ab", "")
     real = Ledger.entries
 
     def and_meanwhile(ledger: Ledger) -> object:
@@ -191,7 +183,7 @@ def test_fetch_copies_the_target_that_was_asked_for(home: Path) -> None:
 def test_what_was_not_accepted_is_only_given_by_its_own_option(
     home: Path, outcome: Outcome, option: str
 ) -> None:
-    version = published(home, "a", {"onnxruntime": outcome}).version
+    version = published(home, "a", outcomes={"onnxruntime": outcome}).version
     into = home / "out"
     other = {"unmeasured": "unaccepted", "unaccepted": "unmeasured"}[option]
     code = "target_unmeasured" if option == "unmeasured" else "target_not_accepted"
@@ -204,8 +196,10 @@ def test_what_was_not_accepted_is_only_given_by_its_own_option(
     assert into.is_dir()
 
 
-def test_a_target_a_version_does_not_have_is_refused_with_those_it_has(home: Path) -> None:
-    version = published(home, "a").version
+def test_a_target_a_version_does_not_have_is_refused_with_those_it_has(
+    home: Path, fill: Fill
+) -> None:
+    (version,) = fill("a", "")
     targets = ("onnxruntime", "tensorrt-rtx")
     with raises_code(ArtifactMissing, "target_missing", target="tensorrt", targets=targets):
         fetch("m", version, "tensorrt", home / "out")
