@@ -79,6 +79,16 @@ def _own_surroundings(
 
 
 @pytest.fixture(scope="session")
+def empty_registry(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A registry to copy: MLflow takes a second or two to create its tables."""
+    from infra.registry.mlflow_registry import Registry
+
+    file = tmp_path_factory.mktemp("registry") / "registry.db"
+    assert Registry(f"sqlite:///{file}").models() == ()
+    return file
+
+
+@pytest.fixture(scope="session")
 def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
     """One real S3 server for the whole run. If it cannot start, tests fail rather than skip."""
     with running_server(Path(tmp_path_factory.mktemp("seaweedfs"))) as server:

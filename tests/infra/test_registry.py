@@ -32,17 +32,9 @@ assert all(os.wait()[1] == 0 for _ in range(count))
 """
 
 
-@pytest.fixture(scope="module")
-def fresh(tmp_path_factory) -> Path:
-    """An empty registry. Making its tables takes seconds, so it is made once and copied."""
-    file = tmp_path_factory.mktemp("registry") / "empty.db"
-    assert Registry(f"sqlite:///{file}").models() == ()
-    return file
-
-
 @pytest.fixture
-def registry(fresh, tmp_path) -> Registry:
-    return Registry(f"sqlite:///{shutil.copy(fresh, tmp_path / 'registry.db')}")
+def registry(empty_registry, tmp_path) -> Registry:
+    return Registry(f"sqlite:///{shutil.copy(empty_registry, tmp_path / 'registry.db')}")
 
 
 def publish(registry: Registry, order: str = ORDER, model: str = "ranker") -> Registered:

@@ -20,16 +20,9 @@ ORDER = "a" * 64
 EARLIER = "acf3f17fdcc7"  # a revision between two releases of MLflow, well before today's
 
 
-@pytest.fixture(scope="module")
-def fresh(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    file = tmp_path_factory.mktemp("registry") / "registry.db"
-    assert Registry(f"sqlite:///{file}").models() == ()
-    return file
-
-
 @pytest.fixture
-def file(fresh: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copy(fresh, tmp_path / "registry.db"))
+def file(empty_registry: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copy(empty_registry, tmp_path / "registry.db"))
 
 
 def opened(file: Path) -> Registry:

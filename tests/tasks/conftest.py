@@ -7,16 +7,6 @@ from pathlib import Path
 
 import pytest
 
-from infra.registry.mlflow_registry import Registry
-
-
-@pytest.fixture(scope="session")
-def empty_registry(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """MLflow takes two seconds to make its tables; copying them takes none."""
-    file = tmp_path_factory.mktemp("registry") / "registry.db"
-    assert Registry(f"sqlite:///{file}").models() == ()
-    return file
-
 
 def _use_home(folder: Path, empty_registry: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RECPRESS_HOME", str(folder / "recpress"))

@@ -10,7 +10,7 @@ from error_codes import raises_code
 from pbtxt_reader import read
 from reports import measurement, report, stored
 from triton_configs import served_by
-from triton_versions import body, published
+from triton_versions import Fill, body, published
 
 from compressors.contracts import Estimate, Outcome
 from compressors.metrics import judge
@@ -216,9 +216,8 @@ def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) ->
     return called
 
 
-def test_a_champion_is_exported_and_shown(home: Path, call: Any) -> None:
-    one = published(home, "a").version
-    promote("m", one, "")
+def test_a_champion_is_exported_and_shown(home: Path, fill: Fill, call: Any) -> None:
+    (one,) = fill("a", "a")
     to = ("--to", str(home / "by hand"))
     code, out, _ = call("show", "m", *to)
     assert (code, "m is not laid out; the champion is 1" in out) == (1, True)
@@ -233,8 +232,8 @@ def test_a_champion_is_exported_and_shown(home: Path, call: Any) -> None:
     assert (home / "by hand" / "m" / "config.pbtxt").read_text() in out
 
 
-def test_what_is_behind_or_damaged_is_shown_and_mended(home: Path, call: Any) -> None:
-    one, two = published(home, "a").version, published(home, "b").version
+def test_what_is_behind_or_damaged_is_shown_and_mended(home: Path, fill: Fill, call: Any) -> None:
+    one, two = fill("ab", "")
     to = ("--to", str(home / "by hand"))
     promote("m", one, "")
     call("export", "m", *to)
