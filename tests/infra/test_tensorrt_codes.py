@@ -101,10 +101,10 @@ def built(step: TableStep, tmp_path, spoil=None) -> tuple[Engine, int]:
     "step",
     [
         KMeans(bits=4),
-        KMeans(bits=8, scale="none"),
-        ProductCodes(parts=16),
+        pytest.param(KMeans(bits=8, scale="none"), marks=pytest.mark.nightly),
+        pytest.param(ProductCodes(parts=16), marks=pytest.mark.nightly),
         ProductCodes(parts=16, bits=4, codebook_type="float16"),
-        ResidualCodes(codebooks=16),
+        pytest.param(ResidualCodes(codebooks=16), marks=pytest.mark.nightly),
         ResidualCodes(codebooks=16, bits=2),
     ],
     ids=named,
