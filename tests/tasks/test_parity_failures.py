@@ -155,8 +155,18 @@ def test_a_lost_epsilon_is_reported_at_the_division_with_the_empty_row(
     assert "Row 13 of the data (items=[0, 0, 0, 0, 0])" in str(found)
 
 
-@each_target
-@pytest.mark.parametrize("layer", ["hidden", "out"])
+@pytest.mark.parametrize(
+    ("layer", "target"),
+    [
+        ("hidden", "onnxruntime"),
+        ("out", "tensorrt"),
+        ("hidden", "tensorrt-rtx"),
+        *(
+            pytest.param(*case, marks=pytest.mark.nightly)
+            for case in (("out", "onnxruntime"), ("hidden", "tensorrt"), ("out", "tensorrt-rtx"))
+        ),
+    ],
+)
 def test_a_wrong_bias_is_reported_at_its_layer(mean_graph, layer, target, tmp_path):
     lowered = mean_graph(target)
     name = f"model.{layer}.bias"
