@@ -8,9 +8,9 @@ import numpy as np
 import onnx
 import pytest
 from error_codes import raises_code
-from models import FORMATS, RECIPES, UNDIVIDED, graph, recipe_with
+from models import FORMATS, graph, recipe_with
 from onnx import TensorProto, helper, numpy_helper
-from test_lowering import OTHER_GRAPHS, OTHER_RECIPES, OTHERS
+from test_lowering import OTHER_GRAPHS, OTHER_RECIPES, OTHERS, networks_and_recipes
 
 from compressors.contracts import Plan, PlanLine
 from compressors.contracts.reasons import Reason
@@ -19,7 +19,6 @@ from compressors.lower.audit import audit
 from compressors.lower.findings import LayerInitializer, TableInitializers
 from infra.onnxruntime.sessions import optimized_graph
 
-KINDS = [method.model_fields["kind"].default for method in UNDIVIDED]
 TABLES = {
     method.model_fields["kind"].default for method in FORMATS if "tables" in method.model_fields
 }
@@ -224,7 +223,7 @@ def test_scales_that_rows_share_are_as_many_as_their_ranges(tmp_path):
 
 
 def test_a_layer_that_is_float32_in_memory_is_refused_where_it_should_be_packed(tmp_path):
-    lowered = graph("Ranker", recipe_with("weight_int4"), "onnxruntime")
+    lowered = graph("Compact", recipe_with("weight_int4"), "onnxruntime")
     optimized = optimized_graph(lowered.path)
     layers = lowered.lowered.layers
     found = audit(optimized, lowered.model.plan, (), layers)
@@ -250,36 +249,30 @@ def test_a_layer_that_is_float32_in_memory_is_refused_where_it_should_be_packed(
 
 @pytest.mark.parametrize("kind", ["float16", "float8_dense"])
 def test_layers_widened_when_a_session_starts_are_counted(kind):
-    lowered = graph("Ranker", recipe_with(kind), "onnxruntime")
+    lowered = graph("Compact", recipe_with(kind), "onnxruntime")
     found = audit(optimized_graph(lowered.path), None, (), lowered.lowered.layers)
     assert (found.packed_layers, found.widened_layers) == (0, 5)
 
 
 def test_tensorrts_form_of_a_table_is_refused_in_onnxruntime():
-    lowered = graph("Ranker", recipe_with("rowwise_int8"), "tensorrt-rtx")
+    lowered = graph("Compact", recipe_with("rowwise_int8"), "tensorrt-rtx")
     optimized = optimized_graph(lowered.path)
     with raises_code(AuditFailed, "graph_not_as_ordered") as caught:
         audit(optimized, lowered.model.plan, lowered.lowered.tables)
-    fault = "table 'model.tags.table.codes' is widened (DequantizeLinear) before its Gather"
+    fault = "table 'model.genres.codes' is widened (DequantizeLinear) before its Gather"
     assert fault in caught.value.fields["faults"]
 
 
-@pytest.mark.parametrize(
-    "kinds",
-    [
-        (),
-        *RECIPES,
-        ("rowwise_int8", "static_int8"),
-        *(pytest.param((kind,), marks=pytest.mark.nightly) for kind in KINDS),
-    ],
-    ids=lambda kinds: "+".join(kinds) or "-",
-)
-def test_what_we_write_for_onnxruntime_passes(kinds):
-    lowered = graph("Ranker", kinds, "onnxruntime")
+TABLES_OF = {"Ranker": 6, "Compact": 2}
+
+
+@networks_and_recipes("Ranker", "Compact")
+def test_what_we_write_for_onnxruntime_passes(network, kinds):
+    lowered = graph(network, kinds, "onnxruntime")
     found = audit(optimized_graph(lowered.path), lowered.model.plan, lowered.lowered.tables)
     assert found.int8_products == (5 if {"static_int8", "qat"} & set(kinds) else 0)
     packs_tables = set(kinds) & TABLES
-    assert found.packed_tables == (6 if packs_tables else 0)
+    assert found.packed_tables == (TABLES_OF[network] if packs_tables else 0)
 
 
 @pytest.mark.parametrize(
@@ -307,7 +300,7 @@ def test_what_we_write_for_other_networks_passes(reference, kinds):
 def test_the_weights_of_a_compressed_graph_are_fewer_bytes():
     sizes = []
     for kinds in ((), recipe_with("rowwise_int8"), recipe_with("rowwise_int4")):
-        lowered = graph("Ranker", kinds, "onnxruntime")
+        lowered = graph("Compact", kinds, "onnxruntime")
         optimized = optimized_graph(lowered.path)
         sizes.append(audit(optimized, lowered.model.plan, lowered.lowered.tables).weight_bytes)
     assert sizes[0] > sizes[1] > sizes[2]

@@ -68,12 +68,31 @@ def walk(found: onnx.GraphProto, start: str) -> Iterator[onnx.NodeProto]:
     return (node for node in found.node if start in node.input)
 
 
-@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "static_int8"])
-def test_onnxruntime_gathers_a_table_before_anything_else_touches_it(kind):
-    lowered = graph("Ranker", recipe_with(kind), ORT)
+def on_networks(kinds: list[str]) -> list[object]:
+    """Every kind of step in the recipe of the default tier in which it stands.
+
+    The default tier has these recipes on the compact network, and int8 tables on the ranker too.
+    """
+    return [
+        pytest.param(name, kind, recipe_with(kind), id=f"{name}-{kind}", marks=marks)
+        for name, marks in (("Compact", ()), ("Ranker", pytest.mark.nightly))
+        for kind in kinds
+    ] + [pytest.param("Ranker", "rowwise_int8", EVERYTHING, id=f"Ranker-{'+'.join(EVERYTHING)}")]
+
+
+def each_network_with(kinds: list[str]) -> pytest.MarkDecorator:
+    return pytest.mark.parametrize(("network", "kind", "recipe"), on_networks(kinds))
+
+
+TABLES_OF = {"Ranker": 6, "Compact": 2}
+
+
+@each_network_with([kind for kind in KINDS if kind != "static_int8"])
+def test_onnxruntime_gathers_a_table_before_anything_else_touches_it(network, kind, recipe):
+    lowered = graph(network, recipe, ORT)
     found = optimized_graph(lowered.path)
     held = {item.name for item in found.initializer}
-    assert len(lowered.lowered.tables) == 6
+    assert len(lowered.lowered.tables) == TABLES_OF[network]
     for table in lowered.lowered.tables:
         for name in table.names:
             assert name in held
@@ -91,9 +110,9 @@ TYPES = {
 PLAIN = {"float16", "bfloat16"}
 
 
-@pytest.mark.parametrize("kind", sorted(TYPES))
-def test_tensorrt_gets_packed_tables_that_feed_nothing_but_a_dequantize(kind):
-    lowered = graph("Ranker", recipe_with(kind), RTX)
+@each_network_with(sorted(TYPES))
+def test_tensorrt_gets_packed_tables_that_feed_nothing_but_a_dequantize(network, kind, recipe):
+    lowered = graph(network, recipe, RTX)
     written = onnx.load(lowered.path).graph
     held = {item.name: item for item in written.initializer}
     reads = {"Gather"} if kind in PLAIN else {"DequantizeLinear"}
@@ -128,9 +147,12 @@ def test_tensorrt_gets_symmetric_int8_layers_with_a_float_bias():
 
 
 @each_target
-@pytest.mark.parametrize("kinds", [(), EVERYTHING, recipe_with("rowwise_int4")])
-def test_the_exporters_notes_are_stripped(kinds, target):
-    model = onnx.load(graph("Ranker", kinds, target).path)
+@pytest.mark.parametrize(
+    ("network", "kinds"),
+    [("Ranker", ()), ("Ranker", EVERYTHING), ("Compact", recipe_with("rowwise_int4"))],
+)
+def test_the_exporters_notes_are_stripped(network, kinds, target):
+    model = onnx.load(graph(network, kinds, target).path)
     assert not model.metadata_props
     everything = (*model.graph.node, *model.graph.input, *model.graph.initializer)
     assert not any(item.metadata_props for item in (*everything, *model.graph.value_info))
@@ -139,9 +161,9 @@ def test_the_exporters_notes_are_stripped(kinds, target):
 
 
 @each_target
-@pytest.mark.parametrize("kind", sorted(TYPES))
-def test_packed_bytes_are_what_the_file_holds(kind, target):
-    lowered = graph("Ranker", recipe_with(kind), target)
+@each_network_with(sorted(TYPES))
+def test_packed_bytes_are_what_the_file_holds(network, kind, recipe, target):
+    lowered = graph(network, recipe, target)
     written = onnx.load(lowered.path).graph
     held = {item.name: item for item in written.initializer}
     for table in lowered.lowered.tables:

@@ -28,18 +28,36 @@ EVERYTHING = ("rowwise_int8", "static_int8")
 
 each_target = pytest.mark.parametrize("target", [ORT, RTX])
 # In the nightly tier every method has a graph of its own.
-ALONE = [
-    pytest.param((kind,), marks=pytest.mark.nightly) for kind in KINDS if (kind,) not in RECIPES
-]
-each_recipe = pytest.mark.parametrize(
-    "kinds",
-    [(), *RECIPES, EVERYTHING, *ALONE],
-    ids=lambda kinds: "+".join(kinds) or "-",
-)
+ALONE = [(kind,) for kind in KINDS if (kind,) not in RECIPES]
+
+
+def networks_and_recipes(*networks: str) -> pytest.MarkDecorator:
+    """Every recipe on each of these networks.
+
+    The default tier has the ranker plain and with everything, and a compact network with every
+    recipe.
+    """
+    on_ranker = [(), EVERYTHING]
+    on_compact = [(), *RECIPES]
+    cases = [
+        pytest.param(
+            name,
+            kinds,
+            id=f"{name}-{'+'.join(kinds) or '-'}",
+            marks=()
+            if kinds in (on_ranker if name == "Ranker" else on_compact)
+            else pytest.mark.nightly,
+        )
+        for name in networks
+        for kinds in ((), *RECIPES, EVERYTHING, *ALONE)
+    ]
+    return pytest.mark.parametrize(("network", "kinds"), cases)
 
 
 def test_every_method_has_a_graph_in_the_default_tier():
     assert sorted(kind for recipe in RECIPES for kind in recipe) == sorted(KINDS)
+    default = [case.values for case in networks_and_recipes("Compact").args[1] if not case.marks]
+    assert {kinds for _, kinds in default} >= set(RECIPES)
 
 
 def agree(lowered: Graph, target: TargetKind, inputs: dict[str, Tensor], spread: float) -> None:
@@ -62,9 +80,9 @@ def agree(lowered: Graph, target: TargetKind, inputs: dict[str, Tensor], spread:
 
 
 @each_target
-@each_recipe
-def test_the_graph_computes_what_torch_computes_at_every_batch(kinds, target):
-    lowered = graph("Ranker", kinds, target)
+@networks_and_recipes("Ranker", "Compact")
+def test_the_graph_computes_what_torch_computes_at_every_batch(network, kinds, target):
+    lowered = graph(network, kinds, target)
     many = lowered.rows(1500)
     spread = float(np.std(lowered.in_torch(many)))
     compare(lowered.in_torch(many), lowered.in_onnx(many), lowered.model.plan, target)
@@ -75,9 +93,9 @@ def test_the_graph_computes_what_torch_computes_at_every_batch(kinds, target):
 
 
 @each_target
-@each_recipe
-def test_a_batch_with_no_ids_at_all_is_answered(kinds, target):
-    lowered = graph("Ranker", kinds, target)
+@networks_and_recipes("Ranker")
+def test_a_batch_with_no_ids_at_all_is_answered(network, kinds, target):
+    lowered = graph(network, kinds, target)
     for count in (1, 3):
         inputs = lowered.rows(count)
         for name in ("history", "tags"):

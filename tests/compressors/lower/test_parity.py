@@ -202,7 +202,7 @@ def test_a_transposed_weight_is_caught(kinds, dtype, target, tmp_path):
 
 @pytest.mark.parametrize("how", [rescaled, rolled])
 def test_wrong_scales_of_one_table_are_caught(how, tmp_path):
-    lowered = graph("Ranker", recipe_with("rowwise_int8"), "onnxruntime")
+    lowered = graph("Compact", recipe_with("rowwise_int8"), "onnxruntime")
     inputs = lowered.rows(1500)
     name = next(t.names[1] for t in lowered.lowered.tables if t.module == "item")
 

@@ -101,7 +101,7 @@ def to(cast: onnx.NodeProto) -> int:
 
 
 def test_tensorrt_multiplies_in_bfloat16_between_two_casts():
-    written = onnx.load(graph("Ranker", recipe_with("bfloat16_dense"), RTX).path).graph
+    written = onnx.load(graph("Compact", recipe_with("bfloat16_dense"), RTX).path).graph
     held = {item.name: item.data_type for item in written.initializer}
     maker = {output: node for node in written.node for output in node.output}
     gemms = [node for node in written.node if node.op_type == "Gemm"]
@@ -115,7 +115,7 @@ def test_tensorrt_multiplies_in_bfloat16_between_two_casts():
 
 
 def test_onnxruntime_stores_two_bytes_a_weight_and_multiplies_in_float32():
-    written = onnx.load(graph("Ranker", recipe_with("bfloat16_dense"), "onnxruntime").path).graph
+    written = onnx.load(graph("Compact", recipe_with("bfloat16_dense"), "onnxruntime").path).graph
     short = [item for item in written.initializer if item.data_type == TensorProto.BFLOAT16]
     assert len([item for item in short if len(item.dims) == 2]) == 5
     wide = [i for i in written.initializer if i.data_type == TensorProto.FLOAT and len(i.dims) == 2]
@@ -129,7 +129,7 @@ def test_onnxruntime_refuses_the_graph_it_cannot_check(tmp_path):
         "onnxruntime_graph_refused",
         problem=Text("Could not find an implementation for Gemm"),
     ):
-        Session(graph("Ranker", recipe_with("bfloat16_dense"), RTX).path, 1)
+        Session(graph("Compact", recipe_with("bfloat16_dense"), RTX).path, 1)
 
 
 def test_what_is_checked_is_the_product_of_rounded_operands_rounded(tmp_path):
@@ -166,11 +166,11 @@ def test_what_is_checked_is_the_product_of_rounded_operands_rounded(tmp_path):
     assert not np.array_equal(found, wide.numpy())
 
 
-@pytest.mark.parametrize("reference", ["Ranker", "Attention", "Normed"])
+@pytest.mark.parametrize("reference", ["Compact", "Attention", "Normed"])
 def test_rounding_to_bfloat16_passes_and_a_weight_three_parts_in_a_hundred_off_does_not(
     reference, tmp_path
 ):
-    kinds = recipe_with("bfloat16_dense") if reference == "Ranker" else ("bfloat16_dense",)
+    kinds = recipe_with("bfloat16_dense") if reference == "Compact" else ("bfloat16_dense",)
     lowered = graph(reference, kinds, RTX)
     inputs = lowered.rows(1500)
     expected, plan = lowered.in_torch(inputs), lowered.model.plan
