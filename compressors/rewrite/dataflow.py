@@ -9,10 +9,12 @@ that reads the weight past the layer is seen as well.
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 from torch.fx import Node
+from torch.utils.weak import WeakIdRef
 
 from compressors.contracts import Signature, is_out_of_memory
 from compressors.contracts.reasons import Reason
@@ -90,6 +92,9 @@ class Dataflow:
 def dataflow(module: nn.Module, signature: Signature) -> Dataflow:
     """Who feeds whom in a network, in evaluation mode.
 
+    A second call with the same modules and tensors returns the result of the first: a step needs it
+    to choose and again to apply, and ``torch.export`` takes seconds.
+
     Args:
         module: plain or compressed; left as it is. Packed layers are no one's neighbours.
         signature: of its inputs.
@@ -97,6 +102,37 @@ def dataflow(module: nn.Module, signature: Signature) -> Dataflow:
     Raises:
         CompressionError: ``torch.export`` cannot trace the network.
     """
+    parts = _parts(module)
+    last = _LAST.get(module)
+    if last is None or (last.signature, last.parts) != (signature, parts):
+        last = _LAST[module] = _Traced(signature, parts, _trace(module, signature))
+    return last.dataflow
+
+
+@dataclass(frozen=True)
+class _Traced:
+    """A network's dataflow and what it was traced with."""
+
+    signature: Signature
+    parts: Mapping[str, object]
+    dataflow: Dataflow
+
+
+_LAST: WeakKeyDictionary[nn.Module, _Traced] = WeakKeyDictionary()
+
+
+def _parts(module: nn.Module) -> dict[str, object]:
+    """Every module, its mode, and every tensor by name; differs once one of them was replaced."""
+    modules = module.named_modules(remove_duplicate=False)
+    parts: dict[str, object] = {
+        f"module {name}": (WeakIdRef(part), part.training) for name, part in modules
+    }
+    for named in (module.named_parameters, module.named_buffers):
+        parts |= {name: WeakIdRef(tensor) for name, tensor in named(remove_duplicate=False)}
+    return parts
+
+
+def _trace(module: nn.Module, signature: Signature) -> Dataflow:
     owners: dict[int, set[str]] = {}
     for name, part in module.named_modules():
         for tensor in (*part.parameters(recurse=False), *part.buffers(recurse=False)):

@@ -1,5 +1,6 @@
 """Who reads whom: what lets numbers through, and what else reads a layer."""
 
+import copy
 from collections.abc import Callable
 
 import pytest
@@ -11,6 +12,8 @@ from narrow_networks import SCHEMA, Branching, Plain
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+import compressors.rewrite.dataflow as dataflow_module
+from compressors.contracts import Signature
 from compressors.contracts.reasons import Reason
 from compressors.errors.steps import StepRefused
 from compressors.rewrite.dataflow import Dataflow, Reader, dataflow
@@ -143,6 +146,34 @@ def test_channels_are_followed_only_while_they_stay_in_place():
     assert found.straight("kept") == ("first",)
     assert found.reasons["moved"] == Reason("output_enters", operator="select")
     assert found.reasons["turned"] == Reason("output_enters", operator="view")
+
+
+def test_a_network_is_traced_again_once_a_tensor_or_a_module_was_replaced(monkeypatch):
+    counts = []
+    traced = dataflow_module._graphs
+
+    def counted(module: nn.Module, signature: Signature) -> object:
+        counts.append(1)
+        return traced(module, signature)
+
+    monkeypatch.setattr(dataflow_module, "_graphs", counted)
+    module = NORM_FIRST.model().module
+    first = dataflow(module, NORM_FIRST.signature)
+    with torch.no_grad():
+        module.plain.weight.mul_(2)  # values do not affect who reads whom
+    assert dataflow(module, NORM_FIRST.signature) == first
+    assert len(counts) == 1
+    module.plain.weight = module.deep.weight = nn.Parameter(module.deep.weight.detach().clone())
+    assert dataflow(module, NORM_FIRST.signature).closed["plain"].code == "shares_tensor"
+    module.second = nn.Identity()
+    assert "second" in first.dims
+    assert "second" not in dataflow(module, NORM_FIRST.signature).dims
+    assert len(counts) == 3
+    module.third = copy.copy(module.third)  # the same tensors
+    dataflow(module, NORM_FIRST.signature)
+    assert len(counts) == 4
+    dataflow(module, NORM_FIRST.signature.model_copy(update={"label": "other"}))
+    assert len(counts) == 5
 
 
 def test_packed_layers_are_nobodys_neighbours():
