@@ -15,6 +15,8 @@ from model_scores import stored_bytes
 from models import (
     ALONE,
     ATTENTION,
+    BY_NAME,
+    COMPACT,
     FORMATS,
     METHODS,
     NORMED,
@@ -94,14 +96,15 @@ def form(step: Step) -> str:
 ONLY_ON: dict[type[Step], tuple[Reference, ...]] = {
     Channels: WITH_WIDTHS,
     Fold: (NORMED,),
-    Equalize: (RANKER,),
-    SmoothQuant: (RANKER, NORMED),
+    # Both export the network, which takes the ranker three times as long.
+    Equalize: (COMPACT, RANKER),
+    SmoothQuant: (COMPACT, RANKER, NORMED),
     LowRankDense: (RANKER, ATTENTION, NORMED),
 }
 
 
 def fits(method: type[Step], reference: Reference) -> bool:
-    return reference in ONLY_ON.get(method, REFERENCES)
+    return reference in references(method)
 
 
 # In the default tier on every reference: one for tables, one for layers.
@@ -110,8 +113,12 @@ ON_EVERY_REFERENCE = (RowwiseInt4, StaticInt8)
 WITH_EVERY_FORMAT = (RowwiseInt8, StaticInt8, Float16)
 
 
+def references(method: type[Step]) -> tuple[Reference, ...]:
+    return ONLY_ON.get(method, REFERENCES)
+
+
 def first_reference(method: type[Step]) -> Reference:
-    return next(reference for reference in REFERENCES if fits(method, reference))
+    return references(method)[0]
 
 
 def tier(*values: object, default: bool) -> typing.Any:
@@ -128,8 +135,7 @@ def pairs(methods: tuple[type[Step], ...]) -> pytest.MarkDecorator:
     every = [
         tier(m, r, default=r is first_reference(m) or m in ON_EVERY_REFERENCE)
         for m in methods
-        for r in REFERENCES
-        if fits(m, r)
+        for r in references(m)
     ]
     return pytest.mark.parametrize(("method", "reference"), every)
 
@@ -187,7 +193,7 @@ class Ran:
 @functools.cache
 def ran(method: type[Step], name: str) -> Ran:
     """Many tests look at the same result: training and fitting it anew for each would take long."""
-    reference = {item.network.__name__: item for item in REFERENCES}[name]
+    reference = BY_NAME[name]
     folder = Path(tempfile.mkdtemp(dir=_SCRATCH.name))
     source = reference.model()
     source.module.train()
@@ -211,7 +217,7 @@ def made(method, reference) -> Ran:
 def test_every_method_and_every_reference_is_in_the_default_tier():
     default = [case.values for case in every_pair.args[1] if not case.marks]
     assert {method for method, _ in default} == set(ALONE) == set(METHODS) - set(NOT_ALONE)
-    assert {reference.network for _, reference in default} == {r.network for r in REFERENCES}
+    assert {reference.network for _, reference in default} == {r.network for r in BY_NAME.values()}
     orders = [case.values[:2] for case in COMPOSED if not case.marks]
     assert {method for pair in orders for method in pair} == set(FORMATS)
 
@@ -311,23 +317,29 @@ TRAINED = [method for method in CHANGING_VALUES if "training" in method.model_fi
 
 
 @pytest.mark.parametrize(
-    ("method", "packed"),
+    ("method", "packed", "reference"),
     [
         # In the default tier each format has one method of values that does not train, in turn, and
         # each that trains has a format that can hold what it learned, and one that cannot.
         tier(
             method,
             packed,
-            default=packed in (RowwiseInt8, BFloat16Dense)
-            if method in TRAINED
-            else place % len(QUICK) == turn,
+            reference,
+            default=reference is first_reference(method)
+            and (
+                packed in (RowwiseInt8, BFloat16Dense)
+                if method in TRAINED
+                else place % len(QUICK) == turn
+            ),
         )
         for turn, method in enumerate(QUICK + TRAINED)
         for place, packed in enumerate(FORMATS)
+        for reference in references(method)
+        if reference in (first_reference(method), RANKER)
     ],
 )
-def test_values_change_before_and_after_formats(method, packed, tmp_path):
-    made = ran(method, "Ranker")
+def test_values_change_before_and_after_formats(method, packed, reference, tmp_path):
+    made = ran(method, reference.network.__name__)
     first, bench = made.result, made.bench
     then = run(packed(), first, bench, tmp_path / "then")
     line = then.plan.of("hidden")
@@ -335,7 +347,7 @@ def test_values_change_before_and_after_formats(method, packed, tmp_path):
     assert line.reasons[0].fields["step"] == method().kind
     if method is Channels and "layers" in takes(packed):
         return  # refused, see test_channels.py
-    packed_first = ran(packed, "Ranker").result
+    packed_first = ran(packed, reference.network.__name__).result
     if method in (Equalize, SmoothQuant) and "layers" in takes(packed):
         with raises_code(NothingToCompress, "units_missing") as caught:
             run(method(), packed_first, bench, tmp_path / "after")
@@ -349,7 +361,7 @@ def test_values_change_before_and_after_formats(method, packed, tmp_path):
         return
     after = run(models.default(method), packed_first, bench, tmp_path / "after")
     assert after.network.modules == packed_first.network.modules
-    assert torch.isfinite(scores(after, RANKER)).all()
+    assert torch.isfinite(scores(after, reference)).all()
 
 
 @every_pair
@@ -445,9 +457,9 @@ def test_a_pattern_that_matches_nothing_names_what_there_is(method, where, tmp_p
 
 
 @each(m for m in METHODS if "min_rows" in m.model_fields and m not in SEARCHES)
-def test_tables_below_min_rows_are_kept_with_that_reason(method, tmp_path):
-    bench = RANKER.bench(tmp_path / "data")
-    plan = run(method(min_rows=40), RANKER.model(), bench, tmp_path / "out").plan
+def test_tables_below_min_rows_are_kept_with_that_reason(step, tmp_path):
+    bench, step = RANKER.bench(tmp_path / "data"), step.model_copy(update={"min_rows": 40})
+    plan = run(step, RANKER.model(), bench, tmp_path / "out").plan
     assert plan.of("city").format == plan.of("tags").format == "float32"
     with_code(plan.of("city").reasons, "too_few_rows", rows=9, min_rows=40)
     assert plan.of("user").format != "float32"
