@@ -6,7 +6,7 @@ import torch
 from error_codes import raises_code
 from hypothesis import given
 from hypothesis import strategies as st
-from models import ATTENTION, NORMED, QUICKLY, RANKER, Reference, prepared, whole
+from models import ATTENTION, COMPACT, NORMED, QUICKLY, RANKER, Reference, prepared, whole
 from reason_codes import with_code
 from safetensors.torch import load_file, save_file
 
@@ -186,12 +186,12 @@ def test_log_loss_falls_and_the_order_stays(reference, method, tmp_path):
 
 
 def test_a_map_is_part_of_the_graph(tmp_path):
-    bench = planted(RANKER, tmp_path / "data", 2.5, -1.0)
+    bench = planted(COMPACT, tmp_path / "data", 2.5, -1.0)
     for method in ("platt", "isotonic"):
-        result = run(Recalibrate(method=method), RANKER.model(), bench, tmp_path / method)
+        result = run(Recalibrate(method=method), COMPACT.model(), bench, tmp_path / method)
         path = tmp_path / f"{method}.onnx"
-        lowered = lower(result.module, whole(RANKER.signature), "onnxruntime", path)
-        (held,) = batches(bench.validation, RANKER.signature, ROWS)
+        lowered = lower(result.module, whole(COMPACT.signature), "onnxruntime", path)
+        (held,) = batches(bench.validation, COMPACT.signature, ROWS)
         plain = {k: v.numpy() for k, v in held.inputs.items()}
         found = Session(path, threads=1).scores(plain)
         with torch.no_grad():

@@ -11,7 +11,7 @@ from chained_networks import CHAIN
 from error_codes import HasReason, raises_code
 from hypothesis import given
 from model_scores import scores_of, stored_bytes
-from models import NORMED, RANKER, TIED, Graph, Reference, whole
+from models import COMPACT, NORMED, RANKER, TIED, Graph, Reference, whole
 from narrow_networks import SCHEMA, Branched
 from reason_codes import codes_of, with_code
 from torch import Tensor, nn
@@ -269,12 +269,12 @@ def test_a_narrowed_network_keeps_its_factored_layers(tmp_path):
 
 @pytest.mark.parametrize("target", ["onnxruntime", "tensorrt-rtx"])
 def test_a_graph_computes_what_the_module_computes(target: TargetKind, tmp_path):
-    bench = RANKER.bench(tmp_path / "data")
-    model = run(LowRankDense(), RANKER.model(), bench, tmp_path / "0")
+    bench = COMPACT.bench(tmp_path / "data")
+    model = run(LowRankDense(), COMPACT.model(), bench, tmp_path / "0")
     model = run(StaticInt8(), model, bench, tmp_path / "1")
     path = tmp_path / "model.onnx"
-    lowered = lower(model.module, whole(RANKER.signature), target, path)
-    made = Graph(model, lowered, RANKER.signature, path)
+    lowered = lower(model.module, whole(COMPACT.signature), target, path)
+    made = Graph(model, lowered, COMPACT.signature, path)
     inputs = made.rows(1500)
     compare(made.in_torch(inputs), made.in_onnx(inputs), model.plan, target)
     if target == "onnxruntime":

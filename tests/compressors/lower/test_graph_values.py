@@ -22,6 +22,8 @@ SCHEMA = Signature(
     label="label",
     metric="auc",
 )
+# test_random_networks.py compares the graphs of the last two, which are the same.
+TARGETS = ("onnxruntime", "tensorrt", pytest.param("tensorrt-rtx", marks=pytest.mark.nightly))
 PROBABILITY = SCHEMA.model_copy(update={"output": "probability"})
 
 
@@ -51,13 +53,17 @@ class RareProbability(nn.Module):
         return torch.sigmoid(x.sum(dim=1))
 
 
+def session(module: nn.Module, signature: Signature, target: TargetKind, folder: Path) -> Session:
+    """The target's graph in ONNX Runtime, which runs TensorRT's forms too."""
+    path = folder / f"{target}.onnx"
+    lower(module, whole(signature), target, path)
+    return Session(path, 1)
+
+
 def graph_scores(
     module: nn.Module, signature: Signature, target: TargetKind, x: Tensor, folder: Path
 ) -> NDArray[np.float32]:
-    """Scores of the target's graph, in ONNX Runtime, which runs TensorRT's forms too."""
-    path = folder / f"{target}.onnx"
-    lower(module, whole(signature), target, path)
-    return Session(path, 1).scores({"x": x.numpy()})
+    return session(module, signature, target, folder).scores({"x": x.numpy()})
 
 
 def test_recalibrated_probabilities_next_to_zero_are_those_of_torch(tmp_path: Path) -> None:
@@ -75,20 +81,20 @@ def test_recalibrated_probabilities_next_to_zero_are_those_of_torch(tmp_path: Pa
 
 
 @pytest.mark.parametrize("target", ["onnxruntime", "tensorrt"])
-@pytest.mark.parametrize("rows", [1, 3])
 def test_a_squeezed_score_has_one_number_per_row_for_requests_of_any_size(
-    target: TargetKind, rows: int, tmp_path: Path
+    target: TargetKind, tmp_path: Path
 ) -> None:
     module = Reference(SqueezedLinear, SCHEMA).model().private().module
-    x = torch.randn(rows, 4, generator=torch.Generator().manual_seed(0))
-    found = graph_scores(module, SCHEMA, target, x, tmp_path)
-    assert found.shape == (rows,)
-    layer = module.layer
-    expected = torch.sigmoid(x @ layer.weight[0] + layer.bias).detach().numpy()
-    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-6)  # one float32 sum of four
+    layer, graph = module.layer, session(module, SCHEMA, target, tmp_path)
+    for rows in (1, 3):
+        x = torch.randn(rows, 4, generator=torch.Generator().manual_seed(0))
+        found = graph.scores({"x": x.numpy()})
+        assert found.shape == (rows,)
+        expected = torch.sigmoid(x @ layer.weight[0] + layer.bias).detach().numpy()
+        np.testing.assert_allclose(found, expected, rtol=0, atol=1e-6)  # one float32 sum of four
 
 
-@pytest.mark.parametrize("target", ["onnxruntime", "tensorrt", "tensorrt-rtx"])
+@pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("share", [0.3, 0.7, -0.7])
 def test_the_bias_of_an_int8_layer_is_rounded_to_whole_steps(
     target: TargetKind, share: float, tmp_path: Path

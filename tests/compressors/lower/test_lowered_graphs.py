@@ -223,8 +223,20 @@ def test_tied_and_shared_tables_lie_in_the_graph_once(target):
     assert len(wide) == 1
 
 
-@each_target
-@pytest.mark.parametrize("kinds", [(), EVERYTHING, ("rowwise_int4", "float16")])
+@pytest.mark.parametrize(
+    ("kinds", "target"),
+    [
+        # In the default tier each has one target, in turn.
+        pytest.param(
+            kinds,
+            target,
+            id=f"{'+'.join(kinds) or '-'}-{target}",
+            marks=() if (place + turn) % 2 else pytest.mark.nightly,
+        )
+        for place, kinds in enumerate([(), EVERYTHING, ("rowwise_int4", "float16")])
+        for turn, target in enumerate((ORT, RTX))
+    ],
+)
 def test_a_table_read_at_the_same_rows_in_every_call_is_no_lookup(kinds, target):
     # A runtime computes such a read once and drops the table.
     assert [t.module for t in graph("Buffered", kinds, target).lowered.tables] == ["fields"]

@@ -1,5 +1,7 @@
 """Tables that are stored alike are looked up together in ONNX Runtime's graph."""
 
+import functools
+import tempfile
 from collections import Counter
 from pathlib import Path
 
@@ -27,6 +29,7 @@ from compressors.quantize.tables.rowwise_int4 import RowwiseInt4
 from compressors.quantize.tables.rowwise_int8 import RowwiseInt8
 from infra.onnxruntime.sessions import Session, optimized_graph
 
+_SCRATCH = tempfile.TemporaryDirectory(prefix="merged-")
 FIELDS = {"user": 40, "item": 300, "city": 9}
 
 
@@ -82,6 +85,15 @@ def lowered(
     return lower(model.module, served_graphs(asked.signature)[0], target, path), path
 
 
+@functools.cache
+def written(step: AnyStep, policy: str) -> tuple[Model, Lowered, Path]:
+    """The fields after a step, and their graph for ONNX Runtime."""
+    folder = Path(tempfile.mkdtemp(dir=_SCRATCH.name))
+    asked = reference(policy)
+    model = packed(asked, step, folder)
+    return (model, *lowered(asked, model, folder))
+
+
 def nodes(path: Path) -> Counter[str]:
     return Counter(node.op_type for node in onnx.load(path).graph.node)
 
@@ -99,10 +111,9 @@ def nodes(path: Path) -> Counter[str]:
         (AdditiveCodes(bits=1, rounds=2), "error"),
     ],
 )
-def test_tables_stored_alike_are_one_lookup_with_the_same_answers(step, policy, tmp_path):
+def test_tables_stored_alike_are_one_lookup_with_the_same_answers(step, policy):
     asked = reference(policy)
-    model = packed(asked, step, tmp_path)
-    made, path = lowered(asked, model, tmp_path)
+    model, made, path = written(step, policy)
     tensors, of_wide = (
         len(dict(table.named_buffers()))
         for table in (model.module.tables["user"], model.module.wide)
@@ -123,10 +134,8 @@ def test_tables_stored_alike_are_one_lookup_with_the_same_answers(step, policy, 
         np.testing.assert_allclose(found, expected.detach().numpy(), rtol=1e-5, atol=1e-6)
 
 
-def test_what_is_merged_passes_the_audit_and_holds_every_row_once(tmp_path):
-    asked = reference()
-    model = packed(asked, RowwiseInt4(), tmp_path)
-    made, path = lowered(asked, model, tmp_path)
+def test_what_is_merged_passes_the_audit_and_holds_every_row_once():
+    model, made, path = written(RowwiseInt8(), "clamp")
     found = audit(optimized_graph(path), model.plan, made.tables)
     assert found.packed_tables == 2
     rows = {table.module: table.rows for table in made.tables}
@@ -136,9 +145,8 @@ def test_what_is_merged_passes_the_audit_and_holds_every_row_once(tmp_path):
     assert [held[name][0] for name in merged.names] == [349, 349]
 
 
-def test_rows_that_stand_side_by_side_again_are_not_taken_apart(tmp_path):
-    asked = reference()
-    _, path = lowered(asked, packed(asked, RowwiseInt8(), tmp_path), tmp_path)
+def test_rows_that_stand_side_by_side_again_are_not_taken_apart():
+    _, _, path = written(RowwiseInt8(), "clamp")
     assert nodes(path)["Split"] == 0
 
 
@@ -168,7 +176,7 @@ def test_tables_as_trained_and_engines_keep_a_lookup_each(tmp_path):
     asked = reference()
     _, plain = lowered(asked, asked.model(), tmp_path)
     assert nodes(plain)["Gather"] == 4
-    model = packed(asked, RowwiseInt8(), tmp_path)
+    model, _, _ = written(RowwiseInt8(), "clamp")
     _, engine = lowered(asked, model, tmp_path, "tensorrt")
     assert nodes(engine)["Gather"] == 4
 

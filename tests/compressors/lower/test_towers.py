@@ -1,5 +1,9 @@
 """The two graphs of a retrieval model: vectors, refused rows, a table that both towers read."""
 
+import functools
+import tempfile
+from pathlib import Path
+
 import numpy as np
 import onnx
 import pytest
@@ -75,6 +79,17 @@ SCHEMA = Signature.model_validate(
 SHARED = Reference(SharedTable, SCHEMA)
 TARGETS: tuple[TargetKind, ...] = ("onnxruntime", "tensorrt-rtx")
 TABLES = {"item.table": 50}
+_SCRATCH = tempfile.TemporaryDirectory(prefix="towers-")
+
+
+@functools.cache
+def graphs_as_trained() -> dict[str, Path]:
+    """The graph of each tower for ONNX Runtime."""
+    model, paths = SHARED.model().module, {}
+    for form in served_graphs(SCHEMA):
+        paths[form.name] = Path(_SCRATCH.name) / f"{form.name}.onnx"
+        lower(model, form, "onnxruntime", paths[form.name])
+    return paths
 
 
 @pytest.mark.parametrize(
@@ -102,24 +117,21 @@ def test_both_graphs_give_the_modules_vectors_also_of_a_table_they_share(kind, t
         assert [table.module for table in lowered.tables] == ["item.table"]
 
 
-def test_a_refused_row_is_a_vector_of_nan_and_the_others_are_not(tmp_path):
-    model = SHARED.model().module
+def test_a_refused_row_is_a_vector_of_nan_and_the_others_are_not():
     for form in served_graphs(SCHEMA):
-        path = tmp_path / f"{form.name}.onnx"
-        lower(model, form, "onnxruntime", path)
         inputs = edge_example(form.signature, TABLES, 8)  # the first two rows hold a bad id
-        found = Session(path, threads=1).scores({k: v.numpy() for k, v in inputs.items()})
+        found = Session(graphs_as_trained()[form.name], threads=1).scores(
+            {k: v.numpy() for k, v in inputs.items()}
+        )
         assert np.isnan(found[:2]).all()
         assert np.isfinite(found[2:]).all()
 
 
-def test_a_graph_holds_its_own_towers_weights_alone(tmp_path):
+def test_a_graph_holds_its_own_towers_weights_alone():
     held = {}
-    for form in served_graphs(SCHEMA):
-        path = tmp_path / f"{form.name}.onnx"
-        lower(SHARED.model().module, form, "onnxruntime", path)
+    for name, path in graphs_as_trained().items():
         graph = onnx.load(path).graph
-        held[form.name] = {item.name.removeprefix("model.") for item in graph.initializer}
+        held[name] = {item.name.removeprefix("model.") for item in graph.initializer}
         assert [item.name for item in graph.output] == ["vector"]
     assert "query.table.weight" in held["query"] & held["item"]  # one of the two names it has
     assert not any(name.startswith("item.out") for name in held["query"])

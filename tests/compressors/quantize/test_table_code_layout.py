@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from models import RANKER, run
 from reason_codes import with_code
-from table_codes import each_step, named, packed, size_of, stored, tables
+from table_codes import STEPS, each_step, named, packed, size_of, stored, tables
 from torch import Tensor
 
 from compressors.contracts import Bench
@@ -176,7 +176,16 @@ def op_and_arguments(step: TableStep, table: Tensor, ids: Tensor) -> tuple[Any, 
     return ops.residual_codes, (*first, books, width)
 
 
-@each_step
+@pytest.mark.parametrize(
+    "step",
+    [
+        # In the default tier each op is called once, and k-means with and without a scale.
+        pytest.param(
+            step, id=named(step), marks=() if place in (1, 2, 4, 8) else pytest.mark.nightly
+        )
+        for place, step in enumerate(STEPS)
+    ],
+)
 def test_the_op_keeps_torchs_rules_for_custom_ops(step):
     ids = torch.tensor([[0, 5, 5], [2, 1, 39]])
     op, arguments = op_and_arguments(step, torch.randn(40, 5), ids)

@@ -12,7 +12,7 @@ from chained_networks import BLOCK, NORM_FIRST, NormFirst
 from error_codes import HasReason, raises_code
 from hypothesis import given
 from model_scores import float32_rounding, scores_of
-from models import NORMED, RANKER, Reference, whole
+from models import COMPACT, NORMED, Reference, whole
 from narrow_networks import SCHEMA
 from reason_codes import codes_of, with_code
 from torch import Tensor, nn
@@ -218,30 +218,30 @@ def test_a_relu_that_never_opens_goes_only_if_rows_may_say_so(tmp_path):
 
 def test_a_constant_needs_a_bias_to_live_on_in(tmp_path):
     """``plain`` has no bias: what a dead channel says cannot be moved, unless it is nothing."""
-    source = RANKER.model()
+    source = COMPACT.model()
     with torch.no_grad():
         source.module.capped.weight[4] = 0
         source.module.capped.bias[4] = 0.5
         source.module.hidden.weight[0] = 0  # the others of that width could lose one
         source.module.plain.weight[2] = 0
-    bench = RANKER.bench(tmp_path / "data")
+    bench = COMPACT.bench(tmp_path / "data")
     with raises_code(NothingToCompress, "units_missing") as caught:
         run(Fold(), source, bench, tmp_path / "out")
     assert caught.value.fields["reasons"]["cross"] == (Reason("nothing_to_fold"),)
 
 
 def test_layers_of_one_number_lose_as_many_as_the_poorest_has(tmp_path):
-    source = RANKER.model()  # hidden, capped and plain are all ``width`` wide
+    source = COMPACT.model()  # hidden, capped and plain are all ``width`` wide
     with torch.no_grad():
         for layer, count in ((source.module.hidden, 3), (source.module.capped, 2)):
             layer.weight[:count] = 0
             layer.bias[:count] = 0.0
         source.module.plain.weight[:4] = 0
-    bench = RANKER.bench(tmp_path / "data")
+    bench = COMPACT.bench(tmp_path / "data")
     result = run(Fold(), source, bench, tmp_path / "out")
     assert result.network.architecture.config == {"width": 14}
-    before = scores_of(source.private(), RANKER)
-    assert (scores_of(result, RANKER) - before).abs().max() <= float32_rounding(before)
+    before = scores_of(source.private(), COMPACT)
+    assert (scores_of(result, COMPACT) - before).abs().max() <= float32_rounding(before)
 
 
 class Peeking(nn.Module):

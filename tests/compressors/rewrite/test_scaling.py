@@ -9,7 +9,7 @@ from chained_networks import BLOCK, CHAIN, LOUD, NORM_FIRST
 from error_codes import raises_code
 from hypothesis import given
 from model_scores import float32_rounding, scores_of
-from models import NORMED, RANKER, Reference, Step
+from models import COMPACT, NORMED, Reference, Step
 from torch import Tensor
 
 from compressors.contracts.reasons import Reason
@@ -61,10 +61,10 @@ def test_a_searched_strength_is_never_worse_than_none(seed, loud):
 
 
 ONES = [
-    (Equalize(), RANKER),
+    (Equalize(), COMPACT),
     (Equalize(), CHAIN),
     (Equalize(), LOUD),
-    (SmoothQuant(), RANKER),
+    (SmoothQuant(), COMPACT),
     (SmoothQuant(), NORMED),
     (SmoothQuant(), CHAIN),
     (SmoothQuant(), LOUD),
@@ -138,8 +138,8 @@ def test_layers_that_are_not_named_keep_what_they_have(tmp_path):
 
 
 def test_zeros_stay_zeros(tmp_path):
-    bench = RANKER.bench(tmp_path / "data")
-    pruned = run(Magnitude(), RANKER.model(), bench, tmp_path / "0")
+    bench = COMPACT.bench(tmp_path / "data")
+    pruned = run(Magnitude(), COMPACT.model(), bench, tmp_path / "0")
     result = run(Equalize(), pruned, bench, tmp_path / "1")
     for name in ("hidden", "capped"):
         before, after = (m.module.get_submodule(name).weight for m in (pruned, result))
