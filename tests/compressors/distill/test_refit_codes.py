@@ -7,7 +7,7 @@ import models
 import pytest
 import torch
 from error_codes import raises_code
-from models import ATTENTION, NORMED, QUICKLY, RANKER, Reference
+from models import ATTENTION, COMPACT, NORMED, QUICKLY, RANKER, Reference
 from pydantic import ValidationError
 from reason_codes import with_code
 from safetensors.torch import save_file
@@ -64,10 +64,15 @@ each_codes = pytest.mark.parametrize(
 
 @pytest.fixture
 def bench(tmp_path: Path) -> Bench:
-    return RANKER.bench(tmp_path / "data")
+    return COMPACT.bench(tmp_path / "data")
 
 
-def packed(step: TableStep, bench: Bench, folder: Path, reference: Reference = RANKER) -> Model:
+@pytest.fixture
+def ranker_bench(tmp_path: Path) -> Bench:
+    return RANKER.bench(tmp_path / "ranker")
+
+
+def packed(step: TableStep, bench: Bench, folder: Path, reference: Reference = COMPACT) -> Model:
     return run(step, reference.model(), bench, folder / "packed")
 
 
@@ -127,7 +132,11 @@ def test_without_a_share_codes_stay(bench, tmp_path):
 def test_it_ends_no_worse_on_the_validation_rows_than_it_began(bench, tmp_path):
     """Validation rows ask for what the network answers, training rows for the opposite."""
     turned = models.prepared(
-        RANKER.signature, RANKER.rows_of_tables(), tmp_path / "v", 8, lambda x: -RANKER._opposite(x)
+        COMPACT.signature,
+        COMPACT.rows_of_tables(),
+        tmp_path / "v",
+        8,
+        lambda x: -COMPACT._opposite(x),
     )
     bench = bench.model_copy(update={"validation": turned})
     before = packed(ProductCodes(parts=6, bits=4), bench, tmp_path)
@@ -138,7 +147,8 @@ def test_it_ends_no_worse_on_the_validation_rows_than_it_began(bench, tmp_path):
     assert torch.equal(after.module.item.codes, before.module.item.codes)
 
 
-def test_only_tables_with_codebooks_are_taken_and_the_others_say_why(bench, tmp_path):
+def test_only_tables_with_codebooks_are_taken_and_the_others_say_why(ranker_bench, tmp_path):
+    bench = ranker_bench
     before = run(BFloat16(tables=("user",)), RANKER.model(), bench, tmp_path / "user")
     before = run(ProductCodes(tables=("item", "tags")), before, bench, tmp_path / "item")
     after = run(
@@ -155,16 +165,17 @@ def test_only_tables_with_codebooks_are_taken_and_the_others_say_why(bench, tmp_
         with_code(chosen[name].reasons, "not_matched", patterns=("item", "user"))
 
 
-def test_a_table_means_its_parts_too(bench, tmp_path):
-    tiers = run(Tiers(tables=("item", "tags")), RANKER.model(), bench, tmp_path / "tiers")
-    before = run(RowwiseInt4(tables=("item", "tags")), tiers, bench, tmp_path / "packed")
+def test_a_table_means_its_parts_too(ranker_bench, tmp_path):
+    bench, tables = ranker_bench, ("item", "tags")
+    tiers = run(Tiers(tables=tables), RANKER.model(), bench, tmp_path / "tiers")
+    before = run(RowwiseInt4(tables=tables), tiers, bench, tmp_path / "packed")
     chosen = RefitCodes(tables=("item",)).choose(before, bench)
     assert {name for name, choice in chosen.items() if choice.take} == {"item.hot", "item.cold"}
 
 
 @pytest.mark.parametrize("first", [Tiers(), LowRank(), QuotientRemainder()], ids=lambda s: s.kind)
 def test_codes_of_parts_are_refitted_and_the_table_they_make_keeps_its_own(first, bench, tmp_path):
-    made = run(first, RANKER.model(), bench, tmp_path / "made")
+    made = run(first, COMPACT.model(), bench, tmp_path / "made")
     before = run(RowwiseInt2(rows_per_scale=4), made, bench, tmp_path / "packed")
     after = run(RefitCodes(training=QUICKLY, rounds=1), before, bench, tmp_path / "refitted")
     parts = {unit.name for unit in Unit.of(after.module) if unit.part_of}
@@ -177,7 +188,7 @@ def test_codes_of_parts_are_refitted_and_the_table_they_make_keeps_its_own(first
 
 def test_without_codebooks_there_is_nothing_to_refit(bench, tmp_path):
     with raises_code(NothingToCompress, "units_missing") as caught:
-        run(RefitCodes(), RANKER.model(), bench, tmp_path)
+        run(RefitCodes(), COMPACT.model(), bench, tmp_path)
     assert caught.value.fields["reasons"]["item"] == (Reason("no_codes", format="float32"),)
 
 
@@ -196,7 +207,7 @@ def test_a_run_that_was_killed_goes_on_to_the_same_bits(bench, tmp_path, monkeyp
 
     def killed(*args: Any) -> Proposal:
         told.append(1)
-        if len(told) > 6:  # the six tables of the first round
+        if len(told) > 2:  # the two tables of the first round
             raise KeyboardInterrupt
         return propose(*args)
 
@@ -217,9 +228,10 @@ def test_a_share_is_a_share():
 # --- slopes and moves --------------------------------------------------------------------------
 
 
-def test_slopes_are_the_gradients_of_the_table_the_codes_stand_for(bench, tmp_path):
+def test_slopes_are_the_gradients_of_the_table_the_codes_stand_for(ranker_bench, tmp_path):
     """Against plain torch: the decoded table as a parameter, one row of data at a time."""
-    model = packed(ProductCodes(tables=("item", "history")), bench, tmp_path)
+    bench = ranker_bench
+    model = packed(ProductCodes(tables=("item", "history")), bench, tmp_path, RANKER)
     tables = {"item": model.module.item, "history": model.module.history.table}
 
     def loss(output: Tensor, batch, numbers: Tensor) -> Tensor:
@@ -323,7 +335,7 @@ def test_where_nothing_is_looked_up_nothing_moves():
 
 def test_moves_that_raise_the_loss_are_taken_back(bench, tmp_path, monkeypatch):
     before = packed(ProductCodes(parts=6, bits=4), bench, tmp_path)
-    teacher = RANKER.model().module
+    teacher = COMPACT.model().module
     rows = Rows(bench.train, bench.signature)
     with torch.no_grad():
         answers = teacher(**rows.take(torch.arange(len(rows))).inputs).reshape(-1)
@@ -339,7 +351,7 @@ def test_moves_that_raise_the_loss_are_taken_back(bench, tmp_path, monkeypatch):
 
     step = RefitCodes(training=QUICKLY, rounds=1)
     model = before.private()
-    tables = {"item": model.module.item, "user": model.module.user}
+    tables = {"item": model.module.item, "genres": model.module.genres}
     monkeypatch.setattr("compressors.distill.refit_codes.propose", wrong)
     assert step._move(model, bench, tables) == 0
     assert torch.equal(model.module.item.codes, before.module.item.codes)

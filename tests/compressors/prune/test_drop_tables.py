@@ -3,7 +3,7 @@
 import pytest
 import torch
 from error_codes import raises_code
-from models import RANKER, prepared
+from models import COMPACT, RANKER, Reference, prepared
 from reason_codes import with_code
 
 from compressors.contracts import Bench
@@ -18,19 +18,19 @@ from compressors.quantize.calibration.lookup_counts import lookup_counts
 from infra.onnxruntime.sessions import Session
 
 
-def bench_of(tmp_path) -> Bench:
+def bench_of(tmp_path, reference: Reference = RANKER) -> Bench:
     """Labels that follow the network's answers, so that its tables do pay."""
-    module = RANKER.model().module
+    module, signature = reference.model().module, reference.signature
 
     def answer(inputs):
         with torch.no_grad():
             return module(**inputs).reshape(-1)
 
     parts = {
-        part: prepared(RANKER.signature, RANKER.rows_of_tables(), tmp_path / part, seed, answer)
+        part: prepared(signature, reference.rows_of_tables(), tmp_path / part, seed, answer)
         for seed, part in enumerate(("train", "validation"))
     }
-    return Bench(signature=RANKER.signature, **parts)
+    return Bench(signature=signature, **parts)
 
 
 def without_use_of(name: str):
@@ -96,17 +96,27 @@ def test_dealing_out_rows_of_a_table_of_one_row_costs_nothing(tmp_path):
     assert permutation_loss(source, bench, "item", before, repeats=2) > 0
 
 
-@pytest.mark.parametrize("target", ["onnxruntime", "tensorrt-rtx"])
-def test_a_dropped_table_is_lowered(target, tmp_path):
-    source, bench = RANKER.model(), bench_of(tmp_path)
-    step = DropTables(tables=("city", "genres"), most_loss=1)
+@pytest.mark.parametrize(
+    ("reference", "tables", "target"),
+    [
+        # A dropped table of single ids and one of bags; TensorRT-RTX has the bag only nightly.
+        (RANKER, ("city", "genres"), "onnxruntime"),
+        pytest.param(RANKER, ("city", "genres"), "tensorrt-rtx", marks=pytest.mark.nightly),
+        (COMPACT, ("genres",), "tensorrt-rtx"),
+    ],
+    ids=["Ranker-onnxruntime", "Ranker-tensorrt-rtx", "Compact-tensorrt-rtx"],
+)
+def test_a_dropped_table_is_lowered(reference, tables, target, tmp_path):
+    source, bench = reference.model(), bench_of(tmp_path, reference)
+    signature, rows_of_tables = reference.signature, reference.rows_of_tables()
+    step = DropTables(tables=tables, most_loss=1)
     result = run(step, source, bench, tmp_path / "out")
-    (form,) = served_graphs(RANKER.signature)
+    (form,) = served_graphs(signature)
     lowered = lower(result.module, form, target, tmp_path / "model.onnx")
-    assert {table.module for table in lowered.tables} == {"user", "item", "history", "tags"}
-    inputs = example(RANKER.signature, RANKER.rows_of_tables(), 50)
+    assert {table.module for table in lowered.tables} == set(rows_of_tables) - set(tables)
+    inputs = example(signature, rows_of_tables, 50)
     with torch.no_grad():
-        expected = lowered.served(*(inputs[name] for name in input_names(RANKER.signature)))
+        expected = lowered.served(*(inputs[name] for name in input_names(signature)))
     found = Session(tmp_path / "model.onnx", 1).scores({k: v.numpy() for k, v in inputs.items()})
     # float32 sums in another order
     torch.testing.assert_close(torch.from_numpy(found), expected, rtol=1e-5, atol=1e-6)
