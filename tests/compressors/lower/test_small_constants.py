@@ -104,7 +104,7 @@ def scores(
 # In the default tier each guard is in a graph for ONNX Runtime and in one for TensorRT-RTX, with
 # the forms of tables in turn, and one is in a graph for TensorRT.
 GUARDS = [
-    (eps, list(STEPS)[(place + turn) % len(STEPS)], target)
+    (eps, list(STEPS)[(place + turn + 1) % len(STEPS)], target)
     for place, eps in enumerate(EPS)
     for turn, target in enumerate(("onnxruntime", "tensorrt-rtx"))
 ]
