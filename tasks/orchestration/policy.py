@@ -179,17 +179,22 @@ def remembered(
     except (ArtifactDamaged, RecordRefused, InfraError) as fault:
         log.warning("%s: %s The task runs again.", task.name, fault)
     else:
-        _show_cached(task, arguments)
+        show_cached(task, arguments)
         return result
-    guarded = copy.copy(task)
-    guarded.fn = clean_exceptions()(task.fn)
-    result = guarded(**arguments)
+    result = run_task(task, arguments)
     wait_out(lambda: check(result))
     wait_out(lambda: write_result(store(), task.name, key, task.fn, result))
     return result
 
 
-def _show_cached(task: Task[..., Any], arguments: dict[str, Any]) -> None:
+def run_task(task: Task[..., Any], arguments: dict[str, Any]) -> Any:
+    """Run a task in Prefect, as a task run of this flow run; exceptions are free of secrets."""
+    guarded = copy.copy(task)
+    guarded.fn = clean_exceptions()(task.fn)
+    return guarded(**arguments)
+
+
+def show_cached(task: Task[..., Any], arguments: dict[str, Any]) -> None:
     """Show a result that was found on the flow run's page: a task run in the state Cached."""
 
     @functools.wraps(task.fn)
