@@ -5,10 +5,11 @@ those commit a half-written file when their block is left by an exception, and c
 """
 
 import logging
+import os
 import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -34,6 +35,9 @@ MAX_PARTS = 9_000  # S3 allows 10,000
 CONNECT_SECONDS = 3
 READ_SECONDS = 20
 ATTEMPTS = 3
+
+CLIENT_SECONDS = 60.0
+"""How long a client is used for new stores: another program may renew credentials in a file."""
 
 _PASSING = {
     "BadDigest",
@@ -138,20 +142,8 @@ class Bucket:
 
     @cached_property
     def _files(self) -> Any:
-        import s3fs
-
-        files = s3fs.S3FileSystem(
-            anon=False,
-            skip_instance_cache=True,  # its cache does not know the AWS_* variables
-            use_listings_cache=False,
-            config_kwargs={
-                "connect_timeout": CONNECT_SECONDS,
-                "read_timeout": READ_SECONDS,
-                "retries": {"mode": "standard", "total_max_attempts": ATTEMPTS},
-            },
-        )
-        files.retries = 1  # botocore retries already; the product of both would be minutes
-        return files
+        environment = tuple(sorted(os.environ.items()))
+        return _client(environment, os.getpid(), time.monotonic() // CLIENT_SECONDS)
 
     def _call(self, method: str, name: str, **request: Any) -> Any:
         def send() -> Any:
@@ -215,6 +207,29 @@ class Bucket:
         if 300 <= status < 500 or not _is_silence(fault):
             return SettingRefused("store_unusable", place=at, problem=code or type(fault).__name__)
         return StoreOutage("store_no_answer", place=at, problem=type(fault).__name__)
+
+
+@lru_cache(maxsize=1)
+def _client(environment: tuple[tuple[str, str], ...], process: int, period: float) -> Any:  # noqa: ARG001
+    """The client of all stores of this process, as long as its environment stays as it is.
+
+    A new one takes tens of milliseconds and a connection of its own, and a flow opens its store
+    hundreds of times.
+    """
+    import s3fs
+
+    files = s3fs.S3FileSystem(
+        anon=False,
+        skip_instance_cache=True,  # its cache does not know the AWS_* variables
+        use_listings_cache=False,
+        config_kwargs={
+            "connect_timeout": CONNECT_SECONDS,
+            "read_timeout": READ_SECONDS,
+            "retries": {"mode": "standard", "total_max_attempts": ATTEMPTS},
+        },
+    )
+    files.retries = 1  # botocore retries already; the product of both would be minutes
+    return files
 
 
 def _grouped(chunks: Iterable[bytes], count: int) -> Iterator[bytes]:
