@@ -32,7 +32,7 @@ def write_own_model(folder: Path) -> None:
     write_draft(folder / "draft", name="mymodel", network="mymodels:ClickNet", rows=rows)
 
 
-@pytest.mark.nightly  # tests/flows/test_readme_commands.py runs the same commands in one process
+@pytest.mark.nightly  # tests/flows/test_s3.py runs the same commands in one process
 def test_the_commands_for_a_model_of_ones_own_do_what_they_say(tmp_path: Path) -> None:
     write_own_model(tmp_path)
     bash = shutil.which("bash")

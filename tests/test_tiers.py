@@ -13,7 +13,7 @@ from hypothesis import settings
 ROOT = Path(__file__).parents[1]
 FILES = sorted((ROOT / "tests").rglob("test_*.py"))
 # What a test of a flow takes if it shares Prefect's server, or the finished order.
-SERVER = {"fresh", "prefect_server", "prefect_folder", "world", "the_world", "no_champion"}
+SERVER = {"prefect_server", "prefect_folder", "world", "the_world", "no_champion"}
 
 
 def test_a_property_has_25_examples_by_default_the_same_in_every_run_and_200_nightly():

@@ -1,4 +1,8 @@
-"""One Prefect server and one finished order for all tests of flows: both take long to make."""
+"""One Prefect server and one finished order for the tests of flows that need them.
+
+The finished order ran in Prefect; what is not about Prefect runs without its engine: see
+``orders.py``.
+"""
 
 import shutil
 from collections.abc import Iterator
@@ -7,7 +11,8 @@ from pathlib import Path
 import pytest
 from drafts import write_draft
 from local_services import LocalServices, lacking, running_services
-from orders import ACCEPTED, BOTH, World, carry_out, surroundings
+from orders import ACCEPTED, BOTH, World, carry_out_in_prefect, surroundings
+from prefect.settings import PREFECT_FLOWS_HEARTBEAT_FREQUENCY, temporary_settings
 from prefect.testing.utilities import prefect_test_harness
 
 from flows.order import Order
@@ -49,7 +54,9 @@ def prefect_server() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         for service in UNUSED_SERVICES:
             patch.setenv(f"PREFECT_SERVER_SERVICES_{service}_ENABLED", "false")
-        with prefect_test_harness(server_startup_timeout=90):
+        # The end of a run waits for the thread of its heartbeats, which sleeps a second at a time.
+        no_heartbeats = temporary_settings({PREFECT_FLOWS_HEARTBEAT_FREQUENCY: None})
+        with prefect_test_harness(server_startup_timeout=90), no_heartbeats:
             yield
 
 
@@ -61,7 +68,7 @@ def the_world(prefect_server: None, tmp_path_factory: pytest.TempPathFactory) ->
         draft = write_draft(home / "draft")
         packed = pack(draft)
         order = Order(model="clicks@1", preset="small", limits=(ACCEPTED,), targets=BOTH)
-        return World(home / "recpress", draft, packed, order, carry_out(order))
+        return World(home / "recpress", draft, packed, order, carry_out_in_prefect(order))
 
 
 @pytest.fixture
@@ -83,8 +90,8 @@ def no_champion(world: World) -> Iterator[None]:
 
 
 @pytest.fixture
-def fresh(prefect_server: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A home in which nothing happened yet, and the Prefect server."""
+def fresh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A home in which nothing happened yet."""
     surroundings(monkeypatch, tmp_path / "recpress")
     return tmp_path
 

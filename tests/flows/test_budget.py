@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 from drafts import ROWS, write_draft
 from error_codes import raises_code
-from orders import World, carry_out
+from orders import World, carry_out_recipe
 from reason_codes import with_code
 
 from compressors.contracts import Limit
@@ -47,8 +47,7 @@ def budgeted(budget: float, steps: tuple = CUTS) -> Order:
 def test_what_costs_more_than_the_budget_is_left_out_with_what_follows_it(world: World) -> None:
     order = budgeted(0.02)
     assert [len(group) for group in order.groups()] == [2, 1, 2, 1, 1, 1, 1]
-    made = carry_out(order)
-    report = made.finished.report
+    report = carry_out_recipe(order)
     assert [stage.step for stage in report.stages[1:]] == [
         "magnitude",
         "fine_tune",
@@ -65,7 +64,7 @@ def test_what_costs_more_than_the_budget_is_left_out_with_what_follows_it(world:
     assert isinstance(loss, float)
     assert 0.02 < loss < 0.5
     # Every stage that counts is found again: an order that was stopped goes on where it was.
-    again = carry_out(order)
+    again = carry_out_recipe(order)
     cut = [
         state for name, state in again.tasks if name in {"magnitude", "fine_tune", "static_int8"}
     ]
@@ -97,14 +96,14 @@ def test_what_works_on_parts_that_were_taken_back_is_left_out_with_them() -> Non
 def test_without_a_budget_the_same_steps_are_all_carried_out(world: World) -> None:
     order = budgeted(0.02, CUTS[:3]).model_copy(update={"budget": None})
     assert [len(group) for group in order.groups()] == [1, 1, 1]
-    report = carry_out(order).finished.report
+    report = carry_out_recipe(order)
     assert [stage.step for stage in report.stages[1:]] == ["magnitude", "fine_tune", "magnitude"]
     assert report.stages[-1].quality.point < report.stages[-2].quality.point - 0.02
 
 
 def test_a_budget_that_nothing_keeps_to_is_an_error_that_says_so(world: World) -> None:
     with raises_code(OrderRefused, "no_step_fits") as caught:
-        carry_out(budgeted(0.0, (Magnitude(share=0.99),)))
+        carry_out_recipe(budgeted(0.0, (Magnitude(share=0.99),)))
     loss = with_code(caught.value.fields["reasons"], "over_budget", budget=0.0).fields["loss"]
     assert isinstance(loss, float)
     assert loss > 0
@@ -114,7 +113,7 @@ def test_a_budget_needs_rows_to_weigh_on(fresh: Path) -> None:
     rows = {split: count for split, count in ROWS.items() if split != "validation"}
     pack(write_draft(fresh / "draft", name="few", rows=rows))
     order = budgeted(0.01, (RowwiseInt8(),)).model_copy(update={"model": "few"})
-    for ask in (carry_out, explain):
+    for ask in (carry_out_recipe, explain):
         with raises_code(OrderRefused, "budget_needs_validation"):
             ask(order)
 

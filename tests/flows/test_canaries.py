@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 from canaries import canaries, traces
+from command_line import run_main_apart
 from drafts import environment, recpress, write_draft
-from orders import World, carry_out
+from orders import World, carry_out_in_prefect
 from prefect import flow, task
 from prefect.logging.handlers import APILogHandler
 from prefect.settings import get_current_settings
@@ -110,19 +111,21 @@ def enumerate_texts(capfd: pytest.CaptureFixture) -> Iterator[tuple[str, str]]:
 
 
 def test_an_order_whose_registry_is_down_leaves_its_password_nowhere(
-    world: World, prefect_folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    world: World,
+    prefect_folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     uri = login("MLFLOW_TRACKING_URI", "127.0.0.1:9")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
     order = world.order.model_copy(update={"limits": (Limit.parse("bytes vs baseline <= 0.6"),)})
     with pytest.raises(RegistryUnavailable) as raised:
-        carry_out(order)
-    env = environment(tmp_path, MLFLOW_TRACKING_URI=uri)
-    listed = recpress("registry", "list", env=env)
-    assert listed.returncode == 1
-    assert "registry did not answer" in listed.stderr
-    texts = {"raised": str(raised.value), "out": listed.stdout, "err": listed.stderr}
-    assert_nowhere([world.home, prefect_folder, tmp_path], texts)
+        carry_out_in_prefect(order)
+    code, out, err = run_main_apart(monkeypatch, capsys, "registry", "list")
+    assert code == 1
+    assert "registry did not answer" in err
+    texts = {"raised": str(raised.value), "out": out, "err": err}
+    assert_nowhere([world.home, prefect_folder], texts)
 
 
 # --- the tour --------------------------------------------------------------------------------

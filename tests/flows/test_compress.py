@@ -18,7 +18,7 @@ import pytest
 from command_line import run_main
 from drafts import DENSE, ROOT, ROWS, environment, planted_auc, recpress, write_draft
 from error_codes import Text, raises_code
-from orders import World, carry_out
+from orders import World, carry_out, carry_out_in_prefect
 from prefect import flow
 from prefect.client.orchestration import get_client
 from prefect.settings import get_current_settings
@@ -124,7 +124,7 @@ def test_the_fetched_graph_gives_the_reported_auc_in_a_plain_session(
 
 
 def test_an_order_over_a_limit_completes_as_rejected_with_the_numbers(world: World) -> None:
-    ran = carry_out(with_limits(world, "bytes vs baseline <= 0.01"))
+    ran = carry_out_in_prefect(with_limits(world, "bytes vs baseline <= 0.01"))
     assert ran.state == "Rejected"
     assert "the limit is <= 0.010 times; rejected" in ran.message
     assert ran.finished.report.outcome == "rejected"
@@ -182,11 +182,13 @@ def test_the_same_order_again_takes_every_task_from_the_cache_and_registers_noth
     world: World,
 ) -> None:
     versions = registered("clicks")
-    ran = carry_out(world.order)
+    ran = carry_out_in_prefect(world.order)
     assert {state for _, state in ran.tasks} == {"Cached"}, ran.tasks
     assert len(ran.tasks) == len(world.first.tasks)
     assert ran.finished == world.first.finished
     assert registered("clicks") == versions
+    # Other tests run orders without the engine: the same tasks under the same names.
+    assert sorted(carry_out(world.order).tasks) == sorted(ran.tasks)
 
 
 def test_other_limits_measure_nothing_anew(world: World) -> None:
@@ -243,6 +245,7 @@ def test_a_killed_flow_goes_on_where_it_was(
     first_step: str,
     server: str,
     fresh: Path,
+    prefect_server: None,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:

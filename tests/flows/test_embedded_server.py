@@ -15,6 +15,7 @@ from pathlib import Path
 
 import prefect
 import pytest
+from command_line import run_main_apart
 from drafts import ROOT, environment, recpress, write_draft
 from error_codes import raises_code
 from orders import surroundings
@@ -32,6 +33,7 @@ from web_attacks import require_no_answer_without_the_secret, send
 
 from flows import embedded_server
 from flows.cli import errors as cli_errors
+from flows.cli.console import EMBEDDED
 from flows.embedded_server import CPU_SECONDS, EmbeddedServer, cpu_seconds, start_embedded_server
 from flows.prefect_access import require_access
 from infra.errors import ServiceFailed, SettingRefused
@@ -43,7 +45,7 @@ COMPRESS = ("compress", "clicks", "--preset", "fast", "--limit", LIMIT, "--json"
 START_SECONDS = 120  # a busy machine; an idle one needs about 12
 END_SECONDS = 200
 SHORT_LIMIT = {"PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "1"}
-SUSPENDED_SECONDS = 5
+SUSPENDED_SECONDS = 3
 
 
 @pytest.fixture(scope="module")
@@ -172,6 +174,7 @@ def started(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Embedde
     """An embedded server that was started just now, in a new Prefect home."""
     for name in ("PREFECT_API_URL", "PREFECT_API_AUTH_STRING"):
         monkeypatch.setenv(name, "restored afterwards")
+    monkeypatch.setattr(embedded_server, "_STOP_SECONDS", 0.5)  # tests suspend it, so it is killed
     context = prefect.context.GLOBAL_SETTINGS_CONTEXT
     monkeypatch.setattr(prefect.context, "GLOBAL_SETTINGS_CONTEXT", context)
     settings = {
@@ -274,15 +277,22 @@ def test_a_server_that_is_killed_ends_the_command_with_1(packed: Path) -> None:
 
 
 def test_missing_credentials_end_the_command_with_2_before_it_works(
-    packed: Path, prefect_server: None
+    packed: Path,
+    prefect_server: None,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     url = get_current_settings().api.url
-    said = recpress(*COMPRESS, env=environment(packed, PREFECT_API_URL=url))
-    assert said.returncode == 2, said.stderr
+    surroundings(monkeypatch, packed / "recpress")
+    for name, value in EMBEDDED.items():  # the command sets them for good
+        monkeypatch.setenv(name, value)
+    with temporary_settings(restore_defaults={PREFECT_API_AUTH_STRING}):
+        code, out, err = run_main_apart(monkeypatch, capsys, *COMPRESS)
+    assert (code, out) == (2, "")
     expected = f"recpress: Expected access to the Prefect server at {url}, got answer 401 without"
-    assert said.stderr.startswith(expected)
-    assert "Set PREFECT_API_AUTH_STRING" in said.stderr
-    assert len(said.stderr.splitlines()) == 1
+    assert err.startswith(expected)
+    assert "Set PREFECT_API_AUTH_STRING" in err
+    assert len(err.splitlines()) == 1
     assert not (packed / "recpress" / "results").exists()
 
 

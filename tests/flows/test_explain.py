@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from drafts import write_draft
 from error_codes import raises_code
-from orders import World, carry_out
+from orders import RecipeRun, World, carry_out_recipe, surroundings
 from test_recipe import ANY, STEPS, recipe  # noqa: F401 - a fixture
 
 from compressors.contracts.reasons import Reason
@@ -17,7 +17,14 @@ from flows.order import Order
 from infra.errors import ArtifactMissing
 from infra.settings import load_settings
 from tasks.bundles.packing import pack
-from tasks.orchestration.documents import Report
+
+
+@pytest.fixture(scope="module")
+def explained(the_world: World) -> Explanation:
+    """The world's order, explained after it was carried out."""
+    with pytest.MonkeyPatch.context() as patch:
+        surroundings(patch, the_world.home)
+        return explain(the_world.order)
 
 
 def stored(home: Path) -> set[Path]:
@@ -31,8 +38,8 @@ def left_out(found: Explanation) -> dict[str, Reason]:
 
 
 def test_a_presets_stages_plan_and_skipped_steps_are_known_before(world: World) -> None:
-    report = carry_out(world.order.model_copy(update={"preset": "fast"})).finished.report
-    found = explain(world.order.model_copy(update={"preset": "fast"}))
+    order = world.order.model_copy(update={"preset": "fast"})
+    report, found = carry_out_recipe(order), explain(order)
     assert found.plan == report.plan
     done = [(item.step, item.bytes) for item in found.steps if item.left_out is None]
     assert done == [(stage.step, stage.bytes) for stage in report.stages]
@@ -40,25 +47,23 @@ def test_a_presets_stages_plan_and_skipped_steps_are_known_before(world: World) 
     assert found.bytes_between == (report.stages[-1].bytes, report.stages[-1].bytes)
 
 
-def test_what_a_budget_decides_is_known_within_bounds(world: World) -> None:
-    report = world.first.finished.report
-    found = explain(world.order)
+def test_what_a_budget_decides_is_known_within_bounds(world: World, explained: Explanation) -> None:
+    report, found = world.first.finished.report, explained
     assert found.bytes_between is not None
     least, most = found.bytes_between
     assert least < report.stages[-1].bytes <= most
-    assert {"channels", "distill", "fold"} <= set(report.idle)
+    assert {"channels", "distill", "fold"} <= set(report.idle_reasons)
     expected = {name: report.idle_reasons[name] for name in ("channels", "distill", "fold")}
     assert left_out(found) == expected
     assert [target.target for target in found.targets] == ["onnxruntime", "tensorrt-rtx"]
 
 
-def test_an_order_that_was_carried_out_before_is_told(world: World) -> None:
-    again = carry_out(world.order)  # another test may have moved it to another registry
-    assert explain(world.order).earlier == again.finished.version
+def test_an_order_that_was_carried_out_before_is_told(world: World, explained: Explanation) -> None:
+    assert explained.earlier == world.first.finished.version
 
 
 def test_a_recipe_that_trains_is_known_before(
-    recipe: tuple[World, Report],  # noqa: F811
+    recipe: tuple[World, RecipeRun],  # noqa: F811
     world: World,
 ) -> None:
     order = Order(model="clicks@1", preset="custom", steps=STEPS, limits=(ANY,))
@@ -98,8 +103,10 @@ def test_rows_that_are_missing_are_told(fresh: Path) -> None:
     )
 
 
-def test_a_model_of_any_size_is_explained_in_the_memory_of_its_libraries(world: World) -> None:
-    memory = explain(world.order).memory
+def test_a_model_of_any_size_is_explained_in_the_memory_of_its_libraries(
+    explained: Explanation,
+) -> None:
+    memory = explained.memory
     assert memory.peak == memory.process + memory.weights + memory.rows
     assert memory.process > memory.weights  # the draft has 300 kB of weights
 
@@ -124,7 +131,7 @@ def test_the_command_prints_it_and_speaks_json(
     assert code == 0
     for text in ("rowwise_int8", "static_int8", "Peak memory", "target onnxruntime, required"):
         assert text in out
-    code, out, _ = called("clicks@1", "--preset", "fast", *limit, "--json")
+    code, out, _ = called("clicks@1", "--preset", "safe", *limit, "--json")
     assert code == 0
     assert json.loads(out)["steps"][0]["step"] == "as trained"
     code, _, err = called("clicks@1", "--limit", "gauc vs baseline >= 0")

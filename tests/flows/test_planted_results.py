@@ -243,7 +243,9 @@ def refusing() -> None:
     raise DataRefused("checks_missing")
 
 
-def test_the_exception_of_a_failed_flow_is_not_stored_by_prefect(fresh: Path) -> None:
+def test_the_exception_of_a_failed_flow_is_not_stored_by_prefect(
+    fresh: Path, prefect_server: None
+) -> None:
     storage = [get_current_settings().results.local_storage_path]
     before = files_below(storage)
     with raises_code(DataRefused, "checks_missing"):

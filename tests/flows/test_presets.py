@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from error_codes import raises_code
-from orders import carry_out, surroundings
+from orders import RecipeRun, carry_out, carry_out_recipe, surroundings
 from reason_codes import codes_of, with_code
 
 from compressors.contracts import Limit
@@ -20,25 +20,24 @@ from flows.order import Order
 from flows.presets import BEFORE, PRESETS
 from flows.terms import DEFAULT_BUDGET, Preset
 from tasks.bundles.packing import pack
-from tasks.orchestration.documents import Report
 
 ANY = Limit.parse("auc vs baseline >= -0.4")
 ORDER: tuple[Preset, ...] = ("safe", "fast", "small", "smallest")
 
 
-def weights(report: Report) -> int:
+def weights(report: RecipeRun) -> int:
     return sum(line.bytes_after for line in report.plan.lines)
 
 
-def loss_on_test_rows(report: Report) -> float:
+def loss_on_test_rows(report: RecipeRun) -> float:
     return report.stages[0].quality.point - report.stages[-1].quality.point
 
 
-Made = tuple[Path, dict[Preset, Report], dict[Preset, Explanation]]
+Made = tuple[Path, dict[Preset, RecipeRun], dict[Preset, Explanation]]
 
 
 @pytest.fixture(scope="module")
-def made(prefect_server: None, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Made]:
+def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Made]:
     """The home, and of the draft every preset's report and explanation."""
     home = tmp_path_factory.mktemp("tables")
     with pytest.MonkeyPatch.context() as patch:
@@ -50,7 +49,7 @@ def made(prefect_server: None, tmp_path_factory: pytest.TempPathFactory) -> tupl
         for preset in ORDER:
             order = Order(model="tableheavy", preset=preset, limits=(ANY,))
             explained[preset] = explain(order)
-            reports[preset] = carry_out(order).finished.report
+            reports[preset] = carry_out_recipe(order)
     return home, (draft, reports, explained)
 
 
@@ -88,13 +87,13 @@ def test_rows_that_training_hardly_looks_up_share_one_at_no_loss(table_heavy, pr
         line for line in report.plan.lines if line.role == "table" and "prune_rows" in line.steps
     ]
     assert any("kept_rows_by_lookups" in codes_of(line.reasons) for line in lines)
-    assert [step["kind"] for step in report.recipe].count("prune_rows") == 1
-    assert "prune_rows" not in report.idle  # what is not needed is not reported
+    assert [step.kind for step in report.recipe].count("prune_rows") == 1
+    assert "prune_rows" not in report.idle_reasons  # what is not needed is not reported
     # 3,200 test rows: the interval of such a change is about 0.01 wide to each side.
     assert loss_on_test_rows(report) < 0.005
 
 
-def budget_remarks(report: Report) -> list[Reason]:
+def budget_remarks(report: RecipeRun) -> list[Reason]:
     """What a report says about the quality budget."""
     outcomes = {"quality_lost", "quality_gained", "quality_over_budget"}
     return [remark for remark in report.remark_reasons if remark.code in outcomes]
@@ -149,7 +148,7 @@ def test_presets_work_without_rows_and_say_what_was_left_out(
     monkeypatch.setenv("RECPRESS_ALLOWED_MODULES", "examples.table_heavy")
     pack(few)
     order = Order(model="few", preset="small", limits=(ANY,))
-    report = carry_out(order).finished.report
+    report = carry_out_recipe(order)
     why = report.idle_reasons["prune_rows (step 1 of the recipe)"]
     if "validation" in left:
         with_code([why], "data_missing", step="prune_rows", missing=("train",))
@@ -169,8 +168,8 @@ def test_a_budget_that_nothing_fits_leaves_what_the_earlier_preset_does(
     _, reports, _ = table_heavy
     lost = Reason("over_budget", loss=1.0, metric="auc", budget=DEFAULT_BUDGET)
     monkeypatch.setattr("flows.recipe.over_budget", lambda *_: lost)
-    order = Order(model="tableheavy", preset=preset, limits=(ANY,), attempt=7)
-    report = carry_out(order).finished.report
+    order = Order(model="tableheavy", preset=preset, limits=(ANY,))
+    report = carry_out_recipe(order)
     assert weights(report) <= weights(reports["fast"])
     assert "rowwise_int8" in {step for line in report.plan.lines for step in line.steps}
 
@@ -206,7 +205,7 @@ def test_a_unit_that_a_target_refuses_is_excluded_and_the_recipe_runs_again(
         real(packed, graph, target)
 
     monkeypatch.setattr(export, "_require_packed", refuse_one_layer)
-    order = Order(model="tableheavy", preset="fast", limits=(ANY,), attempt=8)
+    order = Order(model="tableheavy", preset="fast", limits=(ANY,))
     report = carry_out(order).finished.report
     line = report.plan.of("layers.0")
     assert line is not None
@@ -221,8 +220,6 @@ def test_a_unit_that_a_target_refuses_is_excluded_and_the_recipe_runs_again(
     other = report.plan.of("layers.1")
     assert other is not None
     assert other.format == "static_int8"
-    custom = Order(
-        model="tableheavy", preset="custom", steps=(StaticInt8(),), limits=(ANY,), attempt=8
-    )
+    custom = Order(model="tableheavy", preset="custom", steps=(StaticInt8(),), limits=(ANY,))
     with raises_code(AuditFailed, "weight_replaced", unit="layers.0"):
         carry_out(custom)

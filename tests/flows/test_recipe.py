@@ -7,7 +7,7 @@ import pytest
 import torch
 from drafts import ROWS, write_draft
 from error_codes import raises_code
-from orders import World, carry_out, surroundings
+from orders import RecipeRun, World, carry_out_recipe, surroundings
 from reason_codes import codes_of, with_code
 from safetensors.torch import load_file
 from sklearn.metrics import roc_auc_score
@@ -23,7 +23,6 @@ from flows.order import Order
 from infra.settings import load_settings
 from tasks.bundles.loading import data_path, load_bundle
 from tasks.bundles.packing import pack
-from tasks.orchestration.documents import Report
 from tasks.orchestration.workspace import local
 
 ANY = Limit.parse("auc vs baseline >= -0.2")
@@ -32,11 +31,11 @@ STEPS = (Distill(student={"hidden": 32}, training=SHORT), FineTune(training=SHOR
 
 
 @pytest.fixture(scope="module")
-def recipe(the_world: World) -> tuple[World, Report]:
+def recipe(the_world: World) -> tuple[World, RecipeRun]:
     with pytest.MonkeyPatch.context() as patch:
         surroundings(patch, the_world.home)
         order = Order(model="clicks@1", preset="custom", steps=STEPS, limits=(ANY,))
-        return the_world, carry_out(order).finished.report
+        return the_world, carry_out_recipe(order)
 
 
 def auc_of(bundle: Artifact) -> float:
@@ -58,15 +57,16 @@ def auc_of(bundle: Artifact) -> float:
 
 
 def test_every_stage_has_the_bytes_and_the_quality_of_its_bundle(
-    recipe: tuple[World, Report], world: World
+    recipe: tuple[World, RecipeRun], world: World
 ) -> None:
     _, report = recipe
     assert [stage.step for stage in report.stages] == [
         "as trained",
         *(step.kind for step in STEPS),
     ]
-    assert report.stages[0].bundle == report.source
-    assert report.stages[-1].bundle == report.compressed
+    for told in (report, world.first.finished.report):
+        assert told.stages[0].bundle == told.source
+        assert told.stages[-1].bundle == told.compressed
     for stage in report.stages:
         tensors = local(stage.bundle).glob("*.safetensors")
         held = [t for path in tensors for t in load_file(path).values()]
@@ -82,7 +82,7 @@ def test_every_stage_has_the_bytes_and_the_quality_of_its_bundle(
 
 
 def test_the_student_is_stored_with_its_own_configuration(
-    recipe: tuple[World, Report], world: World
+    recipe: tuple[World, RecipeRun], world: World
 ) -> None:
     _, report = recipe
     loaded = load_bundle(report.compressed)
@@ -103,7 +103,7 @@ def test_the_student_is_stored_with_its_own_configuration(
     assert line.bytes_after < line.bytes_before
 
 
-def test_no_progress_is_left_behind(recipe: tuple[World, Report], world: World) -> None:
+def test_no_progress_is_left_behind(recipe: tuple[World, RecipeRun], world: World) -> None:
     folder = load_settings().home / "progress"
     assert not list(folder.iterdir())
 
@@ -126,7 +126,7 @@ def test_what_a_preset_could_not_do_is_said_and_fails_nothing(world: World) -> N
 def test_a_recipe_of_ones_own_must_fit(world: World) -> None:
     order = Order(model="clicks@1", preset="custom", steps=(Channels(),), limits=(ANY,))
     with raises_code(OrderRefused, "step_not_applicable") as caught:
-        carry_out(order)
+        carry_out_recipe(order)
     assert "does not grow in proportion to hidden" in str(caught.value.fields["reason"])
 
 
@@ -135,5 +135,5 @@ def test_rows_that_a_step_needs_are_asked_for_before_anything_runs(fresh: Path) 
     pack(write_draft(fresh / "draft", name="few", rows=rows))
     order = Order(model="few", preset="custom", steps=STEPS[1:], limits=(ANY,))
     with raises_code(OrderRefused, "step_not_applicable") as caught:
-        carry_out(order)
+        carry_out_recipe(order)
     with_code([caught.value.fields["reason"]], "data_missing", missing=("validation",))

@@ -29,7 +29,7 @@ STEPS = (RowwiseInt4(), StaticInt8())
 
 
 @pytest.fixture(scope="module")
-def ran(prefect_server: None, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Ran]:
+def ran(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Ran]:
     home = tmp_path_factory.mktemp("retrieval")
     with pytest.MonkeyPatch.context() as patch:
         surroundings(patch, home / "recpress")
@@ -171,6 +171,6 @@ def test_the_report_says_what_was_timed_and_measured(ran: tuple[Path, Ran]) -> N
 def test_steps_that_train_have_nothing_to_do_and_say_so(ran: tuple[Path, Ran]) -> None:
     made = carry_out(Order(model="finder", preset="small", limits=LIMITS))
     report = made.finished.report
-    assert {"channels", "distill"} <= set(report.idle)
+    assert {"channels", "distill"} <= set(report.idle_reasons)
     assert report.idle_reasons["distill"] == Reason("no_loss", step="distill", task="retrieval")
-    assert "static_int8" not in report.idle
+    assert "static_int8" not in report.idle_reasons

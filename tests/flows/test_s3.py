@@ -1,6 +1,7 @@
 """The whole way against a real S3 server, and no secret of it anywhere afterwards."""
 
-from collections.abc import Callable, Iterator
+import shlex
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -8,13 +9,14 @@ import boto3
 import pytest
 from command_line import run_main, run_main_apart
 from drafts import environment, recpress, write_draft
-from orders import carry_out, surroundings
+from orders import carry_out_in_prefect, surroundings
 from prefect.client.orchestration import get_client
 from s3_server import S3Server
+from test_readme import commands, write_own_model
 
 from compressors.contracts import Limit
 from flows.order import Order
-from flows.terms import Preset
+from tasks.bundles.bundle_ref import find
 from tasks.bundles.packing import Packed, pack
 from tasks.orchestration.documents import Finished
 from tasks.orchestration.workspace import store
@@ -52,46 +54,73 @@ def files_with(secret: str, *folders: Path) -> list[Path]:
     return [path for path in files if secret.encode() in path.read_bytes()]
 
 
-Command = Callable[..., tuple[int, str, str]]
+def assert_nowhere(server: S3Server, home: Path, *said: str) -> None:
+    """The server's secret key is in no object, no file, not in Prefect and in nothing printed."""
+    secret = server.secret_key
+    objects = dict(everything_in(server, "models", "way/of/one"))
+    assert len(objects) > 20
+    assert [key for key, body in objects.items() if secret.encode() in body] == []
+    assert files_with(secret, home) == []
+    assert secret not in told_to_prefect()
+    for text in said:
+        assert secret not in text
 
 
-@pytest.fixture
-def command(
-    request: pytest.FixtureRequest,
+def test_the_readmes_commands_work_with_an_s3_store_and_its_secret_stays_out_of_everything(
+    s3: S3Server,
+    fresh: Path,
+    prefect_server: None,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
-    fresh: Path,
-    s3: S3Server,
-) -> Command:
-    """Run a command line; in a process of its own in the nightly tier, which takes minutes."""
+) -> None:
+    """The commands for a model of one's own, one after another in this process."""
+    monkeypatch.setenv("RECPRESS_STORE", ROOT)
+    monkeypatch.chdir(fresh)
+    write_own_model(fresh)
+    said, order = {}, []
+    for line in commands("recpress bundle pack ./draft").replace("\\\n", " ").splitlines():
+        words = shlex.split(line, comments=True)
+        if words[:1] == ["export"]:
+            for setting in words[1:]:
+                name, _, value = setting.partition("=")
+                if name == "PYTHONPATH":
+                    monkeypatch.syspath_prepend(str(fresh / value))
+                elif name != "PATH":
+                    monkeypatch.setenv(name, value)
+        else:
+            assert words[0] == "recpress", line
+            order = words[1:] if words[1] == "compress" else order
+            code, said[words[1]] = run_main(monkeypatch, capsys, *words[1:])
+            assert code == 0, said
+    assert list(said) == ["bundle", "compress", "registry"]
+    assert "onnxruntime: accepted" in said["compress"]
+    assert store().uri_of(find("mymodel").artifact).startswith(f"{ROOT}/artifacts/")
+
+    code, found, again = run_main_apart(monkeypatch, capsys, *order, "--json")
+    assert code == 0, again
+    report = Finished.model_validate_json(found).report
+    assert (fresh / "serving" / "model.onnx").stat().st_size == report.targets[0].bytes
+    assert_nowhere(s3, fresh, *said.values(), found, again)
+
+
+@pytest.mark.nightly  # the README's commands do the same in this process
+def test_pack_compress_and_fetch_in_processes_with_an_s3_store_leave_its_secret_nowhere(
+    s3: S3Server, fresh: Path, prefect_server: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("RECPRESS_STORE", ROOT)
 
-    def child(*arguments: str) -> tuple[int, str, str]:
+    def command(*arguments: str) -> tuple[int, str, str]:
         env = environment(fresh, RECPRESS_STORE=ROOT, **s3.environment)
         ended = recpress(*arguments, env=env)
         return ended.returncode, ended.stdout, ended.stderr
 
-    def here(*arguments: str) -> tuple[int, str, str]:
-        return run_main_apart(monkeypatch, capsys, *arguments)
-
-    return {"here": here, "child": child}[request.param]
-
-
-@pytest.mark.parametrize(
-    ("command", "preset"),
-    [("here", "safe"), pytest.param("child", "small", marks=pytest.mark.nightly)],
-    indirect=["command"],
-)
-def test_pack_compress_and_fetch_with_an_s3_store_and_its_secret_stays_out_of_everything(
-    s3: S3Server, fresh: Path, command: Command, preset: Preset
-) -> None:
     draft = write_draft(fresh / "draft")
-    code, said, *packing = command("bundle", "pack", str(draft), "--json")
+    code, said, packing = command("bundle", "pack", str(draft), "--json")
     assert code == 0, packing
     packed = Packed.model_validate_json(said)
     assert store().uri_of(packed.artifact).startswith(f"{ROOT}/artifacts/")
 
-    ran = carry_out(Order(model="clicks", preset=preset, limits=(LIMIT,)))
+    ran = carry_out_in_prefect(Order(model="clicks", preset="small", limits=(LIMIT,)))
     assert (ran.state, ran.finished.report.outcome) == ("Completed", "accepted")
 
     into = fresh / "served"
@@ -100,19 +129,12 @@ def test_pack_compress_and_fetch_with_an_s3_store_and_its_secret_stays_out_of_ev
     assert code == 0, fetching
     assert (into / "model.onnx").stat().st_size == ran.finished.report.targets[0].bytes
 
-    order = ("clicks", "--preset", preset, "--limit", str(LIMIT), "--json")
-    code, found, *again = command("compress", *order)
+    code, found, again = command(
+        "compress", "clicks", "--preset", "small", "--limit", str(LIMIT), "--json"
+    )
     assert code == 0, again
     assert Finished.model_validate_json(found) == ran.finished
-
-    secret = s3.secret_key
-    objects = dict(everything_in(s3, "models", "way/of/one"))
-    assert len(objects) > 20
-    assert [key for key, body in objects.items() if secret.encode() in body] == []
-    assert files_with(secret, fresh) == []
-    assert secret not in told_to_prefect()
-    for text in (said, *packing, *fetching, found, *again):
-        assert secret not in text
+    assert_nowhere(s3, fresh, said, packing, *fetching, found, again)
 
 
 def test_a_damaged_object_is_not_fetched(

@@ -53,7 +53,7 @@ ORDER = Order(
 
 
 @pytest.fixture(scope="module")
-def ran(prefect_server: None, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Ran]:
+def ran(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Ran]:
     home = tmp_path_factory.mktemp("teaching")
     with pytest.MonkeyPatch.context() as patch:
         surroundings(patch, home / "recpress")
