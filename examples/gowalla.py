@@ -3,7 +3,7 @@
 Run ``python -m examples.gowalla DRAFT --data FOLDER``. The folder holds the split that LightGCN's
 authors published and most papers use: ``train.txt`` and ``test.txt``, plain or ``.gz``, a user and
 their items a line; a ``valid.txt`` that was cut from the public training file is put back. Where it
-comes from, and what was measured on it, is in ``docs/retrieval.md``.
+comes from, and what was measured on it, is in ``docs/results/gowalla.md``.
 
 Validation rows are drawn from the public training file with a seed. The test file is not looked at.
 """

@@ -2,7 +2,7 @@
 
 Run ``python -m examples.movielens FOLDER``. The data is package data of the wheel
 ``recbole==1.2.1``; none of that package's code is run. Origin, terms and the split are described
-in ``docs/demo-data.md``.
+in ``docs/results/movielens.md``.
 
 A rating of 4 or more counts as a click. Rows are split by time, so most people in the test set
 are new: their id is 0, the row every vocabulary keeps for what training never saw.

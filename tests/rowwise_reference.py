@@ -1,7 +1,7 @@
 """Row-wise int8, int4, int2 and 8-bit floats in numpy, from the formulas: an oracle for tests.
 
 Written from the docstrings of ``levels.py`` and ``bitpacking.py`` in
-``compressors/quantize/kernels`` and from ``docs/table-methods.md``, without any code of the
+``compressors/quantize/kernels`` and from ``docs/methods/rowwise.md``, without any code of the
 package. Ranges end at the smallest and the
 largest weight (``min_max``). All arithmetic is IEEE float32, which rounds the same way in numpy and
 torch, so results are compared bit by bit.

@@ -9,9 +9,6 @@ from pathlib import Path
 
 import pytest
 from drafts import ROWS, write_draft
-from models import METHODS
-
-from compressors.distill.training.settings import Training
 
 ROOT = Path(__file__).parents[1]
 
@@ -56,15 +53,3 @@ def test_the_two_commands_of_the_first_screen_are_the_makefiles() -> None:
     makefile = (ROOT / "Makefile").read_text()
     for target in re.findall(r"^make (\w+)", block, re.MULTILINE):
         assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
-
-
-def test_every_setting_of_every_step_is_told() -> None:
-    told = (ROOT / "docs" / "methods.md").read_text()
-    table = told[told.index("| step | settings (default) |") :].partition("\n\n")[0]
-    for method in METHODS:
-        fields = set(method.model_fields) - {"kind"}
-        rows = [line for line in table.splitlines() if f"`{method().kind}`" in line.split("|")[1]]
-        assert len(rows) == 1, method
-        assert fields <= set(re.findall(r"`(\w+)`", rows[0])), method
-    (training,) = (line for line in table.splitlines() if line.startswith("| `training` |"))
-    assert set(Training.model_fields) <= set(re.findall(r"`(\w+)`", training))

@@ -297,6 +297,6 @@ def test_progress_goes_to_standard_error(tmp_path, capsys):
 
 @pytest.mark.slow
 def test_the_trained_model_ranks_as_well_as_documented(tmp_path):
-    # docs/demo-data.md says 0.724; seeds differ by 0.002, other thread counts by less
+    # docs/results/movielens.md says 0.724; seeds differ by 0.002, other thread counts by less
     record = write_draft(tmp_path / "draft", Training(), lambda line: None)
     assert record["validation_auc"] == pytest.approx(0.724, abs=0.005)

@@ -6,7 +6,7 @@ offset, to ``rows * (ceil(dim / 4) + 2)``. At dim 16 the scales are half of that
 
 Paper: Guan et al. 2019, https://arxiv.org/abs/1911.02079 (row-wise, asymmetric).
 Differs: 2 bits instead of 4, and ranges of least squared error by default: with four levels
-clipping and offsets are worth much more than with sixteen (docs/table-methods.md).
+clipping and offsets are worth much more than with sixteen (docs/results/movielens.md).
 """
 
 from collections.abc import Mapping
