@@ -303,6 +303,15 @@ def test_value_that_looks_like_a_field_stays_as_it_is_in_the_sentence():
     assert caught.value.errors()[0]["msg"] == "'{dtype} {sentence}' is int8; Triton gets ['FP32']"
 
 
+def test_surrogates_in_fields_are_written_as_escapes():
+    """Python decodes bytes of arguments and file names that are not UTF-8 to surrogates."""
+    error = value_error("path_not_unicode", path="a\udc80")
+    assert str(error) == "'a\\udc80' is not valid Unicode"
+    assert error.context == {"path": "a\\udc80", "sentence": str(error)}
+    inner = value_error("path_in_subfolder", path="a\udc80")
+    assert str(inner) == "a\\udc80 lies in a sub-folder; a bundle is flat"
+
+
 @pytest.mark.parametrize(
     ("code", "fields"),
     [("unknown", {}), ("steps_with_preset", {}), ("steps_missing", {"preset": "safe"})],

@@ -46,7 +46,8 @@ def value_error(code: str, /, **fields: Any) -> PydanticCustomError:
     ``ctx`` has the fields and the derived ``sentence``. Pydantic replaces the names in braces of a
     message one after the other, in the order of ``ctx``, also inside values that it has just
     inserted. ``sentence`` is therefore the only such name, and the last: text of a user that
-    looks like a field stays as it is.
+    looks like a field stays as it is. Pydantic holds text as UTF-8, which has no surrogates: those
+    of an argument or a file name are written as escapes.
 
     Args:
         code: a key of ``SENTENCES``.
@@ -62,5 +63,13 @@ def value_error(code: str, /, **fields: Any) -> PydanticCustomError:
         expected = ", ".join(sorted(field_names(sentence))) or "none"
         got = ", ".join(sorted(fields)) or "none"
         raise TypeError(f"{code!r} has the fields {expected}, got {got}")
-    text = SentenceFormatter().vformat(sentence, (), fields)
-    return PydanticCustomError(code, "{sentence}", {**fields, "sentence": text})
+    context = {**fields, "sentence": SentenceFormatter().vformat(sentence, (), fields)}
+    return PydanticCustomError(
+        code, "{sentence}", {name: _encodable(value) for name, value in context.items()}
+    )
+
+
+def _encodable(value: Any) -> Any:
+    if isinstance(value, str):
+        return value.encode(errors="backslashreplace").decode()
+    return value
