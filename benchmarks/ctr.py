@@ -1,19 +1,20 @@
-"""Click models on public data, trained as well as published ones: what table benchmarks begin with.
+"""Tuned click models on public data: the baselines that the other benchmarks compress.
 
-DCN-v2 (``examples/dcnv2.py``), dim 10, three cross layers beside 400-400-400, on
+DCN-v2 (``examples/dcnv2.py``), dim 10, three cross layers parallel to a 400-400-400 perceptron, on
 
-- ``frappe``: app usage, 10 fields, 5,382 rows of tables (215 kB). The public split of 202,027 /
-  57,722 / 28,860 rows; the apps of the negatives among the training rows are drawn anew, since the
-  public training file is not at hand. Published for the public file: AUC 0.9845 (BARS, DCNv2).
-- ``movielens-tag``: a user tags a film, 3 fields, 75,217 rows of tables (3.0 MB). The 200,686
-  rows at hand are split 7:1:2 in the order that ``numpy.random.default_rng(0)`` draws. Published
-  numbers are of a set ten times as large.
+- ``frappe``: app usage, 10 fields, 5,382 table rows (215 kB). The public split has 202,027 /
+  57,722 / 28,860 rows. The public training file is not available here, so the apps of its negative
+  rows are sampled again. Published for the public file: AUC 0.9845 (BARS, DCNv2).
+- ``movielens-tag``: a user tags a film, 3 fields, 75,217 table rows (3.0 MB). The 200,686
+  available rows are split 7:1:2 in the order that ``numpy.random.default_rng(0)`` draws. Published
+  numbers refer to a data set ten times as large.
 
-What decides is the penalty on *whole* tables, half of it times their squared norm in every step,
-and early stopping on validation rows; without it the same networks stay at 0.978 and 0.893 and
-whatever is done to their tables looks like a gain. Test rows are read by reports alone.
+Two things make these baselines as good as published ones: an L2 penalty on *whole* tables in every
+step (half the coefficient times the squared norm), and early stopping on validation rows. Without
+them the same networks stay at 0.978 and 0.893, and any change of their tables looks like a gain.
+Only reports use test rows.
 
-    python -m benchmarks.ctr --seeds 5        # trains what is not there yet, prints both AUCs
+    python -m benchmarks.ctr --seeds 5        # trains missing networks, prints both AUCs
 """
 
 import argparse
@@ -70,10 +71,10 @@ SCORING_ROWS = 8192
 
 @dataclass(frozen=True)
 class Recipe:
-    """How a baseline is trained: Adam, whose rate is cut by ten whenever validation falls.
+    """How a baseline is trained: Adam; the rate is divided by ten whenever validation AUC falls.
 
-    Not in the first ``grace`` epochs: MovieLens networks rest for an epoch or two before they have
-    learned most, and a rate that is cut there leaves some of them 0.005 below the others.
+    The first ``grace`` epochs are exempt: MovieLens networks stagnate for an epoch or two early in
+    training, and reducing the rate there leaves some of them 0.005 below the others.
     """
 
     table_l2: float
@@ -95,12 +96,12 @@ RECIPES: dict[Name, Recipe] = {  # chosen on validation rows
 
 
 class DataMissing(Exception):
-    """The data sets are not here."""
+    """The data folder is missing."""
 
 
 @dataclass(frozen=True)
 class Baseline:
-    """A trained network and what it is worth on validation rows."""
+    """A trained network and its validation AUC."""
 
     model: Model
     validation_auc: float
@@ -109,45 +110,45 @@ class Baseline:
 # --- data ------------------------------------------------------------------------------------
 
 
-def data_folder(given: Path | None) -> Path:
-    """The folder that was named, or what ``RECPRESS_DATA`` names.
+def data_folder(option: Path | None) -> Path:
+    """The folder of ``--data``, else the folder that ``RECPRESS_DATA`` names.
 
     Raises:
-        DataMissing: there is none.
+        DataMissing: the folder does not exist, or neither is set.
     """
     root = os.environ.get(VARIABLE)
-    folder = given or (Path(root) if root else None)
+    folder = option or (Path(root) if root else None)
     if folder is None or not folder.is_dir():
         raise DataMissing(
-            f"The click data is not here ({folder or f'no --data and no {VARIABLE}'}). Put NFM's "
-            f"public Frappe files into 'frappe' and MovieLens tags into 'movielenslatest-x1-test' "
-            f"below one folder, and name it with --data."
+            f"Expected a folder with the click data, got "
+            f"{folder or f'neither --data nor {VARIABLE}'}. Put NFM's public Frappe files into "
+            f"'frappe' and MovieLens tags into 'movielenslatest-x1-test' in one folder, and pass "
+            f"that folder with --data."
         )
     return folder
 
 
 def read(name: Name, folder: Path) -> tuple[dict[Part, tuple[Ints, Ints]], dict[str, int]]:
-    """Ids ``(rows, fields)`` and labels ``(rows,)`` of each part, and the rows of each field.
+    """Ids ``(rows, fields)`` and labels ``(rows,)`` of each part, and each field's table rows.
 
-    Ids of a field count from 0.
+    Ids of a field start at 0.
     """
     if name == "frappe":
-        place = folder / "frappe"
-        table = _numbers(place / FRAPPE_FILES["train"])
+        source = folder / "frappe"
+        table = _read_integers(source / FRAPPE_FILES["train"])
         raw = {"train": (table[:, 1:], table[:, 0])}
         for part in ("validation", "test"):
-            raw[part] = _libfm(place / FRAPPE_FILES[part])
+            raw[part] = _read_libfm(source / FRAPPE_FILES[part])
         rows = dict(FRAPPE_FIELDS)
-        begin = np.cumsum([0, *rows.values()])[:-1]  # one id space in the file
-        parts = {part: (ids - begin, label) for part, (ids, label) in raw.items()}
+        offsets = np.cumsum([0, *rows.values()])[:-1]  # the file has one id space for all fields
+        parts = {part: (ids - offsets, label) for part, (ids, label) in raw.items()}
     else:
-        table = _numbers(folder / "movielenslatest-x1-test" / "test.csv.gz")
+        table = _read_integers(folder / "movielenslatest-x1-test" / "test.csv.gz")
         table = table[np.random.default_rng(0).permutation(len(table))]
-        found = [np.unique(column, return_inverse=True) for column in table[:, 1:].T]
-        rows = {
-            field: len(ids) for field, (ids, _) in zip(("user", "item", "tag"), found, strict=True)
-        }
-        ids, label = np.stack([codes for _, codes in found], axis=1), table[:, 0]
+        encoded = [np.unique(column, return_inverse=True) for column in table[:, 1:].T]
+        fields = ("user", "item", "tag")
+        rows = {field: len(ids) for field, (ids, _) in zip(fields, encoded, strict=True)}
+        ids, label = np.stack([codes for _, codes in encoded], axis=1), table[:, 0]
         edges = (0, int(0.7 * len(ids)), int(0.8 * len(ids)), len(ids))
         parts = {
             part: (ids[edges[k] : edges[k + 1]], label[edges[k] : edges[k + 1]])
@@ -158,12 +159,12 @@ def read(name: Name, folder: Path) -> tuple[dict[Part, tuple[Ints, Ints]], dict[
     return {part: parts[part] for part in PARTS}, rows
 
 
-def _numbers(path: Path) -> Ints:
+def _read_integers(path: Path) -> Ints:
     with gzip.open(path, "rt") as file:
         return np.loadtxt(file, delimiter=",", skiprows=1, dtype=np.int64)
 
 
-def _libfm(path: Path) -> tuple[Ints, Ints]:
+def _read_libfm(path: Path) -> tuple[Ints, Ints]:
     with gzip.open(path, "rt") as file:
         lines = [line.split() for line in file]
     ids = [[int(word.partition(":")[0]) for word in line[1:]] for line in lines]
@@ -171,7 +172,7 @@ def _libfm(path: Path) -> tuple[Ints, Ints]:
 
 
 def signature(rows: dict[str, int]) -> Signature:
-    """What the network takes in."""
+    """Inputs, output, label and metric of the network."""
     return Signature(
         task="ctr",
         inputs=tuple(
@@ -184,45 +185,45 @@ def signature(rows: dict[str, int]) -> Signature:
     )
 
 
-def prepared(name: Name, folder: Path, cache: Path) -> tuple[dict[Part, Split], dict[str, int]]:
-    """The parts of a data set as prepared splits below ``cache``, written once."""
-    facts = cache / name / "data.json"
-    if not facts.is_file():
+def prepare_splits(
+    name: Name, folder: Path, cache: Path
+) -> tuple[dict[Part, Split], dict[str, int]]:
+    """Splits of a data set and each field's table rows; written to ``cache`` on the first call."""
+    description = cache / name / "data.json"
+    if not description.is_file():
         parts, rows = read(name, folder)
         splits = {}
         for part, (ids, label) in parts.items():
-            place = cache / name / part
-            place.mkdir(parents=True, exist_ok=True)
             tensors = {field: torch.from_numpy(ids[:, k].copy()) for k, field in enumerate(rows)}
             tensors["@label"] = torch.from_numpy(label.astype(np.float32))
-            splits[part] = stored(tensors, place)
-        facts.write_text(
+            splits[part] = save_split(tensors, cache / name / part)
+        description.write_text(
             json.dumps({"rows": rows, "splits": {k: v.model_dump() for k, v in splits.items()}})
         )
-    found = json.loads(facts.read_text())
-    return {part: Split(**found["splits"][part]) for part in PARTS}, found["rows"]
+    stored = json.loads(description.read_text())
+    return {part: Split(**stored["splits"][part]) for part in PARTS}, stored["rows"]
 
 
-def stored(tensors: dict[str, Tensor], place: Path) -> Split:
-    """Tensors as a prepared split in a folder."""
-    place.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, place / "data.safetensors")
-    digest = hashlib.sha256((place / "data.safetensors").read_bytes()).hexdigest()
-    return Split(path=str(place), sha256=digest, rows=len(next(iter(tensors.values()))))
+def save_split(tensors: dict[str, Tensor], folder: Path) -> Split:
+    """Write tensors to a folder as a prepared split."""
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(tensors, folder / "data.safetensors")
+    digest = hashlib.sha256((folder / "data.safetensors").read_bytes()).hexdigest()
+    return Split(path=str(folder), sha256=digest, rows=len(next(iter(tensors.values()))))
 
 
-def tensors(split: Split) -> tuple[dict[str, Tensor], Tensor]:
+def load_split(split: Split) -> tuple[dict[str, Tensor], Tensor]:
     """Inputs by name and labels of a prepared split."""
-    held = load_file(Path(split.path) / "data.safetensors")
-    label = held.pop("@label")
-    return held, label
+    inputs = load_file(Path(split.path) / "data.safetensors")
+    label = inputs.pop("@label")
+    return inputs, label
 
 
 # --- the network -----------------------------------------------------------------------------
 
 
 def architecture(rows: dict[str, int], recipe: Recipe) -> Architecture:
-    """DCN-v2 as tuned."""
+    """The tuned DCN-v2."""
     return Architecture(
         path="examples.dcnv2:DCNv2",
         config={
@@ -237,7 +238,7 @@ def architecture(rows: dict[str, int], recipe: Recipe) -> Architecture:
 
 
 @torch.no_grad()
-def scores(module: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
+def predict(module: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
     """Logits of all rows, float32 ``(rows,)``."""
     module.eval()
     count = len(next(iter(inputs.values())))
@@ -250,68 +251,68 @@ def scores(module: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
 
 def auc(module: nn.Module, split: Split) -> float:
     """AUC of a network on the rows of a split."""
-    inputs, label = tensors(split)
-    return point_estimates.auc(label.numpy(), scores(module, inputs).numpy())
+    inputs, label = load_split(split)
+    return point_estimates.auc(label.numpy(), predict(module, inputs).numpy())
 
 
 def train(
     built: Architecture, recipe: Recipe, rows: Split, validation: Split, seed: int
 ) -> tuple[nn.Module, float]:
-    """A network in its best epoch, and its AUC on validation rows."""
+    """Train a network; return it with the weights of its best epoch, and its validation AUC."""
     torch.manual_seed(seed)
     module = DCNv2(**built.config)
-    inputs, label = tensors(rows)
+    inputs, label = load_split(rows)
     tables = list(module.tables.parameters())
     optimizer = torch.optim.Adam(module.parameters(), lr=recipe.learning_rate)
-    best, kept, bad = 0.0, module.state_dict(), 0
+    best, best_state, epochs_without_gain = 0.0, module.state_dict(), 0
     for epoch in range(recipe.epochs):
         module.train()
-        for chosen in torch.randperm(len(label)).split(recipe.batch):
-            logit = module(**{name: ids[chosen] for name, ids in inputs.items()})
-            loss = binary_cross_entropy_with_logits(logit, label[chosen])
+        for batch in torch.randperm(len(label)).split(recipe.batch):
+            logit = module(**{name: ids[batch] for name, ids in inputs.items()})
+            loss = binary_cross_entropy_with_logits(logit, label[batch])
             for table in tables:
                 loss = loss + recipe.table_l2 / 2 * table.square().sum()
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             optimizer.step()
-        found = auc(module, validation)
-        if found > best:
-            best, bad = found, 0
-            kept = {key: tensor.clone() for key, tensor in module.state_dict().items()}
+        validation_auc = auc(module, validation)
+        if validation_auc > best:
+            best, epochs_without_gain = validation_auc, 0
+            best_state = {key: tensor.clone() for key, tensor in module.state_dict().items()}
             continue
         if epoch < recipe.grace:
             continue
-        bad += 1
+        epochs_without_gain += 1
         for group in optimizer.param_groups:
             group["lr"] *= 0.1
-        if bad >= recipe.patience:
+        if epochs_without_gain >= recipe.patience:
             break
-    module.load_state_dict(kept)
+    module.load_state_dict(best_state)
     return module.eval(), best
 
 
-def baseline(name: Name, seed: int, folder: Path, cache: Path) -> tuple[Model, Bench]:
-    """A trained network and what its compression may learn from, trained if not yet in ``cache``.
+def load_baseline(name: Name, seed: int, folder: Path, cache: Path) -> tuple[Model, Bench]:
+    """Load a trained network and its bench from ``cache``; train the network first if missing.
 
-    The bench's soft labels are the network's own answers to the training rows.
+    The bench's soft labels are the network's logits on the training rows.
     """
-    splits, rows = prepared(name, folder, cache)
+    splits, rows = prepare_splits(name, folder, cache)
     recipe = RECIPES[name]
     built = architecture(rows, recipe)
-    place = cache / name / f"seed{seed}"
-    if not (place / "facts.json").is_file():
-        begun = time.perf_counter()
+    run_folder = cache / name / f"seed{seed}"
+    if not (run_folder / "facts.json").is_file():
+        start = time.perf_counter()
         module, best = train(built, recipe, splits["train"], splits["validation"], seed)
-        place.mkdir(parents=True, exist_ok=True)
-        save_file(module.state_dict(), place / "model.safetensors")
-        soft = scores(module, tensors(splits["train"])[0])
-        split = stored({"score": soft}, place / "soft_labels")
+        run_folder.mkdir(parents=True, exist_ok=True)
+        save_file(module.state_dict(), run_folder / "model.safetensors")
+        soft = predict(module, load_split(splits["train"])[0])
+        split = save_split({"score": soft}, run_folder / "soft_labels")
         facts = {"soft_labels": split.model_dump(), "validation_auc": best}
-        facts["seconds"] = time.perf_counter() - begun
-        (place / "facts.json").write_text(json.dumps(facts))
-    facts = json.loads((place / "facts.json").read_text())
+        facts["seconds"] = time.perf_counter() - start
+        (run_folder / "facts.json").write_text(json.dumps(facts))
+    facts = json.loads((run_folder / "facts.json").read_text())
     module = DCNv2(**built.config)
-    module.load_state_dict(load_file(place / "model.safetensors"))
+    module.load_state_dict(load_file(run_folder / "model.safetensors"))
     bench = Bench(
         signature=signature(rows),
         train=splits["train"],
@@ -323,50 +324,48 @@ def baseline(name: Name, seed: int, folder: Path, cache: Path) -> tuple[Model, B
 
 
 def default_cache() -> Path:
-    """Where baselines are kept unless ``--cache`` says otherwise."""
+    """Folder of the trained baselines if ``--cache`` is not given."""
     return load_settings().home / "benchmarks" / "ctr"
 
 
-def arguments(description: str) -> argparse.ArgumentParser:
-    """What every benchmark on these models takes."""
+def argument_parser(description: str) -> argparse.ArgumentParser:
+    """A parser with the options that all benchmarks on these models share."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--data", type=Path, help=f"folder of the data sets (or {VARIABLE})")
-    parser.add_argument("--cache", type=Path, help="where trained networks are kept")
-    parser.add_argument("--seeds", type=int, default=5, help="how many networks a data set")
-    parser.add_argument("--only", choices=get_args(Name), help="one data set")
-    parser.add_argument("--threads", type=int, default=1, help="of torch")
+    parser.add_argument("--cache", type=Path, help="folder of the trained networks")
+    parser.add_argument("--seeds", type=int, default=5, help="number of networks per data set")
+    parser.add_argument("--only", choices=get_args(Name), help="run this data set only")
+    parser.add_argument("--threads", type=int, default=1, help="threads of torch")
     return parser
 
 
 def interval(values: list[float]) -> float:
-    """Half the width of Student's 95 % interval of the mean."""
+    """Half the width of the Student's t 95 % interval of the mean."""
     count = len(values)
     return float(student.ppf(0.975, count - 1)) * stdev(values) / count**0.5 if count > 1 else 0.0
 
 
 def main() -> None:
-    """Train what is missing and print what the baselines are worth."""
-    asked = arguments(__doc__.splitlines()[0]).parse_args()
-    torch.set_num_threads(asked.threads)
-    cache = asked.cache or default_cache()
+    """Train missing baselines and print their validation and test AUC."""
+    args = argument_parser(__doc__.splitlines()[0]).parse_args()
+    torch.set_num_threads(args.threads)
+    cache = args.cache or default_cache()
     try:
-        folder = data_folder(asked.data)
-    except DataMissing as fault:
-        sys.exit(str(fault))
+        folder = data_folder(args.data)
+    except DataMissing as error:
+        sys.exit(str(error))
     print("| data | seeds | AUC on validation rows | on test rows |")
     print("|---|---|---|---|")
-    for name in [asked.only] if asked.only else get_args(Name):
-        splits, _ = prepared(name, folder, cache)
-        found: dict[str, list[float]] = {"validation": [], "test": []}
-        for seed in range(asked.seeds):
-            model, _ = baseline(name, seed, folder, cache)
+    for name in [args.only] if args.only else get_args(Name):
+        splits, _ = prepare_splits(name, folder, cache)
+        aucs: dict[str, list[float]] = {"validation": [], "test": []}
+        for seed in range(args.seeds):
+            model, _ = load_baseline(name, seed, folder, cache)
             for part in ("validation", "test"):
-                found[part].append(auc(model.module, splits[part]))
-            print(
-                name, seed, *(f"{v[-1]:.5f}" for v in found.values()), file=sys.stderr, flush=True
-            )
-        cells = [f"{mean(v):.5f} ± {interval(v):.5f}" for v in found.values()]
-        print(f"| {name} | {asked.seeds} | {' | '.join(cells)} |", flush=True)
+                aucs[part].append(auc(model.module, splits[part]))
+            print(name, seed, *(f"{v[-1]:.5f}" for v in aucs.values()), file=sys.stderr, flush=True)
+        cells = [f"{mean(v):.5f} ± {interval(v):.5f}" for v in aucs.values()]
+        print(f"| {name} | {args.seeds} | {' | '.join(cells)} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
 """What do few bits, 8-bit floats and 2:4 zeros in dense layers cost a click model?
 
-On the tuned networks of ``benchmarks/ctr.py``: each recipe is run on networks of several seeds,
-nothing is trained again, and the loss is a network's own AUC minus that of its compressed self:
-mean and Student's 95 % interval over seeds. Bytes are those of all dense layers as stored, scales,
-biases and padding included, as a share of float32. Tables are never touched.
+Each step runs on the tuned networks of ``benchmarks/ctr.py`` with several seeds, without any
+training. The loss is the network's AUC minus the AUC of the compressed network, as mean and
+Student's t 95 % interval over seeds. Bytes are the stored bytes of all dense layers, including
+scales, biases and padding, as a share of float32. Tables stay in float32.
 
     python -m benchmarks.dense_formats --only frappe --seeds 5
 """
@@ -21,13 +21,13 @@ from pydantic import TypeAdapter
 from benchmarks.ctr import (
     DataMissing,
     Name,
-    arguments,
+    argument_parser,
     auc,
-    baseline,
     data_folder,
     default_cache,
     interval,
-    prepared,
+    load_baseline,
+    prepare_splits,
 )
 from compressors.contracts import Bench, Split
 from compressors.core.model import Model
@@ -64,50 +64,52 @@ LINES: list[tuple[str, dict[str, Any]]] = [
 
 
 def dense_bytes(model: Model) -> int:
-    """Bytes of all dense layers as stored."""
+    """Stored bytes of all dense layers."""
     return sum(unit.bytes for unit in Unit.of(model.module) if unit.role == "dense")
 
 
-def measured(model: Model, bench: Bench, splits: Sequence[Split]) -> dict[str, list[float]]:
-    """Of every line the share of bytes kept, and the loss of AUC on the rows of each split."""
+def measure(model: Model, bench: Bench, splits: Sequence[Split]) -> dict[str, list[float]]:
+    """By line: the share of bytes after compression, and the loss of AUC on each split."""
     bench = bench.model_copy(update={"calibration": bench.train})
     before = [auc(model.module, split) for split in splits]
-    found = {}
-    for words, step in LINES:
+    results = {}
+    for label, step in LINES:
         with tempfile.TemporaryDirectory() as scratch:
-            packed = run(STEP.validate_python(step), model, bench, Path(scratch))
-            after = [auc(packed.module, split) for split in splits]
+            compressed = run(STEP.validate_python(step), model, bench, Path(scratch))
+            after = [auc(compressed.module, split) for split in splits]
         losses = [old - new for old, new in zip(before, after, strict=True)]
-        found[words] = [dense_bytes(packed) / dense_bytes(model), *losses]
-        print(words, *(f"{loss:.5f}" for loss in losses), file=sys.stderr, flush=True)
-    return found
+        results[label] = [dense_bytes(compressed) / dense_bytes(model), *losses]
+        print(label, *(f"{loss:.5f}" for loss in losses), file=sys.stderr, flush=True)
+    return results
 
 
 def main() -> None:
-    """Print a Markdown table a data set."""
-    asked = arguments((__doc__ or "").splitlines()[0]).parse_args()
-    torch.set_num_threads(asked.threads)
-    cache = asked.cache or default_cache()
+    """Print one Markdown table per data set."""
+    args = argument_parser((__doc__ or "").splitlines()[0]).parse_args()
+    torch.set_num_threads(args.threads)
+    cache = args.cache or default_cache()
     try:
-        folder = data_folder(asked.data)
-    except DataMissing as fault:
-        sys.exit(str(fault))
-    for name in [asked.only] if asked.only else get_args(Name):
-        splits, _ = prepared(name, folder, cache)
-        print(f"\n{name}, {asked.seeds} seeds\n")
+        folder = data_folder(args.data)
+    except DataMissing as error:
+        sys.exit(str(error))
+    for name in [args.only] if args.only else get_args(Name):
+        splits, _ = prepare_splits(name, folder, cache)
+        print(f"\n{name}, {args.seeds} seeds\n")
         print("| stored as | bytes of dense layers | loss of AUC, test rows | validation rows |")
         print("|---|---|---|---|")
-        found = [
-            measured(*baseline(name, seed, folder, cache), (splits["test"], splits["validation"]))
-            for seed in range(asked.seeds)
+        results = [
+            measure(
+                *load_baseline(name, seed, folder, cache), (splits["test"], splits["validation"])
+            )
+            for seed in range(args.seeds)
         ]
-        for words, _ in LINES:
-            values = [each[words] for each in found]
+        for label, _ in LINES:
+            values = [result[label] for result in results]
             cells = [f"{mean(value[0] for value in values):.1%}"]
             for column in (1, 2):
                 losses = [value[column] for value in values]
                 cells.append(f"{mean(losses):.5f} ± {interval(losses):.5f}")
-            print(f"| {words} | {' | '.join(cells)} |", flush=True)
+            print(f"| {label} | {' | '.join(cells)} |", flush=True)
 
 
 if __name__ == "__main__":

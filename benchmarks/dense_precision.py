@@ -1,8 +1,8 @@
 """What do int8, float16 and bfloat16 dense layers cost, by calibrator, and with training?
 
-On tuned click models (``benchmarks/ctr.py``), tables left in float32. The change of AUC on
-validation rows, by which settings were chosen, and on test rows, mean over seeds with Student's
-95 % interval. Calibrated on the first 4,096 training rows.
+On tuned click models (``benchmarks/ctr.py``) with float32 tables. Prints the change of AUC on
+validation rows, which chose the settings, and on test rows: mean over seeds with Student's t 95 %
+interval. Calibration uses the first 4,096 training rows.
 
     python -m benchmarks.dense_precision --data FOLDER --only frappe
 """
@@ -20,13 +20,13 @@ import torch
 from benchmarks.ctr import (
     DataMissing,
     Name,
-    arguments,
+    argument_parser,
     auc,
-    baseline,
     data_folder,
     default_cache,
     interval,
-    prepared,
+    load_baseline,
+    prepare_splits,
 )
 from compressors.core.runner import ModelStep, run
 from compressors.quantize.dense.bfloat16_dense import BFloat16Dense
@@ -48,46 +48,52 @@ STEPS: dict[str, ModelStep] = {
 
 
 def main() -> None:
-    """Print one line a step, as a Markdown table."""
-    parser = arguments(__doc__.splitlines()[0])
-    parser.add_argument("--steps", nargs="*", help="only those whose name has one of these words")
-    asked = parser.parse_args()
-    torch.set_num_threads(asked.threads)
-    cache = asked.cache or default_cache()
+    """Print a Markdown table with one line per step."""
+    parser = argument_parser(__doc__.splitlines()[0])
+    parser.add_argument(
+        "--steps", nargs="*", help="run only steps whose name contains one of these words"
+    )
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    cache = args.cache or default_cache()
     try:
-        folder = data_folder(asked.data)
-    except DataMissing as fault:
-        sys.exit(str(fault))
+        folder = data_folder(args.data)
+    except DataMissing as error:
+        sys.exit(str(error))
     print("| data | dense layers | validation AUC | test AUC | seconds |")
     print("|---|---|---|---|---|")
-    for name in [asked.only] if asked.only else get_args(Name):
-        splits, _ = prepared(name, folder, cache)
+    for name in [args.only] if args.only else get_args(Name):
+        splits, _ = prepare_splits(name, folder, cache)
         parts = ("validation", "test")
-        found: dict[tuple[str, str], list[float]] = defaultdict(list)
-        taken = [
-            told for told in STEPS if not asked.steps or any(word in told for word in asked.steps)
+        results: dict[tuple[str, str], list[float]] = defaultdict(list)
+        selected = [
+            step for step in STEPS if not args.steps or any(word in step for word in args.steps)
         ]
-        for seed in range(asked.seeds):
-            model, bench = baseline(name, seed, folder, cache)
+        for seed in range(args.seeds):
+            model, bench = load_baseline(name, seed, folder, cache)
             bench = bench.model_copy(update={"calibration": bench.train})
             before = {part: auc(model.module, splits[part]) for part in parts}
-            for told in taken:
+            for step in selected:
                 with tempfile.TemporaryDirectory() as scratch:
-                    begun = time.perf_counter()
-                    made = run(STEPS[told], model, bench, Path(scratch))
-                    found[told, "seconds"].append(time.perf_counter() - begun)
+                    start = time.perf_counter()
+                    result = run(STEPS[step], model, bench, Path(scratch))
+                    results[step, "seconds"].append(time.perf_counter() - start)
                     for part in parts:
-                        change = auc(made.module, splits[part]) - before[part]
-                        found[told, part].append(change)
-                print(name, seed, told, found[told, "validation"][-1], file=sys.stderr, flush=True)
-                if made.plan is not None:
-                    for line in made.plan.lines:
+                        change = auc(result.module, splits[part]) - before[part]
+                        results[step, part].append(change)
+                print(
+                    name, seed, step, results[step, "validation"][-1], file=sys.stderr, flush=True
+                )
+                if result.plan is not None:
+                    for line in result.plan.lines:
                         if line.role == "dense":
                             print(f"  {line.module}: {line.reason}", file=sys.stderr)
-        for told in taken:
-            cells = [f"{mean(found[told, p]):+.6f} ± {interval(found[told, p]):.6f}" for p in parts]
-            cells.append(f"{mean(found[told, 'seconds']):.0f}")
-            print(f"| {name} | {told} | {' | '.join(cells)} |", flush=True)
+        for step in selected:
+            cells = [
+                f"{mean(results[step, p]):+.6f} ± {interval(results[step, p]):.6f}" for p in parts
+            ]
+            cells.append(f"{mean(results[step, 'seconds']):.0f}")
+            print(f"| {name} | {step} | {' | '.join(cells)} |", flush=True)
 
 
 if __name__ == "__main__":

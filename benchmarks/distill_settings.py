@@ -1,7 +1,7 @@
-"""How much does distillation win back of what pruning cost, by its settings?
+"""How much of the quality lost to pruning does distillation recover, by its settings?
 
-On the demo's model and its validation rows: the best epoch's AUC, the mean over four seeds of the
-order of rows. Chosen and told on the same rows, so the lines are for comparison with each other.
+On the demo's model: the validation AUC of the best epoch, as mean over four seeds of the row order.
+The same rows select the epoch and report its AUC, so compare the lines only with each other.
 
     recpress demo && python -m benchmarks.distill_settings
 """
@@ -45,34 +45,34 @@ def auc_of(module: nn.Module, bench: Bench) -> float:
 
 
 def main() -> None:
-    """Print one line a setting, as a Markdown table."""
+    """Print a Markdown table with one line per setting."""
     logging.getLogger("compressors.distill.training.trainer").setLevel(logging.WARNING)
-    subject = find(BUNDLE)
-    bundle, loaded = subject.artifact, load_bundle(subject.artifact)
+    bundle_ref = find(BUNDLE)
+    bundle, loaded = bundle_ref.artifact, load_bundle(bundle_ref.artifact)
     parts = {part: prepare.fn(bundle, part, "benchmark") for part in ("train", "validation")}
-    rows = subject.rows
+    rows = bundle_ref.rows
     soft = score.fn(bundle, parts["train"], rows["train"], "benchmark")
-    held = {part: split_of(made, rows[part]) for part, made in parts.items()}
-    held["soft_labels"] = split_of(soft, rows["train"])
-    bench = bench_of(loaded.manifest, held, bundle, 0)
+    splits = {part: split_of(prepared, rows[part]) for part, prepared in parts.items()}
+    splits["soft_labels"] = split_of(soft, rows["train"])
+    bench = bench_of(loaded.manifest, splits, bundle, 0)
     print(f"as trained: {auc_of(loaded.model.module, bench):.5f}")
     print("| keep | soft share | rate | schedule | before training | after |")
     print("|---|---|---|---|---|---|")
     with tempfile.TemporaryDirectory() as scratch:
         for keep in KEEP:
-            cut = run(Channels(keep=keep), loaded.model, bench, Path(scratch) / f"{keep}")
-            before = auc_of(cut.module, bench)
+            pruned = run(Channels(keep=keep), loaded.model, bench, Path(scratch) / f"{keep}")
+            before = auc_of(pruned.module, bench)
             for share, rate, schedule in product(SHARES, RATES, ("plateau", "cosine")):
-                how = Training(learning_rate=rate, schedule=schedule, patience=PATIENCE)
-                step = Distill(soft_share=share, training=how)
-                found = []
+                training = Training(learning_rate=rate, schedule=schedule, patience=PATIENCE)
+                step = Distill(soft_share=share, training=training)
+                aucs = []
                 for seed in range(SEEDS):
                     seeded = bench.model_copy(update={"seed": seed})
                     folder = Path(scratch) / f"{keep}-{share}-{rate}-{schedule}-{seed}"
-                    found.append(auc_of(run(step, cut, seeded, folder).module, bench))
+                    aucs.append(auc_of(run(step, pruned, seeded, folder).module, bench))
                 print(
                     f"| {keep} | {share} | {rate:g} | {schedule} | {before:.5f} | "
-                    f"{mean(found):.5f} |",
+                    f"{mean(aucs):.5f} |",
                     flush=True,
                 )
 

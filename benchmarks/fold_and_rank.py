@@ -1,8 +1,8 @@
-"""What do folding, equalization and low rank change in dense layers, and what are they worth?
+"""How do folding, equalization and low rank change AUC, bytes and operators of dense layers?
 
-On trained click models, nothing trained again: the change of AUC on test rows, mean over seeds with
-its 95 % interval; the bytes of the dense layers and norms against float32; and the operators of the
-graph that ONNX Runtime serves.
+On trained click models, without further training: the change of AUC on test rows, as mean over
+seeds with its 95 % interval; the bytes of dense layers and norms as a share of float32; and the
+operators of the graph that ONNX Runtime runs.
 
     python -m benchmarks.ctr --only frappe --data DATA
     python -m benchmarks.fold_and_rank --only frappe --data DATA
@@ -20,13 +20,13 @@ import torch
 from benchmarks.ctr import (
     DataMissing,
     Name,
-    arguments,
+    argument_parser,
     auc,
-    baseline,
     data_folder,
     default_cache,
     interval,
-    prepared,
+    load_baseline,
+    prepare_splits,
 )
 from compressors.contracts import Bench, Plan, Split
 from compressors.core.model import Model
@@ -70,16 +70,16 @@ RECIPES: dict[str, tuple[ModelStep, ...]] = {
 
 
 def dense_share(model: Model) -> float:
-    """Bytes of dense layers and norms, of those they had."""
+    """Bytes of dense layers and norms, as a share of their bytes before compression."""
     lines = [line for line in (model.plan or Plan()).lines if line.role != "table"]
     return sum(line.bytes_after for line in lines) / sum(line.bytes_before for line in lines)
 
 
 def operators(model: Model, bench: Bench, folder: Path) -> str:
-    """The products and norms of the graph as ONNX Runtime optimizes it."""
-    (form,) = served_graphs(bench.signature)
+    """Matrix products and norms in the graph that ONNX Runtime optimized."""
+    (graph,) = served_graphs(bench.signature)
     path = folder / "model.onnx"
-    lower(model.module, form, "onnxruntime", path)
+    lower(model.module, graph, "onnxruntime", path)
     counts = Counter(node.op_type for node in optimized_graph(path).node)
     shown = ("Gemm", "FusedGemm", "MatMul", "QGemm", "BatchNormalization")
     return ", ".join(f"{counts[kind]} {kind}" for kind in shown if counts[kind])
@@ -87,7 +87,7 @@ def operators(model: Model, bench: Bench, folder: Path) -> str:
 
 @dataclass
 class Line:
-    """What one recipe came to, a number a seed."""
+    """Results of one recipe, one number per seed."""
 
     changes: list[float] = field(default_factory=list)
     shares: list[float] = field(default_factory=list)
@@ -95,45 +95,45 @@ class Line:
 
 
 def measure(model: Model, bench: Bench, test: Split, lines: dict[str, Line]) -> None:
-    """Carry out every recipe on one network; what two begin with is done once."""
+    """Run every recipe on one network; steps that several recipes start with run once."""
     before = auc(model.module, test)
-    made: dict[tuple[ModelStep, ...], Model] = {(): model}
+    results: dict[tuple[ModelStep, ...], Model] = {(): model}
     with tempfile.TemporaryDirectory() as scratch:
-        for words, steps in RECIPES.items():
+        for label, steps in RECIPES.items():
             for count in range(1, len(steps) + 1):
-                first, last = steps[: count - 1], steps[count - 1]
-                if steps[:count] not in made:
-                    folder = Path(scratch) / str(len(made))
-                    made[steps[:count]] = run(last, made[first], bench, folder)
-            result, line = made[steps], lines.setdefault(words, Line())
+                previous, step = steps[: count - 1], steps[count - 1]
+                if steps[:count] not in results:
+                    folder = Path(scratch) / str(len(results))
+                    results[steps[:count]] = run(step, results[previous], bench, folder)
+            result, line = results[steps], lines.setdefault(label, Line())
             line.changes.append(auc(result.module, test) - before)
             line.shares.append(dense_share(result))
             line.operators = line.operators or operators(result, bench, Path(scratch))
 
 
 def main() -> None:
-    """Print one line a recipe, as a Markdown table."""
-    asked = arguments(__doc__.splitlines()[0]).parse_args()
-    torch.set_num_threads(asked.threads)
-    cache = asked.cache or default_cache()
+    """Print a Markdown table with one line per recipe."""
+    args = argument_parser(__doc__.splitlines()[0]).parse_args()
+    torch.set_num_threads(args.threads)
+    cache = args.cache or default_cache()
     try:
-        folder = data_folder(asked.data)
-    except DataMissing as fault:
-        sys.exit(str(fault))
-    for name in [asked.only] if asked.only else get_args(Name):
-        splits, _ = prepared(name, folder, cache)
+        folder = data_folder(args.data)
+    except DataMissing as error:
+        sys.exit(str(error))
+    for name in [args.only] if args.only else get_args(Name):
+        splits, _ = prepare_splits(name, folder, cache)
         lines: dict[str, Line] = {}
-        for seed in range(asked.seeds):
-            model, bench = baseline(name, seed, folder, cache)
-            given = bench.model_copy(update={"calibration": bench.train})
-            measure(model, given, splits["test"], lines)
-        print(f"{name}, {asked.seeds} seeds")
+        for seed in range(args.seeds):
+            model, bench = load_baseline(name, seed, folder, cache)
+            bench = bench.model_copy(update={"calibration": bench.train})
+            measure(model, bench, splits["test"], lines)
+        print(f"{name}, {args.seeds} seeds")
         print("| steps | change of AUC | bytes of dense layers and norms | operators |")
         print("|---|---|---|---|")
-        for words, line in lines.items():
-            mean, share = (sum(each) / asked.seeds for each in (line.changes, line.shares))
+        for label, line in lines.items():
+            mean, share = (sum(values) / args.seeds for values in (line.changes, line.shares))
             change = f"{mean:+.5f} ± {interval(line.changes):.5f}"
-            print(f"| {words} | {change} | {share:.1%} | {line.operators} |")
+            print(f"| {label} | {change} | {share:.1%} | {line.operators} |")
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
-"""Which form of a 4-bit table does ONNX Runtime look up fastest?
+"""Which graph of a 4-bit table lookup is fastest in ONNX Runtime?
 
-Peers: fp32 Gather; int8 rows gathered, cast and multiplied (ours); 4-bit rows through ONNX
-Runtime's own operator GatherBlockQuantized; 4-bit rows as two planes, unpacked by two bitwise ops
-and one concatenation (ours). All four are measured in turn in one process, on one thread, and
-checked against the same decoded weights first.
+Compared: fp32 Gather; int8 rows with Gather, Cast and Mul (ours); 4-bit rows with ONNX Runtime's
+operator GatherBlockQuantized; 4-bit rows as two bit planes, unpacked by two bitwise operators and
+one concatenation (ours). Each graph is first checked against the decoded weights; then all four
+are timed interleaved in one process on one thread.
 
     python benchmarks/int4_lookup.py
 """
@@ -28,13 +28,13 @@ from compressors.quantize.tables.rowwise_int4 import RowwiseInt4
 from compressors.quantize.tables.rowwise_int8 import RowwiseInt8
 from infra.onnxruntime.sessions import Session, interleaved_ms, machine
 
-FIELDS = 10  # ids looked up per row of a batch
+FIELDS = 10  # lookups per row of a batch
 SMALLEST_BLOCK = 16  # of GatherBlockQuantized
 OPSET = 21
 
 
-def exported(module: nn.Module, path: Path) -> Path:
-    """A lookup as we write it down: ids ``(batch, fields)`` in, rows out."""
+def export(module: nn.Module, path: Path) -> Path:
+    """Export a lookup with our translations: ids ``(batch, fields)`` to table rows."""
     program = torch.onnx.export(
         module.eval(),
         (torch.zeros(3, FIELDS, dtype=torch.int64),),
@@ -50,12 +50,12 @@ def exported(module: nn.Module, path: Path) -> Path:
     return path
 
 
-def block_quantized(codes: Tensor, scale: Tensor, path: Path) -> Path:
-    """The same codes and scales behind the contrib operator, one block a row."""
+def write_block_quantized(codes: Tensor, scale: Tensor, path: Path) -> Path:
+    """Write the lookup of these codes and scales with GatherBlockQuantized, one block per row."""
     rows, dim = codes.shape
     nibbles = codes.numpy().view(np.uint8) & 15
     packed = (nibbles[:, 0::2] | (nibbles[:, 1::2] << 4)).tobytes()
-    held = [
+    initializers = [
         TensorProto(name="codes", data_type=TensorProto.INT4, dims=[rows, dim], raw_data=packed),
         numpy_helper.from_array(scale.numpy(), "scale"),
     ]
@@ -76,72 +76,72 @@ def block_quantized(codes: Tensor, scale: Tensor, path: Path) -> Path:
         "lookup",
         [helper.make_tensor_value_info("ids", TensorProto.INT64, ["batch", FIELDS])],
         [helper.make_tensor_value_info("rows", TensorProto.FLOAT, ["batch", FIELDS, dim])],
-        held,
+        initializers,
     )
     opsets = [helper.make_opsetid("", OPSET), helper.make_opsetid("com.microsoft", 1)]
     onnx.save(helper.make_model(graph, opset_imports=opsets, ir_version=10), path)
     return path
 
 
-def forms(rows: int, dim: int, folder: Path) -> dict[str, tuple[Path, Tensor]]:
-    """Every form's graph, and the weights it must give back."""
+def write_graphs(rows: int, dim: int, folder: Path) -> dict[str, tuple[Path, Tensor]]:
+    """Write all graphs; return by name the file and the weights that the lookup must return."""
     weight = torch.randn(rows, dim, generator=torch.Generator().manual_seed(0)) * 0.1
     plain = nn.Embedding(rows, dim, _weight=weight)
     int8, int4 = (encode_table(step, weight) for step in (RowwiseInt8(), RowwiseInt4()))
-    every = torch.arange(rows)
-    decoded8, decoded4 = int8(every), int4(every)
+    ids = torch.arange(rows)
+    decoded8, decoded4 = int8(ids), int4(ids)
     codes4 = (bitpacking.unpack(int4.codes, dim, 4).to(torch.int8) - 8, int4.scale)
-    makers: dict[str, tuple[Callable[[Path], Path], Tensor]] = {
-        "fp32 Gather": (lambda path: exported(plain, path), weight),
-        "int8 Gather-Cast-Mul": (lambda path: exported(int8, path), decoded8),
-        "int4 GatherBlockQuantized": (lambda p: block_quantized(*codes4, p), decoded4),
-        "int4 planar (ours)": (lambda path: exported(int4, path), decoded4),
+    writers: dict[str, tuple[Callable[[Path], Path], Tensor]] = {
+        "fp32 Gather": (lambda path: export(plain, path), weight),
+        "int8 Gather-Cast-Mul": (lambda path: export(int8, path), decoded8),
+        "int4 GatherBlockQuantized": (lambda p: write_block_quantized(*codes4, p), decoded4),
+        "int4 planar (ours)": (lambda path: export(int4, path), decoded4),
     }
     return {
-        name: (make(folder / f"{number}.onnx"), expected)
-        for number, (name, (make, expected)) in enumerate(makers.items())
+        name: (write(folder / f"{number}.onnx"), expected)
+        for number, (name, (write, expected)) in enumerate(writers.items())
     }
 
 
 def measure(rows: int, dim: int, batches: list[int], rounds: int) -> None:
-    """Print one dim's table: microseconds a call, and the ratio to the contrib operator."""
+    """Print the table of one dim: microseconds per call, and the ratio to GatherBlockQuantized."""
     with tempfile.TemporaryDirectory() as scratch:
-        made = forms(rows, dim, Path(scratch))
-        sessions = {name: Session(path, threads=1) for name, (path, _) in made.items()}
+        graphs = write_graphs(rows, dim, Path(scratch))
+        sessions = {name: Session(path, threads=1) for name, (path, _) in graphs.items()}
     for batch in batches:
         ids = np.random.default_rng(batch).integers(0, rows, (batch, FIELDS))
-        for name, (_, expected) in made.items():
-            found = sessions[name].scores({"ids": ids})
+        for name, (_, expected) in graphs.items():
+            result = sessions[name].scores({"ids": ids})
             # GatherBlockQuantized multiplies in float16, the others in float32.
-            room = 2e-3 * float(expected.abs().max()) if "Block" in name else 1e-6
-            gap = float(np.abs(found - expected[torch.from_numpy(ids)].numpy()).max())
-            assert gap <= room, f"{name} is off by {gap}"
+            tolerance = 2e-3 * float(expected.abs().max()) if "Block" in name else 1e-6
+            gap = float(np.abs(result - expected[torch.from_numpy(ids)].numpy()).max())
+            assert gap <= tolerance, f"{name} differs by {gap}"
         times = interleaved_ms(list(sessions.values()), {"ids": ids}, rounds)
-        medians = [1000 * float(np.median(each)) for each in times]
+        medians = [1000 * float(np.median(samples)) for samples in times]
         peer = medians[list(sessions).index("int4 GatherBlockQuantized")]
         for name, median in zip(sessions, medians, strict=True):
             print(f"{dim:4d} {batch:6d}  {name:27s} {median:9.1f} us {median / peer:8.2f}")
 
 
 def main() -> None:
-    """Measure every dim and batch."""
+    """Measure all dims and batches."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--rows", type=int, default=200_000)
     parser.add_argument("--dims", type=int, nargs="+", default=[16, 64], help="powers of two >= 16")
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 64, 1024])
     parser.add_argument("--rounds", type=int, default=100)
-    order = parser.parse_args()
-    for dim in order.dims:
+    args = parser.parse_args()
+    for dim in args.dims:
         if dim < SMALLEST_BLOCK or dim & (dim - 1):
-            parser.error(f"GatherBlockQuantized takes blocks of 16, 32, 64, ...; found dim {dim}")
-    logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # it warns once per missing op
+            parser.error(f"Expected a dim of 16, 32, 64, ... for GatherBlockQuantized, got {dim}.")
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # it warns once per missing operator
     warnings.simplefilter("ignore")
-    here = machine(threads=1)
-    print(f"{here.processor}, ONNX Runtime {here.onnxruntime}, 1 thread, {order.rows:,} rows,")
-    print(f"{FIELDS} ids a row of the batch, median of {order.rounds} interleaved calls")
+    host = machine(threads=1)
+    print(f"{host.processor}, ONNX Runtime {host.onnxruntime}, 1 thread, {args.rows:,} rows,")
+    print(f"{FIELDS} ids a row of the batch, median of {args.rounds} interleaved calls")
     print(f"{'dim':>4s} {'batch':>6s}  {'form':27s} {'median':>12s} {'to block':>8s}")
-    for dim in order.dims:
-        measure(order.rows, dim, order.batches, order.rounds)
+    for dim in args.dims:
+        measure(args.rows, dim, args.batches, args.rounds)
 
 
 if __name__ == "__main__":

@@ -1,11 +1,11 @@
 """How often does a 95 % interval contain the true value when rows belong to users?
 
 Simulates test sets whose users have 1 to 200 rows (log-uniform: most users have few rows, a few
-users have most of them). Users differ in how often they click, in how well the baseline fits them
-and in how much the candidate changes their scores. For every number of users, prints the share of
+users have most of the rows). Users differ in their click rate, in how well the baseline fits them
+and in how much the candidate changes their scores. For each number of users, prints the share of
 test sets in which the interval of `intervals.paired` contains the true value, for the baseline's
-own number and for the difference between candidate and baseline. As a peer it prints the row
-bootstrap, which ignores users.
+metric and for the difference between candidate and baseline. The row bootstrap, which ignores
+users, is printed for comparison.
 
     python -m benchmarks.interval_coverage --runs 4000
 """
@@ -93,18 +93,20 @@ def coverage(
     users: int, runs: int, chosen: Iterable[str] = METRICS, *, grouped: bool = True
 ) -> dict[str, Coverage]:
     """Simulate ``runs`` test sets and count the intervals that contain the true values."""
-    chosen = tuple(chosen)
-    hits = {metric: np.zeros(2) for metric in chosen}
+    metrics = tuple(chosen)
+    hits = {metric: np.zeros(2) for metric in metrics}
     for run in range(runs):
         random = np.random.default_rng([users, run])
         rows = simulate(random, heavy_tailed_sizes(random, users))
         group = rows.user if grouped else None
-        for metric in chosen:
-            found = paired(metric, rows.label, rows.baseline, rows.candidate, group, samples=300)
-            for place, (estimate, value) in enumerate(
-                zip((found.baseline, found.difference), truth()[metric], strict=True)
+        for metric in metrics:
+            intervals = paired(
+                metric, rows.label, rows.baseline, rows.candidate, group, samples=300
+            )
+            for column, (estimate, value) in enumerate(
+                zip((intervals.baseline, intervals.difference), truth()[metric], strict=True)
             ):
-                hits[metric][place] += estimate.low <= value <= estimate.high
+                hits[metric][column] += estimate.low <= value <= estimate.high
     return {metric: Coverage(*(count / runs).tolist()) for metric, count in hits.items()}
 
 
@@ -117,15 +119,17 @@ def main() -> None:
     """Print coverage for every metric and number of users."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--runs", type=int, default=4000, help="simulated test sets")
-    parser.add_argument("--row-runs", type=int, default=300, help="the same for the row bootstrap")
+    parser.add_argument(
+        "--row-runs", type=int, default=300, help="simulated test sets for the row bootstrap"
+    )
     runs, row_runs = parser.parse_args().runs, parser.parse_args().row_runs
     print("| users | metric | value | difference | row bootstrap: value | difference |")
     print("|---|---|---|---|---|---|")
     for users in USERS:
-        found = coverage(users, runs)
+        by_user = coverage(users, runs)
         by_row = coverage(users, row_runs, grouped=False)
         for metric in METRICS:
-            cells = (*found[metric], *by_row[metric])
+            cells = (*by_user[metric], *by_row[metric])
             print(f"| {users} | {metric} | " + " | ".join(f"{c:.1%}" for c in cells) + " |")
 
 

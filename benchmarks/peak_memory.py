@@ -1,9 +1,9 @@
-"""Is the peak memory that ``recpress explain`` estimates the one that a run uses?
+"""How well does ``recpress explain`` estimate the peak memory of a run?
 
-Click and retrieval models of given sizes are packed and compressed, each in a process of its own.
-A thread samples the process's resident set; its largest value, the anonymous part of it, and the
-stage in which it was reached are compared with the estimate that was made before the run.
-``tasks/orchestration/memory_estimate.py`` takes its factors from here.
+Packs and compresses click and retrieval models of several sizes, each in a separate process. A
+thread samples the resident set of that process. Prints the largest value, its anonymous part and
+the stage that reached it, next to the estimate from before the run.
+``tasks/orchestration/memory_estimate.py`` takes its factors from these results.
 
     python -m benchmarks.peak_memory [--case NAME ...]
 """
@@ -35,13 +35,13 @@ class Case(NamedTuple):
     """One model and order."""
 
     rows: int
-    """Of the table, 64 float32 numbers each; of both tables for a retrieval model."""
+    """Rows of the table, each of 64 float32 numbers; a retrieval model has two such tables."""
     hidden: int
-    """Width of three dense layers."""
+    """Width of the three dense layers."""
     train: int
     """Training rows."""
     preset: str
-    """With ``custom`` a step trains the tables."""
+    """Name of the preset; ``custom`` runs ``TRAINING_STEPS``, which train the tables."""
     engine: bool = False
     retrieval: bool = False
 
@@ -79,8 +79,8 @@ TRAINING_STEPS = (
 )
 
 
-class Clicks(nn.Module):
-    """A table, some numbers, three layers."""
+class ClickModel(nn.Module):
+    """A click model: one table, dense inputs, three hidden layers."""
 
     def __init__(self, rows: int, hidden: int = 32) -> None:
         super().__init__()
@@ -98,8 +98,8 @@ class Clicks(nn.Module):
         return logit
 
 
-class Half(nn.Module):
-    """A table and a layer: one tower."""
+class Tower(nn.Module):
+    """One tower of a retrieval model: a table and a dense layer."""
 
     def __init__(self, name: str, rows: int, hidden: int) -> None:
         super().__init__()
@@ -113,58 +113,61 @@ class Half(nn.Module):
         return vectors
 
 
-class Towers(nn.Module):
-    """A user's vector and an item's, and their dot product."""
+class TwoTowerModel(nn.Module):
+    """A user tower and an item tower; the score is the dot product of their vectors."""
 
     def __init__(self, rows: int, hidden: int = 32) -> None:
         super().__init__()
-        self.query = Half("user", rows, hidden)
-        self.found = Half("item", rows, hidden)
+        self.query = Tower("user", rows, hidden)
+        self.item = Tower("item", rows, hidden)
 
     def forward(self, user: Tensor, item: Tensor) -> Tensor:
         """Scores ``(rows,)``."""
-        return (self.query(user=user) * self.found(item=item)).sum(dim=1)
+        return (self.query(user=user) * self.item(item=item)).sum(dim=1)
 
 
 def write(folder: Path, case: Case) -> None:
-    """Write a draft whose labels, or interactions, the network itself generated."""
+    """Write the draft of a click model with labels from its logits, or of a retrieval model."""
     folder.mkdir(parents=True)
     torch.manual_seed(0)
-    network = Towers if case.retrieval else Clicks
+    network = TwoTowerModel if case.retrieval else ClickModel
     model = network(case.rows, case.hidden)
-    described = _retrieval(folder, case) if case.retrieval else _clicks(folder, case, model)
+    if case.retrieval:
+        manifest = _write_retrieval_data(folder, case)
+    else:
+        manifest = _write_click_data(folder, case, model)
     save_file(model.state_dict(), folder / "model.safetensors")
     config = {"rows": case.rows, "hidden": case.hidden}
     path = f"benchmarks.peak_memory:{network.__name__}"
-    described |= {
+    manifest |= {
         "schema_version": 1,
         "name": "large",
         "version": "1",
         "network": {"architecture": {"path": path, "config": config}},
     }
-    (folder / "model.json").write_text(json.dumps(described))
+    (folder / "model.json").write_text(json.dumps(manifest))
 
 
-def _clicks(folder: Path, case: Case, model: nn.Module) -> dict[str, object]:
+def _write_click_data(folder: Path, case: Case, model: nn.Module) -> dict[str, object]:
     draw = np.random.default_rng(0)
     splits = {"train": case.train, "validation": 2000, "test": 5000}
     for split, count in splits.items():
         item = draw.integers(0, case.rows, count)
         dense = draw.normal(size=(count, FIELDS)).astype(np.float32)
-        scored = min(count, 20_000)  # the rest has labels drawn for size alone
+        scored = min(count, 20_000)  # further rows repeat these logits: they only add size
         with torch.no_grad():
             logit = model(torch.from_numpy(item[:scored]), torch.from_numpy(dense[:scored])).numpy()
         logit = np.resize((logit - logit.mean()) / logit.std(), count)
         label = (draw.random(count) < 1 / (1 + np.exp(-2 * logit))).astype(np.int64)
         columns = {"item": item, "label": label}
-        columns |= {f"d{place}": dense[:, place] for place in range(FIELDS)}
+        columns |= {f"d{column}": dense[:, column] for column in range(FIELDS)}
         pq.write_table(pa.table(columns), folder / f"{split}.parquet")
-    numbers = [f"d{place}" for place in range(FIELDS)]
+    dense_columns = [f"d{column}" for column in range(FIELDS)]
     signature = {
         "task": "ctr",
         "inputs": [
             {"kind": "id", "name": "item", "table": "item"},
-            {"kind": "dense", "name": "dense", "columns": numbers, "shape": [FIELDS]},
+            {"kind": "dense", "name": "dense", "columns": dense_columns, "shape": [FIELDS]},
         ],
         "output": "logit",
         "label": "label",
@@ -173,7 +176,7 @@ def _clicks(folder: Path, case: Case, model: nn.Module) -> dict[str, object]:
     return {"signature": signature, "data": {split: f"{split}.parquet" for split in splits}}
 
 
-def _retrieval(folder: Path, case: Case) -> dict[str, object]:
+def _write_retrieval_data(folder: Path, case: Case) -> dict[str, object]:
     draw = np.random.default_rng(0)
     splits = {"train": case.train, "validation": 500, "test": 1000}
     catalogue = min(case.rows, 20_000)
@@ -186,14 +189,14 @@ def _retrieval(folder: Path, case: Case) -> dict[str, object]:
         "task": "retrieval",
         "inputs": [
             {"kind": "id", "name": "user", "table": "query.table"},
-            {"kind": "id", "name": "item", "table": "found.table"},
+            {"kind": "id", "name": "item", "table": "item.table"},
         ],
         "output": "score",
         "group": "user",
         "item": "item",
         "towers": {
             "query": {"module": "query", "inputs": ["user"]},
-            "item": {"module": "found", "inputs": ["item"]},
+            "item": {"module": "item", "inputs": ["item"]},
         },
         "metric": "recall@20",
     }
@@ -204,7 +207,7 @@ def _retrieval(folder: Path, case: Case) -> dict[str, object]:
 
 
 class Sampler(logging.Handler):
-    """The largest resident set of this process, and the stage in which it was reached."""
+    """Samples the largest resident set of this process and the stage that reached it."""
 
     def __init__(self) -> None:
         super().__init__(logging.INFO)
@@ -215,18 +218,18 @@ class Sampler(logging.Handler):
         self._thread = threading.Thread(target=self._sample, daemon=True)
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Note the stage that begins."""
+        """Store the name of the stage that starts."""
         self._stage = record.getMessage()
 
     def _sample(self) -> None:
         while not self._ended.wait(0.02):
             lines = Path("/proc/self/status").read_text().splitlines()
-            found = {line.split(":")[0]: line.split()[1] for line in lines if line.endswith("kB")}
-            now, anonymous = int(found["VmRSS"]) * KIB, int(found["RssAnon"]) * KIB
+            status = {line.split(":")[0]: line.split()[1] for line in lines if line.endswith("kB")}
+            resident, anonymous = int(status["VmRSS"]) * KIB, int(status["RssAnon"]) * KIB
             self.most_anonymous = max(self.most_anonymous, anonymous)
-            self.stages[self._stage] = max(self.stages.get(self._stage, 0), now)
-            if now > self.peak:
-                self.peak, self.anonymous, self.moment = now, anonymous, self._stage
+            self.stages[self._stage] = max(self.stages.get(self._stage, 0), resident)
+            if resident > self.peak:
+                self.peak, self.anonymous, self.moment = resident, anonymous, self._stage
 
     def __enter__(self) -> "Sampler":
         stages = logging.getLogger("tasks.orchestration.progress")
@@ -240,7 +243,7 @@ class Sampler(logging.Handler):
         self._thread.join()
 
 
-def carry_out(preset: str, *, engine: bool, retrieval: bool) -> None:
+def run_order(preset: str, *, engine: bool, retrieval: bool) -> None:
     """Run the order in this process and print the estimate and the measurement, in bytes."""
     from compressors.contracts import Limit
     from flows.cli import console
@@ -258,67 +261,69 @@ def carry_out(preset: str, *, engine: bool, retrieval: bool) -> None:
             "steps": TRAINING_STEPS if preset == "custom" else (),
         }
     )
-    begin = time.monotonic()
+    start = time.monotonic()
     estimate = explain(order).memory
-    with Sampler() as sampled:
+    with Sampler() as sampler:
         console.run(order, quiet=True)
     result = {
         "estimate": estimate.model_dump(),
-        "peak": sampled.peak,
-        "anonymous": sampled.anonymous,
-        "most_anonymous": sampled.most_anonymous,
-        "moment": sampled.moment,
-        "stages": sampled.stages,
-        "seconds": time.monotonic() - begin,
+        "peak": sampler.peak,
+        "anonymous": sampler.anonymous,
+        "most_anonymous": sampler.most_anonymous,
+        "moment": sampler.moment,
+        "stages": sampler.stages,
+        "seconds": time.monotonic() - start,
     }
     print(json.dumps(result))
 
 
 def measure(case: Case) -> dict[str, object]:
-    """Pack and compress one case in processes of their own."""
+    """Pack and compress one case, each command in a child process."""
     with tempfile.TemporaryDirectory() as scratch:
         write(Path(scratch) / "draft", case)
-        environ = {
+        environment = {
             **os.environ,
             "RECPRESS_HOME": f"{scratch}/recpress",
             "PREFECT_HOME": f"{scratch}/prefect",
             "RECPRESS_ALLOWED_MODULES": "benchmarks",
         }
         pack = [sys.executable, "-m", "flows.cli.app", "bundle", "pack", f"{scratch}/draft"]
-        subprocess.run(pack, env=environ, check=True, stdout=subprocess.DEVNULL)
+        subprocess.run(pack, env=environment, check=True, stdout=subprocess.DEVNULL)
         command = [sys.executable, "-m", "benchmarks.peak_memory", "--inside"]
         command += [case.preset, str(case.engine), str(case.retrieval)]
-        ran = subprocess.run(command, env=environ, check=True, stdout=subprocess.PIPE, text=True)
-        found: dict[str, object] = json.loads(ran.stdout.splitlines()[-1])
+        completed = subprocess.run(
+            command, env=environment, check=True, stdout=subprocess.PIPE, text=True
+        )
+        result: dict[str, object] = json.loads(completed.stdout.splitlines()[-1])
         sizes = {path.name: path.stat().st_size for path in Path(scratch, "draft").iterdir()}
-        return found | {"sizes": sizes}
+        return result | {"sizes": sizes}
 
 
 def main() -> None:
-    """Print one line a case, as a Markdown table."""
+    """Print a Markdown table with one line per case."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--inside", nargs=3, help=argparse.SUPPRESS)
     parser.add_argument("--case", action="append", choices=CASES)
     parser.add_argument("--json", type=Path, help="Also write every measurement to this file.")
-    given = parser.parse_args()
-    if given.inside:
-        preset, engine, retrieval = given.inside
-        carry_out(preset, engine=engine == "True", retrieval=retrieval == "True")
+    args = parser.parse_args()
+    if args.inside:
+        preset, engine, retrieval = args.inside
+        run_order(preset, engine=engine == "True", retrieval=retrieval == "True")
         return
     print("| case | table rows | hidden | training rows | preset | engine | estimate MiB | "
           "peak MiB | anonymous MiB | ratio | peak in |")  # fmt: skip
     print("|---|---|---|---|---|---|---|---|---|---|---|")
-    for name in given.case or CASES:
+    for name in args.case or CASES:
         case = CASES[name]
-        found = measure(case)
-        if given.json:
-            with given.json.open("a") as file:
-                file.write(json.dumps({"case": name, **case._asdict(), **found}) + "\n")
-        estimate, peak = found["estimate"]["peak"] / MIB, found["peak"] / MIB  # type: ignore[index, operator]
+        result = measure(case)
+        if args.json:
+            with args.json.open("a") as file:
+                file.write(json.dumps({"case": name, **case._asdict(), **result}) + "\n")
+        estimate, peak = result["estimate"]["peak"] / MIB, result["peak"] / MIB  # type: ignore[index, operator]
         print(
             f"| {name} | {case.rows:,} | {case.hidden:,} | {case.train:,} | {case.preset} | "
             f"{'yes' if case.engine else 'no'} | {estimate:,.0f} | {peak:,.0f} | "
-            f"{found['most_anonymous'] / MIB:,.0f} | {estimate / peak:.2f} | {found['moment']} |",  # type: ignore[operator]
+            f"{result['most_anonymous'] / MIB:,.0f} | {estimate / peak:.2f} | {result['moment']} |",  # type: ignore[operator]
             flush=True,
         )
 

@@ -1,15 +1,17 @@
-"""Half of the dense multiply-adds gone: our ``channels`` against Torch-Pruning alone.
+"""Compare ``channels`` with Torch-Pruning at half of the dense multiply-adds.
 
-The Frappe DCN-v2 of ``benchmarks/ctr.py``, 5 seeds. Every candidate keeps at most half of the
-multiply-adds of all dense layers, widths a multiple of 8, and is then trained for the same epochs
-on the same rows at the same rate, tables left as they are, its best epoch on validation rows kept.
+Model: the Frappe DCN-v2 of ``benchmarks/ctr.py``, 5 seeds. Every candidate keeps at most half of
+the multiply-adds of all dense layers, with widths that are multiples of 8. It is then trained for
+the same epochs on the same rows at the same rate with frozen tables; the epoch with the best
+validation AUC is kept.
 
-Torch-Pruning is given what works for it here: the head, the cross layers (as wide as what they
-read) and the tables are ignored, and of its importances (group L2, Taylor), globally and by layer,
-the one that is best on validation rows after training. Ours is chosen in the same way among as
-many, each with the layers behind the cut solved anew. That choice is made on the first seed, the
-rest are told of; test rows are read once, for what is printed. Ours may also learn from the
-original's answers, which costs no epoch more; it is printed with and without.
+Torch-Pruning gets settings that work for this model: it ignores the head, the cross layers (their
+width is fixed by their input) and the tables. Its candidates are two importances (group L2,
+Taylor), each global and per layer. ``channels`` has as many candidates, each with the consuming
+layers refitted by least squares. Validation AUC after training selects one candidate per side on
+the first seed; the other seeds use the same candidates. Test rows are read once, for the printed
+table. ``channels`` is printed with and without soft labels of the original model, which need no
+additional epoch.
 
     uv pip install 'recpress[bench]'
     python -m benchmarks.structured_pruning --seeds 5
@@ -30,14 +32,14 @@ from torch import Tensor, nn
 
 from benchmarks.ctr import (
     DataMissing,
-    arguments,
+    argument_parser,
     auc,
-    baseline,
     data_folder,
     default_cache,
     interval,
-    prepared,
-    tensors,
+    load_baseline,
+    load_split,
+    prepare_splits,
 )
 from compressors.contracts import Bench
 from compressors.core.model import Model
@@ -54,20 +56,20 @@ from examples.dcnv2 import DCNv2
 SHARE = 0.5
 MULTIPLE = 8
 ROWS = 16_384
-"""Training rows that gradients and activations are taken on, and layers are solved on."""
+"""Training rows for loss gradients, activation statistics and least-squares refits."""
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """A way to cut, and how much of what is learned afterwards is the original's answers."""
+    """A pruning method, and the weight of soft labels in the training after it."""
 
     name: str
-    cut: Callable[[Model, Bench], Model]
+    prune: Callable[[Model, Bench], Model]
     soft_share: float = 0.0
 
 
-def ours(importance: Importance, scope: str, *, solved: bool = True) -> Candidate:
-    """``channels`` with a target of multiply-adds."""
+def ours(importance: Importance, scope: str, *, reconstruct: bool = True) -> Candidate:
+    """``channels`` with a target for multiply-adds."""
     step = Channels.model_validate(
         {
             "importance": importance,
@@ -75,26 +77,26 @@ def ours(importance: Importance, scope: str, *, solved: bool = True) -> Candidat
             "flops": SHARE,
             "multiple": MULTIPLE,
             "rows": ROWS,
-            "reconstruct": solved,
+            "reconstruct": reconstruct,
         }
     )
 
-    def cut(model: Model, bench: Bench) -> Model:
+    def prune(model: Model, bench: Bench) -> Model:
         with tempfile.TemporaryDirectory() as folder:
-            made = run(step, model, bench, Path(folder))
-            return replace(made, module=_copied(made))
+            pruned = run(step, model, bench, Path(folder))
+            return replace(pruned, module=_copy_module(pruned))
 
-    words = f"{importance}, {scope}" + (", solved anew" if solved else "")
-    return Candidate(words, cut)
+    name = f"{importance}, {scope}" + (", solved anew" if reconstruct else "")
+    return Candidate(name, prune)
 
 
 def theirs(name: str, importance: Callable[[], Any], scope: str) -> Candidate:
-    """Torch-Pruning: the smallest ratio that leaves at most half of the multiply-adds."""
+    """Torch-Pruning with the smallest ratio that leaves at most half of the multiply-adds."""
 
-    def at(model: Model, bench: Bench, slopes: dict[str, Tensor], ratio: float) -> DCNv2:
-        module = _copied(model)
+    def prune_at(model: Model, bench: Bench, gradients: dict[str, Tensor], ratio: float) -> DCNv2:
+        module = _copy_module(model)
         assert bench.train is not None
-        inputs, _ = tensors(bench.train)
+        inputs, _ = load_split(bench.train)
         pruner = torch_pruning.pruner.BasePruner(
             module,
             {field: ids[:4] for field, ids in inputs.items()},
@@ -104,174 +106,178 @@ def theirs(name: str, importance: Callable[[], Any], scope: str) -> Candidate:
             round_to=MULTIPLE,
             ignored_layers=[module.head, *module.cross, *module.tables.values()],
         )
-        for parameter, slope in slopes.items():
-            module.get_parameter(parameter).grad = slope.clone()
+        for parameter, gradient in gradients.items():
+            module.get_parameter(parameter).grad = gradient.clone()
         pruner.step()
         module.zero_grad(set_to_none=True)
-        crossed = model.module.head.weight[:, : module.cross[0].in_features]
-        assert torch.equal(module.head.weight[:, : crossed.shape[1]], crossed)
+        cross_weight = model.module.head.weight[:, : module.cross[0].in_features]
+        assert torch.equal(module.head.weight[:, : cross_weight.shape[1]], cross_weight)
         return module
 
-    def slopes_of(model: Model, bench: Bench) -> dict[str, Tensor]:
-        module = _copied(model)
+    def loss_gradients(model: Model, bench: Bench) -> dict[str, Tensor]:
+        module = _copy_module(model)
         assert bench.train is not None
         for batch in shuffled(bench.train, bench.signature, 1024, bench.seed, limit=ROWS):
             hard_loss(bench.signature, module(**batch.inputs), batch).backward()
         return {n: p.grad for n, p in module.named_parameters() if p.grad is not None}
 
-    def cut(model: Model, bench: Bench) -> Model:
-        whole = work(model.module, bench)
-        slopes = slopes_of(model, bench) if name == "taylor" else {}
-        low, high = 0.0, 1.0  # of channels that go: too few, enough
-        made = model.module
+    def prune(model: Model, bench: Bench) -> Model:
+        original = total_multiply_adds(model.module, bench)
+        gradients = loss_gradients(model, bench) if name == "taylor" else {}
+        low, high = 0.0, 1.0  # pruning ratios: too small, large enough
+        pruned = model.module
         for _ in range(9):
             ratio = (low + high) / 2
-            tried = at(model, bench, slopes, ratio)
-            if work(tried, bench) <= SHARE * whole:
-                high, made = ratio, tried
+            candidate = prune_at(model, bench, gradients, ratio)
+            if total_multiply_adds(candidate, bench) <= SHARE * original:
+                high, pruned = ratio, candidate
             else:
                 low = ratio
-        hidden = [part.out_features for part in made.perceptron if isinstance(part, nn.Linear)]
+        hidden = [part.out_features for part in pruned.perceptron if isinstance(part, nn.Linear)]
         built = model.network.architecture
         config = {**built.config, "hidden": hidden}
         rebuilt = DCNv2(**config)
-        rebuilt.load_state_dict(made.state_dict())
+        rebuilt.load_state_dict(pruned.state_dict())
         network = model.network.model_copy(
             update={"architecture": built.model_copy(update={"config": config})}
         )
         return replace(model, module=rebuilt.eval(), network=network)
 
-    return Candidate(f"Torch-Pruning {name}, {scope}", cut)
+    return Candidate(f"Torch-Pruning {name}, {scope}", prune)
 
 
 OURS = [ours(i, s) for i in ("l2", "activation") for s in ("layer", "global")]
 THEIRS = [
-    theirs(name, make, scope)
-    for name, make in (
+    theirs(name, importance, scope)
+    for name, importance in (
         ("group L2", lambda: torch_pruning.importance.GroupMagnitudeImportance(p=2)),
         ("taylor", lambda: torch_pruning.importance.GroupTaylorImportance()),
     )
     for scope in ("layer", "global")
 ]
-CHANCE = ours("random", "layer", solved=False)
-SOLVED_CHANCE = ours("random", "layer")
+RANDOM = ours("random", "layer", reconstruct=False)
+RANDOM_RECONSTRUCTED = ours("random", "layer")
 
 
-def _copied(model: Model) -> DCNv2:
-    """The network over tensors of its own."""
-    made = DCNv2(**model.network.architecture.config)
-    made.load_state_dict(model.module.state_dict())
-    return made.eval()
+def _copy_module(model: Model) -> DCNv2:
+    """A copy of the network that shares no tensors with it."""
+    module = DCNv2(**model.network.architecture.config)
+    module.load_state_dict(model.module.state_dict())
+    return module.eval()
 
 
-def work(module: nn.Module, bench: Bench) -> float:
+def total_multiply_adds(module: nn.Module, bench: Bench) -> float:
     """Multiply-adds of all dense layers for one row."""
     return sum(multiply_adds(module, bench.signature).values())
 
 
-def trained(model: Model, bench: Bench, how: Training, soft_share: float) -> Model:
-    """The network after the same training as every other."""
+def train_candidate(model: Model, bench: Bench, training: Training, soft_share: float) -> Model:
+    """Train a copy of the pruned network; the training is the same for all candidates."""
     loss = mixed_loss(bench, soft_share, 1.0, "benchmark")
-    return train_model(replace(model, module=_copied(model)), bench, loss, how, ())
+    return train_model(replace(model, module=_copy_module(model)), bench, loss, training, ())
 
 
-def choose(
-    model: Model, bench: Bench, how: Training, kept: dict[str, tuple[Model, Model]]
+def select(
+    model: Model, bench: Bench, training: Training, cached: dict[str, tuple[Model, Model]]
 ) -> dict[str, Candidate]:
-    """The best of either side on validation rows; what was made of each goes into ``kept``."""
+    """Select the best candidate of each side by validation AUC.
+
+    Stores the pruned and the trained model of every candidate in ``cached``.
+    """
     assert bench.validation is not None
-    whole = work(model.module, bench)
+    original = total_multiply_adds(model.module, bench)
     best: dict[str, Candidate] = {}
     print("| first seed, validation AUC | cut | trained | multiply-adds | hidden |")
     print("|---|---|---|---|---|", flush=True)
-    for whose, candidates in {"ours": OURS, "theirs": THEIRS}.items():
-        found = {}
+    for side, candidates in {"ours": OURS, "theirs": THEIRS}.items():
+        aucs = {}
         for candidate in candidates:
-            cut = candidate.cut(model, bench)
-            done = trained(cut, bench, how, candidate.soft_share)
-            kept[candidate.name] = cut, done
-            found[candidate.name] = auc(done.module, bench.validation)
+            pruned = candidate.prune(model, bench)
+            tuned = train_candidate(pruned, bench, training, candidate.soft_share)
+            cached[candidate.name] = pruned, tuned
+            aucs[candidate.name] = auc(tuned.module, bench.validation)
+            share = total_multiply_adds(pruned.module, bench) / original
             print(
-                f"| {candidate.name} | {auc(cut.module, bench.validation):.5f} | "
-                f"{found[candidate.name]:.5f} | {work(cut.module, bench) / whole:.3f} | "
-                f"{cut.network.architecture.config['hidden']} |",
+                f"| {candidate.name} | {auc(pruned.module, bench.validation):.5f} | "
+                f"{aucs[candidate.name]:.5f} | {share:.3f} | "
+                f"{pruned.network.architecture.config['hidden']} |",
                 flush=True,
             )
-        best[whose] = max(candidates, key=lambda item: found[item.name])
+        best[side] = max(candidates, key=lambda item: aucs[item.name])
     return best
 
 
 def main() -> None:
-    """Print the choice on the first seed, then one line a method."""
-    parser = arguments(__doc__.splitlines()[0] if __doc__ else "")
+    """Print the selection on the first seed, then a Markdown table with one line per method."""
+    parser = argument_parser(__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("--epochs", type=int, default=2)
     parser.add_argument("--rate", type=float, default=1e-3)
     parser.add_argument(
-        "--ours", help="what an earlier run chose, with --theirs: nothing is chosen"
+        "--ours", help="use the candidate of this name; with --theirs, skips the selection"
     )
-    parser.add_argument("--theirs")
-    asked = parser.parse_args()
-    torch.set_num_threads(asked.threads)
+    parser.add_argument("--theirs", help="use the Torch-Pruning candidate of this name")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
     logging.getLogger("compressors.distill.training.trainer").setLevel(logging.WARNING)
     try:
-        folder, cache = data_folder(asked.data), asked.cache or default_cache()
-    except DataMissing as fault:
-        sys.exit(str(fault))
-    test = prepared("frappe", folder, cache)[0]["test"]
-    how = Training(
-        epochs=asked.epochs,
+        folder, cache = data_folder(args.data), args.cache or default_cache()
+    except DataMissing as error:
+        sys.exit(str(error))
+    test = prepare_splits("frappe", folder, cache)[0]["test"]
+    training = Training(
+        epochs=args.epochs,
         batch=1024,
-        learning_rate=asked.rate,
+        learning_rate=args.rate,
         schedule="cosine",
-        patience=asked.epochs,
+        patience=args.epochs,
     )
-    model, bench = _baseline(0, folder, cache)
-    whole = work(model.module, bench)
-    kept: dict[str, tuple[Model, Model]] = {}  # of the first seed: cut, and trained
-    if asked.ours and asked.theirs:
-        named = {candidate.name: candidate for candidate in (*OURS, *THEIRS)}
-        best = {"ours": named[asked.ours], "theirs": named[asked.theirs]}
+    model, bench = _load_baseline(0, folder, cache)
+    original = total_multiply_adds(model.module, bench)
+    cached: dict[str, tuple[Model, Model]] = {}  # first seed, by candidate: pruned, trained
+    if args.ours and args.theirs:
+        by_name = {candidate.name: candidate for candidate in (*OURS, *THEIRS)}
+        best = {"ours": by_name[args.ours], "theirs": by_name[args.theirs]}
     else:
-        best = choose(model, bench, how, kept)
+        best = select(model, bench, training, cached)
     lines = {
         "Torch-Pruning": best["theirs"],
-        "random channels": CHANCE,
-        "random channels, solved anew": SOLVED_CHANCE,
+        "random channels": RANDOM,
+        "random channels, solved anew": RANDOM_RECONSTRUCTED,
         "channels": best["ours"],
         "channels, half of the loss the original's answers": replace(best["ours"], soft_share=0.5),
     }
     losses: dict[str, list[float]] = {name: [] for name in lines}
-    before: dict[str, list[float]] = {name: [] for name in lines}
-    for seed in range(asked.seeds):
-        model, bench = _baseline(seed, folder, cache)
-        first = auc(model.module, test)
-        cuts: dict[str, Model] = {}
+    untrained_losses: dict[str, list[float]] = {name: [] for name in lines}
+    for seed in range(args.seeds):
+        model, bench = _load_baseline(seed, folder, cache)
+        baseline_auc = auc(model.module, test)
+        pruned_models: dict[str, Model] = {}
         for name, candidate in lines.items():
-            if seed == 0 and candidate.soft_share == 0 and candidate.name in kept:
-                cut, done = kept[candidate.name]
+            if seed == 0 and candidate.soft_share == 0 and candidate.name in cached:
+                pruned, tuned = cached[candidate.name]
             else:
-                cut = cuts.get(candidate.name) or candidate.cut(model, bench)
-                done = trained(cut, bench, how, candidate.soft_share)
-            cuts[candidate.name] = cut
-            assert work(cut.module, bench) <= SHARE * whole
-            before[name].append(first - auc(cut.module, test))
-            losses[name].append(first - auc(done.module, test))
+                pruned = pruned_models.get(candidate.name) or candidate.prune(model, bench)
+                tuned = train_candidate(pruned, bench, training, candidate.soft_share)
+            pruned_models[candidate.name] = pruned
+            assert total_multiply_adds(pruned.module, bench) <= SHARE * original
+            untrained_losses[name].append(baseline_auc - auc(pruned.module, test))
+            losses[name].append(baseline_auc - auc(tuned.module, test))
             print(seed, name, f"{losses[name][-1]:+.5f}", file=sys.stderr, flush=True)
     print()
-    print(f"| AUC lost on test rows, {asked.seeds} seeds | as | cut only | trained |")
+    print(f"| AUC lost on test rows, {args.seeds} seeds | as | cut only | trained |")
     print("|---|---|---|---|")
     for name, candidate in lines.items():
-        spread = f" ± {interval(losses[name]):.5f}" if asked.seeds > 1 else ""
+        spread = f" ± {interval(losses[name]):.5f}" if args.seeds > 1 else ""
         print(
-            f"| {name} | {candidate.name} | {mean(before[name]):+.5f} | "
+            f"| {name} | {candidate.name} | {mean(untrained_losses[name]):+.5f} | "
             f"{mean(losses[name]):+.5f}{spread} |",
             flush=True,
         )
 
 
-def _baseline(seed: int, folder: Path, cache: Path) -> tuple[Model, Bench]:
-    """A trained network; activations are looked at on training rows."""
-    model, bench = baseline("frappe", seed, folder, cache)
+def _load_baseline(seed: int, folder: Path, cache: Path) -> tuple[Model, Bench]:
+    """Load a baseline whose bench takes calibration rows from the training split."""
+    model, bench = load_baseline("frappe", seed, folder, cache)
     return model, bench.model_copy(update={"calibration": bench.train})
 
 

@@ -1,21 +1,20 @@
-"""Is a student with half the dense FLOPs better for having had a teacher?
+"""Does distillation improve a student with half of the dense FLOPs?
 
-Frappe's DCN-v2 (``benchmarks/ctr.py``): the original has 400-400-400 beside its cross layers, the
-student 256-256-256, 48 % of the multiplications. Several ways to the same student, each with the
-original's own recipe (Adam, its rate cut by ten, batch norm, penalty on whole tables, batch,
-patience) and a dropout of its own:
+Frappe's DCN-v2 (``benchmarks/ctr.py``): the original has a 400-400-400 perceptron parallel to its
+cross layers, the student 256-256-256, which is 48 % of the multiplications. All variants train the
+same student with the original's recipe (Adam with the rate divided by ten, batch norm, penalty on
+whole tables, batch, patience); only dropout differs:
 
-- scratch: as the original was trained, from drawn weights and the labels.
-- taught: ``distill`` with a loss of that name, tables taken over from the original and trained on,
-  labels and soft labels.
-- taught on traffic: the same, with unlabelled rows beside the labelled ones: requests of training
-  rows, each with an app that is drawn anew, as a server scores many apps for a request of which
-  few are ever seen. With several teachers, these are the original and those of the next seeds.
+- scratch: trained like the original, from random weights and the labels.
+- distilled: ``distill`` with the loss of that name, on labels and soft labels. Tables start from
+  the original's and are trained further.
+- distilled with traffic: the same with additional unlabelled rows. They are requests of training
+  rows, each with a randomly drawn app: a server scores many apps per request, and few of them are
+  ever shown. With several teachers, these are the original and the originals of the next seeds.
 
-A list, where a loss looks at lists, is a request: rows that differ in nothing but the app. Dropout
-and the share of soft labels are chosen on validation rows of the first network (``--tune``), best
-epochs as well; test rows are read for the table alone. A seed draws the original, the student and
-the order of rows.
+List losses use one list per request: rows that differ only in the app. Validation rows of the first
+network select dropout and the weight of the soft labels (``--tune``), and the best epochs. Test
+rows are read only for the table. The seed determines the original, the student and the row order.
 
     python -m benchmarks.students --tune
     python -m benchmarks.students --seeds 5
@@ -42,16 +41,16 @@ from benchmarks.ctr import (
     Name,
     Part,
     architecture,
-    arguments,
+    argument_parser,
     auc,
-    baseline,
     data_folder,
     default_cache,
     interval,
-    prepared,
-    scores,
-    stored,
-    tensors,
+    load_baseline,
+    load_split,
+    predict,
+    prepare_splits,
+    save_split,
     train,
 )
 from compressors.contracts import Bench, Split, digest
@@ -69,7 +68,7 @@ HIDDEN = [256, 256, 256]
 SCRATCH = "scratch"
 RECIPE = RECIPES[NAME]
 TRAFFIC_SEED = 7
-JUDGED: tuple[Part, ...] = ("validation", "test")
+EVALUATED: tuple[Part, ...] = ("validation", "test")
 
 
 def dense_products(module: nn.Module) -> int:
@@ -78,10 +77,10 @@ def dense_products(module: nn.Module) -> int:
 
 
 @dataclass(frozen=True)
-class Way:
-    """How a student is made; ``scratch`` has no soft labels.
+class Variant:
+    """How a student is trained; ``scratch`` uses no soft labels.
 
-    ``traffic`` is how many unlabelled rows there are for each labelled one.
+    ``traffic`` is the number of unlabelled rows per labelled row.
     """
 
     name: str
@@ -91,7 +90,7 @@ class Way:
     traffic: int = 0
 
     def cells(self) -> str:
-        """What it is, for a table."""
+        """The settings as cells of a Markdown line."""
         if self.name == SCRATCH:
             return f"{self.name} | | | {self.dropout} | "
         rows = f"{self.traffic} a row" if self.traffic else ""
@@ -99,97 +98,101 @@ class Way:
 
 
 HEAD = "student | teachers | traffic | dropout | soft share"
-TRIED = (
-    *(Way(SCRATCH, dropout) for dropout in (0.2, 0.3, 0.5)),
-    *(Way("pointwise", dropout, 0.5) for dropout in (0.3, 0.5)),
-    Way("pointwise", 0.3, 0.7),
-    Way("pointwise", 0.3, 0.7, teachers=3),
-    *(Way("pointwise", 0.3, 0.7, count, 1) for count in (1, 3)),
-    Way("pointwise", 0.3, 0.7, teachers=3, traffic=3),
-    *(Way("listwise", 0.3, share, teachers=3, traffic=1) for share in (0.1, 0.5)),
-    Way("calibrated_listwise", 0.3, 0.7, teachers=3, traffic=1),
+TUNED = (
+    *(Variant(SCRATCH, dropout) for dropout in (0.2, 0.3, 0.5)),
+    *(Variant("pointwise", dropout, 0.5) for dropout in (0.3, 0.5)),
+    Variant("pointwise", 0.3, 0.7),
+    Variant("pointwise", 0.3, 0.7, teachers=3),
+    *(Variant("pointwise", 0.3, 0.7, count, 1) for count in (1, 3)),
+    Variant("pointwise", 0.3, 0.7, teachers=3, traffic=3),
+    *(Variant("listwise", 0.3, share, teachers=3, traffic=1) for share in (0.1, 0.5)),
+    Variant("calibrated_listwise", 0.3, 0.7, teachers=3, traffic=1),
 )
 # The best of each kind on validation rows.
-WAYS = (
-    Way(SCRATCH, 0.3),
-    Way("pointwise", 0.5, 0.5),
-    Way("pointwise", 0.3, 0.7, teachers=3, traffic=3),
-    Way("listwise", 0.3, 0.1, teachers=3, traffic=1),
+VARIANTS = (
+    Variant(SCRATCH, 0.3),
+    Variant("pointwise", 0.5, 0.5),
+    Variant("pointwise", 0.3, 0.7, teachers=3, traffic=3),
+    Variant("listwise", 0.3, 0.1, teachers=3, traffic=1),
 )
 
 
-# --- what they learn from --------------------------------------------------------------------
+# --- training data ----------------------------------------------------------------------------
 
 
 def with_requests(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The same rows, with the number of the request that each belongs to."""
+    """The same inputs, with the index of each row's request as ``@group``."""
     request = np.stack([ids.numpy() for name, ids in inputs.items() if name != "item"], axis=1)
-    _, number = np.unique(request, axis=0, return_inverse=True)
-    return {**inputs, "@group": torch.from_numpy(number.reshape(-1).copy())}
+    _, group = np.unique(request, axis=0, return_inverse=True)
+    return {**inputs, "@group": torch.from_numpy(group.reshape(-1).copy())}
 
 
 def traffic_of(times: int, folder: Path, cache: Path) -> Split:
-    """Requests of the training rows, so many times, each with an app drawn anew; no labels."""
-    place = cache / NAME / f"traffic-{times}"
-    kept = place / "split.json"
-    if kept.is_file():
-        return Split.model_validate_json(kept.read_text())
-    splits, rows = prepared(NAME, folder, cache)
-    inputs, label = tensors(splits["train"])
-    drawn = {name: ids.repeat(times) for name, ids in inputs.items()}
+    """Unlabelled rows: every request of the training rows ``times`` times, with random apps."""
+    traffic_folder = cache / NAME / f"traffic-{times}"
+    description = traffic_folder / "split.json"
+    if description.is_file():
+        return Split.model_validate_json(description.read_text())
+    splits, rows = prepare_splits(NAME, folder, cache)
+    inputs, label = load_split(splits["train"])
+    requests = {name: ids.repeat(times) for name, ids in inputs.items()}
     count = len(label) * times
     apps = torch.Generator().manual_seed(TRAFFIC_SEED)
-    drawn["item"] = torch.randint(rows["item"], (count,), generator=apps)
+    requests["item"] = torch.randint(rows["item"], (count,), generator=apps)
     labels = torch.full((count,), torch.nan)
-    split = stored({**with_requests(drawn), "@label": labels}, place)
-    kept.write_text(split.model_dump_json())
+    split = save_split({**with_requests(requests), "@label": labels}, traffic_folder)
+    description.write_text(split.model_dump_json())
     return split
 
 
-def answered(seed: int, times: int, folder: Path, cache: Path) -> Tensor:
-    """What one original answers to the traffic, computed once: float32 ``(rows,)``."""
-    place = cache / NAME / f"seed{seed}" / f"traffic-{times}"
-    if not place.is_dir():
-        inputs, _ = tensors(traffic_of(times, folder, cache))
+def traffic_logits(seed: int, times: int, folder: Path, cache: Path) -> Tensor:
+    """Logits of one original on the traffic, float32 ``(rows,)``; stored in ``cache``."""
+    logits_folder = cache / NAME / f"seed{seed}" / f"traffic-{times}"
+    if not logits_folder.is_dir():
+        inputs, _ = load_split(traffic_of(times, folder, cache))
         del inputs["@group"]
-        model, _ = baseline(NAME, seed, folder, cache)
-        stored({"score": scores(model.module, inputs)}, place)
-    return load_file(place / "data.safetensors")["score"]
+        model, _ = load_baseline(NAME, seed, folder, cache)
+        save_split({"score": predict(model.module, inputs)}, logits_folder)
+    return load_file(logits_folder / "data.safetensors")["score"]
 
 
-def bench_of(way: Way, seed: int, folder: Path, cache: Path, place: Path) -> tuple[Model, Bench]:
-    """An original, and what its student learns from; what is not kept is written to ``place``."""
-    model, bench = baseline(NAME, seed, folder, cache)
-    teachers = [(seed + step) % ORIGINALS for step in range(way.teachers)]
-    inputs, label = tensors(prepared(NAME, folder, cache)[0]["train"])
-    held = {"train": stored({**with_requests(inputs), "@label": label}, place / "train")}
-    soft = [baseline(NAME, each, folder, cache)[1].soft_labels for each in teachers]
+def bench_of(
+    variant: Variant, seed: int, folder: Path, cache: Path, scratch: Path
+) -> tuple[Model, Bench]:
+    """An original and the bench of its student; files that are not cached go to ``scratch``."""
+    model, bench = load_baseline(NAME, seed, folder, cache)
+    teachers = [(seed + step) % ORIGINALS for step in range(variant.teachers)]
+    inputs, label = load_split(prepare_splits(NAME, folder, cache)[0]["train"])
+    splits = {"train": save_split({**with_requests(inputs), "@label": label}, scratch / "train")}
+    soft = [load_baseline(NAME, teacher, folder, cache)[1].soft_labels for teacher in teachers]
     soft_scores = [
         load_file(Path(split.path) / "data.safetensors")["score"] for split in soft if split
     ]
-    held["soft_labels"] = stored(
-        {"score": mean_predictions(soft_scores, "logit")}, place / "soft_labels"
+    splits["soft_labels"] = save_split(
+        {"score": mean_predictions(soft_scores, "logit")}, scratch / "soft_labels"
     )
-    if way.traffic:
-        soft_scores = [answered(each, way.traffic, folder, cache) for each in teachers]
-        held["traffic"] = traffic_of(way.traffic, folder, cache)
-        soft_traffic = stored(
-            {"score": mean_predictions(soft_scores, "logit")}, place / "traffic_soft_labels"
+    if variant.traffic:
+        soft_scores = [
+            traffic_logits(teacher, variant.traffic, folder, cache) for teacher in teachers
+        ]
+        splits["traffic"] = traffic_of(variant.traffic, folder, cache)
+        soft_traffic = save_split(
+            {"score": mean_predictions(soft_scores, "logit")}, scratch / "traffic_soft_labels"
         )
-        held["traffic_soft_labels"] = soft_traffic
-    return model, bench.model_copy(update=held)
+        splits["traffic_soft_labels"] = soft_traffic
+    return model, bench.model_copy(update=splits)
 
 
 # --- students --------------------------------------------------------------------------------
 
 
-def distilled(way: Way, epochs: int) -> Distill:
-    """The step that makes the student."""
+def distill_step(variant: Variant, epochs: int) -> Distill:
+    """The ``distill`` step that trains the student."""
     return Distill(
-        student={"hidden": HIDDEN, "dropout": way.dropout},
-        loss=cast("SoftLoss", way.name),
-        soft_share=way.share,
-        rows="both" if way.traffic else "train",
+        student={"hidden": HIDDEN, "dropout": variant.dropout},
+        loss=cast("SoftLoss", variant.name),
+        soft_share=variant.share,
+        rows="both" if variant.traffic else "train",
         training=Training(
             epochs=epochs,
             batch=RECIPE.batch,
@@ -202,44 +205,46 @@ def distilled(way: Way, epochs: int) -> Distill:
     )
 
 
-def from_scratch(way: Way, seed: int, folder: Path, cache: Path, epochs: int) -> nn.Module:
-    """The student's network trained as its original was."""
-    splits, rows = prepared(NAME, folder, cache)
+def train_from_scratch(
+    variant: Variant, seed: int, folder: Path, cache: Path, epochs: int
+) -> nn.Module:
+    """Train the student's network like the original, without a teacher."""
+    splits, rows = prepare_splits(NAME, folder, cache)
     built = architecture(rows, RECIPE)
-    config = {**built.config, "hidden": HIDDEN, "dropout": way.dropout}
+    config = {**built.config, "hidden": HIDDEN, "dropout": variant.dropout}
     built = built.model_copy(update={"config": config})
     recipe = replace(RECIPE, epochs=epochs)
     return train(built, recipe, splits["train"], splits["validation"], seed)[0]
 
 
-def found(way: Way, seed: int, folder: Path, cache: Path, epochs: int) -> Any:
-    """AUC on validation and test rows of one student, trained unless ``cache`` knows it."""
-    place = cache / "students" / f"{digest([asdict(way), epochs])[:16]}-{seed}.json"
-    if place.is_file():
-        return json.loads(place.read_text())
-    begun = time.perf_counter()
-    if way.name == SCRATCH:
-        module = from_scratch(way, seed, folder, cache, epochs)
+def measure(variant: Variant, seed: int, folder: Path, cache: Path, epochs: int) -> Any:
+    """AUC of one student on validation and test rows, from ``cache`` or from training it."""
+    result_file = cache / "students" / f"{digest([asdict(variant), epochs])[:16]}-{seed}.json"
+    if result_file.is_file():
+        return json.loads(result_file.read_text())
+    start = time.perf_counter()
+    if variant.name == SCRATCH:
+        module = train_from_scratch(variant, seed, folder, cache, epochs)
     else:
         with tempfile.TemporaryDirectory() as scratch:
-            model, bench = bench_of(way, seed, folder, cache, Path(scratch))
-            module = run(distilled(way, epochs), model, bench, Path(scratch) / "made").module
-    splits, _ = prepared(NAME, folder, cache)
-    told: dict[str, Any] = {}
-    for part in JUDGED:
-        told[part], told[f"{part} gauc"] = judged(module, splits[part])
-    told["products"] = dense_products(module)
-    told["seconds"] = time.perf_counter() - begun
-    place.parent.mkdir(parents=True, exist_ok=True)
-    place.write_text(json.dumps(told))
-    print(way, seed, json.dumps(told), file=sys.stderr, flush=True)
-    return told
+            model, bench = bench_of(variant, seed, folder, cache, Path(scratch))
+            module = run(distill_step(variant, epochs), model, bench, Path(scratch) / "made").module
+    splits, _ = prepare_splits(NAME, folder, cache)
+    result: dict[str, Any] = {}
+    for part in EVALUATED:
+        result[part], result[f"{part} gauc"] = evaluate(module, splits[part])
+    result["products"] = dense_products(module)
+    result["seconds"] = time.perf_counter() - start
+    result_file.parent.mkdir(parents=True, exist_ok=True)
+    result_file.write_text(json.dumps(result))
+    print(variant, seed, json.dumps(result), file=sys.stderr, flush=True)
+    return result
 
 
-def judged(module: nn.Module, split: Split) -> tuple[float, float]:
-    """AUC over all rows, and over those of each user (GAUC)."""
-    inputs, label = tensors(split)
-    score = scores(module, inputs).numpy()
+def evaluate(module: nn.Module, split: Split) -> tuple[float, float]:
+    """AUC over all rows, and averaged over users (GAUC)."""
+    inputs, label = load_split(split)
+    score = predict(module, inputs).numpy()
     users = inputs["user"].numpy()
     return point_estimates.auc(label.numpy(), score), point_estimates.gauc(
         label.numpy(), score, users
@@ -247,59 +252,66 @@ def judged(module: nn.Module, split: Split) -> tuple[float, float]:
 
 
 def tune(folder: Path, cache: Path, epochs: int) -> None:
-    """Print the validation AUC of all that is tried on the first network."""
+    """Print the validation AUC of all tuning variants on the first network."""
     print(f"| {HEAD} | validation AUC |")
     print("|---|---|---|---|---|---|")
-    for way in TRIED:
-        value = found(way, 0, folder, cache, epochs)["validation"]
-        print(f"| {way.cells()} | {value:.5f} |", flush=True)
+    for variant in TUNED:
+        value = measure(variant, 0, folder, cache, epochs)["validation"]
+        print(f"| {variant.cells()} | {value:.5f} |", flush=True)
 
 
 def compare(seeds: int, folder: Path, cache: Path, epochs: int) -> None:
-    """Print a line for each way, with the difference to the student from scratch, seed by seed."""
-    splits, _ = prepared(NAME, folder, cache)
-    originals = [baseline(NAME, seed, folder, cache)[0].module for seed in range(seeds)]
-    base = [judged(module, splits["test"]) for module in originals]
+    """Print one line per variant, with the paired difference to the student from scratch."""
+    splits, _ = prepare_splits(NAME, folder, cache)
+    originals = [load_baseline(NAME, seed, folder, cache)[0].module for seed in range(seeds)]
+    baseline = [evaluate(module, splits["test"]) for module in originals]
     print(
         f"| {HEAD} | products | validation AUC | test AUC | to scratch | test GAUC | to scratch |"
     )
     print("|---|---|---|---|---|---|---|---|---|---|---|")
-    cells = [f"{mean(each):.5f} ± {interval(list(each)):.5f}" for each in zip(*base, strict=True)]
+    cells = [
+        f"{mean(values):.5f} ± {interval(list(values)):.5f}"
+        for values in zip(*baseline, strict=True)
+    ]
     validation = mean(auc(module, splits["validation"]) for module in originals)
     print(
         f"| none: the originals | | | {RECIPE.dropout} | | {dense_products(originals[0]):,} | "
         f"{validation:.5f} | {cells[0]} | | {cells[1]} | |"
     )
-    first: dict[str, list[float]] = {}
-    for way in WAYS:
-        results = [found(way, seed, folder, cache, epochs) for seed in range(seeds)]
+    scratch: dict[str, list[float]] = {}
+    for variant in VARIANTS:
+        results = [measure(variant, seed, folder, cache, epochs) for seed in range(seeds)]
         cells = [f"{results[0]['products']:,}", f"{mean(r['validation'] for r in results):.5f}"]
         for part in ("test", "test gauc"):
             values = [result[part] for result in results]
-            against = first.setdefault(part, values)
-            gaps = [own - other for own, other in zip(values, against, strict=True)]
+            reference = scratch.setdefault(part, values)
+            gaps = [value - other for value, other in zip(values, reference, strict=True)]
             cells += [f"{mean(values):.5f} ± {interval(values):.5f}"]
-            cells += ["" if way is WAYS[0] else f"{mean(gaps):+.5f} ± {interval(gaps):.5f}"]
-        print(f"| {way.cells()} | {' | '.join(cells)} |", flush=True)
+            cells += ["" if variant is VARIANTS[0] else f"{mean(gaps):+.5f} ± {interval(gaps):.5f}"]
+        print(f"| {variant.cells()} | {' | '.join(cells)} |", flush=True)
 
 
 def main() -> None:
-    """Print what was tried, or the table."""
-    parser = arguments((__doc__ or "").splitlines()[0])
-    parser.add_argument("--epochs", type=int, default=RECIPE.epochs, help="fewer to try it out")
-    parser.add_argument("--tune", action="store_true", help="what was tried on validation rows")
-    asked = parser.parse_args()
+    """Print the tuning results with ``--tune``, else the comparison."""
+    parser = argument_parser((__doc__ or "").splitlines()[0])
+    parser.add_argument(
+        "--epochs", type=int, default=RECIPE.epochs, help="largest number of epochs"
+    )
+    parser.add_argument(
+        "--tune", action="store_true", help="print the tuning results on validation rows instead"
+    )
+    args = parser.parse_args()
     logging.getLogger("compressors").setLevel(logging.WARNING)
-    torch.set_num_threads(asked.threads)
-    cache = asked.cache or default_cache()
+    torch.set_num_threads(args.threads)
+    cache = args.cache or default_cache()
     try:
-        folder = data_folder(asked.data)
-    except DataMissing as fault:
-        sys.exit(str(fault))
-    if asked.tune:
-        tune(folder, cache, asked.epochs)
+        folder = data_folder(args.data)
+    except DataMissing as error:
+        sys.exit(str(error))
+    if args.tune:
+        tune(folder, cache, args.epochs)
     else:
-        compare(asked.seeds, folder, cache, asked.epochs)
+        compare(args.seeds, folder, cache, args.epochs)
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
-"""What do tables of codes keep, at the bytes of row-wise ones and far below, also when refitted?
+"""How much AUC do code-based tables lose at the size of row-wise tables and below, and refitted?
 
-On the demo's tables: bytes, codebooks and scales included, and squared error, both as shares of the
-float32 tables', and the change of AUC on the demo's test rows. The second table is after
-``refit_codes``, the mean over five seeds of the order of rows with its 95 % interval; it chooses by
-validation rows, and the test rows are only read here. Its first line says what the same training
-does for the original.
+On the demo's tables. The first table prints bytes (including codebooks and scales), squared error,
+both as shares of the float32 tables, and the change of AUC on the demo's test rows. The second
+table prints the change after ``refit_codes``: mean over five seeds of the row order with its 95 %
+interval. ``refit_codes`` selects by validation rows; only this benchmark reads the test rows. The
+first line of the second table applies the same training to the original model.
 
     recpress demo && python -m benchmarks.table_codes
 """
@@ -55,46 +55,50 @@ STEPS: tuple[TableStep, ...] = (
 )
 REFITTED = (STEPS[4], STEPS[6], STEPS[10], STEPS[11])
 SEEDS = 5
-STUDENT = 2.776  # two-sided 95 % of Student's t with 4 degrees of freedom
-# The demo's own penalty on its tables; rates of the default.
-HOW = Training(epochs=3, learning_rate=3e-4, patience=1, table_l2=0.05)
+STUDENT_T = 2.776  # two-sided 95 % of Student's t with 4 degrees of freedom
+# The penalty on tables is that of the demo's training; all rates are defaults.
+TRAINING = Training(epochs=3, learning_rate=3e-4, patience=1, table_l2=0.05)
 
 
-def named(step: TableStep) -> str:
-    """A step in a line: what is not its default."""
-    told = step.model_dump(exclude_defaults=True, exclude={"kind"})  # type: ignore[attr-defined]
-    return " ".join([f"`{step.kind}`", *(f"{key} {value}" for key, value in told.items())])
+def step_label(step: TableStep) -> str:
+    """The step's kind and the settings that differ from their defaults."""
+    settings = step.model_dump(exclude_defaults=True, exclude={"kind"})  # type: ignore[attr-defined]
+    return " ".join([f"`{step.kind}`", *(f"{key} {value}" for key, value in settings.items())])
 
 
 def bytes_and_error(before: Model, after: Model) -> tuple[float, float]:
-    """Of all tables, as shares of the float32 ones."""
-    whole = {unit.name: unit for unit in Unit.of(before.module) if unit.role == "table"}
-    lost = squares = 0.0
+    """Bytes and squared error of all tables, as shares of the float32 tables."""
+    originals = {unit.name: unit for unit in Unit.of(before.module) if unit.role == "table"}
+    error = squares = 0.0
     for unit in Unit.of(after.module):
         if unit.role != "table":
             continue
-        weight = whole[unit.name].weight
+        weight = originals[unit.name].weight
         table = unit.module.table if isinstance(unit.module, Bag) else unit.module
         squares += float(weight.double().square().sum())
         if isinstance(table, PackedTable):
             with torch.no_grad():
-                lost += float((table(torch.arange(unit.rows)) - weight).double().square().sum())
+                error += float((table(torch.arange(unit.rows)) - weight).double().square().sum())
     size = sum(unit.bytes for unit in Unit.of(after.module) if unit.role == "table")
-    return size / sum(unit.bytes for unit in whole.values()), lost / squares
+    return size / sum(unit.bytes for unit in originals.values()), error / squares
 
 
 def main() -> None:
-    """Print both as Markdown tables."""
+    """Print both Markdown tables."""
     torch.set_num_threads(1)
     logging.getLogger("compressors").setLevel(logging.WARNING)
-    subject = find(BUNDLE)
-    bundle, loaded = subject.artifact, load_bundle(subject.artifact)
-    made = {part: prepare.fn(bundle, part, "benchmark") for part in ("train", "validation", "test")}
-    soft = score.fn(bundle, made["train"], subject.rows["train"], "benchmark")
-    held: dict[str, Split] = {part: split_of(at, subject.rows[part]) for part, at in made.items()}
-    test = held.pop("test")
-    held["soft_labels"] = split_of(soft, subject.rows["train"])
-    bench = bench_of(loaded.manifest, held, bundle, 0)
+    bundle_ref = find(BUNDLE)
+    bundle, loaded = bundle_ref.artifact, load_bundle(bundle_ref.artifact)
+    prepared = {
+        part: prepare.fn(bundle, part, "benchmark") for part in ("train", "validation", "test")
+    }
+    soft = score.fn(bundle, prepared["train"], bundle_ref.rows["train"], "benchmark")
+    splits: dict[str, Split] = {
+        part: split_of(artifact, bundle_ref.rows[part]) for part, artifact in prepared.items()
+    }
+    test = splits.pop("test")
+    splits["soft_labels"] = split_of(soft, bundle_ref.rows["train"])
+    bench = bench_of(loaded.manifest, splits, bundle, 0)
     original = loaded.model
     before = quality(original.module, bench.signature, test)
 
@@ -104,39 +108,46 @@ def main() -> None:
     print(f"AUC on test rows as trained: {before:.5f}")
     print("| step | bytes | squared error | change of AUC |")
     print("|---|---|---|---|")
-    packed = {}
+    compressed = {}
     with tempfile.TemporaryDirectory() as scratch:
-        for place, step in enumerate(STEPS):
-            packed[step.kind, place] = run(step, original, bench, Path(scratch) / str(place))
-            size, error = bytes_and_error(original, packed[step.kind, place])
-            told = change(packed[step.kind, place])
-            print(f"| {named(step)} | {size:.1%} | {error:.2%} | {told:+.5f} |", flush=True)
+        for index, step in enumerate(STEPS):
+            compressed[step.kind, index] = run(step, original, bench, Path(scratch) / str(index))
+            size, error = bytes_and_error(original, compressed[step.kind, index])
+            auc_change = change(compressed[step.kind, index])
+            print(
+                f"| {step_label(step)} | {size:.1%} | {error:.2%} | {auc_change:+.5f} |", flush=True
+            )
         print("| step, then refitted | bytes | before | codebooks only | codes as well |")
         print("|---|---|---|---|---|")
-        taught = Distill(training=HOW.model_copy(update={"tables": True}))
-        line = _over_seeds(lambda seed: _seeded(taught, original, bench, seed), change)
+        distill = Distill(training=TRAINING.model_copy(update={"tables": True}))
+        line = _over_seeds(lambda seed: _run_with_seed(distill, original, bench, seed), change)
         print(f"| original, `distill` with tables | 100% | 0 | {line} | |", flush=True)
         for step in REFITTED:
-            model = packed[step.kind, STEPS.index(step)]
+            model = compressed[step.kind, STEPS.index(step)]
             size, _ = bytes_and_error(original, model)
-            refits = RefitCodes(training=HOW, share=0, rounds=1), RefitCodes(training=HOW)
+            refits = RefitCodes(training=TRAINING, share=0, rounds=1), RefitCodes(training=TRAINING)
             lines = [_over_seeds(_refitter(refit, model, bench), change) for refit in refits]
-            told = change(model)
-            print(f"| {named(step)} | {size:.1%} | {told:+.5f} | {' | '.join(lines)} |", flush=True)
+            auc_change = change(model)
+            print(
+                f"| {step_label(step)} | {size:.1%} | {auc_change:+.5f} | {' | '.join(lines)} |",
+                flush=True,
+            )
 
 
 def _refitter(step: ModelStep, model: Model, bench: Bench) -> Callable[[int], Model]:
-    return lambda seed: _seeded(step, model, bench, seed)
+    return lambda seed: _run_with_seed(step, model, bench, seed)
 
 
-def _seeded(step: ModelStep, model: Model, bench: Bench, seed: int) -> Model:
-    with tempfile.TemporaryDirectory() as scratch:  # what is mapped stays readable
+def _run_with_seed(step: ModelStep, model: Model, bench: Bench, seed: int) -> Model:
+    with (
+        tempfile.TemporaryDirectory() as scratch
+    ):  # mapped files stay readable after they are deleted
         return run(step, model, bench.model_copy(update={"seed": 100 * seed}), Path(scratch))
 
 
-def _over_seeds(made: Callable[[int], Model], change: Callable[[Model], float]) -> str:
-    found = [change(made(seed)) for seed in range(SEEDS)]
-    return f"{mean(found):+.5f} ± {STUDENT * stdev(found) / SEEDS**0.5:.5f}"
+def _over_seeds(build: Callable[[int], Model], change: Callable[[Model], float]) -> str:
+    changes = [change(build(seed)) for seed in range(SEEDS)]
+    return f"{mean(changes):+.5f} ± {STUDENT_T * stdev(changes) / SEEDS**0.5:.5f}"
 
 
 if __name__ == "__main__":

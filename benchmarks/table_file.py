@@ -1,9 +1,10 @@
-"""How fast is a table quantized from file to file, and in how much memory?
+"""How fast is a table quantized from file to file, and how much memory does it need?
 
-Against ``cp`` of the input and the result, which reads and writes both, and of half of them, which
-reads and writes as many bytes as quantizing does. Files are in the page cache, all in turn, each in
-a process of its own, without its start-up. By the clock, and by the processors' time: quantizing
-uses every core, ``cp`` one. Memory is the highest resident set above that before the first block.
+Compared with ``cp`` of the input and the result, which reads and writes both, and with ``cp`` of
+half as many bytes, which reads and writes as many bytes as quantizing does. All files are in the
+page cache. Runs are interleaved, each in a separate process, and start-up time is excluded. Prints
+wall time and processor time: quantizing uses all cores, ``cp`` one. Memory is the peak resident set
+minus the resident set before the first block.
 
     python -m benchmarks.table_file [--rows 4000000] [--dim 64] [--folder DIR]
 """
@@ -36,36 +37,38 @@ from pathlib import Path
 import torch
 from tasks.bundles.table_files import quantize, step_named
 
-def held(name):
+def memory_bytes(name):
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(name))
 
 step = step_named(sys.argv[3], json.loads(sys.argv[4]))
-step.encode(torch.ones(8, 8), {})  # what is compiled once is no part of it
-Path("/proc/self/clear_refs").write_text("5")  # forget the highest so far
-before, begun, busy = held("VmRSS"), time.perf_counter(), time.process_time()
+step.encode(torch.ones(8, 8), {})  # compile the kernels before the measurement
+Path("/proc/self/clear_refs").write_text("5")  # reset the peak (VmHWM)
+before, start, busy = memory_bytes("VmRSS"), time.perf_counter(), time.process_time()
 quantize(Path(sys.argv[1]), Path(sys.argv[2]), step)
-seconds = time.perf_counter() - begun, time.process_time() - busy
-print(json.dumps([*seconds, held("VmHWM") - before]))
+seconds = time.perf_counter() - start, time.process_time() - busy
+print(json.dumps([*seconds, memory_bytes("VmHWM") - before]))
 """
 
 
-def quantized(source: Path, into: Path, kind: str, settings: str) -> tuple[float, float, int]:
-    """Seconds by the clock and of processors, and bytes of memory above what the libraries take."""
-    shutil.rmtree(into, ignore_errors=True)
-    ended = subprocess.run(
-        [sys.executable, "-c", CODE, str(source), str(into), kind, settings],
+def measure_quantize(
+    source: Path, target: Path, kind: str, settings: str
+) -> tuple[float, float, int]:
+    """Wall seconds, processor seconds, and bytes of memory in addition to the libraries' memory."""
+    shutil.rmtree(target, ignore_errors=True)
+    completed = subprocess.run(
+        [sys.executable, "-c", CODE, str(source), str(target), kind, settings],
         env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])},
         capture_output=True,
         text=True,
         check=True,
     )
-    seconds, busy, memory = json.loads(ended.stdout)
+    seconds, busy, memory = json.loads(completed.stdout)
     return float(seconds), float(busy), int(memory)
 
 
-def copied(files: list[Path], folder: Path) -> tuple[float, float]:
-    """Seconds by the clock and of processors that ``cp`` takes for these files."""
+def measure_copy(files: list[Path], folder: Path) -> tuple[float, float]:
+    """Wall seconds and processor seconds of ``cp`` for these files."""
     copy = shutil.which("cp")
     assert copy is not None
     seconds = 0.0
@@ -73,57 +76,60 @@ def copied(files: list[Path], folder: Path) -> tuple[float, float]:
     for number, file in enumerate(files):
         target = folder / f"copy-{number}"
         target.unlink(missing_ok=True)
-        begun = time.perf_counter()
+        start = time.perf_counter()
         subprocess.run([copy, str(file), str(target)], check=True)
-        seconds += time.perf_counter() - begun
+        seconds += time.perf_counter() - start
         target.unlink()
     after = os.times()
     busy = after.children_user - before.children_user
     return seconds, busy + after.children_system - before.children_system
 
 
-def first_half(source: Path, result: Path, folder: Path) -> Path:
-    """A file of half the bytes of both."""
+def write_half(source: Path, result: Path, folder: Path) -> Path:
+    """Write a file with half as many bytes as both files together."""
     path = folder / "half"
-    wanted = (source.stat().st_size + result.stat().st_size) // 2
-    with source.open("rb") as opened, path.open("wb") as made:
-        while made.tell() < wanted:
-            made.write(opened.read(min(2**24, wanted - made.tell())))
+    size = (source.stat().st_size + result.stat().st_size) // 2
+    with source.open("rb") as reader, path.open("wb") as writer:
+        while writer.tell() < size:
+            writer.write(reader.read(min(2**24, size - writer.tell())))
     return path
 
 
 def main() -> None:
-    """Print one line a method."""
+    """Print a Markdown table with one line per method."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--rows", type=int, default=4_000_000)
     parser.add_argument("--dim", type=int, default=64)
-    parser.add_argument("--folder", type=Path, help="On which disk; else the temporary folder.")
-    given = parser.parse_args()
-    with tempfile.TemporaryDirectory(dir=given.folder) as scratch:
+    parser.add_argument(
+        "--folder", type=Path, help="Folder for the files; default: the temporary folder."
+    )
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory(dir=args.folder) as scratch:
         folder = Path(scratch)
-        source, into = folder / "in.safetensors", folder / "out"
-        save_file({"t.weight": torch.randn(given.rows, given.dim)}, source)
-        print(f"{given.rows:,} x {given.dim} float32, {len(os.sched_getaffinity(0))} cores\n")
+        source, target = folder / "in.safetensors", folder / "out"
+        save_file({"t.weight": torch.randn(args.rows, args.dim)}, source)
+        print(f"{args.rows:,} x {args.dim} float32, {len(os.sched_getaffinity(0))} cores\n")
         print("| what | s | of cp's speed | of cp of half | processor s | of cp | of half | MiB |")
         print("|---|---|---|---|---|---|---|---|")
         for name, (kind, settings) in STEPS.items():
-            quantized(source, into, kind, settings)
-            result = into / "files" / "model.safetensors"
-            half = first_half(source, result, folder)
-            ours, whole, less, memory = [], [], [], 0
+            measure_quantize(source, target, kind, settings)
+            result = target / "files" / "model.safetensors"
+            half = write_half(source, result, folder)
+            ours, full_copies, half_copies, memory = [], [], [], 0
             for _ in range(ROUNDS):
-                *seconds, above = quantized(source, into, kind, settings)
+                *seconds, run_memory = measure_quantize(source, target, kind, settings)
                 ours.append(seconds)
-                memory = max(memory, above)
-                whole.append(copied([source, result], folder))
-                less.append(copied([half], folder))
+                memory = max(memory, run_memory)
+                full_copies.append(measure_copy([source, result], folder))
+                half_copies.append(measure_copy([half], folder))
             half.unlink()
             cells = []
-            for place in range(2):  # by the clock, by processors
-                best, copy, short = (
-                    min(each[place] for each in all_) for all_ in (ours, whole, less)
+            for column in range(2):  # wall time, processor time
+                best, copy, half_copy = (
+                    min(seconds[column] for seconds in rounds)
+                    for rounds in (ours, full_copies, half_copies)
                 )
-                cells.append(f"{best:.2f} | {copy / best:.0%} | {short / best:.0%}")
+                cells.append(f"{best:.2f} | {copy / best:.0%} | {half_copy / best:.0%}")
             print(f"| {name} | {' | '.join(cells)} | {memory / 2**20:.0f} |", flush=True)
 
 

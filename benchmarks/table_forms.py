@@ -1,10 +1,11 @@
-"""Which form of table made of smaller tables loses least, byte for byte?
+"""Which composition of smaller tables loses least AUC at equal bytes?
 
-On the demo's tables, or those of any bundle: bytes of all tables against float32, squared error
-against the squares of the rows about their mean (each row alike, and by its lookups in training),
-and the change of AUC on the validation rows; alone, with the parts stored in 8 or 4 bits, and after
-distillation with tables (whose best epoch is chosen on the same rows) in float32 and 4 bits. Forms
-stand in groups of about equal bytes of numbers that belong to rows.
+On the demo's tables, or those of any bundle. Prints bytes of all tables as a share of float32, the
+squared error relative to the variance of the rows (unweighted, and weighted by lookups in
+training), and the change of AUC on validation rows. Each form is measured in float32, with its
+parts stored in 8 or 4 bits, and after distillation with tables in float32 and 4 bits; the same
+validation rows select the best epoch of the distillation. Forms in a group have about equal bytes
+per row.
 
     recpress demo && python -m benchmarks.table_forms [BUNDLE]
 """
@@ -39,15 +40,15 @@ from tasks.score import score
 
 PACKERS: tuple[TableStep | None, ...] = (None, RowwiseInt8(), RowwiseInt4())
 PARTS = ("train", "validation")
-TABLE_L2 = 0.05  # as the demo's own training had it
+TABLE_L2 = 0.05  # as in the demo's training
 
 
 def groups(dim: int) -> dict[str, tuple[ModelStep, ...]]:
-    """Forms at about the same share of a table's bytes, by that share."""
-    found: dict[str, tuple[ModelStep, ...]] = {}
+    """Steps by the share of a table's bytes that they keep, for tables of width ``dim``."""
+    steps: dict[str, tuple[ModelStep, ...]] = {}
     for share in (0.5, 0.25, 0.125):
         numbers = max(1, round(share * dim))
-        found[f"1/{round(1 / share)}"] = (
+        steps[f"1/{round(1 / share)}"] = (
             LowRank(rank=numbers),
             LowRank(rank=numbers, weighted=True),
             Dimensions(keep=numbers),
@@ -61,71 +62,71 @@ def groups(dim: int) -> dict[str, tuple[ModelStep, ...]]:
             MultiHash(buckets=share),
             MultiHash(buckets=share, weighted=True),
         )
-    return found
+    return steps
 
 
-def told(step: ModelStep) -> str:
-    """A step in a few words: its kind and what tells it from its neighbours."""
-    named = ("importance", "operation", "weighted", "signed")
-    given = {name: getattr(step, name) for name in named if name in step.model_fields_set}  # type: ignore[attr-defined]
-    words = [name if value is True else str(value) for name, value in given.items()]
+def step_label(step: ModelStep) -> str:
+    """The step's kind and the settings that distinguish it within its group."""
+    shown = ("importance", "operation", "weighted", "signed")
+    settings = {name: getattr(step, name) for name in shown if name in step.model_fields_set}  # type: ignore[attr-defined]
+    words = [name if value is True else str(value) for name, value in settings.items()]
     return " ".join([f"`{step.kind}`", *words])
 
 
 def rows_of(model: Model) -> dict[str, Tensor]:
-    """Every table's rows as a lookup gives them, float64 ``(rows, dim)``."""
-    found = {}
+    """By table: the rows that a lookup returns, float64 ``(rows, dim)``."""
+    tables = {}
     for unit in Unit.of(model.module):
         if unit.role != "table" or unit.part_of is not None:
             continue
         module = getattr(unit.module, "table", unit.module)
         if isinstance(module, torch.nn.Embedding | torch.nn.EmbeddingBag):
-            found[unit.name] = module.weight.detach().double()
+            tables[unit.name] = module.weight.detach().double()
         else:
             with torch.no_grad():
-                found[unit.name] = module(torch.arange(unit.rows)).double()
-    return found
+                tables[unit.name] = module(torch.arange(unit.rows)).double()
+    return tables
 
 
 def table_bytes(model: Model) -> int:
-    """Bytes of all tables, parts and whatever belongs to them."""
+    """Stored bytes of all tables, including the parts of composed tables."""
     return sum(unit.bytes for unit in Unit.of(model.module) if unit.role == "table")
 
 
 def error(before: dict[str, Tensor], after: dict[str, Tensor], weight: dict[str, Tensor]) -> float:
-    """Weighted squared error of all rows, as a share of their squares about each table's mean."""
-    lost = whole = 0.0
+    """Weighted squared error of all rows, divided by their weighted variance per table."""
+    error_sum = variance_sum = 0.0
     for name, rows in before.items():
         share = (weight[name] / weight[name].sum()).unsqueeze(1)
-        lost += float((share * (after[name] - rows).square()).sum())
-        whole += float((share * (rows - (share * rows).sum(dim=0)).square()).sum())
-    return lost / whole
+        error_sum += float((share * (after[name] - rows).square()).sum())
+        variance_sum += float((share * (rows - (share * rows).sum(dim=0)).square()).sum())
+    return error_sum / variance_sum
 
 
 def line(model: Model, source: Model, bench: Bench, counts: dict[str, Tensor], auc: float) -> str:
-    """What one result costs and loses, as the end of a Markdown line."""
+    """Bytes, errors and change of AUC of one model, as the last cells of a Markdown line."""
     before, after = rows_of(source), rows_of(model)
-    alike = {name: torch.ones(len(rows), dtype=torch.float64) for name, rows in before.items()}
-    parts = (
+    uniform = {name: torch.ones(len(rows), dtype=torch.float64) for name, rows in before.items()}
+    cells = (
         f"{table_bytes(model) / table_bytes(source):.1%}",
-        f"{error(before, after, alike):.2%}",
+        f"{error(before, after, uniform):.2%}",
         f"{error(before, after, counts):.2%}",
         f"{auc_of(model.module, bench) - auc:+.5f}",
     )
-    return " | ".join(parts)
+    return " | ".join(cells)
 
 
 def main() -> None:
-    """Print one line a form and packing, as Markdown tables."""
+    """Print a Markdown table with one line per form and packing."""
     torch.set_num_threads(1)
-    subject = find(sys.argv[1] if len(sys.argv) > 1 else BUNDLE)
-    loaded = load_bundle(subject.artifact)
-    rows = subject.rows
-    parts = {part: prepare.fn(subject.artifact, part, "benchmark") for part in PARTS}
-    held = {part: split_of(made, rows[part]) for part, made in parts.items()}
-    soft = score.fn(subject.artifact, parts["train"], rows["train"], "benchmark")
-    held["soft_labels"] = split_of(soft, rows["train"])
-    bench = bench_of(loaded.manifest, held, subject.artifact, 0)
+    bundle_ref = find(sys.argv[1] if len(sys.argv) > 1 else BUNDLE)
+    loaded = load_bundle(bundle_ref.artifact)
+    rows = bundle_ref.rows
+    parts = {part: prepare.fn(bundle_ref.artifact, part, "benchmark") for part in PARTS}
+    splits = {part: split_of(prepared, rows[part]) for part, prepared in parts.items()}
+    soft = score.fn(bundle_ref.artifact, parts["train"], rows["train"], "benchmark")
+    splits["soft_labels"] = split_of(soft, rows["train"])
+    bench = bench_of(loaded.manifest, splits, bundle_ref.artifact, 0)
     source = loaded.model
     units = [unit for unit in Unit.of(source.module) if unit.role == "table"]
     dim = units[0].weight.shape[1]
@@ -140,23 +141,23 @@ def main() -> None:
             assert packer is not None
             packed = run(packer, source, bench, Path(scratch) / f"plain-{number}")
             print(f"| none | `{packer.kind}` | {line(packed, source, bench, counts, auc)} |")
-        taught = run(distill, source, bench, Path(scratch) / "taught")
-        print(f"| none | float32, distilled | {line(taught, source, bench, counts, auc)} |")
+        distilled = run(distill, source, bench, Path(scratch) / "taught")
+        print(f"| none | float32, distilled | {line(distilled, source, bench, counts, auc)} |")
         for group, steps in groups(dim).items():
             for number, step in enumerate(steps):
                 folder = Path(scratch) / f"{group.replace('/', '-')}-{number}"
-                made = run(step, source, bench, folder)
-                taught = run(distill, made, bench, folder / "taught")
-                for first, packers in ((made, PACKERS), (taught, PACKERS[::2])):
+                composed = run(step, source, bench, folder)
+                distilled = run(distill, composed, bench, folder / "taught")
+                for unpacked, packers in ((composed, PACKERS), (distilled, PACKERS[::2])):
                     for packer in packers:
                         kind = f"`{packer.kind}`" if packer else "float32"
-                        if first is taught:
+                        if unpacked is distilled:
                             kind += ", distilled"
-                        model = first
+                        model = unpacked
                         if packer is not None:
-                            model = run(packer, first, bench, folder / kind.strip("`"))
+                            model = run(packer, unpacked, bench, folder / kind.strip("`"))
                         result = line(model, source, bench, counts, auc)
-                        print(f"| {told(step)} {group} | {kind} | {result} |", flush=True)
+                        print(f"| {step_label(step)} {group} | {kind} | {result} |", flush=True)
 
 
 if __name__ == "__main__":

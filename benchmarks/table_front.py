@@ -1,10 +1,10 @@
-"""What does each byte saved in a click model's tables cost, by every method there is?
+"""How much AUC does each table method lose at each size of a click model's tables?
 
-On the tuned networks of ``benchmarks/ctr.py``: each recipe is run on networks of several seeds, and
-the loss is a network's own AUC on test rows minus that of its compressed self; mean and Student's
-95 % interval over seeds. Bytes are those of all tables as stored, codes, scales, codebooks, maps
-and projections included, as a share of float32. Recipes were chosen on validation rows of seed 0;
-dense layers are never touched.
+Each recipe runs on the tuned networks of ``benchmarks/ctr.py`` with several seeds. The loss is the
+network's AUC on test rows minus the AUC of the compressed network, as mean and Student's t 95 %
+interval over seeds. Bytes are the stored bytes of all tables, including codes, scales, codebooks,
+maps and projections, as a share of float32. Validation rows of seed 0 selected the recipes. Dense
+layers stay in float32.
 
     python -m benchmarks.table_front --seeds 5 --picture docs/pictures/table_front.png
 """
@@ -22,13 +22,13 @@ from pydantic import TypeAdapter
 from benchmarks.ctr import (
     DataMissing,
     Name,
-    arguments,
+    argument_parser,
     auc,
-    baseline,
     data_folder,
     default_cache,
     interval,
-    prepared,
+    load_baseline,
+    prepare_splits,
 )
 from compressors.contracts import Bench, Split, digest
 from compressors.core.model import Model
@@ -37,7 +37,7 @@ from compressors.core.runner import run
 from compressors.core.units import Unit
 
 RECIPES = TypeAdapter(tuple[AnyStep, ...])
-Lines = list[tuple[str, str, list[dict[str, Any]]]]  # family, settings in words, steps
+Lines = list[tuple[str, str, list[dict[str, Any]]]]  # family, description of settings, steps
 
 PEERS: Lines = [
     ("row-wise", "int8", [{"kind": "rowwise_int8"}]),
@@ -72,7 +72,7 @@ def _additive(books: int, tables: tuple[str, ...] = ("*",), **more: Any) -> dict
 
 
 SMALL = ("tables.daytime", "tables.weekday", "tables.isweekend", "tables.homework")
-"""Fields of Frappe with fewer than ten rows, together with cost and weather."""
+"""Frappe fields with fewer than ten rows; cost and weather are the others."""
 TINY = {
     "kind": "kmeans",
     "bits": 2,
@@ -82,7 +82,7 @@ TINY = {
 
 
 def _frappe(item: int, user: dict[str, Any], place: int) -> list[dict[str, Any]]:
-    """Codes for Frappe's large fields; 2 bits a weight for those of a few rows."""
+    """Additive codes for Frappe's large fields; 2 bits per weight for fields with few rows."""
     return [
         TINY,
         _additive(item, ("tables.item",)),
@@ -123,44 +123,46 @@ OURS: dict[Name, Lines] = {
         ("additive codes", "2 codes of 4 bits a row", [_additive(2, traffic=1, sensitive=False)]),
     ],
 }
-# What is ours stands out; the others take the colours of the cycle.
+# Our method is black; the others use the default colour cycle.
 COLOURS = {"additive codes": "black"}
 MARKERS = {"additive codes": "o", "row-wise": "s", "SVD": "^", "product codes": "D"}
 
 
 def table_bytes(model: Model) -> int:
-    """Bytes of everything that tables are stored as."""
+    """Stored bytes of all tables."""
     return sum(unit.bytes for unit in Unit.of(model.module) if unit.role == "table")
 
 
-def measured(steps: list[dict[str, Any]], model: Model, bench: Bench, test: Split) -> list[float]:
-    """Share of bytes kept, and the losses of AUC on validation and on test rows."""
+def measure(steps: list[dict[str, Any]], model: Model, bench: Bench, test: Split) -> list[float]:
+    """Share of table bytes after compression, and losses of AUC on validation and test rows."""
     assert bench.validation is not None
-    packed = model
+    compressed = model
     with tempfile.TemporaryDirectory() as scratch:
         for number, step in enumerate(RECIPES.validate_python(steps)):
-            packed = run(step, packed, bench, Path(scratch) / str(number))
+            compressed = run(step, compressed, bench, Path(scratch) / str(number))
         losses = [
-            auc(model.module, split) - auc(packed.module, split)
+            auc(model.module, split) - auc(compressed.module, split)
             for split in (bench.validation, test)
         ]
-        return [table_bytes(packed) / table_bytes(model), *losses]
+        return [table_bytes(compressed) / table_bytes(model), *losses]
 
 
-def draw(found: dict[Name, list[tuple[str, list[list[float]]]]], place: Path) -> None:
-    """One panel a data set: loss against bytes, a line a family."""
+def draw(results: dict[Name, list[tuple[str, list[list[float]]]]], path: Path) -> None:
+    """Plot loss against bytes: one panel per data set, one line per family."""
     import matplotlib as mpl
 
     mpl.use("Agg")
     from matplotlib import pyplot
 
-    figure, panels = pyplot.subplots(1, len(found), figsize=(5.5 * len(found), 4.2), squeeze=False)
-    for panel, (name, lines) in zip(panels[0], found.items(), strict=True):
+    figure, panels = pyplot.subplots(
+        1, len(results), figsize=(5.5 * len(results), 4.2), squeeze=False
+    )
+    for panel, (name, lines) in zip(panels[0], results.items(), strict=True):
         for family in dict.fromkeys(family for family, _ in lines):
             points = sorted(
                 (mean(v[0] for v in values), [v[2] for v in values])
-                for other, values in lines
-                if other == family
+                for line_family, values in lines
+                if line_family == family
             )
             panel.errorbar(
                 [100 * share for share, _ in points],
@@ -181,46 +183,46 @@ def draw(found: dict[Name, list[tuple[str, list[list[float]]]]], place: Path) ->
         panel.set_ylabel("loss of AUC on test rows")
         panel.legend()
     figure.tight_layout()
-    place.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(place, dpi=110)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110)
 
 
 def main() -> None:
-    """Print a Markdown table a data set; draw it if asked to."""
-    parser = arguments((__doc__ or "").splitlines()[0])
-    parser.add_argument("--picture", type=Path, help="where the picture is written")
-    asked = parser.parse_args()
-    torch.set_num_threads(asked.threads)
-    cache = asked.cache or default_cache()
+    """Print one Markdown table per data set; with ``--picture``, also plot them."""
+    parser = argument_parser((__doc__ or "").splitlines()[0])
+    parser.add_argument("--picture", type=Path, help="file for a plot of the tables")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    cache = args.cache or default_cache()
     try:
-        folder = data_folder(asked.data)
-    except DataMissing as fault:
-        sys.exit(str(fault))
-    found: dict[Name, list[tuple[str, list[list[float]]]]] = {}
-    for name in [asked.only] if asked.only else get_args(Name):
-        splits, _ = prepared(name, folder, cache)
-        print(f"\n{name}, {asked.seeds} seeds\n")
+        folder = data_folder(args.data)
+    except DataMissing as error:
+        sys.exit(str(error))
+    results: dict[Name, list[tuple[str, list[list[float]]]]] = {}
+    for name in [args.only] if args.only else get_args(Name):
+        splits, _ = prepare_splits(name, folder, cache)
+        print(f"\n{name}, {args.seeds} seeds\n")
         print("| method | stored as | bytes of tables | loss of AUC, test rows | validation rows |")
         print("|---|---|---|---|---|")
-        found[name] = []
-        for family, words, steps in (*PEERS, *OURS[name]):
+        results[name] = []
+        for family, description, steps in (*PEERS, *OURS[name]):
             values = []
-            for seed in range(asked.seeds):
-                # What was measured is kept, so that a run that was cut off goes on.
-                kept = cache / name / f"seed{seed}" / f"front-{digest(steps)[:16]}.json"
-                if not kept.is_file():
-                    model, bench = baseline(name, seed, folder, cache)
-                    kept.write_text(json.dumps(measured(steps, model, bench, splits["test"])))
-                values.append(json.loads(kept.read_text()))
+            for seed in range(args.seeds):
+                # Results are stored per seed, so that an interrupted run can be continued.
+                cached = cache / name / f"seed{seed}" / f"front-{digest(steps)[:16]}.json"
+                if not cached.is_file():
+                    model, bench = load_baseline(name, seed, folder, cache)
+                    cached.write_text(json.dumps(measure(steps, model, bench, splits["test"])))
+                values.append(json.loads(cached.read_text()))
             share = mean(value[0] for value in values)
             cells = [f"{share:.1%} ({1 / share:.0f}x)"]
             for column in (2, 1):
                 losses = [value[column] for value in values]
                 cells.append(f"{mean(losses):.5f} ± {interval(losses):.5f}")
-            print(f"| {family} | {words} | {' | '.join(cells)} |", flush=True)
-            found[name].append((family, values))
-    if asked.picture is not None:
-        draw(found, asked.picture)
+            print(f"| {family} | {description} | {' | '.join(cells)} |", flush=True)
+            results[name].append((family, values))
+    if args.picture is not None:
+        draw(results, args.picture)
 
 
 if __name__ == "__main__":

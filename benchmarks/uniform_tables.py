@@ -1,9 +1,9 @@
-"""What do bits, offsets, clipping and scales cost, and what are they worth, in tables?
+"""How do bits, offsets, clipping and scales of table formats change bytes, error and AUC?
 
-On the demo's tables, for every format and way of fitting it: the bytes of all tables against
-float32, the squared error against the weights' squares, the AUC on the validation rows with nothing
-trained again, and how long encoding a large table takes against the symmetric int8 of the same run.
-Then the same for scales that rows share, and for the other short floats.
+On the demo's tables, for every format and its settings: bytes of all tables as a share of float32,
+squared error as a share of the squared weights, the change of AUC on validation rows without
+further training, and the time to encode a large table relative to symmetric int8 in the same run.
+Further lines have scales that several rows share, and the float8 and bfloat16 formats.
 
     recpress demo && python -m benchmarks.uniform_tables
 """
@@ -42,22 +42,22 @@ ROUNDS = 3
 
 
 def steps() -> Iterator[tuple[str, str, str, TableStep]]:
-    """Every step measured, with its words: format, clipping and offset, scales."""
+    """Every step, after its labels: format, levels (offset and clipping), scales."""
     settings: dict[str, Any]
     for method in METHODS:
         for symmetric in (True, False):
             for rule in RULES:
                 settings = {"symmetric": symmetric, "clipping": rule}
-                kind = f"{'symmetric' if symmetric else 'offset'}, {rule}"
-                yield method().kind, kind, "float16 a row", method(**settings)
+                levels = f"{'symmetric' if symmetric else 'offset'}, {rule}"
+                yield method().kind, levels, "float16 a row", method(**settings)
     for method in METHODS:
         for symmetric in (True, False):
             settings = {"symmetric": symmetric, "clipping": "mse"}
-            kind = f"{'symmetric' if symmetric else 'offset'}, mse"
-            yield method().kind, kind, "float32 a row", method(scale="float32", **settings)
+            levels = f"{'symmetric' if symmetric else 'offset'}, mse"
+            yield method().kind, levels, "float32 a row", method(scale="float32", **settings)
             for rows in SHARED[1:]:
                 scales = f"float16 for {rows} rows" if rows else "one for the table"
-                yield method().kind, kind, scales, method(rows_per_scale=rows, **settings)
+                yield method().kind, levels, scales, method(rows_per_scale=rows, **settings)
     for rows in SHARED:
         scales = {0: "one for the table", 1: "float16 a row"}.get(rows, f"float16 for {rows} rows")
         yield "float8_e4m3", "", scales, Float8E4M3(rows_per_scale=rows)
@@ -65,59 +65,59 @@ def steps() -> Iterator[tuple[str, str, str, TableStep]]:
 
 
 def table_of(module: nn.Module) -> nn.Module:
-    """The table itself, where it stands inside a bag."""
+    """The table of a bag, or the module itself if it is a table."""
     return module.table if isinstance(module, Bag) else module
 
 
-def measured(step: TableStep, model: Model, bench: Bench, folder: Path) -> tuple[float, ...]:
-    """Share of the bytes and of the squares, and AUC on validation rows."""
-    packed = run(step, model, bench, folder)
+def measure(step: TableStep, model: Model, bench: Bench, folder: Path) -> tuple[float, ...]:
+    """Share of bytes, relative squared error, and AUC on validation rows."""
+    compressed = run(step, model, bench, folder)
     before, after = (
-        {unit.name: unit for unit in Unit.of(one.module) if unit.role == "table"}
-        for one in (model, packed)
+        {unit.name: unit for unit in Unit.of(version.module) if unit.role == "table"}
+        for version in (model, compressed)
     )
-    lost = squares = 0.0
+    error = squares = 0.0
     for name, unit in before.items():
         weight = unit.weight
-        found: Tensor = table_of(after[name].module)(torch.arange(unit.rows))
-        lost += float((found - weight).double().square().sum())
+        decoded: Tensor = table_of(after[name].module)(torch.arange(unit.rows))
+        error += float((decoded - weight).double().square().sum())
         squares += float(weight.double().square().sum())
     share = sum(unit.bytes for unit in after.values()) / sum(unit.bytes for unit in before.values())
-    return share, lost / squares, auc_of(packed.module, bench)
+    return share, error / squares, auc_of(compressed.module, bench)
 
 
 def main() -> None:
-    """Print one line a step, as a Markdown table."""
+    """Print a Markdown table with one line per step."""
     torch.set_num_threads(1)
-    subject = find(BUNDLE)
-    loaded = load_bundle(subject.artifact)
-    made = prepare.fn(subject.artifact, "validation", "benchmark")
-    held = {"validation": split_of(made, subject.rows["validation"])}
-    bench = bench_of(loaded.manifest, held, subject.artifact, 0)
+    bundle_ref = find(BUNDLE)
+    loaded = load_bundle(bundle_ref.artifact)
+    prepared = prepare.fn(bundle_ref.artifact, "validation", "benchmark")
+    splits = {"validation": split_of(prepared, bundle_ref.rows["validation"])}
+    bench = bench_of(loaded.manifest, splits, bundle_ref.artifact, 0)
     large = torch.randn(LARGE, generator=torch.Generator().manual_seed(0))
     print(f"AUC on validation rows as trained: {auc_of(loaded.model.module, bench):.5f}")
     print("| format | levels | scales | bytes | error | change of AUC | time, ratio |")
     print("|---|---|---|---|---|---|---|")
     before = auc_of(loaded.model.module, bench)
     with tempfile.TemporaryDirectory() as scratch:
-        for number, (form, kind, scales, step) in enumerate(steps()):
-            share, lost, auc = measured(step, loaded.model, bench, Path(scratch) / str(number))
+        for number, (storage, levels, scales, step) in enumerate(steps()):
+            share, error, auc = measure(step, loaded.model, bench, Path(scratch) / str(number))
             print(
-                f"| `{form}` | {kind} | {scales} | {share:.1%} | {lost:.3%} | {auc - before:+.5f} "
-                f"| {ratio(step, large):.1f} |",
+                f"| `{storage}` | {levels} | {scales} | {share:.1%} | {error:.3%} "
+                f"| {auc - before:+.5f} | {ratio(step, large):.1f} |",
                 flush=True,
             )
 
 
 def ratio(step: TableStep, large: Tensor) -> float:
-    """Time to encode a large table, against plain int8 measured in turn with it."""
+    """Time to encode a large table, divided by the interleaved time of symmetric int8."""
     ratios = []
     for _ in range(ROUNDS):
         times = []
-        for one in (step, RowwiseInt8()):
-            begun = time.perf_counter()
-            encode_table(one, large)
-            times.append(time.perf_counter() - begun)
+        for encoder in (step, RowwiseInt8()):
+            start = time.perf_counter()
+            encode_table(encoder, large)
+            times.append(time.perf_counter() - start)
         ratios.append(times[0] / times[1])
     return median(ratios)
 

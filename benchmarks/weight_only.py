@@ -1,10 +1,10 @@
-"""How fast are dense layers of a few bits in ONNX Runtime, and which of its forms do they take?
+"""How fast are dense layers with 8- and 4-bit weights in ONNX Runtime, by operator?
 
-Peers: the fp32 Gemm; our ``static_int8`` (calibrated, QGemm); ``weight_int8`` and ``weight_int4``
-as we write them down, on float inputs and on inputs rounded to int8 on the way; and ONNX Runtime's
-8-bit product on float inputs, which we do not take. All are measured in turn in one process, on
-one thread, and checked against the torch module first. A time is the tenth that was fastest, since
-a busy machine only adds to it; ratios are to the fp32 Gemm.
+Compared: the fp32 Gemm; our ``static_int8`` (calibrated, QGemm); our ``weight_int8`` and
+``weight_int4`` with float inputs and with inputs quantized to int8 at run time; and ONNX Runtime's
+8-bit product on float inputs, which we do not use. Each is first checked against the torch module;
+then all are timed interleaved in one process on one thread. The printed time is the 10 % quantile,
+because other load only adds time. Ratios are relative to the fp32 Gemm.
 
     python benchmarks/weight_only.py
 """
@@ -34,7 +34,7 @@ from compressors.quantize.dense.weight_int4 import WeightInt4
 from compressors.quantize.dense.weight_int8 import WeightInt8
 from infra.onnxruntime.sessions import Session, interleaved_ms, machine
 
-ROWS = 256  # of calibration
+ROWS = 256  # calibration rows
 STEPS: dict[str, ModelStep] = {
     "static_int8": StaticInt8(),
     "weight_int8, int8 inputs": WeightInt8(),
@@ -43,7 +43,7 @@ STEPS: dict[str, ModelStep] = {
     "weight_int4/32, int8 inputs": WeightInt4(activations="int8"),
     "weight_int4/128, int8 inputs": WeightInt4(block=128, activations="int8"),
 }
-REFUSED = "8 bits, float, MatMulNBits"
+UNUSED = "8 bits, float, MatMulNBits"
 
 
 class Layer(nn.Module):
@@ -60,13 +60,13 @@ class Layer(nn.Module):
 
 
 def signature(inputs: int) -> Signature:
-    """A network that reads one vector."""
+    """The signature of a network whose only input is one vector."""
     item = DenseInput(name="x", shape=(inputs,))
     return Signature(inputs=(item,), output="logit", task="ctr", label="label", metric="auc")
 
 
-def made(width: int, folder: Path) -> dict[str, Session]:
-    """Sessions of every form of a layer ``width x width``, each checked against torch."""
+def build_sessions(width: int, folder: Path) -> dict[str, Session]:
+    """Sessions of all forms of a ``width x width`` layer, each checked against torch."""
     torch.manual_seed(0)
     config = {"inputs": width, "outputs": width}
     network = Network(architecture=Architecture(path="benchmark:Layer", config=config))
@@ -78,23 +78,23 @@ def made(width: int, folder: Path) -> dict[str, Session]:
     )
     split = Split(path=str(rows), sha256="0" * 64, rows=ROWS)
     bench = Bench(signature=signature(width), calibration=split)
-    form = replace(served_graphs(signature(width))[0], output=VECTOR)
+    graph = replace(served_graphs(signature(width))[0], output=VECTOR)
     x = torch.randn(37, width)
     sessions = {}
     for number, (name, step) in enumerate({"fp32 Gemm": None, **STEPS}.items()):
         model = source if step is None else run(step, source, bench, folder / str(number))
         path = folder / f"{number}.onnx"
-        lower(model.module, form, "onnxruntime", path)
+        lower(model.module, graph, "onnxruntime", path)
         sessions[name] = Session(path, threads=1)
         with torch.no_grad():
             expected = model.module(x).numpy()
         check(name, sessions[name], x.numpy(), expected)
-    sessions[REFUSED] = by_hand(source.module, x, folder)
+    sessions[UNUSED] = build_matmul_nbits(source.module, x, folder)
     return sessions
 
 
-def by_hand(module: nn.Module, x: Tensor, folder: Path) -> Session:
-    """The 8-bit product on float inputs, blocks of 128, zero bias."""
+def build_matmul_nbits(module: nn.Module, x: Tensor, folder: Path) -> Session:
+    """A session of the 8-bit product on float inputs, with blocks of 128 and without bias."""
     weight = module.dense.weight.detach().numpy()
     width, block = len(weight), 128
     blocks = weight.reshape(width, -1, block)
@@ -124,47 +124,47 @@ def by_hand(module: nn.Module, x: Tensor, folder: Path) -> Session:
     onnx.save(helper.make_model(graph, opset_imports=opsets, ir_version=10), path)
     session = Session(path, threads=1)
     decoded = ((codes.astype(np.float32) - 128) * scale[:, :, None]).reshape(width, width)
-    check(REFUSED, session, x.numpy(), x.numpy() @ decoded.T)
+    check(UNUSED, session, x.numpy(), x.numpy() @ decoded.T)
     return session
 
 
 def check(
     name: str, session: Session, x: NDArray[np.float32], expected: NDArray[np.float32]
 ) -> None:
-    """Stop where a form computes something else than its module."""
+    """Exit if a form's output differs from its module's by more than the tolerance."""
     gap = float(np.abs(session.scores({"x": x}) - expected).max())
-    room = (5e-2 if name == "static_int8" else 1e-5) * float(expected.std())
-    if gap > room:
-        raise SystemExit(f"{name} is off by {gap:.2g}, more than {room:.2g}")
+    tolerance = (5e-2 if name == "static_int8" else 1e-5) * float(expected.std())
+    if gap > tolerance:
+        raise SystemExit(f"{name} differs by {gap:.2g}, more than {tolerance:.2g}")
 
 
 def main() -> None:
-    """Measure every width and batch."""
+    """Measure all widths and batches."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--widths", type=int, nargs="+", default=[128, 256, 512, 1024])
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 256])
     parser.add_argument("--rounds", type=int, default=100)
-    order = parser.parse_args()
-    logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # it warns once per missing op
+    args = parser.parse_args()
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # it warns once per missing operator
     warnings.simplefilter("ignore")
-    here = machine(threads=1)
-    print(f"{here.processor}, ONNX Runtime {here.onnxruntime}, 1 thread, layers of width x width,")
-    print(f"us a call, the fastest tenth of {order.rounds} in turn, and its ratio to the fp32 Gemm")
+    host = machine(threads=1)
+    print(f"{host.processor}, ONNX Runtime {host.onnxruntime}, 1 thread, layers of width x width,")
+    print(f"us a call, the fastest tenth of {args.rounds} in turn, and its ratio to the fp32 Gemm")
     print(
-        f"{'form':30s}" + "".join(f"{w:>8d} B={b:<5d}" for w in order.widths for b in order.batches)
+        f"{'form':30s}" + "".join(f"{w:>8d} B={b:<5d}" for w in args.widths for b in args.batches)
     )
     columns: list[dict[str, str]] = []
-    for width in order.widths:
+    for width in args.widths:
         with tempfile.TemporaryDirectory() as scratch:
-            sessions = made(width, Path(scratch))
-        for batch in order.batches:
+            sessions = build_sessions(width, Path(scratch))
+        for batch in args.batches:
             x = np.random.default_rng(batch).standard_normal((batch, width)).astype(np.float32)
-            times = interleaved_ms(list(sessions.values()), {"x": x}, order.rounds)
-            quick = [1000 * float(np.quantile(each, 0.1)) for each in times]
+            times = interleaved_ms(list(sessions.values()), {"x": x}, args.rounds)
+            fastest = [1000 * float(np.quantile(samples, 0.1)) for samples in times]
             columns.append(
                 {
-                    name: f"{time:7.1f} {time / quick[0]:5.2f}x"
-                    for name, time in zip(sessions, quick, strict=True)
+                    name: f"{time:7.1f} {time / fastest[0]:5.2f}x"
+                    for name, time in zip(sessions, fastest, strict=True)
                 }
             )
     for name in columns[0]:

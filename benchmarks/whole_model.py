@@ -1,17 +1,18 @@
 """How small and how fast does a whole click model become, tables and dense layers together?
 
-The tuned DCN-v2 of ``benchmarks/ctr.py`` on Frappe, 1.8 MB, 87 % of it dense. Ours are recipes of
-steps on the trained network; peers quantize the same network's ONNX graph after training: ONNX
-Runtime's ``quantize_dynamic`` and ``quantize_static`` (with and without its tables), and NVIDIA
-ModelOpt where it is installed (``nvidia-modelopt onnx-graphsurgeon polygraphy cppimport lief
-onnxslim onnxconverter-common``; its extra ``onnx`` asks for other versions than ours). Everything
-is judged as it is served, a graph in ONNX Runtime. Loss is the network's own AUC on test rows minus
-that of its compressed self, mean and Student's 95 % interval over networks of different seeds.
-Bytes are those of all stored tensors; those of the graph's file stand beside them. Recipes were
-chosen on validation rows. Latency is that of calls on inputs that lie ready in the runtime.
+Model: the tuned DCN-v2 of ``benchmarks/ctr.py`` on Frappe, 1.8 MB, 87 % of it dense. Ours are
+recipes of steps on the trained network. Peers quantize the ONNX graph of the same network after
+training: ONNX Runtime's ``quantize_dynamic`` and ``quantize_static`` (with and without tables), and
+NVIDIA ModelOpt if it is installed (``nvidia-modelopt onnx-graphsurgeon polygraphy cppimport lief
+onnxslim onnxconverter-common``; its extra ``onnx`` requires other versions than ours).
+
+Every result is evaluated as a graph in ONNX Runtime. Loss is the network's AUC on test rows minus
+the AUC of the compressed network, as mean and Student's t 95 % interval over seeds. "smaller"
+compares the bytes of all stored tensors, "file smaller" those of the graph files. Validation rows
+selected the recipes. Latency is measured with inputs already bound in the runtime.
 
     python -m benchmarks.whole_model --seeds 5 --picture docs/pictures/whole_model.png
-    python -m benchmarks.whole_model --speed     # latency of the first network's graphs, in turn
+    python -m benchmarks.whole_model --speed     # latency of the first network's graphs
 """
 
 import contextlib
@@ -32,13 +33,13 @@ from pydantic import TypeAdapter
 
 from benchmarks.ctr import (
     DataMissing,
-    arguments,
-    baseline,
+    argument_parser,
     data_folder,
     default_cache,
     interval,
-    prepared,
-    tensors,
+    load_baseline,
+    load_split,
+    prepare_splits,
 )
 from compressors.contracts import Bench, Network, Plan, Split, digest
 from compressors.core.model import Model
@@ -59,13 +60,13 @@ Peer = Callable[[Path, Path, Arrays], None]
 
 NAME = "frappe"
 CALIBRATION_ROWS = 4096
-# A block is long enough for its median to be that of calls that follow each other, as under load.
+# Blocks are long enough that their median is the latency of back-to-back calls, as under load.
 ROUNDS, CALLS = 10, {1: 400, 256: 40}
 THREADS = 2
 
 
 def student(hidden: list[int], cross: int, dropout: float) -> dict[str, Any]:
-    """A smaller network of the same kind, taught by the original and trained as that was."""
+    """A ``distill`` step: a smaller network of the same class, with the original's training."""
     return {
         "kind": "distill",
         "soft_share": 0.7,
@@ -93,7 +94,7 @@ TINY = {
 
 
 def codes(item: int, user: int, place: int = 2) -> Steps:
-    """Codes of 4 bits for the large fields: how many a row; 2 bits a weight for the tiny ones."""
+    """4-bit codes for large fields, as many per row as given; 2 bits per weight for tiny fields."""
     return [
         TINY,
         *(
@@ -108,7 +109,7 @@ def codes(item: int, user: int, place: int = 2) -> Steps:
 
 
 def ranks(most_error: float) -> dict[str, Any]:
-    """Dense layers of as low a rank as loses that share of their outputs' squared size."""
+    """A ``low_rank_dense`` step with this bound on the relative squared error of the outputs."""
     return {"kind": "low_rank_dense", "most_error": most_error}
 
 
@@ -130,100 +131,102 @@ OURS: list[tuple[str, Steps]] = [
 # --- peers -----------------------------------------------------------------------------------
 
 
-class _Reader:
-    """Calibration rows, one batch."""
+class _CalibrationReader:
+    """Calibration rows as a single batch, for ``quantize_static``."""
 
     def __init__(self, rows: Arrays) -> None:
-        self._left: Iterator[Arrays] = iter([rows])
+        self._remaining: Iterator[Arrays] = iter([rows])
 
     def get_next(self) -> Arrays | None:
-        return next(self._left, None)
+        return next(self._remaining, None)
 
 
-def dynamic(source: Path, made: Path, rows: Arrays) -> None:  # noqa: ARG001
-    """ONNX Runtime's dynamic quantization: int8 weights, inputs rounded as they come."""
+def quantize_dynamically(source: Path, target: Path, rows: Arrays) -> None:  # noqa: ARG001
+    """ONNX Runtime's dynamic quantization: int8 weights, inputs quantized at run time."""
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
-    narrow = not machine(THREADS).int8_dot  # else products saturate without VNNI
+    reduce_range = not machine(THREADS).int8_dot  # 8-bit products saturate without VNNI
     quantize_dynamic(
-        source, made, weight_type=QuantType.QInt8, per_channel=True, reduce_range=narrow
+        source, target, weight_type=QuantType.QInt8, per_channel=True, reduce_range=reduce_range
     )
 
 
-def static(*operators: str) -> Peer:
-    """ONNX Runtime's static quantization, of some operators or of all it knows."""
+def static_quantizer(*operators: str) -> Peer:
+    """ONNX Runtime's static quantization of these operator types; without any, of all types."""
 
-    def quantize(source: Path, made: Path, rows: Arrays) -> None:
+    def quantize(source: Path, target: Path, rows: Arrays) -> None:
         from onnxruntime.quantization import QuantType, quantize_static
 
         quantize_static(
             source,
-            made,
-            _Reader(rows),
+            target,
+            _CalibrationReader(rows),
             op_types_to_quantize=list(operators) or None,
             activation_type=QuantType.QUInt8,
             weight_type=QuantType.QInt8,
             per_channel=True,
-            reduce_range=not machine(THREADS).int8_dot,  # else products saturate without VNNI
+            reduce_range=not machine(THREADS).int8_dot,  # 8-bit products saturate without VNNI
         )
 
     return quantize
 
 
-def modelopt(source: Path, made: Path, rows: Arrays) -> None:
+def quantize_with_modelopt(source: Path, target: Path, rows: Arrays) -> None:
     """NVIDIA ModelOpt's ONNX quantization to int8."""
     from modelopt.onnx.quantization import quantize
 
-    with contextlib.redirect_stdout(sys.stderr):  # its calibration reports to stdout
+    with contextlib.redirect_stdout(sys.stderr):  # its calibration prints to stdout
         quantize(
             str(source),
             quantize_mode="int8",
             calibration_data=rows,
-            # Without shapes it takes a batch for one row, and leaves all products alone.
+            # Without shapes it treats a batch as one row and quantizes no product.
             calibration_shapes=",".join(f"{name}:{len(ids)}" for name, ids in rows.items()),
             calibration_eps=["cpu"],
             high_precision_dtype="fp32",  # CPUs have no float16 products
-            dq_only=True,  # or weights are stored as float32, with a QuantizeLinear behind
-            output_path=str(made),
+            dq_only=True,  # else weights are stored as float32, followed by QuantizeLinear
+            output_path=str(target),
             log_level="ERROR",
         )
 
 
 PEERS: list[tuple[str, Peer]] = [
-    ("quantize_dynamic", dynamic),
-    ("quantize_static, all of it", static()),
-    ("quantize_static, Gemm only", static("Gemm", "MatMul")),
-    ("ModelOpt int8", modelopt),
+    ("quantize_dynamic", quantize_dynamically),
+    ("quantize_static, all of it", static_quantizer()),
+    ("quantize_static, Gemm only", static_quantizer("Gemm", "MatMul")),
+    ("ModelOpt int8", quantize_with_modelopt),
 ]
 
 
 # --- one network -----------------------------------------------------------------------------
 
 
-def carried_out(steps: Steps, model: Model, bench: Bench, place: Path) -> Model:
-    """The result of a recipe; that of each beginning of it is kept and found again."""
-    made = model
+def run_recipe(steps: Steps, model: Model, bench: Bench, cache: Path) -> Model:
+    """Run a recipe; the result after each step is stored in ``cache`` and reused."""
+    result = model
     for number, step in enumerate(STEPS.validate_python(steps), 1):
-        folder = place / f"recipe-{digest(steps[:number])[:16]}"
+        folder = cache / f"recipe-{digest(steps[:number])[:16]}"
         if not (folder / "network.json").is_file():
             shutil.rmtree(folder, ignore_errors=True)
-            found = run(step, made, bench, folder)
-            (folder / "plan.json").write_text(str(found.plan and found.plan.model_dump_json()))
-            (folder / "network.json").write_text(found.network.model_dump_json())
+            compressed = run(step, result, bench, folder)
+            (folder / "plan.json").write_text(
+                str(compressed.plan and compressed.plan.model_dump_json())
+            )
+            (folder / "network.json").write_text(compressed.network.model_dump_json())
         network = Network.model_validate_json((folder / "network.json").read_text())
         plan = Plan.model_validate_json((folder / "plan.json").read_text())
-        made = Model(load(DCNv2, network, folder), DCNv2, network, plan)
-    return made
+        result = Model(load(DCNv2, network, folder), DCNv2, network, plan)
+    return result
 
 
 def arrays(split: Split, rows: int | None = None) -> tuple[Arrays, NDArray[Any]]:
-    """Inputs and labels of a split, or of its first rows."""
-    inputs, label = tensors(split)
+    """Inputs and labels of a split, or of its first ``rows`` rows."""
+    inputs, label = load_split(split)
     return {name: ids[:rows].numpy() for name, ids in inputs.items()}, label[:rows].numpy()
 
 
-def served(model: Model, bench: Bench, path: Path) -> Path:
-    """A model's graph for ONNX Runtime, written once."""
+def write_graph(model: Model, bench: Bench, path: Path) -> Path:
+    """Write a model's graph for ONNX Runtime unless ``path`` exists."""
     if not path.is_file():
         path.parent.mkdir(parents=True, exist_ok=True)
         lower(model.module, served_graphs(bench.signature)[0], "onnxruntime", path)
@@ -237,124 +240,127 @@ def auc_of(path: Path, split: Split) -> float:
 
 
 def initializer_bytes(path: Path) -> int:
-    """Bytes of all tensors that a graph holds."""
+    """Bytes of all initializers of a graph."""
     graph = onnx.load(path).graph
     return sum(onnx.numpy_helper.to_array(item).nbytes for item in graph.initializer)
 
 
 def graphs_of(seed: int, folder: Path, cache: Path) -> Iterator[tuple[str, Path, int]]:
-    """Name, graph and stored bytes of every line of the table, beginning with the original's."""
-    model, bench = baseline(NAME, seed, folder, cache)
-    splits, _ = prepared(NAME, folder, cache)
-    # Whoever calibrates without rows of its own does so on those it was trained on.
+    """Name, graph and stored bytes of every line of the table; the original model is first."""
+    model, bench = load_baseline(NAME, seed, folder, cache)
+    splits, _ = prepare_splits(NAME, folder, cache)
+    # Steps that calibrate use training rows, since Frappe has no calibration split.
     bench = bench.model_copy(update={"calibration": splits["train"]})
-    place = cache / NAME / f"seed{seed}" / "whole"
-    source = served(model, bench, place / "fp32.onnx")
+    run_folder = cache / NAME / f"seed{seed}" / "whole"
+    source = write_graph(model, bench, run_folder / "fp32.onnx")
     yield "as trained", source, stored_bytes(model.module)
     rows, _ = arrays(splits["train"], CALIBRATION_ROWS)
     for name, quantize in PEERS:
-        made = place / f"{name}.onnx"
-        if not made.is_file():
+        path = run_folder / f"{name}.onnx"
+        if not path.is_file():
             try:
-                quantize(source, made, rows)
+                quantize(source, path, rows)
             except ImportError:
                 print(f"{name} is not installed: left out", file=sys.stderr)
                 continue
-        yield name, made, initializer_bytes(made)
+        yield name, path, initializer_bytes(path)
     for name, steps in OURS:
-        ours = carried_out(steps, model, bench, place)
-        path = served(ours, bench, place / f"{digest(steps)[:16]}.onnx")
-        yield name, path, stored_bytes(ours.module)
+        result = run_recipe(steps, model, bench, run_folder)
+        path = write_graph(result, bench, run_folder / f"{digest(steps)[:16]}.onnx")
+        yield name, path, stored_bytes(result.module)
 
 
 def losses_of(seed: int, folder: Path, cache: Path) -> dict[str, tuple[float, float, float, float]]:
-    """By line: how many times smaller (tensors, file), and losses on validation and test rows.
+    """By line: size ratios (tensors, file), and losses on validation and test rows.
 
-    What was measured is kept, so that a run that was cut off goes on.
+    AUCs are stored next to the graphs, so that an interrupted run can be continued.
     """
-    splits, _ = prepared(NAME, folder, cache)
-    found: dict[str, tuple[float, float, float, float]] = {}
-    before: tuple[int, int, float, float] | None = None
+    splits, _ = prepare_splits(NAME, folder, cache)
+    losses: dict[str, tuple[float, float, float, float]] = {}
+    original: tuple[int, int, float, float] | None = None
     for name, path, size in graphs_of(seed, folder, cache):
-        kept = path.with_suffix(".json")
-        if not kept.is_file():
+        auc_file = path.with_suffix(".json")
+        if not auc_file.is_file():
             aucs = [auc_of(path, splits[part]) for part in ("validation", "test")]
-            kept.write_text(json.dumps(aucs))
-        validation, test = json.loads(kept.read_text())
-        now = (size, path.stat().st_size, validation, test)
-        before = before or now
-        found[name] = (
-            before[0] / now[0],
-            before[1] / now[1],
-            before[2] - now[2],
-            before[3] - now[3],
+            auc_file.write_text(json.dumps(aucs))
+        validation, test = json.loads(auc_file.read_text())
+        current = (size, path.stat().st_size, validation, test)
+        original = original or current
+        losses[name] = (
+            original[0] / current[0],
+            original[1] / current[1],
+            original[2] - current[2],
+            original[3] - current[3],
         )
-        print(seed, name, *(f"{value:.5f}" for value in found[name]), file=sys.stderr, flush=True)
-    return found
+        print(seed, name, *(f"{value:.5f}" for value in losses[name]), file=sys.stderr, flush=True)
+    return losses
 
 
-def sizes(seeds: int, folder: Path, cache: Path) -> dict[str, list[tuple[float, ...]]]:
-    """Print what every line keeps and loses; by line the numbers of every network."""
-    every = [losses_of(seed, folder, cache) for seed in range(seeds)]
+def print_sizes(seeds: int, folder: Path, cache: Path) -> dict[str, list[tuple[float, ...]]]:
+    """Print the table of sizes and losses; return by line the numbers of all networks."""
+    by_seed = [losses_of(seed, folder, cache) for seed in range(seeds)]
     print(f"\n{NAME}, {seeds} networks\n")
     print("| | smaller | file smaller | loss of AUC, test rows | validation rows |")
     print("|---|---|---|---|---|")
-    found = {}
-    for name in every[0]:
-        values = [seed[name] for seed in every]
-        cells = [f"{mean(value[place] for value in values):.1f}x" for place in (0, 1)]
-        for place in (3, 2):
-            losses = [value[place] for value in values]
+    results = {}
+    for name in by_seed[0]:
+        values = [seed[name] for seed in by_seed]
+        cells = [f"{mean(value[column] for value in values):.1f}x" for column in (0, 1)]
+        for column in (3, 2):
+            losses = [value[column] for value in values]
             cells.append(f"{mean(losses):.5f} ± {interval(losses):.5f}")
         print(f"| {name} | {' | '.join(cells)} |", flush=True)
-        found[name] = values
-    return found
+        results[name] = values
+    return results
 
 
-def speed(folder: Path, cache: Path) -> None:
-    """Print latency of the first network's graphs as shares of the float32 graph's."""
-    splits, _ = prepared(NAME, folder, cache)
-    named = [(name, path) for name, path, _ in graphs_of(0, folder, cache)]
-    timed([name for name, _ in named], [path for _, path in named], arrays(splits["test"], 256)[0])
+def print_speeds(folder: Path, cache: Path) -> None:
+    """Print the latency of the first network's graphs and the speed-up over float32."""
+    splits, _ = prepare_splits(NAME, folder, cache)
+    graphs = [(name, path) for name, path, _ in graphs_of(0, folder, cache)]
+    print_latencies(
+        [name for name, _ in graphs], [path for _, path in graphs], arrays(splits["test"], 256)[0]
+    )
 
 
-def medians_ms(sessions: list[Session], asked: Arrays, calls: int) -> list[float]:
-    """Median latency of each session: blocks of calls in turn, so that all see the same machine.
+def medians_ms(sessions: list[Session], inputs: Arrays, calls: int) -> list[float]:
+    """Median latency of each session in milliseconds, from interleaved blocks of calls.
 
-    Not call by call: a session's threads go on spinning for a while after it has answered, and on
-    two cores they would be counted against the next one.
+    Blocks of different sessions are interleaved so that all run under the same load. Single calls
+    are not: the threads of a session keep spinning after a call, and on two cores they would slow
+    the next session.
     """
     times: list[list[float]] = [[] for _ in sessions]
     for _ in range(ROUNDS):
-        for session, own in zip(sessions, times, strict=True):
+        for session, samples in zip(sessions, times, strict=True):
             time.sleep(0.1)
-            (found,) = interleaved_ms([session], asked, calls, warmup=calls // 8)
-            own += found.tolist()
-    return [float(np.median(own)) for own in times]
+            (block,) = interleaved_ms([session], inputs, calls, warmup=calls // 8)
+            samples += block.tolist()
+    return [float(np.median(samples)) for samples in times]
 
 
-def timed(names: list[str], paths: list[Path], rows: Arrays) -> None:
-    """Print each graph's median latency beside the first's, all measured in turn."""
+def print_latencies(names: list[str], paths: list[Path], rows: Arrays) -> None:
+    """Print the median latency of each graph and its speed-up over the first graph."""
     sessions = [Session(path, THREADS) for path in paths]
-    here = machine(THREADS)
+    host = machine(THREADS)
     print(
-        f"\n{here.processor}, {'with' if here.int8_dot else 'without'} int8 dot products, ONNX "
-        f"Runtime {here.onnxruntime}, {THREADS} threads; p50 in milliseconds, times faster than "
+        f"\n{host.processor}, {'with' if host.int8_dot else 'without'} int8 dot products, ONNX "
+        f"Runtime {host.onnxruntime}, {THREADS} threads; p50 in milliseconds, times faster than "
         f"the first\n"
     )
     print("| | " + " | ".join(f"B={size}" for size in CALLS) + " |")
     print("|---" * (len(CALLS) + 1) + "|")
     columns = []
     for size in CALLS:
-        asked = {name: ids[:size] for name, ids in rows.items()}
-        medians = medians_ms(sessions, asked, CALLS[size])
+        inputs = {name: ids[:size] for name, ids in rows.items()}
+        medians = medians_ms(sessions, inputs, CALLS[size])
         columns.append([f"{value:.4f} ({medians[0] / value:.2f}x)" for value in medians])
     for name, *cells in zip(names, *columns, strict=True):
         print(f"| {name} | {' | '.join(cells)} |", flush=True)
 
 
-def draw(found: dict[str, list[tuple[float, ...]]], place: Path) -> None:
-    """Loss of AUC against how many times smaller, ours beside the peers."""
+def draw(results: dict[str, list[tuple[float, ...]]], path: Path) -> None:
+    """Plot the loss of AUC against the size ratio, for recpress and for the peers."""
     import matplotlib as mpl
 
     mpl.use("Agg")
@@ -362,13 +368,13 @@ def draw(found: dict[str, list[tuple[float, ...]]], place: Path) -> None:
 
     figure, panel = pyplot.subplots(figsize=(6.5, 4.2))
     peers = {name for name, _ in PEERS}
-    for label, marker, colour, mine in (
-        ("recpress", "o", "black", [n for n in found if n not in peers and n != "as trained"]),
-        ("post-training int8", "s", "tab:blue", [n for n in found if n in peers]),
+    for label, marker, colour, names in (
+        ("recpress", "o", "black", [n for n in results if n not in peers and n != "as trained"]),
+        ("post-training int8", "s", "tab:blue", [n for n in results if n in peers]),
     ):
-        points = sorted((mean(v[0] for v in found[n]), [v[3] for v in found[n]]) for n in mine)
+        points = sorted((mean(v[0] for v in results[n]), [v[3] for v in results[n]]) for n in names)
         panel.errorbar(
-            [times for times, _ in points],
+            [ratio for ratio, _ in points],
             [mean(losses) for _, losses in points],
             yerr=[interval(losses) for _, losses in points],
             label=label,
@@ -387,28 +393,28 @@ def draw(found: dict[str, list[tuple[float, ...]]], place: Path) -> None:
     panel.set_ylabel("loss of AUC on test rows")
     panel.legend()
     figure.tight_layout()
-    place.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(place, dpi=110)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110)
 
 
 def main() -> None:
-    """Print the tables; draw the first if asked to."""
-    parser = arguments((__doc__ or "").splitlines()[0])
-    parser.add_argument("--picture", type=Path, help="where the picture is written")
+    """Print the table of sizes, or with ``--speed`` the table of latencies."""
+    parser = argument_parser((__doc__ or "").splitlines()[0])
+    parser.add_argument("--picture", type=Path, help="file for a plot of the table of sizes")
     parser.add_argument("--speed", action="store_true", help="measure latency instead")
-    asked = parser.parse_args()
-    torch.set_num_threads(asked.threads)
-    cache = asked.cache or default_cache()
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    cache = args.cache or default_cache()
     try:
-        folder = data_folder(asked.data)
-    except DataMissing as fault:
-        sys.exit(str(fault))
-    if asked.speed:
-        speed(folder, cache)
+        folder = data_folder(args.data)
+    except DataMissing as error:
+        sys.exit(str(error))
+    if args.speed:
+        print_speeds(folder, cache)
         return
-    found = sizes(asked.seeds, folder, cache)
-    if asked.picture is not None:
-        draw(found, asked.picture)
+    results = print_sizes(args.seeds, folder, cache)
+    if args.picture is not None:
+        draw(results, args.picture)
 
 
 if __name__ == "__main__":

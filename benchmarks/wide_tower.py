@@ -1,7 +1,7 @@
-"""A click model of Criteo's size, served: 26 fields of 64 numbers, then 512, 256, and the score.
+"""How fast is a click model of Criteo's size: 26 fields of dim 64, hidden layers of 512 and 256?
 
-Nothing is trained: what counts is time. Float32, onnxruntime's and ModelOpt's int8, and ours, all
-of the same network, measured in turn in one process.
+Only latency is measured, so the network is untrained. Compares float32, int8 by ONNX Runtime and
+by ModelOpt, and our recipes on the same network, interleaved in one process.
 
     python -m benchmarks.wide_tower
 """
@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import save_file
 
 from benchmarks.ctr import signature
-from benchmarks.whole_model import PEERS, STEPS, arrays, timed
+from benchmarks.whole_model import PEERS, STEPS, arrays, print_latencies
 from compressors.contracts import Architecture, Bench, Network, Split
 from compressors.core.model import Model
 from compressors.core.runner import run
@@ -36,7 +36,7 @@ RECIPES = {
 
 
 def network() -> Model:
-    """The network with weights from a seed."""
+    """The network with random weights from a fixed seed."""
     config = {
         "fields": [{"name": name, "rows": rows} for name, rows in FIELDS.items()],
         "dim": 64,
@@ -50,46 +50,46 @@ def network() -> Model:
     return Model(module, DCNv2, Network(architecture=built))
 
 
-def drawn(folder: Path) -> Split:
-    """Rows of ids drawn evenly."""
+def write_rows(folder: Path) -> Split:
+    """Write rows of uniformly drawn ids as a prepared split."""
     folder.mkdir(parents=True)
     generator = torch.Generator().manual_seed(1)
-    held = {
-        name: torch.randint(rows, (ROWS,), generator=generator) for name, rows in FIELDS.items()
-    }
-    save_file({**held, "@label": torch.zeros(ROWS)}, folder / "data.safetensors")
+    ids = {name: torch.randint(rows, (ROWS,), generator=generator) for name, rows in FIELDS.items()}
+    save_file({**ids, "@label": torch.zeros(ROWS)}, folder / "data.safetensors")
     return Split(path=str(folder), sha256="0" * 64, rows=ROWS)
 
 
 def main() -> None:
-    """Print one line a form."""
+    """Print a Markdown table with one line per network."""
     torch.set_num_threads(2)
     with tempfile.TemporaryDirectory() as scratch:
-        place = Path(scratch)
-        split = drawn(place / "rows")
+        folder = Path(scratch)
+        split = write_rows(folder / "rows")
         bench = Bench(signature=signature(FIELDS), calibration=split)
         model = network()
-        form = served_graphs(bench.signature)[0]
-        names, paths = ["float32"], [place / "fp32.onnx"]
-        lower(model.module, form, "onnxruntime", paths[0])
+        graph = served_graphs(bench.signature)[0]
+        names, paths = ["float32"], [folder / "fp32.onnx"]
+        lower(model.module, graph, "onnxruntime", paths[0])
         rows, _ = arrays(split)
         for name, quantize in PEERS:
-            made = place / f"{name}.onnx"
+            path = folder / f"{name}.onnx"
             try:
-                quantize(paths[0], made, rows)
+                quantize(paths[0], path, rows)
             except ImportError:
                 print(f"{name} is not installed: left out")
                 continue
             names.append(name)
-            paths.append(made)
+            paths.append(path)
         for name, recipe in RECIPES.items():
-            made = model
+            compressed = model
             for number, step in enumerate(STEPS.validate_python(recipe)):
-                made = run(step, made, bench, place / name / str(number))
+                compressed = run(step, compressed, bench, folder / name / str(number))
             names.append(name)
-            paths.append(place / f"{name}.onnx")
-            lower(made.module, form, "onnxruntime", paths[-1])
-        timed(names, paths, {name: np.ascontiguousarray(ids[:256]) for name, ids in rows.items()})
+            paths.append(folder / f"{name}.onnx")
+            lower(compressed.module, graph, "onnxruntime", paths[-1])
+        print_latencies(
+            names, paths, {name: np.ascontiguousarray(ids[:256]) for name, ids in rows.items()}
+        )
 
 
 if __name__ == "__main__":
