@@ -71,7 +71,7 @@ SCORING_ROWS = 8192
 
 @dataclass(frozen=True)
 class Recipe:
-    """How a baseline is trained: Adam; the rate is divided by ten whenever validation AUC falls.
+    """How a baseline is trained: Adam, rate / 10 after an epoch without better validation AUC.
 
     The first ``grace`` epochs are exempt: MovieLens networks stagnate for an epoch or two early in
     training, and reducing the rate there leaves some of them 0.005 below the others.

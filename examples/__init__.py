@@ -1,10 +1,13 @@
-"""Reference models and the data sets they are trained on.
+"""Reference models and their training scripts.
 
-Demo input: nothing here is imported by ``flows``, ``tasks``, ``compressors`` or ``infra``.
+``flows``, ``tasks``, ``compressors`` and ``infra`` never import these modules.
 
-dcnv2.py       the network: a DCN-v2 click model built from plain keyword arguments
-movielens.py   MovieLens 100K as parquet splits, the network trained on it, and the draft of a
-               bundle: ``python -m examples.movielens FOLDER``
-table_heavy.py a click model that is nearly all tables, on drawn data with many rare ids:
-               ``python -m examples.table_heavy FOLDER``
+dcnv2.py       DCN-v2, a click model built from plain keyword arguments
+movielens.py   trains DCN-v2 on MovieLens 100K and writes the draft of a bundle:
+               ``python -m examples.movielens FOLDER``
+two_tower.py   a two-tower retrieval model over ids, and its training loop
+gowalla.py     trains the two-tower model on Gowalla check-ins and writes the draft of a bundle:
+               ``python -m examples.gowalla FOLDER --data FOLDER``
+table_heavy.py a click model whose bytes are almost all in tables, on synthetic data with many rare
+               ids: ``python -m examples.table_heavy FOLDER``
 """

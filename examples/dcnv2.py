@@ -1,11 +1,10 @@
 """DCN-v2, a click model for rows of categorical, multi-valued and dense fields.
 
 Paper: Wang et al. 2021, https://arxiv.org/abs/2008.13535.
-Differs: full-rank cross layers only (no mixture of low-rank experts), and every field has the
-same width, so that a table can be swapped without touching the layers above it.
+Differs: full-rank cross layers only (no mixture of low-rank experts), and all embeddings have the
+same width, so that a table can be replaced without changing the layers that consume it.
 
-The architecture is built from JSON-able keyword arguments alone, because that is all a bundle
-stores of it.
+All arguments are JSON values, because a bundle stores an architecture as JSON arguments.
 """
 
 from collections.abc import Mapping, Sequence
@@ -16,7 +15,7 @@ from torch import Tensor, nn
 
 
 class DCNv2(nn.Module):
-    """Cross layers beside, or below, a multilayer perceptron.
+    """Cross layers parallel to a multilayer perceptron, or below it.
 
     ``fields`` and ``bags`` are lists, not mappings, because their order is the order in which
     vectors are concatenated and a JSON writer may sort the keys of a mapping.
@@ -24,13 +23,14 @@ class DCNv2(nn.Module):
     Args:
         fields: one ``{"name": str, "rows": int}`` per single-valued field; its table is
             ``tables.<name>``.
-        bags: the same per multi-valued field; its table is ``bags.<name>`` and pools by mean.
-        dense: width of the dense input called ``dense``; 0 means there is none.
+        bags: one such mapping per multi-valued field; its table is ``bags.<name>`` with mean
+            pooling.
+        dense: width of the dense input named ``dense``; 0 means no dense input.
         dim: width of every embedding.
-        cross_layers: how many cross layers.
-        hidden: widths of the perceptron; empty means it passes its input on.
-        dropout: share of hidden units dropped while training.
-        batch_norm: normalise every hidden layer.
+        cross_layers: number of cross layers.
+        hidden: widths of the perceptron; empty means the perceptron is the identity.
+        dropout: dropout probability of hidden units in training.
+        batch_norm: whether every hidden layer has batch norm.
         structure: "parallel" feeds the perceptron the input, "stacked" the last cross layer.
     """
 
@@ -84,13 +84,12 @@ class DCNv2(nn.Module):
         """Score rows.
 
         Args:
-            **inputs: by name: every field int ``(rows,)``; every bag's ids end to end, int
-                ``(all ids,)``, with ``<name>_offsets``, where each row begins, int
-                ``(rows,)``; ``dense`` float ``(rows, dense)`` if there is one.
+            **inputs: by name: every field int ``(rows,)``; every bag as the concatenated ids of
+                all rows, int ``(all ids,)``, with ``<name>_offsets``, the index of each row's
+                first id, int ``(rows,)``; ``dense`` float ``(rows, dense)`` if ``dense > 0``.
 
         Returns:
-            float ``(rows,)``: the logit of a click. A row whose bag is empty gets a zero
-            vector for it.
+            float ``(rows,)``: the logit of a click. An empty bag contributes a zero vector.
         """
         parts = [table(inputs[name]) for name, table in self.tables.items()]  # (rows, dim) each
         parts += [

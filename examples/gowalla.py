@@ -1,11 +1,12 @@
-"""Gowalla check-ins, a two-tower model trained on them, and both written as the draft of a bundle.
+"""Train a two-tower model on Gowalla check-ins and write data and model as the draft of a bundle.
 
-Run ``python -m examples.gowalla DRAFT --data FOLDER``. The folder holds the split that LightGCN's
-authors published and most papers use: ``train.txt`` and ``test.txt``, plain or ``.gz``, a user and
-their items a line; a ``valid.txt`` that was cut from the public training file is put back. Where it
-comes from, and what was measured on it, is in ``docs/results/gowalla.md``.
+Run ``python -m examples.gowalla DRAFT --data FOLDER``. The folder contains the split that
+LightGCN's authors published and most papers use: ``train.txt`` and ``test.txt``, plain or ``.gz``,
+with one user and their items per line. If the folder has a ``valid.txt`` that was taken from the
+public training file, its rows are added back. ``docs/results/gowalla.md`` describes the origin of the
+data and the results.
 
-Validation rows are drawn from the public training file with a seed. The test file is not looked at.
+Validation rows are drawn from the public training file with a seed. No choice uses the test file.
 """
 
 import argparse
@@ -31,23 +32,23 @@ from compressors.metrics.full_ranking import Interactions, ranking_queries, reca
 from examples.two_tower import Ints, Training, TwoTower, train, vectors
 
 USERS, ITEMS = 29_858, 40_981
-PAIRS = {  # SHA-256 of the sorted pairs as int64, which is what the measured numbers belong to
+PAIRS = {  # SHA-256 of the sorted pairs as int64; the published results refer to this data
     "train": "d453bfc18e5613d6310ab05f7ebc1c6c724ee913dc31c769d1c8743c678d27f7",
     "test": "dac9527045e35230c82e4a5c54715b5e60f8a7bbe935ffdb4ee2ebe21c32ddb7",
 }
-VALIDATION = 0.1  # of the public training rows
+VALIDATION = 0.1  # share of the public training rows
 CALIBRATION_ROWS = 4096
 VALIDATED_USERS = 5000
 VARIABLE = "RECPRESS_DATA"
 
 
 class DataMissing(Exception):
-    """There is no such data, or it is not the data the numbers were measured on."""
+    """The data is missing, or differs from the data of the published results."""
 
 
 @dataclass(frozen=True)
 class Splits:
-    """User and item, int64 ``(rows, 2)`` each."""
+    """Pairs of user and item, int64 ``(rows, 2)`` per split."""
 
     train: Ints
     validation: Ints
@@ -57,19 +58,19 @@ class Splits:
 # --- data ------------------------------------------------------------------------------------
 
 
-def data_folder(given: Path | None) -> Path:
-    """The folder that was named, or ``gowalla`` below what ``RECPRESS_DATA`` names.
+def data_folder(option: Path | None) -> Path:
+    """The folder of ``--data``, else ``gowalla`` in the folder that ``RECPRESS_DATA`` names.
 
     Raises:
-        DataMissing: neither is there.
+        DataMissing: the folder does not exist, or neither is set.
     """
     root = os.environ.get(VARIABLE)
-    folder = given or (Path(root) / "gowalla" if root else None)
+    folder = option or (Path(root) / "gowalla" if root else None)
     if folder is None or not folder.is_dir():
         raise DataMissing(
-            f"The Gowalla check-ins are not here ({folder or f'no --data and no {VARIABLE}'}). Put "
-            f"train.txt and test.txt of LightGCN's published split into a folder and name it with "
-            f"--data."
+            f"Expected a folder with the Gowalla check-ins, got "
+            f"{folder or f'neither --data nor {VARIABLE}'}. Put train.txt and test.txt of "
+            f"LightGCN's published split into a folder and name it with --data."
         )
     return folder
 
@@ -78,23 +79,23 @@ def read_pairs(folder: Path, part: str) -> Ints:
     """Sorted pairs of user and item of one public file, int64 ``(rows, 2)``.
 
     Raises:
-        DataMissing: there is no such file, or it holds other pairs.
+        DataMissing: the file does not exist, or contains other pairs.
     """
     names = ["train", "valid"] if part == "train" else [part]
-    found = [pairs for name in names for pairs in _lines(folder, name)]
-    if not found:
+    lines = [pairs for name in names for pairs in _read_lines(folder, name)]
+    if not lines:
         raise DataMissing(f"{folder} has neither {part}.txt nor {part}.txt.gz.")
-    pairs = np.unique(np.concatenate(found), axis=0)
+    pairs = np.unique(np.concatenate(lines), axis=0)
     digest = hashlib.sha256(pairs.astype("<i8").tobytes()).hexdigest()
     if digest != PAIRS[part]:
         raise DataMissing(
             f"{folder} holds {len(pairs):,} {part} pairs with SHA-256 {digest}; the public split's "
-            f"is {PAIRS[part]}. Fetch it anew."
+            f"is {PAIRS[part]}. Download it again."
         )
     return pairs
 
 
-def _lines(folder: Path, name: str) -> Iterator[Ints]:
+def _read_lines(folder: Path, name: str) -> Iterator[Ints]:
     for path in (folder / f"{name}.txt", folder / f"{name}.txt.gz"):
         if not path.is_file():
             continue
@@ -108,40 +109,42 @@ def _lines(folder: Path, name: str) -> Iterator[Ints]:
 
 
 def split(folder: Path, seed: int) -> Splits:
-    """The public test pairs; the public training pairs, of which some are for validation.
+    """The public test pairs, and the public training pairs split into training and validation.
 
-    A user keeps at least one training row.
+    Every user keeps at least one training row.
     """
-    known, test = read_pairs(folder, "train"), read_pairs(folder, "test")
-    draw = np.random.default_rng(seed)
-    order = draw.permutation(len(known))
-    _, first = np.unique(known[order, 0], return_index=True)
-    may = np.setdiff1d(np.arange(len(known)), first)
-    chosen = np.zeros(len(known), bool)
-    chosen[order[draw.choice(may, int(VALIDATION * len(known)), replace=False)]] = True
-    return Splits(known[~chosen], known[chosen], test)
+    public, test = read_pairs(folder, "train"), read_pairs(folder, "test")
+    random = np.random.default_rng(seed)
+    order = random.permutation(len(public))
+    _, first = np.unique(public[order, 0], return_index=True)
+    candidates = np.setdiff1d(np.arange(len(public)), first)
+    is_validation = np.zeros(len(public), bool)
+    is_validation[
+        order[random.choice(candidates, int(VALIDATION * len(public)), replace=False)]
+    ] = True
+    return Splits(public[~is_validation], public[is_validation], test)
 
 
 # --- training --------------------------------------------------------------------------------
 
 
 def interactions(pairs: Ints) -> Interactions:
-    """All of them count."""
+    """The pairs as interactions, each with relevance 1."""
     return Interactions(pairs[:, 0], pairs[:, 1], np.ones(len(pairs)))
 
 
-def measured_on(test: Ints, *seen: Ints) -> Callable[[TwoTower], tuple[float, float]]:
-    """What gives Recall@20 and NDCG@20 of a network, with what users had before hidden.
+def recall_measure(test: Ints, *seen: Ints) -> Callable[[TwoTower], tuple[float, float]]:
+    """A function that computes Recall@20 and NDCG@20 of a network.
 
     Args:
-        test: what is to be found.
-        seen: what is hidden from the same users.
+        test: the relevant pairs.
+        seen: earlier pairs; a user's items in these are excluded from the user's ranking.
     """
-    what = ranking_queries(interactions(test), map(interactions, seen), np.arange(ITEMS))
+    queries = ranking_queries(interactions(test), map(interactions, seen), np.arange(ITEMS))
 
     def measure(network: TwoTower) -> tuple[float, float]:
-        query, item = vectors(network, {"user": torch.from_numpy(what.query)})
-        recall, ndcg = recall_and_ndcg(query.numpy(), item.numpy(), what)
+        query, item = vectors(network, {"user": torch.from_numpy(queries.query)})
+        recall, ndcg = recall_and_ndcg(query.numpy(), item.numpy(), queries)
         return float(recall.mean()), float(ndcg.mean())
 
     return measure
@@ -149,7 +152,7 @@ def measured_on(test: Ints, *seen: Ints) -> Callable[[TwoTower], tuple[float, fl
 
 @contextmanager
 def threads(count: int) -> Iterator[None]:
-    """Inside, torch uses this many threads."""
+    """Set the number of torch threads within the ``with`` block."""
     before = torch.get_num_threads()
     torch.set_num_threads(count)
     try:
@@ -159,28 +162,30 @@ def threads(count: int) -> Iterator[None]:
 
 
 def network_of(recipe: Training) -> TwoTower:
-    """An untrained network."""
+    """An untrained network with weights from the recipe's seed."""
     torch.manual_seed(recipe.seed)
     return TwoTower(**architecture(recipe).config)
 
 
-def fitted(
-    splits: Splits, recipe: Training, *, everything: bool, say: Callable[[str], None]
+def fit(
+    splits: Splits, recipe: Training, *, everything: bool, log: Callable[[str], None]
 ) -> tuple[TwoTower, int, float]:
-    """A trained network, the epoch it is of, and its validation Recall@20 at that epoch.
+    """Train a network; return it, its best epoch, and the validation Recall@20 of that epoch.
 
-    With ``everything`` the epochs are found on the validation rows first, and a second network is
-    then trained for as many on training and validation rows, which are all public training rows.
+    With ``everything``, validation rows only select the number of epochs. A second network is then
+    trained for as many epochs on training and validation rows, which are all public training rows.
     """
-    # Every epoch asks, so some users have to do.
-    some = np.random.default_rng(recipe.seed).permutation(USERS)[:VALIDATED_USERS]
-    validated = measured_on(splits.validation[np.isin(splits.validation[:, 0], some)], splits.train)
+    # A subset of users, because recall is measured after every epoch.
+    users = np.random.default_rng(recipe.seed).permutation(USERS)[:VALIDATED_USERS]
+    measure = recall_measure(
+        splits.validation[np.isin(splits.validation[:, 0], users)], splits.train
+    )
     network = network_of(recipe)
-    epoch, recall = train(network, splits.train, recipe, lambda net: validated(net)[0], say)
+    epoch, recall = train(network, splits.train, recipe, lambda net: measure(net)[0], log)
     if everything:
         network = network_of(recipe)
         both = np.concatenate([splits.train, splits.validation])
-        train(network, both, replace(recipe, stop_after=epoch), None, say)
+        train(network, both, replace(recipe, stop_after=epoch), None, log)
     return network, epoch, recall
 
 
@@ -188,7 +193,7 @@ def fitted(
 
 
 def signature() -> Signature:
-    """What the network takes in, and what its data is judged by."""
+    """Inputs, output, towers, group and metric of the network."""
     return Signature.model_validate(
         {
             "task": "retrieval",
@@ -209,7 +214,7 @@ def signature() -> Signature:
 
 
 def architecture(recipe: Training) -> Architecture:
-    """The network as an import path and plain settings."""
+    """The network as an import path and JSON arguments."""
     return Architecture(
         path="examples.two_tower:TwoTower",
         config={
@@ -223,47 +228,47 @@ def architecture(recipe: Training) -> Architecture:
 
 
 def write_draft(
-    folder: Path, data: Path, recipe: Training, *, everything: bool, say: Callable[[str], None]
+    folder: Path, data: Path, recipe: Training, *, everything: bool, log: Callable[[str], None]
 ) -> dict[str, object]:
-    """Read, split, train, and write everything a bundle is packed from.
+    """Read and split the data, train the network, and write the draft of a bundle.
 
-    ``model.json`` is removed first and written last: a folder that has one is complete.
+    ``model.json`` is removed first and written last, so a folder with ``model.json`` is complete.
 
     Args:
-        folder: made if needed; files of an earlier draft are replaced.
-        data: where the public files lie.
-        recipe: how to train.
-        everything: train on the validation rows too, once they have said for how long.
-        say: told one line of progress at a time.
+        folder: folder of the draft; created if needed, files of an earlier draft are replaced.
+        data: folder of the public files.
+        recipe: training settings.
+        everything: after the number of epochs is selected, train on the validation rows as well.
+        log: called with each line of progress.
 
     Returns:
-        The training record that is also written beside the folder.
+        The training record, which is also written next to the folder.
 
     Raises:
-        DataMissing: the data is not there or is other data.
+        DataMissing: the data is missing or differs from the public split.
     """
     started = time.monotonic()
     splits = split(data, recipe.seed)
-    held = {"train": splits.train, "validation": splits.validation, "test": splits.test}
+    tables = {"train": splits.train, "validation": splits.validation, "test": splits.test}
     if everything:
-        held = {"train": np.concatenate([splits.train, splits.validation]), "test": splits.test}
-    chosen = np.random.default_rng(recipe.seed).permutation(len(held["train"]))
-    held["calibration"] = held["train"][np.sort(chosen[:CALIBRATION_ROWS])]
+        tables = {"train": np.concatenate([splits.train, splits.validation]), "test": splits.test}
+    order = np.random.default_rng(recipe.seed).permutation(len(tables["train"]))
+    tables["calibration"] = tables["train"][np.sort(order[:CALIBRATION_ROWS])]
     folder.mkdir(parents=True, exist_ok=True)
     manifest = folder / "model.json"
     manifest.unlink(missing_ok=True)
-    for name, pairs in held.items():
+    for name, pairs in tables.items():
         columns = {"user": pa.array(pairs[:, 0]), "item": pa.array(pairs[:, 1])}
         pq.write_table(pa.table(columns), folder / f"{name}.parquet")
-        say(f"{name}: {len(pairs):,} rows")
+        log(f"{name}: {len(pairs):,} rows")
     pq.write_table(pa.table({"item": pa.array(np.arange(ITEMS))}), folder / "items.parquet")
 
-    ready = time.monotonic()
+    training_start = time.monotonic()
     with threads(recipe.threads):
-        network, epoch, validated = fitted(splits, recipe, everything=everything, say=say)
-        seconds = time.monotonic() - ready
-        recall, ndcg = measured_on(splits.test, splits.train, splits.validation)(network)
-    say(
+        network, epoch, validated = fit(splits, recipe, everything=everything, log=log)
+        seconds = time.monotonic() - training_start
+        recall, ndcg = recall_measure(splits.test, splits.train, splits.validation)(network)
+    log(
         f"epoch {epoch}: validation Recall@20 {validated:.4f}; test Recall@20 {recall:.4f}, "
         f"NDCG@20 {ndcg:.4f}; {seconds:.0f} s of training"
     )
@@ -277,7 +282,7 @@ def write_draft(
         "version": "1",
         "signature": signature().model_dump(mode="json"),
         "network": Network(architecture=architecture(recipe)).model_dump(mode="json"),
-        "data": {name: f"{name}.parquet" for name in (*held, "items")},
+        "data": {name: f"{name}.parquet" for name in (*tables, "items")},
     }
     record: dict[str, object] = {
         "recipe": asdict(recipe),
@@ -291,7 +296,7 @@ def write_draft(
         "training_seconds": round(seconds, 1),
         "seconds": round(time.monotonic() - started, 1),
     }
-    # Beside the folder, not in it: a bundle holds no file that its manifest does not name.
+    # Next to the folder, not in it: a bundle contains only files that its manifest names.
     folder.with_name(f"{folder.name}.training.json").write_text(json.dumps(record, indent=1) + "\n")
     manifest.write_text(json.dumps(draft, indent=1) + "\n")
     return record
@@ -299,28 +304,34 @@ def write_draft(
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Write the draft; progress goes to standard error. Returns 0, or 2 if the data is missing."""
-    usual = Training()
+    defaults = Training()
     parser = argparse.ArgumentParser(prog="python -m examples.gowalla", description=main.__doc__)
-    parser.add_argument("folder", type=Path, help="where the draft of the bundle is written")
-    parser.add_argument("--data", type=Path, help=f"the public files; else {VARIABLE}/gowalla")
-    parser.add_argument("--epochs", type=int, default=usual.epochs, help="at most this many")
-    parser.add_argument("--seed", type=int, default=usual.seed)
+    parser.add_argument("folder", type=Path, help="folder of the draft of the bundle")
     parser.add_argument(
-        "--everything", action="store_true", help="then train on the validation rows as well"
+        "--data", type=Path, help=f"folder of the public files; default {VARIABLE}/gowalla"
     )
-    chosen = parser.parse_args(argv)
+    parser.add_argument(
+        "--epochs", type=int, default=defaults.epochs, help="largest number of epochs"
+    )
+    parser.add_argument("--seed", type=int, default=defaults.seed)
+    parser.add_argument(
+        "--everything",
+        action="store_true",
+        help="after the number of epochs is selected, train on the validation rows as well",
+    )
+    args = parser.parse_args(argv)
 
-    def say(line: str) -> None:
+    def log(line: str) -> None:
         print(line, file=sys.stderr, flush=True)
 
-    recipe = replace(usual, epochs=chosen.epochs, seed=chosen.seed)
+    recipe = replace(defaults, epochs=args.epochs, seed=args.seed)
     try:
-        data = data_folder(chosen.data)
-        write_draft(chosen.folder.absolute(), data, recipe, everything=chosen.everything, say=say)
-    except DataMissing as fault:
-        say(str(fault))
+        data = data_folder(args.data)
+        write_draft(args.folder.absolute(), data, recipe, everything=args.everything, log=log)
+    except DataMissing as error:
+        log(str(error))
         return 2
-    say(f"wrote {chosen.folder}")
+    log(f"wrote {args.folder}")
     return 0
 
 

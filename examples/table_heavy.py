@@ -1,8 +1,8 @@
-"""A click model that is nearly all tables, with data in which most ids are rare.
+"""A click model whose bytes are almost all in tables, on synthetic data with many rare ids.
 
-A factorization machine next to a small perceptron over id fields. Ids are drawn by Zipf's law and
-labels from latent numbers of each id, so frequent rows of the tables hold what was learned and rare
-rows what was memorized. ``python -m examples.table_heavy FOLDER [small]`` writes the draft of a
+The model is a factorization machine plus a small perceptron over id fields. Ids follow Zipf's law
+and labels depend on latent factors of each id. Frequent rows of the tables therefore generalize,
+and rare rows are memorized. ``python -m examples.table_heavy FOLDER [small]`` writes the draft of a
 bundle.
 """
 
@@ -28,7 +28,7 @@ class FactorizationPerceptron(nn.Module):
     """A factorization machine plus a perceptron over the same id fields.
 
     Args:
-        rows: of the table of each field; fields are called ``f0``, ``f1``, ...
+        rows: number of table rows of each field; fields are named ``f0``, ``f1``, ...
         dim: width of each table; the linear terms are tables of width 1.
         hidden: widths of the perceptron's layers.
     """
@@ -36,7 +36,7 @@ class FactorizationPerceptron(nn.Module):
     def __init__(self, rows: list[int], dim: int = 16, hidden: list[int] | None = None) -> None:
         super().__init__()
         hidden = [64, 32] if hidden is None else hidden
-        self.fields = [f"f{place}" for place in range(len(rows))]
+        self.fields = [f"f{index}" for index in range(len(rows))]
         self.vectors = nn.ModuleDict(
             {f: nn.Embedding(n, dim) for f, n in zip(self.fields, rows, strict=True)}
         )
@@ -51,7 +51,7 @@ class FactorizationPerceptron(nn.Module):
                 nn.init.normal_(weight, std=0.05)
 
     def forward(self, **ids: Tensor) -> Tensor:
-        """Logits ``(rows,)`` of one id int ``(rows,)`` a field."""
+        """Logits float ``(rows,)`` of ids int ``(rows,)``, one keyword argument per field."""
         vectors = torch.stack([self.vectors[f](ids[f]) for f in self.fields], dim=1)
         linear = torch.stack([self.linear[f](ids[f]) for f in self.fields], dim=1).sum(dim=(1, 2))
         total = vectors.sum(dim=1)  # (rows, dim)
@@ -65,15 +65,15 @@ class FactorizationPerceptron(nn.Module):
 
 @dataclass(frozen=True)
 class Size:
-    """How large the tables and the data are.
+    """Sizes of the tables and the data.
 
     Attributes:
-        rows: of the table of each field.
-        train: labelled rows to train on; a fifth as many are for validation, two fifths for test.
+        rows: number of table rows of each field.
+        train: training rows; validation has a fifth as many, test two fifths.
         dim: width of the tables.
         hidden: widths of the perceptron.
-        zipf: exponent of the ids' frequencies.
-        epochs: of training.
+        zipf: exponent of the id frequencies.
+        epochs: training epochs.
     """
 
     rows: tuple[int, ...] = (60_000, 50_000, 30_000, 12_000, 6_000, 2_000)
@@ -88,24 +88,27 @@ SMALL = Size(rows=(6_000, 4_000, 1_500), train=8_000, dim=8, hidden=(32, 16), ep
 
 
 def write_draft(folder: Path, size: Size, *, name: str = "tableheavy", seed: int = 0) -> Path:
-    """Draw data, train the network on it and write a draft of a bundle.
+    """Generate data, train the network and write the draft of a bundle.
 
     Args:
-        folder: that the draft is written to.
-        size: of tables and data.
-        name: of the model.
-        seed: of everything drawn.
+        folder: folder of the draft.
+        size: sizes of the tables and the data.
+        name: name of the model.
+        seed: seed of the data and of the initial weights.
+
+    Returns:
+        The folder of the draft.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    drawn = np.random.default_rng(seed)
-    latent = [drawn.normal(size=(rows, 4)) for rows in size.rows]
-    order = [drawn.permutation(rows) for rows in size.rows]
+    random = np.random.default_rng(seed)
+    latent = [random.normal(size=(rows, 4)) for rows in size.rows]
+    order = [random.permutation(rows) for rows in size.rows]
     counts = {"train": size.train, "validation": size.train // 5, "test": 2 * size.train // 5}
     columns = {
-        split: _columns(size, count, latent, order, drawn) for split, count in counts.items()
+        split: _columns(size, count, latent, order, random) for split, count in counts.items()
     }
-    for split, held in columns.items():
-        pq.write_table(pa.table(held), folder / f"{split}.parquet")
+    for split, table in columns.items():
+        pq.write_table(pa.table(table), folder / f"{split}.parquet")
     torch.manual_seed(seed)
     config = {"rows": list(size.rows), "dim": size.dim, "hidden": list(size.hidden)}
     network = FactorizationPerceptron(list(size.rows), size.dim, list(size.hidden))
@@ -138,28 +141,28 @@ def _columns(
     count: int,
     latent: list[NDArray[np.float64]],
     order: list[NDArray[np.int64]],
-    drawn: np.random.Generator,
+    random: np.random.Generator,
 ) -> Columns:
     ids = []
-    for rows, places in zip(size.rows, order, strict=True):
-        share = np.arange(1, rows + 1) ** -size.zipf
-        ids.append(places[drawn.choice(rows, count, p=share / share.sum())])
-    own = [held[chosen] for held, chosen in zip(latent, ids, strict=True)]
-    total = np.sum(own, axis=0)
-    pairs = 0.5 * (total**2 - np.sum([x**2 for x in own], axis=0)).sum(axis=1)
-    logits = 0.5 * np.sum([x[:, 0] for x in own], axis=0) + 0.3 * pairs - 1.0
-    label = (drawn.random(count) < 1 / (1 + np.exp(-logits))).astype(np.int64)
-    return {**{f"f{place}": chosen for place, chosen in enumerate(ids)}, "label": label}
+    for rows, id_of_rank in zip(size.rows, order, strict=True):
+        frequency = np.arange(1, rows + 1) ** -size.zipf
+        ids.append(id_of_rank[random.choice(rows, count, p=frequency / frequency.sum())])
+    factors = [table[field_ids] for table, field_ids in zip(latent, ids, strict=True)]
+    total = np.sum(factors, axis=0)
+    pairs = 0.5 * (total**2 - np.sum([x**2 for x in factors], axis=0)).sum(axis=1)
+    logits = 0.5 * np.sum([x[:, 0] for x in factors], axis=0) + 0.3 * pairs - 1.0
+    label = (random.random(count) < 1 / (1 + np.exp(-logits))).astype(np.int64)
+    return {**{f"f{index}": field_ids for index, field_ids in enumerate(ids)}, "label": label}
 
 
 def _train(network: FactorizationPerceptron, columns: Columns, size: Size) -> None:
     label = torch.tensor(columns["label"]).float()
     ids = {f: torch.tensor(columns[f]) for f in network.fields}
     optimizer = torch.optim.Adam(network.parameters(), 2e-3)
-    drawn = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(0)
     network.train()
     for _ in range(size.epochs):
-        for rows in torch.split(torch.randperm(len(label), generator=drawn), 512):
+        for rows in torch.split(torch.randperm(len(label), generator=generator), 512):
             logits = network(**{f: column[rows] for f, column in ids.items()})
             loss = F.binary_cross_entropy_with_logits(logits, label[rows])
             optimizer.zero_grad()

@@ -1,9 +1,9 @@
-"""Two towers over ids, for retrieval: a vector a user, a vector an item, their dot product a score.
+"""A two-tower retrieval model over ids: the score is the dot product of user and item vectors.
 
-Papers: Yi et al. 2019, https://doi.org/10.1145/3298689.3346996 (negatives are the other items of
-a batch, corrected for how often each is drawn); Wu et al. 2022, https://arxiv.org/abs/2201.02327
-(why a softmax over cosines suits recommendation).
-Differs: ids alone, no features, and a residual layer where the first paper has a deep tower.
+Papers: Yi et al. 2019, https://doi.org/10.1145/3298689.3346996 (in-batch negatives, corrected for
+their sampling frequency); Wu et al. 2022, https://arxiv.org/abs/2201.02327 (sampled softmax over
+cosine similarities for recommendation).
+Differs: the only inputs are ids, and a residual layer replaces the deep towers of the first paper.
 """
 
 import copy
@@ -20,14 +20,14 @@ Ints = NDArray[np.int64]
 
 
 class IdTower(nn.Module):
-    """A unit vector an id, times ``scale``.
+    """Maps an id to a vector of norm ``scale``.
 
     Args:
-        name: of the argument of ``forward``.
-        rows: of the table.
-        dim: of the table and the vector.
-        hidden: width of a residual layer on top of the table; 0 means there is none.
-        scale: length of the vectors.
+        name: name of the argument of ``forward``.
+        rows: number of table rows.
+        dim: width of the table and of the vectors.
+        hidden: width of a residual layer after the table; 0 means no layer.
+        scale: norm of the vectors.
     """
 
     def __init__(self, name: str, rows: int, dim: int, hidden: int, scale: float) -> None:
@@ -35,12 +35,12 @@ class IdTower(nn.Module):
         self.name = name
         self.scale = scale
         self.table = nn.Embedding(rows, dim)
-        # Short before they are normalised, so that the first steps turn them far.
+        # Small norms before normalization, so that the first steps change directions strongly.
         nn.init.normal_(self.table.weight, std=0.02)
         self.layers: nn.Sequential | None = None
         if hidden:
             last = nn.Linear(hidden, dim)
-            nn.init.zeros_(last.weight)  # begins as the table alone
+            nn.init.zeros_(last.weight)  # the residual layer starts at zero
             nn.init.zeros_(last.bias)
             self.layers = nn.Sequential(nn.Linear(dim, hidden), nn.ReLU(), last)
 
@@ -56,11 +56,11 @@ class TwoTower(nn.Module):
     """A user tower and an item tower.
 
     Args:
-        users: how many.
-        items: how many.
+        users: number of users.
+        items: number of items.
         dim: width of both tables and of the vectors.
-        hidden: width of each tower's residual layer; 0 means there is none.
-        temperature: a score is the cosine over this; the user tower holds it.
+        hidden: width of each tower's residual layer; 0 means no layer.
+        temperature: divisor of the cosine in a score; part of the user tower's scale.
     """
 
     def __init__(
@@ -71,27 +71,28 @@ class TwoTower(nn.Module):
         self.item = IdTower("item", items, dim, hidden, 1.0)
 
     def forward(self, user: Tensor, item: Tensor) -> Tensor:
-        """Scores float ``(rows,)`` of ids int ``(rows,)``: higher ranks first."""
+        """Scores float ``(rows,)`` of ids int ``(rows,)``; higher scores rank first."""
         score: Tensor = (self.query(user=user) * self.item(item=item)).sum(dim=1)
         return score
 
 
 @dataclass(frozen=True)
 class Training:
-    """How the network is trained: a few tries on validation rows, no search."""
+    """Training settings, selected by a few runs on validation rows, without a search."""
 
     dim: int = 64
-    # No better than none on validation rows; it is here so that there are dense layers to compress.
+    # Does not improve validation recall over 0; gives the model dense layers to compress.
     hidden: int = 64
     temperature: float = 0.1
     batch: int = 1024
     learning_rate: float = 3e-3
-    # The learning rate falls to 0 over these; a second run may stop where the first was best.
+    # The learning rate decays to 0 over `epochs`; a second run may stop at the best epoch of the
+    # first.
     epochs: int = 8
     stop_after: int | None = None
     patience: int = 2
     seed: int = 1
-    # One is fastest: the products are too small to share.
+    # One thread is fastest: the products are too small to parallelize.
     threads: int = 1
 
 
@@ -100,49 +101,51 @@ def train(
     pairs: Ints,
     recipe: Training,
     measure: Callable[[TwoTower], float] | None,
-    say: Callable[[str], None],
+    log: Callable[[str], None],
 ) -> tuple[int, float]:
-    """Train in place on interactions; every other item of a batch is a negative.
+    """Train in place on interactions with in-batch negatives.
 
     Args:
-        network: to train; left in evaluation mode.
+        network: network to train; in evaluation mode afterwards.
         pairs: user and item, int64 ``(rows, 2)``.
-        recipe: how.
-        measure: what is to grow, asked after every epoch; the best epoch's weights are kept.
-            None trains until ``recipe.stop_after``.
-        say: told one line of progress at a time.
+        recipe: training settings.
+        measure: metric to maximize, evaluated after every epoch; the network ends with the
+            weights of the best epoch. None trains until ``recipe.stop_after``.
+        log: called with each line of progress.
 
     Returns:
-        The epoch whose weights are kept, from 1, and what was measured then (NaN without).
+        The selected epoch, counted from 1, and its metric (NaN without ``measure``).
     """
     generator = torch.Generator().manual_seed(recipe.seed)
-    held = torch.from_numpy(pairs)
-    # How likely an item is drawn into a batch; what the softmax is corrected by.
-    drawn = torch.bincount(held[:, 1], minlength=network.item.table.num_embeddings)
-    frequency = (drawn.clamp(min=1) / len(held)).log().float()
+    interactions = torch.from_numpy(pairs)
+    # Sampling frequency of an item in a batch: the correction of the softmax.
+    counts = torch.bincount(interactions[:, 1], minlength=network.item.table.num_embeddings)
+    log_frequency = (counts.clamp(min=1) / len(interactions)).log().float()
     tables = [network.query.table, network.item.table]
     dense = [p for name, p in network.named_parameters() if ".layers." in name]
-    # A batch reads a few rows of each table, so only those are stepped: ten times faster.
+    # Sparse updates step only the few table rows of a batch: ten times faster.
     optimizers: list[torch.optim.Optimizer] = [
         torch.optim.SparseAdam([table.weight for table in tables], recipe.learning_rate)
     ]
     if dense:
         optimizers.append(torch.optim.Adam(dense, recipe.learning_rate))
-    steps, step = recipe.epochs * -(-len(held) // recipe.batch), 0
+    steps, step = recipe.epochs * -(-len(interactions) // recipe.batch), 0
     last = recipe.stop_after or recipe.epochs
-    best, kept, state = -1.0, last, dict[str, Tensor]()
+    best, best_epoch, state = -1.0, last, dict[str, Tensor]()
     for epoch in range(1, last + 1):
         network.train()
         for table in tables:
             table.sparse = True
         total = 0.0
-        for rows in torch.split(torch.randperm(len(held), generator=generator), recipe.batch):
-            user, item = held[rows, 0], held[rows, 1]
+        for rows in torch.split(
+            torch.randperm(len(interactions), generator=generator), recipe.batch
+        ):
+            user, item = interactions[rows, 0], interactions[rows, 1]
             logits = network.query(user=user) @ network.item(item=item).T  # (batch, batch)
-            logits = logits - frequency[item]
-            # The same item in another row is no negative of this one.
-            again = (item == item.unsqueeze(1)).fill_diagonal_(False)
-            logits = logits.masked_fill(again, -torch.inf)
+            logits = logits - log_frequency[item]
+            # The same item in another row is not a negative.
+            duplicate = (item == item.unsqueeze(1)).fill_diagonal_(False)
+            logits = logits.masked_fill(duplicate, -torch.inf)
             loss = F.cross_entropy(logits, torch.arange(len(rows)))
             torch.autograd.backward(loss)
             for optimizer in optimizers:
@@ -156,22 +159,23 @@ def train(
         for table in tables:
             table.sparse = False
         if measure is None:
-            say(f"epoch {epoch:2d}  loss {total / len(held):.4f}")
+            log(f"epoch {epoch:2d}  loss {total / len(interactions):.4f}")
             continue
-        found = measure(network)
-        say(f"epoch {epoch:2d}  loss {total / len(held):.4f}  validation Recall@20 {found:.4f}")
-        if found > best:
-            best, kept, state = found, epoch, copy.deepcopy(network.state_dict())
-        elif epoch - kept == recipe.patience:
+        metric = measure(network)
+        loss_and_metric = f"loss {total / len(interactions):.4f}  validation Recall@20 {metric:.4f}"
+        log(f"epoch {epoch:2d}  {loss_and_metric}")
+        if metric > best:
+            best, best_epoch, state = metric, epoch, copy.deepcopy(network.state_dict())
+        elif epoch - best_epoch == recipe.patience:
             break
     if measure is None:
         return last, float("nan")
     network.load_state_dict(state)
-    return kept, best
+    return best_epoch, best
 
 
 @torch.no_grad()
 def vectors(network: TwoTower, users: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-    """Vectors of some users, and of every item."""
+    """Vectors of the given users and of all items, float ``(users, dim)`` and ``(items, dim)``."""
     items = torch.arange(network.item.table.num_embeddings)
     return network.query(**users), network.item(item=items)
