@@ -1,19 +1,20 @@
-"""Random networks: made of the parts of recommenders, compressed in every format, and compared.
+"""Fuzz test of compression: random recommender networks, compressed, lowered and compared.
 
-Read in this order:
+Reading order:
 
-parts.py           parts that work on vectors, and what a part is
-shape_parts.py     parts that move or squash the numbers of a vector
+parts.py           parts that work on vectors, and the interface of a part
+shape_parts.py     parts that reorder the elements of a vector or transform them element by element
 field_parts.py     parts that work on stacked fields: interactions
 sequence_parts.py  parts that work on sequences: masked pooling and attention
-input_parts.py     parts that read inputs: lookups, bags, histories, raw numbers
-network.py         a network built from a list of parts
-generator.py       from a seed to a network with its signature and weights
-inputs.py          rows at every edge, and the request policy a second time
-reference.py       the same network over decoded weights
-check.py           what is compared, and what counts as a fault
-steps.py           the steps with drawn settings
-passes.py          which steps and targets one network goes through
-shrink.py          a smaller network that still fails
+input_parts.py     parts that read inputs: lookups, bags, histories, dense inputs
+network.py         builds a network from a list of parts
+generator.py       generates a network with its signature and weights from a seed
+inputs.py          rows with edge cases, and a second implementation of the request policy
+bench.py           training, validation and calibration rows as prepared data
+reference.py       the same network with decoded weights
+check.py           comparisons, and the definition of a fault
+steps.py           steps with random settings
+passes.py          sequences of steps and targets for one network
+shrink.py          reduces a failing network to a smaller one that still fails
 __main__.py        the command line
 """

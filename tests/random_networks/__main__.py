@@ -1,8 +1,8 @@
 """Run random networks, reproduce one failure and shrink it.
 
-``python -m tests.random_networks --first 0 --count 300`` checks 300 networks and prints what was
-found. ``--seed 17 --step rowwise_int4 --target tensorrt --shrink`` applies one step to the network
-of one seed, lowers it for one target, and prints the smallest network for which that still fails.
+``python -m tests.random_networks --first 0 --count 300`` checks 300 networks and prints the
+findings. ``--seed 17 --step rowwise_int4 --target tensorrt --shrink`` applies one step to the
+network of one seed, lowers it for one target, and prints the smallest network that still fails.
 """
 
 import argparse
@@ -22,8 +22,11 @@ from tests.random_networks.shrink import shrunk
 from tests.random_networks.steps import LAST, LAYERS, TABLES, TARGETS, VALUES
 
 
-def one_step(checker: Checker, kind: str | None, target: str | None) -> None:
-    """One step on all units it takes, then one target; no step lowers the network as it is."""
+def run_one_step(checker: Checker, kind: str | None, target: str | None) -> None:
+    """Apply one step to all units that it accepts, then lower for one target.
+
+    Without a step, the uncompressed network is lowered. Without a target, nothing is lowered.
+    """
     rng = random.Random(checker.case.seed)
     model = checker.source
     if kind is not None:
@@ -32,22 +35,22 @@ def one_step(checker: Checker, kind: str | None, target: str | None) -> None:
             if kind in {**TABLES, **LAYERS}
             else {**VALUES, **LAST}[kind](rng)
         )
-        result = checker.applied(step, model)
+        result = checker.apply_step(step, model)
         if result is None:
             return
         if kind in {**TABLES, **LAYERS}:
-            checker.module_checked(result, model, kind)
+            checker.check_module(result, model, kind)
         model = result
     if target is not None:
-        checker.lowered(model, target, kind or "plain")
+        checker.check_lowering(model, target, kind or "plain")
 
 
 def main() -> int:
-    """Parse the command line and run; 1 if there was a fault."""
+    """Parse the command line and run the checks; return 1 if there are faults."""
     parser = argparse.ArgumentParser(prog="python -m tests.random_networks")
     parser.add_argument("--seed", type=int, help="check the network of one seed")
     parser.add_argument("--first", type=int, default=0, help="first seed of a range")
-    parser.add_argument("--count", type=int, default=300, help="how many seeds")
+    parser.add_argument("--count", type=int, default=300, help="number of seeds")
     parser.add_argument("--step", choices=sorted({**TABLES, **LAYERS, **VALUES, **LAST}))
     parser.add_argument("--target", choices=TARGETS)
     parser.add_argument("--pass", dest="name", choices=sorted(PASSES), default="whole")
@@ -56,40 +59,40 @@ def main() -> int:
     parser.add_argument("--progress", action="store_true", help="print a line for each seed")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    logging.disable(logging.WARNING)  # torch.export's, of every dimension
+    logging.disable(logging.WARNING)  # torch.export warns about every dimension
 
-    def work(checker: Checker) -> None:
+    def check(checker: Checker) -> None:
         if options.step or options.target:
-            one_step(checker, options.step, options.target)
+            run_one_step(checker, options.step, options.target)
         else:
             PASSES[options.name](checker)
 
     first, count = (options.seed, 1) if options.seed is not None else (options.first, options.count)
-    total, begin = Findings(), time.process_time()
+    total, start = Findings(), time.process_time()
     with operators_read_once():
         for seed in range(first, first + count):
-            found = checked(generate(seed), work)
-            total.add(found)
+            findings = checked(generate(seed), check)
+            total.add(findings)
             if options.progress:
-                print(f"seed {seed}: {dict(found.counts)}", flush=True)  # noqa: T201
-            show(found.faults)
+                print(f"seed {seed}: {dict(findings.counts)}", flush=True)  # noqa: T201
+            show(findings.faults)
             if options.refusals:
-                show(found.refused)
-    summarize(total, time.process_time() - begin)
+                show(findings.refused)
+    summarize(total, time.process_time() - start)
     if options.shrink and total.faults:
         with operators_read_once():
-            shrink(generate(total.faults[0].seed), work, total.faults[0])
+            shrink(generate(total.faults[0].seed), check, total.faults[0])
     return 1 if total.faults else 0
 
 
 def show(faults: list[Fault]) -> None:
-    """Print faults or refusals, a line each."""
+    """Print one line per fault or refusal."""
     for fault in faults:
         print(fault.line(), flush=True)  # noqa: T201
 
 
 def summarize(total: Findings, seconds: float) -> None:
-    """Print how much was checked, and refusals by name."""
+    """Print the numbers of checks, and of refusals by name."""
     print(f"\n{len(total.faults)} faults in {seconds:.0f} CPU seconds")  # noqa: T201
     for name, number in sorted(total.counts.items()):
         print(f"{number:7} {name}")  # noqa: T201
@@ -101,17 +104,17 @@ def summarize(total: Findings, seconds: float) -> None:
         print(f"{number:7} {name}")  # noqa: T201
 
 
-def shrink(case: Case, work: object, fault: Fault) -> None:
+def shrink(case: Case, check: object, fault: Fault) -> None:
     """Print the smallest network with a fault of the same kind."""
 
     def fails(candidate: Case) -> bool:
-        found = checked(candidate, work)  # type: ignore[arg-type]
-        return any(other.kind == fault.kind for other in found.faults)
+        findings = checked(candidate, check)  # type: ignore[arg-type]
+        return any(other.kind == fault.kind for other in findings.faults)
 
     small = shrunk(case, fails)
     print(json.dumps(small.config, indent=1))  # noqa: T201
     print(small.signature.model_dump_json(indent=1, exclude_defaults=True))  # noqa: T201
-    show(checked(small, work).faults)  # type: ignore[arg-type]
+    show(checked(small, check).faults)  # type: ignore[arg-type]
 
 
 if __name__ == "__main__":

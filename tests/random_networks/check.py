@@ -1,15 +1,15 @@
-"""Compress a random network step by step, lower it, and compare everything with torch.
+"""Compress a random network step by step, lower it, and compare every result with torch.
 
-What may come out is parity, or a refusal of ours with a name and a sentence. Anything else is a
-``Fault``: a graph or module that computes something else, a broken contract, or a raw exception.
+A correct result is parity, or a refusal by one of our error classes. Anything else is a ``Fault``:
+a graph or module with other outputs, a broken contract, or an unexpected exception.
 
-A difference over the limit is excused in one case only: where rounding explains it. The network is
-scored in torch again with the result of every layer changed by the rounding of the arithmetic that
-the target uses (2^-21 in float32, 2^-11 in float16, 2^-8 in bfloat16; signs at random); of weights
-with an offset the sums that cancel count as well (``_offset_products``). If that
-moves torch's own scores as far as the graph's are away (within a factor of 4), then no two correct
-programs agree on this network, and the pair is counted as ill-conditioned. Rows whose numbers
-float16 does not have, at a layer that TensorRT multiplies in float16, count as beyond float16.
+A difference over the limit is excused only if rounding explains it. For this test torch evaluates
+the network again while the output of every layer is perturbed by the rounding error of the target's
+arithmetic (2^-21 in float32, 2^-11 in float16, 2^-8 in bfloat16; random signs). For weights with an
+offset, the sums that cancel are included (``_offset_products``). If this perturbation changes
+torch's scores by as much as the graph differs (within a factor of 4), two correct programs need not
+agree on this network, and the pair counts as ill-conditioned. Rows with values outside the range of
+float16, at a layer that TensorRT multiplies in float16, count as beyond float16.
 """
 
 import tempfile
@@ -23,10 +23,9 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from compressors.contracts import Bench, DenseInput, JaggedBag, Plan, Signature, Split, TargetKind
+from compressors.contracts import Plan, TargetKind
 from compressors.core.model import Model
 from compressors.core.modules.formats import PackedLinear
 from compressors.core.skipping import run_or_skip
@@ -42,23 +41,23 @@ from compressors.lower.serving_wrapper import VECTOR, ServedGraph, input_names, 
 from compressors.quantize.dense.weight_only import zero_code
 from infra.onnxruntime.sessions import Session, optimized_graph
 from tests.random_networks import inputs as row_makers
+from tests.random_networks.bench import write_bench
 from tests.random_networks.generator import Case, rows_of
 from tests.random_networks.inputs import Rows, allowed, some_rows
 from tests.random_networks.reference import decoded_network
 
 FloatArray = NDArray[np.float32]
-NUDGES = {"float32": 2.0**-21, "float16": 2.0**-11, "bfloat16": 2.0**-8}
-EXCUSED = 4
-BENCH_ROWS = 64
-RELOADED_EVERY = 5
-FLOAT16_END = 65504.0
+ROUNDING_ERRORS = {"float32": 2.0**-21, "float16": 2.0**-11, "bfloat16": 2.0**-8}
+EXCUSED_FACTOR = 4
+RELOAD_EVERY = 5
+FLOAT16_MAX = 65504.0
 IN_FLOAT16 = ("weight_int8", "weight_int4", "float16")
 PRESERVING = ("fold", "equalize", "smooth_quant")
 
 
 @dataclass(frozen=True)
 class Fault:
-    """Something that must not happen, and where it did."""
+    """A result that is neither parity nor a refusal, and where it occurred."""
 
     seed: int
     where: str
@@ -66,13 +65,13 @@ class Fault:
     sentence: str
 
     def line(self) -> str:
-        """One line for a log."""
+        """The fault as one line of text."""
         return f"seed {self.seed} | {self.where} | {self.kind} | {self.sentence}"
 
 
 @dataclass
 class Findings:
-    """What a run found: faults, refusals by name, and how much was compared."""
+    """Results of a run: faults, refusals by name, and numbers of comparisons."""
 
     faults: list[Fault] = field(default_factory=list)
     refusals: Counter[str] = field(default_factory=Counter)
@@ -81,7 +80,7 @@ class Findings:
     counts: Counter[str] = field(default_factory=Counter)
 
     def add(self, other: "Findings") -> None:
-        """Take in what another run found."""
+        """Add the results of another run."""
         self.faults += other.faults
         self.refused += other.refused
         for name in ("refusals", "pairs", "counts"):
@@ -89,10 +88,10 @@ class Findings:
 
 
 class Checker:
-    """One network, and everything that is checked on it."""
+    """Runs the checks on one network and collects the findings."""
 
     def __init__(self, case: Case, folder: Path) -> None:
-        self.case, self.folder, self.found = case, folder, Findings()
+        self.case, self.folder, self.findings = case, folder, Findings()
         self.source = case.model()
         self.tables = rows_of(self.source.module, case.signature)
         self.bench = write_bench(case, self.source.module, self.tables, folder / "bench")
@@ -104,200 +103,210 @@ class Checker:
             "empty": row_makers.empty_rows(signature, self.tables, 2),
         }
         self.number = 0
-        self.found.counts["networks"] += 1
+        self.findings.counts["networks"] += 1
 
-    def guarded(self, where: str, work: Callable[[], Any]) -> Any:
-        """The result of some work, or None with its refusal or fault written down."""
+    def run_guarded(self, where: str, check: Callable[[], Any]) -> Any:
+        """Run a check; return its result, or None after recording its refusal or fault."""
         try:
-            return work()
-        except (ParityLost, ContractBroken) as fault:
-            self.fault(where, type(fault).__name__, str(fault))
+            return check()
+        except (ParityLost, ContractBroken) as error:
+            self.add_fault(where, type(error).__name__, str(error))
         except CompressionError as refusal:
             if " got KeyError(" in str(refusal) or " got IndexError(" in str(refusal):
-                self.fault(where, "raw exception", str(refusal))
+                self.add_fault(where, "raw exception", str(refusal))
             name = type(refusal).__name__
-            self.found.refusals[f"{name}: {_pattern(str(refusal))}"] += 1
-            self.found.refused.append(Fault(self.case.seed, where, name, str(refusal)))
-        except AssertionError as wrong:
-            self.fault(where, "wrong", str(wrong))
-        except Exception as fault:
-            where_raised = traceback.extract_tb(fault.__traceback__)[-1]
-            self.fault(
+            self.findings.refusals[f"{name}: {_pattern(str(refusal))}"] += 1
+            self.findings.refused.append(Fault(self.case.seed, where, name, str(refusal)))
+        except AssertionError as error:
+            self.add_fault(where, "wrong", str(error))
+        except Exception as error:
+            where_raised = traceback.extract_tb(error.__traceback__)[-1]
+            self.add_fault(
                 where,
                 "raw exception",
-                f"{type(fault).__name__}: {fault} ({Path(where_raised.filename).name}:"
+                f"{type(error).__name__}: {error} ({Path(where_raised.filename).name}:"
                 f"{where_raised.lineno})",
             )
         return None
 
-    def fault(self, where: str, kind: str, sentence: str) -> None:
-        """Write a fault down."""
-        self.found.faults.append(Fault(self.case.seed, where, kind, sentence))
+    def add_fault(self, where: str, kind: str, sentence: str) -> None:
+        """Record a fault."""
+        self.findings.faults.append(Fault(self.case.seed, where, kind, sentence))
 
-    def applied(self, step: Any, model: Model) -> Model | None:
-        """The model after one step, as loaded from its stored state; None if it was refused."""
+    def apply_step(self, step: Any, model: Model) -> Model | None:
+        """Apply one step; return the model loaded from its stored state, or None if refused."""
         self.number += 1
         folder = self.folder / f"step{self.number}"
         where = f"{step.kind} {getattr(step, 'tables', ()) or getattr(step, 'layers', ())}"
-        result: Model | None = self.guarded(
+        result: Model | None = self.run_guarded(
             where, lambda: run_or_skip(step, model, self.bench, folder)
         )
         if result is not None:
-            self.found.counts["steps"] += 1
-            if self.number % RELOADED_EVERY == 0:  # run itself compares on usual rows
-                self.guarded(f"{where} reload", lambda: self._reloads(result, folder))
+            self.findings.counts["steps"] += 1
+            if self.number % RELOAD_EVERY == 0:  # `run` itself compares on typical rows
+                self.run_guarded(f"{where} reload", lambda: self._check_reload(result, folder))
             if step.kind in PRESERVING:
-                self.guarded(where, lambda: self._preserves(step.kind, model.module, result.module))
+                self.run_guarded(
+                    where, lambda: self._check_same_function(step.kind, model.module, result.module)
+                )
         return result
 
-    def _reloads(self, model: Model, folder: Path) -> None:
-        again = load(model.architecture, model.network, folder)
-        assert [(u.name, u.format) for u in Unit.of(again)] == [
+    def _check_reload(self, model: Model, folder: Path) -> None:
+        reloaded = load(model.architecture, model.network, folder)
+        assert [(u.name, u.format) for u in Unit.of(reloaded)] == [
             (u.name, u.format) for u in Unit.of(model.module)
         ], "a reloaded network has other units"
         rows = allowed(self.case.signature, self.tables, self.rows["edge"])[0]
         with torch.no_grad():
-            first, second = model.module(**rows), again(**rows)
-        assert torch.equal(first.nan_to_num(7.0), second.nan_to_num(7.0)), "a reload scores other"
+            first, second = model.module(**rows), reloaded(**rows)
+        assert torch.equal(first.nan_to_num(7.0), second.nan_to_num(7.0)), (
+            "a reloaded network has other scores"
+        )
 
-    def _preserves(self, kind: str, before: nn.Module, after: nn.Module) -> None:
+    def _check_same_function(self, kind: str, before: nn.Module, after: nn.Module) -> None:
         for name in ("typical", "edge", "empty"):
             rows = allowed(self.case.signature, self.tables, self.rows[name])[0]
-            self._alike(f"{kind} on {name} rows", before, after, rows, 2e-4)
+            self._assert_close(f"{kind} on {name} rows", before, after, rows, 2e-4)
 
-    def module_checked(self, packed: Model, plain: Model, where: str) -> None:
-        """Compare a compressed module with the plain one over decoded weights."""
+    def check_module(self, packed: Model, plain: Model, where: str) -> None:
+        """Compare a compressed module with the original module over decoded weights."""
         reference, faults = decoded_network(packed.module, plain.module)
         for sentence in faults:
-            self.fault(where, "decoded", sentence)
+            self.add_fault(where, "decoded", sentence)
         formats = {unit.format for unit in Unit.of(packed.module)}
-        # Inputs on the edge between two levels fall to either side in another order of sums.
+        # With another order of sums, inputs midway between two levels may round either way.
         rounding = formats & {"static_int8", "float8_dense", "weight_int8", "weight_int4"}
         share = 0.05 if rounding else 2e-4
         for name in ("typical", "edge", "extreme", "empty"):
             rows = allowed(self.case.signature, self.tables, self.rows[name])[0]
             what = f"{where} against decoded weights on {name} rows"
-            self.guarded(
+            self.run_guarded(
                 what,
-                lambda: self._alike(what, reference, packed.module, rows, share),  # noqa: B023
+                lambda: self._assert_close(what, reference, packed.module, rows, share),  # noqa: B023
             )
-        self.found.counts["modules"] += 1
+        self.findings.counts["modules"] += 1
 
-    def _alike(
+    def _assert_close(
         self, what: str, first: nn.Module, second: nn.Module, rows: Rows, share: float
     ) -> None:
         with torch.no_grad():
-            expected, found = first(**rows).reshape(-1), second(**rows).reshape(-1)
-        assert torch.equal(expected.isnan(), found.isnan()), f"{what}: NaN in other places"
+            expected, actual = first(**rows).reshape(-1), second(**rows).reshape(-1)
+        assert torch.equal(expected.isnan(), actual.isnan()), f"{what}: NaN at other rows"
         typical = allowed(self.case.signature, self.tables, self.rows["typical"])[0]
         with torch.no_grad():
             spread = float(first(**typical).nan_to_num().std()) if len(expected) else 0.0
-        gap = (expected - found).nan_to_num()
+        gap = (expected - actual).nan_to_num()
         limit = share * spread + 1e-5
         rms = float(gap.square().mean().sqrt()) if len(gap) else 0.0
         if rms > limit and not self.is_rounding(gap, first, rows, "float32", squash=False):
-            raise AssertionError(f"{what}: off by {rms:.2g} (limit {limit:.2g})")
+            raise AssertionError(f"{what}: differs by {rms:.2g} (limit {limit:.2g})")
 
     def is_rounding(
         self, gap: Tensor, module: nn.Module, rows: Rows, precision: str, *, squash: bool
     ) -> bool:
-        """Whether rounding in some precision moves a module's own scores about as far as a gap."""
+        """Whether rounding errors of this precision change the scores about as much as ``gap``."""
         with torch.no_grad():
             scores = [module(**rows)]
             scores += [
-                _rounded_often(module, NUDGES[precision], seed)(**rows) for seed in (3, 4, 5)
+                _with_rounding_errors(module, ROUNDING_ERRORS[precision], seed)(**rows)
+                for seed in (3, 4, 5)
             ]
         scores = [torch.sigmoid(score) if squash else score for score in scores]
-        moved = torch.stack([(x - scores[0]).nan_to_num() for x in scores[1:]])
-        rms, largest = moved.square().mean().sqrt(), moved.abs().max()
+        changes = torch.stack([(x - scores[0]).nan_to_num() for x in scores[1:]])
+        rms, largest = changes.square().mean().sqrt(), changes.abs().max()
         gap = gap.nan_to_num()
         excused = bool(
-            gap.square().mean().sqrt() <= EXCUSED * rms and gap.abs().max() <= EXCUSED * largest
+            gap.square().mean().sqrt() <= EXCUSED_FACTOR * rms
+            and gap.abs().max() <= EXCUSED_FACTOR * largest
         )
-        self.found.counts[f"ill-conditioned in {precision}"] += excused
+        self.findings.counts[f"ill-conditioned in {precision}"] += excused
         return excused
 
-    def lowered(self, model: Model, target: TargetKind, where: str) -> None:
+    def check_lowering(self, model: Model, target: TargetKind, where: str) -> None:
         """Lower every graph of a model for one target and compare it with the module."""
-        for form in served_graphs(self.case.signature):
-            what = f"{where} {form.name} on {target}"
-            self.guarded(what, lambda: self._lowered(model, form, target, what))  # noqa: B023
+        for graph in served_graphs(self.case.signature):
+            what = f"{where} {graph.name} on {target}"
+            self.run_guarded(what, lambda: self._check_graph(model, graph, target, what))  # noqa: B023
 
-    def _lowered(self, model: Model, form: ServedGraph, target: TargetKind, where: str) -> None:
-        path = self.folder / f"{form.name}-{target}.onnx"
-        lowered = lower(model.module, form, target, path)
-        plan = plan_of_form(model, form)
+    def _check_graph(
+        self, model: Model, graph: ServedGraph, target: TargetKind, where: str
+    ) -> None:
+        path = self.folder / f"{graph.name}-{target}.onnx"
+        lowered = lower(model.module, graph, target, path)
+        plan = plan_of_graph(model, graph)
         session = _session(path, target, plan)
-        self.found.counts["graphs"] += 1
-        self.found.pairs.update(
-            f"{unit.format} on {target}" for unit in Unit.of(form.part(model.module))
+        self.findings.counts["graphs"] += 1
+        self.findings.pairs.update(
+            f"{unit.format} on {target}" for unit in Unit.of(graph.part(model.module))
         )
         scores: dict[str, FloatArray] = {}
         for name, rows in self.rows.items():
-            mine = {key: rows[key] for key in input_names(form.signature)}
-            expected = self.scored(model.module, form, mine)
+            inputs = {key: rows[key] for key in input_names(graph.signature)}
+            expected = self.reference_scores(model.module, graph, inputs)
             with torch.no_grad():
-                served = lowered.served(*mine.values()).numpy()
-            self._same(f"{where}: the policy in torch, {name} rows", expected, served)
-            found = session.scores({key: x.numpy() for key, x in mine.items()})
-            self.guarded(
+                served = lowered.served(*inputs.values()).numpy()
+            self._assert_same_scores(f"{where}: the policy in torch, {name} rows", expected, served)
+            actual = session.scores({key: x.numpy() for key, x in inputs.items()})
+            self.run_guarded(
                 f"{where}, {name} rows",
-                lambda: self._parity(served, found, plan, target, model, form, mine),  # noqa: B023
+                lambda: self._check_parity(served, actual, plan, target, model, graph, inputs),  # noqa: B023
             )
-            scores[name] = found
-            self.found.counts["parities"] += 1
-        mine = {key: self.rows["typical"][key] for key in input_names(form.signature)}
-        for few in ([0], [1, 2]):
-            rows = some_rows(form.signature, mine, few)
-            alone = session.scores({key: x.numpy() for key, x in rows.items()})
-            self._parity(scores["typical"][few], alone, plan, target, model, form, rows, few=True)
+            scores[name] = actual
+            self.findings.counts["parities"] += 1
+        inputs = {key: self.rows["typical"][key] for key in input_names(graph.signature)}
+        for indices in ([0], [1, 2]):
+            rows = some_rows(graph.signature, inputs, indices)
+            batch_scores = session.scores({key: x.numpy() for key, x in rows.items()})
+            self._check_parity(
+                scores["typical"][indices], batch_scores, plan, target, model, graph, rows, few=True
+            )
         if target == "onnxruntime":
             audit(optimized_graph(path), plan, lowered.tables, lowered.layers)
-            self.found.counts["audits"] += 1
+            self.findings.counts["audits"] += 1
 
-    def scored(self, module: nn.Module, form: ServedGraph, rows: Rows) -> FloatArray:
-        """What torch says of rows, with the request policy of this package's own."""
-        within, refused = allowed(form.signature, self.tables, rows)
+    def reference_scores(self, module: nn.Module, graph: ServedGraph, rows: Rows) -> FloatArray:
+        """Scores by torch, with the request policy of ``inputs.allowed``."""
+        within, refused = allowed(graph.signature, self.tables, rows)
         with torch.no_grad():
-            score = form.part(module)(**within)
-        if form.output != VECTOR:
+            score = graph.part(module)(**within)
+        if graph.output != VECTOR:
             score = score.reshape(-1)
-            score = torch.sigmoid(score) if form.signature.output == "logit" else score
+            score = torch.sigmoid(score) if graph.signature.output == "logit" else score
         score = score.clone()
         score[refused] = torch.nan
         return score.numpy()
 
-    def _same(self, what: str, expected: FloatArray, found: FloatArray) -> None:
-        assert expected.shape == found.shape, f"{what}: {expected.shape} and {found.shape}"
-        assert np.array_equal(np.isnan(expected), np.isnan(found)), (
-            f"{what}: NaN in rows {np.flatnonzero(np.isnan(expected) != np.isnan(found))[:5]}"
+    def _assert_same_scores(self, what: str, expected: FloatArray, actual: FloatArray) -> None:
+        assert expected.shape == actual.shape, f"{what}: {expected.shape} and {actual.shape}"
+        assert np.array_equal(np.isnan(expected), np.isnan(actual)), (
+            f"{what}: NaN in rows {np.flatnonzero(np.isnan(expected) != np.isnan(actual))[:5]}"
         )
         limit = 1e-5 + 1e-4 * float(np.nan_to_num(expected).std()) if expected.size else 1.0
-        gap = float(np.nanmax(np.abs(expected - found), initial=0.0))
-        assert gap <= limit, f"{what}: off by {gap:.2g} (limit {limit:.2g})"
+        gap = float(np.nanmax(np.abs(expected - actual), initial=0.0))
+        assert gap <= limit, f"{what}: differs by {gap:.2g} (limit {limit:.2g})"
 
-    def _parity(
+    def _check_parity(
         self,
         expected: FloatArray,
-        found: FloatArray,
+        actual: FloatArray,
         plan: Plan | None,
         target: TargetKind,
         model: Model,
-        form: ServedGraph,
+        graph: ServedGraph,
         rows: Rows,
         *,
         few: bool = False,
     ) -> None:
-        typical = {key: self.rows["typical"][key] for key in input_names(form.signature)}
-        usual = self.scored(model.module, form, typical)
+        typical = {key: self.rows["typical"][key] for key in input_names(graph.signature)}
+        typical_scores = self.reference_scores(model.module, graph, typical)
         try:
-            if few or not _spread(expected) > 0.1 * _spread(usual):
-                # Rows alike have no spread of their own: judged by that of typical rows.
-                usual = usual[~np.isnan(usual)].reshape(-1)
-                limits = compare(usual, usual, plan, target)
-                gap = float(np.nanmax(np.abs(expected - found), initial=0.0))
-                nan = np.array_equal(np.isnan(expected), np.isnan(found))
-                if expected.shape != found.shape or not nan or gap > limits.largest_limit:
+            if few or not _spread(expected) > 0.1 * _spread(typical_scores):
+                # Equal scores have no spread: use the limits for the spread of typical rows.
+                typical_scores = typical_scores[~np.isnan(typical_scores)].reshape(-1)
+                limits = compare(typical_scores, typical_scores, plan, target)
+                gap = float(np.nanmax(np.abs(expected - actual), initial=0.0))
+                nan = np.array_equal(np.isnan(expected), np.isnan(actual))
+                if expected.shape != actual.shape or not nan or gap > limits.largest_limit:
                     raise ParityLost(
                         ParityFailure(
                             code="parity_limit",
@@ -307,22 +316,22 @@ class Checker:
                         )
                     )
             else:
-                compare(expected, found, plan, target)
+                compare(expected, actual, plan, target)
         except ParityLost:
-            within = allowed(form.signature, self.tables, rows)[0]
-            part = form.part(model.module)
+            within = allowed(graph.signature, self.tables, rows)[0]
+            part = graph.part(model.module)
             if target != "onnxruntime" and _beyond_float16(part, within):
-                self.found.counts["beyond float16"] += 1
+                self.findings.counts["beyond float16"] += 1
                 return
             nan = np.isnan(expected)
-            if expected.shape != found.shape or not np.array_equal(nan, np.isnan(found)):
+            if expected.shape != actual.shape or not np.array_equal(nan, np.isnan(actual)):
                 raise
-            formats = {unit.format for unit in Unit.of(form.part(model.module))}
+            formats = {unit.format for unit in Unit.of(graph.part(model.module))}
             precision = "float32"
             if target != "onnxruntime" and formats - {"float32"}:
                 precision = "bfloat16" if has_bfloat16_products(plan) else "float16"
-            gap_tensor = torch.from_numpy(expected - found)
-            squash = form.output != VECTOR and form.signature.output == "logit"
+            gap_tensor = torch.from_numpy(expected - actual)
+            squash = graph.output != VECTOR and graph.signature.output == "logit"
             if not self.is_rounding(gap_tensor, part, within, precision, squash=squash):
                 raise
 
@@ -333,45 +342,45 @@ def _spread(scores: FloatArray) -> float:
 
 
 def _beyond_float16(module: nn.Module, rows: Rows) -> bool:
-    """Whether a layer that TensorRT multiplies in float16 meets numbers that float16 lacks."""
+    """Whether a layer that TensorRT multiplies in float16 has values outside float16's range."""
     beyond: list[bool] = []
 
-    def look(layer: nn.Module, given: tuple[Tensor, ...], result: Tensor) -> None:
-        beyond.append(max(float(given[0].abs().max()), float(result.abs().max())) > FLOAT16_END)
+    def record(layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        beyond.append(max(float(inputs[0].abs().max()), float(output.abs().max())) > FLOAT16_MAX)
 
     copied = private_copy(module).eval()
     for layer in copied.modules():
         if isinstance(layer, PackedLinear) and layer.storage.name in IN_FLOAT16:
-            layer.register_forward_hook(look)
+            layer.register_forward_hook(record)
     with torch.no_grad():
         copied(**rows)
     return any(beyond)
 
 
-def _rounded_often(module: nn.Module, size: float, seed: int) -> nn.Module:
-    """A copy of a module in which the result of every layer is changed by a little."""
+def _with_rounding_errors(module: nn.Module, size: float, seed: int) -> nn.Module:
+    """A copy of a module that perturbs the output of every layer by the relative error ``size``."""
     generator = torch.Generator().manual_seed(seed)
 
-    def change(layer: nn.Module, given: Any, result: Any) -> Any:
-        if not isinstance(result, Tensor) or not result.is_floating_point():
-            return result
-        sign = torch.randint(0, 2, result.shape, generator=generator) * 2 - 1
-        largest = result.abs()
+    def perturb(layer: nn.Module, inputs: Any, output: Any) -> Any:
+        if not isinstance(output, Tensor) or not output.is_floating_point():
+            return output
+        sign = torch.randint(0, 2, output.shape, generator=generator) * 2 - 1
+        magnitude = output.abs()
         if isinstance(layer, PackedLinear) and layer.settings.get("activations") == "int8":
-            largest = largest + _offset_products(layer, given[0])
-        return result + size * sign.to(result.dtype) * largest
+            magnitude = magnitude + _offset_products(layer, inputs[0])
+        return output + size * sign.to(output.dtype) * magnitude
 
     copied = private_copy(module).eval()
     for layer in copied.modules():
-        layer.register_forward_hook(change)
+        layer.register_forward_hook(perturb)
     return copied
 
 
 def _offset_products(layer: PackedLinear, x: Tensor) -> Tensor:
-    """What ONNX Runtime adds and takes off again in a layer with unsigned weights and int8 inputs.
+    """Size of the sums that ONNX Runtime adds and subtracts for unsigned weights and int8 inputs.
 
-    Its codes have an offset of half their range: products of the inputs with that offset are summed
-    in float32 and subtracted, also where a weight is 0.
+    The codes have an offset of half their range. ONNX Runtime sums the products of the inputs with
+    that offset in float32 and subtracts the sum, even for weights of 0.
     """
     offset = zero_code(8 if layer.storage.name == "weight_int8" else 4)
     scale = layer.get_buffer("scale").float().amax(dim=1)  # (out,)
@@ -379,7 +388,7 @@ def _offset_products(layer: PackedLinear, x: Tensor) -> Tensor:
 
 
 def _pattern(sentence: str) -> str:
-    """The beginning of a sentence without names and numbers, to count refusals by."""
+    """The first words of a sentence without names and numbers, as a key to count refusals."""
     words = [
         "#" if any(c.isdigit() or c in "'\"_[]" for c in word) else word
         for word in sentence.split()
@@ -395,58 +404,25 @@ def _session(path: Path, target: TargetKind, plan: Plan | None) -> Session:
     return Session(checkable, 1)
 
 
-def plan_of_form(model: Model, form: ServedGraph) -> Plan | None:
-    """The lines of a plan about the units that a graph runs."""
-    if model.plan is None or not form.module:
+def plan_of_graph(model: Model, graph: ServedGraph) -> Plan | None:
+    """The plan's lines for the units in a graph."""
+    if model.plan is None or not graph.module:
         return model.plan
-    mine = set(form.part(model.module).modules())
-    names = {unit.name for unit in Unit.of(model.module) if unit.module in mine}
+    modules = set(graph.part(model.module).modules())
+    names = {unit.name for unit in Unit.of(model.module) if unit.module in modules}
     return Plan(lines=tuple(line for line in model.plan.lines if line.module in names))
 
 
-def write_bench(case: Case, module: nn.Module, tables: dict[str, int], folder: Path) -> Bench:
-    """A bench of typical rows, as prepared data is stored, with labels that can be learned."""
-    parts: dict[str, Split] = {}
-    for seed, name in enumerate(("calibration", "train", "validation"), 70):
-        rows = row_makers.typical_rows(case.signature, tables, BENCH_ROWS, case.scales, seed)
-        with torch.no_grad():
-            score = module(**rows).reshape(-1).nan_to_num()
-        if name == "train":
-            parts["soft_labels"] = _split(folder / "soft_labels", {"score": score})
-        # Mostly what the network says, with every fifth row the other way: something to learn.
-        label = ((score > score.median()) ^ (torch.arange(BENCH_ROWS) % 5 == 0)).float()
-        parts[name] = _split(folder / name, {**_stored(case.signature, rows), "@label": label})
-    return Bench(signature=case.signature, **parts)
-
-
-def _stored(signature: Signature, rows: Rows) -> dict[str, Tensor]:
-    held = {}
-    for item in signature.inputs:
-        held[item.name] = rows[item.name]
-        if isinstance(item, JaggedBag) and not isinstance(item, DenseInput):
-            lengths = torch.tensor([len(ids) for ids in row_makers.unpacked(item, rows)])
-            held[f"@bounds/{item.name}"] = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
-    if signature.group is not None:
-        held["@group"] = torch.arange(BENCH_ROWS) // 8
-    return held
-
-
-def _split(folder: Path, tensors: dict[str, Tensor]) -> Split:
-    folder.mkdir(parents=True)
-    save_file({name: x.contiguous() for name, x in tensors.items()}, folder / "data.safetensors")
-    return Split(path=str(folder), sha256="0" * 64, rows=BENCH_ROWS)
-
-
-def checked(case: Case, work: Callable[[Checker], None]) -> Findings:
-    """What some work on one case finds."""
+def checked(case: Case, check: Callable[[Checker], None]) -> Findings:
+    """Run a check on one case and return its findings."""
     with tempfile.TemporaryDirectory(prefix="network-") as scratch:
         checker = Checker(case, Path(scratch))
-        work(checker)
-        return checker.found
+        check(checker)
+        return checker.findings
 
 
 def units_of(model: Model) -> tuple[Sequence[str], Sequence[str]]:
-    """Names of the float tables and layers of a model that are stored alone."""
+    """Names of the float32 tables and of the float32 layers of a model."""
     units = Unit.of(model.module)
     tables = [u.name for u in units if u.role == "table" and u.format == "float32"]
     layers = [u.name for u in units if u.role == "dense" and u.format == "float32"]

@@ -1,4 +1,4 @@
-"""Parts of random networks that work on fields ``(rows, fields, dim)``: interactions."""
+"""Parts of random networks that work on fields ``(rows, fields, dim)``, such as interactions."""
 
 import random
 from typing import Any
@@ -9,12 +9,12 @@ from torch.nn import functional as F
 
 from tests.random_networks.parts import Part, Sizes, activation, draw_activation, part
 
-MOST_PAIRS = 40
+MAX_PAIRS = 40
 
 
 @part
 class Stack(Part):
-    """Vectors of unlike widths, projected to one width and stacked as fields."""
+    """Projects vectors of different widths to one width and stacks them as fields."""
 
     takes = ("vector", "vector", "vector")
     gives = "fields"
@@ -56,7 +56,7 @@ class FM(Part):
 
 @part
 class Pairs(Part):
-    """A number, or a vector, for each pair of fields: DLRM, PNN and bilinear interactions."""
+    """A scalar or a vector for each pair of fields: DLRM, PNN and bilinear interactions."""
 
     takes = ("fields",)
 
@@ -67,7 +67,7 @@ class Pairs(Part):
     def __init__(self, sizes: Sizes, *, form: str) -> None:
         super().__init__()
         count, dim = sizes[0]
-        left, right = torch.triu_indices(count, count, offset=1)[:, :MOST_PAIRS]
+        left, right = torch.triu_indices(count, count, offset=1)[:, :MAX_PAIRS]
         self.register_buffer("left", left, persistent=False)
         self.register_buffer("right", right, persistent=False)
         self.form = form
@@ -96,7 +96,7 @@ class Pairs(Part):
 
 @part
 class SENet(Part):
-    """Fields weighed by a gate that reads the mean, or largest, number of each."""
+    """Fields times a gate computed from the mean or maximum of each field (SENet)."""
 
     takes = ("fields",)
     gives = "fields"
@@ -119,7 +119,7 @@ class SENet(Part):
 
 @part
 class CIN(Part):
-    """The compressed interaction of xDeepFM: a kernel-1 Conv1d over products of fields."""
+    """The compressed interaction network of xDeepFM: a kernel-1 Conv1d over field products."""
 
     takes = ("fields",)
 
@@ -142,7 +142,7 @@ class CIN(Part):
 
 @part
 class FieldConv(Part):
-    """A kernel-1 Conv1d over fields as channels, or over their numbers."""
+    """A kernel-1 Conv1d whose channels are the fields, or the elements of the fields."""
 
     takes = ("fields",)
     gives = "fields"
@@ -172,7 +172,7 @@ class FieldConv(Part):
 
 @part
 class FieldLinear(Part):
-    """A layer over the numbers of each field, with or without an activation and a norm."""
+    """A layer on each field, with or without an activation and a norm."""
 
     takes = ("fields",)
     gives = "fields"
@@ -200,7 +200,7 @@ class FieldLinear(Part):
 
 @part
 class FieldAttention(Part):
-    """Self-attention among fields, as in AutoInt: hand-written or torch's module."""
+    """Self-attention over fields, as in AutoInt: written out, or torch's module."""
 
     takes = ("fields",)
     gives = "fields"
@@ -225,21 +225,21 @@ class FieldAttention(Part):
             self.query, self.key, self.value = (nn.Linear(dim, width) for _ in range(3))
 
     def forward(self, x: Tensor) -> Tensor:
-        entered = self.enter(x)
+        projected = self.enter(x)
         if self.form == "module":
-            return F.relu(self.attention(entered, entered, entered)[0] + entered)
+            return F.relu(self.attention(projected, projected, projected)[0] + projected)
         rows, count, _ = x.shape
         query, key, value = (
             layer(x).view(rows, count, self.heads, -1).transpose(1, 2)
             for layer in (self.query, self.key, self.value)
         )
         weights = torch.softmax(query @ key.transpose(-2, -1) / query.shape[-1] ** 0.5, dim=-1)
-        return F.relu((weights @ value).transpose(1, 2).reshape(rows, count, -1) + entered)
+        return F.relu((weights @ value).transpose(1, 2).reshape(rows, count, -1) + projected)
 
 
 @part
 class FieldPool(Part):
-    """All fields as one vector."""
+    """Pools all fields to one vector."""
 
     takes = ("fields",)
 

@@ -1,7 +1,7 @@
-"""From a seed to a random network: its parts, its signature and its weights.
+"""Generate a random network from a seed: its parts, its signature and its weights.
 
-The same seed gives the same network on every machine. Weights depend on the seed and on their own
-name, so a network with some parts removed keeps the weights of the others.
+A seed determines the network on every machine. Each weight depends on the seed and on the weight's
+name, so removing some parts of a network does not change the weights of the others.
 """
 
 import copy
@@ -20,9 +20,18 @@ from tests.random_networks.inputs import typical_rows
 from tests.random_networks.network import RandomNetwork, TwoTowers
 from tests.random_networks.parts import PARTS, draw_activation
 
-SOURCES = ("Lookup", "Lookup", "Lookup", "Fields", "PaddedBag", "JaggedBag", "History", "Dense")
-SHARING = ("Lookup", "History", "Fields")
-WIDEST = 120
+SOURCE_KINDS = (
+    "Lookup",
+    "Lookup",
+    "Lookup",
+    "Fields",
+    "PaddedBag",
+    "JaggedBag",
+    "History",
+    "Dense",
+)
+SHAREABLE = ("Lookup", "History", "Fields")
+MAX_WIDTH = 120
 OPERATIONS = tuple(
     name for name, kind in PARTS.items() if kind.takes and name not in ("TiedOutput",)
 )
@@ -33,7 +42,7 @@ TABLE_SCALES = (0.01, 0.1, 0.3, 0.3, 1.0, 1.0, 3.0)
 
 @dataclass(frozen=True)
 class Case:
-    """One random network: what it is built from, its inputs, and how large raw numbers are."""
+    """One random network: its config, its signature, and the scales of its dense inputs."""
 
     seed: int
     config: dict[str, Any]
@@ -46,7 +55,7 @@ class Case:
         return TwoTowers if self.signature.task == "retrieval" else RandomNetwork
 
     def model(self) -> Model:
-        """The network with its weights, as it would be loaded from a bundle."""
+        """The network with its weights, like a model loaded from a bundle."""
         with torch.random.fork_rng():
             torch.manual_seed(self.seed)
             module = self.network(**copy.deepcopy(self.config)).eval()
@@ -59,7 +68,7 @@ class Case:
 
 
 class Composer:
-    """Draws inputs and parts, and keeps count of what has been drawn."""
+    """Draws inputs and parts of one graph, and stores them."""
 
     def __init__(self, rng: random.Random, prefix: str = "", module: str = "graph") -> None:
         self.rng, self.prefix, self.module = rng, prefix, module
@@ -69,21 +78,21 @@ class Composer:
         self.leaves: list[str] = []
         self.scales: dict[str, float] = {}
 
-    def source(self, kind: str) -> None:
+    def add_source(self, kind: str) -> None:
         """Add a part that reads inputs, and its inputs."""
         rng, name = self.rng, f"{self.prefix}p{len(self.parts)}"
         spec: dict[str, Any] = {"name": name, "kind": kind, "settings": PARTS[kind].draw(rng)}
         owner = name
-        others = [p for p in self.parts if p["kind"] in SHARING and "shares" not in p]
-        if kind in SHARING and others and rng.random() < 0.25:
+        others = [p for p in self.parts if p["kind"] in SHAREABLE and "shares" not in p]
+        if kind in SHAREABLE and others and rng.random() < 0.25:
             other = rng.choice(others)
             relation = rng.choice(("shares", "ties"))
             spec[relation] = other["name"]
             spec["settings"].update({key: other["settings"][key] for key in ("rows", "dim")})
             owner = other["name"] if relation == "shares" else name
         spec["inputs"] = []
-        for place, (form, shape) in enumerate(PARTS[kind].asks(spec["settings"])):
-            item = self._input(form, shape, owner, spec["settings"], place)
+        for index, (form, shape) in enumerate(PARTS[kind].input_specs(spec["settings"])):
+            item = self._input(form, shape, owner, spec["settings"], index)
             spec["inputs"] += [item["name"]]
             if form.startswith("jagged"):
                 spec["inputs"] += [f"{item['name']}_{item['layout']}"]
@@ -91,13 +100,13 @@ class Composer:
             self.inputs = [item for item in self.inputs if item["name"] not in spec["inputs"]]
 
     def _input(
-        self, form: str, shape: tuple[int, ...], owner: str, settings: Mapping[str, Any], place: int
+        self, form: str, shape: tuple[int, ...], owner: str, settings: Mapping[str, Any], index: int
     ) -> dict[str, Any]:
         rng, name = self.rng, f"{self.prefix}i{len(self.inputs)}"
         item: dict[str, Any] = {"name": name, "shape": shape}
         if form == "dense":
             item["kind"] = "dense"
-            self.scales[name] = 1.0 if place else rng.choice(SCALES)
+            self.scales[name] = 1.0 if index else rng.choice(SCALES)
         else:
             item["kind"] = "jagged_bag" if form.startswith("jagged") else form
             item["table"] = f"{self.module}.parts.{owner}.table"
@@ -112,13 +121,13 @@ class Composer:
         self.inputs.append(item)
         return item
 
-    def computed(self, kind: str) -> None:
-        """Add a part that looks up ids computed from the inputs of other parts."""
-        wanted = {"id": ("id", ()), "dense": ("dense", None)}[PARTS[kind].reads]
+    def add_computed(self, kind: str) -> None:
+        """Add a part that looks up ids computed from inputs of other parts."""
+        needed = {"id": ("id", ()), "dense": ("dense", None)}[PARTS[kind].reads]
         names = [
             item["name"]
             for item in self.inputs
-            if item["kind"] == wanted[0] and (wanted[1] is None or item["shape"] == wanted[1])
+            if item["kind"] == needed[0] and (needed[1] is None or item["shape"] == needed[1])
         ]
         count = 2 if kind == "CrossedIds" else 1
         if len(names) < count:
@@ -128,13 +137,15 @@ class Composer:
         inputs = self.rng.sample(names, count)
         self._add({"name": name, "kind": kind, "settings": settings, "inputs": inputs})
 
-    def operation(self, kind: str) -> None:
-        """Add a part that reads other parts, most likely some that nothing reads yet."""
+    def add_operation(self, kind: str) -> None:
+        """Add a part that reads other parts, preferably parts without a consumer."""
         rng, name = self.rng, f"{self.prefix}p{len(self.parts)}"
         spec: dict[str, Any] = {"name": name, "kind": kind, "settings": PARTS[kind].draw(rng)}
-        spec["takes"] = [self._taken(need) for need in PARTS[kind].takes]
+        spec["takes"] = [self._draw_producer(need) for need in PARTS[kind].takes]
         if kind == "TiedOutput":
-            owners = [p for p in self.parts if p["kind"] in SHARING and p["settings"]["rows"] < 40]
+            owners = [
+                p for p in self.parts if p["kind"] in SHAREABLE and p["settings"]["rows"] < 40
+            ]
             if not owners:
                 return
             owner = rng.choice(owners)
@@ -142,7 +153,7 @@ class Composer:
             spec["settings"].update({key: owner["settings"][key] for key in ("rows", "dim")})
         self._add(spec)
 
-    def _taken(self, need: str) -> str:
+    def _draw_producer(self, need: str) -> str:
         rng = self.rng
         kinds = {p["name"]: PARTS[p["kind"]].gives for p in self.parts}
         fitting = [name for name in self.sizes if kinds[name] == need]
@@ -156,36 +167,36 @@ class Composer:
         from tests.random_networks.network import Graph
 
         size = Graph([*self.parts, spec]).sizes[spec["name"]][0]
-        if size > WIDEST:
+        if size > MAX_WIDTH:
             return False
         self.parts.append(spec)
         self.sizes[spec["name"]] = size
-        taken = set(spec.get("takes", ()))
-        self.leaves = [name for name in self.leaves if name not in taken] + [spec["name"]]
+        consumed = set(spec.get("takes", ()))
+        self.leaves = [name for name in self.leaves if name not in consumed] + [spec["name"]]
         return True
 
     def compose(self, sources: int, operations: int) -> None:
-        """Draw a whole graph."""
+        """Draw a graph with this many sources and operations."""
         rng = self.rng
         for _ in range(sources):
-            self.source(rng.choice(SOURCES))
+            self.add_source(rng.choice(SOURCE_KINDS))
         for kind in ("CrossedIds", "Buckets"):
             if rng.random() < 0.15:
-                self.computed(kind)
+                self.add_computed(kind)
         for _ in range(operations):
             tied = rng.random() < 0.04
-            self.operation("TiedOutput" if tied else rng.choice(OPERATIONS))
+            self.add_operation("TiedOutput" if tied else rng.choice(OPERATIONS))
 
 
 def generate(seed: int) -> Case:
-    """The network of a seed: one in eight has two towers."""
+    """The network of a seed; every eighth network has two towers."""
     rng = random.Random(f"recpress {seed}")
-    return _two_towers(seed, rng) if seed % 8 == 7 else _click_model(seed, rng)
+    return _two_tower_model(seed, rng) if seed % 8 == 7 else _click_model(seed, rng)
 
 
 def _click_model(seed: int, rng: random.Random) -> Case:
     composer = Composer(rng)
-    composer.source("Lookup")
+    composer.add_source("Lookup")
     composer.compose(rng.randint(2, 6), rng.randint(2, 8))
     widths = [rng.choice((4, 8, 16, 17)) for _ in range(rng.randint(0, 2))]
     squeezes = ("one", "last", "view", "flatten", "index", "keep", "reshape", "sum")
@@ -209,12 +220,12 @@ def _click_model(seed: int, rng: random.Random) -> Case:
     return Case(seed, {"parts": composer.parts, "head": head}, signature, composer.scales)
 
 
-def _two_towers(seed: int, rng: random.Random) -> Case:
+def _two_tower_model(seed: int, rng: random.Random) -> Case:
     width, unit = rng.choice((3, 8, 16)), rng.choice(("function", "division", "none"))
     towers = {}
     for side in ("query", "item"):
         towers[side] = Composer(rng, side[0], f"{side}.graph")
-        towers[side].source("Lookup")
+        towers[side].add_source("Lookup")
         towers[side].compose(rng.randint(1, 3), rng.randint(1, 4))
     item = next(i for i in towers["item"].inputs if i["kind"] == "id" and not i["shape"])
     inputs = tuple(i for side in towers.values() for i in side.inputs)
@@ -231,8 +242,8 @@ def _two_towers(seed: int, rng: random.Random) -> Case:
         },
     )
     config = {
-        side: {"parts": made.parts, "head": {"reads": made.leaves, "unit": unit, "width": width}}
-        for side, made in towers.items()
+        side: {"parts": tower.parts, "head": {"reads": tower.leaves, "unit": unit, "width": width}}
+        for side, tower in towers.items()
     }
     scales = {**towers["query"].scales, **towers["item"].scales}
     return Case(seed, config, signature, scales)
@@ -244,7 +255,7 @@ def _rng(seed: int, name: str) -> random.Random:
 
 @torch.no_grad()
 def set_weights(module: nn.Module, seed: int) -> None:
-    """Give every weight a value of a realistic size, with some rows and layers out of the usual."""
+    """Set all weights to values of realistic magnitude; some rows and layers are unusual."""
     for name, owner in module.named_modules():
         rng = _rng(seed, name)
         generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {name}".encode()))
@@ -265,10 +276,10 @@ def set_weights(module: nn.Module, seed: int) -> None:
             elif key in ("edges", "wide_scale", "offset"):
                 continue
             elif value.dim() >= 2:
-                _set_layer(value, draw, rng, usual=name == "output")
+                _set_layer(value, draw, rng, regular=name == "output")
             else:
-                usual = 1.0 if key in ("weight", "scale") else 0.0
-                value.copy_(usual + 0.1 * draw)
+                default = 1.0 if key in ("weight", "scale") else 0.0
+                value.copy_(default + 0.1 * draw)
 
 
 def _set_table(
@@ -291,9 +302,11 @@ def _set_table(
         value[padding] = 0
 
 
-def _set_layer(value: torch.Tensor, draw: torch.Tensor, rng: random.Random, *, usual: bool) -> None:
+def _set_layer(
+    value: torch.Tensor, draw: torch.Tensor, rng: random.Random, *, regular: bool
+) -> None:
     value.copy_(draw * (rng.choice((0.7, 1.0, 1.5)) / max(value[0].numel(), 1) ** 0.5))
-    chance = 1.0 if usual else rng.random()
+    chance = 1.0 if regular else rng.random()
     if chance < 0.02:
         value.zero_()
     elif chance < 0.06:
@@ -304,7 +317,7 @@ def _set_layer(value: torch.Tensor, draw: torch.Tensor, rng: random.Random, *, u
 
 @torch.no_grad()
 def spread_scores(module: nn.Module, case: Case) -> None:
-    """Scale the last layers so that logits of typical rows spread by about 1.5 around zero."""
+    """Scale the last layers so that logits of typical rows have mean 0 and deviation about 1.5."""
     if not isinstance(module, RandomNetwork):
         return
     inputs = typical_rows(
@@ -318,15 +331,15 @@ def spread_scores(module: nn.Module, case: Case) -> None:
         module.norm.running_var.copy_(deviation.square())
     else:
         module.scale.copy_(1 / deviation.clamp(min=x.std() / 100))
-    for place, name in enumerate(module.wide):
+    for index, name in enumerate(module.wide):
         size = values[name].sum(dim=1).std()
-        module.wide_scale[place] = 0.5 / size if size > 1e-3 else 0.5
+        module.wide_scale[index] = 0.5 / size if size > 1e-3 else 0.5
     module.offset.zero_()
-    seen: list[torch.Tensor] = []
-    hook = module.output.register_forward_hook(lambda *found: seen.append(found[2].reshape(-1)))
+    outputs: list[torch.Tensor] = []
+    hook = module.output.register_forward_hook(lambda *call: outputs.append(call[2].reshape(-1)))
     probability, module.probability = module.probability, False
     logit = module(**inputs).reshape(-1)
-    spread = seen[0].nan_to_num().std()
+    spread = outputs[0].nan_to_num().std()
     scale = 1.5 / spread if spread > 1e-6 else torch.tensor(1.0)
     module.output.weight.mul_(scale)
     module.output.bias.mul_(scale)
@@ -337,7 +350,7 @@ def spread_scores(module: nn.Module, case: Case) -> None:
 
 
 def rows_of(module: nn.Module, signature: Signature) -> dict[str, int]:
-    """Rows of the tables that inputs name."""
+    """Number of rows of each table that an input names."""
     return {
         item.table: module.get_submodule(item.table).num_embeddings
         for item in signature.inputs
@@ -346,5 +359,5 @@ def rows_of(module: nn.Module, signature: Signature) -> dict[str, int]:
 
 
 def with_config(case: Case, config: dict[str, Any], signature: Signature) -> Case:
-    """The same seed with other parts and inputs."""
+    """The same case with another config and signature."""
     return replace(case, config=config, signature=signature)

@@ -1,7 +1,8 @@
-"""Parts of random networks that read inputs: lookups, bags of every kind, histories, raw numbers.
+"""Parts of random networks that read inputs: lookups, all kinds of bags, histories, dense inputs.
 
-They are called with input tensors in place of values. ``ask`` says which inputs a part of such
-settings has, as ``(kind of input, shape)``; the generator makes the signature of them.
+These parts are called with input tensors instead of outputs of other parts. ``input_specs`` returns
+the inputs of a part with given settings as ``(kind of input, shape)``; the generator builds the
+signature from them.
 """
 
 import random
@@ -25,26 +26,26 @@ class Source(Part):
     reads: ClassVar[str] = ""
 
     @staticmethod
-    def asks(settings: dict[str, Any]) -> Inputs:
-        """The inputs of a part with such settings; the first of them is the one of its table."""
+    def input_specs(settings: dict[str, Any]) -> Inputs:
+        """The inputs of a part with these settings; the first one selects rows of its table."""
         raise NotImplementedError
 
 
 def draw_table(rng: random.Random) -> dict[str, Any]:
-    """Rows and dimension of a table."""
+    """Draw the number of rows and the dim of a table."""
     return {"rows": rng.choice(ROWS), "dim": rng.choice(DIMS)}
 
 
 @part
 class Lookup(Source):
-    """One id, one row; by a module or by ``F.embedding`` on the module's weight."""
+    """The table row of one id, by the module or by ``F.embedding`` on the module's weight."""
 
     @staticmethod
     def draw(rng: random.Random) -> dict[str, Any]:
         return {**draw_table(rng), "functional": rng.random() < 0.04}
 
     @staticmethod
-    def asks(settings: dict[str, Any]) -> Inputs:
+    def input_specs(settings: dict[str, Any]) -> Inputs:
         return [("id", ())]
 
     def __init__(self, sizes: Sizes, *, rows: int, dim: int, functional: bool) -> None:
@@ -58,7 +59,7 @@ class Lookup(Source):
 
 @part
 class Fields(Source):
-    """Several ids of one table in one input, as fields."""
+    """Several ids of one table in one input; their rows are the fields."""
 
     gives = "fields"
 
@@ -67,7 +68,7 @@ class Fields(Source):
         return {**draw_table(rng), "count": rng.randint(2, 5)}
 
     @staticmethod
-    def asks(settings: dict[str, Any]) -> Inputs:
+    def input_specs(settings: dict[str, Any]) -> Inputs:
         return [("id", (settings["count"],))]
 
     def __init__(self, sizes: Sizes, *, rows: int, dim: int, count: int) -> None:
@@ -80,7 +81,7 @@ class Fields(Source):
 
 @part
 class PaddedBag(Source):
-    """An EmbeddingBag over padded lists, in every mode, perhaps with weights from the request."""
+    """An EmbeddingBag over padded lists, in all modes, optionally with weights as an input."""
 
     @staticmethod
     def draw(rng: random.Random) -> dict[str, Any]:
@@ -94,7 +95,7 @@ class PaddedBag(Source):
         }
 
     @staticmethod
-    def asks(settings: dict[str, Any]) -> Inputs:
+    def input_specs(settings: dict[str, Any]) -> Inputs:
         shape = (settings["length"],)
         return [("padded_bag", shape), *([("dense", shape)] if settings["weighted"] else [])]
 
@@ -113,7 +114,7 @@ class PaddedBag(Source):
 
 @part
 class JaggedBag(Source):
-    """An EmbeddingBag over lists end to end, with offsets or lengths, perhaps weighed by id."""
+    """An EmbeddingBag over concatenated lists, with offsets or lengths and optional id weights."""
 
     @staticmethod
     def draw(rng: random.Random) -> dict[str, Any]:
@@ -129,7 +130,7 @@ class JaggedBag(Source):
         }
 
     @staticmethod
-    def asks(settings: dict[str, Any]) -> Inputs:
+    def input_specs(settings: dict[str, Any]) -> Inputs:
         return [(f"jagged_{settings['layout']}", (settings["length"],))]
 
     def __init__(
@@ -157,20 +158,20 @@ class JaggedBag(Source):
         self.weight = nn.Embedding(rows, 1) if weighted else None
         self.layout, self.size = layout, (dim,)
 
-    def forward(self, ids: Tensor, second: Tensor) -> Tensor:
+    def forward(self, ids: Tensor, bounds: Tensor) -> Tensor:
         if self.layout == "lengths":
-            second = second.cumsum(0) if self.last else second.cumsum(0) - second
+            bounds = bounds.cumsum(0) if self.last else bounds.cumsum(0) - bounds
             if self.last:
-                second = torch.cat([second.new_zeros(1), second])
+                bounds = torch.cat([bounds.new_zeros(1), bounds])
         if self.weight is None:
-            return self.table(ids, second)
+            return self.table(ids, bounds)
         weights = self.weight(ids).squeeze(-1)
-        return self.table(ids, second, per_sample_weights=weights)
+        return self.table(ids, bounds, per_sample_weights=weights)
 
 
 @part
 class History(Source):
-    """A padded list of ids looked up one by one; the mask says which places are real."""
+    """The table rows of a padded list of ids as a sequence, with a mask of the valid positions."""
 
     gives = "sequence"
 
@@ -183,7 +184,7 @@ class History(Source):
         }
 
     @staticmethod
-    def asks(settings: dict[str, Any]) -> Inputs:
+    def input_specs(settings: dict[str, Any]) -> Inputs:
         return [("padded_bag", (settings["length"],))]
 
     def __init__(self, sizes: Sizes, *, rows: int, dim: int, length: int, padding: bool) -> None:
@@ -197,14 +198,14 @@ class History(Source):
 
 @part
 class Dense(Source):
-    """Raw numbers."""
+    """A dense input."""
 
     @staticmethod
     def draw(rng: random.Random) -> dict[str, Any]:
         return {"width": rng.choice((1, 2, 3, 8, 13))}
 
     @staticmethod
-    def asks(settings: dict[str, Any]) -> Inputs:
+    def input_specs(settings: dict[str, Any]) -> Inputs:
         return [("dense", (settings["width"],))]
 
     def __init__(self, sizes: Sizes, *, width: int) -> None:
@@ -226,7 +227,7 @@ class CrossedIds(Source):
         return draw_table(rng)
 
     @staticmethod
-    def asks(settings: dict[str, Any]) -> Inputs:
+    def input_specs(settings: dict[str, Any]) -> Inputs:
         return []
 
     def __init__(self, sizes: Sizes, *, rows: int, dim: int) -> None:
@@ -240,7 +241,7 @@ class CrossedIds(Source):
 
 @part
 class Buckets(Source):
-    """A table read at the bucket of a raw number of another part's input."""
+    """A table indexed by the bucket of a dense input of another part."""
 
     reads = "dense"
 
@@ -249,7 +250,7 @@ class Buckets(Source):
         return {"rows": rng.choice((3, 5, 9)), "dim": rng.choice(DIMS)}
 
     @staticmethod
-    def asks(settings: dict[str, Any]) -> Inputs:
+    def input_specs(settings: dict[str, Any]) -> Inputs:
         return []
 
     def __init__(self, sizes: Sizes, *, rows: int, dim: int) -> None:
@@ -265,7 +266,7 @@ class Buckets(Source):
 
 @part
 class TiedOutput(Part):
-    """A layer whose weight is another part's table: scores of every row of it."""
+    """A layer whose weight is the table of another part; its outputs are scores of all rows."""
 
     @staticmethod
     def draw(rng: random.Random) -> dict[str, Any]:

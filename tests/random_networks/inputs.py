@@ -1,7 +1,7 @@
-"""Rows for random networks, among them rows at every edge, and what a request policy does to them.
+"""Rows for random networks, including edge cases, and a reference for the request policy.
 
-The policy is written here a second time, in plain torch and row by row, so that the policy inside a
-served graph is compared with something that does not share its code.
+``allowed`` implements the request policy row by row in plain torch. It shares no code with the
+policy in a served graph, so a comparison of both can find errors.
 """
 
 import random
@@ -31,7 +31,7 @@ def typical_rows(
     scales: Mapping[str, float],
     seed: int,
 ) -> Rows:
-    """Rows within every range: lists from empty to full, raw numbers of their usual size."""
+    """Rows without out-of-range values: lists from empty to full, dense inputs of usual scale."""
     rng = random.Random(f"rows {seed}")
     generator = torch.Generator().manual_seed(seed + 1)
     rows: Rows = {}
@@ -48,26 +48,27 @@ def typical_rows(
 def edge_rows(
     signature: Signature, tables: Mapping[str, int], scales: Mapping[str, float], seed: int
 ) -> Rows:
-    """Rows at the edges of ids and lists: bounds, beyond them, empty, full and too long lists.
+    """Rows with edge cases: ids at and beyond the bounds; empty, full and too long lists.
 
-    Each row has one input at an edge and the others as usual; the last rows have all at an edge.
+    In each row one input is an edge case and the others are typical. In the last rows all inputs
+    are edge cases within their range.
     """
-    named = [item for item in signature.inputs if not isinstance(item, DenseInput)]
-    edges = [(item.name, edge) for item in named for edge in range(len(_edges(item, 9)))]
+    id_inputs = [item for item in signature.inputs if not isinstance(item, DenseInput)]
+    edges = [(item.name, edge) for item in id_inputs for edge in range(len(_edges(item, 9)))]
     count = len(edges) + 6
     rng = random.Random(f"edges {seed}")
     rows = typical_rows(signature, tables, count, scales, seed + 17)
-    for item in named:
+    for item in id_inputs:
         high = tables[item.table]
         lists = [_usual_ids(item, high, rng) for _ in range(count)]
-        found = _edges(item, high)
+        edge_lists = _edges(item, high)
         for row, (name, edge) in enumerate(edges):
             if name == item.name:
-                lists[row] = found[edge]
-        inside = [ids for ids in found if all(0 <= i < high for i in ids)]
+                lists[row] = edge_lists[edge]
+        inside = [ids for ids in edge_lists if all(0 <= i < high for i in ids)]
         for row in range(len(edges), count):
             lists[row] = rng.choice(inside)
-        if isinstance(item, JaggedBag):  # all lists of a batch but one are empty in no test else
+        if isinstance(item, JaggedBag):  # covers a batch that ends with an empty list
             lists[-1] = []
         rows |= _packed(item, lists)
     return rows
@@ -76,7 +77,7 @@ def edge_rows(
 def extreme_rows(
     signature: Signature, tables: Mapping[str, int], scales: Mapping[str, float], seed: int
 ) -> Rows:
-    """Rows whose raw numbers are zero, tiny, or far beyond their usual size."""
+    """Rows whose dense inputs are zero, tiny, or far larger than usual."""
     count = 2 * len(EXTREMES)
     rows = typical_rows(signature, tables, count, scales, seed + 31)
     for item in signature.inputs:
@@ -89,7 +90,7 @@ def extreme_rows(
 
 
 def empty_rows(signature: Signature, tables: Mapping[str, int], count: int) -> Rows:
-    """Rows of which every list is empty, every id is zero and every number is zero."""
+    """Rows in which every list is empty, and every id and every dense value is zero."""
     rows: Rows = {}
     for item in signature.inputs:
         if isinstance(item, DenseInput):
@@ -111,7 +112,7 @@ def _usual_ids(item: AnyInput, high: int, rng: random.Random) -> list[int]:
 
 
 def _edges(item: AnyInput, high: int) -> list[list[int]]:
-    """Lists of ids at an edge, as many for every number of rows."""
+    """Edge-case lists of ids; their number does not depend on ``high``."""
     bad = [-1, high, high + 7, 2**31 - 1, -(2**31)]
     if item.dtype == "int64":
         bad.append(2**40)
@@ -119,15 +120,15 @@ def _edges(item: AnyInput, high: int) -> list[list[int]]:
     if isinstance(item, JaggedBag | PaddedBag):
         full = [[0] * width, [last] * width, [last], []]
         middle = [[last, *[0] * (width - 2), last][:width]] if width > 1 else [[0]]
-        late = [[*[0] * (width - 1), last]]
+        last_only = [[*[0] * (width - 1), last]]
         refused = [[*[last] * (width - 1), value] for value in bad] + [[bad[0]]]
         long = [[0] * (width + 1)] if isinstance(item, JaggedBag) else []
-        return [*full, *middle, *late, *refused, *long]
+        return [*full, *middle, *last_only, *refused, *long]
     return [[0] * width, [last] * width, *([*[0] * (width - 1), value] for value in bad)]
 
 
 def _packed(item: AnyInput, lists: list[list[int]]) -> Rows:
-    """Lists of ids as the tensors of an input."""
+    """Convert lists of ids to the tensors of an input."""
     dtype = getattr(torch, item.dtype)
     if isinstance(item, JaggedBag):
         lengths = torch.tensor([len(ids) for ids in lists], dtype=torch.int64)
@@ -147,15 +148,15 @@ def unpacked(item: AnyInput, rows: Rows) -> list[list[int]]:
         return ids.reshape(len(ids), -1).tolist()
     values, second = (rows[name].tolist() for name in tensor_names(item))
     if item.layout == "lengths":
-        begins = [sum(second[:row]) for row in range(len(second))]
+        starts = [sum(second[:row]) for row in range(len(second))]
     else:
-        begins = second
-    ends = [*begins[1:], len(values)]
-    return [values[begin:end] for begin, end in zip(begins, ends, strict=True)]
+        starts = second
+    ends = [*starts[1:], len(values)]
+    return [values[start:end] for start, end in zip(starts, ends, strict=True)]
 
 
 def allowed(signature: Signature, tables: Mapping[str, int], rows: Rows) -> tuple[Rows, Tensor]:
-    """Rows with every id within its table, and which rows must get no score."""
+    """Rows with every id moved into its table, and a mask of the rows that must get no score."""
     within, refused = dict(rows), None
     for item in signature.inputs:
         if isinstance(item, DenseInput):
@@ -166,26 +167,26 @@ def allowed(signature: Signature, tables: Mapping[str, int], rows: Rows) -> tupl
             outside = [not 0 <= i < high for i in ids]
             long = isinstance(item, JaggedBag) and len(ids) > item.shape[0]
             bad.append((item.out_of_range == "error" and any(outside)) or long)
-            instead = item.default_row if item.out_of_range == "default_row" else None
+            replacement = item.default_row if item.out_of_range == "default_row" else None
             lists[row] = [
-                i if not out else (min(max(i, 0), high - 1) if instead is None else instead)
+                i if not out else (min(max(i, 0), high - 1) if replacement is None else replacement)
                 for i, out in zip(ids, outside, strict=True)
             ]
-        mine = torch.tensor(bad)
-        refused = mine if refused is None else refused | mine
+        item_refused = torch.tensor(bad)
+        refused = item_refused if refused is None else refused | item_refused
         within |= _packed(item, lists)
     if refused is None:
         refused = torch.zeros(len(next(iter(rows.values()))), dtype=torch.bool)
     return within, refused
 
 
-def some_rows(signature: Signature, rows: Rows, places: list[int]) -> Rows:
-    """Some rows of a batch, by number."""
-    chosen: Rows = {}
+def some_rows(signature: Signature, rows: Rows, indices: list[int]) -> Rows:
+    """The rows of a batch with these indices."""
+    selected: Rows = {}
     for item in signature.inputs:
         if isinstance(item, DenseInput):
-            chosen[item.name] = rows[item.name][places]
+            selected[item.name] = rows[item.name][indices]
         else:
             lists = unpacked(item, rows)
-            chosen |= _packed(item, [lists[place] for place in places])
-    return chosen
+            selected |= _packed(item, [lists[index] for index in indices])
+    return selected

@@ -1,4 +1,4 @@
-"""Networks that are built from a list of parts: what random networks are stored and loaded as."""
+"""Model classes that build a network from a list of parts; bundles of random networks name them."""
 
 from typing import Any
 
@@ -19,8 +19,8 @@ Value = Tensor | tuple[Tensor, Tensor]
 SQUEEZES = ("one", "last", "view", "flatten", "index", "keep", "reshape", "sum", "every")
 
 
-def converted_size(size: Size, have: str, need: str) -> Size:
-    """The size of a value after ``converted``."""
+def convert_size(size: Size, have: str, need: str) -> Size:
+    """The size of a value after ``convert``."""
     if have == need:
         return size
     match have, need:
@@ -33,14 +33,14 @@ def converted_size(size: Size, have: str, need: str) -> Size:
     return size
 
 
-def converted(value: Value, have: str, need: str) -> Value:
-    """A value as another kind of value, so that any part can read any other."""
+def convert(value: Value, have: str, need: str) -> Value:
+    """Convert a value to another kind of value, so that any part can follow any other."""
     if have == need:
         return value
     if have == "sequence":
         x, mask = value
-        shown = x * mask.unsqueeze(-1)
-        return shown.sum(dim=1) if need == "vector" else shown
+        masked = x * mask.unsqueeze(-1)
+        return masked.sum(dim=1) if need == "vector" else masked
     if need == "vector":
         return value.flatten(1)
     x = value.unsqueeze(1) if have == "vector" else value
@@ -50,7 +50,7 @@ def converted(value: Value, have: str, need: str) -> Value:
 
 
 class Graph(nn.Module):
-    """Parts in order, each with the names of what it reads."""
+    """Parts in order; each spec names the parts or inputs that the part reads."""
 
     def __init__(self, parts: list[dict[str, Any]]) -> None:
         super().__init__()
@@ -60,16 +60,16 @@ class Graph(nn.Module):
         sizes: dict[str, Size] = {}
         for spec in parts:
             kind = PARTS[spec["kind"]]
-            taken = [
-                converted_size(sizes[name], self.kinds[name], need)
+            input_sizes = [
+                convert_size(sizes[name], self.kinds[name], need)
                 for name, need in zip(spec.get("takes", ()), kind.takes, strict=True)
             ]
-            built = kind(taken, **spec["settings"])
+            built = kind(input_sizes, **spec["settings"])
             self._share(spec, built)
             self.parts[spec["name"]] = built
             sizes[spec["name"]], self.kinds[spec["name"]] = built.size, kind.gives
         self.sizes = {
-            name: converted_size(size, self.kinds[name], "vector") for name, size in sizes.items()
+            name: convert_size(size, self.kinds[name], "vector") for name, size in sizes.items()
         }
 
     def _share(self, spec: dict[str, Any], built: Part) -> None:
@@ -83,23 +83,23 @@ class Graph(nn.Module):
                 built.table.weight = table.weight
 
     def values(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Every part's result, as a vector."""
-        found: dict[str, Value] = {}
+        """The output of every part, converted to a vector."""
+        outputs: dict[str, Value] = {}
         for spec in self.specs:
             part = self.parts[spec["name"]]
             if part.takes:
-                taken = [
-                    converted(found[name], self.kinds[name], need)
+                values = [
+                    convert(outputs[name], self.kinds[name], need)
                     for name, need in zip(spec["takes"], part.takes, strict=True)
                 ]
             else:
-                taken = [inputs[name] for name in spec["inputs"]]
-            found[spec["name"]] = part(*taken)
-        return {name: converted(value, self.kinds[name], "vector") for name, value in found.items()}
+                values = [inputs[name] for name in spec["inputs"]]
+            outputs[spec["name"]] = part(*values)
+        return {name: convert(value, self.kinds[name], "vector") for name, value in outputs.items()}
 
 
 class RandomNetwork(nn.Module):
-    """A click model of random parts: a logit or a probability per row."""
+    """A click model of random parts with one logit or probability per row."""
 
     def __init__(self, parts: list[dict[str, Any]], head: dict[str, Any]) -> None:
         super().__init__()
@@ -107,7 +107,7 @@ class RandomNetwork(nn.Module):
         self.reads, self.wide = head["reads"], head["wide"]
         self.squeeze, self.probability = head["squeeze"], head["probability"]
         width = sum(self.graph.sizes[name][0] for name in self.reads)
-        # What raw values are brought to one size by: a fitted norm, or fixed numbers.
+        # Brings all values to one scale: a norm with fitted statistics, or a fixed scale.
         self.norm = nn.BatchNorm1d(width) if head["norm"] else None
         self.scale = None if head["norm"] else nn.Parameter(torch.ones(width))
         self.wide_scale = nn.Parameter(torch.ones(max(len(self.wide), 1)))
@@ -124,13 +124,13 @@ class RandomNetwork(nn.Module):
         x = torch.cat([values[name] for name in self.reads], dim=1)
         x = self.norm(x) if self.norm is not None else x * self.scale
         logit = self.output(self.hidden(x))
-        for place, name in enumerate(self.wide):
+        for index, name in enumerate(self.wide):
             wide = values[name].sum(dim=1, keepdim=True)
-            logit = logit + wide * self.wide_scale[place]
-        logit = self._squeezed(logit + self.offset)
+            logit = logit + wide * self.wide_scale[index]
+        logit = self._remove_dimension(logit + self.offset)
         return torch.sigmoid(logit) if self.probability else logit
 
-    def _squeezed(self, logit: Tensor) -> Tensor:
+    def _remove_dimension(self, logit: Tensor) -> Tensor:
         match self.squeeze:
             case "one":
                 return logit.squeeze(1)
@@ -146,13 +146,13 @@ class RandomNetwork(nn.Module):
                 return logit.reshape(logit.size(0))
             case "sum":
                 return logit.sum(dim=1)
-            case "every":  # for one row this is a number without dimensions
+            case "every":  # for a single row the result has no dimensions
                 return logit.squeeze()
         return logit
 
 
 class Tower(nn.Module):
-    """One half of a retrieval model: a vector per row."""
+    """One tower of a retrieval model, with one vector per row."""
 
     def __init__(self, parts: list[dict[str, Any]], head: dict[str, Any]) -> None:
         super().__init__()
@@ -172,19 +172,19 @@ class Tower(nn.Module):
 
 
 class TwoTowers(nn.Module):
-    """A retrieval model of two towers of random parts."""
+    """A retrieval model with two towers of random parts."""
 
     def __init__(self, query: dict[str, Any], item: dict[str, Any]) -> None:
         super().__init__()
         self.query, self.item = Tower(**query), Tower(**item)
-        self.read = {
+        self.inputs_of = {
             side: {name for spec in parts["parts"] for name in spec.get("inputs", ())}
             for side, parts in (("query", query), ("item", item))
         }
 
     def forward(self, **inputs: Tensor) -> Tensor:
         vectors = [
-            tower(**{name: x for name, x in inputs.items() if name in self.read[side]})
+            tower(**{name: x for name, x in inputs.items() if name in self.inputs_of[side]})
             for side, tower in (("query", self.query), ("item", self.item))
         ]
         return (vectors[0] * vectors[1]).sum(dim=1)

@@ -1,9 +1,9 @@
-"""Parts of random networks that work on vectors and on stacked fields; sequences have a file.
+"""Parts of random networks that work on vectors, and the base class of all parts.
 
-A part is a small module. ``takes`` and ``gives`` say what kind of value it works on: a ``vector``
-is ``(rows, width)``, ``fields`` are ``(rows, fields, dim)`` and a ``sequence`` is
-``(rows, length, dim)`` with a mask ``(rows, length)``. ``size`` is the shape of the result without
-its rows. ``draw`` picks settings; with sizes and settings alone the part can be built again.
+A part is a small module. ``takes`` and ``gives`` are the kinds of its inputs and of its output: a
+``vector`` is ``(rows, width)``, ``fields`` are ``(rows, fields, dim)``, and a ``sequence`` is
+``(rows, length, dim)`` with a mask ``(rows, length)``. ``size`` is the shape of the output without
+the rows. ``draw`` draws settings; input sizes and settings are enough to build the part again.
 """
 
 import random
@@ -35,7 +35,7 @@ DRAWN_ACTIVATIONS = (*ACTIVATIONS, "relu", "relu", "prelu", "prelu_each", "dice"
 
 
 class Part(nn.Module):
-    """What every part has."""
+    """Base class of all parts."""
 
     takes: ClassVar[tuple[str, ...]] = ("vector",)
     gives: ClassVar[str] = "vector"
@@ -43,7 +43,7 @@ class Part(nn.Module):
 
     @staticmethod
     def draw(rng: random.Random) -> dict[str, Any]:
-        """Settings of one part."""
+        """Draw the settings of one part."""
         return {}
 
 
@@ -54,7 +54,7 @@ def part(kind: type[Part]) -> type[Part]:
 
 
 class Dice(nn.Module):
-    """The activation of DIN: a gate between ``x`` and ``alpha * x`` after a norm without scale."""
+    """The activation of DIN: a gate between ``x`` and ``alpha * x``, after a norm without scale."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -68,7 +68,7 @@ class Dice(nn.Module):
 
 
 class EachPReLU(nn.Module):
-    """A PReLU with a slope for each number of the last dimension; torch's takes the second."""
+    """A PReLU with one slope per channel of the last dimension; torch's uses the second."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -79,7 +79,7 @@ class EachPReLU(nn.Module):
 
 
 class RMSNorm(nn.Module):
-    """A root-mean-square norm as model code writes it."""
+    """A root-mean-square norm written out, as model code often does."""
 
     def __init__(self, width: int, eps: float = 1e-6) -> None:
         super().__init__()
@@ -91,7 +91,7 @@ class RMSNorm(nn.Module):
 
 
 def activation(name: str, width: int) -> nn.Module:
-    """An activation after ``width`` channels in the last dimension."""
+    """An activation for inputs with ``width`` channels in the last dimension."""
     if name == "prelu":
         return nn.PReLU()
     if name == "prelu_each":
@@ -100,7 +100,7 @@ def activation(name: str, width: int) -> nn.Module:
 
 
 def norm(name: str, width: int) -> nn.Module:
-    """A norm of a vector."""
+    """A norm for vectors of this width."""
     kinds = {"batch": nn.BatchNorm1d, "layer": nn.LayerNorm, "rms": RMSNorm}
     if name == "rms_torch":
         return nn.RMSNorm(width)
@@ -111,13 +111,13 @@ NORMS = ("none", "none", "batch", "batch", "layer", "rms", "rms_torch")
 
 
 def draw_activation(rng: random.Random) -> str:
-    """The name of an activation."""
+    """Draw the name of an activation."""
     return rng.choice(DRAWN_ACTIVATIONS)
 
 
 @part
 class MLP(Part):
-    """Linear, norm, activation and dropout, one to three times."""
+    """One to three blocks of linear layer, norm, activation and dropout."""
 
     @staticmethod
     def draw(rng: random.Random) -> dict[str, Any]:
@@ -150,7 +150,7 @@ class MLP(Part):
 
 @part
 class Residual(Part):
-    """``x + f(x)`` with a norm before or after."""
+    """A residual block ``x + f(x)`` with a norm before or after."""
 
     @staticmethod
     def draw(rng: random.Random) -> dict[str, Any]:
@@ -177,7 +177,7 @@ class Residual(Part):
 
 @part
 class CrossV1(Part):
-    """Cross layers of DCN: ``x0 * (x @ w) + b + x`` with vectors of the part's own."""
+    """Cross layers of DCN: ``x0 * (x @ w) + b + x``, with ``w`` and ``b`` as plain parameters."""
 
     @staticmethod
     def draw(rng: random.Random) -> dict[str, Any]:
@@ -199,7 +199,7 @@ class CrossV1(Part):
 
 @part
 class CrossV2(Part):
-    """Cross layers of DCN-v2, whole or low-rank."""
+    """Cross layers of DCN-v2, full-rank or low-rank."""
 
     @staticmethod
     def draw(rng: random.Random) -> dict[str, Any]:
@@ -225,7 +225,7 @@ class CrossV2(Part):
 
 @part
 class Gate(Part):
-    """A vector times a gate that another vector, or itself, decides."""
+    """A vector times a gate computed from the second input."""
 
     takes = ("vector", "vector")
 
@@ -249,7 +249,7 @@ class Gate(Part):
 
 @part
 class GLU(Part):
-    """One layer split in half: a value and its gate."""
+    """A gated linear unit: one half of a layer's output gates the other half."""
 
     @staticmethod
     def draw(rng: random.Random) -> dict[str, Any]:
@@ -307,7 +307,7 @@ class Experts(Part):
 
 @part
 class Norm(Part):
-    """A norm of its own, such as of raw dense inputs."""
+    """A norm that follows no layer, for example on dense inputs."""
 
     @staticmethod
     def draw(rng: random.Random) -> dict[str, Any]:
@@ -322,8 +322,8 @@ class Norm(Part):
 
 
 @part
-class Twice(Part):
-    """One layer in two places, and one that nothing calls."""
+class SharedLayer(Part):
+    """One layer that is called twice, and one that is never called."""
 
     @staticmethod
     def draw(rng: random.Random) -> dict[str, Any]:
@@ -340,8 +340,8 @@ class Twice(Part):
 
 
 @part
-class OwnParameters(Part):
-    """Weights that are no layer: ``F.linear``, ``@`` and a sliced layer."""
+class FunctionalLinear(Part):
+    """Products without a layer call: ``F.linear``, ``@``, ``addmm``, or a layer's raw weight."""
 
     @staticmethod
     def draw(rng: random.Random) -> dict[str, Any]:
@@ -378,7 +378,7 @@ class OwnParameters(Part):
 
 @part
 class Join(Part):
-    """Two vectors side by side, multiplied, or added after a projection."""
+    """Two vectors concatenated, multiplied, or added after a projection."""
 
     takes = ("vector", "vector")
 

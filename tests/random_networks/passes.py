@@ -1,4 +1,4 @@
-"""What is done with one random network: mixed formats on every target, and formats alone."""
+"""Checks of one random network: mixed formats on every target, and single formats."""
 
 import random
 from collections.abc import Callable, Sequence
@@ -15,18 +15,21 @@ from tests.random_networks.inputs import allowed
 from tests.random_networks.steps import COMPOSING, LAST, LAYERS, TABLES, TARGETS, TRAINS, VALUES
 
 PLAIN_EVERY = 10
-VALUES_ALONE = 1
+VALUE_STEPS = 1
 SUPERVISED = ("drop_layers", "l1_training", "fine_tune", "distill")
 SLOW = ("additive_codes", "neural_codes", "qat")
 
 
 def mixed(checker: Checker, number: int, target: TargetKind | None) -> Model:
-    """Some value-changing steps, then every unit in another format; lowered for one target.
+    """Apply some value-changing steps, then a different format to each group of units, and lower.
 
     Args:
-        checker: of the network.
-        number: of the pass; another one deals the formats out in another order.
-        target: what to lower for; None to check the module alone.
+        checker: the checker of the network.
+        number: number of the pass; it changes the assignment of formats to units.
+        target: the target to lower for; None checks the module only.
+
+    Returns:
+        The compressed model.
     """
     rng = random.Random(f"pass {checker.case.seed} {number}")
     model = checker.source
@@ -34,70 +37,72 @@ def mixed(checker: Checker, number: int, target: TargetKind | None) -> Model:
     values = rng.sample(sorted(VALUES), rng.choice((0, 1, 1, 1, 2)))
     for name in values:
         if not (retrieval and name in SUPERVISED):
-            model = checker.applied(VALUES[name](rng), model) or model
+            model = checker.apply_step(VALUES[name](rng), model) or model
     plain = model
     called = set(called_units(checker))
     tables, layers = (
         [n for n in names if n in called or rng.random() < 0.1] for names in units_of(plain)
     )
-    for kind, names in dealt(rng, tables, _kinds(TABLES, retrieval), checker.case.seed + number):
-        model = checker.applied(TABLES[kind](rng, names), model) or model
+    for kind, names in assign_formats(
+        rng, tables, _kinds(TABLES, retrieval), checker.case.seed + number
+    ):
+        model = checker.apply_step(TABLES[kind](rng, names), model) or model
         if kind in COMPOSING and rng.random() < 0.7:
             inner = [u.name for u in Unit.of(model.module) if u.part_of in names]
             packing = rng.choice(("rowwise_int8", "rowwise_int4", "float16", "kmeans", "bfloat16"))
             if inner:
-                model = checker.applied(TABLES[packing](rng, tuple(inner)), model) or model
+                model = checker.apply_step(TABLES[packing](rng, tuple(inner)), model) or model
     kinds = [kind for kind in _kinds(LAYERS, retrieval) if kind not in TRAINS]
-    for kind, names in dealt(rng, layers, kinds, checker.case.seed + number):
-        model = checker.applied(LAYERS[kind](rng, names), model) or model
+    for kind, names in assign_formats(rng, layers, kinds, checker.case.seed + number):
+        model = checker.apply_step(LAYERS[kind](rng, names), model) or model
     where = f"pass {number} ({', '.join(values)})"
-    checker.guarded(where, lambda: checker.module_checked(model, plain, where))
+    checker.run_guarded(where, lambda: checker.check_module(model, plain, where))
     if rng.random() < 0.2 and not retrieval:
-        model = checker.applied(LAST[rng.choice(sorted(LAST))](rng), model) or model
+        model = checker.apply_step(LAST[rng.choice(sorted(LAST))](rng), model) or model
     if target is not None:
-        checker.lowered(model, target, where)
+        checker.check_lowering(model, target, where)
     return model
 
 
 def _kinds(draws: dict[str, Any], retrieval: bool) -> list[str]:
-    """Formats that a task has; those that train need labels."""
-    without = {"qat", "additive_codes", "drop_tables"} if retrieval else set()
-    return sorted(draws.keys() - without)
+    """Formats for the task; formats that train need labels, which retrieval data lacks."""
+    excluded = {"qat", "additive_codes", "drop_tables"} if retrieval else set()
+    return sorted(draws.keys() - excluded)
 
 
-def dealt(
+def assign_formats(
     rng: random.Random, units: Sequence[str], kinds: Sequence[str], first: int
 ) -> list[tuple[str, tuple[str, ...]]]:
-    """Formats with the units that get them; over seeds every format has its turn."""
+    """Assign formats to units; over a range of seeds every format is used."""
     shuffled = rng.sample(list(units), len(units))
-    hands: dict[str, list[str]] = {}
-    for place, unit in enumerate(shuffled):
+    units_by_format: dict[str, list[str]] = {}
+    for index, unit in enumerate(shuffled):
         if rng.random() < 0.12:
-            continue  # stays float
-        hands.setdefault(kinds[(first * 3 + place) % len(kinds)], []).append(unit)
-    return [(kind, tuple(names)) for kind, names in hands.items()]
+            continue  # keeps float32
+        units_by_format.setdefault(kinds[(first * 3 + index) % len(kinds)], []).append(unit)
+    return [(kind, tuple(names)) for kind, names in units_by_format.items()]
 
 
 @torch.no_grad()
 def called_units(checker: Checker) -> tuple[str, ...]:
-    """Units that the network calls, and whose weights no other code of it reads."""
+    """Units that the network calls and whose weights it uses nowhere else."""
     rows = allowed(checker.case.signature, checker.tables, checker.rows["typical"])[0]
-    found = []
+    names = []
     for unit in Unit.of(checker.source.module):
         model = checker.source.private().module
-        seen = _Sealed(unit.module)
-        swap(model, unit.name, seen)
+        wrapper = _WithoutWeights(unit.module)
+        swap(model, unit.name, wrapper)
         try:
             model(**rows)
         except (AttributeError, TypeError, RuntimeError):
             continue
-        if seen.calls and unit.shared_with is None:
-            found.append(unit.name)
-    return tuple(found)
+        if wrapper.calls and unit.shared_with is None:
+            names.append(unit.name)
+    return tuple(names)
 
 
-class _Sealed(nn.Module):
-    """A module that can be called, and shows no weights."""
+class _WithoutWeights(nn.Module):
+    """Wraps a module: calls are counted and passed on, weights are not accessible."""
 
     def __init__(self, inner: nn.Module) -> None:
         super().__init__()
@@ -108,12 +113,12 @@ class _Sealed(nn.Module):
         return self.__dict__["inner"](*args, **more)
 
 
-def formats_alone(checker: Checker, every: int) -> None:
-    """Formats alone on all units they can take, and one on every unit there is.
+def single_formats(checker: Checker, every: int) -> None:
+    """Check single formats on all units that the network calls, and one format on all units.
 
     Args:
-        checker: of the network.
-        every: 1 for all formats, 2 for one half on even seeds and the other half on odd ones.
+        checker: the checker of the network.
+        every: 1 checks all formats; 2 checks one half on even seeds and the other on odd seeds.
     """
     rng = random.Random(f"formats {checker.case.seed}")
     retrieval = checker.case.signature.task == "retrieval"
@@ -122,43 +127,43 @@ def formats_alone(checker: Checker, every: int) -> None:
         units = [u.name for u in Unit.of(checker.source.module) if u.role == role]
         names = tuple(name for name in units if name in called)
         kinds = _kinds(draws, retrieval)
-        checker.applied(draws[rng.choice(kinds)](rng, ("*",)), checker.source)
-        for place, kind in enumerate(kinds if names else ()):
-            if (place + checker.case.seed) % every:
+        checker.apply_step(draws[rng.choice(kinds)](rng, ("*",)), checker.source)
+        for index, kind in enumerate(kinds if names else ()):
+            if (index + checker.case.seed) % every:
                 continue
             if kind in SLOW and checker.case.seed % 4:
-                continue  # these are in the mixed passes too
-            model = checker.applied(draws[kind](rng, names), checker.source)
+                continue  # the mixed passes contain these formats too
+            model = checker.apply_step(draws[kind](rng, names), checker.source)
             if model is not None and kind not in TRAINS:
-                checker.module_checked(model, checker.source, f"{kind} alone")
+                checker.check_module(model, checker.source, f"{kind} alone")
 
 
 def value_steps(checker: Checker, count: int) -> None:
-    """Some value-changing steps alone: the same function, or the same stored state."""
+    """Check ``count`` value-changing steps, each alone on the original network."""
     rng = random.Random(f"values {checker.case.seed}")
     retrieval = checker.case.signature.task == "retrieval"
     kinds = sorted(VALUES)
     first = checker.case.seed * count
-    for place in range(count):
-        kind = kinds[(first + place) % len(kinds)]
+    for index in range(count):
+        kind = kinds[(first + index) % len(kinds)]
         if not (retrieval and kind in SUPERVISED):
-            checker.applied(VALUES[kind](rng), checker.source)
+            checker.apply_step(VALUES[kind](rng), checker.source)
 
 
 def whole(checker: Checker) -> None:
-    """Everything that the nightly run does with one network."""
+    """All checks of one network in the nightly run."""
     seed = checker.case.seed
     if seed % PLAIN_EVERY == 0:
-        checker.lowered(checker.source, TARGETS[seed // PLAIN_EVERY % 3], "plain")
+        checker.check_lowering(checker.source, TARGETS[seed // PLAIN_EVERY % 3], "plain")
     mixed(checker, 0, "onnxruntime")
     mixed(checker, 1, TARGETS[1 + seed % 2])
-    formats_alone(checker, 2)
-    value_steps(checker, VALUES_ALONE)
+    single_formats(checker, 2)
+    value_steps(checker, VALUE_STEPS)
 
 
 PASSES: dict[str, Callable[[Checker], Any]] = {
     "whole": whole,
-    "formats": lambda checker: formats_alone(checker, 1),
+    "formats": lambda checker: single_formats(checker, 1),
     "values": lambda checker: value_steps(checker, len(VALUES)),
     "onnxruntime": lambda checker: mixed(checker, 0, "onnxruntime"),
     "tensorrt": lambda checker: mixed(checker, 1, TARGETS[1 + checker.case.seed % 2]),

@@ -1,8 +1,8 @@
-"""The same network with every packed table and layer replaced by the numbers it stands for.
+"""A reference for a compressed network: the original modules with decoded weights.
 
-A second opinion about a compressed module: the original classes (``nn.Embedding``,
-``nn.EmbeddingBag``, ``nn.Linear``) over decoded weights, and for layers that round their inputs
-the arithmetic of the format written out from its documentation.
+Every packed table and layer is replaced by its original class (``nn.Embedding``,
+``nn.EmbeddingBag``, ``nn.Linear``) with decoded weights. Layers that quantize their inputs are
+replaced by an independent implementation of the format's documented arithmetic.
 """
 
 import torch
@@ -15,9 +15,9 @@ from compressors.core.modules.formats import Bag, PackedLinear, PackedTable
 from compressors.core.units import private_copy
 from compressors.quantize.dense.weight_only import Reading
 
-# Root mean square error of a decoded table or layer, as a share of its root mean square.
-# Formats that an outlying row, or a large bias, may leave little of have no such limit.
-DECODED_WITHIN = {
+# Largest root mean square error of a decoded table or layer, as a share of its root mean square.
+# Formats whose error an outlier row or a large bias can dominate have no limit.
+MAX_DECODED_ERROR = {
     "rowwise_int8": 0.3,
     "rowwise_int4": 0.95,
     "float8_e4m3": 0.06,
@@ -29,8 +29,8 @@ DECODED_WITHIN = {
 }
 
 
-class Rounded(nn.Module):
-    """A dense layer over decoded weights, with its inputs rounded as its format says."""
+class QuantizedInputLinear(nn.Module):
+    """A dense layer with decoded weights that quantizes its inputs as its format documents."""
 
     def __init__(self, layer: PackedLinear) -> None:
         super().__init__()
@@ -38,14 +38,14 @@ class Rounded(nn.Module):
         self.layer, self.stored, self.form = layer, stored, layer.storage.name
         self.weight = decoded_layer(layer)
         self.bias = stored["bias"].float() if "bias" in stored else None
-        if self.form == "static_int8":  # held as a whole number of products' steps
+        if self.form == "static_int8":  # stored as a multiple of the product of both scales
             step = stored["weight_scale"] * stored["input_scale"]
             self.bias = torch.round(self.bias / step) * step
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(self._rounded(x), self.weight, self.bias)
+        return F.linear(self._quantize(x), self.weight, self.bias)
 
-    def _rounded(self, x: Tensor) -> Tensor:
+    def _quantize(self, x: Tensor) -> Tensor:
         if self.form == "static_int8":
             scale = self.stored["input_scale"]
             return torch.clamp(torch.round(x / scale), -128, 127) * scale
@@ -55,7 +55,7 @@ class Rounded(nn.Module):
         if self.form in ("weight_int8", "weight_int4"):
             reading = Reading.of(self.layer.settings)
             if reading.activations == "int8":
-                return _rounded_by_blocks(x, self._block(reading.block))
+                return _quantize_blocks(x, self._block(reading.block))
         return x
 
     def _block(self, block: int) -> int:
@@ -65,66 +65,69 @@ class Rounded(nn.Module):
         return next(width for width in (128, 64, 32, 16) if length % width == 0)
 
 
-def _rounded_by_blocks(x: Tensor, width: int) -> Tensor:
-    blocks = [x[..., begin : begin + width] for begin in range(0, x.shape[-1], width)]
-    near = []
+def _quantize_blocks(x: Tensor, width: int) -> Tensor:
+    blocks = [x[..., start : start + width] for start in range(0, x.shape[-1], width)]
+    rounded = []
     for block in blocks:
         largest = block.abs().amax(dim=-1, keepdim=True)
         step = torch.where(largest > 1e-36, 127 / largest, torch.zeros_like(largest))
-        near.append(torch.round(block * step) * (largest / 127))
-    return torch.cat(near, dim=-1)
+        rounded.append(torch.round(block * step) * (largest / 127))
+    return torch.cat(rounded, dim=-1)
 
 
 @torch.no_grad()
 def decoded_table(table: nn.Module, rows: int) -> Tensor:
-    """Every row of a packed or composed table."""
-    found: Tensor = table(torch.arange(rows))
-    return found
+    """All rows of a packed or composed table, float32 ``(rows, dim)``."""
+    weight: Tensor = table(torch.arange(rows))
+    return weight
 
 
 @torch.no_grad()
 def decoded_layer(layer: nn.Module) -> Tensor:
-    """The weight ``(out, in)`` of a packed layer; of layers that round inputs, from its tensors."""
+    """The weight ``(out, in)`` of a packed layer; read from its tensors if it quantizes inputs."""
     if isinstance(layer, PackedLinear) and layer.storage.name in ("static_int8", "float8_dense"):
         codes = layer.get_buffer("codes")
         if layer.storage.name == "float8_dense":
             codes = codes.view(torch.float8_e4m3fn)
         return codes.float() * layer.get_buffer("weight_scale").reshape(-1, 1)
     inputs = layer.in_features
-    nothing = layer(torch.zeros(1, inputs))
-    weight: Tensor = (layer(torch.eye(inputs)) - nothing).T
+    bias = layer(torch.zeros(1, inputs))
+    weight: Tensor = (layer(torch.eye(inputs)) - bias).T
     return weight
 
 
 def decoded_network(packed: nn.Module, plain: nn.Module) -> tuple[nn.Module, list[str]]:
-    """``plain`` with the decoded weights of ``packed``, and which weights are too far off.
+    """A copy of ``plain`` with the decoded weights of ``packed``.
 
     Args:
         packed: the compressed network.
-        plain: the network before it was compressed.
+        plain: the network before compression.
+
+    Returns:
+        The copy, and one message for each unit whose decoding error exceeds its limit.
     """
     reference, faults = private_copy(plain).eval(), []
-    _copy_rest(packed, reference)
+    _copy_other_tensors(packed, reference)
     modules = dict(packed.named_modules())
-    inside: set[str] = set()
+    replaced: set[str] = set()
     for name, module in modules.items():
-        if any(name.startswith(f"{owner}.") for owner in inside):
+        if any(name.startswith(f"{owner}.") for owner in replaced):
             continue
         table = module.table if isinstance(module, Bag) else module
         if isinstance(table, PackedTable | ComposedTable):
-            inside.add(name)
+            replaced.add(name)
             old = reference.get_submodule(name)
             weight = decoded_table(table, table.rows)
             if isinstance(table, PackedTable):
-                faults += _too_far(name, table.storage.name, old.weight.detach(), weight)
+                faults += _error_over_limit(name, table.storage.name, old.weight.detach(), weight)
             old.weight = nn.Parameter(weight, requires_grad=False)
         elif isinstance(module, PackedLinear | FactoredLinear):
-            inside.add(name)
+            replaced.add(name)
             old = reference.get_submodule(name)
             if isinstance(module, PackedLinear):
-                new: nn.Module = Rounded(module)
+                new: nn.Module = QuantizedInputLinear(module)
                 form = module.storage.name
-                faults += _too_far(name, form, old.weight.detach(), new.weight)
+                faults += _error_over_limit(name, form, old.weight.detach(), new.weight)
             else:
                 new = nn.Linear(module.in_features, module.out_features)
                 new.weight = nn.Parameter(decoded_layer(module), requires_grad=False)
@@ -134,17 +137,17 @@ def decoded_network(packed: nn.Module, plain: nn.Module) -> tuple[nn.Module, lis
     return reference.eval(), faults
 
 
-def _copy_rest(packed: nn.Module, reference: nn.Module) -> None:
-    """Take over what is no unit, such as norms that a training step changed as well."""
-    held = packed.state_dict(keep_vars=True)
+def _copy_other_tensors(packed: nn.Module, reference: nn.Module) -> None:
+    """Copy tensors outside of units, such as norms that a training step changed too."""
+    state = packed.state_dict(keep_vars=True)
     for name, owner in reference.named_modules():
         for kind in (owner._parameters, owner._buffers):
             for key, value in list(kind.items()):
-                new = held.get(f"{name}.{key}" if name else key)
+                new = state.get(f"{name}.{key}" if name else key)
                 if value is not None and new is not None and new.shape == value.shape:
-                    plain = isinstance(value, nn.Parameter)
+                    is_parameter = isinstance(value, nn.Parameter)
                     new = new.detach()
-                    kind[key] = nn.Parameter(new, requires_grad=False) if plain else new
+                    kind[key] = nn.Parameter(new, requires_grad=False) if is_parameter else new
 
 
 def _replace(network: nn.Module, old: nn.Module, new: nn.Module) -> None:
@@ -154,10 +157,10 @@ def _replace(network: nn.Module, old: nn.Module, new: nn.Module) -> None:
                 parent._modules[key] = new
 
 
-def _too_far(name: str, form: str, weight: Tensor, near: Tensor) -> list[str]:
-    limit = DECODED_WITHIN.get(form)
+def _error_over_limit(name: str, form: str, weight: Tensor, decoded: Tensor) -> list[str]:
+    limit = MAX_DECODED_ERROR.get(form)
     size = float(weight.square().mean().sqrt())
-    error = float((near - weight).square().mean().sqrt())
+    error = float((decoded - weight).square().mean().sqrt())
     if limit is None or error <= limit * size + 1e-7:
         return []
-    return [f"{name} decoded from {form} is off by {error / max(size, 1e-30):.2g} of its size"]
+    return [f"{name} decoded from {form} differs by {error / max(size, 1e-30):.2g} of its size"]

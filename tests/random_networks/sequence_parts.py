@@ -1,7 +1,7 @@
 """Parts of random networks that work on sequences: masked pooling and attention.
 
-A sequence is ``(rows, length, dim)`` with a mask ``(rows, length)``, True at real places. A row may
-have no real place at all: the history of a new user.
+A sequence is ``(rows, length, dim)`` with a mask ``(rows, length)``, True at valid positions. A row
+may have no valid position, like the history of a new user.
 """
 
 import random
@@ -19,7 +19,7 @@ Masked = tuple[Tensor, Tensor]
 
 @part
 class MaskedMean(Part):
-    """A mean over real places, in the ways that people keep it finite for an empty row."""
+    """A mean over valid positions, with the usual ways to keep it finite for an empty row."""
 
     takes = ("sequence",)
 
@@ -34,8 +34,8 @@ class MaskedMean(Part):
 
     def forward(self, sequence: Masked) -> Tensor:
         x, mask = sequence
-        real = mask.to(x.dtype).unsqueeze(-1)  # (rows, length, 1)
-        total, count = (x * real).sum(dim=1), real.sum(dim=1)
+        valid = mask.to(x.dtype).unsqueeze(-1)  # (rows, length, 1)
+        total, count = (x * valid).sum(dim=1), valid.sum(dim=1)
         match self.form:
             case "eps":
                 return total / (count + self.eps)
@@ -47,14 +47,14 @@ class MaskedMean(Part):
                 return total / torch.maximum(count, torch.ones_like(count))
             case "root":
                 return total / torch.sqrt(count + self.eps)
-            case "plain":  # NaN for an empty row, made zero
+            case "plain":  # NaN for an empty row, replaced by zero
                 return torch.nan_to_num(total / count)
         return total
 
 
 @part
 class MaskedMax(Part):
-    """The largest numbers over real places."""
+    """A maximum over valid positions."""
 
     takes = ("sequence",)
 
@@ -68,21 +68,21 @@ class MaskedMax(Part):
 
     def forward(self, sequence: Masked) -> Tensor:
         x, mask = sequence
-        away = ~mask.unsqueeze(-1)
+        padding = ~mask.unsqueeze(-1)
         if self.form == "infinite":
-            top = x.masked_fill(away, float("-inf")).amax(dim=1)
+            top = x.masked_fill(padding, float("-inf")).amax(dim=1)
             return torch.where(torch.isinf(top), torch.zeros_like(top), top)
         if self.form == "subtract":
-            top = (x - away.to(x.dtype) * 1e4).max(dim=1)[0]
+            top = (x - padding.to(x.dtype) * 1e4).max(dim=1)[0]
         else:
             low = torch.finfo(x.dtype).min if self.form == "lowest" else -1e9
-            top = x.masked_fill(away, low).max(dim=1).values
+            top = x.masked_fill(padding, low).max(dim=1).values
         return top * mask.any(dim=1, keepdim=True).to(x.dtype)
 
 
 @part
 class TargetAttention(Part):
-    """Attention of DIN: a small network scores each place against a target."""
+    """Attention of DIN: a small network scores each position against a target."""
 
     takes = ("sequence", "vector")
 
@@ -106,23 +106,25 @@ class TargetAttention(Part):
         keys, mask = sequence
         query = self.project(target).unsqueeze(1).expand(-1, keys.shape[1], -1)
         both = torch.cat([query, keys, query - keys, query * keys], dim=-1)
-        fit = self.score(self.activation(self.hidden(both))).squeeze(-1)  # (rows, length)
+        scores = self.score(self.activation(self.hidden(both))).squeeze(-1)  # (rows, length)
         match self.weights:
             case "softmax":
-                fit = fit.masked_fill(~mask, -(2.0**32) + 1)
-                share = torch.softmax(fit / keys.shape[-1] ** 0.5, dim=-1)
-            case "softmax_infinite":  # an empty row is 0 / 0
-                share = torch.nan_to_num(torch.softmax(fit.masked_fill(~mask, -torch.inf), dim=-1))
+                scores = scores.masked_fill(~mask, -(2.0**32) + 1)
+                weights = torch.softmax(scores / keys.shape[-1] ** 0.5, dim=-1)
+            case "softmax_infinite":  # 0 / 0 for an empty row
+                weights = torch.nan_to_num(
+                    torch.softmax(scores.masked_fill(~mask, -torch.inf), dim=-1)
+                )
             case "mask":
-                share = fit * mask.to(fit.dtype)
+                weights = scores * mask.to(scores.dtype)
             case _:
-                share = torch.sigmoid(fit) * mask.to(fit.dtype)
-        return torch.matmul(share.unsqueeze(1), keys).squeeze(1)
+                weights = torch.sigmoid(scores) * mask.to(scores.dtype)
+        return torch.matmul(weights.unsqueeze(1), keys).squeeze(1)
 
 
 @part
 class SelfAttention(Part):
-    """Self-attention with padding masked: torch's module, its function, or written by hand."""
+    """Self-attention with masked padding: torch's module, its function, or written out."""
 
     takes = ("sequence",)
     gives = "sequence"
@@ -155,39 +157,39 @@ class SelfAttention(Part):
     def forward(self, sequence: Masked) -> Masked:
         x, mask = sequence
         x = self.enter(x)
-        away = ~mask
-        if self.empty == "first":  # an empty row attends to its first place
+        padding = ~mask
+        if self.empty == "first":  # an empty row attends to its first position
             first = torch.arange(x.shape[1], device=x.device) == 0
-            away = away & ~(first & away.all(dim=1, keepdim=True))
+            padding = padding & ~(first & padding.all(dim=1, keepdim=True))
         if self.form == "module":
-            found = self.attention(x, x, x, key_padding_mask=away, need_weights=False)[0]
+            output = self.attention(x, x, x, key_padding_mask=padding, need_weights=False)[0]
         elif self.form == "layer":
-            found = self.layer(x, src_key_padding_mask=away)
+            output = self.layer(x, src_key_padding_mask=padding)
         else:
-            found = self._by_hand(x, away)
+            output = self._attention(x, padding)
         if self.empty == "number":
-            found = torch.nan_to_num(found)
-        return found, mask
+            output = torch.nan_to_num(output)
+        return output, mask
 
-    def _by_hand(self, x: Tensor, away: Tensor) -> Tensor:
+    def _attention(self, x: Tensor, padding: Tensor) -> Tensor:
         rows, length, width = x.shape
         query, key, value = (
             part.reshape(rows, length, self.heads, -1).permute(0, 2, 1, 3)
             for part in self.heads_in(x).chunk(3, dim=-1)
         )
-        hidden = away[:, None, None, :]
+        hidden = padding[:, None, None, :]
         if self.form == "function":
-            found = F.scaled_dot_product_attention(query, key, value, attn_mask=~hidden)
+            output = F.scaled_dot_product_attention(query, key, value, attn_mask=~hidden)
         else:
-            fit = torch.einsum("bhqd,bhkd->bhqk", query, key) * query.shape[-1] ** -0.5
+            scores = torch.einsum("bhqd,bhkd->bhqk", query, key) * query.shape[-1] ** -0.5
             low = float("-inf") if self.empty == "raw" else -1e9
-            found = fit.masked_fill(hidden, low).softmax(dim=-1) @ value
-        return x + self.out(found.permute(0, 2, 1, 3).reshape(rows, length, width))
+            output = scores.masked_fill(hidden, low).softmax(dim=-1) @ value
+        return x + self.out(output.permute(0, 2, 1, 3).reshape(rows, length, width))
 
 
 @part
-class Places(Part):
-    """Embeddings of positions added to a sequence; their table is read at the same rows always."""
+class PositionEmbedding(Part):
+    """Adds position embeddings to a sequence; every batch reads the same rows of their table."""
 
     takes = ("sequence",)
     gives = "sequence"
@@ -200,13 +202,13 @@ class Places(Part):
 
     def forward(self, sequence: Masked) -> Masked:
         x, mask = sequence
-        places = torch.arange(x.shape[1], device=x.device)
-        return self.norm(x + self.table(places)), mask
+        positions = torch.arange(x.shape[1], device=x.device)
+        return self.norm(x + self.table(positions)), mask
 
 
 @part
 class SequenceConv(Part):
-    """A kernel-1 Conv1d over the places of a sequence, or a layer over their numbers."""
+    """A kernel-1 Conv1d over a sequence, or a linear layer at each position."""
 
     takes = ("sequence",)
     gives = "sequence"
@@ -233,8 +235,8 @@ class SequenceConv(Part):
 
 
 @part
-class LastPlace(Part):
-    """The last real place of a sequence, by a gather; zeros for an empty one."""
+class LastStep(Part):
+    """The last valid position of a sequence, by a gather; zeros for an empty sequence."""
 
     takes = ("sequence",)
 

@@ -1,4 +1,4 @@
-"""Parts of random networks that move numbers of a vector, or squash them one by one."""
+"""Parts of random networks that reorder the elements of a vector, or transform each element."""
 
 import random
 from typing import Any
@@ -12,7 +12,7 @@ from tests.random_networks.parts import Part, Sizes, part
 
 @part
 class Reshape(Part):
-    """The numbers of a vector, moved: halves exchanged, mirrored, shifted, or by a view."""
+    """Reorders or pads a vector: swapped halves, flip, roll, view, index, padding, interleaving."""
 
     @staticmethod
     def draw(rng: random.Random) -> dict[str, Any]:
@@ -22,8 +22,8 @@ class Reshape(Part):
         super().__init__()
         (width,) = sizes[0]
         self.form = form
-        more = {"pad": width + 2, "stack": 2 * width}
-        self.size = (more.get(form, width),)
+        widths = {"pad": width + 2, "stack": 2 * width}
+        self.size = (widths.get(form, width),)
         self.register_buffer("order", torch.arange(width - 1, -1, -1), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -45,8 +45,8 @@ class Reshape(Part):
 
 
 @part
-class Squash(Part):
-    """Element-wise functions that raw numbers go through."""
+class Elementwise(Part):
+    """Functions that models apply to dense inputs: log, clip, tanh, scale, norm, softmax."""
 
     @staticmethod
     def draw(rng: random.Random) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Make a failing network smaller while it still fails: fewer parts, inputs and settings."""
+"""Reduce a failing network while it still fails: fewer parts and inputs, simpler settings."""
 
 import copy
 import time
@@ -27,33 +27,33 @@ SIMPLER: dict[str, Any] = {
 
 
 def shrunk(case: Case, fails: Callable[[Case], bool], seconds: float = 600) -> Case:
-    """The smallest network found within some time for which ``fails`` is still true."""
+    """The smallest network for which ``fails`` is true that the search finds in ``seconds``."""
     end, smaller = time.monotonic() + seconds, True
     while smaller and time.monotonic() < end:
         smaller = False
         for candidate in candidates(case):
             if time.monotonic() > end:
                 break
-            if _is_one(candidate) and fails(candidate):
+            if _can_be_built(candidate) and fails(candidate):
                 case, smaller = candidate, True
                 break
     return case
 
 
-def _is_one(candidate: Case) -> bool:
-    """Whether a network can be built and its weights set."""
+def _can_be_built(candidate: Case) -> bool:
+    """Whether the network can be built and its weights can be set."""
     try:
         candidate.model()
-    except Exception:  # whatever a part raises that does not fit what it now reads
+    except Exception:  # any error of a part whose inputs no longer fit
         return False
     return True
 
 
 def candidates(case: Case) -> Iterator[Case]:
-    """Smaller networks than one, the smallest first."""
+    """Reduced networks; those without a whole part come first."""
     for path, side in _sides(case.config):
         for number in reversed(range(len(side["parts"]))):
-            yield from _changed(case, path, _without(side, number))
+            yield from _changed(case, path, _without_part(side, number))
     for path, side in _sides(case.config):
         yield from _simpler_heads(case, path, side)
         for number, spec in enumerate(side["parts"]):
@@ -94,25 +94,25 @@ def _sides(config: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
     return [(side, config[side]) for side in ("query", "item")]
 
 
-def _without(side: dict[str, Any], number: int) -> dict[str, Any] | None:
-    """The parts without one; what read it reads what it read, or another part."""
+def _without_part(side: dict[str, Any], number: int) -> dict[str, Any] | None:
+    """Remove a part; its consumers read its first input replacement, or another earlier part."""
     parts = copy.deepcopy(side["parts"])
-    gone = parts.pop(number)
-    name = gone["name"]
+    removed = parts.pop(number)
+    name = removed["name"]
     if any(name in (spec.get("shares"), spec.get("ties")) for spec in parts):
         return None
-    before = [spec["name"] for spec in parts[:number]]
-    instead = (gone.get("takes") or before or [None])[0]
+    earlier = [spec["name"] for spec in parts[:number]]
+    replacement = (removed.get("takes") or earlier or [None])[0]
     for spec in parts:
         if name in spec.get("takes", ()):
-            if instead is None:
+            if replacement is None:
                 return None
-            spec["takes"] = [instead if taken == name else taken for taken in spec["takes"]]
+            spec["takes"] = [replacement if source == name else source for source in spec["takes"]]
     head = copy.deepcopy(side["head"])
-    reads = [instead if taken == name else taken for taken in head["reads"]]
-    head["reads"] = list(dict.fromkeys(taken for taken in reads if taken is not None))
+    reads = [replacement if source == name else source for source in head["reads"]]
+    head["reads"] = list(dict.fromkeys(source for source in reads if source is not None))
     if "wide" in head:
-        head["wide"] = [taken for taken in head["wide"] if taken != name]
+        head["wide"] = [source for source in head["wide"] if source != name]
     return {"parts": parts, "head": head} if head["reads"] else None
 
 
@@ -120,18 +120,18 @@ def _changed(case: Case, path: str, side: dict[str, Any] | None) -> Iterator[Cas
     if side is None:
         return
     config = side if not path else {**case.config, path: side}
-    read = {
+    used = {
         name
         for _, part in _sides(config)
         for spec in part["parts"]
         for name in spec.get("inputs", ())
     }
-    kept = tuple(item for item in case.signature.inputs if read & set(tensor_names(item)))
-    if not kept:
+    remaining = tuple(item for item in case.signature.inputs if used & set(tensor_names(item)))
+    if not remaining:
         return
     document = case.signature.model_dump()
-    document["inputs"] = [item.model_dump() for item in kept]
-    names = {item.name for item in kept}
+    document["inputs"] = [item.model_dump() for item in remaining]
+    names = {item.name for item in remaining}
     for tower in (document["towers"] or {}).values():
         tower["inputs"] = [name for name in tower["inputs"] if name in names]
     try:

@@ -1,7 +1,8 @@
-"""Which steps a random network goes through: value-changing ones first, then mixed formats.
+"""Steps for random networks, with random settings.
 
-A mixed pass gives every table and every layer another format, so one graph covers many. Passes
-rotate with the seed, so that every format meets every target many times over a range of seeds.
+A mixed pass applies value-changing steps first. It then assigns different formats to the tables and
+layers, so one graph covers many formats. The assignment depends on the seed, so over a range of
+seeds every format is lowered for every target many times.
 """
 
 import random
@@ -50,22 +51,24 @@ from compressors.rewrite.equalize import Equalize
 from compressors.rewrite.fold import Fold
 from compressors.rewrite.smooth_quant import SmoothQuant
 
-QUICKLY = Training(epochs=1, batch=32, learning_rate=0.01, warmup=0)
+SHORT_TRAINING = Training(epochs=1, batch=32, learning_rate=0.01, warmup=0)
 Draw = Callable[[random.Random, tuple[str, ...]], Any]
 
 
-def _grid(kind: Any) -> Draw:
+def _uniform_format(kind: Any) -> Draw:
     def draw(rng: random.Random, names: tuple[str, ...]) -> Any:
-        more = {} if kind is Float8E4M3 else {"symmetric": rng.random() < 0.5}
+        settings = {} if kind is Float8E4M3 else {"symmetric": rng.random() < 0.5}
         if kind is not Float8E4M3:
-            more["clipping"] = rng.choice(("min_max", "mse", "least_squares", "greedy"))
+            settings["clipping"] = rng.choice(("min_max", "mse", "least_squares", "greedy"))
         scale = rng.choice(("float16", "float32"))
-        return kind(tables=names, scale=scale, rows_per_scale=rng.choice((1, 1, 2, 8, 0)), **more)
+        return kind(
+            tables=names, scale=scale, rows_per_scale=rng.choice((1, 1, 2, 8, 0)), **settings
+        )
 
     return draw
 
 
-def _codes(kind: Any, **ranges: tuple[Any, ...]) -> Draw:
+def _table_step(kind: Any, **ranges: tuple[Any, ...]) -> Draw:
     def draw(rng: random.Random, names: tuple[str, ...]) -> Any:
         return kind(tables=names, **{key: rng.choice(values) for key, values in ranges.items()})
 
@@ -73,19 +76,19 @@ def _codes(kind: Any, **ranges: tuple[Any, ...]) -> Draw:
 
 
 TABLES: dict[str, Draw] = {
-    "rowwise_int8": _grid(RowwiseInt8),
-    "rowwise_int4": _grid(RowwiseInt4),
-    "rowwise_int2": _grid(RowwiseInt2),
-    "float8_e4m3": _grid(Float8E4M3),
-    "kmeans": _codes(KMeans, bits=(2, 4, 8), scale=("none", "float16", "float32")),
-    "product_codes": _codes(
+    "rowwise_int8": _uniform_format(RowwiseInt8),
+    "rowwise_int4": _uniform_format(RowwiseInt4),
+    "rowwise_int2": _uniform_format(RowwiseInt2),
+    "float8_e4m3": _uniform_format(Float8E4M3),
+    "kmeans": _table_step(KMeans, bits=(2, 4, 8), scale=("none", "float16", "float32")),
+    "product_codes": _table_step(
         ProductCodes,
         parts=(1, 2, 4),
         bits=(2, 4, 8),
         codebook_type=("float32", "float16"),
         codebook_share=(0.5, 1.0),
     ),
-    "residual_codes": _codes(
+    "residual_codes": _table_step(
         ResidualCodes,
         codebooks=(1, 2, 3),
         bits=(2, 4, 8),
@@ -93,30 +96,30 @@ TABLES: dict[str, Draw] = {
         codebook_type=("float32", "float16"),
         codebook_share=(0.5, 1.0),
     ),
-    "additive_codes": _codes(
+    "additive_codes": _table_step(
         AdditiveCodes, codebooks=(2,), bits=(2, 4), rounds=(2,), beam=(2,), codebook_share=(1.0,)
     ),
-    "bfloat16": _codes(BFloat16),
-    "float16": _codes(Float16, layers=((),)),
-    "low_rank": _codes(LowRank, rank=(0.25, 0.5)),
-    "dimensions": _codes(Dimensions, keep=(0.5, 0.7)),
-    "quotient_remainder": _codes(
+    "bfloat16": _table_step(BFloat16),
+    "float16": _table_step(Float16, layers=((),)),
+    "low_rank": _table_step(LowRank, rank=(0.25, 0.5)),
+    "dimensions": _table_step(Dimensions, keep=(0.5, 0.7)),
+    "quotient_remainder": _table_step(
         QuotientRemainder, operation=("add", "multiply"), buckets=(0, 0.3)
     ),
-    "multi_hash": _codes(
+    "multi_hash": _table_step(
         MultiHash, hashes=(1, 2, 3), signed=(True, False), draws=(1,), buckets=(0.3, 0.5)
     ),
-    "neural_codes": _codes(NeuralCodes, steps=(5,), hidden=(4, 8), codes=(0.3, 0.5)),
-    "merge_rows": _codes(MergeRows, within=(0.0, 0.5)),
-    "cluster_rows": _codes(ClusterRows, hot=(0.2,), clusters=(0.1, 0.5)),
-    "prune_rows": _codes(
+    "neural_codes": _table_step(NeuralCodes, steps=(5,), hidden=(4, 8), codes=(0.3, 0.5)),
+    "merge_rows": _table_step(MergeRows, within=(0.0, 0.5)),
+    "cluster_rows": _table_step(ClusterRows, hot=(0.2,), clusters=(0.1, 0.5)),
+    "prune_rows": _table_step(
         PruneRows,
         keep=(0.3, 0.6),
         importance=("traffic", "norm"),
         pruned=("nearest", "shared", "zero"),
     ),
-    "tiers": _codes(Tiers, hot=(0.1, 0.5)),
-    "drop_tables": _codes(DropTables, most_loss=(0.5,), repeats=(1,)),
+    "tiers": _table_step(Tiers, hot=(0.1, 0.5)),
+    "drop_tables": _table_step(DropTables, most_loss=(0.5,), repeats=(1,)),
 }
 COMPOSING = {
     "low_rank", "dimensions", "quotient_remainder", "multi_hash", "neural_codes", "merge_rows",
@@ -124,7 +127,7 @@ COMPOSING = {
 }  # fmt: skip
 
 
-def _layers(kind: Any, **ranges: tuple[Any, ...]) -> Draw:
+def _dense_step(kind: Any, **ranges: tuple[Any, ...]) -> Draw:
     def draw(rng: random.Random, names: tuple[str, ...]) -> Any:
         return kind(layers=names, **{key: rng.choice(values) for key, values in ranges.items()})
 
@@ -137,18 +140,18 @@ BLOCKS = {
     "activations": ("float32", "int8"),
 }
 LAYERS: dict[str, Draw] = {
-    "static_int8": _layers(
+    "static_int8": _dense_step(
         StaticInt8, calibrator=("min_max", "mse", "percentile"), weights=("min_max", "mse")
     ),
-    "weight_int8": _layers(WeightInt8, **BLOCKS),
-    "weight_int4": _layers(WeightInt4, **BLOCKS, clipping=("min_max", "mse")),
-    "float8_dense": _layers(Float8Dense, scales=("channel", "layer")),
-    "bfloat16_dense": _layers(BFloat16Dense),
-    "float16": _layers(Float16, tables=((),)),
-    "low_rank_dense": _layers(LowRankDense, rank=(0.25, 0.5), weighted=(True, False)),
-    "qat": _layers(QAT, training=(QUICKLY,)),
+    "weight_int8": _dense_step(WeightInt8, **BLOCKS),
+    "weight_int4": _dense_step(WeightInt4, **BLOCKS, clipping=("min_max", "mse")),
+    "float8_dense": _dense_step(Float8Dense, scales=("channel", "layer")),
+    "bfloat16_dense": _dense_step(BFloat16Dense),
+    "float16": _dense_step(Float16, tables=((),)),
+    "low_rank_dense": _dense_step(LowRankDense, rank=(0.25, 0.5), weighted=(True, False)),
+    "qat": _dense_step(QAT, training=(SHORT_TRAINING,)),
 }
-TRAINS = {"qat"}  # changes other layers too, so it is checked alone
+TRAINS = {"qat"}  # also changes other layers, so it runs alone
 VALUES: dict[str, Callable[[random.Random], Any]] = {
     "fold": lambda _: Fold(),
     "equalize": lambda _: Equalize(),
@@ -162,12 +165,12 @@ VALUES: dict[str, Callable[[random.Random], Any]] = {
         reconstruct=rng.random() < 0.3,
     ),
     "drop_layers": lambda _: DropLayers(),
-    "l1_training": lambda _: L1Training(training=QUICKLY),
-    "fine_tune": lambda _: FineTune(training=QUICKLY),
-    "distill": lambda _: Distill(training=QUICKLY),
+    "l1_training": lambda _: L1Training(training=SHORT_TRAINING),
+    "fine_tune": lambda _: FineTune(training=SHORT_TRAINING),
+    "distill": lambda _: Distill(training=SHORT_TRAINING),
 }
 LAST: dict[str, Callable[[random.Random], Any]] = {
     "recalibrate": lambda rng: Recalibrate(method=rng.choice(("temperature", "platt", "isotonic"))),
-    "refit_codes": lambda _: RefitCodes(rounds=1, training=QUICKLY),
+    "refit_codes": lambda _: RefitCodes(rounds=1, training=SHORT_TRAINING),
 }
 TARGETS: tuple[TargetKind, ...] = ("onnxruntime", "tensorrt", "tensorrt-rtx")

@@ -1,0 +1,48 @@
+"""Write the bench of a random network: typical rows in the format of prepared data."""
+
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from compressors.contracts import Bench, DenseInput, JaggedBag, Signature, Split
+from tests.random_networks.generator import Case
+from tests.random_networks.inputs import Rows, typical_rows, unpacked
+
+BENCH_ROWS = 64
+
+
+def write_bench(case: Case, module: nn.Module, tables: dict[str, int], folder: Path) -> Bench:
+    """Write a bench of typical rows in the format of prepared data, with learnable labels."""
+    parts: dict[str, Split] = {}
+    for seed, name in enumerate(("calibration", "train", "validation"), 70):
+        rows = typical_rows(case.signature, tables, BENCH_ROWS, case.scales, seed)
+        with torch.no_grad():
+            score = module(**rows).reshape(-1).nan_to_num()
+        if name == "train":
+            parts["soft_labels"] = _save_split(folder / "soft_labels", {"score": score})
+        # Labels follow the network's scores, with every fifth label flipped, so training can learn.
+        label = ((score > score.median()) ^ (torch.arange(BENCH_ROWS) % 5 == 0)).float()
+        parts[name] = _save_split(
+            folder / name, {**_prepared_tensors(case.signature, rows), "@label": label}
+        )
+    return Bench(signature=case.signature, **parts)
+
+
+def _prepared_tensors(signature: Signature, rows: Rows) -> dict[str, Tensor]:
+    tensors = {}
+    for item in signature.inputs:
+        tensors[item.name] = rows[item.name]
+        if isinstance(item, JaggedBag) and not isinstance(item, DenseInput):
+            lengths = torch.tensor([len(ids) for ids in unpacked(item, rows)])
+            tensors[f"@bounds/{item.name}"] = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
+    if signature.group is not None:
+        tensors["@group"] = torch.arange(BENCH_ROWS) // 8
+    return tensors
+
+
+def _save_split(folder: Path, tensors: dict[str, Tensor]) -> Split:
+    folder.mkdir(parents=True)
+    save_file({name: x.contiguous() for name, x in tensors.items()}, folder / "data.safetensors")
+    return Split(path=str(folder), sha256="0" * 64, rows=BENCH_ROWS)
