@@ -1,7 +1,7 @@
 """Rewrite the golden record, or a part of it.
 
-``python -m tests.golden`` records every case. ``--only mixed`` rewrites the cases whose
-``name | network`` contains a text and keeps the others, which needs the kind of machine and the
+``python -m tests.golden`` records all cases. ``--only mixed`` rewrites the cases whose
+``name | network`` contains "mixed" and leaves the others unchanged; it requires the CPU and the
 library versions of the record. A commit that changes the record lists each change and its reason
 in its message.
 """
@@ -23,13 +23,13 @@ from tests.onnx_operators import operators_read_once
 
 
 def main() -> int:
-    """Record cases and write the file."""
+    """Record the cases and write the file; return 1 if the machine is not the record's."""
     parser = argparse.ArgumentParser(prog="python -m tests.golden")
     parser.add_argument("--only", default="", help="rewrite cases whose name contains this text")
     parser.add_argument("--out", type=Path, default=compare.RECORD, help="the file to write")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    logging.disable(logging.WARNING)  # torch.export's, of every dimension
+    logging.disable(logging.WARNING)  # torch.export warns about every dimension
     entries: Entries = {}
     if options.only:
         recorded_on, entries = compare.read()
@@ -41,11 +41,15 @@ def main() -> int:
             title = f"{case.name} | {case.network}"
             if options.only not in title:
                 continue
-            began = time.process_time()
+            start = time.process_time()
             with tempfile.TemporaryDirectory() as folder:
-                found = entries_of(case, Path(folder), tuple(package.targets()))
-            entries = {k: v for k, v in entries.items() if not k.startswith(f"{title} | ")} | found
-            sys.stderr.write(f"{title}: {len(found)} in {time.process_time() - began:.1f} s\n")
+                case_entries = entries_of(case, Path(folder), tuple(package.targets()))
+            entries = {
+                k: v for k, v in entries.items() if not k.startswith(f"{title} | ")
+            } | case_entries
+            sys.stderr.write(
+                f"{title}: {len(case_entries)} in {time.process_time() - start:.1f} s\n"
+            )
     compare.write(machine(), entries, options.out)
     return 0
 

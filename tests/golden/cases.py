@@ -1,8 +1,8 @@
-"""The cases of the lock: reference networks, and the recipes that are applied to them.
+"""Cases of the golden lock: reference networks, and the recipes that are applied to them.
 
-A single case is one method, or one method with other settings, on one network. A mixed case gives
-every unit of a network another method, so that a few exported graphs hold all of them: these are
-what the default tier checks.
+A single case is one method with one choice of settings on one network. A mixed case applies a
+different method to each unit of a network, so that a few exported graphs cover all methods. The
+default tier checks the mixed cases.
 """
 
 from dataclasses import dataclass
@@ -44,7 +44,7 @@ TOWERS = Signature.model_validate(
 
 
 class NormedTransformer(Transformer):
-    """The transformer with layer norms that are not the identity, as after training."""
+    """The transformer with layer norms that differ from the identity, as after training."""
 
     def __init__(self, layers: int = 2) -> None:
         super().__init__(layers=layers)
@@ -73,9 +73,9 @@ PAIRS = TOWERS.model_copy(
 )
 PAIRS_CONFIG = {"users": 60, "items": 80, "tags": 40, "dense": 3, "dim": 8, "hidden": 16}
 TOWERS_CONFIG = {"users": 60, "items": 80, "tags": 40, "dense": 3, "dim": 16, "hidden": 32}
-# click: ids, bags of three kinds, a cross layer and a perceptron. ranking: a transformer over a
-# padded history with layer norms. For mixed cases only: towers, which are two graphs; pairs, whose
-# two id tables ONNX Runtime looks up together and whose int8 layers feed each other through a ReLU.
+# click: ids, three kinds of bags, a cross layer and a perceptron. ranking: a transformer with layer
+# norms over a padded history. Only in mixed cases: towers, which has two graphs; pairs, whose two
+# id tables ONNX Runtime looks up together and whose int8 layers are connected by a ReLU.
 NETWORKS: dict[str, Reference] = {
     "click": RANKER,
     "ranking": Reference(NormedTransformer, RANKING),
@@ -89,7 +89,7 @@ Steps = tuple[tuple[str, dict[str, Any]], ...]
 
 @dataclass(frozen=True)
 class Case:
-    """Steps on one network; ``sample`` is the target it is lowered for in the default tier."""
+    """Steps on one network; ``sample`` is the target for which the default tier lowers it."""
 
     name: str
     network: str
@@ -97,7 +97,7 @@ class Case:
     sample: str = ""
 
 
-# What a method needs before it; settings with which it finds something to do.
+# Steps that a method requires before it, and settings with which it changes the networks.
 BEFORE: dict[str, Steps] = {"refit_codes": (("product_codes", {}),)}
 SETTINGS: dict[str, dict[str, Any]] = {
     "additive_codes": {"codebooks": 2, "rounds": 4, "beam": 4},
@@ -106,9 +106,9 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "neural_codes": {"hidden": 8},
     "refit_codes": {"rounds": 2},
 }
-# Steps that train: there the last bit of a sum decides where they end.
+# Steps that train: training amplifies differences in the last bit of a sum.
 TRAINING = frozenset({"distill", "fine_tune", "l1_training", "neural_codes", "qat", "refit_codes"})
-# Storage layouts and searches that default settings do not reach: name -> method, settings.
+# Storage layouts and searches that default settings do not cover: name -> method, settings.
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "rowwise_int8 with offsets": ("rowwise_int8", {"symmetric": False, "scale": "float32"}),
     "rowwise_int4 with offsets": ("rowwise_int4", {"symmetric": False, "rows_per_scale": 4}),
@@ -228,7 +228,7 @@ MIXED: tuple[Case, ...] = (
 
 
 def single_cases() -> list[Case]:
-    """Every registered method on every reference network, by the registry."""
+    """Every registered method on all networks of ``SINGLE``, and every variant on the first."""
     kinds = {kind: (kind, SETTINGS.get(kind, {})) for kind in package.methods()} | VARIANTS
     return [
         Case(name, network, (*BEFORE.get(last[0], ()), last))
@@ -238,7 +238,7 @@ def single_cases() -> list[Case]:
 
 
 def bench_of(network: str, kinds: tuple[str, ...], folder: Path) -> Bench:
-    """Data to learn from; recalibration gets labels that agree with the network's scores."""
+    """The bench of a network; for recalibration its labels correlate with the network's scores."""
     reference = NETWORKS[network]
     bench = reference.bench(folder)
     if "recalibrate" not in kinds:
@@ -246,17 +246,17 @@ def bench_of(network: str, kinds: tuple[str, ...], folder: Path) -> Bench:
     module = reference.model().module
     noise = torch.randn(96, generator=torch.Generator().manual_seed(0))
 
-    def noisy(inputs: dict[str, Tensor]) -> Tensor:
+    def noisy_scores(inputs: dict[str, Tensor]) -> Tensor:
         with torch.no_grad():
             scores: Tensor = module(**inputs).reshape(-1)
         return scores + scores.std() * noise
 
     validation = prepared(
-        reference.signature, reference.rows_of_tables(), folder / "agreeing", 9, noisy
+        reference.signature, reference.rows_of_tables(), folder / "agreeing", 9, noisy_scores
     )
     return bench.model_copy(update={"validation": validation})
 
 
 def all_cases() -> list[Case]:
-    """Every case of the record."""
+    """All cases of the record."""
     return [*MIXED, *single_cases()]

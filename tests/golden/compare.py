@@ -1,6 +1,6 @@
-"""The record file, and differences between it and what the code produces now.
+"""Read and write the record file, and compare its entries with new entries.
 
-In the file, a target whose graphs are those of another target has one line that says so.
+If a target has the same entries as another target, the file stores a reference to that target.
 """
 
 import json
@@ -13,19 +13,19 @@ from tests.golden.numerics import is_near, is_scalar, kind_of
 RECORD = Path(__file__).with_name("record.json")
 SAME = "same as"
 ALL = " | all tensors"
-# Relative to a tensor's root mean square, on another kind of machine than the record's. Float sums
-# in another order move float32 values by parts in 10^6, and a rounded code by one level at most.
+# Tolerance relative to a tensor's root mean square, on a machine that differs from the record's.
+# Float sums in another order change float32 values by about 10^-6, and a code by at most one level.
 NEAR = 1e-3
-# Training amplifies such differences. With torch, MKL and numba limited to AVX2, trained networks
-# had statistics up to 0.21 away, and biases of one number up to a factor of 2; those of networks
-# that no step had trained were equal in five digits, except two scales in the eighth.
+# Training amplifies such differences. With torch, MKL and numba limited to AVX2, statistics of
+# trained networks differed by up to 0.21, and biases of one element by up to a factor of 2. Those
+# of untrained networks were equal in five digits, except two scales that differed in the eighth.
 NEAR_TRAINED = 0.5
 
 Entries = dict[str, str]
 
 
 def read(path: Path = RECORD) -> tuple[dict[str, str], Entries]:
-    """The machine that wrote the record, and its entries."""
+    """Read the record; return the machine that wrote it, and its entries."""
     content = json.loads(path.read_text(encoding="utf-8"))
     groups: dict[str, Entries] = content["entries"]
     entries = {
@@ -37,27 +37,27 @@ def read(path: Path = RECORD) -> tuple[dict[str, str], Entries]:
 
 
 def write(machine: dict[str, str], entries: Entries, path: Path = RECORD) -> None:
-    """Write the record sorted, a line for each entry, below its case, network and part."""
+    """Write the record: sorted, one line per entry, grouped by case, network and part."""
     groups: dict[str, Entries] = {}
     for key, line in entries.items():
         group, _, item = key.rpartition(" | ")
         groups.setdefault(group, {})[item] = line
     for group, items in sorted(groups.items()):
-        twins = (name for name in sorted(groups) if name < group and groups[name] == items)
-        twin = next((name for name in twins if _owner(name) == _owner(group)), None)
-        if twin is not None and len(items) > 2:
-            groups[group] = {SAME: twin}
+        equal_groups = (name for name in sorted(groups) if name < group and groups[name] == items)
+        equal_group = next((name for name in equal_groups if _owner(name) == _owner(group)), None)
+        if equal_group is not None and len(items) > 2:
+            groups[group] = {SAME: equal_group}
     content = {"machine": machine, "entries": groups}
     path.write_text(json.dumps(content, indent=0, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def _owner(group: str) -> str:
-    """Case and network of a group."""
+    """The case and the network of a group."""
     return group.rpartition(" | ")[0]
 
 
 def of_case(entries: Entries, case: Case, skipped_targets: Iterable[str] = ()) -> Entries:
-    """The record's entries of one case, without those of some targets."""
+    """The record's entries of one case, without the entries of ``skipped_targets``."""
     skipped = set(skipped_targets)
     start = f"{case.name} | {case.network} | "
     return {
@@ -70,12 +70,12 @@ def of_case(entries: Entries, case: Case, skipped_targets: Iterable[str] = ()) -
 def differences(expected: Entries, found: Entries, *, exact: bool, trains: bool) -> list[str]:
     """One line for each entry that differs; empty if none does.
 
-    Of the steps of a recipe, only the first after which tensors differ has a line: the first one.
+    If stored tensors differ after a step, the first line names the first such step.
 
     Args:
-        expected: of the record.
-        found: of the code as it is.
-        exact: whether the machine is of the kind that wrote the record.
+        expected: entries of the record.
+        found: entries of the current code.
+        exact: whether the machine is equal to the one that wrote the record.
         trains: whether the case has a step that trains.
     """
     lines, step = [], ""
@@ -100,7 +100,7 @@ def differences(expected: Entries, found: Entries, *, exact: bool, trains: bool)
 def _allowed(key: str, expected: str, found: str, exact: bool, trains: bool) -> bool:
     if exact:
         return False
-    if key.endswith(ALL):  # each tensor of the last step has a line with statistics
+    if key.endswith(ALL):  # every tensor of the last step has an entry with statistics
         return True
     if trains and is_scalar(expected) and is_scalar(found):
         return kind_of(expected) == kind_of(found)

@@ -1,4 +1,4 @@
-"""One case as entries of the record: ``case | network | part | item`` -> one line of text."""
+"""Convert one case to entries of the record: ``case | network | part | item`` -> one line."""
 
 import hashlib
 import math
@@ -19,10 +19,10 @@ SMALL_TYPES = (onnx.TensorProto.BOOL, onnx.TensorProto.INT32, onnx.TensorProto.I
 
 
 def entries_of(case: Case, folder: Path, targets: tuple[str, ...]) -> Entries:
-    """Compress, store, score and lower one case.
+    """Compress, store, score and lower one case; return its entries.
 
     Args:
-        case: what to do.
+        case: the network and the steps.
         folder: an empty scratch folder.
         targets: names of targets in the record.
     """
@@ -35,33 +35,33 @@ def _entries_of(case: Case, folder: Path, targets: tuple[str, ...]) -> Entries:
     reference = NETWORKS[case.network]
     model = reference.model()
     bench = bench_of(case.network, tuple(kind for kind, _ in case.steps), folder / "data")
-    title, found = f"{case.name} | {case.network}", Entries()
+    title, entries = f"{case.name} | {case.network}", Entries()
     stored = folder / "none"
-    for place, (kind, settings) in enumerate(case.steps):
-        stored = folder / f"step{place}"
+    for index, (kind, settings) in enumerate(case.steps):
+        stored = folder / f"step{index}"
         try:
             model = package.compress(package.step(kind, **settings), model, bench, stored)
         except package.Refused as refusal:
-            return {f"{title} | step {place:02} {kind} | refused": str(refusal)}
+            return {f"{title} | step {index:02} {kind} | refused": str(refusal)}
         if len(case.steps) > 1:
-            found[f"{title} | step {place:02} {kind} | all tensors"] = _digest_of_all(stored)
+            entries[f"{title} | step {index:02} {kind} | all tensors"] = _digest_of_all(stored)
     for name, tensor in package.stored_tensors(stored).items() if case.steps else ():
-        found[f"{title} | stored | {name}"] = line_of_tensor(tensor)
-    found[f"{title} | torch | scores"] = line_of_array(package.module_scores(model, reference))
+        entries[f"{title} | stored | {name}"] = line_of_tensor(tensor)
+    entries[f"{title} | torch | scores"] = line_of_array(package.module_scores(model, reference))
     names = package.targets()
     for target in targets:
         try:
             graphs = package.write_graphs(model, reference, names[target], folder)
         except package.Refused as refusal:
-            found[f"{title} | {target} | refused"] = str(refusal)
+            entries[f"{title} | {target} | refused"] = str(refusal)
             continue
         for graph in graphs:
             part = target if len(graphs) == 1 else f"{target} {graph.name}"
             for rows, scores in graph.runtime_scores.items():
-                found[f"{title} | {part} | scores of {rows} rows"] = line_of_array(scores)
-            for item, line in _of_graph(graph.path).items():
-                found[f"{title} | {part} | {item}"] = line
-    return found
+                entries[f"{title} | {part} | scores of {rows} rows"] = line_of_array(scores)
+            for item, line in _graph_entries(graph.path).items():
+                entries[f"{title} | {part} | {item}"] = line
+    return entries
 
 
 def _digest_of_all(folder: Path) -> str:
@@ -69,22 +69,22 @@ def _digest_of_all(folder: Path) -> str:
     return digest("\n".join(lines).encode())
 
 
-def _of_graph(path: Path) -> Entries:
-    """Initializers, operator counts and connections of a graph."""
+def _graph_entries(path: Path) -> Entries:
+    """Entries of a graph: initializers, operator counts and connections."""
     model = onnx.load(path)
-    found = Entries()
+    entries = Entries()
     small = []
     for item in model.graph.initializer:
         name = package.recorded_tensor(item.name)
         if _is_small_constant(item):
             small.append(f"{name} {line_of_initializer(item)}")
         else:
-            found[f"initializer {name}"] = line_of_initializer(item)
-    found["small constants"] = f"{len(small)} {digest(chr(10).join(sorted(small)).encode())}"
+            entries[f"initializer {name}"] = line_of_initializer(item)
+    entries["small constants"] = f"{len(small)} {digest(chr(10).join(sorted(small)).encode())}"
     counts = Counter(_operator(node) for node in model.graph.node)
-    found["operators"] = " ".join(f"{name}:{counts[name]}" for name in sorted(counts))
-    found["connections"] = _connections(model.graph)
-    return found
+    entries["operators"] = " ".join(f"{name}:{counts[name]}" for name in sorted(counts))
+    entries["connections"] = _connections(model.graph)
+    return entries
 
 
 def _is_small_constant(item: onnx.TensorProto) -> bool:
@@ -93,7 +93,7 @@ def _is_small_constant(item: onnx.TensorProto) -> bool:
 
 
 def line_of_initializer(item: onnx.TensorProto) -> str:
-    """One line about a stored constant of a graph."""
+    """One line that describes an initializer of a graph."""
     kind = onnx.TensorProto.DataType.Name(item.data_type).lower()
     array = onnx.numpy_helper.to_array(item)
     return line_of(kind, array.tobytes(), tuple(item.dims), array.astype(np.float64))
@@ -104,14 +104,16 @@ def _operator(node: onnx.NodeProto) -> str:
 
 
 def _connections(graph: onnx.GraphProto) -> str:
-    """A digest of operators, attributes, and what each reads, without names of computed values."""
+    """A digest of all operators, attributes and inputs, independent of intermediate names."""
     names = {item.name: f"input {item.name}" for item in graph.input}
     names |= {item.name: package.recorded_tensor(item.name) for item in graph.initializer}
-    total = hashlib.sha256()
-    for place, node in enumerate(graph.node):
-        names |= {output: f"{place}.{index}" for index, output in enumerate(node.output) if output}
+    graph_digest = hashlib.sha256()
+    for position, node in enumerate(graph.node):
+        names |= {
+            output: f"{position}.{index}" for index, output in enumerate(node.output) if output
+        }
         inputs = [names.get(name, name) for name in node.input]
         attributes = sorted(item.SerializeToString(deterministic=True) for item in node.attribute)
-        total.update(repr((_operator(node), inputs, attributes)).encode())
-    total.update(repr([names[item.name] for item in graph.output]).encode())
-    return total.hexdigest()[:16]
+        graph_digest.update(repr((_operator(node), inputs, attributes)).encode())
+    graph_digest.update(repr([names[item.name] for item in graph.output]).encode())
+    return graph_digest.hexdigest()[:16]

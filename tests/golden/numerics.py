@@ -1,8 +1,8 @@
-"""Tensors as one line of text, and which differences another CPU may cause.
+"""Describe a tensor in one line of text, and compare such lines across CPUs.
 
-A line holds dtype, shape, a digest of the values, and two statistics. On the kind of machine that
-wrote the record the whole line must be equal. On another one, float sums have another order, so a
-digest may differ: then dtype and shape must be equal and the statistics must be near.
+A line has dtype, shape, a digest of the values, and two statistics. On the machine type that wrote
+the record the whole line must be equal. On another machine type float sums have another order, so
+the digest may differ; then dtype and shape must be equal and the statistics must be close.
 """
 
 import hashlib
@@ -15,7 +15,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-# What changes the order or the rounding of float sums in torch, MKL, OpenBLAS, LLVM and MLAS.
+# CPU features that change the order or the rounding of float sums in torch, MKL, OpenBLAS, LLVM
+# and MLAS.
 FLAGS = (
     "avx2", "fma", "avx512f", "avx512_vnni", "avx512_bf16", "avx512_fp16", "avx_vnni", "amx_tile",
     "amx_int8",
@@ -25,7 +26,7 @@ LINE = re.compile(r"(?P<type>\S+) (?P<digest>[0-9a-f]{16}) mean (?P<mean>\S+) rm
 
 
 def machine() -> dict[str, str]:
-    """What may change the last bits: the processor's vendor and features, and library versions."""
+    """Properties that may change last bits: CPU vendor, CPU features and library versions."""
     lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
     entries = [line.partition(":") for line in lines]
     values = {key.strip(): value.strip() for key, _, value in reversed(entries)}
@@ -42,13 +43,13 @@ def digest(content: bytes) -> str:
 
 
 def line_of(kind: str, content: bytes, shape: tuple[int, ...], values: NDArray[np.float64]) -> str:
-    """One line about a tensor.
+    """One line that describes a tensor.
 
     Args:
         kind: its dtype.
         content: its bytes.
         shape: its shape.
-        values: its values, or for packed types the values of its bytes.
+        values: its values as float64; for packed types, the values of its bytes.
     """
     title = f"{kind}[{','.join(map(str, shape))}]"
     finite = values[np.isfinite(values)]
@@ -60,21 +61,23 @@ def line_of(kind: str, content: bytes, shape: tuple[int, ...], values: NDArray[n
 
 
 def line_of_array(array: NDArray[np.generic]) -> str:
-    """One line about scores; every NaN counts as the same NaN."""
+    """One line that describes scores; all NaNs are treated as equal."""
     array = np.where(np.isnan(array), np.float32("nan"), array).astype(np.float32)
     return line_of("float32", array.tobytes(), array.shape, array.astype(np.float64))
 
 
 def line_of_tensor(tensor: torch.Tensor) -> str:
-    """One line about a stored tensor."""
-    whole = tensor.detach().contiguous()
-    content = whole.reshape(-1).view(torch.uint8).numpy().tobytes() if whole.numel() else b""
-    kind = str(whole.dtype).removeprefix("torch.")
-    return line_of(kind, content, tuple(whole.shape), whole.to(torch.float64).numpy())
+    """One line that describes a stored tensor."""
+    contiguous = tensor.detach().contiguous()
+    content = (
+        contiguous.reshape(-1).view(torch.uint8).numpy().tobytes() if contiguous.numel() else b""
+    )
+    kind = str(contiguous.dtype).removeprefix("torch.")
+    return line_of(kind, content, tuple(contiguous.shape), contiguous.to(torch.float64).numpy())
 
 
 def is_near(expected: str, found: str, tolerance: float) -> bool:
-    """Whether two lines have equal types and statistics within a share of the root mean square."""
+    """Whether dtypes and shapes are equal and statistics are within ``tolerance`` of the RMS."""
     first, second = LINE.fullmatch(expected), LINE.fullmatch(found)
     if first is None or second is None:
         return _scalars_near(expected, found, tolerance)
@@ -85,12 +88,12 @@ def is_near(expected: str, found: str, tolerance: float) -> bool:
 
 
 def kind_of(line: str) -> str:
-    """Dtype and shape."""
+    """Dtype and shape of a line."""
     return line.partition(" ")[0]
 
 
 def is_scalar(line: str) -> bool:
-    """Whether a line is about a tensor of one float number, which it holds."""
+    """Whether a line describes a tensor of one float, and so contains its value."""
     return line.startswith(("float", "bfloat")) and " = " in line
 
 

@@ -1,9 +1,10 @@
-"""What the lock uses of recpress. Edit this file when code moves: nothing else imports it.
+"""The recpress API that the golden lock uses. Edit this file when code moves.
 
-``KINDS``, ``TARGETS`` and ``REFUSALS`` map a name in the package to its name in the record. Add a
-line there when a step kind, a target or an error class is renamed; the record then stays as it is.
-``TENSORS`` does the same by regular expression for the names of stored tensors and initializers.
-A renamed setting of a step is renamed in ``cases.py`` too; the record has no settings.
+No other file of the golden lock imports recpress. ``KINDS``, ``TARGETS`` and ``REFUSALS`` map a
+current name to its name in the record. Add a line there when a step kind, a target or an error
+class is renamed; the record then stays unchanged. ``TENSORS`` maps names of stored tensors and
+initializers by regular expression. Rename a step's setting in ``cases.py`` as well; the record has
+no settings.
 """
 
 import re
@@ -58,30 +59,30 @@ ROWS, EDGE_ROWS = 64, 32
 
 
 def recorded(name: str, names: dict[str, str]) -> str:
-    """The name that the record has for a name in the package."""
+    """The record's name for a name of the package."""
     return names.get(name, name)
 
 
 def recorded_tensor(name: str) -> str:
-    """The name that the record has for a stored tensor or an initializer."""
+    """The record's name for a stored tensor or an initializer."""
     for pattern, replacement in TENSORS.items():
         name = re.sub(pattern, replacement, name)
     return name
 
 
 def methods() -> dict[str, type[Step]]:
-    """Every registered method by its kind in the record."""
+    """All registered methods by their kinds in the record."""
     registered = get_args(get_args(AnyStep)[0])
     return {recorded(method.model_fields["kind"].default, KINDS): method for method in registered}
 
 
 def targets() -> dict[str, str]:
-    """Every registered lowering target by its name in the record."""
+    """All registered targets by their names in the record."""
     return {recorded(target, TARGETS): target for target in get_args(TargetKind)}
 
 
 def step(kind: str, **settings: Any) -> Step:
-    """A step with settings, quick to train; ``kind`` as in the record."""
+    """A step with these settings and short training; ``kind`` is the kind in the record."""
     method = methods()[kind]
     return method(**{**default(method).model_dump(), **settings})
 
@@ -92,21 +93,21 @@ class Refused(Exception):
 
 @contextmanager
 def refusals() -> Iterator[None]:
-    """Raise refusals of recpress as ``Refused``; any other exception passes."""
+    """Convert refusals of recpress to ``Refused``; other exceptions propagate."""
     try:
         yield
     except CompressionError as error:
         raise Refused(recorded(type(error).__name__, REFUSALS)) from error
 
 
-def compress(applied: Step, model: Model, bench: Bench, folder: Path) -> Model:
+def compress(step_to_apply: Step, model: Model, bench: Bench, folder: Path) -> Model:
     """Apply one step and store the result in ``folder``."""
     with refusals():
-        return run(applied, model, bench, folder)
+        return run(step_to_apply, model, bench, folder)
 
 
 def stored_tensors(folder: Path) -> dict[str, Tensor]:
-    """The stored tensors by their names in the record."""
+    """All stored tensors by their names in the record."""
     return {recorded_tensor(name): tensor for name, tensor in mapped(folder).items()}
 
 
@@ -120,7 +121,7 @@ def module_scores(model: Model, reference: Reference) -> NDArray[Any]:
 
 @dataclass(frozen=True)
 class WrittenGraph:
-    """One exported graph: the file, and ONNX Runtime's output on fixed inputs."""
+    """One exported graph: its file, and ONNX Runtime's scores on fixed inputs."""
 
     name: str
     path: Path
@@ -130,29 +131,29 @@ class WrittenGraph:
 def write_graphs(
     model: Model, reference: Reference, target: str, folder: Path
 ) -> list[WrittenGraph]:
-    """Lower a model for one target; graphs for ONNX Runtime are also run.
+    """Lower a model for one target; ONNX Runtime also scores its graphs.
 
     Args:
-        model: plain or compressed.
-        reference: the network's signature.
-        target: as the package calls it.
-        folder: where the graphs are written.
+        model: original or compressed model.
+        reference: the reference network with its signature.
+        target: name of the target in the package.
+        folder: folder for the graphs.
 
     Raises:
-        Refused: the model has no form on this target.
+        Refused: the model cannot be lowered for this target.
     """
     graphs = []
-    for form in served_graphs(reference.signature):
+    for graph in served_graphs(reference.signature):
         path = Path(tempfile.mkdtemp(dir=folder)) / "model.onnx"
         with refusals():
-            rows = lower(model.module, form, target, path).served.rows_of_table  # type: ignore[arg-type]
+            rows = lower(model.module, graph, target, path).served.rows_of_table  # type: ignore[arg-type]
         scores = {}
         if target == RUNTIME:
-            session, names = Session(path, threads=1), input_names(form.signature)
+            session, names = Session(path, threads=1), input_names(graph.signature)
             for title, inputs in (
-                ("valid", example(form.signature, rows, ROWS, seed=5)),
-                ("edge", edge_example(form.signature, rows, EDGE_ROWS)),
+                ("valid", example(graph.signature, rows, ROWS, seed=5)),
+                ("edge", edge_example(graph.signature, rows, EDGE_ROWS)),
             ):
                 scores[title] = session.scores({name: inputs[name].numpy() for name in names})
-        graphs.append(WrittenGraph(form.name, path, scores))
+        graphs.append(WrittenGraph(graph.name, path, scores))
     return graphs

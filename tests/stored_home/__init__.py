@@ -1,7 +1,8 @@
-"""A recpress home that an earlier version wrote, and what it has to be read as for ever.
+"""Backward compatibility: recpress homes of earlier versions, and the results they must give.
 
-``networks.py`` holds the models of the stored home, ``drafts.py`` writes their drafts, ``steps.py``
-lists what is stored of every method, ``orders.py`` the orders. ``create.py`` writes a fixture
-with all of it, ``archive.py`` packs and unpacks a fixture, ``scores.py`` computes the scores that
-are compared. The tests are in ``tests/test_stored_home*.py``.
+``networks.py`` defines the models of a stored home and ``drafts.py`` writes their drafts.
+``steps.py`` lists the recipes and ``orders.py`` the orders. ``settings.py`` lists all settings that
+an order may contain. ``create.py`` writes a fixture with all of them, and ``archive.py`` packs and
+unpacks a fixture. ``scores.py`` computes the compared scores, and ``stored.py`` opens fixtures for
+the tests. The tests are in ``tests/test_stored_home*.py``.
 """

@@ -1,8 +1,7 @@
-"""A fixture's home as files of the repository: packed in a fixed order, unpacked safely.
+"""Pack and unpack the home of a fixture: reproducible archives, safe extraction.
 
-A home is stored without its place: references in it are relative to the store's root, so nothing is
-rewritten when it is unpacked. The archive is cut into parts because the repository takes no file
-over 1 MB.
+References in a home are relative to the store's root, so a home can be unpacked to any folder
+without changes. The archive is split into parts because the repository accepts no file over 1 MB.
 """
 
 import io
@@ -12,8 +11,8 @@ from pathlib import Path
 
 FIXTURES = Path(__file__).parent / "fixtures"
 PART_BYTES = 900_000
-LARGEST_HOME = 100_000_000
-"""Bytes of an unpacked home: more is refused, a damaged archive could fill the disk."""
+MAX_HOME_BYTES = 100_000_000
+"""Largest accepted size of an unpacked home; a damaged archive could fill the disk."""
 
 
 def fixtures() -> tuple[Path, ...]:
@@ -22,12 +21,15 @@ def fixtures() -> tuple[Path, ...]:
 
 
 def pack(home: Path, into: Path) -> int:
-    """Write ``home`` as ``home.tar.xz.1`` and so on; returns the bytes of all parts.
+    """Write ``home`` to ``home.tar.xz.1`` and further parts; return their total bytes.
 
-    Names are sorted, and times and owners are left out: the same files give the same bytes.
+    Names are sorted, and times and owners are omitted, so equal files give equal archives.
+
+    Raises:
+        ValueError: the home contains something other than files and folders.
     """
-    plain = io.BytesIO()
-    with tarfile.open(fileobj=plain, mode="w", format=tarfile.PAX_FORMAT) as tar:
+    archive = io.BytesIO()
+    with tarfile.open(fileobj=archive, mode="w", format=tarfile.PAX_FORMAT) as tar:
         for path in sorted(home.rglob("*")):
             if path.is_symlink() or not (path.is_dir() or path.is_file()):
                 raise ValueError(f"expected files and folders only, got {path}")
@@ -40,24 +42,24 @@ def pack(home: Path, into: Path) -> int:
             entry.size = path.stat().st_size
             with path.open("rb") as file:
                 tar.addfile(entry, file)
-    body = lzma.compress(plain.getvalue(), preset=9 | lzma.PRESET_EXTREME)
-    for number, begin in enumerate(range(0, len(body), PART_BYTES), start=1):
-        (into / f"home.tar.xz.{number}").write_bytes(body[begin : begin + PART_BYTES])
+    body = lzma.compress(archive.getvalue(), preset=9 | lzma.PRESET_EXTREME)
+    for number, start in enumerate(range(0, len(body), PART_BYTES), start=1):
+        (into / f"home.tar.xz.{number}").write_bytes(body[start : start + PART_BYTES])
     return len(body)
 
 
 def unpack(fixture: Path, into: Path) -> None:
-    """Write a fixture's home below ``into``, which is created.
+    """Unpack a fixture's home to ``into``, which must not exist.
 
     Raises:
-        ValueError: the home is larger than any that was stored.
-        tarfile.FilterError: an entry is a link, a device, or leads out of ``into``.
+        ValueError: the unpacked home is larger than ``MAX_HOME_BYTES``.
+        tarfile.FilterError: an entry is a link, a device, or outside of ``into``.
     """
     parts = sorted(fixture.glob("home.tar.xz.*"), key=lambda path: int(path.suffix[1:]))
     body = b"".join(path.read_bytes() for path in parts)
-    plain = lzma.LZMADecompressor().decompress(body, max_length=LARGEST_HOME)
-    if len(plain) == LARGEST_HOME:
-        raise ValueError(f"expected less than {LARGEST_HOME} bytes in {fixture}")
+    archive = lzma.LZMADecompressor().decompress(body, max_length=MAX_HOME_BYTES)
+    if len(archive) == MAX_HOME_BYTES:
+        raise ValueError(f"expected less than {MAX_HOME_BYTES} bytes in {fixture}")
     into.mkdir(parents=True)
-    with tarfile.open(fileobj=io.BytesIO(plain)) as tar:
+    with tarfile.open(fileobj=io.BytesIO(archive)) as tar:
         tar.extractall(into, filter="data")

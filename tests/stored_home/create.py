@@ -1,15 +1,15 @@
-"""Create a fixture: a recpress home as the present code writes it.
+"""Create a fixture: a recpress home as the current code writes it.
 
     python -m tests.stored_home.create NAME [--recipe RECIPE ...]
 
-Run it at a commit whose formats are to stay readable: ``NAME`` is a new folder below ``fixtures/``.
-A fixture that exists is never written again, because then the tests would only show that the
-present code reads what the present code wrote. A new method or format gets an entry in ``steps.py``
-and a fixture of its own, with ``--recipe`` for the new entries only; without ``--recipe`` the home
-has all recipes, the orders of ``orders.py`` and their promotions. It takes about ten minutes.
+Run it at a commit whose formats must stay readable. ``NAME`` is a new folder below ``fixtures/``.
+An existing fixture is never written again: the tests would then only show that the current code
+reads its own output. Add an entry to ``steps.py`` and a new fixture for each new method or format,
+with ``--recipe`` for the new entries only. Without ``--recipe`` the home has all recipes, the
+orders of ``orders.py`` and their promotions; this takes about ten minutes.
 
-Everything is created through the public paths: the command line, and the tasks of a flow for single
-steps. All data is drawn from seeds.
+All content is created by the command line, and single steps by the tasks of a flow. All data is
+generated from seeds.
 """
 
 import argparse
@@ -29,29 +29,31 @@ from typing import Any
 
 FIXTURES = Path(__file__).parent / "fixtures"
 HOME = "{HOME}"
-"""Stands for the folder of the home in stored output."""
+"""Placeholder for the folder of the home in stored output."""
 CODE = "stored home"
 TEMPORARY = ("cache", "progress", "orders.lock", "registry.db.lock")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Create the fixture that the arguments name."""
+    """Create the fixture that the arguments describe."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("name", help="of a new folder below fixtures/")
-    parser.add_argument("--recipe", action="append", help="of steps.py; all without it")
+    parser.add_argument("name", help="name of the new folder below fixtures/")
+    parser.add_argument(
+        "--recipe", action="append", help="a recipe of steps.py; default: all recipes and orders"
+    )
     options = parser.parse_args(arguments)
     fixture = FIXTURES / options.name
     if fixture.exists():
         sys.exit(f"{fixture} exists and stays as it is. Choose another name.")
     with tempfile.TemporaryDirectory(prefix="stored-home-") as scratch:
         root = Path(scratch) / "root"
-        _enter(root, Path(scratch) / "prefect")
+        _set_environment(root, Path(scratch) / "prefect")
         expected, tensors = _fill(root, options.recipe)
         _write(fixture, root, expected, tensors)
 
 
-def _enter(root: Path, prefect: Path) -> None:
-    """Set the environment of a person's machine. Prefect reads it when it is imported."""
+def _set_environment(root: Path, prefect: Path) -> None:
+    """Set the environment of a user's machine; Prefect reads it on import."""
     for name in list(os.environ):
         if name.startswith(("RECPRESS_", "MLFLOW_", "PREFECT_", "AWS_")):
             del os.environ[name]
@@ -65,12 +67,12 @@ def _enter(root: Path, prefect: Path) -> None:
         "MLFLOW_DISABLE_TELEMETRY": "true",
         "DO_NOT_TRACK": "1",
     }
-    # MLflow writes the working folder into an experiment that recpress does not use.
+    # MLflow writes the working directory into an experiment that recpress does not use.
     os.chdir("/")
 
 
 def _fill(root: Path, recipes: Sequence[str] | None) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Fill the home; returns what the tests expect of it, as JSON and as tensors."""
+    """Fill the home; return the expected results for the tests, as JSON and as tensors."""
     from tests.stored_home import settings
     from tests.stored_home.drafts import write_click_draft, write_retrieval_draft
     from tests.stored_home.scores import environment
@@ -91,7 +93,7 @@ def _fill(root: Path, recipes: Sequence[str] | None) -> tuple[dict[str, Any], di
         "orders": settings.order_documents(),
     }
     if recipes is None:
-        expected["finished"] = _carry_out_orders(root)
+        expected["finished"] = _run_orders(root)
     expected["recipes"] = {name: _apply(name) for name in recipes or RECIPES}
     expected["tables"] = _quantize_tables(root)
     if recipes is None:
@@ -104,10 +106,10 @@ def _fill(root: Path, recipes: Sequence[str] | None) -> tuple[dict[str, Any], di
 
 
 def _run(*arguments: str, codes: tuple[int, ...] = (0,)) -> str:
-    """Run the command line in this process; returns its standard output.
+    """Run the command line in this process; return its standard output.
 
     Raises:
-        RuntimeError: its exit code is not among those that are expected.
+        RuntimeError: the exit code is not in ``codes``.
     """
     from flows.cli import app
 
@@ -120,8 +122,8 @@ def _run(*arguments: str, codes: tuple[int, ...] = (0,)) -> str:
     return output.getvalue()
 
 
-def _carry_out_orders(root: Path) -> dict[str, Any]:
-    """Carry out every order, and the commands after it; returns outcome and version of each."""
+def _run_orders(root: Path) -> dict[str, Any]:
+    """Run every order and the commands after it; return outcome, version and hashes by order."""
     from flows.cli.app import EXIT
     from tests.stored_home.orders import COMMANDS, ORDERS, OUTCOMES
 
@@ -133,14 +135,14 @@ def _carry_out_orders(root: Path) -> dict[str, Any]:
         file.write_text(json.dumps(order, indent=1))
         code = EXIT[OUTCOMES[name]]
         output = _run("compress", "--order", str(file), "--json", codes=(code,))
-        found = json.loads(output)
+        result = json.loads(output)
         finished[name] = {
-            "model": found["report"]["name"],
-            "version": found["version"],
-            "outcome": found["report"]["outcome"],
-            "order": found["report"]["order"],
-            "release": found["release"]["sha256"],
-            "compressed": found["report"]["compressed"]["sha256"],
+            "model": result["report"]["name"],
+            "version": result["version"],
+            "outcome": result["report"]["outcome"],
+            "order": result["report"]["order"],
+            "release": result["release"]["sha256"],
+            "compressed": result["report"]["compressed"]["sha256"],
         }
         for command in COMMANDS.get(name, ()):
             _run(*command)
@@ -148,7 +150,7 @@ def _carry_out_orders(root: Path) -> dict[str, Any]:
 
 
 def _apply(name: str) -> dict[str, Any]:
-    """Apply one recipe of ``steps.py`` as a flow does; returns its steps, bundle and graph."""
+    """Apply one recipe of ``steps.py`` like a flow; return its steps, bundle and graph."""
     from compressors.core.runner import needs, wants
     from tasks.bundles.bundle_ref import find
     from tasks.compress import compress
@@ -159,18 +161,20 @@ def _apply(name: str) -> dict[str, Any]:
     from tests.stored_home.steps import RECIPES
 
     model, steps = RECIPES[name]
-    subject = find(model)
-    original = bundle = subject.artifact
+    bundle_ref = find(model)
+    original = bundle = bundle_ref.artifact
     for document in steps:
         step = STEP.validate_python(document)
         splits = {}
         for part in {*needs(step), *wants(step)}:
-            split = {"soft_labels": "train", "calibration": subject.calibration()}.get(part, part)
-            if split not in subject.rows:
+            split = {"soft_labels": "train", "calibration": bundle_ref.calibration()}.get(
+                part, part
+            )
+            if split not in bundle_ref.rows:
                 continue
             splits[part] = prepare.fn(original, split, CODE)
             if part == "soft_labels":
-                splits[part] = score.fn(original, splits[part], subject.rows[split], CODE)
+                splits[part] = score.fn(original, splits[part], bundle_ref.rows[split], CODE)
         bundle = compress.fn(
             source=bundle,
             step=step,
@@ -183,9 +187,9 @@ def _apply(name: str) -> dict[str, Any]:
         )
         if not hasattr(bundle, "sha256"):
             raise RuntimeError(f"recipe {name!r}: {bundle}")
-    split = subject.calibration()
+    split = bundle_ref.calibration()
     probe = prepare.fn(original, split, CODE)
-    graph = lower_model.fn(bundle, "onnxruntime", probe, subject.rows[split], 65_536, CODE)
+    graph = lower_model.fn(bundle, "onnxruntime", probe, bundle_ref.rows[split], 65_536, CODE)
     print(f"{name}: {bundle.bytes:,} bytes", file=sys.stderr)  # noqa: T201
     return {
         "model": model,
@@ -196,7 +200,7 @@ def _apply(name: str) -> dict[str, Any]:
 
 
 def _quantize_tables(root: Path) -> dict[str, str]:
-    """A table file of every table format; returns the hash of each by its format."""
+    """Write a table file in every table format; return the hashes by format."""
     from tasks.bundles.table_files import short_name, table_steps
 
     tables = {}
@@ -210,7 +214,7 @@ def _quantize_tables(root: Path) -> dict[str, str]:
 
 
 def _registry(root: Path) -> dict[str, Any]:
-    """What the registry's commands print about the home."""
+    """Output of the registry's commands for the home."""
     listed = json.loads(_run("registry", "list", "--json").replace(str(root / "recpress"), HOME))
     shown = {}
     for item in listed:
@@ -231,7 +235,7 @@ def _registry(root: Path) -> dict[str, Any]:
 
 
 def _scores(root: Path) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
-    """Scores of every bundle and every graph for ONNX Runtime in the store."""
+    """Scores of all bundles and of all graphs for ONNX Runtime in the store."""
     from tasks.bundles.loading import load_bundle
     from tasks.orchestration.documents import lowering_of
     from tasks.orchestration.workspace import store
@@ -239,7 +243,7 @@ def _scores(root: Path) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]
     from tests.stored_home.scores import edge_inputs, graph_scores, module_scores, tensors_digest
 
     inputs = {name: scored_inputs(name) for name in ("clicks", "ranker", "finder")}
-    tensors = {f"input/{m}/{name}": t for m, held in inputs.items() for name, t in held.items()}
+    tensors = {f"input/{m}/{name}": t for m, named in inputs.items() for name, t in named.items()}
     bundles: dict[str, Any] = {}
     graphs: dict[str, Any] = {}
     artifacts = root / "recpress" / "store" / "artifacts"
@@ -263,8 +267,8 @@ def _scores(root: Path) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]
             graphs[sha256] = {"model": name, "graphs": [g.name for g in lowering.graphs]}
             for graph in lowering.graphs:
                 names = tuple(item.name for item in graph.inputs)
-                for kind, given in (("rows", inputs[name]), ("edge", edge_inputs(inputs[name]))):
-                    scores = graph_scores(folder / graph.file, names, given)
+                for kind, values in (("rows", inputs[name]), ("edge", edge_inputs(inputs[name]))):
+                    scores = graph_scores(folder / graph.file, names, values)
                     tensors[f"onnx/{sha256}/{graph.name}/{kind}"] = _tensor(scores)
     return bundles, graphs, tensors
 
@@ -276,17 +280,17 @@ def _tensor(scores: Any) -> Any:
 
 
 def _write(fixture: Path, root: Path, expected: dict[str, Any], tensors: dict[str, Any]) -> None:
-    """Write the fixture's files at once: a failure leaves no half of one."""
+    """Write the fixture to a temporary folder and rename it, so no partial fixture can remain."""
     from safetensors.torch import save_file
 
     from tests.stored_home.archive import pack
 
-    place = str(root.parent).encode()
+    home_path = str(root.parent).encode()
     for path in root.rglob("*"):
-        # The record of a publication names the registry. In a moved home it does not count.
-        known = path.parent.name == "publish"
-        if path.is_file() and not known and place in path.read_bytes():
-            raise RuntimeError(f"{path} holds the path of the folder it was made in")
+        # The record of a publication names the registry's path; a moved home ignores it.
+        is_publication = path.parent.name == "publish"
+        if path.is_file() and not is_publication and home_path in path.read_bytes():
+            raise RuntimeError(f"{path} contains the path of the scratch folder")
     staged = fixture.with_name(f".{fixture.name}")
     shutil.rmtree(staged, ignore_errors=True)
     staged.mkdir(parents=True)

@@ -1,7 +1,7 @@
 """Drafts of the stored home: one click model, one ranking model, one retrieval model.
 
-All data is drawn from a seed. Labels follow the network's own scores, so the untouched network is
-close to the best there is and a step that trains has something to learn from.
+All data is generated from a seed. Labels follow the network's scores, so the original network is
+close to optimal and steps that train have a signal to learn from.
 """
 
 import json
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from tests.stored_home.networks import ClickNet, TwoTowerNet
 
 MODULE = "tests.stored_home.networks"
-LONGEST = 4
+MAX_BAG = 4
 DENSE = 3
 CLICK_CONFIG = {
     "users": 320,
@@ -32,18 +32,18 @@ CLICK_CONFIG = {
     "blocks": 2,
 }
 EQUAL_USERS = 20
-"""The last users have the rows of the first ones, so that rows can be merged."""
+"""The last users have the same table rows as the first ones, so that rows can be merged."""
 TOWER_CONFIG = {"users": 60, "items": 80, "tags": 24, "dense": DENSE, "dim": 16, "hidden": 24}
 ROWS = {"train": 480, "calibration": 160, "validation": 240, "test": 480}
 PER_QUERY = 12
 LIKED = {"train": 4, "validation": 2, "test": 3}
-"""Interactions of every user of the retrieval model."""
+"""Interactions per user of the retrieval model, by split."""
 SPREAD = 1.2
 """Standard deviation of the logits."""
 
 
 def write_click_draft(folder: Path, *, name: str = "clicks", ranking: bool = False) -> Path:
-    """Write a click model, or a ranking model with grades and groups; returns the folder."""
+    """Write the draft of a click model, or of a ranking model with grades; return the folder."""
     seed = int(ranking)
     folder.mkdir(parents=True)
     torch.manual_seed(seed)
@@ -57,19 +57,19 @@ def write_click_draft(folder: Path, *, name: str = "clicks", ranking: bool = Fal
         logits = _logits(model, columns["train"])
         model.out.weight *= SPREAD / logits.std()
     start = 0
-    for split, found in columns.items():
+    for split, table in columns.items():
         with torch.no_grad():
-            logits = _logits(model, found).numpy()
+            logits = _logits(model, table).numpy()
         chance = 1 / (1 + np.exp(-logits))
         if ranking:  # grades 0 to 3
             grade = np.clip(np.round(2 * chance + draw.normal(0, 0.5, chance.size)), 0, 3)
-            found["label"] = pa.array(grade.astype(np.int64))
-            found["query"] = pa.array(start // PER_QUERY + np.arange(chance.size) // PER_QUERY)
+            table["label"] = pa.array(grade.astype(np.int64))
+            table["query"] = pa.array(start // PER_QUERY + np.arange(chance.size) // PER_QUERY)
         else:
-            found["label"] = pa.array((draw.random(chance.size) < chance).astype(np.int64))
-        found["at"] = pa.array(start + np.arange(chance.size))
+            table["label"] = pa.array((draw.random(chance.size) < chance).astype(np.int64))
+        table["at"] = pa.array(start + np.arange(chance.size))
         start += chance.size
-        _write(found, folder / f"{split}.parquet")
+        _write(table, folder / f"{split}.parquet")
     save_file(model.state_dict(), folder / "model.safetensors")
     (folder / "items.json").write_text(json.dumps([f"i{n}" for n in range(CLICK_CONFIG["items"])]))
     document = {
@@ -86,7 +86,7 @@ def write_click_draft(folder: Path, *, name: str = "clicks", ranking: bool = Fal
 
 
 def write_retrieval_draft(folder: Path, *, name: str = "finder") -> Path:
-    """Write a two-tower model that reads one bag of tags in both towers; returns the folder."""
+    """Write the draft of a two-tower model whose towers share a bag of tags; return the folder."""
     folder.mkdir(parents=True)
     torch.manual_seed(2)
     draw = np.random.default_rng(2)
@@ -101,14 +101,14 @@ def write_retrieval_draft(folder: Path, *, name: str = "finder") -> Path:
         query = model.query(torch.arange(users), *_flat(recent))
         vectors = model.catalogue(torch.tensor(ids), *_flat(catalogue["tags"]), _matrix(catalogue))
         scores = (query @ vectors.T).numpy()
-    # The best of scores plus Gumbel noise are a draw without repetition.
+    # The largest scores plus Gumbel noise are a sample without replacement.
     noise = draw.gumbel(size=scores.shape)
     liked = np.argsort(-(scores * SPREAD / scores.std() + noise), axis=1)
-    begin = 0
-    for split, each in LIKED.items():
-        chosen = liked[:, begin : begin + each].reshape(-1)
-        begin += each
-        user = np.repeat(np.arange(users), each)
+    start = 0
+    for split, count in LIKED.items():
+        chosen = liked[:, start : start + count].reshape(-1)
+        start += count
+        user = np.repeat(np.arange(users), count)
         columns = {
             "user": pa.array(user),
             "recent": recent.take(pa.array(user)),
@@ -132,7 +132,7 @@ def write_retrieval_draft(folder: Path, *, name: str = "finder") -> Path:
 
 
 def scored_inputs(name: str) -> dict[str, Tensor]:
-    """The fixed inputs that bundles of one model are scored on, by argument name.
+    """Fixed inputs for scoring the bundles of one model, by argument name.
 
     Args:
         name: ``clicks``, ``ranker`` or ``finder``.
@@ -144,13 +144,13 @@ def scored_inputs(name: str) -> dict[str, Tensor]:
         return _arguments(columns)
     users, items, tags = (TOWER_CONFIG[key] for key in ("users", "items", "tags"))
     recent, recent_offsets = _flat(_bags(rows, tags, draw))
-    found, offsets = _flat(_bags(rows, tags, draw))
+    item_tags, offsets = _flat(_bags(rows, tags, draw))
     return {
         "user": torch.tensor(draw.integers(0, users, rows)),
         "recent": recent,
         "recent_offsets": recent_offsets,
         "item": torch.tensor(draw.integers(0, items, rows)),
-        "tags": found,
+        "tags": item_tags,
         "tags_offsets": offsets,
         "dense": _matrix(_dense(rows, draw)),
     }
@@ -168,7 +168,7 @@ def _click_signature(*, ranking: bool) -> dict[str, Any]:
                 "out_of_range": "default_row",
                 "default_row": 0,
             },
-            {"kind": "jagged_bag", "name": "tags", "table": "tags", "shape": [LONGEST]},
+            {"kind": "jagged_bag", "name": "tags", "table": "tags", "shape": [MAX_BAG]},
             _dense_input(),
         ],
         "output": "score" if ranking else "logit",
@@ -188,10 +188,10 @@ def _retrieval_signature() -> dict[str, Any]:
                 "kind": "jagged_bag",
                 "name": "recent",
                 "table": "catalogue.tags",
-                "shape": [LONGEST],
+                "shape": [MAX_BAG],
             },
             {"kind": "id", "name": "item", "table": "catalogue.item"},
-            {"kind": "jagged_bag", "name": "tags", "table": "catalogue.tags", "shape": [LONGEST]},
+            {"kind": "jagged_bag", "name": "tags", "table": "catalogue.tags", "shape": [MAX_BAG]},
             _dense_input(),
         ],
         "output": "score",
@@ -206,12 +206,12 @@ def _retrieval_signature() -> dict[str, Any]:
 
 
 def _dense_input() -> dict[str, Any]:
-    columns = [f"d{place}" for place in range(DENSE)]
+    columns = [f"d{index}" for index in range(DENSE)]
     return {"kind": "dense", "name": "dense", "columns": columns, "shape": [DENSE]}
 
 
 def _rows(count: int, draw: np.random.Generator) -> dict[str, pa.Array]:
-    # Lookups as in logs: few ids have most of them.
+    # Skewed lookups as in real logs: few ids have most of the lookups.
     users, items = CLICK_CONFIG["users"], CLICK_CONFIG["items"]
     return {
         "user": pa.array((users * draw.random(count) ** 2).astype(np.int64)),
@@ -222,19 +222,19 @@ def _rows(count: int, draw: np.random.Generator) -> dict[str, pa.Array]:
 
 
 def _bags(count: int, tags: int, draw: np.random.Generator) -> pa.Array:
-    lengths = draw.integers(0, LONGEST + 1, count)
+    lengths = draw.integers(0, MAX_BAG + 1, count)
     bags = [draw.integers(0, tags, length).tolist() for length in lengths]
     return pa.array(bags, pa.list_(pa.int64()))
 
 
 def _dense(count: int, draw: np.random.Generator) -> dict[str, pa.Array]:
-    # Halves: the values are exact and the files are small.
+    # Multiples of 0.5 are exact in float32 and keep the files small.
     numbers: NDArray[np.float32] = np.round(2 * draw.normal(size=(DENSE, count))).astype(np.float32)
-    return {f"d{place}": pa.array(row / 2) for place, row in enumerate(numbers)}
+    return {f"d{index}": pa.array(row / 2) for index, row in enumerate(numbers)}
 
 
 def _matrix(columns: dict[str, pa.Array]) -> Tensor:
-    rows = [columns[f"d{place}"].to_numpy() for place in range(DENSE)]
+    rows = [columns[f"d{index}"].to_numpy() for index in range(DENSE)]
     return torch.tensor(np.stack(rows, axis=1), dtype=torch.float32)
 
 
@@ -263,5 +263,5 @@ def _logits(model: ClickNet, columns: dict[str, pa.Array]) -> Tensor:
 
 
 def _write(columns: dict[str, pa.Array], path: Path) -> None:
-    # The fixture is compressed as a whole.
+    # Uncompressed, because the whole fixture is compressed.
     pq.write_table(pa.table(columns), path, compression="none")

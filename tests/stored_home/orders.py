@@ -1,11 +1,11 @@
-"""The orders of the stored home as order files, and the commands that ran between them."""
+"""The order files of the stored home, and the commands that run between the orders."""
 
 from typing import Any
 
 from tests.stored_home.steps import QUICK
 
 ORDERS: dict[str, dict[str, Any]] = {
-    # Accepted and promoted by the order itself.
+    # Accepted; the order promotes it.
     "pruned": {
         "model": "clicks@1",
         "preset": "custom",
@@ -23,14 +23,14 @@ ORDERS: dict[str, dict[str, Any]] = {
         ],
         "promote": True,
     },
-    # Accepted; promoted by a command and rolled back. The engine is built and not measured.
+    # Accepted; a command promotes it, another one rolls it back. The engine is built, not measured.
     "safe": {
         "model": "clicks@1",
         "preset": "safe",
         "limits": [{"metric": "auc", "against": "baseline", "at_least": -0.1}],
         "targets": {"onnxruntime": "required", "tensorrt_rtx": "optional"},
     },
-    # Rejected: no compression gains that much. Another model of the registry is a teacher.
+    # Rejected: no compression improves AUC that much. A registered model is the teacher.
     "taught": {
         "model": "clicks@1",
         "preset": "custom",
@@ -74,7 +74,7 @@ ORDERS: dict[str, dict[str, Any]] = {
         "promote": True,
     },
 }
-"""By name of the file, in the order in which they are carried out."""
+"""Orders by the name of their file, in the sequence in which they run."""
 
 OUTCOMES = {
     "pruned": "accepted",
@@ -91,4 +91,4 @@ COMMANDS: dict[str, tuple[tuple[str, ...], ...]] = {
         ("registry", "rollback", "clicks", "--reason", "a try"),
     ),
 }
-"""Commands that run after an order, by its name."""
+"""Commands that run after an order, by the name of the order."""

@@ -1,12 +1,13 @@
-"""Scores of stored bundles and graphs on fixed inputs, and where they must be equal in every bit.
+"""Scores of stored bundles and graphs on fixed inputs, and the environment that determines them.
 
-Float sums are ordered by the instruction set: torch, MKL and ONNX Runtime choose kernels when they
-start. ``environment`` names the processor and the libraries; where both are as they were, scores
-are compared bit by bit. Measured on one processor: torch's kernels for AVX2 and AVX-512 give equal
-bits in all 93 bundles, those for SSE other last bits in 73. Elsewhere rounding is allowed
-(``stored.py``), and where a layer rounds its inputs to int8 or float8, what the product allows
-between a module and its graph (``compressors/lower/parity.py``). Tensors are compared bit by bit
-everywhere.
+The instruction set determines the order of float sums: torch, MKL and ONNX Runtime choose kernels
+when they start. ``environment`` returns the processor and the library versions. If both are equal
+to the stored ones, scores must be equal bit by bit. Measured on one processor: torch's kernels for
+AVX2 and AVX-512 give equal bits in all 93 bundles; those for SSE give different last bits in 73.
+
+In other environments a rounding tolerance applies (``stored.py``). If a layer quantizes its inputs
+to int8 or float8, the tolerance is the one between a module and its graph
+(``compressors/lower/parity.py``). Tensors are always compared bit by bit.
 """
 
 import functools
@@ -31,7 +32,7 @@ FloatArray = NDArray[np.float32]
 
 @functools.cache
 def environment() -> dict[str, str]:
-    """The processor and the libraries that decide the last bits of a score."""
+    """The processor and the library versions that determine the last bits of a score."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.is_file() else [platform.processor()]
     flags = next((line for line in lines if line.startswith(("flags", "Features"))), lines[0])
@@ -46,7 +47,7 @@ def environment() -> dict[str, str]:
 
 
 def module_scores(module: nn.Module, inputs: Mapping[str, Tensor]) -> FloatArray:
-    """Scores float32 ``(rows,)`` of a loaded bundle."""
+    """Scores of a loaded bundle, float32 ``(rows,)``."""
     with _one_thread(), torch.no_grad():
         scores: Tensor = module(**inputs)
     return scores.reshape(-1).numpy()
@@ -57,14 +58,14 @@ def graph_scores(path: Path, names: tuple[str, ...], inputs: Mapping[str, Tensor
 
     Args:
         path: the ONNX file.
-        names: its inputs.
-        inputs: of the whole model, by name.
+        names: names of the graph's inputs.
+        inputs: inputs of the whole model, by name.
     """
     return Session(path, threads=1).scores({name: inputs[name].numpy() for name in names})
 
 
 def edge_inputs(inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The same inputs with ids outside their tables: what a graph does with them is stored too."""
+    """The same inputs with some ids out of range; the stored scores cover the graph's policy."""
     changed = {name: tensor.clone() for name, tensor in inputs.items()}
     changed["user"][0] = CLICK_CONFIG["users"]
     changed["item"][1] = -1
@@ -73,13 +74,13 @@ def edge_inputs(inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def tensors_digest(module: nn.Module) -> str:
-    """SHA-256 over type, shape and bytes of all tensors of a module, whatever their names."""
-    found = []
+    """SHA-256 of dtype, shape and bytes of all tensors of a module, independent of their names."""
+    descriptions = []
     for tensor in module.state_dict().values():
         raw = tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
-        fact = [str(tensor.dtype), list(tensor.shape), hashlib.sha256(raw).hexdigest()]
-        found.append(json.dumps(fact))
-    return hashlib.sha256("\n".join(sorted(found)).encode()).hexdigest()
+        description = [str(tensor.dtype), list(tensor.shape), hashlib.sha256(raw).hexdigest()]
+        descriptions.append(json.dumps(description))
+    return hashlib.sha256("\n".join(sorted(descriptions)).encode()).hexdigest()
 
 
 @contextmanager

@@ -1,7 +1,7 @@
-"""Every setting that a present order file may hold, written out: steps, limits, whole orders.
+"""All settings that a current order file may contain, as JSON: steps, limits and whole orders.
 
-Each registered step with all of its fields, once with its defaults and once with every other choice
-of a field that has named choices; each metric with each reference; each preset as a full order.
+Every registered step with all fields, once with defaults and once for each other value of a field
+with named choices; every metric with every reference; every preset as a complete order.
 """
 
 import types
@@ -22,13 +22,13 @@ STEP: TypeAdapter[Any] = TypeAdapter(AnyStep)
 
 
 def registered_steps() -> tuple[type[BaseModel], ...]:
-    """The class of every registered step."""
+    """The classes of all registered steps."""
     classes: tuple[type[BaseModel], ...] = get_args(get_args(AnyStep)[0])
     return classes
 
 
 def step_documents() -> list[Document]:
-    """Every registered step as JSON with all fields."""
+    """All registered steps as JSON with all fields."""
     documents: list[Document] = []
     for step in registered_steps():
         default = step().model_dump(mode="json")
@@ -39,13 +39,13 @@ def step_documents() -> list[Document]:
                     continue
                 try:
                     documents.append(step(**{name: choice}).model_dump(mode="json"))
-                except ValidationError:  # a choice that needs another setting as well
+                except ValidationError:  # a choice that also requires another setting
                     continue
     return documents
 
 
 def limit_documents() -> list[Document]:
-    """A limit on every metric with every reference that it has."""
+    """Limits on every metric with every reference that the metric allows."""
     documents: list[Document] = []
     for metric in get_args(Measure):
         for against in get_args(Against):
@@ -59,7 +59,7 @@ def limit_documents() -> list[Document]:
 
 
 def order_documents() -> list[Document]:
-    """An order of every preset with all fields, as a report holds it."""
+    """One order per preset with all fields, as in a report."""
     orders: list[Document] = []
     for preset in get_args(Preset):
         order = Order(
@@ -73,7 +73,7 @@ def order_documents() -> list[Document]:
 
 
 def _choices(annotation: Any) -> tuple[Any, ...]:
-    """The named choices of a field, also inside of a union."""
+    """The named choices of a field, including those within a union."""
     if get_origin(annotation) is Literal:
         return get_args(annotation)
     if get_origin(annotation) in (typing.Union, types.UnionType):

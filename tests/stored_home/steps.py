@@ -1,9 +1,9 @@
-"""What the stored home holds of every compression method: at least one bundle of each kind.
+"""The recipes of the stored home, with at least one for each compression method.
 
-``RECIPES`` are plain JSON, as an order file has them, so that a step's class can be renamed without
-a change here. Settings are chosen such that every layout of stored tensors occurs: code widths,
-scale types, offsets, rows per scale, block sizes, codebook types. Names are never reused: an entry
-stays as it is once a fixture holds it.
+``RECIPES`` are JSON values as in an order file, so that a step's class can be renamed without a
+change here. Their settings cover all layouts of stored tensors: code widths, scale types, offsets,
+rows per scale, block sizes and codebook types. Never reuse a name, and never change an entry that a
+fixture contains.
 """
 
 from typing import Any
@@ -17,12 +17,12 @@ def _table(kind: str, **settings: Any) -> Recipe:
     return ({"kind": kind, **settings},)
 
 
-def _layers(kind: str, **settings: Any) -> Recipe:
+def _dense(kind: str, **settings: Any) -> Recipe:
     return ({"kind": kind, "layers": ["*"], **settings},)
 
 
 RECIPES: dict[str, tuple[str, Recipe]] = {
-    # Tables whose rows are stored in fewer bits.
+    # Quantized tables.
     "rowwise-int8": ("clicks", _table("rowwise_int8")),
     "rowwise-int8-offsets": (
         "clicks",
@@ -74,7 +74,7 @@ RECIPES: dict[str, tuple[str, Recipe]] = {
         "clicks",
         _table("additive_codes", codebooks=2, bits=4, rounds=2, beam=2, codebook_share=1.0),
     ),
-    # Tables made of smaller tables.
+    # Tables composed of smaller tables.
     "low-rank": ("clicks", _table("low_rank", rank=0.25)),
     "dimensions": ("clicks", _table("dimensions", keep=0.5, importance="traffic")),
     "quotient-remainder": ("clicks", _table("quotient_remainder")),
@@ -98,7 +98,7 @@ RECIPES: dict[str, tuple[str, Recipe]] = {
         "clicks",
         _table("drop_tables", tables=["item", "tags"], most_loss=1.0, repeats=1),
     ),
-    # Compositions whose parts are stored in fewer bits.
+    # Composed tables with quantized parts.
     "low-rank-then-int4": (
         "clicks",
         (*_table("low_rank", rank=0.5), *_table("rowwise_int4")),
@@ -119,40 +119,40 @@ RECIPES: dict[str, tuple[str, Recipe]] = {
         ),
     ),
     # Dense layers.
-    "static-int8": ("clicks", _layers("static_int8")),
+    "static-int8": ("clicks", _dense("static_int8")),
     "static-int8-searched": (
         "clicks",
-        _layers("static_int8", calibrator="best", weights="mse"),
+        _dense("static_int8", calibrator="best", weights="mse"),
     ),
-    "weight-int8": ("clicks", _layers("weight_int8")),
+    "weight-int8": ("clicks", _dense("weight_int8")),
     "weight-int8-blocks": (
         "clicks",
-        _layers("weight_int8", block=16, scale="float32", activations="float32"),
+        _dense("weight_int8", block=16, scale="float32", activations="float32"),
     ),
-    "weight-int4": ("clicks", _layers("weight_int4", block=16)),
+    "weight-int4": ("clicks", _dense("weight_int4", block=16)),
     "weight-int4-row-scale": (
         "clicks",
-        _layers("weight_int4", block=0, scale="float32", activations="int8", rounding="gptq"),
+        _dense("weight_int4", block=0, scale="float32", activations="int8", rounding="gptq"),
     ),
-    "float8-dense": ("clicks", _layers("float8_dense")),
-    "float8-dense-layer-scale": ("clicks", _layers("float8_dense", scales="layer")),
-    "bfloat16-dense": ("clicks", _layers("bfloat16_dense")),
+    "float8-dense": ("clicks", _dense("float8_dense")),
+    "float8-dense-layer-scale": ("clicks", _dense("float8_dense", scales="layer")),
+    "bfloat16-dense": ("clicks", _dense("bfloat16_dense")),
     "float16": ("clicks", ({"kind": "float16"},)),
-    "qat": ("clicks", _layers("qat", training=QUICK)),
-    "low-rank-dense": ("clicks", _layers("low_rank_dense", rank=0.25)),
+    "qat": ("clicks", _dense("qat", training=QUICK)),
+    "low-rank-dense": ("clicks", _dense("low_rank_dense", rank=0.25)),
     "low-rank-dense-then-int8": (
         "clicks",
-        (*_layers("low_rank_dense", rank=0.25), *_layers("static_int8")),
+        (*_dense("low_rank_dense", rank=0.25), *_dense("static_int8")),
     ),
     # Methods that change weights, widths or the number of layers.
-    "fold": ("clicks", _layers("fold")),
-    "equalize": ("clicks", _layers("equalize")),
-    "smooth-quant": ("clicks", _layers("smooth_quant")),
-    "magnitude": ("clicks", _layers("magnitude", scope="global")),
-    "sparse-2-4": ("clicks", _layers("sparse_2_4")),
-    "l1-training": ("clicks", _layers("l1_training", training=QUICK)),
-    "channels": ("clicks", _layers("channels", keep=0.5)),
-    "drop-layers": ("clicks", _layers("drop_layers")),
+    "fold": ("clicks", _dense("fold")),
+    "equalize": ("clicks", _dense("equalize")),
+    "smooth-quant": ("clicks", _dense("smooth_quant")),
+    "magnitude": ("clicks", _dense("magnitude", scope="global")),
+    "sparse-2-4": ("clicks", _dense("sparse_2_4")),
+    "l1-training": ("clicks", _dense("l1_training", training=QUICK)),
+    "channels": ("clicks", _dense("channels", keep=0.5)),
+    "drop-layers": ("clicks", _dense("drop_layers")),
     "distill": ("clicks", ({"kind": "distill", "training": QUICK},)),
     "distill-student": (
         "clicks",
@@ -166,7 +166,7 @@ RECIPES: dict[str, tuple[str, Recipe]] = {
             {"kind": "refit_codes", "rounds": 1, "training": QUICK},
         ),
     ),
-    # Maps after the output.
+    # Calibration maps after the output.
     "recalibrate-temperature": (
         "clicks",
         (*_table("rowwise_int2"), {"kind": "recalibrate", "method": "temperature"}),
@@ -179,10 +179,10 @@ RECIPES: dict[str, tuple[str, Recipe]] = {
         "clicks",
         (*_table("rowwise_int2"), {"kind": "recalibrate", "method": "isotonic", "knots": 8}),
     ),
-    # Groups, and two towers with tied tables.
+    # Models with groups, and two towers with tied tables.
     "ranker-int4-and-int8": (
         "ranker",
-        (*_table("rowwise_int4"), *_layers("fold"), *_layers("static_int8")),
+        (*_table("rowwise_int4"), *_dense("fold"), *_dense("static_int8")),
     ),
     "finder-int8-and-float16": (
         "finder",
@@ -192,8 +192,8 @@ RECIPES: dict[str, tuple[str, Recipe]] = {
         "finder",
         (
             *_table("product_codes", parts=4, bits=4, codebook_share=1.0),
-            *_layers("weight_int4", block=16),
+            *_dense("weight_int4", block=16),
         ),
     ),
 }
-"""By name: the model, and the steps in order."""
+"""By name of the recipe: the model, and the steps in order."""

@@ -1,4 +1,4 @@
-"""Stored homes as the tests read them: unpacked once, with what is expected of them."""
+"""Open stored homes for the tests: unpacked once, with their expected results."""
 
 import functools
 import json
@@ -22,19 +22,20 @@ from tests.stored_home.archive import fixtures, unpack
 from tests.stored_home.scores import environment
 
 ROUNDS_INPUTS = {"static_int8", "weight_int8", "weight_int4", "float8_dense"}
-"""Formats whose layers round their inputs: one on an edge between two levels may go either way."""
+"""Formats whose layers quantize inputs; a value midway between levels may round either way."""
 ROUNDING = 1e-5
-"""Difference in another order of float sums, as a share of the spread of the scores.
+"""Largest difference from another order of float sums, as a share of the scores' deviation.
 
-Four layers of at most 51 products, each rounded to 2 ** -24: 4 * 51 * 6e-8 = 1.2e-5. With torch's
-kernels for SSE the largest of 93 bundles is 5e-7, with MKL's common path 9e-7.
+Four layers of at most 51 products, each rounded to 2 ** -24: 4 * 51 * 6e-8 = 1.2e-5. The largest
+measured difference of 93 bundles is 5e-7 with torch's kernels for SSE and 9e-7 with MKL's common
+path.
 """
 _SCRATCH = tempfile.TemporaryDirectory(prefix="stored-home-")
 
 
 @dataclass(frozen=True)
 class Fixture:
-    """A stored home and what is expected of it, both read once."""
+    """An unpacked stored home and its expected results."""
 
     folder: Path
     expected: dict[str, Any]
@@ -42,10 +43,10 @@ class Fixture:
     root: Path
 
     def inputs(self, model: str) -> dict[str, torch.Tensor]:
-        """The inputs that bundles of a model are scored on."""
+        """The fixed inputs for scoring the bundles of a model."""
         prefix = f"input/{model}/"
-        held = self.tensors.items()
-        return {name.removeprefix(prefix): t for name, t in held if name.startswith(prefix)}
+        tensors = self.tensors.items()
+        return {name.removeprefix(prefix): t for name, t in tensors if name.startswith(prefix)}
 
     def scores(self, key: str) -> NDArray[np.float32]:
         """Stored scores or vectors."""
@@ -54,7 +55,7 @@ class Fixture:
 
 @functools.cache
 def stored(name: str) -> Fixture:
-    """A fixture by its name, unpacked into a folder that no test changes."""
+    """A fixture by its name, unpacked to a folder that no test may change."""
     (folder,) = [path for path in fixtures() if path.name == name]
     root = Path(_SCRATCH.name) / name
     unpack(folder, root)
@@ -74,7 +75,7 @@ def copied(name: str, into: Path) -> Path:
 
 
 def enter(monkeypatch: pytest.MonkeyPatch, root: Path) -> None:
-    """Use the home below ``root``."""
+    """Set the environment to use the home in ``root``."""
     monkeypatch.setenv("RECPRESS_HOME", str(root / "recpress"))
     monkeypatch.setenv("RECPRESS_TRITON", str(root / "triton"))
     monkeypatch.setenv("RECPRESS_ALLOWED_MODULES", "tests.stored_home.networks")
@@ -88,13 +89,17 @@ def artifact(sha256: str) -> Artifact:
 def require_equal(
     found: NDArray[np.float32], expected: NDArray[np.float32], fixture: Fixture, bundle: str | None
 ) -> None:
-    """Compare scores: every bit on the processor they were stored on, rounding elsewhere.
+    """Require equal scores in the stored environment, and scores within rounding in others.
 
     Args:
-        found: of the present code.
-        expected: as stored.
-        fixture: whose environment is compared.
-        bundle: whose plan says how much rounding there is; None for an untouched model.
+        found: scores of the current code.
+        expected: stored scores.
+        fixture: the fixture; its environment is compared with the current one.
+        bundle: SHA-256 of the bundle whose plan sets the tolerance; None for an original model.
+
+    Raises:
+        AssertionError: the scores differ.
+        ParityLost: the scores of a layer with quantized inputs differ too much.
     """
     plan = None if bundle is None else read(local(artifact(bundle))).plan
     formats = {line.format for line in plan.lines} if plan is not None else set()
@@ -108,7 +113,7 @@ def require_equal(
 
 
 def bundle_of(graph: str, expected: dict[str, Any]) -> str | None:
-    """The compressed bundle that a graph was lowered from; None for an untouched model."""
+    """SHA-256 of the compressed bundle of a graph; None if the graph is of an original model."""
     for recipe in expected["recipes"].values():
         if recipe["graph"] == graph:
             return str(recipe["bundle"])
