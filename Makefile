@@ -1,8 +1,8 @@
-# Needs Python 3.11 or later and make; everything else is installed into .venv.
+# Requires Python 3.11 or later and make; everything else is installed into .venv.
 
 PYTHON ?= python3
 BIN := .venv/bin
-# Written when an installation is complete. A .venv without it that we began is started over.
+# BEGUN exists during an installation, DONE after it. An installation that finds BEGUN starts over.
 DONE := .venv/.recpress-installed
 BEGUN := .venv/.recpress-begun
 
@@ -16,9 +16,9 @@ help:     ## Show this list.
 .venv: $(DONE) ## Create .venv and install the pinned packages (again only if pyproject.toml or constraints.txt changed).
 .PHONY: .venv
 
-# torch first, by pip, which takes the build of the index it is given (CPU or CUDA); uv then
-# installs the rest and must leave that build alone. recbole carries the demo's data; none of its
-# code is run, so it comes without its dependencies.
+# pip installs torch first, as the build of the configured index (CPU or CUDA). uv then installs the
+# rest and must not change that build. recbole contains the demo's data; none of its code runs, so
+# its dependencies are not installed.
 TORCH := $(BIN)/python -c 'from importlib.metadata import version; print(version("torch"))'
 $(DONE): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "recpress needs Python 3.11 or later; $(PYTHON) is " + sys.version.split()[0] + ". Name another one: make PYTHON=python3.12 $(MAKECMDGOALS)")'
@@ -32,20 +32,20 @@ $(DONE): pyproject.toml constraints.txt
 	@[ "$$($(TORCH))" = "$$(cat $(BEGUN))" ] || { echo "uv replaced torch $$(cat $(BEGUN)) by $$($(TORCH)): report this" >&2; exit 1; }
 	@rm $(BEGUN) && touch $@
 
-demo: $(DONE) ## Train, compress, build, judge and register a click model on MovieLens 100K.
+demo: $(DONE) ## Train, compress, build, evaluate and register a click model on MovieLens 100K.
 	$(BIN)/recpress demo
 
-# One thread each: the processes fill the cores already. Bytecode is kept even where the environment
-# says not to: tests start many processes, and each would compile 4,600 modules again.
+# One thread per process, because the processes already use all cores. Bytecode is written even if
+# the environment disables it: tests start many processes, and each would compile 4,600 modules.
 PYTEST := PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --maxprocesses 4 --dist loadgroup --no-loadscope-reorder
-test: $(DONE) ## Run the tests of the default tier; ARGS are passed on to pytest.
+test: $(DONE) ## Run the tests of the default tier; ARGS are passed to pytest.
 	$(PYTEST) $(ARGS)
 
-test-all: $(DONE) ## Run the tests of every tier but gpu, with 200 examples a property, for hours.
+test-all: $(DONE) ## Run the tests of all tiers except gpu, with 200 examples per property; takes hours.
 	$(PYTEST) -m 'not gpu' --hypothesis-profile nightly $(ARGS)
 
-# Tests are spread over two processes; each has a Prefect server and an S3 server of its own.
-faults: $(DONE) ## Kill, flip, cut off, race and fuzz for about two hours; results in build/faults.json.
+# The tests run in two processes, each with a separate Prefect server and S3 server.
+faults: $(DONE) ## Run the fault tests (kills, bit flips, outages, races, fuzzing) for about two hours; results in build/faults.json.
 	OMP_NUM_THREADS=1 RECPRESS_FAULTS_JSON=build/faults.json $(BIN)/pytest -m nightly tests/faults -n 2 --dist load $(ARGS)
 
 up-local: $(DONE) ## Run Prefect, MLflow, Postgres, an S3 store and a worker here until Ctrl-C, without Docker.
@@ -59,6 +59,6 @@ types: $(DONE) ## Check types.
 	$(BIN)/mypy
 	$(BIN)/mypy examples
 
-clean:    ## Remove .venv, caches and build outputs; results under RECPRESS_HOME stay.
+clean:    ## Remove .venv, caches and build outputs; results in RECPRESS_HOME stay.
 	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
