@@ -3,8 +3,6 @@
 import ast
 import copy
 import importlib
-from collections.abc import Collection
-from pathlib import Path
 from typing import ClassVar, get_args
 
 import pytest
@@ -19,6 +17,7 @@ from error_codes import (
 )
 from pydantic import BaseModel, field_validator
 from pydantic_core.core_schema import ErrorType
+from source_calls import PACKAGES, ROOT, calls_of
 
 from compressors.contracts.coded_error import CodedError, field_names
 from compressors.contracts.value_errors import SENTENCES, SUBJECTS, value_error
@@ -27,26 +26,11 @@ from compressors.errors.parity_failure import ParityFailure
 from infra.credentials import clean_exceptions
 from infra.errors import InfraError, PromotionRefused, Refused
 
-ROOT = Path(__file__).parents[1]
-PACKAGES = ("flows", "tasks", "compressors", "infra")
 BY_FIELDS = [kind for kind in coded_classes() if kind is not ParityLost]
 """Made from their fields; a ``ParityLost`` is made from a ``ParityFailure``."""
 CLASSES = {kind.__name__: kind for kind in coded_classes()}
 CODE_OF_FAILURE = {"ParityFailure": "ParityLost"}
 """Classes whose ``code`` becomes that of an error of another class, which is made from them."""
-
-
-def calls_of(classes: Collection[str]) -> list[tuple[str, ast.Call]]:
-    """Every place where an instance of a class is made: ``file:line`` and the call."""
-    paths = [path for name in PACKAGES for path in sorted((ROOT / name).rglob("*.py"))]
-    return [
-        (f"{path.relative_to(ROOT)}:{node.lineno}", node)
-        for path in paths
-        for node in ast.walk(ast.parse(path.read_text()))
-        if isinstance(node, ast.Call)
-        and isinstance(node.func, ast.Name)
-        and node.func.id in classes
-    ]
 
 
 RAISED = calls_of(CLASSES.keys() - set(CODE_OF_FAILURE.values()))
@@ -57,14 +41,7 @@ VALUE_ERRORS = calls_of({"value_error"})
 def test_classes_without_codes_are_never_raised():
     """They are for ``except`` alone."""
     roots = {kind.__name__ for kind in (InfraError, Refused)}
-    made = [
-        f"{path}:{node.lineno}"
-        for name in PACKAGES
-        for path in sorted((ROOT / name).rglob("*.py"))
-        for node in ast.walk(ast.parse(path.read_text()))
-        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in roots
-    ]
-    assert made == []
+    assert calls_of(roots) == []
 
 
 @pytest.mark.parametrize(("place", "call"), RAISED, ids=[place for place, _ in RAISED])

@@ -3,34 +3,17 @@
 import ast
 import copy
 import json
-from pathlib import Path
 
 import pytest
 from pydantic import ValidationError
 from reason_codes import TABLE, page
+from source_calls import calls_of
 
 from compressors.contracts import Judgement, Limit, Plan, PlanLine, Verdict
 from compressors.contracts.coded_error import field_names
 from compressors.contracts.reasons import SENTENCES, SUBJECTS, Reason, joined
 
-ROOT = Path(__file__).parents[1]
-PACKAGES = ("flows", "tasks", "compressors", "infra")
-
-
-def created() -> list[tuple[str, ast.Call]]:
-    """Every place where a reason is created: ``file:line`` and the call."""
-    paths = [path for name in PACKAGES for path in sorted((ROOT / name).rglob("*.py"))]
-    return [
-        (f"{path.relative_to(ROOT)}:{node.lineno}:{node.col_offset}", node)
-        for path in paths
-        for node in ast.walk(ast.parse(path.read_text()))
-        if isinstance(node, ast.Call)
-        and isinstance(node.func, ast.Name)
-        and node.func.id == "Reason"
-    ]
-
-
-CREATED = created()
+CREATED = calls_of({"Reason"})
 
 
 @pytest.mark.parametrize(("place", "call"), CREATED, ids=[place for place, _ in CREATED])
