@@ -10,8 +10,10 @@ choosing.py         which steps of a recipe are applied
 memory.py           whether an order fits in the available memory
 dry_run.py          the steps and bytes of a recipe, from shapes alone
 explain.py          what an order would run
+run.py              one order that is being carried out, and how its stages call tasks
 recipe.py           the steps of a recipe, within the budget
-compress.py         one model through all tasks
+stages.py           the stages of an order: pull, validate, compress, build, measure, judge, publish
+compress.py         one model through all stages
 prefect_access.py   which Prefect server a command uses
 embedded_server.py  the Prefect server of one command
 cli/                the command line

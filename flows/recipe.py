@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from types import MappingProxyType
 
-from compressors.contracts import Artifact, Estimate, Part, digest
+from compressors.contracts import Artifact, Estimate, Part
 from compressors.contracts.reasons import Reason
 from compressors.core.registries import AnyStep
 from compressors.core.runner import needs
@@ -21,18 +21,14 @@ from flows.choosing import (
 from flows.dry_run import least_bytes
 from flows.order import Order
 from flows.presets import BEFORE
-from infra.bundle.bundle_folder import SplitName, read
+from flows.run import Run
+from infra.bundle.bundle_folder import read
 from infra.settings import load_settings
-from tasks.bundles.bundle_ref import BundleRef
-from tasks.bundles.teachers import Teacher
 from tasks.compress import compress as compress_step
 from tasks.evaluation.budget import quality_loss
 from tasks.orchestration.documents import AS_TRAINED, NotApplicable, PreparedRows, Ranking, Scored
 from tasks.orchestration.outages import wait_out
-from tasks.orchestration.policy import kept, remembered
-from tasks.orchestration.progress import Progress
-from tasks.orchestration.workspace import local, store
-from tasks.prepare import prepare
+from tasks.orchestration.workspace import local
 from tasks.rank import rank
 from tasks.score import average, score
 from tasks.stages import measure_stages
@@ -84,42 +80,30 @@ class Compressed:
         ]
 
 
-def carry_out(
-    order: Order,
-    subject: BundleRef,
-    bundle: Artifact,
-    teachers: tuple[Teacher, ...],
-    code: str,
-    progress: Progress,
-    excluded: Mapping[str, str] = MappingProxyType({}),
-) -> Compressed:
+def carry_out(run: Run, excluded: Mapping[str, str] = MappingProxyType({})) -> Compressed:
     """Apply the steps of an order to a pulled bundle.
 
     A preset's result never has more bytes than that of the preset before it: where it would, the
     earlier preset is carried out, and its result is the result.
 
     Args:
-        order: whose steps.
-        subject: the bundle they are for.
-        bundle: the pulled bundle.
-        teachers: whose predictions steps learn from, next to the original's.
-        code: digest of the architecture's code and the attempt; part of cache keys.
-        progress: receives each step's name.
+        run: the order; its progress receives the name of each step.
         excluded: units that no step of a preset may change, with the reasons.
 
     Raises:
         CompressionError: as ``allowed_steps``; or the order has a budget that cannot be measured.
     """
-    require_budget_rows(order, subject)
-    own = _carried_out(order, subject, bundle, teachers, code, progress, excluded)
+    order = run.order
+    require_budget_rows(order, run.model)
+    own = _carried_out(run, excluded)
     before = BEFORE.get(order.preset)
     if before is None:
         return own
-    earlier = order.model_copy(update={"preset": before})
+    earlier = replace(run, order=order.model_copy(update={"preset": before}))
     size = weight_bytes(own.bundle)
-    if before != "small" and wait_out(lambda: least_bytes(earlier, subject, bundle)) >= size:
+    if before != "small" and wait_out(lambda: _least_bytes(earlier)) >= size:
         return own  # the dry run says so, without carrying it out
-    other = carry_out(earlier, subject, bundle, teachers, code, progress, excluded)
+    other = carry_out(earlier, excluded)
     other_size = weight_bytes(other.bundle)
     if other_size >= size:
         return own
@@ -133,36 +117,35 @@ def carry_out(
     return replace(other, remarks=(remark, *other.remarks))
 
 
-def _carried_out(
-    order: Order,
-    subject: BundleRef,
-    bundle: Artifact,
-    teachers: tuple[Teacher, ...],
-    code: str,
-    progress: Progress,
-    excluded: Mapping[str, str],
-) -> Compressed:
+def _least_bytes(run: Run) -> int:
+    return least_bytes(run.order, run.model, run.model.artifact)
+
+
+def _carried_out(run: Run, excluded: Mapping[str, str]) -> Compressed:
     learned: set[str] = set()  # stages that have learned from the teachers, or come from one
 
     def attempt(step: AnyStep, source: Artifact) -> Artifact | NotApplicable:
-        progress.stage(step.kind)
+        run.progress.stage(step.kind)
         taught = is_taught(step) or source.sha256 in learned
-        used = teachers if taught else ()
-        result = _made(order, step, source, subject, bundle, used, code, excluded)
+        teachers = run.teachers if taught else ()
+        result = _apply_step(replace(run, teachers=teachers), step, source, excluded)
         if taught and not isinstance(result, NotApplicable):
             learned.add(result.sha256)
         return result
 
-    def spent(now: Artifact) -> Reason | None:
-        return over_budget(order, subject, bundle, now, code)
+    def spent(stage: Artifact) -> Reason | None:
+        return over_budget(run, stage)
 
-    judged = can_be_judged(order, subject)
-    stages, left_out = allowed_steps(order, subject, bundle, attempt, spent if judged else None)
-    budget = order.quality_budget()
+    original = run.model.artifact
+    judged = can_be_judged(run.order, run.model)
+    stages, left_out = allowed_steps(
+        run.order, run.model, original, attempt, spent if judged else None
+    )
+    budget = run.order.quality_budget()
     if not judged or budget is None:
-        return Compressed(order, stages, left_out)
-    remark = budget_remark(order, budget, subject, bundle, stages[-1][1], code)
-    return Compressed(order, stages, left_out, (remark,))
+        return Compressed(run.order, stages, left_out)
+    remark = budget_remark(run, budget, stages[-1][1])
+    return Compressed(run.order, stages, left_out, (remark,))
 
 
 def weight_bytes(bundle: Artifact) -> int:
@@ -172,163 +155,111 @@ def weight_bytes(bundle: Artifact) -> int:
 
 
 def measure_recipe_stages(
-    compressed: Compressed,
-    subject: BundleRef,
-    test: Artifact,
-    ranking: Ranking | None,
-    seed: int,
-    code: str,
+    run: Run, compressed: Compressed, test: PreparedRows, ranking: Ranking | None
 ) -> Artifact:
-    """Every stage's quality on the test rows, for the report; nothing is chosen by it."""
-    rows = subject.rows["test"]
+    """Measure the quality of every stage on the test rows, for the report.
+
+    Nothing is chosen by it.
+    """
 
     def predictions(bundle: Artifact) -> Artifact:
         if ranking is None:
-            return kept(score, bundle=bundle, split=test, rows=rows, code=code)
-        asked = PreparedRows(artifact=test, rows=rows)
-        return kept(rank, bundle=bundle, test=asked, ranking=ranking, code=code)
+            return run.call(score, bundle=bundle, split=test.artifact, rows=test.rows)
+        return run.call(rank, bundle=bundle, test=test, ranking=ranking)
 
     scored = tuple(
         Scored(step=step, bundle=bundle, score=predictions(bundle))
         for step, bundle in compressed.stages
     )
-    return kept(
+    return run.call(
         measure_stages,
         scored=scored,
-        metric=subject.metric,
-        test=test,
-        test_rows=rows,
-        seed=seed,
-        code=code,
+        metric=run.model.metric,
+        test=test.artifact,
+        test_rows=test.rows,
+        seed=run.order.seed,
     )
 
 
-def ranking_of(subject: BundleRef, bundle: Artifact, code: str) -> Ranking | None:
-    """What a retrieval model is ranked on beside the test rows; None for other tasks."""
-    if subject.task != "retrieval":
-        return None
-
-    def rows_of(split: SplitName) -> PreparedRows:
-        prepared = kept(prepare, bundle=bundle, split=split, code=code)
-        return PreparedRows(artifact=prepared, rows=subject.rows[split])
-
-    earlier: tuple[SplitName, ...] = ("train", "calibration", "validation")
-    seen = tuple(rows_of(split) for split in earlier if split in subject.rows)
-    return Ranking(items=rows_of("items"), seen=seen)
-
-
-def budget_loss(
-    order: Order, subject: BundleRef, bundle: Artifact, now: Artifact, code: str
-) -> Estimate:
+def budget_loss(run: Run, stage: Artifact) -> Estimate:
     """What a stage has lost of the metric against the untouched model, on validation rows."""
-    rows = subject.rows["validation"]
-    split = kept(prepare, bundle=bundle, split="validation", code=code)
-    original, candidate = (
-        Scored(
-            step=word, bundle=it, score=kept(score, bundle=it, split=split, rows=rows, code=code)
+    validation = run.prepared("validation")
+
+    def scored(name: str, bundle: Artifact) -> Scored:
+        predictions = run.call(
+            score, bundle=bundle, split=validation.artifact, rows=validation.rows
         )
-        for word, it in ((AS_TRAINED, bundle), ("now", now))
-    )
-    loss: Estimate = remembered(
+        return Scored(step=name, bundle=bundle, score=predictions)
+
+    return run.call(
         quality_loss,
-        original=original,
-        now=candidate,
-        metric=subject.metric,
-        validation=split,
-        rows=rows,
-        seed=order.seed,
-        code=code,
+        original=scored(AS_TRAINED, run.model.artifact),
+        now=scored("now", stage),
+        metric=run.model.metric,
+        validation=validation.artifact,
+        rows=validation.rows,
+        seed=run.order.seed,
     )
-    return loss
 
 
-def over_budget(
-    order: Order, subject: BundleRef, bundle: Artifact, now: Artifact, code: str
-) -> Reason | None:
+def over_budget(run: Run, stage: Artifact) -> Reason | None:
     """Why a stage is over the order's budget; None if it is within."""
-    budget = order.quality_budget()
-    loss = budget_loss(order, subject, bundle, now, code).point
+    budget = run.order.quality_budget()
+    loss = budget_loss(run, stage).point
     if budget is None or loss <= budget:
         return None
-    return Reason("over_budget", loss=loss, metric=subject.metric, budget=budget)
+    return Reason("over_budget", loss=loss, metric=run.model.metric, budget=budget)
 
 
-def budget_remark(
-    order: Order,
-    budget: float,
-    subject: BundleRef,
-    bundle: Artifact,
-    result: Artifact,
-    code: str,
-) -> Reason:
+def budget_remark(run: Run, budget: float, result: Artifact) -> Reason:
     """The budget, and what the result has lost of it."""
-    loss = budget_loss(order, subject, bundle, result, code).point
+    metric = run.model.metric
+    loss = budget_loss(run, result).point
     origin = Reason("budget_ordered")
-    if order.budget is None:
-        origin = Reason("budget_of_preset", preset=order.preset)
+    if run.order.budget is None:
+        origin = Reason("budget_of_preset", preset=run.order.preset)
     if loss < 0:
-        return Reason(
-            "quality_gained", budget=budget, metric=subject.metric, origin=origin, gain=-loss
-        )
+        return Reason("quality_gained", budget=budget, metric=metric, origin=origin, gain=-loss)
     if loss > budget:
-        return Reason(
-            "quality_over_budget", budget=budget, metric=subject.metric, origin=origin, loss=loss
-        )
-    return Reason("quality_lost", budget=budget, metric=subject.metric, origin=origin, loss=loss)
+        return Reason("quality_over_budget", budget=budget, metric=metric, origin=origin, loss=loss)
+    return Reason("quality_lost", budget=budget, metric=metric, origin=origin, loss=loss)
 
 
-def _made(
-    order: Order,
-    step: AnyStep,
-    source: Artifact,
-    subject: BundleRef,
-    bundle: Artifact,
-    teachers: tuple[Teacher, ...],
-    code: str,
-    excluded: Mapping[str, str],
+def _apply_step(
+    run: Run, step: AnyStep, source: Artifact, excluded: Mapping[str, str]
 ) -> Artifact | NotApplicable:
-    """The result of one step, if it is an artifact one that is still stored."""
-    made: Artifact | NotApplicable = remembered(
+    return run.call(
         compress_step,
-        lambda result: isinstance(result, NotApplicable) or store().manifest(result),
         source=source,
         step=step,
-        splits=_splits(step, subject, bundle, teachers, code),
-        original=bundle,
-        teachers=tuple(teacher.artifact for teacher in teachers),
-        seed=order.seed,
-        preset=order.preset != "custom",
+        splits=_splits(run, step),
+        original=run.model.artifact,
+        teachers=tuple(teacher.artifact for teacher in run.teachers),
+        seed=run.order.seed,
+        preset=run.order.preset != "custom",
         excluded=dict(excluded),
         # Training elsewhere ends with other bits; all else is the same wherever it is done.
         device=load_settings().device if "validation" in needs(step) else "cpu",
-        code=code,
+        code=run.code,
     )
-    return made
 
 
-def _splits(
-    step: AnyStep, subject: BundleRef, bundle: Artifact, teachers: tuple[Teacher, ...], code: str
-) -> dict[Part, Artifact]:
-    """What a step may look at, and no more, so that nothing else is part of its cache key."""
+def _splits(run: Run, step: AnyStep) -> dict[Part, Artifact]:
+    """What a step may read, and no more, so that nothing else is part of its cache key."""
     splits: dict[Part, Artifact] = {}
-    for part in parts_of_step(step, subject):
-        split = split_name(part, subject)
-        prepared = kept(prepare, bundle=bundle, split=split, code=code)
-        splits[part] = prepared
-        if part in SOFT_LABELS:
-            rows = subject.rows[split]
-            splits[part] = kept(score, bundle=bundle, split=prepared, rows=rows, code=code)
-            if teachers:
-                others = (
-                    kept(
-                        score,
-                        bundle=teacher.artifact,
-                        split=prepared,
-                        rows=rows,
-                        code=digest([code, teacher.architecture]),
-                    )
-                    for teacher in teachers
-                )
-                scores, output = (splits[part], *others), teachers[0].output
-                splits[part] = kept(average, scores=scores, output=output, code=code)
+    for part in parts_of_step(step, run.model):
+        rows = run.prepared(split_name(part, run.model))
+        splits[part] = _soft_labels(run, rows) if part in SOFT_LABELS else rows.artifact
     return splits
+
+
+def _soft_labels(run: Run, rows: PreparedRows) -> Artifact:
+    """The predictions of the untouched model, averaged with those of the teachers."""
+    own = run.call(score, bundle=run.model.artifact, split=rows.artifact, rows=rows.rows)
+    if not run.teachers:
+        return own
+    others = (
+        run.call_for(teacher, score, bundle=teacher.artifact, split=rows.artifact, rows=rows.rows)
+        for teacher in run.teachers
+    )
+    return run.call(average, scores=(own, *others), output=run.teachers[0].output)

@@ -93,11 +93,6 @@ def _as_it_is_now(
     return order, subject, champion_of(order, subject), teachers_of(order, subject)
 
 
-def code_of(order: Terms, subject: BundleRef) -> str:
-    """A part of the cache key of every task of an order: the architecture and the attempt."""
-    return digest([subject.architecture, order.attempt])
-
-
 def carried_out_before(found: Finished) -> str:
     """Say in a sentence that an order was carried out, and by which version of recpress."""
     version = found.report.recpress_version

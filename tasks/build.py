@@ -32,7 +32,6 @@ def build(
     batch: BatchSizes,
     longest: dict[str, int],
     seconds: float,
-    code: str,  # noqa: ARG001
 ) -> Artifact:
     """Build and audit an engine a graph in a child process that can be killed, and store them.
 
@@ -42,7 +41,6 @@ def build(
         batch: the shapes an engine must take.
         longest: the longest list of each jagged input.
         seconds: time limit of building and auditing one engine.
-        code: digest of the architecture's code and the attempt; part of the cache key.
 
     Raises:
         BuildRefused: TensorRT is not installed, refuses a graph, or an audit failed.

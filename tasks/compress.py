@@ -49,7 +49,8 @@ def compress(
             parents of the result too.
         seed: for whatever the step draws.
         device: where it is carried out, if it trains; several are separated by commas.
-        code: digest of the architecture's code and the attempt; part of the cache key.
+        code: digest of the architecture's code and the attempt: a training that was stopped
+            continues only where they are the same.
         preset: the step is one of a preset, so that one that cannot be carried out is left out.
         excluded: units that the step may not change, with the reasons.
     """

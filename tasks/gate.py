@@ -13,7 +13,6 @@ def gate(
     target: TargetKind,
     limits: tuple[Limit, ...],
     measurement: Artifact | None,
-    code: str,  # noqa: ARG001
 ) -> Verdict:
     """Judge one built target.
 
@@ -21,7 +20,6 @@ def gate(
         target: which.
         limits: what was promised.
         measurement: its stored numbers, or None where it could not run on this machine.
-        code: digest of the architecture's code and the attempt; part of the cache key.
 
     Raises:
         CompressionError: no limits, or a limit on a number that was not measured.

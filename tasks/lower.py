@@ -36,7 +36,6 @@ def lower_model(
     probe: Artifact,
     probe_rows: int,
     most_rows: int,
-    code: str,  # noqa: ARG001
 ) -> Artifact:
     """Write a bundle's model down for one target and store its graphs with what was found.
 
@@ -49,7 +48,6 @@ def lower_model(
         probe: a prepared split to compare on.
         probe_rows: how many rows that split has.
         most_rows: the largest batch a graph must take.
-        code: digest of the architecture's code and the attempt; part of the cache key.
 
     Raises:
         NotLowerable, ParityLost, AuditFailed: what is wrong with which graph.

@@ -56,7 +56,6 @@ def measure(
     test_rows: int,
     ranking: Ranking | None,
     seed: int,
-    code: str,  # noqa: ARG001
 ) -> Artifact:
     """Score the test rows with every served graph, time them in turn, store all numbers.
 
@@ -72,7 +71,6 @@ def measure(
         test_rows: its rows.
         ranking: what a retrieval model is ranked on beside them; None for other tasks.
         seed: of the bootstrap.
-        code: digest of the architecture's code and the attempt; part of the cache key.
     """
     signature = read(local(bundle)).signature
     threads = load_settings().threads

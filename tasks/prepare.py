@@ -17,7 +17,7 @@ log = logging.getLogger(__name__)
 
 
 @task(task_run_name="prepare {split}", **KEPT)
-def prepare(bundle: Artifact, split: SplitName, code: str) -> Artifact:  # noqa: ARG001
+def prepare(bundle: Artifact, split: SplitName) -> Artifact:
     """Turn one parquet split into memory-mappable tensors and store them.
 
     Interactions of a retrieval model get what the catalogue says of their items.
@@ -25,7 +25,6 @@ def prepare(bundle: Artifact, split: SplitName, code: str) -> Artifact:  # noqa:
     Args:
         bundle: whose data, and the signature it is read by.
         split: which part.
-        code: digest of the architecture's code and the attempt; part of the cache key.
     """
     manifest = read(local(bundle))
     with scratch_folder("prepare") as scratch:

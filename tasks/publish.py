@@ -33,7 +33,7 @@ PLAN_CHARACTERS = 50_000  # a registry's tag holds twice as many
 
 
 @task(task_run_name="publish {report.name}", **KEPT)
-def publish(report: Report, code: str) -> Finished:  # noqa: ARG001
+def publish(report: Report) -> Finished:
     """Store the report as JSON, Markdown and a page, then register it: one version an order.
 
     The version carries all its tags from the moment it exists. The alias ``candidate`` moves to
@@ -41,7 +41,6 @@ def publish(report: Report, code: str) -> Finished:  # noqa: ARG001
 
     Args:
         report: what the order came to.
-        code: digest of the architecture's code and the attempt; part of the cache key.
     """
     with scratch_folder("publish") as scratch:
         (scratch / REPORT).write_text(report.model_dump_json(indent=1))

@@ -12,12 +12,11 @@ log = logging.getLogger(__name__)
 
 
 @task(task_run_name="pull", **KEPT)
-def pull(artifact: Artifact, code: str) -> Artifact:  # noqa: ARG001
+def pull(artifact: Artifact) -> Artifact:
     """Check every hash, weight and id of a stored bundle, and that its module loads.
 
     Args:
         artifact: the bundle.
-        code: digest of the architecture's code and the attempt; part of the cache key.
     """
     manifest, facts = check(artifact.uri)
     log.info(

@@ -16,7 +16,7 @@ from tasks.orchestration.workspace import store
 
 
 @task(task_run_name="rank", **KEPT)
-def rank(bundle: Artifact, test: PreparedRows, ranking: Ranking, code: str) -> Artifact:  # noqa: ARG001
+def rank(bundle: Artifact, test: PreparedRows, ranking: Ranking) -> Artifact:
     """Rank the catalogue for every test query with the torch module's towers.
 
     Says what each step of a recipe was worth. The verdict never rests on it: what is served is
@@ -26,7 +26,6 @@ def rank(bundle: Artifact, test: PreparedRows, ranking: Ranking, code: str) -> A
         bundle: the model.
         test: the prepared test rows.
         ranking: the catalogue and what is hidden.
-        code: digest of the architecture's code and the attempt; part of the cache key.
 
     Returns:
         ``recall@20`` and ``ndcg@20`` float64 ``(queries,)``.

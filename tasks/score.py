@@ -19,7 +19,7 @@ from tasks.orchestration.workspace import local, store
 
 
 @task(task_run_name="score", **KEPT)
-def score(bundle: Artifact, split: Artifact, rows: int, code: str) -> Artifact:  # noqa: ARG001
+def score(bundle: Artifact, split: Artifact, rows: int) -> Artifact:
     """Score every row of a prepared split with the torch module.
 
     Used as a teacher's soft labels, and to say what each step of a recipe was worth. The verdict
@@ -29,7 +29,6 @@ def score(bundle: Artifact, split: Artifact, rows: int, code: str) -> Artifact: 
         bundle: the model.
         split: the prepared rows.
         rows: how many they are.
-        code: digest of the architecture's code and the attempt; part of the cache key.
 
     Returns:
         ``score`` float32 ``(rows,)``, the network's output as it is (a logit stays a logit).
@@ -57,14 +56,12 @@ def score(bundle: Artifact, split: Artifact, rows: int, code: str) -> Artifact: 
 def average(
     scores: tuple[Artifact, ...],
     output: Literal["logit", "probability", "score"],
-    code: str,  # noqa: ARG001
 ) -> Artifact:
     """What several teachers answer together (``compressors.distill.soft_labels.mean_predictions``).
 
     Args:
         scores: what ``score`` stored of each of them, for the same rows.
         output: the form of the scores.
-        code: digest of the architecture's code and the attempt; part of the cache key.
     """
     held = [load_file(local(item) / "data.safetensors")["score"] for item in scores]
     return _stored(mean_predictions(held, output))

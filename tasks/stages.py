@@ -20,14 +20,13 @@ from tasks.orchestration.workspace import local, store
 READING_ROWS = 65_536
 
 
-@task(task_run_name="weigh the stages", **KEPT)
+@task(task_run_name="measure the stages", **KEPT)
 def measure_stages(
     scored: tuple[Scored, ...],
     metric: str,
     test: Artifact,
     test_rows: int,
     seed: int,
-    code: str,  # noqa: ARG001
 ) -> Artifact:
     """Compare every stage with the one before it, on the same rows.
 
@@ -37,7 +36,6 @@ def measure_stages(
         test: the prepared test split, for labels and groups.
         test_rows: its rows.
         seed: of the bootstrap.
-        code: digest of the architecture's code and the attempt; part of the cache key.
     """
     manifests = [read(local(item.bundle)) for item in scored]
     signature = manifests[0].signature

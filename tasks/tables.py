@@ -14,7 +14,6 @@ from tasks.orchestration.policy import KEPT
 def quantize_tables(
     source: Artifact,
     step: AnyStep,
-    code: str,  # noqa: ARG001 - part of the cache key
     block_rows: int | None = None,
     workers: int | None = None,
 ) -> Artifact:
@@ -23,7 +22,6 @@ def quantize_tables(
     Args:
         source: what holds the tables.
         step: a table method and its settings.
-        code: what else the caller makes the result depend on; part of the cache key.
         block_rows: rows encoded at once by each thread; changes no byte of the result.
         workers: threads, else one per core; changes no byte of the result.
     """

@@ -22,7 +22,7 @@ log = logging.getLogger(__name__)
 
 
 @task(task_run_name="validate", **KEPT)
-def validate(bundle: Artifact, rules: Rules, code: str) -> Artifact:  # noqa: ARG001
+def validate(bundle: Artifact, rules: Rules) -> Artifact:
     """Run the checks made from a bundle's signature; store the result and a page of it.
 
     Also checks the model's labels and a sample of its scores: what makes measuring fail is
@@ -31,7 +31,6 @@ def validate(bundle: Artifact, rules: Rules, code: str) -> Artifact:  # noqa: AR
     Args:
         bundle: whose data to check.
         rules: what the signature cannot know, such as the fewest rows.
-        code: digest of the architecture's code and the attempt; part of the cache key.
 
     Raises:
         DataRefused: a check failed, fewer were evaluated than intended, or the model cannot be

@@ -19,7 +19,6 @@ def quality_loss(
     validation: Artifact,
     rows: int,
     seed: int,
-    code: str,  # noqa: ARG001
 ) -> Estimate:
     """The metric of the original minus that of a model, on validation rows.
 
@@ -30,7 +29,6 @@ def quality_loss(
         validation: the prepared validation split, for labels and groups.
         rows: how many it has.
         seed: of the bootstrap.
-        code: digest of the architecture's code and the attempt; part of the cache key.
     """
     signature = read(local(original.bundle)).signature
     quality = quality_of(signature, (original, now), split_of(validation, rows), seed)

@@ -12,8 +12,8 @@ import copy
 import functools
 import inspect
 import logging
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
 from uuid import UUID
 
 from prefect import Task
@@ -46,6 +46,7 @@ from tasks.orchestration.workspace import store
 
 log = logging.getLogger(__name__)
 
+R = TypeVar("R")
 
 OTHER_RETRIES = 2
 """Retries after a fault outside that is no outage, such as a child process that was killed."""
@@ -132,41 +133,54 @@ KEPT: dict[str, Any] = {
 """How every task of ours is declared."""
 
 
-def content_key(task: Task[..., Any], arguments: dict[str, Any]) -> str:
-    """The digest of a task's code and of all its arguments, defaults included.
+def content_key(task: Task[..., Any], code: str, arguments: Mapping[str, Any]) -> str:
+    """The digest of a task's sources, of ``code`` and of all arguments, defaults included.
+
+    Args:
+        task: whose result is to be found again.
+        code: digest of what else the result depends on: the architecture's code, the attempt.
+        arguments: of the task, by name.
 
     Raises:
         TypeError: an argument has no canonical JSON form.
     """
     bound = inspect.signature(task.fn).bind(**arguments)
     bound.apply_defaults()
-    return digest([code_digest(task.fn), dict(bound.arguments)])
+    return digest([code_digest(task.fn), code, dict(bound.arguments)])
 
 
-def kept(task: Task[..., Artifact], **arguments: Any) -> Artifact:
-    """Run a task, or take its recorded result if the artifact it names is still stored.
+def require_stored(result: object) -> None:
+    """Require that an artifact is stored; any other result is usable as it is.
 
-    Records may remain longer than an object store keeps artifacts: the task of an artifact that
-    is gone runs again.
+    Records may remain longer than an object store keeps artifacts.
+
+    Raises:
+        ArtifactMissing, ArtifactDamaged: it is not stored, or its manifest cannot be read.
     """
-    result: Artifact = remembered(task, lambda artifact: store().manifest(artifact), **arguments)
-    return result
+    if isinstance(result, Artifact):
+        store().manifest(result)
 
 
-def remembered(
-    task: Task[..., Any], check: Callable[[Any], object] = bool, **arguments: Any
-) -> Any:
-    """Run a task, or take its recorded result if ``check`` does not refuse it.
+def call(
+    task: Task[..., R],
+    code: str,
+    /,
+    check: Callable[[R], object] = require_stored,
+    **arguments: Any,
+) -> R:
+    """Run a task, or take its recorded result if ``check`` accepts it.
 
     Args:
         task: declared with ``KEPT``.
-        check: raises ``ArtifactMissing`` or ``ArtifactDamaged`` for a result that cannot be used.
+        code: digest of what the result depends on beside the arguments; part of the cache key.
+        check: raises ``ArtifactMissing`` or ``ArtifactDamaged`` for a result that cannot be used:
+            the task runs again.
         arguments: of the task, by name.
     """
-    key = content_key(task, arguments)
+    key = content_key(task, code, arguments)
 
-    def recorded() -> Any:
-        found = find_result(store(), task.name, key, task.fn)
+    def recorded() -> R:
+        found: R = find_result(store(), task.name, key, task.fn)
         check(found)
         return found
 
@@ -187,11 +201,12 @@ def remembered(
     return result
 
 
-def run_task(task: Task[..., Any], arguments: dict[str, Any]) -> Any:
+def run_task(task: Task[..., R], arguments: dict[str, Any]) -> R:
     """Run a task in Prefect, as a task run of this flow run; exceptions are free of secrets."""
     guarded = copy.copy(task)
     guarded.fn = clean_exceptions()(task.fn)
-    return guarded(**arguments)
+    result: R = guarded(**arguments)
+    return result
 
 
 def show_cached(task: Task[..., Any], arguments: dict[str, Any]) -> None:

@@ -1,0 +1,65 @@
+"""One order that is being carried out: what all of its stages need, and how they call tasks."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, TypeVar
+
+from prefect import Task
+
+from compressors.contracts import Artifact, digest
+from flows.order import Order
+from infra.bundle.bundle_folder import SplitName
+from tasks.bundles.bundle_ref import BundleRef
+from tasks.bundles.teachers import Teacher
+from tasks.orchestration import policy
+from tasks.orchestration.documents import PreparedRows
+from tasks.orchestration.policy import require_stored
+from tasks.orchestration.progress import Progress
+from tasks.prepare import prepare
+
+R = TypeVar("R")
+
+
+@dataclass(frozen=True)
+class Run:
+    """An order with what it refers to at this moment.
+
+    Attributes:
+        order: that is carried out.
+        model: the bundle it names.
+        teachers: whose predictions steps learn from, next to the model's own.
+        champion: the graph that production runs, if the order compares with it.
+        progress: receives the name of each stage.
+    """
+
+    order: Order
+    model: BundleRef
+    teachers: tuple[Teacher, ...]
+    champion: Artifact | None
+    progress: Progress
+
+    @cached_property
+    def code(self) -> str:
+        """Digest of the architecture's code and the attempt, part of the key of each result."""
+        return digest([self.model.architecture, self.order.attempt])
+
+    def call(
+        self,
+        task: Task[..., R],
+        /,
+        check: Callable[[R], object] = require_stored,
+        **arguments: Any,
+    ) -> R:
+        """Run a task, or take its recorded result: as ``policy.call``."""
+        return policy.call(task, self.code, check, **arguments)
+
+    def call_for(self, teacher: Teacher, task: Task[..., R], /, **arguments: Any) -> R:
+        """Run a task on a teacher, whose architecture is part of the key as well."""
+        code = digest([self.code, teacher.architecture])
+        return policy.call(task, code, **arguments)
+
+    def prepared(self, split: SplitName) -> PreparedRows:
+        """The rows of one split of the model's data, as tensors."""
+        rows = self.call(prepare, bundle=self.model.artifact, split=split)
+        return PreparedRows(artifact=rows, rows=self.model.rows[split])

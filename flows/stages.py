@@ -1,0 +1,281 @@
+"""The stages of an order, in the order in which they run: each takes the run and typed results."""
+
+import functools
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from compressors.contracts import Artifact, TargetKind, Verdict
+from compressors.errors.compression import CompressionError
+from compressors.errors.orders import OrderRefused
+from flows.recipe import Compressed, carry_out, measure_recipe_stages
+from flows.resolve import order_digest, promote_if_ordered, request_digest
+from flows.run import Run
+from infra.bundle.bundle_folder import SplitName
+from infra.errors import InfraError, OutOfMemory, Refused
+from tasks.build import build, require_builder
+from tasks.gate import gate
+from tasks.lower import lower_model
+from tasks.measure import measure
+from tasks.orchestration.documents import Finished, PreparedRows, Ranking, report_from
+from tasks.orchestration.order_records import write_request
+from tasks.orchestration.outages import wait_out
+from tasks.orchestration.progress import publish_links
+from tasks.publish import publish, still_published
+from tasks.pull import pull
+from tasks.validate import validate
+
+log = logging.getLogger(__name__)
+
+MOST_ROWS = 65_536
+"""The largest batch that a graph must accept."""
+
+
+@dataclass(frozen=True)
+class PreparedData:
+    """The model's data, validated and as tensors.
+
+    Attributes:
+        validation: what the data checks found.
+        test: the rows that the result is measured on.
+        probe: the rows that graphs are compared with the module on.
+        ranking: what a retrieval model is ranked on besides the test rows; None for other tasks.
+    """
+
+    validation: Artifact
+    test: PreparedRows
+    probe: PreparedRows
+    ranking: Ranking | None
+
+
+@dataclass(frozen=True)
+class BuiltTargets:
+    """What each target loads, and why optional targets were left out."""
+
+    artifacts: Mapping[TargetKind, Artifact]
+    skipped: Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class MeasuredResult:
+    """The numbers of the served graph, None if none was built, and the quality of each stage."""
+
+    served: Artifact | None
+    stages: Artifact
+
+
+def pull_model(run: Run) -> None:
+    """Verify the bundle and the teachers' bundles; require what the ordered targets need.
+
+    Raises:
+        Refused: a required target cannot be built on this machine, or a bundle is damaged.
+    """
+    run.progress.stage(f"pull {run.model.name} {run.model.version}")
+    for target, wanted in run.order.targets.wanted().items():
+        if wanted == "required":
+            require_builder(target)
+    run.call(pull, artifact=run.model.artifact)
+    for teacher in run.teachers:
+        run.call_for(teacher, pull, artifact=teacher.artifact)
+
+
+def prepare_data(run: Run) -> PreparedData:
+    """Check the data and turn it into tensors.
+
+    Raises:
+        DataRefused: a check failed, or the model cannot be measured.
+    """
+    run.progress.stage("validate the data")
+    validation = run.call(validate, bundle=run.model.artifact, rules=run.order.rules)
+    run.progress.stage("prepare tensors")
+    test = run.prepared("test")
+    ranking = _ranking(run)
+    probe = run.prepared(run.model.calibration())
+    return PreparedData(validation, test, probe, ranking)
+
+
+def compress_model(run: Run, data: PreparedData) -> Compressed:
+    """Carry out the recipe.
+
+    A preset is carried out again without the units because of which a required target cannot be
+    lowered.
+
+    Raises:
+        CompressionError: no step fits, or a required target cannot be lowered.
+    """
+    compressed = carry_out(run)
+    excluded: dict[str, str] = {}
+    while refused := _not_servable(run, compressed.bundle, data, excluded):
+        excluded |= refused
+        compressed = carry_out(run, excluded)
+    return compressed
+
+
+def lower_baseline(run: Run, data: PreparedData) -> Artifact:
+    """Lower the untouched model, which the result is compared with."""
+    run.progress.stage("lower the untouched model")
+    return _lowered(run, run.model.artifact, "onnxruntime", data)
+
+
+def build_targets(run: Run, bundle: Artifact, data: PreparedData) -> BuiltTargets:
+    """Lower and build the result for each target; an optional target may be left out.
+
+    Raises:
+        CompressionError, Refused, InfraError: a required target cannot be built, or none was.
+    """
+    built: dict[TargetKind, Artifact] = {}
+    skipped: dict[str, str] = {}
+    for target, wanted in run.order.targets.wanted().items():
+        try:
+            run.progress.stage(f"lower for {target}")
+            graph = _lowered(run, bundle, target, data)
+            run.progress.stage(f"build {target}")
+            built[target] = _built(run, target, graph)
+        except (CompressionError, Refused, InfraError) as fault:
+            if wanted == "required" or isinstance(fault, OutOfMemory):
+                raise
+            log.warning("%s is optional and left out: %s", target, fault)
+            skipped[target] = str(fault)
+    if not built:
+        raise OrderRefused("no_target_built", reasons=skipped)
+    return BuiltTargets(built, skipped)
+
+
+def measure_result(
+    run: Run, data: PreparedData, baseline: Artifact, compressed: Compressed, built: BuiltTargets
+) -> MeasuredResult:
+    """Measure the served graph against the untouched model's, and each stage in torch."""
+    run.progress.stage("measure")
+    served = None
+    if "onnxruntime" in built.artifacts:
+        served = run.call(
+            measure,
+            bundle=run.model.artifact,
+            baseline=baseline,
+            candidate=built.artifacts["onnxruntime"],
+            champion=run.champion,
+            test=data.test.artifact,
+            test_rows=data.test.rows,
+            ranking=data.ranking,
+            seed=run.order.seed,
+        )
+    run.progress.stage("measure the stages")
+    return MeasuredResult(served, measure_recipe_stages(run, compressed, data.test, data.ranking))
+
+
+def judge_targets(
+    run: Run, built: BuiltTargets, measured: MeasuredResult
+) -> dict[TargetKind, Verdict]:
+    """Judge the order's limits for each target that was built."""
+    run.progress.stage("judge")
+    return {
+        target: run.call(
+            gate,
+            target=target,
+            limits=run.order.limits,
+            measurement=measured.served if target == "onnxruntime" else None,
+        )
+        for target in built.artifacts
+    }
+
+
+def publish_result(
+    run: Run,
+    data: PreparedData,
+    baseline: Artifact,
+    compressed: Compressed,
+    built: BuiltTargets,
+    measured: MeasuredResult,
+    verdicts: dict[TargetKind, Verdict],
+) -> Finished:
+    """Store the report, register the release, and promote it if the order says so."""
+    run.progress.stage("publish")
+    order, model = run.order, run.model
+    write_report = functools.partial(
+        report_from,
+        order=order_digest(order, model, run.champion, run.teachers),
+        subject=model,
+        compressed=compressed.bundle,
+        champion=run.champion,
+        recipe=tuple(step.model_dump(mode="json") for step in compressed.recipe()),
+        limits=order.limits,
+        baseline=baseline,
+        built=dict(built.artifacts),
+        required={
+            target: wanted == "required" for target, wanted in order.targets.wanted().items()
+        },
+        verdicts=verdicts,
+        skipped=dict(built.skipped),
+        left_out=compressed.left_out(),
+        remarks=compressed.remarks,
+        stages=measured.stages,
+        measurement=measured.served,
+        validation=data.validation,
+        reproduction=order.reproduction(
+            f"{model.name}@{model.version}", tuple(held.artifact.uri for held in run.teachers)
+        ),
+    )
+    report = wait_out(write_report)
+    request = request_digest(order, model, run.champion, run.teachers)
+    wait_out(lambda: write_request(request, report.order))
+    finished = run.call(publish, still_published, report=report)
+    wait_out(lambda: promote_if_ordered(order, finished))
+    wait_out(lambda: publish_links(finished))
+    run.progress.finish()
+    return finished
+
+
+def _ranking(run: Run) -> Ranking | None:
+    """The catalogue of a retrieval model and the interactions seen before; None for other tasks."""
+    if run.model.task != "retrieval":
+        return None
+    earlier: tuple[SplitName, ...] = ("train", "calibration", "validation")
+    seen = tuple(run.prepared(split) for split in earlier if split in run.model.rows)
+    return Ranking(items=run.prepared("items"), seen=seen)
+
+
+def _not_servable(
+    run: Run, bundle: Artifact, data: PreparedData, excluded: Mapping[str, str]
+) -> dict[str, str]:
+    """Units of a preset's result because of which a required target cannot be lowered.
+
+    Raises:
+        CompressionError: a unit is not known to be the cause, or is excluded already.
+    """
+    for target, wanted in run.order.targets.wanted().items():
+        if run.order.preset == "custom" or wanted != "required":
+            continue
+        try:
+            _lowered(run, bundle, target, data)
+        except CompressionError as fault:
+            units = [name for name in fault.units if name not in excluded]
+            if not units:
+                raise
+            log.warning("%s: %s; without them the recipe runs again", ", ".join(units), fault)
+            return dict.fromkeys(units, " ".join(str(fault).split()).rstrip("."))
+    return {}
+
+
+def _lowered(run: Run, bundle: Artifact, target: TargetKind, data: PreparedData) -> Artifact:
+    return run.call(
+        lower_model,
+        bundle=bundle,
+        target=target,
+        probe=data.probe.artifact,
+        probe_rows=data.probe.rows,
+        most_rows=MOST_ROWS,
+    )
+
+
+def _built(run: Run, target: TargetKind, graph: Artifact) -> Artifact:
+    """What the target loads: the graph itself, or an engine made from it."""
+    if target == "onnxruntime":
+        return graph
+    return run.call(
+        build,
+        lowered=graph,
+        target=target,
+        batch=run.order.targets.batch(),
+        longest=run.model.longest,
+        seconds=run.order.targets.build_seconds,
+    )
