@@ -14,8 +14,7 @@ run.py              one order that is being carried out, and how its stages call
 recipe.py           the steps of a recipe, within the budget
 stages.py           the stages of an order: pull, validate, compress, build, measure, judge, publish
 compress.py         one model through all stages
-prefect_access.py   which Prefect server a command uses
-embedded_server.py  the Prefect server of one command
+server/             which Prefect server a run reports to
 cli/                the command line
 """
 

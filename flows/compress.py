@@ -13,7 +13,6 @@ from prefect.states import Completed
 
 from compressors.contracts import limit_warnings
 from flows.choosing import require_taught
-from flows.embedded_server import protect_ephemeral_server
 from flows.memory import require_order_memory, what_ran
 from flows.order import Order
 from flows.resolve import (
@@ -25,6 +24,7 @@ from flows.resolve import (
     teachers_of,
 )
 from flows.run import Run
+from flows.server.embedded_server import protect_ephemeral_server
 from flows.stages import (
     build_targets,
     compress_model,

@@ -13,7 +13,7 @@ from infra.bundle.bundle_folder import SplitName
 from tasks.bundles.bundle_ref import BundleRef
 from tasks.bundles.teachers import Teacher
 from tasks.orchestration import policy
-from tasks.orchestration.documents import PreparedRows
+from tasks.orchestration.documents import PreparedRows, Ranking
 from tasks.orchestration.policy import require_stored
 from tasks.orchestration.progress import Progress
 from tasks.prepare import prepare
@@ -63,3 +63,11 @@ class Run:
         """The rows of one split of the model's data, as tensors."""
         rows = self.call(prepare, bundle=self.model.artifact, split=split)
         return PreparedRows(artifact=rows, rows=self.model.rows[split])
+
+    def ranking(self) -> Ranking | None:
+        """The catalogue of a retrieval model and what was seen before; None for other tasks."""
+        if self.model.task != "retrieval":
+            return None
+        earlier: tuple[SplitName, ...] = ("train", "calibration", "validation")
+        seen = tuple(self.prepared(split) for split in earlier if split in self.model.rows)
+        return Ranking(items=self.prepared("items"), seen=seen)

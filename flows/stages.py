@@ -11,7 +11,6 @@ from compressors.errors.orders import OrderRefused
 from flows.recipe import Compressed, carry_out, measure_recipe_stages
 from flows.resolve import order_digest, promote_if_ordered, request_digest
 from flows.run import Run
-from infra.bundle.bundle_folder import SplitName
 from infra.errors import InfraError, OutOfMemory, Refused
 from tasks.build import build, require_builder
 from tasks.gate import gate
@@ -89,7 +88,7 @@ def prepare_data(run: Run) -> PreparedData:
     validation = run.call(validate, bundle=run.model.artifact, rules=run.order.rules)
     run.progress.stage("prepare tensors")
     test = run.prepared("test")
-    ranking = _ranking(run)
+    ranking = run.ranking()
     probe = run.prepared(run.model.calibration())
     return PreparedData(validation, test, probe, ranking)
 
@@ -223,15 +222,6 @@ def publish_result(
     wait_out(lambda: publish_links(finished))
     run.progress.finish()
     return finished
-
-
-def _ranking(run: Run) -> Ranking | None:
-    """The catalogue of a retrieval model and the interactions seen before; None for other tasks."""
-    if run.model.task != "retrieval":
-        return None
-    earlier: tuple[SplitName, ...] = ("train", "calibration", "validation")
-    seen = tuple(run.prepared(split) for split in earlier if split in run.model.rows)
-    return Ranking(items=run.prepared("items"), seen=seen)
 
 
 def _not_servable(

@@ -94,7 +94,7 @@ def run(order: "Terms", *, quiet: bool) -> "Finished":
     for name, value in EMBEDDED.items():
         os.environ.setdefault(name, value)
     with _shown(quiet=quiet):
-        from flows.prefect_access import connect
+        from flows.server.prefect_access import connect
 
         say_stage = logging.getLogger("tasks.orchestration.progress").info
         server = connect(say_stage)  # starts while the imports below run

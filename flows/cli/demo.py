@@ -7,7 +7,7 @@ from pathlib import Path
 
 from compressors.contracts import Limit, digest
 from flows.cli.console import print_progress
-from flows.prefect_access import require_access
+from flows.server.prefect_access import require_access
 from flows.terms import Targets, Terms
 from infra.errors import ArtifactMissing, ChildFailed, CommandRefused, RecordRefused
 from infra.store.temporary import scratch_folder

@@ -24,7 +24,7 @@ from compressors.core.registries import AnyStep
 from flows import recipe
 from flows.compress import compress
 from flows.order import Order
-from flows.resolve import code_of
+from flows.run import Run
 from flows.terms import Targets
 from infra.bundle.bundle_folder import read
 from infra.registry.mlflow_registry import Registry
@@ -33,7 +33,6 @@ from tasks.bundles.packing import Packed
 from tasks.orchestration import policy, progress
 from tasks.orchestration.documents import STAGES, Finished, Stage, Stages
 from tasks.orchestration.workspace import local
-from tasks.prepare import prepare
 
 ACCEPTED = Limit(metric="auc", against="baseline", at_least=-0.02)
 PATIENCE = 30.0  # seconds
@@ -112,22 +111,19 @@ class RecipeRun:
 def carry_out_recipe(order: Order) -> RecipeRun:
     """Carry out the recipe of an order and nothing else: no graph is made and nothing is judged."""
     with without_engine() as tasks:
-        subject = find(order.model)
-        code, bundle = code_of(order, subject), subject.artifact
-        found = recipe.carry_out(order, subject, bundle, (), code, progress.Progress(stages=1))
-        test = policy.kept(prepare, bundle=bundle, split="test", code=code)
-        ranking = recipe.ranking_of(subject, bundle, code)
-        stages = recipe.measure_recipe_stages(found, subject, test, ranking, order.seed, code)
-    plan = read(local(found.bundle)).plan
+        run = Run(order, find(order.model), (), None, progress.Progress(stages=1))
+        result = recipe.carry_out(run)
+        stages = recipe.measure_recipe_stages(run, result, run.prepared("test"), run.ranking())
+    plan = read(local(result.bundle)).plan
     assert plan is not None
     return RecipeRun(
-        bundle,
-        found.bundle,
+        run.model.artifact,
+        result.bundle,
         plan,
         Stages.validate_json((local(stages) / STAGES).read_bytes()),
-        found.left_out(),
-        found.remarks,
-        found.recipe(),
+        result.left_out(),
+        result.remarks,
+        result.recipe(),
         tuple(tasks),
     )
 

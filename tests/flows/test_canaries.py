@@ -18,7 +18,7 @@ from compressors.contracts import Limit
 from infra.credentials import clean_exceptions
 from infra.errors import RegistryUnavailable
 from tasks.orchestration.documents import Finished
-from tasks.orchestration.policy import KEPT, NO_RESULTS, remembered
+from tasks.orchestration.policy import KEPT, NO_RESULTS, call
 
 PLANTED = canaries()
 LIMIT = "auc vs baseline >= -0.2"
@@ -81,7 +81,7 @@ def failing(code: str) -> int:
 @flow(name="failing-task", **NO_RESULTS)
 @clean_exceptions()
 def failing_task() -> None:
-    remembered(failing, code="c")
+    call(failing, "code")
 
 
 @flow(name="failing-flow", **NO_RESULTS)

@@ -35,7 +35,7 @@ from infra.settings import load_settings
 from tasks import prepare as preparing
 from tasks.bundles.packing import pack
 from tasks.orchestration.documents import Lowering
-from tasks.orchestration.policy import kept
+from tasks.orchestration.policy import call
 from tasks.orchestration.workspace import store
 from tasks.prepare import prepare
 from tasks.promotion.promotions import champion_graph, fetch, promote
@@ -349,7 +349,7 @@ def test_a_limit_against_the_champion_holds_without_one_and_is_measured_with_one
 
 @flow
 def only_prepare(bundle: Any) -> Any:
-    return kept(prepare, bundle=bundle, split="validation", code=f"retries {time.time_ns()}")
+    return call(prepare, f"retries {time.time_ns()}", bundle=bundle, split="validation")
 
 
 def runs_of(name: str) -> list[int]:

@@ -34,8 +34,13 @@ from web_attacks import require_no_answer_without_the_secret, send
 from flows import embedded_server
 from flows.cli import errors as cli_errors
 from flows.cli.console import EMBEDDED
-from flows.embedded_server import CPU_SECONDS, EmbeddedServer, cpu_seconds, start_embedded_server
-from flows.prefect_access import require_access
+from flows.server.embedded_server import (
+    CPU_SECONDS,
+    EmbeddedServer,
+    cpu_seconds,
+    start_embedded_server,
+)
+from flows.server.prefect_access import require_access
 from infra.errors import ServiceFailed, SettingRefused
 from infra.telemetry import TELEMETRY_OFF
 from tasks.bundles.packing import pack
@@ -93,7 +98,7 @@ def servers_of(pid: int) -> list[int]:
             words = " ".join(arguments(child))
         except (FileNotFoundError, ProcessLookupError):
             continue
-        if "flows.embedded_server" in words or "prefect.server.api.server" in words:
+        if "flows.server.embedded_server" in words or "prefect.server.api.server" in words:
             found.append(child)
     return found
 

@@ -26,7 +26,7 @@ from infra.settings import load_settings
 from infra.store.records import seal_record
 from tasks.bundles.packing import pack
 from tasks.gate import gate
-from tasks.orchestration.policy import NO_RESULTS, content_key, kept, remembered
+from tasks.orchestration.policy import NO_RESULTS, call, content_key
 from tasks.orchestration.result_records import record_key
 from tasks.orchestration.workspace import store
 from tasks.prepare import prepare
@@ -45,11 +45,8 @@ HOSTILE_SETTINGS: dict[str, Any] = {
 @flow(name="two-tasks", **NO_RESULTS)
 def two_tasks(bundle: Artifact, code: str) -> tuple[Artifact, Verdict]:
     """One task with an artifact, one with a value, as ``compress`` calls them."""
-    prepared = kept(prepare, bundle=bundle, split="validation", code=code)
-    verdict: Verdict = remembered(
-        gate, target="onnxruntime", limits=LIMITS, measurement=None, code=code
-    )
-    return prepared, verdict
+    prepared = call(prepare, code, bundle=bundle, split="validation")
+    return prepared, call(gate, code, target="onnxruntime", limits=LIMITS, measurement=None)
 
 
 def task_runs() -> list[tuple[str, str]]:
@@ -168,10 +165,9 @@ def code() -> str:
 
 def keys_of(bundle: Artifact, code: str) -> dict[str, str]:
     return {
-        "prepare": content_key(prepare, {"bundle": bundle, "split": "validation", "code": code}),
+        "prepare": content_key(prepare, code, {"bundle": bundle, "split": "validation"}),
         "gate": content_key(
-            gate,
-            {"target": "onnxruntime", "limits": LIMITS, "measurement": None, "code": code},
+            gate, code, {"target": "onnxruntime", "limits": LIMITS, "measurement": None}
         ),
     }
 

@@ -9,8 +9,8 @@ from prefect.server.api.server import create_app
 from prefect.settings import Settings
 from web_attacks import FOREIGN, basic
 
-from flows import embedded_server
-from flows.embedded_server import new_auth_string
+from flows.server import embedded_server
+from flows.server.embedded_server import new_auth_string
 
 # Unlike /health, it needs authentication; it needs no database.
 VERSION = "http://127.0.0.1/api/version"

@@ -138,7 +138,7 @@ FAULTS = (
     ),
     Fault(
         id="embedded-server-fixed-secret",
-        file="flows/embedded_server.py",
+        file="flows/server/embedded_server.py",
         old='    return f"recpress:{secrets.token_hex(24)}"\n',
         new='    return "recpress:recpress"\n',
         effect="The embedded Prefect server has a password that everybody knows.",
@@ -146,7 +146,7 @@ FAULTS = (
     ),
     Fault(
         id="embedded-server-without-authentication",
-        file="flows/embedded_server.py",
+        file="flows/server/embedded_server.py",
         old='        "PREFECT_SERVER_API_AUTH_STRING": auth,\n',
         new="",
         effect="The embedded Prefect server requires no authentication.",
@@ -154,7 +154,7 @@ FAULTS = (
     ),
     Fault(
         id="embedded-server-answers-every-origin",
-        file="flows/embedded_server.py",
+        file="flows/server/embedded_server.py",
         old='        "PREFECT_SERVER_API_CORS_ALLOWED_ORIGINS": NO_ORIGIN,\n'
         '        "PREFECT_SERVER_CORS_ALLOWED_ORIGINS": NO_ORIGIN,\n',
         new="",

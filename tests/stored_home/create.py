@@ -172,9 +172,9 @@ def _apply(name: str) -> dict[str, Any]:
             )
             if split not in bundle_ref.rows:
                 continue
-            splits[part] = prepare.fn(original, split, CODE)
+            splits[part] = prepare.fn(original, split)
             if part == "soft_labels":
-                splits[part] = score.fn(original, splits[part], bundle_ref.rows[split], CODE)
+                splits[part] = score.fn(original, splits[part], bundle_ref.rows[split])
         bundle = compress.fn(
             source=bundle,
             step=step,
@@ -188,8 +188,8 @@ def _apply(name: str) -> dict[str, Any]:
         if not hasattr(bundle, "sha256"):
             raise RuntimeError(f"recipe {name!r}: {bundle}")
     split = bundle_ref.calibration()
-    probe = prepare.fn(original, split, CODE)
-    graph = lower_model.fn(bundle, "onnxruntime", probe, bundle_ref.rows[split], 65_536, CODE)
+    probe = prepare.fn(original, split)
+    graph = lower_model.fn(bundle, "onnxruntime", probe, bundle_ref.rows[split], 65_536)
     print(f"{name}: {bundle.bytes:,} bytes", file=sys.stderr)  # noqa: T201
     return {
         "model": model,

@@ -22,7 +22,7 @@ def test_a_graph_with_bfloat16_products_is_checked_and_only_what_is_served_is_st
     monkeypatch.setenv("RECPRESS_HOME", str(tmp_path / "home"))
     monkeypatch.setenv("RECPRESS_ALLOWED_MODULES", ALLOWED)
     bundle = pack(write_draft(tmp_path / "draft")).artifact
-    test = prepare.fn(bundle, "test", code="c")
+    test = prepare.fn(bundle, "test")
     made = compress.fn(
         bundle,
         BFloat16Dense(),
@@ -34,7 +34,7 @@ def test_a_graph_with_bfloat16_products_is_checked_and_only_what_is_served_is_st
         code="c",
     )
     assert isinstance(made, Artifact)
-    graph = lower_model.fn(made, "tensorrt-rtx", test, ROWS["test"], 65_536, code="c")
+    graph = lower_model.fn(made, "tensorrt-rtx", test, ROWS["test"], 65_536)
     names = {path.name for path in local(graph).rglob("*") if path.is_file()}
     assert "model.onnx" in names
     assert not {name for name in names if "checkable" in name}

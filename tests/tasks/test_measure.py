@@ -50,7 +50,6 @@ def measured(made: Graphs, champion: Artifact | None = None, **changes: object) 
         "test_rows": ROWS["test"],
         "ranking": None,
         "seed": 0,
-        "code": "c",
     }
     return measurement_of(measuring.measure.fn(**(arguments | changes)))
 
@@ -62,8 +61,8 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Graphs:
         surroundings(patch, home)
         draft = write_draft(home / "draft")
         bundle = pack(draft).artifact
-        test = prepare.fn(bundle, "test", code="c")
-        graph = lower_model.fn(bundle, "onnxruntime", test, ROWS["test"], 65_536, code="c")
+        test = prepare.fn(bundle, "test")
+        graph = lower_model.fn(bundle, "onnxruntime", test, ROWS["test"], 65_536)
         unmeasured = Graphs(home, bundle, graph, test, draft, Measurement.model_construct())
         itself = measured(unmeasured)
     return Graphs(home, bundle, graph, test, draft, itself)

@@ -32,7 +32,7 @@ NEW_NAMES = (
 
 
 def published(home: Path, digit: str) -> Finished:
-    return publishing.publish.fn(report(home, digit * 64, GOOD), code="c")
+    return publishing.publish.fn(report(home, digit * 64, GOOD))
 
 
 def published_by_0_1_0(home: Path, digit: str) -> Finished:

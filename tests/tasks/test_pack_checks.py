@@ -301,7 +301,7 @@ def test_a_bundle_packed_before_is_warned_about_in_its_validation_report(
     packed = find("clicks").artifact
     from infra.data.checks import Rules
 
-    artifact = validate.fn(bundle=packed, rules=Rules(), code="code")
+    artifact = validate.fn(bundle=packed, rules=Rules())
     folder = local(artifact)
     stored = Validation.model_validate_json((folder / "validation.json").read_text())
     assert stored.success
@@ -320,7 +320,7 @@ def test_a_bundle_packed_before_that_cannot_be_measured_is_refused_in_validation
     from infra.data.checks import Rules
 
     with raises_code(DataRefused, "not_measurable", problems=HasReason("probability_outside")):
-        validate.fn(bundle=find("clicks").artifact, rules=Rules(), code="code")
+        validate.fn(bundle=find("clicks").artifact, rules=Rules())
 
 
 def test_a_validation_report_of_an_earlier_version_is_read() -> None:

@@ -168,23 +168,18 @@ def test_a_state_of_the_api_is_never_followed_to_where_it_points(state: State[An
 # --- keys ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("ours", EVERY, ids=lambda ours: ours.name)
-def test_the_digest_of_the_code_is_an_argument_of_every_task(ours: Any) -> None:
-    assert "code" in ours.fn.__annotations__
+def key(of: Any = tables.quantize_tables, code: str = "c", /, **arguments: Any) -> str:
+    return policy.content_key(of, code, arguments)
 
 
-def key(of: Any = tables.quantize_tables, **arguments: Any) -> str:
-    return policy.content_key(of, arguments)
-
-
-def test_a_key_depends_on_every_argument_and_on_nothing_else() -> None:
-    arguments = {"source": A, "step": RowwiseInt8(), "code": "c"}
+def test_a_key_depends_on_the_code_and_every_argument_and_on_nothing_else() -> None:
+    arguments = {"source": A, "step": RowwiseInt8()}
     one = key(**arguments)
-    assert one == key(code="c", step=RowwiseInt8(), source=A)
+    assert one == key(step=RowwiseInt8(), source=A)
     others = [
         key(**arguments | {"source": A.model_copy(update={"sha256": "b" * 64})}),
         key(**arguments | {"step": RowwiseInt8(min_rows=7)}),
-        key(**arguments | {"code": "d"}),
+        key(tables.quantize_tables, "d", **arguments),
     ]
     assert len({one, *others}) == 4
 
@@ -208,7 +203,7 @@ def test_a_default_that_is_named_is_the_same_key() -> None:
 def test_an_argument_without_a_canonical_form_is_an_error() -> None:
     """Not a key that changes with the process, such as an address in memory."""
     with pytest.raises(TypeError, match="no canonical JSON form"):
-        key(source=object(), step=RowwiseInt8(), code="c")
+        key(source=object(), step=RowwiseInt8())
 
 
 @task

@@ -151,7 +151,7 @@ def test_text_of_others_cannot_control_the_terminal(
     target = made.targets[0]
     verdict = target.verdict.model_copy(update={"reasons": (Reason("as_written", text=ESCAPES),)})
     targets = (target.model_copy(update={"verdict": verdict}), *made.targets[1:])
-    done = publishing.publish.fn(made.model_copy(update={"targets": targets}), code="c")
+    done = publishing.publish.fn(made.model_copy(update={"targets": targets}))
     for more in ((), ("--json",)):
         code, text = run_main(
             monkeypatch, capsys, "registry", "show", "m", "--version", done.version, *more

@@ -44,7 +44,7 @@ def tied_draft(folder: Path, share: str) -> Path:
 
 
 def lowered(bundle: Artifact, rows: Artifact) -> tuple[Lowering, Path]:
-    folder = local(lower_model.fn(bundle, "onnxruntime", rows, TEST_ROWS, 65_536, code="c"))
+    folder = local(lower_model.fn(bundle, "onnxruntime", rows, TEST_ROWS, 65_536))
     return lowering_of(folder), folder
 
 
@@ -60,7 +60,7 @@ def test_a_table_of_both_towers_counts_once_in_weights_and_twice_in_served_files
     share, lowers_both, tmp_path
 ):
     bundle = pack(tied_draft(tmp_path / "draft", share)).artifact
-    rows = prepare.fn(bundle, "test", code="c")
+    rows = prepare.fn(bundle, "test")
     assert isinstance(rows, Artifact)
     made = compress.fn(
         bundle, RowwiseInt8(), {}, original=bundle, teachers=(), seed=0, device="cpu", code="c"

@@ -22,7 +22,7 @@ def published(home: Path, digit: str, **more: Any) -> Finished:
     """Publish an order named by one repeated hex digit; ``more`` replaces parts of its report."""
     outcomes = more.pop("outcomes", GOOD)
     found: Report = report(home, digit * 64, outcomes).model_copy(update=more)
-    return publishing.publish.fn(found, code="c")
+    return publishing.publish.fn(found)
 
 
 def body(digit: str) -> bytes:

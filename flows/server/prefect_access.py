@@ -1,6 +1,6 @@
 """Which Prefect server a command uses: the configured one, checked, or an embedded one."""
 
-from flows.embedded_server import EmbeddedServer, Notify, start_embedded_server
+from flows.server.embedded_server import EmbeddedServer, Notify, start_embedded_server
 from infra.errors import ServiceFailed, SettingRefused
 from infra.settings import shown
 

@@ -5,8 +5,8 @@ request and socket needs a secret that is drawn for this command. The secret is 
 the environment of the command and its children, never on disk and never in an argument. No web
 page has an origin that the server allows.
 
-Run as ``python -m flows.embedded_server FD`` this module is the server's process. It ends when the
-command that started it ends, however that happens.
+Run as ``python -m flows.server.embedded_server FD``, this module is the server's process. It ends
+when the command that started it ends, for any reason.
 
 Differs from Prefect's ``SubprocessASGIServer``: it waits as long as the server makes progress, it
 binds the port before the process starts, so no other process can take it, and it authenticates.
