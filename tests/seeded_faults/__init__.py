@@ -1,12 +1,12 @@
-"""Known faults put back one at a time, each of which the default test tier must detect.
+"""Mutation tests: known faults that the default test tier must detect, applied one at a time.
 
 ``python -m tests.seeded_faults`` applies each fault to a copy of the repository and runs the tests
 that the fault names. Add a fault here with every bug that is fixed; ``tests/test_seeded_faults.py``
-checks that the lists fit the present code.
+checks that the faults apply to the current code.
 
 fault.py       a fault: file, text, replacement, effect and tests
 runner.py      one fault in a copy of the repository
-formats.py     rounding, scales, clipping, the choice of a table format
+formats.py     rounding, scales, clipping, selection of a table format
 layouts.py     bit packing, compiled kernels
 lowering.py    graphs, graph passes, parity, audit
 metrics.py     metrics, intervals, rankings, score changes
@@ -15,7 +15,7 @@ promotion.py   ledger, registry, promotions and rollbacks
 storage.py     object store, records, cache keys
 security.py    names, credentials, paths, JSON, access
 orders.py      flows, command line, orders, exit codes, outages
-training.py    distillation, pruning, calibration, training, checks of data
+training.py    distillation, pruning, calibration, training, data checks
 """
 
 from tests.seeded_faults import (

@@ -1,7 +1,7 @@
 """Check that the default test tier detects every seeded fault: ``python -m tests.seeded_faults``.
 
 Runs each fault in a temporary copy of the repository. Exit code 0: all faults were caught. Exit
-code 1: a fault survived, could not be applied, or the tests are red without a fault.
+code 1: a fault survived or could not be applied, or the tests fail without a fault.
 """
 
 import argparse
@@ -50,7 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for fault in faults:
             print(f"{fault.id:44} {fault.file}: {fault.effect}")
         return 0
-    os.environ |= {"OMP_NUM_THREADS": "1", "DO_NOT_TRACK": "1"}  # of the processes of the tests
+    os.environ |= {"OMP_NUM_THREADS": "1", "DO_NOT_TRACK": "1"}  # inherited by the test processes
     if not options.skip_unpatched:
         unpatched = check_unpatched(faults)
         print(
@@ -62,8 +62,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return 1
     outcomes = []
     with ThreadPoolExecutor(options.jobs) as pool:
-        for done in as_completed([pool.submit(check_fault, fault) for fault in faults]):
-            outcomes.append(done.result())
+        for finished in as_completed([pool.submit(check_fault, fault) for fault in faults]):
+            outcomes.append(finished.result())
             print_line(outcomes[-1])
     counts = Counter(outcome.status for outcome in outcomes)
     cpu = sum(outcome.cpu_seconds for outcome in outcomes)

@@ -25,8 +25,8 @@ class Fault:
         id: name on the command line; unique.
         file: path of the changed file, relative to the root of the repository.
         old: exact text that is replaced; occurs once in the file.
-        new: the text in its place.
-        effect: what goes wrong, in one sentence.
+        new: the replacement.
+        effect: the consequence of the fault, in one sentence.
         tests: pytest selections (files or node ids) of the default tier that detect it.
     """
 

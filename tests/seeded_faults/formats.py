@@ -1,4 +1,4 @@
-"""Faults in table formats: rounding, scales, clipping, and the choice of a format."""
+"""Faults in table formats: rounding, scales, clipping, and the selection of a format."""
 
 from tests.seeded_faults.fault import Fault
 
@@ -41,7 +41,7 @@ FAULTS = (
         file="compressors/quantize/kernels/levels.py",
         old="stored = scale.clamp(min=smallest).to(grid.dtype)",
         new="stored = scale.to(grid.dtype)",
-        effect="A row of zeros has scale 0, which TensorRT refuses.",
+        effect="A row of zeros has scale 0, which TensorRT rejects.",
         tests=(f"{GRID}::test_rows_of_zeros_keep_a_positive_scale_and_are_exact",),
     ),
     Fault(
@@ -100,7 +100,7 @@ FAULTS = (
         file="compressors/quantize/tables/scales.py",
         old="entries = -(-rows // together) if together else 1",
         new="entries = max(rows // together, 1) if together else 1",
-        effect="The plan's bytes leave out the scale of the last, shorter range of rows.",
+        effect="The plan's bytes omit the scale of the last, shorter range of rows.",
         tests=(f"{ROWWISE}::test_bytes_are_codes_plus_a_scale_and_an_offset_for_every_range",),
     ),
     Fault(
@@ -149,7 +149,7 @@ FAULTS = (
         file="compressors/quantize/better_format.py",
         old="sorted((item for item in better if item[0] <= size), key=lambda item: item[:2])",
         new="sorted(better, key=lambda item: item[:2])",
-        effect="A row-wise table becomes a better format that takes more bytes.",
+        effect="A row-wise table is replaced by a better format that needs more bytes.",
         tests=(f"{BETTER}::test_a_rowwise_format_gives_way_to_a_better_one_that_is_no_larger",),
     ),
     Fault(

@@ -16,7 +16,7 @@ FAULTS = (
         old="        packed |= whole[:, plane * width : (plane + 1) * width] << (bits * plane)",
         new="        packed |= whole[:, plane * width : (plane + 1) * width] "
         "<< (bits * (planes - plane))",
-        effect="All planes but the first are written to the wrong bits.",
+        effect="All planes except the first are written to the wrong bits.",
         tests=(PACKING,),
     ),
     Fault(
@@ -36,7 +36,7 @@ FAULTS = (
         file="compressors/quantize/kernels/bitpacking.py",
         old="2 ** (bits - 1), dtype=torch.uint8)",
         new="0, dtype=torch.uint8)",
-        effect="Padding differs from what compiled loops write, so equal tables differ in bytes.",
+        effect="Padding differs from that of compiled loops, so equal tables have different bytes.",
         tests=(PACKING,),
     ),
     Fault(
@@ -97,7 +97,7 @@ FAULTS = (
         file="compressors/quantize/dense/weight_only.py",
         old="codes[:, 0::2] | (codes[:, 1::2] << 4)",
         new="codes[:, 1::2] | (codes[:, 0::2] << 4)",
-        effect="Neighbouring 4-bit weights are swapped: ONNX Runtime multiplies others.",
+        effect="Adjacent 4-bit weights are swapped, so ONNX Runtime multiplies the wrong weights.",
         tests=(
             f"{WEIGHT_ONLY}::test_the_op_computes_what_onnxruntimes_kernel_does",
             f"{WEIGHT_ONLY}::test_codes_come_back_as_they_were_packed_and_padding_is_zero",
@@ -108,7 +108,7 @@ FAULTS = (
         file="compressors/prune/tables/row_map.py",
         old="dim=1) - 128)",
         new="dim=1) - 127)",
-        effect="The bytes of a map of rows lead to other rows.",
+        effect="The bytes of a row map select the wrong rows.",
         tests=("tests/compressors/prune/test_row_maps.py",),
     ),
     Fault(
@@ -116,7 +116,7 @@ FAULTS = (
         file="compressors/lower/targets/tensorrt/types.py",
         old="    signed = each ^ 8  # in two's complement the sign is bit 3\n",
         new="    signed = each  # in two's complement the sign is bit 3\n",
-        effect="TensorRT reads int4 codes 8 levels off.",
+        effect="TensorRT reads int4 codes with an error of 8 levels.",
         tests=(
             "tests/compressors/quantize/test_bitpacking.py::test_tensorrts_signed_codes_are_the_same_codes",
         ),

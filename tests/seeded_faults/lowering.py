@@ -31,7 +31,7 @@ FAULTS = (
         file="compressors/lower/graph_builders.py",
         old="return op.Neg(op.Softplus(op.Neg(x)))",
         new="return op.Log(op.Sigmoid(x))",
-        effect="The logarithm of a vanishing sigmoid is -inf in served graphs.",
+        effect="The logarithm of a sigmoid that underflows is -inf in served graphs.",
         tests=(f"{CONSTANTS}::test_the_log_of_a_vanishing_sigmoid_is_finite_in_the_graph",),
     ),
     Fault(
@@ -39,7 +39,7 @@ FAULTS = (
         file="compressors/lower/graph_builders.py",
         old="return op.Reciprocal(op.Add(op.Constant(value_float=1.0), op.Exp(op.Neg(x))))",
         new="return op.Sigmoid(x)",
-        effect="A recalibrated probability next to 0 differs between torch and ONNX Runtime.",
+        effect="A recalibrated probability close to 0 differs between torch and ONNX Runtime.",
         tests=(GRAPH_VALUES,),
     ),
     Fault(
@@ -94,7 +94,7 @@ FAULTS = (
         file="compressors/lower/audit.py",
         old="faults = [*_unfused(graph, maker), *_slow",
         new="faults = [*_slow",
-        effect="A Gemm that computes in float32 behind a DequantizeLinear passes the audit.",
+        effect="A Gemm that computes in float32 after a DequantizeLinear passes the audit.",
         tests=(f"{AUDIT}::test_int8_that_does_not_pay_is_refused",),
     ),
     Fault(
@@ -102,7 +102,7 @@ FAULTS = (
         file="compressors/lower/audit.py",
         old="        if path and name in held and len(held[name].dims) > 1:",
         new="        if path and name in held and len(held[name].dims) > 2:",
-        effect="A table that is widened as a whole at every call passes the audit.",
+        effect="A table that every call decodes completely passes the audit.",
         tests=(f"{AUDIT}::test_a_table_that_is_float32_at_every_call_is_refused",),
     ),
     Fault(
@@ -118,7 +118,7 @@ FAULTS = (
         file="compressors/lower/audit.py",
         old="elif entries is not None and entries != held[name].dims[0]:",
         new="elif entries is not None and entries < held[name].dims[0]:",
-        effect="A table that lost rows in the runtime's graph passes the audit.",
+        effect="A table with missing rows in the runtime's graph passes the audit.",
         tests=(f"{AUDIT}::test_a_table_that_lost_rows_is_refused",),
     ),
     Fault(
@@ -126,7 +126,7 @@ FAULTS = (
         file="compressors/lower/parity.py",
         old="        or parity.largest > parity.largest_limit\n",
         new="",
-        effect="One row far off passes the parity check.",
+        effect="One row with a large difference passes the parity check.",
         tests=(f"{PARITY}::test_one_row_far_off_is_enough_to_fail",),
     ),
     Fault(

@@ -14,7 +14,7 @@ FAULTS = (
         file="compressors/metrics/point_estimates.py",
         old='    not_above = np.searchsorted(negatives, positives, side="right")\n',
         new='    not_above = np.searchsorted(negatives, positives, side="left")\n',
-        effect="A positive and a negative of equal score count 0 instead of a half.",
+        effect="A positive and a negative row with equal scores count 0 instead of 0.5.",
         tests=(f"{METRICS}::test_auc_equals_scikit_learn_with_ties",),
     ),
     Fault(
@@ -22,7 +22,7 @@ FAULTS = (
         file="compressors/metrics/point_estimates.py",
         old="return float(value @ impressions / impressions.sum())",
         new="return float(value.mean())",
-        effect="Users count the same in GAUC, however many impressions they have.",
+        effect="GAUC weights all users equally instead of by their impressions.",
         tests=(f"{METRICS}::test_gauc_is_the_impression_weighted_mean_of_scikit_learns_auc",),
     ),
     Fault(
@@ -30,7 +30,7 @@ FAULTS = (
         file="compressors/metrics/point_estimates.py",
         old="rank = (run_end - (run_size - 1) / 2)[run]",
         new="rank = run_end[run]",
-        effect="Equal scores inside a group take the last of their ranks instead of the mean.",
+        effect="Equal scores within a group get the last of their ranks instead of the mean.",
         tests=(f"{METRICS}::test_gauc_is_the_impression_weighted_mean_of_scikit_learns_auc",),
     ),
     Fault(
@@ -48,7 +48,7 @@ FAULTS = (
         file="compressors/metrics/point_estimates.py",
         old="    chance = np.clip(chance, PROBABILITY_FLOOR, 1 - PROBABILITY_FLOOR)\n",
         new="    chance = np.clip(chance, 1e-300, 1 - 1e-16)\n",
-        effect="One sure and wrong row costs hundreds of nats instead of 16.",
+        effect="One confident wrong prediction costs hundreds of nats instead of 16.",
         tests=(f"{METRICS}::test_one_sure_and_wrong_row_costs_sixteen_nats_and_not_infinity",),
     ),
     Fault(
@@ -80,7 +80,7 @@ FAULTS = (
         file="compressors/metrics/cluster_intervals.py",
         old="variance = float((change**2) @ (1 - share))",
         new="variance = float((change**2).sum() / change.size)",
-        effect="Intervals of grouped rows are too narrow by the root of the number of groups.",
+        effect="Intervals of grouped rows are too narrow by the square root of the number of groups.",
         tests=(f"{CLUSTERS}::test_groups_of_one_row_give_the_interval_of_independent_rows",),
     ),
     Fault(
@@ -99,7 +99,7 @@ FAULTS = (
         file="compressors/metrics/cluster_intervals.py",
         old="    if counted < MIN_GROUPS:\n",
         new="    if counted < 2:\n",
-        effect="Two groups give an interval, so a limit is decided on nearly nothing.",
+        effect="Two groups are enough for an interval, so a limit is decided on too little data.",
         tests=(f"{CLUSTERS}::test_fewer_than_ten_groups_are_undecided_and_say_why",),
     ),
     Fault(
@@ -118,7 +118,7 @@ FAULTS = (
         file="compressors/metrics/full_ranking.py",
         old="        flat[torch.from_numpy(hidden)] = -torch.inf\n",
         new="",
-        effect="Items that a query had before take places of its ranking.",
+        effect="Items that a query already has occupy positions of its ranking.",
         tests=(
             f"{RANKING}::test_a_ranking_is_what_writing_it_out_gives_whatever_is_scored_at_once",
         ),
@@ -128,7 +128,7 @@ FAULTS = (
         file="compressors/metrics/full_ranking.py",
         old="hits[here] = np.maximum(last - above, 0) / equal",
         new="hits[here] = (above < k).astype(float)",
-        effect="A model that scores everything alike has recall 1.",
+        effect="A model with equal scores for all items has recall 1.",
         tests=(f"{RANKING}::test_a_model_that_scores_everything_alike_is_worth_what_chance_is",),
     ),
     Fault(
@@ -136,7 +136,7 @@ FAULTS = (
         file="compressors/metrics/score_change.py",
         old="change = np.abs(after - before) / (spread or 1.0)",
         new="change = (after - before) / (spread or 1.0)",
-        effect="Falling scores cancel rising ones in the mean score change.",
+        effect="Decreasing scores cancel increasing ones in the mean score change.",
         tests=(f"{CHANGE}::test_values_are_those_of_numpy",),
     ),
     Fault(
@@ -144,7 +144,7 @@ FAULTS = (
         file="compressors/metrics/score_change.py",
         old="shared = groups.sums(best[0] & best[1]) / groups.sums(best[1])",
         new="shared = (groups.sums(best[0] & best[1]) > 0).astype(float)",
-        effect="A candidate with one score for all rows changes no best row.",
+        effect="A candidate with one score for all rows counts as changing no top-1 row.",
         tests=(
             f"{CHANGE}::test_changed_top1_counts_groups_whose_best_row_is_another_one",
             f"{CHANGE}::test_a_candidate_with_one_score_for_all_rows_has_correlation_zero",
@@ -155,7 +155,7 @@ FAULTS = (
         file="compressors/metrics/score_change.py",
         old="    low, high = max(0.0, center - reach), min(1.0, center + reach)\n",
         new="    low, high = share, share\n",
-        effect="No changed best row among few groups counts as proof that none changes.",
+        effect="Zero changed top-1 rows in few groups count as proof that none changes.",
         tests=(
             f"{CHANGE}::test_no_changed_top1_among_few_groups_does_not_prove_that_none_changes",
         ),

@@ -16,7 +16,7 @@ FAULTS = (
         '        _print(f"recpress: {shown}")\n        return 2\n',
         new="    if isinstance(shown, Refused | CompressionError):\n"
         '        _print(f"recpress: {shown}")\n        return 1\n',
-        effect="Bad input has the exit code of a fault that a retry may pass.",
+        effect="Invalid input has the exit code of an error that a retry may solve.",
         tests=(f"{CLI}::test_a_bad_order_is_refused_in_words_with_exit_code_2",),
     ),
     Fault(
@@ -24,7 +24,7 @@ FAULTS = (
         file="flows/cli/errors.py",
         old="    shown: Exception = as_out_of_memory(fault, command(sys.argv[1:])) or fault\n",
         new="    shown: Exception = fault\n",
-        effect="Too little memory is reported as another fault, with its traceback text.",
+        effect="Out of memory is reported as another error, with a traceback.",
         tests=(
             "tests/flows/test_exit_codes.py"
             "::test_a_lack_of_memory_exits_with_code_1_and_one_sentence",
@@ -56,7 +56,7 @@ FAULTS = (
         file="flows/terms.py",
         old="        if not self.smallest_batch <= self.best_batch <= self.largest_batch:\n",
         new="        if not self.smallest_batch <= self.largest_batch:\n",
-        effect="An order's best batch may lie outside of its range; the engine build fails.",
+        effect="An order's best batch may be outside of its range; the engine build fails.",
         tests=(f"{ORDER}::test_batch_sizes_must_grow",),
     ),
     Fault(
@@ -88,7 +88,7 @@ FAULTS = (
         file="flows/terms.py",
         old="        if problems := limit_problems(limits):\n",
         new="        if problems := limit_problems(limits[:0]):\n",
-        effect="Limits that cannot be meant pass in the command line, order files and the form.",
+        effect="Meaningless limits pass in the command line, order files and the form.",
         tests=(
             "tests/compressors/contracts/test_limits.py"
             "::test_an_order_refuses_such_limits_and_a_stored_limit_is_still_read",
@@ -99,7 +99,7 @@ FAULTS = (
         file="tasks/orchestration/outages.py",
         old="        if time.monotonic() - self._began + delay > DEADLINE_SECONDS:\n",
         new="        if delay > DEADLINE_SECONDS:\n",
-        effect="A service that stays away is waited for without end.",
+        effect="A run waits forever for an unavailable service.",
         tests=(
             f"{OUTAGES}::test_the_deadline_of_a_task_counts_from_its_first_fault_and_for_each_task",
         ),
@@ -109,7 +109,7 @@ FAULTS = (
         file="tasks/orchestration/outages.py",
         old="        case httpx.HTTPStatusError() if fault.response.status_code >= _SERVER_FAULTS:\n",
         new="        case httpx.HTTPStatusError():\n",
-        effect="Wrong credentials of Prefect's API are waited out for ten minutes.",
+        effect="With wrong credentials for Prefect's API, a command waits for ten minutes.",
         tests=(
             f"{OUTAGES}::test_only_services_over_the_network_that_do_not_answer_are_waited_for",
         ),
@@ -119,7 +119,7 @@ FAULTS = (
         file="tasks/orchestration/policy.py",
         old="    return isinstance(fault, InfraError) and run.run_count <= OTHER_RETRIES\n",
         new="    return run.run_count <= OTHER_RETRIES\n",
-        effect="A task that refuses its input runs three times.",
+        effect="A task that rejects its input runs three times.",
         tests=(f"{POLICY}::test_a_bad_order_or_our_own_bug_stays_bad",),
     ),
     Fault(
@@ -135,7 +135,7 @@ FAULTS = (
         file="tasks/orchestration/policy.py",
         old="    if data is None or isinstance(data, ResultRecordMetadata) or not state.is_completed():\n",
         new="    if data is None or not state.is_completed():\n",
-        effect="A result that Prefect's API refers to is taken for the result of a run.",
+        effect="A result that Prefect's API refers to is used as the result of a run.",
         tests=(f"{POLICY}::test_a_state_of_the_api_is_never_followed_to_where_it_points",),
     ),
 )

@@ -22,7 +22,7 @@ FAULTS = (
         file="infra/registry/ledger.py",
         old="                if self._store.read(key) == body:\n",
         new='                if self._store.read(key) == b"":\n',
-        effect="A create whose answer was lost enters one decision twice.",
+        effect="A create whose response was lost appends one decision twice.",
         tests=(f"{LEDGER}::test_a_create_whose_answer_was_lost_is_not_entered_twice",),
     ),
     Fault(
@@ -30,7 +30,7 @@ FAULTS = (
         file="infra/registry/ledger.py",
         old='        if entry.action == "rollback":\n            stack.pop()\n',
         new='        if entry.action == "rollback":\n            stack.append(entry)\n',
-        effect="Two rollbacks go forth and back instead of two steps back.",
+        effect="Two rollbacks go back and forth instead of two versions back.",
         tests=(f"{LEDGER}::test_rolling_back_twice_goes_two_steps_back",),
     ),
     Fault(
@@ -39,7 +39,7 @@ FAULTS = (
         old="        if (entry.sequence, entry.model, entry.previous) "
         "!= (sequence, self._model, previous):\n",
         new="        if (entry.sequence, entry.previous) != (sequence, previous):\n",
-        effect="An entry copied from the ledger of another model decides the champion.",
+        effect="An entry copied from the ledger of another model determines the champion.",
         tests=(f"{LEDGER}::test_an_entry_that_does_not_continue_the_one_before_is_damage",),
     ),
     Fault(
@@ -47,7 +47,7 @@ FAULTS = (
         file="infra/registry/ledger.py",
         old="        elif entry.digest != entry.sealed(previous).digest:\n",
         new="        elif len(entry.digest) != 64:\n",
-        effect="A changed entry is read as if it had been written so.",
+        effect="A modified entry is read without an error.",
         tests=(f"{LOST}::test_one_changed_value_of_an_entry_is_damage",),
     ),
     Fault(
@@ -56,7 +56,7 @@ FAULTS = (
         old="        after = None if previous is None else "
         "previous.digest or previous.sealed(None).digest\n",
         new="        after = None\n",
-        effect="An entry's digest does not cover the entry before it.",
+        effect="An entry's digest does not cover the previous entry.",
         tests=(f"{LEDGER}::test_a_changed_entry_whose_digest_fits_is_found_by_the_entry_after_it",),
     ),
     Fault(
@@ -72,7 +72,7 @@ FAULTS = (
         file="infra/registry/mlflow_registry.py",
         old="            if winner.version != str(created.version):\n",
         new="            if int(winner.version) > int(created.version):\n",
-        effect="Two processes that publish one order leave two versions.",
+        effect="Two processes that publish one order create two versions.",
         tests=(
             f"{REGISTRY}"
             "::test_racers_that_saw_nothing_keep_the_lowest_version_and_delete_the_others",
@@ -93,7 +93,7 @@ FAULTS = (
         '        raise PromotionRefused(\n            "champion_not_registered",',
         new="    registered = registry().version(model, entry.version)\n    if registered is None:\n"
         '        raise PromotionRefused(\n            "champion_not_registered",',
-        effect="A registry that was filled again serves another order under the ledger's number.",
+        effect="After the registry is rebuilt, the ledger's version number refers to another order.",
         tests=(f"{LOST}::test_the_champion_is_found_by_its_order_under_another_number",),
     ),
     Fault(
@@ -109,7 +109,7 @@ FAULTS = (
         file="tasks/promotion/acceptance.py",
         old="    if outcome != report.outcome:\n",
         new="    outcome = report.outcome\n    if not outcome:\n",
-        effect="A report that was changed to 'accepted' is promoted.",
+        effect="A report that was modified to 'accepted' is promoted.",
         tests=(f"{LOST}::test_a_report_that_contradicts_itself_is_not_promoted",),
     ),
     Fault(
@@ -117,7 +117,7 @@ FAULTS = (
         file="tasks/promotion/acceptance.py",
         old="    outcome = judge.recomputed(verdict)\n",
         new="    outcome = verdict.outcome\n",
-        effect="A verdict that its own judgements contradict is promoted.",
+        effect="A verdict that contradicts its judgements is promoted.",
         tests=(f"{LOST}::test_a_report_that_contradicts_itself_is_not_promoted",),
     ),
     Fault(
@@ -134,7 +134,7 @@ FAULTS = (
         old="    return datetime.fromisoformat(last.at) > began "
         "or registry().confirmed(model) != last.digest\n",
         new="    return False\n",
-        effect="An interrupted rollback that is repeated goes back two versions.",
+        effect="Repeating an interrupted rollback goes back two versions.",
         tests=(f"{REPEATED}::test_a_repeated_rollback_completes_the_interrupted_one",),
     ),
     Fault(
@@ -142,7 +142,7 @@ FAULTS = (
         file="tasks/promotion/promotions.py",
         old='    if outcome in {"rejected", "undecided"} and not unaccepted:\n',
         new='    if outcome in {"undecided"} and not unaccepted:\n',
-        effect="A rejected target is fetched without its own option.",
+        effect="A rejected target is fetched without the option for rejected targets.",
         tests=(f"{PROMOTION}::test_what_was_not_accepted_is_only_given_by_its_own_option",),
     ),
 )

@@ -25,27 +25,27 @@ from tests.seeded_faults.fault import ROOT, Fault, NotApplicable
 CAUGHT, SURVIVED, NOT_APPLICABLE, ERROR = "caught", "survived", "not applicable", "error"
 
 HYPOTHESIS_PROFILE = "first-failure"
-"""Failing examples are not made smaller, which can take minutes."""
+"""Profile that does not shrink failing examples, because shrinking can take minutes."""
 
 CPU_FILE = "seeded-faults.cpu"
-"""Where a pytest process leaves its CPU time, in its copy of the repository."""
+"""File in the copy of the repository to which a pytest process writes its CPU time."""
 
 TIMEOUT_SECONDS = 900
 """Limit of one pytest process. The slowest selection takes about a minute on two idle cores."""
 
 PRELOADED = ("numpy", "torch", "torch.export", "torch.onnx", "onnxscript", "scipy.stats", "numba")
-"""Libraries that are imported once. Those that read settings when they are imported are not."""
+"""Libraries that are imported once; libraries that read settings on import are excluded."""
 
 _SERVER = multiprocessing.get_context("forkserver")
 _SERVER.set_forkserver_preload(["pytest", *PRELOADED])
 
 CACHES = ("*.pyc", "*.nbi", "*.nbc")
-"""Compiled files that make a copy start faster; they are valid while modification times agree."""
+"""Compiled files that make a copy start faster; valid while modification times are equal."""
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What the tests of a fault did.
+    """The result of the tests of a fault.
 
     Attributes:
         fault: the fault.
@@ -66,14 +66,14 @@ class Outcome:
 
 @dataclass(frozen=True)
 class PytestRun:
-    """What a pytest process did.
+    """The result of a pytest process.
 
     Attributes:
-        exit_code: of pytest, or minus the number of the signal that ended it.
+        exit_code: exit code of pytest, or minus the number of the signal that ended it.
         failed: names of the failed tests.
-        seconds: its duration.
-        cpu_seconds: CPU time of it and its children.
-        output: the end of what it printed.
+        seconds: duration.
+        cpu_seconds: CPU time of the process and its children.
+        output: the end of its output.
     """
 
     exit_code: int
@@ -84,7 +84,7 @@ class PytestRun:
 
 
 def copy_tracked_files(destination: Path) -> None:
-    """Copy the files that git tracks, with their present contents, and their compiled caches.
+    """Copy the files that git tracks, with their current contents, and their compiled caches.
 
     Modification times are kept, so that Python and numba accept the copied caches.
     """
@@ -121,15 +121,15 @@ def apply_fault(fault: Fault, tree: Path) -> None:
     text = fault.patched(tree)
     times = file.stat()
     file.write_text(text)
-    # Python compares seconds and sizes only: a clearly different time makes caches invalid.
+    # Python compares only seconds and sizes, so a very different time invalidates the caches.
     os.utime(file, (times.st_atime, times.st_mtime + 1000))
 
 
 def run_tests(tree: Path, tests: Iterable[str], *, first_failure_only: bool) -> PytestRun:
     """Run pytest on a selection in a copy of the repository, with the default marker expression.
 
-    The process is a fork of a server that has imported the large libraries and nothing of ours,
-    which saves most of the time of short tests.
+    The process is a fork of a server that has imported the large libraries but no code of this
+    repository. This saves most of the time of short tests.
 
     Args:
         tree: the copy.
@@ -144,30 +144,30 @@ def run_tests(tree: Path, tests: Iterable[str], *, first_failure_only: bool) -> 
         *(["-x"] if first_failure_only else []),
         *dict.fromkeys(tests),
     ]
-    begin = time.monotonic()
+    start = time.monotonic()
     process = _SERVER.Process(target=_run_pytest, args=(tree, arguments, log))
     process.start()
     process.join(TIMEOUT_SECONDS)
-    ended = "" if process.exitcode is not None else f"\nNo end after {TIMEOUT_SECONDS} s."
-    with suppress(ProcessLookupError):  # children of tests are in its group
+    timeout_note = "" if process.exitcode is not None else f"\nNo end after {TIMEOUT_SECONDS} s."
+    with suppress(ProcessLookupError):  # child processes of tests are in its process group
         os.killpg(process.pid or 0, signal.SIGKILL)
     process.join()
-    seconds = time.monotonic() - begin
+    seconds = time.monotonic() - start
     failed = failed_tests(report) if report.exists() else ()
     cpu = float((tree / CPU_FILE).read_text()) if (tree / CPU_FILE).exists() else math.nan
     output = log.read_text(errors="replace")[-3000:] if log.exists() else ""
-    return PytestRun(process.exitcode or 0, failed, seconds, cpu, output + ended)
+    return PytestRun(process.exitcode or 0, failed, seconds, cpu, output + timeout_note)
 
 
 def _run_pytest(tree: Path, arguments: list[str], log: Path) -> None:
-    """Run pytest in this new process, and end it with pytest's exit code."""
-    os.setsid()  # so that the children of tests can be ended with it
+    """Run pytest in this process and exit with its exit code."""
+    os.setsid()  # so that child processes of tests can be killed with it
     with log.open("wb") as file:
         for stream in (sys.stdout, sys.stderr):
             os.dup2(file.fileno(), stream.fileno())
     os.chdir(tree)
-    # The package is installed in editable mode: these make this process, and child processes of
-    # the tests, import the copy.
+    # The package is installed in editable mode. These settings make this process, and child
+    # processes of the tests, import the copy instead.
     sys.path.insert(0, str(tree))
     os.environ["PYTHONPATH"] = str(tree)
     settings.register_profile(HYPOTHESIS_PROFILE, phases=(Phase.explicit, Phase.generate))
@@ -180,7 +180,7 @@ def _run_pytest(tree: Path, arguments: list[str], log: Path) -> None:
 
 
 def failed_tests(report: Path) -> tuple[str, ...]:
-    """Names of tests that failed in their own body: no errors of collection, import or fixtures."""
+    """Names of tests whose body failed; errors of collection, import or fixtures do not count."""
     cases = ElementTree.parse(report).iter("testcase")  # noqa: S314 - pytest wrote it
     return tuple(
         f"{case.get('file')}::{case.get('name')}"
@@ -209,7 +209,7 @@ def check_fault(fault: Fault) -> Outcome:
 
 
 def outcome_of(fault: Fault, run: PytestRun) -> Outcome:
-    """Classify a run of the tests of a fault: only a test that fails itself catches the fault."""
+    """Classify a run of the tests of a fault; only a failed test body catches the fault."""
     if run.exit_code == 0:
         status = SURVIVED
     else:
@@ -219,7 +219,7 @@ def outcome_of(fault: Fault, run: PytestRun) -> Outcome:
 
 
 def check_unpatched(faults: Iterable[Fault]) -> PytestRun:
-    """Run the tests of all faults in a copy without a fault; they must be green."""
+    """Run the tests of all faults in a copy without a fault; all must pass."""
     with tempfile.TemporaryDirectory(prefix="seeded-fault-") as folder:
         tree = Path(folder)
         copy_tracked_files(tree)

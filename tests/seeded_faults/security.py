@@ -26,7 +26,7 @@ FAULTS = (
         '            "architecture_not_allowed",',
         new="    if not allowed:\n        raise BundleRefused(\n"
         '            "architecture_not_allowed",',
-        effect="A bundle's module is imported, which runs its code, before it is refused.",
+        effect="A bundle's module is imported, which runs its code, before it is rejected.",
         tests=(f"{ARCHITECTURE}::test_a_module_outside_the_list_is_refused_before_it_is_imported",),
     ),
     Fault(
@@ -34,7 +34,7 @@ FAULTS = (
         file="infra/bundle/architecture.py",
         old="found = vars(module).get(class_name)  # not getattr: a module may answer that with code",
         new="found = getattr(module, class_name, None)",
-        effect="A module's own __getattr__ decides what class a bundle gets.",
+        effect="The __getattr__ of a module determines the class of a bundle.",
         tests=(f"{ARCHITECTURE}::test_a_modules_own_getattr_is_not_asked",),
     ),
     Fault(
@@ -42,7 +42,7 @@ FAULTS = (
         file="compressors/core/state/construction.py",
         old="            if _ENDS_TEXT.search(name):\n",
         new="            if _ENDS_TEXT.fullmatch(name):\n",
-        effect="A module name in a bundle is run as code when the network is traced.",
+        effect="A module name in a bundle runs as code when the network is traced.",
         tests=(
             "tests/compressors/core/test_construction.py"
             "::test_an_attribute_whose_name_could_run_as_code_is_refused",
@@ -53,7 +53,7 @@ FAULTS = (
         file="infra/bundle/paths.py",
         old='    if ".." in PurePosixPath(text).parts:\n',
         new='    if text.startswith("../"):\n',
-        effect="A path such as 'x/../../secret' in a draft leaves its folder.",
+        effect="A path such as 'x/../../secret' in a draft reads files outside of its folder.",
         tests=(f"{BUNDLE}::test_a_draft_path_that_climbs_out_is_refused",),
     ),
     Fault(
@@ -77,7 +77,7 @@ FAULTS = (
         file="infra/printable.py",
         old="\\\\u200b-\\\\u200f\\\\u2028-\\\\u202e",
         new="\\\\u200b-\\\\u200d\\\\u2028-\\\\u2029",
-        effect="A name can reorder what a terminal or a log shows.",
+        effect="A name can reorder the text of a terminal or a log.",
         tests=(f"{TEXT}::test_a_log_line_is_one_line_without_control_characters",),
     ),
     Fault(
@@ -93,7 +93,7 @@ FAULTS = (
         file="infra/bundle/json_limits.py",
         old="    if size.depth > MAX_JSON_DEPTH:\n",
         new="    if size.depth > 1000 * MAX_JSON_DEPTH:\n",
-        effect="JSON from outside is parsed at any depth.",
+        effect="Untrusted JSON is parsed without a limit on its depth.",
         tests=(f"{JSON_LIMITS}::test_64_levels_are_accepted_and_65_are_refused",),
     ),
     Fault(
@@ -120,7 +120,7 @@ FAULTS = (
         file="infra/credentials.py",
         old='    return _QUERY.sub(rf"\\g<1>{HIDDEN}", _LOGIN.sub(f"{HIDDEN}@", text))\n',
         new='    return _QUERY.sub(rf"\\g<1>{HIDDEN}", text)\n',
-        effect="A login in an address of a foreign error message is printed.",
+        effect="Credentials in a URL of a library's error message are printed.",
         tests=(
             f"{CREDENTIALS}::test_logins_and_tokens_in_addresses_are_hidden_and_other_text_stays",
         ),
@@ -130,7 +130,7 @@ FAULTS = (
         file="infra/credentials.py",
         old="            fault.__cause__ = fault.__context__ = None\n",
         new="            fault.__cause__ = earlier\n",
-        effect="The cause of an exception carries a credential into Prefect's database.",
+        effect="The cause of an exception writes a credential to Prefect's database.",
         tests=(
             f"{CREDENTIALS}"
             "::test_an_exception_that_leaves_a_task_keeps_its_class_and_loses_its_secrets",
@@ -141,7 +141,7 @@ FAULTS = (
         file="flows/server/embedded_server.py",
         old='    return f"recpress:{secrets.token_hex(24)}"\n',
         new='    return "recpress:recpress"\n',
-        effect="The embedded Prefect server has a password that everybody knows.",
+        effect="The embedded Prefect server has a fixed, public password.",
         tests=(SERVER,),
     ),
     Fault(
@@ -166,7 +166,7 @@ FAULTS = (
         file="infra/settings.py",
         old='    if "?" not in str(file):\n',
         new='    if "?" not in str(file) or True:\n',
-        effect="A '?' in RECPRESS_HOME puts the registry into another folder.",
+        effect="A '?' in RECPRESS_HOME moves the registry to another folder.",
         tests=(
             "tests/infra/test_settings.py"
             "::test_the_uri_of_a_sqlite_file_opens_that_file_whatever_its_path",

@@ -15,7 +15,7 @@ FAULTS = (
         file="infra/store/object_store.py",
         old="            if sha256(data) != entry.chunks[index]:\n                raise ArtifactDamaged(",
         new="            if not entry.chunks[index]:\n                raise ArtifactDamaged(",
-        effect="A flipped byte of an artifact is handed out.",
+        effect="An artifact with a flipped byte is returned.",
         tests=(f"{STORE}::test_a_flipped_byte_is_found_and_its_chunk_named[folder]",),
     ),
     Fault(
@@ -23,7 +23,7 @@ FAULTS = (
         file="infra/store/object_store.py",
         old="        if not name == manifest.root == root_of(manifest.files, manifest.chunk_bytes):\n",
         new="        if not name == manifest.root:\n",
-        effect="A changed manifest stands for the artifact of its name.",
+        effect="A modified manifest is accepted as the artifact of its name.",
         tests=(f"{STORE}::test_a_tampered_manifest_is_damage",),
     ),
     Fault(
@@ -39,7 +39,7 @@ FAULTS = (
         file="infra/store/folder.py",
         old="                os.link(temporary, path)\n",
         new="                temporary.replace(path)\n",
-        effect="Of two writers of one record both believe that they won.",
+        effect="Two concurrent writers of one record both report success.",
         tests=(
             f"{STORE}"
             "::test_of_eight_creates_at_once_exactly_one_wins_and_its_body_is_there[folder]",
@@ -66,7 +66,7 @@ FAULTS = (
         file="infra/store/chunks.py",
         old="                if entry.is_symlink():\n",
         new="                if entry.is_symlink() and not entry.is_file():\n",
-        effect="A symlink in a folder that is stored leads to any file of the machine.",
+        effect="A symlink in a stored folder can read any file of the machine.",
         tests=(f"{STORE}::test_put_refuses_symlinks_devices_and_emptiness",),
     ),
     Fault(
@@ -74,7 +74,7 @@ FAULTS = (
         file="tasks/orchestration/result_records.py",
         old="    if (record.task, record.key) != (task, key):\n",
         new="    if record.task != task:\n",
-        effect="The record of other arguments is taken for a task's result.",
+        effect="A record for other arguments is used as a task's result.",
         tests=(
             f"{RESULTS}"
             "::test_a_record_that_is_not_exactly_what_was_written_is_refused_and_replaced"
@@ -86,7 +86,7 @@ FAULTS = (
         file="tasks/orchestration/result_records.py",
         old='        if artifact.uri != f"artifacts/{artifact.sha256}":\n',
         new='        if not artifact.uri.startswith("artifacts/"):\n',
-        effect="A planted record names two artifacts, one by its URI and one by its hash.",
+        effect="A forged record refers to two artifacts, one by its URI and one by its hash.",
         tests=(
             f"{RESULTS}"
             "::test_a_record_that_is_not_exactly_what_was_written_is_refused_and_replaced"
@@ -110,7 +110,7 @@ FAULTS = (
         file="tasks/orchestration/order_records.py",
         old="        if report.order != order:\n",
         new="        if not report.order:\n",
-        effect="A record leads to the release of another order.",
+        effect="A record refers to the release of another order.",
         tests=(f"{ORDERS}::test_a_record_never_leads_to_the_result_of_another_order",),
     ),
     Fault(
@@ -118,7 +118,7 @@ FAULTS = (
         file="tasks/orchestration/policy.py",
         old="    bound.apply_defaults()\n",
         new="",
-        effect="A default that is named gives another cache key, so the task runs again.",
+        effect="An explicit default value changes the cache key, so the task runs again.",
         tests=(f"{POLICY}::test_a_default_that_is_named_is_the_same_key",),
     ),
     Fault(
@@ -142,7 +142,7 @@ FAULTS = (
         file="flows/resolve.py",
         old='            "attempt": order.attempt,\n',
         new="",
-        effect="An order that is carried out again finds the result of the first attempt.",
+        effect="An order with a new attempt number reuses the result of the first attempt.",
         tests=(f"{ORDER}::test_whatever_changes_the_result_changes_the_orders_digest",),
     ),
     Fault(
@@ -158,7 +158,7 @@ FAULTS = (
         file="tasks/orchestration/code_digest.py",
         old='                found |= {path.with_suffix(".py"), path / "__init__.py"}\n',
         new='                found |= {path.with_suffix(".py")}\n',
-        effect="A task finds the result of before a change of a package's __init__.py.",
+        effect="After a change of a package's __init__.py, a task reuses its old result.",
         tests=(CODE_DIGEST,),
     ),
     Fault(
@@ -166,7 +166,7 @@ FAULTS = (
         file="tasks/orchestration/code_digest.py",
         old="    for node in ast.walk(tree):\n",
         new="    for node in ast.iter_child_nodes(tree):\n",
-        effect="A task finds the result of before a change of a module imported in a function.",
+        effect="After a change of a module imported in a function, a task reuses its old result.",
         tests=(CODE_DIGEST,),
     ),
     Fault(
@@ -174,7 +174,7 @@ FAULTS = (
         file="tasks/orchestration/code_digest.py",
         old="    return tuple(sorted(found.union(*(folder.glob(TEMPLATES) for folder in folders))))\n",
         new="    return tuple(sorted(found))\n",
-        effect="A task finds the page of before a change of the page's template.",
+        effect="After a change of a page's template, a task reuses the old page.",
         tests=(CODE_DIGEST,),
     ),
     Fault(
@@ -182,7 +182,7 @@ FAULTS = (
         file="infra/store/s3.py",
         old="    return 400 <= status < 500 and not known\n",
         new="    return False\n",
-        effect="A refusal that was damaged on the way ends an order as a wrong setting.",
+        effect="A damaged error response of the S3 server ends an order as an invalid setting.",
         tests=(f"{STORE}::test_a_refusal_that_was_damaged_on_the_way_is_asked_for_again",),
     ),
 )

@@ -51,7 +51,7 @@ FAULTS = (
         file="compressors/quantize/calibration/calibrators.py",
         old="    below = seen.zeros + seen.counts.cumsum(0)\n",
         new="    below = seen.counts.cumsum(0)\n",
-        effect="The percentile of inputs ignores zeros, so more inputs are clipped or none.",
+        effect="The percentile of inputs ignores zeros, so the clipping threshold is wrong.",
         tests=(f"{CALIBRATION}::test_percentile_leaves_its_share_inside_and_no_bin_more",),
     ),
     Fault(
@@ -59,7 +59,7 @@ FAULTS = (
         file="compressors/quantize/calibration/calibrators.py",
         old="        self.counts[: len(folded)] = folded\n",
         new="",
-        effect="Counts seen before a larger value are lost.",
+        effect="Counts from before a larger value are lost.",
         tests=(f"{CALIBRATION}::test_counts_are_the_same_however_the_rows_were_split",),
     ),
     Fault(
@@ -101,7 +101,7 @@ FAULTS = (
         file="compressors/prune/dense/sparse_2_4.py",
         old="scatter_(1, order[:, :2], True)",
         new="scatter_(1, order[:, :3], True)",
-        effect="Three of four weights stay, which no sparse kernel takes.",
+        effect="Three of four weights remain, which no sparse kernel accepts.",
         tests=(f"{SPARSE}::test_of_every_four_the_two_most_important_stay",),
     ),
     Fault(
@@ -109,7 +109,7 @@ FAULTS = (
         file="compressors/prune/dense/sparse_2_4.py",
         old="    moved = torch.where(kept, 0.0, -wide)",
         new="    moved = torch.zeros_like(wide)",
-        effect="The weights that stay are not refitted for those that are gone.",
+        effect="The remaining weights are not refitted after pruning.",
         tests=(f"{SPARSE}::test_reconstruction_is_the_least_squares_solution_on_what_stays",),
     ),
     Fault(
@@ -117,7 +117,7 @@ FAULTS = (
         file="compressors/prune/dense/importance.py",
         old="        total = torch.stack([importance[maker] for maker in group]).sum(dim=0)\n",
         new="        total = importance[group[0]]\n",
-        effect="Layers whose channels meet are cut by the importance of one of them.",
+        effect="Layers that share channels are pruned by the importance of only one of them.",
         tests=(
             "tests/compressors/prune/test_channels.py::test_layers_whose_channels_meet_keep_the_same_ones",
         ),
@@ -162,7 +162,7 @@ FAULTS = (
         old="    label = np.where(label > 0.5, (clicks + 1) / (clicks + 2), "
         "1 / (len(label) - clicks + 2))\n",
         new="",
-        effect="Rows that a threshold separates give an infinite slope.",
+        effect="Perfectly separable rows give an infinite slope.",
         tests=(f"{RECALIBRATE}::test_rows_that_a_threshold_tells_apart_get_a_finite_slope",),
     ),
     Fault(
@@ -186,7 +186,7 @@ FAULTS = (
         file="compressors/metrics/baseline_checks.py",
         old="    if label.min() == label.max():\n",
         new="    if label.size == 0:\n",
-        effect="Test rows of one class are packed; no metric tells models apart.",
+        effect="Test rows of one class are packed, so no metric can compare models.",
         tests=(
             f"{BASELINE}::test_one_class_is_refused_in_test_and_validation_and_a_warning_elsewhere",
         ),
@@ -196,7 +196,7 @@ FAULTS = (
         file="infra/data/splits.py",
         old="if i is not None and not 0 <= i < rows)",
         new="if i is not None and not 0 <= i <= rows)",
-        effect="An id one beyond its table passes the check.",
+        effect="An id equal to the number of table rows passes the check.",
         tests=(f"{DATA}::test_ids_outside_their_table_are_an_error_where_no_policy_covers_them",),
     ),
     Fault(

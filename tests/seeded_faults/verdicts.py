@@ -11,7 +11,7 @@ FAULTS = (
         file="compressors/metrics/judge.py",
         old='    if worst >= goal:\n        return "accepted"\n',
         new='    if (worst + best) / 2 >= goal:\n        return "accepted"\n',
-        effect="A limit is accepted although its interval reaches beyond it.",
+        effect="A limit is accepted although the interval contains it.",
         tests=(f"{JUDGE}::test_at_least_is_judged_on_the_bounds_of_the_interval",),
     ),
     Fault(
@@ -46,7 +46,7 @@ FAULTS = (
         file="compressors/metrics/judge.py",
         old="    if not limits:\n        raise LimitRefused(",
         new="    if limits is None:\n        raise LimitRefused(",
-        effect="A gate without limits accepts everything.",
+        effect="A gate without limits accepts all targets.",
         tests=(f"{JUDGE}::test_no_limits_is_an_error",),
     ),
     Fault(
@@ -84,7 +84,7 @@ FAULTS = (
         file="compressors/metrics/judge.py",
         old='if limit.against == "champion" and not measured.has_champion:',
         new='if limit.against == "champion":',
-        effect="With a champion, a comparison that was not measured counts as held.",
+        effect="With a champion, a comparison that was not measured counts as passed.",
         tests=(f"{JUDGE}::test_with_a_champion_a_number_that_was_not_measured_is_an_error",),
     ),
     Fault(
@@ -109,7 +109,7 @@ FAULTS = (
         file="compressors/contracts/limits.py",
         old="            if least > most:\n",
         new="            if least > most + 1:\n",
-        effect="Two limits that no number satisfies are accepted.",
+        effect="Two limits that no value satisfies are accepted.",
         tests=(f"{LIMITS}::test_limits_that_contradict_each_other_are_refused_by_name",),
     ),
     Fault(
