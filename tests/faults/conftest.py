@@ -1,4 +1,4 @@
-"""What the fault suite shares: the server of forks, Prefect's server, and the final table."""
+"""Fixtures of the fault suite: fork server, Prefect server, snapshots, and the final table."""
 
 import json
 import os
@@ -24,7 +24,7 @@ START_SECONDS = 120
 
 @pytest.fixture(scope="session")
 def forks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Forks]:
-    """Commands in forks of one process; a second one knows Prefect's server (``flows``)."""
+    """The fork server: runs commands in forks of one process that has imported the libraries."""
     scratch = tmp_path_factory.mktemp("forks")
     with running_forks(environment(scratch), scratch / "children") as server:
         yield server
@@ -32,7 +32,7 @@ def forks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Forks]:
 
 @pytest.fixture(scope="session")
 def prefect_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """One Prefect server for all orders of this process."""
+    """A Prefect server for all orders of this process; its API address."""
     home = tmp_path_factory.mktemp("prefect-server")
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -44,9 +44,9 @@ def prefect_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         process = subprocess.Popen(command, env=variables, stdout=log, stderr=subprocess.STDOUT)
     url = f"http://127.0.0.1:{port}/api"
     try:
-        end = time.monotonic() + START_SECONDS
+        deadline = time.monotonic() + START_SECONDS
         while not _is_healthy(url):
-            if process.poll() is not None or time.monotonic() > end:
+            if process.poll() is not None or time.monotonic() > deadline:
                 raise RuntimeError(f"no Prefect server: {(home / 'log').read_text()[-2000:]}")
             time.sleep(0.2)
         yield url
@@ -61,19 +61,19 @@ def prefect_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
 @pytest.fixture(scope="session")
 def draft(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The small draft of all orders."""
+    """A small draft for all orders."""
     return write_draft(tmp_path_factory.mktemp("draft") / "draft", rows=ROWS)
 
 
 @pytest.fixture(scope="session")
 def order(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A whole order as a file, with promotion."""
+    """The file of a complete order with promotion."""
     return write_order(tmp_path_factory.mktemp("order") / "order.json")
 
 
 @pytest.fixture(scope="session")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of every home of this process; a home is always in the same place."""
+    """The folder of all homes of this process; the path of a home is always the same."""
     return tmp_path_factory.mktemp("home")
 
 
@@ -81,20 +81,20 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def empty(forks: Forks, root: Path) -> Path:
     """A snapshot of a home with an empty registry."""
     home = Home(root / "home")
-    ended = forks.run(["registry", "list"], variables=home.variables)
-    assert ended.code == 0, ended.text
-    return home.keep(root / "empty")
+    completed = forks.run(["registry", "list"], variables=home.variables)
+    assert completed.code == 0, completed.text
+    return home.save_snapshot(root / "empty")
 
 
 @pytest.fixture(scope="session")
 def promoted(forks: Forks, root: Path, empty: Path) -> Path:
-    """A snapshot with three published orders of the model ``m``; two were promoted in turn."""
+    """A snapshot with three published orders of model ``m``; two were promoted in sequence."""
     home = Home(root / "home")
     home.restore(empty)
     arguments = {"folder": str(root / "reports"), "orders": list("abc"), "promoted": 2}
-    ended = forks.call("homes:registered", arguments, variables=home.variables)
-    assert ended.value == ["1", "2", "3"], ended.text
-    return home.keep(root / "promoted")
+    completed = forks.call("homes:registered", arguments, variables=home.variables)
+    assert completed.value == ["1", "2", "3"], completed.text
+    return home.save_snapshot(root / "promoted")
 
 
 @pytest.fixture(scope="session")
@@ -102,45 +102,49 @@ def packed(forks: Forks, root: Path, empty: Path, draft: Path) -> Path:
     """A snapshot with the packed draft and an empty registry."""
     home = Home(root / "home")
     home.restore(empty)
-    ended = forks.run(["bundle", "pack", str(draft)], variables=home.variables)
-    assert ended.code == 0, ended.text
-    return home.keep(root / "packed")
+    completed = forks.run(["bundle", "pack", str(draft)], variables=home.variables)
+    assert completed.code == 0, completed.text
+    return home.save_snapshot(root / "packed")
 
 
 @pytest.fixture(scope="session")
-def ordering(prefect_url: str) -> dict[str, str]:
-    """The variables that a command needs, in addition, to carry out an order."""
+def order_variables(prefect_url: str) -> dict[str, str]:
+    """Additional environment variables of a command that runs an order."""
     return {"PREFECT_API_URL": prefect_url}
 
 
 @pytest.fixture(scope="session")
-def learned(forks: Forks, root: Path, packed: Path, order: Path, ordering: dict[str, str]) -> Forks:
-    """The server of forks after it imported all that an order imports."""
+def warm_forks(
+    forks: Forks, root: Path, packed: Path, order: Path, order_variables: dict[str, str]
+) -> Forks:
+    """The fork server after it imported all modules that an order imports."""
     home = Home(root / "home")
     for _ in range(2):
         home.restore(packed)
-        ended = forks.learn(
-            ["compress", "--order", str(order)], variables=home.variables | ordering
+        completed = forks.run_and_preload(
+            ["compress", "--order", str(order)], variables=home.variables | order_variables
         )
-        assert ended.code == 0, ended.text
+        assert completed.code == 0, completed.text
     return forks
 
 
 @pytest.fixture(scope="session")
 def finished(
-    learned: Forks, root: Path, packed: Path, order: Path, ordering: dict[str, str]
+    warm_forks: Forks, root: Path, packed: Path, order: Path, order_variables: dict[str, str]
 ) -> Path:
-    """A snapshot in which one whole order was carried out and promoted."""
+    """A snapshot in which one complete order was run and promoted."""
     home = Home(root / "home")
     home.restore(packed)
-    ended = learned.run(["compress", "--order", str(order)], variables=home.variables | ordering)
-    assert ended.code == 0, ended.text
-    return home.keep(root / "finished")
+    completed = warm_forks.run(
+        ["compress", "--order", str(order)], variables=home.variables | order_variables
+    )
+    assert completed.code == 0, completed.text
+    return home.save_snapshot(root / "finished")
 
 
 @pytest.fixture
 def outcomes(request: pytest.FixtureRequest) -> Iterator[Callable[..., None]]:
-    """Count how single faults ended: ``outcomes(suite, case, outcome, count=1)``."""
+    """Count the outcomes of faults: ``outcomes(suite, case, outcome, count=1)``."""
     counts: Counter[tuple[str, str, str]] = Counter()
 
     def count(suite: str, case: str, outcome: str, number: int = 1) -> None:
@@ -152,7 +156,7 @@ def outcomes(request: pytest.FixtureRequest) -> Iterator[Callable[..., None]]:
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:
-    """Print the table of faults, points and outcomes; write it as JSON if a file is named."""
+    """Print the table of faults and outcomes; write it to ``RECPRESS_FAULTS_JSON`` if set."""
     rows: Counter[tuple[str, str, str]] = Counter()
     for reports in terminalreporter.stats.values():
         for report in reports:
@@ -177,7 +181,7 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
 
 def _is_healthy(url: str) -> bool:
     try:
-        with urllib.request.urlopen(f"{url}/health", timeout=2) as answer:  # noqa: S310
-            return bool(answer.status == 200)
+        with urllib.request.urlopen(f"{url}/health", timeout=2) as response:  # noqa: S310
+            return bool(response.status == 200)
     except (urllib.error.URLError, OSError):
         return False

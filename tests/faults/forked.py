@@ -1,7 +1,7 @@
-"""Run commands in forks of one process that has imported everything, so one run takes a second.
+"""Run commands in forks of a process that has imported all libraries, so a run takes a second.
 
-Run as a script this file is that process: it reads one JSON request a line and answers each with
-one JSON line. It has no threads, so forking it is safe. ``Forks`` is its client; tests use that.
+Run as a script, this file is the fork server: it reads one JSON request per line and writes one
+JSON line per response. It has no threads, so forking is safe. Tests use its client, ``Forks``.
 """
 
 import contextlib
@@ -25,8 +25,8 @@ from typing import Any
 
 HERE = Path(__file__).parent
 RUN_SECONDS = 240.0
-CRASHED = 77  # exit code of a run that ended with an exception of Python instead of our message
-# What every command needs; ``learn`` adds what one command imports besides.
+CRASHED = 77  # exit code after a Python exception that recpress did not convert to a message
+# Modules of every command; `run_and_preload` adds the modules that one command imports.
 IMPORTED = (
     "alembic",
     "mlflow.store.model_registry.sqlalchemy_store",
@@ -40,15 +40,15 @@ IMPORTED = (
     "tasks.promotion.promotions",
     "tasks.report.tables",
 )
-OPSETS = (18, 20, 21)  # whose operators an export reads
+OPSETS = (18, 20, 21)  # opsets whose operators an export reads
 UNKNOWN = re.compile(r"^recpress: [\w.]*(Error|Exception|Warning|Interrupt): ", re.MULTILINE)
-"""How the message of an exception begins that no class of ours describes."""
-MEASURED_ROUNDS = 20  # of latency, instead of 1,000: no fault is in the numbers of milliseconds
+"""Start of the message of an exception that is not one of our error classes."""
+MEASURED_ROUNDS = 20  # latency rounds instead of 1,000: the tests do not compare latencies
 
 
 @dataclass(frozen=True)
 class Call:
-    """A function to call in a child instead of a command: ``module:name`` and its arguments."""
+    """A function that a child process calls: ``module:name`` and its arguments."""
 
     path: str
     arguments: dict[str, Any]
@@ -56,16 +56,16 @@ class Call:
 
 @dataclass(frozen=True)
 class Job:
-    """What one child does: its commands in order, or one call.
+    """The work of one child process: commands in order, or one function call.
 
     Args:
-        commands: arguments of ``recpress``, one list for each command.
-        call: instead of commands, a function; what it returns is ``Ended.value``.
+        commands: arguments of ``recpress``, one tuple per command.
+        call: a function to call instead of commands; ``Completed.value`` is its result.
         variables: environment variables, added to those of the server.
-        fault: passed to ``kill_points.arm`` before the work begins.
-        memory: bytes that the child may allocate in addition to what it has (RLIMIT_AS).
+        fault: passed to ``kill_points.arm`` before the work starts.
+        memory: bytes that the child may allocate in addition to its current memory (RLIMIT_AS).
         file_bytes: largest file that the child may write (RLIMIT_FSIZE).
-        seconds: after this time the child is killed.
+        seconds: time limit, after which the child is killed.
     """
 
     commands: tuple[tuple[str, ...], ...] = ()
@@ -78,11 +78,11 @@ class Job:
 
 
 @dataclass(frozen=True)
-class Ended:
-    """How a child ended.
+class Completed:
+    """The result of one child process.
 
-    ``codes``, ``outputs`` and ``messages`` have one entry for each command that finished; a
-    command that was killed leaves only its ``signal`` and the text so far in ``unfinished``.
+    ``codes``, ``outputs`` (stdout) and ``messages`` (stderr) have one entry per finished command.
+    If a command was killed, ``signal`` is set and ``unfinished`` is its output until then.
     """
 
     codes: tuple[int, ...]
@@ -104,63 +104,65 @@ class Ended:
 
     @property
     def text(self) -> str:
-        """All that was printed, for the message of a failing test."""
+        """The end of all output, for the message of a failing test."""
         return "\n".join((*self.outputs, *self.messages, self.unfinished))[-3000:]
 
     @property
     def crashed(self) -> bool:
-        """Whether a traceback was shown, an unknown error was named or a signal ended it."""
-        shown = "\n".join((*self.messages, self.unfinished))
-        known = "Traceback (most recent call last)" not in shown and not UNKNOWN.search(shown)
-        return self.signal != 0 or CRASHED in self.codes or not known
+        """Whether the run printed a traceback or an unknown error, or was ended by a signal."""
+        printed = "\n".join((*self.messages, self.unfinished))
+        is_known = "Traceback (most recent call last)" not in printed and not UNKNOWN.search(
+            printed
+        )
+        return self.signal != 0 or CRASHED in self.codes or not is_known
 
 
 class Forks:
-    """A running server of forks."""
+    """Client of a running fork server."""
 
     def __init__(self, process: "subprocess.Popen[bytes]", scratch: Path) -> None:
         self._process, self._scratch = process, scratch
 
-    def run(self, *commands: Sequence[str], **job: Any) -> Ended:
-        """Run commands one after another in one child."""
-        return self.together([Job(tuple(tuple(item) for item in commands), **job)])[0]
+    def run(self, *commands: Sequence[str], **job: Any) -> Completed:
+        """Run commands one after another in one child process."""
+        return self.run_jobs([Job(tuple(tuple(item) for item in commands), **job)])[0]
 
-    def call(self, path: str, arguments: dict[str, Any], **job: Any) -> Ended:
-        """Call a function of a module in one child."""
-        return self.together([Job(call=Call(path, arguments), **job)])[0]
+    def call(self, path: str, arguments: dict[str, Any], **job: Any) -> Completed:
+        """Call a function in one child process."""
+        return self.run_jobs([Job(call=Call(path, arguments), **job)])[0]
 
-    def learn(self, *commands: Sequence[str], **job: Any) -> Ended:
-        """Run commands, then import all they imported into the server, so later runs are quick."""
-        return self.together([Job(tuple(tuple(item) for item in commands), **job)], learn=True)[0]
+    def run_and_preload(self, *commands: Sequence[str], **job: Any) -> Completed:
+        """Run commands, then import their modules in the server, so that later runs start fast."""
+        return self.run_jobs([Job(tuple(tuple(item) for item in commands), **job)], preload=True)[0]
 
-    def together(self, jobs: Sequence[Job], *, learn: bool = False) -> list[Ended]:
-        """Run each job in a child of its own, all started at the same moment."""
+    def run_jobs(self, jobs: Sequence[Job], *, preload: bool = False) -> list[Completed]:
+        """Run each job in a separate child process; all jobs start at the same time."""
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         request = {
             "scratch": str(self._scratch),
             "jobs": [asdict(job) for job in jobs],
-            "learn": learn,
+            "preload": preload,
         }
         self._process.stdin.write(json.dumps(request).encode() + b"\n")
         self._process.stdin.flush()
-        answer = self._process.stdout.readline()
-        if not answer:
-            raise RuntimeError(f"the server of forks ended with {self._process.wait()}")
+        response = self._process.stdout.readline()
+        if not response:
+            raise RuntimeError(f"the fork server ended with {self._process.wait()}")
         return [
-            Ended(
+            Completed(
                 **{
                     key: tuple(v) if isinstance(v, list) and key != "value" else v
                     for key, v in item.items()
                 }
             )
-            for item in json.loads(answer)
+            for item in json.loads(response)
         ]
 
 
 @contextmanager
 def running_forks(variables: Mapping[str, str], scratch: Path) -> Iterator[Forks]:
-    """Start the server; stop it, by its own pid, at the end."""
+    """Start the fork server, and stop it at the end."""
     process = subprocess.Popen(
         [sys.executable, str(Path(__file__).resolve())],
         env=dict(variables),
@@ -180,9 +182,9 @@ def running_forks(variables: Mapping[str, str], scratch: Path) -> Iterator[Forks
 
 
 def serve() -> None:
-    """Answer requests until standard input ends."""
-    answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # what a library prints while it is imported is no answer
+    """Process requests until standard input ends."""
+    responses = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # output of libraries on import must not go to the responses
     import torch
 
     torch.set_num_threads(1)
@@ -200,26 +202,28 @@ def serve() -> None:
 
         for line in sys.stdin:
             request = json.loads(line)
-            for opset in OPSETS if request["learn"] else ():
+            for opset in OPSETS if request["preload"] else ():
                 ONNXRegistry.from_torchlib(opset)
-            results = _together(request)
+            results = _run_jobs(request)
             for result in results:
                 modules = result.pop("modules", ())
-                for name in modules if request["learn"] else ():
-                    with contextlib.suppress(Exception):  # some are made while others are imported
+                for name in modules if request["preload"] else ():
+                    with contextlib.suppress(
+                        Exception
+                    ):  # some modules can only be imported by others
                         import_module(name)
-            if request["learn"]:
+            if request["preload"]:
                 gc.collect()
                 gc.freeze()  # children then copy fewer pages
-            answers.write(json.dumps(results) + "\n")
-            answers.flush()
+            responses.write(json.dumps(results) + "\n")
+            responses.flush()
 
 
-def _together(request: dict[str, Any]) -> list[dict[str, Any]]:
+def _run_jobs(request: dict[str, Any]) -> list[dict[str, Any]]:
     scratch = Path(request["scratch"])
     scratch.mkdir(parents=True, exist_ok=True)
-    start, begin = os.pipe()
-    began = time.monotonic()
+    start_reader, start_writer = os.pipe()
+    started = time.monotonic()
     children: dict[int, tuple[int, dict[str, Any]]] = {}
     folders = []
     for number, job in enumerate(request["jobs"]):
@@ -230,55 +234,55 @@ def _together(request: dict[str, Any]) -> list[dict[str, Any]]:
         folders.append(folder)
         pid = os.fork()
         if pid == 0:
-            os.close(begin)
+            os.close(start_writer)
             os.setpgid(0, 0)
-            os.read(start, 1)  # returns when the parent closes its end
+            os.read(start_reader, 1)  # returns when the parent closes its end
             _child(job, folder)
         children[pid] = (number, job)
-    os.close(start)
-    os.close(begin)
-    ended: dict[int, dict[str, Any]] = {}
-    while len(ended) < len(children):
+    os.close(start_reader)
+    os.close(start_writer)
+    completed: dict[int, dict[str, Any]] = {}
+    while len(completed) < len(children):
         for pid, (number, job) in children.items():
-            if pid in ended:
+            if pid in completed:
                 continue
-            late = time.monotonic() - began > job["seconds"]
-            if late:
+            is_late = time.monotonic() - started > job["seconds"]
+            if is_late:
                 os.killpg(pid, signal.SIGKILL)
-            got, status, used = os.wait4(pid, 0 if late else os.WNOHANG)
-            if got:
+            ended_pid, status, usage = os.wait4(pid, 0 if is_late else os.WNOHANG)
+            if ended_pid:
                 with contextlib.suppress(ProcessLookupError):
-                    os.killpg(pid, signal.SIGKILL)  # what it started ends with it
-                seconds = time.monotonic() - began
-                ended[pid] = _result(folders[number], status, used, seconds, late)
-        if len(ended) < len(children):
+                    os.killpg(pid, signal.SIGKILL)  # also kills the processes that it started
+                seconds = time.monotonic() - started
+                completed[pid] = _result(folders[number], status, usage, seconds, is_late)
+        if len(completed) < len(children):
             select.select([], [], [], 0.01)
-    return [ended[pid] for pid in children]
+    return [completed[pid] for pid in children]
 
 
 def _result(
-    folder: Path, status: int, used: resource.struct_rusage, seconds: float, late: bool
+    folder: Path, status: int, usage: resource.struct_rusage, seconds: float, timed_out: bool
 ) -> dict[str, Any]:
-    done = folder / "ended.json"
+    result_file = folder / "ended.json"
     result: dict[str, Any] = {"codes": [], "outputs": [], "messages": []}
-    if done.exists():
-        result = json.loads(done.read_text())
+    if result_file.exists():
+        result = json.loads(result_file.read_text())
     count = len(result["codes"])
-    rest = [folder / f"{count}.{name}" for name in ("out", "err")]
+    unfinished = [folder / f"{count}.{name}" for name in ("out", "err")]
     return result | {
         "signal": os.WTERMSIG(status) if os.WIFSIGNALED(status) else 0,
         "seconds": round(seconds, 3),
-        "cpu_seconds": round(used.ru_utime + used.ru_stime, 3),
-        "peak_mib": used.ru_maxrss >> 10,
-        "timed_out": late,
+        "cpu_seconds": round(usage.ru_utime + usage.ru_stime, 3),
+        "peak_mib": usage.ru_maxrss >> 10,
+        "timed_out": timed_out,
         "unfinished": "".join(
-            path.read_bytes().decode(errors="replace") for path in rest if path.exists()
+            path.read_bytes().decode(errors="replace") for path in unfinished if path.exists()
         ),
     }
 
 
 def _child(job: dict[str, Any], folder: Path) -> None:
-    """Do a job in this process and end it; never returns."""
+    """Run a job in this process and exit; never returns."""
     code = 0
     try:
         os.environ.update(job["variables"])
@@ -294,12 +298,12 @@ def _child(job: dict[str, Any], folder: Path) -> None:
             mapped = int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf(
                 "SC_PAGESIZE"
             )
-            most = mapped + job["memory"]
-            resource.setrlimit(resource.RLIMIT_AS, (most, most))
+            limit = mapped + job["memory"]
+            resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
         if job["file_bytes"] is not None:
             _limit_files(job["file_bytes"])
             signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-        _work(job, folder)
+        _run_job(job, folder)
     except BaseException:
         traceback.print_exc()
         code = 1
@@ -307,7 +311,7 @@ def _child(job: dict[str, Any], folder: Path) -> None:
         os._exit(code)
 
 
-def _work(job: dict[str, Any], folder: Path) -> None:
+def _run_job(job: dict[str, Any], folder: Path) -> None:
     codes: list[int] = []
     value = None
     before = set(sys.modules)
@@ -328,7 +332,7 @@ def _work(job: dict[str, Any], folder: Path) -> None:
                 traceback.print_exc()
                 codes.append(CRASHED)
         else:
-            codes.append(_command(job["commands"][number]))
+            codes.append(_run_command(job["commands"][number]))
         sys.stdout.flush()
         sys.stderr.flush()
     texts = {
@@ -360,7 +364,7 @@ def _redirected(stream: str, path: Path) -> int:
     return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND, 0o644)
 
 
-def _command(arguments: Sequence[str]) -> int:
+def _run_command(arguments: Sequence[str]) -> int:
     from flows.cli import app
 
     sys.argv = ["recpress", *arguments]
@@ -381,4 +385,4 @@ if __name__ == "__main__":
         str(HERE.parents[1]),
     ]
     serve()
-    os._exit(0)  # the interpreter would take seconds to take down all it imported
+    os._exit(0)  # skips the interpreter's shutdown, which would take seconds

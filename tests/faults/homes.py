@@ -1,8 +1,8 @@
-"""Homes to break: how they are prepared, what must be equal after a fault, and what must be whole.
+"""Homes for fault tests: their preparation, their state for comparisons, and integrity checks.
 
-A ``Home`` is a folder with everything one installation writes: the store and the registry, a Triton
-repository that follows the champion, and temporary files. Functions that tests pass to
-``Forks.call`` (``registered``) run in a child process; the others read files only.
+A ``Home`` is a folder with all files of one installation: the store, the registry, a Triton
+repository with the champion, and temporary files. ``registered`` runs in a child process, by
+``Forks.call``; the other functions only read files.
 """
 
 import json
@@ -31,12 +31,12 @@ ORDER = {
 }
 MEASURED = re.compile(r"_ms@")
 TEMPORARY = re.compile(r"\.[0-9a-f]{12}-\d+-\d+-[0-9a-f]{8}\.\w+$|\.(part|damaged|new)$")
-"""Names that only an unfinished command leaves."""
+"""Names of files and folders that remain only after an unfinished command."""
 
 
 @dataclass(frozen=True)
 class Home:
-    """One installation below ``root``."""
+    """One installation in the folder ``root``."""
 
     root: Path
 
@@ -50,7 +50,7 @@ class Home:
 
     @property
     def variables(self) -> dict[str, str]:
-        """What a command needs to work in this home."""
+        """Environment variables for a command that uses this home."""
         (self.root / "tmp").mkdir(parents=True, exist_ok=True)
         return {
             "RECPRESS_HOME": str(self.recpress),
@@ -60,20 +60,20 @@ class Home:
         }
 
     def restore(self, snapshot: Path) -> None:
-        """Replace all of it by a copy."""
+        """Replace the whole home by a copy of a snapshot."""
         shutil.rmtree(self.root, ignore_errors=True)
         shutil.copytree(snapshot, self.root)
 
-    def keep(self, snapshot: Path) -> Path:
-        """Copy all of it to ``snapshot``."""
+    def save_snapshot(self, snapshot: Path) -> Path:
+        """Copy the whole home to ``snapshot``."""
         shutil.rmtree(snapshot, ignore_errors=True)
         shutil.copytree(self.root, snapshot)
         return snapshot
 
     def files(self) -> dict[str, Path]:
-        """Every file by its path below the root; locks and temporary files are left out."""
-        found = sorted(path for path in self.root.rglob("*") if path.is_file())
-        names = {str(path.relative_to(self.root)): path for path in found}
+        """All files except locks and temporary files, by their path relative to the root."""
+        paths = sorted(path for path in self.root.rglob("*") if path.is_file())
+        names = {str(path.relative_to(self.root)): path for path in paths}
         return {
             name: path
             for name, path in names.items()
@@ -82,18 +82,18 @@ class Home:
 
 
 def write_order(file: Path, **changes: Any) -> Path:
-    """Write an order of the tests to a file."""
+    """Write the order of the tests, with changes, to a file."""
     file.write_text(json.dumps({**ORDER, **changes}))
     return file
 
 
 def registered(folder: str, orders: list[str], promoted: int) -> list[str]:
-    """Publish orders without their work and promote the first ones; returns their versions.
+    """Publish orders without running them and promote the first ones; return their versions.
 
     Args:
-        folder: for the files of the reports.
-        orders: hex digits; each names an order.
-        promoted: how many of them were champion, one after another.
+        folder: folder for the files of the reports.
+        orders: one hex digit per order.
+        promoted: number of orders to promote, one after another.
     """
     from tasks.promotion.promotions import promote
 
@@ -105,26 +105,27 @@ def registered(folder: str, orders: list[str], promoted: int) -> list[str]:
 
 
 def state(home: Home, store: Store | None = None) -> dict[str, Any]:
-    """What an installation holds, without what differs between runs: times and latencies.
+    """The state of an installation, without times and latencies, which differ between runs.
 
     Args:
         home: the installation.
-        store: its store, if that is not in the home.
+        store: its store, if the store is not in the home.
     """
-    held = store or Store(str(home.store))
+    used_store = store or Store(str(home.store))
     return {
         "bundles": {
-            key: json.loads(held.read(key))["artifact"]["sha256"] for key in held.keys("bundles/")
+            key: json.loads(used_store.read(key))["artifact"]["sha256"]
+            for key in used_store.keys("bundles/")
         },
-        "orders": {key: _order(held, key) for key in held.keys("orders/")},
+        "orders": {key: _order(used_store, key) for key in used_store.keys("orders/")},
         "versions": _versions(home),
         "aliases": _aliases(home),
         "ledger": {
             model: [
                 (entry.sequence, entry.action, entry.version, entry.order, entry.previous)
-                for entry in Ledger(held, model).entries()
+                for entry in Ledger(used_store, model).entries()
             ]
-            for model in sorted({key.split("/")[1] for key in held.keys("ledger/")})
+            for model in sorted({key.split("/")[1] for key in used_store.keys("ledger/")})
         },
         "triton": {
             str(path.relative_to(home.root)): path.read_text()
@@ -134,38 +135,38 @@ def state(home: Home, store: Store | None = None) -> dict[str, Any]:
 
 
 def damage(home: Home, store: Store | None = None) -> list[str]:
-    """What is visible in an installation and not whole, or contradicts itself."""
-    held, found = store or Store(str(home.store)), []
-    keys = held.keys("")
+    """Descriptions of visible content that is damaged or inconsistent; empty if there is none."""
+    used_store, problems = store or Store(str(home.store)), []
+    keys = used_store.keys("")
     for name in sorted({key.split("/")[1] for key in keys if key.endswith("/manifest.json")}):
         try:
-            held.local(held.artifact(f"artifacts/{name}"), home.root / "copies")
-        except (Refused, InfraError) as fault:
-            found.append(f"artifact {name[:8]}: {fault}")
+            used_store.local(used_store.artifact(f"artifacts/{name}"), home.root / "copies")
+        except (Refused, InfraError) as error:
+            problems.append(f"artifact {name[:8]}: {error}")
     for key in (key for key in keys if not key.startswith("artifacts/")):
-        body = held.read(key)
+        body = used_store.read(key)
         try:
             document = json.loads(body)
-        except ValueError as fault:
-            found.append(f"record {key}: {fault}")
+        except ValueError as error:
+            problems.append(f"record {key}: {error}")
             continue
         if "seal" in document and not is_sealed(body):
-            found.append(f"record {key}: its seal does not match")
+            problems.append(f"record {key}: its seal does not match")
     versions = {(model, number): tags for model, number, tags in _tagged(home)}
     for (model, number), tags in versions.items():
         release = tags.get("recpress.release", "")
-        if held.find(release) is None:
-            found.append(f"version {number} of {model} names a release that is not stored")
+        if used_store.find(release) is None:
+            problems.append(f"version {number} of {model} names a release that is not stored")
     for (model, alias), number in _aliases(home).items():
         if (model, number) not in versions:
-            found.append(f"alias {alias} of {model} names version {number}, which is missing")
-        elif alias == "champion" and not held.keys(f"ledger/{model}/"):
-            found.append(f"{model} has the alias champion and no ledger")
-    return found
+            problems.append(f"alias {alias} of {model} names version {number}, which is missing")
+        elif alias == "champion" and not used_store.keys(f"ledger/{model}/"):
+            problems.append(f"{model} has the alias champion and no ledger")
+    return problems
 
 
 def temporaries(home: Home) -> list[str]:
-    """Files and folders that only an unfinished command leaves."""
+    """Temporary files and folders of unfinished commands."""
     return sorted(
         str(path.relative_to(home.root))
         for path in home.root.rglob("*")
@@ -173,10 +174,10 @@ def temporaries(home: Home) -> list[str]:
     )
 
 
-def _order(held: Store, key: str) -> dict[str, Any]:
-    record = json.loads(held.read(key))
-    release = held.artifact(f"artifacts/{record['release']['sha256']}")
-    report = json.loads(held.file(release, "report.json"))
+def _order(store: Store, key: str) -> dict[str, Any]:
+    record = json.loads(store.read(key))
+    release = store.artifact(f"artifacts/{record['release']['sha256']}")
+    report = json.loads(store.file(release, "report.json"))
     numbers = (report["measurement"] or {"numbers": {"numbers": []}})["numbers"]["numbers"]
     return {
         "version": record["version"],
@@ -213,7 +214,7 @@ def _tagged(home: Home) -> list[tuple[str, str, dict[str, str]]]:
     ):
         if (model, str(number)) in tags:
             tags[model, str(number)][key] = value
-    return [(model, number, found) for (model, number), found in sorted(tags.items())]
+    return [(model, number, version_tags) for (model, number), version_tags in sorted(tags.items())]
 
 
 def _versions(home: Home) -> list[tuple[str, str, str, str]]:
@@ -229,7 +230,7 @@ def _aliases(home: Home) -> dict[tuple[str, str], str]:
 
 
 def environment(home: Path) -> dict[str, str]:
-    """What the server of forks starts with: nothing of the person's own."""
+    """Environment of the fork server, without settings of the user."""
     import drafts
 
     return drafts.environment(

@@ -1,4 +1,4 @@
-"""Drafts that attack ``recpress bundle pack``: each case changes a good draft in one way."""
+"""Hostile drafts for ``recpress bundle pack``: each case changes a valid draft in one way."""
 
 import io
 import json
@@ -31,8 +31,8 @@ class _Payload:
 
 
 def document(draft: Path) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads((draft / "model.json").read_text())
-    return found
+    content: dict[str, Any] = json.loads((draft / "model.json").read_text())
+    return content
 
 
 def write(name: str, body: bytes) -> Change:
@@ -40,15 +40,15 @@ def write(name: str, body: bytes) -> Change:
 
 
 def write_later(name: str, body: Callable[[], bytes]) -> Change:
-    """The same for a body that is large, so it exists only while its case runs."""
+    """Like ``write`` for a large body, which exists only while its case runs."""
     return lambda draft: (draft / name).write_bytes(body()) and None
 
 
 def edit(change: Callable[[dict[str, Any]], object]) -> Change:
     def apply(draft: Path) -> None:
-        found = document(draft)
-        change(found)
-        (draft / "model.json").write_text(json.dumps(found))
+        content = document(draft)
+        change(content)
+        (draft / "model.json").write_text(json.dumps(content))
 
     return apply
 
@@ -90,7 +90,7 @@ def pipe(name: str) -> Change:
     return apply
 
 
-def both(*changes: Change) -> Change:
+def all_of(*changes: Change) -> Change:
     def apply(draft: Path) -> None:
         for change in changes:
             change(draft)
@@ -99,27 +99,27 @@ def both(*changes: Change) -> Change:
 
 
 def vocabulary(path: str) -> Change:
-    return edit(lambda found: found.update(vocabularies={"v": path}))
+    return edit(lambda content: content.update(vocabularies={"v": path}))
 
 
 def inputs(change: Callable[[list[dict[str, Any]]], object]) -> Change:
-    return edit(lambda found: change(found["signature"]["inputs"]))
+    return edit(lambda content: change(content["signature"]["inputs"]))
 
 
 def network(change: Callable[[dict[str, Any]], object]) -> Change:
-    return edit(lambda found: change(found["network"]))
+    return edit(lambda content: change(content["network"]))
 
 
 def architecture(path: str) -> Change:
-    return network(lambda found: found["architecture"].update(path=path))
+    return network(lambda content: content["architecture"].update(path=path))
 
 
 def config(**values: Any) -> Change:
-    return network(lambda found: found["architecture"]["config"].update(values))
+    return network(lambda content: content["architecture"]["config"].update(values))
 
 
 def module(record: dict[str, Any], name: str = "user") -> Change:
-    return network(lambda found: found.update(modules={name: record}))
+    return network(lambda content: content.update(modules={name: record}))
 
 
 def _zip(name: str) -> bytes:
@@ -147,7 +147,7 @@ def _moved(name: str) -> Change:
 
 
 def many_rows(count: int) -> Change:
-    """A small file of very many equal rows."""
+    """A small Parquet file with a very large number of equal rows."""
 
     def apply(draft: Path) -> None:
         table = pq.read_table(draft / "test.parquet")
@@ -301,12 +301,12 @@ CASES: dict[str, Change] = {
         for text in ("../x", "/abs", "a/../../b", "\x1b[31m", "a\nb", "x" * 5000, "", "model.json")
     },
     "link to a secret as data": link("test.parquet", _outside),
-    "link to a secret as vocabulary": both(link("v.txt", _outside), vocabulary("v.txt")),
-    "link to /etc as vocabulary": both(link("v", lambda _: Path("/etc")), vocabulary("v")),
-    "vocabulary through a linked folder": both(
+    "link to a secret as vocabulary": all_of(link("v.txt", _outside), vocabulary("v.txt")),
+    "link to /etc as vocabulary": all_of(link("v", lambda _: Path("/etc")), vocabulary("v")),
+    "vocabulary through a linked folder": all_of(
         link("v", lambda draft: draft.parent), vocabulary(f"v/{SECRET_FILE}")
     ),
-    "vocabulary folder with a link": both(
+    "vocabulary folder with a link": all_of(
         lambda draft: (draft / "v").mkdir(),
         link("v/s", _outside),
         vocabulary("v"),
@@ -318,11 +318,11 @@ CASES: dict[str, Change] = {
     "pipe as model.json": pipe("model.json"),
     "pipe as another json": pipe("x.json"),
     "pipe as index": pipe("model.safetensors.index.json"),
-    "pipe as vocabulary": both(pipe("v.txt"), vocabulary("v.txt")),
-    "pipe in a vocabulary folder": both(
+    "pipe as vocabulary": all_of(pipe("v.txt"), vocabulary("v.txt")),
+    "pipe in a vocabulary folder": all_of(
         lambda draft: (draft / "v").mkdir(), pipe("v/f"), vocabulary("v")
     ),
-    "vocabulary folder of depth 300": both(_deep_folder, vocabulary("v")),
+    "vocabulary folder of depth 300": all_of(_deep_folder, vocabulary("v")),
     "model.json is a folder": lambda draft: (
         (draft / "model.json").unlink(),
         (draft / "model.json").mkdir(),
@@ -382,20 +382,20 @@ CASES: dict[str, Change] = {
         {"kind": "table", "format": "rowwise_int8", "settings": {}}, "x[/red]"
     ),
 }
-"""Every case by its name. A draft of the suite has 3,000 users and 600 test rows."""
+"""All cases by name. The draft of the suite has 3,000 users and 600 test rows."""
 
 HARMLESS = {
-    # Files that model.json does not name are neither read nor stored.
+    # Files that model.json does not name are not read and not stored.
     "pickle 0 as x.npy",
     "pickle 4 as x.npy",
     "pipe as another json",
-    # The same file by another spelling, and an ordinary name or folder.
+    # The same file with another spelling, and a valid name or folder.
     "data 'test.parquet/'",
     "vocabulary 'test.parquet/'",
     "vocabulary named 'model.json'",
     "vocabulary folder of depth 300",
-    # The draft's owner may keep these elsewhere; only a valid file of the format is taken.
+    # The user may store these files elsewhere; only a valid file of the format is accepted.
     "weights are a link",
     "model.json is a link",
 }
-"""Cases that pack may accept: nothing of them runs, and nothing outside is stored."""
+"""Cases that pack may accept: no code of them runs, and no file outside the draft is stored."""

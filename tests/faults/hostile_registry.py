@@ -1,7 +1,7 @@
-"""Registry entries that attack ``show``, ``fetch`` and ``promote`` with false claims.
+"""Hostile registry entries for ``registry show``, ``fetch`` and ``promote``.
 
-``register`` runs in a child process and registers one version for each case, with a release that
-is really stored where the case is about the release.
+``register`` runs in a child process and registers one version per case. If a case is about the
+release, the release is stored.
 """
 
 import copy
@@ -24,20 +24,20 @@ ONLY_A_TAG = {
     "tags with control characters",
     "report with control characters",
 }
-"""Cases whose release is sound: it may be shown, and it is compared before it is served."""
+"""Cases with a valid release: it may be shown, and is compared with the tags before serving."""
 
 MAY_WORK = {
-    # Showing a report reads nothing else.
+    # `show` reads only the report.
     "target outside the store": ("show",),
     "accepted report of a rejected target": ("show",),
-    # Names of graphs are not names of files: a fetch takes those of the verified artifact.
+    # Graph names are not file names: `fetch` uses the file names of the verified artifact.
     "graph whose name climbs out": ("show", "fetch"),
 }
-"""Commands that may print or copy a verified release although something else in it is false."""
+"""Commands that may print or copy a verified release although other content of it is false."""
 
 
 def cases() -> tuple[str, ...]:
-    """The names of all cases, in the order of their versions."""
+    """Names of all cases, in the order of their versions."""
     return (*SOURCES, *TAGS, *BODIES, *REPORTS)
 
 
@@ -79,11 +79,11 @@ def _each(part: str, change: Callable[[dict[str, Any]], object]) -> Callable[[An
     return apply
 
 
-def _outside(target: dict[str, Any]) -> None:
+def _move_outside(target: dict[str, Any]) -> None:
     target["artifact"]["uri"] = "file:///etc/" + target["artifact"]["sha256"]
 
 
-def _climbing(target: dict[str, Any]) -> None:
+def _rename_graphs_outside(target: dict[str, Any]) -> None:
     for graph in target["lowering"]["graphs"]:
         graph["name"] = "../../../outside"
 
@@ -91,8 +91,8 @@ def _climbing(target: dict[str, Any]) -> None:
 CONTROL = {"code": "as_written", "fields": {"text": "\x1b[31mred\x1b]0;t\x07\x9b"}}
 
 REPORTS: dict[str, Callable[[dict[str, Any]], object]] = {
-    "target outside the store": _each("targets", _outside),
-    "graph whose name climbs out": _each("targets", _climbing),
+    "target outside the store": _each("targets", _move_outside),
+    "graph whose name climbs out": _each("targets", _rename_graphs_outside),
     "report with control characters": _each(
         "targets",
         lambda item: item["verdict"].update(reasons=[CONTROL]),
@@ -107,17 +107,17 @@ REPORTS: dict[str, Callable[[dict[str, Any]], object]] = {
 
 
 def register(folder: str) -> dict[str, str]:
-    """Register every case; returns the version of each.
+    """Register all cases; return the version of each.
 
     Args:
-        folder: for the files of the reports.
+        folder: folder for the files of the reports.
     """
     from mlflow import MlflowClient
 
     from infra.settings import load_settings
     from tasks.orchestration.workspace import store
 
-    # As a second order, so that the model has one version that is as it should be.
+    # Publish a valid order first, to copy its report and tags.
     good = import_module("triton_versions").published(Path(folder), "d")
     report = json.loads(good.report.model_dump_json())
     uri = load_settings().registry_uri
@@ -125,25 +125,25 @@ def register(folder: str) -> dict[str, str]:
     (version,) = client.search_model_versions(f"name = '{MODEL}'")
     tags, root = dict(version.tags), store().root
     client.delete_model_version(MODEL, version.version)
-    whole = json.dumps(report).encode()
-    made: dict[str, str] = {}
+    valid_report = json.dumps(report).encode()
+    versions: dict[str, str] = {}
 
     def create(name: str, source: str, changes: dict[str, str | None] | None = None) -> None:
-        found = {key: value for key, value in {**tags, **(changes or {})}.items() if value}
-        created = client.create_model_version(MODEL, source, tags=found, await_creation_for=None)
-        made[name] = str(created.version)
+        all_tags = {key: value for key, value in {**tags, **(changes or {})}.items() if value}
+        created = client.create_model_version(MODEL, source, tags=all_tags, await_creation_for=None)
+        versions[name] = str(created.version)
 
     for name, source_of in SOURCES.items():
         create(name, source_of(root, report))
     for name, changes in TAGS.items():
-        create(name, _release(whole), changes)
+        create(name, _release(valid_report), changes)
     for name, body in BODIES.items():
         create(name, _release(body))
     for name, change in REPORTS.items():
         changed = copy.deepcopy(report)
         change(changed)
         create(name, _release(json.dumps(changed).encode()))
-    return made
+    return versions
 
 
 def _release(report: bytes) -> str:

@@ -1,16 +1,16 @@
-"""Points at which a process can be killed: every change to files, the registry, and every task.
+"""Kill points: all changes of files and of the registry, and the boundaries of all tasks.
 
-``arm`` is called in a child before its work. It counts these points in order and, if it is given
-the number of one, kills the process group (SIGKILL) there, before the change happens:
+A child process calls ``arm`` before its work. ``arm`` counts these points in order. If a number is
+given, it kills the process group (SIGKILL) at the point with that number, before the change:
 
 * opening a file below the root for writing, ``mkdir``, ``unlink``, ``rename``, ``link``,
   ``rmtree``, ``truncate``;
-* before each ``rename`` and ``link``: the file is cut to half first, so it is left half written;
-* every SQL statement of the registry that changes something, and every commit;
+* before each ``rename`` and ``link``, after truncating the file to half: a half-written file;
+* every SQL statement that changes the registry, and every commit;
 * the start and the end of every Prefect task.
 
-The hooks see changes made through Python. What SQLite does inside one statement is covered by
-kills after a random time (``after``).
+The hooks detect changes by Python code. Kills after a random time (``after``) cover the work of
+SQLite within one statement.
 """
 
 import json
@@ -31,8 +31,8 @@ CHANGES = {
     "shutil.copyfile",
     "shutil.rmtree",
 }
-PUT_IN_PLACE = {"os.link", "os.rename"}
-READING = ("select", "pragma", "explain", "with", "begin")
+RENAMES = {"os.link", "os.rename"}
+READ_STATEMENTS = ("select", "pragma", "explain", "with", "begin")
 
 
 class _Counter:
@@ -56,35 +56,36 @@ class _Counter:
             return
         self.inside.hook = True
         try:
-            self._changed(event, arguments)
+            self._count_change(event, arguments)
         finally:
             self.inside.hook = False
 
-    def _changed(self, event: str, arguments: tuple[Any, ...]) -> None:
-        path = arguments[0]
-        if not isinstance(path, str | bytes | os.PathLike):
+    def _count_change(self, event: str, arguments: tuple[Any, ...]) -> None:
+        name = arguments[0]
+        if not isinstance(name, str | bytes | os.PathLike):
             return
-        place = str(Path.cwd() / os.fsdecode(path))
-        if not place.startswith(self.root):
+        path = str(Path.cwd() / os.fsdecode(name))
+        if not path.startswith(self.root):
             return
-        if changes_nothing(event, place, arguments):
+        if changes_nothing(event, path, arguments):
             return
-        if event in PUT_IN_PLACE:
+        if event in RENAMES:
             self.pass_point(
-                f"half-written {kind(place, self.root)}", before_kill=lambda: cut_in_half(place)
+                f"half-written {path_pattern(path, self.root)}",
+                before_kill=lambda: cut_in_half(path),
             )
-        self.pass_point(f"{event} {kind(place, self.root)}")
+        self.pass_point(f"{event} {path_pattern(path, self.root)}")
 
 
 _counters: list[_Counter] = []
 
 
 def arm(fault: dict[str, Any], file: Path) -> None:
-    """Count points from here on; kill at number ``fault["at"]``, or ``fault["after"]`` seconds.
+    """Count points from now on; kill at point ``fault["at"]`` or after ``fault["after"]`` seconds.
 
     Args:
-        fault: ``root``, the folder whose changes count; ``at`` and ``after`` may be missing.
-        file: where ``save`` writes the names of the points.
+        fault: ``root``, the folder whose changes count; ``at`` and ``after`` are optional.
+        file: file to which ``save`` writes the names of the points.
     """
     import sys
 
@@ -99,7 +100,7 @@ def arm(fault: dict[str, Any], file: Path) -> None:
 
     def on_statement(connection: Any, _: Any, statement: str, *_rest: Any) -> None:
         words = statement.split(maxsplit=3)
-        if words[0].lower() not in READING:
+        if words[0].lower() not in READ_STATEMENTS:
             changed.add(id(connection))
             counter.pass_point("sql " + " ".join(words[:3]).lower())
 
@@ -110,15 +111,15 @@ def arm(fault: dict[str, Any], file: Path) -> None:
 
     event.listen(Engine, "before_cursor_execute", on_statement)
     event.listen(Engine, "commit", on_commit)
-    call = Task.__call__
+    original_call = Task.__call__
 
-    def called(task: Any, *arguments: Any, **named: Any) -> Any:
+    def counted_call(task: Any, *arguments: Any, **named: Any) -> Any:
         counter.pass_point(f"start of task {task.name}")
-        result = call(task, *arguments, **named)
+        result = original_call(task, *arguments, **named)
         counter.pass_point(f"end of task {task.name}")
         return result
 
-    Task.__call__ = called  # type: ignore[method-assign]
+    Task.__call__ = counted_call  # type: ignore[method-assign]
     if fault.get("after") is not None:
         timer = threading.Timer(fault["after"], kill)
         timer.daemon = True
@@ -127,26 +128,26 @@ def arm(fault: dict[str, Any], file: Path) -> None:
 
 
 def save() -> None:
-    """Write the names of the points that were passed."""
+    """Write the names of all points that the process passed."""
     (counter,) = _counters
     counter.file.write_text(json.dumps(counter.points))
 
 
 def kill() -> None:
-    """Kill this process and all it started, as the system does: nothing is cleaned up."""
+    """Kill this process and its child processes with SIGKILL, without any cleanup."""
     os.killpg(os.getpid(), signal.SIGKILL)
 
 
 def cut_in_half(path: str) -> None:
-    """Cut a file, or the last file of a folder, to half its bytes."""
-    place = Path(path)
-    files = sorted(item for item in place.rglob("*") if item.is_file()) or [place]
+    """Truncate a file, or the last file of a folder, to half its size."""
+    root = Path(path)
+    files = sorted(item for item in root.rglob("*") if item.is_file()) or [root]
     if files[-1].is_file():
         os.truncate(files[-1], files[-1].stat().st_size // 2)
 
 
 def changes_nothing(event: str, path: str, arguments: tuple[Any, ...]) -> bool:
-    """Whether a call only reads, or leaves the file system as it is."""
+    """Whether a call only reads, or does not change the file system."""
     if event == "open":
         writes = arguments[2] & (os.O_WRONLY | os.O_RDWR)
         return not writes or (path.endswith(".lock") and Path(path).exists())
@@ -155,7 +156,7 @@ def changes_nothing(event: str, path: str, arguments: tuple[Any, ...]) -> bool:
     return not os.path.lexists(path)
 
 
-def kind(path: str, root: str) -> str:
-    """A path without what differs between runs: hashes and random names."""
+def path_pattern(path: str, root: str) -> str:
+    """A relative path in which hashes and random names, which differ between runs, are ``*``."""
     parts = Path(path).relative_to(root).parts
     return "/".join("*" if len(part) > 40 or "-" in part else part for part in parts)

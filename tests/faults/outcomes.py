@@ -1,4 +1,4 @@
-"""How the outcomes of single faults are counted and shown at the end of a run."""
+"""Count the outcomes of faults and format them as a table at the end of a run."""
 
 from collections import Counter
 from collections.abc import Mapping
@@ -7,12 +7,12 @@ OUTCOME = "fault outcome"
 
 
 def table(rows: Mapping[tuple[str, str, str], int]) -> list[str]:
-    """Lines of a Markdown table: suite, case, number of faults, outcomes with their numbers."""
+    """Lines of a Markdown table: suite, case, number of faults, numbers of outcomes."""
     cases: dict[tuple[str, str], Counter[str]] = {}
     for (suite, case, outcome), number in sorted(rows.items()):
         cases.setdefault((suite, case), Counter())[outcome] += number
     lines = ["| suite | case | faults | outcomes |", "|---|---|---|---|"]
-    for (suite, case), found in sorted(cases.items()):
-        shown = ", ".join(f"{name} {number:,}" for name, number in found.most_common())
-        lines.append(f"| {suite} | {case} | {found.total():,} | {shown} |")
+    for (suite, case), counts in sorted(cases.items()):
+        summary = ", ".join(f"{name} {number:,}" for name, number in counts.most_common())
+        lines.append(f"| {suite} | {case} | {counts.total():,} | {summary} |")
     return lines

@@ -1,7 +1,7 @@
-"""Every parser of foreign bytes, each with valid inputs to begin with.
+"""All parsers of untrusted bytes, with valid inputs to start from.
 
-A parser is a function of a scratch folder that returns valid seeds and a function that parses
-bytes as a command would read them. ``fuzzing`` changes the seeds and calls it.
+Each function takes a scratch folder and returns a ``Parser``: valid inputs, and a function that
+parses bytes like a command does. ``fuzzing`` mutates the inputs and calls that function.
 """
 
 import json
@@ -40,12 +40,12 @@ ROWS = {"train": 40, "calibration": 20, "validation": 20, "test": 40}
 
 @dataclass(frozen=True)
 class Parser:
-    """Valid inputs, and what parses one input.
+    """A parser and its valid inputs.
 
     Args:
         seeds: valid inputs.
-        parse: parses bytes; raises an error of ours or returns.
-        is_json: whether inputs are JSON documents, which are changed value by value as well.
+        parse: parses bytes; returns, or raises one of our error classes.
+        is_json: whether inputs are JSON documents, whose values are also mutated.
     """
 
     seeds: tuple[bytes, ...]
@@ -119,7 +119,7 @@ def parquet_file(folder: Path) -> Parser:
 
 
 def order_file(folder: Path) -> Parser:
-    """An order given as a file."""
+    """An order file."""
     file = folder / "order.json"
     order = {
         "model": "clicks",
@@ -162,12 +162,12 @@ def limit(_: Path) -> Parser:
 
 def record(folder: Path) -> Parser:
     """A sealed record of the store."""
-    held = Store(str(folder / "store"))
+    object_store = Store(str(folder / "store"))
     bundle = {"artifact": {"uri": f"artifacts/{ORDER_DIGEST}", "sha256": ORDER_DIGEST, "bytes": 1}}
 
     def parse(body: bytes) -> object:
-        held.write("bundles/m/1.json", body)
-        return read_record(held, "bundles/m/1.json")
+        object_store.write("bundles/m/1.json", body)
+        return read_record(object_store, "bundles/m/1.json")
 
     return Parser((seal_record(bundle), seal_record({"schema_version": 2})), parse)
 
@@ -187,8 +187,8 @@ def order_record(folder: Path) -> Parser:
 
 def report(folder: Path) -> Parser:
     """The report in a release."""
-    done = _published(folder)
-    body = store().file(done.release, "report.json")
+    published = _published(folder)
+    body = store().file(published.release, "report.json")
     scratch = folder / "release"
 
     def parse(changed: bytes) -> object:
@@ -197,10 +197,10 @@ def report(folder: Path) -> Parser:
         (scratch / "report.json").write_bytes(changed)
         artifact = store().put(scratch)
         try:
-            found: Report = report_of(artifact)
+            parsed: Report = report_of(artifact)
         finally:
             shutil.rmtree(store().folder / "artifacts" / artifact.sha256)  # type: ignore[operator]
-        return found
+        return parsed
 
     return Parser((body,), parse)
 
@@ -209,30 +209,30 @@ def artifact_manifest(folder: Path) -> Parser:
     """The manifest of an artifact."""
     (folder / "files").mkdir()
     (folder / "files" / "a").write_bytes(b"12345")
-    held = Store(str(folder / "store"))
-    artifact = held.put(folder / "files")
+    object_store = Store(str(folder / "store"))
+    artifact = object_store.put(folder / "files")
     file = folder / "store" / "artifacts" / artifact.sha256 / "manifest.json"
     body = file.read_bytes()
     file.chmod(0o644)
 
     def parse(changed: bytes) -> object:
         file.write_bytes(changed)
-        return held.manifest(artifact)
+        return object_store.manifest(artifact)
 
     return Parser((body,), parse)
 
 
 def ledger_entry(folder: Path) -> Parser:
-    """An entry of the ledger, the second of two."""
-    held = Store(str(folder / "store"))
-    ledger = Ledger(held, "m")
+    """An entry of a ledger: the second of two."""
+    object_store = Store(str(folder / "store"))
+    ledger = Ledger(object_store, "m")
     ledger.append("1", ORDER_DIGEST, "promote", "me", "first")
     second: Entry = ledger.append("2", "b" * 64, "promote", "me", "second")
     key = f"ledger/m/{second.sequence:08d}.json"
-    body = held.read(key)
+    body = object_store.read(key)
 
     def parse(changed: bytes) -> object:
-        held.write(key, changed)
+        object_store.write(key, changed)
         return ledger.entries()
 
     return Parser((body,), parse)
@@ -240,7 +240,7 @@ def ledger_entry(folder: Path) -> Parser:
 
 def registry_tags(folder: Path) -> Parser:
     """The tags of a registered version."""
-    held = Store(str(folder / "store"))
+    object_store = Store(str(folder / "store"))
     tags = {
         "recpress.order": ORDER_DIGEST,
         "recpress.recipe": '[{"kind": "rowwise_int8", "tables": ["*"]}]',
@@ -252,28 +252,28 @@ def registry_tags(folder: Path) -> Parser:
 
     def parse(body: bytes) -> object:
         try:
-            found = json.loads(body)
-            texts = {str(name): str(value) for name, value in found.items()}
+            document = json.loads(body)
+            texts = {str(name): str(value) for name, value in document.items()}
             item = Registered(model="m", version="1", source=texts.pop("source", ""), tags=texts,
                               aliases=())  # fmt: skip
         except (ValueError, AttributeError, RecursionError):
             return None  # a registry cannot hold it
         if "recpress.order" not in texts:
             return None  # not listed
-        return registry_listing._listed(item, held)
+        return registry_listing._listed(item, object_store)
 
     return Parser((json.dumps({**tags, "source": f"artifacts/{ORDER_DIGEST}"}).encode(),), parse)
 
 
 def triton_configuration(folder: Path) -> Parser:
-    """``config.pbtxt``: the version in it, and texts that are written into one."""
+    """``config.pbtxt``: reading its version, and writing arbitrary text to it."""
     message = {"name": "m", "version_policy": {"specific": {"versions": [3]}}, "note": 'a "b"\n'}
 
     def parse(body: bytes) -> object:
         version_in(body)
         try:
             return written({"name": body.decode(errors="surrogateescape"), "dims": [1, -1]})
-        except (ValueError, TypeError):  # what the writer refuses
+        except (ValueError, TypeError):  # text that the writer rejects
             return None
 
     return Parser((written(message).encode(),), parse, is_json=False)
@@ -284,13 +284,16 @@ def compose_file(folder: Path) -> Parser:
     text = COMPOSE.read_text(encoding="utf-8")
     file = folder / "docker-compose.yml"
     variables = dict.fromkeys(needed_secrets(text), "x")
-    whole = yaml.safe_load(text)
-    small = {**whole, "services": dict(list(whole["services"].items())[:3])}
+    document = yaml.safe_load(text)
+    small = {**document, "services": dict(list(document["services"].items())[:3])}
 
     def parse(body: bytes) -> object:
         file.write_bytes(body)
         return read_services(
-            variables, folder, compose=file, ports=lambda wanted: {port: port for port in wanted}
+            variables,
+            folder,
+            compose=file,
+            ports=lambda requested: {port: port for port in requested},
         )
 
     return Parser((json.dumps(small, default=str).encode(),), parse)
@@ -308,7 +311,7 @@ def env_file(folder: Path) -> Parser:
 
 
 def table_files_manifest(folder: Path) -> Parser:
-    """The manifest of what ``recpress tables quantize`` wrote."""
+    """The manifest of the output of ``recpress tables quantize``."""
     result, body = _quantized(folder)
 
     def parse(changed: bytes) -> object:
@@ -334,8 +337,8 @@ def table_files_plan(folder: Path) -> Parser:
 
 def _published(folder: Path) -> Finished:
     published = import_module("triton_versions").published  # in tests/tasks
-    done: Finished = published(folder, ORDER_DIGEST[0])
-    return done
+    result: Finished = published(folder, ORDER_DIGEST[0])
+    return result
 
 
 def _quantized(folder: Path) -> tuple[Path, bytes]:

@@ -1,6 +1,6 @@
-"""A faulty proxy in front of a real S3 server: it decides for each request what goes wrong.
+"""A proxy in front of a real S3 server that injects a fault into selected requests.
 
-mitmproxy would serve as well, but its present versions do not install with our pinned packages.
+mitmproxy would work too, but its current versions cannot be installed with our pinned packages.
 """
 
 import os
@@ -19,12 +19,12 @@ from urllib.parse import parse_qs, urlsplit
 
 Fault = Literal["500", "503", "slow", "reset", "truncated", "lost", "flipped"]
 FAULTS: tuple[Fault, ...] = get_args(Fault)
-"""What can go wrong with one request.
+"""Kinds of faults of one request.
 
-``500`` and ``503``: the server answers an error and does nothing. ``slow``: the answer is late.
-``reset``: the connection is reset before the server sees the request. ``truncated``: half of the
-body of the answer arrives. ``lost``: the request is carried out, and no answer arrives.
-``flipped``: one bit in the body of the answer is changed.
+``500`` and ``503``: the response is an error, and the request is not executed. ``slow``: the
+response is delayed. ``reset``: the connection is reset before the server receives the request.
+``truncated``: only half of the response's body arrives. ``lost``: the request is executed, but no
+response arrives. ``flipped``: one bit of the response's body is changed.
 """
 
 SLOW_SECONDS = 0.7
@@ -34,7 +34,7 @@ DROPPED = {"connection", "keep-alive", "transfer-encoding", "content-length"}
 
 @dataclass(frozen=True)
 class Request:
-    """One request: what it does, on which key, and its number since the plan was set, from 1."""
+    """One request: operation, path, and its number since the plan was set, from 1."""
 
     operation: str
     path: str
@@ -44,18 +44,18 @@ class Request:
 Plan = Callable[[Request], Fault | None]
 
 
-def nothing(_: Request) -> Fault | None:
+def no_fault(_: Request) -> Fault | None:
     """No fault."""
     return None
 
 
 def at(number: int, fault: Fault, repeated: int = 1) -> Plan:
-    """One fault at request ``number``, and at the next ones if ``repeated``."""
+    """A fault at request ``number``, and at the following ``repeated - 1`` requests."""
     return lambda request: fault if 0 <= request.number - number < repeated else None
 
 
 def often(rate: float, faults: tuple[Fault, ...], seed: int) -> Plan:
-    """Faults at random requests, drawn with a fixed seed."""
+    """Random faults at a share ``rate`` of the requests, from a fixed seed."""
     draw, lock = random.Random(seed), threading.Lock()
 
     def plan(_: Request) -> Fault | None:
@@ -66,23 +66,23 @@ def often(rate: float, faults: tuple[Fault, ...], seed: int) -> Plan:
 
 
 class Proxy:
-    """A running proxy. ``plan`` may be replaced at any time; ``seen`` lists the requests since."""
+    """A running proxy; ``follow`` sets its plan, ``seen`` lists the requests since then."""
 
     def __init__(self, upstream: str) -> None:
         self.upstream = urlsplit(upstream).netloc
         self.seen: list[Request] = []
-        self._plan: Plan = nothing
+        self._plan: Plan = no_fault
         self._lock = threading.Lock()
         self.url = ""
         self.faults = 0
 
-    def follow(self, plan: Plan = nothing) -> None:
-        """Count requests from 1 again and follow a plan."""
+    def follow(self, plan: Plan = no_fault) -> None:
+        """Set a plan and restart the numbers of requests at 1."""
         with self._lock:
             self.seen, self._plan, self.faults = [], plan, 0
 
     def decide(self, operation: str, path: str) -> Fault | None:
-        """What goes wrong with the next request."""
+        """The fault of the next request, or None."""
         with self._lock:
             request = Request(operation, path, len(self.seen) + 1)
             self.seen.append(request)
@@ -94,7 +94,7 @@ class Proxy:
 
 @contextmanager
 def running_proxy(upstream: str) -> Iterator[Proxy]:
-    """Start a proxy on loopback; stop it at the end."""
+    """Start a proxy on loopback, and stop it at the end."""
     proxy = Proxy(upstream)
     handler = type("Handler", (_Handler,), {"proxy": proxy})
     with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
@@ -126,7 +126,7 @@ class _Handler(BaseHTTPRequestHandler):
         operation = operation_of(self.command, self.path, dict(self.headers.items()))
         fault = self.proxy.decide(operation, urlsplit(self.path).path)
         if fault == "reset":
-            # Closing with a pending linger of 0 seconds sends a reset.
+            # Closing with SO_LINGER set to 0 seconds sends a reset.
             self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
             os.close(self.connection.detach())
             self.close_connection = True
@@ -136,14 +136,15 @@ class _Handler(BaseHTTPRequestHandler):
             return
         if fault == "slow":
             time.sleep(SLOW_SECONDS)
-        answer, content = self._upstream(body)
+        response, content = self._upstream(body)
         if fault == "lost":
             self._close()
             return
         if fault == "flipped" and content:
-            place = random.Random(content).randrange(len(content))
-            content = content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :]
-        self._answer(answer, content, cut=fault == "truncated")
+            position = random.Random(content).randrange(len(content))
+            flipped = bytes([content[position] ^ 1])
+            content = content[:position] + flipped + content[position + 1 :]
+        self._respond(response, content, truncate=fault == "truncated")
 
     do_GET = do_HEAD = do_PUT = do_POST = do_DELETE = _forward  # noqa: N815
 
@@ -155,22 +156,22 @@ class _Handler(BaseHTTPRequestHandler):
                 upstream.putheader(name, value)
         upstream.putheader("Content-Length", str(len(body)))
         upstream.endheaders(body)
-        answer = upstream.getresponse()
-        content = answer.read()
+        response = upstream.getresponse()
+        content = response.read()
         upstream.close()
-        return answer, content
+        return response, content
 
-    def _answer(self, answer: HTTPResponse, content: bytes, *, cut: bool) -> None:
-        self.send_response_only(answer.status, answer.reason)
-        for name, value in answer.getheaders():
+    def _respond(self, response: HTTPResponse, content: bytes, *, truncate: bool) -> None:
+        self.send_response_only(response.status, response.reason)
+        for name, value in response.getheaders():
             if name.lower() not in DROPPED:
                 self.send_header(name, value)
-        length = answer.getheader("Content-Length") if self.command == "HEAD" else None
-        if answer.status not in {204, 304}:
+        length = response.getheader("Content-Length") if self.command == "HEAD" else None
+        if response.status not in {204, 304}:
             self.send_header("Content-Length", length or str(len(content)))
         self.end_headers()
-        self.wfile.write(content[: len(content) // 2] if cut else content)
-        if cut:
+        self.wfile.write(content[: len(content) // 2] if truncate else content)
+        if truncate:
             self._close()
 
     def _fail(self, status: int, code: str) -> None:
@@ -199,15 +200,15 @@ class _Handler(BaseHTTPRequestHandler):
 
 
 def operation_of(method: str, path: str, headers: dict[str, str]) -> str:
-    """What a request does, in the words of the docs."""
-    asked = parse_qs(urlsplit(path).query, keep_blank_values=True)
+    """The name of a request's operation, as in the documentation."""
+    query = parse_qs(urlsplit(path).query, keep_blank_values=True)
     names = {name.lower() for name in headers}
     if method == "GET":
-        return "list" if "list-type" in asked else "get"
+        return "list" if "list-type" in query else "get"
     if method == "PUT":
-        if "partNumber" in asked:
+        if "partNumber" in query:
             return "upload part"
         return "conditional create" if "if-none-match" in names else "put"
     if method == "POST":
-        return "start of upload" if "uploads" in asked else "end of upload"
+        return "start of upload" if "uploads" in query else "end of upload"
     return method.lower()

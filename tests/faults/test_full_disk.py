@@ -1,11 +1,12 @@
-"""Disks of several sizes that fill up in the middle of pack, compress and promote.
+"""Disks of several sizes that become full during pack, compress and promote.
 
-Claim: the command ends with exit code 1 and a sentence; nothing half stored is visible and nothing
-stored before is lost; after space is freed the same command gives what it gives on a large disk.
+Claim: the command exits with code 1 and an error message. No partial content is visible and no
+stored content is lost. After space is freed, the same command has the same result as on a large
+disk.
 
-Enumeration: file systems in memory (tmpfs) of sizes from one that holds almost nothing to one that
-holds almost everything; needs the right to mount. Limits on the size of one file (RLIMIT_FSIZE)
-need no right.
+Enumeration: file systems in memory (tmpfs) of several sizes, from almost none to almost all of the
+needed space; they require the right to mount. Limits on the size of one file (RLIMIT_FSIZE) require
+no rights.
 """
 
 import subprocess
@@ -14,7 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from forked import Ended, Forks
+from forked import Completed, Forks
 from homes import Home, damage, state
 
 SUITE = "full disk"
@@ -29,38 +30,38 @@ Outcomes = Callable[..., None]
 class Disk:
     """A mounted file system whose size can be changed."""
 
-    def __init__(self, place: Path) -> None:
-        self.place = place
+    def __init__(self, mount_point: Path) -> None:
+        self.mount_point = mount_point
 
     def resize(self, size: str) -> None:
-        """Give it another size."""
-        options = ["mount", "-o", f"remount,size={size}", str(self.place)]
+        """Change the size of the file system."""
+        options = ["mount", "-o", f"remount,size={size}", str(self.mount_point)]
         subprocess.run(options, check=True, capture_output=True)
 
 
 @contextmanager
-def disk(place: Path, kilobytes: int) -> Iterator[Disk]:
-    """Mount a file system of this size; skip the test if that is not allowed."""
-    place.mkdir(parents=True, exist_ok=True)
-    command = ["mount", "-t", "tmpfs", "-o", f"size={kilobytes}k", "tmpfs", str(place)]
+def disk(mount_point: Path, kilobytes: int) -> Iterator[Disk]:
+    """Mount a file system of this size; skip the test without the right to mount."""
+    mount_point.mkdir(parents=True, exist_ok=True)
+    command = ["mount", "-t", "tmpfs", "-o", f"size={kilobytes}k", "tmpfs", str(mount_point)]
     mounted = subprocess.run(command, check=False, capture_output=True, text=True)
     if mounted.returncode:
         pytest.skip(f"no right to mount a file system: {mounted.stderr.strip()}")
     try:
-        yield Disk(place)
+        yield Disk(mount_point)
     finally:
-        command = ["umount", "-l", str(place)]
+        command = ["umount", "-l", str(mount_point)]
         subprocess.run(command, check=True, capture_output=True)
 
 
-def check_failed(ended: Ended, home: Home, case: str, outcomes: Outcomes) -> None:
-    """A command that did not finish says so; what is visible is whole."""
-    assert not ended.crashed, ended.text
-    assert ended.code in {0, 1}, ended.text
-    if ended.code:
-        assert "recpress: " in ended.text, ended.text
+def check_failed(completed: Completed, home: Home, case: str, outcomes: Outcomes) -> None:
+    """A failed command prints an error message, and all visible content is intact."""
+    assert not completed.crashed, completed.text
+    assert completed.code in {0, 1}, completed.text
+    if completed.code:
+        assert "recpress: " in completed.text, completed.text
     assert damage(home) == []
-    outcomes(SUITE, case, "finished" if ended.code == 0 else "exit 1 with a sentence")
+    outcomes(SUITE, case, "finished" if completed.code == 0 else "exit 1 with a sentence")
 
 
 def test_pack_that_writes_too_large_files_exits_with_code_1_and_works_afterwards(
@@ -97,18 +98,18 @@ def check_limited(
 @pytest.mark.parametrize("kilobytes", KILOBYTES)
 def test_order_on_a_disk_that_fills_up_exits_with_code_1_and_finishes_when_there_is_space(
     kilobytes: int,
-    learned: Forks,
+    warm_forks: Forks,
     root: Path,
     draft: Path,
     order: Path,
     finished: Path,
-    ordering: dict[str, str],
+    order_variables: dict[str, str],
     tmp_path: Path,
     outcomes: Outcomes,
 ) -> None:
     commands = (["bundle", "pack", str(draft)], ["compress", "--order", str(order)])
     with disk(tmp_path / "disk", kilobytes) as small:
-        home = Home(small.place / "home")
+        home = Home(small.mount_point / "home")
         temporary = tmp_path / "tmp"
         temporary.mkdir()
         variables = {
@@ -116,14 +117,14 @@ def test_order_on_a_disk_that_fills_up_exits_with_code_1_and_finishes_when_there
             "RECPRESS_TRITON": str(home.root / "triton"),
             "RECPRESS_USER": "tester",
             "TMPDIR": str(temporary),
-            **ordering,
+            **order_variables,
         }
         for command in commands:
-            ended = learned.run(command, variables=variables)
-            check_failed(ended, home, " ".join(command[:1]) + ", tmpfs", outcomes)
-            if ended.code:
+            completed = warm_forks.run(command, variables=variables)
+            check_failed(completed, home, " ".join(command[:1]) + ", tmpfs", outcomes)
+            if completed.code:
                 small.resize(LARGE)
-                again = learned.run(command, variables=variables)
+                again = warm_forks.run(command, variables=variables)
                 assert again.code == 0, again.text
                 assert damage(home) == []
         assert state(home) == state(Home(finished))

@@ -1,10 +1,10 @@
-"""Changed inputs for every parser of foreign bytes.
+"""Mutated inputs for all parsers of untrusted bytes.
 
-Claim: a parser returns a result or raises a refusal of ours, within 5 seconds and 2 GiB; no other
-exception, no crash of the process, no message of more than 20,000 characters.
+Claim: a parser returns a result or raises one of our error classes, within 5 seconds and 2 GiB.
+There is no other exception, no crash of the process, and no message of more than 20,000 characters.
 
-Enumeration: 10,000 inputs for each parser in the nightly tier, 25 by default, with fixed seeds
-(see ``fuzzing`` and ``parsers``).
+Enumeration: 10,000 inputs per parser in the nightly tier, 25 by default, with fixed seeds (see
+``fuzzing`` and ``parsers``).
 """
 
 from collections.abc import Callable
@@ -24,17 +24,17 @@ MEMORY = 2 * 2**30
 NIGHTLY_SECONDS = 3000.0
 
 
-def fuzzed(forks: Forks, home: Home, path: str, **arguments: object) -> dict[str, Any]:
-    """Fuzz in a child of limited memory."""
-    ended = forks.call(
+def fuzz(forks: Forks, home: Home, path: str, **arguments: object) -> dict[str, Any]:
+    """Run a function of ``fuzzing`` in a child process with limited memory."""
+    completed = forks.call(
         path, arguments, variables=home.variables, memory=MEMORY, seconds=NIGHTLY_SECONDS
     )
-    assert ended.value is not None, f"{arguments}: signal {ended.signal}: {ended.text}"
-    return dict(ended.value)
+    assert completed.value is not None, f"{arguments}: signal {completed.signal}: {completed.text}"
+    return dict(completed.value)
 
 
 def check(parser: str, result: dict[str, Any], outcomes: Callable[..., None]) -> list[str]:
-    """Count the outcomes of one parser; what was wrong."""
+    """Count the outcomes of one parser; return its failures."""
     for outcome, number in result["outcomes"].items():
         outcomes(SUITE, parser, outcome, number)
     return [f"{parser}: {failure}" for failure in result["failures"]]
@@ -43,7 +43,7 @@ def check(parser: str, result: dict[str, Any], outcomes: Callable[..., None]) ->
 def test_parsers_refuse_or_parse_a_few_changed_inputs(
     forks: Forks, tmp_path: Path, outcomes: Callable[..., None]
 ) -> None:
-    results = fuzzed(forks, Home(tmp_path), "fuzzing:run_all", count=SAMPLE, seed=0)
+    results = fuzz(forks, Home(tmp_path), "fuzzing:run_all", count=SAMPLE, seed=0)
     assert set(results) == set(PARSERS)
     failures = [line for parser in PARSERS for line in check(parser, results[parser], outcomes)]
     assert failures == [], "\n\n".join(failures)
@@ -57,5 +57,5 @@ def test_parser_refuses_or_parses_any_changed_input(
     parser: str, shard: int, forks: Forks, tmp_path: Path, outcomes: Callable[..., None]
 ) -> None:
     count = INPUTS // SHARDS
-    result = fuzzed(forks, Home(tmp_path), "fuzzing:run", parser=parser, count=count, seed=shard)
+    result = fuzz(forks, Home(tmp_path), "fuzzing:run", parser=parser, count=count, seed=shard)
     assert check(parser, result, outcomes) == [], "\n\n".join(result["failures"])

@@ -1,8 +1,8 @@
-"""Drafts, data and registry entries that were written to do harm.
+"""Hostile drafts, data and registry entries.
 
-Claim: each is refused with a sentence and exit code 2, in less than 20 seconds and 1.5 GiB. No code
-in it runs, nothing outside the draft is read or changed, nothing of it is stored, and its texts do
-not control the terminal.
+Claim: each is rejected with an error message and exit code 2, in less than 20 seconds and 1.5 GiB.
+No code in it runs, no file outside the draft is read or changed, nothing of it is stored, and its
+text does not control the terminal.
 
 Enumeration: the cases of ``hostile_drafts`` and ``hostile_registry``; all of them nightly, a few by
 default.
@@ -14,7 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from forked import Ended, Forks
+from forked import Completed, Forks
 from homes import Home
 from hostile_drafts import CASES, HARMLESS, RAN, SECRET, SECRET_FILE
 from hostile_registry import MAY_WORK, MODEL, ONLY_A_TAG, cases
@@ -24,30 +24,30 @@ SEED = 3
 SAMPLE = 4
 SECONDS = 20.0
 PEAK_MIB = 1536
-MEMORY = 4 * 2**30  # above what the process has; protects the machine that runs the tests
+MEMORY = 4 * 2**30  # in addition to the process's memory; protects the machine that runs the tests
 SHARDS = 4
 
 Outcomes = Callable[..., None]
 
 
-def problems(ended: Ended, allowed: set[int]) -> list[str]:
-    """What is wrong with how a command ended."""
-    found = []
-    if ended.crashed or ended.code not in allowed:
-        found.append(f"ended with {ended.code} {ended.text[-600:]}")
-    elif ended.code and "recpress: " not in "".join(ended.messages):
-        found.append(f"no sentence: {ended.text[-300:]}")
-    if ended.seconds > SECONDS and ended.cpu_seconds > SECONDS / 2:
-        found.append(f"took {ended.seconds:.0f} s")
-    if ended.peak_mib > PEAK_MIB:
-        found.append(f"took {ended.peak_mib} MiB")
-    if any(letter in ended.text for letter in "\x1b\x9b\x07"):
-        found.append("printed control characters")
-    return found
+def problems(completed: Completed, allowed: set[int]) -> list[str]:
+    """Problems of a command's result; empty if it is as claimed."""
+    failures = []
+    if completed.crashed or completed.code not in allowed:
+        failures.append(f"ended with {completed.code} {completed.text[-600:]}")
+    elif completed.code and "recpress: " not in "".join(completed.messages):
+        failures.append(f"no sentence: {completed.text[-300:]}")
+    if completed.seconds > SECONDS and completed.cpu_seconds > SECONDS / 2:
+        failures.append(f"took {completed.seconds:.0f} s")
+    if completed.peak_mib > PEAK_MIB:
+        failures.append(f"took {completed.peak_mib} MiB")
+    if any(letter in completed.text for letter in "\x1b\x9b\x07"):
+        failures.append("printed control characters")
+    return failures
 
 
 def pack(name: str, forks: Forks, empty: Path, draft: Path, folder: Path) -> list[str]:
-    """Pack the draft of a case; what is wrong."""
+    """Pack the draft of a case; return the problems."""
     outside = folder / "outside"
     outside.mkdir(parents=True)
     (outside / SECRET_FILE).write_text(SECRET)
@@ -57,23 +57,23 @@ def pack(name: str, forks: Forks, empty: Path, draft: Path, folder: Path) -> lis
     before = {path.name for path in outside.iterdir()}
     home = Home(folder / "home")
     home.restore(empty)
-    ended = forks.run(
+    completed = forks.run(
         ["bundle", "pack", str(copy)], variables=home.variables, memory=MEMORY, seconds=120.0
     )
-    found = problems(ended, {0, 2} if name in HARMLESS else {2})
+    failures = problems(completed, {0, 2} if name in HARMLESS else {2})
     if (outside / RAN).exists():
-        found.append("code ran")
-    if SECRET in ended.text:
-        found.append("a file outside was shown")
+        failures.append("code ran")
+    if SECRET in completed.text:
+        failures.append("a file outside was shown")
     if {path.name for path in outside.iterdir()} != before:
-        found.append("something was written outside")
+        failures.append("something was written outside")
     stored = [path for path in home.store.rglob("*") if path.is_file()]
     if any(SECRET.encode() in path.read_bytes() for path in stored):
-        found.append("a file outside was stored")
-    if ended.code == 2 and any("bundles" in path.parts for path in stored):
-        found.append("the refused draft is registered")
+        failures.append("a file outside was stored")
+    if completed.code == 2 and any("bundles" in path.parts for path in stored):
+        failures.append("the refused draft is registered")
     shutil.rmtree(folder, ignore_errors=True)
-    return [f"{name}: {problem}" for problem in found]
+    return [f"{name}: {problem}" for problem in failures]
 
 
 def check(
@@ -81,9 +81,9 @@ def check(
 ) -> None:
     failed = []
     for number, name in enumerate(names):
-        found = pack(name, forks, empty, draft, folder / str(number))
-        outcomes(SUITE, "drafts", "wrong" if found else "as claimed")
-        failed += found
+        failures = pack(name, forks, empty, draft, folder / str(number))
+        outcomes(SUITE, "drafts", "wrong" if failures else "as claimed")
+        failed += failures
     assert not failed, f"{len(failed)} problems:\n" + "\n".join(failed[:12])
 
 
@@ -104,24 +104,26 @@ def test_every_hostile_draft_is_refused_with_a_sentence(
 
 
 def attack(name: str, version: str, forks: Forks, home: Home, outcomes: Outcomes) -> list[str]:
-    """Show, fetch and promote a hostile version; what is wrong."""
+    """Show, fetch and promote a hostile version; return the problems."""
     into = home.root.parent / "fetched" / version
-    place = ("--version", version)
+    version_option = ("--version", version)
     commands = (
-        ["registry", "show", MODEL, *place],
-        ["registry", "fetch", MODEL, *place, "--into", str(into)],
-        ["registry", "promote", MODEL, *place],
+        ["registry", "show", MODEL, *version_option],
+        ["registry", "fetch", MODEL, *version_option, "--into", str(into)],
+        ["registry", "promote", MODEL, *version_option],
     )
-    found: list[str] = []
+    failures: list[str] = []
     for command in commands:
-        ended = forks.run(command, variables=home.variables, memory=MEMORY, seconds=120.0)
+        completed = forks.run(command, variables=home.variables, memory=MEMORY, seconds=120.0)
         may_work = name in ONLY_A_TAG or command[1] in MAY_WORK.get(name, ())
         allowed = {0, 2} if may_work else {2}
-        found += [f"{' '.join(command[:2])}: {problem}" for problem in problems(ended, allowed)]
-        if command[1] == "fetch" and ended.code == 2 and into.exists():
-            found.append("a refused fetch left a folder")
-    outcomes(SUITE, "registry entries", "wrong" if found else "as claimed")
-    return [f"{name}: {problem}" for problem in found]
+        failures += [
+            f"{' '.join(command[:2])}: {problem}" for problem in problems(completed, allowed)
+        ]
+        if command[1] == "fetch" and completed.code == 2 and into.exists():
+            failures.append("a refused fetch left a folder")
+    outcomes(SUITE, "registry entries", "wrong" if failures else "as claimed")
+    return [f"{name}: {problem}" for problem in failures]
 
 
 @pytest.mark.nightly
@@ -131,13 +133,13 @@ def test_hostile_registry_entries_are_refused_with_a_sentence(
 ) -> None:
     home = Home(root / "home")
     home.restore(empty)
-    ended = forks.call(
+    completed = forks.call(
         "hostile_registry:register", {"folder": str(tmp_path)}, variables=home.variables
     )
-    assert ended.value is not None, ended.text
-    assert set(ended.value) == set(cases())
+    assert completed.value is not None, completed.text
+    assert set(completed.value) == set(cases())
     failed: list[str] = []
-    for name, version in ended.value.items():
+    for name, version in completed.value.items():
         failed += attack(name, version, forks, home, outcomes)
     for command in (["registry", "list"], ["registry", "list", "--json"]):
         listed = forks.run(command, variables=home.variables)

@@ -1,12 +1,12 @@
 """Kill a command at every store write and every task boundary, then run it again.
 
-Claim: after SIGKILL at any point, the same command, run again, gives what an undisturbed run gives:
-the same bytes, one registered version for each order, a ledger without gaps or duplicates. What is
-visible in between is whole, and temporary files are collected.
+Claim: after SIGKILL at any point, running the same command again has the result of an
+uninterrupted run: the same bytes, one registered version per order, a ledger without gaps or
+duplicates. Content that is visible in between is intact, and temporary files are removed.
 
-Enumeration: an undisturbed run lists the points (see ``kill_points``); then one run for each point
-is killed there. The order is also killed after random times, and killed twice in a row. The first
-use of a registry has hundreds of points in one temporary file; every eighth is tried.
+Enumeration: an uninterrupted run lists the points (see ``kill_points``). Then one run is killed at
+each point. The order is also killed after random times, and killed twice in a row. The first use of
+a registry has hundreds of points in one temporary file; every eighth of them is tested.
 """
 
 import random
@@ -22,19 +22,19 @@ from homes import Home, damage, state, temporaries
 SUITE = "kills"
 SEED = 11
 SHARDS = 8
-SAMPLE = 1  # points of each command in the default tier
+SAMPLE = 1  # points per command in the default tier
 RANDOM_TIMES = 24
 TWICE = 24
 
 
 @dataclass(frozen=True)
 class Scenario:
-    """A command, and the snapshot it begins with."""
+    """A command, and the snapshot that it starts from."""
 
     name: str
     command: tuple[str, ...]
     start: str
-    step: int = 1  # every so many points
+    step: int = 1  # test every ``step``-th point
 
     @property
     def is_order(self) -> bool:
@@ -51,17 +51,17 @@ FIRST_USE = Scenario("first use of the registry", ("registry", "list"), "nothing
 ORDER = Scenario("compress", ("compress", "--order", "{order}"), "packed")
 
 
-class Killing:
-    """Runs of one scenario in one home.
+class KillTest:
+    """Kills and reruns of one scenario in one home.
 
     Args:
-        forks: runs the commands.
-        home: where they run.
-        snapshot: what the home holds before.
-        scenario: what runs.
+        forks: fork server that runs the commands.
+        home: home in which they run.
+        snapshot: content of the home before each run.
+        scenario: the command.
         files: values of the placeholders in the command.
-        variables: added to those of the home.
-        learning: whether the server of forks imports first what the command imports.
+        variables: environment variables, added to those of the home.
+        preload: whether the fork server first imports the modules of the command.
     """
 
     def __init__(
@@ -72,20 +72,20 @@ class Killing:
         scenario: Scenario,
         files: dict[str, Path],
         variables: dict[str, str],
-        learning: bool,
+        preload: bool,
     ) -> None:
         self._forks, self.home, self._snapshot = forks, home, snapshot
         self._command = [part.format(**files) for part in scenario.command]
         self._draft = files["draft"]
         self._variables = home.variables | variables
         home.restore(snapshot)
-        if learning:
-            forks.learn(self._command, variables=self._variables)
+        if preload:
+            forks.run_and_preload(self._command, variables=self._variables)
             home.restore(snapshot)
-        ended = self._run({})
-        assert ended.code == 0, ended.text
+        completed = self._run({})
+        assert completed.code == 0, completed.text
         assert (damage(home), temporaries(home)) == ([], [])
-        self.points, self.seconds = ended.points, ended.seconds
+        self.points, self.seconds = completed.points, completed.seconds
         self.expected = state(home)
 
     def _run(self, fault: dict[str, Any] | None) -> Any:
@@ -95,27 +95,27 @@ class Killing:
         return self._forks.run(self._command, variables=self._variables, fault=fault)
 
     def problems(self, *faults: dict[str, Any]) -> list[str]:
-        """What is wrong after these kills, one after another, and one more run without a kill."""
+        """Problems after these kills, one after another, and one more run without a kill."""
         self.home.restore(self._snapshot)
-        found: list[str] = []
+        problems: list[str] = []
         for fault in faults:
             killed = self._run(fault)
             if "at" in fault and len(faults) == 1 and killed.signal != 9:
                 return [f"was not killed but ended with {killed.code}: {killed.text}"]
-            found += [f"after the kill: {problem}" for problem in damage(self.home)]
+            problems += [f"after the kill: {problem}" for problem in damage(self.home)]
         again = self._run(None)
         if again.code != 0 or again.crashed:
-            return [*found, f"the next run ended with {again.code}: {again.text}"]
-        found += [f"after the next run: {problem}" for problem in damage(self.home)]
+            return [*problems, f"the next run ended with {again.code}: {again.text}"]
+        problems += [f"after the next run: {problem}" for problem in damage(self.home)]
         if (result := state(self.home)) != self.expected:
-            found.append(f"another result: {different(self.expected, result)}")
+            problems.append(f"another result: {different(self.expected, result)}")
         if temporaries(self.home):
-            # A command that finds its work finished writes nothing; the next ones that write
-            # collect: pack in TMPDIR, doctor in the store.
-            collecting = (["bundle", "pack", str(self._draft)], ["doctor"])
-            self._forks.run(*collecting, variables=self._variables)
-            found += [f"not collected: {name}" for name in temporaries(self.home)]
-        return found
+            # A command whose work is already finished writes nothing and removes nothing. Later
+            # commands remove temporary files: pack in TMPDIR, doctor in the store.
+            removing = (["bundle", "pack", str(self._draft)], ["doctor"])
+            self._forks.run(*removing, variables=self._variables)
+            problems += [f"not collected: {name}" for name in temporaries(self.home)]
+        return problems
 
 
 def different(expected: dict[str, Any], result: dict[str, Any]) -> str:
@@ -128,37 +128,37 @@ def different(expected: dict[str, Any], result: dict[str, Any]) -> str:
 
 
 def check(
-    killing: Killing,
+    killing: KillTest,
     scenario: Scenario,
     faults: list[tuple[dict[str, Any], ...]],
     outcomes: Callable[..., None],
     case: str = "",
 ) -> None:
-    """Kill once for each of ``faults`` and count how it ended."""
+    """Run every sequence of kills in ``faults`` and count the outcomes."""
     failed: list[str] = []
-    for each in faults:
-        problems = killing.problems(*each)
+    for kills in faults:
+        problems = killing.problems(*kills)
         outcome = "same result" if not problems else "wrong"
         outcomes(SUITE, f"{scenario.name}{case}", outcome)
         if problems:
-            named = [killing.points[at - 1] for fault in each if (at := fault.get("at"))]
-            failed.append(f"{each} {named}: {problems}")
+            names = [killing.points[at - 1] for fault in kills if (at := fault.get("at"))]
+            failed.append(f"{kills} {names}: {problems}")
     assert not failed, f"{len(failed)} of {len(faults)}:\n" + "\n".join(failed[:6])
 
 
 @pytest.fixture(scope="session")
 def lost_registry(root: Path, promoted: Path, empty: Path) -> Path:
-    """A snapshot in which the registry was replaced by an empty one; the store is complete."""
+    """A snapshot with an empty registry and a complete store."""
     home = Home(root / "home")
     home.restore(promoted)
     (home.recpress / "registry.db").unlink()
     (home.recpress / "registry.db").write_bytes((empty / "recpress" / "registry.db").read_bytes())
-    return home.keep(root / "lost_registry")
+    return home.save_snapshot(root / "lost_registry")
 
 
 @pytest.fixture(scope="session")
 def nothing(root: Path) -> Path:
-    """A snapshot of a home in which nothing happened yet."""
+    """A snapshot of an empty home."""
     (root / "nothing").mkdir()
     return root / "nothing"
 
@@ -166,18 +166,18 @@ def nothing(root: Path) -> Path:
 @pytest.fixture
 def killing(
     forks: Forks, root: Path, draft: Path, order: Path, request: pytest.FixtureRequest
-) -> Callable[[Scenario], Killing]:
-    learning = request.node.get_closest_marker("nightly") is not None
+) -> Callable[[Scenario], KillTest]:
+    preload = request.node.get_closest_marker("nightly") is not None
 
-    def prepare(scenario: Scenario) -> Killing:
+    def prepare(scenario: Scenario) -> KillTest:
         variables: dict[str, str] = {}
         if scenario.is_order:
-            request.getfixturevalue("learned")
-            variables = request.getfixturevalue("ordering")
+            request.getfixturevalue("warm_forks")
+            variables = request.getfixturevalue("order_variables")
         snapshot = request.getfixturevalue(scenario.start)
         files = {"draft": draft, "order": order}
         home = Home(root / "home")
-        return Killing(forks, home, snapshot, scenario, files, variables, learning)
+        return KillTest(forks, home, snapshot, scenario, files, variables, preload)
 
     return prepare
 
@@ -185,7 +185,7 @@ def killing(
 @pytest.mark.parametrize("scenario", QUICK, ids=lambda item: item.name)
 def test_command_that_is_killed_at_a_few_points_and_run_again_gives_the_same_result(
     scenario: Scenario,
-    killing: Callable[[Scenario], Killing],
+    killing: Callable[[Scenario], KillTest],
     outcomes: Callable[..., None],
 ) -> None:
     prepared = killing(scenario)
@@ -198,7 +198,7 @@ def test_command_that_is_killed_at_a_few_points_and_run_again_gives_the_same_res
 @pytest.mark.parametrize("scenario", [*QUICK, FIRST_USE], ids=lambda item: item.name)
 def test_command_that_is_killed_at_any_point_and_run_again_gives_the_same_result(
     scenario: Scenario,
-    killing: Callable[[Scenario], Killing],
+    killing: Callable[[Scenario], KillTest],
     outcomes: Callable[..., None],
 ) -> None:
     prepared = killing(scenario)
@@ -210,7 +210,7 @@ def test_command_that_is_killed_at_any_point_and_run_again_gives_the_same_result
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize("shard", range(SHARDS))
 def test_order_that_is_killed_at_any_point_and_run_again_gives_the_same_bytes_and_one_version(
-    shard: int, killing: Callable[[Scenario], Killing], outcomes: Callable[..., None]
+    shard: int, killing: Callable[[Scenario], KillTest], outcomes: Callable[..., None]
 ) -> None:
     prepared = killing(ORDER)
     points = range(1 + shard, len(prepared.points) + 1, SHARDS)
@@ -220,7 +220,7 @@ def test_order_that_is_killed_at_any_point_and_run_again_gives_the_same_bytes_an
 @pytest.mark.nightly
 @pytest.mark.timeout(3600)
 def test_order_that_is_killed_after_a_random_time_gives_the_same_bytes_and_one_version(
-    killing: Callable[[Scenario], Killing], outcomes: Callable[..., None]
+    killing: Callable[[Scenario], KillTest], outcomes: Callable[..., None]
 ) -> None:
     prepared = killing(ORDER)
     draw = random.Random(SEED)
@@ -231,11 +231,11 @@ def test_order_that_is_killed_after_a_random_time_gives_the_same_bytes_and_one_v
 @pytest.mark.nightly
 @pytest.mark.timeout(3600)
 def test_order_that_is_killed_twice_in_a_row_gives_the_same_bytes_and_one_version(
-    killing: Callable[[Scenario], Killing], outcomes: Callable[..., None]
+    killing: Callable[[Scenario], KillTest], outcomes: Callable[..., None]
 ) -> None:
     prepared = killing(ORDER)
     draw, count = random.Random(SEED), len(prepared.points)
     pairs = [sorted((draw.randint(1, count), draw.randint(1, count))) for _ in range(TWICE)]
-    # The second run passes fewer points, since it finds what the first one finished.
+    # The second run passes fewer points, because the first run finished some work.
     faults = [({"at": second}, {"at": max(1, second - first)}) for first, second in pairs]
     check(prepared, ORDER, faults, outcomes, case=", twice in a row")

@@ -1,11 +1,11 @@
-"""Several processes at once in one home, or on one S3 store.
+"""Concurrent processes in one home, or on one S3 store.
 
-Claim: however they interleave, each order has one registered version, each model one ledger without
-gaps, duplicates or lost confirmations, and the registry's alias is the ledger's last entry. No
-process shows a traceback. A process that loses is refused with a sentence (exit 2).
+Claim: for any interleaving, each order has one registered version. Each model has one ledger
+without gaps, duplicates or lost confirmations, and the registry's alias is the ledger's last entry.
+No process prints a traceback. A process that loses a race fails with a message (exit code 2).
 
-Enumeration: the same order, different orders that are each promoted, promotions, rollbacks and
-restores at once; several rounds of each.
+Enumeration: concurrent runs of the same order, of different orders with promotion, of promotions,
+rollbacks and restores; several rounds of each.
 """
 
 import json
@@ -14,7 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from forked import Ended, Forks, Job
+from forked import Completed, Forks, Job
 from homes import Home, damage, state, temporaries, write_order
 from s3_server import S3Server
 
@@ -23,7 +23,7 @@ from infra.store.object_store import Store
 
 SUITE = "races"
 PROCESSES = 6
-ORDERING = 4  # processes that carry out whole orders
+ORDERING = 4  # processes that run complete orders
 ROUNDS = 6
 SECONDS = 600.0
 
@@ -41,27 +41,31 @@ def promotions(round_: int) -> list[tuple[str, ...]]:
     return commands
 
 
-def race(forks: Forks, commands: list[tuple[str, ...]], variables: dict[str, str]) -> list[Ended]:
-    """Start all commands at the same moment, each in a process of its own."""
+def race(
+    forks: Forks, commands: list[tuple[str, ...]], variables: dict[str, str]
+) -> list[Completed]:
+    """Start all commands at the same time, each in a separate process."""
     jobs = [Job((command,), variables=variables, seconds=SECONDS) for command in commands]
-    return forks.together(jobs)
+    return forks.run_jobs(jobs)
 
 
 def check_promotions(
-    home: Home, store: Store, before: int, ended: list[Ended], case: str, outcomes: Outcomes
+    home: Home, store: Store, before: int, completed: list[Completed], case: str, outcomes: Outcomes
 ) -> None:
-    """The ledger is linear, the alias follows it, and who was confirmed is in it."""
-    assert not any(item.crashed for item in ended), [item.text for item in ended if item.crashed]
-    assert {item.code for item in ended} <= {0, 2}, [item.text for item in ended]
-    entries = Ledger(store, "m").entries()  # raises if it has a gap or does not continue
+    """The ledger is linear, the alias is its last entry, and confirmed commands are in it."""
+    assert not any(item.crashed for item in completed), [
+        item.text for item in completed if item.crashed
+    ]
+    assert {item.code for item in completed} <= {0, 2}, [item.text for item in completed]
+    entries = Ledger(store, "m").entries()  # raises if there is a gap or a broken chain
     assert [entry.sequence for entry in entries] == list(range(1, len(entries) + 1))
-    confirmed = sum(item.code == 0 for item in ended)
+    confirmed = sum(item.code == 0 for item in completed)
     # Promoting the champion again, or a rollback that another one completed, adds no entry.
     assert len(entries) - before <= confirmed
     aliases = state(home, store)["aliases"]
     assert aliases["m", "champion"] == entries[-1].version
     assert damage(home, store) == []
-    for item in ended:
+    for item in completed:
         outcomes(SUITE, case, "confirmed" if item.code == 0 else "refused with a sentence")
 
 
@@ -71,8 +75,8 @@ def test_promotions_at_once_leave_one_linear_ledger_and_its_last_entry_as_champi
     home = Home(root / "home")
     home.restore(promoted)
     store = Store(str(home.store))
-    ended = race(forks, promotions(0)[:3], home.variables)
-    check_promotions(home, store, 2, ended, "promotions, one home", outcomes)
+    completed = race(forks, promotions(0)[:3], home.variables)
+    check_promotions(home, store, 2, completed, "promotions, one home", outcomes)
 
 
 @pytest.mark.nightly
@@ -85,8 +89,10 @@ def test_promotions_and_rollbacks_at_once_leave_one_linear_ledger(
     store = Store(str(home.store))
     for number in range(ROUNDS):
         before = len(Ledger(store, "m").entries())
-        ended = race(forks, promotions(number), home.variables)
-        check_promotions(home, store, before, ended, "promotions and rollbacks, one home", outcomes)
+        completed = race(forks, promotions(number), home.variables)
+        check_promotions(
+            home, store, before, completed, "promotions and rollbacks, one home", outcomes
+        )
 
 
 @pytest.mark.nightly
@@ -102,8 +108,8 @@ def test_promotions_and_rollbacks_at_once_on_s3_leave_one_linear_ledger(
     address = "s3://models/races"
     variables = home.variables | s3_server.environment | {"RECPRESS_STORE": address}
     arguments = {"folder": str(root / "reports"), "orders": list("abc"), "promoted": 2}
-    ended = forks.call("homes:registered", arguments, variables=variables)
-    assert ended.value == ["1", "2", "3"], ended.text
+    completed = forks.call("homes:registered", arguments, variables=variables)
+    assert completed.value == ["1", "2", "3"], completed.text
     for number in range(ROUNDS):
         before = len(Ledger(Store(address), "m").entries())
         results = race(forks, promotions(number), variables)
@@ -118,9 +124,9 @@ def test_the_same_draft_packed_by_several_processes_is_one_bundle(
 ) -> None:
     home = Home(root / "home")
     home.restore(empty)
-    ended = race(forks, [("bundle", "pack", str(draft), "--json")] * PROCESSES, home.variables)
-    assert [item.code for item in ended] == [0] * PROCESSES, [item.text for item in ended]
-    assert len({item.outputs for item in ended}) == 1
+    completed = race(forks, [("bundle", "pack", str(draft), "--json")] * PROCESSES, home.variables)
+    assert [item.code for item in completed] == [0] * PROCESSES, [item.text for item in completed]
+    assert len({item.outputs for item in completed}) == 1
     assert (damage(home), temporaries(home)) == ([], [])
     outcomes(SUITE, "pack of one draft", "same bundle", PROCESSES)
 
@@ -134,8 +140,8 @@ def test_restore_of_a_lost_registry_by_several_processes_registers_each_order_on
     home.restore(promoted)
     expected = [order for _, _, order, _ in state(home)["versions"]]
     (home.recpress / "registry.db").write_bytes((empty / "recpress" / "registry.db").read_bytes())
-    ended = race(forks, [("registry", "restore")] * PROCESSES, home.variables)
-    assert [item.code for item in ended] == [0] * PROCESSES, [item.text for item in ended]
+    completed = race(forks, [("registry", "restore")] * PROCESSES, home.variables)
+    assert [item.code for item in completed] == [0] * PROCESSES, [item.text for item in completed]
     assert sorted(order for _, _, order, _ in state(home)["versions"]) == sorted(expected)
     assert damage(home) == []
     outcomes(SUITE, "restore", "each order once", PROCESSES)
@@ -146,23 +152,23 @@ def test_restore_of_a_lost_registry_by_several_processes_registers_each_order_on
 @pytest.mark.parametrize("place", ["one home", "S3"])
 def test_the_same_order_by_several_processes_is_one_version_with_the_same_bytes(
     place: str,
-    learned: Forks,
+    warm_forks: Forks,
     root: Path,
     empty: Path,
     draft: Path,
     order: Path,
     finished: Path,
-    ordering: dict[str, str],
+    order_variables: dict[str, str],
     s3_server: S3Server,
     outcomes: Outcomes,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    home, store, variables = _place(place, "same-order", root, empty, s3_server, monkeypatch)
-    assert learned.run(["bundle", "pack", str(draft)], variables=variables).code == 0
+    home, store, variables = _prepare(place, "same-order", root, empty, s3_server, monkeypatch)
+    assert warm_forks.run(["bundle", "pack", str(draft)], variables=variables).code == 0
     command = ("compress", "--order", str(order), "--json")
-    ended = race(learned, [command] * ORDERING, variables | ordering)
-    assert [item.code for item in ended] == [0] * ORDERING, [item.text for item in ended]
-    results = [json.loads(item.outputs[0]) for item in ended]
+    completed = race(warm_forks, [command] * ORDERING, variables | order_variables)
+    assert [item.code for item in completed] == [0] * ORDERING, [item.text for item in completed]
+    results = [json.loads(item.outputs[0]) for item in completed]
     assert Counter(result["version"] for result in results) == {"1": ORDERING}
     assert state(home, store) == state(Home(finished))
     assert damage(home, store) == []
@@ -174,27 +180,29 @@ def test_the_same_order_by_several_processes_is_one_version_with_the_same_bytes(
 @pytest.mark.parametrize("place", ["one home", "S3"])
 def test_different_orders_at_once_that_are_each_promoted_have_one_version_and_one_entry_each(
     place: str,
-    learned: Forks,
+    warm_forks: Forks,
     root: Path,
     empty: Path,
     draft: Path,
-    ordering: dict[str, str],
+    order_variables: dict[str, str],
     s3_server: S3Server,
     outcomes: Outcomes,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    home, store, variables = _place(place, "orders", root, empty, s3_server, monkeypatch)
-    assert learned.run(["bundle", "pack", str(draft)], variables=variables).code == 0
+    home, store, variables = _prepare(place, "orders", root, empty, s3_server, monkeypatch)
+    assert warm_forks.run(["bundle", "pack", str(draft)], variables=variables).code == 0
     files = [write_order(root / f"order{number}.json", seed=number) for number in range(ORDERING)]
     commands = [("compress", "--order", str(file), "--json") for file in files]
-    ended = race(learned, commands, variables | ordering)
-    assert not any(item.crashed for item in ended), [item.text for item in ended if item.crashed]
-    for command, item in zip(commands, ended, strict=True):
+    completed = race(warm_forks, commands, variables | order_variables)
+    assert not any(item.crashed for item in completed), [
+        item.text for item in completed if item.crashed
+    ]
+    for command, item in zip(commands, completed, strict=True):
         if item.code:
-            # Registered, but another one became champion in the same moment.
+            # Registered, but another version became champion at the same time.
             assert item.code == 2, item.text
             assert "moved on" in item.messages[0], item.text
-            again = learned.run(command, variables=variables | ordering)
+            again = warm_forks.run(command, variables=variables | order_variables)
             assert again.code == 0, again.text
     result = state(home, store)
     orders = {order for _, _, order, _ in result["versions"]}
@@ -204,12 +212,12 @@ def test_different_orders_at_once_that_are_each_promoted_have_one_version_and_on
     assert len(entries) == ORDERING
     assert result["aliases"]["clicks", "champion"] == entries[-1].version
     assert damage(home, store) == []
-    for item in ended:
+    for item in completed:
         outcome = "one version and one entry" if item.code == 0 else "refused, then promoted"
         outcomes(SUITE, f"different orders, {place}", outcome)
 
 
-def _place(
+def _prepare(
     place: str,
     prefix: str,
     root: Path,

@@ -1,4 +1,4 @@
-"""``docs/reliability.md`` states the sizes that the suite has."""
+"""``docs/reliability.md`` states the actual sizes of the fault suite."""
 
 from pathlib import Path
 

@@ -1,13 +1,14 @@
-"""Faults of an S3 store, by a proxy in front of a real S3 server.
+"""Faults of an S3 store, injected by a proxy in front of a real S3 server.
 
-Claim: with any fault in any request, an operation gives the right result, or fails with an error
-that says a retry may help (exit 1); repeated without faults it gives the right result. Nothing
-damaged is ever returned, and one damaged answer is not taken for damage in the store. A conditional
-create happens exactly once, also if its answer is lost.
+Claim: with any fault in any request, an operation returns the correct result, or fails with an
+error that a retry may solve (exit code 1). Repeated without faults, it returns the correct result.
+Damaged content is never returned, and one damaged response is not reported as damage in the store.
+A conditional create is executed exactly once, even if its response is lost.
 
-Enumeration: a run without faults counts the requests of an operation; then one run for each request
-and each kind of fault, once and three times in a row (as often as the client tries). Then faults in
-5 to 30 % of all requests, drawn with fixed seeds, for operations and for whole orders.
+Enumeration: a run without faults counts the requests of an operation. Then there is one run per
+request and kind of fault, with the fault once and three times in a row (the number of tries of the
+client). Then faults occur in 5 to 30 % of all requests, with fixed seeds, for operations and for
+complete orders.
 """
 
 import random
@@ -33,7 +34,7 @@ from infra.store.records import read_record, seal_record
 
 SUITE = "S3"
 ORDER_DIGEST = "0" * 64
-IN_A_ROW = 3  # the client gives up after as many
+IN_A_ROW = 3  # number of tries of the client
 RATES = (0.05, 0.15, 0.3)
 APPENDS = 40
 ARTIFACTS = 25
@@ -46,15 +47,15 @@ Outcomes = Callable[..., None]
 
 @pytest.fixture
 def proxy(s3_server: S3Server, monkeypatch: pytest.MonkeyPatch) -> Iterator[Proxy]:
-    """A proxy without faults, with the environment of this test pointing to it."""
+    """A proxy without faults; the environment of the test uses it as the S3 endpoint."""
     with running_proxy(s3_server.endpoint) as running:
         for name, value in (s3_server.environment | {"AWS_ENDPOINT_URL": running.url}).items():
             monkeypatch.setenv(name, value)
         yield running
 
 
-class Work:
-    """One operation on a store: how it is prepared, done and checked, with a new key each time."""
+class Operation:
+    """One operation on a store: preparation, execution and check, with a new key each time."""
 
     def __init__(self, name: str, folder: Path) -> None:
         self.name, self._folder, self._number = name, folder, 0
@@ -62,7 +63,7 @@ class Work:
         self._draw = random.Random(name)
 
     def prepare(self) -> None:
-        """What the operation needs; without faults."""
+        """Create the inputs of the operation, without faults."""
         self._number += 1
         self.key = f"{secrets.token_hex(8)}/{self._number}"
         self.body = self._draw.randbytes(2000)
@@ -81,8 +82,8 @@ class Work:
             self._ledger = Ledger(self.store, self.key.replace("/", "-"))
             self._ledger.append("1", ORDER_DIGEST, "promote", "me", "before")
 
-    def do(self) -> Any:
-        """The operation itself, with faults."""
+    def run(self) -> Any:
+        """Run the operation, with faults."""
         if self.name.startswith("put "):
             return self.store.put(self._source)
         if self.name == "get an artifact":
@@ -96,14 +97,16 @@ class Work:
         if self.name == "read a record":
             fields, is_verified = read_record(self.store, f"{self.key}/record")
             if not is_verified:
-                raise ArtifactDamaged("manifest_changed", uri=self.key)  # as callers do
+                raise ArtifactDamaged(
+                    "manifest_changed", uri=self.key
+                )  # like the callers of read_record
             return fields
         if self.name == "create a record":
             return self.store.create(self.key, self.body)
         return self._ledger.append("2", ORDER_DIGEST, "promote", "me", "once", expected=1).reason
 
     def expected(self) -> Any:
-        """What the operation returns if nothing fails."""
+        """The result of the operation without faults."""
         return {
             "get an artifact": lambda: contents(self._source),
             "read a record": lambda: {"text": self.body.hex()},
@@ -112,7 +115,7 @@ class Work:
         }.get(self.name, lambda: self.store.put(self._source))()
 
     def check(self) -> None:
-        """What is stored afterwards, read without faults."""
+        """Check the stored content afterwards, without faults."""
         if self.name.startswith("put "):
             into = self._folder / "check"
             self.store.get(self.store.put(self._source), into)
@@ -123,7 +126,7 @@ class Work:
             assert [entry.reason for entry in self._ledger.entries()] == ["before", "once"]
 
 
-WORKS = (
+OPERATIONS = (
     "put an artifact",
     "put a large artifact",
     "get an artifact",
@@ -134,67 +137,67 @@ WORKS = (
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    """The bytes of every file of a flat folder."""
+    """The bytes of all files of a flat folder."""
     return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
 
 
-def outcome_of(work: Work, fault: str, proxy: Proxy) -> str:
-    """Do the work with faults; what happened, in the words of the table.
+def outcome_of(operation: Operation, fault: str, proxy: Proxy) -> str:
+    """Run the operation with faults; return the outcome for the table.
 
     Raises:
-        AssertionError: the result is wrong, or the error is none that may come.
+        AssertionError: the result is wrong, or the error is not an expected one.
     """
     try:
-        result = work.do()
+        result = operation.run()
     except AlreadyThere:
-        # The first create was carried out and its answer lost; the client asked again.
-        assert work.name == "create a record"
+        # The first create was executed and its response lost; the client tried again.
+        assert operation.name == "create a record"
         return "refused as already there"
     except (ArtifactDamaged, RecordRefused):
         assert "flipped" in fault, "only a changed byte is damage"
-        assert fault != "flipped once", "one changed answer is not damage in the store"
+        assert fault != "flipped once", "one changed response is not damage in the store"
         return "refused as damaged"
     except InfraError:
         return "retryable error"
-    proxy.follow()  # what is expected is found without faults
-    assert result == work.expected()
+    proxy.follow()  # compute the expected result without faults
+    assert result == operation.expected()
     return "right result"
 
 
-def finish(proxy: Proxy, work: Work, outcome: str) -> None:
-    """Repeat without faults what failed, and check what is stored."""
+def finish(proxy: Proxy, operation: Operation, outcome: str) -> None:
+    """Repeat a failed operation without faults, and check the stored content."""
     proxy.follow()
     if outcome in {"retryable error", "refused as damaged"}:
         try:
-            assert work.do() == work.expected()
+            assert operation.run() == operation.expected()
         except AlreadyThere:
-            assert work.name in {"create a record", "append to a ledger"}
-    work.check()
+            assert operation.name in {"create a record", "append to a ledger"}
+    operation.check()
 
 
 def check_every_request(
-    proxy: Proxy, work: Work, repeated: int, outcomes: Outcomes, first: int | None = None
+    proxy: Proxy, operation: Operation, repeated: int, outcomes: Outcomes, first: int | None = None
 ) -> None:
-    """Each fault in each request of one operation (or only in request ``first``)."""
-    work.prepare()
+    """Test each fault in each request of one operation, or only in request ``first``."""
+    operation.prepare()
     proxy.follow()
-    work.do()
+    operation.run()
     count = len(proxy.seen)
     assert count > 0
     failed = []
     for number in range(1, count + 1) if first is None else [first]:
         for fault in FAULTS:
             proxy.follow()
-            work.prepare()
+            operation.prepare()
             proxy.follow(at(number, fault, repeated))
             try:
-                outcome = outcome_of(work, f"{fault} once" if repeated == 1 else fault, proxy)
-                finish(proxy, work, outcome)
-            except Exception as wrong:
+                outcome = outcome_of(operation, f"{fault} once" if repeated == 1 else fault, proxy)
+                finish(proxy, operation, outcome)
+            except Exception as error:
                 outcome = "wrong"
-                failed.append(f"{fault} at request {number}: {type(wrong).__name__}: {wrong}")
+                failed.append(f"{fault} at request {number}: {type(error).__name__}: {error}")
             case = "once" if repeated == 1 else f"{repeated} times in a row"
-            outcomes(SUITE, f"{work.name}, {case}", outcome)
+            outcomes(SUITE, f"{operation.name}, {case}", outcome)
     assert not failed, "\n".join(failed)
 
 
@@ -202,17 +205,17 @@ def check_every_request(
 def test_operation_with_a_fault_in_its_first_request_is_right_or_retryable(
     name: str, proxy: Proxy, tmp_path: Path, outcomes: Outcomes
 ) -> None:
-    check_every_request(proxy, Work(name, tmp_path / "work"), 1, outcomes, first=1)
+    check_every_request(proxy, Operation(name, tmp_path / "work"), 1, outcomes, first=1)
 
 
 @pytest.mark.nightly
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize("repeated", [1, IN_A_ROW])
-@pytest.mark.parametrize("name", WORKS)
+@pytest.mark.parametrize("name", OPERATIONS)
 def test_operation_with_any_fault_in_any_request_is_right_or_retryable(
     name: str, repeated: int, proxy: Proxy, tmp_path: Path, outcomes: Outcomes
 ) -> None:
-    check_every_request(proxy, Work(name, tmp_path / "work"), repeated, outcomes)
+    check_every_request(proxy, Operation(name, tmp_path / "work"), repeated, outcomes)
 
 
 @pytest.mark.nightly
@@ -222,18 +225,18 @@ def test_operation_with_any_fault_in_any_request_is_right_or_retryable(
 def test_operation_with_faults_in_a_share_of_all_requests_is_right_or_retryable(
     name: str, rate: float, proxy: Proxy, tmp_path: Path, outcomes: Outcomes
 ) -> None:
-    work = Work(name, tmp_path / "work")
+    operation = Operation(name, tmp_path / "work")
     failed = []
     for seed in range(ARTIFACTS):
         proxy.follow()
-        work.prepare()
+        operation.prepare()
         proxy.follow(often(rate, FAULTS, seed))
         try:
-            outcome = outcome_of(work, "flipped", proxy)
-            finish(proxy, work, outcome)
-        except Exception as wrong:
+            outcome = outcome_of(operation, "flipped", proxy)
+            finish(proxy, operation, outcome)
+        except Exception as error:
             outcome = "wrong"
-            failed.append(f"seed {seed}: {type(wrong).__name__}: {wrong}")
+            failed.append(f"seed {seed}: {type(error).__name__}: {error}")
         outcomes(SUITE, f"{name}, {rate:.0%} of requests", outcome)
     assert not failed, "\n".join(failed)
 
@@ -278,14 +281,14 @@ def test_writers_of_one_ledger_with_lost_answers_each_have_exactly_one_entry_for
 
 
 class OrderOnS3:
-    """A whole order whose store is behind the proxy.
+    """A complete order whose store is accessed through the proxy.
 
     Args:
-        forks: runs the commands.
-        home: for the registry and temporary files.
-        proxy: decides what fails.
-        root: the store.
-        variables: credentials, and Prefect's server.
+        forks: fork server that runs the commands.
+        home: home with the registry and temporary files.
+        proxy: the proxy that injects faults.
+        root: address of the store.
+        variables: environment variables with credentials and the Prefect server.
     """
 
     def __init__(
@@ -296,21 +299,21 @@ class OrderOnS3:
         self.codes: Counter[int] = Counter()
 
     def finish(self, *command: str, rate: float, seed: int) -> None:
-        """Run a command until it exits with 0: with faults, at last without."""
+        """Run a command until it exits with 0: with faults, in the last attempt without."""
         for attempt in range(ATTEMPTS):
             last = attempt == ATTEMPTS - 1
             self._proxy.follow(
                 often(0 if last else rate / (1 + attempt // 3), FAULTS, seed * 100 + attempt)
             )
             variables = self._home.variables | self._variables
-            ended = self._forks.run(command, variables=variables)
-            assert not ended.crashed, f"{command}: {ended.text}"
+            completed = self._forks.run(command, variables=variables)
+            assert not completed.crashed, f"{command}: {completed.text}"
             allowed = {0, 1} if self._proxy.faults else {0}
-            if "damaged" in ended.text:
-                allowed |= {2}  # a flipped byte in an answer is refused as damage
-            assert ended.code in allowed, f"{command}: {ended.code} {ended.text}"
-            self.codes[ended.code] += 1
-            if ended.code == 0:
+            if "damaged" in completed.text:
+                allowed |= {2}  # a flipped byte in a response is reported as damage
+            assert completed.code in allowed, f"{command}: {completed.code} {completed.text}"
+            self.codes[completed.code] += 1
+            if completed.code == 0:
                 return
 
 
@@ -319,13 +322,13 @@ class OrderOnS3:
 @pytest.mark.parametrize("seed", ORDER_SEEDS)
 def test_whole_order_on_a_faulty_store_has_the_bytes_of_an_order_without_faults(
     seed: int,
-    learned: Forks,
+    warm_forks: Forks,
     root: Path,
     empty: Path,
     draft: Path,
     order: Path,
     finished: Path,
-    ordering: dict[str, str],
+    order_variables: dict[str, str],
     proxy: Proxy,
     s3_server: S3Server,
     outcomes: Outcomes,
@@ -334,20 +337,20 @@ def test_whole_order_on_a_faulty_store_has_the_bytes_of_an_order_without_faults(
     home.restore(finished)
     expected = state(home)
     home.restore(empty)
-    variables = ordering | s3_server.environment | {"AWS_ENDPOINT_URL": proxy.url}
+    variables = order_variables | s3_server.environment | {"AWS_ENDPOINT_URL": proxy.url}
     address = f"s3://models/order{seed}"
-    working = OrderOnS3(learned, home, proxy, address, variables)
+    order_on_s3 = OrderOnS3(warm_forks, home, proxy, address, variables)
     rate = (0.02, 0.05, 0.1, 0.15)[ORDER_SEEDS.index(seed)]
-    working.finish("bundle", "pack", str(draft), rate=rate, seed=seed)
-    working.finish("compress", "--order", str(order), rate=rate, seed=seed)
+    order_on_s3.finish("bundle", "pack", str(draft), rate=rate, seed=seed)
+    order_on_s3.finish("compress", "--order", str(order), rate=rate, seed=seed)
     into = root / f"fetched{seed}"
-    working.finish("registry", "fetch", "clicks", "--into", str(into), rate=rate, seed=seed)
+    order_on_s3.finish("registry", "fetch", "clicks", "--into", str(into), rate=rate, seed=seed)
     proxy.follow()
     result = state(home, Store(address))
     assert result == expected
-    for code, number in working.codes.items():
-        words = {0: "finished", 1: "retryable error", 2: "refused as damaged"}
-        outcomes(SUITE, f"whole order, {rate:.0%} of requests", words[code], number)
+    for code, number in order_on_s3.codes.items():
+        names = {0: "finished", 1: "retryable error", 2: "refused as damaged"}
+        outcomes(SUITE, f"whole order, {rate:.0%} of requests", names[code], number)
 
 
 @pytest.mark.nightly
@@ -369,23 +372,27 @@ def test_pack_with_a_fault_in_any_request_is_right_or_exits_with_code_1(
     command = ["bundle", "pack", str(draft), "--json"]
 
     def packed(number: int) -> Any:
-        place = {"RECPRESS_STORE": f"s3://models/pack-{fault}/{number}"}
-        return forks.run(command, variables=variables | place)
+        store_variable = {"RECPRESS_STORE": f"s3://models/pack-{fault}/{number}"}
+        return forks.run(command, variables=variables | store_variable)
 
     proxy.follow()
-    whole = packed(0)
-    assert whole.code == 0, whole.text
+    reference = packed(0)
+    assert reference.code == 0, reference.text
     failed = []
     for number in range(1, len(proxy.seen) + 1):
         proxy.follow(at(number, fault, IN_A_ROW))
-        ended = packed(number)
+        completed = packed(number)
         proxy.follow()
         again = packed(number)
-        right = again.code == 0 and again.outputs == whole.outputs and not ended.crashed
-        allowed = {0, 1, 2} if fault == "flipped" and "damaged" in ended.text else {0, 1}
-        outcome = {0: "right result", 1: "retryable error"}.get(ended.code, "refused as damaged")
-        if not right or ended.code not in allowed:
+        is_right = again.code == 0 and again.outputs == reference.outputs and not completed.crashed
+        allowed = {0, 1, 2} if fault == "flipped" and "damaged" in completed.text else {0, 1}
+        outcome = {0: "right result", 1: "retryable error"}.get(
+            completed.code, "refused as damaged"
+        )
+        if not is_right or completed.code not in allowed:
             outcome = "wrong"
-            failed.append(f"request {number}: {ended.code} {ended.text[-400:]} {again.text[-400:]}")
+            failed.append(
+                f"request {number}: {completed.code} {completed.text[-400:]} {again.text[-400:]}"
+            )
         outcomes(SUITE, f"pack, {fault}", outcome)
     assert not failed, "\n".join(failed)
