@@ -87,7 +87,7 @@ class Recipe:
     grace: int = 0
 
 
-RECIPES: dict[Name, Recipe] = {  # chosen on validation rows
+RECIPES: dict[Name, Recipe] = {  # selected by validation AUC
     "frappe": Recipe(table_l2=0.05, dropout=0.5, batch_norm=True, learning_rate=1e-3),
     "movielens-tag": Recipe(
         table_l2=0.1, dropout=0.3, batch_norm=False, learning_rate=2e-3, grace=10
@@ -243,8 +243,8 @@ def predict(module: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
     module.eval()
     count = len(next(iter(inputs.values())))
     parts = [
-        module(**{name: ids[begin : begin + SCORING_ROWS] for name, ids in inputs.items()})
-        for begin in range(0, count, SCORING_ROWS)
+        module(**{name: ids[start : start + SCORING_ROWS] for name, ids in inputs.items()})
+        for start in range(0, count, SCORING_ROWS)
     ]
     return torch.cat(parts)
 

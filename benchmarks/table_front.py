@@ -81,13 +81,13 @@ TINY = {
 }
 
 
-def _frappe(item: int, user: dict[str, Any], place: int) -> list[dict[str, Any]]:
+def _frappe(item: int, user: dict[str, Any], location: int) -> list[dict[str, Any]]:
     """Additive codes for Frappe's large fields; 2 bits per weight for fields with few rows."""
     return [
         TINY,
         _additive(item, ("tables.item",)),
         user,
-        _additive(place, ("tables.country", "tables.city")),
+        _additive(location, ("tables.country", "tables.city")),
     ]
 
 

@@ -93,7 +93,7 @@ TINY = {
 }
 
 
-def codes(item: int, user: int, place: int = 2) -> Steps:
+def codes(item: int, user: int, location: int = 2) -> Steps:
     """4-bit codes for large fields, as many per row as given; 2 bits per weight for tiny fields."""
     return [
         TINY,
@@ -102,7 +102,7 @@ def codes(item: int, user: int, place: int = 2) -> Steps:
             for count, names in (
                 (item, ("tables.item",)),
                 (user, ("tables.user",)),
-                (place, ("tables.country", "tables.city")),
+                (location, ("tables.country", "tables.city")),
             )
         ),
     ]

@@ -62,7 +62,7 @@ class DCNv2(nn.Module):
             }
         )
         for weight in (*self.tables.parameters(), *self.bags.parameters()):
-            # Small enough that the first scores are near the click rate, whatever the ids.
+            # Small enough that the first scores are near the click rate, for any ids.
             nn.init.normal_(weight, std=0.01)
 
         width = (len(self.tables) + len(self.bags)) * dim + dense

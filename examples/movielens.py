@@ -399,7 +399,7 @@ def write_draft(folder: Path, recipe: Training, log: Callable[[str], None]) -> d
 
     best = max(epochs, key=lambda epoch: epoch["validation_auc"])
     log(
-        f"kept epoch {best['epoch']}: validation AUC {best['validation_auc']:.4f}, "
+        f"best epoch {best['epoch']}: validation AUC {best['validation_auc']:.4f}, "
         f"{sum(weight.numel() for weight in weights.values())} weights, "
         f"{seconds:.0f} s of training"
     )

@@ -79,29 +79,29 @@ def safetensors_header(folder: Path) -> Parser:
     """The header of a weights file."""
     draft = drafts.write_draft(folder / "draft", rows=ROWS)
     file = draft / "model.safetensors"
-    whole = file.read_bytes()
-    end = 8 + int.from_bytes(whole[:8], "little")
+    content = file.read_bytes()
+    end = 8 + int.from_bytes(content[:8], "little")
 
     def parse(body: bytes) -> object:
-        file.write_bytes(len(body).to_bytes(8, "little") + body + whole[end:])
+        file.write_bytes(len(body).to_bytes(8, "little") + body + content[end:])
         return stored_tensors(draft)
 
-    return Parser((whole[8:end].rstrip(),), parse)
+    return Parser((content[8:end].rstrip(),), parse)
 
 
 def safetensors_file(folder: Path) -> Parser:
-    """A whole weights file, with its length field."""
+    """A complete weights file, including its length field."""
     draft = drafts.write_draft(folder / "draft", rows=ROWS)
     file = draft / "model.safetensors"
     tensors = {"a.weight": torch.arange(6.0).reshape(2, 3), "b": torch.zeros(2, dtype=torch.int8)}
     save_file(tensors, file)
-    whole = file.read_bytes()
+    content = file.read_bytes()
 
     def parse(body: bytes) -> object:
         file.write_bytes(body)
         return stored_tensors(draft)
 
-    return Parser((whole,), parse, is_json=False)
+    return Parser((content,), parse, is_json=False)
 
 
 def parquet_file(folder: Path) -> Parser:

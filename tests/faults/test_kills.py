@@ -47,7 +47,7 @@ QUICK = (
     Scenario("registry rollback", ("registry", "rollback", "m", "--from", "2"), "promoted"),
     Scenario("registry restore", ("registry", "restore"), "lost_registry"),
 )
-FIRST_USE = Scenario("first use of the registry", ("registry", "list"), "nothing", 8)
+FIRST_USE = Scenario("first use of the registry", ("registry", "list"), "unused_home", 8)
 ORDER = Scenario("compress", ("compress", "--order", "{order}"), "packed")
 
 
@@ -157,10 +157,10 @@ def lost_registry(root: Path, promoted: Path, empty: Path) -> Path:
 
 
 @pytest.fixture(scope="session")
-def nothing(root: Path) -> Path:
+def unused_home(root: Path) -> Path:
     """A snapshot of an empty home."""
-    (root / "nothing").mkdir()
-    return root / "nothing"
+    (root / "unused").mkdir()
+    return root / "unused"
 
 
 @pytest.fixture
@@ -189,8 +189,8 @@ def test_command_that_is_killed_at_a_few_points_and_run_again_gives_the_same_res
     outcomes: Callable[..., None],
 ) -> None:
     prepared = killing(scenario)
-    chosen = random.Random(SEED).sample(range(1, len(prepared.points) + 1), SAMPLE)
-    check(prepared, scenario, [({"at": at},) for at in sorted(chosen)], outcomes)
+    points = random.Random(SEED).sample(range(1, len(prepared.points) + 1), SAMPLE)
+    check(prepared, scenario, [({"at": at},) for at in sorted(points)], outcomes)
 
 
 @pytest.mark.nightly

@@ -149,9 +149,9 @@ def test_restore_of_a_lost_registry_by_several_processes_registers_each_order_on
 
 @pytest.mark.nightly
 @pytest.mark.timeout(3600)
-@pytest.mark.parametrize("place", ["one home", "S3"])
+@pytest.mark.parametrize("location", ["one home", "S3"])
 def test_the_same_order_by_several_processes_is_one_version_with_the_same_bytes(
-    place: str,
+    location: str,
     warm_forks: Forks,
     root: Path,
     empty: Path,
@@ -163,7 +163,7 @@ def test_the_same_order_by_several_processes_is_one_version_with_the_same_bytes(
     outcomes: Outcomes,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    home, store, variables = _prepare(place, "same-order", root, empty, s3_server, monkeypatch)
+    home, store, variables = _prepare(location, "same-order", root, empty, s3_server, monkeypatch)
     assert warm_forks.run(["bundle", "pack", str(draft)], variables=variables).code == 0
     command = ("compress", "--order", str(order), "--json")
     completed = race(warm_forks, [command] * ORDERING, variables | order_variables)
@@ -172,14 +172,14 @@ def test_the_same_order_by_several_processes_is_one_version_with_the_same_bytes(
     assert Counter(result["version"] for result in results) == {"1": ORDERING}
     assert state(home, store) == state(Home(finished))
     assert damage(home, store) == []
-    outcomes(SUITE, f"one order, {place}", "one version, same bytes", ORDERING)
+    outcomes(SUITE, f"one order, {location}", "one version, same bytes", ORDERING)
 
 
 @pytest.mark.nightly
 @pytest.mark.timeout(3600)
-@pytest.mark.parametrize("place", ["one home", "S3"])
+@pytest.mark.parametrize("location", ["one home", "S3"])
 def test_different_orders_at_once_that_are_each_promoted_have_one_version_and_one_entry_each(
-    place: str,
+    location: str,
     warm_forks: Forks,
     root: Path,
     empty: Path,
@@ -189,7 +189,7 @@ def test_different_orders_at_once_that_are_each_promoted_have_one_version_and_on
     outcomes: Outcomes,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    home, store, variables = _prepare(place, "orders", root, empty, s3_server, monkeypatch)
+    home, store, variables = _prepare(location, "orders", root, empty, s3_server, monkeypatch)
     assert warm_forks.run(["bundle", "pack", str(draft)], variables=variables).code == 0
     files = [write_order(root / f"order{number}.json", seed=number) for number in range(ORDERING)]
     commands = [("compress", "--order", str(file), "--json") for file in files]
@@ -214,11 +214,11 @@ def test_different_orders_at_once_that_are_each_promoted_have_one_version_and_on
     assert damage(home, store) == []
     for item in completed:
         outcome = "one version and one entry" if item.code == 0 else "refused, then promoted"
-        outcomes(SUITE, f"different orders, {place}", outcome)
+        outcomes(SUITE, f"different orders, {location}", outcome)
 
 
 def _prepare(
-    place: str,
+    location: str,
     prefix: str,
     root: Path,
     empty: Path,
@@ -227,7 +227,7 @@ def _prepare(
 ) -> tuple[Home, Store, dict[str, str]]:
     home = Home(root / "home")
     home.restore(empty)
-    if place == "one home":
+    if location == "one home":
         return home, Store(str(home.store)), home.variables
     for name, value in s3_server.environment.items():
         monkeypatch.setenv(name, value)

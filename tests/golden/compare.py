@@ -67,20 +67,20 @@ def of_case(entries: Entries, case: Case, skipped_targets: Iterable[str] = ()) -
     }
 
 
-def differences(expected: Entries, found: Entries, *, exact: bool, trains: bool) -> list[str]:
+def differences(expected: Entries, actual: Entries, *, exact: bool, trains: bool) -> list[str]:
     """One line for each entry that differs; empty if none does.
 
     If stored tensors differ after a step, the first line names the first such step.
 
     Args:
         expected: entries of the record.
-        found: entries of the current code.
+        actual: entries of the current code.
         exact: whether the machine is equal to the one that wrote the record.
         trains: whether the case has a step that trains.
     """
     lines, step = [], ""
-    for key in sorted(expected.keys() | found.keys()):
-        first, second = expected.get(key), found.get(key)
+    for key in sorted(expected.keys() | actual.keys()):
+        first, second = expected.get(key), actual.get(key)
         if first == second or (first and second and _allowed(key, first, second, exact, trains)):
             continue
         if first and second and key.endswith(ALL):
@@ -97,18 +97,18 @@ def differences(expected: Entries, found: Entries, *, exact: bool, trains: bool)
     return [step, *lines] if step else lines
 
 
-def _allowed(key: str, expected: str, found: str, exact: bool, trains: bool) -> bool:
+def _allowed(key: str, expected: str, actual: str, exact: bool, trains: bool) -> bool:
     if exact:
         return False
     if key.endswith(ALL):  # every tensor of the last step has an entry with statistics
         return True
-    if trains and is_scalar(expected) and is_scalar(found):
-        return kind_of(expected) == kind_of(found)
-    return is_near(expected, found, NEAR_TRAINED if trains else NEAR)
+    if trains and is_scalar(expected) and is_scalar(actual):
+        return kind_of(expected) == kind_of(actual)
+    return is_near(expected, actual, NEAR_TRAINED if trains else NEAR)
 
 
-def _counts_that_differ(expected: str, found: str) -> str:
-    pairs = [dict(item.rsplit(":", 1) for item in text.split()) for text in (expected, found)]
+def _counts_that_differ(expected: str, actual: str) -> str:
+    pairs = [dict(item.rsplit(":", 1) for item in text.split()) for text in (expected, actual)]
     names = sorted(name for name in pairs[0] | pairs[1] if pairs[0].get(name) != pairs[1].get(name))
     return "; ".join(
         f"{name} recorded {pairs[0].get(name, 0)}, got {pairs[1].get(name, 0)}" for name in names

@@ -76,11 +76,11 @@ def line_of_tensor(tensor: torch.Tensor) -> str:
     return line_of(kind, content, tuple(contiguous.shape), contiguous.to(torch.float64).numpy())
 
 
-def is_near(expected: str, found: str, tolerance: float) -> bool:
+def is_near(expected: str, actual: str, tolerance: float) -> bool:
     """Whether dtypes and shapes are equal and statistics are within ``tolerance`` of the RMS."""
-    first, second = LINE.fullmatch(expected), LINE.fullmatch(found)
+    first, second = LINE.fullmatch(expected), LINE.fullmatch(actual)
     if first is None or second is None:
-        return _scalars_near(expected, found, tolerance)
+        return _scalars_near(expected, actual, tolerance)
     if first["type"] != second["type"]:
         return False
     allowed = tolerance * max(float(first["rms"]), 1e-12)
@@ -97,8 +97,8 @@ def is_scalar(line: str) -> bool:
     return line.startswith(("float", "bfloat")) and " = " in line
 
 
-def _scalars_near(expected: str, found: str, tolerance: float) -> bool:
-    if not is_scalar(expected) or kind_of(expected) != kind_of(found):
-        return expected == found
-    first, second = (float(line.partition(" = ")[2]) for line in (expected, found))
+def _scalars_near(expected: str, actual: str, tolerance: float) -> bool:
+    if not is_scalar(expected) or kind_of(expected) != kind_of(actual):
+        return expected == actual
+    first, second = (float(line.partition(" = ")[2]) for line in (expected, actual))
     return math.isclose(first, second, rel_tol=tolerance, abs_tol=1e-12)

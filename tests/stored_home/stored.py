@@ -87,12 +87,12 @@ def artifact(sha256: str) -> Artifact:
 
 
 def require_equal(
-    found: NDArray[np.float32], expected: NDArray[np.float32], fixture: Fixture, bundle: str | None
+    actual: NDArray[np.float32], expected: NDArray[np.float32], fixture: Fixture, bundle: str | None
 ) -> None:
     """Require equal scores in the stored environment, and scores within rounding in others.
 
     Args:
-        found: scores of the current code.
+        actual: scores of the current code.
         expected: stored scores.
         fixture: the fixture; its environment is compared with the current one.
         bundle: SHA-256 of the bundle whose plan sets the tolerance; None for an original model.
@@ -104,12 +104,12 @@ def require_equal(
     plan = None if bundle is None else read(local(artifact(bundle))).plan
     formats = {line.format for line in plan.lines} if plan is not None else set()
     if environment() == fixture.expected["environment"]:
-        np.testing.assert_array_equal(found, expected)
+        np.testing.assert_array_equal(actual, expected)
     elif formats & ROUNDS_INPUTS:
-        compare(expected, found, plan, "onnxruntime")
+        compare(expected, actual, plan, "onnxruntime")
     else:
         spread = float(np.nanstd(expected))
-        np.testing.assert_allclose(found, expected, rtol=0, atol=ROUNDING * spread)
+        np.testing.assert_allclose(actual, expected, rtol=0, atol=ROUNDING * spread)
 
 
 def bundle_of(graph: str, expected: dict[str, Any]) -> str | None:
