@@ -9,7 +9,7 @@ DCN-v2 (``examples/dcnv2.py``), dim 10, three cross layers parallel to a 400-400
   available rows are split 7:1:2 in the order that ``numpy.random.default_rng(0)`` draws. Published
   numbers refer to a data set ten times as large.
 
-Two things make these baselines as good as published ones: an L2 penalty on *whole* tables in every
+Two settings determine the quality of these baselines: the L2 penalty on *whole* tables in every
 step (half the coefficient times the squared norm), and early stopping on validation rows. Without
 them the same networks stay at 0.978 and 0.893, and any change of their tables looks like a gain.
 Only reports use test rows.

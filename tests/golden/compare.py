@@ -14,7 +14,7 @@ RECORD = Path(__file__).with_name("record.json")
 SAME = "same as"
 ALL = " | all tensors"
 # Tolerance relative to a tensor's root mean square, on a machine that differs from the record's.
-# Float sums in another order change float32 values by about 10^-6, and a code by at most one level.
+# Float sums in another order change float32 values by parts in 10^6 and codes by at most one level.
 NEAR = 1e-3
 # Training amplifies such differences. With torch, MKL and numba limited to AVX2, statistics of
 # trained networks differed by up to 0.21, and biases of one element by up to a factor of 2. Those
