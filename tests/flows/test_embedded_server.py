@@ -31,9 +31,9 @@ from processes import LOOPBACK, arguments, environment_of, listening, tree
 from test_doctor import serving
 from web_attacks import require_no_answer_without_the_secret, send
 
-from flows import embedded_server
 from flows.cli import errors as cli_errors
 from flows.cli.console import EMBEDDED
+from flows.server import embedded_server
 from flows.server.embedded_server import (
     CPU_SECONDS,
     EmbeddedServer,
