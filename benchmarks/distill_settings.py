@@ -49,9 +49,9 @@ def main() -> None:
     logging.getLogger("compressors.distill.training.trainer").setLevel(logging.WARNING)
     bundle_ref = find(BUNDLE)
     bundle, loaded = bundle_ref.artifact, load_bundle(bundle_ref.artifact)
-    parts = {part: prepare.fn(bundle, part, "benchmark") for part in ("train", "validation")}
+    parts = {part: prepare.fn(bundle, part) for part in ("train", "validation")}
     rows = bundle_ref.rows
-    soft = score.fn(bundle, parts["train"], rows["train"], "benchmark")
+    soft = score.fn(bundle, parts["train"], rows["train"])
     splits = {part: split_of(prepared, rows[part]) for part, prepared in parts.items()}
     splits["soft_labels"] = split_of(soft, rows["train"])
     bench = bench_of(loaded.manifest, splits, bundle, 0)

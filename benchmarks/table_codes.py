@@ -89,10 +89,8 @@ def main() -> None:
     logging.getLogger("compressors").setLevel(logging.WARNING)
     bundle_ref = find(BUNDLE)
     bundle, loaded = bundle_ref.artifact, load_bundle(bundle_ref.artifact)
-    prepared = {
-        part: prepare.fn(bundle, part, "benchmark") for part in ("train", "validation", "test")
-    }
-    soft = score.fn(bundle, prepared["train"], bundle_ref.rows["train"], "benchmark")
+    prepared = {part: prepare.fn(bundle, part) for part in ("train", "validation", "test")}
+    soft = score.fn(bundle, prepared["train"], bundle_ref.rows["train"])
     splits: dict[str, Split] = {
         part: split_of(artifact, bundle_ref.rows[part]) for part, artifact in prepared.items()
     }

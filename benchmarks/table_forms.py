@@ -122,9 +122,9 @@ def main() -> None:
     bundle_ref = find(sys.argv[1] if len(sys.argv) > 1 else BUNDLE)
     loaded = load_bundle(bundle_ref.artifact)
     rows = bundle_ref.rows
-    parts = {part: prepare.fn(bundle_ref.artifact, part, "benchmark") for part in PARTS}
+    parts = {part: prepare.fn(bundle_ref.artifact, part) for part in PARTS}
     splits = {part: split_of(prepared, rows[part]) for part, prepared in parts.items()}
-    soft = score.fn(bundle_ref.artifact, parts["train"], rows["train"], "benchmark")
+    soft = score.fn(bundle_ref.artifact, parts["train"], rows["train"])
     splits["soft_labels"] = split_of(soft, rows["train"])
     bench = bench_of(loaded.manifest, splits, bundle_ref.artifact, 0)
     source = loaded.model

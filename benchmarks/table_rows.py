@@ -83,7 +83,7 @@ def main() -> None:
     bundle_ref = find(BUNDLE)
     loaded = load_bundle(bundle_ref.artifact)
     splits = {
-        part: split_of(prepare.fn(bundle_ref.artifact, part, "benchmark"), bundle_ref.rows[part])
+        part: split_of(prepare.fn(bundle_ref.artifact, part), bundle_ref.rows[part])
         for part in ("train", "validation")
     }
     bench = bench_of(loaded.manifest, splits, bundle_ref.artifact, 0)

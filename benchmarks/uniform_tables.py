@@ -91,7 +91,7 @@ def main() -> None:
     torch.set_num_threads(1)
     bundle_ref = find(BUNDLE)
     loaded = load_bundle(bundle_ref.artifact)
-    prepared = prepare.fn(bundle_ref.artifact, "validation", "benchmark")
+    prepared = prepare.fn(bundle_ref.artifact, "validation")
     splits = {"validation": split_of(prepared, bundle_ref.rows["validation"])}
     bench = bench_of(loaded.manifest, splits, bundle_ref.artifact, 0)
     large = torch.randn(LARGE, generator=torch.Generator().manual_seed(0))

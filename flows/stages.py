@@ -158,7 +158,7 @@ def measure_result(
             ranking=data.ranking,
             seed=run.order.seed,
         )
-    run.progress.stage("measure the stages")
+    run.progress.stage("evaluate the stages")
     return MeasuredResult(served, measure_recipe_stages(run, compressed, data.test, data.ranking))
 
 

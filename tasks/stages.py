@@ -20,7 +20,7 @@ from tasks.orchestration.workspace import local, store
 READING_ROWS = 65_536
 
 
-@task(task_run_name="measure the stages", **KEPT)
+@task(task_run_name="evaluate the stages", **KEPT)
 def measure_stages(
     scored: tuple[Scored, ...],
     metric: str,

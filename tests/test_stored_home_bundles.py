@@ -137,10 +137,10 @@ def test_a_stored_bundle_is_lowered_to_a_graph_with_the_stored_scores(
     expected = fixture.expected["recipes"][recipe]
     subject = find(expected["model"])
     split = subject.calibration()
-    probe = prepare.fn(subject.artifact, split, "code")
+    probe = prepare.fn(subject.artifact, split)
     rows = subject.rows[split]
     bundle = artifact(expected["bundle"])
-    lowered = local(lower_model.fn(bundle, "onnxruntime", probe, rows, 65_536, "code"))
+    lowered = local(lower_model.fn(bundle, "onnxruntime", probe, rows, 65_536))
     inputs = fixture.inputs(expected["model"])
     for graph in lowering_of(lowered).graphs:
         names = tuple(item.name for item in graph.inputs)

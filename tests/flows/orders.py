@@ -148,7 +148,7 @@ def carry_out_in_prefect(order: Order) -> Ran:
         found = client.read_task_runs(flow_run_filter=asked, limit=200)
         late = time.monotonic() + PATIENCE
         # The server hears of a task run's end by an event, which may come after the flow's own.
-        while time.monotonic() < late and any(not _ended(task) for task in found):
+        while time.monotonic() < late and any(not has_ended(task) for task in found):
             time.sleep(0.2)
             found = client.read_task_runs(flow_run_filter=asked, limit=200)
     assert held is not None
@@ -160,7 +160,7 @@ def carry_out_in_prefect(order: Order) -> Ran:
     )
 
 
-def _ended(task: TaskRun) -> bool:
+def has_ended(task: TaskRun) -> bool:
     return task.state is not None and task.state.is_final()
 
 

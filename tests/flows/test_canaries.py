@@ -67,7 +67,7 @@ def assert_nowhere(folders: list[Path], texts: dict[str, str]) -> None:
 
 
 @task(**{**KEPT, "retries": 1, "retry_delay_seconds": 0})
-def failing(code: str) -> int:
+def failing() -> int:
     """Fail as a library whose message repeats its configuration; retried, so logged twice."""
     token = PLANTED.in_address("AWS_SESSION_TOKEN")
     try:

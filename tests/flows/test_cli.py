@@ -425,7 +425,7 @@ def test_registry_command_line_and_prefect_say_where_the_reports_page_lies(
 
 
 def test_a_report_that_is_published_again_is_the_same_artifact(world: World) -> None:
-    again = publish.fn(world.first.finished.report, "other code")
+    again = publish.fn(world.first.finished.report)
     assert again == world.first.finished
 
 

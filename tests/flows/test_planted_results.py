@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from drafts import write_draft
 from error_codes import raises_code
-from orders import surroundings
+from orders import PATIENCE, has_ended, surroundings
 from prefect import flow
 from prefect.client.orchestration import get_client
 from prefect.filesystems import LocalFileSystem
@@ -50,15 +50,19 @@ def two_tasks(bundle: Artifact, code: str) -> tuple[Artifact, Verdict]:
 
 
 def task_runs() -> list[tuple[str, str]]:
-    """Task and state of every task run of the newest flow run."""
-    with get_client(sync_client=True) as client:
-        found = client.read_task_runs(limit=200)
-    newest = max(found, key=lambda run: run.created or 0)
-    return sorted(
-        (run.name.split("-")[0], run.state_name or "")
-        for run in found
-        if run.flow_run_id == newest.flow_run_id
-    )
+    """Task and state of every task run of the newest flow run.
+
+    The server receives the end of a task run as an event, which may come after the flow's own.
+    """
+    late = time.monotonic() + PATIENCE
+    while True:
+        with get_client(sync_client=True) as client:
+            found = client.read_task_runs(limit=200)
+        newest = max(found, key=lambda run: run.created or 0)
+        runs = [run for run in found if run.flow_run_id == newest.flow_run_id]
+        if all(has_ended(run) for run in runs) or time.monotonic() > late:
+            return sorted((run.name.split("-")[0], run.state_name or "") for run in runs)
+        time.sleep(0.2)
 
 
 # --- what is planted -------------------------------------------------------------------------

@@ -108,10 +108,10 @@ def test_soft_labels_are_the_mean_of_logits(ran: tuple[Path, Ran]) -> None:
     from tasks.score import average, score
 
     bundles = [resolve(name) for name in ("clicks", *ORDER.teachers)]
-    rows = prepare.fn(bundles[0], "traffic", "test")
-    scores = tuple(score.fn(bundle, rows, ROWS["traffic"], "test") for bundle in bundles)
+    rows = prepare.fn(bundles[0], "traffic")
+    scores = tuple(score.fn(bundle, rows, ROWS["traffic"]) for bundle in bundles)
     held = [load_file(local(item) / "data.safetensors")["score"] for item in scores]
-    found = load_file(local(average.fn(scores, "logit", "test")) / "data.safetensors")["score"]
+    found = load_file(local(average.fn(scores, "logit")) / "data.safetensors")["score"]
     torch.testing.assert_close(found, torch.stack(held).mean(dim=0))
     assert float((held[0] - held[1]).abs().mean()) > 0.1  # they do not say the same
 

@@ -43,7 +43,7 @@ def work(home: Path, monkeypatch: pytest.MonkeyPatch) -> Work:
     # It ends with its last epoch, whatever that is worth; the penalty is next to nothing.
     step = L1Training(training=HOW, soft_share=0, penalty_strength=1e-9)
     splits: dict[Any, Any] = {
-        part: split_of(prepare.fn(bundle, part, "test"), ROWS[part]) for part in needs(step)
+        part: split_of(prepare.fn(bundle, part), ROWS[part]) for part in needs(step)
     }
     bench = bench_of(manifest, splits, bundle, seed=3)
     return Work(source=bundle, original=bundle, step=step, bench=bench)

@@ -121,10 +121,10 @@ def test_the_task_gives_an_artifact_whatever_the_step(source: Path, tmp_path: Pa
     folder.mkdir()
     source.rename(folder / "model.safetensors")
     stored = store().put(folder)
-    done = quantize_tables.fn(stored, STEP, "code")
+    done = quantize_tables.fn(stored, STEP)
     assert done == quantize_artifact(stored, STEP)
     with raises_code(CommandRefused, "method_needs_model", method="float16"):
-        quantize_tables.fn(stored, Float16(), "code")
+        quantize_tables.fn(stored, Float16())
 
 
 def test_a_killed_run_goes_on_where_it_was_and_ends_with_the_same_bytes(
