@@ -15,6 +15,7 @@ from s3_server import S3Server, running_server
 
 from infra.telemetry import disable_telemetry
 
+gc.disable()  # until all is imported: nothing of it can be freed
 PLACES = {"RECPRESS_STORE", "RECPRESS_TRITON", "MLFLOW_TRACKING_URI"}
 
 disable_telemetry()
@@ -50,6 +51,7 @@ def pytest_collection_finish() -> None:
     """What is imported and collected lives to the end: the garbage collector need not look."""
     gc.collect()
     gc.freeze()
+    gc.enable()
     gc.set_threshold(50_000, 20, 50)
 
 
