@@ -1,7 +1,7 @@
-"""Prepared data as batches of model inputs.
+"""Read prepared data as batches of model inputs, and generate example inputs.
 
 A prepared split is a folder with one ``data.safetensors``: a tensor per input under the input's
-name, ``@label``, and where the signature names them ``@group`` and ``@time``. A jagged bag is its
+name, ``@label``, and ``@group`` and ``@time`` if the signature names them. A jagged bag is its
 values plus ``@bounds/<name>``, int64 ``(rows + 1,)``.
 """
 
@@ -25,12 +25,12 @@ from compressors.contracts import (
 )
 
 SHOWN = 8
-"""How many values of a list a message shows."""
+"""Most values of one list that a message shows."""
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Some consecutive rows: keyword arguments of the model's forward, and their labels."""
+    """A batch of rows: keyword arguments of the model's forward, labels and groups."""
 
     inputs: dict[str, Tensor]
     label: Tensor
@@ -40,9 +40,9 @@ class Batch:
 def batches(
     split: Split, signature: Signature, size: int, limit: int | None = None
 ) -> Iterator[Batch]:
-    """Batches of up to ``size`` rows in stored order, of the first ``limit`` rows.
+    """Yield batches of up to ``size`` rows in stored order, from the first ``limit`` rows.
 
-    Reads only what it yields: the file is memory-mapped and sliced.
+    Reads only the rows it yields: the file is memory-mapped and sliced.
     """
     rows = split.rows if limit is None else min(limit, split.rows)
     with safe_open(Path(split.path) / "data.safetensors", framework="pt") as file:
@@ -67,9 +67,9 @@ def batches(
 
 
 class Rows:
-    """A prepared split from which any rows can be taken, in any order.
+    """A prepared split with random access to its rows.
 
-    The file is memory-mapped, so only what is taken is read. ``label`` is float ``(rows,)``,
+    The file is memory-mapped, so only the rows of a batch are read. ``label`` is float ``(rows,)``,
     ``group`` int ``(rows,)`` or None.
     """
 
@@ -84,11 +84,11 @@ class Rows:
         return len(self.label)
 
     def in_order(self, rows: Tensor) -> Tensor:
-        """The same numbers as ``take`` wants them: any order will do."""
+        """Return the row numbers in the order that ``take`` needs; here any order is allowed."""
         return rows
 
     def take(self, rows: Tensor) -> Batch:
-        """Some rows, by number: int64 ``(batch,)``."""
+        """Return the rows with these numbers, int64 ``(batch,)``, as a batch."""
         inputs: dict[str, Tensor] = {}
         for item in self.signature.inputs:
             values = self._tensors[item.name]
@@ -98,17 +98,17 @@ class Rows:
             bounds = self._tensors[f"@bounds/{item.name}"]
             begin, length = bounds[rows], bounds[rows + 1] - bounds[rows]  # (batch,)
             edges = torch.cat([length.new_zeros(1), length.cumsum(0)])  # (batch + 1,)
-            # Where each id of each row lies: its place in the batch, moved to its row's begin.
-            moved = torch.repeat_interleave(begin - edges[:-1], length)  # (all ids,)
-            inputs.update(jagged(item, values[torch.arange(int(edges[-1])) + moved], edges))
+            # Shift from an id's position in the batch to its position in the file.
+            shift = torch.repeat_interleave(begin - edges[:-1], length)  # (all ids,)
+            inputs.update(jagged(item, values[torch.arange(int(edges[-1])) + shift], edges))
         return Batch(inputs, self.label[rows], None if self.group is None else self.group[rows])
 
 
 class JoinedRows:
-    """Labelled rows, and rows of logged traffic behind them, as one.
+    """Labelled rows followed by rows of logged traffic, as one set of rows.
 
-    A row of traffic has the label NaN, and its groups are others than those of labelled rows,
-    whatever their numbers in the files. Nothing is copied but labels and groups.
+    A row of traffic has the label NaN. Groups are renumbered so that traffic and labelled rows
+    share none. Only labels and groups are copied.
     """
 
     def __init__(self, labelled: Rows | None, traffic: Rows) -> None:
@@ -128,53 +128,59 @@ class JoinedRows:
         return len(self.label)
 
     def take(self, rows: Tensor) -> Batch:
-        """Some rows, by number: int64 ``(batch,)``, labelled ones before traffic."""
-        held = [rows[rows < self._edge], rows[rows >= self._edge] - self._edge]
-        taken = [
-            part.take(mine)
-            for part, mine in zip(self._parts, held[-len(self._parts) :], strict=True)
-            if len(mine)
+        """Return the rows with these numbers, int64 ``(batch,)``, labelled ones before traffic."""
+        by_part = [rows[rows < self._edge], rows[rows >= self._edge] - self._edge]
+        batches_by_part = [
+            part.take(part_rows)
+            for part, part_rows in zip(self._parts, by_part[-len(self._parts) :], strict=True)
+            if len(part_rows)
         ]
         group = None if self.group is None else self.group[rows]
         signature = self._parts[0].signature
-        return Batch(joined([part.inputs for part in taken], signature), self.label[rows], group)
+        return Batch(
+            joined([part.inputs for part in batches_by_part], signature), self.label[rows], group
+        )
 
     def in_order(self, rows: Tensor) -> Tensor:
-        """The same numbers as ``take`` wants them."""
+        """Return the row numbers in the order that ``take`` needs: labelled rows before traffic."""
         return torch.cat([rows[rows < self._edge], rows[rows >= self._edge]])
 
 
 def joined(parts: Sequence[dict[str, Tensor]], signature: Signature) -> dict[str, Tensor]:
-    """Inputs of the rows of several batches, one behind the other."""
+    """Concatenate the inputs of several batches along the rows."""
     inputs: dict[str, Tensor] = {}
     for item in signature.inputs:
         names = tensor_names(item)
-        held = [[part[name] for part in parts] for name in names]
+        tensors = [[part[name] for part in parts] for name in names]
         if isinstance(item, JaggedBag) and item.layout == "offsets":
-            counts = torch.tensor([0, *(len(values) for values in held[0])]).cumsum(0)
-            held[1] = [own + int(begin) for own, begin in zip(held[1], counts, strict=False)]
-        inputs.update((name, torch.cat(own)) for name, own in zip(names, held, strict=True))
+            counts = torch.tensor([0, *(len(values) for values in tensors[0])]).cumsum(0)
+            tensors[1] = [
+                offsets + int(begin) for offsets, begin in zip(tensors[1], counts, strict=False)
+            ]
+        inputs.update(
+            (name, torch.cat(pieces)) for name, pieces in zip(names, tensors, strict=True)
+        )
     return inputs
 
 
 def row_of(inputs: Mapping[str, Tensor], signature: Signature, row: int) -> dict[str, Tensor]:
-    """The inputs of one row of a batch, as a batch of one."""
-    taken: dict[str, Tensor] = {}
+    """Return the inputs of one row of a batch, as a batch of one row."""
+    row_inputs: dict[str, Tensor] = {}
     for item in signature.inputs:
         if not isinstance(item, JaggedBag):
-            taken[item.name] = inputs[item.name][row : row + 1]
+            row_inputs[item.name] = inputs[item.name][row : row + 1]
             continue
         values, second = (inputs[name] for name in tensor_names(item))
         begin = second if item.layout == "offsets" else second.cumsum(0) - second
         edges = torch.cat([begin, begin.new_full((1,), len(values))])
-        own = values[int(edges[row]) : int(edges[row + 1])]
-        bounds = torch.tensor([0, len(own)], dtype=second.dtype)
-        taken.update(jagged(item, own, bounds))
-    return taken
+        row_values = values[int(edges[row]) : int(edges[row + 1])]
+        bounds = torch.tensor([0, len(row_values)], dtype=second.dtype)
+        row_inputs.update(jagged(item, row_values, bounds))
+    return row_inputs
 
 
 def format_row(inputs: Mapping[str, Tensor], signature: Signature) -> dict[str, str]:
-    """The inputs of a batch of one as short text, by input; long lists are shortened."""
+    """Format the inputs of a batch of one row, by input name; long lists are shortened."""
     return {item.name: _format(inputs[item.name], item) for item in signature.inputs}
 
 
@@ -189,7 +195,7 @@ def _format(values: Tensor, item: AnyInput) -> str:
 
 
 def jagged(item: JaggedBag, values: Tensor, bounds: Tensor) -> dict[str, Tensor]:
-    """A jagged bag's two arguments, from values and bounds ``(rows + 1,)``."""
+    """Build a jagged bag's two forward arguments from values and bounds ``(rows + 1,)``."""
     second = bounds[:-1] if item.layout == "offsets" else bounds.diff()
     return dict(zip(tensor_names(item), (values, second), strict=True))
 
@@ -197,9 +203,9 @@ def jagged(item: JaggedBag, values: Tensor, bounds: Tensor) -> dict[str, Tensor]
 def example(
     signature: Signature, rows_of_table: dict[str, int], rows: int, seed: int = 0
 ) -> dict[str, Tensor]:
-    """Made-up inputs every id of which lies in its table: what contracts are checked on.
+    """Generate random inputs whose ids are all valid, to check a network or a step on.
 
-    Bags run from empty to their longest, so that both edges are looked at.
+    Bag lengths are drawn from 0 to the longest, so both edges can occur.
     """
     generator = torch.Generator().manual_seed(seed)
     inputs: dict[str, Tensor] = {}
@@ -215,7 +221,7 @@ def _example(
     generator: torch.Generator,
     share: int | None = None,
 ) -> dict[str, Tensor]:
-    """Made-up values of one input; lists have random lengths, or this share of their longest."""
+    """Generate one input; lists have random lengths, or this share of their longest."""
     if isinstance(item, DenseInput):
         return {item.name: torch.randn((rows, *item.shape), generator=generator)}
     high, dtype = rows_of_table[item.table], getattr(torch, item.dtype)
@@ -245,11 +251,11 @@ def _lengths(
 def edge_example(
     signature: Signature, rows_of_table: dict[str, int], rows: int, seed: int = 1
 ) -> dict[str, Tensor]:
-    """Made-up inputs with ids below and above their table, to compare two graphs on.
+    """Generate inputs with ids below and above their table's range, to compare two graphs.
 
-    Every input has its bad ids in rows of its own, where all other inputs are valid: a policy
-    that refuses a row would hide what the others' policies answer there. Needs two rows an input.
-    With two rows more, all lists of the last row but one are empty, and all of the last are full.
+    Each row has out-of-range ids in at most one input: a policy that refuses a row would hide the
+    effect of other inputs' policies in that row. Needs two rows per input with ids. With two more
+    rows, all lists of the second-last row are empty, and all lists of the last row are full.
 
     Raises:
         ValueError: too few rows for the signature's inputs.
@@ -269,7 +275,7 @@ def edge_example(
 def _lists_of(
     signature: Signature, rows_of_table: dict[str, int], seed: int, share: int
 ) -> dict[str, Tensor]:
-    """One row of which every list is empty (share 0) or as long as it may be (share 1)."""
+    """Generate one row whose lists all are empty (share 0) or of the longest length (share 1)."""
     generator = torch.Generator().manual_seed(seed)
     inputs: dict[str, Tensor] = {}
     for item in signature.inputs:
@@ -278,7 +284,7 @@ def _lists_of(
 
 
 def _plant(item: AnyInput, inputs: dict[str, Tensor], row: int, bad: int) -> None:
-    """Write a bad id into one row; into a list at its first and, for the second, its last place."""
+    """Write an out-of-range id into one row: a negative one at a list's start, else at its end."""
     ids = inputs[item.name]
     if not isinstance(item, JaggedBag):
         ids[row].reshape(-1)[0 if bad < 0 else -1] = bad
@@ -286,5 +292,5 @@ def _plant(item: AnyInput, inputs: dict[str, Tensor], row: int, bad: int) -> Non
     second = inputs[tensor_names(item)[1]]
     begin = second if item.layout == "offsets" else second.cumsum(0) - second
     end = torch.cat([begin[1:], begin.new_full((1,), ids.shape[0])])
-    if end[row] > begin[row]:  # an empty list has no place for it
+    if end[row] > begin[row]:  # an empty list has no position to write to
         ids[begin[row] if bad < 0 else end[row] - 1] = bad

@@ -1,4 +1,7 @@
-"""What the steps that make tables of smaller ones have in common: all but how a table is fitted."""
+"""Shared code of steps that build a table from smaller ones: choose, fit, replace, dry run.
+
+Each step supplies the design of a composition and the function that fits its tensors.
+"""
 
 from collections.abc import Callable, Collection, Mapping
 from typing import NamedTuple
@@ -16,14 +19,14 @@ from compressors.core.units import Choice, Unit, choose_tables, pack_table, swap
 from compressors.quantize.calibration.lookup_counts import lookup_counts
 
 UNSEEN = 0.5
-"""A row that was never looked up still gets an answer: it counts as half a lookup."""
+"""Added to every lookup count: a row never looked up in training may still be requested."""
 
 Shaped = Callable[[int, int], Design | Reason]
-"""From a table's rows and width to what it becomes, or the reason why it stays."""
+"""Maps a table's rows and width to its design, or to the reason why it is not composed."""
 
 
 class FittedParts(NamedTuple):
-    """Tensors of a composition: its own, and the float32 weights of its parts."""
+    """A composition's stored tensors, without its parts, and the float32 weights of its parts."""
 
     stored: dict[str, Tensor]
     parts: dict[str, Tensor]
@@ -38,15 +41,16 @@ def choose_composed(
     *,
     smaller: bool = True,
 ) -> tuple[dict[str, Choice], dict[str, Design]]:
-    """Which tables are made of smaller ones, why the others stay, and what each becomes.
+    """Choose the tables to compose, with a reason for each table and a design for each chosen one.
 
     Args:
-        model: whose tables.
-        tables: patterns of their names.
-        min_rows: of a table that is taken.
+        model: the model whose tables are considered.
+        tables: patterns of table names.
+        min_rows: fewest rows of a table that is composed.
         kind: the step's tag.
-        shaped: what a table becomes.
-        smaller: a table stays if it would take no less; without, that is for later steps to do.
+        shaped: returns a table's design, or the reason why it is not composed.
+        smaller: leave a table unchanged if composing saves no bytes. False: compose it anyway, and
+            later steps reduce its bytes.
     """
     units = Unit.of(model.module)
     choices = choose_tables(units, tables, min_rows, kind)
@@ -55,25 +59,25 @@ def choose_composed(
         if unit.name not in choices or not choices[unit.name].take:
             continue
         rows, dim = unit.weight.shape
-        made = shaped(rows, dim)
-        if isinstance(made, Design):
-            after = made.bytes(rows, dim)
+        design = shaped(rows, dim)
+        if isinstance(design, Design):
+            after = design.bytes(rows, dim)
             if after < unit.bytes or not smaller:
-                designs[unit.name] = made
-                taken = Reason("composed", step=kind, what=made.reason)
+                designs[unit.name] = design
+                taken = Reason("composed", step=kind, what=design.reason)
                 choices[unit.name] = Choice(True, (taken,))
                 continue
-            made = Reason(
+            design = Reason(
                 "not_smaller_composed", rows=rows, dim=dim, before=unit.bytes, after=after
             )
-        choices[unit.name] = Choice(False, (made,))
+        choices[unit.name] = Choice(False, (design,))
     return choices, designs
 
 
 def row_weights(
     model: Model, bench: Bench, tables: Collection[str], *, weighted: bool
 ) -> dict[str, Tensor]:
-    """How much the error of each row counts: float64 ``(rows,)`` by table, all positive."""
+    """Return the weight of each row's error: float64 ``(rows,)`` by table, all positive."""
     if weighted:
         return {name: count + UNSEEN for name, count in lookup_counts(model, bench, tables).items()}
     units = [unit for unit in Unit.of(model.module) if unit.name in tables]
@@ -88,16 +92,16 @@ def recompose(
     """Replace tables by compositions.
 
     Args:
-        model: of a private tree; its units are replaced.
-        designs: by unit, what it becomes.
-        fit: from a unit's name, its weight ``(rows, dim)`` and what it becomes to its tensors.
+        model: a private copy; its units are replaced in place.
+        designs: by unit name, the composition that replaces it.
+        fit: returns the tensors from a unit's name, its weight ``(rows, dim)`` and its design.
     """
     for unit in Unit.of(model.module):
         if unit.name not in designs:
             continue
         rows, dim = unit.weight.shape
         fitted = fit(unit.name, unit.weight, designs[unit.name])
-        # A file keeps no strides, and the product of a transposed matrix rounds otherwise.
+        # A file stores no strides, and the product of a transposed matrix rounds differently.
         stored = {name: tensor.contiguous() for name, tensor in fitted.stored.items()}
         parts = {name: tensor.contiguous() for name, tensor in fitted.parts.items()}
         composed = designs[unit.name].table(rows, dim, stored, parts)
@@ -106,18 +110,18 @@ def recompose(
 
 
 def dry_run_composed(model: Model, designs: Mapping[str, Design]) -> Model:
-    """The same over placeholders."""
+    """Replace tables by compositions of placeholders: shapes and bytes without fitting."""
     for unit in Unit.of(model.module):
         if unit.name not in designs:
             continue
         rows, dim = unit.weight.shape
-        made = designs[unit.name]
-        laid = made.composition.layout(rows, dim, made.settings)
-        parts = made.composition.parts(rows, dim, made.settings)
-        composed = made.table(
+        design = designs[unit.name]
+        layout = design.composition.layout(rows, dim, design.settings)
+        parts = design.composition.parts(rows, dim, design.settings)
+        composed = design.table(
             rows,
             dim,
-            {name: placeholder(spec) for name, spec in laid.items()},
+            {name: placeholder(spec) for name, spec in layout.items()},
             {name: placeholder(TensorSpec(part, torch.float32)) for name, part in parts.items()},
         )
         swap(model.module, unit.name, pack_table(unit.module, composed))
@@ -125,5 +129,5 @@ def dry_run_composed(model: Model, designs: Mapping[str, Design]) -> Model:
 
 
 def share_or_number(value: float, whole: int) -> int:
-    """A setting that is a share below 1 and a number from 1 on, between 1 and ``whole``."""
+    """Convert a share (below 1) or a count to a count in [1, ``whole``]."""
     return min(whole, max(1, round(value * whole if value < 1 else value)))

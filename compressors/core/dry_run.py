@@ -1,4 +1,4 @@
-"""What a step would make of a model, without doing it: every format, shape and byte."""
+"""Dry run: predict the format, shape and bytes of every unit after a step, without running it."""
 
 from collections.abc import Mapping
 
@@ -13,18 +13,18 @@ from compressors.quantize.better_format import best_format
 
 
 def dry_run(step: TableStep | ModelStep, source: Model, bench: Bench) -> Model:
-    """Return what ``run`` would return, over placeholders, with the plan it would have.
+    """Predict the result of ``run``: a model of placeholders with the plan it would have.
 
-    The plan is exact but for what only the values tell: a training that finds nothing better is
-    predicted to have found something, and a layer that a format cannot hold to be taken.
+    The plan is exact except where it depends on tensor values. It assumes that training finds an
+    improvement, and that a chosen layer can be stored in its format.
 
     Args:
         step: the method and its settings.
-        source: the model, or the result of an earlier dry run; it is not changed.
-        bench: its signature and the rows of its splits count; none of its files is read.
+        source: the model, or the result of an earlier dry run; not modified.
+        bench: only its signature and the row counts of its splits are used; no file is read.
 
     Raises:
-        NothingToCompress: the step takes no unit of this model.
+        NothingToCompress: the step can compress no unit of this model.
         CompressionError: the step cannot be carried out on this model.
     """
     model = source.private()
@@ -45,7 +45,7 @@ def dry_run(step: TableStep | ModelStep, source: Model, bench: Bench) -> Model:
 
 
 def _packed(step: TableStep, model: Model, choices: Mapping[str, Choice]) -> Model:
-    """Every chosen table over placeholders, in the format that ``run`` would store it in."""
+    """Replace every chosen table by placeholders in the format that ``run`` would store."""
     for unit in Unit.of(model.module):
         if unit.name in choices and choices[unit.name].take:
             stored_by, _ = best_format(step, unit.weight)

@@ -1,4 +1,4 @@
-"""A network as steps hand it to each other: the module, and all that describes it."""
+"""The model passed between steps: a network with its description, plan and notes."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -14,9 +14,9 @@ from compressors.core.units import private_copy
 class Model:
     """A loaded network: the module, the class it was built from, and what describes it.
 
-    ``notes`` holds, by unit, what a step measured while it worked; its plan line has these reasons
-    after those of the choice. ``original`` is the network the recipe began with, for steps that
-    read its layers; nothing of it is stored.
+    ``notes`` holds, by unit, what a step measured; the unit's plan line lists these reasons after
+    those of the choice. ``original`` is the network before the recipe, for steps that read its
+    layers; it is not stored.
     """
 
     module: nn.Module
@@ -27,5 +27,5 @@ class Model:
     original: nn.Module | None = None
 
     def private(self) -> "Model":
-        """The same model with a module tree of its own, over the same tensors."""
+        """Return the model with a copied module tree that shares the same tensors, in eval mode."""
         return replace(self, module=private_copy(self.module).eval())

@@ -1,7 +1,7 @@
-"""Tensors that have a shape and no weight of their own: what a prediction is made with.
+"""Placeholders: tensors with a shape and no stored values, for dry runs of a recipe.
 
-A placeholder is one zero, expanded to a whole tensor. A network over placeholders runs and its
-bytes can be counted, but no weight is read, trained or kept in memory.
+A placeholder is one number, mostly zero, expanded to the shape of a tensor. A network of
+placeholders runs and its bytes can be counted, but no weight is read, trained or allocated.
 """
 
 from collections.abc import Mapping
@@ -23,17 +23,17 @@ from compressors.errors.steps import StepRefused
 
 
 def placeholder(spec: TensorSpec) -> Tensor:
-    """One number, zero for most, in the shape of a tensor."""
+    """Return one number, mostly zero, expanded to the shape of a tensor."""
     return torch.full((), spec.first, dtype=spec.dtype).expand(spec.shape)
 
 
 def is_placeholder(tensor: Tensor) -> bool:
-    """Whether a tensor is one number seen as many: its values say nothing."""
+    """Whether a tensor is a placeholder: one number expanded to many entries."""
     return tensor.numel() > 1 and not any(tensor.stride())
 
 
 def with_placeholders(module: nn.Module) -> nn.Module:
-    """Replace parameters that were built without weights (on the meta device)."""
+    """Replace parameters on the meta device (built without values) by placeholders."""
     for part in module.modules():
         for name, parameter in list(part.named_parameters(recurse=False)):
             if parameter.is_meta:
@@ -50,28 +50,28 @@ def dry_run_packed(
     linear: LinearFormat | None = None,
     settings: Mapping[str, Any] | None = None,
 ) -> Model:
-    """The model with every chosen unit in another format, over placeholders.
+    """Replace every chosen unit by placeholders in another format.
 
     Args:
-        model: of a private tree; its units are replaced.
-        choices: by unit; what is not named stays.
+        model: a private copy; its units are replaced in place.
+        choices: by unit name; units not named are not changed.
         table: the format of tables.
         linear: the format of dense layers.
-        settings: of the format.
+        settings: settings of the format.
     """
     for unit in Unit.of(model.module):
         if unit.name not in choices or not choices[unit.name].take:
             continue
         first, second = unit.weight.shape  # (rows, dim) or (out, in)
         if unit.role == "table" and table is not None:
-            laid = table.layout(first, second, settings or {})
-            stored = {name: placeholder(spec) for name, spec in laid.items()}
+            layout = table.layout(first, second, settings or {})
+            stored = {name: placeholder(spec) for name, spec in layout.items()}
             packed = PackedTable(table, first, second, settings or {}, stored)
             swap(model.module, unit.name, pack_table(unit.module, packed))
         elif unit.role == "dense" and linear is not None:
             bias = unit.bias is not None
-            laid = linear.layout(second, first, settings or {}, bias=bias)
-            stored = {name: placeholder(spec) for name, spec in laid.items()}
+            layout = linear.layout(second, first, settings or {}, bias=bias)
+            stored = {name: placeholder(spec) for name, spec in layout.items()}
             layer = PackedLinear(linear, second, first, bias=bias, settings=settings, stored=stored)
             swap(model.module, unit.name, layer)
         else:

@@ -1,7 +1,7 @@
-"""A network on another device for a while, and what it is fed there.
+"""Move a network and its batches to another device for the time of a computation.
 
 ``nn.Module.to`` writes into parameters that a private tree shares with the caller's model, so
-tensors are replaced one by one here, and given back afterwards.
+tensors are replaced one by one here, and restored afterwards.
 """
 
 from collections.abc import Iterator
@@ -17,7 +17,7 @@ from compressors.errors.steps import StepRefused
 
 @dataclass(frozen=True)
 class _Moved:
-    """A tensor, where it stands, and what stands there meanwhile."""
+    """A tensor, its module and name, and the copy on the other device that replaces it."""
 
     owner: nn.Module
     name: str
@@ -27,11 +27,11 @@ class _Moved:
 
 @contextmanager
 def moved_to(module: nn.Module, device: str) -> Iterator[None]:
-    """Inside, a module of a private tree lies on a device; then where it was.
+    """Move a private copy of a module to a device inside the context, and back afterwards.
 
-    Tensors that nobody replaced meanwhile are the old ones again, bit for bit and in their own
-    memory; others come back as they are now. What is shared stays shared. Tensors that are plain
-    attributes of a module are not seen and stay.
+    Tensors that were not replaced inside the context are restored as the original objects with
+    unchanged bits; replaced ones are copied back. Shared tensors remain shared. Tensors that are
+    plain attributes of a module are not moved.
 
     Raises:
         CompressionError: this machine has no such device.
@@ -45,21 +45,21 @@ def moved_to(module: nn.Module, device: str) -> Iterator[None]:
     try:
         yield
     finally:
-        _give_back(moved)
+        _restore(moved)
 
 
 def require_device(device: torch.device) -> None:
-    """Refuse a device that is not there.
+    """Raise if a device is not available.
 
     Raises:
-        CompressionError: says what there is.
+        CompressionError: torch has no such device on this machine.
     """
     if device.type == "cuda" and not torch.cuda.is_available():
         raise StepRefused("device_missing", device=str(device), torch=torch.__version__)
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:
-    """A batch on a device; itself if it is there already."""
+    """Copy a batch to a device; for the CPU, return it unchanged."""
     if device.type == "cpu":
         return batch
     group = None if batch.group is None else batch.group.to(device)
@@ -68,7 +68,7 @@ def to_device(batch: Batch, device: torch.device) -> Batch:
 
 
 def device_of(module: nn.Module) -> torch.device:
-    """Where a module's tensors lie."""
+    """Return the device of a module's first tensor; the CPU for a module without tensors."""
     for tensor in (*module.parameters(), *module.buffers()):
         return tensor.device
     return torch.device("cpu")
@@ -78,8 +78,8 @@ def _move(module: nn.Module, device: torch.device) -> list[_Moved]:
     copies: dict[int, Tensor] = {}
     moved = []
     for owner in module.modules():
-        for held in (owner._parameters, owner._buffers):
-            for name, old in list(held.items()):
+        for tensors in (owner._parameters, owner._buffers):
+            for name, old in list(tensors.items()):
                 if old is None:
                     continue
                 if id(old) not in copies:
@@ -87,16 +87,16 @@ def _move(module: nn.Module, device: torch.device) -> list[_Moved]:
                     if isinstance(old, nn.Parameter):
                         new = nn.Parameter(new, requires_grad=old.requires_grad)
                     copies[id(old)] = new
-                held[name] = copies[id(old)]  # type: ignore[assignment]
+                tensors[name] = copies[id(old)]  # type: ignore[assignment]
                 moved.append(_Moved(owner, name, old, copies[id(old)]))
     return moved
 
 
-def _give_back(moved: list[_Moved]) -> None:
+def _restore(moved: list[_Moved]) -> None:
     copies: dict[int, Tensor] = {}
     for item in moved:
-        held = item.owner._parameters if item.name in item.owner._parameters else None
-        place = item.owner._buffers if held is None else held
+        parameters = item.owner._parameters if item.name in item.owner._parameters else None
+        place = item.owner._buffers if parameters is None else parameters
         now = place[item.name]
         if now is None or now.data_ptr() == item.new.data_ptr():
             place[item.name] = item.old  # type: ignore[assignment]

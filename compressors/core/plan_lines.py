@@ -1,4 +1,4 @@
-"""The plan of a step: one line for every table and dense layer, with bytes and reason."""
+"""Build a step's plan: one line for every table and dense layer, with bytes and reasons."""
 
 from collections.abc import Collection, Iterable, Mapping
 
@@ -8,10 +8,10 @@ from compressors.core.model import Model
 from compressors.core.units import Choice, Unit, innermost
 
 OUTPUT = "(output)"
-"""What the plan calls the map after a network's output."""
+"""The plan's name for the map after a network's output."""
 
 SHOWN = 3
-"""How many folded norms a plan names."""
+"""Most folded norms that a plan names."""
 
 
 def build_plan(
@@ -25,18 +25,18 @@ def build_plan(
     folded: Collection[str] = (),
     warnings: Mapping[str, Reason] | None = None,
 ) -> Plan:
-    """What earlier steps decided stays, what this one decided is new.
+    """Build the plan after a step: lines of earlier steps, updated by this step's choices.
 
     Args:
         kind: the step's tag.
-        source: the model before, for its plan so far.
-        choices: what the step takes, for every unit, and why.
-        before: the units before.
-        after: the units now; those that are missing were dropped.
-        sizes: bytes of all tensors before and now.
+        source: the model before the step, for its plan so far.
+        choices: whether the step takes each unit, and why.
+        before: the units before the step.
+        after: the units after the step; missing ones were dropped.
+        sizes: bytes of all tensors before and after the step.
         output: the line of a map that follows the network's output.
-        folded: the norms that are part of the layers next to them now.
-        warnings: of units that the step changed; other units of unchanged format keep theirs.
+        folded: the norms that were folded into adjacent layers.
+        warnings: by unit that the step changed; other units of unchanged format keep theirs.
     """
     now = {unit.name: unit for unit in after}
     old = {unit.name for unit in before}
@@ -57,7 +57,7 @@ def build_plan(
                 warnings=_warnings(earlier, new, unit.name, warnings or {}),
             )
         )
-        # The tables that this one is made of now. What it weighed before stays on its own line.
+        # The parts of a composed table. Its bytes before composition remain on its line.
         lines += [
             PlanLine(
                 module=part.name,
@@ -71,10 +71,10 @@ def build_plan(
             for part in after
             if part.name not in old and innermost(part.name, old) == unit.name
         ]
-    # What an earlier step dropped keeps its line.
+    # A unit that an earlier step dropped keeps its line.
     lines += [line for line in (source.plan.lines if source.plan else ()) if line.format == DROPPED]
     lines += [] if output is None else [output]
-    behind = 0 if output is None else output.bytes_after
+    output_bytes = 0 if output is None else output.bytes_after
     other = source.plan.of("(other)") if source.plan else None
     rest_before = sizes[0] - sum(unit.bytes for unit in before)
     lines.append(
@@ -83,7 +83,7 @@ def build_plan(
             role="other",
             format="as trained",
             bytes_before=other.bytes_before if other else max(rest_before, 0),
-            bytes_after=max(sizes[1] - sum(unit.bytes for unit in after) - behind, 0),
+            bytes_after=max(sizes[1] - sum(unit.bytes for unit in after) - output_bytes, 0),
             reasons=_rest(folded),
         )
     )
@@ -99,39 +99,39 @@ def with_remarks(
     *,
     changes_output: bool = False,
 ) -> Plan:
-    """The plan with the units this step had to skip, and whether it changed nothing.
+    """Add remarks to a plan: skipped units, and whether the step changed nothing.
 
     Args:
-        plan: after the step.
+        plan: the plan after the step.
         kind: the step's tag.
-        skipped: units it had to leave as they are, with the reasons.
-        choices: what became of every unit, after the step.
-        notes: by unit, what the step found while it worked.
-        changes_output: the step changes no unit, but what follows the network's output.
+        skipped: units that the step left unchanged, with the reasons.
+        choices: the result for every unit after the step.
+        notes: by unit, what the step measured.
+        changes_output: whether the step changes the map after the output instead of units.
     """
-    found = [Reason("unit_skipped", step=kind, unit=n, why=why) for n, why in skipped.items()]
+    remarks = [Reason("unit_skipped", step=kind, unit=n, why=why) for n, why in skipped.items()]
     output = plan.of(OUTPUT) if changes_output else None
     if output is not None:
         if kind not in output.steps:
-            found.append(Reason("step_changed_nothing", step=kind, why=output.reasons))
+            remarks.append(Reason("step_changed_nothing", step=kind, why=output.reasons))
     elif choices and not any(choice.take for choice in choices.values()):
         whys = _once(notes[name] for name in choices if name in notes)
-        found.append(
+        remarks.append(
             Reason("step_changed_nothing", step=kind, why=whys)
             if whys
             else Reason("step_found_nothing", step=kind)
         )
     else:
-        found += [
+        remarks += [
             Reason("training_changed_nothing", step=kind, why=why)
             for why in _once(notes.values())
             if any(reason.code == "training_unchanged" for reason in why.walk())
         ]
-    return plan.model_copy(update={"reasons": (*plan.reasons, *found)})
+    return plan.model_copy(update={"reasons": (*plan.reasons, *remarks)})
 
 
 def _once(notes: Iterable[tuple[Reason, ...]]) -> tuple[Reason, ...]:
-    """The reasons of some notes, each once."""
+    """Return the reasons of all notes without repetition, in order."""
     return tuple(dict.fromkeys(reason for note in notes for reason in note))
 
 
@@ -145,7 +145,7 @@ def _warnings(
 
 
 def _rest(folded: Collection[str]) -> tuple[Reason, ...]:
-    """What the last line stands for, and which norms are no longer in it."""
+    """Return the reasons of the last line: what it covers, and the norms folded away."""
     rest, norms = Reason("outside_units"), tuple(sorted(folded))
     if not norms:
         return (rest,)
@@ -155,7 +155,7 @@ def _rest(folded: Collection[str]) -> tuple[Reason, ...]:
 
 
 def _reasons(earlier: PlanLine | None, choice: Choice) -> tuple[Reason, ...]:
-    """What was done to a unit so far; where nothing was, every reason why not."""
+    """Return the reasons of all changes of a unit; if unchanged, every reason against one."""
     if earlier is None:
         return choice.reasons
     if choice.take:

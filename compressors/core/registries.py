@@ -1,7 +1,8 @@
-"""Every compression method. To add one: write its file, then list it here.
+"""The list of all compression methods, storage formats and compositions.
 
-The union is a recipe line, a form in the Prefect UI and a cache key at once; ``kind`` tells the
-methods apart. ``TABLE_FORMATS`` and ``LINEAR_FORMATS`` are how stored tensors become modules.
+To add a method, write its file, then list it here. ``AnyStep`` is the type of a recipe line, of a
+form in the Prefect UI and of a cache key; ``kind`` distinguishes the methods. Loading finds the
+format of stored tensors in ``TABLE_FORMATS``, ``LINEAR_FORMATS`` and ``COMPOSITIONS``.
 """
 
 from typing import Annotated

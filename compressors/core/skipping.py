@@ -1,14 +1,14 @@
-"""Run a step on the units that allow it, and skip the others with their reasons.
+"""Run a step on the units that support it, and skip the others with their reasons.
 
-A step works on many tables and layers. One of them may not allow it: forward code reads its weight
-instead of calling it, or the network scores otherwise once it is changed. In place of failing, the
-unit is excluded from the step and its plan line says why. A unit that the recipe names exactly
-(without a wildcard) is not skipped: there the reason is an error.
+A unit may not support a step: forward code reads its weight instead of calling it, or the network
+reads its attributes and gives other scores. Such a unit is excluded from the step, and its plan
+line gives the reason. If the recipe names the unit exactly (without a wildcard), the reason is
+raised as an error instead.
 
-Two ways find such units. Before the step, every unit that would be replaced is replaced by a module
-without weights, and the network runs once (``unreplaceable``). After a failure whose unit is not
-known, the step runs on halves of its units until those that fail alone are found (``_failing``).
-Steps that train are not searched: each try would train again.
+Such units are detected in two ways. Before the step, every unit to be replaced is replaced by a
+module without weights, and the network runs once (``unreplaceable``). After a failure whose unit is
+not known, a bisection runs the step on halves of its units (``_failing``). Steps that train are
+not searched, because each attempt would train again.
 """
 
 import tempfile
@@ -42,19 +42,19 @@ def run_or_skip(
     folder: Path,
     excluded: Mapping[str, Reason] = MappingProxyType({}),
 ) -> Model:
-    """Apply a step as ``compressors.core.runner.run`` does, without the units that do not allow it.
+    """Run a step (``compressors.core.runner.run``) without the units that do not support it.
 
     Args:
         step: the method and its settings.
-        source: the model to compress; left as it is.
-        bench: what the step may learn from.
+        source: the model to compress; not modified.
+        bench: the data that the step may use.
         folder: where the tensors are written; the returned module maps them.
         excluded: units that the step may not change, with the reasons.
 
     Raises:
         NothingToCompress: no unit is left.
-        CompressionError: as ``run``, where no unit or several together are the cause, or the
-            recipe names the unit.
+        CompressionError: as ``run``, if no single unit is the cause, or the recipe names the unit
+            that is.
     """
     present = {unit.name for unit in Unit.of(source.module)}
     skipped = {name: why for name, why in excluded.items() if name in present}
@@ -68,20 +68,20 @@ def run_or_skip(
     except (NothingToCompress, ModelRefused):
         raise
     except CompressionError as fault:
-        found = _culprits(step, source, bench, skipped)
-        if not found:
+        failing = _culprits(step, source, bench, skipped)
+        if not failing:
             raise
-        _require_unnamed(step, found, source, fault)
-        return run(step, source, bench, folder, skipped={**skipped, **found})
+        _require_unnamed(step, failing, source, fault)
+        return run(step, source, bench, folder, skipped={**skipped, **failing})
 
 
 def skippable(step: AnyStep, source: Model, bench: Bench) -> dict[str, Reason]:
-    """The units that a step is known not to be able to change, with the reasons.
+    """Return the units that a step cannot change, known before it runs, with the reasons.
 
     Args:
         step: the method and its settings.
-        source: loaded, or over placeholders; left as it is.
-        bench: its signature counts.
+        source: a loaded model, or one of placeholders; not modified.
+        bench: only its signature is used.
 
     Raises:
         CompressionError: the recipe names such a unit.
@@ -92,18 +92,18 @@ def skippable(step: AnyStep, source: Model, bench: Bench) -> dict[str, Reason]:
         choices = plan_choices(step, source.private(), bench)
     except CompressionError:
         return {}  # run says the same with its context
-    found = unreplaceable(source, bench, [n for n, choice in choices.items() if choice.take])
-    _require_unnamed(step, found, source, None)
-    return found
+    units = unreplaceable(source, bench, [n for n, choice in choices.items() if choice.take])
+    _require_unnamed(step, units, source, None)
+    return units
 
 
 def unreplaceable(source: Model, bench: Bench, names: Collection[str]) -> dict[str, Reason]:
-    """The units of a network whose modules cannot be replaced, with the reasons.
+    """Return the units whose modules cannot be replaced, with the reasons.
 
     Args:
-        source: the network; left as it is.
-        bench: its signature says what the network is called with.
-        names: of the units to try.
+        source: the network; not modified.
+        bench: its signature defines the inputs of the network.
+        names: names of the units to check.
     """
     inputs = example(bench.signature, rows_of_tables(source.module, bench.signature), PROBE_ROWS)
     try:
@@ -114,16 +114,16 @@ def unreplaceable(source: Model, bench: Bench, names: Collection[str]) -> dict[s
         return {}  # the network itself fails: run says whose fault that is
     if not names or _why_not(source, names, inputs, expected) is None:
         return {}
-    found = {name: _why_not(source, [name], inputs, expected) for name in names}
-    return {name: why for name, why in found.items() if why is not None}
+    reasons = {name: _why_not(source, [name], inputs, expected) for name in names}
+    return {name: why for name, why in reasons.items() if why is not None}
 
 
 class _WithoutWeights(nn.Module):
-    """Calls a unit's module and shows nothing of it, as a compressed module does."""
+    """Calls a unit's module but exposes no weight, like a compressed module."""
 
     def __init__(self, unit: Unit) -> None:
         super().__init__()
-        self.__dict__["_unit"] = unit.module  # no submodule: its weights are not to be seen
+        self.__dict__["_unit"] = unit.module  # not a submodule, so that its weights are hidden
         if isinstance(unit.module, nn.Linear):
             self.in_features = unit.module.in_features
             self.out_features = unit.module.out_features
@@ -135,7 +135,7 @@ class _WithoutWeights(nn.Module):
 def _why_not(
     source: Model, names: Collection[str], inputs: Mapping[str, Tensor], expected: Tensor
 ) -> Reason | None:
-    """Why a network does not run as before once some units show no weights."""
+    """Return why a network gives other scores when units expose no weights, or None."""
     module = source.private().module
     for unit in Unit.of(module):
         if unit.name in names:
@@ -162,7 +162,7 @@ def _scores(module: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
 def _culprits(
     step: AnyStep, source: Model, bench: Bench, skipped: Mapping[str, Reason]
 ) -> dict[str, Reason]:
-    """The units on each of which alone a step fails, with the reasons; none if it trains."""
+    """Return the units on which the step fails alone, with the reasons; none if it trains."""
     if any(part in TRAINS for part in needs(step)):
         return {}
     if not any(hasattr(step, field) for field in ("tables", "layers")):
@@ -172,7 +172,7 @@ def _culprits(
         choices = plan_choices(step, source.private(), bench, skipped)
         names = [name for name in names if choices[name].take]
     except CompressionError:
-        pass  # it fails while it chooses: any unit may be the cause
+        pass  # it fails while choosing units: any unit may be the cause
     return _failing(step, source, bench, skipped, names)
 
 

@@ -1,8 +1,9 @@
-"""Tables made of smaller tables: fewer rows, narrower rows, or rows of several stores.
+"""Composed tables: an embedding table built from smaller tables.
 
-A composition holds tensors of its own (a map of rows, a projection) and parts, each a plain table
-when it is made. Parts are units like any other: a later step of the recipe packs them, each with
-a line of its own in the plan, so that "rank 4, then 3 bits" needs no method of its own.
+The parts have fewer rows or narrower rows, or several of them contribute to one row. A composition
+has its stored tensors (a row map, a projection) and its parts, which start as plain float32 tables.
+Parts are ordinary units: a later step of the recipe can compress each one, with a separate line in
+the plan, so "rank 4, then 3 bits" needs no combined method.
 """
 
 import math
@@ -18,18 +19,18 @@ from compressors.core.modules.formats import TensorSpec, register_stored
 
 
 class PartSpec(NamedTuple):
-    """Rows and width of a table inside a composed one."""
+    """Rows and width of one part of a composed table."""
 
     rows: int
     dim: int
 
 
 Parts = Mapping[str, nn.Module]
-"""The tables inside a composed one: each takes ids ``(*,)`` and gives float32 ``(*, its dim)``."""
+"""The parts of a composed table: each maps ids ``(*,)`` to float32 ``(*, dim of the part)``."""
 
 
 class Composition(Protocol):
-    """One way to make a table of smaller ones."""
+    """A method of building a table from smaller ones."""
 
     @property
     def name(self) -> str:
@@ -37,20 +38,21 @@ class Composition(Protocol):
 
     @property
     def learned(self) -> tuple[str, ...]:
-        """Its own float32 tensors that training may change."""
+        """Names of the stored float32 tensors that training may change, without those of parts."""
 
     def layout(self, rows: int, dim: int, settings: Mapping[str, Any]) -> dict[str, TensorSpec]:
-        """Its own stored tensors, without those of its parts."""
+        """Return the stored tensors by name, without those of the parts."""
 
     def parts(self, rows: int, dim: int, settings: Mapping[str, Any]) -> dict[str, PartSpec]:
-        """The tables inside, by name."""
+        """Return the shape of each part, by name."""
 
     def lookup_counts(
         self, stored: Mapping[str, Tensor], counts: Tensor, settings: Mapping[str, Any]
     ) -> dict[str, Tensor]:
-        """How often each part's rows answer, from how often rows are looked up, ``(rows,)``.
+        """Return lookup counts of each part's rows, from those of the table's rows, ``(rows,)``.
 
-        A graph may look up more than it reads, since it has no branches: this counts what is read.
+        A graph has no branches and may look up rows whose values it discards: only rows whose
+        values are used are counted.
         """
 
     def lookup(
@@ -60,32 +62,32 @@ class Composition(Protocol):
         ids: Tensor,
         settings: Mapping[str, Any],
     ) -> Tensor:
-        """Rows as float32, ``(*ids.shape, dim)``, in operators that every target knows."""
+        """Return rows as float32, ``(*ids.shape, dim)``, using operators of every target."""
 
 
 class Design(NamedTuple):
-    """How one table would be composed, and what that leaves of it."""
+    """The composition planned for one table, with its settings and the reason for the plan."""
 
     composition: Composition
     settings: Mapping[str, Any]
     reason: Reason
 
     def bytes(self, rows: int, dim: int) -> int:
-        """What it would take, its parts in float32."""
-        own = self.composition.layout(rows, dim, self.settings).values()
+        """Return the bytes it would take, with parts in float32."""
+        layout = self.composition.layout(rows, dim, self.settings).values()
         parts = self.composition.parts(rows, dim, self.settings).values()
-        stored = sum(math.prod(spec.shape) * spec.dtype.itemsize for spec in own)
+        stored = sum(math.prod(spec.shape) * spec.dtype.itemsize for spec in layout)
         return stored + sum(4 * part.rows * part.dim for part in parts)
 
     def table(
         self, rows: int, dim: int, stored: Mapping[str, Tensor], parts: Mapping[str, Tensor]
     ) -> "ComposedTable":
-        """The table, from its own tensors and the weights of its parts."""
+        """Build the table from its stored tensors and the weights of its parts."""
         return ComposedTable(self.composition, rows, dim, self.settings, stored, parts)
 
 
 class ComposedTable(nn.Module):
-    """What replaces an ``nn.Embedding`` where its rows are made of those of smaller tables."""
+    """Replacement of an ``nn.Embedding`` whose rows are computed from smaller tables."""
 
     def __init__(
         self,
@@ -96,15 +98,15 @@ class ComposedTable(nn.Module):
         stored: Mapping[str, Tensor] | None = None,
         parts: Mapping[str, Tensor] | None = None,
     ) -> None:
-        """Make one from its tensors, or, without them, an empty one on the meta device.
+        """Build the table from its tensors; without them, with empty ones on the meta device.
 
         Args:
-            composition: the form.
-            rows: of the whole table.
-            dim: of the whole table.
-            settings: what the form needs to lay itself out.
-            stored: its own tensors.
-            parts: float32 weights ``(rows, dim)`` of the tables inside.
+            composition: the method of composition.
+            rows: rows of the whole table.
+            dim: width of the whole table.
+            settings: arguments of the composition's layout.
+            stored: its stored tensors, without those of parts.
+            parts: float32 weights ``(rows, dim)`` of the parts.
         """
         super().__init__()
         self.composition = composition
@@ -116,7 +118,7 @@ class ComposedTable(nn.Module):
         for name, spec in composition.parts(rows, dim, settings).items():
             self.add_module(name, plain_table(spec, None if parts is None else parts[name]))
 
-    def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - torch's own name for the ids
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - torch's name for the ids
         return self.composition.lookup(
             dict(self.named_buffers(recurse=False)),
             {name: self.get_submodule(name) for name in self.part_names},
@@ -125,7 +127,7 @@ class ComposedTable(nn.Module):
         )
 
     def record(self) -> ModuleRecord:
-        """What a bundle must say so that this module can be built again; parts have their own."""
+        """Return the record from which a bundle rebuilds this module, without its parts."""
         return ModuleRecord(
             kind="table",
             format=self.composition.name,
@@ -134,17 +136,17 @@ class ComposedTable(nn.Module):
 
 
 def gathered(counts: Tensor, place: Tensor, places: int) -> Tensor:
-    """Lookups of some rows, where ``place`` int64 says which of them each of ``counts`` reads."""
+    """Sum lookup counts by target row: ``place`` int64 is the row of each entry of ``counts``."""
     return counts.new_zeros(places).index_add_(0, place, counts)
 
 
 def plain_table(spec: PartSpec, weight: Tensor | None) -> nn.Embedding:
-    """An ``nn.Embedding`` over a given weight, or an empty one on the meta device."""
+    """Build an ``nn.Embedding`` with this weight, or an empty one on the meta device."""
     if weight is None:
         return nn.Embedding(spec.rows, spec.dim, device="meta")
     if tuple(weight.shape) != spec:
         raise ValueError(f"a part of {spec.rows} x {spec.dim} was given {tuple(weight.shape)}")
-    table = nn.Embedding(1, 1)  # its weight is replaced at once: nothing large is made
+    table = nn.Embedding(1, 1)  # its weight is replaced below: no large tensor is allocated
     table.num_embeddings, table.embedding_dim = spec
     table.weight = nn.Parameter(weight.detach().to(torch.float32), requires_grad=False)
     return table

@@ -1,9 +1,9 @@
-"""A dense layer made of two smaller ones, as a composed table is made of smaller tables.
+"""Factored dense layer: an ``nn.Linear`` replaced by the product of two smaller ones.
 
-``reduce`` takes the inputs to ``rank`` numbers and has no bias, ``expand`` takes these to the
-outputs. Both are plain Linear layers when they are made, and units like any other: a later step of
-the recipe packs or trains them, each with a line of its own in the plan, so that "rank 32, then
-int8" needs no method of its own.
+``reduce`` maps the inputs to ``rank`` features and has no bias; ``expand`` maps these to the
+outputs. Both start as plain Linear layers and are ordinary units: a later step of the recipe can
+compress or train each one, with a separate line in the plan, so "rank 32, then int8" needs no
+combined method.
 """
 
 import torch
@@ -17,7 +17,7 @@ PARTS = ("reduce", "expand")
 
 
 class FactoredLinear(nn.Module):
-    """What replaces an ``nn.Linear``: float32 ``(*, in)`` in, ``(*, out)`` out."""
+    """Low-rank replacement of an ``nn.Linear``: float32 ``(*, in)`` to ``(*, out)``."""
 
     def __init__(
         self,
@@ -28,13 +28,13 @@ class FactoredLinear(nn.Module):
         bias: bool,
         stored: dict[str, Tensor] | None = None,
     ) -> None:
-        """Make one from its tensors, or, without them, an empty one on the meta device.
+        """Build the layer from its tensors; without them, with empty ones on the meta device.
 
         Args:
-            in_features: of the whole layer.
-            out_features: of the whole layer.
-            rank: numbers between the two.
-            bias: whether ``expand`` has one.
+            in_features: inputs of the whole layer.
+            out_features: outputs of the whole layer.
+            rank: features between ``reduce`` and ``expand``.
+            bias: whether ``expand`` has a bias.
             stored: float32 tensors by the names of ``factored_layout``.
         """
         super().__init__()
@@ -51,12 +51,12 @@ class FactoredLinear(nn.Module):
             weight = nn.Parameter(stored[name].detach(), requires_grad=False)
             setattr(self.get_submodule(owner), leaf, weight)
 
-    def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - torch's own name
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - torch's name
         output: Tensor = self.expand(self.reduce(input))
         return output
 
     def record(self) -> ModuleRecord:
-        """What a bundle must say so that this module can be built again; parts have their own."""
+        """Return the record from which a bundle rebuilds this module, without its parts."""
         return ModuleRecord(
             kind="linear",
             format=FACTORED,
@@ -70,7 +70,7 @@ class FactoredLinear(nn.Module):
 
 
 def factored_layout(inputs: int, outputs: int, rank: int, *, bias: bool) -> dict[str, TensorSpec]:
-    """The tensors of both parts."""
+    """Return the tensors of both parts, by name."""
     layout = {
         "reduce.weight": TensorSpec((rank, inputs), torch.float32),
         "expand.weight": TensorSpec((outputs, rank), torch.float32),

@@ -1,8 +1,8 @@
-"""What a storage format must offer, and the modules that hold stored tensors.
+"""Storage formats: the protocols a format implements, and the modules that use its tensors.
 
-A format is one way to write a table's rows or a dense layer's weights down. Its file (one below
-``tables/`` or ``dense/``) registers one custom op, so that the same module runs in torch, trains
-through its scales, and is written down for each serving target by one translation entry.
+A format is one encoding of a table's rows or a dense layer's weights. Its file (below ``tables/``
+or ``dense/``) registers one custom op, so that the same module runs in torch, trains its scales,
+and is lowered to each serving target by one translation entry.
 """
 
 import math
@@ -20,9 +20,9 @@ class TensorSpec(NamedTuple):
     """Shape and type of one stored tensor.
 
     ``every`` is how many rows of a table share one entry of the first dimension: 1 for codes, more
-    for scales that neighbours share, 0 where the tensor belongs to the whole table, as a codebook
-    does. ``first`` is the number that a placeholder for the tensor holds everywhere: where a
-    network looks rows up by it, one that every table has.
+    for scales of a group of rows, 0 for a tensor of the whole table, such as a codebook. ``first``
+    is the value of every entry of the tensor's placeholder. If the network uses the entries as row
+    numbers, it is a row that every table has.
     """
 
     shape: tuple[int, ...]
@@ -43,12 +43,12 @@ class TableFormat(Protocol):
         """The stored tensors that training may change; the op passes gradients to them."""
 
     def layout(self, rows: int, dim: int, settings: Mapping[str, Any]) -> dict[str, TensorSpec]:
-        """The stored tensors of a table of ``rows x dim``."""
+        """Return the stored tensors of a table of ``rows x dim``, by name."""
 
     def lookup(
         self, stored: Mapping[str, Tensor], ids: Tensor, dim: int, settings: Mapping[str, Any]
     ) -> Tensor:
-        """Rows as float32, ``(*ids.shape, dim)``."""
+        """Return rows as float32, ``(*ids.shape, dim)``."""
 
 
 class LinearFormat(Protocol):
@@ -65,22 +65,21 @@ class LinearFormat(Protocol):
     def layout(
         self, inputs: int, outputs: int, settings: Mapping[str, Any], *, bias: bool
     ) -> dict[str, TensorSpec]:
-        """The stored tensors of a layer from ``inputs`` to ``outputs`` features, weights first."""
+        """Return the stored tensors of a layer of these features, by name, weights first."""
 
     def apply(self, stored: Mapping[str, Tensor], x: Tensor, settings: Mapping[str, Any]) -> Tensor:
-        """The layer's output as float32, ``(*x.shape[:-1], outputs)``."""
+        """Return the layer's output as float32, ``(*x.shape[:-1], outputs)``."""
 
 
 def blocks(layout: Mapping[str, TensorSpec], rows: int, most: int) -> Iterator[tuple[int, int]]:
-    """The row blocks in which a table is encoded: ``begin`` and ``end`` of each.
+    """Yield ``begin`` and ``end`` of the row blocks in which a table is encoded.
 
-    No entry of a stored tensor is for rows of two blocks, so the result is the same whatever
-    ``most`` is.
+    No entry of a stored tensor covers rows of two blocks: the result does not depend on ``most``.
 
     Args:
         layout: the stored tensors.
-        rows: of the table.
-        most: rows of a block, unless one entry is for more.
+        rows: rows of the table.
+        most: most rows of a block, unless one entry covers more.
     """
     together = math.lcm(*(spec.every for spec in layout.values() if spec.every))
     step = max(most // together, 1) * together
@@ -88,12 +87,12 @@ def blocks(layout: Mapping[str, TensorSpec], rows: int, most: int) -> Iterator[t
 
 
 def entries(spec: TensorSpec, begin: int, end: int) -> slice:
-    """Where a block of rows lies in a stored tensor that is written by rows."""
+    """Return the entries of a stored tensor that encode the rows ``begin`` to ``end``."""
     return slice(begin // spec.every, -(-end // spec.every))
 
 
 class PackedTable(nn.Module):
-    """What replaces an ``nn.Embedding``: ids of any shape in, float32 ``(*ids, dim)`` out."""
+    """Compressed replacement of an ``nn.Embedding``: ids ``(*,)`` to float32 ``(*, dim)``."""
 
     def __init__(
         self,
@@ -110,11 +109,11 @@ class PackedTable(nn.Module):
         self.settings = dict(settings)
         register_stored(self, storage.layout(rows, dim, settings), stored)
 
-    def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - torch's own name for the ids
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - torch's name for the ids
         return self.storage.lookup(dict(self.named_buffers()), input, self.dim, self.settings)
 
     def record(self) -> ModuleRecord:
-        """What a bundle must say so that this module can be built again."""
+        """Return the record from which a bundle rebuilds this module."""
         return ModuleRecord(
             kind="table",
             format=self.storage.name,
@@ -123,7 +122,7 @@ class PackedTable(nn.Module):
 
 
 class PackedLinear(nn.Module):
-    """What replaces an ``nn.Linear``: float32 ``(*, in)`` in, ``(*, out)`` out."""
+    """Compressed replacement of an ``nn.Linear``: float32 ``(*, in)`` to ``(*, out)``."""
 
     def __init__(
         self,
@@ -144,11 +143,11 @@ class PackedLinear(nn.Module):
         layout = storage.layout(in_features, out_features, self.settings, bias=bias)
         register_stored(self, layout, stored)
 
-    def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - torch's own name
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - torch's name
         return self.storage.apply(dict(self.named_buffers()), input, self.settings)
 
     def record(self) -> ModuleRecord:
-        """What a bundle must say so that this module can be built again."""
+        """Return the record from which a bundle rebuilds this module."""
         return ModuleRecord(
             kind="linear",
             format=self.storage.name,
@@ -162,19 +161,19 @@ class PackedLinear(nn.Module):
 
 
 class FoldedNorm(nn.Identity):
-    """What stands where a norm was whose numbers went into the layers around it."""
+    """Identity in place of a norm whose parameters were folded into adjacent layers."""
 
     def record(self) -> ModuleRecord:
-        """What a bundle must say so that this module can be built again."""
+        """Return the record from which a bundle rebuilds this module."""
         return ModuleRecord(kind="norm", format="folded")
 
 
 class Bag(nn.Module):
-    """What replaces an ``nn.EmbeddingBag``: looked-up rows reduced over each bag.
+    """Replacement of an ``nn.EmbeddingBag``: looks rows up and reduces them over each bag.
 
-    The same as torch's module for ``sum``, ``mean`` and ``max``, padded or jagged input,
-    ``padding_idx``, per-sample weights and empty bags (zeros), but written with a lookup and a
-    masked reduction, since no exporter lowers the torch module to a form that serves well
+    Equal to torch's module for ``sum``, ``mean`` and ``max``, padded or jagged input,
+    ``padding_idx``, per-sample weights and empty bags (zeros), but implemented as a lookup and
+    a masked reduction, since no exporter lowers the torch module to an efficient graph
     (NVIDIA/TensorRT#4210, pytorch/pytorch#138485). ``table`` is any module from ids to rows.
 
     ``longest`` is needed only to export jagged input: the graph pads each bag to that many ids.
@@ -198,7 +197,7 @@ class Bag(nn.Module):
 
     def forward(
         self,
-        input: Tensor,  # noqa: A002 - torch's own name, callers may use it as a keyword
+        input: Tensor,  # noqa: A002 - torch's name, callers may use it as a keyword
         offsets: Tensor | None = None,
         per_sample_weights: Tensor | None = None,
     ) -> Tensor:
@@ -237,13 +236,13 @@ class Bag(nn.Module):
                 raise NotLowerable("longest_list_unknown")
             longest = self.longest
         else:
-            # At least one place, so that there is something to reduce where every bag is empty.
+            # At least one position, so that a batch of empty bags can be reduced.
             longest = max(1, int((end - begin).max())) if len(begin) else 1
         inside, position = pad_positions(begin, end, count, longest)
         return padded(values, position), inside, position
 
     def record(self) -> ModuleRecord | None:
-        """What a bundle must say, or None while the table inside is a plain one."""
+        """Return the record of the bag and its table, or None if the table is not compressed."""
         record_of = getattr(self.table, "record", None)
         if record_of is None:
             return None
@@ -261,11 +260,11 @@ class Bag(nn.Module):
 
 
 def pad_positions(begin: Tensor, end: Tensor, count: int, longest: int) -> tuple[Tensor, Tensor]:
-    """Where each bag's ids lie: ``inside`` bool and ``position`` int, both ``(bags, longest)``.
+    """Return positions of each bag's ids: ``inside`` bool, ``position`` int, ``(bags, longest)``.
 
-    ``begin`` and ``end`` are ``(bags,)``, ``count`` is how many ids there are in all. Places
-    beyond a bag's end point at ``count``, the one extra id that ``padded`` appends, so a batch of
-    empty bags still has something to look up.
+    ``begin`` and ``end`` are ``(bags,)``, ``count`` is the number of all ids. Positions after a
+    bag's end are ``count``, the index of the extra id that ``padded`` appends, so a batch of empty
+    bags has an id to look up.
     """
     position = begin.unsqueeze(1) + torch.arange(longest, device=begin.device)
     inside = position < end.unsqueeze(1)
@@ -273,14 +272,14 @@ def pad_positions(begin: Tensor, end: Tensor, count: int, longest: int) -> tuple
 
 
 def padded(values: Tensor, position: Tensor) -> Tensor:
-    """Values ``(all ids,)`` laid out at ``position``, with zero where there is none."""
+    """Gather values ``(all ids,)`` at ``position``; padding positions are zero."""
     return torch.cat([values, values.new_zeros(1)])[position]
 
 
 def register_stored(
     module: nn.Module, layout: Mapping[str, TensorSpec], stored: Mapping[str, Tensor] | None
 ) -> None:
-    """Give a module its stored tensors as buffers; without them, empty ones on the meta device."""
+    """Register stored tensors as a module's buffers; if None, empty ones on the meta device."""
     for name, spec in layout.items():
         tensor = (
             torch.empty(spec.shape, dtype=spec.dtype, device="meta")

@@ -1,8 +1,7 @@
-"""A monotone map behind a network's output, so that its probabilities mean what they say.
+"""Output calibration: a monotone map of a network's output that calibrates its probabilities.
 
-The map is part of the model: it is stored with it, trained through, and written into every graph.
-It is a forward hook of the network and a module inside it, so that nothing a unit is called by
-changes.
+The map is part of the model: it is stored with it, gradients pass through it, and every exported
+graph contains it. It is a forward hook and a submodule of the network, so unit names do not change.
 
 Sources: Guo et al. 2017, https://arxiv.org/abs/1706.04599 (temperature); Platt 1999 (slope and
 offset of the logit); Zadrozny and Elkan 2002 (isotonic).
@@ -17,12 +16,12 @@ from compressors.contracts import ModuleRecord
 from compressors.errors.steps import StepRefused
 
 NAME = "recalibration"
-# The least and the greatest probability that float32 tells from 0 and 1: logits stay finite.
+# The smallest and largest float32 probabilities used: 0 and 1 would have infinite logits.
 LEAST, GREATEST = torch.finfo(torch.float32).tiny, 1 - 2.0**-24
 
 
 def logit_of(output: Tensor, form: str) -> Tensor:
-    """An output, a logit or a probability as ``form`` says, as a logit."""
+    """Convert an output to a logit; ``form`` says whether it is a logit or a probability."""
     if form != "probability":
         return output
     inside = output.clamp(min=LEAST, max=GREATEST)
@@ -30,11 +29,11 @@ def logit_of(output: Tensor, form: str) -> Tensor:
 
 
 class Recalibration(nn.Module):
-    """From a network's output to the same, calibrated, in its form (a logit or a probability).
+    """Maps a network's output to a calibrated one of the same form (logit or probability).
 
     ``line`` is float32 ``(2,)``: slope and offset of the logit. With ``knots`` the line ends at the
-    first of them, and straight pieces follow: ``bends`` float32 ``(2, knots)`` are where each piece
-    begins and its slope.
+    first knot and linear pieces follow: ``bends`` float32 ``(2, knots)`` holds the begin and the
+    slope of each piece.
     """
 
     line: Tensor
@@ -62,33 +61,33 @@ class Recalibration(nn.Module):
     def forward(self, output: Tensor) -> Tensor:
         logit = logit_of(output, self.output)
         below = logit if self.bends is None else torch.minimum(logit, self.bends[0, 0])
-        found = self.line[0] * below + self.line[1]
+        calibrated = self.line[0] * below + self.line[1]
         if self.bends is not None:
-            # How far each piece is walked along: what is added up only grows with the logit, so
-            # that rounding cannot turn the order of two rows round.
+            # Length of each piece below the logit. The summed terms only grow with the logit, so
+            # that rounding cannot reverse the order of two rows.
             begins, slopes = self.bends
             widths = torch.cat([begins.diff(), begins.new_full((1,), torch.inf)])
             along = (logit.unsqueeze(-1) - begins).clamp(min=0).minimum(widths)  # (*, knots)
-            found = found + torch.matmul(along, slopes)
-        return torch.sigmoid(found) if self.output == "probability" else found
+            calibrated = calibrated + torch.matmul(along, slopes)
+        return torch.sigmoid(calibrated) if self.output == "probability" else calibrated
 
     def record(self) -> ModuleRecord:
-        """What a bundle must say so that this module can be built again."""
+        """Return the record from which a bundle rebuilds this module."""
         settings = {"output": self.output, "knots": self.knots}
         return ModuleRecord(kind="output", format=self.method, settings=settings)
 
 
 def recalibration_of(module: nn.Module) -> Recalibration | None:
-    """The map behind a network's output, if there is one."""
-    found = getattr(module, NAME, None)
-    return found if isinstance(found, Recalibration) else None
+    """Return the calibration map of a network's output, or None."""
+    submodule = getattr(module, NAME, None)
+    return submodule if isinstance(submodule, Recalibration) else None
 
 
 def attach(module: nn.Module, recalibration: Recalibration) -> None:
-    """Put a map behind a network's output, in place of the one it has.
+    """Attach a calibration map to a network's output, replacing an existing one.
 
     Raises:
-        CompressionError: the network has something else of that name.
+        CompressionError: the network has another attribute of that name.
     """
     if recalibration_of(module) is None:
         if hasattr(module, NAME):
@@ -98,5 +97,5 @@ def attach(module: nn.Module, recalibration: Recalibration) -> None:
 
 
 def _recalibrated(module: nn.Module, args: Any, output: Tensor) -> Tensor:  # noqa: ARG001
-    found: Tensor = getattr(module, NAME)(output)
-    return found
+    calibrated: Tensor = getattr(module, NAME)(output)
+    return calibrated
