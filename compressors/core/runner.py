@@ -1,7 +1,7 @@
-"""The one place that runs every step and checks its contract.
+"""Run a compression step and check its contract.
 
-Both kinds of step (``compressors.core.step``) say first, in ``choose``, what they will do with
-every table and dense layer; a step that does something else is refused.
+Every step runs here. ``plan_choices`` first decides which tables and dense layers the step takes;
+a step that does not follow this decision raises ``ContractBroken``.
 """
 
 from collections.abc import Collection, Iterator, Mapping
@@ -63,7 +63,7 @@ REFUSALS = (
     TypeError,
     ValueError,
 )
-"""What a network's own code raises where it does not allow what a step does."""
+"""Exceptions that a network's code raises if it does not support what a step does."""
 
 
 def run(
@@ -74,21 +74,21 @@ def run(
     *,
     skipped: Mapping[str, Reason] = MappingProxyType({}),
 ) -> Model:
-    """Apply one step, write the result to ``folder``, and return it as loaded from there.
+    """Apply one step, write the result to ``folder``, and return the model loaded from there.
 
     Args:
         step: the method and its settings.
-        source: the model to compress; left as it is.
-        bench: what the step may learn from.
+        source: the model to compress; not modified.
+        bench: the data that the step may use.
         folder: where the tensors are written; the returned module maps them.
-        skipped: units that the step leaves as they are, with the reasons.
+        skipped: units that the step must not change, with the reasons.
 
     Raises:
-        NothingToCompress: the step takes no unit of this model, or the bench lacks a part.
-        ContractBroken: the step changed its input, gave numbers that are not finite, did other
-            than it chose, or its result does not survive being stored.
-        ModelRefused: the network does not run on inputs that its signature allows, or its scores of
-            them are not finite.
+        NothingToCompress: the step can compress no unit of this model, or the bench lacks a part.
+        ContractBroken: the step changed its input, gave scores that are not finite, did not
+            follow its choices, or its result gives other scores after it was stored.
+        ModelRefused: the network does not run on inputs that its signature allows, or its scores
+            are not finite.
         CompressionError: the step cannot be carried out on this model.
     """
     _require_parts(step, bench)
@@ -138,7 +138,7 @@ def run(
 
 @contextmanager
 def _as_refusal(step: TableStep | ModelStep) -> Iterator[None]:
-    """Raise what a network's own code raises inside of a step as a refusal of that step.
+    """Raise errors of a network's code inside a step as ``StepRefused``.
 
     Raises:
         CompressionError: names the step and the exception.
@@ -152,17 +152,17 @@ def _as_refusal(step: TableStep | ModelStep) -> Iterator[None]:
 
 
 def output_line(step: TableStep | ModelStep, source: Model, model: Model) -> PlanLine | None:
-    """The plan line of the map after a network's output; None if no step made one."""
-    made = recalibration_of(model.module)
+    """Return the plan line of the map after a network's output; None if no step changed it."""
+    recalibration = recalibration_of(model.module)
     if not isinstance(step, ModelStep) or step.changes != "output":
         return source.plan.of(OUTPUT) if source.plan else None
     return PlanLine(
         module=OUTPUT,
         role="other",
-        format="as trained" if made is None else made.method,
+        format="as trained" if recalibration is None else recalibration.method,
         bytes_before=0,
-        bytes_after=0 if made is None else stored_bytes(made),
-        steps=() if made is None else (step.kind,),
+        bytes_after=0 if recalibration is None else stored_bytes(recalibration),
+        steps=() if recalibration is None else (step.kind,),
         reasons=model.notes.get(NAME, (Reason("selected", step=step.kind),)),
     )
 
@@ -170,16 +170,21 @@ def output_line(step: TableStep | ModelStep, source: Model, model: Model) -> Pla
 def _require_parts(step: TableStep | ModelStep, bench: Bench) -> None:
     missing = [part for part in needs(step) if getattr(bench, part) is None]
     if missing:
-        held = [part for part in get_args(Part) if getattr(bench, part) is not None]
+        present = [part for part in get_args(Part) if getattr(bench, part) is not None]
         raise NothingToCompress(
-            "rows_missing", step=step.kind, missing=tuple(missing), present=tuple(held)
+            "rows_missing", step=step.kind, missing=tuple(missing), present=tuple(present)
         )
 
 
 def _scores(
     step: TableStep | ModelStep, source: Model, model: nn.Module, inputs: dict[str, Tensor]
 ) -> Tensor:
-    """Scores of the compressed module, or whose fault it is that there are none."""
+    """Return the compressed module's scores; raise for the step or the network that fails.
+
+    Raises:
+        ModelRefused: the uncompressed network fails as well.
+        CompressionError: only the compressed network fails.
+    """
     try:
         with torch.no_grad():
             scores: Tensor = model(**inputs)
@@ -202,10 +207,10 @@ def _scores(
 def _require_finite_source(
     step: TableStep | ModelStep, source: Model, inputs: dict[str, Tensor]
 ) -> None:
-    """Refuse a model whose own scores are not finite, before a step is blamed for it.
+    """Raise if the uncompressed model gives scores that are not finite: the step is not the cause.
 
     Raises:
-        ModelRefused: names how many rows of valid inputs have no finite score.
+        ModelRefused: rows of valid inputs have no finite score; gives their number.
     """
     scores = _scores(step, source, source.private().module, inputs)
     bad = int((~torch.isfinite(scores)).reshape(len(scores), -1).any(dim=1).sum())
@@ -220,7 +225,7 @@ def _require_finite_source(
 
 
 def rows_of_tables(model: nn.Module, signature: Signature) -> dict[str, int]:
-    """Rows of every table an input of the signature names.
+    """Return the rows of every table, and check that inputs of the signature name only these.
 
     Raises:
         NothingToCompress: an input names a table the model does not have.
@@ -236,7 +241,7 @@ def rows_of_tables(model: nn.Module, signature: Signature) -> dict[str, int]:
 
 
 def without_units(step: ModelStep, names: Collection[str]) -> ModelStep:
-    """The step without some units, where it has name patterns; else as it is."""
+    """Return the step with name patterns that exclude units; unchanged if it has no patterns."""
     update = {
         field: (*getattr(step, field), *(EXCEPT + name for name in names))
         for field in ("tables", "layers")
@@ -251,16 +256,16 @@ def plan_choices(
     bench: Bench,
     skipped: Mapping[str, Reason] = MappingProxyType({}),
 ) -> dict[str, Choice]:
-    """What a step will do with every unit of a model, and why.
+    """Choose for every unit of a model whether the step takes it, with the reasons.
 
     Args:
         step: the method and its settings.
-        model: whose units.
-        bench: what the step may learn from.
-        skipped: units that it leaves as they are, with the reasons.
+        model: the model whose units are considered.
+        bench: the data that the step may use.
+        skipped: units that the step must not change, with the reasons.
 
     Raises:
-        NothingToCompress: it takes none of them.
+        NothingToCompress: the step takes no unit.
     """
     units = Unit.of(model.module)
     if isinstance(step, ModelStep):
@@ -277,8 +282,8 @@ def plan_choices(
         for unit in units
         if unit.name in skipped
     }
-    behind = isinstance(step, ModelStep) and step.changes == "output"
-    if not behind and not any(choice.take for choice in chosen.values()):
+    changes_output = isinstance(step, ModelStep) and step.changes == "output"
+    if not changes_output and not any(choice.take for choice in chosen.values()):
         raise NothingToCompress(
             "units_missing",
             step=step.kind,
@@ -292,21 +297,21 @@ def plan_choices(
 
 
 def _if_smaller(step: TableStep, unit: Unit) -> Choice:
-    """Take a table in the best format that is no larger; keep it if that saves nothing."""
+    """Take a table if its best format is smaller than the present one."""
     rows, dim = unit.weight.shape
     stored_by, reasons = best_format(step, unit.weight)
     size = table_bytes(stored_by, rows, dim)
     if size >= unit.bytes:
-        kept = Reason("not_smaller", step=stored_by.kind, bytes=size, present=unit.bytes)
-        return Choice(False, (kept,))
+        reason = Reason("not_smaller", step=stored_by.kind, bytes=size, present=unit.bytes)
+        return Choice(False, (reason,))
     return Choice(True, reasons)
 
 
 def encode_table(step: TableStep, weight: Tensor) -> PackedTable:
-    """A table, float ``(rows, dim)``, in the step's format, encoded block by block.
+    """Encode a table, float ``(rows, dim)``, in the step's format, block by block.
 
     Raises:
-        ContractBroken: the step encodes a tensor in another type than it lays it out.
+        ContractBroken: the step encodes a tensor in another dtype than its layout says.
         CompressionError: the step cannot be carried out on this table.
     """
     rows, dim = weight.shape
@@ -350,10 +355,10 @@ def _check_choices(
             if values and taken:
                 continue
             raise ContractBroken("unit_lost", step=step.kind, unit=unit.name)
-        # A method that changes values, or looks for rows to do without, may find that a unit is
-        # best left as it is.
+        # A method that changes values or searches for rows to remove may find no improvement and
+        # leave a unit unchanged.
         kept = new.format == unit.format if not values else _equal(unit.module, new.module)
-        has_note = taken and unit.name in notes  # it says why the unit stays
+        has_note = taken and unit.name in notes  # the note says why the unit is unchanged
         if kept == taken and not (taken and (may_stay or has_note)):
             raise (
                 ContractBroken("unit_kept", step=step.kind, unit=unit.name)
@@ -384,21 +389,21 @@ def _as_found(
     before: tuple[Unit, ...],
     after: tuple[Unit, ...],
 ) -> dict[str, Choice]:
-    """The choices, with a reason where the method searched better values and found none."""
+    """Return the choices, with a reason for units that the step took and left unchanged."""
     if not isinstance(step, ModelStep):
         return dict(choices)
     now = {unit.name: unit for unit in after}
-    found = dict(choices)
+    outcomes = dict(choices)
     for unit in before:
         new, choice = now.get(unit.name), choices[unit.name]
         if not choice.take or new is None:
             continue
         if step.changes == "format":
             if new.format == unit.format:
-                found[unit.name] = Choice(False, (Reason("kept_format", format=unit.format),))
+                outcomes[unit.name] = Choice(False, (Reason("kept_format", format=unit.format),))
         elif _equal(unit.module, new.module):
-            found[unit.name] = Choice(False, (*choice.reasons, Reason("nothing_better")))
-    return found
+            outcomes[unit.name] = Choice(False, (*choice.reasons, Reason("nothing_better")))
+    return outcomes
 
 
 def _noted(choice: Choice, note: tuple[Reason, ...]) -> Choice:
@@ -406,11 +411,11 @@ def _noted(choice: Choice, note: tuple[Reason, ...]) -> Choice:
 
 
 def _equal(old: nn.Module, new: nn.Module) -> bool:
-    """Whether two modules hold the same tensors; the same memory is not read.
+    """Whether two modules have equal tensors; tensors in the same memory are not compared.
 
-    The tables that a table is made of, and the layers of a layer, are modules of their own.
+    Parts of composed tables and factored layers are separate units and do not count.
     """
-    first, second = _own(old), _own(new)
+    first, second = _direct_tensors(old), _direct_tensors(new)
     return first.keys() == second.keys() and all(
         tensor.data_ptr() == second[name].data_ptr()
         or (tensor.shape == second[name].shape and torch.equal(tensor, second[name]))
@@ -418,7 +423,7 @@ def _equal(old: nn.Module, new: nn.Module) -> bool:
     )
 
 
-def _own(module: nn.Module) -> dict[str, Tensor]:
+def _direct_tensors(module: nn.Module) -> dict[str, Tensor]:
     table = module.table if isinstance(module, Bag) else module
     if isinstance(table, ComposedTable | FactoredLinear):
         return dict(table.named_buffers(recurse=False))
@@ -426,6 +431,6 @@ def _own(module: nn.Module) -> dict[str, Tensor]:
 
 
 def _versions(model: nn.Module) -> list[tuple[str, int, int]]:
-    """A tensor's version counter moves with every in-place write, whatever its size."""
+    """Return name, address and version counter of every tensor, to detect in-place writes."""
     named = (*model.named_parameters(), *model.named_buffers())
     return [(name, tensor.data_ptr(), tensor._version) for name, tensor in named]

@@ -11,14 +11,16 @@ from compressors.errors.compression import ModelRefused
 from compressors.lower.serving_wrapper import input_names, served_graphs
 
 ROWS = 8
-TOWER_TOLERANCE = 1e-4  # of the largest score: float32 sums in another order
-REPEAT_TOLERANCE = 1e-5  # of the largest score: the same sums over memory aligned differently
+TOWER_TOLERANCE = 1e-4  # relative to 1 + the largest score: float32 sums in another order
+REPEAT_TOLERANCE = (
+    1e-5  # relative to 1 + the largest score: memory alignment changes the order of sums
+)
 
 
 def smoke_test(
     model: nn.Module, signature: Signature, path: str, again: nn.Module | None = None
 ) -> None:
-    """Score generated rows, among them the highest id of every table.
+    """Score generated rows, including the highest id of every table.
 
     Args:
         model: the loaded network.
@@ -27,9 +29,9 @@ def smoke_test(
         again: the same bundle, loaded a second time; both must give the same scores.
 
     Raises:
-        ModelRefused: its weights are not float32, it fails on inputs of this signature, or what it
-            returns is not one finite score a row; its towers do not give that score; or the same
-            rows get another score in another call or after another load.
+        ModelRefused: its weights are not float32; it fails on inputs of this signature; its output
+            is not one finite score per row; its towers do not give that score; or the same rows get
+            another score in a second call or after a second load.
         NothingToCompress: an input names a table the network does not have.
     """
     other = {str(p.dtype) for p in model.parameters() if p.is_floating_point()} - {"torch.float32"}
@@ -71,7 +73,7 @@ def _require_repeatable(
     score: Tensor,
     path: str,
 ) -> None:
-    """Refuse scores that depend on chance: nothing measured with them would be comparable."""
+    """Raise if the same rows get other scores in a second call or after a second load."""
     tolerance = REPEAT_TOLERANCE * (1 + float(score.abs().max()))
     with torch.no_grad():
         gap = float((model(**inputs) - score).abs().max())
@@ -92,7 +94,7 @@ def _require_repeatable(
 def _check_towers(
     model: nn.Module, signature: Signature, inputs: dict[str, Tensor], score: Tensor, path: str
 ) -> None:
-    """What is served are the towers, so their dot product must be what the network says."""
+    """Raise if the dot product of both towers, which are served, is not the network's score."""
     vectors: dict[str, Tensor] = {}
     for form in served_graphs(signature):
         try:

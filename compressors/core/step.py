@@ -1,7 +1,8 @@
-"""The two step protocols: what a compression method implements, and which data it may see.
+"""Step protocols: the interfaces that a compression method implements.
 
-Tables may be larger than memory, so a table step sees row blocks of a memory-mapped weight; a
-model step sees the whole module. ``compressors.core.runner`` runs both and checks their contract.
+Tables may be larger than memory, so a table step receives row blocks of a memory-mapped weight; a
+model step receives the whole module. ``compressors.core.runner`` runs both and checks their
+contract.
 """
 
 from collections.abc import Mapping
@@ -17,7 +18,7 @@ from compressors.core.units import Choice
 
 @runtime_checkable
 class TableStep(Protocol):
-    """A method for embedding tables, row block by row block."""
+    """A method that encodes embedding tables in blocks of rows."""
 
     @property
     def kind(self) -> str:
@@ -25,32 +26,32 @@ class TableStep(Protocol):
 
     @property
     def tables(self) -> tuple[str, ...]:
-        """Name patterns of the tables it takes."""
+        """Name patterns of the tables to compress."""
 
     @property
     def min_rows(self) -> int:
-        """Tables with fewer rows stay as they are."""
+        """Tables with fewer rows are not changed."""
 
     @property
     def storage(self) -> TableFormat:
         """The format it writes."""
 
     def settings(self) -> dict[str, Any]:
-        """What the format needs to know to lay a table out."""
+        """Return the arguments of the format's layout."""
 
     def fit(self, rows: Tensor) -> dict[str, Tensor]:
-        """What is learned from a table, float ``(rows, dim)``, before its blocks are encoded.
+        """Fit parameters to a table, float ``(rows, dim)``, before its blocks are encoded.
 
-        Stored tensors of the whole table are among it, by the names the layout gives them.
+        They include the stored tensors of the whole table, under their names in the layout.
         """
 
     def encode(self, block: Tensor, params: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Stored tensors of one block of rows, float ``(rows, dim)``; none of the whole table."""
+        """Encode a block, float ``(rows, dim)``: its stored tensors, none of the whole table."""
 
 
 @runtime_checkable
 class ModelStep(Protocol):
-    """A method that needs the whole module."""
+    """A method that works on the whole module."""
 
     @property
     def kind(self) -> str:
@@ -58,47 +59,46 @@ class ModelStep(Protocol):
 
     @property
     def needs(self) -> tuple[Part, ...]:
-        """The parts of the bench it cannot do without."""
+        """The parts of the bench that it requires."""
 
     @property
     def changes(self) -> Change:
-        """What becomes of a unit it takes.
+        """How the step changes a unit that it takes.
 
-        ``format``: it is stored in another format. ``values``: its format stays, and its weights
-        change, it becomes narrower, or it is gone. ``parts``: a table is now made of smaller ones,
-        which are units of their own. With the last two a unit may stay as it is, if nothing
-        better is found; with ``format`` only if the model's notes say why. ``output``: no unit is
-        taken, and a map stands behind the network.
+        ``format``: it is stored in another format. ``values``: its format is unchanged, and its
+        weights change, it becomes narrower, or it is removed. ``parts``: the table is composed of
+        smaller ones, which are separate units. With the last two a unit may be unchanged if no
+        improvement is found; with ``format`` only if the model's notes say why. ``output``: no
+        unit is taken; a map is applied to the network's output.
         """
 
     def choose(self, model: Model, bench: Bench) -> dict[str, Choice]:
-        """Which units it takes, and why not the others. Units of no interest may be left out."""
+        """Choose the units to change, with reasons. Units of another role may be left out."""
 
     def apply(self, model: Model, bench: Bench) -> Model:
-        """The compressed model; ``model`` has a module tree of its own over shared tensors.
+        """Compress the model; its module tree is a private copy over shared tensors.
 
-        The architecture's configuration may be another one; records and ties are found by
-        ``run``.
+        The step may change the architecture's configuration; ``run`` determines records and ties.
         """
 
     def dry_run(self, model: Model, bench: Bench) -> Model:
-        """The same without data and without work: every shape of the result, whatever values."""
+        """Predict every shape of the result without data or work; values do not matter."""
 
 
 @runtime_checkable
 class OptionalParts(Protocol):
-    """A step that makes use of rows where there are some, and does without where there are none."""
+    """A step that uses parts of the bench if they are present, and runs without them."""
 
     @property
     def wants(self) -> tuple[Part, ...]:
-        """Such parts of the bench."""
+        """The optional parts of the bench."""
 
 
 def needs(step: TableStep | ModelStep) -> tuple[Part, ...]:
-    """The parts of the bench a step cannot do without; a table step sees only its tables."""
+    """Return the parts of the bench that a step requires; a table step requires none."""
     return step.needs if isinstance(step, ModelStep) else ()
 
 
 def wants(step: TableStep | ModelStep) -> tuple[Part, ...]:
-    """The parts of the bench a step makes use of where they are there."""
+    """Return the parts of the bench that a step uses if they are present."""
     return step.wants if isinstance(step, OptionalParts) else ()

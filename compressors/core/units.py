@@ -1,4 +1,4 @@
-"""The tables and dense layers of a module: finding, choosing and replacing them."""
+"""Units, the tables and dense layers of a module: find, choose and replace them."""
 
 import copy
 import fnmatch
@@ -25,15 +25,15 @@ from compressors.errors.steps import StepRefused
 
 Role = Literal["table", "dense"]
 EXCEPT = "!"
-"""A name pattern that begins with this excludes units."""
+"""Prefix of a name pattern that excludes units."""
 
 
 @dataclass(frozen=True)
 class Unit:
-    """One table or dense layer, as it stands in a module now.
+    """One table or dense layer in the present state of a module.
 
-    A table or layer made of smaller ones is a unit with only its own tensors; each table or layer
-    inside is another, ``part_of`` it.
+    A composed table or factored layer is a unit without the tensors of its parts; each part is
+    another unit whose ``part_of`` names the outermost one.
     """
 
     name: str
@@ -47,7 +47,7 @@ class Unit:
 
     @staticmethod
     def of(model: nn.Module) -> tuple["Unit", ...]:
-        """Every table and dense layer of a module, in the module's own order."""
+        """Return every table and dense layer of a module, in the order of its submodules."""
         return tuple(_walk(model))
 
     @property
@@ -74,33 +74,33 @@ class Choice:
 
 
 def innermost(name: str, units: Collection[str]) -> str | None:
-    """Of some units the one that a tensor or part lies in; of tables in tables the innermost."""
+    """Return the innermost of some units that contains the tensor or part ``name``, or None."""
     return max((unit for unit in units if name.startswith(f"{unit}.")), key=len, default=None)
 
 
 def folded_norms(module: nn.Module) -> tuple[str, ...]:
-    """Norms that have become part of the layers beside them."""
+    """Return the names of norms that were folded into adjacent layers."""
     return tuple(name for name, part in module.named_modules() if isinstance(part, FoldedNorm))
 
 
 def table_rows(module: nn.Module) -> dict[str, int]:
-    """Rows of every table, by its name."""
+    """Return the rows of every table, by table name."""
     return {unit.name: unit.rows for unit in Unit.of(module) if unit.role == "table"}
 
 
 def stored_bytes(module: nn.Module, counted: Collection[int] = ()) -> int:
-    """Bytes of the tensors that a file of this module holds, each once.
+    """Return the bytes of a module's state dict, shared tensors counted once.
 
-    Buffers that no file holds are left out, and so are the tensors whose ids are in ``counted``.
+    Non-persistent buffers and tensors whose ids are in ``counted`` are not included.
     """
-    held = {id(tensor): tensor for tensor in module.state_dict(keep_vars=True).values()}
-    return sum(t.numel() * t.element_size() for key, t in held.items() if key not in counted)
+    tensors = {id(tensor): tensor for tensor in module.state_dict(keep_vars=True).values()}
+    return sum(t.numel() * t.element_size() for key, t in tensors.items() if key not in counted)
 
 
 def choose_tables(
     units: tuple[Unit, ...], patterns: tuple[str, ...], min_rows: int, kind: str
 ) -> dict[str, Choice]:
-    """Choose the tables a step takes, with the reason for each other one.
+    """Choose the tables that a step takes, with a reason for each table.
 
     A pattern that begins with ``!`` excludes the units that it matches.
     """
@@ -122,10 +122,10 @@ def choose_dense(
     storage: LinearFormat | None = None,
     settings: Mapping[str, Any] | None = None,
 ) -> dict[str, Choice]:
-    """Choose the dense layers a step takes, with the reason for each other one.
+    """Choose the dense layers that a step takes, with a reason for each layer.
 
     A pattern that begins with ``!`` excludes the units that it matches. With ``storage`` and
-    its ``settings``, the format a layer would have, a layer stays that would not become smaller.
+    its ``settings``, the format a layer would have, a layer is not taken if that is not smaller.
     """
     layers = [unit for unit in units if unit.role == "dense"]
     require_matches(patterns, layers, kind, "dense layer")
@@ -134,10 +134,10 @@ def choose_dense(
         keep = _keep(unit, patterns)
         if keep is None and storage is not None:
             outputs, inputs = unit.weight.shape
-            laid = storage.layout(
+            layout = storage.layout(
                 inputs, outputs, settings or {}, bias=unit.bias is not None
             ).values()
-            size = sum(math.prod(spec.shape) * spec.dtype.itemsize for spec in laid)
+            size = sum(math.prod(spec.shape) * spec.dtype.itemsize for spec in layout)
             if size >= unit.bytes:
                 keep = Reason("not_smaller", step=kind, bytes=size, present=unit.bytes)
         choices[unit.name] = Choice(keep is None, (keep or Reason("selected", step=kind),))
@@ -157,7 +157,7 @@ def _keep(unit: Unit, patterns: tuple[str, ...]) -> Reason | None:
 
 
 def _own_code(module: nn.Module) -> Reason | None:
-    """What a layer does that its class in torch, and so its replacement, does not do."""
+    """Return why a layer behaves unlike its torch class, which its replacement copies, or None."""
     for base in (nn.Linear, nn.Embedding, nn.EmbeddingBag):
         if isinstance(module, base) and type(module).forward is not base.forward:
             return Reason("custom_forward", module_class=type(module).__name__)
@@ -167,7 +167,7 @@ def _own_code(module: nn.Module) -> Reason | None:
 
 
 def is_among(unit: Unit, patterns: Collection[str]) -> bool:
-    """Whether a unit matches patterns of a step: one that includes it, and none with ``!``."""
+    """Whether a unit matches a pattern of a step and no excluding pattern (``!``)."""
     included = [pattern for pattern in patterns if not pattern.startswith(EXCEPT)]
     if any(is_named(unit, p.removeprefix(EXCEPT)) for p in patterns if p.startswith(EXCEPT)):
         return False
@@ -175,16 +175,16 @@ def is_among(unit: Unit, patterns: Collection[str]) -> bool:
 
 
 def is_named(unit: Unit, pattern: str) -> bool:
-    """Whether a pattern means a unit: by its name, or by that of what it is a part of."""
+    """Whether a pattern matches the name of a unit, or of the unit it is a part of."""
     names = (unit.name,) if unit.part_of is None else (unit.name, unit.part_of)
     return any(fnmatch.fnmatchcase(name, pattern) for name in names)
 
 
 def require_matches(patterns: tuple[str, ...], units: list[Unit], kind: str, what: str) -> None:
-    """Refuse a name pattern that no unit has.
+    """Raise if a name pattern matches no unit.
 
     Raises:
-        NothingToCompress: names those there are.
+        NothingToCompress: a pattern matches none; lists the names of the units.
     """
     for pattern in patterns:
         if pattern.startswith(EXCEPT):
@@ -200,7 +200,7 @@ def require_matches(patterns: tuple[str, ...], units: list[Unit], kind: str, wha
 
 
 def swap(model: nn.Module, name: str, new: nn.Module) -> None:
-    """Put ``new`` wherever the module called ``name`` stands, under every name it has."""
+    """Replace the module ``name`` by ``new`` under every name it is registered with."""
     old = model.get_submodule(name)
     for parent in list(model.modules()):
         for child, module in list(parent._modules.items()):
@@ -209,7 +209,7 @@ def swap(model: nn.Module, name: str, new: nn.Module) -> None:
 
 
 def pack_table(old: nn.Module, table: nn.Module) -> nn.Module:
-    """``table`` in the form of what it replaces: a bag where there was a bag."""
+    """Wrap ``table`` in a ``Bag`` if it replaces an ``nn.EmbeddingBag``; else return it."""
     if isinstance(old, nn.EmbeddingBag):
         return Bag(
             table,
@@ -221,8 +221,8 @@ def pack_table(old: nn.Module, table: nn.Module) -> nn.Module:
 
 
 def plain_bag(old: nn.EmbeddingBag, longest: int | None = None) -> Bag:
-    """An ``nn.EmbeddingBag`` as a lookup and a reduction, over the same weight."""
-    table = nn.Embedding(1, 1)  # its weight is replaced at once: nothing large is made
+    """Convert an ``nn.EmbeddingBag`` to a ``Bag`` (lookup and reduction) with the same weight."""
+    table = nn.Embedding(1, 1)  # its weight is replaced below: no large tensor is allocated
     table.num_embeddings, table.embedding_dim = old.num_embeddings, old.embedding_dim
     table.weight = old.weight
     return Bag(
@@ -235,9 +235,9 @@ def plain_bag(old: nn.EmbeddingBag, longest: int | None = None) -> Bag:
 
 
 def private_copy(model: nn.Module) -> nn.Module:
-    """A module tree of its own over the same tensors, so that a table is never held twice.
+    """Copy the module tree and share its tensors, so that no table is in memory twice.
 
-    A list may still hold the parameter of a table that a packed one replaced: it is shared too.
+    Parameters in plain lists are shared too: they may belong to tables replaced by packed ones.
     """
     listed = (tensor for _, tensor in plain_tensors(model) if isinstance(tensor, nn.Parameter))
     tensors = (*model.parameters(), *model.buffers(), *listed)
@@ -253,7 +253,7 @@ def _walk(model: nn.Module) -> Iterator[Unit]:
             users.setdefault(id(parameter), []).append(module)
     inside: set[nn.Module] = set()
     owners: dict[nn.Module, str] = {}  # of each table inside a composed one
-    counted: set[int] = set()  # a tied weight's bytes belong to the first unit that holds it
+    counted: set[int] = set()  # a tied weight's bytes count for the first unit that has it
     for name, module in model.named_modules():
         described = None if module in inside else _describe(name, module)
         if described is None:
@@ -275,12 +275,12 @@ def _walk(model: nn.Module) -> Iterator[Unit]:
             role, form, rows = described
             yield Unit(name, role, module, form, 0, rows, None, owners.get(module))
             continue
-        own = {module, *inside}
+        same_unit = {module, *inside}
         shared = [
             names[user]
             for parameter in module.parameters()
             for user in users[id(parameter)]
-            if user not in own
+            if user not in same_unit
         ]
         role, form, rows = described
         size = stored_bytes(module, counted)
@@ -320,7 +320,7 @@ def _float(weight: Tensor) -> str:
 
 
 def own_weight(module: nn.Module, name: str, value: Tensor) -> nn.Parameter:
-    """Give a module of a private tree another parameter, and leave the shared one as it is."""
+    """Set a new parameter on a module of a private copy; the shared parameter is not modified."""
     parameter = nn.Parameter(value.detach(), requires_grad=value.is_floating_point())
     setattr(module, name, parameter)
     return parameter

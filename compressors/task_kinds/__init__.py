@@ -1,4 +1,4 @@
-"""What a model is trained for.
+"""Code that depends on a model's task.
 
-loss.py  the training loss of each task
+loss.py  the training loss of each task, and batches in random order
 """

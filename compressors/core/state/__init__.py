@@ -1,9 +1,9 @@
-"""A module as tensors plus records, and back, without a second copy of a table.
+"""Save and load a module as tensors plus records, without a second copy of a table in memory.
 
-safetensors_stream.py  a safetensors file, written in pieces and in any order
-safetensors_rows.py    rows of a stored tensor, read into one buffer
-plain_values.py        what a module holds besides parameters, buffers and submodules
-meta_device.py         a network built without weights
-construction.py        a network from its class, with stored tensors
-module_state.py        the tensors and records of a module, and their inverse
+safetensors_stream.py  write a safetensors file in pieces, in any order
+safetensors_rows.py    read rows of a stored tensor into one buffer
+plain_values.py        tensors, devices and texts outside a module's state
+meta_device.py         build a network without weights
+construction.py        build a network from its class and assign stored tensors
+module_state.py        save, load and build modules from tensors and records
 """

@@ -1,9 +1,9 @@
-"""Build a network from its class and configuration, and give it stored tensors.
+"""Build a network from its class and configuration, and assign stored tensors.
 
 ``construct`` builds without weights (``meta_device.py``), so loading takes no more memory than the
-stored file. A constructor that reads parameter values cannot be built like that: it is built
-again with all its weights, and a note says so. ``assign`` fills a network such that every
-reference to a parameter, in a list or dictionary too, has the stored values.
+stored file. If the constructor reads parameter values, the network is built again with all its
+weights, and a note says so. ``assign`` fills a network so that every reference to a parameter, in a
+list or dictionary too, has the stored values.
 """
 
 import copy
@@ -35,14 +35,14 @@ from compressors.core.state.plain_values import plain_tensors, plain_values
 from compressors.errors.compression import ModelRefused
 from compressors.errors.construction import ConstructionFailed, TooLarge
 
-_OWN_FOLDERS = (str(Path(torch.__file__).parent), str(Path(__file__).parents[2]))
+_LIBRARY_FOLDERS = (str(Path(torch.__file__).parent), str(Path(__file__).parents[2]))
 NAMES_SHOWN = 5
 _ENDS_TEXT = re.compile(r"""["'\\\r\n\0]""")
 
 
 @dataclass(frozen=True)
 class Construction:
-    """A network as its class builds it, and what a user should know about how it was built."""
+    """A network built from its class, and notes for the user about the construction."""
 
     module: nn.Module
     notes: tuple[str, ...] = ()
@@ -51,16 +51,16 @@ class Construction:
 def construct(
     architecture: type[nn.Module], config: Mapping[str, Any], room: Room | None = None
 ) -> Construction:
-    """Build a network, with parameters on the meta device wherever its class allows that.
+    """Build a network, with parameters on the meta device if its class allows it.
 
     Args:
         architecture: its class.
-        config: keyword arguments; left as they are.
-        room: how much its constructor may create; without it any amount.
+        config: keyword arguments; not modified.
+        room: limits of what its constructor may create; without it there are none.
 
     Returns:
         The network on the CPU. Parameters have no values, unless a note says that the constructor
-        needs them. Buffers and plain tensors have theirs.
+        needs them. Buffers and plain tensors have values.
 
     Raises:
         ConstructionFailed: the arguments do not fit, the constructor raises, or an attribute has
@@ -111,40 +111,40 @@ def construct_with_weights(architecture: type[nn.Module], config: Mapping[str, A
 
 
 def assign(module: nn.Module, tensors: Mapping[str, Tensor], *, strict: bool) -> None:
-    """Put tensors into a network in place of its own, without a copy.
+    """Replace a network's tensors by stored ones, without copying.
 
-    Differs: ``load_state_dict(assign=True)`` puts new objects into the modules, so lists that
-    refer to parameters keep the old ones. Here the old objects receive the new values, and plain
-    tensors that are views of a parameter become views of the new one.
+    Differs: ``load_state_dict(assign=True)`` puts new objects into the modules, so lists of
+    parameters keep the old objects. Here the old objects receive the new values, and plain tensors
+    that are views of a parameter become views of the new one.
 
     Args:
         module: the network.
-        tensors: by name; not copied.
-        strict: whether every tensor of the network must be among them, and no other.
+        tensors: stored tensors by name; not copied.
+        strict: whether they must be exactly the tensors of the network.
     """
-    own = dict(module.state_dict(keep_vars=True))
+    previous = dict(module.state_dict(keep_vars=True))
     places = {
         tensor.untyped_storage()._cdata: (name, tensor.stride(), tensor.storage_offset())
-        for name, tensor in own.items()
+        for name, tensor in previous.items()
         if name in tensors and _has_storage(tensor)
     }
-    known = {id(tensor) for tensor in own.values()}
+    known = {id(tensor) for tensor in previous.values()}
     views = [
         (tensor, *places[tensor.untyped_storage()._cdata])
         for _, tensor in plain_tensors(module)
         if id(tensor) not in known and _is_in(tensor, places)
     ]
     geometry = [(view.shape, view.stride(), view.storage_offset()) for view, *_ in views]
-    # New objects, because those given may belong to another network; what is tied stays tied.
+    # New objects, because the stored ones may belong to another network; ties are preserved.
     fresh: dict[int, Tensor] = {}
-    given = {
+    assigned = {
         name: fresh.setdefault(id(value), _same_values(value)) for name, value in tensors.items()
     }
-    module.load_state_dict(given, strict=strict, assign=True)
+    module.load_state_dict(assigned, strict=strict, assign=True)
     stands_for: dict[int, Tensor] = {}
     exchanged: set[int] = set()
     loaded = module.state_dict(keep_vars=True)
-    for name, old in own.items():
+    for name, old in previous.items():
         new = loaded[name]
         if new is old:
             continue
@@ -157,44 +157,47 @@ def assign(module: nn.Module, tensors: Mapping[str, Tensor], *, strict: bool) ->
         setattr(module.get_submodule(owner), leaf, stands_for[id(new)])
     for (view, name, stride, start), (shape, steps, offset) in zip(views, geometry, strict=True):
         values = _named(module, name).detach()
-        if values.stride() == stride:  # else it stays without values, and loading refuses it
+        if values.stride() == stride:  # else it has no values, and loading raises
             begin = values.storage_offset() + offset - start
             exchange(view, values.as_strided(shape, steps, begin))
     _recompute(module)
 
 
 def unfilled(module: nn.Module, replaced: Iterable[Tensor] = ()) -> list[str]:
-    """Names of tensors that still have no values.
+    """Return names of tensors that have no values after loading.
 
     Args:
         module: a loaded network.
-        replaced: parameters of layers that compressed ones replaced; a list may still hold them.
+        replaced: parameters of layers that compressed ones replaced; plain lists may still contain
+            them, and they are ignored.
     """
-    gone = {tensor.untyped_storage()._cdata for tensor in replaced if _has_storage(tensor)}
+    ignored = {tensor.untyped_storage()._cdata for tensor in replaced if _has_storage(tensor)}
     every = dict((*module.named_parameters(), *module.named_buffers(), *plain_tensors(module)))
-    return [name for name, tensor in every.items() if tensor.is_meta and not _is_in(tensor, gone)]
+    return [
+        name for name, tensor in every.items() if tensor.is_meta and not _is_in(tensor, ignored)
+    ]
 
 
 def outside_cpu(module: nn.Module) -> list[str]:
-    """Names of tensors that are on an accelerator."""
+    """Return names of tensors that are on an accelerator."""
     every = dict((*module.named_parameters(), *module.named_buffers(), *plain_tensors(module)))
     return [name for name, tensor in every.items() if tensor.device.type not in ("cpu", "meta")]
 
 
 def differing_tensors(first: nn.Module, second: nn.Module) -> list[str]:
-    """Names of tensors that no file stores and that differ between two loaded networks."""
-    two = dict(plain_tensors(second))
+    """Return names of unstored tensors that differ between two loaded networks."""
+    other = dict(plain_tensors(second))
     return [
         name
         for name, tensor in plain_tensors(first)
-        if name not in two or not _equal(tensor, two[name])
+        if name not in other or not _equal(tensor, other[name])
     ]
 
 
 def _with_values(
     architecture: type[nn.Module], config: Mapping[str, Any], reason: str, room: Room | None
 ) -> Construction:
-    """Build a network with real weights because ``reason``."""
+    """Build a network with initial weights, and a note that gives the reason."""
     module, placement = _real(architecture, config, room)
     note = (
         f"{architecture.__name__} is built with all its weights in memory each time it is loaded, "
@@ -219,7 +222,7 @@ def _real(
 
 
 def _require_arguments(architecture: type[nn.Module], config: Mapping[str, Any]) -> None:
-    """Refuse a configuration that is not the class's keyword arguments."""
+    """Raise if a configuration does not fit the class's keyword arguments."""
     signature = inspect.signature(architecture)
     try:
         signature.bind(**config)
@@ -235,7 +238,7 @@ def _require_arguments(architecture: type[nn.Module], config: Mapping[str, Any])
 
 
 def _failure(architecture: type[nn.Module], fault: Exception) -> ConstructionFailed:
-    """The error of a constructor that raised."""
+    """Build the error for a constructor that raised."""
     error, place = type(fault).__name__, _place(fault)
     problem, name = (str(fault).strip() or "no message").rstrip("."), architecture.__name__
     if any(word in problem for word in ("CUDA", "cuda", "NVIDIA", "accelerator")):
@@ -248,11 +251,11 @@ def _failure(architecture: type[nn.Module], fault: Exception) -> ConstructionFai
 
 
 def _require_safe_names(architecture: type[nn.Module], module: nn.Module) -> None:
-    """Refuse attributes whose names would end the text in which torch writes them into code.
+    """Raise for attribute names that could inject code into the source that torch generates.
 
     ``torch.fx`` writes an attribute path as ``getattr(self.tables, "name")`` without escaping the
     name, and runs that code (``torch/fx/graph.py``, ``_format_target``). Names often come from the
-    configuration, which is foreign: a class may use the name of each feature for its table.
+    configuration, which is untrusted: a class may use the name of each feature for its table.
     """
     for path, part in module.named_modules():
         for name in (*vars(part), *part._modules, *part._parameters, *part._buffers):
@@ -265,22 +268,22 @@ def _require_safe_names(architecture: type[nn.Module], module: nn.Module) -> Non
 
 
 def _place(fault: BaseException) -> str:
-    """The innermost line of the user's code in a traceback."""
+    """Describe the innermost line of the user's code in a traceback."""
     frames = traceback.extract_tb(fault.__traceback__)
-    own = [frame for frame in frames if not frame.filename.startswith(_OWN_FOLDERS)]
-    if not own:
+    user_frames = [frame for frame in frames if not frame.filename.startswith(_LIBRARY_FOLDERS)]
+    if not user_frames:
         return "its call"
-    frame = own[-1]
+    frame = user_frames[-1]
     line = linecache.getline(frame.filename, frame.lineno or 0).strip()
     where = f"{Path(frame.filename).name}, line {frame.lineno}"
     return f"{where}: {line}" if line else where
 
 
 def _link_views(module: nn.Module, placement: Placement) -> None:
-    """Turn plain tensors in the former memory of a parameter into views of the parameter."""
+    """Make plain tensors that shared a parameter's former memory views of the parameter."""
     originals = {
-        ref.cdata: own
-        for ref, own in placement.originals
+        ref.cdata: parameter
+        for ref, parameter in placement.originals
         if not ref.expired()  # type: ignore[no-untyped-call]
     }
     if not originals:
@@ -295,7 +298,7 @@ def _link_views(module: nn.Module, placement: Placement) -> None:
 
 
 def _without_values(module: nn.Module) -> list[str]:
-    """Plain tensors on meta that are neither parameters nor views of one: nothing fills them."""
+    """Return names of plain tensors on meta that are no views of a stored tensor: never filled."""
     stored = module.state_dict(keep_vars=True).values()
     filled = {tensor.untyped_storage()._cdata for tensor in stored if _has_storage(tensor)}
     return [
@@ -308,7 +311,7 @@ def _without_values(module: nn.Module) -> list[str]:
 def _require_equal(
     architecture: type[nn.Module], first: nn.Module, second: nn.Module, names: list[str]
 ) -> None:
-    """Refuse plain tensors that differ between two constructions: they cannot be loaded."""
+    """Raise if plain tensors differ between two constructions: they cannot be loaded."""
     differing = [name for name in differing_tensors(first, second) if name in names]
     if differing:
         raise ModelRefused(
@@ -324,7 +327,7 @@ def _equal(first: Tensor, second: Tensor) -> bool:
 
 
 def _device_notes(module: nn.Module, placement: Placement) -> tuple[str, ...]:
-    """Set devices that the network remembers to the CPU; a note if there was any other."""
+    """Set device attributes of the network to the CPU; return a note if there was another."""
     changed = []
     for item in list(plain_values(module)):
         value = item.value
@@ -338,23 +341,23 @@ def _device_notes(module: nn.Module, placement: Placement) -> tuple[str, ...]:
             changed.append(item.path)
     if not placement.devices and not changed:
         return ()
-    asked = ", ".join(placement.devices) or "another device"
+    names = ", ".join(placement.devices) or "another device"
     also = f" Set to 'cpu': {_listed(changed)}." if changed else ""
     return (
-        f"The constructor places the network on {asked}; recpress builds it on the CPU and decides "
+        f"The constructor places the network on {names}; recpress builds it on the CPU and decides "
         f"the device itself.{also}",
     )
 
 
 def _same_values(tensor: Tensor) -> Tensor:
-    """Another object over the same memory."""
+    """Create another tensor object over the same memory."""
     if isinstance(tensor, nn.Parameter):
         return nn.Parameter(tensor.detach(), requires_grad=tensor.requires_grad)
     return tensor.detach()
 
 
 def _computed_weights(module: nn.Module) -> Iterator[tuple[str, nn.Module, Any]]:
-    """Plain weights that hooks of ``nn.utils`` compute from parameters before each forward."""
+    """Yield plain weights that hooks of ``nn.utils`` compute from parameters before a forward."""
     for name, part in module.named_modules():
         for hook in part._forward_pre_hooks.values():
             if isinstance(hook, WeightNorm | SpectralNorm):
@@ -365,7 +368,7 @@ def _computed_weights(module: nn.Module) -> Iterator[tuple[str, nn.Module, Any]]
 
 @torch.no_grad()
 def _recompute(module: nn.Module) -> None:
-    """Compute those weights from the loaded parameters; spectral norm without iterating."""
+    """Compute hook weights from the loaded parameters; spectral norm without power iteration."""
     for name, part, hook in _computed_weights(module):
         if isinstance(hook, BasePruningMethod):
             weight = hook.apply_mask(part)  # type: ignore[no-untyped-call]

@@ -1,7 +1,7 @@
 """Build a network without its weights, and always on the CPU.
 
-``construction.py`` decides which of the two contexts a class is built in. Both redirect tensors
-that a constructor moves to an accelerator: recpress decides where a network runs.
+``construction.py`` decides which of the two contexts a class is built in. Both keep tensors on the
+CPU that a constructor moves to an accelerator: recpress decides where a network runs.
 """
 
 import re
@@ -29,11 +29,11 @@ ACCELERATOR = re.compile(r"(cuda|xpu|hpu|mps|npu|xla)(:\d+)?")
 
 @dataclass
 class Room:
-    """What a constructor may create, in relation to what is stored.
+    """Limits of what a constructor may create.
 
     Attributes:
-        tensor_bytes: of its largest tensor.
-        tensors: how many it may create.
+        tensor_bytes: most bytes of one tensor.
+        tensors: number of tensors it may still create.
     """
 
     tensor_bytes: int
@@ -43,7 +43,7 @@ class Room:
         """Count a tensor before it is created.
 
         Raises:
-            TooLarge: it is larger than any stored tensor allows, or it is one too many.
+            TooLarge: it exceeds ``tensor_bytes``, or the number of tensors is used up.
         """
         self.tensors -= 1
         if self.tensors < 0:
@@ -52,7 +52,7 @@ class Room:
             with torch._C.DisableTorchFunction():
                 size = func(*args, **{**kwargs, "device": "meta"}).nbytes
         except (RuntimeError, NotImplementedError, TypeError):
-            return  # torch refuses it in its own words when it is called
+            return  # torch raises its error when the function is called
         if size > self.tensor_bytes:
             raise TooLarge("tensor_large", bytes=size, most_bytes=self.tensor_bytes)
 
@@ -61,11 +61,11 @@ class Placement(TorchFunctionMode):
     """Keeps tensors on the CPU, and parameters without values on meta, while a class is built.
 
     Args:
-        room: how much may be created; without it any amount.
+        room: limits of what may be created; without it there are none.
 
     Attributes:
-        devices: other devices that the constructor asked for, in order.
-        originals: by registered parameter, the memory it had before it lost its values.
+        devices: other devices that the constructor requested, in order.
+        originals: each registered parameter with the memory it had before its values were removed.
     """
 
     def __init__(self, room: Room | None = None) -> None:
@@ -83,20 +83,20 @@ class Placement(TorchFunctionMode):
     ) -> Any:
         """Call ``func`` with every device replaced."""
         kwargs = dict(kwargs or {})
-        own = args[0] if args and isinstance(args[0], Tensor) else None
-        if own is not None:
+        tensor = args[0] if args and isinstance(args[0], Tensor) else None
+        if tensor is not None:
             if func == _DEVICE_GETTER:
-                return torch.device("cpu") if own.is_meta else func(*args, **kwargs)
+                return torch.device("cpu") if tensor.is_meta else func(*args, **kwargs)
             if func in _MOVES:
                 if func not in (Tensor.cpu, Tensor.pin_memory):
                     self._note(f"{func.__name__}")
-                return own
-            if func == _DATA_SETTER and own.is_meta and not args[1].is_meta:
-                return func(own, args[1].to("meta"))
+                return tensor
+            if func == _DATA_SETTER and tensor.is_meta and not args[1].is_meta:
+                return func(tensor, args[1].to("meta"))
             if func is Tensor.type and (kind := (*args[1:], *kwargs.values())[:1]):
-                return own.to(_number_type(kind[0]))
+                return tensor.to(_number_type(kind[0]))
             if func is Tensor.to:
-                args, kwargs = self._stay(own, args[1:], kwargs)
+                args, kwargs = self._stay(tensor, args[1:], kwargs)
         # A default device that the constructor sets would be added after this.
         is_new = func in _device._device_constructors()
         if is_new and self._room is not None:
@@ -104,42 +104,42 @@ class Placement(TorchFunctionMode):
         if kwargs.get("device") is None and is_new:
             kwargs["device"] = _device.CURRENT_DEVICE
         if kwargs.get("device") is not None:
-            kwargs["device"] = self._cpu(kwargs["device"], own)
+            kwargs["device"] = self._cpu(kwargs["device"], tensor)
         return func(*args, **kwargs)
 
     def _stay(
-        self, own: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
+        self, tensor: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Arguments of ``Tensor.to`` that change the type and not the device."""
+        """Return arguments of ``Tensor.to`` that change the dtype but not the device."""
         other = kwargs.pop("other", None)
         if other is None and args and isinstance(args[0], Tensor):
             other, args = args[0], args[1:]
         if other is not None:
-            return (own, other.dtype, *args), kwargs
+            return (tensor, other.dtype, *args), kwargs
         if args and not isinstance(args[0], torch.dtype | bool):
-            args = (self._cpu(args[0], own), *args[1:])
-        return (own, *args), kwargs
+            args = (self._cpu(args[0], tensor), *args[1:])
+        return (tensor, *args), kwargs
 
-    def _cpu(self, device: Any, own: Tensor | None) -> torch.device:
-        """The device to use instead of one that a constructor names."""
+    def _cpu(self, device: Any, tensor: Tensor | None) -> torch.device:
+        """Return the device to use instead of one that a constructor names."""
         if device is not None:
             try:
-                wanted = torch.device("cuda", device) if type(device) is int else device
-                wanted = torch.device(wanted)
-            except RuntimeError:  # not a device's name: torch says so when it is called
+                requested = torch.device("cuda", device) if type(device) is int else device
+                requested = torch.device(requested)
+            except RuntimeError:  # not a device's name: torch raises when the function is called
                 return device  # type: ignore[no-any-return]
-            if wanted.type not in ("cpu", "meta"):
-                self._note(str(wanted))
-        return torch.device("meta" if own is not None and own.is_meta else "cpu")
+            if requested.type not in ("cpu", "meta"):
+                self._note(str(requested))
+        return torch.device("meta" if tensor is not None and tensor.is_meta else "cpu")
 
     def _note(self, device: str) -> None:
         if device not in self.devices:
             self.devices.append(device)
 
     def without_values(self, parameter: nn.Parameter) -> nn.Parameter:
-        """The same parameter without its values: every reference to it stays valid."""
+        """Move a parameter to meta without its values; references to it remain valid."""
         storage = parameter.untyped_storage()
-        # Modes also see what is called here, and would keep the copy on the CPU.
+        # Function modes also intercept these calls and would keep the copy on the CPU.
         with torch._C.DisableTorchFunction():
             values = parameter.detach().to("meta")
             empty = nn.Parameter(values, requires_grad=parameter.requires_grad)
@@ -152,17 +152,17 @@ class Placement(TorchFunctionMode):
 
 @contextmanager
 def on_cpu(room: Room | None = None) -> Iterator[Placement]:
-    """Inside, tensors of this thread are created on the CPU and stay there."""
+    """Inside the context, tensors of this thread are created on the CPU and remain there."""
     with _defaults_restored(), Placement(room) as placement:
         yield placement
 
 
 @contextmanager
 def parameters_on_meta(room: Room | None = None) -> Iterator[Placement]:
-    """Inside, parameters registered by this thread are on the meta device; buffers stay real.
+    """Inside the context, this thread's parameters are registered on meta; buffers have values.
 
-    ``torch.device("meta")`` would include buffers and plain tensor attributes, and no file stores
-    some of those (offsets, position ids).
+    ``torch.device("meta")`` would include buffers and plain tensor attributes, some of which no
+    file stores (offsets, position ids).
     """
     here = threading.get_ident()
     register = nn.Module.register_parameter
@@ -184,7 +184,7 @@ def parameters_on_meta(room: Room | None = None) -> Iterator[Placement]:
 
 @contextmanager
 def _defaults_restored() -> Iterator[None]:
-    """Undo what a constructor sets for the whole process: default device and number type."""
+    """Restore default device and dtype, which a constructor may set for the whole process."""
     dtype, device = torch.get_default_dtype(), _device.CURRENT_DEVICE
     try:
         yield
@@ -197,7 +197,7 @@ def _defaults_restored() -> Iterator[None]:
 def exchange(first: Tensor, second: Tensor) -> bool:
     """Exchange the values of two tensors, so that all references to ``first`` have the new ones.
 
-    Class and Python attributes stay with each. Returns False, with nothing changed, where torch
+    Class and Python attributes are not exchanged. Returns False, with nothing changed, if torch
     cannot do it: the tensor has weak references or is part of a gradient's graph.
     """
     kinds = type(first), type(second)
@@ -215,7 +215,7 @@ def exchange(first: Tensor, second: Tensor) -> bool:
 
 
 def _number_type(kind: Any) -> torch.dtype:
-    """``torch.float32`` for ``torch.cuda.FloatTensor``, given by name or as a class."""
+    """Return the dtype of a legacy tensor type, such as ``torch.cuda.FloatTensor`` or its name."""
     if isinstance(kind, torch.dtype):
         return kind
     name = kind if isinstance(kind, str) else kind.__name__

@@ -1,8 +1,8 @@
-"""A module as tensors plus records, and back, without ever holding a table twice.
+"""Save and load a module as tensors plus records, with each table in memory only once.
 
-Loading (contract 2): build the architecture with parameters on the meta device and buffers
-real, put compressed modules where the records say, assign memory-mapped tensors, restore ties,
-and refuse to go on if anything is still on meta.
+Loading (contract 2): build the architecture with parameters on the meta device and buffers with
+values, insert compressed modules according to the records, assign memory-mapped tensors, restore
+ties, and raise if any tensor is still on meta.
 """
 
 import json
@@ -37,19 +37,19 @@ from compressors.errors.compression import ModelRefused
 from compressors.errors.construction import ConstructionFailed
 
 log = logging.getLogger(__name__)
-# Without gradients torch's attention layers take another path, which scores a row whose places are
-# all masked as NaN. With gradients, as in training, and in a lowered graph such a row attends to
-# nothing. One network has one score: the path that training takes.
+# Without gradients torch's attention layers use a fast path that scores a fully masked row as NaN.
+# With gradients, as in training, and in a lowered graph such a row attends to nothing. Without the
+# fast path, inference gives the scores of training.
 torch.backends.mha.set_fastpath_enabled(False)
 
-SHARD_BYTES = 2**30  # what a reader that reads whole files has to hold
+SHARD_BYTES = 2**30  # memory of a reader that reads whole files
 INDEX = "model.safetensors.index.json"
 LEAST_ROOM = 256 * 2**20
 LEAST_TENSORS, TENSORS_PER_STORED = 10_000, 50
 
 
 def build(architecture: type[nn.Module], network: Network) -> nn.Module:
-    """Build the module with its compressed parts in place, parameters on meta if possible.
+    """Build the module with its compressed modules, parameters on meta if possible.
 
     Raises:
         ModelRefused: the configuration does not fit the class, the class cannot be built, or a
@@ -61,12 +61,12 @@ def build(architecture: type[nn.Module], network: Network) -> nn.Module:
 def construction_notes(
     architecture: type[nn.Module], network: Network, folder: Path
 ) -> tuple[str, ...]:
-    """What a user should know about how a network is built; empty for most.
+    """Return notes for the user about how a network is built; most networks have none.
 
     Args:
         architecture: its class.
         network: its configuration.
-        folder: of its stored tensors, which bound what its constructor may create.
+        folder: folder of its stored tensors, which limit what its constructor may create.
 
     Raises:
         ModelRefused: as ``build``.
@@ -75,10 +75,10 @@ def construction_notes(
 
 
 def room_in(folder: Path, network: Network) -> Room:
-    """What the constructor of a stored network may create: in proportion to what is stored.
+    """Return limits of what a stored network's constructor may create, from its stored size.
 
-    A compressed table or layer is built once at its full size, which its record states. Masks and
-    position ids that no file stores have ``LEAST_ROOM``.
+    A compressed table or layer is first built at its full size, which its record states.
+    ``LEAST_ROOM`` allows masks and position ids that no file stores.
     """
     stored, tensors = 0, 0
     for path in folder.glob("*.safetensors"):
@@ -92,12 +92,12 @@ def room_in(folder: Path, network: Network) -> Room:
 
 
 def largest_replaced(network: Network) -> int:
-    """Bytes of the largest weight that a compressed module replaces; built once when it loads."""
+    """Return the bytes of the largest weight that is built on load and then replaced."""
     return max((_full_bytes(record) for record in network.modules.values()), default=0)
 
 
 def _full_bytes(record: ModuleRecord) -> int:
-    """Bytes of the float32 weight that a compressed module replaces, by its record."""
+    """Return the bytes of the float32 weight that a compressed module replaces."""
     names = ("in_features", "out_features") if record.kind == "linear" else ("rows", "dim")
     sides = [record.settings.get(name) for name in names]
     numbers = [side for side in sides if isinstance(side, int) and side > 0]
@@ -118,17 +118,17 @@ def _construct(
 def _build(
     architecture: type[nn.Module], network: Network, room: Room | None = None
 ) -> tuple[nn.Module, tuple[nn.Parameter, ...]]:
-    """The module, and the parameters of layers that compressed ones replaced."""
+    """Build the module; also return the parameters of layers that compressed ones replaced."""
     construction = _construct(architecture, network, room)
     model = construction.module
     for note in construction.notes:
         log.info("%s", note)
     replaced: list[nn.Parameter] = []
-    for name, record in sorted(network.modules.items()):  # what is composed before its parts
+    for name, record in sorted(network.modules.items()):  # a composed table before its parts
         if record.kind == "output":
-            made = module_of(name, record)
-            if isinstance(made, Recalibration) and name == RECALIBRATION:
-                attach(model, made)
+            recalibration = module_of(name, record)
+            if isinstance(recalibration, Recalibration) and name == RECALIBRATION:
+                attach(model, recalibration)
                 continue
         try:
             replaced += model.get_submodule(name).parameters()
@@ -141,10 +141,10 @@ def _build(
 
 
 def module_of(name: str, record: ModuleRecord) -> nn.Module:
-    """An empty compressed module from its record.
+    """Build an empty compressed module from its record.
 
     Raises:
-        ModelRefused: the format is unknown here or the record is incomplete.
+        ModelRefused: the format is unknown or the record is incomplete.
     """
     tables: Mapping[str, Any] = {**TABLE_FORMATS, **COMPOSITIONS}
     others: Mapping[str, Mapping[str, Any]] = {
@@ -175,8 +175,8 @@ def module_of(name: str, record: ModuleRecord) -> nn.Module:
             if record.kind == "bag"
         }
         rows, dim = int(settings.pop("rows")), int(settings.pop("dim"))
-        made = ComposedTable if record.format in COMPOSITIONS else PackedTable
-        table: nn.Module = made(storage, rows, dim, settings)
+        table_class = ComposedTable if record.format in COMPOSITIONS else PackedTable
+        table: nn.Module = table_class(storage, rows, dim, settings)
     except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as fault:
         if is_out_of_memory(fault):
             raise
@@ -185,23 +185,23 @@ def module_of(name: str, record: ModuleRecord) -> nn.Module:
 
 
 def load(architecture: type[nn.Module], network: Network, folder: Path) -> nn.Module:
-    """The module in evaluation mode over memory-mapped tensors of ``folder``.
+    """Load a module in evaluation mode over memory-mapped tensors of ``folder``.
 
     Raises:
-        ModelRefused: tensors are missing, left over, of the wrong shape or type, or something
-            is still on the meta device.
+        ModelRefused: tensors are missing, unexpected, of the wrong shape or dtype, or a tensor is
+            still on the meta device.
     """
     model, replaced = _build(architecture, network, room_in(folder, network))
     tensors = mapped(folder)
-    own = model.state_dict(keep_vars=True)
+    state = model.state_dict(keep_vars=True)
     for name, stored in network.ties.items():
         if stored not in tensors:
             raise ModelRefused("tie_not_stored", name=name, stored=stored)
-        if name not in own or stored not in own:
+        if name not in state or stored not in state:
             raise ModelRefused(
                 "tie_unknown", name=name, stored=stored, architecture=network.architecture.path
             )
-    copies = _stored_twice(own, tensors, network.architecture.path)
+    copies = _stored_twice(state, tensors, network.architecture.path)
     ties = {**network.ties, **copies}
     tensors = {name: tensor for name, tensor in tensors.items() if name not in copies}
     _check_fit(model, tensors, network.model_copy(update={"ties": ties}))
@@ -219,16 +219,16 @@ def load(architecture: type[nn.Module], network: Network, folder: Path) -> nn.Mo
 
 
 def _stored_twice(
-    own: Mapping[str, Tensor], tensors: Mapping[str, Tensor], path: str
+    state: Mapping[str, Tensor], tensors: Mapping[str, Tensor], path: str
 ) -> dict[str, str]:
-    """Stored tensors that the network shares with one stored before them: undeclared ties.
+    """Find undeclared ties: stored tensors that the network shares with another stored one.
 
     Raises:
-        ModelRefused: the two hold different values.
+        ModelRefused: the two have different values.
     """
     first: dict[int, str] = {}
     ties: dict[str, str] = {}
-    for name, tensor in own.items():
+    for name, tensor in state.items():
         if name not in tensors:
             continue
         stored = first.setdefault(id(tensor), name)
@@ -243,9 +243,9 @@ def _stored_twice(
 
 
 def _check_fit(model: nn.Module, tensors: Mapping[str, Tensor], network: Network) -> None:
-    wanted = dict(model.state_dict(keep_vars=True))
-    missing = sorted(wanted.keys() - tensors.keys() - network.ties.keys())
-    extra = sorted(tensors.keys() - wanted.keys())
+    expected = dict(model.state_dict(keep_vars=True))
+    missing = sorted(expected.keys() - tensors.keys() - network.ties.keys())
+    extra = sorted(tensors.keys() - expected.keys())
     if missing or extra:
         raise ModelRefused(
             "tensors_differ",
@@ -256,22 +256,24 @@ def _check_fit(model: nn.Module, tensors: Mapping[str, Tensor], network: Network
             unexpected=tuple(extra[:5]),
         )
     for name, tensor in tensors.items():
-        if nn.parameter.is_lazy(wanted[name]):  # takes the shape of what is loaded
+        if nn.parameter.is_lazy(
+            expected[name]
+        ):  # a lazy parameter has the shape of the loaded tensor
             continue
-        if tensor.shape != wanted[name].shape:
+        if tensor.shape != expected[name].shape:
             raise ModelRefused(
                 "shape_differs",
                 name=name,
                 stored=list(tensor.shape),
-                expected=list(wanted[name].shape),
+                expected=list(expected[name].shape),
                 architecture=network.architecture.path,
             )
-        if tensor.is_floating_point() != wanted[name].is_floating_point():
+        if tensor.is_floating_point() != expected[name].is_floating_point():
             raise ModelRefused(
                 "dtype_differs",
                 name=name,
                 stored=str(tensor.dtype),
-                expected=str(wanted[name].dtype),
+                expected=str(expected[name].dtype),
             )
 
 
@@ -282,10 +284,10 @@ def _tensor(model: nn.Module, name: str) -> Tensor:
 
 
 def mapped(folder: Path) -> dict[str, Tensor]:
-    """Every tensor of a folder's safetensors files, memory-mapped.
+    """Memory-map every tensor of a folder's safetensors files, by name.
 
     Raises:
-        ModelRefused: two files hold a tensor of the same name.
+        ModelRefused: two files contain a tensor of the same name.
     """
     tensors: dict[str, Tensor] = {}
     for path in sorted(folder.glob("*.safetensors")):
@@ -298,25 +300,25 @@ def mapped(folder: Path) -> dict[str, Tensor]:
 
 
 def tensors_of(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """A module's stored tensors, each once, and the names that share one of them.
+    """Return a module's stored tensors, each once, and ties: name to the shared stored name.
 
-    A tensor that shares only part of another's memory is stored whole: a view is no tie.
+    A tensor that shares only part of another's memory is stored whole: a view is not a tie.
     """
     stored: dict[str, Tensor] = {}
     ties: dict[str, str] = {}
-    seen: dict[tuple[int, torch.Size, tuple[int, ...]], str] = {}
+    names: dict[tuple[int, torch.Size, tuple[int, ...]], str] = {}
     for name, tensor in model.state_dict(keep_vars=True).items():
         key = (tensor.data_ptr(), tensor.shape, tensor.stride())
-        if tensor.numel() and key in seen:
-            ties[name] = seen[key]
+        if tensor.numel() and key in names:
+            ties[name] = names[key]
             continue
-        seen[key] = name
+        names[key] = name
         stored[name] = tensor.detach().contiguous()
     return stored, ties
 
 
 def records_of(model: nn.Module) -> dict[str, ModuleRecord]:
-    """The records of every compressed module; a bag speaks for the table inside it."""
+    """Return the record of every compressed module; a bag's record includes its table."""
     records: dict[str, ModuleRecord] = {}
     inside: set[str] = set()
     for name, module in model.named_modules():
@@ -343,7 +345,7 @@ def save(model: nn.Module, folder: Path, shard_bytes: int = SHARD_BYTES) -> dict
     """Write a module's tensors as safetensors.
 
     Returns:
-        The ties that ``model.json`` must carry.
+        The ties to write to ``model.json``.
     """
     tensors, ties = tensors_of(model)
     write_tensors(tensors, folder, shard_bytes)

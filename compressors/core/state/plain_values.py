@@ -1,7 +1,7 @@
-"""What a module tree holds outside its parameters, buffers and submodules.
+"""Find tensors, devices and texts of a module outside its parameters, buffers and submodules.
 
-Constructors keep references to parameters in lists (for a penalty), devices in attributes, and
-tensors in settings objects. No state dict lists them, so loading has to find them here.
+Constructors store references to parameters in lists (for a penalty), devices in attributes, and
+tensors in settings objects. No state dict lists them, so loading has to search for them.
 """
 
 import functools
@@ -25,7 +25,7 @@ _CLOSED = type | ModuleType | FunctionType | BuiltinFunctionType | MethodType | 
 
 @dataclass(frozen=True)
 class PlainValue:
-    """A tensor, device or text in a plain attribute, or inside of a container or object there."""
+    """A tensor, device or text in a plain attribute, or in a container or object stored there."""
 
     path: str
     value: Any
@@ -34,11 +34,11 @@ class PlainValue:
 
     @property
     def name(self) -> str:
-        """The attribute or key that holds it, or that holds the list it is in."""
+        """The attribute or key of the value, or the path if the key is an index."""
         return str(self.key) if isinstance(self.key, str) else self.path
 
     def replace(self, value: Any) -> bool:
-        """Put another value there; False where the owner cannot be changed, as a tuple."""
+        """Replace the value in its owner; False if the owner is immutable, such as a tuple."""
         if isinstance(self.owner, dict | list):
             self.owner[self.key] = value
         elif isinstance(self.key, str) and hasattr(self.owner, "__dict__"):
@@ -49,7 +49,7 @@ class PlainValue:
 
 
 def plain_values(module: nn.Module) -> Iterator[PlainValue]:
-    """Tensors, devices and texts outside the state of a module tree; each container once.
+    """Yield tensors, devices and texts outside a module tree's state; each container once.
 
     Modules that are not registered (in a plain list) count with all their tensors.
     """
@@ -59,7 +59,7 @@ def plain_values(module: nn.Module) -> Iterator[PlainValue]:
 
 
 def plain_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Tensors that ``load_state_dict`` does not fill: plain values and unsaved buffers."""
+    """Yield tensors that ``load_state_dict`` does not fill: plain values, unsaved buffers."""
     for name, part in module.named_modules():
         for buffer in part._non_persistent_buffers_set:
             value = part._buffers.get(buffer)
@@ -91,16 +91,16 @@ def _walk(item: PlainValue, visited: set[int], depth: int) -> Iterator[PlainValu
     for key, entry, path in _entries(item):
         yield from _walk(PlainValue(path, entry, value, key), visited, depth + 1)
     if isinstance(value, nn.Module):
-        for held in (value._parameters, value._buffers, value._modules):
-            for key, entry in held.items():
-                inner = PlainValue(f"{item.path}.{key}", entry, held, key)
+        for entries in (value._parameters, value._buffers, value._modules):
+            for key, entry in entries.items():
+                inner = PlainValue(f"{item.path}.{key}", entry, entries, key)
                 yield from _walk(inner, visited, depth + 1)
     if hasattr(value, "__dict__"):
         yield from _attributes(item.path, value, visited, depth + 1)
 
 
 def _entries(item: PlainValue) -> Iterator[tuple[Any, Any, str]]:
-    """The entries of a container with their keys and paths."""
+    """Yield the entries of a container with their keys and paths."""
     value = item.value
     if isinstance(value, functools.partial):
         yield from ((None, entry, item.path) for entry in (*value.args, *value.keywords.values()))

@@ -1,7 +1,7 @@
-"""Rows of a stored tensor, read into one buffer a thread instead of mapped.
+"""Read rows of a stored tensor into one buffer per thread, instead of memory-mapping the file.
 
-A mapped file's pages count as the process's memory until the system takes them back; a buffer
-that is read into again and again stays as small as a block, and stays in a core's cache.
+A mapped file's pages count as the process's memory until the system reclaims them. A reused buffer
+is as small as one block and remains in a core's cache.
 """
 
 import math
@@ -23,7 +23,7 @@ from compressors.errors.compression import ModelRefused
 class StoredRows(NamedTuple):
     """One tensor of an open safetensors file.
 
-    ``start`` is where its first byte lies in the file, ``file`` an open descriptor of ``path``.
+    ``start`` is the offset of its first byte in the file, ``file`` an open descriptor of ``path``.
     """
 
     path: Path
@@ -33,9 +33,9 @@ class StoredRows(NamedTuple):
     spec: TensorSpec
 
     def read(self, begin: int, end: int) -> Tensor:
-        """Entries ``begin`` to ``end`` of the first dimension, or all of a tensor of none.
+        """Read entries ``begin`` to ``end`` of the first dimension, or a whole 0-d tensor.
 
-        They lie in this thread's buffer: its next call of ``read`` overwrites them.
+        The result is in this thread's buffer: its next call of ``read`` overwrites it.
 
         Raises:
             ModelRefused: the file is shorter than its header says.
@@ -58,10 +58,10 @@ class StoredRows(NamedTuple):
         return buffer[:size].view(self.spec.dtype).reshape(shape)
 
     def mapped(self) -> Tensor:
-        """All of it, memory-mapped to be read only: who writes to it ends the process.
+        """Memory-map the whole tensor read-only: a write to it ends the process.
 
-        The library's own mapping may be written to, so the system counts all of it as memory that
-        this process could come to need, and refuses it where that is limited.
+        The safetensors library's mapping is writable, so the system counts all of it as memory that
+        this process may need, and refuses it if that is limited.
         """
         count = math.prod(self.spec.shape)
         if not count:
@@ -74,24 +74,24 @@ class StoredRows(NamedTuple):
 
 
 def spec_of(dtype: str, shape: tuple[int, ...], name: str) -> TensorSpec:
-    """A tensor as its file's header describes it.
+    """Return shape and dtype of a tensor from its entry in a file's header.
 
     Raises:
-        ModelRefused: torch has no type for it.
+        ModelRefused: the dtype is unknown.
     """
     if dtype not in DTYPES:
         raise ModelRefused("dtype_unknown", name=name, dtype=dtype, dtypes=tuple(DTYPES))
     return TensorSpec(shape, DTYPES[dtype])
 
 
-_own = threading.local()
+_thread = threading.local()
 
 
 def _buffer(size: int) -> Tensor:
-    """This thread's buffer, of at least ``size`` bytes."""
-    buffer: Tensor | None = getattr(_own, "buffer", None)
+    """Return this thread's buffer, of at least ``size`` bytes."""
+    buffer: Tensor | None = getattr(_thread, "buffer", None)
     if buffer is None or buffer.numel() < size:
-        _own.buffer = None  # freed before the larger one is taken
+        _thread.buffer = None  # freed before the larger one is allocated
         buffer = torch.empty(size, dtype=torch.uint8)
-        _own.buffer = buffer
+        _thread.buffer = buffer
     return buffer

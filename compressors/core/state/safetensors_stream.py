@@ -1,7 +1,7 @@
-"""A safetensors file written piece by piece, in any order, without ever holding a tensor whole.
+"""Write a safetensors file piece by piece, in any order, without a whole tensor in memory.
 
-The sizes of every tensor are known beforehand (a format's ``layout``), so the header can be made
-first and each piece has its place in the file. Bytes are those of the safetensors library's own
+The size of every tensor is known beforehand (a format's ``layout``), so the header is built first
+and each piece has a known position in the file. The bytes equal those of the safetensors library's
 ``save_file``: tensors by descending dtype, then by name, and a header padded to eight bytes.
 
 Format: https://github.com/huggingface/safetensors#format
@@ -22,7 +22,7 @@ from compressors.errors.compression import ContractBroken
 
 PIECE_BYTES = 2**23
 
-# In the library's own order, by which it sorts tensors; its names for torch's types.
+# In the library's order, by which it sorts tensors, with its names for torch's dtypes.
 DTYPES: dict[str, torch.dtype] = {
     "BOOL": torch.bool,
     "U8": torch.uint8,
@@ -49,21 +49,22 @@ _RANK = {dtype: rank for rank, dtype in enumerate(DTYPES.values())}
 
 
 class Piece(NamedTuple):
-    """Bytes and where in the file they belong."""
+    """Bytes and their offset in the file."""
 
     at: int
     data: memoryview
 
 
 class StreamedFile:
-    """The places of all tensors in one safetensors file.
+    """Layout of one safetensors file: its header and the offset of every tensor.
 
     Args:
-        layout: shape and type of every tensor, by name.
+        layout: shape and dtype of every tensor, by name.
         metadata: the header's free text entries.
 
     Raises:
-        ContractBroken: safetensors has no such type, or a tensor's name is not allowed.
+        ContractBroken: safetensors does not support a dtype, or a tensor's name or shape is not
+            allowed.
     """
 
     def __init__(
@@ -82,7 +83,7 @@ class StreamedFile:
         self.layout = dict(layout)
         self._starts: dict[str, int] = {}
         described: dict[str, object] = {} if metadata is None else {"__metadata__": dict(metadata)}
-        end = 0  # Python's integers: no file is too large for them
+        end = 0  # a Python integer: no file size overflows it
         for name in sorted(layout, key=lambda name: (-_RANK[layout[name].dtype], name)):
             spec, begin = layout[name], end
             end += size_of(spec)
@@ -95,12 +96,12 @@ class StreamedFile:
         text = json.dumps(described, separators=(",", ":"), ensure_ascii=False).encode()
         text += b" " * (-len(text) % 8)
         self.header = len(text).to_bytes(8, "little") + text
-        """The first bytes of the file."""
+        """First bytes of the file."""
         self.bytes = len(self.header) + end
-        """The size of the whole file."""
+        """Size of the whole file in bytes."""
 
     def place(self, name: str, entry: int = 0) -> int:
-        """Where in the file the given entry of a tensor's first dimension begins.
+        """Return the offset in the file of an entry of a tensor's first dimension, in bytes.
 
         Raises:
             ContractBroken: there is no such tensor, or no such entry.
@@ -114,16 +115,17 @@ class StreamedFile:
         return len(self.header) + self._starts[name] + entry * _entry_bytes(spec)
 
     def piece(self, name: str, values: Tensor, entry: int = 0) -> Piece:
-        """Some entries of a tensor's first dimension as bytes, with their place in the file.
+        """Encode entries of a tensor's first dimension as bytes, with their offset in the file.
 
         Args:
-            name: of the tensor.
-            values: ``(entries, ...)`` with the tensor's own further dimensions and type, or the
-                whole of a tensor of no dimension.
-            entry: which of the tensor's entries comes first.
+            name: name of the tensor.
+            values: ``(entries, ...)`` with the tensor's other dimensions and dtype, or a whole 0-d
+                tensor.
+            entry: index of the first entry.
 
         Raises:
-            ContractBroken: name, type or shape do not fit the layout, or there are too many.
+            ContractBroken: name, dtype or shape do not fit the layout, or there are too many
+                entries.
         """
         at = self.place(name, entry)
         spec = self.layout[name]
@@ -141,12 +143,12 @@ class StreamedFile:
 
 
 def size_of(spec: TensorSpec) -> int:
-    """Bytes of a stored tensor."""
+    """Return the bytes of a stored tensor."""
     return math.prod(spec.shape) * spec.dtype.itemsize
 
 
 def raw(values: Tensor) -> memoryview:
-    """A tensor's bytes in the order of a file; the tensor's own memory where it is contiguous."""
+    """Return a tensor's bytes in file order; a view of its memory if it is contiguous."""
     if values.is_meta:
         raise ContractBroken("values_missing")
     flat = values.detach().cpu().contiguous().reshape(-1)
@@ -158,10 +160,10 @@ def write(
 ) -> None:
     """Write whole tensors as one file, a few megabytes at a time.
 
-    The same file as ``safetensors.torch.save_file`` makes, without a second copy in memory.
+    The file equals that of ``safetensors.torch.save_file``, without a second copy in memory.
 
     Raises:
-        ContractBroken: safetensors cannot hold one of them.
+        ContractBroken: safetensors cannot store one of them.
     """
     file = StreamedFile(
         {name: TensorSpec(tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()},
@@ -175,7 +177,7 @@ def write(
 
 
 def put(file: int, piece: Piece) -> None:
-    """Write all of a piece at its place in an open file."""
+    """Write a whole piece at its offset in an open file."""
     at, data = piece
     while len(data):
         done = os.pwrite(file, data, at)  # at most 2 GiB a call
