@@ -1,21 +1,21 @@
-"""Types that every layer uses: no math, no I/O, no torch.
+"""Data types that every layer uses: no math, no I/O, no torch.
 
-``infra`` may import this package and nothing else of ``compressors``. Reading an order therefore
-loads no tensor library.
+``infra`` may import this package and nothing else of ``compressors``, so reading an order loads no
+tensor library.
 
 coded_error.py        errors that carry a code and fields
-value_errors/         values that documents and settings cannot have, as code and fields
+value_errors/         errors of invalid values in documents and settings, as code and fields
 reasons/              reasons of decisions and verdicts, as code and fields
 reasoned.py           a decision and its reasons
-artifact.py           something stored, named by its content
-memory_errors.py      which errors say that there is too little memory
+artifact.py           a stored object, named by its content hash
+memory_errors.py      recognize errors caused by too little memory
 inputs.py             the kinds of inputs of a model
-metric_properties.py  which tasks measure a metric, which direction is better
+metric_properties.py  which tasks measure a metric, and which direction is better
 limits.py             the limits of an order
 signature.py          inputs, output, task, label and metric of a model
-network.py            what is needed, with the tensors, to build a module
+network.py            architecture, records and ties: with the tensors they define a module
 plan.py               the decisions of a recipe for each table and layer
-bench.py              the data that a step may learn from
+bench.py              the data, teachers and settings that a step may use
 verdicts.py           estimates, judged limits and the verdict of a target
 """
 

@@ -1,4 +1,4 @@
-"""Something stored, named by its content: what tasks exchange. Types only."""
+"""Artifact: a stored object, named by its content hash, that tasks exchange. Types only."""
 
 import hashlib
 import json
@@ -13,7 +13,7 @@ Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 
 def digest(value: Any) -> str:
-    """SHA-256 of a value's canonical JSON: sorted keys, no spaces, models as their fields."""
+    """Compute the SHA-256 of a value's canonical JSON: sorted keys, no spaces, models as fields."""
 
     def plain(item: Any) -> Any:
         if isinstance(item, BaseModel):
@@ -28,9 +28,9 @@ _ARTIFACT_URI = re.compile(r"(?:.*/)?artifacts/([0-9a-f]{64})/?", re.DOTALL)
 
 
 def artifact_name(uri: str) -> str | None:
-    """The SHA-256 in an artifact's URI, ``[<root>/]artifacts/<sha256>``; None for another text."""
-    found = _ARTIFACT_URI.fullmatch(uri)
-    return None if found is None else found[1]
+    """Return the SHA-256 in an artifact's URI, ``[<root>/]artifacts/<sha256>``, or None."""
+    match = _ARTIFACT_URI.fullmatch(uri)
+    return None if match is None else match[1]
 
 
 def _without_root(uri: str) -> str:
@@ -39,11 +39,11 @@ def _without_root(uri: str) -> str:
 
 
 class Artifact(Frozen):
-    """Something stored, named by its content; the only value that tasks exchange.
+    """A stored object, named by its content hash; the only value that tasks exchange.
 
     ``uri`` is relative to the root of the store, so that a store can be moved or mounted
-    elsewhere. URIs of earlier versions, which begin with a root, lose it when they are read: the
-    content is found, and verified, by its hash. ``sha256`` is the root over the manifest's chunk
+    elsewhere. URIs of earlier versions begin with a root, which is removed when they are read: the
+    content is located and verified by its hash. ``sha256`` is the root over the manifest's chunk
     hashes, ``bytes`` the size of all files.
     """
 

@@ -1,4 +1,4 @@
-"""The data that a step may learn from. Types only."""
+"""Bench: the data, teachers and settings that a step may use. Types only."""
 
 from typing import Literal
 
@@ -10,7 +10,7 @@ from compressors.contracts.signature import Signature
 
 
 class Split(Frozen):
-    """One part of the data as tensors on this machine's disk, named by its content."""
+    """One split of the data as tensors on this machine's disk, named by its content."""
 
     path: str
     sha256: Sha256
@@ -25,12 +25,12 @@ Change = Literal["format", "values", "parts", "output"]
 
 
 class Bench(Frozen):
-    """What a step may learn from. It never holds test data.
+    """The data, teachers and settings that a step may use. It never contains test data.
 
-    ``soft_labels`` holds what the teacher answers to every row of ``train``, in its order:
+    ``soft_labels`` contains the teacher's prediction for every row of ``train``, in its order:
     ``score`` float32 ``(rows,)`` in the form of the signature's output; ``traffic_soft_labels`` the
-    same for ``traffic``, whose labels mean nothing. With ``teachers`` next to ``teacher`` it is the
-    mean of the predictions of all.
+    same for ``traffic``, whose labels are not used. With ``teachers`` in addition to ``teacher`` it
+    is the mean prediction of all of them.
     """
 
     signature: Signature

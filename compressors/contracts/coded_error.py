@@ -1,4 +1,4 @@
-"""Errors that carry a code and fields, from which their sentence is made. Types only.
+"""Errors with a code and fields, from which their sentence is formatted. Types only.
 
 A program reads ``code`` and ``fields``; a person reads the sentence. The classes list their codes
 and sentences in the files of ``compressors/errors`` and ``infra/errors``, from which
@@ -15,10 +15,9 @@ from typing import Any, ClassVar
 class SentenceFormatter(string.Formatter):
     """Formats a sequence as ``a, b, c``, a mapping as ``a: 1, b: 2``, an empty one as ``none``.
 
-    A sequence in a mapping has ``; `` between its items.
-    A format specification of a sequence is the separator instead of ``, ``, except for ``list``,
-    which gives each item a line, ``lines``, which does so for more than one item, and ``[]``, which
-    writes brackets, also around nothing.
+    Items of a sequence in a mapping are separated by ``; ``. The format specification of a sequence
+    replaces the separator ``, ``, except for ``list`` (one line per item), ``lines`` (one line per
+    item if there is more than one), and ``[]`` (brackets, also around an empty sequence).
     """
 
     def format_field(self, value: Any, format_spec: str) -> str:
@@ -43,8 +42,8 @@ class CodedError(Exception):
 
     Attributes:
         sentences: the sentence of each code of the class, with the fields in braces.
-        code: which of them it is.
-        fields: the values of its fields.
+        code: the key of this error's sentence.
+        fields: the values of the sentence's fields.
     """
 
     sentences: ClassVar[Mapping[str, str]] = MappingProxyType({})
@@ -57,7 +56,7 @@ class CodedError(Exception):
             fields: a value for each name in the sentence, and for no other.
 
         Raises:
-            TypeError: the class has no such code, or it has other fields.
+            TypeError: the class has no such code, or the code has other fields.
         """
         sentence = type(self).sentences.get(code)
         if sentence is None:
@@ -74,10 +73,10 @@ class CodedError(Exception):
         return SentenceFormatter().vformat(type(self).sentences[self.code], (), self.fields)
 
     def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]:
-        """Copies and pickles have the code, the fields and all other attributes."""
+        """Copy and pickle the code, the fields and all other attributes."""
         return partial(type(self), **self.fields), (self.code,), vars(self)
 
 
 def field_names(sentence: str) -> set[str]:
-    """The names in braces of a sentence."""
+    """Return the names in braces of a sentence."""
     return {name for _, name, _, _ in string.Formatter().parse(sentence) if name is not None}

@@ -1,7 +1,4 @@
-"""The kinds of inputs a model can take. Types only.
-
-Types only, like that module, and part of it: elsewhere they are imported from there.
-"""
+"""Kinds of model inputs: ids, dense vectors, padded and jagged bags. Types only."""
 
 from typing import Annotated, Any, Literal, Self
 
@@ -10,15 +7,15 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from compressors.contracts.value_errors import value_error
 
 MAX_ROW_VALUES = 65_536
-"""The most values of one input in one row: its shape decides how much memory a batch takes."""
+"""Most values of one input in one row: they determine the memory of a batch."""
 
 OutOfRange = Literal["error", "clamp", "default_row"]
 
 
 class Frozen(BaseModel):
-    """A value: equal when its fields are equal, and never changed after it was made."""
+    """An immutable value: equal if its fields are equal."""
 
-    # Not-a-number must not read back as "nothing given".
+    # NaN must not be read back as null.
     model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="strings")
 
 
@@ -42,13 +39,13 @@ class IdInput(Frozen):
     @model_validator(mode="after")
     def _shape_fits(self) -> Self:
         _check_values(self)
-        wanted = () if len(self.columns) == 1 else (len(self.columns),)
-        if self.shape != wanted:
+        expected = () if len(self.columns) == 1 else (len(self.columns),)
+        if self.shape != expected:
             raise value_error(
                 "input_shape_differs",
                 name=self.name,
                 columns=len(self.columns),
-                expected=list(wanted),
+                expected=list(expected),
                 got=list(self.shape),
             )
         return self
@@ -111,12 +108,12 @@ class PaddedBag(Frozen):
 
 
 class JaggedBag(Frozen):
-    """A list of ids per row, all lists end to end.
+    """A list of ids per row, all lists concatenated.
 
     The model is called with ``name`` (values, int ``(all ids,)``) and ``name_offsets``
     (where each row begins, int ``(rows,)``) or ``name_lengths`` (ids per row, int ``(rows,)``).
-    ``shape`` is ``(longest,)``: the longest list a request may carry, because a served graph
-    pads inside itself. A longer list scores NaN, never a silently shortened answer.
+    ``shape`` is ``(longest,)``: the longest list that a request may contain, because a served
+    graph pads lists to this length. A longer list scores NaN; it is never silently truncated.
     """
 
     kind: Literal["jagged_bag"] = "jagged_bag"
@@ -164,7 +161,7 @@ AnyInput = Annotated[IdInput | DenseInput | PaddedBag | JaggedBag, Field(discrim
 
 
 def tensor_names(item: AnyInput) -> tuple[str, ...]:
-    """The arguments of the model's forward that one input becomes."""
+    """Return the names of the forward arguments of one input."""
     if isinstance(item, JaggedBag):
         return (item.name, f"{item.name}_{item.layout}")
     return (item.name,)

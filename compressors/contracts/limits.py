@@ -1,7 +1,7 @@
-"""Limits of an order, and which of them cannot mean what was typed.
+"""Limits of an order, and checks for limits that are likely mistakes.
 
-Types only. A stored limit is read as it is; ``limit_problems`` is for new orders. Each check
-follows from the metric's properties (``metric_properties.py``), not from its name.
+Types only. A stored limit is read without these checks; ``limit_problems`` is for new orders. Each
+check depends on the metric's properties (``metric_properties.py``), not on its name.
 """
 
 import math
@@ -19,7 +19,7 @@ from compressors.contracts.value_errors import value_error
 Against = Literal["absolute", "baseline", "champion"]
 
 LARGEST_GAIN = 0.2
-"""Compression never improves a quality metric by as much: such a bound is not a difference."""
+"""No compression improves a quality metric by this much: such a bound is not a difference."""
 
 
 class Limit(Frozen):
@@ -85,31 +85,31 @@ class Limit(Frozen):
 
     @property
     def bound(self) -> float:
-        """The number on either side."""
+        """The value of ``at_least`` or ``at_most``."""
         bound = self.at_least if self.at_least is not None else self.at_most
-        assert bound is not None  # noqa: S101 - the validator's own rule
+        assert bound is not None  # noqa: S101 - the validator ensures it
         return bound
 
     @classmethod
     def parse(cls, text: str) -> Self:
-        """Read a limit as people write it: ``auc vs baseline >= -0.002``, ``bytes <= 500000``.
+        """Parse the text form of a limit: ``auc vs baseline >= -0.002``, ``bytes <= 500000``.
 
         Raises:
-            ValueError: it is not of that form.
+            ValueError: the text does not have this form.
         """
-        found = re.fullmatch(
+        match = re.fullmatch(
             r"\s*(?P<metric>[\w@]+)(\s+vs\s+(?P<against>baseline|champion))?"
             r"\s*(?P<sign>>=|<=)\s*(?P<value>\S+)\s*",
             text,
         )
-        if found is None:
+        if match is None:
             raise value_error("limit_form", text=text)
-        bound = "at_least" if found["sign"] == ">=" else "at_most"
+        bound = "at_least" if match["sign"] == ">=" else "at_most"
         return cls.model_validate(
             {
-                "metric": found["metric"],
-                "against": found["against"] or "absolute",
-                bound: found["value"],
+                "metric": match["metric"],
+                "against": match["against"] or "absolute",
+                bound: match["value"],
             }
         )
 
@@ -121,13 +121,13 @@ class Limit(Frozen):
 
 
 def limit_problems(limits: Sequence[Limit]) -> tuple[Reason, ...]:
-    """Limits that cannot mean what was typed: why, and what was probably meant.
+    """Report limits that are likely mistakes: why, and what was probably intended.
 
     Args:
-        limits: of one order.
+        limits: the limits of one order.
 
     Returns:
-        One reason for each; empty if all of them make sense.
+        One reason per such limit; empty if all of them are plausible.
     """
     problems = [*_contradictions(limits)]
     for limit in limits:
@@ -145,10 +145,10 @@ def limit_problems(limits: Sequence[Limit]) -> tuple[Reason, ...]:
 
 
 def limit_warnings(limits: Sequence[Limit]) -> tuple[Reason, ...]:
-    """Limits that make sense but are rarely meant: those that demand more than the baseline has.
+    """Warn about limits that demand an improvement over the baseline, which is rarely intended.
 
-    Allowed, because several teachers or a recalibration can improve a model. Against the champion
-    such a limit is ordinary.
+    They are allowed, because several teachers or a recalibration can improve a model. Against the
+    champion such a limit is common.
     """
     return tuple(
         Reason(
@@ -165,7 +165,7 @@ def limit_warnings(limits: Sequence[Limit]) -> tuple[Reason, ...]:
 
 
 def _contradictions(limits: Sequence[Limit]) -> Iterator[Reason]:
-    """Pairs of limits on one number that no number satisfies."""
+    """Yield a reason for each pair of limits on one number that no value satisfies."""
     for place, first in enumerate(limits):
         for second in limits[place + 1 :]:
             if (first.metric, first.against) != (second.metric, second.against):
@@ -181,7 +181,7 @@ def _contradictions(limits: Sequence[Limit]) -> Iterator[Reason]:
 
 
 def _reason(limit: Limit) -> Reason | None:
-    """Why a limit cannot be intended, or None."""
+    """Return why a limit is likely a mistake, or None."""
     facts, bound, metric = MEASURES[limit.metric], limit.bound, limit.metric
     if (limit.at_least is not None) != facts.higher_is_better:
         better = "higher" if facts.higher_is_better else "lower"
@@ -203,7 +203,7 @@ def _reason(limit: Limit) -> Reason | None:
 
 def _absolute_reason(limit: Limit) -> Reason | None:
     facts, bound, metric = MEASURES[limit.metric], limit.bound, limit.metric
-    unchanged = facts.compared == "never"  # then the best value is possible: no score changes
+    unchanged = facts.compared == "never"  # then the best value can be reached: no score changes
     if facts.higher_is_better:
         if bound > facts.high or (bound == facts.high and not unchanged):
             return Reason("above_highest", metric=metric, highest=facts.high)
@@ -222,7 +222,7 @@ def _absolute_reason(limit: Limit) -> Reason | None:
 
 
 def _intents(limit: Limit) -> Iterator[Limit]:
-    """What somebody who wrote this limit may have meant, the likeliest first."""
+    """Yield the limits that were probably intended instead, the likeliest first."""
     facts, bound = MEASURES[limit.metric], limit.bound
     versus: Against = "baseline" if limit.against == "absolute" else limit.against
     loss = -abs(bound) if facts.higher_is_better else abs(bound)
@@ -256,7 +256,7 @@ def _intents(limit: Limit) -> Iterator[Limit]:
 
 
 def _example(limit: Limit) -> Limit:
-    """A limit on the same metric that many orders have."""
+    """Return a typical limit on the same metric."""
     facts = MEASURES[limit.metric]
     if facts.compared == "never":
         return _limit(limit, 0.999 if facts.higher_is_better else 0.05, "absolute")
@@ -265,7 +265,7 @@ def _example(limit: Limit) -> Limit:
 
 
 def _limit(limit: Limit, bound: float, against: Against) -> Limit:
-    """A limit on the same metric, on the side that bounds how bad it may be."""
+    """Return a limit on the same metric that bounds its loss."""
     side = "at_least" if MEASURES[limit.metric].higher_is_better else "at_most"
     other = {
         "at_least": None,
@@ -277,5 +277,5 @@ def _limit(limit: Limit, bound: float, against: Against) -> Limit:
 
 
 def _gain(limit: Limit) -> float:
-    """By how much a difference must be for the better; negative where a loss is allowed."""
+    """Return the improvement that a difference limit demands; negative if it allows a loss."""
     return limit.bound if MEASURES[limit.metric].higher_is_better else -limit.bound

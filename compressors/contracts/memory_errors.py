@@ -1,4 +1,4 @@
-"""Which errors say that there is too little memory."""
+"""Recognize errors of Python and native libraries caused by too little memory."""
 
 import errno
 import re
@@ -17,15 +17,15 @@ _NATIVE_MODULES = ("onnxruntime", "torch", "safetensors", "safetensors_rust", "p
 
 
 def is_out_of_memory(fault: BaseException) -> bool:
-    """Whether an error, or one that it was raised from, says that there is too little memory.
+    """Whether too little memory caused an error or one that it was raised from.
 
     numpy and pyarrow raise subclasses of ``MemoryError``; torch, ONNX Runtime, safetensors and
-    the system's loader say it in the text of their own classes only.
+    the system's loader raise other classes, so their text is searched.
     """
-    seen: set[int] = set()
+    visited: set[int] = set()
     error: BaseException | None = fault
-    while error is not None and id(error) not in seen:
-        seen.add(id(error))
+    while error is not None and id(error) not in visited:
+        visited.add(id(error))
         if isinstance(error, MemoryError) or getattr(error, "errno", None) == errno.ENOMEM:
             return True
         module = type(error).__module__.partition(".")[0]

@@ -41,7 +41,7 @@ SCORE_CHANGE: tuple[Measure, ...] = (
     "changed_top1",
     "top20_overlap",
 )
-"""Metrics that compare the candidate's scores with the baseline's: they have no other reference."""
+"""Metrics that compare the candidate's scores with the baseline's, their only reference."""
 
 ScoreUnit = Literal["probability", "spread"]
 """Unit of a change of scores: probability, or standard deviations of the baseline's scores."""
@@ -50,22 +50,22 @@ EVERY_TASK: tuple[Task, ...] = get_args(Task)
 
 
 class MetricProperties(Frozen):
-    """What is known of one metric before anything is measured.
+    """Properties of one metric that are known before anything is measured.
 
     Attributes:
-        tasks: where it is measured.
-        higher_is_better: its direction.
+        tasks: tasks for which it is measured.
+        higher_is_better: whether higher values are better.
         compared: how two models are compared: candidate minus other, or candidate over other.
             ``never`` for a change of scores, which compares with the baseline by itself.
-        largest: in a comparison the largest difference for the worse, or the largest ratio, that
-            an order can intend; more accepts a useless model.
+        largest: in a comparison the largest loss, or the largest ratio, that an order can intend; a
+            larger one would accept a useless model.
         low: the smallest number that a limit on the metric itself can intend. For a share it is
-            what random scores reach, which every useful model exceeds.
-        high: the largest number possible.
-        unit: of the metric itself.
+            the value of random scores, which every useful model exceeds.
+        high: the largest possible number.
+        unit: unit of the metric itself.
         selects: whether a signature may name it as the metric to judge a model by.
         needs_group: whether the data needs a group column.
-        batch: rows of the request it times.
+        batch: rows of the timed request.
     """
 
     name: Measure
@@ -119,7 +119,7 @@ def _score_change(
     needs_group: bool = False,
     tasks: tuple[Task, ...] = EVERY_TASK,
 ) -> MetricProperties:
-    """How much scores differ from the baseline's."""
+    """A difference of scores from the baseline's."""
     return MetricProperties(
         name=name,
         tasks=tasks,
@@ -188,10 +188,10 @@ LATENCY_BATCHES = tuple(
 
 
 def quality_metrics(task: str, *, grouped: bool) -> tuple[str, ...]:
-    """The quality metrics measured for a task.
+    """Return the quality metrics measured for a task.
 
     Args:
-        task: of the signature.
+        task: task of the signature.
         grouped: whether the signature names a group column.
     """
     return tuple(
@@ -204,9 +204,9 @@ def quality_metrics(task: str, *, grouped: bool) -> tuple[str, ...]:
 
 
 def measured_metrics(task: str, *, grouped: bool, test_rows: int) -> tuple[str, ...]:
-    """Everything measured for a model.
+    """Return all metrics measured for a model.
 
-    Quality, changes of scores, bytes, and latency of the batches that the test rows fill.
+    These are quality, score changes, bytes, and latency of batches no larger than the test rows.
     """
     quality = quality_metrics(task, grouped=grouped)
     rest = (
@@ -221,12 +221,12 @@ def measured_metrics(task: str, *, grouped: bool, test_rows: int) -> tuple[str, 
 
 
 def selecting_metrics(task: str, *, grouped: bool) -> tuple[str, ...]:
-    """The metrics that a signature of this task may name as its own."""
+    """Return the metrics that a signature of this task may name."""
     return tuple(n for n in quality_metrics(task, grouped=grouped) if MEASURES[n].selects)
 
 
 def metric_problem(task: str, metric: str, *, grouped: bool) -> Reason | None:
-    """Why a signature's metric cannot be used, or None."""
+    """Return why a signature's metric cannot be used, or None."""
     possible = selecting_metrics(task, grouped=grouped)
     if metric in possible:
         return None

@@ -1,4 +1,4 @@
-"""What is needed, with the tensors, to build a module. Types only."""
+"""Network: architecture, records and ties that, with the tensors, define a module. Types only."""
 
 from typing import Any, Literal
 
@@ -8,16 +8,16 @@ from compressors.contracts.inputs import Frozen
 
 
 class Architecture(Frozen):
-    """Where the network's class lies and what it is built with."""
+    """Import path of the network's class, and its keyword arguments."""
 
     path: str = Field(pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$", description="module:Class")
     config: dict[str, Any] = Field(default_factory=dict, description="Keyword arguments.")
 
 
 class ModuleRecord(Frozen):
-    """What stands where the architecture built an Embedding, EmbeddingBag, Linear or norm.
+    """The compressed module that replaces an Embedding, EmbeddingBag, Linear or norm.
 
-    One of kind ``output`` stands where it built nothing, behind its output.
+    Kind ``output`` is a map after the network's output, where the architecture has no module.
     """
 
     kind: Literal["table", "bag", "linear", "norm", "output"]
@@ -26,7 +26,7 @@ class ModuleRecord(Frozen):
 
 
 class Network(Frozen):
-    """What is needed, with the tensors, to build a module."""
+    """The description that, with the tensors, is needed to build a module."""
 
     architecture: Architecture
     modules: dict[str, ModuleRecord] = Field(default_factory=dict)

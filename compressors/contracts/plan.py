@@ -9,13 +9,13 @@ from compressors.contracts.reasoned import Reasoned
 from compressors.contracts.reasons import Reason, joined, read_reasons
 
 DROPPED = "dropped"
-"""The format of a table or layer that is gone."""
+"""The format of a table or layer that was removed."""
 
 
 class PlanLine(Reasoned):
-    """What a recipe decided for one table or dense layer, and why.
+    """The decision of a recipe for one table or dense layer, with its reasons.
 
-    ``warnings`` say what may be wrong with the result; in JSON ``warning`` is their sentence.
+    ``warnings`` are possible problems of the result; in JSON ``warning`` is their sentence.
     """
 
     module: str
@@ -29,7 +29,7 @@ class PlanLine(Reasoned):
     @computed_field(repr=False)  # type: ignore[prop-decorator]
     @property
     def warning(self) -> str | None:
-        """What may be wrong with the result, and why."""
+        """Possible problems of the result, as a sentence."""
         return joined(self.warnings) or None
 
     @model_validator(mode="wrap")
@@ -41,8 +41,8 @@ class PlanLine(Reasoned):
 class Plan(Frozen):
     """One explicit line for every table and every dense layer.
 
-    ``reasons`` are about a step that no line shows: a step that changed nothing, a unit that a
-    step had to skip. In JSON ``remarks`` are their sentences.
+    ``reasons`` are about steps without a line: a step that changed nothing, a unit that a step had
+    to skip. In JSON ``remarks`` are their sentences.
     """
 
     lines: tuple[PlanLine, ...] = ()
@@ -60,5 +60,5 @@ class Plan(Frozen):
         return read_reasons(data, validate, "remarks", "reasons")
 
     def of(self, module: str) -> PlanLine | None:
-        """The line of one module, or None."""
+        """Return the line of one module, or None."""
         return next((line for line in self.lines if line.module == module), None)

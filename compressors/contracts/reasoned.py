@@ -11,8 +11,8 @@ from compressors.contracts.reasons import Reason, joined, read_reasons
 class Reasoned(Frozen):
     """A decision and its reasons.
 
-    In JSON ``reasons`` are codes and fields, and ``reason`` is their sentence. Documents stored
-    before there were codes have the sentence only: it is read as code ``as_written``.
+    In JSON ``reasons`` are codes and fields, and ``reason`` is their sentence. Documents
+    stored before codes existed have only the sentence, which is read as code ``as_written``.
     """
 
     reasons: tuple[Reason, ...] = Field(min_length=1)

@@ -10,10 +10,10 @@ from compressors.contracts.metric_properties import Metric, Task, metric_problem
 from compressors.contracts.value_errors import value_error
 
 ITEMS = "items"
-"""The split of a retrieval model that lists what can be found: its catalogue, a row an item."""
+"""The split of a retrieval model that contains its catalogue, one row per item."""
 
 TRAFFIC = "traffic"
-"""The split of logged requests: rows without a label, which a teacher answers."""
+"""The split of logged requests: rows without a label, scored by a teacher."""
 
 
 class Tower(Frozen):
@@ -27,25 +27,25 @@ class Tower(Frozen):
 
 
 class Towers(Frozen):
-    """What is served of a retrieval model: a pair's score is the dot product of both vectors."""
+    """The served parts of a retrieval model: a pair's score is the dot product of both vectors."""
 
     query: Tower
     item: Tower
 
     def named(self) -> dict[str, Tower]:
-        """Both, by the name of the graph each of them becomes."""
+        """Return both towers, by the name of their served graph."""
         return {"query": self.query, "item": self.item}
 
 
 class Signature(Frozen):
-    """What a model takes in, what it gives out, and what its data is judged by.
+    """Inputs, output, task, label and metric of a model.
 
     A model is called with its inputs by name and returns ``(rows,)`` or ``(rows, 1)``: a logit
     or a probability for ``ctr``, any score (higher ranks first) for ``ranking`` and
     ``retrieval``.
 
     ``retrieval`` alone has ``towers``, and ``item``: the input that is the item's id. Its rows
-    are interactions of the users in column ``group``; all of them count if there is no ``label``.
+    are interactions of the users in column ``group``; without ``label`` all of them are positive.
     """
 
     task: Task
@@ -72,7 +72,7 @@ class Signature(Frozen):
 
     @model_validator(mode="after")
     def _metric_is_measured(self, info: ValidationInfo) -> Self:
-        """Refuse a metric that the task does not measure, except in bundles stored before."""
+        """Refuse a metric that is not measured for the task, except in stored bundles."""
         stored = isinstance(info.context, dict) and info.context.get("stored")
         problem = metric_problem(self.task, self.metric, grouped=self.group is not None)
         if problem is not None and not stored:
@@ -90,31 +90,31 @@ class Signature(Frozen):
         if self.output != "score":
             raise value_error("retrieval_output_form")
         read = (*self.towers.query.inputs, *self.towers.item.inputs)
-        known = {item.name: item for item in self.inputs}
+        known = {entry.name: entry for entry in self.inputs}
         if sorted(read) != sorted(known):
             raise value_error(
                 "tower_inputs_differ", inputs=tuple(sorted(known)), read=tuple(sorted(read))
             )
         if self.item not in self.towers.item.inputs:
             raise value_error("item_not_in_tower", item=self.item)
-        found = known[self.item]
-        if not isinstance(found, IdInput) or found.shape:
+        item = known[self.item]
+        if not isinstance(item, IdInput) or item.shape:
             raise value_error("item_no_single_id", item=self.item)
         return self
 
     def only(self, names: Iterable[str]) -> Self:
-        """The same signature with some of its inputs, in its own order."""
-        kept = set(names)
+        """Return the signature with only these inputs, in unchanged order."""
+        selected = set(names)
         return self.model_copy(
-            update={"inputs": tuple(item for item in self.inputs if item.name in kept)}
+            update={"inputs": tuple(item for item in self.inputs if item.name in selected)}
         )
 
     def of_split(self, split: str) -> Self:
-        """What the files of one split hold.
+        """Return the signature of the files of one split.
 
-        That is everything, except for ``retrieval``: there ``items`` holds what the item tower
-        reads, a row an item, and the other splits what the query tower reads and the item's id.
-        No label is read from ``traffic``.
+        That is the whole signature, except for ``retrieval``: there ``items`` contains the inputs
+        of the item tower, one row per item, and the other splits contain the inputs of the query
+        tower and the item's id. ``traffic`` has no label.
         """
         if split == TRAFFIC and self.label is not None:
             return self.model_copy(update={"label": None}).of_split(split)

@@ -30,7 +30,7 @@ class Estimate(Frozen):
 
 
 class Judgement(Reasoned):
-    """What measuring said about one limit."""
+    """The outcome of one limit, with the measured number."""
 
     limit: Limit
     measured: Estimate | None
@@ -40,7 +40,7 @@ class Judgement(Reasoned):
 
 
 class Verdict(Reasoned):
-    """What the gate said about one target."""
+    """The outcome of one target, with the judgements of its limits."""
 
     target: TargetKind
     outcome: Outcome
@@ -48,10 +48,10 @@ class Verdict(Reasoned):
 
 
 def overall(verdicts: Iterable[Verdict]) -> Outcome:
-    """The order's outcome: the worst of its measured targets (contract 5).
+    """Return the order's outcome: the worst of its measured targets (contract 5).
 
-    ``built-unmeasured`` neither blocks nor counts as accepted: an order with nothing measured
-    stays ``built-unmeasured``.
+    ``built-unmeasured`` neither blocks nor counts as accepted: an order without a measured target
+    is ``built-unmeasured``.
     """
     outcomes = {verdict.outcome for verdict in verdicts}
     order: tuple[Outcome, ...] = ("rejected", "undecided", "accepted")

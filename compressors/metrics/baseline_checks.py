@@ -1,9 +1,9 @@
-"""Check the uncompressed model on its own test rows, before anything is compared with it.
+"""Check labels and scores of the uncompressed model before it serves as the baseline.
 
 Problems that make every later number meaningless are refused at pack; the rest are warnings. Scores
 are computed for a sample of ``SAMPLE_ROWS`` rows, spread evenly over the split (whole groups for
-``ranking``). A warning needs a difference of ``CLEAR`` standard errors, so that chance in the
-sample does not cause it.
+``ranking``). A warning needs a difference of ``CLEAR`` standard errors, so that sampling noise does
+not cause it.
 """
 
 from collections.abc import Iterator
@@ -23,19 +23,19 @@ from compressors.metrics import point_estimates
 SAMPLE_ROWS = 4096
 CLEAR = 4.0  # standard errors: by chance about 1 in 30,000
 FEWEST = 100
-"""Rows or groups below which nothing is concluded from a mean."""
+"""Fewest rows or groups from which a mean is tested."""
 
 Array = NDArray[Any]
 
 
 @dataclass(frozen=True)
 class BaselineProblem:
-    """What is wrong with a model or its labels.
+    """A problem of a model or its labels.
 
     Attributes:
-        reason: what was expected, what was found, and what to do.
-        refused: whether a bundle with it is refused at pack; else it is a warning.
-        fatal: whether measuring fails because of it, so that a run cannot succeed.
+        reason: the expected and the actual value, and what to do.
+        refused: whether pack refuses a bundle with this problem; else it is a warning.
+        fatal: whether measuring fails because of it, so that no run can succeed.
     """
 
     reason: Reason
@@ -46,13 +46,13 @@ class BaselineProblem:
 def label_problems(
     signature: Signature, split: str, label: Array, group: Array | None
 ) -> Iterator[BaselineProblem]:
-    """What is wrong with the labels of one split, all of its rows.
+    """Yield problems of the labels of one split; all of its rows are checked.
 
     Args:
-        signature: of the model.
-        split: its name.
-        label: float ``(rows,)``.
-        group: int ``(rows,)``, or None.
+        signature: signature of the model.
+        split: name of the split.
+        label: label of each row, float ``(rows,)``.
+        group: group of each row, int ``(rows,)``, or None.
     """
     measured = split == "test"
     judged = measured or split == "validation"
@@ -98,7 +98,7 @@ def label_problems(
 def score_problems(
     module: nn.Module, signature: Signature, test: Split
 ) -> Iterator[BaselineProblem]:
-    """What is wrong with the scores of a sample of test rows.
+    """Yield problems of the scores of a sample of test rows.
 
     Args:
         module: the loaded model, in evaluation mode.
@@ -129,7 +129,7 @@ def score_problems(
 def _probability_problems(
     signature: Signature, label: Array, score: Array
 ) -> Iterator[BaselineProblem]:
-    """Whether scores are what the output declares, and better than the base rate."""
+    """Check that scores fit the declared output and are better than the base rate."""
     outside = (score < 0) | (score > 1)
     declared = signature.output == "probability"
     if declared and outside.any():
@@ -165,7 +165,7 @@ def _probability_problems(
             )
             return
     rate = float(label.mean())
-    if not 0 < rate < 1:  # too rare for the sample
+    if not 0 < rate < 1:  # the sample has one class only: the rarer one is too rare
         return
     if _clearly_above(loss - np.where(label == 1, -np.log(rate), -np.log1p(-rate))):
         yield BaselineProblem(
@@ -186,7 +186,7 @@ def _probability_problems(
 
 
 def _order_problems(label: Array, score: Array, group: Array) -> Iterator[BaselineProblem]:
-    """Whether lists are ordered better than at random."""
+    """Check that lists are ordered better than at random."""
     reached = point_estimates.group_ndcg(label, score, group, k=10)
     random = point_estimates.group_ndcg(label, np.zeros_like(score), group, k=10)
     if _clearly_above(random - reached):
@@ -201,7 +201,7 @@ def _order_problems(label: Array, score: Array, group: Array) -> Iterator[Baseli
 
 
 def _clearly_above(values: Array) -> bool:
-    """Whether a mean is above 0 by more than chance explains."""
+    """Whether a mean is above 0 by more than ``CLEAR`` standard errors."""
     if values.size < FEWEST:
         return False
     error = values.std(ddof=1) / np.sqrt(values.size)
@@ -215,7 +215,7 @@ def _has_mixed_group(label: Array, group: Array) -> bool:
 
 
 def _sample(rows: Rows, signature: Signature) -> torch.Tensor:
-    """Numbers of rows spread evenly over a split; of whole groups for ranking."""
+    """Return row numbers spread evenly over a split; whole groups for ranking."""
     if len(rows) <= SAMPLE_ROWS:
         return torch.arange(len(rows))
     if signature.task != "ranking" or rows.group is None:

@@ -1,15 +1,15 @@
-"""Intervals for metrics whose rows belong to groups: 95 % intervals that treat groups as the units.
+"""95 % intervals of metrics whose rows belong to groups (users, queries): leave-one-group-out.
 
-Rows of one user are not independent, so the number of users, not of rows, says how precise a
-metric is. Every metric is computed exactly without each group (one pass after one sort, no
-resampling). The interval follows from these values:
+Rows of one user are not independent, so the precision of a metric depends on the number of users,
+not of rows. Every metric is computed exactly without each group (one pass after one sort, no
+resampling). The interval is computed from these values:
 
 - center: the metric minus its jackknife bias. Pairs of rows within a user make the AUC of few users
   differ on average from that of many.
 - variance: the sum over groups of the squared change when the group is left out, times one minus
   the group's share of the rows.
 - quantile: Student's t with Satterthwaite degrees of freedom. A few large groups among many small
-  ones carry as much information as a few groups, and the degrees of freedom say so.
+  ones carry as much information as a few groups, which lowers the degrees of freedom.
 
 Sources: Efron and Tibshirani 1993, "An Introduction to the Bootstrap", chapter 11 (jackknife);
 Obuchowski 1997, https://doi.org/10.2307/2533958 (AUC of clustered data); Bell and McCaffrey 2002,
@@ -47,14 +47,14 @@ from compressors.metrics.point_estimates import (
 )
 
 MIN_GROUPS = 10
-"""Fewer groups give no interval: it would depend on the working model, not on the data."""
+"""Fewest groups for an interval: with fewer it depends on the working model, not on the data."""
 
 TAIL = 0.025
 LARGEST_LOSS = float(-np.log(PROBABILITY_FLOOR))
 
 
 class Groups(NamedTuple):
-    """``ids`` int ``(rows,)``, the number of each row's group; ``rows`` of each, ``(groups,)``."""
+    """Group number of each row, ``ids`` int ``(rows,)``, and group sizes, ``rows`` ``(groups,)``."""
 
     ids: Ints
     rows: Ints
@@ -66,15 +66,15 @@ class Groups(NamedTuple):
 
 @dataclass(frozen=True)
 class GroupedValue:
-    """One metric on all rows and without each group.
+    """A metric on all rows, and without each group.
 
     Args:
         point: the metric on all rows.
         left_out: the metric without each group, float64 ``(groups,)``.
-        weight: how much each group counts, usually its rows, ``(groups,)``.
-        influence: of each row on the metric, times the number of rows, ``(rows,)``; None where a
-            group has one value.
-        groups: of the rows; None where a group has one value.
+        weight: weight of each group, usually its number of rows, ``(groups,)``.
+        influence: influence of each row on the metric, times the number of rows, ``(rows,)``; None
+            if the metric has one value per group.
+        groups: the groups of the rows; None if the metric has one value per group.
     """
 
     point: float
@@ -84,7 +84,7 @@ class GroupedValue:
     groups: Groups | None = None
 
     def minus(self, other: "GroupedValue") -> "GroupedValue":
-        """The difference of two models' values on the same rows."""
+        """Return the difference of two models' values on the same rows."""
         influence = None
         if self.influence is not None and other.influence is not None:
             influence = self.influence - other.influence
@@ -100,8 +100,8 @@ class GroupedValue:
 class GroupedPair(NamedTuple):
     """A metric of two models on the same rows.
 
-    ``largest`` is the metric's largest possible value (the smallest is 0), ``groups`` how many
-    groups count, ``unresolved`` why they give no interval, or None.
+    ``largest`` is the metric's largest possible value (the smallest is 0), ``groups`` the number of
+    groups that count, ``unresolved`` the reason why there is no interval, or None.
     """
 
     before: GroupedValue
@@ -124,7 +124,7 @@ def grouped_pair(
         group: user or query of each row, ``(rows,)``.
 
     Raises:
-        CompressionError: an unknown metric, and whatever the metric itself refuses.
+        CompressionError: the metric is unknown, or its function raises.
     """
     scores = baseline, candidate
     if metric == "gauc":
@@ -136,11 +136,11 @@ def grouped_pair(
         return _pair(pair, 1.0, weight.size, "with both classes")
     depth = re.fullmatch(r"ndcg@([1-9]\d*)", metric)
     if depth is not None:
-        found = [group_ndcg(label, score, group, int(depth[1])) for score in scores]
-        if not found[0].size:
+        gains = [group_ndcg(label, score, group, int(depth[1])) for score in scores]
+        if not gains[0].size:
             raise MetricRefused("relevant_items_missing")
-        pair = [weighted_mean(value, np.ones(value.size)) for value in found]
-        return _pair(pair, 1.0, found[0].size, "with a relevant item")
+        pair = [weighted_mean(value, np.ones(value.size)) for value in gains]
+        return _pair(pair, 1.0, gains[0].size, "with a relevant item")
     positive = binary(label)
     groups = Groups(*number_groups(group, positive.size))
     if metric == "logloss":
@@ -161,10 +161,10 @@ def grouped_pair(
 
 
 def interval(value: GroupedValue) -> tuple[float, float]:
-    """The 95 % interval of a metric whose groups are independent.
+    """Compute the 95 % interval of a metric whose groups are independent.
 
     Returns:
-        Its ends. Both equal the point where no group changes the metric.
+        Its low and high end. Both equal the point if no group changes the metric.
     """
     share = value.weight / value.weight.sum()
     change = value.point - value.left_out
@@ -179,7 +179,7 @@ def interval(value: GroupedValue) -> tuple[float, float]:
 
 
 def mean_of_rows(values: Floats, groups: Groups) -> GroupedValue:
-    """The mean of ``values`` ``(rows,)`` over all rows."""
+    """Compute the mean of ``values`` ``(rows,)`` over all rows, and without each group."""
     total, rows = float(values.sum()), values.size
     point = total / rows
     left_out = _ratio(total - groups.sums(values), rows - groups.rows)
@@ -187,7 +187,7 @@ def mean_of_rows(values: Floats, groups: Groups) -> GroupedValue:
 
 
 def weighted_mean(values: Floats, weight: Floats) -> GroupedValue:
-    """The weighted mean of one value per group, both ``(groups,)``."""
+    """Compute the weighted mean of one value per group, and without each; both ``(groups,)``."""
     total = float(weight.sum())
     point = float(values @ weight) / total
     left_out = _ratio(float(values @ weight) - values * weight, total - weight)
@@ -209,13 +209,15 @@ def _pair(
 
 
 def _auc(label: ArrayLike, score: ArrayLike, groups: Groups) -> GroupedValue:
-    """AUC without a group loses the pairs with a positive or a negative row of the group."""
+    """Compute the AUC; leaving out a group removes the pairs with one of its rows."""
     positive, scores = clicks_and_scores(label, score)
-    wins = np.empty(scores.size)  # rows of the other class that the row is ordered right with
+    wins = np.empty(
+        scores.size
+    )  # number of rows of the other class that the row is ordered correctly with
     ordered = [np.sort(scores[~positive]), np.sort(scores[positive])]
     for chosen, others, sign in ((positive, ordered[0], 1), (~positive, ordered[1], -1)):
         own = scores[chosen]
-        # Sorted queries walk through the other class once instead of jumping about.
+        # Sorted queries read the other class sequentially instead of at random.
         place = np.argsort(own, kind="stable")
         below = np.searchsorted(others, own[place], side="left")
         not_above = np.searchsorted(others, own[place], side="right")
@@ -239,7 +241,7 @@ def _auc(label: ArrayLike, score: ArrayLike, groups: Groups) -> GroupedValue:
 
 
 def _entropy(losses: Floats, positive: Bools, groups: Groups) -> GroupedValue:
-    """Mean loss over the entropy of the share of positives, both without each group."""
+    """Compute normalized entropy: mean loss over the entropy of the base rate."""
     rate, mean = float(positive.mean()), float(losses.mean())
     entropy = float(base_entropy(rate))
     rows = losses.size - groups.rows
@@ -259,18 +261,18 @@ def _entropy(losses: Floats, positive: Bools, groups: Groups) -> GroupedValue:
 
 
 def _ratio(above: Floats, below: Floats | NDArray[np.intp]) -> Floats:
-    """A quotient, NaN where a group holds everything; such data have too few groups anyway."""
+    """Divide; NaN if one group has all rows (such data have too few groups for an interval)."""
     with np.errstate(divide="ignore", invalid="ignore"):
-        found: Floats = np.asarray(above, dtype=np.float64) / below
-    return found
+        quotient: Floats = np.asarray(above, dtype=np.float64) / below
+    return quotient
 
 
 def _degrees_of_freedom(value: GroupedValue, share: Floats) -> float:
-    """Satterthwaite's degrees of freedom of the variance, at least 1.
+    """Compute Satterthwaite's degrees of freedom of the variance, at least 1.
 
     Under the working model a group's mean has the variance ``between + within / rows``. The
-    variance estimate is a quadratic form of the group means; twice its squared expectation over its
-    variance follows in O(groups) from the sums below.
+    variance estimate is a quadratic form of the group means. The degrees of freedom, twice its
+    squared expectation over its variance, are computed in O(groups) from the sums below.
     """
     spread = _variance_of_means(value)
     covered = spread * share
@@ -285,7 +287,7 @@ def _degrees_of_freedom(value: GroupedValue, share: Floats) -> float:
 
 
 def _variance_of_means(value: GroupedValue) -> Floats:
-    """Variance of each group's mean, up to a common factor, ``(groups,)``."""
+    """Estimate the variance of each group's mean, up to a common factor, ``(groups,)``."""
     if value.influence is None or value.groups is None:
         return np.ones(value.weight.size)
     rows = value.groups.rows.astype(np.float64)

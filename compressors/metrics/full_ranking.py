@@ -1,8 +1,8 @@
-"""How well vectors find what people went for: a full ranking of the catalogue for every query.
+"""Recall and NDCG of a retrieval model over a full ranking of the catalogue for every query.
 
-No sampled negatives: a query's score of every item counts, except for items it is known to have
-had before, which are hidden. Scores are made for some queries at a time, so memory does not grow
-with them.
+Negatives are not sampled: a query is scored with every item, except hidden items that it interacted
+with before. Scores are computed for a block of queries at a time, so memory does not grow with the
+number of queries.
 """
 
 from collections.abc import Iterable, Sequence
@@ -20,30 +20,30 @@ Float32s = NDArray[np.float32]
 
 DEPTH = 20
 SCORES_AT_ONCE = 2**24
-"""Scores of queries and items held at the same time: 64 MiB."""
+"""Most scores in memory at the same time: 64 MiB."""
 
 
 @dataclass(frozen=True)
 class Interactions:
-    """Who went for what: ``query`` and ``item`` int ``(rows,)``, ``label`` above 0 if they did."""
+    """Interactions of queries with items: all ``(rows,)``, a ``label`` above 0 is positive."""
 
     query: ArrayLike
     item: ArrayLike
     label: ArrayLike
 
     def positive(self) -> tuple[Ints, Ints]:
-        """Queries and items of the rows that count."""
+        """Return queries and items of the positive rows."""
         counts = np.asarray(self.label) > 0
         return np.asarray(self.query)[counts], np.asarray(self.item)[counts]
 
 
 @dataclass(frozen=True)
 class RankingQueries:
-    """What is asked of a ranking.
+    """The queries of a ranking, their relevant (``wanted``) items and their hidden items.
 
     ``query`` int64 ``(queries,)``, sorted, and ``row``, the first row of each in the test data.
-    ``wanted`` and ``hidden`` are sorted int64 ``(pairs,)``: the query's number here times
-    ``items``, plus the item's place in the catalogue. No pair is in both.
+    ``wanted`` and ``hidden`` are sorted int64 ``(pairs,)``: the query's index in ``query`` times
+    ``items``, plus the item's index in the catalogue. No pair is in both.
     """
 
     query: Ints
@@ -56,19 +56,19 @@ class RankingQueries:
 def ranking_queries(
     test: Interactions, seen: Iterable[Interactions], catalogue: ArrayLike
 ) -> RankingQueries:
-    """What test rows ask, and what must be hidden from whom.
+    """Build the queries of the test rows, with their relevant and hidden items.
 
     Args:
         test: the test interactions.
-        seen: interactions that came before; their items are hidden from the same query. An item
-            that is asked for although it was seen before is not counted: it cannot be found.
+        seen: earlier interactions; their items are hidden from the same query. A relevant test item
+            that the query has seen before is hidden too, and does not count as relevant.
         catalogue: the id of every item, ``(items,)``, each once.
 
     Returns:
-        The queries that ask for anything new.
+        The queries with at least one relevant item that is not hidden.
 
     Raises:
-        CompressionError: a test item is not in the catalogue, or no query asks for anything new.
+        CompressionError: a test item is not in the catalogue, or there is no such query.
     """
     ids = np.asarray(catalogue)
     people, things = test.positive()
@@ -84,7 +84,7 @@ def ranking_queries(
     wanted = np.setdiff1d(wanted, hidden, assume_unique=True)
     if not wanted.size:
         raise MetricRefused("new_items_missing")
-    # Numbered anew without the queries that ask for nothing.
+    # Renumber without the queries that have no relevant item left.
     asking = np.unique(wanted // ids.size)
     number = np.full(queries.size, -1)
     number[asking] = np.arange(asking.size)
@@ -103,27 +103,27 @@ def ranking_queries(
 def recall_and_ndcg(
     query: Float32s, item: Float32s, what: RankingQueries, k: int = DEPTH
 ) -> tuple[Floats, Floats]:
-    """Recall and NDCG of the first ``k`` places, of every query.
+    """Compute recall and NDCG of the first ``k`` ranks for every query.
 
     Args:
-        query: a vector a query that asks, float32 ``(queries, dim)``, in the order of ``what``.
-        item: a vector an item, float32 ``(items, dim)``, in the order of the catalogue.
-        what: wanted and hidden pairs.
-        k: how many places are read.
+        query: query vectors, float32 ``(queries, dim)``, in the order of ``what``.
+        item: item vectors, float32 ``(items, dim)``, in the order of the catalogue.
+        what: the queries with relevant and hidden pairs.
+        k: number of ranks that count.
 
     Returns:
-        Recall float64 ``(queries,)``: the share of a query's wanted items among the first ``k``.
-        NDCG float64 ``(queries,)``: their gains of 1, discounted by ``1 / log2(place + 1)`` with
-        places from 1, over those of the best ranking there is. Items of equal score share what
-        their places give, which is the mean over all orders of them.
+        Recall float64 ``(queries,)``: the share of a query's relevant items among the first ``k``.
+        NDCG float64 ``(queries,)``: their gains of 1, discounted by ``1 / log2(rank + 1)`` with
+        ranks from 1, over those of the ideal ranking. Items of equal score share the gains of
+        their ranks, which is the mean over all their orders.
 
     Raises:
         CompressionError: ``k`` below 1, shapes that do not fit, or a number that is not finite.
 
-    Memory: 64 MiB of scores, or one query's where that is more.
+    Memory: 64 MiB of scores, or the scores of one query if that is more.
     """
     _check(query, item, what, k)
-    discount = np.concatenate([[0.0], np.cumsum(1 / np.log2(np.arange(k) + 2))])  # of k places
+    discount = np.concatenate([[0.0], np.cumsum(1 / np.log2(np.arange(k) + 2))])  # of k ranks
     owner, hits = what.wanted // what.items, np.empty(what.wanted.size)
     gains = np.empty(what.wanted.size)
     across = torch.from_numpy(np.ascontiguousarray(item.T))  # (dim, items)
@@ -147,27 +147,27 @@ def recall_and_ndcg(
 
 
 def _places(scores: torch.Tensor, wanted: Ints, k: int) -> tuple[Ints, Ints]:
-    """How many items stand above each wanted one, and how many are its equals, itself included.
+    """Count the items above each relevant item, and those of equal score, itself included.
 
-    Beyond place ``k`` both are only known to be beyond: ``k`` above, one equal.
+    For an item beyond rank ``k`` the counts are not exact: ``k`` above, one equal.
     """
     items = scores.shape[1]
     top = scores.topk(min(k, items), dim=1).values  # (queries, k), best first
     least = top[:, -1:]  # (queries, 1)
     ties = (scores == least).sum(dim=1)  # (queries,)
     pair = torch.from_numpy(wanted)
-    owner, own = pair // items, scores.view(-1)[pair].unsqueeze(1)  # (pairs, 1)
-    mine = top[owner]  # (pairs, k)
-    above, equal = (mine > own).sum(dim=1), (mine == own).sum(dim=1)
-    at_least = (own == least[owner]).squeeze(1)
+    owner, score = pair // items, scores.view(-1)[pair].unsqueeze(1)  # (pairs, 1)
+    best = top[owner]  # (pairs, k)
+    above, equal = (best > score).sum(dim=1), (best == score).sum(dim=1)
+    at_least = (score == least[owner]).squeeze(1)
     equal = torch.where(at_least, ties[owner], equal)
-    beyond = (own < least[owner]).squeeze(1)
+    beyond = (score < least[owner]).squeeze(1)
     above, equal = above.masked_fill(beyond, k), equal.masked_fill(beyond, 1)
     return above.numpy(), equal.numpy()
 
 
 def _pairs(people: Ints, things: Ints, queries: Ints, catalogue: Ints) -> Ints:
-    """Pairs of a query and a place in the catalogue as single numbers, each once, sorted."""
+    """Encode pairs of query and catalogue index as single numbers, unique and sorted."""
     order = np.argsort(catalogue)
     place = order[np.searchsorted(catalogue, things, sorter=order).clip(max=catalogue.size - 1)]
     number = np.searchsorted(queries, people).clip(max=queries.size - 1)

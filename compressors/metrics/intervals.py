@@ -1,13 +1,13 @@
-"""How far a measured number would move on another test set: 95 % intervals.
+"""95 % intervals of metrics, of paired differences of two models, and of latency.
 
-Baseline and candidate are scored on the same rows, and their difference is taken row by row, so
-what the two share (easy rows, hard rows) cancels. Its interval is therefore many times narrower
-than that of either.
+Baseline and candidate are scored on the same rows, and their difference is paired by row, so
+variation that both share (easy rows, hard rows) cancels. The interval of the difference is
+therefore many times narrower than that of either model.
 
 Rows without a group are independent units: percentile bootstrap, where every replicate draws the
 same rows for both models. Source: Efron and Tibshirani 1993, "An Introduction to the Bootstrap",
 chapter 13. Rows with a group (users, queries) are not independent: their intervals treat whole
-groups as the units (``cluster_intervals.py``). Latency draws rounds.
+groups as the units (``cluster_intervals.py``). For latency, rounds are resampled.
 """
 
 import math
@@ -30,30 +30,30 @@ from compressors.metrics.point_estimates import (
 )
 
 TAIL = 0.025
-"""The chance left outside on each side of a 95 % interval."""
+"""Probability outside a 95 % interval on each side."""
 
 MIN_SAMPLES = 100
-"""Fewer replicates leave at most two beyond each end of the interval."""
+"""Fewest replicates: with fewer at most two are beyond each end of the interval."""
 
 MIN_UNITS = 10
-"""Fewer rows of a class, or fewer groups, hardly vary from replicate to replicate.
+"""Fewest rows of a class, or units, for an interval: fewer hardly vary between replicates.
 
-Their interval would look certain only because there is nothing to draw from: one group alone would
-give an interval of width 0, which reads as exact.
+Their interval would be too narrow: a single unit would give an interval of width 0, which reads as
+exact.
 """
 
 LATENCY_BLOCK_BYTES = 32 * 2**20
 
 Counts = NDArray[np.intp]
 Statistic = Callable[[Counts], float]
-"""A metric of a resample: how often each unit was drawn -> its value, NaN where it has none."""
+"""A metric of a resample: from the count of each unit to the value, NaN if undefined."""
 
 
 class PairedEstimate(Frozen):
     """One metric of two models on the same rows.
 
     ``difference`` is candidate minus baseline. ``resolves`` is half the width of its interval, in
-    the metric's own unit: the smallest loss that this test set can tell from none.
+    the unit of the metric: the smallest loss that this test set can distinguish from 0.
     """
 
     baseline: Estimate
@@ -77,13 +77,13 @@ def paired(
         metric_name: ``auc``, ``logloss``, ``normalized_entropy``, ``gauc`` or ``ndcg@<k>``.
         label: 0 or 1 (``ndcg``: relevance >= 0), ``(rows,)``.
         baseline: scores (log loss and entropy: probabilities) of the baseline, ``(rows,)``.
-        candidate: those of the candidate on the same rows, ``(rows,)``.
+        candidate: scores of the candidate on the same rows, ``(rows,)``.
         group: user or query of each row, ``(rows,)``; needed by ``gauc`` and ``ndcg``. With it the
             intervals treat groups as the units.
         samples: replicates of the bootstrap of rows without a group; at least 100. 1000 puts the
             ends within about 5 % of the width.
-        seed: of this bootstrap; the same seed gives the same intervals. Intervals of rows with a
-            group draw nothing.
+        seed: seed of this bootstrap; the same seed gives the same intervals. Intervals of rows with
+            a group are not random.
 
     Returns:
         The three estimates; ``rows`` of each is the number of rows given, ``groups`` the number of
@@ -94,8 +94,8 @@ def paired(
         CompressionError: an unknown metric, a missing group column, fewer than 10 rows of a class
             (without groups), too few samples, and any error of the metric itself.
 
-    Memory: about ten arrays of ``rows`` entries, whatever ``samples`` is. Time: a few sorts; rows
-    without a group add a term linear in ``rows * samples``.
+    Memory: about ten arrays of ``rows`` entries, independent of ``samples``. Time: a few sorts;
+    rows without a group add a term linear in ``rows * samples``.
     """
     _require_samples(samples)
     if group is not None:
@@ -108,12 +108,12 @@ def paired(
 def paired_means(
     baseline: ArrayLike, candidate: ArrayLike, rows: int, samples: int = 1000, seed: int = 0
 ) -> PairedEstimate:
-    """The mean over queries of two models' values, with intervals; whole queries are drawn.
+    """Compare two models' means over queries, with intervals from a bootstrap of queries.
 
     Args:
-        baseline: a value a query, ``(queries,)``, such as its recall.
-        candidate: those of the candidate for the same queries.
-        rows: how many rows of test data the queries have, for the estimates.
+        baseline: value of each query, ``(queries,)``, such as its recall.
+        candidate: values of the candidate for the same queries.
+        rows: number of test rows of the queries, for the estimates.
         samples: replicates; at least 100.
         seed: the same seed gives the same intervals.
 
@@ -174,11 +174,11 @@ def _paired(
 
 
 def auc_statistic(label: ArrayLike, score: ArrayLike) -> Statistic:
-    """AUC as a function of how often each row was drawn, after one sort: O(rows) a call.
+    """Return the AUC as a function of resample counts: one sort, then O(rows) a call.
 
-    Every positive beats the drawn negatives that stand before it in score order; two cumulative
-    counts (below, and not above) make ties count half. Integers throughout, so a call equals
-    ``metrics.auc`` of the rows written out that often.
+    Every positive beats the resampled negatives that precede it in score order; two cumulative
+    counts (below, and not above) make ties count half. All sums are integers, so a call equals
+    ``metrics.auc`` of the rows repeated by their counts.
     """
     positive, scores = clicks_and_scores(label, score)
     require_both_classes("auc", positive)
@@ -201,7 +201,7 @@ def auc_statistic(label: ArrayLike, score: ArrayLike) -> Statistic:
 
 
 def latency(ms: ArrayLike, quantile: float, samples: int = 1000, seed: int = 0) -> Estimate:
-    """A quantile of measured times with its interval.
+    """Estimate a quantile of measured times, with its interval.
 
     Args:
         ms: one duration per round, in milliseconds, ``(rounds,)``, > 0.
@@ -211,8 +211,8 @@ def latency(ms: ArrayLike, quantile: float, samples: int = 1000, seed: int = 0) 
 
     Returns:
         The quantile (linear between rounds) in milliseconds; ``rows`` is None, rounds are not
-        rows of data. Rounds are taken as independent: a machine that drifts while it measures
-        moves more than this interval says, so interleave what is to be compared.
+        rows of data. Rounds are assumed independent: if the machine drifts during measurement,
+        the interval is too narrow, so interleave the models to compare.
 
     Raises:
         CompressionError: fewer rounds than ``rounds_needed(quantile)``, or a time that is not
@@ -230,13 +230,13 @@ def latency_ratio(
     samples: int = 1000,
     seed: int = 0,
 ) -> Estimate:
-    """A quantile of the candidate's times over the same quantile of the baseline's.
+    """Estimate the ratio of a quantile of the candidate's times to that of the baseline's.
 
     Args:
         baseline_ms: one duration per round, in milliseconds, ``(rounds,)``, > 0.
-        candidate_ms: likewise. With as many rounds as the baseline they are taken as interleaved
-            (round i of both next to each other in time) and drawn together, so that what slowed
-            both cancels; otherwise each is drawn on its own.
+        candidate_ms: likewise. With as many rounds as the baseline, rounds are assumed interleaved
+            (round i of both adjacent in time) and resampled together, so that a slowdown of both
+            cancels; otherwise each model is resampled separately.
         quantile: in (0, 1).
         samples: bootstrap replicates, at least 100.
         seed: the same seed gives the same interval.
@@ -255,8 +255,8 @@ def latency_ratio(
         seeds = np.random.SeedSequence(seed).spawn(2)
         values = np.concatenate(
             [
-                _quantiles(times[None], quantile, samples, own)
-                for times, own in zip((before, after), seeds, strict=True)
+                _quantiles(times[None], quantile, samples, model_seed)
+                for times, model_seed in zip((before, after), seeds, strict=True)
             ]
         )
     point = float(np.quantile(after, quantile) / np.quantile(before, quantile))
@@ -264,10 +264,10 @@ def latency_ratio(
 
 
 def rounds_needed(quantile: float) -> int:
-    """The fewest rounds from which a quantile has a 95 % interval: 6 for p50, 368 for p99.
+    """Return the fewest rounds for a 95 % interval of a quantile: 6 for p50, 368 for p99.
 
-    With fewer, the chance that the true quantile lies beyond the slowest (or fastest) round is
-    above 2.5 %, and no interval made of measured times can reach it. Source: the order-statistic
+    With fewer, the probability that the true quantile is beyond the slowest (or fastest) round is
+    above 2.5 %, and no interval between measured times can contain it. Source: the order-statistic
     bound, David and Nagaraja 2003, "Order Statistics", section 7.1.
     """
     return math.ceil(math.log(TAIL) / math.log(max(quantile, 1 - quantile)))
@@ -276,7 +276,7 @@ def rounds_needed(quantile: float) -> int:
 def _statistics(
     metric: str, label: ArrayLike, baseline: ArrayLike, candidate: ArrayLike
 ) -> tuple[int, Statistic, Statistic]:
-    """How many rows are drawn, and the metric of each model as a function of their counts."""
+    """Return the number of rows, and each model's metric as a function of their counts."""
     if metric == "auc":
         return _auc_of_rows(label, baseline, candidate)
     if metric in ("logloss", "normalized_entropy"):
@@ -292,8 +292,8 @@ def _auc_of_rows(
     positive, before = clicks_and_scores(label, baseline)
     _, after = clicks_and_scores(label, candidate)
     _require_both(positive)
-    # The order of rows means nothing to a bootstrap. In order of score the counts are read nearly
-    # front to back, for the candidate as well, whose order is almost the same.
+    # The order of rows does not affect a bootstrap. In score order the counts are read almost
+    # sequentially, also for the candidate, whose order is nearly the same.
     order = np.lexsort((before, positive))
     positive, before, after = positive[order], before[order], after[order]
     return positive.size, auc_statistic(positive, before), auc_statistic(positive, after)
@@ -331,11 +331,11 @@ def _relative_to_entropy(losses: Floats, positive: Bools) -> Statistic:
 def _replicates(
     units: int, before: Statistic, after: Statistic, samples: int, seed: int
 ) -> tuple[Floats, Floats]:
-    """Both metrics of ``samples`` resamples, each ``(samples,)``.
+    """Compute both metrics of ``samples`` resamples, each ``(samples,)``.
 
-    One resample is drawn at a time, so memory does not grow with ``samples``, and the same counts
-    serve both models. A resample of one class has no AUC and is drawn again: with at least
-    ``MIN_UNITS`` of each class that is fewer than one in ten thousand.
+    One resample is drawn at a time, so memory does not grow with ``samples``; both models use the
+    same counts. A resample of one class has no AUC and is drawn again: with at least ``MIN_UNITS``
+    of each class that is fewer than one in ten thousand.
     """
     random = np.random.default_rng(seed)
     values = np.empty((2, samples))
@@ -352,7 +352,7 @@ def _replicates(
 def _quantiles(
     times: Floats, quantile: float, samples: int, seed: int | np.random.SeedSequence
 ) -> Floats:
-    """A quantile of ``samples`` resamples of each row of ``(models, rounds)``, drawn together."""
+    """Compute quantiles of ``samples`` resamples of ``(models, rounds)``, drawn together."""
     random = np.random.default_rng(seed)
     models, rounds = times.shape
     block = max(1, LATENCY_BLOCK_BYTES // (8 * models * rounds))
@@ -385,7 +385,7 @@ def _require_samples(samples: int) -> None:
 
 
 def _times(what: str, ms: ArrayLike, quantile: float, samples: int) -> Floats:
-    """Checked durations as float64 ``(rounds,)``."""
+    """Check durations and return them as float64 ``(rounds,)``."""
     _require_samples(samples)
     if not 0 < quantile < 1:
         raise MetricRefused("quantile_outside", quantile=quantile)

@@ -1,9 +1,8 @@
-"""Limits against measured numbers: accepted, rejected, or undecided, with reasons.
+"""Judge limits on measured numbers: accepted, rejected or undecided, with reasons.
 
-A limit is judged on the bound of its interval, not on the point: accepted if the whole 95 %
-interval is inside the limit, rejected if all of it is outside, undecided between. Exact numbers
-(bytes) have an interval of width 0 and are never undecided. A number exactly at the limit is
-inside.
+A limit is judged on the 95 % interval, not on the point: accepted if the whole interval is inside
+the limit, rejected if all of it is outside, undecided otherwise. Exact numbers (bytes) have an
+interval of width 0 and are never undecided. A number exactly at the limit is inside.
 """
 
 import math
@@ -53,14 +52,14 @@ SCORE_UNITS: dict[ScoreUnit, str] = {
 }
 LEAST_CORRELATION = 0.99
 LARGEST_CHANGE: dict[ScoreUnit, float] = {"probability": 0.1, "spread": 1.0}
-"""Score changes beyond these are worth a warning if no limit covers score changes."""
+"""Score changes beyond these cause a warning if no limit covers score changes."""
 
 
 class Number(Frozen):
-    """One measured number, named as a ``Limit`` names it.
+    """One measured number, with the same metric names and references as a ``Limit``.
 
-    ``absolute`` is the candidate's own number; ``baseline`` and ``champion`` are the difference
-    to that model for quality and the ratio to it for bytes and latency.
+    ``absolute`` is the candidate's number; ``baseline`` and ``champion`` are the difference to that
+    model for quality and the ratio to it for bytes and latency.
     """
 
     metric: str
@@ -74,9 +73,9 @@ class Number(Frozen):
 class Measured(Frozen):
     """All numbers of one target.
 
-    ``has_champion`` says whether there is a champion to compare with: without one a limit against
-    it holds, with one a missing number is an error. ``score_unit`` is the unit of mean and largest
-    score changes; None in measurements stored before there were any.
+    ``has_champion`` says whether there is a champion to compare with. Without one a limit against
+    it holds; with one a missing number is an error. ``score_unit`` is the unit of mean and largest
+    score changes; None in stored measurements that have no score changes.
     """
 
     numbers: tuple[Number, ...]
@@ -92,7 +91,7 @@ class Measured(Frozen):
         return self
 
     def of(self, metric: str, against: Against) -> Estimate | None:
-        """The number a limit speaks about, or None."""
+        """Return the number that a limit refers to, or None."""
         for number in self.numbers:
             if (number.metric, number.against) == (metric, against):
                 return number.estimate
@@ -102,7 +101,7 @@ class Measured(Frozen):
 def quality_numbers(
     metric: str, to_baseline: PairedEstimate, to_champion: PairedEstimate | None = None
 ) -> tuple[Number, ...]:
-    """The candidate's own quality and its differences, from ``intervals.paired``."""
+    """Return the candidate's quality and its differences, from ``intervals.paired``."""
     numbers = [
         Number(metric=metric, against="absolute", estimate=to_baseline.candidate),
         Number(metric=metric, against="baseline", estimate=to_baseline.difference),
@@ -113,7 +112,7 @@ def quality_numbers(
 
 
 def byte_numbers(candidate: int, baseline: int, champion: int | None = None) -> tuple[Number, ...]:
-    """The candidate's bytes and its exact ratios.
+    """Return the candidate's bytes and their exact ratios.
 
     Raises:
         CompressionError: a size below 1 byte.
@@ -135,7 +134,7 @@ def byte_numbers(candidate: int, baseline: int, champion: int | None = None) -> 
 def latency_numbers(
     metric: str, candidate: Estimate, to_baseline: Estimate, to_champion: Estimate | None = None
 ) -> tuple[Number, ...]:
-    """A latency such as ``p99_ms@64``: in ms from ``intervals.latency``, and its ratios."""
+    """Return a latency such as ``p99_ms@64``, in ms from ``intervals.latency``, and its ratios."""
     numbers = [
         Number(metric=metric, against="absolute", estimate=candidate),
         Number(metric=metric, against="baseline", estimate=to_baseline),
@@ -146,24 +145,24 @@ def latency_numbers(
 
 
 def exact(value: float) -> Estimate:
-    """A number that would be the same on any other measurement."""
+    """Return an estimate without uncertainty: every measurement gives the same number."""
     return Estimate(point=value, low=value, high=value)
 
 
 def judge(limits: tuple[Limit, ...], measured: Measured) -> tuple[Judgement, ...]:
-    """Judge every limit, in the order given.
+    """Judge every limit, in the given order.
 
     Args:
-        limits: what was promised.
+        limits: the limits of the order.
         measured: the numbers of one target.
 
     Returns:
-        One judgement a limit. ``rows_to_decide`` is set where a limit on quality is undecided: the
-        rows of test data at which the interval, shrinking with the root of the rows around
-        the same point, would no longer contain the limit. Where rows belong to groups,
-        ``groups_to_decide`` is set too: the interval shrinks with the root of the groups, so the
-        rows must come from new groups. A larger test set moves the point too, so this is an order
-        of magnitude, not a promise.
+        One judgement per limit. ``rows_to_decide`` is set if a limit on quality is undecided: the
+        number of test rows at which the interval, which shrinks with the square root of the rows
+        around the same point, would no longer contain the limit. If rows belong to groups,
+        ``groups_to_decide`` is set too: the interval shrinks with the square root of the groups, so
+        the rows must belong to new groups. A larger test set also moves the point, so this is an
+        order of magnitude.
 
     Raises:
         CompressionError: no limits; a limit on a number that was not measured (a champion that
@@ -178,14 +177,14 @@ def judge(limits: tuple[Limit, ...], measured: Measured) -> tuple[Judgement, ...
 def verdict(
     target: TargetKind, limits: tuple[Limit, ...], measured: Measured | None, built: bool
 ) -> Verdict:
-    """Say what the gate thinks of one target.
+    """Decide the verdict of one target.
 
     Args:
         target: where the result is served.
-        limits: what was promised; the same for every target of an order.
+        limits: the limits of the order; the same for every target.
         measured: its numbers, or None if it could not run on this machine.
-        built: whether it was built and passed its audit. A target that was not is rejected;
-            a flow that does not require the target leaves it out instead.
+        built: whether it was built and passed its audit. Otherwise the target is rejected; a flow
+            that does not require the target leaves it out instead.
 
     Returns:
         ``rejected`` if any limit is, else ``undecided`` if any is, else ``accepted``;
@@ -205,9 +204,9 @@ def verdict(
     judgements = judge(limits, measured)
     warning = score_warning(limits, measured)
     for outcome in ("rejected", "undecided"):
-        found = [why for item in judgements if item.outcome == outcome for why in item.reasons]
-        if found:
-            reasons = (*found, *warning)
+        causes = [why for item in judgements if item.outcome == outcome for why in item.reasons]
+        if causes:
+            reasons = (*causes, *warning)
             return Verdict(target=target, outcome=outcome, judgements=judgements, reasons=reasons)
     one = Reason("one_limit_holds")
     held = one if len(limits) == 1 else Reason("all_limits_hold", limits=len(limits))
@@ -216,7 +215,7 @@ def verdict(
 
 
 def score_summary(measured: Measured) -> list[Reason]:
-    """How much the scores changed, as one reason; nothing where it was not measured."""
+    """Return the score changes as one reason; an empty list if they were not measured."""
     found = {metric: measured.of(metric, "absolute") for metric in SCORE_CHANGE}
     correlation, mean, most = (found[metric] for metric in SCORE_CHANGE[:3])
     if correlation is None or mean is None or most is None:
@@ -239,7 +238,7 @@ def score_summary(measured: Measured) -> list[Reason]:
 
 
 def score_warning(limits: tuple[Limit, ...], measured: Measured) -> list[Reason]:
-    """A warning about large score changes that no limit covers, else nothing."""
+    """Return a warning about large score changes that no limit covers, else an empty list."""
     if any(limit.metric in SCORE_CHANGE for limit in limits):
         return []
     correlation = measured.of("score_correlation", "absolute")
@@ -259,7 +258,7 @@ def score_warning(limits: tuple[Limit, ...], measured: Measured) -> list[Reason]
 
 
 def _floored(correlation: float) -> float:
-    """A correlation that does not read as 1 unless it is 1."""
+    """Round a correlation down to six digits: it is printed as 1 only if it is 1."""
     return math.floor(correlation * 1e6) / 1e6
 
 
@@ -273,7 +272,7 @@ def _judge_one(limit: Limit, measured: Measured) -> Judgement:
         raise LimitRefused(
             "number_missing", limit=str(limit), measured=tuple(map(str, measured.numbers))
         )
-    # Read upwards, both kinds of limit are "at least": at_most 3 is -number at least -3.
+    # With this sign both kinds of limit are "at least": at_most 3 is -number at least -3.
     up = 1 if limit.at_least is not None else -1
     goal, point = up * bound, up * estimate.point
     worst, best = sorted((up * estimate.low, up * estimate.high))
@@ -301,17 +300,18 @@ def _judge_one(limit: Limit, measured: Measured) -> Judgement:
 def _outcome(
     goal: float, worst: float, best: float
 ) -> Literal["accepted", "rejected", "undecided"]:
-    """The outcome of a limit "at least ``goal``" for an interval from ``worst`` to ``best``."""
+    """Decide a limit "at least ``goal``" for an interval from ``worst`` to ``best``."""
     if worst >= goal:
         return "accepted"
     return "rejected" if best < goal else "undecided"
 
 
 def recomputed(verdict: Verdict) -> Outcome:
-    """The outcome that a stored verdict's judgements add up to.
+    """Recompute a stored verdict's outcome from its judgements.
 
-    Each judgement is decided again from its limit and its interval, and the stored outcome counts
-    where it is worse. A verdict without judgements keeps its outcome.
+    Each judgement is decided again from its limit and its interval; the stored outcome of a
+    judgement counts too, so the worst of both applies. A verdict without judgements keeps its
+    outcome.
     """
     outcomes: set[Outcome] = {item.outcome for item in verdict.judgements}
     for item in verdict.judgements:
@@ -329,10 +329,10 @@ def recomputed(verdict: Verdict) -> Outcome:
 
 
 def _rows_to_decide(rows: int, reach: float, distance: float) -> int | None:
-    """Rows at which an interval that now reaches ``reach`` reaches just short of ``distance``.
+    """Return the rows at which an interval's half-width ``reach`` shrinks to ``distance``.
 
-    None where the point lies on the limit, or so close that it would take a million times the
-    rows: then the next rows decide which side the point is on, not how many there are.
+    None if the point is on the limit, or so close that a million times the rows would be needed:
+    then the values of further rows, not their number, decide on which side the point is.
     """
     if distance * MOST_SHRINKING <= reach:
         return None
@@ -361,7 +361,7 @@ def _refuse_broken(name: str, estimate: Estimate) -> None:
 
 
 def _metric_text(metric: str) -> str:
-    """A metric as one says it: ``p99_ms@64`` is "p99 latency at batch 64"."""
+    """Return a metric's name for sentences: ``p99_ms@64`` is "p99 latency at batch 64"."""
     if metric == "bytes":
         return "size"
     percentile, of_latency, batch = metric.partition("_ms@")
@@ -369,7 +369,7 @@ def _metric_text(metric: str) -> str:
 
 
 def _measured_and_limit(limit: Limit, estimate: Estimate, score_unit: ScoreUnit | None) -> Reason:
-    """For example "AUC vs baseline is -0.0004 [-0.0011, +0.0003]; the limit is >= -0.0010"."""
+    """Describe it: "AUC vs baseline is -0.0004 [-0.0011, +0.0003]; the limit is >= -0.0010"."""
     bound = _bound(limit)
     quality, absolute = limit.metric in _QUALITY, limit.against == "absolute"
     sign = "+" if quality and not absolute else ""
@@ -384,7 +384,7 @@ def _measured_and_limit(limit: Limit, estimate: Estimate, score_unit: ScoreUnit 
     else:
         unit, places = " ms", 3
     values = (estimate.point, estimate.low, estimate.high)
-    # A bound that is printed like the limit though it is not the limit would read as a mistake.
+    # Print enough digits that a value is shown equal to the limit only if it is equal.
     while places < 12 and (
         float(f"{bound:.{places}f}") != bound
         or any(
@@ -434,6 +434,6 @@ def _conclusion(estimate: Estimate, outcome: str, rows: int | None, groups: int 
 
 
 def _rounded(count: int) -> int:
-    """Two digits, rounded up: more would claim to know how the next rows fall."""
+    """Round up to two significant digits: the estimate is no more precise."""
     step: int = 10 ** max(0, len(str(count)) - 2)
     return math.ceil(count / step) * step

@@ -1,11 +1,10 @@
-"""How well scores order and predict labels: plain functions of 1-D arrays.
+"""Quality metrics (AUC, log loss, NDCG and others) as plain functions of 1-D arrays.
 
 All of them are exact (ties count as ties, sums are float64 or integer) and sort at most a few
-times, so millions of rows take seconds. None of them estimates how far the number would move on
-another test set; that is ``intervals.py``.
+times, so millions of rows take seconds. ``intervals.py`` estimates their uncertainty.
 
 Rows are impressions: ``label``, ``score`` and ``group`` have one entry each per impression. A score
-that is not a finite number is refused, never ranked last: a model that answers NaN is broken.
+that is not a finite number is refused, never ranked last: a model that outputs NaN is broken.
 """
 
 from typing import Any
@@ -20,15 +19,15 @@ Ints = NDArray[np.intp]
 Bools = NDArray[np.bool_]
 
 PROBABILITY_FLOOR = float(np.finfo(np.float32).eps)
-"""Log loss counts a probability as at least this and at most 1 minus this (1.19e-7).
+"""Log loss clips probabilities to at least this and at most 1 minus this (1.19e-7).
 
-Served models answer in float32, where a confident sigmoid is exactly 0 or 1; without a floor one
-such row would make the whole loss infinite. One row can cost at most 15.94 nats.
+Served models output float32, where a confident sigmoid is exactly 0 or 1; without a floor one such
+row would make the whole loss infinite. One row can cost at most 15.94 nats.
 """
 
 
 def auc(label: ArrayLike, score: ArrayLike) -> float:
-    """Area under the ROC curve: how often a positive outscores a negative.
+    """Area under the ROC curve: share of pairs in which the positive outscores the negative.
 
     Args:
         label: 0 or 1, ``(rows,)``.
@@ -50,7 +49,7 @@ def auc(label: ArrayLike, score: ArrayLike) -> float:
     positive, scores = clicks_and_scores(label, score)
     require_both_classes("auc", positive)
     negatives = np.sort(scores[~positive])
-    # Sorted queries walk through the sorted negatives once instead of jumping about.
+    # Sorted queries read the sorted negatives sequentially instead of at random.
     positives = np.sort(scores[positive])
     below = np.searchsorted(negatives, positives, side="left")
     not_above = np.searchsorted(negatives, positives, side="right")
@@ -63,7 +62,7 @@ def row_logloss(label: ArrayLike, probability: ArrayLike) -> Floats:
 
     Args:
         label: 0 or 1, ``(rows,)``.
-        probability: of the label being 1, in [0, 1], ``(rows,)``. Counted as at least
+        probability: probability of label 1, in [0, 1], ``(rows,)``. Clipped to at least
             ``PROBABILITY_FLOOR`` and at most ``1 - PROBABILITY_FLOOR``.
 
     Returns:
@@ -99,7 +98,7 @@ def normalized_entropy(label: ArrayLike, probability: ArrayLike) -> float:
 
     Args:
         label: 0 or 1, ``(rows,)``, both present.
-        probability: of the label being 1, in [0, 1], ``(rows,)``, clipped as for ``logloss``.
+        probability: probability of label 1, in [0, 1], ``(rows,)``, clipped as for ``logloss``.
 
     Returns:
         A float >= 0, unitless. 1 is no better than knowing the base rate, 0 is perfect.
@@ -117,17 +116,17 @@ def normalized_entropy(label: ArrayLike, probability: ArrayLike) -> float:
 
 
 def base_entropy(rate: float) -> float:
-    """Entropy in nats of a coin that shows 1 with chance ``rate``, which is inside (0, 1)."""
+    """Entropy in nats of a binary label with probability ``rate``, which is inside (0, 1)."""
     return float(-(rate * np.log(rate) + (1 - rate) * np.log1p(-rate)))
 
 
 def group_auc(label: ArrayLike, score: ArrayLike, group: ArrayLike) -> tuple[Floats, Ints]:
-    """AUC inside every group that has both classes.
+    """AUC within every group that has both classes.
 
     Args:
         label: 0 or 1, ``(rows,)``.
         score: any finite score, ``(rows,)``.
-        group: whom the row was shown to (a user, a query), ``(rows,)``, in any order.
+        group: user or query of each row, ``(rows,)``, in any order.
 
     Returns:
         AUC float64 ``(groups,)`` and rows per group ``(groups,)``, groups in sorted order, those
@@ -146,13 +145,13 @@ def group_auc(label: ArrayLike, score: ArrayLike, group: ArrayLike) -> tuple[Flo
 
 
 def wins_within_groups(positive: Bools, scores: Floats, ids: Ints, rows: Ints) -> Floats:
-    """Pairs of each group that the positive wins, ties counted half: float64 ``(groups,)``.
+    """Count correctly ordered pairs by group, ties as half: float64 ``(groups,)``.
 
     Args:
-        positive: the class of each row, ``(rows,)``.
-        scores: of each row, ``(rows,)``.
-        ids: the group's number of each row, ``(rows,)``.
-        rows: of each group, ``(groups,)``.
+        positive: whether each row is positive, ``(rows,)``.
+        scores: score of each row, ``(rows,)``.
+        ids: group number of each row, ``(rows,)``.
+        rows: number of rows of each group, ``(groups,)``.
     """
     order = np.lexsort((scores, ids))
     run = _runs(ids[order], scores[order])
@@ -168,14 +167,14 @@ def wins_within_groups(positive: Bools, scores: Floats, ids: Ints, rows: Ints) -
 
 
 def gauc(label: ArrayLike, score: ArrayLike, group: ArrayLike) -> float:
-    """Mean AUC inside groups, weighted by their impressions.
+    """Mean AUC within groups, weighted by their impressions.
 
-    Groups of one class have no AUC and are left out; ``gauc_left_out`` says how much that is.
+    Groups of one class have no AUC and are left out; ``gauc_left_out`` is their share of rows.
 
     Args:
         label: 0 or 1, ``(rows,)``.
         score: any finite score, ``(rows,)``; only its order inside a group matters.
-        group: whom the row was shown to, ``(rows,)``, in any order.
+        group: user or query of each row, ``(rows,)``, in any order.
 
     Returns:
         A float in [0, 1], unitless.
@@ -196,7 +195,7 @@ def gauc(label: ArrayLike, score: ArrayLike, group: ArrayLike) -> float:
 
 
 def gauc_left_out(label: ArrayLike, group: ArrayLike) -> float:
-    """Share of rows, in [0, 1], that lie in groups of one class, where ``gauc`` does not look."""
+    """Share of rows, in [0, 1], in groups of one class, which ``gauc`` leaves out."""
     positive = binary(label)
     ids, rows = number_groups(group, positive.size)
     positives = np.bincount(ids, weights=positive, minlength=rows.size)
@@ -205,19 +204,19 @@ def gauc_left_out(label: ArrayLike, group: ArrayLike) -> float:
 
 
 def group_ndcg(label: ArrayLike, score: ArrayLike, group: ArrayLike, k: int) -> Floats:
-    """NDCG of the first ``k`` places of every group that has a relevant item.
+    """NDCG of the first ``k`` ranks of every group that has a relevant item.
 
     Args:
         label: relevance >= 0, ``(rows,)``; 0 means irrelevant. A gain is ``2**label - 1``.
         score: any finite score, ``(rows,)``, higher ranks first. Items of equal score share
-            what their places give, which is the mean over all orders of them: the order of rows
+            the gains of their ranks, which is the mean over all their orders: the order of rows
             in a file never matters.
         group: which list the row belongs to, ``(rows,)``, in any order.
-        k: how many places are read; more than a group has is the same as all of them.
+        k: number of ranks that count; if a group has fewer rows, all count.
 
     Returns:
         float64 ``(groups,)`` in [0, 1], groups in sorted order, those without a relevant item
-        left out: they have no right answer.
+        left out: their NDCG is undefined.
 
     Raises:
         CompressionError: ``k`` below 1, a label that is negative or above 30, NaN, or unequal
@@ -252,9 +251,9 @@ def group_ndcg(label: ArrayLike, score: ArrayLike, group: ArrayLike, k: int) -> 
 
 
 def ndcg(label: ArrayLike, score: ArrayLike, group: ArrayLike, k: int = 10) -> float:
-    """Mean NDCG of the first ``k`` places over groups with a relevant item.
+    """Mean NDCG of the first ``k`` ranks over groups with a relevant item.
 
-    See ``group_ndcg`` for the arguments. Every group counts the same, however long it is.
+    See ``group_ndcg`` for the arguments. Every group has the same weight.
 
     Returns:
         A float in [0, 1], unitless.
@@ -263,7 +262,7 @@ def ndcg(label: ArrayLike, score: ArrayLike, group: ArrayLike, k: int = 10) -> f
         CompressionError: no group has a relevant item, and as ``group_ndcg``.
 
     Source: Burges et al. 2005, https://doi.org/10.1145/1102351.1102363 (gains ``2**rel - 1``,
-    discount ``1 / log2(place + 1)`` with places from 1); ties as in McSherry and Najork 2008,
+    discount ``1 / log2(rank + 1)`` with ranks from 1); ties as in McSherry and Najork 2008,
     https://doi.org/10.1007/978-3-540-78646-7_38.
 
     Example:
@@ -277,7 +276,7 @@ def ndcg(label: ArrayLike, score: ArrayLike, group: ArrayLike, k: int = 10) -> f
 
 
 def binary(label: ArrayLike) -> Bools:
-    """Labels as booleans ``(rows,)``.
+    """Convert labels to booleans ``(rows,)``.
 
     Raises:
         CompressionError: a label other than 0 and 1, or no row.
@@ -296,7 +295,7 @@ def binary(label: ArrayLike) -> Bools:
 
 
 def require_both_classes(metric: str, positive: Bools) -> None:
-    """Refuse labels of one class, for which ``metric`` has no value.
+    """Raise if all labels are of one class, for which ``metric`` is undefined.
 
     Raises:
         CompressionError: all labels are equal.
@@ -307,7 +306,7 @@ def require_both_classes(metric: str, positive: Bools) -> None:
 
 
 def _column(name: str, values: ArrayLike) -> Floats:
-    """One finite float64 column; float64 keeps every tie that float16 or float32 had."""
+    """Check a column and convert it to float64, which preserves ties of float16 and float32."""
     column = np.asarray(values)
     if column.ndim != 1 or column.size == 0:
         raise MetricRefused("column_shape", column=name, shape=column.shape)
@@ -326,7 +325,7 @@ def _same_length(*sizes: int) -> None:
 
 
 def clicks_and_scores(label: ArrayLike, score: ArrayLike) -> tuple[Bools, Floats]:
-    """Labels as booleans and scores as float64, both ``(rows,)`` and checked.
+    """Check labels and scores; return booleans and float64, both ``(rows,)``.
 
     Raises:
         CompressionError: a label other than 0 and 1, NaN, no row, or unequal lengths.
@@ -337,7 +336,7 @@ def clicks_and_scores(label: ArrayLike, score: ArrayLike) -> tuple[Bools, Floats
 
 
 def number_groups(group: ArrayLike, size: int) -> tuple[Ints, Ints]:
-    """Number groups from 0 in sorted order: the number of each row, the rows of each group."""
+    """Number groups from 0 in sorted order; return each row's number and each group's rows."""
     names = np.asarray(group)
     if names.ndim != 1:
         raise MetricRefused("group_shape", shape=names.shape)

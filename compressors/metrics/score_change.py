@@ -1,17 +1,17 @@
-"""How much a candidate changes single scores, compared with the baseline on the same rows.
+"""Score changes: how much a candidate's scores differ from the baseline's on the same rows.
 
-A metric such as AUC can stay or even rise while single scores move far. The numbers here compare
-the scores themselves: they need no label.
+A metric such as AUC can be unchanged or even rise although single scores change much. The metrics
+here compare the scores themselves and need no label.
 
 - ``score_correlation``: Pearson correlation of both models' scores.
-- ``mean_score_change``, ``max_score_change``: absolute change; of the probability, or for scores
-  without a scale in standard deviations of the baseline's scores.
-- ``changed_top1``: share of groups (users, queries) whose best row is another one.
-- ``top20_overlap``: retrieval only, share of the first 20 items that stay among the first 20.
+- ``mean_score_change``, ``max_score_change``: absolute change of the probability, or, for scores
+  without a scale, in standard deviations of the baseline's scores.
+- ``changed_top1``: share of groups (users, queries) whose best row changes.
+- ``top20_overlap``: retrieval only, share of the first 20 items that remain among the first 20.
 
 Intervals treat groups as the units, or rows without a group (``cluster_intervals.py``).
-``changed_top1`` has Wilson's interval (1927), which is not empty at 0 of n. The largest change is
-that of the measured rows, without an interval: other rows can change more.
+``changed_top1`` has Wilson's interval (1927), which is not empty at 0 of n. The largest change
+describes only the measured rows and has no interval: other rows can change more.
 """
 
 import math
@@ -39,7 +39,7 @@ from compressors.metrics.point_estimates import Floats, Ints, number_groups
 
 
 class RankedVectors(NamedTuple):
-    """A model's vectors, float32 ``(queries, dim)`` and ``(items, dim)``, and what is ranked."""
+    """A model's vectors, float32 ``(queries, dim)`` and ``(items, dim)``, with the queries."""
 
     query: Float32s
     item: Float32s
@@ -50,7 +50,7 @@ class RankedVectors(NamedTuple):
 class _Sums:
     """Sums by group for a correlation: of ``x``, ``d = y - x``, and their products.
 
-    With ``d`` instead of ``y`` a correlation close to 1 keeps its digits.
+    With ``d`` instead of ``y`` a correlation close to 1 loses no precision.
     """
 
     rows: Floats
@@ -61,7 +61,7 @@ class _Sums:
     xd: Floats
 
     def correlation(self) -> GroupedValue:
-        """Pearson correlation on all rows and without each group; 0 where one side is constant."""
+        """Compute Pearson correlation with and without each group; 0 if one side is constant."""
         parts = (self.rows, self.x, self.d, self.xx, self.dd, self.xd)
         totals = [float(part.sum()) for part in parts]
         point = float(_correlation(*(np.array([total]) for total in totals))[0])
@@ -101,18 +101,18 @@ def change_of_rows(
     x = before - (before.mean() if np.ptp(before) else before[0])
     d = after - before
     sums = _Sums(groups.rows.astype(float), *(groups.sums(v) for v in (x, d, x * x, d * d, x * d)))
-    own = rows, groups.rows.size if group is not None else None
-    found = _changes(
+    size = rows, groups.rows.size if group is not None else None
+    estimates = _changes(
         sums.correlation(),
         mean_of_rows(change, groups),
         float(change.max()),
         unit,
-        own,
+        size,
         unchanged=not d.any(),
     )
     if group is not None and int(groups.rows.max()) > 1:
-        found["changed_top1"] = _share(_changed_best(before, after, groups), rows)
-    return found
+        estimates["changed_top1"] = _share(_changed_best(before, after, groups), rows)
+    return estimates
 
 
 def change_of_rankings(
@@ -120,13 +120,14 @@ def change_of_rankings(
 ) -> dict[str, Estimate]:
     """Compare two retrieval models' scores of all items for every query.
 
-    Items hidden from a query are left out. Items of equal score are all the best; which of them
-    are among the first ``depth`` is arbitrary in the candidate's ranking, as in serving.
+    Items hidden from a query are left out. All items of the highest score count as best; which
+    items of equal score are among the first ``depth`` is arbitrary in the candidate's ranking, as
+    in serving.
 
     Args:
         baseline: vectors of the baseline.
         candidate: vectors of the candidate, for the same queries and items.
-        rows: of test data, for the estimates.
+        rows: number of test rows, for the estimates.
         depth: length of the ranking that is compared.
 
     Memory: as ``retrieval.recall_and_ndcg``.
@@ -165,7 +166,7 @@ def change_of_rankings(
     pairs = float(kept.sum())
     spread = math.sqrt(max(float(sums[2].sum()) / pairs - (float(sums[0].sum()) / pairs) ** 2, 0))
     spread = spread or 1.0
-    found = _changes(
+    estimates = _changes(
         _Sums(kept, *sums).correlation(),
         weighted_mean(absolute / kept.clip(min=1) / spread, kept),
         float(largest.max()) / spread,
@@ -173,9 +174,11 @@ def change_of_rankings(
         (rows, queries),
         unchanged=not largest.any(),
     )
-    found["changed_top1"] = _share(changed, rows)
-    found["top20_overlap"] = _bounded(weighted_mean(overlap, np.ones(queries)), (rows, queries), 1)
-    return found
+    estimates["changed_top1"] = _share(changed, rows)
+    estimates["top20_overlap"] = _bounded(
+        weighted_mean(overlap, np.ones(queries)), (rows, queries), 1
+    )
+    return estimates
 
 
 def _changes(
@@ -183,19 +186,19 @@ def _changes(
     mean: GroupedValue,
     largest: float,
     unit: ScoreUnit,
-    own: tuple[int, int | None],
+    size: tuple[int, int | None],
     *,
     unchanged: bool,
 ) -> dict[str, Estimate]:
-    """The three numbers that need no ranking; ``own`` is the rows and groups of the estimates."""
-    rows, groups = own
+    """Estimate the three metrics that need no ranking; ``size`` is the rows and groups."""
+    rows, groups = size
     if unchanged:
         same = Estimate(point=1.0, low=1.0, high=1.0, rows=rows, groups=groups)
     else:
-        same = _bounded(correlation, own, 1, smallest=-1)
+        same = _bounded(correlation, size, 1, smallest=-1)
     return {
         "score_correlation": same,
-        "mean_score_change": _bounded(mean, own, 1 if unit == "probability" else largest),
+        "mean_score_change": _bounded(mean, size, 1 if unit == "probability" else largest),
         "max_score_change": Estimate(
             point=largest, low=largest, high=largest, rows=rows, groups=groups
         ),
@@ -203,10 +206,10 @@ def _changes(
 
 
 def _bounded(
-    value: GroupedValue, own: tuple[int, int | None], largest: float, smallest: float = 0
+    value: GroupedValue, size: tuple[int, int | None], largest: float, smallest: float = 0
 ) -> Estimate:
-    """An estimate with its interval cut at the range of the metric."""
-    rows, groups = own
+    """Build an estimate whose interval is clipped to the range of the metric."""
+    rows, groups = size
     units = value.weight.size
     unresolved = None
     if units >= MIN_GROUPS:
@@ -227,7 +230,7 @@ def _bounded(
 
 
 def _share(values: Floats, rows: int) -> Estimate:
-    """The mean of values in [0, 1], one per group, with Wilson's interval."""
+    """Estimate the mean of values in [0, 1], one per group, with Wilson's interval."""
     number, share = values.size, float(values.mean())
     squared = float(ndtri(1 - TAIL)) ** 2
     center = (share + squared / (2 * number)) / (1 + squared / number)
@@ -240,9 +243,10 @@ def _share(values: Floats, rows: int) -> Estimate:
 
 
 def _changed_best(before: Floats, after: Floats, groups: Groups) -> Floats:
-    """Chance that the candidate's best row is none of the baseline's best, by group of two rows up.
+    """Probability that the candidate's best row is not among the baseline's best, by group.
 
-    Rows of equal score are all the best, and one of the candidate's is drawn.
+    Only groups of at least two rows count. All rows of the highest score are best, and one of the
+    candidate's best rows is drawn.
     """
     best = [score == _largest(score, groups)[groups.ids] for score in (before, after)]
     shared = groups.sums(best[0] & best[1]) / groups.sums(best[1])
@@ -259,7 +263,7 @@ def _largest(score: Floats, groups: Groups) -> Floats:
 def _ranked(
     before: torch.Tensor, after: torch.Tensor, shown: torch.Tensor, depth: int
 ) -> tuple[Floats, Floats]:
-    """Chance of another best item, and the share of the first ``depth`` items kept, by query."""
+    """Probability of another best item, and share of the first ``depth`` items kept, by query."""
     before, after = (scores.masked_fill(~shown, -torch.inf) for scores in (before, after))
     places = min(depth, before.shape[1])
     first = after.topk(places, dim=1).indices
@@ -272,10 +276,10 @@ def _ranked(
 
 def _correlation(rows: Floats, x: Floats, d: Floats, xx: Floats, dd: Floats, xd: Floats) -> Floats:
     with np.errstate(divide="ignore", invalid="ignore"):
-        own, other, joint = xx - x * x / rows, dd - d * d / rows, xd - x * d / rows
-        candidate = own + 2 * joint + other
-        found = (own + joint) / np.sqrt(own * candidate)
-    # What is left of a constant candidate's variance is rounding.
-    varies = np.isfinite(found) & (own > 0) & (candidate > 1e-12 * own)
-    value: Floats = np.where(varies, found, 0.0).clip(-1, 1)
+        variance, other, joint = xx - x * x / rows, dd - d * d / rows, xd - x * d / rows
+        candidate = variance + 2 * joint + other
+        ratio = (variance + joint) / np.sqrt(variance * candidate)
+    # A constant candidate has a tiny variance from rounding.
+    varies = np.isfinite(ratio) & (variance > 0) & (candidate > 1e-12 * variance)
+    value: Floats = np.where(varies, ratio, 0.0).clip(-1, 1)
     return value

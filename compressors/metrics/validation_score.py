@@ -1,4 +1,4 @@
-"""How good a network is on some rows: what a method decides by, on validation rows."""
+"""Quality of a network on validation data, by which methods select."""
 
 import numpy as np
 import torch
@@ -14,16 +14,16 @@ SCORING_ROWS = 8192
 
 @torch.no_grad()
 def quality(module: nn.Module, signature: Signature, split: Split) -> float:
-    """The signature's metric over a split; higher is better.
+    """Evaluate the signature's metric on a split; higher is better.
 
     Args:
-        module: in evaluation mode.
-        signature: of a click or ranking model.
-        split: with labels, and groups where the metric needs them.
+        module: the network, in evaluation mode.
+        signature: signature of a ``ctr`` or ``ranking`` model.
+        split: prepared rows with labels, and groups if the metric needs them.
     """
     parts, device = list(batches(split, signature, SCORING_ROWS)), device_of(module)
-    found = [module(**to_device(part, device).inputs).reshape(-1) for part in parts]
-    scores = torch.cat(found).cpu().numpy()
+    outputs = [module(**to_device(part, device).inputs).reshape(-1) for part in parts]
+    scores = torch.cat(outputs).cpu().numpy()
     label = np.concatenate([part.label.numpy() for part in parts])
     if signature.metric == "auc":
         return point_estimates.auc(label, scores)
