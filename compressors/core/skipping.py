@@ -142,7 +142,7 @@ def _why_not(
             swap(module, unit.name, _WithoutWeights(unit))
     try:
         scores = _scores(module, inputs)
-    except Exception as fault:  # whatever the network's code raises
+    except Exception as fault:  # the network's code may raise any exception
         if is_out_of_memory(fault):
             raise
         said = (str(fault).strip().splitlines() or [repr(fault)])[0].rstrip(".")
@@ -205,7 +205,7 @@ def _sentence(fault: Exception) -> str:
 
 
 def _require_unnamed(
-    step: AnyStep, found: Mapping[str, Reason], source: Model, fault: Exception | None
+    step: AnyStep, failing: Mapping[str, Reason], source: Model, fault: Exception | None
 ) -> None:
     """Raise if the recipe names one of some units exactly.
 
@@ -215,7 +215,7 @@ def _require_unnamed(
     patterns = (*getattr(step, "tables", ()), *getattr(step, "layers", ()))
     exact = [p for p in patterns if not p.startswith(EXCEPT) and not set(p) & set("*?[")]
     units = {unit.name: unit for unit in Unit.of(source.module)}
-    for name, why in found.items():
+    for name, why in failing.items():
         if name in units and any(is_named(units[name], pattern) for pattern in exact):
             raise StepRefused(
                 "unit_not_changeable", step=step.kind, unit=name, reason=why

@@ -180,9 +180,9 @@ def _probability_problems(
     positives = float(label.sum())
     negatives = label.size - positives
     error = np.sqrt((label.size + 1) / (12 * positives * negatives))
-    found = point_estimates.auc(label, score)
-    if min(positives, negatives) >= 10 and found + CLEAR * error < 0.5:
-        yield BaselineProblem(Reason("worse_than_chance", auc=float(found), rows=score.size))
+    auc = point_estimates.auc(label, score)
+    if min(positives, negatives) >= 10 and auc + CLEAR * error < 0.5:
+        yield BaselineProblem(Reason("worse_than_chance", auc=float(auc), rows=score.size))
 
 
 def _order_problems(label: Array, score: Array, group: Array) -> Iterator[BaselineProblem]:

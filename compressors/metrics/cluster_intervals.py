@@ -54,7 +54,7 @@ LARGEST_LOSS = float(-np.log(PROBABILITY_FLOOR))
 
 
 class Groups(NamedTuple):
-    """Group number of each row, ``ids`` int ``(rows,)``, and group sizes, ``rows`` ``(groups,)``."""
+    """Group of each row, ``ids`` int ``(rows,)``, and group sizes, ``rows`` ``(groups,)``."""
 
     ids: Ints
     rows: Ints
@@ -216,15 +216,15 @@ def _auc(label: ArrayLike, score: ArrayLike, groups: Groups) -> GroupedValue:
     )  # number of rows of the other class that the row is ordered correctly with
     ordered = [np.sort(scores[~positive]), np.sort(scores[positive])]
     for chosen, others, sign in ((positive, ordered[0], 1), (~positive, ordered[1], -1)):
-        own = scores[chosen]
+        class_scores = scores[chosen]
         # Sorted queries read the other class sequentially instead of at random.
-        place = np.argsort(own, kind="stable")
-        below = np.searchsorted(others, own[place], side="left")
-        not_above = np.searchsorted(others, own[place], side="right")
+        place = np.argsort(class_scores, kind="stable")
+        below = np.searchsorted(others, class_scores[place], side="left")
+        not_above = np.searchsorted(others, class_scores[place], side="right")
         beaten = (below + not_above) / 2
-        found = np.empty(own.size)
-        found[place] = beaten if sign > 0 else others.size - beaten
-        wins[chosen] = found
+        class_wins = np.empty(class_scores.size)
+        class_wins[place] = beaten if sign > 0 else others.size - beaten
+        wins[chosen] = class_wins
     positives, rows = groups.sums(positive), groups.rows.astype(np.float64)
     negatives = rows - positives
     all_positives, all_negatives = float(positives.sum()), float(negatives.sum())
@@ -282,8 +282,8 @@ def _degrees_of_freedom(value: GroupedValue, share: Floats) -> float:
     expected = float(factor @ diagonal)
     total, first, second = factor.sum(), factor @ covered, factor @ covered**2
     every = base**2 * total**2 + 2 * total * second - 4 * base * total * first + 2 * first**2
-    own = factor**2 @ (diagonal**2 - (base - 2 * covered) ** 2)
-    return max(1.0, expected**2 / float(every + own))
+    same = factor**2 @ (diagonal**2 - (base - 2 * covered) ** 2)
+    return max(1.0, expected**2 / float(every + same))
 
 
 def _variance_of_means(value: GroupedValue) -> Floats:

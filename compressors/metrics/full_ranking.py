@@ -71,33 +71,33 @@ def ranking_queries(
         CompressionError: a test item is not in the catalogue, or there is no such query.
     """
     ids = np.asarray(catalogue)
-    people, things = test.positive()
-    queries = np.unique(people)
-    wanted = _pairs(people, things, queries, ids)
-    if wanted.size < np.unique(np.stack([people, things]), axis=1).shape[1]:
+    test_queries, test_items = test.positive()
+    queries = np.unique(test_queries)
+    relevant = _pairs(test_queries, test_items, queries, ids)
+    if relevant.size < np.unique(np.stack([test_queries, test_items]), axis=1).shape[1]:
         raise MetricRefused("items_not_in_catalogue")
     hidden = np.unique(
         np.concatenate(
             [np.empty(0, np.int64)] + [_pairs(*part.positive(), queries, ids) for part in seen]
         )
     )
-    wanted = np.setdiff1d(wanted, hidden, assume_unique=True)
-    if not wanted.size:
+    relevant = np.setdiff1d(relevant, hidden, assume_unique=True)
+    if not relevant.size:
         raise MetricRefused("new_items_missing")
     # Renumber without the queries that have no relevant item left.
-    asking = np.unique(wanted // ids.size)
+    remaining = np.unique(relevant // ids.size)
     number = np.full(queries.size, -1)
-    number[asking] = np.arange(asking.size)
+    number[remaining] = np.arange(remaining.size)
 
     def renumbered(pairs: Ints) -> Ints:
         owner = number[pairs // ids.size]
-        kept: Ints = (owner * ids.size + pairs % ids.size)[owner >= 0]
-        return kept
+        remaining_pairs: Ints = (owner * ids.size + pairs % ids.size)[owner >= 0]
+        return remaining_pairs
 
-    everyone, first = np.unique(np.asarray(test.query), return_index=True)
-    kept = queries[asking]
-    row = first[np.searchsorted(everyone, kept)]
-    return RankingQueries(kept, row, renumbered(wanted), renumbered(hidden), ids.size)
+    all_queries, first = np.unique(np.asarray(test.query), return_index=True)
+    query = queries[remaining]
+    row = first[np.searchsorted(all_queries, query)]
+    return RankingQueries(query, row, renumbered(relevant), renumbered(hidden), ids.size)
 
 
 def recall_and_ndcg(
@@ -140,10 +140,10 @@ def recall_and_ndcg(
         last = np.minimum(above + equal, k)
         hits[here] = np.maximum(last - above, 0) / equal
         gains[here] = (discount[last] - discount[np.minimum(above, last)]) / equal
-    wanted = np.bincount(owner, minlength=what.query.size)
-    recall = np.bincount(owner, weights=hits, minlength=what.query.size) / wanted
+    relevant = np.bincount(owner, minlength=what.query.size)
+    recall = np.bincount(owner, weights=hits, minlength=what.query.size) / relevant
     gain = np.bincount(owner, weights=gains, minlength=what.query.size)
-    return recall, gain / discount[np.minimum(wanted, k)]
+    return recall, gain / discount[np.minimum(relevant, k)]
 
 
 def _places(scores: torch.Tensor, wanted: Ints, k: int) -> tuple[Ints, Ints]:
@@ -166,12 +166,16 @@ def _places(scores: torch.Tensor, wanted: Ints, k: int) -> tuple[Ints, Ints]:
     return above.numpy(), equal.numpy()
 
 
-def _pairs(people: Ints, things: Ints, queries: Ints, catalogue: Ints) -> Ints:
+def _pairs(
+    interaction_queries: Ints, interaction_items: Ints, queries: Ints, catalogue: Ints
+) -> Ints:
     """Encode pairs of query and catalogue index as single numbers, unique and sorted."""
     order = np.argsort(catalogue)
-    place = order[np.searchsorted(catalogue, things, sorter=order).clip(max=catalogue.size - 1)]
-    number = np.searchsorted(queries, people).clip(max=queries.size - 1)
-    known = (catalogue[place] == things) & (queries[number] == people)
+    place = order[
+        np.searchsorted(catalogue, interaction_items, sorter=order).clip(max=catalogue.size - 1)
+    ]
+    number = np.searchsorted(queries, interaction_queries).clip(max=queries.size - 1)
+    known = (catalogue[place] == interaction_items) & (queries[number] == interaction_queries)
     pairs: Ints = np.unique(number[known].astype(np.int64) * catalogue.size + place[known])
     return pairs
 

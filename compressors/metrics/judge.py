@@ -209,15 +209,15 @@ def verdict(
             reasons = (*causes, *warning)
             return Verdict(target=target, outcome=outcome, judgements=judgements, reasons=reasons)
     one = Reason("one_limit_holds")
-    held = one if len(limits) == 1 else Reason("all_limits_hold", limits=len(limits))
-    reasons = (held, *score_summary(measured), *warning)
+    all_hold = one if len(limits) == 1 else Reason("all_limits_hold", limits=len(limits))
+    reasons = (all_hold, *score_summary(measured), *warning)
     return Verdict(target=target, outcome="accepted", judgements=judgements, reasons=reasons)
 
 
 def score_summary(measured: Measured) -> list[Reason]:
     """Return the score changes as one reason; an empty list if they were not measured."""
-    found = {metric: measured.of(metric, "absolute") for metric in SCORE_CHANGE}
-    correlation, mean, most = (found[metric] for metric in SCORE_CHANGE[:3])
+    estimates = {metric: measured.of(metric, "absolute") for metric in SCORE_CHANGE}
+    correlation, mean, most = (estimates[metric] for metric in SCORE_CHANGE[:3])
     if correlation is None or mean is None or most is None:
         return []
     unit = None if measured.score_unit is None else SCORE_UNITS[measured.score_unit]
@@ -229,7 +229,7 @@ def score_summary(measured: Measured) -> list[Reason]:
         if unit
         else Reason("largest_change", change=largest),
     ]
-    top, overlap = found["changed_top1"], found["top20_overlap"]
+    top, overlap = estimates["changed_top1"], estimates["top20_overlap"]
     if top is not None and top.groups is not None:
         changes.append(Reason("other_top1", share=top.point, groups=top.groups))
     if overlap is not None:
@@ -243,18 +243,18 @@ def score_warning(limits: tuple[Limit, ...], measured: Measured) -> list[Reason]
         return []
     correlation = measured.of("score_correlation", "absolute")
     most, unit = measured.of("max_score_change", "absolute"), measured.score_unit
-    found = []
+    changes = []
     if correlation is not None and correlation.point < LEAST_CORRELATION:
         low, least = _floored(correlation.point), LEAST_CORRELATION
-        found.append(Reason("low_correlation", correlation=low, least=least))
+        changes.append(Reason("low_correlation", correlation=low, least=least))
     if most is not None and unit is not None and most.point > LARGEST_CHANGE[unit]:
         change, limit = most.point, LARGEST_CHANGE[unit]
-        found.append(
+        changes.append(
             Reason("probability_change", change=change, most=limit)
             if unit == "probability"
             else Reason("score_change", change=change, most=limit)
         )
-    return [Reason("large_score_changes", changes=tuple(found))] if found else []
+    return [Reason("large_score_changes", changes=tuple(changes))] if changes else []
 
 
 def _floored(correlation: float) -> float:

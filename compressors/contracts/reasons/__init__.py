@@ -1,6 +1,6 @@
 """Reasons of decisions: a code and fields, from which the sentence is derived.
 
-reason.py     the value ``Reason``, how several are rendered, and how they are read from JSON
+reason.py     the class ``Reason``: format several reasons, and read them from JSON
 selection.py  sentences about which units a step takes, and about whole steps
 recipe.py     sentences about steps of a recipe that are left out, and about its quality budget
 tables.py     sentences about embedding tables
@@ -10,7 +10,7 @@ rewriting.py  sentences about norms and factors that move between layers
 training.py   sentences about training
 bundles.py    sentences about the files of a bundle or draft, and the paths in its model.json
 baseline.py   sentences about the labels of a bundle and the scores of its model
-limits.py     sentences about limits that cannot be meant, and metrics that are not measured
+limits.py     sentences about limits that are likely mistakes, and metrics that are not measured
 verdicts.py   sentences about judged limits and targets
 """
 

@@ -1,4 +1,4 @@
-"""Sentences about limits that cannot be meant, and about metrics that a task does not measure."""
+"""Sentences about limits that are likely mistakes, and metrics not measured for a task."""
 
 SENTENCES = {
     "limits_contradict": "limits '{first}' and '{second}' contradict each other. Keep one of them",
@@ -6,7 +6,7 @@ SENTENCES = {
     "limit_with_example": "limit '{limit}' {why}. Write for example '{example}'",
     "improvement_demanded": "limit '{limit}' demands a better {metric} than the uncompressed model "
     "has. To allow a loss instead, write '{loss}'",
-    # --- why a limit cannot be meant
+    # --- why a limit is likely a mistake
     "bounds_best": "bounds how good the result may be: a {better} {metric} is better",
     "ratio_not_positive": "can never hold: it compares by the ratio, which is above 0",
     "ratio_too_large": "allows {ratio:g} times the {against}'s {metric}",

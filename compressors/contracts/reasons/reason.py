@@ -1,7 +1,7 @@
-"""The value ``Reason``: why something was decided, as a code and fields. Types only.
+"""The class ``Reason``: the reason of a decision, as a code and fields. Types only.
 
 A program reads ``code`` and ``fields``; a person reads the sentence, ``str(reason)``. Each subject
-has one table of sentences, in a file of its own next to this one; ``docs/reasons.md`` is generated
+has one table of sentences, in a separate file next to this one; ``docs/reasons.md`` is generated
 from them.
 """
 
@@ -45,14 +45,14 @@ SUBJECTS: Mapping[str, Mapping[str, str]] = MappingProxyType(
         "Verdicts": verdicts.SENTENCES,
     }
 )
-"""The tables of sentences: by code, a clause with the fields in braces."""
+"""Tables of sentences by subject: from a code to a clause with the fields in braces."""
 
 SENTENCES: Mapping[str, str] = MappingProxyType(
     {code: text for table in SUBJECTS.values() for code, text in table.items()}
 )
 
 Value: TypeAlias = Union[str, int, float, bool, "Reason", tuple["Value", ...]]
-"""What a field can be. A reason in a field is the reason of another decision."""
+"""Type of a field. A reason in a field is the reason of another decision."""
 
 Model = TypeVar("Model", bound=BaseModel)
 
@@ -60,7 +60,7 @@ _NOT_FINITE = ("nan", "inf", "-inf")
 
 
 class _ReasonFormatter(SentenceFormatter):
-    """Renders several reasons in one field, with ``,`` as a list, and numbers not finite."""
+    """Also formats several reasons in one field (``,`` for a list) and non-finite numbers."""
 
     def format_field(self, value: Any, format_spec: str) -> str:
         if isinstance(value, tuple) and value and all(isinstance(v, Reason) for v in value):
@@ -72,10 +72,10 @@ class _ReasonFormatter(SentenceFormatter):
 
 @dataclass(frozen=True, init=False)
 class Reason:
-    """Why something was decided.
+    """The reason of a decision.
 
-    In JSON it is ``{"code": ..., "fields": {...}}``. Floats that are not finite, which JSON does
-    not have, are fields ``"nan"``, ``"inf"`` and ``"-inf"``.
+    In JSON it is ``{"code": ..., "fields": {...}}``. Non-finite floats, which JSON does not
+    support, are stored as ``"nan"``, ``"inf"`` and ``"-inf"``.
 
     Attributes:
         code: a key of ``SENTENCES``.
@@ -93,7 +93,7 @@ class Reason:
             fields: a value for each name in the sentence, and for no other.
 
         Raises:
-            TypeError: there is no such code, or it has other fields, or one has another type.
+            TypeError: there is no such code, it has other fields, or a field has another type.
         """
         sentence = SENTENCES.get(code)
         if sentence is None:
@@ -108,7 +108,7 @@ class Reason:
         )
         try:
             str(self)
-        except ValueError as fault:  # a format specification that is not of the value's type
+        except ValueError as fault:  # the format specification does not fit the value's type
             raise TypeError(f"{code!r} cannot be rendered: {fault}") from fault
 
     def __str__(self) -> str:
@@ -121,7 +121,7 @@ class Reason:
         return partial(type(self), **self.fields), (self.code,)
 
     def walk(self) -> Iterator["Reason"]:
-        """This reason and those in its fields, outermost first."""
+        """Yield this reason and those in its fields, outermost first."""
         yield self
         for value in self.fields.values():
             for item in value if isinstance(value, tuple) else (value,):
@@ -129,16 +129,16 @@ class Reason:
                     yield from item.walk()
 
     def as_json(self) -> dict[str, Any]:
-        """The code and fields as JSON values."""
+        """Return the code and fields as JSON values."""
         return {"code": self.code, "fields": {n: _as_json(v) for n, v in self.fields.items()}}
 
     @classmethod
     def of_json(cls, value: Any) -> "Reason":
-        """The reason that ``as_json`` returned; a reason as it is.
+        """Build a reason from the result of ``as_json``; a ``Reason`` is returned unchanged.
 
         Raises:
-            ValueError: it is something else, or of a code or fields that this version does not
-                have.
+            ValueError: the value is something else, or this version does not have its code or
+                fields.
         """
         if isinstance(value, Reason):
             return value
@@ -170,7 +170,7 @@ class Reason:
 
 
 def joined(reasons: Iterable[Reason]) -> str:
-    """The sentences of several reasons as one."""
+    """Join the sentences of several reasons to one."""
     return "; ".join(map(str, reasons))
 
 
@@ -180,14 +180,14 @@ def read_reasons(
     """Validate a stored object that has reasons, their sentence, or both.
 
     Documents of earlier versions have only the sentence, and those of later versions may have
-    codes that this one does not know: of both the sentence is kept, as code ``as_written``. The
-    reasons of an earlier document count as unset, so that it is written again as it was.
+    codes that this one does not know: for both, the sentence is read as code ``as_written``. The
+    reasons of an earlier document count as unset, so that writing it again does not change it.
 
     Args:
-        value: the object, to be validated.
-        validate: validates it with its reasons in place of their sentence.
-        sentence: its key of the sentence, or of a list or mapping of sentences.
-        reasons: its key of the reasons.
+        value: the object to validate.
+        validate: validates the object with its reasons in place of their sentence.
+        sentence: key of the sentence, or of a list or mapping of sentences.
+        reasons: key of the reasons.
 
     Raises:
         ValidationError: as ``validate``.
@@ -199,7 +199,7 @@ def read_reasons(
 
 
 def _with_reasons(value: Any, sentence: str, reasons: str) -> Any:
-    """A mapping with its reasons in place of their sentence; anything else as it is."""
+    """Replace the sentence of a mapping by its reasons; return other values unchanged."""
     if not isinstance(value, Mapping) or sentence not in value:
         return value
     rest = {name: item for name, item in value.items() if name != sentence}

@@ -1,4 +1,4 @@
-"""Values that documents, orders and settings cannot have: a code, fields, and the derived sentence.
+"""Errors of invalid values in documents, orders and settings: code, fields, derived sentence.
 
 coded.py      the function ``value_error``, which creates an error for pydantic to report
 signature.py  sentences about the inputs and the signature of a model

@@ -2,7 +2,7 @@
 
 A validator raises it. A program reads ``type`` (the code) and ``ctx`` (the fields) of an entry of
 ``ValidationError.errors()``; a person reads ``msg``, the sentence. Each subject has one table of
-sentences, in a file of its own next to this one; ``docs/errors.md`` is generated from them.
+sentences, in a separate file next to this one; ``docs/errors.md`` is generated from them.
 """
 
 from collections.abc import Mapping
@@ -33,7 +33,7 @@ SUBJECTS: Mapping[str, Mapping[str, str]] = MappingProxyType(
         "Engine profiles and Triton models": serving.SENTENCES,
     }
 )
-"""The tables of sentences: by code, a clause with the fields in braces."""
+"""Tables of sentences by subject: from a code to a clause with the fields in braces."""
 
 SENTENCES: Mapping[str, str] = MappingProxyType(
     {code: text for table in SUBJECTS.values() for code, text in table.items()}
@@ -41,13 +41,13 @@ SENTENCES: Mapping[str, str] = MappingProxyType(
 
 
 def value_error(code: str, /, **fields: Any) -> PydanticCustomError:
-    """Create a ``ValueError`` with a code and fields, which pydantic reports as they are.
+    """Create a ``ValueError`` with a code and fields, which pydantic reports unchanged.
 
     ``ctx`` has the fields and the derived ``sentence``. Pydantic replaces the names in braces of a
     message one after the other, in the order of ``ctx``, also inside values that it has just
-    inserted. ``sentence`` is therefore the only such name, and the last: text of a user that
-    looks like a field stays as it is. Pydantic holds text as UTF-8, which has no surrogates: those
-    of an argument or a file name are written as escapes.
+    inserted. ``sentence`` is therefore the only such name, and the last: user text that looks
+    like a field is not replaced. Pydantic stores text as UTF-8, which has no surrogates: those of
+    an argument or a file name are written as escapes.
 
     Args:
         code: a key of ``SENTENCES``.
