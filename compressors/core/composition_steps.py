@@ -59,18 +59,18 @@ def choose_composed(
         if unit.name not in choices or not choices[unit.name].take:
             continue
         rows, dim = unit.weight.shape
-        design = shaped(rows, dim)
-        if isinstance(design, Design):
-            after = design.bytes(rows, dim)
+        result = shaped(rows, dim)
+        if isinstance(result, Design):
+            after = result.bytes(rows, dim)
             if after < unit.bytes or not smaller:
-                designs[unit.name] = design
-                taken = Reason("composed", step=kind, what=design.reason)
+                designs[unit.name] = result
+                taken = Reason("composed", step=kind, what=result.reason)
                 choices[unit.name] = Choice(True, (taken,))
                 continue
-            design = Reason(
+            result = Reason(
                 "not_smaller_composed", rows=rows, dim=dim, before=unit.bytes, after=after
             )
-        choices[unit.name] = Choice(False, (design,))
+        choices[unit.name] = Choice(False, (result,))
     return choices, designs
 
 
