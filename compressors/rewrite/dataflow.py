@@ -1,9 +1,10 @@
-"""Who feeds whom among a network's layers and norms, read from the graph that lowering uses too.
+"""The dataflow between a network's layers and norms, read from its ``torch.export`` graph.
 
-Moving numbers from one layer into the next is right only if nothing else reads what lies between
-them, and if what lies between them lets the numbers through: a positive factor passes a Relu, an
-offset does not. Both are read from ``torch.export``: a layer is a product with its weight, so code
-that reads the weight past the layer is seen as well.
+Steps that move factors or offsets from one layer into the next need it. Such a move is correct only
+if nothing else reads the tensor between the two layers, and if the operators between them preserve
+the change: a positive factor passes through a Relu, an offset does not. Lowering uses the same
+graph. A layer appears in it as a product with its weight, so the graph also shows code that reads
+the weight without calling the layer.
 """
 
 from collections.abc import Callable, Mapping
@@ -26,7 +27,7 @@ from compressors.lower.serving_wrapper import input_names, served_graphs, wrap_f
 
 TRACE_ROWS = 3
 _aten = torch.ops.aten
-_TAKES: dict[Any, tuple[int, ...]] = {  # operator -> where its weights stand
+_TAKES: dict[Any, tuple[int, ...]] = {  # operator -> positions of its weights
     _aten.linear.default: (1, 2),
     _aten.batch_norm.default: (1, 2, 3, 4),
     _aten.layer_norm.default: (2, 3),
@@ -51,10 +52,10 @@ _LOOKS = {_aten._assert_tensor_metadata.default, _aten.sym_size.int}
 
 @dataclass(frozen=True)
 class Reader:
-    """A layer or norm that reads another's output, and what bends the output on its way.
+    """A layer or norm that reads another's output, and the nonlinear operators between them.
 
-    ``bends`` are positively homogeneous and work on single numbers: ``f(s x) = s f(x)`` for
-    ``s > 0``. Without any the output arrives as it is.
+    ``bends`` names these operators. They are elementwise and positively homogeneous:
+    ``f(s x) = s f(x)`` for ``s > 0``. If it is empty, the output arrives unchanged.
     """
 
     name: str
@@ -63,12 +64,12 @@ class Reader:
 
 @dataclass(frozen=True)
 class Dataflow:
-    """Who reads whom.
+    """Which layers and norms read the output of which others.
 
-    ``readers`` hold, by layer or norm, everything that reads its output, where all of that is
-    layers and norms whose numbers may be changed. ``reasons`` say why the others are not there.
-    ``closed`` are those whose own numbers may not be changed, and why. ``dims``
-    are how many dimensions each one's input has.
+    ``readers`` maps a layer or norm to all consumers of its output, if all of them are layers and
+    norms whose values may be changed. ``reasons`` says why the others are missing. ``closed`` maps
+    layers and norms whose values may not be changed to the reason. ``dims`` maps each layer or norm
+    to the number of dimensions of its input.
     """
 
     readers: Mapping[str, tuple[Reader, ...]]
@@ -77,26 +78,26 @@ class Dataflow:
     dims: Mapping[str, int]
 
     def feeder(self, name: str) -> str | None:
-        """The layer or norm whose output, unbent, is read by this one and by nothing else."""
+        """The layer or norm whose unchanged output only this one reads; None if there is none."""
         for maker, readers in self.readers.items():
             if readers == (Reader(name),):
                 return maker
         return None
 
     def straight(self, name: str) -> tuple[str, ...]:
-        """Who reads this one's output, if nothing bends it on the way to any of them."""
+        """The consumers of this output if all of them read it unchanged; otherwise empty."""
         readers = self.readers.get(name, ())
         return () if any(reader.bends for reader in readers) else tuple(r.name for r in readers)
 
 
 def dataflow(module: nn.Module, signature: Signature) -> Dataflow:
-    """Who feeds whom in a network, in evaluation mode.
+    """Trace the dataflow of a network in evaluation mode.
 
-    A second call with the same modules and tensors returns the result of the first: a step needs it
-    to choose and again to apply, and ``torch.export`` takes seconds.
+    The result is cached: a second call with the same modules and tensors returns it again. A step
+    needs it in ``choose`` and in ``apply``, and ``torch.export`` takes seconds.
 
     Args:
-        module: plain or compressed; left as it is. Packed layers are no one's neighbours.
+        module: plain or compressed; not modified. Packed layers are in no entry of the result.
         signature: of its inputs.
 
     Raises:
@@ -111,7 +112,7 @@ def dataflow(module: nn.Module, signature: Signature) -> Dataflow:
 
 @dataclass(frozen=True)
 class _Traced:
-    """A network's dataflow and what it was traced with."""
+    """A network's dataflow, and the signature and parts that it was traced with."""
 
     signature: Signature
     parts: Mapping[str, object]
@@ -122,7 +123,7 @@ _LAST: WeakKeyDictionary[nn.Module, _Traced] = WeakKeyDictionary()
 
 
 def _parts(module: nn.Module) -> dict[str, object]:
-    """Every module, its mode, and every tensor by name; differs once one of them was replaced."""
+    """All modules with their mode and all tensors, by name; differs if any of them was replaced."""
     modules = module.named_modules(remove_duplicate=False)
     parts: dict[str, object] = {
         f"module {name}": (WeakIdRef(part), part.training) for name, part in modules
@@ -169,7 +170,7 @@ def _trace(module: nn.Module, signature: Signature) -> Dataflow:
 def _graphs(
     module: nn.Module, signature: Signature
 ) -> list[tuple[torch.fx.Graph, dict[Node, int]]]:
-    """Every graph the network is served as, with the tensor that each placeholder stands for."""
+    """All graphs the network is served as, with the ``id`` of the tensor of each placeholder."""
     rows = table_rows(module)
     found = []
     for form in served_graphs(signature):
@@ -182,7 +183,7 @@ def _graphs(
                 program = torch.export.export(
                     wrapper, tuple(given[name] for name in names), dynamic_shapes=(free,)
                 )
-        except Exception as fault:  # whatever the network's code raises while it is traced
+        except Exception as fault:  # tracing runs the network's code, which may raise anything
             if is_out_of_memory(fault):
                 raise
             first = (str(fault).strip().splitlines() or [repr(fault)])[0].rstrip(".")
@@ -201,12 +202,12 @@ def _graphs(
 
 
 def _called(graph: torch.fx.Graph, owners: Mapping[Node, set[str]]) -> dict[Node, str]:
-    """The products and norms of a graph, by the module whose weights they take."""
+    """The products and norms of a graph, each with the module whose weights it uses."""
     called = {}
     for node in graph.nodes:
         places = _TAKES.get(node.target, ())
         if node.target is _aten.linear.default and node.args[1] not in owners:
-            continue  # its weight is computed on the way
+            continue  # its weight is computed in the graph
         weights = [node.args[place] for place in places if len(node.args) > place]
         of = {name for weight in weights if weight is not None for name in owners.get(weight, ())}
         if len(of) == 1:
@@ -217,7 +218,7 @@ def _called(graph: torch.fx.Graph, owners: Mapping[Node, set[str]]) -> dict[Node
 def _read_otherwise(
     placeholders: Mapping[Node, int], owners: Mapping[int, set[str]], called: Mapping[Node, str]
 ) -> dict[str, Reason]:
-    """Layers and norms whose tensors other code reads or shares."""
+    """Layers and norms whose tensors other code reads or shares, with the reason."""
     reasons = {}
     for node, key in placeholders.items():
         for name in owners.get(key, ()):
@@ -228,7 +229,7 @@ def _read_otherwise(
                 reasons[name] = Reason("shares_tensor", other=min(others))
             elif any(called.get(user) != name for user in node.users):
                 reasons[name] = Reason("weight_read_elsewhere")
-    for key, names in owners.items():  # a tied tensor has one placeholder, under either name
+    for key, names in owners.items():  # a tied tensor has one placeholder, under any of its names
         if len(names) > 1 and key in placeholders.values():
             for name in names:
                 reasons[name] = Reason("shares_tensor", other=min(names - {name}))
@@ -254,13 +255,13 @@ def _readers(node: Node, called: Mapping[Node, str], bends: tuple[str, ...]) -> 
 
 
 def _lets_through(node: Node, source: Node) -> bool:
-    """Whether an operator keeps channels, the last dimension, apart and positive factors as is."""
+    """Whether an operator keeps channels (last dimension) separate and preserves factors > 0."""
     if node.args[0] is not source or source in node.args[1:]:
         return False
     if node.target in _NOTHING or node.target in _BENDS:
         return True
     before, after = _value(source), _value(node)
-    if node.target in _RESHAPES:  # in memory's order: the last size alone says where columns are
+    if node.target in _RESHAPES:  # in memory order: the last size alone determines the columns
         return before.dim() > 0 and after.dim() > 0 and before.shape[-1] == after.shape[-1]
     if node.target in _PICKS:
         place = node.args[1] if len(node.args) > 1 else 0
@@ -271,7 +272,7 @@ def _lets_through(node: Node, source: Node) -> bool:
 
 
 def _value(node: Any) -> Tensor:
-    """The made-up tensor that stands for a node's output."""
+    """The fake tensor with the shape and dtype of a node's output."""
     value: Tensor = node.meta["val"]
     return value
 

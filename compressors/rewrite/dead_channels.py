@@ -1,8 +1,9 @@
 """Detect dead channels, fold their constant output into the next layers, and remove them.
 
-A channel is dead if it is the same number whatever the input is, which its weights prove (a row of
-zeros: only the bias is left), or if no layer reads it (columns of zeros). On request also if it did
-not change on any calibration row, as a Relu that never opens; that is no proof.
+A channel is dead if its output is constant for every input, which a row of zero weights proves
+(only the bias remains), or if no layer reads it (columns of zero weights). Optionally, a channel
+that is constant on all calibration rows, such as a Relu that never activates, also counts as dead;
+that is no proof.
 """
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -28,15 +29,15 @@ EXAMPLE_ROWS = 256
 BATCH = 1024
 
 Sample = tuple[Split, int]
-"""Calibration rows, and how many of them at most."""
+"""Calibration rows, and the largest number of them to read."""
 
 
 @dataclass(frozen=True)
 class DeadChannels:
     """The dead channels of one width.
 
-    ``kept`` is bool ``(channels,)`` by maker; ``offsets`` float64 ``(outputs,)`` by reader: what
-    the channels that go add to each of its outputs.
+    ``kept`` maps each layer that outputs the channels to bool ``(channels,)``. ``offsets`` maps
+    each consumer to float64 ``(outputs,)``: what the removed channels add to each of its outputs.
     """
 
     cut: Cut
@@ -44,7 +45,7 @@ class DeadChannels:
     offsets: Mapping[str, Tensor]
 
     def reasons(self, step: str) -> dict[str, Reason]:
-        """By dense layer, how the step changes it."""
+        """How the step changes each dense layer, by layer name."""
         width = self.cut.width
         dead = Reason(
             "dead_channels",
@@ -63,19 +64,19 @@ class DeadChannels:
 def find_dead_channels(
     model: Model, signature: Signature, free: Collection[str], sample: Sample | None
 ) -> tuple[DeadChannels, ...]:
-    """The dead channels that can be cut.
+    """Find the dead channels that can be removed.
 
     Args:
-        model: left as it is.
+        model: not modified.
         signature: of its inputs.
         free: the dense layers that may change.
-        sample: rows on which a channel that never changes counts as dead; without, only what the
-            weights prove.
+        sample: calibration rows; a channel that is constant on them counts as dead. If None, only
+            channels that the weights prove dead count.
     """
     widths, _ = find_widths(model)
     found = []
     for width in widths.values():
-        if max(width.makers.values()) > 1:  # of a group, such as a head, all channels must be dead
+        if max(width.makers.values()) > 1:  # in a group, such as a head, all channels must be dead
             continue
         layers = {*width.makers, *_dense(model.module, width.readers)}
         if not layers <= set(free) or not (sample or _suspects(model.module, width)):
@@ -88,17 +89,17 @@ def find_dead_channels(
                 prove(model, signature, dead.cut)
                 found.append(dead)
         except NotAWidth:
-            continue  # its channels cannot go: the constants stay where they are
+            continue  # its channels cannot be removed: the constants stay
     return tuple(found)
 
 
 def remove_dead_channels(
     model: Model, signature: Signature, found: Sequence[DeadChannels]
 ) -> Model:
-    """The network without its dead channels; ``model`` is of a private tree.
+    """Remove the dead channels; ``model`` is a private copy and may be modified.
 
     Raises:
-        CompressionError: the narrower network is not the old one without those channels.
+        CompressionError: the narrower network does not compute what the old one computes.
     """
     if not found:
         return model
@@ -117,7 +118,7 @@ def remove_dead_channels(
 
 
 def _suspects(module: nn.Module, width: Width) -> bool:
-    """Whether the weights give any reason to trace a width: most have none, and traces cost."""
+    """Whether a width has zero rows or columns; most have none, and tracing a width is slow."""
     makers = [_weight(module, name) for name in width.makers]
     readers = [_weight(module, name) for name in _dense(module, width.readers)]
     rows = any(not bool(weight.any(dim=1).all()) for weight in makers)
@@ -150,7 +151,7 @@ def _dead(
                     constant &= ~(columns & lost).any(dim=1)
         gone[group] = constant | silent
     fewest = min(int(dead.sum()) for dead in gone.values())
-    fewest = min(fewest, width.value - 1)  # one channel stays, whatever it says
+    fewest = min(fewest, width.value - 1)  # at least one channel must stay, even if it is dead
     if fewest == 0:
         return None
     kept = {}
@@ -173,7 +174,7 @@ def _dead(
 def _ranges(
     model: Model, signature: Signature, names: Sequence[str], sample: Sample | None
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """The smallest and the largest number at each input of some layers, ``(inputs,)`` each."""
+    """The smallest and the largest value of each input of the layers, float ``(inputs,)`` each."""
     low: dict[str, Tensor] = {}
     high: dict[str, Tensor] = {}
 

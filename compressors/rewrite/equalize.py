@@ -1,12 +1,13 @@
-"""Channels of neighbouring dense layers brought to equal ranges: the same scores, rounded better.
+"""Cross-layer equalization: give the channels between consecutive dense layers equal ranges.
 
-Where one channel's weights are large on one side and small on the other, both sides are rounded
-badly. A factor per channel moves between the two layers until both ranges are equal.
+Scores do not change, but quantization errors become smaller. If a channel's weights are large in
+one layer and small in the next, both layers are quantized badly. A factor per channel moves from
+one layer to the other until both ranges are equal.
 
 Paper: Nagel et al. 2019, https://arxiv.org/abs/1906.04721, section 4.1, eq. 11 (cross-layer
 equalization).
-Differs: a layer that several others read is equalized with the largest of their ranges; leaky Relu,
-PReLU and dropout count as Relu does; high biases are not absorbed.
+Differs: a layer with several consumers is equalized with the largest of their ranges; leaky Relu,
+PReLU and dropout are treated like Relu; high biases are not absorbed.
 """
 
 from typing import Literal
@@ -21,21 +22,21 @@ from compressors.core.units import Choice
 from compressors.rewrite.scaling import Link, choose_links, linear_weight, rescale
 
 ROUNDS = 100
-DEAD = 1e-3  # of a layer's largest channel
-SETTLED = 1e-3  # of a factor: what a round changes less than that is left
+DEAD = 1e-3  # relative to the layer's largest channel
+SETTLED = 1e-3  # stop when a round changes every factor by less
 
 
 def equalizing(made: Tensor, read: Tensor) -> Tensor:
-    """The factor between two layers after which both ranges of a channel are equal.
+    """The factor per channel that makes its ranges in two consecutive layers equal.
 
     Args:
         made: the largest absolute weight of each output channel, ``(channels,)``.
-        read: the largest absolute weight that reads it, ``(channels,)``.
+        read: the largest absolute weight that is applied to it, ``(channels,)``.
 
     Returns:
-        ``sqrt(made / read)``, float64 ``(channels,)``; 1 where either is zero, or so small beside
-        the layer's other channels that it is next to dead: what such a channel says is its bias,
-        which grows with the factor and with it the range of what the next layer reads.
+        ``sqrt(made / read)``, float64 ``(channels,)``; 1 where either is zero, or so small compared
+        to the layer's other channels that the channel is nearly dead. The output of such a channel
+        is mostly its bias, which grows with the factor and widens the next layer's input range.
     """
     first, second = made.double(), read.double()
     both = (first > DEAD * first.max()) & (second > DEAD * second.max())
@@ -53,7 +54,7 @@ class Equalize(Frozen):
 
     @property
     def needs(self) -> tuple[Part, ...]:
-        """No data: only the weights are looked at."""
+        """No data: only the weights are read."""
         return ()
 
     @property
@@ -62,11 +63,11 @@ class Equalize(Frozen):
         return "values"
 
     def choose(self, model: Model, bench: Bench) -> dict[str, Choice]:
-        """Which dense layers are equalized, with whom, and why the others are not."""
+        """Which dense layers are equalized, with which others, and why the rest is not."""
         return self._links(model, bench)[1]
 
     def apply(self, model: Model, bench: Bench) -> Model:
-        """Move factors, pair by pair, until none of them moves any more."""
+        """Equalize pair by pair until the factors converge."""
         links, _ = self._links(model, bench)
         module = model.module
         for _round in range(ROUNDS):

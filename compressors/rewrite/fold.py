@@ -1,19 +1,20 @@
-"""Norms folded into the dense layers around them, and channels that say nothing taken out.
+"""Fold norms into adjacent dense layers and remove dead channels.
 
-Free before anything lossy: the network computes the same numbers up to the rounding of float32, in
-fewer operators, and every later step meets the weights that are served.
+Run this step before any lossy step: the network computes the same values up to float32 rounding
+with fewer operators, and all later steps work on the weights that are served.
 
-* A batch norm right behind a Linear is a factor and an offset per output channel; before a Linear,
-  with nothing that bends between them, per input channel. Either way it becomes part of the weight
-  and bias, and ``FoldedNorm`` stands in its place. What a runtime leaves of a batch norm stands
-  between two int8 products and keeps them apart.
-* The affine part of a LayerNorm or RMSNorm goes into the Linears that read it, if all readers are.
-* Dead channels (``dead_channels.py``) are removed; the next layers' biases take their constant.
-* Numbers of tables and inputs that no weight reads (``unread_features.py``) are only reported.
+* A batch norm directly after a Linear is a factor and an offset per output channel; before a
+  Linear, with no nonlinear operator between them, per input channel. In both cases it becomes part
+  of the weight and bias, and ``FoldedNorm`` replaces it. A batch norm that is not folded leaves
+  operators between two int8 products at runtime, so the products cannot be joined.
+* The affine part of a LayerNorm or RMSNorm moves into its consumers if all of them are Linears.
+* Dead channels (``dead_channels.py``) are removed; their constant is added to the next layers'
+  biases.
+* Columns of tables and inputs that no weight reads (``unread_features.py``) are only reported.
 
 Source: Jacob et al. 2018, https://arxiv.org/abs/1712.05877, section 3.2 (batch norm into the layer
 before it).
-Differs: in evaluation mode only, and also into the layers behind.
+Differs: in evaluation mode only, and also into the layers after the norm.
 """
 
 from collections.abc import Mapping
@@ -42,7 +43,7 @@ AffineNorm = nn.LayerNorm | nn.RMSNorm
 def scaled_outputs(
     weight: Tensor, bias: Tensor | None, scale: Tensor, shift: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """A Linear with ``y * scale + shift`` behind it: weight ``(out, in)``, the rest ``(out,)``."""
+    """A Linear followed by ``y * scale + shift``: weight ``(out, in)``, the rest ``(out,)``."""
     before = torch.zeros_like(shift) if bias is None else bias.double()
     return weight.double() * scale[:, None], before * scale + shift
 
@@ -50,13 +51,13 @@ def scaled_outputs(
 def scaled_inputs(
     weight: Tensor, bias: Tensor | None, scale: Tensor, shift: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """A Linear with ``x * scale + shift`` before it: ``scale`` and ``shift`` are ``(in,)``."""
+    """A Linear applied to ``x * scale + shift``; ``scale`` and ``shift`` are ``(in,)``."""
     moved = weight.double() @ shift
     return weight.double() * scale, moved if bias is None else bias.double() + moved
 
 
 def of_batch_norm(norm: nn.BatchNorm1d) -> tuple[Tensor, Tensor]:
-    """The factor and the offset of a batch norm in evaluation mode: float64 ``(channels,)``."""
+    """Factor and offset of a batch norm in evaluation mode: float64 ``(channels,)`` each."""
     if norm.running_mean is None or norm.running_var is None:
         raise StepRefused("norm_without_statistics")
     scale = (norm.running_var.double() + norm.eps).rsqrt()
@@ -69,7 +70,7 @@ def of_batch_norm(norm: nn.BatchNorm1d) -> tuple[Tensor, Tensor]:
 
 
 def of_affine(norm: AffineNorm) -> tuple[Tensor, Tensor]:
-    """The factor and the offset that a LayerNorm or RMSNorm ends with: float64 ``(channels,)``."""
+    """Factor and offset of a LayerNorm's or RMSNorm's affine part: float64 ``(channels,)`` each."""
     scale = norm.weight.detach().double()
     bias = getattr(norm, "bias", None)
     return scale, torch.zeros_like(scale) if bias is None else bias.detach().double()
@@ -77,7 +78,7 @@ def of_affine(norm: AffineNorm) -> tuple[Tensor, Tensor]:
 
 @dataclass(frozen=True)
 class _Move:
-    """One norm and the layers it goes into: the one before it, or those behind it."""
+    """One norm and the layers it is folded into: the one before it, or those after it."""
 
     norm: str
     layers: tuple[str, ...]
@@ -100,7 +101,7 @@ class Fold(Frozen):
 
     @property
     def needs(self) -> tuple[Part, ...]:
-        """Calibration rows, where they say which channels are dead."""
+        """Calibration rows, if they decide which channels are dead."""
         return ("calibration",) if self.rows else ()
 
     @property
@@ -140,11 +141,11 @@ class Fold(Frozen):
         return found
 
     def apply(self, model: Model, bench: Bench) -> Model:
-        """Fold, take out, and check that the network still answers the same.
+        """Fold norms, remove dead channels, and check that the predictions do not change.
 
         Raises:
-            CompressionError: it does not, beyond rounding: some code reads the layers' weights or
-                channels past them.
+            CompressionError: predictions change by more than rounding, because other code reads the
+                layers' weights or channels directly.
         """
         moves, choices, _ = self._moves(model, bench)
         free = frozenset(name for name, choice in choices.items() if choice.take)
@@ -165,13 +166,13 @@ class Fold(Frozen):
         return after
 
     def dry_run(self, model: Model, bench: Bench) -> Model:
-        """The same without rows: what only they would show as dead stays."""
+        """As ``apply`` but without rows: channels that only rows would show as dead stay."""
         return self.model_copy(update={"rows": 0}).apply(model, bench)
 
     def _moves(
         self, model: Model, bench: Bench
     ) -> tuple[list[_Move], dict[str, Choice], dict[str, Reason]]:
-        """Which norm goes where, which layers may change, and why the norms next to them stay."""
+        """The norms to fold, which layers may change, and why the other norms next to them stay."""
         choices = choose_dense(Unit.of(model.module), self.layers, self.kind)
         found = dataflow(model.module, bench.signature)
         for name, why in found.closed.items():
@@ -252,7 +253,7 @@ def _nothing(module: nn.Module, layer: str, shift: Tensor) -> bool:
 def _cannot(
     module: nn.Module, layer: str, choices: Mapping[str, Choice], *, bias: bool
 ) -> Reason | None:
-    """Why a layer cannot include a norm, which would give it a bias or not."""
+    """Why a layer cannot include a norm, or None; ``bias`` says whether it would need a bias."""
     part = module.get_submodule(layer)
     if not isinstance(part, nn.Linear):
         return Reason("not_float_linear", layer=layer)
@@ -264,7 +265,7 @@ def _cannot(
 
 
 def _folded(model: Model, moves: list[_Move]) -> Model:
-    """The model with norms moved into layers, in place: it is of a private tree."""
+    """Fold norms into layers in place; the model is a private copy."""
     for move in moves:
         norm = model.module.get_submodule(move.norm)
         scale, shift = _factor_and_offset(norm)
@@ -286,7 +287,7 @@ def _folded(model: Model, moves: list[_Move]) -> Model:
 
 
 def _unread(model: Model, bench: Bench) -> dict[str, tuple[Reason, ...]]:
-    """By unit, the features that nothing reads; those of inputs are noted at the first layer."""
+    """Unread features by unit; those of dense inputs are noted at the first dense layer."""
     notes: dict[str, tuple[Reason, ...]] = {}
     units = Unit.of(model.module)
     first = next((unit.name for unit in units if unit.role == "dense"), None)
@@ -312,7 +313,7 @@ def _bias(layer: nn.Linear) -> Tensor | None:
 
 
 def _predicted(model: Model) -> bool:
-    """Whether weights are placeholders: all zero, which says nothing about channels."""
+    """Whether weights are placeholders: all zero, so they do not show which channels are dead."""
     return any(
         is_placeholder(part.weight)
         for part in model.module.modules()

@@ -1,7 +1,8 @@
-"""Factors that move from one layer into the next, and leave what the network computes as it is.
+"""Move channel factors from a layer or norm into its consumers without changing the predictions.
 
-With a factor ``s > 0`` for each channel between them, a layer or norm gives ``y / s`` and those who
-read it take ``s`` times each input: through a Relu and the like, ``f(y / s) = f(y) / s``.
+With a factor ``s > 0`` for each channel, a layer or norm outputs ``y / s`` and its consumers
+multiply each input by ``s``. This passes through a Relu and similar operators, because
+``f(y / s) = f(y) / s``. ``equalize.py`` and ``smooth_quant.py`` use it.
 """
 
 from collections.abc import Collection, Mapping
@@ -20,7 +21,7 @@ Norm = nn.LayerNorm | nn.RMSNorm | nn.BatchNorm1d
 
 @dataclass(frozen=True)
 class Link:
-    """A layer or norm, and all the Linear layers that read its output."""
+    """A layer or norm (``maker``) and all Linear layers that read its output (``readers``)."""
 
     maker: str
     readers: tuple[str, ...]
@@ -29,14 +30,14 @@ class Link:
 def choose_links(
     model: Model, signature: Signature, patterns: tuple[str, ...], kind: str, *, norms: bool
 ) -> tuple[list[Link], dict[str, Choice]]:
-    """Between which layers factors can move, and what is told of every dense layer.
+    """Select the links along which factors can move, and the choice for every dense layer.
 
     Args:
-        model: left as it is.
+        model: not modified.
         signature: of its inputs.
-        patterns: of the names of layers that may change.
+        patterns: for the names of layers that may change.
         kind: the step's tag.
-        norms: also from norms with an affine part into the layers that read them.
+        norms: whether factors also move from norms with an affine part into their consumers.
 
     Raises:
         CompressionError: the network cannot be exported.
@@ -79,7 +80,7 @@ def _why_not(
     *,
     norms: bool,
 ) -> Reason | None:
-    """Why no factor can move from a layer or norm into the layers that read it."""
+    """Why no factor can move from a layer or norm into its consumers; None if one can."""
     made = module.get_submodule(maker)
     if not readers:
         return Reason("output_unread")
@@ -105,9 +106,9 @@ def _why_not(
 
 
 def rescale(module: nn.Module, link: Link, scale: Tensor) -> None:
-    """Divide a maker's outputs by ``scale``, float64 ``(channels,)``, and multiply its readers'.
+    """Divide the maker's outputs by ``scale`` and multiply the readers' weights by it, in place.
 
-    ``module`` is of a private tree.
+    ``scale`` is float64 ``(channels,)``. ``module`` is a private copy.
     """
     maker = module.get_submodule(link.maker)
     for name, tensor in list(maker.named_parameters(recurse=False)):
@@ -122,7 +123,7 @@ def rescale(module: nn.Module, link: Link, scale: Tensor) -> None:
 
 
 def linear_weight(layer: nn.Module) -> Tensor:
-    """The weight of a Linear: float ``(out, in)``."""
+    """The detached weight of a Linear: float ``(out, in)``."""
     if not isinstance(layer, nn.Linear):
         raise TypeError(f"a Linear was expected, and this is a {type(layer).__name__}")
     return layer.weight.detach()

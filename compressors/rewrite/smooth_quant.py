@@ -1,14 +1,15 @@
-"""Outliers moved from what dense layers read into their weights: the same scores, rounded better.
+"""SmoothQuant: move outliers from the inputs of dense layers into their weights, before int8.
 
-An input is rounded with one scale for all channels, a weight with one for each output. Where a few
-input channels are far larger than the rest, all others fall on few levels. A factor per channel
-makes inputs smaller and weights larger, and goes into whatever made the channel: the affine part of
-a norm, or the rows of the layer before.
+Scores do not change, but quantization errors become smaller. An input is quantized with one scale
+for all channels, a weight with one scale per output. If a few input channels are far larger than
+the rest, the other channels use only a few levels. A factor per channel makes inputs smaller and
+weights larger. Its inverse is applied where the channel is computed: to the affine part of a norm,
+or to the rows of the previous layer's weight.
 
 Paper: Xiao et al. 2022, https://arxiv.org/abs/2211.10438, eq. 4.
-Differs: also between two dense layers with a Relu or the like between them, and the migration
-strength can be searched for each layer on the error of int8 products, as AWQ does for weights (Lin
-et al. 2023, https://arxiv.org/abs/2306.00978); moving nothing is then one of the choices.
+Differs: factors also move between two dense layers with a Relu or a similar operator between them.
+The migration strength can be searched for each layer by the error of int8 products, as AWQ does for
+weights (Lin et al. 2023, https://arxiv.org/abs/2306.00978); no migration is one of the candidates.
 """
 
 from collections.abc import Sequence
@@ -27,19 +28,20 @@ from compressors.quantize.calibration.layer_inputs import BATCH, input_vectors, 
 from compressors.quantize.dense.static_int8 import encode, quantize
 from compressors.rewrite.scaling import Link, choose_links, linear_weight, rescale
 
-SAMPLE = 1024  # input vectors of a layer that a search compares int8 products on
+SAMPLE = 1024  # input vectors of a layer on which a search compares int8 products
 Read = tuple[Tensor, Tensor]
-"""What a layer reads, float ``(vectors, channels)``, and its weight ``(out, channels)``."""
+"""Inputs of a layer, float ``(vectors, channels)``, and its weight ``(out, channels)``."""
 STRENGTHS = tuple(step / 10 for step in range(11))
 
 
 def smoothing(inputs: Tensor, weights: Tensor, alpha: float) -> Tensor:
-    """By what each input channel is divided: eq. 4.
+    """The factor by which each input channel is divided: eq. 4.
 
     Args:
         inputs: the largest absolute input of each channel, ``(channels,)``.
-        weights: the largest absolute weight that reads it, ``(channels,)``.
-        alpha: 0 moves all of the difficulty into the inputs, 1 all of it into the weights.
+        weights: the largest absolute weight that is applied to it, ``(channels,)``.
+        alpha: migration strength; 0 moves all quantization difficulty into the inputs, 1 all of
+            it into the weights.
 
     Returns:
         ``inputs ** alpha / weights ** (1 - alpha)``, float64 ``(channels,)``; 1 where either is
@@ -52,15 +54,15 @@ def smoothing(inputs: Tensor, weights: Tensor, alpha: float) -> Tensor:
 
 
 def int8_error(read: Sequence[Read], scale: Tensor) -> float:
-    """Mean relative squared error of int8 products over all outputs, after ``scale`` has moved.
+    """Mean relative squared error of int8 products over all outputs, with ``scale`` applied.
 
-    Every output counts alike: a loud one may be read quietly, or be scaled itself. The range of the
-    inputs is taken from half of the vectors and the error from the others, so that inputs which
-    served rows would clip count.
+    All outputs have equal weight: the next layer may apply small weights to a large output, or the
+    output may be rescaled later. The input range comes from half of the vectors and the error from
+    the other half, so that the error includes clipping of unseen inputs.
 
     Args:
         read: inputs and weight of each layer.
-        scale: float64 ``(channels,)``.
+        scale: float64 ``(channels,)``, by which inputs are divided.
     """
     smallest = torch.finfo(torch.float32).tiny
     errors = []
@@ -77,9 +79,10 @@ def int8_error(read: Sequence[Read], scale: Tensor) -> float:
 
 
 def best_smoothing(inputs: Tensor, weights: Tensor, read: Sequence[Read]) -> Tensor:
-    """Of all strengths, and of moving nothing, the factor with the smallest int8 error.
+    """The factor with the smallest int8 error among all strengths and no migration.
 
-    ``inputs`` and ``weights`` are those of ``smoothing``, ``read`` that of ``int8_error``.
+    ``inputs`` and ``weights`` are as in ``smoothing``, ``read`` as in ``int8_error``. Returns
+    float64 ``(channels,)``.
     """
     choices = [torch.ones_like(inputs, dtype=torch.float64)]
     choices += [smoothing(inputs, weights, alpha) for alpha in STRENGTHS]
@@ -108,7 +111,7 @@ class SmoothQuant(Frozen):
 
     @property
     def needs(self) -> tuple[Part, ...]:
-        """Rows to see how large each input channel becomes."""
+        """Calibration rows, to measure the largest value of each input channel."""
         return ("calibration",)
 
     @property
@@ -117,11 +120,11 @@ class SmoothQuant(Frozen):
         return "values"
 
     def choose(self, model: Model, bench: Bench) -> dict[str, Choice]:
-        """Which dense layers are smoothed, with whom, and why the others are not."""
+        """Which dense layers are smoothed, with which others, and why the rest is not."""
         return self._links(model, bench)[1]
 
     def apply(self, model: Model, bench: Bench) -> Model:
-        """Look at the inputs on calibration rows, and move a factor for each of their channels.
+        """Measure the inputs on calibration rows, and move a factor for each of their channels.
 
         Raises:
             CompressionError: there are no calibration rows.
@@ -142,8 +145,9 @@ class SmoothQuant(Frozen):
             limit=self.rows,
             receive=lambda unit, x: seen[unit.name](input_vectors(x)),
         )
-        # From the end: a factor changes the rows of the layer before, which the one before that
-        # is judged by; what any layer reads, it leaves as it was seen.
+        # Last link first: a factor changes the weight rows of the previous layer, and the factor of
+        # the link before that depends on these rows. The measured inputs of any other layer do not
+        # change.
         for link in reversed(links):
             weights = {name: linear_weight(module.get_submodule(name)) for name in link.readers}
             weight_ranges = torch.stack([weight.abs().amax(dim=0) for weight in weights.values()])
@@ -166,7 +170,7 @@ class SmoothQuant(Frozen):
 
 
 class _Inputs:
-    """What is kept of a layer's inputs: the largest of each channel, and some vectors."""
+    """Records the largest input of each channel of a layer, and a sample of input vectors."""
 
     def __init__(self, each: int) -> None:
         self.each = each

@@ -1,7 +1,7 @@
-"""Features that nothing reads: numbers of tables and of dense inputs whose weights are all zero.
+"""Find unread features: columns of tables and of dense inputs whose weights are all zero.
 
-They are reported, not cut: a table's width and a dense input's are numbers that the architecture
-and the signature share with much else (``dimensions`` makes tables narrower).
+They are reported, not removed: other parts of the architecture and the signature depend on the
+width of a table or dense input. The step ``dimensions`` makes tables narrower.
 """
 
 from collections.abc import Callable, Iterator
@@ -17,27 +17,31 @@ from compressors.core.modules.formats import PackedLinear
 from compressors.core.units import Unit, table_rows
 
 CHECK_ROWS = 64
-OTHER = 3.7  # what a feature is changed by, beyond its usual numbers
+OTHER = 3.7  # a constant that moves a changed feature out of its usual range
 
 Inputs = dict[str, Tensor]
 Change = Callable[[Tensor], Tensor]
 
 
 def unread_features(module: nn.Module, signature: Signature) -> dict[str, tuple[int, ...]]:
-    """By table, or dense input, the columns that decide nothing.
+    """Find the columns of each table or dense input that do not affect the scores.
 
-    A column is one if the layers that it reaches have only zeros for it, and if another number in
-    its place changes no score of made-up rows: it may reach them past all layers.
+    A column is unread if all layers that it reaches have only zero weights for it, and if changing
+    its values changes no score of synthetic rows. The second test is needed because a column can
+    reach the scores without passing through a layer.
 
     Args:
-        module: in evaluation mode; left as it is.
+        module: in evaluation mode; not modified.
         signature: of its inputs.
+
+    Returns:
+        Column numbers by name of the table or dense input; names without any are left out.
     """
     if not any(
         isinstance(part, nn.Linear) and not bool(part.weight.any(dim=0).all())
         for part in module.modules()
     ):
-        return {}  # every layer reads all that it is given
+        return {}  # every layer reads all of its inputs
     found = {}
     rows = table_rows(module)
     for name, width, changed in _features(module, signature):
@@ -52,11 +56,11 @@ def unread_features(module: nn.Module, signature: Signature) -> dict[str, tuple[
 
 
 Changed = Callable[[Inputs, Change, ExitStack], Inputs]
-"""Inputs in which one feature is changed; a table's, by a hook that the stack takes off again."""
+"""Inputs with one feature changed; a table's by a hook, which the exit stack removes again."""
 
 
 def _features(module: nn.Module, signature: Signature) -> Iterator[tuple[str, int, Changed]]:
-    """Every table and dense input, with its width."""
+    """All tables and dense inputs, each with its width and the function that changes it."""
     for item in signature.inputs:
         if isinstance(item, DenseInput) and len(item.shape) == 1:
             name = item.name
@@ -89,12 +93,12 @@ def _features(module: nn.Module, signature: Signature) -> Iterator[tuple[str, in
 def _reads(
     module: nn.Module, signature: Signature, rows: dict[str, int], width: int, changed: Changed
 ) -> list[bool]:
-    """Whether a NaN in each column meets a weight other than zero: a row a column."""
+    """Whether a NaN in each column meets a nonzero weight; batch row ``i`` tests column ``i``."""
     met = torch.zeros(width, dtype=torch.bool)
 
     def mark(x: Tensor) -> Tensor:
         if len(x) != width:
-            met[:] = True  # a table that is not read a row a row: nothing is known
+            met[:] = True  # not one lookup per row: assume that every column is read
             return x
         each = torch.arange(width)
         marked = x.clone()
@@ -110,7 +114,7 @@ def _reads(
         elif isinstance(part, nn.Linear):
             seen = x.isnan().reshape(width, -1, x.shape[-1]).any(dim=1)  # (columns, inputs)
             met.logical_or_((seen & part.weight.any(dim=0)).any(dim=1))
-        return output.nan_to_num(nan=0.0)  # a product cuts the trace off
+        return output.nan_to_num(nan=0.0)  # a product ends the trace of a NaN
 
     with ExitStack() as hooks:
         for part in module.modules():
@@ -124,7 +128,7 @@ def _reads(
 def _same(
     module: nn.Module, signature: Signature, rows: dict[str, int], changed: Changed, column: int
 ) -> bool:
-    """Whether scores stay what they are with other numbers in a column."""
+    """Whether scores do not change when the values of a column do."""
 
     def shift(x: Tensor) -> Tensor:
         other = x.clone()
