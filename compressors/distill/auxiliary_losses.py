@@ -1,15 +1,17 @@
 """Auxiliary distillation losses: hint projections and an auxiliary head, discarded after training.
 
-Hints: what layers inside the original give out is shown to the student's layers of the same name,
-through a linear map each, since the student's may be narrower.
-A head: a linear layer on top of one layer learns the teacher's answers in place of the network's
-own output, which then learns the labels alone. The layers below learn from both, and a teacher
-that is biased or badly calibrated does not bend the output.
+Hints: outputs of hidden layers of the original are targets for the student's layers of the same
+name. A linear projection per layer maps the student's output, which may be narrower, to the
+teacher's width.
+Auxiliary head: a linear layer on top of one hidden layer learns the teacher's predictions, and the
+network's output learns only the labels. The layers below the head learn from both, and a biased or
+badly calibrated teacher does not distort the output.
 
-Sources: Romero et al. 2015, https://arxiv.org/abs/1412.6550 (FitNets; differs: hints and answers
-are learned at once, all hinted layers, the gap relative to the teacher's own size so that its
-weight means the same everywhere); Khani et al. 2024, https://arxiv.org/abs/2408.14678 (teacher
-labels learned as a task of their own; differs: a linear head on a layer that is named).
+Sources: Romero et al. 2015, https://arxiv.org/abs/1412.6550 (FitNets; differs: hints and
+predictions are learned at once, for all hinted layers, and the gap is relative to the size of the
+teacher's output so that its weight means the same for every layer); Khani et al. 2024,
+https://arxiv.org/abs/2408.14678 (teacher labels as a separate task; differs: a linear head on a
+named layer).
 """
 
 from collections.abc import Iterator
@@ -24,18 +26,18 @@ from compressors.core.batches import Batch
 from compressors.distill.training.trainer import Loss
 from compressors.errors.steps import DistillationRefused
 
-TINY = 1e-12  # of a layer that gives nothing but zeros
+TINY = 1e-12  # the divisor for a layer whose output is all zeros
 
 
 class AuxiliaryLosses(nn.Module):
-    """Linear maps of hints and a head, and what they need of one forward pass.
+    """Hint projections and an auxiliary head, with the layer outputs of the last forward pass.
 
     Args:
-        hints: layers that both networks have, by name.
-        auxiliary: the layer under the head, or None.
-        widths: of the last dimension of what each named layer of the student gives.
-        known: the same of the teacher's.
-        seed: of the first weights.
+        hints: names of layers that both networks have.
+        auxiliary: the layer below the head, or None.
+        widths: size of the last dimension of each named student layer's output.
+        known: the same for the teacher's layers.
+        seed: for the initial weights.
     """
 
     def __init__(
@@ -62,10 +64,10 @@ class AuxiliaryLosses(nn.Module):
         return found
 
     def gap(self, shown: dict[str, Tensor]) -> Tensor:
-        """How far the student's hinted layers are from the teacher's: a scalar.
+        """Hint loss: distance of the student's hinted layers from the teacher's, a scalar.
 
-        The mean over layers of the squared gap after the map, relative to the squared size of
-        what the teacher's layer gives for the batch.
+        The mean over layers of the squared difference after the projection, relative to the mean
+        square of the teacher layer's output for the batch. ``shown`` holds the teacher's outputs.
         """
         gaps = []
         for name, translate in zip(self.hints, self.maps, strict=True):
@@ -84,10 +86,10 @@ class AuxiliaryLosses(nn.Module):
 
 @contextmanager
 def record_outputs(module: nn.Module, names: tuple[str, ...]) -> Iterator[dict[str, Tensor]]:
-    """What named layers gave out in the latest forward pass, by name.
+    """Record the outputs of the named layers in the latest forward pass, by name.
 
     Raises:
-        CompressionError: a layer is not there.
+        CompressionError: a layer does not exist.
     """
     seen: dict[str, Tensor] = {}
 
@@ -107,10 +109,10 @@ def record_outputs(module: nn.Module, names: tuple[str, ...]) -> Iterator[dict[s
 
 
 def require_layers(module: nn.Module, names: tuple[str, ...], where: str = "network") -> None:
-    """Refuse a name that no layer has.
+    """Raise if a name is not the name of a layer.
 
     Raises:
-        CompressionError: names it and those there are.
+        CompressionError: names the missing layer and the existing ones.
     """
     known = [name for name, _ in module.named_modules() if name]
     for name in names:
@@ -124,10 +126,10 @@ def require_layers(module: nn.Module, names: tuple[str, ...], where: str = "netw
 def widths_of(
     module: nn.Module, names: tuple[str, ...], batch: Batch, head: str | None = None
 ) -> dict[str, int]:
-    """The last dimension of what each named layer gives out; a head's must have no other but rows.
+    """The last dimension of each named layer's output; below ``head`` it must be two-dimensional.
 
     Raises:
-        CompressionError: it gives no float tensor of two dimensions or more.
+        CompressionError: an output is not a float tensor of at least two dimensions.
     """
     with record_outputs(module.eval(), names) as seen:
         module(**batch.inputs)
@@ -153,10 +155,10 @@ def with_hint_loss(
     hints: tuple[str, ...],
     share: float,
 ) -> Loss:
-    """A loss with the gap between the student's layers and the original's added to it.
+    """Add the hint loss, weighted by ``share``, to a loss.
 
-    The original is asked about every batch anew, since what its layers give takes more room than
-    the rows; its tensors are only read.
+    The original is evaluated again for every batch, because storing its layers' outputs takes more
+    space than the rows. Its tensors are not modified.
     """
 
     def whole(output: Tensor, batch: Batch, numbers: Tensor) -> Tensor:

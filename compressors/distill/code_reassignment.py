@@ -1,11 +1,12 @@
-"""Which codes of a packed table would lower the task's loss.
+"""Select new codes of a packed table that lower the task's loss.
 
-Around what a row reads as now, the loss is modelled by its slope and by a diagonal curvature that
-is nowhere below the loss's own: the columns of a row act together, and the square of a sum of
-``dim`` terms is at most ``dim`` times the sum of their squares. The model is least at one target
-row, and how far a row is from that, each column weighted by the curvature, is what the row loses.
-Codes are chosen anew to lose less. (With the bare diagonal each column would take the whole step
-alone; on the demo's tables that raised the loss even where three rows moved.)
+Around a row's current values, the loss is modelled by its gradient and a diagonal curvature. The
+curvature is an upper bound: the columns of a row act together, and the square of a sum of ``dim``
+terms is at most ``dim`` times the sum of their squares. The model has its minimum at one target
+row. A row's modelled loss is its squared distance from the target, with each column weighted by the
+curvature, and new codes reduce this distance. (With the diagonal alone, without the factor
+``dim``, each column would take the full step by itself; on the demo's tables this raised the loss
+even when three rows moved.)
 """
 
 from typing import NamedTuple
@@ -25,7 +26,7 @@ from compressors.quantize.tables.rowwise import PackedRowsFormat
 from compressors.quantize.tables.rowwise_int8 import RowwiseInt8Format
 
 DAMPING = 0.1
-"""Added to the curvature, as a share of its mean: where little is known, little moves."""
+"""Added to the curvature, as a share of its mean, so that rows with little data move little."""
 
 SMALLEST = 1e-30
 
@@ -35,9 +36,10 @@ Codes = Rowwise | Codebook
 
 
 class Proposal(NamedTuple):
-    """New codes of a table, uint8 ``(rows, codes)``, not packed, and what each row gains.
+    """Proposed codes of a table and the estimated gain of each row.
 
-    ``gain`` is ``(rows,)``, in the unit of the loss; 0 where a row had better stay.
+    ``codes`` are uint8 or int8 ``(rows, codes)``, not packed. ``gain`` is
+    ``(rows,)``, in the unit of the loss; 0 for rows that should keep their codes.
     """
 
     codes: Tensor
@@ -45,12 +47,12 @@ class Proposal(NamedTuple):
 
 
 def propose(table: PackedTable, slope: Tensor, curvature: Tensor) -> Proposal:
-    """The codes of every row where the model of the loss is least.
+    """Propose, for every row, the codes that minimize the model of the loss.
 
     Args:
-        table: with codes of a codebook, or of even levels.
-        slope: of the loss by each weight as it reads now, ``(rows, dim)``.
-        curvature: mean squared gradients, ``(rows, dim)``; rows without any stay.
+        table: a packed table whose codes index a codebook or uniform levels.
+        slope: gradient of the loss at the table's current weights, ``(rows, dim)``.
+        curvature: mean squared gradients, ``(rows, dim)``; rows where all are 0 keep their codes.
     """
     form, stored = _form(table), dict(table.named_buffers())
     with torch.no_grad():
@@ -71,9 +73,15 @@ def propose(table: PackedTable, slope: Tensor, curvature: Tensor) -> Proposal:
 
 
 def moved(table: PackedTable, proposal: Proposal, share: float) -> tuple[Tensor, int]:
-    """A table's codes, as stored, after the rows moved that gain most, and how many those are.
+    """Apply the proposed codes to the rows that gain most.
 
-    ``share`` is of the rows that would gain.
+    Args:
+        table: not modified.
+        proposal: its proposed codes.
+        share: of the rows with a positive gain, how many get their proposed codes.
+
+    Returns:
+        The table's codes as stored (packed), and the number of rows that changed.
     """
     count = round(share * int((proposal.gain > 0).sum()))
     chosen = proposal.gain.topk(count).indices
@@ -84,7 +92,7 @@ def moved(table: PackedTable, proposal: Proposal, share: float) -> tuple[Tensor,
 
 
 def unpacked(table: PackedTable) -> Tensor:
-    """A table's codes, ``(rows, codes)``, in a tensor of their own: int8 or uint8."""
+    """A copy of a table's codes, unpacked: int8 or uint8 ``(rows, codes)``."""
     form, count, width = _form(table), table.dim, _width(table)
     codes = table.get_buffer("codes")
     if width == 8:
@@ -95,9 +103,9 @@ def unpacked(table: PackedTable) -> Tensor:
 
 
 def rounded(table: PackedTable, target: Tensor) -> tuple[Tensor, Tensor]:
-    """The codes of a row-wise table nearest to a target ``(rows, dim)``, and what they read as.
+    """The codes of a row-wise table nearest to a target, and their values, both ``(rows, dim)``.
 
-    With even levels the nearest one of each weight is the best under any metric of columns.
+    With uniform levels, the level nearest to each weight is the best for any weighting of columns.
     """
     bits, shared = _width(table), scales.SharedScales.of(table.settings)
     odd = shared.symmetric and bits > 2  # a level at zero, and one code unused
@@ -109,7 +117,7 @@ def rounded(table: PackedTable, target: Tensor) -> tuple[Tensor, Tensor]:
     if offset is not None:
         offset = by_row(offset, table.rows, grid.rows_per_scale)
     read = weights(steps, by_row(fitted.scale, table.rows, grid.rows_per_scale), offset)
-    zero = 0.0  # of symmetric codes: int8 has a sign of its own
+    zero = 0.0  # the code of level 0 in symmetric formats; int8 codes are signed
     if shared.symmetric and bits < 8:
         zero = grid.half if bits == 2 else grid.half + 1
     return (steps + zero).to(torch.uint8 if bits < 8 else stored["codes"].dtype), read
@@ -132,9 +140,10 @@ def _form(table: PackedTable) -> Codes:
 def proposed(
     form: Codebook, codes: Tensor, stored: dict[str, Tensor], target: Tensor, metric: Tensor
 ) -> Tensor:
-    """Codes uint8 ``(rows, codes)`` whose rows are nearest to a target under a metric.
+    """Codes uint8 ``(rows, codes)`` whose values are nearest to a target under a metric.
 
-    Exact but for residual codes, which are chosen one after the other while the others stay.
+    ``target`` and ``metric`` are ``(rows, dim)``. Exact except for residual codes, which are chosen
+    one after the other while the others are fixed.
     """
     codebook = stored["codebook"].float()
     if isinstance(form, KMeansFormat):
@@ -162,7 +171,7 @@ def proposed(
 
 
 def decoded(form: Codebook, codes: Tensor, stored: dict[str, Tensor], dim: int) -> Tensor:
-    """What codes ``(rows, codes)`` read as, float32 ``(rows, dim)``."""
+    """The values of codes ``(rows, codes)``: float32 ``(rows, dim)``."""
     codebook = stored["codebook"]
     if isinstance(form, KMeansFormat):
         return kmeans.decode(codes, codebook, stored.get("scale"))

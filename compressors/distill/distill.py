@@ -1,11 +1,11 @@
-"""Training a pruned or smaller network to answer as the original does.
+"""Distillation: train a pruned or smaller network to reproduce the original's predictions.
 
-Soft labels are what the teacher, the bundle the recipe began with, answers to each row that is
-learned from, or the mean of its answers and those of other teachers; they are computed once,
-stored, and mixed with the hard labels.
+Soft labels are the predictions of the teacher, which is the bundle that the recipe starts from, for
+every training row. With several teachers they are the mean of all predictions. They are computed
+once, stored, and mixed with the hard labels.
 
 Source: Hinton et al. 2015, https://arxiv.org/abs/1503.02531 (soft targets with a temperature).
-Differs: binary for click models, where it is the soft form of their own loss; for ranking the
+Differs: for click models the loss is binary, the soft form of their training loss; for ranking the
 softmax runs over each list instead of classes. Other losses: ``losses.py``.
 """
 
@@ -38,7 +38,7 @@ from compressors.errors.compression import NothingToCompress
 from compressors.errors.steps import DistillationRefused
 
 PROBED = 8
-"""Rows that are asked for the widths of hinted layers."""
+"""Rows of the forward pass that measures the widths of hinted layers."""
 
 
 class Distill(Frozen):
@@ -104,7 +104,7 @@ class Distill(Frozen):
 
     @property
     def needs(self) -> tuple[Part, ...]:
-        """Rows to learn from, what the teacher answers to them, and rows that say when to stop."""
+        """Training rows, soft labels for them, and validation rows for early stopping."""
         parts: dict[SoftLabelSettings, tuple[Part, ...]] = {
             "train": ("train", "validation", "soft_labels"),
             "traffic": ("traffic", "validation", "traffic_soft_labels"),
@@ -114,11 +114,11 @@ class Distill(Frozen):
 
     @property
     def changes(self) -> Change:
-        """Values change, and a student's layers may be smaller or gone."""
+        """Values change, and a student's layers may be smaller or missing."""
         return "values"
 
     def choose(self, model: Model, bench: Bench) -> dict[str, Choice]:
-        """What is trained, and what becomes of each layer in a smaller student."""
+        """What is trained, and how each layer changes in a smaller student."""
         if self.loss == "calibrated_listwise" and bench.signature.output == "score":
             raise NothingToCompress("loss_without_probability", step=self.kind)
         require_layers(model.module, self._watched())
@@ -140,8 +140,8 @@ class Distill(Frozen):
         """Train on soft and hard labels, and leave the network as it was in its best epoch.
 
         Raises:
-            CompressionError: the bench lacks rows, the student cannot be built, hints have no
-                original to come from, or training diverged.
+            CompressionError: the bench lacks rows, the student cannot be built, there are hints but
+                no original, or training diverged.
         """
         rows = soft_label_rows(bench, self.rows, self.kind)
         original = None if model.original is None else private_copy(model.original).eval()
@@ -192,11 +192,11 @@ class Distill(Frozen):
         return model if self.student is None else student_dry_run(model, self.student)
 
     def _watched(self) -> tuple[str, ...]:
-        """The layers whose outputs are looked at."""
+        """The layers whose outputs are recorded."""
         return tuple(dict.fromkeys((*self.hints, *filter(None, (self.auxiliary,)))))
 
     def _reasons(self, bench: Bench) -> tuple[Reason, ...]:
-        """What it learns from, for the plan."""
+        """What the step learns from, for the plan."""
         rows = bench.train.rows if bench.train and self.rows != "traffic" else 0
         traffic = bench.traffic.rows if bench.traffic and self.rows != "train" else 0
         if rows and traffic:

@@ -1,8 +1,8 @@
-"""Training a pruned or quantized network on its labels.
+"""Fine-tuning: train a pruned or quantized network on the labels.
 
-Weights that are zero stay zero, so it may follow ``magnitude``; of quantized layers the scales
-and biases are trained, through the quantizer (Esser et al. 2020, https://arxiv.org/abs/1902.08153;
-differs: the codes stay as they are).
+Weights that pruning set to zero stay zero, so this step may follow ``magnitude``. In quantized
+layers the scales and biases are trained through the quantizer (Esser et al. 2020,
+https://arxiv.org/abs/1902.08153; differs: the codes do not change).
 """
 
 from typing import Literal
@@ -27,7 +27,7 @@ class FineTune(Frozen):
 
     @property
     def needs(self) -> tuple[Part, ...]:
-        """Rows to learn from, and rows that say when to stop."""
+        """Training rows, and validation rows for early stopping."""
         return ("train", "validation")
 
     @property

@@ -1,10 +1,10 @@
-"""How far a student's answers are from its teacher's: five losses, plain functions of tensors.
+"""Distillation losses between student and teacher scores: five functions of tensors.
 
-All take a student's and a teacher's scores ``(rows,)``, and for losses over lists the number of
-each row's list, ``segment`` int64 ``(rows,)``, of ``lists``. Each is least where the student
-answers as the teacher does. Those that look at lists alone (``margin``, ``listwise``,
-``rankdistil``) do not change if all scores of a list are moved by the same number, so they teach
-order and leave the level, and with it calibration, to the labels.
+All take the student's and the teacher's scores, float ``(rows,)``. List losses also take
+``segment`` int64 ``(rows,)``, the index of each row's list, and ``lists``, the number of lists.
+Each loss has its minimum where the student's predictions equal the teacher's. ``margin``,
+``listwise`` and ``rankdistil`` do not change if a constant is added to all scores of a list: they
+transfer the ranking but not the level, and so not the calibration, which the labels must teach.
 """
 
 from typing import Literal
@@ -31,20 +31,20 @@ def loss_of_teacher(
     temperature: float,
     top: int,
 ) -> Tensor:
-    """One of the losses, for outputs in the form the signature names.
+    """Compute one of the losses for outputs in the form that the signature declares.
 
-    Lists are the groups of the batch; without a group column the whole batch is one. Clicks are
-    compared as logits, scores of a ranking model as they are.
+    Lists are the groups of the batch; without a group column the whole batch is one list. Click
+    predictions are compared as logits, scores of a ranking model unchanged.
 
     Args:
-        name: which; ``task`` is ``pointwise`` for clicks and ``listwise`` for rankings.
+        name: which loss; ``task`` is ``pointwise`` for clicks and ``listwise`` for rankings.
         signature: task and form of both outputs.
         output: the student's, float ``(rows,)`` or ``(rows, 1)``.
         teacher: the teacher's on the same rows, float ``(rows,)``.
-        batch: for its groups.
+        batch: its groups are the lists.
         temperature: scores are divided by it before they are compared; the loss is multiplied by
-            its square, so that gradients keep their size.
-        top: of ``rankdistil``: how many rows of a list are its top.
+            its square, so that the scale of gradients does not change.
+        top: for ``rankdistil``: how many rows of a list are its top.
     """
     if name == "task":
         return soft_loss(signature, output, teacher, batch, temperature)
@@ -71,7 +71,7 @@ def loss_of_teacher(
 
 
 def pointwise(score: Tensor, teacher: Tensor) -> Tensor:
-    """Cross entropy of each row's two probabilities, from logits: a scalar.
+    """Binary cross entropy between each row's two probabilities, from logits: a scalar.
 
     Source: Hinton et al. 2015, https://arxiv.org/abs/1503.02531, with two classes.
     """
@@ -79,11 +79,11 @@ def pointwise(score: Tensor, teacher: Tensor) -> Tensor:
 
 
 def margin(score: Tensor, teacher: Tensor, segment: Tensor, lists: int) -> Tensor:
-    """Squared difference of the two margins, over all pairs of rows of a list: a scalar.
+    """Mean squared difference of student and teacher margins, over all pairs of a list: a scalar.
 
-    The teacher's difference of two scores is the margin that the student should show. The mean
-    over the ``n (n - 1)`` pairs of a list is twice the variance of ``score - teacher``, so it
-    takes ``n`` steps. Lists of one row have no pair and do not count.
+    A margin is the difference of two scores of a list; the student should reproduce the teacher's.
+    The mean over the ``n (n - 1)`` pairs of a list is twice the variance of ``score - teacher``, so
+    it takes ``n`` steps. Lists of one row have no pair and are ignored.
 
     Source: Hofstätter et al. 2020, https://arxiv.org/abs/2010.02666 (Margin-MSE). Differs: all
     pairs of a list instead of a relevant and another passage.
@@ -98,24 +98,24 @@ def margin(score: Tensor, teacher: Tensor, segment: Tensor, lists: int) -> Tenso
 
 
 def listwise(score: Tensor, teacher: Tensor, segment: Tensor, lists: int) -> Tensor:
-    """Cross entropy of each list's softmax shares, the mean over lists: a scalar.
+    """Cross entropy between the softmax shares of each list, the mean over lists: a scalar.
 
-    Source: Cao et al. 2007 (ListNet, top-one probabilities), the teacher's scores as the truth.
+    Source: Cao et al. 2007 (ListNet, top-one probabilities), with the teacher's scores as targets.
     """
     wanted = log_shares(teacher, segment, lists).exp()
     return -(wanted * log_shares(score, segment, lists)).sum() / lists
 
 
 def rankdistil(score: Tensor, teacher: Tensor, segment: Tensor, lists: int, top: int) -> Tensor:
-    """The teacher's top of each list in its order, and nothing below coming near it: a scalar.
+    """RankDistil: match the teacher's order of the top rows and keep other rows below: a scalar.
 
-    Among the ``top`` rows of a list that the teacher puts first, cross entropy of softmax shares;
-    of each other row, by how much more it lies above the last of them than the teacher says,
-    squared, the mean over those rows. How the teacher orders the rest teaches nothing.
+    For the ``top`` rows of each list by the teacher's scores: cross entropy of softmax shares. For
+    each other row: how much further above the last top row the student scores it than the teacher
+    does, squared, as a mean over these rows. The teacher's order of the other rows has no effect.
 
     Source: Reddi et al. 2021, RankDistil, AISTATS (match the order at the top, penalize large
-    scores of what the teacher ranks low). Differs: the order is matched by ListNet, and a score is
-    large by comparison with the last of the top, not by itself, so that levels stay free.
+    scores of rows that the teacher ranks low). Differs: the order is matched by ListNet, and
+    scores are compared with the last top row instead of an absolute value, so the level is free.
     """
     place = _places(teacher, segment, lists)
     first = place < top
@@ -141,14 +141,14 @@ def calibrated_listwise(score: Tensor, teacher: Tensor, segment: Tensor, lists: 
 
         loss = -1/n * sum_i q_i log(p_i / sum_j p_j)
 
-    It is linear in ``q``: where teachers differ, or see more than the student can, it is least at
-    shares of their mean, so it never contradicts what labels and ``pointwise`` ask for. Softmax
-    shares of logits are not linear in ``q``, and do.
+    It is linear in ``q``: if teachers differ, or use more information than the student has, its
+    minimum is at the shares of their mean, so it never contradicts the labels and ``pointwise``.
+    Softmax shares of logits are not linear in ``q``, and can contradict them.
 
     Source: Gui et al. 2023, https://arxiv.org/abs/2312.08727 (calibration-compatible listwise
-    distillation), after the listwise loss over sigmoids of Bai et al. 2022,
-    https://arxiv.org/abs/2211.01494. Differs: the teacher's probabilities weigh as they are and
-    each list by its length, where shares of the teacher would lose the linearity.
+    distillation), based on the listwise loss over sigmoids of Bai et al. 2022,
+    https://arxiv.org/abs/2211.01494. Differs: weights are the teacher's probabilities, divided by
+    the list's length, because shares of the teacher would not be linear in ``q``.
     """
     count = sums(torch.ones_like(score), segment, lists)
     share = log_shares(F.logsigmoid(score), segment, lists)
@@ -156,7 +156,7 @@ def calibrated_listwise(score: Tensor, teacher: Tensor, segment: Tensor, lists: 
 
 
 def _places(teacher: Tensor, segment: Tensor, lists: int) -> Tensor:
-    """Each row's place in its list by the teacher, from 0; among equals the earlier row first."""
+    """Rank of each row in its list by the teacher's scores, from 0; ties keep the order of rows."""
     by_score = teacher.argsort(descending=True, stable=True)
     order = by_score[segment[by_score].argsort(stable=True)]
     count = torch.bincount(segment, minlength=lists)

@@ -1,15 +1,15 @@
-"""Probabilities made to mean what they say again, the last thing a recipe does.
+"""Recalibrate the probabilities of a compressed model; use it as the last step of a recipe.
 
-Pruning, quantizing and soft labels move scores up and down, and limits on log loss look at that. A
-monotone map of the logit, fitted on validation rows, mends it and leaves the order of rows alone:
+Pruning, quantization and soft labels shift scores, which increases log loss. A monotone map of the
+logit, fitted on validation rows, corrects this and keeps the order of rows:
 
 - ``temperature``: one factor (Guo et al. 2017, https://arxiv.org/abs/1706.04599).
 - ``platt``: a factor and an offset (Platt 1999).
-- ``isotonic``: straight pieces through the means of equally many rows each, made monotone by
-  pooling (Zadrozny and Elkan 2002). Differs: pieces are never level, so that no two rows become
-  ties; what lies beyond the outer means follows the outer pieces.
-- ``best``: whichever has the least log loss on rows it was not fitted to (five parts in turn), no
-  map at all among them.
+- ``isotonic``: a piecewise linear map through the means of groups of equally many rows, made
+  monotone by pooling (Zadrozny and Elkan 2002). Differs: no piece has slope zero, so the map
+  creates no ties; scores beyond the outer means follow the outer pieces.
+- ``best``: the method with the smallest cross-validated log loss (five folds); no map is one of the
+  candidates.
 """
 
 from dataclasses import replace
@@ -41,24 +41,24 @@ Method = Literal["temperature", "platt", "isotonic"]
 METHODS: tuple[Method, ...] = ("temperature", "platt", "isotonic")
 PARTS = 5
 LEAST_SLOPE = 1e-2
-"""Of a piece of the isotonic map: rows of different scores keep different scores."""
+"""Smallest slope of a piece of the isotonic map: different scores stay different."""
 SCORING_ROWS = 8192
 NEWTON_STEPS = 50
 
 
 def fit_line(logit: Floats, label: Floats, *, offset: bool) -> tuple[float, float]:
-    """Slope and offset of the logit with the greatest likelihood, by Newton's method.
+    """Fit slope and offset of the logit by maximum likelihood, with Newton's method.
 
-    A label counts as the chance it stands for after one more click and one more row without (Platt
-    1999), so that rows which a threshold tells apart do not ask for an infinite slope.
+    Labels are smoothed to the probability after one more click and one more row without a click
+    (Platt 1999), so that the slope is finite if a threshold separates the classes.
 
     Args:
         logit: float64 ``(rows,)``.
         label: 0 or 1, ``(rows,)``.
-        offset: False keeps it at 0.
+        offset: if False, the offset is 0.
 
     Returns:
-        The slope is positive: a map must not turn the order round.
+        Slope and offset. The slope is positive: a map must not reverse the order.
 
     Raises:
         CompressionError: no such slope fits better than a constant.
@@ -91,24 +91,24 @@ def fit_line(logit: Floats, label: Floats, *, offset: bool) -> tuple[float, floa
 
 
 def fit_pieces(logit: Floats, label: Floats, knots: int) -> tuple[Floats, Floats]:
-    """The isotonic map as straight pieces.
+    """Fit the isotonic map as a piecewise linear function.
 
     Args:
         logit: float64 ``(rows,)``.
         label: 0 or 1, ``(rows,)``.
-        knots: how many means it goes through, at most.
+        knots: the largest number of means that the map passes through.
 
     Returns:
-        Logits ``(n,)`` and what becomes of them ``(n,)``, both rising strictly, ``n`` at least 2.
+        Logits ``(n,)`` and their mapped values ``(n,)``, both strictly increasing, ``n >= 2``.
 
     Raises:
         CompressionError: the rows have fewer than two different scores.
     """
-    from scipy.optimize import isotonic_regression  # 0.2 s that a process without it saves
+    from scipy.optimize import isotonic_regression  # importing it takes 0.2 s
 
     order = np.argsort(logit, kind="stable")
     ends = np.arange(1, knots) * len(order) // knots
-    # Rows of one score belong together, however many they are, and a mean is one of many rows.
+    # Rows with equal scores stay in one group, and every group has enough rows for a mean.
     found, least = [0], max(len(order) // knots // 2, 1)
     for end in np.searchsorted(logit[order], logit[order][ends], side="left"):
         if least <= end - found[-1] and least <= len(order) - end:
@@ -117,7 +117,7 @@ def fit_pieces(logit: Floats, label: Floats, knots: int) -> tuple[Floats, Floats
     at = np.array([logit[part].mean() for part in parts])
     clicks = np.array([label[part].sum() for part in parts])
     rows = np.array([len(part) for part in parts], dtype=np.float64)
-    # Half a click more and half a click less: a part without clicks is rare, not impossible.
+    # Half a click and half a row without one are added: no part has probability 0 or 1.
     share = isotonic_regression((clicks + 0.5) / (rows + 1), weights=rows).x
     wanted = np.log(share / (1 - share))
     rising = np.concatenate([[True], np.diff(at) > 1e-9])
@@ -131,13 +131,13 @@ def fit_pieces(logit: Floats, label: Floats, knots: int) -> tuple[Floats, Floats
 
 
 def made_of(method: Method, output: str, logit: Floats, label: Floats, knots: int) -> Recalibration:
-    """The map of one method, fitted on some rows; arguments as those of ``fit_pieces``."""
+    """Fit the map of one method; arguments as in ``fit_pieces``."""
     if method != "isotonic":
         slope, offset = fit_line(logit, label, offset=method == "platt")
         return Recalibration(method, output, line=torch.tensor([slope, offset]))
     at, wanted = fit_pieces(logit, label, knots)
     slopes = np.diff(wanted) / np.diff(at)
-    # Nothing is known beyond the outer means: there logits move no faster than they did.
+    # There is no data beyond the outer means: the slope there is at most 1.
     first, last = min(slopes[0], 1.0), min(slopes[-1], 1.0)
     line = torch.tensor([first, wanted[0] - first * at[0]])
     bends = torch.tensor(np.stack([at, np.append(slopes, last)]))
@@ -145,7 +145,7 @@ def made_of(method: Method, output: str, logit: Floats, label: Floats, knots: in
 
 
 def held_out(method: Method, logit: Floats, label: Floats, knots: int) -> float:
-    """Log loss of a method on rows it was not fitted to, every row once; infinite if none fits."""
+    """Cross-validated log loss of a method; infinite if a fit fails."""
     part = np.arange(len(logit)) % PARTS
     answer = np.empty(len(logit))
     for number in range(PARTS):
@@ -174,19 +174,19 @@ class Recalibrate(Frozen):
 
     @property
     def needs(self) -> tuple[Part, ...]:
-        """Rows that the network was not trained on."""
+        """Validation rows: the network was not trained on them."""
         return ("validation",)
 
     @property
     def changes(self) -> Change:
-        """No unit changes: the map stands behind the network."""
+        """No unit changes: the map is applied to the network's output."""
         return "output"
 
     def choose(self, model: Model, bench: Bench) -> dict[str, Choice]:
         """No table and no dense layer.
 
         Raises:
-            NothingToCompress: the task knows no probabilities.
+            NothingToCompress: the task has no probabilities.
             CompressionError: the model has a map already.
         """
         if bench.signature.task != "ctr":
@@ -194,7 +194,7 @@ class Recalibrate(Frozen):
                 "probability_missing", step=self.kind, task=bench.signature.task
             )
         earlier = recalibration_of(model.module)
-        if earlier is not None:  # a map of a map would be one nobody can read
+        if earlier is not None:  # a map of a map would be hard to interpret
             raise StepRefused("recalibrated_already", step=self.kind, method=earlier.method)
         return {}
 
@@ -202,7 +202,7 @@ class Recalibrate(Frozen):
         """Fit the map on the validation rows.
 
         Raises:
-            CompressionError: there are no validation rows, or no rising map fits them.
+            CompressionError: there are no validation rows, or no increasing map fits them.
         """
         if bench.validation is None:
             raise RowsMissing("validation_rows_missing", step=self.kind)
@@ -233,7 +233,7 @@ class Recalibrate(Frozen):
         return replace(model, notes={**model.notes, NAME: (mapped,)})
 
     def dry_run(self, model: Model, bench: Bench) -> Model:
-        """A map of as many numbers as there can be, that changes nothing."""
+        """Attach an identity map with the largest possible number of values."""
         knots = self.knots if self.method in ("isotonic", "best") else 0
         line, bends = torch.tensor([1.0, 0.0]), torch.zeros(2, knots)
         output = bench.signature.output

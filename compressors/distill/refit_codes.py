@@ -1,17 +1,18 @@
-"""Training through the quantizer: tables of codes fitted to the task, the original as teacher.
+"""Refit packed tables by training through the quantizer, with the original as teacher.
 
-A codebook or scale that is fitted to a table's weights treats every weight alike; the task does
-not. In turn, codebooks, scales and offsets are trained through the lookup, on what the original
-answers and on the labels, and codes are chosen anew: each row moves to where a quadratic model of
-the loss is least. Its slope is the gradient, its curvature squared gradients, the diagonal of the
-empirical Fisher matrix.
+A codebook or scale that is fitted to a table's weights gives all weights equal importance, but for
+the task some weights matter more. Each round has two parts. First, codebooks, scales and offsets
+are trained through the lookup, on the original's predictions and the labels. Then codes are
+selected again (``code_reassignment.py``): each row moves to the minimum of a quadratic model of the
+loss. The model uses the gradient, and squared gradients (the diagonal of the empirical Fisher
+matrix) as curvature.
 
 Sources: Stock et al. 2020, https://arxiv.org/abs/1907.05686 (codebooks trained with the original
-as teacher); Malinovskii et al. 2024, https://arxiv.org/abs/2405.14852 (codes and codebooks in turn,
-few codes at a time).
-Differs: the model of the loss is of second order and asks for no row of the original; of the rows
-that would gain, the ``share`` that gains most moves, if the loss falls; and the best state by the
-validation metric is kept, the one it began with among them.
+as teacher); Malinovskii et al. 2024, https://arxiv.org/abs/2405.14852 (alternating codes and
+codebooks, few codes at a time).
+Differs: the model of the loss is of second order and needs no row of the original table; of the
+rows that would gain, the ``share`` with the largest gains moves, if the loss falls; the state with
+the best validation metric is kept, and the initial state is one of the candidates.
 """
 
 import logging
@@ -43,7 +44,7 @@ from compressors.quantize.kernels.levels import SMALLEST
 
 log = logging.getLogger(__name__)
 TRIES = 5
-"""Shares of the rows that are tried, each a quarter of the one before."""
+"""Number of shares of rows that are tried; each is a quarter of the previous one."""
 
 
 class RefitCodes(Frozen):
@@ -78,7 +79,7 @@ class RefitCodes(Frozen):
 
     @property
     def needs(self) -> tuple[Part, ...]:
-        """Rows to learn from, what the teacher answers to them, and rows that say what is best."""
+        """Training rows, soft labels for them, and validation rows to select the best state."""
         return ("train", "validation", "soft_labels")
 
     @property
@@ -113,7 +114,7 @@ class RefitCodes(Frozen):
         return choices
 
     def apply(self, model: Model, bench: Bench) -> Model:
-        """Fit in turn, and leave the network in its best state.
+        """Alternate training and code selection, and leave the network in its best state.
 
         Raises:
             CompressionError: the bench lacks rows or soft labels, or training diverged.
@@ -154,16 +155,16 @@ class RefitCodes(Frozen):
         return model
 
     def _move(self, model: Model, bench: Bench, tables: dict[str, PackedTable]) -> int:
-        """Choose codes anew where that gains most; how many rows moved.
+        """Select new codes for the rows that gain most; returns how many rows moved.
 
-        Each row's gain is foreseen as if it alone moved, so where all together gain nothing, fewer
-        are tried.
+        Each row's gain is estimated as if only this row moved. If all rows together do not lower
+        the loss, fewer rows are tried.
         """
         if bench.train is None:
             raise RowsMissing("train_rows_missing", step=self.kind)
         module, signature = model.module, bench.signature
-        # The original's answers alone: its own rows are where their slope is zero, while labels
-        # and penalties would go on to move rows that the original stopped training.
+        # Soft labels only: their gradient is zero at the original's rows, while labels and
+        # penalties would continue to move rows after the point where the original stopped training.
         loss = soft_label_loss(bench, 1.0, self.temperature, self.kind)
         begun = mean_loss(module, signature, bench.train, loss)
         found = loss_gradients(module, signature, bench.train, loss, tables)
@@ -189,13 +190,13 @@ class RefitCodes(Frozen):
 
 
 def _codes(unit: Unit) -> PackedTable | None:
-    """The packed table of a unit, if it has codes that can be chosen anew."""
+    """The packed table of a unit if its codes can be selected again; otherwise None."""
     table = unit.module.table if isinstance(unit.module, Bag) else unit.module
     return table if isinstance(table, PackedTable) and isinstance(table.storage, Codes) else None
 
 
 def _names(model: Model, tables: dict[str, PackedTable]) -> tuple[str, ...]:
-    """The learned tensors of some tables, as the module names them."""
+    """Full names in the model of the learned tensors of the given tables."""
     mine = set(tables.values())
     return tuple(
         f"{path}.{name}"
@@ -206,15 +207,15 @@ def _names(model: Model, tables: dict[str, PackedTable]) -> tuple[str, ...]:
 
 
 def _types(table: PackedTable) -> dict[str, torch.dtype]:
-    """The types of a table's learned tensors."""
+    """The dtypes of a table's learned tensors, by name."""
     held = dict(table.named_buffers())
     return {name: held[name].dtype for name in table.storage.learned if name in held}
 
 
 def _cast(table: PackedTable, types: dict[str, torch.dtype]) -> None:
-    """Give a table's tensors other types; numbers beyond a narrower one end at its largest.
+    """Cast a table's tensors to other dtypes, clamping values to the range of the dtype.
 
-    TensorRT wants every scale positive, so one that is too small ends at the smallest there is.
+    TensorRT requires positive scales, so a scale is at least the smallest value of its dtype.
     """
     for name, dtype in types.items():
         tensor = table.get_buffer(name)
@@ -225,7 +226,7 @@ def _cast(table: PackedTable, types: dict[str, torch.dtype]) -> None:
 
 
 def _place(bench: Bench, number: int) -> dict[str, str]:
-    """Where a round keeps its progress."""
+    """The folder where a round stores its progress, as a field of the bench."""
     return {"checkpoints": f"{bench.checkpoints}/round-{number}"} if bench.checkpoints else {}
 
 
@@ -233,7 +234,7 @@ State = list[tuple[nn.Module, str, Tensor]]
 
 
 def _held(model: Model) -> State:
-    """Every tensor of a model and where it stands; training puts others in their place."""
+    """All tensors of a model with their module and name; training replaces them by others."""
     return [
         (module, name, tensor)
         for module in model.module.modules()
@@ -244,7 +245,7 @@ def _held(model: Model) -> State:
 
 
 def _restore(model: Model, state: State) -> None:
-    """Put every tensor back where it stood."""
+    """Put all tensors back into their modules."""
     for module, name, tensor in state:
         setattr(module, name, tensor)
     model.module.eval()

@@ -1,4 +1,4 @@
-"""The loss of a network that is taught: the teacher's answers, mixed with the labels.
+"""The loss of a student: the teacher's predictions (soft labels), mixed with the labels.
 
 Source: Hinton et al. 2015, https://arxiv.org/abs/1503.02531 (soft targets with a temperature).
 """
@@ -19,7 +19,7 @@ from compressors.errors.steps import RowsMissing
 from compressors.task_kinds.loss import EDGE, hard_loss
 
 SoftLabelSettings = Literal["train", "traffic", "both"]
-"""Which rows are learned from: those with labels, those of logged traffic, or both."""
+"""The training rows: rows with labels, rows of logged traffic, or both."""
 
 
 def soft_label_loss(
@@ -33,20 +33,20 @@ def soft_label_loss(
     rows: SoftLabelSettings = "train",
     predictions: Callable[[], Tensor] | None = None,
 ) -> Loss:
-    """A loss over the rows that are learned from.
+    """Build the loss over the training rows.
 
-    Rows of traffic have no label: for those that do, labels weigh ``1 - soft_share``, as the mean
-    over the labelled rows or lists of a batch, whatever else is in it.
+    Traffic rows have no label. The loss on labels is a mean over the labelled rows or lists of a
+    batch, with weight ``1 - soft_share``; unlabelled rows in the batch do not change it.
 
     Args:
-        bench: with the rows and what the teacher answers to them.
-        soft_share: weight of the teacher's answers against the labels.
-        temperature: both answers are divided by it before they are compared.
-        kind: of the step that asks.
-        name: how they are compared.
-        top: of the loss ``rankdistil``.
-        rows: which.
-        predictions: what is compared with the teacher in place of the network's own output.
+        bench: with the rows and the teacher's predictions for them.
+        soft_share: weight of the teacher's predictions; labels get the rest.
+        temperature: both predictions are divided by it before they are compared.
+        kind: of the calling step.
+        name: how predictions are compared.
+        top: for the loss ``rankdistil``.
+        rows: which rows are used.
+        predictions: returns what is compared with the teacher instead of the network's output.
 
     Raises:
         CompressionError: there are no soft labels, or not one for every row.
@@ -87,7 +87,7 @@ def soft_label_loss(
 
 
 def soft_label_rows(bench: Bench, rows: SoftLabelSettings, kind: str) -> Rows | JoinedRows:
-    """The rows that are learned from, in the order of ``soft_label_loss``.
+    """The training rows, in the order that ``soft_label_loss`` expects.
 
     Raises:
         CompressionError: the bench lacks them.
@@ -101,16 +101,16 @@ def soft_label_rows(bench: Bench, rows: SoftLabelSettings, kind: str) -> Rows | 
 def mean_predictions(
     scores: list[Tensor], output: Literal["logit", "probability", "score"]
 ) -> Tensor:
-    """What several teachers answer together: the mean of their logits, or of scores as they are.
+    """Average the predictions of several teachers: the mean of their logits or scores.
 
-    Probabilities become logits, are averaged and become probabilities again: the geometric mean of
-    odds, so that a teacher that is sure counts for more than it would in a mean of probabilities.
-    Scores of ranking models have no unit in common; a teacher whose scores spread ten times as far
-    counts ten times as much.
+    Probabilities are converted to logits, averaged and converted back. This is the geometric mean
+    of odds, in which a confident teacher has more weight than in a mean of probabilities. Scores of
+    ranking models have no common unit; a teacher whose scores spread ten times as far has ten times
+    the weight.
 
     Args:
-        scores: of each teacher, float32 ``(rows,)``, in the form of the output.
-        output: that form.
+        scores: one float32 ``(rows,)`` per teacher, in the form that ``output`` names.
+        output: the form of the model's output.
     """
     if len(scores) == 1:
         return scores[0]
@@ -128,7 +128,7 @@ def _rows(bench: Bench, split: Split | None, kind: str) -> Rows:
 
 
 def _predictions(split: Split | None, soft: Split | None, kind: str) -> Tensor:
-    """What the teacher answers to the rows of a split, float32 ``(rows,)``."""
+    """The stored predictions of the teacher for a split, float32 ``(rows,)``."""
     if split is None or soft is None:
         raise RowsMissing("soft_labels_missing", step=kind)
     with safe_open(Path(soft.path) / "data.safetensors", framework="pt") as file:
@@ -139,7 +139,7 @@ def _predictions(split: Split | None, soft: Split | None, kind: str) -> Tensor:
 
 
 def mixed_loss(bench: Bench, soft_share: float, temperature: float, kind: str) -> Loss:
-    """The same, or the labels alone where the teacher's answers weigh nothing.
+    """As ``soft_label_loss``, or the loss on the labels alone if ``soft_share`` is 0.
 
     Raises:
         CompressionError: as ``soft_label_loss``.

@@ -1,8 +1,7 @@
-"""A smaller network of the same class, with the original's tensors wherever they fit.
+"""Build the student: a smaller network of the same class, with the original's tensors that fit.
 
-Tables are taken over compressed or not: a packed one is kept packed where the student has a table
-of its rows and width. Dense layers must still be float32, since the student's are drawn and
-trained.
+A table is reused, packed or not, if the student has a table with the same number of rows and the
+same width. Dense layers must be float32, because the student's are initialized and trained.
 """
 
 import inspect
@@ -30,16 +29,17 @@ Config = dict[str, Any]
 def student_choices(
     model: Model, config: Config, *, tables: bool, reasons: tuple[Reason, ...]
 ) -> dict[str, Choice]:
-    """What becomes of each unit that is another one in the student.
+    """The choices for all units that are missing or smaller in the student.
 
     Args:
         model: the original.
-        config: keyword arguments that differ.
-        tables: whether tables are trained, without which a narrower one would stay as drawn.
+        config: keyword arguments of the architecture that differ.
+        tables: whether tables are trained; a narrower table would otherwise keep random values.
         reasons: what the student learns from.
 
     Raises:
-        CompressionError: the student cannot be built, or could not be what it seems.
+        CompressionError: the student cannot be built, has layers that the original lacks, or
+            differs from it in a way that is not supported.
     """
     _require_no_map(model)
     _require_float_layers(model)
@@ -72,7 +72,7 @@ def student_choices(
 
 
 def student_of(model: Model, config: Config, seed: int) -> Model:
-    """The smaller network: fresh layers, and the original's tensors where they fit."""
+    """Build the smaller network: newly initialized layers, and the original's tensors that fit."""
     with torch.random.fork_rng(devices=()):
         torch.manual_seed(seed)
         student = _built(model, config, construct_with_weights)
@@ -80,7 +80,7 @@ def student_of(model: Model, config: Config, seed: int) -> Model:
 
 
 def student_dry_run(model: Model, config: Config) -> Model:
-    """The same without weights of its own."""
+    """As ``student_of``, with placeholders instead of initialized weights."""
     student = _built(model, config, _construct_empty)
     return _over(model, with_placeholders(student), config)
 
@@ -100,12 +100,12 @@ def _built(
 
 
 def _construct_empty(architecture: type[nn.Module], config: Config) -> nn.Module:
-    """The network without weights, wherever its class allows that."""
+    """Construct the network without weights, if its class allows that."""
     return construct(architecture, config).module
 
 
 def _over(model: Model, student: nn.Module, config: Config) -> Model:
-    """The student with the original's tensors where they fit."""
+    """Assign the original's tensors to the student where their shapes match."""
     theirs = {unit.name for unit in Unit.of(student)}
     for unit in Unit.of(model.module):
         if _packed(unit) and unit.name in theirs and unit.part_of is None:
@@ -140,10 +140,10 @@ def _packed(unit: Unit) -> bool:
 
 
 def _require_packed_fit(units: tuple[Unit, ...], smaller: dict[str, tuple[int, ...]]) -> None:
-    """Refuse a student that has a packed table in another shape.
+    """Raise if the student has a packed table in another shape.
 
     Raises:
-        CompressionError: names it.
+        CompressionError: names the table.
     """
     for unit in units:
         if _packed(unit) and smaller.get(unit.name, _shape(unit)) != _shape(unit):
@@ -151,7 +151,7 @@ def _require_packed_fit(units: tuple[Unit, ...], smaller: dict[str, tuple[int, .
 
 
 def _require_float_layers(model: Model) -> None:
-    """Refuse to build a student of packed dense layers, or of tables in another float type.
+    """Raise if a dense layer is packed, or a table has a float dtype other than float32.
 
     Raises:
         CompressionError: names one of them.
@@ -162,20 +162,20 @@ def _require_float_layers(model: Model) -> None:
 
 
 def _require_no_map(model: Model) -> None:
-    """Refuse a map behind the output: it was fitted to another network.
+    """Raise if the model's output is recalibrated: the map was fitted to another network.
 
     Raises:
-        CompressionError: there is one.
+        CompressionError: there is a recalibration map.
     """
     if recalibration_of(model.module) is not None:
         raise DistillationRefused("already_recalibrated")
 
 
 def _require_arguments(model: Model, config: Config) -> None:
-    """Refuse a word that a class taking any keywords would swallow.
+    """Raise if an argument is unknown; a class that accepts any keyword would ignore it.
 
     Raises:
-        CompressionError: names it and those there are.
+        CompressionError: names the unknown argument and the known ones.
     """
     named = inspect.signature(model.architecture).parameters
     known = {*named, *model.network.architecture.config}
