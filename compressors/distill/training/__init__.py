@@ -1,9 +1,9 @@
-"""The training loop that all steps share that train.
+"""The training loop that all steps with training share.
 
-settings.py        how long, how fast, and what is trained
+settings.py        epochs, learning rate, schedule and other settings
 trainable.py       the tensors that training may change
-checkpoint.py      the progress of a long step, stored
-data_parallel.py   one training in several processes
+checkpoint.py      stored progress of a long step
+data_parallel.py   training in several processes
 trainer.py         the training loop
-training_steps.py  what all steps share that train
+training_steps.py  choices and results that these steps share
 """

@@ -1,10 +1,11 @@
-"""What a long step writes down to go on after a crash: tensors, and a few facts about them.
+"""Checkpoints of a long training step, from which it resumes after a crash.
 
-A folder holds one progress: ``progress.json``, which names the safetensors file it belongs to.
-The file is written first and the name last, each by a rename, so a crash at any moment leaves
-the earlier progress or the new one. Files have names of their own and each process removes only
-its own, so two that do the same work at once leave either's progress. What cannot be read counts
-as no progress, and what cannot be written is only logged: the work itself continues.
+A folder holds one checkpoint: ``progress.json`` with a few facts, and the safetensors file that it
+names. The safetensors file is written first and ``progress.json`` last, each by a rename, so a
+crash at any moment leaves the previous checkpoint or the new one. File names are unique and each
+process removes only files that it wrote, so if two processes do the same work at once, the
+checkpoint of one of them remains. An unreadable checkpoint counts as none. A failed write is only
+logged, and training continues.
 """
 
 import json
@@ -26,14 +27,14 @@ NAME = "progress.json"
 
 @dataclass(frozen=True)
 class TrainingProgress:
-    """Tensors by name, and plain facts; not-a-number among them is allowed."""
+    """Tensors by name, and facts that JSON can store; NaN is allowed."""
 
     tensors: dict[str, Tensor]
     facts: dict[str, Any]
 
 
 def store_progress(folder: str, progress: TrainingProgress) -> bool:
-    """Replace what the folder holds; whether that could be done."""
+    """Replace the folder's checkpoint; False, with a warning in the log, if that fails."""
     try:
         write_progress(folder, progress)
     except (OSError, SafetensorError) as fault:
@@ -43,10 +44,10 @@ def store_progress(folder: str, progress: TrainingProgress) -> bool:
 
 
 def write_progress(folder: str, progress: TrainingProgress) -> None:
-    """Replace what the folder holds.
+    """Replace the folder's checkpoint.
 
     Raises:
-        OSError, SafetensorError: it cannot be written; what was there is there.
+        OSError, SafetensorError: it cannot be written; the previous checkpoint remains.
     """
     place = Path(folder)
     place.mkdir(parents=True, exist_ok=True)
@@ -68,11 +69,11 @@ def write_progress(folder: str, progress: TrainingProgress) -> None:
 
 
 def read_progress(folder: str, held: Mapping[str, Tensor]) -> TrainingProgress | None:
-    """The progress a folder holds, or None where it is empty, damaged or of another network.
+    """Read a folder's checkpoint; None if it is missing, damaged or of another network.
 
     Args:
-        folder: where it may lie.
-        held: the tensors of the network as they are now; names and shapes must be the same.
+        folder: where the checkpoint is stored.
+        held: the network's current tensors; names and shapes must be equal.
     """
     place = Path(folder)
     if not (place / NAME).is_file():

@@ -1,13 +1,13 @@
-"""One training carried out by several processes, each on its share of every batch.
+"""Data parallel training: several processes train one network, each on a share of every batch.
 
-Every process (a rank) holds the whole network, computes on rows of its own and adds its gradients
-to those of the others, so all take the same step and end with the same numbers. Which batches
-there are, what an epoch was worth and when to stop is the same for all. Where no process group
-was started there is one rank, and nothing here does anything.
+Every process (a rank) holds the whole network, computes gradients on its rows and adds them to
+those of the other ranks, so all take the same step and end with the same values. Batches, the
+validation metric of an epoch and the decision to stop are the same on all ranks. Without a process
+group there is one rank, and these functions change nothing.
 
 Source: Li et al. 2020, https://arxiv.org/abs/2006.15704 (data parallel training in torch).
-Differs: gradients are added up after the backward pass, tables' as a whole; a batch norm counts
-the rows of its own rank, and its running statistics are averaged once an epoch.
+Differs: gradients are summed after the backward pass, those of tables as dense tensors; batch norm
+uses only the rows of its rank, and its running statistics are averaged once an epoch.
 """
 
 from collections.abc import Collection, Iterable
@@ -16,24 +16,24 @@ import torch
 from torch import Tensor, distributed
 
 LEAST = 2
-"""Rows of a batch for each rank: batch norm knows no spread of a single one."""
+"""Smallest number of rows per rank: batch norm has no variance for one row."""
 
 
 def rank() -> int:
-    """The number of this process, from 0."""
+    """The rank of this process, from 0."""
     return distributed.get_rank() if _several() else 0
 
 
 def rank_share(numbers: Tensor, group: Tensor | None) -> tuple[Tensor, float]:
-    """The rows of a batch that this rank computes on, and how much they weigh among all.
+    """The rows of a batch that this rank computes on, and their weight among all ranks.
 
     Args:
         numbers: of the batch's rows, int64 ``(batch,)``.
-        group: of each row, where lists must stay whole.
+        group: of each row, int64 ``(batch,)``, if lists must not be split; otherwise None.
 
     Returns:
-        Numbers in the order they had, possibly none, and a weight; those of all ranks add up to 1.
-        Rows weigh alike, or lists where they stay whole.
+        Row numbers in their original order, possibly none, and a weight; the weights of all ranks
+        sum to 1. All rows have equal weight, or all lists if lists are not split.
     """
     if not _several():
         return numbers, 1.0
@@ -51,14 +51,14 @@ def rank_share(numbers: Tensor, group: Tensor | None) -> tuple[Tensor, float]:
 
 
 def sum_gradients(leaves: Collection[Tensor], weight: float, loss: Tensor) -> Tensor:
-    """Replace each gradient by the weighted sum over all ranks; the same sum of their losses.
+    """Replace each gradient by the weighted sum over all ranks; returns the same sum of losses.
 
-    A tensor that no rank has a gradient for keeps none.
+    A tensor without a gradient on all ranks keeps none.
 
     Args:
-        leaves: what is trained, in the same order on every rank.
+        leaves: the trained tensors, in the same order on every rank.
         weight: of this rank.
-        loss: of this rank, a scalar; zero where it has no rows.
+        loss: of this rank, a scalar; zero if it has no rows.
     """
     if not _several():
         return loss
@@ -75,7 +75,7 @@ def sum_gradients(leaves: Collection[Tensor], weight: float, loss: Tensor) -> Te
 
 
 def average_buffers(buffers: Iterable[Tensor]) -> None:
-    """Give all ranks the mean of what each has counted, and the first rank's whole numbers."""
+    """Average float buffers over all ranks, and copy integer buffers from the first rank."""
     if not _several():
         return
     for buffer in buffers:
@@ -87,7 +87,7 @@ def average_buffers(buffers: Iterable[Tensor]) -> None:
 
 
 def from_first_rank(value: float, device: torch.device) -> float:
-    """What the first rank found: devices may differ in the last bits, and all must stop alike."""
+    """The first rank's value: devices differ in the last bits, and all ranks must stop together."""
     if not _several():
         return value
     shared = torch.tensor([value], dtype=torch.float64, device=device)

@@ -1,4 +1,4 @@
-"""How a network is trained: epochs, learning rate, schedule, and what is trained."""
+"""Settings of the training loop: epochs, learning rate, schedule, and which tensors to train."""
 
 from typing import Literal
 

@@ -11,12 +11,12 @@ from compressors.core.units import own_weight
 def trainable(module: nn.Module, *, tables: bool, dense: bool = True) -> tuple[str, ...]:
     """Names of the tensors that training may change.
 
-    Parameters in float32, and of compressed layers the float32 tensors that their format says
-    can be learned; of tables only where asked for, and of tables alone without ``dense``.
+    These are float32 parameters, and in compressed layers the float32 tensors that the format
+    declares as learned. Those of tables are included if ``tables``, all others if ``dense``.
     """
     names = []
     inside: set[nn.Module] = set()
-    still: set[int] = set()  # a weight that a table shares with a layer stays with the table
+    still: set[int] = set()  # a layer's weight that is shared with a table is frozen with it
     for part in module.modules():
         if isinstance(part, nn.Embedding | nn.EmbeddingBag | ComposedTable | PackedTable | Bag):
             inside |= set(part.modules())
@@ -33,7 +33,7 @@ def trainable(module: nn.Module, *, tables: bool, dense: bool = True) -> tuple[s
 
 
 def _learned(part: nn.Module) -> tuple[str, ...]:
-    """The buffers of a compressed module that its format lets training change."""
+    """Names of the buffers of a compressed module that its format declares as learned."""
     match part:
         case PackedLinear() | PackedTable():
             return part.storage.learned
@@ -43,7 +43,7 @@ def _learned(part: nn.Module) -> tuple[str, ...]:
 
 
 def trained_copies(module: nn.Module, names: tuple[str, ...]) -> dict[str, Tensor]:
-    """Replace the named tensors by copies that train; what was tied stays tied."""
+    """Replace the named tensors by trainable copies, returned by name; tied tensors stay tied."""
     copies: dict[int, Tensor] = {}
     leaves: dict[str, Tensor] = {}
     for name in names:
@@ -59,7 +59,7 @@ def trained_copies(module: nn.Module, names: tuple[str, ...]) -> dict[str, Tenso
             new = old.detach().clone().requires_grad_(True)
             setattr(part, own, new)
         copies[id(old)] = leaves[name] = new
-    # All other parameters are frozen, in tensors that no other module shares.
+    # All other parameters are frozen, in tensors that are not shared with another module.
     frozen: dict[int, nn.Parameter] = {}
     for part in module.modules():
         for name, parameter in list(part.named_parameters(recurse=False)):
@@ -70,7 +70,7 @@ def trained_copies(module: nn.Module, names: tuple[str, ...]) -> dict[str, Tenso
 
 
 def buffer_copies(module: nn.Module) -> tuple[str, ...]:
-    """Replace buffers by copies and return their names: training may change them, as norms do."""
+    """Replace buffers that training may change (as norms do) by copies; returns their names."""
     names = []
     packed: set[nn.Module] = set()
     for part in module.modules():
@@ -91,6 +91,6 @@ def is_table(module: nn.Module, name: str) -> bool:
 
 
 def packed_owner(module: nn.Module, name: str) -> PackedTable | None:
-    """The packed table that a tensor belongs to."""
+    """The packed table that a tensor belongs to, or None."""
     owner = module.get_submodule(name.rpartition(".")[0])
     return owner if isinstance(owner, PackedTable) else None

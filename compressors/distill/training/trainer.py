@@ -1,12 +1,12 @@
-"""Training a compressed network a little: what is trained, how long, and how it goes on.
+"""The training loop: train a compressed network for a few epochs, with checkpoints.
 
-Tables stay as they are unless asked for: they hold most of the weights, overfit soonest, and
-training them without the original's regularisation loses more than it wins.
+Tables are not trained by default: they hold most of the weights, overfit first, and training them
+without the original's regularization loses more than it gains.
 
-The state before training counts as an attempt, so a training that only harms gives it back.
-After every epoch the progress is stored (``checkpoint.py``), and a run that was killed ends with
-the same bits as one that was not: each epoch draws from its own seed, and nothing else carries
-over.
+The state before training is one of the candidates for the best epoch, so a training that only harms
+returns it. A checkpoint is stored after every epoch (``checkpoint.py``). A run that was killed and
+resumed ends with the same bits as an uninterrupted one: each epoch has its own seed, and the
+checkpoint holds all other state.
 """
 
 import logging
@@ -38,16 +38,16 @@ from compressors.metrics.validation_score import quality
 from compressors.task_kinds.loss import shuffled_rows
 
 log = logging.getLogger(__name__)
-# A scale that has moved further than this has left the range its codes were rounded for.
+# A scale that changes by a larger factor leaves the range that its codes were rounded for.
 SCALE_REACH = 16.0
 
 Loss = Callable[[Tensor, Batch, Tensor], Tensor]
-"""From the network's output, the rows, and their numbers int64 ``(batch,)``, to a scalar."""
+"""Maps the network's output, the batch, and its row numbers int64 ``(batch,)`` to a scalar."""
 
 
 @dataclass(frozen=True)
 class Epoch:
-    """What one epoch came to; number 0 is the state before training."""
+    """Mean loss and validation metric of one epoch; number 0 is the state before training."""
 
     number: int
     loss: float
@@ -72,31 +72,31 @@ def train(
     after_step: Callable[[float], None] | None = None,
     last: bool = False,
 ) -> tuple[Epoch, ...]:
-    """Train a module of a private tree in place; it ends as it was in its best epoch.
+    """Train a private copy of a module in place; it ends in the state of its best epoch.
 
     Args:
         module: its tensors may be shared with others; those that change are replaced first.
-        signature: inputs and the metric that epochs are compared by (higher is better).
-        rows: what it learns from.
-        validation: what decides when to stop.
-        loss: what is minimised.
-        settings: how.
-        seed: of the order of rows and of dropout.
-        checkpoints: a folder where progress is kept, and found again after a crash.
-        pruned: layers whose zeros stay zero. Elsewhere a zero is a weight like any other: a gate
-            that begins closed, a last layer that begins at nothing.
-        only: names of the tensors that are trained, in place of what ``settings`` says.
-        whole_lists: a batch holds whole groups, whatever the task.
-        auxiliary: a module of the loss's own, trained along and not part of the result.
-        device: where it is trained; the module ends where it was.
-        after_step: called without gradients after every step with its learning rate; it may write
+        signature: inputs and the metric by which epochs are compared (higher is better).
+        rows: the training rows.
+        validation: rows for early stopping.
+        loss: the loss to minimize.
+        settings: epochs, learning rate and so on.
+        seed: for the order of rows and for dropout.
+        checkpoints: a folder for checkpoints, from which training resumes after a crash.
+        pruned: layers whose zeros stay zero. In other layers a zero is an ordinary weight, such as
+            a gate that starts closed or a last layer that is initialized to zero.
+        only: names of the tensors to train, instead of those that ``settings`` selects.
+        whole_lists: whether a batch holds whole groups for every task, not only for ranking.
+        auxiliary: a module that belongs to the loss; it is trained too, but not in the result.
+        device: where to train; the module is moved back afterwards.
+        after_step: called without gradients after every step with the learning rate; it may write
             into the module's parameters.
-        last: end with the last epoch whatever it is worth: what ``after_step`` works towards costs
-            quality, and the state before training would win.
+        last: end with the last epoch even if it is not the best one: the goal of ``after_step``
+            costs quality, so the state before training would be selected.
 
     Raises:
-        CompressionError: the loss is no longer a finite number, there is nothing to train, or the
-            device is not there.
+        CompressionError: the loss is no longer finite, there is nothing to train, or the device
+            does not exist.
     """
     with moved_to(module, device), moved_to(auxiliary or nn.Identity(), device):
         held = Rows(rows, signature) if isinstance(rows, Split) else rows
@@ -108,7 +108,7 @@ def train(
 
 
 def _trained(run: "_Run", checkpoints: str | None) -> tuple[Epoch, ...]:
-    """Carry a training out, from where an earlier one was left."""
+    """Run a training, from its checkpoint if there is one."""
     progress = read_progress(checkpoints, run.held()) if checkpoints else None
     if progress is None:
         run.begin()
@@ -123,7 +123,7 @@ def _trained(run: "_Run", checkpoints: str | None) -> tuple[Epoch, ...]:
 
 
 class _Run:
-    """One training in progress: everything that a checkpoint must hold is an attribute here."""
+    """A training in progress; its attributes include all state that a checkpoint must hold."""
 
     def __init__(
         self,
@@ -180,7 +180,7 @@ class _Run:
         self.last = False
 
     def add_auxiliary(self, auxiliary: nn.Module) -> None:
-        """Train the parameters of another module as well."""
+        """Train the parameters of another module too."""
         self.auxiliary = {f"@auxiliary/{name}": leaf for name, leaf in auxiliary.named_parameters()}
         self.optimizer.add_param_group(
             {"params": list(self.auxiliary.values()), "weight_decay": 0.0}
@@ -192,7 +192,7 @@ class _Run:
         return {**self.leaves, **self.auxiliary, **statistics}
 
     def begin(self) -> None:
-        """Judge the state before training, the first attempt."""
+        """Evaluate the state before training, the first candidate for the best epoch."""
         self.epochs = [Epoch(0, math.nan, self._quality())]
         self.best = _copied(self.held())
 
@@ -202,7 +202,7 @@ class _Run:
         return done or (self.stale >= self.settings.patience and not self.last)
 
     def epoch(self) -> None:
-        """One pass over the training rows, judged on the validation rows."""
+        """Train for one pass over the training rows, and evaluate on the validation rows."""
         number = len(self.epochs)
         seed = int(np.random.SeedSequence([self.seed, number]).generate_state(1)[0])
         self.module.train()
@@ -225,7 +225,7 @@ class _Run:
         self.epochs.append(found)
 
     def finish(self) -> None:
-        """Leave the module as it was in its best epoch, with nothing that trains."""
+        """Restore the best epoch (unless ``last``), clear gradients and set evaluation mode."""
         with torch.no_grad():
             for name, tensor in self.held().items() if not self.last else ():
                 tensor.copy_(self.best[name])
@@ -236,7 +236,7 @@ class _Run:
         self.module.eval()
 
     def progress(self) -> TrainingProgress:
-        """All that is needed to go on after this epoch."""
+        """The state that is needed to resume after this epoch."""
         moments = {
             f"{name}/{moment}": value
             for name, leaf in (*self.leaves.items(), *self.auxiliary.items())
@@ -257,14 +257,14 @@ class _Run:
         )
 
     def resume(self, progress: TrainingProgress) -> None:
-        """Take up a training where it was left."""
+        """Continue a training from a checkpoint."""
         with torch.no_grad():
             for name, tensor in self.held().items():
                 tensor.copy_(progress.tensors[f"now/{name}"])
         self.best = {name: progress.tensors[f"best/{name}"] for name in self.held()}
         for name, leaf in (*self.leaves.items(), *self.auxiliary.items()):
             prefix = f"moments/{name}/"
-            self.optimizer.state[leaf] = {  # the count of steps lies on the CPU, wherever it trains
+            self.optimizer.state[leaf] = {  # the step count is on the CPU on every device
                 key.removeprefix(prefix): value.to(leaf.device) if value.dim() else value
                 for key, value in progress.tensors.items()
                 if key.startswith(prefix)
@@ -275,18 +275,18 @@ class _Run:
         log.info("going on after epoch %d", self.epochs[-1].number)
 
     def keep(self, folder: str) -> None:
-        """Write down all that is needed to go on; the first of several ranks does so for all."""
+        """Store a checkpoint; only the first rank writes."""
         if data_parallel.rank() == 0:
             store_progress(folder, self.progress())
 
     def _quality(self) -> float:
-        """The validation metric as all ranks see it."""
+        """The validation metric, the same on all ranks."""
         return data_parallel.from_first_rank(
             quality(self.module, self.signature, self.validation), self.device
         )
 
     def _backward(self, mine: Tensor) -> Tensor:
-        """Gradients of the loss on some rows; the loss without what tables are penalized by."""
+        """Compute gradients of the loss on some rows; returns the loss without the table penalty."""
         if not len(mine):
             return torch.zeros((), device=self.device)
         batch = to_device(self.rows.take(mine), self.device)
@@ -314,7 +314,7 @@ class _Run:
         with torch.no_grad():
             if self.after_step is not None:
                 self.after_step(rate)
-            for name, mask in self.zeros.items():  # what was pruned stays pruned
+            for name, mask in self.zeros.items():  # pruned weights stay zero
                 self.leaves[name].mul_(mask)
             for name, first in self.scales.items():
                 leaf = self.leaves[name]
@@ -326,18 +326,18 @@ class _Run:
         return [leaf for group in self.optimizer.param_groups for leaf in group["params"]]
 
     def _drawn(self, seed: int) -> Iterator[Tensor]:
-        """The batches of an epoch, as numbers of rows."""
+        """The batches of an epoch, as row numbers."""
         size, whole = self.settings.batch, self.whole_lists
         return shuffled_rows(self.rows, self.signature, size, seed, whole_lists=whole)
 
     def _precision(self) -> AbstractContextManager[None]:
-        """What the network is computed in."""
+        """The context that sets the precision of the forward pass."""
         if self.settings.precision == "float32":
             return nullcontext()
         return torch.autocast(self.device.type, torch.bfloat16)
 
     def _penalized(self) -> list[Tensor]:
-        """Whole tables that are trained, packed ones as they are read."""
+        """The weights of whole trained tables; packed ones dequantized."""
         if not self.settings.table_l2:
             return []
         every = (torch.arange(table.rows, device=self.device) for table in self.packed)
@@ -349,14 +349,14 @@ class _Run:
         risen = min(1.0, (self.steps + 1) / settings.warmup) if settings.warmup else 1.0
         if settings.schedule == "plateau":
             return settings.learning_rate * risen * self.factor
-        if self.whole is None:  # only a cosine asks, and counting draws an epoch
+        if self.whole is None:  # only the cosine schedule needs it; counting draws an epoch
             self.whole = settings.epochs * sum(1 for _ in self._drawn(self.seed))
         fallen = (1 + math.cos(math.pi * min(1.0, self.steps / self.whole))) / 2
         return settings.learning_rate * risen * fallen
 
 
 def _require_float_layers(module: nn.Module, settings: Training) -> None:
-    """Refuse mixed precision where a packed layer would be fed bfloat16.
+    """Raise for mixed precision if a packed layer would receive bfloat16 inputs.
 
     Raises:
         CompressionError: names the layer.

@@ -1,4 +1,4 @@
-"""What the steps that train have in common, ``fine_tune`` and ``distill``: all but their loss."""
+"""What training steps such as ``fine_tune`` and ``distill`` share: everything but the loss."""
 
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
@@ -18,7 +18,7 @@ from compressors.errors.compression import NothingToCompress
 from compressors.errors.steps import RowsMissing
 
 PRUNING = frozenset({"magnitude", "sparse_2_4", "l1_training"})
-"""The steps whose zeros stay zero in every training behind them."""
+"""The steps whose zeros stay zero in every later training."""
 
 
 def choose_trainable(
@@ -30,15 +30,15 @@ def choose_trainable(
     dense: bool = True,
     reasons: tuple[Reason, ...] = (),
 ) -> dict[str, Choice]:
-    """What training may change, and why the rest stays.
+    """Choose the units that training may change, with reasons for all others.
 
     Args:
-        model: whose units.
-        bench: its training rows are counted.
+        model: its units are chosen from.
+        bench: the reasons include its number of training rows.
         kind: of the step.
         tables: whether tables are trained.
-        dense: whether all else is.
-        reasons: of what is trained; without them the training rows.
+        dense: whether all other units are trained.
+        reasons: for trained units; if empty, the number of training rows.
 
     Raises:
         NothingToCompress: the signature's task has no loss yet.
@@ -65,17 +65,17 @@ def choose_trainable(
 
 
 def require_loss(bench: Bench, kind: str) -> None:
-    """Refuse a task that has no loss yet.
+    """Raise if the task has no training loss yet.
 
     Raises:
-        NothingToCompress: it is ``retrieval``.
+        NothingToCompress: the task is ``retrieval``.
     """
     if bench.signature.task == "retrieval":
         raise NothingToCompress("training_unavailable", step=kind)
 
 
 def nothing_to_train(unit: Unit, kind: str) -> Reason:
-    """Why training cannot change a unit that it may change."""
+    """Why training cannot change a unit that the settings allow it to change."""
     inside = unit.module.table if isinstance(unit.module, Bag) else unit.module
     learned = inside.storage.learned if isinstance(inside, PackedTable) else ()
     if narrow := [name for name, tensor in inside.named_buffers() if name in learned]:
@@ -87,7 +87,7 @@ def nothing_to_train(unit: Unit, kind: str) -> Reason:
 
 
 def pruned_layers(model: Model) -> tuple[str, ...]:
-    """Layers that an earlier step of the recipe set zeros in."""
+    """Layers that an earlier step of the recipe pruned to zeros."""
     lines = model.plan.lines if model.plan is not None else ()
     return tuple(line.module for line in lines if PRUNING & set(line.steps))
 
@@ -106,10 +106,10 @@ def train_model(
     after_step: Callable[[float], None] | None = None,
     last: bool = False,
 ) -> Model:
-    """The model, trained on the rows of a bench and left as it was in its best epoch.
+    """Train the model on the rows of a bench and return it in the state of its best epoch.
 
-    The outcome of training is noted for every unit that it may have changed. ``rows`` are learned
-    from in place of the bench's training rows; the rest is that of
+    The result of training is noted for every unit that it may have changed. ``rows`` replaces the
+    bench's training rows; the other arguments are those of
     ``compressors.distill.training.trainer.train``.
 
     Raises:
@@ -146,13 +146,13 @@ def train_model(
 def outcome_of(
     epochs: Sequence[Epoch], metric: str, settings: Training, *, last: bool = False
 ) -> tuple[Reason, ...]:
-    """The outcome of training, for the plan.
+    """Summarize the result of training for the plan.
 
     Args:
-        epochs: every epoch, that before training first.
-        metric: that they are compared by.
-        settings: how long it could have been.
-        last: the result is the last epoch's, not the best one's.
+        epochs: all epochs, starting with the state before training.
+        metric: by which epochs are compared.
+        settings: with the largest number of epochs.
+        last: whether the result is the last epoch instead of the best one.
     """
     first, *_ = epochs
     best = epochs[-1] if last else max(epochs, key=lambda epoch: epoch.quality)  # the earliest
