@@ -286,7 +286,7 @@ class _Run:
         )
 
     def _backward(self, mine: Tensor) -> Tensor:
-        """Compute gradients of the loss on some rows; returns the loss without the table penalty."""
+        """Compute gradients on some rows; returns the loss without the table penalty."""
         if not len(mine):
             return torch.zeros((), device=self.device)
         batch = to_device(self.rows.take(mine), self.device)
