@@ -1,17 +1,17 @@
-"""A compressed module as a graph for one target.
+"""Lower a compressed module to an ONNX graph for one serving target.
 
-findings.py            what lowering reports of a graph
+findings.py            what lowering reports about a graph
 serving_wrapper.py     the served graph: id policy and output
-merged_codebooks.py    tables of codes with one merged codebook
-merged_tables.py       tables of one format, looked up as one
-dense_types.py         stored tensors of dense layers as operators take them
+merged_codebooks.py    several codebook tables as one
+merged_tables.py       one lookup for several tables of one format
+dense_types.py         stored tensors of dense layers in the types of a target's operators
 attention.py           scaled dot-product attention
-graph_builders.py      parts of graphs that targets share
+graph_builders.py      subgraphs that several targets use
 bfloat16_products.py   bfloat16 products in a form that runs on a CPU
-passes/                passes over a graph that every target uses
-targets/               one translation for each format and target
+passes/                graph passes that every target uses
+targets/               translations of each format, by target
 export.py              torch.onnx.export with a target's translations
-parity.py              does the graph compute what the module computes
+parity.py              compare the scores of graph and module
 first_difference.py    the first tensor that differs
 audit.py               what an optimized graph must and must not contain
 """

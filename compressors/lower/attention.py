@@ -1,8 +1,8 @@
-"""Attention as torch computes it, written for every target: also where all places are masked.
+"""Translation of scaled dot-product attention for every target, also for fully masked rows.
 
-The exporter's own translation of ``scaled_dot_product_attention`` takes four-dimensional tensors
-only, and for a row whose places are all masked (an empty history) it gives the mean of all values,
-or NaN, where torch gives zeros.
+The exporter's translation of ``scaled_dot_product_attention`` accepts only four-dimensional
+tensors. For a row whose positions are all masked (an empty history) it returns the mean of all
+values, or NaN, but torch returns zeros.
 """
 
 import math
@@ -25,11 +25,12 @@ def scaled_dot_product_attention(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Any:
-    """Softmax of scaled products, masked; zeros for a query all of whose keys are masked.
+    """Attention with softmax over the unmasked keys; zeros for a query with no unmasked key.
 
     ``query`` is ``(*, queries, dim)``, ``key`` ``(*, keys, dim)`` and ``value`` ``(*, keys, out)``.
-    A boolean ``attn_mask`` is True at keys that count, a float one is added. With ``enable_gqa``
-    several heads of queries, ``(rows, heads, queries, dim)``, share one of keys and values.
+    A boolean ``attn_mask`` is True at keys that are used; a float mask is added. With
+    ``enable_gqa``, several query heads ``(rows, heads, queries, dim)`` share one head of keys and
+    values.
     """
     if enable_gqa:
         heads = int(query.shape[1])
@@ -53,7 +54,7 @@ def scaled_dot_product_attention(
 
 
 def _repeated(x: Any, heads: int) -> Any:
-    """Each head of ``(rows, few heads, length, dim)`` several times, ``heads`` in all."""
+    """Repeat each head of ``(rows, few heads, length, dim)`` to get ``heads`` heads."""
     few, dim = int(x.shape[1]), int(x.shape[3])
     times = op.Constant(value_ints=[1, 1, heads // few, 1, 1])
     wide = op.Expand(op.Unsqueeze(x, op.Constant(value_ints=[2])), times)
@@ -61,12 +62,12 @@ def _repeated(x: Any, heads: int) -> Any:
 
 
 def _until_now(fit: Any) -> Any:
-    """A mask ``(queries, keys)`` that is True at keys up to the query's own place."""
+    """Causal mask ``(queries, keys)``: True at keys up to the query's position."""
     sizes = op.Slice(op.Shape(fit), [-2], [2**31 - 1], [0])
     ones = op.Expand(op.Constant(value_float=1.0), sizes)
     return op.Cast(op.Trilu(ones, upper=0), to=BOOL)
 
 
 def translations() -> dict[Any, Callable[..., Any]]:
-    """Torch's operator -> the subgraph that stands for it, the same on every target."""
+    """Torch operator -> the function that builds its subgraph, the same on every target."""
     return {torch.ops.aten.scaled_dot_product_attention.default: scaled_dot_product_attention}

@@ -1,8 +1,8 @@
-"""What a target's own graph must and must not contain.
+"""Check that the graph a runtime has optimized still contains what the plan ordered.
 
-A runtime may quietly rewrite an ordered graph into something slower: an int8 Gemm that was not
-fused computes in float32 behind a DequantizeLinear, a folded table is float32 again. So the
-graph is read back after the runtime has optimized it, and judged here.
+A runtime may silently rewrite a graph into something slower: an int8 Gemm that was not fused
+computes in float32 after a DequantizeLinear, and a folded table is float32 again. The audit
+therefore reads the graph that the runtime has optimized.
 """
 
 import math
@@ -24,18 +24,19 @@ def audit(
     tables: tuple[TableInitializers, ...],
     layers: tuple[LayerInitializer, ...] = (),
 ) -> GraphAudit:
-    """Judge an ONNX Runtime graph as optimized by the runtime itself.
+    """Audit a graph that ONNX Runtime has optimized.
 
     Args:
-        graph: the optimized graph; initializers may lie outside it, their shapes not.
-        plan: what was decided; None for an untouched model.
-        tables: the stored tensors of every table, by their names in the graph.
-        layers: the stored weights of every packed dense layer.
+        graph: the optimized graph; data of initializers may be in an external file, their shapes
+            may not.
+        plan: the compression plan; None for an uncompressed model.
+        tables: names in the graph of the stored tensors of every table.
+        layers: names in the graph of the stored weights of every packed dense layer.
 
     Raises:
-        AuditFailed: a Gemm stayed in float behind a DequantizeLinear, fewer int8 products than
-            ordered, a table widened before its Gather, or a table or layer that is not there as
-            packed.
+        AuditFailed: a Gemm computes in float after a DequantizeLinear, there are fewer int8
+            products than ordered, a table is widened before its Gather, or a packed table or layer
+            is missing.
     """
     maker = {output: node for node in graph.node for output in node.output}
     held = {item.name: item for item in graph.initializer}
@@ -47,7 +48,7 @@ def audit(
         faults.append(f"{ordered} int8 layers were ordered and {fused} run in int8")
     for table in tables:
         for name in table.names:
-            entries = table.entries(name)  # None: of the whole table, and small enough to fold
+            entries = table.entries(name)  # None: for the whole table, small enough to fold
             if name not in held and entries is not None:
                 faults.append(f"table {table.module!r}: {name!r} was replaced by the runtime")
             elif entries is not None and entries != held[name].dims[0]:
@@ -73,7 +74,7 @@ def _not_multiplied(
     held: dict[str, onnx.TensorProto],
     layers: tuple[LayerInitializer, ...],
 ) -> list[str]:
-    """Layers whose codes a product should read as they are stored, and does not."""
+    """Faults of layers whose stored codes should be read by a product but are not."""
     faults = []
     for layer in layers:
         if not layer.packed:
@@ -102,7 +103,7 @@ def _unfused(graph: onnx.GraphProto, maker: dict[str, onnx.NodeProto]) -> list[s
 def _slow(
     graph: onnx.GraphProto, maker: dict[str, onnx.NodeProto], held: dict[str, onnx.TensorProto]
 ) -> list[str]:
-    """Int8 products on signed inputs: the runtime packs weights ahead for unsigned ones only."""
+    """Int8 products with signed inputs: the runtime prepacks weights only for unsigned inputs."""
     faults = []
     for node in graph.node:
         source = maker.get(node.input[0]) if node.op_type == "QGemm" else None
@@ -117,7 +118,7 @@ def _slow(
 def _widened(
     graph: onnx.GraphProto, maker: dict[str, onnx.NodeProto], held: dict[str, onnx.TensorProto]
 ) -> list[str]:
-    """Gathers from a stored tensor that is computed on the way, as a whole, at every call."""
+    """Gathers from a stored tensor that is dequantized completely at every call."""
     faults = []
     for node in graph.node:
         if not node.op_type.startswith("Gather") or not node.input:

@@ -1,8 +1,8 @@
-"""A graph with bfloat16 products in a form that ONNX Runtime can check on a CPU.
+"""Rewrite a graph with bfloat16 products so that ONNX Runtime can check it on a CPU.
 
-It has no bfloat16 Gemm there and refuses the graph, where a float16 one is silently computed in
-float32. This says the same of bfloat16: operands rounded as ordered are multiplied in float32, and
-the product is rounded again.
+ONNX Runtime has no bfloat16 Gemm on CPUs and refuses such a graph; a float16 Gemm it silently
+computes in float32. The rewritten graph does the same for bfloat16: operands are rounded as
+ordered and multiplied in float32, and the product is rounded again.
 """
 
 from pathlib import Path
@@ -20,10 +20,9 @@ def has_bfloat16_products(plan: Plan | None) -> bool:
 
 
 def write_checkable(path: Path, out: Path) -> None:
-    """Write the graph of ``path`` to ``out``, every Gemm over bfloat16 weights in float32.
+    """Write the graph of ``path`` to ``out``, with every Gemm over bfloat16 weights in float32.
 
-    ``out`` is another name in the same folder, since weights outside of the file stay where they
-    are.
+    ``out`` must be another name in the same folder, because external weight files are not moved.
     """
     model = onnx.load(path, load_external_data=False)
     short = {
@@ -43,5 +42,5 @@ def write_checkable(path: Path, out: Path) -> None:
         nodes += [node, helper.make_node("Cast", [product], [end], to=TensorProto.BFLOAT16)]
     del model.graph.node[:]
     model.graph.node.extend(nodes)
-    del model.graph.value_info[:]  # types are found anew
+    del model.graph.value_info[:]  # types are inferred again
     onnx.save(model, out)

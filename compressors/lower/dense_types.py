@@ -1,7 +1,8 @@
 """Stored tensors of dense layers in the types and shapes that a target's operators take.
 
-ONNX Runtime's MatMulNBits reads unsigned codes by blocks, TensorRT's DequantizeLinear signed ones.
-The bits are the same: no weight is packed anew. 8-bit floats are bytes in a bundle, floats here.
+ONNX Runtime's MatMulNBits reads unsigned codes in blocks, TensorRT's DequantizeLinear signed codes.
+Weights are not packed again: only the type, the shape and the sign bit change. 8-bit floats are
+stored as bytes in a bundle and as floats in a graph.
 """
 
 import numpy as np
@@ -16,10 +17,10 @@ from compressors.quantize.dense.weight_only import Reading, WeightOnlyFormat, to
 def retyped(
     layer: PackedLinear, name: str, values: np.ndarray, target: TargetKind
 ) -> ir.TensorProtocol | None:
-    """A stored tensor as a target's operators take it; None if it is so already.
+    """Convert a stored tensor to the type and shape of a target; None if it needs no change.
 
     Args:
-        layer: whose it is.
+        layer: to which it belongs.
         name: its name in the layer's format.
         values: as the module stores it.
         target: the serving target.
@@ -36,7 +37,7 @@ def retyped(
             return None
         width = together(layer.in_features, block) * form.bits // 8
         return ir.Tensor(values.reshape(len(values), -1, width))
-    if name == "scale" and not block:  # one a channel: a vector
+    if name == "scale" and not block:  # one per channel: a vector
         return ir.Tensor(values.reshape(-1))
     if name != "codes":
         return None
@@ -49,7 +50,7 @@ def retyped(
 
 
 def signed_length(inputs: int, block: int, bits: int) -> int:
-    """How many codes a row has for TensorRT: whole blocks, or without blocks whole bytes."""
+    """Number of codes per row for TensorRT: rounded up to whole blocks, or else whole bytes."""
     whole = block or 8 // bits
     return -(-inputs // whole) * whole
 
@@ -57,8 +58,8 @@ def signed_length(inputs: int, block: int, bits: int) -> int:
 def stays_packed(layer: PackedLinear) -> bool:
     """Whether ONNX Runtime multiplies by a layer's codes as they are stored.
 
-    Not 8 bits on float inputs: for one row its product of those is four to twelve times slower
-    than a Gemm.
+    It does not for 8-bit codes and float inputs: for one row, that product is four to twelve times
+    slower than a Gemm.
     """
     form = layer.storage
     if not isinstance(form, WeightOnlyFormat):
@@ -67,5 +68,5 @@ def stays_packed(layer: PackedLinear) -> bool:
 
 
 def multiplies_codes(bits: int, activations: str) -> bool:
-    """The same, of an op's arguments."""
+    """As ``stays_packed``, from an op's arguments."""
     return bits == 4 or activations == "int8"

@@ -1,4 +1,4 @@
-"""One compressed module, written down for one target with ``torch.onnx.export``."""
+"""Export one graph of a compressed module for one target with ``torch.onnx.export``."""
 
 import copy
 import logging
@@ -38,7 +38,7 @@ from compressors.lower.targets.tensorrt import operators as tensorrt
 from compressors.lower.targets.tensorrt import types as tensorrt_types
 
 OPSET = 21  # the first with blocked DequantizeLinear and int4
-MERGED = 1024  # the optimizer compares initializers of at most so many numbers
+MERGED = 1024  # the optimizer merges equal initializers up to this many elements
 EXTERNAL_BYTES = 2**30  # one protobuf file holds at most 2 GiB
 TRACE_ROWS = 3
 NARROW = {
@@ -51,10 +51,9 @@ NARROW = {
 
 @dataclass(frozen=True)
 class Lowered:
-    """What was exported: the module to compare with, and where its tables lie in the graph.
+    """The result of an export: the module to compare with, and the initializers of its tables.
 
-    Tables that no request looks anything up in are left out. ``layers`` are the packed dense
-    layers.
+    Tables in which no request looks up a row are left out. ``layers`` are the packed dense layers.
     """
 
     served: ServingWrapper
@@ -65,14 +64,14 @@ class Lowered:
 def lower(
     model: nn.Module, form: ServedGraph, target: TargetKind, path: Path, most_rows: int = 65_536
 ) -> Lowered:
-    """Write one graph of ``model`` for one target to ``path`` (``.onnx``; large weights beside it).
+    """Write one graph of ``model`` for one target to ``path`` (large weights to a file next to it).
 
     Args:
         model: a plain or compressed module.
         form: which of its graphs.
-        target: which serving target's form each storage format gets.
-        path: the file to write.
-        most_rows: the largest batch the graph must take.
+        target: the serving target, whose translation of each storage format is used.
+        path: the ``.onnx`` file to write.
+        most_rows: the largest batch size that the graph must accept.
 
     Raises:
         NotLowerable: torch.export cannot trace the module, or an op has no ONNX form.
@@ -105,16 +104,16 @@ def lower(
 def exported(
     model: nn.Module, form: ServedGraph, target: TargetKind, most_rows: int = 65_536
 ) -> tuple[ServingWrapper, torch.onnx.ONNXProgram]:
-    """One graph of ``model`` as torch exports it for a target, before it is simplified.
+    """Export one graph of ``model`` for a target with torch, before it is simplified.
 
-    Takes the same arguments as ``lower`` and gives the same program every time.
+    Takes the same arguments as ``lower`` and returns the same program every time.
 
     Raises:
         NotLowerable: torch.export cannot trace the module, or an op has no ONNX form.
     """
     signature = form.signature
     rows = rows_of_tables(model, signature)
-    # Merged lookups are ONNX Runtime's: a builder of engines fuses operators by itself.
+    # Lookups are merged only for ONNX Runtime: TensorRT's builder fuses operators by itself.
     wrapper = wrap_for_serving(model, form, rows, together=target == "onnxruntime")
     own = (onnxruntime if target == "onnxruntime" else tensorrt).translations()
     translations = {
@@ -143,7 +142,7 @@ def exported(
 
 
 def _first_fault(fault: BaseException) -> BaseException:
-    """What torch's exporter wrapped, under its own advice to people who work on torch."""
+    """The original error, which torch's exporter wraps in advice to torch developers."""
     while fault.__cause__ is not None:
         fault = fault.__cause__
     return fault
@@ -174,18 +173,18 @@ def _export(
                 optimize=False,
                 verbose=False,
             )
-            assert program is not None  # noqa: S101 - what dynamo=True returns, for the checker
+            assert program is not None  # noqa: S101 - never None with dynamo=True; for mypy
             return program
     finally:
         quiet.setLevel(level)
 
 
 def _may_fold(node: ir.Node) -> bool | None:
-    """Keep a stored weight as it is stored: folding its Cast would write it down as float32."""
+    """Whether constant folding may replace a node: not if it would store a weight as float32."""
     source = node.inputs[0] if node.inputs else None
     if node.op_type == "Cast" and source is not None and source.dtype in NARROW:
         return False
-    if node.op_type == "Expand":  # one scale written down for every block
+    if node.op_type == "Expand":  # it would store one scale for every block
         return False
     if any(value is not None and _is_shared_weight(value) for value in node.inputs):
         return False  # the result would be a second copy of a tied weight
@@ -193,14 +192,14 @@ def _may_fold(node: ir.Node) -> bool | None:
 
 
 def _is_shared_weight(value: ir.Value) -> bool:
-    """Whether more than one operator reads a stored tensor that is not small."""
+    """Whether an initializer is large and more than one operator reads it."""
     stored = value.const_value if value.is_initializer() else None
     return stored is not None and stored.size > MERGED and len(value.uses()) > 1
 
 
 @dataclass(frozen=True)
 class _Packed:
-    """One packed weight and where it lies in the exported graph."""
+    """One packed weight, and the name of its initializer in the exported graph."""
 
     module: str
     format: str
@@ -209,9 +208,9 @@ class _Packed:
 
 
 def _packed(wrapper: ServingWrapper, graph: ir.Graph) -> tuple[_Packed, ...]:
-    """The stored tensors of packed modules in a graph: of layers the weights, of tables all.
+    """The stored tensors of packed modules in a graph: weights of layers, all tensors of tables.
 
-    Tables, or tensors of them, that no request decides a read of are left out.
+    Tensors of tables are left out if requests do not decide which of their rows are read.
     """
     names = _names(wrapper)
     found = []
@@ -219,7 +218,7 @@ def _packed(wrapper: ServingWrapper, graph: ir.Graph) -> tuple[_Packed, ...]:
         if not isinstance(module, PackedTable | PackedLinear):
             continue
         stored = list(module.buffers())
-        if isinstance(module, PackedLinear):  # a bias may be written down in another type
+        if isinstance(module, PackedLinear):  # a bias may be exported in another type
             stored = stored[:1]
         for tensor in stored:
             name = next((n for n in names[id(tensor)] if n in graph.initializers), None)
@@ -233,11 +232,11 @@ def _packed(wrapper: ServingWrapper, graph: ir.Graph) -> tuple[_Packed, ...]:
 
 
 def _layers(wrapper: ServingWrapper, packed: tuple[_Packed, ...]) -> tuple[LayerInitializer, ...]:
-    """Where the weights of packed dense layers lie, and which stay as they are at serving."""
+    """The initializers of packed dense layers, and which of them stay packed at serving."""
     modules = {name.removeprefix("model."): module for name, module in wrapper.named_modules()}
     found = []
     for weight in packed:
-        layer = modules.get(weight.module)  # tables looked up together have no one name
+        layer = modules.get(weight.module)  # merged tables have no single name
         if isinstance(layer, PackedLinear):
             kept = dense_types.stays_packed(layer)
             found.append(
@@ -249,7 +248,7 @@ def _layers(wrapper: ServingWrapper, packed: tuple[_Packed, ...]) -> tuple[Layer
 
 
 def _require_packed(packed: tuple[_Packed, ...], graph: ir.Graph, target: TargetKind) -> None:
-    """Refuse a graph whose packed weights are not those of the module.
+    """Raise if the packed weights of a graph are not those of the module.
 
     Raises:
         AuditFailed: a stored tensor is missing, or takes more bytes.
@@ -279,7 +278,7 @@ def _require_packed(packed: tuple[_Packed, ...], graph: ir.Graph, target: Target
 
 
 def _small(graph: ir.Graph) -> dict[str, tuple[object, ...]]:
-    """What the initializers hold that the optimizer makes one of where they are alike."""
+    """Dtype, shape and bytes of the small initializers, which the optimizer merges if equal."""
     return {
         name: (value.const_value.dtype, tuple(value.const_value.shape), value.const_value.tobytes())
         for name, value in graph.initializers.items()
@@ -288,7 +287,7 @@ def _small(graph: ir.Graph) -> dict[str, tuple[object, ...]]:
 
 
 def _merged(before: dict[str, tuple[object, ...]], graph: ir.Graph) -> dict[str, str]:
-    """The name under which an initializer went on that was equal to another."""
+    """The new name of each initializer that was merged into an equal one, by old name."""
     after = {held: name for name, held in _small(graph).items()}
     gone = before.keys() - graph.initializers.keys()
     return {name: after[before[name]] for name in gone if before[name] in after}
@@ -301,7 +300,7 @@ def _renamed(table: TableInitializers, merged: dict[str, str]) -> TableInitializ
 
 
 def _names(wrapper: ServingWrapper) -> dict[int, list[str]]:
-    """All names of each tensor: a tied one stands in the graph under any one of them."""
+    """All names of each tensor by ``id``; a graph stores a tied tensor under any one of them."""
     names: dict[int, list[str]] = {}
     for name, tensor in wrapper.state_dict(keep_vars=True).items():
         names.setdefault(id(tensor), []).append(name)
@@ -309,7 +308,7 @@ def _names(wrapper: ServingWrapper) -> dict[int, list[str]]:
 
 
 def _tables(wrapper: ServingWrapper, graph: ir.Graph) -> tuple[TableInitializers, ...]:
-    """Where each table lies in a graph; tables that the network never reads are in none."""
+    """The initializers of each table in a graph, without tables that the network never reads."""
     names = _names(wrapper)
     found = []
     for name, module in wrapper.named_modules():
@@ -339,7 +338,7 @@ def _tables(wrapper: ServingWrapper, graph: ir.Graph) -> tuple[TableInitializers
 
 
 def _label(wrapper: ServingWrapper, name: str) -> str:
-    """What people call a unit: a table inside a bag goes by the bag's name."""
+    """The name of a unit as users know it: a table inside a bag has the bag's name."""
     owner, _, leaf = name.rpartition(".")
     outer = wrapper.get_submodule(owner)
     if leaf == "table" and isinstance(outer, MergedTable):
@@ -348,10 +347,10 @@ def _label(wrapper: ServingWrapper, name: str) -> str:
 
 
 def _looked_up(value: ir.Value) -> bool:
-    """Whether a stored tensor is read at rows that a request decides.
+    """Whether the request decides which rows of a stored tensor are read.
 
-    Positions and the like are read at the same rows in every call; a runtime computes such a
-    read once and drops the table, which is no fault.
+    Tables such as positions are read at the same rows in every call. A runtime computes such a
+    lookup once and drops the table, which is not an error.
     """
     return any(not _constant(gather.inputs[1]) for gather in _gathers(value))
 
@@ -372,7 +371,7 @@ def _constant(value: ir.Value | None) -> bool:
 
 
 def _retype(model: ir.Model, wrapper: ServingWrapper, target: TargetKind) -> None:
-    """Give packed tables and layers the element types and shapes a target's operators take."""
+    """Convert packed tables and layers to the types and shapes that a target's operators take."""
     names, done = _names(wrapper), set()
     for module in wrapper.modules():
         if not isinstance(module, PackedTable | PackedLinear):

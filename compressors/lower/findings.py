@@ -1,4 +1,4 @@
-"""What lowering says about a graph. Plain values: reading a report needs no ONNX library."""
+"""What lowering reports about a graph, as plain values: reading them needs no ONNX library."""
 
 from pydantic import Field
 
@@ -8,8 +8,8 @@ from compressors.contracts import Frozen
 class TableInitializers(Frozen):
     """The stored tensors of one table in a graph, by name.
 
-    The first dimension of each is the table's rows, but for those that ``every`` names: there so
-    many rows share one entry, or, with 0, the tensor belongs to the whole table.
+    The first dimension of each tensor is the number of the table's rows, except for those in
+    ``every``, which gives how many rows share one entry, or 0 if it belongs to the whole table.
     """
 
     module: str
@@ -27,8 +27,8 @@ class TableInitializers(Frozen):
 class LayerInitializer(Frozen):
     """The weights of one packed dense layer in a graph, by name.
 
-    ``packed`` says that the runtime computes with them as they are stored; else it widens them,
-    once when a session starts, or its own way as with int8.
+    If ``packed``, the runtime computes with the weights as they are stored. Otherwise it widens
+    them once when a session starts, or converts them itself, as it does for int8.
     """
 
     module: str
@@ -38,10 +38,10 @@ class LayerInitializer(Frozen):
 
 
 class GraphAudit(Frozen):
-    """What an optimized graph was found to hold.
+    """Counts and sizes measured in an optimized graph.
 
-    ``packed_layers`` are dense layers that are multiplied by their codes as they are stored,
-    ``widened_layers`` those that are float32 in memory from the start of a session on.
+    ``packed_layers`` counts dense layers whose product reads the codes as they are stored,
+    ``widened_layers`` those that are float32 in memory after the start of a session.
     """
 
     nodes: dict[str, int]

@@ -1,9 +1,9 @@
-"""Which tensor of a graph is the first that is not the module's; read it when parity fails.
+"""Find the first tensor of a graph that differs from the module's; used when parity fails.
 
-The program that torch.export traced is run node by node on the failing row, and the graph with
-every intermediate value as an output. A value of a graph has the name of the traced node that it
-was translated from, also where that node is the custom op of a packed table or layer, so the two
-are compared by name in the graph's order.
+The program that torch.export traced runs node by node on the failing row, and the graph runs with
+every intermediate value as an output. A graph value has the name of the traced node that it was
+translated from, also if that node is the custom op of a packed table or layer. Values are compared
+by name, in the graph's order.
 """
 
 import re
@@ -20,9 +20,9 @@ from torch.export.graph_signature import InputKind
 from compressors.errors.parity_failure import TensorDifference
 
 ROUNDING = 1e-4
-"""The least share of a tensor's size that is a difference: float32 sums in another order."""
+"""Smallest difference that counts, relative to a tensor's size: float32 sums vary in order."""
 CANCELLED = 1e-6
-"""What a sum may lose of the size of its operands."""
+"""Rounding error that a sum may have, relative to the size of its operands."""
 SUMS = {
     "add", "sub", "rsub", "sum", "mean", "mm", "bmm", "addmm", "matmul", "linear", "cumsum", "var",
     "var_mean", "std", "native_layer_norm", "layer_norm",
@@ -38,7 +38,7 @@ class GraphValue(NamedTuple):
 
 
 Run = Callable[[Mapping[str, Tensor]], Sequence[GraphValue]]
-"""Runs a graph and returns every value of it in topological order."""
+"""Runs a graph and returns all of its values in topological order."""
 
 
 class Traced(NamedTuple):
@@ -52,8 +52,8 @@ def run_traced(program: torch.export.ExportedProgram, inputs: Sequence[Tensor]) 
     """Run a traced program node by node.
 
     Args:
-        program: what a graph was translated from.
-        inputs: of the graph, in its order.
+        program: the program from which the graph was translated.
+        inputs: the graph's inputs, in its order.
     """
     given = iter(inputs)
     arguments: list[Any] = []
@@ -84,13 +84,13 @@ def first_difference(
     """The first value of a graph that differs from the traced program's by more than allowed.
 
     Args:
-        traced: what the program computed.
+        traced: the values that the program computed.
         found: the graph's values in topological order.
         output: the name of the graph's output.
         allowed: how far a tensor may differ, as a share of its largest number.
 
     Returns:
-        Where no value differs by more, the one that differs most; None if all are equal.
+        The first such value. If there is none, the value that differs most; None if all are equal.
     """
     nodes = {node.name: node for node in traced.values}
     (result,) = [node for node in next(iter(nodes.values())).graph.nodes if node.op == "output"]
@@ -128,7 +128,7 @@ def first_difference(
 def _share(
     node: fx.Node, expected: Tensor, found: NDArray[Any], values: Mapping[fx.Node, Tensor]
 ) -> tuple[float, tuple[int, ...]]:
-    """The largest difference as a share of the tensor's largest number, and where it is."""
+    """The largest difference, relative to the tensor's largest value, and its position."""
     first, second = expected.double().numpy(), found.astype(np.float64)
     with np.errstate(invalid="ignore", over="ignore"):
         gap = np.abs(first - second)
@@ -157,7 +157,7 @@ def _module(node: fx.Node) -> str:
 
 
 def _source(node: fx.Node) -> str:
-    """File, line and code of the network's forward: not torch's, and not of a packed module."""
+    """File, line and code in the network's forward, without frames of torch and packed modules."""
     frames = re.findall(r'File "([^"]+)", line (\d+), in \S+\n\s*(.*)', node.stack_trace or "")
     libraries = (str(Path(torch.__file__).parent), str(Path(__file__).parents[1]))
     for path, line, code in reversed(frames):

@@ -1,4 +1,4 @@
-"""Pieces of graphs that more than one target's forms are made of."""
+"""Builders of ONNX subgraphs that the translations of several targets use."""
 
 from collections.abc import Callable
 from typing import Any
@@ -24,7 +24,7 @@ def constant(dtype: int, values: list[int] | float) -> Any:
 
 
 def as_matrix(x: Any, inputs: int, outputs: int) -> tuple[Any, Callable[[Any], Any]]:
-    """``x`` as ``(rows, inputs)`` for a Gemm, and what brings its output back into shape."""
+    """``x`` as ``(rows, inputs)`` for a Gemm, and a function that restores the output's shape."""
     if len(x.shape) == 2:
         return x, lambda y: y
     leading = op.Slice(op.Shape(x), [0], [len(x.shape) - 1], [0])
@@ -34,22 +34,22 @@ def as_matrix(x: Any, inputs: int, outputs: int) -> tuple[Any, Callable[[Any], A
 
 
 def exact_sigmoid(x: Any) -> Any:
-    """A sigmoid with all digits also next to zero.
+    """A sigmoid with full relative precision near zero.
 
-    ONNX Runtime's own is right to about 6e-8 of 1, and 0 from -18 down: too little where its
-    logarithm is taken again.
+    ONNX Runtime's Sigmoid has an absolute error of about 6e-8 and is 0 for inputs of -18 and below.
+    This is not precise enough if the logarithm of the result is computed.
     """
     return op.Reciprocal(op.Add(op.Constant(value_float=1.0), op.Exp(op.Neg(x))))
 
 
 def scaled(steps: Any, scale: Any, offset: Any, ids: Any, rows_per_scale: int) -> Any:
-    """Float32 levels of the rows asked for, times their scales and, if there are, plus offsets."""
+    """Float32 levels of the requested rows, times their scales, plus their offsets if any."""
     rows = op.Mul(steps, _of_rows(scale, ids, rows_per_scale))
     return rows if offset is None else op.Add(rows, _of_rows(offset, ids, rows_per_scale))
 
 
 def _of_rows(stored: Any, ids: Any, rows_per_scale: int) -> Any:
-    if not rows_per_scale:  # one for the table
+    if not rows_per_scale:  # one scale for the table
         return op.Cast(stored, to=FLOAT)
     entries = ids
     if rows_per_scale > 1:
@@ -63,7 +63,7 @@ def short_float_table(weight: Any, ids: Any) -> Any:
 
 
 def without_padding(codes: Any, count: int, width: int) -> Any:
-    """The codes of a row without those that fill up its last byte."""
+    """The codes of a row without the padding of its last byte."""
     return codes if count * width % 8 == 0 else op.Slice(codes, [0], [count], [-1])
 
 
@@ -81,22 +81,22 @@ def entries(codes: Any, codebook: Any, books: int) -> Any:
 
 
 def side_by_side(found: Any, ids: Any, dim: int, parts: int) -> Any:
-    """Entries ``(*ids, parts, widest)`` as rows ``(*ids, dim)``."""
-    shape = [0] * len(ids.shape) + [parts * -(-dim // parts)]  # 0: as it is
+    """Concatenate entries ``(*ids, parts, widest)`` to rows ``(*ids, dim)``."""
+    shape = [0] * len(ids.shape) + [parts * -(-dim // parts)]  # 0: unchanged
     rows = op.Reshape(found, op.Constant(value_ints=shape))
     places = columns(dim, parts)
     return rows if places is None else op.Gather(rows, op.Constant(value_ints=places), axis=-1)
 
 
 def joined_bytes(digits: Any, count: int) -> Any:
-    """Places from int64 ``(*, count)`` in [-128, 127]."""
+    """Places, int64 ``(*,)``, from their bytes, int64 ``(*, count)`` in [-128, 127]."""
     weight = op.Constant(value_ints=[256**plane for plane in range(count)])
     weighed = op.Mul(op.Add(digits, op.Constant(value_int=128)), weight)
     return op.ReduceSum(weighed, op.Constant(value_ints=[-1]), keepdims=0)
 
 
 def placed(rank: Any, before: Any, ids: Any) -> Any:
-    """The place of a row from its int64 rank within its block."""
+    """Place of a row among the kept or the other rows, from its int64 rank within its block."""
     block = op.Div(op.Cast(ids, to=INT64), op.Constant(value_int=BLOCK))
     base = op.Cast(op.Gather(before, block, axis=0), to=INT64)
     other = op.Less(rank, op.Constant(value_int=0))
@@ -105,14 +105,14 @@ def placed(rank: Any, before: Any, ids: Any) -> Any:
 
 
 def divided_by(ids: Any, divisor: int) -> Any:
-    """One integer division: ids are not negative, so rounding down is what Div does."""
+    """Integer division of ids; they are not negative, so Div rounds down."""
     return op.Div(ids, constant(onnx.TensorProto.INT64, divisor))
 
 
 def log_sigmoid(x: Any) -> Any:
-    """Log of a sigmoid that stays finite: torch's exporter writes Log(Sigmoid(x)), -inf below -88.
+    """Logarithm of a sigmoid, finite for all inputs; the same on every target.
 
-    The same on every target.
+    torch's exporter writes Log(Sigmoid(x)), which is -inf below -88.
     """
     return op.Neg(op.Softplus(op.Neg(x)))
 
@@ -120,17 +120,17 @@ def log_sigmoid(x: Any) -> Any:
 def squeeze_fixed(x: Any) -> Any:
     """``x`` without its dimensions of size 1, except the number of rows.
 
-    torch's exporter writes a Squeeze of every dimension of size 1. A request of one row has one
-    more of them, so its score would have no dimension at all.
+    torch's exporter writes a Squeeze of every dimension of size 1. With one row, the batch
+    dimension has size 1 too, so the score would lose all of its dimensions.
     """
     axes = [axis for axis, size in enumerate(x.shape) if size == 1]
     return op.Squeeze(x, op.Constant(value_ints=axes)) if axes else op.Identity(x)
 
 
 def code_tables(unpacked: Callable[[Any, Any, int, int], Any]) -> dict[Any, Callable[..., Any]]:
-    """The ops of tables with codebooks -> their subgraphs, from how a target unpacks codes.
+    """The ops of codebook tables -> their subgraphs, with a target's function that unpacks codes.
 
-    ``unpacked`` takes packed codes, ids, how many codes a row has and how wide they are.
+    ``unpacked`` takes packed codes, ids, the number of codes per row and the bits per code.
     """
 
     def kmeans_table(codes: Any, codebook: Any, scale: Any, ids: Any, dim: int, width: int) -> Any:
@@ -138,7 +138,7 @@ def code_tables(unpacked: Callable[[Any, Any, int, int], Any]) -> dict[Any, Call
         return kmeans_levels(unpacked(codes, ids, dim, width), codebook, scale, ids)
 
     def product_codes(codes: Any, codebook: Any, ids: Any, dim: int, parts: int, width: int) -> Any:
-        """Gather codes, then their entries, and put the parts side by side."""
+        """Gather codes, then their entries, and concatenate the parts."""
         found = entries(unpacked(codes, ids, parts, width), codebook, parts)
         return side_by_side(found, ids, dim, parts)
 

@@ -1,7 +1,7 @@
-"""Tables of codes that are looked up together: codebooks lie one below the other, as codes do.
+"""Merge tables with codebooks into one: their codes and their codebooks are concatenated.
 
-Of an id of input ``i`` the codes are those of its row, and their meaning that of the ``i``-th
-table's codebooks. There is no such format to store; a graph for ONNX Runtime holds it.
+An id of input ``i`` selects the codes of its row, which index the ``i``-th table's codebooks. This
+format exists only in graphs for ONNX Runtime; it is never stored in a bundle.
 """
 
 from collections.abc import Mapping, Sequence
@@ -20,7 +20,7 @@ FORMATS = (kmeans.FORMAT, product_codes.FORMAT, residual_codes.FORMAT)
 
 
 def codes_of(table: PackedTable) -> tuple[int, int] | None:
-    """How many codes a row has, and the bits of each; None if a table has no codebook."""
+    """Number of codes per row and bits per code; None if the table has no codebook."""
     for form in FORMATS:
         if table.storage == form:  # a copied network has copies of them
             wide = form.width(table.rows, table.dim, table.settings)
@@ -35,11 +35,11 @@ class MergedCodebookFormat:
     """The format of several tables of one format with codebooks of one shape.
 
     Args:
-        inside: the format of each.
-        inputs: how many tables.
-        count: codes of a row.
-        wide: bits of a code as stored.
-        laid: the tensors of all of them.
+        inside: the format of each table.
+        inputs: number of tables.
+        count: codes per row.
+        wide: bits per stored code.
+        laid: layout of the concatenated tensors, by name.
     """
 
     inside: TableFormat
@@ -51,7 +51,7 @@ class MergedCodebookFormat:
 
     @property
     def name(self) -> str:
-        """The tag of the tables' own format."""
+        """The tag of the format of the merged tables."""
         return self.inside.name
 
     def layout(self, rows: int, dim: int, settings: Mapping[str, Any]) -> dict[str, TensorSpec]:  # noqa: ARG002
@@ -64,7 +64,7 @@ class MergedCodebookFormat:
         dim: int,
         settings: Mapping[str, Any],  # noqa: ARG002
     ) -> Tensor:
-        """Rows of ids ``(rows, inputs)``: float32 ``(rows, inputs, dim)``."""
+        """Look up ids ``(rows, inputs)``: float32 ``(rows, inputs, dim)``."""
         codebook = stored["codebook"]
         scalar = self.inside == kmeans.FORMAT
         books = self.inputs if scalar else self.inputs * self.count
@@ -85,11 +85,14 @@ class MergedCodebookFormat:
 
 
 def merge_tables(tables: Sequence[PackedTable], stored: dict[str, Tensor]) -> PackedTable:
-    """Tables that ``codes_of`` and their codebooks' shape tell are alike, as one.
+    """Merge tables with equal ``codes_of`` and codebooks of equal shape into one.
 
     Args:
         tables: in the order of their inputs.
-        stored: what they hold, one below the other.
+        stored: their tensors, concatenated along the first dimension, by name.
+
+    Raises:
+        ValueError: the tables have no codebooks.
     """
     first, described = tables[0], codes_of(tables[0])
     if described is None:
@@ -108,7 +111,7 @@ def merge_tables(tables: Sequence[PackedTable], stored: dict[str, Tensor]) -> Pa
 
 @torch.library.custom_op("recpress::merged_codes", mutates_args=())
 def merged_codes(codes: Tensor, ids: Tensor, count: int, width: int) -> Tensor:
-    """Codes of the rows asked for: int32 ``(*ids, count)`` from bytes ``(rows, bytes)``."""
+    """Codes of the requested rows: int32 ``(*ids, count)`` from bytes ``(rows, bytes)``."""
     return unpack(codes[ids], count, width).to(torch.int32)
 
 

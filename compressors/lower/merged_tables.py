@@ -1,13 +1,14 @@
-"""Tables that every request reads once, looked up together.
+"""Merge the lookups of several tables into one.
 
-At a batch of one a graph's time is the number of its operators. A lookup in a packed table takes
-about ten, for each table; tables that are stored alike can lie in one, one below the other, and
-take ten for all. What a group of inputs shares is their table's format, settings and width, and
-their policy for ids out of range.
+At batch size 1, the time of a graph depends on its number of operators. A lookup in a packed table
+takes about ten. Tables that are stored alike can be concatenated into one, which needs about ten
+operators for all of them. The inputs of a group share their table's format, settings and width, and
+the policy for ids out of range.
 
-The network itself is left as it is: it is called with the rows in place of the ids, and its tables
-hand them on. That is only the same if the network reads such an input in its table alone. So it is
-tried with inputs that nothing but the table can read, and the answers are compared, bit for bit.
+The network is not changed: it receives looked-up rows instead of ids, and its tables return them
+unchanged. This is correct only if the network uses such an input for nothing but its table's
+lookup. A trial run checks that: it passes inputs that only the table can read, and compares the
+predictions bit for bit.
 """
 
 from collections.abc import Sequence
@@ -24,21 +25,22 @@ from compressors.core.units import private_copy, swap
 from compressors.lower.merged_codebooks import codes_of, merge_tables
 
 MOST_BYTES = 2**28
-"""Of a group: its tables are copied into one, and where they are large a lookup's time is memory's.
+"""Largest size of a group in bytes: its tables are copied, and lookups in larger ones are bound by
+memory, not by the number of operators.
 """
 TRIED_ROWS = 64
 
 
 @dataclass(frozen=True)
 class TableGroup:
-    """Inputs of one column whose tables are stored alike, in the order of the signature."""
+    """Inputs with one id per row whose tables are stored alike, in the order of the signature."""
 
     inputs: tuple[IdInput, ...]
     tables: tuple[PackedTable, ...]
 
 
 class MergedTable(nn.Module):
-    """One table that holds those of a group one below the other."""
+    """The tables of a group, concatenated into one along the rows."""
 
     first: Tensor
     last: Tensor
@@ -62,10 +64,14 @@ class MergedTable(nn.Module):
         self.dim = group.tables[0].dim
 
     def forward(self, given: Sequence[Tensor]) -> tuple[list[Tensor], Tensor | None]:
-        """Rows of every input, float32 ``(rows, dim)`` each, and which rows of a request to refuse.
+        """Look up the rows of every input, and mark the rows of a request to refuse.
 
         Args:
             given: ids by input, ``(rows,)`` each.
+
+        Returns:
+            Float32 ``(rows, dim)`` for each input, and bool ``(rows,)``: the rows to refuse. None
+            if the policy refuses no row.
         """
         ids: Tensor = torch.ops.recpress.join_ids(list(given))  # (rows, inputs)
         inside = torch.minimum(torch.maximum(ids, torch.zeros_like(self.last)), self.last)
@@ -74,7 +80,7 @@ class MergedTable(nn.Module):
             outside = inside != ids
             if self.policy == "default_row":
                 inside = torch.where(outside, self.instead, ids)
-            else:  # as numbers: not every target reduces booleans
+            else:  # as floats: not every target can reduce booleans
                 refused = outside.to(torch.float32).sum(dim=1) > 0
         found: Tensor = self.table(inside + self.first)  # (rows, inputs, dim)
         flat: Tensor = torch.ops.recpress.join_rows(found)  # (rows, inputs * dim)
@@ -83,7 +89,7 @@ class MergedTable(nn.Module):
 
 @torch.library.custom_op("recpress::join_ids", mutates_args=())
 def join_ids(ids: list[Tensor]) -> Tensor:
-    """Ids of several inputs, ``(rows,)`` each, as ``(rows, inputs)``."""
+    """Stack the ids of several inputs, ``(rows,)`` each, into ``(rows, inputs)``."""
     return torch.stack(ids, dim=1)
 
 
@@ -94,7 +100,7 @@ def _(ids: list[Tensor]) -> Tensor:
 
 @torch.library.custom_op("recpress::join_rows", mutates_args=())
 def join_rows(rows: Tensor) -> Tensor:
-    """Rows ``(rows, inputs, dim)`` side by side, ``(rows, inputs * dim)``."""
+    """Flatten looked-up rows ``(rows, inputs, dim)`` to ``(rows, inputs * dim)``."""
     return rows.flatten(1).clone()
 
 
@@ -106,13 +112,13 @@ def _(rows: Tensor) -> Tensor:
 def table_groups(
     model: nn.Module, part: nn.Module, signature: Signature, rows_of_table: dict[str, int]
 ) -> list[TableGroup]:
-    """Inputs whose tables can be looked up together.
+    """Find the inputs whose tables can be looked up together.
 
     Args:
         model: in evaluation mode, bags rewritten.
-        part: what of it a graph runs.
+        part: the submodule that the graph runs.
         signature: with the inputs of this graph only.
-        rows_of_table: by table.
+        rows_of_table: number of rows by table name.
     """
     held = {name: module for name, module in model.named_modules() if module is part}
     path = next(iter(held))
@@ -141,7 +147,7 @@ def table_groups(
 def with_merged_tables(
     model: nn.Module, found: Sequence[TableGroup], stand_in: type[nn.Module] = nn.Identity
 ) -> nn.Module:
-    """The network whose tables of some groups are handed their rows, and give those out."""
+    """A copy of the network in which the tables of the groups return their input unchanged."""
     copied = private_copy(model)
     for group in found:
         for item in group.inputs:
@@ -150,7 +156,7 @@ def with_merged_tables(
 
 
 def _by_rows(table: PackedTable) -> bool:
-    """Whether tables can lie below one another: each entry is for one row, or of a codebook."""
+    """Whether such tables can be concatenated: each entry is for one row, or of a codebook."""
     laid = table.storage.layout(table.rows, table.dim, table.settings)
     return codes_of(table) is not None or all(spec.every == 1 for spec in laid.values())
 
@@ -178,7 +184,7 @@ def _same(
     rows_of_table: dict[str, int],
     group: TableGroup,
 ) -> bool:
-    """Whether the network answers the same when its tables alone can read a group's inputs."""
+    """Whether predictions stay the same if only the tables can read a group's inputs."""
     inputs = example(signature, rows_of_table, TRIED_ROWS)
     expected = model.get_submodule(path)(**inputs)
     rows, _ = MergedTable(group, rows_of_table)([inputs[item.name] for item in group.inputs])
@@ -186,9 +192,7 @@ def _same(
     opened = with_merged_tables(model, [group], _Opening)
     try:
         found = opened.get_submodule(path)(**{**inputs, **sealed})
-    except (
-        Exception
-    ) as fault:  # whatever a network does with its ids besides a lookup, it cannot do here
+    except Exception as fault:  # any use of the ids other than a lookup fails here
         if is_out_of_memory(fault):
             raise
         return False
@@ -197,13 +201,13 @@ def _same(
 
 @dataclass(frozen=True)
 class _Sealed:
-    """Rows that only ``_Opening`` gets at: no operator takes this for a tensor."""
+    """Rows that only ``_Opening`` can read: no operator accepts this as a tensor."""
 
     rows: Tensor
 
 
 class _Opening(nn.Module):
-    """A table's placeholder, which gives out sealed rows and takes nothing else."""
+    """A table's placeholder that returns the rows of a ``_Sealed`` and rejects all other input."""
 
     def forward(self, input: _Sealed) -> Tensor:  # noqa: A002 - torch's own name for the ids
         if not isinstance(input, _Sealed):

@@ -1,14 +1,17 @@
-"""Does a lowered graph compute what the module computes?
+"""Parity check: compare the scores of a lowered graph with those of the module.
 
-Scores are compared on the same rows, in units of their spread. A graph without int8 arithmetic
-differs by float rounding only. With int8 inputs a value on the edge between two levels may fall to
-either side, so a few scores differ by a level's worth; ONNX Runtime's graph computes the same
-float32 numbers up to such an edge, so nine of ten scores must agree to rounding there. TensorRT's
-rounds looked-up weights to float16 once, which moves many values across an edge by a little. A
-layer that TensorRT multiplies in bfloat16 rounds its inputs and outputs to 8 bits, which the module
-does not: 0.2 to 0.5 % of the spread in small networks. A wrong lowering moves all scores: an input
-scale 15 % off, a table 3 % too large or a zero point a tenth of a level off move them by 3 to 5 %
-of their spread.
+Scores are compared on the same rows, relative to their spread (standard deviation).
+
+* A graph without int8 arithmetic differs only by float rounding.
+* With int8 inputs, a value close to the boundary between two levels may be rounded to either, so a
+  few scores differ by about one level. ONNX Runtime's graph computes the same float32 values up to
+  such boundaries, so nine of ten scores must be equal up to rounding there.
+* TensorRT's graph rounds looked-up weights to float16 once, which moves many values across a
+  boundary by a small amount.
+* A layer that TensorRT multiplies in bfloat16 rounds its inputs and outputs to 8 bits, which the
+  module does not: 0.2 to 0.5 % of the spread in small networks.
+* A wrong lowering moves all scores: an input scale 15 % off, a table 3 % too large or a zero point
+  a tenth of a level off move them by 3 to 5 % of their spread.
 """
 
 from dataclasses import replace
@@ -26,7 +29,7 @@ FloatArray = NDArray[np.float32]
 
 
 class Parity(Frozen):
-    """How far two sets of scores are apart, and how far they may be."""
+    """Differences between two sets of scores, and their limits."""
 
     rows: int
     largest: float
@@ -99,12 +102,12 @@ def compare(
 
 
 def allowed_share(plan: Plan | None, target: TargetKind) -> float:
-    """How far a tensor inside a graph may differ from the module's, as a share of its size."""
+    """Largest allowed difference of a tensor inside a graph, relative to its largest value."""
     return max(_shares(plan, target))
 
 
 def gap_of(expected: FloatArray, found: FloatArray) -> NDArray[np.float64]:
-    """Absolute differences: 0 where both are NaN or the same infinity, inf where one is NaN."""
+    """Absolute differences: 0 if both are NaN or the same infinity, inf if one is NaN."""
     with np.errstate(invalid="ignore"):
         gap = np.abs(expected.astype(np.float64) - found)
     gap[(expected == found) | (np.isnan(expected) & np.isnan(found))] = 0.0
@@ -115,7 +118,7 @@ def gap_of(expected: FloatArray, found: FloatArray) -> NDArray[np.float64]:
 def _at(
     failure: ParityFailure, gap: NDArray[Any], expected: FloatArray, found: FloatArray
 ) -> ParityFailure:
-    """The failure with the row and the scores where ``gap`` is largest."""
+    """Add the row and the scores where ``gap`` is largest to a failure."""
     place = np.unravel_index(int(np.argmax(gap)), gap.shape)
     return replace(
         failure,
@@ -128,17 +131,17 @@ def _at(
 
 
 def _shares(plan: Plan | None, target: TargetKind) -> tuple[float, float, float]:
-    """Limits as shares of the spread: root mean square, largest, nine of ten rows."""
+    """Limits relative to the spread: root mean square, largest, and 90 % quantile."""
     units = [line for line in plan.lines if line.role != "other"] if plan else []
     formats = {line.format for line in units}
-    if "float8_dense" in formats:  # its levels are up to 6 % of a number apart
+    if "float8_dense" in formats:  # its levels are up to 6 % of a value apart
         return (0.005, 0.2, 2e-3) if target == "onnxruntime" else (0.02, 0.3, 0.03)
     if target != "onnxruntime" and has_bfloat16_products(plan):
         return 0.015, 0.2, 0.025
     if "static_int8" in formats:
         return (0.005, 0.2, 1e-3) if target == "onnxruntime" else (0.01, 0.2, 0.015)
     if formats & {"weight_int8", "weight_int4"} and target == "onnxruntime":
-        return 0.002, 0.05, 1e-3  # an input, rounded by its block's largest, on an edge
+        return 0.002, 0.05, 1e-3  # an input, rounded by its block's largest, may be on a boundary
     if target != "onnxruntime" and formats - {"float32", DROPPED}:
         return 0.005, 0.05, 0.01  # one float16 rounding of looked-up weights, or a float16 Gemm
     return 1e-4, 1e-3, 2e-4

@@ -1,11 +1,11 @@
-"""The graphs around a model: what a serving target runs, the same on every target.
+"""The module that is exported and served: a model with its id policy and output, on every target.
 
-A model is one graph, ``model``, or for ``retrieval`` two: ``query`` and ``item``, a tower each.
-Inputs come in by name and one tensor leaves: ``score`` float32 ``(rows,)``, a probability for
-``ctr``; or a tower's ``vector``, float32 ``(rows, dim)``. The policy for ids out of range is part
-of the graph. ``error`` cannot raise inside a graph (ONNX Runtime answers -1 with the last row,
-TensorRT does not look), so such a row's score or vector is NaN: an answer nobody can mistake for
-one.
+A model is served as one graph, ``model``, or for ``retrieval`` as two: ``query`` and ``item``, one
+per tower. A graph has named inputs and one output: ``score`` float32 ``(rows,)``, a probability
+for ``ctr``; or a tower's ``vector``, float32 ``(rows, dim)``. The policy for ids out of range is
+part of the graph. A graph cannot raise for the policy ``error`` (for -1, ONNX Runtime returns the
+last row; TensorRT does not check), so the score or vector of such a row is NaN, which cannot be
+confused with a valid result.
 """
 
 from collections.abc import Sequence
@@ -26,10 +26,10 @@ VECTOR = "vector"
 
 @dataclass(frozen=True)
 class ServedGraph:
-    """One graph of a model: its name, what it takes in, and what it is made from.
+    """One graph of a model: its name, inputs, submodule and output.
 
-    ``signature`` has the inputs of this graph only. ``module`` is the submodule it runs, by its
-    attribute path; the whole model where it is empty.
+    ``signature`` has the inputs of this graph only. ``module`` is the attribute path of the
+    submodule that the graph runs; empty for the whole model.
     """
 
     name: str
@@ -38,12 +38,12 @@ class ServedGraph:
     output: str
 
     def part(self, model: nn.Module) -> nn.Module:
-        """What of a model this graph runs."""
+        """The submodule of a model that this graph runs."""
         return model.get_submodule(self.module)
 
 
 def served_graphs(signature: Signature) -> tuple[ServedGraph, ...]:
-    """The graphs a model of this signature is served as; the first is what a request waits for."""
+    """The graphs of a model with this signature; a request waits for the first one."""
     if signature.towers is None:
         return (ServedGraph("model", signature, "", SCORE),)
     return tuple(
@@ -89,7 +89,7 @@ class ServingWrapper(nn.Module):
             ids = given[item.name]
             rows = self.rows_of_table[item.table]
             inside = ids.clamp(0, rows - 1)
-            outside = inside != ids  # two operators where comparing with both ends takes three
+            outside = inside != ids  # two operators; comparing with both bounds takes three
             if item.out_of_range == "default_row":
                 inside = torch.where(outside, item.default_row, ids)
             given[item.name] = inside
@@ -111,7 +111,7 @@ class ServingWrapper(nn.Module):
 
 
 def _refused_rows(item: AnyInput, outside: Tensor, given: dict[str, Tensor]) -> Tensor | None:
-    """Rows that must not get a score: an id the policy forbids, or a list that is too long."""
+    """Rows to refuse: an id is out of range and the policy is ``error``, or a list is too long."""
     if isinstance(item, JaggedBag):
         second = given[tensor_names(item)[1]]
         begin = second if item.layout == "offsets" else second.cumsum(0) - second
@@ -120,7 +120,7 @@ def _refused_rows(item: AnyInput, outside: Tensor, given: dict[str, Tensor]) -> 
         bad = (end - begin) > item.shape[0]
         if item.out_of_range == "error":
             inside, position = pad_positions(begin, end, count, item.shape[0])
-            # As numbers: not every target gathers or reduces booleans.
+            # As floats: not every target can gather or reduce booleans.
             hits = padded(outside.to(torch.float32), position) * inside
             bad = bad | (hits.sum(dim=1) > 0)
         return bad
@@ -130,17 +130,17 @@ def _refused_rows(item: AnyInput, outside: Tensor, given: dict[str, Tensor]) -> 
 
 
 def input_names(signature: Signature) -> tuple[str, ...]:
-    """The graph's inputs in order."""
+    """Names of the graph's inputs, in order."""
     return tuple(name for item in signature.inputs for name in tensor_names(item))
 
 
 def wrap_for_serving(
     model: nn.Module, form: ServedGraph, rows_of_table: dict[str, int], *, together: bool = False
 ) -> ServingWrapper:
-    """A model ready to be exported or compared: bags rewritten, policy and output around it.
+    """Prepare a model for export or comparison: rewrite bags, add id policy and output form.
 
-    The given module is left as it is; the tensors are shared, but for those of tables that are
-    looked up ``together``.
+    The given module is not modified. Its tensors are shared, except for those of tables whose
+    lookups are merged (``together``).
     """
     copy = private_copy(model).eval()
     longest: dict[str, int] = {}
@@ -160,7 +160,7 @@ def wrap_for_serving(
 
 
 def dynamic_shapes(signature: Signature, most_rows: int) -> tuple[dict[int, Any], ...]:
-    """Which dimensions of the graph's inputs may vary, for ``torch.export``."""
+    """The dynamic dimensions of the graph's inputs, for ``torch.export``."""
     batch = torch.export.Dim("batch", min=1, max=most_rows)
     shapes: list[dict[int, Any]] = []
     for item in signature.inputs:

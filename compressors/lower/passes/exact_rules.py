@@ -1,6 +1,6 @@
 """Rewrite rules that do not change what a graph computes.
 
-These are onnxscript's default rules, but for its no-op rules and two others. onnxscript's no-op
+These are onnxscript's default rules, except its no-op rules and two others. onnxscript's no-op
 rules compare constants with a tolerance (absolute 1e-8, relative 1e-5), so they remove ``+ 1e-9``
 and ``* 1.000009``: a masked mean ``sum / (count + 1e-12)`` of an empty list then divides 0 by 0.
 The rules here compare exactly: only 0 is removed from a sum or difference, and only 1 from a
@@ -89,4 +89,4 @@ RULES = (
     rules.remove_optional_bias_from_qlinear_conv_rule,
     rules.remove_optional_bias_from_gemm_rule,
 )
-"""onnxscript's default rules in their order, but for those named above."""
+"""onnxscript's default rules in their order, except those named in the module docstring."""

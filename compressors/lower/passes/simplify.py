@@ -14,7 +14,7 @@ ROUNDS = 2
 
 
 def simplify(model: ir.Model, may_fold: Callable[[ir.Node], bool | None]) -> None:
-    """Inline functions, fold constants and remove what computes nothing, in place.
+    """Inline functions, fold constants and remove operators without effect, in place.
 
     Args:
         model: the exported graph.

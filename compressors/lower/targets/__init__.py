@@ -1,4 +1,4 @@
-"""One folder for each serving target.
+"""Translations of storage formats to ONNX operators, one folder per serving target.
 
 onnxruntime/  ONNX Runtime on CPU and edge
 tensorrt/     TensorRT and TensorRT-RTX

@@ -1,8 +1,8 @@
 """Translations of storage formats for ONNX Runtime.
 
 tables.py              tables
-dense.py               dense layers of few bits
+dense.py               dense layers with codes of few bits
 operators.py           the translation of every custom op
-join_split_rows.py     a pass: undo a Split whose parts are joined again
+join_split_rows.py     a pass: remove a Split whose parts are joined again
 spell_out_clipping.py  a pass: Relu and Clip in forms that keep products in int8
 """

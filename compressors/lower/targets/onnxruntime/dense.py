@@ -1,7 +1,8 @@
-"""How dense layers of a few bits are written down for ONNX Runtime.
+"""Translations of dense layers with codes of few bits for ONNX Runtime.
 
-Weights alone in few bits are multiplied as they are stored by ONNX Runtime's own MatMulNBits, where
-it is fast; what a CPU has no product for is widened once, when a session starts.
+Weight-only formats are multiplied as they are stored by ONNX Runtime's MatMulNBits, where that is
+fast. Other weights, for which a CPU has no product, are widened to float32 once, when a session
+starts.
 """
 
 from collections.abc import Callable
@@ -20,7 +21,7 @@ FLOAT8 = int(onnx.TensorProto.FLOAT8E4M3FN)
 
 
 def _matmul_n_bits() -> Op:
-    """ONNX Runtime's own product by codes of a few bits, told to the exporter, which lacks it."""
+    """Schema of ONNX Runtime's MatMulNBits, a product with packed codes that the exporter lacks."""
     define = onnx.defs.OpSchema
     optional = define.FormalParameterOption.Optional
     return Op(
@@ -58,7 +59,7 @@ matmul_n_bits = _matmul_n_bits()
 def weight_only_linear(
     x: Any, codes: Any, scale: Any, bias: Any, bits: int, block: int, activations: str
 ) -> Any:
-    """MatMulNBits, which multiplies by codes as they are stored; or weights widened once.
+    """MatMulNBits on the stored codes, or a Gemm whose weights are widened once.
 
     Accuracy level 1 computes on float inputs, 4 on inputs rounded to int8. With 8 bits level 1 is
     four to twelve times slower than a Gemm for one row (``benchmarks/weight_only.py``), so there
@@ -69,7 +70,7 @@ def weight_only_linear(
         return _widened_linear(x, codes, scale, bias, bits, block)
     size = together(inputs, block)
     each = op.Cast(scale, to=FLOAT)
-    if not block:  # a scale for the row: every block of it has the same
+    if not block:  # one scale per row: all of its blocks use it
         each = op.Expand(each, op.Constant(value_ints=[outputs, -(-inputs // size)]))
     level = 4 if activations == "int8" else 1
     return matmul_n_bits(
@@ -94,7 +95,7 @@ def _widened_linear(x: Any, codes: Any, scale: Any, bias: Any, bits: int, block:
 
 
 def float8_linear(x: Any, codes: Any, weight_scale: Any, input_scale: Any, bias: Any) -> Any:
-    """The numbers of an 8-bit float Gemm in float32: inputs rounded, weights widened once."""
+    """An 8-bit float Gemm computed in float32: inputs are rounded, weights widened once."""
     flat, restore = as_matrix(x, int(codes.shape[1]), int(codes.shape[0]))
     near = op.Cast(op.Cast(op.Div(flat, input_scale), to=FLOAT8, saturate=1), to=FLOAT)
     if len(weight_scale.shape):
@@ -104,7 +105,7 @@ def float8_linear(x: Any, codes: Any, weight_scale: Any, input_scale: Any, bias:
 
 
 def translations() -> dict[Any, Callable[..., Any]]:
-    """Custom op -> the subgraph that stands for it."""
+    """Custom op -> the function that builds its subgraph."""
     ops = torch.ops.recpress
     return {
         ops.weight_only_linear.default: weight_only_linear,

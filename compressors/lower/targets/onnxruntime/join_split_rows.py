@@ -1,4 +1,4 @@
-"""Undo a Split whose parts a Concat joins again."""
+"""A graph pass that removes a Split whose parts a Concat joins again."""
 
 import onnx_ir as ir
 

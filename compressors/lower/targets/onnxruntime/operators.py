@@ -1,9 +1,9 @@
-"""How compressed layers are written down for ONNX Runtime.
+"""Translations of compressed layers for ONNX Runtime, and the list of all translations.
 
-Tables are in ``tables.py``, dense layers of few bits in ``dense.py``.
+Tables are in ``tables.py``, dense layers with codes of few bits in ``dense.py``.
 
-Dense int8 must have explicit zero points on weight and bias, and no Relu right behind the Gemm, or
-it silently stays float (``benchmarks/qdq_forms.py``).
+An int8 dense layer needs explicit zero points on weight and bias, and no Relu directly after the
+Gemm; otherwise ONNX Runtime silently computes it in float (``benchmarks/qdq_forms.py``).
 """
 
 from collections.abc import Callable
@@ -19,11 +19,11 @@ from compressors.lower.targets.onnxruntime import tables as onnxruntime_tables
 
 
 def static_int8_linear(x: Any, codes: Any, weight_scale: Any, input_scale: Any, bias: Any) -> Any:
-    """Q/DQ around a Gemm in the one form ONNX Runtime fuses to a fast QGemm.
+    """Q/DQ around a Gemm, in the only form that ONNX Runtime fuses to a fast QGemm.
 
-    Inputs are uint8 around 128, the same levels as int8 around 0: ONNX Runtime packs weights
-    ahead for unsigned inputs only, and its own rewriting to unsigned stops where two layers
-    read the same input.
+    Inputs are uint8 with zero point 128, which gives the same levels as int8 with zero point 0.
+    ONNX Runtime prepacks weights only for unsigned inputs, and does not convert inputs to unsigned
+    if two layers read the same input.
     """
     zero = constant(onnx.TensorProto.UINT8, 128)
     channels = int(codes.shape[0])
@@ -39,25 +39,25 @@ def static_int8_linear(x: Any, codes: Any, weight_scale: Any, input_scale: Any, 
 
 
 def short_float_linear(x: Any, weight: Any, bias: Any) -> Any:
-    """Weights widened once when the session starts: CPUs have no float16 or bfloat16 Gemm."""
+    """A Gemm with weights widened at session start: CPUs have no float16 or bfloat16 Gemm."""
     flat, restore = as_matrix(x, int(weight.shape[1]), int(weight.shape[0]))
     return restore(op.Gemm(flat, op.Cast(weight, to=FLOAT), op.Cast(bias, to=FLOAT), transB=1))
 
 
 def join_ids(ids: Any) -> Any:
-    """One below the other, then turned: two operators instead of one an input."""
+    """Concatenate, then transpose: two operators instead of one per input."""
     rows = op.Reshape(op.Concat(*ids, axis=0), op.Constant(value_ints=[len(ids), -1]))
     return op.Transpose(rows, perm=[1, 0])
 
 
 def join_rows(rows: Any) -> Any:
-    """Rows of several inputs as one row."""
+    """Flatten the rows of several inputs into one row."""
     width = int(rows.shape[1]) * int(rows.shape[2])
     return op.Reshape(rows, op.Constant(value_ints=[-1, width]))
 
 
 def translations() -> dict[Any, Callable[..., Any]]:
-    """Custom op -> the subgraph that stands for it."""
+    """Custom op -> the function that builds its subgraph."""
     ops = torch.ops.recpress
     return {
         **onnxruntime_tables.translations(),

@@ -1,4 +1,4 @@
-"""Keep int8 products in int8 where a Relu or Clip follows them."""
+"""A graph pass that keeps int8 products in int8 if a Relu or Clip follows them."""
 
 import numpy as np
 import onnx_ir as ir
@@ -33,7 +33,7 @@ class SpellOutClipping(ir.passes.InPlacePass):
 
 
 def _floor_steps(model: ir.Model, relu: ir.Node) -> bool:
-    """Put a floor behind the one QuantizeLinear that reads a Relu, if one alone does."""
+    """Replace a Relu by a Clip after the QuantizeLinear that reads it, if only one node does."""
     value, floored = relu.inputs[0], relu.outputs[0]
     readers = [use.node for use in floored.uses()]
     if value is None or floored.is_graph_output() or len(value.uses()) != 1 or len(readers) != 1:

@@ -1,7 +1,7 @@
-"""How tables are written down for ONNX Runtime.
+"""Translations of tables for ONNX Runtime.
 
-Tables are gathered first and widened after, so a lookup touches only its own rows: the form
-TensorRT wants, DequantizeLinear before Gather, makes ONNX Runtime widen the whole table at every
+Rows are gathered first and dequantized afterwards, so a lookup reads only the requested rows. The
+form for TensorRT, DequantizeLinear before Gather, makes ONNX Runtime widen the whole table at every
 call.
 """
 
@@ -29,7 +29,7 @@ from compressors.quantize.tables.float8_e4m3 import steps_of
 
 
 def rowwise_int8(codes: Any, scale: Any, offset: Any, ids: Any, rows_per_scale: int) -> Any:
-    """Gather codes and scales of the rows asked for, then multiply in float32."""
+    """Gather codes and scales of the requested rows, then multiply in float32."""
     rows = op.Cast(op.Gather(codes, ids, axis=0), to=FLOAT)
     return scaled(rows, scale, offset, ids, rows_per_scale)
 
@@ -47,7 +47,7 @@ def rowwise_int4(
 def rowwise_int2(
     codes: Any, scale: Any, offset: Any, ids: Any, dim: int, rows_per_scale: int
 ) -> Any:
-    """The same with four planes, and levels around zero where there is no offset."""
+    """As ``rowwise_int4`` with four planes, and levels centered at zero if there is no offset."""
     rows = planar_rows(codes, ids, dim, bits=2)
     if offset is None:
         rows = op.Sub(rows, op.Constant(value_float=1.5))
@@ -55,7 +55,7 @@ def rowwise_int2(
 
 
 def planar_rows(codes: Any, ids: Any, dim: int, bits: int) -> Any:
-    """The codes of the rows asked for, from bytes of several planes, as float32."""
+    """The codes of the requested rows as float32, unpacked from bytes with several planes."""
     packed = op.Gather(codes, ids, axis=0)
     planes = []
     for shift in range(0, 8, bits):
@@ -71,9 +71,9 @@ def planar_rows(codes: Any, ids: Any, dim: int, bits: int) -> Any:
 
 
 def float8_e4m3_table(codes: Any, scale: Any, ids: Any, rows_per_scale: int) -> Any:
-    """Gather bytes of the rows asked for, read their values from a list of all 256, multiply.
+    """Gather bytes of the requested rows, look up their values in a list of 256, and multiply.
 
-    ONNX has no Gather of 8-bit floats, and no way to take bytes for them.
+    ONNX has no Gather of 8-bit floats, and cannot reinterpret bytes as 8-bit floats.
     """
     values = steps_of(torch.arange(256, dtype=torch.uint8)).nan_to_num(0.0)  # 127 and 255: unused
     meaning = op.Constant(value_floats=values.tolist())
@@ -82,7 +82,7 @@ def float8_e4m3_table(codes: Any, scale: Any, ids: Any, rows_per_scale: int) -> 
 
 
 def unpacked(codes: Any, ids: Any, count: int, width: int) -> Any:
-    """Gather packed codes and take the planes apart: int32 ``(*ids, count)``."""
+    """Gather packed codes and separate the planes: int32 ``(*ids, count)``."""
     found = op.Gather(codes, ids, axis=0)
     byte = onnx.TensorProto.UINT8
     if width < 8:
@@ -105,7 +105,7 @@ def kept_place(within: Any, before: Any, ids: Any) -> Any:
 
 
 def translations() -> dict[Any, Callable[..., Any]]:
-    """Custom op -> the subgraph that stands for it."""
+    """Custom op -> the function that builds its subgraph."""
     ops = torch.ops.recpress
     return {
         ops.rowwise_int8.default: rowwise_int8,

@@ -1,7 +1,7 @@
-"""How compressed layers are written down for TensorRT and TensorRT-RTX.
+"""Translations of compressed layers and the list of all translations for TensorRT (and RTX).
 
-Tables are in ``tensorrt_tables``, the types of stored tensors in ``tensorrt_types``. Precision is
-what the graph says, since builders from version 11 on know no other way.
+Tables are in ``tables.py``, the types of stored tensors in ``types.py``. The graph determines the
+precision of every operator; builders from version 11 on have no other way to set it.
 """
 
 from collections.abc import Callable
@@ -18,10 +18,10 @@ from compressors.quantize.dense.weight_only import LEVELS, SMALLEST, together
 
 
 def static_int8_linear(x: Any, codes: Any, weight_scale: Any, input_scale: Any, bias: Any) -> Any:
-    """Q/DQ around a Gemm with a float bias: an int32 DequantizeLinear is refused here.
+    """Q/DQ around a Gemm with a float bias: TensorRT refuses an int32 DequantizeLinear.
 
-    The bias has the values of int32 steps, as in the module. With a very wide input range a step is
-    larger than the bias, and a bias that is not rounded would give other scores.
+    The bias is rounded to multiples of the int32 step, as in the module. With a very wide input
+    range a step is larger than the bias, and an unrounded bias would give different scores.
     """
     flat, restore = as_matrix(x, int(codes.shape[1]), int(codes.shape[0]))
     zero = constant(onnx.TensorProto.INT8, 0)
@@ -49,10 +49,10 @@ def bfloat16_linear(x: Any, weight: Any, bias: Any) -> Any:
 def weight_only_linear(
     x: Any, codes: Any, scale: Any, bias: Any, bits: int, block: int, activations: str
 ) -> Any:
-    """A Gemm behind a DequantizeLinear of its weights, which are retyped afterwards.
+    """A Gemm after a DequantizeLinear of its weights, whose codes ``types.py`` converts later.
 
-    In float16 where the scales are: what weight-only kernels compute in. The bias is added in
-    float32. Inputs are filled up with zeros to as many as there are codes.
+    It computes in float16 if the scales are float16, as weight-only kernels do; the bias is then
+    added in float32. Inputs are padded with zeros to the number of codes.
     """
     outputs, inputs = int(codes.shape[0]), int(x.shape[-1])
     flat, restore = as_matrix(x, inputs, outputs)
@@ -70,16 +70,16 @@ def weight_only_linear(
 
 
 def _filled(x: Any, more: int) -> Any:
-    """Rows with so many zeros behind them."""
+    """Append ``more`` zeros to each row."""
     return op.Pad(x, op.Constant(value_ints=[0, 0, 0, more])) if more else x
 
 
 def _rounded(x: Any, inputs: int, width: int) -> Any:
-    """What ``compressors.quantize.dense.weight_only.rounded`` does, by single operations."""
+    """``compressors.quantize.dense.weight_only.rounded`` in ONNX operators."""
     blocks = op.Reshape(_filled(x, -inputs % width), op.Constant(value_ints=[0, -1, width]))
     largest = op.ReduceMax(op.Abs(blocks), op.Constant(value_ints=[-1]), keepdims=1)
     levels = op.Constant(value_float=float(LEVELS))
-    # A block of zeros stays one whatever it is divided by.
+    # Avoids a division by zero; a block of zeros stays zero.
     some = op.Max(largest, op.Constant(value_float=SMALLEST))
     steps = op.Round(op.Mul(blocks, op.Div(levels, some)))
     near = op.Reshape(op.Mul(steps, op.Div(largest, levels)), op.Constant(value_ints=[0, -1]))
@@ -96,7 +96,7 @@ def float8_linear(x: Any, codes: Any, weight_scale: Any, input_scale: Any, bias:
 
 
 def translations() -> dict[Any, Callable[..., Any]]:
-    """Custom op -> the subgraph that stands for it."""
+    """Custom op -> the function that builds its subgraph."""
     ops = torch.ops.recpress
     return {
         ops.weight_only_linear.default: weight_only_linear,

@@ -1,13 +1,13 @@
-"""How tables are written down for TensorRT and TensorRT-RTX.
+"""Translations of tables for TensorRT and TensorRT-RTX.
 
-A quantized constant may only feed a DequantizeLinear, so tables are dequantized before their
-Gather; the builder fuses the two and keeps the table packed (the audit of the engine's scratch
-memory proves it). Everything is symmetric: a non-zero zero point is refused.
+Only a DequantizeLinear may read a quantized constant, so tables are dequantized before their
+Gather. The builder fuses the two and keeps the table packed; the audit of the engine's scratch
+memory proves it. All codes are symmetric, because TensorRT refuses a nonzero zero point.
 
-A scale that is a row's own, or the table's, is the DequantizeLinear's, and keeps its stored type:
-with float16 scales a looked-up weight is rounded to float16 once, which is what parity tolerates
-here and not in ONNX Runtime's graph. Offsets, and scales that some rows share, have no place in a
-DequantizeLinear: codes are dequantized by 1, exactly, gathered, and multiplied in float32.
+A scale per row or per table is an input of the DequantizeLinear and keeps its stored type. With
+float16 scales a looked-up weight is rounded to float16 once; parity tolerates this here but not in
+ONNX Runtime's graph. A DequantizeLinear cannot represent offsets, or scales that some rows share:
+then codes are dequantized with scale 1, which is exact, gathered, and multiplied in float32.
 """
 
 from collections.abc import Callable
@@ -33,7 +33,7 @@ from compressors.lower.graph_builders import (
 
 
 def rowwise_int8(codes: Any, scale: Any, offset: Any, ids: Any, rows_per_scale: int) -> Any:
-    """Dequantize by row, then gather. Codes with an offset are retyped, 128 lower, afterwards."""
+    """Dequantize by row, then gather. ``types.py`` later stores codes with an offset 128 lower."""
     if _in_dequantize(offset, rows_per_scale):
         return _dequantized(codes, scale, ids)
     rows = _dequantized(codes, constant(FLOAT16, 1), ids)
@@ -45,7 +45,7 @@ def rowwise_int8(codes: Any, scale: Any, offset: Any, ids: Any, rows_per_scale: 
 def rowwise_int4(
     codes: Any, scale: Any, offset: Any, ids: Any, dim: int, rows_per_scale: int
 ) -> Any:
-    """Dequantize with one block a row, then gather. ``codes`` is retyped to int4 afterwards."""
+    """Dequantize with one block per row, then gather. ``types.py`` later makes ``codes`` int4."""
     if _in_dequantize(offset, rows_per_scale):
         block = dim + dim % 2 if rows_per_scale else 0
         return _cut(_dequantized(codes, scale, ids, block=block), dim, 2)
@@ -58,7 +58,7 @@ def rowwise_int4(
 def rowwise_int2(
     codes: Any, scale: Any, offset: Any, ids: Any, dim: int, rows_per_scale: int
 ) -> Any:
-    """Two codes to an int4, taken apart after the gather: ONNX's own int2 is refused here."""
+    """Two codes per int4, separated after the Gather: TensorRT refuses ONNX's int2."""
     pairs = op.Add(_dequantized(codes, constant(FLOAT16, 1), ids), op.Constant(value_float=8.0))
     high = op.Floor(op.Mul(pairs, op.Constant(value_float=0.25)))
     low = op.Sub(pairs, op.Mul(high, op.Constant(value_float=4.0)))
@@ -69,7 +69,7 @@ def rowwise_int2(
 
 
 def float8_e4m3_table(codes: Any, scale: Any, ids: Any, rows_per_scale: int) -> Any:
-    """Dequantize by row, then gather. ``codes`` is retyped to 8-bit floats afterwards."""
+    """Dequantize by row, then gather. ``types.py`` later makes ``codes`` 8-bit floats."""
     if _in_dequantize(None, rows_per_scale):
         return _dequantized(codes, scale, ids)
     rows = _dequantized(codes, constant(FLOAT16, 1), ids)
@@ -89,10 +89,10 @@ def kept_place(within: Any, before: Any, ids: Any) -> Any:
 def unpacked(codes: Any, ids: Any, count: int, width: int) -> Any:
     """Codes as int32 ``(*ids, count)``, kept packed in the engine.
 
-    A quantized constant may only be dequantized, so codes are stored as signed numbers (int8, or
-    two int4 a byte), dequantized with a scale of 1, gathered, and made whole numbers again. Left
-    as uint8 they would become int32 without a word. Nibbles of two codes are taken apart by
-    dividing, since there are no bit operations.
+    A quantized constant can only be dequantized, so codes are stored as signed numbers (int8, or
+    two int4 per byte), dequantized with scale 1, gathered, and cast to integers. TensorRT would
+    silently widen uint8 codes to int32. Nibbles of two codes are separated by division, because
+    there are no bit operations.
     """
     nibbles = width < 8
     one = constant(FLOAT16, 1)
@@ -107,7 +107,7 @@ def unpacked(codes: Any, ids: Any, count: int, width: int) -> Any:
 
 
 def _in_dequantize(offset: Any, rows_per_scale: int) -> bool:
-    """Whether the scale can be the DequantizeLinear's own."""
+    """Whether a DequantizeLinear can apply the scale."""
     return offset is None and rows_per_scale in (0, 1)
 
 
@@ -121,18 +121,18 @@ def _dequantized(codes: Any, scale: Any, ids: Any, block: int = 0) -> Any:
 
 
 def _cut(rows: Any, dim: int, planes: int) -> Any:
-    """Without the padding of a width that the planes do not divide."""
+    """Remove the padding of a width that the number of planes does not divide."""
     return op.Slice(rows, [0], [dim], [-1]) if dim % planes else rows
 
 
 def _whole_numbers(values: Any, ids: Any) -> Any:
-    """Rows of an int8 constant as int64; behind a DequantizeLinear it stays a byte each."""
+    """Rows of an int8 constant as int64; with a DequantizeLinear the constant stays int8."""
     as_float = op.DequantizeLinear(values, op.Constant(value_float=1.0))
     return op.Cast(op.Gather(as_float, ids, axis=0), to=INT64)
 
 
 def translations() -> dict[Any, Callable[..., Any]]:
-    """Custom op -> the subgraph that stands for it."""
+    """Custom op -> the function that builds its subgraph."""
     ops = torch.ops.recpress
     return {
         ops.rowwise_int8.default: rowwise_int8,

@@ -1,7 +1,7 @@
 """Stored tensors in the types and shapes that TensorRT's operators take.
 
-A DequantizeLinear takes signed codes and int4 two to a byte; a scale a row as a vector, the table's
-own as a scalar.
+A DequantizeLinear accepts signed codes, with two int4 codes per byte; scales per row are a vector,
+the scale of a whole table is a scalar.
 """
 
 import numpy as np
@@ -17,10 +17,10 @@ from compressors.quantize.tables.scales import SharedScales
 
 
 def retyped(table: PackedTable, name: str, values: np.ndarray) -> ir.TensorProtocol | None:
-    """A stored tensor in the type and shape TensorRT's operators take; None if it has them.
+    """Convert a stored tensor to TensorRT's type and shape; None if it needs no change.
 
     Args:
-        table: whose it is.
+        table: to which it belongs.
         name: its name in the table's format.
         values: as the module stores it.
     """
@@ -47,21 +47,21 @@ def retyped(table: PackedTable, name: str, values: np.ndarray) -> ir.TensorProto
 
 
 def _scale(form: str, shared: SharedScales, values: np.ndarray) -> ir.TensorProtocol | None:
-    """The scale of a DequantizeLinear; one that is gathered by itself stays a matrix."""
+    """Reshape the scale of a DequantizeLinear; None for a scale that stays a matrix."""
     gathered = shared.rows_per_scale > 1 or not shared.symmetric or form == "rowwise_int2"
-    block = form == "rowwise_int4" and shared.rows_per_scale == 1  # a block of a row: a matrix
+    block = form == "rowwise_int4" and shared.rows_per_scale == 1  # one block per row: a matrix
     if gathered or block:
         return None
     return ir.Tensor(values.reshape((-1,) if shared.rows_per_scale else ()))
 
 
 def codes_tensor(values: np.ndarray, width: int) -> ir.TensorProtocol:
-    """Packed codes as signed numbers: int8, each 128 lower, or int4, each 8 lower.
+    """Convert packed codes to signed numbers: int8, each 128 lower, or int4, each 8 lower.
 
-    An int4 holds a code of 4 bits, or two of 2 bits, which lie half a row apart.
+    An int4 holds a code of 4 bits, or two codes of 2 bits that are half a row apart.
 
     Args:
-        values: planar, uint8 ``(rows, bytes)``.
+        values: codes packed in planes, uint8 ``(rows, bytes)``.
         width: bits of a code.
     """
     if width == 8:
