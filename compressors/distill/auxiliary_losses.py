@@ -60,8 +60,8 @@ class AuxiliaryLosses(nn.Module):
         """The head's predictions for the rows of the student's last forward pass, ``(rows,)``."""
         if self.head is None or self.auxiliary is None:
             raise DistillationRefused("auxiliary_head_missing")
-        found: Tensor = self.head(self.seen[self.auxiliary].float()).reshape(-1)
-        return found
+        predictions: Tensor = self.head(self.seen[self.auxiliary].float()).reshape(-1)
+        return predictions
 
     def gap(self, shown: dict[str, Tensor]) -> Tensor:
         """Hint loss: distance of the student's hinted layers from the teacher's, a scalar.
@@ -70,17 +70,17 @@ class AuxiliaryLosses(nn.Module):
         square of the teacher layer's output for the batch. ``shown`` holds the teacher's outputs.
         """
         gaps = []
-        for name, translate in zip(self.hints, self.maps, strict=True):
-            wanted = shown[name].float()
-            own = translate(self.seen[name].float())
-            if own.shape != wanted.shape:
+        for name, projection in zip(self.hints, self.maps, strict=True):
+            target = shown[name].float()
+            projected = projection(self.seen[name].float())
+            if projected.shape != target.shape:
                 raise DistillationRefused(
                     "hint_shapes_differ",
                     layer=name,
-                    student=tuple(own.shape),
-                    original=tuple(wanted.shape),
+                    student=tuple(projected.shape),
+                    original=tuple(target.shape),
                 )
-            gaps.append(F.mse_loss(own, wanted) / wanted.square().mean().clamp(min=TINY))
+            gaps.append(F.mse_loss(projected, target) / target.square().mean().clamp(min=TINY))
         return torch.stack(gaps).mean()
 
 
@@ -134,17 +134,17 @@ def widths_of(
     with record_outputs(module.eval(), names) as seen:
         module(**batch.inputs)
     for name in names:
-        given = seen.get(name)
+        output = seen.get(name)
         if (
-            not isinstance(given, Tensor)
-            or not given.is_floating_point()
-            or given.dim() < 2
-            or (name == head and given.dim() > 2)
+            not isinstance(output, Tensor)
+            or not output.is_floating_point()
+            or output.dim() < 2
+            or (name == head and output.dim() > 2)
         ):
-            found = type(given).__name__
-            if isinstance(given, Tensor):
-                found = f"{given.dtype} of shape {tuple(given.shape)}"
-            raise DistillationRefused("layer_output_unusable", layer=name, got=found)
+            description = type(output).__name__
+            if isinstance(output, Tensor):
+                description = f"{output.dtype} of shape {tuple(output.shape)}"
+            raise DistillationRefused("layer_output_unusable", layer=name, got=description)
     return {name: seen[name].shape[-1] for name in names}
 
 
@@ -161,9 +161,9 @@ def with_hint_loss(
     space than the rows. Its tensors are not modified.
     """
 
-    def whole(output: Tensor, batch: Batch, numbers: Tensor) -> Tensor:
-        with torch.no_grad(), record_outputs(original, hints) as shown:
+    def total_loss(output: Tensor, batch: Batch, numbers: Tensor) -> Tensor:
+        with torch.no_grad(), record_outputs(original, hints) as targets:
             original(**batch.inputs)
-        return loss(output, batch, numbers) + share * auxiliary.gap(shown)
+        return loss(output, batch, numbers) + share * auxiliary.gap(targets)
 
-    return whole
+    return total_loss

@@ -56,18 +56,18 @@ def propose(table: PackedTable, slope: Tensor, curvature: Tensor) -> Proposal:
     """
     form, stored = _form(table), dict(table.named_buffers())
     with torch.no_grad():
-        now = table(torch.arange(table.rows))  # (rows, dim)
+        current = table(torch.arange(table.rows))  # (rows, dim)
     seen = curvature.sum(dim=1) > 0
     damping = DAMPING * curvature[seen].mean() if bool(seen.any()) else curvature.new_zeros(())
     metric = table.dim * (curvature + damping)
-    target = now - slope / metric.clamp(min=SMALLEST)
+    target = current - slope / metric.clamp(min=SMALLEST)
     codes = unpacked(table)
     if isinstance(form, Rowwise):
-        new, again = rounded(table, target)
+        new, new_values = rounded(table, target)
     else:
         new = proposed(form, codes, stored, target, metric)
-        again = decoded(form, new, stored, table.dim)
-    gain = (metric * ((now - target).square() - (again - target).square())).sum(dim=1) / 2
+        new_values = decoded(form, new, stored, table.dim)
+    gain = (metric * ((current - target).square() - (new_values - target).square())).sum(dim=1) / 2
     better = seen & (gain > 0) & (new != codes).any(dim=1)
     return Proposal(new, torch.where(better, gain, torch.zeros_like(gain)))
 

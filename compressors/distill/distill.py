@@ -149,15 +149,15 @@ class Distill(Frozen):
         if self.student is not None:
             model = student_of(model, self.student, bench.seed)
         watched = self._watched()
-        first = rows.take(torch.arange(min(PROBED, len(rows))))
-        widths = widths_of(model.module, watched, first, self.auxiliary) if watched else {}
-        known: dict[str, int] = {}
+        probe = rows.take(torch.arange(min(PROBED, len(rows))))
+        widths = widths_of(model.module, watched, probe, self.auxiliary) if watched else {}
+        teacher_widths: dict[str, int] = {}
         if self.hints:
             if original is None:
                 raise DistillationRefused("hints_need_original", step=self.kind)
             require_layers(original, self.hints, "original")
-            known = widths_of(original, self.hints, first)
-        auxiliary = AuxiliaryLosses(self.hints, self.auxiliary, widths, known, bench.seed)
+            teacher_widths = widths_of(original, self.hints, probe)
+        auxiliary = AuxiliaryLosses(self.hints, self.auxiliary, widths, teacher_widths, bench.seed)
         loss = soft_label_loss(
             bench,
             self.soft_share,

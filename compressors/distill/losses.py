@@ -58,16 +58,16 @@ def loss_of_teacher(
     segment, lists = segments(batch, len(score))
     match name:
         case "pointwise":
-            found = pointwise(score, teacher) if clicks else F.mse_loss(score, teacher)
+            loss = pointwise(score, teacher) if clicks else F.mse_loss(score, teacher)
         case "margin":
-            found = margin(score, teacher, segment, lists)
+            loss = margin(score, teacher, segment, lists)
         case "listwise":
-            found = listwise(score, teacher, segment, lists)
+            loss = listwise(score, teacher, segment, lists)
         case "rankdistil":
-            found = rankdistil(score, teacher, segment, lists, top)
+            loss = rankdistil(score, teacher, segment, lists, top)
         case "calibrated_listwise":
-            found = calibrated_listwise(score, teacher, segment, lists)
-    return found * temperature**2
+            loss = calibrated_listwise(score, teacher, segment, lists)
+    return loss * temperature**2
 
 
 def pointwise(score: Tensor, teacher: Tensor) -> Tensor:
@@ -102,8 +102,8 @@ def listwise(score: Tensor, teacher: Tensor, segment: Tensor, lists: int) -> Ten
 
     Source: Cao et al. 2007 (ListNet, top-one probabilities), with the teacher's scores as targets.
     """
-    wanted = log_shares(teacher, segment, lists).exp()
-    return -(wanted * log_shares(score, segment, lists)).sum() / lists
+    target = log_shares(teacher, segment, lists).exp()
+    return -(target * log_shares(score, segment, lists)).sum() / lists
 
 
 def rankdistil(score: Tensor, teacher: Tensor, segment: Tensor, lists: int, top: int) -> Tensor:
@@ -120,15 +120,15 @@ def rankdistil(score: Tensor, teacher: Tensor, segment: Tensor, lists: int, top:
     place = _places(teacher, segment, lists)
     first = place < top
     inside = segment[first]
-    wanted = log_shares(teacher[first], inside, lists).exp()
-    order = -(wanted * log_shares(score[first], inside, lists)).sum() / lists
+    target = log_shares(teacher[first], inside, lists).exp()
+    order = -(target * log_shares(score[first], inside, lists)).sum() / lists
     count = sums(torch.ones_like(score), segment, lists)
     last = place == (count.clamp(max=top) - 1)[segment]  # one row of each list
-    mine = segment[last]
-    edge, known = score.new_zeros(lists), teacher.new_zeros(lists)
-    edge = edge.index_add(0, mine, score[last])
-    known = known.index_add(0, mine, teacher[last])
-    above = (score - edge[segment]) - (teacher - known[segment])
+    list_of_last = segment[last]
+    edge, teacher_edge = score.new_zeros(lists), teacher.new_zeros(lists)
+    edge = edge.index_add(0, list_of_last, score[last])
+    teacher_edge = teacher_edge.index_add(0, list_of_last, teacher[last])
+    above = (score - edge[segment]) - (teacher - teacher_edge[segment])
     rest = (~first).to(score.dtype)
     each = sums(F.relu(above).square() * rest, segment, lists)
     return order + (each / sums(rest, segment, lists).clamp(min=1)).sum() / lists

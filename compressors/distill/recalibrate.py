@@ -66,28 +66,28 @@ def fit_line(logit: Floats, label: Floats, *, offset: bool) -> tuple[float, floa
     clicks = label.sum()
     label = np.where(label > 0.5, (clicks + 1) / (clicks + 2), 1 / (len(label) - clicks + 2))
     columns = np.stack([logit, np.ones_like(logit)], axis=1)[:, : 2 if offset else 1]
-    found = np.array([1.0, 0.0])[: columns.shape[1]]
-    best = _cost(columns @ found, label)
+    coefficients = np.array([1.0, 0.0])[: columns.shape[1]]
+    best = _cost(columns @ coefficients, label)
     for _ in range(NEWTON_STEPS):
-        share = _sigmoid(columns @ found)
+        share = _sigmoid(columns @ coefficients)
         slope = columns.T @ (share - label) / len(label)
         curve = (columns * (share * (1 - share))[:, None]).T @ columns / len(label)
-        step = np.linalg.solve(curve + 1e-12 * np.eye(len(found)), slope)
+        step = np.linalg.solve(curve + 1e-12 * np.eye(len(coefficients)), slope)
         factor = 1.0
-        while _cost(columns @ (found - factor * step), label) > best and factor > 1e-6:
+        while _cost(columns @ (coefficients - factor * step), label) > best and factor > 1e-6:
             factor /= 2
-        moved = found - factor * step
-        cost = _cost(columns @ moved, label)
+        candidate = coefficients - factor * step
+        cost = _cost(columns @ candidate, label)
         if cost >= best - 1e-15:
             break
-        found, best = moved, cost
-    if not (np.isfinite(found).all() and found[0] > 0):
+        coefficients, best = candidate, cost
+    if not (np.isfinite(coefficients).all() and coefficients[0] > 0):
         raise (
-            StepRefused("slope_not_positive", slope=float(found[0]))
+            StepRefused("slope_not_positive", slope=float(coefficients[0]))
             if offset
-            else StepRefused("slope_not_positive_without_offset", slope=float(found[0]))
+            else StepRefused("slope_not_positive_without_offset", slope=float(coefficients[0]))
         )
-    return float(found[0]), float(found[1]) if offset else 0.0
+    return float(coefficients[0]), float(coefficients[1]) if offset else 0.0
 
 
 def fit_pieces(logit: Floats, label: Floats, knots: int) -> tuple[Floats, Floats]:
@@ -109,25 +109,25 @@ def fit_pieces(logit: Floats, label: Floats, knots: int) -> tuple[Floats, Floats
     order = np.argsort(logit, kind="stable")
     ends = np.arange(1, knots) * len(order) // knots
     # Rows with equal scores stay in one group, and every group has enough rows for a mean.
-    found, least = [0], max(len(order) // knots // 2, 1)
+    starts, least = [0], max(len(order) // knots // 2, 1)
     for end in np.searchsorted(logit[order], logit[order][ends], side="left"):
-        if least <= end - found[-1] and least <= len(order) - end:
-            found.append(int(end))
-    parts = np.split(order, found[1:])
-    at = np.array([logit[part].mean() for part in parts])
+        if least <= end - starts[-1] and least <= len(order) - end:
+            starts.append(int(end))
+    parts = np.split(order, starts[1:])
+    means = np.array([logit[part].mean() for part in parts])
     clicks = np.array([label[part].sum() for part in parts])
     rows = np.array([len(part) for part in parts], dtype=np.float64)
     # Half a click and half a row without one are added: no part has probability 0 or 1.
     share = isotonic_regression((clicks + 0.5) / (rows + 1), weights=rows).x
-    wanted = np.log(share / (1 - share))
-    rising = np.concatenate([[True], np.diff(at) > 1e-9])
-    at, wanted = at[rising], wanted[rising]
-    if len(at) < 2:
+    targets = np.log(share / (1 - share))
+    rising = np.concatenate([[True], np.diff(means) > 1e-9])
+    means, targets = means[rising], targets[rising]
+    if len(means) < 2:
         raise StepRefused("scores_equal")
-    for place in range(1, len(at)):
-        least = wanted[place - 1] + LEAST_SLOPE * (at[place] - at[place - 1])
-        wanted[place] = max(wanted[place], least)
-    return at, wanted
+    for place in range(1, len(means)):
+        least = targets[place - 1] + LEAST_SLOPE * (means[place] - means[place - 1])
+        targets[place] = max(targets[place], least)
+    return means, targets
 
 
 def made_of(method: Method, output: str, logit: Floats, label: Floats, knots: int) -> Recalibration:
@@ -135,27 +135,27 @@ def made_of(method: Method, output: str, logit: Floats, label: Floats, knots: in
     if method != "isotonic":
         slope, offset = fit_line(logit, label, offset=method == "platt")
         return Recalibration(method, output, line=torch.tensor([slope, offset]))
-    at, wanted = fit_pieces(logit, label, knots)
-    slopes = np.diff(wanted) / np.diff(at)
+    means, targets = fit_pieces(logit, label, knots)
+    slopes = np.diff(targets) / np.diff(means)
     # There is no data beyond the outer means: the slope there is at most 1.
     first, last = min(slopes[0], 1.0), min(slopes[-1], 1.0)
-    line = torch.tensor([first, wanted[0] - first * at[0]])
-    bends = torch.tensor(np.stack([at, np.append(slopes, last)]))
-    return Recalibration(method, output, knots=len(at), line=line, bends=bends)
+    line = torch.tensor([first, targets[0] - first * means[0]])
+    bends = torch.tensor(np.stack([means, np.append(slopes, last)]))
+    return Recalibration(method, output, knots=len(means), line=line, bends=bends)
 
 
 def held_out(method: Method, logit: Floats, label: Floats, knots: int) -> float:
     """Cross-validated log loss of a method; infinite if a fit fails."""
     part = np.arange(len(logit)) % PARTS
-    answer = np.empty(len(logit))
+    mapped = np.empty(len(logit))
     for number in range(PARTS):
         try:
             fitted = made_of(method, "logit", logit[part != number], label[part != number], knots)
         except CompressionError:
             return float("inf")
-        asked = torch.from_numpy(logit[part == number]).float()
-        answer[part == number] = fitted(asked).double().numpy()
-    return logloss(label, _sigmoid(answer))
+        inputs = torch.from_numpy(logit[part == number]).float()
+        mapped[part == number] = fitted(inputs).double().numpy()
+    return logloss(label, _sigmoid(mapped))
 
 
 class Recalibrate(Frozen):
@@ -209,26 +209,26 @@ class Recalibrate(Frozen):
         signature = bench.signature
         parts = list(batches(bench.validation, signature, SCORING_ROWS))
         with torch.no_grad():
-            answers = torch.cat([model.module(**part.inputs).reshape(-1) for part in parts])
-        logit = logit_of(answers, signature.output).double().numpy()
+            predictions = torch.cat([model.module(**part.inputs).reshape(-1) for part in parts])
+        logit = logit_of(predictions, signature.output).double().numpy()
         label = np.concatenate([part.label.numpy() for part in parts]).astype(np.float64)
         before = logloss(label, _sigmoid(logit))
         chosen: Method | None = None
         if self.method == "best":
-            tried = {method: held_out(method, logit, label, self.knots) for method in METHODS}
-            first = min(tried, key=lambda method: tried[method])
-            chosen = first if tried[first] < before else None
+            losses = {method: held_out(method, logit, label, self.knots) for method in METHODS}
+            best = min(losses, key=lambda method: losses[method])
+            chosen = best if losses[best] < before else None
         else:
             chosen = self.method
         if chosen is None:
             no_map = Reason("no_better_map", step=self.kind, loss=before)
             return replace(model, notes={**model.notes, NAME: (no_map,)})
-        made = made_of(chosen, signature.output, logit, label, self.knots)
-        attach(model.module, made)
+        fitted = made_of(chosen, signature.output, logit, label, self.knots)
+        attach(model.module, fitted)
         model.module.eval()
         with torch.no_grad():
-            found = made(answers)
-        after = logloss(label, _sigmoid(logit_of(found, signature.output).double().numpy()))
+            recalibrated = fitted(predictions)
+        after = logloss(label, _sigmoid(logit_of(recalibrated, signature.output).double().numpy()))
         mapped = Reason("output_mapped", method=chosen, before=before, after=after, rows=len(label))
         return replace(model, notes={**model.notes, NAME: (mapped,)})
 
@@ -237,8 +237,8 @@ class Recalibrate(Frozen):
         knots = self.knots if self.method in ("isotonic", "best") else 0
         line, bends = torch.tensor([1.0, 0.0]), torch.zeros(2, knots)
         output = bench.signature.output
-        made = Recalibration(self.method, output, knots=knots, line=line, bends=bends)
-        attach(model.module, made)
+        identity = Recalibration(self.method, output, knots=knots, line=line, bends=bends)
+        attach(model.module, identity)
         return model
 
 

@@ -126,28 +126,33 @@ class RefitCodes(Frozen):
         named = ((unit.name, _codes(unit)) for unit in Unit.of(model.module))
         tables = {n: table for n, table in named if table is not None and n in chosen}
         stored = {name: _types(table) for name, table in tables.items()}
-        names = _names(model, tables)
+        names = _learned_names(model, tables)
         if self.dense:
             names += trainable(model.module, tables=False)
-        best, kept = quality(model.module, bench.signature, bench.validation), _held(model)
+        best, best_state = (
+            quality(model.module, bench.signature, bench.validation),
+            _tensors_of(model),
+        )
         for number in range(self.rounds):
             for table in tables.values():
                 _cast(table, dict.fromkeys(_types(table), torch.float32))
-            mine = bench.model_copy(update={"seed": bench.seed + number, **_place(bench, number)})
-            train_model(model, mine, loss, self.training, pruned_layers(model), names)
+            round_bench = bench.model_copy(
+                update={"seed": bench.seed + number, **_checkpoint_folder(bench, number)}
+            )
+            train_model(model, round_bench, loss, self.training, pruned_layers(model), names)
             rows = 0
             for step in ("codebooks", "codes"):
                 if step == "codes" and self.share:
                     rows = self._move(model, bench, tables)
                 for name, table in tables.items():
                     _cast(table, stored[name])
-                found = quality(model.module, bench.signature, bench.validation)
-                log.info("round %d, %s: validation %.5f", number + 1, step, found)
-                if found > best:
-                    best, kept = found, _held(model)
+                metric = quality(model.module, bench.signature, bench.validation)
+                log.info("round %d, %s: validation %.5f", number + 1, step, metric)
+                if metric > best:
+                    best, best_state = metric, _tensors_of(model)
             if not rows:
                 break
-        _restore(model, kept)
+        _restore(model, best_state)
         return model
 
     def dry_run(self, model: Model, bench: Bench) -> Model:  # noqa: ARG002
@@ -166,9 +171,9 @@ class RefitCodes(Frozen):
         # Soft labels only: their gradient is zero at the original's rows, while labels and
         # penalties would continue to move rows after the point where the original stopped training.
         loss = soft_label_loss(bench, 1.0, self.temperature, self.kind)
-        begun = mean_loss(module, signature, bench.train, loss)
-        found = loss_gradients(module, signature, bench.train, loss, tables)
-        proposals = {name: propose(table, *found[name]) for name, table in tables.items()}
+        loss_before = mean_loss(module, signature, bench.train, loss)
+        gradients = loss_gradients(module, signature, bench.train, loss, tables)
+        proposals = {name: propose(table, *gradients[name]) for name, table in tables.items()}
         before = {name: table.get_buffer("codes") for name, table in tables.items()}
         share = self.share
         for _ in range(TRIES):
@@ -177,9 +182,9 @@ class RefitCodes(Frozen):
                 table.codes = before[name]
                 table.codes, count = moved(table, proposals[name], share)
                 rows += count
-            ended = mean_loss(module, signature, bench.train, loss)
-            log.info("%d rows moved: loss %.6f -> %.6f", rows, begun, ended)
-            if ended < begun:
+            loss_after = mean_loss(module, signature, bench.train, loss)
+            log.info("%d rows moved: loss %.6f -> %.6f", rows, loss_before, loss_after)
+            if loss_after < loss_before:
                 return rows
             if not rows:
                 break
@@ -195,7 +200,7 @@ def _codes(unit: Unit) -> PackedTable | None:
     return table if isinstance(table, PackedTable) and isinstance(table.storage, Codes) else None
 
 
-def _names(model: Model, tables: dict[str, PackedTable]) -> tuple[str, ...]:
+def _learned_names(model: Model, tables: dict[str, PackedTable]) -> tuple[str, ...]:
     """Full names in the model of the learned tensors of the given tables."""
     mine = set(tables.values())
     return tuple(
@@ -208,8 +213,8 @@ def _names(model: Model, tables: dict[str, PackedTable]) -> tuple[str, ...]:
 
 def _types(table: PackedTable) -> dict[str, torch.dtype]:
     """The dtypes of a table's learned tensors, by name."""
-    held = dict(table.named_buffers())
-    return {name: held[name].dtype for name in table.storage.learned if name in held}
+    buffers = dict(table.named_buffers())
+    return {name: buffers[name].dtype for name in table.storage.learned if name in buffers}
 
 
 def _cast(table: PackedTable, types: dict[str, torch.dtype]) -> None:
@@ -225,7 +230,7 @@ def _cast(table: PackedTable, types: dict[str, torch.dtype]) -> None:
             setattr(table, name, tensor.float().clamp(least, largest).to(dtype))
 
 
-def _place(bench: Bench, number: int) -> dict[str, str]:
+def _checkpoint_folder(bench: Bench, number: int) -> dict[str, str]:
     """The folder where a round stores its progress, as a field of the bench."""
     return {"checkpoints": f"{bench.checkpoints}/round-{number}"} if bench.checkpoints else {}
 
@@ -233,13 +238,13 @@ def _place(bench: Bench, number: int) -> dict[str, str]:
 State = list[tuple[nn.Module, str, Tensor]]
 
 
-def _held(model: Model) -> State:
+def _tensors_of(model: Model) -> State:
     """All tensors of a model with their module and name; training replaces them by others."""
     return [
         (module, name, tensor)
         for module in model.module.modules()
-        for held in (module._parameters, module._buffers)
-        for name, tensor in held.items()
+        for tensors in (module._parameters, module._buffers)
+        for name, tensor in tensors.items()
         if tensor is not None
     ]
 

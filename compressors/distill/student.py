@@ -46,20 +46,20 @@ def student_choices(
     _require_arguments(model, config)
     units = Unit.of(model.module)
     shapes = {unit.name: _shape(unit) for unit in units if unit.part_of is None}
-    student = Unit.of(_built(model, config, _construct_empty))
+    student = Unit.of(_build(model, config, _construct_empty))
     smaller = {unit.name: _shape(unit) for unit in student}
     if added := sorted(smaller.keys() - shapes.keys()):
         raise DistillationRefused("layer_added", unit=added[0])
-    held = table_rows(model.module)
+    original_rows = table_rows(model.module)
     for unit in student:
-        if unit.role == "table" and unit.rows < held[unit.name]:
+        if unit.role == "table" and unit.rows < original_rows[unit.name]:
             raise DistillationRefused(
-                "table_shortened", table=unit.name, got=unit.rows, expected=held[unit.name]
+                "table_shortened", table=unit.name, got=unit.rows, expected=original_rows[unit.name]
             )
     _require_packed_fit(units, smaller)
-    fresh = [u.name for u in student if u.role == "table" and smaller[u.name] != shapes[u.name]]
-    if fresh and not tables:
-        raise DistillationRefused("table_untrained", table=fresh[0])
+    resized = [u.name for u in student if u.role == "table" and smaller[u.name] != shapes[u.name]]
+    if resized and not tables:
+        raise DistillationRefused("table_untrained", table=resized[0])
     choices = {}
     for name, shape in shapes.items():
         if name not in smaller:
@@ -75,17 +75,17 @@ def student_of(model: Model, config: Config, seed: int) -> Model:
     """Build the smaller network: newly initialized layers, and the original's tensors that fit."""
     with torch.random.fork_rng(devices=()):
         torch.manual_seed(seed)
-        student = _built(model, config, construct_with_weights)
-    return _over(model, student, config)
+        student = _build(model, config, construct_with_weights)
+    return _with_original_tensors(model, student, config)
 
 
 def student_dry_run(model: Model, config: Config) -> Model:
     """As ``student_of``, with placeholders instead of initialized weights."""
-    student = _built(model, config, _construct_empty)
-    return _over(model, with_placeholders(student), config)
+    student = _build(model, config, _construct_empty)
+    return _with_original_tensors(model, with_placeholders(student), config)
 
 
-def _built(
+def _build(
     model: Model, config: Config, how: Callable[[type[nn.Module], Config], nn.Module]
 ) -> nn.Module:
     try:
@@ -104,21 +104,21 @@ def _construct_empty(architecture: type[nn.Module], config: Config) -> nn.Module
     return construct(architecture, config).module
 
 
-def _over(model: Model, student: nn.Module, config: Config) -> Model:
+def _with_original_tensors(model: Model, student: nn.Module, config: Config) -> Model:
     """Assign the original's tensors to the student where their shapes match."""
-    theirs = {unit.name for unit in Unit.of(student)}
+    student_names = {unit.name for unit in Unit.of(student)}
     for unit in Unit.of(model.module):
-        if _packed(unit) and unit.name in theirs and unit.part_of is None:
+        if _packed(unit) and unit.name in student_names and unit.part_of is None:
             swap(student, unit.name, unit.module)
-    own = student.state_dict(keep_vars=True)
+    student_tensors = student.state_dict(keep_vars=True)
     fitting = {
         name: tensor
         for name, tensor in model.module.state_dict(keep_vars=True).items()
-        if name in own and tensor.shape == own[name].shape
+        if name in student_tensors and tensor.shape == student_tensors[name].shape
     }
     assign(student, fitting, strict=False)
-    whole = {**model.network.architecture.config, **config}
-    architecture = model.network.architecture.model_copy(update={"config": whole})
+    merged = {**model.network.architecture.config, **config}
+    architecture = model.network.architecture.model_copy(update={"config": merged})
     network = model.network.model_copy(update={"architecture": architecture})
     return replace(model, module=student.eval(), network=network)
 

@@ -41,11 +41,11 @@ def retyped(
         return ir.Tensor(values.reshape(-1))
     if name != "codes":
         return None
-    kept = values[:, : signed_length(layer.in_features, block, form.bits) * form.bits // 8]
+    codes = values[:, : signed_length(layer.in_features, block, form.bits) * form.bits // 8]
     if form.bits == 8:
-        return ir.Tensor((kept ^ 128).view(np.int8))
-    signed = np.ascontiguousarray(kept ^ 0x88)  # in two's complement the sign is bit 3
-    shape = ir.Shape((len(kept), 2 * kept.shape[1]))
+        return ir.Tensor((codes ^ 128).view(np.int8))
+    signed = np.ascontiguousarray(codes ^ 0x88)  # in two's complement the sign is bit 3
+    shape = ir.Shape((len(codes), 2 * codes.shape[1]))
     return ir.PackedTensor(signed.reshape(-1), ir.DataType.INT4, shape=shape)
 
 

@@ -80,14 +80,14 @@ def lower(
     wrapper, program = exported(model, form, target, most_rows)
     tables = _tables(wrapper, program.model.graph)
     _retype(program.model, wrapper, target)
-    held = program.model.graph.initializers
+    initializers = program.model.graph.initializers
     looked_up = tuple(
-        table for table in tables if any(_looked_up(held[name]) for name in table.names)
+        table for table in tables if any(_looked_up(initializers[name]) for name in table.names)
     )
-    packed = _packed(wrapper, program.model.graph)
-    small = _small(program.model.graph)
+    packed = _packed_weights(wrapper, program.model.graph)
+    small = _small_initializers(program.model.graph)
     simplify(program.model, _may_fold)
-    merged = _merged(small, program.model.graph)
+    merged = _merged_names(small, program.model.graph)
     packed = tuple(replace(each, name=merged.get(each.name, each.name)) for each in packed)
     looked_up = tuple(_renamed(table, merged) for table in looked_up)
     if target == "onnxruntime":
@@ -115,12 +115,12 @@ def exported(
     rows = rows_of_tables(model, signature)
     # Lookups are merged only for ONNX Runtime: TensorRT's builder fuses operators by itself.
     wrapper = wrap_for_serving(model, form, rows, together=target == "onnxruntime")
-    own = (onnxruntime if target == "onnxruntime" else tensorrt).translations()
+    target_translations = (onnxruntime if target == "onnxruntime" else tensorrt).translations()
     translations = {
         torch.ops.aten.log_sigmoid.default: log_sigmoid,
         torch.ops.aten.squeeze.default: squeeze_fixed,
         **attention.translations(),
-        **own,
+        **target_translations,
     }
     if signature.output == "probability" and recalibration_of(wrapper.model) is not None:
         translations[torch.ops.aten.sigmoid.default] = exact_sigmoid
@@ -133,7 +133,7 @@ def exported(
     except Exception as fault:
         if is_out_of_memory(fault):
             raise
-        first = _first_fault(fault)
+        first = _original_error(fault)
         if isinstance(first, NotLowerable):
             raise copy.copy(first) from fault
         reason = (str(first).strip().splitlines() or [repr(first)])[0].rstrip(".")
@@ -141,7 +141,7 @@ def exported(
     return wrapper, program
 
 
-def _first_fault(fault: BaseException) -> BaseException:
+def _original_error(fault: BaseException) -> BaseException:
     """The original error, which torch's exporter wraps in advice to torch developers."""
     while fault.__cause__ is not None:
         fault = fault.__cause__
@@ -207,13 +207,13 @@ class _Packed:
     name: str
 
 
-def _packed(wrapper: ServingWrapper, graph: ir.Graph) -> tuple[_Packed, ...]:
+def _packed_weights(wrapper: ServingWrapper, graph: ir.Graph) -> tuple[_Packed, ...]:
     """The stored tensors of packed modules in a graph: weights of layers, all tensors of tables.
 
     Tensors of tables are left out if requests do not decide which of their rows are read.
     """
     names = _names(wrapper)
-    found = []
+    result = []
     for module_name, module in wrapper.named_modules():
         if not isinstance(module, PackedTable | PackedLinear):
             continue
@@ -227,24 +227,27 @@ def _packed(wrapper: ServingWrapper, graph: ir.Graph) -> tuple[_Packed, ...]:
             if isinstance(module, PackedTable) and not _looked_up(graph.initializers[name]):
                 continue
             label = _label(wrapper, module_name)
-            found.append(_Packed(label, module.storage.name, tensor.nbytes, name))
-    return tuple(found)
+            result.append(_Packed(label, module.storage.name, tensor.nbytes, name))
+    return tuple(result)
 
 
 def _layers(wrapper: ServingWrapper, packed: tuple[_Packed, ...]) -> tuple[LayerInitializer, ...]:
     """The initializers of packed dense layers, and which of them stay packed at serving."""
     modules = {name.removeprefix("model."): module for name, module in wrapper.named_modules()}
-    found = []
+    result = []
     for weight in packed:
         layer = modules.get(weight.module)  # merged tables have no single name
         if isinstance(layer, PackedLinear):
-            kept = dense_types.stays_packed(layer)
-            found.append(
+            stays_packed = dense_types.stays_packed(layer)
+            result.append(
                 LayerInitializer(
-                    module=weight.module, format=weight.format, name=weight.name, packed=kept
+                    module=weight.module,
+                    format=weight.format,
+                    name=weight.name,
+                    packed=stays_packed,
                 )
             )
-    return tuple(found)
+    return tuple(result)
 
 
 def _require_packed(packed: tuple[_Packed, ...], graph: ir.Graph, target: TargetKind) -> None:
@@ -255,8 +258,8 @@ def _require_packed(packed: tuple[_Packed, ...], graph: ir.Graph, target: Target
     """
     for weight in packed:
         value = graph.initializers.get(weight.name)
-        found = None if value is None or value.const_value is None else value.const_value.nbytes
-        if found is None or found > weight.bytes:
+        size = None if value is None or value.const_value is None else value.const_value.nbytes
+        if size is None or size > weight.bytes:
             raise (
                 AuditFailed(
                     "weight_replaced",
@@ -265,19 +268,19 @@ def _require_packed(packed: tuple[_Packed, ...], graph: ir.Graph, target: Target
                     expected=weight.bytes,
                     format=weight.format,
                 )
-                if found is None
+                if size is None
                 else AuditFailed(
                     "weight_expanded",
                     target=target,
                     unit=weight.module,
                     expected=weight.bytes,
-                    got=found,
+                    got=size,
                     format=weight.format,
                 )
             ).caused_by(weight.module)
 
 
-def _small(graph: ir.Graph) -> dict[str, tuple[object, ...]]:
+def _small_initializers(graph: ir.Graph) -> dict[str, tuple[object, ...]]:
     """Dtype, shape and bytes of the small initializers, which the optimizer merges if equal."""
     return {
         name: (value.const_value.dtype, tuple(value.const_value.shape), value.const_value.tobytes())
@@ -286,11 +289,11 @@ def _small(graph: ir.Graph) -> dict[str, tuple[object, ...]]:
     }
 
 
-def _merged(before: dict[str, tuple[object, ...]], graph: ir.Graph) -> dict[str, str]:
+def _merged_names(before: dict[str, tuple[object, ...]], graph: ir.Graph) -> dict[str, str]:
     """The new name of each initializer that was merged into an equal one, by old name."""
-    after = {held: name for name, held in _small(graph).items()}
-    gone = before.keys() - graph.initializers.keys()
-    return {name: after[before[name]] for name in gone if before[name] in after}
+    after = {content: name for name, content in _small_initializers(graph).items()}
+    removed = before.keys() - graph.initializers.keys()
+    return {name: after[before[name]] for name in removed if before[name] in after}
 
 
 def _renamed(table: TableInitializers, merged: dict[str, str]) -> TableInitializers:
@@ -310,7 +313,7 @@ def _names(wrapper: ServingWrapper) -> dict[int, list[str]]:
 def _tables(wrapper: ServingWrapper, graph: ir.Graph) -> tuple[TableInitializers, ...]:
     """The initializers of each table in a graph, without tables that the network never reads."""
     names = _names(wrapper)
-    found = []
+    result = []
     for name, module in wrapper.named_modules():
         every: dict[str, int] = {}
         if isinstance(module, PackedTable):
@@ -321,20 +324,22 @@ def _tables(wrapper: ServingWrapper, graph: ir.Graph) -> tuple[TableInitializers
             rows, form, stored = module.num_embeddings, "float32", [module.weight]
         else:
             continue
-        held = [next((n for n in names[id(t)] if n in graph.initializers), None) for t in stored]
-        if None in held:
+        stored_names = [
+            next((n for n in names[id(t)] if n in graph.initializers), None) for t in stored
+        ]
+        if None in stored_names:
             continue
-        shared = {n: every.get(n.rpartition(".")[2], 1) for n in held if n is not None}
-        found.append(
+        shared = {n: every.get(n.rpartition(".")[2], 1) for n in stored_names if n is not None}
+        result.append(
             TableInitializers(
                 module=_label(wrapper, name),
                 rows=rows,
                 format=form,
-                names=held,
+                names=stored_names,
                 every={n: share for n, share in shared.items() if share != 1},
             )
         )
-    return tuple(found)
+    return tuple(result)
 
 
 def _label(wrapper: ServingWrapper, name: str) -> str:

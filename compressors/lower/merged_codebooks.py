@@ -71,16 +71,16 @@ class MergedCodebookFormat:
         first = torch.arange(books, dtype=torch.int32) * (len(codebook) // books)
         codes: Tensor = torch.ops.recpress.merged_codes(stored["codes"], ids, self.count, self.wide)
         places = codes + first.reshape(self.inputs, -1)  # (rows, inputs, count)
-        found = F.embedding(places, codebook).float()  # (rows, inputs, count, entry)
+        entries = F.embedding(places, codebook).float()  # (rows, inputs, count, entry)
         if scalar:
-            rows = found.squeeze(3)
+            rows = entries.squeeze(3)
             if "scale" not in stored:
                 return rows
             return rows * F.embedding(ids, stored["scale"]).float()  # (rows, inputs, 1)
         if self.inside == residual_codes.FORMAT:
-            return found.sum(dim=2)
+            return entries.sum(dim=2)
         columns = product_codes.columns(dim, self.count)
-        rows = found.flatten(2)
+        rows = entries.flatten(2)
         return rows if columns is None else rows[:, :, columns]
 
 

@@ -60,7 +60,7 @@ class MergedTable(nn.Module):
             ("instead", torch.tensor([item.default_row for item in group.inputs])),
         ):
             self.register_buffer(name, values.to(dtype), persistent=False)  # (inputs,)
-        self.table = _stacked(group.tables)
+        self.table = _concatenated(group.tables)
         self.dim = group.tables[0].dim
 
     def forward(self, given: Sequence[Tensor]) -> tuple[list[Tensor], Tensor | None]:
@@ -82,8 +82,8 @@ class MergedTable(nn.Module):
                 inside = torch.where(outside, self.instead, ids)
             else:  # as floats: not every target can reduce booleans
                 refused = outside.to(torch.float32).sum(dim=1) > 0
-        found: Tensor = self.table(inside + self.first)  # (rows, inputs, dim)
-        flat: Tensor = torch.ops.recpress.join_rows(found)  # (rows, inputs * dim)
+        looked_up: Tensor = self.table(inside + self.first)  # (rows, inputs, dim)
+        flat: Tensor = torch.ops.recpress.join_rows(looked_up)  # (rows, inputs * dim)
         return list(torch.split(flat, self.dim, dim=1)), refused
 
 
@@ -120,14 +120,18 @@ def table_groups(
         signature: with the inputs of this graph only.
         rows_of_table: number of rows by table name.
     """
-    held = {name: module for name, module in model.named_modules() if module is part}
-    path = next(iter(held))
-    asked = [item for item in signature.inputs if isinstance(item, IdInput) and not item.shape]
-    read = [item.table for item in signature.inputs if hasattr(item, "table")]
+    paths = {name: module for name, module in model.named_modules() if module is part}
+    path = next(iter(paths))
+    id_inputs = [item for item in signature.inputs if isinstance(item, IdInput) and not item.shape]
+    tables_read = [item.table for item in signature.inputs if hasattr(item, "table")]
     alike: dict[Any, list[tuple[IdInput, PackedTable]]] = {}
-    for item in asked:
+    for item in id_inputs:
         table = model.get_submodule(item.table)
-        if isinstance(table, PackedTable) and _by_rows(table) and read.count(item.table) == 1:
+        if (
+            isinstance(table, PackedTable)
+            and _is_concatenable(table)
+            and tables_read.count(item.table) == 1
+        ):
             settings = tuple(sorted(table.settings.items()))
             books = tuple(table.get_buffer("codebook").shape) if codes_of(table) else None
             key = (table.storage.name, table.dim, settings, books, item.dtype, item.out_of_range)
@@ -138,7 +142,7 @@ def table_groups(
         if len(members) > 1
         and sum(table.get_buffer(n).nbytes for _, table in members for n in _names(table))
         <= MOST_BYTES
-        and _same(
+        and _predictions_unchanged(
             model, path, signature, rows_of_table, group := TableGroup(*zip(*members, strict=True))
         )
     ]
@@ -155,17 +159,17 @@ def with_merged_tables(
     return copied
 
 
-def _by_rows(table: PackedTable) -> bool:
+def _is_concatenable(table: PackedTable) -> bool:
     """Whether such tables can be concatenated: each entry is for one row, or of a codebook."""
-    laid = table.storage.layout(table.rows, table.dim, table.settings)
-    return codes_of(table) is not None or all(spec.every == 1 for spec in laid.values())
+    layout = table.storage.layout(table.rows, table.dim, table.settings)
+    return codes_of(table) is not None or all(spec.every == 1 for spec in layout.values())
 
 
 def _names(table: nn.Module) -> tuple[str, ...]:
     return tuple(name for name, _ in table.named_buffers())
 
 
-def _stacked(tables: Sequence[PackedTable]) -> PackedTable:
+def _concatenated(tables: Sequence[PackedTable]) -> PackedTable:
     first = tables[0]
     stored = {
         name: torch.cat([table.get_buffer(name) for table in tables]) for name in _names(first)
@@ -177,7 +181,7 @@ def _stacked(tables: Sequence[PackedTable]) -> PackedTable:
 
 
 @torch.no_grad()
-def _same(
+def _predictions_unchanged(
     model: nn.Module,
     path: str,
     signature: Signature,
@@ -191,12 +195,12 @@ def _same(
     sealed = {item.name: _Sealed(row) for item, row in zip(group.inputs, rows, strict=True)}
     opened = with_merged_tables(model, [group], _Opening)
     try:
-        found = opened.get_submodule(path)(**{**inputs, **sealed})
+        predictions = opened.get_submodule(path)(**{**inputs, **sealed})
     except Exception as fault:  # any use of the ids other than a lookup fails here
         if is_out_of_memory(fault):
             raise
         return False
-    return bool(torch.equal(found, expected))
+    return bool(torch.equal(predictions, expected))
 
 
 @dataclass(frozen=True)

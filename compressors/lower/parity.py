@@ -62,8 +62,8 @@ def compare(
                 found,
             )
         )
-    apart = gap_of(expected, found)
-    gap = apart[~refused]
+    differences = gap_of(expected, found)
+    gap = differences[~refused]
     finite = expected[np.isfinite(expected)]  # one infinite score would make every limit infinite
     spread = float(finite.std(dtype=np.float64)) if finite.size else 0.0
     rms_share, largest_share, most_share = _shares(plan, target)
@@ -97,7 +97,7 @@ def compare(
             },
             spread=spread,
         )
-        raise ParityLost(_at(failure, apart, expected, found))
+        raise ParityLost(_at(failure, differences, expected, found))
     return parity
 
 

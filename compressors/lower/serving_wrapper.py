@@ -73,30 +73,30 @@ class ServingWrapper(nn.Module):
         self.rows_of_table = rows_of_table
 
     def forward(self, *tensors: Tensor) -> Tensor:
-        given = dict(zip(input_names(self.signature), tensors, strict=True))
+        inputs = dict(zip(input_names(self.signature), tensors, strict=True))
         refused: Tensor | None = None
-        done: set[str] = set()
+        looked_up: set[str] = set()
         for group in self.together:
             assert isinstance(group, MergedTable)  # noqa: S101 - a ModuleList has lost the type
-            rows_of, bad = group([given[name] for name in group.names])
-            given.update(zip(group.names, rows_of, strict=True))
-            done |= set(group.names)
-            if bad is not None:
-                refused = bad if refused is None else refused | bad
+            rows_of, newly_refused = group([inputs[name] for name in group.names])
+            inputs.update(zip(group.names, rows_of, strict=True))
+            looked_up |= set(group.names)
+            if newly_refused is not None:
+                refused = newly_refused if refused is None else refused | newly_refused
         for item in self.signature.inputs:
-            if isinstance(item, DenseInput) or item.name in done:
+            if isinstance(item, DenseInput) or item.name in looked_up:
                 continue
-            ids = given[item.name]
+            ids = inputs[item.name]
             rows = self.rows_of_table[item.table]
             inside = ids.clamp(0, rows - 1)
             outside = inside != ids  # two operators; comparing with both bounds takes three
             if item.out_of_range == "default_row":
                 inside = torch.where(outside, item.default_row, ids)
-            given[item.name] = inside
-            bad = _refused_rows(item, outside, given)
-            if bad is not None:
-                refused = bad if refused is None else refused | bad
-        score: Tensor = self.form.part(self.model)(**given)
+            inputs[item.name] = inside
+            newly_refused = _refused_rows(item, outside, inputs)
+            if newly_refused is not None:
+                refused = newly_refused if refused is None else refused | newly_refused
+        score: Tensor = self.form.part(self.model)(**inputs)
         if self.form.output == VECTOR:
             if refused is not None:
                 score = torch.where(refused.unsqueeze(1), torch.nan, score)
@@ -154,9 +154,9 @@ def wrap_for_serving(
             module.longest = longest.get(name)
     if not together:
         return ServingWrapper(copy, form, rows_of_table).eval()
-    found = table_groups(copy, form.part(copy), form.signature, rows_of_table)
-    lookups = [MergedTable(group, rows_of_table) for group in found]
-    return ServingWrapper(with_merged_tables(copy, found), form, rows_of_table, lookups).eval()
+    groups = table_groups(copy, form.part(copy), form.signature, rows_of_table)
+    lookups = [MergedTable(group, rows_of_table) for group in groups]
+    return ServingWrapper(with_merged_tables(copy, groups), form, rows_of_table, lookups).eval()
 
 
 def dynamic_shapes(signature: Signature, most_rows: int) -> tuple[dict[int, Any], ...]:

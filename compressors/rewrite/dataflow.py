@@ -27,15 +27,15 @@ from compressors.lower.serving_wrapper import input_names, served_graphs, wrap_f
 
 TRACE_ROWS = 3
 _aten = torch.ops.aten
-_TAKES: dict[Any, tuple[int, ...]] = {  # operator -> positions of its weights
+_WEIGHT_POSITIONS: dict[Any, tuple[int, ...]] = {  # operator -> positions of its weights
     _aten.linear.default: (1, 2),
     _aten.batch_norm.default: (1, 2, 3, 4),
     _aten.layer_norm.default: (2, 3),
     _aten.rms_norm.default: (2,),
 }
-_NOTHING = {_aten.dropout.default, _aten.contiguous.default, _aten.clone.default}
-_NOTHING |= {_aten.alias.default, _aten.detach.default, _aten.dropout_.default}
-_BENDS: dict[Any, str] = {
+_IDENTITIES = {_aten.dropout.default, _aten.contiguous.default, _aten.clone.default}
+_IDENTITIES |= {_aten.alias.default, _aten.detach.default, _aten.dropout_.default}
+_NONLINEARITIES: dict[Any, str] = {
     _aten.relu.default: "relu",
     _aten.relu_.default: "relu",
     _aten.leaky_relu.default: "leaky_relu",
@@ -46,8 +46,8 @@ _BENDS: dict[Any, str] = {
 _CLAMPS = {_aten.clamp.default, _aten.clamp_min.default}  # at zero, from below only
 _RESHAPES = {_aten.view.default, _aten.reshape.default, _aten.flatten.using_ints}
 _RESHAPES |= {_aten.unsqueeze.default, _aten.squeeze.dim, _aten.expand.default}
-_PICKS = {_aten.select.int, _aten.slice.Tensor}
-_LOOKS = {_aten._assert_tensor_metadata.default, _aten.sym_size.int}
+_SELECTIONS = {_aten.select.int, _aten.slice.Tensor}
+_METADATA_READS = {_aten._assert_tensor_metadata.default, _aten.sym_size.int}
 
 
 @dataclass(frozen=True)
@@ -103,10 +103,10 @@ def dataflow(module: nn.Module, signature: Signature) -> Dataflow:
     Raises:
         CompressionError: ``torch.export`` cannot trace the network.
     """
-    parts = _parts(module)
-    last = _LAST.get(module)
+    parts = _modules_and_tensors(module)
+    last = _CACHE.get(module)
     if last is None or (last.signature, last.parts) != (signature, parts):
-        last = _LAST[module] = _Traced(signature, parts, _trace(module, signature))
+        last = _CACHE[module] = _Traced(signature, parts, _trace(module, signature))
     return last.dataflow
 
 
@@ -119,10 +119,10 @@ class _Traced:
     dataflow: Dataflow
 
 
-_LAST: WeakKeyDictionary[nn.Module, _Traced] = WeakKeyDictionary()
+_CACHE: WeakKeyDictionary[nn.Module, _Traced] = WeakKeyDictionary()
 
 
-def _parts(module: nn.Module) -> dict[str, object]:
+def _modules_and_tensors(module: nn.Module) -> dict[str, object]:
     """All modules with their mode and all tensors, by name; differs if any of them was replaced."""
     modules = module.named_modules(remove_duplicate=False)
     parts: dict[str, object] = {
@@ -143,15 +143,15 @@ def _trace(module: nn.Module, signature: Signature) -> Dataflow:
     closed: dict[str, Reason] = {}
     dims: dict[str, int] = {}
     for graph, placeholders in _graphs(module, signature):
-        called = _called(
+        called = _called_modules(
             graph, {node: owners.get(key, set()) for node, key in placeholders.items()}
         )
-        closed |= _read_otherwise(placeholders, owners, called)
+        closed |= _used_elsewhere(placeholders, owners, called)
         for node, name in called.items():
             if name in dims:
                 closed[name] = Reason("called_again")
                 continue
-            dims[name] = _value(node.args[0]).dim()
+            dims[name] = _fake_output(node.args[0]).dim()
             try:
                 readers[name] = tuple(_readers(node, called, ()))
             except OtherConsumer as fault:
@@ -159,11 +159,13 @@ def _trace(module: nn.Module, signature: Signature) -> Dataflow:
     for name, part in module.named_modules():
         if isinstance(part, nn.Linear) and name not in dims:
             closed.setdefault(name, Reason("not_called"))
-    for name, found in readers.items():
-        if lost := next((reader.name for reader in found if reader.name in closed), None):
-            reasons[name] = Reason("reader_closed", reader=lost, why=closed[lost])
+    for name, consumers in readers.items():
+        if closed_reader := next(
+            (reader.name for reader in consumers if reader.name in closed), None
+        ):
+            reasons[name] = Reason("reader_closed", reader=closed_reader, why=closed[closed_reader])
     reasons |= closed
-    known = {name: found for name, found in readers.items() if name not in reasons}
+    known = {name: consumers for name, consumers in readers.items() if name not in reasons}
     return Dataflow(known, reasons, closed, dims)
 
 
@@ -172,50 +174,52 @@ def _graphs(
 ) -> list[tuple[torch.fx.Graph, dict[Node, int]]]:
     """All graphs the network is served as, with the ``id`` of the tensor of each placeholder."""
     rows = table_rows(module)
-    found = []
+    graphs = []
     for form in served_graphs(signature):
         wrapper = wrap_for_serving(module, form, rows)
-        given = example(form.signature, rows, TRACE_ROWS)
+        inputs = example(form.signature, rows, TRACE_ROWS)
         names = input_names(form.signature)
-        free = tuple({0: torch.export.Dim.AUTO} for _ in names)
+        dynamic = tuple({0: torch.export.Dim.AUTO} for _ in names)
         try:
             with torch.no_grad():
                 program = torch.export.export(
-                    wrapper, tuple(given[name] for name in names), dynamic_shapes=(free,)
+                    wrapper, tuple(inputs[name] for name in names), dynamic_shapes=(dynamic,)
                 )
         except Exception as fault:  # tracing runs the network's code, which may raise anything
             if is_out_of_memory(fault):
                 raise
             first = (str(fault).strip().splitlines() or [repr(fault)])[0].rstrip(".")
             raise StepRefused("network_not_traceable", problem=first) from fault
-        held: dict[str, Tensor] = dict(wrapper.named_parameters(remove_duplicate=False))
-        held |= dict(wrapper.named_buffers(remove_duplicate=False))
+        tensors: dict[str, Tensor] = dict(wrapper.named_parameters(remove_duplicate=False))
+        tensors |= dict(wrapper.named_buffers(remove_duplicate=False))
         exported = program.graph_signature
         names_of = {**exported.inputs_to_parameters, **exported.inputs_to_buffers}
         placeholders = {
-            node: id(held[names_of[node.name]])
+            node: id(tensors[names_of[node.name]])
             for node in program.graph.nodes
-            if node.op == "placeholder" and names_of.get(node.name) in held
+            if node.op == "placeholder" and names_of.get(node.name) in tensors
         }
-        found.append((program.graph, placeholders))
-    return found
+        graphs.append((program.graph, placeholders))
+    return graphs
 
 
-def _called(graph: torch.fx.Graph, owners: Mapping[Node, set[str]]) -> dict[Node, str]:
+def _called_modules(graph: torch.fx.Graph, owners: Mapping[Node, set[str]]) -> dict[Node, str]:
     """The products and norms of a graph, each with the module whose weights it uses."""
     called = {}
     for node in graph.nodes:
-        places = _TAKES.get(node.target, ())
+        places = _WEIGHT_POSITIONS.get(node.target, ())
         if node.target is _aten.linear.default and node.args[1] not in owners:
             continue  # its weight is computed in the graph
         weights = [node.args[place] for place in places if len(node.args) > place]
-        of = {name for weight in weights if weight is not None for name in owners.get(weight, ())}
-        if len(of) == 1:
-            called[node] = of.pop()
+        modules = {
+            name for weight in weights if weight is not None for name in owners.get(weight, ())
+        }
+        if len(modules) == 1:
+            called[node] = modules.pop()
     return called
 
 
-def _read_otherwise(
+def _used_elsewhere(
     placeholders: Mapping[Node, int], owners: Mapping[int, set[str]], called: Mapping[Node, str]
 ) -> dict[str, Reason]:
     """Layers and norms whose tensors other code reads or shares, with the reason."""
@@ -237,33 +241,33 @@ def _read_otherwise(
 
 
 def _readers(node: Node, called: Mapping[Node, str], bends: tuple[str, ...]) -> list[Reader]:
-    found: list[Reader] = []
+    result: list[Reader] = []
     for user in node.users:
-        if user.target in _LOOKS:
+        if user.target in _METADATA_READS:
             continue
         if user in called and user.args[0] is node and node not in user.args[1:]:
-            found.append(Reader(called[user], bends))
-        elif _lets_through(user, node):
-            bend = "clamp" if user.target in _CLAMPS else _BENDS.get(user.target)
+            result.append(Reader(called[user], bends))
+        elif _preserves_channels(user, node):
+            bend = "clamp" if user.target in _CLAMPS else _NONLINEARITIES.get(user.target)
             more = () if bend is None else (bend,)
-            found += _readers(user, called, (*bends, *more))
+            result += _readers(user, called, (*bends, *more))
         elif user.op == "output":
             raise OtherConsumer(Reason("output_leaves"))
         else:
-            raise OtherConsumer(Reason("output_enters", operator=_operator(user.target)))
-    return found
+            raise OtherConsumer(Reason("output_enters", operator=_operator_name(user.target)))
+    return result
 
 
-def _lets_through(node: Node, source: Node) -> bool:
+def _preserves_channels(node: Node, source: Node) -> bool:
     """Whether an operator keeps channels (last dimension) separate and preserves factors > 0."""
     if node.args[0] is not source or source in node.args[1:]:
         return False
-    if node.target in _NOTHING or node.target in _BENDS:
+    if node.target in _IDENTITIES or node.target in _NONLINEARITIES:
         return True
-    before, after = _value(source), _value(node)
+    before, after = _fake_output(source), _fake_output(node)
     if node.target in _RESHAPES:  # in memory order: the last size alone determines the columns
         return before.dim() > 0 and after.dim() > 0 and before.shape[-1] == after.shape[-1]
-    if node.target in _PICKS:
+    if node.target in _SELECTIONS:
         place = node.args[1] if len(node.args) > 1 else 0
         return isinstance(place, int) and place % before.dim() != before.dim() - 1
     if node.target is _aten.to.dtype:
@@ -271,11 +275,11 @@ def _lets_through(node: Node, source: Node) -> bool:
     return node.target in _CLAMPS and tuple(node.args[1:]) == (0,)
 
 
-def _value(node: Any) -> Tensor:
+def _fake_output(node: Any) -> Tensor:
     """The fake tensor with the shape and dtype of a node's output."""
     value: Tensor = node.meta["val"]
     return value
 
 
-def _operator(target: Callable[..., Any] | str) -> str:
+def _operator_name(target: Callable[..., Any] | str) -> str:
     return str(target).removeprefix("aten.").partition(".")[0]

@@ -54,11 +54,11 @@ class DeadChannels:
             channels=width.value,
             width=width.description(),
         )
-        found = dict.fromkeys(width.makers, dead)
+        result = dict.fromkeys(width.makers, dead)
         for maker, reader in self.cut.readers.reads:
             if reader in self.offsets:
-                found.setdefault(reader, Reason("dead_inputs", step=step, makers=(maker,)))
-        return found
+                result.setdefault(reader, Reason("dead_inputs", step=step, makers=(maker,)))
+        return result
 
 
 def find_dead_channels(
@@ -74,23 +74,23 @@ def find_dead_channels(
             channels that the weights prove dead count.
     """
     widths, _ = find_widths(model)
-    found = []
+    result = []
     for width in widths.values():
         if max(width.makers.values()) > 1:  # in a group, such as a head, all channels must be dead
             continue
         layers = {*width.makers, *_dense(model.module, width.readers)}
-        if not layers <= set(free) or not (sample or _suspects(model.module, width)):
+        if not layers <= set(free) or not (sample or _may_have_dead_channels(model.module, width)):
             continue
         try:
             traces = trace(model.module, signature, table_rows(model.module), width)
             readers = readers_of(width, traces, next(layouts(width)))
-            dead = _dead(model, signature, readers, sample)
+            dead = _dead_channels(model, signature, readers, sample)
             if dead is not None:
                 prove(model, signature, dead.cut)
-                found.append(dead)
+                result.append(dead)
         except NotAWidth:
             continue  # its channels cannot be removed: the constants stay
-    return tuple(found)
+    return tuple(result)
 
 
 def remove_dead_channels(
@@ -117,7 +117,7 @@ def remove_dead_channels(
     return narrow
 
 
-def _suspects(module: nn.Module, width: Width) -> bool:
+def _may_have_dead_channels(module: nn.Module, width: Width) -> bool:
     """Whether a width has zero rows or columns; most have none, and tracing a width is slow."""
     makers = [_weight(module, name) for name in width.makers]
     readers = [_weight(module, name) for name in _dense(module, width.readers)]
@@ -125,42 +125,42 @@ def _suspects(module: nn.Module, width: Width) -> bool:
     return rows or any(not bool(weight.any(dim=0).all()) for weight in readers)
 
 
-def _dead(
+def _dead_channels(
     model: Model, signature: Signature, readers: Readers, sample: Sample | None
 ) -> DeadChannels | None:
     module, width = model.module, readers.width
-    behind = _dense(module, {reader: 1 for _, reader in readers.reads})
-    low, high = _ranges(model, signature, behind, sample)
-    value = {name: torch.where(low[name] == high[name], low[name], 0.0) for name in behind}
-    gone: dict[tuple[str, ...], Tensor] = {}
+    consumers = _dense(module, {reader: 1 for _, reader in readers.reads})
+    low, high = _ranges(model, signature, consumers, sample)
+    value = {name: torch.where(low[name] == high[name], low[name], 0.0) for name in consumers}
+    removable: dict[tuple[str, ...], Tensor] = {}
     for group in readers.tied:
         constant = torch.ones(width.value, dtype=torch.bool)
-        silent = torch.ones(width.value, dtype=torch.bool)
+        unread = torch.ones(width.value, dtype=torch.bool)
         for maker in group:
             if sample is None:
                 constant &= ~_weight(module, maker).any(dim=1)
-            for name in behind:
+            for name in consumers:
                 columns = readers.reads.get((maker, name))  # (channels, inputs)
                 if columns is None:
                     continue
                 weight = _weight(module, name)
                 constant &= ~(columns & (low[name] != high[name])).any(dim=1)
-                silent &= ~(columns & weight.any(dim=0)).any(dim=1)
+                unread &= ~(columns & weight.any(dim=0)).any(dim=1)
                 if module.get_submodule(name).bias is None:
                     lost = weight.any(dim=0) & (value[name] != 0)
                     constant &= ~(columns & lost).any(dim=1)
-        gone[group] = constant | silent
-    fewest = min(int(dead.sum()) for dead in gone.values())
+        removable[group] = constant | unread
+    fewest = min(int(dead.sum()) for dead in removable.values())
     fewest = min(fewest, width.value - 1)  # at least one channel must stay, even if it is dead
     if fewest == 0:
         return None
     kept = {}
-    for group, dead in gone.items():
+    for group, dead in removable.items():
         mask = torch.ones(width.value, dtype=torch.bool)
         mask[dead.nonzero().flatten()[:fewest]] = False
         kept.update(dict.fromkeys(group, mask))
     offsets = {}
-    for name in behind:
+    for name in consumers:
         read_inputs = [
             reads[~kept[maker]].any(dim=0)
             for (maker, reader), reads in readers.reads.items()
@@ -206,9 +206,9 @@ def _inputs(
         yield from (batch.inputs for batch in batches(split, signature, BATCH, rows))
         return
     for scale in SCALES:
-        made = example(signature, table_rows(model.module), EXAMPLE_ROWS)
+        inputs = example(signature, table_rows(model.module), EXAMPLE_ROWS)
         dense = {item.name for item in signature.inputs if isinstance(item, DenseInput)}
-        yield {name: x * scale if name in dense else x for name, x in made.items()}
+        yield {name: x * scale if name in dense else x for name, x in inputs.items()}
 
 
 def _dense(module: nn.Module, names: Collection[str]) -> list[str]:

@@ -71,15 +71,17 @@ class Equalize(Frozen):
         links, _ = self._links(model, bench)
         module = model.module
         for _round in range(ROUNDS):
-            moved = 0.0
+            largest_change = 0.0
             for link in links:
-                made = linear_weight(module.get_submodule(link.maker)).abs().amax(dim=1)
+                output_ranges = linear_weight(module.get_submodule(link.maker)).abs().amax(dim=1)
                 readers = [linear_weight(module.get_submodule(name)) for name in link.readers]
-                read = torch.stack([weight.abs().amax(dim=0) for weight in readers]).amax(dim=0)
-                scale = equalizing(made, read)
+                input_ranges = torch.stack([weight.abs().amax(dim=0) for weight in readers]).amax(
+                    dim=0
+                )
+                scale = equalizing(output_ranges, input_ranges)
                 rescale(module, link, scale)
-                moved = max(moved, float((scale - 1).abs().max()))
-            if moved < SETTLED:
+                largest_change = max(largest_change, float((scale - 1).abs().max()))
+            if largest_change < SETTLED:
                 break
         return model
 

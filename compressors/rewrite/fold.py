@@ -82,7 +82,7 @@ class _Move:
 
     norm: str
     layers: tuple[str, ...]
-    behind: bool
+    norm_is_first: bool
 
 
 class Fold(Frozen):
@@ -123,22 +123,22 @@ class Fold(Frozen):
                 reasons.setdefault(layer, []).append(folded_norm)
         free = frozenset(name for name, choice in choices.items() if choice.take)
         folded = _folded(replace(model, module=private_copy(model.module)), moves)
-        if not _predicted(model):
+        if not _has_placeholders(model):
             for dead in find_dead_channels(folded, bench.signature, free, None):
                 for name, change in dead.reasons(self.kind).items():
                     reasons.setdefault(name, []).append(change)
-        found = {}
+        result = {}
         for name, choice in choices.items():
             if choice.take and name in reasons:
-                found[name] = Choice(True, tuple(reasons[name]))
+                result[name] = Choice(True, tuple(reasons[name]))
             elif choice.take and self.rows:
                 constant = Reason("constant_channels", step=self.kind, rows=self.rows)
-                found[name] = Choice(True, (constant,))
+                result[name] = Choice(True, (constant,))
             elif choice.take:
-                found[name] = Choice(False, (stays.get(name, Reason("nothing_to_fold")),))
+                result[name] = Choice(False, (stays.get(name, Reason("nothing_to_fold")),))
             else:
-                found[name] = choice
-        return found
+                result[name] = choice
+        return result
 
     def apply(self, model: Model, bench: Bench) -> Model:
         """Fold norms, remove dead channels, and check that the predictions do not change.
@@ -152,14 +152,16 @@ class Fold(Frozen):
         before = replace(model, module=private_copy(model.module))
         after = _folded(model, moves)
         proven = (
-            () if _predicted(before) else find_dead_channels(after, bench.signature, free, None)
+            ()
+            if _has_placeholders(before)
+            else find_dead_channels(after, bench.signature, free, None)
         )
         after = remove_dead_channels(after, bench.signature, proven)
         gap = apart(after.module, before.module, bench.signature)
         if gap is not None:
             raise StepRefused("folded_scores_differ", gap=gap)
-        if not _predicted(before):
-            after = replace(after, notes={**after.notes, **_unread(after, bench)})
+        if not _has_placeholders(before):
+            after = replace(after, notes={**after.notes, **_unread_notes(after, bench)})
         if self.rows and bench.calibration is not None:
             seen = find_dead_channels(after, bench.signature, free, (bench.calibration, self.rows))
             after = remove_dead_channels(after, bench.signature, seen)
@@ -174,25 +176,25 @@ class Fold(Frozen):
     ) -> tuple[list[_Move], dict[str, Choice], dict[str, Reason]]:
         """The norms to fold, which layers may change, and why the other norms next to them stay."""
         choices = choose_dense(Unit.of(model.module), self.layers, self.kind)
-        found = dataflow(model.module, bench.signature)
-        for name, why in found.closed.items():
+        flow = dataflow(model.module, bench.signature)
+        for name, why in flow.closed.items():
             if name in choices and choices[name].take:
                 choices[name] = Choice(False, (why,))
         moves: list[_Move] = []
         stays: dict[str, Reason] = {}
         for name, norm in model.module.named_modules():
-            if isinstance(norm, nn.BatchNorm1d | AffineNorm) and name in found.closed:
-                closed = Reason("reader_closed", reader=name, why=found.closed[name])
-                stays |= {n: closed for n in choices if found.reasons.get(n) == closed}
+            if isinstance(norm, nn.BatchNorm1d | AffineNorm) and name in flow.closed:
+                closed = Reason("reader_closed", reader=name, why=flow.closed[name])
+                stays |= {n: closed for n in choices if flow.reasons.get(n) == closed}
             elif isinstance(norm, nn.BatchNorm1d | AffineNorm):
-                move = _batch_norm if isinstance(norm, nn.BatchNorm1d) else _affine
-                made = move(model.module, name, found, choices)
-                if isinstance(made, _Move):
-                    moves.append(made)
+                find_move = _batch_norm if isinstance(norm, nn.BatchNorm1d) else _affine
+                result = find_move(model.module, name, flow, choices)
+                if isinstance(result, _Move):
+                    moves.append(result)
                 else:
-                    near = [n for n in choices if Reader(name) in found.readers.get(n, ())]
-                    near += [reader.name for reader in found.readers.get(name, ())]
-                    stays.update(dict.fromkeys(near, made))
+                    near = [n for n in choices if Reader(name) in flow.readers.get(n, ())]
+                    near += [reader.name for reader in flow.readers.get(name, ())]
+                    stays.update(dict.fromkeys(near, result))
         return moves, choices, stays
 
 
@@ -206,17 +208,17 @@ def _batch_norm(
         return Reason("norm_of_places", norm=name)
     _, shift = of_batch_norm(norm)
     before = found.feeder(name)
-    why = _cannot(module, before, choices, bias=bool(shift.any())) if before else None
+    why = _why_not_foldable(module, before, choices, bias=bool(shift.any())) if before else None
     if before is not None and why is None:
-        return _Move(name, (before,), behind=False)
-    behind = found.straight(name)
-    for layer in behind:
-        bias = not _nothing(module, layer, shift)
-        why = _cannot(module, layer, choices, bias=bias) or None
+        return _Move(name, (before,), norm_is_first=False)
+    consumers = found.straight(name)
+    for layer in consumers:
+        bias = not _offset_has_no_effect(module, layer, shift)
+        why = _why_not_foldable(module, layer, choices, bias=bias) or None
         if why is not None:
             break
-    if behind and why is None:
-        return _Move(name, behind, behind=True)
+    if consumers and why is None:
+        return _Move(name, consumers, norm_is_first=True)
     return Reason("norm_kept", norm=name, why=why or Reason("no_single_neighbor"))
 
 
@@ -231,18 +233,18 @@ def _affine(
     scale, shift = of_affine(norm)
     if bool((scale == 1).all()) and not bool(shift.any()):
         return Reason("norm_already_folded", norm=name)
-    behind = found.straight(name)
-    if not behind:
+    consumers = found.straight(name)
+    if not consumers:
         why = found.reasons.get(name, Reason("nonlinear_output"))
         return Reason("norm_kept", norm=name, why=why)
-    for layer in behind:
-        bias = not _nothing(module, layer, shift)
-        if (cannot := _cannot(module, layer, choices, bias=bias)) is not None:
+    for layer in consumers:
+        bias = not _offset_has_no_effect(module, layer, shift)
+        if (cannot := _why_not_foldable(module, layer, choices, bias=bias)) is not None:
             return Reason("norm_kept", norm=name, why=cannot)
-    return _Move(name, behind, behind=True)
+    return _Move(name, consumers, norm_is_first=True)
 
 
-def _nothing(module: nn.Module, layer: str, shift: Tensor) -> bool:
+def _offset_has_no_effect(module: nn.Module, layer: str, shift: Tensor) -> bool:
     """Whether an offset before a layer adds nothing to its output."""
     part = module.get_submodule(layer)
     if not isinstance(part, nn.Linear):
@@ -250,7 +252,7 @@ def _nothing(module: nn.Module, layer: str, shift: Tensor) -> bool:
     return not bool((part.weight.detach().double() @ shift).any())
 
 
-def _cannot(
+def _why_not_foldable(
     module: nn.Module, layer: str, choices: Mapping[str, Choice], *, bias: bool
 ) -> Reason | None:
     """Why a layer cannot include a norm, or None; ``bias`` says whether it would need a bias."""
@@ -272,7 +274,7 @@ def _folded(model: Model, moves: list[_Move]) -> Model:
         for name in move.layers:
             layer = model.module.get_submodule(name)
             if isinstance(layer, nn.Linear):
-                scaled = scaled_inputs if move.behind else scaled_outputs
+                scaled = scaled_inputs if move.norm_is_first else scaled_outputs
                 weight, bias = scaled(layer.weight.detach(), _bias(layer), scale, shift)
                 own_weight(layer, "weight", weight.to(layer.weight.dtype))
                 if layer.bias is not None:
@@ -286,7 +288,7 @@ def _folded(model: Model, moves: list[_Move]) -> Model:
     return model
 
 
-def _unread(model: Model, bench: Bench) -> dict[str, tuple[Reason, ...]]:
+def _unread_notes(model: Model, bench: Bench) -> dict[str, tuple[Reason, ...]]:
     """Unread features by unit; those of dense inputs are noted at the first dense layer."""
     notes: dict[str, tuple[Reason, ...]] = {}
     units = Unit.of(model.module)
@@ -312,7 +314,7 @@ def _bias(layer: nn.Linear) -> Tensor | None:
     return None if layer.bias is None else layer.bias.detach()
 
 
-def _predicted(model: Model) -> bool:
+def _has_placeholders(model: Model) -> bool:
     """Whether weights are placeholders: all zero, so they do not show which channels are dead."""
     return any(
         is_placeholder(part.weight)

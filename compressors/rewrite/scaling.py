@@ -43,13 +43,13 @@ def choose_links(
         CompressionError: the network cannot be exported.
     """
     choices = choose_dense(Unit.of(model.module), patterns, kind)
-    found = dataflow(model.module, signature)
+    flow = dataflow(model.module, signature)
     links: list[Link] = []
     scaled: dict[str, list[Reason]] = {}
-    reasons: dict[str, Reason] = {**found.reasons}
-    for maker, readers in found.readers.items():
+    reasons: dict[str, Reason] = {**flow.reasons}
+    for maker, readers in flow.readers.items():
         names = tuple(dict.fromkeys(reader.name for reader in readers))
-        why = _why_not(model.module, maker, names, choices, found.dims, norms=norms)
+        why = _why_not(model.module, maker, names, choices, flow.dims, norms=norms)
         if why is not None:
             reasons[maker] = why
             continue
@@ -81,20 +81,20 @@ def _why_not(
     norms: bool,
 ) -> Reason | None:
     """Why no factor can move from a layer or norm into its consumers; None if one can."""
-    made = module.get_submodule(maker)
+    producer = module.get_submodule(maker)
     if not readers:
         return Reason("output_unread")
-    if isinstance(made, Norm):
+    if isinstance(producer, Norm):
         if not norms:
             return Reason("is_norm", norm=maker)
-        if made.weight is None or made.weight.dim() != 1:
+        if producer.weight is None or producer.weight.dim() != 1:
             return Reason("norm_without_channel_affine", norm=maker)
-        if isinstance(made, nn.BatchNorm1d) and dims[maker] != 2:
+        if isinstance(producer, nn.BatchNorm1d) and dims[maker] != 2:
             return Reason("norm_of_places", norm=maker)
-    elif not isinstance(made, nn.Linear):
+    elif not isinstance(producer, nn.Linear):
         return Reason("not_linear_or_norm", module=maker)
     for name in (maker, *readers):
-        if name == maker and not isinstance(made, nn.Linear):
+        if name == maker and not isinstance(producer, nn.Linear):
             continue
         if name not in choices:
             if isinstance(module.get_submodule(name), Norm):

@@ -135,15 +135,15 @@ class SmoothQuant(Frozen):
         module = model.module
         calls = -(-min(self.rows, bench.calibration.rows) // BATCH)
         readers = [name for link in links for name in link.readers]
-        seen = {name: _Inputs(-(-SAMPLE // calls)) for name in readers}
+        recorded = {name: _Inputs(-(-SAMPLE // calls)) for name in readers}
         read_layer_inputs(
             module,
-            [unit for unit in Unit.of(module) if unit.name in seen],
+            [unit for unit in Unit.of(module) if unit.name in recorded],
             bench.calibration,
             bench.signature,
             batch=BATCH,
             limit=self.rows,
-            receive=lambda unit, x: seen[unit.name](input_vectors(x)),
+            receive=lambda unit, x: recorded[unit.name](input_vectors(x)),
         )
         # Last link first: a factor changes the weight rows of the previous layer, and the factor of
         # the link before that depends on these rows. The measured inputs of any other layer do not
@@ -151,10 +151,12 @@ class SmoothQuant(Frozen):
         for link in reversed(links):
             weights = {name: linear_weight(module.get_submodule(name)) for name in link.readers}
             weight_ranges = torch.stack([weight.abs().amax(dim=0) for weight in weights.values()])
-            inputs = torch.stack([seen[name].largest(name) for name in link.readers])
+            inputs = torch.stack([recorded[name].largest(name) for name in link.readers])
             first, second = inputs.amax(dim=0), weight_ranges.amax(dim=0)  # (channels,)
             if self.search:
-                read = [(torch.cat(seen[name].sample), weight) for name, weight in weights.items()]
+                read = [
+                    (torch.cat(recorded[name].sample), weight) for name, weight in weights.items()
+                ]
                 scale = best_smoothing(first, second, read)
             else:
                 scale = smoothing(first, second, self.alpha)

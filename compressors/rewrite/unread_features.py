@@ -42,17 +42,17 @@ def unread_features(module: nn.Module, signature: Signature) -> dict[str, tuple[
         for part in module.modules()
     ):
         return {}  # every layer reads all of its inputs
-    found = {}
+    result = {}
     rows = table_rows(module)
     for name, width, changed in _features(module, signature):
         unread = [
             column
             for column, is_read in enumerate(_reads(module, signature, rows, width, changed))
-            if not is_read and _same(module, signature, rows, changed, column)
+            if not is_read and _scores_unchanged(module, signature, rows, changed, column)
         ]
         if unread:
-            found[name] = tuple(unread)
-    return found
+            result[name] = tuple(unread)
+    return result
 
 
 Changed = Callable[[Inputs, Change, ExitStack], Inputs]
@@ -65,10 +65,12 @@ def _features(module: nn.Module, signature: Signature) -> Iterator[tuple[str, in
         if isinstance(item, DenseInput) and len(item.shape) == 1:
             name = item.name
 
-            def given(inputs: Inputs, change: Change, _: ExitStack, name: str = name) -> Inputs:
+            def change_dense(
+                inputs: Inputs, change: Change, _: ExitStack, name: str = name
+            ) -> Inputs:
                 return {**inputs, name: change(inputs[name])}
 
-            yield name, item.shape[0], given
+            yield name, item.shape[0], change_dense
     for unit in Unit.of(module):
         if unit.role != "table" or unit.part_of is not None:
             continue
@@ -77,7 +79,7 @@ def _features(module: nn.Module, signature: Signature) -> Iterator[tuple[str, in
         if not isinstance(width, int):  # packed, or composed
             continue
 
-        def looked_up(
+        def change_table(
             inputs: Inputs, change: Change, hooks: ExitStack, table: nn.Module = table
         ) -> Inputs:
             def hook(_: nn.Module, args: Any, output: Tensor) -> Tensor:  # noqa: ARG001
@@ -86,7 +88,7 @@ def _features(module: nn.Module, signature: Signature) -> Iterator[tuple[str, in
             hooks.callback(table.register_forward_hook(hook).remove)
             return inputs
 
-        yield unit.name, width, looked_up
+        yield unit.name, width, change_table
 
 
 @torch.no_grad()
@@ -94,11 +96,11 @@ def _reads(
     module: nn.Module, signature: Signature, rows: dict[str, int], width: int, changed: Changed
 ) -> list[bool]:
     """Whether a NaN in each column meets a nonzero weight; batch row ``i`` tests column ``i``."""
-    met = torch.zeros(width, dtype=torch.bool)
+    is_read = torch.zeros(width, dtype=torch.bool)
 
     def mark(x: Tensor) -> Tensor:
         if len(x) != width:
-            met[:] = True  # not one lookup per row: assume that every column is read
+            is_read[:] = True  # not one lookup per row: assume that every column is read
             return x
         each = torch.arange(width)
         marked = x.clone()
@@ -110,10 +112,10 @@ def _reads(
     ) -> Tensor:
         x = args[0] if args else named["input"]
         if len(x) != width or isinstance(part, PackedLinear):
-            met.logical_or_(x.isnan().any())
+            is_read.logical_or_(x.isnan().any())
         elif isinstance(part, nn.Linear):
             seen = x.isnan().reshape(width, -1, x.shape[-1]).any(dim=1)  # (columns, inputs)
-            met.logical_or_((seen & part.weight.any(dim=0)).any(dim=1))
+            is_read.logical_or_((seen & part.weight.any(dim=0)).any(dim=1))
         return output.nan_to_num(nan=0.0)  # a product ends the trace of a NaN
 
     with ExitStack() as hooks:
@@ -121,11 +123,11 @@ def _reads(
             if isinstance(part, nn.Linear | PackedLinear):
                 hooks.callback(part.register_forward_hook(reading, with_kwargs=True).remove)
         module(**changed(example(signature, rows, width), mark, hooks))
-    return [bool(column) for column in met]
+    return [bool(column) for column in is_read]
 
 
 @torch.no_grad()
-def _same(
+def _scores_unchanged(
     module: nn.Module, signature: Signature, rows: dict[str, int], changed: Changed, column: int
 ) -> bool:
     """Whether scores do not change when the values of a column do."""

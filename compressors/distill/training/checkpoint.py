@@ -49,21 +49,21 @@ def write_progress(folder: str, progress: TrainingProgress) -> None:
     Raises:
         OSError, SafetensorError: it cannot be written; the previous checkpoint remains.
     """
-    place = Path(folder)
-    place.mkdir(parents=True, exist_ok=True)
-    mine = f"{os.getpid()}-{uuid.uuid4().hex[:8]}"
-    name = f"epoch-{len(progress.facts['epochs']):05d}-{mine}.safetensors"
-    part = place / f"{name}.part"
+    directory = Path(folder)
+    directory.mkdir(parents=True, exist_ok=True)
+    suffix = f"{os.getpid()}-{uuid.uuid4().hex[:8]}"
+    name = f"epoch-{len(progress.facts['epochs']):05d}-{suffix}.safetensors"
+    part = directory / f"{name}.part"
     try:
         save_file({key: tensor.contiguous() for key, tensor in progress.tensors.items()}, part)
-        os.replace(part, place / name)  # noqa: PTH105
-        part = place / f"{NAME}-{mine}.part"
+        os.replace(part, directory / name)  # noqa: PTH105
+        part = directory / f"{NAME}-{suffix}.part"
         part.write_text(json.dumps({"tensors": name, **progress.facts}))
-        os.replace(part, place / NAME)  # noqa: PTH105
+        os.replace(part, directory / NAME)  # noqa: PTH105
     except BaseException:
         part.unlink(missing_ok=True)
         raise
-    for old in place.glob(f"epoch-*-{os.getpid()}-*.safetensors"):
+    for old in directory.glob(f"epoch-*-{os.getpid()}-*.safetensors"):
         if old.name != name:
             old.unlink(missing_ok=True)
 
@@ -75,18 +75,18 @@ def read_progress(folder: str, held: Mapping[str, Tensor]) -> TrainingProgress |
         folder: where the checkpoint is stored.
         held: the network's current tensors; names and shapes must be equal.
     """
-    place = Path(folder)
-    if not (place / NAME).is_file():
+    directory = Path(folder)
+    if not (directory / NAME).is_file():
         return None
     try:
-        facts = json.loads((place / NAME).read_text())
-        tensors = load_file(place / facts.pop("tensors"))
+        facts = json.loads((directory / NAME).read_text())
+        tensors = load_file(directory / facts.pop("tensors"))
     except (OSError, ValueError, KeyError, SafetensorError) as fault:
         log.warning("the progress in %s cannot be read, so this begins anew: %s", folder, fault)
         return None
     for prefix in ("now/", "best/"):
-        found = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
-        if {name: tensor.shape for name, tensor in found.items()} != {
+        stored = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+        if {name: tensor.shape for name, tensor in stored.items()} != {
             name: tensor.shape for name, tensor in held.items()
         }:
             return None

@@ -41,13 +41,13 @@ def rank_share(numbers: Tensor, group: Tensor | None) -> tuple[Tensor, float]:
     if group is None:
         if len(numbers) < LEAST * ranks:  # the last batch of an epoch
             return (numbers, 1.0) if mine == 0 else (numbers[:0], 0.0)
-        held = numbers[mine::ranks]
-        return held, len(held) / len(numbers)
+        own_rows = numbers[mine::ranks]
+        return own_rows, len(own_rows) / len(numbers)
     lists, place = torch.unique(group, return_inverse=True)
     if int(torch.bincount(place % ranks, minlength=ranks).min()) < LEAST:
         return (numbers, 1.0) if mine == 0 else (numbers[:0], 0.0)
-    own = len(range(mine, len(lists), ranks))
-    return numbers[place % ranks == mine], own / len(lists)
+    own_lists = len(range(mine, len(lists), ranks))
+    return numbers[place % ranks == mine], own_lists / len(lists)
 
 
 def sum_gradients(leaves: Collection[Tensor], weight: float, loss: Tensor) -> Tensor:
@@ -62,16 +62,18 @@ def sum_gradients(leaves: Collection[Tensor], weight: float, loss: Tensor) -> Te
     """
     if not _several():
         return loss
-    there = torch.tensor([leaf.grad is not None for leaf in leaves], device=loss.device).int()
-    distributed.all_reduce(there, op=distributed.ReduceOp.MAX)
-    whole = loss.detach() * weight
-    distributed.all_reduce(whole)
-    for leaf, wanted in zip(leaves, there.tolist(), strict=True):
-        if not wanted:
+    has_gradient = torch.tensor(
+        [leaf.grad is not None for leaf in leaves], device=loss.device
+    ).int()
+    distributed.all_reduce(has_gradient, op=distributed.ReduceOp.MAX)
+    total = loss.detach() * weight
+    distributed.all_reduce(total)
+    for leaf, is_present in zip(leaves, has_gradient.tolist(), strict=True):
+        if not is_present:
             continue
         leaf.grad = torch.zeros_like(leaf) if leaf.grad is None else leaf.grad * weight
         distributed.all_reduce(leaf.grad)
-    return whole
+    return total
 
 
 def average_buffers(buffers: Iterable[Tensor]) -> None:

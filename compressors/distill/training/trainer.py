@@ -99,8 +99,8 @@ def train(
             does not exist.
     """
     with moved_to(module, device), moved_to(auxiliary or nn.Identity(), device):
-        held = Rows(rows, signature) if isinstance(rows, Split) else rows
-        run = _Run(module, signature, held, validation, loss, settings, seed, pruned, only)
+        train_rows = Rows(rows, signature) if isinstance(rows, Split) else rows
+        run = _Run(module, signature, train_rows, validation, loss, settings, seed, pruned, only)
         run.whole_lists, run.after_step, run.last = whole_lists, after_step, last
         if auxiliary is not None:
             run.add_auxiliary(auxiliary)
@@ -214,15 +214,15 @@ class _Run:
                 counted += len(numbers)
         self.module.eval()
         data_parallel.average_buffers(self.module.get_buffer(name) for name in self.statistics)
-        found = Epoch(number, total / counted, self._quality())
-        log.info("epoch %d: loss %.5f, validation %.5f", number, found.loss, found.quality)
-        if found.quality > max(epoch.quality for epoch in self.epochs):
+        result = Epoch(number, total / counted, self._quality())
+        log.info("epoch %d: loss %.5f, validation %.5f", number, result.loss, result.quality)
+        if result.quality > max(epoch.quality for epoch in self.epochs):
             self.best, self.stale = _copied(self.held()), 0
         else:
             self.stale += 1
             if self.settings.schedule == "plateau":
                 self.factor /= 10
-        self.epochs.append(found)
+        self.epochs.append(result)
 
     def finish(self) -> None:
         """Restore the best epoch (unless ``last``), clear gradients and set evaluation mode."""
@@ -300,10 +300,12 @@ class _Run:
         return loss.detach()
 
     def _step(self, numbers: Tensor) -> float:
-        whole = self.rows.group if self.whole_lists or self.signature.task == "ranking" else None
-        mine, weight = data_parallel.rank_share(numbers, None if whole is None else whole[numbers])
+        lists = self.rows.group if self.whole_lists or self.signature.task == "ranking" else None
+        own_rows, weight = data_parallel.rank_share(
+            numbers, None if lists is None else lists[numbers]
+        )
         self.optimizer.zero_grad(set_to_none=True)
-        loss = data_parallel.sum_gradients(self._optimized(), weight, self._backward(mine))
+        loss = data_parallel.sum_gradients(self._optimized(), weight, self._backward(own_rows))
         if not bool(loss.isfinite()):
             raise TrainingFailed("diverged", loss=float(loss), epoch=len(self.epochs))
         rate = self._rate()

@@ -83,14 +83,14 @@ def float8_e4m3_table(codes: Any, scale: Any, ids: Any, rows_per_scale: int) -> 
 
 def unpacked(codes: Any, ids: Any, count: int, width: int) -> Any:
     """Gather packed codes and separate the planes: int32 ``(*ids, count)``."""
-    found = op.Gather(codes, ids, axis=0)
+    values = op.Gather(codes, ids, axis=0)
     byte = onnx.TensorProto.UINT8
     if width < 8:
         shifts = range(0, 8, width)
-        planes = [op.BitShift(found, constant(byte, by), direction="RIGHT") for by in shifts]
+        planes = [op.BitShift(values, constant(byte, by), direction="RIGHT") for by in shifts]
         planes = [op.BitwiseAnd(plane, constant(byte, (1 << width) - 1)) for plane in planes]
-        found = op.Concat(*planes, axis=-1)
-    return without_padding(op.Cast(found, to=INT32), count, width)
+        values = op.Concat(*planes, axis=-1)
+    return without_padding(op.Cast(values, to=INT32), count, width)
 
 
 def planned_place(planes: Any, ids: Any) -> Any:

@@ -97,13 +97,13 @@ def unpacked(codes: Any, ids: Any, count: int, width: int) -> Any:
     nibbles = width < 8
     one = constant(FLOAT16, 1)
     table = op.DequantizeLinear(codes, one)
-    found = op.Cast(op.Gather(table, ids, axis=0), to=INT32)
-    found = op.Add(found, constant(INT32, 8 if nibbles else 128))
+    values = op.Cast(op.Gather(table, ids, axis=0), to=INT32)
+    values = op.Add(values, constant(INT32, 8 if nibbles else 128))
     if width == 2:
-        high = op.Div(found, constant(INT32, 4))
-        low = op.Sub(found, op.Mul(high, constant(INT32, 4)))
-        found = op.Concat(low, high, axis=-1)
-    return without_padding(found, count, width)
+        high = op.Div(values, constant(INT32, 4))
+        low = op.Sub(values, op.Mul(high, constant(INT32, 4)))
+        values = op.Concat(low, high, axis=-1)
+    return without_padding(values, count, width)
 
 
 def _in_dequantize(offset: Any, rows_per_scale: int) -> bool:
