@@ -213,7 +213,7 @@ class _Sealed:
 class _Opening(nn.Module):
     """A table's placeholder that returns the rows of a ``_Sealed`` and rejects all other input."""
 
-    def forward(self, input: _Sealed) -> Tensor:  # noqa: A002 - torch's own name for the ids
+    def forward(self, input: _Sealed) -> Tensor:  # noqa: A002 - torch's name for the ids
         if not isinstance(input, _Sealed):
             raise TypeError(f"rows that were looked up together; found {type(input).__name__}")
         return input.rows

@@ -47,17 +47,17 @@ def trained_copies(module: nn.Module, names: tuple[str, ...]) -> dict[str, Tenso
     copies: dict[int, Tensor] = {}
     leaves: dict[str, Tensor] = {}
     for name in names:
-        owner, _, own = name.rpartition(".")
+        owner, _, attribute = name.rpartition(".")
         part = module.get_submodule(owner)
-        old: Tensor = getattr(part, own)
+        old: Tensor = getattr(part, attribute)
         if id(old) in copies:
-            setattr(part, own, copies[id(old)])
+            setattr(part, attribute, copies[id(old)])
             continue
         if isinstance(old, nn.Parameter):
-            new: Tensor = own_weight(part, own, old.detach().clone())
+            new: Tensor = own_weight(part, attribute, old.detach().clone())
         else:
             new = old.detach().clone().requires_grad_(True)
-            setattr(part, own, new)
+            setattr(part, attribute, new)
         copies[id(old)] = leaves[name] = new
     # All other parameters are frozen, in tensors that are not shared with another module.
     frozen: dict[int, nn.Parameter] = {}
