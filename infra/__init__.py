@@ -1,23 +1,23 @@
 """Adapters: one folder for each outside system. No Prefect, no numerics.
 
-errors/            what can go wrong here, and whether a retry helps
-settings.py        the environment
+errors/            errors of this package, by whether a retry can help
+settings.py        settings, read from environment variables
 telemetry.py       usage reports of libraries, switched off
 credentials.py     passwords, tokens and keys removed from messages and logs
 printable.py       text from outside that cannot control a terminal, a log or a page
-log_records.py     a change to every log record of the process
+log_records.py     changes to every log record of the process
 memory.py          available memory
-memory_reserve.py  memory held back to report that there is none left
+memory_reserve.py  reserved memory, released so that an out-of-memory error can be reported
 child.py           processes that can be killed
 store/             the object store
-bundle/            trained models as model.json and safetensors
-data/              parquet files, checked and as tensors
-pages/             HTML and pictures
-registry/          MLflow's model registry, and the ledger
+bundle/            bundles: trained models as model.json and safetensors
+data/              parquet files: validated, and converted to tensors
+pages/             HTML pages and SVG charts
+registry/          MLflow's model registry, and the promotion ledger
 onnxruntime/       ONNX Runtime
 tensorrt/          TensorRT and TensorRT-RTX
 triton/            Triton model repositories
-services/          docker-compose.yml, and its services as processes
+services/          the services of docker-compose.yml, also as local processes
 """
 
 from infra.telemetry import disable_telemetry

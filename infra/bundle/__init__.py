@@ -1,9 +1,9 @@
 """Bundles: a folder with ``model.json`` and ``*.safetensors``.
 
-json_limits.py    limits of JSON text, checked before it is parsed
-json_reader.py    JSON from outside, read strictly
-paths.py          which paths in ``model.json`` may be followed
-shards.py         safetensors files, inspected without loading them
-architecture.py   a network's class, imported from allow-listed modules only
-bundle_folder.py  the bundle format
+json_limits.py    size limits of JSON text, checked before parsing
+json_reader.py    strict reader for untrusted JSON
+paths.py          validated path types for ``model.json``
+shards.py         safetensors headers and weight checks, without loading tensors
+architecture.py   imports a network's class, from allow-listed modules only
+bundle_folder.py  reads, validates and seals bundle folders
 """

@@ -1,8 +1,8 @@
-"""A network's class by its import path, from allow-listed modules only.
+"""Import a network's class by its path, from allow-listed modules only.
 
 Importing a module runs it, so which modules may be imported is the operator's decision
 (``RECPRESS_ALLOWED_MODULES``) and never the bundle's. An allow-listed module is trusted code:
-this guards against a bundle that names something else, not against that code.
+the check rejects bundles that name any other module, but does not sandbox allowed code.
 """
 
 import difflib
@@ -25,16 +25,16 @@ _PATH = re.compile(r"([A-Za-z_]\w*(?:\.[A-Za-z_]\w*)*):([A-Za-z_]\w*)")
 
 
 def network_class(path: str, allowed: Sequence[str]) -> "type[torch.nn.Module]":
-    """Import an architecture.
+    """Import a network's class from an allow-listed module.
 
     Args:
         path: ``module:Class``.
-        allowed: modules that may be imported; what lies below them is allowed too
-            (``a.b`` lets in ``a.b`` and ``a.b.c``, not ``a.bc``).
+        allowed: modules that may be imported, with their submodules (``a.b`` allows ``a.b`` and
+            ``a.b.c``, not ``a.bc``).
 
     Raises:
         BundleRefused: not allowed (then nothing was imported), not importable, or not a
-            ``torch.nn.Module`` class whose own module is allowed.
+            ``torch.nn.Module`` class that is defined in an allowed module.
     """
     module_name, class_name = _split(path, allowed)
     import torch
@@ -48,7 +48,7 @@ def network_class(path: str, allowed: Sequence[str]) -> "type[torch.nn.Module]":
                 "architecture_dependency_missing", path=path, module=module_name, missing=fault.name
             ) from fault
         raise _not_found(path, module_name) from fault
-    except (Exception, SystemExit) as fault:  # whatever that module's own code raises
+    except (Exception, SystemExit) as fault:  # the imported module may raise any exception
         if is_out_of_memory(fault):
             raise
         raise BundleRefused(
@@ -58,7 +58,7 @@ def network_class(path: str, allowed: Sequence[str]) -> "type[torch.nn.Module]":
             kind=type(fault).__name__,
             problem=str(fault),
         ) from fault
-    found = vars(module).get(class_name)  # not getattr: a module may answer that with code
+    found = vars(module).get(class_name)  # not getattr: a module's __getattr__ would run code
     if found is None:
         classes = [
             name
@@ -93,11 +93,11 @@ def network_class(path: str, allowed: Sequence[str]) -> "type[torch.nn.Module]":
 
 
 def source_digest(path: str, allowed: Sequence[str]) -> str:
-    """SHA-256 over an architecture's source, so that caches notice when it was edited.
+    """Return the SHA-256 of an architecture's source, so that an edit invalidates caches.
 
-    Covers every ``.py`` of the innermost package the module lies in (or is), sub-packages
-    included, because a network is rarely one file; a module outside any package is covered
-    alone. Code that it imports from elsewhere is not covered. Nothing is imported.
+    Covers every ``.py`` of the module's innermost package, including sub-packages, because a
+    network is rarely one file. For a module outside any package only its file is covered. Code
+    imported from other packages is not covered. Nothing is imported.
 
     Raises:
         BundleRefused: not allowed, or there is no source file.
@@ -122,7 +122,7 @@ def source_digest(path: str, allowed: Sequence[str]) -> str:
 
 
 def _split(path: str, allowed: Sequence[str]) -> tuple[str, str]:
-    """Module and class of a path; refuses before anything is imported."""
+    """Split a path into module and class; raises before anything is imported."""
     match = _PATH.fullmatch(path)
     if match is None:
         raise BundleRefused("architecture_form", path=path[:200])
@@ -147,7 +147,7 @@ def _named(allowed: Sequence[str]) -> tuple[str, ...]:
 
 
 def _setting(module_name: str, allowed: Sequence[str]) -> str:
-    """The value of RECPRESS_ALLOWED_MODULES that allows a module too."""
+    """Return the value of RECPRESS_ALLOWED_MODULES that also allows this module."""
     return ",".join([*allowed, module_name])
 
 
@@ -161,12 +161,12 @@ def _not_found(path: str, module_name: str) -> BundleRefused:
 
 
 def _find(path: str, module_name: str) -> tuple[ModuleSpec, ModuleSpec | None]:
-    """Where a module and its innermost package lie, asking the finders without importing."""
+    """Locate a module and its innermost package through the finders, without importing."""
     spec: ModuleSpec | None = None
     package: ModuleSpec | None = None
     parts = module_name.split(".")
     for depth in range(1, len(parts) + 1):
-        if depth > 1 and package is not spec:  # the part before this one is no package
+        if depth > 1 and package is not spec:  # the previous part is not a package
             raise _not_found(path, module_name)
         places = None if package is None else package.submodule_search_locations
         name = ".".join(parts[:depth])

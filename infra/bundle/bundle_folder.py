@@ -1,10 +1,10 @@
 """The bundle format: a folder with ``model.json``, ``*.safetensors`` and nothing else.
 
-Reading a bundle executes nothing: JSON and safetensors are data, whatever else lies there is
-refused. ``model.json`` names every other file with its size and SHA-256, and its last line, the
-seal, is the SHA-256 of its own bytes before that line. So any changed byte is noticed. Noticed
-is not signed: who rewrites everything can also reseal it, and it is the object store's artifact
-hash that says *which* bundle this is.
+Reading a bundle executes no code: JSON and safetensors are data, and any other file is refused.
+``model.json`` lists every other file with its size and SHA-256. Its last line, the seal, is the
+SHA-256 of the bytes before that line, so any changed byte is detected. The seal is not a signature:
+a person who rewrites all files can also reseal them. The artifact hash of the object store
+identifies the bundle.
 """
 
 import difflib
@@ -63,7 +63,7 @@ MAX_DIMENSIONS_SHOWN = 8
 """Of a shape in an error: a header may list thousands."""
 
 
-# --- what model.json says --------------------------------------------------------------------
+# --- fields of model.json --------------------------------------------------------------------
 
 
 SplitName = Literal["train", "calibration", "validation", "test", "items", "traffic"]
@@ -72,7 +72,7 @@ Version = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
 
 
 class FileRecord(Frozen):
-    """One file as it was when the bundle was sealed."""
+    """Size and SHA-256 of one file when the bundle was sealed."""
 
     sha256: Sha256
     bytes: int = Field(ge=0)
@@ -130,7 +130,7 @@ class Draft(Frozen):
 
 
 def read_draft(folder: Path) -> Draft:
-    """Read a user's ``model.json`` and check what can be checked without storing anything.
+    """Read a user's ``model.json`` and run every check that needs no object store.
 
     Raises:
         BundleRefused: the draft, its weights' headers or the paths in it are unusable.
@@ -168,11 +168,12 @@ def seal(
 ) -> Manifest:
     """Hash every file in ``folder`` and write ``model.json``, whole or not at all.
 
-    The weights must be there already: shards, and their index where there are several. An
-    older ``model.json`` is replaced. Returns what ``read`` will return.
+    The weights must already be in the folder: shards, and their index if there are several. An
+    existing ``model.json`` is replaced. Returns the same manifest as ``read``.
 
     Raises:
-        BundleRefused: the folder holds what does not belong there, or the fields do not fit.
+        BundleRefused: the folder holds a file that a bundle may not have, or the fields are
+            inconsistent.
     """
     partial = folder / f"{MANIFEST}.partial"
     names = _names(folder, leave=partial.name) - {MANIFEST}  # a killed run may have left one
@@ -193,7 +194,7 @@ def seal(
     }
     checked = parse(Manifest, fields, folder / MANIFEST)
     try:
-        # Without notes a bundle keeps the hash it had before there were any.
+        # Without notes the JSON has no such field, so the hashes of older bundles do not change.
         document = checked.model_dump(exclude=set() if checked.notes else {"notes"})
         text = json.dumps(plain(document), indent=2)
     except (ValueError, RecursionError) as fault:
@@ -218,9 +219,9 @@ def read(folder: Path) -> Manifest:
         BundleRefused: anything in the folder is missing, extra, changed, unsafe or malformed.
     """
     if not folder.is_dir() or folder.is_symlink():
-        _names(folder)  # says why it cannot be read
+        _names(folder)  # raises with the reason if it cannot be read
     raw, _ = read_json(folder / MANIFEST)
-    manifest = manifest_of(raw, folder)  # first, so that a draft is told from a broken bundle
+    manifest = manifest_of(raw, folder)  # first, so that a draft is not reported as a broken bundle
     names = _names(folder)
     refuse_if(folder, _differences(folder, names - {MANIFEST}, manifest.files))
     stored_tensors(folder)
@@ -228,11 +229,11 @@ def read(folder: Path) -> Manifest:
 
 
 def manifest_of(raw: bytes, folder: Path) -> Manifest:
-    """A sealed bundle's ``model.json``, without a look at the files it speaks of.
+    """Parse a sealed bundle's ``model.json`` without reading the files it lists.
 
     Args:
-        raw: its bytes.
-        folder: where it lies, for the message.
+        raw: bytes of ``model.json``.
+        folder: its folder, for the error message.
 
     Raises:
         BundleRefused: it is a draft, malformed, of an unknown version, or changed after sealing.
@@ -250,15 +251,15 @@ def manifest_of(raw: bytes, folder: Path) -> Manifest:
 
 
 def check_weights(folder: Path, manifest: Manifest) -> dict[str, TensorFact]:
-    """Check that every weight is finite and every tie leads to a stored tensor.
+    """Check that every weight is finite and every tie refers to a stored tensor.
 
     Reads block by block, so memory stays flat whatever the size.
 
     Returns:
-        Tensor name -> what it is, for every stored tensor.
+        ``TensorFact`` (dtype and shape) of every stored tensor, by name.
 
     Raises:
-        BundleRefused: NaN or infinite weights, or ties and index that do not fit the shards.
+        BundleRefused: NaN or infinite weights, or ties or an index that do not match the shards.
     """
     found = stored_tensors(folder)
     buffer = bytearray(BLOCK_BYTES)
@@ -269,7 +270,7 @@ def check_weights(folder: Path, manifest: Manifest) -> dict[str, TensorFact]:
 
 
 def table_rows(facts: Mapping[str, TensorFact], manifest: Manifest) -> dict[str, int]:
-    """How many rows each table has that an input names: plain, tied or compressed.
+    """Return the number of rows of every table that an input names: plain, tied or compressed.
 
     Raises:
         BundleRefused: an input names a table that the weights do not have.
@@ -339,7 +340,7 @@ def _tie_problems(ties: Mapping[str, str], found: Mapping[str, StoredTensor]) ->
 
 
 def _near(name: str, names: Iterable[str]) -> tuple[str, ...]:
-    """The names most like one that is not there, or the first few."""
+    """Return the names most similar to a missing one, or the first few."""
     known = list(islice(names, 2000))  # comparing is slow, and this is only a hint
     close = difflib.get_close_matches(name, known, n=3, cutoff=0.4) or known[:5]
     return tuple(map(short, close))
@@ -349,7 +350,7 @@ def _near(name: str, names: Iterable[str]) -> tuple[str, ...]:
 
 
 def _names(folder: Path, leave: str = "") -> set[str]:
-    """The names in a bundle's folder; refuses whatever cannot belong to a bundle."""
+    """List the names in a bundle's folder; raises for any file a bundle may not have."""
     problems: list[Reason] = []
     names: set[str] = set()
     for path in listing(folder):
@@ -381,7 +382,7 @@ def _record(path: Path) -> FileRecord:
 def _differences(
     folder: Path, names: set[str], records: Mapping[str, FileRecord]
 ) -> Iterator[Reason]:
-    """Where a folder is not what its manifest says; hashes the files one after the other."""
+    """Return the differences between a folder and its manifest; hashes one file after another."""
     for name in sorted(records.keys() - names):
         yield Reason("file_missing", file=short(name))
     for name in sorted(names - records.keys()):
@@ -395,7 +396,7 @@ def _differences(
 
 
 def _unusable(folder: Path, entry: str, text: str) -> Reason | None:
-    """Why a draft's path cannot be used, or None."""
+    """Return why a draft's path cannot be used, or None."""
     path, entry, shown = folder / text, bounded(entry), short(text)
     try:
         there = path.exists()

@@ -1,4 +1,4 @@
-"""Limits of JSON text that may come from outside, checked before it is parsed.
+"""Size limits for untrusted JSON text, checked before it is parsed.
 
 A JSON value of two bytes takes 50 to 200 bytes in Python, so the size of a file does not bound
 the memory that parsing needs. One pass over the bytes counts values, depth, and the longest
@@ -39,7 +39,7 @@ AnyModel = TypeVar("AnyModel", bound=BaseModel)
 
 
 class JsonSize(NamedTuple):
-    """What one pass over JSON text counts; ``values`` is an upper bound that counts names too."""
+    """Counts from one pass over JSON text; ``values`` is an upper bound that includes names."""
 
     values: int
     depth: int
@@ -70,7 +70,7 @@ def check_limits(raw: bytes, most_bytes: int = MAX_JSON_BYTES) -> None:
 
 def measure(raw: bytes) -> JsonSize:
     """Count values, depth and the longest number of JSON text, without parsing it."""
-    if b"\\" in raw:  # left to right, so that what is left of quotes begins or ends a text
+    if b"\\" in raw:  # left to right, so that every remaining quote begins or ends a string
         raw = raw.replace(b"\\\\", b"").replace(b'\\"', b"")
     values, depth, deepest, run, longest = 1, 0, 0, 0, 0
     inside = 0
@@ -101,10 +101,10 @@ def validated(kind: type[AnyModel], raw: bytes, most_bytes: int = MAX_JSON_BYTES
 
 
 def read_bounded(path: Path, most_bytes: int = MAX_JSON_BYTES) -> bytes:
-    """Read a file that must not have more than ``most_bytes``, also if it is a device or a pipe.
+    """Read a file of at most ``most_bytes``; the limit also holds for devices and pipes.
 
     Raises:
-        ValueError: it has more.
+        ValueError: it has more than ``most_bytes``.
         OSError: it cannot be read.
     """
     with path.open("rb") as file:

@@ -1,4 +1,7 @@
-"""JSON from outside: read within the limits of ``json_limits``, refused in sentences."""
+"""Strict reader for untrusted JSON, with the limits of ``json_limits``.
+
+Unusable files raise ``BundleRefused`` or ``RecordRefused`` with a reason for the user.
+"""
 
 import json
 import math
@@ -33,17 +36,17 @@ _BRIEF.maxstring = _BRIEF.maxother = 120
 
 
 def short(value: object) -> str:
-    """A value as printable text of bounded length: it may be anybody's."""
+    """Format an untrusted value as printable text of bounded length."""
     return _BRIEF.repr(value)
 
 
 def clean(message: object) -> str:
-    """A foreign error's own words, printable and of bounded length."""
+    """Return the message of a library's error, printable and of bounded length."""
     return repr(str(message)[:300])[1:-1]
 
 
 def _first_sentences(problems: Iterable[str]) -> tuple[str, ...]:
-    """The sentences that an error shows, each of bounded length; takes few more than those."""
+    """Return the sentences an error shows, each of bounded length; consumes few more than those."""
     shown = [bounded(problem) for problem in islice(problems, PROBLEMS_SHOWN + 1)]
     if len(shown) > PROBLEMS_SHOWN:
         shown[-1] = "and more."
@@ -54,7 +57,7 @@ def refuse_if(place: Path | str, problems: Iterable[Reason]) -> None:
     """Raise ``BundleRefused`` if there is any problem, with the first of them.
 
     Args:
-        place: what they are about.
+        place: the file or field they refer to.
         problems: reasons whose fields are of bounded length.
     """
     shown = list(islice(problems, PROBLEMS_SHOWN + 1))
@@ -65,7 +68,7 @@ def refuse_if(place: Path | str, problems: Iterable[Reason]) -> None:
 
 
 def read_json(path: Path) -> tuple[bytes, dict[str, Any]]:
-    """A file's bytes and the JSON object they are.
+    """Return a file's bytes and the JSON object they contain.
 
     Raises:
         BundleRefused: the file is missing, too large, or not one plain JSON object.
@@ -82,11 +85,11 @@ def read_json(path: Path) -> tuple[bytes, dict[str, Any]]:
 
 
 def decode(raw: bytes, path: Path) -> dict[str, Any]:
-    """JSON without what makes two readers disagree: repeated names, NaN, half characters.
+    """Decode JSON; reject input on which parsers differ: repeated names, NaN, lone surrogates.
 
     Args:
         raw: UTF-8 text.
-        path: where it came from, for the message.
+        path: its file, for the error message.
 
     Raises:
         BundleRefused: it is not one plain JSON object, or it is larger or deeper than allowed.
@@ -115,10 +118,10 @@ def parse(
     """Validate a document.
 
     Args:
-        kind: what it must be.
+        kind: the type to validate it as.
         document: its fields.
-        path: of its file, for the message.
-        stored: whether recpress wrote it: rules that came later do not apply.
+        path: its file, for the error message.
+        stored: whether recpress wrote it: rules added in later versions do not apply.
 
     Raises:
         BundleRefused: fields are missing, unknown or wrong; a sentence for each.
@@ -133,7 +136,7 @@ def parse(
 
 
 def read_limited(path: Path) -> bytes:
-    """The bytes of a stored JSON document that is small enough to be parsed.
+    """Read the bytes of a stored JSON document that is small enough to be parsed.
 
     Raises:
         RecordRefused: it is beyond the limits of ``json_limits``.
@@ -147,7 +150,7 @@ def read_limited(path: Path) -> bytes:
 
 
 def read_document(kind: type[AnyModel], path: Path) -> AnyModel:
-    """A stored JSON document.
+    """Read and validate a stored JSON document.
 
     Raises:
         RecordRefused: it is beyond the limits of ``json_limits``.
@@ -157,10 +160,10 @@ def read_document(kind: type[AnyModel], path: Path) -> AnyModel:
 
 
 def plain(value: object) -> Any:
-    """A value as JSON can hold it, or ``ValueError``: nothing is turned into something else.
+    """Convert a value to plain JSON types, or raise ``ValueError``; no value is changed.
 
-    Only tuples become lists. (pydantic's own JSON form writes NaN as null, and ``json`` writes
-    number keys as texts.)
+    Only tuples become lists. (pydantic's JSON mode writes NaN as null, and ``json`` writes number
+    keys as strings.)
     """
     if value is None or isinstance(value, str | bool | int):
         return value
@@ -210,9 +213,9 @@ def _check_texts(document: object) -> None:
 
 
 def _sentence(error: Mapping[str, Any]) -> str:
-    """One of pydantic's complaints as a sentence."""
+    """Format one pydantic validation error as a sentence."""
     where = ""
-    tag_may_follow = False  # a union's chosen kind stands in the location as if it were a field
+    tag_may_follow = False  # pydantic adds the kind of a union's member to the location
     for part in error["loc"]:
         if isinstance(part, int):
             where += f"[{part}]"
@@ -225,6 +228,6 @@ def _sentence(error: Mapping[str, Any]) -> str:
     if error["type"] == "extra_forbidden":
         return f"{where} is not a field of this format; remove it or correct its spelling."
     if error["type"] in SENTENCES or error["type"] == "value_error":
-        # Our own validators already say what was found.
+        # The messages of our validators already contain the value.
         return f"{where}: {error['msg'].removeprefix('Value error, ')}."
     return f"{where}: {error['msg']}; found {short(error['input'])}."

@@ -1,6 +1,6 @@
-"""Paths in ``model.json``: which of them may be followed.
+"""Path types of ``model.json``; validation accepts only paths that are safe to open.
 
-Pydantic types; a path that may not be followed is a validation error that says why.
+These are pydantic types: an unsafe path is a validation error with the reason.
 """
 
 import re
@@ -15,7 +15,7 @@ from infra.bundle.json_reader import short
 
 
 def _path_problem(text: str) -> Reason | None:
-    """Why a path may not be followed, or None."""
+    """Return why a path may not be opened, or None."""
     if not text or not text.isprintable():
         return Reason("path_not_printable")
     if "\\" in text:

@@ -1,7 +1,7 @@
-"""A bundle's ``*.safetensors``: where each tensor lies, what it is, whether it is finite.
+"""A bundle's ``*.safetensors`` files: offset, dtype and shape of each tensor, and finiteness.
 
-Headers are validated by the safetensors library; weights are read block by block as plain
-bytes, so neither torch nor memory for a table is needed to check one.
+The safetensors library validates headers. Weights are read block by block as plain bytes, so a
+check needs neither torch nor the memory of a whole table.
 """
 
 import re
@@ -28,7 +28,7 @@ _PICKLE = re.compile(rb"\x80[\x02-\x05]|\((?:d|l|i)|c[A-Za-z_][\w.]*\n[\w.]+\n|P
 
 # dtype -> (word, mask, value): a weight is NaN or infinite where ``word & mask == value``. For
 # the IEEE-like formats that is "exponent all ones"; the others have their own single pattern.
-# None: the format has neither. Bit patterns, because numpy knows no bfloat16 and no float8.
+# None: the format has neither. Bit patterns, because numpy has no bfloat16 or float8.
 _NONFINITE: dict[str, tuple[str, int, int] | None] = {
     "F64": ("<u8", 0x7FF0_0000_0000_0000, 0x7FF0_0000_0000_0000),
     "F32": ("<u4", 0x7F80_0000, 0x7F80_0000),
@@ -46,7 +46,7 @@ _NONFINITE: dict[str, tuple[str, int, int] | None] = {
 
 
 class TensorFact(Frozen):
-    """One stored tensor; ``dtype`` is safetensors' name (``F32``, ``BF16``, ``I8``, ...)."""
+    """Dtype and shape of a stored tensor; ``dtype`` is safetensors' name (``F32``, ``I8``, ...)."""
 
     shape: tuple[int, ...]
     dtype: str
@@ -54,7 +54,7 @@ class TensorFact(Frozen):
 
 
 class StoredTensor(Frozen):
-    """A tensor and where its first byte lies in its shard."""
+    """A tensor and the offset of its first byte in its shard."""
 
     shard: Path
     start: int
@@ -62,7 +62,7 @@ class StoredTensor(Frozen):
 
 
 def listing(folder: Path) -> list[Path]:
-    """What lies in a folder, by name.
+    """List the entries of a folder by name.
 
     Raises:
         BundleRefused: it is not a readable folder.
@@ -76,18 +76,18 @@ def listing(folder: Path) -> list[Path]:
 
 
 def tensor_files(folder: Path) -> tuple[Path, ...]:
-    """The ``*.safetensors`` shards of a folder by name; the index (``INDEX``) is not one."""
+    """List the ``*.safetensors`` shards of a folder by name; the index (``INDEX``) is not one."""
     return tuple(p for p in listing(folder) if p.suffix == ".safetensors" and p.is_file())
 
 
 def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
-    """Every tensor's place, from the shards' headers; checks that shards and index agree.
+    """Read every tensor's offset from the shards' headers; checks that shards and index agree.
 
     Args:
-        folder: of shards, or one file.
+        folder: folder of shards, or one file.
 
     Raises:
-        BundleRefused: a header is malformed, a tensor lies in two shards, the index disagrees.
+        BundleRefused: a header is malformed, a tensor is in two shards, the index disagrees.
     """
     if folder.is_file():
         return _header(folder)
@@ -117,10 +117,10 @@ def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
 
 
 def nonfinite_problem(name: str, stored: StoredTensor, buffer: bytearray) -> Reason | None:
-    """What is wrong if a tensor has NaN or infinite weights; reads it through ``buffer``.
+    """Return the problem if a tensor has NaN or infinite weights; reads it through ``buffer``.
 
     Raises:
-        BundleRefused: the dtype is unknown, or the file shrank meanwhile.
+        BundleRefused: the dtype is unknown, or the file shrank during the check.
     """
     fact = stored.fact
     if fact.dtype not in _NONFINITE:
@@ -130,7 +130,7 @@ def nonfinite_problem(name: str, stored: StoredTensor, buffer: bytearray) -> Rea
         return None
     word, mask, value = np.dtype(pattern[0]), pattern[1], pattern[2]
     first, count, done = -1, 0, 0
-    # Read, not mapped: a mapped file that shrinks meanwhile would kill the process.
+    # Read, not mapped: a mapped file that shrinks during the check would kill the process.
     with stored.shard.open("rb") as file:
         file.seek(stored.start)
         while done < fact.bytes:
@@ -151,10 +151,10 @@ def nonfinite_problem(name: str, stored: StoredTensor, buffer: bytearray) -> Rea
 
 
 def pickle_problem(path: Path) -> Reason | None:
-    """What is wrong if a file is, or calls itself, a pickle. Looks at its first bytes only.
+    """Return the problem if a file's name or first bytes are those of a pickle.
 
-    A safetensors header of 640 bytes begins with ``80 02`` just as a pickle does, so what can
-    be a safetensors header is left to that library.
+    A safetensors header of 640 bytes begins with ``80 02``, as a pickle does, so the safetensors
+    library checks every file that can be one.
     """
     if not path.is_file():
         return None
@@ -184,7 +184,7 @@ def draft_file_problem(path: Path) -> Reason | None:
 
 
 def _header(shard: Path) -> dict[str, StoredTensor]:
-    """A shard's tensors: validated by the safetensors library, offsets from the header itself."""
+    """Read a shard's header: validated by the safetensors library, offsets from the raw header."""
     if problem := pickle_problem(shard):
         raise BundleRefused("unusable", place=str(shard.parent), problems=(problem,))
     with shard.open("rb") as file:
@@ -195,14 +195,14 @@ def _header(shard: Path) -> dict[str, StoredTensor]:
             )
         raw = file.read(min(length, MAX_JSON_BYTES))
     try:
-        check_limits(raw)  # before any reader creates the values
+        check_limits(raw)  # before a parser allocates the values
         with safe_open(shard, framework="numpy") as opened:
             names = set(opened.keys())
     except (SafetensorError, ValueError) as fault:
         raise BundleRefused("not_safetensors", file=str(shard), problem=clean(fault)) from fault
     header = decode(raw, shard)
     header.pop("__metadata__", None)
-    if set(header) != names:  # two JSON readers must not see two different models
+    if set(header) != names:  # so that no two JSON parsers read two different models
         raise BundleRefused("header_ambiguous", file=str(shard))
     found: dict[str, StoredTensor] = {}
     for name, entry in header.items():
@@ -213,7 +213,7 @@ def _header(shard: Path) -> dict[str, StoredTensor]:
 
 
 def _index_problems(folder: Path, found: Mapping[str, StoredTensor]) -> Iterator[Reason]:
-    """Where the index and the shards' headers disagree."""
+    """Return the differences between the index and the shards' headers."""
     weight_map = read_json(folder / INDEX)[1].get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(f, str) for f in weight_map.values()):
         yield Reason("index_form", index=INDEX)
