@@ -1,10 +1,10 @@
-"""Processes that can be killed.
+"""Run work in a child process that can be killed.
 
 A native build cannot be interrupted from Python: a time limit around the call only takes effect
-after it has returned. So such work runs as ``python -m <module>`` in a session of its own, talks
-through two JSON files, and the whole group is killed when its time is over.
+after it has returned. Such work therefore runs as ``python -m <module>`` in a separate session and
+communicates through two JSON files. The whole process group is killed at the time limit.
 
-``run_child`` is the parent's side; ``serve`` is what the module's main calls. POSIX only.
+The parent calls ``run_child``; the module's main calls ``serve``. POSIX only.
 """
 
 import contextlib
@@ -41,22 +41,22 @@ _TAIL_COLUMNS = 300
 def run_child(
     module: str, request: BaseModel | dict[str, Any], folder: Path, seconds: float
 ) -> dict[str, Any]:
-    """Run ``python -m module`` on a request and return its answer.
+    """Run ``python -m module`` on a request and return its response.
 
-    ``folder`` receives ``request.json``, ``answer.json`` and ``child.log`` (all the child printed)
-    and is created if missing. Whatever way this ends, no process of the child's group survives.
+    ``folder`` receives ``request.json``, ``answer.json`` and ``child.log`` (the child's output) and
+    is created if missing. No process of the child's group survives the call, also if it raises.
 
     Args:
-        module: a module whose main calls ``serve``; found on this process's own ``sys.path``.
-        request: what the child is asked, as JSON.
-        folder: where the files lie.
+        module: a module whose main calls ``serve``; found on this process's ``sys.path``.
+        request: the request, as JSON.
+        folder: the folder of these files.
         seconds: wall-clock limit.
 
     Raises:
         BuildRefused: the child refused the request (exit code 2), with the child's code and
             fields.
         OutOfMemory: the child ran out of memory, or was killed.
-        ChildFailed: the limit passed, the child died of another signal, or left no answer.
+        ChildFailed: the limit passed, the child died of another signal, or wrote no response.
     """
     folder.mkdir(parents=True, exist_ok=True)
     question, answer, log = (folder / n for n in ("request.json", "answer.json", "child.log"))
@@ -65,7 +65,7 @@ def run_child(
     answer.unlink(missing_ok=True)
     command = [sys.executable, "-u", "-P", "-m", module, str(question), str(answer)]
     command += [str(seconds + GRACE_SECONDS), str(os.getpid())]
-    # -P and our own path: the child imports what we import, never what lies in the working folder.
+    # -P and our sys.path: the child imports what we import, never a file of the working folder.
     environment = os.environ | {
         "PYTHONPATH": os.pathsep.join(p or str(Path.cwd()) for p in sys.path)
     }
@@ -99,11 +99,11 @@ def run_child(
 
 
 def serve(work: Callable[[dict[str, Any]], dict[str, Any]]) -> NoReturn:
-    """Answer one request and exit; the main of a module that ``run_child`` starts.
+    """Process one request and exit; the main of a module that ``run_child`` starts.
 
-    A ``Refused`` raised by ``work`` becomes exit code 2 and the answer its code and fields (the
-    sentence of classes other than ``BuildRefused``). Anything else
-    ends as a traceback in the log and exit code 1. The process dies when its parent does.
+    A ``Refused`` raised by ``work`` results in exit code 2 and a response with its code and fields
+    (for classes other than ``BuildRefused``, its sentence). Any other exception results in a
+    traceback in the log and exit code 1. The process ends when its parent ends.
     """
     question, answer, limit, parent = sys.argv[1:5]
     # Two guards against outliving a killed parent. The thread takes the whole group down within a
@@ -134,12 +134,12 @@ def _die_with(parent: int) -> None:
     try:
         os.killpg(os.getpid(), signal.SIGKILL)
     finally:
-        os._exit(1)  # only reached when this process leads no group
+        os._exit(1)  # only reached when this process is not a group leader
 
 
 def _kill_group(process: subprocess.Popen[bytes]) -> None:
-    """Kill what is left of the child's session, the child included, and reap the child."""
-    with contextlib.suppress(ProcessLookupError):  # nothing is left: what we want
+    """Kill all remaining processes of the child's session, and reap the child."""
+    with contextlib.suppress(ProcessLookupError):  # no process is left, as required
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
 
@@ -155,7 +155,7 @@ def _read(answer: Path, module: str, log: Path) -> dict[str, Any]:
 
 
 def _sent(fault: Refused | OutOfMemory) -> dict[str, Any]:
-    """An error as the child writes it."""
+    """Encode an error as the child writes it."""
     if not isinstance(fault, BuildRefused | OutOfMemory):
         fault = BuildRefused("request_refused", problem=str(fault))
     return {"code": fault.code, "fields": fault.fields}
@@ -164,7 +164,7 @@ def _sent(fault: Refused | OutOfMemory) -> dict[str, Any]:
 def _received(
     kind: type[BuildRefused | OutOfMemory], answer: Path, module: str, log: Path
 ) -> BuildRefused | OutOfMemory | ChildFailed:
-    """The error that a child wrote; its lists are tuples again."""
+    """Decode the error that a child wrote; lists become tuples again."""
     error = _read(answer, module, log).get("error")
     try:
         fields = {

@@ -1,11 +1,11 @@
 """Keep passwords, tokens and keys out of messages, logs and other programs' addresses.
 
-Errors of foreign libraries repeat the address they were given, or the request they sent. Three
-rules keep a credential from them: an address is passed on without its password (``bare_login``),
-what a library says is cleaned before it becomes part of a message (``cleaned``), and a foreign
-exception is never the cause of ours (``raise ... from None``), since Prefect writes whole chains
-to its database. ``clean_log_records`` applies ``cleaned`` to every log record of the process, for
-libraries that log by themselves. Read this file before you put a foreign message anywhere.
+Errors of libraries quote the address or the request they received. Three rules keep credentials out
+of them: libraries receive an address without its password (``bare_login``); a library's message is
+cleaned before it becomes part of ours (``cleaned``); and a library's exception is never the cause
+of ours (``raise ... from None``), since Prefect writes whole chains to its database.
+``clean_log_records`` applies ``cleaned`` to every log record of the process, for libraries that log
+by themselves. Read this file before you use a library's message.
 """
 
 import base64
@@ -44,14 +44,14 @@ _SECRET_OPTION = re.compile(r"(?i)^(password|passwd|pwd|sslpassword|token|authto
 
 
 def cleaned(message: object, *addresses: str) -> str:
-    """Text without any credential of this process's environment, or of an address in it.
+    """Remove from text all credentials in the environment or in an address that it contains.
 
     Args:
-        message: a foreign error or its text.
-        addresses: further addresses whose credentials it must not repeat.
+        message: a library's error or its text.
+        addresses: further addresses whose credentials are removed.
     """
     text, known = str(message), secrets()
-    if addresses:  # every log record comes here without any
+    if addresses:  # log records are cleaned without further addresses
         more = {form for uri in addresses for secret in _in_address(uri) for form in _forms(secret)}
         known = tuple(sorted({*known, *more}, key=len, reverse=True))
     for secret in known:
@@ -60,16 +60,16 @@ def cleaned(message: object, *addresses: str) -> str:
 
 
 def first_line(message: object, *addresses: str, most: int = 400) -> str:
-    """The first line of a foreign error, cleaned, of bounded length."""
+    """Return the first line of a library's error, cleaned and of bounded length."""
     return cleaned(message, *addresses).strip().partition("\n")[0][:most]
 
 
 def secrets() -> tuple[str, ...]:
-    """Every credential in the environment in the forms that messages use, longest first.
+    """Return every credential in the environment in all forms that messages use, longest first.
 
-    The values of variables whose names say that they are secret, and the passwords and secret
-    options of variables that are addresses: as they are, percent-encoded, as ``repr`` writes them
-    and, for logins, in the base64 of HTTP's basic authentication.
+    These are the values of variables with a secret's name, and the passwords and secret options of
+    variables that are addresses. Forms: unchanged, percent-encoded, as ``repr`` writes them and,
+    for logins, in the base64 of HTTP's basic authentication.
     """
     return _secrets(
         tuple(
@@ -115,10 +115,10 @@ def _basic(user: str, password: str) -> str:
 
 
 def _in_address(uri: str) -> Iterator[str]:
-    """The password and the secret options of an address, if it is one."""
+    """Return the password and the secret options of an address; none for other text."""
     if found := _ADDRESS.match(uri.partition("?")[0]):
         user, password = found["user"], found["password"]
-        yield user if password is None else password  # a token may be in the place of the user
+        yield user if password is None else password  # a token may be written as the user
         if password is not None:
             yield _basic(unquote(user), unquote(password))
     for name, value in parse_qsl(uri.partition("?")[2]):
@@ -127,7 +127,7 @@ def _in_address(uri: str) -> Iterator[str]:
 
 
 def bare_login(uri: str) -> tuple[str, str | None, str | None]:
-    """An ``http(s)`` address without user and password, and both, decoded."""
+    """Split an ``http(s)`` address into the address without login, and the decoded login."""
     parts = urlsplit(uri)
     login, at, host = parts.netloc.rpartition("@")
     if not at:
@@ -138,10 +138,10 @@ def bare_login(uri: str) -> tuple[str, str | None, str | None]:
 
 
 def bare_database(uri: str) -> tuple[str, dict[str, str]]:
-    """The URI of a database without its password, and what its driver needs besides.
+    """Split a database URI into the URI without password, and the arguments its driver needs.
 
     Raises:
-        ValueError: SQLAlchemy cannot parse it; the message does not repeat it.
+        ValueError: SQLAlchemy cannot parse it; the message does not quote it.
     """
     from sqlalchemy.engine import make_url
     from sqlalchemy.exc import ArgumentError
@@ -162,9 +162,9 @@ def bare_database(uri: str) -> tuple[str, dict[str, str]]:
 
 
 def pass_to_driver(uri: str, options: Mapping[str, str]) -> None:
-    """Give the database driver what ``bare_database`` left out of a URI, on every connect.
+    """Pass the arguments that ``bare_database`` removed from a URI to the driver on every connect.
 
-    The engine, its messages and its ``repr`` know the bare URI only.
+    The engine, its messages and its ``repr`` contain only the bare URI.
     """
     from sqlalchemy import event
     from sqlalchemy.engine import Engine, make_url
@@ -190,8 +190,8 @@ _passed: set[tuple[str, tuple[tuple[str, str], ...]]] = set()
 def move_login(uri: str) -> str:
     """Move user and password of an http(s) registry to MLflow's variables; return the bare URI.
 
-    The environment of this process, and of those it starts, then is as if they had been set
-    separately. A login in the URI replaces that of the variables, as in an HTTP client.
+    The result in the environment of this process and its children is the same as setting the
+    variables separately. A login in the URI replaces that of the variables, as in an HTTP client.
 
     Raises:
         ValueError: it is no address.
@@ -207,15 +207,15 @@ def move_registry_login() -> None:
     """As ``move_login``, for ``MLFLOW_TRACKING_URI``, which has no login afterwards."""
     uri = os.environ.get("MLFLOW_TRACKING_URI", "")
     if uri.startswith(("http://", "https://")) and "@" in uri:
-        with suppress(ValueError):  # it is refused where it is used
+        with suppress(ValueError):  # code that uses the address raises
             os.environ["MLFLOW_TRACKING_URI"] = move_login(uri)
 
 
 @contextmanager
 def clean_exceptions() -> Iterator[None]:
-    """Clean the exception that leaves a block or a decorated function, and its causes.
+    """Clean an exception raised by a block or a decorated function, and its causes.
 
-    Its class stays, and with it what the caller does about it.
+    Its class is unchanged, so callers handle it as before.
     """
     try:
         yield
@@ -225,7 +225,7 @@ def clean_exceptions() -> Iterator[None]:
 
 
 def _clean_exception(fault: BaseException) -> None:
-    if isinstance(fault, CodedError):  # also what its sentence shows in part, or not at all
+    if isinstance(fault, CodedError):  # also fields that its sentence shortens or omits
         fault.fields = {name: _cleaned_field(value) for name, value in fault.fields.items()}
     whole = "".join(traceback.format_exception_only(fault))
     if cleaned(whole) != whole:
@@ -236,7 +236,7 @@ def _clean_exception(fault: BaseException) -> None:
         for name, value in vars(fault).items():
             if isinstance(value, str):
                 setattr(fault, name, cleaned(value))
-        if (left := cleaned(fault)) != str(fault):  # its text is not made from its arguments
+        if (left := cleaned(fault)) != str(fault):  # its text does not depend on its arguments
             raise RuntimeError(f"{type(fault).__name__}: {left}") from None
     earlier = fault.__cause__ or fault.__context__
     if earlier is not None:
@@ -256,7 +256,7 @@ def _cleaned_field(value: Any) -> Any:
 
 
 def clean_log_records() -> None:
-    """Clean the message and the traceback of every log record that is created from now on."""
+    """Clean the message and the traceback of every later log record."""
     change_records(_clean_record)
 
 
@@ -265,7 +265,7 @@ def _clean_record(record: logging.LogRecord) -> None:
         record.exc_text = cleaned("".join(traceback.format_exception(*record.exc_info))).rstrip()
     try:
         message = record.getMessage()
-    except Exception:  # logging reports a wrong format itself
+    except Exception:  # logging itself reports a wrong format
         return
     if (safe := cleaned(message)) != message:
         record.msg, record.args = safe, ()

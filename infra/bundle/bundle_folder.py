@@ -256,7 +256,7 @@ def check_weights(folder: Path, manifest: Manifest) -> dict[str, TensorFact]:
     Reads block by block, so memory stays flat whatever the size.
 
     Returns:
-        ``TensorFact`` (dtype and shape) of every stored tensor, by name.
+        ``TensorFact`` (shape, dtype, bytes) of every stored tensor, by name.
 
     Raises:
         BundleRefused: NaN or infinite weights, or ties or an index that do not match the shards.

@@ -1,11 +1,11 @@
 """Parquet files: inspected, checked, and read as tensors.
 
 parquet_inspection.py  reads a parquet file completely, in a process that may be killed
-parquet_inspector.py   the parent of that process
+parquet_inspector.py   the parent's side: starts and queries that process
 parquet.py             parquet files as record batches
 splits.py              the splits of a model as tensors
 catalogue.py           the splits of a retrieval model
 checks.py              which checks a signature requires
 expectations.py        those checks, run by Great Expectations
-validation_page.py     their result as a page
+validation_page.py     an HTML page of their results
 """

@@ -1,8 +1,8 @@
-"""A retrieval model's splits as tensors: interactions, with what the catalogue says of their items.
+"""A retrieval model's splits as tensors: interactions joined with the features of their items.
 
-The split ``items`` is the catalogue: what the item tower reads, a row an item. The other splits
-hold interactions: what the query tower reads, and the item's id. Prepared, they have the item's
-other inputs as well, so that every row is a whole input of the model, as for any other task.
+The split ``items`` is the catalogue: the inputs of the item tower, one row per item. The other
+splits hold interactions: the inputs of the query tower, and the item's id. ``prepare`` adds the
+item's other inputs, so that every row is a complete input of the model, as for any other task.
 """
 
 from collections.abc import Collection, Mapping
@@ -20,17 +20,18 @@ from infra.store.temporary import scratch_folder
 
 
 def prepare(paths: Mapping[str, Path], split: str, signature: Signature, into: Path) -> Prepared:
-    """Write one split as ``into/data.safetensors``, whatever the task.
+    """Write one split as ``into/data.safetensors``, for any task.
 
     Args:
-        paths: parquet file or folder by split name; ``retrieval`` reads ``items`` beside ``split``.
-        split: which one.
+        paths: parquet file or folder by split name; ``retrieval`` reads ``items`` in addition to
+            ``split``.
+        split: name of the split to write.
         signature: the bundle's.
-        into: a folder; made if it is not there.
+        into: a folder; created if missing.
 
     Raises:
-        DataRefused: as ``data.prepare``; an item is there twice, or is not in the catalogue; two
-            test rows of one query differ in what the query tower reads.
+        DataRefused: as ``data.prepare``; an item is in the catalogue twice or not at all; two test
+            rows of one query differ in the inputs of the query tower.
     """
     prepared = data.prepare(paths[split], signature.of_split(split), into)
     if signature.item is None:
@@ -58,7 +59,7 @@ def _require_unique(parquet: Path, items: dict[str, Array], signature: Signature
 
 
 def _require_one_request(parquet: Path, tensors: dict[str, Array], signature: Signature) -> None:
-    """A query is answered once, so its rows must agree on what is sent."""
+    """Raise if rows of one query differ in its inputs: the model evaluates each query once."""
     assert signature.towers is not None  # noqa: S101 - the signature's own rule
     faults = Faults()
     _, first, query = np.unique(tensors["@group"], return_index=True, return_inverse=True)
@@ -84,7 +85,7 @@ def _require_one_request(parquet: Path, tensors: dict[str, Array], signature: Si
 def _join(
     parquet: Path, tensors: dict[str, Array], items: dict[str, Array], signature: Signature
 ) -> None:
-    """Add what the catalogue says of each row's item."""
+    """Add the catalogue's features of each row's item."""
     assert signature.towers is not None  # noqa: S101 - the signature's own rule
     wanted, known = tensors[str(signature.item)], items[str(signature.item)]
     order = np.argsort(known)
@@ -105,7 +106,7 @@ def _join(
 
 
 def _places(begin: Array, lengths: Array) -> Array:
-    """Where the values of lists lie, end to end, from where each begins and how long it is."""
+    """Return the positions of all list values, concatenated, from starts and lengths."""
     edges = np.cumsum(lengths) - lengths
     places: Array = np.repeat(begin - edges, lengths) + np.arange(int(lengths.sum()))
     return places
@@ -116,10 +117,10 @@ def _item_columns(signature: Signature) -> tuple[str, ...]:
 
 
 def require_items(splits: Collection[str], signature: Signature, where: object) -> None:
-    """Refuse a retrieval model without a catalogue, and a catalogue of another model.
+    """Raise if a retrieval model has no catalogue, or another model has one.
 
     Raises:
-        DataRefused: says which of the two.
+        DataRefused: names which of the two is the case.
     """
     if signature.item is not None and ITEMS not in splits:
         raise DataRefused("catalogue_missing", place=str(where), split=ITEMS)

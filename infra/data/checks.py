@@ -1,7 +1,7 @@
-"""Which checks a signature asks for: plain values, made before any row is read.
+"""Plan the data checks of a signature, as plain values, before any row is read.
 
-The list depends on the signature, the tables and the rules alone, so that what was intended can be
-counted against what was evaluated. ``expectations.py`` runs it.
+The plan depends only on the signature, the tables and the rules, so that planned and evaluated
+checks can be compared. ``expectations.py`` runs them.
 """
 
 from dataclasses import dataclass, field
@@ -17,7 +17,7 @@ from infra.errors import DataRefused
 
 FLOAT64_MAX = 1.7976931348623157e308
 
-# A split and those whose first moment it may reach but not pass.
+# Split -> later splits; its times may equal but not exceed their first time.
 LATER = {
     "train": ("validation", "test"),
     "validation": ("test",),
@@ -25,19 +25,19 @@ LATER = {
     "traffic": ("test",),
 }
 
-# What a check looks at.
-COUNT = "count"  # how many rows there are
+# Views: what a check reads.
+COUNT = "count"  # number of rows
 TYPES = "types"  # the type of every column
 ROWS = "rows"  # a column of plain values
 LENGTHS = "lengths"  # the lengths of a list column
-BEFORE = "before"  # time minus the first moment of a later split
+BEFORE = "before"  # time minus the first time of a later split
 VALUES = "values"  # the elements of a list column
 
 
 class Rules(Frozen):
     """What data must satisfy beyond its signature.
 
-    The defaults ask little: 100 test rows (fewer decide nothing), one row elsewhere, and both
+    The defaults are weak: 100 test rows (fewer support no decision), one row elsewhere, and both
     classes present in every split of a ``ctr`` model.
     """
 
@@ -59,7 +59,7 @@ class Rules(Frozen):
         return self
 
     def rows_needed(self, split: str) -> int:
-        """Fewest rows of one split."""
+        """Return the minimum number of rows of one split."""
         if isinstance(self.min_rows, int):
             return self.min_rows
         return self.min_rows.get(split, 100 if split == "test" else 1)
@@ -67,10 +67,10 @@ class Rules(Frozen):
 
 @dataclass(frozen=True)
 class Check:
-    """One expectation: where it looks, what it is called, and its words for people.
+    """One expectation: its view and column, its class and arguments, and its text for people.
 
     ``expects`` is the class in ``great_expectations.expectations``, ``settings`` its arguments
-    beside the column. ``against`` is the later split of a ``BEFORE`` view.
+    except the column. ``against`` is the later split of a ``BEFORE`` view.
     """
 
     split: str
@@ -84,14 +84,14 @@ class Check:
 
     @property
     def frame(self) -> tuple[str, str | None]:
-        """Checks with the same frame run as one suite: all of rows, all of types, one list."""
+        """Key of the frame; checks with the same key run as one suite."""
         if self.view in (TYPES, VALUES):
             return (self.view, self.column if self.view == VALUES else None)
         return (ROWS, None)
 
     @property
     def entry(self) -> str | None:
-        """The column of the frame it looks at."""
+        """Name of the column in the frame."""
         return f"@before/{self.against}" if self.view == BEFORE else self.column
 
 
@@ -102,13 +102,13 @@ def plan(
     rows_of_table: dict[str, int],
     rules: Rules,
 ) -> list[Check]:
-    """All checks of one split.
+    """Plan all checks of one split.
 
     Args:
         split: its name; ``kinds`` holds the column types of every split given, by name.
-        signature: what is read from this split, and as what.
-        kinds: they decide two things only: whether a dense input of width 1 lies as numbers or
-            as lists, and that all splits keep time in the same type.
+        signature: the columns that are read from this split, and their types.
+        kinds: they decide two things only: whether a dense input of width 1 is stored as numbers or
+            as lists, and that all splits store time in the same type.
         rows_of_table: by table name.
         rules: minimum rows and label rate.
 

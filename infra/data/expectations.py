@@ -1,7 +1,7 @@
-"""Great Expectations on the splits of a data set: suites made from a signature, run and reported.
+"""Validate the splits of a data set with Great Expectations suites built from a signature.
 
-A check that raises inside Great Expectations was not evaluated, and what was not evaluated never
-counts as passed: a validation succeeds only if every intended check was evaluated and held.
+A check that raises inside Great Expectations was not evaluated and never counts as passed: a
+validation succeeds only if every planned check was evaluated and passed.
 """
 
 import datetime as dt
@@ -38,25 +38,26 @@ if TYPE_CHECKING:
 
 __all__ = ["Finding", "Rules", "Validation", "refuse_failures", "validate"]
 
-# Great Expectations lists failing entries in order; several may be from one row.
+# Great Expectations lists failing entries in order; one row may have several.
 ENTRIES_ASKED = 10 * ROWS_SHOWN
 
 FRAMES = "frames"
 
-# Rows named in a line of an error; the page has the rest of the first 20.
+# Rows listed in one line of an error; the page lists the first 20.
 ROWS_TOLD = 10
 
-# It keeps the current context in a global, so two validations in one process take turns.
+# Great Expectations keeps its context in a global, so validations of one process run in turn.
 _TURN = threading.Lock()
 
 
 class Finding(Frozen):
-    """What one check said.
+    """The result of one check.
 
     ``failing_rows`` are the parquet row numbers, from 0 through all parts, of the first
     failing rows (at most 20) and ``failing_values`` one failing value of each;
     ``failing_count`` counts all failing values. A check of a whole split (rows, types, label
-    rate) names no rows: ``observed`` says it all. Not ``evaluated`` is never ``success``.
+    rate) names no rows, only ``observed``. A check that was not ``evaluated`` is never a
+    ``success``.
     """
 
     split: str
@@ -74,7 +75,7 @@ class Validation(Frozen):
     """The results of all checks.
 
     ``seconds`` is the wall time of reading and checking. ``warnings`` are about the uncompressed
-    model on its own test rows; they are no checks of the data and fail nothing.
+    model on its test rows; they do not check the data and never fail a validation.
     """
 
     success: bool
@@ -87,7 +88,7 @@ class Validation(Frozen):
 
 @dataclass(frozen=True)
 class _Facts:
-    """What is known of a split before its rows are checked."""
+    """Facts about a split, collected before its rows are checked."""
 
     found: Survey
     kinds: dict[str, str]
@@ -100,19 +101,19 @@ def validate(
     rows_of_table: dict[str, int],
     rules: Rules | None = None,
 ) -> Validation:
-    """Check every split by the signature, and that the splits follow each other in time.
+    """Check every split against the signature, and the time order of the splits.
 
-    Each split is read into memory: its plain columns at once, its list columns one by one.
+    Each split is read into memory: its plain columns together, its list columns one by one.
 
     Args:
         splits: parquet file or folder by split name (train, calibration, validation, test; items).
-        signature: the bundle's.
+        signature: the bundle's signature.
         rows_of_table: rows of every table an input reads, by table name.
         rules: minimum rows and label rate; ``Rules()`` if not given.
 
     Raises:
-        DataRefused: a file cannot be read, or an input's table is unknown. Failing checks do
-            not raise here: ``refuse_failures`` does.
+        DataRefused: a file cannot be read, or an input's table is unknown. Failing checks do not
+            raise here; call ``refuse_failures``.
     """
     begun = time.perf_counter()
     read = {split: signature.of_split(split) for split in splits}
@@ -139,11 +140,11 @@ def validate(
 
 
 def refuse_failures(validation: Validation) -> None:
-    """Stop on data that failed, or that was not really checked.
+    """Raise if a check failed or was not evaluated.
 
     Raises:
-        DataRefused: one line per failing check with split, column, rule and rows; or fewer
-            checks were evaluated than intended; or none was intended.
+        DataRefused: one line per failing check with split, column, rule and rows; or fewer checks
+            were evaluated than planned; or none was planned.
     """
     if validation.intended == 0:
         raise DataRefused("checks_missing")
@@ -190,7 +191,7 @@ def _facts(parquet: Path, signature: Signature) -> _Facts:
 
 
 def _start(known: _Facts, column: str | None) -> Any:
-    """The first moment of a split, or None: no time column, no rows, or none of use."""
+    """Return the first time of a split; None without a time column, rows or a usable time."""
     if column is None or column not in known.usable:
         return None
     least = [
@@ -204,7 +205,7 @@ def _start(known: _Facts, column: str | None) -> Any:
 def _check_split(
     frames: Any, known: _Facts, checks: list[Check], starts: dict[str, Any]
 ) -> list[Finding]:
-    """Run a split's checks, one suite per frame; findings in the order of the checks."""
+    """Run a split's checks, one suite per frame; returns findings in the order of the checks."""
     findings: dict[int, Finding] = {}
     suites: dict[tuple[str, str | None], list[int]] = {}
     for place, check in enumerate(checks):
@@ -221,7 +222,7 @@ def _check_split(
 
 
 def _obstacle(check: Check, known: _Facts, starts: dict[str, Any]) -> str:
-    """Why a check cannot look at anything, or ''."""
+    """Return why a check cannot be evaluated, or ''."""
     if check.view == COUNT or check.expects == "ExpectColumnToExist":
         return ""
     if check.column not in known.kinds:
@@ -240,7 +241,7 @@ def _obstacle(check: Check, known: _Facts, starts: dict[str, Any]) -> str:
 def _frame(
     frame: tuple[str, str | None], suite: list[Check], known: _Facts, starts: dict[str, Any]
 ) -> "pd.DataFrame":
-    """What a suite looks at; the index is the row number in the split."""
+    """Build the frame that a suite reads; the index is the row number in the split."""
     import pandas as pd
 
     view, listed = frame
@@ -263,7 +264,7 @@ def _frame(
 
 
 def _whole(found: Survey, columns: Iterable[str]) -> dict[str, pa.Array]:
-    """Some columns of a split, each as one array."""
+    """Read some columns of a split, each as one array."""
     wanted = sorted(columns)
     if not wanted:
         return {}
@@ -279,7 +280,7 @@ def _whole(found: Survey, columns: Iterable[str]) -> dict[str, pa.Array]:
 
 
 def _series(column: pa.Array) -> "pd.Series[Any]":
-    """A column for pandas: integers with gaps stay integers, moments are microseconds."""
+    """Convert a column to pandas: nullable integers stay integers, times become microseconds."""
     import pandas as pd
 
     kind = kind_of(column.type)
@@ -297,14 +298,14 @@ def _series(column: pa.Array) -> "pd.Series[Any]":
 
 @contextmanager
 def _quiet_frames() -> Iterator[Any]:
-    """Give a definition of batches that are whole frames, in a context that lives in memory.
+    """Yield a definition of whole-frame batches, in an in-memory context.
 
-    Great Expectations writes no files, telemetry, progress bars or log lines meanwhile.
+    Inside the block Great Expectations writes no files, telemetry, progress bars or log lines.
     """
     import great_expectations as gx
 
-    # What goes wrong inside an expectation is in its result, and from there in a finding. Its
-    # loggers set levels of their own, so only a wall above them keeps them quiet.
+    # Exceptions inside an expectation are in its result and then in the finding, so their log lines
+    # are redundant. Its loggers set their levels themselves; only a global level silences them.
     log, wall = logging.getLogger("great_expectations"), logging.NullHandler()
     passes_on = log.propagate
     log.propagate = False
@@ -346,7 +347,7 @@ def _run(
 
 
 def _expectation(check: Check, place: int) -> Any:
-    """A check as the expectation it names."""
+    """Build the expectation that a check names."""
     import great_expectations.expectations as gxe
 
     column = {} if check.entry is None else {"column": check.entry}
@@ -387,7 +388,11 @@ def _finding(check: Check, answer: Any, known: _Facts, starts: dict[str, Any]) -
 
 
 def _raised(info: dict[str, Any]) -> str:
-    """The message of an exception inside an expectation, or ''; one record, or one a metric."""
+    """Return the message of an exception inside an expectation, or ''.
+
+    Args:
+        info: Great Expectations' record of it: one record, or one per metric.
+    """
     records = [info] if "raised_exception" in info else list(info.values())
     messages = [
         str(record.get("exception_message")) for record in records if record["raised_exception"]
@@ -410,7 +415,8 @@ def _observed(check: Check, result: dict[str, Any], known: _Facts) -> str:
 
 
 def _value(check: Check, value: Any, kind: str, starts: dict[str, Any]) -> str:
-    """One failing value as people write it; a moment in a BEFORE view is made whole again."""
+    """Format one failing value; in a BEFORE view the first time is added to the difference
+    again."""
     import pandas as pd
 
     if pd.isna(value):

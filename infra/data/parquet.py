@@ -1,7 +1,7 @@
-"""Parquet files as record batches: which columns a signature reads, and what is wrong with them.
+"""Parquet files as record batches: columns that a signature needs, and checks of those columns.
 
-A split is one file or a folder of part files, read in the order of their names. Rows are counted
-through all parts from 0; every refusal names rows by that number.
+A split is one file or a folder of part files, read in the order of their names. Row numbers start
+at 0 and continue through all parts; errors use these numbers.
 """
 
 from collections import Counter
@@ -30,7 +30,7 @@ Array = NDArray[Any]
 
 
 class Need(NamedTuple):
-    """What one column must hold for one use; ``kinds`` as ``kind_of`` names them."""
+    """The column types that one use of a column accepts; ``kinds`` are names from ``kind_of``."""
 
     column: str
     use: str
@@ -40,10 +40,10 @@ class Need(NamedTuple):
 
 @dataclass(frozen=True)
 class Survey:
-    """What a split's files contain, counted by reading them: nothing a footer only declares.
+    """Counts of a split's files, taken from the data and not from the footers.
 
-    ``values`` and ``longest`` have an entry for each column that the signature reads: how many
-    values it has, and how many its longest list has (0 where it has no lists).
+    ``values`` and ``longest`` have an entry for each column that the signature reads: its number of
+    values, and the length of its longest list (0 without lists).
     """
 
     files: tuple[Path, ...]
@@ -57,13 +57,13 @@ class Survey:
 
 @dataclass
 class Faults:
-    """Broken rules of one pass, counted by column and rule; only the first rows are kept."""
+    """Violations found in one pass, counted by column and rule; only the first rows are kept."""
 
     counts: dict[tuple[str, str], int] = field(default_factory=dict)
     rows: dict[tuple[str, str], list[int]] = field(default_factory=dict)
 
     def note(self, column: str, rule: str, rows: Array) -> None:
-        """Add broken rows; ``rows`` are row numbers in the split, once a broken value."""
+        """Add violations; ``rows`` are row numbers in the split, one entry per invalid value."""
         if len(rows) == 0:
             return
         key = (column, rule)
@@ -74,7 +74,7 @@ class Faults:
                 kept.append(row)
 
     def refuse(self, parquet: Path) -> None:
-        """Raise ``DataRefused`` with one line for each broken rule, if there is any."""
+        """Raise ``DataRefused`` with one line per violated rule, if there is any."""
         lines = [
             f"column {column!r}: {rule}; {self.counts[column, rule]} value(s), "
             f"first in row(s) {', '.join(map(str, self.rows[column, rule]))}."
@@ -90,7 +90,7 @@ def refuse(parquet: Path, lines: list[str]) -> None:
 
 
 def needs(signature: Signature) -> tuple[Need, ...]:
-    """Every column a signature reads, once a use, in the signature's order."""
+    """List every column a signature reads, one entry per use, in the signature's order."""
     whole = "Encode it to row numbers of the table and store it as int64."
     found: list[Need] = []
     for item in signature.inputs:
@@ -108,7 +108,7 @@ def needs(signature: Signature) -> tuple[Need, ...]:
     if signature.label is not None:
         found.append(Need(signature.label, "the label", NUMBERS, "Store it as a number."))
     if signature.group is not None and signature.task == "retrieval":
-        # Other values are numbered split by split, and here splits are compared.
+        # Other values are numbered separately in each split, and here splits are compared.
         remedy = "Number the groups the same way in every split."
         found.append(Need(signature.group, "the group", ("integer",), remedy))
     elif signature.group is not None:
@@ -120,7 +120,7 @@ def needs(signature: Signature) -> tuple[Need, ...]:
 
 
 def survey(parquet: Path, signature: Signature) -> Survey:
-    """Read a split's files once, in a process of their own, and count what is in them.
+    """Read a split's files once, in a separate process, and count their rows and values.
 
     Raises:
         DataRefused: there is no parquet file, one cannot be read within the limits of
@@ -175,10 +175,10 @@ def _part_files(parquet: Path) -> tuple[Path, ...]:
 
 
 def check_columns(found: Survey, parquet: Path, signature: Signature) -> None:
-    """Refuse missing columns and columns of a kind their use cannot read.
+    """Raise if a column is missing or has a type that its use cannot read.
 
     Raises:
-        DataRefused: one line for each, with the remedy; also when there are no rows.
+        DataRefused: one line per column, with the remedy; also if there are no rows.
     """
     lines = [] if found.rows else ["it has no rows."]
     for column, use, kinds, remedy in dict.fromkeys(needs(signature)):
@@ -208,7 +208,7 @@ def check_columns(found: Survey, parquet: Path, signature: Signature) -> None:
 
 
 def _why_not_integers(found: Survey, column: str) -> str:
-    """What keeps a float column from being ids: nulls, fractions, or only its type."""
+    """Return why a float column cannot hold ids: nulls, fractions, or only its type."""
     faults = Faults()
     for first, batch in batches(found, (column,)):
         values, parents, _ = flat(batch.column(column))
@@ -225,7 +225,7 @@ def _why_not_integers(found: Survey, column: str) -> str:
 
 
 def batches(found: Survey, columns: Iterable[str]) -> Iterator[tuple[int, pa.RecordBatch]]:
-    """Record batches of some columns, each with the split's row number of its first row.
+    """Yield record batches of some columns, each with the row number of its first row.
 
     Raises:
         DataRefused: a file cannot be read to its end.
@@ -247,14 +247,15 @@ def batches(found: Survey, columns: Iterable[str]) -> Iterator[tuple[int, pa.Rec
 
 
 def is_list(column: pa.Array) -> bool:
-    """Whether a column holds a list per row."""
+    """Return whether a column holds a list per row."""
     return kind_of(column.type).startswith("list of ")
 
 
 def flat(
     column: pa.Array, name: str = "", first: int = 0, faults: Faults | None = None
 ) -> tuple[pa.Array, Array, Array]:
-    """Lists as values, the row each value is from, and values per row; scalars as themselves."""
+    """Flatten lists into values, the row of each value, and values per row; scalars are
+    unchanged."""
     if not is_list(column):
         return column, np.arange(len(column)), np.ones(len(column), np.int64)
     if faults is not None:
@@ -265,12 +266,13 @@ def flat(
 
 
 def nulls(column: pa.Array) -> Array:
-    """Positions of the nulls."""
+    """Return the positions of the nulls."""
     return np.flatnonzero(column.is_null().to_numpy(zero_copy_only=False))
 
 
 def plain_times(column: pa.Array) -> pa.Array:
-    """Timestamps and dates as int64 microseconds since 1970, numbers as int64 or float64."""
+    """Convert timestamps and dates to int64 microseconds since 1970, numbers to int64 or
+    float64."""
     kind = kind_of(column.type)
     if kind in MOMENTS:
         zone = getattr(column.type, "tz", None)

@@ -1,12 +1,12 @@
-"""Reads a parquet file once, completely, in a process that may be killed.
+"""Read a parquet file once, completely, in a process that may be killed.
 
-A parquet file from outside can end the process that reads it (a damaged footer aborts the C++
-reader), declare rows that it does not have, or expand to any size. So a child process reads
+An untrusted parquet file can end the process that reads it (a damaged footer aborts the C++
+reader), declare rows that it does not have, or expand to any size. A child process therefore reads
 every column that a schema needs, with limits of memory and time (``parquet_inspector.py`` is the
-parent's side), and reports what it counted. What it has read, the parent can read as well: with
-the same library, the same batches, and no more memory.
+parent's side), and reports its counts. The parent can then read the same file with the same
+library, the same batches, and no more memory.
 
-This module imports pyarrow and numpy alone, so that the process starts quickly.
+This module imports only pyarrow and numpy, so that the process starts quickly.
 """
 
 import json
@@ -48,7 +48,7 @@ class NotUsable(Exception):
 
 
 def kind_of(dtype: pa.DataType) -> str:
-    """A column type in one word; widths and encodings do not matter here."""
+    """Return a column type in one word, without its width and encoding."""
     types = pa.types
     if types.is_dictionary(dtype):
         return kind_of(dtype.value_type)
@@ -72,37 +72,37 @@ def kind_of(dtype: pa.DataType) -> str:
 
 
 def opened(file: str | Path) -> pq.ParquetFile:
-    """A parquet file read through small buffers, whatever the size of its row groups."""
+    """Open a parquet file for reading through small buffers, independent of its row-group size."""
     return pq.ParquetFile(file, buffer_size=BUFFER_BYTES, pre_buffer=False)
 
 
 def record_batches(
     source: pq.ParquetFile, columns: list[str], batch_rows: int
 ) -> Iterator[pa.RecordBatch]:
-    """Record batches of some columns, dictionaries decoded."""
+    """Yield record batches of some columns, with dictionaries decoded."""
     for batch in source.iter_batches(batch_rows, columns=columns, use_threads=False):
         plain = [decoded(column) for column in batch.columns]
         yield pa.RecordBatch.from_arrays(plain, names=batch.schema.names)
 
 
 def decoded(column: pa.Array) -> pa.Array:
-    """A dictionary-encoded column as its values, any other as it is."""
+    """Decode a dictionary-encoded column; return any other column unchanged."""
     return column.dictionary_decode() if pa.types.is_dictionary(column.type) else column
 
 
 def inspect(file: str, columns: Iterable[str]) -> dict[str, Any]:
-    """Read some columns of a file to its end and count what is in them.
+    """Read some columns of a file to its end and count their rows and values.
 
     Args:
         file: a parquet file.
-        columns: those to read, where the file has them.
+        columns: columns to read; those the file lacks are skipped.
 
     Returns:
         ``rows``; ``kinds`` as [name, kind] of every column in order; ``values`` and ``longest``
-        by column: how many values it has and how many its longest list has; ``batch_rows``.
+        by column: its number of values and the length of its longest list; ``batch_rows``.
 
     Raises:
-        NotUsable: the footer declares other rows than there are, or the file expands too far.
+        NotUsable: the footer declares a wrong number of rows, or the file expands too far.
         Exception: what the reader raises on a damaged file.
     """
     with opened(file) as source:
@@ -155,7 +155,7 @@ def _most_bytes(file: str) -> int:
 
 
 def _batch_rows(footer: pq.FileMetaData, columns: list[str]) -> int:
-    """Fewer rows a batch where a row has many values; the footer need not be right about it."""
+    """Choose the rows per batch, fewer if rows have many values; the footer may be wrong."""
     most = 1
     for group in range(footer.num_row_groups):
         facts = footer.row_group(group)
@@ -172,7 +172,7 @@ def _batch_rows(footer: pq.FileMetaData, columns: list[str]) -> int:
 
 
 def answer(request: dict[str, Any]) -> dict[str, Any]:
-    """What the child reports about one file: its counts, or why it is refused."""
+    """Build the child's response for one file: its counts, or why it is refused."""
     try:
         return inspect(request["file"], request["columns"])
     except NotUsable as fault:
@@ -197,9 +197,9 @@ def _unreadable(fault: Exception) -> NotUsable:
 
 
 def limit_memory(most: int) -> int:
-    """Allow this process ``most`` bytes beyond what it has; returns what it may really use.
+    """Limit this process to ``most`` bytes more than it has; returns the bytes it may use.
 
-    A limit of the parent, which the child inherits, stays if it is lower.
+    A lower limit inherited from the parent is kept.
     """
     held = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     _, hard = resource.getrlimit(resource.RLIMIT_AS)
@@ -210,19 +210,19 @@ def limit_memory(most: int) -> int:
 
 
 def main() -> None:
-    """Answer requests, one JSON line each, until the parent closes the pipe."""
+    """Process requests, one JSON line each, until the parent closes the pipe."""
     out = os.fdopen(os.dup(1), "w", encoding="utf-8")
-    os.dup2(2, 1)  # what libraries print must not mix with the answers
+    os.dup2(2, 1)  # output of libraries must not mix with the responses
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which ends this
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C and ends this process
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     pa.set_io_thread_count(1)
     pa.set_cpu_count(1)
     print(json.dumps({"memory": limit_memory(MEMORY_LIMIT)}), file=out, flush=True)
     for line in sys.stdin:
         request = json.loads(line)
-        # Native code cannot be interrupted from Python; the kernel's timer ends the process if
-        # the parent is not there any more to do it.
+        # Native code cannot be interrupted from Python; the kernel's timer ends the process if the
+        # parent no longer exists.
         signal.setitimer(signal.ITIMER_REAL, request["seconds"] + 5)
         reply = json.dumps(answer(request))
         signal.setitimer(signal.ITIMER_REAL, 0)

@@ -1,4 +1,4 @@
-"""The parent's side of ``parquet_inspection.py``: one child process for many files.
+"""Parent side of ``parquet_inspection.py``: one child process inspects many files.
 
 The child is started for the first file and reused, because a start takes a third of a second. A
 file that ends it, or exceeds its limits, is refused, and the next file gets a new child.
@@ -37,7 +37,7 @@ CACHED = 1024
 
 
 class Inspected(Frozen):
-    """What the child counted in one file."""
+    """The child's counts for one file."""
 
     rows: int
     kinds: tuple[tuple[str, str], ...]
@@ -57,7 +57,7 @@ class _Identity(NamedTuple):
 
 
 class _Ended(Exception):
-    """The child ended, or was ended because its time was over."""
+    """The child ended, or was killed at its time limit."""
 
 
 class _Child:
@@ -102,7 +102,7 @@ class _Child:
         return self.reply(seconds)
 
     def reply(self, seconds: float) -> dict[str, Any]:
-        """One line of the child as an object."""
+        """Parse one line of the child as an object."""
         out = self._pipe(self._process.stdout)
         end = time.monotonic() + seconds
         while b"\n" not in self._rest:
@@ -121,7 +121,7 @@ class _Child:
         """Kill the child if it runs; returns its exit code."""
         if (code := self._process.poll()) is None:
             with contextlib.suppress(subprocess.TimeoutExpired):
-                code = self._process.wait(timeout=0.2)  # its pipe closed: it is ending by itself
+                code = self._process.wait(timeout=0.2)  # its pipe closed: it is about to end
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self._process.pid, signal.SIGKILL)
         self.forget()
@@ -135,7 +135,7 @@ class _Child:
         self._log.close()
 
     def printed(self) -> str:
-        """The last line that the child printed."""
+        """Return the last line that the child printed."""
         self._log.seek(0)
         lines = self._log.read()[-4096:].decode(errors="replace").split("\n")
         return next((line.strip()[:300] for line in reversed(lines) if line.strip()), "")
@@ -148,7 +148,7 @@ class _Child:
 
 
 def _refused(file: str, code: str, fields: dict[str, Any]) -> DataRefused:
-    """The error for what the child refused; texts of the file's reader become printable."""
+    """Build the error for a file the child refused; messages of the reader become printable."""
     if code == "too_many_columns":
         return DataRefused(
             "too_many_columns",
@@ -170,7 +170,7 @@ def _refused(file: str, code: str, fields: dict[str, Any]) -> DataRefused:
 
 
 class Inspector:
-    """Inspects files one after the other; one child process for this process."""
+    """Inspects files one after another with one child process."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -178,9 +178,9 @@ class Inspector:
         self._known: dict[_Identity, Inspected] = {}
 
     def inspect(self, file: Path, columns: Iterable[str]) -> Inspected:
-        """What is in a file, read to its end by the child.
+        """Count the contents of a file; the child reads it to its end.
 
-        A file that was inspected before, and has not changed since, is not read again.
+        A file that has not changed since its last inspection is not read again.
 
         Raises:
             DataRefused: it is damaged, or beyond the limits of memory, time or expansion.
@@ -262,7 +262,7 @@ class Inspector:
         self._drop()
 
     def after_fork(self) -> None:
-        """Leave the parent's child process to the parent."""
+        """Drop the child process of the parent in a forked process."""
         self._lock = threading.Lock()
         if self._child is not None:
             self._child.forget()

@@ -1,16 +1,16 @@
-"""Parquet files as tensors, by the signature a bundle declares.
+"""Convert parquet files to tensors as a bundle's signature declares.
 
 A split is one parquet file or a folder of part files, read in the order of their names and by
-record batches: memory is the output and one batch. What does not fit the signature exactly is
-refused with column, rule and rows; nothing is cast, filled or cut to make it fit.
+record batches: memory is the output and one batch. Data that does not match the signature exactly
+is refused with column, rule and rows; no value is cast, filled or cut to match.
 
-Layout of ``data.safetensors``, one file a split:
+Layout of ``data.safetensors``, one file per split:
 
 id, dense, padded bag   the input's name, ``(rows, *shape)``, the declared dtype
 jagged bag              the input's name, ``(all ids,)``, and ``@bounds/<name>``, int64
                         ``(rows + 1,)``: row ``i`` holds ids ``bounds[i]`` to ``bounds[i + 1]``
 ``@label``              float32 ``(rows,)``; all 1 where the signature names no label
-``@group``              int64 ``(rows,)``; integers as they are, anything else numbered in the
+``@group``              int64 ``(rows,)``; integers unchanged, other values numbered in the
                         order it first appears
 ``@time``               ``(rows,)``; timestamps as int64 microseconds since 1970, numbers as
                         int64 or float64
@@ -62,7 +62,7 @@ class Prepared(Frozen):
 
 
 class IdStatistics(Frozen):
-    """What one id or bag input holds in one split; the ids are None where there is none.
+    """Statistics of one id or bag input in one split; the ids are None if there are none.
 
     ``longest`` is the longest list of a bag and 0 for ids; ``nulls`` counts ids and lists.
     """
@@ -74,7 +74,7 @@ class IdStatistics(Frozen):
 
 
 class SplitStatistics(Frozen):
-    """Facts about one split, found in one pass; times in the unit ``@time`` has."""
+    """Statistics of one split, computed in one pass; times in the unit of ``@time``."""
 
     rows: int
     label_mean: float | None
@@ -88,13 +88,13 @@ def prepare(parquet: Path, signature: Signature, into: Path) -> Prepared:
 
     Args:
         parquet: a file, or a folder of part files.
-        signature: which columns become which tensors.
-        into: a folder; made if it is not there.
+        signature: maps columns to tensors.
+        into: a folder; created if missing.
 
     Raises:
         DataRefused: a column is missing or of the wrong type; a value is null, NaN, infinite,
-            out of int32 or no label; a list is longer than its input allows. Every broken rule
-            of the pass is named with its column, its rows and how many.
+            out of int32 or no label; a list is longer than its input allows. Every violated rule of
+            the pass is listed with its column, its rows and their number.
     """
     found = survey(parquet, signature)
     check_columns(found, parquet, signature)
@@ -124,7 +124,7 @@ def prepare(parquet: Path, signature: Signature, into: Path) -> Prepared:
 
 
 def save(tensors: dict[str, Array], into: Path) -> int:
-    """Write beside the final name and rename: a file that is there is whole."""
+    """Write to a temporary name and rename, so that an existing file is always complete."""
     into.mkdir(parents=True, exist_ok=True)
     final, partial = into / FILE, into / f".data-{os.getpid()}.partial"
     try:
@@ -138,7 +138,7 @@ def save(tensors: dict[str, Array], into: Path) -> int:
 
 
 def _bytes_needed(found: Survey, signature: Signature) -> int:
-    """Bytes of the tensors of a split."""
+    """Return the bytes of the tensors of a split."""
     each = sum(
         math.prod(item.shape) * np.dtype(item.dtype).itemsize
         for item in signature.inputs
@@ -173,7 +173,7 @@ def _fill(
     out: dict[str, Array],
     faults: Faults,
 ) -> None:
-    """Write one batch of one input to its place."""
+    """Write one batch of one input at its offset."""
     rows, target = batch.num_rows, out[item.name][first : first + batch.num_rows]
     if isinstance(item, IdInput):
         for place, name in enumerate(item.columns):
@@ -220,7 +220,7 @@ def _ids(column: pa.Array, name: str, rows: Array, faults: Faults) -> Array:
 
 
 def _floats(column: pa.Array, name: str, rows: Array, faults: Faults) -> Array:
-    """A numeric column as float64, checked to be finite in float32."""
+    """Convert a numeric column to float64, checked to be finite in float32."""
     faults.note(name, "null", rows[nulls(column)])
     plain = column.cast(pa.int8()) if pa.types.is_boolean(column.type) else column
     numbers: Array = plain.cast(pa.float64(), safe=False).fill_null(0).to_numpy()
@@ -268,7 +268,7 @@ def _times(column: pa.Array, name: str, first: int, faults: Faults) -> Array:
 
 
 def split_statistics(parquet: Path, signature: Signature) -> SplitStatistics:
-    """Facts about one split in one pass: rows, label mean, time range, ids and lists.
+    """Compute statistics of one split in one pass: rows, label mean, time range, ids and lists.
 
     Raises:
         DataRefused: a column is missing, of the wrong type, or unreadable.
@@ -318,16 +318,16 @@ def _most(known: Any, new: Any) -> Any:
 
 
 def check_shapes(statistics: dict[str, SplitStatistics], signature: Signature) -> None:
-    """Refuse bags whose declared length has nothing to do with the lists in the data.
+    """Raise if a bag's declared length is far from the lengths of the lists in the data.
 
-    A served graph and every batch are as wide as the shape says, so it decides their memory.
+    A served graph and every batch have the declared width, so it decides their memory.
 
     Args:
         statistics: by split name.
         signature: the bags and their shapes.
 
     Raises:
-        DataRefused: one line for each.
+        DataRefused: one line per bag.
     """
     lines: list[str] = []
     for item in signature.inputs:
@@ -346,10 +346,10 @@ def check_shapes(statistics: dict[str, SplitStatistics], signature: Signature) -
 
 
 def policed(split: str, item: IdInput | PaddedBag | JaggedBag) -> bool:
-    """Whether ids outside the table are an error in this split.
+    """Return whether ids outside the table are an error in this split.
 
-    ``clamp`` and ``default_row`` were chosen for ids a model has never seen, so they hold where
-    such ids are met: in validation and test data. What a model learns from must be in its table.
+    ``clamp`` and ``default_row`` are policies for ids that the model has never seen, so they apply
+    to validation and test data. All ids of the data that a model learns from must be in its table.
     """
     return split not in ("validation", "test") or item.out_of_range == "error"
 
@@ -357,7 +357,7 @@ def policed(split: str, item: IdInput | PaddedBag | JaggedBag) -> bool:
 def check_ids(
     statistics: dict[str, SplitStatistics], signature: Signature, rows_of_table: dict[str, int]
 ) -> None:
-    """Refuse ids outside their table, lists that are too long, and settings outside the table.
+    """Raise for ids outside their table, lists that are too long, and settings outside the table.
 
     Args:
         statistics: by split name.
@@ -365,7 +365,7 @@ def check_ids(
         rows_of_table: by table name.
 
     Raises:
-        DataRefused: one line for each, naming input, table, its rows, the id found, the split.
+        DataRefused: one line per problem, with input, table, its rows, the id and the split.
     """
     lines: list[str] = []
     for item in signature.inputs:
@@ -387,7 +387,7 @@ def check_ids(
         ]
         for split, facts in statistics.items():
             seen = facts.inputs.get(item.name)
-            if seen is None:  # the catalogue lists items, the other splits interactions
+            if seen is None:  # the catalogue has items, the other splits interactions
                 continue
             wrong = {seen.min_id, seen.max_id} - {None} if policed(split, item) else set()
             lines += [
