@@ -1,4 +1,4 @@
-"""Change every log record of this process when it is created, before any handler sees it."""
+"""Change every log record of this process when it is created, before any handler receives it."""
 
 import logging
 from collections.abc import Callable
@@ -9,7 +9,8 @@ def change_records(change: Callable[[logging.LogRecord], None]) -> None:
     """Apply a function to every record from now on; calling it again changes nothing.
 
     Args:
-        change: of a record in place; a module's own function, so that it is known again.
+        change: changes a record in place; a module-level function, so that a second call with it is
+            recognized.
     """
     create = logging.getLogRecordFactory()
     changes = getattr(create, "changes", ())

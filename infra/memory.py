@@ -1,9 +1,9 @@
-"""How much memory this process may still use, and what an out-of-memory error is.
+"""Estimate the memory this process may still use, and recognize out-of-memory errors.
 
-Available is the least of: what the machine has free (``MemAvailable``), what the control group
-of the process has left (a container's limit), and what the limits of the process leave
-(``ulimit -v``, ``ulimit -d``). ``RECPRESS_MEMORY_MB`` replaces all of them. Linux only; elsewhere
-only the setting and the limits of the process are known.
+Available memory is the minimum of the machine's free memory (``MemAvailable``), the rest of the
+process's control group (a container's limit), and the rest of the process's limits (``ulimit -v``,
+``ulimit -d``). ``RECPRESS_MEMORY_MB`` replaces all of them. Linux only; on other systems only the
+setting and the limits of the process are known.
 """
 
 import resource
@@ -32,10 +32,10 @@ class Available(NamedTuple):
 
 
 def available_memory() -> Available | None:
-    """What this process may still use; None if nothing is known.
+    """Return the memory this process may still use; None if it is unknown.
 
     Raises:
-        SettingRefused: the setting is no positive number.
+        SettingRefused: the setting is not a positive number.
     """
     stated = load_settings().memory_mb
     if stated is not None:
@@ -54,14 +54,14 @@ def available_memory() -> Available | None:
 
 
 def require_memory(needed: int, doing: str) -> None:
-    """Raise if a step needs more memory than there is, before it allocates any.
+    """Raise if a step needs more memory than is available, before it allocates any.
 
     Args:
-        needed: bytes beyond what this process has.
+        needed: bytes in addition to what this process has.
         doing: what needs them, as a noun phrase that begins a sentence.
 
     Raises:
-        OutOfMemory: names both figures, what limits them, and what to do.
+        OutOfMemory: contains both figures, the limit, and the remedy.
     """
     found = available_memory()
     if found is not None and needed > found.bytes:
@@ -76,7 +76,7 @@ def require_memory(needed: int, doing: str) -> None:
 
 
 def as_out_of_memory(fault: BaseException, doing: str = "The work") -> OutOfMemory | None:
-    """The error to raise for a native out-of-memory error; None if it is another error."""
+    """Convert a native out-of-memory error to ``OutOfMemory``; None for any other error."""
     if isinstance(fault, OutOfMemory):
         return fault
     if not is_out_of_memory(fault):
@@ -90,7 +90,8 @@ def as_out_of_memory(fault: BaseException, doing: str = "The work") -> OutOfMemo
 
 @contextmanager
 def memory_errors(doing: Callable[[], str]) -> Iterator[None]:
-    """Raise every out-of-memory error of the block, also a library's own, as ``OutOfMemory``.
+    """Raise every out-of-memory error of the block as ``OutOfMemory``, including those of
+    libraries.
 
     Args:
         doing: what ran when it happened, as a noun phrase that begins a sentence.
@@ -100,8 +101,8 @@ def memory_errors(doing: Callable[[], str]) -> Iterator[None]:
     except Exception as fault:
         if not isinstance(fault, OutOfMemory) and not is_out_of_memory(fault):
             raise
-        release_reserve()  # the sentence itself takes memory
-        traceback.clear_frames(fault.__traceback__)  # what did not fit is given back
+        release_reserve()  # formatting the message takes memory
+        traceback.clear_frames(fault.__traceback__)  # the failed allocation has been freed
         error = as_out_of_memory(fault, doing())
         if error is None or error is fault:
             raise
@@ -109,7 +110,7 @@ def memory_errors(doing: Callable[[], str]) -> Iterator[None]:
 
 
 def resident() -> int:
-    """Bytes of memory that this process occupies."""
+    """Return the bytes of memory that this process occupies."""
     return _held("VmRSS")
 
 
@@ -119,12 +120,12 @@ def _left(limit: int, held: str) -> int | None:
 
 
 def _held(field: str) -> int:
-    """Bytes of this process, as ``/proc/self/status`` names them."""
+    """Return a field of ``/proc/self/status`` of this process, in bytes."""
     return _field(_PROC / "self" / "status", field) or 0
 
 
 def _field(file: Path, name: str) -> int | None:
-    """A number of kB in a file of ``/proc``, in bytes."""
+    """Read a field in kB from a file of ``/proc``, and return it in bytes."""
     try:
         lines = file.read_text().splitlines()
     except OSError:
@@ -134,7 +135,7 @@ def _field(file: Path, name: str) -> int | None:
 
 
 def _left_in_control_groups() -> int | None:
-    """The least that a control group of this process, or one above it, has left."""
+    """Return the least memory left in this process's control group and all its parents."""
     try:
         lines = (_PROC / "self" / "cgroup").read_text().splitlines()
     except OSError:
@@ -150,7 +151,7 @@ def _left_in_control_groups() -> int | None:
         else:
             continue
         group = root / path.strip("/")
-        while True:  # a container sees its own group as the root
+        while True:  # a container's own group appears as the root
             if (free := _left_in(group, limit, used)) is not None:
                 left.append(free)
             if group in (root, root.parent):
@@ -167,7 +168,7 @@ def _left_in(group: Path, limit: str, used: str) -> int | None:
         return None
     if not most.isdigit() or int(most) >= 2**62:
         return None
-    # Pages of files are given back before a process is killed.
+    # The kernel frees file pages before it kills a process.
     facts = dict(zip(cached[::2], cached[1::2], strict=False))
     files = int(facts.get("inactive_file", 0)) + int(facts.get("active_file", 0))
     return int(most) - max(now - files, 0)

@@ -1,7 +1,7 @@
-"""Memory that is held back until there is none left, so that a command can still say so.
+"""A memory reserve, released when memory runs out so that a command can report the error.
 
-Where a limit of the process is reached, even a failing command needs memory: a thread of Prefect
-that starts without any never says that it runs, and CPython waits for it for ever
+At a memory limit of the process, even a failing command needs memory. If a thread of Prefect starts
+without any, it never signals its start, and CPython waits for it forever
 (``threading.Thread.start``).
 """
 
@@ -17,18 +17,18 @@ _held: list[mmap.mmap] = []
 
 
 def is_limited() -> bool:
-    """Whether this process has a limit of memory of its own (``ulimit -v``, ``ulimit -d``)."""
+    """Return whether this process has a memory limit (``ulimit -v``, ``ulimit -d``)."""
     return any(resource.getrlimit(limit)[0] != resource.RLIM_INFINITY for limit in LIMITS)
 
 
 def hold_reserve() -> None:
-    """Hold memory back, once, if this process is limited. It is mapped and never written."""
+    """Reserve memory, once, if this process has a limit. It is mapped and never written."""
     if is_limited() and not _held:
         private = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
         _held.append(mmap.mmap(-1, RESERVE_BYTES, flags=private))
 
 
 def release_reserve() -> None:
-    """Give it back to this process."""
+    """Release the reserve, so that this process can allocate it."""
     while _held:
         _held.pop().close()

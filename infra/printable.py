@@ -1,4 +1,4 @@
-"""Text from outside that cannot control what shows it: a terminal, a log, a page.
+"""Escape untrusted text so that it cannot control a terminal, a log or a page.
 
 Names in a bundle, tags of a registry, file names, arguments and variables of the environment may
 contain anything. Every place that shows them uses these functions; ``flows/cli/console.py``
@@ -12,7 +12,7 @@ LONGEST_SENTENCE = 900
 
 _CONTROL = re.compile(
     "["
-    "\\x00-\\x08\\x0b-\\x1f\\x7f-\\x9f"  # C0 but tabs and line ends, DEL, C1
+    "\\x00-\\x08\\x0b-\\x1f\\x7f-\\x9f"  # C0 except tabs and line ends, DEL, C1
     "\\u00ad\\u061c\\u180e"  # soft hyphen, marks of direction
     "\\u200b-\\u200f\\u2028-\\u202e\\u2060-\\u206f\\ufeff"  # zero width, separators, direction
     "\\ufff9-\\ufffb\\ud800-\\udfff\\U000e0000-\\U000e007f"  # annotations, surrogates, tags
@@ -21,21 +21,21 @@ _CONTROL = re.compile(
 
 
 def printable(text: str) -> str:
-    """Text that cannot control a terminal, reorder what is shown on it, or hide in it.
+    """Escape text so that it cannot control a terminal, reorder its output, or be invisible.
 
     Control characters other than line ends and tabs, characters without width, and those that
-    change the direction of writing are written as JSON escapes, so JSON stays the same JSON.
+    change the direction of writing are written as JSON escapes, so JSON text keeps its meaning.
     """
     return _CONTROL.sub(_escaped, text)
 
 
 def one_line(text: str) -> str:
-    """The same for text that must stay on one line: line ends and tabs are escaped too."""
+    """Escape text as ``printable`` does, and line ends and tabs too."""
     return printable(text.replace("\n", "\\n").replace("\t", "\\t"))
 
 
 def bounded(sentence: str) -> str:
-    """A sentence that may quote anything, cut to ``LONGEST_SENTENCE`` characters."""
+    """Cut a sentence that may quote untrusted text to ``LONGEST_SENTENCE`` characters."""
     if len(sentence) <= LONGEST_SENTENCE:
         return sentence
     return f"{sentence[: LONGEST_SENTENCE - 3]}..."

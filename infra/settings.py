@@ -1,7 +1,7 @@
-"""Where things are and what is allowed: read from the environment, never from a bundle.
+"""Settings (places, limits and permissions), read from the environment and never from a bundle.
 
-Every field is ``RECPRESS_<NAME>``. S3 endpoint and credentials are the usual ``AWS_*`` variables
-and ``MLFLOW_TRACKING_URI`` is MLflow's own; neither is repeated here.
+The variable of each field is ``RECPRESS_<NAME>``. S3 endpoint and credentials are the usual
+``AWS_*`` variables and ``MLFLOW_TRACKING_URI`` is MLflow's variable; neither has a field here.
 """
 
 import os
@@ -67,7 +67,7 @@ class RecpressSettings(BaseSettings):
     @field_validator("home")
     @classmethod
     def _absolute(cls, value: Path) -> Path:
-        """One spelling for one folder: absolute, without ``..``, symlinks as they are."""
+        """Normalize a folder: absolute, without ``..``, symlinks unresolved."""
         try:
             str(value).encode()
         except UnicodeEncodeError:
@@ -82,17 +82,17 @@ class RecpressSettings(BaseSettings):
 
     @property
     def store_root(self) -> str:
-        """The object store's root: what was set, or the folder ``store`` below ``home``."""
+        """The object store's root: the setting, or the folder ``store`` below ``home``."""
         return self.store or str(self.home / "store")
 
     @property
     def registry_uri(self) -> str:
-        """MLflow's own variable, or a SQLite file below ``home``."""
+        """The registry's URI: MLflow's variable, or a SQLite file below ``home``."""
         return os.environ.get("MLFLOW_TRACKING_URI") or sqlite_uri(self.home / "registry.db")
 
     @property
     def cache(self) -> Path:
-        """Verified local copies of remote artifacts; safe to delete."""
+        """The folder of verified local copies of remote artifacts; safe to delete."""
         return self.home / "cache"
 
 
@@ -115,11 +115,11 @@ def load_settings() -> RecpressSettings:
 
 
 def sqlite_uri(file: Path) -> str:
-    """The SQLAlchemy URI of a SQLite file, for any absolute path.
+    """Build the SQLAlchemy URI of a SQLite file, for any absolute path.
 
-    A path in the plain form ends at its first ``?``. A path with one is written as SQLite's own
-    ``file:`` URI, percent-encoded. That form names the driver, because MLflow takes the text after
-    a bare ``sqlite:///`` for a path and creates its folders.
+    A path in the plain form ends at its first ``?``. A path that contains ``?`` is written as
+    SQLite's ``file:`` URI, percent-encoded. That form names the driver, because MLflow uses the
+    text after a bare ``sqlite:///`` as a path and creates its folders.
     """
     if "?" not in str(file):
         return f"sqlite:///{file}"
@@ -127,7 +127,7 @@ def sqlite_uri(file: Path) -> str:
 
 
 def sqlite_file(uri: str) -> Path | None:
-    """The absolute path of the file a SQLAlchemy URI opens with SQLite.
+    """Return the absolute path of the file that a SQLAlchemy URI opens with SQLite.
 
     SQLAlchemy takes the path of the plain form literally, up to the first ``?``. With ``uri=true``
     and ``file:`` SQLite decodes the percent signs.
@@ -155,14 +155,14 @@ def sqlite_file(uri: str) -> Path | None:
 
 
 def shown(uri: str) -> str:
-    """A URI fit for messages, tags and reports: scheme, host and path, nothing secret.
+    """Reduce a URI to scheme, host and path, for messages, tags and reports.
 
-    User, password and query are dropped; each of them can carry a credential. The path of a local
+    User, password and query are removed; each of them can contain a credential. The path of a local
     file is kept as it is.
     """
     scheme, separator, rest = uri.partition("://")
     if not separator:
-        # "https:/user:password@host", with a slash missing, is no path.
+        # "https:/user:password@host", with a slash missing, is not a path.
         is_address = re.match(r"[A-Za-z][\w+.-]*:", uri) and "@" in uri
         return (uri.rpartition("@")[2] if is_address else uri).partition("?")[0]
     if scheme.partition("+")[0] == "sqlite":

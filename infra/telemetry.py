@@ -1,7 +1,7 @@
-"""Usage reports of the libraries recpress uses: all switched off, in every process.
+"""Disable the usage reports of all libraries, in every process.
 
-Each library reads its variable when it is imported or initialized, so this runs first: importing
-any module of ``infra`` calls it. Child processes inherit the variables.
+Each library reads its variable when it is imported or initialized, so this must run first:
+importing any module of ``infra`` runs it. Child processes inherit the variables.
 """
 
 import os
@@ -12,7 +12,7 @@ TELEMETRY_OFF = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "GX_ANALYTICS_ENABLED": "false",  # Great Expectations
     # The published wheels of ONNX Runtime for Linux and macOS send events to Microsoft over HTTPS.
-    # Its function disable_telemetry_events() comes too late for the first of them.
+    # Its function disable_telemetry_events() runs too late for the first of them.
     "ORT_DISABLE_TELEMETRY": "1",
 }
 

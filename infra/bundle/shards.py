@@ -46,7 +46,7 @@ _NONFINITE: dict[str, tuple[str, int, int] | None] = {
 
 
 class TensorFact(Frozen):
-    """Shape, dtype and size of a tensor; ``dtype`` is safetensors' name (``F32``, ``BF16``, ...)."""
+    """Shape, dtype and size of a tensor; ``dtype`` is safetensors' name (``F32``, ``BF16``)."""
 
     shape: tuple[int, ...]
     dtype: str

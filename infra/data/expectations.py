@@ -415,8 +415,7 @@ def _observed(check: Check, result: dict[str, Any], known: _Facts) -> str:
 
 
 def _value(check: Check, value: Any, kind: str, starts: dict[str, Any]) -> str:
-    """Format one failing value; in a BEFORE view the first time is added to the difference
-    again."""
+    """Format one failing value; for a BEFORE view, the time instead of the difference."""
     import pandas as pd
 
     if pd.isna(value):

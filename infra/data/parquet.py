@@ -254,8 +254,7 @@ def is_list(column: pa.Array) -> bool:
 def flat(
     column: pa.Array, name: str = "", first: int = 0, faults: Faults | None = None
 ) -> tuple[pa.Array, Array, Array]:
-    """Flatten lists into values, the row of each value, and values per row; scalars are
-    unchanged."""
+    """Flatten lists into values, row of each value, values per row; scalars are unchanged."""
     if not is_list(column):
         return column, np.arange(len(column)), np.ones(len(column), np.int64)
     if faults is not None:
@@ -271,8 +270,7 @@ def nulls(column: pa.Array) -> Array:
 
 
 def plain_times(column: pa.Array) -> pa.Array:
-    """Convert timestamps and dates to int64 microseconds since 1970, numbers to int64 or
-    float64."""
+    """Convert times to int64 microseconds since 1970, numbers to int64 or float64."""
     kind = kind_of(column.type)
     if kind in MOMENTS:
         zone = getattr(column.type, "tz", None)

@@ -1,7 +1,7 @@
-"""Our own page for a validation result: one HTML file that needs no network and no script.
+"""Render a validation result as one HTML file that needs no network and no script.
 
-The pages Great Expectations builds load their style from elsewhere and cannot be read offline.
-This file selects and words what the template shows; the template escapes it.
+The pages of Great Expectations load their style over the network and cannot be read offline. This
+file selects and formats the texts; the template escapes them.
 """
 
 from dataclasses import dataclass
@@ -37,7 +37,7 @@ class CheckLine:
         rule: what the check requires.
         result: ``passed``, ``failed`` or ``not evaluated``.
         tone: class of the result's colour.
-        observed: what the check found.
+        observed: the observed value, as text.
         rows: numbers of the first failing rows, with one failing value of each.
         more: how many failing values are not in ``rows``, in words; empty if none.
     """
@@ -81,7 +81,7 @@ def validation_page(validation: Validation, title: str) -> str:
     """Render a validation as one self-contained HTML page.
 
     Args:
-        validation: what the checks said.
+        validation: the results of the checks.
         title: the page's heading, as plain text.
 
     Returns:
@@ -117,7 +117,7 @@ def summary(validation: Validation) -> Summary:
 def check_lists(validation: Validation) -> CheckLists:
     """Select the warnings, the checks that did not pass, and all checks by split."""
     failing = [found for found in validation.findings if not found.success]
-    # What broke comes before what could not be looked at, which often follows from it.
+    # Failed checks first: they are often the cause of checks that could not be evaluated.
     ordered = sorted(failing, key=lambda found: not found.evaluated)
     splits = dict.fromkeys(found.split for found in validation.findings)
     return CheckLists(

@@ -1,4 +1,4 @@
-"""ONNX Runtime on CPU: sessions, the graph a session really runs, and interleaved timing."""
+"""ONNX Runtime on CPU: sessions, the optimized graph of a session, and interleaved timing."""
 
 import contextlib
 import os
@@ -31,7 +31,7 @@ NUMPY_TYPES = {
 
 
 class Machine(Frozen):
-    """Where a latency was measured."""
+    """The machine on which a latency was measured."""
 
     processor: str
     cores: int
@@ -42,7 +42,7 @@ class Machine(Frozen):
 
 
 class Session:
-    """One served graph: arrays in by name, scores or vectors out."""
+    """Session of one served graph: inputs are arrays by name, the output is scores or vectors."""
 
     def __init__(self, path: Path, threads: int) -> None:
         """Load ``path`` with full graph optimization.
@@ -54,9 +54,9 @@ class Session:
         self.inputs = tuple(item.name for item in self._session.get_inputs())
 
     def scores(self, inputs: Mapping[str, NDArray[Any]]) -> FloatArray:
-        """Float32 ``(rows,)``, or ``(rows, dim)`` of a graph that gives vectors.
+        """Return scores, float32 ``(rows,)``, or vectors, float32 ``(rows, dim)``.
 
-        NaN where the graph's own policy refuses a row.
+        NaN where the graph's out-of-range policy refuses a row.
 
         Raises:
             ScoringFailed: the runtime failed on these inputs.
@@ -71,14 +71,14 @@ class Session:
         return scores
 
     def bound(self, inputs: Mapping[str, NDArray[Any]]) -> Callable[[], FloatArray]:
-        """What ``scores`` gives, again and again, of inputs that lie ready in the runtime.
+        """Return a function that evaluates ``scores`` repeatedly on inputs bound to the runtime.
 
-        So does a server that holds them in the runtime's own form. ``scores`` takes them from
-        Python, one to two microseconds each, which for one row of a model with many inputs is as
-        long as all of its layers.
+        A server that stores inputs in the runtime's format does the same. ``scores`` passes them
+        from Python, at one to two microseconds each, which for one row of a model with many inputs
+        is as long as all of its layers.
 
         Raises:
-            ScoringFailed: the runtime does not take these inputs, or failed on them.
+            ScoringFailed: the runtime does not accept these inputs, or failed on them.
         """
         import onnxruntime
 
@@ -107,7 +107,7 @@ class Session:
 
 
 def optimized_graph(path: Path, threads: int = 1) -> "onnx.GraphProto":
-    """The graph as the runtime rewrote it; large weights stay out of memory.
+    """Return the graph as the runtime optimized it; large weights are not loaded.
 
     Raises:
         BuildRefused: ONNX Runtime does not accept the graph.
@@ -124,7 +124,7 @@ def optimized_graph(path: Path, threads: int = 1) -> "onnx.GraphProto":
 def graph_values(
     path: Path, inputs: Mapping[str, NDArray[Any]], threads: int = 1
 ) -> list[tuple[str, str, NDArray[Any]]]:
-    """Every value that a graph computes: its name, its operator and the array, in graph order.
+    """Yield every value a graph computes, in graph order: its name, its operator and the array.
 
     Values of types that numpy lacks (bfloat16, 8-bit floats, int4) are left out. With every value
     as an output the runtime merges fewer operators than it does otherwise.
@@ -132,7 +132,7 @@ def graph_values(
     Args:
         path: the graph; a second file is written next to it and removed.
         inputs: arrays by name.
-        threads: of the session.
+        threads: number of threads of the session.
 
     Raises:
         BuildRefused: ONNX Runtime does not accept the graph.
@@ -173,7 +173,7 @@ def _open(path: Path, threads: int, optimized: Path | None) -> Any:
     options.log_severity_level = 3
     if optimized is not None:
         options.optimized_model_filepath = str(optimized)
-        # Weights of the optimized graph go beside it: one protobuf holds at most 2 GiB.
+        # Weights of the optimized graph are stored next to it: a protobuf holds at most 2 GiB.
         options.add_session_config_entry(
             "session.optimized_model_external_initializers_file_name", "weights.bin"
         )
@@ -196,7 +196,7 @@ def interleaved_ms(
     rounds: int,
     warmup: int = 20,
 ) -> tuple[FloatArray, ...]:
-    """Milliseconds of each call on inputs that lie ready, one array a session, measured in turn.
+    """Measure milliseconds of each call on bound inputs, sessions in turn; one array per session.
 
     The sessions run A B A B ..., so that a machine that slows down slows all of them, and the
     n-th numbers belong together.
@@ -215,7 +215,7 @@ def interleaved_ms(
 
 
 def machine(threads: int) -> Machine:
-    """What the numbers were measured on."""
+    """Return the description of this machine."""
     import onnxruntime
 
     features = set((_cpuinfo("flags") or _cpuinfo("Features")).split())
@@ -230,7 +230,7 @@ def machine(threads: int) -> Machine:
 
 
 def _cpuinfo(key: str) -> str:
-    """One entry of the first processor on Linux; empty elsewhere."""
+    """Read one field of the first processor on Linux; empty on other systems."""
     with contextlib.suppress(OSError), Path("/proc/cpuinfo").open() as lines:
         for line in lines:
             name, _, value = line.partition(":")

@@ -1,5 +1,5 @@
 """HTML pages that need no network and no script.
 
-html.py      renders a template; those of all pages are in ``templates/``
-pictures.py  pictures as inline SVG
+html.py      renders templates; the layout that all pages share is in ``templates/``
+pictures.py  charts as inline SVG
 """

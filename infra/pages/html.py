@@ -1,4 +1,4 @@
-"""HTML pages from Jinja2 templates: one file each that needs no network and no script.
+"""Render Jinja2 templates as HTML pages that need no network and no script.
 
 All HTML is in the templates of this folder and of ``tasks/report``. Values from a model or its
 data are passed to them as plain text, and every value is escaped.
@@ -22,18 +22,18 @@ def render(template: str, **values: object) -> str:
 
     Args:
         template: its path below ``ROOT``, such as ``tasks/report/templates/page.html.jinja``.
-        values: what the template reads, by name. All are escaped except ``markupsafe.Markup``,
+        values: the template's variables, by name. All are escaped except ``markupsafe.Markup``,
             which only the pictures of ``infra/pages/pictures.py`` are.
 
     Raises:
-        jinja2.TemplateNotFound: there is no such file.
-        jinja2.UndefinedError: the template reads a value that is not given.
+        jinja2.TemplateNotFound: the file does not exist.
+        jinja2.UndefinedError: the template uses a variable that is not in ``values``.
     """
     return printable(_environment().get_template(template).render(values))
 
 
 def many(count: int, thing: str) -> str:
-    """``1 check``, ``2 checks``."""
+    """Format a count with its noun: ``1 check``, ``2 checks``."""
     return f"{count:,} {thing}" if count == 1 else f"{count:,} {thing}s"
 
 

@@ -1,9 +1,9 @@
-"""The report's pictures as inline SVG: plain data in, text out.
+"""Render the report's charts as inline SVG text.
 
-Drawn by hand rather than by a plotting library, for what that library cannot give: lengths across
-are percentages and text is never scaled, so a picture is as readable in a narrow window as in a
-wide one; colours are the page's own variables, so it follows light and dark; and the same data
-give the same bytes on every machine. Every picture says in words (``title``) what it shows.
+No plotting library is used, because none provides these properties. Horizontal lengths are
+percentages and text is never scaled, so a chart is as readable in a narrow window as in a wide one.
+Colours are the page's variables, so a chart follows light and dark mode. The same data result in
+the same bytes on every machine. Every chart has a text description (``title``).
 """
 
 import math
@@ -49,12 +49,12 @@ svg line.plain { stroke: var(--ink); } svg circle.plain { fill: var(--ink); }
 
 Role = Literal["table", "dense", "other"]
 Tone = Literal["held", "broken", "unsure", "plain"]
-MOST_SEGMENTS = 40  # of one bar; thinner ones could not be told apart
-THINNEST_CUT = 0.8  # percent; around thinner segments a gap would be wider than they are
+MOST_SEGMENTS = 40  # of one bar; thinner ones could not be distinguished
+THINNEST_CUT = 0.8  # percent; a gap around thinner segments would be wider than the segment
 
 
 class BarSegment(Frozen):
-    """One table or layer of a model, and how much of it there is."""
+    """One table or layer of a model, and its size."""
 
     name: str
     role: Role
@@ -62,24 +62,24 @@ class BarSegment(Frozen):
 
 
 class Mark(Frozen):
-    """A place on a scale that a number is compared with, and what is written there."""
+    """A reference value on a scale, and its label."""
 
     at: float
     label: str
 
 
 class Curve(Frozen):
-    """Numbers above zero with their intervals over sizes, in ascending order of size."""
+    """Positive numbers with their intervals by size, in ascending order of size."""
 
     kind: Literal["before", "after"]
     points: tuple[tuple[int, Estimate], ...]
 
 
 def composition(bars: Sequence[tuple[str, Sequence[BarSegment]]], title: str) -> str:
-    """Bars of one scale, one below the other, each made of a model's parts.
+    """Draw stacked bars on one scale, one below the other, with a segment for each model part.
 
     Args:
-        bars: what stands above each bar, and its parts.
+        bars: the label above each bar, and its parts.
         title: what the picture says, in words.
     """
     most = max((sum(part.size for part in parts) for _, parts in bars), default=0)
@@ -101,7 +101,7 @@ def composition(bars: Sequence[tuple[str, Sequence[BarSegment]]], title: str) ->
 
 
 def pair(before: int, after: int, most: int, role: Role) -> str:
-    """Two thin bars, to stand in a table's row beside the numbers they show.
+    """Draw two thin bars for a table row, next to the numbers they show.
 
     Args:
         before: the upper bar's length.
@@ -125,14 +125,14 @@ def strip(
     limit: Mark | None = None,
     refused: Literal["below", "above"] = "below",
 ) -> str:
-    """A number and its interval on a line, with what it is compared with.
+    """Draw a number and its interval on a line, with its reference and its limit.
 
     Args:
         found: the number.
-        tone: its colour, by what was decided about it.
+        tone: its colour, which depends on the verdict.
         title: what the picture says, in words.
-        reference: where there is no change; written above the line.
-        limit: where the limit lies; written below the line.
+        reference: the value that means no change; its label is above the line.
+        limit: the limit; its label is below the line.
         refused: the side of the limit that is refused.
     """
     marks = [mark.at for mark in (reference, limit) if mark is not None]
@@ -170,12 +170,12 @@ def strip(
 def curves(
     listed: Sequence[Curve], unit: str, below: Mapping[int, tuple[str, ...]], title: str
 ) -> str:
-    """Curves over sizes, both scales logarithmic, with intervals as whiskers.
+    """Draw curves by size, both scales logarithmic, with intervals as whiskers.
 
     Args:
         listed: the curves, each over the same sizes; the number is written at every point.
-        unit: of the numbers.
-        below: what is written below each size, line by line.
+        unit: unit of the numbers.
+        below: lines of text below each size.
         title: what the picture says, in words.
     """
     found = [estimate for curve in listed for _, estimate in curve.points]
@@ -214,8 +214,8 @@ def _curve(
     across: Callable[[int], float],
     down: Callable[[float], float],
 ) -> tuple[str, str, str]:
-    """Its lines, its points with their whiskers, and its labels."""
-    # Side by side, so that neither whisker hides the other.
+    """Draw one curve: its lines, its points with their whiskers, and its labels."""
+    # Drawn with an offset, so that no whisker hides another.
     aside = 0.9 * (listed.index(curve) - (len(listed) - 1) / 2)
     lines, points, labels = [], [], []
     for (size, one), (following, other) in pairwise(curve.points):
@@ -242,12 +242,12 @@ def _curve(
 
 
 def _picture(height: int, title: str, drawn: Sequence[str]) -> str:
-    """One picture; its title is what a screen reader says and a pointer shows."""
+    """Wrap shapes as one SVG; screen readers and tooltips use its title."""
     return f'<svg height="{height}" role="img"><title>{escape(title)}</title>{"".join(drawn)}</svg>'
 
 
 def _mark(at: float, label: str, kind: str, text_y: int) -> list[str]:
-    """A line across the scale with its label, which stays inside the picture."""
+    """Draw a line across the scale with its label, which is kept inside the chart."""
     anchor = "start" if at < 30 else "end" if at > 70 else "middle"
     x = _percent(at)
     return [
@@ -257,7 +257,8 @@ def _mark(at: float, label: str, kind: str, text_y: int) -> list[str]:
 
 
 def _fewer(parts: Sequence[BarSegment]) -> list[BarSegment]:
-    """The largest parts, the rest of each role as one; tables first, so that bars compare."""
+    """Keep the largest parts and merge the rest of each role; tables first, so that bars
+    compare."""
     ordered = sorted(parts, key=lambda part: (-part.size, part.name))
     shown, rest = ordered[:MOST_SEGMENTS], ordered[MOST_SEGMENTS:]
     for role in get_args(Role):
@@ -267,12 +268,12 @@ def _fewer(parts: Sequence[BarSegment]) -> list[BarSegment]:
                 BarSegment(name=f"{len(sizes):,} smaller ones", role=role, size=sum(sizes))
             )
     roles = get_args(Role)
-    # Stable: inside a role the largest stays first, what was put together last.
+    # The sort is stable: in each role the largest part is first and the merged rest last.
     return sorted((part for part in shown if part.size), key=lambda part: roles.index(part.role))
 
 
 def _round_numbers(low: float, high: float) -> list[float]:
-    """Round numbers between two: 1, 2, 5, 10 ... or, over a wide range, 1, 10, 100 ..."""
+    """Return round numbers between two: 1, 2, 5, 10 ... or, for a wide range, 1, 10, 100 ..."""
     exponents = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
     steps = (1, 2, 5) if high / low < 60 else (1,)
     values = [float(f"{step}e{power}") for power in exponents for step in steps]
@@ -280,7 +281,7 @@ def _round_numbers(low: float, high: float) -> list[float]:
 
 
 def _visible(size: int, most: int) -> float:
-    """Percent of the full length; what is there at all is seen."""
+    """Return percent of the full length, with a minimum for any positive value."""
     return max(100 * size / most, 0.6) if size and most else 0.0
 
 
