@@ -90,8 +90,7 @@ def as_out_of_memory(fault: BaseException, doing: str = "The work") -> OutOfMemo
 
 @contextmanager
 def memory_errors(doing: Callable[[], str]) -> Iterator[None]:
-    """Raise every out-of-memory error of the block as ``OutOfMemory``, including those of
-    libraries.
+    """Raise every out-of-memory error of the block, also of libraries, as ``OutOfMemory``.
 
     Args:
         doing: what ran when it happened, as a noun phrase that begins a sentence.

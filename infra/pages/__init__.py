@@ -1,5 +1,5 @@
 """HTML pages that need no network and no script.
 
-html.py      renders templates; the layout that all pages share is in ``templates/``
+html.py      renders templates; shared ones and the validation page are in ``templates/``
 pictures.py  charts as inline SVG
 """

@@ -1,6 +1,6 @@
 """Render the report's charts as inline SVG text.
 
-No plotting library is used, because none provides these properties. Horizontal lengths are
+Plotting libraries are not used, because they lack these properties. Horizontal lengths are
 percentages and text is never scaled, so a chart is as readable in a narrow window as in a wide one.
 Colours are the page's variables, so a chart follows light and dark mode. The same data result in
 the same bytes on every machine. Every chart has a text description (``title``).
@@ -257,8 +257,7 @@ def _mark(at: float, label: str, kind: str, text_y: int) -> list[str]:
 
 
 def _fewer(parts: Sequence[BarSegment]) -> list[BarSegment]:
-    """Keep the largest parts and merge the rest of each role; tables first, so that bars
-    compare."""
+    """Keep the largest parts and merge the rest of each role; tables first in every bar."""
     ordered = sorted(parts, key=lambda part: (-part.size, part.name))
     shown, rest = ordered[:MOST_SEGMENTS], ordered[MOST_SEGMENTS:]
     for role in get_args(Role):

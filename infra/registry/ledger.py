@@ -1,12 +1,12 @@
 """The promotion ledger: append-only entries in the object store that decide the champion.
 
-A registry's alias has no compare-and-swap, so two people who promote at once would overwrite
-each other unseen. Here every entry is a key, ``ledger/<model>/<sequence>.json``, written by a
-conditional create: of two writers of one number exactly one wins. The registry's alias follows
-(``Registry.repair``).
+A registry's alias has no compare-and-swap, so two concurrent promotions would overwrite each other
+without an error. Every ledger entry is a key, ``ledger/<model>/<sequence>.json``, written by a
+conditional create: of two writers of one number exactly one succeeds. The registry's alias is
+updated from the ledger (``Registry.repair``).
 
-An entry names the champion by the digest of its order. The version is a label: another registry,
-or one that was restored, may number its versions differently.
+An entry names the champion by the digest of its order. The version is only a label: another
+registry, or a restored one, may number its versions differently.
 """
 
 from datetime import UTC, datetime
@@ -31,7 +31,7 @@ from infra.store.object_store import Store
 
 Action = Literal["promote", "rollback"]
 
-ATTEMPTS = 100  # lost races in a row before we say that the ledger is too busy
+ATTEMPTS = 100  # lost races in a row before the ledger is reported as too busy
 
 
 SEALED = ("sequence", "model", "version", "order", "action", "previous", "at", "by", "reason")
@@ -57,17 +57,17 @@ class Entry(Frozen):
     )
 
     def sealed(self, previous: "Entry | None") -> "Entry":
-        """The same entry with the digest it has after ``previous``."""
+        """Return the entry with its digest as the successor of ``previous``."""
         fields = self.model_dump(mode="json", include=set(SEALED))
         after = None if previous is None else previous.digest or previous.sealed(None).digest
         return self.model_copy(update={"digest": digest({**fields, "after": after})})
 
 
 class Ledger:
-    """The entries of one model.
+    """The ledger entries of one model.
 
     Args:
-        store: where they lie.
+        store: the store of the entries.
         model: the model's name; one part of a path.
 
     Raises:
@@ -86,11 +86,11 @@ class Ledger:
         self._home = f"ledger/{model}/"
 
     def entries(self) -> tuple[Entry, ...]:
-        """All entries, oldest first.
+        """Read all entries, oldest first.
 
         Raises:
-            ArtifactDamaged: one is missing between others, cannot be read, or does not continue
-                the one before it.
+            ArtifactDamaged: an entry is missing in the sequence, cannot be read, or does not
+                continue its predecessor.
         """
         last = 0
         for key in self._store.keys(self._home):
@@ -99,15 +99,15 @@ class Ledger:
                 raise ArtifactDamaged("ledger_key_unknown", place=f"{self._store.root}/{key}")
             last = max(last, int(number))
         found: list[Entry] = []
-        # By number and not by the listing: a listing of a folder is no snapshot, so it may show
-        # entry 6 without the 5 that was written before it.
+        # By number and not by the listing: a folder listing is not a snapshot, so it may contain
+        # entry 6 without entry 5, which was written earlier.
         for sequence in range(1, last + 1):
             before_it = tuple(found)
             found.append(self._store.checked(partial(self._next, before_it, sequence)))
         return tuple(found)
 
     def champion(self) -> Entry | None:
-        """The entry that made the present champion, or None if there never was one."""
+        """Return the entry of the current champion, or None if there has never been one."""
         entries = self.entries()
         return entries[-1] if entries else None
 
@@ -120,20 +120,20 @@ class Ledger:
         reason: str,
         expected: int | None = None,
     ) -> Entry:
-        """Make ``version`` champion.
+        """Append an entry that makes ``version`` the champion.
 
         Args:
             version: the order's number in the registry.
-            order: the order's digest. For a rollback: the one ``before`` names.
-            action: whether this is a new choice or the way back.
-            by: who decided.
+            order: the order's digest. For a rollback: the one that ``before`` returns.
+            action: promotion or rollback.
+            by: the person or program that decided.
             reason: why.
-            expected: the last sequence the caller saw, 0 for none. If somebody appended
-                since, nothing is written. None: append after whatever is there.
+            expected: the last sequence number the caller read, 0 for none. If the ledger has a
+                later entry, nothing is written. None: append after any entry.
 
         Raises:
-            AlreadyThere: the ledger moved on since ``expected``; it says who won.
-            PromotionRefused: a rollback to another order than ``before`` names.
+            AlreadyThere: the ledger has an entry after ``expected``; the error contains that entry.
+            PromotionRefused: a rollback to another order than ``before`` returns.
             ArtifactDamaged: as ``entries``.
         """
         for _ in range(ATTEMPTS):
@@ -158,8 +158,8 @@ class Ledger:
             try:
                 self._store.create(key, body)
             except AlreadyThere:
-                # If the answer to our own create was lost and the client asked again, we lost to
-                # ourselves. Appending once more would enter one decision twice.
+                # If the response to our create was lost and the client retried, the existing entry
+                # is ours. Appending again would record one decision twice.
                 if self._store.read(key) == body:
                     return entry
             else:
@@ -239,11 +239,11 @@ class Ledger:
 
 
 def before(entries: tuple[Entry, ...]) -> Entry | None:
-    """The entry that a rollback returns to: the promotion below the current champion's.
+    """Return the entry a rollback restores: the promotion below the current champion's.
 
-    A promotion puts an order on a stack, a rollback removes the top. So two rollbacks go back two
-    steps, and an order that was rolled back is not returned to after a later promotion. Promoting
-    the champion again changes nothing.
+    A promotion pushes an order on a stack, a rollback pops it. So two rollbacks undo two
+    promotions, and an order that was rolled back is not restored after a later promotion. Promoting
+    the current champion again changes nothing.
 
     Returns:
         None if there is nothing below the champion.
@@ -253,7 +253,7 @@ def before(entries: tuple[Entry, ...]) -> Entry | None:
 
 
 def undone(entries: tuple[Entry, ...]) -> tuple[str, ...]:
-    """The orders that rollbacks removed since the last promotion, the latest first."""
+    """Return the orders that rollbacks removed since the last promotion, latest first."""
     removed: list[str] = []
     for end in range(len(entries), 0, -1):
         if entries[end - 1].action != "rollback":
@@ -273,7 +273,7 @@ def _stack(entries: tuple[Entry, ...]) -> list[Entry]:
 
 
 def _same_champion(earlier: Entry, entry: Entry) -> bool:
-    """Whether two entries name one champion, by the rule under which ``entry`` was written."""
+    """Return whether two entries have the same champion, by the rule of ``entry``'s version."""
     if entry.digest is None:
         return earlier.version == entry.version
     return earlier.order == entry.order

@@ -1,6 +1,6 @@
-"""What a registry can store: lengths and characters of names, tags and sources.
+"""Limits of a registry: lengths and characters of names, tags and sources.
 
-Checked before MLflow is called, since its servers refuse some of it with a database's error.
+Checked before MLflow is called, since its servers report some violations as database errors.
 """
 
 import re
@@ -19,7 +19,7 @@ _TAG_KEY = re.compile(r"[\w\-./: ]+")
 
 
 def require_fit(model: str, order: str, source: str, tags: dict[str, str]) -> None:
-    """Refuse what the registry cannot store of one version; raises ``RegistryRefused``."""
+    """Raise ``RegistryRefused`` if the registry cannot store a field of one version."""
     require_name(model)
     require_order(order)
     if len(source) > MAX_SOURCE:
@@ -36,17 +36,17 @@ def require_fit(model: str, order: str, source: str, tags: dict[str, str]) -> No
 
 
 def require_name(model: str) -> None:
-    """Refuse a model name that the registry does not take."""
+    """Raise ``RegistryRefused`` if the registry does not accept a model name."""
     if not _NAME.fullmatch(model) or model.strip() != model or len(model) > MAX_NAME:
         raise RegistryRefused("model_name_invalid", name=model[:60], most=MAX_NAME)
 
 
 def require_order(order: str) -> None:
-    """Refuse anything but the digest of an order: 64 hex digits."""
+    """Raise ``RegistryRefused`` unless this is the digest of an order: 64 hex digits."""
     if not _SHA256.fullmatch(order):
         raise RegistryRefused("order_invalid", got=order[:60])
 
 
 def shortened(text: str) -> str:
-    """A description of at most the length that the registry stores."""
+    """Shorten a description to the length that the registry stores."""
     return text if len(text) <= MAX_DESCRIPTION else text[: MAX_DESCRIPTION - 3] + "..."

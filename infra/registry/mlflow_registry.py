@@ -1,9 +1,9 @@
-"""The model registry: MLflow, which serving teams read. It holds pointers, never bytes.
+"""The model registry in MLflow, which serving teams read. It stores URIs, never model files.
 
-A version's ``source`` is the URI of a release in the object store; everything that is known
-about it travels as tags of the one call that creates it, so no reader ever sees half of them.
-The embedded registry is a SQLite file (mlflow-skinny, sqlalchemy and alembic); ``http(s)://``
-is a tracking server of your own.
+A version's ``source`` is the URI of a release in the object store; all its facts are tags of the
+one call that creates it, so a reader never receives only some of them. The embedded registry is a
+SQLite file (mlflow-skinny, sqlalchemy and alembic); ``http(s)://`` is a tracking server that you
+run.
 """
 
 import logging
@@ -28,7 +28,7 @@ CONFIRMED_TAG = "recpress.confirmed"
 
 _SCHEME = re.compile(r"(sqlite|postgresql|mysql|mssql)(\+\w+)?://|https?://")
 
-# A registry that is down is reported within seconds; orders wait and try again on top of this.
+# A registry that is down is reported within seconds; orders wait and retry in addition.
 _ENVIRONMENT = {
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
     "MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR": "1",
@@ -60,8 +60,8 @@ class Registry:
     """The versions and aliases of every model.
 
     Args:
-        uri: ``sqlite:///file`` (made if it does not exist), ``http(s)://server``, or another
-            database MLflow knows. Nothing is opened before the first use.
+        uri: ``sqlite:///file`` (created if missing), ``http(s)://server``, or another database
+            MLflow supports. No connection is opened before the first use.
 
     Raises:
         SettingRefused: ``uri`` is none of these.
@@ -81,18 +81,18 @@ class Registry:
     def publish(
         self, model: str, order: str, source: str, tags: dict[str, str], description: str
     ) -> Registered:
-        """Register a release once: the version with this order digest, made if need be.
+        """Register a release once: return the version with this order digest, created if missing.
 
         Args:
-            model: the registered model's name; made if need be.
-            order: digest of the order the release was made by.
+            model: the registered model's name; created if missing.
+            order: digest of the order that produced the release.
             source: the release artifact's URI.
-            tags: everything that is known about it, written in the call that creates it.
-            description: for people; shortened to what the registry can keep.
+            tags: all facts about it, written in the call that creates it.
+            description: text for people; shortened to the registry's limit.
 
         Raises:
-            RegistryRefused: a name, tag or URI is longer than the registry keeps, or has characters
-                it does not take.
+            RegistryRefused: a name, tag or URI is longer than the registry stores, or has
+                characters it does not accept.
         """
         tags = {**tags, ORDER_TAG: order}
         require_fit(model, order, source, tags)
@@ -108,8 +108,8 @@ class Registry:
                     description=shortened(description),
                     await_creation_for=None,
                 )
-            # A server has no unique tags. Another process that created a version of this order
-            # meanwhile sees both as well, and both keep the lower one.
+            # A server does not enforce unique tags. Another process that created a version of this
+            # order concurrently also finds both versions, and both processes keep the lower number.
             winner = self.by_order(order, model)
             if winner is None:
                 raise RegistryUnavailable(
@@ -120,21 +120,21 @@ class Registry:
             return winner
 
     def versions(self, model: str) -> tuple[Registered, ...]:
-        """All versions of a model, newest first.
+        """List all versions of a model, newest first.
 
         Raises:
-            RegistryRefused: there is no such model; it names those there are.
+            RegistryRefused: there is no such model; lists the existing ones.
         """
         aliases = self._aliases(model)
         return self._search(f"name = '{model}'", aliases)
 
     def check(self) -> None:
-        """Require that the registry answers."""
+        """Raise if the registry does not respond."""
         with self._translated():
             _ = self._client
 
     def models(self) -> tuple[str, ...]:
-        """The names of all models, sorted."""
+        """List the names of all models, sorted."""
         with self._translated():
             found = _all_pages(
                 lambda token: self._client.search_registered_models(page_token=token)
@@ -142,10 +142,10 @@ class Registry:
         return tuple(sorted(model.name for model in found))
 
     def version(self, model: str, ref: str) -> Registered:
-        """One version by number (``"3"``) or alias (``"@champion"``).
+        """Return one version by number (``"3"``) or alias (``"@champion"``).
 
         Raises:
-            RegistryRefused: there is no such model, version or alias; it names those there are.
+            RegistryRefused: there is no such model, version or alias; lists the existing ones.
         """
         aliases = self._aliases(model)
         number = aliases.get(ref[1:]) if ref.startswith("@") else ref
@@ -162,10 +162,10 @@ class Registry:
         raise RegistryRefused("version_missing", model=model, version=ref, newest=newest)
 
     def by_order(self, order: str, model: str) -> Registered | None:
-        """The version made by this order, or None.
+        """Return the version that this order produced, or None.
 
-        Of several (left by a crash between two racers) it is the one with the lowest number,
-        which is the one ``publish`` keeps.
+        If there are several (after a crash during concurrent publishing), it is the one with the
+        lowest number, which ``publish`` keeps.
         """
         require_order(order)
         aliases = self._aliases_if_any(model)
@@ -175,21 +175,21 @@ class Registry:
         return found[-1] if found else None
 
     def point(self, model: str, alias: str, version: str) -> None:
-        """Let an alias name this version.
+        """Set an alias to this version.
 
         Raises:
-            RegistryRefused: there is no such model or version, or MLflow does not take the alias.
+            RegistryRefused: there is no such model or version, or MLflow does not accept the alias.
         """
         self.version(model, version)
         with self._writing(), self._translated():
             self._client.set_registered_model_alias(model, alias, version)
 
     def repair(self, model: str, champion: str | None) -> bool:
-        """Make the alias ``champion`` say what the ledger says.
+        """Set the alias ``champion`` to the ledger's champion.
 
         Args:
             model: the model's name.
-            champion: the ledger's version; None if it names none.
+            champion: the ledger's version; None if it has none.
 
         Returns:
             Whether the alias had to change.
@@ -204,9 +204,9 @@ class Registry:
         return True
 
     def find_order(self, order: str, model: str) -> Registered | None:
-        """As ``by_order``, without MLflow's library where the registry is a file.
+        """Like ``by_order``, but without MLflow's library if the registry is a file.
 
-        For a quick look: a file that cannot be read has no version, and ``aliases`` is empty.
+        For a fast check: the result is None if the file cannot be read, and ``aliases`` is empty.
         """
         file = sqlite_file(self._uri)
         if file is None:
@@ -219,17 +219,17 @@ class Registry:
         return Registered(model=model, version=version, source=source, tags=tags, aliases=())
 
     def confirm(self, model: str, decision: str) -> None:
-        """Record at the model that a change of champion was carried out to its end.
+        """Record in the model's tags that a change of champion was completed.
 
         Args:
             model: the model's name.
-            decision: digest of the ledger's entry.
+            decision: digest of the ledger entry.
         """
         with self._writing(), self._translated():
             self._client.set_registered_model_tag(model, CONFIRMED_TAG, decision)
 
     def confirmed(self, model: str) -> str | None:
-        """The decision that ``confirm`` recorded last, or None."""
+        """Return the decision that ``confirm`` recorded last, or None."""
         require_name(model)
         with self._translated():
             tags: dict[str, str] = self._client.get_registered_model(model).tags
@@ -241,7 +241,7 @@ class Registry:
 
         for name in ("mlflow", "alembic"):
             logging.getLogger(name).setLevel(logging.WARNING)
-        # It logs what it raises, with a traceback; we translate that.
+        # MLflow logs each exception it raises with a traceback; we translate the exception.
         logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)
         with self._alone() as file:
             if file is not None:
@@ -251,14 +251,14 @@ class Registry:
                 uri, options = bare_database(uri)
                 pass_to_driver(uri, options)
             client = MlflowClient(tracking_uri=uri, registry_uri=uri)
-            # Opens the store, which checks the tables. No model has this name, so that no model
-            # is loaded with its versions and tags.
+            # This opens the store, which checks the tables. No model has this name, so no model is
+            # loaded with its versions and tags.
             client.search_registered_models("name = ''", max_results=1)
         return client
 
     @contextmanager
     def _writing(self) -> Iterator[None]:
-        """One process at a time writes to a registry that is a file."""
+        """Hold the write lock of a registry that is a file."""
         with self._translated():
             _ = self._client  # prepares the file under the same lock
         with self._alone():
@@ -266,7 +266,7 @@ class Registry:
 
     @contextmanager
     def _alone(self) -> Iterator[Path | None]:
-        """Where the registry is a file, one process at a time; gives the file."""
+        """Hold the lock of a registry that is a file; yields the file."""
         file = sqlite_file(self._uri)
         if file is None:
             yield None
@@ -275,7 +275,7 @@ class Registry:
             yield file
 
     def _delete(self, model: str, version: str) -> None:
-        """Delete a version; that it is deleted already is as good."""
+        """Delete a version; a version that is already deleted is no error."""
         from mlflow.exceptions import MlflowException
 
         with self._translated():
@@ -295,7 +295,7 @@ class Registry:
                 raise
 
     def _aliases(self, model: str) -> dict[str, str]:
-        """Alias -> version of a model that must exist."""
+        """Return alias -> version of a model that must exist."""
         aliases = self._aliases_if_any(model)
         if aliases is None:
             models = tuple(self.models()) or ("none yet",)
@@ -303,7 +303,7 @@ class Registry:
         return aliases
 
     def _aliases_if_any(self, model: str) -> dict[str, str] | None:
-        """Alias -> version, or None if there is no such model."""
+        """Return alias -> version, or None if there is no such model."""
         require_name(model)
         with self._translated():
             from mlflow.exceptions import MlflowException
@@ -337,7 +337,7 @@ class Registry:
 
     @contextmanager
     def _translated(self) -> Iterator[None]:
-        """Sort MLflow's and its libraries' errors by whether a retry may help."""
+        """Translate errors of MLflow and its libraries by whether a retry may help."""
         for name, value in _ENVIRONMENT.items():  # MLflow reads some of them on import
             os.environ.setdefault(name, value)
         try:
@@ -369,13 +369,13 @@ class Registry:
             ) from None
 
     def _unavailable_or_outage(self, problem: str) -> RegistryUnavailable:
-        """An outage where the registry is a service; a file does not come back by waiting."""
+        """Return an outage if the registry is a service; waiting does not restore a file."""
         if sqlite_file(self._uri) is None:
             return RegistryOutage("registry_no_answer", problem=problem)
         return RegistryUnavailable("registry_no_answer", problem=problem)
 
     def _message(self, message: object) -> str:
-        """The first line of a foreign message, without credentials and the URI's options."""
+        """Return the first line of a message, without credentials and the URI's options."""
         return first_line(str(message).replace(self._uri, shown(self._uri)), self._uri)
 
 

@@ -1,10 +1,10 @@
-"""The embedded registry's SQLite file: created and migrated as a whole, or not at all.
+"""The embedded registry's SQLite file: created and migrated atomically.
 
 MLflow creates its tables in hundreds of statements that SQLite commits one by one, so a process
-that is killed in between leaves a file that no later process can use. Here the tables are created
-in a temporary file in the same folder, which becomes the registry in one step: by a link where no
-file exists yet, else by a copy into the existing file, which is one transaction of SQLite. A copy
-rather than a rename keeps the connections of other processes valid, so nothing they write is lost.
+that is killed during this leaves a file that no later process can use. This module creates the
+tables in a temporary file in the same folder, which becomes the registry in one step: by a link if
+no file exists yet, else by a copy into the existing file, which is one SQLite transaction. A copy,
+unlike a rename, keeps the connections of other processes valid, so none of their writes is lost.
 
 ``prepare`` is called by one process at a time (``alone``). Read this file when a registry cannot
 be opened, or when MLflow changes how it migrates.
@@ -44,10 +44,10 @@ _TAGS = "SELECT key, value FROM model_version_tags WHERE name = ? AND version = 
 
 @dataclass(frozen=True)
 class DatabaseSchema:
-    """What a SQLite file contains: its tables, its MLflow revision, and how many rows matter.
+    """Contents of a SQLite file: its tables, its MLflow revision, and its counts of user rows.
 
-    ``rows`` counts what a person or program stored: rows that MLflow writes by itself are left
-    out. ``versions`` counts registered model versions.
+    ``rows`` counts rows that a person or program stored, without those that MLflow writes itself.
+    ``versions`` counts registered model versions.
     """
 
     tables: frozenset[str]
@@ -74,14 +74,14 @@ def alone(file: Path) -> Iterator[None]:
 
 
 def prepare(file: Path) -> None:
-    """Make ``file`` a complete registry of the installed MLflow. The caller holds ``alone``.
+    """Create or migrate ``file`` for the installed MLflow. The caller holds ``alone``.
 
     A missing or empty file is created. A file that a killed process left incomplete is created
-    again if it holds nothing, else refused. A registry of an earlier MLflow is migrated.
+    again if it has no user rows, else refused. A registry of an earlier MLflow is migrated.
 
     Raises:
-        SettingRefused: it is no database, was written by a later MLflow, or is incomplete and
-            holds rows; the file is unchanged.
+        SettingRefused: it is not a database, was written by a later MLflow, or is incomplete and
+            has user rows; the file is unchanged.
         RegistryUnavailable: another program keeps it locked.
     """
     file = file.resolve()
@@ -99,8 +99,8 @@ def read_order(
     """Read the version of a model that has this order from the file, without MLflow.
 
     Returns:
-        Its number, source and tags; of several the one with the lowest number. None if there is
-        no such version, or no file that can be read.
+        Its number, source and tags; if there are several, the one with the lowest number. None if
+        there is no such version, or no file that can be read.
     """
     try:
         with closing(_connected(file, "ro")) as database:
@@ -134,7 +134,7 @@ def _create(file: Path) -> None:
         for suffix in ("-journal", "-wal", "-shm"):
             file.with_name(file.name + suffix).unlink(missing_ok=True)
         try:
-            os.link(temporary, file)  # a rename would replace what another program put there
+            os.link(temporary, file)  # a rename would replace a file that another program created
         except FileExistsError:
             return
         _flush(file.parent)
@@ -178,7 +178,7 @@ def _migrate(file: Path, temporary: Path, schema: DatabaseSchema) -> None:
             upgrade(engine)
         with closing(_connected(temporary)) as database:
             migrated = _schema(temporary, database)
-    except Exception as fault:  # MLflow's migrations raise whatever their libraries raise
+    except Exception as fault:  # MLflow's migrations raise any exception of their libraries
         if is_out_of_memory(fault):
             raise
         why = f"MLflow cannot migrate it: {first_line(fault)}"
@@ -225,7 +225,7 @@ def _rows(database: sqlite3.Connection, table: str) -> int:
 
 @functools.cache
 def _revisions() -> tuple[str, frozenset[str]]:
-    """The newest revision of the installed MLflow, and all it knows."""
+    """Return the newest revision of the installed MLflow, and all its revisions."""
     import mlflow
     from alembic.script import ScriptDirectory
 
@@ -251,7 +251,7 @@ def _initialize(temporary: Path) -> None:
 
 @contextmanager
 def _engine(temporary: Path) -> Iterator[Any]:
-    """An engine on a file that no other process opens and that is discarded if the process dies."""
+    """Create an engine for a private file, which is discarded if the process dies."""
     from sqlalchemy import create_engine
     from sqlalchemy.pool import NullPool
 
@@ -269,7 +269,7 @@ def _engine(temporary: Path) -> Iterator[Any]:
 
 
 def _connected(file: Path, mode: str = "rw") -> sqlite3.Connection:
-    # By URI, so that a file that was removed meanwhile is not created again.
+    # By URI, so that a file that was just removed is not created again.
     uri = f"file:{quote(str(file))}?mode={mode}"
     try:
         return sqlite3.connect(uri, uri=True, timeout=BUSY_SECONDS, isolation_level=None)
@@ -299,7 +299,7 @@ def _temporary(file: Path) -> Iterator[Path]:
 
 
 def _remove_leftovers(file: Path) -> None:
-    """Remove temporary files of killed processes: the process that holds the lock has none."""
+    """Remove temporary files of killed processes; the process that holds the lock has none yet."""
     for path in file.parent.iterdir():
         name = path.name.partition(TEMPORARY)
         if name[0].startswith(f".{file.name}.") and name[1]:

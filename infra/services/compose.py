@@ -1,14 +1,14 @@
-"""docker-compose.yml read as plain processes on this machine's loopback.
+"""Read docker-compose.yml as local processes on this machine's loopback.
 
-One file says which services there are, in which order they start and when they are healthy; this
-module gives the same for processes. What differs is where things are, so these are replaced in
-every command, variable and check:
+The file defines the services, their start order and their health checks; this module returns the
+same for processes. Only addresses and paths differ, so they are replaced in every command, variable
+and check:
 
-- ``service:port`` becomes ``127.0.0.1`` and that service's port here;
-- a service's own ports, where it names them, become its ports here; ``0.0.0.0`` becomes loopback;
-- folders of volumes, files of configs and the image's code folder become paths here.
+- ``service:port`` becomes ``127.0.0.1`` and that service's local port;
+- a service's ports in its settings become its local ports; ``0.0.0.0`` becomes loopback;
+- folders of volumes, files of configs and the image's code folder become local paths.
 
-Services of a profile (GPU, Triton) are left out.
+Services of a profile (GPU, Triton) are omitted.
 """
 
 import re
@@ -35,7 +35,7 @@ _SECONDS = re.compile(r"(\d+)s")
 
 
 class Service(Frozen):
-    """One process: what is run, with which variables, and how its health is asked."""
+    """One process: its command, its variables and its health check."""
 
     name: str
     command: tuple[str, ...]
@@ -50,7 +50,7 @@ class Service(Frozen):
 
 
 class Services(Frozen):
-    """All of them, what a client needs to use them, and the files they read."""
+    """All services, the variables of a client, and the files that services read."""
 
     services: tuple[Service, ...]
     client: dict[str, str]
@@ -63,24 +63,24 @@ NOT_OF_ITS_FORM = (AttributeError, LookupError, RecursionError, TypeError, Value
 
 
 def needed_secrets(text: str) -> tuple[str, ...]:
-    """The variables a compose file cannot do without: those with ``:?``."""
+    """Return the required variables of a compose file: those with ``:?``."""
     return tuple(
         dict.fromkeys(name for name, how, _ in _VARIABLE.findall(text) if how.endswith("?"))
     )
 
 
 def port_variables(text: str) -> tuple[str, ...]:
-    """The variables that say where a port is published."""
+    """Return the variables that set published ports."""
     return tuple(
         dict.fromkeys(name for name, _, _ in _VARIABLE.findall(text) if name.endswith("_PORT"))
     )
 
 
 def read_variables(path: Path) -> dict[str, str]:
-    """The ``NAME=value`` lines of a file such as ``.env``; none if there is no such file.
+    """Read the ``NAME=value`` lines of a file such as ``.env``; empty without that file.
 
     Raises:
-        SettingRefused: a line has another form, or the file is no UTF-8 text.
+        SettingRefused: a line has another form, or the file is not UTF-8 text.
     """
     if not path.is_file():
         return {}
@@ -109,14 +109,14 @@ def read_services(
     """Read a compose file as processes.
 
     Args:
-        variables: what ``${NAME}`` in the file stands for.
-        state: the folder that volumes and configs lie in here.
-        compose: the file.
-        ports: gives each port that is not published a free one here.
+        variables: the values of ``${NAME}`` in the file.
+        state: the local folder of volumes and configs.
+        compose: the compose file.
+        ports: maps each unpublished port to a free local port.
 
     Raises:
-        SettingRefused: a variable the file cannot do without is missing, or the file has a form
-            that cannot be a process.
+        SettingRefused: a required variable is missing, or a part of the file cannot be run as a
+            process.
     """
     import yaml
 
@@ -185,7 +185,7 @@ def _service(name: str, entry: dict[str, Any], at: dict[int, int], places: "_Pla
 
 
 class _Places:
-    """What stands in a container's words, and what stands for it here."""
+    """Addresses and paths of containers, and their local replacements."""
 
     def __init__(
         self, hosts: Mapping[str, str], own: Mapping[int, int], paths: Mapping[str, str]
@@ -193,7 +193,7 @@ class _Places:
         self._here = {**hosts, **paths, "0.0.0.0": "127.0.0.1"}  # noqa: S104 (is replaced)
         self._here |= {str(inside): str(here) for inside, here in own.items()}
         words = sorted(self._here, key=len, reverse=True)
-        # In one pass, so that nothing that was put in is replaced again.
+        # In one pass, so that no replacement is replaced again.
         self._pattern = re.compile(rf"(?<![\w.])(?:{'|'.join(map(re.escape, words))})(?![\w.])")
 
     def of(self, text: str) -> str:
@@ -206,7 +206,7 @@ class _Places:
 def _ports(
     entry: dict[str, Any], free: "Callable[[Iterable[int]], dict[int, int]]"
 ) -> dict[int, int]:
-    """Where each port of a service is here."""
+    """Map each port of a service to its local port."""
     published: dict[int, int] = {}
     for line in entry.get("ports", ()):
         address, here, inside = line.split(":")
@@ -223,7 +223,7 @@ def _ports(
 
 
 def free_ports(wanted: Iterable[int]) -> dict[int, int]:
-    """A free port for each; one that is ``GRPC_ABOVE`` another of them stays so far above it."""
+    """Return a free port for each; a port ``GRPC_ABOVE`` another one keeps that offset."""
     inside = sorted(wanted)
     found: dict[int, int] = {}
     for port in inside:
@@ -238,7 +238,7 @@ def free_ports(wanted: Iterable[int]) -> dict[int, int]:
 
 
 def is_free(port: int) -> bool:
-    """Whether a server could listen on this port of loopback now."""
+    """Return whether a server could listen on this port of loopback now."""
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
@@ -249,7 +249,7 @@ def is_free(port: int) -> bool:
 
 
 def _filled(value: Any, variables: Mapping[str, str]) -> Any:
-    """A document with its variables replaced, as compose would."""
+    """Replace the variables of a document as compose does."""
     match value:
         case str():
             return _VARIABLE.sub(lambda found: _value(found, variables), value)

@@ -1,8 +1,8 @@
 """One HTTP request to a service with a total deadline.
 
 For checking services, not for using them: one request, no retries, no redirect followed. A thread
-keeps the deadline, since the timeouts of a socket and of httpx start again with every byte, and
-the lookup of a host name has none.
+enforces the deadline, since the timeouts of a socket and of httpx restart with every byte, and a
+host name lookup has none.
 """
 
 import functools
@@ -27,14 +27,14 @@ T = TypeVar("T")
 
 
 class HttpAnswer(Frozen):
-    """An HTTP answer: its status, the first megabyte of its body, how long it took."""
+    """An HTTP answer: its status, the first megabyte of its body, its duration."""
 
     status: int
     body: bytes
     ms: float
 
     def value(self) -> Any:
-        """The body as JSON; None if it is something else."""
+        """Parse the body as JSON; None if it is not JSON."""
         try:
             return json.loads(self.body)
         except ValueError:
@@ -42,9 +42,9 @@ class HttpAnswer(Frozen):
 
 
 class HttpRequest(Generic[T]):
-    """Something asked in the background, so that it can be given up.
+    """A request in a background thread, so that the caller can abandon it.
 
-    The thread of a question that was given up stays behind; it does not keep the process alive.
+    The thread of an abandoned request continues to run; it does not keep the process alive.
     """
 
     def __init__(self, ask: Callable[[], T]) -> None:
@@ -56,11 +56,11 @@ class HttpRequest(Generic[T]):
         self._thread.start()
 
     def answer(self, seconds: float = SECONDS) -> T:
-        """What came, at most ``seconds`` after it was asked.
+        """Return the HTTP answer, at most ``seconds`` after the request.
 
         Raises:
-            NoAnswer: nothing did.
-            Exception: what asking raised.
+            NoAnswer: no answer within ``seconds``.
+            Exception: the exception of the request.
         """
         self._thread.join(max(0.0, self._started + seconds - time.monotonic()))
         if self._fault is not None:
@@ -123,7 +123,7 @@ def _exchange(
         login = address.username, address.password
     # Without user and password, since httpx logs the address.
     address = address.copy_with(userinfo=b"")
-    # As it is sent: a compressed body could expand beyond the limit.
+    # No decompression: a compressed body could expand beyond the limit.
     sent = {"Accept": "application/json", "Accept-Encoding": "identity", **headers}
     method = "GET" if posted is None else "POST"
     body = bytearray()
@@ -144,14 +144,14 @@ def _exchange(
 
 @functools.cache
 def _certificates() -> ssl.SSLContext:
-    """The certificates that the system trusts; httpx would use those of certifi."""
+    """Load the certificates that the system trusts; httpx would use those of certifi."""
     return ssl.create_default_context()
 
 
 def _proxy(address: httpx.URL) -> str | None:
-    """The proxy in ``http_proxy`` or ``https_proxy`` unless ``no_proxy`` excludes the address.
+    """Return the proxy in ``http_proxy`` or ``https_proxy`` unless ``no_proxy`` excludes the host.
 
-    With its own lookup httpx also reads ``all_proxy``, and fails if that is a SOCKS proxy.
+    The lookup of httpx also reads ``all_proxy``, and fails if that is a SOCKS proxy.
     """
     if proxy_bypass(address.netloc.decode("ascii")):
         return None
@@ -160,7 +160,7 @@ def _proxy(address: httpx.URL) -> str | None:
 
 
 def _problem(fault: BaseException) -> str:
-    """The operating system's description of a failure, or the name of its class."""
+    """Return the operating system's description of a failure, or the name of its class."""
     cause: BaseException | None = fault
     while cause is not None and not isinstance(cause, OSError):
         cause = cause.__cause__ or cause.__context__  # httpcore raises its own "from None"

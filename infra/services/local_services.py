@@ -72,10 +72,10 @@ class Running:
         self._due: dict[str, float] = {}
 
     def start(self, seconds: float = START_SECONDS) -> None:
-        """Start each as soon as those it waits for are ready, until all are.
+        """Start each service as soon as its dependencies are ready, until all are ready.
 
         Raises:
-            ServiceFailed: one ended or was not healthy in time; with the end of its log.
+            ServiceFailed: a service ended or was not healthy in time; contains the end of its log.
         """
         end = time.monotonic() + seconds
         while len(self._ready) < len(self._services):
@@ -132,7 +132,7 @@ class Running:
         self._started[service.name] = time.monotonic()
 
     def stop(self) -> None:
-        """Stop all, the last one first; whatever outlives its time is killed."""
+        """Stop all, the last one first; kill processes that do not stop in time."""
         for name, process in reversed(self._processes.items()):
             service = self._services[name]
             _signal(process, signal.Signals[service.stop_signal], group=False)
@@ -140,9 +140,9 @@ class Running:
                 process.wait(service.stop_seconds)
             except subprocess.TimeoutExpired:
                 _print(f"{name} did not stop within {service.stop_seconds:g} s and is killed")
-            _signal(process, signal.SIGKILL, group=True)  # and what it left behind
+            _signal(process, signal.SIGKILL, group=True)  # and its remaining child processes
             process.wait()
-        self._processes.clear()  # their ids may soon be somebody else's
+        self._processes.clear()  # their ids may soon belong to other processes
 
     def _may_start(self, service: Service) -> bool:
         return all(
@@ -168,14 +168,14 @@ class Running:
 
 
 def prepared(state: Path, *, any_ports: bool) -> Services:
-    """Read the compose file and make the folders and files the services need.
+    """Read the compose file and create the folders and files the services need.
 
     Args:
-        state: the folder for all of it.
+        state: the folder for all of them.
         any_ports: publish on free ports instead of those of the variables.
 
     Raises:
-        SettingRefused: a program is missing, or a port is taken.
+        SettingRefused: a program is missing, or a port is in use.
     """
     text = COMPOSE.read_text(encoding="utf-8")
     given = read_variables(ROOT / ".env") | dict(os.environ)
@@ -219,13 +219,13 @@ def _require_ports(services: Services) -> None:
 
 
 def _path() -> str:
-    """Programs of this environment first, then of the machine, then Postgres's own folders."""
+    """Return PATH: this environment first, then the machine, then Postgres's folders."""
     own = [str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)]
     return os.pathsep.join([*own, *map(str, postgres.programs())])
 
 
 def _environment(service: Service) -> dict[str, str]:
-    """What is set for a service, and nothing else of ours: a container has no more either."""
+    """Return a service's variables, without the rest of ours, as in a container."""
     ours = ("AWS_", "RECPRESS_", "PREFECT_", "MLFLOW_", "POSTGRES_", "PG", "S3_", "WEED_")
     kept = {name: value for name, value in os.environ.items() if not name.startswith(ours)}
     return {**kept, **service.environment, "PATH": _path()}
@@ -234,7 +234,7 @@ def _environment(service: Service) -> dict[str, str]:
 def _start(service: Service, logs: Path) -> "subprocess.Popen[bytes]":
     environment, command = _environment(service), list(service.command)
     working, whom = ROOT, dict[str, Any]()
-    if "POSTGRES_DB" in environment:  # what the image's entrypoint does
+    if "POSTGRES_DB" in environment:  # as the image's entrypoint does
         postgres.prepare(environment)
         working, whom = Path(environment["PGDATA"]), postgres.as_whom()
         command += ["-c", "unix_socket_directories="]
@@ -246,7 +246,7 @@ def _start(service: Service, logs: Path) -> "subprocess.Popen[bytes]":
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=subprocess.STDOUT,
-            start_new_session=True,  # Ctrl-C reaches us alone: we stop them in order
+            start_new_session=True,  # Ctrl-C reaches us alone; we stop them in order
             **whom,
         )
 
@@ -267,7 +267,7 @@ def _is_healthy(service: Service) -> bool:
 
 
 def _signal(process: "subprocess.Popen[bytes]", number: signal.Signals, *, group: bool) -> None:
-    with contextlib.suppress(ProcessLookupError):  # it is gone: what we want
+    with contextlib.suppress(ProcessLookupError):  # the process has ended, as required
         if group:
             os.killpg(process.pid, number)
         else:
@@ -276,7 +276,7 @@ def _signal(process: "subprocess.Popen[bytes]", number: signal.Signals, *, group
 
 @contextlib.contextmanager
 def _alone(state: Path) -> Iterator[None]:
-    """One run at a time in a folder of state."""
+    """Hold the lock of a state folder: one run at a time."""
     state.mkdir(parents=True, exist_ok=True)
     with (state / "lock").open("ab") as lock:
         try:
@@ -302,11 +302,11 @@ def _interrupt(number: int, frame: FrameType | None) -> NoReturn:  # noqa: ARG00
 
 
 def up(*, any_ports: bool) -> None:
-    """Run the services until this process is told to stop.
+    """Run the services until this process receives a signal to stop.
 
     Raises:
         ServiceFailed: one of them did not start, or ended.
-        SettingRefused: something is missing that they need.
+        SettingRefused: a program, folder or setting that they need is missing.
     """
     state = load_settings().home / "services"
     with _alone(state):
@@ -324,16 +324,16 @@ def up(*, any_ports: bool) -> None:
         except KeyboardInterrupt:
             _print("stopping")
         finally:
-            signal.signal(signal.SIGTERM, signal.SIG_IGN)  # once is enough: stopping goes on
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)  # one is enough: stopping continues
             signal.signal(signal.SIGINT, signal.SIG_IGN)
             running.stop()
 
 
 def instructions(client: Mapping[str, str], file: Path) -> list[str]:
-    """How to use the services: addresses and steps, and where a secret is read, never the secret.
+    """Describe how to use the services: addresses, steps, and where secrets are stored.
 
     Args:
-        client: the variables of a client.
+        client: environment variables of a client.
         file: where they are stored, as shell commands.
     """
     read = f". {shlex.quote(str(file))}"
@@ -353,7 +353,7 @@ def instructions(client: Mapping[str, str], file: Path) -> list[str]:
 
 
 def main() -> None:
-    """Read the options and run."""
+    """Parse the options and run the services."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").strip().partition("\n\n")[0])
     parser.add_argument(
         "--any-ports", action="store_true", help="publish on free ports, so that two can run"

@@ -1,6 +1,6 @@
-"""A Postgres cluster as the official image would make it: one user, one database, a password.
+"""Create a Postgres cluster as the official image does: one user, one database, a password.
 
-Postgres refuses to run as root, so for root its programs run as ``postgres`` or ``nobody``.
+Postgres does not run as root, so for root its programs run as ``postgres`` or ``nobody``.
 """
 
 import os
@@ -18,7 +18,7 @@ PLACES = ("/usr/lib/postgresql", "/usr/pgsql", "/opt/homebrew/opt", "/usr/local/
 
 
 def programs() -> list[Path]:
-    """Folders that ``initdb`` and ``postgres`` may lie in though they are not on PATH."""
+    """List folders outside PATH that may contain ``initdb`` and ``postgres``."""
     found = [
         folder
         for place in PLACES
@@ -29,10 +29,10 @@ def programs() -> list[Path]:
 
 
 def as_whom() -> dict[str, Any]:
-    """Arguments for ``subprocess`` that give the process a user Postgres accepts.
+    """Return ``subprocess`` arguments that run the process as a user Postgres accepts.
 
     Raises:
-        SettingRefused: this is root, and there is no unprivileged user to become.
+        SettingRefused: this is root, and there is no unprivileged user to switch to.
     """
     if os.geteuid() != 0:
         return {}
@@ -46,14 +46,14 @@ def as_whom() -> dict[str, Any]:
 
 
 def prepare(environment: dict[str, str]) -> None:
-    """Make the cluster if it is not there.
+    """Create the cluster if it is missing.
 
     Args:
-        environment: the image's own variables (``PGDATA``, ``POSTGRES_USER``, ``_PASSWORD`` and
+        environment: the image's variables (``PGDATA``, ``POSTGRES_USER``, ``_PASSWORD`` and
             ``_DB``) and a PATH.
 
     Raises:
-        ChildFailed: ``initdb`` failed; what it said is in the message.
+        ChildFailed: ``initdb`` failed; the message contains its output.
         SettingRefused: the user that has to run Postgres may not reach the folder.
     """
     cluster, whom = Path(environment["PGDATA"]), as_whom()
@@ -67,7 +67,8 @@ def prepare(environment: dict[str, str]) -> None:
         )
     if (cluster / "PG_VERSION").exists():
         return
-    # Made beside and moved into place when complete, so that a stop in between leaves nothing.
+    # Created in a temporary folder and renamed when complete, so that an interruption leaves no
+    # incomplete cluster.
     part = home / "part"
     shutil.rmtree(part, ignore_errors=True)
     password = home / "password"

@@ -1,8 +1,8 @@
-"""What the services need once before the first run: buckets, work pools, deployments, automations.
+"""Set up the services before the first run: buckets, work pools, deployments, automations.
 
-``python -m infra.services.setup`` creates what is missing and leaves what exists as it is, except
-for our deployments and automations, which it updates. It reads the ``AWS_*`` variables (a key that
-may create buckets), ``PREFECT_API_URL`` and ``RECPRESS_CODE``, the folder that workers run the
+``python -m infra.services.setup`` creates missing objects and leaves existing ones unchanged,
+except our deployments and automations, which it updates. It reads the ``AWS_*`` variables (a key
+that may create buckets), ``PREFECT_API_URL`` and ``RECPRESS_CODE``, the folder that workers run the
 code from.
 """
 
@@ -30,10 +30,10 @@ SECONDS = 120
 
 
 def make_buckets(names: tuple[str, ...] = BUCKETS) -> None:
-    """Make the buckets that are not there.
+    """Create the missing buckets.
 
     Raises:
-        SettingRefused: the store does not let this key make one, or does not answer.
+        SettingRefused: this key may not create a bucket, or the store does not respond.
     """
     import s3fs
     from botocore.exceptions import BotoCoreError, ClientError
@@ -57,8 +57,8 @@ def make_buckets(names: tuple[str, ...] = BUCKETS) -> None:
 def make_pools(names: tuple[str, ...] = POOLS) -> None:
     """Create the work pools that are missing, each with a limit of one run.
 
-    The limit of the pool also counts a run whose worker was killed and whose own process still
-    runs: a new worker does not start another run next to it. Pools that exist stay as they are.
+    The limit of the pool also counts a run whose worker was killed and whose process still runs: a
+    new worker does not start another run in parallel. Existing pools are unchanged.
 
     Raises:
         ChildFailed: Prefect refused, or did not answer.
@@ -81,8 +81,8 @@ def deploy() -> None:
 def make_automations() -> None:
     """Create or update the automations of ``infra/services/automations.yaml``.
 
-    One that is as in the file is left alone: an update discards what its trigger waits for. The
-    description carries a digest of the file's entry, by which that is seen.
+    An automation that matches the file is not updated: an update discards the state of its trigger.
+    Its description contains a digest of the file's entry for this comparison.
 
     Raises:
         ChildFailed: Prefect refused, or did not answer.
@@ -98,14 +98,14 @@ def make_automations() -> None:
         same_name = [item for item in current if item["name"] == entry["name"]]
         if not same_name:
             _prefect("automation", "create", "--from-json", text)
-        for duplicate in same_name[1:]:  # two setups ran at once
+        for duplicate in same_name[1:]:  # two setups ran concurrently
             _prefect("automation", "delete", "--id", duplicate["id"])
         if same_name and same_name[0]["description"] != described:
             _prefect("automation", "update", "--id", same_name[0]["id"], "--from-json", text)
 
 
 def _automations() -> list[dict[str, Any]]:
-    """The server's automations. The command line prints JSON with line breaks inside of strings."""
+    """List the server's automations. Prefect's CLI prints JSON with line breaks inside strings."""
     user, _, password = os.environ.get("PREFECT_API_AUTH_STRING", "").partition(":")
     answer = get(
         os.environ["PREFECT_API_URL"].rstrip("/") + "/automations/filter",
@@ -120,10 +120,10 @@ def _automations() -> list[dict[str, Any]]:
 
 
 def _prefect(*arguments: str, needed: bool = True) -> "subprocess.CompletedProcess[str]":
-    # Its command line, since only flows and tasks know Prefect as a library.
+    # The command line, since only flows and tasks import Prefect.
     ended = subprocess.run(
         [sys.executable, "-m", "prefect", *arguments],
-        cwd=ROOT,  # where it looks for the entrypoints of deployments
+        cwd=ROOT,  # the folder of the deployments' entrypoints
         capture_output=True,
         text=True,
         timeout=SECONDS,
@@ -136,7 +136,7 @@ def _prefect(*arguments: str, needed: bool = True) -> "subprocess.CompletedProce
 
 
 def main() -> None:
-    """Create all of it, and print what it was."""
+    """Create all of them, and print what was created."""
     make_buckets()
     make_pools()
     deploy()
