@@ -330,7 +330,7 @@ def up(*, any_ports: bool) -> None:
 
 
 def instructions(client: Mapping[str, str], file: Path) -> list[str]:
-    """Describe how to use the services: addresses, steps, and where secrets are stored.
+    """Describe how to use the services: addresses, steps, and the files of secrets, never secrets.
 
     Args:
         client: environment variables of a client.

@@ -1,14 +1,14 @@
 """The object store: a folder or ``s3://bucket/prefix``, content-addressed, verified.
 
-disk.py          what an error of the local disk means
+disk.py          translates errors of the local disk
 lock.py          locks between processes of one machine
-temporary.py     temporary files that name their process
-place.py         what a place for keys offers
-folder.py        a folder as such a place
-s3.py            a bucket as such a place
-manifest.py      what an artifact consists of
-chunks.py        files as hashed chunks
-draft.py         an artifact while it is written
-object_store.py  artifacts: put, read, verify
-records.py       small records with a seal over their bytes
+temporary.py     temporary files whose names identify their process
+place.py         the protocol of a place that stores keys
+folder.py        a place in a local folder
+s3.py            a place in an S3 bucket
+manifest.py      the manifest of an artifact: files, chunk hashes, root
+chunks.py        reads and hashes files in chunks
+draft.py         writes an artifact block by block
+object_store.py  stores, reads and verifies artifacts
+records.py       small JSON records with a seal over their bytes
 """

@@ -1,4 +1,4 @@
-"""Files as chunks: read, hashed and checked by a few threads, in order, with flat memory."""
+"""Read, hash and verify files in chunks, in order, with a few threads and flat memory."""
 
 import hashlib
 import os
@@ -18,10 +18,10 @@ Result = TypeVar("Result")
 
 
 def in_order(work: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
-    """Map with ``WORKERS`` threads; results in order, at most ``WORKERS + 1`` of them waiting.
+    """Map with ``WORKERS`` threads; yields in order, at most ``WORKERS + 1`` results in memory.
 
-    ``Executor.map`` would submit everything at once, and every result not yet taken is a chunk
-    in memory.
+    ``Executor.map`` would submit all calls at once, and every unconsumed result is a chunk in
+    memory.
     """
     with ThreadPoolExecutor(WORKERS, thread_name_prefix="chunks") as pool:
         waiting: deque[Future[Result]] = deque()
@@ -38,18 +38,18 @@ def in_order(work: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[
 
 
 def sha256(data: bytes) -> str:
-    """The chunk hash, as hex."""
+    """Return the chunk hash, as hex."""
     return hashlib.sha256(data).hexdigest()
 
 
 def regular_files(folder: Path) -> list[tuple[str, int]]:
-    """Every file below ``folder`` as (relative posix path, bytes), sorted by path.
+    """List every file below ``folder`` as (relative posix path, bytes), sorted by path.
 
-    Empty folders leave no trace, as in git and in object stores.
+    Empty folders are ignored, as in git and in object stores.
 
     Raises:
-        StoreRefused: ``folder`` is not a folder or holds no file; something below it is a symlink,
-            not a regular file, cannot be read, or has a name that no store could keep.
+        StoreRefused: ``folder`` is not a folder or has no file; an entry below it is a symlink, not
+            a regular file, cannot be read, or has a name that no store can use.
     """
     found: list[tuple[str, int]] = []
 
@@ -89,7 +89,7 @@ def hashed(
     """Hash every chunk of these files.
 
     Raises:
-        ConcurrentChange: a file changed its size meanwhile, or cannot be read.
+        ConcurrentChange: a file changed its size during the call, or cannot be read.
     """
     places = [(path, start) for path, size in files for start in range(0, size, chunk_bytes)]
     sizes = dict(files)
@@ -107,7 +107,7 @@ def hashed(
 
 
 def checked_chunks(folder: Path, entry: FileEntry) -> Iterator[bytes]:
-    """The chunks of one file, each compared with its hash before it is given out.
+    """Yield the chunks of one file, each compared with its hash first.
 
     Raises:
         ConcurrentChange: the file is no longer the one that was hashed.
@@ -131,8 +131,8 @@ def checked_chunks(folder: Path, entry: FileEntry) -> Iterator[bytes]:
 
 
 def pread(file: int, start: int, stop: int) -> bytes:
-    """Bytes ``start`` to ``stop`` of an open file; fewer if it ends before."""
-    stop = min(stop, os.fstat(file).st_size)  # pread sets aside what it is asked for
+    """Read bytes ``start`` to ``stop`` of an open file; fewer if it ends earlier."""
+    stop = min(stop, os.fstat(file).st_size)  # pread allocates the requested size
     pieces = []
     while start < stop and (piece := os.pread(file, stop - start, start)):
         pieces.append(piece)

@@ -1,4 +1,4 @@
-"""What an error of the local disk means, in one place: the path, the cause and the remedy."""
+"""Translate errors of the local disk to ours, with the path, the cause and the remedy."""
 
 import errno
 import os
@@ -28,14 +28,14 @@ _KIND = {errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENXIO, errno.ENODEV, e
 
 
 def translate(fault: OSError, path: Path, doing: str) -> Refused | InfraError:
-    """The error to raise for an ``OSError``.
+    """Return the error to raise for an ``OSError``.
 
     A disk that is full or failing is a fault of the machine, and a retry may help. A path that
     is missing, forbidden or of the wrong kind is a fault of the input.
 
     Args:
-        fault: what the system raised.
-        path: what was worked on.
+        fault: the error of the system.
+        path: the file or folder of the operation.
         doing: ``read``, ``write`` or ``list``.
     """
     cause = fault.strerror or str(fault)
@@ -62,7 +62,7 @@ def translate(fault: OSError, path: Path, doing: str) -> Refused | InfraError:
 
 @contextmanager
 def translated(path: Path, doing: str) -> Iterator[None]:
-    """Raise every ``OSError`` of the block as ``translate`` sorts it, with ``path``."""
+    """Raise every ``OSError`` of the block as ``translate`` classifies it, with ``path``."""
     try:
         yield
     except Exception as fault:
@@ -74,13 +74,13 @@ def translated(path: Path, doing: str) -> Iterator[None]:
 
 @contextmanager
 def input_files(around: Path) -> Iterator[None]:
-    """Raise every ``OSError`` of a block that reads a user's files as one of ours.
+    """Translate every ``OSError`` of a block that reads a user's files.
 
     Args:
         around: the folder or file the user named, for errors that name no path.
 
     Raises:
-        FileRefused: a file is missing, cannot be read, or is not of the kind that is needed.
+        FileRefused: a file is missing, cannot be read, or has the wrong kind.
         StoreUnavailable: the machine lacks space or another resource, or the disk fails.
     """
     try:
@@ -93,9 +93,9 @@ def input_files(around: Path) -> Iterator[None]:
 
 
 def as_os_error(fault: Exception) -> OSError | None:
-    """The error of the system that an exception is, or that its text names; else None.
+    """Return the ``OSError`` that an exception is or that its text names; else None.
 
-    Libraries written in Rust (safetensors) raise classes of their own with "(os error 27)" in the
+    Libraries written in Rust (safetensors) raise other classes with "(os error 27)" in the
     text.
     """
     if isinstance(fault, OSError):
@@ -108,7 +108,7 @@ def as_os_error(fault: Exception) -> OSError | None:
 
 
 def of_input(fault: OSError, around: Path | None = None) -> Refused | InfraError:
-    """The same sorting for a file that a user named: which file, what is wrong, what to do."""
+    """Translate an error of a file that a user named: the file, the problem, the remedy."""
     named = fault.filename2 or fault.filename
     path = Path(os.fsdecode(named)) if isinstance(named, str | bytes) else around
     if path is None:

@@ -1,16 +1,16 @@
-"""An artifact while it is being written: in pieces, in any order, by several threads.
+"""Write an artifact block by block, in any order, from several threads; resumable.
 
 ::
 
-    <parent>/.<name>.part/files/...   what is written; nobody looks here
-    <parent>/.<name>.journal          one line a finished block; locked by its writer
-    <parent>/<name>/files/...         the same, renamed when all of it is there
+    <parent>/.<name>.part/files/...   files being written; readers ignore them
+    <parent>/.<name>.journal          one line per finished block; locked by its writer
+    <parent>/<name>/files/...         the same files, renamed when complete
     <parent>/<name>/manifest.json     chunk hashes and the root over them, as in the store
 
-Every chunk is hashed from the pieces as they are written, so no file is read again. A run that
-was interrupted goes on at the next block: what its journal names is read from the unfinished
-file, compared with the checksums written beside it, and hashed. The system may have lost some of
-it (a power failure); then those blocks are made again.
+Every chunk is hashed from the pieces as they are written, so no file is read again. An interrupted
+run continues at the next block: the blocks in its journal are read from the unfinished file,
+compared with the checksums in the journal, and hashed. If the system lost some of them (a power
+failure), those blocks are written again.
 """
 
 import fcntl
@@ -45,10 +45,10 @@ Piece = tuple[int, memoryview]
 
 
 class ChunkHashes:
-    """The hashes of a file's chunks, from its pieces in whatever order they come.
+    """Hashes the chunks of a file from its pieces, which may arrive in any order.
 
-    A piece that comes before its turn is kept until the bytes before it are there: where
-    neighbours are written at about the same time, that is a few pieces.
+    A piece that arrives early is stored until all bytes before it have arrived. If neighbours are
+    written at about the same time, that is a few pieces.
 
     Args:
         size: of the file, in bytes.
@@ -62,10 +62,10 @@ class ChunkHashes:
         self._done: dict[int, str] = {}
 
     def add(self, at: int, data: memoryview) -> None:
-        """Take the bytes that lie at ``at``; each byte of the file once.
+        """Add the bytes at offset ``at``; each byte of the file once.
 
         Raises:
-            ArtifactDamaged: they do not lie in the file, or were given before.
+            ArtifactDamaged: they are outside the file, or were added before.
         """
         if at < 0 or at + len(data) > self._size:
             raise ArtifactDamaged(
@@ -90,7 +90,7 @@ class ChunkHashes:
             chunk.busy = True
         piece: memoryview | bytes | None = data
         while piece is not None:
-            chunk.hasher.update(piece)  # other threads run meanwhile
+            chunk.hasher.update(piece)  # other threads can run during the hash
             with self._lock:
                 chunk.at += len(piece)
                 piece = chunk.waiting.pop(chunk.at, None)
@@ -101,7 +101,7 @@ class ChunkHashes:
                         del self._open[index]
 
     def all(self) -> tuple[str, ...]:
-        """The hash of every chunk, in order.
+        """Return the hash of every chunk, in order.
 
         Raises:
             ArtifactDamaged: bytes are missing.
@@ -116,7 +116,7 @@ class ChunkHashes:
 
 
 class _Chunk:
-    """One chunk: how far it is hashed, and what came early."""
+    """One chunk: the number of hashed bytes, and the pieces that arrived early."""
 
     def __init__(self, at: int) -> None:
         self.hasher = hashlib.sha256()
@@ -126,7 +126,7 @@ class _Chunk:
 
 
 class ArtifactDraft:
-    """One large file and a few small ones that will be an artifact. Made by ``draft``."""
+    """An artifact in progress: one large file and a few small ones. Created by ``draft``."""
 
     def __init__(self, into: Path, journal: int, path: str, size: int) -> None:
         self.into = into
@@ -146,11 +146,11 @@ class ArtifactDraft:
             raise
 
     def holds(self, block: str) -> bool:
-        """Whether a block of this name is in the file."""
+        """Return whether a block of this name is in the file."""
         return block in self._held
 
     def write(self, block: str, pieces: Sequence[Piece]) -> None:
-        """Write a block's bytes at their places, hash them, and note that they are there.
+        """Write a block's bytes at their offsets, hash them, and record the block in the journal.
 
         Raises:
             StoreUnavailable: the disk is full or failing.
@@ -166,12 +166,12 @@ class ArtifactDraft:
         self._held.add(block)
 
     def resume(self, lines: list[bytes]) -> None:
-        """Take over what an interrupted run noted, as far as the bytes are still there."""
+        """Restore the blocks in an interrupted run's journal whose bytes are intact."""
         for line in lines:
             try:
                 block, noted = json.loads(line)
             except ValueError:
-                continue  # where a run was killed while it wrote the line
+                continue  # a run was killed while it wrote the line
             pieces = [(at, pread(self._file, at, at + size)) for at, size, _ in noted]
             if block not in self._held and all(
                 len(data) == size and zlib.crc32(data) == checksum
@@ -182,11 +182,11 @@ class ArtifactDraft:
                 self._held.add(block)
 
     def add(self, path: str, body: bytes) -> None:
-        """A small file beside the large one."""
+        """Add a small file next to the large one."""
         self._small[path] = body
 
     def seal(self) -> StoreManifest:
-        """Complete the files, which nobody changes from now on, and say what they are.
+        """Complete the files, which do not change from now on, and return their manifest.
 
         Raises:
             ArtifactDamaged: a part of the large file was never written.
@@ -203,10 +203,10 @@ class ArtifactDraft:
         return StoreManifest.of(tuple(sorted(entries, key=lambda entry: entry.path)))
 
     def publish(self, manifest: StoreManifest) -> None:
-        """Show the result under its name, whole.
+        """Move the complete result to its final name.
 
         Raises:
-            StoreRefused: something else was stored there meanwhile.
+            StoreRefused: another result was stored there during the run.
         """
         with translated(self.folder, "write"):
             (self.folder / MANIFEST).write_text(manifest.model_dump_json())
@@ -217,20 +217,20 @@ class ArtifactDraft:
                 raise translate(fault, self.into, "write") from fault
 
     def drop(self) -> None:
-        """Remove what is left after the store took the files."""
+        """Remove the remaining files after the store took the result."""
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def close(self) -> None:
-        """Close the large file; what was written stays for the next run."""
+        """Close the large file; its content is kept for the next run."""
         os.close(self._file)
 
 
 def finished(into: Path) -> StoreManifest:
-    """The manifest of a result, every chunk of it compared with the files.
+    """Read the manifest of a result and compare every chunk with the files.
 
     Raises:
-        ArtifactMissing: there is no manifest, so for us it does not exist.
-        ArtifactDamaged: a file is not what was written.
+        ArtifactMissing: there is no manifest, so the result does not exist.
+        ArtifactDamaged: a file differs from the manifest.
     """
     try:
         raw = read_bounded(into / MANIFEST, MAX_MANIFEST_BYTES)
@@ -252,17 +252,17 @@ def finished(into: Path) -> StoreManifest:
 
 @contextmanager
 def draft(into: Path, job: object, path: str, size: int) -> Iterator[ArtifactDraft]:
-    """Write an artifact that will lie at ``into``, or go on with one that was begun.
+    """Start or resume an artifact that will be stored at ``into``.
 
     Args:
         into: must not exist, or be an empty folder.
-        job: what decides every byte of it; an unfinished one of another job is dropped.
-        path: of the large file.
-        size: of the large file, in bytes.
+        job: everything that decides its bytes; an unfinished result of another job is removed.
+        path: path of the large file.
+        size: size of the large file, in bytes.
 
     Raises:
-        StoreRefused: ``into`` holds something, or another process is writing there.
-        SettingRefused, StoreUnavailable: the disk does not take it.
+        StoreRefused: ``into`` is not empty, or another process is writing there.
+        SettingRefused, StoreUnavailable: the disk cannot store it.
     """
     head = json.dumps([digest(job), path, size]).encode()
     noted = into.parent / f".{into.name}.journal"
@@ -277,14 +277,14 @@ def draft(into: Path, job: object, path: str, size: int) -> Iterator[ArtifactDra
             finally:
                 made.close()
         finally:
-            if not _part(into).exists():  # published, taken into the store, or never begun
+            if not _part(into).exists():  # published, moved into the store, or never started
                 noted.unlink(missing_ok=True)
 
 
 def _collect_abandoned(into: Path) -> None:
-    """Remove old drafts next to ``into`` that no process has open or has continued lately.
+    """Remove old drafts next to ``into`` that no process has open or has continued recently.
 
-    A younger one is kept, because the same command continues it.
+    A recent one is kept, because the same command resumes it.
     """
     with suppress(OSError):
         for noted in into.parent.glob(".*.journal"):
@@ -301,14 +301,14 @@ def _collect_abandoned(into: Path) -> None:
 
 @contextmanager
 def _journal(into: Path, noted: Path) -> Iterator[int]:
-    """The open journal of one result, which only one process has at a time."""
+    """Open the journal of one result, locked for this process."""
     with translated(noted, "write"):
         into.parent.mkdir(parents=True, exist_ok=True)
         journal = os.open(noted, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
     try:
         try:
             fcntl.flock(journal, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            # Its last owner may have removed it between the two calls.
+            # The previous owner may have removed it between the two calls.
             free = noted.exists() and os.fstat(journal).st_ino == noted.stat().st_ino
         except BlockingIOError:
             free = False
@@ -320,7 +320,7 @@ def _journal(into: Path, noted: Path) -> Iterator[int]:
 
 
 def _begun(into: Path, journal: int, head: bytes, path: str, size: int) -> ArtifactDraft:
-    """What an interrupted run of the same job left, or an empty draft."""
+    """Return the draft of an interrupted run of the same job, or an empty one."""
     written = pread(journal, 0, os.fstat(journal).st_size)
     first, *lines = written.split(b"\n")
     file = _part(into) / FILES / path
@@ -330,9 +330,9 @@ def _begun(into: Path, journal: int, head: bytes, path: str, size: int) -> Artif
         os.ftruncate(journal, 0)
         os.write(journal, head + b"\n")
     else:
-        file.chmod(0o644)  # a run that was killed at its very end had closed it
+        file.chmod(0o644)  # a run that was killed at its end had closed it
         if not written.endswith(b"\n"):
-            os.write(journal, b"\n")  # end the line at which a killed run stopped
+            os.write(journal, b"\n")  # end the incomplete line of a killed run
     made = ArtifactDraft(into, journal, path, size)
     if resumed:
         try:

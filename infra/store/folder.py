@@ -1,7 +1,7 @@
-"""The object store in a local folder: what S3 gives, made of temporary files, rename and link.
+"""The object store in a local folder: S3's guarantees from temporary files, rename and link.
 
-Plain system calls rather than fsspec's local file system: that one has neither an exclusive
-create which is atomic with its content, nor a way to keep half a file from being seen.
+It uses system calls instead of fsspec's local file system, which has no exclusive create that is
+atomic with its content, and which exposes partly written files.
 """
 
 import errno
@@ -25,18 +25,18 @@ _collected: dict[Path, float] = {}
 
 
 class Folder:
-    """Keys are paths below one folder. Nothing is ever visible half-written under its key."""
+    """Keys are paths below one folder. No key is ever visible with a partly written file."""
 
     def __init__(self, root: Path) -> None:
         self._root = root
         self.uri = "file://" + quote(str(root))
 
     def in_place(self, key: str) -> Path | None:
-        """Where the files of a key prefix lie on this machine."""
+        """Return the local path of the files of a key prefix."""
         return self._root / key
 
     def sizes(self, prefix: str) -> dict[str, int]:
-        """Every key that begins with ``prefix``, with its size in bytes."""
+        """Return every key that begins with ``prefix``, with its size in bytes."""
         found: dict[str, int] = {}
         top = prefix.rpartition("/")[0]
         with translated(self._root / top, "list"):
@@ -44,7 +44,7 @@ class Folder:
         return {key: size for key, size in found.items() if key.startswith(prefix)}
 
     def read(self, key: str, start: int, stop: int) -> bytes:
-        """Bytes ``start`` to ``stop``; fewer if the file ends before."""
+        """Read bytes ``start`` to ``stop``; fewer if the file ends earlier."""
         with translated(self._root / key, "read"):
             # Not blocking: a pipe would wait for a writer.
             flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK
@@ -72,7 +72,7 @@ class Folder:
                 raise AlreadyThere("key_exists", place=str(path)) from fault
 
     def write(self, key: str, body: bytes) -> None:
-        """Write a key, replacing what it held."""
+        """Write a key, replacing its content."""
         path = self._root / key
         with self._written(path, (body,)) as temporary:
             try:
@@ -81,7 +81,7 @@ class Folder:
                 raise self._no_file(key) from fault
 
     def move(self, file: Path, key: str) -> bool:
-        """Put a file of this machine under a key without copying it, if it is on this disk."""
+        """Move a local file to a key without copying it, if it is on the same disk."""
         path = self._root / key
         with translated(path, "write"):
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -94,14 +94,14 @@ class Folder:
         return True
 
     def upload(self, key: str, size: int, chunks: Iterable[bytes]) -> None:  # noqa: ARG002
-        """Write a large file; if ``chunks`` raises, the key is as it was before."""
+        """Write a large file; if ``chunks`` raises, the key is unchanged."""
         path = self._root / key
         with self._written(path, chunks) as temporary:
             temporary.replace(path)
 
     @contextmanager
     def _written(self, path: Path, chunks: Iterable[bytes]) -> Iterator[Path]:
-        """A complete temporary file on the same disk as ``path``, removed at the end."""
+        """Yield a complete temporary file on the same disk as ``path``; removed at the end."""
         with translated(path, "write"):
             path.parent.mkdir(parents=True, exist_ok=True)
             temporary = self._root / TEMPORARY / owned_name("key", "tmp")
@@ -125,7 +125,7 @@ class Folder:
         try:
             entries = list(os.scandir(self._root / top))
         except (FileNotFoundError, NotADirectoryError):
-            return  # as in S3: a prefix that nobody used has no keys
+            return  # as in S3: an unused prefix has no keys
         for entry in entries:
             key = f"{top}/{entry.name}" if top else entry.name
             if key == TEMPORARY:
@@ -133,12 +133,12 @@ class Folder:
             if entry.is_dir(follow_symlinks=False):
                 self._walk(key, found)
             else:
-                with suppress(FileNotFoundError):  # deleted since it was listed
+                with suppress(FileNotFoundError):  # deleted after the listing
                     found[key] = entry.stat(follow_symlinks=False).st_size
 
 
 def _collect_sometimes(folder: Path) -> None:
-    """Collect what killed runs left, at most once in ``COLLECT_SECONDS``."""
+    """Remove temporary files of killed runs, at most once in ``COLLECT_SECONDS``."""
     now = time.monotonic()
     if now - _collected.get(folder, -COLLECT_SECONDS) >= COLLECT_SECONDS:
         _collected[folder] = now
@@ -146,10 +146,10 @@ def _collect_sometimes(folder: Path) -> None:
 
 
 def must_be_free(into: Path) -> None:
-    """Refuse a place that holds something.
+    """Raise if a folder is not empty.
 
     Raises:
-        StoreRefused: it is no folder, or not empty.
+        StoreRefused: it is not a folder, or not empty.
     """
     if into.is_symlink() or (into.exists() and not into.is_dir()):
         raise StoreRefused("output_no_folder", path=str(into))

@@ -10,7 +10,7 @@ from typing import IO
 
 @contextmanager
 def locked(path: Path, waiting: Callable[[], object] = lambda: None) -> Iterator[None]:
-    """Hold the lock file ``path``, created with its folder if missing; it stays where it is.
+    """Hold the lock file ``path``, created with its folder if missing; it is never removed.
 
     Args:
         path: the file.

@@ -1,7 +1,7 @@
-"""What a stored artifact consists of: paths, sizes, chunk hashes and the root over them.
+"""The manifest of an artifact: paths, sizes, chunk hashes and the root over them.
 
 A hash per chunk instead of one per file lets several threads hash, send and verify a large file
-at once, and names the place of a damage instead of a file of many gigabytes.
+at once, and locates damage to one chunk instead of a file of many gigabytes.
 """
 
 from typing import Annotated, Literal, Self
@@ -17,7 +17,7 @@ MAX_MANIFEST_BYTES = 64 * 2**20  # 8 MiB chunks at 67 bytes a hash: 8 TB of mode
 
 
 def plain_path(path: str) -> str:
-    """Return ``path`` if it is a relative posix path that stays below its folder.
+    """Return ``path`` if it is a relative posix path inside its folder.
 
     Raises:
         ValueError: it is empty or absolute, has a ``.``, ``..`` or empty part, a backslash, or a
@@ -36,7 +36,7 @@ def plain_path(path: str) -> str:
 
 
 class FileEntry(Frozen):
-    """One file of an artifact: where it lies, its size, and the hash of each chunk in order."""
+    """One file of an artifact: its path, its size, and the hash of each chunk in order."""
 
     path: Annotated[str, AfterValidator(plain_path)]
     bytes: int = Field(ge=0)
@@ -44,7 +44,7 @@ class FileEntry(Frozen):
 
 
 class StoreManifest(Frozen):
-    """The files of an artifact, sorted by path. ``root`` is its name: a digest over the rest."""
+    """The files of an artifact, sorted by path. ``root``, its name, is a digest of the rest."""
 
     schema_version: Literal[1] = 1
     chunk_bytes: int = Field(CHUNK_BYTES, ge=1, le=MAX_CHUNK_BYTES)
@@ -53,7 +53,7 @@ class StoreManifest(Frozen):
 
     @classmethod
     def of(cls, files: tuple[FileEntry, ...]) -> Self:
-        """The manifest of these files, cut into chunks of ``CHUNK_BYTES``."""
+        """Build the manifest of these files, split into chunks of ``CHUNK_BYTES``."""
         return cls(files=files, chunk_bytes=CHUNK_BYTES, root=root_of(files, CHUNK_BYTES))
 
     @property
@@ -83,7 +83,7 @@ class StoreManifest(Frozen):
 
 
 def root_of(files: tuple[FileEntry, ...], chunk_bytes: int) -> str:
-    """The name of an artifact: SHA-256 over its files, their chunk hashes and the chunk size."""
+    """Compute an artifact's name: SHA-256 over its files, their chunk hashes and the chunk size."""
     return digest({"chunk_bytes": chunk_bytes, "files": files})
 
 

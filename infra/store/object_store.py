@@ -7,7 +7,7 @@
     <root>/<key>                              small records: the ledger, reports
 
 ``manifest.py`` defines the manifest, ``chunks.py`` reads and hashes files, ``place.py`` is the
-protocol of a place for keys, ``folder.py`` and ``s3.py`` are its two implementations.
+protocol of a place that stores keys, ``folder.py`` and ``s3.py`` are its two implementations.
 """
 
 import re
@@ -56,12 +56,12 @@ _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
 class Store:
-    """Artifacts by content and small records by key, below one root.
+    """Stores artifacts by content and small records by key, below one root.
 
     Args:
-        root: a folder, ``file:///folder`` or ``s3://bucket/prefix``. Nothing is contacted or
-            created until something is read or written.
-        setting: where ``root`` came from, for the message.
+        root: a folder, ``file:///folder`` or ``s3://bucket/prefix``. No connection or folder is
+            created before the first read or write.
+        setting: the source of ``root``, for the error message.
 
     Raises:
         SettingRefused: ``root`` is none of these.
@@ -75,10 +75,10 @@ class Store:
         self.root = self._place.uri
 
     def put(self, folder: Path) -> Artifact:
-        """Store every regular file below ``folder``, unless the same content is there already.
+        """Store every regular file below ``folder``, unless the store has the same content.
 
         Returns:
-            The artifact, named by its content.
+            The artifact, identified by its content.
 
         Raises:
             StoreRefused: the folder is missing or empty, or holds a symlink or a device.
@@ -91,19 +91,18 @@ class Store:
         for entry in manifest.files:
             key = f"{home}/files/{entry.path}"
             self._place.upload(key, entry.bytes, checked_chunks(folder, entry))
-        # Losing to somebody who stored the same content is as good as winning.
+        # If another writer has stored the same content, the result is the same.
         with suppress(AlreadyThere):
             self._place.create(f"{home}/manifest.json", manifest.model_dump_json().encode())
         return self._named(manifest)
 
     def take(self, folder: Path, manifest: StoreManifest) -> Artifact:
-        """Store files that were hashed while they were written, as ``Draft.seal`` left them.
+        """Store files that were hashed while they were written, as ``Draft.seal`` returns them.
 
-        Where the store lies on the same disk they are moved instead of copied; ``folder`` is
-        used up.
+        If the store is on the same disk, they are moved instead of copied; ``folder`` is emptied.
 
         Raises:
-            ConcurrentChange: a file is not what its hashes say. Nothing was stored.
+            ConcurrentChange: a file does not match its hashes. Nothing was stored.
         """
         if found := self.find(manifest.root):
             return found
@@ -117,17 +116,17 @@ class Store:
         return self._named(manifest)
 
     def find(self, sha256: str) -> Artifact | None:
-        """The artifact of this name, or None if it does not exist (or is not complete)."""
+        """Return the artifact of this name; None if it does not exist or is incomplete."""
         try:
             return self._named(self._manifest(sha256))
         except ArtifactMissing:
             return None
 
     def artifact(self, uri: str) -> Artifact:
-        """The artifact of this store that a URI names.
+        """Return the artifact of this store that a URI refers to.
 
-        Only the hash counts, whatever root the URI begins with: a store may have been moved, and
-        contents are verified against the hash. Nothing outside this store is read.
+        Only the hash is used, not the root in the URI: a store may have been moved, and contents
+        are verified against the hash. Nothing outside this store is read.
 
         Raises:
             ArtifactMissing: there is no complete artifact under this name.
@@ -144,27 +143,27 @@ class Store:
             ) from fault
 
     def uri_of(self, artifact: Artifact) -> str:
-        """The whole URI of an artifact in this store, for people and other programs."""
+        """Return the full URI of an artifact in this store, for people and other programs."""
         return f"{self.root}/artifacts/{artifact.sha256}"
 
     def reference(self, artifact: Artifact) -> str:
-        """What to write down outside the store: a whole URI only if it names a bucket.
+        """Return the reference to record outside the store: a full URI only for a bucket.
 
-        A folder may be moved, or mounted elsewhere, with all that refers to it.
+        A folder may be moved or mounted elsewhere, together with the records that refer to it.
         """
         return artifact.uri if self.folder is not None else self.uri_of(artifact)
 
     @property
     def folder(self) -> Path | None:
-        """The folder of this store, if it is on this machine."""
+        """Return the folder of this store, if it is on this machine."""
         return self._place.in_place("")
 
     def manifest(self, artifact: Artifact) -> StoreManifest:
-        """The files of an artifact, verified against its name.
+        """Read the manifest of an artifact, verified against its name.
 
         Raises:
-            ArtifactMissing: it has no manifest, so for us it does not exist.
-            ArtifactDamaged: the manifest is not the one this name was made from.
+            ArtifactMissing: it has no manifest, so it does not exist.
+            ArtifactDamaged: the manifest does not match the artifact's name.
         """
         if _name_in(artifact.uri) != artifact.sha256:
             raise ArtifactDamaged("artifact_names_differ", uri=artifact.uri, sha256=artifact.sha256)
@@ -187,7 +186,7 @@ class Store:
 
         Raises:
             ArtifactMissing, ArtifactDamaged: as ``manifest``; also a file or chunk is damaged.
-            StoreRefused: ``into`` holds something already.
+            StoreRefused: ``into`` is not empty.
         """
         must_be_free(into)
         manifest = self.manifest(artifact)
@@ -201,10 +200,10 @@ class Store:
         return into
 
     def local(self, artifact: Artifact, cache: Path) -> Path:
-        """A verified folder on this machine to memory-map; treat it as read-only.
+        """Return a verified local folder to memory-map; treat it as read-only.
 
-        For a folder store that is where the files lie, for S3 a copy at ``cache/<sha256>``,
-        verified again each time and fetched anew if it was damaged.
+        For a folder store that is the folder of the files; for S3 it is a copy at
+        ``cache/<sha256>``, verified on every call and fetched again if it is damaged.
         """
         manifest = self.manifest(artifact)
         place = self._place.in_place(self._files_of(artifact))
@@ -220,11 +219,11 @@ class Store:
                 return self.get(artifact, kept)
             except Refused:
                 if not kept.exists():
-                    raise  # otherwise somebody else put the copy there meanwhile: look at it
+                    raise  # otherwise another process created the copy: verify it
         raise ConcurrentChange("cache_changing", path=str(kept))
 
     def file(self, artifact: Artifact, path: str) -> bytes:
-        """One small file of an artifact, its own chunks verified; at most a manifest's size.
+        """Read one small file of an artifact, with its chunks verified; at most a manifest's size.
 
         Raises:
             ArtifactMissing, ArtifactDamaged: as ``manifest``; also there is no such file in it.
@@ -236,10 +235,10 @@ class Store:
         return b"".join(self._chunks(artifact, manifest.model_copy(update={"files": (entry,)})))
 
     def chunks(self, artifact: Artifact, path: str) -> Iterator[bytes]:
-        """One file of an artifact in order and piece by piece, each piece verified.
+        """Yield the chunks of one file of an artifact in order, each verified.
 
         Raises:
-            ArtifactMissing, ArtifactDamaged: as ``file``, whatever the size.
+            ArtifactMissing, ArtifactDamaged: as ``file``, for any size.
         """
         manifest = self.manifest(artifact)
         entry = _entry(artifact, manifest, path)
@@ -249,12 +248,12 @@ class Store:
         """Write a small record unless its key exists; atomic with its content.
 
         Raises:
-            AlreadyThere: the key exists, also if somebody else won by a moment.
+            AlreadyThere: the key exists, also if another process has just created it.
         """
         self._place.create(_record_key(key, body), body)
 
     def read(self, key: str) -> bytes:
-        """A small record (up to 16 MiB).
+        """Read a small record (up to 16 MiB).
 
         Raises:
             ArtifactMissing: there is no such key.
@@ -262,24 +261,24 @@ class Store:
         return self._whole(_checked_key(key), MAX_RECORD_BYTES)
 
     def write(self, key: str, body: bytes) -> None:
-        """Write a small record, replacing what the key held; readers see the old or the new."""
+        """Write or replace a small record; readers receive the old one or the new one."""
         self._place.write(_record_key(key, body), body)
 
     def keys(self, prefix: str) -> tuple[str, ...]:
-        """Every key that begins with ``prefix``, relative to the root, sorted."""
+        """List every key that begins with ``prefix``, relative to the root, sorted."""
         return tuple(sorted(self.sizes(prefix)))
 
     def sizes(self, prefix: str) -> dict[str, int]:
-        """The same with the size of each in bytes, in no order."""
+        """Return the keys of ``keys`` with their sizes in bytes, unsorted."""
         if prefix:
             _checked_key(prefix.rstrip("/"))
         return self._place.sizes(prefix)
 
     def checked(self, read: Callable[[], Checked]) -> Checked:
-        """Read something that is verified; once more if a bucket's answer is not what was written.
+        """Read verified content; retry once if a bucket's response does not verify.
 
-        A byte that changed on the way is not damage in the store. What is damaged there is damaged
-        in the second answer as well.
+        A byte that changed in transit is not damage in the store. Content that is damaged in the
+        store fails the second read too.
 
         Args:
             read: reads and verifies; raises ``ArtifactDamaged``.
@@ -292,11 +291,11 @@ class Store:
         return read()
 
     def upload(self, key: str, size: int, chunks: Iterable[bytes]) -> None:
-        """Write a file of any size under a key; if ``chunks`` raises, the key is as it was."""
+        """Write a file of any size to a key; if ``chunks`` raises, the key is unchanged."""
         self._place.upload(_record_key(key, b""), size, chunks)
 
     def holds(self, key: str, entry: FileEntry, chunk_bytes: int = CHUNK_BYTES) -> bool:
-        """Whether a key holds exactly the bytes of this file; reads all of it."""
+        """Return whether a key has exactly the bytes of this file; reads all of them."""
         if self._place.sizes(_checked_key(key)).get(key) != entry.bytes:
             return False
         return all(
@@ -364,7 +363,7 @@ class Store:
     def _check_sizes(
         self, artifact: Artifact, manifest: StoreManifest, *, extra_refused: bool = False
     ) -> None:
-        """One listing finds missing, cut and lengthened files before any byte is read."""
+        """Find files of a wrong size, or missing, by one listing before any byte is read."""
         below = self._files_of(artifact) + "/"
         sizes = self._place.sizes(below)
         for entry in manifest.files:
@@ -387,7 +386,7 @@ class Store:
             )
 
     def _chunks(self, artifact: Artifact, manifest: StoreManifest) -> Iterator[bytes]:
-        """All chunks of all files in order, each verified."""
+        """Yield all chunks of all files in order, each verified."""
         below, step = self._files_of(artifact), manifest.chunk_bytes
 
         def read(place: tuple[FileEntry, int]) -> bytes:
@@ -442,7 +441,7 @@ def _record_key(key: str, body: bytes) -> str:
 
 
 def _is_intact(folder: Path, manifest: StoreManifest) -> bool:
-    """Whether a cached copy is complete and unchanged; any trouble reading it means no."""
+    """Return whether a cached copy is complete and unchanged; False if it cannot be read."""
     try:
         return hashed(folder, regular_files(folder), manifest.chunk_bytes) == manifest.files
     except (Refused, InfraError):

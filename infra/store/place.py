@@ -1,4 +1,4 @@
-"""Where the keys of a store can lie: what such a place does, and which one a root names."""
+"""The protocol of a place that stores keys, and the place that a root refers to."""
 
 import os
 import re
@@ -18,38 +18,38 @@ _BUCKET = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{1,61}[A-Za-z0-9]")
 
 
 class Place(Protocol):
-    """Where keys lie. Errors are ours, and no key is ever visible half-written."""
+    """Stores keys. It raises errors of ``infra`` only, and never exposes a partly written key."""
 
     uri: str
 
     def in_place(self, key: str) -> Path | None:
-        """The local path of a key prefix, if this place is a local folder."""
+        """Return the local path of a key prefix, if this place is a local folder."""
 
     def sizes(self, prefix: str) -> dict[str, int]:
-        """Every key that begins with ``prefix``, with its size in bytes."""
+        """Return every key that begins with ``prefix``, with its size in bytes."""
 
     def read(self, key: str, start: int, stop: int) -> bytes:
-        """Bytes ``start`` to ``stop``; fewer if it ends before. ``ArtifactMissing``."""
+        """Read bytes ``start`` to ``stop``, or to the end; raises ``ArtifactMissing``."""
 
     def create(self, key: str, body: bytes) -> None:
-        """Write a new key, atomic with its content. ``AlreadyThere``."""
+        """Write a new key, atomic with its content; raises ``AlreadyThere``."""
 
     def write(self, key: str, body: bytes) -> None:
-        """Write a key, replacing what it held."""
+        """Write a key, replacing its content."""
 
     def move(self, file: Path, key: str) -> bool:
-        """Put a file of this machine under a key without copying it; False if that cannot be."""
+        """Move a local file to a key without copying it; returns False if that is impossible."""
 
     def upload(self, key: str, size: int, chunks: Iterable[bytes]) -> None:
-        """Write a large file; if ``chunks`` raises, the key is as it was before."""
+        """Write a large file; if ``chunks`` raises, the key is unchanged."""
 
 
 def place_of(root: str, setting: str) -> Place:
-    """The place a folder, ``file:///folder`` or ``s3://bucket/prefix`` names.
+    """Return the place of a folder, ``file:///folder`` or ``s3://bucket/prefix``.
 
     Args:
-        root: what was set.
-        setting: by which variable or option, for the message.
+        root: the configured root.
+        setting: the variable or option that set it, for the error message.
 
     Raises:
         SettingRefused: ``root`` is none of these.

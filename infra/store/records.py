@@ -1,8 +1,8 @@
-"""Records that say of themselves whether they are what was written.
+"""Small JSON records with a seal, so that a reader detects damage.
 
 A record is one JSON object. Its last line, the seal, is the SHA-256 of all bytes before that
-line, as in a bundle's ``model.json``. A seal finds damage; it does not sign. So a record holds
-references only, and its reader compares what it refers to with what the record's key says.
+line, as in a bundle's ``model.json``. A seal detects damage; it is not a signature. So a record
+contains references only, and its reader compares the referenced content with the record's key.
 """
 
 import hashlib
@@ -19,7 +19,7 @@ SEAL = "seal"
 
 
 def seal_record(fields: Mapping[str, Any]) -> bytes:
-    """A record's bytes, with its seal.
+    """Encode a record with its seal.
 
     Args:
         fields: plain values; at least one.
@@ -29,23 +29,23 @@ def seal_record(fields: Mapping[str, Any]) -> bytes:
 
 
 def is_sealed(body: bytes) -> bool:
-    """Whether the last line of a record is the seal over everything before it."""
+    """Return whether the last line of a record is the seal over all bytes before it."""
     size = len(_seal_line(b""))
     return body[-size:] == _seal_line(body[:-size])
 
 
 def read_record(store: Store, key: str) -> tuple[dict[str, Any], bool]:
-    """The fields of a record, and whether its seal was verified.
+    """Read the fields of a record, and whether its seal was verified.
 
     Records of version 0.1.0 have no seal. A caller that accepts them compares their fields.
 
     Raises:
         ArtifactMissing: there is no such record.
-        RecordRefused: it is damaged: no plain file, too large, or not one plain JSON object.
+        RecordRefused: it is damaged: not a plain file, too large, or not one plain JSON object.
     """
     body = store.read(key)
     if store.folder is None and not is_sealed(body):
-        body = store.read(key)  # a byte may have changed on the way from a bucket
+        body = store.read(key)  # a byte may have changed in transit from a bucket
     try:
         fields = decode(body, Path(key))
     except BundleRefused as fault:

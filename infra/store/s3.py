@@ -1,7 +1,7 @@
 """The object store in an S3 bucket, over s3fs. Endpoint and credentials are the AWS_* variables.
 
 s3fs is used as a client (its retries, sessions and credentials), not through its file objects:
-those commit a half-written file when their block is left by an exception, and cache listings.
+those commit a partly written file when an exception leaves their block, and they cache listings.
 """
 
 import logging
@@ -31,7 +31,7 @@ Result = TypeVar("Result")
 
 MAX_PARTS = 9_000  # S3 allows 10,000
 
-# A store that is down must say so within seconds; tasks retry on top of this.
+# An outage must be reported within seconds; tasks retry in addition.
 CONNECT_SECONDS = 3
 READ_SECONDS = 20
 ATTEMPTS = 3
@@ -43,7 +43,7 @@ _PASSING = {
     "BadDigest",
     "ConditionalRequestConflict",
     "IncompleteBody",
-    "NoSuchUpload",  # ours was ended by an answer that was lost, or its name was damaged on the way
+    "NoSuchUpload",  # ours completed but the response was lost, or its name was damaged
     "OperationAborted",
     "RequestTimeout",
     "SlowDown",
@@ -64,11 +64,11 @@ class Bucket:
         self.uri = f"s3://{bucket}/{prefix}".rstrip("/")
 
     def in_place(self, key: str) -> Path | None:  # noqa: ARG002
-        """Nothing of a bucket lies on this machine."""
+        """Return None: a bucket has no local folder."""
         return None
 
     def sizes(self, prefix: str) -> dict[str, int]:
-        """Every key that begins with ``prefix``, with its size in bytes."""
+        """Return every key that begins with ``prefix``, with its size in bytes."""
         found: dict[str, int] = {}
         more: dict[str, str] = {}
         while True:
@@ -81,7 +81,7 @@ class Bucket:
             more = {"ContinuationToken": page["NextContinuationToken"]}
 
     def read(self, key: str, start: int, stop: int) -> bytes:
-        """Bytes ``start`` to ``stop``; fewer if the object ends before."""
+        """Read bytes ``start`` to ``stop``; fewer if the object ends earlier."""
         from fsspec.asyn import sync
 
         def send() -> bytes:
@@ -100,7 +100,7 @@ class Bucket:
             try:
                 self._call("put_object", key, Key=self._prefix + key, Body=body, IfNoneMatch="*")
             except StoreOutage as fault:
-                # S3 answers so while another create of the key is under way, and asks to retry.
+                # S3 returns this during another create of the key; the client should retry.
                 if fault.code != "create_conflict" or attempt + 1 == ATTEMPTS:
                     raise
                 time.sleep(0.1 * 2**attempt)
@@ -108,15 +108,15 @@ class Bucket:
                 return
 
     def write(self, key: str, body: bytes) -> None:
-        """Write a key, replacing what it held."""
+        """Write a key, replacing its content."""
         self._call("put_object", key, Key=self._prefix + key, Body=body)
 
     def move(self, file: Path, key: str) -> bool:  # noqa: ARG002
-        """A file of this machine cannot be moved into a bucket."""
+        """Return False: a local file cannot be moved into a bucket."""
         return False
 
     def upload(self, key: str, size: int, chunks: Iterable[bytes]) -> None:
-        """Write a large object; if ``chunks`` raises, the key is as it was before."""
+        """Write a large object; if ``chunks`` raises, the key is unchanged."""
         per_part = max(1, -(-size // (CHUNK_BYTES * MAX_PARTS)))
         if size <= per_part * CHUNK_BYTES:
             self.write(key, b"".join(chunks))
@@ -133,7 +133,7 @@ class Bucket:
             parts = list(in_order(send, enumerate(_grouped(chunks, per_part), start=1)))
             self._call("complete_multipart_upload", key, MultipartUpload={"Parts": parts}, **where)
         except BaseException:
-            # Parts of an open upload are invisible but paid for.
+            # Parts of an open upload are invisible but are billed.
             try:
                 self._call("abort_multipart_upload", key, **where)
             except (InfraError, Refused) as fault:
@@ -154,7 +154,7 @@ class Bucket:
     def _with_retries(
         self, send: Callable[[], Result], name: str, is_retried: Callable[[BaseException], bool]
     ) -> Result:
-        """The answer to a request, made again after faults that botocore does not repeat."""
+        """Send a request, and retry it after faults that botocore does not retry."""
         tried = 0
         while True:
             tried += 1
@@ -178,10 +178,10 @@ class Bucket:
             body.close()
 
     def _translate(self, fault: BaseException, name: str) -> Refused | InfraError:
-        """What an answer of the store, or its absence, means; the class says if retrying helps.
+        """Translate an error response or a missing one; the class shows whether a retry helps.
 
-        The store's own words are left out: some servers repeat the request in them, and a
-        request carries an access key. For the same reason its exception is no cause of ours.
+        The store's message is omitted: some servers quote the request in it, and a request contains
+        an access key. For the same reason its exception is not the cause of ours.
         """
         code, status = _code_and_status(fault)
         at = f"{self.uri}/{name}"
@@ -189,7 +189,7 @@ class Bucket:
             return AlreadyThere("key_exists", place=at)
         if code == "NoSuchBucket":
             return SettingRefused("bucket_missing", bucket=self._bucket)
-        if code == "NoSuchKey":  # a bare 404 comes from something that is no S3 server
+        if code == "NoSuchKey":  # a 404 without a code is from a server that is not S3
             return ArtifactMissing("file_missing", path=at)
         if code == "ConditionalRequestConflict":
             return StoreOutage("create_conflict", place=at)
@@ -211,16 +211,16 @@ class Bucket:
 
 @lru_cache(maxsize=1)
 def _client(environment: tuple[tuple[str, str], ...], process: int, period: float) -> Any:  # noqa: ARG001
-    """The client of all stores of this process, as long as its environment stays as it is.
+    """Return the client of all stores of this process, for an unchanged environment.
 
-    A new one takes tens of milliseconds and a connection of its own, and a flow opens its store
+    A new client takes tens of milliseconds and a new connection, and a flow opens its store
     hundreds of times.
     """
     import s3fs
 
     files = s3fs.S3FileSystem(
         anon=False,
-        skip_instance_cache=True,  # its cache does not know the AWS_* variables
+        skip_instance_cache=True,  # the cache key of s3fs does not contain the AWS_* variables
         use_listings_cache=False,
         config_kwargs={
             "connect_timeout": CONNECT_SECONDS,
@@ -228,7 +228,7 @@ def _client(environment: tuple[tuple[str, str], ...], process: int, period: floa
             "retries": {"mode": "standard", "total_max_attempts": ATTEMPTS},
         },
     )
-    files.retries = 1  # botocore retries already; the product of both would be minutes
+    files.retries = 1  # botocore already retries; the product of both would be minutes
     return files
 
 
@@ -244,7 +244,7 @@ def _grouped(chunks: Iterable[bytes], count: int) -> Iterator[bytes]:
 
 
 def _foreign() -> tuple[type[Exception], ...]:
-    """What s3fs and the libraries below it raise. Anything else is a fault of ours."""
+    """Return the exception classes of s3fs and its libraries; any other is a fault of ours."""
     from aiohttp import ClientError as HttpError
     from botocore.exceptions import BotoCoreError, ClientError
     from botocore.parsers import ResponseParserError
@@ -254,7 +254,7 @@ def _foreign() -> tuple[type[Exception], ...]:
 
 
 def _is_silence(fault: BaseException) -> bool:
-    """Whether no (whole) answer came back, as opposed to a request that could not be made."""
+    """Return whether a request was sent but received no complete response."""
     from aiohttp import ClientError as HttpError
     from botocore.exceptions import ConnectionError as Unconnected
     from botocore.exceptions import HTTPClientError
@@ -263,13 +263,13 @@ def _is_silence(fault: BaseException) -> bool:
 
 
 def _is_unreadable(fault: BaseException) -> bool:
-    """Whether an answer came and could not be parsed, as opposed to an address without meaning."""
+    """Return whether a response could not be parsed, as opposed to an invalid address."""
     frames = traceback.walk_tb(fault.__traceback__)
     return any(frame.f_globals.get("__name__") in _PARSERS for frame, _ in frames)
 
 
 def _response(fault: BaseException | None) -> Mapping[str, Any]:
-    """The store's answer as botocore read it; empty if there was none."""
+    """Return the store's response as botocore parsed it; empty if there was none."""
     from botocore.exceptions import ClientError
 
     while fault is not None:
@@ -281,25 +281,25 @@ def _response(fault: BaseException | None) -> Mapping[str, Any]:
 
 
 def _code_and_status(fault: BaseException) -> tuple[str, int]:
-    """Error code and HTTP status of the store's answer; ``("", 0)`` if there was none."""
+    """Return error code and HTTP status of the response; ``("", 0)`` if there was none."""
     found = _response(fault)
     status = found.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
     return str(found.get("Error", {}).get("Code", "")), int(status)
 
 
 def _is_from_s3(fault: BaseException) -> bool:
-    """Whether a server that numbers its answers as S3 does gave the answer.
+    """Return whether the response is from a server that numbers its responses as S3 does.
 
-    Its 404 has one of few codes; with another one its text was damaged on the way.
+    Its 404 has one of few codes; with any other code the text was damaged in transit.
     """
     headers = _response(fault).get("ResponseMetadata", {}).get("HTTPHeaders", {})
     return "x-amz-request-id" in headers
 
 
 def _is_strange(fault: BaseException) -> bool:
-    """Whether a refusal has an unknown code, so that it may have been damaged on the way.
+    """Return whether an error has an unknown code, so it may have been damaged in transit.
 
-    botocore does not repeat such a request. A server that is no S3 store answers the same again.
+    botocore does not retry such a request. A server that is not S3 repeats its response.
     """
     code, status = _code_and_status(fault)
     known = code in _PASSING | _MISSING | _CREDENTIALS or status in _BY_STATUS
@@ -307,7 +307,7 @@ def _is_strange(fault: BaseException) -> bool:
 
 
 def _broke_off(fault: BaseException) -> bool:
-    """Whether the answer began but its body ended early, which botocore does not retry."""
+    """Return whether the response body ended early, which botocore does not retry."""
     from aiohttp import ClientPayloadError
     from botocore.exceptions import IncompleteReadError, ResponseStreamingError
 

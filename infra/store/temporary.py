@@ -1,12 +1,12 @@
-"""Temporary files and folders that name their owner, so that those of killed runs are collected.
+"""Temporary files and folders named after their process, so those of killed runs are removed.
 
 A name ends in ``.<machine>-<pid>-<start>-<random>.<ending>``. ``machine`` identifies one boot of
-one host and one PID namespace, so a process of another container or of another host on a shared
-file system is never taken for a dead one of this host. ``start`` is when the process started, so
-a later process with the same PID is not taken for the owner.
+one host and one PID namespace, so a process of another container or host on a shared file system is
+never mistaken for a dead one of this host. ``start`` is the start time of the process, so a later
+process with the same PID is not mistaken for the owner.
 
-``collect`` removes what a dead process of this machine left at once, and what another machine or
-an earlier version left after ``MAX_AGE_SECONDS``.
+``collect`` removes files of a dead process of this machine immediately, and files of another
+machine or an earlier version after ``MAX_AGE_SECONDS``.
 """
 
 import hashlib
@@ -34,18 +34,18 @@ MAX_STEM_BYTES = 120
 
 _OWNED = re.compile(r".*\.(?P<machine>[0-9a-f]{12})-(?P<pid>\d+)-(?P<start>\d+)-[0-9a-f]{8}\.\w+")
 
-# Names of version 0.1.0, which do not name their owner.
+# Names of version 0.1.0, which do not contain their owner.
 EARLIER_SIBLINGS = re.compile(r"\..+\.[0-9a-f]{32}\.(part|damaged)")
 EARLIER_KEYS = re.compile(r"[0-9a-f]{32}")
 _EARLIER_SCRATCH = re.compile(r"recpress-(pack|items|demo)-[a-z0-9_]{8}")
 
 
 def owned_name(stem: str, ending: str) -> str:
-    """A unique file name that names this process as the owner.
+    """Return a unique file name that identifies this process as the owner.
 
     Args:
-        stem: how the name begins; shortened to what every file system can hold.
-        ending: what the file is, such as ``part``; letters only.
+        stem: the beginning of the name; shortened to what every file system can store.
+        ending: the kind of file, such as ``part``; letters only.
     """
     short = stem.encode()[:MAX_STEM_BYTES].decode(errors="ignore")
     owner = f"{_machine()}-{os.getpid()}-{_start(os.getpid())}"
@@ -53,17 +53,17 @@ def owned_name(stem: str, ending: str) -> str:
 
 
 def collect(folder: Path, earlier: re.Pattern[str]) -> int:
-    """Remove the temporary files and folders that killed runs left directly in ``folder``.
+    """Remove temporary files and folders of killed runs directly in ``folder``.
 
-    Other names are never touched. What cannot be removed stays, since this is no part of what the
-    caller was asked to do.
+    Files with other names are never removed. A file that cannot be removed is skipped, since the
+    caller's work does not depend on it.
 
     Args:
-        folder: whose entries are looked at; not those of its folders.
-        earlier: what an earlier version called its temporary files there.
+        folder: the folder to search, without its subfolders.
+        earlier: names of an earlier version's temporary files.
 
     Returns:
-        How many were removed.
+        Number of removed files and folders.
     """
     try:
         with os.scandir(folder) as entries:
@@ -84,10 +84,10 @@ def collect(folder: Path, earlier: re.Pattern[str]) -> int:
 
 @contextmanager
 def scratch_folder(purpose: str) -> Iterator[Path]:
-    """An empty folder for intermediate files, removed at the end or by a later run.
+    """Yield an empty folder for intermediate files, removed at the end or by a later run.
 
     Args:
-        purpose: for people who look at the name.
+        purpose: part of the name, for people.
 
     Raises:
         SettingRefused, StoreUnavailable: there is no usable temporary folder.
@@ -110,7 +110,7 @@ def scratch_folder(purpose: str) -> Iterator[Path]:
 
 @contextmanager
 def folder_next_to(into: Path) -> Iterator[Path]:
-    """A temporary folder on the disk of ``into``, to be renamed to it; otherwise removed.
+    """Yield a temporary folder on the disk of ``into``, to be renamed to it; else removed.
 
     Raises:
         SettingRefused, StoreUnavailable: it cannot be created.
@@ -134,7 +134,7 @@ def folder_next_to(into: Path) -> Iterator[Path]:
 
 
 def drop_folder(folder: Path) -> None:
-    """Remove a folder: renamed first, so that no reader sees it half-removed.
+    """Remove a folder, renamed first so that no reader finds it partly removed.
 
     Raises:
         SettingRefused, StoreUnavailable: it cannot be renamed.
@@ -150,7 +150,7 @@ def drop_folder(folder: Path) -> None:
 
 
 def last_change(path: Path) -> float:
-    """When a file, or anything in a folder, was last changed, in seconds of the epoch.
+    """Return the last change of a file, or of any file in a folder, in seconds of the epoch.
 
     Raises:
         OSError: it cannot be read.
@@ -165,7 +165,7 @@ def last_change(path: Path) -> float:
 
 
 def is_old(path: Path) -> bool:
-    """Whether nothing in a path changed for ``MAX_AGE_SECONDS``; False if that is not known."""
+    """Return whether a path is unchanged for ``MAX_AGE_SECONDS``; False if unknown."""
     try:
         return last_change(path) < time.time() - MAX_AGE_SECONDS
     except OSError:
@@ -188,15 +188,15 @@ def _is_running(pid: int, start: int) -> bool:
     except (ProcessLookupError, OverflowError):
         return False
     except PermissionError:
-        pass  # it belongs to another user
-    # 0: not known, because /proc hides it or is not there. It counts as running.
+        pass  # the process belongs to another user
+    # 0: unknown, because /proc hides it or does not exist. It counts as running.
     return _start(pid) in {0, start}
 
 
 def _start(pid: int) -> int:
-    """When a process started, in clock ticks since boot; -1 for a zombie, 0 if not known."""
+    """Return a process's start in clock ticks since boot; -1 for a zombie, 0 if unknown."""
     try:
-        # The name in brackets may hold spaces and brackets.
+        # The name in brackets may contain spaces and brackets.
         fields = Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()
     except OSError:
         return 0
@@ -205,7 +205,7 @@ def _start(pid: int) -> int:
 
 @cache
 def _machine() -> str:
-    """Twelve hex digits for this boot of this host and this PID namespace."""
+    """Return twelve hex digits that identify this boot, host and PID namespace."""
     parts = [os.uname().nodename]
     with suppress(OSError):
         parts = [Path("/proc/sys/kernel/random/boot_id").read_text().strip()]
