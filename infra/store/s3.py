@@ -254,7 +254,7 @@ def _foreign() -> tuple[type[Exception], ...]:
 
 
 def _is_silence(fault: BaseException) -> bool:
-    """Return whether a request was sent but received no complete response."""
+    """Return whether a request received no complete response; False for an invalid request."""
     from aiohttp import ClientError as HttpError
     from botocore.exceptions import ConnectionError as Unconnected
     from botocore.exceptions import HTTPClientError

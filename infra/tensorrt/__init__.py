@@ -1,6 +1,6 @@
-"""Engines of TensorRT and TensorRT-RTX.
+"""Build engines with TensorRT and TensorRT-RTX.
 
 build.py    the child process that builds an engine; the only file that calls TensorRT
-audit.py    what an engine must prove
-engines.py  engines, built and audited
+audit.py    the audit that an engine must pass
+engines.py  builds and audits engines in that process
 """

@@ -1,14 +1,14 @@
-"""What a TensorRT engine must prove before it is accepted; needs no GPU and no TensorRT.
+"""The audit a TensorRT engine must pass before it is accepted; needs no GPU or TensorRT.
 
-*Weights.* The builder logs the bytes of weights the engine holds. If they exceed what the plan
-packed, something was widened: a table, a scale, a dense layer.
+*Weights.* The builder logs the bytes of the engine's weights. If they exceed the plan's packed
+bytes, a table, a scale or a dense layer was widened.
 
-*Sparsity.* Whether layers with 2:4 zeros run on sparse kernels is the builder's choice, by time.
-Its log says it, and where none does the order is told that it did not pay.
+*Sparsity.* The builder chooses by time whether layers with 2:4 zeros run on sparse kernels. Its log
+contains the choice; if no layer uses sparse kernels, the result reports that they are not faster.
 
-*Scratch.* A table that is widened before its Gather is written, whole, into scratch memory at
-every call. So scratch memory that is smaller than one fp16 copy of the table proves it is not.
-A twin of the graph with half the rows is built as well: its scratch must be the same.
+*Scratch.* A table that is widened before its Gather is written completely into scratch memory at
+every call. So scratch memory smaller than one fp16 copy of the table proves that the table is not
+widened. A twin of the graph with half the rows is also built: its scratch memory must be the same.
 """
 
 import math
@@ -46,7 +46,7 @@ _WIDE_BYTES = 2  # the narrowest type a table can be widened to
 _SCRATCH = re.compile(r"\b(?:Max|Total) Scratch Memory:\s*(\d+)")
 _WEIGHTS = re.compile(r"\bTotal Weights Memory:\s*(\d+)")
 
-# Up to TensorRT 9 names, from 10 on numbers with names behind them in verbose logs.
+# Up to TensorRT 9 names; from 10 on numbers, followed by names in verbose logs.
 _ELIGIBLE = (
     re.compile(r"\(Sparsity\) Layers eligible for sparse math:(?P<names>.*)"),
     re.compile(r"\(Sparsity\) Found (?P<count>\d+) layer\(s\) eligible to use sparse tactics"),
@@ -61,10 +61,10 @@ Scratch = tuple[Literal["flat", "grows", "not checkable"], str, tuple[str, ...]]
 
 
 def log_bytes(messages: Sequence[str], version: str) -> tuple[int, int]:
-    """Scratch and weights bytes of the engine, from the builder's log.
+    """Read scratch and weights bytes of the engine from the builder's log.
 
     Raises:
-        BuildRefused: this version does not log them, so nothing can be audited.
+        BuildRefused: this version does not log them, so no audit is possible.
     """
     found = []
     for name, pattern in (("Max Scratch Memory", _SCRATCH), ("Total Weights Memory", _WEIGHTS)):
@@ -76,10 +76,10 @@ def log_bytes(messages: Sequence[str], version: str) -> tuple[int, int]:
 
 
 def check_weights(weights_bytes: int, packed_bytes: int, constant_bytes: dict[str, int]) -> None:
-    """Refuse an engine that holds more bytes of weights than the plan packed.
+    """Raise if an engine has more bytes of weights than the plan packed.
 
     Raises:
-        BuildRefused: something was widened.
+        BuildRefused: a weight was widened.
     """
     limit = int(packed_bytes * WIDENED) + WIDENED_BYTES
     if weights_bytes > limit:
@@ -96,10 +96,10 @@ def check_weights(weights_bytes: int, packed_bytes: int, constant_bytes: dict[st
 def find_tables(
     model: "onnx.ModelProto", tables: Sequence[TableWeights]
 ) -> dict[str, list["onnx.TensorProto"]]:
-    """The initializers of every table, by module.
+    """Find the initializers of every table, by module.
 
     Raises:
-        BuildRefused: the graph lacks one, or its first dimension does not fit the table's rows.
+        BuildRefused: the graph lacks one, or its first dimension does not match the table's rows.
     """
     stored = {tensor.name: tensor for tensor in model.graph.initializer}
     found: dict[str, list[onnx.TensorProto]] = {}
@@ -121,21 +121,21 @@ def find_tables(
 
 
 def widened_bytes(tensors: Sequence["onnx.TensorProto"]) -> int:
-    """Bytes of one whole fp16 copy of a table: its largest initializer, 2 bytes an element."""
+    """Return the bytes of an fp16 copy of a table: its largest initializer, 2 bytes per element."""
     return max(_elements(tensor) for tensor in tensors) * _WIDE_BYTES
 
 
 def halve(model: "onnx.ModelProto", tables: Sequence[TableWeights]) -> int | None:
     """Cut every table with ``TWIN_ROWS`` rows or more to half its rows, in place.
 
-    External data stays where it is: rows lie one after the other, so only the length changes.
+    External data is not moved: rows are contiguous, so only the length changes.
 
     Returns:
-        Bytes removed from the table that lost least; None if no table is large enough.
+        Bytes removed from the table with the smallest removal; None if no table is large enough.
     """
     large = [table for table in tables if table.rows >= TWIN_ROWS]
     found = find_tables(model, large)
-    # A shared table may be named twice; it is cut once.
+    # A shared table may be listed twice; it is cut once.
     cut: dict[str, int] = {}
     removed = []
     for table in large:
@@ -156,13 +156,14 @@ def judge_scratch(
     removed_bytes: int | None,
     widened: dict[str, int],
 ) -> Scratch:
-    """Say whether scratch memory depends on the rows, why, and for which tables that is proven.
+    """Judge whether scratch memory depends on the rows; returns the reason and proven tables.
 
     Args:
-        scratch_bytes: of the engine.
-        twin_bytes: of the twin with half the rows; None if no table is large enough for one.
-        removed_bytes: what ``halve`` returned.
-        widened: bytes of a whole fp16 copy per table.
+        scratch_bytes: scratch bytes of the engine.
+        twin_bytes: scratch bytes of the twin with half the rows; None if no table is large enough
+            for a twin.
+        removed_bytes: the result of ``halve``.
+        widened: bytes of a complete fp16 copy per table.
     """
     proven = tuple(sorted(name for name, size in widened.items() if size > scratch_bytes))
     if twin_bytes is not None and removed_bytes is not None:
@@ -186,12 +187,12 @@ def judge_scratch(
 
 
 def judge_sparsity(messages: Sequence[str], ordered: int, version: str) -> Sparsity:
-    """What came of layers with 2:4 zeros, by the builder's log: an outcome and its reason.
+    """Judge from the builder's log how layers with 2:4 zeros run: an outcome and its reason.
 
     Args:
         messages: the builder's log.
-        ordered: how many layers have such zeros.
-        version: of TensorRT.
+        ordered: number of layers with such zeros.
+        version: the version of TensorRT.
     """
     if not ordered:
         return None, None
@@ -212,7 +213,7 @@ def judge_sparsity(messages: Sequence[str], ordered: int, version: str) -> Spars
 
 
 def _counted(messages: Sequence[str], patterns: Sequence[re.Pattern[str]]) -> int | None:
-    """How many layers the last such line speaks of: there is one each time tactics are chosen."""
+    """Return the layer count in the last such line: there is one per choice of tactics."""
     found = None
     for text in messages:
         for pattern in patterns:

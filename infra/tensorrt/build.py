@@ -5,9 +5,9 @@ the precision (casts, Q/DQ), never a builder flag; the one flag that is set allo
 TensorRT 10 needs strong types declared when the network is created; 11 and RTX accept the same
 flag.
 
-Variables that hold a TensorRT object are always called builder, network, parser, config, profile,
-layer, tensor or fault and are never chained: a test reads this file and holds every attribute
-against ``infra.tensorrt.engines.NAMES``.
+Variables of TensorRT objects are always called builder, network, parser, config, profile, layer,
+tensor or fault and are never chained: a test parses this file and compares every attribute with
+``infra.tensorrt.engines.NAMES``.
 """
 
 import ctypes
@@ -52,7 +52,7 @@ _CUDA_MAJOR, _CUDA_MINOR = 75, 76  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_*
 
 @dataclass(frozen=True)
 class Built:
-    """An engine in memory, what its builder logged, and what its network was made of."""
+    """An engine in memory, the log of its builder, and the types of its network."""
 
     plan: memoryview
     messages: list[str]
@@ -62,14 +62,14 @@ class Built:
 
 
 class BuildLog:
-    """What TensorRT logged; printed too (stdout is the child's log), except its verbose lines."""
+    """Collects TensorRT's log; also prints it (stdout is the child's log), except verbose lines."""
 
     def __init__(self) -> None:
         self.messages: list[str] = []
         self.errors: list[str] = []
 
     def add(self, severity: str, text: str) -> None:
-        """Take one message."""
+        """Add one message."""
         self.messages.append(text)
         if severity in ("ERROR", "INTERNAL_ERROR"):
             self.errors.append(text)
@@ -78,22 +78,22 @@ class BuildLog:
 
     @property
     def reason(self) -> str:
-        """What went wrong, in TensorRT's words: the first errors name the cause."""
+        """Return TensorRT's first error messages, which name the cause of a failure."""
         return " ".join(self.errors[:3]) or "it gave no reason."
 
 
 def engine_from_onnx(trt: Any, request: BuildRequest, model: bytes | None = None) -> Built:
-    """Build from ``request.onnx``, or from ``model`` with its external data beside that file.
+    """Build from ``request.onnx``, or from ``model`` with its external data next to that file.
 
     Raises:
-        BuildRefused: no builder here, or it does not accept the graph, the profiles or both.
+        BuildRefused: there is no builder, or it does not accept the graph, the profiles or both.
     """
     build_log = BuildLog()
     logger = _logger(trt, build_log)
     version = trt.__version__
     try:
         builder = trt.Builder(logger)
-    except TypeError as fault:  # the factory returned nothing: no driver, no device
+    except TypeError as fault:  # the factory returned None: no driver or no device
         raise BuildRefused("builder_missing", version=version, problem=build_log.reason) from fault
     network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
     parser = trt.OnnxParser(network, logger)
@@ -124,7 +124,7 @@ def engine_from_onnx(trt: Any, request: BuildRequest, model: bytes | None = None
 
 
 def build(job: dict[str, Any]) -> dict[str, Any]:
-    """Build, audit, and only then write the engine.
+    """Build and audit an engine, and write it only if it passes.
 
     Raises:
         BuildRefused: it cannot be built from this graph, or failed its audit.
@@ -187,13 +187,13 @@ def build(job: dict[str, Any]) -> dict[str, Any]:
 
 
 def compute_capability() -> str | None:
-    """That of the first visible CUDA device, such as ``8.9``; None without a driver."""
+    """Return the first visible CUDA device's capability, such as ``8.9``; None without a driver."""
     try:
         cuda = ctypes.CDLL("libcuda.so.1")
     except OSError:
         return None
     device, major, minor = ctypes.c_int(), ctypes.c_int(), ctypes.c_int()
-    failed = (  # every call returns 0 when it worked
+    failed = (  # every call returns 0 on success
         cuda.cuInit(0)
         or cuda.cuDeviceGet(ctypes.byref(device), 0)
         or cuda.cuDeviceGetAttribute(ctypes.byref(major), _CUDA_MAJOR, device)
@@ -217,7 +217,7 @@ def _logger(trt: Any, build_log: BuildLog) -> Any:
 
 
 def _parse_errors(parser: Any) -> str:
-    """Every node the parser refused, and why; the first three in full."""
+    """Format the nodes the parser refused, with reasons; the first three in full."""
     lines = []
     for index in range(parser.num_errors):
         fault = parser.get_error(index)
@@ -228,7 +228,7 @@ def _parse_errors(parser: Any) -> str:
 
 
 def _census(trt: Any, network: Any) -> tuple[dict[str, int], dict[str, int]]:
-    """Layer outputs per type, and bytes of constants per type, of a parsed network."""
+    """Count layer outputs per type, and bytes of constants per type, of a parsed network."""
     outputs: Counter[str] = Counter()
     constants: Counter[str] = Counter()
     for index in range(network.num_layers):
@@ -258,7 +258,7 @@ def _open_inputs(network: Any) -> list[str]:
 
 
 def _fitting(network: Any, profiles: Sequence[Profile]) -> Sequence[Profile]:
-    """The profiles, once they are known to be those the network needs."""
+    """Return the profiles, after checking that they are those the network needs."""
     inputs = _inputs(network)
     named = {shapes.input for shapes in profiles}
     if missing := sorted(set(_open_inputs(network)) - named):

@@ -1,8 +1,8 @@
-"""Engines of TensorRT 10 / 11 and TensorRT-RTX, built and audited in a child process.
+"""Build and audit engines of TensorRT 10 / 11 and TensorRT-RTX in a child process.
 
 Both flavours share one API, and one code path builds both (``infra/tensorrt/build.py``, the only
-file that touches it). What an engine must prove is in ``infra/tensorrt/audit.py``; what was never
-executed is in ``docs/tensorrt.md``.
+file that calls it). The audit is in ``infra/tensorrt/audit.py``; ``docs/tensorrt.md`` lists the
+parts that were never executed.
 """
 
 import importlib
@@ -76,7 +76,7 @@ Tests hold it against the real binding wheels, and the code against it.
 
 
 class Profile(Frozen):
-    """The shapes one graph input may take: smallest, the one to be fastest at, largest."""
+    """The shapes of one graph input: smallest, the one to optimize for, largest."""
 
     input: str
     low: tuple[int, ...]
@@ -94,10 +94,10 @@ class Profile(Frozen):
 
 
 class TableWeights(Frozen):
-    """The ONNX initializers one table became.
+    """The ONNX initializers of one table.
 
-    The first dimension of each is the table's rows, but for those that ``every`` names: there so
-    many rows share one entry, or, with 0, the tensor belongs to the whole table.
+    The first dimension of each is the table's rows, except for those in ``every``: there the given
+    number of rows shares one entry, or, with 0, the tensor belongs to the whole table.
     """
 
     module: str
@@ -106,16 +106,16 @@ class TableWeights(Frozen):
     every: dict[str, int] = Field(default_factory=dict)
 
     def entries(self, name: str, rows: int) -> int | None:
-        """The first dimension of an initializer for so many rows; None if it does not depend."""
+        """Return the first dimension of an initializer; None if it does not depend on rows."""
         every = self.every.get(name, 1)
         return -(-rows // every) if every else None
 
 
 class BuildRequest(Frozen):
-    """What is to be built. ``packed_bytes`` is what the plan says all weights take.
+    """A request to build an engine. ``packed_bytes`` is the plan's bytes of all weights.
 
-    ``sparse_layers`` are dense layers with two zeros among every four inputs: with any of them the
-    builder may take sparse kernels, where it finds them faster.
+    ``sparse_layers`` are dense layers with two zeros among every four inputs: if there are any, the
+    builder may use sparse kernels where it measures them as faster.
     """
 
     target: Target
@@ -129,12 +129,12 @@ class BuildRequest(Frozen):
 
 
 class EngineAudit(Frozen):
-    """What the builder's own log and network say about the engine.
+    """Facts about the engine from the builder's log and network.
 
     ``layer_types`` counts layer outputs per type, ``constant_bytes`` the parsed network's
     constants per type (before the builder folds any). ``tables_checked`` are the tables whose
-    widened copy could not have fitted into the scratch memory. ``sparsity`` says what came of
-    layers with 2:4 zeros; None where there are none.
+    widened copy does not fit into the scratch memory. ``sparsity`` is the outcome for layers with
+    2:4 zeros; None if there are none.
     """
 
     scratch: Literal["flat", "grows", "not checkable"]
@@ -170,7 +170,7 @@ def load(target: str) -> ModuleType:
     """Import the flavour of TensorRT that builds for a target.
 
     Raises:
-        BuildRefused: none of its modules can be imported; names the extra to install.
+        BuildRefused: none of its modules can be imported; contains the extra to install.
     """
     reasons = []
     for name in MODULES[target]:
@@ -182,7 +182,7 @@ def load(target: str) -> ModuleType:
 
 
 def available(target: str) -> str | None:
-    """The version of TensorRT that would build for this target, or None if not importable."""
+    """Return the version of TensorRT for this target, or None if it cannot be imported."""
     try:
         return str(load(target).__version__)
     except BuildRefused:

@@ -1,5 +1,5 @@
-"""Triton model repositories.
+"""Write Triton model repositories.
 
-pbtxt.py       protocol buffers as text
-repository.py  the configuration and files of a served model
+pbtxt.py       writes protocol buffers as text
+repository.py  writes the configuration and files of a served model
 """

@@ -1,8 +1,8 @@
-"""Protocol buffers as text: a writer for what a Triton configuration needs, and no reader.
+"""Write protocol buffers as text, as far as a Triton configuration needs; there is no reader.
 
-A message is a mapping from field names to values, written in its order. The signature is not known
-here: a field that a message does not have is the reader's to refuse, so tests parse what is
-written with the real signature.
+A message is a mapping from field names to values, written in its order. This module has no message
+definitions: the reader must reject unknown fields, so tests parse the text with the real
+definitions.
 """
 
 import math
@@ -16,10 +16,10 @@ _INTEGERS = range(-(2**63), 2**64)
 
 
 class Enum(str):
-    """A name of an enumeration, which is written without quotes.
+    """A value of an enumeration, which is written without quotes.
 
     Raises:
-        ValueError: it is no identifier.
+        ValueError: it is not an identifier.
     """
 
     __slots__ = ()
@@ -29,19 +29,19 @@ class Enum(str):
 
 
 def entries(pairs: Mapping[str, Any]) -> tuple[dict[str, Any], ...]:
-    """A map field: the messages of ``key`` and ``value`` it is written as."""
+    """Convert a map field to its messages of ``key`` and ``value``."""
     return tuple({"key": key, "value": value} for key, value in pairs.items())
 
 
 def written(message: Mapping[str, Any]) -> str:
-    """A message as text, one field a line, nested messages indented.
+    """Format a message as text, one field per line, nested messages indented.
 
     Args:
         message: field name -> ``str``, ``bool``, ``int``, ``float``, ``Enum``, a mapping (a
             nested message), or a list or tuple of one of these (a repeated field).
 
     Raises:
-        ValueError: a field's name is no identifier, a number does not fit into 64 bits, or a
+        ValueError: a field's name is not an identifier, a number does not fit into 64 bits, or a
             text is not valid Unicode.
         TypeError: a value is none of these.
     """
@@ -76,7 +76,7 @@ def _scalar(name: str, value: object) -> str:
         return str(value)
     if isinstance(value, str):
         return _quoted(name, value)
-    if isinstance(value, bool):  # before int, which it is as well
+    if isinstance(value, bool):  # before int, of which it is a subclass
         return "true" if value else "false"
     if isinstance(value, int):
         if value not in _INTEGERS:

@@ -1,17 +1,17 @@
-"""A Triton model repository: the configuration of a served graph, and where its files lie.
+"""A Triton model repository: configuration and files of served graphs.
 
 ::
 
-    <root>/<model>/<version>/...    what the server loads; never changed once it is complete
-    <root>/<model>/config.pbtxt     which version is served; written last
+    <root>/<model>/<version>/...    the files the server loads; never changed once complete
+    <root>/<model>/config.pbtxt     selects the served version; written last
 
-A server in poll mode reads whatever lies there, so the configuration never names a version whose
-files are not complete. Each model has a ``Store`` of its own, rooted at its folder: a store's
-temporary files then lie where the server looks for versions and skips what is no number, not where
-it looks for models.
+A server in poll mode reads the folder at any time, so the configuration never names a version whose
+files are incomplete. Each model has a separate ``Store``, rooted at its folder: the store's
+temporary files are then where the server searches for versions, and it skips names that are not
+numbers. They are not where it searches for models.
 
-Triton's ``tensorrt`` backend loads plans of TensorRT. Engines of TensorRT-RTX are another format
-that no backend of Triton loads: there is no ``Target`` for them here.
+Triton's ``tensorrt`` backend loads plans of TensorRT. No backend of Triton loads engines of
+TensorRT-RTX, which have another format, so there is no ``Target`` for them here.
 """
 
 import re
@@ -43,10 +43,10 @@ _VERSIONS = re.compile(r"versions: \[([0-9]+)\]")
 
 
 class Tensor(Frozen):
-    """An input or output of a graph.
+    """One input or output of a graph.
 
-    ``shape`` leaves out the first dimension. That is the rows of a request, or, where ``longest``
-    is given, all values of all rows end to end, at most so many a row.
+    ``shape`` omits the first dimension, which is the rows of a request or, if ``longest`` is set,
+    all values of all rows concatenated, at most ``longest`` per row.
     """
 
     name: str
@@ -62,11 +62,11 @@ class ServedVersion(Frozen):
         name: the Triton model's name.
         model: the registered model it belongs to.
         version: the registry's version number, which becomes Triton's.
-        order: digest of the order that made it.
-        artifact: what its files are copied from.
+        order: digest of the order that produced it.
+        artifact: the artifact its files are copied from.
         files: path in Triton's version folder -> path in the artifact; the graph or plan is last.
-        batches: smallest batch, the best one, the largest a request may have.
-        threads: threads of one call, where they are known.
+        batches: smallest, optimal and largest batch of a request.
+        threads: threads of one call, if known.
         capability: the compute capability a plan was built for.
     """
 
@@ -100,21 +100,21 @@ class ServedVersion(Frozen):
 
     @property
     def graph(self) -> str:
-        """The file Triton is told to load."""
+        """The name of the file that Triton loads."""
         return list(self.files)[-1]
 
     @property
     def batched(self) -> bool:
-        """Whether every input's first dimension is the rows, so that requests can be joined."""
+        """Whether every input's first dimension is the rows, so that Triton can batch requests."""
         return all(tensor.longest is None for tensor in self.inputs)
 
 
 def triton_name(model: str, target: Target, part: str = "") -> str:
-    """What one graph of a model is called in Triton.
+    """Return the Triton name of one graph of a model.
 
     Args:
         model: the registered model's name.
-        target: TensorRT plans stand beside the ONNX graph, under a name of their own.
+        target: TensorRT plans have another name than the ONNX graph, next to it.
         part: which of several graphs (``query``, ``item``); empty for a model's only one.
     """
     return "_".join(filter(None, (model, part, "tensorrt" if target == "tensorrt" else "")))
@@ -124,7 +124,7 @@ def triton_name(model: str, target: Target, part: str = "") -> str:
 
 
 def config(served: ServedVersion) -> bytes:
-    """``config.pbtxt`` of one graph: complete, so that the server has nothing to guess."""
+    """Format ``config.pbtxt`` of one graph, complete, so that the server infers nothing."""
     low, best, high = served.batches
     message: dict[str, Any] = {
         "name": served.name,
@@ -154,7 +154,7 @@ def config(served: ServedVersion) -> bytes:
 
 
 def _parameters(served: ServedVersion) -> dict[str, str]:
-    """Threads for the backend, and where this came from for whoever asks the server."""
+    """Return the backend's threads, and the source of the model for clients that query it."""
     found = {
         "recpress.model": served.model,
         "recpress.version": str(served.version),
@@ -162,7 +162,7 @@ def _parameters(served: ServedVersion) -> dict[str, str]:
         "recpress.sha256": served.artifact.sha256,
     }
     if served.target == "onnxruntime" and served.threads is not None:
-        # Triton answers several requests at once with several instances, not with more threads.
+        # Triton runs requests in parallel with several instances, not with more threads.
         found["intra_op_thread_count"] = str(served.threads)
         found["inter_op_thread_count"] = "1"
     return found
@@ -179,7 +179,7 @@ def _tensor(tensor: Tensor, batched: bool) -> dict[str, Any]:
 
 
 def _warmup(served: ServedVersion, rows: int) -> dict[str, Any]:
-    """A request of zeros. 0 is an id of every table, and lists that all begin at 0 are valid."""
+    """Build a request of zeros: 0 is an id of every table, and all list starts may be 0."""
     inputs = {
         name: {
             "data_type": Enum(TYPES[dtype]),
@@ -198,10 +198,10 @@ def _warmup(served: ServedVersion, rows: int) -> dict[str, Any]:
 def warmup_shapes(
     inputs: tuple[Tensor, ...], rows: int
 ) -> tuple[tuple[str, str, tuple[int, ...]], ...]:
-    """Name, type and shape of every array of zeros that warms a graph up at so many rows.
+    """Return name, type and shape of the zero arrays that warm up a graph at a batch size.
 
-    Of a jagged input the last row gets one list of the longest kind and the others none: a graph
-    pads to the longest list whatever the lists are, so this costs what any such batch costs.
+    For a jagged input the last row has one list of the maximum length and the other rows are empty:
+    a graph pads all rows to the longest list, so the cost is that of any such batch.
     """
     return tuple((item.name, item.dtype, (item.longest or rows, *item.shape)) for item in inputs)
 
@@ -210,17 +210,17 @@ def warmup_shapes(
 
 
 def place(root: str, name: str, setting: str = "RECPRESS_TRITON") -> Store:
-    """The folder of one Triton model in a repository.
+    """Return the store of one Triton model's folder in a repository.
 
     Raises:
-        SettingRefused: ``root`` is no folder and no ``s3://bucket/prefix``.
+        SettingRefused: ``root`` is neither a folder nor ``s3://bucket/prefix``.
     """
     base = Store(root, setting).root
     return Store(f"{base}/{quote(name) if base.startswith('file:') else name}", setting)
 
 
 def contents(root: str, setting: str = "RECPRESS_TRITON") -> tuple[str, int]:
-    """A repository's own name for itself, and how many models are configured in it."""
+    """Return a repository's URI and the number of models configured in it."""
     base = Store(root, setting)
     return base.root, sum(
         key.count("/") == 1 and key.endswith(f"/{CONFIG}") for key in base.keys("")
@@ -228,10 +228,10 @@ def contents(root: str, setting: str = "RECPRESS_TRITON") -> tuple[str, int]:
 
 
 def refuse_overlap(root: str, store: Store, setting: str = "RECPRESS_TRITON") -> None:
-    """Refuse a repository in which the server would take folders of the object store for models.
+    """Raise if the server would load folders of the object store as models.
 
     Raises:
-        SettingRefused: the store lies in the repository, or is it.
+        SettingRefused: the store is inside the repository, or is the repository.
     """
     base = Store(root, setting).root
     if f"{store.root}/".startswith(f"{base}/"):
@@ -241,10 +241,10 @@ def refuse_overlap(root: str, store: Store, setting: str = "RECPRESS_TRITON") ->
 
 
 def owner(home: Store) -> str | None:
-    """The registered model a Triton model follows; None if there is no configuration.
+    """Return the registered model of a Triton model; None if there is no configuration.
 
     Raises:
-        TritonRefused: somebody else wrote the configuration.
+        TritonRefused: another program or person wrote the configuration.
     """
     body = current(home)
     if body is None:
@@ -256,7 +256,7 @@ def owner(home: Store) -> str | None:
 
 
 def current(home: Store) -> bytes | None:
-    """The configuration that lies there now."""
+    """Read the current configuration."""
     try:
         return home.read(CONFIG)
     except ArtifactMissing:
@@ -264,16 +264,16 @@ def current(home: Store) -> bytes | None:
 
 
 def version_in(body: bytes) -> str | None:
-    """The version a configuration of ours serves."""
+    """Return the version that a configuration of ours serves."""
     found = _VERSIONS.search(body.decode(errors="replace"))
     return found[1] if found else None
 
 
 def stage(home: Store, source: Store, served: ServedVersion) -> tuple[str, ...]:
-    """Put a version's files in place, each verified; what is there and right stays untouched.
+    """Copy a version's files, each verified; existing correct files are not written again.
 
     Returns:
-        The keys that had to be written.
+        The keys that were written.
 
     Raises:
         TritonRefused: the folder belongs to another model or program, or serves another order under
@@ -303,7 +303,7 @@ def _names_other_order(body: str, served: ServedVersion) -> bool:
 
 
 def faults(home: Store, source: Store, served: ServedVersion) -> dict[str, str]:
-    """Files that are not what was published: key -> ``missing`` or ``changed``. Reads all bytes."""
+    """Compare files with the published ones: key -> ``missing`` or ``changed``; reads all bytes."""
     chunk_bytes = source.manifest(served.artifact).chunk_bytes
     there = set(home.keys(f"{served.version}/"))
     found = {}
@@ -316,10 +316,10 @@ def faults(home: Store, source: Store, served: ServedVersion) -> dict[str, str]:
 
 
 def follows(home: Store, source: Store, served: ServedVersion) -> bool:
-    """Whether the configuration and the sizes of the files are this version's.
+    """Return whether the configuration and the file sizes are those of this version.
 
-    The configuration names the artifact and is written only after its files were verified, so
-    nothing is read but the configuration and one listing.
+    The configuration contains the artifact and is written only after its files were verified, so
+    only the configuration and one listing are read.
     """
     there = home.sizes(f"{served.version}/")
     return current(home) == config(served) and all(
@@ -328,12 +328,12 @@ def follows(home: Store, source: Store, served: ServedVersion) -> bool:
 
 
 def point(home: Store, served: ServedVersion) -> None:
-    """Let the server load this version: the one write it acts on."""
+    """Write the configuration, on which the server loads this version."""
     home.write(CONFIG, config(served))
 
 
 def keys(source: Store, served: ServedVersion) -> tuple[str, ...]:
-    """Where a version's files lie in its Triton model's folder; the graph is last."""
+    """Return the keys of a version's files in its Triton model's folder; the graph is last."""
     return tuple(_entries(source, served))
 
 
