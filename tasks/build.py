@@ -1,4 +1,4 @@
-"""TensorRT engines from a lowered model, one a graph."""
+"""Build TensorRT engines from a lowered model, one per graph."""
 
 import logging
 from pathlib import Path
@@ -16,7 +16,7 @@ log = logging.getLogger(__name__)
 
 
 def require_builder(target: TargetKind) -> None:
-    """Refuse early, before a long recipe, what could not be built at its end.
+    """Raise before a long recipe if its result could not be built at the end.
 
     Raises:
         BuildRefused: the target's TensorRT cannot be imported here.
@@ -33,13 +33,13 @@ def build(
     longest: dict[str, int],
     seconds: float,
 ) -> Artifact:
-    """Build and audit an engine a graph in a child process that can be killed, and store them.
+    """Build and audit one engine per graph in a killable child process, and store them.
 
     Args:
         lowered: the graphs.
-        target: which flavour of TensorRT builds.
-        batch: the shapes an engine must take.
-        longest: the longest list of each jagged input.
+        target: the flavour of TensorRT.
+        batch: the shapes an engine must accept.
+        longest: maximum list length of each jagged input.
         seconds: time limit of building and auditing one engine.
 
     Raises:
@@ -75,7 +75,7 @@ def build(
             path = Path(engine.path)
             name = f"{graph.name}{path.suffix}"
             path.rename(kept_files / name)
-            # What is served travels without this machine's paths.
+            # The served files contain no paths of this machine.
             record = engine.model_copy(update={"path": name})
             (kept_files / build_record(graph.name)).write_text(record.model_dump_json(indent=1))
             log.info("%s %s, %s: %d bytes", target, engine.version, name, engine.bytes)

@@ -1,4 +1,4 @@
-"""One step of a recipe: a bundle in, a bundle out."""
+"""Apply one step of a recipe: input and output are bundles."""
 
 import logging
 import shutil
@@ -38,25 +38,25 @@ def compress(
 ) -> Artifact | NotApplicable:
     """Apply one step to a stored model and store the result.
 
-    A step that fits nothing is a result too: whether that is a fault is for the recipe to say.
+    A step with nothing to do is also a result: the recipe decides whether that is a fault.
 
     Args:
         source: the bundle to compress.
         step: the method and its settings.
-        splits: what the step needs of the prepared data and soft labels; never test data.
-        original: the bundle the recipe began with: the teacher, and the result's parent.
-        teachers: others whose answers it learns from, or learned from in an earlier step;
-            parents of the result too.
-        seed: for whatever the step draws.
-        device: where it is carried out, if it trains; several are separated by commas.
-        code: digest of the architecture's code and the attempt: a training that was stopped
-            continues only where they are the same.
-        preset: the step is one of a preset, so that one that cannot be carried out is left out.
+        splits: the prepared data and soft labels that the step needs; never test data.
+        original: the bundle the recipe started from: the teacher, and the result's parent.
+        teachers: other models whose predictions this step or an earlier one learns from; also
+            parents of the result.
+        seed: seed of all random numbers of the step.
+        device: the device of a training step; several are separated by commas.
+        code: digest of the architecture's code and the attempt: an interrupted training is resumed
+            only if they are the same.
+        preset: whether the step is part of a preset; then it is skipped if it cannot be applied.
         excluded: units that the step may not change, with the reasons.
     """
     manifest = read(local(source))
     rows = {name: reference.rows for name, reference in manifest.data.items()}
-    # Without calibration data of its own a bundle is calibrated on what it was trained on.
+    # Without a calibration split a bundle is calibrated on its training split.
     of: dict[Part, SplitName] = {
         "train": "train",
         "calibration": "calibration" if "calibration" in rows else "train",
@@ -91,7 +91,7 @@ def compress(
             notes=manifest.notes,
         )
         artifact = store().put(folder)
-    shutil.rmtree(progress, ignore_errors=True)  # there is none unless the step trains
+    shutil.rmtree(progress, ignore_errors=True)  # exists only if the step trains
     log.info("%s: %d -> %d bytes", step.kind, source.bytes, artifact.bytes)
     return artifact
 
@@ -106,7 +106,7 @@ def _carried_out(
     except NothingToCompress as fault:
         return not_applicable(fault)
     except ModelRefused:
-        raise  # the network is at fault, whatever the step
+        raise  # a fault of the network, independent of the step
     except CompressionError as fault:
         if not preset:
             raise

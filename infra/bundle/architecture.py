@@ -58,7 +58,7 @@ def network_class(path: str, allowed: Sequence[str]) -> "type[torch.nn.Module]":
             kind=type(fault).__name__,
             problem=str(fault),
         ) from fault
-    found = vars(module).get(class_name)  # not getattr: a module's __getattr__ would run code
+    found = vars(module).get(class_name)  # not getattr: a module may answer that with code
     if found is None:
         classes = [
             name

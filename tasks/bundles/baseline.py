@@ -19,7 +19,7 @@ JUDGED = ("test", "validation")
 
 @dataclass(frozen=True)
 class LabelledSplits:
-    """What is wrong with labels, and the prepared test rows, for as long as their folder exists."""
+    """Problems of the labels, and the prepared test rows, valid as long as their folder exists."""
 
     problems: tuple[BaselineProblem, ...]
     test: Split
@@ -28,16 +28,16 @@ class LabelledSplits:
 def check_labels(
     signature: Signature, paths: Mapping[str, Path], splits: Collection[str], into: Path
 ) -> LabelledSplits:
-    """Prepare splits as strictly as for a run and check their labels.
+    """Prepare splits with the checks of a run, and check their labels.
 
     Args:
-        signature: of the bundle.
+        signature: the bundle's signature.
         paths: parquet file or folder by split name.
-        splits: which of them to check; ``test`` always is.
+        splits: the splits to check; ``test`` is always checked.
         into: a folder for the prepared test rows.
 
     Raises:
-        DataRefused: a split cannot be read as the signature says.
+        DataRefused: a split does not match the signature.
     """
     problems: list[BaselineProblem] = []
     for split in paths:
@@ -63,7 +63,7 @@ def check_labels(
 def check_scores(
     module: nn.Module, signature: Signature, labelled: LabelledSplits
 ) -> tuple[BaselineProblem, ...]:
-    """Score a sample of the test rows, and add what is wrong with the scores."""
+    """Score a sample of the test rows, and add the problems of the scores."""
     return (*labelled.problems, *score_problems(module, signature, labelled.test))
 
 
@@ -85,11 +85,12 @@ def require_sound(problems: tuple[BaselineProblem, ...], *, packed: bool) -> tup
     """Raise for problems that make results meaningless; return the others as warnings.
 
     Args:
-        problems: of one bundle.
-        packed: whether the bundle is stored already: then only what makes measuring fail raises.
+        problems: problems of one bundle.
+        packed: whether the bundle is already stored; then only problems that prevent measurement
+            raise.
 
     Raises:
-        DataRefused: one line for each.
+        DataRefused: one line per problem.
     """
     refused = [item.reason for item in problems if (item.fatal if packed else item.refused)]
     if refused:

@@ -1,4 +1,4 @@
-"""The bundle an order is about. No Prefect, no torch: the command line looks too."""
+"""Find the bundle that an order refers to. No Prefect or torch: the command line uses it."""
 
 import math
 from pathlib import Path
@@ -25,7 +25,7 @@ from tasks.orchestration.workspace import store
 
 
 class BundleRef(Frozen):
-    """The bundle an order is about, as far as a flow must know it."""
+    """The bundle that an order refers to, with the facts that flows need."""
 
     artifact: Artifact
     name: str
@@ -41,7 +41,7 @@ class BundleRef(Frozen):
     """Of the weights' files, and of the largest split's parquet files."""
 
     def calibration(self) -> SplitName:
-        """Without calibration rows of its own a bundle is calibrated on what it learned from."""
+        """Return the calibration split; the training split if the bundle has none."""
         return "calibration" if "calibration" in self.rows else "train"
 
 
@@ -49,15 +49,15 @@ SCHEMA_VERSION = 2
 
 
 def require_measurable(subject: BundleRef, limits: tuple[Limit, ...]) -> None:
-    """Refuse before a long run a metric that cannot be measured at its end.
+    """Raise before a long run if a metric cannot be measured at its end.
 
     Args:
         subject: the bundle.
-        limits: of the order.
+        limits: the order's limits.
 
     Raises:
         CompressionError: the signature's metric, or one of a limit, is not measured for this
-            bundle; names those that are.
+            bundle; lists those that are.
     """
     task, grouped = subject.task, subject.grouped
     if problem := metric_problem(task, subject.metric, grouped=grouped):
@@ -87,9 +87,9 @@ def require_measurable(subject: BundleRef, limits: tuple[Limit, ...]) -> None:
 
 
 def find(reference: str) -> BundleRef:
-    """The bundle that is meant, and a digest of its architecture's source.
+    """Find the bundle of a reference, and a digest of its architecture's source.
 
-    Not a task: a name may mean another bundle tomorrow, so it is looked up every time. Only
+    Not a task: a name may refer to another bundle later, so it is looked up every time. Only
     ``model.json`` is read; ``pull`` verifies the rest.
     """
     artifact = resolve(reference)
@@ -115,11 +115,11 @@ def find(reference: str) -> BundleRef:
 
 
 def resolve(reference: str) -> Artifact:
-    """The artifact of a bundle: by its URI, by ``name@version``, or the newest of ``name``.
+    """Resolve a bundle's artifact: by URI, by ``name@version``, or the newest of ``name``.
 
     Raises:
-        ArtifactMissing: no such bundle; names those that exist.
-        RecordRefused: a record that decides this is damaged.
+        ArtifactMissing: no such bundle; lists the existing ones.
+        RecordRefused: a record that is needed is damaged.
     """
     held = store()
     if artifact_name(reference) is not None:
@@ -147,7 +147,7 @@ def resolve(reference: str) -> Artifact:
 
 
 def _known() -> tuple[tuple[str, str], ...]:
-    """Name and version of every bundle record, sorted."""
+    """List name and version of every bundle record, sorted."""
     parts = [key.split("/") for key in store().keys("bundles/")]
     return tuple(
         (place[1], place[2].removesuffix(".json"))
@@ -157,7 +157,7 @@ def _known() -> tuple[tuple[str, str], ...]:
 
 
 class BundleRecord(Frozen):
-    """Which artifact a bundle's name and version are."""
+    """The artifact of a bundle's name and version."""
 
     name: str
     version: str
@@ -166,7 +166,7 @@ class BundleRecord(Frozen):
 
 
 def bundle_key(name: str, version: str) -> str:
-    """The key of the record of a packed bundle."""
+    """Return the key of the record of a packed bundle."""
     return f"bundles/{name}/{version}.json"
 
 
@@ -174,8 +174,8 @@ def write_bundle_record(record: BundleRecord, *, replace: bool = False) -> None:
     """Store the record of a packed bundle.
 
     Args:
-        record: what to store.
-        replace: whether a damaged record may be there.
+        record: the record to store.
+        replace: whether an existing, damaged record is replaced.
 
     Raises:
         AlreadyThere: there is a record, and ``replace`` is not set.
@@ -189,7 +189,7 @@ def write_bundle_record(record: BundleRecord, *, replace: bool = False) -> None:
 
 
 def bundle_record(name: str, version: str) -> BundleRecord | None:
-    """The record of a packed bundle, or None if there is none.
+    """Read the record of a packed bundle; None if there is none.
 
     Raises:
         RecordRefused: it is damaged.
@@ -215,7 +215,7 @@ def bundle_record(name: str, version: str) -> BundleRecord | None:
     if (record.name, record.version) != (name, version):
         raise _damaged(name, version, f"it is the record of {record.name}@{record.version}")
     if not sealed:
-        # Nothing vouches for its size and its time; the artifact vouches for its size.
+        # Its size and time are not verified; the artifact verifies its size.
         found = store().find(record.artifact.sha256)
         if found is not None and math.isfinite(record.packed_at):
             return record.model_copy(update={"artifact": found})
@@ -224,11 +224,11 @@ def bundle_record(name: str, version: str) -> BundleRecord | None:
 
 
 def bundle_manifest(record: BundleRecord) -> Manifest:
-    """The manifest of a recorded bundle, which must have the record's name and version.
+    """Read the manifest of a recorded bundle, which must have the record's name and version.
 
     Raises:
         ArtifactMissing: the artifact is not in the store.
-        RecordRefused: the artifact is another bundle, or none.
+        RecordRefused: the artifact is another bundle, or not a bundle.
     """
     name, version, held = record.name, record.version, store()
     where = held.uri_of(record.artifact)

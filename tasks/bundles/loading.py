@@ -1,4 +1,4 @@
-"""A stored bundle as a module, and a stored split as tensors."""
+"""Load a stored bundle as a module, and a stored split as tensors."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -45,10 +45,10 @@ def load_bundle(artifact: Artifact) -> Loaded:
 
 
 def model_of(folder: Path, manifest: Manifest) -> Model:
-    """The module of a verified bundle folder.
+    """Load the module of a verified bundle folder.
 
     Raises:
-        BundleRefused: a compressed module declares a size that no machine has.
+        BundleRefused: a compressed module declares a size beyond any machine's memory.
         OutOfMemory: a layer, which is built once at its full size, does not fit in memory.
     """
     network, name = manifest.network, f"{manifest.name}@{manifest.version}"
@@ -61,7 +61,7 @@ def model_of(folder: Path, manifest: Manifest) -> Model:
 
 
 def data_path(manifest: Manifest, split: SplitName) -> Path:
-    """The verified parquet file or folder of one split.
+    """Return the verified parquet file or folder of one split.
 
     Raises:
         BundleRefused: the bundle has no such split.
@@ -79,7 +79,7 @@ def data_path(manifest: Manifest, split: SplitName) -> Path:
 
 
 def split_of(prepared: Artifact, rows: int) -> Split:
-    """A prepared split on this machine."""
+    """Load a prepared split on this machine."""
     return Split(path=str(local(prepared)), sha256=prepared.sha256, rows=rows)
 
 
@@ -92,7 +92,7 @@ def bench_of(
     teachers: tuple[Artifact, ...] = (),
     device: str = "cpu",
 ) -> Bench:
-    """What a step may learn from; test data is not among it."""
+    """Build the bench of a step: the data it may learn from, without test data."""
     return Bench(
         signature=manifest.signature,
         train=splits.get("train"),

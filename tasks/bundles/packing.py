@@ -1,4 +1,4 @@
-"""Pack, check and find bundles. No Prefect: the command line calls these, and flows do."""
+"""Pack, check and show bundles. No Prefect: the command line and flows call these."""
 
 import logging
 import re
@@ -54,7 +54,7 @@ log = logging.getLogger(__name__)
 
 
 class Packed(Frozen):
-    """A bundle as it was stored."""
+    """A stored bundle."""
 
     name: str
     version: str
@@ -85,10 +85,10 @@ def pack(folder: Path) -> Packed:
     refers to them by hash. Packing the same draft again changes nothing.
 
     Raises:
-        BundleRefused: the draft is unsafe or does not fit together.
-        DataRefused: the data does not fit the signature or the tables, or labels and scores are
-            such that nothing measured with them would mean anything.
-        FileRefused: a file cannot be read, or is not of the kind that is needed.
+        BundleRefused: the draft is unsafe or inconsistent.
+        DataRefused: the data does not match the signature or the tables, or labels and scores make
+            every measurement meaningless.
+        FileRefused: a file cannot be read, or has the wrong kind.
         AlreadyThere: another bundle was packed under this name and version.
         StoreUnavailable: the machine lacks space or another resource.
     """
@@ -114,8 +114,8 @@ def _pack(folder: Path) -> Packed:
     paths = {str(split): folder / path for split, path in draft.data.items()}
     notes = construction_notes(network, draft.network, folder)
     with scratch_folder("pack") as scratch:
-        # The strictest reading there is: nulls, NaN, types, lengths, labels. Before anything is
-        # stored; a run prepares the splits again.
+        # The strictest reader: it checks nulls, NaN, types, lengths, labels. It runs before
+        # anything is stored; a run prepares the splits again.
         labelled = check_labels(draft.signature, paths, paths, scratch / "test")
         require_sound(labelled.problems, packed=False)
         to = store()
@@ -145,7 +145,7 @@ def check(reference: str) -> tuple[Manifest, dict[str, TensorFact]]:
     """Verify a bundle from its bytes to its loaded module, and its data's ids.
 
     Args:
-        reference: as for ``examine``.
+        reference: as in ``examine``.
 
     Raises:
         BundleRefused, DataRefused, ModelRefused, ArtifactMissing, ArtifactDamaged: what is wrong.
@@ -158,8 +158,7 @@ def examine(reference: str) -> Checked:
     """Verify a bundle from its bytes to its loaded module, its data's ids, labels and scores.
 
     Args:
-        reference: an artifact URI, ``name@version``, ``name``, or a folder holding a sealed
-            bundle.
+        reference: an artifact URI, ``name@version``, ``name``, or the folder of a sealed bundle.
 
     Raises:
         BundleRefused, DataRefused, ModelRefused, ArtifactMissing, ArtifactDamaged: what is wrong.
@@ -191,13 +190,13 @@ def _examine(reference: str) -> Checked:
 
 
 def show(reference: str) -> Manifest:
-    """A bundle's manifest, its files verified."""
+    """Return a bundle's manifest, with its files verified."""
     with input_files(Path(reference)):
         return read(_folder(reference))
 
 
 def _folder(reference: str) -> Path:
-    """The folder of a bundle on this machine: the one that was named, or a stored one."""
+    """Return the local folder of a bundle: a given folder, or a stored one."""
     if artifact_name(reference) is None and Path(reference).is_dir():
         return Path(reference)
     return local(resolve(reference))
@@ -233,7 +232,7 @@ def _by_name(statistics: Mapping[SplitName, SplitStatistics]) -> dict[str, Split
 
 
 def _check_model(folder: Path, manifest: Manifest) -> tuple[dict[str, TensorFact], nn.Module]:
-    """Weights are finite, the network loads, and it runs on what its signature allows."""
+    """Check that weights are finite, the network loads, and it runs on all valid inputs."""
     facts = check_weights(folder, manifest)
     module, again = (model_of(folder, manifest).module for _ in range(2))
     smoke_test(module, manifest.signature, manifest.network.architecture.path, again)
@@ -241,10 +240,10 @@ def _check_model(folder: Path, manifest: Manifest) -> tuple[dict[str, TensorFact
 
 
 def _inside(folder: Path, draft: Draft) -> None:
-    """Refuse vocabularies and transforms from outside the draft; only data may lie elsewhere.
+    """Raise if vocabularies or transforms are outside the draft; only data may be elsewhere.
 
     Raises:
-        BundleRefused: names the entry.
+        BundleRefused: contains the entry.
     """
     for section, entries in (
         ("vocabularies", draft.vocabularies),
@@ -262,10 +261,10 @@ def _reference(to: Store, path: Path, rows: int) -> DataReference:
 
 
 def _alone(to: Store, path: Path) -> Artifact:
-    """Store one file, or one folder of part files, as an artifact of its own."""
+    """Store one file, or one folder of part files, as a separate artifact."""
     with scratch_folder("pack") as scratch:
         if path.is_dir():
-            for name, _ in regular_files(path):  # it refuses links, which may lead anywhere
+            for name, _ in regular_files(path):  # it refuses links, which may point anywhere
                 target = scratch / path.name / name
                 target.parent.mkdir(parents=True, exist_ok=True)
                 _place(path / name, target)
@@ -279,7 +278,7 @@ def _place(source: Path, target: Path) -> None:
 
 
 def _link_or_copy(source: str, target: str) -> str:
-    """A hard link where the file system allows, so that packing needs no second copy on disk."""
+    """Create a hard link if the file system can, so that packing needs no second copy on disk."""
     try:
         Path(target).hardlink_to(Path(source).resolve())
     except OSError:
@@ -288,7 +287,7 @@ def _link_or_copy(source: str, target: str) -> str:
 
 
 def _named(to: Store, manifest: Manifest, staged: Path) -> Artifact:
-    """Store a sealed bundle under its name and version, unless the same one is there.
+    """Store a sealed bundle under its name and version, unless it is already stored.
 
     A damaged record is written again, unless it still names another bundle of this version.
 
@@ -310,7 +309,7 @@ def _named(to: Store, manifest: Manifest, staged: Path) -> Artifact:
     record = BundleRecord(name=name, version=version, artifact=artifact, packed_at=time.time())
     try:
         write_bundle_record(record, replace=is_damaged)
-    except AlreadyThere:  # another process packed this version meanwhile
+    except AlreadyThere:  # another process has packed this version
         won = bundle_record(name, version)
         if won is None or (same := _same(won, manifest)) is None:
             raise _packed_before(manifest, "whose files are gone") from None
@@ -319,13 +318,13 @@ def _named(to: Store, manifest: Manifest, staged: Path) -> Artifact:
 
 
 def _same(record: BundleRecord, manifest: Manifest) -> Artifact | None:
-    """The recorded bundle if it is this one; None if its files are gone.
+    """Return the recorded bundle if it is this one; None if its files are missing.
 
     Manifests are compared, not their bytes: earlier versions wrote the store's root into them.
 
     Raises:
-        AlreadyThere: it is another one.
-        RecordRefused: the record names something else.
+        AlreadyThere: the record is of another bundle.
+        RecordRefused: the record refers to something else.
     """
     try:
         held = bundle_manifest(record)
@@ -337,7 +336,7 @@ def _same(record: BundleRecord, manifest: Manifest) -> Artifact | None:
 
 
 def _other_bundle(to: Store, manifest: Manifest) -> str | None:
-    """The hash in a damaged record, if it names another bundle of this name and version."""
+    """Return the hash in a damaged record, if it is another bundle of this name and version."""
     try:
         body = to.read(bundle_key(manifest.name, manifest.version))
     except Refused:

@@ -1,4 +1,4 @@
-"""Tables compressed from file to file, whatever their size. No Prefect."""
+"""Compress tables of any size from file to file. No Prefect."""
 
 import fnmatch
 from collections.abc import Callable, Iterator
@@ -43,7 +43,7 @@ Progress = Callable[[int, int], None]
 
 
 class Tables(Frozen):
-    """``tables.json``: how the stored tensors become modules, and what was done to each tensor."""
+    """Contents of ``tables.json``: the modules of the stored tensors, and each tensor's result."""
 
     step: AnyStep
     modules: dict[str, ModuleRecord]
@@ -51,7 +51,7 @@ class Tables(Frozen):
 
 
 class Quantized(Frozen):
-    """What became of a file of tables."""
+    """The result of quantizing a file of tables."""
 
     place: str = Field(description="The folder, or the artifact's URI.")
     sha256: Sha256 = Field(description="The root over all chunk hashes: the artifact's name.")
@@ -60,14 +60,14 @@ class Quantized(Frozen):
 
 
 def table_steps() -> dict[str, type[Frozen]]:
-    """The methods for tables that work row block by row block, by their kind."""
+    """Return the table methods that process row blocks, by kind."""
     methods: tuple[type[Frozen], ...] = get_args(get_args(AnyStep)[0])
     steps = {method: method() for method in methods}
     return {step.kind: method for method, step in steps.items() if isinstance(step, TableStep)}
 
 
 def step_named(name: str, settings: dict[str, object]) -> TableStep:
-    """A table method by its kind or short name (``int8`` for ``rowwise_int8``), with settings.
+    """Build a table step from its kind or short name (``int8`` for ``rowwise_int8``).
 
     Raises:
         CommandRefused: there is no such method, or it has no such setting.
@@ -85,7 +85,7 @@ def step_named(name: str, settings: dict[str, object]) -> TableStep:
 
 
 def short_name(kind: str) -> str:
-    """What people may write for a kind."""
+    """Return the short name of a kind."""
     return kind.removeprefix("rowwise_")
 
 
@@ -100,21 +100,21 @@ def quantize(
 ) -> Quantized:
     """Compress the tables of a safetensors file, or of a folder of shards, into a new folder.
 
-    ``into`` is complete when it is there at all. A run that was interrupted is taken up where
-    it was by the same call. The bytes are the same whatever ``block_rows`` and ``workers``.
+    If ``into`` exists, it is complete. The same call resumes an interrupted run. The bytes do not
+    depend on ``block_rows`` and ``workers``.
 
     Args:
         source: float32, float16 or bfloat16 tables ``(rows, dim)``; other tensors are copied.
         into: must not exist, or be an empty folder.
         step: the method; its ``tables`` name tensors or their modules.
         block_rows: rows encoded at once by each thread.
-        workers: threads; one per core without it.
+        workers: number of threads; by default one per core.
         progress: called from several threads.
 
     Raises:
         NothingToCompress: the step fits no tensor.
         BundleRefused: the source is not readable as safetensors.
-        StoreRefused: ``into`` holds something, or another process writes there.
+        StoreRefused: ``into`` is not empty, or another process writes there.
     """
     with input_files(source):
         if not source.exists():
@@ -141,9 +141,9 @@ def _quantize(
 def quantize_artifact(
     source: Artifact, step: TableStep, block_rows: int | None = None, workers: int | None = None
 ) -> Artifact:
-    """The same for a stored artifact with safetensors files; the result is an artifact.
+    """Quantize a stored artifact with safetensors files; the result is an artifact.
 
-    Where the store lies on this machine's disk the result is moved there, not copied.
+    If the store is on this machine's disk, the result is moved there, not copied.
     """
     made = source.sha256
     key = digest([made, step, block_rows, code_digest(quantize)])
@@ -158,10 +158,10 @@ def quantize_artifact(
 
 
 def check(folder: Path) -> tuple[Artifact, Tables]:
-    """Verify every chunk of a result of ``quantize`` and say what is in it.
+    """Verify every chunk of a result of ``quantize`` and return its contents.
 
     Raises:
-        ArtifactMissing, ArtifactDamaged: it is not complete, or not what was written.
+        ArtifactMissing, ArtifactDamaged: it is incomplete or damaged.
     """
     with input_files(folder):
         manifest = finished(folder)
@@ -174,7 +174,7 @@ def check(folder: Path) -> tuple[Artifact, Tables]:
 def _written(
     job: Job, plan: Plan, into: Path, made: object, workers: int | None, progress: Progress | None
 ) -> Iterator[ArtifactDraft]:
-    """The draft of a result with all its bytes."""
+    """Return the draft of a result with all its bytes written."""
     file = StreamedFile(job.layout())
     total = sum(size_of(rows.spec) for rows in job.sources.values())
     one = [made, job.step, job.block_rows, code_digest(quantize)]
@@ -189,7 +189,7 @@ def _written(
 
 @contextmanager
 def _job(source: Path, step: TableStep, block_rows: int | None) -> Iterator[tuple[Job, Plan]]:
-    """What becomes of every tensor of a file or folder, its files open."""
+    """Yield the plan for every tensor of a file or folder, with its files open."""
     with ExitStack() as files:
         descriptors: dict[Path, int] = {}
         sources: dict[str, StoredRows] = {}
@@ -209,7 +209,7 @@ def _job(source: Path, step: TableStep, block_rows: int | None) -> Iterator[tupl
 
 
 def _reason(step: TableStep, name: str, spec: TensorSpec) -> Reason | None:
-    """Why a tensor is left as it is, or None."""
+    """Return why a tensor is not compressed, or None."""
     if len(spec.shape) != 2 or spec.dtype not in FLOATS:
         return Reason("not_a_table", shape=tuple(spec.shape), dtype=_type(spec))
     if not any(_matches(pattern, name) for pattern in step.tables):
@@ -228,7 +228,7 @@ def _matches(pattern: str, name: str) -> bool:
 
 
 def module_name(tensor: str) -> str:
-    """The module a table's tensor belongs to: ``user`` for ``user.weight``."""
+    """Return the module of a table's tensor: ``user`` for ``user.weight``."""
     return "" if tensor == "weight" else tensor.removesuffix(".weight")
 
 
@@ -274,7 +274,7 @@ def _type(spec: TensorSpec) -> str:
 
 
 def _identity(source: Path) -> object:
-    """What says whether files are the ones an interrupted run was reading, without their bytes."""
+    """Return facts that identify the files an interrupted run was reading, without their bytes."""
     shards = sorted({stored.shard for stored in stored_tensors(source).values()})
     facts = [(str(shard.absolute()), shard.stat()) for shard in shards]
     return [[path, found.st_size, found.st_mtime_ns] for path, found in facts]

@@ -1,4 +1,4 @@
-"""Models that teach beside the one that is compressed. No Prefect, no torch."""
+"""Find the teachers of an order, in addition to the model itself. No Prefect, no torch."""
 
 from pathlib import Path
 from typing import Literal
@@ -16,7 +16,7 @@ REGISTERED = "registry:"
 
 
 class Teacher(Frozen):
-    """A teacher: which bundle it is, the form it answers in, a digest of its class's source."""
+    """A teacher: its bundle, the form of its output, and a digest of its class's source."""
 
     artifact: Artifact
     name: str
@@ -25,17 +25,17 @@ class Teacher(Frozen):
 
 
 def find_teachers(references: tuple[str, ...], subject: BundleRef) -> tuple[Teacher, ...]:
-    """The bundles that are meant, of the same signature as the subject's.
+    """Find the teachers' bundles, which must have the subject's signature.
 
     Args:
-        references: of each a packed bundle as ``tasks.bundles.bundle_ref.resolve`` knows it, or
+        references: for each teacher a packed bundle as in ``tasks.bundles.bundle_ref.resolve``, or
             ``registry:name@version`` for the compressed model of a registered version
             (``registry:name@@champion`` for an alias).
-        subject: the model that is to be taught.
+        subject: the student's bundle.
 
     Raises:
         ArtifactMissing, RegistryRefused: there is no such bundle or version.
-        CompressionError: a teacher takes other inputs, answers in another form, or is named twice.
+        CompressionError: a teacher has other inputs, another form of output, or is listed twice.
     """
     if not references:
         return ()
@@ -82,14 +82,14 @@ def _manifest(artifact: Artifact) -> Manifest:
 
 
 def _require_same(reference: str, found: Signature, wanted: Signature) -> None:
-    """Refuse a teacher who could not be asked, or would answer something else."""
+    """Raise if a teacher has other inputs or another form of output."""
     unlike = difference(found, wanted)
     if unlike is not None:
         raise OrderRefused("teacher_signature_differs", reference=reference, difference=unlike)
 
 
 def difference(found: Signature, wanted: Signature) -> str | None:
-    """The first difference between what a teacher takes and answers and what is wanted."""
+    """Return the first difference between a teacher's inputs and outputs and the expected ones."""
     if found.task != wanted.task:
         return f"its task is {found.task!r}, not {wanted.task!r}"
     if found.output != wanted.output:

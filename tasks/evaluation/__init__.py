@@ -1,6 +1,6 @@
-"""Comparisons of models on the same rows. No Prefect.
+"""Compare models on the same rows. No Prefect.
 
-parity.py   module against graph
-quality.py  several models on the test rows
-budget.py   the loss of quality on validation rows
+parity.py   compares a module with its graph
+quality.py  compares several models on the test rows
+budget.py   measures the loss of quality on validation rows
 """

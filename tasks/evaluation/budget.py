@@ -1,4 +1,4 @@
-"""How much quality a model has lost against the original, on the rows that a recipe may look at."""
+"""Measure the quality a model has lost against the original, on validation rows."""
 
 from prefect import task
 
@@ -20,15 +20,15 @@ def quality_loss(
     rows: int,
     seed: int,
 ) -> Estimate:
-    """The metric of the original minus that of a model, on validation rows.
+    """Return the metric of the original minus that of a model, on validation rows.
 
     Args:
-        original: the untouched model and its answers to the validation rows.
-        now: what steps made of it, and its answers.
-        metric: the signature's own.
+        original: the untouched model and its predictions for the validation rows.
+        now: the compressed model and its predictions.
+        metric: the signature's metric.
         validation: the prepared validation split, for labels and groups.
-        rows: how many it has.
-        seed: of the bootstrap.
+        rows: its number of rows.
+        seed: seed of the bootstrap.
     """
     signature = read(local(original.bundle)).signature
     quality = quality_of(signature, (original, now), split_of(validation, rows), seed)
