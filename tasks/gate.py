@@ -1,4 +1,4 @@
-"""Limits against what was measured: one verdict a target."""
+"""Judge measurements against limits: one verdict per target."""
 
 from prefect import task
 
@@ -17,9 +17,9 @@ def gate(
     """Judge one built target.
 
     Args:
-        target: which.
-        limits: what was promised.
-        measurement: its stored numbers, or None where it could not run on this machine.
+        target: name of the target.
+        limits: the order's limits.
+        measurement: its stored numbers; None if it cannot run on this machine.
 
     Raises:
         CompressionError: no limits, or a limit on a number that was not measured.

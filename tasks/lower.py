@@ -1,4 +1,4 @@
-"""A model's ONNX graphs for one target: exported, compared with the module, audited."""
+"""Lower a model to ONNX graphs for one target: export, compare with the module, audit."""
 
 import logging
 from pathlib import Path
@@ -37,20 +37,20 @@ def lower_model(
     probe_rows: int,
     most_rows: int,
 ) -> Artifact:
-    """Write a bundle's model down for one target and store its graphs with what was found.
+    """Lower a bundle's model for one target, and store its graphs with their facts.
 
-    Both targets' graphs run in ONNX Runtime, so both are compared with the module here: on rows
-    of data, and on made-up rows at the edges (ids out of range, empty and full lists).
+    Both targets' graphs run in ONNX Runtime, so both are compared with the module here: on rows of
+    data, and on synthetic edge cases (ids out of range, empty and full lists).
 
     Args:
         bundle: the model.
-        target: which target's form each storage format gets.
+        target: the target, which decides the lowering of each storage format.
         probe: a prepared split to compare on.
-        probe_rows: how many rows that split has.
-        most_rows: the largest batch a graph must take.
+        probe_rows: number of rows of that split.
+        most_rows: the largest batch a graph must accept.
 
     Raises:
-        NotLowerable, ParityLost, AuditFailed: what is wrong with which graph.
+        NotLowerable, ParityLost, AuditFailed: contains the graph and the problem.
     """
     loaded = load_bundle(bundle)
     with scratch_folder("lower") as scratch:
@@ -118,7 +118,7 @@ def _examine(
 
 
 def _plan(loaded: Loaded, form: ServedGraph) -> Plan | None:
-    """The lines of the plan that speak of what a graph runs."""
+    """Return the lines of the plan about units that a graph runs."""
     plan = loaded.model.plan
     if plan is None or not form.module:
         return plan
@@ -145,14 +145,14 @@ def _inputs(example: dict[str, Tensor], signature: Signature) -> list[GraphInput
 
 
 def _packed_bytes(loaded: Loaded, form: ServedGraph) -> int:
-    """Bytes of all weights of one graph; a table that both towers read counts in both graphs."""
+    """Return the bytes of one graph's weights; a table that both towers read counts in both."""
     if form.module:
         return stored_bytes(form.part(loaded.model.module))
     return _weight_bytes(loaded)
 
 
 def _repeated_bytes(loaded: Loaded) -> int:
-    """Bytes of tensors that several graphs read, in every graph but the first."""
+    """Return the bytes of shared tensors, counted in every graph except the first."""
     seen: set[int] = set()
     repeated = 0
     for form in served_graphs(loaded.manifest.signature):
@@ -163,7 +163,7 @@ def _repeated_bytes(loaded: Loaded) -> int:
 
 
 def _weight_bytes(loaded: Loaded) -> int:
-    """Bytes of all weights of a model, each stored tensor once, as plans count them."""
+    """Return the bytes of a model's weights, each stored tensor once, as plans count them."""
     plan = loaded.model.plan
     if plan is not None:
         return sum(line.bytes_after for line in plan.lines)

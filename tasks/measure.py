@@ -1,4 +1,4 @@
-"""Quality, bytes and latency of what is really served, against the baseline in the same run."""
+"""Measure quality, bytes and latency of the served graphs, and of the baseline in the same run."""
 
 import logging
 import math
@@ -42,7 +42,7 @@ log = logging.getLogger(__name__)
 Array = NDArray[Any]
 
 QUANTILES = {"p50": 0.5, "p99": 0.99}
-BUDGET_MS = 15_000.0  # of one batch size, all sessions together
+BUDGET_MS = 15_000.0  # for one batch size, all sessions together
 MOST_ROUNDS = 1000
 
 
@@ -59,18 +59,18 @@ def measure(
 ) -> Artifact:
     """Score the test rows with every served graph, time them in turn, store all numbers.
 
-    Of a retrieval model's graphs the query tower is timed: a request waits for it alone, the
-    items' vectors are made beforehand.
+    For a retrieval model the query tower is timed: a request waits only for it, since the items'
+    vectors are computed in advance.
 
     Args:
-        bundle: for the signature.
+        bundle: the bundle of the signature.
         baseline: the untouched model's graphs.
         candidate: the compressed model's graphs.
-        champion: the graphs production runs now, if there are any.
+        champion: the graphs that production runs now, if any.
         test: the prepared test split.
-        test_rows: its rows.
-        ranking: what a retrieval model is ranked on beside them; None for other tasks.
-        seed: of the bootstrap.
+        test_rows: its number of rows.
+        ranking: the catalogue and the hidden items of a retrieval model; None for other tasks.
+        seed: seed of the bootstrap.
     """
     signature = read(local(bundle)).signature
     threads = load_settings().threads
@@ -124,10 +124,10 @@ Sessions = dict[str, Session]
 
 
 def _sessions(folder: Path, signature: Signature, threads: int) -> Sessions:
-    """Every graph of a stored model, as this signature is served.
+    """Open sessions for every graph of a stored model that this signature requires.
 
     Raises:
-        CompressionError: it has other graphs.
+        CompressionError: the model has other graphs.
     """
     wanted = [form.name for form in served_graphs(signature)]
     found = {graph.name: graph.file for graph in lowering_of(folder).graphs}
@@ -158,7 +158,7 @@ def _quality(
     ranking: Ranking | None,
     seed: int,
 ) -> Quality:
-    """What the served graphs answer: a score a row, or a ranking a query."""
+    """Evaluate the served graphs: one score per row, or one ranking per query."""
     if ranking is not None:
         vectors = {
             name: ranked_vectors(_towers(held), signature, test, ranking)
@@ -204,7 +204,7 @@ def _time(
     own: list[judge.Number],
     reference: list[judge.Number],
 ) -> None:
-    """Add p50 and p99 at one batch size; a batch larger than the test data is left out."""
+    """Add p50 and p99 at one batch size; a batch larger than the test data is skipped."""
     if size > test_rows:
         log.warning("no latency at batch %d: there are %d test rows", size, test_rows)
         return

@@ -1,4 +1,4 @@
-"""Module and graph compared on the same rows, and what to say where they disagree."""
+"""Compare a module with its graph on the same rows, and explain the differences."""
 
 import contextlib
 import logging
@@ -31,7 +31,7 @@ log = logging.getLogger(__name__)
 class Compared:
     """A module and its graph, both ready to score the same rows.
 
-    ``path`` is the graph in a form that ONNX Runtime runs, which the graphs of all targets have.
+    ``path`` is the graph in a form that ONNX Runtime runs, which exists for every target.
     """
 
     model: nn.Module
@@ -46,7 +46,7 @@ class Compared:
         """Compare on some rows; also returns the module's scores.
 
         Raises:
-            ParityLost: names the row, both scores and the first tensor that differs.
+            ParityLost: contains the row, both scores and the first tensor that differs.
         """
         expected, found = self.scores(inputs, rows_from)
         try:
@@ -55,7 +55,7 @@ class Compared:
             raise self.explained(fault.failure, inputs, rows_from) from None
 
     def scores(self, inputs: dict[str, Tensor], rows_from: str) -> tuple[FloatArray, FloatArray]:
-        """Of the module and of the graph.
+        """Return the scores of the module and of the graph.
 
         Raises:
             ParityLost: the graph does not run on these rows.
@@ -74,15 +74,15 @@ class Compared:
             raise self.explained(failure, inputs, rows_from) from fault
 
     def same_alone(self, among: FloatArray, inputs: dict[str, Tensor], parity: Parity) -> None:
-        """Refuse a model or graph whose score of a row depends on the other rows of a batch.
+        """Raise if a model's or graph's score of a row depends on other rows of the batch.
 
         Args:
             among: the module's scores of these rows in a large batch.
-            inputs: a few rows, as a batch by themselves.
-            parity: of the large batch.
+            inputs: a few rows, as a separate batch.
+            parity: the parity of the large batch.
 
         Raises:
-            ParityLost: says which of the two, and by how much.
+            ParityLost: contains which of the two, and the difference.
         """
         rows_from = "the data"
         network, graph = self.scores(inputs, rows_from)
@@ -115,7 +115,7 @@ class Compared:
     def explained(
         self, failure: ParityFailure, inputs: dict[str, Tensor], rows_from: str
     ) -> ParityLost:
-        """The error of a failure, with the row's inputs and the first tensor that differs."""
+        """Build the error of a failure, with the row's inputs and the first tensor that differs."""
         form = self.lowered.served.form
         failure = replace(failure, graph=form.name, rows_from=rows_from)
         if failure.row is None:
@@ -129,14 +129,14 @@ class Compared:
         except Exception as fault:
             if is_out_of_memory(fault):
                 raise
-            # Nothing that goes wrong in this second look may hide what the first one found.
+            # No exception of this diagnosis may replace the original failure.
             log.warning("The first tensor that differs was not determined: %r", fault)
             return ParityLost(failure)
 
     def _located(
         self, failure: ParityFailure, alone: dict[str, Tensor], inputs: dict[str, Tensor]
     ) -> ParityFailure:
-        """The failure with the first tensor that differs: on the row alone, else on all rows."""
+        """Add the first tensor that differs: with the row alone, else with all rows."""
         form, names = self.lowered.served.form, input_names(self.lowered.served.form.signature)
         _, program = exported(self.model, form, self.target, self.most_rows)
         if program.exported_program is None:
@@ -163,7 +163,7 @@ class Compared:
         return result
 
     def _first_failing(self, inputs: dict[str, Tensor], rows: int) -> int | None:
-        """The first row that the runtime refuses by itself."""
+        """Find the first row that the runtime refuses as a batch of one."""
         signature = self.lowered.served.form.signature
         for row in range(rows):
             try:
@@ -175,7 +175,7 @@ class Compared:
 
 @contextlib.contextmanager
 def checkable(path: Path, target: TargetKind, plan: Plan | None) -> Iterator[Path]:
-    """A graph in a form that ONNX Runtime runs: the file itself, or one without bfloat16 Gemms."""
+    """Return a graph ONNX Runtime can run: the file itself, or a copy without bfloat16 Gemms."""
     if target == "onnxruntime" or not has_bfloat16_products(plan):
         yield path
         return
@@ -184,7 +184,7 @@ def checkable(path: Path, target: TargetKind, plan: Plan | None) -> Iterator[Pat
         write_checkable(path, written)
         yield written
     finally:
-        written.unlink(missing_ok=True)  # everything in the folder is stored
+        written.unlink(missing_ok=True)  # every file of the folder is stored
 
 
 def _arrays(inputs: Mapping[str, Tensor]) -> dict[str, NDArray[Any]]:

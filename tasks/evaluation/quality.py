@@ -1,7 +1,7 @@
-"""How good several models are on the same test rows, compared in pairs. No Prefect.
+"""Compare the quality of models in pairs on the same test rows. No Prefect.
 
-``ctr`` and ``ranking`` models are compared by a score a row, ``retrieval`` models by what a full
-ranking of the catalogue gives every query.
+``ctr`` and ``ranking`` models are compared by one score per row, ``retrieval`` models by the
+metrics of a full ranking of the catalogue for every query.
 """
 
 from collections.abc import Callable, Mapping
@@ -50,7 +50,7 @@ class Quality(Protocol):
 
 @dataclass(frozen=True)
 class ByRow:
-    """A score a test row of each model, ``(rows,)``."""
+    """One score per test row of each model, ``(rows,)``."""
 
     label: Array
     group: Array | None
@@ -60,7 +60,7 @@ class ByRow:
     def score_change(
         self, baseline: str, candidate: str, unit: ScoreUnit
     ) -> Mapping[str, Estimate]:
-        """How much the scores of two of them differ, row by row."""
+        """Measure how much the scores of two models differ, row by row."""
         return change_of_rows(self.scores[baseline], self.scores[candidate], self.group, unit)
 
     def paired(self, metric: str, baseline: str, candidate: str) -> PairedEstimate:
@@ -73,7 +73,7 @@ class ByRow:
 class ByQuery:
     """Each model's metrics of every query, ``(queries,)``; ``rows`` is of the test data.
 
-    ``vectors`` of the models are needed for score changes alone.
+    ``vectors`` of the models are needed only for score changes.
     """
 
     values: Mapping[str, Mapping[str, Array]]
@@ -87,7 +87,7 @@ class ByQuery:
         candidate: str,
         unit: ScoreUnit,  # noqa: ARG002
     ) -> Mapping[str, Estimate]:
-        """How much the scores of all items differ, query by query; always in spreads."""
+        """Measure how much the scores of all items differ, query by query; always in spreads."""
         return change_of_rankings(self.vectors[baseline], self.vectors[candidate], self.rows)
 
     def paired(self, metric: str, baseline: str, candidate: str) -> PairedEstimate:
@@ -97,7 +97,7 @@ class ByQuery:
 
 
 def row_quality(rows: list[Batch], scores: Mapping[str, Array], seed: int) -> ByRow:
-    """Scores of test rows beside their labels and groups."""
+    """Combine scores of test rows with their labels and groups."""
     label = np.concatenate([batch.label.numpy() for batch in rows])
     groups = [batch.group.numpy() for batch in rows if batch.group is not None]
     return ByRow(label, np.concatenate(groups) if groups else None, scores, seed)
@@ -109,8 +109,8 @@ def query_quality(
     """Rank the whole catalogue for every test query.
 
     Args:
-        towers: what gives the vectors: ``query`` and ``item``.
-        signature: of the bundle.
+        towers: the functions that return vectors: ``query`` and ``item``.
+        signature: the bundle's signature.
         test: the prepared test rows.
         ranking: the catalogue and what is hidden.
 
@@ -118,7 +118,7 @@ def query_quality(
         Metric -> float64 ``(queries,)``.
 
     Raises:
-        CompressionError: a vector is not finite, or there is nothing to find.
+        CompressionError: a vector is not finite, or no query has a relevant item.
     """
     return ranking_metrics(ranked_vectors(towers, signature, test, ranking))
 
@@ -142,7 +142,7 @@ def ranked_vectors(
 
 
 def ranking_metrics(vectors: RankedVectors) -> dict[str, Array]:
-    """Metric -> float64 ``(queries,)``.
+    """Return metric -> float64 ``(queries,)``.
 
     Raises:
         CompressionError: a vector is not finite.
@@ -151,7 +151,7 @@ def ranking_metrics(vectors: RankedVectors) -> dict[str, Array]:
 
 
 def torch_towers(model: nn.Module, signature: Signature) -> dict[str, Vectors]:
-    """The towers of a module, without the graphs they are served as."""
+    """Return the towers of a module, evaluated in torch instead of as graphs."""
 
     def vectors(part: nn.Module, names: tuple[str, ...]) -> Vectors:
         def of(inputs: Mapping[str, Tensor]) -> Array:

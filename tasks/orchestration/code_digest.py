@@ -1,9 +1,9 @@
 """The digest of the code that a task runs, which is part of its cache key. No Prefect.
 
-A task's result is found again only if the sources it was computed with are unchanged. Those are
-the file of the task's function and, transitively, every module of this project that it imports,
-read from the import statements; nothing is imported. The templates of a folder count as sources of
-its modules. Read this file when a task runs again after a change, or does not.
+A task's cached result is used only if its sources are unchanged. The sources are the file of the
+task's function and, transitively, every module of this project that it imports, read from the
+import statements; nothing is imported. The templates of a folder count as sources of its modules.
+Read this file when a task runs again after a change, or does not.
 """
 
 import ast
@@ -38,29 +38,29 @@ LIBRARIES = (
 
 
 def code_digest(function: Callable[..., Any]) -> str:
-    """SHA-256 of what can change a function's result besides its arguments.
+    """Return a SHA-256 over everything except arguments that can change a function's result.
 
     Args:
         function: a task's function, defined in a source file.
 
     Returns:
         Hexadecimal digest of the sources that the function imports, the versions of
-        ``LIBRARIES`` and the number of threads that are measured with.
+        ``LIBRARIES`` and the number of threads used for measurements.
     """
     file = Path(inspect.getsourcefile(inspect.unwrap(function)) or "")
     return digest([_sources_digest(file), _library_versions(), load_settings().threads])
 
 
 def recpress_version() -> str:
-    """The installed version of recpress, such as ``0.1.0``."""
+    """Return the installed version of recpress, such as ``0.1.0``."""
     return importlib.metadata.version("recpress")
 
 
 def imported_sources(file: Path) -> tuple[Path, ...]:
-    """A source file and every file of this project that it imports, transitively, sorted.
+    """List a source file and every project file that it imports, transitively, sorted.
 
-    Imports inside functions count, and so do those for type checkers only. Jinja2 templates in
-    ``templates`` of an imported file's folder count too: they are the text of its pages.
+    Imports inside functions and imports for type checkers count. Jinja2 templates in ``templates``
+    of an imported file's folder also count: they are the text of its pages.
     """
     found: set[Path] = set()
     pending = [file]
@@ -75,7 +75,7 @@ def imported_sources(file: Path) -> tuple[Path, ...]:
 
 @functools.cache
 def _direct_imports(file: Path) -> tuple[Path, ...]:
-    """The project's files that the import statements of one file name, packages included."""
+    """List the project's files in the import statements of one file, including packages."""
     names = set(_imported_names(ast.parse(file.read_bytes())))
     found = set()
     for name in names:
@@ -88,7 +88,7 @@ def _direct_imports(file: Path) -> tuple[Path, ...]:
 
 
 def _imported_names(tree: ast.AST) -> Iterator[str]:
-    """Dotted names of modules, and of what is imported from them: it may be a module too."""
+    """Yield dotted names of modules and of the names imported from them, which may be modules."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
@@ -110,7 +110,7 @@ def _sources_digest(file: Path) -> str:
 
 @functools.cache
 def _library_versions() -> dict[str, str]:
-    """Installed versions of ``LIBRARIES``; ``absent`` for those that are not installed."""
+    """Return installed versions of ``LIBRARIES``; ``absent`` for those not installed."""
     versions = {}
     for name in LIBRARIES:
         try:

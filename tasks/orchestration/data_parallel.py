@@ -1,9 +1,9 @@
-"""A step carried out in this process, or by several that share its training, one on each device.
+"""Run a step in this process, or data parallel in several processes, one per device.
 
-Several devices mean one child process with one process (a rank) below it for each of them, that
-all do the whole step and share the batches of its training
-(``compressors.distill.training.data_parallel``); the first one's result is the result. They
-communicate over the loopback interface and find each other by a file.
+With several devices, one child process starts one process (a rank) per device. All ranks run the
+whole step and share the batches of its training (``compressors.distill.training.data_parallel``);
+the result of the first rank is used. Ranks communicate over the loopback interface and connect
+through a file.
 """
 
 import json
@@ -38,7 +38,7 @@ LOOPBACK = {"linux": "lo", "darwin": "lo0"}
 
 
 class Work(Frozen):
-    """One step, and the bundles and rows it is for."""
+    """One step, with its bundles and rows."""
 
     source: Artifact
     original: Artifact
@@ -48,7 +48,7 @@ class Work(Frozen):
 
 
 class SharedWork(Frozen):
-    """The same for several ranks: a device for each, and where files lie."""
+    """The work of several ranks: one device per rank, and the folders of their files."""
 
     work: Work
     devices: tuple[str, ...]
@@ -56,7 +56,7 @@ class SharedWork(Frozen):
 
 
 class Outcome(Frozen):
-    """What the first rank made, or why there is nothing."""
+    """The result of the first rank, or why there is none."""
 
     network: Network | None = None
     plan: Plan | None = None
@@ -66,14 +66,14 @@ class Outcome(Frozen):
 
 @dataclass(frozen=True)
 class StepResult:
-    """A result, whose tensors lie in a folder."""
+    """The result of a step; its tensors are in a folder."""
 
     network: Network
     plan: Plan | None
 
 
 def run_step(work: Work, folder: Path) -> StepResult:
-    """Carry a step out in this process.
+    """Run a step in this process.
 
     Raises:
         CompressionError: as ``compressors.core.skipping.run_or_skip``.
@@ -88,11 +88,11 @@ def run_step(work: Work, folder: Path) -> StepResult:
 
 
 def run_step_on_devices(work: Work, devices: list[str], folder: Path) -> StepResult | NotApplicable:
-    """Carry it out by one process on each device; a step that fits nothing is a result too.
+    """Run a step with one process per device; a step with nothing to do is also a result.
 
     Raises:
-        CompressionError: as ``compressors.core.runner.run``; or a device is not there.
-        ChildFailed: a process ended without an answer.
+        CompressionError: as ``compressors.core.runner.run``; or a device does not exist.
+        ChildFailed: a process ended without a response.
     """
     for device in devices:
         require_device(torch.device(device))
@@ -116,9 +116,9 @@ def run_step_on_devices(work: Work, devices: list[str], folder: Path) -> StepRes
 
 
 def run_ranks(asked: dict[str, Any]) -> dict[str, Any]:
-    """Start the ranks, wait for all, and give back what the first one made.
+    """Start the ranks, wait for all, and return the result of the first one.
 
-    Where one of them fails, the others are ended and this one fails with its reason.
+    If a rank fails, the others are stopped and this process raises its reason.
     """
     from tasks.orchestration.data_parallel import (
         run_rank,  # this module runs as __main__, which ranks cannot import
@@ -134,7 +134,7 @@ def run_ranks(asked: dict[str, Any]) -> dict[str, Any]:
 
 
 def run_rank(rank: int, text: str, place: str) -> None:
-    """What each process does; the first one's tensors and outcome are kept."""
+    """Run one rank; only the first rank writes its tensors and outcome."""
     shared = SharedWork.model_validate_json(text)
     device = torch.device(shared.devices[rank])
     if device.type == "cuda":
@@ -154,7 +154,7 @@ def run_rank(rank: int, text: str, place: str) -> None:
         outcome = Outcome(network=result.network, plan=result.plan)
     except NothingToCompress as fault:
         outcome = Outcome(left_out=not_applicable(fault))
-    except CompressionError as fault:  # the same on all ranks, which see the same numbers
+    except CompressionError as fault:  # the same on all ranks, which compute the same numbers
         outcome = Outcome(refused=str(fault))
     if rank == 0:
         _outcome(Path(place)).write_text(outcome.model_dump_json())

@@ -1,7 +1,7 @@
-"""Log lines of ours cannot forge other lines or control a terminal, wherever they are shown.
+"""Escape our log messages so that they cannot forge lines or control a terminal.
 
 Messages contain names from bundles. Prefect sends them to its run log, and services write them to
-terminals, so they are escaped when the record is created, before any handler sees it.
+terminals, so they are escaped when the record is created, before any handler receives it.
 """
 
 import logging
@@ -22,7 +22,7 @@ def install() -> None:
 def _escape(record: logging.LogRecord) -> None:
     name = record.name or ""  # a record that was sent from another process has none yet
     if name.partition(".")[0] in OURS:
-        lines = record.getMessage().split("\n- ")  # our own lists of problems keep their lines
+        lines = record.getMessage().split("\n- ")  # our lists of problems keep their lines
         record.msg, record.args = "\n- ".join(map(one_line, lines)), ()
     elif name.startswith(RUNS):
         record.msg, record.args = printable(record.getMessage()), ()

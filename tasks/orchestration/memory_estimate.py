@@ -1,15 +1,15 @@
-"""How much memory carrying out an order takes at most, from sizes alone. No Prefect.
+"""Estimate the peak memory of an order from sizes alone. No Prefect.
 
-Weights lie in mapped files and are read through them, so what counts is what is copied: the
-exporter's and ONNX Runtime's copies while the untouched model is lowered and looked at, which is
-where every run so far was at its largest; and packed tables before they are written.
+Weights are read through memory-mapped files, so only copies count: the copies of the exporter and
+of ONNX Runtime while the untouched model is lowered and inspected, which was the peak of every run
+so far; and packed tables before they are written.
 """
 
 from compressors.contracts import Frozen
 
 MIB = 2**20
 # Measured with the versions of constraints.txt: python -m benchmarks.peak_memory
-PROCESS = {  # libraries are imported when they are first needed
+PROCESS = {  # libraries are imported on first use
     "lowering the untouched model": 830 * MIB,
     "packing": 920 * MIB,
     "training": 920 * MIB,
@@ -29,8 +29,8 @@ TRAINING = 8.8
 class Memory(Frozen):
     """An estimate in bytes of the largest resident set of the flow's process.
 
-    ``peak`` is the sum of the others. Pages of mapped files are counted, which the system can
-    take back; so a smaller machine may still do.
+    ``peak`` is the sum of the other fields. It includes pages of mapped files, which the system can
+    reclaim; so a machine with less memory may be sufficient.
     """
 
     peak: int
@@ -48,15 +48,15 @@ def peak_memory(
     builds: bool,
     trained_bytes: int = 0,
 ) -> Memory:
-    """Estimate the peak.
+    """Estimate the peak memory.
 
     Args:
-        bytes_before: of the untouched model's weights.
-        bytes_after: of the compressed model's.
-        data_bytes: of the largest split's parquet file.
+        bytes_before: bytes of the untouched model's weights.
+        bytes_after: bytes of the compressed model's weights.
+        data_bytes: bytes of the largest split's parquet file.
         builds: whether an engine is built.
-        trained_bytes: of the tensors that a step trains: they, their gradients, Adam's two
-            moments and the best epoch's copies are in memory at once.
+        trained_bytes: bytes of the tensors that a step trains; these tensors, their gradients,
+            Adam's two moments and the best epoch's copies are in memory at once.
     """
     moments = {
         "lowering the untouched model": (round(LOWERING * bytes_before), 0),

@@ -1,9 +1,9 @@
-"""The records by which a finished order is found again. No Prefect.
+"""Records of finished orders, so that a repeated order returns its result. No Prefect.
 
-``orders/<digest>.json`` names the release and the registry version of an order. It is a shortcut:
-without it the order runs again and finds the results of its tasks. ``requests/<digest>.json`` names
-the order that a request became. A request is an order without the version of recpress, so that a
-result is also found after an upgrade.
+``orders/<digest>.json`` names the release and the registry version of an order. It saves time only:
+without it the order runs again and uses the cached results of its tasks. ``requests/<digest>.json``
+names the latest order of a request. A request is an order without the version of recpress, so that
+a result is also found after an upgrade.
 """
 
 import logging
@@ -24,7 +24,7 @@ SCHEMA_VERSION = 2
 
 
 class FinishedRecord(Frozen):
-    """The record of a finished order: references only, the rest is in the release."""
+    """The record of a finished order: references only; all other data is in the release."""
 
     order: str
     release: Artifact
@@ -33,14 +33,14 @@ class FinishedRecord(Frozen):
 
 
 class RequestRecord(Frozen):
-    """The record of a request: the order that it became most recently."""
+    """The record of a request: its most recent order."""
 
     request: Sha256
     order: Sha256
 
 
 def write_request(request: str, order: str) -> None:
-    """Store which order a request became, before that order is finished.
+    """Store the order of a request, before that order is finished.
 
     Args:
         request: digest of the order without the version of recpress.
@@ -55,7 +55,7 @@ def write_request(request: str, order: str) -> None:
 
 
 def order_of_request(request: str) -> str | None:
-    """The order that a request became most recently; None without a sound record."""
+    """Return the most recent order of a request; None without a valid record."""
     key = request_key(request)
     wrong = _unsealed(key)
     try:
@@ -77,10 +77,10 @@ def order_of_request(request: str) -> str | None:
 
 
 def write_finished(done: Finished) -> None:
-    """Store the record by which an order is found again.
+    """Store the record of a finished order.
 
-    A record that cannot replace what is in its place costs the next run of this order time, and
-    nothing else: it is logged.
+    If the record cannot be written, the next run of this order takes longer, without other effects;
+    the failure is logged.
     """
     record = FinishedRecord(
         order=done.report.order,
@@ -96,19 +96,19 @@ def write_finished(done: Finished) -> None:
 
 
 def finished(order: str, *, registered: bool = True) -> Finished | None:
-    """The finished report of an order digest, if its record, report and results are sound.
+    """Return the report of a finished order if its record, report and results are valid.
 
-    The record only says which release and version to look at; everything else is read from the
-    release, verified by its hash. A record that is damaged, or that names the release of another
-    order, counts as absent: the order runs again, and finds the results of its tasks.
+    The record contains only the release and the version; all other data is read from the release,
+    verified by its hash. A record that is damaged, or that names the release of another order,
+    counts as absent: the order runs again and uses the cached results of its tasks.
 
     Args:
         order: the digest.
-        registered: whether the registry must vouch for the version in a record of version 0.1.0,
-            which has no checksum. Without it that version may be wrong.
+        registered: whether the registry must confirm the version in a record of version 0.1.0,
+            which has no checksum. If False, that version may be wrong.
 
     Raises:
-        ArtifactDamaged: the record is sound and the release is not.
+        ArtifactDamaged: the record is valid and the release is damaged.
     """
     held = store()
     try:
@@ -138,7 +138,7 @@ def finished(order: str, *, registered: bool = True) -> Finished | None:
 
 
 def _finished_record(order: str) -> tuple[FinishedRecord, bool]:
-    """The record of an order, and whether it is sealed, so that its version can be trusted.
+    """Read the record of an order, and whether it is sealed, so that its version is reliable.
 
     Raises:
         ArtifactMissing: there is none.
@@ -175,7 +175,7 @@ def _unsealed(key: str) -> RecordRefused:
 
 
 def _registered_version(report: Report) -> str:
-    """The version of an order in the registry of this process.
+    """Return the version of an order in the registry of this process.
 
     Raises:
         ArtifactMissing: it is not registered there.
@@ -187,17 +187,17 @@ def _registered_version(report: Report) -> str:
 
 
 def _registry_reference() -> str:
-    """The registry of this process, relative to the store where both are on this machine."""
+    """Return this process's registry, relative to the store if both are on this machine."""
     uri = load_settings().registry_uri
     file, root = sqlite_file(uri), store().folder
     return shown(uri) if file is None or root is None else os.path.relpath(file, root)
 
 
 def request_key(request: str) -> str:
-    """The store's key of the record of a request."""
+    """Return the store's key of a request's record."""
     return f"requests/{request}.json"
 
 
 def finished_key(order: str) -> str:
-    """Where the finished report of an order lies in the store."""
+    """Return the store's key of a finished order's record."""
     return f"orders/{order}.json"
