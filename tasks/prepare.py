@@ -1,4 +1,4 @@
-"""One split of a bundle's data as tensors."""
+"""Convert one split of a bundle's data to tensors."""
 
 import logging
 from pathlib import Path
@@ -20,11 +20,11 @@ log = logging.getLogger(__name__)
 def prepare(bundle: Artifact, split: SplitName) -> Artifact:
     """Turn one parquet split into memory-mappable tensors and store them.
 
-    Interactions of a retrieval model get what the catalogue says of their items.
+    Interactions of a retrieval model are joined with the catalogue's features of their items.
 
     Args:
-        bundle: whose data, and the signature it is read by.
-        split: which part.
+        bundle: the bundle of the data and of the signature.
+        split: name of the split.
     """
     manifest = read(local(bundle))
     with scratch_folder("prepare") as scratch:

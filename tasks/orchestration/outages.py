@@ -1,7 +1,7 @@
-"""Wait while a service is away: which faults are waited for, how long, and what is logged.
+"""Wait while a service is down: the faults that cause waiting, the deadline, the log lines.
 
-Read by ``policy.py`` for tasks and by flows for the calls between tasks. A service that is
-restarted is back after a minute or so; ten minutes also cover a node that is moved.
+Read by ``policy.py`` for tasks and by flows for the calls between tasks. A restarted service
+responds after about a minute; ten minutes also cover the migration of a node.
 """
 
 import logging
@@ -29,19 +29,19 @@ _SERVER_FAULTS = 500
 
 
 class Outage:
-    """One service that does not answer, from the first failed call on."""
+    """The outage of one service, starting with the first failed call."""
 
     def __init__(self) -> None:
         self._began = time.monotonic()
         self._until = time.time() + DEADLINE_SECONDS
 
     def may_try_again(self, service: str, fault: BaseException, tries: int) -> bool:
-        """Whether another try begins before the deadline; logs what happens.
+        """Return whether another try begins before the deadline; logs the decision.
 
         Args:
-            service: what did not answer, as a sentence begins with it.
-            fault: what the call raised.
-            tries: how many have failed.
+            service: the service that does not respond, as the beginning of a sentence.
+            fault: the exception of the call.
+            tries: number of failed tries.
         """
         delay = DELAYS[min(tries, len(DELAYS)) - 1]
         until = datetime.fromtimestamp(self._until).astimezone().strftime("%H:%M")
@@ -57,7 +57,7 @@ class Outage:
 
 
 def service_of(fault: BaseException) -> str | None:
-    """The service that a fault says is away; None for any other fault.
+    """Return the service that is down according to a fault; None for any other fault.
 
     A fault of Prefect's API counts: its server may be restarting.
     """
@@ -74,13 +74,13 @@ def service_of(fault: BaseException) -> str | None:
 
 
 def wait_out(call: Callable[[], T]) -> T:
-    """Call something between tasks, again and again while a service is away.
+    """Call a function between tasks, with retries while a service is down.
 
     Args:
-        call: may be called several times, also after it was carried out in part.
+        call: the function; it may be called several times, also after it ran in part.
 
     Raises:
-        Exception: what ``call`` raised last, if it is no outage or at the deadline.
+        Exception: the last exception of ``call``, if it is not an outage or at the deadline.
     """
     outage: Outage | None = None
     tries = 0
@@ -105,7 +105,7 @@ class TaskOutages:
         self._outages: dict[UUID, tuple[Outage, int]] = {}
 
     def may_try_again(self, run: UUID, fault: BaseException) -> bool:
-        """Whether Prefect retries a task run whose service is away."""
+        """Return whether Prefect retries a task run whose service is down."""
         service = service_of(fault)
         if service is None:
             return False

@@ -1,11 +1,10 @@
-"""What may be retried, and how the result of a task is found again.
+"""Retry and cache policy of tasks: what is retried, and how cached results are found.
 
-A result is found by what it is made from: the task, its arguments (stored artifacts are named by
-content) and a digest of the sources the task imports (``code_digest.py``). Prefect's own cache is
-not used: its keys see a task's lines but not the code those lines call, and its records choose how
-they are decoded, pickle included. Ours are JSON records in the object store
-(``result_records.py``). Prefect runs and retries tasks and is given no result to store or to read,
-whatever its settings are.
+The key of a result is the task, its arguments (stored artifacts are identified by content) and a
+digest of the sources the task imports (``code_digest.py``). Prefect's cache is not used: its keys
+cover a task's lines but not the code they call, and its records select their decoder, which may be
+pickle. Our records are JSON in the object store (``result_records.py``). Prefect runs and retries
+tasks, but with any settings it neither stores nor reads a result.
 """
 
 import copy
@@ -58,11 +57,11 @@ clean_log_records()  # before a run begins: Prefect stores its log, with every t
 
 
 class NoResultStorage(WritableFileSystem):
-    """A result storage for Prefect that keeps nothing.
+    """A result storage for Prefect that stores nothing.
 
-    Without one, Prefect writes the exception of every failed flow to its default storage, also if
-    results are not persisted. The id is that of no block: a state that refers to this storage
-    cannot be read from any other.
+    Without it, Prefect writes the exception of every failed flow to its default storage, even if
+    results are not persisted. No block has this id: a state that refers to this storage cannot be
+    read from any other.
     """
 
     _block_type_slug = "recpress-no-results"
@@ -83,20 +82,20 @@ class NoResultStorage(WritableFileSystem):
 NO_RESULTS: dict[str, Any] = {
     "persist_result": False,
     "result_storage": NoResultStorage(),
-    "result_serializer": "json",  # the default would pickle what is then discarded
+    "result_serializer": "json",  # the default would pickle content that is then discarded
 }
 """Options of every flow and task: Prefect stores no result and reads none."""
 
 
 def local_result(state: State[Any]) -> Any:
-    """The result of a run of this process.
+    """Return the result of a run of this process.
 
-    ``State.result`` would read a result from wherever the state refers to, decoded by whatever
-    the state names, if the state came from Prefect's API.
+    For a state from Prefect's API, ``State.result`` would read any location with any decoder that
+    the state names.
 
     Raises:
         ServiceFailed: the state came from the API: the server ended the run.
-        BaseException: what the run raised.
+        BaseException: the exception of the run.
     """
     data = state.data.result if isinstance(state.data, ResultRecord) else state.data
     if isinstance(data, State):
@@ -111,15 +110,15 @@ def local_result(state: State[Any]) -> Any:
 
 
 def infra_fault(task: Task[..., Any], run: TaskRun, state: State[Any]) -> bool:  # noqa: ARG001
-    """Retry only what may pass on a second try; a bad order stays bad.
+    """Retry only faults that a second try may solve; an invalid order is never retried.
 
-    A service that is away is waited for until a deadline (``outages.py``).
+    If a service is down, retries continue until a deadline (``outages.py``).
     """
     fault = state.data.result if isinstance(state.data, ResultRecord) else state.data
     if isinstance(fault, StoreOutage | RegistryOutage):
         return _outages.may_try_again(run.id, fault)
     if isinstance(fault, OutOfMemory):
-        return False  # a moment later there is no more memory than now
+        return False  # an immediate retry has no more memory
     return isinstance(fault, InfraError) and run.run_count <= OTHER_RETRIES
 
 
@@ -134,11 +133,11 @@ KEPT: dict[str, Any] = {
 
 
 def content_key(task: Task[..., Any], code: str, arguments: Mapping[str, Any]) -> str:
-    """The digest of a task's sources, of ``code`` and of all arguments, defaults included.
+    """Compute the digest of a task's sources, ``code`` and all arguments, including defaults.
 
     Args:
-        task: whose result is to be found again.
-        code: digest of what else the result depends on: the architecture's code, the attempt.
+        task: the task of the result.
+        code: digest of the other inputs of the result: the architecture's code, the attempt.
         arguments: of the task, by name.
 
     Raises:
@@ -150,9 +149,9 @@ def content_key(task: Task[..., Any], code: str, arguments: Mapping[str, Any]) -
 
 
 def require_stored(result: object) -> None:
-    """Require that an artifact is stored; any other result is usable as it is.
+    """Raise if a result is an artifact that is not stored; accept any other result.
 
-    Records may remain longer than an object store keeps artifacts.
+    An object store may delete artifacts before the records that refer to them.
 
     Raises:
         ArtifactMissing, ArtifactDamaged: it is not stored, or its manifest cannot be read.
@@ -168,11 +167,11 @@ def call(
     check: Callable[[R], object] = require_stored,
     **arguments: Any,
 ) -> R:
-    """Run a task, or take its recorded result if ``check`` accepts it.
+    """Run a task, or return its recorded result if ``check`` accepts it.
 
     Args:
         task: declared with ``KEPT``.
-        code: digest of what the result depends on beside the arguments; part of the cache key.
+        code: digest of inputs other than the arguments; part of the cache key.
         check: raises ``ArtifactMissing`` or ``ArtifactDamaged`` for a result that cannot be used:
             the task runs again.
         arguments: of the task, by name.
@@ -210,7 +209,7 @@ def run_task(task: Task[..., R], arguments: dict[str, Any]) -> R:
 
 
 def show_cached(task: Task[..., Any], arguments: dict[str, Any]) -> None:
-    """Show a result that was found on the flow run's page: a task run in the state Cached."""
+    """Show a cached result on the flow run's page, as a task run in the state Cached."""
 
     @functools.wraps(task.fn)
     def found(*_: Any, **__: Any) -> State[Any]:

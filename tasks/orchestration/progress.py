@@ -1,4 +1,4 @@
-"""How far a run is and what its result was, on its pages in Prefect."""
+"""Show the progress and the result of a run on its pages in Prefect."""
 
 import functools
 import logging
@@ -23,10 +23,10 @@ LOGGERS = ("flows", "tasks", "infra", "compressors")
 
 
 def show_log_lines() -> None:
-    """Let information through to the run's log, unless a level is set.
+    """Enable info messages in the run's log, unless a level is set.
 
-    Prefect sends to its API what our loggers pass on. It does not set their level, which is then
-    that of the root logger: warnings.
+    Prefect sends the messages of our loggers to its API. It does not set their level, so they
+    inherit the root logger's level, which is warning.
     """
     for name in LOGGERS:
         logger = logging.getLogger(name)
@@ -35,7 +35,7 @@ def show_log_lines() -> None:
 
 
 def publish_links(finished: Finished) -> None:
-    """Put the report on the pages of this flow run in Prefect."""
+    """Create the report's links as artifacts of this flow run in Prefect."""
     report = finished.report
     key = "recpress-" + "".join(c if c.isalnum() else "-" for c in report.name.lower())
     create_markdown_artifact(
@@ -48,7 +48,7 @@ def publish_links(finished: Finished) -> None:
 
 
 class Progress:
-    """How far a flow run is: a bar on its page in Prefect, a line in the log."""
+    """Progress of a flow run: a progress artifact on its page in Prefect, and log lines."""
 
     def __init__(self, stages: int) -> None:
         self._stages = stages
@@ -59,19 +59,19 @@ class Progress:
         self._artifact = cast(UUID, wait_out(create))
 
     def stage(self, name: str) -> None:
-        """Log a stage that begins now, and update the bar."""
+        """Log the start of a stage, and update the progress artifact."""
         self.current = name
-        self._stages = max(self._stages, self._done + 1)  # a recipe may be carried out again
+        self._stages = max(self._stages, self._done + 1)  # a recipe may be applied again
         log.info("[%d/%d] %s", self._done + 1, self._stages, name)
         self._update(100 * self._done / self._stages, name)
         self._done += 1
 
     def finish(self) -> None:
-        """Fill the bar."""
+        """Set the progress to 100 %."""
         self._update(100.0, "done")
 
     def _update(self, percent: float, text: str) -> None:
-        """Move the bar; while Prefect's API is away it stays, and the next stage moves it."""
+        """Update the progress artifact; skipped while Prefect's API is down."""
         try:
             update_progress_artifact(self._artifact, progress=percent, description=text)
         except Exception as fault:

@@ -1,10 +1,10 @@
-"""Records of task results, by which a task that ran before is not run again. No Prefect.
+"""Records of task results, so that a repeated task returns its cached result. No Prefect.
 
-``results/<task>/<key>.json`` in the object store holds what one task returned for one set of
-arguments, as JSON. A record is untrusted input: it must be a sealed record of this very task and
+``results/<task>/<key>.json`` in the object store contains the result of one task for one set of
+arguments, as JSON. A record is untrusted input: it must be a sealed record of exactly this task and
 key, its value must have exactly the form that pydantic writes for the task's declared return type,
-and every artifact in it must be named ``artifacts/<sha256>``. Nothing in a record chooses a class,
-an import or a decoder. Read this file when a task runs again although it should not.
+and every artifact in it must be named ``artifacts/<sha256>``. No part of a record selects a class,
+an import or a decoder. Read this file when a task unexpectedly runs again.
 """
 
 import functools
@@ -27,7 +27,7 @@ FOLDER = "results"
 
 
 class ResultRecord(Frozen):
-    """What is stored of one result; ``value`` is plain JSON until it is validated."""
+    """The stored form of one result; ``value`` is plain JSON until it is validated."""
 
     schema_version: int
     task: str
@@ -36,18 +36,18 @@ class ResultRecord(Frozen):
 
 
 def record_key(task: str, key: str) -> str:
-    """The store's key of the record of a task's result."""
+    """Return the store's key of the record of a task's result."""
     return f"{FOLDER}/{task}/{key}.json"
 
 
 def read_result(store: Store, task: str, key: str, function: Callable[..., Any]) -> Any:
-    """The recorded result of a task, validated.
+    """Read and validate the recorded result of a task.
 
     Args:
-        store: where records are.
+        store: the store of the records.
         task: the task's name.
         key: the digest of its arguments.
-        function: the task's function; its return annotation says what the value must be.
+        function: the task's function; its return annotation is the type of the value.
 
     Raises:
         ArtifactMissing: there is no record.
@@ -78,8 +78,8 @@ def write_result(
 ) -> None:
     """Record the result of a task.
 
-    A result that cannot be recorded costs the next run of this task time and nothing else: it is
-    logged.
+    If a result cannot be recorded, the next run of this task takes longer, without other effects;
+    the failure is logged.
 
     Raises:
         StoreOutage: the store is away, so the caller may wait and call again.
@@ -101,10 +101,10 @@ def write_result(
 
 
 def find_result(store: Store, task: str, key: str, function: Callable[..., Any]) -> Any:
-    """As ``read_result``; every reason why a record cannot be used is logged.
+    """Call ``read_result``, and log every reason why a record cannot be used.
 
     Raises:
-        ArtifactMissing: there is no record that can be used, so the task has to run.
+        ArtifactMissing: there is no usable record, so the task has to run.
         StoreOutage: the store is away, so the caller may wait and call again.
     """
     try:
@@ -118,10 +118,10 @@ def find_result(store: Store, task: str, key: str, function: Callable[..., Any])
 
 @functools.cache
 def _declared(function: Callable[..., Any]) -> TypeAdapter[Any]:
-    """The declared return type of a task's function.
+    """Return the declared return type of a task's function.
 
     Raises:
-        TypeError: it declares none.
+        TypeError: it has no return annotation.
     """
     hints = get_type_hints(function)
     if "return" not in hints:
@@ -130,15 +130,15 @@ def _declared(function: Callable[..., Any]) -> TypeAdapter[Any]:
 
 
 def _validated(plain: Any, function: Callable[..., Any]) -> Any:
-    """A value of the declared type.
+    """Validate a plain value as the declared type.
 
     Raises:
-        ValueError: the plain value is anything but what pydantic writes for such a value, apart
-            from fields with a default, which may be absent.
+        ValueError: the plain value differs from the form that pydantic writes for its type, except
+            that fields with a default may be absent.
     """
     declared = _declared(function)
     value = declared.validate_python(plain)
-    # A field that an earlier version did not have is unset and has its default.
+    # A field that an earlier version lacked is unset and has its default.
     if json.loads(declared.dump_json(value, exclude_unset=True)) != plain:
         raise ValueError("its value is not written as recpress writes it")
     for artifact in _artifacts(value):
@@ -148,7 +148,7 @@ def _validated(plain: Any, function: Callable[..., Any]) -> Any:
 
 
 def _artifacts(value: Any) -> Iterator[Artifact]:
-    """Every artifact in a value, at any depth."""
+    """Yield every artifact in a value, at any depth."""
     if isinstance(value, Artifact):
         yield value
     elif isinstance(value, BaseModel):
@@ -165,7 +165,7 @@ def _damaged(store: Store, place: str, reason: str) -> RecordRefused:
 
 
 def _first(fault: ValidationError) -> str:
-    """The first problem of a record; the values are left out, since they may be anything."""
+    """Format the first problem of a record, without its values, which are untrusted."""
     problem = fault.errors(include_input=False, include_url=False)[0]
     where = ".".join(str(part) for part in problem["loc"]) or "the value"
     return clean(f"{where}: {problem['msg']}")

@@ -1,4 +1,4 @@
-"""What this process works on: its store and its local copies. No Prefect."""
+"""The object store of this process, and local copies of its artifacts. No Prefect."""
 
 from pathlib import Path
 
@@ -8,10 +8,10 @@ from infra.store.object_store import Store
 
 
 def store() -> Store:
-    """The object store of this process's settings."""
+    """Return the object store of this process's settings."""
     return Store(load_settings().store_root)
 
 
 def local(artifact: Artifact) -> Path:
-    """A verified local folder of an artifact."""
+    """Return a verified local folder of an artifact."""
     return store().local(artifact, load_settings().cache)

@@ -1,8 +1,8 @@
-"""Which version serves. No Prefect.
+"""Decide which version serves. No Prefect.
 
-acceptance.py         whether a report allows promotion
-champion.py           from a ledger entry to version and report
-registry_listing.py   the versions that the registry holds
-promotions.py         promote, roll back, fetch
-triton_repository.py  the Triton repository of the champion
+acceptance.py         checks whether a report allows promotion
+champion.py           finds the version and report of a ledger entry
+registry_listing.py   lists the versions of the registry
+promotions.py         promotes, rolls back and fetches versions
+triton_repository.py  keeps a Triton repository in step with the champion
 """

@@ -1,7 +1,7 @@
-"""Whether a stored report allows its version to become champion. No Prefect.
+"""Check whether a stored report allows its version to become champion. No Prefect.
 
-A report is read from the store, where another program may have written it: what it says about its
-own outcome is computed again from its targets' verdicts, and these from their judgements.
+Another program may have written a report in the store. So its outcome is computed again from its
+targets' verdicts, and these from their judgements.
 """
 
 from compressors.contracts import overall

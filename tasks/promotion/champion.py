@@ -1,7 +1,7 @@
-"""From a ledger entry to the registry version and the report it names. No Prefect.
+"""Find the registry version and the report of a ledger entry. No Prefect.
 
-The digest of the order connects the two. Version numbers do not: a registry that was lost and
-filled again, or another registry, gives the same number to another order.
+The digest of the order is the link between them. Version numbers are not: a registry that was
+rebuilt, or another registry, may give the same number to another order.
 """
 
 from dataclasses import dataclass
@@ -29,7 +29,7 @@ class Version:
 
 
 def registry() -> Registry:
-    """The registry of this process's settings."""
+    """Return the registry of this process's settings."""
     return Registry(load_settings().registry_uri)
 
 
@@ -54,7 +54,7 @@ def version_of(registered: Registered) -> Version:
 
 
 def version_of_order(model: str, order: str) -> Version:
-    """The version that has this order in the registry, whatever its number.
+    """Return the registry version of this order, for any version number.
 
     Raises:
         PromotionRefused: the registry does not have the order.
@@ -68,7 +68,7 @@ def version_of_order(model: str, order: str) -> Version:
 
 
 def version_of_entry(model: str, entry: Entry) -> Version:
-    """The version whose order a ledger entry made champion.
+    """Return the version whose order a ledger entry made champion.
 
     Raises:
         PromotionRefused: the registry does not have the order, or its report is not accepted.
@@ -93,10 +93,10 @@ def _shown_registry() -> str:
 
 
 def champions() -> dict[str, str]:
-    """The champion of every model that has a ledger: its version's number.
+    """Return the champion's version number of every model that has a ledger.
 
     Raises:
-        PromotionRefused: names every model whose champion the registry does not have, or whose
+        PromotionRefused: lists every model whose champion the registry does not have, or whose
             alias points to another version.
     """
     models = sorted({key.split("/")[1] for key in store().keys("ledger/")})

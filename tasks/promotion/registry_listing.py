@@ -1,7 +1,7 @@
-"""What the registry holds of ours, also where a version is not as recpress registers it.
+"""List our versions in the registry, including those with unexpected tags.
 
-Anybody who may write to the registry can register anything. One odd version is listed with a note
-and does not keep the others from being listed.
+Every user with write access can register any version. An unexpected version is listed with a note,
+and the others are still listed.
 """
 
 import json
@@ -27,14 +27,14 @@ _IN_ARTIFACT = re.compile(
 
 
 class ListedVersion(Registered):
-    """A registered version; ``note`` says what is odd about it."""
+    """A registered version; ``note`` describes what is unexpected about it."""
 
     recipe: tuple[str, ...] = ()
     note: str = ""
 
 
 def listed(model: str | None) -> tuple[ListedVersion, ...]:
-    """Our versions of one model or of all; what others registered is left out.
+    """List our versions of one model or of all models, without those of other programs.
 
     Raises:
         RegistryRefused: there is no model of that name.
@@ -79,7 +79,7 @@ def _missing(tags: dict[str, str]) -> list[str]:
 
 
 def _recipe(text: str | None) -> tuple[str, ...] | None:
-    """The kinds of the steps in a recipe tag; None if it is not a recipe."""
+    """Parse the kinds of the steps in a recipe tag; None if it is not a recipe."""
     try:
         raw = (text or "").encode()
         check_limits(raw)
@@ -94,7 +94,7 @@ def _recipe(text: str | None) -> tuple[str, ...] | None:
 
 
 def _whole(text: str, here: Store) -> str:
-    """A reference to an artifact with the root of the present store; another text as it is."""
+    """Prefix an artifact reference with the store's root; return any other text unchanged."""
     found = _IN_ARTIFACT.fullmatch(text)
     name = None if found is None else artifact_name(found["uri"])
     if found is None or name is None:
