@@ -1,4 +1,4 @@
-"""The release of an order: stored, registered once, and found again by its order digest."""
+"""Publish the release of an order: stored, and registered once under its order digest."""
 
 import json
 import logging
@@ -29,18 +29,18 @@ from tasks.report.tables import markdown
 log = logging.getLogger(__name__)
 CANDIDATE = "candidate"
 OUTCOME_TAG = "recpress.outcome"
-PLAN_CHARACTERS = 50_000  # a registry's tag holds twice as many
+PLAN_CHARACTERS = 50_000  # a registry's tag can store twice as many
 
 
 @task(task_run_name="publish {report.name}", **KEPT)
 def publish(report: Report) -> Finished:
-    """Store the report as JSON, Markdown and a page, then register it: one version an order.
+    """Store the report as JSON, Markdown and HTML, then register one version per order.
 
-    The version carries all its tags from the moment it exists. The alias ``candidate`` moves to
+    The version has all its tags from its creation. The alias ``candidate`` moves to
     it if the order was accepted.
 
     Args:
-        report: what the order came to.
+        report: the order's report.
     """
     with scratch_folder("publish") as scratch:
         (scratch / REPORT).write_text(report.model_dump_json(indent=1))
@@ -50,8 +50,8 @@ def publish(report: Report) -> Finished:
     uri = load_settings().registry_uri
     registered = _register(report, release)
     if artifact_name(registered.source) != release.sha256:
-        # Another process carried out the same order first. Its release is the version, so its
-        # report is the result, not the one measured here.
+        # Another process completed the same order first. Its release is the version, so its report
+        # is the result, not the one measured here.
         release = store().artifact(registered.source)
         report = report_of(release)
     if report.outcome == "accepted":
@@ -65,10 +65,10 @@ def publish(report: Report) -> Finished:
 
 
 def restore(model: str | None) -> tuple[Registered, ...]:
-    """Register again every finished order of the store that the registry does not have.
+    """Register every finished order of the store that the registry lacks.
 
-    For a registry that was lost. Versions are registered in their earlier order, so a registry
-    that is empty numbers them as before where none is missing. The champion follows the ledger;
+    Use it for a registry that was lost. Versions are registered in their earlier order, so an empty
+    registry gives them the same numbers if none is missing. The champion is set from the ledger;
     the newest accepted version becomes the candidate if there is none.
 
     Args:
@@ -99,9 +99,9 @@ def restore(model: str | None) -> tuple[Registered, ...]:
 
 
 def is_registered(found: Finished) -> bool:
-    """Whether the registry of this process knows a finished order by this version.
+    """Return whether this process's registry has a finished order under this version.
 
-    A result that was registered elsewhere names that registry and its number there.
+    A result from another registry contains that registry and its version number there.
     """
     held = registry().by_order(found.report.order, found.report.name)
     here = shown(load_settings().registry_uri)
@@ -109,7 +109,7 @@ def is_registered(found: Finished) -> bool:
 
 
 def still_published(found: Finished) -> None:
-    """Refuse a recorded result that the registry or the store no longer holds.
+    """Raise if the registry or the store no longer has a recorded result.
 
     Raises:
         ArtifactMissing: so that it is published again.
@@ -156,7 +156,7 @@ def _tags(report: Report, release: Artifact) -> dict[str, str]:
 
 
 def _plan_tag(report: Report) -> str:
-    """The plan itself, or its digest where a tag cannot hold it (thousands of tables)."""
+    """Return the plan as a tag, or its digest if it is too long (thousands of tables)."""
     lines = {line.module: f"{line.format}, {line.bytes_after} bytes" for line in report.plan.lines}
     text = json.dumps(lines)
     return text if len(text) <= PLAN_CHARACTERS else f"sha256:{digest(report.plan)}"

@@ -1,4 +1,4 @@
-"""Verify a bundle completely before anything is built on it."""
+"""Verify a bundle completely before any other task uses it."""
 
 import logging
 
@@ -16,7 +16,7 @@ def pull(artifact: Artifact) -> Artifact:
     """Check every hash, weight and id of a stored bundle, and that its module loads.
 
     Args:
-        artifact: the bundle.
+        artifact: the artifact of the bundle.
     """
     manifest, facts = check(artifact.uri)
     log.info(

@@ -1,4 +1,4 @@
-"""What a stored retrieval model finds for every test query, computed once and kept."""
+"""Rank the catalogue with a stored retrieval model for every test query; cached."""
 
 from pathlib import Path
 
@@ -19,19 +19,19 @@ from tasks.orchestration.workspace import store
 def rank(bundle: Artifact, test: PreparedRows, ranking: Ranking) -> Artifact:
     """Rank the catalogue for every test query with the torch module's towers.
 
-    Says what each step of a recipe was worth. The verdict never rests on it: what is served is
-    measured in its own runtime.
+    Used for the effect of each step of a recipe. It does not affect the verdict: served graphs are
+    measured in their own runtime.
 
     Args:
         bundle: the model.
         test: the prepared test rows.
-        ranking: the catalogue and what is hidden.
+        ranking: the catalogue and the hidden items.
 
     Returns:
         ``recall@20`` and ``ndcg@20`` float64 ``(queries,)``.
 
     Raises:
-        CompressionError: a vector is not finite, or there is nothing to find.
+        CompressionError: a vector is not finite, or no query has a new item.
     """
     loaded = load_bundle(bundle)
     signature = loaded.manifest.signature

@@ -1,4 +1,4 @@
-"""What a stored model answers to the rows of a split, computed once and kept."""
+"""Compute the predictions of a stored model for the rows of a split; cached."""
 
 from pathlib import Path
 from typing import Literal
@@ -22,16 +22,16 @@ from tasks.orchestration.workspace import local, store
 def score(bundle: Artifact, split: Artifact, rows: int) -> Artifact:
     """Score every row of a prepared split with the torch module.
 
-    Used as a teacher's soft labels, and to say what each step of a recipe was worth. The verdict
-    never rests on it: what is served is measured in its own runtime.
+    Used as a teacher's soft labels, and for the effect of each step of a recipe. It does not affect
+    the verdict: served graphs are measured in their own runtime.
 
     Args:
         bundle: the model.
         split: the prepared rows.
-        rows: how many they are.
+        rows: number of rows.
 
     Returns:
-        ``score`` float32 ``(rows,)``, the network's output as it is (a logit stays a logit).
+        ``score`` float32 ``(rows,)``, the network's unchanged output (a logit stays a logit).
 
     Raises:
         CompressionError: a score is not a finite number.
@@ -57,10 +57,12 @@ def average(
     scores: tuple[Artifact, ...],
     output: Literal["logit", "probability", "score"],
 ) -> Artifact:
-    """What several teachers answer together (``compressors.distill.soft_labels.mean_predictions``).
+    """Average the predictions of several teachers.
+
+    Computed by ``compressors.distill.soft_labels.mean_predictions``.
 
     Args:
-        scores: what ``score`` stored of each of them, for the same rows.
+        scores: the results of ``score`` for each teacher, for the same rows.
         output: the form of the scores.
     """
     held = [load_file(local(item) / "data.safetensors")["score"] for item in scores]

@@ -1,4 +1,4 @@
-"""What each step of a recipe was worth, in bytes and in quality."""
+"""Measure the effect of each step of a recipe on bytes and quality."""
 
 from pathlib import Path
 
@@ -32,16 +32,16 @@ def measure_stages(
 
     Args:
         scored: the stages in order, the untouched model first.
-        metric: the signature's own.
+        metric: the signature's metric.
         test: the prepared test split, for labels and groups.
-        test_rows: its rows.
-        seed: of the bootstrap.
+        test_rows: its number of rows.
+        seed: seed of the bootstrap.
     """
     manifests = [read(local(item.bundle)) for item in scored]
     signature = manifests[0].signature
     plans = [manifest.plan for manifest in manifests]
     sizes = [sum(line.bytes_after for line in plan.lines) for plan in plans if plan is not None]
-    if plans[0] is None and plans[1] is not None:  # a bundle as trained has no plan of its own
+    if plans[0] is None and plans[1] is not None:  # an uncompressed bundle has no plan
         sizes.insert(0, sum(line.bytes_before for line in plans[1].lines))
     quality = quality_of(signature, scored, split_of(test, test_rows), seed)
     stages = []
@@ -62,7 +62,7 @@ def measure_stages(
 
 
 def quality_of(signature: Signature, scored: tuple[Scored, ...], test: Split, seed: int) -> Quality:
-    """Stages by their number, each with its answers to the same rows."""
+    """Combine stages by number, each with its predictions for the same rows."""
     if signature.task == "retrieval":
         stored = [load_file(local(item.score) / "data.safetensors") for item in scored]
         values = {
@@ -75,6 +75,6 @@ def quality_of(signature: Signature, scored: tuple[Scored, ...], test: Split, se
 
 
 def _predictions(signature: Signature, item: Scored) -> np.ndarray:
-    """A stage's scores; log loss and entropy need probabilities, and order does not change."""
+    """Return a stage's scores, as probabilities for log loss and entropy; keeps their order."""
     output = load_file(local(item.score) / "data.safetensors")["score"]
     return (torch.sigmoid(output.double()) if signature.output == "logit" else output).numpy()

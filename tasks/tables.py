@@ -1,4 +1,4 @@
-"""Tables of any size, compressed as a file: an artifact in, an artifact out."""
+"""Compress tables of any size as files; input and output are artifacts."""
 
 from prefect import task
 
@@ -20,10 +20,10 @@ def quantize_tables(
     """Compress every table of an artifact's safetensors files.
 
     Args:
-        source: what holds the tables.
+        source: the artifact of the tables.
         step: a table method and its settings.
         block_rows: rows encoded at once by each thread; changes no byte of the result.
-        workers: threads, else one per core; changes no byte of the result.
+        workers: number of threads, by default one per core; changes no byte of the result.
     """
     if not isinstance(step, TableStep):
         raise CommandRefused("method_needs_model", method=step.kind, methods=tuple(table_steps()))

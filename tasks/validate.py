@@ -1,4 +1,4 @@
-"""Great Expectations on every split of a bundle's data."""
+"""Validate every split of a bundle's data with Great Expectations."""
 
 import logging
 from pathlib import Path
@@ -23,18 +23,18 @@ log = logging.getLogger(__name__)
 
 @task(task_run_name="validate", **KEPT)
 def validate(bundle: Artifact, rules: Rules) -> Artifact:
-    """Run the checks made from a bundle's signature; store the result and a page of it.
+    """Run the checks of a bundle's signature; store the result and its HTML page.
 
-    Also checks the model's labels and a sample of its scores: what makes measuring fail is
-    refused, the rest is a warning in the result.
+    Also checks the model's labels and a sample of its scores: problems that prevent measurement
+    raise, others are warnings in the result.
 
     Args:
-        bundle: whose data to check.
-        rules: what the signature cannot know, such as the fewest rows.
+        bundle: the bundle whose data is checked.
+        rules: requirements beyond the signature, such as the minimum rows.
 
     Raises:
-        DataRefused: a check failed, fewer were evaluated than intended, or the model cannot be
-            measured. The page is stored before.
+        DataRefused: a check failed, fewer were evaluated than planned, or the model cannot be
+            measured. The page is stored first.
     """
     folder = local(bundle)
     manifest = read(folder)
@@ -42,7 +42,7 @@ def validate(bundle: Artifact, rules: Rules) -> Artifact:
     splits: dict[str, Path] = {split: data_path(manifest, split) for split in manifest.data}
     validation = run_checks(splits, manifest.signature, tables, rules)
     problems: tuple[BaselineProblem, ...] = ()
-    if validation.success:  # else the splits cannot be read, and are refused below
+    if validation.success:  # otherwise the splits cannot be read, and are refused below
         module = model_of(folder, manifest).module
         problems = check_baseline(module, manifest.signature, splits)
         texts = tuple(str(problem.reason) for problem in problems)

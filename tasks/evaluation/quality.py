@@ -118,7 +118,7 @@ def query_quality(
         Metric -> float64 ``(queries,)``.
 
     Raises:
-        CompressionError: a vector is not finite, or no query has a relevant item.
+        CompressionError: a vector is not finite, or no query has a new item.
     """
     return ranking_metrics(ranked_vectors(towers, signature, test, ranking))
 

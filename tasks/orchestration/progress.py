@@ -35,7 +35,7 @@ def show_log_lines() -> None:
 
 
 def publish_links(finished: Finished) -> None:
-    """Create the report's links as artifacts of this flow run in Prefect."""
+    """Create the report's Markdown and table artifacts of this flow run."""
     report = finished.report
     key = "recpress-" + "".join(c if c.isalnum() else "-" for c in report.name.lower())
     create_markdown_artifact(
@@ -71,7 +71,7 @@ class Progress:
         self._update(100.0, "done")
 
     def _update(self, percent: float, text: str) -> None:
-        """Update the progress artifact; skipped while Prefect's API is down."""
+        """Update the progress artifact; while Prefect's API is down, wait for the next stage."""
         try:
             update_progress_artifact(self._artifact, progress=percent, description=text)
         except Exception as fault:

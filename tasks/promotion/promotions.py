@@ -1,9 +1,9 @@
-"""Which version serves: promote, roll back, fetch. No Prefect: people and servers call these.
+"""Promote, roll back and fetch versions. No Prefect: commands and servers call these.
 
 The ledger in the object store decides; the registry's alias and the Triton repository, if there is
-one, are repaired from it. A change of champion goes in this order, so that a process that dies
-anywhere leaves a server on the old champion or on the new one: its files into the repository, the
-ledger, the alias, the repository's configuration.
+one, are repaired from it. A change of champion has a fixed order, so that a server has the old
+champion or the new one wherever a process dies: files into the repository, ledger, alias, the
+repository's configuration.
 """
 
 import getpass
@@ -35,7 +35,7 @@ log = logging.getLogger(__name__)
 
 
 def version_report(model: str, reference: str) -> tuple[Registered, Report]:
-    """A registry version and the report it points to.
+    """Return a registry version and the report it points to.
 
     Args:
         model: registered name.
@@ -52,7 +52,7 @@ def version_report(model: str, reference: str) -> tuple[Registered, Report]:
 
 
 def version_page(model: str, reference: str) -> tuple[Registered, bytes]:
-    """A registry version and the page of its report, as it was published.
+    """Return a registry version and the page of its report, as published.
 
     Args:
         model: registered name.
@@ -63,15 +63,15 @@ def version_page(model: str, reference: str) -> tuple[Registered, bytes]:
 
 
 def repair(model: str, *, expected: bool = False, reading: bool = False) -> Entry | None:
-    """Make the alias and the Triton repository follow the ledger.
+    """Update the alias and the Triton repository from the ledger.
 
-    A model without a ledger is left alone: its alias may belong to another system.
+    A model without a ledger is not changed: its alias may belong to another system.
 
     Args:
         model: registered name.
-        expected: a change of champion was just written, so a difference is no surprise.
-        reading: the caller only needs the champion. A Triton repository that cannot be repaired
-            is logged then, and raises otherwise.
+        expected: whether a change of champion was just written, so that a difference is expected.
+        reading: whether the caller only needs the champion. If so, a failed repair of the Triton
+            repository is logged; otherwise it raises.
 
     Returns:
         The ledger's last entry, with the number its order has in the registry; None if there is
@@ -79,7 +79,7 @@ def repair(model: str, *, expected: bool = False, reading: bool = False) -> Entr
 
     Raises:
         PromotionRefused: the registry does not have the champion's order, or its report is not
-            accepted. The alias stays as it is.
+            accepted. The alias is unchanged.
     """
     ledger = Ledger(store(), model)
     entry = ledger.champion()
@@ -97,12 +97,12 @@ def repair(model: str, *, expected: bool = False, reading: bool = False) -> Entr
         newest = ledger.champion()
         if newest == entry:
             return entry.model_copy(update={"version": version.number})
-        entry = newest  # another process promoted meanwhile: alias and server follow its entry
+        entry = newest  # another process has promoted: alias and server follow its entry
     return None
 
 
 def _followed(model: str, version: Version) -> bool:
-    """Whether the Triton repository, if there is one, had to change to serve this champion."""
+    """Update the Triton repository, if any, to this champion; returns whether it changed."""
     root = triton_repository.repository()
     if root is None:
         return False
@@ -115,13 +115,13 @@ def _followed(model: str, version: Version) -> bool:
 
 
 def _stage(model: str, version: Version) -> None:
-    """Copy a version's files to where a Triton server finds them, if one is to follow."""
+    """Copy a version's files into the Triton repository, if there is one."""
     root = triton_repository.repository()
     if root is None:
         return
     try:
-        # In a registry with other version numbers, the folder the server reads now may have
-        # the number of this version: the champion has to move to its present number first.
+        # In a registry with other version numbers, the folder that the server reads now may have
+        # this version's number: first move the champion to its current number.
         repair(model, reading=True)
     except PromotionRefused as fault:
         log.warning("%s: the present champion stays as it is served: %s", model, fault)
@@ -129,24 +129,24 @@ def _stage(model: str, version: Version) -> None:
 
 
 class Change(Frozen):
-    """The ledger entry a command resulted in; ``is_new`` if this command appended it."""
+    """The resulting ledger entry of a command; ``is_new`` if this command appended it."""
 
     entry: Entry
     is_new: bool
 
 
 def promote(model: str, reference: str, reason: str) -> Entry:
-    """As ``apply_promotion``; returns the entry only."""
+    """Call ``apply_promotion`` and return only the entry."""
     return apply_promotion(model, reference, reason).entry
 
 
 def rollback(model: str, reason: str, *, leaving: str | None = None) -> Entry:
-    """As ``apply_rollback``; returns the entry only."""
+    """Call ``apply_rollback`` and return only the entry."""
     return apply_rollback(model, reason, leaving=leaving).entry
 
 
 def apply_promotion(model: str, reference: str, reason: str) -> Change:
-    """Make a version the champion. If it is already, complete what an earlier command left undone.
+    """Make a version the champion. If it already is, complete an interrupted earlier command.
 
     Args:
         model: registered name.
@@ -155,7 +155,7 @@ def apply_promotion(model: str, reference: str, reason: str) -> Change:
 
     Raises:
         PromotionRefused: its outcome is not accepted, or its report does not support it.
-        AlreadyThere: another command made another version champion meanwhile.
+        AlreadyThere: another command has made another version champion.
     """
     entries = Ledger(store(), model).entries()
     registered, report = version_report(model, reference)
@@ -163,7 +163,7 @@ def apply_promotion(model: str, reference: str, reason: str) -> Change:
 
 
 def champion(model: str) -> Entry | None:
-    """The entry that made the current champion; None if there never was one."""
+    """Return the entry of the current champion; None if there has never been one."""
     return Ledger(store(), model).champion()
 
 
@@ -191,7 +191,7 @@ def _promote(model: str, version: Version, reason: str, entries: tuple[Entry, ..
             champion = ledger.champion()
             if champion is None or champion.order != order:
                 raise
-            is_new = False  # another command promoted the same order
+            is_new = False  # another command has promoted the same order
     return _completed(model, is_new=is_new)
 
 
@@ -200,20 +200,20 @@ def apply_rollback(
 ) -> Change:
     """Make the version before the current champion the champion again.
 
-    A command that is repeated because its first run was interrupted completes that run and does
-    not go back a second time: the last entry is a rollback that was not confirmed. The same holds
-    for a rollback that another command decided after this one began.
+    A repeated command after an interrupted run completes that run and does not roll back a second
+    time: the last entry is an unconfirmed rollback. The same holds for a rollback by another
+    command after this one began.
 
     Args:
         model: registered name.
         reason: written into the ledger.
-        leaving: the version to roll back from. If it is not champion because it was rolled back
-            already, nothing more is rolled back. Without it: the current champion.
-        began: when the command began; now, if not given.
+        leaving: the version to roll back from. If it has already been rolled back, nothing else is
+            rolled back. Default: the current champion.
+        began: start time of the command; by default now.
 
     Raises:
         PromotionRefused: there is no version before it, or ``leaving`` is not the champion.
-        AlreadyThere: another command promoted a version meanwhile.
+        AlreadyThere: another command has promoted a version.
     """
     began = began or datetime.now(UTC)
     ledger = Ledger(store(), model)
@@ -234,7 +234,7 @@ def apply_rollback(
         later = ledger.entries()[len(entries) :]
         if any(entry.action != "rollback" for entry in later):
             raise
-        return _completed(model, is_new=False)  # another command rolled back meanwhile
+        return _completed(model, is_new=False)  # another command has rolled back
     return _completed(model, is_new=True)
 
 
@@ -245,7 +245,7 @@ def _is_rolled_back(
     left: str | None,
     began: datetime,
 ) -> bool:
-    """Whether the rollback a command means is in the ledger already."""
+    """Return whether the ledger already has the rollback of a command."""
     last = entries[-1] if entries else None
     if leaving is not None:
         if last is not None and last.order == left:
@@ -262,7 +262,7 @@ def _is_rolled_back(
 
 
 def _completed(model: str, *, is_new: bool) -> Change:
-    """Make the alias and the Triton repository follow, then confirm that they do."""
+    """Update the alias and the Triton repository, then record the confirmation."""
     entry = repair(model, expected=True)
     if entry is None:
         raise ConcurrentChange("ledger_emptied", model=model)
@@ -272,7 +272,7 @@ def _completed(model: str, *, is_new: bool) -> Change:
 
 
 def champion_graph(model: str) -> Artifact | None:
-    """The ONNX Runtime graph of the current champion, or None."""
+    """Return the ONNX Runtime graph of the current champion, or None."""
     entry = Ledger(store(), model).champion()
     if entry is None:
         return None
@@ -294,10 +294,10 @@ def fetch(
     Args:
         model: registered name.
         reference: ``3``, ``@champion`` or ``@candidate``.
-        target: which target's files.
-        into: a folder that does not exist yet, or an empty one.
-        unmeasured: take a target that was built but never measured.
-        unaccepted: take a target that was rejected or is undecided.
+        target: the target of the files.
+        into: must not exist, or be an empty folder.
+        unmeasured: allow a target that was built but never measured.
+        unaccepted: allow a target that was rejected or is undecided.
 
     Raises:
         PromotionRefused: the target's verdict does not allow it.
@@ -325,7 +325,7 @@ def fetch(
 
 
 def whoami() -> str:
-    """Who is written into the ledger."""
+    """Return the name of the current user for the ledger."""
     return os.environ.get("RECPRESS_USER") or getpass.getuser()
 
 
@@ -345,20 +345,20 @@ def _target(report: Report, target: TargetKind, model: str, version: str) -> Tar
 def export(
     model: str, to: str | None, *, unmeasured: bool = False
 ) -> tuple[triton_repository.TritonModel, ...]:
-    """Lay the champion out in a Triton repository, and look at it afterwards.
+    """Export the champion to a Triton repository, and return the repository's state.
 
     Args:
         model: registered name.
         to: the repository; None for the one of the settings.
-        unmeasured: also a plan that was built but never measured.
+        unmeasured: also export a plan that was built but never measured.
 
     Raises:
-        PromotionRefused: there is no champion, or nothing of it that Triton can serve.
+        PromotionRefused: there is no champion, or it has no graph that Triton can serve.
         SettingRefused: there is no repository, or it cannot be used.
     """
     root = triton_repository.needed(to)
     registered, found = _servable(model, unmeasured=unmeasured)
-    triton_repository.stage(root, found)  # compares every byte, which following does not
+    triton_repository.stage(root, found)  # compares every byte, unlike the update
     triton_repository.follow(root, model, found)
     return triton_repository.compare(root, model, registered.version, found)
 
@@ -366,9 +366,9 @@ def export(
 def triton_contents(
     model: str, to: str | None, *, unmeasured: bool = False
 ) -> tuple[triton_repository.TritonModel, ...]:
-    """What lies in a Triton repository for a model's champion; changes nothing.
+    """Return the state of a Triton repository for a model's champion, without changes.
 
-    Args and errors as ``export``.
+    Arguments and errors as in ``export``.
     """
     root = triton_repository.needed(to)
     registered, found = _servable(model, unmeasured=unmeasured)
@@ -376,7 +376,7 @@ def triton_contents(
 
 
 def _servable(model: str, *, unmeasured: bool) -> tuple[Registered, tuple[ServedVersion, ...]]:
-    """The champion and its graphs for Triton. Looking changes nothing: the alias stays as it is."""
+    """Return the champion and its graphs for Triton, without changing the alias."""
     entry = Ledger(store(), model).champion()
     if entry is None:
         raise PromotionRefused("champion_to_serve_missing", model=model)

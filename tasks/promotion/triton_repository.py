@@ -1,8 +1,8 @@
-"""The Triton repository that follows the champion. No Prefect: promotions and people call this.
+"""Update and inspect the champion's Triton repository. No Prefect: commands call this.
 
-A promotion puts a version's files in place before the ledger names it, and lets the server load
-it after the registry's alias moved: whatever happens in between, the server finds the old champion
-or the new one, whole. What a promotion that was cut short left undone, ``follow`` does.
+A promotion copies a version's files before the ledger refers to it, and lets the server load it
+after the registry's alias has moved. At every moment in between, the server finds the complete old
+champion or the complete new one. ``follow`` completes an interrupted promotion.
 """
 
 import logging
@@ -42,9 +42,9 @@ class GraphPart:
 
 
 class TritonModel(Frozen):
-    """One Triton model in a repository and whether it is what was published.
+    """One Triton model in a repository, compared with the published files.
 
-    ``files`` says of every file of the served version: ``ok``, ``missing`` or ``changed``.
+    ``files`` has the state of every file of the served version: ``ok``, ``missing`` or ``changed``.
     """
 
     name: str
@@ -57,15 +57,15 @@ class TritonModel(Frozen):
 
     @property
     def sound(self) -> bool:
-        """Whether a server that starts now serves the champion from the right bytes."""
+        """Whether a server that starts now serves the champion from undamaged files."""
         return self.state == "champion" and set(self.files.values()) == {"ok"}
 
 
 def repository(given: str | None = None) -> str | None:
-    """The repository's root: what was given, or ``RECPRESS_TRITON``; None if there is none.
+    """Return the repository's root: the argument, or ``RECPRESS_TRITON``; None without both.
 
     Raises:
-        SettingRefused: it cannot be used.
+        SettingRefused: the root cannot be used.
     """
     root, setting = (given, "--to") if given else (load_settings().triton, "RECPRESS_TRITON")
     if not root:
@@ -75,7 +75,7 @@ def repository(given: str | None = None) -> str | None:
 
 
 def needed(given: str | None) -> str:
-    """As ``repository``, where there has to be one.
+    """Return the root as ``repository`` does, and raise if there is none.
 
     Raises:
         SettingRefused: there is none.
@@ -87,20 +87,20 @@ def needed(given: str | None) -> str:
 
 
 def contents() -> tuple[str, int]:
-    """The repository of these settings and how many models are laid out in it."""
+    """Return the repository of these settings and its number of models."""
     return triton.contents(needed(None))
 
 
 def graphs(version: str, report: Report, *, unmeasured: bool = False) -> tuple[ServedVersion, ...]:
-    """What Triton can serve of a version: accepted ONNX graphs and plans of TensorRT.
+    """List the graphs Triton can serve of a version: accepted ONNX graphs and TensorRT plans.
 
     Args:
         version: its number in the registry.
         report: its report.
-        unmeasured: also a target that was built but never measured.
+        unmeasured: include targets that were built but never measured.
 
     Raises:
-        TritonRefused: the report does not say enough to configure one of them.
+        TritonRefused: the report lacks a fact that the configuration of a graph needs.
     """
     outcomes = {"accepted", "built-unmeasured"} if unmeasured else {"accepted"}
     return tuple(
@@ -113,7 +113,7 @@ def graphs(version: str, report: Report, *, unmeasured: bool = False) -> tuple[S
 
 
 def stage(root: str, found: tuple[ServedVersion, ...]) -> None:
-    """Put the files of a version in place. No server loads them before ``follow``.
+    """Copy the files of a version. No server loads them before ``follow``.
 
     Raises:
         TritonRefused: a folder belongs to another model.
@@ -126,13 +126,13 @@ def stage(root: str, found: tuple[ServedVersion, ...]) -> None:
 
 
 def follow(root: str, model: str, found: tuple[ServedVersion, ...]) -> tuple[str, ...]:
-    """Let the server load these graphs of a model; put in place first what is missing.
+    """Copy missing files of a model's graphs, then let the server load them.
 
     Returns:
-        The Triton models that had to change.
+        The Triton models that changed.
     """
     late = [item for item in found if not triton.follows(_home(root, item.name), store(), item)]
-    for served in late:  # all files before the first configuration: graphs belong together
+    for served in late:  # all files before the first configuration: graphs are updated together
         triton.stage(_home(root, served.name), store(), served)
     for served in late:
         triton.point(_home(root, served.name), served)
@@ -148,7 +148,7 @@ def follow(root: str, model: str, found: tuple[ServedVersion, ...]) -> tuple[str
 
 
 def stale_models(root: str, model: str, found: tuple[ServedVersion, ...]) -> tuple[str, ...]:
-    """Triton models of earlier versions that the present one has no graph for."""
+    """List Triton models of earlier versions for which the current version has no graph."""
     names = {triton_name(model, target, part) for target in TARGETS for part in PARTS}
     names -= {served.name for served in found}
     return tuple(sorted(name for name in names if _follows(_home(root, name), model)))
@@ -157,13 +157,13 @@ def stale_models(root: str, model: str, found: tuple[ServedVersion, ...]) -> tup
 def compare(
     root: str, model: str, version: str, served: tuple[ServedVersion, ...]
 ) -> tuple[TritonModel, ...]:
-    """What lies in the repository for each graph of the champion, every byte compared.
+    """Compare every byte of the champion's graphs in the repository with the published files.
 
     Args:
         root: the repository.
         model: the registered model.
-        version: its champion.
-        served: what Triton can serve of that.
+        version: the champion's version.
+        served: the graphs of it that Triton can serve.
     """
     found = [_compare_one(_home(root, item.name), item) for item in served]
     for name in stale_models(root, model, served):
@@ -184,7 +184,7 @@ def compare(
 
 
 def _compare_one(home: Store, wanted: ServedVersion) -> TritonModel:
-    triton.owner(home)  # refuses a stranger's
+    triton.owner(home)  # raises for another program's model
     body = triton.current(home)
     wrong = triton.faults(home, store(), wanted)
     state: Literal["champion", "behind", "absent"] = "behind"
@@ -213,12 +213,12 @@ def _home(root: str, name: str) -> Store:
 def _follows(home: Store, model: str) -> bool:
     try:
         return triton.owner(home) == model
-    except Refused:  # somebody else's folder that happens to have this name
+    except Refused:  # another program's folder with this name
         return False
 
 
 def _parts(target: TargetReport) -> tuple[GraphPart, ...]:
-    """The graphs of one target, each a Triton model of its own."""
+    """List the graphs of one target; each is a separate Triton model."""
     return tuple(
         GraphPart("" if graph.name == "model" else graph.name, graph)
         for graph in target.lowering.graphs
@@ -233,13 +233,13 @@ def _served(
     if kind == "tensorrt":
         build = store().file(target.artifact, build_record(part.graph.name))
         capability = validated(Engine, build).capability
-        # A GPU of another kind finds no file, rather than one it cannot read.
+        # A GPU of another kind finds no file, instead of one it cannot load.
         stored = f"{part.graph.name}{Path(FILES['tensorrt']).suffix}"
         plan = f"{part.graph.name}-{capability}.plan" if capability else stored
         files = {plan: stored}
         batches, threads = _ordered_batches(report), None
     else:
-        # Large weights lie beside the graph and have to be there before it.
+        # Large weights are stored next to the graph and must be copied before it.
         beside = sorted(path for path in held if path.startswith(f"{part.graph.file}."))
         files = {path: path for path in (*beside, part.graph.file)}
         batches = _measured_batches(report)
@@ -274,9 +274,9 @@ def _served(
 
 
 def _measured_batches(report: Report) -> tuple[int, int, int]:
-    """One row, the batch that was answered at the most rows a second, and the largest measured.
+    """Return one row, the measured batch with the most rows per second, and the largest one.
 
-    A request larger than any that was measured is one nobody promised anything about.
+    No limit was judged for a request larger than all measured batches.
     """
     numbers = report.measurement.numbers.numbers if report.measurement else ()
     pace = {
@@ -290,7 +290,7 @@ def _measured_batches(report: Report) -> tuple[int, int, int]:
 
 
 def _ordered_batches(report: Report) -> tuple[int, int, int]:
-    """The shapes the plan was built for: its optimization profile."""
+    """Return the shapes of the plan's optimization profile."""
     ordered = report.reproduction.order.get("targets", {})
     try:
         low, best, high = (
