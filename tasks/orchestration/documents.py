@@ -1,6 +1,6 @@
-"""What tasks store as JSON beside their files, and how it is read back. No Prefect.
+"""JSON documents that tasks store next to their files, and functions to read them. No Prefect.
 
-``Report`` is what an order came to: for people, programs and the registry alike.
+``Report`` is the result of an order, for people, programs and the registry.
 """
 
 import json
@@ -52,7 +52,7 @@ AS_TRAINED = "as trained"
 
 
 class BatchSizes(Frozen):
-    """Expected batch sizes of a target: smallest, the one to be fastest at, largest."""
+    """Expected batch sizes of a target: smallest, the one to optimize for, largest."""
 
     low: int
     best: int
@@ -62,8 +62,8 @@ class BatchSizes(Frozen):
 class GraphInput(Frozen):
     """One input a caller must send: ``shape`` without the varying first dimension.
 
-    That dimension is the rows, except for the values of a jagged bag: those are all ids of all
-    rows end to end, at most ``longest`` a row.
+    That dimension is the rows, except for the values of a jagged bag: those are the ids of all rows
+    concatenated, at most ``longest`` per row.
     """
 
     name: str
@@ -73,10 +73,10 @@ class GraphInput(Frozen):
 
 
 class LoweredGraph(Frozen):
-    """One graph, and what was found about it.
+    """One graph, with its facts.
 
-    ``width`` is None where ``output`` is one number a row, else how many numbers a vector has.
-    ``packed_bytes`` is what the weights of its part of the model take as planned, each once,
+    ``width`` is the length of the output vectors, or None if ``output`` is one number per row.
+    ``packed_bytes`` is the plan's bytes of the weights of its part of the model, each counted once.
     ``sparse_layers`` are those with two zeros among every four inputs.
     """
 
@@ -93,17 +93,17 @@ class LoweredGraph(Frozen):
 
     @property
     def file(self) -> str:
-        """Its file beside ``lowering.json``; large weights lie beside that."""
+        """Its file next to ``lowering.json``; large weights are stored next to it."""
         return f"{self.name}.onnx"
 
 
 class Lowering(Frozen):
-    """What is stored beside the graphs of a model; requests wait for the first of them.
+    """The document stored next to the graphs of a model; requests wait for the first graph.
 
-    A model is one graph, ``model``; a retrieval model two, ``query`` and ``item``.
+    A model has one graph, ``model``; a retrieval model has two, ``query`` and ``item``.
     ``packed_bytes`` counts each stored tensor of the model once, as plans do;
     ``served_packed_bytes`` counts it in every graph that reads it, as served bytes do;
-    ``repeated_bytes`` is what tensors in more than one graph add to the latter.
+    ``repeated_bytes`` is the part of the latter that is due to tensors in several graphs.
     """
 
     target: TargetKind
@@ -119,7 +119,7 @@ class Lowering(Frozen):
 
 
 class Measurement(Frozen):
-    """What measuring one target said: the candidate's and the baseline's own numbers."""
+    """Measurements of one target: the numbers of the candidate and of the baseline."""
 
     numbers: judge.Measured
     baseline: judge.Measured
@@ -129,32 +129,32 @@ class Measurement(Frozen):
 
 
 class PreparedRows(Frozen):
-    """A prepared split and how many rows it has."""
+    """A prepared split and its number of rows."""
 
     artifact: Artifact
     rows: int
 
 
 class Ranking(Frozen):
-    """What a full ranking needs beside the test rows: the catalogue, and what was seen before."""
+    """Inputs of a full ranking other than the test rows: the catalogue, and items seen before."""
 
     items: PreparedRows
     seen: tuple[PreparedRows, ...]
 
 
 class NotApplicable(Reasoned):
-    """A step of a recipe that has nothing to do in this model, and why: one reason."""
+    """A step of a recipe that has nothing to do in this model, and the reason."""
 
 
 def not_applicable(fault: CompressionError) -> NotApplicable:
-    """The outcome of a step that refuses a model."""
+    """Build the outcome of a step that refuses a model."""
     return NotApplicable(reasons=(Reason("not_applicable", fault=str(fault)),))
 
 
 class Scored(Frozen):
-    """A model on its way through a recipe, and what it answers to the test rows.
+    """One stage of a recipe: a model and its predictions for the test rows.
 
-    ``score`` holds a score a row, or for ``retrieval`` the metrics of every query.
+    ``score`` contains one score per row, or for ``retrieval`` the metrics of every query.
     """
 
     step: str
@@ -163,7 +163,7 @@ class Scored(Frozen):
 
 
 class Stage(Frozen):
-    """A model on its way through a recipe: bytes of its weights and its quality in torch.
+    """One stage of a recipe: bytes of the model's weights and its quality in torch.
 
     ``change`` is the difference to the stage before; the untouched model has none.
     """
@@ -179,7 +179,7 @@ Stages = TypeAdapter(tuple[Stage, ...])
 
 
 class TargetReport(Frozen):
-    """One target: what is served, and what is known about it."""
+    """One target: its served files and their facts."""
 
     target: TargetKind
     required: bool
@@ -193,7 +193,7 @@ class TargetReport(Frozen):
 
 
 class Reproduction(Frozen):
-    """How to carry an order out again: the command, and the order as ``ORDER_FILE`` holds it."""
+    """How to run an order again: the command, and the contents of ``ORDER_FILE``."""
 
     command: str
     order: dict[str, Any]
@@ -263,7 +263,7 @@ class Report(Frozen):
 
 
 class Finished(Frozen):
-    """A report that was published: where it lies and which registry version it became."""
+    """A published report: its artifact and its registry version."""
 
     report: Report
     release: Artifact
@@ -271,7 +271,7 @@ class Finished(Frozen):
     registry: str
 
     def fetch_command(self) -> str:
-        """What a serving team types to get the result, with the flag its verdict asks for."""
+        """Return the command that fetches the result, with the flag that its verdict requires."""
         first = self.report.targets[0]
         flag = {"accepted": "", "built-unmeasured": " --unmeasured"}.get(
             first.verdict.outcome, " --unaccepted"
@@ -282,36 +282,36 @@ class Finished(Frozen):
         )
 
     def page_uri(self) -> str:
-        """Where the report's page lies."""
+        """Return the URI of the report's page."""
         return page_uri(self.release)
 
     def page_command(self) -> str:
-        """What anybody types to read the report's page."""
+        """Return the command that shows the report's page."""
         return f"recpress registry show {self.report.name} --version {self.version} --html ./{PAGE}"
 
 
 def page_uri(release: Artifact) -> str:
-    """The whole URI of the page of a release's report."""
+    """Return the full URI of the page of a release's report."""
     return f"{store().uri_of(release)}/files/{PAGE}"
 
 
 def page_reference(release: Artifact) -> str:
-    """The same as it is written down outside the store."""
+    """Return the reference to the page that is recorded outside the store."""
     return f"{store().reference(release)}/files/{PAGE}"
 
 
 def build_record(graph: str) -> str:
-    """The file beside an engine that says how it was built and audited."""
+    """Read the file next to an engine that describes its build and its audit."""
     return "build.json" if graph == "model" else f"{graph}.build.json"
 
 
 def lowering_of(folder: Path) -> Lowering:
-    """What is stored beside the graphs of a model."""
+    """Read the document stored next to the graphs of a model."""
     return read_document(Lowering, folder / "lowering.json")
 
 
 def served_bytes(folder: Path) -> int:
-    """Bytes of what a target loads: all graphs with their weights, or all engines.
+    """Return the bytes that a target loads: all graphs with their weights, or all engines.
 
     The same for the baseline, the candidate and the champion. A tensor that two graphs read is in
     both files and counts in both.
@@ -322,7 +322,7 @@ def served_bytes(folder: Path) -> int:
 
 
 def measurement_of(artifact: Artifact) -> Measurement:
-    """A stored measurement."""
+    """Read a stored measurement."""
     return read_document(Measurement, local(artifact) / "measurement.json")
 
 
@@ -346,7 +346,7 @@ def report_from(
     validation: Artifact,
     reproduction: Reproduction,
 ) -> Report:
-    """Put what the tasks stored together."""
+    """Build a report from the stored results of the tasks."""
     plan = read(local(compressed)).plan
     return Report(
         order=order,
@@ -399,11 +399,11 @@ def _target(
 
 
 def report_of(release: Artifact) -> Report:
-    """A stored report, verified by its hash.
+    """Read a stored report, verified by its hash.
 
     Raises:
-        ArtifactMissing, ArtifactDamaged: it is not there, or not what was written.
-        RecordRefused: it is no report.
+        ArtifactMissing, ArtifactDamaged: it is missing or damaged.
+        RecordRefused: it is not a report.
     """
     try:
         return validated(Report, store().file(release, REPORT))

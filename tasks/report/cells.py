@@ -1,4 +1,4 @@
-"""How a report writes metrics and changes, and in which order. No Prefect."""
+"""Format metrics and changes for reports, and order them. No Prefect."""
 
 import json
 from collections.abc import Iterable
@@ -11,7 +11,7 @@ from infra.printable import one_line
 
 
 def label(metric: str) -> str:
-    """A metric as people write it."""
+    """Format the name of a metric for people."""
     names = {
         "auc": "AUC",
         "gauc": "GAUC",
@@ -30,7 +30,7 @@ def label(metric: str) -> str:
 
 
 def change_of(estimate: Estimate, latency: bool) -> str:
-    """A change and its interval if it has one: a ratio, or a signed difference for quality."""
+    """Format a change and its interval, if any: a ratio, or a signed difference for quality."""
     if estimate.low == estimate.high:  # exact, such as bytes
         return f"{estimate.point:.2f}x" if latency else f"{estimate.point:+.5f}"
     if latency:
@@ -39,7 +39,7 @@ def change_of(estimate: Estimate, latency: bool) -> str:
 
 
 def score_change_of(metric: str, estimate: Estimate, unit: ScoreUnit | None) -> str:
-    """A score change and its interval if it has one; ``sd`` stands for standard deviations."""
+    """Format a score change and its interval, if any; ``sd`` means standard deviations."""
     shares = ("changed_top1", "top20_overlap")
     if metric in shares:
         return f"{estimate.point:.2%} [{estimate.low:.2%}, {estimate.high:.2%}]"
@@ -58,12 +58,12 @@ def _ends(estimate: Estimate) -> tuple[float, float, float]:
 
 
 def reason_and_warning(line: PlanLine) -> str:
-    """Why a unit is stored as it is, and the warning about it if there is one."""
+    """Format why a unit is stored in its format, and its warning if there is one."""
     return line.reason if line.warning is None else f"{line.reason}. Warning: {line.warning}"
 
 
 def plan_warnings(plan: Plan) -> list[str]:
-    """The warnings of a plan, one sentence for each table or layer that has one."""
+    """List the warnings of a plan, one sentence for each table or layer that has one."""
     return [
         f"Warning about {line.module} ({line.format}): {line.warning}."
         for line in plan.lines
@@ -72,7 +72,7 @@ def plan_warnings(plan: Plan) -> list[str]:
 
 
 def cell(text: str) -> str:
-    """A name or a sentence inside a table: it neither ends the cell nor becomes HTML or markup.
+    """Escape text for a table cell, so that it cannot end the cell or become HTML or markup.
 
     Links, pictures and code are written as HTML entities, which Markdown shows as the characters.
     """
@@ -81,13 +81,13 @@ def cell(text: str) -> str:
 
 
 def packed(audit: GraphAudit) -> str:
-    """How many packed tables an optimized graph holds: those that it looks up together are one."""
+    """Count packed tables of an optimized graph; tables in one lookup count as one."""
     tables = many(audit.packed_tables, "packed table")
     return f"{tables} (alike ones count once)" if audit.packed_tables else tables
 
 
 def widened(audit: GraphAudit) -> str:
-    """What became of packed dense layers in an optimized graph."""
+    """Describe the packed dense layers of an optimized graph."""
     kept, wide = audit.packed_layers, audit.widened_layers
     parts = [f"{many(kept, 'dense layer')} multiplied by codes as stored"] if kept else []
     floats = f"{many(wide, 'dense layer')} float32 once a session starts"
@@ -96,12 +96,12 @@ def widened(audit: GraphAudit) -> str:
 
 
 def mebibytes(size: int) -> str:
-    """A size as people write it."""
+    """Format a size in mebibytes."""
     return f"{size / 2**20:,.0f}"
 
 
 def largest_first(lines: Iterable[PlanLine]) -> list[PlanLine]:
-    """Lines by the bytes they had, each followed by the tables that it is made of now."""
+    """Sort lines by original bytes, each followed by the tables that now compose it."""
     listed = tuple(lines)
     before = {line.module: line.bytes_before for line in listed}
 
@@ -114,7 +114,7 @@ def largest_first(lines: Iterable[PlanLine]) -> list[PlanLine]:
 
 
 def as_text(value: object) -> str:
-    """A value of an order or an audit as people write it."""
+    """Format a value of an order or an audit for people."""
     match value:
         case None:
             return "none"

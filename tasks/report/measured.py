@@ -1,4 +1,4 @@
-"""The part of the report's page about what was measured: limits, quality, latency. No Prefect."""
+"""The measurements of the report's page: limits, quality, latency. No Prefect."""
 
 from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
@@ -33,17 +33,17 @@ WORDS = {"held": "good", "broken": "bad", "unsure": "open", "plain": "soft"}
 
 @dataclass(frozen=True)
 class LimitRow:
-    """A limit, or a number without one, as a row of the page.
+    """A row of the page: a limit, or a number without a limit.
 
     Attributes:
-        name: of the limit or the number.
-        note: what stands below the name; empty if nothing.
+        name: name of the limit or the number.
+        note: text below the name; may be empty.
         picture: SVG of the number on its scale; empty if nothing was measured.
         point: the number; empty if nothing was measured.
-        interval: of the number, in brackets; empty if it has none.
-        outcome: of the limit, or that there is no limit.
+        interval: interval of the number, in brackets; empty if it has none.
+        outcome: outcome of the limit, or that there is no limit.
         tone: class of the outcome's colour.
-        reason: of the outcome; empty if there is none.
+        reason: reason of the outcome; empty if there is none.
     """
 
     name: str
@@ -58,7 +58,7 @@ class LimitRow:
 
 @dataclass(frozen=True)
 class Chart:
-    """The latency of one quantile over the batch sizes; ``picture`` is None if not measured."""
+    """Latency of one quantile by batch size; ``picture`` is None if not measured."""
 
     quantile: str
     picture: Markup | None
@@ -66,14 +66,14 @@ class Chart:
 
 @dataclass(frozen=True)
 class LatencySection:
-    """The charts of latency, and where they were measured."""
+    """The latency charts, and the machine of the measurement."""
 
     note: str
     charts: tuple[Chart, ...]
 
 
 def limit_rows(report: Report) -> tuple[LimitRow, ...]:
-    """Every limit with its number, then the quality numbers nothing was promised about."""
+    """Return every limit with its number, then the quality numbers without a limit."""
     rows, judged = [], set()
     unit = None if report.measurement is None else report.measurement.numbers.score_unit
     for target in report.targets:
@@ -110,7 +110,7 @@ def _judged(item: Judgement, target: TargetReport, unit: ScoreUnit | None) -> Li
     picture, said = Markup(), ""
     if found is not None:
         bound = limit.at_least if limit.at_least is not None else limit.at_most
-        if bound is None:  # a limit has one of the two: Limit checks it when it is made
+        if bound is None:  # a limit has one of the two: Limit validates this
             raise ValueError(f"limit {limit} has no bound")
         picture = Markup(
             pictures.strip(
@@ -169,7 +169,7 @@ def _unpromised(report: Report, judged: Collection[tuple[str, str]]) -> Iterator
 
 
 def latency_section(report: Report) -> LatencySection:
-    """Curves over the batch sizes, and the machine they were measured on."""
+    """Draw latency by batch size, and describe the machine of the measurement."""
     measured = report.measurement
     if measured is None:
         return LatencySection(note="Nothing was measured on this machine.", charts=())

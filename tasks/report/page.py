@@ -1,7 +1,7 @@
-"""The report as one HTML page: no network, no script, everything escaped. No Prefect.
+"""Render the report as one HTML page: no network, no script, all values escaped. No Prefect.
 
-This file selects and words what the page shows; its HTML is in ``templates``, one file a section.
-The pictures stand next to the numbers they show, so a picture is never the only source.
+This file selects and formats the texts of the page; its HTML is in ``templates``, one file per
+section. Charts are next to the numbers they show, so a chart is never the only source.
 """
 
 import json
@@ -27,7 +27,7 @@ TEMPLATE = "tasks/report/templates/page.html.jinja"
 
 @dataclass(frozen=True)
 class Banner:
-    """The verdict of the order, its colour, and a line for each target."""
+    """The verdict of the order, its colour, and one line per target."""
 
     outcome: str
     tone: str
@@ -36,7 +36,7 @@ class Banner:
 
 @dataclass(frozen=True)
 class Card:
-    """One of the first numbers of the page, with a note below it."""
+    """One of the main numbers at the top of the page, with a note below it."""
 
     title: str
     value: str
@@ -76,9 +76,9 @@ class AgainSection:
     """How to run the order again.
 
     Attributes:
-        command: of the shell.
+        command: the shell command.
         order: the order as JSON.
-        file: name of the file that the order belongs into.
+        file: name of the file for the order.
         needs_file: whether the command reads that file.
     """
 
@@ -92,8 +92,8 @@ def page(report: Report, validation: Validation) -> str:
     """Render a report as one self-contained HTML page.
 
     Args:
-        report: what the order came to.
-        validation: what the checks of its data said.
+        report: the order's report.
+        validation: the results of its data checks.
 
     Returns:
         HTML with inline style and inline SVG only. The same report gives the same page.
@@ -119,11 +119,11 @@ def page(report: Report, validation: Validation) -> str:
 
 
 def validation_of(artifact: Artifact) -> Validation:
-    """A stored validation."""
+    """Read a stored validation."""
     return read_document(Validation, local(artifact) / "validation.json")
 
 
-# --- what it came to -------------------------------------------------------------------------
+# --- result ----------------------------------------------------------------------------------
 
 
 def _banner(report: Report) -> Banner:
@@ -135,7 +135,7 @@ def _banner(report: Report) -> Banner:
 
 
 def _cards(report: Report, validation: Validation) -> tuple[Card, ...]:
-    """The few numbers one asks for first."""
+    """Return the main numbers of the report."""
     served = _measured_target(report)
     cards = []
     if served is not None:
@@ -191,7 +191,7 @@ def _data(validation: Validation) -> DataSection:
     )
 
 
-# --- where it came from ----------------------------------------------------------------------
+# --- artifacts -------------------------------------------------------------------------------
 
 
 def _hashes(report: Report) -> HashesSection:

@@ -1,4 +1,4 @@
-"""The part of the report's page about the recipe and the bytes of its plan. No Prefect."""
+"""The report page's section on the recipe and the bytes of its plan. No Prefect."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ LARGEST = 20
 
 @dataclass(frozen=True)
 class RecipeLine:
-    """A step of the recipe, or a remark about all of them, which has no kind."""
+    """A step of the recipe, or a remark about the recipe, which has no kind."""
 
     kind: str | None
     text: str
@@ -26,7 +26,7 @@ class RecipeLine:
 
 @dataclass(frozen=True)
 class PlanRow:
-    """A table or layer of the plan as text, with the picture of its bytes."""
+    """A table or layer of the plan as text, with the chart of its bytes."""
 
     module: str
     role: str
@@ -39,7 +39,7 @@ class PlanRow:
 
 @dataclass(frozen=True)
 class Fold:
-    """Rows of the plan that are shown on a click; ``note`` is their bytes in words."""
+    """Rows of the plan that a click shows; ``note`` is their bytes as text."""
 
     title: str
     note: str
@@ -48,13 +48,13 @@ class Fold:
 
 @dataclass(frozen=True)
 class PlanSection:
-    """The recipe and what it stores each table and layer as.
+    """The recipe, and the stored format of each table and layer.
 
     Attributes:
-        steps: of the recipe, and remarks.
-        note: what the steps were calibrated on.
-        keys: the roles in the picture, with their bytes in words.
-        picture: all bytes before and after.
+        steps: steps of the recipe, and remarks.
+        note: the calibration data of the steps.
+        keys: the roles in the chart, with their bytes as text.
+        picture: chart of all bytes before and after.
         shown: the largest tables and layers.
         fold: the others; None if all are shown.
     """
@@ -71,7 +71,7 @@ def plan_section(report: Report) -> PlanSection:
     """Return the steps of the recipe and the plan, its largest tables and layers first."""
     ordered = largest_first(report.plan.lines)
     shown, folded = ordered[:LARGEST], ordered[LARGEST:]
-    if len(folded) < 4:  # opening a fold for so few is more work than reading them
+    if len(folded) < 4:  # so few rows are read faster than a fold is opened
         shown, folded = ordered, []
     most = max((max(line.bytes_before, line.bytes_after) for line in ordered), default=0)
     fold = None
@@ -104,7 +104,7 @@ def _recipe_lines(report: Report) -> Iterator[RecipeLine]:
 
 
 def _composition(lines: tuple[PlanLine, ...]) -> tuple[tuple[tuple[Role, str], ...], Markup]:
-    """The bytes of each role in words, and the picture of all bytes."""
+    """Return the bytes of each role as text, and the chart of all bytes."""
     before = [
         BarSegment(name=line.module, role=line.role, size=line.bytes_before) for line in lines
     ]

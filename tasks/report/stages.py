@@ -1,4 +1,4 @@
-"""The part of the report about what each step of the recipe was worth. No Prefect."""
+"""The report's section on the effect of each step of the recipe. No Prefect."""
 
 from dataclasses import dataclass
 
@@ -17,9 +17,9 @@ class NumberTable:
     """A table of text for the page: all columns after the first are numbers.
 
     Attributes:
-        heads: of the columns.
-        rows: as many cells each.
-        note: what stands below the table.
+        heads: column headings.
+        rows: rows with one cell per heading.
+        note: text below the table.
     """
 
     heads: tuple[str, ...]
@@ -28,7 +28,7 @@ class NumberTable:
 
 
 def stage_rows(report: Report) -> list[dict[str, str]]:
-    """One row a stage: what it weighs, how good it is, and the change it made."""
+    """Return one row per stage: its bytes, its quality, and the change from the previous stage."""
     rows = []
     before = None
     first = report.stages[0].bytes if report.stages else 0
@@ -50,7 +50,7 @@ def stage_rows(report: Report) -> list[dict[str, str]]:
 
 
 def stage_lines(report: Report) -> list[str]:
-    """The same as a section of Markdown; empty for a report without stages."""
+    """Format the stages as a section of Markdown; empty for a report without stages."""
     rows = stage_rows(report)
     if not rows:
         return []
@@ -68,7 +68,7 @@ def stage_lines(report: Report) -> list[str]:
 
 
 def stage_section(report: Report) -> NumberTable:
-    """The same for the page; without rows for a report without stages."""
+    """Return the stages as a table of the page; without rows for a report without stages."""
     rows = stage_rows(report)
     columns = list(rows[0]) if rows else []
     return NumberTable(

@@ -1,4 +1,4 @@
-"""The report as a table and as Markdown. No Prefect."""
+"""Render the report as a table and as Markdown. No Prefect."""
 
 import json
 
@@ -23,7 +23,7 @@ NOTICED = 1.02
 
 
 def headline(report: Report) -> list[dict[str, str]]:
-    """The table of before and after: one row a number, one column a model and target."""
+    """Return the table of before and after: one row per number, one column per model and target."""
     rows: list[dict[str, str]] = []
     served = next((t for t in report.targets if t.target == "onnxruntime"), None)
     rows.append(
@@ -71,7 +71,7 @@ def headline(report: Report) -> list[dict[str, str]]:
 
 
 def markdown(report: Report) -> str:
-    """The whole report as Markdown."""
+    """Render the whole report as Markdown."""
     rows = headline(report)
     columns = list(rows[0])
     lines = [
@@ -143,7 +143,7 @@ def markdown(report: Report) -> str:
 
 
 def remarks(report: Report) -> list[str]:
-    """What a reader of the table should not overlook, a sentence each."""
+    """List the remarks about the table, one sentence each."""
     found = []
     if report.measurement is not None:
         slower = [
@@ -184,7 +184,7 @@ def _engines(target: TargetReport) -> str:
 
 
 def shared(report: Report) -> list[str]:
-    """That some weights are in several graphs and count differently; nothing where none are."""
+    """Explain that weights in several graphs count differently; empty if there are none."""
     first = report.targets[0].lowering
     if not first.repeated_bytes:
         return []
@@ -197,7 +197,7 @@ def shared(report: Report) -> list[str]:
 
 
 def timed(report: Report) -> list[str]:
-    """Which of several graphs the latency is of; nothing where there is one."""
+    """State which of several graphs the latency is of; empty if there is one graph."""
     names = [graph.name for target in report.targets[:1] for graph in target.lowering.graphs]
     if len(names) == 1:
         return []
@@ -208,7 +208,7 @@ def timed(report: Report) -> list[str]:
 
 
 def limit_lines(report: Report) -> list[str]:
-    """Every limit and what was found about it, one line each."""
+    """List every limit with its outcome, one line each."""
     judged = [item for target in report.targets for item in target.verdict.judgements]
     if not judged:
         return [f"- `{limit}`: not measured here" for limit in report.limits]
@@ -216,7 +216,7 @@ def limit_lines(report: Report) -> list[str]:
 
 
 def resolution(report: Report) -> str:
-    """What loss the test set can tell from none."""
+    """State the smallest change of the metric that the test set resolves."""
     if report.measurement is None:
         return "Nothing was measured on this machine."
     metric = report.metric

@@ -1,4 +1,4 @@
-"""The part of the report's page about what was built for each target. No Prefect."""
+"""The report page's section on the graphs and engines of each target. No Prefect."""
 
 from dataclasses import dataclass
 
@@ -11,13 +11,13 @@ from tasks.report.measured import TONES, WORDS
 
 @dataclass(frozen=True)
 class Fact:
-    """What is known about a target, without its name.
+    """One fact about a target, without its name.
 
     Attributes:
         text: the fact.
         tone: class of the text's colour; empty for none.
-        note: what stands below the text; None if nothing.
-        lines: more text, a line each.
+        note: text below the fact; None if there is none.
+        lines: additional lines of text.
     """
 
     text: str = ""
@@ -68,7 +68,7 @@ def _target(target: TargetReport) -> Target:
 
 
 def _graph(graph: LoweredGraph, audit: dict[str, object]) -> dict[str, Fact]:
-    """What was found about one graph of a target, by name."""
+    """Return the facts about one graph of a target, by name."""
     facts = {
         f"{graph.output.capitalize()}s against torch": Fact(
             lines=(
