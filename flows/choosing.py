@@ -1,6 +1,6 @@
-"""Which steps of a recipe are carried out: those that fit the model, its data and the budget.
+"""Select the steps of a recipe that fit the model, its data and the budget.
 
-Read by the flow, which carries steps out, and by the dry run, which only foresees their result.
+Used by the flow, which applies steps, and by the dry run, which only predicts their result.
 """
 
 from collections.abc import Callable
@@ -25,15 +25,15 @@ UNREPORTED = ("nothing_left", "option_not_needed")
 
 
 def is_reported(left_out: Reason | None) -> bool:
-    """Whether a report mentions a step: it is carried out, or left out for a notable reason."""
+    """Return whether a report lists a step: it is applied, or skipped for a notable reason."""
     return left_out is None or left_out.code not in UNREPORTED
 
 
 def require_budget_rows(order: Order, subject: BundleRef) -> None:
-    """Require rows to measure the budget on, where the order sets one.
+    """Raise if the order sets a budget and has no rows to measure it.
 
     Raises:
-        CompressionError: there are no validation rows, or the task has no score a row.
+        CompressionError: there are no validation rows, or the task has no score per row.
     """
     if order.budget is None:
         return
@@ -44,7 +44,7 @@ def require_budget_rows(order: Order, subject: BundleRef) -> None:
 
 
 def can_be_judged(order: Order, subject: BundleRef) -> bool:
-    """Whether there is a budget, and rows to measure it on."""
+    """Return whether there is a budget, and rows to measure it."""
     rows = "validation" in subject.rows and subject.task != "retrieval"
     return order.quality_budget() is not None and rows
 
@@ -56,27 +56,28 @@ def allowed_steps(
     attempt: Callable[[AnyStep, T], T | NotApplicable],
     spent: Callable[[T], Reason | None] | None = None,
 ) -> tuple[tuple[tuple[str, T], ...], dict[int, Reason]]:
-    """Go through the choices of an order's steps, really or as a dry run.
+    """Apply or dry-run the choices of an order's steps, and select those that fit.
 
-    A preset is written for any model, so a group of its steps that does not fit this one is left
-    out whole, with the reason; in a recipe of one's own that is an error. So is a group that costs
-    more quality than the budget has left; then the next option of its choice is tried. Later
-    choices that begin with the same method on the same units are left out as well: they would cut
+    A preset applies to any model, so a group of its steps that does not fit this model is skipped
+    as a whole, with the reason; in a custom recipe that is an error. A group that costs more
+    quality than the remaining budget is also skipped, and the next option of its choice is tried.
+    Later choices that begin with the same method on the same units are skipped too: they would cut
     deeper and cost more.
 
     Args:
-        order: whose steps.
-        subject: the bundle they are for.
-        begin: what the first step receives.
-        attempt: gives the result of a step from that of the step before it.
-        spent: why the result of a group is over the budget; None if it is within.
+        order: the order with the steps.
+        subject: the order's bundle.
+        begin: the input of the first step.
+        attempt: returns the result of a step, given the result of the previous step.
+        spent: returns why the result of a group is over the budget; None if it is within.
 
     Returns:
-        Every stage from ``begin`` on, and why steps were left out, by their place in the recipe.
+        Every stage from ``begin`` on, and the reasons of skipped steps, by their place in the
+        recipe.
 
     Raises:
-        CompressionError: a step of preset ``custom`` has nothing to do or lacks data, and none
-            before it was over the budget, which may be the reason; or no step fits at all.
+        CompressionError: a step of preset ``custom`` has nothing to do or lacks data, and no
+            earlier step was over the budget, which could be the cause; or no step fits at all.
     """
     stages = [(AS_TRAINED, begin)]
     left_out: dict[int, Reason] = {}
@@ -124,14 +125,14 @@ def allowed_steps(
 
 
 def method_and_units(step: AnyStep) -> str:
-    """A method and the tables or layers it works on."""
+    """Return a step's method and the tables or layers it applies to."""
     return step.model_dump_json(include={"kind", "tables", "layers"})
 
 
 def lacking(step: AnyStep, subject: BundleRef, order: Order | None = None) -> Reason | None:
-    """What a step needs and the bundle does not bring, before anything has run.
+    """Return the data that a step needs and the bundle lacks, before anything runs.
 
-    Rows are pruned by a preset only where validation rows say what that costs.
+    A preset prunes rows only if validation rows can measure the loss.
     """
     if (
         isinstance(step, PruneRows)
@@ -154,7 +155,7 @@ def lacking(step: AnyStep, subject: BundleRef, order: Order | None = None) -> Re
 
 
 def parts_of_step(step: AnyStep, subject: BundleRef) -> tuple[Part, ...]:
-    """The parts a step needs, and of those it would make use of the ones that are there."""
+    """Return the parts of the bench a step needs, and the available ones of those it can use."""
     there = (part for part in wants(step) if split_name(part, subject) in subject.rows)
     return (*needs(step), *there)
 
@@ -163,15 +164,15 @@ SOFT_LABELS: tuple[Part, ...] = ("soft_labels", "traffic_soft_labels")
 
 
 def is_taught(step: AnyStep) -> bool:
-    """Whether a step learns from what teachers answer."""
+    """Return whether a step learns from the predictions of teachers."""
     return any(part in SOFT_LABELS for part in (*needs(step), *wants(step)))
 
 
 def require_taught(order: Order) -> None:
-    """Refuse teachers whom no step would hear.
+    """Raise if the order names teachers but no step uses them.
 
     Raises:
-        CompressionError: names the steps.
+        CompressionError: lists the steps.
     """
     if order.teachers and not any(map(is_taught, order.recipe())):
         raise OrderRefused(
@@ -182,7 +183,7 @@ def require_taught(order: Order) -> None:
 
 
 def split_name(part: Part, subject: BundleRef) -> SplitName:
-    """The split a part of the bench is made from."""
+    """Return the split from which a part of the bench is built."""
     match part:
         case "soft_labels":
             return "train"

@@ -1,7 +1,7 @@
 """The command line: ``recpress --help``.
 
-Imports happen inside the commands, so that help answers at once. Exit codes: 0 accepted or done,
-1 failure, 2 bad input, 3 rejected, 4 undecided or nothing measured.
+Imports are inside the commands, so that help is printed immediately. Exit codes: 0 accepted or
+done, 1 failure, 2 bad input, 3 rejected, 4 undecided or nothing measured.
 """
 
 import functools
@@ -49,7 +49,7 @@ def main() -> None:
     """Run the command line; every known fault becomes one sentence and an exit code."""
     require_limits(sys.argv[1:])
     try:
-        # Usage errors are reported here too: typer would print the arguments as they are.
+        # Usage errors are also reported here: typer would print the arguments unescaped.
         code = app(obj=datetime.now(UTC), standalone_mode=False)
     except (Exception, typer.Abort) as fault:
         code = report(fault)
@@ -132,7 +132,7 @@ def _carry_out(order: "Terms", *, force: bool, as_json: bool) -> int:
 
 @contextmanager
 def _only_process_of(order: "Terms", *, quiet: bool) -> Iterator[None]:
-    """One process of a home carries out an order; others wait, then find its result."""
+    """Hold the lock of an order in this home; other processes wait, then use its result."""
     from flows.cli import console
     from flows.resolve import digest_now
     from infra.errors import SettingRefused
@@ -370,7 +370,7 @@ def doctor(as_json: Json = False) -> None:
 
 
 def _notices(notes: tuple[str, ...], warnings: "tuple[Reason, ...]" = ()) -> None:
-    """Print what a user should know about a bundle, after what was asked for."""
+    """Print remarks about a bundle after the output of a command."""
     for note in notes:
         write_line(f"note: {note}")
     for warning in warnings:

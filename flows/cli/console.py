@@ -1,4 +1,4 @@
-"""What a person at a terminal sees: the flow running, and what it came to."""
+"""Terminal output: the progress of the flow, and its result."""
 
 import logging
 import os
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from tasks.orchestration.documents import Finished
 
 EMBEDDED = {
-    # Faults of a run reach the command line as exceptions, so Prefect need not log them there.
+    # Faults of a run are exceptions of the command, so Prefect's log of them is redundant.
     "PREFECT_SERVER_LOGGING_LEVEL": "CRITICAL",
     "PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL": "CRITICAL",
     "PREFECT_LOGGING_EXTRA_LOGGERS": "flows,tasks,infra,compressors",
@@ -31,17 +31,17 @@ STYLE = {"accepted": "bold green", "rejected": "bold red", "undecided": "bold ye
 
 
 def console(*, error: bool = False) -> "Console":
-    """A rich console that shows text as it is: plain where there is no terminal.
+    """Return a rich console that prints text literally, without styles if not on a terminal.
 
-    Nothing in a text is markup, an emoji code or a control sequence, in lines, tables and titles
-    alike. Styles are arguments (``style=``), never part of a text.
+    Text in lines, tables and titles is never parsed for markup, emoji codes or control sequences.
+    Styles are arguments (``style=``), never part of a text.
     """
     from rich.console import Console
     from rich.text import Text
 
     class Escaping(Console):
         def render_str(self, text: str, **options: Any) -> Text:
-            """Every string that rich shows passes here."""
+            """Escape a string; rich passes every string through this method."""
             if options.get("markup"):
                 raise ValueError("Expected a text without markup. Pass style= instead.")
             options |= {"markup": False, "emoji": False, "highlight": False}
@@ -67,7 +67,7 @@ def write(text: str) -> None:
 
 
 def write_line(text: str) -> None:
-    """Print one line to standard output, whatever the names in it contain."""
+    """Print one line to standard output, with its names escaped."""
     print(one_line(text))  # noqa: T201
 
 
@@ -84,20 +84,20 @@ def write_table(columns: list[str], rows: list[list[str]]) -> None:
 
 
 def print_progress(text: str, *, quiet: bool = False) -> None:
-    """One line for a person, on standard error so that results can be piped."""
+    """Print one progress line to standard error, so that results can be piped."""
     if not quiet:
         console(error=True).print(one_line(text))
 
 
 def run(order: "Terms", *, quiet: bool) -> "Finished":
-    """Run the flow in this process, with what it does shown on a terminal."""
+    """Run the flow in this process, and show its progress on the terminal."""
     for name, value in EMBEDDED.items():
         os.environ.setdefault(name, value)
     with _shown(quiet=quiet):
         from flows.server.prefect_access import connect
 
         say_stage = logging.getLogger("tasks.orchestration.progress").info
-        server = connect(say_stage)  # starts while the imports below run
+        server = connect(say_stage)  # starts during the imports below
         from flows.compress import compress
         from flows.order import Order
         from tasks.orchestration.documents import Finished
@@ -117,7 +117,7 @@ def run(order: "Terms", *, quiet: bool) -> "Finished":
 
 
 def show(finished: "Finished") -> None:
-    """The table of before and after, the verdicts, and how to get the result."""
+    """Print the table of before and after, the verdicts, and how to get the result."""
     from tasks.report.stages import stage_rows
     from tasks.report.tables import headline, limit_lines, remarks, resolution
 
@@ -144,7 +144,7 @@ def show(finished: "Finished") -> None:
 
 
 def explained(found: "Explanation") -> None:
-    """What an order would run, with its bytes and its peak memory."""
+    """Print the steps of an order, with its bytes and its peak memory."""
     from tasks.report.cells import mebibytes, plan_warnings
 
     out = console()
@@ -227,7 +227,7 @@ def _table(title: str, rows: list[dict[str, str]], width: int) -> "Table":
     for place, column in enumerate(rows[0]):
         table.add_column(column, justify="right" if place else "left", no_wrap=True)
     for row in rows:
-        # Intervals need a wide window; they stand in the report in any case.
+        # Intervals need a wide window; the report contains them in any case.
         cells = (cell.partition(" [")[0] if width < WIDE else cell for cell in row.values())
         table.add_row(*map(one_line, cells))
     return table
@@ -235,7 +235,7 @@ def _table(title: str, rows: list[dict[str, str]], width: int) -> "Table":
 
 @contextmanager
 def _shown(*, quiet: bool) -> Iterator[None]:
-    """Show each stage the flow logs: a spinner on a terminal, plain lines elsewhere."""
+    """Show each stage that the flow logs: a spinner on a terminal, plain lines otherwise."""
     if quiet:
         yield
         return
@@ -257,7 +257,7 @@ def _shown(*, quiet: bool) -> Iterator[None]:
 
 
 class _Stages(logging.Handler):
-    """Log lines of the flow's progress and waiting, one at a time on the terminal."""
+    """Shows log lines of the flow's progress and waiting, one at a time on the terminal."""
 
     def __init__(self, out: "Console", status: "Status") -> None:
         super().__init__(logging.INFO)
@@ -269,4 +269,4 @@ class _Stages(logging.Handler):
 
         line = one_line(record.getMessage())
         self._out.print(line)
-        self._status.update(Text(line))  # a text given as str would be read as markup
+        self._status.update(Text(line))  # a str would be parsed as markup

@@ -17,7 +17,7 @@ from tasks.orchestration.workspace import store
 BUNDLE = "ml100k-dcnv2"
 TRAINER = "examples.movielens"
 
-# What the test set's 20,000 rows can decide: their interval is narrower than this.
+# A limit that the test set's 20,000 rows can decide: their interval is narrower.
 LIMITS = (
     Limit(metric="auc", against="baseline", at_least=-0.002),
     Limit(metric="bytes", against="baseline", at_most=0.5),
@@ -25,12 +25,12 @@ LIMITS = (
 
 
 def demo_order() -> Terms:
-    """Train and pack the demo's model unless it is there, and give the order for it.
+    """Train and pack the demo's model unless it is already stored, and return its order.
 
     Raises:
         CommandRefused: the examples are not next to this installation.
         ChildFailed: training failed.
-        ServiceFailed: the configured Prefect server does not answer.
+        ServiceFailed: the configured Prefect server does not respond.
     """
     root = Path(__file__).parents[2]
     sources = sorted((root / "examples").glob("*.py"))
@@ -73,7 +73,7 @@ def _train_and_pack(root: Path, version: str) -> None:
         described["version"] = version
         (draft / "model.json").write_text(json.dumps(described, indent=1))
         from tasks.bundles.packing import (
-            pack,  # torch: not needed where the model is packed already
+            pack,  # torch: not needed if the model is already packed
         )
 
         print_progress("Packing it into the object store ...")

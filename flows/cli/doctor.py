@@ -1,7 +1,7 @@
-"""What this installation uses, whether it answers, and what to do where it does not.
+"""Check the services and libraries that this installation uses; report faults and remedies.
 
-Services are asked at the same time and have ``SECONDS`` each, so an address that swallows
-everything costs no more than that. What lies on this machine has no limit.
+Services are queried concurrently and have ``SECONDS`` each, so an address that never responds takes
+no longer than that. Checks on this machine have no time limit.
 """
 
 import importlib
@@ -49,7 +49,7 @@ _CREDENTIALS = {
 
 
 class Finding(Frozen):
-    """One thing that was looked at: it works, it is not there (and need not be), or a fault."""
+    """The result of one check: it works, it is absent (and optional), or it is a fault."""
 
     what: str
     state: Literal["ok", "absent", "fault"]
@@ -58,9 +58,9 @@ class Finding(Frozen):
 
 
 def examine() -> tuple[Finding, ...]:
-    """Look at the store, the registry, the Prefect server, the libraries and the builders."""
+    """Check the store, the registry, the Prefect server, the libraries and the builders."""
     settings = load_settings()
-    # Imports have no part in a service's seconds: they come before anything is asked.
+    # Imports do not count in a service's seconds: they run before any query.
     importlib.import_module("prefect.settings")
     if settings.store_root.startswith("s3://") or settings.triton.startswith("s3://"):
         importlib.import_module("s3fs")
@@ -87,7 +87,7 @@ def examine() -> tuple[Finding, ...]:
 
 
 def _architectures(modules: tuple[str, ...]) -> Finding:
-    """Whether each allowed module can be found; none is imported, since that runs it."""
+    """Check whether each allowed module can be found; none is imported, since that runs it."""
     said = ", ".join(modules) + " (RECPRESS_ALLOWED_MODULES)"
     missing = [name for name in modules if importlib.util.find_spec(name.partition(".")[0]) is None]
     if not missing:
@@ -214,7 +214,7 @@ def _require_accepted(answer: HttpAnswer, service: str, address: str) -> None:
     """Raise unless the answer is 200.
 
     Raises:
-        CheckFailed: the body is left out, since some servers repeat the request in it.
+        CheckFailed: omits the body, since some servers quote the request in it.
     """
     status = answer.status
     if status == 200:

@@ -1,8 +1,8 @@
-"""What the command line prints, and its exit code, when a command fails.
+"""Messages and exit codes of failed commands.
 
-Every known fault is one sentence: exit code 2 for bad input, 1 for what a retry or another
-machine may pass. Nothing that fails here may end in a traceback, an exhausted memory included:
-modules are imported when they are needed, and where even that fails a fixed sentence is printed.
+Every known fault is one sentence: exit code 2 for bad input, 1 for faults that may not occur in a
+retry or on another machine. No failure here may end in a traceback, not even exhausted memory:
+modules are imported when they are needed, and if that fails too, a fixed sentence is printed.
 """
 
 import io
@@ -37,9 +37,9 @@ INCOMPLETE = (
 
 
 def require_limits(arguments: list[str]) -> None:
-    """Exit with code 1 if the limits of this process leave too little to load the libraries.
+    """Exit with code 1 if the process's limits leave too little memory to load the libraries.
 
-    Some memory is then held back for the report of a failure.
+    Otherwise it reserves some memory for the report of a failure.
     """
     if not arguments or "--help" in arguments:
         return
@@ -56,28 +56,28 @@ def require_limits(arguments: list[str]) -> None:
 
 
 def report(fault: Exception) -> int:
-    """Print what a fault means; returns the exit code."""
+    """Print the message of a fault; returns the exit code."""
     release_reserve()
-    traceback.clear_frames(fault.__traceback__)  # what failed for lack of memory gives it back
+    traceback.clear_frames(fault.__traceback__)  # releases the memory of the failed work
     try:
         return _report(fault)
     except MemoryError:
         said = NO_MEMORY
     except ImportError as missing:
-        # Libraries that find no memory while they load raise this too, but only under a limit.
+        # Libraries that run out of memory while loading also raise this, but only under a limit.
         said = NO_MEMORY if is_limited() else INCOMPLETE.replace("{missing}", f"{missing}")
     print(said.replace("{command}", command(sys.argv[1:])), file=sys.stderr)  # noqa: T201
     return 1
 
 
 def command(arguments: list[str]) -> str:
-    """The command that was given, as a noun phrase for a message."""
+    """Return the current command as a noun phrase for a message."""
     words = itertools.takewhile(lambda word: word.isascii() and word.isalpha(), arguments[:2])
     return f"'{' '.join(('recpress', *words))}'"
 
 
 def _usage(fault: ClickException) -> int:
-    """Print what is wrong with the arguments, which may contain anything."""
+    """Print the faults of the arguments, which are untrusted text."""
     out = io.StringIO()
     fault.show(file=out)
     _print(out.getvalue().rstrip("\n"))
@@ -117,7 +117,7 @@ def _report(fault: Exception) -> int:
 
 
 def _print(text: str) -> None:
-    """Print to standard error: no credential, and nothing that controls a terminal."""
+    """Print to standard error, without credentials and terminal control characters."""
     from infra.credentials import cleaned
     from infra.printable import printable
 

@@ -1,4 +1,4 @@
-"""An order as the command line gives it: a model with options, or a file."""
+"""Build an order from the command line: a model with options, or a file."""
 
 import functools
 import inspect
@@ -64,7 +64,7 @@ def order_from_options(
     """Return the order that the options or the file describe.
 
     Raises:
-        CommandRefused: both or neither are given, or what is given is not an order.
+        CommandRefused: both or neither are given, or the input is not an order.
     """
     from infra.errors import CommandRefused
 
@@ -110,10 +110,10 @@ def terms(
     budget: float | None = None,
     teacher: list[str] | None = None,
 ) -> "Terms":
-    """The order that options give.
+    """Build an order from options.
 
     Raises:
-        CommandRefused: a limit or a target is not one, or there is no limit.
+        CommandRefused: a limit or a target is invalid, or there is no limit.
     """
     from pydantic import ValidationError
 
@@ -155,7 +155,7 @@ def terms(
 
 
 def warn(terms: "Terms") -> None:
-    """Print what in an order is allowed and rarely meant, on standard error."""
+    """Warn on standard error about settings that are allowed but rarely intended."""
     from compressors.contracts import limit_warnings
     from flows.cli.console import print_progress
 
@@ -164,7 +164,7 @@ def warn(terms: "Terms") -> None:
 
 
 def target_named(name: str) -> "TargetKind":
-    """A target's name, checked; ``"RTX"`` is refused with those there are."""
+    """Validate a target's name; ``"RTX"`` raises with the list of valid names."""
     from compressors.contracts import TargetKind
     from infra.errors import CommandRefused
 
@@ -175,10 +175,10 @@ def target_named(name: str) -> "TargetKind":
 
 
 def read_order(path: Path) -> "Terms":
-    """The order in a JSON file.
+    """Read the order in a JSON file.
 
     Raises:
-        CommandRefused: the file cannot be read, or holds no order.
+        CommandRefused: the file cannot be read, or does not contain an order.
     """
     from pydantic import ValidationError
 

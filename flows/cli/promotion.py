@@ -1,6 +1,6 @@
 """``recpress registry promote``, ``rollback`` and ``restore``: which version serves.
 
-Imports happen inside the commands, as in ``flows/cli/app.py``.
+Imports are inside the commands, as in ``flows/cli/app.py``.
 """
 
 import json

@@ -1,6 +1,6 @@
 """``recpress tables``: compress embedding tables of any size, from file to file.
 
-Imports happen inside the commands, as in ``flows/cli/app.py``.
+Imports are inside the commands, as in ``flows/cli/app.py``.
 """
 
 import json
@@ -123,7 +123,7 @@ def _setting(text: str) -> tuple[str, object]:
     if not sign or not name:
         raise CommandRefused("setting_form", got=text)
     try:
-        return name, json.loads(value)  # a number is one, also where only some are allowed
+        return name, json.loads(value)  # a number, also if only some numbers are allowed
     except ValueError:
         return name, value
 
@@ -139,7 +139,7 @@ def _show(plan: "Plan") -> None:
 
 @contextmanager
 def _bar(*, quiet: bool) -> Iterator[Callable[[int, int], None] | None]:
-    """How far it is, on a terminal."""
+    """Show a progress bar on a terminal."""
     from flows.cli.console import console
 
     err = console(error=True)

@@ -1,6 +1,6 @@
-"""``recpress triton``: lay a champion out for Triton, and say what a server would find.
+"""``recpress triton``: export a champion to Triton, and show the state of the repository.
 
-Imports happen inside the commands, as in ``flows/cli/app.py``.
+Imports are inside the commands, as in ``flows/cli/app.py``.
 """
 
 import json
