@@ -1,7 +1,7 @@
-"""The way of one model: pull, validate, compress, lower, build, measure, gate, publish.
+"""The flow of one order: pull, validate, compress, lower, build, measure, gate, publish.
 
-Every task's result is found again by content, so a flow that was killed goes on where it was,
-and an order that was carried out before is one cache hit after another.
+Every task's result is cached by content, so a killed flow resumes where it stopped, and a repeated
+order only reads cached results.
 """
 
 import logging
@@ -91,7 +91,7 @@ def _carry_out(run: Run) -> Finished | State[Any]:
 
 
 def _ended(finished: Finished) -> Finished | State[Any]:
-    """How the run ends: a candidate that is not accepted gives its state a name of its own."""
+    """Return the final state of the run; a candidate that is not accepted names the state."""
     report = finished.report
     if report.outcome in {"accepted", "built-unmeasured"}:
         return finished

@@ -1,7 +1,7 @@
-"""Foresee a recipe: its steps and bytes, from the bundle's shapes alone.
+"""Dry run of a recipe: its steps and bytes, from the bundle's shapes alone.
 
-What decides between options (the quality budget) and how many rows training looks up is not known
-before a recipe is carried out, so bytes have bounds.
+The quality budget decides between options, and training decides how many rows are looked up.
+Neither is known before a recipe is applied, so bytes have bounds.
 """
 
 from typing import Literal, NamedTuple
@@ -25,7 +25,7 @@ Cuts = Literal["all", "most", "none"]
 
 
 class RecipeDryRun(NamedTuple):
-    """A dry run: the model after each step that is carried out, and the steps left out."""
+    """The result of a dry run: the model after each applied step, and the skipped steps."""
 
     stages: tuple[tuple[str, Model], ...]
     left_out: dict[int, Reason]
@@ -39,15 +39,15 @@ def dry_run_recipe(
     teachers: tuple[Artifact, ...],
     cuts: Cuts = "all",
 ) -> RecipeDryRun:
-    """Go through a recipe without data and without work.
+    """Dry-run a recipe, without data and without training.
 
     Args:
-        order: whose steps.
-        subject: the bundle they are for.
-        signature: of its inputs.
-        model: loaded from it.
-        teachers: what teaching steps learn from.
-        cuts: which of the cuts that the budget judges are taken.
+        order: the order with the steps.
+        subject: the order's bundle.
+        signature: the bundle's signature.
+        model: the bundle's model.
+        teachers: the teachers of the distillation steps.
+        cuts: which of the cuts that the budget judges are applied.
 
     Raises:
         CompressionError: as ``flows.choosing.allowed_steps``.
@@ -81,8 +81,8 @@ def bounds(
     model: Model,
     teachers: tuple[Artifact, ...],
 ) -> tuple[int, int]:
-    """The fewest and the most bytes of weights that a recipe can result in."""
-    # Without either, what is carried out is known, and the two dry runs would be the same.
+    """Return the fewest and the most bytes of weights that a recipe can result in."""
+    # Without either, the applied steps are known, and the two dry runs would be the same.
     open_ended = can_be_judged(order, subject) or any(
         isinstance(step, PruneRows) for step in order.recipe()
     )
@@ -92,19 +92,19 @@ def bounds(
         try:
             stages, _ = dry_run_recipe(order, subject, signature, model, teachers, cuts)
             sizes.append(stored_bytes(stages[-1][1].module))
-        except CompressionError:  # nothing is within the budget: the model stays as it is
+        except CompressionError:  # nothing is within the budget: the model is unchanged
             sizes.append(stored_bytes(model.module))
     return min(sizes), max(sizes)
 
 
 def least_bytes(order: Order, subject: BundleRef, bundle: Artifact) -> int:
-    """The fewest bytes of weights that a recipe can result in, for a pulled bundle."""
+    """Return the fewest bytes of weights that a recipe can result in, for a pulled bundle."""
     loaded = load_bundle(bundle)
     return bounds(order, subject, loaded.manifest.signature, loaded.model, ())[0]
 
 
 def _rows(parts: tuple[Part, ...], subject: BundleRef) -> dict[str, Split]:
-    """The rows a step would see, counted but not prepared: a dry run reads none."""
+    """Return the number of rows a step would read; a dry run prepares and reads none."""
     return {
         part: Split(path="", sha256="0" * 64, rows=subject.rows[split_name(part, subject)])
         for part in parts

@@ -1,6 +1,6 @@
-"""What an order would run, and what it would come to, without running it.
+"""Explain an order without running it: its steps, targets, bytes and memory.
 
-Formats, widths and bytes are worked out by the steps themselves (``compressors.core.dry_run``), so
+The steps themselves compute formats, widths and bytes (``compressors.core.dry_run``), so
 they are exact; peak memory is an estimate from sizes (``tasks.orchestration.memory_estimate``).
 """
 
@@ -25,7 +25,7 @@ from tasks.orchestration.memory_estimate import Memory, peak_memory
 
 
 class ExplainedStep(Frozen):
-    """One step of the recipe: what is left after it, or why it would be left out."""
+    """One step of the recipe: the bytes after it, or why it would be skipped."""
 
     step: str
     bytes: int
@@ -33,7 +33,7 @@ class ExplainedStep(Frozen):
 
 
 class ExplainedTarget(Frozen):
-    """One target, and why it would be left out, if it is optional and cannot be built here."""
+    """One target, and why it would be skipped if it is optional and cannot be built here."""
 
     target: TargetKind
     wanted: Wanted
@@ -41,7 +41,7 @@ class ExplainedTarget(Frozen):
 
 
 class Explanation(Frozen):
-    """What an order means on this machine today."""
+    """The explanation of an order for the current machine and stores."""
 
     model: str
     task: str
@@ -58,15 +58,15 @@ class Explanation(Frozen):
 
 
 def explain(terms: Terms) -> Explanation:
-    """Work out what an order would do.
+    """Explain an order.
 
-    The bundle is fetched, verified and loaded as tensors of a mapped file; nothing is compressed,
+    The bundle is fetched, verified and loaded as memory-mapped tensors; nothing is compressed,
     built, measured or stored.
 
     Raises:
         Refused: there is no such bundle, it is unsafe, or a required target cannot be built here.
-        CompressionError: the order could not be carried out: a limit on a number that is not
-            measured, a step of one's own with nothing to do, or no step that fits.
+        CompressionError: the order cannot be run: a limit on a number that is not measured, a
+            custom step with nothing to do, or no step that fits.
     """
     order = terms if isinstance(terms, Order) else Order.model_validate(terms.model_dump())
     subject = find(order.model)
@@ -104,7 +104,7 @@ def explain(terms: Terms) -> Explanation:
 
 
 def _with_warnings(plan: Plan, carried_out: Plan) -> Plan:
-    """Add what a finished run of the order found out on its calibration rows."""
+    """Add the warnings that a finished run of the order has from its calibration rows."""
     warnings = {line.module: line.warnings for line in carried_out.lines if line.warnings}
     return Plan(
         lines=tuple(
@@ -124,7 +124,7 @@ def _steps(
     """Dry-run the recipe as if every first option were within the budget.
 
     Returns:
-        The result, what each step leaves, and the most bytes that one step trains.
+        The result, the state after each step, and the most bytes that one step trains.
     """
     require_budget_rows(order, subject)
     stages, left_out = dry_run_recipe(order, subject, signature, model, teachers)
@@ -143,7 +143,7 @@ def _steps(
 def _trained(
     order: Order, stages: tuple[tuple[str, Model], ...], left_out: Mapping[int, Reason]
 ) -> int:
-    """The most bytes of tensors that one step of the order trains."""
+    """Return the most bytes of tensors that one step of the order trains."""
     most = 0
     (_, model), *results = stages
     after = iter(results)

@@ -10,18 +10,18 @@ from tasks.orchestration.memory_estimate import MIB, Memory, peak_memory
 
 
 def trains_tables(order: Order) -> bool:
-    """Whether a step of the order trains tables that no step before it has changed."""
+    """Return whether a step of the order trains tables that no earlier step has changed."""
     for step in order.recipe():
         training = getattr(step, "training", None)
         if training is not None and training.tables:
             return True
-        if hasattr(step, "tables"):  # a method for tables, after which they are smaller
+        if hasattr(step, "tables"):  # a table method, after which tables are smaller
             return False
     return False
 
 
 def estimated_memory(order: Order, subject: BundleRef) -> Memory:
-    """The estimate from the sizes in a bundle's manifest alone, before anything is fetched."""
+    """Estimate memory from the sizes in a bundle's manifest, before anything is fetched."""
     return peak_memory(
         bytes_before=subject.weight_bytes,
         bytes_after=subject.weight_bytes,
@@ -32,16 +32,16 @@ def estimated_memory(order: Order, subject: BundleRef) -> Memory:
 
 
 def require_order_memory(order: Order, subject: BundleRef) -> Memory:
-    """Refuse an order that does not fit in memory, before any work.
+    """Raise before any work if an order does not fit in memory.
 
-    The untouched model's mapped file counts in the estimate and not here: the system takes those
-    pages back before it runs out of memory.
+    The estimate includes the untouched model's mapped file; this check does not, since the system
+    reclaims those pages before it runs out of memory.
 
     Returns:
         The estimate.
 
     Raises:
-        OutOfMemory: names the estimate, what is available, what limits it, and what to do.
+        OutOfMemory: contains the estimate, the available memory, its limit, and the remedy.
     """
     estimate, available, used = estimated_memory(order, subject), available_memory(), resident()
     needed = estimate.peak - subject.weight_bytes
@@ -60,7 +60,7 @@ def require_order_memory(order: Order, subject: BundleRef) -> Memory:
 
 
 def what_ran(stage: Callable[[], str], estimate: Memory, subject: BundleRef) -> Callable[[], str]:
-    """What ran out of memory, for a message: the stage, and what had been estimated."""
+    """Describe for a message what ran out of memory: the stage, and the estimate."""
     return lambda: (
         f"Stage '{stage()}' of the order for {subject.name}@{subject.version}, estimated to use "
         f"{estimate.peak // MIB:,} MiB at most,"

@@ -1,4 +1,4 @@
-"""An order: which model, how small, for which targets, within which limits."""
+"""The parameter of the flow: an order for one model, with preset, targets and limits."""
 
 import shlex
 from typing import Any, Self, get_args
@@ -48,18 +48,18 @@ class Order(Terms):
         return self
 
     def recipe(self) -> tuple[AnyStep, ...]:
-        """The steps that may run, those of every option, in order."""
+        """Return the steps that may run, those of every option, in order."""
         return tuple(step for group in self.groups() for step in group)
 
     def groups(self) -> tuple[Group, ...]:
-        """The same, in groups that are carried out whole or not at all."""
+        """Return the steps in groups that are applied completely or not at all."""
         return tuple(option for choice in self.choices() for option in choice.options)
 
     def choices(self) -> tuple[PresetOptions, ...]:
-        """The same, in choices of which the first option is taken that fits model and budget.
+        """Return the steps in choices; the first option that fits model and budget is applied.
 
-        A preset has several options and steps that belong together; with a budget, a recipe of
-        one's own has groups as well: what cuts, and the training that recovers it.
+        A preset has several options and groups of steps. With a budget, a custom recipe also has
+        groups: a cut, and the training that recovers its quality.
         """
         if self.preset != "custom":
             return PRESETS[self.preset]
@@ -72,18 +72,18 @@ class Order(Terms):
         return tuple(PresetOptions((group,)) for group in groups)
 
     def own_steps(self) -> list[dict[str, Any]]:
-        """The steps of preset ``custom`` as plain values; none for the other presets."""
+        """Return the steps of preset ``custom`` as plain values; none for the other presets."""
         return [step.model_dump(mode="json") for step in self.steps]
 
     def reproduction(self, model: str, teachers: tuple[str, ...] = ()) -> Reproduction:
-        """How to get the same result again: a command, and the order as a file would hold it.
+        """Return how to reproduce the result: a command, and the order as file contents.
 
-        What does not change the result is left out, so that orders that are the same but for it
-        have the same report: whether it was promoted, and which attempt it was.
+        Fields that do not change the result (promotion, attempt) are omitted, so that orders that
+        differ only in them have the same report.
 
         Args:
-            model: the bundle the order came to mean, name@version.
-            teachers: the bundles its teachers came to mean, by URI.
+            model: the bundle that the order resolved to, name@version.
+            teachers: the URIs of the bundles that its teachers resolved to.
         """
         said = {"model": model, "teachers": teachers, "promote": False, "attempt": 0}
         same = self.model_copy(update=said)
@@ -91,7 +91,7 @@ class Order(Terms):
 
 
 def _command(order: Order) -> str:
-    """The command for this order, with options if they express all of it."""
+    """Return the command for this order, with options if they can express it completely."""
     wanted = order.targets.wanted()
     required = [target for target, how in wanted.items() if how == "required"]
     if order.preset == "custom" or not _has_only_options(order):
@@ -111,11 +111,11 @@ def _command(order: Order) -> str:
 
 
 def _has_only_options(order: Order) -> bool:
-    """Whether what has no option is as it is without one, and limits read back as they are."""
+    """Return whether all other fields are defaults and limits read back unchanged."""
     chosen = {target.replace("-", "_") for target in get_args(TargetKind)}
     return (
         order.rules == Rules()
-        and order.targets.onnxruntime != "off"  # with options it always is a target
+        and order.targets.onnxruntime != "off"  # with options it is always a target
         and order.targets.model_dump(exclude=chosen) == Targets().model_dump(exclude=chosen)
         and all(Limit.parse(str(limit)) == limit for limit in order.limits)
     )

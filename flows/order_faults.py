@@ -1,4 +1,4 @@
-"""What is wrong with an order, in sentences: pydantic's errors with the names that would do."""
+"""Format the faults of an order: pydantic's errors as sentences, with the valid names."""
 
 from collections.abc import Iterator, Sequence
 from difflib import get_close_matches
@@ -15,20 +15,20 @@ MOST_SENTENCES = 20
 
 
 def sentences(fault: "ValidationError", model: "type[BaseModel] | None" = None) -> list[str]:
-    """One sentence for each fault: where it is, what was found, what there is instead.
+    """Format one sentence per fault: its location, the value, the valid values.
 
-    The first ``MOST_SENTENCES`` of them, each of bounded length, and how many more there are.
+    Returns the first ``MOST_SENTENCES``, each of bounded length, and the number of further faults.
 
     Args:
-        fault: what pydantic found.
-        model: what was read, for the names of its fields.
+        fault: pydantic's error.
+        model: the validated class, for the names of its fields.
     """
     errors = fault.errors()
     places = [error["loc"] for error in errors]
     errors = [
         error
         for error in errors
-        # A list whose items are faulty counts as empty; that is no second fault.
+        # A list with only faulty items counts as empty; that is not a second fault.
         if not (error["type"] == "too_short" and any(_inside(p, error["loc"]) for p in places))
     ]
     found = [
@@ -72,7 +72,7 @@ def _instead(found: str, there: Sequence[str]) -> str:
 
 
 def _names(model: "type[BaseModel] | None", place: Place) -> tuple[str, ...]:
-    """The fields of what lies at a place in a model; none where it is not known."""
+    """Return the field names at a location in a model; none if the location is unknown."""
     kinds: list[Any] = [] if model is None else [model]
     for part in place:
         kinds = [inner for kind in kinds for inner in _at(kind, part)]
@@ -80,7 +80,7 @@ def _names(model: "type[BaseModel] | None", place: Place) -> tuple[str, ...]:
 
 
 def _at(kind: "type[BaseModel]", part: int | str) -> "Iterator[type[BaseModel]]":
-    """The models that may lie in a field, or that a tag or a number in a list picks."""
+    """Return the models that a field may contain, or that a tag or list index selects."""
     if isinstance(part, int) or part not in kind.model_fields:
         tag = kind.model_fields.get("kind")
         if isinstance(part, int) or (tag is not None and tag.default == part):
@@ -90,7 +90,7 @@ def _at(kind: "type[BaseModel]", part: int | str) -> "Iterator[type[BaseModel]]"
 
 
 def _models(annotation: Any) -> "Iterator[type[BaseModel]]":
-    """The models that an annotation names, however deep."""
+    """Return the models in an annotation, at any depth."""
     from pydantic import BaseModel
 
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):

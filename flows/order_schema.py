@@ -2,12 +2,12 @@
 
 Prefect validates the parameters of a run against the flow's JSON schema when the run is created:
 from the form, the API and ``prefect deployment run``. Pydantic writes types and ranges of single
-fields into that schema. This file adds the rules between fields, so that an order which
-``Order`` refuses is refused before it waits in a queue.
+fields into that schema. This file adds the rules between fields, so that an order that ``Order``
+refuses is refused before it is queued.
 
-Rules are under ``then`` (of an ``if`` that always holds), which the form does not draw. JSON schema
-cannot compare two numbers: batch sizes and ``label_rate`` are compared at thresholds, so a pair
-between two neighbouring thresholds is refused when the run starts, and not before.
+Rules are under ``then`` (of an ``if`` that is always true), which the form does not render. JSON
+schema cannot compare two numbers: batch sizes and ``label_rate`` are compared at thresholds, so a
+pair between two neighbouring thresholds is refused when the run starts, and not before.
 """
 
 from collections.abc import Iterator
@@ -56,17 +56,17 @@ def _rules() -> Iterator[Schema]:
 
 
 def _limit_rules() -> Iterator[Schema]:
-    """For each metric and reference: on which side the bound is, and which numbers it may be."""
+    """Return the rule for each metric and reference: the side and the range of the bound."""
     for name, facts in MEASURES.items():
         of_metric = _holds("metric", {"const": name})
         relative = {"against": {"enum": ["baseline", "champion"]}}
         if name in SCORE_CHANGE:
-            absolute = {"against": {"const": "absolute"}}  # also where it is not in the order
+            absolute = {"against": {"const": "absolute"}}  # also if the order omits it
             yield _implies(of_metric, {"properties": absolute})
             yield _implies(of_metric, _bounded(facts, _absolute_range(facts)))
             continue
         by_reference = {
-            "if": {"properties": relative},  # baseline where it is not in the order
+            "if": {"properties": relative},  # baseline if the order omits it
             "then": _bounded(facts, _relative_range(facts)),
             "else": _bounded(facts, _absolute_range(facts)),
         }
@@ -74,7 +74,7 @@ def _limit_rules() -> Iterator[Schema]:
 
 
 def _bounded(facts: MetricProperties, numbers: Schema) -> Schema:
-    """A bound on the side that says how bad the result may be, and none on the other."""
+    """Require a bound on the side that limits a bad result, and none on the other side."""
     sides = ("at_least", "at_most")
     side, other = sides if facts.higher_is_better else sides[::-1]
     bounds = {side: {"type": "number", **numbers}, other: {"type": "null"}}
@@ -82,7 +82,7 @@ def _bounded(facts: MetricProperties, numbers: Schema) -> Schema:
 
 
 def _absolute_range(facts: MetricProperties) -> Schema:
-    """The same as the rule for one limit in ``compressors/contracts/limits.py``."""
+    """Return the range of a bound, as for one limit in ``compressors/contracts/limits.py``."""
     is_change = facts.compared == "never"  # then the best value is possible: no score changes
     if facts.higher_is_better:
         most = "maximum" if is_change else "exclusiveMaximum"
@@ -104,7 +104,7 @@ def _target_rules() -> Iterator[Schema]:
     others = ("tensorrt_rtx", "tensorrt")
     is_target = {"enum": ["required", "optional"]}
     yield {
-        "if": {"properties": {"onnxruntime": is_target}},  # a target where it is not in the order
+        "if": {"properties": {"onnxruntime": is_target}},  # a target if the order omits it
         "else": {"anyOf": [_holds(other, is_target) for other in others]},
     }
     sizes = (("smallest_batch", 1), ("best_batch", 64), ("largest_batch", 1024))
@@ -140,7 +140,7 @@ def _recipe_rules() -> Iterator[Schema]:
 
 
 def _step_rules() -> Iterator[Schema]:
-    """The rules between the settings of one step, as the step's own class has them."""
+    """Return the rules between the settings of one step, as in the step's class."""
 
     def of(kind: str, when: Schema, then: Schema) -> Schema:
         return _implies({"allOf": [_holds("kind", {"const": kind}), when]}, then)
@@ -168,7 +168,7 @@ def _step_rules() -> Iterator[Schema]:
 
 
 def _teacher_rules() -> Iterator[Schema]:
-    """Teachers need a step that learns from them, as ``require_taught`` requires when it runs."""
+    """Require a step that learns from teachers, as ``require_taught`` does at run time."""
 
     def can_be_taught(step: Any) -> bool:
         return "soft_share" in step.model_fields
@@ -197,12 +197,12 @@ def _teacher_rules() -> Iterator[Schema]:
 
 
 def _field(name: str, rule: Schema) -> Schema:
-    """A rule for a field, if the order has it."""
+    """Return a rule for a field that applies if the order has the field."""
     return {"properties": {name: rule}}
 
 
 def _holds(name: str, rule: Schema, *, by_default: bool = False) -> Schema:
-    """Whether a field satisfies a rule; without the field, whether its default does."""
+    """Return a condition: the field, or its default if absent, satisfies a rule."""
     return _field(name, rule) if by_default else {**_field(name, rule), "required": [name]}
 
 

@@ -1,11 +1,11 @@
 """The presets: named recipes, each no larger than the one before it.
 
-A preset is a list of choices, carried out in order. A choice has one or more options, and the first
-option that fits the model and the quality budget is taken. The last option of a choice marked
-``base`` is what the preset before it does with the same tables or layers, so it is carried out
-whatever it costs, unless the order sets a budget of its own. In this way a cut that is over the
-budget falls back to the earlier preset's choice. ``flows.recipe`` compares the bytes at the end: if
-the earlier preset's result is smaller all the same, that result is used.
+A preset is a list of choices, applied in order. A choice has one or more options, and the first
+option that fits the model and the quality budget is applied. The last option of a choice marked
+``base`` is the earlier preset's option for the same tables or layers, so it is applied at any cost
+in quality, unless the order sets a budget. A cut that is over the budget therefore falls back to
+the earlier preset's option. ``flows.recipe`` compares the bytes at the end: if the earlier preset's
+result is still smaller, that result is used.
 """
 
 from dataclasses import dataclass
@@ -28,12 +28,14 @@ Group = tuple[AnyStep, ...]
 
 @dataclass(frozen=True)
 class PresetOptions:
-    """Options for one part of a recipe; the first that fits model and budget is taken.
+    """Options for one part of a recipe; the first that fits model and budget is applied.
 
     Attributes:
         options: groups of steps, in order of preference.
-        base: the last option is also the earlier preset's, so it is not judged by a default budget.
-        rest: takes only what other steps left, so having nothing to do is not reported.
+        base: whether the last option is the earlier preset's, so that a default budget does not
+            judge it.
+        rest: whether it applies only to units that other steps left, so that having nothing to do
+            is not reported.
     """
 
     options: tuple[Group, ...]
@@ -65,7 +67,7 @@ PRESETS: dict[Preset, tuple[PresetOptions, ...]] = {
         _always(StaticInt8()),
         _REST,
     ),
-    # What small does, and then cuts of a third of what is left, each recovered before the next.
+    # The steps of small, then cuts of a third of the rest, each recovered before the next.
     "smallest": (
         RARE_ROWS,
         PresetOptions((_QUARTER, _CUT)),

@@ -1,4 +1,4 @@
-"""Carry out a recipe: the steps in order, within the budget, and what each of them was worth."""
+"""Apply a recipe: the steps in order, within the budget, and the effect of each step."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -36,13 +36,13 @@ from tasks.stages import measure_stages
 
 @dataclass(frozen=True)
 class Compressed:
-    """The result of a recipe: every stage from the untouched model on, and the steps left out.
+    """The result of a recipe: every stage from the untouched model on, and the skipped steps.
 
     Attributes:
-        order: the order that was carried out; of an earlier preset where that gave fewer bytes.
-        stages: what each step resulted in.
-        left_out_steps: why steps were left out, by the step's place in the recipe.
-        remarks: for the report: the budget and what was lost of it, a fallback.
+        order: the applied order; that of an earlier preset if it results in fewer bytes.
+        stages: the result of each step.
+        left_out_steps: reasons of skipped steps, by the step's place in the recipe.
+        remarks: remarks for the report: the budget and its used part, a fallback.
     """
 
     order: Order
@@ -56,11 +56,11 @@ class Compressed:
         return self.stages[-1][1]
 
     def recipe(self) -> tuple[AnyStep, ...]:
-        """The steps that were tried: without options that were not needed."""
+        """Return the steps that were tried, without options that were not needed."""
         return tuple(step for _, step in self._tried())
 
     def left_out(self) -> dict[str, Reason]:
-        """Why steps were left out, by the names that reports give them."""
+        """Return the reasons of skipped steps, by their names in reports."""
         tried = self._tried()
         kinds = [step.kind for _, step in tried]
         return {
@@ -83,8 +83,8 @@ class Compressed:
 def carry_out(run: Run, excluded: Mapping[str, str] = MappingProxyType({})) -> Compressed:
     """Apply the steps of an order to a pulled bundle.
 
-    A preset's result never has more bytes than that of the preset before it: where it would, the
-    earlier preset is carried out, and its result is the result.
+    A preset's result never has more bytes than that of the previous preset: if it would, the
+    earlier preset is applied and its result is used.
 
     Args:
         run: the order; its progress receives the name of each step.
@@ -102,7 +102,7 @@ def carry_out(run: Run, excluded: Mapping[str, str] = MappingProxyType({})) -> C
     earlier = replace(run, order=order.model_copy(update={"preset": before}))
     size = weight_bytes(own.bundle)
     if before != "small" and wait_out(lambda: _least_bytes(earlier)) >= size:
-        return own  # the dry run says so, without carrying it out
+        return own  # known from the dry run, without applying it
     other = carry_out(earlier, excluded)
     other_size = weight_bytes(other.bundle)
     if other_size >= size:
@@ -149,7 +149,7 @@ def _carried_out(run: Run, excluded: Mapping[str, str]) -> Compressed:
 
 
 def weight_bytes(bundle: Artifact) -> int:
-    """Bytes of all weights of a compressed bundle, as its plan counts them."""
+    """Return the bytes of all weights of a compressed bundle, as its plan counts them."""
     plan = wait_out(lambda: read(local(bundle))).plan
     return sum(line.bytes_after for line in plan.lines) if plan is not None else 0
 
@@ -159,7 +159,7 @@ def measure_recipe_stages(
 ) -> Artifact:
     """Measure the quality of every stage on the test rows, for the report.
 
-    Nothing is chosen by it.
+    These numbers do not affect any choice.
     """
 
     def predictions(bundle: Artifact) -> Artifact:
@@ -182,7 +182,7 @@ def measure_recipe_stages(
 
 
 def budget_loss(run: Run, stage: Artifact) -> Estimate:
-    """What a stage has lost of the metric against the untouched model, on validation rows."""
+    """Measure the metric a stage has lost against the untouched model, on validation rows."""
     validation = run.prepared("validation")
 
     def scored(name: str, bundle: Artifact) -> Scored:
@@ -203,7 +203,7 @@ def budget_loss(run: Run, stage: Artifact) -> Estimate:
 
 
 def over_budget(run: Run, stage: Artifact) -> Reason | None:
-    """Why a stage is over the order's budget; None if it is within."""
+    """Return why a stage is over the order's budget; None if it is within."""
     budget = run.order.quality_budget()
     loss = budget_loss(run, stage).point
     if budget is None or loss <= budget:
@@ -212,7 +212,7 @@ def over_budget(run: Run, stage: Artifact) -> Reason | None:
 
 
 def budget_remark(run: Run, budget: float, result: Artifact) -> Reason:
-    """The budget, and what the result has lost of it."""
+    """Format the budget, and the part of it that the result has used."""
     metric = run.model.metric
     loss = budget_loss(run, result).point
     origin = Reason("budget_ordered")
@@ -238,14 +238,14 @@ def _apply_step(
         seed=run.order.seed,
         preset=run.order.preset != "custom",
         excluded=dict(excluded),
-        # Training elsewhere ends with other bits; all else is the same wherever it is done.
+        # Training on another device results in other bits; all other work is bit-identical.
         device=load_settings().device if "validation" in needs(step) else "cpu",
         code=run.code,
     )
 
 
 def _splits(run: Run, step: AnyStep) -> dict[Part, Artifact]:
-    """What a step may read, and no more, so that nothing else is part of its cache key."""
+    """Return only the splits that a step may read, so that no other is part of its cache key."""
     splits: dict[Part, Artifact] = {}
     for part in parts_of_step(step, run.model):
         rows = run.prepared(split_name(part, run.model))
@@ -254,7 +254,7 @@ def _splits(run: Run, step: AnyStep) -> dict[Part, Artifact]:
 
 
 def _soft_labels(run: Run, rows: PreparedRows) -> Artifact:
-    """The predictions of the untouched model, averaged with those of the teachers."""
+    """Average the predictions of the untouched model with those of the teachers."""
     own = run.call(score, bundle=run.model.artifact, split=rows.artifact, rows=rows.rows)
     if not run.teachers:
         return own
