@@ -91,7 +91,7 @@ def _carry_out(run: Run) -> Finished | State[Any]:
 
 
 def _ended(finished: Finished) -> Finished | State[Any]:
-    """Return the final state of the run; a candidate that is not accepted names the state."""
+    """Return the final state of the run, named after the outcome if it is not accepted."""
     report = finished.report
     if report.outcome in {"accepted", "built-unmeasured"}:
         return finished

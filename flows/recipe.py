@@ -52,7 +52,7 @@ class Compressed:
 
     @property
     def bundle(self) -> Artifact:
-        """The last stage."""
+        """The bundle of the last stage."""
         return self.stages[-1][1]
 
     def recipe(self) -> tuple[AnyStep, ...]:

@@ -1,7 +1,7 @@
-"""What an order means today: its subject, its champion, its digest. No Prefect, no torch.
+"""Resolve an order: its bundle, its champion, its digest. No Prefect, no torch.
 
-The command line asks this before it starts anything, so an order that was carried out before is
-answered at once.
+The command line calls this before it starts a flow, so the report of a repeated order is returned
+immediately.
 """
 
 from compressors.contracts import Artifact, digest
@@ -17,20 +17,20 @@ from tasks.promotion.promotions import champion, champion_graph, promote_order, 
 
 
 def champion_of(order: Terms, subject: BundleRef) -> Artifact | None:
-    """What production runs now, if the order compares with it."""
+    """Return the graph that production runs now, if the order compares with it."""
     return champion_graph(subject.name) if order.against_champion() else None
 
 
 def teachers_of(order: Terms, subject: BundleRef) -> tuple[Teacher, ...]:
-    """The models an order names as teachers beside its own."""
+    """Return the models that an order names as teachers, in addition to its model."""
     return find_teachers(order.teachers, subject)
 
 
 def require_registry() -> None:
-    """Require that the registry answers, before anything is computed for it.
+    """Raise if the registry does not respond, before anything is computed for it.
 
     Raises:
-        RegistryUnavailable: it does not.
+        RegistryUnavailable: the registry does not respond.
         SettingRefused: its address or credentials are wrong.
     """
     registry().check()
@@ -42,9 +42,9 @@ def order_digest(
     champion: Artifact | None,
     teachers: tuple[Teacher, ...] = (),
 ) -> str:
-    """The digest of a request and of the version of recpress that carries it out.
+    """Return the digest of a request and of the version of recpress that runs it.
 
-    Sources are no part of it: they are part of the cache keys of the tasks.
+    It does not include sources: they are part of the cache keys of the tasks.
     """
     return digest([request_digest(order, subject, champion, teachers), recpress_version()])
 
@@ -55,11 +55,11 @@ def request_digest(
     champion: Artifact | None,
     teachers: tuple[Teacher, ...] = (),
 ) -> str:
-    """The digest of what an order asks for: its terms, bundle, teachers and champion."""
+    """Return the digest of an order's request: its terms, bundle, teachers and champion."""
     return digest(
         {
             "model": subject.artifact.sha256,
-            "preset": order.preset,  # its steps change with the version of recpress only
+            "preset": order.preset,  # its steps change only with the version of recpress
             "steps": order.own_steps(),
             "limits": list(order.limits),
             "targets": order.targets,
@@ -76,7 +76,7 @@ def request_digest(
 
 
 def digest_now(order: Terms) -> str:
-    """The digest of an order as it is now: of its bundle, champion and teachers of this moment.
+    """Return the digest of an order with its current bundle, champion and teachers.
 
     Raises:
         CompressionError: the order has a metric that is not measured for this bundle.
@@ -87,14 +87,14 @@ def digest_now(order: Terms) -> str:
 def _as_it_is_now(
     order: Terms,
 ) -> tuple[Terms, BundleRef, Artifact | None, tuple[Teacher, ...]]:
-    """An order with its bundle, champion and teachers of this moment."""
+    """Return an order with its current bundle, champion and teachers."""
     subject = find(order.model)
     require_measurable(subject, order.limits)
     return order, subject, champion_of(order, subject), teachers_of(order, subject)
 
 
 def carried_out_before(found: Finished) -> str:
-    """Say in a sentence that an order was carried out, and by which version of recpress."""
+    """Format the sentence that an order was completed, and by which version of recpress."""
     version = found.report.recpress_version
     by = f" by recpress {version}" if version not in {"", recpress_version()} else ""
     again = " Use --force, or a new 'attempt', to carry it out again." if by else ""
@@ -102,14 +102,14 @@ def carried_out_before(found: Finished) -> str:
 
 
 def promote_if_ordered(order: Terms, finished: Finished) -> None:
-    """Move the champion to an accepted result, if the order says so."""
+    """Promote an accepted result to champion, if the order has ``promote``."""
     report = finished.report
     if order.promote and report.outcome == "accepted":
         promote_order(report.name, report.order, f"order {report.order[:12]}")
 
 
 def champion_now(order: Terms) -> Entry | None:
-    """The ledger entry of the order's model that is champion now."""
+    """Return the ledger entry of the current champion of the order's model."""
     return champion(find(order.model).name)
 
 
@@ -123,9 +123,9 @@ def promotion(order: Terms, finished: Finished, before: Entry | None) -> str:
     """Describe in a sentence whether an order with ``promote`` changed the champion.
 
     Args:
-        order: with ``promote``.
+        order: an order with ``promote``.
         finished: its result.
-        before: the champion before the order was carried out.
+        before: the champion before the order ran.
     """
     outcome = finished.report.outcome
     if outcome != "accepted":
@@ -148,7 +148,7 @@ def promotion(order: Terms, finished: Finished, before: Entry | None) -> str:
 
 
 def earlier(order: Terms) -> Finished | None:
-    """The finished report of the same order, if there is one; promoted where the order asks."""
+    """Return the finished report of the same order, if any; promoted if the order requires it."""
     found = carried_out_result(order)
     if found is not None:
         promote_if_ordered(order, found)
@@ -156,11 +156,11 @@ def earlier(order: Terms) -> Finished | None:
 
 
 def carried_out_result(order: Terms) -> Finished | None:
-    """The finished report of the same order, if the registry still has it; changes nothing.
+    """Return the finished report of the same order if the registry has it; changes nothing.
 
-    An order that another version of recpress carried out counts as the same: after an upgrade
-    nothing is compressed, registered or promoted again unless ``attempt`` changes. The registry
-    version is the number that the order has in this registry now.
+    An order that another version of recpress completed counts as the same: after an upgrade nothing
+    is compressed, registered or promoted again unless ``attempt`` changes. The registry version is
+    the current number of the order in this registry.
 
     Raises:
         CompressionError: the order has a metric that is not measured for this bundle.
@@ -175,7 +175,7 @@ def by_other_version(
     champion: Artifact | None,
     teachers: tuple[Teacher, ...] = (),
 ) -> Finished | None:
-    """The registered result of the same request, if another version of recpress made it last."""
+    """Return the registered result of a request that another version completed last."""
     digest_of_order = order_of_request(request_digest(order, subject, champion, teachers))
     if digest_of_order in {None, order_digest(order, subject, champion, teachers)}:
         return None
@@ -183,7 +183,7 @@ def by_other_version(
 
 
 def _registered(digest_of_order: str) -> Finished | None:
-    """The finished report of an order digest, if the registry has its release."""
+    """Return the finished report of an order digest, if the registry has its release."""
     found = finished(digest_of_order)
     if found is None:
         return None

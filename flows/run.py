@@ -1,4 +1,4 @@
-"""One order that is being carried out: what all of its stages need, and how they call tasks."""
+"""The run context of one order: values that all stages need, and methods that call tasks."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -23,12 +23,12 @@ R = TypeVar("R")
 
 @dataclass(frozen=True)
 class Run:
-    """An order with what it refers to at this moment.
+    """An order in progress, with the objects that it refers to.
 
     Attributes:
-        order: that is carried out.
+        order: the order.
         model: the bundle it names.
-        teachers: whose predictions steps learn from, next to the model's own.
+        teachers: models whose predictions steps learn from, in addition to the model's.
         champion: the graph that production runs, if the order compares with it.
         progress: receives the name of each stage.
     """
@@ -41,7 +41,7 @@ class Run:
 
     @cached_property
     def code(self) -> str:
-        """Digest of the architecture's code and the attempt, part of the key of each result."""
+        """Digest of the architecture's code and the attempt, part of each result's cache key."""
         return digest([self.model.architecture, self.order.attempt])
 
     def call(
@@ -51,21 +51,21 @@ class Run:
         check: Callable[[R], object] = require_stored,
         **arguments: Any,
     ) -> R:
-        """Run a task, or take its recorded result: as ``policy.call``."""
+        """Run a task or return its recorded result, as ``policy.call``."""
         return policy.call(task, self.code, check, **arguments)
 
     def call_for(self, teacher: Teacher, task: Task[..., R], /, **arguments: Any) -> R:
-        """Run a task on a teacher, whose architecture is part of the key as well."""
+        """Run a task on a teacher, whose architecture is also part of the cache key."""
         code = digest([self.code, teacher.architecture])
         return policy.call(task, code, **arguments)
 
     def prepared(self, split: SplitName) -> PreparedRows:
-        """The rows of one split of the model's data, as tensors."""
+        """Return the rows of one split of the model's data, as tensors."""
         rows = self.call(prepare, bundle=self.model.artifact, split=split)
         return PreparedRows(artifact=rows, rows=self.model.rows[split])
 
     def ranking(self) -> Ranking | None:
-        """The catalogue of a retrieval model and what was seen before; None for other tasks."""
+        """Return the catalogue and the seen items of a retrieval model; None for other tasks."""
         if self.model.task != "retrieval":
             return None
         earlier: tuple[SplitName, ...] = ("train", "calibration", "validation")

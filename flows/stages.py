@@ -1,4 +1,4 @@
-"""The stages of an order, in the order in which they run: each takes the run and typed results."""
+"""The stages of an order, in sequence: arguments are the run and results of other stages."""
 
 import functools
 import logging
@@ -35,10 +35,10 @@ class PreparedData:
     """The model's data, validated and as tensors.
 
     Attributes:
-        validation: what the data checks found.
-        test: the rows that the result is measured on.
-        probe: the rows that graphs are compared with the module on.
-        ranking: what a retrieval model is ranked on besides the test rows; None for other tasks.
+        validation: the results of the data checks.
+        test: the rows for the measurement of the result.
+        probe: the rows for the comparison of graphs with the module.
+        ranking: the catalogue and seen items of a retrieval model; None for other tasks.
     """
 
     validation: Artifact
@@ -49,7 +49,7 @@ class PreparedData:
 
 @dataclass(frozen=True)
 class BuiltTargets:
-    """What each target loads, and why optional targets were left out."""
+    """The files that each target loads, and why optional targets were skipped."""
 
     artifacts: Mapping[TargetKind, Artifact]
     skipped: Mapping[str, str]
@@ -57,14 +57,14 @@ class BuiltTargets:
 
 @dataclass(frozen=True)
 class MeasuredResult:
-    """The numbers of the served graph, None if none was built, and the quality of each stage."""
+    """The measurements of the served graph, None if none was built, and each stage's quality."""
 
     served: Artifact | None
     stages: Artifact
 
 
 def pull_model(run: Run) -> None:
-    """Verify the bundle and the teachers' bundles; require what the ordered targets need.
+    """Verify the bundle and the teachers' bundles, and require the builders of the targets.
 
     Raises:
         Refused: a required target cannot be built on this machine, or a bundle is damaged.
@@ -79,7 +79,7 @@ def pull_model(run: Run) -> None:
 
 
 def prepare_data(run: Run) -> PreparedData:
-    """Check the data and turn it into tensors.
+    """Check the data and convert it to tensors.
 
     Raises:
         DataRefused: a check failed, or the model cannot be measured.
@@ -94,10 +94,9 @@ def prepare_data(run: Run) -> PreparedData:
 
 
 def compress_model(run: Run, data: PreparedData) -> Compressed:
-    """Carry out the recipe.
+    """Apply the recipe.
 
-    A preset is carried out again without the units because of which a required target cannot be
-    lowered.
+    If units prevent the lowering of a required target, a preset is applied again without them.
 
     Raises:
         CompressionError: no step fits, or a required target cannot be lowered.
@@ -111,13 +110,13 @@ def compress_model(run: Run, data: PreparedData) -> Compressed:
 
 
 def lower_baseline(run: Run, data: PreparedData) -> Artifact:
-    """Lower the untouched model, which the result is compared with."""
+    """Lower the untouched model, the baseline of the result."""
     run.progress.stage("lower the untouched model")
     return _lowered(run, run.model.artifact, "onnxruntime", data)
 
 
 def build_targets(run: Run, bundle: Artifact, data: PreparedData) -> BuiltTargets:
-    """Lower and build the result for each target; an optional target may be left out.
+    """Lower and build the result for each target; an optional target may be skipped.
 
     Raises:
         CompressionError, Refused, InfraError: a required target cannot be built, or none was.
@@ -187,7 +186,7 @@ def publish_result(
     measured: MeasuredResult,
     verdicts: dict[TargetKind, Verdict],
 ) -> Finished:
-    """Store the report, register the release, and promote it if the order says so."""
+    """Store the report, register the release, and promote it if the order has ``promote``."""
     run.progress.stage("publish")
     order, model = run.order, run.model
     write_report = functools.partial(
@@ -227,10 +226,10 @@ def publish_result(
 def _not_servable(
     run: Run, bundle: Artifact, data: PreparedData, excluded: Mapping[str, str]
 ) -> dict[str, str]:
-    """Units of a preset's result because of which a required target cannot be lowered.
+    """Return units of a preset's result that prevent the lowering of a required target.
 
     Raises:
-        CompressionError: a unit is not known to be the cause, or is excluded already.
+        CompressionError: no unit is known to be the cause, or it is already excluded.
     """
     for target, wanted in run.order.targets.wanted().items():
         if run.order.preset == "custom" or wanted != "required":
@@ -258,7 +257,7 @@ def _lowered(run: Run, bundle: Artifact, target: TargetKind, data: PreparedData)
 
 
 def _built(run: Run, target: TargetKind, graph: Artifact) -> Artifact:
-    """What the target loads: the graph itself, or an engine made from it."""
+    """Return the files that the target loads: the graph itself, or an engine built from it."""
     if target == "onnxruntime":
         return graph
     return run.call(

@@ -1,7 +1,7 @@
-"""What somebody wants, without the recipe's own types: reading this loads no tensor library.
+"""The terms of an order, without the types of steps: importing this loads no tensor library.
 
-The command line asks with these terms whether an order was carried out before. ``Order`` in
-``order.py`` adds a recipe of one's own.
+The command line checks with these terms whether an order was completed before. ``Order`` in
+``order.py`` adds custom recipes.
 """
 
 from typing import Any, Literal, Self
@@ -59,7 +59,7 @@ class Targets(Frozen):
         return self
 
     def wanted(self) -> dict[TargetKind, Wanted]:
-        """The targets that are not off."""
+        """Return the targets that are not off."""
         every: dict[TargetKind, Wanted] = {
             "onnxruntime": self.onnxruntime,
             "tensorrt-rtx": self.tensorrt_rtx,
@@ -68,7 +68,7 @@ class Targets(Frozen):
         return {target: wanted for target, wanted in every.items() if wanted != "off"}
 
     def batch(self) -> BatchSizes:
-        """The expected batch sizes."""
+        """Return the expected batch sizes."""
         return BatchSizes(low=self.smallest_batch, best=self.best_batch, high=self.largest_batch)
 
 
@@ -145,7 +145,7 @@ class Terms(Frozen):
         return limits
 
     def quality_budget(self) -> float | None:
-        """What the recipe may lose of the metric on validation rows: as ordered, or by default."""
+        """The metric that the recipe may lose on validation rows: as ordered, or by default."""
         if self.budget is None and self.preset in ("small", "smallest"):
             return DEFAULT_BUDGET
         return self.budget

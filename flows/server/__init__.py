@@ -1,5 +1,5 @@
-"""Which Prefect server a run reports to.
+"""Select or start the Prefect server of a run.
 
-prefect_access.py   which server a command uses
+prefect_access.py   selects and checks the server of a command
 embedded_server.py  the server of one command, if no other is configured
 """

@@ -1,9 +1,9 @@
-"""The embedded Prefect server: one process, started for one command, closed to everyone else.
+"""The embedded Prefect server: a process started for one command; other clients are refused.
 
 A command without ``PREFECT_API_URL`` starts it. It listens on a free port of loopback, and every
-request and socket needs a secret that is drawn for this command. The secret is in the memory and
-the environment of the command and its children, never on disk and never in an argument. No web
-page has an origin that the server allows.
+request and socket needs a secret that is drawn for this command. The secret exists only in the
+memory and the environment of the command and its children, never on disk or in an argument. The
+server allows no web page's origin.
 
 Run as ``python -m flows.server.embedded_server FD``, this module is the server's process. It ends
 when the command that started it ends, for any reason.
@@ -74,13 +74,13 @@ class EmbeddedServer:
         atexit.register(self.stop)
 
     def wait_until_ready(self, notify: Notify, *, stall_seconds: float = STALL_SECONDS) -> None:
-        """Wait until the server answers, as long as its process makes progress.
+        """Wait until the server responds, as long as its process makes progress.
 
-        Progress is CPU time of the process, or a change of the database's files. Only time in which
-        this process runs is counted, so both may be suspended together.
+        Progress is CPU time of the process, or a change of the database's files. Only the running
+        time of this process counts, so both may be suspended together.
 
         Args:
-            notify: called with what is waited for, first after ``SAY_AFTER_SECONDS``.
+            notify: called with the reason of the wait, first after ``SAY_AFTER_SECONDS``.
             stall_seconds: the longest time without progress.
 
         Raises:
@@ -152,7 +152,7 @@ class EmbeddedServer:
             return False
 
     def _progress(self) -> tuple[float, tuple[tuple[str, int, int], ...]]:
-        """CPU seconds of the process, and the state of its database's files."""
+        """Return CPU seconds of the process, and the state of its database's files."""
         files = []
         for path in sorted(self._home.glob("prefect.db*")):
             try:
@@ -164,7 +164,7 @@ class EmbeddedServer:
 
     def _last_output(self) -> str:
         size = os.fstat(self._output.fileno()).st_size
-        # Not by the file's position, which the server's process shares.
+        # Not with the file's position, which the server's process shares.
         tail = os.pread(self._output.fileno(), _TAIL_BYTES, max(0, size - _TAIL_BYTES))
         text = tail.decode("utf-8", "replace").strip()
         return f"Its last output:\n{text}" if text else "It printed nothing."
@@ -191,10 +191,10 @@ def start_embedded_server(notify: Notify) -> EmbeddedServer:
             [sys.executable, "-P", "-m", __name__, str(listener.fileno())],
             env=_environment(auth),
             pass_fds=[listener.fileno()],
-            stdin=subprocess.PIPE,  # ends with this process, and then the server ends
+            stdin=subprocess.PIPE,  # closes when this process ends, which ends the server
             stdout=output,
             stderr=subprocess.STDOUT,
-            start_new_session=True,  # Ctrl-C is for the command, which stops the server
+            start_new_session=True,  # the command handles Ctrl-C and stops the server
         )
     server = EmbeddedServer(process, api_url, output, home, lock)
     _use(PREFECT_API_URL=api_url, PREFECT_API_AUTH_STRING=auth)
@@ -202,7 +202,7 @@ def start_embedded_server(notify: Notify) -> EmbeddedServer:
 
 
 def protect_ephemeral_server() -> None:
-    """Authenticate the server that Prefect starts by itself for a flow that is called in Python.
+    """Authenticate the server that Prefect itself starts for a flow that is called in Python.
 
     Such a server reads the settings of this process. Does nothing if an API is configured.
     """
@@ -218,12 +218,12 @@ def protect_ephemeral_server() -> None:
 
 
 def new_auth_string() -> str:
-    """A user and a random password, as Prefect's basic authentication expects them."""
+    """Return a user and a random password, as Prefect's basic authentication expects them."""
     return f"recpress:{secrets.token_hex(24)}"
 
 
 def cpu_seconds(pid: int) -> float:
-    """CPU time that a process has used, in seconds; 0 if it has ended."""
+    """Return the CPU time that a process has used, in seconds; 0 if it has ended."""
     stat = Path(f"/proc/{pid}/stat")
     if Path("/proc/self/stat").exists():
         try:
@@ -244,7 +244,7 @@ def cpu_seconds(pid: int) -> float:
 
 
 def _use(**variables: str) -> None:
-    """Set variables, and let Prefect, which reads them once, read them again."""
+    """Set variables, and make Prefect, which reads them once, read them again."""
     from prefect.context import refresh_global_settings_context
 
     os.environ.update(variables)
@@ -254,7 +254,7 @@ def _use(**variables: str) -> None:
 def _server_settings(auth: str) -> dict[str, str]:
     return {
         "PREFECT_SERVER_API_AUTH_STRING": auth,
-        # Both names of the setting, because the first wins where a profile has it.
+        # Both names of the setting, because the first has priority if a profile sets it.
         "PREFECT_SERVER_API_CORS_ALLOWED_ORIGINS": NO_ORIGIN,
         "PREFECT_SERVER_CORS_ALLOWED_ORIGINS": NO_ORIGIN,
     }
@@ -266,22 +266,22 @@ def _environment(auth: str) -> dict[str, str]:
     settings = get_current_settings().to_environment_variables(exclude_unset=True)
     return {
         **os.environ,
-        **settings,  # those of the profile too
+        **settings,  # including those of the profile
         **_server_settings(auth),
         "PYTHONPATH": os.pathsep.join(path or str(Path.cwd()) for path in sys.path),
         "PREFECT_UI_ENABLED": "0",
-        # What Prefect itself sets for an embedded server: fewer services, less memory.
+        # Prefect's settings for an embedded server: fewer services, less memory.
         "PREFECT__SERVER_EPHEMERAL": "1",
         "PREFECT__SERVER_FINAL": "1",
-        # What it prints is only shown if it ends, so it need not be silent.
+        # Its output is shown only if it ends, so it need not be silent.
         "PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL": "WARNING",
         "PREFECT_SERVER_LOGGING_LEVEL": "WARNING",
     }
 
 
 def _end_with_parent() -> None:
-    """Wait for the end of the standard input, which the parent holds open, then end."""
-    os.read(0, 1)  # not sys.stdin, whose lock would break the end of the interpreter
+    """Wait for the end of standard input, which the parent keeps open, then exit."""
+    os.read(0, 1)  # not sys.stdin, whose lock would break the interpreter's shutdown
     os.kill(os.getpid(), signal.SIGTERM)
     time.sleep(_STOP_SECONDS)
     os._exit(1)

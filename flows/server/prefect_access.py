@@ -1,4 +1,4 @@
-"""Which Prefect server a command uses: the configured one, checked, or an embedded one."""
+"""Select the Prefect server of a command: the configured one, checked, or an embedded one."""
 
 from flows.server.embedded_server import EmbeddedServer, Notify, start_embedded_server
 from infra.errors import ServiceFailed, SettingRefused
@@ -9,15 +9,15 @@ def connect(notify: Notify) -> EmbeddedServer | None:
     """Check the configured server, or start an embedded one if none is configured.
 
     Args:
-        notify: called with what is waited for.
+        notify: called with the reason of a wait.
 
     Returns:
         The embedded server, which is not ready yet; None if another server is configured.
 
     Raises:
         SettingRefused: the configured server refuses the credentials or is not Prefect, or there is
-            none and embedded servers are switched off.
-        ServiceFailed: the configured server does not answer, or answers with its own failure.
+            none and embedded servers are disabled.
+        ServiceFailed: the configured server does not respond, or reports an internal failure.
     """
     from prefect.settings import get_current_settings
 
@@ -35,7 +35,7 @@ def require_access() -> None:
 
     Raises:
         SettingRefused: it refuses the credentials, or is not Prefect.
-        ServiceFailed: it does not answer, or answers with its own failure.
+        ServiceFailed: it does not respond, or reports an internal failure.
     """
     from prefect.settings import get_current_settings
 
@@ -70,7 +70,7 @@ def require_access() -> None:
         raise ServiceFailed(
             "prefect_no_answer", address=shown(api.url), problem=type(fault).__name__
         ) from None
-    except ValueError as fault:  # an answer that is not Prefect's
+    except ValueError as fault:  # a response that is not Prefect's
         raise SettingRefused(
             "prefect_answer_foreign", address=shown(api.url), problem=type(fault).__name__
         ) from None
