@@ -122,7 +122,7 @@ def _least_bytes(run: Run) -> int:
 
 
 def _carried_out(run: Run, excluded: Mapping[str, str]) -> Compressed:
-    learned: set[str] = set()  # stages that have learned from the teachers, or come from one
+    learned: set[str] = set()  # stages that have learned from the teachers, or follow such a stage
 
     def attempt(step: AnyStep, source: Artifact) -> Artifact | NotApplicable:
         run.progress.stage(step.kind)

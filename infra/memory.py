@@ -25,7 +25,7 @@ _CGROUPS = Path("/sys/fs/cgroup")
 
 
 class Available(NamedTuple):
-    """Bytes that this process may still use, and what limits them."""
+    """Bytes that this process may still use, and the limit that applies."""
 
     bytes: int
     limit: str
@@ -58,7 +58,7 @@ def require_memory(needed: int, doing: str) -> None:
 
     Args:
         needed: bytes in addition to what this process has.
-        doing: what needs them, as a noun phrase that begins a sentence.
+        doing: the work that needs them, as a noun phrase that begins a sentence.
 
     Raises:
         OutOfMemory: contains both figures, the limit, and the remedy.
@@ -93,7 +93,7 @@ def memory_errors(doing: Callable[[], str]) -> Iterator[None]:
     """Raise every out-of-memory error of the block, also of libraries, as ``OutOfMemory``.
 
     Args:
-        doing: what ran when it happened, as a noun phrase that begins a sentence.
+        doing: the work in the block, as a noun phrase that begins a sentence.
     """
     try:
         yield

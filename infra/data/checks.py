@@ -35,7 +35,7 @@ VALUES = "values"  # the elements of a list column
 
 
 class Rules(Frozen):
-    """What data must satisfy beyond its signature.
+    """Requirements on the data beyond its signature.
 
     The defaults are weak: 100 test rows (fewer support no decision), one row elsewhere, and both
     classes present in every split of a ``ctr`` model.

@@ -103,7 +103,7 @@ def inspect(file: str, columns: Iterable[str]) -> dict[str, Any]:
 
     Raises:
         NotUsable: the footer declares a wrong number of rows, or the file expands too far.
-        Exception: what the reader raises on a damaged file.
+        Exception: any exception of the reader on a damaged file.
     """
     with opened(file) as source:
         schema, footer = source.schema_arrow, source.metadata

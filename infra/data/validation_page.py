@@ -64,7 +64,7 @@ class SplitChecks:
 
 @dataclass(frozen=True)
 class CheckLists:
-    """What the template ``checks.html.jinja`` lists.
+    """The lists of the template ``checks.html.jinja``.
 
     Attributes:
         warnings: about the model, a sentence each.

@@ -80,7 +80,7 @@ def composition(bars: Sequence[tuple[str, Sequence[BarSegment]]], title: str) ->
 
     Args:
         bars: the label above each bar, and its parts.
-        title: what the picture says, in words.
+        title: text description of the chart.
     """
     most = max((sum(part.size for part in parts) for _, parts in bars), default=0)
     drawn = []
@@ -128,9 +128,9 @@ def strip(
     """Draw a number and its interval on a line, with its reference and its limit.
 
     Args:
-        found: the number.
+        found: the measured number.
         tone: its colour, which depends on the verdict.
-        title: what the picture says, in words.
+        title: text description of the chart.
         reference: the value that means no change; its label is above the line.
         limit: the limit; its label is below the line.
         refused: the side of the limit that is refused.
@@ -176,7 +176,7 @@ def curves(
         listed: the curves, each over the same sizes; the number is written at every point.
         unit: unit of the numbers.
         below: lines of text below each size.
-        title: what the picture says, in words.
+        title: text description of the chart.
     """
     found = [estimate for curve in listed for _, estimate in curve.points]
     low = math.log10(min(estimate.low for estimate in found))

@@ -7,7 +7,7 @@ import re
 
 from infra.errors import RegistryRefused
 
-# The narrowest limits of MLflow's own checks and of the columns its SQL stores use.
+# The narrowest limits of MLflow's checks and of the columns of its SQL stores.
 MAX_NAME = 256
 MAX_TAG_KEY = 250
 MAX_TAG_VALUE = 100_000

@@ -61,7 +61,7 @@ def make_pools(names: tuple[str, ...] = POOLS) -> None:
     new worker does not start another run in parallel. Existing pools are unchanged.
 
     Raises:
-        ChildFailed: Prefect refused, or did not answer.
+        ChildFailed: Prefect refused, or did not respond.
     """
     for name in names:
         if _prefect("work-pool", "inspect", name, needed=False).returncode:
@@ -73,7 +73,7 @@ def deploy() -> None:
     """Create or update the deployments of ``infra/services/prefect.yaml``.
 
     Raises:
-        ChildFailed: Prefect refused, or did not answer.
+        ChildFailed: Prefect refused, or did not respond.
     """
     _prefect("--no-prompt", "deploy", "--all", "--prefect-file", str(DEPLOYMENTS))
 
@@ -85,7 +85,7 @@ def make_automations() -> None:
     Its description contains a digest of the file's entry for this comparison.
 
     Raises:
-        ChildFailed: Prefect refused, or did not answer.
+        ChildFailed: Prefect refused, or did not respond.
     """
     import yaml
 

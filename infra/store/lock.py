@@ -36,7 +36,7 @@ def locked_name(path: Path, name: str, waiting: Callable[[], None]) -> Iterator[
 
     Args:
         path: the file, created with its folder if missing.
-        name: what is locked.
+        name: the name of the lock.
         waiting: called if another process holds the lock.
 
     Raises:

@@ -181,7 +181,7 @@ class Store:
         """Copy an artifact's files to a folder, every chunk verified. All or nothing.
 
         Args:
-            artifact: what to copy.
+            artifact: the artifact to copy.
             into: must not exist, or be an empty folder.
 
         Raises:

@@ -3,7 +3,7 @@
 bundle_ref.py   the bundle that an order refers to
 packing.py      pack, check, show and find bundles
 loading.py      loads a stored bundle as a module, a stored split as tensors
-baseline.py     checks of a bundle's own model before it is compressed
+baseline.py     checks a bundle's model and labels before compression
 teachers.py     finds the teachers of an order
 table_files.py  compresses tables from file to file
 """

@@ -1,4 +1,4 @@
-"""Check a bundle's own model and labels before it is compressed. No Prefect."""
+"""Check a bundle's model and labels before compression. No Prefect."""
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass

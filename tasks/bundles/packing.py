@@ -148,7 +148,7 @@ def check(reference: str) -> tuple[Manifest, dict[str, TensorFact]]:
         reference: as in ``examine``.
 
     Raises:
-        BundleRefused, DataRefused, ModelRefused, ArtifactMissing, ArtifactDamaged: what is wrong.
+        BundleRefused, DataRefused, ModelRefused, ArtifactMissing, ArtifactDamaged: the first fault.
     """
     checked = examine(reference)
     return checked.manifest, checked.facts
@@ -161,7 +161,7 @@ def examine(reference: str) -> Checked:
         reference: an artifact URI, ``name@version``, ``name``, or the folder of a sealed bundle.
 
     Raises:
-        BundleRefused, DataRefused, ModelRefused, ArtifactMissing, ArtifactDamaged: what is wrong.
+        BundleRefused, DataRefused, ModelRefused, ArtifactMissing, ArtifactDamaged: the first fault.
     """
     with input_files(Path(reference)):
         return _examine(reference)

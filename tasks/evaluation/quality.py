@@ -112,7 +112,7 @@ def query_quality(
         towers: the functions that return vectors: ``query`` and ``item``.
         signature: the bundle's signature.
         test: the prepared test rows.
-        ranking: the catalogue and what is hidden.
+        ranking: the catalogue and the hidden items.
 
     Returns:
         Metric -> float64 ``(queries,)``.

@@ -248,7 +248,7 @@ class Report(Frozen):
     @computed_field(repr=False)  # type: ignore[prop-decorator]
     @property
     def remarks(self) -> tuple[str, ...]:
-        """What else was decided, in sentences."""
+        """Return the other decisions as sentences."""
         return tuple(map(str, self.remark_reasons))
 
     @model_validator(mode="wrap")

@@ -302,7 +302,7 @@ def fetch(
     Raises:
         PromotionRefused: the target's verdict does not allow it.
         ArtifactMissing: there is no such version or target.
-        ArtifactDamaged: stored bytes are not what was written.
+        ArtifactDamaged: stored bytes are damaged.
     """
     registered, report = version_report(model, reference)
     found = _target(report, target, model, registered.version)
@@ -339,7 +339,7 @@ def _target(report: Report, target: TargetKind, model: str, version: str) -> Tar
     )
 
 
-# --- what a Triton server finds --------------------------------------------------------------
+# --- Triton repository -----------------------------------------------------------------------
 
 
 def export(
