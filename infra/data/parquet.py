@@ -68,10 +68,10 @@ class Faults:
             return
         key = (column, rule)
         self.counts[key] = self.counts.get(key, 0) + len(rows)
-        kept = self.rows.setdefault(key, [])
+        shown_rows = self.rows.setdefault(key, [])
         for row in dict.fromkeys(rows[:ROWS_SHOWN].tolist()):
-            if len(kept) < ROWS_SHOWN and row not in kept:
-                kept.append(row)
+            if len(shown_rows) < ROWS_SHOWN and row not in shown_rows:
+                shown_rows.append(row)
 
     def refuse(self, parquet: Path) -> None:
         """Raise ``DataRefused`` with one line per violated rule, if there is any."""
@@ -92,31 +92,31 @@ def refuse(parquet: Path, lines: list[str]) -> None:
 def needs(signature: Signature) -> tuple[Need, ...]:
     """List every column a signature reads, one entry per use, in the signature's order."""
     whole = "Encode it to row numbers of the table and store it as int64."
-    found: list[Need] = []
+    needed: list[Need] = []
     for item in signature.inputs:
         use = f"input {item.name!r}"
         for column in item.columns:
             if isinstance(item, IdInput):
-                found.append(Need(column, use, ("integer",), whole))
+                needed.append(Need(column, use, ("integer",), whole))
             elif isinstance(item, DenseInput):
                 lists = tuple(f"list of {kind}" for kind in NUMBERS)
                 many = len(item.columns) > 1
                 kinds = NUMBERS if many else NUMBERS + lists if item.shape == (1,) else lists
-                found.append(Need(column, use, kinds, "Store it as float32."))
+                needed.append(Need(column, use, kinds, "Store it as float32."))
             else:
-                found.append(Need(column, use, ("list of integer",), whole))
+                needed.append(Need(column, use, ("list of integer",), whole))
     if signature.label is not None:
-        found.append(Need(signature.label, "the label", NUMBERS, "Store it as a number."))
+        needed.append(Need(signature.label, "the label", NUMBERS, "Store it as a number."))
     if signature.group is not None and signature.task == "retrieval":
         # Other values are numbered separately in each split, and here splits are compared.
         remedy = "Number the groups the same way in every split."
-        found.append(Need(signature.group, "the group", ("integer",), remedy))
+        needed.append(Need(signature.group, "the group", ("integer",), remedy))
     elif signature.group is not None:
-        found.append(Need(signature.group, "the group", SCALARS, "Store one plain value a row."))
+        needed.append(Need(signature.group, "the group", SCALARS, "Store one plain value a row."))
     if signature.time is not None:
         kinds = ("integer", "float", *MOMENTS)
-        found.append(Need(signature.time, "the time", kinds, "Store a timestamp or a number."))
-    return tuple(found)
+        needed.append(Need(signature.time, "the time", kinds, "Store a timestamp or a number."))
+    return tuple(needed)
 
 
 def survey(parquet: Path, signature: Signature) -> Survey:
@@ -132,10 +132,10 @@ def survey(parquet: Path, signature: Signature) -> Survey:
     values, longest = dict[str, int](), dict[str, int]()
     repeated: set[str] = set()
     for file in files:
-        found = inspect_parquet(file, columns)
-        names = Counter(name for name, _ in found.kinds)
+        inspected = inspect_parquet(file, columns)
+        names = Counter(name for name, _ in inspected.kinds)
         repeated.update(name for name, count in names.items() if count > 1)
-        here = dict(found.kinds)
+        here = dict(inspected.kinds)
         if file == files[0]:
             kinds = here
         odd = [
@@ -145,11 +145,11 @@ def survey(parquet: Path, signature: Signature) -> Survey:
             if here.get(name) != kinds.get(name)
         ]
         refuse(parquet, odd)
-        rows += found.rows
-        batch_rows = min(batch_rows, found.batch_rows)
-        for name, count in found.values.items():
+        rows += inspected.rows
+        batch_rows = min(batch_rows, inspected.batch_rows)
+        for name, count in inspected.values.items():
             values[name] = values.get(name, 0) + count
-            longest[name] = max(longest.get(name, 0), found.longest[name])
+            longest[name] = max(longest.get(name, 0), inspected.longest[name])
     return Survey(files, rows, kinds, values, longest, frozenset(repeated), batch_rows)
 
 
@@ -230,12 +230,12 @@ def batches(found: Survey, columns: Iterable[str]) -> Iterator[tuple[int, pa.Rec
     Raises:
         DataRefused: a file cannot be read to its end.
     """
-    wanted = list(dict.fromkeys(columns))
+    names = list(dict.fromkeys(columns))
     row = 0
     for file in found.files:
         try:
             with opened(file) as source:
-                for batch in record_batches(source, wanted, found.batch_rows):
+                for batch in record_batches(source, names, found.batch_rows):
                     yield row, batch
                     row += batch.num_rows
         except MemoryError:

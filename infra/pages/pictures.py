@@ -178,9 +178,9 @@ def curves(
         below: lines of text below each size.
         title: text description of the chart.
     """
-    found = [estimate for curve in listed for _, estimate in curve.points]
-    low = math.log10(min(estimate.low for estimate in found))
-    high = math.log10(max(estimate.high for estimate in found))
+    estimates = [estimate for curve in listed for _, estimate in curve.points]
+    low = math.log10(min(estimate.low for estimate in estimates))
+    high = math.log10(max(estimate.high for estimate in estimates))
     spare = max((high - low) * 0.14, 0.05)
     low, high = low - spare, high + spare
     first, last = math.log2(min(below)), math.log2(max(below))
@@ -224,19 +224,19 @@ def _curve(
             f'x2="{_percent(across(following) + aside)}" y1="{down(one.point):.1f}" '
             f'y2="{down(other.point):.1f}"/>'
         )
-    for size, found in curve.points:
-        x, above, below = _percent(across(size) + aside), down(found.high), down(found.low)
+    for size, estimate in curve.points:
+        x, above, below = _percent(across(size) + aside), down(estimate.high), down(estimate.low)
         # The highest number has its label above it, the others below.
         here = [(e.point, -listed.index(c)) for c in listed for s, e in c.points if s == size]
-        y = above - 9 if (found.point, -listed.index(curve)) == max(here) else below + 19
+        y = above - 9 if (estimate.point, -listed.index(curve)) == max(here) else below + 19
         points.append(
             f'<line class="whisker {curve.kind}" x1="{x}" x2="{x}" y1="{above:.1f}" '
             f'y2="{below:.1f}"/>'
-            f'<circle class="point {curve.kind}" cx="{x}" cy="{down(found.point):.1f}" r="5"/>'
+            f'<circle class="point {curve.kind}" cx="{x}" cy="{down(estimate.point):.1f}" r="5"/>'
         )
         labels.append(
             f'<text class="value {curve.kind}" x="{x}" y="{y:.1f}" '
-            f'text-anchor="middle">{found.point:.3g}</text>'
+            f'text-anchor="middle">{estimate.point:.3g}</text>'
         )
     return "".join(lines), "".join(points), "".join(labels)
 

@@ -240,9 +240,11 @@ def finished(into: Path) -> StoreManifest:
     except ValueError as fault:
         raise ArtifactDamaged("result_manifest_unreadable", path=str(into / MANIFEST)) from fault
     files = into / FILES
-    found = hashed(files, regular_files(files), manifest.chunk_bytes)
-    held, wanted = ({entry.path: entry for entry in these} for these in (found, manifest.files))
-    wrong = [path for path in sorted(held | wanted) if held.get(path) != wanted.get(path)]
+    hashed_files = hashed(files, regular_files(files), manifest.chunk_bytes)
+    actual, expected = (
+        {entry.path: entry for entry in these} for these in (hashed_files, manifest.files)
+    )
+    wrong = [path for path in sorted(actual | expected) if actual.get(path) != expected.get(path)]
     if wrong or manifest.root != root_of(manifest.files, manifest.chunk_bytes):
         raise ArtifactDamaged(
             "result_damaged", folder=str(into), file=wrong[0] if wrong else MANIFEST
@@ -271,11 +273,11 @@ def draft(into: Path, job: object, path: str, size: int) -> Iterator[ArtifactDra
         try:
             must_be_free(into)
             with translated(noted, "write"):
-                made = _begun(into, journal, head, path, size)
+                result = _begun(into, journal, head, path, size)
             try:
-                yield made
+                yield result
             finally:
-                made.close()
+                result.close()
         finally:
             if not _part(into).exists():  # published, moved into the store, or never started
                 noted.unlink(missing_ok=True)
@@ -333,14 +335,14 @@ def _begun(into: Path, journal: int, head: bytes, path: str, size: int) -> Artif
         file.chmod(0o644)  # a run that was killed at its end had closed it
         if not written.endswith(b"\n"):
             os.write(journal, b"\n")  # end the incomplete line of a killed run
-    made = ArtifactDraft(into, journal, path, size)
+    result = ArtifactDraft(into, journal, path, size)
     if resumed:
         try:
-            made.resume(lines)
+            result.resume(lines)
         except BaseException:
-            made.close()
+            result.close()
             raise
-    return made
+    return result
 
 
 def _part(into: Path) -> Path:

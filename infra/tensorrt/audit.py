@@ -66,13 +66,13 @@ def log_bytes(messages: Sequence[str], version: str) -> tuple[int, int]:
     Raises:
         BuildRefused: this version does not log them, so no audit is possible.
     """
-    found = []
+    totals = []
     for name, pattern in (("Max Scratch Memory", _SCRATCH), ("Total Weights Memory", _WEIGHTS)):
         values = [int(hit.group(1)) for text in messages for hit in pattern.finditer(text)]
         if not values:
             raise BuildRefused("log_line_missing", version=version, line=name)
-        found.append(max(values))
-    return found[0], found[1]
+        totals.append(max(values))
+    return totals[0], totals[1]
 
 
 def check_weights(weights_bytes: int, packed_bytes: int, constant_bytes: dict[str, int]) -> None:
@@ -102,22 +102,22 @@ def find_tables(
         BuildRefused: the graph lacks one, or its first dimension does not match the table's rows.
     """
     stored = {tensor.name: tensor for tensor in model.graph.initializer}
-    found: dict[str, list[onnx.TensorProto]] = {}
+    initializers: dict[str, list[onnx.TensorProto]] = {}
     for table in tables:
         for name in table.initializers:
             if name not in stored:
                 raise BuildRefused("initializer_missing", table=table.module, initializer=name)
-            shape, wanted = list(stored[name].dims), table.entries(name, table.rows)
-            if wanted is not None and (not shape or shape[0] != wanted):
+            shape, expected_rows = list(stored[name].dims), table.entries(name, table.rows)
+            if expected_rows is not None and (not shape or shape[0] != expected_rows):
                 raise BuildRefused(
                     "initializer_rows_differ",
                     table=table.module,
                     initializer=name,
-                    expected=wanted,
+                    expected=expected_rows,
                     shape=tuple(shape),
                 )
-            found.setdefault(table.module, []).append(stored[name])
-    return found
+            initializers.setdefault(table.module, []).append(stored[name])
+    return initializers
 
 
 def widened_bytes(tensors: Sequence["onnx.TensorProto"]) -> int:
@@ -134,18 +134,18 @@ def halve(model: "onnx.ModelProto", tables: Sequence[TableWeights]) -> int | Non
         Bytes removed from the table with the smallest removal; None if no table is large enough.
     """
     large = [table for table in tables if table.rows >= TWIN_ROWS]
-    found = find_tables(model, large)
+    initializers = find_tables(model, large)
     # A shared table may be listed twice; it is cut once.
     cut: dict[str, int] = {}
     removed = []
     for table in large:
         together = math.lcm(*(every for every in table.every.values() if every))
-        kept = table.rows // (4 * together) * 2 * together
-        for tensor in found[table.module]:
-            entries = table.entries(tensor.name, kept)
+        kept_rows = table.rows // (4 * together) * 2 * together
+        for tensor in initializers[table.module]:
+            entries = table.entries(tensor.name, kept_rows)
             if tensor.name not in cut:
                 cut[tensor.name] = 0 if entries is None else _cut(tensor, entries)
-        removed.append(sum(cut[tensor.name] for tensor in found[table.module]))
+        removed.append(sum(cut[tensor.name] for tensor in initializers[table.module]))
     del model.graph.value_info[:]  # shapes of the uncut graph
     return min(removed, default=None)
 
@@ -214,16 +214,16 @@ def judge_sparsity(messages: Sequence[str], ordered: int, version: str) -> Spars
 
 def _counted(messages: Sequence[str], patterns: Sequence[re.Pattern[str]]) -> int | None:
     """Return the layer count in the last such line: there is one per choice of tactics."""
-    found = None
+    count = None
     for text in messages:
         for pattern in patterns:
             for hit in pattern.finditer(text):
                 groups = hit.groupdict()
                 if "count" in groups:
-                    found = int(groups["count"])
+                    count = int(groups["count"])
                 else:
-                    found = sum(bool(name.strip()) for name in groups["names"].split(","))
-    return found
+                    count = sum(bool(name.strip()) for name in groups["names"].split(","))
+    return count
 
 
 def _elements(tensor: "onnx.TensorProto") -> int:

@@ -155,7 +155,7 @@ def config(served: ServedVersion) -> bytes:
 
 def _parameters(served: ServedVersion) -> dict[str, str]:
     """Return the backend's threads, and the source of the model for clients that query it."""
-    found = {
+    parameters = {
         "recpress.model": served.model,
         "recpress.version": str(served.version),
         "recpress.order": served.order,
@@ -163,9 +163,9 @@ def _parameters(served: ServedVersion) -> dict[str, str]:
     }
     if served.target == "onnxruntime" and served.threads is not None:
         # Triton runs requests in parallel with several instances, not with more threads.
-        found["intra_op_thread_count"] = str(served.threads)
-        found["inter_op_thread_count"] = "1"
-    return found
+        parameters["intra_op_thread_count"] = str(served.threads)
+        parameters["inter_op_thread_count"] = "1"
+    return parameters
 
 
 def _tensor(tensor: Tensor, batched: bool) -> dict[str, Any]:
@@ -265,8 +265,8 @@ def current(home: Store) -> bytes | None:
 
 def version_in(body: bytes) -> str | None:
     """Return the version that a configuration of ours serves."""
-    found = _VERSIONS.search(body.decode(errors="replace"))
-    return found[1] if found else None
+    match = _VERSIONS.search(body.decode(errors="replace"))
+    return match[1] if match else None
 
 
 def stage(home: Store, source: Store, served: ServedVersion) -> tuple[str, ...]:
@@ -280,8 +280,10 @@ def stage(home: Store, source: Store, served: ServedVersion) -> tuple[str, ...]:
             this version's number.
         ArtifactMissing, ArtifactDamaged: as ``Store.chunks``.
     """
-    if (held := owner(home)) not in (None, served.model):
-        raise TritonRefused("folder_of_other_model", folder=home.root, model=held, got=served.model)
+    if (owner_model := owner(home)) not in (None, served.model):
+        raise TritonRefused(
+            "folder_of_other_model", folder=home.root, model=owner_model, got=served.model
+        )
     body = (current(home) or b"").decode(errors="replace")
     if version_in(body.encode()) == str(served.version) and _names_other_order(body, served):
         raise TritonRefused(
@@ -306,13 +308,13 @@ def faults(home: Store, source: Store, served: ServedVersion) -> dict[str, str]:
     """Compare files with the published ones: key -> ``missing`` or ``changed``; reads all bytes."""
     chunk_bytes = source.manifest(served.artifact).chunk_bytes
     there = set(home.keys(f"{served.version}/"))
-    found = {}
+    problems = {}
     for key, entry in _entries(source, served).items():
         if key not in there:
-            found[key] = "missing"
+            problems[key] = "missing"
         elif not home.holds(key, entry, chunk_bytes):
-            found[key] = "changed"
-    return found
+            problems[key] = "changed"
+    return problems
 
 
 def follows(home: Store, source: Store, served: ServedVersion) -> bool:
