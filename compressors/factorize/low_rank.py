@@ -56,7 +56,7 @@ def factors(table: Tensor, rank: int, weight: Tensor) -> tuple[Tensor, Tensor, T
     covariance = centred.T @ (share * centred)  # (dim, dim)
     _, vectors = torch.linalg.eigh(covariance)  # by rising eigenvalue
     projection = vectors.T.flip(0)[:rank]  # (rank, dim)
-    # The sign of an eigenvector is anybody's choice: fix it, so that runs agree.
+    # The sign of an eigenvector is arbitrary: fix it, so that results are reproducible.
     sign = torch.gather(projection, 1, projection.abs().argmax(dim=1, keepdim=True)).sign()
     projection = projection * sign
     return (centred @ projection.T).float(), projection.float(), mean.float()
@@ -116,16 +116,16 @@ class LowRank(Frozen):
 
     @property
     def needs(self) -> tuple[Part, ...]:
-        """Training rows, where they say which rows are looked up most."""
+        """Training rows, if lookup counts are used."""
         return ("train",) if self.weighted else ()
 
     @property
     def changes(self) -> Change:
-        """Each table it takes is made of a narrower one."""
+        """The selected tables are replaced by narrower ones."""
         return "parts"
 
     def choose(self, model: Model, bench: Bench) -> dict[str, Choice]:  # noqa: ARG002
-        """Which tables become narrower, and why the others stay."""
+        """Select the tables to narrow; give a reason for each other table."""
         return self._designs(model)[0]
 
     def apply(self, model: Model, bench: Bench) -> Model:
@@ -140,13 +140,13 @@ class LowRank(Frozen):
         return recompose(model, designs, fit)
 
     def dry_run(self, model: Model, bench: Bench) -> Model:  # noqa: ARG002
-        """Every chosen table over placeholders."""
+        """Replace every selected table by its new form with placeholder tensors."""
         return dry_run_composed(model, self._designs(model)[1])
 
     def _designs(self, model: Model) -> tuple[dict[str, Choice], dict[str, Design]]:
         return choose_composed(model, self.tables, self.min_rows, self.kind, self.design)
 
     def design(self, rows: int, dim: int) -> Design:  # noqa: ARG002
-        """How a table of ``rows x dim`` is made."""
+        """The composition of a table of ``rows x dim``."""
         rank = share_or_number(self.rank, dim)
         return Design(COMPOSITION, {"rank": rank}, Reason("narrower_rows", dim=dim, rank=rank))

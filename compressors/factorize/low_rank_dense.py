@@ -52,7 +52,7 @@ def principal_outputs(weight: Tensor, moment: Tensor) -> tuple[Tensor, Tensor]:
     exact = weight.double()
     energy, directions = torch.linalg.eigh(exact @ moment.double() @ exact.T)  # rising
     energy, directions = energy.flip(0).clamp(min=0), directions.flip(1)
-    # The sign of an eigenvector is anybody's choice: fix it, so that runs agree.
+    # The sign of an eigenvector is arbitrary: fix it, so that results are reproducible.
     largest = directions.abs().argmax(dim=0, keepdim=True)
     return energy, directions * torch.gather(directions, 0, largest).sign()
 

@@ -252,16 +252,16 @@ class NeuralCodes(Frozen):
 
     @property
     def needs(self) -> tuple[Part, ...]:
-        """Training rows, where they say which rows are looked up most."""
+        """Training rows, if lookup counts are used."""
         return ("train",) if self.weighted else ()
 
     @property
     def changes(self) -> Change:
-        """Each table it takes is made of a narrower one."""
+        """The selected tables are replaced by narrower ones."""
         return "parts"
 
     def choose(self, model: Model, bench: Bench) -> dict[str, Choice]:  # noqa: ARG002
-        """Which tables become codes, and why the others stay."""
+        """Select the tables to encode; give a reason for each other table."""
         return self._designs(model)[0]
 
     def apply(self, model: Model, bench: Bench) -> Model:
@@ -277,7 +277,7 @@ class NeuralCodes(Frozen):
         return recompose(model, designs, fitted)
 
     def dry_run(self, model: Model, bench: Bench) -> Model:  # noqa: ARG002
-        """Every chosen table over placeholders."""
+        """Replace every selected table by its new form with placeholder tensors."""
         return dry_run_composed(model, self._designs(model)[1])
 
     def _designs(self, model: Model) -> tuple[dict[str, Choice], dict[str, Design]]:

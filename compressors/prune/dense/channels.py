@@ -1,13 +1,15 @@
-"""Dense layers with whole output channels removed: smaller matrices, faster on every target.
+"""Structured pruning: remove whole output channels of dense layers.
 
-Removing an output of one layer removes the inputs of all layers that read it
-(``compressors.prune.structure.channel_consumers``). The number of the architecture's configuration
-that is the layer's width becomes smaller, so the result is stored and built like any other network.
-A number may count groups of channels, such as attention heads: then whole groups are removed.
+The matrices become smaller, which is faster on every target. Removing an output channel also
+removes the matching input of every layer that consumes it
+(``compressors.prune.structure.channel_consumers``). The layer's width is a number in the
+architecture's configuration. That number becomes smaller, so the result is stored and built like
+any other network. If the number counts groups of channels, such as attention heads, whole groups
+are removed.
 
 Sources: those of ``compressors.prune.dense.importance``, and Frankle and Carbin 2019,
-https://arxiv.org/abs/1803.03635, sec. 2 (cutting and training in turn, the same share of what is
-left each time).
+https://arxiv.org/abs/1803.03635, sec. 2 (iterative pruning: prune and train in turn, the same share
+of the remaining channels each time).
 Differs: layers that share one number of the configuration lose the same number of channels, and a
 target may be given in multiply-adds.
 """
@@ -109,7 +111,7 @@ class Channels(Frozen):
 
     @property
     def needs(self) -> tuple[Part, ...]:
-        """Rows that importance is taken on, and rows to train on."""
+        """Rows to measure importance on, and rows to train on."""
         parts: list[Part] = []
         if self.importance == "gradient" or self.training is not None:
             parts.append("train")
@@ -127,10 +129,10 @@ class Channels(Frozen):
         return "values"
 
     def choose(self, model: Model, bench: Bench) -> dict[str, Choice]:
-        """Which dense layers become narrower, which follow, and why the others do not.
+        """Select the layers to narrow and their consumers; give a reason for each other layer.
 
         Raises:
-            NothingToCompress: gradients are asked for, and the signature's task has no loss.
+            NothingToCompress: importance is ``gradient``, and the signature's task has no loss.
             CompressionError: not even the smallest widths reach the target.
         """
         if self.importance == "gradient" and bench.signature.task == "retrieval":
@@ -159,12 +161,11 @@ class Channels(Frozen):
         return choices
 
     def apply(self, model: Model, bench: Bench) -> Model:
-        """Cut every chosen width and check that nothing but the cut channels is missing.
+        """Prune every selected width and check that only the pruned channels are missing.
 
         Raises:
-            CompressionError: the narrower network is not the old one without those channels, no
-                gradient says which channels matter, the target cannot be reached, or training
-                diverged.
+            CompressionError: the narrower network differs from the old one without those channels,
+                all gradients are zero, the target cannot be reached, or training diverged.
         """
         signature = bench.signature
         found = self._proved(model, signature)
@@ -207,9 +208,10 @@ class Channels(Frozen):
         return replace(model, notes={**model.notes, **notes})
 
     def dry_run(self, model: Model, bench: Bench) -> Model:
-        """Cut the last channels of every width: as many as importance would choose.
+        """Prune the last channels of every width: as many as ``apply`` would prune.
 
-        Under ``global`` only the values tell how many that are: the same share of every width.
+        With ``scope`` ``global`` that number depends on the values of the weights, so the same
+        share of every width is pruned instead.
         """
         found = self._proved(model, bench.signature)
         counts, _ = self._predicted(model, bench.signature, found.widths)
@@ -238,7 +240,7 @@ class Channels(Frozen):
     def _predicted(
         self, model: Model, signature: Signature, widths: tuple[Width, ...]
     ) -> tuple[Counts, float]:
-        """What stays if every width keeps the same share, and the multiply-adds that leaves."""
+        """Units left if every width keeps the same share, and the share of multiply-adds left."""
         first = {width.path: width.value for width in widths}
         work = kept_shares.multiply_adds(model.module, signature)
         whole = sum(work.values())
@@ -278,7 +280,7 @@ class Channels(Frozen):
         whole: float,
         part: float,
     ) -> Counts:
-        """How many units every width keeps after ``part`` of all rounds."""
+        """Number of units that every width keeps after the fraction ``part`` of all rounds."""
         widths = tuple(item.width for item in readers)
         work = kept_shares.multiply_adds(model.module, signature)
         if self.scope == "layer":
@@ -309,7 +311,7 @@ class Channels(Frozen):
         cuts = [Cut(item.width, item, counts[item.width.path]) for item in readers]
         try:
             narrow, gap = without_channels(model, signature, cuts, kept)
-        except Exception as fault:  # whatever a class raises, these widths are not free
+        except Exception as fault:  # any exception of the class means: these widths are fixed
             if is_out_of_memory(fault):
                 raise
             raise StepRefused(
@@ -329,13 +331,13 @@ class Channels(Frozen):
         return prunable_widths(model, signature, choices, share, self.multiple, searched=searched)
 
     def _proved(self, model: Model, signature: Signature) -> PrunableWidths:
-        """What ``choose`` found out of this network, or the same anew."""
+        """The widths that ``choose`` proved for this network; proved again if there are none."""
         step, found = _PROVED.pop(model.module, (None, None))
         return self._found(model, signature) if found is None or step != self else found
 
     def _trained(self, model: Model, bench: Bench, training: Training, number: int) -> Model:
         loss = mixed_loss(bench, self.soft_share, self.temperature, self.kind)
-        if bench.checkpoints is not None:  # each round has progress of its own
+        if bench.checkpoints is not None:  # one checkpoint folder per round
             place = f"{bench.checkpoints}/round-{number}"
             bench = bench.model_copy(update={"checkpoints": place})
         made = train_model(model, bench, loss, training, pruned_layers(model))
@@ -346,7 +348,7 @@ class Channels(Frozen):
 def _kept(
     readers: tuple[Readers, ...], importance: Mapping[str, Tensor], counts: Counts
 ) -> dict[str, Tensor]:
-    """By maker, the units that stay."""
+    """Units that are kept, by maker: bool ``(units,)`` each."""
     kept: dict[str, Tensor] = {}
     for item in readers:
         kept |= kept_units(item, importance, counts[item.width.path])
@@ -354,7 +356,7 @@ def _kept(
 
 
 def _fewer(width: Width, maker: str, before: int, after: int) -> Reason:
-    """For example ``16 -> 8 outputs (hidden[0])``, ``32 -> 16 outputs (heads 4 -> 2)``."""
+    """Reason such as ``16 -> 8 outputs (hidden[0])`` or ``32 -> 16 outputs (heads 4 -> 2)``."""
     size = width.makers[maker]
     if size == 1:
         return Reason("fewer_channels", before=before, after=after, width=width.description())
@@ -369,6 +371,6 @@ def _fewer(width: Width, maker: str, before: int, after: int) -> Reason:
 
 
 def _taken(choice: Choice, *reasons: Reason) -> Choice:
-    """The choice to cut or train a layer; the reasons of an earlier cut stay."""
+    """The choice to prune or train a layer; the reasons of an earlier choice to prune are kept."""
     is_cut = choice.take and choice.reasons[0].code in CUTS
     return Choice(True, (*choice.reasons, *reasons) if is_cut else reasons)

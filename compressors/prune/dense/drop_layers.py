@@ -1,11 +1,11 @@
-"""Whole layers removed: a cross layer, a hidden layer, a block of attention.
+"""Remove whole layers: cross layers, hidden layers, attention blocks.
 
-Greedy: of all layers that may go, the one without which the network is best on validation rows
-goes first, then the same is asked of what is left.
+The search is greedy: remove the layer without which the network scores best on the validation rows,
+then repeat with the remaining layers.
 
 Source: Men et al. 2024, https://arxiv.org/abs/2403.03853 (layers are redundant; removing beats
-narrowing). Differs: they rank layers once by how much each turns its input; here the network is
-measured without each, which a click model is small enough for.
+narrowing). Differs: they rank layers once by how much each changes the direction of its input; here
+the network is measured without each layer, which is affordable because click models are small.
 """
 
 from collections.abc import Mapping
@@ -52,7 +52,7 @@ class DropLayers(Frozen):
 
     @property
     def needs(self) -> tuple[Part, ...]:
-        """Validation rows where quality decides."""
+        """Validation rows, if the measured quality selects or limits the removed layers."""
         return ("validation",) if self._measures else ()
 
     @property
@@ -61,21 +61,21 @@ class DropLayers(Frozen):
 
     @property
     def changes(self) -> Change:
-        """Layers are gone, and those behind them move up."""
+        """Layers are removed, and the layers after them move up by one place."""
         return "values"
 
     def choose(self, model: Model, bench: Bench) -> dict[str, Choice]:
-        """Which layers are tried, and why the others stay.
+        """Select the layers that may be removed; give a reason for each other layer.
 
         Raises:
-            NothingToCompress: the signature's task has no metric of single rows to decide by.
+            NothingToCompress: quality must be measured, and the task has no metric of single rows.
         """
         if self._measures and bench.signature.task == "retrieval":
             raise NothingToCompress("row_metric_for_layers_missing", step=self.kind)
         return self._stacks(model, bench.signature)[1]
 
     def apply(self, model: Model, bench: Bench) -> Model:
-        """Remove layers one at a time, each time the one that costs least.
+        """Remove layers one at a time, each time the one whose removal costs least.
 
         Raises:
             CompressionError: the bench lacks validation rows.
@@ -116,7 +116,7 @@ class DropLayers(Frozen):
         return replace(model, notes=notes)
 
     def dry_run(self, model: Model, bench: Bench) -> Model:
-        """Without the last layers that may go: as many as importance would choose."""
+        """Remove the last removable layers of every stack: as many as ``apply`` may remove."""
         stacks, _ = self._stacks(model, bench.signature)
         for stack in stacks:
             now = stack
@@ -132,7 +132,7 @@ class DropLayers(Frozen):
         return quality(model.module, bench.signature, bench.validation)
 
     def _stacks(self, model: Model, signature: Signature) -> tuple[list[Stack], dict[str, Choice]]:
-        """The stacks that may lose layers, and the choice of every dense layer."""
+        """The stacks with removable layers, and the choice of every dense layer."""
         units = Unit.of(model.module)
         wanted = choose_dense(units, self.layers, self.kind)
         why = Reason("no_layer_count")
@@ -167,12 +167,12 @@ class DropLayers(Frozen):
 def _why_not(
     model: Model, signature: Signature, stack: Stack, wanted: Mapping[str, Choice], dense: list[str]
 ) -> Reason | None:
-    """Why no layer of a stack may go."""
+    """The reason why no layer of a stack can be removed, or None."""
     for name in dense:
         if not wanted[name].take:
             why = wanted[name].reasons
             return Reason("shares_count", argument=stack.description(), layer=name, why=why)
-    # Layers move up: what an earlier step says of one of them must hold for all.
+    # Layers move up, so earlier steps must have treated all members of the stack alike.
     steps: dict[str, set[tuple[str, ...]]] = {}
     for name in dense:
         line = model.plan.of(name) if model.plan else None
@@ -188,7 +188,7 @@ def _why_not(
 
 
 def _place(stack: Stack, name: str) -> str:
-    """Where in its member a layer lies."""
+    """The place of a layer within its member, the same for all members of the stack."""
     first: str | None = name
     while first is not None and stack.member_of(first):
         first = stack.moved(first, 0)
@@ -198,7 +198,7 @@ def _place(stack: Stack, name: str) -> str:
 def _tried(
     model: Model, signature: Signature, stack: Stack, faults: list[Reason] | None = None
 ) -> dict[int, tuple[Model, Stack]]:
-    """By member that may go, the network without it; one member stays in any case."""
+    """The network without each removable member, by member; a last member is never removed."""
     tried: dict[int, tuple[Model, Stack]] = {}
     for member in range(stack.members if stack.members > 1 else 0):
         try:
@@ -212,7 +212,7 @@ def _tried(
 def _notes(
     names: list[str], stack: Stack, left: list[int], changes: list[Reason]
 ) -> dict[str, tuple[Reason, ...]]:
-    """What became of every layer of a stack, by its name before."""
+    """The changes of every layer of a stack, by its name before the step."""
     notes = {}
     for name in names:
         member = stack.member_of(name)

@@ -1,12 +1,13 @@
-"""How much a channel matters: numbers for weights that add up to one for each channel.
+"""Importance of weights, and of channels as the sum of their weights' importances.
 
 Sources: Li et al. 2017, https://arxiv.org/abs/1608.08710 (L1 norm of a filter); Molchanov et al.
 2019, https://arxiv.org/abs/1906.10771, eq. 8 (first-order Taylor importance); Sun et al. 2024,
 https://arxiv.org/abs/2306.11695, eq. 1 (a weight times the norm of its input).
-Differs: a channel is judged by its own weights and by the weights that read it together, as
-dependency groups are (Fang et al. 2023, https://arxiv.org/abs/2301.12900). By activation it is
-judged by its readers alone: the mean square of what it adds to their outputs, as a share of what
-all their inputs add, since readers answer in units of their own.
+Differs: the importance of a channel includes the weights that produce it and the weights that
+consume it, as for dependency groups (Fang et al. 2023, https://arxiv.org/abs/2301.12900). With
+``activation`` only the consumers count: the mean square of the channel's contribution to their
+outputs, as a share of the contributions of all their inputs, because the outputs of different
+consumers differ in scale.
 """
 
 from collections.abc import Mapping
@@ -29,16 +30,18 @@ TINY = 1e-300  # a layer that reads only zeros: 0 / TINY is 0
 
 
 def sizes_of(model: Model, bench: Bench, importance: Importance, rows: int) -> dict[str, Tensor]:
-    """By parameter, the importance of every weight outside of tables; it adds up to a channel's.
+    """Compute the importance of every weight outside of tables, by parameter name.
+
+    The sum over the weights of a channel is the importance of the channel.
 
     Args:
-        model: its tensors are left as they are.
+        model: the network; its tensors are not changed.
         bench: with training rows for ``gradient``, calibration rows for ``activation``.
-        importance: which.
-        rows: read, at most.
+        importance: the criterion.
+        rows: largest number of rows that are read.
 
     Raises:
-        CompressionError: the rows are missing, or they find every weight equally unimportant.
+        CompressionError: the rows are missing, or the importance of every weight is zero.
     """
     tables = tuple(unit.name for unit in Unit.of(model.module) if unit.role == "table")
     weights = {
@@ -70,12 +73,12 @@ def sizes_of(model: Model, bench: Bench, importance: Importance, rows: int) -> d
 def per_unit(
     readers: Readers, sizes: Mapping[str, Tensor], importance: Importance
 ) -> dict[str, Tensor]:
-    """What the weights of each unit of a width come to: its own and those that read it.
+    """Sum the importances of the weights that produce and that consume each unit of a width.
 
     Args:
-        readers: who reads what.
-        sizes: by parameter name, a number for every weight, in the parameter's shape.
-        importance: by ``activation`` only those that read it count.
+        readers: the consumers of the width.
+        sizes: by parameter name, the importance of every weight, in the parameter's shape.
+        importance: the criterion; with ``activation`` only the consuming weights count.
 
     Returns:
         By maker, float ``(units,)``.
@@ -100,10 +103,10 @@ def per_unit(
 
 
 def kept_units(readers: Readers, importance: Mapping[str, Tensor], count: int) -> dict[str, Tensor]:
-    """The units that stay: by maker, bool ``(units,)`` with ``count`` True.
+    """Select the most important units: by maker, bool ``(units,)`` with ``count`` True.
 
-    Makers whose channels meet keep the same ones, by the sum of their importances. Of equally
-    important units the first ones stay.
+    Makers whose channels are combined element by element keep the same units, ranked by the sum of
+    their importances. Of equally important units the first ones are kept.
     """
     kept = {}
     for group in readers.tied:
@@ -138,10 +141,10 @@ def _taylor(
 
 @torch.no_grad()
 def _contributions(module: nn.Module, bench: Bench, rows: int) -> dict[str, Tensor]:
-    """Mean square of each weight times its input, of every float32 dense layer; 1 over a layer.
+    """Mean square of weight times input in every float32 dense layer; sums to 1 over a layer.
 
-    Summed over a layer's outputs this is the energy that one input adds to them, as a share: for
-    the input ``x`` of column ``w`` in proportion to ``E[x^2] * |w|^2``.
+    Summed over a layer's outputs, this is the share of their energy that one input contributes:
+    for an input ``x`` with weight column ``w`` it is proportional to ``E[x^2] * |w|^2``.
     """
     if bench.calibration is None:
         raise RowsMissing("calibration_rows_missing", step="channels")

@@ -1,12 +1,12 @@
-"""How many units each width keeps: the same share of all, or what one threshold leaves of them.
+"""Number of units that each width keeps: an equal share, or the units above one threshold.
 
-Widths hang together: a layer between two of them has fewer outputs and fewer inputs, so its
-multiply-adds fall with the product. A target of multiply-adds is therefore searched for, over the
-widths as they are after rounding.
+Widths depend on each other: a layer between two pruned widths has fewer outputs and fewer inputs,
+so its multiply-adds fall with the product. A target of multiply-adds is therefore reached by a
+search over the rounded widths.
 
 Sources: Liu et al. 2017, https://arxiv.org/abs/1708.06519 (one threshold over all layers).
-Differs: importance is divided by its mean over the width first, since a layer's norm says more of
-how many numbers it sums than of what it is worth; and no width falls below a floor.
+Differs: importance is first divided by its mean over the width, because a layer's norm depends more
+on the number of its weights than on its importance; and no width falls below a floor.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -26,8 +26,8 @@ from compressors.prune.structure.config_widths import Path, Width
 
 Counts = dict[Path, int]
 """By the number of a configuration, how many of its units stay."""
-STEPS = 1000  # in which the share that every width keeps is searched for
-ROWS = 4  # made-up ones that say how often a layer is called
+STEPS = 1000  # resolution of the search for the share that every width keeps
+ROWS = 4  # synthetic rows that show how often a layer is called
 
 
 def kept_width(value: int, keep: float, multiple: int) -> int:
@@ -36,15 +36,15 @@ def kept_width(value: int, keep: float, multiple: int) -> int:
 
 
 def multiple_of(width: Width, multiple: int) -> int:
-    """In units of a width: the channels of every maker stay a multiple of ``multiple``."""
+    """The number of units that keeps the channels of every maker a multiple of ``multiple``."""
     size = gcd(*width.makers.values())
     return multiple // gcd(multiple, size)
 
 
 def multiply_adds(module: nn.Module, signature: Signature) -> dict[str, float]:
-    """Multiply-adds of each dense layer for one row: its weights, as often as it is called.
+    """Multiply-adds of each dense layer for one row: number of weights times number of calls.
 
-    A layer over a sequence is called once a position; padding counts, as it is computed too.
+    A layer over a sequence is called once per position; padding counts, because it is computed too.
     """
     layers = {
         name: part
@@ -82,13 +82,13 @@ def remaining_multiply_adds(
     widths: Sequence[Width],
     counts: Mapping[Path, int],
 ) -> float:
-    """Multiply-adds of all layers if the widths keep so many units.
+    """Multiply-adds of all layers after the widths are reduced to the given numbers of units.
 
     Args:
-        work: by layer, as they are now.
-        module: whose layers they are.
-        widths: each a number of its own.
-        counts: units that stay.
+        work: present multiply-adds, by layer.
+        module: the network with these layers.
+        widths: the pruned widths, each a different number of the configuration.
+        counts: number of units that each width keeps.
     """
     total = 0.0
     for name, before in work.items():
@@ -105,13 +105,13 @@ def remaining_multiply_adds(
 def equal_shares(
     widths: Sequence[Width], first: Mapping[Path, int], keep: float, multiple: int
 ) -> Counts:
-    """The same share of every width, to its nearest multiple, and no more than there are.
+    """The same share of every width, rounded to the nearest multiple, at most its present size.
 
     Args:
-        widths: as they are now.
-        first: how many units they had when the share was asked for.
-        keep: the share.
-        multiple: of channels.
+        widths: the present widths.
+        first: the number of units before the first round, which the share refers to.
+        keep: the share of units that is kept.
+        multiple: the number of channels stays a multiple of this.
     """
     return {
         width.path: min(
@@ -128,14 +128,14 @@ def kept_above_threshold(
     threshold: float,
     multiple: int,
 ) -> Counts:
-    """What a threshold leaves of every width, to its nearest multiple and never below its floor.
+    """Number of units above a threshold, rounded to the nearest multiple, at least the floor.
 
     Args:
         curves: by width, the importance of its units, float ``(units,)``.
-        widths: as they are now.
-        floors: units that a width keeps whatever they are worth; rounded up.
-        threshold: units above it stay.
-        multiple: of channels.
+        widths: the present widths.
+        floors: smallest number of units that each width keeps; rounded up to a multiple.
+        threshold: units of a higher importance are kept.
+        multiple: the number of channels stays a multiple of this.
     """
     counts = {}
     for width in widths:
@@ -147,10 +147,10 @@ def kept_above_threshold(
 
 
 def curves_of(readers: Sequence[Readers], importance: Mapping[str, Tensor]) -> dict[Path, Tensor]:
-    """The importance of every unit by rank, comparable between widths.
+    """Sort and normalize the importance of the units, so that widths can be compared.
 
-    Of each group of makers that keep the same units the importance is sorted and divided by its
-    mean; a width that several groups follow has the mean of theirs, rank by rank.
+    For each group of makers that keep the same units, importance is sorted and divided by its
+    mean. A width with several groups gets the mean of their sorted importances, rank by rank.
     """
     curves = {}
     for item in readers:
@@ -173,9 +173,9 @@ def by_threshold(
     limit: float,
     what: str,
 ) -> Counts:
-    """What the lowest threshold leaves whose cost, in ``what``, is within a limit.
+    """Units kept by the lowest threshold whose cost, in the unit ``what``, is within a limit.
 
-    The others are those of ``kept_above_threshold`` and ``largest_within``.
+    For the other arguments see ``kept_above_threshold`` and ``largest_within``.
     """
     every = sorted({value for curve in curves.values() for value in curve.tolist()}, reverse=True)
     thresholds = [inf, *every, -1.0]
@@ -195,10 +195,10 @@ def largest_within(
     limit: float,
     what: str,
 ) -> Counts:
-    """The last of some counts, each at least the one before, whose cost is within a limit.
+    """The last of a non-decreasing series of counts whose cost is within a limit.
 
     Raises:
-        CompressionError: even the first is not.
+        CompressionError: even the first count costs more than the limit.
     """
     low, high = 0, number - 1
     if cost(candidate(0)) > limit:

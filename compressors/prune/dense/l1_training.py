@@ -1,21 +1,21 @@
-"""Training with a penalty on the size of dense weights, after which many are exactly zero.
+"""Train dense layers with an L1 or group penalty, so that many weights become exactly zero.
 
-After every optimizer step the weights are pulled towards zero by the step's learning rate times
-the strength, and those that would cross it stay there: the proximal operator of the penalty. The
-gradient of a penalty would only make weights small.
+After every optimizer step the weights are soft-thresholded by the step's learning rate times the
+strength: they move towards zero, and a weight that would cross zero becomes zero. This is the
+proximal operator of the penalty. The gradient of a penalty would only make weights small.
 
 Sources: Parikh and Boyd 2014, sec. 6.5 (soft and block soft thresholding); Yuan and Lin 2006 (the
-group lasso); Liu et al. 2017, https://arxiv.org/abs/1708.06519 (the scales of batch norms, so that
-channels go).
-Differs: behind Adam the pull is in proportion to the learning rate alone, decoupled from the
-gradient's scale as AdamW's decay is, so that one strength means the same in every network: a weight
-stays at zero while the running mean of its gradients is a smaller part of their size. And a group
-is all that makes one channel: its weights, its bias, and the scale and shift of the norm behind it,
-of all layers whose channels meet.
+group lasso); Liu et al. 2017, https://arxiv.org/abs/1708.06519 (the scales of batch norms, which
+removes channels).
+Differs: after Adam the threshold is proportional to the learning rate alone. It is decoupled from
+the scale of the gradient, as AdamW's decay is, so that one strength means the same in every
+network: a weight stays at zero while the ratio of its mean gradient to its root mean square
+gradient is below the strength. A group has all parameters of one channel: its weights, its bias,
+and the scale and shift of the norm after it, of all layers whose channels are combined.
 
-Zeros are stored like any other weight, so this alone lowers neither bytes nor multiply-adds nor
-latency on any target. ``fine_tune`` and ``distill`` keep them; channels that became zero can be
-cut by ``channels`` with importance ``activation``.
+Zeros are stored like any other weight, so this step alone lowers neither bytes nor multiply-adds
+nor latency on any target. ``fine_tune`` and ``distill`` keep the zeros; ``channels`` with
+importance ``activation`` can remove channels that became zero.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -39,10 +39,10 @@ from compressors.prune.structure.prunable_widths import prunable_widths
 
 @dataclass(frozen=True)
 class WeightGroup:
-    """What is pulled to zero together: a row of ``count`` sets of weights.
+    """Parameters that form ``count`` sets of weights, each penalized by its norm.
 
-    ``parts`` hold, by parameter, the places along its first dimension and whose they are, both
-    int64 ``(places,)``.
+    ``parts`` has, by parameter, the indices along its first dimension and the set of each index,
+    both int64 ``(places,)``.
     """
 
     count: int
@@ -50,22 +50,22 @@ class WeightGroup:
 
 
 def soft_threshold(weight: Tensor, reach: float) -> Tensor:
-    """Weights nearer to zero by ``reach``, and zero where they were nearer than that."""
-    return weight.sign() * (weight.abs() - reach).clamp(min=0) + 0.0  # no zero with a sign
+    """Move weights towards zero by ``reach``; weights smaller than ``reach`` become zero."""
+    return weight.sign() * (weight.abs() - reach).clamp(min=0) + 0.0  # no negative zero
 
 
 def group_threshold(
     parts: Sequence[tuple[Tensor, Tensor]], count: int, reach: float
 ) -> list[Tensor]:
-    """Sets of weights whose length is shorter by ``reach`` times the root of how many they are.
+    """Reduce the norm of each set of weights by ``reach`` times the root of its size.
 
     Args:
-        parts: of each a tensor ``(places, *)`` and whose each place is, int64 ``(places,)``.
-        count: how many sets there are.
-        reach: as far as a single weight would be pulled.
+        parts: tensors ``(places, *)``, each with the set of every place, int64 ``(places,)``.
+        count: number of sets.
+        reach: threshold of a single weight.
 
     Returns:
-        The tensors; a set that was shorter than that is zero.
+        The new tensors; a set with a smaller norm than its threshold becomes zero.
     """
     square, size = parts[0][0].new_zeros(count), parts[0][0].new_zeros(count)
     for tensor, owner in parts:
@@ -73,7 +73,7 @@ def group_threshold(
         square.index_add_(0, owner, flat.square().sum(dim=1))
         size.index_add_(0, owner, flat.new_full((len(flat),), flat.shape[1]))
     length = square.sqrt()
-    # A set of zeros stays one, whatever it is multiplied by.
+    # A set of zeros stays zero for any factor, so the clamp only avoids a division by zero.
     factor = (1 - reach * size.sqrt() / length.clamp(min=1e-30)).clamp(min=0)  # (count,)
     return [
         tensor * factor[owner].reshape(-1, *[1] * (tensor.dim() - 1)) + 0.0
@@ -114,16 +114,16 @@ class L1Training(Frozen):
 
     @property
     def needs(self) -> tuple[Part, ...]:
-        """Rows to learn from, rows that are told of, and what the original answers."""
+        """Rows to train on, rows to report the metric on, and soft labels if they are used."""
         return ("train", "validation", *(("soft_labels",) if self.soft_share else ()))
 
     @property
     def changes(self) -> Change:
-        """Values change; formats and shapes stay."""
+        """Values change; formats and shapes do not."""
         return "values"
 
     def choose(self, model: Model, bench: Bench) -> dict[str, Choice]:
-        """Which layers are penalized, what is trained beside them, and why the rest stays."""
+        """Select the penalized layers and the other trained units; give a reason for the rest."""
         wanted = self._wanted(model)
         choices = choose_trainable(model, bench, self.kind, tables=self.training.tables)
         if not any(choice.take for choice in wanted.values()):
@@ -137,7 +137,7 @@ class L1Training(Frozen):
         return choices
 
     def apply(self, model: Model, bench: Bench) -> Model:
-        """Train with the penalty, and leave the network as it is after the last epoch.
+        """Train with the penalty and return the network of the last epoch.
 
         Raises:
             CompressionError: the bench lacks rows, or training diverged.
@@ -160,7 +160,7 @@ class L1Training(Frozen):
         return replace(model, notes={**model.notes, **notes})
 
     def _wanted(self, model: Model) -> dict[str, Choice]:
-        """Which dense layers are penalized, and why not the others."""
+        """Select the penalized dense layers; give a reason for each other layer."""
         units = Unit.of(model.module)
         wanted = choose_dense(units, self.layers, self.kind)
         if self.penalty == "group":
@@ -170,14 +170,14 @@ class L1Training(Frozen):
         return wanted
 
     def dry_run(self, model: Model, bench: Bench) -> Model:  # noqa: ARG002
-        """Zeros are stored like other weights."""
+        """Return the model unchanged: zeros are stored like other weights."""
         return model
 
 
 def _pull(
     module: nn.Module, layers: Sequence[str], groups: Sequence[WeightGroup], strength: float
 ) -> Callable[[float], None]:
-    """What happens to the weights after a step of some learning rate."""
+    """Build the function that thresholds the weights after an optimizer step."""
 
     def single(rate: float) -> None:
         for name in layers:
@@ -199,7 +199,7 @@ def _pull(
 
 
 def _groups(model: Model, signature: Signature, wanted: Mapping[str, Choice]) -> list[WeightGroup]:
-    """All that makes each channel; where no number counts them, a layer's rows and biases."""
+    """Groups of the parameters of each channel, or of each row of a layer of fixed width."""
     found = prunable_widths(model, signature, wanted, share=0.5, multiple=1, searched=True)
     groups = [
         _group(model.module, readers, makers)
@@ -235,7 +235,7 @@ def _leaves(module: nn.Module, owner: str) -> list[str]:
 
 
 def _zeros(module: nn.Module, name: str, groups: Sequence[WeightGroup]) -> tuple[Reason, ...]:
-    """How many weights of a layer are zero, and how many outputs where channels are penalized."""
+    """The share of zero weights of a layer, and with groups also the number of zero outputs."""
     weight = module.get_parameter(f"{name}.weight").detach()
     zeros = Reason("zeros", share=float((weight == 0).float().mean()))
     if not groups:

@@ -1,11 +1,11 @@
-"""Dense layers with their smallest weights set to zero.
+"""Magnitude pruning: set the smallest weights of dense layers to zero.
 
 Source: Han et al. 2015, https://arxiv.org/abs/1506.02626 (magnitude pruning).
-Differs: one cut, and no retraining of its own; ``fine_tune`` or ``distill`` behind it keep the
-zeros and recover quality.
+Differs: weights are pruned once and this step does not retrain; ``fine_tune`` or ``distill`` after
+it keeps the zeros and recovers quality.
 
-Zeros are stored like any other weight: this alone saves neither bytes nor time on the targets
-we serve. It is the first half of a recipe, and an honest baseline for ``channels``.
+Zeros are stored like any other weight, so this step alone saves neither bytes nor time on the
+supported targets. Use it before a training step, and as a baseline for ``channels``.
 """
 
 from dataclasses import replace
@@ -22,11 +22,11 @@ from compressors.core.units import Choice, Unit, choose_dense, own_weight
 
 
 def zeroed(weights: list[Tensor], share: float) -> list[Tensor]:
-    """The weights with ``round(share * all)`` of them, the smallest by absolute value, set to 0.
+    """Set the ``round(share * all)`` weights of smallest absolute value to zero.
 
     Args:
-        weights: any shapes, ranked together.
-        share: between 0 and 1. Of equal weights the first ones go.
+        weights: tensors of any shapes, ranked together.
+        share: between 0 and 1. Of equal weights the first ones become zero.
     """
     flat = torch.cat([weight.abs().flatten() for weight in weights])  # (all weights,)
     smallest = flat.sort(stable=True).indices[: round(share * len(flat))]
@@ -53,16 +53,16 @@ class Magnitude(Frozen):
 
     @property
     def needs(self) -> tuple[Part, ...]:
-        """No data: only the weights are looked at."""
+        """No data: the step uses only the weights."""
         return ()
 
     @property
     def changes(self) -> Change:
-        """Weights become zero; every layer stays as wide as it is."""
+        """Weights become zero; no layer becomes narrower."""
         return "values"
 
     def choose(self, model: Model, bench: Bench) -> dict[str, Choice]:  # noqa: ARG002
-        """Which dense layers this step takes, and why not the others."""
+        """Select the dense layers to compress; give a reason for each other layer."""
         chosen = choose_dense(Unit.of(model.module), self.layers, self.kind)
         reason = (
             Reason("zeros_of_layer", step=self.kind, share=self.share)
@@ -75,7 +75,7 @@ class Magnitude(Frozen):
         }
 
     def apply(self, model: Model, bench: Bench) -> Model:
-        """Replace the weight of every chosen layer by one with zeros."""
+        """Set the smallest weights of every selected layer to zero."""
         choices = self.choose(model, bench)
         taken = [
             unit
@@ -92,5 +92,5 @@ class Magnitude(Frozen):
         return model
 
     def dry_run(self, model: Model, bench: Bench) -> Model:  # noqa: ARG002
-        """Zeros are stored like other weights."""
+        """Return the model unchanged: zeros are stored like other weights."""
         return model

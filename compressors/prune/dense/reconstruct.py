@@ -1,13 +1,13 @@
-"""Layers that read fewer channels, solved anew so that they answer as they did.
+"""Refit layers that lost input channels, so that their outputs change least.
 
-What is left of a layer's inputs says much about what went: least squares over rows finds the
-weights and bias with which the layer's outputs stay nearest to what they were. Layers are solved
-in the order they are called, each on the inputs that those before it now give.
+The remaining inputs of a layer predict much of the removed ones. Least squares over calibration
+rows gives the weights and bias whose outputs are nearest to the original outputs. Layers are
+refitted in the order of their calls, each on the present outputs of the layers before it.
 
 Source: He et al. 2017, https://arxiv.org/abs/1707.06168, eq. 3 (reconstruction with the channels
 fixed).
-Differs: the bias is solved for too, and the solution is held near the weights as they were, so
-that few rows or channels that say the same cannot drive it away.
+Differs: the bias is refitted too, and a ridge penalty keeps the solution near the original weights,
+so that it is stable with few rows or with redundant channels.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -23,18 +23,19 @@ from compressors.errors.steps import RowsMissing
 
 BATCH = 1024
 RIDGE = 1e-3
-"""Weight of staying as it was, against the mean square of an input."""
-TINY = 1e-30  # where all inputs are zero, the weights stay
+"""Weight of the distance to the original weights, relative to the mean square of an input."""
+TINY = 1e-30  # if all inputs are zero, the weights do not change
 
 
 def nearest(gram: Tensor, product: Tensor, prior: Tensor, ridge: float = RIDGE) -> Tensor:
-    """The weights whose outputs are nearest to what is wanted, and that are near to a prior.
+    """Ridge regression towards a prior: the weights with the nearest outputs.
 
     Args:
-        gram: of the inputs with themselves, float64 ``(inputs, inputs)``.
-        product: of the inputs with the wanted outputs, float64 ``(inputs, outputs)``.
-        prior: weights as they were, float64 ``(outputs, inputs)``.
-        ridge: of the mean of the gram matrix's diagonal, the weight of the distance to the prior.
+        gram: ``x.T @ x`` of the inputs, float64 ``(inputs, inputs)``.
+        product: ``x.T @ y`` of inputs and target outputs, float64 ``(inputs, outputs)``.
+        prior: the original weights, float64 ``(outputs, inputs)``.
+        ridge: weight of the distance to the prior, as a share of the mean of the diagonal of
+            ``gram``.
     """
     held = (ridge * gram.diagonal().mean()).clamp(min=TINY)
     wanted = product - gram @ prior.T
@@ -52,15 +53,15 @@ def reconstruct(
     outputs: Mapping[str, Tensor],
     rows: int,
 ) -> None:
-    """Give some layers of a private tree the weights with which they answer as before.
+    """Refit the weights of some layers so that their outputs are nearest to those before.
 
     Args:
-        module: in evaluation mode; its layers get weights of their own.
-        before: the network as it was.
+        module: the pruned network, a private copy in evaluation mode; its layers are changed.
+        before: the network before pruning.
         bench: with calibration rows.
-        layers: names of float32 dense layers; others are passed over.
-        outputs: which outputs are left of those that lost some, bool ``(outputs before,)``.
-        rows: read, at most.
+        layers: names of float32 dense layers; other layers are skipped.
+        outputs: the remaining outputs of layers that lost some, bool ``(outputs before,)``.
+        rows: largest number of rows that are read.
 
     Raises:
         CompressionError: there are no calibration rows.
@@ -100,14 +101,14 @@ def reconstruct(
 
 
 def _alone(part: Tensor) -> Tensor:
-    """A tensor of its own, in order; ``contiguous`` keeps the strides of a single number."""
+    """A contiguous copy; ``Tensor.contiguous`` would keep the strides of a single number."""
     return part.clone(memory_format=torch.contiguous_format)
 
 
 def _in_order(
     module: nn.Module, read: Callable[[], Iterator[Batch]], layers: Sequence[str]
 ) -> list[str]:
-    """The layers as they are called, first call first."""
+    """The names of the layers in the order of their first calls."""
     called: dict[str, None] = {}
 
     def noted(name: str) -> Callable[[nn.Module, object], None]:
@@ -126,7 +127,7 @@ def _in_order(
 
 @contextmanager
 def _recorded(layer: nn.Linear, *, inputs: bool) -> Iterator[list[Tensor]]:
-    """Inside, what a layer is given or answers, float64 ``(rows, features)`` a call."""
+    """Record the inputs or outputs of a layer: float64 ``(rows, features)`` for each call."""
     recorded: list[Tensor] = []
 
     def hook(

@@ -1,21 +1,21 @@
-"""Dense layers with two zeros among every four inputs, and the other weights fitted anew.
+"""2:4 sparsity: two zeros in every four inputs of a dense layer, and refitted other weights.
 
-GPUs from compute capability 8.0 on multiply such weights with sparse kernels, half the products
-each; TensorRT's builder measures them and takes them where they pay, which for the layers of a
-recommender they often do not. The engine's audit says which it took. ONNX Runtime stores and
-multiplies zeros like other weights: there nothing becomes smaller or faster.
+GPUs from compute capability 8.0 on multiply such weights with sparse kernels, which compute half
+of the products. TensorRT's builder measures these kernels and uses them where they are faster,
+which is often not the case for the layers of a recommender. The engine's audit reports which it
+uses. ONNX Runtime stores and multiplies zeros like other weights, so it gains neither bytes nor
+time.
 
-Of every four weights the two that matter least go: the smallest, or the smallest once each is
-weighed by how large its input is on the calibration rows (Wanda; on Frappe's networks no better,
-``benchmarks/dense_formats.py``). Then the weights that stay are
-moved so that the layer's outputs on those rows change least: least squares over the kept weights
-of each output channel by itself.
+Of every four weights the two least important become zero: the smallest weights, or the smallest
+products of weight and input norm on the calibration rows (Wanda; on Frappe's networks no better,
+``benchmarks/dense_formats.py``). Then the kept weights are refitted so that the layer's outputs on
+those rows change least: least squares over the kept weights of each output channel.
 
 Papers: Mishra et al. 2021, https://arxiv.org/abs/2104.08378 (2:4); Sun et al. 2023,
 https://arxiv.org/abs/2306.11695 (weight times norm of its input); Frantar and Alistarh 2023,
 https://arxiv.org/abs/2301.00774 (reconstruction, SparseGPT). Differs: the mask is chosen first, and
 the reconstruction is the least squares solution for that mask, by conjugate gradients on all
-channels at once, where SparseGPT goes through the columns one by one and never looks back.
+channels at once, where SparseGPT processes the columns one by one and does not revisit them.
 """
 
 from dataclasses import replace
@@ -50,7 +50,7 @@ def kept_2_4(weight: Tensor, norms: Tensor | None = None) -> Tensor:
     Args:
         weight: float, ``(out, in)``, ``in`` a multiple of four.
         norms: of the inputs, float ``(in,)``; without them only the weights count. Of equally
-            important weights the first stay.
+            important weights the first are kept.
     """
     importance = weight.abs() if norms is None else weight.abs() * norms
     fours = importance.reshape(-1, 4)
@@ -60,7 +60,7 @@ def kept_2_4(weight: Tensor, norms: Tensor | None = None) -> Tensor:
 
 
 def reconstructed(weight: Tensor, kept: Tensor, gram: Tensor) -> Tensor:
-    """The weights, zero where not kept, that change a layer's outputs least.
+    """Refit the kept weights so that the layer's outputs change least; the others are zero.
 
     Args:
         weight: float, ``(out, in)``.
@@ -76,13 +76,13 @@ def reconstructed(weight: Tensor, kept: Tensor, gram: Tensor) -> Tensor:
     curved = gram + torch.diag(torch.full_like(energy, DAMPING * float(energy.mean())))
     usual = 1 / curved.diagonal()
     wide = weight.double()
-    moved = torch.where(kept, 0.0, -wide)  # what each weight is off by: those that are gone, gone
+    moved = torch.where(kept, 0.0, -wide)  # change of each weight; removed weights: -w
     slope = torch.where(kept, moved @ curved, 0.0)  # half the gradient, (out, in)
     first = (slope * slope * usual).sum(dim=1, keepdim=True)
     along = -slope * usual
     size = first
     for _ in range(ROUNDS):
-        going = size > ENOUGH**2 * first  # (out, 1): channels that are not there yet
+        going = size > ENOUGH**2 * first  # (out, 1): channels that have not converged
         if not bool(going.any()):
             break
         bent = torch.where(kept, along @ curved, 0.0)
@@ -103,7 +103,7 @@ def is_2_4(weight: Tensor) -> bool:
 
 
 def sparse_layers(module: nn.Module, plan: Plan | None) -> tuple[str, ...]:
-    """Layers that this step made sparse, and that still are, in a form whose zeros are zeros."""
+    """Layers that this step made sparse and that are still sparse in their present format."""
     modules, found = dict(module.named_modules()), []
     for line in plan.lines if plan is not None else ():
         if KIND not in line.steps:
@@ -140,17 +140,17 @@ class Sparse24(Frozen):
 
     @property
     def needs(self) -> tuple[Part, ...]:
-        """Rows to see what the inputs are, unless only the weights are looked at."""
+        """Calibration rows for the statistics of the inputs, unless only the weights count."""
         looks = self.reconstruct or self.importance == "activation"
         return ("calibration",) if looks else ()
 
     @property
     def changes(self) -> Change:
-        """Weights become zero; every layer stays as wide as it is."""
+        """Weights become zero; no layer becomes narrower."""
         return "values"
 
     def choose(self, model: Model, bench: Bench) -> dict[str, Choice]:  # noqa: ARG002
-        """Which dense layers this step takes, and why not the others."""
+        """Select the dense layers to compress; give a reason for each other layer."""
         units = {unit.name: unit for unit in Unit.of(model.module)}
         chosen = choose_dense(tuple(units.values()), self.layers, self.kind)
         for name, choice in chosen.items():
@@ -162,7 +162,7 @@ class Sparse24(Frozen):
         return chosen
 
     def apply(self, model: Model, bench: Bench) -> Model:
-        """Replace the weight of every chosen layer by one with zeros.
+        """Set two of every four weights of the selected layers to zero and refit the others.
 
         Raises:
             CompressionError: there are no calibration rows, or a layer never ran on them.
@@ -196,5 +196,5 @@ class Sparse24(Frozen):
         return grams(model.module, taken, rows, signature, self.batch, self.rows)
 
     def dry_run(self, model: Model, bench: Bench) -> Model:  # noqa: ARG002
-        """Zeros are stored like other weights."""
+        """Return the model unchanged: zeros are stored like other weights."""
         return model

@@ -1,16 +1,16 @@
-"""Who reads each channel of a width, found by trying.
+"""Find the consumers of each channel of a width by propagating NaN through the network.
 
-Each row of a batch gets a NaN in one channel of a layer's output; products cut the trace off (every
-layer's own output is cleaned), so the columns where a NaN arrives are those that read that channel
-directly: through activations, norms of single channels, concatenations, residual sums. Whatever
-mixes channels otherwise (a layer norm, a softmax, a sum) spreads the NaN, and the width is refused
-with that reason. Dependency graphs of autograd (Fang et al. 2023,
-https://arxiv.org/abs/2301.12900) answer the same question from the operators' names; ours asks the
-network itself, and misses nothing that a concatenation moves.
+Each row of a batch gets a NaN in one channel of a layer's output. NaN is removed from the output of
+every other dense layer, so it arrives exactly at the inputs that consume the channel directly:
+through activations, norms of single channels, concatenations, residual sums. Any other operation
+that mixes channels (a layer norm, a softmax, a sum) spreads the NaN, and the width is rejected with
+that reason. Autograd dependency graphs (Fang et al. 2023, https://arxiv.org/abs/2301.12900) find
+consumers from the operators' names; this method runs the network, so it also follows channels
+through concatenations.
 
-Where a width counts groups of channels, such as heads, a group may mix its own: the NaN of a query
-reaches all of its head's output. Which channels belong together is not written anywhere, so the
-usual orders are tried, and what the network scores without a group says which is right.
+If a width counts groups of channels, such as heads, channels of one group may mix: the NaN of a
+query reaches the whole output of its head. The network does not record which channels form a group,
+so the usual orders are tried, and the scores of the network without a group confirm the right one.
 """
 
 from collections.abc import Iterator, Mapping
@@ -28,18 +28,19 @@ from compressors.core.modules.formats import PackedLinear
 from compressors.errors.widths import NotAWidth
 from compressors.prune.structure.config_widths import Width
 
-TRACED = 128  # channels at a time: each is a row through the whole network
+TRACED = 128  # channels per batch: each is one row of the network's input
 Traces = dict[tuple[str, str], Tensor]
 """By maker and reader, bool ``(channels, inputs of the reader)``."""
 
 
 @dataclass(frozen=True)
 class Readers:
-    """Who reads the units of one width.
+    """The consumers of the units of one width.
 
-    ``reads`` holds, by maker and reader, bool ``(units, inputs of the reader)``. ``units`` says of
-    each maker's channels which unit they are of, int64 ``(channels,)``. ``tied`` are the makers
-    whose channels meet (a residual sum, a gate, query and key of a head): they keep the same ones.
+    ``reads`` is, by maker and reader, bool ``(units, inputs of the reader)``. ``units`` is the unit
+    of each of a maker's channels, int64 ``(channels,)``. ``tied`` are groups of makers whose
+    channels are combined (a residual sum, a gate, query and key of a head): they must keep the same
+    units.
     """
 
     width: Width
@@ -51,18 +52,18 @@ class Readers:
 def trace(
     module: nn.Module, signature: Signature, rows_of_table: dict[str, int], width: Width
 ) -> Traces:
-    """Where each channel of a width arrives.
+    """Find the inputs at which each channel of a width arrives.
 
     Raises:
-        NotAWidth: something but dense layers mixes the channels, or a layer of unchanging width
-            reads them.
+        NotAWidth: an operation other than a dense layer mixes the channels, or a layer of fixed
+            width reads them.
     """
     reads: Traces = {}
     for maker, size in width.makers.items():
         channels = width.value * size
         parts: dict[str, dict[int, Tensor]] = {}
         for begin in range(0, channels, TRACED):
-            rows = min(TRACED, channels - begin)  # a row a channel
+            rows = min(TRACED, channels - begin)  # one row per channel
             inputs = example(signature, rows_of_table, rows)
             with torch.no_grad(), _traced(module, maker, channels, begin, rows) as seen:
                 score = module(**inputs)
@@ -83,10 +84,10 @@ def trace(
 
 
 def layouts(width: Width) -> Iterator[dict[str, Tensor]]:
-    """The orders in which channels may belong to units, by maker int64 ``(channels,)``.
+    """Yield the possible assignments of channels to units, by maker int64 ``(channels,)``.
 
-    Each unit's channels side by side; two or three such parts one after another, as where one
-    layer makes queries, keys and values; or the units in turn, channel by channel.
+    The channels of a unit are contiguous; or there are two or three such parts one after the other,
+    as in a layer that computes queries, keys and values; or units alternate channel by channel.
     """
     largest = max(width.makers.values())
     for parts in dict.fromkeys((1, 2, 3, largest)):
@@ -98,16 +99,16 @@ def layouts(width: Width) -> Iterator[dict[str, Tensor]]:
 
 
 def _units(value: int, size: int, parts: int) -> Tensor:
-    """Which unit each of ``value * size`` channels is of, int64."""
+    """The unit of each of ``value * size`` channels, int64."""
     one = torch.arange(value).repeat_interleave(size // parts)  # (value * size / parts,)
     return one.repeat(parts)
 
 
 def readers_of(width: Width, traces: Traces, units: dict[str, Tensor]) -> Readers:
-    """Who reads the units of a width, if channels belong to them like this.
+    """Find the consumers of the units of a width for one assignment of channels to units.
 
     Raises:
-        NotAWidth: an input would be read from two units, or not all of a reader's inputs are.
+        NotAWidth: an input would depend on two units, or some inputs of a reader on none.
     """
     reads: dict[tuple[str, str], Tensor] = {}
     for (maker, reader), columns in traces.items():
@@ -131,7 +132,7 @@ def readers_of(width: Width, traces: Traces, units: dict[str, Tensor]) -> Reader
 def _traced(
     module: nn.Module, maker: str, channels: int, begin: int, rows: int
 ) -> Iterator[dict[str, Tensor]]:
-    """Inside, row r carries a NaN in channel ``begin + r`` of ``maker``; yields who sees it."""
+    """Put a NaN into channel ``begin + r`` of ``maker`` in row r; yield the inputs it reaches."""
     seen: dict[str, Tensor] = {}
 
     def reading(name: str) -> Any:
@@ -175,10 +176,10 @@ def _traced(
 
 
 def _tied(width: Width, reads: Mapping[tuple[str, str], Tensor]) -> tuple[tuple[str, ...], ...]:
-    """Makers whose channels arrive at the same inputs, one group each.
+    """Groups of makers whose channels arrive at the same inputs.
 
     Raises:
-        NotAWidth: they meet, but not channel by channel.
+        NotAWidth: channels of two makers are combined, but not channel by channel.
     """
     groups = [{maker} for maker in width.makers]
     for (first, reader), columns in reads.items():

@@ -1,11 +1,11 @@
-"""Layers of which a configuration says how many there are, and a network with one of them less.
+"""Find layers whose number is in the configuration, and build the network without one of them.
 
-A number such as ``cross_layers``, or the entries of a list such as ``hidden``, is found by trying:
-build the network with one less, and see which lists and sequences of modules became shorter. Which
-member goes is free as long as what is left fits the shapes that the class then builds: later
-members move up by one. That nothing else depends on the member is proved: the shorter network
-must score as the old one does when the member is skipped, either passing on what it is given (a
-block, a hidden layer) or adding nothing (a residual part, a cross layer).
+A number such as ``cross_layers``, or a list such as ``hidden``, is found by a build with one less:
+the lists and sequences of modules that become shorter are the layers that it counts. Any member may
+be removed if the remaining ones fit the shapes that the class then builds; later members move up by
+one. A check shows that nothing else depends on the member: the shorter network must give the same
+scores as the old one with that member skipped. A skipped member either returns its input (a block,
+a hidden layer) or adds zero (a residual part, a cross layer).
 """
 
 from collections.abc import Callable, Iterator
@@ -34,10 +34,10 @@ from compressors.prune.structure.narrowing import gap_of, made_up_scores, rebuil
 
 @dataclass(frozen=True)
 class Stack:
-    """Layers that a number of the configuration counts, or a list of it lists.
+    """Layers that a number or a list of the configuration counts.
 
-    ``parts`` are the containers that hold them, each with how many of its modules, from the first
-    on, are one member.
+    ``parts`` are the containers of these layers, each with the number of consecutive modules that
+    form one member.
     """
 
     path: Path
@@ -46,11 +46,11 @@ class Stack:
     parts: dict[str, int]
 
     def description(self) -> str:
-        """The number or list as people would write it."""
+        """The number or list as it is written in code, such as ``hidden``."""
         return describe_path(self.path)
 
     def member_of(self, name: str) -> int | None:
-        """Which member a module or tensor is of."""
+        """The member that a module or tensor belongs to, or None."""
         for part, size in self.parts.items():
             place, _, _ = name.removeprefix(f"{part}.").partition(".")
             if name.startswith(f"{part}.") and place.isdecimal():
@@ -59,7 +59,7 @@ class Stack:
         return None
 
     def moved(self, name: str, gone: int) -> str | None:
-        """The name of a module or tensor without one member; None if it is of that one."""
+        """The name of a module or tensor after member ``gone`` is removed; None if it was in it."""
         for part, size in self.parts.items():
             place, dot, rest = name.removeprefix(f"{part}.").partition(".")
             if not name.startswith(f"{part}.") or not place.isdecimal():
@@ -72,7 +72,7 @@ class Stack:
 
 
 def find_stacks(model: Model) -> tuple[Stack, ...]:
-    """Every number and list of a configuration that some containers follow, by one build each."""
+    """Find the numbers and lists that set the length of containers, with one build for each."""
     before = _lengths(model.module)
     config = {**defaults_of(model.architecture), **model.network.architecture.config}
     found = []
@@ -100,7 +100,7 @@ def find_stacks(model: Model) -> tuple[Stack, ...]:
 
 
 def _counted(config: Any, path: Path = ()) -> Iterator[tuple[Path, int, bool]]:
-    """Numbers of at least 2, and lists of at least two numbers, with their places."""
+    """Yield numbers of at least 2 and lists of at least two numbers, with their paths."""
     for place, value in numbers(config, path):
         if value >= 2:
             yield place, value, False
@@ -123,7 +123,7 @@ def _lengths(module: nn.Module) -> dict[str, int]:
 
 
 def _config(model: Model, stack: Stack, gone: int) -> dict[str, Any]:
-    """The configuration without one member."""
+    """The configuration after one member is removed."""
     config = model.network.architecture.config
     if not stack.listed:
         return with_value(model.architecture, config, stack.path, stack.members - 1)
@@ -140,16 +140,16 @@ def _built(model: Model, config: dict[str, Any]) -> nn.Module:
 def without_member(
     model: Model, signature: Signature, stack: Stack, gone: int
 ) -> tuple[Model, Stack]:
-    """The network without one member, over the same tensors, and the stack that is left.
+    """Build the network without one member over the same tensors; also return the shorter stack.
 
     Raises:
-        NotAMember: what is left does not fit the shapes of the shorter network, or it is another
-            network than the old one with that member skipped.
+        NotAMember: the remaining tensors do not fit the shapes of the shorter network, or its
+            scores differ from those of the old network with that member skipped.
     """
     config = _config(model, stack, gone)
     try:
         built = rebuilt(model, config, lambda name: stack.moved(name, gone))
-    except Exception as fault:  # whatever a class raises, it says that this member has to stay
+    except Exception as fault:  # any exception of the class means: the member is needed
         if is_out_of_memory(fault):
             raise
         first = str(fault).strip().splitlines()[-1].strip()
@@ -206,7 +206,7 @@ def _replaced(
     member: int,
     instead: Callable[[tuple[Tensor, ...], Tensor], Tensor],
 ) -> Iterator[None]:
-    """Inside, every module of a member answers something else."""
+    """Replace the output of every module of a member."""
 
     def hook(_: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
         return instead(args, output)

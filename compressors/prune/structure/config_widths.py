@@ -1,11 +1,12 @@
-"""Which number of a configuration is the width of which layers.
+"""Find the numbers of a configuration that are widths of layers.
 
-A bundle stores a network as its class and the keyword arguments it is built with, so a narrower
-layer exists only if some number of those arguments says how wide it is. That number is found by
-trying: change it, build the network without its weights, and see which shapes followed.
+A bundle stores a network as its class and the keyword arguments of its constructor, so a layer can
+become narrower only if one number of those arguments is its width. To find that number, change it,
+build the network without its weights, and compare the shapes.
 
-A number counts channels, or groups of channels: of a configuration with ``heads`` and ``head_dim``
-each head is ``head_dim`` channels of three layers. What the number counts is called a unit here.
+A number counts channels or groups of channels: with ``heads`` and ``head_dim`` in the
+configuration, each head is ``head_dim`` channels of three layers. A *unit* is one channel or one
+group that the number counts.
 """
 
 import copy
@@ -32,11 +33,11 @@ STEPS = (8, 1)  # a multiple of 8 first: widths are often split among heads
 
 @dataclass(frozen=True)
 class Width:
-    """A number of the configuration, and the layers that follow it.
+    """A number of the configuration, and the layers whose shapes depend on it.
 
-    ``makers`` are the dense layers whose outputs it counts, each with its channels per unit: 1
-    where the number is the layer's width, the size of a head where it counts heads. ``readers``
-    hold, for each module that reads those channels, how many of its inputs there are per unit.
+    ``makers`` are the dense layers whose outputs it counts, each with its channels per unit: 1 if
+    the number is the layer's width, the size of a head if it counts heads. ``readers`` gives, for
+    each module that consumes those channels, the number of its inputs per unit.
     """
 
     path: Path
@@ -45,18 +46,18 @@ class Width:
     readers: dict[str, int]
 
     def description(self) -> str:
-        """The number as people would write it: ``hidden[0]``."""
+        """The number as it is written in code, such as ``hidden[0]``."""
         return describe_path(self.path)
 
 
 def describe_path(path: Path) -> str:
-    """A place in a configuration as people would write it: ``hidden[0]``."""
+    """Format a path in a configuration as it is written in code, such as ``hidden[0]``."""
     first, *rest = path
     return str(first) + "".join(f"[{part!r}]" for part in rest)
 
 
 def defaults_of(architecture: type[nn.Module]) -> dict[str, Any]:
-    """The class's own defaults for arguments that a configuration may name."""
+    """The defaults of the constructor's arguments that a configuration may set."""
     return {
         name: _listed(parameter.default)
         for name, parameter in inspect.signature(architecture).parameters.items()
@@ -66,16 +67,16 @@ def defaults_of(architecture: type[nn.Module]) -> dict[str, Any]:
 
 
 def _listed(value: Any) -> Any:
-    """Tuples as the lists that JSON knows, so that a part of one can be replaced."""
+    """Convert tuples to lists, as in JSON, so that one element can be replaced."""
     return [_listed(item) for item in value] if isinstance(value, list | tuple) else value
 
 
 def with_value(
     architecture: type[nn.Module], config: Mapping[str, Any], path: Path, value: Any
 ) -> dict[str, Any]:
-    """The configuration with one value replaced; other arguments stay as they are written.
+    """Return the configuration with one value replaced and the other arguments unchanged.
 
-    A default of the class is written out only where a number of it is replaced.
+    A default of the class is written out only if a number in it is replaced.
     """
     first = path[0]
     changed: dict[Any, Any] = copy.deepcopy(dict(config))
@@ -90,9 +91,10 @@ def with_value(
 
 
 def find_widths(model: Model) -> tuple[dict[str, Width], dict[str, tuple[Reason, ...]]]:
-    """The numbers that layers' outputs follow, as spoken, and why the other layers have none.
+    """Find the numbers that set layers' output widths; give reasons for the layers without one.
 
-    Cost: two or three builds without weights per number that divides a layer's width.
+    The numbers are keyed by their descriptions. The cost is two or three builds without weights for
+    each number that divides a layer's width.
     """
     linear = {
         name: layer.out_features
@@ -111,7 +113,7 @@ def find_widths(model: Model) -> tuple[dict[str, Width], dict[str, tuple[Reason,
         try:
             width = _width(model, before, path, value)
         except NotAWidth as fault:
-            # The reason of the layers of that width, unless another number turns out to be theirs.
+            # The reason for the layers of that width, unless another number is their width.
             refused = {n: (fault.reason,) for n, outputs in linear.items() if outputs == value}
             reasons = {**refused, **reasons}
             if isinstance(fault, NotProportional):
@@ -147,9 +149,9 @@ def _width(model: Model, before: Shapes, path: Path, value: int) -> Width:
             continue
         owner, _, leaf = name.rpartition(".")
         module = model.module.get_submodule(owner)
-        if isinstance(module, FoldedNorm):  # the class builds it with numbers, here it has none
+        if isinstance(module, FoldedNorm):  # the built norm has parameters, this one none
             continue
-        owner = first_name[module]  # a module in two places goes by the first
+        owner = first_name[module]  # a module with two names is listed by the first
         if isinstance(module, PackedLinear):
             already = Reason("prune_before_quantizing", module=owner, format=module.storage.name)
             raise NotAWidth(already)
@@ -180,7 +182,7 @@ def _every(module: nn.Module) -> list[tuple[str, nn.Module]]:
 
 
 def numbers(value: Any, path: Path = ()) -> Iterator[tuple[Path, int]]:
-    """Every whole number of a configuration with its place."""
+    """Yield every integer of a configuration with its path."""
     if isinstance(value, int) and not isinstance(value, bool):
         yield path, value
     elif isinstance(value, dict):
@@ -192,10 +194,10 @@ def numbers(value: Any, path: Path = ()) -> Iterator[tuple[Path, int]]:
 
 
 def shapes_of(architecture: type[nn.Module], config: Mapping[str, Any]) -> Shapes | None:
-    """The shapes of a network's tensors, or None where it cannot be built like that."""
+    """The shapes of a network's tensors, or None if it cannot be built with the configuration."""
     try:
         module = construct(architecture, config).module
-    except Exception as fault:  # whatever a class raises, it says that this number is not free
+    except Exception as fault:  # any exception of the class means: the number is fixed
         if is_out_of_memory(fault):
             raise
         return None

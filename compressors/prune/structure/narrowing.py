@@ -1,9 +1,8 @@
-"""A network without some of its channels, and the proof that nothing else is missing.
+"""Build a network without some of its channels, and check that nothing else changed.
 
-The narrower network is built anew from its configuration, as a server would build it, so code that
-remembers a width (a view, a scale of ``width ** -0.5``, another layer of ``width // 16``) meets the
-new one. Then both networks score the same made-up rows: the old one with those channels counting as
-zero.
+The narrower network is built from its configuration, as a server builds it, so code that depends on
+a width (a view, a scale of ``width ** -0.5``, another layer of ``width // 16``) uses the new width.
+Then both networks score the same synthetic rows, the old network with those channels set to zero.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -43,7 +42,7 @@ order differs by a few times the change that one rounding of each weight causes.
 
 @dataclass(frozen=True)
 class Cut:
-    """What one width loses: it keeps ``count`` units, channels or groups of them."""
+    """A width to reduce to ``count`` units (channels or groups of channels)."""
 
     width: Width
     readers: Readers
@@ -51,10 +50,10 @@ class Cut:
 
 
 def prove(model: Model, signature: Signature, cut: Cut) -> None:
-    """Try one width with channels drawn by chance, before it is relied on.
+    """Check with randomly selected channels that one width can be reduced.
 
     Raises:
-        NotAWidth: the network cannot be built or run with it, or is then another one.
+        NotAWidth: the network cannot be built or run with it, or computes something else.
     """
     drawn = torch.Generator().manual_seed(0)
     kept = {}
@@ -65,7 +64,7 @@ def prove(model: Model, signature: Signature, cut: Cut) -> None:
     private = replace(model, module=private_copy(model.module))
     try:
         _, gap = without_channels(private, signature, [cut], kept)
-    except Exception as fault:  # whatever a class raises, it says that this width is not free
+    except Exception as fault:  # any exception of the class means: the width is fixed
         if is_out_of_memory(fault):
             raise
         width = cut.width.description()
@@ -78,16 +77,16 @@ def prove(model: Model, signature: Signature, cut: Cut) -> None:
 def without_channels(
     model: Model, signature: Signature, cuts: Sequence[Cut], kept: Mapping[str, Tensor]
 ) -> tuple[Model, str | None]:
-    """The network with fewer channels, and by how much it is not the old one without them.
+    """Build the network with fewer channels and compare it with the old one without them.
 
     Args:
-        model: of a private tree; its layers are narrowed in place.
-        signature: of its inputs.
-        cuts: the widths.
-        kept: by maker, bool ``(units,)``.
+        model: a private copy; its layers are narrowed in place.
+        signature: the inputs of the network.
+        cuts: the widths to reduce.
+        kept: the kept units, by maker, bool ``(units,)``.
 
     Returns:
-        The new network over the tensors that are left, and the gap in words, or None.
+        The new network over the remaining tensors, and a description of the difference, or None.
     """
     inputs: dict[str, Tensor] = {}
     outputs: dict[str, Tensor] = {}
@@ -114,7 +113,7 @@ def without_channels(
 
 
 def apart(found: nn.Module, expected: nn.Module, signature: Signature) -> str | None:
-    """How far two networks with the same tables are apart on made-up rows; None: by rounding."""
+    """Describe the difference of two networks on synthetic rows; None if it is only rounding."""
     tables = table_rows(expected)
     return gap_of(
         made_up_scores(found, signature, tables),
@@ -127,21 +126,21 @@ def apart(found: nn.Module, expected: nn.Module, signature: Signature) -> str | 
 def left_of(
     readers: Readers, model: Model, signature: Signature, kept: Mapping[str, Tensor]
 ) -> Readers:
-    """Who reads what is left of a width, for the next cut.
+    """Find the consumers of the remaining units of a width, for the next round.
 
     Args:
-        readers: before the cut.
+        readers: the consumers before the width was reduced.
         model: the narrower network.
-        signature: of its inputs.
-        kept: by maker, bool ``(units,)``.
+        signature: the inputs of the network.
+        kept: the kept units, by maker, bool ``(units,)``.
 
     Raises:
-        NotAWidth: what is left is read in another way than all of it was.
+        NotAWidth: the remaining units are not consumed as they were before.
     """
     units, count = {}, 0
     for maker, before in readers.units.items():
         mask = kept[maker]
-        place, count = mask.cumsum(0) - 1, int(mask.sum())  # the new number of what stays
+        place, count = mask.cumsum(0) - 1, int(mask.sum())  # new indices of the kept units
         units[maker] = place[before[mask[before]]]
     width = replace(readers.width, value=count)
     return readers_of(width, trace(model.module, signature, table_rows(model.module), width), units)
@@ -152,15 +151,15 @@ def rebuilt(
     config: Mapping[str, Any],
     moved: Callable[[str], str | None] = lambda name: name,
 ) -> nn.Module:
-    """The network of a configuration over the tensors and packed modules of another.
+    """Build the network of a configuration over the tensors and packed modules of another.
 
     Args:
-        model: the other network; narrowed, or with names that stand elsewhere now.
+        model: the other network, narrowed or without some modules.
         config: the new configuration.
-        moved: the new name of a module or tensor; None if it is gone.
+        moved: gives the new name of a module or tensor; None if it is removed.
 
     Raises:
-        Exception: whatever the class raises, or torch where tensors do not fit.
+        Exception: any exception of the class, or of torch if tensors do not fit.
     """
     built = construct(model.architecture, config).module
     for name, part in model.module.named_modules():
@@ -179,23 +178,23 @@ def rebuilt(
 
 @torch.no_grad()
 def made_up_scores(module: nn.Module, signature: Signature, tables: dict[str, int]) -> Tensor:
-    """Scores of a network for made-up rows, float ``(scales, rows)``."""
+    """Scores of a network for synthetic rows, float ``(scales, rows)``."""
     return _scores(module, signature, tables, None)
 
 
 @torch.no_grad()
 def rounded_scores(module: nn.Module, signature: Signature, tables: dict[str, int]) -> Tensor:
-    """Scores of the same rows with every float32 number rounded otherwise.
+    """Scores of the same rows with every float32 number rounded differently.
 
-    Each dense weight, looked-up number and dense input changes by at most one step of float32. What
-    that does to the scores is the rounding error of this network on these rows: large where
-    intermediate numbers are far larger than their differences, as behind a batch norm whose
-    running mean is far from the inputs.
+    Each dense weight, looked-up number and dense input changes by at most one step of float32. The
+    change of the scores is the rounding error of this network on these rows. It is large if
+    intermediate numbers are far larger than their differences, as after a batch norm whose running
+    mean is far from the inputs.
 
     Args:
-        module: left as it is.
-        signature: of its inputs.
-        tables: rows of each table.
+        module: the network; it is not changed.
+        signature: the inputs of the network.
+        tables: number of rows of each table.
 
     Returns:
         Float ``(draws, scales, rows)``.
@@ -220,7 +219,7 @@ def _perturbed(
     copied = private_copy(module).eval()
     lookups = nn.Embedding | nn.EmbeddingBag | Bag | PackedTable | ComposedTable
     for part in list(copied.modules()):
-        if isinstance(part, lookups):  # may be large: what is looked up is rounded, not the table
+        if isinstance(part, lookups):  # a table may be large, so looked-up rows are rounded
             part.register_forward_hook(hook)
             continue
         for name, tensor in list(part.named_parameters(recurse=False)):
@@ -254,17 +253,18 @@ def gap_of(
     signature: Signature,
     rounded: Callable[[], Tensor] | None = None,
 ) -> str | None:
-    """Describe how far scores are apart, in logits where they are probabilities.
+    """Describe the difference of two networks' scores, in logits if they are probabilities.
 
     Args:
         found: scores of one network, float ``(scales, rows)``.
-        expected: scores of the other.
-        signature: says whether scores are probabilities.
-        rounded: gives scores of one of them with other rounding, float ``(draws, scales, rows)``:
-            gaps of that size say nothing. Called only where the gap is a large share of the spread.
+        expected: scores of the other network, in the same shape.
+        signature: whether scores are probabilities.
+        rounded: returns scores of one network with different rounding, float
+            ``(draws, scales, rows)``; differences of that size are ignored. Called only if the
+            difference is a large share of the spread.
 
     Returns:
-        The gap in words; None if the scores agree.
+        The difference as text; None if the scores agree.
     """
     first, second = _in_logits(found, signature), _in_logits(expected, signature)
     largest = (first - second).abs().amax(dim=1)  # (scales,)
@@ -285,19 +285,19 @@ def gap_of(
 
 
 def _in_logits(scores: Tensor, signature: Signature) -> Tensor:
-    """Float64 logits of probabilities: a rate of clicks is small, and so would be any gap."""
+    """Float64 logits of probabilities: click rates are small, so differences of them would be."""
     wide = scores.double()
     return torch.logit(wide, eps=1e-7) if signature.output == "probability" else wide
 
 
 def _last_step(scores: Tensor, signature: Signature) -> Tensor:
-    """By how much one step of float32 moves a score, the largest of each scale: ``(scales,)``."""
+    """The largest change of a score by one step of float32, for each scale: ``(scales,)``."""
     up = torch.nextafter(scores.float(), torch.full_like(scores, torch.inf, dtype=torch.float32))
     return (_in_logits(up, signature) - _in_logits(scores, signature)).abs().amax(dim=1)
 
 
 def _silenced(module: nn.Module, inputs: Mapping[str, Tensor]) -> nn.Module:
-    """The network whose layers do not hear the inputs that will go."""
+    """A copy of the network with zero weights for the inputs that will be removed."""
     copied = private_copy(module).eval()
     for name, kept in inputs.items():
         layer = copied.get_submodule(name)
@@ -307,7 +307,7 @@ def _silenced(module: nn.Module, inputs: Mapping[str, Tensor]) -> nn.Module:
 
 
 def _narrow(module: nn.Module, outputs: Tensor | None, inputs: Tensor | None) -> None:
-    """Keep only some outputs and some inputs of a layer, or some channels of a norm."""
+    """Keep only the given outputs and inputs of a layer, or channels of a norm."""
     if isinstance(module, nn.Linear):
         weight = module.weight.detach()
         weight = weight if outputs is None else weight[outputs]

@@ -1,4 +1,7 @@
-"""Which widths of a network can be cut, each proved, and why the other layers stay."""
+"""Find the widths of a network that can be pruned, with a check of each of them.
+
+Layers whose width cannot be pruned get a reason.
+"""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,14 +19,14 @@ from compressors.prune.structure.narrowing import Cut, prove
 
 @dataclass(frozen=True)
 class PrunableWidths:
-    """The widths that can be cut, and the choice of every dense layer."""
+    """The prunable widths with their consumers, and the choice of every dense layer."""
 
     readers: tuple[Readers, ...]
     choices: dict[str, Choice]
 
     @property
     def widths(self) -> tuple[Width, ...]:
-        """The widths alone."""
+        """The widths without their consumers."""
         return tuple(item.width for item in self.readers)
 
 
@@ -36,29 +39,29 @@ def prunable_widths(
     *,
     searched: bool,
 ) -> PrunableWidths:
-    """The widths that can be cut.
+    """Find and check the widths that can be pruned.
 
     Args:
-        model: left as it is.
-        signature: of its inputs.
-        choices: which dense layers are wanted.
-        share: of its units that a width keeps, about.
-        multiple: of channels.
-        searched: whether a width may keep fewer than that.
+        model: the network; it is not changed.
+        signature: the inputs of the network.
+        choices: the dense layers that the step selects.
+        share: the approximate share of its units that a width keeps.
+        multiple: the number of channels stays a multiple of this.
+        searched: whether a width may keep fewer units than that share.
     """
     result = dict(choices)
     widths, reasons = find_widths(model)
     found: list[Readers] = []
     taken: set[str] = set()
     for width in widths.values():
-        if taken & width.makers.keys():  # another number cuts these layers
+        if taken & width.makers.keys():  # another number is the width of these layers
             continue
         try:
             _require_choices(width, choices)
             count = _tried(width, share, multiple, searched=searched)
             found.append(_proved(model, signature, width, count))
         except NotAWidth as fault:
-            for name in width.makers:  # of two numbers the first is more likely its width
+            for name in width.makers:  # of two numbers the first is more likely the width
                 reasons.setdefault(name, (fault.reason,))
         else:
             taken |= width.makers.keys()
@@ -76,7 +79,7 @@ def _require_choices(width: Width, choices: Mapping[str, Choice]) -> None:
 
 
 def _tried(width: Width, share: float, multiple: int, *, searched: bool) -> int:
-    """How many units a width is proved with."""
+    """The number of units that a width is reduced to in its check."""
     step = multiple_of(width, multiple)
     count = kept_width(width.value, share, step)
     if count >= width.value and searched:
@@ -97,10 +100,10 @@ def _tried(width: Width, share: float, multiple: int, *, searched: bool) -> int:
 
 
 def _proved(model: Model, signature: Signature, width: Width, count: int) -> Readers:
-    """Who reads a width, in the first order of its channels that holds.
+    """The consumers of a width, for the first order of its channels that passes the check.
 
     Raises:
-        NotAWidth: none does, with the reason of the first.
+        NotAWidth: no order passes; the reason is that of the first order.
     """
     traces = trace(model.module, signature, table_rows(model.module), width)
     faults: list[NotAWidth] = []

@@ -81,16 +81,16 @@ class ClusterRows(Frozen):
 
     @property
     def needs(self) -> tuple[Part, ...]:
-        """Training rows say which rows are looked up most."""
+        """Training rows, to count how often each row is looked up."""
         return ("train",)
 
     @property
     def changes(self) -> Change:
-        """Each table it takes is made of one with fewer rows."""
+        """The selected tables are replaced by tables with fewer rows."""
         return "parts"
 
     def choose(self, model: Model, bench: Bench) -> dict[str, Choice]:  # noqa: ARG002
-        """Which tables are clustered, and why the others stay."""
+        """Select the tables to cluster; give a reason for each other table."""
         return self._designs(model)[0]
 
     def apply(self, model: Model, bench: Bench) -> Model:
@@ -109,14 +109,14 @@ class ClusterRows(Frozen):
         return replace(recompose(model, designs, fit), notes=notes)
 
     def dry_run(self, model: Model, bench: Bench) -> Model:  # noqa: ARG002
-        """Every chosen table over placeholders."""
+        """Replace every selected table by its new form with placeholder tensors."""
         return dry_run_composed(model, self._designs(model)[1])
 
     def _designs(self, model: Model) -> tuple[dict[str, Choice], dict[str, Design]]:
         return choose_composed(model, self.tables, self.min_rows, self.kind, self.design)
 
     def design(self, rows: int, dim: int) -> Design:  # noqa: ARG002
-        """How a table of ``rows x dim`` is made."""
+        """The composition of a table of ``rows x dim``."""
         hot, clusters = self._sizes(rows)
         reason = Reason("clustered_rows", hot=hot, rows=rows, clusters=clusters)
         return Design(COMPOSITION, {"places": hot + clusters}, reason)

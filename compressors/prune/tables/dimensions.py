@@ -92,11 +92,11 @@ class Dimensions(Frozen):
 
     @property
     def changes(self) -> Change:
-        """Each table it takes is made of a narrower one."""
+        """The selected tables are replaced by narrower ones."""
         return "parts"
 
     def choose(self, model: Model, bench: Bench) -> dict[str, Choice]:
-        """Which tables become narrower, and why the others stay.
+        """Select the tables to narrow; give a reason for each other table.
 
         Raises:
             NothingToCompress: gradients are asked for, and the signature's task has no loss.
@@ -129,7 +129,7 @@ class Dimensions(Frozen):
         return recompose(model, designs, fit)
 
     def dry_run(self, model: Model, bench: Bench) -> Model:  # noqa: ARG002
-        """Every chosen table over placeholders."""
+        """Replace every selected table by its new form with placeholder tensors."""
         return dry_run_composed(model, self._designs(model)[1])
 
     def _designs(self, model: Model) -> tuple[dict[str, Choice], dict[str, Design]]:

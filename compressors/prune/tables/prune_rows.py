@@ -116,7 +116,7 @@ class PruneRows(Frozen):
 
     @property
     def changes(self) -> Change:
-        """Each table it takes is made of one with fewer rows."""
+        """The selected tables are replaced by tables with fewer rows."""
         return "parts"
 
     @model_validator(mode="after")
@@ -126,7 +126,7 @@ class PruneRows(Frozen):
         return self
 
     def choose(self, model: Model, bench: Bench) -> dict[str, Choice]:  # noqa: ARG002
-        """Which tables lose rows, and why the others stay."""
+        """Select the tables to prune; give a reason for each other table."""
         return self._taken(model) if self.min_lookups else self._designs(model)[0]
 
     def _taken(self, model: Model) -> dict[str, Choice]:
@@ -223,7 +223,7 @@ class PruneRows(Frozen):
         return choose_composed(model, self.tables, max(self.min_rows, 2), self.kind, self.design)
 
     def design(self, rows: int, dim: int) -> Design:  # noqa: ARG002
-        """How a table of ``rows x dim`` is made."""
+        """The composition of a table of ``rows x dim``."""
         kept = min(rows - 1, max(1, round(self.keep * rows)))
         reason = Reason("kept_rows", kept=kept, rows=rows, importance=self.importance)
         return self._design(kept, reason)

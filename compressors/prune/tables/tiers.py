@@ -90,16 +90,16 @@ class Tiers(Frozen):
 
     @property
     def needs(self) -> tuple[Part, ...]:
-        """Training rows say which rows are looked up most."""
+        """Training rows, to count how often each row is looked up."""
         return ("train",)
 
     @property
     def changes(self) -> Change:
-        """Each table it takes is made of two."""
+        """The selected tables are each replaced by two."""
         return "parts"
 
     def choose(self, model: Model, bench: Bench) -> dict[str, Choice]:  # noqa: ARG002
-        """Which tables are parted, and why the others stay."""
+        """Select the tables to split; give a reason for each other table."""
         return self._designs(model)[0]
 
     def apply(self, model: Model, bench: Bench) -> Model:
@@ -119,7 +119,7 @@ class Tiers(Frozen):
         return replace(recompose(model, designs, fit), notes=notes)
 
     def dry_run(self, model: Model, bench: Bench) -> Model:  # noqa: ARG002
-        """Every chosen table over placeholders."""
+        """Replace every selected table by its new form with placeholder tensors."""
         return dry_run_composed(model, self._designs(model)[1])
 
     def _designs(self, model: Model) -> tuple[dict[str, Choice], dict[str, Design]]:
@@ -128,6 +128,6 @@ class Tiers(Frozen):
         )
 
     def design(self, rows: int, dim: int) -> Design:  # noqa: ARG002
-        """How a table of ``rows x dim`` is made."""
+        """The composition of a table of ``rows x dim``."""
         hot = min(rows - 1, max(1, round(self.hot * rows)))
         return Design(COMPOSITION, {"hot": hot}, Reason("hot_rows", hot=hot, rows=rows))

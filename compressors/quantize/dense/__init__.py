@@ -1,6 +1,6 @@
 """Storage formats of dense layers: one format and its step in each file.
 
-A file reads from top to bottom: plain functions of tensors, the custom op with its gradient, the
+Each file has, in this order: plain functions of tensors, the custom op with its gradient, the
 format, the settings of the step.
 
 float16.py         tables and dense layers as float16

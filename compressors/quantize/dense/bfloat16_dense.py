@@ -40,11 +40,11 @@ class BFloat16Dense(Frozen):
 
     @property
     def changes(self) -> Change:
-        """Each layer it takes is stored in another format."""
+        """The selected layers are stored in another format."""
         return "format"
 
     def choose(self, model: Model, bench: Bench) -> dict[str, Choice]:  # noqa: ARG002
-        """Which dense layers this step takes, and why not the others."""
+        """Select the dense layers to compress; give a reason for each other layer."""
         return choose_dense(Unit.of(model.module), self.layers, self.kind, FORMAT)
 
     def apply(self, model: Model, bench: Bench) -> Model:
@@ -72,5 +72,5 @@ class BFloat16Dense(Frozen):
         return replace(model, notes={**model.notes, **kept})
 
     def dry_run(self, model: Model, bench: Bench) -> Model:
-        """Every chosen layer in the format."""
+        """Replace every selected layer by one in the format."""
         return dry_run_packed(model, self.choose(model, bench), linear=FORMAT)

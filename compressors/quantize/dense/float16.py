@@ -130,7 +130,7 @@ class Float16(Frozen):
         return replace(model, notes=notes)
 
     def dry_run(self, model: Model, bench: Bench) -> Model:
-        """Every chosen table and layer in the format."""
+        """Replace every selected table and layer by one in the format."""
         choices = self.choose(model, bench)
         return dry_run_packed(model, choices, table=TABLE_FORMAT, linear=LINEAR_FORMAT)
 

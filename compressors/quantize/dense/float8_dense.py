@@ -92,7 +92,7 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:  # noqa: A
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    """Rounding passes gradients straight through; clipped inputs get none (Esser et al. 2020)."""
+    """Straight-through gradients for rounding; zero for clipped inputs (Esser et al. 2020)."""
     x, codes, weight_scale, input_scale = ctx.saved_tensors
     ratio = x / input_scale
     inside = ratio.abs() <= LARGEST
@@ -145,7 +145,7 @@ class Float8DenseFormat:
         x: Tensor,
         settings: Mapping[str, Any],  # noqa: ARG002
     ) -> Tensor:
-        """The inputs as they are multiplied, float32 ``(*, in)``."""
+        """The rounded inputs that are multiplied, float32 ``(*, in)``."""
         scale = stored["input_scale"]
         return rounded(x / scale) * scale
 
@@ -166,20 +166,20 @@ class Float8Dense(Frozen):
 
     @property
     def needs(self) -> tuple[Part, ...]:
-        """Rows to see how large the inputs of each layer become."""
+        """Calibration rows, for the range of the inputs of each layer."""
         return ("calibration",)
 
     @property
     def changes(self) -> Change:
-        """Each layer it takes is stored in another format."""
+        """The selected layers are stored in another format."""
         return "format"
 
     def settings(self) -> dict[str, Any]:
-        """What the format needs to know to lay a layer out."""
+        """The settings that determine the stored layout of a layer."""
         return {"scales": self.scales}
 
     def choose(self, model: Model, bench: Bench) -> dict[str, Choice]:  # noqa: ARG002
-        """Which dense layers this step takes, and why not the others."""
+        """Select the dense layers to compress; give a reason for each other layer."""
         return choose_dense(Unit.of(model.module), self.layers, self.kind, FORMAT, self.settings())
 
     def apply(self, model: Model, bench: Bench) -> Model:
@@ -234,6 +234,6 @@ class Float8Dense(Frozen):
         return replace(model, notes=notes)
 
     def dry_run(self, model: Model, bench: Bench) -> Model:
-        """Every chosen layer in the format, without calibration."""
+        """Replace every selected layer by one in the format, without calibration."""
         choices = self.choose(model, bench)
         return dry_run_packed(model, choices, linear=FORMAT, settings=self.settings())

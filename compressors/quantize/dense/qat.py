@@ -164,7 +164,7 @@ class QAT(Frozen):
 
     @property
     def changes(self) -> Change:
-        """Each layer it takes is stored in another format."""
+        """The selected layers are stored in another format."""
         return "format"
 
     def choose(self, model: Model, bench: Bench) -> dict[str, Choice]:
@@ -230,7 +230,7 @@ class QAT(Frozen):
         return replace(model, notes={**model.notes, **notes, **dict.fromkeys(unseen, (UNSEEN,))})
 
     def dry_run(self, model: Model, bench: Bench) -> Model:
-        """Every chosen layer in the format, without training."""
+        """Replace every selected layer by one in the format, without training."""
         return dry_run_packed(model, self.choose(model, bench), linear=FORMAT)
 
     def _loss(self, bench: Bench) -> Loss:

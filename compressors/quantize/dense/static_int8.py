@@ -164,7 +164,7 @@ def _keep(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:  # noqa
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, Tensor, Tensor, Tensor]:
-    """Rounding passes gradients straight through; clipped inputs get none (Esser et al. 2020)."""
+    """Straight-through gradients for rounding; zero for clipped inputs (Esser et al. 2020)."""
     x, codes, weight_scale, input_scale, _ = ctx.saved_tensors
     ratio = x / input_scale
     inside = (ratio >= -128) & (ratio <= 127)
@@ -221,7 +221,7 @@ class StaticInt8Format:
         x: Tensor,
         settings: Mapping[str, Any],  # noqa: ARG002
     ) -> Tensor:
-        """The inputs as they are multiplied, float32 ``(*, in)``."""
+        """The rounded inputs that are multiplied, float32 ``(*, in)``."""
         scale = stored["input_scale"]
         return quantize(x, scale) * scale
 
@@ -283,16 +283,16 @@ class StaticInt8(Frozen):
 
     @property
     def needs(self) -> tuple[Part, ...]:
-        """Rows to see how large the inputs of each layer become."""
+        """Calibration rows, for the range of the inputs of each layer."""
         return ("calibration",)
 
     @property
     def changes(self) -> Change:
-        """Each layer it takes is stored in another format."""
+        """The selected layers are stored in another format."""
         return "format"
 
     def choose(self, model: Model, bench: Bench) -> dict[str, Choice]:  # noqa: ARG002
-        """Which dense layers this step takes, and why not the others."""
+        """Select the dense layers to compress; give a reason for each other layer."""
         return choose_dense(Unit.of(model.module), self.layers, self.kind, FORMAT)
 
     def apply(self, model: Model, bench: Bench) -> Model:
@@ -330,5 +330,5 @@ class StaticInt8(Frozen):
         return packed_int8(layer, end, wanted)
 
     def dry_run(self, model: Model, bench: Bench) -> Model:
-        """Every chosen layer in the format, without calibration."""
+        """Replace every selected layer by one in the format, without calibration."""
         return dry_run_packed(model, self.choose(model, bench), linear=FORMAT)

@@ -65,21 +65,21 @@ class WeightInt4(Frozen):
 
     @property
     def wants(self) -> tuple[Part, ...]:
-        """Rows to check the range of inputs that are rounded."""
+        """Calibration rows, to check the range of inputs that are rounded."""
         rounds = self.activations == "int8" and self.rounding != "gptq"
         return ("calibration",) if rounds else ()
 
     @property
     def changes(self) -> Change:
-        """Each layer it takes is stored in another format."""
+        """The selected layers are stored in another format."""
         return "format"
 
     def settings(self) -> dict[str, Any]:
-        """What the format needs to know to lay a layer out and to read it."""
+        """The settings that determine the stored layout of a layer and how it is read."""
         return {"block": self.block, "scale": self.scale, "activations": self.activations}
 
     def choose(self, model: Model, bench: Bench) -> dict[str, Choice]:  # noqa: ARG002
-        """Which dense layers this step takes, and why not the others."""
+        """Select the dense layers to compress; give a reason for each other layer."""
         units = Unit.of(model.module)
         return weight_only.choose_smaller(units, self.layers, FORMAT, self.settings())
 
@@ -124,7 +124,7 @@ class WeightInt4(Frozen):
         return grams(model.module, chosen, rows, signature, self.batch, self.rows)
 
     def dry_run(self, model: Model, bench: Bench) -> Model:
-        """Every chosen layer in the format, whatever the rounding."""
+        """Replace every selected layer by one in the format; the rounding does not matter."""
         choices = self.choose(model, bench)
         return dry_run_packed(model, choices, linear=FORMAT, settings=self.settings())
 

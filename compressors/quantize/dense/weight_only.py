@@ -237,7 +237,7 @@ class WeightOnlyFormat:
         x: Tensor,
         settings: Mapping[str, Any],
     ) -> Tensor:
-        """The inputs as they are multiplied, float32 ``(*, in)``."""
+        """The rounded inputs that are multiplied, float32 ``(*, in)``."""
         block, _, activations = Reading.of(settings)
         return rounded(x, together(x.shape[-1], block)) if activations == "int8" else x
 

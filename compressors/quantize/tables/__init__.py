@@ -1,6 +1,6 @@
 """Storage formats of embedding tables: one format and its step in each file.
 
-A file reads from top to bottom: plain functions of tensors, the custom op with its gradient, the
+Each file has, in this order: plain functions of tensors, the custom op with its gradient, the
 format, the settings of the step.
 
 scales.py          scales and offsets that rows share

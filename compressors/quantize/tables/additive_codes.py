@@ -213,7 +213,7 @@ class AdditiveCodes(Frozen):
 
     @property
     def changes(self) -> Change:
-        """Each table it takes is stored in another format."""
+        """The selected tables are stored in another format."""
         return "format"
 
     @property
@@ -222,11 +222,11 @@ class AdditiveCodes(Frozen):
         return FORMAT
 
     def settings(self) -> dict[str, Any]:
-        """What the format needs to know to lay a table out."""
+        """The settings that determine the stored layout of a table."""
         return self.model_dump(include={"codebooks", "bits", "codebook_type", "codebook_share"})
 
     def choose(self, model: Model, bench: Bench) -> dict[str, Choice]:
-        """Which tables are encoded, and why the others stay.
+        """Select the tables to encode; give a reason for each other table.
 
         Raises:
             NothingToCompress: validation rows are to choose, and the task has no metric of rows.
@@ -286,7 +286,7 @@ class AdditiveCodes(Frozen):
         return quality(tried, bench.signature, bench.validation)
 
     def dry_run(self, model: Model, bench: Bench) -> Model:
-        """Every chosen table over placeholders."""
+        """Replace every selected table by its new form with placeholder tensors."""
         chosen = self.choose(model, bench)
         return dry_run_packed(model, chosen, table=FORMAT, settings=self.settings())
 

@@ -53,5 +53,5 @@ class BFloat16(Frozen):
         return {}
 
     def encode(self, block: Tensor, params: Mapping[str, Tensor]) -> dict[str, Tensor]:  # noqa: ARG002
-        """Stored tensors of one block of rows, float ``(rows, dim)``."""
+        """Encode one block of rows, float ``(rows, dim)``, to its stored tensors."""
         return {"weight": encode(block)}

@@ -124,7 +124,7 @@ class Float8E4M3(Frozen):
         return Grid(LEVELS, scale=self.scale, rows_per_scale=self.rows_per_scale)
 
     def settings(self) -> dict[str, Any]:
-        """What the format needs to know to lay a table out."""
+        """The settings that determine the stored layout of a table."""
         return scales.settings_of(self.grid)
 
     def fit(self, rows: Tensor) -> dict[str, Tensor]:
@@ -132,7 +132,7 @@ class Float8E4M3(Frozen):
         return scales.fit_table(rows, self.grid)
 
     def encode(self, block: Tensor, params: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Stored tensors of one block of rows, float ``(rows, dim)``."""
+        """Encode one block of rows, float ``(rows, dim)``, to its stored tensors."""
         stored = scales.fit_block(block, self.grid)
         scale = {**params, **stored}["scale"]
         return {"codes": encode(block, scale, self.rows_per_scale), **stored}

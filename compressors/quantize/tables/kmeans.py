@@ -238,7 +238,7 @@ class KMeans(Frozen):
         return FORMAT
 
     def settings(self) -> dict[str, Any]:
-        """What the format needs to know to lay a table out."""
+        """The settings that determine the stored layout of a table."""
         return {"bits": self.bits, "scale": self.scale}
 
     def fit(self, rows: Tensor) -> dict[str, Tensor]:
@@ -246,7 +246,7 @@ class KMeans(Frozen):
         return {"codebook": fit(rows, self.bits, self.scale)}
 
     def encode(self, block: Tensor, params: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Stored tensors of one block of rows, float ``(rows, dim)``."""
+        """Encode one block of rows, float ``(rows, dim)``, to its stored tensors."""
         codes, scale = encode(block, params["codebook"], self.scale)
         stored = {"codes": pack(codes, self.bits)}
         return stored if scale is None else {**stored, "scale": scale}

@@ -192,7 +192,7 @@ class ProductCodes(Frozen):
         return FORMAT
 
     def settings(self) -> dict[str, Any]:
-        """What the format needs to know to lay a table out."""
+        """The settings that determine the stored layout of a table."""
         return self.model_dump(include={"parts", "bits", "codebook_type", "codebook_share"})
 
     def fit(self, rows: Tensor) -> dict[str, Tensor]:
@@ -202,7 +202,7 @@ class ProductCodes(Frozen):
         return {"codebook": as_stored(fit(rows, self.parts, shape.levels), self.codebook_type)}
 
     def encode(self, block: Tensor, params: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Stored tensors of one block of rows, float ``(rows, dim)``."""
+        """Encode one block of rows, float ``(rows, dim)``, to its stored tensors."""
         codes = encode(block, params["codebook"], self.parts)
         levels = len(params["codebook"]) // codes.shape[1]
         return {"codes": pack(codes, width_of(levels))}

@@ -233,7 +233,7 @@ class ResidualCodes(Frozen):
         return FORMAT
 
     def settings(self) -> dict[str, Any]:
-        """What the format needs to know to lay a table out."""
+        """The settings that determine the stored layout of a table."""
         return self.model_dump(include={"codebooks", "bits", "codebook_type", "codebook_share"})
 
     def fit(self, rows: Tensor) -> dict[str, Tensor]:
@@ -244,6 +244,6 @@ class ResidualCodes(Frozen):
         return {"codebook": as_stored(found.codebook, self.codebook_type)}
 
     def encode(self, block: Tensor, params: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Stored tensors of one block of rows, float ``(rows, dim)``."""
+        """Encode one block of rows, float ``(rows, dim)``, to its stored tensors."""
         codes = encode(block, params["codebook"], self.codebooks)
         return {"codes": pack(codes, width_of(len(params["codebook"]) // self.codebooks))}

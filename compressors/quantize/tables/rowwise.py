@@ -46,7 +46,7 @@ class RowwiseSettings(Frozen):
         return Grid(levels, self.symmetric, self.clipping, self.scale, self.rows_per_scale)
 
     def settings(self) -> dict[str, Any]:
-        """What the format needs to lay a table out."""
+        """The settings that determine the stored layout of a table."""
         return scales.settings_of(self.grid)
 
     def fit(self, rows: Tensor) -> dict[str, Tensor]:

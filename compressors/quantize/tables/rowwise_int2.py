@@ -50,6 +50,6 @@ class RowwiseInt2(RowwiseSettings):
         return FORMAT
 
     def encode(self, block: Tensor, params: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Stored tensors of one block of rows, float ``(rows, dim)``."""
+        """Encode one block of rows, float ``(rows, dim)``, to its stored tensors."""
         steps, stored = scales.encode_block(block, params, self.grid)
         return {"codes": store(steps, symmetric=self.symmetric), **stored}

@@ -34,5 +34,5 @@ class RowwiseInt4(RowwiseSettings):
         return FORMAT
 
     def encode(self, block: Tensor, params: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Stored tensors of one block of rows, float ``(rows, dim)``."""
+        """Encode one block of rows, float ``(rows, dim)``, to its stored tensors."""
         return scales.encode_codes(block, params, self.grid, FORMAT.bits)

@@ -110,6 +110,6 @@ class RowwiseInt8(RowwiseSettings):
         return FORMAT
 
     def encode(self, block: Tensor, params: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Stored tensors of one block of rows, float ``(rows, dim)``."""
+        """Encode one block of rows, float ``(rows, dim)``, to its stored tensors."""
         stored = scales.encode_codes(block, params, self.grid, 8)
         return {**stored, "codes": stored["codes"].view(code_type(symmetric=self.symmetric))}
