@@ -1,14 +1,14 @@
-"""Embedding tables as narrower rows and one small matrix.
+"""Low-rank embedding tables: a narrower table times one small matrix.
 
-A table of ``rows x dim`` float32 becomes ``rows x rank`` and ``(rank, dim)``: every row is a
-mixture of ``rank`` directions. The narrower table is a plain one, so a later step may store it
-in few bits.
+A table of ``rows x dim`` float32 becomes ``rows x rank`` and ``(rank, dim)``: every row is a linear
+combination of ``rank`` directions. The narrower table is an ordinary table, so a later step may
+quantize it.
 
 Source: Eckart and Young 1936 (the truncated singular value decomposition is the closest matrix
 of a rank); for embedding tables e.g. https://arxiv.org/abs/1809.10853.
-Differs: rows may be weighted by how often they are looked up, so that popular rows are kept best
-(Srebro and Jaakkola 2003, the case of one weight a row, which still has a closed form), and the
-weighted mean of the rows is kept apart.
+Differs: rows may be weighted by their lookup counts, so that popular rows have the smallest errors
+(Srebro and Jaakkola 2003, the case of one weight per row, which still has a closed form), and the
+weighted mean of the rows is stored separately.
 """
 
 from collections.abc import Mapping
@@ -37,24 +37,24 @@ from compressors.core.units import Choice
 
 
 def factors(table: Tensor, rank: int, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The closest rows of a rank, under one weight a row.
+    """Compute the closest low-rank approximation of a table, with one weight per row.
 
     Args:
         table: float, ``(rows, dim)``.
-        rank: how many directions are kept, at most ``dim``.
-        weight: how much each row's squared error counts, ``(rows,)``, not all zero.
+        rank: number of directions, at most ``dim``.
+        weight: weight of each row's squared error, ``(rows,)``, not all zero.
 
     Returns:
         ``narrow`` ``(rows, rank)``, ``projection`` ``(rank, dim)`` with orthonormal rows, and
         ``mean`` ``(dim,)``: the table is about ``narrow @ projection + mean``. Only the
-        ``dim x dim`` weighted covariance is decomposed, so it costs one pass whatever the rows.
+        ``dim x dim`` weighted covariance is decomposed, so the rows are read only once.
     """
     share = (weight / weight.sum()).to(torch.float64).unsqueeze(1)  # (rows, 1)
     exact = table.to(torch.float64)
     mean = (share * exact).sum(dim=0)  # (dim,)
     centred = exact - mean
     covariance = centred.T @ (share * centred)  # (dim, dim)
-    _, vectors = torch.linalg.eigh(covariance)  # by rising eigenvalue
+    _, vectors = torch.linalg.eigh(covariance)  # in ascending order of eigenvalues
     projection = vectors.T.flip(0)[:rank]  # (rank, dim)
     # The sign of an eigenvector is arbitrary: fix it, so that results are reproducible.
     sign = torch.gather(projection, 1, projection.abs().argmax(dim=1, keepdim=True)).sign()
@@ -129,7 +129,7 @@ class LowRank(Frozen):
         return self._designs(model)[0]
 
     def apply(self, model: Model, bench: Bench) -> Model:
-        """Replace every chosen table by its factors."""
+        """Replace every selected table by its factors."""
         _, designs = self._designs(model)
         weights = row_weights(model, bench, designs, weighted=self.weighted)
 

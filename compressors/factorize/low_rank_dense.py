@@ -1,15 +1,15 @@
-"""Dense layers as two thin ones: fewer weights and fewer multiplications on every target.
+"""Low-rank dense layers: fewer weights and fewer multiplications on every target.
 
-A Linear from ``in`` to ``out`` features becomes one to ``rank`` numbers and one from there. With
-calibration rows the rank is spent where the layer's inputs are: of all matrices of a rank the one
-is taken whose outputs are closest on those rows.
+A Linear from ``in`` to ``out`` features becomes one from ``in`` to ``rank`` and one from ``rank``
+to ``out``. With calibration rows, the low-rank matrix is the one whose outputs are closest to the
+original outputs on those rows.
 
 Source: Chen et al. 2021 (DRONE), https://proceedings.neurips.cc/paper/2021/hash/f56de5ef149cf0aedcc8f4797031e229-Abstract.html,
 and Wang et al. 2024 (SVD-LLM), https://arxiv.org/abs/2403.07378 (truncation after whitening by the
 Cholesky factor of the inputs' second moment).
-Differs: the same optimum is found without the factor and its inverse, as the projection on the
-principal directions of the outputs, so a singular moment does no harm; where the layer has a bias,
-moments are taken around the mean and the bias makes up for what the mean loses.
+Differs: the same optimum is computed without the factor and its inverse, as the projection on the
+principal directions of the outputs, so a singular moment is allowed. If the layer has a bias,
+moments are taken around the mean and the bias corrects the output of the mean input.
 """
 
 import math
@@ -39,18 +39,18 @@ UNSEEN = 1e-4
 
 
 def principal_outputs(weight: Tensor, moment: Tensor) -> tuple[Tensor, Tensor]:
-    """The directions of a layer's outputs, the largest first.
+    """Compute the principal directions of a layer's outputs, in descending order of energy.
 
     Args:
         weight: float, ``(out, in)``.
         moment: second moment, or covariance, of its inputs: ``(in, in)``.
 
     Returns:
-        ``energy`` float64 ``(out,)``, falling, how much of the outputs lies in each direction, and
-        ``directions`` float64 ``(out, out)``, orthonormal, one a column.
+        ``energy`` float64 ``(out,)``, the energy of the outputs in each direction, descending, and
+        ``directions`` float64 ``(out, out)``, orthonormal, one per column.
     """
     exact = weight.double()
-    energy, directions = torch.linalg.eigh(exact @ moment.double() @ exact.T)  # rising
+    energy, directions = torch.linalg.eigh(exact @ moment.double() @ exact.T)  # ascending
     energy, directions = energy.flip(0).clamp(min=0), directions.flip(1)
     # The sign of an eigenvector is arbitrary: fix it, so that results are reproducible.
     largest = directions.abs().argmax(dim=0, keepdim=True)
@@ -58,21 +58,21 @@ def principal_outputs(weight: Tensor, moment: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def factors(weight: Tensor, directions: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """The two thin layers: ``reduce`` ``(rank, in)`` and ``expand`` ``(out, rank)``.
+    """Compute the factors ``reduce`` ``(rank, in)`` and ``expand`` ``(out, rank)`` of a weight.
 
-    ``expand @ reduce`` is the weight projected on the first ``rank`` directions of the outputs: of
-    all matrices of that rank the one with the smallest squared error of the outputs.
+    ``expand @ reduce`` is the weight projected on the first ``rank`` directions of the outputs. It
+    has the smallest squared error of the outputs among all matrices of that rank.
     """
     kept = directions[:, :rank]
     return (kept.T @ weight.double()).float(), kept.float()
 
 
 def rank_within(energy: Tensor, most_error: float) -> int:
-    """The smallest rank that loses no more than a share of the outputs' energy.
+    """The smallest rank that loses at most a given share of the outputs' energy.
 
     Args:
-        energy: falling, ``(out,)``.
-        most_error: the share.
+        energy: energy of each direction, descending, ``(out,)``.
+        most_error: the share of the energy that may be lost.
     """
     total = float(energy.sum())
     if total == 0:
@@ -83,7 +83,7 @@ def rank_within(energy: Tensor, most_error: float) -> int:
 
 
 class _Moments:
-    """Mean and second moment of a layer's inputs, added up call by call."""
+    """Mean and second moment of a layer's inputs, accumulated over its calls."""
 
     def __init__(self, inputs: int) -> None:
         self.count = 0
@@ -97,7 +97,7 @@ class _Moments:
         self.products += exact.T @ exact
 
     def moment(self, *, centred: bool) -> tuple[Tensor, Tensor]:
-        """The moment ``(in, in)``, and the mean it is taken around ``(in,)``."""
+        """The second moment ``(in, in)`` and the subtracted mean ``(in,)``."""
         mean = self.total / self.count if centred else torch.zeros_like(self.total)
         moment = self.products / self.count - torch.outer(mean, mean)
         even = moment.diagonal().mean().clamp(min=torch.finfo(torch.float32).tiny)
@@ -133,16 +133,16 @@ class LowRankDense(Frozen):
 
     @property
     def needs(self) -> tuple[Part, ...]:
-        """Calibration rows, where they say which directions matter."""
+        """Calibration rows, if the statistics of the inputs are used."""
         return ("calibration",) if self.weighted else ()
 
     @property
     def changes(self) -> Change:
-        """Each layer it takes is made of two thinner ones."""
+        """The selected layers are each replaced by two low-rank layers."""
         return "parts"
 
     def choose(self, model: Model, bench: Bench) -> dict[str, Choice]:  # noqa: ARG002
-        """Which dense layers are factorized, to which rank, and why the others are not."""
+        """Select the dense layers to factorize and their ranks; give a reason for each other."""
         choices = choose_dense(Unit.of(model.module), self.layers, self.kind)
         for unit in Unit.of(model.module):
             if unit.name not in choices or not choices[unit.name].take:
@@ -170,7 +170,7 @@ class LowRankDense(Frozen):
         return choices
 
     def apply(self, model: Model, bench: Bench) -> Model:
-        """Replace every chosen layer by its factors.
+        """Replace every selected layer by its factors.
 
         Raises:
             CompressionError: there are no calibration rows, or a layer never ran on them.
@@ -203,7 +203,7 @@ class LowRankDense(Frozen):
         return Model(module, model.architecture, model.network, model.plan, notes)
 
     def dry_run(self, model: Model, bench: Bench) -> Model:
-        """Factorize placeholders of every chosen layer, with the largest rank if it is searched."""
+        """Replace selected layers by placeholder factors; a searched rank is the largest one."""
         for unit in self._chosen(model, bench):
             outputs, inputs = unit.weight.shape
             rank = share_or_number(self.rank, min(inputs, outputs))
@@ -222,7 +222,7 @@ class LowRankDense(Frozen):
         return [unit for unit in units if unit.name in choices and choices[unit.name].take]
 
     def _moments(self, model: Model, bench: Bench, units: list[Unit]) -> Mapping[str, _Moments]:
-        """What the chosen layers read on calibration rows; nothing where only weights count."""
+        """Moments of the selected layers' inputs on calibration rows; empty if not ``weighted``."""
         if not self.weighted:
             return {}
         if bench.calibration is None:
@@ -244,5 +244,5 @@ class LowRankDense(Frozen):
 
 
 def _most_rank(inputs: int, outputs: int) -> int:
-    """The largest rank that takes fewer weights than the whole layer; 0 if none does."""
+    """The largest rank with fewer weights than the original layer; 0 if there is none."""
     return math.ceil(inputs * outputs / (inputs + outputs)) - 1

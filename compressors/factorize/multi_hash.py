@@ -1,15 +1,15 @@
-"""Embedding tables as sums of few shared rows, chosen by hashing the id.
+"""Multi-hash embedding tables: each row is a sum of shared rows selected by hashes of the id.
 
-Row ``id`` is ``mean + sum of buckets[h_j(id)]`` over ``hashes`` functions, each with a sign of its
-own if so ordered. Two rows are alike only where all their hashes meet.
+Row ``id`` is ``mean + sum of buckets[h_j(id)]`` over ``hashes`` functions, with a sign hash for
+each function if the recipe sets it. Two rows are equal only if all their hashes collide.
 
 Source: Weinberger et al. 2009, https://arxiv.org/abs/0902.2206 (hashing with signs); Svenstrup et
 al. 2017, https://arxiv.org/abs/1709.03933 (several hashes into one table); the functions are those
 of Carter and Wegman 1979, ``(a * id + b) mod p mod buckets``.
 Differs: there buckets are trained from scratch, and importance weights are learned for each id;
-here buckets are the least-squares optimum for a trained table, rows weighted by their lookups if so
-ordered, of several draws of functions the best is taken, and a mean row is kept apart. Signs make
-sums of random rows unbiased; fitted rows have nothing to win by them.
+here buckets are the least-squares optimum for a trained table, with rows weighted by their lookup
+counts if the recipe sets it. The best of several random draws of functions is used, and a mean row
+is stored separately. Signs make sums of random rows unbiased; fitted rows do not benefit from them.
 """
 
 from collections.abc import Mapping, Sequence
@@ -39,12 +39,12 @@ from compressors.core.units import Choice
 # The largest prime below 2^31: with ids and coefficients below it, a * id + b fits an int64.
 PRIME = 2**31 - 1
 BLOCK = 65_536
-# Of conjugate gradients: at most, and the share of the residual that may stay.
+# Conjugate gradients: the largest number of steps, and the relative residual to stop at.
 STEPS, ENOUGH = 1000, 1e-6
 
 
 def coefficients(hashes: int, seed: int, *, signed: bool) -> Tensor:
-    """Functions drawn at random: int64 ``(hashes, 2)``, or 4 where each has a sign of its own."""
+    """Draw random hash functions: int64 ``(hashes, 2)``, or ``(hashes, 4)`` with sign hashes."""
     generator = torch.Generator().manual_seed(seed)
     drawn = torch.randint(0, PRIME, (hashes, 4), generator=generator)
     drawn[:, 0::2] = drawn[:, 0::2].clamp(min=1)  # a multiplier of zero maps all ids to one
@@ -52,37 +52,38 @@ def coefficients(hashes: int, seed: int, *, signed: bool) -> Tensor:
 
 
 def hashed(ids: Tensor, coefficients: Tensor, buckets: int) -> Tensor:
-    """Where each id goes: int64 ids ``(*)`` in [0, 2^31 - 1) -> ``(*, hashes)``."""
+    """Hash ids to buckets: int64 ids ``(*)`` in [0, 2^31 - 1) -> ``(*, hashes)``."""
     mixed = ids.unsqueeze(-1) * coefficients[:, 0] + coefficients[:, 1]
     return mixed % PRIME % buckets
 
 
 def signs(ids: Tensor, coefficients: Tensor) -> Tensor:
-    """The sign of each of an id's rows: float32 ``(*, hashes)`` of -1 and 1."""
+    """Hash ids to the signs of their buckets: float32 ``(*, hashes)`` of -1 and 1."""
     mixed = ids.unsqueeze(-1) * coefficients[:, 2] + coefficients[:, 3]
     return 1.0 - 2.0 * (mixed % PRIME % 2).float()
 
 
 class HashFit(NamedTuple):
-    """What was found for one draw of functions."""
+    """The least-squares fit for one draw of hash functions."""
 
     buckets: Tensor  # float32 (buckets, dim)
     mean: Tensor  # float32 (dim,)
-    error: float  # weighted mean over rows of what is left of their squares
+    error: float  # weighted mean over rows of the squared error
 
 
 def fit(table: Tensor, weight: Tensor, drawn: Tensor, buckets: int) -> HashFit:
-    """The buckets and the mean row whose sums are nearest to a table: the least-squares optimum.
+    """Fit the buckets and the mean row to a table by least squares.
 
-    Conjugate gradients on the normal equations, all dimensions at once, each scaled by what looks
-    it up (Jacobi). Where many solutions are as good, it ends at a small one, since it begins at
-    zero. Deterministic; memory is a block of rows.
+    The solver is conjugate gradients on the normal equations, for all dimensions at once, with a
+    Jacobi preconditioner (the weight of the rows that use each bucket). It starts at zero, so of
+    several optimal solutions it finds a small one. It is deterministic, and the memory is that of
+    a block of rows.
 
     Args:
         table: float, ``(rows, dim)``.
-        weight: how much each row's squared error counts, ``(rows,)``, all positive.
+        weight: weight of each row's squared error, ``(rows,)``, all positive.
         drawn: the functions, ``(hashes, 2)`` or ``(hashes, 4)``.
-        buckets: how many.
+        buckets: number of buckets.
     """
     share = (weight / weight.sum()).double()
     system = _System(share, drawn, buckets)
@@ -114,17 +115,17 @@ def fit(table: Tensor, weight: Tensor, drawn: Tensor, buckets: int) -> HashFit:
 def best_fit(
     table: Tensor, weight: Tensor, draws: Sequence[Tensor], buckets: int
 ) -> tuple[Tensor, HashFit]:
-    """The functions, of some draws, whose fit leaves least, and that fit; the first of equals.
+    """The draw of functions with the smallest error and its fit; the first of equal draws.
 
-    Which rows meet is luck: of six draws for the item table of MovieLens 100K, the best left half
-    of what the worst did.
+    Collisions are random: of six draws for the item table of MovieLens 100K, the best had half
+    the error of the worst.
     """
     found = [(drawn, fit(table, weight, drawn, buckets)) for drawn in draws]
     return min(found, key=lambda each: each[1].error)
 
 
 class _System:
-    """The linear map from buckets and mean to rows, never written out."""
+    """The linear map from buckets and mean to rows; its matrix is never built."""
 
     def __init__(self, share: Tensor, drawn: Tensor, buckets: int) -> None:
         ids = torch.arange(len(share))
@@ -140,7 +141,7 @@ class _System:
         return total
 
     def normal(self, found: Tensor) -> Tensor:
-        """The same of the rows that buckets and mean ``(buckets + 1, dim)`` make."""
+        """``transposed`` of the rows that buckets and mean ``(buckets + 1, dim)`` represent."""
         total = torch.zeros_like(found)
         for begin in range(0, len(self.index), BLOCK):
             made = found[-1].expand(len(self.index[begin : begin + BLOCK]), -1).clone()
@@ -158,7 +159,7 @@ class _System:
         return total
 
     def diagonal(self) -> Tensor:
-        """Weight of the rows that each bucket is in, and of all."""
+        """Total weight of the rows that use each bucket, and of all rows."""
         total = torch.zeros(self.buckets + 1, dtype=torch.float64)
         for j in range(self.index.shape[1]):
             total.index_add_(0, self.index[:, j], self.share)
@@ -250,7 +251,7 @@ class MultiHash(Frozen):
         return self._designs(model)[0]
 
     def apply(self, model: Model, bench: Bench) -> Model:
-        """Draw functions, and fit buckets to every chosen table."""
+        """Draw functions and fit buckets to every selected table."""
         _, designs = self._designs(model)
         weights = row_weights(model, bench, designs, weighted=self.weighted)
         drawn = coefficients(self.hashes * self.draws, bench.seed, signed=self.signed)

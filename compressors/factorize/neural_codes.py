@@ -1,14 +1,14 @@
 """Embedding tables as short codes that a small network decodes.
 
-Row ``id`` is ``codes[id] @ projection + relu(codes[id] @ inner + bias) @ outer + mean``: what low
-rank would give, and a correction that is not linear, for rows that lie on a bent surface.
+Row ``id`` is ``codes[id] @ projection + relu(codes[id] @ inner + bias) @ outer + mean``: a low-rank
+approximation plus a nonlinear correction, for rows on a curved surface.
 
 Source: Kang et al. 2021, https://arxiv.org/abs/2010.10784 (deep hash embeddings: a decoder makes
 rows from dense codes); Hinton and Salakhutdinov 2006 (autoencoders against principal components).
-Differs: codes belong to a trained table and are learned with the decoder, starting from the
-truncated singular value decomposition, so the result is never further from the table than low rank
-with as many numbers a row; there codes are hashes that nobody stores and the decoder is larger
-than any table. One hidden layer, and the last layer is solved for by least squares.
+Differs: codes are fitted to a trained table together with the decoder, starting from the truncated
+singular value decomposition, so the error is never larger than that of low rank with as many
+numbers per row. There codes are hashes that are not stored, and the decoder is larger than any
+table. Here the decoder has one hidden layer, and the last layer is solved by least squares.
 """
 
 from collections.abc import Mapping
@@ -39,13 +39,13 @@ from compressors.factorize.low_rank import factors
 
 BATCH = 4096
 BLOCK = 65_536
-CODE_RATE, DECODER_RATE = 0.01, 0.003  # Adam's, where codes and rows are of size one
-MOST_SHARE = 0.25  # of the codes' numbers: what the hidden layer may take
-DAMPING = 1e-9  # of the last layer's normal equations, against their mean diagonal
+CODE_RATE, DECODER_RATE = 0.01, 0.003  # Adam's learning rates, for codes and rows of unit size
+MOST_SHARE = 0.25  # largest size of the hidden layer, as a share of the codes' numbers
+DAMPING = 1e-9  # of the last layer's normal equations, relative to their mean diagonal
 
 
 class Decoder(NamedTuple):
-    """What makes a row of a code: two layers, and a straight way past them."""
+    """Decoder from a code to a row: two layers and a linear skip connection."""
 
     projection: Tensor  # (code, dim)
     inner: Tensor  # (code, hidden)
@@ -55,7 +55,7 @@ class Decoder(NamedTuple):
 
 
 def decode(codes: Tensor, decoder: Decoder) -> Tensor:
-    """Rows ``(*, dim)`` of codes ``(*, code)``."""
+    """Decode codes ``(*, code)`` to rows ``(*, dim)``."""
     bent = F.relu(torch.matmul(codes, decoder.inner) + decoder.bias)  # (*, hidden)
     straight = torch.matmul(codes, decoder.projection)
     return straight + torch.matmul(bent, decoder.outer) + decoder.mean
@@ -74,27 +74,27 @@ def squared_error(table: Tensor, weight: Tensor, codes: Tensor, decoder: Decoder
 def fit(
     table: Tensor, weight: Tensor, size: int, hidden: int, steps: int, seed: int
 ) -> tuple[Tensor, Decoder]:
-    """Codes and a decoder for the rows of a table, by squared error.
+    """Fit codes and a decoder to the rows of a table by squared error.
 
-    Begins at the closest rows of rank ``size`` with a hidden layer drawn at random and an outer
-    one solved for, trains codes and decoder with Adam on batches of rows (whole tables where they
-    are short), and solves for the outer layer again. The best state seen at these three points is
-    given back, the first being low rank itself.
+    The fit starts at the closest rows of rank ``size``, with a random hidden layer and an outer
+    layer from least squares. It trains codes and decoder with Adam on batches of rows (the full
+    table if it is short), and solves for the outer layer again. The result is the best state at
+    these three points; the first of them is the low-rank approximation.
 
     Args:
         table: float, ``(rows, dim)``.
-        weight: how much each row's squared error counts, ``(rows,)``, all positive.
-        size: numbers of a code, at most ``dim``.
+        weight: weight of each row's squared error, ``(rows,)``, all positive.
+        size: numbers per code, at most ``dim``.
         hidden: width of the hidden layer.
-        steps: of Adam, which bound the time it takes; 0 leaves the hidden layer as drawn.
-        seed: of the hidden layer and of the order of rows.
+        steps: number of Adam steps, which bounds the time; with 0 the hidden layer stays random.
+        seed: seed of the hidden layer and of the order of rows.
 
     Returns:
         ``codes`` float32 ``(rows, size)`` and the decoder, float32.
     """
     exact, share = table.float(), weight.double() / weight.double().mean()
     narrow, projection, mean = factors(exact, size, share)
-    unit = float(narrow.square().mean().sqrt()) or 1.0  # codes and rows are trained at size one
+    unit = float(narrow.square().mean().sqrt()) or 1.0  # codes and rows train at unit size
     generator = torch.Generator().manual_seed(seed)
     inner = torch.randn(size, hidden, generator=generator) / size**0.5
     bias = torch.randn(hidden, generator=generator)
@@ -117,7 +117,7 @@ def fit(
 
 
 def _in_units(decoder: Decoder, unit: float) -> Decoder:
-    """A decoder of codes and rows of size one, for those of the table."""
+    """Rescale a decoder of codes and rows of unit size to the size of the table's rows."""
     return Decoder(
         decoder.projection,
         decoder.inner / unit,
@@ -128,7 +128,7 @@ def _in_units(decoder: Decoder, unit: float) -> Decoder:
 
 
 def _solved(table: Tensor, weight: Tensor, codes: Tensor, decoder: Decoder) -> Decoder:
-    """The decoder whose last layer is the least-squares optimum, given codes and hidden layer."""
+    """Set the last layer to the least-squares optimum for given codes and hidden layer."""
     size, hidden = decoder.inner.shape
     width = size + hidden + 1
     left = torch.zeros(width, width, dtype=torch.float64)
@@ -141,7 +141,7 @@ def _solved(table: Tensor, weight: Tensor, codes: Tensor, decoder: Decoder) -> D
         weighed = read * weight[block].unsqueeze(1)
         left += weighed.T @ read
         right += weighed.T @ table[block].double()
-    # A hidden unit that no row wakes has an empty line: the damping keeps it solvable.
+    # A hidden unit that no row activates has a row of zeros: damping keeps the system solvable.
     damping = DAMPING * left.diagonal().mean()
     left.diagonal().add_(damping)
     last = torch.linalg.solve(left, right).float()
@@ -156,9 +156,10 @@ def _trained(
     steps: int,
     generator: torch.Generator,
 ) -> tuple[Tensor, Decoder]:
-    """Codes and decoder after some steps of Adam, whose rate falls to zero as a cosine.
+    """Train codes and decoder with Adam and a learning rate that falls to zero as a cosine.
 
-    A batch moves only the codes of its own rows, so a step costs the same whatever the rows are.
+    A batch changes only the codes of its rows, so the cost of a step does not depend on the number
+    of rows.
     """
     rows = len(table)
     own = torch.nn.Embedding(rows, codes.shape[1], sparse=rows > BATCH, _weight=codes.clone())
@@ -265,7 +266,7 @@ class NeuralCodes(Frozen):
         return self._designs(model)[0]
 
     def apply(self, model: Model, bench: Bench) -> Model:
-        """Fit codes and a decoder to every chosen table."""
+        """Fit codes and a decoder to every selected table."""
         _, designs = self._designs(model)
         weights = row_weights(model, bench, designs, weighted=self.weighted)
 

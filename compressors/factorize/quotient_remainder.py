@@ -1,15 +1,15 @@
-"""Embedding tables as two short ones: a row for an id's quotient and one for its remainder.
+"""Quotient-remainder embedding tables: one short table for quotients and one for remainders.
 
 Row ``id`` is ``quotient[id // m]`` plus or times ``remainder[id % m]``, so ``rows`` rows become
 ``ceil(rows / m) + m``, fewest at ``m = sqrt(rows)``.
 
 Paper: Shi et al. 2019, https://arxiv.org/abs/1909.02107 (compositional embeddings, section 2).
-Differs: there both tables are trained from scratch, and rows find their place while they learn;
-here they are fitted to the rows of a trained table by least squares, rows weighted by their
-lookups if so ordered. Ids of a trained table are numbers in any order, so rows that share a
-quotient or a remainder are not alike, and the fit is far from them wherever few rows are left.
-Sorting alike rows together would need a map of ids, 4 bytes a row: no shorter than 4 bits of a row
-of 8 numbers.
+Differs: there both tables are trained from scratch, so training adapts the rows to the sharing;
+here they are fitted to the rows of a trained table by least squares, with rows weighted by their
+lookup counts if the recipe sets it. The ids of a trained table are in arbitrary order, so rows that
+share a quotient or a remainder are not similar, and the error is large if few rows remain. Sorting
+similar rows together would need a map of ids of 4 bytes per row: as many bytes as a row of 8
+numbers takes at 4 bits.
 """
 
 from collections.abc import Mapping
@@ -37,15 +37,15 @@ from compressors.core.step_settings import MinRows, TablePatterns
 from compressors.core.units import Choice
 
 Operation = Literal["add", "multiply"]
-ROUNDS, ENOUGH = 100, 1e-6  # of alternating least squares: at most, and the gain worth another
+ROUNDS, ENOUGH = 100, 1e-6  # alternating least squares: most rounds, relative gain to stop at
 
 
 @torch.library.custom_op("recpress::divided_by", mutates_args=())
 def divided_by(ids: Tensor, divisor: int) -> Tensor:
-    """Ids int64 ``(*)``, not negative, over a number, rounded down.
+    """Divide ids, int64 ``(*)`` and not negative, by a number and round down.
 
-    An operator of its own, because torch's floor division is written down as eight nodes, and its
-    truncating one goes through float32, which has no whole numbers beyond 2^24.
+    This is a custom operator because torch exports floor division as eight ONNX nodes, and
+    truncating division through float32, which cannot represent all integers beyond 2^24.
     """
     return torch.div(ids, divisor, rounding_mode="floor")
 
@@ -56,22 +56,23 @@ def _(ids: Tensor, divisor: int) -> Tensor:  # noqa: ARG001
 
 
 def fit_sum(table: Tensor, weight: Tensor, buckets: int) -> tuple[Tensor, Tensor]:
-    """The two tables whose rows add up to those of a table best: the least-squares optimum.
+    """Fit two tables whose rows are added, by least squares.
 
-    The normal equations of the longer table are diagonal given the shorter one, so only a matrix
-    of the shorter one's rows is solved (the Schur complement), at most ``sqrt(rows)`` of them.
-    A row may be moved from all of one table to all of the other: they share the mean evenly.
+    Given the shorter table, the normal equations of the longer one are diagonal. So only a system
+    of the shorter table's size is solved (the Schur complement), at most ``sqrt(rows)`` rows. A
+    constant row added to one table and subtracted from the other does not change the sums: each
+    table gets half of the mean.
 
     Args:
         table: float, ``(rows, dim)``.
-        weight: how much each row's squared error counts, ``(rows,)``, all positive.
+        weight: weight of each row's squared error, ``(rows,)``, all positive.
         buckets: m, at most ``rows``.
 
     Returns:
         ``quotient`` ``(ceil(rows / m), dim)`` and ``remainder`` ``(m, dim)``, float32.
     """
     grid, sums, totals, held = _grids(table, weight, buckets)
-    # The shorter side is solved for, the longer one follows from it.
+    # Solve for the shorter table; the longer one follows from it.
     short, long = (1, 0) if buckets <= grid.shape[0] else (0, 1)
     across = grid if short else grid.T  # (long, short)
     scaled = across / held[long].unsqueeze(1)
@@ -90,16 +91,16 @@ def fit_sum(table: Tensor, weight: Tensor, buckets: int) -> tuple[Tensor, Tensor
 def fit_product(
     table: Tensor, weight: Tensor, buckets: int, rounds: int = ROUNDS
 ) -> tuple[Tensor, Tensor]:
-    """Two tables whose rows, multiplied, are near those of a table: alternating least squares.
+    """Fit two tables whose rows are multiplied, by alternating least squares.
 
-    Each half round is exact given the other table, so the error never grows; where it ends need
-    not be the best there is. A copy of the table in float64 is held meanwhile.
+    Each half round is optimal for the given other table, so the error never increases; the result
+    may be a local optimum. A float64 copy of the table is in memory during the fit.
 
     Args:
         table: float, ``(rows, dim)``.
-        weight: how much each row's squared error counts, ``(rows,)``, all positive.
+        weight: weight of each row's squared error, ``(rows,)``, all positive.
         buckets: m, at most ``rows``.
-        rounds: at most; it ends sooner where a round wins next to nothing.
+        rounds: largest number of rounds; the fit stops early if a round gains almost nothing.
 
     Returns:
         ``quotient`` ``(ceil(rows / m), dim)`` and ``remainder`` ``(m, dim)``, float32.
@@ -113,7 +114,7 @@ def fit_product(
     weighed[:, :rows] = (table.double() * weight.double().unsqueeze(1)).T
     weighed = weighed.reshape(dim, quotients, buckets)
     noise = torch.randn(buckets, dim, generator=torch.Generator().manual_seed(0))
-    # Not all alike, so that a dimension whose rows add up to nothing has somewhere to go.
+    # Noise breaks the symmetry: a dimension whose rows sum to zero would stay at zero otherwise.
     remainder = 1 + 0.1 * noise.double()
     explained = 0.0
     for _ in range(rounds):
@@ -122,22 +123,22 @@ def fit_product(
         if now - explained <= ENOUGH * now:
             break
         explained = now
-    # Each dimension may be larger in one table and smaller in the other: they share it evenly.
+    # The scale of a dimension can move between the tables: both get the same root mean square.
     size = [side.square().mean(dim=0).sqrt() for side in (quotient, remainder)]
     even = torch.where(size[0] * size[1] > 0, size[1] / size[0], 1.0).sqrt()
     return (quotient * even).float(), (remainder / even).float()
 
 
 def _given(weighed: Tensor, grid: Tensor, other: Tensor) -> tuple[Tensor, float]:
-    """One side's best rows given the other's.
+    """The optimal rows of one table for given rows of the other.
 
     Args:
-        weighed: weight times number of every row, ``(dim, side, other side)``.
+        weighed: weight times value of every row, ``(dim, side, other side)``.
         grid: the weights, ``(side, other side)``.
-        other: the rows of the other side, ``(other side, dim)``.
+        other: the rows of the other table, ``(other side, dim)``.
 
     Returns:
-        ``(side, dim)``, and how much of the table's weighted squares the product explains.
+        The rows ``(side, dim)``, and the explained part of the table's weighted sum of squares.
     """
     top = torch.bmm(weighed, other.T.unsqueeze(2)).squeeze(2).T  # (side, dim)
     low = grid @ other.square()
@@ -148,7 +149,7 @@ def _given(weighed: Tensor, grid: Tensor, other: Tensor) -> tuple[Tensor, float]
 def _grids(
     table: Tensor, weight: Tensor, buckets: int
 ) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
-    """What the normal equations are made of.
+    """The sums in the normal equations.
 
     Returns:
         The weights as a grid ``(quotients, m)``, the weighted sum of all rows ``(dim,)``, and for
@@ -250,7 +251,7 @@ class QuotientRemainder(Frozen):
         return self._designs(model)[0]
 
     def apply(self, model: Model, bench: Bench) -> Model:
-        """Fit two short tables to every chosen one."""
+        """Fit two short tables to every selected table."""
         _, designs = self._designs(model)
         weights = row_weights(model, bench, designs, weighted=self.weighted)
         solve = fit_sum if self.operation == "add" else fit_product

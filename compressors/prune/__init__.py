@@ -1,4 +1,4 @@
-"""Rows, dimensions, tables, channels and layers removed.
+"""Pruning: remove rows, dimensions, tables, channels and layers.
 
 tables/     rows, dimensions and whole tables
 structure/  which widths and depths of a network can be reduced

@@ -1,7 +1,7 @@
-"""Tables and dense layers in fewer bits.
+"""Quantization of embedding tables and dense layers.
 
 kernels/          levels, ranges, k-means and bit packing
-calibration/      statistics of data: ranges, moments, lookup counts, loss gradients
+calibration/      statistics from data: ranges, moments, lookup counts, loss gradients
 tables/           storage formats of embedding tables, and their steps
 dense/            storage formats of dense layers, and their steps
 better_format.py  a more precise row-wise format at no more bytes

@@ -1,12 +1,13 @@
-"""Replace a row-wise table format by a better one that takes no more bytes.
+"""Replace a row-wise table format by a more precise one that takes no more bytes.
 
-Scales and offsets outweigh the codes of narrow rows: a row of one number takes 3 bytes as
-``rowwise_int4`` and 2 as ``float16``. A table for which that is so is stored in the better format,
-and its plan line says why. Formats are compared by their exact bytes, and by how well they store
-arbitrary rows: float16 better than 8 bits, 8 bits better than 4, 4 better than 2.
+In narrow rows, scales and offsets take more bytes than codes: a row of one number takes 3 bytes as
+``rowwise_int4`` and 2 as ``float16``. Such a table is stored in the more precise format, and its
+plan line gives the reason. Formats are compared by their exact bytes, and by their precision for
+arbitrary rows: float16 before 8 bits, 8 bits before 4, 4 before 2.
 
-Methods with codebooks are chosen for what they learn, so they are not replaced: where a table is so
-short that its codebooks outweigh its codes, the plan line names the smaller format.
+Methods with codebooks are not replaced, because their quality depends on the fit to the table. If a
+table is so short that its codebooks take more bytes than its codes, the plan line names the smaller
+format.
 """
 
 import math
@@ -37,7 +38,7 @@ AS_GOOD_AS = 2
 
 
 class Float16Rows(Frozen):
-    """Store a table as float16: a table step for those of other methods' tables it suits better."""
+    """Table step that stores as float16 the tables of other methods that float16 suits better."""
 
     kind: Literal["float16"] = "float16"
     tables: tuple[str, ...] = ("*",)
@@ -45,7 +46,7 @@ class Float16Rows(Frozen):
 
     @property
     def storage(self) -> TableFormat:
-        """The format it writes."""
+        """The format this step writes."""
         return TABLE_FORMAT
 
     def settings(self) -> dict[str, Any]:
@@ -53,29 +54,29 @@ class Float16Rows(Frozen):
         return {}
 
     def fit(self, rows: Tensor) -> dict[str, Tensor]:  # noqa: ARG002
-        """Nothing is learned."""
+        """Return no parameters: nothing is fitted."""
         return {}
 
     def encode(self, block: Tensor, params: Mapping[str, Tensor]) -> dict[str, Tensor]:  # noqa: ARG002
-        """The rows, float ``(rows, dim)``, rounded to float16."""
+        """Round the rows, float ``(rows, dim)``, to float16."""
         return {"weight": block.to(torch.float16)}
 
 
 def table_bytes(step: TableStep, rows: int, dim: int) -> int:
-    """Bytes of a table of ``rows x dim`` in a step's format: everything that is stored."""
+    """Bytes of all stored tensors of a ``rows x dim`` table in a step's format."""
     laid = step.storage.layout(rows, dim, step.settings()).values()
     return sum(math.prod(spec.shape) * spec.dtype.itemsize for spec in laid)
 
 
 def best_format(step: TableStep, weight: Tensor) -> tuple[TableStep, tuple[Reason, ...]]:
-    """The step that stores a table: the one given, or one that is better and no larger.
+    """Select the given step, or one with a more precise format that takes no more bytes.
 
     Args:
-        step: the method that the recipe names.
-        weight: of the table, float ``(rows, dim)``.
+        step: the method in the recipe.
+        weight: the table, float ``(rows, dim)``.
 
     Returns:
-        A step, and the reasons for the plan.
+        The selected step, and the reasons for the plan.
     """
     rows, dim = weight.shape
     size = table_bytes(step, rows, dim)

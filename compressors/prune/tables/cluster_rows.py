@@ -1,11 +1,11 @@
-"""Embedding tables whose seldom looked-up rows share a few rows.
+"""Cluster the rarely looked-up rows of embedding tables, so that they share a few rows.
 
-Rows that are looked up most stay as they are. The others are clustered by weighted k-means, each
-answered by the mean of its cluster, so that what little traffic they get is served by something
-near. With ``hot`` at 0 the whole table is clustered: k-means of rows.
+The most looked-up rows are not changed. The others are clustered by weighted k-means, and each is
+replaced by the mean of its cluster. With ``hot`` at 0 all rows are clustered.
 
 Source: clustered embeddings of rare ids, e.g. CCE (https://arxiv.org/abs/2210.05974), which
-clusters while it trains. Differs: after training, in one go, rows weighted by their lookups.
+clusters during training. Differs: one clustering after training, with rows weighted by their lookup
+counts.
 """
 
 from dataclasses import replace
@@ -39,13 +39,13 @@ SAMPLE = 65_536
 
 
 def clustered(table: Tensor, counts: Tensor, hot: int, clusters: int) -> tuple[Tensor, Tensor]:
-    """Rows that share.
+    """Cluster all rows except the most looked-up ones.
 
     Args:
         table: float, ``(rows, dim)``.
         counts: lookups of each row, ``(rows,)``.
-        hot: how many rows stay, those that are looked up most.
-        clusters: how many rows the others share, at most as many as there are.
+        hot: number of most looked-up rows that are not clustered.
+        clusters: number of clusters of the other rows, at most the number of these rows.
 
     Returns:
         ``place`` int64 ``(rows,)`` and ``unique`` float32 ``(hot + clusters, dim)``: hot rows
@@ -94,7 +94,7 @@ class ClusterRows(Frozen):
         return self._designs(model)[0]
 
     def apply(self, model: Model, bench: Bench) -> Model:
-        """Replace every chosen table by its hot rows, its clusters and a map."""
+        """Replace every selected table by its hot rows, its clusters and a map."""
         _, designs = self._designs(model)
         counts = lookup_counts(model, bench, designs)
         notes: dict[str, tuple[Reason, ...]] = {}
@@ -122,6 +122,6 @@ class ClusterRows(Frozen):
         return Design(COMPOSITION, {"places": hot + clusters}, reason)
 
     def _sizes(self, rows: int) -> tuple[int, int]:
-        """How many rows stay, and how many the others share."""
+        """The number of hot rows and the number of clusters."""
         hot = min(rows - 1, round(self.hot * rows))
         return hot, share_or_number(self.clusters, rows - hot)

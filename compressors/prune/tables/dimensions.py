@@ -1,14 +1,14 @@
-"""Embedding tables without their least important dimensions.
+"""Remove the least important dimensions of embedding tables.
 
-A dropped dimension is the same number in every row, its mean. What is left is a narrower table, a
-selection matrix and a mean row, which is the form ``low_rank`` writes: the product with a matrix
+A removed dimension has the same value in every row, its mean. The result is a narrower table, a
+selection matrix and a mean row, the same form that ``low_rank`` writes. The product with a matrix
 of zeros and ones is exact, and eight times faster in ONNX Runtime than a Pad and a Gather along
 the last dimension (26,624 lookups of 8 out of 16 numbers: 179 against 1,494 us), for
-``4 * kept * dim`` bytes a table.
+``4 * kept * dim`` bytes per table.
 
 Source: Molchanov et al. 2019, https://arxiv.org/abs/1906.10771 (gradient times weight, squared).
-Differs: what is judged is the move of a whole dimension to its mean, not of a weight to zero;
-the squares are taken for each batch of training rows and added up.
+Differs: the score is for setting a whole dimension to its mean, not a weight to zero; the squares
+are taken for each batch of training rows and summed.
 """
 
 from collections.abc import Mapping
@@ -42,27 +42,27 @@ Importance = Literal["variance", "traffic", "gradient"]
 
 
 def mean_row(table: Tensor, weight: Tensor) -> Tensor:
-    """The mean of rows ``(rows, dim)`` under one weight a row ``(rows,)``: ``(dim,)`` float64."""
+    """Weighted mean of rows ``(rows, dim)`` with weights ``(rows,)``: float64 ``(dim,)``."""
     return (weight / weight.sum()).double() @ table.double()
 
 
 def variance(table: Tensor, weight: Tensor) -> Tensor:
-    """The squared error of each dimension if it were its mean: float64 ``(dim,)``."""
+    """The squared error of replacing each dimension by its mean: float64 ``(dim,)``."""
     gap = table.double() - mean_row(table, weight)
     return (weight / weight.sum()).double() @ gap.square()
 
 
 def without_dimensions(table: Tensor, kept: Tensor, mean: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The table's kept dimensions, and how they become whole rows.
+    """Compute the narrow table and the selection matrix and row that restore full rows.
 
     Args:
         table: float, ``(rows, dim)``.
-        kept: int64 ``(count,)``, the dimensions that stay.
-        mean: ``(dim,)``, what the others become.
+        kept: int64 ``(count,)``, the kept dimensions.
+        mean: ``(dim,)``, the values of the removed dimensions.
 
     Returns:
         ``narrow`` ``(rows, count)``, ``selection`` of zeros and ones ``(count, dim)`` and ``rest``
-        ``(dim,)``, zero where a dimension stays: the new rows are ``narrow @ selection + rest``.
+        ``(dim,)``, zero for kept dimensions: the new rows are ``narrow @ selection + rest``.
     """
     selection = torch.eye(table.shape[1])[kept]
     rest = mean.float() * (1 - selection.sum(dim=0))
@@ -87,7 +87,7 @@ class Dimensions(Frozen):
 
     @property
     def needs(self) -> tuple[Part, ...]:
-        """Training rows, where they say what is looked up or what the loss is."""
+        """Training rows, if lookup counts or loss gradients are used."""
         return () if self.importance == "variance" else ("train",)
 
     @property
@@ -99,14 +99,14 @@ class Dimensions(Frozen):
         """Select the tables to narrow; give a reason for each other table.
 
         Raises:
-            NothingToCompress: gradients are asked for, and the signature's task has no loss.
+            NothingToCompress: importance is ``gradient``, and the signature's task has no loss.
         """
         if self.importance == "gradient" and bench.signature.task == "retrieval":
             raise NothingToCompress("loss_missing", step=self.kind)
         return self._designs(model)[0]
 
     def apply(self, model: Model, bench: Bench) -> Model:
-        """Replace every chosen table by its kept dimensions.
+        """Replace every selected table by its kept dimensions.
 
         Raises:
             CompressionError: the loss has no gradient on the training rows.
@@ -144,13 +144,13 @@ class Dimensions(Frozen):
 def taylor(
     module: nn.Module, bench: Bench, means: Mapping[str, Tensor], rows: int
 ) -> dict[str, Tensor]:
-    """What the loss would change by, to first order and squared, if a dimension were its mean.
+    """Squared first-order change of the loss when a dimension is replaced by its mean.
 
     Args:
-        module: the network; left as it is.
+        module: the network; it is not changed.
         bench: with training rows.
-        means: by table, ``(dim,)``: what each dimension would become.
-        rows: training rows read, at most.
+        means: by table, ``(dim,)``: the mean of each dimension.
+        rows: largest number of training rows that are read.
 
     Returns:
         By table, float64 ``(dim,)``: the sum over batches of

@@ -1,13 +1,12 @@
-"""Embedding tables that do not pay: whole fields answered by one row.
+"""Drop embedding tables: replace the tables of unimportant fields by one row each.
 
 Tables are ranked by permutation importance (Breiman 2001, sec. 10; Fisher et al. 2019,
-https://arxiv.org/abs/1801.01489): how much worse the network is on the validation rows when what a
-table gives is dealt out to other rows. Then they are dropped in that order, the least important
-first, as long as the network with all of them dropped, measured on the same rows, is within the
-allowed loss.
+https://arxiv.org/abs/1801.01489): the loss of quality on the validation rows when the outputs of a
+table are permuted between rows. They are dropped in ascending order of importance, as long as the
+network without all of them, measured on the same rows, stays within the allowed loss.
 
-A dropped table gives every id its mean row, weighted by lookups, so the layers above stay as they
-are. ``channels`` or a distilled student can then do without its columns.
+A dropped table returns its mean row, weighted by lookup counts, for every id, so the next layers do
+not change. ``channels`` or a distilled student can then remove its columns.
 """
 
 from collections.abc import Mapping
@@ -34,7 +33,7 @@ from compressors.quantize.calibration.lookup_counts import lookup_counts
 
 @dataclass(frozen=True)
 class ConstantComposition:
-    """No part at all: ``row`` float32 ``(dim,)`` answers every id."""
+    """A table without parts that returns ``row``, float32 ``(dim,)``, for every id."""
 
     name: str = "constant"
     learned: tuple[str, ...] = ("row",)
@@ -68,16 +67,16 @@ COMPOSITION: Composition = ConstantComposition()
 
 
 def permutation_loss(model: Model, bench: Bench, name: str, before: float, repeats: int) -> float:
-    """How much the validation metric falls when a table's rows are dealt out anew.
+    """Measure how much the validation metric falls when a table's outputs are permuted.
 
     Args:
         model: the network.
         bench: with validation rows.
-        name: the table's.
-        before: the metric as it is.
-        repeats: permutations whose mean is taken.
+        name: name of the table.
+        before: the metric without permutation.
+        repeats: number of permutations; the result is the mean over them.
 
-    Rows change places within a batch of ``scoring.SCORING_ROWS``.
+    Outputs are permuted within a batch of ``scoring.SCORING_ROWS``.
     """
     if bench.validation is None:
         raise RowsMissing("validation_rows_missing", step="drop_tables")
@@ -112,16 +111,16 @@ class DropTables(Frozen):
 
     @property
     def needs(self) -> tuple[Part, ...]:
-        """Validation rows decide; training rows say which row answers in a table's place."""
+        """Validation rows, to select tables; training rows, to weight the rows of the mean."""
         return ("train", "validation")
 
     @property
     def changes(self) -> Change:
-        """Each table it drops becomes one row."""
+        """Each dropped table becomes one row."""
         return "parts"
 
     def choose(self, model: Model, bench: Bench) -> dict[str, Choice]:
-        """Which tables are tried; only the data tells which of them pay.
+        """Select the tables that may be dropped; ``apply`` measures which of them are.
 
         Raises:
             NothingToCompress: the signature's task has no metric of single rows.
@@ -138,7 +137,7 @@ class DropTables(Frozen):
         }
 
     def apply(self, model: Model, bench: Bench) -> Model:
-        """Drop tables from the least important on, while the loss allows.
+        """Drop tables in ascending order of importance while the loss is allowed.
 
         Raises:
             CompressionError: the bench lacks validation rows.
@@ -170,7 +169,7 @@ class DropTables(Frozen):
         return replace(model, notes=notes)
 
     def dry_run(self, model: Model, bench: Bench) -> Model:  # noqa: ARG002
-        """Every table as it is: only the data tells which of them pay."""
+        """Return the model unchanged: the dropped tables depend on the data."""
         return model
 
 

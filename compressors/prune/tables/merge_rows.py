@@ -1,10 +1,11 @@
-"""Embedding tables without rows that are there twice, or nearly.
+"""Merge equal and nearly equal rows of embedding tables.
 
-Rows closer to each other than a tolerance become one, their mean weighted by lookups. Found with
-leaders (Hartigan 1975, ch. 3): the most looked-up row leads, and rows within reach of it follow.
-Differs: only rows of the same cell of a grid over the table's strongest directions are compared,
-so that a table of millions costs no more than sorting it; two rows near a border of cells may
-stay apart, but none that are farther apart than said are ever merged.
+Rows closer to each other than a tolerance become one row: their mean, weighted by lookup counts.
+Groups are found by leader clustering (Hartigan 1975, ch. 3): the most looked-up row is a leader,
+and rows within the tolerance of it join its group. Differs: only rows in the same cell of a grid
+over the table's strongest directions are compared, so that the cost for millions of rows is that of
+sorting them. Two near rows on both sides of a cell border may stay separate, but rows farther from
+their leader than the tolerance are never merged.
 """
 
 from dataclasses import replace
@@ -32,14 +33,14 @@ CELLS_PER_REACH = 4
 
 
 def merged(table: Tensor, weight: Tensor, within: float) -> tuple[Tensor, Tensor]:
-    """Rows that may be one.
+    """Merge rows within a tolerance of each other.
 
     Args:
         table: float, ``(rows, dim)``.
-        weight: how much each row counts, positive ``(rows,)``: heavier rows lead, and a merged
+        weight: weight of each row, positive ``(rows,)``: heavier rows are leaders, and a merged
             row is the weighted mean.
-        within: how far from its leader a row may lie, as a share of the root mean square length
-            of a row. 0 merges only rows that are equal bit for bit, but for the sign of zero.
+        within: largest distance of a row from its leader, as a share of the root mean square length
+            of a row. 0 merges only rows that are equal bit for bit, except for the sign of zero.
 
     Returns:
         ``place`` int64 ``(rows,)`` and ``rows`` float32 ``(places, dim)``: each row is about
@@ -48,7 +49,7 @@ def merged(table: Tensor, weight: Tensor, within: float) -> tuple[Tensor, Tensor
     exact, first = torch.unique(table, dim=0, return_inverse=True)
     total = torch.zeros(len(exact), dtype=torch.float64).index_add_(0, first, weight.double())
     lead = _leaders(exact, total, within) if within > 0 else torch.arange(len(exact))
-    lead = lead[first]  # (rows,): a number for each group
+    lead = lead[first]  # (rows,): the group of each row
     # Number the groups by their first row, so that the result does not depend on sorting.
     order = torch.full((len(exact),), len(table)).scatter_reduce(
         0, lead, torch.arange(len(table)), "amin"
@@ -65,13 +66,13 @@ def merged(table: Tensor, weight: Tensor, within: float) -> tuple[Tensor, Tensor
 
 
 def _leaders(table: Tensor, weight: Tensor, within: float) -> Tensor:
-    """The leader of each of some different rows, int64 ``(rows,)``."""
+    """The leader of each row, int64 ``(rows,)``; no two rows are equal."""
     reach = within * float(table.double().square().sum(dim=1).mean().sqrt())
     lead = torch.arange(len(table))
     for members in _cells(table, CELLS_PER_REACH * reach):
         left = members[weight[members].sort(descending=True, stable=True).indices]
         while len(left) > 1:
-            # Rounding must not merge what lies just beyond.
+            # Rounding must not merge rows just outside the tolerance.
             gap = (table[left].double() - table[left[0]].double()).square().sum(dim=1).sqrt()
             follows = gap <= reach
             lead[left[follows]] = left[0]
@@ -80,7 +81,7 @@ def _leaders(table: Tensor, weight: Tensor, within: float) -> Tensor:
 
 
 def _cells(table: Tensor, width: float) -> list[Tensor]:
-    """The rows of each cell of a grid, where a cell has more than one."""
+    """The rows of each cell of a grid, for cells with more than one row."""
     centred = table.double() - table.double().mean(dim=0)
     _, vectors = torch.linalg.eigh(centred.T @ centred)
     strongest = vectors[:, -DIRECTIONS:]  # (dim, directions)
@@ -107,16 +108,16 @@ class MergeRows(Frozen):
 
     @property
     def needs(self) -> tuple[Part, ...]:
-        """Training rows say which of two rows counts for more."""
+        """Training rows, to weight rows by their lookup counts."""
         return ("train",)
 
     @property
     def changes(self) -> Change:
-        """Each table it takes is made of one with fewer rows, if any of them are alike."""
+        """The selected tables are replaced by tables with fewer rows, if rows can be merged."""
         return "parts"
 
     def choose(self, model: Model, bench: Bench) -> dict[str, Choice]:  # noqa: ARG002
-        """Which tables are searched; only their values tell whether rows are alike."""
+        """Select the tables to search; ``apply`` finds out whether rows can be merged."""
         units = Unit.of(model.module)
         choices = choose_tables(units, self.tables, self.min_rows, self.kind)
         reason = (
@@ -130,7 +131,7 @@ class MergeRows(Frozen):
         }
 
     def apply(self, model: Model, bench: Bench) -> Model:
-        """Replace every table in which enough rows are alike to pay for the map."""
+        """Merge rows in every table in which this saves more bytes than the map takes."""
         choices = self.choose(model, bench)
         taken = [u for u in Unit.of(model.module) if u.name in choices and choices[u.name].take]
         counts = lookup_counts(model, bench, [unit.name for unit in taken])
@@ -149,5 +150,5 @@ class MergeRows(Frozen):
         return replace(model, notes=notes)
 
     def dry_run(self, model: Model, bench: Bench) -> Model:  # noqa: ARG002
-        """Every table as it is: how many rows are alike is not known before they are compared."""
+        """Return the model unchanged: the number of merged rows depends on the values."""
         return model

@@ -1,19 +1,19 @@
-"""Embedding tables without the rows that matter least.
+"""Prune the least important rows of embedding tables.
 
-Ids of pruned rows are answered by the nearest row that is kept, by one shared row, or by zeros.
-With one answer for all of them, where the kept rows lie takes a byte a row; with an answer for
-each, as many bytes a row as the number of kept rows needs. Kept rows are a plain table, which a
-later step may store in few bits.
+The id of a pruned row returns the nearest kept row, one shared row, or zeros. If all pruned rows
+share a replacement, the map of kept rows takes one byte per row; otherwise it takes as many bytes
+per row as the number of kept rows needs. The kept rows are an ordinary table, which a later step
+may quantize.
 
-With ``min_lookups`` the number of rows that stay is not a share but what the training rows say:
-those that they look up so often. The rest of most tables of ids is rows that training hardly met,
-whose values are still near those they were initialized with.
+With ``min_lookups`` the number of kept rows is not a share: the rows that the training data looks
+up at least that often are kept. In most tables of ids, many of the other rows were hardly trained,
+and their values are still near their initialization.
 
-Importance is what is lost with a row: how often training looks it up, its norm, or how much the
-loss would change to first order (Molchanov et al. 2019, https://arxiv.org/abs/1906.10771, equation
-8: the squared product of gradient and weight). Rows of tables are pruned by traffic in e.g.
-https://arxiv.org/abs/2101.07577 (learned thresholds) while the network is trained; here the
-network is trained already, and the report says what share of the lookups is touched.
+The importance of a row is its number of lookups in training, its norm, or the first-order change of
+the loss (Molchanov et al. 2019, https://arxiv.org/abs/1906.10771, equation 8: the squared product
+of gradient and weight). https://arxiv.org/abs/2101.07577 (learned thresholds), for example, prunes
+rows of tables during training; here the network is already trained, and the report gives the share
+of lookups that pruning affects.
 """
 
 from collections.abc import Mapping
@@ -48,7 +48,7 @@ from compressors.quantize.kernels.lloyd import nearest
 
 @dataclass(frozen=True)
 class KeptRowsComposition:
-    """Part ``kept``, whose last row answers for all that were pruned, and which row lies where."""
+    """Part ``kept``, whose last row replaces all pruned rows, and the map of kept rows."""
 
     name: str = "kept_rows"
     learned: tuple[str, ...] = ()
@@ -111,7 +111,7 @@ class PruneRows(Frozen):
 
     @property
     def needs(self) -> tuple[Part, ...]:
-        """Training rows say what share of the lookups is touched."""
+        """Training rows, to measure the share of lookups that pruning affects."""
         return ("train",)
 
     @property
@@ -136,7 +136,7 @@ class PruneRows(Frozen):
         return {n: replace(c, reasons=(reason,)) if c.take else c for n, c in choices.items()}
 
     def apply(self, model: Model, bench: Bench) -> Model:
-        """Replace every chosen table by the rows that stay and a map."""
+        """Replace every selected table by its kept rows and a map."""
         if self.min_lookups:
             taken = [name for name, choice in self.choose(model, bench).items() if choice.take]
             counts = lookup_counts(model, bench, taken)
@@ -163,7 +163,7 @@ class PruneRows(Frozen):
         return replace(recompose(model, designs, fit), notes=notes)
 
     def _stored(self, weight: Tensor, kept: Tensor, count: Tensor) -> FittedParts:
-        """The map and the rows that stay."""
+        """The map and the kept rows."""
         if self.pruned == "nearest":
             place = torch.empty(len(kept), dtype=torch.int64)
             place[kept] = torch.arange(int(kept.sum()))
@@ -178,14 +178,14 @@ class PruneRows(Frozen):
         return FittedParts({"within": within, "before": before}, {"kept": rows})
 
     def dry_run(self, model: Model, bench: Bench) -> Model:  # noqa: ARG002
-        """Every chosen table over placeholders.
+        """Replace every selected table by its new form with placeholder tensors.
 
-        With ``min_lookups`` every table as it is: how often rows are looked up is not known.
+        With ``min_lookups`` return the model unchanged, because lookup counts are not known.
         """
         return model if self.min_lookups else dry_run_composed(model, self._designs(model)[1])
 
     def smallest_dry_run(self, model: Model) -> Model:
-        """With ``min_lookups``: as if no row of any table were looked up so often."""
+        """The smallest result with ``min_lookups``: no row reaches that number of lookups."""
         tables = [name for name, choice in self._taken(model).items() if choice.take]
         rows = {unit.name: unit.rows for unit in Unit.of(model.module)}
         none = {name: torch.zeros(()).expand(rows[name]) for name in tables}
@@ -194,10 +194,10 @@ class PruneRows(Frozen):
     def _rare(
         self, model: Model, counts: Mapping[str, Tensor]
     ) -> tuple[dict[str, Design], dict[str, tuple[Reason, ...]]]:
-        """What becomes of each table whose lookups are known, and why others stay as they are.
+        """Plan each table from its lookup counts; give a reason for each table that is not pruned.
 
-        A table is pruned if that saves bytes also once rows are stored in four bits: the map of
-        rows does not become smaller.
+        A table is pruned only if this also saves bytes after rows are stored in four bits, because
+        the map of rows does not become smaller then.
         """
         designs: dict[str, Design] = {}
         notes: dict[str, tuple[Reason, ...]] = {}

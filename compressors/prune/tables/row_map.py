@@ -1,8 +1,8 @@
-"""Tables in which several ids read one row: what merging, clustering and pruning write.
+"""Tables in which several ids share a row: the format of merged, clustered and pruned tables.
 
-The map takes one byte a row for up to 256 different rows, two for up to 65,536, and so on. TensorRT
-keeps a constant of one byte only as int8 behind a DequantizeLinear (uint8 and int16 become four
-bytes in its engine without a word), so the bytes are int8, for all targets alike.
+The map takes one byte per row for up to 256 different rows, two for up to 65,536, and so on.
+TensorRT stores one-byte constants in one byte only as int8 inputs of a DequantizeLinear (it
+silently widens uint8 and int16 to four bytes in its engine), so the bytes are int8 for all targets.
 """
 
 from collections.abc import Mapping
@@ -17,19 +17,19 @@ from compressors.core.modules.formats import TensorSpec
 
 
 def bytes_needed(places: int) -> int:
-    """How many bytes a row of ``byte_planes`` takes for a number of places."""
+    """Number of bytes per row of ``byte_planes`` for a number of places."""
     return max(1, -(-(places - 1).bit_length() // 8))
 
 
 def byte_planes(place: Tensor, places: int) -> Tensor:
-    """Places, int ``(rows,)`` in [0, places), as int8 ``(rows, bytes_needed(places))``."""
+    """Encode places, int ``(rows,)`` in [0, places), as int8 ``(rows, bytes_needed(places))``."""
     planes = [(place >> (8 * plane)) & 255 for plane in range(bytes_needed(places))]
     return (torch.stack(planes, dim=1) - 128).to(torch.int8)
 
 
 @torch.library.custom_op("recpress::planned_place", mutates_args=())
 def planned_place(planes: Tensor, ids: Tensor) -> Tensor:
-    """Places from ``byte_planes``: int8 ``(rows, k)``, ids ``(*,)`` -> int64 ``(*ids,)``."""
+    """Decode places of ``byte_planes``: int8 ``(rows, k)``, ids ``(*,)`` -> int64 ``(*ids,)``."""
     digits = planes[ids].to(torch.int64) + 128  # (*ids, k)
     weight = 256 ** torch.arange(planes.shape[1], device=planes.device)  # (k,)
     return (digits * weight).sum(dim=-1)
@@ -42,14 +42,14 @@ def _(planes: Tensor, ids: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class RowMapComposition:
-    """Part ``unique`` with ``places`` rows, and ``planes``: which of them each id reads."""
+    """Part ``unique`` with ``places`` rows, and ``planes``, the row that each id reads."""
 
     name: str = "row_map"
     learned: tuple[str, ...] = ()
 
     def layout(self, rows: int, dim: int, settings: Mapping[str, Any]) -> dict[str, TensorSpec]:  # noqa: ARG002
         shape = (rows, bytes_needed(settings["places"]))
-        return {"planes": TensorSpec(shape, torch.int8, first=-128)}  # what says place 0
+        return {"planes": TensorSpec(shape, torch.int8, first=-128)}  # -128 encodes place 0
 
     def parts(self, rows: int, dim: int, settings: Mapping[str, Any]) -> dict[str, PartSpec]:  # noqa: ARG002
         return {"unique": PartSpec(settings["places"], dim)}

@@ -1,11 +1,11 @@
-"""Embedding tables in two stores: the rows that are looked up most, and the rest.
+"""Split embedding tables into two: the most looked-up (hot) rows and the other (cold) rows.
 
-A few rows get most of the lookups. Kept apart as two plain tables, each may be stored in its own
-format by a later step of the recipe: ``rowwise_int8`` on ``*.hot``, ``rowwise_int2`` on ``*.cold``.
-One lookup reads both stores and takes the one that has the row.
+A few rows get most of the lookups. Both parts are ordinary tables, so later steps of the recipe may
+store each in a different format: ``rowwise_int8`` on ``*.hot``, ``rowwise_int2`` on ``*.cold``. A
+lookup reads both tables and selects the one that has the row.
 
-Source: the split by traffic of e.g. https://arxiv.org/abs/2108.02191 (hot rows in fast memory).
-Differs: here the split decides the format, both stores lie side by side.
+Source: the split by lookup counts of e.g. https://arxiv.org/abs/2108.02191 (hot rows in fast
+memory). Differs: here the split determines the format, and both tables are in the same memory.
 """
 
 from collections.abc import Mapping
@@ -35,7 +35,7 @@ from compressors.quantize.calibration.lookup_counts import lookup_counts
 
 @dataclass(frozen=True)
 class TiersComposition:
-    """Parts ``hot`` and ``cold``, both in the order of their rows, and which row lies where."""
+    """Parts ``hot`` and ``cold``, both in the order of their rows, and the map of hot rows."""
 
     name: str = "tiers"
     learned: tuple[str, ...] = ()
@@ -103,7 +103,7 @@ class Tiers(Frozen):
         return self._designs(model)[0]
 
     def apply(self, model: Model, bench: Bench) -> Model:
-        """Part every chosen table by its lookups."""
+        """Split every selected table by its lookup counts."""
         _, designs = self._designs(model)
         counts = lookup_counts(model, bench, designs)
         notes: dict[str, tuple[Reason, ...]] = {}

@@ -1,19 +1,20 @@
-"""Where the range of a layer's int8 inputs ends: calibrators, as functions of a histogram.
+"""Calibrators: choose the range of a layer's int8 inputs from a histogram.
 
-One pass over the calibration rows counts how large the inputs of a layer are, in memory that does
-not grow with them; each calibrator reads the largest value that int8 shall hold from the counts,
-and clips what lies above.
+One pass over the calibration rows builds a histogram of the absolute inputs of a layer, in constant
+memory. Each calibrator computes from it the largest value that int8 represents; larger inputs are
+clipped.
 
-- ``largest`` (min-max): nothing is clipped. One far input costs all others their resolution.
-- ``percentile``: all but a share of the inputs lie inside.
-- ``least_divergence``: Migacz, "8-bit Inference with TensorRT", GTC 2017. Of all ranges the one
-  whose rounded distribution is nearest to the inputs' own in Kullback-Leibler divergence.
-  Differs: exact zeros are left out, since they are zeros whatever the scale and after a Relu
-  would drown the rest.
-- ``least_squares``: the range of least expected squared error, which is a step's square over 12
-  inside, if inputs lie evenly within a step, and the squared distance to the range's end outside.
+- ``largest`` (min-max): nothing is clipped. One outlier reduces the resolution of all others.
+- ``percentile``: all inputs except a share are inside the range.
+- ``least_divergence``: Migacz, "8-bit Inference with TensorRT", GTC 2017. The range with the least
+  Kullback-Leibler divergence between the distribution of the inputs and its rounding.
+  Differs: exact zeros are ignored, since they are zeros for any scale and would dominate the
+  distribution after a Relu.
+- ``least_squares``: the range of least expected squared error. Inside the range the error is the
+  square of a step over 12, if inputs are uniform within a step; outside it is the squared distance
+  to the end of the range.
 
-All return the range's end, a number in the unit of the inputs.
+All return the end of the range, a number in the unit of the inputs.
 """
 
 import math
@@ -23,18 +24,18 @@ from torch import Tensor
 
 BINS = 4096
 LEVELS = 127
-# Migacz's: the int8 levels of one sign, zero among them.
+# As in Migacz: the int8 levels of one sign, including zero.
 LEVELS_COMPARED = 128
-# Ranges that end between two of these are not compared for their divergence: half a part in 256.
+# Bins between the range ends that are compared for their divergence: half a part in 256.
 BINS_APART = 8
 LOWEST_EXPONENT = -100  # bins of inputs below 2^-100 would be too narrow for float32
 
 
 class Histogram:
-    """How often absolute values fell into even bins below a power of two that is above them all.
+    """Histogram of absolute values, with equal bins up to a power of two above the largest value.
 
-    Values lie in the same bin whatever came before them, so the counts are the same however the
-    rows were split into batches. At least half the bins are in use.
+    The bin of a value does not depend on earlier values, so the counts do not depend on how the
+    rows are split into batches. At least half the bins are in use.
     """
 
     def __init__(self) -> None:
@@ -47,7 +48,7 @@ class Histogram:
         self._exponent = LOWEST_EXPONENT
 
     def add(self, x: Tensor) -> None:
-        """Count the values of a float tensor; NaN and infinity are not counted but ``largest``."""
+        """Count the values of a float tensor; NaN and infinity only change ``largest``."""
         if not x.numel():
             return
         size = x.detach().abs()
@@ -63,7 +64,7 @@ class Histogram:
 
     @property
     def width(self) -> float:
-        """Of one bin, in the unit of the values: a power of two."""
+        """Width of one bin in the unit of the values: a power of two."""
         return 2.0**self._exponent / BINS
 
     def edges(self) -> Tensor:
@@ -71,12 +72,12 @@ class Histogram:
         return torch.arange(1, BINS + 1, dtype=torch.float64) * self.width
 
     def used(self) -> int:
-        """How many bins there are up to the largest value."""
+        """Number of bins up to the largest value."""
         held = self.counts.nonzero()
         return int(held[-1]) + 1 if len(held) else 0
 
     def _grow(self, exponent: int) -> None:
-        """Make the bins twice as wide until 2^exponent is the end of the last."""
+        """Double the width of the bins until the last one ends at 2^exponent."""
         doubled = exponent - self._exponent
         if doubled <= 0:
             return
@@ -88,16 +89,16 @@ class Histogram:
 
 
 def percentile(seen: Histogram, share: float) -> float:
-    """The least bin edge that at least ``share`` of all values, zeros among them, lie below."""
+    """The smallest bin edge with at least ``share`` of all values, including zeros, below it."""
     total = seen.zeros + int(seen.counts.sum())
     below = seen.zeros + seen.counts.cumsum(0)
-    # the first bin that makes it; float64 counts rows exactly
+    # The first bin that reaches the share; float64 counts rows exactly.
     place = int((below.double() < share * total).sum())
     return _end(seen, place)
 
 
 def least_divergence(seen: Histogram) -> float:
-    """The range of least Kullback-Leibler divergence from what was seen."""
+    """The range of least Kullback-Leibler divergence from the observed distribution."""
     counts, used = seen.counts.double(), seen.used()
     ends = [*range(LEVELS_COMPARED, used, BINS_APART), used]
     divergences = [_divergence(counts[:end], counts[end:].sum()) for end in ends]
@@ -105,11 +106,11 @@ def least_divergence(seen: Histogram) -> float:
 
 
 def least_squares(seen: Histogram) -> float:
-    """The range of least expected squared error, each bin's values taken as even within it."""
+    """The range of least expected squared error, with values taken as uniform in each bin."""
     counts, edges = seen.counts.double(), seen.edges()
     middle = edges - seen.width / 2
     inside = counts.cumsum(0)
-    # sums over the bins outside of each range, which ends at a bin's edge
+    # Sums over the bins outside of each range; ranges end at bin edges.
     number, first, second = (
         moment.sum() - moment.cumsum(0)
         for moment in (counts, counts * middle, counts * (middle.square() + seen.width**2 / 12))
@@ -120,11 +121,11 @@ def least_squares(seen: Histogram) -> float:
 
 
 def _divergence(inside: Tensor, outside: Tensor) -> float:
-    """Kullback-Leibler divergence of a range from its own rounding to levels.
+    """Kullback-Leibler divergence between the values in a range and their rounding to levels.
 
     Args:
-        inside: counts of the bins in it, float64 ``(bins,)``.
-        outside: how many values it clips to its last bin.
+        inside: counts of the bins in the range, float64 ``(bins,)``.
+        outside: number of values that are clipped to the last bin.
     """
     wanted = inside.clone()
     wanted[-1] += outside
@@ -132,15 +133,15 @@ def _divergence(inside: Tensor, outside: Tensor) -> float:
     filled = (inside > 0).double()
     levels = inside.new_zeros(LEVELS_COMPARED)
     total, bins = levels.index_add(0, level, inside), levels.index_add(0, level, filled)
-    found = (total / bins.clamp(min=1))[level] * filled  # each level spread over its filled bins
+    found = (total / bins.clamp(min=1))[level] * filled  # spread each level over its filled bins
     if not bool(inside.any()):
         return math.inf
     here = wanted > 0
     p, q = wanted[here] / wanted.sum(), found[here] / found.sum()
-    return float((p * (p / q).log()).sum())  # infinite where values were clipped into an empty bin
+    return float((p * (p / q).log()).sum())  # infinite if values were clipped into an empty bin
 
 
 def _end(seen: Histogram, place: int) -> float:
-    """The upper edge of a bin, or the largest value if that lies below."""
+    """The upper edge of a bin, or the largest value if it is smaller."""
     largest = float(seen.largest)
     return min(float(seen.edges()[min(place, BINS - 1)]), largest)

@@ -19,21 +19,21 @@ def grams(
     batch: int,
     most: int,
 ) -> dict[str, Tensor]:
-    """``x.T @ x`` over all inputs of every layer: float64 ``(in, in)``, by the layer's name.
+    """Compute ``x.T @ x`` over the inputs of every layer: float64 ``(in, in)``, by layer name.
 
-    With it ``trace(d @ gram @ d.T)`` is the squared error of a layer's outputs, summed over rows
-    and channels, where its weight ``(out, in)`` is off by ``d``.
+    ``trace(d @ gram @ d.T)`` is the squared error of a layer's outputs, summed over rows and
+    channels, if its weight ``(out, in)`` changes by ``d``.
 
     Args:
-        module: in evaluation mode; it is not changed.
+        module: the network in evaluation mode; it is not changed.
         layers: dense layers of the module.
-        rows: the first ``most`` of them are read.
+        rows: data of which the first ``most`` rows are read.
         signature: inputs of the network.
-        batch: rows of one run.
-        most: rows in all.
+        batch: rows per batch.
+        most: largest number of rows that are read.
 
     Raises:
-        CompressionError: a layer never ran, or saw nothing but zeros.
+        CompressionError: a layer never ran, or all its inputs are zero.
     """
     found: dict[str, Tensor] = {}
 
@@ -50,9 +50,9 @@ def grams(
 
 
 def squared_error(off: Tensor, gram: Tensor) -> Tensor:
-    """What weights that are off by ``(out, in)`` change of each output: float64 ``(out,)``.
+    """Squared error of each output for a change ``(out, in)`` of the weights: float64 ``(out,)``.
 
-    Squared and summed over the rows that a gram matrix ``(in, in)`` is of.
+    It is summed over the rows of which ``gram`` ``(in, in)`` is the Gram matrix.
     """
     wide = off.double()
     return (wide @ gram * wide).sum(dim=1).clamp(min=0)

@@ -1,14 +1,14 @@
-"""Find dense layers whose inputs differ so much in range that one scale leaves some few levels.
+"""Warn about dense layers in which one input scale leaves some channels too few levels.
 
-A layer that rounds its inputs with one scale gives the levels to its largest inputs. Raw counts
-next to embeddings leave the embeddings a few levels each, and single scores move far although the
+If a layer rounds its inputs with one scale, the largest inputs determine the scale. Raw counts next
+to embeddings leave only a few levels for the embeddings: single scores change much although the
 average metric hardly changes. The plan has a warning for such layers.
 
 Criterion, on calibration rows: an input channel is coarse if the rounding error (root mean square,
-times sqrt(12), which is the step of an even rounding) leaves its range fewer than ``LEAST_LEVELS``
-levels, and its range is less than half of the layer's. A layer is reported if the rounding of its
-coarse channels alone changes its output by more than ``LARGEST_ERROR`` of the output's standard
-deviation; channels count by their weights, as if they were uncorrelated.
+times sqrt(12), which is the step of a uniform quantizer) leaves its range fewer than
+``LEAST_LEVELS`` levels, and its range is less than half of the layer's. A layer is reported if the
+rounding of its coarse channels alone changes its output by more than ``LARGEST_ERROR`` of the
+output's standard deviation; channels are weighted by their weights, as if they were uncorrelated.
 """
 
 from collections.abc import Collection, Mapping
@@ -40,7 +40,7 @@ class RoundsInputs(Protocol):
     def rounded_inputs(
         self, stored: Mapping[str, Tensor], x: Tensor, settings: Mapping[str, Any]
     ) -> Tensor:
-        """The inputs as they are multiplied, float32 in the shape of ``x`` ``(*, in)``."""
+        """The rounded inputs that are multiplied, float32 in the shape of ``x`` ``(*, in)``."""
 
 
 @dataclass
@@ -55,12 +55,12 @@ class _Seen:
 
 
 def input_range_warnings(source: nn.Module, result: nn.Module, bench: Bench) -> dict[str, Reason]:
-    """The warning for every layer that a step made round its inputs too coarsely.
+    """Warnings for the layers whose inputs a step rounds too coarsely, by layer name.
 
     Args:
-        source: the network before the step; its float layers say how much a channel counts.
-        result: the network after it, in evaluation mode.
-        bench: without calibration rows nothing is known and nothing is returned.
+        source: the network before the step; the weights of its float layers weight the channels.
+        result: the network after the step, in evaluation mode.
+        bench: with calibration rows; without them the result is empty.
     """
     if bench.calibration is None:
         return {}
@@ -114,10 +114,10 @@ def _inputs_of(result: nn.Module, units: Collection[Unit], bench: Bench) -> dict
 
 
 def _warning(seen: _Seen, weight: Tensor) -> Reason | None:
-    """Judge one layer by its inputs and its float weight ``(out, in)``."""
+    """The warning for one layer, from its inputs and its float weight ``(out, in)``, or None."""
     variance = (seen.second - seen.first.square() / seen.rows).clamp(min=0) / seen.rows
     noise = seen.error / seen.rows
-    # In parts: a float64 copy of a wide layer would be the largest tensor of the whole step.
+    # In parts, because a float64 copy of a wide layer would be the largest tensor of the step.
     parts = torch.split(weight, WEIGHT_ROWS)
     power = torch.stack([part.double().square().sum(dim=0) for part in parts]).sum(dim=0)
     overall = float(seen.largest.max())

@@ -1,4 +1,4 @@
-"""The inputs of dense layers while a network runs on rows of data."""
+"""Capture the inputs of dense layers while a network runs on data."""
 
 from collections.abc import Callable, Collection
 from typing import Any
@@ -28,16 +28,16 @@ def read_layer_inputs(
     limit: int,
     receive: Receive,
 ) -> None:
-    """Run a network on some rows and pass on the inputs of its layers, batch by batch.
+    """Run a network on some rows and pass the inputs of its layers to a callback.
 
     Args:
-        module: in evaluation mode; it is not changed.
+        module: the network in evaluation mode; it is not changed.
         layers: dense layers of the module.
-        rows: the first ``limit`` of them are read.
+        rows: data of which the first ``limit`` rows are read.
         signature: inputs of the network.
-        batch: rows of one run.
-        limit: rows in all.
-        receive: called once for each call of a layer.
+        batch: rows per batch.
+        limit: largest number of rows that are read.
+        receive: called with the layer and its inputs, once for each call of a layer.
     """
 
     def hook_of(unit: Unit) -> Any:
@@ -58,5 +58,5 @@ def read_layer_inputs(
 
 
 def input_vectors(inputs: Tensor) -> Tensor:
-    """Inputs ``(*, in)`` as ``(vectors, in)``: the places of a sequence are vectors like others."""
+    """Reshape inputs ``(*, in)`` to ``(vectors, in)``: each position of a sequence is a vector."""
     return inputs.reshape(-1, inputs.shape[-1])

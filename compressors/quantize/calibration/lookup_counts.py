@@ -1,7 +1,7 @@
-"""What a network reads of its tables: how often each row, and how much the loss depends on it.
+"""Lookup counts of table rows, and the sensitivity of loss and output to tables.
 
-Rows are counted where they are looked up, by a hook on each table's module, so that whatever
-stands before a lookup (a map of rows, a default for unknown ids, padding) is taken into account.
+A hook on each table's module counts rows where they are looked up, so the counts include the effect
+of all operations before a lookup (a map of rows, a default for unknown ids, padding).
 """
 
 from collections.abc import Collection, Mapping
@@ -23,15 +23,15 @@ BATCH = 8192
 
 
 def lookup_counts(model: Model, bench: Bench, tables: Collection[str]) -> dict[str, Tensor]:
-    """How often the training rows look up each row of some tables.
+    """Count how often the training rows look up each row of some tables.
 
     Args:
-        model: its tables may be compressed already.
+        model: the network; its tables may already be compressed.
         bench: with ``train`` rows.
         tables: names of units.
 
     Returns:
-        Float64 ``(rows,)`` by table. Padding of bags does not count.
+        Float64 ``(rows,)`` by table. Padding of bags is not counted.
 
     Raises:
         CompressionError: the bench has no training rows.
@@ -47,8 +47,8 @@ def lookup_counts(model: Model, bench: Bench, tables: Collection[str]) -> dict[s
     with torch.no_grad():
         for batch in batches(bench.train, bench.signature, BATCH):
             private(**batch.inputs)
-        # A composed table calls its parts for ids that are not theirs, and within a bag for
-        # padding: only the table itself is told what is read.
+        # A composed table calls its parts for ids that they do not have and, within a bag, for
+        # padding: only the composed table itself is called with exactly the ids that are read.
         names = {unit.module: unit.name for unit in every.values()}
         for name in whole:
             table = every[name].module
@@ -60,7 +60,7 @@ def lookup_counts(model: Model, bench: Bench, tables: Collection[str]) -> dict[s
 def _of_parts(
     table: nn.Module, counts: Tensor, names: Mapping[nn.Module, str]
 ) -> dict[str, Tensor]:
-    """Lookups of the tables inside a table, at any depth."""
+    """Lookup counts of the tables inside a composed table, at any depth."""
     if not isinstance(table, ComposedTable):
         return {}
     stored = dict(table.named_buffers(recurse=False))
@@ -72,7 +72,7 @@ def _of_parts(
 
 
 def _count(module: nn.Module, counts: Tensor) -> None:
-    """Count the ids a table is called with. A bag looks up more: it pads what it is given."""
+    """Count the ids that a table is called with; the padding that a bag adds is not counted."""
     padding = module.padding_idx if isinstance(module, nn.EmbeddingBag | Bag) else None
 
     def hook(module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:  # noqa: ARG001
@@ -84,20 +84,20 @@ def _count(module: nn.Module, counts: Tensor) -> None:
 
 
 def squared_gradients(model: Model, bench: Bench, tables: Collection[str]) -> dict[str, Tensor]:
-    """How much the loss depends on each weight of some tables: the diagonal of the Fisher matrix.
+    """Compute the diagonal of the empirical Fisher matrix for the weights of some tables.
 
-    Source: Theis et al. 2018, https://arxiv.org/abs/1801.05787 (Fisher information as the price
+    Source: Theis et al. 2018, https://arxiv.org/abs/1801.05787 (Fisher information as the cost
     of changing a weight).
 
     Args:
-        model: its tables may be compressed already.
+        model: the network; its tables may already be compressed.
         bench: with ``train`` rows.
         tables: names of units.
 
     Returns:
-        Float32 ``(rows, dim)`` by table, as ``loss_gradients`` gives it: the mean over training
-        rows, or lists, of the squared gradients of their own loss. Rows of the data that look a
-        table up twice (a bag) count each lookup by itself.
+        Float32 ``(rows, dim)`` by table, as in ``loss_gradients``: the mean over training rows, or
+        lists, of the squared gradient of the loss of that row or list. If a data row looks a table
+        up several times (a bag), each lookup counts separately.
 
     Raises:
         CompressionError: the bench has no training rows, or its task has no loss.
@@ -117,10 +117,10 @@ def squared_gradients(model: Model, bench: Bench, tables: Collection[str]) -> di
 
 
 def sensitivities(model: Model, bench: Bench, tables: Collection[str]) -> dict[str, Sensitivity]:
-    """How much the network's output depends on the rows and columns of some tables.
+    """Compute the sensitivity of the network's output to the rows and columns of some tables.
 
     Args:
-        model: its tables may be compressed already.
+        model: the network; its tables may already be compressed.
         bench: with ``train`` rows.
         tables: names of units.
 
@@ -134,9 +134,9 @@ def sensitivities(model: Model, bench: Bench, tables: Collection[str]) -> dict[s
 
 
 def _tables(module: nn.Module, names: Collection[str]) -> dict[str, nn.Module]:
-    """Modules from ids to rows, by unit, of a private tree.
+    """The modules of a private copy that map ids to rows, by unit.
 
-    A bag becomes a lookup and a reduction, so that its lookups can be seen one by one.
+    A bag is replaced by a lookup and a reduction, so that hooks get each lookup separately.
     """
     found: dict[str, nn.Module] = {}
     for unit in Unit.of(module):

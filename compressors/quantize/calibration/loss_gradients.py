@@ -1,6 +1,6 @@
-"""Slope and curvature of the loss by every weight of tables.
+"""Gradient and curvature of the loss, and sensitivity of the output, for the weights of tables.
 
-Taken where rows are looked up, so that a table of codes has them for the weights it stands for.
+They are computed for looked-up rows, so a table of codes gets them for its decoded weights.
 """
 
 from collections.abc import Iterator, Mapping
@@ -29,20 +29,20 @@ def loss_gradients(
     loss: Loss,
     tables: Mapping[str, nn.Module],
 ) -> dict[str, tuple[Tensor, Tensor]]:
-    """What the loss would do if the weights of some tables moved.
+    """Compute the gradient and the curvature of the loss for the weights of some tables.
 
     Args:
-        module: in evaluation mode; none of its tensors is touched.
-        signature: its inputs and task.
-        split: the rows that are looked at, all of them.
-        loss: whose slope is taken, a mean over rows or lists.
-        tables: of ``module``, by any name; each from ids to rows.
+        module: the network in evaluation mode; none of its tensors is changed.
+        signature: inputs and task of the network.
+        split: the data; all rows are read.
+        loss: the loss to differentiate, a mean over rows or lists.
+        tables: modules of ``module`` that map ids to rows, by any name.
 
     Returns:
-        By table two float32 ``(rows, dim)``: the gradient of the mean loss, and the mean of the
-        squared gradients of each row's or list's own loss against its label, the diagonal of the
-        empirical Fisher matrix. The teacher's answers are of no use for the latter: where they
-        are met, their gradients vanish, whatever the curvature.
+        By table two float32 ``(rows, dim)``: the gradient of the mean loss, and the diagonal of the
+        empirical Fisher matrix, which is the mean of the squared gradients of the loss of each row
+        or list against its label. The second uses labels because gradients against a teacher's
+        predictions vanish where the network reproduces them, for any curvature.
     """
     shapes = {name: _shape(table) for name, table in tables.items()}
     found = {name: (torch.zeros(shape), torch.zeros(shape)) for name, shape in shapes.items()}
@@ -60,7 +60,7 @@ def loss_gradients(
             slope = torch.autograd.grad(first, leaves, retain_graph=True, allow_unused=True)
             single = torch.autograd.grad(second, leaves, allow_unused=True)
             for (name, ids, _), each, one in zip(seen, slope, single, strict=True):
-                if each is None or one is None:  # looked up, and of no consequence
+                if each is None or one is None:  # looked up, but the loss does not depend on it
                     continue
                 dim = each.shape[-1]
                 found[name][0].index_add_(0, ids, each.reshape(-1, dim))
@@ -69,12 +69,12 @@ def loss_gradients(
 
 
 class Sensitivity(NamedTuple):
-    """How much a network's output depends on a table: sums over lookups of squared slopes.
+    """Sensitivity of a network's output to a table: sums of squared gradients over lookups.
 
-    ``columns`` float64 ``(dim, dim)``: the outer product of the gradient of the row's output with
-    itself. ``rows`` float64 ``(rows,)``: the gradient's squared length, by the row looked up.
-    ``lookups`` is how many there were that the output depends on: a bag finds its padding and a
-    table in tiers a row of each, and neither is read.
+    ``columns`` float64 ``(dim, dim)``: sum of the outer products of the output's gradients.
+    ``rows`` float64 ``(rows,)``: sum of the squared norms of the gradients, by looked-up row.
+    ``lookups``: number of lookups that affect the output. The padding of a bag does not, and
+    neither does the row of the other tier in a table with tiers.
     """
 
     columns: Tensor
@@ -89,16 +89,17 @@ def sensitivity(
     tables: Mapping[str, nn.Module],
     most: int = SENSED,
 ) -> dict[str, Sensitivity]:
-    """How much the output depends on the rows of some tables, and on pairs of their columns.
+    """Compute the sensitivity of the output to rows of some tables and to pairs of columns.
 
-    Unlike the loss's slope this needs no label, and does not vanish where the network is sure.
+    Unlike the gradient of the loss, it needs no label and does not vanish for confident
+    predictions.
 
     Args:
-        module: in evaluation mode; none of its tensors is touched.
-        signature: its inputs and task.
-        split: the rows that are looked at.
-        tables: of ``module``, by any name; each from ids to rows.
-        most: how many rows of the split are drawn, at most.
+        module: the network in evaluation mode; none of its tensors is changed.
+        signature: inputs and task of the network.
+        split: the data.
+        tables: modules of ``module`` that map ids to rows, by any name.
+        most: largest number of rows that are drawn from the split.
     """
     columns, by_row, lookups = {}, {}, dict.fromkeys(tables, 0)
     for name, table in tables.items():
@@ -118,7 +119,7 @@ def sensitivity(
                     each = flat.square().sum(dim=1)
                     columns[name] += flat.T @ flat
                     by_row[name].index_add_(0, ids.long(), each)
-                    # Padding of bags, and rows of the other tier, are found and not read.
+                    # Padding of bags and rows of the other tier are looked up but not used.
                     lookups[name] += int((each > 0).sum())
             left -= len(numbers)
             if left <= 0:
@@ -128,11 +129,11 @@ def sensitivity(
 
 @contextmanager
 def watched(tables: Mapping[str, nn.Module]) -> Iterator[list[tuple[str, Tensor, Tensor]]]:
-    """Lookups of some tables, noted while the network runs.
+    """Record the lookups of some tables while the network runs.
 
     Yields:
-        Of each lookup the table's name, the ids ``(all,)``, and what was found ``(*ids, dim)``: a
-        leaf that the rest of the network is computed from, so that no weight needs a gradient.
+        For each lookup the table's name, the ids ``(all,)``, and the rows ``(*ids, dim)``. The rows
+        are a leaf from which the rest of the network is computed, so no weight needs a gradient.
     """
     seen: list[tuple[str, Tensor, Tensor]] = []
 
@@ -158,7 +159,7 @@ def watched(tables: Mapping[str, nn.Module]) -> Iterator[list[tuple[str, Tensor,
 
 
 def _shape(table: nn.Module) -> tuple[int, int]:
-    """Rows and width of a table."""
+    """Number of rows and dimensions of a table."""
     if isinstance(table, PackedTable | ComposedTable):
         return table.rows, table.dim
     if isinstance(table, nn.Embedding):
@@ -167,7 +168,7 @@ def _shape(table: nn.Module) -> tuple[int, int]:
 
 
 def mean_loss(module: nn.Module, signature: Signature, split: Split, loss: Loss) -> float:
-    """A loss over all rows of a split; each row, or for ranking each list, counts alike."""
+    """Mean loss over a split, with equal weight for each row (for ranking, each list)."""
     rows, total, terms = Rows(split, signature), 0.0, 0
     with torch.no_grad():
         for numbers in shuffled_rows(rows, signature, BATCH, seed=0):
@@ -179,7 +180,7 @@ def mean_loss(module: nn.Module, signature: Signature, split: Split, loss: Loss)
 
 
 def _terms(signature: Signature, batch: Batch) -> int:
-    """How many losses a batch's mean is over."""
+    """Number of losses in the mean over a batch."""
     if signature.task == "ranking" and batch.group is not None:
         return len(torch.unique(batch.group))
     return len(batch.label)
