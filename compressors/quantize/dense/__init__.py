@@ -5,12 +5,12 @@ format, the settings of the step.
 
 float16.py         tables and dense layers as float16
 bfloat16_dense.py  bfloat16
-calibrated.py      what formats with scaled inputs share
+calibrated.py      calibration of input ranges, shared by formats with scaled inputs
 static_int8.py     int8 weights and calibrated int8 inputs
-qat.py             the same, trained
+qat.py             quantization-aware training of static_int8
 float8_dense.py    8-bit floats, weights and inputs
-weight_only.py     what formats share in which only weights are quantized
+weight_only.py     blocks, codes and custom op shared by weight-only formats
 weight_int8.py     int8 weights
-gptq.py            rounding that compensates in the weights that follow
+gptq.py            GPTQ rounding with error compensation
 weight_int4.py     4-bit weights
 """

@@ -1,10 +1,10 @@
 """Dense layers as bfloat16: half the bytes, float32's range, three decimal digits.
 
-A weight keeps 8 significant bits, float16 11: take it where float16 overflows, which its plan
-says. TensorRT multiplies in bfloat16; ONNX Runtime on CPU has no such Gemm, so there only the
-stored bytes halve and the arithmetic stays float32. Tables have ``bfloat16``, a step of its own
-because tables of any size are encoded row block by row block, which a step that needs the whole
-network cannot do.
+A weight has 8 significant bits, in float16 11: use bfloat16 if float16 overflows, which the plan of
+``float16`` reports. TensorRT multiplies in bfloat16; ONNX Runtime on CPU has no such Gemm, so there
+only the stored bytes halve and the arithmetic is in float32. Tables have the separate step
+``bfloat16``, because tables of any size are encoded row block by row block, which is not possible
+in a step that needs the whole network.
 """
 
 from dataclasses import replace
@@ -35,7 +35,7 @@ class BFloat16Dense(Frozen):
 
     @property
     def needs(self) -> tuple[Part, ...]:
-        """No data: the range is float32's, whatever the rows are."""
+        """No data: the range is that of float32 for any rows."""
         return ()
 
     @property
@@ -48,7 +48,7 @@ class BFloat16Dense(Frozen):
         return choose_dense(Unit.of(model.module), self.layers, self.kind, FORMAT)
 
     def apply(self, model: Model, bench: Bench) -> Model:
-        """Replace every chosen layer whose weights do not round to infinity."""
+        """Replace every selected layer whose weights do not round to infinity."""
         choices = self.choose(model, bench)
         kept: dict[str, tuple[Reason, ...]] = {}
         for unit in Unit.of(model.module):

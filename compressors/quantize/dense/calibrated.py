@@ -1,4 +1,4 @@
-"""Dense layers in a format whose inputs are scaled: each with the range found for it."""
+"""Calibrate the input ranges of dense layers and build layers with scaled inputs from them."""
 
 from collections.abc import Callable, Collection, Mapping
 from typing import Literal, NamedTuple, get_args
@@ -28,10 +28,10 @@ Pack = Callable[[nn.Linear, Tensor], PackedLinear]
 
 
 class Calibrated(NamedTuple):
-    """What takes a layer's place, the calibrator that found its range, and what is lost.
+    """A calibrated layer, the calibrator of its input range, and its output error.
 
     ``error`` is the root mean square of the output's error on the calibration rows, as a share of
-    the output's own; None where it was not measured.
+    the root mean square of the output; None if it was not measured.
     """
 
     packed: PackedLinear
@@ -39,7 +39,7 @@ class Calibrated(NamedTuple):
     error: float | None
 
     def reasons(self) -> tuple[Reason, ...]:
-        """What was chosen and measured, for the plan; empty where nothing was."""
+        """The selected calibrator and the measured error as reasons for the plan; may be empty."""
         found: list[Reason] = []
         if self.calibrator != "min_max":
             found.append(Reason("calibrated_range", calibrator=self.calibrator))
@@ -49,7 +49,7 @@ class Calibrated(NamedTuple):
 
 
 def range_end(seen: Histogram, calibrator: str, share: float) -> Tensor:
-    """The largest input that is held, float32 scalar, as a calibrator says."""
+    """The largest input that is represented, float32 scalar, by the given calibrator."""
     match calibrator:
         case "percentile":
             return torch.tensor(calibration.percentile(seen, share))
@@ -73,22 +73,22 @@ def calibrated(
     measured: bool,
     lenient: bool,
 ) -> dict[str, Calibrated]:
-    """What takes the place of every chosen layer, by its name.
+    """Calibrate the selected layers and return their replacements by layer name.
 
     Args:
-        module: in evaluation mode; left as it is.
-        chosen: its layers, each an ``nn.Linear``.
+        module: the network in evaluation mode; it is not changed.
+        chosen: the layers to replace, each an ``nn.Linear``.
         bench: with calibration rows.
-        pack: the format.
-        calibrator: how the range of the inputs is found; ``best`` tries all on a second pass.
-        share: of the inputs that ``percentile`` leaves inside.
-        rows: read at most.
-        batch: rows of one run.
-        measured: find out what is lost, on a second pass.
-        lenient: leave out layers that saw nothing but zeros, such as heads for training alone.
+        pack: builds a layer in the format.
+        calibrator: selects the range of the inputs; ``best`` compares all on a second pass.
+        share: share of the inputs inside the range of ``percentile``.
+        rows: largest number of rows that are read.
+        batch: rows per batch.
+        measured: measure the output error, on a second pass.
+        lenient: skip layers whose inputs are all zero, such as heads used only in training.
 
     Raises:
-        CompressionError: there are no calibration rows, or a layer saw nothing to scale by.
+        CompressionError: there are no calibration rows, or the inputs of a layer give no scale.
     """
     split = bench.calibration
     if split is None:
@@ -124,7 +124,7 @@ def calibrated(
 
 
 def squared_error(layer: nn.Linear, packed: nn.Module, x: Tensor) -> tuple[float, float]:
-    """Sums of squares of the error of a layer's output, and of the output, on ``(*, in)``."""
+    """Sums of squares of the output's error and of the output, for inputs ``(*, in)``."""
     wanted = F.linear(x, layer.weight, layer.bias).double()
     error = packed(x).double() - wanted
     return float(error.square().sum()), float(wanted.square().sum())
@@ -140,10 +140,10 @@ def _least(
 
 
 def _scalable(unit: Unit, seen: Histogram) -> nn.Linear:
-    """The layer, if what it saw can be scaled by.
+    """Return the layer if its inputs determine a scale.
 
     Raises:
-        CompressionError: it saw only zeros, or what is not a finite number.
+        CompressionError: all inputs were zero, or some were not finite.
     """
     largest = seen.largest
     if not isinstance(unit.module, nn.Linear) or largest == 0:
@@ -154,5 +154,5 @@ def _scalable(unit: Unit, seen: Histogram) -> nn.Linear:
 
 
 def notes_of(found: Mapping[str, Calibrated]) -> dict[str, tuple[Reason, ...]]:
-    """The reasons of each layer that has some, for the plan."""
+    """The reasons for the plan, by layer; layers without reasons are left out."""
     return {name: layer.reasons() for name, layer in found.items() if layer.reasons()}

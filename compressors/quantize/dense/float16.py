@@ -1,11 +1,11 @@
 """Tables and dense layers as float16: half the bytes, no calibration.
 
-Tables are looked up in float16 and widened after the lookup. Dense layers compute in float16
-where the target does (TensorRT); ONNX Runtime on CPU has no float16 Gemm, so there only the
-stored bytes halve and the arithmetic stays float32.
+Tables are looked up in float16 and widened after the lookup. Dense layers compute in float16 on
+targets that support it (TensorRT); ONNX Runtime on CPU has no float16 Gemm, so there only the
+stored bytes halve and the arithmetic is in float32.
 
-What float16 cannot hold stays in float32, and the plan says why: weights above 65,504, and dense
-layers whose inputs or sums come near that on the calibration rows.
+Units that float16 cannot represent stay in float32, and the plan gives the reason: weights above
+65,504, and dense layers whose inputs or sums are near that limit on the calibration rows.
 """
 
 import math
@@ -34,16 +34,16 @@ from compressors.quantize.kernels.short_floats import (
     short_float_table_format,
 )
 
-LARGEST = 65_504.0  # float16's
+LARGEST = 65_504.0  # the largest float16
 
 
 def narrow(weight: Tensor) -> Tensor:
-    """A tensor as float16, infinite where a number rounds to more than 65,504."""
+    """Convert a tensor to float16; numbers that round to more than 65,504 become infinite."""
     return weight.detach().to(torch.float16)
 
 
 def beyond(*weights: Tensor | None) -> Reason | None:
-    """Why float16 cannot hold some tensors, or None if it can."""
+    """The reason why float16 cannot represent some tensors, or None if it can."""
     for weight in weights:
         if weight is not None and not bool(torch.isfinite(narrow(weight)).all()):
             largest = float(weight.abs().max())
@@ -52,13 +52,12 @@ def beyond(*weights: Tensor | None) -> Reason | None:
 
 
 def largest_sum(x: Tensor, weight: Tensor, bias: Tensor | None) -> float:
-    """The largest absolute number on the way to a layer's outputs, in whatever order it sums.
+    """Bound of the absolute partial sums of a layer's outputs, for any order of summation.
 
-    The terms of one sign, added up first, are as far from zero as a sum can get; a GPU may add
-    them up in float16.
+    The sum of all terms of one sign is the largest partial sum; a GPU may accumulate it in float16.
 
     Args:
-        x: float ``(*, in)``, at least one row.
+        x: inputs, float ``(*, in)``, at least one row.
         weight: float ``(out, in)``.
         bias: float ``(out,)`` or None.
     """
@@ -91,21 +90,21 @@ class Float16(Frozen):
 
     @property
     def needs(self) -> tuple[Part, ...]:
-        """No data: narrowing is the same whatever the rows are."""
+        """No data: the conversion does not depend on data."""
         return ()
 
     @property
     def wants(self) -> tuple[Part, ...]:
-        """Rows to see which layers would overflow; without, only weights are looked at."""
+        """Calibration rows, to find layers that overflow; without them only weights are checked."""
         return ("calibration",)
 
     @property
     def changes(self) -> Change:
-        """Each unit it takes is stored in another format, unless float16 cannot hold it."""
+        """The selected units are stored in another format if float16 can represent them."""
         return "format"
 
     def choose(self, model: Model, bench: Bench) -> dict[str, Choice]:  # noqa: ARG002
-        """Which tables and dense layers this step takes, and why not the others."""
+        """Select the tables and dense layers to convert; give a reason for each other unit."""
         units = Unit.of(model.module)
         return {
             **choose_tables(units, self.tables, self.min_rows, self.kind),
@@ -113,7 +112,7 @@ class Float16(Frozen):
         }
 
     def apply(self, model: Model, bench: Bench) -> Model:
-        """Replace every chosen table and layer that float16 can hold."""
+        """Replace every selected table and layer that float16 can represent."""
         module, choices = model.module, self.choose(model, bench)
         chosen = [unit for unit in Unit.of(module) if choices[unit.name].take]
         dense = [unit for unit in chosen if unit.role == "dense"]
@@ -137,7 +136,7 @@ class Float16(Frozen):
     def _overflowing(
         self, module: nn.Module, layers: Sequence[Unit], bench: Bench
     ) -> dict[str, Reason]:
-        """Layers whose inputs or sums come too near the end of float16's range, and by how much."""
+        """Layers whose inputs or sums are too near the limit of float16, with a reason each."""
         if bench.calibration is None:
             return {}
         largest = {unit.name: {"an input": 0.0, "a sum": 0.0} for unit in layers}
@@ -169,12 +168,12 @@ class Float16(Frozen):
             )
             for name, met in largest.items()
             for what, size in met.items()
-            if not size * self.headroom <= LARGEST  # NaN is beyond it too
+            if not size * self.headroom <= LARGEST  # also true for NaN
         }
 
 
 def _packed(unit: Unit) -> nn.Module:
-    """What takes the place of a table or layer."""
+    """The float16 replacement of a table or layer."""
     weight, bias = narrow(unit.weight), unit.bias
     if unit.role == "table":
         rows, dim = weight.shape

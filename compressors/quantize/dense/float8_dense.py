@@ -1,16 +1,16 @@
-"""Dense layers in 8-bit floats (E4M3), weights and inputs: for GPUs that multiply them.
+"""Dense layers with weights and inputs in 8-bit floats (E4M3), for GPUs that multiply them.
 
-Weights get one scale per output channel or one per layer, inputs one per layer, so that the largest
-weight, and the largest input seen on the calibration rows, lies at 448, where E4M3 ends. Numbers
-keep 4 significant bits down to 1/28,672 of the largest, so inputs of a few large values lose less
-than as int8.
+Weights get one scale per output channel or one per layer, inputs one per layer. The scales map the
+largest weight, and the largest input on the calibration rows, to 448, the largest E4M3 number.
+Numbers have 4 significant bits down to 1/28,672 of the largest, so inputs with a few large values
+lose less precision than in int8.
 
-For GPU targets: TensorRT multiplies 8-bit floats from compute capability 8.9 on. CPUs do not, and
-ONNX Runtime there computes the same numbers in float32 with weights widened once when a session
-starts: the file is a quarter, and nothing is faster.
+Use it for GPU targets: TensorRT multiplies 8-bit floats from compute capability 8.9 on. CPUs do
+not; ONNX Runtime there computes the same numbers in float32, with weights widened once when a
+session starts: the file takes a quarter of the bytes, and nothing is faster.
 
 Format: Micikevicius et al. 2022, https://arxiv.org/abs/2209.05433 (E4M3 without infinities).
-Differs: static scales from the largest value; what is beyond at serving is clipped to 448, as
+Differs: static scales from the largest value; larger values at serving are clipped to 448, because
 QuantizeLinear saturates.
 """
 
@@ -38,11 +38,11 @@ SMALLEST = torch.finfo(torch.float32).tiny
 
 
 def encode(weight: Tensor, *, by_channel: bool) -> tuple[Tensor, Tensor]:
-    """The nearest 8-bit floats of a layer's weights.
+    """Round a layer's weights to the nearest 8-bit floats.
 
     Args:
         weight: float, ``(out, in)``.
-        by_channel: a scale per output channel, or one for the layer.
+        by_channel: one scale per output channel instead of one for the layer.
 
     Returns:
         ``codes`` uint8 ``(out, in)``, the bits of E4M3, and ``scale`` float32, ``(out,)`` or
@@ -57,7 +57,7 @@ def encode(weight: Tensor, *, by_channel: bool) -> tuple[Tensor, Tensor]:
 
 
 def rounded(x: Tensor) -> Tensor:
-    """The nearest numbers that E4M3 has, as float32; beyond 448 they are 448."""
+    """Round to the nearest E4M3 numbers, as float32; larger numbers are clipped to 448."""
     return x.clamp(-LARGEST, LARGEST).to(torch.float8_e4m3fn).float()
 
 
@@ -65,7 +65,7 @@ def rounded(x: Tensor) -> Tensor:
 def float8_linear(
     x: Tensor, codes: Tensor, weight_scale: Tensor, input_scale: Tensor, bias: Tensor | None
 ) -> Tensor:
-    """What a Gemm of 8-bit floats computes, with products summed in float32.
+    """Compute a Gemm of 8-bit floats, with products summed in float32.
 
     ``x`` float32 ``(*, in)``, ``codes`` uint8 ``(out, in)``, ``weight_scale`` ``(out,)`` or ``()``,
     ``input_scale`` ``()``, ``bias`` float32 ``(out,)`` -> float32 ``(*, out)``.
@@ -112,7 +112,7 @@ float8_linear.register_autograd(_backward, setup_context=_keep)
 
 @dataclass(frozen=True)
 class Float8DenseFormat:
-    """``codes`` uint8 ``(out, in)``, two scales, and a float32 bias where there is one."""
+    """``codes`` uint8 ``(out, in)``, two scales, and a float32 bias if the layer has one."""
 
     name: str = "float8_dense"
     learned: tuple[str, ...] = ("weight_scale", "input_scale", "bias")
@@ -183,10 +183,10 @@ class Float8Dense(Frozen):
         return choose_dense(Unit.of(model.module), self.layers, self.kind, FORMAT, self.settings())
 
     def apply(self, model: Model, bench: Bench) -> Model:
-        """Calibrate on ``bench.calibration`` and replace every chosen layer.
+        """Calibrate on ``bench.calibration`` and replace every selected layer.
 
         Raises:
-            CompressionError: there are no calibration rows, or a layer saw none that is not zero.
+            CompressionError: there are no calibration rows, or all inputs of a layer are zero.
         """
         if bench.calibration is None:
             raise RowsMissing("input_scales_need_rows")

@@ -1,15 +1,16 @@
-"""Rounding of weights that makes up, in the weights to come, for what was rounded before.
+"""GPTQ: round weights column by column and compensate each error in the remaining columns.
 
-Rounding each weight to its nearest level is best for weights, not for outputs: where inputs go
-together, the error of one weight can be undone by the next. Columns are rounded one by one, and the
-error of each is spread over those not yet rounded so that the outputs on the calibration rows
-change least: second-order compensation as in Optimal Brain Surgeon.
+Rounding each weight to its nearest level minimizes the error of the weights, not of the outputs: if
+inputs are correlated, another weight can compensate the error of the first. Columns are rounded one
+by one, and the error of each is spread over the columns not yet rounded, so that the outputs on the
+calibration rows change least: second-order compensation as in Optimal Brain Surgeon.
 
 Paper: Frantar et al. 2022, https://arxiv.org/abs/2210.17323 (GPTQ, algorithm 1: inverse Hessian by
-Cholesky, updates in blocks of columns). Differs: scales are fitted once, to the weights as trained,
-so that columns can go in the order of their inputs' energy, the largest first, whatever block they
-are in (the authors' later ``act-order`` with static groups); a column whose input is always zero
-is rounded to the nearest; and a row that ended up worse than rounded to the nearest is rounded so.
+Cholesky, updates in blocks of columns). Differs: scales are fitted once, to the trained weights, so
+that columns can be processed in descending order of their inputs' energy across blocks (the
+authors' later ``act-order`` with static groups); a column whose input is always zero is rounded to
+the nearest level; and a row whose error is larger than with nearest rounding is rounded to the
+nearest levels.
 """
 
 import torch
@@ -24,18 +25,18 @@ COLUMNS = 128
 
 
 def gptq(weight: Tensor, nearest: Tensor, gram: Tensor, scale: Tensor, most: float) -> Tensor:
-    """Levels of every weight, counted in scales, that keep a layer's outputs.
+    """Round weights to levels, counted in scales, so that a layer's outputs change least.
 
     Args:
         weight: float, ``(out, in)``.
-        nearest: its nearest levels, float ``(out, in)``.
-        gram: of the layer's inputs, float64 ``(in, in)``.
-        scale: of every weight, float, ``(out, in)`` or ``(out, 1)``.
+        nearest: the nearest level of each weight, float ``(out, in)``.
+        gram: Gram matrix of the layer's inputs, float64 ``(in, in)``.
+        scale: scale of each weight, float, ``(out, in)`` or ``(out, 1)``.
         most: the highest level.
 
     Returns:
-        float32 ``(out, in)``, whole numbers in ``-most .. most``. No output's squared error on the
-        rows of the gram matrix is larger than with ``nearest``.
+        float32 ``(out, in)``, integers in ``-most .. most``. No output's squared error on the
+        rows of the Gram matrix is larger than with ``nearest``.
     """
     if not bool(gram.any()):  # inputs that are all zero: any levels give the same outputs
         return nearest.float()
@@ -48,7 +49,7 @@ def gptq(weight: Tensor, nearest: Tensor, gram: Tensor, scale: Tensor, most: flo
     inputs = left.shape[1]
     for begin in range(0, inputs, COLUMNS):
         end = min(begin + COLUMNS, inputs)
-        missed = torch.zeros_like(left[:, begin:end])  # by how much, in units of the update
+        missed = torch.zeros_like(left[:, begin:end])  # rounding errors, in units of the update
         for place in range(begin, end):
             column = left[:, place]
             found[:, place] = (column / step[:, place]).round().clamp(-most, most)
@@ -65,9 +66,10 @@ def gptq(weight: Tensor, nearest: Tensor, gram: Tensor, scale: Tensor, most: flo
 
 
 def _inverse_root(gram: Tensor) -> Tensor:
-    """The upper Cholesky factor of the inverse of a gram matrix, dampened; float64."""
+    """The upper Cholesky factor of the inverse of a damped Gram matrix, float64."""
     energy = gram.diagonal()
-    # An input that is always zero then stands alone on its diagonal: it gets and gives nothing.
+    # With damping, an input that is always zero has only its diagonal entry: no error is
+    # exchanged with it.
     added = torch.full_like(energy, DAMPING * float(energy.mean()))
     factor = torch.linalg.cholesky(gram + torch.diag(added))
     root: Tensor = torch.linalg.cholesky(torch.cholesky_inverse(factor), upper=True)

@@ -1,16 +1,17 @@
-"""Quantization-aware training: dense layers learn to be int8, and their scales with them.
+"""Quantization-aware training: train dense layers in int8 together with their scales.
 
-While it trains, a chosen layer has float weights, and both they and its inputs are rounded to
-int8 levels on the way through; rounding passes gradients straight through, and the scales, one for
-each output channel and one for the layer's inputs, are learned. They begin where a calibrator puts
-them. In the end the layer is stored as ``static_int8``, and answers what it answered when its
-epoch was judged, to the bit.
+During training, a selected layer has float weights, and the forward pass rounds its weights and
+inputs to int8 levels. Gradients pass straight through the rounding. The scales, one for each output
+channel and one for the layer's inputs, are learned, starting from calibrated values. After
+training, the layer is stored as ``static_int8``, with outputs that equal those of the best epoch's
+validation bit for bit.
 
 Papers: Esser et al. 2020, https://arxiv.org/abs/1902.08153 (learned step size quantization: the
-gradient of a scale, equation 3). Differs: scales begin as calibrated, not from the mean absolute
-value; and what is learned is the logarithm of a scale's change, as in Jain et al. 2020,
-https://arxiv.org/abs/1903.08066: Adam's steps are as long for a small number as for a large one,
-and a scale is a small number. Adam also undoes the paper's scaling of gradients, so there is none.
+gradient of a scale, equation 3). Differs: scales start from calibration, not from the mean absolute
+value; and the learned parameter is the logarithm of a scale's relative change, as in Jain et al.
+2020, https://arxiv.org/abs/1903.08066: Adam's steps have the same size for small and large
+parameters, and a scale is small. Adam also cancels the paper's scaling of gradients, so it is left
+out.
 """
 
 from collections.abc import Collection
@@ -48,13 +49,13 @@ from compressors.task_kinds.loss import hard_loss
 
 
 def fake_quantize(x: Tensor, scale: Tensor, low: int, high: int) -> Tensor:
-    """Numbers rounded to whole multiples of a scale, as float, with gradients for both.
+    """Round numbers to integer multiples of a scale, with gradients for both.
 
     Args:
         x: float, any shape.
         scale: float > 0, of a shape that broadcasts to ``x``.
-        low: the lowest multiple, which lower numbers are clipped to.
-        high: the highest.
+        low: the lowest multiple; lower numbers are clipped to it.
+        high: the highest multiple; higher numbers are clipped to it.
 
     Returns:
         float, shape of ``x``. The gradient of ``x`` passes where nothing was clipped; that of
@@ -66,11 +67,11 @@ def fake_quantize(x: Tensor, scale: Tensor, low: int, high: int) -> Tensor:
 
 
 class LearnedInt8(nn.Module):
-    """A dense layer in training: float32 ``(*, in)`` in, ``(*, out)`` out.
+    """A dense layer in quantization-aware training: float32 ``(*, in)`` -> ``(*, out)``.
 
     ``weight`` and ``bias`` are those of the layer, ``weight_scale`` ``(out,)`` and ``input_scale``
-    ``()`` where the scales began, ``weight_growth`` and ``input_growth`` the logarithms of how
-    often larger they have become. In evaluation mode it computes what ``packed`` computes.
+    ``()`` are the initial scales, ``weight_growth`` and ``input_growth`` the logarithms of their
+    relative changes. In evaluation mode its output equals that of ``packed``.
     """
 
     weight_scale: Tensor
@@ -87,7 +88,7 @@ class LearnedInt8(nn.Module):
             setattr(self, f"{name}_growth", nn.Parameter(torch.zeros_like(first)))
 
     def scales(self) -> tuple[Tensor, Tensor]:
-        """The scales of weights ``(out,)`` and inputs ``()`` as they are now."""
+        """The present scales of weights ``(out,)`` and inputs ``()``."""
         weight_scale = self.weight_scale * self.weight_growth.exp()
         return weight_scale, self.input_scale * self.input_growth.exp()
 
@@ -103,7 +104,7 @@ class LearnedInt8(nn.Module):
 
     @torch.no_grad()
     def stored(self) -> dict[str, Tensor]:
-        """The layer as ``static_int8`` stores it."""
+        """The tensors of the layer in the format ``static_int8``."""
         weight_scale, input_scale = self.scales()
         bias = None if self.bias is None else self.bias.detach()
         codes, weight_scale = encode(self.weight.detach(), bias, input_scale, weight_scale)
@@ -115,7 +116,7 @@ class LearnedInt8(nn.Module):
         }
 
     def packed(self) -> PackedLinear:
-        """What is left of it after training."""
+        """The quantized layer that replaces it after training."""
         outputs, inputs = self.weight.shape
         stored = self.stored()
         return PackedLinear(FORMAT, inputs, outputs, bias=self.bias is not None, stored=stored)
@@ -158,7 +159,7 @@ class QAT(Frozen):
 
     @property
     def needs(self) -> tuple[Part, ...]:
-        """Rows to calibrate on, to learn from and to stop by, and the original's answers."""
+        """Calibration, training and validation rows, and soft labels if they are used."""
         parts: tuple[Part, ...] = ("calibration", "train", "validation")
         return (*parts, "soft_labels") if self.soft_share else parts
 
@@ -168,7 +169,7 @@ class QAT(Frozen):
         return "format"
 
     def choose(self, model: Model, bench: Bench) -> dict[str, Choice]:
-        """Which dense layers this step takes, and why not the others.
+        """Select the dense layers to train; give a reason for each other layer.
 
         Raises:
             NothingToCompress: the signature's task has no loss yet.
@@ -177,7 +178,7 @@ class QAT(Frozen):
         return choose_dense(Unit.of(model.module), self.layers, self.kind, FORMAT)
 
     def apply(self, model: Model, bench: Bench) -> Model:
-        """Train the chosen layers, and norms between them, then store them as in their best epoch.
+        """Train the selected layers and the norms between them; store those of the best epoch.
 
         Raises:
             CompressionError: the bench lacks rows, a layer never ran on the calibration rows, or
@@ -244,7 +245,7 @@ class QAT(Frozen):
 
 
 def _learned(layer: nn.Module, begin: PackedLinear) -> LearnedInt8:
-    if not isinstance(layer, nn.Linear):  # choose_dense takes no other
+    if not isinstance(layer, nn.Linear):  # choose_dense selects only these
         raise StepRefused("layer_not_linear", got=type(layer).__name__)
     return LearnedInt8(layer, begin)
 
@@ -252,7 +253,7 @@ def _learned(layer: nn.Module, begin: PackedLinear) -> LearnedInt8:
 def _trained(
     module: nn.Module, units: Collection[Unit], learned: Collection[str]
 ) -> tuple[str, ...]:
-    """Tensors of the learned layers, and of what is neither a table nor a dense layer."""
+    """Tensors of the layers in training and of modules other than tables and dense layers."""
     names = {unit.name for unit in units}
     owners = {name: innermost(name, names) for name in trainable(module, tables=False)}
     return tuple(name for name, owner in owners.items() if owner is None or owner in learned)

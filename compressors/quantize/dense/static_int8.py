@@ -1,13 +1,14 @@
-"""Dense layers as int8 weights and int8 inputs, both scaled before serving.
+"""Dense layers with int8 weights and int8 inputs, with static scales.
 
-Weights get one scale per output channel, inputs one scale per layer, whose range a calibrator finds
-on the calibration rows (``calibrators.py``). Both symmetric, since TensorRT takes no zero point.
+Weights get one scale per output channel, inputs one scale per layer, whose range a calibrator
+selects on the calibration rows (``calibrators.py``). Both are symmetric, because TensorRT supports
+no zero point.
 
 Paper: Jacob et al. 2018, https://arxiv.org/abs/1712.05877 (integer-arithmetic-only inference).
-Differs: symmetric activations, the output stays float32 unless the runtime fuses it, and the
-weights of two neighbouring inputs never add up to more than 128 steps. x86 processors without VNNI
-add two products of unsigned and signed bytes up in 16 bits, which clips 255 * 129: a model would
-answer otherwise there than on the machine that judged it.
+Differs: symmetric activations, the output is float32 unless the runtime fuses it, and the weights
+of two neighbouring inputs never add up to more than 128 steps. x86 processors without VNNI add two
+products of unsigned and signed bytes in 16 bits, which clips 255 * 129: the predictions there would
+differ from those of the machine that evaluated the model.
 """
 
 from collections.abc import Mapping
@@ -29,7 +30,7 @@ from compressors.core.units import Choice, Unit, choose_dense, swap
 from compressors.quantize.calibration.calibrators import LEVELS
 from compressors.quantize.dense.calibrated import EVERY, UNSEEN, Calibrator, calibrated, notes_of
 
-# Of a channel's largest weight: where clipping may begin. Beyond a half far too much is lost.
+# Clipping thresholds, as shares of a channel's largest weight. Below a half the error is too large.
 SHARES = tuple(1 - place / 64 for place in range(33))
 # Products of two int8 numbers summed over this many inputs are exact in float32 (2^24).
 EXACT_INPUTS = 2**24 // (128 * 128)
@@ -40,15 +41,15 @@ EXACT_CODES = 2**20
 def encode(
     weight: Tensor, bias: Tensor | None, input_scale: Tensor, weight_scale: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Round each output channel to 255 even levels.
+    """Round each output channel to 255 evenly spaced levels.
 
     Args:
         weight: float, ``(out, in)``.
-        bias: float ``(out,)`` or None; runtimes hold it as an int32 multiple of
+        bias: float ``(out,)`` or None; runtimes store it as an int32 multiple of
             ``weight_scale * input_scale``, so a channel's scale is kept large enough for it.
         input_scale: float, scalar.
-        weight_scale: wanted, float ``(out,)``; without it each channel's largest weight is the
-            highest level.
+        weight_scale: requested scales, float ``(out,)``; by default each channel's largest weight
+            is the highest level.
 
     Returns:
         ``codes`` int8 ``(out, in)``, of which columns 0 and 1, 2 and 3, ... add up to no more than
@@ -63,9 +64,9 @@ def encode(
 def ranged(
     weight: Tensor, scale: Tensor, bias: Tensor | None, input_scale: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Weights ``(out, in)`` clipped to the range of wanted scales, and the scales they can have.
+    """Clip weights ``(out, in)`` to the range of the requested scales; return storable scales.
 
-    Both pass gradients on to ``weight`` and ``scale``; arguments as those of ``encode``.
+    Both pass gradients to ``weight`` and ``scale``; for the arguments see ``encode``.
     """
     end = LEVELS * scale[:, None]
     inside = torch.minimum(torch.maximum(weight, -end), end)
@@ -76,8 +77,9 @@ def ranged(
 def paired_scale(weight: Tensor) -> Tensor:
     """The smallest scales at which no two neighbouring weights add up to more than 128 steps.
 
-    Rounding adds at most half a step to each, so it is where their sums are 127 steps; of two
-    weights of unlike sign the larger one counts, which has a range of its own.
+    Rounding adds at most half a step to each weight, so their sums are limited to 127 steps. The
+    sum of two weights of different sign is smaller than the larger of them, which is limited by
+    the range.
 
     Args:
         weight: float, ``(out, in)``.
@@ -90,17 +92,17 @@ def paired_scale(weight: Tensor) -> Tensor:
 
 
 def storable(scale: Tensor, bias: Tensor | None, input_scale: Tensor) -> Tensor:
-    """Scales of output channels ``(out,)``, larger where runtimes could not hold the bias else."""
+    """Increase the scales of output channels ``(out,)`` so that runtimes can store the bias."""
     if bias is not None:
         scale = torch.maximum(scale, bias.float().abs() / (input_scale * 2**23))
     scale = torch.where(scale > 0, scale, torch.ones_like(scale))
-    # A dead channel's weights may have decayed to next to nothing: the step of its products,
-    # which the bias is divided by, must not underflow to zero.
+    # A dead channel's weights may have decayed to almost zero: the step of its products is a
+    # divisor of the bias, so it must not underflow to zero.
     return scale.clamp(min=torch.finfo(torch.float32).tiny / min(float(input_scale), 1.0))
 
 
 def clipped_scale(weight: Tensor) -> Tensor:
-    """The scale of each output channel that leaves its weights the least squared error.
+    """The scale of each output channel with the least squared error of its weights.
 
     Args:
         weight: float, ``(out, in)``.
@@ -119,7 +121,7 @@ def clipped_scale(weight: Tensor) -> Tensor:
 
 
 def quantize(x: Tensor, scale: Tensor) -> Tensor:
-    """Inputs as whole numbers in [-128, 127], still float, as QuantizeLinear rounds them."""
+    """Round inputs to integers in [-128, 127], stored as float, as QuantizeLinear does."""
     return (x / scale).round().clamp(-128, 127)
 
 
@@ -127,7 +129,7 @@ def quantize(x: Tensor, scale: Tensor) -> Tensor:
 def static_int8_linear(
     x: Tensor, codes: Tensor, weight_scale: Tensor, input_scale: Tensor, bias: Tensor
 ) -> Tensor:
-    """What an int8 Gemm computes, in float arithmetic that is exact for it.
+    """Compute an int8 Gemm in float arithmetic that is exact for it.
 
     ``x`` float32 ``(*, in)``, ``codes`` int8 ``(out, in)``, ``weight_scale`` ``(out,)``,
     ``input_scale`` scalar, ``bias`` float32 ``(out,)`` -> float32 ``(*, out)``.
@@ -136,8 +138,8 @@ def static_int8_linear(
     step = weight_scale * input_scale
     shift = (bias / step).round()
     output = x.new_empty((*x.shape[:-1], codes.shape[0]), dtype=torch.float32)
-    # In parts, which are exact as well: codes and inputs as float64 take two to eight times their
-    # memory, a few copies of both are needed, and wide layers have many of both.
+    # In parts, which is exact as well: codes and inputs as float64 take two to eight times their
+    # memory, a few copies of both are needed, and both are large in wide layers.
     parts = torch.split(codes, max(1, EXACT_CODES // codes.shape[1]))
     rows = max(1, EXACT_CODES // max(codes.shape))
     inputs = torch.split(x.reshape(-1, x.shape[-1]), rows)
@@ -184,7 +186,7 @@ static_int8_linear.register_autograd(_backward, setup_context=_keep)
 
 @dataclass(frozen=True)
 class StaticInt8Format:
-    """``codes`` int8 ``(out, in)``, two scales and a float32 bias (zeros where there is none)."""
+    """``codes`` int8 ``(out, in)``, two scales and a float32 bias (zeros if there is none)."""
 
     name: str = "static_int8"
     learned: tuple[str, ...] = ("weight_scale", "input_scale", "bias")
@@ -233,12 +235,12 @@ WeightClipping = Literal["min_max", "mse"]
 
 
 def packed_int8(layer: nn.Linear, end: Tensor, weight_scale: Tensor | None = None) -> PackedLinear:
-    """What stands in a layer's place.
+    """Build the int8 layer that replaces a float32 layer.
 
     Args:
-        layer: float32.
-        end: of the range of its inputs, float32 scalar.
-        weight_scale: wanted, float32 ``(out,)``; without it all weights lie in range.
+        layer: the float32 layer.
+        end: end of the range of its inputs, float32 scalar.
+        weight_scale: requested scales, float32 ``(out,)``; by default no weight is clipped.
     """
     bias = None if layer.bias is None else layer.bias.detach().float()
     input_scale = end / LEVELS
@@ -296,7 +298,7 @@ class StaticInt8(Frozen):
         return choose_dense(Unit.of(model.module), self.layers, self.kind, FORMAT)
 
     def apply(self, model: Model, bench: Bench) -> Model:
-        """Calibrate on ``bench.calibration`` and replace every chosen layer within ``most_error``.
+        """Calibrate on ``bench.calibration``; replace selected layers within ``most_error``.
 
         Raises:
             CompressionError: there are no calibration rows, or a layer never ran on them.

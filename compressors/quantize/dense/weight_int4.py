@@ -1,14 +1,15 @@
-"""Dense layers with weights of half a byte, rounded to the nearest level or so that outputs stay.
+"""Dense layers with 4-bit weights, rounded to the nearest level or by GPTQ.
 
 A layer of ``out x in`` float32 shrinks from ``4 * out * in`` to ``out * in * (1/2 + 2/block)``
-bytes with float16 scales, ``in`` filled up to a multiple of ``block``: with blocks of 32 to 14 %.
+bytes with float16 scales, with ``in`` padded to a multiple of ``block``. Blocks of 32 give 14 % of
+the bytes.
 
-``rounding="gptq"`` looks at what the layer's inputs are on calibration rows; see ``gptq.py``.
-ONNX Runtime keeps the weights packed and computes on float inputs in about the time of a Gemm, on
-inputs rounded to int8 faster for single rows and wide layers (``benchmarks/weight_only.py``).
+``rounding="gptq"`` uses statistics of the layer's inputs on calibration rows; see ``gptq.py``.
+ONNX Runtime keeps the weights packed. With float inputs it takes about the time of a Gemm; with
+inputs rounded to int8 it is faster for single rows and wide layers (``benchmarks/weight_only.py``).
 
 Paper: Frantar et al. 2022, https://arxiv.org/abs/2210.17323 (4 bits in groups, GPTQ).
-Differs: symmetric with 15 levels, since TensorRT takes no zero point; ranges may be clipped.
+Differs: symmetric with 15 levels, because TensorRT supports no zero point; ranges may be clipped.
 """
 
 from dataclasses import replace
@@ -60,7 +61,7 @@ class WeightInt4(Frozen):
 
     @property
     def needs(self) -> tuple[Part, ...]:
-        """Rows to see what the inputs are, where rounding depends on them."""
+        """Calibration rows, if rounding depends on the inputs."""
         return ("calibration",) if self.rounding == "gptq" else ()
 
     @property
@@ -84,7 +85,7 @@ class WeightInt4(Frozen):
         return weight_only.choose_smaller(units, self.layers, FORMAT, self.settings())
 
     def apply(self, model: Model, bench: Bench) -> Model:
-        """Round the weights of every chosen layer.
+        """Round the weights of every selected layer.
 
         Raises:
             CompressionError: a weight is too large for the type of the scales, there are no
@@ -135,5 +136,5 @@ def _taken(unit: Unit, choices: dict[str, Choice]) -> bool:
 
 
 def _error(steps: Tensor, scale: Tensor, weight: Tensor, gram: Tensor) -> float:
-    """Squared error of a layer's outputs; never zero, to divide by."""
+    """Squared error of a layer's outputs; never zero, because it is used as a divisor."""
     return float(squared_error(steps * scale - weight, gram).sum()) + 1e-300

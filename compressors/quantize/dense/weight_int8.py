@@ -1,13 +1,13 @@
-"""Dense layers with int8 weights and inputs that nobody calibrated.
+"""Dense layers with int8 weights, and float inputs or dynamically quantized int8 inputs.
 
 A layer of ``out x in`` float32 shrinks from ``4 * out * in`` to ``out * (in + 2)`` bytes with one
-float16 scale per output channel, ``in`` filled up to a multiple of 16.
+float16 scale per output channel, with ``in`` padded to a multiple of 16.
 
-With ``activations="int8"`` ONNX Runtime rounds inputs while it computes, each row and block to its
-own largest number, which needs no calibration and loses next to nothing; the weights stay packed in
-its memory. With ``float32`` only the file is smaller there: its 8-bit product on float inputs is
-four to twelve times slower than a Gemm for one row (``benchmarks/weight_only.py``), so weights are
-widened once when a session starts.
+With ``activations="int8"`` ONNX Runtime rounds inputs at run time, with a scale from the largest
+number of each row and block. This needs no calibration and loses almost no precision; the weights
+stay packed in memory. With ``float32`` only the file is smaller: ONNX Runtime's 8-bit product on
+float inputs is four to twelve times slower than a Gemm for one row
+(``benchmarks/weight_only.py``), so weights are widened once when a session starts.
 
 Source: Dettmers et al. 2022, https://arxiv.org/abs/2208.07339 (LLM.int8(), vector-wise scales).
 Differs: no outlier columns kept in float.
@@ -74,7 +74,7 @@ class WeightInt8(Frozen):
         return weight_only.choose_smaller(units, self.layers, FORMAT, self.settings())
 
     def apply(self, model: Model, bench: Bench) -> Model:
-        """Round the weights of every chosen layer.
+        """Round the weights of every selected layer.
 
         Raises:
             CompressionError: a weight is too large for the type of the scales.

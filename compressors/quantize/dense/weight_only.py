@@ -1,12 +1,13 @@
-"""Dense layers whose weights alone are stored in few bits: blocks, codes, and the op of both.
+"""Weight-only quantization of dense layers: blocks, codes and the custom op.
 
-``weight_int8`` and ``weight_int4`` differ in nothing but the width of a code. Inputs that lie side
-by side share a scale, ``block`` of them or a whole row; grids and clipping are those of tables
-(``kernels/levels.py``, ``kernels/clipping.py``). All is symmetric: TensorRT takes no zero point.
+``weight_int8`` and ``weight_int4`` differ only in the width of a code. Consecutive inputs share a
+scale: ``block`` inputs or all inputs of a row. Grids and clipping are those of tables
+(``kernels/levels.py``, ``kernels/clipping.py``). All are symmetric, because TensorRT supports no
+zero point.
 
-Codes lie as ONNX Runtime's MatMulNBits and ONNX's int4 both have them, two to a byte, neighbours
-together and the first in the low half, and not planar as tables do: nothing is repacked at any
-target. A row is filled up to whole blocks with codes of zero, and the plan counts those bytes.
+Codes have the layout of ONNX Runtime's MatMulNBits and of ONNX's int4: two neighbouring codes per
+byte, the first in the low half. They are not planar as in tables, so no target repacks them. A row
+is padded to full blocks with codes of zero, and the plan counts those bytes.
 """
 
 from collections.abc import Mapping
@@ -35,23 +36,23 @@ SMALLEST = 1e-36
 
 
 def grid(bits: int, clipping: Clipping, scale: ScaleType) -> Grid:
-    """As many levels around zero as codes of so many bits have, less one."""
+    """The symmetric grid of codes of ``bits`` bits: ``2 ** bits - 1`` levels around zero."""
     return Grid(2**bits - 1, clipping=clipping, scale=scale)
 
 
 def zero_code(bits: int) -> int:
-    """The code that stands for zero."""
+    """The code that represents zero."""
     return 1 << (bits - 1)
 
 
 def padded(inputs: int, block: int) -> int:
-    """How many codes a row has: a multiple of the block, or without blocks of 16."""
+    """Number of codes of a row: padded to a multiple of the block, or of 16 without blocks."""
     whole = block or SHORTEST
     return -(-inputs // whole) * whole
 
 
 def together(inputs: int, block: int) -> int:
-    """How many inputs are computed, and where asked for rounded, together."""
+    """Number of inputs that are computed, and with int8 inputs rounded, together."""
     if block:
         return block
     length = padded(inputs, block)
@@ -59,7 +60,7 @@ def together(inputs: int, block: int) -> int:
 
 
 def in_blocks(weight: Tensor, block: int) -> Tensor:
-    """Weights ``(out, in)`` with one block a row, ``(out * blocks, block)``, filled with zeros."""
+    """Reshape weights ``(out, in)`` to blocks ``(out * blocks, block)``, padded with zeros."""
     if not block:
         return weight
     whole = F.pad(weight, (0, padded(weight.shape[1], block) - weight.shape[1]))
@@ -71,7 +72,7 @@ def fitted_scale(weight: Tensor, block: int, levels: Grid) -> Tensor:
 
     Args:
         weight: float, ``(out, in)``.
-        block: inputs that share a scale; 0 is the row.
+        block: number of inputs that share a scale; 0 for all inputs of a row.
         levels: the grid.
 
     Raises:
@@ -88,14 +89,14 @@ def nearest_steps(weight: Tensor, scale: Tensor, block: int, levels: Grid) -> Te
 
 
 def of_inputs(scale: Tensor, inputs: int, block: int) -> Tensor:
-    """Scales ``(out, blocks)`` as float32, one for every input: ``(out, in)``, or ``(out, 1)``."""
+    """Expand scales ``(out, blocks)`` to inputs: float32 ``(out, in)``, or ``(out, 1)``."""
     if not block:
         return scale.float()
     return scale.float().repeat_interleave(block, dim=1)[:, :inputs]
 
 
 def pack(steps: Tensor, block: int, bits: int) -> Tensor:
-    """Levels counted in scales, ``(out, in)``, as stored codes, uint8.
+    """Encode levels counted in scales, ``(out, in)``, as stored codes, uint8.
 
     ``(out, padded)`` with 8 bits, ``(out, padded / 2)`` with 4.
     """
@@ -107,16 +108,16 @@ def pack(steps: Tensor, block: int, bits: int) -> Tensor:
 
 
 def unpack(codes: Tensor, inputs: int, bits: int) -> Tensor:
-    """Stored codes as levels counted in scales, float32 ``(out, in)``."""
+    """Decode stored codes to levels counted in scales, float32 ``(out, in)``."""
     if bits == 4:
         codes = torch.stack([codes & 15, codes >> 4], dim=-1).flatten(1)
     return codes[:, :inputs].float() - zero_code(bits)
 
 
 def rounded(x: Tensor, width: int) -> Tensor:
-    """Inputs ``(*, in)`` rounded to 255 levels, each ``width`` neighbours to their own largest.
+    """Round inputs ``(*, in)`` to 255 levels, with one scale for each ``width`` inputs.
 
-    What ONNX Runtime's MatMulNBits does to them at accuracy level 4: same operations, same order.
+    These are the operations, in the same order, of ONNX Runtime's MatMulNBits at accuracy level 4.
     """
     inputs = x.shape[-1]
     blocks = F.pad(x, (0, -inputs % width)).reshape(*x.shape[:-1], -1, width)
@@ -136,7 +137,7 @@ def weight_only_linear(
     block: int,
     activations: str,
 ) -> Tensor:
-    """A dense layer that widens its weights while it computes.
+    """Compute a dense layer whose weights are decoded during the computation.
 
     ``x`` float32 ``(*, in)``, ``codes`` uint8 ``(out, padded * bits / 8)``, ``scale``
     ``(out, blocks)``, ``bias`` float32 ``(out,)`` -> float32 ``(*, out)``.
@@ -174,7 +175,7 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:  # noqa: A
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    """Rounding of inputs passes gradients straight through; nothing of them is clipped."""
+    """Straight-through gradients for the rounding of inputs; no input is clipped."""
     x, codes, scale = ctx.saved_tensors
     weight, read = _operands(x, codes, scale, ctx.bits, ctx.block, ctx.activations)
     flat, rows = grad.reshape(-1, grad.shape[-1]), read.reshape(-1, read.shape[-1])
@@ -192,7 +193,7 @@ weight_only_linear.register_autograd(_backward, setup_context=_keep)
 
 
 class Reading(NamedTuple):
-    """What a layer's record says of how its codes are read."""
+    """Settings in a layer's record that determine how its codes are decoded."""
 
     block: int
     scale: torch.dtype
@@ -200,14 +201,14 @@ class Reading(NamedTuple):
 
     @staticmethod
     def of(settings: Mapping[str, Any]) -> "Reading":
-        """As ``settings`` of a step or a record say."""
+        """Read them from the ``settings`` of a step or a record."""
         dtype = getattr(torch, settings["scale"])
         return Reading(settings["block"], dtype, settings["activations"])
 
 
 @dataclass(frozen=True)
 class WeightOnlyFormat:
-    """``codes`` uint8, ``scale`` ``(out, blocks)``, and ``bias`` float32 where there is one."""
+    """``codes`` uint8, ``scale`` ``(out, blocks)``, and ``bias`` float32 if there is one."""
 
     name: str
     bits: int
@@ -242,7 +243,7 @@ class WeightOnlyFormat:
         return rounded(x, together(x.shape[-1], block)) if activations == "int8" else x
 
     def bytes_of(self, unit: Unit, settings: Mapping[str, Any]) -> int:
-        """Bytes that a dense layer takes in this format."""
+        """Bytes of a dense layer in this format."""
         outputs, inputs = unit.weight.shape
         laid = self.layout(inputs, outputs, settings, bias=unit.bias is not None)
         return sum(spec.dtype.itemsize * torch.Size(spec.shape).numel() for spec in laid.values())
@@ -254,9 +255,9 @@ def choose_smaller(
     storage: WeightOnlyFormat,
     settings: Mapping[str, Any],
 ) -> dict[str, Choice]:
-    """Which dense layers become smaller in a format, and why the others stay.
+    """Select the dense layers that become smaller in a format; give a reason for each other.
 
-    A layer of few inputs, filled up to a block, may take more bytes than it has.
+    A layer with few inputs, padded to a block, may take more bytes than before.
     """
     choices = choose_dense(units, patterns, storage.name)
     for unit in units:
@@ -272,6 +273,6 @@ def choose_smaller(
 def stored(
     steps: Tensor, scale: Tensor, bias: Tensor | None, block: int, bits: int
 ) -> dict[str, Tensor]:
-    """The stored tensors of a layer from its levels ``(out, in)`` and scales ``(out, blocks)``."""
+    """The stored tensors of a layer, from levels ``(out, in)`` and scales ``(out, blocks)``."""
     held = {"codes": pack(steps, block, bits), "scale": scale}
     return held if bias is None else {**held, "bias": bias.float().clone()}
