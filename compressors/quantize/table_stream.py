@@ -1,8 +1,8 @@
-"""Tables encoded block by block, from wherever their rows are read to wherever they are written.
+"""Encode tables of any size block by block, from any source of rows to any sink of bytes.
 
-Memory is that of a few row blocks whatever the size of a table, and the bytes are the same
-whatever the number of rows in a block and of threads: a row's place in the file is known from
-the format's layout, and no stored entry is for rows of two blocks.
+The memory is that of a few row blocks for tables of any size. The stored bytes do not depend on the
+number of rows per block or of threads: a row's place in the file follows from the format's layout,
+and no stored entry belongs to rows of two blocks.
 """
 
 import math
@@ -31,30 +31,30 @@ HEADER, WHOLE = "header", "whole"
 
 
 class Source(Protocol):
-    """A stored tensor that is read piece by piece."""
+    """A stored tensor that can be read piece by piece."""
 
     @property
     def spec(self) -> TensorSpec:
         """Its shape and type."""
 
     def read(self, begin: int, end: int) -> Tensor:
-        """Entries ``begin`` to ``end`` of the first dimension, or all of a tensor of none.
+        """Read entries ``begin`` to ``end`` of the first dimension, or all of a scalar tensor.
 
-        The caller may keep them only until its thread reads again.
+        The result is valid only until the thread reads again.
         """
 
     def mapped(self) -> Tensor:
-        """All of it, memory-mapped."""
+        """The full tensor, memory-mapped."""
 
 
 class Sink(Protocol):
-    """Where encoded blocks go."""
+    """A destination of encoded blocks."""
 
     def holds(self, block: str) -> bool:
-        """Whether a block of this name was written already, by a run that was interrupted."""
+        """Whether an interrupted run has already written the block of this name."""
 
     def write(self, block: str, pieces: Sequence[Piece]) -> None:
-        """Write one block's bytes at their places; called by several threads."""
+        """Write the bytes of one block at their places; called from several threads."""
 
 
 class Block(NamedTuple):
@@ -66,16 +66,16 @@ class Block(NamedTuple):
 
     @property
     def name(self) -> str:
-        """What a sink knows it by."""
+        """The name of the block in a sink."""
         return f"{self.source}@{self.begin}"
 
 
 @dataclass(frozen=True)
 class Job:
-    """What becomes of every tensor of a file.
+    """The plan for every tensor of a file: tables to encode, other tensors to copy.
 
-    ``tables`` are encoded, each to the stored tensors ``MODULE.NAME``; ``rest`` is copied as it
-    is, under its own name.
+    ``tables`` are encoded, each to the stored tensors ``MODULE.NAME``; the tensors of ``rest`` are
+    copied unchanged under the same names.
     """
 
     step: TableStep
@@ -86,11 +86,11 @@ class Job:
 
     @property
     def rest(self) -> list[str]:
-        """The tensors that stay as they are."""
+        """The tensors that are copied unchanged."""
         return [name for name in self.sources if name not in self.tables]
 
     def stored(self, name: str) -> dict[str, TensorSpec]:
-        """The stored tensors of one table, as the format names them."""
+        """The stored tensors of one table, by their names in the format."""
         rows, dim = self.sources[name].spec.shape
         return self.step.storage.layout(rows, dim, self.step.settings())
 
@@ -98,7 +98,7 @@ class Job:
         """Every tensor of the result.
 
         Raises:
-            ModelRefused: two of them would have the same name.
+            ModelRefused: two tensors would have the same name.
         """
         found = {name: self.sources[name].spec for name in self.rest}
         for name, module in self.tables.items():
@@ -110,7 +110,7 @@ class Job:
         return found
 
     def records(self) -> dict[str, ModuleRecord]:
-        """How each encoded table becomes a module again, by its module's name."""
+        """The records to build a module from each encoded table, by the module's name."""
         settings = self.step.settings()
         return {
             module: ModuleRecord(
@@ -138,7 +138,7 @@ class Job:
 
 
 def within(module: str, part: str) -> str:
-    """The name of a module's tensor."""
+    """The full name of a module's tensor."""
     return f"{module}.{part}" if module else part
 
 
@@ -151,25 +151,25 @@ def carry_out(
 ) -> None:
     """Encode or copy every tensor of a job into a file.
 
-    Tables are fitted one after the other, so that what one table's fit needs is never held
-    together with another's; their blocks are encoded by several threads at once.
+    Tables are fitted one after the other, so that the memory of only one fit is needed at a time;
+    their blocks are encoded by several threads at once.
 
     Args:
-        job: what becomes of every tensor.
-        file: its ``layout`` as places.
-        sink: takes the bytes; blocks it holds already are not made again.
-        workers: threads; one per core without it.
-        progress: told the bytes read of every block, as it is written.
+        job: the plan for every tensor.
+        file: the places of the tensors of ``job.layout`` in the file.
+        sink: receives the bytes; blocks that it already has are not encoded again.
+        workers: number of threads; by default one per core.
+        progress: called with the number of bytes read for each block after it is written.
 
     Raises:
-        ContractBroken: the step encodes something else than it lays out.
+        ContractBroken: the encoded tensors do not match the step's layout.
         ModelRefused: a weight is NaN or infinite.
     """
     if not sink.holds(HEADER):
         sink.write(HEADER, [Piece(0, memoryview(file.header))])
     count = workers or len(os.sched_getaffinity(0))
     before = torch.get_num_threads()
-    # Each block is a thread's own work: torch's threads within it would only be in the way.
+    # Each thread encodes one block at a time: threads of torch within it would compete for cores.
     pool = ThreadPoolExecutor(count, "encode", initializer=torch.set_num_threads, initargs=(1,))
     waiting: deque[Future[None]] = deque()
     try:
@@ -208,7 +208,7 @@ def _works(
     for name in job.tables:
         whole = f"{name}@{WHOLE}"
         if sink.holds(whole) and all(sink.holds(block.name) for block in job.blocks(name)):
-            yield from (work(block, copying) for block in job.blocks(name))  # tells its progress
+            yield from (work(block, copying) for block in job.blocks(name))  # reports progress
             continue
         encoding = _Encoding(job, file, name)
         if not sink.holds(whole):
@@ -227,7 +227,7 @@ class _Copying:
 
 
 class _Encoding:
-    """One table: fitted when it is first needed, then encoded block by block."""
+    """Encode one table: the constructor fits it, then blocks are encoded one by one."""
 
     def __init__(self, job: Job, file: StreamedFile, name: str) -> None:
         self._job, self._file, self._name = job, file, name
@@ -236,13 +236,13 @@ class _Encoding:
         try:
             self._params = job.step.fit(job.sources[name].mapped())
         except CompressionError:
-            # What is no number may have been too large for a codebook: then its row is the fault.
+            # NaN or infinity may be the cause of the error: then report the row instead.
             for block in job.blocks(name):
                 self._rows(block)
             raise
 
     def whole(self) -> list[Piece]:
-        """What belongs to the whole table, as a codebook does."""
+        """The stored tensors that belong to the full table, such as a codebook."""
         names = [part for part, spec in self._layout.items() if not spec.every]
         if missing := [part for part in names if part not in self._params]:
             raise ContractBroken("fit_incomplete", step=self._job.step.kind, name=missing[0])

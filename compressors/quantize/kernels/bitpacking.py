@@ -1,9 +1,9 @@
-"""Codes of 4 or 2 bits in bytes, *planar*: the lowest bits of a row are its first weights.
+"""Pack codes of 4 or 2 bits into bytes in *planar* layout: low bits have the first weights.
 
-Byte ``j`` of a row holds code ``j`` of every plane, the first plane in its lowest bits. Unpacking
-is then a few element-wise ops and one concatenation. For batches ONNX Runtime runs these several
-times faster than its own 4-bit lookup, GatherBlockQuantized; for single rows the two are about
-equal (``benchmarks/int4_lookup.py``). TensorRT's own packing is made when the graph is written.
+Byte ``j`` of a row has code ``j`` of every plane, the first plane in the lowest bits. Unpacking is
+then a few element-wise ops and one concatenation. For batches, ONNX Runtime runs these several
+times faster than its 4-bit lookup, GatherBlockQuantized; for single rows the two are about equal
+(``benchmarks/int4_lookup.py``). TensorRT's packing is computed when the graph is written.
 """
 
 import torch
@@ -11,9 +11,9 @@ from torch import Tensor
 
 
 def pack(codes: Tensor, bits: int) -> Tensor:
-    """Codes below ``2 ** bits``, uint8 ``(rows, dim)``, as uint8 ``(rows, ceil(dim * bits / 8))``.
+    """Pack codes, uint8 ``(rows, dim)``, into uint8 ``(rows, ceil(dim * bits / 8))``.
 
-    Places beyond ``dim`` hold the middle code.
+    Codes are below ``2 ** bits``. Places beyond ``dim`` are padded with the middle code.
     """
     planes = 8 // bits
     width = -(-codes.shape[1] // planes)
@@ -26,6 +26,6 @@ def pack(codes: Tensor, bits: int) -> Tensor:
 
 
 def unpack(packed: Tensor, dim: int, bits: int) -> Tensor:
-    """Bytes ``(*, ceil(dim * bits / 8))`` as codes uint8 ``(*, dim)``."""
+    """Unpack bytes ``(*, ceil(dim * bits / 8))`` to codes, uint8 ``(*, dim)``."""
     planes = [(packed >> shift) & (2**bits - 1) for shift in range(0, 8, bits)]
     return torch.cat(planes, dim=-1)[..., :dim]

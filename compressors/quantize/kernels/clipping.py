@@ -1,21 +1,22 @@
-"""Where the range of a row, or of rows that share a scale, ends: the rules of clipping.
+"""Clipping rules: choose the quantization range of a row or of rows that share a scale.
 
-All compare squared errors with the *stored* scale and offset, so what float16 rounds is part of
-what is compared, and none is worse than ``min_max``.
+All rules compare squared errors with the *stored* scale and offset, so the comparison includes
+their rounding to float16, and no rule is worse than ``min_max``.
 
 - ``min_max``: nothing is clipped.
 - ``greedy``: Guan et al. 2019, https://arxiv.org/abs/1911.02079, Algorithm 1 with its 200 bins and
-  ratio 0.16: one end at a time moves by a bin, whichever costs less, until 16 % of the range are
-  gone; the best range on the way is kept. Differs: a symmetric range has one end, so every step is
-  taken; every range on the way counts (PyTorch's ``choose_qparams_optimized`` keeps only local
-  minima); offsets are rounded down, not to the nearest, so that nothing is clipped by rounding.
-- ``least_squares``: a few ranges, the best of them refitted to its own codes; ``least_squares.py``.
-- ``mse``: the range of least squared error among steps of a 50th. A symmetric one takes each
-  share from 1 down to 0.5; an asymmetric one moves both ends together first, then either end in
-  turn while that helps, then again in steps of a 200th or of a quarter level around what was
-  found. Few levels, or a shared scale, may need less than half a range: a symmetric one that was
-  halved is searched again, and an asymmetric one of several rows is searched around the best
-  symmetric one as well. Not the paper's.
+  ratio 0.16. One end at a time moves inwards by a bin, the end that costs less, until 16 % of the
+  range are removed; the result is the best range of all steps. Differs: a symmetric range has one
+  end, so every step moves it; all ranges are candidates (PyTorch's ``choose_qparams_optimized``
+  keeps only local minima); offsets are rounded down, not to the nearest, so that rounding clips
+  nothing.
+- ``least_squares``: a few ranges, the best of them refitted to its codes; ``least_squares.py``.
+- ``mse``: a search for the range of least squared error in steps of a 50th. For symmetric ranges,
+  it compares each share from 1 down to 0.5. For asymmetric ranges, it moves both ends together,
+  then either end in turn while the error falls, then again in steps of a 200th or of a quarter
+  level around the best range. Few levels, or a shared scale, may need less than half a range: a
+  symmetric range that was halved is searched again, and an asymmetric range of several rows is also
+  searched around the best symmetric range. This rule is not in the paper.
 """
 
 from dataclasses import replace
@@ -51,16 +52,16 @@ TAKEN = tuple(1 - place / BINS for place in range(1, BINS_TAKEN + 1))
 
 
 def fit(rows: Tensor, grid: Grid) -> FittedRange:
-    """The scale, and the offset, of every ``rows_per_scale`` rows.
+    """Fit the scale and the offset of each group of ``rows_per_scale`` rows.
 
     Args:
-        rows: float, ``(rows, dim)``; the first of them begins a range. Where they are one range,
-            nothing is copied as a whole.
-        grid: the levels. The last range has fewer rows where their number does not divide.
+        rows: float, ``(rows, dim)``; the first row starts a range. If all rows are one range, they
+            are not copied as a whole.
+        grid: the levels. The last range has fewer rows if the number of rows does not divide.
 
     Returns:
         ``scale`` in the grid's type, always positive, and ``offset`` in the same type or None:
-        ``(ceil(rows / rows_per_scale), 1)``, or ``(1, 1)`` for a whole table.
+        ``(ceil(rows / rows_per_scale), 1)``, or ``(1, 1)`` if the table has one range.
 
     Raises:
         CompressionError: a weight is too large for the type of the scales.
@@ -68,7 +69,7 @@ def fit(rows: Tensor, grid: Grid) -> FittedRange:
     if not len(rows) and grid.rows_per_scale:
         none = torch.empty((0, 1), dtype=grid.dtype)
         return FittedRange(none, None if grid.symmetric else none)
-    if not len(rows):  # the table's one range, of no weights
+    if not len(rows):  # an empty table: one range without weights
         rows = rows.new_zeros((1, rows.shape[1]))
     parts = [_fit(values, grid) for values in ranges(rows, grid.rows_per_scale)]
     offsets = [part.offset for part in parts if part.offset is not None]
@@ -97,10 +98,10 @@ def _fit(values: Tensor, grid: Grid) -> FittedRange:
 
 
 def _searched_again(grid: Grid) -> bool:
-    """Whether ``mse`` looks below half a range.
+    """Whether ``mse`` also searches below half a range.
 
-    A row of its own with 15 levels and more would need over a hundred values before it could be
-    worth clipping half its range.
+    A range of one row with 15 levels or more would need over a hundred values before clipping half
+    of it could lower the error.
     """
     return grid.levels < 15 or grid.rows_per_scale != 1
 
@@ -111,7 +112,7 @@ def _searched_again(grid: Grid) -> bool:
 def _best_share(
     values: Tensor, widest: Tensor, shares: tuple[float, ...], grid: Grid
 ) -> tuple[Tensor, Tensor]:
-    """The scale of least squared error among shares of the widest, and where it is the last."""
+    """The best scale among shares of the widest, and the ranges where it is the last share."""
     best, least = widest, squared_error(values, FittedRange(widest, None), grid)
     better = torch.zeros_like(least, dtype=torch.bool)
     for share in shares:
@@ -139,7 +140,7 @@ def _least_symmetric(values: Tensor, widest: Tensor, grid: Grid) -> Tensor:
 def _greedy(
     values: Tensor, whole: FittedRange, low: Tensor, high: Tensor, grid: Grid
 ) -> FittedRange:
-    """Algorithm 1: ``begun`` and ``ended`` count the bins taken at either end."""
+    """Algorithm 1; ``begun`` and ``ended`` count the bins removed at the low and the high end."""
     step = (high - low) / BINS
     begun = ended = torch.zeros_like(low)
     best, least = whole, squared_error(values, whole, grid)
@@ -161,8 +162,9 @@ def _least_asymmetric(
     best, least = _least_ends(values, whole, low, high, grid)
     if grid.rows_per_scale == 1:
         return best
-    # Among many values a few far ones hide the rest: no step towards them lowers the error, only
-    # a jump does. The best symmetric range, and a quarter more, is where the search begins anew.
+    # A few outliers among many values make the first minimum a poor one: small steps inwards do
+    # not lower the error, only a large one does. So search again from 1.25 times the best
+    # symmetric range.
     around_zero = replace(grid, symmetric=True)
     widest = symmetric_scale(torch.maximum(-low, high), around_zero)
     reach = 1.25 * grid.half * _least_symmetric(values, widest, around_zero).float()
@@ -174,10 +176,10 @@ def _least_asymmetric(
 def _least_ends(
     values: Tensor, whole: FittedRange, low: Tensor, high: Tensor, grid: Grid
 ) -> tuple[FittedRange, Tensor]:
-    """The best range found, as stored, and its squared error."""
+    """The best range, with scale and offset as stored, and its squared error."""
     width, most = high - low, STEPS // 2 - 1
     best, least = whole, squared_error(values, whole, grid)
-    begun = ended = torch.zeros_like(low)  # what was taken at either end, as shares of the width
+    begun = ended = torch.zeros_like(low)  # removed at each end, as shares of the width
 
     def take(first: Tensor, second: Tensor) -> None:
         nonlocal best, least, begun, ended
@@ -207,11 +209,11 @@ def _least_ends(
     return best, least
 
 
-# --- choosing by range -----------------------------------------------------------------------
+# --- selection by range ----------------------------------------------------------------------
 
 
 def _only(values: Tensor, which: Tensor) -> Tensor:
-    """Some of the ranges; all of them are not copied."""
+    """Select some of the ranges, without a copy if all are selected."""
     return values if bool(which.all()) else values[which]
 
 

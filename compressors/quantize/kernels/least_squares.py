@@ -1,17 +1,19 @@
-"""Ranges refitted to their own codes: most of what a long search finds, in seven passes.
+"""Clipping rule ``least_squares``: refit ranges to their codes.
 
-A few ranges that lose the same share at either end are compared. The best of them is refitted:
-with its codes kept, the scale and the offset of least squared error are a straight line through
-weights over codes; with those come new codes. Each round is kept only where the error, with scale
-and offset as stored, became less.
+It reaches most of the gain of a long search in seven passes over the rows.
 
-Alternating between codes and what they stand for is LQ-Nets' QEM (Zhang et al. 2018,
-https://arxiv.org/abs/1807.10029, Algorithm 1). Differs: levels stay even, so a line is fitted
-instead of a basis; the start is the best of several clipped ranges, not one.
+A few ranges that clip the same share at both ends are compared, and the best is refitted. For fixed
+codes, the scale and the offset of least squared error are the regression line of weights on codes;
+the new scale and offset give new codes. A round is kept only for ranges whose error, with scale and
+offset as stored, decreased.
 
-In plain torch, this is the specification of ``compiled.least_squares``: sums are taken one number
-after the other in float32, and steps are found with the scale's reciprocal, since a division takes
-as long as all the rest. Codes that are stored are divided.
+The alternation between codes and levels is LQ-Nets' QEM (Zhang et al. 2018,
+https://arxiv.org/abs/1807.10029, Algorithm 1). Differs: levels stay evenly spaced, so a line is
+fitted instead of a basis; the start is the best of several clipped ranges, not one.
+
+This plain torch code is the specification of ``numba_kernels.least_squares``: sums add one number
+after the other in float32, and codes are computed with the reciprocal of the scale, because a
+division takes as long as all the rest. Stored codes are computed by division.
 """
 
 from typing import NamedTuple
@@ -38,7 +40,7 @@ ROUNDS = 2
 
 
 class Residuals(NamedTuple):
-    """Sums over ranges, ``(ranges, 1)``, of codes ``q`` and what they miss weights by, ``r``."""
+    """Sums over ranges, ``(ranges, 1)``, of codes ``q`` and residuals ``r`` of the weights."""
 
     q: Tensor
     qq: Tensor
@@ -48,10 +50,10 @@ class Residuals(NamedTuple):
 
 
 def least_squares(values: Tensor, grid: Grid) -> FittedRange:
-    """Scale and offset, as stored, of every range.
+    """Fit scale and offset, as stored, of every range.
 
     Args:
-        values: float, one range a row, ``(ranges, values)``.
+        values: float, one range per row, ``(ranges, values)``.
         grid: the levels.
 
     Raises:
@@ -78,7 +80,7 @@ def _clipped(low: Tensor, high: Tensor, grid: Grid, share: float) -> FittedRange
 
 
 def residuals(values: Tensor, fitted: FittedRange, grid: Grid) -> Residuals:
-    """What the levels of a range miss its weights by."""
+    """Compute the sums of codes and residuals of every range."""
     scale = fitted.scale.float()
     offset = torch.zeros_like(scale) if fitted.offset is None else fitted.offset.float()
     steps = (values - offset) * (1 / scale)
@@ -86,14 +88,14 @@ def residuals(values: Tensor, fitted: FittedRange, grid: Grid) -> Residuals:
         q = steps.clamp(0, grid.levels - 1).round()
     elif grid.levels % 2:
         q = steps.clamp(-grid.half, grid.half).round()
-    else:  # levels at halves, none at zero
+    else:  # levels at odd multiples of a half, none at zero
         q = (steps.floor() + 0.5).clamp(-grid.half, grid.half)
     r = values - weights(q, scale, offset)
     return Residuals(*(in_order(each) for each in (q, q * q, r, q * r, r * r)))
 
 
 def _refitted(fitted: FittedRange, sums: Residuals, count: int, grid: Grid) -> FittedRange:
-    """The line of least squared error through weights over codes, as stored."""
+    """The regression line of weights on codes, with scale and offset as stored."""
     scale, largest = fitted.scale.float(), torch.finfo(grid.dtype).max
     if fitted.offset is None:
         more = _usable(sums.qr / sums.qq)
@@ -106,7 +108,7 @@ def _refitted(fitted: FittedRange, sums: Residuals, count: int, grid: Grid) -> F
 
 
 def _usable(change: Tensor) -> Tensor:
-    """No change where a range has but one code, or its sums are too large."""
+    """Set the change to zero for ranges with only one code or with sums that are too large."""
     return torch.where(change.abs() <= torch.finfo(torch.float32).max, change, 0.0)
 
 
@@ -122,9 +124,9 @@ def _better(
 
 
 def in_order(values: Tensor) -> Tensor:
-    """Sums of rows, ``(ranges, 1)``, one number after the other.
+    """Sum each row one number after the other: ``(ranges, 1)``.
 
-    Ranges longer than ``PIECE`` are no rows of their own and are summed as torch likes.
+    Ranges longer than ``PIECE`` are not single rows and are summed in torch's order.
     """
     if values.shape[1] > PIECE:
         return values.sum(dim=1, keepdim=True)

@@ -1,16 +1,17 @@
-"""Even levels for table rows: which there are, which is nearest, and how ends of ranges are stored.
+"""Evenly spaced levels for table rows: grids, nearest levels, and stored scales and offsets.
 
-With ``clipping``, which says where a range ends, this is the specification that every faster
-kernel keeps to. A weight is stored as ``code * scale + offset`` in one of two kinds of grid:
+Together with ``clipping``, which selects the range, this is the specification of every faster
+kernel. A weight is stored as ``code * scale + offset`` in one of two kinds of grid:
 
-- *asymmetric*: codes ``0 .. levels - 1``, all of them; ``offset`` is the lowest level.
+- *asymmetric*: all codes ``0 .. levels - 1``; ``offset`` is the lowest level.
 - *symmetric*: no offset. An odd number of levels has one at zero (255 for int8, 15 for int4,
-  codes ``-half .. half``). An even number (4, for 2 bits) lies around zero, ``-1.5, -0.5, 0.5,
-  1.5``: with two bits a level at zero would leave only three. Measured on normal rows of 16
-  numbers, clipped by squared error, four levels around zero lose 9.7 % of the squares, three with
-  a zero 16.5 %, and ``-2 .. 1`` 13.2 %; the same order for Laplace, uniform and Student rows.
+  codes ``-half .. half``). An even number (4, for 2 bits) is placed around zero, ``-1.5, -0.5,
+  0.5, 1.5``: with two bits, a level at zero would leave only three levels. On normal rows of 16
+  numbers, clipped by squared error, four levels around zero lose 9.7 % of the sum of squares,
+  three with a zero 16.5 %, and ``-2 .. 1`` 13.2 %; the order is the same for Laplace, uniform and
+  Student rows.
 
-A *range* is the rows that share a scale, as one row ``(ranges, values)``.
+A *range* is the values of all rows that share a scale; tensors of ranges are ``(ranges, values)``.
 """
 
 from collections.abc import Iterator
@@ -39,7 +40,7 @@ SMALLEST = {torch.float16: 2.0**-24, torch.float32: torch.finfo(torch.float32).t
 
 @dataclass(frozen=True)
 class Grid:
-    """Which levels there are and how they are fitted."""
+    """The levels, how ranges are fitted to them, and the type of scales and offsets."""
 
     levels: int
     symmetric: bool = True
@@ -54,7 +55,7 @@ class Grid:
 
     @property
     def dtype(self) -> torch.dtype:
-        """How scales and offsets are stored."""
+        """The type in which scales and offsets are stored."""
         return torch.float16 if self.scale == "float16" else torch.float32
 
 
@@ -66,15 +67,15 @@ class FittedRange(NamedTuple):
 
 
 def nearest(rows: Tensor, fitted: FittedRange, grid: Grid) -> Tensor:
-    """The level nearest to every weight, counted in scales: float32 ``(rows, dim)``.
+    """The nearest level of every weight, counted in scales: float32 ``(rows, dim)``.
 
-    Integers in ``0 .. levels - 1``, or in ``-half .. half`` where the grid is symmetric; for an
-    even number of symmetric levels halves of odd integers. Ties go to the even integer, and
-    between two such halves up.
+    The results are integers in ``0 .. levels - 1``, or in ``-half .. half`` if the grid is
+    symmetric; for an even number of symmetric levels they are halves of odd integers. Ties go to
+    the even integer; between two halves they go up.
 
     Args:
-        rows: float, ``(rows, dim)``; the first of them begins a range.
-        fitted: of these rows, or of the whole table where that is one range.
+        rows: float, ``(rows, dim)``; the first row starts a range.
+        fitted: scale and offset of these rows, or of the table if it has one range.
         grid: the levels.
     """
     scale = by_row(fitted.scale, len(rows), grid.rows_per_scale)
@@ -85,16 +86,17 @@ def nearest(rows: Tensor, fitted: FittedRange, grid: Grid) -> Tensor:
 
 
 def weights(steps: Tensor, scale: Tensor, offset: Tensor | None) -> Tensor:
-    """Levels counted in scales, ``(*, dim)``, as float32 weights; scales and offsets ``(*, 1)``.
+    """Decode levels counted in scales, ``(*, dim)``, to float32 weights.
 
-    The product is rounded before the sum, as every serving target does it.
+    Scales and offsets are ``(*, 1)``. The product is rounded before the sum, as on every serving
+    target.
     """
     scaled = steps * scale.float()
     return scaled if offset is None else scaled + offset.float()
 
 
 def symmetric_scale(largest: Tensor, grid: Grid) -> Tensor:
-    """The scale of ranges that end at ``largest``, float32 ``(ranges, 1)``, as stored.
+    """The scale, as stored, of ranges that end at ``largest``, float32 ``(ranges, 1)``.
 
     Raises:
         CompressionError: a weight is too large for the type of the scales.
@@ -105,16 +107,16 @@ def symmetric_scale(largest: Tensor, grid: Grid) -> Tensor:
 
 
 def asymmetric_ends(low: Tensor, high: Tensor, grid: Grid) -> FittedRange:
-    """Scale and offset of ranges from ``low`` to ``high``, float32 ``(ranges, 1)``, as stored.
+    """Scale and offset, as stored, of ranges from ``low`` to ``high``, float32 ``(ranges, 1)``.
 
-    The offset is rounded down and the scale reaches from there to ``high``: rounding clips
-    nothing, and a row of one value is kept within a rounding of it.
+    The offset is rounded down, and the scale covers the range from there to ``high``: rounding
+    clips nothing, and a row of equal values is kept up to rounding.
 
     Raises:
         CompressionError: a weight is too large for the type of the scales.
     """
     _require_in_range("offset", low.abs(), low.abs(), grid)
-    low = low + 0.0  # among zeros of both signs either may have been the lowest
+    low = low + 0.0  # the minimum may be -0.0 or 0.0; the sum is 0.0
     near = low.to(grid.dtype)
     below = torch.nextafter(near, torch.full_like(near, -torch.inf))
     offset = torch.where(near.float() > low, below, near)
@@ -125,30 +127,33 @@ def asymmetric_ends(low: Tensor, high: Tensor, grid: Grid) -> FittedRange:
 
 
 def stored_scale(scale: Tensor, levels: float, grid: Grid) -> Tensor:
-    """Scales, float32 ``(ranges, 1)``, as stored: positive, and not too small for ``levels``."""
-    # TensorRT wants every scale positive: the smallest stored step stands for "nearly nothing",
-    # and a row of zeros has zero codes under any scale.
+    """Convert scales, float32 ``(ranges, 1)``, to stored ones: positive, and wide enough.
+
+    ``levels`` steps of the stored scale must cover the range up to half a level.
+    """
+    # TensorRT requires positive scales: tiny scales become the smallest stored step, and a row of
+    # zeros has zero codes for any scale.
     smallest = SMALLEST[grid.dtype]
     stored = scale.clamp(min=smallest).to(grid.dtype)
-    # Float16 steps evenly by 2^-24 below 2^-14: a scale rounded down there by more than half a
-    # level over the whole row would clip the row's largest weights, so it is rounded up.
+    # Float16 is evenly spaced by 2^-24 below 2^-14. If rounding a scale down there shortens the
+    # range by more than half a level, the largest weights would be clipped, so it is rounded up.
     clipped = scale * levels > stored.float() * (levels + 0.5)
     return torch.where(clipped, stored + smallest, stored)
 
 
 def stored_offset(offset: Tensor, grid: Grid) -> Tensor:
-    """The nearest offsets, float32 ``(ranges, 1)``, as stored."""
+    """Convert offsets, float32 ``(ranges, 1)``, to the nearest stored ones."""
     largest = torch.finfo(grid.dtype).max
     return (offset.clamp(-largest, largest) + 0.0).to(grid.dtype)
 
 
 def beyond(quantity: str, weight: float, grid: Grid) -> ValueNotStorable:
-    """The error of a range whose scale or offset is beyond the type it is stored in.
+    """Build the error for a scale or offset that is too large for the type it is stored in.
 
     Args:
         quantity: ``scale``, ``offset`` or ``scale or offset``.
-        weight: the largest of the range.
-        grid: its scale type counts.
+        weight: the largest weight of the range.
+        grid: the grid with the type of the scales.
     """
     if grid.scale == "float16":
         return ValueNotStorable("scale_beyond_float16", quantity=quantity, weight=weight)
@@ -165,7 +170,7 @@ def _require_in_range(quantity: str, value: Tensor, weight: Tensor, grid: Grid) 
 
 
 def ranges(rows: Tensor, rows_per_scale: int) -> Iterator[Tensor]:
-    """The rows with one range a row: as many full ranges as there are, then the last one."""
+    """Yield the rows reshaped to one range per row: all full ranges, then a shorter last one."""
     count, dim = rows.shape
     together = rows_per_scale or count
     full = count // together * together
@@ -184,7 +189,7 @@ def ends(values: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def squared_error(values: Tensor, fitted: FittedRange, grid: Grid) -> Tensor:
-    """Sum of squared differences of every range, float32 ``(ranges, 1)``."""
+    """Sum of squared quantization errors of every range, float32 ``(ranges, 1)``."""
     scale, offset = fitted
     total = []
     for part in torch.split(values, CHUNK, dim=1):
@@ -199,7 +204,7 @@ def squared_error(values: Tensor, fitted: FittedRange, grid: Grid) -> Tensor:
 
 
 def by_row(stored: Tensor, rows: int, rows_per_scale: int) -> Tensor:
-    """Scales or offsets ``(ranges, 1)`` for each of the rows, or one for all."""
+    """Repeat scales or offsets ``(ranges, 1)`` for each row; one for all rows stays ``(1, 1)``."""
     if rows_per_scale < 2:
         return stored
     return stored.repeat_interleave(rows_per_scale, dim=0)[:rows]

@@ -1,13 +1,12 @@
-"""k-means: the codebooks of table codes, and the nearest entry of each row.
+"""k-means: fit the codebooks of table codes, and find the nearest entry of each row.
 
 Sources: Lloyd 1982 (alternating means and nearest entries); Arthur and Vassilvitskii 2007
-(k-means++ seeding). Differs: deterministic (a seed of its own), fitted on a sample of large tables,
-rows may have weights, and an entry that no row is nearest to is moved to the row that is served
-worst.
+(k-means++ seeding). Differs: deterministic (a fixed seed), fitted on a sample of large tables, rows
+may have weights, and an entry without rows is moved to the row with the largest error.
 
-Which entry is nearest is the same however rows are cut into blocks: products of matrices round
-differently by their shapes, so wherever two entries are about equally near, the distances are added
-up again in a fixed order.
+The nearest entry does not depend on how rows are split into blocks. The rounding of matrix products
+depends on their shapes, so if two entries are about equally near, their distances are summed again
+in a fixed order.
 """
 
 import math
@@ -26,18 +25,18 @@ ENOUGH = 1e-4
 
 
 class KMeansFit(NamedTuple):
-    """A codebook ``(levels, dim)`` and the squared error after every round, the last included."""
+    """A codebook ``(levels, dim)`` and the squared error after each round, including the last."""
 
     codebook: Tensor
     errors: tuple[float, ...]
 
 
 def sample(rows: Tensor, most: int = SAMPLE) -> Tensor:
-    """At most so many rows, spread evenly over a table: one drawn from every stretch of it.
+    """Draw a stratified sample of rows: one from each of equal sections of a table.
 
     Args:
-        rows: ``(rows, dim)``, memory-mapped if large: only what is drawn is read.
-        most: how many are drawn.
+        rows: ``(rows, dim)``, memory-mapped if large: only the drawn rows are read.
+        most: largest number of rows in the sample.
 
     Returns:
         float32 ``(rows or most, dim)``, the same for the same table.
@@ -54,18 +53,18 @@ def sample(rows: Tensor, most: int = SAMPLE) -> Tensor:
 def kmeans(
     points: Tensor, levels: int, weight: Tensor | None = None, rounds: int = ROUNDS, seed: int = 0
 ) -> KMeansFit:
-    """Fit a codebook.
+    """Fit a codebook by k-means.
 
     Args:
         points: float32 ``(points, dim)``.
-        levels: entries of the codebook, at least 1.
-        weight: how much each point counts, ``(points,)``, none negative; equally without.
-        rounds: at most.
-        seed: of the first entries.
+        levels: number of entries of the codebook, at least 1.
+        weight: weight of each point, ``(points,)``, not negative; by default equal.
+        rounds: largest number of rounds.
+        seed: seed of the first entries.
 
     Returns:
         Float32 entries; some are equal if there are fewer different points than levels. The error
-        is weighted and summed over points, and no round raises it.
+        is weighted and summed over points, and it never increases from round to round.
     """
     counts = torch.ones(len(points), dtype=torch.float64) if weight is None else weight.double()
     codebook = _seeded(points, levels, counts, seed)
@@ -77,7 +76,7 @@ def kmeans(
         codes = nearest(points, moved)
         lost = squared_distance(points, moved[codes]) * counts
         error = float(lost.sum())
-        if error >= errors[-1]:  # nothing left but rounding
+        if error >= errors[-1]:  # only rounding is left
             break
         codebook = moved
         errors.append(error)
@@ -87,7 +86,7 @@ def kmeans(
 
 
 def nearest(points: Tensor, codebook: Tensor) -> Tensor:
-    """The entry nearest to each point, int64 ``(points,)``; the first of several.
+    """Find the entry nearest to each point, int64 ``(points,)``; the first of equally near ones.
 
     Args:
         points: float32 ``(points, dim)``.
@@ -95,7 +94,7 @@ def nearest(points: Tensor, codebook: Tensor) -> Tensor:
     """
     entries = codebook.float()
     squares = entries.square().sum(dim=1)  # (levels,)
-    # What rounding can move the difference of two distances by: each is a sum of dim products.
+    # Rounding error of the difference of two distances: each is a sum of dim products.
     slack = 8 * (entries.shape[1] + 2) * 2.0**-24
     largest = float(squares.max())
     codes = torch.empty(len(points), dtype=torch.int64)
@@ -113,11 +112,11 @@ def nearest(points: Tensor, codebook: Tensor) -> Tensor:
 
 
 def nearest_under(points: Tensor, metric: Tensor, codebook: Tensor) -> Tensor:
-    """The entry nearest to each point where each point's own columns count differently.
+    """Find the entry nearest to each point, with column weights for each point.
 
     Args:
         points: float32 ``(points, dim)``.
-        metric: what a squared difference counts, ``(points, dim)``, none negative.
+        metric: weight of each squared difference, ``(points, dim)``, not negative.
         codebook: float ``(levels, dim)``.
 
     Returns:
@@ -134,12 +133,12 @@ def nearest_under(points: Tensor, metric: Tensor, codebook: Tensor) -> Tensor:
 
 
 def squared_distance(points: Tensor, others: Tensor) -> Tensor:
-    """Between each point and another one, both ``(points, dim)``: float64 ``(points,)``."""
+    """Squared distances of pairs of points, both ``(points, dim)``: float64 ``(points,)``."""
     return (points - others).double().square().sum(dim=1)
 
 
 def _in_order(points: Tensor, entries: Tensor) -> Tensor:
-    """Squared distances ``(points, levels)``, added up dimension by dimension."""
+    """Squared distances ``(points, levels)``, summed dimension by dimension."""
     total = torch.zeros(len(points), len(entries), dtype=torch.float64)
     for column in range(points.shape[1]):
         gap = points[:, column : column + 1].double() - entries[:, column].double()
@@ -148,7 +147,7 @@ def _in_order(points: Tensor, entries: Tensor) -> Tensor:
 
 
 def _seeded(points: Tensor, levels: int, counts: Tensor, seed: int) -> Tensor:
-    """First entries: points drawn by weight times squared distance to those drawn before."""
+    """k-means++ seeding: draw points by weight times squared distance to the drawn points."""
     generator = torch.Generator().manual_seed(seed)
     chosen = [_drawn(counts, generator)]
     wide = points.double()
@@ -162,7 +161,7 @@ def _seeded(points: Tensor, levels: int, counts: Tensor, seed: int) -> Tensor:
 
 
 def _drawn(share: Tensor, generator: torch.Generator) -> int:
-    """One number drawn by shares ``(n,)``; the first if all are zero."""
+    """Draw one index by shares ``(n,)``; the first index if all are zero."""
     total = share.cumsum(0)
     place = torch.rand((), generator=generator, dtype=torch.float64) * total[-1]
     found = int(torch.searchsorted(total, place, right=True))
@@ -171,7 +170,7 @@ def _drawn(share: Tensor, generator: torch.Generator) -> int:
 
 
 def _means(points: Tensor, codes: Tensor, counts: Tensor, codebook: Tensor, lost: Tensor) -> Tensor:
-    """The mean of each entry's points; entries without points go where most is lost."""
+    """The mean of each entry's points; entries without points move to the largest errors."""
     total = torch.zeros(len(codebook), points.shape[1], dtype=torch.float64)
     total.index_add_(0, codes, points.double() * counts.unsqueeze(1))
     mass = torch.zeros(len(codebook), dtype=torch.float64).index_add_(0, codes, counts)
@@ -188,21 +187,23 @@ def _means(points: Tensor, codes: Tensor, counts: Tensor, codebook: Tensor, lost
 def scalar_kmeans(
     values: Tensor, levels: int, weight: Tensor | None = None, rounds: int = 200
 ) -> KMeansFit:
-    """Fit a codebook of numbers, from evenly filled and from evenly spaced levels; the better one.
+    """Fit a codebook of numbers by k-means in one dimension.
 
-    Sorted once, every round takes only sums between borders, so it runs until nothing moves.
+    It starts from quantiles and from evenly spaced levels, and the better result is returned. The
+    values are sorted once, and a round needs only sums between borders, so rounds are cheap enough
+    to run until no entry changes.
 
     Args:
         values: float ``(values,)``.
-        levels: entries of the codebook.
-        weight: how much each value counts, ``(values,)``.
-        rounds: at most.
+        levels: number of entries of the codebook.
+        weight: weight of each value, ``(values,)``.
+        rounds: largest number of rounds.
 
     Returns:
-        Entries ``(levels, 1)`` in rising order.
+        Entries ``(levels, 1)`` in ascending order.
     """
     ordered, order = values.double().sort()
-    different = torch.unique(ordered)  # rising
+    different = torch.unique(ordered)  # ascending
     if len(different) <= levels:
         exact = torch.cat([different, different[-1:].expand(levels - len(different))])
         return KMeansFit(exact.float().unsqueeze(1), (0.0,))

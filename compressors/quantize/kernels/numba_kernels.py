@@ -1,18 +1,19 @@
 """Compiled loops over table rows.
 
-Compiled by numba when they are first called, which takes some seconds. numba caches the machine
-code as pickles in ``__pycache__`` next to this file, where Python caches its own bytecode: a
-process that can write there can change the code itself. If that folder cannot be written, each
-process compiles again: numba's other places for its cache, one per user, are not used. All loops
-are in one file: numba looks for changes in the file of a function, not in those of what it calls.
+numba compiles them at the first call, which takes some seconds. It caches the machine code as
+pickles in ``__pycache__`` next to this file, where Python caches bytecode: a process that can write
+there can change the code. If that folder is not writable, each process compiles again: numba's
+alternative cache folders, one per user, are not used. All loops are in one file, because numba
+detects changes in the file of a function but not in the files of the functions that it calls.
 
-Three devices make the loops fast without changing a bit:
+Three techniques make the loops fast with bit-identical results:
 
-- The bits of positive floats are ordered as the floats are, and integers have no rule about NaN
-  that would keep a compiler from looking at sixteen at once.
+- The bits of positive floats have the same order as the floats, and integer comparisons have no
+  NaN rule that prevents the compiler from comparing sixteen at once.
 - A float below 2^22 is rounded to the nearest integer, ties to even, by adding 1.5 * 2^23: the
-  sum has no place for the rest, and its lowest bits are the integer.
-- float16 is made from the bits of a float32, since compilers for old processors have no such type.
+  sum has no bits for the fraction, and its lowest bits are the integer.
+- float16 is computed from the bits of a float32, because compilers for old processors have no
+  float16 type.
 """
 
 import inspect
@@ -45,7 +46,7 @@ LANES = 64
 
 
 def _compiled(function: Function) -> Function:
-    """Compile a function when it is first called; other threads run meanwhile."""
+    """Compile a function at its first call; the compiled code releases the GIL."""
     bytecode = Path(inspect.getfile(function)).parent / "__pycache__"
     try:
         cached = numba.njit(function, nogil=True, cache=True, error_model="numpy")
@@ -76,12 +77,12 @@ _float: Callable[[Any], np.float32] = _bitcast(types.int32, types.float32, ir.Fl
 
 @_compiled
 def _to_16(number: np.float32) -> np.int32:
-    """A float32 below 65520 in size as float16 bits, rounded to the nearest, ties to even."""
+    """Convert a float32 of size below 65520 to float16 bits, to nearest with ties to even."""
     bits = _bits(number)
     size = bits & ALL_BUT_SIGN
     normal = (size + np.int32(0xFFF) + ((size >> np.int32(13)) & np.int32(1))) >> np.int32(13)
     normal -= np.int32(112 << 10)
-    # Below 2^-14 float16 steps evenly by 2^-24, which is the last place of a float32 at 0.5.
+    # Below 2^-14 float16 is evenly spaced by 2^-24, the spacing of float32 at 0.5 divided by 1.
     small = _bits(_float(size) + HALF) - _bits(HALF)
     sign = (bits >> np.int32(16)) & np.int32(0x8000)
     return (small if size < np.int32(113 << 23) else normal) | sign
@@ -89,7 +90,7 @@ def _to_16(number: np.float32) -> np.int32:
 
 @_compiled
 def _from_16(bits: np.int32) -> np.float32:
-    """The float32 of finite float16 bits."""
+    """Convert finite float16 bits to float32."""
     size = bits & np.int32(0x7FFF)
     small = np.float32(size) * SMALLEST_16
     normal = _float((size << np.int32(13)) + np.int32(112 << 23))
@@ -99,7 +100,7 @@ def _from_16(bits: np.int32) -> np.float32:
 
 @_compiled
 def _scale_16(scale: np.float32, top: np.float32) -> np.int32:
-    """``grid.stored_scale`` in float16, as bits."""
+    """``levels.stored_scale`` in float16, as bits."""
     bits = _to_16(max(scale, SMALLEST_16))
     clipped = scale * top > _from_16(bits) * (top + HALF)
     return bits + np.int32(1) if clipped else bits
@@ -107,7 +108,7 @@ def _scale_16(scale: np.float32, top: np.float32) -> np.int32:
 
 @_compiled
 def _below_16(low: np.float32) -> np.int32:
-    """The largest float16 that is not above a number, as bits."""
+    """Round down to float16, as bits."""
     bits = _to_16(low)
     if _from_16(bits) <= low:
         return bits
@@ -118,7 +119,7 @@ def _below_16(low: np.float32) -> np.int32:
 
 @_compiled
 def _largest(rows: NDArray[np.float32], begin: int, end: int) -> np.int32:
-    """The largest size among the numbers of rows, as bits; above infinity's where one is NaN."""
+    """The largest absolute value in rows, as bits; above those of infinity if one is NaN."""
     most = np.int32(0)
     for row in range(begin, end):
         for place in range(rows.shape[1]):
@@ -128,13 +129,13 @@ def _largest(rows: NDArray[np.float32], begin: int, end: int) -> np.int32:
 
 @_compiled
 def _ordered(bits: np.int32) -> np.int32:
-    """Bits of a float as an integer that is ordered as the floats are; its own inverse."""
+    """Map float bits to an integer in the same order as the floats; the map is its own inverse."""
     return bits ^ ((bits >> np.int32(31)) & ALL_BUT_SIGN)
 
 
 @_compiled
 def _ends(rows: NDArray[np.float32], begin: int, end: int) -> tuple[np.int32, np.int32]:
-    """The smallest and the largest number of rows, as ``_ordered``."""
+    """The smallest and the largest number in rows, as integers of ``_ordered``."""
     least, most = np.int32(0x7FFFFFFF), np.int32(-0x80000000)
     for row in range(begin, end):
         for place in range(rows.shape[1]):
@@ -154,7 +155,7 @@ def _write(
     codes: NDArray[np.uint8],
     into: int,
 ) -> None:
-    """The nearest levels of a row, ``low`` to ``top``, as bytes."""
+    """Write the nearest levels of a row, from ``low`` to ``top``, as bytes."""
     for place in range(rows.shape[1]):
         step = min(max((rows[row, place] - offset) / scale, low), top)
         codes[into, place] = np.uint8(_bits(step + ROUNDER))
@@ -164,7 +165,7 @@ def _write(
 def _pack(
     row: int, dim: int, shift: np.uint64, bytes_: NDArray[np.uint8], codes: NDArray[np.uint8]
 ) -> None:
-    """Codes of a row, one a byte, as planar halves of bytes; ``shift`` is added to each."""
+    """Pack the codes of a row, one per byte, into planar half bytes; add ``shift`` to each."""
     half = codes.shape[1]
     for place in range(half):
         first = np.uint64(bytes_[0, place]) + shift
@@ -183,7 +184,7 @@ def _fit_symmetric(
     scales: NDArray[np.float32],
     words: NDArray[np.int32],
 ) -> bool:
-    """``grid.symmetric_scale`` of some ranges, as floats and as stored; whether all have one."""
+    """``levels.symmetric_scale`` of some ranges, as floats and stored; returns if all succeed."""
     bad = np.int32(0)
     for entry in range(count):
         scale = _float(most[entry]) / top
@@ -210,7 +211,7 @@ def _fit_asymmetric(
     words: NDArray[np.int32],
     offset_words: NDArray[np.int32],
 ) -> bool:
-    """``grid.asymmetric_ends`` of some ranges, as floats and as stored; whether all have them."""
+    """``levels.asymmetric_ends`` of some ranges, as floats and stored; returns if all succeed."""
     bad = np.int32(0)
     for entry in range(count):
         low = _float(_ordered(least[entry])) + ZERO  # no -0
@@ -247,7 +248,7 @@ def min_max(
     offset_16: NDArray[np.uint16],
     offset_32: NDArray[np.uint32],
 ) -> int:
-    """Encode ranges of rows; gives the first row of some that cannot all be stored, or -1."""
+    """Encode ranges of rows; return the first row of a group with an unstorable range, or -1."""
     count, dim = rows.shape
     small = scale_16.size > 0
     low = -top if symmetric else ZERO
@@ -305,7 +306,7 @@ def nearest(
     planar: bool,
     codes: NDArray[np.uint8],
 ) -> None:
-    """Encode ranges of rows with scales and offsets that are known."""
+    """Encode ranges of rows with given scales and offsets."""
     count, dim = rows.shape
     low = -top if symmetric else ZERO
     shift = np.uint64(8) if symmetric else np.uint64(0)
@@ -322,8 +323,8 @@ def nearest(
 
 # --- least_squares.py ------------------------------------------------------------------------
 
-# All that is known of the ranges side by side lies in one array, each item LANES numbers long:
-# a compiler sees that they do not overlap, where between arrays it would have to ask.
+# The data of LANES ranges are in one array, each item LANES numbers long: the compiler can prove
+# that items do not overlap; for separate arrays it would need checks at run time.
 LOW, HIGH, INVERSE = 0 * LANES, 1 * LANES, 2 * LANES
 BEST, TRIED = 3 * LANES, 5 * LANES  # scale and offset
 SUMS, FOUND = 7 * LANES, 12 * LANES  # rr, q, qq, r and qr
@@ -334,7 +335,7 @@ KEPT = np.array([1.0, *(1 - share for share in SHARES)], np.float32)
 
 @_compiled
 def _stored(scale: np.float32, top: np.float32, small: bool) -> np.float32:
-    """``grid.stored_scale``, as a float32."""
+    """``levels.stored_scale``, as a float32."""
     return _from_16(_scale_16(scale, top)) if small else max(scale, SMALLEST_32)
 
 
@@ -352,15 +353,15 @@ def _miss(
     low: np.float32,
     top: np.float32,
 ) -> tuple[np.float32, np.float32]:
-    """The nearest code, and what it misses a weight by."""
+    """The nearest code of a weight, and the residual."""
     q = (min(max((value - offset) * inverse, low), top) + ROUNDER) - ROUNDER
     return q, value - (q * scale + offset)
 
 
 @_compiled
 def _turn(rows: NDArray[np.float32], first: int, used: int, tile: NDArray[np.float32]) -> None:
-    """Rows side by side. Lanes without a row keep what they held; nobody reads their results."""
-    if used == LANES:  # a number the compiler knows
+    """Transpose rows into lanes. Lanes without a row keep old values; their results are unused."""
+    if used == LANES:  # a compile-time constant gives faster loops
         for place in range(tile.shape[0]):
             for lane in range(LANES):
                 tile[place, lane] = rows[first + lane, place]
@@ -379,7 +380,7 @@ def _errors(
     low: np.float32,
     top: np.float32,
 ) -> None:
-    """The squared error of every lane, one number after the other; four of them a loop."""
+    """The squared error of every lane, one number after the other, four numbers per loop."""
     for lane in range(LANES):
         lanes[INVERSE + lane] = np.float32(1) / lanes[fit + lane]
         lanes[sums + lane] = ZERO
@@ -413,7 +414,7 @@ def _residuals(
     low: np.float32,
     top: np.float32,
 ) -> None:
-    """``least_squares.residuals`` of every lane, likewise."""
+    """``least_squares.residuals`` of every lane, in the same order."""
     for lane in range(LANES):
         lanes[INVERSE + lane] = np.float32(1) / lanes[fit + lane]
         lanes[sums + lane] = lanes[sums + LANES + lane] = lanes[sums + 2 * LANES + lane] = ZERO
@@ -450,7 +451,7 @@ def _residuals(
 
 @_compiled
 def _keep_better(lanes: NDArray[np.float32], sums: int) -> None:
-    """Where the error became less, scale, offset and so many sums are those that were tried."""
+    """Keep the tried scale, offset and sums in the lanes whose error decreased."""
     for lane in range(LANES):
         less = lanes[FOUND + lane] < lanes[SUMS + lane]
         for item in range(2):
@@ -471,7 +472,7 @@ def _clip(
     symmetric: bool,
     small: bool,
 ) -> bool:
-    """``least_squares._clipped`` of every lane; whether all have scales and offsets."""
+    """``least_squares._clipped`` of every lane; returns if all have scales and offsets."""
     bad = np.int32(0)
     limit = LARGEST_16 if small else LARGEST_32
     for lane in range(LANES):
@@ -526,7 +527,7 @@ def least_squares(
     offset_16: NDArray[np.uint16],
     offset_32: NDArray[np.uint32],
 ) -> int:
-    """Encode rows of their own; gives the first row of some that cannot all be stored, or -1."""
+    """Encode rows with one range each; return the first row of an unstorable group, or -1."""
     count, dim = rows.shape
     small = scale_16.size > 0
     low = -top if symmetric else ZERO
@@ -536,7 +537,7 @@ def least_squares(
     lanes = np.zeros(ITEMS, np.float32)
     for first in range(0, count, LANES):
         used = min(LANES, count - first)
-        for lane in range(used):  # row by row, as memory is read fastest
+        for lane in range(used):  # row by row: fastest memory order
             least, most = _ends(rows, first + lane, first + lane + 1)
             if most >= INFINITE or _ordered(least) & ALL_BUT_SIGN >= INFINITE:
                 return first

@@ -1,7 +1,7 @@
-"""Encoding of row blocks by compiled loops: what ``levels`` and ``clipping`` specify, bit for bit.
+"""Encode row blocks with compiled loops; results equal ``levels`` and ``clipping`` bit for bit.
 
-A row is read once, from its ends to its codes, where plain torch reads and writes a block for every
-operation. The loops are in ``numba_kernels.py``; here they are given memory and threads.
+The loops read a row once for all operations, while plain torch reads and writes a block for each
+operation. The loops are in ``numba_kernels.py``; this file allocates memory and runs threads.
 """
 
 import functools
@@ -25,18 +25,18 @@ THREAD_VALUES = 2**18
 
 
 def encode(rows: Tensor, grid: Grid, bits: int) -> tuple[Tensor, FittedRange]:
-    """Encode rows: ``min_max`` or ``least_squares``, and ``nearest``, in one.
+    """Encode rows: fit ranges by ``min_max`` or ``least_squares`` and find the nearest codes.
 
     Args:
-        rows: float, ``(rows, dim)``; the first of them begins a range.
-        grid: levels, type of the scales, and how many rows share one: 1 with ``least_squares``,
-            else not 0.
-        bits: 8, a byte a code; or 4, planar as in ``planar``.
+        rows: float, ``(rows, dim)``; the first row starts a range.
+        grid: levels, type of the scales, and the number of rows that share one: 1 with
+            ``least_squares``, else not 0.
+        bits: 8 for one byte per code, or 4 for the planar layout of ``bitpacking``.
 
     Returns:
-        Codes uint8 ``(rows, dim)`` or ``(rows, ceil(dim / 2))``, negative ones as their two's
-        complement where a byte is a code, plus 8 where it is half of one; and what ``clipping.fit``
-        would give.
+        Codes uint8 ``(rows, dim)`` or ``(rows, ceil(dim / 2))``: negative codes are in two's
+        complement with 8 bits, and 8 is added to codes of 4 bits. And the result of
+        ``clipping.fit`` for the rows.
 
     Raises:
         CompressionError: a weight is not finite, or too large for the type of the scales.
@@ -73,16 +73,16 @@ def encode(rows: Tensor, grid: Grid, bits: int) -> tuple[Tensor, FittedRange]:
 
 
 def encode_as(rows: Tensor, fitted: FittedRange, grid: Grid, bits: int) -> Tensor:
-    """Encode rows to the levels nearest to them, where scales and offsets are known.
+    """Encode rows to their nearest levels with given scales and offsets.
 
     Args:
-        rows: finite, float, ``(rows, dim)``; the first of them begins a range.
-        fitted: of these rows, or of the whole table where that is one range.
-        grid: levels, and how many rows share a scale.
-        bits: as for ``encode``.
+        rows: finite, float, ``(rows, dim)``; the first row starts a range.
+        fitted: scale and offset of these rows, or of the table if it has one range.
+        grid: levels, and the number of rows that share a scale.
+        bits: as in ``encode``.
 
     Returns:
-        Codes as ``encode`` gives them.
+        Codes as in ``encode``.
     """
     count, dim = rows.shape
     values, codes = _floats(rows), _room(rows, bits)
@@ -109,14 +109,14 @@ def _floats(values: Tensor) -> NDArray[np.float32]:
 
 
 def _room(rows: Tensor, bits: int) -> Tensor:
-    """Where the codes of some rows go."""
+    """Allocate memory for the codes of some rows."""
     count, dim = rows.shape
-    # Large arrays of numpy lie in large pages, which are there several times sooner.
+    # numpy allocates large arrays in huge pages, which is several times faster.
     return torch.from_numpy(np.empty((count, dim if bits == 8 else -(-dim // 2)), np.uint8))
 
 
 def _words(stored: Tensor) -> tuple[NDArray[np.uint16], NDArray[np.uint32]]:
-    """The bits of stored numbers as 16 and as 32 bit words: one of the two is empty."""
+    """The bits of stored numbers as 16-bit and as 32-bit words: one of the two is empty."""
     flat = stored.view(-1).numpy()
     if stored.dtype == torch.float16:
         return flat.view(np.uint16), np.empty(0, np.uint32)
@@ -124,7 +124,7 @@ def _words(stored: Tensor) -> tuple[NDArray[np.uint16], NDArray[np.uint32]]:
 
 
 def _in_threads(part: Callable[[int, int], int], rows: int, dim: int, together: int) -> int:
-    """Run over all rows with as many threads as torch would use; the first bad row, or -1."""
+    """Process all rows with torch's number of threads; return the first bad row, or -1."""
     threads = min(torch.get_num_threads(), max(rows * dim // THREAD_VALUES, 1))
     if threads == 1:
         return part(0, rows)
@@ -139,12 +139,12 @@ def _in_threads(part: Callable[[int, int], int], rows: int, dim: int, together: 
 
 @functools.cache
 def _helpers(process: int, threads: int) -> ThreadPoolExecutor:  # noqa: ARG001
-    """Threads that stay; a process that was forked off has none of its parent's."""
+    """A pool of threads that is reused; a forked process needs its own pool."""
     return ThreadPoolExecutor(threads, thread_name_prefix="encode-rows")
 
 
 def _refused(rows: Tensor, begin: int, grid: Grid) -> ValueNotStorable:
-    """What is wrong with the range that begins at a row."""
+    """The error for the range that starts at a row."""
     bad = (~torch.isfinite(rows)).any(dim=1)
     if bool(bad.any()):
         row = begin + int(bad.to(torch.uint8).argmax())

@@ -1,4 +1,4 @@
-"""Storage as 16-bit floats: the custom ops and formats of float16 and bfloat16."""
+"""Custom ops and formats for tables and dense layers in 16-bit floats: float16 and bfloat16."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,9 +16,10 @@ class ShortFloatTableFormat:
     """``weight`` ``(rows, dim)`` in a 16-bit type; the format is named after the type.
 
     Attributes:
-        name: of the format.
-        dtype: of the stored tensor.
-        learned: none: a 16-bit type is too coarse to train in, Adam's small steps would vanish.
+        name: name of the format.
+        dtype: type of the stored tensor.
+        learned: none, because a 16-bit type is too coarse for training: Adam's small steps would
+            be rounded away.
     """
 
     name: str
@@ -45,8 +46,8 @@ class ShortFloatLinearFormat:
     """``weight`` ``(out, in)`` and ``bias`` ``(out,)`` in a 16-bit type; a missing bias is zeros.
 
     Attributes:
-        name: of the format.
-        dtype: of the stored tensors.
+        name: name of the format.
+        dtype: type of the stored tensors.
         learned: none, as for tables.
     """
 
