@@ -42,7 +42,7 @@ LARGEST_32 = np.float32(np.finfo(np.float32).max)
 HALF = np.float32(0.5)
 ZERO = np.float32(0)
 LANES = 64
-"""Ranges that are fitted side by side: every loop over them is a few vector instructions."""
+"""Number of ranges that are fitted together: every loop over them is a few vector instructions."""
 
 
 def _compiled(function: Function) -> Function:
@@ -82,7 +82,7 @@ def _to_16(number: np.float32) -> np.int32:
     size = bits & ALL_BUT_SIGN
     normal = (size + np.int32(0xFFF) + ((size >> np.int32(13)) & np.int32(1))) >> np.int32(13)
     normal -= np.int32(112 << 10)
-    # Below 2^-14 float16 is evenly spaced by 2^-24, the spacing of float32 at 0.5 divided by 1.
+    # Below 2^-14 float16 is evenly spaced by 2^-24, as float32 is at 0.5: adding 0.5 rounds to it.
     small = _bits(_float(size) + HALF) - _bits(HALF)
     sign = (bits >> np.int32(16)) & np.int32(0x8000)
     return (small if size < np.int32(113 << 23) else normal) | sign
@@ -184,7 +184,7 @@ def _fit_symmetric(
     scales: NDArray[np.float32],
     words: NDArray[np.int32],
 ) -> bool:
-    """``levels.symmetric_scale`` of some ranges, as floats and stored; returns if all succeed."""
+    """``levels.symmetric_scale`` of some ranges, as floats and stored; True if all succeed."""
     bad = np.int32(0)
     for entry in range(count):
         scale = _float(most[entry]) / top
@@ -211,7 +211,7 @@ def _fit_asymmetric(
     words: NDArray[np.int32],
     offset_words: NDArray[np.int32],
 ) -> bool:
-    """``levels.asymmetric_ends`` of some ranges, as floats and stored; returns if all succeed."""
+    """``levels.asymmetric_ends`` of some ranges, as floats and stored; True if all succeed."""
     bad = np.int32(0)
     for entry in range(count):
         low = _float(_ordered(least[entry])) + ZERO  # no -0
@@ -472,7 +472,7 @@ def _clip(
     symmetric: bool,
     small: bool,
 ) -> bool:
-    """``least_squares._clipped`` of every lane; returns if all have scales and offsets."""
+    """``least_squares._clipped`` of every lane; True if all have scales and offsets."""
     bad = np.int32(0)
     limit = LARGEST_16 if small else LARGEST_32
     for lane in range(LANES):

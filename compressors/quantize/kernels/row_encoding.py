@@ -111,7 +111,7 @@ def _floats(values: Tensor) -> NDArray[np.float32]:
 def _room(rows: Tensor, bits: int) -> Tensor:
     """Allocate memory for the codes of some rows."""
     count, dim = rows.shape
-    # numpy allocates large arrays in huge pages, which is several times faster.
+    # numpy puts large arrays in huge pages, which are allocated several times faster.
     return torch.from_numpy(np.empty((count, dim if bits == 8 else -(-dim // 2)), np.uint8))
 
 

@@ -1,22 +1,22 @@
-"""Additive codes fitted to how often rows are looked up: the fewest bytes a row for its quality.
+"""Additive codes weighted by lookup counts: the format with the best quality per byte of a row.
 
-Stored as ``residual_codes`` are: a row is the sum of one entry of each codebook. What differs is
-how codes and codebooks are found, which at a few codes a row halves the error or better:
+The storage format is that of ``residual_codes``: a row is the sum of one entry of each codebook.
+The fit of codes and codebooks differs, which at least halves the error at a few codes per row:
 
-- rows count by their lookups in training, to a power, and with ``sensitive`` each lookup by how
-  much the network's output depends on it: by its squared slope;
-- columns, and pairs of them, count by the same (``sensitive``): squared error is taken after the
-  table was turned and stretched accordingly;
-- codes are found by *beam search*: the ``beam`` best sums so far are carried from codebook to
-  codebook, instead of the one that is best so far;
-- all codebooks are fitted to the codes together by least squares, and between the rounds they are
-  *shaken*, less each round, so that they leave the poor optimum that residual fitting begins at.
+- rows are weighted by a power of their lookup counts in training; with ``sensitive`` each lookup is
+  weighted by the squared gradient of the network's output;
+- columns and pairs of columns are weighted by the same gradients (``sensitive``): squared error is
+  computed after a linear transform of the table;
+- codes are found by *beam search*: the ``beam`` best partial sums are kept from codebook to
+  codebook, instead of only the best one;
+- all codebooks are fitted to the codes together by least squares. Between rounds, noise is added to
+  them, less each round, so that they leave the poor local optimum of residual fitting.
 
-With one codebook this is k-means of rows, weighted by lookups.
+With one codebook this is k-means of rows, weighted by lookup counts.
 
 Sources: Babenko and Lempitsky 2014, https://doi.org/10.1109/CVPR.2014.124 (additive codes, beam
 search); Martinez et al. 2018, LSQ++, https://doi.org/10.1007/978-3-030-01270-0_30 (codebook
-perturbations that fall to nothing).
+perturbations that decrease to zero).
 Differs: rows have weights, and the best round is kept, not the last.
 """
 
@@ -51,34 +51,34 @@ CALM = 4
 
 
 def lookup_weight(mattered: Tensor, lookups: float, power: float) -> Tensor:
-    """How much each row's error counts, float64 ``(rows,)``, all above zero.
+    """Weight of each row's squared error, float64 ``(rows,)``, all positive.
 
     Args:
-        mattered: what the lookups of each row count, added up, ``(rows,)``.
-        lookups: how many there were of all rows.
-        power: of the result.
+        mattered: sum of the weights of each row's lookups, ``(rows,)``.
+        lookups: number of lookups of all rows.
+        power: exponent of the result.
     """
     total = float(mattered.sum())
-    if not total > 0:  # nothing that was looked at depends on this table
+    if not total > 0:  # no output depends on this table
         return torch.ones(len(mattered), dtype=torch.float64)
-    # A row that was never looked up still gets an answer: it counts as half a usual lookup.
+    # A row without lookups in training may be used in serving: it counts as half a mean lookup.
     usual = total / lookups
     return (mattered.double() / usual + 0.5).pow(power)
 
 
 def stretch(sensitivity: Tensor) -> Tensor:
-    """The matrix ``(dim, dim)`` that a table is multiplied by, so that plain squared error counts.
+    """Matrix ``(dim, dim)`` that transforms a table so that squared error is the weighted one.
 
-    Half of each column's weight is the same for all: the network's slope at a row says what small
-    errors cost, not large ones.
+    Half of each column's weight is equal for all columns, because gradients at a row give the cost
+    of small errors only.
 
     Args:
-        sensitivity: outer products of the output's gradients, added up, ``(dim, dim)``.
+        sensitivity: sum of outer products of the output's gradients, ``(dim, dim)``.
     """
     matrix = sensitivity.double()
     even = torch.eye(len(matrix), dtype=torch.float64)
     size = float(matrix.diagonal().mean())
-    if not size > 0:  # nothing that was looked at depends on this table
+    if not size > 0:  # no output depends on this table
         return even.float()
     root: Tensor = torch.linalg.cholesky(matrix / size + even)
     return root.float()
@@ -89,9 +89,9 @@ def encode(table: Tensor, codebook: Tensor, books: int, beam: int) -> Tensor:
 
     Args:
         table: float ``(rows, dim)``.
-        codebook: ``(books * levels, dim)``, one book below the other.
-        books: how many there are.
-        beam: sums that are carried on; 1 is greedy. The result is the best of them.
+        codebook: ``(books * levels, dim)``, the codebooks concatenated.
+        books: number of codebooks.
+        beam: number of partial sums that are kept; 1 is greedy. The result is the best of them.
     """
     each = codebook.float().reshape(books, -1, codebook.shape[1])
     squares = each.square().sum(dim=2)  # (books, levels)
@@ -125,24 +125,24 @@ def fit(
     shake: float = 0.1,
     seed: int = 0,
 ) -> tuple[Tensor, tuple[float, ...]]:
-    """The codebooks of a table.
+    """Fit the codebooks of a table.
 
     Args:
         table: float ``(rows, dim)``.
-        weight: how much each row's squared error counts, ``(rows,)``, not all zero.
-        books: codebooks.
-        levels: entries of each.
-        rounds: of codes and codebooks in turn, after residual fitting.
-        beam: of the search for codes.
-        shake: noise that is added to codebooks before the first round's codes are found, in
+        weight: weight of each row's squared error, ``(rows,)``, not all zero.
+        books: number of codebooks.
+        levels: number of entries of each codebook.
+        rounds: rounds that fit codes and codebooks in turn, after residual fitting.
+        beam: width of the beam search for codes.
+        shake: noise added to the codebooks before the codes of the first round are searched, in
             standard deviations of their numbers; falls to zero ``CALM`` rounds before the end.
-        seed: of the noise.
+        seed: seed of the noise.
 
     Returns:
         The codebooks of the best round, float32 ``(books * levels, dim)``, and the weighted squared
         error of residual fitting and after each round.
     """
-    # A common factor makes no difference to codes; rows far from size one would to what is held.
+    # Scaling does not change codes, but rows far from unit size would lose precision.
     size = float(table.float().square().mean().sqrt()) or 1.0
     rows, counts = table.float() / size, weight.double()
     left, fitted = rows, []
@@ -159,7 +159,7 @@ def fit(
         errors.append(float(lost.sum()))
         if errors[-1] < least:
             best, least = codebook, errors[-1]
-        if books == 1:  # k-means has done all there is to do
+        if books == 1:  # k-means is the full fit
             break
         codebook = least_squares(rows, codes, codebook, counts)
         calmed = max(0.0, 1 - number / max(1, rounds - CALM))
@@ -207,7 +207,7 @@ class AdditiveCodes(Frozen):
 
     @property
     def needs(self) -> tuple[Part, ...]:
-        """Training rows say what is looked up and what it matters; validation rows choose."""
+        """Training rows, for lookup counts and sensitivity; validation rows, to select a fit."""
         train: tuple[Part, ...] = ("train",) if self.traffic or self.sensitive else ()
         return (*train, "validation") if self.draws > 1 else train
 
@@ -229,7 +229,7 @@ class AdditiveCodes(Frozen):
         """Select the tables to encode; give a reason for each other table.
 
         Raises:
-            NothingToCompress: validation rows are to choose, and the task has no metric of rows.
+            NothingToCompress: validation rows select the fit, and the task has no row metric.
         """
         if self.draws > 1 and bench.signature.task == "retrieval":
             raise NothingToCompress("row_metric_for_draws_missing", step=self.kind)
@@ -278,7 +278,7 @@ class AdditiveCodes(Frozen):
         return model
 
     def _judged(self, model: Model, bench: Bench, name: str, table: nn.Module) -> float:
-        """How good the network is with one fit of a table; all the same where there is but one."""
+        """The validation quality with one fit of a table; a constant if there is only one fit."""
         if self.draws == 1 or bench.validation is None:
             return 0.0
         tried = model.private().module
@@ -293,7 +293,7 @@ class AdditiveCodes(Frozen):
     def _encoded(
         self, table: Tensor, weight: Tensor, matrix: Tensor, seed: int
     ) -> dict[str, Tensor]:
-        """Stored tensors of a table, whose rows times ``matrix`` are to be near."""
+        """The stored tensors of a table, fitted to its rows times ``matrix``."""
         rows, dim = table.shape
         shape = FORMAT.shape(rows, dim, self.settings())
         seen = weight.topk(min(rows, SAMPLE)).indices.sort().values

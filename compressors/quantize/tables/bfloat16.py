@@ -1,7 +1,8 @@
 """Embedding tables as bfloat16: half the bytes, float32's range, three decimal digits.
 
-A weight keeps 8 significant bits, float16 11; so take ``float16`` unless weights lie beyond 65,504
-or below 6e-5, where float16 has no range left. Looked up as stored and widened after.
+A weight has 8 significant bits, in float16 11. Use ``float16`` unless weights are above 65,504 or
+below 6e-5, which is outside of float16's range. Rows are looked up as stored and widened after the
+lookup.
 """
 
 from collections.abc import Mapping
@@ -18,10 +19,10 @@ from compressors.quantize.kernels.short_floats import short_float_table_format
 
 
 def encode(table: Tensor) -> Tensor:
-    """Weights ``(rows, dim)`` rounded to bfloat16.
+    """Round weights ``(rows, dim)`` to bfloat16.
 
     Raises:
-        CompressionError: a weight lies within a rounding of float32's largest number.
+        CompressionError: a weight near float32's largest number rounds to infinity.
     """
     short = table.to(torch.bfloat16)
     if not bool(torch.isfinite(short).all()):
@@ -45,11 +46,11 @@ class BFloat16(Frozen):
         return FORMAT
 
     def settings(self) -> dict[str, Any]:
-        """Nothing: the layout is the same for every table."""
+        """No settings: the layout is the same for every table."""
         return {}
 
     def fit(self, rows: Tensor) -> dict[str, Tensor]:  # noqa: ARG002
-        """Nothing is learned: each weight is rounded by itself."""
+        """Return no parameters: each weight is rounded independently."""
         return {}
 
     def encode(self, block: Tensor, params: Mapping[str, Tensor]) -> dict[str, Tensor]:  # noqa: ARG002

@@ -1,8 +1,7 @@
-"""How large the codebooks of vector codes are, and how their codes are laid out.
+"""Sizes of the codebooks of vector codes, and the stored layout of codes and codebooks.
 
-A codebook costs the same for a table of a hundred rows and for one of a hundred million, so the
-number of its entries is what the ordered bits allow, and no more than a share of the table's own
-bytes pays for.
+The bytes of a codebook do not depend on the number of rows. So the number of its entries is limited
+by the bits of a code in the recipe, and by a share of the bytes of the original table.
 """
 
 from collections.abc import Mapping
@@ -35,7 +34,7 @@ CodebookShare = Annotated[
 
 
 def width_of(levels: int) -> int:
-    """Bits of a stored code that tells ``levels`` apart, at most 256."""
+    """Bits of a stored code that distinguishes ``levels`` entries, at most 256."""
     return next(width for width in WIDTHS if levels <= 1 << width)
 
 
@@ -45,10 +44,10 @@ def row_bytes(count: int, width: int) -> int:
 
 
 class Shape(NamedTuple):
-    """Of a table's codes and codebooks.
+    """Sizes of a table's codes and codebooks.
 
-    ``books`` codebooks of ``levels`` entries of ``dim`` numbers each; ``width`` is the bits of a
-    code as stored.
+    There are ``books`` codebooks of ``levels`` entries of ``dim`` numbers each; ``width`` is the
+    number of bits of a stored code.
     """
 
     books: int
@@ -58,13 +57,13 @@ class Shape(NamedTuple):
 
 
 def shape_of(rows: int, dim: int, books: int, entry: int, settings: Mapping[str, Any]) -> Shape:
-    """What codebooks a table of ``rows x dim`` gets.
+    """Compute the sizes of the codebooks of a table of ``rows x dim``.
 
     Args:
-        rows: of the table.
-        dim: of the table.
-        books: codebooks, and codes of each row.
-        entry: numbers of an entry.
+        rows: number of rows of the table.
+        dim: number of dimensions of the table.
+        books: number of codebooks, and of codes per row.
+        entry: numbers per codebook entry.
         settings: ``bits`` of a code, ``codebook_type``, and ``codebook_share``.
 
     Returns:
@@ -77,7 +76,7 @@ def shape_of(rows: int, dim: int, books: int, entry: int, settings: Mapping[str,
 
 
 def layout(rows: int, shape: Shape, settings: Mapping[str, Any]) -> dict[str, TensorSpec]:
-    """The stored tensors: codes uint8, packed, and all codebooks one below the other."""
+    """The stored tensors: codes uint8, packed, and all codebooks concatenated."""
     codebook = (shape.books * shape.levels, shape.dim)
     return {
         "codes": TensorSpec((rows, row_bytes(shape.books, shape.width)), torch.uint8),
@@ -86,13 +85,13 @@ def layout(rows: int, shape: Shape, settings: Mapping[str, Any]) -> dict[str, Te
 
 
 def entry_of(codes: Tensor, entries: int) -> Tensor:
-    """Codes ``(*, books)`` as rows of the codebooks that lie one below the other."""
+    """Convert codes ``(*, books)`` to row indices of the concatenated codebooks."""
     books = codes.shape[-1]
     return codes.long() + torch.arange(books, device=codes.device) * (entries // books)
 
 
 def as_stored(codebook: Tensor, dtype: CodebookType) -> Tensor:
-    """A codebook in the type it is stored in.
+    """Convert a codebook to the type in which it is stored.
 
     Raises:
         CompressionError: an entry is beyond float16.

@@ -1,8 +1,8 @@
 """Embedding tables as 8-bit floats (E4M3) and a scale per row, or per several rows.
 
 E4M3 has 4 significant bits from 2^-6 to 448 and even steps of 2^-9 below, so without a scale a
-table whose weights are around 0.01 would be left with a dozen values. The scale puts the largest
-weight of a row at 448. A weight then keeps 4 bits down to 1/28,672 of its row's largest; int8 has
+table whose weights are around 0.01 would have only a dozen values. The scale maps the largest
+weight of a row to 448. A weight then has 4 bits down to 1/28,672 of its row's largest; int8 has
 more near the largest weight, less below an eighth of it. Stored as bytes: neither torch nor ONNX
 gathers or compares 8-bit floats. A table of ``rows x dim`` takes
 ``rows * (dim + 2)`` bytes with a float16 scale per row.
@@ -32,12 +32,12 @@ LEVELS = 2 * LARGEST + 1
 
 
 def encode(table: Tensor, scale: Tensor, rows_per_scale: int = 1) -> Tensor:
-    """The bits of the nearest 8-bit floats, uint8 ``(rows, dim)``.
+    """Encode a table as the bits of the nearest 8-bit floats, uint8 ``(rows, dim)``.
 
     Args:
-        table: float, ``(rows, dim)``; the first row begins a range.
+        table: float, ``(rows, dim)``; the first row starts a range.
         scale: as stored, ``(entries, 1)``.
-        rows_per_scale: how many rows share an entry.
+        rows_per_scale: number of rows that share an entry.
     """
     rows = torch.arange(len(table), device=table.device)
     by_row = scale[scales.entries_of(rows, rows_per_scale)].float()
@@ -46,7 +46,7 @@ def encode(table: Tensor, scale: Tensor, rows_per_scale: int = 1) -> Tensor:
 
 
 def steps_of(codes: Tensor) -> Tensor:
-    """What bits of 8-bit floats stand for, float32 in the same shape."""
+    """Decode the bits of 8-bit floats to float32 in the same shape."""
     return codes.view(torch.float8_e4m3fn).float()
 
 
@@ -120,7 +120,7 @@ class Float8E4M3(Frozen):
 
     @property
     def grid(self) -> Grid:
-        """The range that scales are fitted to; its levels are not the format's."""
+        """The grid used to fit scales to ranges; its levels are not those of the format."""
         return Grid(LEVELS, scale=self.scale, rows_per_scale=self.rows_per_scale)
 
     def settings(self) -> dict[str, Any]:
@@ -128,7 +128,7 @@ class Float8E4M3(Frozen):
         return scales.settings_of(self.grid)
 
     def fit(self, rows: Tensor) -> dict[str, Tensor]:
-        """The scale of the table where it has but one; nothing else is learned."""
+        """Fit the scale of a table with one scale; otherwise return no parameters."""
         return scales.fit_table(rows, self.grid)
 
     def encode(self, block: Tensor, params: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -1,13 +1,13 @@
 """Embedding tables as a small codebook of numbers and a few bits per weight.
 
-The levels of a table lie where its weights are, instead of evenly: 16 numbers for the whole table
-and 4 bits a weight. A table of ``rows x dim`` float32 shrinks from ``4 * rows * dim`` to
-``rows * (ceil(dim * bits / 8) + 2) + 4 * 2 ** bits`` bytes with a float16 scale a row.
+The levels follow the distribution of the weights instead of being evenly spaced: 16 numbers for the
+table and 4 bits per weight. A table of ``rows x dim`` float32 shrinks from ``4 * rows * dim`` to
+``rows * (ceil(dim * bits / 8) + 2) + 4 * 2 ** bits`` bytes with a float16 scale per row.
 
 Sources: Han et al. 2016, https://arxiv.org/abs/1510.00149 (weights shared by k-means);
 Guan et al. 2019, https://arxiv.org/abs/1911.02079 (codebooks for embedding tables).
-Differs: one codebook a table and, by default, a scale per row, where Guan et al. fit a codebook to
-each row or to classes of rows; codebook and scales are fitted to each other.
+Differs: one codebook per table and, by default, a scale per row, while Guan et al. fit a codebook
+to each row or to classes of rows; codebook and scales are fitted to each other.
 """
 
 from collections.abc import Mapping
@@ -36,17 +36,17 @@ TURNS = 3
 def fit(
     table: Tensor, bits: int, scale_type: RowScale = "float16", weight: Tensor | None = None
 ) -> Tensor:
-    """The codebook of a table.
+    """Fit the codebook of a table.
 
     Args:
-        table: float ``(rows, dim)``; large ones are sampled.
-        bits: of a code.
-        scale_type: whether rows are divided by a scale first, and how it is stored.
-        weight: how much each row counts, ``(rows,)``, for a table that is small enough to be taken
-            whole; equally without.
+        table: float ``(rows, dim)``; large tables are sampled.
+        bits: bits of a code.
+        scale_type: whether rows are divided by a scale first, and how the scale is stored.
+        weight: weight of each row, ``(rows,)``, only for tables that are not sampled; by default
+            equal.
 
     Returns:
-        float32 ``(2 ** bits,)``, rising.
+        float32 ``(2 ** bits,)``, ascending.
 
     Raises:
         CompressionError: a weight is too large for a float16 scale.
@@ -61,9 +61,9 @@ def fit(
         scale = largest(rows, scale_type).float()
     best, least = torch.empty(0), float("inf")
     for _ in range(TURNS if scale_type != "none" else 1):
-        # A level's error counts with the square of the scale that it is multiplied by.
+        # The error of a level is multiplied by the square of the scale.
         each = (counts.double().unsqueeze(1) * scale.double().square()).expand_as(rows)
-        # Rows of zeros have none, and do not count.
+        # Rows of zeros have no scale and are ignored.
         values = rows / scale.where(scale > 0, torch.ones_like(scale))
         found = scalar_kmeans(values.flatten(), 1 << bits, each.flatten())
         codebook = found.codebook.flatten()
@@ -78,7 +78,7 @@ def fit(
 
 
 def largest(rows: Tensor, scale_type: RowScale) -> Tensor:
-    """The largest weight of each row, as a scale is stored: ``(rows, 1)``, always positive.
+    """The largest weight of each row, in the type of scales: ``(rows, 1)``, always positive.
 
     Raises:
         CompressionError: it is beyond float16.
@@ -94,11 +94,11 @@ def largest(rows: Tensor, scale_type: RowScale) -> Tensor:
 def encode(
     table: Tensor, codebook: Tensor, scale_type: RowScale = "float16"
 ) -> tuple[Tensor, Tensor | None]:
-    """The nearest level of every weight, and the scale that suits a row's levels best.
+    """Find the nearest level of every weight and the optimal scale for the levels of each row.
 
     Args:
         table: float ``(rows, dim)``.
-        codebook: rising, ``(levels,)``.
+        codebook: ascending, ``(levels,)``.
         scale_type: how the scales are stored.
 
     Returns:
@@ -121,7 +121,7 @@ def encode(
         again = _codes(rows / fitted.float(), codebook)
         better = _error(rows, codebook, again, fitted) < _error(rows, codebook, codes, scale)
         scale, codes = torch.where(better, fitted, scale), torch.where(better, again, codes)
-    # It may be that no level is zero: a scale of zero keeps a row of zeros exact.
+    # The codebook may not contain zero: a scale of zero keeps a row of zeros exact.
     scale = torch.where((rows == 0).all(dim=1, keepdim=True), torch.zeros_like(scale), scale)
     return codes, scale
 
@@ -137,7 +137,7 @@ def _error(rows: Tensor, codebook: Tensor, codes: Tensor, scale: Tensor) -> Tens
 
 
 def decode(codes: Tensor, codebook: Tensor, scale: Tensor | None) -> Tensor:
-    """Weights as float32 ``(*, dim)`` from codes ``(*, dim)`` and scales ``(*, 1)``."""
+    """Decode codes ``(*, dim)`` and scales ``(*, 1)`` to float32 weights ``(*, dim)``."""
     levels = codebook[codes.long()]
     return levels if scale is None else levels * scale.float()
 
@@ -242,7 +242,7 @@ class KMeans(Frozen):
         return {"bits": self.bits, "scale": self.scale}
 
     def fit(self, rows: Tensor) -> dict[str, Tensor]:
-        """The codebook of a table, float ``(rows, dim)``."""
+        """Fit the codebook of a table, float ``(rows, dim)``."""
         return {"codebook": fit(rows, self.bits, self.scale)}
 
     def encode(self, block: Tensor, params: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -1,11 +1,11 @@
-"""Embedding tables as a few codes a row, each for one part of its columns.
+"""Product quantization of embedding tables: a few codes per row, each for one part of the columns.
 
-The columns are cut into ``parts``, and each part of a row is the nearest of ``2 ** bits`` short
-vectors. A table of ``rows x dim`` float32 shrinks from ``4 * rows * dim`` to
+The columns are split into ``parts``, and each part of a row is stored as the nearest of
+``2 ** bits`` short vectors. A table of ``rows x dim`` float32 shrinks from ``4 * rows * dim`` to
 ``rows * ceil(parts * bits / 8)`` bytes and a codebook of about ``4 * dim * 2 ** bits``.
 
 Source: Jegou et al. 2011, https://doi.org/10.1109/TPAMI.2010.57 (product quantization).
-Differs: parts are of two widths where the columns do not divide evenly; codebooks shrink for small
+Differs: parts have two widths if the columns do not divide evenly; codebooks are smaller for small
 tables; codes of 2 and 4 bits are packed.
 """
 
@@ -36,13 +36,13 @@ from compressors.quantize.tables.codebooks import (
 
 
 def widths(dim: int, parts: int) -> tuple[int, ...]:
-    """Columns of each part, the wider ones first; no part is empty."""
+    """Number of columns of each part, the wider parts first; no part is empty."""
     parts = min(parts, dim)
     return tuple(dim // parts + (place < dim % parts) for place in range(parts))
 
 
 def columns(dim: int, parts: int) -> list[int] | None:
-    """Where a row's columns lie when every part is laid out as wide as the widest; None if so."""
+    """Indices of a row's columns among parts padded to the widest; None if nothing is padded."""
     each = widths(dim, parts)
     if len(set(each)) == 1:
         return None
@@ -50,17 +50,17 @@ def columns(dim: int, parts: int) -> list[int] | None:
 
 
 def fit(table: Tensor, parts: int, levels: int, weight: Tensor | None = None) -> Tensor:
-    """A codebook for each part.
+    """Fit a codebook for each part of the columns.
 
     Args:
-        table: float ``(rows, dim)``; large ones are sampled.
-        parts: of the columns.
-        levels: entries of a codebook.
-        weight: how much each row counts, ``(rows,)``, where the table is not sampled.
+        table: float ``(rows, dim)``; large tables are sampled.
+        parts: number of parts of the columns.
+        levels: number of entries of a codebook.
+        weight: weight of each row, ``(rows,)``, only for tables that are not sampled.
 
     Returns:
-        float32 ``(parts * levels, widest part)``, the codebooks one below the other; columns that
-        a narrower part does not have are zero.
+        float32 ``(parts * levels, widest part)``, the codebooks concatenated; columns that a
+        narrower part does not have are zero.
     """
     rows = sample(table)
     if weight is not None and len(weight) != len(rows):
@@ -73,7 +73,7 @@ def fit(table: Tensor, parts: int, levels: int, weight: Tensor | None = None) ->
 
 
 def encode(table: Tensor, codebook: Tensor, parts: int) -> Tensor:
-    """The nearest entry for each part of each row: uint8 ``(rows, parts)``, not packed."""
+    """Find the nearest entry for each part of each row: uint8 ``(rows, parts)``, not packed."""
     each = widths(table.shape[1], parts)
     books = codebook.reshape(len(each), -1, each[0])
     codes = [
@@ -84,12 +84,12 @@ def encode(table: Tensor, codebook: Tensor, parts: int) -> Tensor:
 
 
 def decode(codes: Tensor, codebook: Tensor, dim: int) -> Tensor:
-    """Weights as float32 ``(*, dim)`` from codes ``(*, parts)``."""
+    """Decode codes ``(*, parts)`` to float32 weights ``(*, dim)``."""
     return _joined(codebook[entry_of(codes, len(codebook))].float(), dim)
 
 
 def _joined(found: Tensor, dim: int) -> Tensor:
-    """Entries ``(*, parts, widest)`` side by side, without the columns that are not there."""
+    """Concatenate entries ``(*, parts, widest)`` and remove padding columns."""
     places = columns(dim, found.shape[-2])
     side_by_side = found.flatten(-2)
     return side_by_side if places is None else side_by_side[..., places]
@@ -196,7 +196,7 @@ class ProductCodes(Frozen):
         return self.model_dump(include={"parts", "bits", "codebook_type", "codebook_share"})
 
     def fit(self, rows: Tensor) -> dict[str, Tensor]:
-        """The codebooks of a table, float ``(rows, dim)``."""
+        """Fit the codebooks of a table, float ``(rows, dim)``."""
         count, dim = rows.shape
         shape = FORMAT.shape(count, dim, self.settings())
         return {"codebook": as_stored(fit(rows, self.parts, shape.levels), self.codebook_type)}

@@ -1,15 +1,15 @@
-"""Embedding tables as a few codes a row, whose entries are added up.
+"""Residual quantization of embedding tables: a few codes per row, whose entries are summed.
 
-Each of ``codebooks`` holds ``2 ** bits`` vectors as wide as the table, and a row is the sum of one
-of each. A table of ``rows x dim`` float32 shrinks from ``4 * rows * dim`` to
+Each of ``codebooks`` has ``2 ** bits`` vectors as wide as the table, and a row is the sum of one
+vector of each. A table of ``rows x dim`` float32 shrinks from ``4 * rows * dim`` to
 ``rows * ceil(codebooks * bits / 8)`` bytes and codebooks of ``4 * codebooks * dim * 2 ** bits``.
 
-*Residual*: each codebook is fitted to what those before it leave over (Chen et al. 2010,
+*Residual*: each codebook is fitted to the residuals of those before it (Chen et al. 2010,
 https://doi.org/10.3390/s101211259). *Additive* (``refine``): all codebooks are fitted again to the
 codes by least squares, and the codes to the codebooks, in turn (Babenko and Lempitsky 2014,
-https://doi.org/10.1109/CVPR.2014.124). Both are stored alike.
-Differs: codes are found greedily and then one at a time while the others stay (iterated conditional
-modes) instead of by beam search, so a row's codes depend on nothing but the row.
+https://doi.org/10.1109/CVPR.2014.124). Both have the same storage format.
+Differs: codes are found greedily and then one at a time with the others fixed (iterated conditional
+modes) instead of by beam search, so a row's codes depend only on the row.
 """
 
 from collections.abc import Mapping
@@ -46,18 +46,18 @@ HELD = 1e-6
 def fit(
     table: Tensor, books: int, levels: int, refine: int = 0, weight: Tensor | None = None
 ) -> KMeansFit:
-    """The codebooks of a table.
+    """Fit the codebooks of a table.
 
     Args:
-        table: float ``(rows, dim)``; large ones are sampled.
-        books: codebooks.
-        levels: entries of each.
-        refine: rounds in which all of them are fitted together, at most.
-        weight: how much each row counts, ``(rows,)``, where the table is not sampled.
+        table: float ``(rows, dim)``; large tables are sampled.
+        books: number of codebooks.
+        levels: number of entries of each codebook.
+        refine: largest number of rounds that fit all codebooks together.
+        weight: weight of each row, ``(rows,)``, only for tables that are not sampled.
 
     Returns:
-        float32 ``(books * levels, dim)``, one below the other, and the squared error of the rows
-        after residual fitting and after each round that lowered it.
+        float32 ``(books * levels, dim)``, the codebooks concatenated, and the squared error of the
+        rows after residual fitting and after each round that lowered it.
     """
     rows = sample(table)
     if weight is not None and len(weight) != len(rows):
@@ -83,14 +83,14 @@ def fit(
 
 
 def least_squares(rows: Tensor, codes: Tensor, codebook: Tensor, weight: Tensor) -> Tensor:
-    """The codebooks that serve given codes best.
+    """Fit all codebooks to given codes by least squares.
 
     Args:
         rows: float ``(rows, dim)``.
         codes: uint8 ``(rows, books)``.
-        codebook: the present one, ``(books * levels, dim)``: where the rows leave an entry free, it
-            stays.
-        weight: how much each row counts, float64 ``(rows,)``.
+        codebook: the present codebooks, ``(books * levels, dim)``: entries that the rows do not
+            determine are not changed.
+        weight: weight of each row, float64 ``(rows,)``.
     """
     entries = len(codebook)
     places = entry_of(codes, entries)  # (rows, books)
@@ -107,15 +107,16 @@ def least_squares(rows: Tensor, codes: Tensor, codebook: Tensor, weight: Tensor)
 
 
 def encode(table: Tensor, codebook: Tensor, books: int) -> Tensor:
-    """Codes of each row: uint8 ``(rows, books)``, not packed.
+    """Compute the codes of each row: uint8 ``(rows, books)``, not packed.
 
-    Each is the entry nearest to what the codes before it leave over; then each in turn is chosen
-    anew while the others stay, until nothing changes. No pass raises a row's error.
+    Each code first selects the entry nearest to the residual of the codes before it. Then each code
+    in turn is selected again with the others fixed, until no code changes. No pass increases a
+    row's error.
 
     Args:
         table: float ``(rows, dim)``.
         codebook: ``(books * levels, dim)``.
-        books: how many codebooks there are.
+        books: number of codebooks.
     """
     rows = table.float()
     each = codebook.float().reshape(books, -1, codebook.shape[1])
@@ -139,7 +140,7 @@ def encode(table: Tensor, codebook: Tensor, books: int) -> Tensor:
 
 
 def decode(codes: Tensor, codebook: Tensor) -> Tensor:
-    """Weights as float32 ``(*, dim)`` from codes ``(*, books)``."""
+    """Decode codes ``(*, books)`` to float32 weights ``(*, dim)``."""
     return codebook[entry_of(codes, len(codebook))].float().sum(dim=-2)
 
 
@@ -237,7 +238,7 @@ class ResidualCodes(Frozen):
         return self.model_dump(include={"codebooks", "bits", "codebook_type", "codebook_share"})
 
     def fit(self, rows: Tensor) -> dict[str, Tensor]:
-        """The codebooks of a table, float ``(rows, dim)``."""
+        """Fit the codebooks of a table, float ``(rows, dim)``."""
         count, dim = rows.shape
         shape = FORMAT.shape(count, dim, self.settings())
         found = fit(rows, shape.books, shape.levels, self.refine)

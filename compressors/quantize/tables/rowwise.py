@@ -1,4 +1,4 @@
-"""What the row-wise integer formats share: their settings, and codes of 2 and 4 bits."""
+"""Shared parts of the row-wise integer formats: settings, and packed codes of 2 and 4 bits."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -41,7 +41,7 @@ class RowwiseSettings(Frozen):
 
     @property
     def grid(self) -> Grid:
-        """Which levels there are and how they are fitted."""
+        """The levels, and how ranges are fitted to them."""
         levels = self.levels[0] if self.symmetric else self.levels[1]
         return Grid(levels, self.symmetric, self.clipping, self.scale, self.rows_per_scale)
 
@@ -50,17 +50,17 @@ class RowwiseSettings(Frozen):
         return scales.settings_of(self.grid)
 
     def fit(self, rows: Tensor) -> dict[str, Tensor]:
-        """The scale of a table with one scale; else nothing is fitted to the whole table."""
+        """Fit the scale of a table with one scale; otherwise return no parameters."""
         return scales.fit_table(rows, self.grid)
 
 
 @dataclass(frozen=True)
 class PackedRowsFormat:
-    """``codes`` uint8 ``(rows, ceil(dim * bits / 8))``, planar, ``scale`` and maybe ``offset``.
+    """``codes`` uint8 ``(rows, ceil(dim * bits / 8))``, planar; ``scale``, and optional ``offset``.
 
     Attributes:
-        name: of the format and of its custom op.
-        bits: of a code, 2 or 4.
+        name: name of the format and of its custom op.
+        bits: bits of a code, 2 or 4.
         zero: the place of zero among the codes of a symmetric grid.
         learned: the tensors that training may change.
     """
@@ -85,7 +85,7 @@ class PackedRowsFormat:
         return rows
 
     def steps_of(self, packed: Tensor, dim: int, *, symmetric: bool) -> Tensor:
-        """Planar codes ``(*, bytes)`` as levels counted in scales, float32 ``(*, dim)``."""
+        """Decode planar codes ``(*, bytes)`` to levels counted in scales, float32 ``(*, dim)``."""
         steps = bitpacking.unpack(packed, dim, self.bits).float()
         return steps - self.zero if symmetric else steps
 

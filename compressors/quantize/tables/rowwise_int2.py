@@ -2,11 +2,12 @@
 
 A table of ``rows x dim`` float32 shrinks from ``4 * rows * dim`` to
 ``rows * (ceil(dim / 4) + 4)`` bytes with a float16 scale and offset per row; symmetric, without
-offset, to ``rows * (ceil(dim / 4) + 2)``. At dim 16 the scales are half of that: share them.
+offset, to ``rows * (ceil(dim / 4) + 2)``. At dim 16 half of the asymmetric bytes are scales and
+offsets: share them between rows.
 
 Paper: Guan et al. 2019, https://arxiv.org/abs/1911.02079 (row-wise, asymmetric).
-Differs: 2 bits instead of 4, and ranges of least squared error by default: with four levels
-clipping and offsets are worth much more than with sixteen (docs/results/movielens.md).
+Differs: 2 bits instead of 4, and ranges of least squared error by default: with four levels,
+clipping and offsets gain much more than with sixteen (docs/results/movielens.md).
 """
 
 from collections.abc import Mapping
@@ -26,7 +27,7 @@ FORMAT = packed_rows_format("rowwise_int2", bits=2, zero=1.5)
 
 
 def store(steps: Tensor, *, symmetric: bool) -> Tensor:
-    """Levels counted in scales, ``(rows, dim)``, as planar codes uint8 ``(rows, ceil(dim/4))``."""
+    """Pack levels counted in scales, ``(rows, dim)``, to planar uint8 ``(rows, ceil(dim/4))``."""
     codes = steps + FORMAT.zero if symmetric else steps
     return bitpacking.pack(codes.to(torch.uint8), FORMAT.bits)
 

@@ -5,7 +5,7 @@ A table of ``rows x dim`` float32 shrinks from ``4 * rows * dim`` to
 ``rows * (ceil(dim / 2) + 4)``.
 
 Paper: Guan et al. 2019, https://arxiv.org/abs/1911.02079 (row-wise 4-bit).
-Differs: the default is symmetric (TensorRT takes no zero point, so a symmetric lookup is cheaper
+Differs: the default is symmetric (TensorRT has no zero point, so a symmetric lookup is cheaper
 there) and min-max.
 """
 

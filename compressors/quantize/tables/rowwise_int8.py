@@ -1,11 +1,12 @@
 """Embedding tables as one byte per weight and a scale per row, or per several rows.
 
-A rare item's small weights keep their own scale and are not rounded away by a popular one. A
-table of ``rows x dim`` float32 shrinks from ``4 * rows * dim`` to ``rows * (dim + 2)`` bytes
+Each row has its own scale, so the small weights of a rare item are not rounded to zero because of a
+popular item. A table of ``rows x dim`` float32 shrinks from ``4 * rows * dim`` to
+``rows * (dim + 2)`` bytes
 with a float16 scale per row; asymmetric, with an offset, to ``rows * (dim + 4)``.
 
 Paper: Guan et al. 2019, https://arxiv.org/abs/1911.02079 (row-wise uniform quantization).
-Differs: the default is symmetric (TensorRT takes no zero point, so a symmetric lookup is cheaper
+Differs: the default is symmetric (TensorRT has no zero point, so a symmetric lookup is cheaper
 there) and min-max.
 """
 
@@ -23,7 +24,7 @@ from compressors.quantize.tables.rowwise import RowwiseSettings
 
 
 def code_type(*, symmetric: bool) -> torch.dtype:
-    """Codes lie in [-127, 127], or in [0, 255] above an offset."""
+    """Type of codes: int8 in [-127, 127] if symmetric, uint8 in [0, 255] with an offset."""
     return torch.int8 if symmetric else torch.uint8
 
 

@@ -1,4 +1,4 @@
-"""Scales and offsets that rows share: how they are laid out, written, read and trained."""
+"""Scales and offsets shared by rows: layout, encoding, lookup and gradients."""
 
 from collections.abc import Mapping
 from typing import Any, NamedTuple, Protocol
@@ -12,7 +12,7 @@ from compressors.quantize.kernels.levels import FittedRange, Grid, nearest, weig
 
 
 class SharedScales(NamedTuple):
-    """What a format needs to know of its scales; records of older bundles say less."""
+    """Settings of shared scales; records of older bundles may lack some."""
 
     dtype: torch.dtype
     symmetric: bool
@@ -20,7 +20,7 @@ class SharedScales(NamedTuple):
 
     @staticmethod
     def of(settings: Mapping[str, Any]) -> "SharedScales":
-        """As ``settings`` of a step or a record say."""
+        """Read them from the ``settings`` of a step or a record."""
         dtype = getattr(torch, settings["scale"])
         return SharedScales(
             dtype, settings.get("symmetric", True), settings.get("rows_per_scale", 1)
@@ -28,7 +28,7 @@ class SharedScales(NamedTuple):
 
 
 def settings_of(grid: Grid) -> dict[str, Any]:
-    """What a layout and a lookup must know of a grid."""
+    """The settings of a grid that determine layout and lookup."""
     return {
         "scale": grid.scale,
         "symmetric": grid.symmetric,
@@ -45,23 +45,23 @@ def layout(rows: int, settings: Mapping[str, Any]) -> dict[str, TensorSpec]:
 
 
 def fit_table(rows: Tensor, grid: Grid) -> dict[str, Tensor]:
-    """Scale and offset of a table that has one for all its rows; else nothing."""
+    """Fit scale and offset of a table that has one for all rows; otherwise return none."""
     return {} if grid.rows_per_scale else _named(fit(rows, grid))
 
 
 def fit_block(block: Tensor, grid: Grid) -> dict[str, Tensor]:
-    """Scales and offsets of a block of rows; nothing where the table has one for all its rows."""
+    """Fit scales and offsets of a block of rows; none if the table has one for all rows."""
     return _named(fit(block, grid)) if grid.rows_per_scale else {}
 
 
 def encode_block(
     block: Tensor, params: Mapping[str, Tensor], grid: Grid
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """The nearest levels of a block of rows, counted in scales, and what is stored beside them.
+    """Encode a block of rows: nearest levels, counted in scales, and stored scales and offsets.
 
     Args:
-        block: float, ``(rows, dim)``; its first row begins a range.
-        params: what ``fit_table`` gave.
+        block: float, ``(rows, dim)``; its first row starts a range.
+        params: result of ``fit_table``.
         grid: the levels.
 
     Raises:
@@ -75,18 +75,18 @@ def encode_block(
 def encode_codes(
     block: Tensor, params: Mapping[str, Tensor], grid: Grid, bits: int
 ) -> dict[str, Tensor]:
-    """What is stored of a block of rows, by compiled loops: ``codes`` as ``kernels.encode`` gives.
+    """Encode a block of rows with compiled loops; ``codes`` are those of ``row_encoding.encode``.
 
     Args:
-        block: float, ``(rows, dim)``; its first row begins a range.
-        params: what ``fit_table`` gave.
+        block: float, ``(rows, dim)``; its first row starts a range.
+        params: result of ``fit_table``.
         grid: an odd number of levels, or an asymmetric one.
         bits: 8 or 4.
 
     Raises:
         CompressionError: a weight is not finite, or too large for the type of the scales.
     """
-    # Half a second, which who encodes nothing should not wait for.
+    # The import takes half a second, so it is delayed until a table is encoded.
     from compressors.quantize.kernels import row_encoding
 
     together = grid.rows_per_scale
@@ -107,7 +107,7 @@ def _named(fitted: FittedRange) -> dict[str, Tensor]:
 
 
 def entries_of(ids: Tensor, rows_per_scale: int) -> Tensor:
-    """Where the scales of these rows lie: ids of any shape, as many entries."""
+    """Indices of the scales of rows: ids of any shape -> indices in the same shape."""
     if rows_per_scale == 1:
         return ids
     return ids // rows_per_scale if rows_per_scale else torch.zeros_like(ids)
@@ -120,26 +120,26 @@ def gradients(
     ids: Tensor,
     rows_per_scale: int,
 ) -> Tensor:
-    """The gradient of scales, or of offsets where ``steps`` is None, in their shape and type.
+    """The gradient of scales, or of offsets if ``steps`` is None, in their shape and type.
 
     Args:
-        grad: of the looked-up weights, ``(*ids, dim)``.
-        steps: their levels, counted in scales, in the same shape.
+        grad: gradient of the looked-up weights, ``(*ids, dim)``.
+        steps: levels of these weights, counted in scales, in the same shape.
         stored: the scales or offsets, ``(entries, 1)``.
-        ids: the rows looked up.
-        rows_per_scale: how many share an entry.
+        ids: the looked-up rows.
+        rows_per_scale: number of rows that share an entry.
     """
-    each = (grad if steps is None else grad * steps).sum(dim=-1).reshape(-1)  # a number a lookup
+    each = (grad if steps is None else grad * steps).sum(dim=-1).reshape(-1)  # (lookups,)
     total = torch.zeros(stored.shape[0], device=stored.device)
     total.index_add_(0, entries_of(ids, rows_per_scale).reshape(-1), each)
     return total.unsqueeze(1).to(stored.dtype)
 
 
 class StepsOf(Protocol):
-    """How a format of planar codes reads them."""
+    """Decoder of a format with planar codes."""
 
     def __call__(self, packed: Tensor, dim: int, *, symmetric: bool) -> Tensor:
-        """Planar codes ``(*, bytes)`` as levels counted in scales, float32 ``(*, dim)``."""
+        """Decode planar codes ``(*, bytes)`` to levels counted in scales, float32 ``(*, dim)``."""
 
 
 def planar_rows(
@@ -151,14 +151,14 @@ def planar_rows(
     rows_per_scale: int,
     steps_of: StepsOf,
 ) -> Tensor:
-    """Rows of a table of planar codes ``(rows, bytes)``: ids -> float32 ``(*ids, dim)``."""
+    """Look up rows of a table of planar codes ``(rows, bytes)``: ids -> float32 ``(*ids, dim)``."""
     entries = entries_of(ids, rows_per_scale)
     steps = steps_of(codes[ids], dim, symmetric=offset is None)
     return weights(steps, scale[entries], None if offset is None else offset[entries])
 
 
 def make_planar(op: Any, steps_of: StepsOf) -> None:
-    """Give an op of planar codes, made by ``custom_op``, its fake kernel and its gradient."""
+    """Register the fake kernel and the gradient of a ``custom_op`` on planar codes."""
 
     def fake(
         codes: Tensor,  # noqa: ARG001
