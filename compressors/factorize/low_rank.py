@@ -133,8 +133,8 @@ class LowRank(Frozen):
         _, designs = self._designs(model)
         weights = row_weights(model, bench, designs, weighted=self.weighted)
 
-        def fit(name: str, table: Tensor, made: Design) -> FittedParts:
-            narrow, projection, mean = factors(table, made.settings["rank"], weights[name])
+        def fit(name: str, table: Tensor, design: Design) -> FittedParts:
+            narrow, projection, mean = factors(table, design.settings["rank"], weights[name])
             return FittedParts({"projection": projection, "mean": mean}, {"narrow": narrow})
 
         return recompose(model, designs, fit)

@@ -89,27 +89,27 @@ def fit(table: Tensor, weight: Tensor, drawn: Tensor, buckets: int) -> HashFit:
     system = _System(share, drawn, buckets)
     right = system.transposed(table)  # (buckets + 1, dim)
     scale = system.diagonal().clamp(min=1e-300).unsqueeze(1)  # an empty bucket stays at zero
-    found = torch.zeros_like(right)
+    solution = torch.zeros_like(right)
     left = right.clone()
     stretched = left / scale
     along = stretched.clone()
     size = (left * stretched).sum(dim=0)  # (dim,)
-    wanted = size * ENOUGH**2
+    target = size * ENOUGH**2
     for _ in range(STEPS):
-        if bool((size <= wanted).all()):
+        if bool((size <= target).all()):
             break
         image = system.normal(along)
         bent = (along * image).sum(dim=0)
         step = torch.where(bent > 0, size / bent.clamp(min=1e-300), 0.0)
-        found += step * along
+        solution += step * along
         left -= step * image
         stretched = left / scale
         new = (left * stretched).sum(dim=0)
         along = stretched + torch.where(size > 0, new / size.clamp(min=1e-300), 0.0) * along
         size = new
     # With b - Ax = r, the squares x'Ax - 2b'x + c are c - x'(b + r).
-    error = system.squares(table) - float((found * (right + left)).sum())
-    return HashFit(found[:-1].float(), found[-1].float(), error)
+    error = system.squares(table) - float((solution * (right + left)).sum())
+    return HashFit(solution[:-1].float(), solution[-1].float(), error)
 
 
 def best_fit(
@@ -120,8 +120,8 @@ def best_fit(
     Collisions are random: of six draws for the item table of MovieLens 100K, the best had half
     the error of the worst.
     """
-    found = [(drawn, fit(table, weight, drawn, buckets)) for drawn in draws]
-    return min(found, key=lambda each: each[1].error)
+    fits = [(drawn, fit(table, weight, drawn, buckets)) for drawn in draws]
+    return min(fits, key=lambda each: each[1].error)
 
 
 class _System:
@@ -140,14 +140,14 @@ class _System:
             self._add(total, rows[begin : begin + BLOCK].double(), begin)
         return total
 
-    def normal(self, found: Tensor) -> Tensor:
+    def normal(self, solution: Tensor) -> Tensor:
         """``transposed`` of the rows that buckets and mean ``(buckets + 1, dim)`` represent."""
-        total = torch.zeros_like(found)
+        total = torch.zeros_like(solution)
         for begin in range(0, len(self.index), BLOCK):
-            made = found[-1].expand(len(self.index[begin : begin + BLOCK]), -1).clone()
+            decoded = solution[-1].expand(len(self.index[begin : begin + BLOCK]), -1).clone()
             for j in range(self.index.shape[1]):
-                made += self._signed(found[self.index[begin : begin + BLOCK, j]], begin, j)
-            self._add(total, made, begin)
+                decoded += self._signed(solution[self.index[begin : begin + BLOCK, j]], begin, j)
+            self._add(total, decoded, begin)
         return total
 
     def squares(self, rows: Tensor) -> float:
@@ -257,10 +257,10 @@ class MultiHash(Frozen):
         drawn = coefficients(self.hashes * self.draws, bench.seed, signed=self.signed)
         draws = torch.split(drawn, self.hashes)
 
-        def fitted(name: str, table: Tensor, made: Design) -> FittedParts:
-            functions, found = best_fit(table, weights[name], draws, made.settings["buckets"])
-            stored = {"functions": functions.clone(), "mean": found.mean}
-            return FittedParts(stored, {"buckets": found.buckets})
+        def fitted(name: str, table: Tensor, design: Design) -> FittedParts:
+            functions, hash_fit = best_fit(table, weights[name], draws, design.settings["buckets"])
+            stored = {"functions": functions.clone(), "mean": hash_fit.mean}
+            return FittedParts(stored, {"buckets": hash_fit.buckets})
 
         return recompose(model, designs, fitted)
 

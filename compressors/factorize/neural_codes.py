@@ -109,10 +109,10 @@ def fit(
         if train:
             codes, decoder = _trained(scaled, share, codes, decoder, steps, generator)
         decoder = _solved(scaled, share, codes, decoder)
-        found = codes * unit, _in_units(decoder, unit)
-        error = squared_error(exact, share, *found)
+        candidate = codes * unit, _in_units(decoder, unit)
+        error = squared_error(exact, share, *candidate)
         if error < least:
-            best, least = found, error
+            best, least = candidate, error
     return best
 
 
@@ -162,11 +162,13 @@ def _trained(
     of rows.
     """
     rows = len(table)
-    own = torch.nn.Embedding(rows, codes.shape[1], sparse=rows > BATCH, _weight=codes.clone())
+    code_table = torch.nn.Embedding(
+        rows, codes.shape[1], sparse=rows > BATCH, _weight=codes.clone()
+    )
     leaves = [tensor.clone().requires_grad_(True) for tensor in decoder]
     adam = torch.optim.SparseAdam if rows > BATCH else torch.optim.Adam
     optimizers: list[torch.optim.Optimizer] = [
-        adam(own.parameters(), lr=CODE_RATE),
+        adam(code_table.parameters(), lr=CODE_RATE),
         torch.optim.Adam(leaves, lr=DECODER_RATE),
     ]
     schedules = [
@@ -178,7 +180,7 @@ def _trained(
             order, read = torch.randperm(rows, generator=generator), 0
         ids = order[read : read + BATCH]
         read += len(ids)
-        gap = decode(own(ids), Decoder(*leaves)) - table[ids]
+        gap = decode(code_table(ids), Decoder(*leaves)) - table[ids]
         loss = (weight[ids].float() * gap.square().sum(dim=1)).mean()
         for each in optimizers:
             each.zero_grad(set_to_none=True)
@@ -186,7 +188,7 @@ def _trained(
         for each, schedule in zip(optimizers, schedules, strict=True):
             each.step()
             schedule.step()
-    return own.weight.detach(), Decoder(*(leaf.detach() for leaf in leaves))
+    return code_table.weight.detach(), Decoder(*(leaf.detach() for leaf in leaves))
 
 
 @dataclass(frozen=True)
@@ -270,8 +272,8 @@ class NeuralCodes(Frozen):
         _, designs = self._designs(model)
         weights = row_weights(model, bench, designs, weighted=self.weighted)
 
-        def fitted(name: str, table: Tensor, made: Design) -> FittedParts:
-            size, hidden = made.settings["codes"], made.settings["hidden"]
+        def fitted(name: str, table: Tensor, design: Design) -> FittedParts:
+            size, hidden = design.settings["codes"], design.settings["hidden"]
             codes, decoder = fit(table, weights[name], size, hidden, self.steps, bench.seed)
             return FittedParts(decoder._asdict(), {"codes": codes})
 

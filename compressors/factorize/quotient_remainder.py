@@ -71,18 +71,18 @@ def fit_sum(table: Tensor, weight: Tensor, buckets: int) -> tuple[Tensor, Tensor
     Returns:
         ``quotient`` ``(ceil(rows / m), dim)`` and ``remainder`` ``(m, dim)``, float32.
     """
-    grid, sums, totals, held = _grids(table, weight, buckets)
+    grid, sums, totals, weights = _grids(table, weight, buckets)
     # Solve for the shorter table; the longer one follows from it.
     short, long = (1, 0) if buckets <= grid.shape[0] else (0, 1)
     across = grid if short else grid.T  # (long, short)
-    scaled = across / held[long].unsqueeze(1)
-    left = torch.diag(held[short]) - across.T @ scaled  # (short, short), of rank one less
+    scaled = across / weights[long].unsqueeze(1)
+    left = torch.diag(weights[short]) - across.T @ scaled  # (short, short), of rank one less
     right = totals[short] - scaled.T @ totals[long]  # (short, dim)
     # Every row of ``left`` adds up to zero: fixing the sum of the solution makes it unique.
-    gauge = held[short].mean()
+    gauge = weights[short].mean()
     first = torch.linalg.solve(left + gauge / len(left), right)  # (short, dim)
-    second = (totals[long] - across @ first) / held[long].unsqueeze(1)
-    shift = (sums / held[0].sum()) / 2 - first.mean(dim=0)
+    second = (totals[long] - across @ first) / weights[long].unsqueeze(1)
+    shift = (sums / weights[0].sum()) / 2 - first.mean(dim=0)
     first, second = first + shift, second - shift
     quotient, remainder = (second, first) if short else (first, second)
     return quotient.float(), remainder.float()
@@ -256,8 +256,8 @@ class QuotientRemainder(Frozen):
         weights = row_weights(model, bench, designs, weighted=self.weighted)
         solve = fit_sum if self.operation == "add" else fit_product
 
-        def fit(name: str, table: Tensor, made: Design) -> FittedParts:
-            quotient, remainder = solve(table, weights[name], made.settings["buckets"])
+        def fit(name: str, table: Tensor, design: Design) -> FittedParts:
+            quotient, remainder = solve(table, weights[name], design.settings["buckets"])
             return FittedParts({}, {"quotient": quotient, "remainder": remainder})
 
         return recompose(model, designs, fit)

@@ -100,14 +100,14 @@ class Job:
         Raises:
             ModelRefused: two tensors would have the same name.
         """
-        found = {name: self.sources[name].spec for name in self.rest}
+        specs = {name: self.sources[name].spec for name in self.rest}
         for name, module in self.tables.items():
             for part, spec in self.stored(name).items():
                 whole = within(module, part)
-                if whole in found:
+                if whole in specs:
                     raise ModelRefused("tensor_name_taken", table=name, name=whole)
-                found[whole] = spec
-        return found
+                specs[whole] = spec
+        return specs
 
     def records(self) -> dict[str, ModuleRecord]:
         """The records to build a module from each encoded table, by the module's name."""
@@ -256,13 +256,13 @@ class _Encoding:
     def __call__(self, block: Block) -> list[Piece]:
         rows = self._rows(block)
         encoded = self._job.step.encode(rows, self._params)
-        wanted = {part for part, spec in self._layout.items() if spec.every}
-        if encoded.keys() != wanted:
+        expected = {part for part, spec in self._layout.items() if spec.every}
+        if encoded.keys() != expected:
             raise ContractBroken(
                 "encoded_names_differ",
                 step=self._job.step.kind,
                 got=tuple(sorted(encoded)),
-                expected=tuple(sorted(wanted)),
+                expected=tuple(sorted(expected)),
             )
         pieces = []
         for part, values in encoded.items():

@@ -137,13 +137,13 @@ class Channels(Frozen):
         """
         if self.importance == "gradient" and bench.signature.task == "retrieval":
             raise NothingToCompress("loss_missing", step=self.kind)
-        found = self._found(model, bench.signature)
-        _PROVED[model.module] = (self, found)
-        choices = dict(found.choices)
-        if not found.readers:
+        prunable = self._found(model, bench.signature)
+        _PROVED[model.module] = (self, prunable)
+        choices = dict(prunable.choices)
+        if not prunable.readers:
             return choices
-        counts, left = self._predicted(model, bench.signature, found.widths)
-        for item in found.readers:
+        counts, left = self._predicted(model, bench.signature, prunable.widths)
+        for item in prunable.readers:
             for maker in item.width.makers:
                 reasons = self._reasons(item.width, maker, counts[item.width.path], left)
                 choices[maker] = _taken(choices[maker], *reasons)
@@ -168,10 +168,10 @@ class Channels(Frozen):
                 all gradients are zero, the target cannot be reached, or training diverged.
         """
         signature = bench.signature
-        found = self._proved(model, signature)
-        first = {width.path: width.value for width in found.widths}
+        prunable = self._proved(model, signature)
+        first = {width.path: width.value for width in prunable.widths}
         whole = sum(kept_shares.multiply_adds(model.module, signature).values())
-        readers = found.readers
+        readers = prunable.readers
         for number in range(1, self.rounds + 1):
             sizes = sizes_of(model, bench, self.importance, self.rows)
             importance = {
@@ -185,7 +185,7 @@ class Channels(Frozen):
             kept = _kept(readers, importance, counts)
             model = self._cut(model, signature, readers, kept, counts)
             if self.reconstruct:
-                layers = sorted({name for width in found.widths for name in width.readers})
+                layers = sorted({name for width in prunable.widths for name in width.readers})
                 outputs = {m: kept[m][own] for item in readers for m, own in item.units.items()}
                 reconstruct(model.module, before, bench, layers, outputs, self.rows)
             if self.training is not None:
@@ -202,7 +202,7 @@ class Channels(Frozen):
                 work_left,
                 *model.notes.get(maker, ()),
             )
-            for width in found.widths
+            for width in prunable.widths
             for maker in width.makers
         }
         return replace(model, notes={**model.notes, **notes})
@@ -213,29 +213,29 @@ class Channels(Frozen):
         With ``scope`` ``global`` that number depends on the values of the weights, so the same
         share of every width is pruned instead.
         """
-        found = self._proved(model, bench.signature)
-        counts, _ = self._predicted(model, bench.signature, found.widths)
+        prunable = self._proved(model, bench.signature)
+        counts, _ = self._predicted(model, bench.signature, prunable.widths)
         alike = {
             maker: torch.zeros(item.width.value)
-            for item in found.readers
+            for item in prunable.readers
             for maker in item.width.makers
         }
-        kept = _kept(found.readers, alike, counts)
-        return self._cut(model, bench.signature, found.readers, kept, counts)
+        kept = _kept(prunable.readers, alike, counts)
+        return self._cut(model, bench.signature, prunable.readers, kept, counts)
 
     def _reasons(self, width: Width, maker: str, count: int, left: float) -> list[Reason]:
         step, importance = self.kind, self.importance
         if self.scope == "global":
             place = width.description()
-            found = [Reason("one_threshold", step=step, width=place, importance=importance)]
+            reasons = [Reason("one_threshold", step=step, width=place, importance=importance)]
         else:
             fewer = _fewer(width, maker, width.value, count)
-            found = [Reason("channels_cut", step=step, what=fewer, importance=importance)]
+            reasons = [Reason("channels_cut", step=step, what=fewer, importance=importance)]
             if self.flops is not None:
-                found.append(Reason("multiply_adds_left", share=left))
+                reasons.append(Reason("multiply_adds_left", share=left))
         if self.rounds > 1:
-            found.append(Reason("in_rounds", rounds=self.rounds))
-        return found
+            reasons.append(Reason("in_rounds", rounds=self.rounds))
+        return reasons
 
     def _predicted(
         self, model: Model, signature: Signature, widths: tuple[Width, ...]
@@ -332,17 +332,17 @@ class Channels(Frozen):
 
     def _proved(self, model: Model, signature: Signature) -> PrunableWidths:
         """The widths that ``choose`` proved for this network; proved again if there are none."""
-        step, found = _PROVED.pop(model.module, (None, None))
-        return self._found(model, signature) if found is None or step != self else found
+        step, prunable = _PROVED.pop(model.module, (None, None))
+        return self._found(model, signature) if prunable is None or step != self else prunable
 
     def _trained(self, model: Model, bench: Bench, training: Training, number: int) -> Model:
         loss = mixed_loss(bench, self.soft_share, self.temperature, self.kind)
         if bench.checkpoints is not None:  # one checkpoint folder per round
             place = f"{bench.checkpoints}/round-{number}"
             bench = bench.model_copy(update={"checkpoints": place})
-        made = train_model(model, bench, loss, training, pruned_layers(model))
-        notes = {name: (Reason("last_round", what=note),) for name, note in made.notes.items()}
-        return replace(made, notes=notes)
+        trained = train_model(model, bench, loss, training, pruned_layers(model))
+        notes = {name: (Reason("last_round", what=note),) for name, note in trained.notes.items()}
+        return replace(trained, notes=notes)
 
 
 def _kept(

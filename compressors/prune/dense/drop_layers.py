@@ -96,12 +96,14 @@ class DropLayers(Frozen):
                 if self.importance == "random":
                     members = sorted(tried)
                     gone = members[int(torch.randint(len(members), (1,), generator=drawn))]
-                    found = {gone: self._quality(tried[gone][0], bench)}
+                    qualities = {gone: self._quality(tried[gone][0], bench)}
                 else:
-                    found = {m: self._quality(made, bench) for m, (made, _) in tried.items()}
-                    gone = max(found, key=lambda member: (found[member], -member))
-                metric, change = bench.signature.metric, found[gone] - before
-                if self.most_loss is not None and found[gone] < before - self.most_loss:
+                    qualities = {
+                        m: self._quality(candidate, bench) for m, (candidate, _) in tried.items()
+                    }
+                    gone = max(qualities, key=lambda member: (qualities[member], -member))
+                metric, change = bench.signature.metric, qualities[gone] - before
+                if self.most_loss is not None and qualities[gone] < before - self.most_loss:
                     layer = left[gone]
                     changes.append(Reason("layer_kept", layer=layer, metric=metric, change=change))
                     break
@@ -134,19 +136,19 @@ class DropLayers(Frozen):
     def _stacks(self, model: Model, signature: Signature) -> tuple[list[Stack], dict[str, Choice]]:
         """The stacks with removable layers, and the choice of every dense layer."""
         units = Unit.of(model.module)
-        wanted = choose_dense(units, self.layers, self.kind)
+        selected = choose_dense(units, self.layers, self.kind)
         why = Reason("no_layer_count")
-        choices = {n: Choice(False, (why,)) if c.take else c for n, c in wanted.items()}
+        choices = {n: Choice(False, (why,)) if c.take else c for n, c in selected.items()}
         stacks: list[Stack] = []
         taken: set[str] = set()
         for stack in find_stacks(model):
             inside = [u.name for u in units if stack.member_of(u.name) is not None]
-            dense = [name for name in inside if name in wanted]
+            dense = [name for name in inside if name in selected]
             if not dense or taken & set(inside):
                 continue
-            reason = _why_not(model, signature, stack, wanted, dense)
+            reason = _why_not(model, signature, stack, selected, dense)
             for name in inside:
-                if reason is not None and (name not in wanted or wanted[name].take):
+                if reason is not None and (name not in selected or selected[name].take):
                     choices[name] = Choice(False, (reason,))
                 elif reason is None:
                     dropped = Reason(
@@ -165,12 +167,16 @@ class DropLayers(Frozen):
 
 
 def _why_not(
-    model: Model, signature: Signature, stack: Stack, wanted: Mapping[str, Choice], dense: list[str]
+    model: Model,
+    signature: Signature,
+    stack: Stack,
+    selected: Mapping[str, Choice],
+    dense: list[str],
 ) -> Reason | None:
     """The reason why no layer of a stack can be removed, or None."""
     for name in dense:
-        if not wanted[name].take:
-            why = wanted[name].reasons
+        if not selected[name].take:
+            why = selected[name].reasons
             return Reason("shares_count", argument=stack.description(), layer=name, why=why)
     # Layers move up, so earlier steps must have treated all members of the stack alike.
     steps: dict[str, set[tuple[str, ...]]] = {}
@@ -178,8 +184,8 @@ def _why_not(
         line = model.plan.of(name) if model.plan else None
         place = _place(stack, name)
         steps.setdefault(place, set()).add(line.steps if line else ())
-    for found in steps.values():
-        if len(found) > 1:
+    for treatments in steps.values():
+        if len(treatments) > 1:
             return Reason("treated_differently", argument=stack.description())
     faults: list[Reason] = []
     if not _tried(model, signature, stack, faults):
@@ -218,10 +224,10 @@ def _notes(
         member = stack.member_of(name)
         if member is None or not changes:
             continue
-        found = list(changes)
+        reasons = list(changes)
         if member >= len(left):
-            found.append(Reason("place_removed"))
+            reasons.append(Reason("place_removed"))
         elif left[member] != member:
-            found.append(Reason("moved_from", layer=left[member]))
-        notes[name] = tuple(found)
+            reasons.append(Reason("moved_from", layer=left[member]))
+        notes[name] = tuple(reasons)
     return notes

@@ -87,10 +87,10 @@ def per_unit(
     for maker, units in readers.units.items():
         total = torch.zeros(readers.width.value)
         if importance != "activation":
-            own = sizes[f"{maker}.weight"].sum(dim=1)  # (channels,)
+            maker_sizes = sizes[f"{maker}.weight"].sum(dim=1)  # (channels,)
             if f"{maker}.bias" in sizes:
-                own = own + sizes[f"{maker}.bias"]
-            total = total.index_add(0, units, own)
+                maker_sizes = maker_sizes + sizes[f"{maker}.bias"]
+            total = total.index_add(0, units, maker_sizes)
         for (name, reader), columns in readers.reads.items():
             if name == maker:
                 read = sizes.get(f"{reader}.weight")  # (out, in), or (in,) of a norm
@@ -170,8 +170,8 @@ def _contributions(module: nn.Module, bench: Bench, rows: int) -> dict[str, Tens
     finally:
         for handle in handles:
             handle.remove()
-    found = {}
+    contributions = {}
     for name, layer in layers.items():
         energy = layer.weight.double().square() * squares[name]  # (out, in)
-        found[f"{name}.weight"] = (energy / energy.sum().clamp(min=TINY)).float()
-    return found
+        contributions[f"{name}.weight"] = (energy / energy.sum().clamp(min=TINY)).float()
+    return contributions

@@ -141,8 +141,8 @@ def kept_above_threshold(
     for width in widths:
         step = multiple_of(width, multiple)
         floor = max(step, ceil(floors[width.path] / step) * step)
-        found = round(int((curves[width.path] > threshold).sum()) / step) * step
-        counts[width.path] = min(width.value, max(floor, found))
+        above = round(int((curves[width.path] > threshold).sum()) / step) * step
+        counts[width.path] = min(width.value, max(floor, above))
     return counts
 
 

@@ -124,11 +124,11 @@ class L1Training(Frozen):
 
     def choose(self, model: Model, bench: Bench) -> dict[str, Choice]:
         """Select the penalized layers and the other trained units; give a reason for the rest."""
-        wanted = self._wanted(model)
+        penalized = self._penalized_layers(model)
         choices = choose_trainable(model, bench, self.kind, tables=self.training.tables)
-        if not any(choice.take for choice in wanted.values()):
-            return {**choices, **wanted}  # nothing to penalize: no training without it
-        for name, choice in wanted.items():
+        if not any(choice.take for choice in penalized.values()):
+            return {**choices, **penalized}  # nothing to penalize: no training without it
+        for name, choice in penalized.items():
             if choice.take:
                 part = "weight" if self.penalty == "l1" else "channel"
                 penalty = Reason("penalty", strength=self.penalty_strength, part=part)
@@ -142,10 +142,10 @@ class L1Training(Frozen):
         Raises:
             CompressionError: the bench lacks rows, or training diverged.
         """
-        wanted = self._wanted(model)
-        taken = [name for name, choice in wanted.items() if choice.take]
+        penalized = self._penalized_layers(model)
+        taken = [name for name, choice in penalized.items() if choice.take]
         loss = mixed_loss(bench, self.soft_share, self.temperature, self.kind)
-        groups = _groups(model, bench.signature, wanted) if self.penalty == "group" else []
+        groups = _groups(model, bench.signature, penalized) if self.penalty == "group" else []
         model = train_model(
             model,
             bench,
@@ -156,18 +156,18 @@ class L1Training(Frozen):
             last=True,
         )
         zeros = {name: _zeros(model.module, name, groups) for name in taken}
-        notes = {name: (*found, *model.notes[name]) for name, found in zeros.items()}
+        notes = {name: (*zero_reasons, *model.notes[name]) for name, zero_reasons in zeros.items()}
         return replace(model, notes={**model.notes, **notes})
 
-    def _wanted(self, model: Model) -> dict[str, Choice]:
+    def _penalized_layers(self, model: Model) -> dict[str, Choice]:
         """Select the penalized dense layers; give a reason for each other layer."""
         units = Unit.of(model.module)
-        wanted = choose_dense(units, self.layers, self.kind)
+        penalized = choose_dense(units, self.layers, self.kind)
         if self.penalty == "group":
             for unit in units:
-                if unit.name in wanted and wanted[unit.name].take and unit.rows == 1:
-                    wanted[unit.name] = Choice(False, (Reason("single_output"),))
-        return wanted
+                if unit.name in penalized and penalized[unit.name].take and unit.rows == 1:
+                    penalized[unit.name] = Choice(False, (Reason("single_output"),))
+        return penalized
 
     def dry_run(self, model: Model, bench: Bench) -> Model:  # noqa: ARG002
         """Return the model unchanged: zeros are stored like other weights."""
@@ -186,28 +186,30 @@ def _pull(
 
     def grouped(rate: float) -> None:
         for group in groups:
-            held = {name: module.get_parameter(name) for name in group.parts}
+            weights = {name: module.get_parameter(name) for name in group.parts}
             parts = [
                 (weight[group.parts[name][0]], group.parts[name][1].to(weight.device))
-                for name, weight in held.items()
+                for name, weight in weights.items()
             ]
             pulled = group_threshold(parts, group.count, rate * strength)
             for (name, (places, _)), new in zip(group.parts.items(), pulled, strict=True):
-                held[name][places] = new
+                weights[name][places] = new
 
     return grouped if groups else single
 
 
-def _groups(model: Model, signature: Signature, wanted: Mapping[str, Choice]) -> list[WeightGroup]:
+def _groups(
+    model: Model, signature: Signature, penalized: Mapping[str, Choice]
+) -> list[WeightGroup]:
     """Groups of the parameters of each channel, or of each row of a layer of fixed width."""
-    found = prunable_widths(model, signature, wanted, share=0.5, multiple=1, searched=True)
+    prunable = prunable_widths(model, signature, penalized, share=0.5, multiple=1, searched=True)
     groups = [
         _group(model.module, readers, makers)
-        for readers in found.readers
+        for readers in prunable.readers
         for makers in readers.tied
     ]
-    together = {maker for readers in found.readers for maker in readers.width.makers}
-    for name, choice in wanted.items():
+    together = {maker for readers in prunable.readers for maker in readers.width.makers}
+    for name, choice in penalized.items():
         if choice.take and name not in together:
             every = torch.arange(model.module.get_parameter(f"{name}.weight").shape[0])
             parts = dict.fromkeys(_leaves(model.module, name), (every, every))

@@ -37,10 +37,10 @@ def nearest(gram: Tensor, product: Tensor, prior: Tensor, ridge: float = RIDGE) 
         ridge: weight of the distance to the prior, as a share of the mean of the diagonal of
             ``gram``.
     """
-    held = (ridge * gram.diagonal().mean()).clamp(min=TINY)
-    wanted = product - gram @ prior.T
-    matrix = gram + held * torch.eye(len(gram), dtype=gram.dtype)
-    moved: Tensor = torch.linalg.solve(matrix, wanted)  # (inputs, outputs)
+    damping = (ridge * gram.diagonal().mean()).clamp(min=TINY)
+    residual = product - gram @ prior.T
+    matrix = gram + damping * torch.eye(len(gram), dtype=gram.dtype)
+    moved: Tensor = torch.linalg.solve(matrix, residual)  # (inputs, outputs)
     return prior + moved.T
 
 
@@ -82,11 +82,12 @@ def reconstruct(
         gram = torch.zeros(size, size, dtype=torch.float64)
         product = torch.zeros(size, layer.out_features, dtype=torch.float64)
         for batch in read():
-            with _recorded(old, inputs=False) as wanted:
+            with _recorded(old, inputs=False) as targets:
                 before(**batch.inputs)
-            with _recorded(layer, inputs=True) as given:
+            with _recorded(layer, inputs=True) as layer_inputs:
                 module(**batch.inputs)
-            for x, y in zip(given, wanted, strict=True):  # a layer may be called more than once
+            # A layer may be called more than once.
+            for x, y in zip(layer_inputs, targets, strict=True):
                 if layer.bias is not None:
                     x = torch.cat([x, x.new_ones(len(x), 1)], dim=1)
                 gram += x.T @ x
@@ -133,8 +134,8 @@ def _recorded(layer: nn.Linear, *, inputs: bool) -> Iterator[list[Tensor]]:
     def hook(
         _: nn.Module, args: tuple[Tensor, ...], named: dict[str, Tensor], output: Tensor
     ) -> None:
-        found = (args[0] if args else named["input"]) if inputs else output
-        recorded.append(found.reshape(-1, found.shape[-1]).double())
+        captured = (args[0] if args else named["input"]) if inputs else output
+        recorded.append(captured.reshape(-1, captured.shape[-1]).double())
 
     handle = layer.register_forward_hook(hook, with_kwargs=True)
     try:

@@ -104,7 +104,7 @@ def is_2_4(weight: Tensor) -> bool:
 
 def sparse_layers(module: nn.Module, plan: Plan | None) -> tuple[str, ...]:
     """Layers that this step made sparse and that are still sparse in their present format."""
-    modules, found = dict(module.named_modules()), []
+    modules, sparse = dict(module.named_modules()), []
     for line in plan.lines if plan is not None else ():
         if KIND not in line.steps:
             continue
@@ -113,11 +113,11 @@ def sparse_layers(module: nn.Module, plan: Plan | None) -> tuple[str, ...]:
         if isinstance(layer, nn.Linear):
             weight = layer.weight
         elif isinstance(layer, PackedLinear) and layer.storage.name in STORES_ZEROS:
-            held = dict(layer.named_buffers())
-            weight = held.get("codes", held.get("weight"))
+            buffers = dict(layer.named_buffers())
+            weight = buffers.get("codes", buffers.get("weight"))
         if weight is not None and is_2_4(weight):
-            found.append(line.module)
-    return tuple(found)
+            sparse.append(line.module)
+    return tuple(sparse)
 
 
 class Sparse24(Frozen):
@@ -178,15 +178,15 @@ class Sparse24(Frozen):
             if gram is not None and self.importance == "activation":
                 norms = gram.diagonal().sqrt().float()
             kept = kept_2_4(weight, norms)
-            found = torch.where(kept, weight, 0.0)
+            new_weight = torch.where(kept, weight, 0.0)
             if gram is not None and self.reconstruct:
-                gone = float(squared_error(found - weight, gram).sum())
-                found = reconstructed(weight, kept, gram)
-                left = float(squared_error(found - weight, gram).sum())
+                gone = float(squared_error(new_weight - weight, gram).sum())
+                new_weight = reconstructed(weight, kept, gram)
+                left = float(squared_error(new_weight - weight, gram).sum())
                 if gone > 0:
                     notes[unit.name] = (Reason("reconstruction_error", share=left / gone),)
             if isinstance(layer, nn.Linear):
-                own_weight(layer, "weight", found)
+                own_weight(layer, "weight", new_weight)
         return replace(model, notes=notes)
 
     def _seen(self, model: Model, taken: list[Unit], bench: Bench) -> dict[str, Tensor]:

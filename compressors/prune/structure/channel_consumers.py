@@ -71,8 +71,8 @@ def trace(
                 raise NotAWidth(Reason("channels_reach_score", maker=maker))
             for reader, columns in seen.items():
                 parts.setdefault(reader, {})[begin] = columns
-        for reader, held in parts.items():
-            columns = torch.cat(list(held.values()))
+        for reader, batches in parts.items():
+            columns = torch.cat(list(batches.values()))
             if len(columns) < channels:  # called for some rows and not for others
                 raise NotAWidth(Reason("not_always_called", reader=reader))
             if not bool(columns.any()):
@@ -115,11 +115,11 @@ def readers_of(width: Width, traces: Traces, units: dict[str, Tensor]) -> Reader
         arrived = torch.zeros(width.value, columns.shape[1]).index_add_(
             0, units[maker], columns.float()
         )
-        found = arrived > 0
-        each = found.sum(dim=1)  # (units,)
-        if bool((each != each[0]).any()) or bool((found.sum(dim=0) > 1).any()):
+        reached = arrived > 0
+        each = reached.sum(dim=1)  # (units,)
+        if bool((each != each[0]).any()) or bool((reached.sum(dim=0) > 1).any()):
             raise NotAWidth(Reason("mixed_before_reader", maker=maker, reader=reader))
-        reads[maker, reader] = found
+        reads[maker, reader] = reached
     for reader, per_unit in width.readers.items():
         arriving = [columns for (_, name), columns in reads.items() if name == reader]
         together = torch.stack(arriving).any(dim=0) if arriving else torch.zeros(1, 1)

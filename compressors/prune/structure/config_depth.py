@@ -75,7 +75,7 @@ def find_stacks(model: Model) -> tuple[Stack, ...]:
     """Find the numbers and lists that set the length of containers, with one build for each."""
     before = _lengths(model.module)
     config = {**defaults_of(model.architecture), **model.network.architecture.config}
-    found = []
+    stacks = []
     for path, members, listed in _counted(config):
         shorter = Stack(path, members, listed, {})
         try:
@@ -95,8 +95,8 @@ def find_stacks(model: Model) -> tuple[Stack, ...]:
             if not any(name.startswith(f"{other}.") for other in parts)
         }
         if outermost:
-            found.append(replace(shorter, parts=outermost))
-    return tuple(found)
+            stacks.append(replace(shorter, parts=outermost))
+    return tuple(stacks)
 
 
 def _counted(config: Any, path: Path = ()) -> Iterator[tuple[Path, int, bool]]:
@@ -165,14 +165,14 @@ def _require_skipped(
     model: Model, shorter: Model, signature: Signature, stack: Stack, gone: int
 ) -> None:
     tables = table_rows(model.module)
-    found = made_up_scores(shorter.module, signature, tables)
+    scores = made_up_scores(shorter.module, signature, tables)
     gaps = []
     for instead in (_its_input, _nothing):
         skipping = private_copy(model.module).eval()
         try:
             with _replaced(skipping, stack, gone, instead):
                 gap = gap_of(
-                    found,
+                    scores,
                     made_up_scores(skipping, signature, tables),
                     signature,
                     lambda: rounded_scores(shorter.module, signature, tables),
@@ -213,7 +213,7 @@ def _replaced(
 
     with ExitStack() as hooks:
         for name, size in stack.parts.items():
-            held = list(module.get_submodule(name).children())
-            for part in held[member * size : (member + 1) * size]:
+            children = list(module.get_submodule(name).children())
+            for part in children[member * size : (member + 1) * size]:
                 hooks.callback(part.register_forward_hook(hook).remove)
         yield

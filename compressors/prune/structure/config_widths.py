@@ -103,7 +103,7 @@ def find_widths(model: Model) -> tuple[dict[str, Width], dict[str, tuple[Reason,
     }
     config = model.network.architecture.config
     before = shapes_of(model.architecture, config)
-    found: dict[str, Width] = {}
+    widths: dict[str, Width] = {}
     reasons: dict[str, tuple[Reason, ...]] = {}
     splits: dict[str, int] = {}
     for path, value in numbers({**defaults_of(model.architecture), **config}):
@@ -119,15 +119,15 @@ def find_widths(model: Model) -> tuple[dict[str, Width], dict[str, tuple[Reason,
             if isinstance(fault, NotProportional):
                 splits[describe_path(path)] = value
             continue
-        found[describe_path(path)] = width
+        widths[describe_path(path)] = width
     for name, outputs in linear.items():
         default = Reason("no_width_argument", outputs=outputs)
         reasons.setdefault(name, (Reason("one_output") if outputs == 1 else default,))
         for number, value in splits.items():
             if outputs > value and outputs % value == 0:
                 reasons[name] = (*reasons[name], Reason("split_width", argument=number))
-    taken = {maker for width in found.values() for maker in width.makers}
-    return found, {name: why for name, why in reasons.items() if name not in taken}
+    taken = {maker for width in widths.values() for maker in width.makers}
+    return widths, {name: why for name, why in reasons.items() if name not in taken}
 
 
 def _width(model: Model, before: Shapes, path: Path, value: int) -> Width:

@@ -51,7 +51,7 @@ def prunable_widths(
     """
     result = dict(choices)
     widths, reasons = find_widths(model)
-    found: list[Readers] = []
+    proved: list[Readers] = []
     taken: set[str] = set()
     for width in widths.values():
         if taken & width.makers.keys():  # another number is the width of these layers
@@ -59,7 +59,7 @@ def prunable_widths(
         try:
             _require_choices(width, choices)
             count = _tried(width, share, multiple, searched=searched)
-            found.append(_proved(model, signature, width, count))
+            proved.append(_proved(model, signature, width, count))
         except NotAWidth as fault:
             for name in width.makers:  # of two numbers the first is more likely the width
                 reasons.setdefault(name, (fault.reason,))
@@ -68,7 +68,7 @@ def prunable_widths(
     for name, choice in choices.items():
         if choice.take and name not in taken:
             result[name] = Choice(False, reasons[name])
-    return PrunableWidths(tuple(found), result)
+    return PrunableWidths(tuple(proved), result)
 
 
 def _require_choices(width: Width, choices: Mapping[str, Choice]) -> None:

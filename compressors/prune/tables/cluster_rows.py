@@ -99,7 +99,7 @@ class ClusterRows(Frozen):
         counts = lookup_counts(model, bench, designs)
         notes: dict[str, tuple[Reason, ...]] = {}
 
-        def fit(name: str, table: Tensor, made: Design) -> FittedParts:  # noqa: ARG001
+        def fit(name: str, table: Tensor, design: Design) -> FittedParts:  # noqa: ARG001
             hot, clusters = self._sizes(len(table))
             place, unique = clustered(table, counts[name], hot, clusters)
             touched = share(counts[name], ~most(counts[name], hot))

@@ -120,9 +120,9 @@ class Dimensions(Frozen):
         else:
             important = {name: variance(table, weights[name]) for name, table in tables.items()}
 
-        def fit(name: str, table: Tensor, made: Design) -> FittedParts:
+        def fit(name: str, table: Tensor, design: Design) -> FittedParts:
             order = important[name].argsort(descending=True, stable=True)
-            kept = order[: made.settings["rank"]].sort().values
+            kept = order[: design.settings["rank"]].sort().values
             narrow, selection, rest = without_dimensions(table, kept, means[name])
             return FittedParts({"projection": selection, "mean": rest}, {"narrow": narrow})
 

@@ -83,12 +83,12 @@ def permutation_loss(model: Model, bench: Bench, name: str, before: float, repea
     private = model.private().module
     drawn = torch.Generator().manual_seed(bench.seed)
 
-    def dealt(module: nn.Module, args: tuple[Tensor, ...], found: Tensor) -> Tensor:  # noqa: ARG001
-        return found[torch.randperm(len(found), generator=drawn)]
+    def permute(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:  # noqa: ARG001
+        return output[torch.randperm(len(output), generator=drawn)]
 
-    private.get_submodule(name).register_forward_hook(dealt)
-    found = [quality(private, bench.signature, bench.validation) for _ in range(repeats)]
-    return before - sum(found) / repeats
+    private.get_submodule(name).register_forward_hook(permute)
+    qualities = [quality(private, bench.signature, bench.validation) for _ in range(repeats)]
+    return before - sum(qualities) / repeats
 
 
 class DropTables(Frozen):

@@ -140,12 +140,12 @@ class MergeRows(Frozen):
             rows, dim = unit.weight.shape
             place, unique = merged(unit.weight, counts[unit.name] + UNSEEN, self.within)
             reason = Reason("merged_rows", rows=rows, unique=len(unique))
-            made = Design(COMPOSITION, {"places": len(unique)}, reason)
+            design = Design(COMPOSITION, {"places": len(unique)}, reason)
             notes[unit.name] = (reason,)
-            if made.bytes(rows, dim) >= unit.bytes:
+            if design.bytes(rows, dim) >= unit.bytes:
                 continue
             stored = {"planes": byte_planes(place, len(unique))}
-            table = made.table(rows, dim, stored, {"unique": unique})
+            table = design.table(rows, dim, stored, {"unique": unique})
             swap(model.module, unit.name, pack_table(unit.module, table))
         return replace(model, notes=notes)
 

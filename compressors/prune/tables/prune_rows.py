@@ -147,7 +147,7 @@ class PruneRows(Frozen):
         by_gradient = self.importance == "gradient"
         gradients = squared_gradients(model, bench, designs) if by_gradient else {}
 
-        def fit(name: str, table: Tensor, made: Design) -> FittedParts:
+        def fit(name: str, table: Tensor, design: Design) -> FittedParts:
             match self.importance:
                 case "traffic":
                     score = counts[name]
@@ -155,9 +155,9 @@ class PruneRows(Frozen):
                     score = table.double().square().sum(dim=1)
                 case "gradient":
                     score = (gradients[name] * table.square()).double().sum(dim=1)
-            kept = most(score, made.settings[_COUNT[made.composition.name]])
+            kept = most(score, design.settings[_COUNT[design.composition.name]])
             touched = Reason("pruned_lookups", share=share(counts[name], ~kept))
-            notes[name] = (made.reason, touched) if self.min_lookups else (touched,)
+            notes[name] = (design.reason, touched) if self.min_lookups else (touched,)
             return self._stored(table, kept, counts[name])
 
         return replace(recompose(model, designs, fit), notes=notes)
@@ -209,14 +209,16 @@ class PruneRows(Frozen):
             reason = Reason(
                 "kept_rows_by_lookups", kept=kept, rows=rows, min_lookups=self.min_lookups
             )
-            made = self._design(kept, reason)
+            design = self._design(kept, reason)
             packed = min(2 * dim, -(-dim // 2) + 2)  # bytes of a row as float16 or int4
-            parts = sum(p.rows for p in made.composition.parts(rows, dim, made.settings).values())
-            own = made.bytes(rows, dim) - 4 * parts * dim  # the map
-            if kept < rows and own + parts * packed < rows * packed:
-                designs[unit.name] = made
+            parts = sum(
+                p.rows for p in design.composition.parts(rows, dim, design.settings).values()
+            )
+            map_bytes = design.bytes(rows, dim) - 4 * parts * dim  # the map
+            if kept < rows and map_bytes + parts * packed < rows * packed:
+                designs[unit.name] = design
             else:
-                notes[unit.name] = (made.reason, Reason("row_map_too_large"))
+                notes[unit.name] = (design.reason, Reason("row_map_too_large"))
         return designs, notes
 
     def _designs(self, model: Model) -> tuple[dict[str, Choice], dict[str, Design]]:

@@ -108,8 +108,8 @@ class Tiers(Frozen):
         counts = lookup_counts(model, bench, designs)
         notes: dict[str, tuple[Reason, ...]] = {}
 
-        def fit(name: str, table: Tensor, made: Design) -> FittedParts:
-            hot = most(counts[name], made.settings["hot"])
+        def fit(name: str, table: Tensor, design: Design) -> FittedParts:
+            hot = most(counts[name], design.settings["hot"])
             notes[name] = (Reason("hot_lookups", share=share(counts[name], hot)),)
             within, before = kept_order(hot)
             return FittedParts(

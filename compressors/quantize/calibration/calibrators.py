@@ -73,8 +73,8 @@ class Histogram:
 
     def used(self) -> int:
         """Number of bins up to the largest value."""
-        held = self.counts.nonzero()
-        return int(held[-1]) + 1 if len(held) else 0
+        filled = self.counts.nonzero()
+        return int(filled[-1]) + 1 if len(filled) else 0
 
     def _grow(self, exponent: int) -> None:
         """Double the width of the bins until the last one ends at 2^exponent."""
@@ -127,17 +127,17 @@ def _divergence(inside: Tensor, outside: Tensor) -> float:
         inside: counts of the bins in the range, float64 ``(bins,)``.
         outside: number of values that are clipped to the last bin.
     """
-    wanted = inside.clone()
-    wanted[-1] += outside
+    clipped = inside.clone()
+    clipped[-1] += outside
     level = torch.arange(len(inside)) * LEVELS_COMPARED // len(inside)
     filled = (inside > 0).double()
     levels = inside.new_zeros(LEVELS_COMPARED)
     total, bins = levels.index_add(0, level, inside), levels.index_add(0, level, filled)
-    found = (total / bins.clamp(min=1))[level] * filled  # spread each level over its filled bins
+    rounded = (total / bins.clamp(min=1))[level] * filled  # spread each level over its filled bins
     if not bool(inside.any()):
         return math.inf
-    here = wanted > 0
-    p, q = wanted[here] / wanted.sum(), found[here] / found.sum()
+    is_filled = clipped > 0
+    p, q = clipped[is_filled] / clipped.sum(), rounded[is_filled] / rounded.sum()
     return float((p * (p / q).log()).sum())  # infinite if values were clipped into an empty bin
 
 

@@ -35,18 +35,18 @@ def grams(
     Raises:
         CompressionError: a layer never ran, or all its inputs are zero.
     """
-    found: dict[str, Tensor] = {}
+    result: dict[str, Tensor] = {}
 
     def add(unit: Unit, x: Tensor) -> None:
         wide = input_vectors(x).float().double()
-        sums = found.get(unit.name, torch.zeros((), dtype=torch.float64))
-        found[unit.name] = sums + wide.T @ wide
+        sums = result.get(unit.name, torch.zeros((), dtype=torch.float64))
+        result[unit.name] = sums + wide.T @ wide
 
     read_layer_inputs(module, layers, rows, signature, batch=batch, limit=most, receive=add)
     for unit in layers:
-        if unit.name not in found or not bool(found[unit.name].any()):
+        if unit.name not in result or not bool(result[unit.name].any()):
             raise StepRefused("layer_inputs_zero", layer=unit.name)
-    return found
+    return result
 
 
 def squared_error(off: Tensor, gram: Tensor) -> Tensor:

@@ -73,14 +73,14 @@ def input_range_warnings(source: nn.Module, result: nn.Module, bench: Bench) -> 
         and isinstance(unit.module.storage, RoundsInputs)
     ]
     seen = _inputs_of(result, units, bench)
-    found = {}
+    warnings = {}
     for unit in units:
         layer = before[unit.name]
         if unit.name in seen and isinstance(layer, nn.Linear):
             warning = _warning(seen[unit.name], layer.weight.detach())
             if warning is not None:
-                found[unit.name] = warning
-    return found
+                warnings[unit.name] = warning
+    return warnings
 
 
 def _inputs_of(result: nn.Module, units: Collection[Unit], bench: Bench) -> dict[str, _Seen]:

@@ -64,11 +64,11 @@ def _of_parts(
     if not isinstance(table, ComposedTable):
         return {}
     stored = dict(table.named_buffers(recurse=False))
-    found: dict[str, Tensor] = {}
+    part_counts: dict[str, Tensor] = {}
     for part, count in table.composition.lookup_counts(stored, counts, table.settings).items():
         module = table.get_submodule(part)
-        found |= {names[module]: count, **_of_parts(module, count, names)}
-    return found
+        part_counts |= {names[module]: count, **_of_parts(module, count, names)}
+    return part_counts
 
 
 def _count(module: nn.Module, counts: Tensor) -> None:
@@ -112,8 +112,8 @@ def squared_gradients(model: Model, bench: Bench, tables: Collection[str]) -> di
     def loss(output: Tensor, batch: Batch, numbers: Tensor) -> Tensor:  # noqa: ARG001
         return hard_loss(bench.signature, output, batch)
 
-    found = loss_gradients(private, bench.signature, bench.train, loss, watched)
-    return {name: curvature for name, (_, curvature) in found.items()}
+    gradients = loss_gradients(private, bench.signature, bench.train, loss, watched)
+    return {name: curvature for name, (_, curvature) in gradients.items()}
 
 
 def sensitivities(model: Model, bench: Bench, tables: Collection[str]) -> dict[str, Sensitivity]:
@@ -138,7 +138,7 @@ def _tables(module: nn.Module, names: Collection[str]) -> dict[str, nn.Module]:
 
     A bag is replaced by a lookup and a reduction, so that hooks get each lookup separately.
     """
-    found: dict[str, nn.Module] = {}
+    modules: dict[str, nn.Module] = {}
     for unit in Unit.of(module):
         if unit.name not in names:
             continue
@@ -146,5 +146,5 @@ def _tables(module: nn.Module, names: Collection[str]) -> dict[str, nn.Module]:
         if isinstance(table, nn.EmbeddingBag):
             table = plain_bag(table)
             swap(module, unit.name, table)
-        found[unit.name] = table.table if isinstance(table, Bag) else table
-    return found
+        modules[unit.name] = table.table if isinstance(table, Bag) else table
+    return modules

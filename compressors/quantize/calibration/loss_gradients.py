@@ -45,7 +45,7 @@ def loss_gradients(
         predictions vanish where the network reproduces them, for any curvature.
     """
     shapes = {name: _shape(table) for name, table in tables.items()}
-    found = {name: (torch.zeros(shape), torch.zeros(shape)) for name, shape in shapes.items()}
+    result = {name: (torch.zeros(shape), torch.zeros(shape)) for name, shape in shapes.items()}
     rows, terms = Rows(split, signature), 0
     with watched(tables) as seen:
         for numbers in shuffled_rows(rows, signature, BATCH, seed=0):
@@ -63,9 +63,9 @@ def loss_gradients(
                 if each is None or one is None:  # looked up, but the loss does not depend on it
                     continue
                 dim = each.shape[-1]
-                found[name][0].index_add_(0, ids, each.reshape(-1, dim))
-                found[name][1].index_add_(0, ids, one.reshape(-1, dim).square())
-    return {name: (slope / terms, squares / terms) for name, (slope, squares) in found.items()}
+                result[name][0].index_add_(0, ids, each.reshape(-1, dim))
+                result[name][1].index_add_(0, ids, one.reshape(-1, dim).square())
+    return {name: (slope / terms, squares / terms) for name, (slope, squares) in result.items()}
 
 
 class Sensitivity(NamedTuple):
@@ -106,11 +106,11 @@ def sensitivity(
         rows, dim = _shape(table)
         columns[name] = torch.zeros(dim, dim, dtype=torch.float64)
         by_row[name] = torch.zeros(rows, dtype=torch.float64)
-    held, left = Rows(split, signature), most
+    data, left = Rows(split, signature), most
     with watched(tables) as seen:
-        for numbers in shuffled_rows(held, signature, BATCH, seed=0):
+        for numbers in shuffled_rows(data, signature, BATCH, seed=0):
             seen.clear()
-            output = module(**held.take(numbers).inputs)
+            output = module(**data.take(numbers).inputs)
             leaves = [leaf for _, _, leaf in seen]
             grads = torch.autograd.grad(output.sum(), leaves, allow_unused=True)
             for (name, ids, _), grad in zip(seen, grads, strict=True):
@@ -142,9 +142,9 @@ def watched(tables: Mapping[str, nn.Module]) -> Iterator[list[tuple[str, Tensor,
             module: nn.Module,  # noqa: ARG001
             args: tuple[Tensor, ...],
             kwargs: dict[str, Tensor],
-            found: Tensor,
+            rows: Tensor,
         ) -> Tensor:
-            leaf = found.detach().requires_grad_(True)
+            leaf = rows.detach().requires_grad_(True)
             seen.append((name, (args[0] if args else kwargs["input"]).reshape(-1), leaf))
             return leaf
 

@@ -40,12 +40,12 @@ class Calibrated(NamedTuple):
 
     def reasons(self) -> tuple[Reason, ...]:
         """The selected calibrator and the measured error as reasons for the plan; may be empty."""
-        found: list[Reason] = []
+        reasons: list[Reason] = []
         if self.calibrator != "min_max":
-            found.append(Reason("calibrated_range", calibrator=self.calibrator))
+            reasons.append(Reason("calibrated_range", calibrator=self.calibrator))
         if self.error is not None:
-            found.append(Reason("output_error", share=self.error))
-        return tuple(found)
+            reasons.append(Reason("output_error", share=self.error))
+        return tuple(reasons)
 
 
 def range_end(seen: Histogram, calibrator: str, share: float) -> Tensor:
@@ -109,7 +109,7 @@ def calibrated(
         for name, layer in layers.items()
     }
     if not measured and len(tried) == 1:
-        return {name: Calibrated(made, tried[0], None) for name, (made,) in candidates.items()}
+        return {name: Calibrated(packed, tried[0], None) for name, (packed,) in candidates.items()}
     wrong = {name: [0.0] * len(tried) for name in layers}
     right = dict.fromkeys(layers, 0.0)
 
@@ -125,9 +125,9 @@ def calibrated(
 
 def squared_error(layer: nn.Linear, packed: nn.Module, x: Tensor) -> tuple[float, float]:
     """Sums of squares of the output's error and of the output, for inputs ``(*, in)``."""
-    wanted = F.linear(x, layer.weight, layer.bias).double()
-    error = packed(x).double() - wanted
-    return float(error.square().sum()), float(wanted.square().sum())
+    expected = F.linear(x, layer.weight, layer.bias).double()
+    error = packed(x).double() - expected
+    return float(error.square().sum()), float(expected.square().sum())
 
 
 def _least(

@@ -218,9 +218,9 @@ class Float8Dense(Frozen):
                 raise StepRefused("layer_inputs_zero", layer=unit.name)
             weight, bias = unit.weight, unit.bias
             codes, weight_scale = encode(weight, by_channel=self.scales == "channel")
-            held = {"codes": codes, "weight_scale": weight_scale, "input_scale": input_scale}
+            tensors = {"codes": codes, "weight_scale": weight_scale, "input_scale": input_scale}
             if bias is not None:
-                held["bias"] = bias.float().clone()
+                tensors["bias"] = bias.float().clone()
             outputs, inputs = weight.shape
             packed = PackedLinear(
                 FORMAT,
@@ -228,7 +228,7 @@ class Float8Dense(Frozen):
                 outputs,
                 bias=bias is not None,
                 settings=self.settings(),
-                stored=held,
+                stored=tensors,
             )
             swap(model.module, unit.name, packed)
         return replace(model, notes=notes)

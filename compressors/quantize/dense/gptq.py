@@ -45,20 +45,20 @@ def gptq(weight: Tensor, nearest: Tensor, gram: Tensor, scale: Tensor, most: flo
     order = gram.diagonal().argsort(descending=True, stable=True)
     inverse = _inverse_root(gram[order][:, order])
     left, step = left[:, order], width[:, order]
-    found = torch.zeros_like(left)
+    rounded = torch.zeros_like(left)
     inputs = left.shape[1]
     for begin in range(0, inputs, COLUMNS):
         end = min(begin + COLUMNS, inputs)
         missed = torch.zeros_like(left[:, begin:end])  # rounding errors, in units of the update
         for place in range(begin, end):
             column = left[:, place]
-            found[:, place] = (column / step[:, place]).round().clamp(-most, most)
-            off = (column - found[:, place] * step[:, place]) / inverse[place, place]
+            rounded[:, place] = (column / step[:, place]).round().clamp(-most, most)
+            off = (column - rounded[:, place] * step[:, place]) / inverse[place, place]
             left[:, place:end] -= off[:, None] * inverse[place, place:end]
             missed[:, place - begin] = off
         left[:, end:] -= missed @ inverse[begin:end, end:]
-    steps = torch.zeros_like(found)
-    steps[:, order] = found
+    steps = torch.zeros_like(rounded)
+    steps[:, order] = rounded
     worse = squared_error(steps * width - weight, gram) > squared_error(
         nearest.double() * width - weight, gram
     )

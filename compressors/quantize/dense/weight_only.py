@@ -274,5 +274,5 @@ def stored(
     steps: Tensor, scale: Tensor, bias: Tensor | None, block: int, bits: int
 ) -> dict[str, Tensor]:
     """The stored tensors of a layer, from levels ``(out, in)`` and scales ``(out, blocks)``."""
-    held = {"codes": pack(steps, block, bits), "scale": scale}
-    return held if bias is None else {**held, "bias": bias.float().clone()}
+    tensors = {"codes": pack(steps, block, bits), "scale": scale}
+    return tensors if bias is None else {**tensors, "bias": bias.float().clone()}

@@ -169,8 +169,8 @@ def _least_asymmetric(
     widest = symmetric_scale(torch.maximum(-low, high), around_zero)
     reach = 1.25 * grid.half * _least_symmetric(values, widest, around_zero).float()
     low, high = torch.maximum(low, -reach), torch.minimum(high, reach)
-    found, error = _least_ends(values, asymmetric_ends(low, high, grid), low, high, grid)
-    return _where(error < least, found, best)
+    candidate, error = _least_ends(values, asymmetric_ends(low, high, grid), low, high, grid)
+    return _where(error < least, candidate, best)
 
 
 def _least_ends(

@@ -174,10 +174,10 @@ def _means(points: Tensor, codes: Tensor, counts: Tensor, codebook: Tensor, lost
     total = torch.zeros(len(codebook), points.shape[1], dtype=torch.float64)
     total.index_add_(0, codes, points.double() * counts.unsqueeze(1))
     mass = torch.zeros(len(codebook), dtype=torch.float64).index_add_(0, codes, counts)
-    held = mass > 0
+    is_used = mass > 0
     means = codebook.clone()
-    means[held] = (total[held] / mass[held].unsqueeze(1)).to(codebook.dtype)
-    empty = (~held).nonzero().flatten()
+    means[is_used] = (total[is_used] / mass[is_used].unsqueeze(1)).to(codebook.dtype)
+    empty = (~is_used).nonzero().flatten()
     worst = lost.topk(min(len(empty), len(lost))).indices
     worst = worst[lost[worst] > 0]
     means[empty[: len(worst)]] = points[worst]
@@ -223,10 +223,10 @@ def scalar_kmeans(
             middle = (entries[1:] + entries[:-1]) / 2
             cut = torch.searchsorted(ordered, middle, right=True)
             border = torch.cat([cut.new_zeros(1), cut, cut.new_full((1,), len(ordered))])
-            held = mass[border].diff()  # (levels,)
+            is_used = mass[border].diff()  # (levels,)
             moment = first[border].diff()
-            mean = torch.where(held > 0, moment / held.clamp(min=1e-300), entries)
-            each = second[border].diff() - 2 * mean * moment + mean.square() * held
+            mean = torch.where(is_used > 0, moment / is_used.clamp(min=1e-300), entries)
+            each = second[border].diff() - 2 * mean * moment + mean.square() * is_used
             error = float(each.clamp(min=0).sum())
             if error >= errors[-1]:
                 break

@@ -43,7 +43,7 @@ def encode(rows: Tensor, grid: Grid, bits: int) -> tuple[Tensor, FittedRange]:
     """
     count, dim = rows.shape
     together = grid.rows_per_scale
-    values, codes = _floats(rows), _room(rows, bits)
+    values, codes = _floats(rows), _empty_codes(rows, bits)
     scale = torch.empty(-(-count // together), 1, dtype=grid.dtype)
     offset = None if grid.symmetric else torch.empty_like(scale)
     top = np.float32(grid.half if grid.symmetric else grid.levels - 1)
@@ -85,7 +85,7 @@ def encode_as(rows: Tensor, fitted: FittedRange, grid: Grid, bits: int) -> Tenso
         Codes as in ``encode``.
     """
     count, dim = rows.shape
-    values, codes = _floats(rows), _room(rows, bits)
+    values, codes = _floats(rows), _empty_codes(rows, bits)
     top = np.float32(grid.half if grid.symmetric else grid.levels - 1)
     scales = _floats(fitted.scale)[:, 0]
     offsets = np.zeros_like(scales) if fitted.offset is None else _floats(fitted.offset)[:, 0]
@@ -108,7 +108,7 @@ def _floats(values: Tensor) -> NDArray[np.float32]:
     return cast("NDArray[np.float32]", values.detach().cpu().float().contiguous().numpy())
 
 
-def _room(rows: Tensor, bits: int) -> Tensor:
+def _empty_codes(rows: Tensor, bits: int) -> Tensor:
     """Allocate memory for the codes of some rows."""
     count, dim = rows.shape
     # numpy puts large arrays in huge pages, which are allocated several times faster.
@@ -130,15 +130,15 @@ def _in_threads(part: Callable[[int, int], int], rows: int, dim: int, together: 
         return part(0, rows)
     each = -(-rows // (threads * together)) * together
     begun = [
-        _helpers(os.getpid(), threads - 1).submit(part, begin, min(begin + each, rows))
+        _thread_pool(os.getpid(), threads - 1).submit(part, begin, min(begin + each, rows))
         for begin in range(each, rows, each)
     ]
-    found = [part(0, min(each, rows)), *(work.result() for work in begun)]
-    return next((bad for bad in found if bad >= 0), -1)
+    results = [part(0, min(each, rows)), *(work.result() for work in begun)]
+    return next((bad for bad in results if bad >= 0), -1)
 
 
 @functools.cache
-def _helpers(process: int, threads: int) -> ThreadPoolExecutor:  # noqa: ARG001
+def _thread_pool(process: int, threads: int) -> ThreadPoolExecutor:  # noqa: ARG001
     """A pool of threads that is reused; a forked process needs its own pool."""
     return ThreadPoolExecutor(threads, thread_name_prefix="encode-rows")
 

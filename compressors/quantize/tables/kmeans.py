@@ -147,8 +147,8 @@ def kmeans_table(
     codes: Tensor, codebook: Tensor, scale: Tensor | None, ids: Tensor, dim: int, width: int
 ) -> Tensor:
     """Rows of a stored table: packed codes, ``(levels,)``, ``(rows, 1)`` -> ``(*ids, dim)``."""
-    found = None if scale is None else scale[ids]
-    return decode(unpack(codes[ids], dim, width), codebook, found)
+    row_scale = None if scale is None else scale[ids]
+    return decode(unpack(codes[ids], dim, width), codebook, row_scale)
 
 
 @kmeans_table.register_fake

@@ -95,14 +95,14 @@ def least_squares(rows: Tensor, codes: Tensor, codebook: Tensor, weight: Tensor)
     entries = len(codebook)
     places = entry_of(codes, entries)  # (rows, books)
     pairs = torch.zeros(entries * entries, dtype=torch.float64)
-    wanted = torch.zeros(codebook.shape, dtype=torch.float64)
+    right = torch.zeros(codebook.shape, dtype=torch.float64)
     for first in places.unbind(1):
-        wanted.index_add_(0, first, rows.double() * weight.unsqueeze(1))
+        right.index_add_(0, first, rows.double() * weight.unsqueeze(1))
         for second in places.unbind(1):
             pairs.index_add_(0, first * entries + second, weight)
-    held = HELD * float(weight.mean())
-    matrix = pairs.reshape(entries, entries) + held * torch.eye(entries, dtype=torch.float64)
-    solved: Tensor = torch.linalg.solve(matrix, wanted + held * codebook.double())
+    damping = HELD * float(weight.mean())
+    matrix = pairs.reshape(entries, entries) + damping * torch.eye(entries, dtype=torch.float64)
+    solved: Tensor = torch.linalg.solve(matrix, right + damping * codebook.double())
     return solved.to(codebook.dtype)
 
 
