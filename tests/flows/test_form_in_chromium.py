@@ -55,8 +55,8 @@ def field(within: Page | Locator, title: str) -> Locator:
     """The innermost field of the form with this title."""
     page = within if isinstance(within, Page) else within.page
     heading = re.compile(rf"^{re.escape(title)}( \(Optional\))?$")
-    label = page.locator(".signature-form-property__label", has_text=heading)
-    return within.locator(".signature-form-property", has=label).last
+    label = page.locator(".schema-form-property__label", has_text=heading)
+    return within.locator(".schema-form-property", has=label).last
 
 
 def choose(held: Locator, option: str) -> None:
