@@ -61,10 +61,7 @@ class CodedError(Exception):
         sentence = type(self).sentences.get(code)
         if sentence is None:
             raise TypeError(f"{type(self).__name__} has no code {code!r}")
-        if field_names(sentence) != fields.keys():
-            expected = ", ".join(sorted(field_names(sentence))) or "none"
-            got = ", ".join(sorted(fields)) or "none"
-            raise TypeError(f"{code!r} has the fields {expected}, got {got}")
+        require_fields(code, sentence, fields)
         super().__init__(code)
         self.code = code
         self.fields = fields
@@ -80,3 +77,16 @@ class CodedError(Exception):
 def field_names(sentence: str) -> set[str]:
     """Return the names in braces of a sentence."""
     return {name for _, name, _, _ in string.Formatter().parse(sentence) if name is not None}
+
+
+def require_fields(code: str, sentence: str, fields: Mapping[str, Any]) -> None:
+    """Require a value for each name in a sentence, and for no other.
+
+    Raises:
+        TypeError: the names differ.
+    """
+    names = field_names(sentence)
+    if names != fields.keys():
+        expected = ", ".join(sorted(names)) or "none"
+        got = ", ".join(sorted(fields)) or "none"
+        raise TypeError(f"{code!r} has the fields {expected}, got {got}")

@@ -15,7 +15,7 @@ from typing import Any, TypeAlias, TypeVar, Union
 from pydantic import BaseModel, GetCoreSchemaHandler, GetJsonSchemaHandler
 from pydantic_core import CoreSchema, core_schema
 
-from compressors.contracts.coded_error import SentenceFormatter, field_names
+from compressors.contracts.coded_error import SentenceFormatter, require_fields
 from compressors.contracts.reasons import (
     baseline,
     bundles,
@@ -98,10 +98,7 @@ class Reason:
         sentence = SENTENCES.get(code)
         if sentence is None:
             raise TypeError(f"no reason has the code {code!r}")
-        if field_names(sentence) != fields.keys():
-            expected = ", ".join(sorted(field_names(sentence))) or "none"
-            got = ", ".join(sorted(fields)) or "none"
-            raise TypeError(f"{code!r} has the fields {expected}, got {got}")
+        require_fields(code, sentence, fields)
         object.__setattr__(self, "code", code)
         object.__setattr__(
             self, "fields", {name: _plain(name, value) for name, value in fields.items()}

@@ -11,7 +11,7 @@ from typing import Any
 
 from pydantic_core import PydanticCustomError
 
-from compressors.contracts.coded_error import SentenceFormatter, field_names
+from compressors.contracts.coded_error import SentenceFormatter, require_fields
 from compressors.contracts.value_errors import (
     bundles,
     limits,
@@ -59,10 +59,7 @@ def value_error(code: str, /, **fields: Any) -> PydanticCustomError:
     sentence = SENTENCES.get(code)
     if sentence is None:
         raise TypeError(f"no value error has the code {code!r}")
-    if field_names(sentence) != fields.keys():
-        expected = ", ".join(sorted(field_names(sentence))) or "none"
-        got = ", ".join(sorted(fields)) or "none"
-        raise TypeError(f"{code!r} has the fields {expected}, got {got}")
+    require_fields(code, sentence, fields)
     context = {**fields, "sentence": SentenceFormatter().vformat(sentence, (), fields)}
     return PydanticCustomError(
         code, "{sentence}", {name: _encodable(value) for name, value in context.items()}
