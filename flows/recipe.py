@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from types import MappingProxyType
 
 from compressors.contracts import Artifact, Estimate, Part
@@ -101,7 +102,8 @@ def carry_out(run: Run, excluded: Mapping[str, str] = MappingProxyType({})) -> C
         return own
     earlier = replace(run, order=order.model_copy(update={"preset": before}))
     size = weight_bytes(own.bundle)
-    if before != "small" and wait_out(lambda: _least_bytes(earlier)) >= size:
+    least = partial(least_bytes, earlier.order, run.model, run.model.artifact)
+    if before != "small" and wait_out(least) >= size:
         return own  # known from the dry run, without applying it
     other = carry_out(earlier, excluded)
     other_size = weight_bytes(other.bundle)
@@ -117,10 +119,6 @@ def carry_out(run: Run, excluded: Mapping[str, str] = MappingProxyType({})) -> C
     return replace(other, remarks=(remark, *other.remarks))
 
 
-def _least_bytes(run: Run) -> int:
-    return least_bytes(run.order, run.model, run.model.artifact)
-
-
 def _carried_out(run: Run, excluded: Mapping[str, str]) -> Compressed:
     learned: set[str] = set()  # stages that have learned from the teachers, or follow such a stage
 
@@ -133,14 +131,9 @@ def _carried_out(run: Run, excluded: Mapping[str, str]) -> Compressed:
             learned.add(result.sha256)
         return result
 
-    def spent(stage: Artifact) -> Reason | None:
-        return over_budget(run, stage)
-
-    original = run.model.artifact
     judged = can_be_judged(run.order, run.model)
-    stages, left_out = allowed_steps(
-        run.order, run.model, original, attempt, spent if judged else None
-    )
+    spent = partial(over_budget, run) if judged else None
+    stages, left_out = allowed_steps(run.order, run.model, run.model.artifact, attempt, spent)
     budget = run.order.quality_budget()
     if not judged or budget is None:
         return Compressed(run.order, stages, left_out)

@@ -51,8 +51,8 @@ class PreparedData:
 class BuiltTargets:
     """The files that each target loads, and why optional targets were skipped."""
 
-    artifacts: Mapping[TargetKind, Artifact]
-    skipped: Mapping[str, str]
+    artifacts: dict[TargetKind, Artifact]
+    skipped: dict[str, str]
 
 
 @dataclass(frozen=True)
@@ -198,12 +198,12 @@ def publish_result(
         recipe=tuple(step.model_dump(mode="json") for step in compressed.recipe()),
         limits=order.limits,
         baseline=baseline,
-        built=dict(built.artifacts),
+        built=built.artifacts,
         required={
             target: wanted == "required" for target, wanted in order.targets.wanted().items()
         },
         verdicts=verdicts,
-        skipped=dict(built.skipped),
+        skipped=built.skipped,
         left_out=compressed.left_out(),
         remarks=compressed.remarks,
         stages=measured.stages,

@@ -64,9 +64,9 @@ def test_every_stage_has_the_bytes_and_the_quality_of_its_bundle(
         "as trained",
         *(step.kind for step in STEPS),
     ]
-    for told in (report, world.first.finished.report):
-        assert told.stages[0].bundle == told.source
-        assert told.stages[-1].bundle == told.compressed
+    for result in (report, world.first.finished.report):
+        assert result.stages[0].bundle == result.source
+        assert result.stages[-1].bundle == result.compressed
     for stage in report.stages:
         tensors = local(stage.bundle).glob("*.safetensors")
         held = [t for path in tensors for t in load_file(path).values()]

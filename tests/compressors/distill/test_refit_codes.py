@@ -203,11 +203,11 @@ def test_a_run_that_was_killed_goes_on_to_the_same_bits(bench, tmp_path, monkeyp
     step = RefitCodes(training=QUICKLY, rounds=2)
     whole = run(step, before, bench, tmp_path / "whole")
     kept = bench.model_copy(update={"checkpoints": str(tmp_path / "progress")})
-    told: list[int] = []
+    calls: list[int] = []
 
     def killed(*args: Any) -> Proposal:
-        told.append(1)
-        if len(told) > 2:  # the two tables of the first round
+        calls.append(1)
+        if len(calls) > 2:  # the two tables of the first round
             raise KeyboardInterrupt
         return propose(*args)
 
