@@ -3,6 +3,7 @@
 errors/            errors of this package, by whether a retry can help
 settings.py        settings, read from environment variables
 telemetry.py       usage reports of libraries, switched off
+arrow_memory.py    the memory pool of Arrow
 credentials.py     passwords, tokens and keys removed from messages and logs
 printable.py       text from outside that cannot control a terminal, a log or a page
 log_records.py     changes to every log record of the process
@@ -20,6 +21,8 @@ triton/            Triton model repositories
 services/          the services of docker-compose.yml, also as local processes
 """
 
+from infra.arrow_memory import select_system_pool
 from infra.telemetry import disable_telemetry
 
 disable_telemetry()
+select_system_pool()

@@ -1,0 +1,25 @@
+"""Arrow uses the system's allocator in every process that imports a module of ``infra``."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+from drafts import ROOT
+
+from infra.arrow_memory import ARROW_POOL
+
+
+@pytest.mark.parametrize(
+    ("stated", "expected"),
+    [({}, "system"), ({"ARROW_DEFAULT_MEMORY_POOL": "mimalloc"}, "mimalloc")],
+)
+def test_arrow_uses_the_systems_pool_unless_another_is_stated(
+    stated: dict[str, str], expected: str
+) -> None:
+    env = {name: value for name, value in os.environ.items() if name not in ARROW_POOL} | stated
+    code = "import infra.data.splits, pyarrow; print(pyarrow.default_memory_pool().backend_name)"
+    printed = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True, text=True, check=True
+    ).stdout
+    assert printed.strip() == expected
