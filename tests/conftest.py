@@ -1,6 +1,7 @@
 """What every test starts from: an empty environment and a home of its own."""
 
 import gc
+import itertools
 import os
 import tempfile
 from collections.abc import Iterator
@@ -55,6 +56,12 @@ def pytest_collection_finish() -> None:
     gc.set_threshold(50_000, 20, 50)
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers() -> int:
+    """One process more than cores: a tenth of the time of a test is waiting for services."""
+    return (os.cpu_count() or 1) + 1
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _read_once() -> Iterator[None]:
     # Imports torch, which the process that only sends tests to others does without.
@@ -64,12 +71,18 @@ def _read_once() -> Iterator[None]:
         yield
 
 
+@pytest.fixture(scope="session")
+def homes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A new folder for each test. ``mktemp`` reads the names of all earlier ones each time."""
+    folder = tmp_path_factory.mktemp("homes")
+    return (folder / str(number) for number in itertools.count())
+
+
 @pytest.fixture(autouse=True)
-def _own_surroundings(
-    tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def _own_surroundings(homes: Iterator[Path], monkeypatch: pytest.MonkeyPatch) -> None:
     """Never a person's own store, registry or cloud account."""
-    home = tmp_path_factory.mktemp("home")
+    home = next(homes)
+    home.mkdir()
     for name in list(os.environ):
         if name.startswith(("AWS_", "MLFLOW_TRACKING_")) or name in PLACES:
             monkeypatch.delenv(name)

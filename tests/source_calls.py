@@ -2,8 +2,10 @@
 
 import ast
 import functools
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path
+
+from compressors.contracts.coded_error import field_names
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("flows", "tasks", "compressors", "infra")
@@ -28,3 +30,12 @@ def calls_of(names: Collection[str]) -> list[tuple[str, ast.Call]]:
         for place, call in _calls()
         if isinstance(call.func, ast.Name) and call.func.id in names
     ]
+
+
+def fits(call: ast.Call, sentences: Mapping[str, str]) -> bool:
+    """Whether a call has one argument, a literal code, and exactly the fields of its sentence."""
+    if len(call.args) != 1 or not isinstance(call.args[0], ast.Constant):
+        return False
+    sentence = sentences.get(call.args[0].value)
+    given = {keyword.arg for keyword in call.keywords}
+    return sentence is not None and given == field_names(sentence)

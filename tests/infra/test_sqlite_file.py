@@ -52,7 +52,7 @@ def kill_points(
 
 
 # The last operations create the link and remove the temporary file.
-SOME = [0.5, 0.995, 1.0]
+SOME = [0.5, 1.0]
 MANY = [number / 40 for number in range(1, 36)] + [0.9 + number / 500 for number in range(51)]
 
 

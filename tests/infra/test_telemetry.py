@@ -27,7 +27,12 @@ def identifiers(home: Path) -> list[str]:
 
 @pytest.mark.parametrize(
     "module",
-    ["infra.registry.mlflow_registry", "infra.services.setup", "flows.cli.app", "flows.compress"],
+    [
+        "infra.registry.mlflow_registry",
+        "infra.services.setup",
+        "flows.cli.app",
+        pytest.param("flows.compress", marks=pytest.mark.nightly),  # imports for seconds
+    ],
 )
 def test_every_variable_is_set_when_a_module_is_imported(module: str, tmp_path: Path) -> None:
     libraries = "'prefect', 'mlflow', 'great_expectations', 'onnxruntime'"

@@ -3,7 +3,6 @@
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
 
 import pytest
 from answering import Answers, answering
@@ -152,42 +151,26 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Answers]:
         yield run
 
 
-# A kill takes half a second to a second. The default tier tries two points along the way and the
-# last one, of a rollback the last three; with smaller steps the last six, where the alias and the
-# Triton repository follow.
+# A kill takes half a second to a second. The default tier kills two commands at two points along
+# the way and at the last ones, where the alias and the Triton repository follow.
+COMMANDS = ("rollback", "rollback+reader", "from", "promote")
 EVERY = [
-    pytest.param("1", marks=[pytest.mark.slow, pytest.mark.timeout(3600)]),
-    pytest.param("40", marks=[pytest.mark.slow, pytest.mark.timeout(600)]),
-    pytest.param("150", marks=pytest.mark.timeout(600)),
+    pytest.param("1", COMMANDS, marks=[pytest.mark.slow, pytest.mark.timeout(3600)]),
+    pytest.param("40", COMMANDS, marks=[pytest.mark.slow, pytest.mark.timeout(600)]),
+    pytest.param("150", ("rollback", "promote"), marks=pytest.mark.timeout(600)),
 ]
 
 
-ROLLBACKS = ("rollback", "rollback+reader", "from")
-
-
-@pytest.fixture(scope="module", params=EVERY)
-def killed(request: pytest.FixtureRequest, run: Answers) -> list[dict[str, Any]]:
-    """Every command, killed at operation after operation and repeated each time."""
-    commands = (*ROLLBACKS, "promote")
-    return [item for command in commands for item in run(f"kill {command} {request.param}")]
-
-
-@pytest.mark.parametrize("command", ROLLBACKS)
-def test_a_rollback_killed_at_any_operation_and_repeated_goes_back_once(
-    killed: list[dict[str, Any]], command: str
+@pytest.mark.parametrize(("step", "commands"), EVERY)
+def test_a_command_killed_at_any_operation_and_repeated_has_its_effect_once(
+    run: Answers, step: str, commands: tuple[str, ...]
 ) -> None:
-    results = [item for item in killed if item["command"] == command]
-    assert all(result["killed"] for result in results)
-    ends = {(tuple(item["ledger"]), *item["alias"], item["served"]) for item in results}
-    assert ends == {(("1", "2", "3", "2"), "2", "2")}
-
-
-def test_a_promotion_killed_at_any_operation_and_repeated_is_entered_once(
-    killed: list[dict[str, Any]],
-) -> None:
-    results = [item for item in killed if item["command"] == "promote"]
-    ends = {(tuple(item["ledger"]), *item["alias"], item["served"]) for item in results}
-    assert ends == {(("1", "2", "3", "2"), "2", "2")}
+    results = [item for command in commands for item in run(f"kill {command} {step}")]
+    assert all(item["killed"] for item in results if item["command"] != "promote")
+    for item in results:
+        end = (item["ledger"], item["alias"], item["served"])
+        assert end == (["1", "2", "3", "2"], ["2"], "2"), item
+    assert {item["command"] for item in results} == set(commands)
 
 
 @pytest.mark.parametrize(

@@ -51,8 +51,8 @@ def lowered(bundle: Artifact, rows: Artifact) -> tuple[Lowering, Path]:
 @pytest.mark.parametrize(
     ("share", "lowers_both"),
     [
-        ("module", False),  # only the compressed model
         ("weight", True),
+        pytest.param("module", False, marks=pytest.mark.nightly),  # only the compressed model
         pytest.param("module", True, marks=pytest.mark.nightly),
     ],
 )

@@ -103,12 +103,12 @@ def nodes(path: Path) -> Counter[str]:
     [
         (RowwiseInt8(), "clamp"),
         (RowwiseInt4(symmetric=False), "default_row"),
-        (BFloat16(), "error"),
-        (KMeans(bits=2), "clamp"),
+        pytest.param(BFloat16(), "error", marks=pytest.mark.nightly),
+        pytest.param(KMeans(bits=2), "clamp", marks=pytest.mark.nightly),
         (KMeans(bits=4, scale="none"), "error"),
         (ProductCodes(parts=3, bits=1), "default_row"),  # 8 columns: parts of two widths
         (ResidualCodes(bits=1, codebooks=3, codebook_type="float16"), "clamp"),
-        (AdditiveCodes(bits=1, rounds=2), "error"),
+        pytest.param(AdditiveCodes(bits=1, rounds=2), "error", marks=pytest.mark.nightly),
     ],
 )
 def test_tables_stored_alike_are_one_lookup_with_the_same_answers(step, policy):

@@ -121,7 +121,10 @@ def compressed(forms, network: Reference, tmp_path_factory: pytest.TempPathFacto
     return model
 
 
-@pytest.fixture(scope="module", params=["onnxruntime", "tensorrt-rtx"])
+@pytest.fixture(
+    scope="module",
+    params=["onnxruntime", pytest.param("tensorrt-rtx", marks=pytest.mark.nightly)],
+)
 def graph(
     request: pytest.FixtureRequest, network, compressed, tmp_path_factory
 ) -> tuple[Graph, TargetKind]:
