@@ -28,7 +28,12 @@ import torch
 from safetensors.torch import save_file
 
 from compressors.contracts import Architecture, Network, Signature
-from compressors.metrics.full_ranking import Interactions, ranking_queries, recall_and_ndcg
+from compressors.metrics.full_ranking import (
+    Interactions,
+    RankedVectors,
+    ranking_metrics,
+    ranking_queries,
+)
 from examples.two_tower import Ints, Training, TwoTower, train, vectors
 
 USERS, ITEMS = 29_858, 40_981
@@ -144,8 +149,9 @@ def recall_measure(test: Ints, *seen: Ints) -> Callable[[TwoTower], tuple[float,
 
     def measure(network: TwoTower) -> tuple[float, float]:
         query, item = vectors(network, {"user": torch.from_numpy(queries.query)})
-        recall, ndcg = recall_and_ndcg(query.numpy(), item.numpy(), queries)
-        return float(recall.mean()), float(ndcg.mean())
+        ranked = RankedVectors(query.numpy(), item.numpy(), queries)
+        values = ranking_metrics(ranked, ("recall@20", "ndcg@20"))
+        return float(values["recall@20"].mean()), float(values["ndcg@20"].mean())
 
     return measure
 

@@ -15,7 +15,8 @@ from itertools import pairwise
 from typing import Any, get_args
 
 from compressors.contracts.limits import LARGEST_GAIN
-from compressors.contracts.metric_properties import MEASURES, SCORE_CHANGE, MetricProperties
+from compressors.contracts.metrics import FAMILIES, Metric
+from compressors.contracts.metrics.families import name_pattern
 from compressors.core.registries import AnyStep
 from flows.presets import PRESETS
 
@@ -57,45 +58,48 @@ def _rules() -> Iterator[Schema]:
 
 def _limit_rules() -> Iterator[Schema]:
     """Return the rule for each metric and reference: the side and the range of the bound."""
-    for name, facts in MEASURES.items():
-        of_metric = _holds("metric", {"const": name})
+    for family in FAMILIES.values():
+        declared = family.any_member()
+        of_metric = _holds("metric", {"pattern": name_pattern(family)})
         relative = {"against": {"enum": ["baseline", "champion"]}}
-        if name in SCORE_CHANGE:
+        if declared.compared == "never":
             absolute = {"against": {"const": "absolute"}}  # also if the order omits it
             yield _implies(of_metric, {"properties": absolute})
-            yield _implies(of_metric, _bounded(facts, _absolute_range(facts)))
+            yield _implies(of_metric, _bounded(declared, _absolute_range(declared)))
             continue
         by_reference = {
             "if": {"properties": relative},  # baseline if the order omits it
-            "then": _bounded(facts, _relative_range(facts)),
-            "else": _bounded(facts, _absolute_range(facts)),
+            "then": _bounded(declared, _relative_range(declared)),
+            "else": _bounded(declared, _absolute_range(declared)),
         }
         yield _implies(of_metric, by_reference)
 
 
-def _bounded(facts: MetricProperties, numbers: Schema) -> Schema:
+def _bounded(declared: Metric, numbers: Schema) -> Schema:
     """Require a bound on the side that limits a bad result, and none on the other side."""
     sides = ("at_least", "at_most")
-    side, other = sides if facts.higher_is_better else sides[::-1]
+    side, other = sides if declared.higher_is_better else sides[::-1]
     bounds = {side: {"type": "number", **numbers}, other: {"type": "null"}}
     return {"properties": bounds, "required": [side]}
 
 
-def _absolute_range(facts: MetricProperties) -> Schema:
+def _absolute_range(declared: Metric) -> Schema:
     """Return the range of a bound, as for one limit in ``compressors/contracts/limits.py``."""
-    is_change = facts.compared == "never"  # then the best value is possible: no score changes
-    if facts.higher_is_better:
+    is_change = declared.compared == "never"  # then the best value is possible: no score changes
+    if declared.higher_is_better:
         most = "maximum" if is_change else "exclusiveMaximum"
-        return {"minimum": facts.low, "exclusiveMinimum": 0, most: facts.high}
-    least: Schema = {"minimum": max(facts.low, 0)}
-    return least | ({} if is_change else {"exclusiveMinimum": 0}) | {"exclusiveMaximum": facts.high}
+        return {"minimum": declared.low, "exclusiveMinimum": 0, most: declared.high}
+    least: Schema = {"minimum": max(declared.low, 0)}
+    return (
+        least | ({} if is_change else {"exclusiveMinimum": 0}) | {"exclusiveMaximum": declared.high}
+    )
 
 
-def _relative_range(facts: MetricProperties) -> Schema:
-    if facts.compared == "ratio":
-        return {"exclusiveMinimum": 0, "maximum": facts.largest}
-    least, most = -facts.largest, LARGEST_GAIN
-    if not facts.higher_is_better:
+def _relative_range(declared: Metric) -> Schema:
+    if declared.compared == "ratio":
+        return {"exclusiveMinimum": 0, "maximum": declared.largest}
+    least, most = -declared.largest, LARGEST_GAIN
+    if not declared.higher_is_better:
         least, most = -most, -least
     return {"exclusiveMinimum": least, "exclusiveMaximum": most}
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from compressors.contracts import Artifact, TargetKind, Verdict
+from compressors.contracts.metrics import further_metrics
 from compressors.errors.compression import CompressionError
 from compressors.errors.orders import OrderRefused
 from flows.recipe import Compressed, carry_out, measure_recipe_stages
@@ -155,6 +156,7 @@ def measure_result(
             test=data.test.artifact,
             test_rows=data.test.rows,
             ranking=data.ranking,
+            metrics=further_metrics(run.model.task, (item.metric for item in run.order.limits)),
             seed=run.order.seed,
         )
     run.progress.stage("evaluate the stages")

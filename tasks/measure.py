@@ -10,17 +10,20 @@ from numpy.typing import NDArray
 from prefect import task
 
 from compressors.contracts import (
-    LATENCY_BATCHES,
     Artifact,
     ScoreUnit,
     Signature,
     Split,
+    metric,
     quality_metrics,
+    usual_batches,
 )
+from compressors.contracts.metrics.serving import BYTES, QUANTILES, latency
 from compressors.core.batches import Batch, batches
 from compressors.errors.metrics import MetricRefused
 from compressors.lower.serving_wrapper import served_graphs
 from compressors.metrics import intervals, judge
+from compressors.metrics.full_ranking import ranking_metrics
 from infra.bundle.bundle_folder import read
 from infra.onnxruntime.sessions import Session, interleaved_ms, machine
 from infra.settings import load_settings
@@ -31,7 +34,6 @@ from tasks.evaluation.quality import (
     Quality,
     Vectors,
     ranked_vectors,
-    ranking_metrics,
     row_quality,
 )
 from tasks.orchestration.documents import Measurement, Ranking, lowering_of, served_bytes
@@ -41,7 +43,6 @@ from tasks.orchestration.workspace import local, store
 log = logging.getLogger(__name__)
 Array = NDArray[Any]
 
-QUANTILES = {"p50": 0.5, "p99": 0.99}
 BUDGET_MS = 15_000.0  # for one batch size, all sessions together
 MOST_ROUNDS = 1000
 
@@ -55,6 +56,7 @@ def measure(
     test: Artifact,
     test_rows: int,
     ranking: Ranking | None,
+    metrics: tuple[str, ...],
     seed: int,
 ) -> Artifact:
     """Score the test rows with every served graph, time them in turn, store all numbers.
@@ -70,6 +72,7 @@ def measure(
         test: the prepared test split.
         test_rows: its number of rows.
         ranking: the catalogue and the hidden items of a retrieval model; None for other tasks.
+        metrics: metrics of limits that are not measured for every model.
         seed: seed of the bootstrap.
     """
     signature = read(local(bundle)).signature
@@ -80,30 +83,34 @@ def measure(
     folders = {name: local(artifact) for name, artifact in graphs.items()}
     sessions = {name: _sessions(folder, signature, threads) for name, folder in folders.items()}
     _same_inputs(sessions)
-    quality = _quality(signature, sessions, split_of(test, test_rows), ranking, seed)
+    names = quality_metrics(
+        signature.task, grouped=signature.group is not None, named=(signature.metric, *metrics)
+    )
+    quality = _quality(signature, sessions, split_of(test, test_rows), ranking, names, seed)
 
     own: list[judge.Number] = []
     reference: list[judge.Number] = []
     resolves: dict[str, float] = {}
-    for metric in quality_metrics(signature.task, grouped=signature.group is not None):
-        pair = quality.paired(metric, "baseline", "candidate")
-        rival = quality.paired(metric, "champion", "candidate") if champion is not None else None
-        own += judge.quality_numbers(metric, pair, rival)
-        reference.append(judge.Number(metric=metric, against="absolute", estimate=pair.baseline))
-        resolves[metric] = pair.resolves
+    for name in names:
+        pair = quality.paired(name, "baseline", "candidate")
+        rival = quality.paired(name, "champion", "candidate") if champion is not None else None
+        own += judge.quality_numbers(name, pair, rival)
+        reference.append(judge.Number(metric=name, against="absolute", estimate=pair.baseline))
+        resolves[name] = pair.resolves
     unit: ScoreUnit = "probability" if signature.task == "ctr" else "spread"
-    for metric, estimate in quality.score_change("baseline", "candidate", unit).items():
-        own.append(judge.Number(metric=metric, against="absolute", estimate=estimate))
+    for name, estimate in quality.score_change("baseline", "candidate", unit).items():
+        own.append(judge.Number(metric=name, against="absolute", estimate=estimate))
     sizes = {name: served_bytes(folder) for name, folder in folders.items()}
     own += judge.byte_numbers(sizes["candidate"], sizes["baseline"], sizes.get("champion"))
     reference.append(
         judge.Number(
-            metric="bytes", against="absolute", estimate=judge.exact(float(sizes["baseline"]))
+            metric=BYTES.name, against="absolute", estimate=judge.exact(float(sizes["baseline"]))
         )
     )
     waited_for = served_graphs(signature)[0]
     timed = {name: held[waited_for.name] for name, held in sessions.items()}
-    for size in LATENCY_BATCHES:
+    named = {batch for name in metrics if (batch := metric(name).batch) is not None}
+    for size in sorted({*usual_batches(signature.task), *named}):
         _time(size, timed, waited_for.signature, test, test_rows, seed, own, reference)
     measurement = Measurement(
         numbers=judge.Measured(
@@ -156,6 +163,7 @@ def _quality(
     sessions: dict[str, Sessions],
     test: Split,
     ranking: Ranking | None,
+    names: tuple[str, ...],
     seed: int,
 ) -> Quality:
     """Evaluate the served graphs: one score per row, or one ranking per query."""
@@ -164,7 +172,7 @@ def _quality(
             name: ranked_vectors(_towers(held), signature, test, ranking)
             for name, held in sessions.items()
         }
-        values = {name: ranking_metrics(of_model) for name, of_model in vectors.items()}
+        values = {name: ranking_metrics(of_model, names) for name, of_model in vectors.items()}
         return ByQuery(values, test.rows, seed, vectors)
     rows = list(batches(test, signature, SCORING_ROWS))
     (form,) = served_graphs(signature)
@@ -216,7 +224,7 @@ def _time(
     rounds = max(needed, min(MOST_ROUNDS, math.ceil(BUDGET_MS / once)))
     times = dict(zip(sessions, interleaved_ms(listed, inputs, rounds), strict=True))
     for name, quantile in QUANTILES.items():
-        metric = f"{name}_ms@{size}"
+        timed = latency(name, size).name
         ratio = intervals.latency_ratio(times["baseline"], times["candidate"], quantile, seed=seed)
         rival = None
         if "champion" in times:
@@ -225,5 +233,5 @@ def _time(
             )
         candidate = intervals.latency(times["candidate"], quantile, seed=seed)
         baseline = intervals.latency(times["baseline"], quantile, seed=seed)
-        own += judge.latency_numbers(metric, candidate, ratio, rival)
-        reference.append(judge.Number(metric=metric, against="absolute", estimate=baseline))
+        own += judge.latency_numbers(timed, candidate, ratio, rival)
+        reference.append(judge.Number(metric=timed, against="absolute", estimate=baseline))

@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 from prefect import task
 
-from compressors.contracts import Artifact
+from compressors.contracts import Artifact, quality_metrics
 from compressors.core.state.module_state import write_tensors
 from infra.store.temporary import scratch_folder
 from tasks.bundles.loading import load_bundle, split_of
@@ -28,7 +28,7 @@ def rank(bundle: Artifact, test: PreparedRows, ranking: Ranking) -> Artifact:
         ranking: the catalogue and the hidden items.
 
     Returns:
-        ``recall@20`` and ``ndcg@20`` float64 ``(queries,)``.
+        Each metric of the task, float64 ``(queries,)``.
 
     Raises:
         CompressionError: a vector is not finite, or no query has a new item.
@@ -36,7 +36,8 @@ def rank(bundle: Artifact, test: PreparedRows, ranking: Ranking) -> Artifact:
     loaded = load_bundle(bundle)
     signature = loaded.manifest.signature
     towers = torch_towers(loaded.model.module, signature)
-    found = query_quality(towers, signature, split_of(test.artifact, test.rows), ranking)
+    names = quality_metrics(signature.task, grouped=True, named=(signature.metric,))
+    found = query_quality(towers, signature, split_of(test.artifact, test.rows), ranking, names)
     tensors = {metric: torch.from_numpy(values) for metric, values in found.items()}
     with scratch_folder("rank") as scratch:
         (path,) = write_tensors(tensors, Path(scratch))

@@ -10,7 +10,7 @@ reasoned.py           a decision and its reasons
 artifact.py           a stored object, named by its content hash
 memory_errors.py      recognize errors caused by too little memory
 inputs.py             the kinds of inputs of a model
-metric_properties.py  which tasks measure a metric, and which direction is better
+metrics/              metrics: name, direction, unit, range and estimator
 limits.py             the limits of an order
 signature.py          inputs, output, task, label and metric of a model
 network.py            architecture, records and ties: with the tensors they define a module
@@ -39,16 +39,15 @@ from compressors.contracts.limits import Limit as Limit
 from compressors.contracts.limits import limit_problems as limit_problems
 from compressors.contracts.limits import limit_warnings as limit_warnings
 from compressors.contracts.memory_errors import is_out_of_memory as is_out_of_memory
-from compressors.contracts.metric_properties import LATENCY_BATCHES as LATENCY_BATCHES
-from compressors.contracts.metric_properties import MEASURES as MEASURES
-from compressors.contracts.metric_properties import SCORE_CHANGE as SCORE_CHANGE
-from compressors.contracts.metric_properties import Measure as Measure
-from compressors.contracts.metric_properties import Metric as Metric
-from compressors.contracts.metric_properties import ScoreUnit as ScoreUnit
-from compressors.contracts.metric_properties import Task as Task
-from compressors.contracts.metric_properties import measured_metrics as measured_metrics
-from compressors.contracts.metric_properties import metric_problem as metric_problem
-from compressors.contracts.metric_properties import quality_metrics as quality_metrics
+from compressors.contracts.metrics import Metric as Metric
+from compressors.contracts.metrics import MetricName as MetricName
+from compressors.contracts.metrics import ScoreUnit as ScoreUnit
+from compressors.contracts.metrics import Task as Task
+from compressors.contracts.metrics import measured_metrics as measured_metrics
+from compressors.contracts.metrics import metric as metric
+from compressors.contracts.metrics import metric_problem as metric_problem
+from compressors.contracts.metrics import quality_metrics as quality_metrics
+from compressors.contracts.metrics import usual_batches as usual_batches
 from compressors.contracts.network import Architecture as Architecture
 from compressors.contracts.network import ModuleRecord as ModuleRecord
 from compressors.contracts.network import Network as Network

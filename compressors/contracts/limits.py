@@ -1,7 +1,7 @@
 """Limits of an order, and checks for limits that are likely mistakes.
 
 Types only. A stored limit is read without these checks; ``limit_problems`` is for new orders. Each
-check depends on the metric's properties (``metric_properties.py``), not on its name.
+check depends on what the metric declares (``metrics/metric.py``), not on its name.
 """
 
 import math
@@ -12,7 +12,8 @@ from typing import Any, Literal, Self
 from pydantic import Field, model_validator
 
 from compressors.contracts.inputs import Frozen
-from compressors.contracts.metric_properties import MEASURES, SCORE_CHANGE, Measure
+from compressors.contracts.metrics import Metric, MetricName
+from compressors.contracts.metrics.families import find_metric, metric
 from compressors.contracts.reasons import Reason
 from compressors.contracts.value_errors import value_error
 
@@ -30,7 +31,7 @@ class Limit(Frozen):
     bytes and latency. Score changes compare with the baseline already and are always ``absolute``.
     """
 
-    metric: Measure = Field(
+    metric: MetricName = Field(
         description="Quality, change of scores, bytes served, or latency: p99_ms@64 is the 99th "
         "percentile in milliseconds at batch 64.",
         json_schema_extra={"position": 0},
@@ -57,13 +58,15 @@ class Limit(Frozen):
     @classmethod
     def _score_change_is_absolute(cls, data: Any) -> Any:
         """Read a limit on a score change that names no reference as ``absolute``."""
-        if isinstance(data, dict) and data.get("metric") in SCORE_CHANGE and "against" not in data:
-            return {**data, "against": "absolute"}
+        if isinstance(data, dict) and "against" not in data:
+            found = find_metric(str(data.get("metric")))
+            if found is not None and found.compared == "never":
+                return {**data, "against": "absolute"}
         return data
 
     @model_validator(mode="after")
     def _one_reference(self) -> Self:
-        if self.metric in SCORE_CHANGE and self.against != "absolute":
+        if self.declared.compared == "never" and self.against != "absolute":
             raise value_error(
                 "score_change_with_reference", metric=self.metric, against=self.against
             )
@@ -78,10 +81,15 @@ class Limit(Frozen):
     @model_validator(mode="after")
     def _possible(self) -> Self:
         if self.against == "absolute" and self.bound < 0:
-            if self.metric in SCORE_CHANGE:
+            if self.declared.compared == "never":
                 raise value_error("score_change_bound_negative", metric=self.metric)
             raise value_error("absolute_bound_negative", metric=self.metric)
         return self
+
+    @property
+    def declared(self) -> Metric:
+        """What the metric declares."""
+        return metric(self.metric)
 
     @property
     def bound(self) -> float:
@@ -159,7 +167,7 @@ def limit_warnings(limits: Sequence[Limit]) -> tuple[Reason, ...]:
         )
         for limit in limits
         if limit.against == "baseline"
-        and MEASURES[limit.metric].compared == "difference"
+        and limit.declared.compared == "difference"
         and _gain(limit) > 0
     )
 
@@ -182,48 +190,48 @@ def _contradictions(limits: Sequence[Limit]) -> Iterator[Reason]:
 
 def _reason(limit: Limit) -> Reason | None:
     """Return why a limit is likely a mistake, or None."""
-    facts, bound, metric = MEASURES[limit.metric], limit.bound, limit.metric
+    facts, bound, name = limit.declared, limit.bound, limit.metric
     if (limit.at_least is not None) != facts.higher_is_better:
         better = "higher" if facts.higher_is_better else "lower"
-        return Reason("bounds_best", better=better, metric=metric)
+        return Reason("bounds_best", better=better, metric=name)
     if limit.against == "absolute":
         return _absolute_reason(limit)
     if facts.compared == "ratio":
         if bound <= 0:
             return Reason("ratio_not_positive")
         if bound > facts.largest:
-            return Reason("ratio_too_large", ratio=bound, against=limit.against, metric=metric)
+            return Reason("ratio_too_large", ratio=bound, against=limit.against, metric=name)
         return None
     if _gain(limit) >= LARGEST_GAIN:
-        return Reason("gain_too_large", metric=metric, against=limit.against, gain=abs(bound))
+        return Reason("gain_too_large", metric=name, against=limit.against, gain=abs(bound))
     if -_gain(limit) >= facts.largest:
-        return Reason("loss_too_large", metric=metric, loss=abs(bound))
+        return Reason("loss_too_large", metric=name, loss=abs(bound))
     return None
 
 
 def _absolute_reason(limit: Limit) -> Reason | None:
-    facts, bound, metric = MEASURES[limit.metric], limit.bound, limit.metric
+    facts, bound, name = limit.declared, limit.bound, limit.metric
     unchanged = facts.compared == "never"  # then the best value can be reached: no score changes
     if facts.higher_is_better:
         if bound > facts.high or (bound == facts.high and not unchanged):
-            return Reason("above_highest", metric=metric, highest=facts.high)
+            return Reason("above_highest", metric=name, highest=facts.high)
         if bound < facts.low:
-            return Reason("below_random", metric=metric, lowest=facts.low)
+            return Reason("below_random", metric=name, lowest=facts.low)
         if bound <= 0:
-            return Reason("below_zero", metric=metric)
+            return Reason("below_zero", metric=name)
         return None
     if (bound <= 0 and not unchanged) or bound < facts.low:
         if not facts.low:
-            return Reason("not_above_zero", metric=metric)
-        return Reason("below_lowest", metric=metric, lowest=facts.low, unit=facts.unit)
+            return Reason("not_above_zero", metric=name)
+        return Reason("below_lowest", metric=name, lowest=facts.low, unit=facts.unit)
     if bound >= facts.high:
-        return Reason("beyond_highest", metric=metric, highest=facts.high, unit=facts.unit)
+        return Reason("beyond_highest", metric=name, highest=facts.high, unit=facts.unit)
     return None
 
 
 def _intents(limit: Limit) -> Iterator[Limit]:
     """Yield the limits that were probably intended instead, the likeliest first."""
-    facts, bound = MEASURES[limit.metric], limit.bound
+    facts, bound = limit.declared, limit.bound
     versus: Against = "baseline" if limit.against == "absolute" else limit.against
     loss = -abs(bound) if facts.higher_is_better else abs(bound)
     if (limit.at_least is not None) != facts.higher_is_better:
@@ -257,7 +265,7 @@ def _intents(limit: Limit) -> Iterator[Limit]:
 
 def _example(limit: Limit) -> Limit:
     """Return a typical limit on the same metric."""
-    facts = MEASURES[limit.metric]
+    facts = limit.declared
     if facts.compared == "never":
         return _limit(limit, 0.999 if facts.higher_is_better else 0.05, "absolute")
     usual = 1.0 if facts.compared == "ratio" else -0.002 if facts.higher_is_better else 0.002
@@ -266,7 +274,7 @@ def _example(limit: Limit) -> Limit:
 
 def _limit(limit: Limit, bound: float, against: Against) -> Limit:
     """Return a limit on the same metric that bounds its loss."""
-    side = "at_least" if MEASURES[limit.metric].higher_is_better else "at_most"
+    side = "at_least" if limit.declared.higher_is_better else "at_most"
     other = {
         "at_least": None,
         "at_most": None,
@@ -278,4 +286,4 @@ def _limit(limit: Limit, bound: float, against: Against) -> Limit:
 
 def _gain(limit: Limit) -> float:
     """Return the improvement that a difference limit demands; negative if it allows a loss."""
-    return limit.bound if MEASURES[limit.metric].higher_is_better else -limit.bound
+    return limit.bound if limit.declared.higher_is_better else -limit.bound

@@ -6,7 +6,7 @@ from typing import Literal, Self
 from pydantic import Field, ValidationInfo, model_validator
 
 from compressors.contracts.inputs import AnyInput, Frozen, IdInput, tensor_names
-from compressors.contracts.metric_properties import Metric, Task, metric_problem
+from compressors.contracts.metrics import MetricName, Task, metric_problem
 from compressors.contracts.value_errors import value_error
 
 ITEMS = "items"
@@ -54,7 +54,7 @@ class Signature(Frozen):
     label: str | None = None
     group: str | None = None
     time: str | None = None
-    metric: Metric
+    metric: MetricName
     towers: Towers | None = None
     item: str | None = None
 

@@ -26,8 +26,8 @@ class MetricRefused(CompressionError):
         "group has one. Check the label and group columns.",
         "metric_needs_groups": "{metric} needs a group column and this data has none. Name one in "
         "the bundle's signature, or use the metric 'auc'.",
-        "interval_metric_unknown": "An interval needs the metric auc, logloss, normalized_entropy, "
-        "gauc or ndcg@<k>; got {metric!r}.",
+        "interval_metric_unknown": "An interval needs a metric with an estimator for this kind of "
+        "evaluation; {metric!r} has none.",
         "column_shape": "A metric needs {column} as one number per row, shape (rows,); got shape "
         "{shape!r}.",
         "column_not_numeric": "A metric needs {column} as numbers; got {dtype}.",

@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from compressors.contracts import MEASURES, Signature, Split, quality_metrics
+from compressors.contracts import Signature, Split, metric, quality_metrics
 from compressors.contracts.reasons import Reason
 from compressors.core.batches import Rows
 from compressors.metrics import point_estimates
@@ -81,8 +81,10 @@ def label_problems(
             fatal=measured,
         )
         return
-    quality = quality_metrics(signature.task, grouped=signature.group is not None)
-    grouped = [name for name in quality if MEASURES[name].needs_group]
+    quality = quality_metrics(
+        signature.task, grouped=signature.group is not None, named=(signature.metric,)
+    )
+    grouped = [name for name in quality if metric(name).needs_group]
     needed = grouped if measured else [name for name in grouped if name == signature.metric]
     if group is not None and judged and needed and not _has_mixed_group(label, group):
         column, metrics = str(signature.group), tuple(needed)

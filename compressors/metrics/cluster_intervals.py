@@ -21,29 +21,17 @@ freedom (equal correlation within a group) is estimated from the influence of ea
 Coverage on simulated users of 1 to 200 rows: ``benchmarks/interval_coverage.py``.
 """
 
-import re
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import NDArray
 from scipy.special import stdtrit
 
-from compressors.errors.metrics import MetricRefused
 from compressors.metrics.point_estimates import (
     PROBABILITY_FLOOR,
-    Bools,
     Floats,
     Ints,
-    base_entropy,
-    binary,
-    clicks_and_scores,
-    group_auc,
-    group_ndcg,
-    number_groups,
-    require_both_classes,
-    row_logloss,
-    wins_within_groups,
 )
 
 MIN_GROUPS = 10
@@ -111,55 +99,6 @@ class GroupedPair(NamedTuple):
     unresolved: str | None
 
 
-def grouped_pair(
-    metric: str, label: ArrayLike, baseline: ArrayLike, candidate: ArrayLike, group: ArrayLike
-) -> GroupedPair:
-    """Compute a metric of two models with and without each group.
-
-    Args:
-        metric: ``auc``, ``logloss``, ``normalized_entropy``, ``gauc`` or ``ndcg@<k>``.
-        label: 0 or 1 (``ndcg``: relevance >= 0), ``(rows,)``.
-        baseline: scores of the baseline, ``(rows,)``.
-        candidate: scores of the candidate, ``(rows,)``.
-        group: user or query of each row, ``(rows,)``.
-
-    Raises:
-        CompressionError: the metric is unknown, or its function raises.
-    """
-    scores = baseline, candidate
-    if metric == "gauc":
-        values = [group_auc(label, score, group) for score in scores]
-        if not values[0][0].size:
-            raise MetricRefused("groups_of_one_class")
-        weight = values[0][1].astype(np.float64)
-        pair = [weighted_mean(value, weight) for value, _ in values]
-        return _pair(pair, 1.0, weight.size, "with both classes")
-    depth = re.fullmatch(r"ndcg@([1-9]\d*)", metric)
-    if depth is not None:
-        gains = [group_ndcg(label, score, group, int(depth[1])) for score in scores]
-        if not gains[0].size:
-            raise MetricRefused("relevant_items_missing")
-        pair = [weighted_mean(value, np.ones(value.size)) for value in gains]
-        return _pair(pair, 1.0, gains[0].size, "with a relevant item")
-    positive = binary(label)
-    groups = Groups(*number_groups(group, positive.size))
-    if metric == "logloss":
-        pair = [mean_of_rows(row_logloss(label, score), groups) for score in scores]
-        return _pair(pair, LARGEST_LOSS, groups.rows.size, "")
-    require_both_classes(metric, positive)
-    positives = groups.sums(positive)
-    scarce = int(min((positives > 0).sum(), (positives < groups.rows).sum()))
-    one = "positive" if scarce == (positives > 0).sum() else "negative"
-    if metric == "auc":
-        pair = [_auc(label, score, groups) for score in scores]
-        return _pair(pair, 1.0, scarce, f"with a {one} row", groups.rows.size)
-    if metric != "normalized_entropy":
-        raise MetricRefused("interval_metric_unknown", metric=metric)
-    pair = [_entropy(row_logloss(label, score), positive, groups) for score in scores]
-    largest = LARGEST_LOSS / base_entropy(float(positive.mean()))
-    return _pair(pair, largest, scarce, f"with a {one} row", groups.rows.size)
-
-
 def interval(value: GroupedValue) -> tuple[float, float]:
     """Compute the 95 % interval of a metric whose groups are independent.
 
@@ -182,7 +121,7 @@ def mean_of_rows(values: Floats, groups: Groups) -> GroupedValue:
     """Compute the mean of ``values`` ``(rows,)`` over all rows, and without each group."""
     total, rows = float(values.sum()), values.size
     point = total / rows
-    left_out = _ratio(total - groups.sums(values), rows - groups.rows)
+    left_out = ratio(total - groups.sums(values), rows - groups.rows)
     return GroupedValue(point, left_out, groups.rows.astype(float), values - point, groups)
 
 
@@ -190,13 +129,28 @@ def weighted_mean(values: Floats, weight: Floats) -> GroupedValue:
     """Compute the weighted mean of one value per group, and without each; both ``(groups,)``."""
     total = float(weight.sum())
     point = float(values @ weight) / total
-    left_out = _ratio(float(values @ weight) - values * weight, total - weight)
+    left_out = ratio(float(values @ weight) - values * weight, total - weight)
     return GroupedValue(point, left_out, weight)
 
 
-def _pair(
-    pair: list[GroupedValue], largest: float, counted: int, which: str, groups: int | None = None
+def grouped_pair(
+    before: GroupedValue,
+    after: GroupedValue,
+    largest: float,
+    counted: int,
+    which: str,
+    groups: int | None = None,
 ) -> GroupedPair:
+    """Pair the values of two models, and say why there is no interval if groups are too few.
+
+    Args:
+        before: value of the baseline.
+        after: value of the candidate on the same rows.
+        largest: the metric's largest possible value.
+        counted: number of groups on which the interval depends.
+        which: which groups those are, for the sentence, such as "with a positive row".
+        groups: number of all groups that count; ``counted`` if None.
+    """
     unresolved = None
     if counted < MIN_GROUPS:
         noun = "group" if counted == 1 else "groups"
@@ -204,63 +158,10 @@ def _pair(
             f"{counted} {noun}{f' {which}' if which else ''} in the data; an interval needs at "
             f"least {MIN_GROUPS}"
         )
-    before, after = pair
     return GroupedPair(before, after, largest, counted if groups is None else groups, unresolved)
 
 
-def _auc(label: ArrayLike, score: ArrayLike, groups: Groups) -> GroupedValue:
-    """Compute the AUC; leaving out a group removes the pairs with one of its rows."""
-    positive, scores = clicks_and_scores(label, score)
-    wins = np.empty(
-        scores.size
-    )  # number of rows of the other class that the row is ordered correctly with
-    ordered = [np.sort(scores[~positive]), np.sort(scores[positive])]
-    for chosen, others, sign in ((positive, ordered[0], 1), (~positive, ordered[1], -1)):
-        class_scores = scores[chosen]
-        # Sorted queries read the other class sequentially instead of at random.
-        place = np.argsort(class_scores, kind="stable")
-        below = np.searchsorted(others, class_scores[place], side="left")
-        not_above = np.searchsorted(others, class_scores[place], side="right")
-        beaten = (below + not_above) / 2
-        class_wins = np.empty(class_scores.size)
-        class_wins[place] = beaten if sign > 0 else others.size - beaten
-        wins[chosen] = class_wins
-    positives, rows = groups.sums(positive), groups.rows.astype(np.float64)
-    negatives = rows - positives
-    all_positives, all_negatives = float(positives.sum()), float(negatives.sum())
-    total = float(wins[positive].sum())
-    point = total / (all_positives * all_negatives)
-    lost = groups.sums(wins) - wins_within_groups(positive, scores, groups.ids, groups.rows)
-    left_out = _ratio(total - lost, (all_positives - positives) * (all_negatives - negatives))
-    influence = np.where(
-        positive,
-        (wins / all_negatives - point) / all_positives,
-        (wins / all_positives - point) / all_negatives,
-    )
-    return GroupedValue(point, left_out, rows, influence * scores.size, groups)
-
-
-def _entropy(losses: Floats, positive: Bools, groups: Groups) -> GroupedValue:
-    """Compute normalized entropy: mean loss over the entropy of the base rate."""
-    rate, mean = float(positive.mean()), float(losses.mean())
-    entropy = float(base_entropy(rate))
-    rows = losses.size - groups.rows
-    rates = _ratio(float(positive.sum()) - groups.sums(positive), rows)
-    losses_left = _ratio(float(losses.sum()) - groups.sums(losses), rows)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        entropies = -(rates * np.log(rates) + (1 - rates) * np.log1p(-rates))
-    slope = np.log((1 - rate) / rate)
-    influence = (losses - mean) / entropy - mean / entropy**2 * slope * (positive - rate)
-    return GroupedValue(
-        mean / entropy,
-        _ratio(losses_left, entropies),
-        groups.rows.astype(np.float64),
-        influence,
-        groups,
-    )
-
-
-def _ratio(above: Floats, below: Floats | NDArray[np.intp]) -> Floats:
+def ratio(above: Floats, below: Floats | NDArray[np.intp]) -> Floats:
     """Divide; NaN if one group has all rows (such data have too few groups for an interval)."""
     with np.errstate(divide="ignore", invalid="ignore"):
         quotient: Floats = np.asarray(above, dtype=np.float64) / below

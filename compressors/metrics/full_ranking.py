@@ -7,11 +7,13 @@ number of queries.
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
 
+from compressors.contracts import metric
 from compressors.errors.metrics import MetricRefused
 from compressors.metrics.point_estimates import Floats
 
@@ -100,32 +102,59 @@ def ranking_queries(
     return RankingQueries(query, row, renumbered(relevant), renumbered(hidden), ids.size)
 
 
-def recall_and_ndcg(
-    query: Float32s, item: Float32s, what: RankingQueries, k: int = DEPTH
-) -> tuple[Floats, Floats]:
-    """Compute recall and NDCG of the first ``k`` ranks for every query.
+class RankedVectors(NamedTuple):
+    """A model's vectors, float32 ``(queries, dim)`` and ``(items, dim)``, with the queries."""
+
+    query: Float32s
+    item: Float32s
+    what: RankingQueries
+
+
+@dataclass(frozen=True)
+class RelevantPlaces:
+    """The places of all relevant items in the rankings of their queries.
+
+    Attributes:
+        query: index of the query of each relevant item, int64 ``(pairs,)``.
+        above: how many items have a higher score, int64 ``(pairs,)``.
+        equal: how many have the same score, itself included, int64 ``(pairs,)``.
+        relevant: number of relevant items of each query, int64 ``(queries,)``.
+        deepest: the counts are exact for the first ``deepest`` ranks; an item beyond them has
+            ``deepest`` above it and is the only one of its score.
+    """
+
+    query: Ints
+    above: Ints
+    equal: Ints
+    relevant: Ints
+    deepest: int
+
+    def sums(self, values: Floats) -> Floats:
+        """Sum values of relevant items ``(pairs,)`` by query: float64 ``(queries,)``."""
+        total = np.bincount(self.query, weights=values, minlength=self.relevant.size)
+        return total.astype(np.float64, copy=False)
+
+
+def relevant_places(
+    query: Float32s, item: Float32s, what: RankingQueries, deepest: int = DEPTH
+) -> RelevantPlaces:
+    """Rank the catalogue for every query, and find the places of its relevant items.
 
     Args:
         query: query vectors, float32 ``(queries, dim)``, in the order of ``what``.
         item: item vectors, float32 ``(items, dim)``, in the order of the catalogue.
         what: the queries with relevant and hidden pairs.
-        k: number of ranks that count.
-
-    Returns:
-        Recall float64 ``(queries,)``: the share of a query's relevant items among the first ``k``.
-        NDCG float64 ``(queries,)``: their gains of 1, discounted by ``1 / log2(rank + 1)`` with
-        ranks from 1, over those of the ideal ranking. Items of equal score share the gains of
-        their ranks, which is the mean over all their orders.
+        deepest: number of ranks that count.
 
     Raises:
-        CompressionError: ``k`` below 1, shapes that do not fit, or a number that is not finite.
+        CompressionError: ``deepest`` below 1, shapes that do not fit, or a number that is not
+            finite.
 
     Memory: 64 MiB of scores, or the scores of one query if that is more.
     """
-    _check(query, item, what, k)
-    discount = np.concatenate([[0.0], np.cumsum(1 / np.log2(np.arange(k) + 2))])  # of k ranks
-    owner, hits = what.wanted // what.items, np.empty(what.wanted.size)
-    gains = np.empty(what.wanted.size)
+    _check(query, item, what, deepest)
+    pairs = what.wanted.size
+    above, equal = np.empty(pairs, dtype=np.int64), np.empty(pairs, dtype=np.int64)
     across = torch.from_numpy(np.ascontiguousarray(item.T))  # (dim, items)
     step = max(1, SCORES_AT_ONCE // what.items)
     for begin in range(0, what.query.size, step):
@@ -136,14 +165,35 @@ def recall_and_ndcg(
         hidden = what.hidden[slice(*np.searchsorted(what.hidden, edges))] - edges[0]
         flat[torch.from_numpy(hidden)] = -torch.inf
         here = slice(*np.searchsorted(what.wanted, edges))
-        above, equal = _places(scores, what.wanted[here] - edges[0], k)
-        last = np.minimum(above + equal, k)
-        hits[here] = np.maximum(last - above, 0) / equal
-        gains[here] = (discount[last] - discount[np.minimum(above, last)]) / equal
+        above[here], equal[here] = _places(scores, what.wanted[here] - edges[0], deepest)
+    owner = what.wanted // what.items
     relevant = np.bincount(owner, minlength=what.query.size)
-    recall = np.bincount(owner, weights=hits, minlength=what.query.size) / relevant
-    gain = np.bincount(owner, weights=gains, minlength=what.query.size)
-    return recall, gain / discount[np.minimum(relevant, k)]
+    return RelevantPlaces(owner, above, equal, relevant, deepest)
+
+
+def ranking_metrics(vectors: RankedVectors, names: Iterable[str]) -> dict[str, Floats]:
+    """Compute metrics of a full ranking for every query.
+
+    Args:
+        vectors: a model's vectors and queries.
+        names: metrics with an estimator of queries, such as ``recall@20``.
+
+    Returns:
+        Metric -> float64 ``(queries,)``.
+
+    Raises:
+        CompressionError: as ``relevant_places``, or a metric has no such estimator.
+    """
+    declared = [metric(name) for name in names]
+    deepest = max((item.depth for item in declared if item.depth is not None), default=DEPTH)
+    places = relevant_places(*vectors, deepest)
+    values = {}
+    for item in declared:
+        estimator = item.estimator("queries")
+        if estimator is None:
+            raise MetricRefused("interval_metric_unknown", metric=item.name)
+        values[item.name] = estimator.of_queries(places)
+    return values
 
 
 def _places(scores: torch.Tensor, wanted: Ints, k: int) -> tuple[Ints, Ints]:

@@ -12,21 +12,18 @@ groups as the units (``cluster_intervals.py``). For latency, rounds are resample
 
 import math
 from collections.abc import Callable
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from compressors.contracts import Estimate, Frozen
+from compressors.contracts.metrics.families import find_metric
 from compressors.errors.metrics import MetricRefused
-from compressors.metrics.cluster_intervals import GroupedPair, grouped_pair, interval
+from compressors.metrics.cluster_intervals import GroupedPair, interval
 from compressors.metrics.point_estimates import (
     Bools,
     Floats,
-    base_entropy,
-    binary,
-    clicks_and_scores,
-    require_both_classes,
-    row_logloss,
 )
 
 TAIL = 0.025
@@ -47,6 +44,28 @@ LATENCY_BLOCK_BYTES = 32 * 2**20
 Counts = NDArray[np.intp]
 Statistic = Callable[[Counts], float]
 """A metric of a resample: from the count of each unit to the value, NaN if undefined."""
+
+
+class PairedRows(NamedTuple):
+    """Rows with the scores of two models: all ``(rows,)``."""
+
+    label: ArrayLike
+    baseline: ArrayLike
+    candidate: ArrayLike
+    group: ArrayLike | None = None
+
+    @property
+    def scores(self) -> tuple[ArrayLike, ArrayLike]:
+        """Scores of the baseline and of the candidate."""
+        return self.baseline, self.candidate
+
+
+class RowStatistics(NamedTuple):
+    """Both models' metrics of resampled rows, and the number of rows."""
+
+    rows: int
+    before: Statistic
+    after: Statistic
 
 
 class PairedEstimate(Frozen):
@@ -74,7 +93,7 @@ def paired(
     """Measure two models on the same rows, with intervals.
 
     Args:
-        metric_name: ``auc``, ``logloss``, ``normalized_entropy``, ``gauc`` or ``ndcg@<k>``.
+        metric_name: a metric with an estimator of rows, such as ``auc`` or ``ndcg@10``.
         label: 0 or 1 (``ndcg``: relevance >= 0), ``(rows,)``.
         baseline: scores (log loss and entropy: probabilities) of the baseline, ``(rows,)``.
         candidate: scores of the candidate on the same rows, ``(rows,)``.
@@ -91,17 +110,23 @@ def paired(
         the metric, and ``unresolved`` says why.
 
     Raises:
-        CompressionError: an unknown metric, a missing group column, fewer than 10 rows of a class
-            (without groups), too few samples, and any error of the metric itself.
+        CompressionError: a metric without such an estimator, a missing group column, fewer than
+            10 rows of a class (without groups), too few samples, and any error of the metric.
 
     Memory: about ten arrays of ``rows`` entries, independent of ``samples``. Time: a few sorts;
     rows without a group add a term linear in ``rows * samples``.
     """
     _require_samples(samples)
+    declared = find_metric(metric_name)
+    estimator = None if declared is None else declared.estimator("rows")
+    if declared is None or estimator is None:
+        raise MetricRefused("interval_metric_unknown", metric=metric_name)
+    rows = PairedRows(label, baseline, candidate, group)
     if group is not None:
-        pair = grouped_pair(metric_name, label, baseline, candidate, group)
-        return _paired_groups(pair, np.size(label))
-    units, before, after = _statistics(metric_name, label, baseline, candidate)
+        return _paired_groups(estimator.of_groups(rows), np.size(label))
+    if declared.needs_group:
+        raise MetricRefused("metric_needs_groups", metric=metric_name)
+    units, before, after = estimator.of_rows(rows)
     return _paired(units, before, after, np.size(label), samples, seed)
 
 
@@ -127,8 +152,8 @@ def paired_means(
         raise MetricRefused("values_unpaired", baseline=before.shape, candidate=after.shape)
     if not (np.isfinite(before).all() and np.isfinite(after).all()):
         raise MetricRefused("values_not_finite")
-    _require_units("queries that ask for something new", before.size)
-    return _paired(before.size, _mean(before), _mean(after), rows, samples, seed)
+    require_units("queries that ask for something new", before.size)
+    return _paired(before.size, mean_statistic(before), mean_statistic(after), rows, samples, seed)
 
 
 def _paired_groups(pair: GroupedPair, rows: int) -> PairedEstimate:
@@ -171,33 +196,6 @@ def _paired(
         difference=difference,
         resolves=(difference.high - difference.low) / 2,
     )
-
-
-def auc_statistic(label: ArrayLike, score: ArrayLike) -> Statistic:
-    """Return the AUC as a function of resample counts: one sort, then O(rows) a call.
-
-    Every positive beats the resampled negatives that precede it in score order; two cumulative
-    counts (below, and not above) make ties count half. All sums are integers, so a call equals
-    ``metrics.auc`` of the rows repeated by their counts.
-    """
-    positive, scores = clicks_and_scores(label, score)
-    require_both_classes("auc", positive)
-    positives, negatives = np.flatnonzero(positive), np.flatnonzero(~positive)
-    positives = positives[np.argsort(scores[positives], kind="stable")]
-    negatives = negatives[np.argsort(scores[negatives], kind="stable")]
-    below = np.searchsorted(scores[negatives], scores[positives], side="left")
-    not_above = np.searchsorted(scores[negatives], scores[positives], side="right")
-    passed = np.zeros(negatives.size + 1, dtype=np.intp)
-
-    def statistic(counts: Counts) -> float:
-        np.cumsum(counts[negatives], out=passed[1:])
-        drawn = counts[positives]
-        pairs = 2.0 * float(drawn.sum()) * float(passed[-1])
-        if pairs == 0:
-            return math.nan
-        return float(drawn @ (passed[below] + passed[not_above])) / pairs
-
-    return statistic
 
 
 def latency(ms: ArrayLike, quantile: float, samples: int = 1000, seed: int = 0) -> Estimate:
@@ -273,59 +271,9 @@ def rounds_needed(quantile: float) -> int:
     return math.ceil(math.log(TAIL) / math.log(max(quantile, 1 - quantile)))
 
 
-def _statistics(
-    metric: str, label: ArrayLike, baseline: ArrayLike, candidate: ArrayLike
-) -> tuple[int, Statistic, Statistic]:
-    """Return the number of rows, and each model's metric as a function of their counts."""
-    if metric == "auc":
-        return _auc_of_rows(label, baseline, candidate)
-    if metric in ("logloss", "normalized_entropy"):
-        return _losses_of_rows(metric, label, baseline, candidate)
-    if metric != "gauc" and not metric.startswith("ndcg@"):
-        raise MetricRefused("interval_metric_unknown", metric=metric)
-    raise MetricRefused("metric_needs_groups", metric=metric)
-
-
-def _auc_of_rows(
-    label: ArrayLike, baseline: ArrayLike, candidate: ArrayLike
-) -> tuple[int, Statistic, Statistic]:
-    positive, before = clicks_and_scores(label, baseline)
-    _, after = clicks_and_scores(label, candidate)
-    _require_both(positive)
-    # The order of rows does not affect a bootstrap. In score order the counts are read almost
-    # sequentially, also for the candidate, whose order is nearly the same.
-    order = np.lexsort((before, positive))
-    positive, before, after = positive[order], before[order], after[order]
-    return positive.size, auc_statistic(positive, before), auc_statistic(positive, after)
-
-
-def _losses_of_rows(
-    metric: str, label: ArrayLike, baseline: ArrayLike, candidate: ArrayLike
-) -> tuple[int, Statistic, Statistic]:
-    before, after = row_logloss(label, baseline), row_logloss(label, candidate)
-    _require_units("rows", before.size)
-    if metric == "logloss":
-        return before.size, _mean(before), _mean(after)
-    positive = binary(label)
-    _require_both(positive)
-    return (
-        before.size,
-        _relative_to_entropy(before, positive),
-        _relative_to_entropy(after, positive),
-    )
-
-
-def _mean(values: Floats) -> Statistic:
+def mean_statistic(values: Floats) -> Statistic:
+    """Return the mean of ``values`` ``(units,)`` as a function of how often each is drawn."""
     return lambda counts: float(counts @ values) / float(counts.sum())
-
-
-def _relative_to_entropy(losses: Floats, positive: Bools) -> Statistic:
-    def statistic(counts: Counts) -> float:
-        rows = float(counts.sum())
-        rate = float(counts[positive].sum()) / rows
-        return float(counts @ losses) / rows / base_entropy(rate) if 0 < rate < 1 else math.nan
-
-    return statistic
 
 
 def _replicates(
@@ -369,14 +317,24 @@ def _estimate(point: float, values: Floats, rows: int | None) -> Estimate:
     return Estimate(point=point, low=float(low), high=float(high), rows=rows)
 
 
-def _require_units(what: str, found: int) -> None:
+def require_units(what: str, found: int) -> None:
+    """Raise if there are fewer units than an interval needs.
+
+    Raises:
+        CompressionError: fewer than ``MIN_UNITS``.
+    """
     if found < MIN_UNITS:
         raise MetricRefused("units_few", least=MIN_UNITS, units=what, got=found)
 
 
-def _require_both(positive: Bools) -> None:
-    _require_units("positive rows", int(positive.sum()))
-    _require_units("negative rows", int((~positive).sum()))
+def require_both(positive: Bools) -> None:
+    """Raise if rows of one class are fewer than an interval needs.
+
+    Raises:
+        CompressionError: fewer than ``MIN_UNITS`` of either class.
+    """
+    require_units("positive rows", int(positive.sum()))
+    require_units("negative rows", int((~positive).sum()))
 
 
 def _require_samples(samples: int) -> None:

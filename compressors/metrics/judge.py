@@ -11,7 +11,6 @@ from typing import Literal, Self
 from pydantic import model_validator
 
 from compressors.contracts import (
-    SCORE_CHANGE,
     Estimate,
     Frozen,
     Judgement,
@@ -21,6 +20,7 @@ from compressors.contracts import (
     TargetKind,
     Verdict,
 )
+from compressors.contracts.metrics import score_changes, serving
 from compressors.contracts.reasons import Reason
 from compressors.contracts.value_errors import value_error
 from compressors.errors.metrics import LimitRefused
@@ -30,21 +30,6 @@ Against = Literal["absolute", "baseline", "champion"]
 
 MOST_SHRINKING = 1000.0
 """An interval that must shrink more than this (a million times the rows) is left undecided."""
-
-_QUALITY = {
-    "auc": "AUC",
-    "gauc": "GAUC",
-    "ndcg@10": "NDCG@10",
-    "recall@20": "Recall@20",
-    "ndcg@20": "NDCG@20",
-    "logloss": "log loss",
-    "normalized_entropy": "normalized entropy",
-    "score_correlation": "score correlation",
-    "mean_score_change": "mean score change",
-    "max_score_change": "largest score change",
-    "changed_top1": "share of changed top-1",
-    "top20_overlap": "overlap of the top 20",
-}
 
 SCORE_UNITS: dict[ScoreUnit, str] = {
     "probability": "probability",
@@ -122,12 +107,12 @@ def byte_numbers(candidate: int, baseline: int, champion: int | None = None) -> 
             "sizes_below_one", candidate=candidate, baseline=baseline, champion=champion
         )
     numbers = [
-        Number(metric="bytes", against="absolute", estimate=exact(candidate)),
-        Number(metric="bytes", against="baseline", estimate=exact(candidate / baseline)),
+        Number(metric=serving.BYTES.name, against="absolute", estimate=exact(candidate)),
+        Number(metric=serving.BYTES.name, against="baseline", estimate=exact(candidate / baseline)),
     ]
     if champion is not None:
         ratio = exact(candidate / champion)
-        numbers.append(Number(metric="bytes", against="champion", estimate=ratio))
+        numbers.append(Number(metric=serving.BYTES.name, against="champion", estimate=ratio))
     return tuple(numbers)
 
 
@@ -216,8 +201,16 @@ def verdict(
 
 def score_summary(measured: Measured) -> list[Reason]:
     """Return the score changes as one reason; an empty list if they were not measured."""
-    estimates = {metric: measured.of(metric, "absolute") for metric in SCORE_CHANGE}
-    correlation, mean, most = (estimates[metric] for metric in SCORE_CHANGE[:3])
+    correlation, mean, most, top, overlap = (
+        measured.of(change.name, "absolute")
+        for change in (
+            score_changes.CORRELATION,
+            score_changes.MEAN,
+            score_changes.LARGEST,
+            score_changes.TOP1,
+            score_changes.TOP20,
+        )
+    )
     if correlation is None or mean is None or most is None:
         return []
     unit = None if measured.score_unit is None else SCORE_UNITS[measured.score_unit]
@@ -229,7 +222,6 @@ def score_summary(measured: Measured) -> list[Reason]:
         if unit
         else Reason("largest_change", change=largest),
     ]
-    top, overlap = estimates["changed_top1"], estimates["top20_overlap"]
     if top is not None and top.groups is not None:
         changes.append(Reason("other_top1", share=top.point, groups=top.groups))
     if overlap is not None:
@@ -239,10 +231,10 @@ def score_summary(measured: Measured) -> list[Reason]:
 
 def score_warning(limits: tuple[Limit, ...], measured: Measured) -> list[Reason]:
     """Return a warning about large score changes that no limit covers, else an empty list."""
-    if any(limit.metric in SCORE_CHANGE for limit in limits):
+    if any(limit.declared.kind == "score_change" for limit in limits):
         return []
-    correlation = measured.of("score_correlation", "absolute")
-    most, unit = measured.of("max_score_change", "absolute"), measured.score_unit
+    correlation = measured.of(score_changes.CORRELATION.name, "absolute")
+    most, unit = measured.of(score_changes.LARGEST.name, "absolute"), measured.score_unit
     changes = []
     if correlation is not None and correlation.point < LEAST_CORRELATION:
         low, least = _floored(correlation.point), LEAST_CORRELATION
@@ -267,7 +259,7 @@ def _judge_one(limit: Limit, measured: Measured) -> Judgement:
     estimate = measured.of(limit.metric, limit.against)
     if estimate is None:
         if limit.against == "champion" and not measured.has_champion:
-            reasons = (Reason("no_champion", metric=_metric_text(limit.metric)),)
+            reasons = (Reason("no_champion", metric=limit.declared.label),)
             return Judgement(limit=limit, measured=None, outcome="accepted", reasons=reasons)
         raise LimitRefused(
             "number_missing", limit=str(limit), measured=tuple(map(str, measured.numbers))
@@ -279,7 +271,7 @@ def _judge_one(limit: Limit, measured: Measured) -> Judgement:
     outcome = _outcome(goal, worst, best) if estimate.unresolved is None else "undecided"
     rows = groups = None
     may_decide = outcome == "undecided" and estimate.unresolved is None
-    if may_decide and estimate.rows is not None and limit.metric in _QUALITY:
+    if may_decide and estimate.rows is not None and _counts_rows(limit):
         reach = point - worst if point > goal else best - point
         rows = _rows_to_decide(estimate.rows, reach, abs(point - goal))
         if rows is not None and estimate.groups is not None:
@@ -360,29 +352,20 @@ def _refuse_broken(name: str, estimate: Estimate) -> None:
         )
 
 
-def _metric_text(metric: str) -> str:
-    """Return a metric's name for sentences: ``p99_ms@64`` is "p99 latency at batch 64"."""
-    if metric == "bytes":
-        return "size"
-    percentile, of_latency, batch = metric.partition("_ms@")
-    return f"{percentile} latency at batch {batch}" if of_latency else _QUALITY.get(metric, metric)
+def _counts_rows(limit: Limit) -> bool:
+    """Whether the number is estimated from rows of data, so that more rows make it more exact."""
+    return limit.declared.kind in ("quality", "score_change")
 
 
 def _measured_and_limit(limit: Limit, estimate: Estimate, score_unit: ScoreUnit | None) -> Reason:
     """Describe it: "AUC vs baseline is -0.0004 [-0.0011, +0.0003]; the limit is >= -0.0010"."""
-    bound = _bound(limit)
-    quality, absolute = limit.metric in _QUALITY, limit.against == "absolute"
-    sign = "+" if quality and not absolute else ""
-    if quality:
-        unit, places = "", 4
-        if score_unit == "spread" and limit.metric in ("mean_score_change", "max_score_change"):
-            unit = " standard deviations"
-    elif not absolute:
+    bound, declared, absolute = _bound(limit), limit.declared, limit.against == "absolute"
+    sign = "+" if declared.compared == "difference" and not absolute else ""
+    unit, places = declared.unit, declared.decimals
+    if declared.compared == "ratio" and not absolute:
         unit, places = " times", 3
-    elif limit.metric == "bytes":
-        unit, places = " bytes", 0
-    else:
-        unit, places = " ms", 3
+    elif declared.in_score_units and score_unit == "spread":
+        unit = " standard deviations"
     values = (estimate.point, estimate.low, estimate.high)
     # Print enough digits that a value is shown equal to the limit only if it is equal.
     while places < 12 and (
@@ -393,10 +376,10 @@ def _measured_and_limit(limit: Limit, estimate: Estimate, score_unit: ScoreUnit 
     ):
         places += 1
     point, low, high, edge = (f"{value:{sign},.{places}f}" for value in (*values, bound))
-    metric = _metric_text(limit.metric) + ("" if absolute else f" vs {limit.against}")
+    metric = declared.label + ("" if absolute else f" vs {limit.against}")
     relation = ">=" if limit.at_least is not None else "<="
     number, edge, rows = f"{point}{unit}", f"{edge}{unit}", estimate.rows
-    if limit.metric == "max_score_change" and rows is not None:
+    if not declared.has_interval and rows is not None:
         return Reason(
             "most_of_rows", metric=metric, number=number, rows=rows, relation=relation, limit=edge
         )

@@ -16,7 +16,6 @@ describes only the measured rows and has no interval: other rows can change more
 
 import math
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -34,16 +33,8 @@ from compressors.metrics.cluster_intervals import (
     mean_of_rows,
     weighted_mean,
 )
-from compressors.metrics.full_ranking import DEPTH, SCORES_AT_ONCE, Float32s, RankingQueries
+from compressors.metrics.full_ranking import DEPTH, SCORES_AT_ONCE, RankedVectors
 from compressors.metrics.point_estimates import Floats, Ints, number_groups
-
-
-class RankedVectors(NamedTuple):
-    """A model's vectors, float32 ``(queries, dim)`` and ``(items, dim)``, with the queries."""
-
-    query: Float32s
-    item: Float32s
-    what: RankingQueries
 
 
 @dataclass(frozen=True)
@@ -130,7 +121,7 @@ def change_of_rankings(
         rows: number of test rows, for the estimates.
         depth: length of the ranking that is compared.
 
-    Memory: as ``retrieval.recall_and_ndcg``.
+    Memory: as ``full_ranking.relevant_places``.
     """
     what = baseline.what
     across = [torch.from_numpy(np.ascontiguousarray(m.item.T)) for m in (baseline, candidate)]

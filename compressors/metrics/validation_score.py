@@ -4,10 +4,10 @@ import numpy as np
 import torch
 from torch import nn
 
-from compressors.contracts import Signature, Split
+from compressors.contracts import Signature, Split, metric
 from compressors.core.batches import batches
 from compressors.core.placement import device_of, to_device
-from compressors.metrics import point_estimates
+from compressors.metrics.estimators.protocols import RowEstimator, ScoredRows
 
 SCORING_ROWS = 8192
 
@@ -25,9 +25,6 @@ def quality(module: nn.Module, signature: Signature, split: Split) -> float:
     outputs = [module(**to_device(part, device).inputs).reshape(-1) for part in parts]
     scores = torch.cat(outputs).cpu().numpy()
     label = np.concatenate([part.label.numpy() for part in parts])
-    if signature.metric == "auc":
-        return point_estimates.auc(label, scores)
-    group = np.concatenate([part.group.numpy() for part in parts if part.group is not None])
-    if signature.metric == "gauc":
-        return point_estimates.gauc(label, scores, group)
-    return point_estimates.ndcg(label, scores, group, k=int(signature.metric.rpartition("@")[2]))
+    groups = [part.group.numpy() for part in parts if part.group is not None]
+    estimator: RowEstimator = metric(signature.metric).estimator("rows")
+    return estimator.point(ScoredRows(label, scores, np.concatenate(groups) if groups else None))

@@ -14,6 +14,7 @@ from compressors.contracts import (
     measured_metrics,
     metric_problem,
 )
+from compressors.contracts.metrics.families import can_be_measured
 from compressors.errors.metrics import LimitRefused
 from infra.bundle.architecture import source_digest
 from infra.bundle.bundle_folder import MANIFEST, Manifest, SplitName, manifest_of
@@ -66,7 +67,9 @@ def require_measurable(subject: BundleRef, limits: tuple[Limit, ...]) -> None:
         )
     measured = measured_metrics(task, grouped=grouped, test_rows=subject.rows["test"])
     for limit in limits:
-        if limit.metric not in measured:
+        if not can_be_measured(
+            limit.declared, task, grouped=grouped, test_rows=subject.rows["test"]
+        ):
             raise (
                 LimitRefused(
                     "limit_not_measured",

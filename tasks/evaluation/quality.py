@@ -4,7 +4,7 @@
 metrics of a full ranking of the catalogue for every query.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -20,20 +20,19 @@ from compressors.lower.serving_wrapper import input_names, served_graphs
 from compressors.metrics import intervals
 from compressors.metrics.full_ranking import (
     Interactions,
+    RankedVectors,
     RankingQueries,
+    ranking_metrics,
     ranking_queries,
-    recall_and_ndcg,
 )
 from compressors.metrics.intervals import PairedEstimate
-from compressors.metrics.score_change import RankedVectors, change_of_rankings, change_of_rows
+from compressors.metrics.score_change import change_of_rankings, change_of_rows
 from tasks.bundles.loading import SCORING_ROWS, split_of
 from tasks.orchestration.documents import PreparedRows, Ranking
 
 Array = NDArray[Any]
 Vectors = Callable[[Mapping[str, Tensor]], Array]
 """A tower: named inputs -> float32 ``(rows, dim)``."""
-
-BY_QUERY = ("recall@20", "ndcg@20")
 
 
 class Quality(Protocol):
@@ -104,7 +103,11 @@ def row_quality(rows: list[Batch], scores: Mapping[str, Array], seed: int) -> By
 
 
 def query_quality(
-    towers: Mapping[str, Vectors], signature: Signature, test: Split, ranking: Ranking
+    towers: Mapping[str, Vectors],
+    signature: Signature,
+    test: Split,
+    ranking: Ranking,
+    names: Iterable[str],
 ) -> dict[str, Array]:
     """Rank the whole catalogue for every test query.
 
@@ -113,6 +116,7 @@ def query_quality(
         signature: the bundle's signature.
         test: the prepared test rows.
         ranking: the catalogue and the hidden items.
+        names: the metrics.
 
     Returns:
         Metric -> float64 ``(queries,)``.
@@ -120,7 +124,7 @@ def query_quality(
     Raises:
         CompressionError: a vector is not finite, or no query has a new item.
     """
-    return ranking_metrics(ranked_vectors(towers, signature, test, ranking))
+    return ranking_metrics(ranked_vectors(towers, signature, test, ranking), names)
 
 
 def ranked_vectors(
@@ -139,15 +143,6 @@ def ranked_vectors(
         np.concatenate([towers["item"](batch.inputs) for batch in listed]),
         what,
     )
-
-
-def ranking_metrics(vectors: RankedVectors) -> dict[str, Array]:
-    """Return metric -> float64 ``(queries,)``.
-
-    Raises:
-        CompressionError: a vector is not finite.
-    """
-    return dict(zip(BY_QUERY, recall_and_ndcg(*vectors), strict=True))
 
 
 def torch_towers(model: nn.Module, signature: Signature) -> dict[str, Vectors]:

@@ -4,50 +4,49 @@ import json
 from collections.abc import Iterable
 from html import escape
 
-from compressors.contracts import Estimate, Plan, PlanLine, ScoreUnit
+from compressors.contracts import Estimate, Plan, PlanLine, ScoreUnit, metric
+from compressors.contracts.metrics.families import find_metric
+from compressors.contracts.metrics.metric import MetricKind
 from compressors.lower.findings import GraphAudit
 from infra.pages.html import many
 from infra.printable import one_line
 
 
-def label(metric: str) -> str:
-    """Format the name of a metric for people."""
-    names = {
-        "auc": "AUC",
-        "gauc": "GAUC",
-        "logloss": "log loss",
-        "recall@20": "Recall@20",
-        "max_score_change": "largest score change",
-        "changed_top1": "changed top-1",
-        "top20_overlap": "top-20 overlap",
-    }
-    if metric.startswith("ndcg@"):
-        return metric.upper()
-    if "_ms@" in metric:
-        quantile, _, size = metric.partition("_ms@")
-        return f"{quantile} ms, batch {size}"
-    return names.get(metric, metric.replace("_", " "))
+def label(name: str) -> str:
+    """Format the name of a metric for a table; a metric without a declaration as it is."""
+    found = find_metric(name)
+    return name.replace("_", " ") if found is None else found.heading or found.label
 
 
-def change_of(estimate: Estimate, latency: bool) -> str:
+def is_ratio(name: str) -> bool:
+    """Whether two models are compared by the ratio of this metric."""
+    found = find_metric(name)
+    return found is not None and found.compared == "ratio"
+
+
+def is_kind(name: str, *kinds: MetricKind) -> bool:
+    """Whether a metric is of one of these kinds."""
+    found = find_metric(name)
+    return found is not None and found.kind in kinds
+
+
+def change_of(estimate: Estimate, *, ratio: bool) -> str:
     """Format a change and its interval, if any: a ratio, or a signed difference for quality."""
     if estimate.low == estimate.high:  # exact, such as bytes
-        return f"{estimate.point:.2f}x" if latency else f"{estimate.point:+.5f}"
-    if latency:
+        return f"{estimate.point:.2f}x" if ratio else f"{estimate.point:+.5f}"
+    if ratio:
         return f"{estimate.point:.2f}x [{estimate.low:.2f}, {estimate.high:.2f}]"
     return f"{estimate.point:+.5f} [{estimate.low:+.5f}, {estimate.high:+.5f}]"
 
 
-def score_change_of(metric: str, estimate: Estimate, unit: ScoreUnit | None) -> str:
+def score_change_of(name: str, estimate: Estimate, unit: ScoreUnit | None) -> str:
     """Format a score change and its interval, if any; ``sd`` means standard deviations."""
-    shares = ("changed_top1", "top20_overlap")
-    if metric in shares:
+    declared = metric(name)
+    if declared.is_share:
         return f"{estimate.point:.2%} [{estimate.low:.2%}, {estimate.high:.2%}]"
-    after = " sd" if metric != "score_correlation" and unit == "spread" else ""
-    if metric == "score_correlation":
-        point, low, high = (f"{value:.6f}" for value in _ends(estimate))
-    else:
-        point, low, high = (f"{value:.3g}" for value in _ends(estimate))
+    after = " sd" if declared.in_score_units and unit == "spread" else ""
+    style = ".3g" if declared.in_score_units else ".6f"
+    point, low, high = (f"{value:{style}}" for value in _ends(estimate))
     if estimate.low == estimate.high:
         return f"{point}{after}"
     return f"{point}{after} [{low}, {high}]"

@@ -6,20 +6,21 @@ from dataclasses import dataclass
 from markupsafe import Markup
 
 from compressors.contracts import (
-    MEASURES,
-    SCORE_CHANGE,
     Estimate,
     Judgement,
     Limit,
     Outcome,
     ScoreUnit,
+    metric,
 )
+from compressors.contracts.metrics.families import find_metric
+from compressors.contracts.metrics.serving import QUANTILES, latency
 from compressors.metrics.judge import Number
 from infra.pages import pictures
 from infra.pages.html import many
 from infra.pages.pictures import Curve, Mark, Tone
 from tasks.orchestration.documents import Measurement, Report, TargetReport
-from tasks.report.cells import change_of, label, score_change_of
+from tasks.report.cells import change_of, is_kind, label, score_change_of
 from tasks.report.tables import timed
 
 TONES: dict[Outcome, Tone] = {
@@ -86,15 +87,15 @@ def limit_rows(report: Report) -> tuple[LimitRow, ...]:
             for limit in report.limits
         ]
     for number in _unpromised(report, judged):
-        higher = MEASURES[number.metric].higher_is_better
+        higher = metric(number.metric).higher_is_better
         up = "higher" if higher else "lower"
-        if number.metric in SCORE_CHANGE:
+        if is_kind(number.metric, "score_change"):
             title = label(number.metric)
             said = score_change_of(number.metric, number.estimate, unit)
             same = Mark(at=1.0 if higher else 0.0, label="no change")
         else:
             title = f"{label(number.metric)} vs {number.against}"
-            said = change_of(number.estimate, latency=False)
+            said = change_of(number.estimate, ratio=False)
             same = Mark(at=0, label="no change")
         picture = Markup(
             pictures.strip(number.estimate, "plain", f"{title} is {said}; no limit", same)
@@ -137,34 +138,32 @@ def _limit_row(
 
 
 def _no_change(limit: Limit) -> Mark | None:
-    if limit.metric in SCORE_CHANGE:
-        return Mark(at=1.0 if MEASURES[limit.metric].higher_is_better else 0.0, label="no change")
+    if limit.declared.compared == "never":
+        return Mark(at=1.0 if limit.declared.higher_is_better else 0.0, label="no change")
     if limit.against == "absolute":
         return None
-    ratio = MEASURES[limit.metric].compared == "ratio"
-    return Mark(at=1.0 if ratio else 0.0, label="no change")
+    return Mark(at=1.0 if limit.declared.compared == "ratio" else 0.0, label="no change")
 
 
 def _said(limit: Limit, found: Estimate, score_unit: ScoreUnit | None) -> str:
+    declared = limit.declared
     if limit.against != "absolute":
-        ratio = limit.metric == "bytes" or "_ms@" in limit.metric
-        return change_of(found, latency=ratio)
-    if limit.metric == "bytes":
+        return change_of(found, ratio=declared.compared == "ratio")
+    if declared.kind == "bytes":
         return f"{found.point:,.0f}"
-    if limit.metric in SCORE_CHANGE:
+    if declared.kind == "score_change":
         return score_change_of(limit.metric, found, score_unit)
-    unit = " ms" if "_ms@" in limit.metric else ""
-    return f"{found.point:.5g}{unit} [{found.low:.5g}, {found.high:.5g}]"
+    return f"{found.point:.5g}{declared.unit} [{found.low:.5g}, {found.high:.5g}]"
 
 
 def _unpromised(report: Report, judged: Collection[tuple[str, str]]) -> Iterator[Number]:
     if report.measurement is None:
         return
     for number in report.measurement.numbers.numbers:
-        quality = number.metric != "bytes" and "_ms@" not in number.metric
+        of_scores = is_kind(number.metric, "quality", "score_change")
         promised = (number.metric, number.against) in judged
-        compared = number.against != "absolute" or number.metric in SCORE_CHANGE
-        if quality and compared and not promised:
+        compared = number.against != "absolute" or is_kind(number.metric, "score_change")
+        if of_scores and compared and not promised:
             yield number
 
 
@@ -182,7 +181,7 @@ def latency_section(report: Report) -> LatencySection:
     )
     return LatencySection(
         note=" ".join([where, *timed(report)]),
-        charts=tuple(_chart(measured, quantile) for quantile in ("p50", "p99")),
+        charts=tuple(_chart(measured, quantile) for quantile in QUANTILES),
     )
 
 
@@ -207,14 +206,15 @@ def _chart(measured: Measurement, quantile: str) -> Chart:
 
 
 def _ratio_at(measured: Measurement, quantile: str, size: int) -> str:
-    ratio = measured.numbers.of(f"{quantile}_ms@{size}", "baseline")
+    ratio = measured.numbers.of(latency(quantile, size).name, "baseline")
     return "" if ratio is None else f"{ratio.point:.2f}x"
 
 
 def _over_sizes(numbers: Iterable[Number], quantile: str) -> tuple[tuple[int, Estimate], ...]:
+    absolute = ((find_metric(n.metric), n.estimate) for n in numbers if n.against == "absolute")
     found = {
-        int(number.metric.partition("@")[2]): number.estimate
-        for number in numbers
-        if number.against == "absolute" and number.metric.startswith(f"{quantile}_ms@")
+        item.batch: estimate
+        for item, estimate in absolute
+        if item is not None and item.batch is not None and item.quantile == QUANTILES[quantile]
     }
     return tuple(sorted(found.items()))

@@ -8,6 +8,7 @@ import json
 from dataclasses import dataclass
 
 from compressors.contracts import Artifact
+from compressors.contracts.metrics.serving import latency
 from infra.bundle.json_reader import read_document
 from infra.data.expectations import Validation
 from infra.data.validation_page import CheckLists, check_lists, summary
@@ -15,7 +16,7 @@ from infra.pages import pictures
 from infra.pages.html import many, render
 from tasks.orchestration.documents import ORDER_FILE, Report, TargetReport
 from tasks.orchestration.workspace import local
-from tasks.report.cells import change_of, label
+from tasks.report.cells import change_of, is_ratio, label
 from tasks.report.measured import TONES, WORDS, latency_section, limit_rows
 from tasks.report.plan_section import plan_section
 from tasks.report.stages import NumberTable, stage_section
@@ -147,16 +148,16 @@ def _cards(report: Report, validation: Validation) -> tuple[Card, ...]:
             )
         )
     measured = report.measurement
-    for metric in (report.metric, "p99_ms@64", "p50_ms@1"):
+    for metric in (report.metric, latency("p99", 64).name, latency("p50", 1).name):
         if measured is None or len(cards) == 3:
             break
         changed = measured.numbers.of(metric, "baseline")
         if changed is None:
             continue
-        said = change_of(changed, latency="_ms@" in metric)
+        said = change_of(changed, ratio=is_ratio(metric))
         value, _, interval = said.partition(" ")
         title = label(metric)
-        title = title if "_ms@" in metric else f"{title} against before"
+        title = title if is_ratio(metric) else f"{title} against before"
         cards.append(Card(title, value, interval))
     checked = f"{validation.evaluated} of {validation.intended}"
     cards.append(Card(summary(validation).word, checked, "checks evaluated"))

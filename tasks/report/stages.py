@@ -42,7 +42,7 @@ def stage_rows(report: Report) -> list[dict[str, str]]:
                 "worth in bytes": f"{stage.bytes - before.bytes:+,}" if before else "",
                 f"worth in {label(report.metric)}": ""
                 if stage.change is None
-                else change_of(stage.change, latency=False),
+                else change_of(stage.change, ratio=False),
             }
         )
         before = stage

@@ -2,13 +2,16 @@
 
 import json
 
-from compressors.contracts import SCORE_CHANGE, Estimate, Plan
+from compressors.contracts import Estimate, Plan
+from compressors.contracts.metrics.families import find_metric
+from compressors.contracts.metrics.serving import MEDIAN
 from infra.pages.html import many
 from infra.printable import printable
 from tasks.orchestration.documents import ORDER_FILE, LoweredGraph, Report, TargetReport
 from tasks.report.cells import (
     cell,
     change_of,
+    is_kind,
     label,
     packed,
     plan_warnings,
@@ -45,16 +48,16 @@ def headline(report: Report) -> list[dict[str, str]]:
     if report.measurement is None:
         return rows
     for number in report.measurement.baseline.numbers:
-        if number.metric == "bytes":
+        if is_kind(number.metric, "bytes"):
             continue
         own = report.measurement.numbers.of(number.metric, "absolute")
         change = report.measurement.numbers.of(number.metric, "baseline")
-        latency = "_ms@" in number.metric
+        latency = is_kind(number.metric, "latency")
         row = {"what": label(number.metric), "before": _plain(number.estimate, latency)}
         for t in report.targets:
             measured = t.target == "onnxruntime" and own is not None
             row[t.target] = _plain(own, latency) if measured and own else "-"
-        row["change"] = "" if change is None else change_of(change, latency)
+        row["change"] = "" if change is None else change_of(change, ratio=latency)
         rows.append(row)
     numbers = report.measurement.numbers
     rows += [
@@ -65,7 +68,7 @@ def headline(report: Report) -> list[dict[str, str]]:
             "change": score_change_of(number.metric, number.estimate, numbers.score_unit),
         }
         for number in numbers.numbers
-        if number.metric in SCORE_CHANGE
+        if is_kind(number.metric, "score_change")
     ]
     return rows
 
@@ -146,12 +149,15 @@ def remarks(report: Report) -> list[str]:
     """List the remarks about the table, one sentence each."""
     found = []
     if report.measurement is not None:
-        slower = [
-            f"{number.metric.rpartition('@')[2]} ({number.estimate.point:.2f}x)"
+        ratios = [
+            (find_metric(number.metric), number.estimate)
             for number in report.measurement.numbers.numbers
-            if number.metric.startswith("p50_ms")
-            and number.against == "baseline"
-            and number.estimate.low > NOTICED
+            if number.against == "baseline"
+        ]
+        slower = [
+            f"{declared.batch} ({ratio.point:.2f}x)"
+            for declared, ratio in ratios
+            if declared is not None and declared.quantile == MEDIAN and ratio.low > NOTICED
         ]
         if slower:
             found.append(

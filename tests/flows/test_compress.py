@@ -414,7 +414,9 @@ def test_a_store_that_is_down_is_said_in_one_sentence_within_a_minute(tmp_path: 
 
 def test_a_ranking_model_is_judged_by_its_groups(fresh: Path) -> None:
     pack(write_draft(fresh / "draft", name="ranker", task="ranking"))
-    limits = (Limit.parse("ndcg@10 vs baseline >= -0.02"), Limit.parse("bytes vs baseline <= 0.5"))
+    texts = ("ndcg@10 vs baseline >= -0.02", "ndcg@3 vs baseline >= -0.1",
+             "bytes vs baseline <= 0.5", "p50_ms@7 vs baseline <= 10")  # fmt: skip
+    limits = tuple(map(Limit.parse, texts))
     ran = carry_out(Order(model="ranker", preset="safe", limits=limits))
     report = ran.finished.report
     assert report.outcome == "accepted", report.targets[0].verdict.reason
@@ -422,6 +424,13 @@ def test_a_ranking_model_is_judged_by_its_groups(fresh: Path) -> None:
     found = report.measurement.numbers.of("ndcg@10", "absolute")
     assert found is not None
     assert 0.5 < found.point < 1
+    # A depth and a batch that only a limit names are measured too.
+    judged = {str(item.limit): item.measured for item in report.targets[0].verdict.judgements}
+    assert None not in judged.values()
+    shallow = report.measurement.baseline.of("ndcg@3", "absolute")
+    assert shallow is not None
+    assert shallow.point < found.point
+    assert report.measurement.baseline.of("p50_ms@7", "absolute") is not None
     assert report.measurement.numbers.score_unit == "spread"
     top = report.measurement.numbers.of("changed_top1", "absolute")
     assert top is not None

@@ -87,10 +87,10 @@ FAULTS = (
         id="cluster-interval-of-rows",
         file="compressors/metrics/intervals.py",
         old="    if group is not None:\n"
-        "        pair = grouped_pair(metric_name, label, baseline, candidate, group)\n",
+        "        return _paired_groups(estimator.of_groups(rows), np.size(label))\n",
         new="    if group is not None and metric_name not in "
         '("auc", "logloss", "normalized_entropy"):\n'
-        "        pair = grouped_pair(metric_name, label, baseline, candidate, group)\n",
+        "        return _paired_groups(estimator.of_groups(rows), np.size(label))\n",
         effect="Rows of one user count as independent: the intervals of AUC and log loss shrink.",
         tests=(f"{CLUSTERS}::test_intervals_of_rows_that_are_copies_of_one_another_do_not_shrink",),
     ),
@@ -125,9 +125,9 @@ FAULTS = (
     ),
     Fault(
         id="ranking-ties-count-as-found",
-        file="compressors/metrics/full_ranking.py",
-        old="hits[here] = np.maximum(last - above, 0) / equal",
-        new="hits[here] = (above < k).astype(float)",
+        file="compressors/metrics/estimators/recall.py",
+        old="hits = np.maximum(last - places.above, 0) / places.equal",
+        new="hits = (places.above < places.deepest).astype(float)",
         effect="A model with equal scores for all items has recall 1.",
         tests=(f"{RANKING}::test_a_model_that_scores_everything_alike_is_worth_what_chance_is",),
     ),

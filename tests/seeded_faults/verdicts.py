@@ -125,9 +125,10 @@ FAULTS = (
     ),
     Fault(
         id="metric-of-another-task-accepted",
-        file="compressors/contracts/metric_properties.py",
-        old="    if metric in possible:\n        return None\n",
-        new="    if metric in MEASURES:\n        return None\n",
+        file="compressors/contracts/metrics/families.py",
+        old="    if item is not None and item.selects and can_be_measured(item, task, grouped=grouped):\n"
+        "        return None\n",
+        new="    if item is not None:\n        return None\n",
         effect="A ranking model with metric 'auc' is packed and fails after minutes.",
         tests=(f"{LIMITS}::test_a_signature_accepts_a_metric_only_if_its_task_measures_it",),
     ),

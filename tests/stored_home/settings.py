@@ -12,7 +12,7 @@ from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from compressors.contracts import Limit
 from compressors.contracts.limits import Against
-from compressors.contracts.metric_properties import Measure
+from compressors.contracts.metrics import usual_metrics
 from compressors.core.registries import AnyStep
 from flows.order import Order
 from flows.terms import Preset
@@ -47,7 +47,7 @@ def step_documents() -> list[Document]:
 def limit_documents() -> list[Document]:
     """Limits on every metric with every reference that the metric allows."""
     documents: list[Document] = []
-    for metric in get_args(Measure):
+    for metric in usual_metrics():
         for against in get_args(Against):
             for bound in ("at_least", "at_most"):
                 try:

@@ -10,6 +10,7 @@ from drafts import ALLOWED, ROWS, planted_auc, write_draft
 from error_codes import raises_code
 
 from compressors.contracts import Artifact
+from compressors.contracts.metrics import usual_batches
 from compressors.errors.metrics import MetricRefused
 from compressors.metrics import judge
 from tasks import measure as measuring
@@ -49,6 +50,7 @@ def measured(made: Graphs, champion: Artifact | None = None, **changes: object) 
         "test": made.test,
         "test_rows": ROWS["test"],
         "ranking": None,
+        "metrics": (),
         "seed": 0,
     }
     return measurement_of(measuring.measure.fn(**(arguments | changes)))
@@ -105,7 +107,7 @@ def test_a_model_against_itself_differs_in_nothing_but_its_latency(made: Graphs)
         assert change is not None
         assert (change.low, change.point, change.high) == (0.0, 0.0, 0.0), metric
     assert made.itself.numbers.of("bytes", "baseline") == judge.exact(1.0)
-    for size in measuring.LATENCY_BATCHES:
+    for size in usual_batches("ctr"):
         ratio = made.itself.numbers.of(f"p50_ms@{size}", "baseline")
         assert ratio is not None
         # The same graph, timed in turn: medians of a thousand calls lie close together even on
@@ -144,7 +146,7 @@ def test_bytes_are_those_of_the_served_files_alone(made: Graphs) -> None:
 
 
 def test_a_champion_adds_its_own_comparison(made: Graphs, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(measuring, "LATENCY_BATCHES", (1,))
+    monkeypatch.setattr(measuring, "usual_batches", lambda _: (1,))
     found = measured(made, champion=made.graph)
     assert found.numbers.has_champion
     for metric in (*QUALITY, "bytes", "p99_ms@1"):
@@ -154,7 +156,7 @@ def test_a_champion_adds_its_own_comparison(made: Graphs, monkeypatch: pytest.Mo
 def test_a_batch_larger_than_the_test_data_is_left_out(
     made: Graphs, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(measuring, "LATENCY_BATCHES", (ROWS["test"] + 1,))
+    monkeypatch.setattr(measuring, "usual_batches", lambda _: (ROWS["test"] + 1,))
     found = measured(made)
     assert {number.metric for number in found.numbers.numbers} == QUALITY | SCORES | {"bytes"}
 

@@ -3,6 +3,7 @@
 SENTENCES = {
     "limit_form": "limit {text!r} is not of the form 'auc vs baseline >= -0.002' (vs baseline, vs "
     "champion or neither; >= or <=)",
+    "metric_unknown": "unknown metric {metric!r}; use one of {known}",
     "score_change_with_reference": "{metric} already compares the candidate's scores with the "
     "baseline's, so it has no value vs {against}; write '{metric}' without 'vs {against}' "
     "(against: absolute)",

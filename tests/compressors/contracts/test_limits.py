@@ -1,6 +1,6 @@
 """Limits that cannot mean what was typed are refused, each with what was probably meant."""
 
-from typing import get_args
+import re
 
 import pytest
 from error_codes import HasReason, raises_value_error
@@ -9,10 +9,7 @@ from hypothesis import strategies as st
 from reason_codes import with_code
 
 from compressors.contracts import (
-    MEASURES,
     Limit,
-    Measure,
-    Metric,
     Reason,
     Signature,
     limit_problems,
@@ -20,13 +17,16 @@ from compressors.contracts import (
     measured_metrics,
     quality_metrics,
 )
+from compressors.contracts.metrics import FAMILIES, further_metrics, metric, usual_metrics
+from compressors.contracts.metrics.families import can_be_measured, find_metric
 from flows.terms import Terms
 from infra.bundle.json_reader import parse
 
-SHARES = [name for name, facts in MEASURES.items() if facts.selects]
+METRICS = usual_metrics()
+SHARES = [name for name, facts in METRICS.items() if facts.selects]
 REFERENCES = {
     name: ("absolute",) if facts.compared == "never" else ("absolute", "baseline", "champion")
-    for name, facts in MEASURES.items()
+    for name, facts in METRICS.items()
 }
 """What a limit on each metric may compare with."""
 
@@ -130,7 +130,7 @@ def test_a_limit_that_makes_sense_is_accepted(typed):
 def test_the_side_that_bounds_how_good_a_result_is_is_refused_for_every_metric(
     metric, against, bound
 ):
-    side = "at_most" if MEASURES[metric].higher_is_better else "at_least"
+    side = "at_most" if METRICS[metric].higher_is_better else "at_least"
     limit = Limit(metric=metric, against=against, **{side: bound})
     assert limit_problems([limit])
 
@@ -233,10 +233,40 @@ def test_an_order_refuses_such_limits_and_a_stored_limit_is_still_read():
 # --- which task measures what ----------------------------------------------------------------
 
 
-def test_every_metric_has_its_line_and_every_line_a_task():
-    assert set(MEASURES) == set(get_args(Measure))
-    assert {name for name, facts in MEASURES.items() if facts.selects} == set(get_args(Metric))
-    assert all(facts.tasks for facts in MEASURES.values())
+def test_every_metric_is_found_by_its_name_and_has_a_task():
+    assert {name: metric(name) for name in METRICS} == METRICS
+    assert all(item.tasks for item in METRICS.values())
+    assert {item.kind for item in METRICS.values()} == {
+        "quality", "score_change", "bytes", "latency",
+    }  # fmt: skip
+
+
+@given(st.sampled_from([f for f in FAMILIES.values() if f.number]), st.integers(1, 70_000))
+def test_family_has_a_metric_for_every_number_up_to_its_largest(family, number):
+    found = find_metric(f"{family.name}{number}")
+    if number > family.most:
+        assert found is None
+        return
+    assert found is not None
+    assert found.name == f"{family.name}{number}"
+    assert number in (found.depth, found.batch)
+    limit = Limit(metric=found.name, against="baseline", at_most=1.5)
+    assert Limit.parse(str(limit)) == limit
+
+
+@pytest.mark.parametrize(
+    "name", ["", "ndcg", "ndcg@", "ndcg@0", "ndcg@05", "ndcg@-1", "ndcg@5 ", "ndcg@1e3", "auc@5",
+             "ndcg@10001", "p75_ms@1", "NDCG@10", "ndcg@10@10"]
+)  # fmt: skip
+def test_other_names_are_no_metrics(name):
+    with raises_value_error("metric_unknown", metric=name):
+        Limit(metric=name, at_least=0)
+
+
+def test_metrics_of_limits_are_measured_in_addition_to_those_of_the_task():
+    named = ("ndcg@5", "bytes", "p99_ms@256", "ndcg@10")
+    assert further_metrics("ranking", named) == ("ndcg@5", "p99_ms@256")
+    assert quality_metrics("ranking", grouped=True, named=named) == ("ndcg@10", "ndcg@5")
 
 
 @pytest.mark.parametrize(
@@ -254,14 +284,22 @@ def test_a_task_measures_its_own_metrics(task, grouped, expected):
     changes = {"score_correlation", "mean_score_change", "max_score_change"}
     changes |= {"changed_top1"} if grouped else set()
     changes |= {"top20_overlap"} if task == "retrieval" else set()
-    everything = measured_metrics(task, grouped=grouped, test_rows=63)
-    assert set(everything) == {*expected, *changes, "bytes", "p50_ms@1", "p99_ms@1"}
+    families = {re.sub("[0-9]+$", "<k>", name) for name in expected}
+    assert set(measured_metrics(task, grouped=grouped, test_rows=63)) == {
+        *families, *changes, "bytes", "p50_ms@<batch>", "p99_ms@<batch>",
+    }  # fmt: skip
+    batches = [name for name, item in METRICS.items() if item.batch is not None]
+    assert [
+        name
+        for name in batches
+        if can_be_measured(metric(name), task, grouped=grouped, test_rows=63)
+    ] == ["p50_ms@1", "p99_ms@1"]
 
 
 @pytest.mark.parametrize("task", ["ctr", "ranking", "retrieval"])
-@pytest.mark.parametrize("metric", get_args(Metric))
+@pytest.mark.parametrize("name", [*SHARES, "ndcg@7", "recall@1000"])
 @pytest.mark.parametrize("group", [None, "user"])
-def test_a_signature_accepts_a_metric_only_if_its_task_measures_it(task, metric, group):
+def test_a_signature_accepts_a_metric_only_if_its_task_measures_it(task, name, group):
     document = {
         "task": task,
         "inputs": [
@@ -271,7 +309,7 @@ def test_a_signature_accepts_a_metric_only_if_its_task_measures_it(task, metric,
         "output": "logit" if task == "ctr" else "score",
         "label": "label",
         "group": group,
-        "metric": metric,
+        "metric": name,
     }
     if task == "retrieval":
         document["item"] = "item"
@@ -279,15 +317,19 @@ def test_a_signature_accepts_a_metric_only_if_its_task_measures_it(task, metric,
             "query": {"module": "of_user", "inputs": ["user"]},
             "item": {"module": "of_item", "inputs": ["item"]},
         }
-    if metric in quality_metrics(task, grouped=group is not None):
-        assert Signature.model_validate(document).metric == metric
+    if can_be_measured(metric(name), task, grouped=group is not None):
+        assert Signature.model_validate(document).metric == name
         return
     with raises_value_error("metric_not_measured") as refused:
         Signature.model_validate(document)
     reason = refused.value.errors()[0]["ctx"]["reason"]
-    assert reason.fields["metric"] == metric
-    usable = {n for n in quality_metrics(task, grouped=True) if MEASURES[n].selects}
+    assert reason.fields["metric"] == name
+    usable = {
+        family.spelling
+        for family in FAMILIES.values()
+        if family.any_member().selects and task in family.any_member().tasks
+    }
     named = {*reason.fields.get("metrics", ()), *reason.fields.get("grouped", ())}
     assert named == (set() if reason.code == "metric_without_group" else usable)
     # What was packed before the rule is still read.
-    assert parse(Signature, document, None, stored=True).metric == metric
+    assert parse(Signature, document, None, stored=True).metric == name

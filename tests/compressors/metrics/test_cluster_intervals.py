@@ -11,9 +11,9 @@ from reason_codes import with_code
 
 from benchmarks.interval_coverage import METRICS, coverage, heavy_tailed_sizes, simulate
 from compressors.contracts import Limit
+from compressors.contracts import metric as metric_named
 from compressors.metrics import point_estimates
-from compressors.metrics.cluster_intervals import grouped_pair
-from compressors.metrics.intervals import paired
+from compressors.metrics.intervals import PairedRows, paired
 from compressors.metrics.judge import Measured, judge, quality_numbers
 
 ALL = (*METRICS, "gauc", "ndcg@10")
@@ -57,6 +57,12 @@ def plain(metric, label, score, group):
     }[metric]()
 
 
+def grouped(metric, label, score, group):
+    """The metric on all rows, and without each group."""
+    rows = PairedRows(label, score, score, group)
+    return metric_named(metric).estimator("rows").of_groups(rows).before
+
+
 @given(st.data())
 def test_every_value_without_a_group_is_the_metric_of_the_other_rows(data):
     rows, users = data.draw(st.integers(30, 80)), data.draw(st.integers(3, 8))
@@ -69,7 +75,7 @@ def test_every_value_without_a_group_is_the_metric_of_the_other_rows(data):
     assume(len(mixed) >= 2)
     counted = {"gauc": mixed, "ndcg@10": [u for u in range(users) if label[user == u].any()]}
     for metric in ALL:
-        value = grouped_pair(metric, label, score, score, user).before
+        value = grouped(metric, label, score, user)
         assert value.point == pytest.approx(plain(metric, label, score, user), abs=1e-12)
         for place, left in enumerate(counted.get(metric, range(users))):
             rest = user != left

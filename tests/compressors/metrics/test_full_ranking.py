@@ -11,8 +11,19 @@ from hypothesis import strategies as st
 
 from compressors.errors.metrics import MetricRefused
 from compressors.metrics import full_ranking
-from compressors.metrics.full_ranking import Interactions, ranking_queries, recall_and_ndcg
+from compressors.metrics.full_ranking import (
+    Interactions,
+    RankedVectors,
+    ranking_metrics,
+    ranking_queries,
+)
 from compressors.metrics.intervals import paired_means
+
+
+def recall_and_ndcg(query, item, what, k=20):
+    """Both metrics of every query."""
+    values = ranking_metrics(RankedVectors(query, item, what), (f"recall@{k}", f"ndcg@{k}"))
+    return tuple(values.values())
 
 
 def rows(*pairs, label=None):

@@ -11,8 +11,8 @@ from scipy.stats import norm
 
 from compressors.errors.metrics import MetricRefused
 from compressors.metrics import point_estimates
+from compressors.metrics.estimators.auc import auc_statistic
 from compressors.metrics.intervals import (
-    auc_statistic,
     latency,
     latency_ratio,
     paired,

@@ -5,13 +5,16 @@ import pytest
 from error_codes import raises_code, raises_value_error
 from reason_codes import codes_of, with_code
 
-from compressors.contracts import SCORE_CHANGE, Limit
+from compressors.contracts import Limit
+from compressors.contracts.metrics import usual_metrics
 from compressors.contracts.reasons import Reason
 from compressors.errors.metrics import MetricRefused
-from compressors.metrics.full_ranking import Interactions, ranking_queries
+from compressors.metrics.full_ranking import Interactions, RankedVectors, ranking_queries
 from compressors.metrics.intervals import paired
 from compressors.metrics.judge import Measured, Number, judge, quality_numbers, verdict
-from compressors.metrics.score_change import RankedVectors, change_of_rankings, change_of_rows
+from compressors.metrics.score_change import change_of_rankings, change_of_rows
+
+SCORE_CHANGES = [name for name, item in usual_metrics().items() if item.kind == "score_change"]
 
 
 def rows_of(users, seed=0, change=0.05):
@@ -183,7 +186,7 @@ def test_equal_vectors_rank_equally():
     assert found["top20_overlap"].point == 1
 
 
-@pytest.mark.parametrize("metric", SCORE_CHANGE)
+@pytest.mark.parametrize("metric", SCORE_CHANGES)
 @pytest.mark.parametrize("against", ["baseline", "champion"])
 def test_score_changes_have_no_other_reference(metric, against):
     with raises_value_error("score_change_with_reference", metric=metric, against=against):
@@ -192,7 +195,7 @@ def test_score_changes_have_no_other_reference(metric, against):
         Limit(metric=metric, against=against, at_most=0.5)
 
 
-@pytest.mark.parametrize("metric", SCORE_CHANGE)
+@pytest.mark.parametrize("metric", SCORE_CHANGES)
 def test_a_limit_of_an_order_file_on_a_score_change_needs_no_reference(metric):
     assert Limit.model_validate({"metric": metric, "at_most": 0.5}).against == "absolute"
     assert str(Limit.parse(f"{metric} <= 0.5")) == f"{metric} <= 0.5"

@@ -1,0 +1,25 @@
+"""Metrics: one object for each, with its name, label, direction, unit, range and estimator.
+
+Types and declarations only; the estimators are in ``compressors/metrics``.
+
+metric.py         what a metric declares, and a family of metrics that differ in a number
+families.py       the registry: a metric by its name, and the metrics that are measured for a task
+quality.py        quality of a model on labeled rows
+score_changes.py  changes of scores from the baseline's
+serving.py        bytes and latency of the served artifact
+"""
+
+from compressors.contracts.metrics.families import FAMILIES as FAMILIES
+from compressors.contracts.metrics.families import MetricName as MetricName
+from compressors.contracts.metrics.families import further_metrics as further_metrics
+from compressors.contracts.metrics.families import measured_metrics as measured_metrics
+from compressors.contracts.metrics.families import metric as metric
+from compressors.contracts.metrics.families import metric_problem as metric_problem
+from compressors.contracts.metrics.families import quality_metrics as quality_metrics
+from compressors.contracts.metrics.families import register as register
+from compressors.contracts.metrics.families import usual_batches as usual_batches
+from compressors.contracts.metrics.families import usual_metrics as usual_metrics
+from compressors.contracts.metrics.metric import Metric as Metric
+from compressors.contracts.metrics.metric import MetricFamily as MetricFamily
+from compressors.contracts.metrics.metric import ScoreUnit as ScoreUnit
+from compressors.contracts.metrics.metric import Task as Task

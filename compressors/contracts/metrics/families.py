@@ -1,0 +1,207 @@
+"""The registry of metrics: a metric by its name, and the metrics that are measured for a task.
+
+To add a metric, write its declaration and its estimator, and add it to a list of ``FAMILIES`` in
+this folder, or call ``register``.
+"""
+
+import re
+from collections.abc import Iterable
+from functools import cache
+from typing import Annotated, Any
+
+from pydantic import AfterValidator, GetJsonSchemaHandler
+from pydantic_core import CoreSchema
+
+from compressors.contracts.metrics import quality, score_changes, serving
+from compressors.contracts.metrics.metric import EVERY_TASK, Metric, MetricFamily
+from compressors.contracts.reasons import Reason
+from compressors.contracts.value_errors import value_error
+
+FAMILIES: dict[str, MetricFamily] = {}
+"""Every family by its name."""
+
+
+def register(family: MetricFamily) -> None:
+    """Add a family of metrics.
+
+    Raises:
+        ValueError: there is a family of this name.
+    """
+    if family.name in FAMILIES:
+        raise ValueError(f"metric {family.spelling} is already registered")
+    FAMILIES[family.name] = family
+    find_metric.cache_clear()
+
+
+@cache
+def find_metric(name: str) -> Metric | None:
+    """Return the metric of a name; None if no family has it."""
+    head, at, number = name.partition("@")
+    family = FAMILIES.get(head + at)
+    if family is None:
+        return None
+    if not family.number:
+        return family.member()
+    if not re.fullmatch(r"[1-9][0-9]{0,8}", number) or int(number) > family.most:
+        return None
+    return family.member(int(number))
+
+
+def metric(name: str) -> Metric:
+    """Return the metric of a name.
+
+    Raises:
+        KeyError: no family has it.
+    """
+    found = find_metric(name)
+    if found is None:
+        raise KeyError(name)
+    return found
+
+
+for _family in (*quality.FAMILIES, *score_changes.FAMILIES, *serving.FAMILIES):
+    register(_family)
+
+
+# --- metrics of a task -------------------------------------------------------------------------
+
+
+def _usual(task: str, *, grouped: bool) -> tuple[Metric, ...]:
+    return tuple(
+        member
+        for family in FAMILIES.values()
+        for member in family.of_task(task)
+        if grouped or not member.needs_group
+    )
+
+
+def usual_metrics() -> dict[str, Metric]:
+    """Return the metrics that are measured for every model of some task, by name."""
+    return {item.name: item for task in EVERY_TASK for item in _usual(task, grouped=True)}
+
+
+def quality_metrics(task: str, *, grouped: bool, named: Iterable[str] = ()) -> tuple[str, ...]:
+    """Return the quality metrics measured for a model.
+
+    Args:
+        task: task of the signature.
+        grouped: whether the signature names a group column.
+        named: further metrics to measure; those that are no metrics of quality are ignored.
+    """
+    usual = [item.name for item in _usual(task, grouped=grouped) if item.kind == "quality"]
+    more = [name for name in named if metric(name).kind == "quality"]
+    return tuple(dict.fromkeys([*usual, *more]))
+
+
+def further_metrics(task: str, names: Iterable[str]) -> tuple[str, ...]:
+    """Return the metrics among ``names`` that are not measured for every model of a task."""
+    usual = {item.name for item in _usual(task, grouped=True)}
+    return tuple(sorted(set(names) - usual))
+
+
+def can_be_measured(
+    item: Metric, task: str, *, grouped: bool, test_rows: int | None = None
+) -> bool:
+    """Return whether a metric can be measured for a model.
+
+    Args:
+        item: the metric.
+        task: task of the signature.
+        grouped: whether the signature names a group column.
+        test_rows: number of test rows, which bounds the batch of a latency; None for no bound.
+    """
+    return (
+        task in item.tasks
+        and (grouped or not item.needs_group)
+        and (test_rows is None or (item.batch or 0) <= test_rows)
+    )
+
+
+def measured_metrics(task: str, *, grouped: bool, test_rows: int) -> tuple[str, ...]:
+    """Return the names of all metrics that can be measured for a model, for people.
+
+    These are quality, score changes, bytes, and latency of batches no larger than the test rows.
+    A family is one name, such as ``ndcg@<k>``.
+    """
+    return tuple(
+        family.spelling
+        for family in FAMILIES.values()
+        if can_be_measured(family.any_member(), task, grouped=grouped, test_rows=test_rows)
+    )
+
+
+def usual_batches(task: str) -> tuple[int, ...]:
+    """Return the batch sizes at which latency is measured for every model of a task."""
+    found = {item.batch for item in _usual(task, grouped=True) if item.batch is not None}
+    return tuple(sorted(found))
+
+
+def selecting_metrics(task: str, *, grouped: bool) -> tuple[str, ...]:
+    """Return the names, for people, of the metrics that a signature of this task may name."""
+    members = {family.spelling: family.any_member() for family in FAMILIES.values()}
+    return tuple(
+        spelling
+        for spelling, member in members.items()
+        if member.selects and can_be_measured(member, task, grouped=grouped)
+    )
+
+
+def metric_problem(task: str, name: str, *, grouped: bool) -> Reason | None:
+    """Return why a signature's metric cannot be used, or None."""
+    item = find_metric(name)
+    if item is not None and item.selects and can_be_measured(item, task, grouped=grouped):
+        return None
+    if item is not None and item.selects and can_be_measured(item, task, grouped=True):
+        return Reason("metric_without_group", metric=name)
+    possible = selecting_metrics(task, grouped=grouped)
+    with_group = selecting_metrics(task, grouped=True)
+    if not possible and not grouped:
+        return Reason("metric_of_groups_alone", metric=name, task=task, grouped=with_group)
+    more = tuple(spelling for spelling in with_group if spelling not in possible)
+    if more:
+        return Reason(
+            "metric_of_other_task_or_group",
+            task=task,
+            metrics=possible,
+            grouped=more,
+            metric=name,
+        )
+    return Reason("metric_of_other_task", task=task, metrics=possible, metric=name)
+
+
+# --- names in documents ------------------------------------------------------------------------
+
+
+def _known(name: str) -> str:
+    if find_metric(name) is None:
+        known = tuple(family.spelling for family in FAMILIES.values())
+        raise value_error("metric_unknown", metric=name, known=known)
+    return name
+
+
+class _NameSchema:
+    """The JSON schema of a metric's name: those measured for every model, or any of a family."""
+
+    def __get_pydantic_json_schema__(
+        self, schema: CoreSchema, handler: GetJsonSchemaHandler
+    ) -> dict[str, Any]:
+        others = "|".join(name_pattern(item) for item in FAMILIES.values() if item.number)
+        return {
+            "anyOf": [
+                {
+                    "title": "Measured for every model",
+                    "type": "string",
+                    "enum": list(usual_metrics()),
+                },
+                {"title": "At another depth or batch", "type": "string", "pattern": others},
+            ]
+        }
+
+
+def name_pattern(family: MetricFamily) -> str:
+    """Return the regular expression of the names of a family, for JSON schemas."""
+    return f"^{re.escape(family.name)}[1-9][0-9]*$" if family.number else f"^{family.name}$"
+
+
+MetricName = Annotated[str, AfterValidator(_known), _NameSchema()]
+"""The name of a registered metric."""

@@ -1,0 +1,57 @@
+"""Metrics that compare the candidate's scores with the baseline's, their only reference."""
+
+from compressors.contracts.metrics.metric import EVERY_TASK, Metric, Task, one
+
+
+def _change(
+    name: str,
+    label: str,
+    *,
+    heading: str = "",
+    high: float = 1.0,
+    higher_is_better: bool = False,
+    needs_group: bool = False,
+    is_share: bool = False,
+    has_interval: bool = True,
+    tasks: tuple[Task, ...] = EVERY_TASK,
+) -> Metric:
+    return Metric(
+        name=name,
+        kind="score_change",
+        label=label,
+        heading=heading,
+        tasks=tasks,
+        higher_is_better=higher_is_better,
+        compared="never",
+        largest=high,
+        low=0.0,
+        high=high,
+        is_share=is_share,
+        # In standard deviations, the unit of scores without a scale, a change may exceed 1.
+        in_score_units=high > 1,
+        has_interval=has_interval,
+        needs_group=needs_group,
+    )
+
+
+CORRELATION = _change("score_correlation", "score correlation", higher_is_better=True)
+MEAN = _change("mean_score_change", "mean score change", high=100.0)
+# It describes only the measured rows: other rows can change more.
+LARGEST = _change("max_score_change", "largest score change", high=100.0, has_interval=False)
+TOP1 = _change(
+    "changed_top1",
+    "share of changed top-1",
+    heading="changed top-1",
+    is_share=True,
+    needs_group=True,
+)
+TOP20 = _change(
+    "top20_overlap",
+    "overlap of the top 20",
+    heading="top-20 overlap",
+    higher_is_better=True,
+    is_share=True,
+    tasks=("retrieval",),
+)
+
+FAMILIES = tuple(one(change) for change in (CORRELATION, MEAN, LARGEST, TOP1, TOP20))

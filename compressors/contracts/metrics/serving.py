@@ -1,0 +1,60 @@
+"""Bytes and latency of what is served. They are compared as ratios, and lower is better."""
+
+from functools import partial
+
+from compressors.contracts.metrics.metric import EVERY_TASK, Metric, MetricFamily, one
+
+BATCHES = (1, 64, 1024)
+LARGEST_BATCH = 65_536
+MEDIAN = 0.5
+QUANTILES = {"p50": MEDIAN, "p99": 0.99}
+
+BYTES = Metric(
+    name="bytes",
+    kind="bytes",
+    label="size",
+    tasks=EVERY_TASK,
+    higher_is_better=False,
+    compared="ratio",
+    largest=2.0,
+    low=1024.0,  # an empty graph takes more
+    high=1e18,
+    unit=" bytes",
+    decimals=0,
+    has_interval=False,
+)
+
+
+def latency(quantile: str, batch: int) -> Metric:
+    """A quantile of the time of one request of ``batch`` rows, in milliseconds."""
+    return Metric(
+        name=f"{quantile}_ms@{batch}",
+        kind="latency",
+        label=f"{quantile} latency at batch {batch}",
+        heading=f"{quantile} ms, batch {batch}",
+        tasks=EVERY_TASK,
+        higher_is_better=False,
+        compared="ratio",
+        largest=10.0,
+        low=0.001,  # a call of a runtime takes several microseconds
+        high=3_600_000.0,
+        unit=" ms",
+        decimals=3,
+        batch=batch,
+        quantile=QUANTILES[quantile],
+    )
+
+
+FAMILIES = (
+    one(BYTES),
+    *(
+        MetricFamily(
+            name=f"{quantile}_ms@",
+            number="batch",
+            member=partial(latency, quantile),
+            usual=dict.fromkeys(EVERY_TASK, BATCHES),
+            most=LARGEST_BATCH,
+        )
+        for quantile in QUANTILES
+    ),
+)

@@ -1,0 +1,175 @@
+"""AUC of all rows, and within groups."""
+
+import math
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from compressors.contracts import Metric
+from compressors.errors.metrics import MetricRefused
+from compressors.metrics.cluster_intervals import (
+    GroupedPair,
+    GroupedValue,
+    Groups,
+    grouped_pair,
+    ratio,
+    weighted_mean,
+)
+from compressors.metrics.estimators.protocols import ScoredRows, require_groups
+from compressors.metrics.intervals import Counts, PairedRows, RowStatistics, Statistic, require_both
+from compressors.metrics.point_estimates import (
+    Bools,
+    auc,
+    binary,
+    clicks_and_scores,
+    gauc,
+    group_auc,
+    number_groups,
+    require_both_classes,
+    wins_within_groups,
+)
+
+
+@dataclass(frozen=True)
+class Auc:
+    """Area under the ROC curve of all rows; see ``point_estimates.auc``."""
+
+    metric: Metric
+
+    def point(self, rows: ScoredRows) -> float:
+        """Compute the AUC of all rows."""
+        return auc(rows.label, rows.score)
+
+    def of_rows(self, pair: PairedRows) -> RowStatistics:
+        """Return both AUCs as functions of how often each row is drawn."""
+        positive, before = clicks_and_scores(pair.label, pair.baseline)
+        _, after = clicks_and_scores(pair.label, pair.candidate)
+        require_both(positive)
+        # The order of rows does not affect a bootstrap. In score order the counts are read almost
+        # sequentially, also for the candidate, whose order is nearly the same.
+        order = np.lexsort((before, positive))
+        positive, before, after = positive[order], before[order], after[order]
+        return RowStatistics(
+            positive.size, auc_statistic(positive, before), auc_statistic(positive, after)
+        )
+
+    def of_groups(self, pair: PairedRows) -> GroupedPair:
+        """Compute both AUCs with and without each group."""
+        found = groups_of_both_classes(self.metric, pair)
+        before, after = (
+            _without_each_group(pair.label, score, found.groups) for score in pair.scores
+        )
+        return grouped_pair(
+            before, after, self.metric.high, found.scarce, found.which, found.groups.rows.size
+        )
+
+
+@dataclass(frozen=True)
+class GroupAuc:
+    """Mean AUC within groups, weighted by their rows; see ``point_estimates.gauc``."""
+
+    metric: Metric
+
+    def point(self, rows: ScoredRows) -> float:
+        """Compute the weighted mean over groups of both classes."""
+        return gauc(rows.label, rows.score, require_groups(self.metric, rows.group))
+
+    def of_groups(self, pair: PairedRows) -> GroupedPair:
+        """Compute both means with and without each group."""
+        group = require_groups(self.metric, pair.group)
+        values = [group_auc(pair.label, score, group) for score in pair.scores]
+        if not values[0][0].size:
+            raise MetricRefused("groups_of_one_class")
+        weight = values[0][1].astype(np.float64)
+        before, after = (weighted_mean(value, weight) for value, _ in values)
+        return grouped_pair(before, after, self.metric.high, weight.size, "with both classes")
+
+
+class BothClasses(NamedTuple):
+    """Rows of both classes in groups.
+
+    ``positive`` is bool ``(rows,)``. ``scarce`` is the number of groups that have a row of the
+    class that fewer groups have, and ``which`` names those groups.
+    """
+
+    positive: Bools
+    groups: Groups
+    scarce: int
+    which: str
+
+
+def groups_of_both_classes(metric: Metric, pair: PairedRows) -> BothClasses:
+    """Number the groups of rows, and count those of each class.
+
+    Raises:
+        CompressionError: all labels are of one class.
+    """
+    positive = binary(pair.label)
+    groups = Groups(*number_groups(require_groups(metric, pair.group), positive.size))
+    require_both_classes(metric.name, positive)
+    positives = groups.sums(positive)
+    with_positive, with_negative = int((positives > 0).sum()), int((positives < groups.rows).sum())
+    scarce = min(with_positive, with_negative)
+    one = "positive" if scarce == with_positive else "negative"
+    return BothClasses(positive, groups, scarce, f"with a {one} row")
+
+
+def auc_statistic(label: ArrayLike, score: ArrayLike) -> Statistic:
+    """Return the AUC as a function of resample counts: one sort, then O(rows) a call.
+
+    Every positive beats the resampled negatives that precede it in score order; two cumulative
+    counts (below, and not above) make ties count half. All sums are integers, so a call equals
+    ``point_estimates.auc`` of the rows repeated by their counts.
+    """
+    positive, scores = clicks_and_scores(label, score)
+    require_both_classes("auc", positive)
+    positives, negatives = np.flatnonzero(positive), np.flatnonzero(~positive)
+    positives = positives[np.argsort(scores[positives], kind="stable")]
+    negatives = negatives[np.argsort(scores[negatives], kind="stable")]
+    below = np.searchsorted(scores[negatives], scores[positives], side="left")
+    not_above = np.searchsorted(scores[negatives], scores[positives], side="right")
+    passed = np.zeros(negatives.size + 1, dtype=np.intp)
+
+    def statistic(counts: Counts) -> float:
+        np.cumsum(counts[negatives], out=passed[1:])
+        drawn = counts[positives]
+        pairs = 2.0 * float(drawn.sum()) * float(passed[-1])
+        if pairs == 0:
+            return math.nan
+        return float(drawn @ (passed[below] + passed[not_above])) / pairs
+
+    return statistic
+
+
+def _without_each_group(label: ArrayLike, score: ArrayLike, groups: Groups) -> GroupedValue:
+    """Compute the AUC; leaving out a group removes the pairs with one of its rows."""
+    positive, scores = clicks_and_scores(label, score)
+    wins = np.empty(
+        scores.size
+    )  # number of rows of the other class that the row is ordered correctly with
+    ordered = [np.sort(scores[~positive]), np.sort(scores[positive])]
+    for chosen, others, sign in ((positive, ordered[0], 1), (~positive, ordered[1], -1)):
+        class_scores = scores[chosen]
+        # Sorted queries read the other class sequentially instead of at random.
+        place = np.argsort(class_scores, kind="stable")
+        below = np.searchsorted(others, class_scores[place], side="left")
+        not_above = np.searchsorted(others, class_scores[place], side="right")
+        beaten = (below + not_above) / 2
+        class_wins = np.empty(class_scores.size)
+        class_wins[place] = beaten if sign > 0 else others.size - beaten
+        wins[chosen] = class_wins
+    positives, rows = groups.sums(positive), groups.rows.astype(np.float64)
+    negatives = rows - positives
+    all_positives, all_negatives = float(positives.sum()), float(negatives.sum())
+    total = float(wins[positive].sum())
+    point = total / (all_positives * all_negatives)
+    lost = groups.sums(wins) - wins_within_groups(positive, scores, groups.ids, groups.rows)
+    left_out = ratio(total - lost, (all_positives - positives) * (all_negatives - negatives))
+    influence = np.where(
+        positive,
+        (wins / all_negatives - point) / all_positives,
+        (wins / all_positives - point) / all_negatives,
+    )
+    return GroupedValue(point, left_out, rows, influence * scores.size, groups)

@@ -1,0 +1,128 @@
+"""Log loss and normalized entropy of all rows."""
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+
+from compressors.contracts import Metric
+from compressors.metrics.cluster_intervals import (
+    LARGEST_LOSS,
+    GroupedPair,
+    GroupedValue,
+    Groups,
+    grouped_pair,
+    mean_of_rows,
+    ratio,
+)
+from compressors.metrics.estimators.auc import groups_of_both_classes
+from compressors.metrics.estimators.protocols import ScoredRows, require_groups
+from compressors.metrics.intervals import (
+    Counts,
+    PairedRows,
+    RowStatistics,
+    Statistic,
+    mean_statistic,
+    require_both,
+    require_units,
+)
+from compressors.metrics.point_estimates import (
+    Bools,
+    Floats,
+    base_entropy,
+    binary,
+    logloss,
+    normalized_entropy,
+    number_groups,
+    row_logloss,
+)
+
+
+@dataclass(frozen=True)
+class LogLoss:
+    """Mean negative log likelihood; see ``point_estimates.logloss``. Scores are probabilities."""
+
+    metric: Metric
+
+    def point(self, rows: ScoredRows) -> float:
+        """Compute the mean of all rows in nats."""
+        return logloss(rows.label, rows.score)
+
+    def of_rows(self, pair: PairedRows) -> RowStatistics:
+        """Return both means as functions of how often each row is drawn."""
+        before, after = (row_logloss(pair.label, score) for score in pair.scores)
+        require_units("rows", before.size)
+        return RowStatistics(before.size, mean_statistic(before), mean_statistic(after))
+
+    def of_groups(self, pair: PairedRows) -> GroupedPair:
+        """Compute both means with and without each group."""
+        group = require_groups(self.metric, pair.group)
+        groups = Groups(*number_groups(group, np.size(pair.label)))
+        before, after = (
+            mean_of_rows(row_logloss(pair.label, score), groups) for score in pair.scores
+        )
+        return grouped_pair(before, after, LARGEST_LOSS, groups.rows.size, "")
+
+
+@dataclass(frozen=True)
+class NormalizedEntropy:
+    """Log loss over that of the base rate; see ``point_estimates.normalized_entropy``."""
+
+    metric: Metric
+
+    def point(self, rows: ScoredRows) -> float:
+        """Compute the quotient of all rows."""
+        return normalized_entropy(rows.label, rows.score)
+
+    def of_rows(self, pair: PairedRows) -> RowStatistics:
+        """Return both quotients as functions of how often each row is drawn."""
+        before, after = (row_logloss(pair.label, score) for score in pair.scores)
+        require_units("rows", before.size)
+        positive = binary(pair.label)
+        require_both(positive)
+        return RowStatistics(
+            before.size,
+            _relative_to_entropy(before, positive),
+            _relative_to_entropy(after, positive),
+        )
+
+    def of_groups(self, pair: PairedRows) -> GroupedPair:
+        """Compute both quotients with and without each group."""
+        found = groups_of_both_classes(self.metric, pair)
+        before, after = (
+            _entropy(row_logloss(pair.label, score), found.positive, found.groups)
+            for score in pair.scores
+        )
+        largest = LARGEST_LOSS / base_entropy(float(found.positive.mean()))
+        return grouped_pair(
+            before, after, largest, found.scarce, found.which, found.groups.rows.size
+        )
+
+
+def _relative_to_entropy(losses: Floats, positive: Bools) -> Statistic:
+    def statistic(counts: Counts) -> float:
+        rows = float(counts.sum())
+        rate = float(counts[positive].sum()) / rows
+        return float(counts @ losses) / rows / base_entropy(rate) if 0 < rate < 1 else math.nan
+
+    return statistic
+
+
+def _entropy(losses: Floats, positive: Bools, groups: Groups) -> GroupedValue:
+    """Compute normalized entropy: mean loss over the entropy of the base rate."""
+    rate, mean = float(positive.mean()), float(losses.mean())
+    entropy = float(base_entropy(rate))
+    rows = losses.size - groups.rows
+    rates = ratio(float(positive.sum()) - groups.sums(positive), rows)
+    losses_left = ratio(float(losses.sum()) - groups.sums(losses), rows)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        entropies = -(rates * np.log(rates) + (1 - rates) * np.log1p(-rates))
+    slope = np.log((1 - rate) / rate)
+    influence = (losses - mean) / entropy - mean / entropy**2 * slope * (positive - rate)
+    return GroupedValue(
+        mean / entropy,
+        ratio(losses_left, entropies),
+        groups.rows.astype(np.float64),
+        influence,
+        groups,
+    )

@@ -1,0 +1,67 @@
+"""What an estimator of a quality metric computes, and from what."""
+
+from typing import NamedTuple, Protocol
+
+from numpy.typing import ArrayLike
+
+from compressors.contracts import Metric
+from compressors.errors.metrics import MetricRefused
+from compressors.metrics.cluster_intervals import GroupedPair
+from compressors.metrics.full_ranking import RelevantPlaces
+from compressors.metrics.intervals import PairedRows, RowStatistics
+from compressors.metrics.point_estimates import Floats
+
+
+class ScoredRows(NamedTuple):
+    """Rows with one model's scores: all ``(rows,)``; scores of a log loss are probabilities."""
+
+    label: ArrayLike
+    score: ArrayLike
+    group: ArrayLike | None = None
+
+
+class RowEstimator(Protocol):
+    """A metric of models with one score for each row. It is created with its declaration."""
+
+    def point(self, rows: ScoredRows) -> float:
+        """Compute the metric of one model.
+
+        Raises:
+            CompressionError: the metric is undefined for these rows.
+        """
+
+    def of_groups(self, pair: PairedRows) -> GroupedPair:
+        """Compute both models' metrics with and without each group.
+
+        Raises:
+            CompressionError: as ``point``.
+        """
+
+
+class UngroupedEstimator(RowEstimator, Protocol):
+    """A metric that needs no groups, so that rows without one are the units of its interval."""
+
+    def of_rows(self, pair: PairedRows) -> RowStatistics:
+        """Return both models' metrics as functions of how often each row is drawn.
+
+        Raises:
+            CompressionError: as ``point``.
+        """
+
+
+class QueryEstimator(Protocol):
+    """A metric of retrieval models that rank the whole catalogue for each query."""
+
+    def of_queries(self, places: RelevantPlaces) -> Floats:
+        """Compute the metric of each query, float64 ``(queries,)``, from its relevant items."""
+
+
+def require_groups(metric: Metric, group: ArrayLike | None) -> ArrayLike:
+    """Return the groups.
+
+    Raises:
+        CompressionError: there are none, and the metric needs them.
+    """
+    if group is None:
+        raise MetricRefused("metric_needs_groups", metric=metric.name)
+    return group
