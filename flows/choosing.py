@@ -6,7 +6,7 @@ Used by the flow, which applies steps, and by the dry run, which only predicts t
 from collections.abc import Callable
 from typing import TypeVar
 
-from compressors.contracts import Part
+from compressors.contracts import Part, task_kind
 from compressors.contracts.reasons import Reason
 from compressors.core.registries import AnyStep
 from compressors.core.runner import needs, wants
@@ -37,7 +37,7 @@ def require_budget_rows(order: Order, subject: BundleRef) -> None:
     """
     if order.budget is None:
         return
-    if subject.task == "retrieval":
+    if not task_kind(subject.task).scores_rows:
         raise OrderRefused("budget_for_retrieval")
     if "validation" not in subject.rows:
         raise OrderRefused("budget_needs_validation", splits=tuple(subject.rows))
@@ -45,7 +45,7 @@ def require_budget_rows(order: Order, subject: BundleRef) -> None:
 
 def can_be_judged(order: Order, subject: BundleRef) -> bool:
     """Return whether there is a budget, and rows to measure it."""
-    rows = "validation" in subject.rows and subject.task != "retrieval"
+    rows = "validation" in subject.rows and task_kind(subject.task).scores_rows
     return order.quality_budget() is not None and rows
 
 
@@ -140,10 +140,10 @@ def lacking(step: AnyStep, subject: BundleRef, order: Order | None = None) -> Re
         and order.preset != "custom"
         and not can_be_judged(order, subject)
     ):
-        if subject.task == "retrieval":
+        if not task_kind(subject.task).scores_rows:
             return Reason("pruning_without_budget", task=subject.task)
         return Reason("pruning_not_judged", splits=tuple(subject.rows))
-    if subject.task == "retrieval" and "validation" in needs(step):
+    if not task_kind(subject.task).scores_rows and "validation" in needs(step):
         return Reason("no_loss", step=step.kind, task=subject.task)
     wanted = dict.fromkeys(split_name(part, subject) for part in needs(step))
     missing = [split for split in wanted if split not in subject.rows]

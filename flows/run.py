@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 
 from prefect import Task
 
-from compressors.contracts import Artifact, digest
+from compressors.contracts import Artifact, digest, task_kind
 from flows.order import Order
 from infra.bundle.bundle_folder import SplitName
 from tasks.bundles.bundle_ref import BundleRef
@@ -66,7 +66,7 @@ class Run:
 
     def ranking(self) -> Ranking | None:
         """Return the catalogue and the seen items of a retrieval model; None for other tasks."""
-        if self.model.task != "retrieval":
+        if task_kind(self.model.task).scores_rows:
             return None
         earlier: tuple[SplitName, ...] = ("train", "calibration", "validation")
         seen = tuple(self.prepared(split) for split in earlier if split in self.model.rows)

@@ -11,7 +11,6 @@ from prefect import task
 
 from compressors.contracts import (
     Artifact,
-    ScoreUnit,
     Signature,
     Split,
     metric,
@@ -97,7 +96,7 @@ def measure(
         own += judge.quality_numbers(name, pair, rival)
         reference.append(judge.Number(metric=name, against="absolute", estimate=pair.baseline))
         resolves[name] = pair.resolves
-    unit: ScoreUnit = "probability" if signature.task == "ctr" else "spread"
+    unit = signature.task_kind.score_unit
     for name, estimate in quality.score_change("baseline", "candidate", unit).items():
         own.append(judge.Number(metric=name, against="absolute", estimate=estimate))
     sizes = {name: served_bytes(folder) for name, folder in folders.items()}

@@ -63,7 +63,7 @@ def measure_stages(
 
 def quality_of(signature: Signature, scored: tuple[Scored, ...], test: Split, seed: int) -> Quality:
     """Combine stages by number, each with its predictions for the same rows."""
-    if signature.task == "retrieval":
+    if not signature.task_kind.scores_rows:
         stored = [load_file(local(item.score) / "data.safetensors") for item in scored]
         values = {
             str(place): {metric: found.numpy() for metric, found in held.items()}

@@ -6,7 +6,7 @@ from pathlib import Path
 from prefect import task
 
 from compressors.contracts import Artifact
-from compressors.metrics.baseline_checks import BaselineProblem
+from compressors.metrics.baseline_problem import BaselineProblem
 from infra.bundle.bundle_folder import check_weights, read, table_rows
 from infra.data.checks import Rules
 from infra.data.expectations import refuse_failures

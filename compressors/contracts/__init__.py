@@ -10,6 +10,7 @@ reasoned.py           a decision and its reasons
 artifact.py           a stored object, named by its content hash
 memory_errors.py      recognize errors caused by too little memory
 inputs.py             the kinds of inputs of a model
+task_kind.py          what a kind of task declares, and the registry of kinds
 metrics/              metrics: name, direction, unit, range and estimator
 limits.py             the limits of an order
 signature.py          inputs, output, task, label and metric of a model
@@ -41,8 +42,6 @@ from compressors.contracts.limits import limit_warnings as limit_warnings
 from compressors.contracts.memory_errors import is_out_of_memory as is_out_of_memory
 from compressors.contracts.metrics import Metric as Metric
 from compressors.contracts.metrics import MetricName as MetricName
-from compressors.contracts.metrics import ScoreUnit as ScoreUnit
-from compressors.contracts.metrics import Task as Task
 from compressors.contracts.metrics import measured_metrics as measured_metrics
 from compressors.contracts.metrics import metric as metric
 from compressors.contracts.metrics import metric_problem as metric_problem
@@ -62,6 +61,9 @@ from compressors.contracts.signature import TRAFFIC as TRAFFIC
 from compressors.contracts.signature import Signature as Signature
 from compressors.contracts.signature import Tower as Tower
 from compressors.contracts.signature import Towers as Towers
+from compressors.contracts.task_kind import ScoreUnit as ScoreUnit
+from compressors.contracts.task_kind import TaskKind as TaskKind
+from compressors.contracts.task_kind import task_kind as task_kind
 from compressors.contracts.verdicts import Estimate as Estimate
 from compressors.contracts.verdicts import Judgement as Judgement
 from compressors.contracts.verdicts import Outcome as Outcome

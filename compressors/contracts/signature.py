@@ -1,12 +1,13 @@
 """The signature of a model: inputs, output, task, label and metric. Types only."""
 
 from collections.abc import Iterable
-from typing import Literal, Self
+from typing import Self
 
 from pydantic import Field, ValidationInfo, model_validator
 
 from compressors.contracts.inputs import AnyInput, Frozen, IdInput, tensor_names
-from compressors.contracts.metrics import MetricName, Task, metric_problem
+from compressors.contracts.metrics import MetricName, metric_problem
+from compressors.contracts.task_kind import OutputForm, TaskKind, TaskName, task_kind
 from compressors.contracts.value_errors import value_error
 
 ITEMS = "items"
@@ -48,9 +49,9 @@ class Signature(Frozen):
     are interactions of the users in column ``group``; without ``label`` all of them are positive.
     """
 
-    task: Task
+    task: TaskName
     inputs: tuple[AnyInput, ...] = Field(min_length=1)
-    output: Literal["logit", "probability", "score"]
+    output: OutputForm
     label: str | None = None
     group: str | None = None
     time: str | None = None
@@ -64,9 +65,10 @@ class Signature(Frozen):
         repeated = sorted({name for name in names if names.count(name) > 1})
         if repeated:
             raise value_error("inputs_repeated", names=tuple(repeated))
-        if self.task == "ctr" and self.output == "score":
-            raise value_error("ctr_output_form")
-        if self.task != "retrieval" and self.label is None:
+        kind = self.task_kind
+        if self.output not in kind.outputs:
+            raise value_error("output_form", task=self.task, forms=kind.outputs, got=self.output)
+        if kind.needs_label and self.label is None:
             raise value_error("label_missing", task=self.task)
         return self
 
@@ -81,14 +83,12 @@ class Signature(Frozen):
 
     @model_validator(mode="after")
     def _towers_fit(self) -> Self:
-        if self.task != "retrieval":
+        if self.task_kind.scores_rows:
             if self.towers is not None or self.item is not None:
                 raise value_error("towers_unexpected", task=self.task)
             return self
         if self.towers is None or self.item is None:
-            raise value_error("towers_missing")
-        if self.output != "score":
-            raise value_error("retrieval_output_form")
+            raise value_error("towers_missing", task=self.task)
         read = (*self.towers.query.inputs, *self.towers.item.inputs)
         known = {entry.name: entry for entry in self.inputs}
         if sorted(read) != sorted(known):
@@ -101,6 +101,11 @@ class Signature(Frozen):
         if not isinstance(item, IdInput) or item.shape:
             raise value_error("item_no_single_id", item=self.item)
         return self
+
+    @property
+    def task_kind(self) -> TaskKind:
+        """What the kind of task declares."""
+        return task_kind(self.task)
 
     def only(self, names: Iterable[str]) -> Self:
         """Return the signature with only these inputs, in unchanged order."""

@@ -15,7 +15,8 @@ from torch.nn import functional as F
 
 from compressors.contracts import Signature
 from compressors.core.batches import Batch
-from compressors.task_kinds.loss import log_shares, logits, segments, soft_loss, sums
+from compressors.task_kinds.loss import soft_loss
+from compressors.task_kinds.outputs import log_shares, logits, segments, sums
 
 SoftLoss = Literal["task", "pointwise", "margin", "listwise", "rankdistil", "calibrated_listwise"]
 OF_LISTS = ("margin", "listwise", "rankdistil", "calibrated_listwise")
@@ -49,7 +50,7 @@ def loss_of_teacher(
     if name == "task":
         return soft_loss(signature, output, teacher, batch, temperature)
     clicks = signature.output != "score" and (
-        signature.task == "ctr" or name in ("pointwise", "calibrated_listwise")
+        signature.task_kind.predicts_probability or name in ("pointwise", "calibrated_listwise")
     )
     score = output.reshape(-1)
     if clicks:

@@ -189,7 +189,7 @@ class Recalibrate(Frozen):
             NothingToCompress: the task has no probabilities.
             CompressionError: the model has a map already.
         """
-        if bench.signature.task != "ctr":
+        if not bench.signature.task_kind.predicts_probability:
             raise NothingToCompress(
                 "probability_missing", step=self.kind, task=bench.signature.task
             )

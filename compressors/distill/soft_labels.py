@@ -16,7 +16,8 @@ from compressors.core.batches import Batch, JoinedRows, Rows
 from compressors.distill.losses import SoftLoss, loss_of_teacher
 from compressors.distill.training.trainer import Loss
 from compressors.errors.steps import RowsMissing
-from compressors.task_kinds.loss import EDGE, hard_loss
+from compressors.task_kinds.loss import hard_loss
+from compressors.task_kinds.outputs import EDGE
 
 SoftLabelSettings = Literal["train", "traffic", "both"]
 """The training rows: rows with labels, rows of logged traffic, or both."""

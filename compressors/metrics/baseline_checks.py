@@ -2,12 +2,10 @@
 
 Problems that make every later number meaningless are refused at pack; the rest are warnings. Scores
 are computed for a sample of ``SAMPLE_ROWS`` rows, spread evenly over the split (whole groups for
-``ranking``). A warning needs a difference of ``CLEAR`` standard errors, so that sampling noise does
-not cause it.
+lists).
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -18,29 +16,12 @@ from torch import nn
 from compressors.contracts import Signature, Split, metric, quality_metrics
 from compressors.contracts.reasons import Reason
 from compressors.core.batches import Rows
-from compressors.metrics import point_estimates
+from compressors.metrics.baseline_problem import BaselineProblem
+from compressors.task_kinds.protocol import ScoredSample
 
 SAMPLE_ROWS = 4096
-CLEAR = 4.0  # standard errors: by chance about 1 in 30,000
-FEWEST = 100
-"""Fewest rows or groups from which a mean is tested."""
 
 Array = NDArray[Any]
-
-
-@dataclass(frozen=True)
-class BaselineProblem:
-    """A problem of a model or its labels.
-
-    Attributes:
-        reason: the expected and the actual value, and what to do.
-        refused: whether pack refuses a bundle with this problem; else it is a warning.
-        fatal: whether measuring fails because of it, so that no run can succeed.
-    """
-
-    reason: Reason
-    refused: bool = False
-    fatal: bool = False
 
 
 def label_problems(
@@ -58,7 +39,7 @@ def label_problems(
     judged = measured or split == "validation"
     if signature.label is None:
         return
-    if signature.task == "retrieval":
+    if not signature.task_kind.needs_label:  # every row is an interaction; labels select some
         if not (label > 0).any():
             yield BaselineProblem(
                 Reason(
@@ -122,92 +103,10 @@ def score_problems(
     if score.size > 1 and score.min() == score.max():
         yield BaselineProblem(Reason("scores_equal", rows=score.size, score=float(score[0])))
         return
-    if signature.task == "ctr":
-        yield from _probability_problems(signature, label, score)
-    elif signature.task == "ranking" and sample.group is not None:
-        yield from _order_problems(label, score, sample.group.numpy())
-
-
-def _probability_problems(
-    signature: Signature, label: Array, score: Array
-) -> Iterator[BaselineProblem]:
-    """Check that scores fit the declared output and are better than the base rate."""
-    outside = (score < 0) | (score > 1)
-    declared = signature.output == "probability"
-    if declared and outside.any():
-        yield BaselineProblem(
-            Reason(
-                "probability_outside",
-                count=int(outside.sum()),
-                rows=score.size,
-                score=float(score[outside][0]),
-            ),
-            refused=True,
-            fatal=True,
-        )
-        return
-    as_logit = point_estimates.row_logloss(label, 1 / (1 + np.exp(-score)))
-    loss = as_logit
-    if not outside.any():
-        as_probability = point_estimates.row_logloss(label, score)
-        loss = as_probability if declared else as_logit
-        other = as_logit if declared else as_probability
-        if _clearly_above(loss - other):
-            wrong, right = ("probability", "logit") if declared else ("logit", "probability")
-            yield BaselineProblem(
-                Reason(
-                    "output_misdeclared",
-                    declared=wrong,
-                    fitting=right,
-                    rows=score.size,
-                    declared_loss=float(loss.mean()),
-                    fitting_loss=float(other.mean()),
-                ),
-                refused=not declared,
-            )
-            return
-    rate = float(label.mean())
-    if not 0 < rate < 1:  # the sample has one class only: the rarer one is too rare
-        return
-    if _clearly_above(loss - np.where(label == 1, -np.log(rate), -np.log1p(-rate))):
-        yield BaselineProblem(
-            Reason(
-                "worse_than_base_rate",
-                loss=float(loss.mean()),
-                rows=score.size,
-                entropy=float(point_estimates.base_entropy(rate)),
-                rate=rate,
-            )
-        )
-    positives = float(label.sum())
-    negatives = label.size - positives
-    error = np.sqrt((label.size + 1) / (12 * positives * negatives))
-    auc = point_estimates.auc(label, score)
-    if min(positives, negatives) >= 10 and auc + CLEAR * error < 0.5:
-        yield BaselineProblem(Reason("worse_than_chance", auc=float(auc), rows=score.size))
-
-
-def _order_problems(label: Array, score: Array, group: Array) -> Iterator[BaselineProblem]:
-    """Check that lists are ordered better than at random."""
-    reached = point_estimates.group_ndcg(label, score, group, k=10)
-    random = point_estimates.group_ndcg(label, np.zeros_like(score), group, k=10)
-    if _clearly_above(random - reached):
-        yield BaselineProblem(
-            Reason(
-                "worse_than_random_order",
-                ndcg=float(reached.mean()),
-                groups=reached.size,
-                random=float(random.mean()),
-            )
-        )
-
-
-def _clearly_above(values: Array) -> bool:
-    """Whether a mean is above 0 by more than ``CLEAR`` standard errors."""
-    if values.size < FEWEST:
-        return False
-    error = values.std(ddof=1) / np.sqrt(values.size)
-    return bool(values.mean() > CLEAR * error and values.mean() > 0)
+    functions = signature.task_kind.load()
+    if functions is not None:
+        group = None if sample.group is None else sample.group.numpy()
+        yield from functions(signature).score_problems(ScoredSample(label, score, group))
 
 
 def _has_mixed_group(label: Array, group: Array) -> bool:
@@ -220,7 +119,7 @@ def _sample(rows: Rows, signature: Signature) -> torch.Tensor:
     """Return row numbers spread evenly over a split; whole groups for ranking."""
     if len(rows) <= SAMPLE_ROWS:
         return torch.arange(len(rows))
-    if signature.task != "ranking" or rows.group is None:
+    if not signature.task_kind.has_lists or rows.group is None:
         return torch.arange(SAMPLE_ROWS) * len(rows) // SAMPLE_ROWS
     number = torch.unique(rows.group, return_inverse=True)[1]
     every = -(-len(rows) // SAMPLE_ROWS)

@@ -1,4 +1,8 @@
-"""Code that depends on a model's task.
+"""Kinds of tasks: the functions of each, which its declaration names.
 
-loss.py  the training loss of each task, and batches in random order
+protocol.py   what the functions of a kind are
+outputs.py    outputs as logits, and as shares of lists
+loss.py       the training loss of a signature's kind, and batches in random order
+ctr.py        click prediction
+ranking.py    scores that order the rows of each list
 """

@@ -1,4 +1,4 @@
-"""Training losses by the task of the signature, and batches of rows in random order.
+"""Training losses of a signature's kind of task, and batches of rows in random order.
 
 A loss takes the network's raw output in the form that the signature names (a logit, a probability,
 or any score) and returns a scalar, averaged over rows or, for ranking, over groups.
@@ -8,12 +8,23 @@ from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from compressors.contracts import Signature, Split
 from compressors.core.batches import Batch, JoinedRows, Rows
+from compressors.task_kinds.protocol import TaskFunctions, TaughtRows
 
-EDGE = 1e-6  # probabilities are clamped to [EDGE, 1 - EDGE], so that their logits are finite
+
+def functions_of(signature: Signature) -> TaskFunctions:
+    """Return the functions of a signature's kind of task.
+
+    Raises:
+        ValueError: it has none; steps that need a loss refuse such a kind before.
+    """
+    kind = signature.task_kind.load()
+    if kind is None:
+        raise ValueError(f"task {signature.task!r} has no loss")
+    functions: TaskFunctions = kind(signature)
+    return functions
 
 
 def hard_loss(signature: Signature, output: Tensor, batch: Batch) -> Tensor:
@@ -25,18 +36,9 @@ def hard_loss(signature: Signature, output: Tensor, batch: Batch) -> Tensor:
         batch: labels, and for ranking the groups.
 
     Returns:
-        A scalar: binary cross entropy for ``ctr``; for ``ranking`` the listwise softmax cross
-        entropy (ListNet, Cao et al. 2007, top-one probabilities) with gains ``2^label - 1``.
-        Groups without a positive label do not count.
+        A scalar.
     """
-    score, label = output.reshape(-1), batch.label.to(torch.float32)
-    if signature.task == "ctr":
-        return F.binary_cross_entropy_with_logits(logits(signature, score), label)
-    segment, groups = segments(batch, len(score))
-    gains = torch.exp2(label) - 1
-    total = sums(gains, segment, groups)
-    target = gains / total.clamp(min=EDGE)[segment]
-    return _listwise(score, target, segment, total > 0)
+    return functions_of(signature).hard_loss(output.reshape(-1), batch)
 
 
 def soft_loss(
@@ -55,20 +57,8 @@ def soft_loss(
     Returns:
         A scalar.
     """
-    score = output.reshape(-1)
-    if signature.task == "ctr":
-        wanted = torch.sigmoid(logits(signature, teacher) / temperature)
-        loss = F.binary_cross_entropy_with_logits(logits(signature, score) / temperature, wanted)
-        return loss * temperature**2
-    segment, groups = segments(batch, len(score))
-    wanted = log_shares(teacher / temperature, segment, groups).exp()
-    every = torch.ones(groups, dtype=torch.bool, device=score.device)
-    return _listwise(score / temperature, wanted, segment, every) * temperature**2
-
-
-def logits(signature: Signature, output: Tensor) -> Tensor:
-    """Convert the output to a logit."""
-    return output if signature.output == "logit" else torch.logit(output, eps=EDGE)
+    rows = TaughtRows(output.reshape(-1), teacher, batch)
+    return functions_of(signature).soft_loss(rows, temperature)
 
 
 def shuffled(
@@ -94,11 +84,11 @@ def shuffled_rows(
 ) -> Iterator[Tensor]:
     """Yield the row numbers of each batch, int64 ``(about size,)``, each row once.
 
-    For ranking a batch contains whole groups, because the loss is computed by list; with
-    ``whole_lists`` also for other tasks whose rows have a group.
+    A batch contains whole groups if the loss is computed by list; with ``whole_lists`` also for
+    other tasks whose rows have a group.
     """
     generator = torch.Generator().manual_seed(seed)
-    if rows.group is None or not (whole_lists or signature.task == "ranking"):
+    if rows.group is None or not (whole_lists or signature.task_kind.has_lists):
         whole = torch.randperm(len(rows), generator=generator)
         yield from _without_single_rows(torch.split(whole, size))
         return
@@ -136,33 +126,3 @@ def _without_single_rows(parts: Iterable[Tensor]) -> Iterator[Tensor]:
         before = part
     if before is not None:
         yield before
-
-
-def segments(batch: Batch, rows: int) -> tuple[Tensor, int]:
-    """Return the number of each row's list, int64 ``(rows,)``, and the number of lists.
-
-    Without groups the whole batch is one list.
-    """
-    if batch.group is None:
-        return torch.zeros(rows, dtype=torch.int64, device=batch.label.device), 1
-    lists, segment = torch.unique(batch.group, return_inverse=True)
-    return segment, len(lists)
-
-
-def sums(values: Tensor, segment: Tensor, groups: int) -> Tensor:
-    """Sum values, ``(rows,)``, by list: ``(groups,)``."""
-    return values.new_zeros(groups).index_add(0, segment, values)
-
-
-def log_shares(score: Tensor, segment: Tensor, groups: int) -> Tensor:
-    """Return each row's log-softmax within its list, ``(rows,)``."""
-    top = score.detach().new_full((groups,), -torch.inf)
-    top = top.scatter_reduce(0, segment, score.detach(), "amax")
-    shifted = score - top[segment]
-    return shifted - sums(shifted.exp(), segment, groups).log()[segment]
-
-
-def _listwise(score: Tensor, target: Tensor, segment: Tensor, counts: Tensor) -> Tensor:
-    """Compute the mean softmax cross entropy of the groups that count."""
-    each = sums(-target * log_shares(score, segment, len(counts)), segment, len(counts))
-    return (each * counts).sum() / counts.sum().clamp(min=1)

@@ -193,7 +193,7 @@ def _of_label(split: str, signature: Signature, rules: Rules) -> list[Check]:
     label = signature.label
     if label is None:
         return []
-    if signature.task != "ctr":
+    if signature.task_kind.labels == "grades":
         return [
             _not_null(split, label, ROWS),
             _between(split, label, "at least 0, finite in float32", ROWS, 0, FLOAT32_MAX),

@@ -107,7 +107,7 @@ def needs(signature: Signature) -> tuple[Need, ...]:
                 needed.append(Need(column, use, ("list of integer",), whole))
     if signature.label is not None:
         needed.append(Need(signature.label, "the label", NUMBERS, "Store it as a number."))
-    if signature.group is not None and signature.task == "retrieval":
+    if signature.group is not None and signature.task_kind.evaluation == "queries":
         # Other values are numbered separately in each split, and here splits are compared.
         remedy = "Number the groups the same way in every split."
         needed.append(Need(signature.group, "the group", ("integer",), remedy))

@@ -27,7 +27,15 @@ import pyarrow.compute as pc
 from pydantic import Field
 from safetensors.numpy import save_file
 
-from compressors.contracts import DenseInput, Frozen, IdInput, JaggedBag, PaddedBag, Signature
+from compressors.contracts import (
+    DenseInput,
+    Frozen,
+    IdInput,
+    JaggedBag,
+    PaddedBag,
+    Signature,
+    TaskKind,
+)
 from infra.data.parquet import (
     Array,
     Faults,
@@ -109,7 +117,9 @@ def prepare(parquet: Path, signature: Signature, into: Path) -> Prepared:
             _fill(item, batch, first, out, faults)
         if signature.label is not None:
             column = batch.column(signature.label)
-            out["@label"][here] = _labels(column, signature.label, signature.task, first, faults)
+            out["@label"][here] = _labels(
+                column, signature.label, signature.task_kind, first, faults
+            )
         if signature.group is not None:
             column = batch.column(signature.group)
             out["@group"][here] = _groups(column, signature.group, first, codes, faults)
@@ -229,14 +239,14 @@ def _floats(column: pa.Array, name: str, rows: Array, faults: Faults) -> Array:
     return np.clip(numbers, -FLOAT32_MAX, FLOAT32_MAX)
 
 
-def _labels(column: pa.Array, name: str, task: str, first: int, faults: Faults) -> Array:
+def _labels(column: pa.Array, name: str, kind: TaskKind, first: int, faults: Faults) -> Array:
     rows = first + np.arange(len(column))
     labels = _floats(column, name, rows, faults)
-    if task == "ctr":
+    if kind.labels == "clicks":
         wrong = (labels != 0) & (labels != 1) & ~np.isnan(labels)
-        faults.note(name, "a ctr label is 0 or 1", rows[wrong])
+        faults.note(name, f"a {kind.name} label is 0 or 1", rows[wrong])
     else:
-        faults.note(name, f"a {task} label is at least 0", rows[labels < 0])
+        faults.note(name, f"a {kind.name} label is at least 0", rows[labels < 0])
     return labels
 
 

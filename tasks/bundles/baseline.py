@@ -9,7 +9,8 @@ from torch import nn
 from compressors.contracts import ITEMS, TRAFFIC, Signature, Split
 from compressors.contracts.reasons import Reason
 from compressors.core.batches import Rows
-from compressors.metrics.baseline_checks import BaselineProblem, label_problems, score_problems
+from compressors.metrics.baseline_checks import label_problems, score_problems
+from compressors.metrics.baseline_problem import BaselineProblem
 from infra.data.catalogue import prepare
 from infra.errors import DataRefused
 from infra.store.temporary import scratch_folder

@@ -14,9 +14,9 @@ DATA = "tests/infra/test_splits.py"
 FAULTS = (
     Fault(
         id="soft-loss-temperature-of-student-only",
-        file="compressors/task_kinds/loss.py",
-        old="wanted = torch.sigmoid(logits(signature, teacher) / temperature)",
-        new="wanted = torch.sigmoid(logits(signature, teacher))",
+        file="compressors/task_kinds/ctr.py",
+        old="wanted = torch.sigmoid(teacher / temperature)",
+        new="wanted = torch.sigmoid(teacher)",
         effect="The teacher's probabilities are not softened by the temperature.",
         tests=(
             f"{LOSS}::test_the_soft_loss_of_clicks_is_the_cross_entropy_of_two_softened_answers",
@@ -24,9 +24,9 @@ FAULTS = (
     ),
     Fault(
         id="hard-loss-linear-gains",
-        file="compressors/task_kinds/loss.py",
-        old="    gains = torch.exp2(label) - 1\n",
-        new="    gains = label\n",
+        file="compressors/task_kinds/ranking.py",
+        old="gains = torch.exp2(batch.label.to(torch.float32)) - 1\n",
+        new="gains = batch.label.to(torch.float32)\n",
         effect="The ranking loss has linear gains instead of 2^label - 1.",
         tests=(f"{LOSS}::test_list_losses_are_cross_entropies_of_each_lists_shares",),
     ),
@@ -175,9 +175,9 @@ FAULTS = (
     ),
     Fault(
         id="probability-declared-as-logit-accepted",
-        file="compressors/metrics/baseline_checks.py",
-        old="        if _clearly_above(loss - other):\n",
-        new="        if _clearly_above(other - loss - 100):\n",
+        file="compressors/task_kinds/ctr.py",
+        old="if clearly_above(loss - other):\n",
+        new="if clearly_above(other - loss - 100):\n",
         effect="Probabilities declared as logits are packed.",
         tests=(f"{BASELINE}::test_probabilities_declared_as_logits_are_refused",),
     ),

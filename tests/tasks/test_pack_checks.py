@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from compressors.contracts import Artifact, Limit
 from compressors.contracts.metrics import usual_metrics
+from compressors.contracts.metrics.families import can_be_measured
 from compressors.errors.compression import ModelRefused
 from compressors.errors.metrics import LimitRefused
 from infra.bundle import bundle_folder as bundle_format
@@ -219,7 +220,7 @@ def test_a_limit_is_accepted_exactly_where_its_metric_is_measured(
     for name, facts in usual_metrics().items():
         limit = Limit(metric=name, at_least=0)
         measured = (
-            task in facts.tasks
+            can_be_measured(facts, task, grouped=True)
             and (grouped or not facts.needs_group)
             and (facts.batch or 0) <= rows
         )

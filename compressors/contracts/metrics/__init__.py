@@ -21,5 +21,3 @@ from compressors.contracts.metrics.families import usual_batches as usual_batche
 from compressors.contracts.metrics.families import usual_metrics as usual_metrics
 from compressors.contracts.metrics.metric import Metric as Metric
 from compressors.contracts.metrics.metric import MetricFamily as MetricFamily
-from compressors.contracts.metrics.metric import ScoreUnit as ScoreUnit
-from compressors.contracts.metrics.metric import Task as Task

@@ -13,8 +13,9 @@ from pydantic import AfterValidator, GetJsonSchemaHandler
 from pydantic_core import CoreSchema
 
 from compressors.contracts.metrics import quality, score_changes, serving
-from compressors.contracts.metrics.metric import EVERY_TASK, Metric, MetricFamily
+from compressors.contracts.metrics.metric import Metric, MetricFamily
 from compressors.contracts.reasons import Reason
+from compressors.contracts.task_kind import TASK_KINDS, task_kind
 from compressors.contracts.value_errors import value_error
 
 FAMILIES: dict[str, MetricFamily] = {}
@@ -70,14 +71,14 @@ def _usual(task: str, *, grouped: bool) -> tuple[Metric, ...]:
     return tuple(
         member
         for family in FAMILIES.values()
-        for member in family.of_task(task)
-        if grouped or not member.needs_group
+        for member in family.of_task(task_kind(task))
+        if can_be_measured(member, task, grouped=grouped)
     )
 
 
 def usual_metrics() -> dict[str, Metric]:
     """Return the metrics that are measured for every model of some task, by name."""
-    return {item.name: item for task in EVERY_TASK for item in _usual(task, grouped=True)}
+    return {item.name: item for task in TASK_KINDS for item in _usual(task, grouped=True)}
 
 
 def quality_metrics(task: str, *, grouped: bool, named: Iterable[str] = ()) -> tuple[str, ...]:
@@ -110,8 +111,10 @@ def can_be_measured(
         grouped: whether the signature names a group column.
         test_rows: number of test rows, which bounds the batch of a latency; None for no bound.
     """
+    kind = task_kind(task)
     return (
-        task in item.tasks
+        kind.evaluation in item.evaluations
+        and kind.labels in item.labels
         and (grouped or not item.needs_group)
         and (test_rows is None or (item.batch or 0) <= test_rows)
     )

@@ -3,15 +3,11 @@
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from importlib import import_module
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
-Task = Literal["ctr", "ranking", "retrieval"]
-EVERY_TASK: tuple[Task, ...] = get_args(Task)
+from compressors.contracts.task_kind import Evaluation, Labels, TaskKind
 
 MetricKind = Literal["quality", "score_change", "bytes", "latency"]
-
-ScoreUnit = Literal["probability", "spread"]
-"""Unit of a change of scores: probability, or standard deviations of the baseline's scores."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,7 +19,8 @@ class Metric:
         kind: what is measured: quality of a model, a change of its scores, bytes or latency.
         label: name in sentences.
         heading: name in tables, if shorter than ``label``.
-        tasks: tasks for which it can be measured.
+        evaluations: by how a model is evaluated, where it can be measured; see ``TaskKind``.
+        labels: the labels with which it can be measured.
         higher_is_better: whether higher values are better.
         compared: how two models are compared: candidate minus other, or candidate over other.
             ``never`` for a change of scores, which compares with the baseline by itself.
@@ -51,12 +48,13 @@ class Metric:
     name: str
     kind: MetricKind
     label: str
-    tasks: tuple[Task, ...]
     higher_is_better: bool
     compared: Literal["difference", "ratio", "never"]
     largest: float
     low: float
     high: float
+    evaluations: tuple[Evaluation, ...] = ("rows", "queries")
+    labels: tuple[Labels, ...] = ("clicks", "grades")
     heading: str = ""
     unit: str = ""
     decimals: int = 4
@@ -68,9 +66,9 @@ class Metric:
     depth: int | None = None
     batch: int | None = None
     quantile: float | None = None
-    estimators: Mapping[str, Any] = field(default_factory=dict)
+    estimators: Mapping[Evaluation, Any] = field(default_factory=dict)
 
-    def estimator(self, evaluation: str) -> Any:
+    def estimator(self, evaluation: Evaluation) -> Any:
         """Return the estimator for ``rows`` or ``queries``; None if the metric has none.
 
         Its protocol is in ``compressors/metrics/estimators/protocols.py``.
@@ -92,14 +90,15 @@ class MetricFamily:
         name: the name, up to and including the ``@`` if there is one.
         number: what the number is, such as ``k`` or ``batch``; empty for one metric.
         member: returns the metric with a number; without arguments if the family is one metric.
-        usual: by task, the numbers that are measured for every model. Empty for one metric.
+        usual: the numbers that are measured for every model, whatever its task, in addition to
+            those of its ``TaskKind``.
         most: the largest number.
     """
 
     name: str
     member: Callable[..., Metric]
     number: str = ""
-    usual: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    usual: tuple[int, ...] = ()
     most: int = 10_000
 
     @property
@@ -107,11 +106,13 @@ class MetricFamily:
         """The names of the family for people: ``auc``, ``ndcg@<k>``."""
         return f"{self.name}<{self.number}>" if self.number else self.name
 
-    def of_task(self, task: str) -> tuple[Metric, ...]:
-        """Return the metrics of the family that are measured for every model of a task."""
+    def of_task(self, kind: TaskKind) -> tuple[Metric, ...]:
+        """Return the metrics of the family that every order measures for a kind of task."""
         if not self.number:
-            return (self.member(),) if task in self.member().tasks else ()
-        return tuple(self.member(number) for number in self.usual.get(task, ()))
+            return (self.member(),)
+        named = (name.partition("@") for name in kind.usual)
+        own = [int(number) for head, at, number in named if head + at == self.name]
+        return tuple(self.member(number) for number in (*self.usual, *own))
 
     def any_member(self) -> Metric:
         """Return a metric of the family, for what all of them have in common."""

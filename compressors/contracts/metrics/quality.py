@@ -1,6 +1,7 @@
 """Metrics of quality: how well a model's scores order or predict labeled rows."""
 
-from compressors.contracts.metrics.metric import Metric, MetricFamily, Task, one
+from compressors.contracts.metrics.metric import Metric, MetricFamily, one
+from compressors.contracts.task_kind import Evaluation, Labels
 
 ESTIMATORS = "compressors.metrics.estimators"
 
@@ -8,9 +9,10 @@ ESTIMATORS = "compressors.metrics.estimators"
 def _share(
     name: str,
     label: str,
-    *tasks: Task,
+    labels: Labels,
+    *,
     largest: float,
-    estimators: dict[str, str],
+    estimators: dict[Evaluation, str],
     low: float = 0.0,
     needs_group: bool = True,
     depth: int | None = None,
@@ -20,7 +22,8 @@ def _share(
         name=name,
         kind="quality",
         label=label,
-        tasks=tasks,
+        evaluations=tuple(estimators),
+        labels=(labels,),
         higher_is_better=True,
         compared="difference",
         largest=largest,
@@ -39,7 +42,8 @@ def _loss(name: str, label: str, *, largest: float, high: float, estimator: str)
         name=name,
         kind="quality",
         label=label,
-        tasks=("ctr",),
+        evaluations=("rows",),
+        labels=("clicks",),
         higher_is_better=False,
         compared="difference",
         largest=largest,
@@ -54,8 +58,7 @@ def ndcg(k: int) -> Metric:
     return _share(
         f"ndcg@{k}",
         f"NDCG@{k}",
-        "ranking",
-        "retrieval",
+        "grades",
         largest=1.0,
         depth=k,
         estimators={
@@ -70,7 +73,7 @@ def recall(k: int) -> Metric:
     return _share(
         f"recall@{k}",
         f"Recall@{k}",
-        "retrieval",
+        "grades",
         largest=1.0,
         depth=k,
         estimators={"queries": f"{ESTIMATORS}.recall:Recall"},
@@ -82,7 +85,7 @@ FAMILIES = (
         _share(
             "auc",
             "AUC",
-            "ctr",
+            "clicks",
             largest=0.5,
             low=0.5,
             needs_group=False,
@@ -104,14 +107,12 @@ FAMILIES = (
         _share(
             "gauc",
             "GAUC",
-            "ctr",
+            "clicks",
             largest=0.5,
             low=0.5,
             estimators={"rows": f"{ESTIMATORS}.auc:GroupAuc"},
         )
     ),
-    MetricFamily(name="recall@", number="k", member=recall, usual={"retrieval": (20,)}),
-    MetricFamily(
-        name="ndcg@", number="k", member=ndcg, usual={"ranking": (10,), "retrieval": (20,)}
-    ),
+    MetricFamily(name="recall@", number="k", member=recall),
+    MetricFamily(name="ndcg@", number="k", member=ndcg),
 )

@@ -1,6 +1,7 @@
 """Metrics that compare the candidate's scores with the baseline's, their only reference."""
 
-from compressors.contracts.metrics.metric import EVERY_TASK, Metric, Task, one
+from compressors.contracts.metrics.metric import Metric, one
+from compressors.contracts.task_kind import Evaluation
 
 
 def _change(
@@ -13,14 +14,14 @@ def _change(
     needs_group: bool = False,
     is_share: bool = False,
     has_interval: bool = True,
-    tasks: tuple[Task, ...] = EVERY_TASK,
+    evaluations: tuple[Evaluation, ...] = ("rows", "queries"),
 ) -> Metric:
     return Metric(
         name=name,
         kind="score_change",
         label=label,
         heading=heading,
-        tasks=tasks,
+        evaluations=evaluations,
         higher_is_better=higher_is_better,
         compared="never",
         largest=high,
@@ -51,7 +52,7 @@ TOP20 = _change(
     heading="top-20 overlap",
     higher_is_better=True,
     is_share=True,
-    tasks=("retrieval",),
+    evaluations=("queries",),
 )
 
 FAMILIES = tuple(one(change) for change in (CORRELATION, MEAN, LARGEST, TOP1, TOP20))

@@ -2,7 +2,7 @@
 
 from functools import partial
 
-from compressors.contracts.metrics.metric import EVERY_TASK, Metric, MetricFamily, one
+from compressors.contracts.metrics.metric import Metric, MetricFamily, one
 
 BATCHES = (1, 64, 1024)
 LARGEST_BATCH = 65_536
@@ -13,7 +13,6 @@ BYTES = Metric(
     name="bytes",
     kind="bytes",
     label="size",
-    tasks=EVERY_TASK,
     higher_is_better=False,
     compared="ratio",
     largest=2.0,
@@ -32,7 +31,6 @@ def latency(quantile: str, batch: int) -> Metric:
         kind="latency",
         label=f"{quantile} latency at batch {batch}",
         heading=f"{quantile} ms, batch {batch}",
-        tasks=EVERY_TASK,
         higher_is_better=False,
         compared="ratio",
         largest=10.0,
@@ -52,7 +50,7 @@ FAMILIES = (
             name=f"{quantile}_ms@",
             number="batch",
             member=partial(latency, quantile),
-            usual=dict.fromkeys(EVERY_TASK, BATCHES),
+            usual=BATCHES,
             most=LARGEST_BATCH,
         )
         for quantile in QUANTILES

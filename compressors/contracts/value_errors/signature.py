@@ -11,12 +11,13 @@ SENTENCES = {
     "bag_shape_form": "bag {name!r} needs shape [length], at least 1",
     "bag_columns_count": "bag {name!r} reads exactly one list column",
     "inputs_repeated": "inputs share the name(s) {names}",
-    "ctr_output_form": "task 'ctr' needs output 'logit' or 'probability'",
+    "task_unknown": "unknown task {task!r}; use one of {known}",
+    "output_form": "task {task!r} needs output {forms: or }; got {got!r}",
     "label_missing": "label is missing; task {task!r} needs a label column",
     "metric_not_measured": "{reason}",
-    "towers_unexpected": "towers and item belong to task 'retrieval', not {task!r}",
-    "towers_missing": "task 'retrieval' needs towers (query and item) and item, the id",
-    "retrieval_output_form": "task 'retrieval' needs output 'score', the dot product of vectors",
+    "towers_unexpected": "towers and item belong to a task that ranks a catalogue, such as "
+    "'retrieval', not {task!r}",
+    "towers_missing": "task {task!r} needs towers (query and item) and item, the id",
     "tower_inputs_differ": "every input belongs to exactly one tower; inputs are {inputs}, the "
     "towers read {read}",
     "item_not_in_tower": "item {item!r} is not among the item tower's inputs",

@@ -70,7 +70,7 @@ def require_loss(bench: Bench, kind: str) -> None:
     Raises:
         NothingToCompress: the task is ``retrieval``.
     """
-    if bench.signature.task == "retrieval":
+    if not bench.signature.task_kind.scores_rows:
         raise NothingToCompress("training_unavailable", step=kind)
 
 

@@ -135,7 +135,7 @@ class Channels(Frozen):
             NothingToCompress: importance is ``gradient``, and the signature's task has no loss.
             CompressionError: not even the smallest widths reach the target.
         """
-        if self.importance == "gradient" and bench.signature.task == "retrieval":
+        if self.importance == "gradient" and not bench.signature.task_kind.scores_rows:
             raise NothingToCompress("loss_missing", step=self.kind)
         prunable = self._found(model, bench.signature)
         _PROVED[model.module] = (self, prunable)

@@ -70,7 +70,7 @@ class DropLayers(Frozen):
         Raises:
             NothingToCompress: quality must be measured, and the task has no metric of single rows.
         """
-        if self._measures and bench.signature.task == "retrieval":
+        if self._measures and not bench.signature.task_kind.scores_rows:
             raise NothingToCompress("row_metric_for_layers_missing", step=self.kind)
         return self._stacks(model, bench.signature)[1]
 

@@ -101,7 +101,7 @@ class Dimensions(Frozen):
         Raises:
             NothingToCompress: importance is ``gradient``, and the signature's task has no loss.
         """
-        if self.importance == "gradient" and bench.signature.task == "retrieval":
+        if self.importance == "gradient" and not bench.signature.task_kind.scores_rows:
             raise NothingToCompress("loss_missing", step=self.kind)
         return self._designs(model)[0]
 

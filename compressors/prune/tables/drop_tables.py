@@ -125,7 +125,7 @@ class DropTables(Frozen):
         Raises:
             NothingToCompress: the signature's task has no metric of single rows.
         """
-        if bench.signature.task == "retrieval":
+        if not bench.signature.task_kind.scores_rows:
             raise NothingToCompress("row_metric_missing", step=self.kind)
         choices = choose_tables(Unit.of(model.module), self.tables, self.min_rows, self.kind)
         tried = Reason(

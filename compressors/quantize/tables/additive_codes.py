@@ -231,7 +231,7 @@ class AdditiveCodes(Frozen):
         Raises:
             NothingToCompress: validation rows select the fit, and the task has no row metric.
         """
-        if self.draws > 1 and bench.signature.task == "retrieval":
+        if self.draws > 1 and not bench.signature.task_kind.scores_rows:
             raise NothingToCompress("row_metric_for_draws_missing", step=self.kind)
         units = Unit.of(model.module)
         choices = choose_tables(units, self.tables, self.min_rows, self.kind)

@@ -163,8 +163,8 @@ def test_a_jagged_bag_is_two_arguments():
             "metric_not_measured",
             {"reason": Reason("metric_without_group", metric="gauc")},
         ),
-        ((USER,), {"output": "score"}, "ctr_output_form", {}),
-        ((USER,), {"task": "regression"}, "literal_error", {"expected": Text("'ctr'")}),
+        ((USER,), {"output": "score"}, "output_form", {"task": "ctr", "got": "score"}),
+        ((USER,), {"task": "regression"}, "task_unknown", {"task": "regression"}),
         ((USER,), {"metric": "accuracy"}, "metric_unknown", {"metric": "accuracy"}),
     ],
 )
@@ -316,7 +316,7 @@ def test_a_retrieval_schema_knows_what_each_of_its_files_holds():
             "metric_not_measured",
             {"reason": Reason("metric_without_group", metric="ndcg@20")},
         ),
-        ({"output": "logit"}, "retrieval_output_form", {}),
+        ({"output": "logit"}, "output_form", {"task": "retrieval", "got": "logit"}),
         (
             {"towers": TOWERS | {"query": {"module": "of_user", "inputs": ["user", "item"]}}},
             "tower_inputs_differ",

@@ -8,7 +8,8 @@ from hypothesis import given
 from models import ATTENTION, BENCH_ROWS, NORMED, RANKER
 
 from compressors.core.batches import Batch, Rows, batches
-from compressors.task_kinds.loss import hard_loss, logits, shuffled_rows, soft_loss
+from compressors.task_kinds.loss import hard_loss, shuffled_rows, soft_loss
+from compressors.task_kinds.outputs import logits
 
 LISTS = ATTENTION.signature
 CLICKS = RANKER.signature

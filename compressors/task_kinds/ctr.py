@@ -1,0 +1,93 @@
+"""Click prediction: the probability that a row is clicked, with labels 0 and 1."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from compressors.contracts import Signature
+from compressors.contracts.reasons import Reason
+from compressors.core.batches import Batch
+from compressors.metrics import point_estimates
+from compressors.metrics.baseline_problem import CLEAR, BaselineProblem, clearly_above
+from compressors.task_kinds.outputs import logits
+from compressors.task_kinds.protocol import ScoredSample, TaughtRows
+
+
+@dataclass(frozen=True)
+class Ctr:
+    """Binary cross entropy, and scores that fit the declared output."""
+
+    signature: Signature
+
+    def hard_loss(self, score: Tensor, batch: Batch) -> Tensor:
+        """Compute the mean binary cross entropy."""
+        label = batch.label.to(torch.float32)
+        return F.binary_cross_entropy_with_logits(logits(self.signature, score), label)
+
+    def soft_loss(self, rows: TaughtRows, temperature: float) -> Tensor:
+        """Compute the mean cross entropy against the teacher's probabilities."""
+        student, teacher = (logits(self.signature, output) for output in rows[:2])
+        wanted = torch.sigmoid(teacher / temperature)
+        loss = F.binary_cross_entropy_with_logits(student / temperature, wanted)
+        return loss * temperature**2
+
+    def score_problems(self, sample: ScoredSample) -> Iterator[BaselineProblem]:
+        """Check that scores fit the declared output and are better than the base rate."""
+        label, score = sample.label, sample.score
+        outside = (score < 0) | (score > 1)
+        declared = self.signature.output == "probability"
+        if declared and outside.any():
+            yield BaselineProblem(
+                Reason(
+                    "probability_outside",
+                    count=int(outside.sum()),
+                    rows=score.size,
+                    score=float(score[outside][0]),
+                ),
+                refused=True,
+                fatal=True,
+            )
+            return
+        as_logit = point_estimates.row_logloss(label, 1 / (1 + np.exp(-score)))
+        loss = as_logit
+        if not outside.any():
+            as_probability = point_estimates.row_logloss(label, score)
+            loss = as_probability if declared else as_logit
+            other = as_logit if declared else as_probability
+            if clearly_above(loss - other):
+                wrong, right = ("probability", "logit") if declared else ("logit", "probability")
+                yield BaselineProblem(
+                    Reason(
+                        "output_misdeclared",
+                        declared=wrong,
+                        fitting=right,
+                        rows=score.size,
+                        declared_loss=float(loss.mean()),
+                        fitting_loss=float(other.mean()),
+                    ),
+                    refused=not declared,
+                )
+                return
+        rate = float(label.mean())
+        if not 0 < rate < 1:  # the sample has one class only: the rarer one is too rare
+            return
+        if clearly_above(loss - np.where(label == 1, -np.log(rate), -np.log1p(-rate))):
+            yield BaselineProblem(
+                Reason(
+                    "worse_than_base_rate",
+                    loss=float(loss.mean()),
+                    rows=score.size,
+                    entropy=float(point_estimates.base_entropy(rate)),
+                    rate=rate,
+                )
+            )
+        positives = float(label.sum())
+        negatives = label.size - positives
+        error = np.sqrt((label.size + 1) / (12 * positives * negatives))
+        auc = point_estimates.auc(label, score)
+        if min(positives, negatives) >= 10 and auc + CLEAR * error < 0.5:
+            yield BaselineProblem(Reason("worse_than_chance", auc=float(auc), rows=score.size))
