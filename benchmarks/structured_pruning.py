@@ -86,7 +86,7 @@ def ours(importance: Importance, scope: str, *, reconstruct: bool = True) -> Can
             pruned = run(step, model, bench, Path(folder))
             return replace(pruned, module=_copy_module(pruned))
 
-    name = f"{importance}, {scope}" + (", solved anew" if reconstruct else "")
+    name = f"{importance}, {scope}" + (", solved again" if reconstruct else "")
     return Candidate(name, prune)
 
 
@@ -242,9 +242,9 @@ def main() -> None:
     lines = {
         "Torch-Pruning": best["theirs"],
         "random channels": RANDOM,
-        "random channels, solved anew": RANDOM_RECONSTRUCTED,
+        "random channels, solved again": RANDOM_RECONSTRUCTED,
         "channels": best["ours"],
-        "channels, half of the loss the original's answers": replace(best["ours"], soft_share=0.5),
+        "channels, half of the loss from the original": replace(best["ours"], soft_share=0.5),
     }
     losses: dict[str, list[float]] = {name: [] for name in lines}
     untrained_losses: dict[str, list[float]] = {name: [] for name in lines}

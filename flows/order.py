@@ -42,9 +42,9 @@ class Order(Terms):
 
     @model_validator(mode="after")
     def _a_map_fits_what_is_served(self) -> Self:
-        for step, behind in zip(self.steps, self.steps[1:], strict=False):
+        for step, following in zip(self.steps, self.steps[1:], strict=False):
             if step.kind == "recalibrate":
-                raise value_error("recalibrate_not_last", step=behind.kind)
+                raise value_error("recalibrate_not_last", step=following.kind)
         return self
 
     def recipe(self) -> tuple[AnyStep, ...]:

@@ -115,7 +115,7 @@ class Terms(Frozen):
         0,
         ge=0,
         title="Attempt",
-        description="Raise it to carry the same order out anew, as a new version.",
+        description="Raise it to run the same order again, as a new version.",
         json_schema_extra={"position": 8},
     )
 
@@ -132,7 +132,7 @@ class Terms(Frozen):
     teachers: tuple[str, ...] = Field(
         (),
         title="Other teachers",
-        description="Models whose answers are averaged with the original's where a step learns "
+        description="Models whose predictions are averaged with the original's where a step learns "
         "from them: packed bundles, or registry:name@version. Same inputs and output.",
         json_schema_extra={"position": 10},
     )

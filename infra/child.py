@@ -32,7 +32,7 @@ the error are the field ``error`` of its answer."""
 _SENT: dict[int, type[BuildRefused | OutOfMemory]] = {REFUSED: BuildRefused, NO_MEMORY: OutOfMemory}
 
 GRACE_SECONDS = 5.0
-"""How long after its limit a child lives at most if nobody is left to kill it."""
+"""How long a child lives at most after its limit if its parent no longer exists."""
 
 _TAIL_LINES = 12
 _TAIL_COLUMNS = 300

@@ -70,8 +70,8 @@ def quality_of(signature: Signature, scored: tuple[Scored, ...], test: Split, se
             for place, held in enumerate(stored)
         }
         return ByQuery(values, test.rows, seed)
-    answers = {str(place): _predictions(signature, item) for place, item in enumerate(scored)}
-    return row_quality(list(batches(test, signature, READING_ROWS)), answers, seed)
+    predictions = {str(place): _predictions(signature, item) for place, item in enumerate(scored)}
+    return row_quality(list(batches(test, signature, READING_ROWS)), predictions, seed)
 
 
 def _predictions(signature: Signature, item: Scored) -> np.ndarray:

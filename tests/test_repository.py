@@ -12,6 +12,7 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from packaging.version import Version
+from repository_files import repository_files
 
 ROOT = Path(__file__).parents[1]
 LARGEST = 1_000_000
@@ -89,23 +90,6 @@ def closure(wanted: list[Requirement]) -> dict[str, Version]:
             ):
                 wanted.append(needed)
     return found
-
-
-def repository_files() -> list[Path]:
-    """Tracked files and those about to be: whatever git does not ignore."""
-    if not (ROOT / ".git").exists():
-        pytest.skip("not a git checkout, so there is no list of tracked files")
-    listed = subprocess.run(
-        ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],  # noqa: S607
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=True,
-    ).stdout
-    files = [ROOT / name for name in listed.split("\0") if name]
-    files = [path for path in files if path.is_file()]
-    assert len(files) > 40, "the list of files is too short to be this repository"
-    return files
 
 
 def texts() -> list[tuple[Path, str]]:

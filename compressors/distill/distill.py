@@ -46,17 +46,20 @@ class Distill(Frozen):
 
     kind: Literal["distill"] = "distill"
     soft_share: float = Field(
-        0.5, gt=0, le=1, description="Weight of the teacher's answers against the labels."
+        0.5, gt=0, le=1, description="Weight of the teacher's predictions against the labels."
     )
     temperature: float = Field(
-        1.0, ge=0.1, le=100, description="Both answers are divided by it before they are compared."
+        1.0,
+        ge=0.1,
+        le=100,
+        description="Divides both predictions before they are compared.",
     )
     loss: SoftLoss = Field(
         "task",
-        description="How answers are compared. task: pointwise for clicks, listwise for ranking. "
-        "pointwise: each row's own. Over lists (groups; without a group column the batch is one): "
-        "margin (differences of two rows), listwise (softmax shares), rankdistil (the top of the "
-        "teacher's list), calibrated_listwise (shares of probabilities).",
+        description="How predictions are compared. task: pointwise for clicks, listwise for "
+        "ranking. pointwise: each row's own. Over lists (groups; without a group column the batch "
+        "is one): margin (differences of two rows), listwise (softmax shares), rankdistil (the "
+        "top of the teacher's list), calibrated_listwise (shares of probabilities).",
     )
     top: int = Field(10, ge=1, description="Of rankdistil: how many rows of a list are its top.")
     rows: SoftLabelSettings = Field(
@@ -74,7 +77,7 @@ class Distill(Frozen):
     )
     auxiliary: str | None = Field(
         None,
-        description="A layer on top of which a linear head learns the teacher's answers, and is "
+        description="A layer on top of which a linear head learns the teacher's predictions; it is "
         "dropped afterwards; the network's own output then learns the labels alone.",
     )
     dense: bool = Field(

@@ -48,7 +48,7 @@ TRIES = 5
 
 
 class RefitCodes(Frozen):
-    """Train codebooks or scales of packed tables on the task and choose codes anew, in turn."""
+    """Train codebooks or scales of packed tables on the task and choose codes again, in turn."""
 
     kind: Literal["refit_codes"] = "refit_codes"
     tables: tuple[str, ...] = Field(
@@ -66,10 +66,13 @@ class RefitCodes(Frozen):
     )
     dense: bool = Field(False, description="Train dense layers along with them.")
     soft_share: float = Field(
-        0.5, gt=0, le=1, description="Weight of the teacher's answers against the labels."
+        0.5, gt=0, le=1, description="Weight of the teacher's predictions against the labels."
     )
     temperature: float = Field(
-        1.0, ge=0.1, le=100, description="Both answers are divided by it before they are compared."
+        1.0,
+        ge=0.1,
+        le=100,
+        description="Divides both predictions before they are compared.",
     )
     training: Training = Field(
         default_factory=lambda: Training(epochs=3, learning_rate=3e-4, patience=1),

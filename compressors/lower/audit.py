@@ -92,7 +92,7 @@ def _not_multiplied(
 
 def _unfused(graph: onnx.GraphProto, maker: dict[str, onnx.NodeProto]) -> list[str]:
     return [
-        f"{node.op_type} {node.name or node.output[0]!r} computes in float32 behind a "
+        f"{node.op_type} {node.name or node.output[0]!r} computes in float32 after a "
         f"DequantizeLinear"
         for node in graph.node
         if node.op_type in FLOAT_PRODUCTS

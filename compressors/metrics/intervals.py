@@ -152,7 +152,7 @@ def paired_means(
         raise MetricRefused("values_unpaired", baseline=before.shape, candidate=after.shape)
     if not (np.isfinite(before).all() and np.isfinite(after).all()):
         raise MetricRefused("values_not_finite")
-    require_units("queries that ask for something new", before.size)
+    require_units("queries with a new item", before.size)
     return _paired(before.size, mean_statistic(before), mean_statistic(after), rows, samples, seed)
 
 

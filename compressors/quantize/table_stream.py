@@ -23,7 +23,7 @@ from compressors.core.state.safetensors_stream import Piece, StreamedFile, size_
 from compressors.errors.compression import CompressionError, ContractBroken, ModelRefused
 
 BLOCK_BYTES = 2**22
-"""Read at once where nobody says how many rows: the block and its codes stay in a core's cache."""
+"""Bytes of a block if the caller names no rows: block and codes fit in a core's cache."""
 
 
 HEADER, WHOLE = "header", "whole"

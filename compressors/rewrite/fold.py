@@ -86,7 +86,7 @@ class _Move:
 
 
 class Fold(Frozen):
-    """Fold norms into the dense layers around them, and take out channels that say nothing."""
+    """Fold norms into the dense layers around them, and remove dead channels."""
 
     kind: Literal["fold"] = "fold"
     layers: tuple[str, ...] = Field(

@@ -63,9 +63,7 @@ def main() -> None:
 @orders.with_order_options
 def compress(
     terms: "Terms",
-    force: Annotated[
-        bool, typer.Option(help="Carry the order out anew, as a new version.")
-    ] = False,
+    force: Annotated[bool, typer.Option(help="Run the order again, as a new version.")] = False,
     as_json: Json = False,
 ) -> None:
     """Compress a model, judge what will be served, and register the result."""
@@ -93,7 +91,7 @@ def explain(
 @app.command()
 def demo(
     force: Annotated[
-        bool, typer.Option(help="Compress anew, as a new version; the trained model is kept.")
+        bool, typer.Option(help="Compress again, as a new version; the trained model is kept.")
     ] = False,
     as_json: Json = False,
 ) -> None:
@@ -352,7 +350,7 @@ def registry_fetch(
 
 @app.command()
 def doctor(as_json: Json = False) -> None:
-    """Say what this installation uses, and whether it answers."""
+    """Show what this installation uses, and whether it responds."""
     from flows.cli.doctor import examine
 
     findings = examine()

@@ -64,7 +64,7 @@ def examine() -> tuple[Finding, ...]:
     importlib.import_module("prefect.settings")
     if settings.store_root.startswith("s3://") or settings.triton.startswith("s3://"):
         importlib.import_module("s3fs")
-    asked = [
+    probes = [
         _start("object store", settings.store_root.startswith("s3://"), _store, _STORE),
         _start("registry", not settings.registry_uri.startswith("sqlite"), _registry, _REGISTRY),
         _start("Prefect", True, _prefect, _PREFECT),
@@ -75,7 +75,7 @@ def examine() -> tuple[Finding, ...]:
     triton = _start("Triton repository", settings.triton.startswith("s3://"), _triton, _TRITON)
     unset = Finding(what="Triton repository", state="absent", found="RECPRESS_TRITON is not set")
     return (
-        *(wait() for wait in asked),
+        *(wait() for wait in probes),
         champion(),
         triton() if settings.triton else unset,
         _try("torch", _torch, "Install it again: make .venv"),

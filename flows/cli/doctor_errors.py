@@ -1,4 +1,4 @@
-"""The error of ``recpress doctor``: a service that answers, but not as it should. Types only."""
+"""The error of ``recpress doctor``: a service that responds, but not as expected. Types only."""
 
 from typing import ClassVar
 
@@ -6,13 +6,13 @@ from compressors.contracts import CodedError
 
 
 class CheckFailed(CodedError):
-    """A service answers, but not as it should."""
+    """A service responds, but not as expected."""
 
     sentences: ClassVar = {
         "store_read_only": "{root} is read ({bundles} bundle(s)) but not written: {problem}",
         "store_write_lost": "{root} does not give back what was written to {key}.",
-        "answer_foreign": "{address} answers, but not as {service} does.",
+        "answer_foreign": "{address} responds, but not as {service} does.",
         "credentials_refused": "{service} at {address} refuses the credentials ({status}).",
-        "service_failed": "{service} at {address} answers with its own failure ({status}).",
-        "status_unexpected": "{service} at {address} answers {status}.",
+        "service_failed": "{service} at {address} responds with its own failure ({status}).",
+        "status_unexpected": "{service} at {address} responds with {status}.",
     }

@@ -29,7 +29,7 @@ Limits = Annotated[
 ]
 Target = Annotated[
     list[str] | None,
-    typer.Option(help="Required beside onnxruntime: tensorrt-rtx or tensorrt. Repeatable."),
+    typer.Option(help="Required in addition to onnxruntime: tensorrt-rtx or tensorrt. Repeatable."),
 ]
 Optionals = Annotated[
     list[str] | None, typer.Option(help="Optional target, left out if it cannot be built.")
@@ -42,7 +42,7 @@ Teachers = Annotated[
     list[str] | None,
     typer.Option(
         "--teacher",
-        help="A model that teaches beside the original: name@version, artifact URI, or "
+        help="A model that teaches in addition to the original: name@version, artifact URI, or "
         "registry:name@version. Repeatable.",
     ),
 ]

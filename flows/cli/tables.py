@@ -57,7 +57,7 @@ def tables_quantize(
 ) -> None:
     """Compress every table of IN into OUT, which is complete when it is there at all.
 
-    The same command takes up where an interrupted one stopped. Tensors that are no tables, or
+    The same command continues where an interrupted one stopped. Tensors that are no tables, or
     not among --tensor, are copied, and listed with the reason.
     """
     from tasks.bundles.table_files import quantize, step_named

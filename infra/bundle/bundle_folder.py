@@ -253,7 +253,7 @@ def manifest_of(raw: bytes, folder: Path) -> Manifest:
 def check_weights(folder: Path, manifest: Manifest) -> dict[str, TensorFact]:
     """Check that every weight is finite and every tie refers to a stored tensor.
 
-    Reads block by block, so memory stays flat whatever the size.
+    Reads block by block, so memory stays flat for any size.
 
     Returns:
         ``TensorFact`` (shape, dtype, bytes) of every stored tensor, by name.

@@ -39,12 +39,12 @@ if TYPE_CHECKING:
 __all__ = ["Finding", "Rules", "Validation", "refuse_failures", "validate"]
 
 # Great Expectations lists failing entries in order; one row may have several.
-ENTRIES_ASKED = 10 * ROWS_SHOWN
+ENTRIES_REQUESTED = 10 * ROWS_SHOWN
 
 FRAMES = "frames"
 
 # Rows listed in one line of an error; the page lists the first 20.
-ROWS_TOLD = 10
+ROWS_REPORTED = 10
 
 # Great Expectations keeps its context in a global, so validations of one process run in turn.
 _TURN = threading.Lock()
@@ -171,7 +171,7 @@ def _place(found: Finding) -> str:
 def _failure_text(found: Finding) -> str:
     if not found.failing_rows:
         return found.observed
-    pairs = list(zip(found.failing_rows, found.failing_values, strict=True))[:ROWS_TOLD]
+    pairs = list(zip(found.failing_rows, found.failing_values, strict=True))[:ROWS_REPORTED]
     rows = ", ".join(f"{row} ({value})" for row, value in pairs)
     more = " and more" if found.failing_count > len(pairs) else ""
     return f"{found.observed}, row(s) {rows}{more}"
@@ -337,13 +337,13 @@ def _run(
             gx.ExpectationSuite(FRAMES, expectations=wanted),
             result_format={
                 "result_format": "SUMMARY",
-                "partial_unexpected_count": ENTRIES_ASKED,
+                "partial_unexpected_count": ENTRIES_REQUESTED,
             },
         )
     except GreatExpectationsError as fault:
         return [_not_evaluated(check, f"Great Expectations failed: {fault}") for check in suite]
-    answers = {answer.expectation_config.meta["place"]: answer for answer in ran.results}
-    return [_finding(check, answers.get(place), known, starts) for place, check in enumerate(suite)]
+    results = {item.expectation_config.meta["place"]: item for item in ran.results}
+    return [_finding(check, results.get(place), known, starts) for place, check in enumerate(suite)]
 
 
 def _expectation(check: Check, place: int) -> Any:

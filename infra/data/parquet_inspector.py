@@ -87,7 +87,7 @@ class _Child:
             self.end()
             raise
 
-    def ask(self, request: dict[str, Any], seconds: float) -> dict[str, Any]:
+    def request(self, request: dict[str, Any], seconds: float) -> dict[str, Any]:
         """Send a request and wait for the reply.
 
         Raises:
@@ -213,7 +213,7 @@ class Inspector:
     def _inspect(self, file: Path, columns: tuple[str, ...], seconds: float) -> Inspected:
         child = self._running()
         try:
-            reply = child.ask({"file": str(file.absolute()), "columns": columns}, seconds)
+            reply = child.request({"file": str(file.absolute()), "columns": columns}, seconds)
         except TimeoutError as fault:
             self._drop()
             raise DataRefused("reader_timed_out", file=str(file), seconds=seconds) from fault

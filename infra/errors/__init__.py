@@ -8,7 +8,7 @@ InfraError               something outside did not work this time; a retry may h
 ├─ ConcurrentChange      another process changed what was being read or written
 ├─ OutOfMemory           there is not enough memory for what was to be done
 ├─ ChildFailed           a child process was killed or died (its limit is named)
-├─ ServiceFailed         a service ended, is not ready, or answered with its own failure
+├─ ServiceFailed         a service ended, is not ready, or responded with its own failure
 ├─ NoAnswer              a service sent no answer
 └─ ScoringFailed         a runtime failed on inputs
 Refused                  what was given cannot be used; retrying will not help

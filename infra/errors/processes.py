@@ -49,7 +49,7 @@ class ChildFailed(InfraError):
         "child_failed": "{module} failed with exit code {exit_code}. {output}",
         "child_signalled": "{module} died of {signal}. {output}",
         "child_answer_unreadable": "{module} ended without a readable answer. {output}",
-        "child_answer_no_object": "{module} answered with a {kind}, not an object.",
+        "child_answer_no_object": "{module} responded with a {kind}, not an object.",
         "reader_not_started": "The process that inspects parquet files could not be started; it "
         "may lack memory. Raise the limits of this process (ulimit -v), or end other processes, "
         "then run again.",
@@ -59,7 +59,7 @@ class ChildFailed(InfraError):
 
 
 class ServiceFailed(InfraError):
-    """A service ended, did not become ready, or answered with its own failure."""
+    """A service ended, did not become ready, or responded with its own failure."""
 
     sentences: ClassVar = {
         "service_ended": "{service} ended with {exit_code}. {output}",

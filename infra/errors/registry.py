@@ -19,7 +19,7 @@ class RegistryUnavailable(InfraError):
 
 
 class RegistryOutage(RegistryUnavailable):
-    """A registry over the network did not answer, or answered with its own failure."""
+    """A registry over the network did not respond, or responded with its own failure."""
 
     sentences: ClassVar = {"registry_no_answer": "The registry did not answer: {problem}"}
 

@@ -27,13 +27,13 @@ class StoreUnavailable(InfraError):
 
 
 class StoreOutage(StoreUnavailable):
-    """A store over the network did not answer, or answered with its own failure."""
+    """A store over the network did not respond, or responded with its own failure."""
 
     sentences: ClassVar = {
         "store_no_answer": "The object store did not answer for {place} ({problem}). Start it or "
         "check AWS_ENDPOINT_URL, then run again.",
-        "store_failed": "The object store answered {problem} for {place}. Wait a little, then run "
-        "again.",
+        "store_failed": "The object store responded with {problem} for {place}. Wait a little, "
+        "then run again.",
         "create_conflict": "The object store is creating {place} for another request. Wait a "
         "little, then run again.",
     }

@@ -47,8 +47,8 @@ class HttpRequest(Generic[T]):
     The thread of an abandoned request continues to run; it does not keep the process alive.
     """
 
-    def __init__(self, ask: Callable[[], T]) -> None:
-        self._ask = ask
+    def __init__(self, send: Callable[[], T]) -> None:
+        self._send = send
         self._held: list[T] = []
         self._fault: BaseException | None = None
         self._thread = threading.Thread(target=self._work, daemon=True)
@@ -71,7 +71,7 @@ class HttpRequest(Generic[T]):
 
     def _work(self) -> None:
         try:
-            self._held.append(self._ask())
+            self._held.append(self._send())
         except BaseException as fault:
             self._fault = fault
 

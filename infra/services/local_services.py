@@ -345,7 +345,7 @@ def instructions(client: Mapping[str, str], file: Path) -> list[str]:
     return [
         *addresses,
         f"Use them from another terminal:  {read}",
-        f"Prefect's UI is at {client['PREFECT_API_URL'].removesuffix('/api')} and asks for the "
+        f"Prefect's UI is at {client['PREFECT_API_URL'].removesuffix('/api')} and requires the "
         "authentication string, which this command prints:",
         f'  ({read}; echo "$PREFECT_API_AUTH_STRING")',
         "Ctrl-C stops them.",

@@ -137,7 +137,7 @@ class Bucket:
             try:
                 self._call("abort_multipart_upload", key, **where)
             except (InfraError, Refused) as fault:
-                log.warning("The unfinished upload of %s/%s stays behind: %s", self.uri, key, fault)
+                log.warning("The unfinished upload of %s/%s remains: %s", self.uri, key, fault)
             raise
 
     @cached_property

@@ -119,7 +119,7 @@ class BuildRequest(Frozen):
     """
 
     target: Target
-    onnx: str = Field(description="Path; external data lies beside it.")
+    onnx: str = Field(description="Path; external data is in the same folder.")
     profiles: tuple[Profile, ...] = ()
     tables: tuple[TableWeights, ...] = ()
     sparse_layers: tuple[str, ...] = ()

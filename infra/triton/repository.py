@@ -34,8 +34,8 @@ TYPES = {"int64": "TYPE_INT64", "int32": "TYPE_INT32", "float32": "TYPE_FP32"}
 QUEUE_MICROSECONDS = 0
 """How long a request may wait for others to share its batch.
 
-Zero: a request is never held back, and whatever queues up while the model is busy is answered
-together. A longer wait buys throughput with latency, which nobody measured for this model.
+Zero: a request never waits for others; requests that arrive while the model is busy are batched.
+A longer wait increases throughput and latency, and was not measured for this model.
 """
 
 _MARK = "# Written by recpress for model "
@@ -148,7 +148,7 @@ def config(served: ServedVersion) -> bytes:
     )
     lines = (
         f"{_MARK}{served.model}.\n"
-        "# It follows the registry's champion and is written anew with each promotion.\n"
+        "# It follows the registry's champion and is written again with each promotion.\n"
     )
     return (lines + written(message)).encode()
 

@@ -39,7 +39,7 @@ TENSORS, TABLES = "model.safetensors", "tables.json"
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
 Progress = Callable[[int, int], None]
-"""Told the bytes of one block that was read, and of all there are to read."""
+"""Called with the bytes of a block that was read, and of all blocks."""
 
 
 class Tables(Frozen):

@@ -115,7 +115,7 @@ def run_step_on_devices(work: Work, devices: list[str], folder: Path) -> StepRes
     return StepResult(outcome.network, outcome.plan)
 
 
-def run_ranks(asked: dict[str, Any]) -> dict[str, Any]:
+def run_ranks(request: dict[str, Any]) -> dict[str, Any]:
     """Start the ranks, wait for all, and return the result of the first one.
 
     If a rank fails, the others are stopped and this process raises its reason.
@@ -124,7 +124,7 @@ def run_ranks(asked: dict[str, Any]) -> dict[str, Any]:
         run_rank,  # this module runs as __main__, which ranks cannot import
     )
 
-    shared = SharedWork.model_validate(asked)
+    shared = SharedWork.model_validate(request)
     place = Path(shared.folder).parent
     multiprocessing.spawn(  # type: ignore[attr-defined,no-untyped-call]
         run_rank, args=(shared.model_dump_json(), str(place)), nprocs=len(shared.devices)

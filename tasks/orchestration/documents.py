@@ -211,7 +211,7 @@ class Report(Frozen):
     source: Artifact
     compressed: Artifact
     champion: Artifact | None = Field(
-        None, description="The graph it was compared with, if a limit asked for that."
+        None, description="The graph it was compared with, if a limit needs that."
     )
     recipe: tuple[dict[str, Any], ...]
     limits: tuple[Limit, ...]

@@ -240,8 +240,8 @@ def _served(
         batches, threads = _ordered_batches(report), None
     else:
         # Large weights are stored next to the graph and must be copied before it.
-        beside = sorted(path for path in held if path.startswith(f"{part.graph.file}."))
-        files = {path: path for path in (*beside, part.graph.file)}
+        external = sorted(path for path in held if path.startswith(f"{part.graph.file}."))
+        files = {path: path for path in (*external, part.graph.file)}
         batches = _measured_batches(report)
         threads = report.measurement.machine.threads if report.measurement else None
     width = () if part.graph.width is None else (part.graph.width,)

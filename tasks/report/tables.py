@@ -22,7 +22,7 @@ from tasks.report.cells import (
 from tasks.report.stages import stage_lines
 
 NOTICED = 1.02
-"""A slower median is told from here on: less is nothing to act on, however sure it is."""
+"""Ratio of medians from which the report names a slower batch; less is not worth acting on."""
 
 
 def headline(report: Report) -> list[dict[str, str]]:

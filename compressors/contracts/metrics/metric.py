@@ -90,8 +90,8 @@ class MetricFamily:
         name: the name, up to and including the ``@`` if there is one.
         number: what the number is, such as ``k`` or ``batch``; empty for one metric.
         member: returns the metric with a number; without arguments if the family is one metric.
-        usual: the numbers that are measured for every model, whatever its task, in addition to
-            those of its ``TaskKind``.
+        usual: the numbers that are measured for every model, in addition to those of its
+            ``TaskKind``.
         most: the largest number.
     """
 

@@ -4,7 +4,7 @@ SENTENCES = {
     "interactions_missing": "Expected interactions with a label above 0 in split {split!r}, got "
     "none in {rows:,} rows, so there is nothing to find. Check column {column!r}",
     "labels_equal": "Expected rows with different labels in split {split!r}, got {rows:,} rows "
-    "that all have label {label:g}: no metric can tell models apart. Check column {column!r}, or "
+    "that all have label {label:g}: no metric can distinguish models. Check column {column!r}, or "
     "how the split was drawn",
     "group_labels_equal": "Expected a group with different labels in split {split!r} for "
     "{metrics}, got none: within each value of {group!r} all labels are equal. Name another group "

@@ -11,13 +11,13 @@ SENTENCES = {
     # --- files
     "file_named_like_pickle": f"{{file}} is named like a pickle, which runs when loaded. "
     f"{_HOW_TO_SAVE}",
-    "file_is_pickle": f"{{file}} is a pickle, whatever its name, and runs when loaded. "
+    "file_is_pickle": f"{{file}} is a pickle despite its name, and runs when loaded. "
     f"{_HOW_TO_SAVE}",
     "file_is_link": "{file} is a symbolic link; put the file itself into the bundle",
     "file_is_folder": "{file} is a folder; a bundle is flat. Remove it",
     "file_is_special": "{file} is not a regular file; remove it",
     "file_of_other_kind": "{file} is extra: a bundle holds {manifest}, *.safetensors and {index}. "
-    "Remove it; data and vocabularies are stored beside the bundle",
+    "Remove it; data and vocabularies are stored next to the bundle",
     "file_missing": "{file} is missing; fetch or pack the bundle again",
     "file_unlisted": "{file} is extra: {manifest} does not list it. Remove it or pack again",
     "file_size_differs": "{file} has {got} bytes, not {expected}; fetch or pack it again",
@@ -38,7 +38,7 @@ SENTENCES = {
     "table_shape": f"input {{input}}, table {{table}}: {{weight}} has shape {{shape:[]}}. {_NAMES}",
     # --- the index of shards
     "index_form": "{index} needs 'weight_map', an object of tensor name -> file name",
-    "index_file_outside": "{index} names {file}, which leaves the bundle; shards lie beside it",
+    "index_file_outside": "{index} names {file}, which leaves the bundle; shards are in its folder",
     "index_file_missing": "{index} names {file}, which is missing or empty; add that shard",
     "index_tensor_missing": "{index} names tensor {tensor}, which is in no shard",
     "index_tensor_elsewhere": "{index} says tensor {tensor} lies in {file}, but it lies in {shard}",

@@ -4,7 +4,7 @@ SENTENCES = {
     "steps_missing": "preset 'custom' needs steps",
     "steps_with_preset": "steps need preset 'custom'; found preset {preset!r}",
     "recalibrate_not_last": "step 'recalibrate' fits a map to the network as it then is, and "
-    "{step!r} comes behind it: put one 'recalibrate' at the end",
+    "{step!r} comes after it: put one 'recalibrate' at the end",
     "batch_sizes_shrink": "batch sizes must not shrink from smallest to best to largest",
     "targets_off": "an order needs at least one target that is not 'off'",
     "min_rows_not_positive": "min_rows needs at least 1 row: nothing can be said of none",

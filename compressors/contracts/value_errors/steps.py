@@ -9,5 +9,5 @@ SENTENCES = {
     "auxiliary_without_labels": "with 'auxiliary' the output learns from labels: lower soft_share",
     "temperature_of_margin": "temperature changes nothing about loss 'margin': leave it out",
     "nothing_to_train": "without dense layers only tables can learn: set training.tables",
-    "student_without_dense": "a student's dense layers are drawn anew: leave 'dense' true",
+    "student_without_dense": "a student's dense layers are initialized again: leave 'dense' true",
 }

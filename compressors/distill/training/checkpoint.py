@@ -82,7 +82,7 @@ def read_progress(folder: str, held: Mapping[str, Tensor]) -> TrainingProgress |
         facts = json.loads((directory / NAME).read_text())
         tensors = load_file(directory / facts.pop("tensors"))
     except (OSError, ValueError, KeyError, SafetensorError) as fault:
-        log.warning("the progress in %s cannot be read, so this begins anew: %s", folder, fault)
+        log.warning("the progress in %s cannot be read, so this begins again: %s", folder, fault)
         return None
     for prefix in ("now/", "best/"):
         stored = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}

@@ -46,7 +46,7 @@ CUTS = frozenset({"channels_cut", "one_threshold", "inputs_follow"})
 """Reasons of layers that become narrower."""
 
 _PROVED: WeakKeyDictionary[nn.Module, tuple["Channels", PrunableWidths]] = WeakKeyDictionary()
-"""What ``choose`` proved of a network, until ``apply`` cuts it: a proof builds it anew."""
+"""What ``choose`` proved of a network, until ``apply`` cuts it: a proof builds it again."""
 
 
 class Channels(Frozen):
@@ -84,11 +84,11 @@ class Channels(Frozen):
     )
     reconstruct: bool = Field(
         False,
-        description="Solve the layers that read fewer channels anew, so that on calibration rows "
+        description="Solve the layers that read fewer channels again, so that on calibration rows "
         "they answer as before.",
     )
     rounds: int = Field(
-        1, ge=1, description="Cut in so many rounds, each judging anew what is left."
+        1, ge=1, description="Cut in so many rounds; each evaluates the remaining channels again."
     )
     training: Training | None = Field(
         None, description="How the network is trained after each round; none: not at all."
@@ -97,10 +97,13 @@ class Channels(Frozen):
         0.0,
         ge=0,
         le=1,
-        description="In training, weight of the original's answers against the labels.",
+        description="In training, weight of the original's predictions against the labels.",
     )
     temperature: float = Field(
-        1.0, ge=0.1, le=100, description="Both answers are divided by it before they are compared."
+        1.0,
+        ge=0.1,
+        le=100,
+        description="Divides both predictions before they are compared.",
     )
 
     @model_validator(mode="after")

@@ -47,7 +47,7 @@ class DropLayers(Frozen):
         None,
         ge=0,
         description="By how much the metric on validation rows may fall, for all that go "
-        "together; none: whatever it costs.",
+        "together; none: at any cost.",
     )
 
     @property

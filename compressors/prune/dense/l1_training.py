@@ -93,8 +93,8 @@ class L1Training(Frozen):
         gt=0,
         le=1,
         description="How far each step pulls a weight to zero, in parts of its learning rate. Adam "
-        "moves a weight by up to 1 where every batch asks for the same, by about 0.2 where chance "
-        "does; below that hardly a weight stays at zero.",
+        "moves a weight by up to 1 where every batch has the same gradient, by about 0.2 where "
+        "gradients are noise; below that hardly a weight stays at zero.",
     )
     penalty: Literal["l1", "group"] = Field(
         "l1",
@@ -102,10 +102,13 @@ class L1Training(Frozen):
         "channels become zero.",
     )
     soft_share: float = Field(
-        0.0, ge=0, le=1, description="Weight of the original's answers against the labels."
+        0.0, ge=0, le=1, description="Weight of the original's predictions against the labels."
     )
     temperature: float = Field(
-        1.0, ge=0.1, le=100, description="Both answers are divided by it before they are compared."
+        1.0,
+        ge=0.1,
+        le=100,
+        description="Divides both predictions before they are compared.",
     )
     training: Training = Field(
         default_factory=lambda: Training(schedule="cosine"),

@@ -100,7 +100,7 @@ class PruneRows(Frozen):
     min_lookups: int = Field(
         0,
         ge=0,
-        description="Rows that training looks up fewer times are pruned, whatever share they are; "
+        description="Rows that training looks up fewer times are pruned, however many they are; "
         "0: the share 'keep' stays. For importance 'traffic'.",
     )
     pruned: Literal["nearest", "shared", "zero"] = Field(

@@ -141,10 +141,13 @@ class QAT(Frozen):
         0.5,
         ge=0,
         le=1,
-        description="Weight of the original's answers against the labels; 0: labels alone.",
+        description="Weight of the original's predictions against the labels; 0: labels alone.",
     )
     temperature: float = Field(
-        1.0, ge=0.1, le=100, description="Both answers are divided by it before they are compared."
+        1.0,
+        ge=0.1,
+        le=100,
+        description="Divides both predictions before they are compared.",
     )
     training: Training = Field(
         default_factory=lambda: Training(epochs=5, learning_rate=3e-4),
